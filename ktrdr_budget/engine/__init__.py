@@ -1,0 +1,1 @@
+"""The engine: keys, protocol and scripts (pure), the store (I/O), and the embedded server."""

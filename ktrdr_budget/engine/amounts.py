@@ -1,0 +1,71 @@
+"""What an amount means for a hold of several budgets.
+
+A scalar applies to every ``usd`` budget of the hold; counts then commit what was reserved. (A hold without dollars, but
+with a single count, takes it for that one.) A mapping says it per budget; what it leaves out is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from ktrdr_budget.engine.protocol import FLAGS
+from ktrdr_budget.errors import InvalidArgument, UnknownBudget
+from ktrdr_budget.money import AmountIn, to_units
+
+__all__ = ["Amounts", "check_amounts", "commit_modes", "spread"]
+
+Amounts = AmountIn | Mapping[str, AmountIn]
+
+
+def check_amounts(amounts: Amounts | None) -> None:
+    """Refuses what cannot be an amount of any unit, before a hold's budgets are known.
+
+    Raises:
+        InvalidAmount: not a non-negative number.
+    """
+    values: list[AmountIn] = (
+        list(amounts.values()) if isinstance(amounts, Mapping) else [] if amounts is None else [amounts]
+    )
+    for value in values:
+        to_units(value, "usd")
+
+
+def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:
+    """Whole units per budget that the amounts speak of; ``flags`` are those of the hold's budgets.
+
+    Raises:
+        InvalidAmount: an amount is not usable for its budget.
+        UnknownBudget: a mapping names a budget that the hold does not have.
+    """
+    if isinstance(amounts, Mapping):
+        for name in amounts:
+            if name not in flags:
+                raise UnknownBudget(f"the hold has no budget {name!r}; it has: {', '.join(flags)}")
+        return {name: to_units(value, FLAGS[flags[name]]) for name, value in amounts.items()}
+    dollars = [name for name, flag in flags.items() if flag == "u"]
+    if not dollars:
+        counts = [name for name, flag in flags.items() if flag == "n"]
+        if len(counts) > 1:
+            raise InvalidArgument(f"a scalar amount is ambiguous for {', '.join(counts)}: give a mapping")
+        return {name: to_units(amounts, "count") for name in counts}
+    units = to_units(amounts, "usd")
+    return dict.fromkeys(dollars, units)
+
+
+def commit_modes(segments: Mapping[str, tuple[str, int, int]], amount: Amounts | None) -> list[tuple[str, int]]:
+    """How each budget of a hold commits: ``x`` exactly, ``r`` what was reserved, ``a`` at least what was accrued.
+
+    Args:
+        segments: per budget its flag, reserved and accrued units, in the hold's order.
+        amount: as given to ``commit``; ``None`` commits what was accrued.
+    """
+    if amount is None:
+        any_accrued = any(accrued for _, _, accrued in segments.values())
+        return [
+            ("r", reserved) if any_accrued and flag == "n" and not accrued else ("a", accrued)
+            for flag, reserved, accrued in segments.values()
+        ]
+    given = spread(amount, {name: flag for name, (flag, _, _) in segments.items()})
+    if isinstance(amount, Mapping):
+        return [("x", given.get(name, 0)) for name in segments]
+    return [("x", given[name]) if name in given else ("r", reserved) for name, (_, reserved, _) in segments.items()]

@@ -1,0 +1,343 @@
+"""Group commit: while one round trip is under way, further calls of the event loop queue up, and leave together.
+
+No timer is involved: an idle limiter sends at once. The coalescer, not a caller, owns what is under way, so that a
+cancelled caller affects nobody else: one that was not sent leaves nothing, a grant that nobody awaits is released, a
+settlement that was begun completes (P14).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ktrdr_budget.engine.flows import Core, Flow
+from ktrdr_budget.engine.protocol import Command, Op, Reply, encode_batch, parse_batch
+from ktrdr_budget.engine.store import Store, Transient, unavailable
+from ktrdr_budget.errors import BudgetError, StoreUnavailable
+from ktrdr_budget.engine.holds import HoldBase
+
+__all__ = ["Coalescer", "Observation", "Observer"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+_LANES = 2
+_SECOND_LANE_FROM = 16
+_BATCH_OPS = 128
+_BATCH_WINDOWS = 768
+_BACKOFF_FIRST_S = 0.01
+_BACKOFF_MAX_S = 0.2
+_DEFERRED_RETRY_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a hook is told of each finished call."""
+
+    operation: str
+    """``reserve``, ``commit``, ``release``, ``extend``, ``grow``, ``record``, ``status``, …"""
+    result: Any
+    error: BaseException | None
+    seconds: float
+
+
+Observer = Callable[[Observation], None]
+
+
+class _Call:
+    __slots__ = ("deadline", "flow", "future", "operation", "request", "started")
+
+    def __init__(self, flow: Flow[Any], future: Any, operation: str, started: float, deadline: float) -> None:
+        self.flow = flow
+        self.future = future
+        self.operation = operation
+        self.started = started
+        self.deadline = deadline
+        self.request: Any = None
+
+
+class Coalescer:
+    """Drives flows over one store, on one event loop."""
+
+    def __init__(self, core: Core, store: Store, timeout: float, observer: Observer | None) -> None:
+        self._core = core
+        self._session = core.session
+        self._store = store
+        self._timeout = timeout
+        self._observer = observer
+        self._reset()
+        _coalescers.add(self)
+
+    def _reset(self) -> None:
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._first: deque[_Call] = deque()
+        """Whatever may give money back; decided before…"""
+        self._then: deque[_Call] = deque()
+        """…what asks for money."""
+        self._lanes = 0
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._backoff_s = 0.0
+        self._deferred_timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    def after_fork(self) -> None:
+        """In the child: new connections, an empty queue, a new replica; the parent keeps what was under way."""
+        self._reset()
+        self._store.forget()
+        self._session.renew()
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def bind(self) -> asyncio.AbstractEventLoop:
+        """The event loop that this belongs to, from its first use on."""
+        running = asyncio.get_running_loop()
+        if self._loop is None:
+            self._loop = running
+        elif self._loop is not running:
+            raise RuntimeError("this limiter belongs to another event loop; make one for each")
+        if self._closed:
+            raise RuntimeError("this limiter is closed")
+        return running
+
+    def submit(self, flow: Flow[Any], operation: str, future: Any = None) -> Any:
+        """Starts a flow; its result comes by the future (of asyncio, or of a waiting thread)."""
+        loop = self.bind()
+        if future is None:
+            future = loop.create_future()
+        started = loop.time()
+        call = _Call(flow, future, operation, started, started + self._timeout)
+        self._resume(call, None)
+        return future
+
+    def _resume(self, call: _Call, answer: Any) -> None:
+        try:
+            request = call.flow.send(answer)
+        except StopIteration as stop:
+            self._finish(call, stop.value, None)
+        except BaseException as error:
+            self._finish(call, None, error)
+        else:
+            self._enqueue(call, request)
+
+    def _throw(self, call: _Call, error: Exception) -> None:
+        try:
+            request = call.flow.throw(error)
+        except StopIteration as stop:
+            self._finish(call, stop.value, None)
+        except BaseException as raised:
+            self._finish(call, None, raised)
+        else:
+            self._enqueue(call, request)
+
+    def _finish(self, call: _Call, result: Any, error: BaseException | None) -> None:
+        future = call.future
+        if future.cancelled():
+            self._abandoned(result)
+        elif error is None:
+            future.set_result(result)
+        else:
+            future.set_exception(error)
+        if self._observer is not None:
+            self._observe(call, result, error)
+        if self._core.deferred and self._deferred_timer is None:
+            self._retry_deferred_later()
+
+    def _abandoned(self, result: Any) -> None:
+        """A grant that nobody awaits any more is released; a replay belongs to whoever was granted it first."""
+        if isinstance(result, HoldBase) and result.guarded and not result.replayed:
+            self.submit(result.release_flow(), "release").add_done_callback(_forget)
+
+    def _observe(self, call: _Call, result: Any, error: BaseException | None) -> None:
+        assert self._loop is not None and self._observer is not None
+        try:
+            self._observer(Observation(call.operation, result, error, self._loop.time() - call.started))
+        except Exception:
+            logger.exception("a hook failed; the budget is not affected")
+
+    # -- queue and lanes -----------------------------------------------------------------------------------------------
+
+    def _enqueue(self, call: _Call, request: Op | Command) -> None:
+        call.request = request
+        if isinstance(request, Command):
+            self._spawn(self._command(call, request))
+            return
+        (self._then if request.grants else self._first).append(call)
+        lanes = self._lanes
+        if lanes == 0 or (lanes < _LANES and len(self._first) + len(self._then) >= _SECOND_LANE_FROM):
+            self._lanes += 1
+            self._spawn(self._lane())
+
+    def _spawn(self, work: Any) -> None:
+        assert self._loop is not None
+        task = self._loop.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _lane(self) -> None:
+        batch: list[_Call] = []
+        try:
+            while batch := self._take():
+                await self._exchange(batch)
+        except BaseException as error:
+            for call in batch:
+                if not call.future.done():
+                    call.future.set_exception(BudgetError(f"unexpected failure: {type(error).__name__}: {error}"))
+            raise
+        finally:
+            self._lanes -= 1
+
+    def _take(self) -> list[_Call]:
+        """The next batch, bounded so that the store is never busy with it for more than a few milliseconds."""
+        batch: list[_Call] = []
+        windows = 0
+        for queue in (self._first, self._then):
+            while queue and len(batch) < _BATCH_OPS and windows < _BATCH_WINDOWS:
+                call = queue.popleft()
+                if call.request.grants and call.future.cancelled():
+                    call.flow.close()  # cancelled before it was sent: leaves nothing
+                    continue
+                windows += len(call.request.parts)
+                batch.append(call)
+        return batch
+
+    async def _exchange(self, batch: list[_Call]) -> None:
+        """One round trip."""
+        session, store = self._session, self._store
+        header = session.header
+        keys, args = encode_batch(session.keys, header, [call.request for call in batch])
+        try:
+            await store.open()
+            async with asyncio.timeout_at(min(call.deadline for call in batch)):
+                answer = await store.apply(keys, args)
+        except (Transient, TimeoutError) as error:
+            await self._again(batch, error)
+            return
+        except (StoreUnavailable, OSError) as error:
+            for call in batch:
+                self._throw(call, error)
+            return
+        self._backoff_s = 0.0
+        head, lines = parse_batch(answer)
+        session.absorb(head, header)
+        for call, line in zip(batch, lines, strict=True):
+            self._resume(call, Reply(line, head))
+
+    async def _again(self, batch: list[_Call], error: Exception) -> None:
+        """Calls that have time left are sent again: the same id makes that harmless."""
+        self._backoff_s = min(_BACKOFF_MAX_S, self._backoff_s * 2 or _BACKOFF_FIRST_S)
+        for call in reversed(self._expire(batch, error)):
+            (self._then if call.request.grants else self._first).appendleft(call)
+        waiting = [queue[0].deadline for queue in (self._first, self._then) if queue]
+        if waiting:
+            assert self._loop is not None
+            await asyncio.sleep(max(0.0, min(self._backoff_s, min(waiting) - self._loop.time())))
+
+    def _expire(self, calls: list[_Call], error: Exception) -> list[_Call]:
+        """Ends the calls whose deadline has come; returns the others."""
+        assert self._loop is not None
+        now, left = self._loop.time(), []
+        for call in calls:
+            if call.deadline - now > 0.002:
+                left.append(call)
+            else:
+                self._throw(call, unavailable(error, self._store.shown, self._timeout))
+        return left
+
+    async def _command(self, call: _Call, command: Command) -> None:
+        """A read, tried until its deadline."""
+        assert self._loop is not None
+        pause, error = _BACKOFF_FIRST_S, None
+        while True:
+            try:
+                await self._store.open()
+                async with asyncio.timeout_at(call.deadline):
+                    answer = await self._store.run(command)
+                self._resume(call, answer)
+                return
+            except Transient as passing:
+                error = passing
+            except TimeoutError:
+                pass
+            except (StoreUnavailable, OSError) as refused:
+                self._throw(call, refused)
+                return
+            if call.deadline - self._loop.time() <= pause:
+                self._throw(call, unavailable(error, self._store.shown, self._timeout))
+                return
+            await asyncio.sleep(pause)
+            pause = min(_BACKOFF_MAX_S, pause * 2)
+
+    # -- what an unreachable store has yet to be told ------------------------------------------------------------------
+
+    def _retry_deferred_later(self) -> None:
+        assert self._loop is not None
+        self._deferred_timer = self._loop.call_later(_DEFERRED_RETRY_S, self._retry_deferred)
+
+    def _retry_deferred(self) -> None:
+        self._spawn(self.drain_deferred())
+
+    async def drain_deferred(self) -> None:
+        """Tells the store what happened while it was away, oldest first, once (the ids see to that)."""
+        deferred = self._core.deferred
+        try:
+            while deferred:
+                ops = [deferred[i] for i in range(min(len(deferred), _BATCH_OPS))]
+                header = self._session.header
+                async with asyncio.timeout(self._timeout):
+                    answer = await self._store.apply(*encode_batch(self._session.keys, header, ops))
+                head, lines = parse_batch(answer)
+                self._session.absorb(head, header)
+                for op, line in zip(ops, lines, strict=True):
+                    deferred.popleft()
+                    if line[0] not in "kpu":
+                        logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
+        except (Transient, TimeoutError, StoreUnavailable, OSError):
+            pass
+        finally:
+            self._deferred_timer = None
+            if deferred and not self._closed:
+                self._retry_deferred_later()
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    async def close(self) -> None:
+        """Lets what was begun finish, within the deadline, and closes the store."""
+        if self._loop is None:
+            await self._store.close()
+            return
+        ends = time.monotonic() + 2 * self._timeout
+        while self._tasks and time.monotonic() < ends:
+            await asyncio.wait(self._tasks, timeout=max(0.0, ends - time.monotonic()))
+        if self._deferred_timer is not None:
+            self._deferred_timer.cancel()
+        self._closed = True
+        if self._core.deferred:
+            await self.drain_deferred()
+        for task in list(self._tasks):
+            task.cancel()
+        await self._store.close()
+        if self._core.deferred:
+            logger.error("closing with %d settlements that the store was never told", len(self._core.deferred))
+
+
+def _forget(future: asyncio.Future[Any]) -> None:
+    """Takes note of a result that nobody asks for."""
+    if not future.cancelled() and (error := future.exception()) is not None:
+        logger.warning("an abandoned hold could not be released, it will expire: %s", error)
+
+
+_coalescers: weakref.WeakSet[Coalescer] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for coalescer in list(_coalescers):
+        coalescer.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -1,0 +1,463 @@
+"""How each call of the library goes, step by step, for sync and async alike.
+
+A flow is a generator: it yields what to ask the store (:class:`~.protocol.Op` or :class:`~.protocol.Command`), is sent
+the answer, and returns the result. It validates before it yields, so that bad input is refused before anything is sent.
+Whoever drives it throws :class:`~ktrdr_budget.errors.StoreUnavailable` into it when the deadline has passed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
+from ktrdr_budget.engine.protocol import (
+    POLICY_CODES,
+    Command,
+    Op,
+    Record,
+    Reply,
+    Window,
+    parse_ledger_entry,
+    parse_record,
+    word,
+)
+from ktrdr_budget.engine.scripts import LIMITS, STATUS
+from ktrdr_budget.engine.views import denial, entry_cursor, holds_cursor, page_size, status_of, told_amounts
+from ktrdr_budget.errors import (
+    BudgetExceeded,
+    BudgetMismatch,
+    HoldConflict,
+    InvalidAmount,
+    InvalidArgument,
+    StoreError,
+    StoreUnavailable,
+    UnknownHold,
+)
+from ktrdr_budget.models import (
+    Budget,
+    HoldView,
+    LedgerEntry,
+    OnExpiry,
+    Page,
+    Settlement,
+    Status,
+    check_name,
+    check_ttl_ms,
+)
+from ktrdr_budget.money import AmountIn, from_units, to_units
+from ktrdr_budget.periods import to_ms, window_at, window_named
+
+if TYPE_CHECKING:
+    from ktrdr_budget.engine.session import Session
+    from ktrdr_budget.engine.holds import HoldBase
+
+__all__ = ["Core", "Flow"]
+
+Result = TypeVar("Result")
+Flow = Generator[Op | Command, Any, Result]
+
+_RETIRE_ROUNDS = 64
+_PAGE_MAX = 1000
+_DEFERRED_MAX = 100_000
+_TEXT_MAX = 256
+
+
+class Core:
+    """Everything about a limiter that is not I/O: makes flows, and the results that they return.
+
+    Args:
+        make_hold: builds the sync or async hold object from ``(core, id, parts, ttl_ms, deadline_ms)``.
+        allow: whether an unreachable store admits (P12); such spend waits in :attr:`deferred`.
+        trace_id: tells the current trace, for the ledger.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        make_hold: Callable[..., Any],
+        *,
+        allow: bool = False,
+        trace_id: Callable[[], str] | None = None,
+    ) -> None:
+        self.session = session
+        self.make_hold = make_hold
+        self.allow = allow
+        self.trace_id = trace_id
+        self.driver: Any = None
+        """The coalescer that an async hold settles through."""
+        self.runner: Any = None
+        """How a sync hold runs a flow, and waits for it."""
+        self.deferred: deque[Op] = deque()
+        """Spend that an unreachable store has yet to be told."""
+        self.deferred_lost = 0
+        """Deferred spend that had to be dropped for want of memory."""
+
+    # -- reserve -------------------------------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        budget: str | Mapping[str, AmountIn],
+        amount: AmountIn | None,
+        hold_id: str | None,
+        ttl: float,
+        on_expiry: OnExpiry,
+        operation: str,
+        owner: str,
+    ) -> Flow[Any]:
+        """Holds the amounts, all or none; returns a hold."""
+        session = self.session
+        wanted = self._wanted(budget, amount)
+        hold_id = session.new_id() if hold_id is None else check_name(hold_id, "id")
+        ttl_ms = check_ttl_ms(ttl)
+        try:
+            policy = POLICY_CODES[on_expiry]
+        except (KeyError, TypeError):
+            raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {on_expiry!r}") from None
+        head = f"R {hold_id} {ttl_ms} {policy} {self._text(owner)} {self._text(operation)} {self._trace()}"
+        key = session.keys.hold(hold_id)
+        rounds = 0
+        while True:
+            parts = [(session.current_window(name), units) for name, units in wanted]
+            op = Op(hold_id, key, head, [(window, f":{units}") for window, units in parts], True)
+            try:
+                line, answer = yield op
+            except StoreError:
+                raise
+            except StoreUnavailable:
+                if not self.allow:
+                    raise
+                return self.make_hold(self, hold_id, parts, ttl_ms, session.now_ms() + ttl_ms, guarded=False)
+            if line == "g":
+                return self.make_hold(self, hold_id, parts, ttl_ms, answer.now_us // 1000 + ttl_ms)
+            rounds += 1
+            if line[0] == "d" and answer.due and rounds < _RETIRE_ROUNDS:
+                yield from self._retire(answer.due)
+            elif line[0] == "p":
+                record = parse_record(line[2:])
+                if record.state != "o" or record.deadline_ms > answer.now_us // 1000:
+                    return self._replayed(hold_id, record, ttl_ms)
+                yield from self._retire_records({hold_id: record})
+            elif line[0] != "w":
+                raise self._error(line, hold_id, answer.now_us, op)
+
+    def _wanted(
+        self, budget: str | Mapping[str, AmountIn], amount: AmountIn | None, *, positive: bool = True
+    ) -> list[tuple[str, int]]:
+        """The budgets asked for, each with its whole units."""
+        if isinstance(budget, str):
+            if amount is None:
+                raise InvalidAmount(f"no amount given for {budget!r}")
+            return [(budget, to_units(amount, self.session.budget(budget).unit, positive=positive))]
+        if not isinstance(budget, Mapping) or not budget:
+            raise InvalidArgument("budget must be a name, or a mapping of names to amounts")
+        if amount is not None:
+            raise InvalidArgument("amounts are in the mapping; give no other")
+        return [
+            (name, to_units(value, self.session.budget(name).unit, positive=positive)) for name, value in budget.items()
+        ]
+
+    def _replayed(self, hold_id: str, record: Record, ttl_ms: int) -> Any:
+        parts = self._parts(record)
+        return self.make_hold(self, hold_id, parts, ttl_ms, record.deadline_ms, record=record)
+
+    def _parts(self, record: Record) -> list[tuple[Window, int]]:
+        return [(self.session.window(s.budget, s.window, s.flag), s.reserved) for s in record.segments]
+
+    # -- settle --------------------------------------------------------------------------------------------------------
+
+    def settle_hold(self, hold: HoldBase, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
+        """Commits (``amounts``: a mode and units for each part) or releases (``None``) a hold whose windows are known."""
+        letter = "L" if amounts is None else "C"
+        settled = amounts or [("x", 0)] * len(hold.parts)
+        parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
+        return (yield from self._settle(letter, hold.id, parts, operator=False, lost=True))
+
+    def settle_id(
+        self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
+    ) -> Flow[Settlement]:
+        """Commits or releases a hold of any process, by its id."""
+        check_name(hold_id, "id")
+        if not release:
+            check_amounts(amount)
+        record = yield from self._read(hold_id)
+        return (yield from self._settle_record(hold_id, record, amount, release, operator))
+
+    def _settle_record(
+        self, hold_id: str, record: Record, amount: Amounts | None, release: bool, operator: bool
+    ) -> Flow[Settlement]:
+        windows = self._parts(record)
+        if release:
+            settled = [("x", 0)] * len(windows)
+        else:
+            units = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
+            settled = commit_modes(units, amount)
+        parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
+        return (yield from self._settle("L" if release else "C", hold_id, parts, operator=operator, lost=False))
+
+    def _settle(
+        self, letter: str, hold_id: str, parts: list[tuple[Window, str]], *, operator: bool, lost: bool
+    ) -> Flow[Settlement]:
+        head = f"{letter} {hold_id} {int(operator)} {int(lost)}"
+        op = Op(hold_id, self.session.keys.hold(hold_id), head, parts)
+        try:
+            line, answer = yield op
+        except StoreError:
+            raise
+        except StoreUnavailable:
+            if not self.allow:
+                raise
+            return self._defer(op, "released" if letter == "L" else "committed")
+        if line[0] not in "kp":
+            raise self._error(line, hold_id, answer.now_us, op)
+        _, flags, told = line.split(" ")
+        return Settlement(
+            id=hold_id,
+            state="released" if letter == "L" else "committed",
+            amounts=told_amounts(parts, told),
+            replayed=line[0] == "p",
+            overrun="o" in flags,
+            late="l" in flags,
+        )
+
+    def _defer(self, op: Op, state: Any) -> Settlement:
+        """Keeps what an unreachable store could not be told (policy ``allow``)."""
+        if len(self.deferred) >= _DEFERRED_MAX:
+            self.deferred.popleft()
+            self.deferred_lost += 1
+        self.deferred.append(op)
+        amounts = {window.budget: from_units(int(tail.lstrip(":xra")), window.unit) for window, tail in op.parts}
+        return Settlement(op.id, state, amounts, deferred=True)
+
+    # -- record --------------------------------------------------------------------------------------------------------
+
+    def record(
+        self, budget: str | Mapping[str, AmountIn], amount: AmountIn | None, hold_id: str | None, operation: str
+    ) -> Flow[Settlement]:
+        """Spend without a reservation; never refused for lack of budget."""
+        session = self.session
+        wanted = self._wanted(budget, amount, positive=False)
+        for name, _ in wanted:
+            if session.budgets[name].kind == "slots":
+                raise InvalidArgument(f"{name!r} is of kind 'slots': it can only be reserved")
+        hold_id = session.new_id() if hold_id is None else check_name(hold_id, "id")
+        tail = f"{self._text(operation)} {self._trace()}"
+        while True:
+            parts = [(session.current_window(name), f":{units}") for name, units in wanted]
+            op = Op(hold_id, session.keys.hold(hold_id), f"N {hold_id} 0 {tail}", parts)
+            try:
+                line, answer = yield op
+            except StoreError:
+                raise
+            except StoreUnavailable:
+                if not self.allow:
+                    raise
+                # Into the window in which it was spent, whenever the store returns.
+                return self._defer(Op(hold_id, op.key, f"N {hold_id} 1 {tail}", parts), "recorded")
+            if line[0] in "kp":
+                amounts = {name: from_units(units, session.budgets[name].unit) for name, units in wanted}
+                return Settlement(hold_id, "recorded", amounts, replayed=line[0] == "p")
+            if line[0] != "w":
+                raise self._error(line, hold_id, answer.now_us, op)
+
+    # -- extend --------------------------------------------------------------------------------------------------------
+
+    def extend(
+        self, hold_id: str, parts: Sequence[tuple[Window, int, int]], ttl_ms: int, *, keep: bool = False
+    ) -> Flow[Record]:
+        """A heartbeat (or, with ``keep``, only growth) with cumulative totals: window, accrued, reserved."""
+        tails = [(window, f":{accrued}:{reserved}") for window, accrued, reserved in parts]
+        op = Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {int(keep)}", tails, True)
+        for _ in range(_RETIRE_ROUNDS):
+            line, answer = yield op
+            if line[0] == "e":
+                return parse_record(line[2:])
+            if line[0] == "d" and answer.due:
+                yield from self._retire(answer.due)
+            else:
+                break
+        raise self._error(line, hold_id, answer.now_us, op)
+
+    def extend_id(self, hold_id: str, ttl: float, accrued: Amounts | None) -> Flow[HoldView]:
+        """A heartbeat by id; ``accrued`` is the total so far."""
+        ttl_ms = check_ttl_ms(ttl)
+        check_name(hold_id, "id")
+        check_amounts(accrued)
+        record = yield from self._read(hold_id)
+        given = spread(accrued, {s.budget: s.flag for s in record.segments}) if accrued is not None else {}
+        parts = [(w, given.get(w.budget, 0), 0) for w, _ in self._parts(record)]
+        return (yield from self.extend(hold_id, parts, ttl_ms)).view(hold_id)
+
+    def grow_id(self, hold_id: str, amounts: Mapping[str, AmountIn], ttl: float) -> Flow[HoldView]:
+        """Raises the reservation to new totals, by id, all budgets or none. A total below the present one changes nothing."""
+        ttl_ms = check_ttl_ms(ttl)
+        check_name(hold_id, "id")
+        check_amounts(amounts)
+        record = yield from self._read(hold_id)
+        given = spread(amounts, {s.budget: s.flag for s in record.segments})
+        parts = [(w, 0, given.get(w.budget, 0)) for w, _ in self._parts(record)]
+        return (yield from self.extend(hold_id, parts, ttl_ms, keep=True)).view(hold_id)
+
+    # -- due holds -----------------------------------------------------------------------------------------------------
+
+    def _retire(self, due: Iterable[str]) -> Flow[None]:
+        """Makes holds that are past their deadline unconfirmed."""
+        ids = list(due)
+        stored = yield Command(None, (), ("MGET", *map(self.session.keys.hold, ids)))
+        records = {i: parse_record(_str(value)) if value else None for i, value in zip(ids, stored, strict=True)}
+        yield from self._retire_records(records)
+
+    def _retire_records(self, records: Mapping[str, Record | None]) -> Flow[None]:
+        for hold_id, record in records.items():
+            parts = [(window, "") for window, _ in self._parts(record)] if record else []
+            yield Op(hold_id, self.session.keys.hold(hold_id), f"X {hold_id}", parts)
+
+    # -- reads ---------------------------------------------------------------------------------------------------------
+
+    def status(self, names: Sequence[str] | None) -> Flow[list[Status]]:
+        """Budgets now; holds that are due are retired first, so that they show as unconfirmed."""
+        session = self.session
+        budgets = [session.budget(name) for name in (session.budgets if names is None else names)]
+        for _ in range(_RETIRE_ROUNDS):
+            windows = [session.current_window(budget.name) for budget in budgets]
+            reply = yield self._status_command(windows)
+            now_us = int(reply[0])
+            session.set_clock(now_us)
+            now_ms = now_us // 1000
+            if not all(window.span.contains(now_ms) for window in windows):
+                continue
+            if not reply[2]:
+                break
+            yield from self._retire([_str(hold_id) for hold_id in reply[2]])
+        return [status_of(b, w, stored, now_us) for b, w, stored in zip(budgets, windows, reply[3:], strict=True)]
+
+    def _status_command(self, windows: Sequence[Window]) -> Command:
+        keys = self.session.keys
+        return Command(
+            STATUS, [keys.meta, keys.limits, keys.due, *(w.key for w in windows)], [w.budget for w in windows]
+        )
+
+    def hold_view(self, hold_id: str) -> Flow[HoldView]:
+        """A hold by id."""
+        check_name(hold_id, "id")
+        return (yield from self._read(hold_id)).view(hold_id)
+
+    def _read(self, hold_id: str) -> Flow[Record]:
+        """A hold's record, retired if it is due."""
+        for _ in range(2):
+            stored = yield Command(None, (), ("GET", self.session.keys.hold(hold_id)))
+            if not stored:
+                raise UnknownHold(f"unknown hold {hold_id!r}")
+            record = parse_record(_str(stored))
+            if record.state != "o" or record.deadline_ms > self.session.now_ms():
+                break
+            yield from self._retire_records({hold_id: record})
+        return record
+
+    def holds(self, name: str, limit: int, cursor: str | None) -> Flow[Page[HoldView]]:
+        """Open and unconfirmed holds of a budget, newest deadline first."""
+        self.session.budget(name)
+        page_size(limit)
+        yield from self.status([name])  # retires what is due
+        found: list[HoldView] = []
+        zset, offset = holds_cursor(cursor)
+        keys = (self.session.keys.due, self.session.keys.unconfirmed)
+        while zset < len(keys):
+            ids = yield Command(None, (), ("ZREVRANGE", keys[zset], offset, offset + _PAGE_MAX - 1))
+            records = (yield from self._records(ids)) if ids else []
+            for hold_id, record in records:
+                if len(found) == limit:
+                    return Page(tuple(found), f"{zset}-{offset}")
+                offset += 1
+                if record and record.state in "ox" and any(s.budget == name for s in record.segments):
+                    found.append(record.view(hold_id))
+            if len(ids) < _PAGE_MAX:
+                zset, offset = zset + 1, 0
+        return Page(tuple(found), None)
+
+    def _records(self, ids: Sequence[bytes]) -> Flow[list[tuple[str, Record | None]]]:
+        names = [_str(hold_id) for hold_id in ids]
+        stored = yield Command(None, (), ("MGET", *map(self.session.keys.hold, names)))
+        return [(name, parse_record(_str(value)) if value else None) for name, value in zip(names, stored, strict=True)]
+
+    def ledger(self, name: str, window: str | None, limit: int, cursor: str | None) -> Flow[Page[LedgerEntry]]:
+        """A window's ledger, newest first; the current window by default."""
+        budget = self.session.budget(name)
+        page_size(limit)
+        if window is None:
+            [status] = yield from self.status([name])
+            window = status.window
+        window_named(budget.period, budget.timezone, window)
+        last = "+" if cursor is None else f"({entry_cursor(cursor)}"
+        key = self.session.keys.ledger(name, window)
+        raw = yield Command(None, (), ("XREVRANGE", key, last, "-", "COUNT", limit))
+        entries = tuple(parse_ledger_entry(entry[0], entry[1], budget.unit) for entry in raw)
+        return Page(entries, entries[-1].entry_id if len(entries) == limit else None)
+
+    # -- limits --------------------------------------------------------------------------------------------------------
+
+    def set_limit(self, name: str, limit: AmountIn | None, until: datetime | str | None) -> Flow[Status]:
+        """Changes a limit at run time, for all replicas."""
+        budget = self.session.budget(name)
+        units = "-" if limit is None else str(to_units(limit, budget.unit, round_down=True))
+        if not self.session.contacted:
+            yield from self.status([name])
+        until_ms = self._until_ms(budget, until)
+        yield Command(LIMITS, [self.session.keys.limits], [name, units, until_ms])
+        return (yield from self.status([name]))[0]
+
+    def clear_limit(self, name: str) -> Flow[Status]:
+        """Returns to the configured limit."""
+        self.session.budget(name)
+        yield Command(LIMITS, [self.session.keys.limits], [name, "", 0])
+        return (yield from self.status([name]))[0]
+
+    def _until_ms(self, budget: Budget, until: datetime | str | None) -> int:
+        now_ms = self.session.now_ms()
+        if until is None:
+            return 0
+        if until == "window":
+            return window_at(budget.period, budget.timezone, now_ms).end_ms or 0
+        if not isinstance(until, datetime) or until.tzinfo is None:
+            raise InvalidArgument(f"until must be an aware datetime, 'window' or None, not {until!r}")
+        until_ms = to_ms(until.astimezone(UTC))
+        if until_ms <= now_ms:
+            raise InvalidArgument(f"until lies in the past: {until.isoformat()}")
+        return until_ms
+
+    # -- errors --------------------------------------------------------------------------------------------------------
+
+    def _error(self, line: str, hold_id: str, now_us: int, op: Op) -> Exception:
+        """The exception for a reply that is no success."""
+        match line[0]:
+            case "d":
+                _, name, *figures = line.split(" ")
+                window = next(window for window, _ in op.parts if window.name == name)
+                return BudgetExceeded(denial(window, figures, now_us))
+            case "c":
+                record = parse_record(line[2:])
+                state = record.view(hold_id).state
+                return HoldConflict(f"hold {hold_id!r} is {state} with other contents; nothing was changed")
+            case "m":
+                _, name, stored = line.split(" ")
+                return BudgetMismatch(f"the store has window {name!r} with another definition: {stored}")
+            case "u":
+                return UnknownHold(f"unknown hold {hold_id!r}")
+        return StoreError(f"unexpected answer to {op.head.split(' ')[0]!r} for {hold_id!r}")
+
+    def _trace(self) -> str:
+        return "-" if self.trace_id is None else self._text(self.trace_id())
+
+    def _text(self, text: str) -> str:
+        """A label for the ledger, as one word."""
+        if not text:
+            return "-"
+        if not isinstance(text, str) or len(text) > _TEXT_MAX:
+            raise InvalidArgument(f"a label is a string of at most {_TEXT_MAX} characters")
+        return word(text)
+
+
+def _str(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

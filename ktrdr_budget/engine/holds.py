@@ -1,0 +1,165 @@
+"""A hold in the hands of the worker that reserved it: what it reserved, what it reports, and how it settles."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Literal
+
+from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
+from ktrdr_budget.engine.protocol import STATES, Record, Window
+from ktrdr_budget.errors import StoreError, StoreUnavailable, UnknownHold
+from ktrdr_budget.models import HoldState, Settlement, check_ttl_ms
+from ktrdr_budget.money import Amount, from_units
+from ktrdr_budget.periods import from_ms
+
+if TYPE_CHECKING:
+    from ktrdr_budget.engine.flows import Core, Flow
+
+__all__ = ["HoldBase", "OnError"]
+
+OnError = Literal["release", "charge"]
+
+
+class HoldBase:
+    """What sync and async holds share: all but the waiting."""
+
+    __slots__ = ("_accrued", "_core", "_deadline_ms", "_ttl_ms", "guarded", "id", "parts", "replayed", "state")
+
+    def __init__(
+        self,
+        core: Core,
+        hold_id: str,
+        parts: list[tuple[Window, int]],
+        ttl_ms: int,
+        deadline_ms: int,
+        *,
+        record: Record | None = None,
+        guarded: bool = True,
+    ) -> None:
+        self._core = core
+        self.id = hold_id
+        self.parts = parts
+        self._ttl_ms = ttl_ms
+        self._deadline_ms = deadline_ms
+        self._accrued: dict[str, int] = {}
+        self.state: HoldState = "open"
+        self.guarded = guarded
+        """False if the store was unreachable and policy ``allow`` admitted: this spend was not checked against a cap."""
+        self.replayed = record is not None
+        """The same reservation had been granted before; this is that hold, as it is now."""
+        if record is not None:
+            self.state = STATES[record.state]
+            self._accrued = {s.budget: s.accrued for s in record.segments if s.accrued}
+
+    def __repr__(self) -> str:
+        amounts = ", ".join(f"{name}={amount}" for name, amount in self.amounts.items())
+        return f"<{type(self).__name__} {self.id} {self.state} {amounts}>"
+
+    # -- figures -------------------------------------------------------------------------------------------------------
+
+    @property
+    def amounts(self) -> Mapping[str, Amount]:
+        """Reserved, per budget."""
+        return {window.budget: from_units(units, window.unit) for window, units in self.parts}
+
+    @property
+    def accrued(self) -> Mapping[str, Amount]:
+        """Used so far as far as this process knows, per budget; told to the store by the next :meth:`extend`."""
+        return {window.budget: from_units(self._accrued.get(window.budget, 0), window.unit) for window, _ in self.parts}
+
+    @property
+    def windows(self) -> Mapping[str, str]:
+        """The windows that admitted this hold, and pay for it."""
+        return {window.budget: window.span.name for window, _ in self.parts}
+
+    @property
+    def expires_at(self) -> datetime:
+        """The deadline, by the store's clock, as an aware UTC datetime."""
+        return from_ms(self._deadline_ms)
+
+    @property
+    def ttl(self) -> float:
+        """Seconds that a heartbeat prolongs this hold by."""
+        return self._ttl_ms / 1000
+
+    @property
+    def settled(self) -> bool:
+        """Whether this hold was committed or released."""
+        return self.state not in ("open", "unconfirmed")
+
+    def accrue(self, amount: Amounts) -> None:
+        """Adds to what was used. Local; carried by the next heartbeat, and committed by ``commit()``.
+
+        A scalar applies to every ``usd`` budget of the hold.
+
+        Raises:
+            InvalidAmount: not a non-negative amount.
+            UnknownBudget: a mapping names a budget that the hold does not have.
+        """
+        check_amounts(amount)
+        accrued = self._accrued
+        for name, units in spread(amount, self._flags()).items():
+            accrued[name] = accrued.get(name, 0) + units
+
+    def _flags(self) -> dict[str, str]:
+        return {window.budget: window.flag for window, _ in self.parts}
+
+    # -- flows ---------------------------------------------------------------------------------------------------------
+
+    def extend_flow(self, ttl: float | None) -> Flow[None]:
+        """A heartbeat: a new deadline, and what was accrued."""
+        ttl_ms = self._ttl_ms if ttl is None else check_ttl_ms(ttl)
+        parts = [(window, self._accrued.get(window.budget, 0), 0) for window, _ in self.parts]
+        yield from self._extended(self._core.extend(self.id, parts, ttl_ms), self.parts)
+        self._ttl_ms = ttl_ms
+
+    def grow_flow(self, amount: Amounts) -> Flow[None]:
+        """A larger reservation, in all budgets or in none."""
+        check_amounts(amount)
+        more = spread(amount, self._flags())
+        grown = [(window, units + more.get(window.budget, 0)) for window, units in self.parts]
+        parts = [(window, 0, units) for window, units in grown]
+        yield from self._extended(self._core.extend(self.id, parts, self._ttl_ms, keep=True), grown)
+
+    def _extended(self, flow: Flow[Record], otherwise: list[tuple[Window, int]]) -> Flow[None]:
+        try:
+            record = yield from flow
+        except StoreError:
+            raise
+        except (StoreUnavailable, UnknownHold) as error:
+            # Policy allow: what the store cannot be asked, or was never told, goes on without it.
+            if not self._core.allow or (self.guarded and isinstance(error, UnknownHold)):
+                raise
+            self.parts = otherwise
+            return
+        self.state = STATES[record.state]
+        self._deadline_ms = record.deadline_ms
+        reserved = {s.budget: s.reserved for s in record.segments}
+        self.parts = [(window, reserved[window.budget]) for window, _ in self.parts]
+
+    def commit_flow(self, amount: Amounts | None) -> Flow[Settlement]:
+        """Commits ``amount``, or what was accrued."""
+        check_amounts(amount)
+        accrued = self._accrued
+        segments = {w.budget: (w.flag, units, accrued.get(w.budget, 0)) for w, units in self.parts}
+        return self._settled(commit_modes(segments, amount))
+
+    def release_flow(self) -> Flow[Settlement]:
+        """Gives everything back."""
+        return self._settled(None)
+
+    def exit_flow(self, failed: bool, on_error: OnError) -> Flow[Settlement] | None:
+        """What leaving ``with limiter.hold(...)`` does; ``None`` for nothing."""
+        if self.settled:
+            return None
+        if any(self._accrued.values()):
+            return None if failed and on_error == "charge" else self.commit_flow(None)
+        if not failed:
+            return self._settled([("r", units) for _, units in self.parts])
+        return None if on_error == "charge" else self.release_flow()
+
+    def _settled(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
+        settlement = yield from self._core.settle_hold(self, amounts)
+        self.state = settlement.state
+        return settlement

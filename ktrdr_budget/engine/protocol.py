@@ -1,0 +1,232 @@
+"""What is said to the store and what it answers, without any I/O: sync, async and tests share all of it.
+
+A request is an :class:`Op` (one operation of the write script; many travel in one batch) or a :class:`Command` (a read,
+or a plain command). The words on the wire are described in the headers of ``lua/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import quote, unquote
+
+from ktrdr_budget.models import Budget, HoldState, HoldView, LedgerEntry, OnExpiry
+from ktrdr_budget.money import Amount, from_units
+from ktrdr_budget.periods import Span, from_ms
+
+if TYPE_CHECKING:
+    from ktrdr_budget.engine.keys import Keys
+
+__all__ = ["Command", "Head", "Op", "Record", "Reply", "Window", "encode_batch", "parse_batch", "parse_record"]
+
+LONGEST_HOLD_MS: Final = 86_400_000
+FLAGS: Final = {"u": "usd", "n": "count", "s": "slots"}
+STATES: Final[dict[str, HoldState]] = {
+    "o": "open",
+    "x": "unconfirmed",
+    "z": "released",
+    "c": "committed",
+    "r": "released",
+    "n": "recorded",
+}
+POLICIES: Final[dict[str, OnExpiry]] = {"c": "charge", "a": "accrued", "r": "release"}
+POLICY_CODES: Final = {policy: code for code, policy in POLICIES.items()}
+LEDGER_FIELDS: Final = (b"k", b"i", b"a", b"o", b"t")
+
+
+class Window:
+    """One budget in one period, ready for the wire. Equal windows of a process are one object."""
+
+    __slots__ = ("budget", "descriptor", "flag", "key", "ledger_key", "name", "span", "unit")
+
+    def __init__(self, keys: Keys, budget: str, span: Span, flag: str, definition: str, tail: str) -> None:
+        self.budget = budget
+        self.span = span
+        self.flag = flag
+        self.unit = "usd" if flag == "u" else "count"
+        self.name = f"{budget}:{span.name}"
+        self.key = keys.window(budget, span.name)
+        self.ledger_key = keys.ledger(budget, span.name)
+        self.descriptor = f"{budget} {span.name} {flag} {definition} {span.start_ms} {span.end_ms or 0} {tail}"
+
+
+def flag_of(budget: Budget) -> str:
+    """How a hold record marks this budget's amounts: ``u`` dollars, ``n`` a count, ``s`` slots."""
+    return "s" if budget.kind == "slots" else "u" if budget.unit == "usd" else "n"
+
+
+class Op:
+    """One operation of the write script.
+
+    ``parts`` are the windows that it touches, each with the text that follows the window's number on the wire.
+    """
+
+    __slots__ = ("grants", "head", "id", "key", "parts")
+
+    def __init__(
+        self, hold_id: str, key: str, head: str, parts: Sequence[tuple[Window, str]], grants: bool = False
+    ) -> None:
+        self.id = hold_id
+        self.key = key
+        self.head = head
+        self.parts = parts
+        self.grants = grants
+        """Whether this asks for money (and so is decided after everything that may give some back)."""
+
+
+class Command(NamedTuple):
+    """A read script (``script`` set) or a plain command of the store."""
+
+    script: str | None
+    keys: Sequence[str]
+    args: Sequence[str | int]
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The first line of a batch's reply."""
+
+    now_us: int
+    went_back: bool
+    writes: int
+    epoch: str | None
+    """Set when it differs from the one that the request knew."""
+    due: tuple[str, ...]
+
+
+class Reply(NamedTuple):
+    """The answer to one operation, and the head of its batch."""
+
+    line: str
+    head: Head
+
+
+def encode_batch(keys: Keys, header: str, ops: Sequence[Op]) -> tuple[list[str], list[str]]:
+    """``KEYS`` and ``ARGV`` of one call of the write script."""
+    numbers: dict[str, int] = {}
+    window_keys: list[str] = []
+    descriptors: list[str] = []
+    hold_keys: list[str] = []
+    rendered: list[str] = []
+    for op in ops:
+        text = op.head
+        for window, tail in op.parts:
+            number = numbers.get(window.key)
+            if number is None:
+                number = numbers[window.key] = len(descriptors) + 1
+                descriptors.append(window.descriptor)
+                window_keys.append(window.key)
+                window_keys.append(window.ledger_key)
+            text += f" {number}{tail}"
+        rendered.append(text)
+        hold_keys.append(op.key)
+    argv = [header.replace("#", str(len(descriptors))), *descriptors, *rendered]
+    return [keys.meta, keys.limits, keys.due, keys.unconfirmed, *window_keys, *hold_keys], argv
+
+
+def parse_batch(reply: bytes | str) -> tuple[Head, list[str]]:
+    """The head, and a line for each operation, in order."""
+    text = reply.decode() if isinstance(reply, bytes) else reply
+    lines = text.split("\n")
+    words = lines[0].split(" ")
+    epoch = None if words[3] == "-" else words[3]
+    head = Head(int(words[0]), words[1] == "L", int(words[2]), epoch, tuple(words[4:]))
+    del lines[0]
+    return head, lines
+
+
+class Segment(NamedTuple):
+    """One budget's part of a hold record, in whole units."""
+
+    flag: str
+    budget: str
+    window: str
+    reserved: int
+    accrued: int
+    charged: int
+
+    def amount(self, units: int) -> Amount:
+        """Units as dollars or a count."""
+        return from_units(units, FLAGS[self.flag])
+
+
+class Record(NamedTuple):
+    """A hold record, as the store keeps it."""
+
+    state: str
+    policy: str
+    deadline_ms: int
+    created_us: int
+    grown_us: int
+    owner: str
+    operation: str
+    trace_id: str
+    segments: tuple[Segment, ...]
+
+    def view(self, hold_id: str) -> HoldView:
+        """For the outside."""
+        return HoldView(
+            id=hold_id,
+            state=STATES[self.state],
+            amounts={s.budget: s.amount(s.reserved) for s in self.segments},
+            accrued={s.budget: s.amount(s.accrued) for s in self.segments},
+            charged={s.budget: s.amount(s.charged) for s in self.segments},
+            windows={s.budget: s.window for s in self.segments},
+            units={s.budget: FLAGS[s.flag] for s in self.segments},
+            on_expiry=POLICIES[self.policy],
+            created_at=from_ms(self.created_us // 1000),
+            expires_at=from_ms(self.deadline_ms),
+            owner=self.owner,
+            operation=self.operation,
+            trace_id=self.trace_id,
+            released_by_operator=self.state == "z",
+        )
+
+
+def parse_record(record: str) -> Record:
+    """Reads a hold record; its form is given in ``lua/prelude.lua``."""
+    head, *segments = record.split("|")
+    state, policy, deadline, created, grown, owner, operation, trace = head.split(" ")
+    parsed = []
+    for segment in segments:
+        flag, name, _base, reserved, accrued, charged = segment.split(",")
+        budget, _, window = name.rpartition(":")
+        parsed.append(Segment(flag, budget, window, int(reserved), int(accrued or 0), int(charged or 0)))
+    return Record(
+        state,
+        policy,
+        int(deadline),
+        int(created),
+        int(grown),
+        unword(owner),
+        unword(operation),
+        unword(trace),
+        tuple(parsed),
+    )
+
+
+def word(text: str) -> str:
+    """Any text as one word without the record's separators; ``-`` if empty."""
+    return quote(text, safe="/:@-._") if text and text != "-" else "%2D" if text else "-"
+
+
+def unword(encoded: str) -> str:
+    """The text that :func:`word` encoded."""
+    return "" if encoded == "-" else unquote(encoded)
+
+
+def parse_ledger_entry(entry_id: bytes, fields: Mapping[bytes, bytes] | Sequence[bytes], unit: str) -> LedgerEntry:
+    """One entry of a window's stream."""
+    values: Any = fields if isinstance(fields, Mapping) else dict(zip(fields[::2], fields[1::2], strict=True))
+    kind, hold_id, amount, operation, trace = (values[name].decode() for name in LEDGER_FIELDS)
+    entry = entry_id.decode()
+    return LedgerEntry(
+        entry_id=entry,
+        at=from_ms(int(entry.partition("-")[0])),
+        kind=kind,  # type: ignore[arg-type]  # the script's words
+        hold_id="" if hold_id == "-" else hold_id,
+        amount=from_units(int(amount), unit),
+        operation=unword(operation),
+        trace_id=unword(trace),
+    )

@@ -1,0 +1,42 @@
+"""Loads the Lua scripts of ``lua/``: from the wheel, an editable install or a checkout."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+
+__all__ = ["APPLY", "LIMITS", "STATUS", "VERIFY", "Script", "script"]
+
+_PARTS = {
+    "apply": ("prelude", "reserve", "record", "settle", "extend", "retire", "apply"),
+    "status": ("status",),
+    "limits": ("limits",),
+    "verify": ("verify",),
+}
+APPLY, STATUS, LIMITS, VERIFY = _PARTS
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A script's source, and the SHA-1 digest by which the store knows it once it is loaded."""
+
+    name: str
+    source: str
+    sha: str
+
+
+@cache
+def script(name: str) -> Script:
+    """The script of this name, put together from its parts."""
+    source = "\n".join(_read(part) for part in _PARTS[name])
+    return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+def _read(part: str) -> str:
+    packaged = files("ktrdr_budget").joinpath("lua", f"{part}.lua")
+    if packaged.is_file():
+        return packaged.read_text(encoding="utf-8")
+    return (Path(__file__).parents[2] / "lua" / f"{part}.lua").read_text(encoding="utf-8")

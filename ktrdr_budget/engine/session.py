@@ -1,0 +1,188 @@
+"""What one replica knows between requests: its budgets, the store's clock, and how far the store has acknowledged it."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import time
+from collections.abc import Callable, Iterable
+
+from ktrdr_budget.engine.keys import Keys
+from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Window, flag_of
+from ktrdr_budget.errors import InvalidArgument, UnknownBudget
+from ktrdr_budget.models import Budget, check_name
+from ktrdr_budget.periods import PERIODS, Span, window_at, window_named
+
+__all__ = ["Session"]
+
+_REMEMBERED_WINDOWS = 1024
+_FORGET_AFTER_MS = LONGEST_HOLD_MS
+
+
+class Session:
+    """The state of one replica towards one tenant. Does no I/O; the caller brings replies to :meth:`absorb`.
+
+    Args:
+        retention_ms: how long windows and ledgers stay after the longest hold of the window could have ended.
+        id_memory_ms: how long ids are remembered after settlement.
+        ledger_entries_max: above this a ledger's oldest entries are carried forward into one.
+    """
+
+    def __init__(
+        self,
+        tenant: str,
+        budgets: Iterable[Budget],
+        *,
+        retention_ms: int = 35 * 86_400_000,
+        id_memory_ms: int = 86_400_000,
+        ledger_entries_max: int = 1_000_000,
+    ) -> None:
+        self.tenant = check_name(tenant, "tenant")
+        self.keys = Keys(tenant)
+        self.retention_ms = retention_ms
+        self.id_memory_ms = id_memory_ms
+        self.ledger_entries_max = ledger_entries_max
+        self.budgets: dict[str, Budget] = {}
+        for budget in budgets:
+            if budget.name in self.budgets:
+                raise InvalidArgument(f"budget {budget.name!r} is given twice")
+            self.budgets[budget.name] = budget
+        self.losses = 0
+        """How often the store was seen to have gone back in time."""
+        self.on_loss: Callable[[], None] | None = None
+        self.renew()
+
+    def renew(self) -> None:
+        """Becomes a new replica: at the start, and in the child after a fork."""
+        self.replica_id = secrets.token_hex(6)
+        self._proposed_epoch = secrets.token_hex(16)
+        self._epoch = "-"
+        self._acknowledged = 0
+        self._heard_ms = 0.0
+        self._started_us = time.time_ns() // 1000
+        self._started_monotonic = time.monotonic()
+        self.contacted = False
+        self._offset_ms = time.time() * 1000 - time.monotonic() * 1000
+        self._serial = itertools.count(1)
+        self._current: dict[str, Window] = {}
+        self._windows: dict[str, Window] = {}
+        self._header = ""
+
+    # -- identity ------------------------------------------------------------------------------------------------------
+
+    def new_id(self) -> str:
+        """An id that no other replica makes."""
+        return f"{self.replica_id}-{next(self._serial)}"
+
+    @property
+    def header(self) -> str:
+        """The first argument of a batch; ``#`` stands for the number of windows."""
+        if not self._header:
+            # A replica that was silent for long may have been forgotten by the store: that is no loss.
+            forgotten = time.monotonic() * 1000 - self._heard_ms > _FORGET_AFTER_MS
+            self._header = (
+                f"{self.replica_id} {self._proposed_epoch} {self._epoch} {0 if forgotten else self._acknowledged} "
+                f"{self._started_us} # {self.id_memory_ms} {self.retention_ms} {self.ledger_entries_max}"
+            )
+        return self._header
+
+    # -- the store's clock ---------------------------------------------------------------------------------------------
+
+    def now_ms(self) -> int:
+        """The store's clock, as far as its last answer tells."""
+        return int(time.monotonic() * 1000 + self._offset_ms)
+
+    def set_clock(self, now_us: int) -> None:
+        """Learns the store's clock from a reply."""
+        monotonic = time.monotonic()
+        self._offset_ms = now_us / 1000 - monotonic * 1000
+        if not self.contacted:
+            self.contacted = True
+            # By the store's clock, so that replicas agree on who started last.
+            self._started_us = now_us - int((monotonic - self._started_monotonic) * 1e6)
+            self._header = ""
+
+    # -- loss ----------------------------------------------------------------------------------------------------------
+
+    def absorb(self, head: Head, sent_header: str) -> None:
+        """Learns from the head of a batch's reply, and notices a store that has gone back in time (P13)."""
+        self.set_clock(head.now_us)
+        self._heard_ms = time.monotonic() * 1000
+        if head.went_back and sent_header == self._header:
+            self.losses += 1
+            self._epoch, self._acknowledged = head.epoch or self._epoch, head.writes
+            self._header = ""
+            if self.on_loss is not None:
+                self.on_loss()
+            return
+        if not head.went_back and (head.epoch or head.writes > self._acknowledged):
+            self._epoch = head.epoch or self._epoch
+            self._acknowledged = max(head.writes, self._acknowledged)
+            self._header = ""
+
+    # -- windows -------------------------------------------------------------------------------------------------------
+
+    def budget(self, name: str) -> Budget:
+        """The configured budget of this name.
+
+        Raises:
+            UnknownBudget: there is none.
+        """
+        try:
+            return self.budgets[name]
+        except (KeyError, TypeError):
+            check_name(name, "budget name")
+            raise UnknownBudget(
+                f"unknown budget {name!r}; this limiter has: {', '.join(self.budgets) or 'none'}"
+            ) from None
+
+    def current_window(self, name: str) -> Window:
+        """The budget's window now."""
+        window = self._current.get(name)
+        if window is not None:
+            end_ms = window.span.end_ms
+            if end_ms is None or window.span.start_ms <= time.monotonic() * 1000 + self._offset_ms < end_ms:
+                return window
+        budget = self.budget(name)
+        window = self._window(budget, window_at(budget.period, budget.timezone, self.now_ms()))
+        self._current[name] = window
+        return window
+
+    def window(self, name: str, window_name: str, flag: str = "n") -> Window:
+        """A window by name, also of a budget that this replica was not given."""
+        budget = self.budgets.get(name)
+        if budget is not None:
+            try:
+                return self._window(budget, window_named(budget.period, budget.timezone, window_name))
+            except InvalidArgument:
+                pass  # the budget has been redefined since; its old windows are still settled
+        span = _guess_span(window_name)
+        return Window(self.keys, name, span, flag, "-", f"{self._expires_ms(span)} - ?")
+
+    def _window(self, budget: Budget, span: Span) -> Window:
+        key = f"{budget.name}:{span.name}"
+        window = self._windows.get(key)
+        if window is None:
+            if len(self._windows) >= _REMEMBERED_WINDOWS:
+                self._windows.clear()
+            limit = "-" if budget.limit_units is None else budget.limit_units
+            tail = f"{self._expires_ms(span)} {limit} !"
+            window = Window(self.keys, budget.name, span, flag_of(budget), budget.definition, tail)
+            self._windows[key] = window
+        return window
+
+    def _expires_ms(self, span: Span) -> int:
+        return 0 if span.end_ms is None else span.end_ms + LONGEST_HOLD_MS + self.retention_ms
+
+
+def _guess_span(window_name: str) -> Span:
+    """The bounds of a window whose timezone is not known here: widened by a day, which is more than any timezone."""
+    for period in PERIODS:
+        try:
+            span = window_named(period, "UTC", window_name)
+        except InvalidArgument:
+            continue
+        if span.end_ms is None:
+            return span
+        return Span(window_name, span.start_ms - LONGEST_HOLD_MS, span.end_ms + LONGEST_HOLD_MS)
+    return Span(window_name, 0, None)

@@ -1,0 +1,193 @@
+"""Connects to the store, and tells its failures apart. redis-py is imported at the first connection, not before."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from ktrdr_budget.engine.protocol import Command
+from ktrdr_budget.engine.scripts import APPLY, Script, script
+from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable
+
+if TYPE_CHECKING:
+    from ktrdr_budget.engine.embedded import EmbeddedServer
+
+__all__ = ["Store", "Transient", "mask_url"]
+
+_SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
+# Answers of a store that will soon answer otherwise: worth another try within the deadline.
+_PASSING = re.compile(r"\b(LOADING|BUSY|TRYAGAIN|CLUSTERDOWN|MASTERDOWN|READONLY|NOREPLICAS)\b")
+
+
+class Transient(Exception):
+    """The store did not answer, or not yet: another try may help. ``sent`` tells whether it may have been executed."""
+
+    def __init__(self, message: str, sent: bool) -> None:
+        super().__init__(message)
+        self.sent = sent
+
+
+def mask_url(url: str) -> str:
+    """The URL without its password and query, fit for logs and errors."""
+    parts = urlsplit(url)
+    host = parts.netloc.rpartition("@")[2]
+    user = f"{parts.username or ''}:***@" if "@" in parts.netloc else ""
+    return f"{parts.scheme}://{user}{host}{parts.path}"
+
+
+def check_url(url: str) -> str:
+    """Refuses a URL whose scheme no store speaks, without showing its secrets."""
+    if not isinstance(url, str) or urlsplit(url).scheme not in _SCHEMES:
+        raise InvalidArgument(f"the store's URL must start with one of {', '.join(s + '://' for s in _SCHEMES)}")
+    return url
+
+
+class Store:
+    """One store, reached through redis-py. Opens by itself; closing is final.
+
+    Args:
+        url: where it is; ``None`` starts or joins the embedded server.
+        data_dir: the embedded server's data directory.
+    """
+
+    def __init__(self, url: str | None, data_dir: str | None = None) -> None:
+        self._configured_url = None if url is None else check_url(url)
+        self._data_dir = data_dir
+        self._client: Any = None
+        self._server: EmbeddedServer | None = None
+        self._opening: asyncio.Lock | None = None
+
+    def __repr__(self) -> str:
+        return f"<Store {self.shown}>"
+
+    @property
+    def shown(self) -> str:
+        """Where the store is, without secrets."""
+        if self._configured_url is not None:
+            return mask_url(self._configured_url)
+        return self._server.url if self._server is not None else "embedded"
+
+    async def open(self) -> None:
+        """Makes the client; starts the embedded server if that is the store.
+
+        Raises:
+            StoreUnavailable: the embedded server does not start.
+        """
+        if self._client is not None:
+            return
+        if self._opening is None:
+            self._opening = asyncio.Lock()
+        async with self._opening:
+            if self._client is None:
+                self._client = _client(self._configured_url or await self._start_embedded())
+
+    async def _start_embedded(self) -> str:
+        from ktrdr_budget.engine import embedded
+
+        if self._server is None:
+            try:
+                self._server = await asyncio.to_thread(embedded.start, self._data_dir)
+            except embedded.EmbeddedServerError as error:
+                raise StoreError(str(error)) from None
+        return self._server.url
+
+    async def close(self) -> None:
+        """Closes connections, and lets go of the embedded server."""
+        client, self._client = self._client, None
+        if client is not None:
+            await client.aclose()
+        server, self._server = self._server, None
+        if server is not None:
+            await asyncio.to_thread(server.close)
+
+    def forget(self) -> None:
+        """In the child after a fork: the parent's connections are the parent's."""
+        self._client = None
+        self._opening = None
+
+    async def apply(self, keys: Sequence[str], args: Sequence[str]) -> Any:
+        """Runs one batch of the write script."""
+        return await self._evaluate(script(APPLY), keys, args)
+
+    async def run(self, command: Command) -> Any:
+        """Runs a read script or a plain command."""
+        if command.script is not None:
+            return await self._evaluate(script(command.script), command.keys, command.args)
+        return await self.execute(*command.args)
+
+    async def _evaluate(self, lua: Script, keys: Sequence[str], args: Sequence[str | int]) -> Any:
+        try:
+            return await self.execute("EVALSHA", lua.sha, len(keys), *keys, *args)
+        except _NoScript:
+            # EVAL loads it on the node that needs it, which SCRIPT LOAD would have to be told.
+            return await self.execute("EVAL", lua.source, len(keys), *keys, *args)
+
+    async def execute(self, *words: Any) -> Any:
+        """One command.
+
+        Raises:
+            Transient: no answer, or one that will pass.
+            StoreError: the store refuses.
+        """
+        await self.open()
+        try:
+            return await self._client.execute_command(*words)
+        except (OSError, EOFError) as error:
+            raise Transient(f"store at {self.shown}: {type(error).__name__}", sent=True) from None
+        except BudgetError:
+            raise
+        except Exception as error:
+            raise self._mapped(error) from None
+
+    def _mapped(self, error: Exception) -> Exception:
+        from redis import exceptions as redis_errors
+
+        text = f"store at {self.shown}: {_without_secrets(error)}"
+        if isinstance(error, redis_errors.NoScriptError) or str(error).startswith("NOSCRIPT"):
+            return _NoScript()
+        if isinstance(error, (redis_errors.AuthenticationError, redis_errors.AuthorizationError)):
+            return StoreError(text)
+        if isinstance(error, redis_errors.ClusterError) or _PASSING.search(str(error)):
+            return Transient(text, sent=False)
+        if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError)):
+            return Transient(text, sent=True)
+        if isinstance(error, redis_errors.RedisError):
+            return StoreError(text)
+        return error
+
+
+class _NoScript(Exception):
+    """The store does not have the script (a restart, SCRIPT FLUSH, another node)."""
+
+
+def _without_secrets(error: Exception) -> str:
+    """An error's first line; servers and drivers put no password there, but a URL may have got in."""
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"(\w+://)[^@\s/]*@", r"\1***@", line)[:300]
+
+
+def _client(url: str) -> Any:
+    """A redis-py client that does not retry: retries are bounded by each call's deadline, which it does not know."""
+    import redis.asyncio as redis
+    from redis.backoff import NoBackoff
+    from redis.retry import Retry
+
+    try:
+        scheme = urlsplit(url).scheme
+        if scheme.endswith("+cluster"):
+            plain = url.replace("+cluster", "", 1)
+            return redis.RedisCluster.from_url(plain, socket_timeout=None)
+        options: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "socket_timeout": None, "protocol": 2}
+        return redis.Redis.from_url(url, **options)
+    except (ValueError, TypeError) as error:
+        raise InvalidArgument(f"the store's URL is not usable: {_without_secrets(error)}") from None
+
+
+def unavailable(error: Exception | None, shown: str, timeout: float) -> StoreUnavailable:
+    """What a caller gets when its deadline has passed."""
+    if isinstance(error, Transient):
+        return StoreUnavailable(f"{error} (gave up after {timeout:g} s)", ambiguous=error.sent)
+    return StoreUnavailable(f"store at {shown} gave no answer within {timeout:g} s", ambiguous=True)

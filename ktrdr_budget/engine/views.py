@@ -1,0 +1,137 @@
+"""From figures of the store to the models of the outside."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from ktrdr_budget.engine.protocol import Window
+from ktrdr_budget.errors import BudgetMismatch, InvalidArgument
+from ktrdr_budget.models import Budget, Denial, Status
+from ktrdr_budget.money import MAX_UNITS, Amount, from_units
+from ktrdr_budget.periods import from_ms
+
+__all__ = ["denial", "entry_cursor", "holds_cursor", "page_size", "status_of", "told_amounts"]
+
+_PAGE_MAX = 1000
+
+
+def denial(window: Window, figures: Sequence[str], now_us: int) -> Denial:
+    """Why a window has no room, from the figures of the script: limit, spent, held, unconfirmed, requested, first deadline.
+
+    The reason is ``exceeds_limit`` if no window of this limit could hold the request, ``budget_held`` if it would fit
+    once all open holds were returned, else ``budget_exhausted``.
+    """
+    limit = MAX_UNITS if figures[0] == "-" else int(figures[0])
+    spent, held, unconfirmed, requested, deadline_ms = map(int, figures[1:])
+    if requested > limit:
+        reason = "exceeds_limit"
+    elif spent + unconfirmed + requested <= limit:
+        reason = "budget_held"
+    else:
+        reason = "budget_exhausted"
+    closed = spent + held + unconfirmed >= MAX_UNITS
+    remaining = 0 if closed else max(0, limit - spent - held - unconfirmed)
+    unit = window.unit
+
+    def out(units: int) -> Amount:
+        return from_units(units, unit)
+
+    return Denial(
+        budget=window.budget,
+        reason=reason,
+        limit=out(limit),
+        spent=out(spent),
+        held=out(held),
+        unconfirmed=out(unconfirmed),
+        remaining=out(remaining),
+        requested=out(requested),
+        fits=out(remaining),
+        retry_after=_retry_after(reason, window.span.end_ms, deadline_ms, now_us),
+        unit=unit,
+    )
+
+
+def _retry_after(reason: str, end_ms: int | None, deadline_ms: int, now_us: int) -> int | None:
+    """Whole seconds, rounded up; ``None`` when waiting cannot help."""
+    if reason == "exceeds_limit":
+        return None
+    candidates = [] if end_ms is None else [end_ms]
+    if reason == "budget_held" and deadline_ms:
+        candidates.append(deadline_ms)
+    if not candidates:
+        return None
+    return max(1, -((now_us - min(candidates) * 1000) // 1_000_000))
+
+
+def status_of(budget: Budget, window: Window, stored: Sequence[bytes | str], now_us: int) -> Status:
+    """A window's figures; one that nobody has touched reads as 0 spent."""
+    runtime, definition, configured, spent, held, unconfirmed, events, overruns = (
+        value.decode() if isinstance(value, bytes) else value for value in stored
+    )
+    if definition and definition != budget.definition:
+        raise BudgetMismatch(f"the store has window {window.name!r} with another definition: {definition}")
+    source, until_ms, limit = "configured", 0, configured or _units_text(budget)
+    if runtime:
+        word, until = runtime.split(" ")
+        if until == "0" or int(until) > now_us // 1000:
+            source, until_ms, limit = "runtime", int(until), word
+
+    def out(text: str) -> Amount:
+        return from_units(int(text or 0), budget.unit)
+
+    return Status(
+        budget=budget.name,
+        unit=budget.unit,
+        kind=budget.kind,
+        period=budget.period,
+        timezone=budget.timezone,
+        window=window.span.name,
+        starts_at=from_ms(window.span.start_ms) if window.span.end_ms else None,
+        resets_at=window.span.resets_at,
+        limit=None if limit == "-" else out(limit),
+        spent=out(spent),
+        held=out(held),
+        unconfirmed=out(unconfirmed),
+        events=int(events or 0),
+        overruns=int(overruns or 0),
+        limit_source=source,  # type: ignore[arg-type]  # one of the two words above
+        limit_until=from_ms(until_ms) if until_ms else None,
+        configured_limit=None if budget.limit_units is None else from_units(budget.limit_units, budget.unit),
+        as_of=from_ms(now_us // 1000),
+    )
+
+
+def _units_text(budget: Budget) -> str:
+    return "-" if budget.limit_units is None else str(budget.limit_units)
+
+
+def told_amounts(parts: Sequence[tuple[Window, str]], told: str) -> dict[str, Amount]:
+    """The amounts that a settlement reports, per budget."""
+    units = told.split(",")
+    if len(units) != len(parts):  # a release of a hold that the store has lost
+        units = ["0"] * len(parts)
+    return {window.budget: from_units(int(text), window.unit) for (window, _), text in zip(parts, units, strict=True)}
+
+
+def page_size(limit: int) -> int:
+    """How many items a page may have: 1 to 1000."""
+    if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _PAGE_MAX:
+        raise InvalidArgument(f"a page has 1 to {_PAGE_MAX} items, not {limit!r}")
+    return limit
+
+
+def entry_cursor(cursor: str) -> str:
+    """The id of a ledger entry."""
+    if not isinstance(cursor, str) or not re.fullmatch(r"\d{1,20}-\d{1,20}", cursor, re.ASCII):
+        raise InvalidArgument("not a cursor of this list")
+    return cursor
+
+
+def holds_cursor(cursor: str | None) -> tuple[int, int]:
+    """Which index of holds, and how far in."""
+    if cursor is None:
+        return 0, 0
+    if not isinstance(cursor, str) or not (found := re.fullmatch(r"([01])-(\d{1,9})", cursor, re.ASCII)):
+        raise InvalidArgument("not a cursor of this list")
+    return int(found[1]), int(found[2])

@@ -1,0 +1,291 @@
+"""The watcher: one small process per data directory that keeps its embedded server alive, and ends it.
+
+Locks (``flock``) in the data directory say who lives. The kernel drops a lock when its last holder dies,
+however it dies, so none goes stale, and nobody trusts a stored process id:
+
+================  ======================  ====================================================================
+``users.lock``    shared, by each user    the watcher waits for it exclusively: then no user is left
+``watcher.lock``  exclusive, the watcher  at most one watcher; if it is free, a user must start one
+``server.lock``   exclusive, the server   at most one server ever writes to the append-only file
+================  ======================  ====================================================================
+
+::
+
+    start -> adopt or launch a server -> it answers PING: tell the starter "ready"
+                      ^                               |
+                      |  back-off                     v
+                      +----------------------- the server died
+                                                      |  users.lock is ours: no user is left
+                                                      v
+                                         SHUTDOWN to the server; end
+
+The file is run by its path with ``python -I -S`` and imports only small parts of the standard library, for a
+newcomer waits for it. :mod:`ktrdr_budget.engine.embedded` starts it and shares its helpers.
+"""
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+
+USERS_LOCK = "users.lock"
+WATCHER_LOCK = "watcher.lock"
+SERVER_LOCK = "server.lock"
+LOG = "valkey.log"
+READY = "ready"
+REPORT_BYTES_MAX = 4096
+"""A pipe takes this much in one piece (``PIPE_BUF`` on Linux; macOS: enough for one short line)."""
+
+_PING_TIMEOUT_S = 1.0
+_READY_POLL_S = 0.002
+_STOP_TIMEOUT_S = 30.0
+_STEADY_S = 5.0
+"""A server that lived this long had not been struck down at once; its next restart is immediate."""
+_BACKOFF_S = (0.0, 0.0, 0.1, 0.5, 1.0, 2.0)
+"""Wait before a start, by the number of servers in a row that died before they were steady."""
+_FAILED_STARTS_MAX = 5
+_LOG_BYTES_MAX = 1 << 20
+
+
+def open_lock(data_dir: str, name: str) -> int:
+    """Open a lock file for its owner only, creating it; raises ``OSError``. No link is followed."""
+    return os.open(os.path.join(data_dir, name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def try_lock(data_dir: str, name: str, *, shared: bool = False) -> int | None:
+    """Take a lock at once: its descriptor, which to close lets go, or ``None`` when somebody holds it."""
+    import fcntl  # not at the top: this module is importable on Windows, where nothing here can run
+
+    fd = open_lock(data_dir, name)
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def wait_lock(data_dir: str, name: str) -> int:
+    """Block until the exclusive lock is ours; return its descriptor."""
+    import fcntl
+
+    fd = open_lock(data_dir, name)
+    fcntl.flock(fd, fcntl.LOCK_EX)
+    return fd
+
+
+def ask(socket_path: str, command: bytes) -> bytes | None:
+    """Send an inline command: the start of its reply, ``b""`` if the server hung up, ``None`` without it."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_PING_TIMEOUT_S)
+        connection.connect(socket_path)
+        connection.sendall(command + b"\r\n")
+        return connection.recv(64)
+    return None
+
+
+def is_ready(socket_path: str) -> bool:
+    """Whether a server answers there and has loaded its data (while it loads, it answers ``-LOADING``)."""
+    return (ask(socket_path, b"PING") or b"").startswith(b"+PONG")
+
+
+def log_tail(data_dir: str, *, offset: int = 0, lines: int = 3) -> str:
+    """The last lines of the server's log from a byte offset on, joined into one line; empty without a log."""
+    try:
+        with open(os.path.join(data_dir, LOG), "rb") as log:
+            log.seek(max(offset, log.seek(0, os.SEEK_END) - 4096))
+            written = log.read().decode(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return " | ".join([line.strip() for line in written if line.strip()][-lines:])
+
+
+class Watcher:
+    """Keeps one server for the users of a data directory; the working directory is the data directory."""
+
+    def __init__(self, data_dir: str, socket_path: str, binary: str, report_fd: int) -> None:
+        self._data_dir = data_dir
+        self._socket_path = socket_path
+        self._binary = binary
+        self._report_fd: int | None = report_fd
+        self._server_pid: int | None = None
+        self._log_offset = 0
+        self._ending = threading.Event()
+        self._server_died = threading.Event()
+        # Held over every launch, reaping and signal, so that no server starts once the last user has gone,
+        # and no signal goes to a process id that has been reaped.
+        self._mutex = threading.Lock()
+
+    def run(self) -> None:
+        """Keep a server until its last user has gone, or until it cannot be started.
+
+        The starter is told ``ready``, or why the first start failed. That is not tried again, unless somebody
+        killed the server.
+        """
+        threading.Thread(target=self._end_with_last_user, daemon=True).start()
+        early_deaths = failed_starts = 0
+        while failed_starts < _FAILED_STARTS_MAX and not self._ending.wait(_backoff_s(early_deaths)):
+            began_s = time.monotonic()
+            self._launch_unless_alive()
+            ready = self._await_ready()
+            if ready:
+                self.report(READY)
+            ended_by_itself = self._await_death()
+            if ended_by_itself and self._report_fd is not None:
+                break
+            failed_starts = 0 if ready else failed_starts + 1
+            early_deaths = early_deaths + 1 if time.monotonic() - began_s < _STEADY_S else 0
+        self.report(f"the server did not start: {log_tail(self._data_dir, offset=self._log_offset)}")
+
+    def report(self, news: str) -> None:
+        """Tell the starter, once; it may have died meanwhile."""
+        if self._report_fd is None:
+            return
+        with contextlib.suppress(BrokenPipeError):
+            os.write(self._report_fd, news.encode()[:REPORT_BYTES_MAX])
+        os.close(self._report_fd)
+        self._report_fd = None
+
+    def _launch_unless_alive(self) -> None:
+        """Start a server, unless one that an earlier watcher left is still alive: that one is adopted."""
+        self._server_died.clear()
+        lock_fd = try_lock(self._data_dir, SERVER_LOCK)
+        if lock_fd is None:
+            return
+        try:
+            with self._mutex:
+                if self._ending.is_set():
+                    return
+                self._log_offset = _prepare_log()
+                os.set_inheritable(lock_fd, True)  # the server holds the lock, whatever becomes of us
+                self._server_pid = os.posix_spawn(self._binary, self._command(), dict(os.environ))
+        finally:
+            os.close(lock_fd)
+
+    def _command(self) -> list[str]:
+        """The server's command line: a unix socket and no port; every write in the append-only file."""
+        options = {
+            "port": "0",
+            "unixsocket": self._socket_path,
+            "unixsocketperm": "700",
+            "logfile": LOG,
+            "save": "",
+            "appendonly": "yes",
+            "appendfsync": "everysec",
+            "aof-load-truncated": "yes",
+            "aof-use-rdb-preamble": "yes",
+            "maxmemory-policy": "noeviction",
+        }
+        return [self._binary, *(word for name, value in options.items() for word in (f"--{name}", value))]
+
+    def _is_alive(self) -> bool:
+        lock_fd = try_lock(self._data_dir, SERVER_LOCK)
+        if lock_fd is None:
+            return True
+        os.close(lock_fd)
+        return False
+
+    def _await_ready(self) -> bool:
+        """Wait until the server answers; ``False`` if it died before, or if its last user has gone."""
+        while not self._ending.wait(_READY_POLL_S):
+            if is_ready(self._socket_path):
+                return True
+            if not self._is_alive():
+                return False
+        return False
+
+    def _await_death(self) -> bool:
+        """Block until no server is alive, our child or an adopted one; whether it was ours and not killed."""
+        os.close(wait_lock(self._data_dir, SERVER_LOCK))
+        ended_by_itself = False
+        with self._mutex:
+            if self._server_pid is not None:
+                ended_by_itself = os.WIFEXITED(os.waitpid(self._server_pid, 0)[1])
+                self._server_pid = None
+            self._server_died.set()
+        return ended_by_itself
+
+    def _end_with_last_user(self) -> None:
+        """Wait for the last user to go, then end the server.
+
+        The lock is kept until this process ends, so a newcomer waits until the server has written everything,
+        and then starts another watcher.
+        """
+        wait_lock(self._data_dir, USERS_LOCK)
+        self._ending.set()
+        ask(self._socket_path, b"SHUTDOWN")  # ends it at once; a signal would wait for its next tick of 0.1 s
+        self._signal(signal.SIGTERM)  # it may be too busy, or still loading, to be asked
+        if not self._server_died.wait(_STOP_TIMEOUT_S):
+            self._signal(signal.SIGKILL)
+            # An adopted server that hangs cannot be killed safely; it is left to the next watcher.
+            self._server_died.wait(_PING_TIMEOUT_S)
+            os._exit(1)
+
+    def _signal(self, number: signal.Signals) -> None:
+        with self._mutex:
+            if self._server_pid is not None:
+                os.kill(self._server_pid, number)
+
+
+def _backoff_s(early_deaths: int) -> float:
+    return _BACKOFF_S[min(early_deaths, len(_BACKOFF_S) - 1)]
+
+
+def _prepare_log() -> int:
+    """Put a log that has grown large aside, point our own output to the log, and return its size in bytes."""
+    with contextlib.suppress(FileNotFoundError):
+        if os.stat(LOG).st_size > _LOG_BYTES_MAX:
+            os.replace(LOG, f"{LOG}.1")
+    log_fd = os.open(LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
+    os.dup2(log_fd, 1)
+    os.dup2(log_fd, 2)
+    size = os.fstat(log_fd).st_size
+    os.close(log_fd)
+    return size
+
+
+def _detach() -> None:
+    """Become nobody's child, and take back what was inherited from the starter.
+
+    Without a parent there is no zombie in a long-lived starter. The signals of a terminal or of a service
+    manager do not end us: users that are still finishing need the server. A no-op handler serves, for unlike
+    ``SIG_IGN`` it is not passed on to the server. ``SIGCHLD`` ignored, or signals blocked, as the starter may
+    have them, would break the server.
+    """
+    if os.fork():
+        os._exit(0)
+    os.umask(0o077)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
+        signal.signal(getattr(signal, name), lambda number, frame: None)
+
+
+def main(arguments: list[str]) -> None:
+    """Watch to the end. Arguments: data directory, socket path, server binary, lock and report descriptors.
+
+    ``watcher.lock`` arrives locked, as an inherited descriptor, so that no moment lies between the starter's
+    finding that there is no watcher and our holding the lock.
+    """
+    data_dir, socket_path, binary, lock_fd, report_fd = arguments
+    _detach()
+    os.set_inheritable(int(lock_fd), False)
+    os.set_inheritable(int(report_fd), False)
+    watcher = Watcher(data_dir, socket_path, binary, int(report_fd))
+    try:
+        watcher.run()
+    except OSError as exc:
+        watcher.report(f"the server did not start: {exc}")
+    # In this order: a newcomer that gets users.lock, which the end of the process frees, must find this free.
+    os.close(int(lock_fd))
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

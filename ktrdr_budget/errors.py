@@ -1,0 +1,145 @@
+"""Every error that ktrdr-budget raises on purpose.
+
+::
+
+    BudgetError
+    ├── BudgetExceeded            a limit denies; nothing was written
+    ├── HoldConflict              the id is known with other contents, or is settled otherwise
+    ├── UnknownHold               no hold has this id (never reserved, or forgotten after settlement)
+    ├── UnknownBudget             no budget of this limiter has this name
+    ├── StoreUnavailable          the store gave no answer within the deadline
+    │   └── StoreError            the store answered with an error (out of memory, read-only, no permission, …)
+    └── InvalidArgument           (also a ValueError) a bad name, id or option; nothing was sent
+        ├── InvalidAmount         not a finite, non-negative amount below 2**53 units
+        └── BudgetMismatch        the stored window has another unit, period, timezone or kind
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ktrdr_budget.models import Denial
+    from ktrdr_budget.money import Amount
+
+__all__ = [
+    "BudgetError",
+    "BudgetExceeded",
+    "BudgetMismatch",
+    "HoldConflict",
+    "InvalidAmount",
+    "InvalidArgument",
+    "StoreError",
+    "StoreUnavailable",
+    "UnknownBudget",
+    "UnknownHold",
+]
+
+
+class BudgetError(Exception):
+    """Base of all errors of this package."""
+
+
+class BudgetExceeded(BudgetError):
+    """A budget has no room for the request; nothing was written.
+
+    Carries the fields of :class:`~ktrdr_budget.models.Denial`: ``budget, reason, limit, spent, held, unconfirmed,
+    remaining, requested, fits, retry_after``.
+    """
+
+    def __init__(self, denial: Denial) -> None:
+        super().__init__(denial)
+        self.denial = denial
+
+    def __str__(self) -> str:
+        return self.denial.message
+
+    @property
+    def budget(self) -> str:
+        """Name of the first budget, in the order given, that denied."""
+        return self.denial.budget
+
+    @property
+    def reason(self) -> str:
+        """``exceeds_limit``, ``budget_held`` or ``budget_exhausted``."""
+        return self.denial.reason
+
+    @property
+    def limit(self) -> Amount:
+        """The limit in force."""
+        return self.denial.limit
+
+    @property
+    def spent(self) -> Amount:
+        """Confirmed spend of the window."""
+        return self.denial.spent
+
+    @property
+    def held(self) -> Amount:
+        """Sum of the open holds."""
+        return self.denial.held
+
+    @property
+    def unconfirmed(self) -> Amount:
+        """Charged for holds whose worker did not report in time."""
+        return self.denial.unconfirmed
+
+    @property
+    def remaining(self) -> Amount:
+        """``max(0, limit - spent - held - unconfirmed)``."""
+        return self.denial.remaining
+
+    @property
+    def requested(self) -> Amount:
+        """What was asked of this budget."""
+        return self.denial.requested
+
+    @property
+    def fits(self) -> Amount:
+        """The largest amount that this budget would have granted instead."""
+        return self.denial.fits
+
+    @property
+    def retry_after(self) -> int | None:
+        """Whole seconds, rounded up, until trying again can help; ``None`` if waiting cannot help."""
+        return self.denial.retry_after
+
+
+class HoldConflict(BudgetError):
+    """The id is in use with other contents, or the hold was already settled differently. Nothing was changed."""
+
+
+class UnknownHold(BudgetError):
+    """No hold has this id: it was never granted, or it was settled longer ago than ids are remembered (24 h)."""
+
+
+class UnknownBudget(BudgetError, LookupError):
+    """The limiter was not given a budget of this name."""
+
+
+class StoreUnavailable(BudgetError):
+    """The store could not be asked within the deadline.
+
+    ``ambiguous`` is true when the request may have been executed although its reply did not arrive. Repeating it with
+    the same id is safe.
+    """
+
+    def __init__(self, message: str, *, ambiguous: bool = False) -> None:
+        super().__init__(message)
+        self.ambiguous = ambiguous
+
+
+class StoreError(StoreUnavailable):
+    """The store answered, but with an error: nothing was admitted."""
+
+
+class InvalidArgument(BudgetError, ValueError):
+    """A name, id or option is not usable; nothing was sent."""
+
+
+class InvalidAmount(InvalidArgument):
+    """An amount is not a number, not finite, negative, fractional for a count, or 2**53 units or more."""
+
+
+class BudgetMismatch(InvalidArgument):
+    """Unit, period, timezone or kind of a budget disagree with the window in the store."""

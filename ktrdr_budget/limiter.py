@@ -1,0 +1,415 @@
+"""The asynchronous limiter: one spend cap, held by the store, for every replica."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
+from datetime import datetime
+from types import TracebackType
+from typing import Any, Literal
+
+from ktrdr_budget.engine.amounts import Amounts
+from ktrdr_budget.engine.coalescer import Coalescer, Observer
+from ktrdr_budget.engine.flows import Core
+from ktrdr_budget.engine.holds import HoldBase, OnError
+from ktrdr_budget.engine.session import Session
+from ktrdr_budget.engine.store import Store
+from ktrdr_budget.errors import BudgetError, HoldConflict, InvalidArgument, StoreUnavailable, UnknownHold
+from ktrdr_budget.models import (
+    TTL_DEFAULT_S,
+    TTL_MAX_S,
+    Budget,
+    HoldView,
+    LedgerEntry,
+    OnExpiry,
+    Page,
+    Settlement,
+    Status,
+)
+from ktrdr_budget.money import AmountIn
+
+__all__ = ["AsyncBudgetLimiter", "AsyncHold"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+OnStoreError = Literal["deny", "allow"]
+
+
+class AsyncHold(HoldBase):
+    """An open reservation. Settle it with :meth:`commit` or :meth:`release`; prolong it with :meth:`extend`."""
+
+    __slots__ = ()
+
+    async def extend(self, ttl: float | None = None) -> None:
+        """Heartbeat: a new deadline ``ttl`` seconds from now (as reserved, by default), and what was accrued.
+
+        Revives a hold that had expired. No hold lives longer than 24 h after it was granted.
+
+        Raises:
+            BudgetExceeded: it had expired, had given money back, and that money is gone.
+            HoldConflict: it is settled.
+            UnknownHold: the store does not know it.
+            StoreUnavailable: no answer within the deadline.
+        """
+        await _coalescer(self).submit(self.extend_flow(ttl), "extend")
+
+    async def grow(self, amount: Amounts) -> None:
+        """Adds to the reservation, in all budgets or in none.
+
+        Raises:
+            BudgetExceeded: a budget has no room; nothing changed.
+            HoldConflict, UnknownHold, StoreUnavailable: as for :meth:`extend`.
+        """
+        await _coalescer(self).submit(self.grow_flow(amount), "grow")
+
+    async def commit(self, amount: Amounts | None = None) -> Settlement:
+        """Records what it really cost: never refused for lack of budget, for being late or above the reservation.
+
+        Args:
+            amount: a scalar for every ``usd`` budget (counts then commit what was reserved), or a mapping (what it
+                leaves out is 0); by default what was accrued.
+
+        Raises:
+            HoldConflict: it was settled otherwise before.
+            StoreUnavailable: no answer within the deadline. Trying again is safe.
+        """
+        return await _coalescer(self).submit(self.commit_flow(amount), "commit")  # type: ignore[no-any-return]
+
+    async def release(self) -> Settlement:
+        """Gives everything back. Errors as for :meth:`commit`."""
+        return await _coalescer(self).submit(self.release_flow(), "release")  # type: ignore[no-any-return]
+
+
+def _coalescer(hold: HoldBase) -> Coalescer:
+    return hold._core.driver  # type: ignore[no-any-return]
+
+
+class LimiterBase:
+    """What the sync and the async limiter are made of.
+
+    Args:
+        url: ``redis://``, ``rediss://``, ``unix://`` or ``redis+cluster://``; ``None`` starts or joins the embedded
+            server of ``data_dir``.
+        budgets: the budgets of this replica, each with its configured limit.
+        tenant: names the slot that all keys live in.
+        timeout: seconds within which each call ends.
+        on_store_error: ``deny`` (raise :class:`~ktrdr_budget.errors.StoreUnavailable`), or ``allow``: admit unchecked,
+            and record the spend when the store is back.
+        data_dir: the embedded server's data (default: ``AGENT_BUDGET_DIR`` or ``data/budget``).
+        observer: is told of each finished call; what it raises is logged and changes nothing.
+        trace_id: tells the current trace id, for the ledger.
+
+    Raises:
+        InvalidArgument: an option is not usable.
+    """
+
+    _hold_class: type[HoldBase]
+
+    def __init__(
+        self,
+        url: str | None = None,
+        budgets: Iterable[Budget] = (),
+        *,
+        tenant: str = "default",
+        timeout: float = 1.0,
+        on_store_error: OnStoreError = "deny",
+        data_dir: str | os.PathLike[str] | None = None,
+        observer: Observer | None = None,
+        trace_id: Callable[[], str] | None = None,
+    ) -> None:
+        if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= 3600:
+            raise InvalidArgument(f"timeout must be more than 0 and at most 3600 seconds, not {timeout!r}")
+        if on_store_error not in ("deny", "allow"):
+            raise InvalidArgument(f"on_store_error must be 'deny' or 'allow', not {on_store_error!r}")
+        self._session = Session(tenant, budgets)
+        self._session.on_loss = self._report_loss
+        self._core = Core(self._session, self._hold_class, allow=on_store_error == "allow", trace_id=trace_id)
+        self._store = Store(url, None if data_dir is None else os.fspath(data_dir))
+        self._timeout = float(timeout)
+        self._coalescer = Coalescer(self._core, self._store, self._timeout, observer)
+        self._core.driver = self._coalescer
+
+    def __repr__(self) -> str:
+        return (
+            f"<{type(self).__name__} tenant={self.tenant!r} store={self._store.shown!r} budgets={list(self.budgets)}>"
+        )
+
+    @property
+    def tenant(self) -> str:
+        """Whose budgets these are."""
+        return self._session.tenant
+
+    @property
+    def budgets(self) -> Mapping[str, Budget]:
+        """The configured budgets, by name."""
+        return self._session.budgets
+
+    @property
+    def store_url(self) -> str:
+        """Where the store is, without secrets."""
+        return self._store.shown
+
+    @property
+    def losses(self) -> int:
+        """How often this replica saw that the store had gone back in time (P13)."""
+        return self._session.losses
+
+    @property
+    def deferred(self) -> int:
+        """Settlements that an unreachable store has yet to be told (policy ``allow``)."""
+        return len(self._core.deferred)
+
+    def _report_loss(self) -> None:
+        logger.error(
+            "the store at %s has lost writes that it had acknowledged to replica %s (tenant %s): spend may be missing",
+            self._store.shown,
+            self._session.replica_id,
+            self.tenant,
+        )
+
+
+class AsyncBudgetLimiter(LimiterBase):
+    """One hard cap for every replica that uses the same store and tenant.
+
+    Use it as ``async with AsyncBudgetLimiter(url, [Budget("agent", limit="5.00")]) as limiter``. It belongs to the event
+    loop of its first use. Calls of that loop that are made while a round trip is under way travel together in the next.
+    """
+
+    _hold_class = AsyncHold
+
+    async def __aenter__(self) -> AsyncBudgetLimiter:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def start(self) -> None:
+        """Connects. A store that is down does not hinder a start: calls say so, and recover by themselves.
+
+        Raises:
+            StoreError: the embedded server does not start, or the store refuses this user.
+        """
+        await self._store.open()
+        try:
+            await self._coalescer.submit(self._core.status([]), "start")
+        except StoreUnavailable as error:
+            logger.warning("starting without the store: %s", error)
+
+    async def close(self) -> None:
+        """Lets what was begun finish, and disconnects."""
+        await self._coalescer.close()
+
+    # -- reserve and settle --------------------------------------------------------------------------------------------
+
+    async def reserve(
+        self,
+        budget: str | Mapping[str, AmountIn],
+        amount: AmountIn | None = None,
+        *,
+        id: str | None = None,
+        ttl: float = TTL_DEFAULT_S,
+        on_expiry: OnExpiry = "charge",
+        operation: str = "",
+        owner: str = "",
+    ) -> AsyncHold:
+        """Holds an estimate before the work; all budgets of a mapping or none.
+
+        Args:
+            budget: a name with ``amount``, or a mapping of names to amounts; the order decides which denial is told.
+            id: makes a retry harmless: the same id and contents return the same hold, marked ``replayed``.
+            ttl: seconds, 1 to 86400, until the hold expires unless it is extended.
+            on_expiry: what an expired hold counts: ``charge`` all, ``accrued`` what was reported, ``release`` nothing.
+            operation: a label for the ledger.
+            owner: who may settle it once it is unconfirmed (used by the HTTP service).
+
+        Raises:
+            BudgetExceeded: no room; nothing was written.
+            HoldConflict: the id is in use with other contents.
+            InvalidArgument, UnknownBudget: refused before anything is sent.
+            StoreUnavailable: no answer within the deadline (policy ``deny``).
+        """
+        flow = self._core.reserve(budget, amount, id, ttl, on_expiry, operation, owner)
+        return await self._coalescer.submit(flow, "reserve")  # type: ignore[no-any-return]
+
+    @asynccontextmanager
+    async def hold(
+        self,
+        budget: str | Mapping[str, AmountIn],
+        amount: AmountIn | None = None,
+        *,
+        id: str | None = None,
+        ttl: float = TTL_DEFAULT_S,
+        on_expiry: OnExpiry = "charge",
+        on_error: OnError = "release",
+        operation: str = "",
+        owner: str = "",
+    ) -> AsyncIterator[AsyncHold]:
+        """Reserves, heartbeats at a third of ``ttl`` while the block runs, and settles on leaving.
+
+        Settled inside: leaving does nothing. Normal exit: commits what was accrued, or what was reserved if nothing was.
+        Exception or cancellation: commits what was accrued, or releases if nothing was; with ``on_error="charge"`` the
+        hold is kept instead, and comes due.
+
+        Raises:
+            As for :meth:`reserve` and :meth:`commit`.
+        """
+        if on_error not in ("release", "charge"):
+            raise InvalidArgument(f"on_error must be 'release' or 'charge', not {on_error!r}")
+        hold = await self.reserve(budget, amount, id=id, ttl=ttl, on_expiry=on_expiry, operation=operation, owner=owner)
+        heartbeat = _Heartbeat(self._coalescer, hold)
+        try:
+            yield hold
+        except BaseException:
+            heartbeat.stop()
+            await self._leave(hold, True, on_error)
+            raise
+        else:
+            heartbeat.stop()
+            await self._leave(hold, False, on_error)
+
+    async def _leave(self, hold: HoldBase, failed: bool, on_error: OnError) -> None:
+        flow = hold.exit_flow(failed, on_error)
+        if flow is None:
+            return
+        try:
+            await self._coalescer.submit(flow, "settle")
+        except BudgetError as error:
+            if not failed:
+                raise
+            # The block's own error is the one to tell; this one leaves the hold to its expiry.
+            logger.warning("hold %s could not be settled: %s", hold.id, error)
+
+    async def commit(self, id: str, amount: Amounts | None = None) -> Settlement:
+        """Commits a hold of any process by its id; see :meth:`AsyncHold.commit`.
+
+        Raises:
+            UnknownHold: no such hold, or settled longer ago than ids are remembered.
+        """
+        return await self._coalescer.submit(self._core.settle_id(id, amount), "commit")  # type: ignore[no-any-return]
+
+    async def release(self, id: str, *, operator: bool = False) -> Settlement:
+        """Releases a hold of any process by its id.
+
+        Args:
+            operator: done by hand for a worker that seems dead. If it comes back after all, its commit still counts.
+        """
+        flow = self._core.settle_id(id, None, release=True, operator=operator)
+        return await self._coalescer.submit(flow, "release")  # type: ignore[no-any-return]
+
+    async def extend(self, id: str, ttl: float = TTL_DEFAULT_S, *, accrued: Amounts | None = None) -> HoldView:
+        """Heartbeat by id; ``accrued`` is the total so far. See :meth:`AsyncHold.extend`."""
+        return await self._coalescer.submit(self._core.extend_id(id, ttl, accrued), "extend")  # type: ignore[no-any-return]
+
+    async def grow(self, id: str, amounts: Mapping[str, AmountIn], *, ttl: float = TTL_DEFAULT_S) -> HoldView:
+        """Raises a reservation to new totals by id, all budgets or none, so that a retry is harmless.
+
+        ``ttl`` matters only if the hold had expired.
+        """
+        return await self._coalescer.submit(self._core.grow_id(id, amounts, ttl), "grow")  # type: ignore[no-any-return]
+
+    async def record(
+        self,
+        budget: str | Mapping[str, AmountIn],
+        amount: AmountIn | None = None,
+        *,
+        id: str | None = None,
+        operation: str = "",
+    ) -> Settlement:
+        """Spend without a reservation: a fact, so never refused for lack of budget.
+
+        Raises:
+            HoldConflict: the id is in use with other contents.
+            StoreUnavailable: no answer within the deadline (policy ``deny``). Trying again with the same id is safe.
+        """
+        flow = self._core.record(budget, amount, id, operation)
+        return await self._coalescer.submit(flow, "record")  # type: ignore[no-any-return]
+
+    # -- reads ---------------------------------------------------------------------------------------------------------
+
+    async def status(self, budget: str) -> Status:
+        """A budget's window now.
+
+        Raises:
+            UnknownBudget: this limiter was not given it.
+            StoreUnavailable: unknown is not "all remaining".
+        """
+        return (await self._coalescer.submit(self._core.status([budget]), "status"))[0]  # type: ignore[no-any-return]
+
+    async def statuses(self) -> list[Status]:
+        """All budgets of this limiter, at one instant."""
+        return await self._coalescer.submit(self._core.status(None), "status")  # type: ignore[no-any-return]
+
+    async def get(self, id: str) -> HoldView:
+        """A hold by id.
+
+        Raises:
+            UnknownHold: no such hold, or settled longer ago than ids are remembered.
+        """
+        return await self._coalescer.submit(self._core.hold_view(id), "get")  # type: ignore[no-any-return]
+
+    async def holds(self, budget: str, *, limit: int = 100, cursor: str | None = None) -> Page[HoldView]:
+        """Open, then unconfirmed holds of a budget, newest deadline first; ``limit`` 1 to 1000."""
+        return await self._coalescer.submit(self._core.holds(budget, limit, cursor), "holds")  # type: ignore[no-any-return]
+
+    async def ledger(
+        self, budget: str, window: str | None = None, *, limit: int = 100, cursor: str | None = None
+    ) -> Page[LedgerEntry]:
+        """The entries of a window (the current one by default), newest first; ``limit`` 1 to 1000."""
+        flow = self._core.ledger(budget, window, limit, cursor)
+        return await self._coalescer.submit(flow, "ledger")  # type: ignore[no-any-return]
+
+    # -- limits --------------------------------------------------------------------------------------------------------
+
+    async def set_limit(self, budget: str, limit: AmountIn | None, until: datetime | str | None = None) -> Status:
+        """Changes a limit for all replicas: for good, ``until`` an aware datetime, or ``"window"`` (its end).
+
+        A run-time limit wins over configuration. ``None`` is uncapped.
+        """
+        return await self._coalescer.submit(self._core.set_limit(budget, limit, until), "set_limit")  # type: ignore[no-any-return]
+
+    async def clear_limit(self, budget: str) -> Status:
+        """Returns to the configured limit."""
+        return await self._coalescer.submit(self._core.clear_limit(budget), "clear_limit")  # type: ignore[no-any-return]
+
+
+class _Heartbeat:
+    """Extends a hold at a third of its ttl, until stopped or until there is nothing left to extend."""
+
+    __slots__ = ("_coalescer", "_hold", "_timer")
+
+    def __init__(self, coalescer: Coalescer, hold: HoldBase) -> None:
+        self._coalescer = coalescer
+        self._hold = hold
+        self._timer: asyncio.TimerHandle | None = None
+        if not hold.settled:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        self._timer = self._coalescer.bind().call_later(min(self._hold.ttl, TTL_MAX_S) / 3, self._beat)
+
+    def _beat(self) -> None:
+        self._timer = None
+        if not self._hold.settled:
+            future = self._coalescer.submit(self._hold.extend_flow(None), "heartbeat")
+            future.add_done_callback(self._beaten)
+            self._timer = future
+
+    def _beaten(self, future: Any) -> None:
+        stopped, self._timer = self._timer is not future, None
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            logger.warning("heartbeat of hold %s failed: %s", self._hold.id, error)
+        if not stopped and not isinstance(error, (HoldConflict, UnknownHold)):
+            self._schedule()
+
+    def stop(self) -> None:
+        """No further heartbeat. One that is under way finishes before what is sent next, or is harmless after it."""
+        timer, self._timer = self._timer, None
+        if isinstance(timer, asyncio.TimerHandle):
+            timer.cancel()

@@ -1,0 +1,267 @@
+"""The synchronous limiter: the same flows, driven by one background event loop that its threads share.
+
+So threads gain what tasks do: calls that are made while a round trip is under way travel together in the next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import os
+import threading
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import datetime
+from types import TracebackType
+from typing import Any
+
+from ktrdr_budget.engine.amounts import Amounts
+from ktrdr_budget.engine.flows import Flow
+from ktrdr_budget.engine.holds import HoldBase, OnError
+from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreUnavailable
+from ktrdr_budget.limiter import LimiterBase, _Heartbeat, logger
+from ktrdr_budget.models import TTL_DEFAULT_S, HoldView, LedgerEntry, OnExpiry, Page, Settlement, Status
+from ktrdr_budget.money import AmountIn
+
+__all__ = ["BudgetLimiter", "Hold"]
+
+
+class _Portal:
+    """A daemon thread with an event loop, started at first use, and anew in a forked child."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._pid = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The running loop."""
+        if self._loop is None or self._pid != os.getpid():
+            self._start()
+        assert self._loop is not None
+        return self._loop
+
+    def _start(self) -> None:
+        if self._pid != os.getpid():
+            self._lock = threading.Lock()  # the parent's may have been held at the fork
+        with self._lock:
+            if self._loop is not None and self._pid == os.getpid():
+                return
+            loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=loop.run_forever, name="ktrdr-budget", daemon=True)
+            self._thread.start()
+            self._pid, self._loop = os.getpid(), loop
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        """Runs a coroutine there, and waits."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop()).result()
+
+    def stop(self) -> None:
+        """Ends the thread."""
+        loop, thread = self._loop, self._thread
+        if loop is None or thread is None or self._pid != os.getpid():
+            return
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+        self._loop = self._thread = None
+
+
+class Hold(HoldBase):
+    """An open reservation; :class:`~ktrdr_budget.limiter.AsyncHold` without ``await``."""
+
+    __slots__ = ()
+
+    def extend(self, ttl: float | None = None) -> None:
+        """See :meth:`AsyncHold.extend`."""
+        _runner(self)(self.extend_flow(ttl), "extend")
+
+    def grow(self, amount: Amounts) -> None:
+        """See :meth:`AsyncHold.grow`."""
+        _runner(self)(self.grow_flow(amount), "grow")
+
+    def commit(self, amount: Amounts | None = None) -> Settlement:
+        """See :meth:`AsyncHold.commit`."""
+        return _runner(self)(self.commit_flow(amount), "commit")  # type: ignore[no-any-return]
+
+    def release(self) -> Settlement:
+        """See :meth:`AsyncHold.release`."""
+        return _runner(self)(self.release_flow(), "release")  # type: ignore[no-any-return]
+
+
+def _runner(hold: HoldBase) -> Callable[[Flow[Any], str], Any]:
+    return hold._core.runner  # type: ignore[no-any-return]
+
+
+class BudgetLimiter(LimiterBase):
+    """:class:`~ktrdr_budget.limiter.AsyncBudgetLimiter` without ``await``, safe to share between threads.
+
+    Arguments, results and errors are the same. ``with BudgetLimiter(url, budgets) as limiter`` closes it.
+    """
+
+    _hold_class = Hold
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._portal = _Portal()
+        self._core.runner = self._run
+
+    __init__.__doc__ = LimiterBase.__doc__
+
+    def __enter__(self) -> BudgetLimiter:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """See :meth:`AsyncBudgetLimiter.start`."""
+        self._portal.run(self._store.open())
+        try:
+            self._run(self._core.status([]), "start")
+        except StoreUnavailable as error:
+            logger.warning("starting without the store: %s", error)
+
+    def close(self) -> None:
+        """Lets what was begun finish, and disconnects."""
+        self._portal.run(self._coalescer.close())
+        self._portal.stop()
+
+    def _run(self, flow: Flow[Any], operation: str) -> Any:
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        self._portal.loop().call_soon_threadsafe(self._submit, flow, operation, future)
+        try:
+            return future.result()
+        except BaseException:
+            future.cancel()  # Ctrl-C while waiting: what is granted to nobody is released
+            raise
+
+    def _submit(self, flow: Flow[Any], operation: str, future: concurrent.futures.Future[Any]) -> None:
+        try:
+            self._coalescer.submit(flow, operation, future)
+        except BaseException as error:
+            future.set_exception(error)
+
+    # -- reserve and settle --------------------------------------------------------------------------------------------
+
+    def reserve(
+        self,
+        budget: str | Mapping[str, AmountIn],
+        amount: AmountIn | None = None,
+        *,
+        id: str | None = None,
+        ttl: float = TTL_DEFAULT_S,
+        on_expiry: OnExpiry = "charge",
+        operation: str = "",
+        owner: str = "",
+    ) -> Hold:
+        """See :meth:`AsyncBudgetLimiter.reserve`."""
+        flow = self._core.reserve(budget, amount, id, ttl, on_expiry, operation, owner)
+        return self._run(flow, "reserve")  # type: ignore[no-any-return]
+
+    @contextmanager
+    def hold(
+        self,
+        budget: str | Mapping[str, AmountIn],
+        amount: AmountIn | None = None,
+        *,
+        id: str | None = None,
+        ttl: float = TTL_DEFAULT_S,
+        on_expiry: OnExpiry = "charge",
+        on_error: OnError = "release",
+        operation: str = "",
+        owner: str = "",
+    ) -> Iterator[Hold]:
+        """See :meth:`AsyncBudgetLimiter.hold`."""
+        if on_error not in ("release", "charge"):
+            raise InvalidArgument(f"on_error must be 'release' or 'charge', not {on_error!r}")
+        hold = self.reserve(budget, amount, id=id, ttl=ttl, on_expiry=on_expiry, operation=operation, owner=owner)
+        heartbeat = self._portal.run(self._heartbeat(hold))
+        try:
+            yield hold
+        except BaseException:
+            self._portal.loop().call_soon_threadsafe(heartbeat.stop)
+            self._leave(hold, True, on_error)
+            raise
+        else:
+            self._portal.loop().call_soon_threadsafe(heartbeat.stop)
+            self._leave(hold, False, on_error)
+
+    async def _heartbeat(self, hold: Hold) -> _Heartbeat:
+        return _Heartbeat(self._coalescer, hold)
+
+    def _leave(self, hold: Hold, failed: bool, on_error: OnError) -> None:
+        flow = hold.exit_flow(failed, on_error)
+        if flow is None:
+            return
+        try:
+            self._run(flow, "settle")
+        except BudgetError as error:
+            if not failed:
+                raise
+            logger.warning("hold %s could not be settled: %s", hold.id, error)
+
+    def commit(self, id: str, amount: Amounts | None = None) -> Settlement:
+        """See :meth:`AsyncBudgetLimiter.commit`."""
+        return self._run(self._core.settle_id(id, amount), "commit")  # type: ignore[no-any-return]
+
+    def release(self, id: str, *, operator: bool = False) -> Settlement:
+        """See :meth:`AsyncBudgetLimiter.release`."""
+        return self._run(self._core.settle_id(id, None, release=True, operator=operator), "release")  # type: ignore[no-any-return]
+
+    def extend(self, id: str, ttl: float = TTL_DEFAULT_S, *, accrued: Amounts | None = None) -> HoldView:
+        """See :meth:`AsyncBudgetLimiter.extend`."""
+        return self._run(self._core.extend_id(id, ttl, accrued), "extend")  # type: ignore[no-any-return]
+
+    def grow(self, id: str, amounts: Mapping[str, AmountIn], *, ttl: float = TTL_DEFAULT_S) -> HoldView:
+        """See :meth:`AsyncBudgetLimiter.grow`."""
+        return self._run(self._core.grow_id(id, amounts, ttl), "grow")  # type: ignore[no-any-return]
+
+    def record(
+        self,
+        budget: str | Mapping[str, AmountIn],
+        amount: AmountIn | None = None,
+        *,
+        id: str | None = None,
+        operation: str = "",
+    ) -> Settlement:
+        """See :meth:`AsyncBudgetLimiter.record`."""
+        return self._run(self._core.record(budget, amount, id, operation), "record")  # type: ignore[no-any-return]
+
+    # -- reads ---------------------------------------------------------------------------------------------------------
+
+    def status(self, budget: str) -> Status:
+        """See :meth:`AsyncBudgetLimiter.status`."""
+        return self._run(self._core.status([budget]), "status")[0]  # type: ignore[no-any-return]
+
+    def statuses(self) -> list[Status]:
+        """See :meth:`AsyncBudgetLimiter.statuses`."""
+        return self._run(self._core.status(None), "status")  # type: ignore[no-any-return]
+
+    def get(self, id: str) -> HoldView:
+        """See :meth:`AsyncBudgetLimiter.get`."""
+        return self._run(self._core.hold_view(id), "get")  # type: ignore[no-any-return]
+
+    def holds(self, budget: str, *, limit: int = 100, cursor: str | None = None) -> Page[HoldView]:
+        """See :meth:`AsyncBudgetLimiter.holds`."""
+        return self._run(self._core.holds(budget, limit, cursor), "holds")  # type: ignore[no-any-return]
+
+    def ledger(
+        self, budget: str, window: str | None = None, *, limit: int = 100, cursor: str | None = None
+    ) -> Page[LedgerEntry]:
+        """See :meth:`AsyncBudgetLimiter.ledger`."""
+        return self._run(self._core.ledger(budget, window, limit, cursor), "ledger")  # type: ignore[no-any-return]
+
+    # -- limits --------------------------------------------------------------------------------------------------------
+
+    def set_limit(self, budget: str, limit: AmountIn | None, until: datetime | str | None = None) -> Status:
+        """See :meth:`AsyncBudgetLimiter.set_limit`."""
+        return self._run(self._core.set_limit(budget, limit, until), "set_limit")  # type: ignore[no-any-return]
+
+    def clear_limit(self, budget: str) -> Status:
+        """See :meth:`AsyncBudgetLimiter.clear_limit`."""
+        return self._run(self._core.clear_limit(budget), "clear_limit")  # type: ignore[no-any-return]

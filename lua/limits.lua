@@ -1,0 +1,19 @@
+-- limits.lua: sets or clears a limit at run time, for all replicas.
+--
+-- KEYS   1 limits (hash)
+-- ARGV   1 budget   2 limit in units, '-' for uncapped, '' to clear   3 until_ms, 0 for good
+-- returns the store's time in microseconds. What has ended is removed on the way, so that the hash stays small.
+
+local time = redis.call('TIME')
+local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+local all = redis.call('HGETALL', KEYS[1])
+for i = 1, #all, 2 do
+  local until_ms = tonumber(string.match(all[i + 1], ' (%d+)'))
+  if until_ms > 0 and until_ms <= now_ms then redis.call('HDEL', KEYS[1], all[i]) end
+end
+if ARGV[2] == '' then
+  redis.call('HDEL', KEYS[1], ARGV[1])
+else
+  redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
+end
+return string.format('%.0f', time[1] * 1000000 + time[2])

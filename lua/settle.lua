@@ -1,0 +1,117 @@
+-- settle.lua: commits or releases a hold. Spend is a fact: a commit is never refused for lack of budget, for being late,
+-- or for being more than was reserved.
+--
+-- op     C id operator lost window:mode+units …     commit; mode x exactly, r what was reserved, a at least what was accrued
+--        L id operator lost window:x0 …             release
+--        operator 1: done by hand; the worker's later commit still corrects it
+--        lost 1: if the store has lost the hold, a commit is recorded in the windows named, a release is done
+-- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, n recorded without a hold, -
+--        p flags units,units…    done before, the same
+--        c record                settled otherwise before, or not a hold
+--        u                       unknown id
+--        v record                windows of the hold are missing in the request
+
+local function wanted(amounts)
+  local modes, values = {}, {}
+  for i, mode, amount in gmatch(amounts, '(%d+):(%a)(%d+)') do
+    local name = windows[tonumber(i)].name
+    modes[name], values[name] = mode, amount
+  end
+  return modes, values
+end
+
+-- What a commit makes of one segment, as text.
+local function actual(segment, modes, values)
+  if segment.flag == 's' then return '0' end
+  local mode = modes[segment.name]
+  if mode == 'r' then return segment.reserved end
+  local value = values[segment.name] or '0'
+  if mode == 'a' and units(segment.accrued) > tonumber(value) then return segment.accrued end
+  return value
+end
+
+local function charges(hold)
+  local told = {}
+  for i = 1, #hold.segments do
+    local charged = hold.segments[i].charged
+    told[i] = charged == '' and '0' or charged
+  end
+  return table.concat(told, ',')
+end
+
+-- Takes back what a segment counts while it is unsettled; returns that for a charge after expiry, else 0.
+local function take_back(hold, segment, w)
+  if hold.state == 'o' then
+    add(w, 'held', -counted(segment))
+    return 0
+  end
+  local charged = units(segment.charged)
+  add(w, 'unconfirmed', -charged)
+  return charged
+end
+
+local function leave_indexes(hold, id)
+  if hold.state == 'o' then set_due(id, false) else set_unconfirmed(id, false) end
+end
+
+function operations.C(fields, key)
+  local id, _, lost, amounts = match(fields, '^(%S+) (%d) (%d) (.+)$')
+  if lost == '1' and not records[key] then
+    return 'k n ' .. record_spend(id, key, 'c', '-', '-', amounts)
+  end
+  local hold, ws = open_record(id, key)
+  if not hold then return ws end
+  local state = hold.state
+  if state == 'r' or state == 'n' then return 'c ' .. records[key] end
+  local modes, values = wanted(amounts)
+  local told, overrun = {}, ''
+  for i = 1, #hold.segments do
+    told[i] = actual(hold.segments[i], modes, values)
+    if tonumber(told[i]) > tonumber(hold.segments[i].reserved) then overrun = 'o' end
+  end
+  if state == 'c' then
+    local before = charges(hold)
+    return before == table.concat(told, ',') and 'p - ' .. before or 'c ' .. records[key]
+  end
+  for i = 1, #hold.segments do
+    local segment, w = hold.segments[i], ws[i]
+    local back = take_back(hold, segment, w)
+    if segment.flag ~= 's' then
+      local amount = tonumber(told[i])
+      spend(w, state == 'o' and 'commit' or 'correction', id, amount, back == 0 and told[i] or text(amount - back),
+        hold.operation, hold.trace)
+      if amount > tonumber(segment.reserved) then add(w, 'overruns', 1) end
+    end
+    segment.charged = told[i]
+  end
+  leave_indexes(hold, id)
+  local flags = overrun .. (state == 'o' and '' or 'l')
+  hold.state = 'c'
+  store_record(key, hold, 'PX', memory_ms)
+  return 'k ' .. (flags == '' and '-' or flags) .. ' ' .. table.concat(told, ',')
+end
+
+function operations.L(fields, key)
+  local id, operator, lost = match(fields, '^(%S+) (%d) (%d)')
+  if lost == '1' and not records[key] then return 'k n 0' end
+  local hold, ws = open_record(id, key)
+  if not hold then return ws end
+  local state = hold.state
+  if state == 'c' or state == 'n' then return 'c ' .. records[key] end
+  if state == 'r' or (state == 'z' and operator == '1') then return 'p - ' .. charges(hold) end
+  for i = 1, #hold.segments do
+    local segment, w = hold.segments[i], ws[i]
+    local back = take_back(hold, segment, w)
+    if back > 0 then ledger(w, 'release', id, text(-back), hold.operation, hold.trace) end
+    segment.charged = ''
+  end
+  leave_indexes(hold, id)
+  if operator == '1' then
+    hold.state = 'z'
+    store_record(key, hold, 'KEEPTTL') -- not resolved: the worker may yet come back
+  else
+    hold.state = 'r'
+    store_record(key, hold, 'PX', memory_ms)
+  end
+  return 'k ' .. (state == 'o' and '-' or 'l') .. ' ' .. charges(hold)
+end

@@ -41,7 +41,7 @@ def parse_limit(text: str) -> Amount | None:
 
 
 def daily_limit(environment: Mapping[str, str] = os.environ) -> Amount | None:
-    """``AGENT_DAILY_BUDGET`` (or ``KTRDR_AGENT_DAILY_BUDGET``) in dollars; ``None`` for ``unlimited``; $5.00 if not set.
+    """``AGENT_DAILY_BUDGET`` (or ``KTRDR_AGENT_DAILY_BUDGET``) in dollars: $5.00 if not set, ``None`` if ``unlimited``.
 
     Raises:
         InvalidAmount: it is neither an amount nor ``unlimited``.

@@ -174,8 +174,8 @@ class LimiterBase:
 class AsyncBudgetLimiter(LimiterBase):
     """One hard cap for every replica that uses the same store and tenant.
 
-    Use it as ``async with AsyncBudgetLimiter(url, [Budget("agent", limit="5.00")]) as limiter``. It belongs to the event
-    loop of its first use. Calls of that loop that are made while a round trip is under way travel together in the next.
+    Use it as ``async with AsyncBudgetLimiter(url, [Budget("agent", limit="5.00")]) as limiter``. It belongs to the
+    event loop of its first use; calls that are made there while a round trip is under way travel together in the next.
     """
 
     _hold_class = AsyncHold
@@ -252,8 +252,8 @@ class AsyncBudgetLimiter(LimiterBase):
     ) -> AsyncIterator[AsyncHold]:
         """Reserves, heartbeats at a third of ``ttl`` while the block runs, and settles on leaving.
 
-        Settled inside: leaving does nothing. Normal exit: commits what was accrued, or what was reserved if nothing was.
-        Exception or cancellation: commits what was accrued, or releases if nothing was; with ``on_error="charge"`` the
+        Settled inside: leaving does nothing. Normal exit: commits what was accrued, or all that was reserved if nothing
+        was. Exception or cancellation: commits what was accrued, or releases if nothing was; with ``on_error="charge"`` the
         hold is kept instead, and comes due.
 
         Raises:

@@ -6,7 +6,7 @@ Money is ``Decimal`` dollars, counts are ``int``, instants are aware UTC datetim
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Generic, Literal, TypeVar
@@ -251,7 +251,7 @@ class Page(Generic[Item]):
     items: tuple[Item, ...]
     next_cursor: str | None
 
-    def __iter__(self):  # type: ignore[no-untyped-def]
+    def __iter__(self) -> Iterator[Item]:
         return iter(self.items)
 
     def __len__(self) -> int:

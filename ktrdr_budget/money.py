@@ -40,7 +40,7 @@ def to_units(amount: AmountIn, unit: str = "usd", *, round_down: bool = False, p
         # A bool is an int to Python, and True == 1 to the cache: it is refused before either can mistake it.
         if isinstance(amount, bool):
             raise InvalidAmount(f"amount must be a number, not {amount!r}")
-        units = _to_units(amount, type(amount), unit, round_down)
+        units = _to_units(amount, unit, round_down)
     except TypeError:
         raise InvalidAmount(f"amount must be a Decimal, str, int or float, not {type(amount).__name__}") from None
     if positive and units == 0:
@@ -48,8 +48,8 @@ def to_units(amount: AmountIn, unit: str = "usd", *, round_down: bool = False, p
     return units
 
 
-@lru_cache(maxsize=4096)
-def _to_units(amount: AmountIn, kind: type, unit: str, round_down: bool) -> int:
+@lru_cache(maxsize=4096, typed=True)
+def _to_units(amount: AmountIn, unit: str, round_down: bool) -> int:
     value = _decimal(amount)
     if not value.is_finite():
         raise InvalidAmount(f"amount must be finite, not {amount!r}")
@@ -89,7 +89,7 @@ def _decimal(amount: object) -> Decimal:
 
 @lru_cache(maxsize=4096)
 def from_units(units: int, unit: str = "usd") -> Amount:
-    """The amount for the outside: ``Decimal`` dollars (at least two decimals, none superfluous), or an ``int`` count."""
+    """The amount for the outside: ``Decimal`` dollars (two decimals, more if they matter), or an ``int`` count."""
     if unit != USD:
         return units
     whole, nanos = divmod(abs(units), NANOS_PER_USD)
@@ -103,5 +103,5 @@ def format_amount(amount: Amount | None, unit: str = "usd") -> str:
         return "unlimited"
     if unit != USD:
         return f"{amount} {unit}"
-    text = f"{from_units(to_units(abs(amount)))}"
-    return f"{'-' if amount < 0 else ''}${text}"
+    sign, plain = ("-", -amount) if amount < 0 else ("", amount)
+    return f"{sign}${from_units(to_units(plain))}"

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from ktrdr_budget.engine.flows import Core, Flow
+from ktrdr_budget.engine.holds import HoldBase
 from ktrdr_budget.engine.protocol import Command, Op, Reply, encode_batch, parse_batch
 from ktrdr_budget.engine.store import Store, Transient, unavailable
 from ktrdr_budget.errors import BudgetError, StoreUnavailable
-from ktrdr_budget.engine.holds import HoldBase
 
 __all__ = ["Coalescer", "Observation", "Observer"]
 

@@ -18,7 +18,6 @@ from ktrdr_budget.engine.protocol import (
     Command,
     Op,
     Record,
-    Reply,
     Window,
     parse_ledger_entry,
     parse_record,
@@ -51,8 +50,8 @@ from ktrdr_budget.money import AmountIn, from_units, to_units
 from ktrdr_budget.periods import to_ms, window_at, window_named
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.session import Session
     from ktrdr_budget.engine.holds import HoldBase
+    from ktrdr_budget.engine.session import Session
 
 __all__ = ["Core", "Flow"]
 
@@ -169,7 +168,7 @@ class Core:
     # -- settle --------------------------------------------------------------------------------------------------------
 
     def settle_hold(self, hold: HoldBase, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
-        """Commits (``amounts``: a mode and units for each part) or releases (``None``) a hold whose windows are known."""
+        """Commits (``amounts``: mode and units of each part) or releases (``None``) a hold whose windows are known."""
         letter = "L" if amounts is None else "C"
         settled = amounts or [("x", 0)] * len(hold.parts)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
@@ -270,15 +269,15 @@ class Core:
         """A heartbeat (or, with ``keep``, only growth) with cumulative totals: window, accrued, reserved."""
         tails = [(window, f":{accrued}:{reserved}") for window, accrued, reserved in parts]
         op = Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {int(keep)}", tails, True)
-        for _ in range(_RETIRE_ROUNDS):
+        rounds = 0
+        while True:
             line, answer = yield op
             if line[0] == "e":
                 return parse_record(line[2:])
-            if line[0] == "d" and answer.due:
-                yield from self._retire(answer.due)
-            else:
-                break
-        raise self._error(line, hold_id, answer.now_us, op)
+            rounds += 1
+            if line[0] != "d" or not answer.due or rounds == _RETIRE_ROUNDS:
+                raise self._error(line, hold_id, answer.now_us, op)
+            yield from self._retire(answer.due)
 
     def extend_id(self, hold_id: str, ttl: float, accrued: Amounts | None) -> Flow[HoldView]:
         """A heartbeat by id; ``accrued`` is the total so far."""
@@ -291,7 +290,7 @@ class Core:
         return (yield from self.extend(hold_id, parts, ttl_ms)).view(hold_id)
 
     def grow_id(self, hold_id: str, amounts: Mapping[str, AmountIn], ttl: float) -> Flow[HoldView]:
-        """Raises the reservation to new totals, by id, all budgets or none. A total below the present one changes nothing."""
+        """Raises the reservation to new totals, by id, in all budgets or in none; never lowers it."""
         ttl_ms = check_ttl_ms(ttl)
         check_name(hold_id, "id")
         check_amounts(amounts)
@@ -320,7 +319,8 @@ class Core:
         """Budgets now; holds that are due are retired first, so that they show as unconfirmed."""
         session = self.session
         budgets = [session.budget(name) for name in (session.budgets if names is None else names)]
-        for _ in range(_RETIRE_ROUNDS):
+        rounds = 0
+        while True:
             windows = [session.current_window(budget.name) for budget in budgets]
             reply = yield self._status_command(windows)
             now_us = int(reply[0])
@@ -328,10 +328,11 @@ class Core:
             now_ms = now_us // 1000
             if not all(window.span.contains(now_ms) for window in windows):
                 continue
-            if not reply[2]:
-                break
+            rounds += 1
+            if not reply[2] or rounds == _RETIRE_ROUNDS:
+                figures = zip(budgets, windows, reply[3:], strict=True)
+                return [status_of(budget, window, stored, now_us) for budget, window, stored in figures]
             yield from self._retire([_str(hold_id) for hold_id in reply[2]])
-        return [status_of(b, w, stored, now_us) for b, w, stored in zip(budgets, windows, reply[3:], strict=True)]
 
     def _status_command(self, windows: Sequence[Window]) -> Command:
         keys = self.session.keys
@@ -346,15 +347,16 @@ class Core:
 
     def _read(self, hold_id: str) -> Flow[Record]:
         """A hold's record, retired if it is due."""
-        for _ in range(2):
+        retired = False
+        while True:
             stored = yield Command(None, (), ("GET", self.session.keys.hold(hold_id)))
             if not stored:
                 raise UnknownHold(f"unknown hold {hold_id!r}")
             record = parse_record(_str(stored))
-            if record.state != "o" or record.deadline_ms > self.session.now_ms():
-                break
+            if retired or record.state != "o" or record.deadline_ms > self.session.now_ms():
+                return record
             yield from self._retire_records({hold_id: record})
-        return record
+            retired = True
 
     def holds(self, name: str, limit: int, cursor: str | None) -> Flow[Page[HoldView]]:
         """Open and unconfirmed holds of a budget, newest deadline first."""

@@ -45,7 +45,7 @@ class HoldBase:
         self._accrued: dict[str, int] = {}
         self.state: HoldState = "open"
         self.guarded = guarded
-        """False if the store was unreachable and policy ``allow`` admitted: this spend was not checked against a cap."""
+        """False if the store was unreachable and policy ``allow`` admitted: no cap was checked."""
         self.replayed = record is not None
         """The same reservation had been granted before; this is that hold, as it is now."""
         if record is not None:

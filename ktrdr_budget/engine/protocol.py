@@ -224,7 +224,7 @@ def parse_ledger_entry(entry_id: bytes, fields: Mapping[bytes, bytes] | Sequence
     return LedgerEntry(
         entry_id=entry,
         at=from_ms(int(entry.partition("-")[0])),
-        kind=kind,  # type: ignore[arg-type]  # the script's words
+        kind=kind,
         hold_id="" if hold_id == "-" else hold_id,
         amount=from_units(int(amount), unit),
         operation=unword(operation),

@@ -1,4 +1,4 @@
-"""What one replica knows between requests: its budgets, the store's clock, and how far the store has acknowledged it."""
+"""What one replica knows between requests: its budgets, the store's clock, and what the store has acknowledged."""
 
 from __future__ import annotations
 

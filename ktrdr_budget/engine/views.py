@@ -17,7 +17,7 @@ _PAGE_MAX = 1000
 
 
 def denial(window: Window, figures: Sequence[str], now_us: int) -> Denial:
-    """Why a window has no room, from the figures of the script: limit, spent, held, unconfirmed, requested, first deadline.
+    """Why a window has no room; ``figures``: limit, spent, held, unconfirmed, requested, first deadline.
 
     The reason is ``exceeds_limit`` if no window of this limit could hold the request, ``budget_held`` if it would fit
     once all open holds were returned, else ``budget_exhausted``.

@@ -23,6 +23,9 @@ The file is run by its path with ``python -I -S`` and imports only small parts o
 newcomer waits for it. :mod:`ktrdr_budget.engine.embedded` starts it and shares its helpers.
 """
 
+# Without pathlib, whose import would double the time until this runs.
+# ruff: noqa: PTH105, PTH116, PTH118, PTH123
+
 import contextlib
 import os
 import signal
@@ -30,6 +33,8 @@ import socket
 import sys
 import threading
 import time
+
+StrPath = str | os.PathLike[str]
 
 USERS_LOCK = "users.lock"
 WATCHER_LOCK = "watcher.lock"
@@ -50,12 +55,12 @@ _FAILED_STARTS_MAX = 5
 _LOG_BYTES_MAX = 1 << 20
 
 
-def open_lock(data_dir: str, name: str) -> int:
+def open_lock(data_dir: StrPath, name: str) -> int:
     """Open a lock file for its owner only, creating it; raises ``OSError``. No link is followed."""
     return os.open(os.path.join(data_dir, name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
-def try_lock(data_dir: str, name: str, *, shared: bool = False) -> int | None:
+def try_lock(data_dir: StrPath, name: str, *, shared: bool = False) -> int | None:
     """Take a lock at once: its descriptor, which to close lets go, or ``None`` when somebody holds it."""
     import fcntl  # not at the top: this module is importable on Windows, where nothing here can run
 
@@ -71,7 +76,7 @@ def try_lock(data_dir: str, name: str, *, shared: bool = False) -> int | None:
     return fd
 
 
-def wait_lock(data_dir: str, name: str) -> int:
+def wait_lock(data_dir: StrPath, name: str) -> int:
     """Block until the exclusive lock is ours; return its descriptor."""
     import fcntl
 
@@ -80,22 +85,22 @@ def wait_lock(data_dir: str, name: str) -> int:
     return fd
 
 
-def ask(socket_path: str, command: bytes) -> bytes | None:
+def ask(socket_path: StrPath, command: bytes) -> bytes | None:
     """Send an inline command: the start of its reply, ``b""`` if the server hung up, ``None`` without it."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_PING_TIMEOUT_S)
-        connection.connect(socket_path)
+        connection.connect(os.fspath(socket_path))
         connection.sendall(command + b"\r\n")
         return connection.recv(64)
     return None
 
 
-def is_ready(socket_path: str) -> bool:
+def is_ready(socket_path: StrPath) -> bool:
     """Whether a server answers there and has loaded its data (while it loads, it answers ``-LOADING``)."""
     return (ask(socket_path, b"PING") or b"").startswith(b"+PONG")
 
 
-def log_tail(data_dir: str, *, offset: int = 0, lines: int = 3) -> str:
+def log_tail(data_dir: StrPath, *, offset: int = 0, lines: int = 3) -> str:
     """The last lines of the server's log from a byte offset on, joined into one line; empty without a log."""
     try:
         with open(os.path.join(data_dir, LOG), "rb") as log:

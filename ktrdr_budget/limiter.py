@@ -253,8 +253,8 @@ class AsyncBudgetLimiter(LimiterBase):
         """Reserves, heartbeats at a third of ``ttl`` while the block runs, and settles on leaving.
 
         Settled inside: leaving does nothing. Normal exit: commits what was accrued, or all that was reserved if nothing
-        was. Exception or cancellation: commits what was accrued, or releases if nothing was; with ``on_error="charge"`` the
-        hold is kept instead, and comes due.
+        was. Exception or cancellation: commits what was accrued, or releases if nothing was; with ``on_error="charge"`` the hold
+        is kept instead, and comes due.
 
         Raises:
             As for :meth:`reserve` and :meth:`commit`.

@@ -4,83 +4,71 @@
 -- op     E id ttl_ms keep window:accrued:reserved …    keep 1: an open hold keeps its deadline (growth)
 -- reply  e record    as it is now
 --        d …         denied as for reserve: the growth, or the return of an expired hold, has no room; nothing changed
---        c record    the hold is settled
+--        c record    the hold is settled, or has lived its 24 h
 --        u, v record as for settle
 --
 -- Spend that was reported needs no admission. What does: a larger reservation, and the revival of an expired hold that
 -- had given money back; in the windows that admitted the hold, with the limit that is in force there.
 
-local function totals_given(amounts)
-  local accrued, reserved = {}, {}
-  for i, a, r in gmatch(amounts, '(%d+):(%d+):(%d+)') do
-    local name = windows[tonumber(i)].name
-    accrued[name], reserved[name] = tonumber(a), tonumber(r)
-  end
-  return accrued, reserved
-end
-
 -- How one segment changes: new totals, what it counted, what it will count, and what of the difference needs room.
 local function change_of(hold, segment, accrued, reserved)
-  local slots = segment.flag == 's'
   local new_reserved = max(tonumber(segment.reserved), reserved or 0)
-  local new_accrued = slots and 0 or max(units(segment.accrued), accrued or 0)
+  local new_accrued = segment.flag == 's' and 0 or max(units(segment.accrued), accrued or 0)
   local before = hold.state == 'o' and counted(segment) or units(segment.charged)
   local after = max(new_reserved, new_accrued)
   return { reserved = new_reserved, accrued = new_accrued, before = before, after = after,
     fact = max(before, new_accrued) - before, room = max(0, after - max(before, new_accrued)) }
 end
 
-local function lacking(changes, ws)
+local function lacking(hold, changes)
   for i = 1, #changes do
-    local change = changes[i]
-    if change.room > 0 and not admits(load(ws[i]), change.fact + change.room) then
-      return deny(ws[i], text(change.room))
-    end
+    local change, w = changes[i], by_name[hold.segments[i].name]
+    if change.room > 0 and not admits(load(w), change.fact + change.room) then return deny(w, text(change.room)) end
   end
 end
 
-local function apply_change(id, hold, segment, w, change)
+local function apply_change(id, hold, segment, change)
+  local w = by_name[segment.name]
   if hold.state == 'o' then
     add(w, 'held', change.after - change.before)
   else
     add(w, 'unconfirmed', -change.before)
     add(w, 'held', change.after)
-    if change.before > 0 then ledger(w, 'revival', id, text(-change.before), hold.operation, hold.trace) end
+    if change.before > 0 then ledger(w, 'revival', id, text(-change.before), hold) end
+  end
+  if hold.state ~= 'o' or change.after ~= change.before then -- verify.lua asks since when it counts this much
+    hold.origin = match(hold.origin, '^(%d+) ') .. ' ' .. now_us_text .. ' ' .. match(hold.origin, '(%S+)$')
   end
   if change.reserved > tonumber(segment.reserved) then
     if segment.base == '' then segment.base = segment.reserved end
     segment.reserved = text(change.reserved)
   end
-  if hold.state ~= 'o' or change.after ~= change.before then -- verify.lua wants to know since when it counts this much
-    hold.origin = match(hold.origin, '^(%d+) ') .. ' ' .. now_us_text .. ' ' .. match(hold.origin, '(%S+)$')
-  end
   segment.accrued = change.accrued > 0 and text(change.accrued) or ''
   segment.charged = ''
 end
 
--- No hold lives longer than 24 h after it was granted.
-local function new_deadline(hold, ttl)
-  local created_us = tonumber(match(hold.origin, '^(%d+)'))
-  return math.min(now_ms + tonumber(ttl), floor(created_us / 1000) + LONGEST_HOLD_MS)
-end
-
-function operations.E(fields, key)
-  local id, ttl, keep, amounts = match(fields, '^(%S+) (%d+) (%d) (.*)$')
-  local hold, ws = open_record(id, key)
-  if not hold then return ws end
+function operations.E(op, key)
+  local id, ttl, keep, amounts = match(op, '^E (%S+) (%d+) (%d) (.*)$')
+  local hold, why = find(id, key)
+  if not hold then return why end
   local state = hold.state
   if state == 'c' or state == 'r' or state == 'n' then return 'c ' .. records[key] end
-  local deadline = new_deadline(hold, ttl)
+  local created_ms = tonumber(match(hold.origin, '^(%d+)%d%d%d '))
+  local deadline = math.min(now_ms + ttl, created_ms + 86400000)
   if deadline <= now_ms then return 'c ' .. records[key] end
-  local accrued, reserved = totals_given(amounts)
+  local accrued, reserved = {}, {}
+  for i, a, r in gmatch(amounts, '(%d+):(%d+):(%d+)') do
+    local name = windows[tonumber(i)].name
+    accrued[name], reserved[name] = tonumber(a), tonumber(r)
+  end
   local changes = {}
   for i = 1, #hold.segments do
     local segment = hold.segments[i]
     changes[i] = change_of(hold, segment, accrued[segment.name], reserved[segment.name])
   end
-  local denied = lacking(changes, ws)
+  local denied = lacking(hold, changes)
   if denied then return denied end
-  for i = 1, #changes do apply_change(id, hold, hold.segments[i], ws[i], changes[i]) end
+  for i = 1, #changes do apply_change(id, hold, hold.segments[i], changes[i]) end
   if state ~= 'o' or keep == '0' then
     hold.deadline = text(deadline)
     set_due(id, hold.deadline)

@@ -1,6 +1,6 @@
 -- limits.lua: sets or clears a limit at run time, for all replicas.
 --
--- KEYS   1 limits (hash)
+-- KEYS   1 limits (hash)   2 meta (hash; its field `limits` tells whether there are any)
 -- ARGV   1 budget   2 limit in units, '-' for uncapped, '' to clear   3 until_ms, 0 for good
 -- returns the store's time in microseconds. What has ended is removed on the way, so that the hash stays small.
 
@@ -16,4 +16,9 @@ if ARGV[2] == '' then
 else
   redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
 end
-return string.format('%.0f', time[1] * 1000000 + time[2])
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  redis.call('HSET', KEYS[2], 'limits', '1')
+else
+  redis.call('HDEL', KEYS[2], 'limits')
+end
+return time[1] .. string.format('%06d', time[2])

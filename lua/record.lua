@@ -1,63 +1,52 @@
 -- record.lua: spend without a reservation. Never refused for lack of budget.
 --
--- op     N id late operation trace window:units window:units…     late 1: the window may have ended, or not begun
+-- op     N id late operation trace window:units …    late 1: the window may have ended, or not begun
+--        K id late operation trace window:units …    the commit of a hold that the store has lost; late is 1
 -- reply  k - units,units…    recorded
---        p record            recorded before with the same contents; nothing changed
+--        p - units,units…    recorded before with the same contents; nothing changed
 --        c record            the id is in use with other contents
 --        w                   a window does not contain the store's time
---        m window definition the stored window is defined otherwise
+--        m budget:window definition    the stored window is defined otherwise
 
--- Writes spend into one window.
-local function spend(w, kind, id, amount, delta, operation, trace)
-  add(w, 'spent', amount)
-  add(w, 'mine', amount)
-  add(w, 'events', 1)
-  ledger(w, kind, id, delta, operation, trace)
-end
-
--- A record that keeps the id in memory, with the same shape as a hold's.
-local function record_spend(id, key, state, operation, trace, amounts)
-  local hold = { state = state, policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
-    operation = operation, trace = trace, segments = {} }
-  local told = {}
-  for i, amount in gmatch(amounts, '(%d+):%a?(%d+)') do
-    local w = load(windows[tonumber(i)])
-    if w.flag ~= 's' then
-      w.creating = true
-      spend(w, state == 'n' and 'record' or 'commit', id, tonumber(amount), amount, operation, trace)
-    else
-      amount = '0'
-    end
-    told[#told + 1] = amount
-    hold.segments[#told] = { flag = w.flag, name = w.name, base = '', reserved = amount, accrued = '', charged = amount }
-  end
-  store_record(key, hold, 'PX', memory_ms)
-  return table.concat(told, ',')
-end
-
-local function same_record(record, amounts)
-  local hold, n = parse(record), 0
-  if hold.state ~= 'n' then return false end
+local function same_record(record, state, amounts)
+  local hold, before = parse(record), {}
+  for i = 1, #hold.segments do before[match(hold.segments[i].name, '^(.+):')] = hold.segments[i].charged end
+  local n = 0
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
     n = n + 1
-    local segment = hold.segments[n]
-    if not segment or match(segment.name, '^(.+):') ~= windows[tonumber(i)].budget or segment.charged ~= amount then
-      return false
-    end
+    if before[match(windows[tonumber(i)].name, '^(.+):')] ~= amount then return false end
   end
-  return n == #hold.segments
+  return hold.state == state and n == #hold.segments
 end
 
-function operations.N(fields, key)
-  local id, late, operation, trace, amounts = match(fields, '^(%S+) (%d) (%S+) (%S+) (.+)$')
-  local record = records[key]
+local function record_spend(op, key)
+  local letter, id, late, operation, trace, amounts = match(op, '^(%a) (%S+) (%d) (%S+) (%S+) (.+)$')
+  local state = letter == 'N' and 'n' or 'c'
+  local told = {}
+  for amount in gmatch(amounts, ':(%d+)') do told[#told + 1] = amount end
+  local record = read(key)
   if record then
-    return (same_record(record, amounts) and 'p ' or 'c ') .. record
+    return same_record(record, state, amounts) and 'p - ' .. table.concat(told, ',') or 'c ' .. record
   end
+  local hold = { state = state, policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
+    operation = operation, trace = trace, segments = {} }
   for i in gmatch(amounts, '(%d+):') do
     local w = load(windows[tonumber(i)])
     if w.stale and late == '0' then return 'w' end
     if w.mismatch then return 'm ' .. w.name .. ' ' .. w.mismatch end
+    local n = #hold.segments + 1
+    hold.segments[n] = { flag = w.flag, name = w.name, base = '', reserved = told[n], accrued = '', charged = told[n] }
   end
-  return 'k - ' .. record_spend(id, key, 'n', operation, trace, amounts)
+  for i = 1, #told do
+    local w = by_name[hold.segments[i].name]
+    if w.flag ~= 's' then
+      w.creating = true
+      spend(w, letter == 'N' and 'record' or 'commit', id, tonumber(told[i]), told[i], hold)
+    end
+  end
+  store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)'))
+  return 'k - ' .. table.concat(told, ',')
 end
+
+operations.N = record_spend
+operations.K = record_spend

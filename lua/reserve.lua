@@ -5,72 +5,61 @@
 --        p record    the same reservation was granted before; nothing changed
 --        c record    the id is in use with other contents
 --        w           a window does not contain the store's time
---        m window definition    the stored window is defined otherwise
---        d window limit spent held unconfirmed requested first_deadline_ms      denied; nothing was written
+--        m budget:window definition    the stored window is defined otherwise
+--        d budget:window limit spent held unconfirmed requested first_deadline_ms    denied; nothing was written
 
-local deadlines = {}
-local function deadline_after(ttl)
-  local deadline = deadlines[ttl]
-  if not deadline then
-    deadline = text(now_ms + tonumber(ttl))
-    deadlines[ttl] = deadline
-  end
-  return deadline
-end
-
+-- By budget, not by window: a retry after midnight names the new day.
 local function same_reservation(record, policy, amounts)
-  local hold = parse(record)
-  if hold.state == 'n' or hold.policy ~= policy then return false end
   local before, n = {}, 0
-  for i = 1, #hold.segments do -- by budget, not by window: a retry after midnight names the new day
-    local segment = hold.segments[i]
-    before[match(segment.name, '^(.+):')] = segment.base ~= '' and segment.base or segment.reserved
+  for name, base, reserved in gmatch(record, '|%a,([^,]+),(%d*),(%d+)') do
+    before[match(name, '^(.+):')] = base ~= '' and base or reserved
+    n = n + 1
   end
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
-    n = n + 1
-    if before[windows[tonumber(i)].budget] ~= amount then return false end
+    if before[match(windows[tonumber(i)].name, '^(.+):')] ~= amount then return false end
+    n = n - 1
   end
-  return n == #hold.segments
+  return n == 0 and match(record, '^[^n] (%a)') == policy
 end
 
-function operations.R(fields, key)
-  local id, ttl, policy, owner, operation, trace, amounts =
-    match(fields, '^(%S+) (%d+) (%a) (%S+) (%S+) (%S+) (.+)$')
-  local record = records[key]
-  if record then
-    return (same_reservation(record, policy, amounts) and 'p ' or 'c ') .. record
-  end
+-- A replay is answered before anything else is said of the request.
+local function unless_replayed(key, policy, amounts, otherwise, ...)
+  local record = call('GET', key)
+  if record then return (same_reservation(record, policy, amounts) and 'p ' or 'c ') .. record end
+  if type(otherwise) == 'string' then return otherwise end
+  return otherwise(...)
+end
 
-  local denied, denied_amount, expires_ms = nil, nil, 0
-  local parts, taken, n = {}, {}, 0
+function operations.R(op, key)
+  local id, ttl, policy, labels, amounts = match(op, '^R (%S+) (%d+) (%a) (%S+ %S+ %S+) (.+)$')
+  local taken, segments, n, expires_ms = {}, '', 0, 0
+  local denied, denied_amount
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
     local w = load(windows[tonumber(i)])
-    if w.stale then return 'w' end
-    if w.mismatch then return 'm ' .. w.name .. ' ' .. w.mismatch end
+    if w.stale then return unless_replayed(key, policy, amounts, 'w') end
+    if w.mismatch then return unless_replayed(key, policy, amounts, 'm ' .. w.name .. ' ' .. w.mismatch) end
     assert_limit(w)
     local requested = tonumber(amount)
     if not denied and not admits(w, requested) then denied, denied_amount = w, amount end
-    n = n + 1
-    parts[n] = w.flag .. ',' .. w.name .. ',,' .. amount .. ',,'
-    taken[n] = requested
-    expires_ms = max(expires_ms, w.expires_ms)
+    segments = segments .. '|' .. w.flag .. ',' .. w.name .. ',,' .. amount .. ',,'
+    taken[n + 1], taken[n + 2] = w, requested
+    n = n + 2
+    if w.expires_ms > expires_ms then expires_ms = w.expires_ms end
   end
-  if denied then return deny(denied, denied_amount) end
-
-  n = 0
-  for i in gmatch(amounts, '(%d+):') do
-    n = n + 1
-    local w = windows[tonumber(i)]
-    w.creating = true
-    add(w, 'held', taken[n])
+  if denied then return unless_replayed(key, policy, amounts, deny, denied, denied_amount) end
+  if expires_ms == 0 then -- only windows without end: a day to live, and then as long as a window is kept
+    expires_ms = now_ms + 86400000 + tonumber(match(ARGV[6], '^%S+ %d+ (%d+)'))
   end
-  if expires_ms == 0 then expires_ms = now_ms + LONGEST_HOLD_MS + retention_ms end
-  local deadline = deadline_after(ttl)
-  record = 'o ' .. policy .. ' ' .. deadline .. ' ' .. now_us_text .. ' 0 ' .. owner .. ' ' .. operation .. ' ' .. trace
-    .. '|' .. table.concat(parts, '|')
-  records[key] = record
+  local deadline = text(now_ms + ttl)
+  local record = 'o ' .. policy .. ' ' .. deadline .. ' ' .. now_us_text .. ' 0 ' .. labels .. segments
+  if not call('SET', key, record, 'NX', 'PXAT', text(expires_ms)) then
+    return unless_replayed(key, policy, amounts)
+  end
   dirty = true
-  call('SET', key, record, 'PXAT', text(expires_ms))
+  for i = 1, n, 2 do
+    taken[i].creating = true
+    add(taken[i], 'held', taken[i + 1])
+  end
   set_due(id, deadline)
   return 'g'
 end

@@ -1,12 +1,12 @@
 -- retire.lua: makes a hold that is past its deadline unconfirmed. Anybody may ask; it happens once.
 --
--- op     X id
+-- op     X id window: …
 -- reply  x           done, or not due (any more)
 --        v record    windows of the hold are missing in the request
 
-function operations.X(fields, key)
-  local id = fields
-  local hold, why = open_record(id, key)
+function operations.X(op, key)
+  local id = match(op, '^X (%S+)')
+  local hold, why = find(id, key)
   if hold or why ~= 'u' then return hold and 'x' or why end
   dirty = true
   set_due(id, false) -- due, but the record is gone: nothing is left to retire

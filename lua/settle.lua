@@ -1,24 +1,13 @@
 -- settle.lua: commits or releases a hold. Spend is a fact: a commit is never refused for lack of budget, for being late,
 -- or for being more than was reserved.
 --
--- op     C id operator lost window:mode+units …     commit; mode x exactly, r what was reserved, a at least what was accrued
---        L id operator lost window:x0 …             release
---        operator 1: done by hand; the worker's later commit still corrects it
---        lost 1: if the store has lost the hold, a commit is recorded in the windows named, a release is done
--- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, n recorded without a hold, -
---        p flags units,units…    done before, the same
+-- op     C id window:mode+units …    commit; mode x exactly, r what was reserved, a at least what was accrued
+--        L id operator window: …     release; operator 1: done by hand, the worker's later commit still corrects it
+-- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, or -
+--        p flags units,units…    the same was done before
 --        c record                settled otherwise before, or not a hold
 --        u                       unknown id
 --        v record                windows of the hold are missing in the request
-
-local function wanted(amounts)
-  local modes, values = {}, {}
-  for i, mode, amount in gmatch(amounts, '(%d+):(%a)(%d+)') do
-    local name = windows[tonumber(i)].name
-    modes[name], values[name] = mode, amount
-  end
-  return modes, values
-end
 
 -- What a commit makes of one segment, as text.
 local function actual(segment, modes, values)
@@ -54,55 +43,63 @@ local function leave_indexes(hold, id)
   if hold.state == 'o' then set_due(id, false) else set_unconfirmed(id, false) end
 end
 
-function operations.C(fields, key)
-  local id, _, lost, amounts = match(fields, '^(%S+) (%d) (%d) (.+)$')
-  if lost == '1' and not records[key] then
-    return 'k n ' .. record_spend(id, key, 'c', '-', '-', amounts)
-  end
-  local hold, ws = open_record(id, key)
-  if not hold then return ws end
+local function id_memory_ms()
+  return match(ARGV[6], '^%S+ (%d+)')
+end
+
+function operations.C(op, key)
+  local id, amounts = match(op, '^C (%S+) (.+)$')
+  local hold, why = find(id, key)
+  if not hold then return why end
   local state = hold.state
   if state == 'r' or state == 'n' then return 'c ' .. records[key] end
-  local modes, values = wanted(amounts)
+  local modes, values = {}, {}
+  for i, mode, amount in gmatch(amounts, '(%d+):(%a)(%d+)') do
+    local name = windows[tonumber(i)].name
+    modes[name], values[name] = mode, amount
+  end
   local told, overrun = {}, ''
   for i = 1, #hold.segments do
     told[i] = actual(hold.segments[i], modes, values)
-    if tonumber(told[i]) > tonumber(hold.segments[i].reserved) then overrun = 'o' end
   end
   if state == 'c' then
     local before = charges(hold)
     return before == table.concat(told, ',') and 'p - ' .. before or 'c ' .. records[key]
   end
+  local kind = state == 'o' and 'commit' or 'correction'
   for i = 1, #hold.segments do
-    local segment, w = hold.segments[i], ws[i]
+    local segment = hold.segments[i]
+    local w = by_name[segment.name]
     local back = take_back(hold, segment, w)
     if segment.flag ~= 's' then
       local amount = tonumber(told[i])
-      spend(w, state == 'o' and 'commit' or 'correction', id, amount, back == 0 and told[i] or text(amount - back),
-        hold.operation, hold.trace)
-      if amount > tonumber(segment.reserved) then add(w, 'overruns', 1) end
+      spend(w, kind, id, amount, back == 0 and told[i] or text(amount - back), hold)
+      if amount > tonumber(segment.reserved) then
+        add(w, 'overruns', 1)
+        overrun = 'o'
+      end
     end
     segment.charged = told[i]
   end
   leave_indexes(hold, id)
   local flags = overrun .. (state == 'o' and '' or 'l')
   hold.state = 'c'
-  store_record(key, hold, 'PX', memory_ms)
+  store_record(key, hold, 'PX', id_memory_ms())
   return 'k ' .. (flags == '' and '-' or flags) .. ' ' .. table.concat(told, ',')
 end
 
-function operations.L(fields, key)
-  local id, operator, lost = match(fields, '^(%S+) (%d) (%d)')
-  if lost == '1' and not records[key] then return 'k n 0' end
-  local hold, ws = open_record(id, key)
-  if not hold then return ws end
+function operations.L(op, key)
+  local id, operator = match(op, '^L (%S+) (%d)')
+  local hold, why = find(id, key)
+  if not hold then return why end
   local state = hold.state
   if state == 'c' or state == 'n' then return 'c ' .. records[key] end
   if state == 'r' or (state == 'z' and operator == '1') then return 'p - ' .. charges(hold) end
   for i = 1, #hold.segments do
-    local segment, w = hold.segments[i], ws[i]
+    local segment = hold.segments[i]
+    local w = by_name[segment.name]
     local back = take_back(hold, segment, w)
-    if back > 0 then ledger(w, 'release', id, text(-back), hold.operation, hold.trace) end
+    if back > 0 then ledger(w, 'release', id, text(-back), hold) end
     segment.charged = ''
   end
   leave_indexes(hold, id)
@@ -111,7 +108,7 @@ function operations.L(fields, key)
     store_record(key, hold, 'KEEPTTL') -- not resolved: the worker may yet come back
   else
     hold.state = 'r'
-    store_record(key, hold, 'PX', memory_ms)
+    store_record(key, hold, 'PX', id_memory_ms())
   end
   return 'k ' .. (state == 'o' and '-' or 'l') .. ' ' .. charges(hold)
 end

@@ -83,6 +83,7 @@ class Coalescer:
         self._lanes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._backoff_s = 0.0
+        self._retiring = False
         self._deferred_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
@@ -210,11 +211,11 @@ class Coalescer:
         """One round trip."""
         session, store = self._session, self._store
         header = session.header
-        keys, args = encode_batch(session.keys, header, [call.request for call in batch])
+        name, keys, args = encode_batch(session.keys, header, [call.request for call in batch])
         try:
             await store.open()
             async with asyncio.timeout_at(min(call.deadline for call in batch)):
-                answer = await store.apply(keys, args)
+                answer = await store.apply(name, keys, args)
         except (Transient, TimeoutError) as error:
             await self._again(batch, error)
             return
@@ -225,8 +226,20 @@ class Coalescer:
         self._backoff_s = 0.0
         head, lines = parse_batch(answer)
         session.absorb(head, header)
+        if head.due and not self._retiring:
+            self._retire(head.due)
         for call, line in zip(batch, lines, strict=True):
             self._resume(call, Reply(line, head))
+
+    def _retire(self, due: tuple[str, ...]) -> None:
+        """Makes due holds unconfirmed, on the way; whoever fails at it leaves it to the next."""
+        self._retiring = True
+        self.submit(self._core.retire(due), "retire").add_done_callback(self._retired)
+
+    def _retired(self, future: asyncio.Future[None]) -> None:
+        self._retiring = False
+        if not future.cancelled():
+            future.exception()
 
     async def _again(self, batch: list[_Call], error: Exception) -> None:
         """Calls that have time left are sent again: the same id makes that harmless."""
@@ -295,6 +308,8 @@ class Coalescer:
                 self._session.absorb(head, header)
                 for op, line in zip(ops, lines, strict=True):
                     deferred.popleft()
+                    if line == "u" and op.otherwise is not None:
+                        deferred.append(op.otherwise)
                     if line[0] not in "kpu":
                         logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
         except (Transient, TimeoutError, StoreUnavailable, OSError):

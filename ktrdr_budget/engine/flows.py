@@ -120,7 +120,7 @@ class Core:
         rounds = 0
         while True:
             parts = [(session.current_window(name), units) for name, units in wanted]
-            op = Op(hold_id, key, head, [(window, f":{units}") for window, units in parts], True)
+            op = Op(hold_id, key, head, [(window, f":{units}") for window, units in parts])
             try:
                 line, answer = yield op
             except StoreError:
@@ -133,7 +133,7 @@ class Core:
                 return self.make_hold(self, hold_id, parts, ttl_ms, answer.now_us // 1000 + ttl_ms)
             rounds += 1
             if line[0] == "d" and answer.due and rounds < _RETIRE_ROUNDS:
-                yield from self._retire(answer.due)
+                yield from self.retire(answer.due)
             elif line[0] == "p":
                 record = parse_record(line[2:])
                 if record.state != "o" or record.deadline_ms > answer.now_us // 1000:
@@ -172,7 +172,9 @@ class Core:
         letter = "L" if amounts is None else "C"
         settled = amounts or [("x", 0)] * len(hold.parts)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
-        return (yield from self._settle(letter, hold.id, parts, operator=False, lost=True))
+        # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them.
+        lost = None if amounts is None else [(w, f":{n}") for (w, _), (_, n) in zip(hold.parts, amounts, strict=True)]
+        return (yield from self._settle(letter, hold.id, parts, lost=lost))
 
     def settle_id(
         self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
@@ -194,15 +196,25 @@ class Core:
             units = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
             settled = commit_modes(units, amount)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
-        return (yield from self._settle("L" if release else "C", hold_id, parts, operator=operator, lost=False))
+        return (yield from self._settle("L" if release else "C", hold_id, parts, operator=operator))
 
     def _settle(
-        self, letter: str, hold_id: str, parts: list[tuple[Window, str]], *, operator: bool, lost: bool
+        self,
+        letter: str,
+        hold_id: str,
+        parts: list[tuple[Window, str]],
+        *,
+        operator: bool = False,
+        lost: list[tuple[Window, str]] | None = None,
     ) -> Flow[Settlement]:
-        head = f"{letter} {hold_id} {int(operator)} {int(lost)}"
-        op = Op(hold_id, self.session.keys.hold(hold_id), head, parts)
+        key = self.session.keys.hold(hold_id)
+        op = Op(hold_id, key, f"C {hold_id}" if letter == "C" else f"L {hold_id} {int(operator)}", parts)
+        if lost is not None:
+            op.otherwise = Op(hold_id, key, f"K {hold_id} 1 - -", lost)
         try:
             line, answer = yield op
+            if line == "u" and op.otherwise is not None:
+                line, answer = yield op.otherwise
         except StoreError:
             raise
         except StoreUnavailable:
@@ -268,7 +280,7 @@ class Core:
     ) -> Flow[Record]:
         """A heartbeat (or, with ``keep``, only growth) with cumulative totals: window, accrued, reserved."""
         tails = [(window, f":{accrued}:{reserved}") for window, accrued, reserved in parts]
-        op = Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {int(keep)}", tails, True)
+        op = Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {int(keep)}", tails)
         rounds = 0
         while True:
             line, answer = yield op
@@ -277,7 +289,7 @@ class Core:
             rounds += 1
             if line[0] != "d" or not answer.due or rounds == _RETIRE_ROUNDS:
                 raise self._error(line, hold_id, answer.now_us, op)
-            yield from self._retire(answer.due)
+            yield from self.retire(answer.due)
 
     def extend_id(self, hold_id: str, ttl: float, accrued: Amounts | None) -> Flow[HoldView]:
         """A heartbeat by id; ``accrued`` is the total so far."""
@@ -301,7 +313,7 @@ class Core:
 
     # -- due holds -----------------------------------------------------------------------------------------------------
 
-    def _retire(self, due: Iterable[str]) -> Flow[None]:
+    def retire(self, due: Iterable[str]) -> Flow[None]:
         """Makes holds that are past their deadline unconfirmed."""
         ids = list(due)
         stored = yield Command(None, (), ("MGET", *map(self.session.keys.hold, ids)))
@@ -332,7 +344,7 @@ class Core:
             if not reply[2] or rounds == _RETIRE_ROUNDS:
                 figures = zip(budgets, windows, reply[3:], strict=True)
                 return [status_of(budget, window, stored, now_us) for budget, window, stored in figures]
-            yield from self._retire([_str(hold_id) for hold_id in reply[2]])
+            yield from self.retire([_str(hold_id) for hold_id in reply[2]])
 
     def _status_command(self, windows: Sequence[Window]) -> Command:
         keys = self.session.keys
@@ -407,13 +419,13 @@ class Core:
         if not self.session.contacted:
             yield from self.status([name])
         until_ms = self._until_ms(budget, until)
-        yield Command(LIMITS, [self.session.keys.limits], [name, units, until_ms])
+        yield Command(LIMITS, [self.session.keys.limits, self.session.keys.meta], [name, units, until_ms])
         return (yield from self.status([name]))[0]
 
     def clear_limit(self, name: str) -> Flow[Status]:
         """Returns to the configured limit."""
         self.session.budget(name)
-        yield Command(LIMITS, [self.session.keys.limits], [name, "", 0])
+        yield Command(LIMITS, [self.session.keys.limits, self.session.keys.meta], [name, "", 0])
         return (yield from self.status([name]))[0]
 
     def _until_ms(self, budget: Budget, until: datetime | str | None) -> int:

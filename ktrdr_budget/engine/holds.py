@@ -160,6 +160,13 @@ class HoldBase:
         return None if on_error == "charge" else self.release_flow()
 
     def _settled(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
-        settlement = yield from self._core.settle_hold(self, amounts)
+        try:
+            settlement = yield from self._core.settle_hold(self, amounts)
+        except UnknownHold:
+            if self.guarded:
+                raise
+            settlement = Settlement(
+                self.id, "released", {window.budget: from_units(0, window.unit) for window, _ in self.parts}
+            )
         self.state = settlement.state
         return settlement

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, unquote
 
+from ktrdr_budget.engine.scripts import script_for
 from ktrdr_budget.models import Budget, HoldState, HoldView, LedgerEntry, OnExpiry
 from ktrdr_budget.money import Amount, from_units
 from ktrdr_budget.periods import Span, from_ms
@@ -48,7 +49,7 @@ class Window:
         self.name = f"{budget}:{span.name}"
         self.key = keys.window(budget, span.name)
         self.ledger_key = keys.ledger(budget, span.name)
-        self.descriptor = f"{budget} {span.name} {flag} {definition} {span.start_ms} {span.end_ms or 0} {tail}"
+        self.descriptor = f"{flag} {definition} {span.start_ms} {span.end_ms or 0} {tail}"
 
 
 def flag_of(budget: Budget) -> str:
@@ -57,22 +58,35 @@ def flag_of(budget: Budget) -> str:
 
 
 class Op:
-    """One operation of the write script.
+    """One operation of the write script: its letter and fields in ``head``, and the windows that it touches.
 
-    ``parts`` are the windows that it touches, each with the text that follows the window's number on the wire.
+    Each of ``parts`` is a window with the text that follows its number on the wire.
     """
 
-    __slots__ = ("grants", "head", "id", "key", "parts")
+    __slots__ = ("grants", "head", "id", "key", "letter", "otherwise", "parts")
 
-    def __init__(
-        self, hold_id: str, key: str, head: str, parts: Sequence[tuple[Window, str]], grants: bool = False
-    ) -> None:
+    def __init__(self, hold_id: str, key: str, head: str, parts: Sequence[tuple[Window, str]]) -> None:
         self.id = hold_id
         self.key = key
         self.head = head
         self.parts = parts
-        self.grants = grants
+        self.letter = letter = head[0]
+        self.grants = letter == "R" or letter == "E"
         """Whether this asks for money (and so is decided after everything that may give some back)."""
+        self.otherwise: Op | None = None
+        """What to do instead if the store does not know the hold."""
+
+
+class Header(NamedTuple):
+    """What a replica says of itself in each batch."""
+
+    replica: str
+    epoch: str
+    """The store's epoch, as this replica knows it; ``-`` if it does not."""
+    acknowledged: str
+    """How many of its writes the store has acknowledged."""
+    started_us: str
+    settings: str
 
 
 class Command(NamedTuple):
@@ -102,9 +116,10 @@ class Reply(NamedTuple):
     head: Head
 
 
-def encode_batch(keys: Keys, header: str, ops: Sequence[Op]) -> tuple[list[str], list[str]]:
-    """``KEYS`` and ``ARGV`` of one call of the write script."""
+def encode_batch(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, list[str], list[str]]:
+    """The write script that the batch needs, and its ``KEYS`` and ``ARGV``."""
     numbers: dict[str, int] = {}
+    letters: set[str] = set()
     window_keys: list[str] = []
     descriptors: list[str] = []
     hold_keys: list[str] = []
@@ -114,15 +129,19 @@ def encode_batch(keys: Keys, header: str, ops: Sequence[Op]) -> tuple[list[str],
         for window, tail in op.parts:
             number = numbers.get(window.key)
             if number is None:
-                number = numbers[window.key] = len(descriptors) + 1
+                number = numbers[window.key] = len(numbers) + 1
+                descriptors.append(window.name)
                 descriptors.append(window.descriptor)
                 window_keys.append(window.key)
                 window_keys.append(window.ledger_key)
             text += f" {number}{tail}"
         rendered.append(text)
         hold_keys.append(op.key)
-    argv = [header.replace("#", str(len(descriptors))), *descriptors, *rendered]
-    return [keys.meta, keys.limits, keys.due, keys.unconfirmed, *window_keys, *hold_keys], argv
+        letters.add(op.letter)
+    names = [keys.meta, keys.limits, keys.due, keys.unconfirmed, *window_keys, *hold_keys]
+    replica, epoch, acknowledged, started_us, settings = header
+    argv = [replica, epoch, acknowledged, started_us, str(len(numbers)), settings, *descriptors, *rendered]
+    return script_for(letters), names, argv
 
 
 def parse_batch(reply: bytes | str) -> tuple[Head, list[str]]:

@@ -8,15 +8,18 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["APPLY", "LIMITS", "STATUS", "VERIFY", "Script", "script"]
+__all__ = ["LIMITS", "STATUS", "VERIFY", "Script", "script", "script_for"]
 
 _PARTS = {
-    "apply": ("prelude", "reserve", "record", "settle", "extend", "retire", "apply"),
+    # The write script, for batches of reservations, of settlements, and of anything.
+    "reserve": ("prelude", "admission", "reserve", "apply"),
+    "settle": ("prelude", "holds", "settle", "apply"),
+    "apply": ("prelude", "admission", "holds", "reserve", "settle", "record", "extend", "retire", "apply"),
     "status": ("status",),
     "limits": ("limits",),
     "verify": ("verify",),
 }
-APPLY, STATUS, LIMITS, VERIFY = _PARTS
+STATUS, LIMITS, VERIFY = "status", "limits", "verify"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,13 @@ class Script:
     name: str
     source: str
     sha: str
+
+
+def script_for(letters: set[str]) -> str:
+    """The smallest write script that knows these operations."""
+    if letters == {"R"}:
+        return "reserve"
+    return "settle" if letters <= {"C", "L"} else "apply"
 
 
 @cache

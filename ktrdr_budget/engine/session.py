@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from ktrdr_budget.engine.keys import Keys
-from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Window, flag_of
+from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Header, Window, flag_of
 from ktrdr_budget.errors import InvalidArgument, UnknownBudget
 from ktrdr_budget.models import Budget, check_name
 from ktrdr_budget.periods import PERIODS, Span, window_at, window_named
@@ -55,7 +55,7 @@ class Session:
     def renew(self) -> None:
         """Becomes a new replica: at the start, and in the child after a fork."""
         self.replica_id = secrets.token_hex(6)
-        self._proposed_epoch = secrets.token_hex(16)
+        self._settings = f"{secrets.token_hex(16)} {self.id_memory_ms} {self.retention_ms} {self.ledger_entries_max}"
         self._epoch = "-"
         self._acknowledged = 0
         self._heard_ms = 0.0
@@ -66,7 +66,7 @@ class Session:
         self._serial = itertools.count(1)
         self._current: dict[str, Window] = {}
         self._windows: dict[str, Window] = {}
-        self._header = ""
+        self._header: Header | None = None
 
     # -- identity ------------------------------------------------------------------------------------------------------
 
@@ -75,15 +75,13 @@ class Session:
         return f"{self.replica_id}-{next(self._serial)}"
 
     @property
-    def header(self) -> str:
-        """The first argument of a batch; ``#`` stands for the number of windows."""
-        if not self._header:
+    def header(self) -> Header:
+        """What this replica says of itself."""
+        if self._header is None:
             # A replica that was silent for long may have been forgotten by the store: that is no loss.
             forgotten = time.monotonic() * 1000 - self._heard_ms > _FORGET_AFTER_MS
-            self._header = (
-                f"{self.replica_id} {self._proposed_epoch} {self._epoch} {0 if forgotten else self._acknowledged} "
-                f"{self._started_us} # {self.id_memory_ms} {self.retention_ms} {self.ledger_entries_max}"
-            )
+            acknowledged = "0" if forgotten else str(self._acknowledged)
+            self._header = Header(self.replica_id, self._epoch, acknowledged, str(self._started_us), self._settings)
         return self._header
 
     # -- the store's clock ---------------------------------------------------------------------------------------------
@@ -100,25 +98,25 @@ class Session:
             self.contacted = True
             # By the store's clock, so that replicas agree on who started last.
             self._started_us = now_us - int((monotonic - self._started_monotonic) * 1e6)
-            self._header = ""
+            self._header = None
 
     # -- loss ----------------------------------------------------------------------------------------------------------
 
-    def absorb(self, head: Head, sent_header: str) -> None:
+    def absorb(self, head: Head, sent: Header) -> None:
         """Learns from the head of a batch's reply, and notices a store that has gone back in time (P13)."""
         self.set_clock(head.now_us)
         self._heard_ms = time.monotonic() * 1000
-        if head.went_back and sent_header == self._header:
+        if head.went_back and sent is self._header:
             self.losses += 1
             self._epoch, self._acknowledged = head.epoch or self._epoch, head.writes
-            self._header = ""
+            self._header = None
             if self.on_loss is not None:
                 self.on_loss()
             return
         if not head.went_back and (head.epoch or head.writes > self._acknowledged):
             self._epoch = head.epoch or self._epoch
             self._acknowledged = max(head.writes, self._acknowledged)
-            self._header = ""
+            self._header = None
 
     # -- windows -------------------------------------------------------------------------------------------------------
 

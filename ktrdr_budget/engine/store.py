@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ktrdr_budget.engine.protocol import Command
-from ktrdr_budget.engine.scripts import APPLY, Script, script
+from ktrdr_budget.engine.scripts import Script, script
 from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -108,9 +108,9 @@ class Store:
         self._client = None
         self._opening = None
 
-    async def apply(self, keys: Sequence[str], args: Sequence[str]) -> Any:
-        """Runs one batch of the write script."""
-        return await self._evaluate(script(APPLY), keys, args)
+    async def apply(self, name: str, keys: Sequence[str], args: Sequence[str]) -> Any:
+        """Runs one batch of a write script."""
+        return await self._evaluate(script(name), keys, args)
 
     async def run(self, command: Command) -> Any:
         """Runs a read script or a plain command."""

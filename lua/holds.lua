@@ -1,0 +1,104 @@
+-- holds.lua: reads and writes hold records, and lets those that are due expire.
+
+local max = math.max
+local by_name, records = {}, {}
+for i = 1, n_windows do by_name[windows[i].name] = windows[i] end
+
+-- Records change while the batch goes on; an operation sees what those before it did.
+local function read(key)
+  local record = records[key]
+  if record == nil then
+    record = call('GET', key)
+    records[key] = record
+  end
+  return record
+end
+
+local function parse(record)
+  local state, policy, deadline, origin, operation, trace, rest =
+    match(record, '^(%a) (%a) (%d+) (%d+ %d+ %S+) (%S+) ([^ |]+)(.+)$')
+  local segments, n = {}, 0
+  for flag, name, base, reserved, accrued, charged in gmatch(rest, '|(%a),([^,]+),(%d*),(%d+),(%d*),(%d*)') do
+    n = n + 1
+    segments[n] = { flag = flag, name = name, base = base, reserved = reserved, accrued = accrued, charged = charged }
+  end
+  return { state = state, policy = policy, deadline = deadline, origin = origin, operation = operation, trace = trace,
+    segments = segments }
+end
+
+local function store_record(key, hold, ...)
+  local record = hold.state .. ' ' .. hold.policy .. ' ' .. hold.deadline .. ' ' .. hold.origin .. ' ' .. hold.operation
+    .. ' ' .. hold.trace
+  for i = 1, #hold.segments do
+    local s = hold.segments[i]
+    record = record .. '|' .. s.flag .. ',' .. s.name .. ',' .. s.base .. ',' .. s.reserved .. ',' .. s.accrued .. ','
+      .. s.charged
+  end
+  records[key] = record
+  dirty = true
+  call('SET', key, record, ...)
+end
+
+local function units(text_or_empty)
+  return text_or_empty == '' and 0 or tonumber(text_or_empty)
+end
+
+-- What an open hold counts: its reservation, or what it reported if that is more. Slots are only ever reserved.
+local function counted(segment)
+  local reserved = tonumber(segment.reserved)
+  if segment.accrued == '' or segment.flag == 's' then return reserved end
+  return max(reserved, tonumber(segment.accrued))
+end
+
+local function ledger(w, kind, id, amount, hold)
+  call('XADD', w.ledger, '*', 'k', kind, 'i', id, 'a', amount, 'o', hold.operation, 't', hold.trace)
+end
+
+-- Writes spend into one window; `delta` is what the ledger gets, less than the amount if a charge is corrected.
+local function spend(w, kind, id, amount, delta, hold)
+  add(w, 'spent', amount)
+  add(w, 'mine', amount)
+  add(w, 'events', 1)
+  ledger(w, kind, id, delta, hold)
+end
+
+local function set_unconfirmed(id, key)
+  unconfirmed_changes = unconfirmed_changes or {}
+  unconfirmed_changes[id] = key
+end
+
+-- A hold past its deadline becomes unconfirmed. Whatever meets one does this first, so that what happens does not depend
+-- on who noticed.
+local function expire(id, key, hold)
+  hold.state = 'x'
+  for i = 1, #hold.segments do
+    local segment = hold.segments[i]
+    local w, charge = by_name[segment.name], 0
+    if segment.flag ~= 's' and hold.policy ~= 'r' then
+      charge = hold.policy == 'a' and units(segment.accrued) or counted(segment)
+    end
+    add(w, 'held', -counted(segment))
+    segment.charged = ''
+    if charge > 0 then
+      segment.charged = text(charge)
+      add(w, 'unconfirmed', charge)
+      add(w, 'events', 1)
+      ledger(w, 'expiry', id, segment.charged, hold)
+    end
+  end
+  set_due(id, false)
+  set_unconfirmed(id, key)
+  store_record(key, hold, 'KEEPTTL')
+end
+
+-- The hold, expired if it is due; or nil and the reply that says why not.
+local function find(id, key)
+  local record = read(key)
+  if not record then return nil, 'u' end
+  local hold = parse(record)
+  for i = 1, #hold.segments do
+    if not by_name[hold.segments[i].name] then return nil, 'v ' .. record end
+  end
+  if hold.state == 'o' and tonumber(hold.deadline) <= now_ms then expire(id, key, hold) end
+  return hold
+end

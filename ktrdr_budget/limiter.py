@@ -235,7 +235,12 @@ class AsyncBudgetLimiter(LimiterBase):
             StoreUnavailable: no answer within the deadline (policy ``deny``).
         """
         flow = self._core.reserve(budget, amount, id, ttl, on_expiry, operation, owner)
-        return await self._coalescer.submit(flow, "reserve")  # type: ignore[no-any-return]
+        future = self._coalescer.submit(flow, "reserve")
+        try:
+            return await future  # type: ignore[no-any-return]
+        except asyncio.CancelledError:
+            self._coalescer.abandon(future)  # the grant may be there already
+            raise
 
     @asynccontextmanager
     async def hold(
@@ -253,8 +258,8 @@ class AsyncBudgetLimiter(LimiterBase):
         """Reserves, heartbeats at a third of ``ttl`` while the block runs, and settles on leaving.
 
         Settled inside: leaving does nothing. Normal exit: commits what was accrued, or all that was reserved if nothing
-        was. Exception or cancellation: commits what was accrued, or releases if nothing was; with ``on_error="charge"`` the hold
-        is kept instead, and comes due.
+        was. Exception or cancellation: commits what was accrued, or releases if nothing was; ``on_error="charge"`` keeps
+        the hold instead, and it comes due.
 
         Raises:
             As for :meth:`reserve` and :meth:`commit`.
@@ -344,6 +349,13 @@ class AsyncBudgetLimiter(LimiterBase):
     async def statuses(self) -> list[Status]:
         """All budgets of this limiter, at one instant."""
         return await self._coalescer.submit(self._core.status(None), "status")  # type: ignore[no-any-return]
+
+    async def check(self) -> dict[str, str | None]:
+        """Whether the store can be relied on now: per check what is wrong, or ``None``.
+
+        ``store``: it answers. ``policy``: its ``maxmemory-policy`` is ``noeviction``. ``scripts``: they run.
+        """
+        return await self._coalescer.submit(self._core.check(), "check")  # type: ignore[no-any-return]
 
     async def get(self, id: str) -> HoldView:
         """A hold by id.

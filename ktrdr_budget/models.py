@@ -221,6 +221,8 @@ class Settlement:
     """The same settlement had been made before; nothing changed."""
     overrun: bool = False
     """More was committed than had been reserved; recorded in full all the same."""
+    overruns: tuple[str, ...] = field(default=(), compare=False)
+    """The budgets in which it was more."""
     late: bool = False
     """The hold had expired, or an operator had released it; this corrected it."""
     deferred: bool = False

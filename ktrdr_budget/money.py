@@ -104,4 +104,4 @@ def format_amount(amount: Amount | None, unit: str = "usd") -> str:
     if unit != USD:
         return f"{amount} {unit}"
     sign, plain = ("-", -amount) if amount < 0 else ("", amount)
-    return f"{sign}${from_units(to_units(plain))}"
+    return f"{sign}${from_units(to_units(plain)):f}"

@@ -136,8 +136,10 @@ class BudgetLimiter(LimiterBase):
         self._portal.loop().call_soon_threadsafe(self._submit, flow, operation, future)
         try:
             return future.result()
-        except BaseException:
-            future.cancel()  # Ctrl-C while waiting: what is granted to nobody is released
+        except BaseException as error:
+            if not future.done() or future.exception() is not error:
+                # Ctrl-C while waiting: what is granted to nobody is released
+                self._portal.loop().call_soon_threadsafe(self._coalescer.abandon, future)
             raise
 
     def _submit(self, flow: Flow[Any], operation: str, future: concurrent.futures.Future[Any]) -> None:
@@ -241,6 +243,10 @@ class BudgetLimiter(LimiterBase):
     def statuses(self) -> list[Status]:
         """See :meth:`AsyncBudgetLimiter.statuses`."""
         return self._run(self._core.status(None), "status")  # type: ignore[no-any-return]
+
+    def check(self) -> dict[str, str | None]:
+        """See :meth:`AsyncBudgetLimiter.check`."""
+        return self._run(self._core.check(), "check")  # type: ignore[no-any-return]
 
     def get(self, id: str) -> HoldView:
         """See :meth:`AsyncBudgetLimiter.get`."""

@@ -7,59 +7,52 @@
 --                                                denial, and else once a second for each replica
 --   one reply for each operation, in order
 
-local lines, n_fixed = {}, 6 + 2 * n_windows - first_hold
+local lines = { '', '' }
 for i = first_hold + 1, #KEYS do
-  local op = ARGV[n_fixed + i]
+  local op = ARGV[first_op + i - first_hold]
   lines[i - first_hold + 1] = operations[op:sub(1, 1)](op, KEYS[i])
-end
-
--- Folds the oldest entries into one that carries their sum, so that an endless window's ledger stays bounded.
-local function carry_forward(w)
-  if call('XLEN', w.ledger) <= tonumber(match(ARGV[6], '(%d+)$')) then return end
-  local oldest, sum, ids = call('XRANGE', w.ledger, '-', '+', 'COUNT', 2048), 0, {}
-  for i = 1, #oldest do
-    sum = sum + tonumber(oldest[i][2][6])
-    ids[i] = oldest[i][1]
-  end
-  call('XDEL', w.ledger, unpack(ids))
-  call('XADD', w.ledger, '*', 'k', 'carried', 'i', '-', 'a', text(sum), 'o', '-', 't', '-')
 end
 
 for i = 1, n_windows do
   local w = windows[i]
-  local delta, creates = w.delta, w.creating and not w.exists
+  local key, at, first_entry = w.key, w.at, false
+  local events, spent = w[EVENTS], w[SPENT]
+  local creates = w.creating and not w.exists
   if creates then
-    dirty = true
-    call('HSET', w.key, 'def', w.definition, 'start_ms', w.start_ms, 'end_ms', w.end_ms)
+    call('HSET', key, 'def', ARGV[at + 1], 'start_ms', ARGV[at + 2], 'end_ms', ARGV[at + 3])
   end
   if w.asserting and (w.creating or w.changing) then
     dirty = true
-    call('HSET', w.key, 'limit', w.configured, 'asserted_us', w.asserted_us)
+    call('HSET', key, 'limit', ARGV[at + 5], 'asserted_us', w.asserted_us)
   end
-  local sums = { delta.held, delta.spent, delta.unconfirmed, delta.overruns, delta.mine }
-  for j = 1, 5 do
-    local change = sums[j]
-    if change and change ~= 0 then
-      local field = j == 1 and 'held' or j == 2 and 'spent' or j == 3 and 'unconfirmed' or j == 4 and 'overruns'
-        or 'r:' .. ARGV[1]
-      call('HINCRBY', w.key, field, text(change))
+  if w[HELD] ~= 0 then call('HINCRBY', key, 'held', text(w[HELD])) end
+  if w[UNCONFIRMED] ~= 0 then call('HINCRBY', key, 'unconfirmed', text(w[UNCONFIRMED])) end
+  if w[OVERRUNS] ~= 0 then call('HINCRBY', key, 'overruns', text(w[OVERRUNS])) end
+  if spent ~= 0 then
+    spent = text(spent)
+    call('HINCRBY', key, 'spent', spent)
+    call('HINCRBY', key, 'r:' .. ARGV[1], spent)
+  end
+  if events ~= 0 then
+    local total = call('HINCRBY', key, 'events', text(events))
+    first_entry = total == events
+    -- Now and then: an endless window's ledger stays bounded, its oldest entries folded into one that carries their sum.
+    if total % 1024 < events and call('XLEN', w.ledger) > tonumber(match(ARGV[6], '(%d+)$')) then
+      local oldest, sum, ids = call('XRANGE', w.ledger, '-', '+', 'COUNT', 2048), 0, {}
+      for j = 1, #oldest do
+        sum = sum + tonumber(oldest[j][2][2])
+        ids[j] = oldest[j][1]
+      end
+      call('XDEL', w.ledger, unpack(ids))
+      call('XADD', w.ledger, '*', 'a', text(sum), 'e', 'carried - - -')
     end
   end
-  local first_entry = false
-  if delta.events then
-    local events = call('HINCRBY', w.key, 'events', text(delta.events))
-    first_entry = events == delta.events
-    if events % 1024 < delta.events then carry_forward(w) end
-  end
-  if creates or first_entry then
-    local expires_ms = match(w.about, '^%a %S+ %d+ %d+ (%d+)')
-    if expires_ms ~= '0' then
-      call('PEXPIREAT', w.key, expires_ms)
-      call('PEXPIREAT', w.ledger, expires_ms)
-    end
+  if (creates or first_entry) and ARGV[at + 4] ~= '0' then
+    call('PEXPIREAT', key, ARGV[at + 4])
+    call('PEXPIREAT', w.ledger, ARGV[at + 4])
   end
 end
-if due_ids[1] then store_due() end
+if n_added > 0 or due_removed[1] then store_due() end
 
 -- The index of unconfirmed holds is kept by the expiry of their records: what nobody resolved leaves with them.
 if unconfirmed_changes then
@@ -73,34 +66,30 @@ if unconfirmed_changes then
   call('ZREMRANGEBYSCORE', KEYS[4], '-inf', text(now_ms))
 end
 
-local epoch, acknowledged, seen_s = meta[1] or '-', '0', nil
-if meta[3] then acknowledged, seen_s = match(meta[3], '^(%d+) (%d+)') end
-local flags = '-'
-if (ARGV[2] ~= '-' and ARGV[2] ~= epoch) or tonumber(ARGV[3]) > tonumber(acknowledged) then flags = 'L' end
-
--- Replicas that were not heard of for two days are forgotten, lest short-lived processes fill the hash.
-local function forget_replicas()
-  local all = call('HGETALL', KEYS[1])
-  for i = 1, #all, 2 do
-    local seen = match(all[i], '^r:') and match(all[i + 1], ' (%d+)$')
-    if seen and time[1] - tonumber(seen) > 172800 then call('HDEL', KEYS[1], all[i]) end
-  end
-end
+local epoch, acknowledged, new_second = meta[1] or '-', meta[2] or '0', meta[3] ~= time[1]
+local went_back = (ARGV[2] ~= '-' and ARGV[2] ~= epoch) or tonumber(ARGV[3]) > tonumber(acknowledged)
 
 if dirty then
-  if epoch == '-' then
-    epoch = match(ARGV[6], '^%S+')
-    call('HSET', KEYS[1], 'epoch', epoch, 'schema', '1')
+  if epoch == '-' then -- its first words tell the schema
+    epoch = '1.' .. match(ARGV[6], '^%S+')
+    call('HSET', KEYS[1], 'epoch', epoch)
   end
-  if acknowledged == '0' and call('HLEN', KEYS[1]) > 1024 then forget_replicas() end
-  acknowledged = text(acknowledged + 1)
-  call('HSET', KEYS[1], 'r:' .. ARGV[1], acknowledged .. ' ' .. time[1])
+  acknowledged = call('HINCRBY', KEYS[1], 'r:' .. ARGV[1], 1)
+  if new_second then call('HSET', KEYS[1], 's:' .. ARGV[1], time[1]) end
+  if not meta[3] and call('HLEN', KEYS[1]) > 2048 then
+    -- Replicas that were not heard of for two days are forgotten, lest short-lived processes fill the hash.
+    local all = call('HGETALL', KEYS[1])
+    for i = 1, #all, 2 do
+      local replica = match(all[i], '^s:(.+)')
+      if replica and time[1] - all[i + 1] > 172800 then call('HDEL', KEYS[1], all[i], 'r:' .. replica) end
+    end
+  end
 end
 
-local head = now_us_text .. ' ' .. flags .. ' ' .. acknowledged .. ' ' .. (epoch ~= ARGV[2] and epoch or '-')
-if denied_any or seen_s ~= time[1] then
-  local due = call('ZRANGEBYSCORE', KEYS[3], '-inf', text(now_ms), 'LIMIT', 0, 32)
-  if due[1] then head = head .. ' ' .. table.concat(due, ' ') end
+local due = ''
+if denied_any or new_second then
+  local ids = call('ZRANGEBYSCORE', KEYS[3], '-inf', text(now_ms), 'LIMIT', 0, 32)
+  if ids[1] then due = ' ' .. table.concat(ids, ' ') end
 end
-lines[1] = head
+lines[1] = now_us_text .. (went_back and ' L ' or ' - ') .. acknowledged .. ' ' .. (epoch ~= ARGV[2] and epoch or '-') .. due
 return table.concat(lines, '\n')

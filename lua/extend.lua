@@ -23,18 +23,22 @@ end
 local function lacking(hold, changes)
   for i = 1, #changes do
     local change, w = changes[i], by_name[hold.segments[i].name]
-    if change.room > 0 and not admits(load(w), change.fact + change.room) then return deny(w, text(change.room)) end
+    if change.room > 0 then
+      load(w)
+      local total = w.stored + w[HELD] + w[SPENT] + w[UNCONFIRMED]
+      if total >= CLOSED or total + change.fact + change.room > w.cap then return deny(w, text(change.room)) end
+    end
   end
 end
 
 local function apply_change(id, hold, segment, change)
   local w = by_name[segment.name]
   if hold.state == 'o' then
-    add(w, 'held', change.after - change.before)
+    add(w, HELD, change.after - change.before)
   else
-    add(w, 'unconfirmed', -change.before)
-    add(w, 'held', change.after)
-    if change.before > 0 then ledger(w, 'revival', id, text(-change.before), hold) end
+    add(w, UNCONFIRMED, -change.before)
+    add(w, HELD, change.after)
+    if change.before > 0 then ledger(w, 'revival', id, text(-change.before), hold.operation, hold.trace) end
   end
   if hold.state ~= 'o' or change.after ~= change.before then -- verify.lua asks since when it counts this much
     hold.origin = match(hold.origin, '^(%d+) ') .. ' ' .. now_us_text .. ' ' .. match(hold.origin, '(%S+)$')
@@ -49,13 +53,13 @@ end
 
 function operations.E(op, key)
   local id, ttl, keep, amounts = match(op, '^E (%S+) (%d+) (%d) (.*)$')
-  local hold, why = find(id, key)
-  if not hold then return why end
+  local hold, record = find(id, key)
+  if not hold then return record end
   local state = hold.state
-  if state == 'c' or state == 'r' or state == 'n' then return 'c ' .. records[key] end
+  if state == 'c' or state == 'r' or state == 'n' then return 'c ' .. record end
   local created_ms = tonumber(match(hold.origin, '^(%d+)%d%d%d '))
   local deadline = math.min(now_ms + ttl, created_ms + 86400000)
-  if deadline <= now_ms then return 'c ' .. records[key] end
+  if deadline <= now_ms then return 'c ' .. record end
   local accrued, reserved = {}, {}
   for i, a, r in gmatch(amounts, '(%d+):(%d+):(%d+)') do
     local name = windows[tonumber(i)].name
@@ -75,6 +79,5 @@ function operations.E(op, key)
   end
   if state ~= 'o' then set_unconfirmed(id, false) end
   hold.state = 'o'
-  store_record(key, hold, 'KEEPTTL')
-  return 'e ' .. records[key]
+  return 'e ' .. store_record(key, hold, 'KEEPTTL')
 end

@@ -1,18 +1,8 @@
 -- holds.lua: reads and writes hold records, and lets those that are due expire.
 
 local max = math.max
-local by_name, records = {}, {}
+local by_name = {}
 for i = 1, n_windows do by_name[windows[i].name] = windows[i] end
-
--- Records change while the batch goes on; an operation sees what those before it did.
-local function read(key)
-  local record = records[key]
-  if record == nil then
-    record = call('GET', key)
-    records[key] = record
-  end
-  return record
-end
 
 local function parse(record)
   local state, policy, deadline, origin, operation, trace, rest =
@@ -34,9 +24,9 @@ local function store_record(key, hold, ...)
     record = record .. '|' .. s.flag .. ',' .. s.name .. ',' .. s.base .. ',' .. s.reserved .. ',' .. s.accrued .. ','
       .. s.charged
   end
-  records[key] = record
   dirty = true
   call('SET', key, record, ...)
+  return record
 end
 
 local function units(text_or_empty)
@@ -50,16 +40,25 @@ local function counted(segment)
   return max(reserved, tonumber(segment.accrued))
 end
 
-local function ledger(w, kind, id, amount, hold)
-  call('XADD', w.ledger, '*', 'k', kind, 'i', id, 'a', amount, 'o', hold.operation, 't', hold.trace)
+local function ledger(w, kind, id, amount, operation, trace)
+  call('XADD', w.ledger, '*', 'a', amount, 'e', kind .. ' ' .. id .. ' ' .. operation .. ' ' .. trace)
 end
 
 -- Writes spend into one window; `delta` is what the ledger gets, less than the amount if a charge is corrected.
 local function spend(w, kind, id, amount, delta, hold)
-  add(w, 'spent', amount)
-  add(w, 'mine', amount)
-  add(w, 'events', 1)
-  ledger(w, kind, id, delta, hold)
+  add(w, SPENT, amount)
+  add(w, EVENTS, 1)
+  ledger(w, kind, id, delta, hold.operation, hold.trace)
+end
+
+local function set_due(id, deadline)
+  if deadline then
+    due_added[n_added + 1], due_added[n_added + 2] = deadline, id
+    n_added = n_added + 2
+  else
+    if n_added > 0 then store_due() end -- removals are written before additions
+    due_removed[#due_removed + 1] = id
+  end
 end
 
 local function set_unconfirmed(id, key)
@@ -77,28 +76,28 @@ local function expire(id, key, hold)
     if segment.flag ~= 's' and hold.policy ~= 'r' then
       charge = hold.policy == 'a' and units(segment.accrued) or counted(segment)
     end
-    add(w, 'held', -counted(segment))
+    add(w, HELD, -counted(segment))
     segment.charged = ''
     if charge > 0 then
       segment.charged = text(charge)
-      add(w, 'unconfirmed', charge)
-      add(w, 'events', 1)
-      ledger(w, 'expiry', id, segment.charged, hold)
+      add(w, UNCONFIRMED, charge)
+      add(w, EVENTS, 1)
+      ledger(w, 'expiry', id, segment.charged, hold.operation, hold.trace)
     end
   end
   set_due(id, false)
   set_unconfirmed(id, key)
-  store_record(key, hold, 'KEEPTTL')
+  return store_record(key, hold, 'KEEPTTL')
 end
 
--- The hold, expired if it is due; or nil and the reply that says why not.
+-- The hold, expired if it is due, and its record; or nil and the reply that says why not.
 local function find(id, key)
-  local record = read(key)
+  local record = call('GET', key)
   if not record then return nil, 'u' end
   local hold = parse(record)
   for i = 1, #hold.segments do
     if not by_name[hold.segments[i].name] then return nil, 'v ' .. record end
   end
-  if hold.state == 'o' and tonumber(hold.deadline) <= now_ms then expire(id, key, hold) end
-  return hold
+  if hold.state == 'o' and tonumber(hold.deadline) <= now_ms then record = expire(id, key, hold) end
+  return hold, record
 end

@@ -5,8 +5,7 @@
 --       then per operation: the hold record (string)
 -- ARGV  1 replica   2 known epoch   3 acknowledged writes   4 start_us   5 number of windows
 --       6 settings: proposed epoch, id memory_ms, retention_ms, ledger entries at most
---       then per window: budget:window, and its descriptor: flag, definition, start_ms, end_ms, expires_ms, limit, and
---       whether that limit is asserted (!) or not (?)
+--       then per window: budget:window, flag, definition, start_ms, end_ms, expires_ms, limit, asserted limit (! or ?)
 --       then per operation: a letter and fields; the header of its part says which
 --
 -- The loader puts together the parts that a batch needs (ktrdr_budget/engine/scripts.py): making a function costs time
@@ -25,23 +24,30 @@ local CLOSED = 9007199254740992 -- 2^53: a window whose sum is here admits nothi
 
 local time = call('TIME')
 local now_ms = time[1] * 1000 + (time[2] - time[2] % 1000) / 1000
-local now_us_text = time[1] .. format('%06d', time[2])
+local now_us_text = time[1] .. ('00000' .. time[2]):sub(-6)
 
-local meta = call('HMGET', KEYS[1], 'epoch', 'schema', 'r:' .. ARGV[1], 'limits')
-if meta[2] and meta[2] ~= '1' then
-  return redis.error_reply('KTRDRSCHEMA the store holds data of schema ' .. meta[2] .. ', this client knows 1')
+-- Field `r:` counts a replica's acknowledged writes, `s:` is the second in which it was last heard of.
+local meta = call('HMGET', KEYS[1], 'epoch', 'r:' .. ARGV[1], 's:' .. ARGV[1], 'limits')
+
+if meta[1] and meta[1] ~= ARGV[2] and meta[1]:sub(1, 2) ~= '1.' then
+  return redis.error_reply('KTRDRSCHEMA the store holds data of another schema than 1, which this client knows')
 end
 
 local dirty, denied_any = false, false -- whether this batch wrote, or denied
 local n_windows = tonumber(ARGV[5])
-local first_hold = 4 + 2 * n_windows
-local windows = {}
+local first_hold, first_op = 4 + 2 * n_windows, 6 + 8 * n_windows
+
+-- What changes by HINCRBY at the end of the batch, collected in w[HELD], w[SPENT], …; of `spent`, the share of this
+-- replica changes alike (P13).
+local HELD, SPENT, UNCONFIRMED, EVENTS, OVERRUNS = 1, 2, 3, 4, 5
+local windows = { 0, 0, 0, 0, 0, 0 } -- made with room, here and below: growing a table costs more than filling it
 for i = 1, n_windows do
-  windows[i] = { key = KEYS[3 + 2 * i], ledger = KEYS[4 + 2 * i], name = ARGV[5 + 2 * i], about = ARGV[6 + 2 * i],
-    delta = {} }
+  windows[i] = { 0, 0, 0, 0, 0, key = KEYS[3 + 2 * i], ledger = KEYS[4 + 2 * i], name = ARGV[8 * i - 1], at = 8 * i,
+    asserted = false, asserting = false, changing = false, creating = false, exists = false, mismatch = false,
+    stale = false, cap = 0, stored = false, held = 0, spent = 0, unconfirmed = 0 }
 end
 
-local due_changes, due_ids = {}, {} -- id -> deadline text, or false to remove; written together at the end
+local due_added, n_added, due_removed = { 0, 0 }, 0, {} -- flat: deadline, id, deadline, id…; ids
 local unconfirmed_changes -- id -> key of the record, or false to remove
 local operations = {}
 
@@ -49,34 +55,20 @@ local function text(number)
   return format('%.0f', number)
 end
 
--- Sums change by HINCRBY at the end of the batch. `mine` is this replica's share of `spent` (P13).
 local function add(w, field, units)
-  local delta = (w.delta[field] or 0) + units
-  if delta >= CLOSED or delta <= -CLOSED then -- a sum of deltas stays exact, too
-    call('HINCRBY', w.key, field == 'mine' and 'r:' .. ARGV[1] or field, text(delta - units))
-    delta = units
+  local sum = w[field] + units
+  if sum >= CLOSED or sum <= -CLOSED then -- the sum of changes stays exact, too
+    local name = field == HELD and 'held' or field == SPENT and 'spent' or 'unconfirmed'
+    call('HINCRBY', w.key, name, text(w[field]))
+    if field == SPENT then call('HINCRBY', w.key, 'r:' .. ARGV[1], text(w[field])) end
+    w.stored = false -- read again what this changed
+    sum = units
   end
-  w.delta[field] = delta
-  if w[field] then w[field] = w[field] + units end
-end
-
-local function set_due(id, deadline)
-  if due_changes[id] == nil then due_ids[#due_ids + 1] = id end
-  due_changes[id] = deadline
+  w[field] = sum
 end
 
 local function store_due()
-  local added, removed = {}, {}
-  for i = 1, #due_ids do
-    local id = due_ids[i]
-    if due_changes[id] then
-      added[#added + 1] = due_changes[id]
-      added[#added + 1] = id
-    else
-      removed[#removed + 1] = id
-    end
-  end
-  if added[1] then call('ZADD', KEYS[3], unpack(added)) end
-  if removed[1] then call('ZREM', KEYS[3], unpack(removed)) end
-  due_changes, due_ids = {}, {}
+  if due_removed[1] then call('ZREM', KEYS[3], unpack(due_removed)) end
+  if n_added > 0 then call('ZADD', KEYS[3], unpack(due_added, 1, n_added)) end
+  n_added, due_removed = 0, {}
 end

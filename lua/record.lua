@@ -24,22 +24,23 @@ local function record_spend(op, key)
   local state = letter == 'N' and 'n' or 'c'
   local told = {}
   for amount in gmatch(amounts, ':(%d+)') do told[#told + 1] = amount end
-  local record = read(key)
+  local record = call('GET', key)
   if record then
     return same_record(record, state, amounts) and 'p - ' .. table.concat(told, ',') or 'c ' .. record
   end
   local hold = { state = state, policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
     operation = operation, trace = trace, segments = {} }
   for i in gmatch(amounts, '(%d+):') do
-    local w = load(windows[tonumber(i)])
+    local w = windows[tonumber(i)]
+    load(w)
     if w.stale and late == '0' then return 'w' end
     if w.mismatch then return 'm ' .. w.name .. ' ' .. w.mismatch end
     local n = #hold.segments + 1
-    hold.segments[n] = { flag = w.flag, name = w.name, base = '', reserved = told[n], accrued = '', charged = told[n] }
+    hold.segments[n] = { flag = ARGV[w.at], name = w.name, base = '', reserved = told[n], accrued = '', charged = told[n] }
   end
   for i = 1, #told do
     local w = by_name[hold.segments[i].name]
-    if w.flag ~= 's' then
+    if hold.segments[i].flag ~= 's' then
       w.creating = true
       spend(w, letter == 'N' and 'record' or 'commit', id, tonumber(told[i]), told[i], hold)
     end

@@ -8,58 +8,57 @@
 --        m budget:window definition    the stored window is defined otherwise
 --        d budget:window limit spent held unconfirmed requested first_deadline_ms    denied; nothing was written
 
--- By budget, not by window: a retry after midnight names the new day.
-local function same_reservation(record, policy, amounts)
+-- A replay is answered before anything else is said of a request. Compared by budget, not by window: a retry after
+-- midnight names the new day.
+local function replay(key, policy, amounts)
+  local record = call('GET', key)
+  if not record then return nil end
   local before, n = {}, 0
   for name, base, reserved in gmatch(record, '|%a,([^,]+),(%d*),(%d+)') do
     before[match(name, '^(.+):')] = base ~= '' and base or reserved
     n = n + 1
   end
+  local same = match(record, '^[^n] (%a)') == policy
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
-    if before[match(windows[tonumber(i)].name, '^(.+):')] ~= amount then return false end
+    same = same and before[match(windows[tonumber(i)].name, '^(.+):')] == amount
     n = n - 1
   end
-  return n == 0 and match(record, '^[^n] (%a)') == policy
+  return (same and n == 0 and 'p ' or 'c ') .. record
 end
 
--- A replay is answered before anything else is said of the request.
-local function unless_replayed(key, policy, amounts, otherwise, ...)
-  local record = call('GET', key)
-  if record then return (same_reservation(record, policy, amounts) and 'p ' or 'c ') .. record end
-  if type(otherwise) == 'string' then return otherwise end
-  return otherwise(...)
-end
+local ttl_before, deadline_before
 
 function operations.R(op, key)
   local id, ttl, policy, labels, amounts = match(op, '^R (%S+) (%d+) (%a) (%S+ %S+ %S+) (.+)$')
-  local taken, segments, n, expires_ms = {}, '', 0, 0
+  local taken, n, segments, expires = { 0, 0, 0, 0 }, 0, '', '0'
   local denied, denied_amount
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
-    local w = load(windows[tonumber(i)])
-    if w.stale then return unless_replayed(key, policy, amounts, 'w') end
-    if w.mismatch then return unless_replayed(key, policy, amounts, 'm ' .. w.name .. ' ' .. w.mismatch) end
-    assert_limit(w)
-    local requested = tonumber(amount)
-    if not denied and not admits(w, requested) then denied, denied_amount = w, amount end
-    segments = segments .. '|' .. w.flag .. ',' .. w.name .. ',,' .. amount .. ',,'
+    local w, requested = windows[tonumber(i)], tonumber(amount)
+    if not w.asserted then load_asserting(w) end
+    if not w.stored then load(w) end
+    if w.stale then return replay(key, policy, amounts) or 'w' end
+    if w.mismatch then return replay(key, policy, amounts) or 'm ' .. w.name .. ' ' .. w.mismatch end
+    local total = w.stored + w[HELD] + w[SPENT] + w[UNCONFIRMED]
+    if (total >= CLOSED or total + requested > w.cap) and not denied then denied, denied_amount = w, amount end
+    segments = segments .. '|' .. ARGV[w.at] .. ',' .. w.name .. ',,' .. amount .. ',,'
     taken[n + 1], taken[n + 2] = w, requested
     n = n + 2
-    if w.expires_ms > expires_ms then expires_ms = w.expires_ms end
+    local ends = ARGV[w.at + 4]
+    if #ends > #expires or (#ends == #expires and ends > expires) then expires = ends end
   end
-  if denied then return unless_replayed(key, policy, amounts, deny, denied, denied_amount) end
-  if expires_ms == 0 then -- only windows without end: a day to live, and then as long as a window is kept
-    expires_ms = now_ms + 86400000 + tonumber(match(ARGV[6], '^%S+ %d+ (%d+)'))
+  if denied then return replay(key, policy, amounts) or deny(denied, denied_amount) end
+  if expires == '0' then -- only windows without end: a day to live, and then as long as a window is kept
+    expires = text(now_ms + 86400000 + match(ARGV[6], '^%S+ %d+ (%d+)'))
   end
-  local deadline = text(now_ms + ttl)
-  local record = 'o ' .. policy .. ' ' .. deadline .. ' ' .. now_us_text .. ' 0 ' .. labels .. segments
-  if not call('SET', key, record, 'NX', 'PXAT', text(expires_ms)) then
-    return unless_replayed(key, policy, amounts)
-  end
-  dirty = true
+  if ttl ~= ttl_before then ttl_before, deadline_before = ttl, text(now_ms + ttl) end
+  local record = 'o ' .. policy .. ' ' .. deadline_before .. ' ' .. now_us_text .. ' 0 ' .. labels .. segments
+  if not call('SET', key, record, 'NX', 'PXAT', expires) then return replay(key, policy, amounts) end
   for i = 1, n, 2 do
     taken[i].creating = true
-    add(taken[i], 'held', taken[i + 1])
+    add(taken[i], HELD, taken[i + 1])
   end
-  set_due(id, deadline)
+  dirty = true
+  due_added[n_added + 1], due_added[n_added + 2] = deadline_before, id
+  n_added = n_added + 2
   return 'g'
 end

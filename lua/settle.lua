@@ -1,7 +1,7 @@
 -- settle.lua: commits or releases a hold. Spend is a fact: a commit is never refused for lack of budget, for being late,
 -- or for being more than was reserved.
 --
--- op     C id window:mode+units …    commit; mode x exactly, r what was reserved, a at least what was accrued
+-- op     D id window:mode+units …    commit; mode x exactly, r what was reserved, a at least what was accrued
 --        L id operator window: …     release; operator 1: done by hand, the worker's later commit still corrects it
 -- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, or -
 --        p flags units,units…    the same was done before
@@ -31,11 +31,11 @@ end
 -- Takes back what a segment counts while it is unsettled; returns that for a charge after expiry, else 0.
 local function take_back(hold, segment, w)
   if hold.state == 'o' then
-    add(w, 'held', -counted(segment))
+    add(w, HELD, -counted(segment))
     return 0
   end
   local charged = units(segment.charged)
-  add(w, 'unconfirmed', -charged)
+  add(w, UNCONFIRMED, -charged)
   return charged
 end
 
@@ -43,16 +43,12 @@ local function leave_indexes(hold, id)
   if hold.state == 'o' then set_due(id, false) else set_unconfirmed(id, false) end
 end
 
-local function id_memory_ms()
-  return match(ARGV[6], '^%S+ (%d+)')
-end
-
-function operations.C(op, key)
-  local id, amounts = match(op, '^C (%S+) (.+)$')
-  local hold, why = find(id, key)
-  if not hold then return why end
+function operations.D(op, key)
+  local id, amounts = match(op, '^D (%S+) (.+)$')
+  local hold, record = find(id, key)
+  if not hold then return record end
   local state = hold.state
-  if state == 'r' or state == 'n' then return 'c ' .. records[key] end
+  if state == 'r' or state == 'n' then return 'c ' .. record end
   local modes, values = {}, {}
   for i, mode, amount in gmatch(amounts, '(%d+):(%a)(%d+)') do
     local name = windows[tonumber(i)].name
@@ -64,7 +60,7 @@ function operations.C(op, key)
   end
   if state == 'c' then
     local before = charges(hold)
-    return before == table.concat(told, ',') and 'p - ' .. before or 'c ' .. records[key]
+    return before == table.concat(told, ',') and 'p - ' .. before or 'c ' .. record
   end
   local kind = state == 'o' and 'commit' or 'correction'
   for i = 1, #hold.segments do
@@ -75,7 +71,7 @@ function operations.C(op, key)
       local amount = tonumber(told[i])
       spend(w, kind, id, amount, back == 0 and told[i] or text(amount - back), hold)
       if amount > tonumber(segment.reserved) then
-        add(w, 'overruns', 1)
+        add(w, OVERRUNS, 1)
         overrun = 'o'
       end
     end
@@ -84,22 +80,22 @@ function operations.C(op, key)
   leave_indexes(hold, id)
   local flags = overrun .. (state == 'o' and '' or 'l')
   hold.state = 'c'
-  store_record(key, hold, 'PX', id_memory_ms())
+  store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)'))
   return 'k ' .. (flags == '' and '-' or flags) .. ' ' .. table.concat(told, ',')
 end
 
 function operations.L(op, key)
   local id, operator = match(op, '^L (%S+) (%d)')
-  local hold, why = find(id, key)
-  if not hold then return why end
+  local hold, record = find(id, key)
+  if not hold then return record end
   local state = hold.state
-  if state == 'c' or state == 'n' then return 'c ' .. records[key] end
+  if state == 'c' or state == 'n' then return 'c ' .. record end
   if state == 'r' or (state == 'z' and operator == '1') then return 'p - ' .. charges(hold) end
   for i = 1, #hold.segments do
     local segment = hold.segments[i]
     local w = by_name[segment.name]
     local back = take_back(hold, segment, w)
-    if back > 0 then ledger(w, 'release', id, text(-back), hold) end
+    if back > 0 then ledger(w, 'release', id, text(-back), hold.operation, hold.trace) end
     segment.charged = ''
   end
   leave_indexes(hold, id)
@@ -108,7 +104,7 @@ function operations.L(op, key)
     store_record(key, hold, 'KEEPTTL') -- not resolved: the worker may yet come back
   else
     hold.state = 'r'
-    store_record(key, hold, 'PX', id_memory_ms())
+    store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)'))
   end
   return 'k ' .. (state == 'o' and '-' or 'l') .. ' ' .. charges(hold)
 end

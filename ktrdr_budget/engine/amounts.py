@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ktrdr_budget.engine.protocol import FLAGS
-from ktrdr_budget.errors import InvalidArgument, UnknownBudget
+from ktrdr_budget.errors import InvalidAmount, InvalidArgument, UnknownBudget
 from ktrdr_budget.money import AmountIn, to_units
 
 __all__ = ["Amounts", "check_amounts", "commit_modes", "spread"]
@@ -27,7 +27,10 @@ def check_amounts(amounts: Amounts | None) -> None:
         list(amounts.values()) if isinstance(amounts, Mapping) else [] if amounts is None else [amounts]
     )
     for value in values:
-        to_units(value, "usd")
+        try:
+            to_units(value, "usd")
+        except InvalidAmount:
+            to_units(value, "count")  # a count may be larger than dollars may
 
 
 def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:

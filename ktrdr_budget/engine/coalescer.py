@@ -51,7 +51,7 @@ Observer = Callable[[Observation], None]
 
 
 class _Call:
-    __slots__ = ("deadline", "flow", "future", "operation", "request", "started")
+    __slots__ = ("deadline", "flow", "future", "operation", "request", "sent", "started")
 
     def __init__(self, flow: Flow[Any], future: Any, operation: str, started: float, deadline: float) -> None:
         self.flow = flow
@@ -60,6 +60,8 @@ class _Call:
         self.started = started
         self.deadline = deadline
         self.request: Any = None
+        self.sent = False
+        """Whether an attempt that brought no answer may have been executed all the same."""
 
 
 class Coalescer:
@@ -98,12 +100,12 @@ class Coalescer:
     def bind(self) -> asyncio.AbstractEventLoop:
         """The event loop that this belongs to, from its first use on."""
         running = asyncio.get_running_loop()
+        if self._closed:
+            raise RuntimeError("this limiter is closed")
         if self._loop is None:
             self._loop = running
         elif self._loop is not running:
             raise RuntimeError("this limiter belongs to another event loop; make one for each")
-        if self._closed:
-            raise RuntimeError("this limiter is closed")
         return running
 
     def submit(self, flow: Flow[Any], operation: str, future: Any = None) -> Any:
@@ -138,6 +140,11 @@ class Coalescer:
 
     def _finish(self, call: _Call, result: Any, error: BaseException | None) -> None:
         future = call.future
+        if call.sent and isinstance(result, HoldBase) and result.replayed:
+            # Granted to this very call, by an attempt whose answer got lost?
+            assert self._loop is not None
+            called_ms = self._session.now_ms() - (self._loop.time() - call.started) * 1000
+            result.replayed = result.created_us < called_ms * 1000
         if future.cancelled():
             self._abandoned(result)
         elif error is None:
@@ -148,6 +155,11 @@ class Coalescer:
             self._observe(call, result, error)
         if self._core.deferred and self._deferred_timer is None:
             self._retry_deferred_later()
+
+    def abandon(self, future: Any) -> None:
+        """Told when whoever awaited the future has gone, whether its result is there already or not."""
+        if not future.cancel() and not future.cancelled() and future.exception() is None:
+            self._abandoned(future.result())
 
     def _abandoned(self, result: Any) -> None:
         """A grant that nobody awaits any more is released; a replay belongs to whoever was granted it first."""
@@ -192,6 +204,9 @@ class Coalescer:
             raise
         finally:
             self._lanes -= 1
+            if not self._lanes and not self._closed and (self._first or self._then):
+                self._lanes += 1  # a lane that failed leaves the rest to another
+                self._spawn(self._lane())
 
     def _take(self) -> list[_Call]:
         """The next batch, bounded so that the store is never busy with it for more than a few milliseconds."""
@@ -200,7 +215,7 @@ class Coalescer:
         for queue in (self._first, self._then):
             while queue and len(batch) < _BATCH_OPS and windows < _BATCH_WINDOWS:
                 call = queue.popleft()
-                if call.request.grants and call.future.cancelled():
+                if call.request.grants and call.future.cancelled() and not call.sent:
                     call.flow.close()  # cancelled before it was sent: leaves nothing
                     continue
                 windows += len(call.request.parts)
@@ -244,6 +259,9 @@ class Coalescer:
     async def _again(self, batch: list[_Call], error: Exception) -> None:
         """Calls that have time left are sent again: the same id makes that harmless."""
         self._backoff_s = min(_BACKOFF_MAX_S, self._backoff_s * 2 or _BACKOFF_FIRST_S)
+        if not isinstance(error, Transient) or error.sent:
+            for call in batch:
+                call.sent = True
         for call in reversed(self._expire(batch, error)):
             (self._then if call.request.grants else self._first).appendleft(call)
         waiting = [queue[0].deadline for queue in (self._first, self._then) if queue]
@@ -259,7 +277,7 @@ class Coalescer:
             if call.deadline - now > 0.002:
                 left.append(call)
             else:
-                self._throw(call, unavailable(error, self._store.shown, self._timeout))
+                self._throw(call, unavailable(error, self._store.shown, self._timeout, ambiguous=call.sent))
         return left
 
     async def _command(self, call: _Call, command: Command) -> None:
@@ -308,9 +326,9 @@ class Coalescer:
                 self._session.absorb(head, header)
                 for op, line in zip(ops, lines, strict=True):
                     deferred.popleft()
-                    if line == "u" and op.otherwise is not None:
-                        deferred.append(op.otherwise)
-                    if line[0] not in "kpu":
+                    if line in op.otherwise:
+                        deferred.append(op.otherwise[line])
+                    elif line[0] not in "kpu":
                         logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
         except (Transient, TimeoutError, StoreUnavailable, OSError):
             pass

@@ -7,7 +7,7 @@ Whoever drives it throws :class:`~ktrdr_budget.errors.StoreUnavailable` into it 
 
 from __future__ import annotations
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,16 +15,27 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
 from ktrdr_budget.engine.protocol import (
     POLICY_CODES,
+    STATES,
     Command,
     Op,
     Record,
+    Segment,
     Window,
+    encode_batch,
     parse_ledger_entry,
     parse_record,
     word,
 )
 from ktrdr_budget.engine.scripts import LIMITS, STATUS
-from ktrdr_budget.engine.views import denial, entry_cursor, holds_cursor, page_size, status_of, told_amounts
+from ktrdr_budget.engine.views import (
+    denial,
+    entry_cursor,
+    holds_cursor,
+    page_size,
+    policy_fault,
+    status_of,
+    told_amounts,
+)
 from ktrdr_budget.errors import (
     BudgetExceeded,
     BudgetMismatch,
@@ -62,6 +73,7 @@ _RETIRE_ROUNDS = 64
 _PAGE_MAX = 1000
 _DEFERRED_MAX = 100_000
 _TEXT_MAX = 256
+_UNGUARDED_MAX = 10_000
 
 
 class Core:
@@ -93,6 +105,8 @@ class Core:
         """Spend that an unreachable store has yet to be told."""
         self.deferred_lost = 0
         """Deferred spend that had to be dropped for want of memory."""
+        self._unguarded: OrderedDict[str, tuple[HoldBase, Record]] = OrderedDict()
+        """What was admitted while the store was away: found by id here, for the store may never have heard of it."""
 
     # -- reserve -------------------------------------------------------------------------------------------------------
 
@@ -109,6 +123,7 @@ class Core:
         """Holds the amounts, all or none; returns a hold."""
         session = self.session
         wanted = self._wanted(budget, amount)
+        unnamed = hold_id is None
         hold_id = session.new_id() if hold_id is None else check_name(hold_id, "id")
         ttl_ms = check_ttl_ms(ttl)
         try:
@@ -125,10 +140,13 @@ class Core:
                 line, answer = yield op
             except StoreError:
                 raise
-            except StoreUnavailable:
+            except StoreUnavailable as error:
                 if not self.allow:
+                    if unnamed and error.ambiguous:
+                        self._give_back(op)
                     raise
-                return self.make_hold(self, hold_id, parts, ttl_ms, session.now_ms() + ttl_ms, guarded=False)
+                labels = (owner, operation, self.trace_id() if self.trace_id else "")
+                return self._admitted_unguarded(hold_id, parts, ttl_ms, policy, labels)
             if line == "g":
                 return self.make_hold(self, hold_id, parts, ttl_ms, answer.now_us // 1000 + ttl_ms)
             rounds += 1
@@ -141,6 +159,30 @@ class Core:
                 yield from self._retire_records({hold_id: record})
             elif line[0] != "w":
                 raise self._error(line, hold_id, answer.now_us, op)
+
+    def _give_back(self, op: Op) -> None:
+        """Releases, once the store answers again, what it may have granted under an id that nobody was told."""
+        if len(self.deferred) < _DEFERRED_MAX:
+            self.deferred.append(Op(op.id, op.key, f"L {op.id} 0", [(window, ":x0") for window, _ in op.parts]))
+
+    def _admitted_unguarded(
+        self, hold_id: str, parts: list[tuple[Window, int]], ttl_ms: int, policy: str, labels: tuple[str, str, str]
+    ) -> Any:
+        now_ms = self.session.now_ms()
+        hold = self.make_hold(self, hold_id, parts, ttl_ms, now_ms + ttl_ms, guarded=False)
+        segments = tuple(Segment(w.flag, w.budget, w.span.name, units, 0, 0) for w, units in parts)
+        record = Record("o", policy, now_ms + ttl_ms, now_ms * 1000, 0, *labels, segments)
+        self._unguarded[hold_id] = hold, record
+        if len(self._unguarded) > _UNGUARDED_MAX:
+            self._unguarded.popitem(last=False)
+        return hold
+
+    def _unguarded_view(self, hold_id: str) -> HoldView:
+        hold, record = self._unguarded[hold_id]
+        figures = zip(record.segments, hold.parts, hold.accrued_units, strict=True)
+        segments = tuple(s._replace(reserved=units, accrued=accrued) for s, (_, units), accrued in figures)
+        state = next(code for code, state in STATES.items() if state == hold.state)
+        return record._replace(state=state, deadline_ms=to_ms(hold.expires_at), segments=segments).view(hold_id)
 
     def _wanted(
         self, budget: str | Mapping[str, AmountIn], amount: AmountIn | None, *, positive: bool = True
@@ -174,7 +216,8 @@ class Core:
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
         # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them.
         lost = None if amounts is None else [(w, f":{n}") for (w, _), (_, n) in zip(hold.parts, amounts, strict=True)]
-        return (yield from self._settle(letter, hold.id, parts, lost=lost))
+        reserved = [units for _, units in hold.parts]
+        return (yield from self._settle(letter, hold.id, parts, reserved, lost=lost))
 
     def settle_id(
         self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
@@ -183,6 +226,9 @@ class Core:
         check_name(hold_id, "id")
         if not release:
             check_amounts(amount)
+        if hold_id in self._unguarded:
+            hold, _ = self._unguarded[hold_id]
+            return (yield from hold.release_flow() if release else hold.commit_flow(amount))
         record = yield from self._read(hold_id)
         return (yield from self._settle_record(hold_id, record, amount, release, operator))
 
@@ -196,31 +242,36 @@ class Core:
             units = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
             settled = commit_modes(units, amount)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
-        return (yield from self._settle("L" if release else "C", hold_id, parts, operator=operator))
+        reserved = [s.reserved for s in record.segments]
+        return (yield from self._settle("L" if release else "C", hold_id, parts, reserved, operator=operator))
 
     def _settle(
         self,
         letter: str,
         hold_id: str,
         parts: list[tuple[Window, str]],
+        reserved: Sequence[int],
         *,
         operator: bool = False,
         lost: list[tuple[Window, str]] | None = None,
     ) -> Flow[Settlement]:
         key = self.session.keys.hold(hold_id)
-        op = Op(hold_id, key, f"C {hold_id}" if letter == "C" else f"L {hold_id} {int(operator)}", parts)
-        if lost is not None:
-            op.otherwise = Op(hold_id, key, f"K {hold_id} 1 - -", lost)
+        op = first = Op(hold_id, key, f"C {hold_id}" if letter == "C" else f"L {hold_id} {int(operator)}", parts)
+        if letter == "C":
+            op.otherwise["s"] = in_detail = Op(hold_id, key, f"D {hold_id}", parts)
+            if lost is not None:
+                op.otherwise["u"] = in_detail.otherwise["u"] = Op(hold_id, key, f"K {hold_id} 1 - -", lost)
         try:
             line, answer = yield op
-            if line == "u" and op.otherwise is not None:
-                line, answer = yield op.otherwise
+            while line in op.otherwise:
+                op = op.otherwise[line]
+                line, answer = yield op
         except StoreError:
             raise
         except StoreUnavailable:
             if not self.allow:
                 raise
-            return self._defer(op, "released" if letter == "L" else "committed")
+            return self._defer(first, "released" if letter == "L" else "committed")
         if line[0] not in "kp":
             raise self._error(line, hold_id, answer.now_us, op)
         _, flags, told = line.split(" ")
@@ -230,6 +281,7 @@ class Core:
             amounts=told_amounts(parts, told),
             replayed=line[0] == "p",
             overrun="o" in flags,
+            overruns=_exceeded(parts, told, reserved) if "o" in flags else (),
             late="l" in flags,
         )
 
@@ -296,6 +348,11 @@ class Core:
         ttl_ms = check_ttl_ms(ttl)
         check_name(hold_id, "id")
         check_amounts(accrued)
+        if hold_id in self._unguarded:
+            hold, _ = self._unguarded[hold_id]
+            hold.accrue_to(accrued)
+            yield from hold.extend_flow(ttl)
+            return self._unguarded_view(hold_id)
         record = yield from self._read(hold_id)
         given = spread(accrued, {s.budget: s.flag for s in record.segments}) if accrued is not None else {}
         parts = [(w, given.get(w.budget, 0), 0) for w, _ in self._parts(record)]
@@ -306,6 +363,10 @@ class Core:
         ttl_ms = check_ttl_ms(ttl)
         check_name(hold_id, "id")
         check_amounts(amounts)
+        if hold_id in self._unguarded:
+            hold, _ = self._unguarded[hold_id]
+            yield from hold.grow_to_flow(amounts)
+            return self._unguarded_view(hold_id)
         record = yield from self._read(hold_id)
         given = spread(amounts, {s.budget: s.flag for s in record.segments})
         parts = [(w, 0, given.get(w.budget, 0)) for w, _ in self._parts(record)]
@@ -355,7 +416,12 @@ class Core:
     def hold_view(self, hold_id: str) -> Flow[HoldView]:
         """A hold by id."""
         check_name(hold_id, "id")
-        return (yield from self._read(hold_id)).view(hold_id)
+        try:
+            return (yield from self._read(hold_id)).view(hold_id)
+        except (StoreUnavailable, UnknownHold):
+            if hold_id not in self._unguarded:
+                raise
+            return self._unguarded_view(hold_id)
 
     def _read(self, hold_id: str) -> Flow[Record]:
         """A hold's record, retired if it is due."""
@@ -441,6 +507,35 @@ class Core:
             raise InvalidArgument(f"until lies in the past: {until.isoformat()}")
         return until_ms
 
+    # -- readiness -----------------------------------------------------------------------------------------------------
+
+    def check(self) -> Flow[dict[str, str | None]]:
+        """What keeps the store from being relied on, per check; ``None`` where nothing does."""
+        try:
+            policy_fault = yield from self._policy_fault()
+            scripts_fault = yield from self._scripts_fault()
+        except StoreUnavailable as error:
+            unknown = "unknown: the store does not answer"
+            return {"store": str(error), "policy": unknown, "scripts": unknown}
+        return {"store": None, "policy": policy_fault, "scripts": scripts_fault}
+
+    def _policy_fault(self) -> Flow[str | None]:
+        try:
+            return policy_fault((yield Command(None, (), ("INFO", "memory"))))
+        except StoreError as error:
+            return f"unknown: {error}"
+
+    def _scripts_fault(self) -> Flow[str | None]:
+        """Runs the scripts with nothing to do: one that reads, and all that write."""
+        session = self.session
+        _, keys, args = encode_batch(session.keys, session.header, [])
+        try:
+            yield self._status_command(())
+            yield Command("apply", keys, args)
+        except StoreError as error:
+            return str(error)
+        return None
+
     # -- errors --------------------------------------------------------------------------------------------------------
 
     def _error(self, line: str, hold_id: str, now_us: int, op: Op) -> Exception:
@@ -471,6 +566,12 @@ class Core:
         if not isinstance(text, str) or len(text) > _TEXT_MAX:
             raise InvalidArgument(f"a label is a string of at most {_TEXT_MAX} characters")
         return word(text)
+
+
+def _exceeded(parts: Sequence[tuple[Window, str]], told: str, reserved: Sequence[int]) -> tuple[str, ...]:
+    """The budgets in which more was committed than reserved."""
+    committed = map(int, told.split(","))
+    return tuple(w.budget for (w, _), units, held in zip(parts, committed, reserved, strict=True) if units > held)
 
 
 def _str(value: bytes | str) -> str:

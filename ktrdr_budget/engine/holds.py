@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
 from ktrdr_budget.engine.protocol import STATES, Record, Window
@@ -24,7 +24,19 @@ OnError = Literal["release", "charge"]
 class HoldBase:
     """What sync and async holds share: all but the waiting."""
 
-    __slots__ = ("_accrued", "_core", "_deadline_ms", "_ttl_ms", "guarded", "id", "parts", "replayed", "state")
+    __slots__ = (
+        "_accrued",
+        "_core",
+        "_deadline_ms",
+        "_settling",
+        "_ttl_ms",
+        "created_us",
+        "guarded",
+        "id",
+        "parts",
+        "replayed",
+        "state",
+    )
 
     def __init__(
         self,
@@ -43,9 +55,12 @@ class HoldBase:
         self._ttl_ms = ttl_ms
         self._deadline_ms = deadline_ms
         self._accrued: dict[str, int] = {}
+        self._settling = False
         self.state: HoldState = "open"
         self.guarded = guarded
         """False if the store was unreachable and policy ``allow`` admitted: no cap was checked."""
+        self.created_us = 0 if record is None else record.created_us
+        """Of a replay: when the hold was granted, by the store's clock, in microseconds since the epoch."""
         self.replayed = record is not None
         """The same reservation had been granted before; this is that hold, as it is now."""
         if record is not None:
@@ -102,6 +117,16 @@ class HoldBase:
         for name, units in spread(amount, self._flags()).items():
             accrued[name] = accrued.get(name, 0) + units
 
+    def accrue_to(self, totals: Amounts | None) -> None:
+        """Raises what was used to these totals; errors as for :meth:`accrue`."""
+        for name, units in spread(totals, self._flags()).items() if totals is not None else ():
+            self._accrued[name] = max(self._accrued.get(name, 0), units)
+
+    @property
+    def accrued_units(self) -> list[int]:
+        """What was used so far, in whole units, in the order of the parts."""
+        return [self._accrued.get(window.budget, 0) for window, _ in self.parts]
+
     def _flags(self) -> dict[str, str]:
         return {window.budget: window.flag for window, _ in self.parts}
 
@@ -110,15 +135,29 @@ class HoldBase:
     def extend_flow(self, ttl: float | None) -> Flow[None]:
         """A heartbeat: a new deadline, and what was accrued."""
         ttl_ms = self._ttl_ms if ttl is None else check_ttl_ms(ttl)
-        parts = [(window, self._accrued.get(window.budget, 0), 0) for window, _ in self.parts]
-        yield from self._extended(self._core.extend(self.id, parts, ttl_ms), self.parts)
+        yield from self._extended(self._core.extend(self.id, self._used(), ttl_ms), self.parts)
         self._ttl_ms = ttl_ms
+
+    def _report_flow(self) -> Flow[None]:
+        """What was accrued, for a hold that is left to its deadline: it counts no less than that."""
+        yield from self._extended(self._core.extend(self.id, self._used(), self._ttl_ms, keep=True), self.parts)
+
+    def _used(self) -> list[tuple[Window, int, int]]:
+        return [(window, self._accrued.get(window.budget, 0), 0) for window, _ in self.parts]
 
     def grow_flow(self, amount: Amounts) -> Flow[None]:
         """A larger reservation, in all budgets or in none."""
         check_amounts(amount)
         more = spread(amount, self._flags())
-        grown = [(window, units + more.get(window.budget, 0)) for window, units in self.parts]
+        return self._grown([(window, units + more.get(window.budget, 0)) for window, units in self.parts])
+
+    def grow_to_flow(self, totals: Amounts) -> Flow[None]:
+        """A reservation of at least these totals."""
+        check_amounts(totals)
+        given = spread(totals, self._flags())
+        return self._grown([(window, max(units, given.get(window.budget, 0))) for window, units in self.parts])
+
+    def _grown(self, grown: list[tuple[Window, int]]) -> Flow[None]:
         parts = [(window, 0, units) for window, units in grown]
         yield from self._extended(self._core.extend(self.id, parts, self._ttl_ms, keep=True), grown)
 
@@ -149,17 +188,18 @@ class HoldBase:
         """Gives everything back."""
         return self._settled(None)
 
-    def exit_flow(self, failed: bool, on_error: OnError) -> Flow[Settlement] | None:
+    def exit_flow(self, failed: bool, on_error: OnError) -> Flow[Any] | None:
         """What leaving ``with limiter.hold(...)`` does; ``None`` for nothing."""
-        if self.settled:
+        if self.settled or self._settling:  # a settlement that was begun completes, though its caller was cancelled
             return None
         if any(self._accrued.values()):
-            return None if failed and on_error == "charge" else self.commit_flow(None)
+            return self._report_flow() if failed and on_error == "charge" else self.commit_flow(None)
         if not failed:
             return self._settled([("r", units) for _, units in self.parts])
         return None if on_error == "charge" else self.release_flow()
 
     def _settled(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
+        self._settling = True
         try:
             settlement = yield from self._core.settle_hold(self, amounts)
         except UnknownHold:
@@ -168,5 +208,7 @@ class HoldBase:
             settlement = Settlement(
                 self.id, "released", {window.budget: from_units(0, window.unit) for window, _ in self.parts}
             )
+        finally:
+            self._settling = False
         self.state = settlement.state
         return settlement

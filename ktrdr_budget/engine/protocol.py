@@ -33,15 +33,24 @@ STATES: Final[dict[str, HoldState]] = {
 }
 POLICIES: Final[dict[str, OnExpiry]] = {"c": "charge", "a": "accrued", "r": "release"}
 POLICY_CODES: Final = {policy: code for code, policy in POLICIES.items()}
-LEDGER_FIELDS: Final = (b"k", b"i", b"a", b"o", b"t")
 
 
 class Window:
     """One budget in one period, ready for the wire. Equal windows of a process are one object."""
 
-    __slots__ = ("budget", "descriptor", "flag", "key", "ledger_key", "name", "span", "unit")
+    __slots__ = ("budget", "flag", "key", "ledger_key", "name", "span", "unit", "words")
 
-    def __init__(self, keys: Keys, budget: str, span: Span, flag: str, definition: str, tail: str) -> None:
+    def __init__(
+        self,
+        keys: Keys,
+        budget: str,
+        span: Span,
+        flag: str,
+        definition: str,
+        expires_ms: int,
+        limit: str,
+        asserts: bool,
+    ) -> None:
         self.budget = budget
         self.span = span
         self.flag = flag
@@ -49,7 +58,8 @@ class Window:
         self.name = f"{budget}:{span.name}"
         self.key = keys.window(budget, span.name)
         self.ledger_key = keys.ledger(budget, span.name)
-        self.descriptor = f"{flag} {definition} {span.start_ms} {span.end_ms or 0} {tail}"
+        bounds = (str(span.start_ms), str(span.end_ms or 0), str(expires_ms))
+        self.words = (self.name, flag, definition, *bounds, limit, "!" if asserts else "?")
 
 
 def flag_of(budget: Budget) -> str:
@@ -73,8 +83,8 @@ class Op:
         self.letter = letter = head[0]
         self.grants = letter == "R" or letter == "E"
         """Whether this asks for money (and so is decided after everything that may give some back)."""
-        self.otherwise: Op | None = None
-        """What to do instead if the store does not know the hold."""
+        self.otherwise: dict[str, Op] = {}
+        """What to do instead after a reply of this word."""
 
 
 class Header(NamedTuple):
@@ -121,7 +131,7 @@ def encode_batch(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, li
     numbers: dict[str, int] = {}
     letters: set[str] = set()
     window_keys: list[str] = []
-    descriptors: list[str] = []
+    words: list[str] = []
     hold_keys: list[str] = []
     rendered: list[str] = []
     for op in ops:
@@ -130,8 +140,7 @@ def encode_batch(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, li
             number = numbers.get(window.key)
             if number is None:
                 number = numbers[window.key] = len(numbers) + 1
-                descriptors.append(window.name)
-                descriptors.append(window.descriptor)
+                words.extend(window.words)
                 window_keys.append(window.key)
                 window_keys.append(window.ledger_key)
             text += f" {number}{tail}"
@@ -140,7 +149,7 @@ def encode_batch(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, li
         letters.add(op.letter)
     names = [keys.meta, keys.limits, keys.due, keys.unconfirmed, *window_keys, *hold_keys]
     replica, epoch, acknowledged, started_us, settings = header
-    argv = [replica, epoch, acknowledged, started_us, str(len(numbers)), settings, *descriptors, *rendered]
+    argv = [replica, epoch, acknowledged, started_us, str(len(numbers)), settings, *words, *rendered]
     return script_for(letters), names, argv
 
 
@@ -238,7 +247,8 @@ def unword(encoded: str) -> str:
 def parse_ledger_entry(entry_id: bytes, fields: Mapping[bytes, bytes] | Sequence[bytes], unit: str) -> LedgerEntry:
     """One entry of a window's stream."""
     values: Any = fields if isinstance(fields, Mapping) else dict(zip(fields[::2], fields[1::2], strict=True))
-    kind, hold_id, amount, operation, trace = (values[name].decode() for name in LEDGER_FIELDS)
+    amount = values[b"a"].decode()
+    kind, hold_id, operation, trace = values[b"e"].decode().split(" ")
     entry = entry_id.decode()
     return LedgerEntry(
         entry_id=entry,

@@ -11,14 +11,16 @@ from pathlib import Path
 __all__ = ["LIMITS", "STATUS", "VERIFY", "Script", "script", "script_for"]
 
 _PARTS = {
-    # The write script, for batches of reservations, of settlements, and of anything.
+    # The write script, for batches of reservations, of simple commits, of settlements, and of anything.
     "reserve": ("prelude", "admission", "reserve", "apply"),
-    "settle": ("prelude", "holds", "settle", "apply"),
-    "apply": ("prelude", "admission", "holds", "reserve", "settle", "record", "extend", "retire", "apply"),
+    "commit": ("prelude", "commit", "apply"),
+    "settle": ("prelude", "holds", "commit", "settle", "apply"),
+    "apply": ("prelude", "admission", "holds", "reserve", "commit", "settle", "record", "extend", "retire", "apply"),
     "status": ("status",),
     "limits": ("limits",),
     "verify": ("verify",),
 }
+_ALONE = {"R": "reserve", "C": "commit", "D": "settle", "L": "settle"}
 STATUS, LIMITS, VERIFY = "status", "limits", "verify"
 
 
@@ -33,9 +35,9 @@ class Script:
 
 def script_for(letters: set[str]) -> str:
     """The smallest write script that knows these operations."""
-    if letters == {"R"}:
-        return "reserve"
-    return "settle" if letters <= {"C", "L"} else "apply"
+    if len(letters) == 1:
+        return _ALONE.get(next(iter(letters)), "apply")
+    return "settle" if letters <= {"C", "D", "L"} else "apply"
 
 
 @cache

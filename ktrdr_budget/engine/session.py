@@ -155,7 +155,7 @@ class Session:
             except InvalidArgument:
                 pass  # the budget has been redefined since; its old windows are still settled
         span = _guess_span(window_name)
-        return Window(self.keys, name, span, flag, "-", f"{self._expires_ms(span)} - ?")
+        return Window(self.keys, name, span, flag, "-", self._expires_ms(span), "-", False)
 
     def _window(self, budget: Budget, span: Span) -> Window:
         key = f"{budget.name}:{span.name}"
@@ -163,9 +163,9 @@ class Session:
         if window is None:
             if len(self._windows) >= _REMEMBERED_WINDOWS:
                 self._windows.clear()
-            limit = "-" if budget.limit_units is None else budget.limit_units
-            tail = f"{self._expires_ms(span)} {limit} !"
-            window = Window(self.keys, budget.name, span, flag_of(budget), budget.definition, tail)
+            limit = "-" if budget.limit_units is None else str(budget.limit_units)
+            expires_ms = self._expires_ms(span)
+            window = Window(self.keys, budget.name, span, flag_of(budget), budget.definition, expires_ms, limit, True)
             self._windows[key] = window
         return window
 

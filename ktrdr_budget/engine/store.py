@@ -153,7 +153,7 @@ class Store:
         if isinstance(error, redis_errors.ClusterError) or _PASSING.search(str(error)):
             return Transient(text, sent=False)
         if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError)):
-            return Transient(text, sent=True)
+            return Transient(text, sent=" connecting to " not in str(error))
         if isinstance(error, redis_errors.RedisError):
             return StoreError(text)
         return error
@@ -186,8 +186,10 @@ def _client(url: str) -> Any:
         raise InvalidArgument(f"the store's URL is not usable: {_without_secrets(error)}") from None
 
 
-def unavailable(error: Exception | None, shown: str, timeout: float) -> StoreUnavailable:
+def unavailable(
+    error: Exception | None, shown: str, timeout: float, *, ambiguous: bool = False
+) -> StoreUnavailable:
     """What a caller gets when its deadline has passed."""
     if isinstance(error, Transient):
-        return StoreUnavailable(f"{error} (gave up after {timeout:g} s)", ambiguous=error.sent)
-    return StoreUnavailable(f"store at {shown} gave no answer within {timeout:g} s", ambiguous=True)
+        return StoreUnavailable(f"{error} (gave up after {timeout:g} s)", ambiguous=ambiguous)
+    return StoreUnavailable(f"store at {shown} gave no answer within {timeout:g} s", ambiguous=ambiguous)

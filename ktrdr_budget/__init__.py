@@ -15,6 +15,7 @@ from ktrdr_budget.errors import (
 from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
 from ktrdr_budget.models import Budget, Denial, HoldView, LedgerEntry, Page, Settlement, Status
 from ktrdr_budget.sync import BudgetLimiter, Hold
+from ktrdr_budget.tracker import BudgetTracker, get_budget_tracker
 
 __all__ = [
     "AsyncBudgetLimiter",
@@ -24,6 +25,7 @@ __all__ = [
     "BudgetExceeded",
     "BudgetLimiter",
     "BudgetMismatch",
+    "BudgetTracker",
     "Denial",
     "Hold",
     "HoldConflict",
@@ -38,4 +40,5 @@ __all__ = [
     "StoreUnavailable",
     "UnknownBudget",
     "UnknownHold",
+    "get_budget_tracker",
 ]

@@ -17,7 +17,7 @@ from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.holds import HoldBase, OnError
 from ktrdr_budget.engine.session import Session
 from ktrdr_budget.engine.store import Store
-from ktrdr_budget.errors import BudgetError, HoldConflict, InvalidArgument, StoreUnavailable, UnknownHold
+from ktrdr_budget.errors import BudgetError, HoldConflict, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
 from ktrdr_budget.models import (
     TTL_DEFAULT_S,
     TTL_MAX_S,
@@ -181,7 +181,11 @@ class AsyncBudgetLimiter(LimiterBase):
     _hold_class = AsyncHold
 
     async def __aenter__(self) -> AsyncBudgetLimiter:
-        await self.start()
+        try:
+            await self.start()
+        except BaseException:
+            await self.close()
+            raise
         return self
 
     async def __aexit__(
@@ -198,6 +202,8 @@ class AsyncBudgetLimiter(LimiterBase):
         await self._store.open()
         try:
             await self._coalescer.submit(self._core.status([]), "start")
+        except StoreError:
+            raise
         except StoreUnavailable as error:
             logger.warning("starting without the store: %s", error)
 
@@ -258,8 +264,8 @@ class AsyncBudgetLimiter(LimiterBase):
         """Reserves, heartbeats at a third of ``ttl`` while the block runs, and settles on leaving.
 
         Settled inside: leaving does nothing. Normal exit: commits what was accrued, or all that was reserved if nothing
-        was. Exception or cancellation: commits what was accrued, or releases if nothing was; ``on_error="charge"`` keeps
-        the hold instead, and it comes due.
+        was. Exception or cancellation: commits what was accrued, or releases if nothing was; ``on_error="charge"``
+        keeps the hold instead, and it comes due.
 
         Raises:
             As for :meth:`reserve` and :meth:`commit`.

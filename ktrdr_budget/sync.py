@@ -18,7 +18,7 @@ from typing import Any
 from ktrdr_budget.engine.amounts import Amounts
 from ktrdr_budget.engine.flows import Flow
 from ktrdr_budget.engine.holds import HoldBase, OnError
-from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreUnavailable
+from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable
 from ktrdr_budget.limiter import LimiterBase, _Heartbeat, logger
 from ktrdr_budget.models import TTL_DEFAULT_S, HoldView, LedgerEntry, OnExpiry, Page, Settlement, Status
 from ktrdr_budget.money import AmountIn
@@ -26,11 +26,21 @@ from ktrdr_budget.money import AmountIn
 __all__ = ["BudgetLimiter", "Hold"]
 
 
+_starting = threading.Lock()
+
+
+def _after_fork_in_child() -> None:
+    global _starting
+    _starting = threading.Lock()  # the parent's may have been held at the fork
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
 class _Portal:
     """A daemon thread with an event loop, started at first use, and anew in a forked child."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
         self._pid = 0
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
@@ -38,20 +48,17 @@ class _Portal:
     def loop(self) -> asyncio.AbstractEventLoop:
         """The running loop."""
         if self._loop is None or self._pid != os.getpid():
-            self._start()
+            with _starting:
+                if self._loop is None or self._pid != os.getpid():
+                    self._start()
         assert self._loop is not None
         return self._loop
 
     def _start(self) -> None:
-        if self._pid != os.getpid():
-            self._lock = threading.Lock()  # the parent's may have been held at the fork
-        with self._lock:
-            if self._loop is not None and self._pid == os.getpid():
-                return
-            loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=loop.run_forever, name="ktrdr-budget", daemon=True)
-            self._thread.start()
-            self._pid, self._loop = os.getpid(), loop
+        loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=loop.run_forever, name="ktrdr-budget", daemon=True)
+        self._thread.start()
+        self._loop, self._pid = loop, os.getpid()
 
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
         """Runs a coroutine there, and waits."""
@@ -110,7 +117,11 @@ class BudgetLimiter(LimiterBase):
     __init__.__doc__ = LimiterBase.__doc__
 
     def __enter__(self) -> BudgetLimiter:
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(
@@ -123,6 +134,8 @@ class BudgetLimiter(LimiterBase):
         self._portal.run(self._store.open())
         try:
             self._run(self._core.status([]), "start")
+        except StoreError:
+            raise
         except StoreUnavailable as error:
             logger.warning("starting without the store: %s", error)
 

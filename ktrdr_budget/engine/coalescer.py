@@ -113,8 +113,8 @@ class Coalescer:
         loop = self.bind()
         if future is None:
             future = loop.create_future()
-        started = loop.time()
-        call = _Call(flow, future, operation, started, started + self._timeout)
+        # An event loop may know the time to a millisecond only, too coarse for what a hook is told.
+        call = _Call(flow, future, operation, time.monotonic(), loop.time() + self._timeout)
         self._resume(call, None)
         return future
 
@@ -143,7 +143,7 @@ class Coalescer:
         if call.sent and isinstance(result, HoldBase) and result.replayed:
             # Granted to this very call, by an attempt whose answer got lost?
             assert self._loop is not None
-            called_ms = self._session.now_ms() - (self._loop.time() - call.started) * 1000
+            called_ms = self._session.now_ms() - (time.monotonic() - call.started) * 1000
             result.replayed = result.created_us < called_ms * 1000
         if future.cancelled():
             self._abandoned(result)
@@ -169,7 +169,7 @@ class Coalescer:
     def _observe(self, call: _Call, result: Any, error: BaseException | None) -> None:
         assert self._loop is not None and self._observer is not None
         try:
-            self._observer(Observation(call.operation, result, error, self._loop.time() - call.started))
+            self._observer(Observation(call.operation, result, error, time.monotonic() - call.started))
         except Exception:
             logger.exception("a hook failed; the budget is not affected")
 
@@ -227,12 +227,15 @@ class Coalescer:
         session, store = self._session, self._store
         header = session.header
         name, keys, args = encode_batch(session.keys, header, [call.request for call in batch])
+        deadline = min(call.deadline for call in batch)
+        assert self._loop is not None
+        in_time = self._loop.time() < deadline
         try:
             await store.open()
-            async with asyncio.timeout_at(min(call.deadline for call in batch)):
+            async with asyncio.timeout_at(deadline):
                 answer = await store.apply(name, keys, args)
         except (Transient, TimeoutError) as error:
-            await self._again(batch, error)
+            await self._again(batch, error, sent=in_time and getattr(error, "sent", True))
             return
         except (StoreUnavailable, OSError) as error:
             for call in batch:
@@ -256,10 +259,10 @@ class Coalescer:
         if not future.cancelled():
             future.exception()
 
-    async def _again(self, batch: list[_Call], error: Exception) -> None:
+    async def _again(self, batch: list[_Call], error: Exception, sent: bool) -> None:
         """Calls that have time left are sent again: the same id makes that harmless."""
         self._backoff_s = min(_BACKOFF_MAX_S, self._backoff_s * 2 or _BACKOFF_FIRST_S)
-        if not isinstance(error, Transient) or error.sent:
+        if sent:
             for call in batch:
                 call.sent = True
         for call in reversed(self._expire(batch, error)):

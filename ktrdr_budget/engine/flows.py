@@ -7,6 +7,7 @@ Whoever drives it throws :class:`~ktrdr_budget.errors.StoreUnavailable` into it 
 
 from __future__ import annotations
 
+import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -65,6 +66,8 @@ if TYPE_CHECKING:
     from ktrdr_budget.engine.session import Session
 
 __all__ = ["Core", "Flow"]
+
+logger = logging.getLogger("ktrdr_budget")
 
 Result = TypeVar("Result")
 Flow = Generator[Op | Command, Any, Result]
@@ -145,6 +148,7 @@ class Core:
                     if unnamed and error.ambiguous:
                         self._give_back(op)
                     raise
+                logger.warning("hold %s is admitted unguarded: %s", hold_id, error)
                 labels = (owner, operation, self.trace_id() if self.trace_id else "")
                 return self._admitted_unguarded(hold_id, parts, ttl_ms, policy, labels)
             if line == "g":
@@ -214,8 +218,12 @@ class Core:
         letter = "L" if amounts is None else "C"
         settled = amounts or [("x", 0)] * len(hold.parts)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
-        # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them.
-        lost = None if amounts is None else [(w, f":{n}") for (w, _), (_, n) in zip(hold.parts, amounts, strict=True)]
+        # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them. After
+        # its own settlement it has not lost but forgotten it, and nothing may be charged twice.
+        lost = None
+        if amounts is not None and not hold.settled:
+            spent = [0 if window.flag == "s" else n for (window, _), (_, n) in zip(hold.parts, amounts, strict=True)]
+            lost = [(window, f":{n}") for (window, _), n in zip(hold.parts, spent, strict=True)]
         reserved = [units for _, units in hold.parts]
         return (yield from self._settle(letter, hold.id, parts, reserved, lost=lost))
 

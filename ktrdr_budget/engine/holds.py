@@ -94,6 +94,11 @@ class HoldBase:
         return from_ms(self._deadline_ms)
 
     @property
+    def deadline_ms(self) -> int:
+        """The same in milliseconds since the epoch."""
+        return self._deadline_ms
+
+    @property
     def ttl(self) -> float:
         """Seconds that a heartbeat prolongs this hold by."""
         return self._ttl_ms / 1000

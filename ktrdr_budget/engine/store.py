@@ -175,20 +175,20 @@ def _client(url: str) -> Any:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
+    from ktrdr_budget.engine.packing import pool_of
+
     try:
         scheme = urlsplit(url).scheme
         if scheme.endswith("+cluster"):
             plain = url.replace("+cluster", "", 1)
             return redis.RedisCluster.from_url(plain, socket_timeout=None)
         options: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "socket_timeout": None, "protocol": 2}
-        return redis.Redis.from_url(url, **options)
+        return redis.Redis.from_pool(pool_of(url, **options))
     except (ValueError, TypeError) as error:
         raise InvalidArgument(f"the store's URL is not usable: {_without_secrets(error)}") from None
 
 
-def unavailable(
-    error: Exception | None, shown: str, timeout: float, *, ambiguous: bool = False
-) -> StoreUnavailable:
+def unavailable(error: Exception | None, shown: str, timeout: float, *, ambiguous: bool = False) -> StoreUnavailable:
     """What a caller gets when its deadline has passed."""
     if isinstance(error, Transient):
         return StoreUnavailable(f"{error} (gave up after {timeout:g} s)", ambiguous=ambiguous)

@@ -1,0 +1,201 @@
+"""The small daily-budget facade: what a backend with one budget a day already calls, now safe across replicas."""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from contextlib import AbstractContextManager
+from decimal import Decimal
+from types import TracebackType
+from typing import Any
+
+from ktrdr_budget import environment
+from ktrdr_budget.engine.holds import OnError
+from ktrdr_budget.errors import StoreUnavailable
+from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, Status
+from ktrdr_budget.money import Amount, AmountIn, format_amount, from_units, to_units
+from ktrdr_budget.sync import BudgetLimiter, Hold
+
+__all__ = ["BudgetTracker", "get_budget_tracker"]
+
+_BUDGET = "agent"
+
+
+class BudgetTracker:
+    """Dollars per day, shared by every process that uses the same store. Safe to share between threads.
+
+    ``can_spend`` followed by ``record_spend`` leaves a gap in which others spend, too; :meth:`reserve` has none.
+
+    Args:
+        daily_limit: dollars; ``None`` reads ``AGENT_DAILY_BUDGET`` (5.00; ``unlimited``).
+        data_dir: data of the embedded server; ``None`` reads ``AGENT_BUDGET_DIR`` (``data/budget``).
+        url: the store; ``None`` reads ``KTRDR_REDIS_URL``, and is the embedded server if that is not set either or if
+            ``data_dir`` is given.
+
+    Raises:
+        InvalidArgument: an argument, or what the environment says instead, is not usable.
+    """
+
+    def __init__(
+        self,
+        daily_limit: AmountIn | None = None,
+        data_dir: str | os.PathLike[str] | None = None,
+        url: str | None = None,
+    ) -> None:
+        limit = environment.daily_limit() if daily_limit is None else from_units(to_units(daily_limit, round_down=True))
+        self._limit = limit
+        self.daily_limit: float | None = None if limit is None else float(limit)
+        """Dollars; ``None`` if unlimited."""
+        self.cycle_estimate = environment.cycle_estimate()
+        """What one cycle is expected to cost, in dollars."""
+        if url is None and data_dir is None:
+            url = environment.store_url()
+        self.limiter = BudgetLimiter(
+            url,
+            [environment.agent_budget(limit)],
+            tenant=environment.tenant(),
+            data_dir=environment.data_dir() if data_dir is None else data_dir,
+        )
+        """The limiter behind this facade, for all that it does not offer."""
+
+    def __repr__(self) -> str:
+        return f"<BudgetTracker {format_amount(self._limit)} a day, {self.limiter!r}>"
+
+    def __enter__(self) -> BudgetTracker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Disconnects; the embedded server ends with its last user."""
+        self.limiter.close()
+
+    # -- figures -------------------------------------------------------------------------------------------------------
+
+    def get_today_spend(self) -> float:
+        """Dollars spent in today's window.
+
+        Raises:
+            StoreUnavailable: unknown is not 0.
+        """
+        return float(self._status().spent)
+
+    def get_remaining(self) -> float:
+        """Dollars that nobody has spent or holds today; ``inf`` if unlimited.
+
+        Raises:
+            StoreUnavailable: unknown is not "all remaining".
+        """
+        remaining = self._remaining(self._status())
+        return math.inf if remaining is None else float(remaining)
+
+    def can_spend(self, estimated_amount: AmountIn = 0.15) -> tuple[bool, str]:
+        """Whether that much is left now, and why not: ``(False, "budget_exhausted ($0.10 remaining, need $0.15)")``.
+
+        Only a look: it holds nothing. If the store does not answer, ``(False, "budget_unavailable (…)")``.
+        """
+        amount = from_units(to_units(estimated_amount))
+        try:
+            remaining = self._remaining(self._status())
+        except StoreUnavailable as error:
+            return False, f"budget_unavailable ({error})"
+        if remaining is None or amount <= remaining:
+            return True, "ok"
+        return False, f"budget_exhausted ({format_amount(remaining)} remaining, need {format_amount(amount)})"
+
+    def get_status(self) -> dict[str, Any]:
+        """``date, daily_limit, today_spend, remaining, cycles_affordable, spend_events``; ``None`` where unlimited."""
+        status = self._status()
+        remaining = self._remaining(status)
+        limit = self._in_force(status)
+        return {
+            "date": status.window,
+            "daily_limit": None if limit is None else float(limit),
+            "today_spend": float(status.spent),
+            "remaining": None if remaining is None else float(remaining),
+            "cycles_affordable": None if remaining is None else int(Decimal(remaining) // Decimal(self.cycle_estimate)),
+            "spend_events": status.events,
+        }
+
+    # -- spending ------------------------------------------------------------------------------------------------------
+
+    def record_spend(self, amount: AmountIn, operation_id: str) -> None:
+        """Records what was spent; ``operation_id`` is a label: calling this twice records two entries.
+
+        Raises:
+            InvalidAmount: not a non-negative amount.
+            StoreUnavailable: the store did not answer; it may have been recorded.
+        """
+        self.limiter.record(_BUDGET, amount, operation=operation_id)
+
+    def reserve(
+        self,
+        estimated_amount: AmountIn = 0.15,
+        operation_id: str = "",
+        *,
+        id: str | None = None,
+        ttl: float = TTL_DEFAULT_S,
+        on_expiry: OnExpiry = "charge",
+    ) -> Hold:
+        """Checks and holds in one step; settle with ``hold.commit(cost)`` or ``hold.release()``.
+
+        Raises:
+            BudgetExceeded: not that much is left.
+            StoreUnavailable: the store did not answer.
+        """
+        return self.limiter.reserve(
+            _BUDGET, estimated_amount, id=id, ttl=ttl, on_expiry=on_expiry, operation=operation_id
+        )
+
+    def hold(
+        self,
+        estimated_amount: AmountIn = 0.15,
+        operation_id: str = "",
+        *,
+        id: str | None = None,
+        ttl: float = TTL_DEFAULT_S,
+        on_expiry: OnExpiry = "charge",
+        on_error: OnError = "release",
+    ) -> AbstractContextManager[Hold]:
+        """:meth:`reserve` as ``with tracker.hold(...) as hold``; see :meth:`AsyncBudgetLimiter.hold`."""
+        return self.limiter.hold(
+            _BUDGET,
+            estimated_amount,
+            id=id,
+            ttl=ttl,
+            on_expiry=on_expiry,
+            on_error=on_error,
+            operation=operation_id,
+        )
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _status(self) -> Status:
+        return self.limiter.status(_BUDGET)
+
+    def _in_force(self, status: Status) -> Amount | None:
+        # A facade that only looks and records never asserts its limit in the store, so it goes by its own.
+        return status.limit if status.limit_source == "runtime" else self._limit
+
+    def _remaining(self, status: Status) -> Amount | None:
+        limit = self._in_force(status)
+        if limit is None:
+            return None
+        return max(from_units(0), limit - status.spent - status.held - status.unconfirmed)
+
+
+_tracker: BudgetTracker | None = None
+_tracker_lock = threading.Lock()
+
+
+def get_budget_tracker() -> BudgetTracker:
+    """The process's one tracker, made at the first call from the environment."""
+    global _tracker
+    with _tracker_lock:
+        if _tracker is None:
+            _tracker = BudgetTracker()
+        return _tracker

@@ -1,0 +1,152 @@
+"""The daily-budget facade, on real servers."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+import ktrdr_budget.tracker as module
+from ktrdr_budget import BudgetExceeded, BudgetTracker, InvalidAmount, StoreUnavailable, get_budget_tracker
+
+
+@pytest.fixture(autouse=True)
+def _no_environment(monkeypatch):
+    for name in (
+        "AGENT_DAILY_BUDGET",
+        "KTRDR_AGENT_DAILY_BUDGET",
+        "AGENT_BUDGET_DIR",
+        "KTRDR_REDIS_URL",
+        "KTRDR_TENANT",
+    ):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_a_new_day_starts_with_the_whole_budget(server):
+    with BudgetTracker(1.0, url=server.url) as tracker:
+        assert tracker.daily_limit == 1.0
+        assert tracker.get_today_spend() == 0.0
+        assert tracker.get_remaining() == 1.0
+        assert tracker.can_spend() == (True, "ok")
+
+
+def test_recorded_spend_counts_and_its_label_is_no_id(server):
+    with BudgetTracker(1.0, url=server.url) as tracker:
+        tracker.record_spend(0.3, "op one, with spaces")
+        tracker.record_spend(0.3, "op one, with spaces")
+        assert tracker.get_today_spend() == 0.6
+        status = tracker.get_status()
+        assert status == {
+            "date": status["date"],
+            "daily_limit": 1.0,
+            "today_spend": 0.6,
+            "remaining": 0.4,
+            "cycles_affordable": 2,
+            "spend_events": 2,
+        }
+        [first, second] = tracker.limiter.ledger("agent")
+        assert first.operation == second.operation == "op one, with spaces"
+
+
+def test_what_does_not_fit_is_told_with_both_figures(server):
+    with BudgetTracker("0.25", url=server.url) as tracker:
+        tracker.record_spend("0.15", "a")
+        assert tracker.can_spend(0.15) == (False, "budget_exhausted ($0.10 remaining, need $0.15)")
+        assert tracker.can_spend(0.10) == (True, "ok")
+
+
+def test_a_hold_counts_against_what_remains_and_a_commit_settles_it(server):
+    with BudgetTracker(0.20, url=server.url) as tracker:
+        hold = tracker.reserve(0.15, "cycle")
+        assert tracker.get_remaining() == 0.05
+        with pytest.raises(BudgetExceeded):
+            tracker.reserve(0.15)
+        hold.commit(0.07)
+        assert tracker.get_today_spend() == 0.07
+        with tracker.hold(0.10) as second:
+            second.accrue("0.02")
+        assert tracker.get_today_spend() == 0.09
+
+
+def test_the_environment_gives_the_limit(server, monkeypatch):
+    monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
+    monkeypatch.setenv("KTRDR_AGENT_DAILY_BUDGET", "2.50")
+    with BudgetTracker() as tracker:
+        assert tracker.daily_limit == 2.5
+    monkeypatch.setenv("AGENT_DAILY_BUDGET", "unlimited")
+    with BudgetTracker() as tracker:
+        assert tracker.daily_limit is None
+        assert tracker.get_remaining() == math.inf
+        assert tracker.can_spend(1000) == (True, "ok")
+        assert tracker.get_status()["cycles_affordable"] is None
+    monkeypatch.setenv("AGENT_DAILY_BUDGET", "a lot")
+    with pytest.raises(InvalidAmount, match="AGENT_DAILY_BUDGET"):
+        BudgetTracker()
+
+
+def test_a_limit_of_zero_denies_all(server):
+    with BudgetTracker(0, url=server.url) as tracker:
+        assert tracker.can_spend(0.01) == (False, "budget_exhausted ($0.00 remaining, need $0.01)")
+        with pytest.raises(BudgetExceeded):
+            tracker.reserve(0.01)
+
+
+def test_the_spend_survives_a_restart_of_process_and_server(tmp_path: Path):
+    code = (
+        "import sys; from ktrdr_budget import BudgetTracker as T; t = T(1, sys.argv[1]); {}; print(t.get_today_spend())"
+    )
+    spend = [sys.executable, "-c", code.format("t.record_spend(0.25, 'x')"), str(tmp_path / "d")]
+    read = [sys.executable, "-c", code.format("pass"), str(tmp_path / "d")]
+    assert subprocess.check_output(spend, text=True).strip() == "0.25"
+    assert subprocess.check_output(read, text=True).strip() == "0.25"
+
+
+def test_an_unreachable_store_is_neither_empty_nor_full(tmp_path: Path):
+    with BudgetTracker(1, url=f"unix://{tmp_path}/nobody") as tracker:
+        with pytest.raises(StoreUnavailable):
+            tracker.get_remaining()
+        allowed, reason = tracker.can_spend(0.1)
+        assert not allowed
+        assert reason.startswith("budget_unavailable")
+
+
+def test_threads_share_one_tracker_and_fill_the_day_exactly(server):
+    with BudgetTracker(1, url=server.url) as tracker:
+        granted = []
+
+        def spend():
+            for _ in range(10):
+                try:
+                    granted.append(tracker.reserve("0.05").id)
+                except BudgetExceeded:
+                    return
+
+        threads = [threading.Thread(target=spend) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(granted) == 20
+        assert tracker.get_remaining() == 0.0
+
+
+def test_the_singleton_is_made_once_from_the_environment(server, monkeypatch):
+    monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
+    monkeypatch.setattr(module, "_tracker", None)
+    tracker = get_budget_tracker()
+    try:
+        assert get_budget_tracker() is tracker
+        assert tracker.daily_limit == 5.0
+    finally:
+        tracker.close()
+
+
+def test_a_limit_changed_by_restart_within_the_day_has_effect_at_once(server):
+    with BudgetTracker(1, url=server.url) as tracker:
+        tracker.reserve("0.50").commit("0.50")
+    with BudgetTracker(0.25, url=server.url) as tracker:
+        assert tracker.can_spend(0.1) == (False, "budget_exhausted ($0.00 remaining, need $0.10)")

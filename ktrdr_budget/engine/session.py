@@ -57,6 +57,7 @@ class Session:
         self.replica_id = secrets.token_hex(6)
         self._settings = f"{secrets.token_hex(16)} {self.id_memory_ms} {self.retention_ms} {self.ledger_entries_max}"
         self._epoch = "-"
+        self._lost_us = 0
         self._acknowledged = 0
         self._heard_ms = 0.0
         self._started_us = time.time_ns() // 1000
@@ -108,12 +109,16 @@ class Session:
         self._heard_ms = time.monotonic() * 1000
         if head.went_back and sent is self._header:
             self.losses += 1
-            self._epoch, self._acknowledged = head.epoch or self._epoch, head.writes
+            # An epoch that is not told is the known one, or there is none: the next reply says which.
+            self._epoch, self._acknowledged = head.epoch or "-", head.writes
+            self._lost_us = head.now_us
             self._header = None
             if self.on_loss is not None:
                 self.on_loss()
             return
-        if not head.went_back and (head.epoch or head.writes > self._acknowledged):
+        # What another lane was told before the loss is no longer so.
+        told_since = head.now_us >= self._lost_us and not head.went_back
+        if told_since and (head.epoch or head.writes > self._acknowledged):
             self._epoch = head.epoch or self._epoch
             self._acknowledged = max(head.writes, self._acknowledged)
             self._header = None

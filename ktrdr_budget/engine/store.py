@@ -59,6 +59,7 @@ class Store:
         self._client: Any = None
         self._server: EmbeddedServer | None = None
         self._opening: asyncio.Lock | None = None
+        self._reviving: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
         return f"<Store {self.shown}>"
@@ -107,6 +108,7 @@ class Store:
         """In the child after a fork: the parent's connections are the parent's."""
         self._client = None
         self._opening = None
+        self._reviving = None
 
     async def apply(self, name: str, keys: Sequence[str], args: Sequence[str]) -> Any:
         """Runs one batch of a write script."""
@@ -136,11 +138,21 @@ class Store:
         try:
             return await self._client.execute_command(*words)
         except (OSError, EOFError) as error:
+            self._revive()
             raise Transient(f"store at {self.shown}: {type(error).__name__}", sent=True) from None
         except BudgetError:
             raise
         except Exception as error:
-            raise self._mapped(error) from None
+            mapped = self._mapped(error)
+            if isinstance(mapped, Transient) and mapped.sent:
+                self._revive()
+            raise mapped from None
+
+    def _revive(self) -> None:
+        """The embedded server's watcher restarts it; should that have been killed as well, somebody must ask."""
+        if self._server is not None and (self._reviving is None or self._reviving.done()):
+            self._reviving = asyncio.ensure_future(asyncio.to_thread(self._server.ensure))
+            self._reviving.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def _mapped(self, error: Exception) -> Exception:
         from redis import exceptions as redis_errors

@@ -1,0 +1,55 @@
+# `make run` and `make test` need Python 3.11 or newer, make, and no root.
+
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+HOST ?= 127.0.0.1
+PORT ?= 8000
+WORKERS ?= 1
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help run test lint format fuzz bench clean
+
+help: ## Show what can be made
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+run: .venv/.run ## Install what the service needs and serve on 127.0.0.1:8000 with the embedded server
+	$(BIN)/ktrdr serve --host $(HOST) --port $(PORT) --workers $(WORKERS)
+
+test: .venv/.test lint ## Lint, check types, and run the whole suite on real servers
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: .venv/.test ## Lint, formatting and types only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/.test ## Format, and mend what lint can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+fuzz: .venv/.test ## Compare many more random histories with the reference model (minutes)
+	KTRDR_EXAMPLES=2000 $(BIN)/pytest tests/model --timeout 3600 $(PYTEST_ARGS)
+
+bench: .venv/.bench ## Measure against peers, and write the table in docs/benchmarks.md
+	$(BIN)/python -m benchmarks --markdown
+
+clean: ## Remove what the other targets made, except data/
+	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+.venv/.made:
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer, with venv, is needed" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/.run: pyproject.toml | .venv/.made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fast,server]'
+	@touch $@
+
+.venv/.test: pyproject.toml | .venv/.made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@ .venv/.run
+
+.venv/.bench: pyproject.toml .venv/.test
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	@touch $@

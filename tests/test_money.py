@@ -1,0 +1,123 @@
+"""Amounts at the edge."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ktrdr_budget import InvalidAmount
+from ktrdr_budget.money import MAX_UNITS, format_amount, from_units, to_units
+
+UNITS = st.integers(0, MAX_UNITS - 1)
+
+
+@pytest.mark.parametrize(
+    ("amount", "nanos"),
+    [
+        ("0.15", 150_000_000),
+        (0.15, 150_000_000),
+        (0.1, 100_000_000),
+        (Decimal("0.0000001"), 100),
+        (5, 5_000_000_000),
+        ("1e-9", 1),
+        ("0", 0),
+        ("-0", 0),
+        ("1E+2", 100_000_000_000),
+        (" 1", None),
+    ],
+)
+def test_dollars_become_whole_nanos(amount, nanos):
+    if nanos is None:
+        assert to_units(amount) == 1_000_000_000
+    else:
+        assert to_units(amount) == nanos
+
+
+def test_amounts_round_up_and_limits_down():
+    assert to_units("0.0000000001") == 1
+    assert to_units("0.0000000001", round_down=True) == 0
+    # 0.0016150000000000001 is what a float sum looks like: one nano more, never less.
+    assert to_units("0.0016150000000000001") == 1_615_001
+
+
+@pytest.mark.parametrize(
+    "amount",
+    [
+        True,
+        False,
+        None,
+        "",
+        "abc",
+        "1_000",
+        "٣",
+        "nan",
+        float("nan"),
+        "inf",
+        float("-inf"),
+        -1,
+        "-0.01",
+        b"1",
+        [1],
+        "1" * 65,
+    ],
+)
+def test_what_is_no_amount_is_refused(amount):
+    with pytest.raises(InvalidAmount):
+        to_units(amount)
+
+
+@pytest.mark.parametrize("amount", ["9007199.254740992", 2**53, "1e999999", 1e300])
+def test_two_to_the_53_is_too_large(amount):
+    with pytest.raises(InvalidAmount, match="too large"):
+        to_units(amount)
+    assert to_units("9007199.254740991") == MAX_UNITS - 1
+
+
+def test_a_bool_is_refused_also_after_an_equal_number():
+    assert to_units(1) == 1_000_000_000
+    with pytest.raises(InvalidAmount):
+        to_units(True)
+
+
+def test_counts_are_whole():
+    assert to_units("12", "tokens") == 12
+    assert to_units(2.0, "tokens") == 2
+    for amount in ("1.5", 0.1):
+        with pytest.raises(InvalidAmount, match="whole"):
+            to_units(amount, "tokens")
+    with pytest.raises(InvalidAmount, match="too large"):
+        to_units(MAX_UNITS, "tokens")
+
+
+def test_a_reservation_is_more_than_nothing():
+    with pytest.raises(InvalidAmount, match="more than 0"):
+        to_units("0.00", positive=True)
+
+
+@given(UNITS)
+def test_what_comes_out_goes_in_again(units):
+    assert to_units(from_units(units)) == units
+    assert to_units(str(from_units(units))) == units
+    assert from_units(units, "tokens") == units
+
+
+@given(st.decimals(0, 9_000_000, allow_nan=False, places=12))
+def test_rounding_up_never_loses_and_rounding_down_never_gains(amount):
+    assert from_units(to_units(amount)) >= amount >= from_units(to_units(amount, round_down=True))
+
+
+@pytest.mark.parametrize(
+    ("amount", "unit", "text"),
+    [
+        (Decimal("0.1"), "usd", "$0.10"),
+        (Decimal("0.0000016"), "usd", "$0.0000016"),
+        (Decimal(-2), "usd", "-$2.00"),
+        (3, "tokens", "3 tokens"),
+        (None, "usd", "unlimited"),
+    ],
+)
+def test_amounts_for_people_show_what_matters(amount, unit, text):
+    assert format_amount(amount, unit) == text

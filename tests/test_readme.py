@@ -1,0 +1,131 @@
+"""Every block of the README is run: shell blocks in order against a service that `make run` started."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from ktrdr_budget import Budget
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return [body for name, body in BLOCK.findall(TEXT) if name == language]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh copy of what is checked in or about to be, with this test's own environment for `.venv`."""
+    target = Path(tmp_path_factory.mktemp("clone")) / "ktrdr-budget"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+    )
+    for name in filter(None, listed.stdout.decode().split("\0")):
+        if (ROOT / name).is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, target / name)
+    binaries = target / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    for tool in Path(sys.executable).parent.iterdir():
+        if tool.name != "activate":
+            (binaries / tool.name).symlink_to(tool)
+    (binaries / "activate").write_text(f'PATH="{binaries}:$PATH"\n')
+    for stamp in (".made", ".run", ".test"):
+        (target / ".venv" / stamp).touch()
+    return target
+
+
+@pytest.fixture(scope="module")
+def service(clone: Path) -> Iterator[int]:
+    """`make run`, until it is ready."""
+    port = free_port()
+    process = subprocess.Popen(
+        ["make", "run", f"PORT={port}"],
+        cwd=clone,
+        env=environment(port),
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+    )
+    try:
+        ends = time.monotonic() + 30
+        while True:
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+                    assert answer.status == 200
+                    break
+            except (urllib.error.URLError, ConnectionError):
+                assert process.poll() is None, process.stderr and process.stderr.read().decode()
+                assert time.monotonic() < ends
+                time.sleep(0.05)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGINT)
+        process.communicate(timeout=20)
+
+
+def environment(port: int) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("AGENT_", "KTRDR_"))}
+    return {**kept, "KTRDR_API_URL": f"http://127.0.0.1:{port}", "NO_COLOR": "1"}
+
+
+@pytest.mark.slow
+def test_every_shell_block_does_what_the_readme_says(clone: Path, service: int):
+    [run, test, *others] = blocks("sh")
+    assert run == "make run\n"  # the fixture has done so
+    assert test == "make test\n"  # this is it; that the target exists:
+    subprocess.run(["make", "-n", "test"], cwd=clone, check=True, capture_output=True, env=environment(service))
+    shown = ""
+    for block in others:
+        script = "set -euo pipefail\n. .venv/bin/activate\n" + block.replace("127.0.0.1:8000", f"127.0.0.1:{service}")
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=clone, capture_output=True, text=True, env=environment(service)
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        shown += done.stdout
+    assert "Cycles Affordable: ~33" in shown
+    assert "$10.00" in shown
+    assert '"state":"committed"' in shown
+    assert re.search(r'ktrdr_budget_remaining\{budget="agent",unit="usd"\} 4\.84', shown)
+
+
+def test_the_library_in_ten_lines_runs(tmp_path: Path):
+    [block] = blocks("python")
+    done = subprocess.run([sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "4.93\n"), done.stderr
+
+
+def test_the_budgets_of_the_readme_are_budgets():
+    [block] = blocks("toml")
+    budgets = [Budget(**entry) for entry in tomllib.loads(block)["budgets"]]
+    assert [budget.name for budget in budgets] == ["team:quant", "cycles"]
+
+
+def test_every_link_of_the_documents_leads_somewhere():
+    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.name}: {target}"

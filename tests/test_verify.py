@@ -1,0 +1,89 @@
+"""P11 on live data: wrong sums are found, and busy writers raise no false alarm."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.verify import verify
+
+BUDGETS = [
+    Budget("agent", "1000"),
+    Budget("tokens", 10**6, unit="tokens", period="hour"),
+    Budget("slots", 50, kind="slots"),
+]
+
+
+def spend(url: str) -> None:
+    with BudgetLimiter(url, BUDGETS) as limiter:
+        limiter.reserve({"agent": "0.15", "tokens": 100, "slots": 1}, id="open")
+        limiter.reserve("agent", "0.15").commit("0.20")
+        limiter.record("agent", "0.02")
+
+
+def test_windows_add_up(server):
+    spend(server.url)
+    reports = {report.budget: report for report in verify(server.url)}
+    assert set(reports) == {"agent", "tokens", "slots"}
+    assert all(report.adds_up and report.conclusive for report in reports.values())
+    agent = reports["agent"]
+    assert (agent.spent, agent.held, agent.unit) == (220_000_000, 150_000_000, "usd")
+    assert (agent.ledger_sum, agent.holds_sum) == (220_000_000, 150_000_000)
+
+
+@pytest.mark.parametrize("field", ["spent", "held", "unconfirmed"])
+def test_a_sum_that_somebody_changed_is_found(server, field):
+    spend(server.url)
+    report = next(report for report in verify(server.url) if report.budget == "agent")
+    with server.client() as client:
+        client.hincrby(report.window_key, field, 1)
+    wrong = [report.budget for report in verify(server.url) if not report.adds_up]
+    assert wrong == ["agent"]
+
+
+def test_only_the_budgets_asked_for_are_checked(server):
+    spend(server.url)
+    assert [report.budget for report in verify(server.url, budgets=[Budget("tokens", 1, unit="tokens")])] == ["tokens"]
+
+
+def test_another_tenant_is_not_looked_at(server):
+    spend(server.url)
+    assert verify(server.url, "someone-else") == []
+
+
+def test_a_store_that_is_away_is_unavailable(tmp_path):
+    with pytest.raises(StoreUnavailable):
+        verify(f"unix://{tmp_path}/nobody")
+
+
+async def test_busy_writers_raise_no_false_alarm(server):
+    stop = asyncio.Event()
+
+    async def worker(limiter: AsyncBudgetLimiter, number: int) -> None:
+        while not stop.is_set():
+            try:
+                hold = await limiter.reserve({"agent": "0.01", "slots": 1})
+            except BudgetExceeded:
+                continue
+            hold.accrue("0.02")
+            if number % 3 == 0:
+                await hold.extend()
+            if number % 5 == 0:
+                await hold.grow("0.01")
+            await (hold.release() if number % 2 else hold.commit())
+
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+        workers = [asyncio.create_task(worker(limiter, number)) for number in range(40)]
+        conclusive = 0
+        for _ in range(25):
+            reports = await asyncio.to_thread(verify, server.url)
+            assert all(report.adds_up for report in reports), reports
+            conclusive += all(report.conclusive for report in reports)
+        stop.set()
+        await asyncio.gather(*workers)
+        assert conclusive > 5
+        final = await asyncio.to_thread(verify, server.url)
+        assert all(report.adds_up and report.conclusive for report in final)
+        assert {report.held for report in final} == {0}

@@ -103,5 +103,5 @@ def format_amount(amount: Amount | None, unit: str = "usd") -> str:
         return "unlimited"
     if unit != USD:
         return f"{amount} {unit}"
-    sign, plain = ("-", -amount) if amount < 0 else ("", amount)
-    return f"{sign}${from_units(to_units(plain)):f}"
+    nanos = _WIDE.multiply(Decimal(amount), _SCALE).to_integral_value(rounding=ROUND_CEILING)
+    return f"{'-' if nanos < 0 else ''}${from_units(abs(int(nanos)))}"

@@ -72,6 +72,8 @@ def verify(
         with make(url.replace("+cluster", ""), socket_timeout=timeout, socket_connect_timeout=timeout) as client:
             found = sorted(_windows(client, keys, cluster))
             return [_check(client, keys, *window) for window in found if names is None or window[0] in names]
+    except ValueError:
+        raise StoreError(f"store at {mask_url(url)}: something there was not written by ktrdr-budget") from None
     except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
         raise StoreUnavailable(f"store at {mask_url(url)}: {type(error).__name__}") from None
     except redis.RedisError as error:

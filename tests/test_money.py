@@ -115,6 +115,7 @@ def test_rounding_up_never_loses_and_rounding_down_never_gains(amount):
         (Decimal("0.1"), "usd", "$0.10"),
         (Decimal("0.0000016"), "usd", "$0.0000016"),
         (Decimal(-2), "usd", "-$2.00"),
+        (Decimal("9007199254.740993"), "usd", "$9007199254.740993"),  # a sum may be more than an amount
         (3, "tokens", "3 tokens"),
         (None, "usd", "unlimited"),
     ],

@@ -91,8 +91,10 @@ class Coalescer:
 
     def after_fork(self) -> None:
         """In the child: new connections, an empty queue, a new replica; the parent keeps what was under way."""
+        # Kept for ever: a connection that is collected takes itself out of the epoll instance, the parent's too.
+        _of_the_parent.append((self._loop, self._tasks, self._store.forget()))
+        self._core.deferred.clear()
         self._reset()
-        self._store.forget()
         self._session.renew()
 
     # -- calls ---------------------------------------------------------------------------------------------------------
@@ -369,6 +371,7 @@ def _forget(future: asyncio.Future[Any]) -> None:
 
 
 _coalescers: weakref.WeakSet[Coalescer] = weakref.WeakSet()
+_of_the_parent: list[Any] = []
 
 
 def _after_fork_in_child() -> None:

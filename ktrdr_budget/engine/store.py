@@ -40,8 +40,14 @@ def mask_url(url: str) -> str:
 
 def check_url(url: str) -> str:
     """Refuses a URL whose scheme no store speaks, without showing its secrets."""
-    if not isinstance(url, str) or urlsplit(url).scheme not in _SCHEMES:
-        raise InvalidArgument(f"the store's URL must start with one of {', '.join(s + '://' for s in _SCHEMES)}")
+    try:
+        parts = urlsplit(url)
+        usable = isinstance(url, str) and parts.scheme in _SCHEMES and (parts.port is None or parts.port >= 0)
+    except (ValueError, AttributeError, TypeError):
+        usable = False  # what urlsplit says may quote the password
+    if not usable:
+        schemes = ", ".join(scheme + "://" for scheme in _SCHEMES)
+        raise InvalidArgument(f"the store's URL is not usable; it begins with one of {schemes}")
     return url
 
 
@@ -104,11 +110,12 @@ class Store:
         if server is not None:
             await asyncio.to_thread(server.close)
 
-    def forget(self) -> None:
-        """In the child after a fork: the parent's connections are the parent's."""
-        self._client = None
+    def forget(self) -> Any:
+        """In the child after a fork: the parent's connections are the parent's, and must be kept unused."""
+        client, self._client = self._client, None
         self._opening = None
         self._reviving = None
+        return client
 
     async def apply(self, name: str, keys: Sequence[str], args: Sequence[str]) -> Any:
         """Runs one batch of a write script."""

@@ -1,0 +1,250 @@
+"""``ktrdr budget``: every budget of the service, its limit, its holds and its ledger."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import click
+
+from ktrdr_budget.cli.arguments import a_name, an_end, json_option
+from ktrdr_budget.cli.client import Answer, Service, segment, service, understood
+from ktrdr_budget.cli.errors import CommandError
+from ktrdr_budget.cli.output import Table, amount_text, fields, one_line, write, write_json
+from ktrdr_budget.cli.spend_commands import commit, record, release, reserve
+from ktrdr_budget.cli.verify_command import verify
+
+__all__ = ["budget"]
+
+_PAGE_MAX = 1000
+
+
+@click.group()
+def budget() -> None:
+    """Budgets: what they allow, hold and have spent."""
+
+
+for _command in (reserve, commit, release, record, verify):
+    budget.add_command(_command)
+
+
+@budget.command("list")
+@json_option
+def list_budgets(as_json: bool) -> None:
+    """Show all budgets, each in its current window."""
+    where = service()
+    answer = where.get("/budgets")
+    with understood(where):
+        rows = [_summary(item) for item in answer.exact["budgets"]]
+    if as_json:
+        write_json(answer.document)
+    elif not rows:
+        write("No budgets.")
+    else:
+        Table("NAME", "WINDOW", "UNIT", ">LIMIT", ">SPENT", ">HELD", ">UNCONFIRMED", ">REMAINING", "RESETS AT").write(
+            rows
+        )
+        if any(row[3].endswith("*") for row in rows):
+            write("* set at run time")
+
+
+@budget.command()
+@click.argument("name", callback=a_name)
+@json_option
+def show(name: str, as_json: bool) -> None:
+    """Show one budget in full."""
+    where = service()
+    _show_budget(where, where.get(_path(name)), as_json)
+
+
+@budget.command("set-limit")
+@click.argument("name", callback=a_name)
+@click.argument("limit")
+@click.option(
+    "--until",
+    callback=an_end,
+    metavar="WHEN|window",
+    help="When it ends: an instant such as 2026-11-24T00:00:00Z, or with the current window.  [default: never]",
+)
+@json_option
+def set_limit(name: str, limit: str, until: str | None, as_json: bool) -> None:
+    """Change a limit for all replicas, over what is configured.
+
+    LIMIT is in dollars or a count; 'unlimited' lifts the cap, 0 denies all. It needs the admin key.
+    """
+    where = service()
+    body: dict[str, Any] = {"limit": None if limit.strip().lower() == "unlimited" else limit}
+    if until is not None:
+        body["until"] = until
+    _show_budget(where, where.send("PUT", f"{_path(name)}/limit", body, admin=True), as_json)
+
+
+@budget.command("clear-limit")
+@click.argument("name", callback=a_name)
+@json_option
+def clear_limit(name: str, as_json: bool) -> None:
+    """Return to the configured limit. It needs the admin key."""
+    where = service()
+    _show_budget(where, where.send("DELETE", f"{_path(name)}/limit", admin=True), as_json)
+
+
+def _paged(command: Callable[..., None]) -> Callable[..., None]:
+    """``--limit``, ``--cursor`` and ``--all``."""
+    command = click.option("--all", "everything", is_flag=True, help="All pages.")(command)
+    command = click.option("--cursor", help="Begin where an earlier page ended.")(command)
+    return click.option("--limit", type=click.IntRange(1, _PAGE_MAX), help="How many on a page.")(command)
+
+
+@budget.command()
+@click.argument("name", callback=a_name)
+@_paged
+@json_option
+def holds(name: str, limit: int | None, cursor: str | None, everything: bool, as_json: bool) -> None:
+    """List open and unconfirmed holds, newest deadline first."""
+    table = Table("ID", "STATE", ">AMOUNT", ">ACCRUED", ">CHARGED", "EXPIRES AT", "OPERATION")
+    pages = _pages(f"{_path(name)}/holds", "holds", everything, limit=limit, cursor=cursor)
+    _show_pages(pages, "holds", as_json, table, lambda hold: _hold_row(hold, name), f"No holds of {name}.")
+
+
+@budget.command()
+@click.argument("name", callback=a_name)
+@click.option("--window", help="Such as 2026-11-23 for a day. Default: the current one.")
+@_paged
+@json_option
+def ledger(
+    name: str, window: str | None, limit: int | None, cursor: str | None, everything: bool, as_json: bool
+) -> None:
+    """List the entries of a window, newest first.
+
+    They add up to what is spent and unconfirmed.
+    """
+    table = Table("AT", "KIND", ">AMOUNT", "HOLD", "OPERATION", "TRACE", "ENTRY")
+    pages = _pages(f"{_path(name)}/ledger", "entries", everything, window=window, limit=limit, cursor=cursor)
+    _show_pages(pages, "entries", as_json, table, _entry_row, f"No entries in the ledger of {name}.")
+
+
+def _path(name: str) -> str:
+    return f"/budgets/{segment(name)}"
+
+
+# --- One budget -----------------------------------------------------------------------------------
+
+
+def _summary(item: Mapping[str, Any]) -> list[str]:
+    mark = "*" if item["limit_source"] == "runtime" else ""
+    amounts = [amount_text(item[name]) for name in ("spent", "held", "unconfirmed", "remaining")]
+    limit = amount_text(item["limit"]) + mark
+    return [item["name"], item["window"], item["unit"], limit, *amounts, item["resets_at"] or "never"]
+
+
+def _show_budget(where: Service, answer: Answer, as_json: bool) -> None:
+    with understood(where):
+        text = fields(_budget_fields(answer.exact))
+    if as_json:
+        write_json(answer.document)
+    else:
+        write(text)
+
+
+def _budget_fields(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    kind = "" if item["kind"] == "spend" else f", {item['kind']}"
+    yield "Budget", item["name"]
+    yield "Window", f"{item['window']} ({item['period']}, {item['timezone']}{kind})"
+    yield "Unit", item["unit"]
+    yield "Limit", amount_text(item["limit"]) + _limit_source(item)
+    for name in ("spent", "held", "unconfirmed", "remaining"):
+        yield name.capitalize(), amount_text(item[name])
+    yield "Spend events", str(int(item["spend_events"]))
+    yield "Overruns", str(int(item["overruns"]))
+    yield "Resets at", item["resets_at"] or "never"
+    yield "As of", item["as_of"]
+
+
+def _limit_source(item: Mapping[str, Any]) -> str:
+    if item["limit_source"] != "runtime":
+        return ""
+    until = f" until {item['limit_until']}" if item["limit_until"] else ""
+    return f" (set at run time{until}; configured: {amount_text(item['configured_limit'])})"
+
+
+# --- Pages ----------------------------------------------------------------------------------------
+
+
+def _pages(path: str, field: str, everything: bool, **query: object) -> Iterator[Answer]:
+    """The page asked for, or all from there on."""
+    where = service()
+    if everything and query["limit"] is None:
+        query["limit"] = _PAGE_MAX
+    seen: set[object] = set()
+    while True:
+        answer = where.get(path, **query)
+        with understood(where):
+            cursor = answer.exact["next_cursor"]
+            if not isinstance(answer.exact[field], list) or not isinstance(cursor, str | None):
+                raise TypeError(field)
+        yield answer
+        if not everything or cursor is None:
+            return
+        if cursor in seen:
+            raise CommandError(f"the service at {where.url} gave the same page twice")
+        seen.add(cursor)
+        query["cursor"] = cursor
+
+
+def _show_pages(
+    pages: Iterator[Answer], field: str, as_json: bool, table: Table, row: Callable[[Any], list[str]], none: str
+) -> None:
+    """Writes page by page, so that a long list begins at once and is never in memory as a whole."""
+    if as_json:
+        _write_pages_json(pages, field)
+        return
+    where, found, cursor = service(), False, None
+    for page in pages:
+        with understood(where):
+            rows = [row(item) for item in page.exact[field]]
+        table.write(rows)
+        found, cursor = found or bool(rows), page.document["next_cursor"]
+    if cursor is not None:
+        write(f"More: --cursor {one_line(cursor)}, or --all")
+    elif not found:
+        write(none)
+
+
+def _write_pages_json(pages: Iterator[Answer], field: str) -> None:
+    """One document in the form of a page, with the items of all of them."""
+    first = next(pages).document
+    second = next(pages, None)
+    if second is None:
+        write_json(first)
+        return
+    click.echo(f'{{"{field}": [', nl=False)
+    separator, cursor = "", None
+    for document in _documents(first, second, pages):
+        for item in document[field]:
+            click.echo(separator + json.dumps(item), nl=False)
+            separator = ",\n"
+        cursor = document["next_cursor"]
+    write(f'], "next_cursor": {json.dumps(cursor)}}}')
+
+
+def _documents(first: dict[str, Any], second: Answer, others: Iterator[Answer]) -> Iterator[dict[str, Any]]:
+    yield first
+    yield second.document
+    for other in others:
+        yield other.document
+
+
+def _hold_row(hold: Mapping[str, Any], name: str) -> list[str]:
+    amounts = [_told(hold[field], name) for field in ("amounts", "accrued", "charged")]
+    return [hold["id"], hold["state"], *amounts, hold["expires_at"], hold["operation"]]
+
+
+def _told(amounts: Mapping[str, Any], name: str) -> str:
+    return amount_text(amounts[name]) if name in amounts else ""
+
+
+def _entry_row(entry: Mapping[str, Any]) -> list[str]:
+    names = ("at", "kind", "hold_id", "operation", "trace_id", "entry_id")
+    at, kind, *others = (entry[name] for name in names)
+    return [at, kind, amount_text(entry["amount"]), *others]

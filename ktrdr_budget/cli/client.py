@@ -1,0 +1,220 @@
+"""How the commands speak to the service: one request, one answer, one clear line if it is not a good one.
+
+The client is the standard library's, for a command must answer at once: ``httpx`` takes longer to import than all the
+rest of ``ktrdr agent budget`` takes to run. It goes straight to the service: proxies of the environment are for the
+web, not for a service beside the caller, and a redirect is not followed with a key in hand.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from decimal import Decimal
+from typing import TYPE_CHECKING, Any, NamedTuple
+from urllib.parse import quote, urlencode, urlsplit
+
+import click
+
+from ktrdr_budget.cli.errors import CommandError, Denied, InvalidInput, Unreachable
+from ktrdr_budget.cli.output import amount_text, one_line
+
+if TYPE_CHECKING:
+    from http.client import HTTPConnection
+
+__all__ = ["API_URL", "Answer", "Service", "segment", "service", "understood"]
+
+API_URL = "ktrdr_budget.api_url"
+"""Where a group of commands finds the service's URL in ``click.Context.meta``."""
+
+URL_DEFAULT = "http://127.0.0.1:8000"
+TIMEOUT_S = 5.0
+_KEY = re.compile(r"[\x21-\x7e]{1,4096}", re.ASCII)
+
+
+class Answer(NamedTuple):
+    """What the service said when all went well."""
+
+    text: str
+
+    @property
+    def document(self) -> dict[str, Any]:
+        """The JSON object, for passing on."""
+        return json.loads(self.text)  # type: ignore[no-any-return]
+
+    @property
+    def exact(self) -> dict[str, Any]:
+        """The same with its fractions as ``Decimal``, for reading."""
+        return json.loads(self.text, parse_float=Decimal)  # type: ignore[no-any-return]
+
+
+class Service(NamedTuple):
+    """Where the service is: ``http`` or ``https``, host, port, and the path before ``/api/v1``."""
+
+    scheme: str
+    host: str
+    port: int | None
+    prefix: str
+
+    @classmethod
+    def at(cls, url: str) -> Service:
+        """The service at a URL.
+
+        Raises:
+            InvalidInput: not an ``http`` or ``https`` URL of a host, or one with a user, query or fragment.
+        """
+        if "@" in url:  # before anything is shown: it may follow a password
+            raise InvalidInput("the service's URL must not hold a user or password; a key goes into KTRDR_API_KEY")
+        try:
+            parts = urlsplit(url.strip())
+            host, port = parts.hostname, parts.port
+        except ValueError as error:
+            raise InvalidInput(f"not a URL of the service: {error}") from None
+        if parts.scheme not in ("http", "https"):
+            raise InvalidInput(f"the service's URL must begin with http:// or https://, not {url!r}")
+        if not host or parts.query or parts.fragment or not (parts.path.isascii() and parts.path.isprintable()):
+            raise InvalidInput(f"not a URL of the service: {url!r}")
+        return cls(parts.scheme, host, port, parts.path.rstrip("/").replace(" ", "%20"))
+
+    @property
+    def url(self) -> str:
+        """For a person."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{self.scheme}://{host}{'' if self.port is None else f':{self.port}'}{self.prefix}"
+
+    def get(self, path: str, **query: object) -> Answer:
+        """Reads ``/api/v1`` + path; parameters that are ``None`` are left out."""
+        given = {name: value for name, value in query.items() if value is not None}
+        return self.send("GET", f"{path}?{urlencode(given)}" if given else path)
+
+    def send(
+        self, method: str, path: str, body: Mapping[str, Any] | None = None, *, admin: bool = False, repeat: str = ""
+    ) -> Answer:
+        """Sends a request and returns a good answer.
+
+        Args:
+            method: of HTTP.
+            path: after ``/api/v1``, percent-encoded.
+            body: sent as JSON.
+            admin: send the admin key, if there is one.
+            repeat: tells a person how to repeat the call safely, when it is not known whether it took effect.
+
+        Raises:
+            Denied, Unreachable, InvalidInput, CommandError: with the exit code of each.
+        """
+        headers = {"Accept": "application/json, application/problem+json", "Connection": "close", **_key(admin)}
+        if body is not None:
+            headers["Content-Type"] = "application/json"
+        content = None if body is None else json.dumps(body).encode()
+        status, text = self._exchange(method, f"{self.prefix}/api/v1{path}", content, headers, repeat)
+        document = _object(text)
+        if 200 <= status < 300 and document is not None:
+            return Answer(text)
+        raise self._refusal(status, document, admin, repeat)
+
+    def _exchange(
+        self, method: str, target: str, content: bytes | None, headers: dict[str, str], repeat: str
+    ) -> tuple[int, str]:
+        from http.client import HTTPException, IncompleteRead, RemoteDisconnected
+
+        connection = self._connection()
+        try:
+            connection.connect()
+        except UnicodeError:
+            raise InvalidInput(f"not the name of a host: {self.host!r}") from None
+        except OSError as error:
+            raise Unreachable(f"cannot reach the service at {self.url}: {error.strerror or error}") from None
+        try:
+            connection.request(method, target, content, headers)
+            response = connection.getresponse()
+            return response.status, response.read().decode("utf-8", "replace")
+        except TimeoutError:
+            raise Unreachable(f"the service at {self.url} did not answer within {TIMEOUT_S:g} s{repeat}") from None
+        except (OSError, IncompleteRead, RemoteDisconnected):
+            raise Unreachable(f"the service at {self.url} broke off before its answer was complete{repeat}") from None
+        except HTTPException:
+            raise CommandError(f"what listens at {self.url} does not speak HTTP") from None
+        finally:
+            connection.close()
+
+    def _connection(self) -> HTTPConnection:
+        from http.client import HTTPConnection, HTTPSConnection
+
+        if self.scheme == "http":
+            return HTTPConnection(self.host, self.port, timeout=TIMEOUT_S)
+        import ssl
+
+        return HTTPSConnection(self.host, self.port, timeout=TIMEOUT_S, context=ssl.create_default_context())
+
+    def _refusal(self, status: int, problem: dict[str, Any] | None, admin: bool, repeat: str) -> CommandError:
+        """What an answer means that is not a good one."""
+        error = Unreachable if status in (502, 503, 504) else InvalidInput if status == 422 else CommandError
+        if problem is None or status < 400:
+            return error(f"{self.url} answered {status} without the JSON of a ktrdr-budget service; is that its URL?")
+        if status == 429 and "reason" in problem:
+            with understood(self):
+                return Denied(denial_line(problem), problem)
+        detail = one_line(problem.get("detail") or problem.get("title") or f"the service answered {status}")
+        if status == 401:
+            detail += f" (set {'KTRDR_ADMIN_KEY' if admin else 'KTRDR_API_KEY'} to a key of the service)"
+        if status == 403 and admin:
+            detail += " (it needs the service's admin key in KTRDR_ADMIN_KEY)"
+        return error(detail + (repeat if error is Unreachable else ""))
+
+
+def service() -> Service:
+    """The service that this call speaks to: by option, by what another command line gave, or by ``KTRDR_API_URL``."""
+    given = click.get_current_context().meta.get(API_URL)
+    return Service.at(given or os.environ.get("KTRDR_API_URL", "").strip() or URL_DEFAULT)
+
+
+def segment(name: str) -> str:
+    """A name or id as one segment of a path."""
+    return quote(name, safe="")
+
+
+@contextmanager
+def understood(service: Service) -> Iterator[None]:
+    """While an answer is read: turns one of another shape into a clear error."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
+        raise CommandError(
+            f"the answer of {service.url} is not one of a ktrdr-budget service; is that its URL?"
+        ) from None
+
+
+def denial_line(problem: Mapping[str, Any]) -> str:
+    """``agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 3600 s``."""
+    unit = "" if isinstance(problem["requested"], str) or "unit" not in problem else f" {problem['unit']}"
+    remaining, need = (amount_text(problem[name]) + unit for name in ("remaining", "requested"))
+    seconds = problem["retry_after"]
+    advice = "waiting does not help" if seconds is None else f"retry in {int(seconds)} s"
+    return f"{problem['budget']}: {problem['reason']} ({remaining} remaining, need {need}); {advice}"
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return document if isinstance(document, dict) else None
+
+
+def _key(admin: bool) -> dict[str, str]:
+    """The header with the key of the environment, if there is one; the key itself is never shown.
+
+    Where only one of the two keys is set, it is for everything. Where a service is given several, separated by commas,
+    a command beside it takes the first.
+    """
+    names = ("KTRDR_ADMIN_KEY", "KTRDR_API_KEY") if admin else ("KTRDR_API_KEY", "KTRDR_ADMIN_KEY")
+    for name in names:
+        keys = [key for key in map(str.strip, os.environ.get(name, "").split(",")) if key]
+        if not keys:
+            continue
+        if not _KEY.fullmatch(keys[0]):
+            raise InvalidInput(f"{name} is not usable as a key: it must be one word of printable ASCII characters")
+        return {"Authorization": f"Bearer {keys[0]}"}
+    return {}

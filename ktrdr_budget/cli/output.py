@@ -1,0 +1,119 @@
+"""What people and scripts read: money, tables, JSON, and colours only where a person looks.
+
+Money is never rounded. It shows at least two decimals and as many more as it has, up to a nano-dollar ($0.15,
+$0.0372915): so a small spend never looks like none, what remains is never overstated, and the lines add up.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Sequence
+from decimal import ROUND_HALF_EVEN, Context, Decimal
+from typing import IO, Any
+
+import click
+
+__all__ = ["Table", "amount_text", "fields", "is_terminal", "one_line", "paint", "write", "write_json"]
+
+_NANO = Decimal("1e-9")
+_WIDE = Context(prec=60)
+_LINE_CHARACTERS_MAX = 400
+
+
+def write(text: str, file: IO[Any] | None = None) -> None:
+    """Writes a text and a newline to stdout (or ``file``); what the terminal cannot show is escaped."""
+    stream = sys.stdout if file is None else file
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    click.echo(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
+
+
+def write_json(document: Any, *, compact: bool = False) -> None:
+    """Writes a JSON document: indented for a person at a terminal, else in one line."""
+    write(json.dumps(document, indent=2 if not compact and is_terminal() else None))
+
+
+def one_line(text: object) -> str:
+    """A text of somebody else's as one short line without control characters."""
+    words = " ".join(str(text).split())
+    plain = "".join(character if character.isprintable() else "?" for character in words)
+    return plain if len(plain) <= _LINE_CHARACTERS_MAX else plain[: _LINE_CHARACTERS_MAX - 1] + "…"
+
+
+def is_terminal() -> bool:
+    """Whether a person looks at stdout, on a terminal that can move its cursor."""
+    return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, **style: Any) -> str:
+    """The text in a style of ``click.style``; plain if nobody looks or ``NO_COLOR`` is set."""
+    return click.style(text, **style) if is_terminal() and not os.environ.get("NO_COLOR") else text
+
+
+def amount_text(value: str | int | Decimal | None, *, is_money: bool | None = None) -> str:
+    """An amount of the service's: ``$0.15``, ``3``, or ``unlimited`` for ``None``.
+
+    Args:
+        value: a decimal string is dollars, a whole number is a count.
+        is_money: says it instead, for the numbers of ``/agent/budget``.
+
+    Raises:
+        ValueError, TypeError, ArithmeticError: not an amount.
+    """
+    if value is None:
+        return "unlimited"
+    if isinstance(value, bool) or not isinstance(value, (str, int, Decimal)):
+        raise TypeError(f"not an amount: {value!r}")
+    if is_money is None:
+        is_money = isinstance(value, str)
+    return dollars(Decimal(value)) if is_money else str(int(value))
+
+
+def dollars(value: Decimal) -> str:
+    """Exact to the nano-dollar: ``$0.15``, ``-$0.0372915``."""
+    if not value.is_finite():
+        raise ValueError(f"not an amount: {value}")
+    # Nearest, for a float's noise lies far below a nano-dollar: 0.0016150000000000001 is 0.001615.
+    nanos = abs(value).quantize(_NANO, rounding=ROUND_HALF_EVEN, context=_WIDE)
+    whole, _, decimals = f"{nanos:f}".partition(".")
+    sign = "-" if value < 0 and nanos else ""
+    return f"{sign}${whole}.{decimals.rstrip('0').ljust(2, '0')}"
+
+
+def fields(pairs: Iterable[tuple[str, str]]) -> str:
+    """``Name: value`` lines, the values in one column."""
+    rows = [(f"{name}:", one_line(value)) for name, value in pairs]
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
+
+
+class Table:
+    """Aligned columns, written page by page; a column grows when a later page needs it.
+
+    Args:
+        columns: the headings; a leading ``>`` aligns to the right.
+    """
+
+    def __init__(self, *columns: str) -> None:
+        self._headings = [column.removeprefix(">") for column in columns]
+        self._right = [column.startswith(">") for column in columns]
+        self._widths = [len(heading) for heading in self._headings]
+        self._begun = False
+
+    def write(self, rows: Sequence[Sequence[object]]) -> None:
+        """Writes rows, under the headings if they are the first."""
+        if not rows:
+            return
+        cells = [[one_line(cell) for cell in row] for row in rows]
+        columns = zip(self._widths, *cells, strict=True)
+        self._widths = [max(width, *map(len, column)) for width, *column in columns]
+        lines = [self._line(row) for row in cells]
+        if not self._begun:
+            lines.insert(0, paint(self._line(self._headings), bold=True))
+            self._begun = True
+        write("\n".join(lines))
+
+    def _line(self, row: Sequence[str]) -> str:
+        columns = zip(row, self._widths, self._right, strict=True)
+        return "  ".join(f"{cell:>{width}}" if right else f"{cell:<{width}}" for cell, width, right in columns).rstrip()

@@ -1,0 +1,142 @@
+"""``ktrdr``: the whole command, and how it ends."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import click
+
+from ktrdr_budget.cli.agent_commands import agent
+from ktrdr_budget.cli.budget_commands import budget
+from ktrdr_budget.cli.client import API_URL
+from ktrdr_budget.cli.errors import CommandError, InvalidInput
+
+__all__ = ["main"]
+
+_EXIT_INTERRUPTED = 130
+"""What shells expect of a command that Ctrl-C has ended."""
+
+_HELP = tuple(filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)]))
+"""A group without a command: it shows its help. Click before 8.2 does so without an error."""
+
+
+class _Root(click.Group):
+    """The top group: every way to end is one line on stderr and the exit code that belongs to it."""
+
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        **extra: Any,
+    ) -> Any:
+        """Runs the command line and exits; with ``standalone_mode=False`` it returns or raises, as Click's does."""
+        run = partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
+        if not standalone_mode:
+            return run()
+        sys.exit(_exit_code(run))
+
+
+def _exit_code(run: Callable[[], Any]) -> int:
+    try:
+        # Without its standalone mode Click returns the code of an early exit, such as --help.
+        result = run()
+        return result if isinstance(result, int) else 0
+    except click.ClickException as error:
+        shown = error if isinstance(error, (CommandError, *_HELP)) else CommandError(_told(error))
+        shown.show()
+        return error.exit_code
+    except click.Abort:
+        return _EXIT_INTERRUPTED
+    except OSError as error:  # a full disk behind stdout; a closed pipe is Click's
+        _drop_stdout()
+        CommandError(error.strerror or str(error)).show()
+        return CommandError.exit_code
+    except Exception as error:
+        CommandError(f"unexpected error, please report it: {type(error).__name__}: {error}").show()
+        return CommandError.exit_code
+
+
+def _drop_stdout() -> None:
+    """What could not be written would be tried again, and told again, at the end of the interpreter."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, sys.stdout.fileno())
+    finally:
+        os.close(nowhere)
+
+
+def _told(error: click.ClickException) -> str:
+    """Click's words, with the command whose help has more."""
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    more = f" (see '{context.command_path} --help')" if context else ""
+    return error.format_message().rstrip(".") + more
+
+
+@click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ktrdr-budget", prog_name="ktrdr", message="%(prog)s %(version)s")
+@click.option(
+    "--api-url", metavar="URL", help="Where the service is.  [env: KTRDR_API_URL; default: http://127.0.0.1:8000]"
+)
+@click.pass_context
+def main(context: click.Context, api_url: str | None) -> None:
+    """One hard spend cap for every replica of a backend that runs LLM agents.
+
+    KTRDR_API_KEY, and KTRDR_ADMIN_KEY for limits, hold the keys of the service. NO_COLOR turns colours off.
+
+    Exit codes: 0 done, 1 error, 2 wrong usage, 3 denied by a budget, 4 service or store unreachable.
+    """
+    if api_url is not None:
+        context.meta[API_URL] = api_url
+
+
+main.add_command(agent)
+main.add_command(budget)
+
+
+@main.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option(
+    "--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="TCP port; 0 takes a free one."
+)
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
+def serve(host: str, port: int, workers: int) -> None:
+    """Run the service.
+
+    Its store is KTRDR_REDIS_URL, or an embedded server in AGENT_BUDGET_DIR.
+    """
+    try:
+        from ktrdr_budget.api.serving import ServeError
+        from ktrdr_budget.api.serving import serve as run
+    except ModuleNotFoundError as error:
+        raise CommandError(str(error)) from None  # its words tell what to install
+    try:
+        run(host=host, port=port, workers=workers)
+    except ServeError as error:
+        raise (InvalidInput if error.exit_code == InvalidInput.exit_code else CommandError)(str(error)) from None
+
+
+@main.command()
+@click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
+@click.pass_context
+def completion(context: click.Context, shell: str) -> None:
+    """Print the script that completes this command in a shell.
+
+    \b
+    bash:  echo 'eval "$(ktrdr completion bash)"' >> ~/.bashrc
+    zsh:   echo 'eval "$(ktrdr completion zsh)"' >> ~/.zshrc
+    fish:  ktrdr completion fish > ~/.config/fish/completions/ktrdr.fish
+    """
+    from click.shell_completion import get_completion_class
+
+    name = context.find_root().info_name or "ktrdr"
+    variable = f"_{name}_COMPLETE".replace("-", "_").upper()
+    found = get_completion_class(shell)
+    if found is None:
+        raise CommandError(f"no completion for {shell}")
+    click.echo(found(main, {}, name, variable).source())

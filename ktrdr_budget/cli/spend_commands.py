@@ -1,0 +1,153 @@
+"""``ktrdr budget reserve``, ``commit``, ``release`` and ``record``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import click
+
+from ktrdr_budget.cli.arguments import a_name, amounts_of, json_option, new_id, seconds_from
+from ktrdr_budget.cli.client import Answer, Service, segment, service, understood
+from ktrdr_budget.cli.errors import Denied
+from ktrdr_budget.cli.output import amount_text, one_line, write, write_json
+
+__all__ = ["commit", "record", "release", "reserve"]
+
+_AMOUNTS = "NAME AMOUNT | NAME=AMOUNT..."
+
+
+@click.command()
+@click.argument("amounts", nargs=-1, required=True, metavar=_AMOUNTS)
+@click.option("--id", "hold_id", callback=a_name, help="Makes a repeated call harmless. Default: a new one.")
+@click.option(
+    "--ttl", type=float, callback=seconds_from(1), metavar="SECONDS", help="Until it expires.  [default: 900]"
+)
+@click.option(
+    "--on-expiry",
+    type=click.Choice(["charge", "accrued", "release"]),
+    help="What counts if it expires: all, what was reported, or nothing.  [default: charge]",
+)
+@click.option("--operation", help="A label for the ledger.")
+@json_option
+def reserve(
+    amounts: tuple[str, ...],
+    hold_id: str | None,
+    ttl: float | None,
+    on_expiry: str | None,
+    operation: str | None,
+    as_json: bool,
+) -> None:
+    """Hold an amount before the work.
+
+    Several budgets are granted all or none. A denial ends with exit code 3, and with --json its figures are on stdout.
+    """
+    where = service()
+    body: dict[str, Any] = {"amounts": amounts_of(amounts), "id": hold_id or new_id("hold")}
+    if ttl is not None:
+        body["ttl"] = int(ttl) if ttl.is_integer() else ttl
+    body |= {name: value for name, value in (("on_expiry", on_expiry), ("operation", operation)) if value is not None}
+    try:
+        answer = where.send("POST", "/reservations", body, repeat=_repeat(body["id"]))
+    except Denied as denied:
+        if as_json:
+            write_json(denied.problem)
+        raise
+    _show(where, answer, as_json, _reserved)
+
+
+@click.command()
+@click.argument("hold_id", metavar="ID", callback=a_name)
+@click.argument("amounts", nargs=-1, metavar="[AMOUNT | NAME=AMOUNT...]")
+@json_option
+def commit(hold_id: str, amounts: tuple[str, ...], as_json: bool) -> None:
+    """Record what a hold has really cost.
+
+    Without an amount, it is what was accrued. AMOUNT is for every budget in dollars; counts then cost what was
+    reserved. An unconfirmed hold of somebody else's needs the admin key.
+    """
+    body: dict[str, Any] = {}
+    if len(amounts) == 1 and "=" not in amounts[0]:
+        body["amounts"] = amounts[0]
+    elif amounts:
+        body["amounts"] = _mapping(amounts)
+    where = service()
+    path = f"/reservations/{segment(hold_id)}/commit"
+    _show(where, where.send("POST", path, body, admin=True, repeat=_REPEAT), as_json, _settled("Committed"))
+
+
+@click.command()
+@click.argument("hold_id", metavar="ID", callback=a_name)
+@json_option
+def release(hold_id: str, as_json: bool) -> None:
+    """Give back all that a hold has reserved.
+
+    With the admin key it is done by hand, for a worker that seems dead: if that comes back and commits, it still
+    counts. An unconfirmed hold of somebody else's needs that key.
+    """
+    where = service()
+    path = f"/reservations/{segment(hold_id)}/release"
+    _show(where, where.send("POST", path, {}, admin=True, repeat=_REPEAT), as_json, _settled("Released"))
+
+
+@click.command()
+@click.argument("amounts", nargs=-1, required=True, metavar=_AMOUNTS)
+@click.option("--id", "spend_id", callback=a_name, help="Makes a repeated call harmless. Default: a new one.")
+@click.option("--operation", help="A label for the ledger.")
+@json_option
+def record(amounts: tuple[str, ...], spend_id: str | None, operation: str | None, as_json: bool) -> None:
+    """Record spend without a reservation; it is never denied."""
+    where = service()
+    body: dict[str, Any] = {"amounts": amounts_of(amounts), "id": spend_id or new_id("spend")}
+    if operation is not None:
+        body["operation"] = operation
+    _show(where, where.send("POST", "/spend", body, repeat=_repeat(body["id"])), as_json, _settled("Recorded"))
+
+
+_REPEAT = "; it may have taken effect: repeating it is safe"
+
+
+def _repeat(id: str) -> str:
+    return f"; it may have taken effect: repeating it with --id {id} is safe"
+
+
+def _mapping(words: tuple[str, ...]) -> dict[str, str]:
+    if not all("=" in word for word in words):
+        raise click.UsageError("give one AMOUNT, or NAME=AMOUNT once or more")
+    return amounts_of(words)
+
+
+def _show(where: Service, answer: Answer, as_json: bool, tell: Callable[[Mapping[str, Any]], str]) -> None:
+    with understood(where):
+        text = tell(answer.exact)
+    if as_json:
+        write_json(answer.document)
+    else:
+        write(text)
+
+
+def _reserved(hold: Mapping[str, Any]) -> str:
+    """``Reserved op_1: agent $0.15; expires 2026-11-23T12:15:00Z``; a replay tells what has become of it."""
+    if not hold["replayed"]:
+        return one_line(f"Reserved {hold['id']}: {_amounts(hold['amounts'])}; expires {hold['expires_at']}")
+    return one_line(f"Reserved before, {hold['id']}: {_amounts(hold['amounts'])}; {hold['state']}")
+
+
+def _settled(done: str) -> Callable[[Mapping[str, Any]], str]:
+    def tell(settlement: Mapping[str, Any]) -> str:
+        notes = [note for name, note in _NOTES.items() if settlement[name]]
+        told = f"{done} {settlement['id']}: {_amounts(settlement['amounts'])}"
+        return one_line(told + (f" ({'; '.join(notes)})" if notes else ""))
+
+    return tell
+
+
+_NOTES = {
+    "replayed": "the same was done before",
+    "overrun": "more than was reserved",
+    "late": "after it had expired or was released by hand",
+}
+
+
+def _amounts(amounts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {amount_text(amount)}" for name, amount in amounts.items())

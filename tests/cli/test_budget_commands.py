@@ -1,0 +1,285 @@
+"""``ktrdr budget list | show | set-limit | clear-limit | holds | ledger``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from click.testing import Result
+
+from .support import BUDGET, HOLD, FakeService, Terminal, problem
+
+Run = Callable[..., Result]
+CYCLES = {
+    **BUDGET,
+    "name": "cycles",
+    "unit": "cycles",
+    "period": "ever",
+    "kind": "slots",
+    "window": "ever",
+    "starts_at": None,
+    "resets_at": None,
+    "limit": None,
+    "spent": 0,
+    "held": 2,
+    "unconfirmed": 0,
+    "remaining": None,
+    "configured_limit": None,
+}
+RUNTIME = {**BUDGET, "limit": "10.00", "remaining": "9.55", "limit_source": "runtime", "limit_until": None}
+ENTRY = {
+    "entry_id": "1763899200000-0",
+    "at": "2026-11-23T12:00:00Z",
+    "kind": "commit",
+    "hold_id": "op_1",
+    "amount": "0.07",
+    "operation": "research",
+    "trace_id": "",
+}
+HOLDS = "GET /api/v1/budgets/agent/holds"
+LEDGER = "GET /api/v1/budgets/agent/ledger"
+
+
+# --- list and show --------------------------------------------------------------------------------
+
+
+def test_list_is_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+    service.answer("GET /api/v1/budgets", {"budgets": [BUDGET, CYCLES]})
+    assert ktrdr("budget", "list").stdout == (
+        "NAME    WINDOW      UNIT        LIMIT  SPENT   HELD  UNCONFIRMED  REMAINING  RESETS AT\n"
+        "agent   2026-11-23  usd         $5.00  $0.15  $0.30        $0.00      $4.55  2026-11-24T00:00:00Z\n"
+        "cycles  ever        cycles  unlimited      0      2            0  unlimited  never\n"
+    )
+
+
+def test_list_marks_a_limit_set_at_run_time(ktrdr: Run, service: FakeService) -> None:
+    service.answer("GET /api/v1/budgets", {"budgets": [RUNTIME]})
+    lines = ktrdr("budget", "list").stdout.splitlines()
+    assert " $10.00* " in lines[1]
+    assert lines[2] == "* set at run time"
+
+
+def test_list_of_a_service_without_budgets_says_so(ktrdr: Run, service: FakeService) -> None:
+    service.answer("GET /api/v1/budgets", {"budgets": []})
+    assert ktrdr("budget", "list").stdout == "No budgets.\n"
+
+
+def test_headings_are_bold_on_a_terminal_only(
+    ktrdr: Run, terminal: Callable[..., Terminal], service: FakeService, environment: pytest.MonkeyPatch
+) -> None:
+    service.answer("GET /api/v1/budgets", {"budgets": [BUDGET]})
+    opened = terminal("budget", "list", columns=120)
+    assert opened.wait() == 0
+    assert opened.text.startswith("\x1b[1mNAME")
+    plain = ktrdr("budget", "list").stdout
+    assert opened.text.replace("\x1b[1m", "").replace("\x1b[0m", "") == plain
+    environment.setenv("NO_COLOR", "1")
+    opened = terminal("budget", "list", columns=120)
+    assert opened.wait() == 0
+    assert opened.text == plain
+
+
+def test_show_tells_everything(ktrdr: Run, service: FakeService) -> None:
+    service.answer("GET /api/v1/budgets/agent", BUDGET)
+    assert ktrdr("budget", "show", "agent").stdout == (
+        "Budget:        agent\n"
+        "Window:        2026-11-23 (day, UTC)\n"
+        "Unit:          usd\n"
+        "Limit:         $5.00\n"
+        "Spent:         $0.15\n"
+        "Held:          $0.30\n"
+        "Unconfirmed:   $0.00\n"
+        "Remaining:     $4.55\n"
+        "Spend events:  1\n"
+        "Overruns:      0\n"
+        "Resets at:     2026-11-24T00:00:00Z\n"
+        "As of:         2026-11-23T12:00:00Z\n"
+    )
+
+
+def test_show_of_slots_without_a_limit(ktrdr: Run, service: FakeService) -> None:
+    service.answer("GET /api/v1/budgets/cycles", CYCLES)
+    text = ktrdr("budget", "show", "cycles").stdout
+    assert "Window:        ever (ever, UTC, slots)\n" in text
+    assert "Limit:         unlimited\n" in text
+    assert "Resets at:     never\n" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "document"), [(("list",), {"budgets": [BUDGET, CYCLES]}), (("show", "agent"), BUDGET)]
+)
+def test_json_is_what_the_service_says(ktrdr: Run, service: FakeService, words: tuple[str, ...], document: Any) -> None:
+    service.answer("GET /api/v1/budgets", document)
+    service.answer("GET /api/v1/budgets/agent", document)
+    assert json.loads(ktrdr("budget", *words, "--json").stdout) == document
+
+
+def test_an_unknown_budget_is_an_error(ktrdr: Run, service: FakeService) -> None:
+    service.answer("GET /api/v1/budgets/nobody", *reversed(problem(404, "Unknown", "no budget is named 'nobody'")))
+    result = ktrdr("budget", "show", "nobody")
+    assert (result.exit_code, result.stderr) == (1, "ktrdr: no budget is named 'nobody'\n")
+
+
+# --- Limits ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "body"),
+    [
+        (("10.00",), {"limit": "10.00"}),
+        (("0",), {"limit": "0"}),
+        (("unlimited",), {"limit": None}),
+        (("10", "--until", "window"), {"limit": "10", "until": "window"}),
+        (("10", "--until", "2026-11-24T00:00:00Z"), {"limit": "10", "until": "2026-11-24T00:00:00Z"}),
+        (("10", "--until", "2026-11-24T00:00:00+01:00"), {"limit": "10", "until": "2026-11-24T00:00:00+01:00"}),
+    ],
+)
+def test_set_limit_sends_the_limit_and_its_end(
+    ktrdr: Run, service: FakeService, words: tuple[str, ...], body: dict[str, Any]
+) -> None:
+    service.answer("PUT /api/v1/budgets/agent/limit", RUNTIME)
+    result = ktrdr("budget", "set-limit", "agent", *words)
+    assert result.exit_code == 0, result.stderr
+    assert service.requests[0].body == body
+    assert "Limit:         $10.00 (set at run time; configured: $5.00)\n" in result.stdout
+
+
+def test_the_end_of_a_limit_is_shown(ktrdr: Run, service: FakeService) -> None:
+    service.answer("PUT /api/v1/budgets/agent/limit", {**RUNTIME, "limit_until": "2026-11-24T00:00:00Z"})
+    text = ktrdr("budget", "set-limit", "agent", "10", "--until", "window").stdout
+    assert "Limit:         $10.00 (set at run time until 2026-11-24T00:00:00Z; configured: $5.00)\n" in text
+
+
+@pytest.mark.parametrize("until", ["tomorrow", "2026-11-24", "2026-11-24T00:00:00", ""])
+def test_an_end_without_a_timezone_is_a_usage_error(ktrdr: Run, service: FakeService, until: str) -> None:
+    result = ktrdr("budget", "set-limit", "agent", "10", "--until", until)
+    assert result.exit_code == 2
+    assert result.stderr.count("\n") == 1
+    assert service.requests == []
+
+
+def test_a_limit_that_the_service_does_not_take_is_a_usage_error(ktrdr: Run, service: FakeService) -> None:
+    service.answer("PUT /api/v1/budgets/agent/limit", *reversed(problem(422, "Invalid", "amount is not a number: 'x'")))
+    result = ktrdr("budget", "set-limit", "agent", "x")
+    assert (result.exit_code, result.stderr) == (2, "ktrdr: amount is not a number: 'x'\n")
+
+
+def test_clear_limit_returns_to_the_configured_one(ktrdr: Run, service: FakeService) -> None:
+    service.answer("DELETE /api/v1/budgets/agent/limit", BUDGET)
+    result = ktrdr("budget", "clear-limit", "agent")
+    assert result.exit_code == 0
+    assert "Limit:         $5.00\n" in result.stdout
+    assert service.requests[0].body is None
+
+
+# --- Pages ----------------------------------------------------------------------------------------
+
+
+def test_holds_are_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+    expired = {**HOLD, "id": "op_22", "state": "unconfirmed", "charged": {"agent": "0.15"}, "operation": ""}
+    many = {**HOLD, "amounts": {"cycles": 1, "agent": "0.15"}}
+    service.answer(HOLDS, {"holds": [many, expired], "next_cursor": None})
+    assert ktrdr("budget", "holds", "agent").stdout == (
+        "ID     STATE        AMOUNT  ACCRUED  CHARGED  EXPIRES AT            OPERATION\n"
+        "op_1   open          $0.15    $0.00           2026-11-23T12:15:00Z  research\n"
+        "op_22  unconfirmed   $0.15    $0.00    $0.15  2026-11-23T12:15:00Z\n"
+    )
+
+
+def test_the_ledger_is_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+    correction = {**ENTRY, "kind": "correction", "amount": "-0.08", "operation": "", "trace_id": "abc"}
+    service.answer(LEDGER, {"entries": [correction, ENTRY], "next_cursor": None})
+    assert ktrdr("budget", "ledger", "agent").stdout == (
+        "AT                    KIND        AMOUNT  HOLD  OPERATION  TRACE  ENTRY\n"
+        "2026-11-23T12:00:00Z  correction  -$0.08  op_1             abc    1763899200000-0\n"
+        "2026-11-23T12:00:00Z  commit       $0.07  op_1  research          1763899200000-0\n"
+    )
+
+
+def test_an_operation_cannot_steer_the_terminal(ktrdr: Run, service: FakeService) -> None:
+    service.answer(LEDGER, {"entries": [{**ENTRY, "operation": "a\x1b[2Jb\nc"}], "next_cursor": None})
+    text = ktrdr("budget", "ledger", "agent").stdout
+    assert "a?[2Jb c" in text
+    assert text.count("\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("command", "call", "field", "none"),
+    [
+        ("holds", HOLDS, "holds", "No holds of agent.\n"),
+        ("ledger", LEDGER, "entries", "No entries in the ledger of agent.\n"),
+    ],
+)
+def test_an_empty_list_says_so(
+    ktrdr: Run, service: FakeService, command: str, call: str, field: str, none: str
+) -> None:
+    service.answer(call, {field: [], "next_cursor": None})
+    assert ktrdr("budget", command, "agent").stdout == none
+
+
+def test_options_of_a_page_are_sent(ktrdr: Run, service: FakeService) -> None:
+    service.answer(f"{LEDGER}?window=2026-11-23T10Z&limit=5&cursor=1-0", {"entries": [], "next_cursor": None})
+    result = ktrdr("budget", "ledger", "agent", "--window", "2026-11-23T10Z", "--limit", "5", "--cursor", "1-0")
+    assert result.exit_code == 0, result.stderr
+
+
+def three_pages(service: FakeService) -> list[dict[str, Any]]:
+    entries = [{**ENTRY, "entry_id": f"{number}-0"} for number in range(5)]
+    query = f"{LEDGER}?limit=1000"
+    service.answer(query, {"entries": entries[:2], "next_cursor": "2-0"})
+    service.answer(f"{query}&cursor=2-0", {"entries": entries[2:4], "next_cursor": "4-0"})
+    service.answer(f"{query}&cursor=4-0", {"entries": entries[4:], "next_cursor": None})
+    return entries
+
+
+def test_a_page_tells_where_the_next_begins(ktrdr: Run, service: FakeService) -> None:
+    service.answer(LEDGER, {"entries": [ENTRY], "next_cursor": "2-0"})
+    assert ktrdr("budget", "ledger", "agent").stdout.splitlines()[-1] == "More: --cursor 2-0, or --all"
+
+
+def test_all_pages_are_one_table(ktrdr: Run, service: FakeService) -> None:
+    entries = three_pages(service)
+    lines = ktrdr("budget", "ledger", "agent", "--all").stdout.splitlines()
+    assert [line.split()[-1] for line in lines] == ["ENTRY", *(entry["entry_id"] for entry in entries)]
+
+
+def test_all_pages_are_one_json_document(ktrdr: Run, service: FakeService) -> None:
+    entries = three_pages(service)
+    result = ktrdr("budget", "ledger", "agent", "--all", "--json")
+    assert json.loads(result.stdout) == {"entries": entries, "next_cursor": None}
+
+
+def test_one_page_of_all_is_the_services_json(ktrdr: Run, service: FakeService) -> None:
+    service.answer(f"{HOLDS}?limit=1000", {"holds": [HOLD], "next_cursor": None})
+    assert json.loads(ktrdr("budget", "holds", "agent", "--all", "--json").stdout) == {
+        "holds": [HOLD],
+        "next_cursor": None,
+    }
+
+
+@pytest.mark.parametrize("options", [(), ("--json",)])
+def test_a_service_that_repeats_a_page_is_an_error_and_no_endless_loop(
+    ktrdr: Run, service: FakeService, options: tuple[str, ...]
+) -> None:
+    for cursor in ("", "&cursor=1-0"):
+        service.answer(f"{LEDGER}?limit=1000{cursor}", {"entries": [ENTRY], "next_cursor": "1-0"})
+    result = ktrdr("budget", "ledger", "agent", "--all", *options)
+    assert result.exit_code == 1
+    assert "the same page twice" in result.stderr
+
+
+@pytest.mark.parametrize("page", [{}, {"entries": [{}], "next_cursor": None}, {"entries": {}, "next_cursor": None},
+                                  {"entries": [], "next_cursor": 5}, {"holds": [], "next_cursor": None}])  # fmt: skip
+def test_a_page_of_another_form_is_an_error(ktrdr: Run, service: FakeService, page: dict[str, Any]) -> None:
+    service.answer(LEDGER, page)
+    result = ktrdr("budget", "ledger", "agent")
+    assert result.exit_code == 1
+    assert "is not one of a ktrdr-budget service" in result.stderr
+
+
+@pytest.mark.parametrize("limit", ["0", "1001", "x"])
+def test_a_page_has_1_to_1000_items(ktrdr: Run, service: FakeService, limit: str) -> None:
+    assert ktrdr("budget", "holds", "agent", "--limit", limit).exit_code == 2
+    assert service.requests == []

@@ -1,0 +1,104 @@
+"""Money, tables and lines."""
+
+from __future__ import annotations
+
+import io
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ktrdr_budget.cli.output import Table, amount_text, fields, one_line, write
+from ktrdr_budget.money import MAX_UNITS, from_units
+
+NANOS = st.integers(min_value=-(2 * MAX_UNITS), max_value=2 * MAX_UNITS)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [
+        ("0.00", "$0.00"),
+        ("0.15", "$0.15"),
+        ("5", "$5.00"),
+        ("0.1499", "$0.1499"),
+        ("4.999999999", "$4.999999999"),
+        ("0.000000001", "$0.000000001"),
+        ("-0.08", "-$0.08"),
+        ("1E+2", "$100.00"),
+        ("9007199.254740993", "$9007199.254740993"),
+        (3, "3"),
+        (0, "0"),
+        (None, "unlimited"),
+    ],
+)
+def test_a_decimal_string_is_dollars_and_a_whole_number_is_a_count(value: str | int | None, shown: str) -> None:
+    assert amount_text(value) == shown
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(Decimal("0.0016150000000000001"), "$0.001615"), (5, "$5.00"), (0, "$0.00")]
+)
+def test_the_noise_of_a_float_is_not_shown(value: Decimal | int, shown: str) -> None:
+    assert amount_text(value, is_money=True) == shown
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "abc", "", True, 1.5, [], {}, b"1"])
+def test_what_is_not_an_amount_is_refused(value: object) -> None:
+    with pytest.raises((ValueError, TypeError, ArithmeticError)):
+        amount_text(value)  # type: ignore[arg-type]
+
+
+@given(NANOS)
+def test_money_is_shown_exactly(nanos: int) -> None:
+    shown = amount_text(str(from_units(nanos)))
+    assert Decimal(shown.replace("$", "")) * 10**9 == nanos
+    assert len(shown.partition(".")[2]) >= 2
+
+
+@given(st.lists(NANOS.map(abs), min_size=1, max_size=4))
+def test_what_is_shown_adds_up(parts: list[int]) -> None:
+    shown = [Decimal(amount_text(str(from_units(part))).removeprefix("$")) for part in parts]
+    assert amount_text(str(sum(shown))) == amount_text(str(from_units(sum(parts))))
+
+
+def test_columns_are_aligned_and_grow_with_a_later_page(capsys: pytest.CaptureFixture[str]) -> None:
+    table = Table("NAME", ">AMOUNT", "NOTE")
+    table.write([["a", "$1.00", ""], ["longer", "$10.00", "x"]])
+    table.write([])
+    table.write([["much longer", "$1000000.00", "y"]])
+    assert capsys.readouterr().out == (
+        "NAME    AMOUNT  NOTE\n"
+        "a        $1.00\n"
+        "longer  $10.00  x\n"
+        "much longer  $1000000.00  y\n"
+    )  # fmt: skip
+
+
+def test_a_row_of_the_wrong_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Table("A", "B").write([["1"]])
+
+
+def test_fields_have_their_values_in_one_column() -> None:
+    assert fields([("A", "1"), ("Longer", "")]) == "A:       1\nLonger:"
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a\n b\t c", "a b c"),
+        ("\x1b[31mred\x07", "?[31mred?"),
+        ("\u202eoverride", "?override"),
+        ("x" * 500, "x" * 399 + "…"),
+    ],
+)
+def test_somebody_elses_text_cannot_steer_the_terminal(text: str, line: str) -> None:
+    assert one_line(text) == line
+
+
+def test_what_the_terminal_cannot_show_is_escaped() -> None:
+    raw = io.BytesIO()
+    stream = io.TextIOWrapper(raw, encoding="ascii")
+    write("naïve █", stream)
+    assert raw.getvalue() == b"na\\xefve \\u2588\n"

@@ -1,0 +1,190 @@
+"""``ktrdr budget verify`` against real servers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+from ktrdr_budget import Budget, BudgetLimiter
+from ktrdr_budget import verify as verification
+from ktrdr_budget.engine import embedded
+
+from ..conftest import Server
+
+Run = Callable[..., Result]
+BUDGETS = [Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens", period="ever")]
+
+
+def spend(url: str) -> None:
+    """Something of everything: $0.09 spent, $0.15 held, 100 tokens spent and 10 held."""
+    with BudgetLimiter(url, BUDGETS) as limiter:
+        limiter.reserve("agent", "0.15", id="op_1").commit("0.07")
+        limiter.record({"agent": "0.02", "tokens": 100}, id="op_2")
+        limiter.reserve({"agent": "0.15", "tokens": 10}, id="op_3")
+
+
+@pytest.fixture
+def store(server: Server, environment: pytest.MonkeyPatch) -> Server:
+    """A store with some spend in it, which the command will read."""
+    spend(server.url)
+    environment.setenv("KTRDR_REDIS_URL", server.url)
+    return server
+
+
+def window_key(store: Server, budget: str) -> str:
+    with store.client() as client:
+        (key,) = client.keys(f"ktrdr:{{default}}:w:{budget}:*")
+    return str(key)
+
+
+def corrupt(store: Server, field: str, by: int) -> None:
+    with store.client() as client:
+        client.hincrby(window_key(store, "agent"), field, by)
+
+
+def test_a_store_that_adds_up_has_a_line_per_window_and_exit_code_0(ktrdr: Run, store: Server) -> None:
+    day = window_key(store, "agent").rpartition(":")[2]
+    result = ktrdr("budget", "verify")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert sorted(line.split() for line in result.stdout.splitlines()[1:]) == [
+        ["ok", "agent", day, "$0.09", "$0.00", "$0.09", "$0.15", "$0.15"],
+        ["ok", "tokens", "ever", "100", "0", "100", "10", "10"],
+    ]
+
+
+@pytest.mark.parametrize(("field", "by"), [("spent", 1), ("held", -1), ("unconfirmed", 1)])
+def test_a_window_that_does_not_add_up_is_named_with_exit_code_1(
+    ktrdr: Run, store: Server, field: str, by: int
+) -> None:
+    corrupt(store, field, by)
+    result = ktrdr("budget", "verify")
+    assert result.exit_code == 1
+    assert result.stderr == "ktrdr: 1 of 2 windows do not add up\n"
+    lines = {line.split("  ")[0]: line for line in result.stdout.splitlines()[1:]}
+    assert set(lines) == {"ok", "DOES NOT ADD UP"}
+    assert " agent " in lines["DOES NOT ADD UP"]
+
+
+def test_json_has_the_sums_of_each_window(ktrdr: Run, store: Server) -> None:
+    result = ktrdr("budget", "verify", "--json")
+    document = json.loads(result.stdout)
+    assert (result.exit_code, document["adds_up"]) == (0, True)
+    (agent,) = (window for window in document["windows"] if window["budget"] == "agent")
+    assert agent == {
+        "budget": "agent",
+        "window": window_key(store, "agent").rpartition(":")[2],
+        "unit": "usd",
+        "spent": "0.09",
+        "unconfirmed": "0.00",
+        "ledger_sum": "0.09",
+        "held": "0.15",
+        "holds_sum": "0.15",
+        "conclusive": True,
+        "adds_up": True,
+    }
+
+
+def test_json_of_a_window_that_does_not_add_up_says_so(ktrdr: Run, store: Server) -> None:
+    corrupt(store, "spent", 1)
+    result = ktrdr("budget", "verify", "--json")
+    assert result.exit_code == 1
+    document = json.loads(result.stdout)
+    assert document["adds_up"] is False
+    assert {window["budget"]: window["adds_up"] for window in document["windows"]} == {"agent": False, "tokens": True}
+    assert "0.090000001" in {window["spent"] for window in document["windows"]}
+
+
+def test_a_window_without_a_conclusion_is_no_failure(
+    ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
+) -> None:
+    report = verification.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
+    environment.setattr(verification, "verify", lambda url, tenant, budgets: [report])
+    result = ktrdr("budget", "verify")
+    assert result.exit_code == 0
+    assert result.stdout.splitlines()[1].startswith("inconclusive  agent")
+
+
+def test_another_tenant_has_windows_of_its_own(ktrdr: Run, store: Server, environment: pytest.MonkeyPatch) -> None:
+    corrupt(store, "spent", 1)
+    environment.setenv("KTRDR_TENANT", "other")
+    result = ktrdr("budget", "verify")
+    assert (result.exit_code, result.stdout) == (0, "No windows.\n")
+
+
+# --- The embedded server --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, environment: pytest.MonkeyPatch) -> Path:
+    environment.setenv("AGENT_BUDGET_DIR", str(tmp_path / "budget"))
+    return tmp_path / "budget"
+
+
+@pytest.fixture
+def running(data_dir: Path) -> Iterator[embedded.EmbeddedServer]:
+    with embedded.start(data_dir) as server:
+        yield server
+
+
+def test_a_running_embedded_server_is_read(ktrdr: Run, running: embedded.EmbeddedServer) -> None:
+    spend(running.url)
+    result = ktrdr("budget", "verify")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout.count("\nok ") == 2
+
+
+def test_no_running_embedded_server_means_unreachable_and_none_is_created(ktrdr: Run, data_dir: Path) -> None:
+    result = ktrdr("budget", "verify")
+    assert result.exit_code == 4
+    assert result.stderr == (
+        f"ktrdr: no embedded server is running in {data_dir}; start one with 'ktrdr serve', or set KTRDR_REDIS_URL\n"
+    )
+    assert not data_dir.exists()
+
+
+# --- Stores that cannot be read -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("url", "exit_code"),
+    [
+        ("redis://:hunter2@127.0.0.1:1/0", 4),
+        ("unix:///nowhere/store.sock", 4),
+        ("http://user:hunter2@127.0.0.1", 2),
+        ("hunter2", 2),
+        ("redis://:hunter2@127.0.0.1:port", 2),
+        ("redis://user:hunter2/x@127.0.0.1", 2),
+        ("redis://:hunter2@127.0.0.1/?socket_timeout=soon", 2),
+    ],
+)
+def test_a_store_that_cannot_be_read_is_one_line_without_secrets(
+    ktrdr: Run, environment: pytest.MonkeyPatch, url: str, exit_code: int
+) -> None:
+    environment.setenv("KTRDR_REDIS_URL", url)
+    result = ktrdr("budget", "verify")
+    assert result.exit_code == exit_code, result.stderr
+    assert result.stdout == ""
+    assert result.stderr.count("\n") == 1
+    assert "hunter2" not in result.stderr
+
+
+def test_a_store_that_wants_a_password_is_one_line(
+    ktrdr: Run, start_server: Callable[..., Server], environment: pytest.MonkeyPatch
+) -> None:
+    store = start_server(None)
+    with store.client() as client:
+        client.config_set("requirepass", "hunter2")
+    environment.setenv("KTRDR_REDIS_URL", store.url)
+    result = ktrdr("budget", "verify")
+    assert result.exit_code == 4
+    assert result.stderr.startswith("ktrdr: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_tenant_that_is_no_name_is_a_usage_error(ktrdr: Run, environment: pytest.MonkeyPatch) -> None:
+    environment.setenv("KTRDR_TENANT", "a b")
+    assert ktrdr("budget", "verify").exit_code == 2

@@ -153,6 +153,11 @@ class LimiterBase:
         return self._store.shown
 
     @property
+    def store_address(self) -> str | None:
+        """Where the store is, secrets included; ``None`` for an embedded server that has not been started."""
+        return self._store.address
+
+    @property
     def losses(self) -> int:
         """How often this replica saw that the store had gone back in time (P13)."""
         return self._session.losses

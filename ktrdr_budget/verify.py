@@ -9,7 +9,7 @@ never ends, the window is reported as inconclusive, not as wrong.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +51,17 @@ class WindowReport:
 
 
 def verify(
-    url: str, tenant: str = "default", budgets: Sequence[Budget] | None = None, *, timeout: float = 5.0
+    url: str,
+    tenant: str = "default",
+    budgets: Sequence[Budget] | None = None,
+    *,
+    windows: Collection[tuple[str, str]] | None = None,
+    timeout: float = 5.0,
 ) -> list[WindowReport]:
     """Checks every window of the tenant that is in the store, or only those of ``budgets``. Writes nothing.
 
     Args:
+        windows: only these, each a budget and its window's name, without looking for others.
         timeout: seconds that one answer of the store may take.
 
     Raises:
@@ -70,7 +76,7 @@ def verify(
     make: Any = redis.RedisCluster.from_url if cluster else redis.Redis.from_url
     try:
         with make(url.replace("+cluster", ""), socket_timeout=timeout, socket_connect_timeout=timeout) as client:
-            found = sorted(_windows(client, keys, cluster))
+            found = sorted(_windows(client, keys, cluster) if windows is None else windows)
             return [_check(client, keys, *window) for window in found if names is None or window[0] in names]
     except ValueError:
         raise StoreError(f"store at {mask_url(url)}: something there was not written by ktrdr-budget") from None

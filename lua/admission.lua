@@ -17,8 +17,11 @@ local function load(w)
     local runtime, until_ms = match(changed or '', '^(%S+) (%d+)')
     if runtime and (until_ms == '0' or tonumber(until_ms) > now_ms) then w.runtime = runtime end
   end
-  w.cap = tonumber(w.runtime or w.limit) or CLOSED
+  w.cap = tonumber(w.runtime or w.limit) or CLOSED - 1
 end
+
+-- All at once, before anything is written: one that cannot be read must not leave half a batch behind.
+for i = 1, n_windows do load(windows[i]) end
 
 -- Only reservations assert their configured limit; the replica that started last, by the store's clock, wins.
 local function load_asserting(w)
@@ -27,10 +30,9 @@ local function load_asserting(w)
   if ARGV[w.at + 6] == '!' and w.asserted_us ~= ARGV[4] and tonumber(w.asserted_us) < tonumber(ARGV[4]) then
     local configured = ARGV[w.at + 5]
     w.asserting, w.asserted_us = true, ARGV[4]
-    -- A denial must not write, but if it did not pass on a limit that changed, older replicas would spend by the old one.
-    w.changing = w.exists and w.limit ~= configured
+    w.differs = w.exists and w.limit ~= configured
     w.limit = configured
-    w.cap = tonumber(w.runtime or w.limit) or CLOSED
+    w.cap = tonumber(w.runtime or w.limit) or CLOSED - 1
   end
 end
 

@@ -43,8 +43,8 @@ local HELD, SPENT, UNCONFIRMED, EVENTS, OVERRUNS = 1, 2, 3, 4, 5
 local windows = { 0, 0, 0, 0, 0, 0 } -- made with room, here and below: growing a table costs more than filling it
 for i = 1, n_windows do
   windows[i] = { 0, 0, 0, 0, 0, key = KEYS[3 + 2 * i], ledger = KEYS[4 + 2 * i], name = ARGV[8 * i - 1], at = 8 * i,
-    asserted = false, asserting = false, changing = false, creating = false, exists = false, mismatch = false,
-    stale = false, cap = 0, stored = false, held = 0, spent = 0, unconfirmed = 0 }
+    asserted = false, asserting = false, changing = false, creating = false, differs = false, exists = false,
+    mismatch = false, stale = false, cap = 0, stored = false, held = 0, spent = 0, unconfirmed = 0 }
 end
 
 local due_added, n_added, due_removed = { 0, 0 }, 0, {} -- flat: deadline, id, deadline, id…; ids

@@ -46,7 +46,13 @@ function operations.R(op, key)
     local ends = ARGV[w.at + 4]
     if #ends > #expires or (#ends == #expires and ends > expires) then expires = ends end
   end
-  if denied then return replay(key, policy, amounts) or deny(denied, denied_amount) end
+  if denied then
+    local again = replay(key, policy, amounts)
+    if again then return again end
+    -- A denial must not write, but if it did not pass on a limit that changed, older replicas would spend by the old one.
+    for i in gmatch(amounts, '(%d+):') do windows[tonumber(i)].changing = windows[tonumber(i)].differs end
+    return deny(denied, denied_amount)
+  end
   if expires == '0' then -- only windows without end: a day to live, and then as long as a window is kept
     expires = text(now_ms + 86400000 + match(ARGV[6], '^%S+ %d+ (%d+)'))
   end

@@ -201,14 +201,18 @@ class Coalescer:
                 await self._exchange(batch)
         except BaseException as error:
             for call in batch:
-                if not call.future.done():
-                    call.future.set_exception(BudgetError(f"unexpected failure: {type(error).__name__}: {error}"))
+                self._fail(call, error)
             raise
         finally:
             self._lanes -= 1
             if not self._lanes and not self._closed and (self._first or self._then):
                 self._lanes += 1  # a lane that failed leaves the rest to another
                 self._spawn(self._lane())
+
+    def _fail(self, call: _Call, failure: BaseException) -> None:
+        """Ends a call that a bug, or the end of the event loop, has stopped."""
+        if not call.future.done():
+            call.future.set_exception(BudgetError(f"unexpected failure: {type(failure).__name__}: {failure}"))
 
     def _take(self) -> list[_Call]:
         """The next batch, bounded so that the store is never busy with it for more than a few milliseconds."""
@@ -303,6 +307,9 @@ class Coalescer:
             except (StoreUnavailable, OSError) as refused:
                 self._throw(call, refused)
                 return
+            except BaseException as failure:
+                self._fail(call, failure)
+                raise
             if call.deadline - self._loop.time() <= pause:
                 self._throw(call, unavailable(error, self._store.shown, self._timeout))
                 return

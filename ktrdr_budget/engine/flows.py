@@ -490,11 +490,13 @@ class Core:
         """Changes a limit at run time, for all replicas."""
         budget = self.session.budget(name)
         units = "-" if limit is None else str(to_units(limit, budget.unit, round_down=True))
-        if not self.session.contacted:
-            yield from self.status([name])
-        until_ms = self._until_ms(budget, until)
-        yield Command(LIMITS, [self.session.keys.limits, self.session.keys.meta], [name, units, until_ms])
-        return (yield from self.status([name]))[0]
+        while True:
+            yield from self.status([name])  # the window, and what lies in the past, are matters of the store's clock
+            until_ms = self._until_ms(budget, until)
+            yield Command(LIMITS, [self.session.keys.limits, self.session.keys.meta], [name, units, until_ms])
+            [status] = yield from self.status([name])
+            if until != "window" or status.resets_at is None or to_ms(status.resets_at) == until_ms:
+                return status
 
     def clear_limit(self, name: str) -> Flow[Status]:
         """Returns to the configured limit."""

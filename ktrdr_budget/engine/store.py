@@ -77,6 +77,11 @@ class Store:
             return mask_url(self._configured_url)
         return self._server.url if self._server is not None else "embedded"
 
+    @property
+    def address(self) -> str | None:
+        """Where the store is, secrets included; ``None`` for an embedded server that has not been started."""
+        return self._configured_url or (self._server.url if self._server is not None else None)
+
     async def open(self) -> None:
         """Makes the client; starts the embedded server if that is the store.
 
@@ -151,7 +156,7 @@ class Store:
             raise
         except Exception as error:
             mapped = self._mapped(error)
-            if isinstance(mapped, Transient) and mapped.sent:
+            if isinstance(mapped, Transient):
                 self._revive()
             raise mapped from None
 
@@ -171,7 +176,9 @@ class Store:
             return StoreError(text)
         if isinstance(error, redis_errors.ClusterError) or _PASSING.search(str(error)):
             return Transient(text, sent=False)
-        if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError)):
+        # A cluster client that reaches no node says so by an error that is no RedisError.
+        lost = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.RedisClusterException)
+        if isinstance(error, lost):
             return Transient(text, sent=" connecting to " not in str(error))
         if isinstance(error, redis_errors.RedisError):
             return StoreError(text)

@@ -30,7 +30,7 @@ def denial(window: Window, figures: Sequence[str], now_us: int) -> Denial:
     The reason is ``exceeds_limit`` if no window of this limit could hold the request, ``budget_held`` if it would fit
     once all open holds were returned, else ``budget_exhausted``.
     """
-    limit = MAX_UNITS if figures[0] == "-" else int(figures[0])
+    limit = MAX_UNITS - 1 if figures[0] == "-" else int(figures[0])
     spent, held, unconfirmed, requested, deadline_ms = map(int, figures[1:])
     if requested > limit:
         reason = "exceeds_limit"

@@ -1,0 +1,250 @@
+"""Prometheus metrics of a limiter.
+
+Two kinds. *Figures* (limit, spent, held, …) are the store's: they are read from it at scrape time, and are absent when
+they are unknown, for an unknown budget is not a full one. *Counters* and *histograms* are this replica's: they hang on
+the limiter's hook.
+
+Nothing is registered globally. A replica of several processes on one port counts in the files of
+``PROMETHEUS_MULTIPROC_DIR``, if that is set before ``prometheus_client`` is first imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from decimal import Decimal
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, values
+from prometheus_client.exposition import choose_encoder
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
+from prometheus_client.multiprocess import MultiProcessCollector
+from prometheus_client.registry import Collector
+
+from ktrdr_budget.errors import (
+    BudgetError,
+    BudgetExceeded,
+    BudgetMismatch,
+    HoldConflict,
+    InvalidArgument,
+    StoreError,
+    StoreUnavailable,
+    UnknownBudget,
+)
+from ktrdr_budget.models import Settlement, Status
+
+if TYPE_CHECKING:
+    from ktrdr_budget.engine.coalescer import Observation
+    from ktrdr_budget.limiter import AsyncBudgetLimiter
+
+__all__ = ["LimiterMetrics"]
+
+BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
+OPERATIONS = ("reserve", "commit", "release", "extend", "grow", "record", "status")
+OUTCOMES = (
+    ("granted", ""),
+    ("replayed", ""),
+    ("unguarded", ""),
+    ("denied", "budget_exhausted"),
+    ("denied", "budget_held"),
+    ("denied", "exceeds_limit"),
+    ("unavailable", "no_answer"),
+    ("unavailable", "refused"),
+    ("error", "conflict"),
+    ("error", "invalid"),
+    ("error", "mismatch"),
+    ("error", "unknown_budget"),
+    ("error", "unexpected"),
+)
+# The first class that an error belongs to.
+REASONS: tuple[tuple[type[BaseException], str, str], ...] = (
+    (StoreError, "unavailable", "refused"),
+    (StoreUnavailable, "unavailable", "no_answer"),
+    (HoldConflict, "error", "conflict"),
+    (BudgetMismatch, "error", "mismatch"),
+    (UnknownBudget, "error", "unknown_budget"),
+    (InvalidArgument, "error", "invalid"),
+)
+AGENT = "agent"
+FIGURES = {
+    "limit": "Limit in force; absent if the budget is unlimited.",
+    "spent": "Confirmed spend in the current window.",
+    "held": "Sum of the open holds in the current window.",
+    "unconfirmed": "Charged in the current window for holds whose worker did not report in time.",
+    "remaining": "What can still be reserved in the current window; absent if the budget is unlimited.",
+}
+
+
+class LimiterMetrics:
+    """The metrics of one limiter: give :meth:`observe` to it as its ``observer``, then :meth:`watch` it.
+
+    Args:
+        registry: where counters and histograms are registered; its own one by default. They are in :meth:`render` too.
+    """
+
+    def __init__(self, registry: CollectorRegistry | None = None) -> None:
+        self.registry = CollectorRegistry() if registry is None else registry
+        self.limiter: AsyncBudgetLimiter | None = None
+        self._collectors: list[Collector] = []
+        self._losses_seen = 0
+        self._reservations = Counter(
+            "ktrdr_budget_reservations_total",
+            "Reservations by outcome; the reason tells why one was not granted.",
+            ("outcome", "reason"),
+            registry=self.registry,
+        )
+        self._spend = Counter(
+            "ktrdr_budget_spend_total",
+            "Spend that this replica committed or recorded: dollars, or a count.",
+            ("budget", "unit"),
+            registry=self.registry,
+        )
+        self._overruns = Counter(
+            "ktrdr_budget_overruns_total",
+            "Commits by this replica above their reservation.",
+            ("budget",),
+            registry=self.registry,
+        )
+        self._losses = Counter(
+            "ktrdr_budget_losses_total",
+            "Times that this replica saw the store to have gone back in time: spend may be missing.",
+            registry=self.registry,
+        )
+        self._seconds = Histogram(
+            "ktrdr_budget_call_seconds",
+            "Duration of the limiter's calls, waiting for the store included.",
+            ("operation",),
+            buckets=BUCKETS_S,
+            registry=self.registry,
+        )
+        # Children are kept, for labels() costs as much as the counting.
+        self._by_outcome = {labels: self._reservations.labels(*labels) for labels in OUTCOMES}
+        self._by_operation = {operation: self._seconds.labels(operation) for operation in OPERATIONS}
+
+    def watch(self, limiter: AsyncBudgetLimiter) -> None:
+        """Reads figures from this limiter from now on; what its budgets may count starts at 0."""
+        self.limiter = limiter
+        self._losses_seen = 0
+        for budget in limiter.budgets.values():
+            self._spend.labels(budget.name, budget.unit)
+            self._overruns.labels(budget.name)
+
+    def add(self, collector: Collector) -> None:
+        """Adds what another collector tells to :meth:`render`."""
+        self._collectors.append(collector)
+
+    # -- this replica's ------------------------------------------------------------------------------------------------
+
+    def observe(self, observation: Observation) -> None:
+        """Counts a finished call: the limiter's ``observer``."""
+        result, operation = observation.result, observation.operation
+        seconds = self._by_operation.get(operation)
+        if seconds is None:
+            seconds = self._by_operation[operation] = self._seconds.labels(operation)
+        seconds.observe(observation.seconds)
+        if operation == "reserve":
+            self._by_outcome[_outcome(result, observation.error)].inc()
+        elif isinstance(result, Settlement) and not result.replayed:
+            self._settled(result)
+        self._count_losses()
+
+    def _settled(self, settlement: Settlement) -> None:
+        for name, amount in settlement.amounts.items():
+            if amount:
+                self._spend.labels(name, self._unit(name, amount)).inc(float(amount))
+        for name in settlement.overruns:
+            self._overruns.labels(name).inc()
+
+    def _unit(self, name: str, amount: object) -> str:
+        budget = None if self.limiter is None else self.limiter.budgets.get(name)
+        if budget is not None:
+            return budget.unit
+        return "usd" if isinstance(amount, Decimal) else "count"
+
+    def _count_losses(self) -> None:
+        if self.limiter is not None and self.limiter.losses > self._losses_seen:
+            self._losses.inc(self.limiter.losses - self._losses_seen)
+            self._losses_seen = self.limiter.losses
+
+    # -- the store's ---------------------------------------------------------------------------------------------------
+
+    async def render(self, accept: str = "") -> tuple[bytes, str]:
+        """One scrape: the text and its media type, as the ``Accept`` header asks for it."""
+        statuses, store_up = await self._statuses()
+        encode, media_type = choose_encoder(accept)
+        return encode(_Families([*self._counted(), *_figures(statuses, store_up)])), media_type
+
+    async def _statuses(self) -> tuple[list[Status], bool]:
+        """Every budget whose figures are known, and whether the store answered."""
+        assert self.limiter is not None, "watch() a limiter first"
+        try:
+            return await self.limiter.statuses(), True
+        except BudgetMismatch:
+            return await self._matching()
+        except BudgetError:
+            return [], False
+
+    async def _matching(self) -> tuple[list[Status], bool]:
+        """One budget that is defined otherwise elsewhere does not hide the others."""
+        assert self.limiter is not None
+        found = []
+        for name in self.limiter.budgets:
+            try:
+                found.append(await self.limiter.status(name))
+            except BudgetMismatch:
+                continue
+            except BudgetError:
+                return [], False
+        return found, True
+
+    def _counted(self) -> Iterator[Metric]:
+        # With several processes, the registry knows of one; the files, of all.
+        several = getattr(values.ValueClass, "_multiprocess", False)
+        counted = MultiProcessCollector(None) if several else self.registry  # type: ignore[no-untyped-call]
+        for collector in (counted, *self._collectors):
+            for family in collector.collect():
+                family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+                yield family
+
+
+class _Families(Collector):
+    """Metrics that were collected already, for the encoders."""
+
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families
+
+
+def _outcome(result: object, error: BaseException | None) -> tuple[str, str]:
+    if error is None:
+        if getattr(result, "replayed", False):
+            return "replayed", ""
+        return ("granted" if getattr(result, "guarded", True) else "unguarded"), ""
+    if isinstance(error, BudgetExceeded):
+        return "denied", error.reason
+    return next(
+        ((outcome, reason) for kind, outcome, reason in REASONS if isinstance(error, kind)), ("error", "unexpected")
+    )
+
+
+def _figures(statuses: Iterable[Status], store_up: bool) -> Iterator[Metric]:
+    up = GaugeMetricFamily("ktrdr_budget_store_up", "Whether the store answered this scrape.")
+    up.add_metric([], float(store_up))
+    yield up
+    agent = GaugeMetricFamily(
+        "agent_budget_remaining_dollars", "What the agent can still spend today; absent when unknown or unlimited."
+    )
+    families = {
+        name: GaugeMetricFamily(f"ktrdr_budget_{name}", text, labels=("budget", "unit"))
+        for name, text in FIGURES.items()
+    }
+    for status in statuses:
+        for name, family in families.items():
+            amount = getattr(status, name)
+            if amount is not None:
+                family.add_metric((status.budget, status.unit), float(amount))
+        if status.budget == AGENT and status.unit == "usd" and status.remaining is not None:
+            agent.add_metric([], float(status.remaining))
+    yield agent
+    yield from families.values()

@@ -1,0 +1,30 @@
+"""The metric that tells whether the books add up."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget
+from ktrdr_budget.telemetry.audit import Audit
+
+
+def shown(audit: Audit) -> str:
+    registry = CollectorRegistry()
+    registry.register(audit)
+    return generate_latest(registry).decode()
+
+
+async def test_the_gauge_is_1_while_the_books_add_up_and_0_when_they_do_not(server):
+    audit = Audit()
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "1"), Budget("other", "1")]) as limiter:
+        assert "ktrdr_budget_adds_up{" not in shown(audit)
+        await (await limiter.reserve("agent", "0.15")).commit("0.07")
+        await limiter.reserve({"agent": "0.15", "other": "0.01"})
+        await audit.check(limiter)
+        assert 'ktrdr_budget_adds_up{budget="agent"} 1.0' in shown(audit)
+        window = (await limiter.status("agent")).window
+        with server.client() as client:
+            client.hincrby(f"ktrdr:{{default}}:w:agent:{window}", "spent", 1)
+        await audit.check(limiter)
+        assert 'ktrdr_budget_adds_up{budget="agent"} 0.0' in shown(audit)
+        assert 'ktrdr_budget_adds_up{budget="other"} 1.0' in shown(audit)

@@ -1,0 +1,371 @@
+"""What Prometheus is told: figures of the store at scrape time, and what this replica counted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.metrics_core import GaugeMetricFamily
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
+from prometheus_client.parser import text_string_to_metric_families
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetExceeded, HoldConflict
+from ktrdr_budget.engine.coalescer import Observation
+from ktrdr_budget.telemetry.metrics import BUCKETS_S, LimiterMetrics
+
+from ..helpers.waiting import until
+
+BUDGETS = (
+    Budget("agent", "5.00"),
+    Budget("tokens", 1000, unit="tokens", period="hour"),
+    Budget("jobs", 2, kind="slots"),
+    Budget("free", None),
+)
+
+
+@asynccontextmanager
+async def watched(url: str, budgets: Any = BUDGETS, **options: Any) -> AsyncIterator[tuple[Any, LimiterMetrics]]:
+    """A limiter, and the metrics that watch it."""
+    metrics = LimiterMetrics()
+    async with AsyncBudgetLimiter(url, budgets, observer=metrics.observe, **options) as limiter:
+        metrics.watch(limiter)
+        yield limiter, metrics
+
+
+async def scrape(metrics: LimiterMetrics) -> dict[tuple[str, ...], float]:
+    """Every sample, by its name and the values of its labels in the order of their names."""
+    text, media_type = await metrics.render()
+    assert media_type.startswith("text/plain")
+    samples = {}
+    for family in text_string_to_metric_families(text.decode()):
+        assert family.documentation
+        for sample in family.samples:
+            key = (sample.name, *(sample.labels[name] for name in sorted(sample.labels)))
+            assert key not in samples
+            samples[key] = sample.value
+    return samples
+
+
+def named(samples: dict[tuple[str, ...], float], name: str) -> dict[tuple[str, ...], float]:
+    return {key[1:]: value for key, value in samples.items() if key[0] == name}
+
+
+async def test_figures_are_those_of_the_store(server):
+    async with watched(server.url) as (limiter, metrics):
+        await limiter.record({"agent": "0.15", "tokens": 10})
+        await limiter.reserve({"agent": "1", "jobs": 1, "free": "2.50"})
+        samples = await scrape(metrics)
+    assert samples["agent_budget_remaining_dollars",] == 3.85
+    assert samples["ktrdr_budget_store_up",] == 1
+    assert named(samples, "ktrdr_budget_limit") == {
+        ("agent", "usd"): 5,
+        ("tokens", "tokens"): 1000,
+        ("jobs", "slots"): 2,
+    }
+    assert named(samples, "ktrdr_budget_spent") == {
+        ("agent", "usd"): 0.15,
+        ("tokens", "tokens"): 10,
+        ("jobs", "slots"): 0,
+        ("free", "usd"): 0,
+    }
+    assert named(samples, "ktrdr_budget_held") == {
+        ("agent", "usd"): 1,
+        ("tokens", "tokens"): 0,
+        ("jobs", "slots"): 1,
+        ("free", "usd"): 2.5,
+    }
+    assert set(named(samples, "ktrdr_budget_unconfirmed").values()) == {0}
+    assert named(samples, "ktrdr_budget_remaining") == {
+        ("agent", "usd"): 3.85,
+        ("tokens", "tokens"): 990,
+        ("jobs", "slots"): 1,
+    }
+
+
+async def test_a_figure_is_read_when_it_is_asked_for(server):
+    async with watched(server.url) as (_, metrics), AsyncBudgetLimiter(server.url, BUDGETS) as other:
+        assert (await scrape(metrics))["agent_budget_remaining_dollars",] == 5
+        await other.record("agent", "2")
+        assert (await scrape(metrics))["agent_budget_remaining_dollars",] == 3
+
+
+async def test_an_expired_hold_shows_as_unconfirmed(server):
+    async with watched(server.url) as (limiter, metrics):
+        await limiter.reserve("agent", "0.15", ttl=1)
+
+        async def unconfirmed() -> bool:
+            return (await scrape(metrics))["ktrdr_budget_unconfirmed", "agent", "usd"] == 0.15
+
+        await until(unconfirmed)
+        assert (await scrape(metrics))["ktrdr_budget_held", "agent", "usd"] == 0
+
+
+async def test_an_unknown_figure_is_absent_not_full(start_server):
+    """#38087, #29937: gauges show the full budget, or +Inf, when spend is unknown."""
+    own = start_server()
+    async with watched(own.url, timeout=0.1) as (limiter, metrics):
+        await limiter.record("agent", "4")
+        own.kill()
+        samples = await scrape(metrics)
+        assert samples["ktrdr_budget_store_up",] == 0
+        assert samples["ktrdr_budget_spend_total", "agent", "usd"] == 4  # what was counted here is still known
+        names = {key[0] for key in samples}
+        assert "agent_budget_remaining_dollars" not in names
+        assert not names & {
+            f"ktrdr_budget_{figure}" for figure in ("limit", "spent", "held", "unconfirmed", "remaining")
+        }
+        own.start()
+
+        async def known() -> bool:
+            return ("agent_budget_remaining_dollars",) in await scrape(metrics)
+
+        await until(known)
+
+
+async def test_an_unlimited_budget_has_no_limit_and_no_remainder(server):
+    async with watched(server.url, [Budget("agent", None)]) as (_, metrics):
+        samples = await scrape(metrics)
+    assert ("agent_budget_remaining_dollars",) not in samples
+    assert named(samples, "ktrdr_budget_limit") == named(samples, "ktrdr_budget_remaining") == {}
+    assert named(samples, "ktrdr_budget_spent") == {("agent", "usd"): 0}
+
+
+async def test_a_budget_that_is_defined_otherwise_does_not_hide_the_others(server):
+    async with AsyncBudgetLimiter(server.url, [Budget("tokens", 5, unit="calls", period="hour")]) as other:
+        await other.reserve("tokens", 1)
+    async with watched(server.url) as (_, metrics):
+        samples = await scrape(metrics)
+    assert samples["agent_budget_remaining_dollars",] == 5
+    assert ("ktrdr_budget_spent", "tokens", "tokens") not in samples
+    assert samples["ktrdr_budget_store_up",] == 1
+
+
+async def test_what_may_be_counted_starts_at_zero(server):
+    async with watched(server.url) as (_, metrics):
+        samples = await scrape(metrics)
+    outcomes = named(samples, "ktrdr_budget_reservations_total")
+    assert set(outcomes.values()) == {0}
+    assert {("granted", ""), ("replayed", ""), ("unguarded", "")} <= outcomes.keys()
+    assert {("denied", reason) for reason in ("budget_exhausted", "budget_held", "exceeds_limit")} <= outcomes.keys()
+    assert named(samples, "ktrdr_budget_spend_total") == {(budget.name, budget.unit): 0 for budget in BUDGETS}
+    assert named(samples, "ktrdr_budget_overruns_total") == {(budget.name,): 0 for budget in BUDGETS}
+    assert samples["ktrdr_budget_losses_total",] == 0
+    assert samples["ktrdr_budget_call_seconds_count", "reserve"] == 0
+
+
+async def test_reservations_are_counted_by_outcome(server):
+    async with watched(server.url) as (limiter, metrics):
+        await limiter.reserve("agent", "5", id="op_1")
+        await limiter.reserve("agent", "5", id="op_1")
+        for amount in ("0.15", "6"):
+            with pytest.raises(BudgetExceeded):
+                await limiter.reserve("agent", amount)
+        await limiter.commit("op_1", "5")
+        with pytest.raises(BudgetExceeded):
+            await limiter.reserve("agent", "0.15")
+        for budget, amount, hold_id in (("agent", "4", "op_1"), ("nobody", "1", None), ("agent", "-1", None)):
+            with pytest.raises(BudgetError):
+                await limiter.reserve(budget, amount, id=hold_id)
+        outcomes = named(await scrape(metrics), "ktrdr_budget_reservations_total")
+    assert {labels: count for labels, count in outcomes.items() if count} == {
+        ("granted", ""): 1,
+        ("replayed", ""): 1,
+        ("denied", "budget_held"): 1,
+        ("denied", "exceeds_limit"): 1,
+        ("denied", "budget_exhausted"): 1,
+        ("error", "conflict"): 1,
+        ("error", "unknown_budget"): 1,
+        ("error", "invalid"): 1,
+    }
+
+
+async def test_what_an_unreachable_store_leads_to_is_counted(start_server):
+    own = start_server()
+    async with (
+        watched(own.url, timeout=0.1) as (denying, denied),
+        watched(own.url, timeout=0.1, on_store_error="allow") as (allowing, allowed),
+    ):
+        own.kill()
+        with pytest.raises(BudgetError):
+            await denying.reserve("agent", "0.15")
+        hold = await allowing.reserve("agent", "0.15")
+        await hold.commit("0.07")
+        samples = await scrape(denied)
+        assert samples["ktrdr_budget_reservations_total", "unavailable", "no_answer"] == 1
+        samples = await scrape(allowed)
+        assert samples["ktrdr_budget_reservations_total", "unguarded", ""] == 1
+        assert samples["ktrdr_budget_spend_total", "agent", "usd"] == 0.07
+        own.start()
+        await until(lambda: not allowing.deferred)
+
+
+async def test_a_store_that_refuses_is_counted(server):
+    metrics = LimiterMetrics()
+    with server.client() as client:
+        client.set("ktrdr:{default}:meta", "no hash")  # what was written there makes the script fail
+    async with AsyncBudgetLimiter(server.url, BUDGETS, observer=metrics.observe) as limiter:
+        metrics.watch(limiter)
+        with pytest.raises(BudgetError):
+            await limiter.reserve("agent", "0.15")
+        assert (await scrape(metrics))["ktrdr_budget_reservations_total", "unavailable", "refused"] == 1
+
+
+async def test_spend_is_counted_once(server):
+    async with watched(server.url) as (limiter, metrics):
+        await limiter.record({"agent": "0.02", "tokens": 7}, id="op_1")
+        await limiter.record({"agent": "0.02", "tokens": 7}, id="op_1")
+        hold = await limiter.reserve({"agent": "0.15", "jobs": 1})
+        await hold.commit("0.07")
+        await hold.commit("0.07")
+        await (await limiter.reserve("agent", "1")).release()
+        with pytest.raises(HoldConflict):
+            await hold.commit("0.08")
+        spend = named(await scrape(metrics), "ktrdr_budget_spend_total")
+    assert spend == {
+        ("agent", "usd"): pytest.approx(0.09),
+        ("tokens", "tokens"): 7,
+        ("jobs", "slots"): 0,
+        ("free", "usd"): 0,
+    }
+
+
+async def test_spend_on_a_budget_of_others_is_counted_too(server):
+    async with AsyncBudgetLimiter(server.url, [Budget("other", 9, unit="calls"), Budget("money", 9)]) as other:
+        for amounts in ({"other": 1}, {"money": "1"}):
+            await other.reserve(amounts, id=f"op_{next(iter(amounts))}")
+    async with watched(server.url) as (limiter, metrics):
+        await limiter.commit("op_other", {"other": 1})
+        await limiter.commit("op_money", "1")
+        spend = named(await scrape(metrics), "ktrdr_budget_spend_total")
+    assert spend["other", "count"] == spend["money", "usd"] == 1
+
+
+async def test_overruns_are_counted_for_the_budget_that_overran(server):
+    async with watched(server.url) as (limiter, metrics):
+        hold = await limiter.reserve({"agent": "0.15", "tokens": 10})
+        await hold.commit({"agent": "0.15", "tokens": 11})
+        await limiter.reserve("agent", "0.15", id="op_1")
+        await limiter.commit("op_1", "0.16")
+        await limiter.commit("op_1", "0.16")
+        assert named(await scrape(metrics), "ktrdr_budget_overruns_total") == {
+            ("agent",): 1,
+            ("tokens",): 1,
+            ("jobs",): 0,
+            ("free",): 0,
+        }
+
+
+async def test_losses_are_counted(server):
+    async with watched(server.url) as (limiter, metrics):
+        await limiter.record("agent", "1")
+        with server.client() as client:
+            client.flushall()
+        await until(lambda: _recorded(limiter))
+        assert limiter.losses == 1
+        assert (await scrape(metrics))["ktrdr_budget_losses_total",] == 1
+
+
+async def _recorded(limiter: AsyncBudgetLimiter) -> bool:
+    await limiter.record("agent", "0.01")
+    return limiter.losses > 0
+
+
+async def test_calls_are_timed(server):
+    async with watched(server.url) as (limiter, metrics):
+        hold = await limiter.reserve("agent", "0.15")
+        await hold.extend()
+        await hold.commit("0.07")
+        await limiter.status("agent")
+        samples = await scrape(metrics)
+    for operation in ("reserve", "extend", "commit"):
+        assert samples["ktrdr_budget_call_seconds_count", operation] == 1
+        assert 0 < samples["ktrdr_budget_call_seconds_sum", operation] < 5
+        assert samples["ktrdr_budget_call_seconds_bucket", "+Inf", operation] == 1
+    assert len(named(samples, "ktrdr_budget_call_seconds_bucket")) % (len(BUCKETS_S) + 1) == 0
+    assert (BUCKETS_S[0], BUCKETS_S[-1]) == (0.0001, 1.0)
+
+
+async def test_openmetrics_is_spoken_to_those_who_ask(server):
+    async with watched(server.url) as (limiter, metrics):
+        await limiter.record("agent", "0.15")
+        text, media_type = await metrics.render("application/openmetrics-text; version=1.0.0")
+    assert media_type.startswith("application/openmetrics-text")
+    families = {family.name: family for family in openmetrics_families(text.decode())}
+    assert families["ktrdr_budget_spend"].samples[0].value == 0.15
+    assert not any(sample.name.endswith("_created") for family in families.values() for sample in family.samples)
+
+
+async def test_further_collectors_can_be_added(server):
+    class AddsUp:
+        def collect(self):
+            family = GaugeMetricFamily("ktrdr_budget_adds_up", "Whether it adds up.", labels=("budget",))
+            family.add_metric(["agent"], 1)
+            yield family
+
+    async with watched(server.url) as (_, metrics):
+        metrics.add(AddsUp())
+        assert (await scrape(metrics))["ktrdr_budget_adds_up", "agent"] == 1
+
+
+async def test_two_limiters_of_a_process_do_not_mix(server):
+    async with watched(server.url) as (limiter, metrics), watched(server.url) as (_, others):
+        await limiter.record("agent", "0.15")
+        assert (await scrape(others))["ktrdr_budget_spend_total", "agent", "usd"] == 0
+        assert (await scrape(metrics))["ktrdr_budget_spend_total", "agent", "usd"] == 0.15
+
+
+async def test_the_registry_may_be_the_apps_own(server):
+    registry = CollectorRegistry()
+    metrics = LimiterMetrics(registry)
+    async with AsyncBudgetLimiter(server.url, BUDGETS, observer=metrics.observe) as limiter:
+        metrics.watch(limiter)
+        await limiter.record("agent", "0.15")
+    assert registry.get_sample_value("ktrdr_budget_spend_total", {"budget": "agent", "unit": "usd"}) == 0.15
+
+
+def test_an_error_that_nobody_knows_is_counted():
+    metrics = LimiterMetrics()
+    metrics.observe(Observation("reserve", None, RuntimeError("?"), 0.001))
+    labels = {"outcome": "error", "reason": "unexpected"}
+    assert metrics.registry.get_sample_value("ktrdr_budget_reservations_total", labels) == 1
+
+
+def test_processes_count_together(server, tmp_path: Path):
+    """Two processes after each other, then one that is asked: it tells what all of them counted."""
+    work = """
+import asyncio, sys
+from ktrdr_budget import AsyncBudgetLimiter, Budget
+from ktrdr_budget.telemetry.metrics import LimiterMetrics
+
+async def main():
+    metrics = LimiterMetrics()
+    async with AsyncBudgetLimiter(sys.argv[1], [Budget("agent", "5.00")], observer=metrics.observe) as limiter:
+        metrics.watch(limiter)
+        await limiter.record("agent", "0.15")
+        print((await metrics.render())[0].decode())
+
+asyncio.run(main())
+"""
+    environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    for number in (1, 2, 3):
+        done = subprocess.run(
+            [sys.executable, "-c", work, server.url], env=environment, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0, done.stderr
+        samples = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(done.stdout)
+            for sample in family.samples
+        }
+        assert samples["ktrdr_budget_spend_total", "agent", "usd"] == pytest.approx(0.15 * number)
+        assert samples["ktrdr_budget_call_seconds_count", "record"] == number
+        assert samples["ktrdr_budget_spent", "agent", "usd"] == pytest.approx(0.15 * number)
+        assert samples["ktrdr_budget_store_up",] == 1
+        assert samples["ktrdr_budget_reservations_total", "granted", ""] == 0

@@ -104,4 +104,4 @@ def format_amount(amount: Amount | None, unit: str = "usd") -> str:
     if unit != USD:
         return f"{amount} {unit}"
     nanos = _WIDE.multiply(Decimal(amount), _SCALE).to_integral_value(rounding=ROUND_CEILING)
-    return f"{'-' if nanos < 0 else ''}${from_units(abs(int(nanos)))}"
+    return f"{'-' if nanos < 0 else ''}${from_units(abs(int(nanos))):f}"

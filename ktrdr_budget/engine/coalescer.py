@@ -218,8 +218,11 @@ class Coalescer:
         """The next batch, bounded so that the store is never busy with it for more than a few milliseconds."""
         batch: list[_Call] = []
         windows = 0
+        waiting = len(self._first) + len(self._then)
+        # Two lanes share what waits, so that the store works on one half while the other is being sent.
+        ops_max = min(_BATCH_OPS, max(_SECOND_LANE_FROM, -(-waiting // self._lanes)))
         for queue in (self._first, self._then):
-            while queue and len(batch) < _BATCH_OPS and windows < _BATCH_WINDOWS:
+            while queue and len(batch) < ops_max and windows < _BATCH_WINDOWS:
                 call = queue.popleft()
                 if call.request.grants and call.future.cancelled() and not call.sent:
                     call.flow.close()  # cancelled before it was sent: leaves nothing
@@ -338,8 +341,8 @@ class Coalescer:
                 self._session.absorb(head, header)
                 for op, line in zip(ops, lines, strict=True):
                     deferred.popleft()
-                    if line in op.otherwise:
-                        deferred.append(op.otherwise[line])
+                    if (instead := op.otherwise(line)) is not None:
+                        deferred.append(instead)
                     elif line[0] not in "kpu":
                         logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
         except (Transient, TimeoutError, StoreUnavailable, OSError):

@@ -18,6 +18,7 @@ from ktrdr_budget.engine.protocol import (
     POLICY_CODES,
     STATES,
     Command,
+    Commit,
     Op,
     Record,
     Segment,
@@ -220,12 +221,8 @@ class Core:
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
         # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them. After
         # its own settlement it has not lost but forgotten it, and nothing may be charged twice.
-        lost = None
-        if amounts is not None and not hold.settled:
-            spent = [0 if window.flag == "s" else n for (window, _), (_, n) in zip(hold.parts, amounts, strict=True)]
-            lost = [(window, f":{n}") for (window, _), n in zip(hold.parts, spent, strict=True)]
         reserved = [units for _, units in hold.parts]
-        return (yield from self._settle(letter, hold.id, parts, reserved, lost=lost))
+        return (yield from self._settle(letter, hold.id, parts, reserved, may_be_lost=not hold.settled))
 
     def settle_id(
         self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
@@ -261,18 +258,18 @@ class Core:
         reserved: Sequence[int],
         *,
         operator: bool = False,
-        lost: list[tuple[Window, str]] | None = None,
+        may_be_lost: bool = False,
     ) -> Flow[Settlement]:
         key = self.session.keys.hold(hold_id)
-        op = first = Op(hold_id, key, f"C {hold_id}" if letter == "C" else f"L {hold_id} {int(operator)}", parts)
         if letter == "C":
-            op.otherwise["s"] = in_detail = Op(hold_id, key, f"D {hold_id}", parts)
-            if lost is not None:
-                op.otherwise["u"] = in_detail.otherwise["u"] = Op(hold_id, key, f"K {hold_id} 1 - -", lost)
+            op: Op = Commit(hold_id, key, f"C {hold_id}", parts, may_be_lost)
+        else:
+            op = Op(hold_id, key, f"L {hold_id} {int(operator)}", parts)
+        first = op
         try:
             line, answer = yield op
-            while line in op.otherwise:
-                op = op.otherwise[line]
+            while len(line) == 1 and (instead := op.otherwise(line)):
+                op = instead
                 line, answer = yield op
         except StoreError:
             raise

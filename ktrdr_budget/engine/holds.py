@@ -10,7 +10,7 @@ from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, sp
 from ktrdr_budget.engine.protocol import STATES, Record, Window
 from ktrdr_budget.errors import StoreError, StoreUnavailable, UnknownHold
 from ktrdr_budget.models import HoldState, Settlement, check_ttl_ms
-from ktrdr_budget.money import Amount, from_units
+from ktrdr_budget.money import Amount, from_units, to_units
 from ktrdr_budget.periods import from_ms
 
 if TYPE_CHECKING:
@@ -185,6 +185,10 @@ class HoldBase:
     def commit_flow(self, amount: Amounts | None) -> Flow[Settlement]:
         """Commits ``amount``, or what was accrued."""
         check_amounts(amount)
+        if len(self.parts) == 1 and amount is not None and not isinstance(amount, Mapping):
+            window, reserved = self.parts[0]
+            mode = ("r", reserved) if window.flag == "s" else ("x", to_units(amount, window.unit))
+            return self._settled([mode])
         accrued = self._accrued
         segments = {w.budget: (w.flag, units, accrued.get(w.budget, 0)) for w, units in self.parts}
         return self._settled(commit_modes(segments, amount))

@@ -73,7 +73,7 @@ class Op:
     Each of ``parts`` is a window with the text that follows its number on the wire.
     """
 
-    __slots__ = ("grants", "head", "id", "key", "letter", "otherwise", "parts")
+    __slots__ = ("grants", "head", "id", "key", "letter", "parts")
 
     def __init__(self, hold_id: str, key: str, head: str, parts: Sequence[tuple[Window, str]]) -> None:
         self.id = hold_id
@@ -83,8 +83,31 @@ class Op:
         self.letter = letter = head[0]
         self.grants = letter == "R" or letter == "E"
         """Whether this asks for money (and so is decided after everything that may give some back)."""
-        self.otherwise: dict[str, Op] = {}
-        """What to do instead after a reply of this word."""
+
+    def otherwise(self, word: str) -> Op | None:
+        """What to ask instead after a reply of this one word; ``None`` if that is the answer."""
+        return None
+
+
+class Commit(Op):
+    """A commit: first the simple way (C), then in detail (D), and if the store has lost the hold, as a record (K)."""
+
+    __slots__ = ("may_be_lost",)
+
+    def __init__(
+        self, hold_id: str, key: str, head: str, parts: Sequence[tuple[Window, str]], may_be_lost: bool
+    ) -> None:
+        super().__init__(hold_id, key, head, parts)
+        self.may_be_lost = may_be_lost
+
+    def otherwise(self, word: str) -> Op | None:
+        """In detail if it is not simple; as a record if the hold is unknown though it was granted."""
+        if word == "s":
+            return Commit(self.id, self.key, f"D {self.id}", self.parts, self.may_be_lost)
+        if word != "u" or not self.may_be_lost:
+            return None
+        spent = [(window, ":0" if window.flag == "s" else f":{tail[2:]}") for window, tail in self.parts]
+        return Op(self.id, self.key, f"K {self.id} 1 - -", spent)
 
 
 class Header(NamedTuple):

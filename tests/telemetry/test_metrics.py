@@ -16,7 +16,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetExceeded, HoldConflict
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetExceeded, HoldConflict, StoreError
 from ktrdr_budget.engine.coalescer import Observation
 from ktrdr_budget.telemetry.metrics import BUCKETS_S, LimiterMetrics
 
@@ -207,12 +207,10 @@ async def test_what_an_unreachable_store_leads_to_is_counted(start_server):
 
 
 async def test_a_store_that_refuses_is_counted(server):
-    metrics = LimiterMetrics()
-    with server.client() as client:
-        client.set("ktrdr:{default}:meta", "no hash")  # what was written there makes the script fail
-    async with AsyncBudgetLimiter(server.url, BUDGETS, observer=metrics.observe) as limiter:
-        metrics.watch(limiter)
-        with pytest.raises(BudgetError):
+    async with watched(server.url) as (limiter, metrics):
+        with server.client() as client:
+            client.set("ktrdr:{default}:meta", "no hash")  # which makes the script fail
+        with pytest.raises(StoreError):
             await limiter.reserve("agent", "0.15")
         assert (await scrape(metrics))["ktrdr_budget_reservations_total", "unavailable", "refused"] == 1
 

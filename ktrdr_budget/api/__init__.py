@@ -1,0 +1,20 @@
+"""The HTTP service: :func:`budget_router` for any FastAPI app, and :func:`create_app` for a service of its own.
+
+It needs the extra ``server``: ``pip install 'ktrdr-budget[server]'``.
+"""
+
+try:
+    import fastapi  # noqa: F401
+    import prometheus_client  # noqa: F401
+    import pydantic_settings  # noqa: F401
+    import uvicorn  # noqa: F401
+except ModuleNotFoundError as error:
+    message = f"the HTTP service needs more packages: pip install 'ktrdr-budget[server]' (there is no {error.name})"
+    raise ModuleNotFoundError(message, name=error.name) from None
+
+from ktrdr_budget.api.app import create_app
+from ktrdr_budget.api.auth import Keys
+from ktrdr_budget.api.router import budget_router, probe_router
+from ktrdr_budget.api.settings import Settings, SettingsError, load_settings
+
+__all__ = ["Keys", "Settings", "SettingsError", "budget_router", "create_app", "load_settings", "probe_router"]

@@ -1,0 +1,63 @@
+"""What the service says at its start: where its store is, which budgets it has, and what may surprise about them."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from ktrdr_budget.api.responses import instant_json
+from ktrdr_budget.errors import BudgetError, BudgetMismatch, StoreUnavailable
+from ktrdr_budget.limiter import AsyncBudgetLimiter
+from ktrdr_budget.models import Budget, Status
+from ktrdr_budget.money import format_amount, from_units
+
+if TYPE_CHECKING:
+    from ktrdr_budget.api.settings import Settings
+
+__all__ = ["announcement", "budget_line"]
+
+_PERIODS = {"hour": "an hour", "day": "a day", "week": "a week", "month": "a month", "ever": "in all"}
+
+
+async def announcement(settings: Settings, limiter: AsyncBudgetLimiter) -> AsyncIterator[str]:
+    """Line by line. Reads the store, and goes on without it."""
+    yield f"store: {settings.store_shown}"
+    for budget in limiter.budgets.values():
+        yield budget_line(budget)
+    faults = await limiter.check()
+    if faults["store"]:
+        yield f"warning: {faults['store']}"
+        return
+    for name in ("policy", "scripts"):
+        if faults[name]:
+            yield f"warning: the store is not ready: {faults[name]}"
+    for name in limiter.budgets:
+        try:
+            line = _warning(await limiter.status(name))
+        except BudgetMismatch as error:
+            line = f"warning: budget {name}: {error}"
+        except (StoreUnavailable, BudgetError):
+            continue
+        if line:
+            yield line
+
+
+def budget_line(budget: Budget) -> str:
+    """``budget agent: $5.00 a day (UTC)``."""
+    units = budget.limit_units
+    limit = format_amount(None if units is None else from_units(units, budget.unit), budget.unit)
+    where = f" ({budget.timezone})" if budget.period in ("day", "week", "month") else ""
+    line = f"budget {budget.name}: {limit} {'at a time' if budget.kind == 'slots' else _PERIODS[budget.period] + where}"
+    return f"{line}: denies all" if budget.limit == 0 else line
+
+
+def _warning(status: Status) -> str | None:
+    """A run-time limit that hides what is configured."""
+    if status.limit_source != "runtime" or status.limit == status.configured_limit:
+        return None
+    name, limit = status.budget, format_amount(status.limit, status.unit)
+    until = f" until {instant_json(status.limit_until)}" if status.limit_until else ""
+    return (
+        f"warning: budget {name}: run-time limit {limit} is in force{until};"
+        f" configured {format_amount(status.configured_limit, status.unit)} is not (ktrdr budget clear-limit {name})"
+    )

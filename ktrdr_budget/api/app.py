@@ -1,0 +1,158 @@
+"""The service as an app of its own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import APIRouter, FastAPI
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from ktrdr_budget.api.auth import Keys
+from ktrdr_budget.api.probes import probes
+from ktrdr_budget.api.problems import Problem, problem_of
+from ktrdr_budget.api.router import Service, service_router
+from ktrdr_budget.api.routing import BudgetRoute
+from ktrdr_budget.api.settings import Settings, load_settings
+from ktrdr_budget.errors import BudgetError, StoreUnavailable
+from ktrdr_budget.limiter import AsyncBudgetLimiter
+from ktrdr_budget.telemetry.metrics import LimiterMetrics
+
+__all__ = ["create_app", "make_limiter"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+_CODES = {404: "not-found", 405: "method-not-allowed"}
+DESCRIPTION = """One hard spend cap for every replica of a backend that runs LLM agents.
+
+Money is a decimal string in dollars, a count an integer, an instant RFC 3339 in UTC. Every error is
+`application/problem+json` with a stable `code`.
+"""
+
+
+def make_limiter(settings: Settings, metrics: LimiterMetrics | None = None) -> AsyncBudgetLimiter:
+    """A limiter as the settings say; the metrics, if any, watch it.
+
+    Raises:
+        InvalidArgument: a setting is not usable.
+    """
+    limiter = AsyncBudgetLimiter(
+        settings.store_url,
+        settings.budgets,
+        tenant=settings.tenant,
+        timeout=settings.timeout,
+        on_store_error=settings.on_store_error,
+        data_dir=settings.agent_budget_dir,
+        observer=None if metrics is None else metrics.observe,
+    )
+    if metrics is not None:
+        metrics.watch(limiter)
+    return limiter
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The service. A store that is down does not hinder its start: ``/readyz`` tells, and it recovers by itself.
+
+    ``app.state`` has its ``settings``, ``metrics`` and, once it runs, its ``limiter``.
+
+    Args:
+        settings: by default those of the environment.
+
+    Raises:
+        SettingsError: one of them is not usable.
+    """
+    settings = load_settings() if settings is None else settings
+    metrics = LimiterMetrics()
+    keys = Keys(settings.use_keys, settings.admin_keys, open_to_all=settings.auth == "none")
+    service = Service(make_limiter(settings, metrics), keys, settings.agent_cycle_estimate)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        limiter = app.state.limiter = service.limiter = make_limiter(settings, metrics)
+        try:
+            await limiter.start()
+        except StoreUnavailable as error:
+            logger.warning("starting without the store: %s", error)
+        try:
+            yield
+        finally:
+            await limiter.close()
+
+    app = FastAPI(
+        title="ktrdr-budget",
+        version=_version(),
+        description=DESCRIPTION,
+        lifespan=lifespan,
+        redirect_slashes=False,
+        exception_handlers={HTTPException: _refused, BudgetError: _failed, Exception: _failed},
+    )
+    app.state.settings, app.state.metrics, app.state.limiter = settings, metrics, service.limiter
+    _add_routes(app, probes(service, metrics))
+    _add_routes(app, service_router(service))
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _add_routes(app: FastAPI, router: APIRouter) -> None:
+    """Puts the routes into the app itself, before those of its documentation: they are found faster so."""
+    for route in router.routes:
+        if isinstance(route, BudgetRoute):
+            route.direct = True
+    app.router.routes[:0] = router.routes
+
+
+def _version() -> str:
+    try:
+        return version("ktrdr-budget")
+    except PackageNotFoundError:  # a checkout that is not installed
+        return "0"
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """What no route of ours has answered."""
+    assert isinstance(error, HTTPException)
+    detail = "there is nothing at this path" if error.status_code == 404 else str(error.detail)
+    code = _CODES.get(error.status_code, "http-error")
+    return Problem(error.status_code, code, detail, headers=error.headers).response()
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    """Also for the routes of others in this app. What is unexpected is logged by the server, not told."""
+    if isinstance(error, BudgetError):
+        return problem_of(error, request.app.state.limiter.budgets).response()
+    return Problem(500, "internal-error", "the service failed; its log tells why").response()
+
+
+# -- OpenAPI -----------------------------------------------------------------------------------------------------------
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """The app's OpenAPI document, each schema written once: routers that go into any app must write theirs inline."""
+    if not app.openapi_schema:
+        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        schemas: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
+        document["paths"] = _hoisted(document["paths"], schemas)
+        app.openapi_schema = document
+    return app.openapi_schema
+
+
+def _hoisted(node: Any, schemas: dict[str, Any]) -> Any:
+    if isinstance(node, list):
+        return [_hoisted(item, schemas) for item in node]
+    if not isinstance(node, dict):
+        return node
+    found = {name: _hoisted(value, schemas) for name, value in node.items()}
+    title = found.get("title", "")
+    if found.get("type") != "object" or "properties" not in found or not title:
+        return found
+    schemas[title] = found
+    return {"$ref": f"#/components/schemas/{title}"}

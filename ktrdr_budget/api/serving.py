@@ -1,0 +1,235 @@
+"""Runs the service: ``ktrdr serve``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import uvicorn
+from uvicorn.config import STARTUP_FAILURE
+from uvicorn.supervisors import Multiprocess
+
+from ktrdr_budget.api.announcement import announcement
+from ktrdr_budget.api.app import create_app, make_limiter
+from ktrdr_budget.api.auth import is_loopback
+from ktrdr_budget.api.settings import Settings, SettingsError, load_settings
+from ktrdr_budget.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from ktrdr_budget.engine.embedded import EmbeddedServer
+
+__all__ = ["ServeError", "serve"]
+
+KEEP_ALIVE_S = 75
+"""Longer than the proxies in front of it keep a connection, lest one is closed while they use it."""
+GRACE_S = 10
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LOGGING: dict[str, Any] = {
+    "version": 1,
+    "disable_existing_loggers": False,
+    "formatters": {"line": {"format": "%(levelname)s: %(name)s: %(message)s"}},
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
+    "root": {"level": "WARNING", "handlers": ["stderr"]},
+}
+
+
+class ServeError(Exception):
+    """The service cannot run; the message is one line. ``exit_code`` is 2 if a setting is at fault, else 1."""
+
+    def __init__(self, message: str, *, exit_code: int = 2) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+def serve(host: str = "127.0.0.1", port: int = 8000, workers: int = 1, settings: Settings | None = None) -> None:
+    """Serves until SIGINT or SIGTERM, then finishes what is under way and returns.
+
+    Args:
+        host: without keys, an address of this machine only, unless ``KTRDR_AUTH=none``.
+        port: 0 takes a free one.
+        workers: processes that share the port.
+        settings: by default those of the environment.
+
+    Raises:
+        ServeError: a setting is not usable, the port is taken, or the embedded server does not start.
+    """
+    with _stoppable(), contextlib.ExitStack() as stack:
+        settings = _settings(settings)
+        _check_host(host, settings)
+        listener = stack.enter_context(_listen(host, port))
+        if settings.store_url is None:
+            # Ours, too, so that the server outlives a worker that is restarted.
+            stack.callback(_embedded(settings).close)
+        _announce(settings, listener, workers)
+        if workers == 1:
+            _Server(_config(settings, workers)).run([listener])
+        else:
+            stack.enter_context(_metrics_directory())
+            _supervise(_config(settings, workers), listener)
+
+
+# -- before it serves --------------------------------------------------------------------------------------------------
+
+
+def _settings(settings: Settings | None) -> Settings:
+    try:
+        settings = load_settings() if settings is None else settings
+        make_limiter(settings)  # whatever it refuses, it refuses now
+    except (SettingsError, InvalidArgument) as error:
+        raise ServeError(str(error)) from None
+    return settings
+
+
+def _check_host(host: str, settings: Settings) -> None:
+    if settings.use_keys or settings.admin_keys or settings.auth == "none":
+        return
+    if not all(is_loopback(address) for address in _addresses(host)):
+        raise ServeError(
+            f"without keys the service binds to this machine only, not to {host}:"
+            " set KTRDR_API_KEY and KTRDR_ADMIN_KEY, or KTRDR_AUTH=none"
+        )
+
+
+def _addresses(host: str) -> list[str]:
+    try:
+        if not host:  # which would be every address
+            raise OSError
+        return [str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
+    except (OSError, UnicodeError):
+        raise ServeError(f"not an address of this machine: {host!r}") from None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections from now on; they wait until a worker is there."""
+    family = socket.AF_INET6 if all(":" in address for address in _addresses(host)) else socket.AF_INET
+    try:
+        listener = socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ServeError(f"cannot listen on {host} port {port}: {reason}", exit_code=1) from None
+    listener.set_inheritable(True)
+    return listener
+
+
+def _embedded(settings: Settings) -> EmbeddedServer:
+    from ktrdr_budget.engine import embedded
+
+    try:
+        return embedded.start(settings.agent_budget_dir)
+    except embedded.EmbeddedServerError as error:
+        raise ServeError(str(error), exit_code=1) from None
+
+
+def _announce(settings: Settings, listener: socket.socket, workers: int) -> None:
+    async def announce() -> None:
+        limiter = make_limiter(settings)
+        try:
+            async for line in announcement(settings, limiter):
+                _say(line)
+        finally:
+            await limiter.close()
+
+    try:
+        asyncio.run(announce())
+    except InvalidArgument as error:  # a URL that the driver refuses
+        raise ServeError(f"KTRDR_REDIS_URL: {error}") from None
+    if settings.auth == "none":
+        _say("warning: KTRDR_AUTH=none: whoever reaches this address may do everything")
+    if settings.on_store_error == "allow" and workers > 1:
+        _say("warning: KTRDR_ON_STORE_ERROR=allow: what a worker admits unchecked, only that worker can settle")
+    host, port, *_ = listener.getsockname()
+    _say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)  # noqa: T201
+
+
+# -- while it serves ---------------------------------------------------------------------------------------------------
+
+
+def _config(settings: Settings, workers: int) -> uvicorn.Config:
+    return uvicorn.Config(
+        partial(create_app, settings),
+        factory=True,
+        workers=workers,
+        lifespan="on",
+        log_config=LOGGING,
+        access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACE_S,
+        server_header=False,
+    )
+
+
+class _Server(uvicorn.Server):
+    """A server whose end by a signal is a good one."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Takes signals while it serves; does not raise them again afterwards."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def _supervise(config: uvicorn.Config, listener: socket.socket) -> None:
+    config.configure_logging()
+    supervisor = Multiprocess(config, sockets=[listener])
+    supervisor.run()
+    if any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes):
+        raise ServeError("the workers do not start; what they said stands above", exit_code=1)
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[None]:
+    """Until the server itself takes signals, they end us at once, and well."""
+
+    def stop(number: int, frame: object) -> None:
+        raise _Stopped
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, stop) for number in SIGNALS}
+    try:
+        with contextlib.suppress(_Stopped):
+            yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Stopped(BaseException):
+    """A signal came before there was a server to take it."""
+
+
+@contextlib.contextmanager
+def _metrics_directory() -> Iterator[None]:
+    """Where the workers count together: prometheus_client looks for it when they import it."""
+    before = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
+    directory = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="ktrdr-metrics-")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["PROMETHEUS_MULTIPROC_DIR"]
+        else:
+            os.environ["PROMETHEUS_MULTIPROC_DIR"] = before
+        shutil.rmtree(directory, ignore_errors=True)

@@ -1,0 +1,242 @@
+"""What the service reads from the environment, and from the file of further budgets."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from ktrdr_budget.engine.store import check_url, mask_url
+from ktrdr_budget.environment import CYCLE_ESTIMATE_DEFAULT, DAILY_BUDGET_DEFAULT, DATA_DIR_DEFAULT, parse_limit
+from ktrdr_budget.errors import InvalidArgument
+from ktrdr_budget.models import Budget, check_name
+from ktrdr_budget.money import from_units, to_units
+from ktrdr_budget.periods import timezone_of
+
+__all__ = ["AGENT", "Settings", "SettingsError", "load_settings"]
+
+AGENT = "agent"
+_BUDGET_FIELDS = ("name", "limit", "unit", "period", "timezone", "kind")
+_KEY = re.compile(r"[\x21-\x2b\x2d-\x7e]{1,4096}", re.ASCII)  # what a header can carry as one word, without a comma
+Parsed = TypeVar("Parsed")
+
+
+class SettingsError(ValueError):
+    """A setting is not usable. The message is one line that names it, and shows no secret."""
+
+
+class Settings(BaseSettings):
+    """The service's settings; each is read from the environment variable of its name.
+
+    ``redis_url``, ``tenant``, ``api_key``, ``admin_key``, ``auth``, ``timeout``, ``on_store_error`` and
+    ``budgets_file`` carry the prefix ``KTRDR_`` there. ``AGENT_DAILY_BUDGET`` may carry it.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="KTRDR_",
+        env_ignore_empty=True,
+        extra="ignore",
+        frozen=True,
+        populate_by_name=True,
+        hide_input_in_errors=True,
+    )
+
+    agent_daily_budget: Decimal | None = Field(
+        default=DAILY_BUDGET_DEFAULT, validation_alias=AliasChoices("AGENT_DAILY_BUDGET", "KTRDR_AGENT_DAILY_BUDGET")
+    )
+    """Dollars a day for the agent; ``None`` (``unlimited``) is uncapped, 0 denies all."""
+    agent_budget_dir: Path = Field(default=Path(DATA_DIR_DEFAULT), validation_alias="AGENT_BUDGET_DIR")
+    """The embedded server's data."""
+    agent_cycle_estimate: Decimal = Field(default=CYCLE_ESTIMATE_DEFAULT, validation_alias="AGENT_CYCLE_ESTIMATE")
+    """What one research cycle is expected to cost, in dollars."""
+    agent_budget_timezone: str = Field(default="UTC", validation_alias="AGENT_BUDGET_TIMEZONE")
+    """Decides when the agent's day begins."""
+    redis_url: SecretStr | None = None
+    """The store; ``None`` is the embedded server."""
+    tenant: str = "default"
+    api_key: SecretStr | None = None
+    """Keys that may use budgets, separated by commas."""
+    admin_key: SecretStr | None = None
+    """Keys that may do everything, separated by commas."""
+    auth: Literal["keys", "none"] = "keys"
+    """``none``: serve everybody without keys, on any address."""
+    timeout: float = Field(default=1.0, gt=0, le=3600)
+    """Seconds within which each call to the store ends."""
+    on_store_error: Literal["deny", "allow"] = "deny"
+    """What an unreachable store means: refuse, or admit unchecked and record later."""
+    budgets_file: Path | None = None
+    """TOML with further budgets."""
+
+    # -- fields --------------------------------------------------------------------------------------------------------
+
+    @field_validator("agent_daily_budget", mode="before")
+    @classmethod
+    def _limit(cls, value: Any) -> Any:
+        return parse_limit(value) if isinstance(value, str) else _usd_limit(value)
+
+    @field_validator("agent_cycle_estimate", mode="before")
+    @classmethod
+    def _estimate(cls, value: Any) -> Any:
+        return from_units(to_units(value.strip() if isinstance(value, str) else value, positive=True))
+
+    @field_validator("agent_budget_timezone", mode="after")
+    @classmethod
+    def _timezone(cls, value: str) -> str:
+        timezone_of(value)
+        return value
+
+    @field_validator("redis_url", mode="after")
+    @classmethod
+    def _url(cls, value: SecretStr | None) -> SecretStr | None:
+        try:
+            if value is not None:
+                check_url(value.get_secret_value())
+        except InvalidArgument:
+            raise
+        except ValueError:
+            raise ValueError("not a URL") from None  # the parser's own words may hold the password
+        return value
+
+    @field_validator("tenant", mode="after")
+    @classmethod
+    def _tenant(cls, value: str) -> str:
+        return check_name(value, "tenant")
+
+    @field_validator("api_key", "admin_key", mode="after")
+    @classmethod
+    def _keys(cls, value: SecretStr | None) -> SecretStr | None:
+        if value is not None and not all(_KEY.fullmatch(key) for key in _split(value) or ("",)):
+            raise ValueError("a key is one word of printable ASCII characters; several are separated by commas")
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.auth == "none" and (self.use_keys or self.admin_keys):
+            raise ValueError("KTRDR_AUTH is 'none', but keys are set: unset one or the other")
+        if set(self.use_keys) & set(self.admin_keys):
+            raise ValueError("KTRDR_API_KEY and KTRDR_ADMIN_KEY must differ")
+        return self
+
+    # -- what follows from them ----------------------------------------------------------------------------------------
+
+    @property
+    def use_keys(self) -> tuple[str, ...]:
+        """The keys that may use budgets."""
+        return _split(self.api_key)
+
+    @property
+    def admin_keys(self) -> tuple[str, ...]:
+        """The keys that may do everything."""
+        return _split(self.admin_key)
+
+    @property
+    def store_url(self) -> str | None:
+        """The store's URL with its secrets; ``None`` is the embedded server."""
+        return None if self.redis_url is None else self.redis_url.get_secret_value()
+
+    @property
+    def store_shown(self) -> str:
+        """Where the store is, for a person: without secrets."""
+        url = self.store_url
+        return f"embedded, {self.agent_budget_dir}" if url is None else mask_url(url)
+
+    @cached_property
+    def budgets(self) -> tuple[Budget, ...]:
+        """The agent's budget, then those of the file.
+
+        Raises:
+            SettingsError: the file, or an entry of it, is not usable.
+        """
+        agent = Budget(AGENT, self.agent_daily_budget, timezone=self.agent_budget_timezone)
+        return (agent, *(() if self.budgets_file is None else _read_budgets(self.budgets_file)))
+
+
+def load_settings() -> Settings:
+    """The settings of the environment, with every budget read.
+
+    Raises:
+        SettingsError: one of them is not usable.
+    """
+    try:
+        settings = Settings()
+    except ValidationError as error:
+        raise SettingsError(_one_line(error)) from None
+    _ = settings.budgets  # the file is read now, so that what is wrong with it is said at the start
+    return settings
+
+
+def _one_line(error: ValidationError) -> str:
+    """The first thing that is wrong, named by its environment variable. Shows no input: it may be a secret."""
+    first = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    text = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:
+        return text
+    name = str(first["loc"][0])
+    variable = name if name.isupper() else f"KTRDR_{name.upper()}"
+    return f"{variable}: {text}"
+
+
+def _usd_limit(value: Any) -> Any:
+    return None if value is None else from_units(to_units(value, round_down=True))
+
+
+def _split(keys: SecretStr | None) -> tuple[str, ...]:
+    if keys is None:
+        return ()
+    return tuple(key for key in (word.strip() for word in keys.get_secret_value().split(",")) if key)
+
+
+# -- the file of further budgets ---------------------------------------------------------------------------------------
+
+
+def _read_budgets(path: Path) -> list[Budget]:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"), parse_float=Decimal)
+    except OSError as error:
+        raise SettingsError(f"KTRDR_BUDGETS_FILE: {path}: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"KTRDR_BUDGETS_FILE: {path}: not a text in UTF-8") from None
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"KTRDR_BUDGETS_FILE: {path}: not TOML: {error}") from None
+    entries = document.pop("budgets", [])
+    if document or not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        unknown = f", not {', '.join(map(repr, document))}" if document else ""
+        raise SettingsError(f"KTRDR_BUDGETS_FILE: {path}: it holds tables named [[budgets]]{unknown}")
+    budgets: list[Budget] = []
+    names = {AGENT}
+    for number, entry in enumerate(entries, 1):
+        where = f"{path}: budget {number}" + (f" ({entry['name']})" if isinstance(entry.get("name"), str) else "")
+        budget = _tell_where(where, lambda entry=entry: _budget(entry))  # type: ignore[misc]
+        if budget.name in names:
+            instead = "is set by AGENT_DAILY_BUDGET" if budget.name == AGENT else "is given twice"
+            raise SettingsError(f"KTRDR_BUDGETS_FILE: {where}: {budget.name!r} {instead}")
+        names.add(budget.name)
+        budgets.append(budget)
+    return budgets
+
+
+def _tell_where(where: str, make: Callable[[], Parsed]) -> Parsed:
+    try:
+        return make()
+    except InvalidArgument as error:
+        raise SettingsError(f"KTRDR_BUDGETS_FILE: {where}: {error}") from None
+
+
+def _budget(entry: dict[str, Any]) -> Budget:
+    for field in entry:
+        if field not in _BUDGET_FIELDS:
+            raise InvalidArgument(f"unknown field {field!r}; there are {', '.join(_BUDGET_FIELDS)}")
+    for field in ("name", "limit"):
+        if field not in entry:
+            raise InvalidArgument(f"{field} is missing" + (" ('unlimited' is one)" if field == "limit" else ""))
+    limit = entry["limit"]
+    if isinstance(limit, str) and limit.strip().lower() == "unlimited":
+        entry = {**entry, "limit": None}
+    return Budget(**entry)

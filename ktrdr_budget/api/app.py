@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,6 +23,7 @@ from ktrdr_budget.api.routing import BudgetRoute
 from ktrdr_budget.api.settings import Settings, load_settings
 from ktrdr_budget.errors import BudgetError, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter
+from ktrdr_budget.telemetry.audit import Audit
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
 
 __all__ = ["create_app", "make_limiter"]
@@ -70,6 +72,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     settings = load_settings() if settings is None else settings
     metrics = LimiterMetrics()
     keys = Keys(settings.use_keys, settings.admin_keys, open_to_all=settings.auth == "none")
+    audit = Audit()
+    metrics.add(audit)
     service = Service(make_limiter(settings, metrics), keys, settings.agent_cycle_estimate)
 
     @asynccontextmanager
@@ -79,9 +83,11 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             await limiter.start()
         except StoreUnavailable as error:
             logger.warning("starting without the store: %s", error)
+        auditing = asyncio.create_task(audit.run(limiter))
         try:
             yield
         finally:
+            auditing.cancel()
             await limiter.close()
 
     app = FastAPI(

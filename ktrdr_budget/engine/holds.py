@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
 from ktrdr_budget.engine.protocol import STATES, Record, Window
-from ktrdr_budget.errors import StoreError, StoreUnavailable, UnknownHold
+from ktrdr_budget.errors import InvalidAmount, StoreError, StoreUnavailable, UnknownHold
 from ktrdr_budget.models import HoldState, Settlement, check_ttl_ms
-from ktrdr_budget.money import Amount, from_units, to_units
+from ktrdr_budget.money import MAX_UNITS, Amount, from_units, to_units
 from ktrdr_budget.periods import from_ms
 
 if TYPE_CHECKING:
@@ -114,13 +114,11 @@ class HoldBase:
         A scalar applies to every ``usd`` budget of the hold.
 
         Raises:
-            InvalidAmount: not a non-negative amount.
+            InvalidAmount: not a non-negative amount, or the sum would reach 2**53 units.
             UnknownBudget: a mapping names a budget that the hold does not have.
         """
         check_amounts(amount)
-        accrued = self._accrued
-        for name, units in spread(amount, self._flags()).items():
-            accrued[name] = accrued.get(name, 0) + units
+        self._accrued |= _added(self._accrued, spread(amount, self._flags()))
 
     def accrue_to(self, totals: Amounts | None) -> None:
         """Raises what was used to these totals; errors as for :meth:`accrue`."""
@@ -153,8 +151,9 @@ class HoldBase:
     def grow_flow(self, amount: Amounts) -> Flow[None]:
         """A larger reservation, in all budgets or in none."""
         check_amounts(amount)
-        more = spread(amount, self._flags())
-        return self._grown([(window, units + more.get(window.budget, 0)) for window, units in self.parts])
+        reserved = {window.budget: units for window, units in self.parts}
+        reserved |= _added(reserved, spread(amount, self._flags()))
+        return self._grown([(window, reserved[window.budget]) for window, _ in self.parts])
 
     def grow_to_flow(self, totals: Amounts) -> Flow[None]:
         """A reservation of at least these totals."""
@@ -221,3 +220,12 @@ class HoldBase:
             self._settling = False
         self.state = settlement.state
         return settlement
+
+
+def _added(totals: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
+    """The totals that change, with ``more`` added."""
+    sums = {name: totals.get(name, 0) + units for name, units in more.items()}
+    for name, units in sums.items():
+        if units >= MAX_UNITS:
+            raise InvalidAmount(f"the sum is too large for {name!r}: it must stay below 2**53 units")
+    return sums

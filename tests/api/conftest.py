@@ -1,0 +1,59 @@
+"""The service in this process, over a real server."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ktrdr_budget.api import Settings, create_app
+
+from .support import BUDGETS, Running, Start
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Nothing of whoever runs the tests."""
+    for name in list(os.environ):
+        if name.startswith(("KTRDR_", "AGENT_", "PROMETHEUS_")):
+            monkeypatch.delenv(name)
+    return monkeypatch
+
+
+@pytest.fixture
+async def start(server) -> AsyncIterator[Start]:
+    """Starts services; by default on the shared server with $5.00 a day."""
+    async with AsyncExitStack() as stack:
+
+        async def start_one(**settings: Any) -> Running:
+            running = Running(create_app(Settings(**{"redis_url": server.url, **settings})))
+            await stack.enter_async_context(running.app.router.lifespan_context(running.app))
+            await stack.enter_async_context(running.client)
+            return running
+
+        yield start_one
+
+
+@pytest.fixture
+def budgets_file(tmp_path: Path) -> Path:
+    """Budgets of every sort."""
+    path = tmp_path / "budgets.toml"
+    path.write_text(BUDGETS)
+    return path
+
+
+@pytest.fixture
+async def running(start: Start, budgets_file: Path) -> Running:
+    """The service with the agent's budget, and those of the file."""
+    return await start(budgets_file=budgets_file)
+
+
+@pytest.fixture
+async def client(running: Running) -> httpx.AsyncClient:
+    """A client of it; without keys, it may do everything."""
+    return running.client

@@ -1,0 +1,105 @@
+"""The service as processes of its own, as `ktrdr serve` runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from ..conftest import free_port
+
+MAIN = """
+import sys
+from ktrdr_budget.api.serving import ServeError, serve
+
+if __name__ == "__main__":
+    try:
+        serve(host=sys.argv[1], port=int(sys.argv[2]), workers=int(sys.argv[3]))
+    except ServeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+"""
+
+
+class Service:
+    """A service that runs, or has run."""
+
+    def __init__(self, host: str, port: int, workers: int, environment: dict[str, Any], cwd: Any) -> None:
+        self.port = port or free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.said: list[str] = []
+        clean = {n: v for n, v in os.environ.items() if not n.startswith(("KTRDR_", "AGENT_", "PROMETHEUS_"))}
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", MAIN, host, str(self.port), str(workers)],
+            env={**clean, **{name: str(value) for name, value in environment.items()}},
+            cwd=cwd,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as lines:
+            self.said.extend(line.rstrip("\n") for line in lines)
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        return httpx.get(self.url + path, timeout=10, **options)
+
+    def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
+        return httpx.post(self.url + path, json=body, timeout=10, **options)
+
+    def wait_listening(self, within_s: float = 30.0) -> None:
+        """Until a connection is taken; a worker answers it when it is there."""
+        ends = time.monotonic() + within_s
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+                return
+            except OSError:
+                assert self.process.poll() is None, self.said
+                assert time.monotonic() < ends, self.said
+                time.sleep(0.01)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def end(self, within_s: float = 20.0) -> int:
+        """Waits for its end; its exit code."""
+        code = self.process.wait(within_s)
+        self._reader.join()
+        return code
+
+    def stop(self) -> int:
+        """Ends it as a service manager does; its exit code."""
+        if self.process.poll() is None:
+            self.signal(signal.SIGTERM)
+        try:
+            return self.end()
+        finally:
+            self.process.kill()
+            self.process.wait()
+            self._reader.join()
+
+
+@contextmanager
+def serving(
+    *, host: str = "127.0.0.1", port: int = 0, workers: int = 1, cwd: Any = None, **environment: Any
+) -> Iterator[Service]:
+    """A service that listens."""
+    service = Service(host, port, workers, environment, cwd)
+    try:
+        service.wait_listening()
+        yield service
+    finally:
+        service.stop()

@@ -1,0 +1,247 @@
+"""Who may do what, and whose hold it is."""
+
+from __future__ import annotations
+
+import hashlib
+
+import httpx
+import pytest
+
+from ktrdr_budget.api import Keys
+from ktrdr_budget.api.auth import is_loopback
+
+from ..helpers.waiting import until
+from .support import V1, Running, figures, problem, reserved
+
+OPEN_TO_ALL = ("/livez", "/readyz", "/metrics", "/openapi.json")
+USE = (
+    ("GET", "/agent/budget", None),
+    ("GET", "/budgets", None),
+    ("GET", "/budgets/agent", None),
+    ("GET", "/budgets/agent/holds", None),
+    ("GET", "/budgets/agent/ledger", None),
+    ("POST", "/reservations", {"amounts": {"agent": "0.01"}}),
+    ("GET", "/reservations/none", None),
+    ("POST", "/reservations/none/commit", {}),
+    ("POST", "/reservations/none/release", {}),
+    ("POST", "/reservations/none/extend", {}),
+    ("POST", "/reservations/none/grow", {"amounts": {"agent": 1}}),
+    ("POST", "/spend", {"amounts": {"agent": "0.01"}}),
+)
+ADMIN = (("PUT", "/budgets/agent/limit", {"limit": "9"}), ("DELETE", "/budgets/agent/limit", None))
+
+
+@pytest.fixture
+async def keyed(start) -> Running:
+    """A service with two keys for use, and one for admins."""
+    return await start(api_key="use-1, use-2", admin_key="admin-1")
+
+
+async def statuses(client: httpx.AsyncClient, operations) -> set[int]:
+    return {
+        (await client.request(method, V1 + path, json=body)).status_code for method, path, body in operations
+    }
+
+
+async def test_without_a_key_nothing_but_the_probes_answers(keyed):
+    client = keyed.connect()
+    for method, path, body in (*USE, *ADMIN):
+        response = await client.request(method, V1 + path, json=body)
+        problem(response, 401, "unauthorized")
+        assert response.headers["www-authenticate"] == "Bearer"
+    for path in OPEN_TO_ALL:
+        assert (await client.get(path)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["Bearer wrong", "Bearer", "Bearer ", "use-1", "Basic use-1", "Bearer use-1x", "Bearer use-", "Bearer use-1,use-2"],
+)
+async def test_a_wrong_key_is_refused(keyed, header):
+    response = await keyed.client.get(f"{V1}/budgets", headers={"Authorization": header})
+    problem(response, 401, "unauthorized")
+    assert "use-1" not in response.text
+
+
+async def test_a_key_that_is_not_ascii_is_refused(keyed):
+    response = await keyed.client.get(f"{V1}/budgets", headers={b"Authorization": "Bearer k\u00e9y".encode()})
+    problem(response, 401, "unauthorized")
+
+
+async def test_a_key_is_looked_at_before_anything_else(keyed):
+    response = await keyed.client.put(f"{V1}/budgets/a%20b/limit", content=b"{", headers={"Content-Type": "text/x"})
+    problem(response, 401, "unauthorized")
+    response = await keyed.connect("use-1").put(f"{V1}/budgets/agent/limit", content=b"{")
+    problem(response, 403, "forbidden")
+
+
+@pytest.mark.parametrize("key", ["use-1", "use-2"])
+async def test_a_use_key_does_all_but_what_is_for_admins(keyed, key):
+    client = keyed.connect(key)
+    assert await statuses(client, USE) == {200, 201, 404}
+    for method, path, body in ADMIN:
+        problem(await client.request(method, V1 + path, json=body), 403, "forbidden")
+    assert (await client.get(f"{V1}/budgets/agent")).json()["limit_source"] == "configured"
+
+
+async def test_an_admin_key_does_everything(keyed):
+    client = keyed.connect("admin-1")
+    assert await statuses(client, (*USE, *ADMIN)) == {200, 201, 404}
+
+
+async def test_the_word_bearer_is_spelled_as_one_likes(keyed):
+    response = await keyed.client.get(f"{V1}/budgets", headers={"Authorization": "bearer  use-1"})
+    assert response.status_code == 200
+
+
+async def test_with_a_use_key_only_nobody_is_an_admin(start):
+    client = (await start(api_key="use-1")).connect("use-1")
+    assert await statuses(client, USE) == {200, 201, 404}
+    assert await statuses(client, ADMIN) == {403}
+
+
+async def test_with_an_admin_key_only_everything_needs_it(start):
+    running = await start(admin_key="admin-1")
+    assert await statuses(running.connect(), (*USE, *ADMIN)) == {401}
+    assert await statuses(running.connect("admin-1"), (*USE, *ADMIN)) == {200, 201, 404}
+
+
+async def test_without_keys_this_machine_may_do_everything_and_others_nothing(start):
+    running = await start()
+    for address in ("127.0.0.1", "127.8.9.10", "::1", "::ffff:127.0.0.1"):
+        assert await statuses(running.connect(address=address), (*USE, *ADMIN)) == {200, 201, 404}
+    for address in ("10.0.0.7", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"):
+        for method, path, body in (*USE, *ADMIN):
+            problem(
+                await running.connect(address=address).request(method, V1 + path, json=body), 403, "keys-required"
+            )
+        assert (await running.connect(address=address).get("/livez")).status_code == 200
+
+
+async def test_everybody_is_served_if_that_is_said(start):
+    running = await start(auth="none")
+    assert await statuses(running.connect(address="192.0.2.1"), (*USE, *ADMIN)) == {200, 201, 404}
+
+
+async def test_a_client_without_an_address_is_on_this_machine(start):
+    running = await start()
+    assert (await running.connect(address="testclient").get(f"{V1}/budgets")).status_code == 200
+    assert is_loopback("unix")
+    assert Keys().caller({"client": None}, {}).admin  # what a unix socket tells
+
+
+# -- whose hold it is --------------------------------------------------------------------------------------------------
+
+
+async def unconfirmed(running: Running, key: str) -> str:
+    """The path of a hold that a key reserved, and that has expired."""
+    client = running.connect(key)
+    path = f"{V1}/reservations/{(await reserved(client, ttl=1))['id']}"
+
+    async def expired() -> bool:
+        return (await client.get(path)).json()["state"] == "unconfirmed"
+
+    await until(expired)
+    return path
+
+
+async def test_a_hold_carries_whose_it_is_but_not_the_key(keyed, server):
+    for key in ("use-1", "use-2", "admin-1"):
+        hold = await reserved(keyed.connect(key))
+        owner = (await keyed.limiter.get(hold["id"])).owner
+        assert owner == f"http-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+    with server.client() as redis:
+        stored = "".join(redis.get(key) for key in redis.scan_iter("*:h:*"))
+    assert "use-1" not in stored
+
+
+async def test_without_keys_a_hold_is_of_the_service(start):
+    running = await start()
+    hold = await reserved(running.client)
+    assert (await running.limiter.get(hold["id"])).owner == "http"
+
+
+async def test_an_unconfirmed_hold_is_settled_by_whoever_reserved_it(keyed):
+    path = await unconfirmed(keyed, "use-1")
+    done = await keyed.connect("use-1").post(f"{path}/commit", json={"amounts": "0.07"})
+    assert (done.status_code, done.json()["late"]) == (200, True)
+    path = await unconfirmed(keyed, "use-1")
+    assert (await keyed.connect("use-1").post(f"{path}/release")).json()["state"] == "released"
+    assert await figures(keyed.connect("use-1")) == ("0.07", "0.00", "0.00", "4.93")
+
+
+async def test_an_unconfirmed_hold_of_another_needs_the_admin_key(keyed):
+    path, other = await unconfirmed(keyed, "use-1"), keyed.connect("use-2")
+    for action, body in (
+        ("commit", {"amounts": "0"}),
+        ("release", None),
+        ("extend", {}),  # which would open it again, for anybody to settle
+        ("grow", {"amounts": {"agent": "0.15"}}),
+    ):
+        problem(await other.post(f"{path}/{action}", json=body), 403, "forbidden")
+    assert await figures(other) == ("0.00", "0.00", "0.15", "4.85")
+    done = await keyed.connect("admin-1").post(f"{path}/commit", json={"amounts": "0.07"})
+    assert (done.status_code, done.json()["late"]) == (200, True)
+
+
+async def test_an_open_hold_is_settled_by_any_use_key(keyed):
+    one, other = keyed.connect("use-1"), keyed.connect("use-2")
+    hold = await reserved(one)
+    assert (await other.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": "0.07"})).status_code == 200
+    hold = await reserved(one)
+    assert (await other.post(f"{V1}/reservations/{hold['id']}/release")).status_code == 200
+
+
+async def test_what_an_admin_released_by_hand_the_worker_may_still_commit(keyed):
+    path = await unconfirmed(keyed, "use-1")
+    released = await keyed.connect("admin-1").post(f"{path}/release")
+    assert released.json()["state"] == "released"
+    assert await figures(keyed.connect("use-1")) == ("0.00", "0.00", "0.00", "5.00")
+    back = await keyed.connect("use-1").post(f"{path}/commit", json={"amounts": "0.07"})
+    assert (back.status_code, back.json()["late"]) == (200, True)
+    assert await figures(keyed.connect("use-1")) == ("0.07", "0.00", "0.00", "4.93")
+
+
+async def test_what_its_owner_released_stays_released(keyed):
+    admin = keyed.connect("admin-1")
+    hold = await reserved(admin)
+    await admin.post(f"{V1}/reservations/{hold['id']}/release")
+    late = await admin.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": "0.07"})
+    problem(late, 409, "hold-conflict")
+
+
+async def test_a_hold_of_the_library_is_released_as_by_an_operator(start):
+    running = await start()
+    async with running.limiter.hold("agent", "0.15") as hold:
+        assert (await running.client.post(f"{V1}/reservations/{hold.id}/release")).status_code == 200
+        hold.accrue("0.07")
+    assert await figures(running.client) == ("0.07", "0.00", "0.00", "4.93")
+
+
+# -- keys --------------------------------------------------------------------------------------------------------------
+
+
+def test_keys_show_nothing():
+    assert "secret" not in repr(Keys(["secret"], ["secret-too"]))
+
+
+def test_keys_come_from_the_environment():
+    assert not Keys.from_environment({})
+    keys = Keys.from_environment({"KTRDR_API_KEY": "a, b,", "KTRDR_ADMIN_KEY": "c"})
+    for key, admin in (("a", False), ("b", False), ("c", True)):
+        assert keys.caller({}, {b"authorization": f"Bearer {key}".encode()}).admin is admin
+    remote = {"client": ("192.0.2.1", 1)}
+    assert Keys.from_environment({"KTRDR_AUTH": "none"}).caller(remote, {}).admin
+
+
+def test_every_key_is_compared_whichever_matches(monkeypatch):
+    import hmac
+
+    compared = []
+    honest = hmac.compare_digest
+    monkeypatch.setattr(hmac, "compare_digest", lambda one, other: compared.append(one) or honest(one, other))
+    keys = Keys(["a", "b"], ["c"])
+    for key in ("a", "c"):
+        compared.clear()
+        keys.caller({}, {b"authorization": f"Bearer {key}".encode()})
+        assert compared == [b"a", b"b", b"c"]

@@ -1,0 +1,61 @@
+"""The property-based HTTP fuzzer against the live service: no 5xx, no undocumented answer, no schema that lies.
+
+It runs as a process of its own, with a seed of its own that it prints, and the request to repeat for each failure.
+Two of its checks cannot be met, and are left out: ``positive_data_acceptance`` (whether an amount can be counted depends
+on its budget, whether a cursor or window exists on the data), and ``ensure_resource_availability`` (a hold that exists
+answers 404 to a budget that it does not have).
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .processes import Service, serving
+from .support import BUDGETS
+
+UNMET = "positive_data_acceptance,ensure_resource_availability"
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def budgets(tmp_path: Path) -> Path:
+    """Those of every sort, and few limits in the way of the fuzzer."""
+    path = tmp_path / "budgets.toml"
+    path.write_text(BUDGETS)
+    return path
+
+
+@pytest.fixture
+def service(server, budgets: Path) -> Iterator[Service]:
+    with serving(
+        KTRDR_REDIS_URL=server.url, KTRDR_BUDGETS_FILE=budgets, KTRDR_API_KEY="use", KTRDR_ADMIN_KEY="admin"
+    ) as service:
+        yield service
+
+
+def fuzz(service: Service, directory: Path, *options: str, key: str, unmet: str = UNMET, examples: int = 15) -> None:
+    words = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--no-color"]
+    words += ["--header", f"Authorization: Bearer {key}", "--max-examples", str(examples), "--max-time", "11"]
+    words += ["--exclude-checks", unmet, "--suppress-health-check", "all", *options]
+    done = subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=110)
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
+    assert "Tested: 17" in done.stdout, done.stdout[-20_000:]
+
+
+@pytest.mark.parametrize("key", ["admin", "use"])
+def test_every_answer_to_anything_is_documented(service, tmp_path, key):
+    fuzz(service, tmp_path, key=key)
+
+
+def test_every_answer_without_the_store_is_documented(start_server, budgets, tmp_path):
+    own = start_server()
+    environment = {"KTRDR_REDIS_URL": own.url, "KTRDR_BUDGETS_FILE": budgets, "KTRDR_TIMEOUT": "0.02"}
+    with serving(**environment, KTRDR_ADMIN_KEY="admin") as service:
+        own.kill()
+        # 503 is what must be answered here; every other check stands.
+        fuzz(service, tmp_path, "--phases", "examples,fuzzing", key="admin", unmet=f"{UNMET},not_a_server_error", examples=5)

@@ -1,0 +1,148 @@
+"""The routers in an app of somebody else."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+from fastapi import APIRouter, Depends, FastAPI, HTTPException, Request
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget
+from ktrdr_budget.api import Keys, budget_router, probe_router
+from ktrdr_budget.telemetry.metrics import LimiterMetrics
+
+from .support import V1, connect, problem, reserved
+
+
+def foreign(limiter: AsyncBudgetLimiter) -> FastAPI:
+    """An app that starts and closes a limiter."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with limiter:
+            yield
+
+    return FastAPI(lifespan=lifespan)
+
+
+@pytest.fixture
+def limiter(server) -> AsyncBudgetLimiter:
+    return AsyncBudgetLimiter(server.url, [Budget("agent", "5.00"), Budget("team/a", 2, unit="calls")])
+
+
+async def test_the_router_works_in_any_app(limiter):
+    app = foreign(limiter)
+    app.include_router(budget_router(limiter))
+    async with app.router.lifespan_context(app), connect(app) as client:
+        hold = await reserved(client)
+        path = f"{V1}/reservations/{hold['id']}"
+        assert (await client.post(f"{path}/commit", json={"amounts": "0.07"})).json()["amounts"] == {"agent": "0.07"}
+        assert (await client.get(f"{V1}/agent/budget")).json()["today_spend"] == 0.07
+        assert (await client.get(f"{V1}/budgets/team%2Fa")).json()["name"] == "team/a"
+        problem(await client.get(f"{V1}/budgets/nobody"), 404, "unknown-budget")
+        problem(await client.post(f"{V1}/reservations", json={}), 422, "invalid-request")
+        problem(await client.post(f"{V1}/reservations", json={"amounts": {"agent": 9}}), 429, "budget-exceeded")
+        wrong = await client.get(f"{V1}/budgets/agent/limit")
+        problem(wrong, 405, "method-not-allowed")
+        assert wrong.headers["allow"] == "DELETE, PUT"
+        assert (await client.get("/nothing")).json() == {"detail": "Not Found"}  # the app's own affair
+
+
+async def test_dependencies_of_the_app_are_asked_first(limiter):
+    asked = []
+
+    async def login(request: Request) -> None:
+        asked.append(await request.body())  # which we must still be able to read
+        if request.headers.get("x-user") != "me":
+            raise HTTPException(418)
+
+    app = foreign(limiter)
+    outer = APIRouter(prefix="/outer")
+    outer.include_router(budget_router(limiter, keys=Keys(open_to_all=True), prefix="/inner"))
+    app.include_router(outer, dependencies=[Depends(login)])
+    async with app.router.lifespan_context(app), connect(app, address="192.0.2.1") as client:
+        body = {"amounts": {"agent": "0.15"}, "id": "op_1"}
+        assert (await client.post("/outer/inner/reservations", json=body)).status_code == 418
+        granted = await client.post("/outer/inner/reservations", json=body, headers={"X-User": "me"})
+        assert granted.status_code == 201
+        assert granted.headers["location"] == "/outer/inner/reservations/op_1"
+        assert len(asked) == 2
+        assert (await client.get("/outer/inner/budgets")).status_code == 418
+
+
+async def test_keys_come_from_the_environment(limiter, environment):
+    environment.setenv("KTRDR_API_KEY", "use-1")
+    environment.setenv("AGENT_CYCLE_ESTIMATE", "0.50")
+    app = foreign(limiter)
+    app.include_router(budget_router(limiter))
+    async with app.router.lifespan_context(app):
+        problem(await connect(app).get(f"{V1}/budgets"), 401, "unauthorized")
+        answer = await connect(app, key="use-1").get(f"{V1}/agent/budget")
+        assert answer.json()["cycles_affordable"] == 10
+
+
+async def test_other_machines_need_keys_there_too(limiter):
+    app = foreign(limiter)
+    app.include_router(budget_router(limiter))
+    async with app.router.lifespan_context(app), connect(app, address="192.0.2.1") as client:
+        problem(await client.get(f"{V1}/budgets"), 403, "keys-required")
+
+
+async def test_an_app_below_another_app_works(limiter):
+    inner, app = FastAPI(), foreign(limiter)
+    inner.include_router(budget_router(limiter))
+    app.mount("/sub", inner)
+    async with app.router.lifespan_context(app), connect(app) as client:
+        granted = await client.post(f"/sub{V1}/reservations", json={"amounts": {"agent": 1}, "id": "a/commit"})
+        assert granted.headers["location"] == f"/sub{V1}/reservations/a%2Fcommit"
+        assert (await client.get(granted.headers["location"])).json()["id"] == "a/commit"
+
+
+async def test_the_probes_can_be_had_too(server):
+    metrics = LimiterMetrics()
+    limiter = AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")], observer=metrics.observe)
+    app = foreign(limiter)
+    app.include_router(budget_router(limiter))
+    app.include_router(probe_router(limiter, metrics), prefix="/internal")
+    async with app.router.lifespan_context(app), connect(app) as client:
+        await reserved(client)
+        assert (await client.get("/internal/readyz")).json()["status"] == "ready"
+        text = (await client.get("/internal/metrics")).text
+        assert "agent_budget_remaining_dollars 4.85\n" in text
+        assert 'ktrdr_budget_reservations_total{outcome="granted",reason=""} 1.0\n' in text
+
+
+async def test_the_figures_can_be_had_without_counters(limiter):
+    app = foreign(limiter)
+    app.include_router(probe_router(limiter))
+    async with app.router.lifespan_context(app), connect(app) as client:
+        assert "agent_budget_remaining_dollars 5.0\n" in (await client.get("/metrics")).text
+
+
+async def test_a_limiter_without_the_agents_budget_has_none(server):
+    limiter = AsyncBudgetLimiter(server.url, [Budget("other", 1)])
+    app = foreign(limiter)
+    app.include_router(budget_router(limiter))
+    async with app.router.lifespan_context(app), connect(app) as client:
+        problem(await client.get(f"{V1}/agent/budget"), 404, "unknown-budget")
+
+
+async def test_the_openapi_document_of_the_app_is_complete(limiter):
+    """Every reference leads somewhere: a router cannot add to the components of an app but through its models."""
+    app = foreign(limiter)
+    app.include_router(budget_router(limiter, keys=Keys(["use"], ["admin"])))
+    document = app.openapi()
+
+    def references(node) -> set[str]:
+        if isinstance(node, list):
+            return set().union(*map(references, node))
+        if isinstance(node, dict):
+            own = {node["$ref"]} if isinstance(node.get("$ref"), str) else set()
+            return own.union(*map(references, node.values()))
+        return set()
+
+    known = {f"#/components/schemas/{name}" for name in document["components"]["schemas"]}
+    assert references(document["paths"]) <= known
+    assert f"{V1}/budgets/{{name}}/limit" in document["paths"]
+    assert document["components"]["securitySchemes"].keys() == {"useKey", "adminKey"}

@@ -1,0 +1,127 @@
+"""Liveness, readiness and metrics: open to all, and honest about the store."""
+
+from __future__ import annotations
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from ..helpers.waiting import until
+from .support import V1, problem, reserved
+
+
+async def test_a_process_is_alive_whatever_its_store_does(start, tmp_path):
+    client = (await start(redis_url=f"unix://{tmp_path}/nothing", timeout=0.1)).client
+    response = await client.get("/livez")
+    assert (response.status_code, response.json()) == (200, {"status": "alive"})
+
+
+async def test_a_service_is_ready_when_its_store_can_be_relied_on(client):
+    response = await client.get("/readyz")
+    assert response.status_code == 200
+    assert response.json() == {"status": "ready", "checks": {"store": "ok", "policy": "ok", "scripts": "ok"}}
+
+
+async def test_a_service_starts_without_its_store_and_recovers_by_itself(start, start_server):
+    own = start_server()
+    own.kill()
+    client = (await start(redis_url=own.url, timeout=0.1)).client
+    document = problem(await client.get("/readyz"), 503, "not-ready")
+    assert document["checks"].keys() == {"store", "policy", "scripts"}
+    assert "ok" not in document["checks"].values()
+    problem(await client.get(f"{V1}/agent/budget"), 503, "store-unavailable")
+    assert "ktrdr_budget_store_up 0.0" in (await client.get("/metrics")).text
+    own.start()
+
+    async def ready() -> bool:
+        return (await client.get("/readyz")).status_code == 200
+
+    await until(ready)
+    await reserved(client)
+    assert "agent_budget_remaining_dollars 4.85" in (await client.get("/metrics")).text
+
+
+@pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
+async def test_a_store_that_evicts_is_not_ready(start, start_server, policy):
+    own = start_server(None, "--maxmemory-policy", policy)
+    client = (await start(redis_url=own.url)).client
+    document = problem(await client.get("/readyz"), 503, "not-ready")
+    assert document["checks"]["store"] == document["checks"]["scripts"] == "ok"
+    assert policy in document["checks"]["policy"]
+    assert "noeviction" in document["detail"]
+    with own.client() as redis:
+        redis.config_set("maxmemory-policy", "noeviction")
+    assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_a_store_whose_policy_may_not_be_read_is_not_ready(start, server):
+    with server.client() as redis:
+        redis.execute_command("ACL", "SETUSER", "worker", "on", ">pw", "~*", "+@all", "-info")
+        client = (await start(redis_url=f"{server.url}?username=worker&password=pw")).client
+        document = problem(await client.get("/readyz"), 503, "not-ready")
+        assert document["checks"]["policy"].startswith("unknown")
+        assert "pw" not in document["detail"]
+        redis.execute_command("ACL", "DELUSER", "worker")
+
+
+async def test_a_store_that_runs_no_scripts_is_not_ready(start, server):
+    with server.client() as redis:
+        redis.execute_command("ACL", "SETUSER", "reader", "on", ">pw", "~*", "+@all", "-eval", "-evalsha")
+        client = (await start(redis_url=f"{server.url}?username=reader&password=pw")).client
+        document = problem(await client.get("/readyz"), 503, "not-ready")
+        assert document["checks"]["policy"] == "ok"
+        assert document["checks"]["scripts"] != "ok"
+        redis.execute_command("ACL", "DELUSER", "reader")
+
+
+async def test_readiness_writes_nothing(client, server):
+    await client.get("/readyz")
+    with server.client() as redis:
+        assert redis.dbsize() == 0
+
+
+async def test_readiness_survives_a_store_that_forgot_the_scripts(client, server):
+    with server.client() as redis:
+        redis.script_flush()
+    assert (await client.get("/readyz")).status_code == 200
+
+
+async def test_metrics_are_those_of_the_service(client):
+    hold = await reserved(client)
+    await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": "0.07"})
+    await client.post(f"{V1}/reservations", json={"amounts": {"agent": "9"}})
+    response = await client.get("/metrics")
+    assert response.status_code == 200
+    assert response.headers["content-type"].startswith("text/plain; version=")
+    families = {family.name: family for family in text_string_to_metric_families(response.text)}
+    assert families["agent_budget_remaining_dollars"].samples[0].value == 4.93
+    assert {
+        (sample.labels["budget"], sample.labels["unit"]) for sample in families["ktrdr_budget_remaining"].samples
+    } == {
+        ("agent", "usd"),
+        ("team/a:b@c", "usd"),
+        ("team/holds", "usd"),
+        ("cycles", "cycles"),
+        ("calls", "requests"),
+        ("jobs", "slots"),
+    }
+    counted = {
+        (sample.labels["outcome"], sample.labels["reason"]): sample.value
+        for sample in families["ktrdr_budget_reservations"].samples
+    }
+    assert (counted["granted", ""], counted["denied", "exceeds_limit"]) == (1, 1)
+
+
+async def test_metrics_are_told_as_openmetrics_to_those_who_ask(client):
+    response = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
+    assert response.headers["content-type"].startswith("application/openmetrics-text")
+    assert response.text.endswith("# EOF\n")
+
+
+async def test_an_app_can_run_again(start, server):
+    """Each run has a limiter of its own; what was counted goes on."""
+    running = await start()
+    await reserved(running.client, id="op_1")
+    async with running.app.router.lifespan_context(running.app):
+        await reserved(running.client, id="op_2")
+        text = (await running.client.get("/metrics")).text
+    assert 'ktrdr_budget_reservations_total{outcome="granted",reason=""} 2.0' in text

@@ -1,0 +1,394 @@
+"""Every error is application/problem+json, and says what is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import signal
+
+import httpx
+import pytest
+
+from ktrdr_budget import Budget, BudgetError, Denial
+from ktrdr_budget.api.problems import denied as denied_problem
+from ktrdr_budget.api.problems import problem_of
+from ktrdr_budget.api.requests import BODY_BYTES_MAX
+
+from ..helpers.waiting import until
+from .support import V1, connect, problem, reserved
+
+JSON = {"Content-Type": "application/json"}
+
+
+# -- where nothing is --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", ["/", "/nothing", V1, f"{V1}/", f"{V1}/budget", f"{V1}/agent", "/docs/x", "/livez/x"])
+async def test_an_unknown_path_is_not_found(client, path):
+    problem(await client.get(path), 404, "not-found")
+
+
+@pytest.mark.parametrize("path", ["budgets/", "budgets//holds", "reservations/"])
+async def test_a_name_that_is_empty_is_not_found(client, path):
+    problem(await client.get(f"{V1}/{path}"), 404, "not-found")
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/agent/budget", "GET"),
+        ("POST", "/budgets", "GET"),
+        ("POST", "/budgets/agent", "GET"),
+        ("PUT", "/budgets/agent/holds", "GET"),
+        ("GET", "/budgets/agent/limit", "DELETE, PUT"),
+        ("POST", "/budgets/agent/limit", "DELETE, PUT"),
+        ("PUT", "/budgets/team%2Flimit", "GET"),
+        ("GET", "/reservations", "POST"),
+        ("PATCH", "/reservations/op_1", "GET"),
+        ("GET", "/reservations/op_1/commit", "POST"),
+        ("POST", "/reservations/op_1%2Fcommit", "GET"),
+        ("OPTIONS", "/spend", "POST"),
+        ("QUERY", "/budgets", "GET"),
+    ],
+)
+async def test_another_method_is_told_which_are_allowed(client, method, path, allowed):
+    response = await client.request(method, V1 + path)
+    problem(response, 405, "method-not-allowed")
+    assert response.headers["allow"] == allowed
+
+
+async def test_the_probes_take_no_other_method(client):
+    for path in ("/livez", "/readyz", "/metrics"):
+        problem(await client.post(path), 405, "method-not-allowed")
+
+
+# -- what is not known -------------------------------------------------------------------------------------------------
+
+
+async def test_an_unknown_budget_is_not_found(client):
+    for path in ("", "/holds", "/ledger"):
+        problem(await client.get(f"{V1}/budgets/nobody{path}"), 404, "unknown-budget")
+    problem(await client.put(f"{V1}/budgets/nobody/limit", json={"limit": 1}), 404, "unknown-budget")
+    problem(await client.delete(f"{V1}/budgets/nobody/limit"), 404, "unknown-budget")
+    for path in ("reservations", "spend"):
+        problem(await client.post(f"{V1}/{path}", json={"amounts": {"nobody": 1}}), 404, "unknown-budget")
+
+
+async def test_an_unknown_hold_is_not_found(client):
+    problem(await client.get(f"{V1}/reservations/op_1"), 404, "unknown-hold")
+    for path, body in (("commit", {}), ("release", {}), ("extend", {}), ("grow", {"amounts": {"agent": 1}})):
+        problem(await client.post(f"{V1}/reservations/op_1/{path}", json=body), 404, "unknown-hold")
+
+
+async def test_a_budget_that_a_hold_does_not_have_is_not_found(client):
+    hold = await reserved(client)
+    done = await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": {"cycles": 1}})
+    problem(done, 404, "unknown-budget")
+
+
+# -- what is not valid -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "where"),
+    [
+        ({}, ["body", "amounts"]),
+        ([], ["body"]),
+        (None, ["body"]),
+        ("0.15", ["body"]),
+        ({"amounts": {}}, ["body", "amounts"]),
+        ({"amounts": "0.15"}, ["body", "amounts"]),
+        ({"amounts": {"agent": True}}, ["body", "amounts"]),
+        ({"amounts": {"agent": None}}, ["body", "amounts"]),
+        ({"amounts": {"agent": {}}}, ["body", "amounts"]),
+        ({"amounts": {"agent": "NaN"}}, ["body", "amounts"]),
+        ({"amounts": {"agent": "Infinity"}}, ["body", "amounts"]),
+        ({"amounts": {"agent": " 1"}}, ["body", "amounts"]),
+        ({"amounts": {"agent": "1_0"}}, ["body", "amounts"]),
+        ({"amounts": {"agent": "-1"}}, ["body", "amounts"]),
+        ({"amounts": {"agent": "\u0661"}}, ["body", "amounts"]),
+        ({"amounts": {"a b": 1}}, ["body", "amounts"]),
+        ({"amounts": {"": 1}}, ["body", "amounts"]),
+        ({"amounts": {f"b{number}": 1 for number in range(65)}}, ["body", "amounts"]),
+        ({"amounts": {"agent": 1}, "id": "a b"}, ["body", "id"]),
+        ({"amounts": {"agent": 1}, "id": ""}, ["body", "id"]),
+        ({"amounts": {"agent": 1}, "id": "x" * 129}, ["body", "id"]),
+        ({"amounts": {"agent": 1}, "id": 7}, ["body", "id"]),
+        ({"amounts": {"agent": 1}, "ttl": 0}, ["body", "ttl"]),
+        ({"amounts": {"agent": 1}, "ttl": 86401}, ["body", "ttl"]),
+        ({"amounts": {"agent": 1}, "ttl": "60"}, ["body", "ttl"]),
+        ({"amounts": {"agent": 1}, "ttl": True}, ["body", "ttl"]),
+        ({"amounts": {"agent": 1}, "on_expiry": "forget"}, ["body", "on_expiry"]),
+        ({"amounts": {"agent": 1}, "operation": "x" * 257}, ["body", "operation"]),
+        ({"amounts": {"agent": 1}, "operation": 7}, ["body", "operation"]),
+        ({"amounts": {"agent": 1}, "operation": "\ud800"}, ["body", "operation"]),
+        ({"amounts": {"agent": 1}, "owner": "me"}, ["body", "owner"]),
+    ],
+)
+async def test_a_body_that_is_not_valid_is_told_where(client, body, where):
+    response = await client.post(f"{V1}/reservations", content=json.dumps(body), headers=JSON)
+    document = problem(response, 422, "invalid-request")
+    assert document["errors"][0]["loc"] == where
+    assert document["errors"][0]["msg"]
+    assert document["errors"][0]["type"]
+    assert "Value error" not in document["detail"]
+
+
+@pytest.mark.parametrize(
+    ("amounts", "code"),
+    [
+        ({"agent": 0}, "invalid-amount"),
+        ({"agent": -1}, "invalid-amount"),
+        ({"agent": "9007199.254740992"}, "invalid-amount"),
+        ({"agent": "1e99"}, "invalid-amount"),
+        ({"cycles": 1.5}, "invalid-amount"),
+        ({"cycles": "0.5"}, "invalid-amount"),
+        ({"agent": int("9" * 4000)}, "invalid-amount"),
+    ],
+)
+async def test_an_amount_that_its_budget_cannot_count_is_refused(client, amounts, code):
+    response = await client.post(f"{V1}/reservations", json={"amounts": amounts})
+    assert len(problem(response, 422, code)["detail"]) <= 300
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"{", "not JSON"),
+        (b"nonsense", "not JSON"),
+        (b'{"amounts": {"agent": NaN}}', "NaN is not a number"),
+        (b'{"amounts": {"agent": -Infinity}}', "-Infinity is not a number"),
+        (b'{"amounts": {"agent": 1, "agent": 2}}', "the same name twice"),
+        (b'{"amounts": {"agent": 1}} x', "not JSON"),
+        (b"\xff\xfe", "not in UTF-8"),
+        (b'\xef\xbb\xbf{"amounts": {"agent": 1}}', "not JSON"),
+        (b"[" * 20_000 + b"]" * 20_000, "nested too deep"),
+        (b'{"amounts": {"agent": ' + b"9" * 5000 + b"}}", "a number is too long"),
+        (b'{"amounts": {"agent": 1e99999999999999999999}}', "a number is too long"),
+    ],
+)
+async def test_what_is_not_json_is_refused(client, content, words):
+    document = problem(
+        await client.post(f"{V1}/reservations", content=content, headers=JSON), 422, "invalid-request"
+    )
+    assert words in document["detail"]
+    assert "sys." not in document["detail"]
+
+
+@pytest.mark.parametrize(
+    "media_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", "", "json"]
+)
+async def test_a_body_that_is_not_said_to_be_json_is_refused(client, media_type):
+    response = await client.post(
+        f"{V1}/reservations", content=b'{"amounts": {"agent": 1}}', headers={"Content-Type": media_type}
+    )
+    problem(response, 415, "unsupported-media-type")
+
+
+@pytest.mark.parametrize("media_type", ["application/json;charset=utf-8", "Application/JSON", "application/a+json"])
+async def test_json_has_several_names(client, media_type):
+    response = await client.post(
+        f"{V1}/reservations", content=b'{"amounts": {"agent": 1}}', headers={"Content-Type": media_type}
+    )
+    assert response.status_code == 201
+
+
+async def test_a_body_that_is_too_large_is_refused(client):
+    body = b'{"amounts": {"agent": 1}, "operation": "' + b"x" * BODY_BYTES_MAX + b'"}'
+    problem(await client.post(f"{V1}/reservations", content=body, headers=JSON), 413, "content-too-large")
+
+    async def in_pieces():
+        for start in range(0, len(body), 1000):
+            yield body[start : start + 1000]
+
+    response = await client.post(f"{V1}/reservations", content=in_pieces(), headers=JSON)
+    problem(response, 413, "content-too-large")
+    just_fits = b'{"amounts": {"agent": 1}}'.ljust(BODY_BYTES_MAX)
+    assert (await client.post(f"{V1}/reservations", content=just_fits, headers=JSON)).status_code == 201
+
+
+@pytest.mark.parametrize("name", ["a%20b", "%ff", "x" * 129, "%E2%82%AC"])
+async def test_a_name_that_cannot_be_is_invalid(client, name):
+    problem(await client.get(f"{V1}/budgets/{name}"), 422, "invalid-argument")
+    problem(await client.get(f"{V1}/reservations/{name}"), 422, "invalid-argument")
+
+
+# -- denials -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_denial_tells_why_and_when_to_come_back(client):
+    await client.post(f"{V1}/spend", json={"amounts": {"agent": "4.90"}})
+    denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
+    document = problem(denied, 429, "budget-exceeded")
+    assert document["detail"] == "agent: budget_exhausted ($0.10 remaining, need $0.15)"
+    assert document["budget"] == "agent"
+    assert document["unit"] == "usd"
+    assert document["reason"] == "budget_exhausted"
+    assert (document["limit"], document["spent"], document["held"]) == ("5.00", "4.90", "0.00")
+    assert (document["unconfirmed"], document["remaining"]) == ("0.00", "0.10")
+    assert (document["requested"], document["fits"]) == ("0.15", "0.10")
+    assert 0 < document["retry_after"] <= 86_400
+    assert denied.headers["retry-after"] == str(document["retry_after"])
+    assert "ratelimit" not in denied.headers  # money has no unit there
+
+
+async def test_a_denial_that_waiting_cannot_help_names_no_time(client):
+    denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "6"}})
+    assert problem(denied, 429, "budget-exceeded")["retry_after"] is None
+    assert "retry-after" not in denied.headers
+
+
+async def test_a_denial_for_what_is_held_comes_back_at_the_first_deadline(client):
+    await reserved(client, {"agent": "5"}, ttl=30)
+    denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
+    document = problem(denied, 429, "budget-exceeded")
+    assert document["reason"] == "budget_held"
+    assert 25 <= document["retry_after"] <= 30
+
+
+async def test_a_denied_count_has_the_fields_of_rate_limits(client):
+    await client.post(f"{V1}/spend", json={"amounts": {"calls": 1, "cycles": 3}})
+    denied = await client.post(f"{V1}/reservations", json={"amounts": {"calls": 2}})
+    seconds = problem(denied, 429, "budget-exceeded")["retry_after"]
+    assert denied.headers["ratelimit-policy"] == '"calls";q=2;w=3600'
+    assert denied.headers["ratelimit"] == f'"calls";r=1;t={seconds}'
+    denied = await client.post(f"{V1}/reservations", json={"amounts": {"cycles": 1}})
+    seconds = problem(denied, 429, "budget-exceeded")["retry_after"]
+    assert denied.headers["ratelimit-policy"] == '"cycles";q=3;ktrdr-unit="cycles";w=86400'
+    assert denied.headers["ratelimit"] == f'"cycles";r=0;t={seconds}'
+
+
+async def test_a_denied_slot_has_no_window(client):
+    denied = await client.post(f"{V1}/reservations", json={"amounts": {"jobs": 2}})
+    problem(denied, 429, "budget-exceeded")
+    assert denied.headers["ratelimit-policy"] == '"jobs";q=1;ktrdr-unit="slots"'
+    assert denied.headers["ratelimit"] == '"jobs";r=1'
+
+
+def test_a_count_beyond_an_integer_of_a_header_is_cut_to_it():
+    huge = 2**53 - 1
+    denial = Denial("tokens", "budget_exhausted", huge, 0, 0, 0, huge, 1, huge, 60, "count")
+    headers = denied_problem(denial, Budget("tokens", huge, unit="tokens")).headers
+    assert re.findall(r"[qr]=(\d+)", str(headers)) == ["999999999999999"] * 2
+
+
+# -- the store ---------------------------------------------------------------------------------------------------------
+
+
+async def test_a_budget_that_is_defined_otherwise_elsewhere_is_a_conflict(start, tmp_path):
+    paths = [tmp_path / "one.toml", tmp_path / "other.toml"]
+    for path, unit in zip(paths, ("tokens", "calls"), strict=True):
+        path.write_text(f'[[budgets]]\nname = "count"\nlimit = 5\nunit = "{unit}"\n')
+    one, other = [(await start(budgets_file=path)).client for path in paths]
+    await reserved(one, {"count": 1})
+    problem(await other.post(f"{V1}/reservations", json={"amounts": {"count": 1}}), 409, "budget-mismatch")
+    problem(await other.get(f"{V1}/budgets/count"), 409, "budget-mismatch")
+    problem(await other.get(f"{V1}/budgets"), 409, "budget-mismatch")
+
+
+async def test_a_store_that_is_down_is_unavailable_and_comes_back(start, start_server):
+    own = start_server()
+    client = (await start(redis_url=own.url, timeout=0.2)).client
+    hold = await reserved(client)
+    own.kill()
+    for method, path, body in (
+        ("GET", "/agent/budget", None),
+        ("GET", "/budgets", None),
+        ("GET", "/budgets/agent/holds", None),
+        ("GET", "/budgets/agent/ledger", None),
+        ("PUT", "/budgets/agent/limit", {"limit": 1}),
+        ("POST", "/reservations", {"amounts": {"agent": "0.15"}, "id": "op_1"}),
+        ("GET", f"/reservations/{hold['id']}", None),
+        ("POST", f"/reservations/{hold['id']}/commit", {}),
+        ("POST", f"/reservations/{hold['id']}/release", {}),
+        ("POST", f"/reservations/{hold['id']}/extend", {}),
+        ("POST", f"/reservations/{hold['id']}/grow", {"amounts": {"agent": "1"}}),
+        ("POST", "/spend", {"amounts": {"agent": "0.15"}, "id": "op_2"}),
+    ):
+        response = await client.request(method, V1 + path, json=body)
+        document = problem(response, 503, "store-unavailable")
+        assert isinstance(document["ambiguous"], bool)
+        assert response.headers["retry-after"] == "1"
+    own.start()
+
+    async def back() -> bool:
+        return (await client.get(f"{V1}/budgets")).status_code == 200
+
+    await until(back)
+    assert (await reserved(client, id="op_1"))["replayed"] is False
+
+
+async def test_a_store_that_hangs_is_unavailable_within_the_deadline(start, start_server):
+    own = start_server()
+    client = (await start(redis_url=own.url, timeout=0.2)).client
+    await reserved(client)
+    own.process.send_signal(signal.SIGSTOP)
+    try:
+        async with asyncio.timeout(2):
+            response = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
+        assert problem(response, 503, "store-unavailable")["ambiguous"] is True
+    finally:
+        own.process.send_signal(signal.SIGCONT)
+
+
+async def test_a_store_that_is_away_admits_unchecked_if_it_is_told_to(start, start_server):
+    own = start_server()
+    client = (await start(redis_url=own.url, timeout=0.2, on_store_error="allow", agent_daily_budget="1")).client
+    own.kill()
+    hold = await reserved(client, {"agent": "0.15"}, id="op_1", operation="research")
+    await reserved(client, {"agent": "7"}, id="op_2")
+    path = f"{V1}/reservations/op_1"
+    assert (await client.get(path)).json() == hold
+    extended = await client.post(f"{path}/extend", json={"accrued": "0.03"})
+    assert extended.json()["accrued"] == {"agent": "0.03"}
+    grown = await client.post(f"{path}/grow", json={"amounts": {"agent": "0.25"}})
+    assert grown.json()["amounts"] == {"agent": "0.25"}
+    done = await client.post(f"{path}/commit")
+    assert done.json()["amounts"] == {"agent": "0.03"}
+    assert (await client.post(f"{V1}/reservations/op_2/release")).json()["state"] == "released"
+    problem(await client.get(f"{V1}/agent/budget"), 503, "store-unavailable")  # unknown is not "all remaining"
+    own.start()
+
+    async def recorded() -> bool:
+        response = await client.get(f"{V1}/agent/budget")
+        return response.status_code == 200 and response.json()["today_spend"] == 0.03
+
+    await until(recorded)
+    assert (await client.post(f"{path}/commit", json={"amounts": "0.03"})).json()["replayed"] is True
+    assert (await client.get(f"{V1}/agent/budget")).json()["spend_events"] == 1
+
+
+# -- what nobody expected ----------------------------------------------------------------------------------------------
+
+
+async def test_what_is_unexpected_is_told_without_its_words(running):
+    async def broken() -> None:
+        raise RuntimeError("secret")
+
+    running.app.get("/broken")(broken)
+    async with connect(running.app) as client:
+        response = await client.get("/broken")
+    assert "secret" not in response.text
+    problem(response, 500, "internal-error")
+
+
+async def test_errors_of_the_limiter_are_problems_in_other_routes_too(running):
+    async def other() -> None:
+        await running.limiter.status("nobody")
+
+    running.app.get("/other")(other)
+    problem(await running.client.get("/other"), 404, "unknown-budget")
+
+
+def test_an_error_that_is_not_known_is_internal():
+    assert problem_of(BudgetError("?"), {}).status == 500
+
+
+async def test_no_error_is_without_a_form(client: httpx.AsyncClient):
+    """A survey: whatever is asked of the service, an error has the form of one."""
+    for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD"):
+        for path in ("/", "/livez", "/openapi.json", f"{V1}/budgets/x", f"{V1}/reservations", f"{V1}/spend/x"):
+            response = await client.request(method, path)
+            if response.status_code >= 400:
+                assert response.headers["content-type"] == "application/problem+json", (method, path)

@@ -1,0 +1,193 @@
+"""What the service reads from the environment, and how it says what is wrong with it."""
+
+from __future__ import annotations
+
+import pickle
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from ktrdr_budget import Budget
+from ktrdr_budget.api import Settings, SettingsError, load_settings
+
+from .support import BUDGETS
+
+
+def of(environment: pytest.MonkeyPatch, **variables: str) -> Settings:
+    for name, value in variables.items():
+        environment.setenv(name, value)
+    return load_settings()
+
+
+def fault(environment: pytest.MonkeyPatch, **variables: str) -> str:
+    with pytest.raises(SettingsError) as caught:
+        of(environment, **variables)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def test_without_settings_there_is_the_agents_budget_on_an_embedded_server(environment):
+    settings = load_settings()
+    assert settings.budgets == (Budget("agent", "5.00"),)
+    assert settings.store_url is None
+    assert settings.store_shown == "embedded, data/budget"
+    assert settings.tenant == "default"
+    assert settings.agent_cycle_estimate == Decimal("0.15")
+    assert (settings.timeout, settings.on_store_error, settings.auth) == (1.0, "deny", "keys")
+    assert settings.use_keys == settings.admin_keys == ()
+
+
+def test_every_setting_is_read(environment, budgets_file):
+    settings = of(
+        environment,
+        AGENT_DAILY_BUDGET=" 7.50 ",
+        AGENT_BUDGET_DIR="/srv/budget",
+        AGENT_CYCLE_ESTIMATE="0.30",
+        AGENT_BUDGET_TIMEZONE="Europe/Rome",
+        KTRDR_REDIS_URL="rediss://me:secret@store.example:6380/1?ssl_cert_reqs=none",
+        KTRDR_TENANT="quant",
+        KTRDR_API_KEY="one, two",
+        KTRDR_ADMIN_KEY="three",
+        KTRDR_TIMEOUT="0.5",
+        KTRDR_ON_STORE_ERROR="allow",
+        KTRDR_BUDGETS_FILE=str(budgets_file),
+    )
+    assert settings.budgets[0] == Budget("agent", "7.50", timezone="Europe/Rome")
+    assert settings.agent_budget_dir == Path("/srv/budget")
+    assert settings.agent_cycle_estimate == Decimal("0.30")
+    assert settings.store_shown == "rediss://me:***@store.example:6380/1"
+    assert settings.tenant == "quant"
+    assert (settings.use_keys, settings.admin_keys) == (("one", "two"), ("three",))
+    assert (settings.timeout, settings.on_store_error) == (0.5, "allow")
+    assert [budget.name for budget in settings.budgets[1:]] == [
+        "team/a:b@c", "team/holds", "cycles", "calls", "jobs", "free",
+    ]  # fmt: skip
+    assert settings.budgets[1] == Budget("team/a:b@c", "1.00", period="month", timezone="Europe/Rome")
+    assert settings.budgets[2].limit == Decimal("2.50")
+    assert settings.budgets[-1].limit is None
+
+
+def test_a_setting_shows_no_secret(environment):
+    settings = of(
+        environment, KTRDR_REDIS_URL="redis://:secret@store", KTRDR_API_KEY="secret-1", KTRDR_ADMIN_KEY="secret-2"
+    )
+    assert "secret" not in repr(settings) + str(settings) + settings.store_shown
+
+
+def test_settings_travel_to_another_process(environment, budgets_file):
+    settings = of(environment, KTRDR_API_KEY="one", KTRDR_BUDGETS_FILE=str(budgets_file))
+    again = pickle.loads(pickle.dumps(settings))
+    assert again == settings
+    assert (again.budgets, again.use_keys) == (settings.budgets, ("one",))
+
+
+def test_what_is_empty_is_not_set(environment):
+    settings = of(environment, AGENT_DAILY_BUDGET="", KTRDR_API_KEY="", KTRDR_REDIS_URL="", KTRDR_BUDGETS_FILE="")
+    assert settings.budgets[0].limit == 5
+    assert settings.use_keys == ()
+
+
+def test_the_daily_budget_has_two_names(environment):
+    assert of(environment, KTRDR_AGENT_DAILY_BUDGET="3").budgets[0].limit == 3
+    assert of(environment, AGENT_DAILY_BUDGET="4").budgets[0].limit == 4
+
+
+@pytest.mark.parametrize(("text", "limit"), [("unlimited", None), ("Unlimited", None), ("0", 0), ("0.000000001", Decimal("1e-9"))])
+def test_a_daily_budget_may_be_unlimited_or_nothing(environment, text, limit):
+    assert of(environment, AGENT_DAILY_BUDGET=text).budgets[0].limit == limit
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("AGENT_DAILY_BUDGET", "much", "not a number"),
+        ("AGENT_DAILY_BUDGET", "-1", "negative"),
+        ("AGENT_CYCLE_ESTIMATE", "0", "more than 0"),
+        ("AGENT_CYCLE_ESTIMATE", "x", "not a number"),
+        ("AGENT_BUDGET_TIMEZONE", "Mars/Olympus", "unknown timezone"),
+        ("KTRDR_REDIS_URL", "http://store", "redis://"),
+        ("KTRDR_TENANT", "a b", "must match"),
+        ("KTRDR_TIMEOUT", "soon", "number"),
+        ("KTRDR_TIMEOUT", "0", "greater than 0"),
+        ("KTRDR_ON_STORE_ERROR", "hope", "'deny' or 'allow'"),
+        ("KTRDR_AUTH", "maybe", "'keys' or 'none'"),
+        ("KTRDR_API_KEY", "two words", "one word"),
+        ("KTRDR_API_KEY", ",", "one word"),
+        ("KTRDR_ADMIN_KEY", "k\u00e9y", "one word"),
+        ("KTRDR_BUDGETS_FILE", "/nowhere/budgets.toml", "No such file"),
+        ("KTRDR_BUDGETS_FILE", "/", "directory"),
+    ],
+)
+def test_a_setting_that_is_not_usable_is_named(environment, name, value, words):
+    message = fault(environment, **{name: value})
+    assert message.startswith(f"{name}: ")
+    assert words in message
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:secret@store", "me:secret@store", "redis://me:secret@[::1", "redis://me:secret\u2100@store"]
+)
+def test_a_url_that_is_not_usable_shows_no_secret(environment, url):
+    assert "secret" not in fault(environment, KTRDR_REDIS_URL=url)
+
+
+def test_keys_must_differ_and_mean_something(environment):
+    assert "must differ" in fault(environment, KTRDR_API_KEY="one,two", KTRDR_ADMIN_KEY="two")
+    assert "KTRDR_AUTH" in fault(environment, KTRDR_ADMIN_KEY="three", KTRDR_AUTH="none")
+
+
+# -- the file of budgets -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name = ", "not TOML"),
+        ("x = 1", "not 'x'"),
+        ("budgets = 3", "[[budgets]]"),
+        ("budgets = [1]", "[[budgets]]"),
+        ("[[budgets]]\nlimit = 1", "budget 1: name is missing"),
+        ('[[budgets]]\nname = "a"', "budget 1 (a): limit is missing"),
+        ('[[budgets]]\nname = "a b"\nlimit = 1', "budget name must match"),
+        ('[[budgets]]\nname = 7\nlimit = 1', "budget name must match"),
+        ('[[budgets]]\nname = "a"\nlimit = true', "must be a number"),
+        ('[[budgets]]\nname = "a"\nlimit = "lots"', "not a number"),
+        ('[[budgets]]\nname = "a"\nlimit = [1]', "must be"),
+        ('[[budgets]]\nname = "a"\nlimit = 1.5\nunit = "calls"', "whole number"),
+        ('[[budgets]]\nname = "a"\nlimit = 1\nperiod = "year"', "period must be one of"),
+        ('[[budgets]]\nname = "a"\nlimit = 1\nperiod = 7', "period must be one of"),
+        ('[[budgets]]\nname = "a"\nlimit = 1\ntimezone = "Mars"', "unknown timezone"),
+        ('[[budgets]]\nname = "a"\nlimit = 1\ntimezone = 7', "unknown timezone"),
+        ('[[budgets]]\nname = "a"\nlimit = 1\nkind = "hope"', "kind must be"),
+        ('[[budgets]]\nname = "a"\nlimit = 1\nunit = "a b"', "unit must match"),
+        ('[[budgets]]\nname = "a"\nlimit = 1\nlimits = 2', "unknown field 'limits'"),
+        ('[[budgets]]\nname = "a"\nlimit = 1\n[[budgets]]\nname = "a"\nlimit = 2', "budget 2 (a): 'a' is given twice"),
+        ('[[budgets]]\nname = "agent"\nlimit = 1', "'agent' is set by AGENT_DAILY_BUDGET"),
+    ],
+)
+def test_what_is_wrong_with_the_file_of_budgets_is_told_where(environment, tmp_path, text, words):
+    path = tmp_path / "budgets.toml"
+    path.write_text(text)
+    message = fault(environment, KTRDR_BUDGETS_FILE=str(path))
+    assert message.startswith(f"KTRDR_BUDGETS_FILE: {path}: ")
+    assert words in message
+
+
+def test_a_file_of_budgets_is_text(environment, tmp_path):
+    path = tmp_path / "budgets.toml"
+    path.write_bytes(b"\xff")
+    assert "not a text in UTF-8" in fault(environment, KTRDR_BUDGETS_FILE=str(path))
+
+
+def test_a_file_without_budgets_adds_none(environment, tmp_path):
+    path = tmp_path / "budgets.toml"
+    path.write_text("# none yet\n")
+    assert len(of(environment, KTRDR_BUDGETS_FILE=str(path)).budgets) == 1
+
+
+def test_a_number_in_the_file_means_what_it_says(environment, tmp_path):
+    path = tmp_path / "budgets.toml"
+    path.write_text(BUDGETS.replace("2.50", "0.300000001"))
+    assert of(environment, KTRDR_BUDGETS_FILE=str(path)).budgets[2].limit == Decimal("0.300000001")

@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -116,3 +117,130 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+# -- a server whose clock the tests move -------------------------------------------------------------------------------
+
+
+def libfaketime() -> Path | None:
+    """Debian's libfaketime (package `faketime` or `libfaketime`), where it is installed."""
+    for pattern in ("lib/*/faketime/libfaketime.so.1", "lib*/faketime/libfaketime.so.1"):
+        for found in (*Path("/usr").glob(pattern), *Path("/usr/local").glob(pattern)):
+            return found
+    return None
+
+
+@dataclass
+class ClockedServer(Server):
+    """A real server whose wall clock obeys the test; scripts and expiry see it, timeouts of the server do not.
+
+    The clock runs unless it is frozen. Each change returns once the server shows it.
+    """
+
+    offset_s: float = 0.0
+    frozen_at: datetime | None = None
+
+    @property
+    def clock_path(self) -> Path:
+        return self.directory / "clock"
+
+    def start(self) -> ClockedServer:
+        library = libfaketime()
+        assert library is not None
+        self.environment = {
+            # The C library goes before jemalloc, whose first allocation asks for the time before libfaketime can tell.
+            "LD_PRELOAD": f"{library}:libc.so.6",
+            "FAKETIME_TIMESTAMP_FILE": str(self.clock_path),
+            "FAKETIME_NO_CACHE": "1",
+            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+            "DONT_FAKE_MONOTONIC": "1",
+            "NO_FAKE_STAT": "1",
+            "TZ": "UTC",
+            **self.environment,
+        }
+        self.write_clock()
+        super().start()
+        return self
+
+    def now(self) -> datetime:
+        """What the server's clock shows."""
+        with self.client() as client:
+            return self._shown(client)
+
+    def set(self, instant: datetime, *, frozen: bool = False) -> None:
+        """Puts the clock to an aware datetime; ``frozen``: it stands still there."""
+        self.frozen_at = instant.astimezone(UTC) if frozen else None
+        self.offset_s = (instant - datetime.now(UTC)).total_seconds()
+        self._apply()
+
+    def advance(self, seconds: float) -> None:
+        """Moves the clock on (or back, if negative)."""
+        if self.frozen_at is not None:
+            self.frozen_at += timedelta(seconds=seconds)
+        self.offset_s += seconds
+        self._apply()
+
+    def reset_clock(self) -> None:
+        """Back to the real time, running."""
+        self.offset_s, self.frozen_at = 0.0, None
+        self._apply()
+
+    def write_clock(self) -> None:
+        text = f"{self.frozen_at:%Y-%m-%d %H:%M:%S.%f}" if self.frozen_at else f"{self.offset_s:+.6f}"
+        # Replaced as a whole: the server reads it at any moment.
+        draft = self.directory / "clock.new"
+        draft.write_text(text + "\n")
+        draft.replace(self.clock_path)
+
+    def _apply(self) -> None:
+        self.write_clock()
+        ends, seen = time.monotonic() + 10, 0
+        with self.client() as client:
+            while seen < 3:
+                target = self.frozen_at or datetime.now(UTC) + timedelta(seconds=self.offset_s)
+                # A server adds to a frozen clock what it measured since its event loop woke up: some microseconds.
+                near = timedelta(milliseconds=10 if self.frozen_at else 250)
+                seen = seen + 1 if abs(self._shown(client) - target) <= near else 0
+                assert time.monotonic() < ends, "the server's clock does not move"
+
+    @staticmethod
+    def _shown(client: redis.Redis) -> datetime:
+        seconds, microseconds = client.time()
+        return datetime.fromtimestamp(seconds, UTC) + timedelta(microseconds=microseconds)
+
+
+@pytest.fixture(scope="session")
+def start_clocked_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ClockedServer]]:
+    """Starts servers with a movable clock, that live as long as the test run."""
+    if libfaketime() is None:
+        reason = "libfaketime is not installed (Debian: apt-get install faketime)"
+        if os.environ.get("CI"):
+            pytest.fail(reason)
+        pytest.skip(reason)
+    servers: list[ClockedServer] = []
+
+    def start(binary: str | None = None, *options: str) -> ClockedServer:
+        directory = Path(tmp_path_factory.mktemp("c"))
+        server = ClockedServer(binary or valkey_binary(), directory, options)
+        servers.append(server)
+        return server.start()
+
+    yield start
+    for server in servers:
+        server.kill()
+
+
+@pytest.fixture(scope="session")
+def _shared_clocked_server(start_clocked_server: Callable[..., ClockedServer]) -> ClockedServer:
+    return start_clocked_server()
+
+
+@pytest.fixture
+def clocked_server(_shared_clocked_server: ClockedServer) -> Iterator[ClockedServer]:
+    """A real, empty Valkey whose wall clock the test moves: `set(datetime)`, `advance(seconds)`, `now()`."""
+    _shared_clocked_server.reset_clock()
+    with _shared_clocked_server.client() as client:
+        client.flushall()
+        client.script_flush()
+    yield _shared_clocked_server
+    _shared_clocked_server.reset_clock()

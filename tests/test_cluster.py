@@ -30,15 +30,18 @@ class Cluster:
         self.ports = free_ports(3)
         self._processes = [self._start(binary, directory / str(port), port) for port in self.ports]
         self.nodes = [redis.Redis(port=port, decode_responses=True) for port in self.ports]
+
+    def form(self) -> None:
+        """Makes one cluster of the nodes."""
         for node in self.nodes:
             wait_until(lambda node=node: answers(node), within_s=10)
         for number, node in enumerate(self.nodes):
             first, last = SLOTS * number // 3, SLOTS * (number + 1) // 3 - 1
-            node.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
-            node.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            node.execute_command("CLUSTER ADDSLOTSRANGE", first, last)
+            node.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
         for node in self.nodes:
             for port in self.ports:
-                node.execute_command("CLUSTER", "MEET", "127.0.0.1", port, port + 10000)
+                node.execute_command("CLUSTER MEET", "127.0.0.1", port, port + 10000)
         wait_until(self._is_whole, within_s=30)
 
     @staticmethod
@@ -51,7 +54,7 @@ class Cluster:
 
     def _is_whole(self) -> bool:
         for node in self.nodes:
-            known = node.execute_command("CLUSTER", "INFO")
+            known = node.execute_command("CLUSTER INFO")
             if known["cluster_state"] != "ok" or known["cluster_slots_ok"] != str(SLOTS):
                 return False
         return True
@@ -60,7 +63,7 @@ class Cluster:
     def url(self) -> str:
         return f"redis+cluster://127.0.0.1:{self.ports[0]}"
 
-    def keys(self) -> list[list[str]]:
+    def keys_by_node(self) -> list[list[str]]:
         """The keys of each node."""
         return [sorted(node.scan_iter()) for node in self.nodes]
 
@@ -122,8 +125,11 @@ def _cluster(start_server: Callable, tmp_path_factory: pytest.TempPathFactory) -
     binary = probe.binary
     probe.kill()
     made = Cluster(binary, Path(tmp_path_factory.mktemp("cluster")))
-    yield made
-    made.end()
+    try:
+        made.form()
+        yield made
+    finally:
+        made.end()
 
 
 @pytest.fixture
@@ -143,7 +149,7 @@ async def test_reserve_and_commit_of_each_tenant_stay_in_one_slot(cluster, tenan
         assert (await limiter.reserve({"agent": "0.15", "team:quant": "0.15", "cycles": 1}, id="op_1")).replayed
         settlement = await hold.commit("0.07")
         assert settlement.amounts == {"agent": Decimal("0.07"), "team:quant": Decimal("0.07"), "cycles": 1}
-    used = [keys for keys in cluster.keys() if keys]
+    used = [keys for keys in cluster.keys_by_node() if keys]
     assert len(used) == 1, "one node has them all"
     assert all(key.startswith(f"ktrdr:{{{tenant}}}:") for key in used[0])
 

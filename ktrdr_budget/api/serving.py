@@ -11,7 +11,7 @@ import socket
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -63,19 +63,19 @@ def serve(host: str = "127.0.0.1", port: int = 8000, workers: int = 1, settings:
     Raises:
         ServeError: a setting is not usable, the port is taken, or the embedded server does not start.
     """
-    with _stoppable(), contextlib.ExitStack() as stack:
+    with _stoppable() as stopper, contextlib.ExitStack() as stack:
         settings = _settings(settings)
         _check_host(host, settings)
         listener = stack.enter_context(_listen(host, port))
         if settings.store_url is None:
             # Ours, too, so that the server outlives a worker that is restarted.
-            stack.callback(_embedded(settings).close)
-        _announce(settings, listener, workers)
+            stack.callback(_embedded(settings, stopper).close)
+        _announce(settings, listener, workers, stopper)
         if workers == 1:
-            _Server(_config(settings, workers)).run([listener])
+            _Server(_config(settings, workers), stopper).run([listener])
         else:
             stack.enter_context(_metrics_directory())
-            _supervise(_config(settings, workers), listener)
+            _supervise(_config(settings, workers), listener, stopper)
 
 
 # -- before it serves --------------------------------------------------------------------------------------------------
@@ -121,26 +121,30 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _embedded(settings: Settings) -> EmbeddedServer:
+def _embedded(settings: Settings, stopper: _Stopper) -> EmbeddedServer:
     from ktrdr_budget.engine import embedded
 
     try:
-        return embedded.start(settings.agent_budget_dir)
+        with stopper.ending(stopper.check):
+            return embedded.start(settings.agent_budget_dir)
     except embedded.EmbeddedServerError as error:
         raise ServeError(str(error), exit_code=1) from None
 
 
-def _announce(settings: Settings, listener: socket.socket, workers: int) -> None:
+def _announce(settings: Settings, listener: socket.socket, workers: int, stopper: _Stopper) -> None:
     async def announce() -> None:
         limiter = make_limiter(settings)
-        try:
+        task = asyncio.current_task()
+        assert task is not None
+        with stopper.ending(partial(task.get_loop().call_soon_threadsafe, task.cancel)):
             async for line in announcement(settings, limiter):
                 _say(line)
-        finally:
             await limiter.close()
 
     try:
         asyncio.run(announce())
+    except asyncio.CancelledError:
+        raise _StoppedError from None
     except InvalidArgument as error:  # a URL that the driver refuses
         raise ServeError(f"KTRDR_REDIS_URL: {error}") from None
     if settings.auth == "none":
@@ -175,6 +179,10 @@ def _config(settings: Settings, workers: int) -> uvicorn.Config:
 class _Server(uvicorn.Server):
     """A server whose end by a signal is a good one."""
 
+    def __init__(self, config: uvicorn.Config, stopper: _Stopper) -> None:
+        super().__init__(config)
+        self._stopper = stopper
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         """Takes signals while it serves; does not raise them again afterwards."""
@@ -182,6 +190,7 @@ class _Server(uvicorn.Server):
             yield
             return
         before = {number: signal.signal(number, self.handle_exit) for number in SIGNALS}
+        self.should_exit = self.should_exit or self._stopper.stopped
         try:
             yield
         finally:
@@ -189,35 +198,63 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def _supervise(config: uvicorn.Config, listener: socket.socket) -> None:
+def _supervise(config: uvicorn.Config, listener: socket.socket, stopper: _Stopper) -> None:
     config.configure_logging()
     supervisor = Multiprocess(config, sockets=[listener])
+    stopper.check()
     supervisor.run()
     if any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes):
         raise ServeError("the workers do not start; what they said stands above", exit_code=1)
 
 
-@contextlib.contextmanager
-def _stoppable() -> Iterator[None]:
-    """Until the server itself takes signals, they end us at once, and well."""
+class _StoppedError(BaseException):
+    """A signal came before there was a server to take it."""
 
-    def stop(number: int, frame: object) -> None:
-        raise _Stopped
 
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, stop) for number in SIGNALS}
-    try:
-        with contextlib.suppress(_Stopped):
+class _Stopper:
+    """What a signal does while no server takes it: it is remembered, and ends what we wait for."""
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._end: Callable[[], object] | None = None
+
+    def stop(self, number: int, frame: object) -> None:
+        """Takes the signal."""
+        self.stopped = True
+        if self._end is not None:
+            self._end()
+
+    def check(self) -> None:
+        """Goes no further if there was a signal. Not raised by the signal itself, which may come at a bad moment."""
+        if self.stopped:
+            raise _StoppedError
+
+    @contextlib.contextmanager
+    def ending(self, end: Callable[[], object]) -> Iterator[None]:
+        """Meanwhile a signal calls this."""
+        self._end = end
+        try:
+            self.check()
             yield
+        finally:
+            self._end = None
+        self.check()
+
+
+@contextlib.contextmanager
+def _stoppable() -> Iterator[_Stopper]:
+    """Until the server itself takes signals, they end us at once, and well."""
+    stopper = _Stopper()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopper
+        return
+    before = {number: signal.signal(number, stopper.stop) for number in SIGNALS}
+    try:
+        with contextlib.suppress(_StoppedError):
+            yield stopper
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-class _Stopped(BaseException):
-    """A signal came before there was a server to take it."""
 
 
 @contextlib.contextmanager

@@ -166,7 +166,7 @@ class Coalescer:
     def _abandoned(self, result: Any) -> None:
         """A grant that nobody awaits any more is released; a replay belongs to whoever was granted it first."""
         if isinstance(result, HoldBase) and result.guarded and not result.replayed:
-            self.submit(result.release_flow(), "release").add_done_callback(_forget)
+            self.submit(self._core.give_back(result), "release").add_done_callback(_forget)
 
     def _observe(self, call: _Call, result: Any, error: BaseException | None) -> None:
         assert self._loop is not None and self._observer is not None

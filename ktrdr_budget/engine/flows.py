@@ -146,8 +146,8 @@ class Core:
                 raise
             except StoreUnavailable as error:
                 if not self.allow:
-                    if unnamed and error.ambiguous:
-                        self._give_back(op)
+                    if unnamed and error.ambiguous:  # it may be granted, under an id that nobody was told
+                        self._give_back(hold_id, [window for window, _ in parts])
                     raise
                 logger.warning("hold %s is admitted unguarded: %s", hold_id, error)
                 labels = (owner, operation, self.trace_id() if self.trace_id else "")
@@ -165,10 +165,19 @@ class Core:
             elif line[0] != "w":
                 raise self._error(line, hold_id, answer.now_us, op)
 
-    def _give_back(self, op: Op) -> None:
-        """Releases, once the store answers again, what it may have granted under an id that nobody was told."""
+    def give_back(self, hold: HoldBase) -> Flow[None]:
+        """Releases a grant that nobody awaits any more, now or once the store answers again."""
+        try:
+            yield from hold.release_flow()
+        except StoreError:
+            raise
+        except StoreUnavailable:
+            self._give_back(hold.id, [window for window, _ in hold.parts])
+
+    def _give_back(self, hold_id: str, windows: Iterable[Window]) -> None:
         if len(self.deferred) < _DEFERRED_MAX:
-            self.deferred.append(Op(op.id, op.key, f"L {op.id} 0", [(window, ":x0") for window, _ in op.parts]))
+            parts = [(window, ":x0") for window in windows]
+            self.deferred.append(Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} 0", parts))
 
     def _admitted_unguarded(
         self, hold_id: str, parts: list[tuple[Window, int]], ttl_ms: int, policy: str, labels: tuple[str, str, str]

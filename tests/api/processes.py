@@ -71,6 +71,14 @@ class Service:
                 assert time.monotonic() < ends, self.said
                 time.sleep(0.01)
 
+    def wait_told(self, words: str = "listening on", within_s: float = 30.0) -> None:
+        """Until it has said so."""
+        ends = time.monotonic() + within_s
+        while not any(line.startswith(words) for line in self.said):
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < ends, self.said
+            time.sleep(0.01)
+
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
@@ -100,6 +108,7 @@ def serving(
     service = Service(host, port, workers, environment, cwd)
     try:
         service.wait_listening()
+        service.wait_told()
         yield service
     finally:
         service.stop()

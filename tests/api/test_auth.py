@@ -38,9 +38,7 @@ async def keyed(start) -> Running:
 
 
 async def statuses(client: httpx.AsyncClient, operations) -> set[int]:
-    return {
-        (await client.request(method, V1 + path, json=body)).status_code for method, path, body in operations
-    }
+    return {(await client.request(method, V1 + path, json=body)).status_code for method, path, body in operations}
 
 
 async def test_without_a_key_nothing_but_the_probes_answers(keyed):
@@ -112,9 +110,7 @@ async def test_without_keys_this_machine_may_do_everything_and_others_nothing(st
         assert await statuses(running.connect(address=address), (*USE, *ADMIN)) == {200, 201, 404}
     for address in ("10.0.0.7", "192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"):
         for method, path, body in (*USE, *ADMIN):
-            problem(
-                await running.connect(address=address).request(method, V1 + path, json=body), 403, "keys-required"
-            )
+            problem(await running.connect(address=address).request(method, V1 + path, json=body), 403, "keys-required")
         assert (await running.connect(address=address).get("/livez")).status_code == 200
 
 

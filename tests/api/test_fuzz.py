@@ -58,4 +58,12 @@ def test_every_answer_without_the_store_is_documented(start_server, budgets, tmp
     with serving(**environment, KTRDR_ADMIN_KEY="admin") as service:
         own.kill()
         # 503 is what must be answered here; every other check stands.
-        fuzz(service, tmp_path, "--phases", "examples,fuzzing", key="admin", unmet=f"{UNMET},not_a_server_error", examples=5)
+        fuzz(
+            service,
+            tmp_path,
+            "--phases",
+            "examples,fuzzing",
+            key="admin",
+            unmet=f"{UNMET},not_a_server_error",
+            examples=5,
+        )

@@ -169,9 +169,7 @@ async def test_an_amount_that_its_budget_cannot_count_is_refused(client, amounts
     ],
 )
 async def test_what_is_not_json_is_refused(client, content, words):
-    document = problem(
-        await client.post(f"{V1}/reservations", content=content, headers=JSON), 422, "invalid-request"
-    )
+    document = problem(await client.post(f"{V1}/reservations", content=content, headers=JSON), 422, "invalid-request")
     assert words in document["detail"]
     assert "sys." not in document["detail"]
 

@@ -142,9 +142,7 @@ async def test_a_release_gives_everything_back(client):
 
 async def test_a_release_says_all_in_its_path(client):
     hold = await reserved(client)
-    problem(
-        await client.post(f"{V1}/reservations/{hold['id']}/release", json={"amounts": "1"}), 422, "invalid-request"
-    )
+    problem(await client.post(f"{V1}/reservations/{hold['id']}/release", json={"amounts": "1"}), 422, "invalid-request")
     assert (await client.post(f"{V1}/reservations/{hold['id']}/release", json={})).status_code == 200
 
 
@@ -204,9 +202,7 @@ async def test_spend_is_recorded_above_the_limit_too(client):
 async def test_a_number_of_json_means_what_it_says(client, number):
     from ktrdr_budget.money import from_units, to_units
 
-    response = await client.post(
-        f"{V1}/reservations", content=f'{{"amounts": {{"agent": {number}}}}}', headers=JSON
-    )
+    response = await client.post(f"{V1}/reservations", content=f'{{"amounts": {{"agent": {number}}}}}', headers=JSON)
     assert response.status_code == 201
     assert response.json()["amounts"] == {"agent": f"{from_units(to_units(number)):f}"}
 

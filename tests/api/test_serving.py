@@ -7,11 +7,14 @@ import signal
 import socket
 import tempfile
 import threading
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
 from ktrdr_budget import Budget
 from ktrdr_budget.api import Settings, serving as module
@@ -73,13 +76,15 @@ def test_a_period_is_told_in_words():
     assert budget_line(Budget("b", 0, unit="calls", period="hour")) == "budget b: 0 calls an hour: denies all"
 
 
-def test_secrets_are_not_told(start_server):
-    own = start_server(None, "--requirepass", "secret-word", "--port", "0")
-    with serving(KTRDR_REDIS_URL=f"unix://:secret-word@{own.socket_path}", KTRDR_API_KEY="secret-key") as service:
+def test_secrets_are_not_told(server):
+    with server.client() as redis:
+        redis.execute_command("ACL", "SETUSER", "service", "on", ">secret-word", "~*", "+@all")
+    url = f"unix://service:secret-word@{server.socket_path}"
+    with serving(KTRDR_REDIS_URL=url, KTRDR_API_KEY="secret-key") as service:
         headers = {"Authorization": "Bearer secret-key"}
         assert service.post(f"{V1}/reservations", RESERVATION, headers=headers).status_code == 201
         service.stop()
-    assert service.said[0] == f"store: unix://:***@{own.socket_path}"
+    assert service.said[0] == f"store: unix://service:***@{server.socket_path}"
     assert "secret" not in "\n".join(service.said)
 
 
@@ -174,7 +179,7 @@ def test_with_keys_or_if_it_is_said_it_binds_elsewhere(server, environment):
 def test_this_machine_has_several_names(server, host):
     service = Service(host, 0, 1, {"KTRDR_REDIS_URL": server.url}, None)
     try:
-        wait_until(lambda: service.said and service.said[-1].startswith("listening"), 20)
+        service.wait_told()
         where = service.said[-1].removeprefix("listening on ")
         assert httpx.get(f"{where}/livez").status_code == 200
     finally:
@@ -224,7 +229,7 @@ def test_a_signal_before_it_serves_ends_it_well(start_server):
     own.process.send_signal(signal.SIGSTOP)  # so that its start takes as long as its deadline
     try:
         service = Service("127.0.0.1", 0, 1, {"KTRDR_REDIS_URL": own.url, "KTRDR_TIMEOUT": "60"}, None)
-        wait_until(lambda: any(line.startswith("budget agent") for line in service.said), 20)
+        service.wait_told("budget agent")
         service.signal(signal.SIGTERM)
         assert service.end(within_s=10) == 0
         assert not any("Traceback" in line for line in service.said)
@@ -265,13 +270,17 @@ def workers_of(service: Service) -> set[int]:
     """The processes that serve: children that took the metrics directory along."""
     children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
     return {
-        int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
+        int(child)
+        for child in children
+        if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ")
     }
 
 
 def counted(service: Service) -> float:
     text = service.get("/metrics").text
-    [line] = [line for line in text.splitlines() if line.startswith('ktrdr_budget_reservations_total{outcome="granted"')]
+    [line] = [
+        line for line in text.splitlines() if line.startswith('ktrdr_budget_reservations_total{outcome="granted"')
+    ]
     return float(line.rpartition(" ")[2])
 
 
@@ -281,7 +290,9 @@ def test_workers_share_a_port_a_budget_and_their_counts(tmp_path):
     with serving(workers=3, AGENT_BUDGET_DIR=tmp_path) as service:
         wait_until(lambda: len(workers_of(service)) == 3, 20)
         with ThreadPoolExecutor(16) as threads:  # a connection each, so that all workers get some
-            answers = list(threads.map(lambda _: service.post(f"{V1}/reservations", RESERVATION).status_code, range(60)))
+            answers = list(
+                threads.map(lambda _: service.post(f"{V1}/reservations", RESERVATION).status_code, range(60))
+            )
         assert sorted(answers) == [201] * 33 + [429] * 27
         for _ in range(5):  # whichever worker is asked
             assert counted(service) == 33
@@ -311,18 +322,20 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_that_cannot_start_end_the_service(server, monkeypatch, capfd):
-    def broken(settings):
-        raise RuntimeError("no app")
-
+def test_workers_that_cannot_start_end_the_service(server, monkeypatch):
     monkeypatch.setattr(module, "create_app", _no_app)
     with pytest.raises(ServeError) as caught:
         serve(port=0, workers=2, settings=Settings(redis_url=server.url))
     assert caught.value.exit_code == 1
 
 
-def _no_app(settings: Settings) -> None:
-    raise RuntimeError("no app")
+def _no_app(settings: Settings) -> FastAPI:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        raise RuntimeError("no app")
+        yield
+
+    return FastAPI(lifespan=lifespan)
 
 
 def test_several_workers_and_unchecked_spend_are_warned_about(server):

@@ -94,7 +94,9 @@ def test_the_daily_budget_has_two_names(environment):
     assert of(environment, AGENT_DAILY_BUDGET="4").budgets[0].limit == 4
 
 
-@pytest.mark.parametrize(("text", "limit"), [("unlimited", None), ("Unlimited", None), ("0", 0), ("0.000000001", Decimal("1e-9"))])
+@pytest.mark.parametrize(
+    ("text", "limit"), [("unlimited", None), ("Unlimited", None), ("0", 0), ("0.000000001", Decimal("1e-9"))]
+)
 def test_a_daily_budget_may_be_unlimited_or_nothing(environment, text, limit):
     assert of(environment, AGENT_DAILY_BUDGET=text).budgets[0].limit == limit
 
@@ -151,7 +153,7 @@ def test_keys_must_differ_and_mean_something(environment):
         ("[[budgets]]\nlimit = 1", "budget 1: name is missing"),
         ('[[budgets]]\nname = "a"', "budget 1 (a): limit is missing"),
         ('[[budgets]]\nname = "a b"\nlimit = 1', "budget name must match"),
-        ('[[budgets]]\nname = 7\nlimit = 1', "budget name must match"),
+        ("[[budgets]]\nname = 7\nlimit = 1", "budget name must match"),
         ('[[budgets]]\nname = "a"\nlimit = true', "must be a number"),
         ('[[budgets]]\nname = "a"\nlimit = "lots"', "not a number"),
         ('[[budgets]]\nname = "a"\nlimit = [1]', "must be"),

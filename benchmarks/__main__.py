@@ -1,0 +1,80 @@
+"""Runs the benchmarks and reports them: `python -m benchmarks --help`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks import report
+from benchmarks.cli import cli
+from benchmarks.client import concurrency, latency
+from benchmarks.http_service import http_service
+from benchmarks.measures import Measure, Settings
+from benchmarks.memory import memory
+from benchmarks.server_time import full_store, server_time
+from benchmarks.servers import binary_of
+
+GROUPS: dict[str, Callable[[Settings], Coroutine[Any, Any, list[Measure]]]] = {
+    "concurrency": concurrency,
+    "latency": latency,
+    "server": server_time,
+    "full": full_store,
+    "memory": memory,
+    "http": http_service,
+    "cli": cli,
+}
+DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs what the arguments say; the exit code."""
+    given = _parser().parse_args(arguments)
+    settings = Settings(quick=given.quick, store="redis" if given.redis else "valkey")
+    if binary_of(settings.store) is None:
+        print(f"benchmarks: {settings.store}-server is not installed", file=sys.stderr)
+        return 2
+    begun = time.monotonic()
+    measures = _run(given.only or list(GROUPS), settings)
+    about = report.circumstances(settings, time.monotonic() - begun)
+    print(report.table(measures))
+    missed = [measure.title for measure in measures if not measure.met]
+    print(f"\n{len(measures) - len(missed)} of {len(measures)} targets met, in {about['seconds']:.0f} s")
+    if given.json:
+        text = json.dumps(report.document(measures, about), indent=2, ensure_ascii=False) + "\n"
+        given.json.write_text(text, encoding="utf-8")
+    if given.markdown:
+        report.rewrite(DOCUMENT, measures, about)
+    return 1 if given.check and missed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, a store ten times less full")
+    parser.add_argument("--redis", action="store_true", help="on the machine's redis-server instead of Valkey")
+    parser.add_argument("--only", nargs="+", choices=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")
+    parser.add_argument("--markdown", action="store_true", help="write the table into docs/benchmarks.md, too")
+    parser.add_argument("--check", action="store_true", help="exit 1 if a target is missed")
+    return parser
+
+
+def _run(groups: Sequence[str], settings: Settings) -> list[Measure]:
+    logging.basicConfig(level=logging.WARNING)
+    measures: list[Measure] = []
+    for name in groups:
+        begun = time.monotonic()
+        report.note(f"{name} …")
+        measures += asyncio.run(GROUPS[name](settings))
+        report.note(f"{name} took {time.monotonic() - begun:.0f} s")
+    return measures
+
+
+if __name__ == "__main__":
+    sys.exit(main())

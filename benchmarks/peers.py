@@ -1,0 +1,58 @@
+"""The peers: rate limiters for asyncio on Redis, each asked for the least that it does, one hit of one counter.
+
+Their connection pools may open a connection for each caller: with what redis-py allows by default, 100, they fail at
+1,000 callers.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+__all__ = ["Hit", "hits"]
+
+Hit = Callable[[], Awaitable[Any]]
+
+_UNBOUNDED = 100_000
+_LIMIT_PER_DAY = 1_000_000_000
+
+
+def hits(url: str) -> dict[str, dict[str, Hit]]:
+    """Per peer its variants: by which the fastest counts."""
+    return {"limits": _limits(url), "throttled-py": {"redis-py": _throttled(url)}}
+
+
+def _limits(url: str) -> dict[str, Hit]:
+    """Fixed window; with coredis, which is its default, where that is installed, and with redis-py."""
+    from limits import parse
+    from limits.aio.storage import RedisStorage
+    from limits.aio.strategies import FixedWindowRateLimiter
+
+    item = parse(f"{_LIMIT_PER_DAY}/day")
+    storages = {"redis-py": RedisStorage(f"async+{url}", implementation="redispy", max_connections=_UNBOUNDED)}
+    if importlib.util.find_spec("coredis") is not None:
+        storages["coredis"] = RedisStorage(f"async+{url}")
+
+    def hit_of(storage: RedisStorage) -> Hit:
+        limiter = FixedWindowRateLimiter(storage)
+
+        async def hit() -> None:
+            assert await limiter.hit(item, "agent")
+
+        return hit
+
+    return {implementation: hit_of(storage) for implementation, storage in storages.items()}
+
+
+def _throttled(url: str) -> Hit:
+    """Fixed window, with redis-py."""
+    from throttled.asyncio import RateLimiterType, RedisStore, Throttled, per_day
+
+    store = RedisStore(server=url, options={"CONNECTION_POOL_KWARGS": {"max_connections": _UNBOUNDED}})
+    throttle = Throttled(using=RateLimiterType.FIXED_WINDOW.value, quota=per_day(_LIMIT_PER_DAY), store=store)
+
+    async def hit() -> None:
+        assert not (await throttle.limit("agent")).limited
+
+    return hit

@@ -1,0 +1,137 @@
+"""What a lifecycle (reserve + commit) costs in the server, as it counts itself: ``usec`` of ``INFO commandstats``.
+
+Only the calls that the client sends are counted: what a script calls is part of its own time.
+"""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from benchmarks.client import per_call_us
+from benchmarks.measures import Measure, Settings, at_most
+from benchmarks.servers import Server, running
+from ktrdr_budget import AsyncBudgetLimiter, Budget
+
+__all__ = ["full_store", "server_time"]
+
+_CALLERS = 512
+_BATCH_LEAST = 64
+_SCRIPT_CALLS = ("cmdstat_eval", "cmdstat_evalsha")  # a lifecycle sends nothing else
+_BUDGETS = [Budget(name, limit="5000000") for name in ("agent", "b2", "b3", "b4", "b5", "b6")]
+_ONE, _SIX = {"agent": "0.0015"}, {budget.name: "0.0015" for budget in _BUDGETS}
+
+
+class Meter:
+    """Runs lifecycles against one server, and reads what they cost there."""
+
+    def __init__(self, server: Server, limiter: AsyncBudgetLimiter) -> None:
+        self._client = server.client()
+        self._limiter = limiter
+
+    async def lifecycle_us(self, amounts: dict[str, str], lifecycles: int, *, batched: bool) -> tuple[float, float]:
+        """Server time of one lifecycle in µs, and how many operations one call carried.
+
+        Raises:
+            RuntimeError: batches were smaller than they should be, so that this is no figure for them.
+        """
+        callers = _CALLERS if batched else 1
+        spent = dict.fromkeys(amounts, "0.0012")
+        done = 0
+
+        async def lifecycle() -> None:
+            nonlocal done
+            hold = await self._limiter.reserve(amounts)
+            await hold.commit(spent)
+            done += 1
+
+        self._client.config_resetstat()
+        await per_call_us(lifecycle, callers, lifecycles)
+        stats: Any = self._client.info("commandstats")
+        counted = [stats[name] for name in _SCRIPT_CALLS if name in stats]
+        batch = 2 * done / sum(each["calls"] for each in counted)
+        if batched and batch < _BATCH_LEAST:
+            raise RuntimeError(f"a batch carried only {batch:.0f} operations")
+        return sum(each["usec"] for each in counted) / done, batch
+
+
+async def server_time(settings: Settings) -> list[Measure]:
+    """With 1 and with 6 budgets in a reservation, in batches and single."""
+    plans = {
+        ("1 budget", True): (_ONE, settings.size(8_000, 3_000), 12),
+        ("1 budget", False): (_ONE, settings.size(1_000, 300), 42),
+        ("6 budgets", True): (_SIX, settings.size(4_000, 1_500), 25),
+        ("6 budgets", False): (_SIX, settings.size(1_000, 300), 90),
+    }
+    taken: dict[tuple[str, bool], list[tuple[float, float]]] = {key: [] for key in plans}
+    with running(settings.store) as server:
+        async with AsyncBudgetLimiter(server.url, _BUDGETS, timeout=30) as limiter:
+            meter = Meter(server, limiter)
+            for number in range(settings.rounds(11, 5) + 1):
+                for key, (amounts, lifecycles, _) in plans.items():
+                    figures = await meter.lifecycle_us(amounts, lifecycles, batched=key[1])
+                    if number:
+                        taken[key].append(figures)
+    measures = []
+    for (budgets, batched), rounds in taken.items():
+        how = "batched" if batched else "single"
+        size = statistics.median(batch for _, batch in rounds)
+        measures.append(
+            Measure(
+                f"server_time_{budgets.replace(' ', '_')}_{how}",
+                f"server time of a lifecycle, {budgets}, {how}",
+                "µs",
+                tuple(us for us, _ in rounds),
+                at_most(plans[budgets, batched][2]),
+                detail=f"{size:.0f} operations a call",
+            )
+        )
+    return measures
+
+
+async def full_store(settings: Settings) -> list[Measure]:
+    """A lifecycle in a store full of open holds and ledger entries, as a multiple of the same in an empty one."""
+    count = settings.size(1_000_000, 100_000)
+    plans = {"batched": settings.size(8_000, 3_000), "single": settings.size(1_000, 300)}
+    ratios: dict[str, list[float]] = {how: [] for how in plans}
+    figures: dict[str, list[tuple[float, float]]] = {how: [] for how in plans}
+    with running(settings.store) as server, running(settings.store) as empty_server:
+        async with (
+            AsyncBudgetLimiter(server.url, _BUDGETS, timeout=60) as limiter,
+            AsyncBudgetLimiter(empty_server.url, _BUDGETS, timeout=60) as empty_limiter,
+        ):
+            await _fill(limiter, count)
+            full, empty = Meter(server, limiter), Meter(empty_server, empty_limiter)
+            for number in range(settings.rounds(11, 5) + 1):
+                for how, lifecycles in plans.items():
+                    batched = how == "batched"
+                    theirs, _ = await empty.lifecycle_us(_ONE, lifecycles, batched=batched)
+                    own, _ = await full.lifecycle_us(_ONE, lifecycles, batched=batched)
+                    if number:
+                        ratios[how].append(own / theirs)
+                        figures[how].append((own, theirs))
+    return [
+        Measure(
+            f"server_time_full_store_{how}",
+            f"the same with {count:,} open holds and {count:,} ledger entries, 1 budget, {how}, to an empty store",
+            "x",
+            tuple(ratios[how]),
+            at_most(1.2),
+            detail=" µs; empty ".join(f"{statistics.median(side):.1f}" for side in zip(*figures[how], strict=True))
+            + " µs",
+        )
+        for how in plans
+    ]
+
+
+async def _fill(limiter: AsyncBudgetLimiter, count: int) -> None:
+    """By the same scripts as everybody: what is in the store is what use would have left there."""
+
+    async def hold() -> None:
+        await limiter.reserve("agent", "0.0001", ttl=86_400)
+
+    async def entry() -> None:
+        await limiter.record("agent", "0.0001")
+
+    for call in (hold, entry):
+        await per_call_us(call, _CALLERS, count)

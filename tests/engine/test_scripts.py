@@ -1,0 +1,450 @@
+"""The scripts of `lua/` on a real server: every word of their replies, exact figures, and no undeclared key."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
+from ktrdr_budget.engine import scripts
+from ktrdr_budget.engine.protocol import Head, Op, encode_batch, parse_batch
+from ktrdr_budget.engine.session import Session
+
+from ..helpers.keyspace import dump, immortal_keys
+from ..helpers.waiting import wait_until
+
+LUA = Path(__file__).parents[2] / "lua"
+DAY_MS = 86_400_000
+BUDGETS = [
+    Budget("agent", "5.00"),
+    Budget("cycles", 10, unit="cycles"),
+    Budget("jobs", 2, kind="slots"),
+    Budget("all", None, period="ever"),
+]
+
+
+class Wire:
+    """Speaks to the write script in the words that its headers describe."""
+
+    def __init__(self, client: redis.Redis, budgets: list[Budget] = BUDGETS, **settings: int) -> None:
+        self.client = client
+        self.session = Session("t", budgets, **settings)
+        self.session.set_clock(self.now_us())
+        self.keys: list[str] = []
+        self.head: Head | None = None
+
+    def op(self, head: str, **parts: str) -> Op:
+        hold_id = head.split(" ")[1]
+        windows = [(self.session.current_window(name), tail) for name, tail in parts.items()]
+        return Op(hold_id, self.session.keys.hold(hold_id), head, windows)
+
+    def send(self, *ops: Op) -> list[str]:
+        header = self.session.header
+        name, self.keys, args = encode_batch(self.session.keys, header, ops)
+        reply = self.client.eval(scripts.script(name).source, len(self.keys), *self.keys, *args)
+        self.head, lines = parse_batch(reply)
+        self.session.absorb(self.head, header)
+        return lines
+
+    def ask(self, head: str, **parts: str) -> str:
+        [line] = self.send(self.op(head, **parts))
+        return line
+
+    def reserve(self, hold_id: str, ttl_ms: int = 60_000, policy: str = "c", **amounts: int) -> str:
+        return self.ask(f"R {hold_id} {ttl_ms} {policy} - - -", **{name: f":{n}" for name, n in amounts.items()})
+
+    def record(self, hold_id: str) -> str | None:
+        return self.client.get(self.session.keys.hold(hold_id))
+
+    def sums(self, budget: str) -> dict[str, int]:
+        stored = self.client.hgetall(self.session.current_window(budget).key)
+        return {name: int(stored.get(name, 0)) for name in ("spent", "held", "unconfirmed", "events", "overruns")}
+
+    def ledger(self, budget: str) -> list[int]:
+        return [int(fields["a"]) for _, fields in self.client.xrange(self.session.current_window(budget).ledger_key)]
+
+    def now_us(self) -> int:
+        seconds, microseconds = self.client.time()
+        return seconds * 1_000_000 + microseconds
+
+    def wait_due(self, hold_id: str) -> None:
+        deadline_ms = int(self.record(hold_id).split(" ")[2])
+        wait_until(lambda: self.now_us() >= deadline_ms * 1000)
+
+    def yesterday(self) -> Wire:
+        """Another replica, that takes it to be yesterday until the store has told it better."""
+        other = Wire(self.client)
+        other.session.set_clock(self.now_us() - DAY_MS * 1000)
+        return other
+
+
+@pytest.fixture
+def client(server) -> Iterator[redis.Redis]:
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture
+def wire(client: redis.Redis) -> Wire:
+    return Wire(client)
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+def test_throttled_py_every_lua_file_that_is_shipped_is_part_of_a_script_that_runs():
+    shipped = {path.stem for path in LUA.glob("*.lua")}
+    used = {part for parts in scripts._PARTS.values() for part in parts}
+    assert shipped == used
+    everything = "".join(scripts.script(name).source for name in scripts._PARTS)
+    for path in LUA.glob("*.lua"):
+        text = path.read_text(encoding="utf-8")
+        assert text in everything
+        assert text.startswith(f"-- {path.name}: "), "a header says what it does"
+
+
+def test_no_amount_is_ever_formatted_by_lua():
+    """`tostring` and `..` print a double of 15 digits as 1.23e+14."""
+    for path in LUA.glob("*.lua"):
+        code = "\n".join(line.split("--")[0] for line in path.read_text(encoding="utf-8").splitlines())
+        assert "tostring(" not in code, path.name
+
+
+# -- replies -----------------------------------------------------------------------------------------------------------
+
+
+def test_reserve_replies(wire):
+    assert wire.reserve("op_1", agent=150, cycles=1) == "g"
+    record = wire.record("op_1")
+    assert record.startswith("o c ") and record.endswith("|u,agent:%s,,150,,|n,cycles:%s,,1,," % ((day(wire),) * 2))
+    assert wire.reserve("op_1", agent=150, cycles=1) == f"p {record}"
+    assert wire.reserve("op_1", cycles=1, agent=150) == f"p {record}", "the order of budgets is no content"
+    for other in ({"agent": 151, "cycles": 1}, {"agent": 150}, {"agent": 150, "cycles": 1, "jobs": 1}):
+        assert wire.reserve("op_1", **other) == f"c {record}"
+    assert wire.reserve("op_1", policy="r", agent=150, cycles=1) == f"c {record}"
+    limit = 5 * 10**9
+    first_deadline = record.split(" ")[2]
+    assert wire.reserve("op_2", agent=limit) == f"d agent:{day(wire)} {limit} 0 150 0 {limit} {first_deadline}"
+    assert wire.record("op_2") is None
+    assert wire.sums("agent")["held"] == 150
+
+
+def day(wire: Wire) -> str:
+    return wire.session.current_window("agent").span.name
+
+
+def test_reserve_refuses_windows_that_are_not_now_and_definitions_that_differ(client, wire):
+    assert wire.yesterday().reserve("op_1", agent=150) == "w"
+    assert dump(client) == {}
+    assert wire.reserve("op_1", agent=150) == "g"
+    berlin = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
+    assert berlin.reserve("op_2", agent=150) == f"m agent:{day(wire)} usd,day,UTC,spend"
+    assert berlin.reserve("op_1", agent=150).startswith("p "), "a replay is answered before anything else"
+
+
+def test_commit_replies(wire):
+    wire.reserve("op_1", agent=150, cycles=2, jobs=1)
+    parts = {"agent": ":x70", "cycles": ":r2", "jobs": ":x1"}
+    assert wire.ask("C op_1", **parts) == "k - 70,2,0"
+    assert wire.ask("C op_1", **parts) == "s", "not open: in detail, please"
+    assert wire.ask("D op_1", **parts) == "p - 70,2,0"
+    assert wire.ask("D op_1", **{**parts, "agent": ":x71"}) == f"c {wire.record('op_1')}"
+    assert wire.ask("L op_1 0", **parts) == f"c {wire.record('op_1')}"
+    assert wire.ask("C nobody", agent=":x1") == "u"
+    assert wire.ask("D nobody", agent=":x1") == "u"
+    assert (wire.sums("agent"), wire.ledger("agent")) == (figures(spent=70, events=1), [70])
+    assert wire.sums("cycles") == figures(spent=2, events=1)
+    assert wire.sums("jobs") == figures(), "a slot is only ever held"
+
+
+def figures(**given: int) -> dict[str, int]:
+    return {name: given.get(name, 0) for name in ("spent", "held", "unconfirmed", "events", "overruns")}
+
+
+def test_commit_flags_overruns_and_late_ones(wire):
+    wire.reserve("op_1", agent=150)
+    assert wire.ask("C op_1", agent=":x151") == "k o 151"
+    wire.reserve("op_2", ttl_ms=1000, agent=150)
+    wire.wait_due("op_2")
+    assert wire.ask("C op_2", agent=":x151") == "s"
+    assert wire.ask("D op_2", agent=":x151") == "k ol 151"
+    assert wire.ledger("agent") == [151, 150, 1], "the charge at its deadline, and what corrects it"
+    assert wire.sums("agent") == figures(spent=302, events=4 - 1, overruns=2)
+
+
+def test_commit_modes(wire):
+    for hold_id, mode, told in (("op_1", "x70", 70), ("op_2", "r150", 150), ("op_3", "a0", 80), ("op_4", "a90", 90)):
+        wire.reserve(hold_id, agent=150)
+        assert wire.ask(f"E {hold_id} 60000 0", agent=":80:0").startswith("e o ")
+        assert wire.ask(f"C {hold_id}", agent=f":{mode}") == f"k - {told}"
+
+
+def test_release_replies(wire):
+    wire.reserve("op_1", agent=150)
+    assert wire.ask("L op_1 0", agent=":x0") == "k - 0"
+    assert wire.ask("L op_1 0", agent=":x0") == "p - 0"
+    assert wire.ask("D op_1", agent=":x70") == f"c {wire.record('op_1')}"
+    assert wire.ask("L nobody 0") == "u"
+    wire.reserve("op_2", agent=150)
+    assert wire.ask("L op_2 1", agent=":x0") == "k - 0"
+    assert wire.record("op_2").startswith("z ")
+    assert wire.ask("L op_2 1", agent=":x0") == "p - 0"
+    assert wire.ask("D op_2", agent=":x70") == "k l 70", "the worker comes back: its commit still counts, once"
+    assert wire.sums("agent") == figures(spent=70, events=1)
+
+
+def test_a_settlement_that_does_not_name_all_windows_is_asked_for_them(wire):
+    wire.reserve("op_1", agent=150, cycles=1)
+    for head in ("D op_1", "L op_1 0", "E op_1 60000 0", "X op_1"):
+        assert wire.ask(head, agent=":x70" if head[0] != "E" else ":0:0") == f"v {wire.record('op_1')}"
+    assert wire.ask("C op_1", agent=":x70") == "s"
+
+
+@pytest.mark.parametrize("letter", ["N", "K"])
+def test_record_replies(client, wire, letter):
+    assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
+    assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == "p - 20,1"
+    assert wire.ask(f"{letter} op_1 0 research -", agent=":21", cycles=":1") == f"c {wire.record('op_1')}"
+    assert wire.reserve("op_1", agent=20, cycles=1) == ("c " if letter == "N" else "p ") + wire.record("op_1")
+    assert wire.yesterday().ask(f"{letter} op_2 0 - -", agent=":20") == "w"
+    late = wire.yesterday()
+    ended = late.session.current_window("agent")
+    assert late.ask(f"{letter} op_2 1 - -", agent=":20") == "k - 20"
+    assert client.hget(ended.key, "spent") == "20"
+    berlin = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
+    assert berlin.ask(f"{letter} op_3 0 - -", agent=":20").startswith("m agent:")
+    assert wire.sums("agent") == figures(spent=20, events=1)
+    assert immortal_keys(client) == []
+
+
+def test_extend_replies(wire):
+    assert wire.ask("E nobody 60000 0", agent=":0:0") == "u"
+    wire.reserve("op_1", agent=150)
+    before = wire.record("op_1").split(" ")
+    assert wire.ask("E op_1 90000 0", agent=":30:0") == f"e {wire.record('op_1')}"
+    after = wire.record("op_1").split(" ")
+    assert int(after[2]) > int(before[2]) and after[-1].endswith(",150,30,")
+    kept = after[2]
+    assert wire.ask("E op_1 90000 1", agent=":10:250") == f"e {wire.record('op_1')}"
+    assert wire.record("op_1").split(" ")[2] == kept, "growth keeps the deadline"
+    assert wire.record("op_1").endswith(f"|u,agent:{day(wire)},150,250,30,"), "the largest total wins"
+    assert wire.sums("agent")["held"] == 250
+    limit = 5 * 10**9
+    denied = wire.ask("E op_1 90000 1", agent=f":0:{limit + 1}")
+    assert denied.startswith(f"d agent:{day(wire)} {limit} 0 250 0 {limit + 1 - 250} ")
+    assert wire.reserve("op_1", agent=150).startswith("p "), "a retry of the reservation names what it asked for"
+    wire.ask("C op_1", agent=":x70")
+    assert wire.ask("E op_1 90000 0", agent=":0:0") == f"c {wire.record('op_1')}"
+
+
+def test_retire_replies_and_what_each_policy_keeps(wire):
+    for hold_id, policy, slots in (("op_c", "c", {"jobs": 1}), ("op_a", "a", {"jobs": 1}), ("op_r", "r", {})):
+        assert wire.reserve(hold_id, 1000, policy, agent=150, **slots) == "g"
+        used = {"agent": ":30:0", **dict.fromkeys(slots, ":0:0")}
+        assert wire.ask(f"E {hold_id} 1000 0", **used).startswith("e o ")
+    assert wire.ask("X op_c", agent="", jobs="") == "x"
+    assert wire.record("op_c").startswith("o "), "not due yet"
+    wire.wait_due("op_r")
+    for hold_id in ("op_c", "op_a"):
+        assert wire.ask(f"X {hold_id}", agent="", jobs="") == "x"
+    assert wire.ask("X op_r", agent="") == "x"
+    assert wire.sums("agent") == figures(unconfirmed=180, events=2)
+    assert wire.sums("jobs") == figures(), "expiry returns the slot, whatever the policy"
+    assert wire.ask("X op_c", agent="", jobs="") == "x"
+    assert wire.sums("agent")["unconfirmed"] == 180, "once"
+    assert wire.ask("X nobody") == "x"
+
+
+def test_revival_takes_room_only_for_what_had_been_given_back(wire):
+    wire.reserve("op_1", 1000, "a", agent=150)
+    wire.ask("E op_1 1000 0", agent=":30:0")
+    wire.wait_due("op_1")
+    wire.ask("X op_1", agent="")
+    assert wire.sums("agent") == figures(unconfirmed=30, events=1)
+    wire.ask("N other 0 - -", agent=f":{5 * 10**9 - 100}")
+    assert wire.ask("E op_1 60000 0", agent=":30:0").startswith("d agent:")
+    assert wire.ask("E op_1 60000 0", agent=":150:0").startswith("e o "), "what was used is a fact"
+    assert wire.sums("agent") == figures(spent=5 * 10**9 - 100, held=150, events=2)
+    assert sum(wire.ledger("agent")) == 5 * 10**9 - 100
+
+
+def test_a_duplicate_in_one_batch_sees_the_one_before_it(wire):
+    first, again, other = (wire.op("R op_1 60000 c - - -", agent=f":{n}") for n in (150, 150, 151))
+    lines = wire.send(first, again, other, wire.op("D op_1", agent=":x70"), wire.op("E op_1 60000 0", agent=":0:0"))
+    assert [line[0] for line in lines] == ["g", "p", "c", "k", "c"]
+    assert wire.sums("agent") == figures(spent=70, events=1)
+    assert wire.client.zcard(wire.session.keys.due) == 0
+
+
+def test_the_head_tells_time_writes_epoch_losses_and_due_holds(client, wire):
+    wire.reserve("op_1", 1000, agent=150)
+    head = wire.head
+    assert (head.writes, head.went_back, head.due) == (1, False, ())
+    assert head.epoch is not None and head.epoch.startswith("1.")
+    assert abs(head.now_us - client.time()[0] * 1_000_000) < 2_000_000
+    wire.reserve("op_2", agent=6 * 10**9)
+    assert (wire.head.writes, wire.head.epoch) == (1, None), "a denial is no write; the epoch is known"
+    wire.wait_due("op_1")
+    wire.reserve("op_3", agent=6 * 10**9)
+    assert wire.head.due == ("op_1",)
+    client.flushall()
+    wire.reserve("op_3", agent=150)
+    assert wire.head.went_back
+
+
+def test_a_store_of_another_schema_is_refused(client, wire):
+    client.hset("ktrdr:{t}:meta", "epoch", "2.0123456789abcdef")
+    with pytest.raises(redis.ResponseError, match="KTRDRSCHEMA"):
+        wire.reserve("op_1", agent=150)
+    assert list(client.scan_iter()) == ["ktrdr:{t}:meta"]
+
+
+# -- figures and expiry ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", [123_456_789_012_345, 999_999_999_999_999, 9_007_199_254_740_991, 10**15])
+def test_amounts_of_sixteen_digits_are_kept_to_the_unit(client, units):
+    wire = Wire(client, [Budget("all", None, unit="tokens", period="ever")])
+    assert wire.reserve("op_1", all=units) == "g"
+    assert wire.record("op_1").endswith(f",{units},,")
+    assert wire.sums("all")["held"] == units
+    assert wire.ask("E op_1 60000 0", all=f":{units - 1}:0").startswith("e ")
+    assert f",{units},{units - 1}," in wire.record("op_1")
+    assert wire.ask("C op_1", all=":a0") == f"k - {units - 1}"
+    assert wire.sums("all") == figures(spent=units - 1, events=1)
+    assert wire.ledger("all") == [units - 1]
+
+
+def test_windows_and_ledgers_expire_a_day_and_the_retention_after_their_end(client):
+    wire = Wire(client, retention_ms=1234)
+    wire.reserve("op_1", agent=150)
+    wire.ask("C op_1", agent=":x70")
+    window = wire.session.current_window("agent")
+    expected = window.span.end_ms + DAY_MS + 1234
+    assert [client.pexpiretime(key) for key in (window.key, window.ledger_key)] == [expected] * 2
+
+
+def test_upstash_an_id_is_forgotten_when_its_memory_ends(client):
+    """Its script compared a number with a string, so that the expiry was never set."""
+    wire = Wire(client, id_memory_ms=40)
+    for hold_id, settle in (("op_1", "C op_1"), ("op_2", "L op_2 0")):
+        wire.reserve(hold_id, agent=150)
+        assert client.pttl(f"ktrdr:{{t}}:h:{hold_id}") > DAY_MS, "an open hold lives as long as its windows"
+        assert wire.ask(settle, agent=":x70").startswith("k ")
+    wire.ask("N op_3 0 - -", agent=":20")
+    wait_until(lambda: not list(client.scan_iter("*:h:*")), within_s=2)
+    assert wire.sums("agent") == figures(spent=90, events=2)
+
+
+def test_an_endless_ledger_stays_bounded_and_adds_up(client):
+    wire = Wire(client, ledger_entries_max=500)
+    for first in range(0, 3000, 100):
+        wire.send(*(wire.op(f"N op_{n} 0 - -", all=f":{n}") for n in range(first, first + 100)))
+    assert sum(wire.ledger("all")) == wire.sums("all")["spent"] == sum(range(3000))
+    assert client.xlen(wire.session.current_window("all").ledger_key) <= 500 + 1024
+    assert [fields["e"].split(" ")[0] for _, fields in client.xrange("ktrdr:{t}:l:all:ever")].count("carried") >= 1
+
+
+def test_replicas_that_were_silent_for_days_are_forgotten(client, wire):
+    now_s = client.time()[0]
+    for number in range(1200):
+        age_s = 200_000 if number % 2 else 1000
+        client.hset("ktrdr:{t}:meta", mapping={f"r:old{number}": 7, f"s:old{number}": now_s - age_s})
+    wire.reserve("op_1", agent=150)
+    meta = client.hgetall("ktrdr:{t}:meta")
+    assert sum(field.startswith("r:old") for field in meta) == 600
+    assert all(field.startswith(("r:", "s:")) or field == "epoch" for field in meta)
+
+
+# -- declared keys -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def strict(client: redis.Redis) -> Callable[[Wire], None]:
+    """From now on, a wire may touch the keys that its last request declared, and no others."""
+
+    def restrict(wire: Wire) -> None:
+        kwargs = {"enabled": True, "nopass": True, "categories": ["+@all"], "reset": True}
+        client.acl_setuser("strict", keys=list(wire.keys), **kwargs)
+        wire.client.execute_command("AUTH", "strict", "any")
+
+    return restrict
+
+
+def test_the_server_would_notice_an_undeclared_key(server, client, strict):
+    with server.client() as other:
+        wire = Wire(other)
+        wire.keys = ["a"]
+        strict(wire)
+        other.eval("return redis.call('SET', KEYS[1], 1)", 1, "a")
+        with pytest.raises(redis.RedisError):
+            other.eval("return redis.call('SET', 'b', 1)", 1, "a")
+    client.acl_deluser("strict")
+
+
+def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, client, strict):
+    """Scripts that make up keys fail on a cluster, or fail open."""
+    setup, settle = Wire(client, ledger_entries_max=1), {"agent": ":x70", "cycles": ":x1"}
+    for number in range(12):
+        setup.reserve(f"op_{number}", 1000 if number < 6 else 60_000, agent=150, cycles=1)
+    setup.wait_due("op_0")
+    client.hset("ktrdr:{t}:limits", "agent", "6000000000 0")
+    client.hset("ktrdr:{t}:meta", "limits", "1")
+    calls = [
+        ("R new 60000 c - - -", {"agent": ":150", "cycles": ":1"}),
+        ("R op_6 60000 c - - -", {"agent": ":150", "cycles": ":1"}),
+        ("R denied 60000 c - - -", {"agent": ":7000000000"}),
+        ("C op_6", settle),
+        ("D op_7", settle),
+        ("D op_1", settle),
+        ("L op_8 0", settle),
+        ("L op_2 1", settle),
+        ("E op_9 60000 0", {"agent": ":30:200", "cycles": ":0:0"}),
+        ("E op_3 60000 0", {"agent": ":30:200", "cycles": ":0:0"}),
+        ("X op_4", {"agent": "", "cycles": ""}),
+        ("N spent 0 - -", {"agent": ":20"}),
+        ("K lost 1 - -", {"agent": ":20"}),
+    ]
+    for head, parts in calls:
+        with server.client() as other:
+            wire = Wire(other)
+            op = wire.op(head, **parts)
+            _, wire.keys, _ = encode_batch(wire.session.keys, wire.session.header, [op])
+            strict(wire)
+            [line] = wire.send(op)
+            assert line[0] in "gpdkex", (head, line)
+    client.acl_deluser("strict")
+
+
+# -- scripts that the server does not know -----------------------------------------------------------------------------
+
+
+async def test_pyratelimiter_script_flush_is_invisible_to_callers(server, client):
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as limiter:
+        for turn in range(3):
+            for call in (
+                lambda: limiter.reserve("agent", "0.15", id=f"op_{turn}"),  # noqa: B023 -- called at once
+                lambda: limiter.extend(f"op_{turn}"),  # noqa: B023
+                lambda: limiter.commit(f"op_{turn}", "0.07"),  # noqa: B023
+                lambda: limiter.record("agent", "0.02"),
+                lambda: limiter.status("agent"),
+                lambda: limiter.set_limit("agent", "6.00"),
+            ):
+                client.script_flush()
+                await call()
+        assert str((await limiter.status("agent")).spent) == "0.27"
+        assert limiter.losses == 0
+
+
+def test_pyratelimiter_a_restarted_server_is_invisible_to_callers(start_server: Callable):
+    server = start_server(None, "--appendonly", "yes")
+    with BudgetLimiter(server.url, [Budget("agent", "5.00")], timeout=10.0) as limiter:
+        hold = limiter.reserve("agent", "0.15")
+        server.kill()
+        server.start()
+        assert str(hold.commit("0.07").amounts["agent"]) == "0.07"
+        assert limiter.losses == 0
+    server.kill()

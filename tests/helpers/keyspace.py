@@ -1,0 +1,61 @@
+"""What a store holds, seen from outside of the package."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import redis
+
+PERSISTENT = ("meta", "limits", "due", "unconfirmed")
+"""The keys of a tenant that are bounded in size and need no expiry; so do windows and ledgers named `ever`."""
+
+
+def dump(client: redis.Redis) -> dict[str, tuple[str, Any, int]]:
+    """Every key with its type, its value and the instant of its expiry in milliseconds (-1: none)."""
+    return {key: _value(client, key) for key in sorted(client.scan_iter(count=1000))}
+
+
+def _value(client: redis.Redis, key: str) -> tuple[str, Any, int]:
+    kind = client.type(key)
+    read = {
+        "string": client.get,
+        "hash": lambda key: sorted(client.hgetall(key).items()),
+        "zset": lambda key: client.zrange(key, 0, -1, withscores=True),
+        "stream": client.xrange,
+    }
+    return kind, read[kind](key), client.pexpiretime(key)
+
+
+def immortal_keys(client: redis.Redis) -> list[str]:
+    """Keys without an expiry that ought to have one (P7)."""
+    keys = list(client.scan_iter(count=1000))
+    pipeline = client.pipeline(transaction=False)
+    for key in keys:
+        pipeline.pttl(key)
+    found = [key for key, ttl_ms in zip(keys, pipeline.execute(), strict=True) if ttl_ms == -1]
+    return [key for key in found if key.rpartition(":")[2] not in (*PERSISTENT, "ever")]
+
+
+def today(client: redis.Redis) -> str:
+    """The day (UTC) by the store's clock."""
+    return f"{datetime.fromtimestamp(client.time()[0], UTC):%Y-%m-%d}"
+
+
+def sums(client: redis.Redis, budget: str = "agent", window: str | None = None) -> dict[str, int]:
+    """A window's figures, in units: spent, held, unconfirmed, events; 0 where nothing is stored."""
+    names = ("spent", "held", "unconfirmed", "events")
+    stored = client.hmget(f"ktrdr:{{default}}:w:{budget}:{window or today(client)}", names)
+    return {name: int(value or 0) for name, value in zip(names, stored, strict=True)}
+
+
+def counted(client: redis.Redis, budget: str = "agent", window: str | None = None) -> int:
+    """What a window counts against its limit, in units."""
+    found = sums(client, budget, window)
+    return found["spent"] + found["held"] + found["unconfirmed"]
+
+
+def ledger_sum(client: redis.Redis, budget: str = "agent", window: str | None = None) -> int:
+    """What the entries of a window add up to, in units."""
+    entries = client.xrange(f"ktrdr:{{default}}:l:{budget}:{window or today(client)}")
+    return sum(int(fields["a"]) for _, fields in entries)

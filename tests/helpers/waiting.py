@@ -1,0 +1,31 @@
+"""Waiting for a condition, bounded, instead of sleeping."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+async def until(condition: Callable[[], Any], within_s: float = 5.0) -> Any:
+    """Polls a condition, plain or async, until it is truthy; returns what it was."""
+    ends = time.monotonic() + within_s
+    while True:
+        value = condition()
+        if inspect.isawaitable(value):
+            value = await value
+        if value:
+            return value
+        assert time.monotonic() < ends, f"not within {within_s} s: {inspect.getsource(condition).strip()}"
+        await asyncio.sleep(0.005)
+
+
+def wait_until(condition: Callable[[], Any], within_s: float = 5.0) -> Any:
+    """The same without an event loop."""
+    ends = time.monotonic() + within_s
+    while not (value := condition()):
+        assert time.monotonic() < ends, f"not within {within_s} s: {inspect.getsource(condition).strip()}"
+        time.sleep(0.005)
+    return value

@@ -1,0 +1,71 @@
+"""What random histories are made of: budgets, amounts, instants."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from decimal import Decimal
+
+from hypothesis import strategies as st
+
+from .reference import BudgetModel
+
+BUDGETS = [
+    BudgetModel("agent"),
+    BudgetModel("team:quant", period="week", timezone="America/New_York"),
+    BudgetModel("hourly", period="hour"),
+    BudgetModel("lifetime", period="ever"),
+    BudgetModel("open-ended", timezone="Pacific/Auckland"),
+    BudgetModel("cycles", unit="cycles", timezone="Africa/Cairo"),
+    BudgetModel("tokens", unit="tokens", period="month", timezone="Asia/Kathmandu"),
+    BudgetModel("gpu", unit="slots", period="ever", slots=True),
+]
+BY_NAME = {budget.name: budget for budget in BUDGETS}
+UNCAPPED = "open-ended"
+
+STARTS = [
+    datetime(2026, 11, 23, 12, 0, 0, 300_000, tzinfo=UTC),
+    datetime(2026, 11, 1, 3, 59, 30, 300_000, tzinfo=UTC),  # New York: clocks go back in two hours
+    datetime(2026, 3, 7, 23, 59, 30, 300_000, tzinfo=UTC),  # New York: clocks go forward on this Sunday
+    datetime(2026, 4, 23, 21, 30, 0, 300_000, tzinfo=UTC),  # Cairo skips its next midnight
+    datetime(2026, 10, 29, 20, 30, 0, 300_000, tzinfo=UTC),  # Cairo repeats the hour before midnight
+    datetime(2026, 4, 4, 10, 59, 0, 300_000, tzinfo=UTC),  # Auckland: a day of 25 hours begins
+    datetime(2026, 12, 31, 23, 59, 0, 300_000, tzinfo=UTC),
+    datetime(2028, 2, 29, 23, 50, 0, 300_000, tzinfo=UTC),
+]
+LARGEST_USD = Decimal(2**53 - 1) / 10**9
+
+usd_limits = st.sampled_from([None, 0, "0.30", "1.00", "5.00", "0.0000000015", 3, 2.5, LARGEST_USD])
+count_limits = st.sampled_from([None, 0, 1, 3, 10, "20", 2**53 - 1])
+
+usd_amounts = st.one_of(
+    st.sampled_from(["0.15", "0.10", 0.1, "0.05", 1, "1.00", "0.30", "5.00", Decimal("2.5")]),
+    st.sampled_from(["0.0000001", "0.0000000001", "1e-9", "0.3333333333", 1e-7]),
+    st.integers(1, 6 * 10**9).map(lambda nanos: Decimal(nanos) / 10**9),
+    st.sampled_from([LARGEST_USD, "4503599.627370496", 12, "100"]),
+)
+count_amounts = st.sampled_from([1, 1, 2, 3, "4", 10, Decimal(7), 5.0, 2**52, 2**53 - 1])
+
+
+def amount_for(name: str, *, zero: bool = False):
+    """An amount of this budget, as a caller writes it."""
+    amounts = usd_amounts if BY_NAME[name].unit == "usd" else count_amounts
+    if BY_NAME[name].slots:
+        amounts = st.sampled_from([1, 1, 2])
+    return st.one_of(amounts, st.just(0)) if zero else amounts
+
+
+def mapping_for(names, *, zero: bool = False):
+    """Amounts of these budgets, in this order."""
+    return st.fixed_dictionaries({name: amount_for(name, zero=zero) for name in names})
+
+
+usual = st.sampled_from(["agent"] * 4 + ["team:quant", "hourly", "lifetime", "open-ended", "cycles", "tokens", "gpu"])
+names_of_a_hold = st.one_of(
+    usual.map(lambda name: [name]),
+    st.lists(usual, min_size=2, max_size=4, unique=True),
+)
+requests = names_of_a_hold.flatmap(mapping_for)
+ttls = st.sampled_from([1, 1.5, 60, 900, 900, 3600, 43_200, 86_400])
+policies = st.sampled_from(["charge", "charge", "accrued", "release"])
+new_ids = st.sampled_from([f"op_{number}" for number in range(12)])
+steps_s = st.sampled_from([0.4, 1, 10, 61, 600, 901, 3600, 5 * 3600, 86_400, 90_000, 3 * 86_400])

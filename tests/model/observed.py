@@ -1,0 +1,129 @@
+"""What the real system said and stored, in the reference model's terms: whole units and milliseconds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+
+import redis
+
+NOISE_MS = 50
+"""How far a frozen clock of a server may be ahead, and a little more."""
+STAMPS = ("created_at", "expires_at", "resets_at", "limit_until")
+PERSISTENT = ("meta", "limits", "due", "unconfirmed")
+
+
+def units(amount) -> int | None:
+    """Decimal dollars as nano-dollars; counts as they are."""
+    if isinstance(amount, Decimal):
+        exact = Fraction(amount) * 10**9
+        assert exact.denominator == 1, amount
+        return exact.numerator
+    assert amount is None or type(amount) is int, amount
+    return amount
+
+
+def all_units(amounts: Mapping) -> dict[str, int]:
+    return {name: units(amount) for name, amount in amounts.items()}
+
+
+def stamp(instant: datetime | None) -> int | None:
+    """Milliseconds since the epoch."""
+    if instant is None:
+        return None
+    assert instant.utcoffset() == timedelta(0)
+    return (instant - datetime(1970, 1, 1, tzinfo=UTC)) // timedelta(milliseconds=1)
+
+
+def plain(value):
+    """A reply's field in the model's terms."""
+    if isinstance(value, datetime):
+        return stamp(value)
+    if isinstance(value, Mapping):
+        return {name: plain(inner) for name, inner in value.items()}
+    return units(value) if isinstance(value, Decimal) else value
+
+
+def fields(reply, names) -> dict:
+    return {name: plain(getattr(reply, name)) for name in names}
+
+
+def agree(real: dict, model: dict) -> None:
+    """Every field alike; instants within what the clock's noise allows."""
+    assert real.keys() == model.keys()
+    for name, value in model.items():
+        if name in STAMPS and value is not None and real[name] is not None:
+            assert abs(real[name] - value) <= NOISE_MS, (name, real, model)
+        else:
+            assert real[name] == value, (name, real, model)
+
+
+def retry_after_agrees(real: int | None, model_ms: int | None) -> bool:
+    """Whole seconds, rounded up, at least one."""
+    if model_ms is None or real is None:
+        return real is None and model_ms is None
+    return real in {max(1, -(-(model_ms + noise) // 1000)) for noise in (-NOISE_MS, 0, NOISE_MS)}
+
+
+# -- the store itself --------------------------------------------------------------------------------------------------
+
+
+class RawStore:
+    """What is stored, read without the package, to check the promises that hold at every moment."""
+
+    def __init__(self, client: redis.Redis, tenant: str = "default") -> None:
+        self.client = client
+        self.prefix = f"ktrdr:{{{tenant}}}:"
+        keys = client.keys("*")
+        pipe = client.pipeline(transaction=False)
+        for key in keys:
+            pipe.pttl(key)
+        self.ttls = dict(zip(keys, pipe.execute(), strict=True))
+        assert all(key.startswith(self.prefix) for key in keys), keys
+        self.windows = self._read("w:", lambda pipe, key: pipe.hgetall(key))
+        self.ledgers = self._read("l:", lambda pipe, key: pipe.xrange(key))
+        self.holds = self._read("h:", lambda pipe, key: pipe.get(key))
+
+    def _read(self, kind: str, command) -> dict:
+        keys = [key for key in self.ttls if key.startswith(self.prefix + kind)]
+        pipe = self.client.pipeline(transaction=False)
+        for key in keys:
+            command(pipe, key)
+        return {key.removeprefix(self.prefix + kind): value for key, value in zip(keys, pipe.execute(), strict=True)}
+
+    def sums(self, window: str) -> dict[str, int]:
+        stored = self.windows[window]
+        return {name: int(stored.get(name) or 0) for name in ("spent", "held", "unconfirmed")}
+
+    def open_weights(self) -> dict[str, int]:
+        """What the records of open holds say is held, by window."""
+        weights: dict[str, int] = {}
+        for record in self.holds.values():
+            head, *segments = record.split("|")
+            if not head.startswith("o "):
+                continue
+            for segment in segments:
+                flag, window, _, reserved, accrued, _ = segment.split(",")
+                weight = int(reserved) if flag == "s" else max(int(reserved), int(accrued or 0))
+                weights[window] = weights.get(window, 0) + weight
+        return weights
+
+    def check_it_adds_up(self) -> None:
+        """P11, for every window."""
+        weights = self.open_weights()
+        assert weights.keys() <= self.windows.keys()
+        for window in self.windows:
+            sums = self.sums(window)
+            entered = sum(int(entry["a"]) for _, entry in self.ledgers.get(window, []))
+            assert sums["spent"] + sums["unconfirmed"] == entered, (window, sums, self.ledgers.get(window))
+            assert sums["held"] == weights.get(window, 0), (window, sums, weights)
+            assert min(sums.values()) >= 0, (window, sums)
+
+    def check_keys_expire(self) -> None:
+        """P7: only what is bounded in size may persist."""
+        for key, ttl_ms in self.ttls.items():
+            name = key.removeprefix(self.prefix)
+            lasting = name in PERSISTENT or name.endswith(":ever")
+            assert lasting or ttl_ms >= 0, (key, ttl_ms)

@@ -1,0 +1,589 @@
+"""The reference model: what the contract says each call does, in plain Python.
+
+Written from the contract and not from the scripts: whole units, eager expiry, no batches, no caches, one clock that the
+test moves. It imports nothing of the package. Amounts are whole units (nano-dollars, or counts), instants are
+milliseconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from fractions import Fraction
+from zoneinfo import ZoneInfo
+
+DAY_MS = 86_400_000
+CLOSED = 2**53
+"""A window whose sum reaches this admits nothing, so an uncapped budget is denied one unit less."""
+LONGEST_HOLD_MS = DAY_MS
+ID_MEMORY_MS = DAY_MS
+
+
+# -- replies that are no success ---------------------------------------------------------------------------------------
+
+
+class Refused(Exception):
+    """Nothing was changed; `kind` is the error's class in the package."""
+
+    def __init__(self, kind: str, **figures) -> None:
+        super().__init__(kind, figures)
+        self.kind = kind
+        self.figures = figures
+
+
+# -- amounts and windows -----------------------------------------------------------------------------------------------
+
+
+def units_of(amount, unit: str, *, down: bool = False) -> int:
+    """Exact arithmetic on what the number's text says; dollars below a nano round up, limits down."""
+    exact = Fraction(repr(amount) if isinstance(amount, float) else str(amount))
+    scaled = exact * 10**9 if unit == "usd" else exact
+    return scaled.__floor__() if down else scaled.__ceil__()
+
+
+def window_name(period: str, timezone: str, at_ms: int) -> str:
+    """The window's name at an instant."""
+    utc = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=at_ms)
+    local = utc.astimezone(ZoneInfo(timezone))
+    if period == "hour":
+        return utc.strftime("%Y-%m-%dT%HZ")
+    return local.strftime({"day": "%Y-%m-%d", "week": "%G-W%V", "month": "%Y-%m", "ever": "ever"}[period])
+
+
+def window_bounds(period: str, timezone: str, at_ms: int) -> tuple[int, int | None]:
+    """First instant of the window, and the first after it, found by looking for where the name changes."""
+    if period == "ever":
+        return 0, None
+    name = window_name(period, timezone, at_ms)
+
+    def change(inside: int, outside: int) -> int:
+        while abs(outside - inside) > 1:
+            middle = (inside + outside) // 2
+            if window_name(period, timezone, middle) == name:
+                inside = middle
+            else:
+                outside = middle
+        return max(inside, outside)
+
+    return change(at_ms, at_ms - 40 * DAY_MS), change(at_ms, at_ms + 40 * DAY_MS)
+
+
+@dataclass(frozen=True)
+class BudgetModel:
+    """A budget's definition; limits belong to replicas."""
+
+    name: str
+    unit: str = "usd"
+    period: str = "day"
+    timezone: str = "UTC"
+    slots: bool = False
+
+
+@dataclass
+class WindowModel:
+    """One budget in one period."""
+
+    budget: BudgetModel
+    name: str
+    ends_ms: int | None
+    spent: int = 0
+    held: int = 0
+    unconfirmed: int = 0
+    events: int = 0
+    overruns: int = 0
+    asserted: int | None = None
+    asserted_by: int = -1
+    """Which replica (by order of start) asserted the configured limit; -1: none yet."""
+    ledger: list[tuple[str, str, int, str]] = field(default_factory=list)
+    """(kind, hold id, signed amount, operation), oldest first."""
+
+    @property
+    def total(self) -> int:
+        return self.spent + self.held + self.unconfirmed
+
+
+@dataclass
+class Part:
+    """What a hold has to do with one window."""
+
+    window: WindowModel
+    asked: int
+    reserved: int
+    accrued: int = 0
+    charged: int = 0
+
+    @property
+    def slots(self) -> bool:
+        return self.window.budget.slots
+
+    @property
+    def weight(self) -> int:
+        """What an open hold counts."""
+        return self.reserved if self.slots else max(self.reserved, self.accrued)
+
+
+@dataclass
+class HoldModel:
+    """A hold, or a recorded spend, as the store remembers it."""
+
+    id: str
+    parts: dict[str, Part]
+    on_expiry: str
+    created_ms: int
+    deadline_ms: int
+    operation: str = ""
+    state: str = "open"
+    by_operator: bool = False
+    settled_ms: int | None = None
+    serial: int = 0
+    """Tells holds apart that had the same id, one after the other was forgotten."""
+
+    @property
+    def resolved(self) -> bool:
+        """By its worker, once and for all; expiry and an operator's release are not."""
+        return self.state in ("committed", "recorded") or (self.state == "released" and not self.by_operator)
+
+
+@dataclass
+class Grant:
+    """A reply to reserve."""
+
+    hold: HoldModel
+    replayed: bool
+
+
+@dataclass
+class Settled:
+    """A reply to commit, release or record; a replay's flags are silent about what the first call did."""
+
+    state: str
+    amounts: dict[str, int]
+    replayed: bool = False
+    overrun: bool = False
+    late: bool = False
+
+
+@dataclass
+class Worker:
+    """What the process that holds a hold object knows: its own totals, which may lag behind the store's."""
+
+    id: str
+    serial: int
+    windows: dict[str, str]
+    reserved: dict[str, int]
+    accrued: dict[str, int]
+    ttl_ms: int
+    settled: bool = False
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+class Reference:
+    """One tenant. Each method does one call, at `now_ms`, and returns what the caller must see or raises `Refused`."""
+
+    def __init__(self, budgets: list[BudgetModel], now_ms: int) -> None:
+        self.budgets = {budget.name: budget for budget in budgets}
+        self.now_ms = now_ms
+        self.windows: dict[tuple[str, str], WindowModel] = {}
+        self.holds: dict[str, HoldModel] = {}
+        self.runtime: dict[str, tuple[int | None, int | None]] = {}
+        """Limit and its end by budget; None: uncapped, for good."""
+        self.configured: list[dict[str, int | None]] = []
+        """Configured limits of each replica, in the order in which they started."""
+        self.grants = 0
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def advance(self, milliseconds: int) -> None:
+        """Lets time pass: holds come due, settled ids are forgotten, run-time limits end."""
+        self.now_ms += milliseconds
+        self._expire_due()
+        self.holds = {hold.id: hold for hold in self.holds.values() if not self._forgotten(hold)}
+        for name in [name for name, (_, until) in self.runtime.items() if until is not None and until <= self.now_ms]:
+            del self.runtime[name]
+
+    def instants(self) -> set[int]:
+        """When something happens by itself, as far as is known now."""
+        found = {hold.deadline_ms for hold in self.holds.values() if hold.state == "open"}
+        found |= {hold.settled_ms + ID_MEMORY_MS for hold in self.holds.values() if hold.settled_ms is not None}
+        found |= {until for _, until in self.runtime.values() if until is not None}
+        for budget in self.budgets.values():
+            end = window_bounds(budget.period, budget.timezone, self.now_ms)[1]
+            found |= set() if end is None else {end}
+        return found
+
+    def _expire_due(self) -> None:
+        due = [hold for hold in self.holds.values() if hold.state == "open" and hold.deadline_ms <= self.now_ms]
+        for hold in sorted(due, key=lambda hold: hold.deadline_ms):
+            hold.state = "unconfirmed"
+            for part in hold.parts.values():
+                part.window.held -= part.weight
+                if part.slots or hold.on_expiry == "release":
+                    part.charged = 0
+                else:
+                    part.charged = part.weight if hold.on_expiry == "charge" else part.accrued
+                part.window.unconfirmed += part.charged
+                if part.charged:
+                    part.window.events += 1
+                    self._enter(part, "expiry", hold, part.charged)
+
+    def _forgotten(self, hold: HoldModel) -> bool:
+        return hold.settled_ms is not None and hold.settled_ms + ID_MEMORY_MS <= self.now_ms
+
+    @staticmethod
+    def _enter(part: Part, kind: str, hold: HoldModel, amount: int) -> None:
+        part.window.ledger.append((kind, hold.id, amount, hold.operation))
+
+    # -- windows and limits --------------------------------------------------------------------------------------------
+
+    def window(self, name: str) -> WindowModel:
+        """The current window; a new one is not yet part of the store."""
+        budget = self.budgets[name]
+        key = window_name(budget.period, budget.timezone, self.now_ms)
+        found = self.windows.get((name, key))
+        return found or WindowModel(budget, key, window_bounds(budget.period, budget.timezone, self.now_ms)[1])
+
+    def limit(self, window: WindowModel, replica: int | None = None) -> int | None:
+        """The limit in force; `replica`: as it will be once this replica has asserted its own."""
+        name = window.budget.name
+        if name in self.runtime:
+            return self.runtime[name][0]
+        if replica is not None and replica >= window.asserted_by:
+            return self.configured[replica][name]
+        return window.asserted
+
+    def _keep(self, window: WindowModel) -> None:
+        self.windows[window.budget.name, window.name] = window
+
+    def assert_limit(self, window: WindowModel, replica: int) -> None:
+        """Of the configured limits that reservations brought, the one of the replica that started last."""
+        if replica >= window.asserted_by:
+            window.asserted, window.asserted_by = self.configured[replica][window.budget.name], replica
+
+    def _check_room(self, needs: list[tuple[WindowModel, int, int, int | None]]) -> None:
+        """Refuses for the first window, in the order given, that cannot take what is needed of it.
+
+        Each with what is needed, what is a fact and counted before, and the limit in force.
+        """
+        for window, need, fact, limit in needs:
+            cap = CLOSED - 1 if limit is None else limit
+            if need and (window.total + fact + need > cap or window.total >= CLOSED):
+                raise Refused("BudgetExceeded", **self._denial(window, need, cap))
+
+    def _denial(self, window: WindowModel, requested: int, limit: int) -> dict:
+        if requested > limit:
+            reason = "exceeds_limit"
+        elif window.spent + window.unconfirmed + requested <= limit:
+            reason = "budget_held"
+        else:
+            reason = "budget_exhausted"
+        remaining = 0 if window.total >= CLOSED else max(0, limit - window.total)
+        returns = [] if window.ends_ms is None else [window.ends_ms]
+        if reason == "budget_held":
+            returns += [hold.deadline_ms for hold in self.holds.values() if hold.state == "open"]
+        if reason == "exceeds_limit":
+            returns = []
+        return {
+            "budget": window.budget.name,
+            "reason": reason,
+            "limit": limit,
+            "spent": window.spent,
+            "held": window.held,
+            "unconfirmed": window.unconfirmed,
+            "remaining": remaining,
+            "requested": requested,
+            "fits": remaining,
+            "retry_after_ms": min(returns) - self.now_ms if returns else None,
+        }
+
+    # -- reserve and record --------------------------------------------------------------------------------------------
+
+    def reserve(
+        self, replica: int, amounts: Mapping[str, int], id: str, ttl_ms: int, on_expiry: str, operation: str = ""
+    ) -> Grant:
+        """All budgets or none; a known id with the same contents is that hold, whatever became of it."""
+        windows = {name: self.window(name) for name in amounts}
+        known = self.holds.get(id)
+        if known:
+            return self._replay(known, amounts, on_expiry)
+        try:
+            self._check_room(
+                [(windows[name], amount, 0, self.limit(windows[name], replica)) for name, amount in amounts.items()]
+            )
+        except Refused:
+            # A denial writes nothing, but what it must: a limit that changed, lest older replicas spend by the old one.
+            for window in windows.values():
+                if window.asserted_by >= 0 and window.asserted != self.configured[replica][window.budget.name]:
+                    self.assert_limit(window, replica)
+            raise
+        parts = {name: Part(windows[name], amount, amount) for name, amount in amounts.items()}
+        for part in parts.values():
+            self._keep(part.window)
+            self.assert_limit(part.window, replica)
+            part.window.held += part.reserved
+        self.grants += 1
+        hold = HoldModel(id, parts, on_expiry, self.now_ms, self.now_ms + ttl_ms, operation, serial=self.grants)
+        self.holds[id] = hold
+        return Grant(hold, replayed=False)
+
+    @staticmethod
+    def _replay(known: HoldModel, amounts: Mapping[str, int], on_expiry: str) -> Grant:
+        asked = {name: part.asked for name, part in known.parts.items()}
+        if known.state == "recorded" or asked != dict(amounts) or known.on_expiry != on_expiry:
+            raise Refused("HoldConflict")
+        return Grant(known, replayed=True)
+
+    def record(self, amounts: Mapping[str, int], id: str, operation: str = "") -> Settled:
+        """Spend is a fact: never refused for lack of budget."""
+        known = self.holds.get(id)
+        if known:
+            if known.state != "recorded" or {name: part.asked for name, part in known.parts.items()} != dict(amounts):
+                raise Refused("HoldConflict")
+            return Settled("recorded", dict(amounts), replayed=True)
+        parts = {name: Part(self.window(name), amount, amount) for name, amount in amounts.items()}
+        hold = HoldModel(id, parts, "charge", self.now_ms, self.now_ms, operation, "recorded")
+        hold.settled_ms = self.now_ms
+        for part in parts.values():
+            self._keep(part.window)
+            self._spend(hold, part, "record", part.reserved)
+        self.holds[id] = hold
+        return Settled("recorded", dict(amounts))
+
+    # -- settle --------------------------------------------------------------------------------------------------------
+
+    def commit(self, id: str, amounts: object = None, accrued: Mapping[str, int] | None = None) -> Settled:
+        """`amounts`: None, a scalar in dollars' units, or a mapping of units; `accrued`: what only the worker knows."""
+        hold = self._known(id)
+        actual = self._actual(hold, amounts, accrued or {})
+        overrun = any(not part.slots and actual[name] > part.reserved for name, part in hold.parts.items())
+        if hold.state == "committed":
+            if actual != {name: part.charged for name, part in hold.parts.items()}:
+                raise Refused("HoldConflict")
+            return Settled("committed", actual, replayed=True)
+        if hold.resolved:
+            raise Refused("HoldConflict")
+        late = hold.state != "open"
+        for name, part in hold.parts.items():
+            self._charge(hold, part, actual[name])
+        self._settle(hold, "committed")
+        return Settled("committed", actual, False, overrun, late)
+
+    def commit_mine(self, worker: Worker, amounts: object = None) -> Settled:
+        """By the hold object: it knows its windows, so even a hold that the store has lost is charged there, once."""
+        if worker.id in self.holds or worker.settled:
+            settled = self.commit(worker.id, amounts, worker.accrued)
+        else:
+            parts = {
+                name: Part(self.windows[name, at], 0, worker.reserved[name]) for name, at in worker.windows.items()
+            }
+            lost = HoldModel(worker.id, parts, "charge", self.now_ms, self.now_ms, serial=worker.serial)
+            settled = Settled("committed", self._actual(lost, amounts, worker.accrued))
+            for name, part in parts.items():
+                part.asked = part.reserved = settled.amounts[name]
+                if not part.slots:
+                    self._spend(lost, part, "commit", part.reserved)
+            self.holds[worker.id] = lost
+            self._settle(lost, "committed")
+        worker.settled = True
+        return settled
+
+    def release_mine(self, worker: Worker) -> Settled:
+        """By the hold object."""
+        settled = self.release(worker.id)
+        worker.settled = True
+        return settled
+
+    def _actual(self, hold: HoldModel, amounts: object, local: Mapping[str, int]) -> dict[str, int]:
+        accrued = {name: max(part.accrued, local.get(name, 0)) for name, part in hold.parts.items()}
+        if isinstance(amounts, Mapping):
+            if not amounts.keys() <= hold.parts.keys():
+                raise Refused("UnknownBudget")
+            actual = {name: amounts.get(name, 0) for name in hold.parts}
+        elif amounts is not None:
+            given = self.spread(hold.parts, amounts)
+            actual = {name: given.get(name, part.reserved) for name, part in hold.parts.items()}
+        elif any(accrued.values()):
+            # A report in dollars says nothing of the counts: they cost what was reserved.
+            actual = {
+                name: accrued[name] if accrued[name] or self._dollars(name) else part.reserved
+                for name, part in hold.parts.items()
+            }
+        else:
+            actual = dict.fromkeys(hold.parts, 0)
+        return {name: 0 if part.slots else actual[name] for name, part in hold.parts.items()}
+
+    def _dollars(self, name: str) -> bool:
+        return self.budgets[name].unit == "usd"
+
+    def _charge(self, hold: HoldModel, part: Part, actual: int) -> None:
+        window = part.window
+        if part.slots:
+            window.held -= part.weight if hold.state == "open" else 0
+            return
+        window.overruns += actual > part.reserved
+        if hold.state == "open":
+            window.held -= part.weight
+            self._spend(hold, part, "commit", actual)
+        else:
+            window.unconfirmed -= part.charged
+            self._spend(hold, part, "correction", actual)
+
+    def _spend(self, hold: HoldModel, part: Part, kind: str, actual: int) -> None:
+        """Counts as spent; the ledger gets what it adds to a charge that stands."""
+        self._enter(part, kind, hold, actual - part.charged)
+        part.window.spent += actual
+        part.window.events += 1
+        part.charged = actual
+
+    def release(self, id: str, *, operator: bool = False) -> Settled:
+        """Gives everything back."""
+        hold = self._known(id)
+        nothing = dict.fromkeys(hold.parts, 0)
+        if hold.state == "released" and (operator or not hold.by_operator):
+            return Settled("released", nothing, replayed=True)
+        if hold.resolved:
+            raise Refused("HoldConflict")
+        late = hold.state != "open"
+        for part in hold.parts.values():
+            if hold.state == "open":
+                part.window.held -= part.weight
+            elif part.charged:
+                part.window.unconfirmed -= part.charged
+                self._enter(part, "release", hold, -part.charged)
+            part.charged = 0
+        self._settle(hold, "released")
+        if operator:  # not resolved: the worker may come back
+            hold.by_operator, hold.settled_ms = True, None
+        return Settled("released", nothing, False, False, late)
+
+    def _settle(self, hold: HoldModel, state: str) -> None:
+        hold.state, hold.settled_ms, hold.by_operator = state, self.now_ms, False
+
+    def _known(self, id: str) -> HoldModel:
+        if id not in self.holds:
+            raise Refused("UnknownHold")
+        return self.holds[id]
+
+    # -- extend and grow -----------------------------------------------------------------------------------------------
+
+    def extend(
+        self, id: str, ttl_ms: int, accrued: Mapping[str, int] | None = None, totals: Mapping[str, int] | None = None
+    ) -> HoldModel:
+        """A heartbeat with cumulative `accrued`; or, with `totals`, growth to these (the deadline stays)."""
+        hold = self._known(id)
+        accrued, totals = accrued or {}, totals or {}
+        if not (accrued.keys() | totals.keys()) <= hold.parts.keys():
+            raise Refused("UnknownBudget")
+        if hold.resolved:
+            raise Refused("HoldConflict")
+        deadline = min(self.now_ms + ttl_ms, hold.created_ms + LONGEST_HOLD_MS)
+        expired = hold.state != "open"
+        if expired and deadline <= self.now_ms:
+            raise Refused("HoldConflict")
+        needs = []
+        for name, part in hold.parts.items():
+            grown = Part(part.window, part.asked, max(part.reserved, totals.get(name, 0)), part.accrued)
+            if not part.slots:
+                grown.accrued = max(part.accrued, accrued.get(name, 0))
+            counted = part.charged if expired else part.weight
+            # What was reported is a fact and needs no admission; the rest of what it is to count does.
+            fact = max(0, grown.accrued - counted)
+            needs.append((part.window, max(0, grown.weight - counted - fact), fact, self.limit(part.window)))
+        self._check_room(needs)
+        for name, part in hold.parts.items():
+            if expired:
+                self._revive(hold, part)
+            before = part.weight
+            part.reserved = max(part.reserved, totals.get(name, 0))
+            if not part.slots:
+                part.accrued = max(part.accrued, accrued.get(name, 0))
+            part.window.held += part.weight - before
+        hold.state, hold.by_operator = "open", False
+        if expired or not totals:
+            hold.deadline_ms = deadline
+        return hold
+
+    def _revive(self, hold: HoldModel, part: Part) -> None:
+        part.window.unconfirmed -= part.charged
+        part.window.held += part.weight
+        if part.charged:
+            self._enter(part, "revival", hold, -part.charged)
+        part.charged = 0
+
+    # -- limits and reads ----------------------------------------------------------------------------------------------
+
+    def set_limit(self, name: str, limit: int | None, until: int | str | None) -> None:
+        """`until`: milliseconds, `window` or None for good."""
+        self.runtime[name] = (limit, self.window(name).ends_ms if until == "window" else until)
+
+    def clear_limit(self, name: str) -> None:
+        """Back to what is configured."""
+        self.runtime.pop(name, None)
+
+    def status(self, replica: int, name: str) -> dict:
+        """Every figure of the current window; reading asserts nothing."""
+        window = self.window(name)
+        own = self.configured[replica][name]
+        limit = self.limit(window) if window.asserted_by >= 0 or name in self.runtime else own
+        return {
+            "window": window.name,
+            "resets_at": window.ends_ms,
+            "limit": limit,
+            "spent": window.spent,
+            "held": window.held,
+            "unconfirmed": window.unconfirmed,
+            "remaining": None if limit is None else max(0, limit - window.total),
+            "events": window.events,
+            "overruns": window.overruns,
+            "limit_source": "runtime" if name in self.runtime else "configured",
+            "limit_until": self.runtime[name][1] if name in self.runtime else None,
+            "configured_limit": own,
+        }
+
+    def view(self, id: str) -> dict:
+        """A hold by id, as anyone sees it."""
+        hold = self._known(id)
+        parts = hold.parts.items()
+        return {
+            "id": hold.id,
+            "state": hold.state,
+            "amounts": {name: part.reserved for name, part in parts},
+            "accrued": {name: part.accrued for name, part in parts},
+            "charged": {name: part.charged for name, part in parts},
+            "windows": {name: part.window.name for name, part in parts},
+            "on_expiry": hold.on_expiry,
+            "created_at": hold.created_ms,
+            "expires_at": hold.deadline_ms,
+            "operation": hold.operation,
+            "released_by_operator": hold.by_operator,
+        }
+
+    def listed(self, name: str) -> list[dict]:
+        """Open, then unconfirmed holds of a budget, newest deadline first."""
+        mine = [hold for hold in self.holds.values() if name in hold.parts and hold.state in ("open", "unconfirmed")]
+        mine.sort(key=lambda hold: (hold.state != "open", -hold.deadline_ms))
+        return [self.view(hold.id) for hold in mine]
+
+    # -- the worker's side ---------------------------------------------------------------------------------------------
+
+    def worker(self, grant: Grant, ttl_ms: int) -> Worker:
+        """The hold object that a reservation returns."""
+        parts = grant.hold.parts.items()
+        return Worker(
+            grant.hold.id,
+            grant.hold.serial,
+            {name: part.window.name for name, part in parts},
+            {name: part.reserved for name, part in parts},
+            {name: part.accrued for name, part in parts},
+            ttl_ms,
+            grant.hold.state not in ("open", "unconfirmed"),
+        )
+
+    def spread(self, names: Iterable[str], amount: object) -> dict[str, int]:
+        """A scalar speaks of every budget in dollars, or else of the only count; a mapping of those that it names."""
+        if isinstance(amount, Mapping):
+            return dict(amount)
+        dollars = [name for name in names if self.budgets[name].unit == "usd"]
+        return dict.fromkeys(dollars or [name for name in names if not self.budgets[name].slots], amount)

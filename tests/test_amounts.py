@@ -1,0 +1,187 @@
+"""Money is an integer, from the caller to the store and back (P9)."""
+
+from __future__ import annotations
+
+import asyncio
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, InvalidAmount
+from ktrdr_budget.money import MAX_UNITS
+
+from .helpers.keyspace import dump, ledger_sum, sums
+
+MOST = Decimal("9007199.254740991")
+"""The largest amount: one nano-dollar below 2**53 of them."""
+
+BUDGETS = [
+    Budget("agent", "5.00"),
+    Budget("open", None),
+    Budget("large", MOST),
+    Budget("tokens", MAX_UNITS - 1, unit="tokens"),
+    Budget("cycles", 10, unit="cycles"),
+]
+
+
+@pytest.fixture
+async def limiter(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=10.0) as made:
+        yield made
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+async def test_8867_ten_thousand_commits_of_a_tenth_of_a_millionth_sum_exactly(client, limiter):
+    async def spend() -> None:
+        hold = await limiter.reserve("agent", "0.0000002")
+        await hold.commit("0.0000001")
+
+    for _ in range(10):
+        await asyncio.gather(*(spend() for _ in range(1000)))
+    status = await limiter.status("agent")
+    assert (status.spent, status.held, status.events) == (Decimal("0.001"), 0, 10_000)
+    assert status.remaining == Decimal("4.999")
+    assert ledger_sum(client) == 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("amount", "spent"),
+    [
+        (0.0016150000000000001, "0.001615001"),  # a float means what it prints, and rounds up
+        ("0.0016150000000000001", "0.001615001"),
+        (Decimal("0.0016150000000000001"), "0.001615001"),
+        (0.001615, "0.001615"),
+        (0.1 + 0.2, "0.300000001"),
+        (0.3, "0.30"),
+        ("1e-10", "0.000000001"),
+        (1, "1.00"),
+        ("1.23e-7", "0.000000123"),
+        (1e-9, "0.000000001"),
+    ],
+)
+async def test_8867_what_goes_in_comes_out_to_the_nano(limiter, amount, spent):
+    hold = await limiter.reserve("agent", "2.00")
+    settlement = await hold.commit(amount)
+    status = await limiter.status("agent")
+    assert settlement.amounts["agent"] == status.spent == Decimal(spent)
+    assert status.remaining == 5 - Decimal(spent)
+    assert f"{(await limiter.ledger('agent'))[0].amount:f}" == spent
+
+
+async def test_27509_thousand_times_the_same_odd_amount_is_a_thousand_times_it(limiter):
+    await asyncio.gather(*(limiter.record("agent", 0.0016150000000000001) for _ in range(1000)))
+    assert (await limiter.status("agent")).spent == Decimal("1.615001")
+
+
+async def test_a_cap_is_filled_to_the_last_nano_and_not_beyond(server):
+    async with AsyncBudgetLimiter(server.url, [Budget("odd", "0.0000000015")]) as limiter:
+        assert (await limiter.status("odd")).limit == Decimal("0.000000001"), "limits round down, amounts up"
+        with pytest.raises(BudgetExceeded) as denied:
+            await limiter.reserve("odd", "0.0000000011")
+        assert str(denied.value) == "odd: exceeds_limit ($0.000000001 remaining, need $0.000000002)"
+        hold = await limiter.reserve("odd", "0.0000000001")
+        assert (await limiter.status("odd")).remaining == 0
+        await hold.release()
+
+
+async def test_the_largest_amount_is_kept_to_the_nano(client, limiter):
+    hold = await limiter.reserve({"large": MOST, "open": MOST})
+    assert sums(client, "large")["held"] == MAX_UNITS - 1
+    with pytest.raises(BudgetExceeded) as denied:
+        await limiter.reserve("large", "0.000000001")
+    assert (denied.value.remaining, denied.value.held, denied.value.limit) == (0, MOST, MOST)
+    settlement = await hold.commit(MOST - Decimal("0.000000001"))
+    assert settlement.amounts["large"] == Decimal("9007199.254740990")
+    assert (await limiter.status("large")).remaining == Decimal("0.000000001")
+    assert (await (await limiter.reserve("large", "0.000000001")).commit("0.000000001")).overrun is False
+    assert (await limiter.status("large")).spent == MOST
+    assert (await limiter.ledger("large"))[1].amount == MOST - Decimal("0.000000001")
+
+
+async def test_an_amount_of_two_to_the_53_is_refused_before_anything_is_sent(client, limiter):
+    too_much = MOST + Decimal("0.000000001")
+    hold = await limiter.reserve("open", "1.00")
+    before = dump(client)
+    for call in (
+        lambda: limiter.reserve("open", too_much),
+        lambda: limiter.record("open", too_much),
+        lambda: limiter.reserve("tokens", MAX_UNITS),
+        lambda: limiter.set_limit("open", too_much),
+        lambda: hold.commit(too_much),
+        lambda: hold.grow(MOST + 1),
+    ):
+        with pytest.raises(InvalidAmount):
+            await call()
+    assert dump(client) == before
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_window_whose_sum_reaches_two_to_the_53_is_closed_but_records_on(client, limiter, at_once):
+    """Sums are exact beyond it, too: they change by HINCRBY, and no double has to hold them."""
+    records = [lambda: limiter.record("open", MOST) for _ in range(5)]
+    if at_once:
+        await asyncio.gather(*(record() for record in records))
+    else:
+        for record in records:
+            await record()
+    assert sums(client, "open")["spent"] == 5 * (MAX_UNITS - 1)
+    with pytest.raises(BudgetExceeded) as denied:
+        await limiter.reserve("open", "0.000000001")
+    assert (denied.value.remaining, denied.value.fits) == (0, 0)
+    with pytest.raises(BudgetExceeded):
+        await limiter.reserve({"agent": "0.15", "open": "0.01"})
+    await limiter.record("open", "0.000000001")
+    status = await limiter.status("open")
+    assert (status.spent, status.remaining) == (5 * MOST + Decimal("0.000000001"), None)
+    assert sums(client, "agent")["held"] == 0
+
+
+async def test_an_uncapped_budget_ends_one_unit_below_two_to_the_53(limiter):
+    await limiter.record("open", MOST - Decimal("0.000000001"))
+    with pytest.raises(BudgetExceeded) as denied:
+        await limiter.reserve("open", "0.000000002")
+    assert denied.value.fits == Decimal("0.000000001")
+    hold = await limiter.reserve("open", denied.value.fits)
+    with pytest.raises(BudgetExceeded):
+        await limiter.reserve("open", "0.000000001")
+    await hold.release()
+    assert (await limiter.reserve("open", "0.000000001")).guarded
+
+
+async def test_a_hold_may_report_more_than_two_to_the_53_in_all(client, limiter):
+    holds = [await limiter.reserve("open", "1.00") for _ in range(3)]
+    for hold in holds:
+        hold.accrue(MOST - 1)
+    await asyncio.gather(*(hold.extend() for hold in holds))
+    assert sums(client, "open")["held"] == 3 * int((MOST - 1) * 10**9)
+    await asyncio.gather(*(hold.commit() for hold in holds))
+    assert sums(client, "open") == {
+        "spent": 3 * int((MOST - 1) * 10**9),
+        "held": 0,
+        "unconfirmed": 0,
+        "events": 3,
+    }
+
+
+async def test_counts_are_whole_numbers_on_both_sides(limiter):
+    hold = await limiter.reserve({"cycles": 2, "tokens": MAX_UNITS - 1})
+    assert hold.amounts == {"cycles": 2, "tokens": MAX_UNITS - 1}
+    settlement = await hold.commit({"cycles": 1, "tokens": MAX_UNITS - 3})
+    assert settlement.amounts == {"cycles": 1, "tokens": MAX_UNITS - 3}
+    assert all(type(amount) is int for amount in settlement.amounts.values())
+    status = await limiter.status("tokens")
+    assert (status.spent, status.remaining, type(status.spent)) == (MAX_UNITS - 3, 2, int)
+    with pytest.raises(BudgetExceeded) as denied:
+        await limiter.reserve("tokens", 3)
+    assert (denied.value.fits, denied.value.requested) == (2, 3)
+    for amount in ("1.5", 0.5, Decimal("0.1"), True):
+        with pytest.raises(InvalidAmount):
+            await limiter.reserve("cycles", amount)
+    assert (await limiter.reserve("cycles", 9)).guarded
+    with pytest.raises(BudgetExceeded):
+        await limiter.reserve("cycles", 1)

@@ -1,0 +1,106 @@
+"""The benchmark suite runs, and says what it measured in a form that programs can read."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MARKERS = ("<!-- benchmarks: begin -->", "<!-- benchmarks: end -->")
+
+
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT)  # the suite is no part of the package
+
+
+@pytest.mark.slow
+def test_a_quick_run_measures_and_writes_json(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    groups = ("latency", "server", "memory", "cli")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks", "--quick", "--json", str(file), "--only", *groups],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(file.read_text())
+    assert told["quick"] is True
+    assert told["machine"]["cores"] >= 1
+    assert {"python", "redis", "valkey-server"} <= told["versions"].keys()
+    measures = {measure["name"]: measure for measure in told["measures"]}
+    assert {
+        "reserve_latency_to_empty_evalsha",
+        "server_time_1_budget_batched",
+        "server_time_6_budgets_single",
+        "memory_open_hold_valkey",
+        "memory_settled_operation_valkey",
+        "import_s",
+        "cli_agent_budget_s",
+    } <= measures.keys()
+    for measure in measures.values():
+        assert 0 < measure["min"] <= measure["median"] <= measure["max"]
+        limit, reached = measure["target"]["figure"], measure["median"]
+        at_least = measure["target"]["side"] == "at least"
+        assert measure["met"] == (reached >= limit if at_least else reached <= limit)
+        assert measure["title"] in done.stdout
+    assert done.stdout.count("missed") == sum(not measure["met"] for measure in measures.values())
+
+
+def _measures():
+    from benchmarks.measures import Measure, at_least, at_most
+
+    return [
+        Measure("fast", "a fast thing", "x", (5.0, 4.5, 6.0), at_least(4)),
+        Measure("slow", "a slow thing", "µs", (13.0, 12.5, 11.0), at_most(12), detail="of 3"),
+    ]
+
+
+def _about():
+    from benchmarks.measures import Settings
+    from benchmarks.report import circumstances
+
+    return circumstances(Settings(quick=True), 1.0)
+
+
+def test_a_missed_target_is_shown_with_its_figure() -> None:
+    from benchmarks.report import table
+
+    fast, slow = table(_measures()).splitlines()[1:]
+    assert "5.00 x" in fast and "met" in fast and "missed" not in fast
+    assert "12.5 µs" in slow and "11.0 … 13.0" in slow and "≤ 12 µs" in slow and "missed" in slow
+
+
+def test_the_table_takes_the_place_between_the_markers(tmp_path: Path) -> None:
+    from benchmarks.report import rewrite
+
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{MARKERS[0]}\nold\n{MARKERS[1]}\nafter\n")
+    rewrite(page, _measures(), _about())
+    rewrite(page, _measures(), _about())
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert text.count("a slow thing") == 1 and "**missed**" in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len({row.count("|") for row in rows}) == 1
+
+
+def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
+    from benchmarks.report import rewrite
+
+    page = tmp_path / "page.md"
+    page.write_text("nothing here\n")
+    with pytest.raises(ValueError, match="benchmarks: begin"):
+        rewrite(page, _measures(), _about())
+    assert page.read_text() == "nothing here\n"
+
+
+def test_the_document_has_the_markers() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert [text.count(marker) for marker in MARKERS] == [1, 1]

@@ -1,0 +1,404 @@
+"""Cancellation is clean, whatever a caller is doing when it is cancelled (P14)."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import threading
+from collections.abc import AsyncIterator
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, HoldConflict, StoreUnavailable
+from ktrdr_budget.money import to_units
+
+from .helpers.keyspace import dump, ledger_sum, sums
+from .helpers.proxy import Proxy, ThreadedProxy
+from .helpers.waiting import until, wait_until
+
+BUDGET = Budget("agent", "5.00")
+
+
+@pytest.fixture
+async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
+    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
+        yield made
+
+
+@pytest.fixture
+async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
+    async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=2.0) as made:
+        with pytest.raises(BudgetExceeded):  # the server knows the script now, and nothing else
+            await made.reserve("agent", "6.00")
+        yield made
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+async def cancelled(task: asyncio.Task) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def in_flight(client, call, held: str) -> asyncio.Task:
+    """A call that the server has executed, and whose answer is under way."""
+    task = asyncio.create_task(call)
+    await until(lambda: sums(client)["held"] == to_units(held))
+    return task
+
+
+async def quiet(client, **expected: str) -> None:
+    """Waits for these figures."""
+    wanted = {name: to_units(amount) for name, amount in expected.items()}
+    await until(lambda: sums(client).items() >= wanted.items())
+
+
+# -- before the request is sent ----------------------------------------------------------------------------------------
+
+
+async def test_a_reservation_cancelled_before_it_is_sent_leaves_nothing(client, proxy, limiter):
+    proxy.hold_replies()
+    first = await in_flight(client, limiter.reserve("agent", "0.10"), "0.10")
+    queued = asyncio.create_task(limiter.reserve("agent", "0.15", id="queued"))
+    after = asyncio.create_task(limiter.reserve("agent", "0.20"))
+    await asyncio.sleep(0)
+    await cancelled(queued)
+    proxy.let_go()
+    await (await first).release()
+    assert (await after).amounts == {"agent": Decimal("0.20")}
+    assert sums(client)["held"] == to_units("0.20")
+    assert not client.exists("ktrdr:{default}:h:queued")
+    assert not (await limiter.reserve("agent", "0.15", id="queued")).replayed
+
+
+async def test_a_task_cancelled_before_it_runs_leaves_nothing(client, limiter):
+    before = dump(client)
+    await cancelled(asyncio.create_task(limiter.reserve("agent", "0.15")))
+    assert dump(client) == before == {}
+
+
+# -- while the request is under way ------------------------------------------------------------------------------------
+
+
+async def test_a_grant_whose_caller_was_cancelled_in_flight_is_released(client, proxy, limiter):
+    proxy.hold_replies()
+    await cancelled(await in_flight(client, limiter.reserve("agent", "0.15", id="op_1"), "0.15"))
+    proxy.let_go()
+    await quiet(client, held="0", spent="0")
+    assert (await limiter.get("op_1")).state == "released"
+
+
+async def test_a_grant_whose_caller_is_cancelled_as_the_answer_arrives_is_released(server, client):
+    """The result is there, the caller has not run yet: what it was granted must not get lost with it."""
+    tasks: list[asyncio.Task] = []
+
+    def cancel_now(observation) -> None:
+        if observation.operation == "reserve" and observation.error is None:
+            tasks[0].cancel()
+
+    async with AsyncBudgetLimiter(server.url, [BUDGET], observer=cancel_now) as limiter:
+        tasks.append(asyncio.create_task(limiter.reserve("agent", "0.15", id="op_1")))
+        with pytest.raises(asyncio.CancelledError):
+            await tasks[0]
+        await quiet(client, held="0", spent="0")
+        assert (await limiter.get("op_1")).state == "released"
+
+
+async def test_a_grant_behind_a_lost_reply_is_released_if_its_caller_is_cancelled(client, proxy, limiter):
+    """The second attempt is answered by a replay, but it is the same caller's."""
+    run = proxy.scripts_run
+    proxy.lose_replies = 1
+    proxy.hold_replies()
+    task = await in_flight(client, limiter.reserve("agent", "0.15"), "0.15")
+    await until(lambda: proxy.scripts_run == run + 2)
+    await cancelled(task)
+    proxy.let_go()
+    await quiet(client, held="0", spent="0")
+
+
+async def test_a_grant_that_its_caller_gave_up_on_and_cannot_name_is_released(client, proxy):
+    """#27639: no id was given, so nobody could ever settle it."""
+    async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=0.2) as limiter:
+        proxy.hold_replies()
+        with pytest.raises(StoreUnavailable):
+            await limiter.reserve("agent", "0.15")
+        assert sums(client)["held"] == to_units("0.15")
+        with pytest.raises(StoreUnavailable):
+            await limiter.reserve("agent", "0.10", id="named")
+        proxy.let_go()
+        await quiet(client, held="0.10", spent="0")
+        assert (await limiter.reserve("agent", "0.10", id="named")).replayed
+
+
+async def test_a_cancelled_replay_leaves_the_hold_to_whom_it_was_granted(client, proxy, limiter):
+    hold = await limiter.reserve("agent", "0.15", id="op_1")
+    proxy.hold_replies()
+    seen = proxy.scripts_run
+    retry = asyncio.create_task(limiter.reserve("agent", "0.15", id="op_1"))
+    await until(lambda: proxy.scripts_run > seen)
+    await cancelled(retry)
+    proxy.let_go()
+    await limiter.record("agent", 0)
+    assert sums(client)["held"] == to_units("0.15")
+    assert not (await hold.commit("0.07")).late
+
+
+async def test_nobody_else_in_the_batch_is_affected(client, proxy, limiter):
+    proxy.hold_replies()
+    first = await in_flight(client, limiter.reserve("agent", "0.01"), "0.01")
+    batch = [asyncio.create_task(limiter.reserve("agent", "0.10")) for _ in range(12)]
+    proxy.let_go()
+    await first
+    proxy.hold_replies()
+    await quiet(client, held="1.21")
+    for task in batch[::2]:
+        task.cancel()
+    proxy.let_go()
+    outcomes = await asyncio.gather(*batch, return_exceptions=True)
+    assert [isinstance(outcome, asyncio.CancelledError) for outcome in outcomes] == [True, False] * 6
+    await quiet(client, held="0.61")
+    for hold in outcomes[1::2]:
+        await hold.commit("0.10")
+    await quiet(client, held="0.01", spent="0.60")
+
+
+async def test_a_storm_of_cancellations_leaves_only_what_was_granted_to_somebody(server, client):
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "50.00")]) as limiter:
+        tasks = []
+        for number in range(600):
+            tasks.append(asyncio.create_task(limiter.reserve("agent", "0.01")))
+            if number % 7 == 0:
+                await asyncio.sleep(0)
+            if number % 3 == 0:
+                tasks[number // 2].cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        granted = [outcome for outcome in outcomes if not isinstance(outcome, BaseException)]
+        assert 0 < len(granted) < 600
+        await until(lambda: sums(client)["held"] == len(granted) * to_units("0.01"))
+
+
+async def test_a_task_group_that_fails_gives_back_what_its_tasks_asked_for(client, proxy, limiter):
+    proxy.hold_replies()
+
+    async def fail() -> None:
+        await until(lambda: sums(client)["held"])
+        raise ZeroDivisionError
+
+    with pytest.raises(ExceptionGroup) as failed:
+        async with asyncio.TaskGroup() as group:
+            group.create_task(limiter.reserve("agent", "0.15"))
+            group.create_task(limiter.reserve("agent", "0.15"))
+            group.create_task(fail())
+    assert failed.group_contains(ZeroDivisionError)
+    proxy.let_go()
+    await limiter.record("agent", 0)
+    await quiet(client, held="0")
+
+
+async def test_a_timeout_around_a_reservation_gives_it_back(client, proxy, limiter):
+    proxy.hold_replies()
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.1):
+            await limiter.reserve("agent", "0.15")
+    proxy.let_go()
+    await limiter.record("agent", 0)
+    await quiet(client, held="0")
+
+
+# -- settlements -------------------------------------------------------------------------------------------------------
+
+
+async def test_a_commit_that_was_begun_completes(client, proxy, limiter):
+    hold = await limiter.reserve("agent", "0.15")
+    proxy.hold_replies()
+    seen = proxy.scripts_run
+    commit = asyncio.create_task(hold.commit("0.07"))
+    await until(lambda: proxy.scripts_run > seen)
+    await cancelled(commit)
+    proxy.let_go()
+    await quiet(client, held="0", spent="0.07")
+    assert (await hold.commit("0.07")).replayed
+
+
+async def test_a_commit_that_still_queues_completes_too(client, proxy, limiter):
+    hold = await limiter.reserve("agent", "0.15")
+    proxy.hold_replies()
+    blocking = await in_flight(client, limiter.reserve("agent", "0.10"), "0.25")
+    commit = asyncio.create_task(hold.commit("0.07"))
+    await asyncio.sleep(0)
+    await cancelled(commit)
+    proxy.let_go()
+    await blocking
+    await quiet(client, held="0.10", spent="0.07")
+
+
+async def test_a_commit_by_id_completes_though_it_takes_two_steps(client, proxy, limiter):
+    await limiter.reserve("agent", "0.15", id="op_1")
+    proxy.hold_replies()
+    commit = asyncio.create_task(limiter.commit("op_1", "0.07"))
+    await until(lambda: any("get" in line["cmd"] for line in client.client_list() if line["name"] != "x"))
+    await cancelled(commit)
+    proxy.let_go()
+    await quiet(client, held="0", spent="0.07")
+
+
+async def test_pr_37558_spend_that_was_reported_is_recorded_though_the_caller_hangs_up(client, proxy, limiter):
+    """#13245: what was used is a fact, whoever is still there to hear so."""
+    proxy.hold_replies()
+    blocking = await in_flight(client, limiter.reserve("agent", "0.10"), "0.10")
+    record = asyncio.create_task(limiter.record("agent", "0.02", id="op_1"))
+    await asyncio.sleep(0)
+    await cancelled(record)
+    proxy.let_go()
+    await blocking
+    await quiet(client, spent="0.02")
+    assert (await limiter.record("agent", "0.02", id="op_1")).replayed
+
+
+async def test_a_commit_that_was_cancelled_inside_its_block_is_not_followed_by_a_release(
+    client, proxy, limiter, caplog
+):
+    proxy.let_go()
+
+    async def work() -> None:
+        async with limiter.hold("agent", "0.15", id="op_1") as hold:
+            proxy.hold_replies()
+            await hold.commit("0.07")
+
+    seen = proxy.scripts_run
+    task = asyncio.create_task(work())
+    await until(lambda: proxy.scripts_run == seen + 2)
+    task.cancel()
+    await asyncio.sleep(0.01)
+    proxy.let_go()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await quiet(client, held="0", spent="0.07")
+    assert caplog.records == []
+    with pytest.raises(HoldConflict):
+        await limiter.release("op_1")
+
+
+# -- blocks ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("accrued", "spent"), [(None, "0"), ("0.05", "0.05"), ("0.30", "0.30")])
+async def test_pr_37558_cancellation_charges_what_was_used_so_far(client, limiter, accrued, spent):
+    """#13245, docs.rs/eggrd: never below what was reported used, never $0 for a client that hangs up."""
+    inside = asyncio.Event()
+
+    async def work() -> None:
+        async with limiter.hold("agent", "0.15") as hold:
+            if accrued:
+                hold.accrue(accrued)
+            inside.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await inside.wait()
+    assert sums(client)["held"] == to_units("0.15")
+    await cancelled(task)
+    await quiet(client, held="0", spent=spent)
+    assert ledger_sum(client) == to_units(spent)
+
+
+async def test_a_block_that_is_cancelled_while_it_settles_has_settled(client, proxy, limiter):
+    async def work() -> None:
+        async with limiter.hold("agent", "0.15") as hold:
+            hold.accrue("0.05")
+            proxy.hold_replies()
+
+    task = asyncio.create_task(work())
+    await quiet(client, spent="0.05")
+    await cancelled(task)
+    proxy.let_go()
+    await quiet(client, held="0", spent="0.05")
+
+
+async def test_a_block_that_is_cancelled_while_it_reserves_gives_back(client, proxy, limiter):
+    async def work() -> None:
+        async with limiter.hold("agent", "0.15"):
+            pytest.fail("the block ran")
+
+    proxy.hold_replies()
+    await cancelled(await in_flight(client, work(), "0.15"))
+    proxy.let_go()
+    await quiet(client, held="0", spent="0")
+
+
+async def test_closing_the_limiter_finishes_what_was_begun(server, client):
+    limiter = AsyncBudgetLimiter(server.url, [BUDGET])
+    hold = await limiter.reserve("agent", "0.15")
+    commit = asyncio.create_task(hold.commit("0.07"))
+    await asyncio.sleep(0)
+    await limiter.close()
+    assert sums(client)["spent"] == to_units("0.07")
+    await commit
+    with pytest.raises(RuntimeError, match="closed"):
+        await limiter.reserve("agent", "0.15")
+
+
+# -- the synchronous limiter -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def threaded_proxy(server, tmp_path_factory: pytest.TempPathFactory):
+    with ThreadedProxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
+        yield made
+
+
+def interrupt_when(condition) -> threading.Thread:
+    """Ctrl-C for the main thread, once the condition holds."""
+
+    def wait() -> None:
+        wait_until(condition)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=wait)
+    thread.start()
+    return thread
+
+
+def test_ctrl_c_while_a_reservation_is_in_flight_gives_it_back(server, client, threaded_proxy):
+    with BudgetLimiter(threaded_proxy.url, [BUDGET], timeout=5.0) as limiter, server.client() as other:
+        threaded_proxy.hold_replies()
+        interrupting = interrupt_when(lambda: sums(other)["held"])
+        with pytest.raises(KeyboardInterrupt):
+            limiter.reserve("agent", "0.15", id="op_1")
+        interrupting.join()
+        threaded_proxy.let_go()
+        wait_until(lambda: sums(client)["held"] == 0)
+        assert limiter.get("op_1").state == "released"
+        assert limiter.reserve("agent", "0.15").state == "open"
+
+
+def test_ctrl_c_while_a_commit_is_in_flight_lets_it_complete(server, client, threaded_proxy):
+    with BudgetLimiter(threaded_proxy.url, [BUDGET], timeout=5.0) as limiter, server.client() as other:
+        hold = limiter.reserve("agent", "0.15")
+        threaded_proxy.hold_replies()
+        interrupting = interrupt_when(lambda: sums(other)["spent"])
+        with pytest.raises(KeyboardInterrupt):
+            hold.commit("0.07")
+        interrupting.join()
+        threaded_proxy.let_go()
+        assert hold.commit("0.07").replayed
+        assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
+
+
+def test_ctrl_c_inside_a_block_commits_what_was_accrued(server, client):
+    with BudgetLimiter(server.url, [BUDGET]) as limiter:
+        entered = threading.Event()
+        interrupting = interrupt_when(entered.is_set)
+        with pytest.raises(KeyboardInterrupt), limiter.hold("agent", "0.15") as hold:
+            hold.accrue("0.05")
+            entered.set()
+            threading.Event().wait(10)
+        interrupting.join()
+        assert sums(client) == {"spent": to_units("0.05"), "held": 0, "unconfirmed": 0, "events": 1}

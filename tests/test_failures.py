@@ -1,0 +1,336 @@
+"""How budgets fail in production, row by row (issue numbers of BerriAI/litellm unless named otherwise).
+
+==============================  ======================================================================================
+report                          test that names it
+==============================  ======================================================================================
+#23714, #24682                  test_races: identical amounts of eight processes; mixed amounts and kill -9
+#6288                           here: the very next call on another replica
+#34732, ai-gateway #680         here: parallel requests
+#28247, #28283, #40095          test_races: first use by eight processes at once
+#27639, PR #30522               test_races: holds of killed processes; here: other traffic
+#27509                          here: the denial tells held from spent; integers
+#30460                          here: a lost reply
+PR #30039                       here: a timed-out commit
+#33923, #33323                  test_outages: unexpected store errors; here: a hook that raises
+#35524                          the metering issue (prices); here: nothing goes unguarded
+#34733, #36940                  test_midnight: a commit that crosses midnight keeps its window
+#29576, #39726                  test_midnight: hammering past midnight; here: denials extend no expiry
+#38987                          here: keys expire, also after kill -9
+PR #37558, #13245               test_cancellation: cancellation charges what was used
+#38087, #29937                  here: unknown is not "full"; the gauges belong to the tests of telemetry
+#8867                           test_amounts: exact sums
+litellm-rs                      test_midnight: a late charge hits the day that admitted it
+docs.rs/eggrd                   test_cancellation: never below what was reported
+runcycles                       here: commits above the estimate; test_midnight: windows; test_cluster: keys
+PostHog #60838, gateway #248    test_cluster: one slot per tenant; test_outages: unexpected store errors
+PyrateLimiter                   engine/test_scripts: SCRIPT FLUSH, restart
+envoyproxy/ratelimit #462       test_outages: deadlines
+dataspoke #112                  test_outages: no silent local fallback
+throttled-py, upstash           engine/test_scripts: the scripts that are shipped run, and expire keys
+==============================  ======================================================================================
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, StoreUnavailable, UnknownBudget
+from ktrdr_budget.money import to_units
+
+from .helpers.keyspace import counted, dump, immortal_keys, ledger_sum, sums
+from .helpers.processes import workers
+from .helpers.proxy import Proxy
+from .helpers.waiting import until, wait_until
+
+
+@pytest.fixture
+async def limiter(server) -> AsyncIterator[AsyncBudgetLimiter]:
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00"), Budget("cycles", 10, unit="cycles")]) as made:
+        yield made
+
+
+@pytest.fixture
+async def other_replica(server) -> AsyncIterator[AsyncBudgetLimiter]:
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00"), Budget("cycles", 10, unit="cycles")]) as made:
+        yield made
+
+
+@pytest.fixture
+async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
+    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
+        yield made
+
+
+@pytest.fixture
+async def far_limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
+    """A limiter behind the proxy, with the script already known to the server."""
+    async with AsyncBudgetLimiter(proxy.url, [Budget("agent", "5.00")], timeout=0.5) as made:
+        await (await made.reserve("agent", "0.01")).release()
+        yield made
+
+
+async def test_6288_a_spend_on_one_replica_is_seen_by_the_very_next_call_on_another(limiter, other_replica):
+    await limiter.record("agent", "4.90")
+    with pytest.raises(BudgetExceeded) as denied:
+        await other_replica.reserve("agent", "0.15")
+    assert denied.value.spent == Decimal("4.90")
+    assert (await other_replica.status("agent")).remaining == Decimal("0.10")
+
+
+async def test_34732_and_ai_gateway_680_parallel_requests_do_not_all_pass_one_check(limiter, other_replica):
+    tries = [replica.reserve("agent", "0.15") for _ in range(100) for replica in (limiter, other_replica)]
+    outcomes = await asyncio.gather(*tries, return_exceptions=True)
+    denied = [outcome for outcome in outcomes if isinstance(outcome, BudgetExceeded)]
+    assert len(outcomes) - len(denied) == 33
+    assert len(denied) == 167
+    assert (await limiter.status("agent")).remaining == Decimal("0.05")
+
+
+async def test_27639_other_traffic_does_not_keep_a_dead_holder_alive(limiter, other_replica):
+    """PR #30522: its deadline is its own."""
+    dead = await limiter.reserve("agent", "1.00", ttl=1)
+    traffic = 0
+
+    async def seen_as_unconfirmed() -> bool:
+        nonlocal traffic
+        hold = await other_replica.reserve("agent", "0.01", ttl=1)
+        await hold.extend(ttl=60)
+        await hold.commit("0.001")
+        traffic += 1
+        return (await other_replica.get(dead.id)).state == "unconfirmed"
+
+    await until(seen_as_unconfirmed)
+    status = await limiter.status("agent")
+    assert traffic > 10
+    assert (status.held, status.unconfirmed, status.spent) == (0, Decimal("1.00"), traffic * Decimal("0.001"))
+
+
+async def test_27509_the_denial_tells_held_from_spent_and_integers_add_up(limiter):
+    await limiter.record("agent", 0.1)
+    await limiter.record("agent", 0.2)
+    await limiter.reserve("agent", "4.70")  # all headroom, as for a request that did not say how much it needs
+    with pytest.raises(BudgetExceeded) as denied:
+        await limiter.reserve("agent", "0.15")
+    error = denied.value
+    assert error.reason == "budget_held"
+    assert (error.spent, error.held, error.remaining) == (Decimal("0.30"), Decimal("4.70"), 0)
+    assert str(error) == "agent: budget_held ($0.00 remaining, need $0.15)"
+    assert error.retry_after is not None and 0 < error.retry_after <= 900
+
+
+async def test_30460_a_lost_reply_is_retried_without_a_second_hold(server, proxy, far_limiter):
+    with server.client() as client:
+        for kept in range(1, 4):
+            proxy.lose_replies = kept
+            hold = await far_limiter.reserve("agent", "0.15", id=f"op_{kept}")
+            assert proxy.replies_lost == sum(range(1, kept + 1))
+            assert sums(client)["held"] == to_units("0.15")
+            proxy.lose_replies = kept
+            await hold.commit("0.07")
+            proxy.replies_lost -= kept
+            assert sums(client)["spent"] == kept * to_units("0.07")
+        assert sums(client)["events"] == 3
+
+
+async def test_30460_a_caller_that_gave_up_and_retries_with_its_id_is_answered_by_a_replay(server, proxy, far_limiter):
+    proxy.hold_replies()
+    with pytest.raises(StoreUnavailable) as unavailable:
+        await far_limiter.reserve("agent", "0.15", id="op_1")
+    assert unavailable.value.ambiguous
+    proxy.let_go()
+    hold = await far_limiter.reserve("agent", "0.15", id="op_1")
+    assert hold.replayed
+    again = await far_limiter.reserve("agent", "0.15", id="op_1")
+    assert again.replayed
+    with server.client() as client:
+        assert sums(client)["held"] == to_units("0.15")
+    for replica in (hold, again):
+        settlement = await replica.commit("0.07")
+        assert settlement.amounts == {"agent": Decimal("0.07")}
+    with server.client() as client:
+        assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
+
+
+async def test_pr_30039_a_commit_that_timed_out_and_is_retried_gives_the_exact_total(server, proxy, far_limiter):
+    await far_limiter.record("agent", "1.23")
+    hold = await far_limiter.reserve("agent", "0.15")
+    proxy.hold_replies()
+    with pytest.raises(StoreUnavailable):
+        await hold.commit("0.07")
+    assert not hold.settled
+    with server.client() as client:
+        assert sums(client)["spent"] == to_units("1.30")
+    proxy.let_go()
+    settlement = await hold.commit("0.07")
+    assert settlement.replayed
+    with server.client() as client:
+        assert sums(client) == {"spent": to_units("1.30"), "held": 0, "unconfirmed": 0, "events": 2}
+
+
+async def test_30460_record_and_extend_and_grow_survive_lost_replies_too(server, proxy, far_limiter):
+    proxy.lose_replies = 2
+    await far_limiter.record("agent", "0.02")
+    hold = await far_limiter.reserve("agent", "0.15")
+    proxy.lose_replies = 2
+    await hold.grow("0.10")
+    proxy.lose_replies = 2
+    hold.accrue("0.30")
+    await hold.extend()
+    assert proxy.lose_replies == 0
+    with server.client() as client:
+        assert sums(client) == {"spent": to_units("0.02"), "held": to_units("0.30"), "unconfirmed": 0, "events": 1}
+    view = await far_limiter.get(hold.id)
+    assert (view.amounts, view.accrued) == ({"agent": Decimal("0.25")}, {"agent": Decimal("0.30")})
+
+
+async def test_a_lost_request_is_sent_again(server, proxy, far_limiter):
+    proxy.lose_requests = 2
+    hold = await far_limiter.reserve("agent", "0.15")
+    assert not hold.replayed
+    with server.client() as client:
+        assert sums(client)["held"] == to_units("0.15")
+
+
+async def test_33323_a_hook_that_raises_changes_nothing(server, caplog):
+    def observer(observation: object) -> None:
+        raise RuntimeError("a broken hook")
+
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "0.20")], observer=observer) as limiter:
+        hold = await limiter.reserve("agent", "0.15")
+        with pytest.raises(BudgetExceeded):
+            await limiter.reserve("agent", "0.15")
+        await hold.commit("0.07")
+        assert (await limiter.status("agent")).spent == Decimal("0.07")
+    assert any(record.levelno == logging.ERROR and "hook" in record.message for record in caplog.records)
+
+
+async def test_35524_what_has_no_budget_or_no_amount_is_refused_and_never_unguarded(server, limiter):
+    with pytest.raises(UnknownBudget):
+        await limiter.reserve("team:quant", "0.15")
+    with pytest.raises(ValueError, match="no amount"):
+        await limiter.reserve("agent")
+    with server.client() as client:
+        assert dump(client) == {}
+
+
+async def test_38087_and_29937_unknown_is_not_full(server, proxy, far_limiter):
+    await far_limiter.record("agent", "5.00")
+    proxy.hold_replies()
+    with pytest.raises(StoreUnavailable):
+        await far_limiter.status("agent")
+    with pytest.raises(StoreUnavailable):
+        await far_limiter.ledger("agent")
+    proxy.let_go()
+    assert (await far_limiter.status("agent")).remaining == 0
+
+
+async def test_runcycles_a_commit_above_the_estimate_is_neither_clipped_nor_refused(limiter):
+    hold = await limiter.reserve("agent", "0.15")
+    settlement = await hold.commit("6.00")
+    assert (settlement.overrun, settlement.amounts) == (True, {"agent": Decimal("6.00")})
+    status = await limiter.status("agent")
+    assert (status.spent, status.remaining, status.overruns) == (Decimal("6.00"), 0, 1)
+    with pytest.raises(BudgetExceeded) as denied:
+        await limiter.reserve("agent", "0.01")
+    assert denied.value.reason == "budget_exhausted"
+
+
+async def test_runcycles_expiry_needs_no_sweeper(server, limiter):
+    """A denied caller is the one that notices, and is decided again with what came back."""
+    for policy in ("release", "accrued", "release"):
+        await limiter.reserve("agent", "1.60", ttl=1, on_expiry=policy)
+    with pytest.raises(BudgetExceeded) as denied:
+        await limiter.reserve("agent", "5.00")
+    assert (denied.value.reason, denied.value.retry_after) == ("budget_held", 1)
+    with server.client() as client:
+        newest = max(score for _, score in client.zrange("ktrdr:{default}:due", 0, -1, withscores=True))
+        wait_until(lambda: int(client.time()[0]) * 1000 > newest)
+    hold = await limiter.reserve("agent", "5.00")
+    assert not hold.replayed
+
+
+# -- #38987 and #29576: what is written expires, what is denied writes nothing -----------------------------------------
+
+
+async def test_38987_every_key_has_an_expiry_at_every_moment(server, limiter, other_replica):
+    with server.client() as client:
+
+        async def done(step: object) -> object:
+            result = await step
+            assert immortal_keys(client) == [], step
+            return result
+
+        both = {"agent": "0.15", "cycles": 1}
+        hold = await done(limiter.reserve(both, id="op_1"))
+        hold.accrue("0.05")
+        await done(hold.extend())
+        await done(hold.grow({"agent": "0.10", "cycles": 1}))
+        await done(hold.commit({"agent": "0.07", "cycles": 1}))
+        await done(limiter.record("cycles", 1))
+        await done((await done(limiter.reserve(both))).release())
+        await done(other_replica.release((await done(limiter.reserve(both, id="op_2"))).id, operator=True))
+        await done(limiter.commit("op_2", "0.01"))
+        await done(limiter.set_limit("agent", "4.00", until="window"))
+        await done(limiter.clear_limit("agent"))
+        expired = await done(limiter.reserve(both, ttl=1))
+        await until(lambda: _is_unconfirmed(limiter, expired.id))
+        assert immortal_keys(client) == []
+        await done(expired.extend())
+        await done(expired.release())
+        kinds = {key.split("}:")[1].split(":")[0] for key in client.scan_iter()}
+        assert kinds == {"w", "l", "h", "meta"}, "the indexes are empty again"
+
+
+async def _is_unconfirmed(limiter, hold_id: str) -> bool:
+    return (await limiter.get(hold_id)).state == "unconfirmed"
+
+
+def test_38987_no_key_is_immortal_after_kill_9_in_the_midst_of_requests(server):
+    options = {"url": server.url, "limit": "8000", "amounts": ["0.01"], "callers": 8, "ttl": 60, "settle": True}
+    with workers("spender.py", 3, options) as spenders, server.client() as client:
+        for spender in spenders:
+            spender.tell(go=True)
+        for number, spender in enumerate(spenders, 1):
+            wait_until(lambda number=number: sums(client)["events"] > 200 * number, within_s=20)
+            spender.kill()
+        assert immortal_keys(client) == []
+        assert counted(client) == ledger_sum(client) + sums(client)["held"]
+
+
+async def test_29576_and_39726_denials_write_nothing_and_extend_no_expiry(server, limiter, other_replica):
+    """Values, and the instants of all expiries, are the same before and after; also by another replica."""
+    await limiter.record("agent", "1.00", id="op_1")
+    await limiter.reserve({"agent": "3.90", "cycles": 9}, id="op_2")
+    with server.client() as client:
+        before = dump(client)
+        for replica in (limiter, other_replica):
+            for wanted in ({"agent": "0.11"}, {"agent": "0.05", "cycles": 2}, {"cycles": 2, "agent": "0.05"}):
+                with pytest.raises(BudgetExceeded):
+                    await replica.reserve(wanted, id="op_denied")
+            with pytest.raises(BudgetExceeded):
+                await replica.grow("op_2", {"agent": "4.50"})
+        assert dump(client) == before
+    assert (await limiter.reserve("agent", "0.10", id="op_denied")).replayed is False, "a denial uses up no id"
+
+
+async def test_a_denial_in_an_untouched_store_leaves_it_empty(server, limiter):
+    with pytest.raises(BudgetExceeded) as denied:
+        await limiter.reserve("agent", "5.01")
+    assert (denied.value.reason, denied.value.retry_after, denied.value.fits) == ("exceeds_limit", None, 5)
+    with server.client() as client:
+        assert dump(client) == {}
+
+
+async def test_a_batch_of_grants_and_denials_writes_only_the_grants(server, limiter):
+    tries: list[Callable] = [limiter.reserve("agent", amount) for amount in ("4.00", "2.00", "0.50", "0.60", "0.50")]
+    outcomes = await asyncio.gather(*tries, return_exceptions=True)
+    assert [isinstance(outcome, BudgetExceeded) for outcome in outcomes] == [False, True, False, True, False]
+    with server.client() as client:
+        assert sums(client)["held"] == to_units("5.00")
+        assert len(list(client.scan_iter("*:h:*"))) == 3

@@ -1,0 +1,216 @@
+"""`with limiter.hold(...)`: every way out of the block, and the heartbeat while it runs; async and sync alike."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, HoldConflict
+from ktrdr_budget.money import to_units
+
+from .helpers.keyspace import ledger_sum, sums
+from .helpers.waiting import until, wait_until
+
+BUDGETS = [Budget("agent", "5.00"), Budget("cycles", 10, unit="cycles")]
+
+WAYS_OUT = {
+    # (what is accrued, whether the block raises, on_error): (spent, held) afterwards
+    (None, False, "release"): ("0.15", "0"),
+    (None, False, "charge"): ("0.15", "0"),
+    ("0.05", False, "release"): ("0.05", "0"),
+    ("0.05", False, "charge"): ("0.05", "0"),
+    ("0.40", False, "release"): ("0.40", "0"),
+    (None, True, "release"): ("0", "0"),
+    (None, True, "charge"): ("0", "0.15"),
+    ("0.05", True, "release"): ("0.05", "0"),
+    ("0.05", True, "charge"): ("0", "0.15"),
+    ("0.40", True, "charge"): ("0", "0.40"),
+}
+
+
+class Work(Exception):
+    """What goes wrong inside a block."""
+
+
+@pytest.fixture
+async def limiter(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+def sync_limiter(server):
+    with BudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+def figures(client) -> tuple[int, int]:
+    found = sums(client)
+    assert found["unconfirmed"] == 0
+    assert ledger_sum(client) == found["spent"]
+    return found["spent"], found["held"]
+
+
+@pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
+async def test_each_way_out_of_an_async_block(client, limiter, way, expected):
+    accrued, raises, on_error = way
+    try:
+        async with limiter.hold("agent", "0.15", id="op_1", on_error=on_error) as hold:
+            if accrued:
+                hold.accrue(accrued)
+            if raises:
+                raise Work
+    except Work:
+        assert raises
+    assert figures(client) == tuple(map(to_units, expected))
+
+
+@pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
+def test_each_way_out_of_a_sync_block(client, sync_limiter, way, expected):
+    accrued, raises, on_error = way
+    try:
+        with sync_limiter.hold("agent", "0.15", id="op_1", on_error=on_error) as hold:
+            if accrued:
+                hold.accrue(accrued)
+            if raises:
+                raise Work
+    except Work:
+        assert raises
+    assert figures(client) == tuple(map(to_units, expected))
+
+
+@pytest.mark.parametrize("raises", [False, True])
+@pytest.mark.parametrize("on_error", ["release", "charge"])
+async def test_a_hold_that_was_settled_inside_is_left_alone(client, limiter, raises, on_error):
+    for settle, spent in (("commit", "0.07"), ("release", "0.07")):
+        try:
+            async with limiter.hold("agent", "0.15", on_error=on_error) as hold:
+                hold.accrue("0.05")
+                await (hold.commit("0.07") if settle == "commit" else hold.release())
+                if raises:
+                    raise Work
+        except Work:
+            assert raises
+        assert figures(client) == (to_units(spent), 0)
+
+
+async def test_a_normal_exit_commits_every_budget_that_was_reserved(limiter):
+    async with limiter.hold({"agent": "0.15", "cycles": 1}):
+        pass
+    async with limiter.hold({"agent": "0.15", "cycles": 1}) as hold:
+        hold.accrue("0.05")  # counts then commit what was reserved
+    assert (await limiter.status("agent")).spent == Decimal("0.20")
+    assert (await limiter.status("cycles")).spent == 2
+
+
+async def test_what_was_accrued_and_kept_is_not_lost_when_it_comes_due(client, limiter):
+    """docs.rs/eggrd: never below what was reported used, whatever the policy of the hold."""
+    with pytest.raises(Work):
+        async with limiter.hold("agent", "0.15", id="op_1", ttl=1, on_expiry="accrued", on_error="charge") as hold:
+            hold.accrue("0.05")
+            raise Work
+    await until(lambda: _state_is(limiter, "op_1", "unconfirmed"))
+    assert sums(client)["unconfirmed"] == to_units("0.05")
+
+
+async def _state_is(limiter, hold_id: str, state: str) -> bool:
+    return (await limiter.get(hold_id)).state == state
+
+
+async def test_a_denied_block_does_not_run(client, limiter):
+    with pytest.raises(BudgetExceeded):
+        async with limiter.hold("agent", "5.01"):
+            pytest.fail("the block ran")
+    assert figures(client) == (0, 0)
+
+
+async def test_a_settlement_that_fails_is_raised_on_a_normal_exit_but_does_not_hide_an_error(limiter, caplog):
+    with pytest.raises(HoldConflict):
+        async with limiter.hold("agent", "0.15", id="op_1"):
+            await limiter.release("op_1")
+    assert caplog.records == []
+    with pytest.raises(Work):
+        async with limiter.hold("agent", "0.15", id="op_2") as hold:
+            hold.accrue("0.05")
+            await limiter.commit("op_2", "0.07")
+            raise Work
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert (await limiter.status("agent")).spent == Decimal("0.07")
+
+
+@pytest.mark.parametrize("ttl", [1, 2])
+async def test_a_heartbeat_at_a_third_of_the_ttl_keeps_an_async_hold_open(client, limiter, ttl):
+    async with limiter.hold("agent", "0.15", id="op_1", ttl=ttl, on_expiry="accrued") as hold:
+        first = (await limiter.get("op_1")).expires_at
+        hold.accrue("0.05")
+        beaten = time.monotonic()
+        view = await until(lambda: _beaten_since(limiter, first))
+        assert time.monotonic() - beaten < ttl * 0.67
+        assert view.accrued == {"agent": Decimal("0.05")}
+        hold.accrue("0.20")
+        assert hold.expires_at >= view.expires_at
+        if ttl == 1:  # past the first deadline, open, and carrying what was accrued since
+            await until(lambda: time.monotonic() > beaten + 1.1)
+            view = await limiter.get("op_1")
+            assert (view.state, view.accrued) == ("open", {"agent": Decimal("0.25")})
+            assert sums(client)["held"] == to_units("0.25")
+    assert figures(client) == (to_units("0.25"), 0)
+    assert (await limiter.get("op_1")).state == "committed"
+
+
+async def _beaten_since(limiter, expires_at):
+    view = await limiter.get("op_1")
+    return view if view.expires_at > expires_at else None
+
+
+def test_a_heartbeat_at_a_third_of_the_ttl_keeps_a_sync_hold_open(client, sync_limiter):
+    with sync_limiter.hold("agent", "0.15", id="op_1", ttl=1, on_expiry="accrued") as hold:
+        hold.accrue("0.05")
+        entered = time.monotonic()
+        wait_until(lambda: time.monotonic() > entered + 1.1)
+        view = sync_limiter.get("op_1")
+        assert (view.state, view.accrued) == ("open", {"agent": Decimal("0.05")})
+    assert figures(client) == (to_units("0.05"), 0)
+
+
+async def test_heartbeats_end_with_their_block(client, limiter, caplog):
+    async with limiter.hold("agent", "0.15", id="op_1", ttl=1):
+        pass
+    async with limiter.hold("agent", "0.15", id="op_2", ttl=1) as hold:
+        await hold.release()
+    left = (await limiter.get("op_1")).expires_at, (await limiter.get("op_2")).expires_at
+    ends = time.monotonic() + 0.8
+    await until(lambda: time.monotonic() > ends)
+    assert left == ((await limiter.get("op_1")).expires_at, (await limiter.get("op_2")).expires_at)
+    assert caplog.records == []
+
+
+async def test_a_heartbeat_that_finds_the_hold_settled_by_somebody_else_stops(limiter, caplog):
+    with pytest.raises(HoldConflict):
+        async with limiter.hold("agent", "0.15", id="op_1", ttl=1):
+            await limiter.commit("op_1", "0.07")
+            ends = time.monotonic() + 0.8
+            await until(lambda: time.monotonic() > ends)
+    assert len([record for record in caplog.records if "heartbeat" in record.message]) == 1
+
+
+async def test_many_blocks_at_once_settle_exactly(client, limiter):
+    async def work(number: int) -> None:
+        async with limiter.hold("agent", "0.01") as hold:
+            await asyncio.sleep(0)
+            hold.accrue("0.001")
+            if number % 2:
+                raise Work
+
+    outcomes = await asyncio.gather(*(work(number) for number in range(200)), return_exceptions=True)
+    assert sum(isinstance(outcome, Work) for outcome in outcomes) == 100
+    assert figures(client) == (200 * to_units("0.001"), 0)

@@ -1,0 +1,189 @@
+"""A store that went back in time is noticed by every replica that it had acknowledged writes to, and only then (P13)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict, UnknownHold
+from ktrdr_budget.money import to_units
+
+from .helpers.keyspace import sums
+
+BUDGETS = [Budget("agent", "5.00")]
+
+
+@pytest.fixture
+async def limiter(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+async def other_replica(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+def alarms(caplog: pytest.LogCaptureFixture) -> int:
+    return sum("lost" in record.message for record in caplog.records if record.levelno == logging.ERROR)
+
+
+async def denied(limiter: AsyncBudgetLimiter) -> None:
+    with pytest.raises(BudgetExceeded):
+        await limiter.reserve("agent", "6.00")
+
+
+async def unknown(limiter: AsyncBudgetLimiter) -> None:
+    with pytest.raises(UnknownHold):
+        await limiter.release("nobody")
+
+
+async def spends(limiter: AsyncBudgetLimiter) -> None:
+    await limiter.record("agent", "0.01")
+
+
+async def reserves(limiter: AsyncBudgetLimiter) -> None:
+    await limiter.reserve("agent", "0.01")
+
+
+# -- it is noticed -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "afterwards", [(spends,), (denied, denied, spends), (reserves, denied), (denied,) * 3], ids=str
+)
+async def test_flushall_is_noticed_and_told_once(server, limiter, caplog, afterwards):
+    await limiter.record("agent", "1.00")
+    with server.client() as client:
+        client.flushall()
+    for call in (*afterwards, denied, unknown, spends, spends):
+        await call(limiter)
+    assert limiter.losses == 1
+    assert alarms(caplog) == 1
+    with server.client() as client:
+        client.flushall()
+    await spends(limiter)
+    await spends(limiter)
+    assert limiter.losses == 2
+
+
+async def test_every_replica_that_had_acknowledged_writes_notices(server, limiter, other_replica):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as silent:
+        await spends(limiter)
+        await other_replica.reserve("agent", "0.15")
+        with server.client() as client:
+            client.flushall()
+        for replica in (other_replica, silent, limiter, other_replica, silent, limiter):
+            await spends(replica)
+        assert (limiter.losses, other_replica.losses, silent.losses) == (1, 1, 0)
+
+
+async def test_flushall_under_load_is_noticed_once(server, limiter):
+    await asyncio.gather(*(spends(limiter) for _ in range(300)))
+    tasks = [asyncio.create_task(spends(limiter)) for _ in range(600)]
+    await asyncio.sleep(0.005)
+    with server.client() as client:
+        client.flushall()
+    await asyncio.gather(*tasks)
+    await asyncio.gather(*(spends(limiter) for _ in range(300)))
+    assert limiter.losses == 1
+
+
+async def test_an_old_snapshot_is_noticed_by_the_counter(start_server: Callable, caplog):
+    """Its epoch is the same: a restored backup, or a failover to a replica that lagged behind."""
+    server = start_server()
+    async with (
+        AsyncBudgetLimiter(server.url, BUDGETS, timeout=5.0) as limiter,
+        AsyncBudgetLimiter(server.url, BUDGETS, timeout=5.0) as idle,
+    ):
+        await spends(limiter)
+        await spends(idle)
+        with server.client() as client:
+            client.save()
+        await limiter.record("agent", "1.00")
+        server.kill()
+        server.start()
+        with server.client() as client:
+            assert sums(client)["spent"] == to_units("0.02")
+        await spends(limiter)
+        await spends(idle)
+        await spends(limiter)
+        assert (limiter.losses, idle.losses) == (1, 0), "what the idle replica wrote was in the snapshot"
+        assert alarms(caplog) == 1
+    server.kill()
+
+
+async def test_a_hold_that_the_store_lost_still_commits_into_the_window_that_admitted_it(server, limiter):
+    hold = await limiter.reserve("agent", "0.15", id="op_1")
+    with server.client() as client:
+        client.flushall()
+        settlement = await hold.commit("0.07")
+        assert (settlement.state, settlement.replayed) == ("committed", False)
+        assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
+        assert (await hold.commit("0.07")).replayed
+        with pytest.raises(HoldConflict):
+            await hold.commit("0.08")
+        assert sums(client)["spent"] == to_units("0.07")
+    assert limiter.losses == 1
+
+
+# -- there is no false alarm -------------------------------------------------------------------------------------------
+
+
+async def test_concurrent_lanes_and_other_replicas_raise_no_alarm(server, limiter, other_replica):
+    async def busy(replica: AsyncBudgetLimiter) -> None:
+        hold = await replica.reserve("agent", "0.001")
+        await hold.extend()
+        await hold.commit("0.0001")
+
+    for _ in range(5):
+        await asyncio.gather(*(busy(replica) for _ in range(150) for replica in (limiter, other_replica)))
+    assert (limiter.losses, other_replica.losses) == (0, 0)
+
+
+async def test_script_flush_and_denials_raise_no_alarm(server, limiter):
+    for _ in range(3):
+        await spends(limiter)
+        with server.client() as client:
+            client.script_flush()
+        await denied(limiter)
+        await unknown(limiter)
+        await limiter.status("agent")
+    assert limiter.losses == 0
+
+
+async def test_a_restart_with_its_file_intact_raises_no_alarm(start_server: Callable):
+    server = start_server(None, "--appendonly", "yes", "--appendfsync", "no")
+    async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=5.0) as limiter:
+        for kept in range(1, 4):
+            await asyncio.gather(*(spends(limiter) for _ in range(20)))
+            server.kill()
+            server.start()
+            await spends(limiter)
+            with server.client() as client:
+                assert sums(client)["spent"] == kept * to_units("0.21")
+        assert limiter.losses == 0
+    server.kill()
+
+
+async def test_a_first_write_into_an_empty_store_raises_no_alarm(server, limiter, other_replica):
+    await asyncio.gather(*(spends(replica) for _ in range(50) for replica in (limiter, other_replica)))
+    assert (limiter.losses, other_replica.losses) == (0, 0)
+    with server.client() as client:
+        meta = client.hgetall("ktrdr:{default}:meta")
+    assert len([field for field in meta if field == "epoch"]) == 1
+
+
+async def test_another_tenants_data_does_not_matter(server, limiter):
+    await spends(limiter)
+    async with AsyncBudgetLimiter(server.url, BUDGETS, tenant="other") as other:
+        await spends(other)
+        with server.client() as client:
+            client.delete(*client.scan_iter("ktrdr:{other}:*"))
+        await spends(other)
+        await spends(limiter)
+        assert (other.losses, limiter.losses) == (1, 0)

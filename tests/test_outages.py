@@ -1,0 +1,410 @@
+"""Down means decided: each call ends within its deadline, with an explicit outcome by policy (P12)."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.errors import StoreError
+from ktrdr_budget.money import to_units
+
+from .helpers.keyspace import immortal_keys, ledger_sum, sums
+from .helpers.proxy import Proxy
+from .helpers.waiting import until
+
+BUDGETS = [Budget("agent", "5.00"), Budget("team", "5.00")]
+TIMEOUT_S = 0.2
+GRACE_S = 0.25
+
+
+@pytest.fixture
+def own_server(start_server: Callable):
+    """A server that a test may kill, with a file that keeps what it acknowledged."""
+    made = start_server(None, "--appendonly", "yes")
+    yield made
+    made.kill()
+
+
+class Outage:
+    """One way in which a store is not there, and how it comes back."""
+
+    def __init__(self, server) -> None:
+        self.server = server
+
+    def begin(self) -> None:
+        self.server.kill()
+
+    def end(self) -> None:
+        self.server.start()
+
+
+class Hang(Outage):
+    """SIGSTOP: it accepts connections, and never answers."""
+
+    def begin(self) -> None:
+        os.kill(self.server.process.pid, signal.SIGSTOP)
+
+    def end(self) -> None:
+        os.kill(self.server.process.pid, signal.SIGCONT)
+
+
+@pytest.fixture(params=[Outage, Hang])
+def outage(request: pytest.FixtureRequest, own_server):
+    made = request.param(own_server)
+    yield made
+    if own_server.process is not None:
+        os.kill(own_server.process.pid, signal.SIGCONT)
+
+
+def every_call(limiter: AsyncBudgetLimiter, hold) -> dict[str, Callable]:
+    return {
+        "reserve": lambda: limiter.reserve("agent", "0.15"),
+        "reserve with an id": lambda: limiter.reserve("agent", "0.15", id="op_x"),
+        "record": lambda: limiter.record("agent", "0.02"),
+        "extend": hold.extend,
+        "grow": lambda: hold.grow("0.10"),
+        "commit": lambda: hold.commit("0.07"),
+        "release": hold.release,
+        "commit by id": lambda: limiter.commit("op_1", "0.07"),
+        "release by id": lambda: limiter.release("op_1"),
+        "extend by id": lambda: limiter.extend("op_1", 60),
+        "status": lambda: limiter.status("agent"),
+        "statuses": limiter.statuses,
+        "get": lambda: limiter.get("op_1"),
+        "holds": lambda: limiter.holds("agent"),
+        "ledger": lambda: limiter.ledger("agent"),
+        "set_limit": lambda: limiter.set_limit("agent", "6.00"),
+        "clear_limit": lambda: limiter.clear_limit("agent"),
+    }
+
+
+async def ends_in_time(call: Callable) -> str | None:
+    """What is wrong with how a call ended while the store was away."""
+    started = time.monotonic()
+    try:
+        await call()
+    except StoreUnavailable as error:
+        took_s = time.monotonic() - started
+        if isinstance(error, StoreError):
+            return f"an answer? {error}"
+        return None if took_s <= TIMEOUT_S + GRACE_S else f"took {took_s:.3f} s"
+    except BaseException as error:
+        return repr(error)
+    return "was answered"
+
+
+async def test_462_every_call_ends_within_its_deadline_and_works_again_afterwards(outage):
+    """envoyproxy/ratelimit #462: no ten-second waits. One after the other, so that none hides behind another."""
+    async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        hold = await limiter.reserve("agent", "0.15", id="op_1")
+        outage.begin()
+        wrong = {name: await ends_in_time(call) for name, call in every_call(limiter, hold).items()}
+        assert {name: fault for name, fault in wrong.items() if fault} == {}
+        outage.end()
+        await until(lambda: _answers(limiter))
+        settlement = await hold.commit("0.07")
+        assert settlement.amounts == {"agent": Decimal("0.07")}
+        assert (await limiter.reserve("agent", "0.15")).guarded
+
+
+async def _answers(limiter) -> bool:
+    try:
+        await limiter.status("agent")
+    except StoreUnavailable:
+        return False
+    return True
+
+
+async def test_every_call_at_once_ends_within_its_deadline(outage):
+    async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        hold = await limiter.reserve("agent", "0.15", id="op_1")
+        outage.begin()
+        calls = every_call(limiter, hold)
+        tries = [*calls.values(), *[calls["reserve"]] * 400, *[calls["record"]] * 100]
+        faults = await asyncio.gather(*map(ends_in_time, tries))
+        assert [fault for fault in faults if fault] == []
+        outage.end()
+        await until(lambda: _answers(limiter))
+
+
+async def test_replies_are_not_mixed_up_after_a_hang(own_server):
+    """An answer that comes too late must not be taken for that of the next call."""
+    hang = Hang(own_server)
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1) as limiter:
+        for number in range(1, 6):
+            hang.begin()
+            with pytest.raises(StoreUnavailable):
+                await limiter.reserve("agent", "0.15", id=f"late_{number}")
+            with pytest.raises(StoreUnavailable):
+                await limiter.status("agent")
+            hang.end()
+            await until(lambda: _answers(limiter))
+            hold = await limiter.reserve("team", f"0.{number}", id=f"op_{number}")
+            assert (hold.id, hold.amounts) == (f"op_{number}", {"team": Decimal(f"0.{number}0")})
+            assert (await limiter.get(hold.id)).amounts == hold.amounts
+            assert (await limiter.status("team")).budget == "team"
+
+
+def test_462_the_sync_limiter_ends_within_its_deadline_too(outage):
+    with BudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        hold = limiter.reserve("agent", "0.15")
+        outage.begin()
+        faults: list[object] = []
+
+        def call(work: Callable) -> None:
+            started = time.monotonic()
+            with pytest.raises(StoreUnavailable):
+                work()
+            if (took_s := time.monotonic() - started) > TIMEOUT_S + GRACE_S:
+                faults.append(took_s)
+
+        works = [lambda: limiter.reserve("agent", "0.15"), hold.commit, lambda: limiter.status("agent")] * 4
+        threads = [threading.Thread(target=call, args=[work]) for work in works]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert faults == []
+        outage.end()
+        limiter._timeout = limiter._coalescer._timeout = 5.0
+        assert hold.commit("0.07").amounts == {"agent": Decimal("0.07")}
+
+
+@pytest.mark.parametrize("kind", ["refused", "no socket"])
+async def test_a_store_that_was_never_there(tmp_path: Path, free_tcp_port: int, kind: str, caplog):
+    url = f"redis://127.0.0.1:{free_tcp_port}" if kind == "refused" else f"unix://{tmp_path}/none"
+    async with AsyncBudgetLimiter(url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        assert "starting without the store" in caplog.text
+        assert await ends_in_time(lambda: limiter.reserve("agent", "0.15")) is None
+        with pytest.raises(StoreUnavailable) as unavailable:
+            await limiter.record("agent", "0.15")
+        assert not unavailable.value.ambiguous, "nothing was sent"
+        assert limiter.deferred == 0
+
+
+async def test_a_store_that_comes_within_the_deadline_is_in_time(own_server):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=10.0) as limiter:
+        own_server.kill()
+        call = asyncio.create_task(limiter.reserve("agent", "0.15"))
+        reading = asyncio.create_task(limiter.status("agent"))
+        done, _ = await asyncio.wait({call, reading}, timeout=0.1)
+        assert not done
+        await asyncio.to_thread(own_server.start)
+        assert (await call).guarded
+        assert (await reading).budget == "agent"
+
+
+async def test_112_no_silent_local_fallback_admits_anything(outage):
+    """dataspoke #112: a cap in memory would be multiplied by the replicas."""
+    replicas = [AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=0.1) for _ in range(3)]
+    for replica in replicas:
+        await replica.start()
+    outage.begin()
+    tries = [replica.reserve("agent", "0.01") for replica in replicas for _ in range(10)]
+    outcomes = await asyncio.gather(*tries, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
+    outage.end()
+    for replica in replicas:
+        await replica.close()
+
+
+# -- policy allow ------------------------------------------------------------------------------------------------------
+
+
+async def test_allow_admits_unguarded_and_records_exactly_once_when_the_store_is_back(own_server, caplog):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
+        before = await limiter.reserve("agent", "1.00", id="before")
+        own_server.kill()
+        unguarded = await limiter.reserve("agent", "0.15", id="during")
+        released = await limiter.reserve("agent", "0.20")
+        assert (before.guarded, unguarded.guarded) == (True, False)
+        unguarded.accrue("0.03")
+        await unguarded.extend()
+        assert [await unguarded.commit("0.07"), await before.commit("0.90")] == [
+            _deferred("during", "0.07"),
+            _deferred("before", "0.90"),
+        ]
+        assert (await released.release()).deferred
+        assert (await limiter.record("agent", "0.02", id="spent")).deferred
+        assert limiter.deferred == 4
+        assert "during" in caplog.text, "an unguarded admission is logged"
+        own_server.start()
+        await until(lambda: limiter.deferred == 0)
+        with own_server.client() as client:
+            expected = {"spent": to_units("0.99"), "held": 0, "unconfirmed": 0, "events": 3}
+            assert sums(client) == expected
+            assert ledger_sum(client) == expected["spent"]
+            assert immortal_keys(client) == []
+            assert (await unguarded.commit("0.07")).replayed
+            assert (await limiter.record("agent", "0.02", id="spent")).replayed
+            assert sums(client) == expected
+
+
+def _deferred(hold_id: str, amount: str):
+    from ktrdr_budget import Settlement
+
+    return Settlement(hold_id, "committed", {"agent": Decimal(amount)}, deferred=True)
+
+
+async def test_allow_does_not_count_twice_what_the_store_had_granted_before_it_fell_silent(server, tmp_path_factory):
+    path = Path(tmp_path_factory.mktemp("p")) / "s"
+    async with (
+        Proxy(server.socket_path, path) as proxy,
+        AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter,
+    ):
+        await limiter.record("agent", 0)
+        proxy.hold_replies()
+        hold = await limiter.reserve("agent", "0.15")
+        assert not hold.guarded
+        with server.client() as client:
+            assert sums(client)["held"] == to_units("0.15")
+            assert (await hold.commit("0.07")).deferred
+            assert (await limiter.record("agent", "0.02")).deferred
+            assert sums(client)["spent"] == to_units("0.09")
+            proxy.let_go()
+            await until(lambda: limiter.deferred == 0)
+            assert sums(client) == {"spent": to_units("0.09"), "held": 0, "unconfirmed": 0, "events": 3}
+
+
+async def test_allow_still_denies_what_the_store_denies(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS, on_store_error="allow") as limiter:
+        with pytest.raises(BudgetExceeded):
+            await limiter.reserve("agent", "5.01")
+
+
+async def test_allow_tells_at_the_end_what_it_could_not_record(own_server, caplog):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
+        await limiter.record("agent", "0.01")
+        own_server.kill()
+        await limiter.record("agent", "0.02")
+    assert any(record.levelname == "ERROR" and "never told" in record.message for record in caplog.records)
+
+
+# -- a store that answers, but with an error ---------------------------------------------------------------------------
+
+
+def wrong_type(client) -> None:
+    client.set(f"ktrdr:{{default}}:w:agent:{time.strftime('%Y-%m-%d', time.gmtime())}", "not a hash")
+
+
+def out_of_memory(client) -> None:
+    client.config_set("maxmemory", "1mb")
+
+
+def no_permission(client) -> None:
+    client.acl_setuser("default", enabled=True, nopass=True, keys=["else*"], categories=["+@all"], reset=True)
+
+
+def not_our_schema(client) -> None:
+    client.hset("ktrdr:{default}:meta", "epoch", "999.of-another-release")
+
+
+@pytest.mark.parametrize("policy", ["deny", "allow"])
+@pytest.mark.parametrize("break_it", [wrong_type, out_of_memory, no_permission, not_our_schema])
+async def test_33923_an_unexpected_store_error_never_admits(start_server: Callable, break_it: Callable, policy: str):
+    """#33323, PostHog #60838, spring-cloud-gateway #248: nor does policy `allow` admit on it."""
+    broken = start_server()
+    with broken.client() as client:
+        async with AsyncBudgetLimiter(broken.url, BUDGETS, on_store_error=policy) as limiter:
+            break_it(client)
+            for call in (
+                lambda: limiter.reserve("agent", "0.15"),
+                lambda: limiter.record("agent", "0.02"),
+                lambda: limiter.reserve({"team": "0.15", "agent": "0.15"}),
+            ):
+                with pytest.raises(StoreError) as refused:
+                    await call()
+                assert str(refused.value).count("\n") == 0
+            assert limiter.deferred == 0
+    broken.kill()
+
+
+async def test_33923_a_broken_window_does_not_let_the_rest_of_its_batch_pass_unchecked(server):
+    """A caller whose request travelled with the one that failed is refused with it, or is granted; never both."""
+    with server.client() as client:
+        wrong_type(client)
+        async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+            tries = [limiter.reserve(name, "0.15", id=name) for name in ("team", "agent")]
+            outcomes = await asyncio.gather(*tries, return_exceptions=True)
+            assert isinstance(outcomes[1], StoreError)
+            hold = await limiter.reserve("team", "0.15", id="team")
+            assert sums(client, "team")["held"] == to_units("0.15")
+            await hold.commit("0.07")
+            assert sums(client, "team") == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
+
+
+async def test_a_store_that_refuses_this_user_does_not_let_a_limiter_start(start_server: Callable):
+    guarded = start_server()
+    with guarded.client() as client:
+        no_permission(client)
+        with pytest.raises(StoreError, match="[Nn]o permissions"):
+            async with AsyncBudgetLimiter(guarded.url, BUDGETS, on_store_error="allow"):
+                pytest.fail("it started")
+        with pytest.raises(StoreError, match="[Nn]o permissions"), BudgetLimiter(guarded.url, BUDGETS):
+            pytest.fail("it started")
+    guarded.kill()
+
+
+async def test_a_replica_that_may_not_write_is_unavailable_and_not_full(start_server: Callable):
+    replica = start_server(None, "--replicaof", "127.0.0.1", "1")
+    async with AsyncBudgetLimiter(replica.url, BUDGETS, timeout=0.2) as limiter:
+        with pytest.raises(StoreUnavailable):
+            await limiter.reserve("agent", "0.15")
+    replica.kill()
+
+
+async def test_an_unexpected_failure_ends_the_calls_of_its_batch_and_no_others(server, monkeypatch):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+        apply, failures = limiter._store.apply, []
+
+        async def fail_once(*words):
+            if not failures:
+                failures.append(words)
+                raise ZeroDivisionError("a bug")
+            return await apply(*words)
+
+        monkeypatch.setattr(limiter._store, "apply", fail_once)
+        tries = [asyncio.create_task(limiter.reserve("agent", "0.01")) for _ in range(300)]
+        async with asyncio.timeout(10):
+            outcomes = await asyncio.gather(*tries, return_exceptions=True)
+        failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+        assert 0 < len(failed) < 300
+        assert {type(error) for error in failed} == {BudgetError}
+
+
+@pytest.mark.parametrize("user", ["", "agent"])
+async def test_a_wrong_password_is_an_error_and_appears_nowhere(start_server, free_tcp_port, user, caplog):
+    secured = start_server(None, "--port", str(free_tcp_port))
+    with secured.client() as client:
+        client.acl_setuser("agent", enabled=True, passwords=["+right"], keys=["*"], categories=["+@all"])
+        client.config_set("requirepass", "right")
+    secret = "s3cret-and-wrong"
+    limiter = AsyncBudgetLimiter(f"redis://{user}:{secret}@127.0.0.1:{free_tcp_port}/0", BUDGETS)
+    shown = [repr(limiter), limiter.store_url, repr(limiter._store)]
+    for call in (limiter.start, lambda: limiter.reserve("agent", "0.15"), lambda: limiter.status("agent")):
+        with pytest.raises(StoreError) as refused:
+            await call()
+        shown += [str(refused.value), repr(refused.value), "".join(traceback.format_exception(refused.value))]
+    await limiter.close()
+    assert "***" in limiter.store_url
+    assert secret not in "".join(shown) + caplog.text
+    secured.kill()
+
+
+@pytest.fixture
+def free_tcp_port() -> int:
+    import socket
+
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

@@ -1,0 +1,125 @@
+"""Processes, not threads: replicas race for one cap, and some of them are killed while they do (P1, P5, P11)."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+from collections.abc import Callable
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget
+from ktrdr_budget.money import to_units
+
+from .helpers.keyspace import counted, immortal_keys, sums
+from .helpers.processes import workers
+from .helpers.waiting import until, wait_until
+
+PROCESSES = 8
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def store(request: pytest.FixtureRequest, server, start_server: Callable):
+    """Each kind of server: the embedded Valkey, and Redis where it is installed."""
+    if request.param == "valkey":
+        yield server
+        return
+    binary = shutil.which("redis-server")
+    if binary is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("redis-server is not installed")
+    redis_server = start_server(binary)
+    yield redis_server
+    redis_server.kill()
+
+
+def race_options(url: str, **more: object) -> dict[str, object]:
+    return {"url": url, "limit": "1.00", "amounts": ["0.01"], "callers": 16, "ttl": 60, "settle": False, **more}
+
+
+def test_identical_amounts_of_eight_processes_fill_the_cap_to_the_unit(store):
+    """#23714, #24682: no replica has a cap of its own. #28247, #28283, #40095: first use by eight processes at once."""
+    options = race_options(store.url, limit="0.7", amounts=["0.0007"])
+    with workers("spender.py", PROCESSES, options) as racers, store.client() as client:
+        for racer in racers:
+            racer.tell(go=True)
+        reports = [racer.hear() for racer in racers]
+        assert sum(report["grants"] for report in reports) == 1000
+        assert sum(report["granted"] for report in reports) == to_units("0.7")
+        assert sums(client) == {"spent": 0, "held": to_units("0.7"), "unconfirmed": 0, "events": 0}
+        assert len(list(client.scan_iter("*:w:*"))) == 1, "one window was started, once"
+        assert immortal_keys(client) == []
+
+
+def test_mixed_amounts_with_settlements_and_kill_9_never_pass_the_cap(store):
+    """Killed replicas leave holds that count until their deadline, and are shown as unconfirmed after it, by id."""
+    limit = to_units("6.00")
+    amounts = ["0.01", "0.003", "0.0000007", "0.02", "0.0151"]
+    options = race_options(store.url, limit="6.00", amounts=amounts, ttl=1, settle=True)
+    doomed = random.Random(store.url).sample(range(PROCESSES), 3)
+    with workers("spender.py", PROCESSES, options) as racers, store.client() as client:
+        for racer in racers:
+            racer.tell(go=True)
+        peaks = [kill_at(client, racers[number], limit * tenths // 10) for tenths, number in enumerate(doomed, 2)]
+        reports = [racer.hear() for number, racer in enumerate(racers) if number not in doomed]
+        assert all(racers[number].hear() is None for number in doomed)
+        assert max(peaks) <= limit
+        assert counted(client) <= limit
+        survivors = sum(report["committed"] for report in reports)
+        assert survivors <= sums(client)["spent"] <= limit
+        assert immortal_keys(client) == []
+
+
+def kill_at(client, racer, spent: int) -> int:
+    """Kills a racer once so much is spent by all; returns the most that was ever seen to count until then."""
+    peak = 0
+
+    def reached() -> bool:
+        nonlocal peak
+        found = sums(client)
+        peak = max(peak, found["spent"] + found["held"] + found["unconfirmed"])
+        return found["spent"] >= spent
+
+    wait_until(reached, within_s=30)
+    racer.kill()
+    return peak
+
+
+async def test_holds_of_killed_processes_are_unconfirmed_at_their_deadline(store):
+    """#27639, PR #30522: what a `kill -9`ed holder leaves is shown by id, and can be settled or released by hand."""
+    options = race_options(store.url, limit="0.08", ttl=1, callers=1)
+    with workers("spender.py", 2, options) as racers:
+        for racer in racers:
+            racer.tell(go=True)
+        reports = [racer.hear() for racer in racers]
+        assert sum(report["grants"] for report in reports) == 8
+        for racer in racers:
+            racer.kill()
+    async with AsyncBudgetLimiter(store.url, [Budget("agent", "0.08")]) as limiter:
+        status = await until(lambda: _all_unconfirmed(limiter))
+        assert (status.held, status.unconfirmed, status.remaining) == (0, Decimal("0.08"), 0)
+        holds = (await limiter.holds("agent")).items
+        assert {hold.state for hold in holds} == {"unconfirmed"}
+        assert {hold.owner for hold in holds} <= {"worker-0", "worker-1"}
+        first, second, *_ = holds
+        await limiter.commit(first.id, "0.004")
+        await limiter.release(second.id, operator=True)
+        status = await limiter.status("agent")
+        assert (status.spent, status.unconfirmed) == (Decimal("0.004"), Decimal("0.06"))
+        assert status.remaining == Decimal("0.016")
+
+
+async def _all_unconfirmed(limiter):
+    status = await limiter.status("agent")
+    return status if not status.held else None
+
+
+def test_first_use_by_eight_processes_at_once_is_as_strict_as_any_other(store):
+    """#40095: eight first requests of an unknown subject; #28247, #28283: nobody seeds a counter."""
+    options = race_options(store.url, limit="0.15", amounts=["0.15"], callers=1)
+    with workers("spender.py", PROCESSES, options) as racers, store.client() as client:
+        for racer in racers:
+            racer.tell(go=True)
+        assert sum(racer.hear()["grants"] for racer in racers) == 1
+        assert counted(client) == to_units("0.15")

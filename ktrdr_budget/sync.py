@@ -16,8 +16,8 @@ from types import TracebackType
 from typing import Any
 
 from ktrdr_budget.engine.amounts import Amounts
-from ktrdr_budget.engine.flows import Flow
 from ktrdr_budget.engine.holds import HoldBase, OnError
+from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable
 from ktrdr_budget.limiter import LimiterBase, _Heartbeat, logger
 from ktrdr_budget.models import TTL_DEFAULT_S, HoldView, LedgerEntry, OnExpiry, Page, Settlement, Status

@@ -1,4 +1,4 @@
-"""Everything at once: lost requests, lost replies, cancellations, deadlines, retries; and then the sum must be right."""
+"""Everything at once: lost requests, lost replies, cancellations, deadlines, retries; and the sum must be right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A store that went back in time is noticed by every replica that it had acknowledged writes to, and only then (P13)."""
+"""A store that went back in time is noticed by each replica that it had acknowledged writes to, only then (P13)."""
 
 from __future__ import annotations
 

@@ -18,8 +18,9 @@ from starlette.responses import Response
 from ktrdr_budget.api.auth import Keys
 from ktrdr_budget.api.probes import probes
 from ktrdr_budget.api.problems import Problem, problem_of
-from ktrdr_budget.api.router import Service, service_router
+from ktrdr_budget.api.router import service_router
 from ktrdr_budget.api.routing import BudgetRoute
+from ktrdr_budget.api.service import Service
 from ktrdr_budget.api.settings import Settings, load_settings
 from ktrdr_budget.errors import BudgetError, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter

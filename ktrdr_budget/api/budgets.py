@@ -23,7 +23,7 @@ from ktrdr_budget.api.schemas import (
 from ktrdr_budget.api.settings import AGENT
 
 if TYPE_CHECKING:
-    from ktrdr_budget.api.router import Service
+    from ktrdr_budget.api.service import Service
 
 __all__ = ["Budgets"]
 

@@ -14,7 +14,7 @@ from ktrdr_budget.api.routing import BudgetRoute, inline_schema
 from ktrdr_budget.api.schemas import Liveness, Readiness, UnreadyProblem
 
 if TYPE_CHECKING:
-    from ktrdr_budget.api.router import Service
+    from ktrdr_budget.api.service import Service
     from ktrdr_budget.telemetry.metrics import LimiterMetrics
 
 __all__ = ["probes"]

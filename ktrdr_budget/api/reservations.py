@@ -24,7 +24,7 @@ from ktrdr_budget.api.schemas import (
 from ktrdr_budget.models import HoldView, Settlement
 
 if TYPE_CHECKING:
-    from ktrdr_budget.api.router import Service
+    from ktrdr_budget.api.service import Service
 
 __all__ = ["Reservations"]
 

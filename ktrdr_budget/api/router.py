@@ -9,24 +9,15 @@ from ktrdr_budget.api.budgets import Budgets
 from ktrdr_budget.api.probes import probes
 from ktrdr_budget.api.reservations import Reservations
 from ktrdr_budget.api.routing import BudgetRoute, add_operations
+from ktrdr_budget.api.service import Service
 from ktrdr_budget.environment import cycle_estimate as cycle_estimate_of_environment
 from ktrdr_budget.limiter import AsyncBudgetLimiter
-from ktrdr_budget.money import AmountIn, from_units, to_units
+from ktrdr_budget.money import AmountIn
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
 
-__all__ = ["Service", "budget_router", "probe_router", "service_router"]
+__all__ = ["budget_router", "probe_router", "service_router"]
 
 PREFIX = "/api/v1"
-
-
-class Service:
-    """What the operations work with."""
-
-    def __init__(self, limiter: AsyncBudgetLimiter, keys: Keys, cycle_estimate: AmountIn) -> None:
-        self.limiter = limiter
-        """Another one for each run of the app, for a limiter belongs to one event loop."""
-        self.keys = keys
-        self.cycle_estimate = from_units(to_units(cycle_estimate, positive=True))
 
 
 def service_router(service: Service, prefix: str = PREFIX) -> APIRouter:

@@ -17,9 +17,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ktrdr_budget.engine.flows import Core, Flow
+from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.holds import HoldBase
 from ktrdr_budget.engine.protocol import Command, Op, Reply, encode_batch, parse_batch
+from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.engine.store import Store, Transient, unavailable
 from ktrdr_budget.errors import BudgetError, StoreUnavailable
 
@@ -85,6 +86,7 @@ class Coalescer:
         self._lanes = 0
         self._tasks: set[asyncio.Task[None]] = set()
         self._backoff_s = 0.0
+        self._trouble: Exception | None = None
         self._retiring = False
         self._deferred_timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -234,23 +236,26 @@ class Coalescer:
     async def _exchange(self, batch: list[_Call]) -> None:
         """One round trip."""
         session, store = self._session, self._store
-        header = session.header
-        name, keys, args = encode_batch(session.keys, header, [call.request for call in batch])
         deadline = min(call.deadline for call in batch)
         assert self._loop is not None
-        in_time = self._loop.time() < deadline
+        if deadline <= self._loop.time():  # whose time is over is told so, and sends nothing any more
+            if not (batch := self._expire(batch, self._trouble)):
+                return
+            deadline = min(call.deadline for call in batch)
+        header = session.header
+        name, keys, args = encode_batch(session.keys, header, [call.request for call in batch])
         try:
             await store.open()
             async with asyncio.timeout_at(deadline):
                 answer = await store.apply(name, keys, args)
         except (Transient, TimeoutError) as error:
-            await self._again(batch, error, sent=in_time and getattr(error, "sent", True))
+            await self._again(batch, error)
             return
         except (StoreUnavailable, OSError) as error:
             for call in batch:
                 self._throw(call, error)
             return
-        self._backoff_s = 0.0
+        self._backoff_s, self._trouble = 0.0, None
         head, lines = parse_batch(answer)
         session.absorb(head, header)
         if head.due and not self._retiring:
@@ -268,10 +273,11 @@ class Coalescer:
         if not future.cancelled():
             future.exception()
 
-    async def _again(self, batch: list[_Call], error: Exception, sent: bool) -> None:
+    async def _again(self, batch: list[_Call], error: Exception) -> None:
         """Calls that have time left are sent again: the same id makes that harmless."""
         self._backoff_s = min(_BACKOFF_MAX_S, self._backoff_s * 2 or _BACKOFF_FIRST_S)
-        if sent:
+        self._trouble = error
+        if not isinstance(error, Transient) or error.sent:
             for call in batch:
                 call.sent = True
         for call in reversed(self._expire(batch, error)):
@@ -281,7 +287,7 @@ class Coalescer:
             assert self._loop is not None
             await asyncio.sleep(max(0.0, min(self._backoff_s, min(waiting) - self._loop.time())))
 
-    def _expire(self, calls: list[_Call], error: Exception) -> list[_Call]:
+    def _expire(self, calls: list[_Call], error: Exception | None) -> list[_Call]:
         """Ends the calls whose deadline has come; returns the others."""
         assert self._loop is not None
         now, left = self._loop.time(), []

@@ -14,7 +14,8 @@ from ktrdr_budget.money import MAX_UNITS, Amount, from_units, to_units
 from ktrdr_budget.periods import from_ms
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.flows import Core, Flow
+    from ktrdr_budget.engine.flows import Core
+    from ktrdr_budget.engine.reads import Flow
 
 __all__ = ["HoldBase", "OnError"]
 

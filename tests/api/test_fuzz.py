@@ -1,9 +1,9 @@
 """The property-based HTTP fuzzer against the live service: no 5xx, no undocumented answer, no schema that lies.
 
 It runs as a process of its own, with a seed of its own that it prints, and the request to repeat for each failure.
-Two of its checks cannot be met, and are left out: ``positive_data_acceptance`` (whether an amount can be counted depends
-on its budget, whether a cursor or window exists on the data), and ``ensure_resource_availability`` (a hold that exists
-answers 404 to a budget that it does not have).
+Two of its checks cannot be met, and are left out: ``positive_data_acceptance`` (whether an amount can be counted
+depends on its budget, whether a cursor or window exists on the data), and ``ensure_resource_availability`` (a hold that
+exists answers 404 to a budget that it does not have).
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ import pytest
 from fastapi import FastAPI
 
 from ktrdr_budget import Budget
-from ktrdr_budget.api import Settings, serving as module
+from ktrdr_budget.api import Settings
+from ktrdr_budget.api import serving as module
 from ktrdr_budget.api.announcement import budget_line
 from ktrdr_budget.api.serving import ServeError, serve
 from ktrdr_budget.engine import embedded

@@ -1,0 +1,203 @@
+"""How reading and administering go, step by step, for sync and async alike.
+
+A flow is a generator: it yields what to ask the store (:class:`~.protocol.Op` or :class:`~.protocol.Command`), is sent
+the answer, and returns the result. It validates before it yields, so that bad input is refused before anything is sent.
+Whoever drives it throws :class:`~ktrdr_budget.errors.StoreUnavailable` into it when the deadline has passed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ktrdr_budget.engine.protocol import Command, Op, Record, Window, encode_batch, parse_ledger_entry, parse_record
+from ktrdr_budget.engine.scripts import LIMITS, STATUS
+from ktrdr_budget.engine.views import entry_cursor, holds_cursor, page_size, policy_fault, status_of
+from ktrdr_budget.errors import InvalidArgument, StoreError, StoreUnavailable, UnknownHold
+from ktrdr_budget.models import Budget, HoldView, LedgerEntry, Page, Status
+from ktrdr_budget.money import AmountIn, to_units
+from ktrdr_budget.periods import to_ms, window_at, window_named
+
+if TYPE_CHECKING:
+    from ktrdr_budget.engine.session import Session
+
+__all__ = ["Flow", "Reads"]
+
+Result = TypeVar("Result")
+Flow = Generator[Op | Command, Any, Result]
+
+RETIRE_ROUNDS = 64
+_PAGE_MAX = 1000
+
+
+class Reads:
+    """The flows that only look, those that change limits, and the retirement of due holds that looking entails."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    # -- due holds -----------------------------------------------------------------------------------------------------
+
+    def retire(self, due: Iterable[str]) -> Flow[None]:
+        """Makes holds that are past their deadline unconfirmed."""
+        ids = list(due)
+        stored = yield Command(None, (), ("MGET", *map(self.session.keys.hold, ids)))
+        records = {i: parse_record(_str(value)) if value else None for i, value in zip(ids, stored, strict=True)}
+        yield from self._retire_records(records)
+
+    def _retire_records(self, records: Mapping[str, Record | None]) -> Flow[None]:
+        for hold_id, record in records.items():
+            parts = [(window, "") for window, _ in self._parts(record)] if record else []
+            yield Op(hold_id, self.session.keys.hold(hold_id), f"X {hold_id}", parts)
+
+    # -- reads ---------------------------------------------------------------------------------------------------------
+
+    def status(self, names: Sequence[str] | None) -> Flow[list[Status]]:
+        """Budgets now; holds that are due are retired first, so that they show as unconfirmed."""
+        session = self.session
+        budgets = [session.budget(name) for name in (session.budgets if names is None else names)]
+        rounds = 0
+        while True:
+            windows = [session.current_window(budget.name) for budget in budgets]
+            reply = yield self._status_command(windows)
+            now_us = int(reply[0])
+            session.set_clock(now_us)
+            now_ms = now_us // 1000
+            if not all(window.span.contains(now_ms) for window in windows):
+                continue
+            rounds += 1
+            if not reply[2] or rounds == RETIRE_ROUNDS:
+                figures = zip(budgets, windows, reply[3:], strict=True)
+                return [status_of(budget, window, stored, now_us) for budget, window, stored in figures]
+            yield from self.retire([_str(hold_id) for hold_id in reply[2]])
+
+    def _status_command(self, windows: Sequence[Window]) -> Command:
+        keys = self.session.keys
+        return Command(
+            STATUS, [keys.meta, keys.limits, keys.due, *(w.key for w in windows)], [w.budget for w in windows]
+        )
+
+    def _read(self, hold_id: str) -> Flow[Record]:
+        """A hold's record, retired if it is due."""
+        retired = False
+        while True:
+            stored = yield Command(None, (), ("GET", self.session.keys.hold(hold_id)))
+            if not stored:
+                raise UnknownHold(f"unknown hold {hold_id!r}")
+            record = parse_record(_str(stored))
+            if retired or record.state != "o" or record.deadline_ms > self.session.now_ms():
+                return record
+            yield from self._retire_records({hold_id: record})
+            retired = True
+
+    def holds(self, name: str, limit: int, cursor: str | None) -> Flow[Page[HoldView]]:
+        """Open and unconfirmed holds of a budget, newest deadline first."""
+        self.session.budget(name)
+        page_size(limit)
+        yield from self.status([name])  # retires what is due
+        found: list[HoldView] = []
+        zset, offset = holds_cursor(cursor)
+        keys = (self.session.keys.due, self.session.keys.unconfirmed)
+        while zset < len(keys):
+            ids = yield Command(None, (), ("ZREVRANGE", keys[zset], offset, offset + _PAGE_MAX - 1))
+            records = (yield from self._records(ids)) if ids else []
+            for hold_id, record in records:
+                if len(found) == limit:
+                    return Page(tuple(found), f"{zset}-{offset}")
+                offset += 1
+                if record and record.state in "ox" and any(s.budget == name for s in record.segments):
+                    found.append(record.view(hold_id))
+            if len(ids) < _PAGE_MAX:
+                zset, offset = zset + 1, 0
+        return Page(tuple(found), None)
+
+    def _records(self, ids: Sequence[bytes]) -> Flow[list[tuple[str, Record | None]]]:
+        names = [_str(hold_id) for hold_id in ids]
+        stored = yield Command(None, (), ("MGET", *map(self.session.keys.hold, names)))
+        return [(name, parse_record(_str(value)) if value else None) for name, value in zip(names, stored, strict=True)]
+
+    def ledger(self, name: str, window: str | None, limit: int, cursor: str | None) -> Flow[Page[LedgerEntry]]:
+        """A window's ledger, newest first; the current window by default."""
+        budget = self.session.budget(name)
+        page_size(limit)
+        if window is None:
+            [status] = yield from self.status([name])
+            window = status.window
+        window_named(budget.period, budget.timezone, window)
+        last = "+" if cursor is None else f"({entry_cursor(cursor)}"
+        key = self.session.keys.ledger(name, window)
+        raw = yield Command(None, (), ("XREVRANGE", key, last, "-", "COUNT", limit))
+        entries = tuple(parse_ledger_entry(entry[0], entry[1], budget.unit) for entry in raw)
+        return Page(entries, entries[-1].entry_id if len(entries) == limit else None)
+
+    # -- limits --------------------------------------------------------------------------------------------------------
+
+    def set_limit(self, name: str, limit: AmountIn | None, until: datetime | str | None) -> Flow[Status]:
+        """Changes a limit at run time, for all replicas."""
+        budget = self.session.budget(name)
+        units = "-" if limit is None else str(to_units(limit, budget.unit, round_down=True))
+        while True:
+            yield from self.status([name])  # the window, and what lies in the past, are matters of the store's clock
+            until_ms = self._until_ms(budget, until)
+            yield Command(LIMITS, [self.session.keys.limits, self.session.keys.meta], [name, units, until_ms])
+            [status] = yield from self.status([name])
+            if until != "window" or status.resets_at is None or to_ms(status.resets_at) == until_ms:
+                return status
+
+    def clear_limit(self, name: str) -> Flow[Status]:
+        """Returns to the configured limit."""
+        self.session.budget(name)
+        yield Command(LIMITS, [self.session.keys.limits, self.session.keys.meta], [name, "", 0])
+        return (yield from self.status([name]))[0]
+
+    def _until_ms(self, budget: Budget, until: datetime | str | None) -> int:
+        now_ms = self.session.now_ms()
+        if until is None:
+            return 0
+        if until == "window":
+            return window_at(budget.period, budget.timezone, now_ms).end_ms or 0
+        if not isinstance(until, datetime) or until.tzinfo is None:
+            raise InvalidArgument(f"until must be an aware datetime, 'window' or None, not {until!r}")
+        until_ms = to_ms(until.astimezone(UTC))
+        if until_ms <= now_ms:
+            raise InvalidArgument(f"until lies in the past: {until.isoformat()}")
+        return until_ms
+
+    # -- readiness -----------------------------------------------------------------------------------------------------
+
+    def check(self) -> Flow[dict[str, str | None]]:
+        """What keeps the store from being relied on, per check; ``None`` where nothing does."""
+        try:
+            policy_fault = yield from self._policy_fault()
+            scripts_fault = yield from self._scripts_fault()
+        except StoreUnavailable as error:
+            unknown = "unknown: the store does not answer"
+            return {"store": str(error), "policy": unknown, "scripts": unknown}
+        return {"store": None, "policy": policy_fault, "scripts": scripts_fault}
+
+    def _policy_fault(self) -> Flow[str | None]:
+        try:
+            return policy_fault((yield Command(None, (), ("INFO", "memory"))))
+        except StoreError as error:
+            return f"unknown: {error}"
+
+    def _scripts_fault(self) -> Flow[str | None]:
+        """Runs the scripts with nothing to do: one that reads, and all that write."""
+        session = self.session
+        _, keys, args = encode_batch(session.keys, session.header, [])
+        try:
+            yield self._status_command(())
+            yield Command("apply", keys, args)
+        except StoreError as error:
+            return str(error)
+        return None
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    def _parts(self, record: Record) -> list[tuple[Window, int]]:
+        return [(self.session.window(s.budget, s.window, s.flag), s.reserved) for s in record.segments]
+
+
+def _str(value: bytes | str) -> str:
+    return value.decode() if isinstance(value, bytes) else value

@@ -5,6 +5,7 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 HOST ?= 127.0.0.1
 PORT ?= 8000
 WORKERS ?= 1
+PYTEST_ARGS ?= -n 2 --dist loadfile
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
@@ -29,7 +30,7 @@ format: .venv/.test ## Format, and mend what lint can mend
 	$(BIN)/ruff format .
 
 fuzz: .venv/.test ## Compare many more random histories with the reference model (minutes)
-	KTRDR_EXAMPLES=2000 $(BIN)/pytest tests/model --timeout 3600 $(PYTEST_ARGS)
+	KTRDR_EXAMPLES=2000 $(BIN)/pytest tests/model --timeout 3600
 
 bench: .venv/.bench ## Measure against peers, and write the table in docs/benchmarks.md
 	$(BIN)/python -m benchmarks --markdown

@@ -21,7 +21,7 @@ for i = 1, n_windows do
   if creates then
     call('HSET', key, 'def', ARGV[at + 1], 'start_ms', ARGV[at + 2], 'end_ms', ARGV[at + 3])
   end
-  if w.asserting and (w.creating or w.changing) then
+  if w.asserting and w.changing then
     dirty = true
     call('HSET', key, 'limit', ARGV[at + 5], 'asserted_us', w.asserted_us)
   end

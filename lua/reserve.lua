@@ -50,7 +50,10 @@ function operations.R(op, key)
     local again = replay(key, policy, amounts)
     if again then return again end
     -- A denial must not write, but if it did not pass on a limit that changed, older replicas would spend by the old one.
-    for i in gmatch(amounts, '(%d+):') do windows[tonumber(i)].changing = windows[tonumber(i)].differs end
+    for i in gmatch(amounts, '(%d+):') do
+      local w = windows[tonumber(i)]
+      w.changing = w.changing or w.differs
+    end
     return deny(denied, denied_amount)
   end
   if expires == '0' then -- only windows without end: a day to live, and then as long as a window is kept
@@ -60,7 +63,7 @@ function operations.R(op, key)
   local record = 'o ' .. policy .. ' ' .. deadline_before .. ' ' .. now_us_text .. ' 0 ' .. labels .. segments
   if not call('SET', key, record, 'NX', 'PXAT', expires) then return replay(key, policy, amounts) end
   for i = 1, n, 2 do
-    taken[i].creating = true
+    taken[i].creating, taken[i].changing = true, true
     add(taken[i], HELD, taken[i + 1])
   end
   dirty = true

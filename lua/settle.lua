@@ -2,7 +2,8 @@
 -- or for being more than was reserved.
 --
 -- op     D id window:mode+units …    commit; mode x exactly, r what was reserved, a at least what was accrued
---        L id operator window: …     release; operator 1: done by hand, the worker's later commit still corrects it
+--        L id operator window: …     release; operator 1: done by hand, the worker's later commit still corrects it;
+--                                    s and microseconds: only what was granted since then, else c
 -- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, or -
 --        p flags units,units…    the same was done before
 --        c record                settled otherwise before, or not a hold
@@ -85,10 +86,11 @@ function operations.D(op, key)
 end
 
 function operations.L(op, key)
-  local id, operator = match(op, '^L (%S+) (%d)')
+  local id, operator, since_us = match(op, '^L (%S+) ([01s])(%d*)')
   local hold, record = find(id, key)
   if not hold then return record end
   local state = hold.state
+  if operator == 's' and tonumber(match(hold.origin, '^%d+')) < tonumber(since_us) then return 'c ' .. record end
   if state == 'c' or state == 'n' then return 'c ' .. record end
   if state == 'r' or (state == 'z' and operator == '1') then return 'p - ' .. charges(hold) end
   for i = 1, #hold.segments do

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from pathlib import Path
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, StoreUnavailable, UnknownHold
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, StoreUnavailable
 from ktrdr_budget.money import from_units
 
 from .helpers.keyspace import counted, immortal_keys, ledger_sum, sums
@@ -53,11 +52,6 @@ class Chaos:
         except asyncio.CancelledError:
             return None
 
-    async def gives_back(self, hold_id: str) -> None:
-        """A caller that was cancelled does not know; but it knows the id that it gave."""
-        with contextlib.suppress(UnknownHold):
-            await self.insists(lambda: self.limiter.release(hold_id))
-
     async def works(self, number: int) -> None:
         for turn in range(ROUNDS):
             hold_id = f"op_{number}_{turn}" if self.random.random() < 0.5 else None
@@ -74,8 +68,6 @@ class Chaos:
                     continue
             if hold is not None:
                 await self.settles(hold, units)
-            elif hold_id is not None:
-                await self.gives_back(hold_id)
 
     async def settles(self, hold, units: int) -> None:
         actual = self.random.randrange(0, units + 1)

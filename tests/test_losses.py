@@ -54,7 +54,9 @@ async def reserves(limiter: AsyncBudgetLimiter) -> None:
 
 
 @pytest.mark.parametrize(
-    "afterwards", [(spends,), (denied, denied, spends), (reserves, denied), (denied,) * 3], ids=str
+    "afterwards",
+    [(spends,), (denied, denied, spends), (reserves, denied), (denied,) * 3],
+    ids=lambda calls: "-".join(call.__name__ for call in calls),
 )
 async def test_flushall_is_noticed_and_told_once(server, limiter, caplog, afterwards):
     await limiter.record("agent", "1.00")

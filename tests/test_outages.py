@@ -218,6 +218,41 @@ async def test_112_no_silent_local_fallback_admits_anything(outage):
         await replica.close()
 
 
+async def test_closing_while_the_store_hangs_ends_in_time(outage):
+    limiter = AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S)
+    hold = await limiter.reserve("agent", "0.15")
+    outage.begin()
+    commit = asyncio.create_task(hold.commit("0.07"))
+    await asyncio.sleep(0)
+    started = time.monotonic()
+    await limiter.close()
+    assert time.monotonic() - started < 3 * TIMEOUT_S + GRACE_S
+    with pytest.raises(BudgetError):
+        await commit
+    outage.end()
+
+
+async def test_a_heartbeat_revives_its_hold_after_an_outage_that_outlived_it(outage):
+    async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        async with limiter.hold("agent", "0.15", id="op_1", ttl=1) as hold:
+            hold.accrue("0.05")
+            outage.begin()
+            ends = time.monotonic() + 1.2
+            await until(lambda: time.monotonic() > ends)
+            outage.end()
+            await until(lambda: _is_open_since(limiter, hold.expires_at))
+        with outage.server.client() as client:
+            assert sums(client)["spent"] == ledger_sum(client) == to_units("0.05")
+
+
+async def _is_open_since(limiter, expires_at) -> bool:
+    try:
+        view = await limiter.get("op_1")
+    except StoreUnavailable:
+        return False
+    return view.state == "open" and view.accrued == {"agent": Decimal("0.05")} and view.expires_at >= expires_at
+
+
 # -- policy allow ------------------------------------------------------------------------------------------------------
 
 
@@ -380,6 +415,21 @@ async def test_an_unexpected_failure_ends_the_calls_of_its_batch_and_no_others(s
         failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         assert 0 < len(failed) < 300
         assert {type(error) for error in failed} == {BudgetError}
+
+
+async def test_an_unexpected_failure_of_a_read_is_an_answer_too(server, monkeypatch):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+        run = limiter._store.run
+
+        async def fail(command):
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(limiter._store, "run", fail)
+        async with asyncio.timeout(5):
+            with pytest.raises(BudgetError, match="ZeroDivisionError: a bug"):
+                await limiter.status("agent")
+        monkeypatch.setattr(limiter._store, "run", run)
+        assert (await limiter.status("agent")).spent == 0
 
 
 @pytest.mark.parametrize("user", ["", "agent"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
 from starlette.responses import Response
 
@@ -73,7 +72,7 @@ class Reservations:
             operation=body.operation,
             owner=call.caller.owner,
         )
-        location = {"Location": f"{call.request.scope['path']}/{quote(hold.id, safe=':@')}"}
+        location = _location(call.request.scope["path"], hold.id)
         if hold.replayed:
             return JsonResponse(reservation(await limiter.get(hold.id), replayed=True), 200, location)
         if body.id is None and has_gone(call.request):
@@ -127,8 +126,7 @@ class Reservations:
         body = await read_body(call.request, call.headers, SpendIn)
         done = await self._service.limiter.record(body.amounts, id=body.id, operation=body.operation)
         reservations = call.request.scope["path"].removesuffix("/spend") + "/reservations"
-        location = {"Location": f"{reservations}/{quote(done.id, safe=':@')}"}
-        return JsonResponse(settlement(done), 200 if done.replayed else 201, location)
+        return JsonResponse(settlement(done), 200 if done.replayed else 201, _location(reservations, done.id))
 
     async def _seen(self, call: Call) -> HoldView:
         """The hold, if this caller may settle it.
@@ -140,6 +138,11 @@ class Reservations:
         if hold.state == "unconfirmed" and hold.owner != call.caller.owner and not call.caller.admin:
             raise Problem(403, "forbidden", f"hold {call.name!r} is unconfirmed, and another's: it needs the admin key")
         return hold
+
+
+def _location(reservations: str, hold_id: str) -> dict[str, str]:
+    """Where a hold can be read. Of all that an id may hold, a path cannot hold but ``/``."""
+    return {"Location": f"{reservations}/{hold_id.replace('/', '%2F')}"}
 
 
 def _settled(done: Settlement) -> Response:

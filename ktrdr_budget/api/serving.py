@@ -16,7 +16,6 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
-from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from ktrdr_budget.api.announcement import announcement
@@ -33,6 +32,8 @@ __all__ = ["ServeError", "serve"]
 KEEP_ALIVE_S = 75
 """Longer than the proxies in front of it keep a connection, lest one is closed while they use it."""
 GRACE_S = 10
+STARTUP_FAILURE = 3
+"""How uvicorn's worker ends whose app does not start."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOGGING: dict[str, Any] = {
     "version": 1,

@@ -146,11 +146,12 @@ class Coalescer:
         future = call.future
         if call.sent and isinstance(result, HoldBase) and result.replayed:
             # Granted to this very call, by an attempt whose answer got lost?
-            assert self._loop is not None
-            called_ms = self._session.now_ms() - (time.monotonic() - call.started) * 1000
-            result.replayed = result.created_us < called_ms * 1000
+            result.replayed = result.created_us < self._called_us(call)
         if future.cancelled():
             self._abandoned(result)
+            unknown = isinstance(error, StoreUnavailable) or (isinstance(result, HoldBase) and not result.guarded)
+            if unknown and call.sent and isinstance(call.request, Op) and call.request.letter == "R":
+                self._core.reclaim(call.request, self._called_us(call))
         elif error is None:
             future.set_result(result)
         else:
@@ -159,6 +160,10 @@ class Coalescer:
             self._observe(call, result, error)
         if self._core.deferred and self._deferred_timer is None:
             self._retry_deferred_later()
+
+    def _called_us(self, call: _Call) -> int:
+        """When a call was made, by the store's clock."""
+        return int((self._session.now_ms() - (time.monotonic() - call.started) * 1000) * 1000)
 
     def abandon(self, future: Any) -> None:
         """Told when whoever awaited the future has gone, whether its result is there already or not."""
@@ -349,7 +354,7 @@ class Coalescer:
                     deferred.popleft()
                     if (instead := op.otherwise(line)) is not None:
                         deferred.append(instead)
-                    elif line[0] not in "kpu":
+                    elif line[0] not in "kpu" and op.letter != "L":
                         logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
         except (Transient, TimeoutError, StoreUnavailable, OSError):
             pass

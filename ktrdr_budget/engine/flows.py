@@ -151,10 +151,14 @@ class Core(Reads):
         except StoreUnavailable:
             self._give_back(hold.id, [window for window, _ in hold.parts])
 
-    def _give_back(self, hold_id: str, windows: Iterable[Window]) -> None:
+    def reclaim(self, request: Op, since_us: int) -> None:
+        """Releases, once the store answers again, what a reservation may have been granted; not an older grant."""
+        self._give_back(request.id, [window for window, _ in request.parts], f"s{since_us}")
+
+    def _give_back(self, hold_id: str, windows: Iterable[Window], mode: str = "0") -> None:
         if len(self.deferred) < _DEFERRED_MAX:
             parts = [(window, ":x0") for window in windows]
-            self.deferred.append(Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} 0", parts))
+            self.deferred.append(Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} {mode}", parts))
 
     def _admitted_unguarded(
         self, hold_id: str, parts: list[tuple[Window, int]], ttl_ms: int, policy: str, labels: tuple[str, str, str]

@@ -62,14 +62,18 @@ class Service:
     def wait_listening(self, within_s: float = 30.0) -> None:
         """Until a connection is taken; a worker answers it when it is there."""
         ends = time.monotonic() + within_s
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
-                return
-            except OSError:
-                assert self.process.poll() is None, self.said
-                assert time.monotonic() < ends, self.said
-                time.sleep(0.01)
+        while not self.is_listening():
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < ends, self.said
+            time.sleep(0.01)
+
+    def is_listening(self) -> bool:
+        """Whether it takes connections."""
+        try:
+            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+        except OSError:
+            return False
+        return True
 
     def wait_told(self, words: str = "listening on", within_s: float = 30.0) -> None:
         """Until it has said so."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from ktrdr_budget import Budget, BudgetLimiter
+
 from ..helpers.waiting import until
 from .support import V1, problem, reserved
 
@@ -71,6 +73,11 @@ async def test_a_store_that_runs_no_scripts_is_not_ready(start, server):
         assert document["checks"]["policy"] == "ok"
         assert document["checks"]["scripts"] != "ok"
         redis.execute_command("ACL", "DELUSER", "reader")
+
+
+def test_the_library_can_ask_too(server):
+    with BudgetLimiter(server.url, [Budget("agent", "5.00")]) as limiter:
+        assert limiter.check() == {"store": None, "policy": None, "scripts": None}
 
 
 async def test_readiness_writes_nothing(client, server):

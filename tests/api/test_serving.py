@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import tempfile
-import threading
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -244,16 +243,37 @@ def test_what_is_under_way_is_finished(start_server):
     with serving(KTRDR_REDIS_URL=own.url, KTRDR_TIMEOUT="10") as service:
         assert service.post(f"{V1}/reservations", {**RESERVATION, "id": "op_1"}).status_code == 201
         own.process.send_signal(signal.SIGSTOP)
-        with ThreadPoolExecutor(1) as threads:
-            asked = threads.submit(service.post, f"{V1}/reservations/op_1/commit", {"amounts": "0.07"})
-            own_clients = threading.Event()
-            service.get("/livez")  # answered after the commit was taken, for the process has one event loop
+        body = b'{"amounts": "0.07"}'
+        head = f"POST {V1}/reservations/op_1/commit HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", service.port)) as client:
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            service.get("/livez")  # by now the commit is under way, for the process has one event loop
             service.signal(signal.SIGTERM)
-            own_clients.wait(0.2)
-            assert service.process.poll() is None
+            wait_until(lambda: not service.is_listening())
             own.process.send_signal(signal.SIGCONT)
-            assert asked.result().json()["state"] == "committed"
+            assert b'"state":"committed"' in client.makefile("rb").read()
         assert service.end() == 0
+
+
+def test_a_client_that_hung_up_before_it_was_told_an_id_holds_nothing(start_server):
+    own = start_server()
+    with serving(KTRDR_REDIS_URL=own.url, KTRDR_TIMEOUT="10") as service:
+        assert figures(service)["held"] == 0
+        own.process.send_signal(signal.SIGSTOP)
+        body = b'{"amounts": {"agent": "0.15"}}'
+        head = f"POST {V1}/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+        with socket.create_connection(("127.0.0.1", service.port)) as client:
+            client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            service.get("/livez")  # by now the reservation is under way, for the process has one event loop
+        service.get("/livez")  # and by now the process knows that nobody awaits it
+        own.process.send_signal(signal.SIGCONT)
+
+        def granted_and_released() -> bool:
+            with own.client() as redis:
+                return any(redis.get(key)[0] == "r" for key in redis.scan_iter("*:h:*"))
+
+        wait_until(granted_and_released)
+        assert figures(service)["held"] == 0
 
 
 def test_the_embedded_server_ends_with_its_last_user(tmp_path):

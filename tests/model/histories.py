@@ -67,5 +67,48 @@ names_of_a_hold = st.one_of(
 requests = names_of_a_hold.flatmap(mapping_for)
 ttls = st.sampled_from([1, 1.5, 60, 900, 900, 3600, 43_200, 86_400])
 policies = st.sampled_from(["charge", "charge", "accrued", "release"])
-new_ids = st.sampled_from([f"op_{number}" for number in range(12)])
+NEW_IDS = [f"op_{number}" for number in range(12)]
+new_ids = st.sampled_from(NEW_IDS)
 steps_s = st.sampled_from([0.4, 1, 10, 61, 600, 901, 3600, 5 * 3600, 86_400, 90_000, 3 * 86_400])
+
+configured_limits = st.fixed_dictionaries(
+    {b.name: st.none() if b.name == UNCAPPED else usd_limits if b.unit == "usd" else count_limits for b in BUDGETS}
+)
+scalars = amount_for("agent", zero=True)
+
+bad_amounts = st.sampled_from(
+    [
+        0,
+        -1,
+        "-0.01",
+        "NaN",
+        "Infinity",
+        float("nan"),
+        True,
+        None,
+        "",
+        "1_0",
+        "0x1",
+        b"1",
+        [],
+        2**53,
+        "9007199.254740992",
+    ]
+)
+impossible_reservations = st.one_of(
+    bad_amounts.map(lambda amount: ({"agent": amount}, {}, "InvalidAmount")),
+    bad_amounts.map(lambda amount: ({"lifetime": "0.01", "agent": amount}, {}, "InvalidAmount")),
+    st.sampled_from([1.5, "0.1", 2**53]).map(lambda amount: ({"tokens": amount}, {}, "InvalidAmount")),
+    st.sampled_from(["", "a b", "ä", "x" * 129, "a,b", "a\n", None, 7]).map(
+        lambda name: ({name: "0.01"}, {}, "InvalidArgument")
+    ),
+    st.just(({"nobody": "0.01"}, {}, "UnknownBudget")),
+    st.just(({}, {}, "InvalidArgument")),
+    st.sampled_from(["", "a b", "x" * 129, 7]).map(lambda bad: ({"agent": 1}, {"id": bad}, "InvalidArgument")),
+    st.sampled_from([0, 0.5, 86_401, -1, True, "60", float("nan"), None]).map(
+        lambda ttl: ({"agent": 1}, {"ttl": ttl}, "InvalidArgument")
+    ),
+    st.sampled_from(["", "keep", None, []]).map(
+        lambda policy: ({"agent": 1}, {"on_expiry": policy}, "InvalidArgument")
+    ),
+)

@@ -110,6 +110,11 @@ class RawStore:
                 weights[window] = weights.get(window, 0) + weight
         return weights
 
+    def deadlines(self) -> dict[str, int]:
+        """Of open holds, by id."""
+        heads = {hold_id: record.split(" ", 3) for hold_id, record in self.holds.items()}
+        return {hold_id: int(deadline) for hold_id, (state, _, deadline, _) in heads.items() if state == "o"}
+
     def check_it_adds_up(self) -> None:
         """P11, for every window."""
         weights = self.open_weights()

@@ -160,8 +160,12 @@ class Settled:
     state: str
     amounts: dict[str, int]
     replayed: bool = False
-    overrun: bool = False
+    overruns: tuple[str, ...] = ()
     late: bool = False
+
+    @property
+    def overrun(self) -> bool:
+        return bool(self.overruns)
 
 
 @dataclass
@@ -357,7 +361,7 @@ class Reference:
         """`amounts`: None, a scalar in dollars' units, or a mapping of units; `accrued`: what only the worker knows."""
         hold = self._known(id)
         actual = self._actual(hold, amounts, accrued or {})
-        overrun = any(not part.slots and actual[name] > part.reserved for name, part in hold.parts.items())
+        overruns = tuple(name for name, part in hold.parts.items() if not part.slots and actual[name] > part.reserved)
         if hold.state == "committed":
             if actual != {name: part.charged for name, part in hold.parts.items()}:
                 raise Refused("HoldConflict")
@@ -368,7 +372,7 @@ class Reference:
         for name, part in hold.parts.items():
             self._charge(hold, part, actual[name])
         self._settle(hold, "committed")
-        return Settled("committed", actual, False, overrun, late)
+        return Settled("committed", actual, False, overruns, late)
 
     def commit_mine(self, worker: Worker, amounts: object = None) -> Settled:
         """By the hold object: it knows its windows, so even a hold that the store has lost is charged there, once."""
@@ -394,6 +398,21 @@ class Reference:
         settled = self.release(worker.id)
         worker.settled = True
         return settled
+
+    def leave(self, worker: Worker, *, failed: bool, keep: bool) -> None:
+        """The end of `with limiter.hold(…)`; `keep`: on_error="charge"."""
+        if worker.settled:
+            return
+        used = any(worker.accrued.values())
+        if failed and keep:
+            if used:  # left to its deadline, with what is known of it
+                self.extend(worker.id, worker.ttl_ms, worker.accrued, keep=True)
+        elif used:
+            self.commit_mine(worker)
+        elif failed:
+            self.release_mine(worker)
+        else:
+            self.commit_mine(worker, {name: part.reserved for name, part in self.holds[worker.id].parts.items()})
 
     def _actual(self, hold: HoldModel, amounts: object, local: Mapping[str, int]) -> dict[str, int]:
         accrued = {name: max(part.accrued, local.get(name, 0)) for name, part in hold.parts.items()}
@@ -456,7 +475,7 @@ class Reference:
         self._settle(hold, "released")
         if operator:  # not resolved: the worker may come back
             hold.by_operator, hold.settled_ms = True, None
-        return Settled("released", nothing, False, False, late)
+        return Settled("released", nothing, False, (), late)
 
     def _settle(self, hold: HoldModel, state: str) -> None:
         hold.state, hold.settled_ms, hold.by_operator = state, self.now_ms, False
@@ -469,9 +488,15 @@ class Reference:
     # -- extend and grow -----------------------------------------------------------------------------------------------
 
     def extend(
-        self, id: str, ttl_ms: int, accrued: Mapping[str, int] | None = None, totals: Mapping[str, int] | None = None
+        self,
+        id: str,
+        ttl_ms: int,
+        accrued: Mapping[str, int] | None = None,
+        totals: Mapping[str, int] | None = None,
+        *,
+        keep: bool = False,
     ) -> HoldModel:
-        """A heartbeat with cumulative `accrued`; or, with `totals`, growth to these (the deadline stays)."""
+        """A heartbeat with cumulative `accrued`; or growth to `totals`. `keep`: an open hold keeps its deadline."""
         hold = self._known(id)
         accrued, totals = accrued or {}, totals or {}
         if not (accrued.keys() | totals.keys()) <= hold.parts.keys():
@@ -501,7 +526,7 @@ class Reference:
                 part.accrued = max(part.accrued, accrued.get(name, 0))
             part.window.held += part.weight - before
         hold.state, hold.by_operator = "open", False
-        if expired or not totals:
+        if expired or not keep:
             hold.deadline_ms = deadline
         return hold
 

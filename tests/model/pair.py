@@ -1,0 +1,246 @@
+"""The real system and the reference model, side by side: each call is made on both, and the replies compared."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import itertools
+from collections.abc import Awaitable, Callable, Mapping
+from datetime import datetime
+from typing import NamedTuple
+
+from hypothesis import note
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError
+
+from .histories import BUDGETS, BY_NAME
+from .observed import NOISE_MS, RawStore, agree, all_units, fields, retry_after_agrees
+from .reference import CLOSED, Grant, HoldModel, Reference, Refused, Settled, units_of
+
+STATUS_FIELDS = (
+    *("window", "resets_at", "limit", "spent", "held", "unconfirmed", "remaining", "events", "overruns"),
+    *("limit_source", "limit_until", "configured_limit"),
+)
+VIEW_FIELDS = (
+    *("id", "state", "amounts", "accrued", "charged", "windows", "on_expiry", "created_at", "expires_at"),
+    *("operation", "released_by_operator"),
+)
+DENIAL_FIELDS = ("budget", "reason", "limit", "spent", "held", "unconfirmed", "remaining", "requested", "fits")
+SETTLED_FIELDS = ("state", "amounts", "replayed", "overrun", "overruns", "late")
+GRANT_FIELDS = ("id", "state", "amounts", "accrued", "windows", "expires_at")
+
+
+class Call(NamedTuple):
+    """One call to a replica, and what the model does for it; `asked`: budgets of a reservation."""
+
+    replica: int
+    make: Callable[[AsyncBudgetLimiter], Awaitable]
+    expect: Callable[[], object]
+    asked: tuple[str, ...] = ()
+
+
+def units_by_name(amounts: Mapping) -> dict[str, int]:
+    """A mapping as a caller writes it, in whole units."""
+    return {name: units_of(amount, BY_NAME[name].unit) for name, amount in amounts.items()}
+
+
+def amounts_in_units(given, names) -> object:
+    """What the model is told: None, whole units of a scalar, or a mapping of them."""
+    if given is None or isinstance(given, Mapping):
+        return given if given is None else units_by_name(given)
+    return units_of(given, "usd" if any(BY_NAME[name].unit == "usd" for name in names) else "count")
+
+
+class Pair:
+    """Up to a few replicas on one real server with a frozen clock, and the model of their tenant."""
+
+    def __init__(self, server, runner: asyncio.Runner, start: datetime) -> None:
+        self.server, self.runner = server, runner
+        self.client = server.client()
+        self.client.flushall()
+        self.limiters: list[AsyncBudgetLimiter] = []
+        server.set(start, frozen=True)
+        self.model = Reference(BUDGETS, int(start.timestamp() * 1000))
+
+    def close(self) -> None:
+        for limiter in self.limiters:
+            self.runner.run(limiter.close())
+        self.client.close()
+
+    def start_replica(self, limits: Mapping) -> None:
+        """One more replica, with these configured limits."""
+        budgets = [
+            Budget(b.name, limits[b.name], b.unit, b.period, b.timezone, "slots" if b.slots else "spend")
+            for b in BUDGETS
+        ]
+        limiter = AsyncBudgetLimiter(self.server.url, budgets, timeout=30)
+        self.runner.run(limiter.start())
+        self.limiters.append(limiter)
+        self.model.configured.append(
+            {b.name: None if limits[b.name] is None else units_of(limits[b.name], b.unit, down=True) for b in BUDGETS}
+        )
+
+    def advance(self, milliseconds: int) -> None:
+        """Lets time pass, a little more than asked if something would happen within the noise of the clock."""
+        while any(abs(self.model.now_ms + milliseconds - at) < 100 for at in self.model.instants()):
+            milliseconds += 200
+        self.model.advance(milliseconds)
+        self.server.advance(milliseconds / 1000)
+
+    # -- calls ---------------------------------------------------------------------------------------------------------
+
+    def real(self, call: Awaitable):
+        """The reply, or the error that refused."""
+
+        async def reply():
+            try:
+                return await call
+            except BudgetError as error:
+                return error
+
+        return self.runner.run(reply())
+
+    def both(self, number: int, make: Callable, expect: Callable):
+        """Makes one call on both; returns both replies, or errors."""
+        return self.alike(self.real(make(self.limiters[number])), expect)
+
+    def alike(self, real, expect: Callable):
+        """Compares a real reply with what the model says; returns both."""
+        try:
+            model = expect()
+        except Refused as refused:
+            model = refused
+        note(f"# {str(real)[:150]}")
+        if isinstance(model, Refused):
+            assert type(real).__name__ == model.kind, (real, model)
+            if model.kind == "BudgetExceeded":
+                self._denials_agree(real, dict(model.figures))
+        elif isinstance(real, BaseException):
+            raise AssertionError(f"expected {model!r}") from real
+        elif isinstance(model, Settled):
+            agree(fields(real, SETTLED_FIELDS), {name: getattr(model, name) for name in SETTLED_FIELDS})
+        elif isinstance(model, Grant):
+            view = self.model.view(model.hold.id)
+            shown = {name: view[name] for name in GRANT_FIELDS}
+            agree(
+                {**fields(real, shown), "replayed": real.replayed, "guarded": real.guarded},
+                {**shown, "replayed": model.replayed, "guarded": True},
+            )
+        elif isinstance(model, HoldModel) and real is not None:  # a hold object's extend returns nothing
+            agree(fields(real, VIEW_FIELDS), self.model.view(model.id))
+        return real, model
+
+    @staticmethod
+    def _denials_agree(real, expected: dict) -> None:
+        waits_ms = expected.pop("retry_after_ms")
+        told = fields(real, DENIAL_FIELDS)
+        for name in ("spent", "held", "unconfirmed"):
+            # What a window has above 2**53, where it is closed, is told to a few units.
+            if expected[name] > CLOSED and abs(told[name] - expected[name]) <= 4:
+                told[name] = expected[name]
+        agree(told, expected)
+        assert retry_after_agrees(real.retry_after, waits_ms), (real.retry_after, waits_ms, expected)
+
+    def at_once(self, calls: list[Call]) -> None:
+        """Makes calls concurrently: one of the orders in which the store may have decided explains all replies.
+
+        It is the given one unless some had to ask again: a window had ended, or holds that were due stood in the way.
+        """
+
+        async def together():
+            return await asyncio.gather(
+                *(call.make(self.limiters[call.replica]) for call in calls), return_exceptions=True
+            )
+
+        replies = self.runner.run(together())
+        before = copy.deepcopy(self.model)
+        failures: list[AssertionError] = []
+        for order in itertools.islice(itertools.permutations(range(len(calls))), 720):
+            try:
+                for place in order:
+                    self.alike(replies[place], calls[place].expect)
+                self._deadlines_agree()
+            except AssertionError as error:
+                failures.append(error)
+                self.model = copy.deepcopy(before)
+                continue
+            if failures:
+                self._learn_limits(calls)
+            return
+        raise failures[0]
+
+    def _deadlines_agree(self) -> None:
+        """Of two heartbeats at once, only the store tells which was the last."""
+        for known, deadline_ms in RawStore(self.client).deadlines().items():
+            hold = self.model.holds.get(known)
+            if hold is not None and hold.state == "open":
+                assert abs(hold.deadline_ms - deadline_ms) <= NOISE_MS, (hold, deadline_ms)
+
+    def _learn_limits(self, calls: list[Call]) -> None:
+        """What asked again had been denied before, unseen, and a denial passes on a limit that changed."""
+        for number, name in {(call.replica, name) for call in calls for name in call.asked}:
+            window = self.model.window(name)
+            limit = self.model.configured[number][name]
+            stored = self.client.hget(f"ktrdr:{{default}}:w:{name}:{window.name}", "limit")
+            if window.asserted_by >= 0 and stored == ("-" if limit is None else str(limit)):
+                self.model.assert_limit(window, number)
+
+    # -- reads ---------------------------------------------------------------------------------------------------------
+
+    def compare_status(self, number: int, name: str) -> None:
+        status = self.runner.run(self.limiters[number].status(name))
+        agree(fields(status, STATUS_FIELDS), self.model.status(number, name))
+
+    def compare_everything(self, number: int, page: int) -> None:
+        """Every status, hold and ledger entry, read in pages of this size."""
+        limiter = self.limiters[number]
+        for status in self.runner.run(limiter.statuses()):
+            agree(fields(status, STATUS_FIELDS), self.model.status(number, status.budget))
+        for name in BY_NAME:
+            self._compare_holds(limiter, name, page)
+        for (name, window), known in self.model.windows.items():
+            entries = self._pages(lambda cursor, n=name, w=window: limiter.ledger(n, w, limit=page, cursor=cursor))
+            assert [entry.at for entry in entries] == sorted((entry.at for entry in entries), reverse=True)
+            real = [(e.kind, e.hold_id, *all_units({"": e.amount}).values(), e.operation) for e in entries]
+            assert sorted(real) == sorted(known.ledger), (name, window)
+
+    def compare_hold(self, number: int, known: str) -> None:
+        """A hold by id, whatever became of it."""
+        real, model = self.both(number, lambda limiter: limiter.get(known), lambda: self.model.view(known))
+        if not isinstance(model, Refused):
+            agree(fields(real, VIEW_FIELDS), model)
+
+    def _compare_holds(self, limiter: AsyncBudgetLimiter, name: str, page: int) -> None:
+        real = [fields(v, VIEW_FIELDS) for v in self._pages(lambda c: limiter.holds(name, limit=page, cursor=c))]
+        model = self.model.listed(name)
+        assert [view["state"] for view in real] == [view["state"] for view in model], (name, real, model)
+        by_id = {view["id"]: view for view in model}
+        assert len(real) == len(by_id)
+        for view in real:
+            agree(view, by_id[view["id"]])
+        deadlines = [view["expires_at"] for view in real if view["state"] == "open"]
+        assert deadlines == sorted(deadlines, reverse=True)
+
+    def _pages(self, read: Callable) -> list:
+        found, cursor = [], None
+        while True:
+            page = self.runner.run(read(cursor))
+            found += page
+            cursor = page.next_cursor
+            if cursor is None:
+                return found
+
+    # -- promises that hold at every moment ----------------------------------------------------------------------------
+
+    def check_hard_cap(self, hold: HoldModel) -> None:
+        """P1, in each window that a granted reservation touched."""
+        store = RawStore(self.client)
+        for name, part in hold.parts.items():
+            limit = self.model.limit(part.window)
+            assert limit is None or sum(store.sums(f"{name}:{part.window.name}").values()) <= limit
+
+    def check_store(self) -> None:
+        """P11 and P7."""
+        store = RawStore(self.client)
+        store.check_it_adds_up()
+        store.check_keys_expire()

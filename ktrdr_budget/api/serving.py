@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import os
 import shutil
 import signal
@@ -201,10 +202,13 @@ class _Server(uvicorn.Server):
 
 def _supervise(config: uvicorn.Config, listener: socket.socket, stopper: _Stopper) -> None:
     config.configure_logging()
-    supervisor = Multiprocess(config, sockets=[listener])
+    # Older versions of uvicorn want to be told what a worker runs, and do not tell how it ended.
+    wants_target = "target" in inspect.signature(Multiprocess).parameters
+    target = {"target": uvicorn.Server(config).run} if wants_target else {}
+    supervisor = Multiprocess(config, sockets=[listener], **target)
     stopper.check()
     supervisor.run()
-    if any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes):
+    if any(getattr(worker, "exitcode", None) == STARTUP_FAILURE for worker in supervisor.processes):
         raise ServeError("the workers do not start; what they said stands above", exit_code=1)
 
 

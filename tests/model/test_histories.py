@@ -49,7 +49,7 @@ from .observed import agree, fields
 from .pair import STATUS_FIELDS, Call, Pair, amounts_in_units, units_by_name
 from .reference import CLOSED, Grant, Refused, Worker, units_of
 
-EXAMPLES = int(os.environ.get("KTRDR_EXAMPLES", "150"))
+EXAMPLES = int(os.environ.get("KTRDR_EXAMPLES", "100"))
 STEPS = int(os.environ.get("KTRDR_STEPS", "40"))
 
 numbers = st.integers(0, 2)
@@ -416,6 +416,8 @@ async def _left(block) -> None:
         await block
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_random_histories_go_as_the_model_says(clocked_server, runner):
     profile = settings(
         max_examples=EXAMPLES,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import inspect
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
+from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
 from ktrdr_budget.api.announcement import announcement
@@ -33,8 +33,6 @@ __all__ = ["ServeError", "serve"]
 KEEP_ALIVE_S = 75
 """Longer than the proxies in front of it keep a connection, lest one is closed while they use it."""
 GRACE_S = 10
-STARTUP_FAILURE = 3
-"""How uvicorn's worker ends whose app does not start."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOGGING: dict[str, Any] = {
     "version": 1,
@@ -202,13 +200,10 @@ class _Server(uvicorn.Server):
 
 def _supervise(config: uvicorn.Config, listener: socket.socket, stopper: _Stopper) -> None:
     config.configure_logging()
-    # Older versions of uvicorn want to be told what a worker runs, and do not tell how it ended.
-    wants_target = "target" in inspect.signature(Multiprocess).parameters
-    target = {"target": uvicorn.Server(config).run} if wants_target else {}
-    supervisor = Multiprocess(config, sockets=[listener], **target)
+    supervisor = Multiprocess(config, sockets=[listener])
     stopper.check()
     supervisor.run()
-    if any(getattr(worker, "exitcode", None) == STARTUP_FAILURE for worker in supervisor.processes):
+    if any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes):
         raise ServeError("the workers do not start; what they said stands above", exit_code=1)
 
 

@@ -164,7 +164,7 @@ class LimiterBase:
 
     @property
     def deferred(self) -> int:
-        """Settlements that an unreachable store has yet to be told (policy ``allow``)."""
+        """What an unreachable store has yet to be told: spend (policy ``allow``), and releases of lost grants."""
         return len(self._core.deferred)
 
     def _report_loss(self) -> None:

@@ -241,10 +241,12 @@ async def test_a_commit_that_still_queues_completes_too(client, proxy, limiter):
 
 async def test_a_commit_by_id_completes_though_it_takes_two_steps(client, proxy, limiter):
     await limiter.reserve("agent", "0.15", id="op_1")
+    client.config_resetstat()
     proxy.hold_replies()
     commit = asyncio.create_task(limiter.commit("op_1", "0.07"))
-    await until(lambda: any("get" in line["cmd"] for line in client.client_list() if line["name"] != "x"))
+    await until(lambda: "cmdstat_get" in client.info("commandstats"))
     await cancelled(commit)
+    assert sums(client)["spent"] == 0, "it has read the hold, and not settled it yet"
     proxy.let_go()
     await quiet(client, held="0", spent="0.07")
 

@@ -189,3 +189,14 @@ async def test_another_tenants_data_does_not_matter(server, limiter):
         await spends(other)
         await spends(limiter)
         assert (other.losses, limiter.losses) == (1, 0)
+
+
+async def test_a_look_alone_notices_that_everything_is_gone(server, limiter):
+    await limiter.reserve("agent", "0.10")
+    with server.client() as client:
+        client.flushall()
+    assert (await limiter.status("agent")).held == 0
+    assert limiter.losses == 1
+    await limiter.reserve("agent", "0.10")
+    await limiter.status("agent")
+    assert limiter.losses == 1

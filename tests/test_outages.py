@@ -24,7 +24,7 @@ from .helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("team", "5.00")]
 TIMEOUT_S = 0.2
-GRACE_S = 0.25
+GRACE_S = 0.8
 
 
 @pytest.fixture

@@ -46,16 +46,11 @@ def read_query(request: Request, model: type[Model]) -> Model:
     return _checked(model, {name: value for name, value in given.items() if name in model.model_fields}, "query")
 
 
-def has_gone(request: Request) -> bool:
+async def has_gone(request: Request) -> bool:
     """Whether the client has hung up, asked without waiting. Only once the body was read."""
-    asked = request.receive()
-    try:
-        # One step is all it takes if there is news; else it waits for some, which we do not.
-        asked.send(None)  # type: ignore[attr-defined]
-    except StopIteration as told:
-        return bool(told.value["type"] == "http.disconnect")
-    asked.close()  # type: ignore[attr-defined]
-    return False
+    # uvicorn knows without being asked, which costs a third of what the reservation itself does.
+    known = getattr(getattr(request.receive, "__self__", None), "disconnected", None)
+    return known if isinstance(known, bool) else await request.is_disconnected()
 
 
 def last_segment(scope: Mapping[str, Any]) -> str:

@@ -75,7 +75,7 @@ class Reservations:
         location = _location(call.request.scope["path"], hold.id)
         if hold.replayed:
             return JsonResponse(reservation(await limiter.get(hold.id), replayed=True), 200, location)
-        if body.id is None and has_gone(call.request):
+        if body.id is None and await has_gone(call.request):
             # Nobody knows its id, so nobody could ever settle it.
             await hold.release()
         return JsonResponse(granted(hold, body.on_expiry, body.operation), 201, location)

@@ -72,7 +72,8 @@ class Settings(BaseSettings):
     on_store_error: Literal["deny", "allow"] = "deny"
     """What an unreachable store means: refuse, or admit unchecked and record later."""
     budgets_file: Path | None = None
-    """TOML with further budgets."""
+    """TOML with further budgets, a table ``[[budgets]]`` each with the fields of ``Budget``; a limit may be
+    ``"unlimited"``. The agent's is none of them, so that its limit has one source."""
 
     # -- fields --------------------------------------------------------------------------------------------------------
 

@@ -382,7 +382,8 @@ class Core(Reads):
             case "d":
                 _, name, *figures = line.split(" ")
                 window = next(window for window, _ in op.parts if window.name == name)
-                return BudgetExceeded(denial(window, figures, now_us))
+                budget = self.session.budgets.get(window.budget)
+                return BudgetExceeded(denial(window, figures, now_us, budget.unit if budget else window.unit))
             case "c":
                 record = parse_record(line[2:])
                 state = record.view(hold_id).state

@@ -60,9 +60,11 @@ class Reads:
         rounds = 0
         while True:
             windows = [session.current_window(budget.name) for budget in budgets]
+            known = session.epoch
             reply = yield self._status_command(windows)
             now_us = int(reply[0])
             session.set_clock(now_us)
+            session.see_epoch(_str(reply[1]), known, now_us)
             now_ms = now_us // 1000
             if not all(window.span.contains(now_ms) for window in windows):
                 continue

@@ -108,13 +108,8 @@ class Session:
         self.set_clock(head.now_us)
         self._heard_ms = time.monotonic() * 1000
         if head.went_back and sent is self._header:
-            self.losses += 1
             # An epoch that is not told is the known one, or there is none: the next reply says which.
-            self._epoch, self._acknowledged = head.epoch or "-", head.writes
-            self._lost_us = head.now_us
-            self._header = None
-            if self.on_loss is not None:
-                self.on_loss()
+            self._lose(head.epoch, head.writes, head.now_us)
             return
         # What another lane was told before the loss is no longer so.
         told_since = head.now_us >= self._lost_us and not head.went_back
@@ -122,6 +117,24 @@ class Session:
             self._epoch = head.epoch or self._epoch
             self._acknowledged = max(head.writes, self._acknowledged)
             self._header = None
+
+    @property
+    def epoch(self) -> str:
+        """The store's epoch, as far as it is known; ``-`` if it is not."""
+        return self._epoch
+
+    def see_epoch(self, epoch: str, known: str, now_us: int) -> None:
+        """Notices a loss by what a read tells; ``known`` is the epoch that this replica knew when it asked."""
+        if known not in ("-", epoch) and known == self._epoch:
+            self._lose(epoch, 0, now_us)
+
+    def _lose(self, epoch: str | None, writes: int, now_us: int) -> None:
+        self.losses += 1
+        self._epoch, self._acknowledged = epoch or "-", writes
+        self._lost_us = now_us
+        self._header = None
+        if self.on_loss is not None:
+            self.on_loss()
 
     # -- windows -------------------------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ __all__ = [
 _PAGE_MAX = 1000
 
 
-def denial(window: Window, figures: Sequence[str], now_us: int) -> Denial:
+def denial(window: Window, figures: Sequence[str], now_us: int, unit: str) -> Denial:
     """Why a window has no room; ``figures``: limit, spent, held, unconfirmed, requested, first deadline.
 
     The reason is ``exceeds_limit`` if no window of this limit could hold the request, ``budget_held`` if it would fit
@@ -40,7 +40,6 @@ def denial(window: Window, figures: Sequence[str], now_us: int) -> Denial:
         reason = "budget_exhausted"
     closed = spent + held + unconfirmed >= MAX_UNITS
     remaining = 0 if closed else max(0, limit - spent - held - unconfirmed)
-    unit = window.unit
 
     def out(units: int) -> Amount:
         return from_units(units, unit)

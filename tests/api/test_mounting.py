@@ -99,6 +99,20 @@ async def test_an_app_below_another_app_works(limiter):
         assert (await client.get(granted.headers["location"])).json()["id"] == "a/commit"
 
 
+async def test_middleware_of_the_app_may_stand_between(limiter):
+    app = foreign(limiter)
+    app.include_router(budget_router(limiter))
+
+    @app.middleware("http")
+    async def passes_on(request: Request, call_next):
+        return await call_next(request)
+
+    async with app.router.lifespan_context(app), connect(app) as client:
+        hold = await reserved(client)
+        assert (await client.get(f"{V1}/reservations/{hold['id']}")).json() == hold
+        problem(await client.post(f"{V1}/reservations", json={"amounts": {"agent": 9}}), 429, "budget-exceeded")
+
+
 async def test_the_probes_can_be_had_too(server):
     metrics = LimiterMetrics()
     limiter = AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")], observer=metrics.observe)

@@ -12,6 +12,7 @@ import redis
 NOISE_MS = 50
 """How far a frozen clock of a server may be ahead, and a little more."""
 STAMPS = ("created_at", "expires_at", "resets_at", "limit_until")
+STATES = {"o": "open", "x": "unconfirmed", "z": "released", "c": "committed", "r": "released", "n": "recorded"}
 PERSISTENT = ("meta", "limits", "due", "unconfirmed")
 
 
@@ -110,10 +111,10 @@ class RawStore:
                 weights[window] = weights.get(window, 0) + weight
         return weights
 
-    def deadlines(self) -> dict[str, int]:
-        """Of open holds, by id."""
+    def states(self) -> dict[str, tuple[str, int]]:
+        """State and deadline of each hold, by id; an open one may be past it, and retired later."""
         heads = {hold_id: record.split(" ", 3) for hold_id, record in self.holds.items()}
-        return {hold_id: int(deadline) for hold_id, (state, _, deadline, _) in heads.items() if state == "o"}
+        return {hold_id: (STATES[state], int(deadline)) for hold_id, (state, _, deadline, _) in heads.items()}
 
     def check_it_adds_up(self) -> None:
         """P11, for every window."""

@@ -159,7 +159,7 @@ class Pair:
             try:
                 for place in order:
                     self.alike(replies[place], calls[place].expect)
-                self._deadlines_agree()
+                self._states_agree()
             except AssertionError as error:
                 failures.append(error)
                 self.model = copy.deepcopy(before)
@@ -169,12 +169,13 @@ class Pair:
             return
         raise failures[0]
 
-    def _deadlines_agree(self) -> None:
-        """Of two heartbeats at once, only the store tells which was the last."""
-        for known, deadline_ms in RawStore(self.client).deadlines().items():
-            hold = self.model.holds.get(known)
-            if hold is not None and hold.state == "open":
-                assert abs(hold.deadline_ms - deadline_ms) <= NOISE_MS, (hold, deadline_ms)
+    def _states_agree(self) -> None:
+        """Of two calls that changed a hold at once, only the store tells which was the last."""
+        for known, (state, deadline_ms) in RawStore(self.client).states().items():
+            hold = self.model.holds[known]
+            due = state == "open" and deadline_ms <= self.model.now_ms
+            assert hold.state == ("unconfirmed" if due else state), (hold, state)
+            assert state != "open" or abs(hold.deadline_ms - deadline_ms) <= NOISE_MS, (hold, deadline_ms)
 
     def _learn_limits(self, calls: list[Call]) -> None:
         """What asked again had been denied before, unseen, and a denial passes on a limit that changed."""

@@ -15,13 +15,14 @@ import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.holds import HoldBase
-from ktrdr_budget.engine.protocol import Command, Op, Reply, encode_batch, parse_batch
+from ktrdr_budget.engine.protocol import Command, Header, Op, Reply, encode_batch, parse_batch
 from ktrdr_budget.engine.reads import Flow
-from ktrdr_budget.engine.store import Store, Transient, unavailable
+from ktrdr_budget.engine.store import NoScript, Store, Transient, unavailable
 from ktrdr_budget.errors import BudgetError, StoreUnavailable
 
 __all__ = ["Coalescer", "Observation", "Observer"]
@@ -84,6 +85,8 @@ class Coalescer:
         self._then: deque[_Call] = deque()
         """…what asks for money."""
         self._lanes = 0
+        self._idle: asyncio.Future[None] | None = None
+        """Done when no lane is left, once somebody has asked for it."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._backoff_s = 0.0
         self._trouble: Exception | None = None
@@ -193,7 +196,8 @@ class Coalescer:
         lanes = self._lanes
         if lanes == 0 or (lanes < _LANES and len(self._first) + len(self._then) >= _SECOND_LANE_FROM):
             self._lanes += 1
-            self._spawn(self._lane())
+            assert self._loop is not None
+            self._loop.call_soon(self._next)  # what else this turn of the event loop asks for travels along
 
     def _spawn(self, work: Any) -> None:
         assert self._loop is not None
@@ -201,20 +205,35 @@ class Coalescer:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _lane(self) -> None:
+    def _next(self) -> None:
+        """A lane's next step: it sends a batch, at once if a connection is ready and else by a task; or it ends."""
+        if not self._lanes:
+            return  # this process is a fork of the one that opened the lane
         batch: list[_Call] = []
         try:
-            while batch := self._take():
-                await self._exchange(batch)
+            batch = self._take()
+            if batch and not self._begin(batch):
+                self._spawn(self._exchange(batch, None))
         except BaseException as error:
-            for call in batch:
-                self._fail(call, error)
+            self._break(batch, error)
             raise
-        finally:
-            self._lanes -= 1
-            if not self._lanes and not self._closed and (self._first or self._then):
-                self._lanes += 1  # a lane that failed leaves the rest to another
-                self._spawn(self._lane())
+        if not batch:
+            self._end_lane()
+
+    def _end_lane(self) -> None:
+        self._lanes -= 1
+        if not self._lanes and self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+
+    def _break(self, batch: list[_Call], failure: BaseException) -> None:
+        """Ends a lane that has failed, and the calls of its batch; leaves the rest to another."""
+        for call in batch:
+            self._fail(call, failure)
+        self._end_lane()
+        if not self._lanes and not self._closed and (self._first or self._then):
+            assert self._loop is not None
+            self._lanes += 1
+            self._loop.call_soon(self._next)
 
     def _fail(self, call: _Call, failure: BaseException) -> None:
         """Ends a call that a bug, or the end of the event loop, has stopped."""
@@ -238,31 +257,70 @@ class Coalescer:
                 batch.append(call)
         return batch
 
-    async def _exchange(self, batch: list[_Call]) -> None:
-        """One round trip."""
+    def _begin(self, batch: list[_Call]) -> bool:
+        """One round trip without a task, if a connection is ready; the answer goes to :meth:`_told`."""
+        session, store = self._session, self._store
+        deadline = min([call.deadline for call in batch])
+        assert self._loop is not None
+        if not store.ready or deadline <= self._loop.time():
+            return False
+        header = session.header
+        name, keys, args = encode_batch(session.keys, header, [call.request for call in batch])
+        return store.begin(name, keys, args, deadline, partial(self._told, batch, header))
+
+    def _told(self, batch: list[_Call], header: Header, answer: Any) -> None:
+        if isinstance(answer, Exception):
+            if self._closed:
+                self._break(batch, answer)
+            else:
+                self._spawn(self._exchange(batch, answer))
+            return
+        try:
+            self._answered(batch, header, answer)
+        except BaseException as error:
+            self._break(batch, error)
+            raise
+        self._next()
+
+    async def _exchange(self, batch: list[_Call], failed: Exception | None) -> None:
+        """One round trip, of a batch that has not been sent, or whose first attempt ``failed``."""
+        try:
+            await self._attempt(batch, failed)
+        except BaseException as error:
+            self._break(batch, error)
+            raise
+        self._next()
+
+    async def _attempt(self, batch: list[_Call], failed: Exception | None) -> None:
         session, store = self._session, self._store
         deadline = min(call.deadline for call in batch)
         assert self._loop is not None
-        if deadline <= self._loop.time():  # whose time is over is told so, and sends nothing any more
+        if failed is None and deadline <= self._loop.time():
+            # Whose time is over is told so, and sends nothing any more.
             if not (batch := self._expire(batch, self._trouble)):
                 return
             deadline = min(call.deadline for call in batch)
         header = session.header
         name, keys, args = encode_batch(session.keys, header, [call.request for call in batch])
         try:
+            if isinstance(failed, TimeoutError):
+                raise failed
+            if failed is not None and not isinstance(failure := store.failure(failed), NoScript):
+                raise failure
             await store.open()
-            async with asyncio.timeout_at(deadline):
-                answer = await store.apply(name, keys, args)
+            answer = await store.apply(name, keys, args, deadline)
         except (Transient, TimeoutError) as error:
             await self._again(batch, error)
-            return
         except (StoreUnavailable, OSError) as error:
             for call in batch:
                 self._throw(call, error)
-            return
+        else:
+            self._answered(batch, header, answer)
+
+    def _answered(self, batch: list[_Call], header: Header, answer: Any) -> None:
         self._backoff_s, self._trouble = 0.0, None
         head, lines = parse_batch(answer)
-        session.absorb(head, header)
+        self._session.absorb(head, header)
         if head.due and not self._retiring:
             self._retire(head.due)
         for call, line in zip(batch, lines, strict=True):
@@ -346,8 +404,8 @@ class Coalescer:
             while deferred:
                 ops = [deferred[i] for i in range(min(len(deferred), _BATCH_OPS))]
                 header = self._session.header
-                async with asyncio.timeout(self._timeout):
-                    answer = await self._store.apply(*encode_batch(self._session.keys, header, ops))
+                deadline = asyncio.get_running_loop().time() + self._timeout
+                answer = await self._store.apply(*encode_batch(self._session.keys, header, ops), deadline)
                 head, lines = parse_batch(answer)
                 self._session.absorb(head, header)
                 for op, line in zip(ops, lines, strict=True):
@@ -371,8 +429,10 @@ class Coalescer:
             await self._store.close()
             return
         ends = time.monotonic() + 2 * self._timeout
-        while self._tasks and time.monotonic() < ends:
-            await asyncio.wait(self._tasks, timeout=max(0.0, ends - time.monotonic()))
+        while (self._tasks or self._lanes) and time.monotonic() < ends:
+            self._idle = self._loop.create_future()
+            waited = {*self._tasks, self._idle} if self._lanes else self._tasks
+            await asyncio.wait(waited, timeout=max(0.0, ends - time.monotonic()))
         if self._deferred_timer is not None:
             self._deferred_timer.cancel()
         self._closed = True

@@ -1,16 +1,17 @@
-"""Redis connections that pack commands faster: a batch has hundreds of arguments.
+"""Redis connections that pack commands faster (a batch has hundreds of arguments) and can be taken over.
 
 Everything else (TLS, authentication, parsing, pooling, instrumentation) is redis-py's.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import Any
 
 from redis.asyncio import Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
 
-__all__ = ["pool_of"]
+__all__ = ["Reader", "pack", "pool_of"]
 
 
 def _pack_slowly(words: tuple[Any, ...]) -> bytes:
@@ -21,40 +22,52 @@ def _pack_slowly(words: tuple[Any, ...]) -> bytes:
     return b"".join(parts)
 
 
-_pack: Callable[[tuple[Any, ...]], bytes]
+pack: Callable[[tuple[Any, ...]], bytes]
+Reader: Any
 try:
-    from hiredis import pack_command as _pack
+    from hiredis import Reader
+    from hiredis import pack_command as pack
 except ImportError:  # without the extra `fast`
-    _pack = _pack_slowly
+    pack, Reader = _pack_slowly, None
 
 
-class _Packing:
-    """Replaces ``pack_command``, for words that are ``bytes``, ``str`` or ``int``."""
+class _Own:
+    """For words that are ``bytes``, ``str`` or ``int``."""
+
+    _writer: asyncio.StreamWriter | None
+    _reader: asyncio.StreamReader | None
 
     def pack_command(self, *words: Any) -> list[bytes]:
+        """Replaces redis-py's."""
         command = words[0]
         if isinstance(command, str) and " " in command:  # "CLIENT SETINFO" and the like are two words
             words = (*command.split(), *words[1:])
-        return [_pack(words)]
+        return [pack(words)]
+
+    def hand_over(self) -> asyncio.StreamWriter:
+        """Lets go of its stream, as if it had never been connected; the caller owns it now."""
+        writer, self._writer, self._reader = self._writer, None, None
+        assert writer is not None
+        return writer
 
 
-class _TCP(_Packing, Connection):
+class _TCP(_Own, Connection):
     pass
 
 
-class _TLS(_Packing, SSLConnection):
+class _TLS(_Own, SSLConnection):
     pass
 
 
-class _Unix(_Packing, UnixDomainSocketConnection):
+class _Unix(_Own, UnixDomainSocketConnection):
     pass
 
 
-_FASTER: dict[type[Any], type[Any]] = {Connection: _TCP, SSLConnection: _TLS, UnixDomainSocketConnection: _Unix}
+_OWN: dict[type[Any], type[Any]] = {Connection: _TCP, SSLConnection: _TLS, UnixDomainSocketConnection: _Unix}
 
 
 def pool_of(url: str, **options: Any) -> ConnectionPool:
     """A connection pool of these connections, for a URL as redis-py understands it."""
     pool: ConnectionPool = ConnectionPool.from_url(url, **options)
-    pool.connection_class = _FASTER.get(pool.connection_class, pool.connection_class)
+    pool.connection_class = _OWN.get(pool.connection_class, pool.connection_class)
     return pool

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from ktrdr_budget.engine.protocol import Command
 from ktrdr_budget.engine.scripts import Script, script
+from ktrdr_budget.engine.wire import Refusal, Wire, Wires
 from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.embedded import EmbeddedServer
 
-__all__ = ["Store", "Transient", "mask_url"]
+__all__ = ["NoScript", "Store", "Transient", "mask_url"]
 
 _SCHEMES = ("redis", "rediss", "unix", "redis+cluster", "rediss+cluster")
 # Answers of a store that will soon answer otherwise: worth another try within the deadline.
@@ -63,6 +65,7 @@ class Store:
         self._configured_url = None if url is None else check_url(url)
         self._data_dir = data_dir
         self._client: Any = None
+        self._wires = Wires()
         self._server: EmbeddedServer | None = None
         self._opening: asyncio.Lock | None = None
         self._reviving: asyncio.Future[None] | None = None
@@ -109,6 +112,7 @@ class Store:
     async def close(self) -> None:
         """Closes connections, and lets go of the embedded server."""
         client, self._client = self._client, None
+        await self._wires.close()
         if client is not None:
             await client.aclose()
         server, self._server = self._server, None
@@ -117,27 +121,81 @@ class Store:
 
     def forget(self) -> Any:
         """In the child after a fork: the parent's connections are the parent's, and must be kept unused."""
-        client, self._client = self._client, None
+        connections = self._client, self._wires
+        self._client, self._wires = None, Wires()
         self._opening = None
         self._reviving = None
-        return client
+        return connections
 
-    async def apply(self, name: str, keys: Sequence[str], args: Sequence[str]) -> Any:
-        """Runs one batch of a write script."""
-        return await self._evaluate(script(name), keys, args)
+    @property
+    def ready(self) -> bool:
+        """Whether a batch can be sent at once."""
+        return bool(self._wires.idle)
+
+    def begin(
+        self, name: str, keys: Sequence[str], args: Sequence[str], deadline: float, told: Callable[[Any], None]
+    ) -> bool:
+        """Sends one batch of a write script at once, if a connection is ready for it; returns whether it was.
+
+        Args:
+            deadline: the time of the event loop until which an answer is waited for.
+            told: is called once, with the answer, or with an exception for :meth:`failure` to explain.
+        """
+        wire = self._wires.ready()
+        if wire is None:
+            return False
+        wire.send(("EVALSHA", script(name).sha, len(keys), *keys, *args), deadline, told)
+        return True
+
+    async def apply(self, name: str, keys: Sequence[str], args: Sequence[str], deadline: float) -> Any:
+        """Runs one batch of a write script, connecting first if need be.
+
+        Raises:
+            TimeoutError: there was no answer by the deadline, a time of the event loop.
+            Transient, StoreError: as for :meth:`execute`.
+        """
+        lua = script(name)
+        async with asyncio.timeout_at(deadline):
+            wire = self._wires.ready() or await self._connect()
+            if wire is None:
+                return await self._evaluate(self.execute, lua, keys, args)
+            try:
+                return await self._evaluate(partial(self._ask, wire, deadline), lua, keys, args)
+            finally:
+                wire.give_back()
+
+    async def _connect(self) -> Wire | None:
+        await self.open()
+        try:
+            return await self._wires.connect(self._client)
+        except Exception as error:
+            failure = self.failure(error)
+            if isinstance(failure, Transient):
+                failure.sent = False
+            raise failure from None
+
+    async def _ask(self, wire: Wire, deadline: float, *words: str | int) -> Any:
+        try:
+            return await wire.ask(words, deadline)
+        except TimeoutError:
+            raise
+        except Exception as error:
+            raise self.failure(error) from None
 
     async def run(self, command: Command) -> Any:
         """Runs a read script or a plain command."""
         if command.script is not None:
-            return await self._evaluate(script(command.script), command.keys, command.args)
+            return await self._evaluate(self.execute, script(command.script), command.keys, command.args)
         return await self.execute(*command.args)
 
-    async def _evaluate(self, lua: Script, keys: Sequence[str], args: Sequence[str | int]) -> Any:
+    async def _evaluate(
+        self, execute: Callable[..., Awaitable[Any]], lua: Script, keys: Sequence[str], args: Sequence[str | int]
+    ) -> Any:
         try:
-            return await self.execute("EVALSHA", lua.sha, len(keys), *keys, *args)
-        except _NoScript:
+            return await execute("EVALSHA", lua.sha, len(keys), *keys, *args)
+        except NoScript:
             # EVAL loads it on the node that needs it, which SCRIPT LOAD would have to be told.
-            return await self.execute("EVAL", lua.source, len(keys), *keys, *args)
+            return await execute("EVAL", lua.source, len(keys), *keys, *args)
 
     async def execute(self, *words: Any) -> Any:
         """One command.
@@ -149,16 +207,17 @@ class Store:
         await self.open()
         try:
             return await self._client.execute_command(*words)
-        except (OSError, EOFError) as error:
-            self._revive()
-            raise Transient(f"store at {self.shown}: {type(error).__name__}", sent=True) from None
         except BudgetError:
             raise
         except Exception as error:
-            mapped = self._mapped(error)
-            if isinstance(mapped, Transient):
-                self._revive()
-            raise mapped from None
+            raise self.failure(error) from None
+
+    def failure(self, error: Exception) -> Exception:
+        """What a failure of the driver means; an embedded server that may be gone is looked after."""
+        mapped = self._mapped(error)
+        if isinstance(mapped, Transient):
+            self._revive()
+        return mapped
 
     def _revive(self) -> None:
         """The embedded server's watcher restarts it; should that have been killed as well, somebody must ask."""
@@ -167,11 +226,14 @@ class Store:
             self._reviving.add_done_callback(lambda task: task.cancelled() or task.exception())
 
     def _mapped(self, error: Exception) -> Exception:
+        if isinstance(error, (OSError, EOFError)):
+            return Transient(f"store at {self.shown}: {type(error).__name__}", sent=True)
+
         from redis import exceptions as redis_errors
 
         text = f"store at {self.shown}: {_without_secrets(error)}"
         if isinstance(error, redis_errors.NoScriptError) or str(error).startswith("NOSCRIPT"):
-            return _NoScript()
+            return NoScript()
         if isinstance(error, (redis_errors.AuthenticationError, redis_errors.AuthorizationError)):
             return StoreError(text)
         if isinstance(error, redis_errors.ClusterError) or _PASSING.search(str(error)):
@@ -180,12 +242,12 @@ class Store:
         lost = (redis_errors.ConnectionError, redis_errors.TimeoutError, redis_errors.RedisClusterException)
         if isinstance(error, lost):
             return Transient(text, sent=" connecting to " not in str(error))
-        if isinstance(error, redis_errors.RedisError):
+        if isinstance(error, (redis_errors.RedisError, Refusal)):
             return StoreError(text)
         return error
 
 
-class _NoScript(Exception):
+class NoScript(Exception):
     """The store does not have the script (a restart, SCRIPT FLUSH, another node)."""
 
 

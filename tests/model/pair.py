@@ -172,7 +172,8 @@ class Pair:
     def _states_agree(self) -> None:
         """Of two calls that changed a hold at once, only the store tells which was the last."""
         for known, (state, deadline_ms) in RawStore(self.client).states().items():
-            hold = self.model.holds[known]
+            hold = self.model.holds.get(known)
+            assert hold is not None, known
             due = state == "open" and deadline_ms <= self.model.now_ms
             assert hold.state == ("unconfirmed" if due else state), (hold, state)
             assert state != "open" or abs(hold.deadline_ms - deadline_ms) <= NOISE_MS, (hold, deadline_ms)

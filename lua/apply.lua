@@ -51,6 +51,8 @@ for i = 1, n_windows do
     call('PEXPIREAT', key, ARGV[at + 4])
     call('PEXPIREAT', w.ledger, ARGV[at + 4])
   end
+  -- A hold of several windows may outlive one of them, and must not bring it back.
+  if ARGV[at + 4] ~= '0' and tonumber(ARGV[at + 4]) <= now_ms then call('DEL', key, w.ledger) end
 end
 if n_added > 0 or due_removed[1] then store_due() end
 

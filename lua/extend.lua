@@ -79,5 +79,5 @@ function operations.E(op, key)
   end
   if state ~= 'o' then set_unconfirmed(id, false) end
   hold.state = 'o'
-  return 'e ' .. store_record(key, hold, 'KEEPTTL')
+  return 'e ' .. store_record(key, hold, lifetime(hold))
 end

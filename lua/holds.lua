@@ -29,6 +29,19 @@ local function store_record(key, hold, ...)
   return record
 end
 
+-- The options of SET that give a hold's record its expiry. It stays as long as its windows. Where one of them has no
+-- end: for very long while it is open, and once it is not, as long as windows are kept, lest such records pile up.
+local function lifetime(hold)
+  local endless, longest = false, now_ms + 86400000 + match(ARGV[6], '^%S+ %d+ (%d+)')
+  for i = 1, #hold.segments do
+    local expires = tonumber(ARGV[by_name[hold.segments[i].name].at + 4])
+    endless = endless or expires == 0
+    longest = max(longest, expires)
+  end
+  if not endless then return 'KEEPTTL' end
+  return 'PXAT', text(hold.state == 'o' and now_ms + LASTING_MS or longest)
+end
+
 local function units(text_or_empty)
   return text_or_empty == '' and 0 or tonumber(text_or_empty)
 end
@@ -87,7 +100,7 @@ local function expire(id, key, hold)
   end
   set_due(id, false)
   set_unconfirmed(id, key)
-  return store_record(key, hold, 'KEEPTTL')
+  return store_record(key, hold, lifetime(hold))
 end
 
 -- The hold, expired if it is due, and its record; or nil and the reply that says why not.

@@ -21,6 +21,7 @@
 
 local call, format, match, gmatch = redis.call, string.format, string.match, string.gmatch
 local CLOSED = 9007199254740992 -- 2^53: a window whose sum is here admits nothing more
+local LASTING_MS = 315360000000 -- ten years: open holds of windows without end, until somebody sees that they are due
 
 local time = call('TIME')
 local now_ms = time[1] * 1000 + (time[2] - time[2] % 1000) / 1000

@@ -30,7 +30,7 @@ local ttl_before, deadline_before
 
 function operations.R(op, key)
   local id, ttl, policy, labels, amounts = match(op, '^R (%S+) (%d+) (%a) (%S+ %S+ %S+) (.+)$')
-  local taken, n, segments, expires = { 0, 0, 0, 0 }, 0, '', '0'
+  local taken, n, segments, expires, endless = { 0, 0, 0, 0 }, 0, '', '0', false
   local denied, denied_amount
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
     local w, requested = windows[tonumber(i)], tonumber(amount)
@@ -44,21 +44,25 @@ function operations.R(op, key)
     taken[n + 1], taken[n + 2] = w, requested
     n = n + 2
     local ends = ARGV[w.at + 4]
-    if #ends > #expires or (#ends == #expires and ends > expires) then expires = ends end
+    if ends == '0' then
+      endless = true
+    elseif #ends > #expires or (#ends == #expires and ends > expires) then
+      expires = ends
+    end
   end
   if denied then
     local again = replay(key, policy, amounts)
     if again then return again end
-    -- A denial must not write, but if it did not pass on a limit that changed, older replicas would spend by the old one.
+    -- A denial must not write, but if it did not pass on a limit that changed, older replicas would spend by the old
+    -- one.
     for i in gmatch(amounts, '(%d+):') do
       local w = windows[tonumber(i)]
       w.changing = w.changing or w.differs
     end
     return deny(denied, denied_amount)
   end
-  if expires == '0' then -- only windows without end: a day to live, and then as long as a window is kept
-    expires = text(now_ms + 86400000 + match(ARGV[6], '^%S+ %d+ (%d+)'))
-  end
+  -- An open hold lives as long as its windows: nobody else knows what to give back to them.
+  if endless then expires = text(now_ms + LASTING_MS) end
   if ttl ~= ttl_before then ttl_before, deadline_before = ttl, text(now_ms + ttl) end
   local record = 'o ' .. policy .. ' ' .. deadline_before .. ' ' .. now_us_text .. ' 0 ' .. labels .. segments
   if not call('SET', key, record, 'NX', 'PXAT', expires) then return replay(key, policy, amounts) end

@@ -103,7 +103,7 @@ function operations.L(op, key)
   leave_indexes(hold, id)
   if operator == '1' then
     hold.state = 'z'
-    store_record(key, hold, 'KEEPTTL') -- not resolved: the worker may yet come back
+    store_record(key, hold, lifetime(hold)) -- not resolved: the worker may yet come back
   else
     hold.state = 'r'
     store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)'))

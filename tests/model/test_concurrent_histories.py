@@ -19,7 +19,7 @@ from ktrdr_budget.money import to_units
 from ..helpers.processes import workers
 from .observed import RawStore
 
-LIMITS = {"agent": "20.00", "team": "12.00"}
+LIMITS = {"agent": "50.00", "team": "30.00"}
 PROCESSES = 4
 
 

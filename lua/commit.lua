@@ -5,46 +5,50 @@
 -- reply  k flags units,units…        done; u unknown id
 --        s                           not that simple; nothing was changed
 
+local id_memory_ms = match(ARGV[6], '^%S+ (%d+)')
+
 function operations.C(op, key)
   local record = call('GET', key)
   if not record then return 'u' end
   local id, amounts = match(op, '^C (%S+) (.+)$')
   local deadline, operation, trace, rest = match(record, '^o %a (%d+) %d+ %d+ %S+ (%S+) ([^ |]+)(.+)$')
-  if not deadline or tonumber(deadline) <= now_ms then return 's' end
-  local wanted, segments = gmatch(amounts, '(%d+):(%a)(%d+)'), { 0, 0, 0, 0 }
+  if not deadline or deadline + 0 <= now_ms then return 's' end
+  local wanted, changes = gmatch(amounts, '(%d+):(%a)(%d+)'), { 0, 0, 0, 0, 0 }
   local n, told, overrun, settled = 0, '', '-', 'c' .. record:sub(2, -#rest - 1)
-  for flag, name, base, reserved, accrued in gmatch(rest, '|(%a),([^,]+),(%d*),(%d+),(%d*),') do
+  for segment, flag, name, reserved, accrued in gmatch(rest, '(|(%a),([^,]+),%d*,(%d+),(%d*),)') do
     local i, mode, amount = wanted()
-    local w = i and windows[tonumber(i)]
+    local w = i and windows[i + 0]
     if not w or w.name ~= name then return 's' end
     if flag == 's' then
       amount = '0'
     elseif mode == 'r' then
       amount = reserved
-    elseif mode == 'a' and accrued ~= '' and tonumber(accrued) > tonumber(amount) then
+    elseif mode == 'a' and accrued ~= '' and accrued + 0 > amount + 0 then
       amount = accrued
     end
-    local counts, units = tonumber(reserved), tonumber(amount)
+    local counts, units = reserved + 0, amount + 0
     local over = units > counts
     if over then overrun = 'o' end
-    if accrued ~= '' and flag ~= 's' and tonumber(accrued) > counts then counts = tonumber(accrued) end
-    segments[n + 1], segments[n + 2], segments[n + 3], segments[n + 4] = w, counts, over, flag ~= 's' and amount
-    n = n + 4
-    told = (n == 4 and amount) or (told .. ',' .. amount)
-    settled = settled .. '|' .. flag .. ',' .. name .. ',' .. base .. ',' .. reserved .. ',' .. accrued .. ',' .. amount
+    if accrued ~= '' and flag ~= 's' and accrued + 0 > counts then counts = accrued + 0 end
+    changes[n + 1], changes[n + 2], changes[n + 3], changes[n + 4], changes[n + 5] = w, counts, over,
+      flag ~= 's' and amount, units
+    told = (n == 0 and amount) or (told .. ',' .. amount)
+    n = n + 5
+    settled = settled .. segment .. amount
   end
-  for j = 1, n, 4 do
-    local w, counts, over, amount = segments[j], segments[j + 1], segments[j + 2], segments[j + 3]
+  local entry = 'commit ' .. id .. ' ' .. operation .. ' ' .. trace
+  for j = 1, n, 5 do
+    local w, counts, over, amount, units = changes[j], changes[j + 1], changes[j + 2], changes[j + 3], changes[j + 4]
     add(w, HELD, -counts)
     if amount then
-      add(w, SPENT, tonumber(amount))
+      add(w, SPENT, units)
       add(w, EVENTS, 1)
       if over then add(w, OVERRUNS, 1) end
-      call('XADD', w.ledger, '*', 'a', amount, 'e', 'commit ' .. id .. ' ' .. operation .. ' ' .. trace)
+      call('XADD', w.ledger, '*', 'a', amount, 'e', entry)
     end
   end
   due_removed[#due_removed + 1] = id
   dirty = true
-  call('SET', key, settled, 'PX', match(ARGV[6], '^%S+ (%d+)'))
+  call('SET', key, settled, 'PX', id_memory_ms)
   return 'k ' .. overrun .. ' ' .. told
 end

@@ -26,21 +26,21 @@ local function replay(key, policy, amounts)
   return (same and n == 0 and 'p ' or 'c ') .. record
 end
 
-local ttl_before, deadline_before
+local ttl_before, deadline_before, beginning_before
 
 function operations.R(op, key)
   local id, ttl, policy, labels, amounts = match(op, '^R (%S+) (%d+) (%a) (%S+ %S+ %S+) (.+)$')
   local taken, n, segments, expires, endless = { 0, 0, 0, 0 }, 0, '', '0', false
   local denied, denied_amount
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
-    local w, requested = windows[tonumber(i)], tonumber(amount)
+    local w, requested = windows[i + 0], amount + 0
     if not w.asserted then load_asserting(w) end
     if not w.stored then load(w) end
     if w.stale then return replay(key, policy, amounts) or 'w' end
     if w.mismatch then return replay(key, policy, amounts) or 'm ' .. w.name .. ' ' .. w.mismatch end
     local total = w.stored + w[HELD] + w[SPENT] + w[UNCONFIRMED]
     if (total >= CLOSED or total + requested > w.cap) and not denied then denied, denied_amount = w, amount end
-    segments = segments .. '|' .. ARGV[w.at] .. ',' .. w.name .. ',,' .. amount .. ',,'
+    segments = segments .. w.segment .. amount .. ',,'
     taken[n + 1], taken[n + 2] = w, requested
     n = n + 2
     local ends = ARGV[w.at + 4]
@@ -63,8 +63,11 @@ function operations.R(op, key)
   end
   -- An open hold lives as long as its windows: nobody else knows what to give back to them.
   if endless then expires = text(now_ms + LASTING_MS) end
-  if ttl ~= ttl_before then ttl_before, deadline_before = ttl, text(now_ms + ttl) end
-  local record = 'o ' .. policy .. ' ' .. deadline_before .. ' ' .. now_us_text .. ' 0 ' .. labels .. segments
+  if ttl ~= ttl_before then
+    ttl_before, deadline_before = ttl, text(now_ms + ttl)
+    beginning_before = ' ' .. deadline_before .. ' ' .. now_us_text .. ' 0 '
+  end
+  local record = 'o ' .. policy .. beginning_before .. labels .. segments
   if not call('SET', key, record, 'NX', 'PXAT', expires) then return replay(key, policy, amounts) end
   for i = 1, n, 2 do
     taken[i].creating, taken[i].changing = true, true

@@ -71,28 +71,39 @@ def retry_after_agrees(real: int | None, model_ms: int | None) -> bool:
 # -- the store itself --------------------------------------------------------------------------------------------------
 
 
+EVERYTHING = """
+local found = {}
+for _, key in ipairs(redis.call('KEYS', '*')) do
+  local kind, value = redis.call('TYPE', key).ok, ''
+  if kind == 'string' then value = redis.call('GET', key) end
+  if kind == 'hash' then value = redis.call('HGETALL', key) end
+  if kind == 'stream' then value = redis.call('XRANGE', key, '-', '+') end
+  found[#found + 1] = { key, redis.call('PTTL', key), value }
+end
+return found
+"""
+"""In one step: a replica may be letting holds expire in the background."""
+
+
+def pairs(flat: list) -> dict:
+    return dict(zip(flat[::2], flat[1::2], strict=True))
+
+
 class RawStore:
     """What is stored, read without the package, to check the promises that hold at every moment."""
 
     def __init__(self, client: redis.Redis, tenant: str = "default") -> None:
-        self.client = client
         self.prefix = f"ktrdr:{{{tenant}}}:"
-        keys = client.keys("*")
-        pipe = client.pipeline(transaction=False)
-        for key in keys:
-            pipe.pttl(key)
-        self.ttls = dict(zip(keys, pipe.execute(), strict=True))
-        assert all(key.startswith(self.prefix) for key in keys), keys
-        self.windows = self._read("w:", lambda pipe, key: pipe.hgetall(key))
-        self.ledgers = self._read("l:", lambda pipe, key: pipe.xrange(key))
-        self.holds = self._read("h:", lambda pipe, key: pipe.get(key))
+        found = client.eval(EVERYTHING, 0)
+        self.ttls = {key: ttl_ms for key, ttl_ms, _ in found}
+        assert all(key.startswith(self.prefix) for key in self.ttls), self.ttls
+        self.windows = {name: pairs(value) for name, value in self._of("w:", found)}
+        self.ledgers = {name: [pairs(entry) for _, entry in value] for name, value in self._of("l:", found)}
+        self.holds = dict(self._of("h:", found))
 
-    def _read(self, kind: str, command) -> dict:
-        keys = [key for key in self.ttls if key.startswith(self.prefix + kind)]
-        pipe = self.client.pipeline(transaction=False)
-        for key in keys:
-            command(pipe, key)
-        return {key.removeprefix(self.prefix + kind): value for key, value in zip(keys, pipe.execute(), strict=True)}
+    def _of(self, kind: str, found: list) -> list[tuple]:
+        prefix = self.prefix + kind
+        return [(key.removeprefix(prefix), value) for key, _, value in found if key.startswith(prefix)]
 
     def sums(self, window: str) -> dict[str, int]:
         stored = self.windows[window]
@@ -122,7 +133,7 @@ class RawStore:
         assert weights.keys() <= self.windows.keys()
         for window in self.windows:
             sums = self.sums(window)
-            entered = sum(int(entry["a"]) for _, entry in self.ledgers.get(window, []))
+            entered = sum(int(entry["a"]) for entry in self.ledgers.get(window, []))
             assert sums["spent"] + sums["unconfirmed"] == entered, (window, sums, self.ledgers.get(window))
             assert sums["held"] == weights.get(window, 0), (window, sums, weights)
             assert min(sums.values()) >= 0, (window, sums)

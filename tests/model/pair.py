@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 from hypothesis import note
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetLimiter
 
 from .histories import BUDGETS, BY_NAME
 from .observed import NOISE_MS, RawStore, agree, all_units, fields, retry_after_agrees
 from .reference import CLOSED, Grant, HoldModel, Reference, Refused, Settled, units_of
+from .threaded import Threaded
 
 STATUS_FIELDS = (
     *("window", "resets_at", "limit", "spent", "held", "unconfirmed", "remaining", "events", "overruns"),
@@ -58,7 +59,7 @@ class Pair:
         self.server, self.runner = server, runner
         self.client = server.client()
         self.client.flushall()
-        self.limiters: list[AsyncBudgetLimiter] = []
+        self.limiters: list[AsyncBudgetLimiter | Threaded] = []
         server.set(start, frozen=True)
         self.model = Reference(BUDGETS, int(start.timestamp() * 1000))
 
@@ -68,12 +69,16 @@ class Pair:
         self.client.close()
 
     def start_replica(self, limits: Mapping) -> None:
-        """One more replica, with these configured limits."""
+        """One more replica, with these configured limits; the second is synchronous."""
         budgets = [
             Budget(b.name, limits[b.name], b.unit, b.period, b.timezone, "slots" if b.slots else "spend")
             for b in BUDGETS
         ]
-        limiter = AsyncBudgetLimiter(self.server.url, budgets, timeout=30)
+        limiter: AsyncBudgetLimiter | Threaded
+        if len(self.limiters) == 1:
+            limiter = Threaded(BudgetLimiter(self.server.url, budgets, timeout=30))
+        else:
+            limiter = AsyncBudgetLimiter(self.server.url, budgets, timeout=30)
         self.runner.run(limiter.start())
         self.limiters.append(limiter)
         self.model.configured.append(
@@ -214,7 +219,7 @@ class Pair:
         if not isinstance(model, Refused):
             agree(fields(real, VIEW_FIELDS), model)
 
-    def _compare_holds(self, limiter: AsyncBudgetLimiter, name: str, page: int) -> None:
+    def _compare_holds(self, limiter: AsyncBudgetLimiter | Threaded, name: str, page: int) -> None:
         real = [fields(v, VIEW_FIELDS) for v in self._pages(lambda c: limiter.holds(name, limit=page, cursor=c))]
         model = self.model.listed(name)
         assert [view["state"] for view in real] == [view["state"] for view in model], (name, real, model)

@@ -148,8 +148,8 @@ def the_end_is_what_was_acknowledged(store: RawStore, stories: dict[str, Story])
                     spent[hold_id] += settlement["told"][budget]
         assert store.sums(window)["spent"] == spent.total()
         entered = Counter()
-        for _, fields in ledger:
-            entered[fields["e"].split(" ")[1]] += int(fields["a"])
+        for entry in ledger:
+            entered[entry["e"].split(" ")[1]] += int(entry["a"])
         expired = {hold_id for hold_id in entered if stories[hold_id].grants and not stories[hold_id].settlements}
         assert {hold_id: units for hold_id, units in entered.items() if units and hold_id not in expired} == {
             hold_id: units for hold_id, units in spent.items() if units

@@ -234,7 +234,8 @@ class Store:
         text = f"store at {self.shown}: {_without_secrets(error)}"
         if isinstance(error, redis_errors.NoScriptError) or str(error).startswith("NOSCRIPT"):
             return NoScript()
-        if isinstance(error, (redis_errors.AuthenticationError, redis_errors.AuthorizationError)):
+        refused = (redis_errors.AuthenticationError, redis_errors.AuthorizationError)
+        if isinstance(error, refused) or isinstance(error.__cause__, refused):  # on a unix socket, only the cause
             return StoreError(text)
         if isinstance(error, redis_errors.ClusterError) or _PASSING.search(str(error)):
             return Transient(text, sent=False)

@@ -117,7 +117,7 @@ def await_end(data_dir: Path) -> None:
 
 
 def process_field(pid: int, field: str) -> str:
-    found = subprocess.run(["ps", "-o", f"{field}=", "-p", str(pid)], capture_output=True, text=True)
+    found = subprocess.run(["ps", "-ww", "-o", f"{field}=", "-p", str(pid)], capture_output=True, text=True)
     return found.stdout.strip()
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ktrdr_budget.engine.amounts import Amounts
 from ktrdr_budget.engine.coalescer import Coalescer, Observer
 from ktrdr_budget.engine.flows import Core
-from ktrdr_budget.engine.holds import HoldBase, OnError
+from ktrdr_budget.engine.holds import HoldBase, OnError, check_on_error, current_hold, restore_hold
 from ktrdr_budget.engine.session import Session
 from ktrdr_budget.engine.store import Store
 from ktrdr_budget.errors import BudgetError, HoldConflict, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
@@ -275,10 +275,17 @@ class AsyncBudgetLimiter(LimiterBase):
         Raises:
             As for :meth:`reserve` and :meth:`commit`.
         """
-        if on_error not in ("release", "charge"):
-            raise InvalidArgument(f"on_error must be 'release' or 'charge', not {on_error!r}")
+        check_on_error(on_error)
         hold = await self.reserve(budget, amount, id=id, ttl=ttl, on_expiry=on_expiry, operation=operation, owner=owner)
+        async with self.keep(hold, on_error=on_error):
+            yield hold
+
+    @asynccontextmanager
+    async def keep(self, hold: AsyncHold, *, on_error: OnError = "release") -> AsyncIterator[AsyncHold]:
+        """What :meth:`hold` does with a hold that was reserved before: heartbeats, and settles on leaving."""
+        check_on_error(on_error)
         heartbeat = _Heartbeat(self._coalescer, hold)
+        outer = current_hold.set(hold)
         try:
             yield hold
         except BaseException:
@@ -288,6 +295,8 @@ class AsyncBudgetLimiter(LimiterBase):
         else:
             heartbeat.stop()
             await self._leave(hold, False, on_error)
+        finally:
+            restore_hold(outer)
 
     async def _leave(self, hold: HoldBase, failed: bool, on_error: OnError) -> None:
         flow = hold.exit_flow(failed, on_error)

@@ -16,9 +16,9 @@ from types import TracebackType
 from typing import Any
 
 from ktrdr_budget.engine.amounts import Amounts
-from ktrdr_budget.engine.holds import HoldBase, OnError
+from ktrdr_budget.engine.holds import HoldBase, OnError, check_on_error, current_hold, restore_hold
 from ktrdr_budget.engine.reads import Flow
-from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable
+from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
 from ktrdr_budget.limiter import LimiterBase, _Heartbeat, logger
 from ktrdr_budget.models import TTL_DEFAULT_S, HoldView, LedgerEntry, OnExpiry, Page, Settlement, Status
 from ktrdr_budget.money import AmountIn
@@ -192,10 +192,17 @@ class BudgetLimiter(LimiterBase):
         owner: str = "",
     ) -> Iterator[Hold]:
         """See :meth:`AsyncBudgetLimiter.hold`."""
-        if on_error not in ("release", "charge"):
-            raise InvalidArgument(f"on_error must be 'release' or 'charge', not {on_error!r}")
+        check_on_error(on_error)
         hold = self.reserve(budget, amount, id=id, ttl=ttl, on_expiry=on_expiry, operation=operation, owner=owner)
+        with self.keep(hold, on_error=on_error):
+            yield hold
+
+    @contextmanager
+    def keep(self, hold: Hold, *, on_error: OnError = "release") -> Iterator[Hold]:
+        """See :meth:`AsyncBudgetLimiter.keep`."""
+        check_on_error(on_error)
         heartbeat = self._portal.run(self._heartbeat(hold))
+        outer = current_hold.set(hold)
         try:
             yield hold
         except BaseException:
@@ -205,6 +212,8 @@ class BudgetLimiter(LimiterBase):
         else:
             self._portal.loop().call_soon_threadsafe(heartbeat.stop)
             self._leave(hold, False, on_error)
+        finally:
+            restore_hold(outer)
 
     async def _heartbeat(self, hold: Hold) -> _Heartbeat:
         return _Heartbeat(self._coalescer, hold)

@@ -2,6 +2,7 @@
 -- or for being more than was reserved.
 --
 -- op     D id window:mode+units …    commit; mode x exactly, r what was reserved, a at least what was accrued
+--        M id remark trace window:…  the same; a remark is added to the hold's operation label, a trace replaces its own
 --        L id operator window: …     release; operator 1: done by hand, the worker's later commit still corrects it;
 --                                    s and microseconds: only what was granted since then, else c
 -- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, or -
@@ -44,8 +45,7 @@ local function leave_indexes(hold, id)
   if hold.state == 'o' then set_due(id, false) else set_unconfirmed(id, false) end
 end
 
-function operations.D(op, key)
-  local id, amounts = match(op, '^D (%S+) (.+)$')
+local function commit(id, key, amounts, remark, trace)
   local hold, record = find(id, key)
   if not hold then return record end
   local state = hold.state
@@ -63,6 +63,8 @@ function operations.D(op, key)
     local before = charges(hold)
     return before == table.concat(told, ',') and 'p - ' .. before or 'c ' .. record
   end
+  if remark ~= '-' then hold.operation = hold.operation == '-' and remark or hold.operation .. '%20' .. remark end
+  if trace ~= '-' then hold.trace = trace end
   local kind = state == 'o' and 'commit' or 'correction'
   for i = 1, #hold.segments do
     local segment = hold.segments[i]
@@ -83,6 +85,16 @@ function operations.D(op, key)
   hold.state = 'c'
   store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)'))
   return 'k ' .. (flags == '' and '-' or flags) .. ' ' .. table.concat(told, ',')
+end
+
+function operations.D(op, key)
+  local id, amounts = match(op, '^D (%S+) (.+)$')
+  return commit(id, key, amounts, '-', '-')
+end
+
+function operations.M(op, key)
+  local id, remark, trace, amounts = match(op, '^M (%S+) (%S+) (%S+) (.+)$')
+  return commit(id, key, amounts, remark, trace)
 end
 
 function operations.L(op, key)

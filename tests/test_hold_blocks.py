@@ -9,6 +9,7 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, HoldConflict
+from ktrdr_budget.engine.holds import current_hold
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import ledger_sum, sums
@@ -214,3 +215,60 @@ async def test_many_blocks_at_once_settle_exactly(client, limiter):
     outcomes = await asyncio.gather(*(work(number) for number in range(200)), return_exceptions=True)
     assert sum(isinstance(outcome, Work) for outcome in outcomes) == 100
     assert figures(client) == (200 * to_units("0.001"), 0)
+
+
+async def test_a_hold_that_was_reserved_before_is_kept_by_a_block(client, limiter):
+    hold = await limiter.reserve("agent", "0.15")
+    async with limiter.keep(hold) as kept:
+        assert kept is hold
+        hold.accrue("0.05")
+    assert figures(client) == (to_units("0.05"), 0)
+
+
+async def test_the_innermost_hold_is_the_current_one_of_its_task(limiter):
+    assert current_hold.get() is None
+    async with limiter.hold("agent", "0.15") as outer:
+        assert current_hold.get() is outer
+        async with limiter.hold("agent", "0.15") as inner:
+            assert current_hold.get() is inner
+            assert inner.belongs_to(limiter)
+        assert current_hold.get() is outer
+    assert current_hold.get() is None
+
+
+def test_the_innermost_hold_is_the_current_one_of_its_thread(sync_limiter):
+    with sync_limiter.hold("agent", "0.15") as hold:
+        assert current_hold.get() is hold
+        assert hold.belongs_to(sync_limiter)
+    assert current_hold.get() is None
+
+
+@pytest.mark.parametrize("operation", ["", "a call"])
+async def test_notes_stand_in_the_ledger_after_the_label_of_the_hold(server, operation):
+    async with AsyncBudgetLimiter(server.url, BUDGETS, trace_id=lambda: next(traces)) as limiter:
+        traces = iter(["of the reservation", "of the commit"])
+        async with limiter.hold("agent", "0.15", operation=operation) as hold:
+            for remark in ("prices/1.0", "estimated", "prices/1.0"):
+                hold.note(remark)
+        (entry,) = await limiter.ledger("agent")
+        assert entry.operation == f"{operation} prices/1.0 estimated".strip()
+        assert entry.trace_id == "of the commit"
+        assert (await limiter.get(hold.id)).operation == entry.operation
+
+
+async def test_notes_are_not_lost_with_the_hold(server, client):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+        hold = await limiter.reserve("agent", "0.15", id="op_1")
+        hold.note("estimated")
+        client.delete("ktrdr:{default}:h:op_1")
+        await hold.commit("0.07")
+        (entry,) = await limiter.ledger("agent")
+        assert (entry.kind, entry.operation) == ("commit", "estimated")
+
+
+async def test_a_commit_with_notes_that_is_repeated_is_a_replay(limiter, client):
+    hold = await limiter.reserve("agent", "0.15")
+    hold.note("estimated")
+    assert not (await hold.commit("0.07")).replayed
+    assert (await hold.commit("0.07")).replayed
+    assert figures(client) == (to_units("0.07"), 0)

@@ -8,6 +8,7 @@ settlement that was begun completes (P14).
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import os
 import time
@@ -47,13 +48,15 @@ class Observation:
     result: Any
     error: BaseException | None
     seconds: float
+    context: contextvars.Context
+    """The caller's, as it was when it called."""
 
 
 Observer = Callable[[Observation], None]
 
 
 class _Call:
-    __slots__ = ("deadline", "flow", "future", "operation", "request", "sent", "started")
+    __slots__ = ("context", "deadline", "flow", "future", "operation", "request", "sent", "started")
 
     def __init__(self, flow: Flow[Any], future: Any, operation: str, started: float, deadline: float) -> None:
         self.flow = flow
@@ -61,6 +64,7 @@ class _Call:
         self.operation = operation
         self.started = started
         self.deadline = deadline
+        self.context: Any = None
         self.request: Any = None
         self.sent = False
         """Whether an attempt that brought no answer may have been executed all the same."""
@@ -122,6 +126,8 @@ class Coalescer:
             future = loop.create_future()
         # An event loop may know the time to a millisecond only, too coarse for what a hook is told.
         call = _Call(flow, future, operation, time.monotonic(), loop.time() + self._timeout)
+        if self._observer is not None:
+            call.context = contextvars.copy_context()
         self._resume(call, None)
         return future
 
@@ -181,7 +187,8 @@ class Coalescer:
     def _observe(self, call: _Call, result: Any, error: BaseException | None) -> None:
         assert self._loop is not None and self._observer is not None
         try:
-            self._observer(Observation(call.operation, result, error, time.monotonic() - call.started))
+            seconds = time.monotonic() - call.started
+            self._observer(Observation(call.operation, result, error, seconds, call.context))
         except Exception:
             logger.exception("a hook failed; the budget is not affected")
 

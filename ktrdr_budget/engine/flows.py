@@ -211,15 +211,21 @@ class Core(Reads):
 
     # -- settle --------------------------------------------------------------------------------------------------------
 
-    def settle_hold(self, hold: HoldBase, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
-        """Commits (``amounts``: mode and units of each part) or releases (``None``) a hold whose windows are known."""
+    def settle_hold(
+        self, hold: HoldBase, amounts: Sequence[tuple[str, int]] | None, remark: str = ""
+    ) -> Flow[Settlement]:
+        """Commits (``amounts``: mode and units of each part) or releases (``None``) a hold whose windows are known.
+
+        A remark goes to the ledger with the current trace, after the label that the hold was reserved with.
+        """
         letter = "L" if amounts is None else "C"
         settled = amounts or [("x", 0)] * len(hold.parts)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
         # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them. After
         # its own settlement it has not lost but forgotten it, and nothing may be charged twice.
         reserved = [units for _, units in hold.parts]
-        return (yield from self._settle(letter, hold.id, parts, reserved, may_be_lost=not hold.settled))
+        lost = not hold.settled
+        return (yield from self._settle(letter, hold.id, parts, reserved, may_be_lost=lost, remark=remark))
 
     def settle_id(
         self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
@@ -256,10 +262,12 @@ class Core(Reads):
         *,
         operator: bool = False,
         may_be_lost: bool = False,
+        remark: str = "",
     ) -> Flow[Settlement]:
         key = self.session.keys.hold(hold_id)
         if letter == "C":
-            op: Op = Commit(hold_id, key, f"C {hold_id}", parts, may_be_lost)
+            trace = self._trace() if remark else "-"
+            op: Op = Commit(hold_id, key, parts, may_be_lost, self._text(remark[:_TEXT_MAX]), trace)
         else:
             op = Op(hold_id, key, f"L {hold_id} {int(operator)}", parts)
         first = op

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from contextvars import ContextVar, Token
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
 from ktrdr_budget.engine.protocol import STATES, Record, Window
-from ktrdr_budget.errors import InvalidAmount, StoreError, StoreUnavailable, UnknownHold
+from ktrdr_budget.errors import InvalidAmount, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
 from ktrdr_budget.models import HoldState, Settlement, check_ttl_ms
 from ktrdr_budget.money import MAX_UNITS, Amount, from_units, to_units
 from ktrdr_budget.periods import from_ms
@@ -17,9 +19,12 @@ if TYPE_CHECKING:
     from ktrdr_budget.engine.flows import Core
     from ktrdr_budget.engine.reads import Flow
 
-__all__ = ["HoldBase", "OnError"]
+__all__ = ["HoldBase", "OnError", "check_on_error", "current_hold", "restore_hold"]
 
 OnError = Literal["release", "charge"]
+
+current_hold: ContextVar[HoldBase | None] = ContextVar("ktrdr_budget_current_hold", default=None)
+"""The hold that the work of this task or thread draws from: the innermost ``limiter.hold(...)`` around it."""
 
 
 class HoldBase:
@@ -29,9 +34,11 @@ class HoldBase:
         "_accrued",
         "_core",
         "_deadline_ms",
+        "_notes",
         "_settling",
         "_ttl_ms",
         "created_us",
+        "drawn",
         "guarded",
         "id",
         "parts",
@@ -57,6 +64,9 @@ class HoldBase:
         self._deadline_ms = deadline_ms
         self._accrued: dict[str, int] = {}
         self._settling = False
+        self._notes: dict[str, None] = {}
+        self.drawn: dict[str, int] = {}
+        """What calls in progress inside this hold may yet cost, in whole units per budget."""
         self.state: HoldState = "open"
         self.guarded = guarded
         """False if the store was unreachable and policy ``allow`` admitted: no cap was checked."""
@@ -120,6 +130,14 @@ class HoldBase:
         """
         check_amounts(amount)
         self._accrued |= _added(self._accrued, spread(amount, self._flags()))
+
+    def note(self, remark: str) -> None:
+        """Adds words to what the ledger says of this hold, once each: told when it commits."""
+        self._notes[remark] = None
+
+    def belongs_to(self, limiter: object) -> bool:
+        """Whether this limiter granted it."""
+        return getattr(limiter, "_core", None) is self._core
 
     def accrue_to(self, totals: Amounts | None) -> None:
         """Raises what was used to these totals; errors as for :meth:`accrue`."""
@@ -210,7 +228,7 @@ class HoldBase:
     def _settled(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
         self._settling = True
         try:
-            settlement = yield from self._core.settle_hold(self, amounts)
+            settlement = yield from self._core.settle_hold(self, amounts, " ".join(self._notes))
         except UnknownHold:
             if self.guarded:
                 raise
@@ -230,3 +248,15 @@ def _added(totals: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]
         if units >= MAX_UNITS:
             raise InvalidAmount(f"the sum is too large for {name!r}: it must stay below 2**53 units")
     return sums
+
+
+def check_on_error(value: object) -> None:
+    """Raises :class:`~ktrdr_budget.errors.InvalidArgument` if it is no :data:`OnError`."""
+    if value not in ("release", "charge"):
+        raise InvalidArgument(f"on_error must be 'release' or 'charge', not {value!r}")
+
+
+def restore_hold(outer: Token[HoldBase | None]) -> None:
+    """Makes the hold current that was so before. A generator may be ended in another context than it was begun in."""
+    with suppress(ValueError):
+        current_hold.reset(outer)

@@ -7,6 +7,7 @@ or a plain command). The words on the wire are described in the headers of ``lua
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, unquote
@@ -90,24 +91,31 @@ class Op:
 
 
 class Commit(Op):
-    """A commit: first the simple way (C), then in detail (D), and if the store has lost the hold, as a record (K)."""
+    """A commit: first the simple way (C), then in detail (D), and if the store has lost the hold, as a record (K).
 
-    __slots__ = ("may_be_lost",)
+    One with a remark for the ledger goes in detail at once (M).
+    """
+
+    __slots__ = ("labels", "may_be_lost")
 
     def __init__(
-        self, hold_id: str, key: str, head: str, parts: Sequence[tuple[Window, str]], may_be_lost: bool
+        self, hold_id: str, key: str, parts: Sequence[tuple[Window, str]], may_be_lost: bool, remark: str, trace: str
     ) -> None:
+        self.labels = f"{remark} {trace}"
+        head = f"C {hold_id}" if remark == "-" else f"M {hold_id} {self.labels}"
         super().__init__(hold_id, key, head, parts)
         self.may_be_lost = may_be_lost
 
     def otherwise(self, word: str) -> Op | None:
         """In detail if it is not simple; as a record if the hold is unknown though it was granted."""
         if word == "s":
-            return Commit(self.id, self.key, f"D {self.id}", self.parts, self.may_be_lost)
+            detailed = copy(self)
+            detailed.head, detailed.letter = f"D {self.id}", "D"
+            return detailed
         if word != "u" or not self.may_be_lost:
             return None
         spent = [(window, ":0" if window.flag == "s" else f":{tail[2:]}") for window, tail in self.parts]
-        return Op(self.id, self.key, f"K {self.id} 1 - -", spent)
+        return Op(self.id, self.key, f"K {self.id} 1 {self.labels}", spent)
 
 
 class Header(NamedTuple):

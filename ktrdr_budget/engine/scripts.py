@@ -20,7 +20,7 @@ _PARTS = {
     "limits": ("limits",),
     "verify": ("verify",),
 }
-_ALONE = {"R": "reserve", "C": "commit", "D": "settle", "L": "settle"}
+_ALONE = {"R": "reserve", "C": "commit", "D": "settle", "L": "settle", "M": "settle"}
 STATUS, LIMITS, VERIFY = "status", "limits", "verify"
 
 
@@ -37,7 +37,7 @@ def script_for(letters: set[str]) -> str:
     """The smallest write script that knows these operations."""
     if len(letters) == 1:
         return _ALONE.get(next(iter(letters)), "apply")
-    return "settle" if letters <= {"C", "D", "L"} else "apply"
+    return "settle" if letters <= {"C", "D", "L", "M"} else "apply"
 
 
 @cache

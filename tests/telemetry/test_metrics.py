@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +331,7 @@ async def test_the_registry_may_be_the_apps_own(server):
 
 def test_an_error_that_nobody_knows_is_counted():
     metrics = LimiterMetrics()
-    metrics.observe(Observation("reserve", None, RuntimeError("?"), 0.001))
+    metrics.observe(Observation("reserve", None, RuntimeError("?"), 0.001, copy_context()))
     labels = {"outcome": "error", "reason": "unexpected"}
     assert metrics.registry.get_sample_value("ktrdr_budget_reservations_total", labels) == 1
 

@@ -1,0 +1,1 @@
+"""The agent: research cycles that cost money, on several replicas."""

@@ -1,0 +1,1 @@
+"""What a language-model call costs, and guards that cap it."""

@@ -11,6 +11,7 @@ from ktrdr_budget.models import Budget, check_name
 from ktrdr_budget.money import Amount, from_units, to_units
 
 __all__ = [
+    "AGENT",
     "CYCLE_ESTIMATE_DEFAULT",
     "DAILY_BUDGET_DEFAULT",
     "DATA_DIR_DEFAULT",
@@ -23,6 +24,8 @@ __all__ = [
     "tenant",
 ]
 
+AGENT = "agent"
+"""The name of the agent's daily budget."""
 DAILY_BUDGET_DEFAULT = Decimal("5.00")
 CYCLE_ESTIMATE_DEFAULT = Decimal("0.15")
 DATA_DIR_DEFAULT = "data/budget"
@@ -70,7 +73,7 @@ def agent_budget(limit: Amount | None, environment: Mapping[str, str] = os.envir
     """The daily budget of the agent, in the timezone of ``AGENT_BUDGET_TIMEZONE`` (UTC)."""
     timezone = environment.get("AGENT_BUDGET_TIMEZONE", "").strip() or "UTC"
     try:
-        return Budget("agent", limit, timezone=timezone)
+        return Budget(AGENT, limit, timezone=timezone)
     except InvalidArgument as error:
         raise InvalidArgument(f"AGENT_BUDGET_TIMEZONE: {error}") from None
 

@@ -7,6 +7,7 @@
     ├── HoldConflict              the id is known with other contents, or is settled otherwise
     ├── UnknownHold               no hold has this id (never reserved, or forgotten after settlement)
     ├── UnknownBudget             no budget of this limiter has this name
+    ├── UnknownPrice              nobody knows what a model costs; nothing was sent
     ├── StoreUnavailable          the store gave no answer within the deadline
     │   └── StoreError            the store answered with an error (out of memory, read-only, no permission, …)
     └── InvalidArgument           (also a ValueError) a bad name, id or option; nothing was sent
@@ -33,6 +34,7 @@ __all__ = [
     "StoreUnavailable",
     "UnknownBudget",
     "UnknownHold",
+    "UnknownPrice",
 ]
 
 
@@ -115,6 +117,10 @@ class UnknownHold(BudgetError):
 
 class UnknownBudget(BudgetError, LookupError):
     """The limiter was not given a budget of this name."""
+
+
+class UnknownPrice(BudgetError, LookupError):
+    """Nobody knows what a model costs, so a call of it cannot be kept below a cap."""
 
 
 class StoreUnavailable(BudgetError):

@@ -15,6 +15,9 @@ from ktrdr_budget.engine.amounts import Amounts
 from ktrdr_budget.engine.coalescer import Coalescer, Observer
 from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.holds import HoldBase, OnError, check_on_error, current_hold, restore_hold
+from ktrdr_budget.engine.keys import Keys
+from ktrdr_budget.engine.protocol import Command
+from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.engine.session import Session
 from ktrdr_budget.engine.store import Store
 from ktrdr_budget.errors import BudgetError, HoldConflict, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
@@ -156,6 +159,16 @@ class LimiterBase:
     def store_address(self) -> str | None:
         """Where the store is, secrets included; ``None`` for an embedded server that has not been started."""
         return self._store.address
+
+    @property
+    def keys(self) -> Keys:
+        """Spells the tenant's keys."""
+        return self._session.keys
+
+    @property
+    def replica_id(self) -> str:
+        """What the store knows this limiter by; another one after a fork."""
+        return self._session.replica_id
 
     @property
     def losses(self) -> int:
@@ -396,6 +409,16 @@ class AsyncBudgetLimiter(LimiterBase):
         flow = self._core.ledger(budget, window, limit, cursor)
         return await self._coalescer.submit(flow, "ledger")  # type: ignore[no-any-return]
 
+    async def ask(self, command: Command, operation: str) -> Any:
+        """Runs a script or command on keys of the tenant that are not the limiter's own, as its own reads are run.
+
+        It is tried until the deadline, so that it may be executed twice.
+
+        Raises:
+            StoreUnavailable: no answer within the deadline.
+        """
+        return await self._coalescer.submit(_asked(command), operation)
+
     # -- limits --------------------------------------------------------------------------------------------------------
 
     async def set_limit(self, budget: str, limit: AmountIn | None, until: datetime | str | None = None) -> Status:
@@ -408,6 +431,10 @@ class AsyncBudgetLimiter(LimiterBase):
     async def clear_limit(self, budget: str) -> Status:
         """Returns to the configured limit."""
         return await self._coalescer.submit(self._core.clear_limit(budget), "clear_limit")  # type: ignore[no-any-return]
+
+
+def _asked(command: Command) -> Flow[Any]:
+    return (yield command)
 
 
 class _Heartbeat:

@@ -11,7 +11,7 @@ import ktrdr_budget
 
 PACKAGE = Path(ktrdr_budget.__file__).parent
 ROOMS = ("errors", "money", "periods", "models", "environment", "engine", "limiter", "sync", "tracker", "verify")
-ROOMS += ("metering", "telemetry", "agent", "api", "cli")
+ROOMS += ("telemetry", "metering", "agent", "api", "cli")
 CORE = ROOMS[: ROOMS.index("verify") + 1]
 
 

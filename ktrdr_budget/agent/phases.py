@@ -102,8 +102,6 @@ class Research(Protocol):
         """Trades it on the past."""
         ...
 
-    async def assess(
-        self, context: PhaseContext, design: Design, training: Training, backtest: Backtest
-    ) -> Assessment:
+    async def assess(self, context: PhaseContext, design: Design, training: Training, backtest: Backtest) -> Assessment:
         """Judges it (asks the language model)."""
         ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -15,6 +15,11 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from ktrdr_budget.agent.assembly import make_agent
+from ktrdr_budget.agent.phases import Research
+from ktrdr_budget.agent.service import slots
+from ktrdr_budget.agent.settings import AgentSettings
+from ktrdr_budget.api.agent import agent_router
 from ktrdr_budget.api.auth import Keys
 from ktrdr_budget.api.probes import probes
 from ktrdr_budget.api.problems import Problem, problem_of
@@ -22,10 +27,13 @@ from ktrdr_budget.api.router import service_router
 from ktrdr_budget.api.routing import BudgetRoute
 from ktrdr_budget.api.service import Service
 from ktrdr_budget.api.settings import Settings, load_settings
+from ktrdr_budget.engine.coalescer import Observation, Observer
 from ktrdr_budget.errors import BudgetError, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter
+from ktrdr_budget.telemetry.agent_metrics import AgentMetrics
 from ktrdr_budget.telemetry.audit import Audit
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
+from ktrdr_budget.telemetry.tracing import configure_tracing, current_trace_id, flush_tracing, instrument, trace_call
 
 __all__ = ["create_app", "make_limiter"]
 
@@ -39,47 +47,67 @@ Money is a decimal string in dollars, a count an integer, an instant RFC 3339 in
 """
 
 
-def make_limiter(settings: Settings, metrics: LimiterMetrics | None = None) -> AsyncBudgetLimiter:
-    """A limiter as the settings say; the metrics, if any, watch it.
+def make_limiter(settings: Settings, agent: AgentSettings, observers: Sequence[Observer] = ()) -> AsyncBudgetLimiter:
+    """A limiter as the settings say, with the budgets of the agent; the observers, if any, watch it.
 
     Raises:
         InvalidArgument: a setting is not usable.
     """
-    limiter = AsyncBudgetLimiter(
+    return AsyncBudgetLimiter(
         settings.store_url,
-        settings.budgets,
+        (*settings.budgets, slots(agent.max_concurrent_cycles)),
         tenant=settings.tenant,
         timeout=settings.timeout,
         on_store_error=settings.on_store_error,
         data_dir=settings.agent_budget_dir,
-        observer=None if metrics is None else metrics.observe,
+        observer=_observer(observers),
+        trace_id=current_trace_id,
     )
-    if metrics is not None:
-        metrics.watch(limiter)
-    return limiter
 
 
-def create_app(settings: Settings | None = None) -> FastAPI:
+def _observer(observers: Sequence[Observer]) -> Observer | None:
+    if not observers:
+        return None
+
+    def observe(observation: Observation) -> None:
+        for told in observers:
+            told(observation)
+
+    return observe
+
+
+def create_app(
+    settings: Settings | None = None, agent: AgentSettings | None = None, research: Research | None = None
+) -> FastAPI:
     """The service. A store that is down does not hinder its start: ``/readyz`` tells, and it recovers by itself.
 
-    ``app.state`` has its ``settings``, ``metrics`` and, once it runs, its ``limiter``.
+    ``app.state`` has its ``settings``, ``metrics`` and, once it runs, its ``limiter`` and its ``agent``.
 
     Args:
         settings: by default those of the environment.
+        agent: likewise.
+        research: the phases of the agent's cycles; the bundled ones by default.
 
     Raises:
-        SettingsError: one of them is not usable.
+        SettingsError, InvalidArgument: one of them is not usable.
     """
     settings = load_settings() if settings is None else settings
+    agent = AgentSettings.from_environment() if agent is None else agent
+    configure_tracing()
     metrics = LimiterMetrics()
+    measures = AgentMetrics(metrics.registry)
+    observers = [metrics.observe, measures.observe, trace_call]
     keys = Keys(settings.use_keys, settings.admin_keys, open_to_all=settings.auth == "none")
     audit = Audit()
     metrics.add(audit)
-    service = Service(make_limiter(settings, metrics), keys, settings.agent_cycle_estimate)
+    service = Service(make_limiter(settings, agent, observers), keys, settings.agent_cycle_estimate)
+    metrics.watch(service.limiter)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        limiter = app.state.limiter = service.limiter = make_limiter(settings, metrics)
+        limiter = app.state.limiter = service.limiter = make_limiter(settings, agent, observers)
+        metrics.watch(limiter)
+        app.state.agent = make_agent(limiter, agent, settings.agent_cycle_estimate, measures, research)
         try:
             await limiter.start()
         except StoreUnavailable as error:
@@ -89,7 +117,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
             yield
         finally:
             auditing.cancel()
+            await app.state.agent.close()
             await limiter.close()
+            await asyncio.to_thread(flush_tracing)
 
     app = FastAPI(
         title="ktrdr-budget",
@@ -101,7 +131,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.state.settings, app.state.metrics, app.state.limiter = settings, metrics, service.limiter
     _add_routes(app, probes(service, metrics))
+    _add_routes(app, agent_router(lambda: app.state.agent, lambda: service.limiter, keys))
     _add_routes(app, service_router(service))
+    instrument(app)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 

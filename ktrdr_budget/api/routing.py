@@ -8,7 +8,7 @@ the paths below it (``/holds``, ``/commit``, …); then its ``/`` is sent as ``%
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from fastapi import APIRouter, Security
@@ -55,6 +55,8 @@ class Operation:
     body: type[BaseModel] | None = None
     query: type[BaseModel] | None = None
     admin: bool = False
+    problem_models: Mapping[int, type[ProblemOut]] = field(default_factory=dict)
+    """What the problems of a status look like, where they tell more than elsewhere."""
 
     @property
     def collection(self) -> str:
@@ -228,6 +230,9 @@ def _responses(operation: Operation) -> dict[int | str, dict[str, Any]]:
             responses[status]["headers"] = {"Location": _HEADERS["Location"]}
     for status in sorted({401, 403, 503, *operation.problems}):
         text, model, headers = _PROBLEMS[status]
+        if status in operation.problem_models:
+            model = operation.problem_models[status]
+            text = _first_line(model)
         responses[status] = {
             "description": text,
             "content": {"application/problem+json": {"schema": inline_schema(model)}},

@@ -19,6 +19,8 @@ import uvicorn
 from uvicorn.config import STARTUP_FAILURE
 from uvicorn.supervisors import Multiprocess
 
+from ktrdr_budget.agent.providers import make_llm
+from ktrdr_budget.agent.settings import AgentSettings
 from ktrdr_budget.api.announcement import announcement
 from ktrdr_budget.api.app import create_app, make_limiter
 from ktrdr_budget.api.auth import is_loopback
@@ -84,7 +86,8 @@ def serve(host: str = "127.0.0.1", port: int = 8000, workers: int = 1, settings:
 def _settings(settings: Settings | None) -> Settings:
     try:
         settings = load_settings() if settings is None else settings
-        make_limiter(settings)  # whatever it refuses, it refuses now
+        agent = AgentSettings.from_environment()
+        make_llm(make_limiter(settings, agent))  # whatever they refuse, they refuse now
     except (SettingsError, InvalidArgument) as error:
         raise ServeError(str(error)) from None
     return settings
@@ -133,7 +136,7 @@ def _embedded(settings: Settings, stopper: _Stopper) -> EmbeddedServer:
 
 def _announce(settings: Settings, listener: socket.socket, workers: int, stopper: _Stopper) -> None:
     async def announce() -> None:
-        limiter = make_limiter(settings)
+        limiter = make_limiter(settings, AgentSettings.from_environment())
         task = asyncio.current_task()
         assert task is not None
         with stopper.ending(partial(task.get_loop().call_soon_threadsafe, task.cancel)):

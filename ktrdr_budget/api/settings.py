@@ -14,7 +14,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ktrdr_budget.engine.store import check_url, mask_url
-from ktrdr_budget.environment import CYCLE_ESTIMATE_DEFAULT, DAILY_BUDGET_DEFAULT, DATA_DIR_DEFAULT, parse_limit
+from ktrdr_budget.environment import AGENT, CYCLE_ESTIMATE_DEFAULT, DAILY_BUDGET_DEFAULT, DATA_DIR_DEFAULT, parse_limit
 from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.models import Budget, check_name
 from ktrdr_budget.money import from_units, to_units
@@ -22,7 +22,6 @@ from ktrdr_budget.periods import timezone_of
 
 __all__ = ["AGENT", "Settings", "SettingsError", "load_settings"]
 
-AGENT = "agent"
 _BUDGET_FIELDS = ("name", "limit", "unit", "period", "timezone", "kind")
 _KEY = re.compile(r"[\x21-\x2b\x2d-\x7e]{1,4096}", re.ASCII)  # what a header can carry as one word, without a comma
 Parsed = TypeVar("Parsed")

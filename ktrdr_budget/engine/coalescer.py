@@ -64,7 +64,7 @@ class _Call:
         self.operation = operation
         self.started = started
         self.deadline = deadline
-        self.context: Any = None
+        self.context = contextvars.copy_context()
         self.request: Any = None
         self.sent = False
         """Whether an attempt that brought no answer may have been executed all the same."""
@@ -126,8 +126,6 @@ class Coalescer:
             future = loop.create_future()
         # An event loop may know the time to a millisecond only, too coarse for what a hook is told.
         call = _Call(flow, future, operation, time.monotonic(), loop.time() + self._timeout)
-        if self._observer is not None:
-            call.context = contextvars.copy_context()
         self._resume(call, None)
         return future
 
@@ -157,7 +155,7 @@ class Coalescer:
             # Granted to this very call, by an attempt whose answer got lost?
             result.replayed = result.created_us < self._called_us(call)
         if future.cancelled():
-            self._abandoned(result)
+            call.context.copy().run(self._abandoned, result)
             unknown = isinstance(error, StoreUnavailable) or (isinstance(result, HoldBase) and not result.guarded)
             if unknown and call.sent and isinstance(call.request, Op) and call.request.letter == "R":
                 self._core.reclaim(call.request, self._called_us(call))
@@ -197,7 +195,7 @@ class Coalescer:
     def _enqueue(self, call: _Call, request: Op | Command) -> None:
         call.request = request
         if isinstance(request, Command):
-            self._spawn(self._command(call, request))
+            self._spawn(self._command(call, request), call)
             return
         (self._then if request.grants else self._first).append(call)
         lanes = self._lanes
@@ -206,9 +204,12 @@ class Coalescer:
             assert self._loop is not None
             self._loop.call_soon(self._next)  # what else this turn of the event loop asks for travels along
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Any, caller: _Call | None = None) -> None:
+        """Starts a task, on behalf of a caller or of nobody: an instrumentation of the driver sees whose it is."""
         assert self._loop is not None
-        task = self._loop.create_task(work)
+        # A copy: the work of another attempt for the same call may be in its context still.
+        context = contextvars.Context() if caller is None else caller.context.copy()
+        task = self._loop.create_task(work, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
@@ -220,7 +221,7 @@ class Coalescer:
         try:
             batch = self._take()
             if batch and not self._begin(batch):
-                self._spawn(self._exchange(batch, None))
+                self._spawn(self._exchange(batch, None), batch[0])
         except BaseException as error:
             self._break(batch, error)
             raise
@@ -280,7 +281,7 @@ class Coalescer:
             if self._closed:
                 self._break(batch, answer)
             else:
-                self._spawn(self._exchange(batch, answer))
+                self._spawn(self._exchange(batch, answer), batch[0])
             return
         try:
             self._answered(batch, header, answer)

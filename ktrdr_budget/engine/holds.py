@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
@@ -39,8 +40,10 @@ class HoldBase:
         "_ttl_ms",
         "created_us",
         "drawn",
+        "growth",
         "guarded",
         "id",
+        "lock",
         "parts",
         "replayed",
         "state",
@@ -67,6 +70,10 @@ class HoldBase:
         self._notes: dict[str, None] = {}
         self.drawn: dict[str, int] = {}
         """What calls in progress inside this hold may yet cost, in whole units per budget."""
+        self.growth: Any = None
+        """What such calls queue up at when the hold must grow for them."""
+        self.lock = threading.Lock()
+        """Held for arithmetic only: threads may share a hold."""
         self.state: HoldState = "open"
         self.guarded = guarded
         """False if the store was unreachable and policy ``allow`` admitted: no cap was checked."""
@@ -119,6 +126,11 @@ class HoldBase:
         """Whether this hold was committed or released."""
         return self.state not in ("open", "unconfirmed")
 
+    @property
+    def settling(self) -> bool:
+        """Whether its settlement is under way: what is accrued from now on is too late for it."""
+        return self._settling
+
     def accrue(self, amount: Amounts) -> None:
         """Adds to what was used. Local; carried by the next heartbeat, and committed by ``commit()``.
 
@@ -129,7 +141,19 @@ class HoldBase:
             UnknownBudget: a mapping names a budget that the hold does not have.
         """
         check_amounts(amount)
-        self._accrued |= _added(self._accrued, spread(amount, self._flags()))
+        more = spread(amount, self._flags())
+        with self.lock:
+            self._accrued |= _added(self._accrued, more)
+
+    def adjust(self, changes: Mapping[str, int]) -> None:
+        """Adds whole units to what was used, or takes back what was too much (which a heartbeat may have told)."""
+        with self.lock:
+            self.adjust_locked(changes)
+
+    def adjust_locked(self, changes: Mapping[str, int]) -> None:
+        """The same for whoever has the lock."""
+        for name, units in changes.items():
+            self._accrued[name] = min(max(0, self._accrued.get(name, 0) + units), MAX_UNITS - 1)
 
     def note(self, remark: str) -> None:
         """Adds words to what the ledger says of this hold, once each: told when it commits."""
@@ -141,8 +165,10 @@ class HoldBase:
 
     def accrue_to(self, totals: Amounts | None) -> None:
         """Raises what was used to these totals; errors as for :meth:`accrue`."""
-        for name, units in spread(totals, self._flags()).items() if totals is not None else ():
-            self._accrued[name] = max(self._accrued.get(name, 0), units)
+        units_by_name = {} if totals is None else spread(totals, self._flags())
+        with self.lock:
+            for name, units in units_by_name.items():
+                self._accrued[name] = max(self._accrued.get(name, 0), units)
 
     @property
     def accrued_units(self) -> list[int]:

@@ -12,7 +12,7 @@ __all__ = ["Keys"]
 class Keys:
     """The keys of one tenant."""
 
-    __slots__ = ("due", "hold_prefix", "limits", "meta", "prefix", "unconfirmed")
+    __slots__ = ("cycles", "due", "hold_prefix", "limits", "meta", "prefix", "unconfirmed")
 
     def __init__(self, tenant: str) -> None:
         self.prefix = f"ktrdr:{{{tenant}}}:"
@@ -21,6 +21,7 @@ class Keys:
         self.due = self.prefix + "due"
         self.unconfirmed = self.prefix + "unconfirmed"
         self.hold_prefix = self.prefix + "h:"
+        self.cycles = tuple(f"{self.prefix}cycles:{part}" for part in ("active", "ended", "order"))
 
     def hold(self, hold_id: str) -> str:
         """The record of a hold, or of a recorded spend."""

@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["LIMITS", "STATUS", "VERIFY", "Script", "script", "script_for"]
+__all__ = ["CYCLES", "LIMITS", "STATUS", "VERIFY", "Script", "script", "script_for"]
 
 _PARTS = {
     # The write script, for batches of reservations, of simple commits, of settlements, and of anything.
@@ -19,9 +19,10 @@ _PARTS = {
     "status": ("status",),
     "limits": ("limits",),
     "verify": ("verify",),
+    "cycles": ("cycles",),
 }
 _ALONE = {"R": "reserve", "C": "commit", "D": "settle", "L": "settle", "M": "settle"}
-STATUS, LIMITS, VERIFY = "status", "limits", "verify"
+STATUS, LIMITS, VERIFY, CYCLES = "status", "limits", "verify", "cycles"
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,17 +20,9 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from ktrdr_budget.errors import (
-    BudgetError,
-    BudgetExceeded,
-    BudgetMismatch,
-    HoldConflict,
-    InvalidArgument,
-    StoreError,
-    StoreUnavailable,
-    UnknownBudget,
-)
+from ktrdr_budget.errors import BudgetError, BudgetMismatch
 from ktrdr_budget.models import Settlement, Status
+from ktrdr_budget.telemetry.outcomes import OUTCOMES, outcome_of
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.coalescer import Observation
@@ -40,31 +32,14 @@ __all__ = ["LimiterMetrics"]
 
 BUCKETS_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0)
 OPERATIONS = ("reserve", "commit", "release", "extend", "grow", "record", "status")
-OUTCOMES = (
-    ("granted", ""),
-    ("replayed", ""),
-    ("unguarded", ""),
-    ("denied", "budget_exhausted"),
-    ("denied", "budget_held"),
-    ("denied", "exceeds_limit"),
-    ("unavailable", "no_answer"),
-    ("unavailable", "refused"),
-    ("error", "conflict"),
-    ("error", "invalid"),
-    ("error", "mismatch"),
-    ("error", "unknown_budget"),
-    ("error", "unexpected"),
-)
-# The first class that an error belongs to.
-REASONS: tuple[tuple[type[BaseException], str, str], ...] = (
-    (StoreError, "unavailable", "refused"),
-    (StoreUnavailable, "unavailable", "no_answer"),
-    (HoldConflict, "error", "conflict"),
-    (BudgetMismatch, "error", "mismatch"),
-    (UnknownBudget, "error", "unknown_budget"),
-    (InvalidArgument, "error", "invalid"),
-)
 AGENT = "agent"
+AGENT_FIGURES = {
+    "limit": "The agent's limit in force today; absent when unknown or unlimited.",
+    "spent": "What the agent has spent today; absent when unknown.",
+    "held": "What the agent's open holds reserve today; absent when unknown.",
+    "unconfirmed": "What is charged today for holds of the agent whose worker did not report; absent when unknown.",
+    "remaining": "What the agent can still spend today; absent when unknown or unlimited.",
+}
 FIGURES = {
     "limit": "Limit in force; absent if the budget is unlimited.",
     "spent": "Confirmed spend in the current window.",
@@ -118,6 +93,7 @@ class LimiterMetrics:
         )
         # Children are kept, for labels() costs as much as the counting.
         self._by_outcome = {labels: self._reservations.labels(*labels) for labels in OUTCOMES}
+        self._unexpected = self._by_outcome["error", "unexpected"]
         self._by_operation = {operation: self._seconds.labels(operation) for operation in OPERATIONS}
 
     def watch(self, limiter: AsyncBudgetLimiter) -> None:
@@ -142,7 +118,7 @@ class LimiterMetrics:
             seconds = self._by_operation[operation] = self._seconds.labels(operation)
         seconds.observe(observation.seconds)
         if operation == "reserve":
-            self._by_outcome[_outcome(result, observation.error)].inc()
+            self._by_outcome.get(outcome_of(result, observation.error), self._unexpected).inc()
         elif isinstance(result, Settlement) and not result.replayed:
             self._settled(result)
         self._count_losses()
@@ -216,35 +192,33 @@ class _Families(Collector):
         return self._families
 
 
-def _outcome(result: object, error: BaseException | None) -> tuple[str, str]:
-    if error is None:
-        if getattr(result, "replayed", False):
-            return "replayed", ""
-        return ("granted" if getattr(result, "guarded", True) else "unguarded"), ""
-    if isinstance(error, BudgetExceeded):
-        return "denied", error.reason
-    return next(
-        ((outcome, reason) for kind, outcome, reason in REASONS if isinstance(error, kind)), ("error", "unexpected")
-    )
-
-
 def _figures(statuses: Iterable[Status], store_up: bool) -> Iterator[Metric]:
     up = GaugeMetricFamily("ktrdr_budget_store_up", "Whether the store answered this scrape.")
     up.add_metric([], float(store_up))
     yield up
-    agent = GaugeMetricFamily(
-        "agent_budget_remaining_dollars", "What the agent can still spend today; absent when unknown or unlimited."
-    )
     families = {
         name: GaugeMetricFamily(f"ktrdr_budget_{name}", text, labels=("budget", "unit"))
         for name, text in FIGURES.items()
     }
+    agent = {
+        name: GaugeMetricFamily(f"agent_budget_{name}_dollars", text, labels=()) for name, text in AGENT_FIGURES.items()
+    }
+    resets = GaugeMetricFamily(
+        "ktrdr_budget_resets_timestamp_seconds",
+        "End of the current window, as a Unix time; absent if it has none.",
+        labels=("budget", "unit"),
+    )
     for status in statuses:
+        if status.resets_at is not None:
+            resets.add_metric((status.budget, status.unit), status.resets_at.timestamp())
+        is_agent = status.budget == AGENT and status.unit == "usd"
         for name, family in families.items():
             amount = getattr(status, name)
-            if amount is not None:
-                family.add_metric((status.budget, status.unit), float(amount))
-        if status.budget == AGENT and status.unit == "usd" and status.remaining is not None:
-            agent.add_metric([], float(status.remaining))
-    yield agent
+            if amount is None:
+                continue
+            family.add_metric((status.budget, status.unit), float(amount))
+            if is_agent:
+                agent[name].add_metric((), float(amount))
+    yield from agent.values()
     yield from families.values()
+    yield resets

@@ -56,7 +56,7 @@ async def test_every_budget_is_listed(client):
     response = await client.get(f"{V1}/budgets")
     assert response.status_code == 200
     budgets = {budget["name"]: budget for budget in response.json()["budgets"]}
-    assert list(budgets) == ["agent", "team/a:b@c", "team/holds", "cycles", "calls", "jobs", "free"]
+    assert list(budgets) == ["agent", "team/a:b@c", "team/holds", "cycles", "calls", "jobs", "free", "agent:cycles"]
     agent = budgets["agent"]
     assert list(agent) == [
         "name", "unit", "kind", "period", "timezone", "window", "starts_at", "resets_at", "limit", "spent", "held",

@@ -17,6 +17,10 @@ OPERATIONS = {
     ("get", "/budgets/{name}"),
     ("get", "/budgets/{name}/holds"),
     ("get", "/budgets/{name}/ledger"),
+    ("post", "/agent/trigger"),
+    ("get", "/agent/status"),
+    ("get", "/agent/cycles"),
+    ("delete", "/agent/cancel/{operation_id}"),
     ("put", "/budgets/{name}/limit"),
     ("delete", "/budgets/{name}/limit"),
     ("post", "/reservations"),
@@ -124,6 +128,7 @@ def test_bodies_are_required_only_where_they_say_something_needed(document):
         if "requestBody" in operation
     }
     assert required == {
+        "/agent/trigger": False,
         "/budgets/{name}/limit": True,
         "/reservations": True,
         "/reservations/{id}/commit": False,
@@ -155,6 +160,17 @@ async def test_answers_are_what_is_documented(client, document):
         ("POST", "/reservations", "/reservations", {}),
         ("POST", "/spend", "/spend", {"amounts": {"agent": 1}}),
         ("GET", "/budgets/agent/ledger", "/budgets/{name}/ledger", None),
+        ("POST", "/agent/trigger", "/agent/trigger", {"operation_id": "op_a"}),
+        ("POST", "/agent/trigger", "/agent/trigger", None),
+        ("POST", "/agent/trigger", "/agent/trigger", {"operation_id": 1}),
+        ("GET", "/agent/status", "/agent/status", None),
+        ("DELETE", "/agent/cancel/op_a", "/agent/cancel/{operation_id}", None),
+        ("DELETE", "/agent/cancel/op_a", "/agent/cancel/{operation_id}", None),
+        ("DELETE", "/agent/cancel/op_b", "/agent/cancel/{operation_id}", None),
+        ("GET", "/agent/status", "/agent/status", None),
+        ("GET", "/agent/cycles", "/agent/cycles", None),
+        ("POST", "/spend", "/spend", {"amounts": {"agent": 9}}),
+        ("POST", "/agent/trigger", "/agent/trigger", None),
     ]
     for method, path, template, body in asked:
         response = await client.request(method, V1 + path, json=body)

@@ -110,6 +110,7 @@ async def test_metrics_are_those_of_the_service(client):
         ("cycles", "cycles"),
         ("calls", "requests"),
         ("jobs", "slots"),
+        ("agent:cycles", "slots"),
     }
     counted = {
         (sample.labels["outcome"], sample.labels["reason"]): sample.value

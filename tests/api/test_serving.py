@@ -43,6 +43,7 @@ def test_it_serves_with_an_embedded_server_and_no_configuration(tmp_path):
         assert service.said == [
             "store: embedded, data/budget",
             "budget agent: $5.00 a day (UTC)",
+            "budget agent:cycles: 1 slots at a time",
             f"listening on {service.url}",
         ]
     with serving(cwd=tmp_path) as again:  # spend survives a restart
@@ -66,6 +67,7 @@ def test_what_it_has_is_told_at_its_start(server, budgets_file):
         "budget calls: 2 requests an hour",
         "budget jobs: 1 slots at a time",
         "budget free: unlimited in all",
+        "budget agent:cycles: 1 slots at a time",
         f"listening on {service.url}",
     ]
 

@@ -1,0 +1,282 @@
+"""One research cycle, run by this replica: its phases and gates, its money, its heartbeat, and its end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from ktrdr_budget.agent.gates import GateResult, Thresholds, backtest_gate, training_gate
+from ktrdr_budget.agent.llm import LLM, Completion
+from ktrdr_budget.agent.operations import Operations, Outcome, Progress
+from ktrdr_budget.agent.phases import Phase, Research
+from ktrdr_budget.environment import AGENT
+from ktrdr_budget.errors import BudgetError, BudgetExceeded, StoreError, StoreUnavailable
+from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
+from ktrdr_budget.telemetry.spans import Span, operation_scope, span, suppressed, without_secrets
+
+__all__ = ["OPERATION_TYPE", "Cycle", "Measures", "Workplace"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+OPERATION_TYPE = "agent_research"
+BEAT_S = 0.25
+"""How often a cycle tells how far it is, and learns whether it shall stop."""
+_RETRY_MAX_S = 5.0
+_ERROR_CHARACTERS_MAX = 300
+_SPANS: dict[Phase, str] = {
+    "designing": "design",
+    "training": "training",
+    "backtesting": "backtest",
+    "assessing": "assessment",
+}
+_TOKENS: dict[str, str] = {"designing": "design", "training": "design"}
+
+Stop = Literal["cancelled", "shutdown", "worker_lost"]
+
+
+class Measures(Protocol):
+    """What a cycle counts: see :class:`~ktrdr_budget.telemetry.agent_metrics.AgentMetrics`."""
+
+    def cycle_ended(self, outcome: str, seconds: float) -> None: ...
+    def phase_ended(self, phase: str, seconds: float) -> None: ...
+    def gate(self, gate: str, passed: bool) -> None: ...
+    def tokens(self, phase: str, count: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """What all cycles of a replica share."""
+
+    limiter: AsyncBudgetLimiter
+    operations: Operations
+    research: Research
+    llm: LLM
+    thresholds: Thresholds
+    measures: Measures
+    ttl_s: float
+    """For how long a silent worker keeps its cycle and its hold."""
+
+    @property
+    def ttl_ms(self) -> int:
+        """The same in milliseconds."""
+        return int(self.ttl_s * 1000)
+
+
+class _GateFailedError(Exception):
+    """The cycle ends here."""
+
+
+class Cycle:
+    """A cycle whose estimate and slot are held already. It is the context that its phases are given.
+
+    Args:
+        hold: its id is the operation's.
+        link: the span that triggered it.
+    """
+
+    def __init__(self, workplace: Workplace, hold: AsyncHold, link: Any = None) -> None:
+        self._workplace = workplace
+        self._hold = hold
+        self._link = link
+        self._working: asyncio.Task[None] | None = None
+        self._stop: Stop | None = None
+        self.progress = Progress(
+            estimate=format(hold.amounts[AGENT], "f"), replica=workplace.limiter.replica_id, phase="designing"
+        )
+
+    @property
+    def operation_id(self) -> str:
+        """The cycle's id."""
+        return self._hold.id
+
+    # -- what phases may ask -------------------------------------------------------------------------------------------
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it shall stop."""
+        return self._stop is not None
+
+    async def ask(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
+        """Asks the language model; the call draws what it costs from the cycle's hold, which grows when needed."""
+        phase = _TOKENS.get(self.progress.phase, "assessment")
+        completion = await self._workplace.llm.complete(prompt, system=system, max_tokens=max_tokens)
+        self.progress.tokens[phase] += completion.usage.total_tokens
+        self._workplace.measures.tokens(phase, completion.usage.total_tokens)
+        return completion
+
+    # -- its life ------------------------------------------------------------------------------------------------------
+
+    def stop(self, why: Stop) -> None:
+        """Ends it soon; what it has used is committed."""
+        if self._stop is None:
+            self._stop = why
+            if self._working is not None:
+                self._working.cancel()
+
+    async def run(self) -> None:
+        """Works, settles, and writes down how it ended."""
+        started = time.monotonic()
+        with (
+            operation_scope(self.operation_id, OPERATION_TYPE),
+            span("agent.research_cycle", links=[self._link], root=True) as root,
+        ):
+            self.progress.trace_id = root.trace_id
+            watching = asyncio.create_task(self._watch())
+            try:
+                # Whatever ends this task by force leaves the hold, with what was used, to its deadline.
+                async with self._workplace.limiter.keep(self._hold, on_error="charge"):
+                    outcome, reason = await self._work()
+                    await self._persist(self._settle)
+            finally:
+                watching.cancel()
+            self._conclude(root, outcome, reason)
+            self._workplace.measures.cycle_ended(outcome, time.monotonic() - started)
+            owner, operations = self._workplace.limiter.replica_id, self._workplace.operations
+            await self._persist(lambda: operations.end(self.operation_id, owner, outcome, reason, self._told()))
+
+    async def _work(self) -> tuple[Outcome, str | None]:
+        """Runs the phases; returns how they ended."""
+        self._working = asyncio.create_task(self._phases())
+        if self._stop is not None:
+            self._working.cancel()
+        try:
+            await asyncio.wait((self._working,))
+        finally:
+            self._working.cancel()
+        error = None if self._working.cancelled() else self._working.exception()
+        if error is None and not self._working.cancelled():
+            return "completed", None
+        if error is None or (self._stop is not None and not isinstance(error, (_GateFailedError, BudgetExceeded))):
+            return ("failed" if self._stop == "worker_lost" else "cancelled"), self._stop or "cancelled"
+        self.progress.error = without_secrets(str(error) or type(error).__name__, _ERROR_CHARACTERS_MAX)
+        if isinstance(error, _GateFailedError):
+            return "failed", "gate_failed"
+        if isinstance(error, BudgetExceeded):
+            return "failed", "budget_exhausted"
+        self.progress.error = f"{type(error).__name__}: {self.progress.error}"
+        logger.warning("cycle %s failed while %s: %s", self.operation_id, self.progress.phase, self.progress.error)
+        return "failed", "error"
+
+    def _conclude(self, root: Span, outcome: Outcome, reason: str | None) -> None:
+        progress = self._told()
+        root.set_attributes(
+            {
+                "outcome": outcome,
+                "reason": reason,
+                "strategy_name": progress.strategy_name,
+                "tokens": sum(progress.tokens.values()),
+                "ktrdr.budget.spend": progress.spend,
+            }
+        )
+        if outcome == "failed":
+            root.fail(progress.error or reason or outcome)
+
+    # -- phases --------------------------------------------------------------------------------------------------------
+
+    async def _phases(self) -> None:
+        research, thresholds = self._workplace.research, self._workplace.thresholds
+        with self._phase("designing") as current:
+            design = await research.design(self)
+            self.progress.strategy_name = design.strategy_name
+            current.set_attributes({"strategy_name": design.strategy_name, "tokens": self.progress.tokens["design"]})
+        with self._phase("training") as current:
+            training = await research.train(self, design)
+            loss = {"final_loss": training.final_loss, "loss_decrease": training.loss_decrease}
+            self._results(current, accuracy=training.accuracy, **loss)
+            self._judge(current, training_gate(training, thresholds))
+        with self._phase("backtesting") as current:
+            backtest = await research.backtest(self, design, training)
+            self._results(
+                current,
+                win_rate=backtest.win_rate,
+                max_drawdown=backtest.max_drawdown,
+                sharpe_ratio=backtest.sharpe_ratio,
+                trades=backtest.trades,
+            )
+            self._judge(current, backtest_gate(backtest, thresholds))
+        with self._phase("assessing") as current:
+            assessment = await research.assess(self, design, training, backtest)
+            current.set_attribute("tokens", self.progress.tokens["assessment"])
+            self._results(current, **asdict(assessment))
+
+    @contextmanager
+    def _phase(self, phase: Phase) -> Iterator[Span]:
+        self.progress.phase = phase
+        started = time.monotonic()
+        named = {"phase": phase, "strategy_name": self.progress.strategy_name}
+        try:
+            with span(f"agent.phase.{_SPANS[phase]}", named) as current:
+                yield current
+        finally:
+            self._workplace.measures.phase_ended(phase, time.monotonic() - started)
+
+    def _results(self, current: Span, **results: str | float) -> None:
+        current.set_attributes(results)
+        # JSON knows no infinity; a figure without a value is told as such.
+        told = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in results.items()}
+        self.progress.results |= told
+
+    def _judge(self, current: Span, result: GateResult) -> None:
+        current.set_attributes({"gate.passed": result.passed, "gate.reason": result.reason})
+        self.progress.gates.append({"gate": result.gate, "passed": result.passed, "reason": result.reason})
+        self._workplace.measures.gate(result.gate, result.passed)
+        if not result.passed:
+            raise _GateFailedError(f"{result.gate} gate: {result.reason}")
+
+    # -- what is told --------------------------------------------------------------------------------------------------
+
+    def _told(self) -> Progress:
+        self.progress.spend = format(self._hold.accrued[AGENT], "f")
+        return self.progress
+
+    async def begin(self) -> bool:
+        """Writes down that it begins; false if another replica has begun it."""
+        owner, workplace = self._workplace.limiter.replica_id, self._workplace
+        return await workplace.operations.start(self.operation_id, owner, workplace.ttl_ms, self._told())
+
+    async def _watch(self) -> None:
+        """Tells how far it is, and stops it when that is asked for or when it was given up for lost."""
+        owner, workplace = self._workplace.limiter.replica_id, self._workplace
+        with suppressed():
+            while True:
+                try:
+                    status = await workplace.operations.beat(self.operation_id, owner, workplace.ttl_ms, self._told())
+                except BudgetError as error:
+                    logger.warning("cycle %s cannot tell how far it is: %s", self.operation_id, error)
+                else:
+                    if not status:
+                        self.stop("worker_lost")
+                    elif status == "cancelling":
+                        self.stop("cancelled")
+                await asyncio.sleep(BEAT_S)
+
+    async def _settle(self) -> None:
+        """Commits what was used; of the slot nothing remains in any case."""
+        if self._hold.accrued[AGENT]:
+            await self._hold.commit()
+        else:
+            await self._hold.release()
+
+    async def _persist(self, work: Callable[[], Awaitable[object]]) -> None:
+        """Does what must not be left out, for as long as the store is away."""
+        pause_s = 0.1
+        while True:
+            try:
+                await work()
+                return
+            except StoreError as error:
+                logger.error("the end of cycle %s is refused: %s", self.operation_id, error)
+                return
+            except StoreUnavailable as error:
+                logger.warning("the end of cycle %s cannot be written yet: %s", self.operation_id, error)
+            except BudgetError as error:  # somebody has settled the hold by hand
+                logger.error("cycle %s could not be settled: %s", self.operation_id, error)
+                return
+            await asyncio.sleep(pause_s)
+            pause_s = min(_RETRY_MAX_S, pause_s * 2)

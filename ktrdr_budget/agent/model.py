@@ -1,0 +1,87 @@
+"""A tiny model: the chance that the price rises tomorrow, by logistic regression."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import mul
+from statistics import fmean
+
+__all__ = ["Model", "accuracy", "fit", "log_loss"]
+
+Rows = Sequence[Sequence[float]]
+Labels = Sequence[int]
+
+_FEATURE_MAX = 5.0
+"""Scaled features are cut off here, so that one wild day moves no weight far."""
+_CHANCE_MIN = 1e-12
+
+
+@dataclass(frozen=True)
+class Model:
+    """Weights, with the scales of the data that they were fitted to."""
+
+    means: tuple[float, ...]
+    deviations: tuple[float, ...]
+    weights: tuple[float, ...]
+    bias: float
+
+    def chances(self, rows: Rows) -> list[float]:
+        """The chance of a rise for each row, between 0 and 1."""
+        return [_sigmoid(self.bias + _dot(self.weights, self.scaled(row))) for row in rows]
+
+    def scaled(self, row: Sequence[float]) -> tuple[float, ...]:
+        """The row with mean 0 and deviation 1, as far as the fitted data goes."""
+        parts = zip(row, self.means, self.deviations, strict=True)
+        return tuple(max(-_FEATURE_MAX, min(_FEATURE_MAX, (value - mean) / scale)) for value, mean, scale in parts)
+
+
+def fit(rows: Rows, labels: Labels, *, learning_rate: float, epochs: int, pause: Callable[[], None]) -> Model:
+    """Fits a model by gradient descent on the log loss, from weights of 0.
+
+    Args:
+        rows: features of each day.
+        labels: 1 if the price rose on the day after, else 0.
+        epochs: passes through the data; 0 leaves a model that has learned nothing.
+        pause: called before each pass; may raise to stop.
+    """
+    means = tuple(fmean(column) for column in zip(*rows, strict=True))
+    deviations = tuple(_deviation(column, mean) for column, mean in zip(zip(*rows, strict=True), means, strict=True))
+    model = Model(means, deviations, (0.0,) * len(means), 0.0)
+    scaled = [model.scaled(row) for row in rows]
+    weights, bias = list(model.weights), 0.0
+    for _ in range(epochs):
+        pause()
+        errors = [_sigmoid(bias + _dot(weights, row)) - label for row, label in zip(scaled, labels, strict=True)]
+        gradient = [fmean(map(mul, errors, column)) for column in zip(*scaled, strict=True)]
+        weights = [weight - learning_rate * slope for weight, slope in zip(weights, gradient, strict=True)]
+        bias -= learning_rate * fmean(errors)
+    return Model(means, deviations, tuple(weights), bias)
+
+
+def accuracy(chances: Sequence[float], labels: Labels) -> float:
+    """The share of right predictions: a rise is one where its chance is above a half."""
+    return fmean((chance > 0.5) == (label == 1) for chance, label in zip(chances, labels, strict=True))
+
+
+def log_loss(chances: Sequence[float], labels: Labels) -> float:
+    """The mean log loss; ln 2 (0.693) for a model that always says one half."""
+    likelihoods = (chance if label else 1 - chance for chance, label in zip(chances, labels, strict=True))
+    return -fmean(math.log(max(_CHANCE_MIN, likelihood)) for likelihood in likelihoods)
+
+
+def _deviation(column: Sequence[float], mean: float) -> float:
+    return math.sqrt(fmean((value - mean) ** 2 for value in column)) or 1.0
+
+
+def _dot(weights: Sequence[float], row: Sequence[float]) -> float:
+    total: float = sum(map(mul, weights, row))
+    return total
+
+
+def _sigmoid(score: float) -> float:
+    if score >= 0:
+        return 1 / (1 + math.exp(-score))
+    grown = math.exp(score)
+    return grown / (1 + grown)

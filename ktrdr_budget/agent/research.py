@@ -1,0 +1,162 @@
+"""The bundled research: a real cycle in seconds, without a key and without further packages.
+
+The prices are cut in three: a model is fitted to the first part, measured on the second, and traded on the third, so
+that no figure comes from days that the model has seen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from itertools import pairwise
+from typing import TypeVar
+
+from ktrdr_budget.agent import model as models
+from ktrdr_budget.agent import prompts
+from ktrdr_budget.agent.market import PriceSeries, bundled_prices
+from ktrdr_budget.agent.model import Model
+from ktrdr_budget.agent.phases import Assessment, Backtest, Design, PhaseContext, Training
+from ktrdr_budget.agent.strategies import STRATEGIES, WARM_UP_DAYS, features, positions
+from ktrdr_budget.agent.trading import Account, figures, trade
+from ktrdr_budget.errors import InvalidArgument
+
+__all__ = ["ExampleResearch"]
+
+PHASE_SECONDS_DEFAULT = 1.0
+FITTED_PART, MEASURED_PART = 0.5, 0.2
+"""Of the days with features; the rest is traded."""
+DAYS_MIN = WARM_UP_DAYS + 100
+
+Answer = TypeVar("Answer")
+Result = TypeVar("Result")
+Pause = Callable[[], None]
+
+
+class ExampleResearch:
+    """Implements :class:`~ktrdr_budget.agent.phases.Research` on one price series.
+
+    Args:
+        prices: the series; the bundled one by default.
+        phase_seconds: each phase lasts at least this long, so that a person can watch it.
+
+    Raises:
+        InvalidArgument: the series is too short, or ``phase_seconds`` is not a finite number of 0 or more.
+    """
+
+    def __init__(self, prices: PriceSeries | None = None, *, phase_seconds: float = PHASE_SECONDS_DEFAULT) -> None:
+        if not math.isfinite(phase_seconds) or phase_seconds < 0:
+            raise InvalidArgument(f"phase_seconds must be a finite number of 0 or more, not {phase_seconds!r}")
+        self._prices = bundled_prices() if prices is None else prices
+        if len(self._prices) < DAYS_MIN:
+            raise InvalidArgument(f"the price series must have {DAYS_MIN} days or more, not {len(self._prices)}")
+        self._phase_seconds = phase_seconds
+
+    async def design(self, context: PhaseContext) -> Design:
+        """Lets the language model choose among :data:`~ktrdr_budget.agent.strategies.STRATEGIES`.
+
+        Raises:
+            UnusableAnswer: it answered nonsense twice.
+        """
+        async with self._paced():
+            return await _ask(context, prompts.design_prompt(context.operation_id), prompts.parse_design)
+
+    async def train(self, context: PhaseContext, design: Design) -> Training:
+        """Fits the model to the first part of the series, and measures it on the second."""
+        async with self._paced():
+            return await _in_thread(context, lambda pause: self._train(design, pause))
+
+    async def backtest(self, context: PhaseContext, design: Design, training: Training) -> Backtest:
+        """Trades the third part."""
+        async with self._paced():
+            return await _in_thread(context, lambda pause: figures(self._trade(design, training.model, pause)))
+
+    async def assess(self, context: PhaseContext, design: Design, training: Training, backtest: Backtest) -> Assessment:
+        """Lets the language model judge the figures.
+
+        Raises:
+            UnusableAnswer: it answered nonsense twice.
+        """
+        async with self._paced():
+            return await _ask(context, prompts.assessment_prompt(design, training, backtest), prompts.parse_assessment)
+
+    # -- the work, in a thread -----------------------------------------------------------------------------------------
+
+    def _train(self, design: Design, pause: Pause) -> Training:
+        closes = self._prices.closes
+        rows = features(closes, design.parameters, pause)
+        # Nobody knows yet what follows the last day.
+        labels = [int(later > earlier) for earlier, later in pairwise(closes[WARM_UP_DAYS:])]
+        fitted, measured = self._parts(len(rows))
+        model = models.fit(
+            rows[:fitted],
+            labels[:fitted],
+            learning_rate=float(design.parameters["learning_rate"]),
+            epochs=int(design.parameters["epochs"]),
+            pause=pause,
+        )
+        seen, truth = rows[fitted:measured], labels[fitted:measured]
+        chances = model.chances(seen)
+        return Training(
+            accuracy=models.accuracy(chances, truth),
+            initial_loss=models.log_loss([0.5] * len(truth), truth),
+            final_loss=models.log_loss(chances, truth),
+            model=model,
+        )
+
+    def _trade(self, design: Design, model: Model, pause: Pause) -> Account:
+        closes = self._prices.closes
+        rows = features(closes, design.parameters, pause)
+        _, measured = self._parts(len(rows))
+        held = positions(STRATEGIES[design.strategy_name], design.parameters, closes, model.chances(rows[measured:]))
+        # A position taken at one close earns until the next; that of the last day earns nothing any more.
+        returns = [later / earlier - 1 for earlier, later in pairwise(closes[WARM_UP_DAYS + measured :])]
+        return trade(held[:-1], returns)
+
+    @staticmethod
+    def _parts(days: int) -> tuple[int, int]:
+        """Where the fitted part ends, and where the measured one."""
+        return round(days * FITTED_PART), round(days * (FITTED_PART + MEASURED_PART))
+
+    # -- pace ----------------------------------------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def _paced(self) -> AsyncIterator[None]:
+        """Stays at least as long as a phase should last, unless the phase fails or is cancelled."""
+        ends = time.monotonic() + self._phase_seconds
+        yield
+        await asyncio.sleep(max(0.0, ends - time.monotonic()))
+
+
+class _Stopped(Exception):
+    """The work in a thread noticed that nobody wants it any more."""
+
+
+async def _in_thread(context: PhaseContext, work: Callable[[Pause], Result]) -> Result:
+    """Runs the work beside the event loop. Cancelled, it returns at once; the thread follows at its next pause."""
+    abandoned = threading.Event()
+
+    def pause() -> None:
+        if abandoned.is_set() or context.cancelled:
+            raise _Stopped
+        time.sleep(0)  # lets the event loop have the interpreter
+
+    try:
+        return await asyncio.to_thread(work, pause)
+    except _Stopped:
+        raise asyncio.CancelledError from None
+    finally:
+        abandoned.set()
+
+
+async def _ask(context: PhaseContext, prompt: str, parse: Callable[[str], Answer]) -> Answer:
+    """Asks, and once more with the reason if the answer cannot be used."""
+    first = await context.ask(prompt, system=prompts.SYSTEM)
+    try:
+        return parse(first.text)
+    except prompts.UnusableAnswer as error:
+        again = f"{prompt}\nAn earlier answer could not be used: {error}."
+    return parse((await context.ask(again, system=prompts.SYSTEM)).text)

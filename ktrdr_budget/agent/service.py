@@ -1,0 +1,226 @@
+"""Triggers, shows and cancels cycles; runs those that were triggered here."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import secrets
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ktrdr_budget.agent.cycle import OPERATION_TYPE, Cycle, Workplace
+from ktrdr_budget.agent.operations import CyclesPage
+from ktrdr_budget.environment import AGENT
+from ktrdr_budget.errors import BudgetError, BudgetExceeded
+from ktrdr_budget.limiter import AsyncHold
+from ktrdr_budget.models import Budget, Denial, Status
+from ktrdr_budget.money import Amount, from_units
+from ktrdr_budget.telemetry.spans import current_link
+
+__all__ = ["SLOTS", "AgentService", "CycleActive", "CycleEnded", "MoneyDenied", "Started", "UnknownCycle", "slots"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+SLOTS = "agent:cycles"
+"""The budget of kind ``slots`` that bounds how many cycles run at once."""
+CANCEL_WAIT_S = 2.0
+CLOSE_WAIT_S = 5.0
+_POLL_S = 0.05
+
+
+def slots(limit: int) -> Budget:
+    """The budget of concurrent cycles."""
+    return Budget(SLOTS, limit, kind="slots")
+
+
+class MoneyDenied(BudgetError):
+    """There is no money for a cycle."""
+
+    def __init__(self, denial: Denial, retry_after: int | None) -> None:
+        told = replace(denial, reason="budget_exhausted").summary
+        super().__init__(f"Daily budget exhausted: {told}")
+        self.denial = denial
+        """Its reason is the finer one."""
+        self.retry_after = retry_after
+        """Seconds until another answer is possible; where a cycle costs more than a day may, until the next day."""
+
+
+class CycleActive(BudgetError):
+    """As many cycles as may run at once are running."""
+
+    def __init__(self, operation_ids: list[str]) -> None:
+        running = ", ".join(operation_ids) or "a cycle"
+        super().__init__(f"Active cycle exists: {running}")
+        self.operation_ids = operation_ids
+
+
+class UnknownCycle(BudgetError):
+    """No cycle of this id is remembered."""
+
+
+class CycleEnded(BudgetError):
+    """It has ended already, so that it cannot be cancelled."""
+
+    def __init__(self, operation_id: str, status: str) -> None:
+        super().__init__(f"cycle {operation_id} is {status}; it cannot be cancelled")
+        self.operation_id = operation_id
+        self.status = status
+
+
+@dataclass(frozen=True)
+class Started:
+    """A cycle that was begun."""
+
+    operation_id: str
+    replayed: bool = False
+    """It had been begun by the same request before."""
+
+
+class AgentService:
+    """The agent of one replica.
+
+    Args:
+        workplace: its limiter has the budgets ``agent`` and :data:`SLOTS`.
+        estimate: dollars that a cycle is expected to cost.
+    """
+
+    def __init__(self, workplace: Workplace, estimate: Amount) -> None:
+        self._workplace = workplace
+        self._limiter = workplace.limiter
+        self._operations = workplace.operations
+        self._estimate = estimate
+        self._running: dict[asyncio.Task[Any], Cycle] = {}
+
+    async def close(self) -> None:
+        """Stops the cycles that run here; each commits what it has used."""
+        running = dict(self._running)
+        for cycle in running.values():
+            cycle.stop("shutdown")
+        if running:
+            _, late = await asyncio.wait(running, timeout=CLOSE_WAIT_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+
+    # -- trigger -------------------------------------------------------------------------------------------------------
+
+    async def trigger(self, operation_id: str | None = None) -> Started:
+        """Reserves a cycle's estimate and a slot, all or none, and begins it.
+
+        Args:
+            operation_id: makes a retry harmless: the same id returns the same cycle.
+
+        Raises:
+            MoneyDenied: no money.
+            CycleActive: no slot; told only if money alone does not deny.
+            HoldConflict: the id is in use otherwise.
+            StoreUnavailable: nothing was begun.
+        """
+        operation_id = operation_id or f"op_{secrets.token_hex(8)}"
+        try:
+            hold = await self._limiter.reserve(
+                {SLOTS: 1, AGENT: self._estimate},
+                id=operation_id,
+                ttl=self._workplace.ttl_s,
+                operation=OPERATION_TYPE,
+            )
+        except BudgetExceeded as denied:
+            raise await self._refusal(denied.denial) from None
+        if hold.replayed and (hold.state != "open" or await self._operations.get(operation_id) is not None):
+            return Started(operation_id, replayed=True)
+        # From here on the cycle goes its way, also if whoever triggered it has gone.
+        await asyncio.shield(asyncio.ensure_future(self._begin(hold)))
+        return Started(operation_id, replayed=hold.replayed)
+
+    async def _begin(self, hold: AsyncHold) -> None:
+        cycle = Cycle(self._workplace, hold, current_link())
+        try:
+            if not await cycle.begin():
+                return  # another replica was faster with the same id
+        except BaseException:
+            await self._give_back(hold)
+            raise
+        task = asyncio.create_task(cycle.run(), name=f"cycle {hold.id}")
+        self._running[task] = cycle
+        task.add_done_callback(self._ended)
+
+    async def _give_back(self, hold: AsyncHold) -> None:
+        try:
+            await hold.release()
+        except BudgetError as error:
+            logger.warning("hold %s could not be released, it will expire: %s", hold.id, error)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        cycle = self._running.pop(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("cycle %s broke off", cycle.operation_id, exc_info=error)
+
+    # -- why not -------------------------------------------------------------------------------------------------------
+
+    async def _refusal(self, denial: Denial) -> BudgetError:
+        status = await self._limiter.status(AGENT)
+        if denial.budget == SLOTS:
+            money = self._denied_by_spend(status)
+            if money is None:
+                return CycleActive([hold.id for hold in await self._limiter.holds(SLOTS) if hold.state == "open"])
+            denial = money
+        until_reset = None if status.resets_at is None else math.ceil((status.resets_at - status.as_of).total_seconds())
+        return MoneyDenied(denial, denial.retry_after or until_reset)
+
+    def _denied_by_spend(self, status: Status) -> Denial | None:
+        """The denial that would be left if every open hold were returned."""
+        if status.limit is None or status.spent + status.unconfirmed + self._estimate <= status.limit:
+            return None
+        remaining = status.remaining if status.remaining is not None else from_units(0, status.unit)
+        return Denial(
+            budget=AGENT,
+            reason="exceeds_limit" if self._estimate > status.limit else "budget_exhausted",
+            limit=status.limit,
+            spent=status.spent,
+            held=status.held,
+            unconfirmed=status.unconfirmed,
+            remaining=remaining,
+            requested=self._estimate,
+            fits=remaining,
+            retry_after=None,
+        )
+
+    # -- what there is -------------------------------------------------------------------------------------------------
+
+    async def cycles(self, count: int = 1, after: str = "") -> CyclesPage:
+        """The active cycles and ``count`` ended ones, as every replica sees them.
+
+        The hold of one whose worker was lost is retired on the way, so that its slot is free.
+        """
+        page = await self._operations.list(count, after)
+        await self._limiter.status(SLOTS)
+        return page
+
+    async def cancel(self, operation_id: str) -> str:
+        """Stops a cycle wherever it runs; returns ``cancelled``, or ``cancelling`` if that takes longer than 2 s.
+
+        Raises:
+            UnknownCycle, CycleEnded: there is nothing to cancel.
+        """
+        status = await self._operations.cancel(operation_id)
+        if not status:
+            raise UnknownCycle(f"unknown cycle {operation_id!r}")
+        if status != "cancelling":
+            raise CycleEnded(operation_id, status)
+        for cycle in self._running.values():
+            if cycle.operation_id == operation_id:
+                cycle.stop("cancelled")
+        return await self._await_end(operation_id)
+
+    async def _await_end(self, operation_id: str) -> str:
+        ends = asyncio.get_running_loop().time() + CANCEL_WAIT_S
+        while True:
+            cycle = await self._operations.get(operation_id)
+            if cycle is not None and cycle.status != "cancelling":
+                if cycle.status != "cancelled":
+                    raise CycleEnded(operation_id, cycle.status)
+                return cycle.status
+            if asyncio.get_running_loop().time() >= ends:
+                return "cancelling"
+            await asyncio.sleep(_POLL_S)

@@ -1,0 +1,157 @@
+"""The shapes of the agent's part of the HTTP interface."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+
+from ktrdr_budget.api.schemas import (
+    AmountOut,
+    DeniedProblem,
+    HoldsQuery,
+    Instant,
+    Problem,
+    UnavailableProblem,
+    _Answer,
+    _Request,
+    _shape,
+)
+
+__all__ = [
+    "ActiveProblem",
+    "AgentStatusOut",
+    "AgentUnavailableProblem",
+    "CancelledOut",
+    "CycleOut",
+    "CyclesOut",
+    "CyclesQuery",
+    "EndedProblem",
+    "ExhaustedProblem",
+    "TriggerIn",
+    "TriggerOut",
+]
+
+_OPERATION_ID = re.compile(r"op_[A-Za-z0-9._-]{1,120}", re.ASCII)
+Phase = Literal["designing", "training", "backtesting", "assessing"]
+
+
+def _operation_id(value: Any) -> Any:
+    if value is None or (isinstance(value, str) and _OPERATION_ID.fullmatch(value)):
+        return value
+    raise ValueError(f"must match {_OPERATION_ID.pattern}")
+
+
+class TriggerIn(_Request):
+    """Begins a research cycle; with an id, a retry is harmless."""
+
+    model_config = _shape(operation_id="op_1")
+    operation_id: Annotated[
+        Any,
+        PlainValidator(_operation_id),
+        WithJsonSchema({"anyOf": [{"type": "string", "pattern": f"^{_OPERATION_ID.pattern}$"}, {"type": "null"}]}),
+    ] = None
+
+
+class TriggerOut(_Answer):
+    """A cycle was begun."""
+
+    model_config = _shape(triggered=True, operation_id="op_1f0c", message="Research cycle op_1f0c started")
+    triggered: Literal[True]
+    operation_id: str
+    message: str
+
+
+class CyclesQuery(HoldsQuery):
+    """Which cycles."""
+
+
+class GateOut(BaseModel):
+    """What a gate said."""
+
+    gate: Literal["training", "backtest"]
+    passed: bool
+    reason: str
+
+
+class CycleOut(_Answer):
+    """A research cycle."""
+
+    operation_id: str
+    operation_type: Literal["agent_research"]
+    status: Literal["running", "cancelling", "completed", "failed", "cancelled"]
+    phase: Phase = Field(description="The phase that it is in, or was in last.")
+    started_at: Instant
+    ended_at: Instant | None
+    elapsed_seconds: float
+    spend: AmountOut = Field(description="Dollars used so far; what was committed, once it has ended.")
+    estimate: AmountOut = Field(description="Dollars that were reserved at its start.")
+    tokens: dict[Literal["design", "assessment"], int]
+    strategy_name: str | None
+    gates: list[GateOut]
+    outcome: Literal["completed", "failed", "cancelled"] | None
+    reason: str | None = Field(
+        description="Why it did not complete: `gate_failed`, `budget_exhausted`, `cancelled`, `shutdown`, "
+        "`worker_lost` or `error`."
+    )
+    error: str | None
+    results: dict[str, float | int | str | None] = Field(description="Figures of its phases, as far as it got.")
+    replica: str
+    trace_id: str
+
+
+class AgentStatusOut(_Answer):
+    """What the agent is doing, on whatever replica."""
+
+    status: Literal["idle"] | Phase = Field(description="The phase of the oldest active cycle, or `idle`.")
+    active_cycles: list[CycleOut]
+    last_cycle: CycleOut | None
+    as_of: Instant
+
+
+class CyclesOut(_Answer):
+    """Cycles: those that run, and those that have ended, newest first."""
+
+    cycles: list[CycleOut]
+    next_cursor: str | None
+
+
+class CancelledOut(_Answer):
+    """A cycle was cancelled, or will be soon."""
+
+    operation_id: str
+    status: Literal["cancelled", "cancelling"]
+    message: str
+
+
+class _NotTriggered(Problem):
+    triggered: Literal[False]
+    message: str
+
+
+class ExhaustedProblem(_NotTriggered, DeniedProblem):
+    """There is no money for a cycle."""
+
+    reason: Literal["budget_exhausted"]
+    denial_reason: Literal["exceeds_limit", "budget_held", "budget_exhausted"]
+
+
+class ActiveProblem(_NotTriggered):
+    """As many cycles as may run at once are running."""
+
+    reason: Literal["active_cycle_exists", "id_conflict"]
+    operation_ids: list[str]
+
+
+class AgentUnavailableProblem(_NotTriggered, UnavailableProblem):
+    """The store cannot be reached."""
+
+    reason: Literal["budget_unavailable"]
+
+
+class EndedProblem(Problem):
+    """The cycle has ended already."""
+
+    operation_id: str
+    cycle_status: Literal["completed", "failed", "cancelled"]

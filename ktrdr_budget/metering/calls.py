@@ -1,0 +1,376 @@
+"""One call of a language model: reserved before, reported while it runs, settled after. Sync and async alike.
+
+::
+
+    (new) --enter--> open --finish(usage)-----> its cost is committed, exactly
+                      |---report(usage)-------> what is known is committed when it breaks off, as an estimate
+                      |---rejected()----------> released: the provider did not accept it
+                      `---unknown()-----------> kept, and charged when it comes due: the provider may have worked
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from datetime import datetime
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal
+
+from ktrdr_budget.engine.holds import HoldBase
+from ktrdr_budget.errors import BudgetError, InvalidArgument
+from ktrdr_budget.limiter import _Heartbeat
+from ktrdr_budget.metering.draws import Draw, Steps
+from ktrdr_budget.metering.instruments import CallInstruments
+from ktrdr_budget.metering.rates import Cost
+from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget.money import AmountIn, from_units
+from ktrdr_budget.periods import from_ms
+
+if TYPE_CHECKING:
+    from ktrdr_budget.metering.meter import Meter
+
+__all__ = ["Call"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+ESTIMATED = "estimated"
+"""Marks ledger entries that are not a provider's final figures."""
+_LABEL_CHARACTERS_MAX = 256
+_TOKENS_MAX = 2**40
+
+Outcome = Literal["open", "finished", "rejected", "unknown"]
+
+
+class Call:
+    """Made by :meth:`Meter.call`; used with ``async with`` or ``with``, once.
+
+    Entering reserves the worst case. Leaving settles:
+
+    - after :meth:`finish`: commits the cost of the provider's figures, exactly;
+    - after :meth:`rejected`: releases;
+    - after :meth:`unknown`, or by an error with nothing reported: keeps the reservation, which comes due and is charged
+      (inside a hold: accrues the worst case, marked ``estimated``);
+    - otherwise commits what was reported last, never less than the input, marked ``estimated``; if nothing was, the
+      worst case.
+
+    A settlement that fails is logged and not raised, for the caller has paid for an answer: the reservation stays, and
+    is charged when it comes due.
+
+    Raises:
+        BudgetExceeded: on entering: there is no room for the worst case; nothing is held.
+        UnknownPrice: on entering: nobody knows what the model costs.
+        StoreUnavailable: on entering: no answer within the deadline.
+    """
+
+    def __init__(
+        self,
+        meter: Meter,
+        *,
+        provider: str,
+        model: str,
+        input_tokens_max: int,
+        output_tokens_max: int,
+        operation: str,
+        service_tier: str | None,
+        other_max: Mapping[str, int],
+        current: bool,
+    ) -> None:
+        for name, count in (("input_tokens_max", input_tokens_max), ("output_tokens_max", output_tokens_max)):
+            if type(count) is not int or not 0 <= count <= _TOKENS_MAX:
+                raise InvalidArgument(f"{name} must be a whole number, not negative, not {count!r}")
+        for name, text in (("provider", provider), ("model", model), ("operation", operation)):
+            if not isinstance(text, str) or not text:
+                raise InvalidArgument(f"{name} must be a name, not {text!r}")
+        self._meter = meter
+        self.provider = provider
+        self.model = model
+        self.operation = operation
+        self.input_tokens_max = input_tokens_max
+        self.output_tokens_max = output_tokens_max
+        self.worst_case: Cost | None = None
+        """The most that it may cost, once it is entered."""
+        self.cost: Cost | None = None
+        """What it costs as far as its last report tells."""
+        self.usage: Usage | None = None
+        """What was reported last."""
+        self.estimated = False
+        """Whether what was committed is not the provider's final figure."""
+        self.hold: HoldBase | None = None
+        """Its own reservation, if it has one."""
+        self._service_tier = service_tier
+        self._other_max = other_max
+        self._current = current
+        self._instruments: CallInstruments | None = None
+        self._at: datetime | None = None
+        self._outcome: Outcome = "open"
+        self._entered = self._left = False
+        self._worst: dict[str, int] = {}
+        self._own: dict[str, int] = {}
+        """Accrued on its own reservation so far, in whole units."""
+        self._draw: Draw | None = None
+        self._stop_heartbeat: Callable[[], None] | None = None
+
+    def __repr__(self) -> str:
+        return f"<Call {self.operation} {self.provider}/{self.model} {self._outcome}>"
+
+    # -- what happens to it --------------------------------------------------------------------------------------------
+
+    def report(self, usage: Usage) -> None:
+        """What it has used so far, in total: accrued at once, and committed should it break off.
+
+        Raises:
+            InvalidArgument: it is not entered, or has ended.
+        """
+        if not self._goes_on():
+            return
+        self._outcome = "open"
+        self.usage, self.cost = usage, self._price(usage)
+        used = self._units(usage, self.cost)
+        if self._draw is not None:
+            self._draw.use(used)
+        if self.hold is not None:
+            own = {name: max(used[name], before) for name, before in self._own.items()}
+            self.hold.adjust({name: units - self._own[name] for name, units in own.items()})
+            self._own = own
+
+    def finish(self, usage: Usage) -> None:
+        """The provider's final figures. They are committed when the block is left, whatever was reported before.
+
+        Raises:
+            InvalidArgument: it is not entered, or has ended.
+        """
+        self._goes_on()
+        self._outcome, self.usage, self.cost = "finished", usage, self._price(usage)
+
+    def rejected(self) -> None:
+        """The provider did not accept the call, and bills nothing."""
+        if self._goes_on():
+            self._outcome, self.usage, self.cost = "rejected", None, None
+
+    def unknown(self) -> None:
+        """Nobody knows whether the provider did the work: a timeout, or a lost connection."""
+        if self._goes_on():
+            self._outcome = "unknown"
+
+    def _goes_on(self) -> bool:
+        """Whether it is not finished: of what is said of a call the latest counts, but final figures are final."""
+        if not self._entered or self._left:
+            raise InvalidArgument("a call is reported on inside its block")
+        return self._outcome != "finished"
+
+    # -- figures -------------------------------------------------------------------------------------------------------
+
+    def _price(self, usage: Usage) -> Cost:
+        assert self._at is not None and self.worst_case is not None
+        try:
+            return self._meter.pricer.price(self.provider, self.model, usage, self._at)
+        except (BudgetError, ArithmeticError) as error:
+            # The money is spent already: what cannot be priced is charged in full, and never nothing.
+            logger.error("the usage of %s/%s cannot be priced: %s", self.provider, self.model, error)
+            self.estimated = True
+            return self.worst_case
+
+    def _units(self, usage: Usage, cost: Cost) -> dict[str, int]:
+        """What a usage counts, per budget."""
+        counts = {"usd": cost.nanos, "tokens": usage.total_tokens, "requests": 1, "slots": 0}
+        return {name: counts[unit] for name, unit in self._meter.units.items()}
+
+    def _known(self) -> dict[str, int] | None:
+        """What is to be committed; ``None`` if that is not known, and so the worst case."""
+        if self._outcome == "finished":
+            assert self.usage is not None and self.cost is not None
+            return self._units(self.usage, self.cost)
+        if self._outcome == "rejected":
+            return dict.fromkeys(self._worst, 0)
+        self.estimated = True
+        if self._outcome == "unknown" or self.usage is None:
+            return None
+        if not self.usage.input_tokens:
+            # The input was sent, and is billed: not counted yet, but bounded.
+            other = {name: count for name, count in self.usage.other.items() if not name.startswith("input_")}
+            tier = self.usage.service_tier
+            self.usage = Usage(self.input_tokens_max, self.usage.output_tokens, service_tier=tier, other=other)
+            self.cost = self._price(self.usage)
+        assert self.cost is not None
+        return self._units(self.usage, self.cost)
+
+    @property
+    def _label(self) -> str:
+        assert self.worst_case is not None
+        return f"{self.operation} {self.provider}/{self.model} {self.worst_case.source}"[:_LABEL_CHARACTERS_MAX]
+
+    # -- entering and leaving ------------------------------------------------------------------------------------------
+
+    def _enter(self) -> Steps[None]:
+        if self._instruments is not None:
+            raise InvalidArgument("a call is entered once; make another")
+        self._instruments = CallInstruments(
+            self.operation, self.provider, self.model, list(self._meter.units), current=self._current
+        )
+        try:
+            yield from self._take()
+        except BaseException as error:
+            self._instruments.denied(error)
+            raise
+        assert self.worst_case is not None
+        self._instruments.reserved(self.worst_case)
+        self._entered = True
+
+    def _take(self) -> Steps[None]:
+        meter = self._meter
+        self._at = from_ms(meter.limiter._session.now_ms())
+        self.worst_case = self._worst_case(self._at)
+        counts = {
+            "usd": max(1, self.worst_case.nanos),  # a call that is free still asks for admission
+            "tokens": max(1, self.input_tokens_max + self.output_tokens_max),
+            "requests": 1,
+            "slots": 1,
+        }
+        self._worst = {name: counts[unit] for name, unit in meter.units.items()}
+        outer = meter.outer_hold()
+        there = {window.budget for window, _ in outer.parts} if outer is not None else set()
+        drawn = {name: units for name, units in self._worst.items() if name in there}
+        own = {name: units for name, units in self._worst.items() if name not in there}
+        if outer is not None and drawn:
+            self._draw = Draw(outer, drawn)
+            yield from self._draw.claim()
+        if own:
+            try:
+                yield from self._reserve(own)
+            except BaseException:
+                if self._draw is not None:
+                    self._draw.drop()
+                raise
+
+    def _worst_case(self, at: datetime) -> Cost:
+        further: dict[str, Any] = {}
+        if self._service_tier is not None:
+            further["service_tier"] = self._service_tier
+        if self._other_max:
+            further["other_max"] = self._other_max
+        return self._meter.pricer.worst_case(
+            self.provider, self.model, self.input_tokens_max, self.output_tokens_max, at, **further
+        )
+
+    def _reserve(self, own: Mapping[str, int]) -> Steps[None]:
+        meter = self._meter
+        amounts = self._amounts(own)
+        reserve = partial(meter.limiter.reserve, amounts, ttl=meter.ttl, on_expiry=meter.on_expiry)
+        self.hold = hold = yield partial(reserve, operation=self._label)
+        self._own = dict.fromkeys(own, 0)
+        self._stop_heartbeat = _start_heartbeat(meter.limiter, hold)
+
+    def _leave(self, error: BaseException | None) -> Steps[None]:
+        if self._left or not self._entered:
+            return
+        known = self._known()
+        self._left = True
+        if self._stop_heartbeat is not None:
+            self._stop_heartbeat()
+        try:
+            if self._draw is not None:
+                yield from self._settle_draw(self._draw, known)
+            if self.hold is not None:
+                yield from self._settle_own(self.hold, known, keep=error is not None or self._outcome == "unknown")
+        finally:
+            assert self._instruments is not None
+            charged = [name for name, unit in self._meter.units.items() if unit == "usd"]
+            self._instruments.ended(self.usage, self.cost, error, estimated=self.estimated, charged=charged)
+
+    def _settle_draw(self, draw: Draw, known: dict[str, int] | None) -> Steps[None]:
+        hold, used = draw.hold, known
+        if used is None:
+            used = {name: 0 if self._meter.units[name] == "slots" else units for name, units in self._worst.items()}
+        if any(used.values()):
+            hold.note(self._label)
+            if self.estimated:
+                hold.note(ESTIMATED)
+        late = draw.use(used, final=True)
+        if late:
+            # The hold was settled while the call was under way. Spend is a fact all the same.
+            amounts = self._amounts(late)
+            yield from self._settle(partial(self._meter.limiter.record, amounts, operation=self._label))
+
+    def _settle_own(self, hold: HoldBase, known: dict[str, int] | None, *, keep: bool) -> Steps[None]:
+        if self._outcome == "rejected":
+            yield from self._settle(hold.release)  # type: ignore[attr-defined]
+        elif known is not None or not keep:
+            if self.estimated:
+                hold.note(ESTIMATED)
+            committed = self._worst if known is None else known
+            spent = {name: committed[name] for name in self._own if self._meter.units[name] != "slots"}
+            yield from self._settle(partial(hold.commit, self._amounts(spent)))  # type: ignore[attr-defined]
+
+    def _settle(self, settle: Callable[[], Any]) -> Steps[None]:
+        try:
+            yield settle
+        except BudgetError as error:
+            logger.error("%s could not be settled, and will be charged when it comes due: %s", self, error)
+
+    def _amounts(self, units: Mapping[str, int]) -> dict[str, AmountIn]:
+        named = self._meter.units
+        return {name: from_units(count, named[name]) for name, count in units.items()}
+
+    # -- sync and async ------------------------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Call:
+        if not self._meter.is_async:
+            raise TypeError("this meter's limiter is synchronous: use `with`")
+        await _drive(self._enter())
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await _drive(self._leave(error))
+
+    def __enter__(self) -> Call:
+        if self._meter.is_async:
+            raise TypeError("this meter's limiter is asynchronous: use `async with`")
+        _drive_sync(self._enter())
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        _drive_sync(self._leave(error))
+
+
+def _start_heartbeat(limiter: Any, hold: Any) -> Callable[[], None]:
+    """Prolongs a hold as ``limiter.hold(...)`` does; returns what stops that."""
+    if not hasattr(limiter, "_portal"):
+        return _Heartbeat(limiter._coalescer, hold).stop
+    loop = limiter._portal.loop()
+    started: list[_Heartbeat] = []
+    # Without waiting for either: that thread does one after the other.
+    loop.call_soon_threadsafe(lambda: started.append(_Heartbeat(limiter._coalescer, hold)))
+    return partial(loop.call_soon_threadsafe, lambda: started[0].stop())
+
+
+async def _drive(steps: Steps[None]) -> None:
+    value: Any = None
+    failure: BaseException | None = None
+    while True:
+        try:
+            step = steps.send(value) if failure is None else steps.throw(failure)
+        except StopIteration:
+            return
+        try:
+            value, failure = await step(), None
+        except BaseException as error:
+            value, failure = None, error
+
+
+def _drive_sync(steps: Steps[None]) -> None:
+    value: Any = None
+    failure: BaseException | None = None
+    while True:
+        try:
+            step = steps.send(value) if failure is None else steps.throw(failure)
+        except StopIteration:
+            return
+        try:
+            value, failure = step(), None
+        except BaseException as error:
+            value, failure = None, error

@@ -1,0 +1,141 @@
+"""A call inside a hold draws from it: it claims its worst case there, and accrues what it costs.
+
+``accrued + claimed <= reserved`` holds at all times for every budget of the hold, however many tasks or threads draw: a
+claim that does not fit grows the hold first. Only an actual cost above its worst case can break that: spend is a fact.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Generator, Mapping
+from typing import Any, TypeVar
+
+from ktrdr_budget.engine.holds import HoldBase
+from ktrdr_budget.errors import StoreUnavailable
+from ktrdr_budget.limiter import AsyncHold
+from ktrdr_budget.money import AmountIn, from_units
+
+__all__ = ["Draw", "Steps"]
+
+Result = TypeVar("Result")
+Steps = Generator[Callable[[], Any], Any, Result]
+"""What to do, for sync and async alike: it yields functions, and is sent their results (awaited where that is async)."""
+
+
+class _Growth:
+    """Lets one call at a time grow a hold: a denial is then told to the call that was too large, and to no other."""
+
+    __slots__ = ("failures", "lock")
+
+    def __init__(self, hold: HoldBase) -> None:
+        self.lock: Any = asyncio.Lock() if isinstance(hold, AsyncHold) else threading.Lock()
+        self.failures = 0
+
+
+class Draw:
+    """What one call claims of a hold, in whole units per budget.
+
+    Args:
+        worst: claimed until the call ends.
+    """
+
+    __slots__ = ("_claimed", "_hold", "_used", "_worst")
+
+    def __init__(self, hold: HoldBase, worst: Mapping[str, int]) -> None:
+        self._hold = hold
+        self._worst = worst
+        self._claimed: dict[str, int] = {}
+        self._used = dict.fromkeys(worst, 0)
+
+    @property
+    def hold(self) -> HoldBase:
+        """Where it is drawn from."""
+        return self._hold
+
+    def claim(self) -> Steps[None]:
+        """Claims the worst case, and grows the hold if it does not fit.
+
+        Raises:
+            BudgetExceeded: the hold cannot grow so far; nothing is claimed.
+            HoldConflict, UnknownHold, StoreUnavailable: as for :meth:`AsyncHold.grow`.
+        """
+        hold = self._hold
+        with hold.lock:
+            if self._fits():
+                self._move(self._worst)
+                return
+            if hold.growth is None:
+                hold.growth = _Growth(hold)
+            growth = hold.growth
+        failures = growth.failures
+        yield growth.lock.acquire
+        try:
+            if growth.failures != failures:
+                # Who has waited for a call that got no answer has waited long enough.
+                raise StoreUnavailable("the store gave no answer while another call was growing the hold")
+            yield from self._grow(growth)
+        finally:
+            growth.lock.release()
+
+    def _grow(self, growth: _Growth) -> Steps[None]:
+        hold = self._hold
+        claimed = False
+        try:
+            while True:
+                with hold.lock:
+                    if not claimed:
+                        self._move(self._worst)  # before it is there: others see that this room is taken
+                        claimed = True
+                    missing = self._missing()
+                    if not missing and hold.state == "open":
+                        return
+                units = {window.budget: window.unit for window, _ in hold.parts}
+                amounts: dict[str, AmountIn] = {name: from_units(more, units[name]) for name, more in missing.items()}
+                yield lambda amounts=amounts: hold.grow(amounts)  # type: ignore[attr-defined, misc]
+        except BaseException as error:
+            growth.failures += isinstance(error, StoreUnavailable)
+            self.drop()
+            raise
+
+    def _fits(self) -> bool:
+        return self._hold.state == "open" and not self._missing(self._worst)
+
+    def _missing(self, more: Mapping[str, int] | None = None) -> dict[str, int]:
+        """By how much accrued and claimed amounts, and these, are more than what is reserved."""
+        hold = self._hold
+        missing = {}
+        for (window, reserved), accrued in zip(hold.parts, hold.accrued_units, strict=True):
+            name = window.budget
+            wanted = accrued + hold.drawn.get(name, 0) + (more or {}).get(name, 0)
+            if name in self._worst and wanted > reserved:
+                missing[name] = wanted - reserved
+        return missing
+
+    def use(self, used: Mapping[str, int], *, final: bool = False) -> dict[str, int]:
+        """Accrues the total that this call has used, and leaves the rest of its worst case claimed unless it is final.
+
+        Returns:
+            What could not be accrued, because the hold was settled in the meantime.
+        """
+        hold = self._hold
+        with hold.lock:
+            change = {name: used.get(name, 0) - before for name, before in self._used.items()}
+            rest = {} if final else {name: max(0, worst - used.get(name, 0)) for name, worst in self._worst.items()}
+            self._move(rest)
+            if hold.settled or hold.settling:
+                return {name: units for name, units in change.items() if units > 0}
+            hold.adjust_locked(change)
+            self._used = {name: used.get(name, 0) for name in self._used}
+            return {}
+
+    def drop(self) -> None:
+        """Claims nothing more."""
+        with self._hold.lock:
+            self._move({})
+
+    def _move(self, claimed: Mapping[str, int]) -> None:
+        drawn = self._hold.drawn
+        for name in self._worst:
+            drawn[name] = drawn.get(name, 0) + claimed.get(name, 0) - self._claimed.get(name, 0)
+        self._claimed = dict(claimed)

@@ -1,0 +1,159 @@
+"""A span and metrics for each call, by the GenAI semantic conventions of OpenTelemetry, without prompts or answers.
+
+Names and buckets: https://opentelemetry.io/docs/specs/semconv/gen-ai/ (read 2026-11-23). Nothing is written, and
+OpenTelemetry is not imported, unless the process has loaded and configured it.
+"""
+
+from __future__ import annotations
+
+import contextvars
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget.telemetry.spans import SCOPE, Span, span
+
+if TYPE_CHECKING:
+    from ktrdr_budget.metering.rates import Cost
+
+__all__ = ["CallInstruments"]
+
+OPERATION = "gen_ai.operation.name"
+PROVIDER = "gen_ai.provider.name"
+REQUEST_MODEL = "gen_ai.request.model"
+INPUT_TOKENS = "gen_ai.usage.input_tokens"
+OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
+CACHE_READ_TOKENS = "gen_ai.usage.cache_read.input_tokens"
+CACHE_WRITE_TOKENS = "gen_ai.usage.cache_creation.input_tokens"
+KIND_OF_TOKENS = "gen_ai.token.type"
+ERROR_TYPE = "error.type"
+BUDGETS = "ktrdr.budget.names"
+BUDGET = "ktrdr.budget.name"
+RESERVED = "ktrdr.budget.reserved"
+COST = "ktrdr.budget.cost"
+ESTIMATED = "ktrdr.budget.estimated"
+PRICE_SOURCE = "ktrdr.budget.price_source"
+
+TOKEN_BUCKETS = [float(4**power) for power in range(14)]
+DURATION_BUCKETS_S = [round(0.01 * 2**power, 2) for power in range(14)]
+
+_instruments: tuple[Any, ...] | None = None
+
+
+class CallInstruments:
+    """The span of one call, from before it is reserved until it is settled, and what the metrics learn of it.
+
+    Args:
+        current: the span is the current one meanwhile; not for a call that may end in another context.
+    """
+
+    def __init__(self, operation: str, provider: str, model: str, budgets: Sequence[str], *, current: bool) -> None:
+        self._names = {OPERATION: operation, PROVIDER: provider, REQUEST_MODEL: model}
+        self._budgets = budgets
+        self._started = time.monotonic()
+        self._run: Callable[..., Any] = _directly if current else contextvars.copy_context().run
+        self._span: Span = self._run(self._open_span)
+
+    def _open_span(self) -> Span:
+        name = f"{self._names[OPERATION]} {self._names[REQUEST_MODEL]}"
+        return span(name, {**self._names, BUDGETS: list(self._budgets)}, kind="client").__enter__()
+
+    def reserved(self, worst_case: Cost) -> None:
+        """What is held, at most, and by whose prices."""
+        self._span.set_attributes({RESERVED: float(worst_case.amount), PRICE_SOURCE: worst_case.source})
+
+    def denied(self, error: BaseException) -> None:
+        """It could not be reserved: nothing was sent, so there is nothing to measure."""
+        self._close(error)
+
+    def ended(
+        self,
+        usage: Usage | None,
+        cost: Cost | None,
+        error: BaseException | None,
+        *,
+        estimated: bool,
+        charged: Sequence[str],
+    ) -> None:
+        """How it ended; ``charged``: the budgets of dollars that paid."""
+        if self._span.recording:
+            self._span.set_attribute(ESTIMATED, estimated)
+            if cost is not None:
+                self._span.set_attribute(COST, float(cost.amount))
+            if usage is not None:
+                self._span.set_attributes(_usage_attributes(usage))
+        self._close(error)
+        if (instruments := _active_instruments()) is not None:
+            self._measure(instruments, usage, cost, error, charged)
+
+    def _close(self, error: BaseException | None) -> None:
+        if error is not None:
+            # The type alone: a provider's message may repeat what it was asked.
+            self._span.set_attribute(ERROR_TYPE, error_type(error))
+            self._span.fail(error_type(error))
+        self._run(self._span.__exit__, None, None, None)
+
+    def _measure(
+        self,
+        instruments: tuple[Any, ...],
+        usage: Usage | None,
+        cost: Cost | None,
+        error: BaseException | None,
+        charged: Sequence[str],
+    ) -> None:
+        tokens, duration, spend = instruments
+        failed = {} if error is None else {ERROR_TYPE: error_type(error)}
+        duration.record(time.monotonic() - self._started, {**self._names, **failed})
+        if usage is not None:
+            tokens.record(usage.input_tokens, {**self._names, KIND_OF_TOKENS: "input"})
+            tokens.record(usage.output_tokens, {**self._names, KIND_OF_TOKENS: "output"})
+        if cost is not None:
+            for name in charged:
+                spend.add(float(cost.amount), {**self._names, BUDGET: name})
+
+
+def error_type(error: BaseException) -> str:
+    """What the conventions call ``error.type``: the HTTP status of a provider's error, or the class of another."""
+    status = getattr(error, "status_code", None)
+    return str(status) if isinstance(status, int) else type(error).__qualname__
+
+
+def _usage_attributes(usage: Usage) -> dict[str, int | None]:
+    return {
+        INPUT_TOKENS: usage.input_tokens,
+        OUTPUT_TOKENS: usage.output_tokens,
+        CACHE_READ_TOKENS: usage.cache_read_tokens or None,
+        CACHE_WRITE_TOKENS: usage.cache_write_tokens or None,
+    }
+
+
+def _active_instruments() -> tuple[Any, ...] | None:
+    """Histograms of tokens and seconds, and a counter of dollars; ``None`` as long as there is no meter provider."""
+    global _instruments
+    if _instruments is None:
+        metrics = sys.modules.get("opentelemetry.metrics")
+        if metrics is None or type(metrics.get_meter_provider()).__name__ == "_ProxyMeterProvider":
+            return None
+        meter = metrics.get_meter(SCOPE)
+        _instruments = (
+            meter.create_histogram(
+                "gen_ai.client.token.usage",
+                unit="{token}",
+                description="Number of input and output tokens used.",
+                explicit_bucket_boundaries_advisory=TOKEN_BUCKETS,
+            ),
+            meter.create_histogram(
+                "gen_ai.client.operation.duration",
+                unit="s",
+                description="GenAI operation duration.",
+                explicit_bucket_boundaries_advisory=DURATION_BUCKETS_S,
+            ),
+            meter.create_counter(COST, unit="USD", description="What calls of language models cost, per budget."),
+        )
+    return _instruments
+
+
+def _directly(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)

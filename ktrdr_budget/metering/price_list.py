@@ -1,0 +1,112 @@
+"""The public price list of the package ``genai-prices`` (extra ``llm``), as :class:`~.rates.Rates`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime
+from decimal import Decimal
+from functools import cached_property
+from importlib import import_module
+from typing import Any
+
+from ktrdr_budget.metering.rates import Rate, Rates, Unit
+
+__all__ = ["PriceList"]
+
+_CACHED_MAX = 10_000
+
+
+class PriceList:
+    """Finds prices in the list that is installed, or in one that ``genai_prices.UpdatePrices`` has put in its place.
+
+    Nothing is downloaded unless the program itself starts such an update.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+    """
+
+    def __init__(self) -> None:
+        try:
+            self._package = import_module("genai_prices")
+            self._snapshots = import_module("genai_prices.data_snapshot")
+            self._definitions = import_module("genai_prices.data_units").unit_data
+        except ModuleNotFoundError as error:
+            message = f"the price list needs more packages: pip install 'ktrdr-budget[llm]' (there is no {error.name})"
+            raise ModuleNotFoundError(message, name=error.name) from None
+        self._cached: dict[tuple[str, str, str, int], tuple[Any, Rates | None]] = {}
+
+    @cached_property
+    def _units(self) -> dict[str, Unit]:
+        return {
+            definition["price_key"]: Unit(name, definition["per"], frozenset(definition["dimensions"].items()))
+            for name, definition in self._definitions.items()
+        }
+
+    @property
+    def source(self) -> str:
+        """Name and version of the list in use."""
+        source = f"genai-prices/{self._package.__version__}"
+        snapshot = self._snapshots.get_snapshot()
+        return f"{source}+{snapshot.timestamp:%Y-%m-%dT%H:%M}" if snapshot.from_auto_update else source
+
+    def find(self, provider: str | None, model: str) -> tuple[str, str] | None:
+        """The list's own names for a provider (guessed by the model's name if it is ``None``) and a model."""
+        found = self._find(provider, model)
+        return None if found is None else (found[0].id, found[1].id)
+
+    def rates(self, provider: str, model: str, at: datetime, service_tier: str = "") -> Rates | None:
+        """The prices of a model at a time; ``None`` if the list does not have it."""
+        snapshot = self._snapshots.get_snapshot()
+        minute = int(at.timestamp()) // 60  # prices begin and end with a minute
+        key = (provider, model, service_tier, minute)
+        cached = self._cached.get(key)
+        if cached is None or cached[0] is not snapshot:
+            found = self._find(provider, model)
+            prices = None if found is None else found[1].get_prices(at, _context(service_tier))
+            if len(self._cached) >= _CACHED_MAX:
+                self._cached.clear()
+            rates = None if prices is None else Rates(self._rates_of(prices), self.source)
+            cached = self._cached[key] = snapshot, rates
+        return cached[1]
+
+    def candidates(self, provider: str, model: str, at: datetime, service_tier: str | None) -> list[Rates]:
+        """The prices that a call may be billed by; none if the list does not have the model.
+
+        Those are the standard ones and those of the tier that it asks for, which hands calls down if it is full; or, if
+        it asks for none (``None``), those of each tier that the provider may then choose.
+        """
+        tiers = self._tiers(provider, model) if service_tier is None else [service_tier]
+        found = [self.rates(provider, model, at, tier) for tier in ("", *tiers)]
+        return [rates for rates in found if rates is not None]
+
+    def _tiers(self, provider: str, model: str) -> list[str]:
+        found = self._find(provider, model)
+        whens = [] if found is None else [variant.when for variant in found[1].price_variants or ()]
+        return sorted({when["service_tier"] for when in whens if when.keys() == {"service_tier"}})
+
+    def _find(self, provider: str | None, model: str) -> Any:
+        try:
+            return self._snapshots.get_snapshot().find_provider_model(model, None, provider, None)
+        except LookupError:
+            return None
+
+    def _rates_of(self, prices: Any) -> Iterator[Rate]:
+        for key, price in vars(prices).items():
+            if price is None or key.startswith("_"):
+                continue
+            unit = self._units[key]
+            if hasattr(price, "tiers"):
+                tiers = tuple((tier.start, _decimal(tier.price)) for tier in price.tiers)
+                yield Rate(unit, _decimal(price.base), tiers)
+            else:
+                yield Rate(unit, _decimal(price))
+
+
+def _context(service_tier: str) -> dict[str, str] | None:
+    """The list files a tier under the parameter by which its provider lets one choose it."""
+    return dict.fromkeys(("service_tier", "speed", "processing"), service_tier) if service_tier else None
+
+
+def _decimal(price: Decimal | float) -> Decimal:
+    """A price as it is written; a float through its ``repr``."""
+    return price if isinstance(price, Decimal) else Decimal(repr(price))

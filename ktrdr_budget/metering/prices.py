@@ -1,0 +1,247 @@
+"""What a call costs: configured prices first, then the public price list, then a fixed cost; never nothing.
+
+A model without a price is refused, for a call that costs nobody knows what cannot be kept below a cap.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Protocol
+
+from ktrdr_budget.errors import InvalidAmount, InvalidArgument, UnknownPrice
+from ktrdr_budget.metering.price_list import PriceList
+from ktrdr_budget.metering.rates import UNITS, Cost, CostLine, Rate, Rates
+from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget.money import AmountIn, to_units
+
+__all__ = ["Cost", "CostLine", "ModelPrice", "Pricer", "Prices", "load_prices"]
+
+_NOTHING: Mapping[str, int] = {}
+
+
+class Pricer(Protocol):
+    """What a call costs, and what it may cost at most."""
+
+    def price(self, provider: str, model: str, usage: Usage, at: datetime) -> Cost:
+        """What this usage costs, if the call was reserved at that time (an aware datetime).
+
+        Raises:
+            UnknownPrice: nobody knows.
+        """
+        ...
+
+    def worst_case(
+        self,
+        provider: str,
+        model: str,
+        input_tokens_max: int,
+        output_tokens_max: int,
+        at: datetime,
+        *,
+        service_tier: str | None = None,
+        other_max: Mapping[str, int] = _NOTHING,
+    ) -> Cost:
+        """The most that a provider may bill for a call within these bounds.
+
+        Args:
+            service_tier: the tier that the call asks for; ``None`` if it leaves that to the provider.
+            other_max: bounds of what is billed besides tokens, such as ``{"web_searches": 5}``.
+
+        Raises:
+            UnknownPrice: nobody knows.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPrice:
+    """A price of one's own. Dollars per million tokens, and per request.
+
+    Args:
+        model: the name that calls use, or the beginning of it and ``*``.
+        cached_input: input read from a cache (as ``input`` if not given).
+        cache_write: input written to a cache (as ``input`` if not given).
+
+    Raises:
+        InvalidArgument: a field is not usable.
+    """
+
+    provider: str
+    model: str
+    input: AmountIn
+    output: AmountIn
+    cached_input: AmountIn | None = None
+    cache_write: AmountIn | None = None
+    request: AmountIn = 0
+    rates: Rates = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name in ("provider", "model"):
+            if not isinstance(getattr(self, name), str) or not getattr(self, name):
+                raise InvalidArgument(f"a price needs the name of its {name}")
+        prices = (self.input, self.cached_input, self.cache_write, self.output, self.request)
+        rates = [
+            Rate(unit, exact_price(price, f"price of {self.provider}/{self.model}"))
+            for unit, price in zip(UNITS, prices, strict=True)
+            if price is not None
+        ]
+        object.__setattr__(self, "rates", Rates(rates, "configured"))
+
+
+class Prices:
+    """The :class:`Pricer` that everything uses unless it is given another.
+
+    Args:
+        overrides: prices of one's own. The exact name of a model wins over a beginning of it, a longer one over a
+            shorter, a later over an earlier of the same name.
+        fixed_cost: dollars for each call of a model without a price; without it, such a model is refused.
+
+    Raises:
+        InvalidArgument: a price is not usable.
+    """
+
+    def __init__(self, overrides: Iterable[ModelPrice] = (), fixed_cost: AmountIn | None = None) -> None:
+        self._exact: dict[tuple[str, str], Rates] = {}
+        self._begun: dict[tuple[str, str], Rates] = {}
+        for price in overrides:
+            begun = price.model.endswith("*")
+            table = self._begun if begun else self._exact
+            table[price.provider.lower(), price.model.removesuffix("*").lower()] = price.rates
+        self._fixed: Cost | None = None
+        if fixed_cost is not None:
+            line = CostLine("request", 1, exact_price(fixed_cost, "fixed cost"), 1)
+            self._fixed = Cost(to_units(fixed_cost, positive=True), "fixed", (line,))
+        self._list: PriceList | None = None
+
+    @classmethod
+    def from_environment(
+        cls, environment: Mapping[str, str] = os.environ, overrides: Iterable[ModelPrice] = ()
+    ) -> Prices:
+        """Prices of ``KTRDR_PRICES_FILE`` (TOML) and ``KTRDR_FIXED_CALL_COST`` (dollars); ``overrides`` win.
+
+        Raises:
+            InvalidArgument: a value is not usable, or the file cannot be read.
+        """
+        path = environment.get("KTRDR_PRICES_FILE", "").strip()
+        fixed = environment.get("KTRDR_FIXED_CALL_COST", "").strip() or None
+        try:
+            loaded = load_prices(path) if path else []
+        except InvalidArgument as error:
+            raise InvalidArgument(f"KTRDR_PRICES_FILE: {error}") from None
+        try:
+            return cls([*loaded, *overrides], fixed)
+        except InvalidAmount as error:
+            raise InvalidAmount(f"KTRDR_FIXED_CALL_COST: {error}") from None
+
+    @property
+    def price_list(self) -> PriceList:
+        """The public price list, loaded at its first use.
+
+        Raises:
+            ModuleNotFoundError: the extra ``llm`` is not installed.
+        """
+        if self._list is None:
+            self._list = PriceList()
+        return self._list
+
+    def price(self, provider: str, model: str, usage: Usage, at: datetime) -> Cost:
+        """See :meth:`Pricer.price`."""
+        rates = self._configured(provider, model)
+        if rates is None:
+            rates = self.price_list.rates(provider, model, _aware(at), usage.service_tier)
+        return self._known(None if rates is None else rates.cost(usage), provider, model)
+
+    def worst_case(
+        self,
+        provider: str,
+        model: str,
+        input_tokens_max: int,
+        output_tokens_max: int,
+        at: datetime,
+        *,
+        service_tier: str | None = None,
+        other_max: Mapping[str, int] = _NOTHING,
+    ) -> Cost:
+        """See :meth:`Pricer.worst_case`: the dearest unit (a cache may be written), context and service tier."""
+        configured = self._configured(provider, model)
+        candidates = (
+            (configured,)
+            if configured is not None
+            else self.price_list.candidates(provider, model, _aware(at), service_tier)
+        )
+        costs = [rates.cost_max(input_tokens_max, output_tokens_max, other_max) for rates in candidates]
+        known = [cost for cost in costs if cost is not None]
+        dearest = max(known, key=lambda cost: cost.nanos) if known and len(known) == len(costs) else None
+        return self._known(dearest, provider, model)
+
+    def _configured(self, provider: str, model: str) -> Rates | None:
+        provider, model = provider.lower(), model.lower()
+        exact = self._exact.get((provider, model))
+        if exact is not None or not self._begun:
+            return exact
+        begun = [key for key in self._begun if key[0] == provider and model.startswith(key[1])]
+        return self._begun[max(begun, key=lambda key: len(key[1]))] if begun else None
+
+    def _known(self, cost: Cost | None, provider: str, model: str) -> Cost:
+        if cost is not None:
+            return cost
+        if self._fixed is not None:
+            return self._fixed
+        raise UnknownPrice(f"nobody knows what {provider}/{model} costs: configure a price for it, or a fixed cost")
+
+
+def load_prices(path: str | os.PathLike[str]) -> list[ModelPrice]:
+    """The ``[[prices]]`` of a TOML file: ``provider, model, input, output, cached_input, cache_write, request``.
+
+    Raises:
+        InvalidArgument: it cannot be read, or a price in it is not usable.
+    """
+    import tomllib
+
+    try:
+        with Path(path).open("rb") as file:
+            document = tomllib.load(file, parse_float=Decimal)
+    except (OSError, ValueError) as error:
+        raise InvalidArgument(f"cannot read prices from {os.fspath(path)!r}: {_why(error)}") from None
+    tables = document.pop("prices", [])
+    if document or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise InvalidArgument(f"{os.fspath(path)!r} must hold [[prices]] tables and nothing else")
+    return [_model_price(table, number) for number, table in enumerate(tables, 1)]
+
+
+def _model_price(table: dict[str, Any], number: int) -> ModelPrice:
+    try:
+        return ModelPrice(**table)
+    except TypeError:
+        names = "provider, model, input, output, and if need be cached_input, cache_write, request"
+        raise InvalidArgument(f"[[prices]] {number} must have {names}; it has {', '.join(table)}") from None
+    except InvalidArgument as error:
+        raise InvalidArgument(f"[[prices]] {number}: {error}") from None
+
+
+def _why(error: Exception) -> str:
+    return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
+
+
+def exact_price(price: AmountIn, what: str) -> Decimal:
+    """A price in dollars, exactly: it may have more decimals than a nano-dollar.
+
+    Raises:
+        InvalidAmount: not a finite, non-negative number.
+    """
+    try:
+        to_units(price)  # for its checks
+    except InvalidAmount as error:
+        raise InvalidAmount(f"{what}: {error}") from None
+    return Decimal(repr(price)) if isinstance(price, float) else Decimal(price)
+
+
+def _aware(at: datetime) -> datetime:
+    if at.tzinfo is None:
+        raise InvalidArgument("the time of a price must be an aware datetime")
+    return at

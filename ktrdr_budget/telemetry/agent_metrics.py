@@ -1,0 +1,105 @@
+"""Prometheus metrics of the agent's research cycles.
+
+Counters and histograms are this replica's, and panels sum them. The gauges beside them, ``agent_budget_*_dollars``, are
+the store's: :mod:`~ktrdr_budget.telemetry.metrics` reads them when it is scraped.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram
+
+from ktrdr_budget.models import Settlement
+
+if TYPE_CHECKING:
+    from ktrdr_budget.engine.coalescer import Observation
+
+__all__ = ["AgentMetrics"]
+
+AGENT = "agent"
+OUTCOMES = ("completed", "failed", "cancelled")
+PHASES = ("designing", "training", "backtesting", "assessing")
+GATES = ("training", "backtest")
+RESULTS = ("pass", "fail")
+MODEL_PHASES = ("design", "assessment")
+CYCLE_BUCKETS_S = (60, 300, 600, 900, 1200, 1800, 3600)
+PHASE_BUCKETS_S = (10, 30, 60, 120, 300, 600)
+
+
+class AgentMetrics:
+    """The metrics of one agent: give :meth:`observe` to its limiter as an ``observer``, and report cycles.
+
+    Args:
+        registry: where they are registered: that of :class:`~ktrdr_budget.telemetry.metrics.LimiterMetrics`, whose
+            :meth:`render` shows them then.
+    """
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._cycles = Counter("agent_cycles_total", "Research cycles that ended.", ("outcome",), registry=registry)
+        self._cycle_seconds = Histogram(
+            "agent_cycle_duration_seconds",
+            "Duration of research cycles, from trigger to end.",
+            buckets=CYCLE_BUCKETS_S,
+            registry=registry,
+        )
+        self._phase_seconds = Histogram(
+            "agent_phase_duration_seconds",
+            "Duration of a cycle's phases.",
+            ("phase",),
+            buckets=PHASE_BUCKETS_S,
+            registry=registry,
+        )
+        self._gates = Counter(
+            "agent_gate_results_total", "Gates by their result.", ("gate", "result"), registry=registry
+        )
+        self._tokens = Counter(
+            "agent_tokens_total", "Tokens that language models read and wrote.", ("phase",), registry=registry
+        )
+        self._spend = Counter(
+            "agent_budget_spend_total",
+            "Dollars that this replica committed or recorded on the agent's budget.",
+            registry=registry,
+        )
+        self._start_at_zero()
+
+    def _start_at_zero(self) -> None:
+        """A rate over a counter that appears with its first event would miss that event."""
+        for outcome in OUTCOMES:
+            self._cycles.labels(outcome)
+        for phase in PHASES:
+            self._phase_seconds.labels(phase)
+        for gate in GATES:
+            for result in RESULTS:
+                self._gates.labels(gate, result)
+        for phase in MODEL_PHASES:
+            self._tokens.labels(phase)
+
+    def cycle_ended(self, outcome: str, seconds: float) -> None:
+        """A cycle ended: ``completed``, ``failed`` or ``cancelled``."""
+        self._cycles.labels(_known(outcome, OUTCOMES)).inc()
+        self._cycle_seconds.observe(seconds)
+
+    def phase_ended(self, phase: str, seconds: float) -> None:
+        """A phase ended, well or not: ``designing``, ``training``, ``backtesting`` or ``assessing``."""
+        self._phase_seconds.labels(_known(phase, PHASES)).observe(seconds)
+
+    def gate(self, gate: str, passed: bool) -> None:
+        """A gate decided: ``training`` or ``backtest``."""
+        self._gates.labels(_known(gate, GATES), "pass" if passed else "fail").inc()
+
+    def tokens(self, phase: str, count: int) -> None:
+        """Tokens, of the prompt and of the answer, of a model call in ``design`` or ``assessment``."""
+        self._tokens.labels(_known(phase, MODEL_PHASES)).inc(count)
+
+    def observe(self, observation: Observation) -> None:
+        """Counts what a finished call of the limiter spent: an ``observer`` of the limiter."""
+        settlement = observation.result
+        if isinstance(settlement, Settlement) and not settlement.replayed:
+            self._spend.inc(float(settlement.amounts.get(AGENT, 0)))
+
+
+def _known(label: str, known: tuple[str, ...]) -> str:
+    if label not in known:
+        raise ValueError(f"unknown label {label!r}; there are {', '.join(known)}")
+    return label

@@ -1,0 +1,77 @@
+"""How a call of the limiter ended, in the words that metrics and spans share; and how several hooks share a limiter."""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING
+
+from ktrdr_budget.errors import (
+    BudgetExceeded,
+    BudgetMismatch,
+    HoldConflict,
+    InvalidArgument,
+    StoreError,
+    StoreUnavailable,
+    UnknownBudget,
+    UnknownHold,
+)
+
+if TYPE_CHECKING:
+    from ktrdr_budget.engine.coalescer import Observation, Observer
+
+__all__ = ["OUTCOMES", "combined", "outcome_of"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+OUTCOMES = (
+    ("granted", ""),
+    ("replayed", ""),
+    ("unguarded", ""),
+    ("denied", "budget_exhausted"),
+    ("denied", "budget_held"),
+    ("denied", "exceeds_limit"),
+    ("unavailable", "no_answer"),
+    ("unavailable", "refused"),
+    ("error", "conflict"),
+    ("error", "invalid"),
+    ("error", "mismatch"),
+    ("error", "unknown_budget"),
+    ("error", "unexpected"),
+)
+"""Every outcome of a reservation, with its reason."""
+# The first class that an error belongs to.
+_REASONS: tuple[tuple[type[BaseException], str, str], ...] = (
+    (StoreError, "unavailable", "refused"),
+    (StoreUnavailable, "unavailable", "no_answer"),
+    (HoldConflict, "error", "conflict"),
+    (BudgetMismatch, "error", "mismatch"),
+    (UnknownBudget, "error", "unknown_budget"),
+    (UnknownHold, "error", "unknown_hold"),
+    (InvalidArgument, "error", "invalid"),
+)
+
+
+def outcome_of(result: object, error: BaseException | None) -> tuple[str, str]:
+    """Outcome and reason of a call that may reserve; the reason is empty if there is none."""
+    if error is None:
+        if getattr(result, "replayed", False):
+            return "replayed", ""
+        return ("granted" if getattr(result, "guarded", True) else "unguarded"), ""
+    if isinstance(error, BudgetExceeded):
+        return "denied", error.reason
+    return next(
+        ((outcome, reason) for kind, outcome, reason in _REASONS if isinstance(error, kind)), ("error", "unexpected")
+    )
+
+
+def combined(*observers: Observer) -> Observer:
+    """One observer that tells all of these, in this order; what one raises is logged and hinders no other."""
+
+    def observe(observation: Observation) -> None:
+        for observer in observers:
+            try:
+                observer(observation)
+            except Exception:
+                logger.exception("a hook failed; the budget is not affected")
+
+    return observe

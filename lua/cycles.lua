@@ -1,0 +1,136 @@
+-- cycles.lua: the agent's research cycles, as all replicas see them.
+--
+-- A record is a line of words, `status started_ms deadline_ms ended_ms reason owner`, and the cycle's own document after
+-- it, which is not looked into here. A worker that has been silent until its deadline has lost its cycle: whoever comes
+-- next writes that down.
+--
+-- KEYS   1 active (hash: id to record)   2 ended (hash)   3 order (zset of ended ids by start)
+-- ARGV   1 action   2 how many ended ones are kept   3 for how many milliseconds   then by action:
+--        start  id owner ttl_ms document            returns now_ms, or '' if the id is another's
+--        beat   id owner ttl_ms document            returns the status, or '' if the cycle is no longer this owner's
+--        end    id owner status reason document     returns 1, or 0 if it is no longer this owner's: only the document of
+--                                                   one that was lost is then brought up to date
+--        cancel id                                  returns the status now, or '' if the id is unknown
+--        get    id                                  returns now_ms and the record, or '' if the id is unknown
+--        list   count after                         returns now_ms, { id, record … } of the active ones, and as many ended
+--                                                   ones, newest first, that were begun before the one `after`
+
+local action, kept, kept_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local time = redis.call('TIME')
+local now_ms = string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000))
+
+local function parse(record)
+  local status, started, deadline, ended, reason, owner, document =
+    string.match(record, '^(%S+) (%d+) (%d+) (%d+) (%S+) (%S+)\n(.*)$')
+  return { status = status, started = started, deadline = deadline, ended = ended, reason = reason, owner = owner,
+    document = document }
+end
+
+local function text(cycle)
+  return table.concat({ cycle.status, cycle.started, cycle.deadline, cycle.ended, cycle.reason, cycle.owner }, ' ')
+    .. '\n' .. cycle.document
+end
+
+local function keep_alive()
+  for i = 1, 3 do redis.call('PEXPIRE', KEYS[i], kept_ms) end
+end
+
+local function finish(id, cycle, status, reason)
+  cycle.status, cycle.reason, cycle.ended = status, reason, now_ms
+  redis.call('HDEL', KEYS[1], id)
+  redis.call('HSET', KEYS[2], id, text(cycle))
+  redis.call('ZADD', KEYS[3], cycle.started, id)
+  local surplus = redis.call('ZCARD', KEYS[3]) - kept
+  if surplus > 0 then
+    local oldest = redis.call('ZRANGE', KEYS[3], 0, surplus - 1)
+    redis.call('ZREM', KEYS[3], unpack(oldest))
+    redis.call('HDEL', KEYS[2], unpack(oldest))
+  end
+  keep_alive()
+end
+
+-- Those that were lost, first: whatever is asked then finds them so.
+local all, active = redis.call('HGETALL', KEYS[1]), {}
+for i = 1, #all, 2 do
+  local cycle = parse(all[i + 1])
+  if tonumber(cycle.deadline) <= tonumber(now_ms) then
+    finish(all[i], cycle, 'failed', 'worker_lost')
+  else
+    active[all[i]] = cycle
+  end
+end
+
+local actions = {}
+
+function actions.start(id, owner, ttl_ms, document)
+  if active[id] then return active[id].owner == owner and active[id].started or '' end
+  if redis.call('HEXISTS', KEYS[2], id) == 1 then return '' end
+  redis.call('HSET', KEYS[1], id, text({ status = 'running', started = now_ms,
+    deadline = string.format('%.0f', now_ms + ttl_ms), ended = '0', reason = '-', owner = owner, document = document }))
+  keep_alive()
+  return now_ms
+end
+
+function actions.beat(id, owner, ttl_ms, document)
+  local cycle = active[id]
+  if not cycle or cycle.owner ~= owner then return '' end
+  cycle.deadline, cycle.document = string.format('%.0f', now_ms + ttl_ms), document
+  redis.call('HSET', KEYS[1], id, text(cycle))
+  keep_alive()
+  return cycle.status
+end
+
+actions['end'] = function(id, owner, status, reason, document)
+  local cycle = active[id]
+  if cycle and cycle.owner == owner then
+    cycle.document = document
+    finish(id, cycle, status, reason)
+    return 1
+  end
+  local record = redis.call('HGET', KEYS[2], id)
+  cycle = record and parse(record)
+  if cycle and cycle.owner == owner and cycle.reason == 'worker_lost' then
+    cycle.document = document
+    redis.call('HSET', KEYS[2], id, text(cycle))
+  end
+  return 0
+end
+
+function actions.cancel(id)
+  local cycle = active[id]
+  if cycle then
+    cycle.status = 'cancelling'
+    redis.call('HSET', KEYS[1], id, text(cycle))
+    return cycle.status
+  end
+  local record = redis.call('HGET', KEYS[2], id)
+  return record and parse(record).status or ''
+end
+
+function actions.get(id)
+  return { now_ms, active[id] and text(active[id]) or redis.call('HGET', KEYS[2], id) or '' }
+end
+
+function actions.list(count, after)
+  local open, ended = {}, {}
+  for id, cycle in pairs(active) do
+    open[#open + 1] = id
+    open[#open + 1] = text(cycle)
+  end
+  local first = 0
+  if after ~= '' then
+    local rank = redis.call('ZREVRANK', KEYS[3], after)
+    if not rank then return { now_ms, open, ended } end
+    first = rank + 1
+  end
+  if tonumber(count) > 0 then
+    local ids = redis.call('ZREVRANGE', KEYS[3], first, first + count - 1)
+    for i = 1, #ids do
+      ended[2 * i - 1] = ids[i]
+      ended[2 * i] = redis.call('HGET', KEYS[2], ids[i]) or ''
+    end
+  end
+  return { now_ms, open, ended }
+end
+
+return actions[action](unpack(ARGV, 4))

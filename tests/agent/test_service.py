@@ -1,0 +1,288 @@
+"""Triggering, cycles and their money, as one replica and as several see them."""
+
+from __future__ import annotations
+
+import asyncio
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import HoldConflict
+from ktrdr_budget.agent.phases import Backtest, Training
+from ktrdr_budget.agent.service import CycleActive, CycleEnded, MoneyDenied, UnknownCycle
+from ktrdr_budget.telemetry import spans
+
+from ..helpers.waiting import until
+from .stage import PHASES
+
+NOTHING = (0, 0, 0, 0)
+
+
+async def test_a_cycle_goes_through_its_phases_and_commits_what_it_used(stage):
+    started = await stage.agent.trigger()
+    assert started.operation_id.startswith("op_")
+    cycle = await stage.ended(started.operation_id)
+    assert (cycle.outcome, cycle.reason) == ("completed", None)
+    assert list(stage.script.entered) == list(PHASES)
+    progress = cycle.progress
+    assert (progress["spend"], progress["strategy_name"]) == ("0.04", "momentum")
+    assert progress["tokens"] == {"design": 1067, "assessment": 1067}
+    assert [(gate["gate"], gate["passed"]) for gate in progress["gates"]] == [("training", True), ("backtest", True)]
+    assert progress["results"]["accuracy"] == 0.6
+    assert progress["results"]["verdict"] == "promising"
+    assert await stage.figures() == (Decimal("0.04"), 0, 0, 0)
+    (entry,) = await stage.limiter.ledger("agent")
+    assert (entry.hold_id, entry.amount, entry.operation) == (cycle.operation_id, Decimal("0.04"), "agent_research")
+
+
+async def test_a_cycle_is_counted(stage):
+    await stage.ended((await stage.agent.trigger()).operation_id)
+    assert stage.tally.outcomes == {"completed": 1}
+    assert stage.tally.phases == dict.fromkeys(PHASES, 1)
+    assert stage.tally.gates == {("training", True): 1, ("backtest", True): 1}
+    assert stage.tally.token_counts == {"design": 1067, "assessment": 1067}
+
+
+async def test_while_it_runs_its_estimate_and_a_slot_are_held(stage):
+    stage.script.wait_in = "training"
+    started = await stage.agent.trigger()
+    await stage.reaches("training")
+    assert await stage.figures() == (0, Decimal("0.15"), 0, 1)
+    cycle = await until(lambda: _in_phase(stage, started.operation_id, "training"))
+    assert (cycle.status, cycle.progress["spend"]) == ("running", "0.02")
+
+
+async def _in_phase(stage, operation_id, phase):
+    cycle = await stage.view(operation_id)
+    return cycle if cycle.progress["phase"] == phase else None
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_a_cycle_that_is_cancelled_by_another_replica_commits_what_it_used(make_stage, phase):
+    here, there = await make_stage(), await make_stage()
+    here.script.wait_in = phase
+    started = await here.agent.trigger()
+    await here.reaches(phase)
+    assert await there.agent.cancel(started.operation_id) == "cancelled"
+    cycle = await there.view(started.operation_id)
+    used = Decimal("0.04") if phase == "assessing" else Decimal("0.02")
+    assert (cycle.outcome, cycle.reason, cycle.progress["phase"]) == ("cancelled", "cancelled", phase)
+    assert cycle.progress["spend"] == str(used)
+    assert await there.figures() == (used, 0, 0, 0)
+    assert here.tally.outcomes == {"cancelled": 1}
+    with pytest.raises(CycleEnded, match="is cancelled"):
+        await here.agent.cancel(started.operation_id)
+
+
+async def test_a_cycle_that_has_used_nothing_leaves_nothing(stage):
+    stage.script.price = Decimal(0)
+    stage.script.wait_in = "designing"
+    started = await stage.agent.trigger()
+    await stage.agent.cancel(started.operation_id)
+    await stage.ended(started.operation_id)
+    assert await stage.figures() == NOTHING
+
+
+async def test_what_is_not_there_cannot_be_cancelled(stage):
+    with pytest.raises(UnknownCycle):
+        await stage.agent.cancel("op_nobody")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+async def test_a_phase_that_raises_fails_the_cycle_and_what_was_used_is_committed(stage, phase):
+    stage.script.fail_in = phase
+    cycle = await stage.ended((await stage.agent.trigger()).operation_id)
+    assert (cycle.outcome, cycle.reason) == ("failed", "error")
+    assert cycle.progress["error"] == f"RuntimeError: {phase} went wrong with redis://***@host"
+    used = Decimal("0.04") if phase == "assessing" else Decimal("0.02")
+    assert await stage.figures() == (used, 0, 0, 0)
+    assert stage.tally.outcomes == {"failed": 1}
+
+
+GATES = {
+    "training": ("training", Training(accuracy=0.05, initial_loss=0.7, final_loss=0.5)),
+    "backtest": ("backtest_result", Backtest(win_rate=0.5, max_drawdown=0.9, sharpe_ratio=float("nan"), trades=3)),
+}
+
+
+@pytest.mark.parametrize("gate", GATES)
+async def test_a_gate_that_fails_ends_the_cycle_and_what_was_used_is_committed(stage, gate):
+    setattr(stage.script, *GATES[gate])
+    cycle = await stage.ended((await stage.agent.trigger()).operation_id)
+    assert (cycle.outcome, cycle.reason) == ("failed", "gate_failed")
+    assert cycle.progress["gates"][-1]["gate"] == gate
+    assert cycle.progress["gates"][-1]["passed"] is False
+    assert cycle.progress["error"].startswith(f"{gate} gate: ")
+    assert "assessing" not in stage.script.entered
+    assert await stage.figures() == (Decimal("0.02"), 0, 0, 0)
+    assert stage.tally.gates[gate, False] == 1
+
+
+async def test_a_cycle_over_its_estimate_extends_its_reservation(stage):
+    stage.script.price = Decimal("0.20")
+    cycle = await stage.ended((await stage.agent.trigger()).operation_id)
+    assert cycle.outcome == "completed"
+    assert await stage.figures() == (Decimal("0.40"), 0, 0, 0)
+    assert (await stage.limiter.status("agent")).overruns == 0, "what it used it had reserved before"
+
+
+async def test_a_cycle_whose_reservation_cannot_be_extended_stops_and_commits_what_it_used(make_stage):
+    stage = await make_stage(limit="0.30")
+    stage.script.price = Decimal("0.20")
+    cycle = await stage.ended((await stage.agent.trigger()).operation_id)
+    assert (cycle.outcome, cycle.reason, cycle.progress["phase"]) == ("failed", "budget_exhausted", "assessing")
+    assert await stage.figures() == (Decimal("0.20"), 0, 0, 0)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_second_cycle_is_told_which_one_is_running(make_stage):
+    here, there = await make_stage(), await make_stage()
+    here.script.wait_in = "training"
+    started = await here.agent.trigger()
+    with pytest.raises(CycleActive) as refused:
+        await there.agent.trigger()
+    assert refused.value.operation_ids == [started.operation_id]
+    assert await here.figures() == (0, Decimal("0.15"), 0, 1), "a refusal writes nothing"
+
+
+DENIALS = {
+    "a cycle costs more than a day may": ("0.01", "0", "exceeds_limit", "$0.01 remaining, need $0.15"),
+    "it is spent": ("5.00", "4.99", "budget_exhausted", "$0.01 remaining, need $0.15"),
+}
+
+
+@pytest.mark.parametrize("case", DENIALS)
+async def test_without_money_the_message_says_how_much_is_missing(make_stage, case):
+    limit, spent, reason, words = DENIALS[case]
+    stage = await make_stage(limit=limit)
+    await stage.limiter.record("agent", spent)
+    with pytest.raises(MoneyDenied) as refused:
+        await stage.agent.trigger()
+    assert str(refused.value) == f"Daily budget exhausted: budget_exhausted ({words})"
+    assert refused.value.denial.reason == reason
+    assert 0 < refused.value.retry_after <= 86_400
+
+
+async def test_money_that_others_hold_is_worth_waiting_for(make_stage):
+    stage = await make_stage(limit="0.20", slots_limit=5)
+    stage.script.wait_in = "training"
+    await stage.agent.trigger()
+    with pytest.raises(MoneyDenied) as refused:
+        await stage.agent.trigger()
+    assert refused.value.denial.reason == "budget_held"
+    assert 0 < refused.value.retry_after <= 30
+
+
+async def test_a_taken_slot_is_told_before_money_that_is_only_held(make_stage):
+    stage = await make_stage(limit="0.20")
+    stage.script.wait_in = "training"
+    await stage.agent.trigger()
+    with pytest.raises(CycleActive):
+        await stage.agent.trigger()
+
+
+async def test_money_that_is_spent_is_told_before_a_taken_slot(make_stage):
+    stage = await make_stage(limit="0.20")
+    stage.script.wait_in = "training"
+    await stage.agent.trigger()
+    await stage.limiter.record("agent", "0.10")
+    with pytest.raises(MoneyDenied) as refused:
+        await stage.agent.trigger()
+    denial = refused.value.denial
+    assert (denial.reason, denial.spent, denial.held) == ("budget_exhausted", Decimal("0.10"), Decimal("0.15"))
+
+
+async def test_of_fifty_triggers_on_three_replicas_as_many_start_as_there_is_money_for(make_stage):
+    stages = [await make_stage(limit="0.45", slots_limit=50) for _ in range(3)]
+    for stage in stages:
+        stage.script.wait_in = "training"
+    found = await asyncio.gather(*[stages[i % 3].agent.trigger() for i in range(50)], return_exceptions=True)
+    assert len([each for each in found if isinstance(each, MoneyDenied)]) == 47
+    assert await stages[0].figures() == (0, Decimal("0.45"), 0, 3)
+    page = await stages[1].agent.cycles()
+    assert len(page.active) == 3
+
+
+async def test_of_fifty_triggers_as_many_start_as_there_are_slots(make_stage):
+    stages = [await make_stage(slots_limit=3) for _ in range(3)]
+    for stage in stages:
+        stage.script.wait_in = "training"
+    found = await asyncio.gather(*[stages[i % 3].agent.trigger() for i in range(50)], return_exceptions=True)
+    assert len([each for each in found if isinstance(each, CycleActive)]) == 47
+
+
+# -- retries, and the end of a replica ---------------------------------------------------------------------------------
+
+
+async def test_the_same_trigger_again_starts_nothing(make_stage):
+    here, there = await make_stage(slots_limit=5), await make_stage(slots_limit=5)
+    here.script.wait_in = "training"
+    assert not (await here.agent.trigger("op_1")).replayed
+    assert (await there.agent.trigger("op_1")).replayed
+    await here.agent.cancel("op_1")
+    assert (await there.agent.trigger("op_1")).replayed, "also once it has ended"
+    assert there.script.entered == {}
+
+
+async def test_an_id_that_was_used_otherwise_is_a_conflict(stage):
+    await stage.limiter.record("agent", "0.01", id="op_1")
+    with pytest.raises(HoldConflict):
+        await stage.agent.trigger("op_1")
+
+
+async def test_a_trigger_whose_caller_has_gone_runs_on_or_leaves_nothing(stage):
+    stage.script.wait_in = "training"
+    trigger = asyncio.create_task(stage.agent.trigger("op_1"))
+    await asyncio.sleep(0)
+    trigger.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await trigger
+
+    async def decided() -> bool:
+        cycle = await stage.operations.get("op_1")
+        return (cycle is not None) == ((await stage.figures())[3] == 1)
+
+    await until(decided)
+
+
+async def test_a_replica_that_closes_stops_its_cycles_and_commits_what_they_used(make_stage):
+    here, there = await make_stage(), await make_stage()
+    here.script.wait_in = "backtesting"
+    started = await here.agent.trigger()
+    await here.reaches("backtesting")
+    await here.agent.close()
+    cycle = await there.view(started.operation_id)
+    assert (cycle.outcome, cycle.reason) == ("cancelled", "shutdown")
+    assert await there.figures() == (Decimal("0.02"), 0, 0, 0)
+
+
+async def test_a_worker_that_was_given_up_for_lost_stops_and_its_late_commit_counts(make_stage):
+    here, there = await make_stage(ttl_s=1), await make_stage()
+    here.script.wait_in = "training"
+    started = await here.agent.trigger()
+    await here.reaches("training")
+    # As if it had been asleep: its record is moved to the past, and so comes due.
+    await _silence(here, started.operation_id)
+    cycle = await there.ended(started.operation_id)
+    assert (cycle.outcome, cycle.reason) == ("failed", "worker_lost")
+    await until(lambda: _spent(there, Decimal("0.02")))
+    assert here.tally.outcomes == {"failed": 1}
+
+
+async def _silence(stage, operation_id) -> None:
+    owner = stage.limiter.replica_id
+    progress = next(iter(stage.agent._running.values())).progress
+    while await stage.operations.beat(operation_id, owner, 1, progress):
+        pass
+
+
+async def _spent(stage, amount: Decimal) -> bool:
+    return await stage.figures() == (amount, 0, 0, 0)
+
+
+async def test_tracing_that_is_not_there_costs_nothing(stage):
+    assert spans.active_tracer() is None
+    cycle = await stage.ended((await stage.agent.trigger()).operation_id)
+    assert cycle.progress["trace_id"] == ""

@@ -1,0 +1,100 @@
+"""Equity, trades and their figures, against examples computed by hand."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ktrdr_budget.agent.trading import Account, figures, max_drawdown, sharpe_ratio, trade
+
+sides = st.sampled_from([-1.0, -0.5, 0.0, 0.3, 1.0])
+days = st.lists(st.tuples(sides, st.floats(-0.2, 0.2)), max_size=30)
+
+
+def test_one_trade_with_its_costs():
+    account = trade([0, 1, 1, 0], [0.5, 0.10, -0.05, 0.5], cost=0.01)
+    bought = 0.99 * 1.10
+    assert account.equity == pytest.approx((1, 1, bought, bought * 0.95, bought * 0.95 * 0.99))
+    assert account.trades == pytest.approx((0.99 * 1.10 * 0.95 * 0.99 - 1,))
+
+
+def test_turning_round_ends_one_trade_and_begins_another():
+    account = trade([1, -1], [0.10, 0.10], cost=0.01)
+    assert account.trades == pytest.approx((0.99 * 1.10 * 0.99 - 1, 0.99 * 0.90 * 0.99 - 1))
+    assert account.equity[-1] == pytest.approx(0.99 * 1.10 * 0.99 * 0.99 * 0.90 * 0.99)
+
+
+def test_another_size_on_the_same_side_costs_its_difference_and_goes_on():
+    account = trade([0.5, 1.0], [0.1, 0.1], cost=0.01)
+    assert account.equity == pytest.approx((1, 0.995 * 1.05, 0.995 * 1.05 * 0.995 * 1.1 * 0.99))
+    assert len(account.trades) == 1
+
+
+def test_costs_alone_lose():
+    account = trade([1, 0, 1, 0], [0, 0, 0, 0], cost=0.01)
+    assert account.trades == pytest.approx((0.99 * 0.99 - 1,) * 2)
+    assert figures(account).win_rate == 0
+
+
+def test_an_account_that_is_ruined_stays_so():
+    account = trade([-1, 1, 1], [2.0, 0.5, 0.5], cost=0)
+    assert account.equity == (1, 0, 0, 0)
+    assert figures(account).max_drawdown == 1
+
+
+def test_drawdown_is_the_deepest_fall_from_the_peak_before_it():
+    assert max_drawdown((1.0, 1.2, 0.9, 1.1, 2.0, 1.6, 1.9)) == pytest.approx(0.25)
+    assert max_drawdown((1.0, 0.5, 2.0, 1.5)) == pytest.approx(0.5)
+    assert max_drawdown((1.0, 1.1, 1.2)) == 0
+    assert max_drawdown(()) == 0
+
+
+def test_sharpe_ratio_is_mean_over_deviation_of_a_year():
+    # Mean 0.01; deviation of a sample sqrt((0.01² + 0 + 0.01²) / 2) = 0.01.
+    assert sharpe_ratio([0.0, 0.01, 0.02]) == pytest.approx(math.sqrt(252))
+    assert sharpe_ratio([0.0, -0.01, -0.02]) == pytest.approx(-math.sqrt(252))
+    assert sharpe_ratio([0.01, -0.01]) == 0
+
+
+def test_sharpe_ratio_is_0_where_nothing_varies():
+    assert sharpe_ratio([]) == sharpe_ratio([0.1]) == sharpe_ratio([0.001] * 50) == 0
+
+
+def test_figures_of_an_account():
+    account = Account(equity=(1.0, 1.1, 0.99, 1.2), trades=(0.1, -0.1, 0.0, 0.2))
+    told = figures(account)
+    assert (told.win_rate, told.trades) == (0.5, 4)
+    assert told.max_drawdown == pytest.approx(0.1)
+    assert told.sharpe_ratio == pytest.approx(sharpe_ratio([0.1, -0.1, 1.2 / 0.99 - 1]))
+
+
+def test_without_a_trade_the_win_rate_is_0():
+    told = figures(trade([0, 0], [0.1, -0.1], cost=0.01))
+    assert (told.win_rate, told.trades, told.max_drawdown, told.sharpe_ratio) == (0, 0, 0, 0)
+
+
+@given(days=days, cost=st.floats(0, 0.01))
+def test_trades_multiply_to_what_the_account_made(days, cost: float):
+    account = trade([side for side, _ in days], [market for _, market in days], cost=cost)
+    assert math.prod(1 + gain for gain in account.trades) == pytest.approx(account.equity[-1])
+    assert len(account.equity) == len(days) + 1
+    assert 0 <= figures(account).win_rate <= 1
+    assert 0 <= figures(account).max_drawdown <= 1
+
+
+@given(days=days)
+def test_costs_never_help(days):
+    positions, markets = [side for side, _ in days], [market for _, market in days]
+    dear, free = trade(positions, markets, cost=0.01).equity, trade(positions, markets, cost=0).equity
+    assert all(less <= more + 1e-12 for less, more in zip(dear, free, strict=True))
+
+
+@given(days=days, more=days)
+def test_later_days_do_not_change_earlier_equity(days, more):
+    """Up to the last day, at whose end everything is sold."""
+    short = trade([side for side, _ in days], [market for _, market in days], cost=0.01)
+    both = trade([side for side, _ in days + more], [market for _, market in days + more], cost=0.01)
+    assert both.equity[: len(days)] == short.equity[: len(days)]

@@ -1,0 +1,156 @@
+"""The agent over HTTP: each answer of a trigger, and cycles as any replica tells of them."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ..helpers.waiting import until
+from .support import V1
+
+TRIGGER = f"{V1}/agent/trigger"
+
+
+@pytest.fixture(autouse=True)
+def pace(environment: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Cycles without the leisure that people need to watch them."""
+    environment.setenv("AGENT_PHASE_SECONDS", "0")
+    return environment
+
+
+async def ended(client, operation_id: str) -> dict:
+    """A cycle, once it has ended."""
+
+    async def look():
+        cycles = (await client.get(f"{V1}/agent/cycles")).json()["cycles"]
+        return next((cycle for cycle in cycles if cycle["operation_id"] == operation_id and cycle["ended_at"]), None)
+
+    return await until(look, 20)
+
+
+async def test_a_trigger_starts_a_cycle_that_costs_between_a_cent_and_its_estimate(start):
+    client = (await start()).client
+    response = await client.post(TRIGGER)
+    assert response.status_code == 202
+    answer = response.json()
+    assert answer["triggered"] is True
+    assert answer["operation_id"].startswith("op_")
+    assert answer["operation_id"] in answer["message"]
+    cycle = await ended(client, answer["operation_id"])
+    assert (cycle["status"], cycle["outcome"], cycle["reason"]) == ("completed", "completed", None)
+    assert 0.01 <= float(cycle["spend"]) <= 0.15
+    assert cycle["elapsed_seconds"] < 20
+    assert [gate["gate"] for gate in cycle["gates"]] == ["training", "backtest"]
+    assert all(cycle["tokens"].values())
+    budget = (await client.get(f"{V1}/agent/budget")).json()
+    assert (budget["today_spend"], budget["held"]) == (float(cycle["spend"]), 0)
+    status = (await client.get(f"{V1}/agent/status")).json()
+    assert (status["status"], status["active_cycles"], status["last_cycle"]) == ("idle", [], cycle)
+
+
+async def test_without_money_a_trigger_is_refused_with_the_figures(start):
+    client = (await start(agent_daily_budget="0.01")).client
+    response = await client.post(TRIGGER)
+    assert response.status_code == 429
+    assert response.headers["content-type"] == "application/problem+json"
+    assert 0 < int(response.headers["retry-after"]) <= 86_400
+    problem = response.json()
+    assert (problem["triggered"], problem["reason"], problem["denial_reason"]) == (
+        False, "budget_exhausted", "exceeds_limit",
+    )  # fmt: skip
+    assert problem["message"] == "Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15)"
+    assert (problem["remaining"], problem["requested"]) == ("0.01", "0.15")
+
+
+async def test_a_second_cycle_is_refused_with_the_first_ones_id(start, pace):
+    pace.setenv("AGENT_PHASE_SECONDS", "30")
+    client = (await start()).client
+    operation_id = (await client.post(TRIGGER, json={})).json()["operation_id"]
+    response = await client.post(TRIGGER)
+    assert response.status_code == 409
+    problem = response.json()
+    assert (problem["triggered"], problem["reason"]) == (False, "active_cycle_exists")
+    assert problem["operation_ids"] == [operation_id]
+    status = (await client.get(f"{V1}/agent/status")).json()
+    assert status["status"] == "designing"
+    assert [cycle["operation_id"] for cycle in status["active_cycles"]] == [operation_id]
+
+
+@pytest.mark.parametrize("body", ["[]", "1", "{", '{"operation_id": "x"}', '{"operation_id": 1}', '{"estimate": 1}'])
+async def test_a_body_that_is_not_valid_starts_nothing(start, body):
+    client = (await start()).client
+    response = await client.post(TRIGGER, content=body, headers={"Content-Type": "application/json"})
+    assert response.status_code == 422
+    assert (await client.get(f"{V1}/agent/status")).json()["status"] == "idle"
+
+
+async def test_without_the_store_a_trigger_is_unavailable(start, start_server):
+    own = start_server()
+    client = (await start(redis_url=own.url, timeout=0.1)).client
+    own.kill()
+    response = await client.post(TRIGGER)
+    assert response.status_code == 503
+    problem = response.json()
+    assert (problem["triggered"], problem["reason"]) == (False, "budget_unavailable")
+    assert response.headers["retry-after"]
+    for path in ("status", "cycles"):
+        assert (await client.get(f"{V1}/agent/{path}")).status_code == 503
+
+
+async def test_an_id_makes_a_trigger_that_is_repeated_harmless(start, pace):
+    pace.setenv("AGENT_PHASE_SECONDS", "30")
+    here, there = (await start()).client, (await start()).client
+    first = await here.post(TRIGGER, json={"operation_id": "op_mine"})
+    again = await there.post(TRIGGER, json={"operation_id": "op_mine"})
+    assert (first.status_code, again.status_code) == (202, 202)
+    assert again.json()["operation_id"] == "op_mine"
+    assert "before" in again.json()["message"]
+    await here.post(f"{V1}/spend", json={"amounts": {"agent": "0.01"}, "id": "op_used"})
+    response = await here.post(TRIGGER, json={"operation_id": "op_used"})
+    assert (response.status_code, response.json()["code"]) == (409, "hold-conflict")
+
+
+async def test_a_cycle_is_cancelled_and_seen_by_another_replica(start, pace):
+    pace.setenv("AGENT_PHASE_SECONDS", "30")
+    here, there = (await start()).client, (await start()).client
+    operation_id = (await here.post(TRIGGER)).json()["operation_id"]
+    seen = [(await client.get(f"{V1}/agent/status")).json() for client in (here, there)]
+    assert seen[0]["active_cycles"][0]["operation_id"] == seen[1]["active_cycles"][0]["operation_id"] == operation_id
+    response = await there.delete(f"{V1}/agent/cancel/{operation_id}")
+    assert (response.status_code, response.json()["status"]) == (200, "cancelled")
+    assert response.json()["operation_id"] == operation_id
+    again = await here.delete(f"{V1}/agent/cancel/{operation_id}")
+    assert (again.status_code, again.json()["cycle_status"]) == (409, "cancelled")
+    assert (await here.delete(f"{V1}/agent/cancel/op_nobody")).status_code == 404
+    cycle = await ended(here, operation_id)
+    budget = (await here.get(f"{V1}/agent/budget")).json()
+    assert (cycle["outcome"], budget["today_spend"], budget["held"]) == ("cancelled", float(cycle["spend"]), 0)
+
+
+async def test_cycles_are_listed_by_pages_newest_first(start):
+    client = (await start()).client
+    ids = []
+    for _ in range(3):
+        ids.append((await client.post(TRIGGER)).json()["operation_id"])
+        await ended(client, ids[-1])
+    first = (await client.get(f"{V1}/agent/cycles?limit=2")).json()
+    assert [cycle["operation_id"] for cycle in first["cycles"]] == [ids[2], ids[1]]
+    second = (await client.get(f"{V1}/agent/cycles?limit=2&cursor={first['next_cursor']}")).json()
+    assert [cycle["operation_id"] for cycle in second["cycles"]] == [ids[0]]
+    assert second["next_cursor"] is None
+    assert (await client.get(f"{V1}/agent/cycles?limit=0")).status_code == 422
+
+
+async def test_of_fifty_triggers_on_two_replicas_three_start(start, pace):
+    pace.setenv("AGENT_PHASE_SECONDS", "30")
+    pace.setenv("AGENT_MAX_CONCURRENT_CYCLES", "3")
+    clients = [(await start()).client, (await start()).client]
+    answers = await asyncio.gather(*[clients[i % 2].post(TRIGGER) for i in range(50)])
+    assert sorted(answer.status_code for answer in answers) == [202] * 3 + [409] * 47
+
+
+async def test_triggering_needs_a_key(start):
+    running = await start(api_key="use-1", admin_key="admin-1")
+    assert (await running.client.post(TRIGGER)).status_code == 401
+    assert (await running.client.get(f"{V1}/agent/status")).status_code == 401

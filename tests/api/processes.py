@@ -59,6 +59,9 @@ class Service:
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
         return httpx.post(self.url + path, json=body, timeout=10, **options)
 
+    def request(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return httpx.request(method, self.url + path, timeout=10, **options)
+
     def wait_listening(self, within_s: float = 30.0) -> None:
         """Until a connection is taken; a worker answers it when it is there."""
         ends = time.monotonic() + within_s

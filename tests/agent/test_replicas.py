@@ -1,0 +1,215 @@
+"""Replicas as processes of their own on one real server: what they agree on, and what is left when one is killed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from ktrdr_budget.agent.phases import PHASES
+
+from ..api.processes import Service, serving
+from ..helpers.otlp_receiver import OtlpReceiver, Span
+from ..helpers.waiting import wait_until
+
+pytestmark = pytest.mark.slow
+
+V1 = "/api/v1"
+Launch = Callable[..., list[Service]]
+
+
+@pytest.fixture
+def launch(server):
+    """Starts so many replicas on the shared server."""
+    with ExitStack() as stack:
+
+        def start(count: int, workers: int = 1, **environment: Any) -> list[Service]:
+            given = {"KTRDR_REDIS_URL": server.url, "AGENT_CYCLE_TTL": 1, "AGENT_PHASE_SECONDS": 0, **environment}
+            return [stack.enter_context(serving(workers=workers, **given)) for _ in range(count)]
+
+        yield start
+
+
+def trigger(replica: Service) -> str:
+    answer = replica.post(f"{V1}/agent/trigger")
+    assert answer.status_code == 202, answer.text
+    return answer.json()["operation_id"]
+
+
+def status(replica: Service) -> dict[str, Any]:
+    return replica.get(f"{V1}/agent/status").json()
+
+
+def cycle(replica: Service, operation_id: str) -> dict[str, Any]:
+    found = replica.get(f"{V1}/agent/cycles").json()["cycles"]
+    return next(each for each in found if each["operation_id"] == operation_id)
+
+
+def wait_ended(replica: Service, operation_id: str) -> dict[str, Any]:
+    wait_until(lambda: cycle(replica, operation_id)["ended_at"], 20)
+    return cycle(replica, operation_id)
+
+
+def budget(replica: Service) -> dict[str, Any]:
+    return replica.get(f"{V1}/agent/budget").json()
+
+
+def samples(replica: Service) -> dict[tuple[str, ...], float]:
+    text = replica.get("/metrics").text
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_replica_that_is_killed_mid_cycle_is_charged_and_its_slot_is_free(launch: Launch, phase: str):
+    here, there = launch(2, AGENT_PHASE_SECONDS=0.5)
+    operation_id = trigger(here)
+    wait_until(lambda: status(there)["status"] == phase, 10)
+    here.process.kill()
+    wait_until(lambda: status(there)["status"] == "idle", 10)
+    last = status(there)["last_cycle"]
+    assert (last["operation_id"], last["outcome"], last["reason"], last["phase"]) == (
+        operation_id, "failed", "worker_lost", phase,
+    )  # fmt: skip
+    figures = budget(there)
+    assert (figures["today_spend"], figures["unconfirmed"], figures["held"]) == (0, 0.15, 0)
+    assert there.get(f"{V1}/budgets/agent:cycles").json()["held"] == 0
+    assert trigger(there) != operation_id
+
+
+def test_of_fifty_triggers_at_once_as_many_start_as_there_is_money_for(launch: Launch):
+    replicas = launch(2, AGENT_DAILY_BUDGET="0.50", AGENT_MAX_CONCURRENT_CYCLES=50, AGENT_PHASE_SECONDS=30)
+    with ThreadPoolExecutor(25) as pool:
+        answers = list(pool.map(lambda i: replicas[i % 2].post(f"{V1}/agent/trigger"), range(50)))
+    assert Counter(answer.status_code for answer in answers) == {202: 3, 429: 47}
+    assert all(a.json()["reason"] == "budget_exhausted" for a in answers if a.status_code == 429)
+    seen = [status(replica) for replica in replicas]
+    assert [each["operation_id"] for each in seen[0]["active_cycles"]] == [
+        each["operation_id"] for each in seen[1]["active_cycles"]
+    ]
+    assert len(seen[0]["active_cycles"]) == 3
+
+
+def test_a_restart_within_the_day_keeps_the_spend_and_the_cycles(launch: Launch):
+    (replica,) = launch(1)
+    ended = wait_ended(replica, trigger(replica))
+    before = budget(replica)
+    assert replica.stop() == 0
+    (again,) = launch(1)
+    assert budget(again) == before
+    assert before["today_spend"] == float(ended["spend"]) > 0
+    assert status(again)["last_cycle"] == ended
+
+
+def test_a_cycle_is_cancelled_by_the_replica_that_does_not_run_it(launch: Launch):
+    here, there = launch(2, AGENT_PHASE_SECONDS=30)
+    operation_id = trigger(here)
+    wait_until(lambda: Decimal(cycle(there, operation_id)["spend"]) > 0, 10)
+    answer = there.request("DELETE", f"{V1}/agent/cancel/{operation_id}")
+    assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
+    spend = Decimal(cycle(here, operation_id)["spend"])
+    assert Decimal(str(budget(here)["today_spend"])) == spend > 0
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_metrics_of_all_replicas_together_are_the_sums_of_the_ledger(launch: Launch, workers: int):
+    replicas = launch(2, workers=workers, AGENT_DAILY_BUDGET="1.00")
+    for replica in (*replicas, *replicas):
+        wait_ended(replica, trigger(replica))
+    replicas[0].post(f"{V1}/spend", {"amounts": {"agent": "0.01"}})
+    entries = replicas[0].get(f"{V1}/budgets/agent/ledger").json()["entries"]
+    spent = sum(Decimal(entry["amount"]) for entry in entries)
+    found = [samples(replica) for replica in replicas]
+
+    def summed(*key: str) -> float:
+        return sum(each[key] for each in found)
+
+    assert summed("agent_budget_spend_total") == pytest.approx(float(spent), abs=1e-9)
+    assert summed("agent_cycles_total", "completed") == 4
+    assert summed("agent_cycles_total", "failed") == summed("agent_cycles_total", "cancelled") == 0
+    assert summed("agent_cycle_duration_seconds_count") == 4
+    assert summed("agent_phase_duration_seconds_count", "training") == 4
+    assert summed("agent_gate_results_total", "backtest", "pass") == 4
+    cycles = replicas[0].get(f"{V1}/agent/cycles").json()["cycles"]
+    for phase in ("design", "assessment"):
+        assert summed("agent_tokens_total", phase) == sum(each["tokens"][phase] for each in cycles)
+    for name, amount in (("spent", spent), ("limit", 1), ("remaining", 1 - spent), ("held", 0), ("unconfirmed", 0)):
+        for each in found:
+            assert each[f"agent_budget_{name}_dollars",] == float(amount)
+
+
+# -- traces ------------------------------------------------------------------------------------------------------------
+
+ALL_SPANS = ["agent.phase.design", "agent.phase.training", "agent.phase.backtest", "agent.phase.assessment"]
+ENDINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "completed": ({}, ALL_SPANS),
+    "failed": ({"TRAINING_GATE_MIN_ACCURACY": "0.99"}, ALL_SPANS[:2]),
+    "cancelled": ({"AGENT_PHASE_SECONDS": 30}, ALL_SPANS[:1]),
+}
+
+
+@pytest.mark.parametrize("outcome", ENDINGS)
+def test_a_cycle_is_one_tree_of_spans_linked_to_its_trigger(launch: Launch, outcome: str):
+    environment, phases = ENDINGS[outcome]
+    with OtlpReceiver() as receiver:
+        here, there = launch(2, **environment, **receiver.environment)
+        operation_id = trigger(here)
+        if outcome == "cancelled":
+            wait_until(lambda: Decimal(cycle(there, operation_id)["spend"]) > 0, 10)
+            there.request("DELETE", f"{V1}/agent/cancel/{operation_id}")
+        ended = wait_ended(there, operation_id)
+        assert ended["outcome"] == outcome
+        for replica in (here, there):
+            replica.get("/metrics")
+            assert replica.stop() == 0
+        spans = receiver.wait_named("agent.research_cycle")
+    (root,) = [span for span in spans if span.name == "agent.research_cycle"]
+    tree = [span for span in spans if span.trace_id == root.trace_id]
+    _is_one_tree(root, tree)
+    assert root.trace_id == ended["trace_id"]
+    assert root.resource["service.name"] == "ktrdr-backend"
+    for span in tree:
+        assert (span.attributes["operation.id"], span.attributes["operation.type"]) == (operation_id, "agent_research")
+    named = {span.name: span for span in tree}
+    assert [name for name in ALL_SPANS if name in named] == phases
+    assert all(named[name].parent_id == root.span_id for name in phases)
+    assert named["agent.phase.design"].attributes["phase"] == "designing"
+    assert root.attributes["outcome"] == outcome
+    assert any(span.attributes.get("db.system") == "redis" for span in tree)
+    assert any(span.attributes.get("gen_ai.request.model") == "ktrdr-scripted-1" for span in tree)
+    assert any(span.name == "ktrdr.budget.commit" for span in tree)
+    (http,) = [span for span in spans if span.kind == "server" and "trigger" in span.name]
+    assert root.links == [(http.trace_id, http.span_id)]
+    assert any(s.name == "ktrdr.budget.reserve" and s.parent_id == http.span_id for s in spans)
+    roots = [span for span in spans if not span.parent_id]
+    assert not any("db.system" in span.attributes for span in roots)
+    assert not any(word in span.name for span in roots for word in ("/metrics", "/status", "/livez", "/readyz"))
+    if outcome == "failed":
+        gate = named["agent.phase.training"]
+        assert (gate.attributes["gate.passed"], gate.status, root.status) == (False, "error", "error")
+        assert "accuracy" in gate.attributes["gate.reason"]
+        assert any(event.name == "exception" for event in gate.events)
+
+
+def _is_one_tree(root: Span, tree: list[Span]) -> None:
+    ids = {span.span_id for span in tree}
+    assert root.parent_id == ""
+    orphans = [span for span in tree if span is not root and span.parent_id not in ids]
+    assert not orphans, orphans
+
+
+def test_the_ledger_names_the_trace_of_the_cycle(launch: Launch):
+    with OtlpReceiver() as receiver:
+        (replica,) = launch(1, **receiver.environment)
+        ended = wait_ended(replica, trigger(replica))
+        (entry,) = replica.get(f"{V1}/budgets/agent/ledger").json()["entries"]
+        assert entry["trace_id"] == ended["trace_id"] != ""

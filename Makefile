@@ -4,18 +4,23 @@ PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
 	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
 HOST ?= 127.0.0.1
 PORT ?= 8000
+REPLICA_PORT ?= 8001
+PROMETHEUS_PORT ?= 9090
 WORKERS ?= 1
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help run test lint format fuzz bench clean
+.PHONY: help run stack test lint format fuzz bench clean
 
 help: ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 run: .venv/.run ## Install what the service needs and serve on 127.0.0.1:8000 with the embedded server
 	$(BIN)/ktrdr serve --host $(HOST) --port $(PORT) --workers $(WORKERS)
+
+stack: .venv/.run ## Two replicas behind one address on 8000, with Prometheus if it is installed
+	$(BIN)/python scripts/stack.py --port $(PORT) --replica-port $(REPLICA_PORT) --prometheus-port $(PROMETHEUS_PORT)
 
 test: .venv/.test lint ## Lint, check types, and run the whole suite on real servers
 	$(BIN)/pytest $(PYTEST_ARGS)
@@ -44,7 +49,7 @@ clean: ## Remove what the other targets made, except data/
 	@touch $@
 
 .venv/.run: pyproject.toml | .venv/.made
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fast,server]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fast,server,tracing]'
 	@touch $@
 
 .venv/.test: pyproject.toml | .venv/.made

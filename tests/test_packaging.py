@@ -36,7 +36,7 @@ def test_the_wheel_carries_every_script_and_nothing_of_the_tests(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     scripts = {Path(name).name for name in names if name.endswith(".lua")}
     assert scripts == {path.name for path in (ROOT / "lua").glob("*.lua")}
-    assert "ktrdr_budget/py.typed" in names
+    assert {"ktrdr_budget/py.typed", "ktrdr_budget/agent/data/prices.csv"} <= set(names)
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
 
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["a_name", "amounts_of", "an_end", "json_option", "new_id", "seconds_from"]
+__all__ = ["a_name", "amounts_of", "an_end", "json_option", "new_id", "seconds_from", "watch_options"]
 
 _SECONDS_MAX = 86_400
 
@@ -55,6 +55,15 @@ def seconds_from(least: float) -> Callable[[click.Context, click.Parameter, floa
 def json_option(command: Command) -> Command:
     """``--json``."""
     return click.option("--json", "as_json", is_flag=True, help="The service's JSON.")(command)
+
+
+def watch_options(command: Command) -> Command:
+    """``--json``, ``--watch`` and ``--interval``."""
+    every = {"metavar": "SECONDS", "default": 2.0, "callback": seconds_from(0.1), "show_default": True}
+    command = click.option("--interval", **every, help="How often --watch asks.")(command)  # type: ignore[arg-type]
+    command = click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")(command)
+    text = "The service's JSON; with --watch one line each time."
+    return click.option("--json", "as_json", is_flag=True, help=text)(command)
 
 
 def amounts_of(words: Sequence[str]) -> dict[str, str]:

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import click
 
 from ktrdr_budget.cli.arguments import a_name, an_end, json_option
 from ktrdr_budget.cli.client import Answer, Service, segment, service, understood
-from ktrdr_budget.cli.errors import CommandError
-from ktrdr_budget.cli.output import Table, amount_text, fields, one_line, write, write_json
+from ktrdr_budget.cli.output import Table, amount_text, fields, write, write_json
+from ktrdr_budget.cli.pages import paged, pages, show_pages
 from ktrdr_budget.cli.spend_commands import commit, record, release, reserve
 from ktrdr_budget.cli.verify_command import verify
 
 __all__ = ["budget"]
-
-_PAGE_MAX = 1000
 
 
 @click.group()
@@ -89,28 +86,21 @@ def clear_limit(name: str, as_json: bool) -> None:
     _show_budget(where, where.send("DELETE", f"{_path(name)}/limit", admin=True), as_json)
 
 
-def _paged(command: Callable[..., None]) -> Callable[..., None]:
-    """``--limit``, ``--cursor`` and ``--all``."""
-    command = click.option("--all", "everything", is_flag=True, help="All pages.")(command)
-    command = click.option("--cursor", help="Begin where an earlier page ended.")(command)
-    return click.option("--limit", type=click.IntRange(1, _PAGE_MAX), help="How many on a page.")(command)
-
-
 @budget.command()
 @click.argument("name", callback=a_name)
-@_paged
+@paged
 @json_option
 def holds(name: str, limit: int | None, cursor: str | None, everything: bool, as_json: bool) -> None:
     """List open and unconfirmed holds, newest deadline first."""
     table = Table("ID", "STATE", ">AMOUNT", ">ACCRUED", ">CHARGED", "EXPIRES AT", "OPERATION")
-    pages = _pages(f"{_path(name)}/holds", "holds", everything, limit=limit, cursor=cursor)
-    _show_pages(pages, "holds", as_json, table, lambda hold: _hold_row(hold, name), f"No holds of {name}.")
+    found = pages(f"{_path(name)}/holds", "holds", everything, limit=limit, cursor=cursor)
+    show_pages(found, "holds", as_json, table, lambda hold: _hold_row(hold, name), f"No holds of {name}.")
 
 
 @budget.command()
 @click.argument("name", callback=a_name)
 @click.option("--window", help="Such as 2026-11-23 for a day. Default: the current one.")
-@_paged
+@paged
 @json_option
 def ledger(
     name: str, window: str | None, limit: int | None, cursor: str | None, everything: bool, as_json: bool
@@ -120,8 +110,8 @@ def ledger(
     They add up to what is spent and unconfirmed.
     """
     table = Table("AT", "KIND", ">AMOUNT", "HOLD", "OPERATION", "TRACE", "ENTRY")
-    pages = _pages(f"{_path(name)}/ledger", "entries", everything, window=window, limit=limit, cursor=cursor)
-    _show_pages(pages, "entries", as_json, table, _entry_row, f"No entries in the ledger of {name}.")
+    found = pages(f"{_path(name)}/ledger", "entries", everything, window=window, limit=limit, cursor=cursor)
+    show_pages(found, "entries", as_json, table, _entry_row, f"No entries in the ledger of {name}.")
 
 
 def _path(name: str) -> str:
@@ -168,71 +158,7 @@ def _limit_source(item: Mapping[str, Any]) -> str:
     return f" (set at run time{until}; configured: {amount_text(item['configured_limit'])})"
 
 
-# --- Pages ----------------------------------------------------------------------------------------
-
-
-def _pages(path: str, field: str, everything: bool, **query: object) -> Iterator[Answer]:
-    """The page asked for, or all from there on."""
-    where = service()
-    if everything and query["limit"] is None:
-        query["limit"] = _PAGE_MAX
-    seen: set[object] = set()
-    while True:
-        answer = where.get(path, **query)
-        with understood(where):
-            cursor = answer.exact["next_cursor"]
-            if not isinstance(answer.exact[field], list) or not isinstance(cursor, str | None):
-                raise TypeError(field)
-        yield answer
-        if not everything or cursor is None:
-            return
-        if cursor in seen:
-            raise CommandError(f"the service at {where.url} gave the same page twice")
-        seen.add(cursor)
-        query["cursor"] = cursor
-
-
-def _show_pages(
-    pages: Iterator[Answer], field: str, as_json: bool, table: Table, row: Callable[[Any], list[str]], none: str
-) -> None:
-    """Writes page by page, so that a long list begins at once and is never in memory as a whole."""
-    if as_json:
-        _write_pages_json(pages, field)
-        return
-    where, found, cursor = service(), False, None
-    for page in pages:
-        with understood(where):
-            rows = [row(item) for item in page.exact[field]]
-        table.write(rows)
-        found, cursor = found or bool(rows), page.document["next_cursor"]
-    if cursor is not None:
-        write(f"More: --cursor {one_line(cursor)}, or --all")
-    elif not found:
-        write(none)
-
-
-def _write_pages_json(pages: Iterator[Answer], field: str) -> None:
-    """One document in the form of a page, with the items of all of them."""
-    first = next(pages).document
-    second = next(pages, None)
-    if second is None:
-        write_json(first)
-        return
-    click.echo(f'{{"{field}": [', nl=False)
-    separator, cursor = "", None
-    for document in _documents(first, second, pages):
-        for item in document[field]:
-            click.echo(separator + json.dumps(item), nl=False)
-            separator = ",\n"
-        cursor = document["next_cursor"]
-    write(f'], "next_cursor": {json.dumps(cursor)}}}')
-
-
-def _documents(first: dict[str, Any], second: Answer, others: Iterator[Answer]) -> Iterator[dict[str, Any]]:
-    yield first
-    yield second.document
-    for other in others:
-        yield other.document
+# --- Rows -----------------------------------------------------------------------------------------
 
 
 def _hold_row(hold: Mapping[str, Any], name: str) -> list[str]:

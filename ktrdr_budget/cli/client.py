@@ -31,6 +31,8 @@ API_URL = "ktrdr_budget.api_url"
 
 URL_DEFAULT = "http://127.0.0.1:8000"
 TIMEOUT_S = 5.0
+_NOT_STARTED = ((429, "budget_exhausted"), (409, "active_cycle_exists"))
+"""How a trigger is denied: status and reason."""
 _KEY = re.compile(r"[\x21-\x7e]{1,4096}", re.ASCII)
 
 
@@ -153,6 +155,9 @@ class Service(NamedTuple):
         error = Unreachable if status in (502, 503, 504) else InvalidInput if status == 422 else CommandError
         if problem is None or status < 400:
             return error(f"{self.url} answered {status} without the JSON of a ktrdr-budget service; is that its URL?")
+        if (status, problem.get("reason")) in _NOT_STARTED and problem.get("triggered") is False:
+            with understood(self):
+                return Denied(_not_started_line(problem), problem)
         if status == 429 and "reason" in problem:
             with understood(self):
                 return Denied(denial_line(problem), problem)
@@ -161,7 +166,7 @@ class Service(NamedTuple):
             detail += f" (set {'KTRDR_ADMIN_KEY' if admin else 'KTRDR_API_KEY'} to a key of the service)"
         if status == 403 and admin:
             detail += " (it needs the service's admin key in KTRDR_ADMIN_KEY)"
-        return error(detail + (repeat if error is Unreachable else ""))
+        return error(detail + (repeat if error is Unreachable else ""), problem)
 
 
 def service() -> Service:
@@ -190,9 +195,18 @@ def denial_line(problem: Mapping[str, Any]) -> str:
     """``agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 3600 s``."""
     unit = "" if isinstance(problem["requested"], str) or "unit" not in problem else f" {problem['unit']}"
     remaining, need = (amount_text(problem[name]) + unit for name in ("remaining", "requested"))
-    seconds = problem["retry_after"]
-    advice = "waiting does not help" if seconds is None else f"retry in {int(seconds)} s"
-    return f"{problem['budget']}: {problem['reason']} ({remaining} remaining, need {need}); {advice}"
+    told = f"{problem['budget']}: {problem['reason']} ({remaining} remaining, need {need})"
+    return f"{told}; {_advice(problem['retry_after'])}"
+
+
+def _not_started_line(problem: Mapping[str, Any]) -> str:
+    """``Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); retry in 3600 s``."""
+    told = one_line(problem["message"])
+    return f"{told}; {_advice(problem['retry_after'])}" if "retry_after" in problem else told
+
+
+def _advice(seconds: Any) -> str:
+    return "waiting does not help" if seconds is None else f"retry in {int(seconds)} s"
 
 
 def _object(text: str) -> dict[str, Any] | None:

@@ -28,6 +28,11 @@ class CommandError(click.ClickException):
     exit_code = 1
     prefix = "ktrdr: "
 
+    def __init__(self, message: str, problem: Mapping[str, Any] | None = None) -> None:
+        super().__init__(message)
+        self.problem = problem
+        """The problem document, if the service has answered with one."""
+
     def show(self, file: IO[Any] | None = None) -> None:
         """Writes the line to stderr, or to ``file``."""
         write(self.prefix + one_line(self.format_message()), file or sys.stderr)
@@ -40,15 +45,10 @@ class InvalidInput(CommandError):
 
 
 class Denied(CommandError):
-    """A budget has no room; nothing was reserved."""
+    """A budget has no room; nothing was reserved. ``problem`` has the figures, ``fits`` and ``retry_after``."""
 
     exit_code = 3
     prefix = "denied: "
-
-    def __init__(self, message: str, problem: Mapping[str, Any]) -> None:
-        super().__init__(message)
-        self.problem = problem
-        """The problem document: figures, ``fits``, ``retry_after``."""
 
 
 class Unreachable(CommandError):

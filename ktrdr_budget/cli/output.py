@@ -15,7 +15,11 @@ from typing import IO, Any
 
 import click
 
-__all__ = ["Table", "amount_text", "fields", "is_terminal", "one_line", "paint", "write", "write_json"]
+__all__ = ["SEPARATOR", "Table", "amount_text", "can_show", "fields", "is_terminal", "one_line", "paint", "write"]
+__all__ += ["write_json"]
+
+SEPARATOR = "=" * 30
+"""Under a title."""
 
 _NANO = Decimal("1e-9")
 _WIDE = Context(prec=60)
@@ -44,6 +48,15 @@ def one_line(text: object) -> str:
 def is_terminal() -> bool:
     """Whether a person looks at stdout, on a terminal that can move its cursor."""
     return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def can_show(marks: str) -> bool:
+    """Whether stdout can show these characters."""
+    try:
+        marks.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def paint(text: str, **style: Any) -> str:

@@ -90,6 +90,95 @@ DENIAL: dict[str, Any] = {
     "retry_after": 3600,
 }
 
+STARTED: dict[str, Any] = {"triggered": True, "operation_id": "op_1", "message": "Research cycle op_1 started"}
+NOT_STARTED: dict[str, Any] = {
+    "type": "urn:ktrdr-budget:problem:budget-exceeded",
+    "title": "A budget has no room",
+    "status": 429,
+    "detail": "agent: budget_exhausted ($0.01 remaining, need $0.15)",
+    "code": "budget-exceeded",
+    "triggered": False,
+    "reason": "budget_exhausted",
+    "denial_reason": "budget_exhausted",
+    "message": "Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15)",
+    "budget": "agent",
+    "remaining": "0.01",
+    "requested": "0.15",
+    "retry_after": 3600,
+}
+CYCLE: dict[str, Any] = {
+    "operation_id": "op_1",
+    "operation_type": "agent_research",
+    "status": "running",
+    "phase": "designing",
+    "started_at": "2026-11-23T12:00:00Z",
+    "ended_at": None,
+    "elapsed_seconds": 0.25,
+    "spend": "0.00",
+    "estimate": "0.15",
+    "tokens": {"design": 0, "assessment": 0},
+    "strategy_name": None,
+    "gates": [],
+    "outcome": None,
+    "reason": None,
+    "error": None,
+    "results": {},
+    "replica": "r1",
+    "trace_id": "0af7651916cd43dd8448eb211c80319c",
+}
+DESIGNED: dict[str, Any] = {
+    "phase": "training",
+    "elapsed_seconds": 1.5,
+    "spend": "0.0312",
+    "tokens": {"design": 1234, "assessment": 0},
+    "strategy_name": "momentum_12_26",
+}
+PASSED = {"gate": "training", "passed": True, "reason": "accuracy 0.531 >= 0.1"}
+REFUSED = {"gate": "training", "passed": False, "reason": "accuracy 0.05 < 0.1"}
+TRAINED = {**DESIGNED, "phase": "backtesting", "gates": [PASSED], "results": {"accuracy": 0.531, "final_loss": 0.69}}
+COMPLETED: dict[str, Any] = {
+    **TRAINED,
+    "phase": "assessing",
+    "status": "completed",
+    "outcome": "completed",
+    "ended_at": "2026-11-23T12:00:05Z",
+    "elapsed_seconds": 5.0421,
+    "spend": "0.0715",
+    "tokens": {"design": 1234, "assessment": 766},
+    "gates": [PASSED, {"gate": "backtest", "passed": True, "reason": ""}],
+    "results": {
+        "accuracy": 0.531,
+        "final_loss": 0.69,
+        "win_rate": 0.55,
+        "max_drawdown": 0.12,
+        "sharpe_ratio": 1.25,
+        "trades": 34,
+        "verdict": "promising",
+        "summary": "It works.",
+    },
+}
+GATED: dict[str, Any] = {
+    **DESIGNED,
+    "status": "failed",
+    "outcome": "failed",
+    "reason": "gate_failed",
+    "ended_at": "2026-11-23T12:00:02Z",
+    "elapsed_seconds": 2.0,
+    "gates": [REFUSED],
+    "results": {"accuracy": 0.05, "final_loss": 0.69},
+}
+
+
+def cycle(**changes: Any) -> dict[str, Any]:
+    """A cycle's document."""
+    return {**CYCLE, **changes}
+
+
+def agent_status(*active: dict[str, Any], last: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What /agent/status says of these cycles."""
+    now = active[0]["phase"] if active else "idle"
+    return {"status": now, "active_cycles": list(active), "last_cycle": last, "as_of": "2026-11-23T12:00:06Z"}
+
 
 def problem(status: int, title: str, detail: str) -> tuple[int, dict[str, Any]]:
     """An answer of ``application/problem+json``."""

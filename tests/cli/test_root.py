@@ -17,6 +17,7 @@ from click.testing import CliRunner, Result
 
 from ktrdr_budget import cli
 from ktrdr_budget.cli import API_URL, agent, budget, main
+from ktrdr_budget.cli.prices_command import prices
 
 from ..helpers.waiting import wait_until
 from .support import DENIAL, FakeService, Request, Terminal, command
@@ -68,8 +69,9 @@ def test_every_command_has_a_help_that_fits_the_screen(ktrdr: Run, words: tuple[
 
 
 def test_the_commands_are_those_of_the_contract() -> None:
-    assert set(main.commands) == {"agent", "budget", "serve", "completion"}
-    assert set(agent.commands) == {"budget"}
+    assert set(main.commands) == {"agent", "budget", "prices", "serve", "completion"}
+    assert set(prices.commands) == {"show"}
+    assert set(agent.commands) == {"budget", "trigger", "status", "cancel", "cycles"}
     reads, limits = {"list", "show", "holds", "ledger", "verify"}, {"set-limit", "clear-limit"}
     assert set(budget.commands) == reads | limits | {"reserve", "commit", "release", "record"}
     assert sorted(cli.__all__) == ["API_URL", "agent", "budget", "main"]

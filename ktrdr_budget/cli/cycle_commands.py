@@ -1,0 +1,99 @@
+"""``ktrdr agent trigger``, ``status``, ``cancel`` and ``cycles``."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import click
+
+from ktrdr_budget.cli.arguments import a_name, json_option, new_id, seconds_from, watch_options
+from ktrdr_budget.cli.client import Service, segment, service, understood
+from ktrdr_budget.cli.cycle_texts import CYCLE_COLUMNS, cycle_row, status_text
+from ktrdr_budget.cli.errors import CommandError
+from ktrdr_budget.cli.output import Table, one_line, write, write_json
+from ktrdr_budget.cli.pages import paged, pages, show_pages
+from ktrdr_budget.cli.screen import show
+
+__all__ = ["cancel", "cycles", "status", "trigger"]
+
+
+@click.command()
+@click.option("--id", "operation_id", callback=a_name, help="Makes a repeated call harmless. Default: a new one.")
+@click.option("--wait", is_flag=True, help="Follow its phases until it ends.")
+@click.option(
+    "--interval",
+    metavar="SECONDS",
+    default=0.5,
+    callback=seconds_from(0.1),
+    show_default=True,
+    help="How often --wait asks.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --wait: the cycle's JSON, one line for each step.")
+def trigger(operation_id: str | None, wait: bool, interval: float, as_json: bool) -> None:
+    """Start a research cycle.
+
+    The service's JSON answer is on stdout, also when the cycle is denied, which ends with exit code 3. With --wait the
+    exit code is 0 if the cycle completes, 1 if it fails or is cancelled; Ctrl-C ends the waiting only.
+    """
+    where = service()
+    body = {"operation_id": operation_id or new_id("op")}
+    repeat = f"; it may have taken effect: repeating it with --id {body['operation_id']} is safe"
+    try:
+        answer = where.send("POST", "/agent/trigger", body, repeat=repeat)
+    except CommandError as error:
+        if error.problem is not None and "triggered" in error.problem:
+            write_json(error.problem)
+        raise
+    with understood(where):
+        started = str(answer.document["operation_id"])
+    write_json(answer.document, compact=as_json)
+    if wait:
+        from ktrdr_budget.cli.following import follow  # most calls need none of it
+
+        follow(where, started, interval, as_json)
+
+
+@click.command()
+@watch_options
+def status(as_json: bool, watch: bool, interval: float) -> None:
+    """Show the research cycles that run, and the last one.
+
+    Every replica gives the same answer.
+    """
+    show(partial(_ask, service()), as_json, interval_s=interval if watch else None)
+
+
+def _ask(where: Service) -> tuple[dict[str, Any], str]:
+    answer = where.get("/agent/status")
+    with understood(where):
+        return answer.document, status_text(answer.exact)
+
+
+@click.command()
+@click.argument("operation_id", metavar="ID", callback=a_name)
+@json_option
+def cancel(operation_id: str, as_json: bool) -> None:
+    """Cancel a research cycle, whichever replica it runs on.
+
+    What it has used so far is charged.
+    """
+    where = service()
+    repeat = "; it may have taken effect: repeating it is safe"
+    answer = where.send("DELETE", f"/agent/cancel/{segment(operation_id)}", repeat=repeat)
+    with understood(where):
+        told = {"cancelled": "Cancelled", "cancelling": "Cancelling"}[answer.document["status"]]
+        text = one_line(f"{told} {answer.document['operation_id']}: {answer.document['message']}")
+    if as_json:
+        write_json(answer.document)
+    else:
+        write(text)
+
+
+@click.command()
+@paged
+@json_option
+def cycles(limit: int | None, cursor: str | None, everything: bool, as_json: bool) -> None:
+    """List research cycles, newest first."""
+    found = pages("/agent/cycles", "cycles", everything, limit=limit, cursor=cursor)
+    show_pages(found, "cycles", as_json, Table(*CYCLE_COLUMNS), cycle_row, "No cycles.")

@@ -1,0 +1,181 @@
+"""How a research cycle is told to a person.
+
+Everything here reads a document of the service's, and raises ``LookupError``, ``TypeError``, ``ValueError`` or
+``ArithmeticError`` if it is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from decimal import Decimal
+from typing import Any
+
+from ktrdr_budget.cli.output import SEPARATOR, amount_text, can_show, fields, one_line, paint
+
+__all__ = ["CYCLE_COLUMNS", "cycle_row", "ending", "has_ended", "milestones", "picture", "status_text"]
+
+Cycle = Mapping[str, Any]
+
+PHASES = ("designing", "training", "backtesting", "assessing")
+GATE_OF_PHASE = {"training": "training", "backtesting": "backtest"}
+FIGURES_OF_PHASE = {
+    "designing": (),
+    "training": (("accuracy", "accuracy"), ("final_loss", "final loss")),
+    "backtesting": (
+        ("win_rate", "win rate"),
+        ("max_drawdown", "drawdown"),
+        ("sharpe_ratio", "Sharpe"),
+        ("trades", "trades"),
+    ),
+    "assessing": (("verdict", "verdict"),),
+}
+CYCLE_COLUMNS = ("OPERATION", "STARTED AT", "STATUS", ">TIME", ">SPEND", ">TOKENS", "GATES", "STRATEGY")
+
+
+def has_ended(cycle: Cycle) -> bool:
+    """Whether nothing more will happen."""
+    return cycle["outcome"] is not None
+
+
+# --- All that runs --------------------------------------------------------------------------------
+
+
+def status_text(status: Mapping[str, Any]) -> str:
+    """What the agent does now, and how its last cycle ended."""
+    blocks = [f"Agent Status\n{SEPARATOR}\nStatus: {one_line(status['status'])}"]
+    blocks += [fields(_active_fields(cycle)) for cycle in status["active_cycles"]]
+    last = status["last_cycle"]
+    blocks.append(f"Last Cycle: {'none' if last is None else f'{_name(last)} {ending(last)}'}")
+    return "\n\n".join(blocks) if status["active_cycles"] else "\n".join(blocks)
+
+
+def _active_fields(cycle: Cycle) -> Iterator[tuple[str, str]]:
+    yield "Cycle", cycle["operation_id"]
+    yield "Phase", str(cycle["phase"]) + (", being cancelled" if cycle["status"] == "cancelling" else "")
+    if cycle["strategy_name"] is not None:
+        yield "Strategy", cycle["strategy_name"]
+    yield "Time", _duration(cycle["elapsed_seconds"])
+    yield "Spend", _spend(cycle)
+    yield "Tokens", ", ".join(f"{phase} {int(count)}" for phase, count in cycle["tokens"].items())
+    for gate in cycle["gates"]:
+        yield f"{str(gate['gate']).capitalize()} Gate", _gate(gate)
+    yield "Replica", cycle["replica"]
+
+
+# --- Rows -----------------------------------------------------------------------------------------
+
+
+def cycle_row(cycle: Cycle) -> list[str]:
+    """For the columns of :data:`CYCLE_COLUMNS`."""
+    told = cycle["status"]
+    if cycle["status"] in ("running", "cancelling"):
+        told = f"{told} ({cycle['phase']})"
+    elif cycle["reason"] not in (None, cycle["status"]):
+        told = f"{told} ({cycle['reason']})"
+    gates = ", ".join(f"{gate['gate']} {'pass' if gate['passed'] else 'fail'}" for gate in cycle["gates"])
+    time = _duration(cycle["elapsed_seconds"])
+    money = amount_text(cycle["spend"])
+    return [
+        _name(cycle),
+        cycle["started_at"],
+        told,
+        time,
+        money,
+        str(_tokens(cycle)),
+        gates,
+        cycle["strategy_name"] or "",
+    ]
+
+
+# --- One cycle that is followed -------------------------------------------------------------------
+
+
+def milestones(cycle: Cycle) -> Iterator[str]:
+    """What has happened so far, one line each: each line stays as it is while the cycle goes on."""
+    for phase in PHASES[: PHASES.index(cycle["phase"]) + 1]:
+        yield phase
+        if facts := _facts(cycle, phase):
+            yield f"{phase}: {facts}"
+        for gate in _gates(cycle, phase):
+            yield f"{phase}: gate {_gate(gate)}"
+
+
+def picture(cycle: Cycle) -> str:
+    """The four phases, how far the cycle is, and what it has cost."""
+    done, here, failed, open_ = "✓▸✗·" if can_show("✓▸✗·") else "+>x."
+    at = PHASES.index(cycle["phase"])
+    lines = [f"Cycle {_name(cycle)}: {one_line(cycle['status'])}, {_duration(cycle['elapsed_seconds'])}"]
+    for index, phase in enumerate(PHASES):
+        mark = paint(done, fg="green")
+        if index > at:
+            mark = open_
+        elif index == at and not has_ended(cycle):
+            mark = paint(here, fg="cyan")
+        elif index == at and cycle["outcome"] != "completed":
+            mark = paint(failed, fg="red")
+        gates = ["gate failed" for gate in _gates(cycle, phase) if not gate["passed"]]
+        facts = _facts(cycle, phase) if index <= at else ""
+        lines.append(f"  {mark} {phase:<12} {', '.join(filter(None, [facts, *gates]))}".rstrip())
+    lines.append(f"Spend: {_spend(cycle)}, {_tokens(cycle)} tokens")
+    return "\n".join(lines)
+
+
+def ending(cycle: Cycle) -> str:
+    """How it ended: ``failed after 4.2 s, $0.0312 (gate_failed: …)``."""
+    told = f"{cycle['outcome']} after {_duration(cycle['elapsed_seconds'])}, {amount_text(cycle['spend'])}"
+    why = [one_line(word) for word in (cycle["reason"], _failed_gate(cycle), cycle["error"]) if word]
+    return one_line(told) + (f" ({': '.join(dict.fromkeys(why))})" if why and why != [cycle["outcome"]] else "")
+
+
+def _failed_gate(cycle: Cycle) -> str:
+    """Why a gate has stopped it, unless its error says so."""
+    failed = [gate for gate in cycle["gates"] if not gate["passed"]]
+    return str(failed[-1]["reason"]) if failed and not cycle["error"] else ""
+
+
+# --- Parts ----------------------------------------------------------------------------------------
+
+
+def _name(cycle: Cycle) -> str:
+    return one_line(cycle["operation_id"])
+
+
+def _spend(cycle: Cycle) -> str:
+    return f"{amount_text(cycle['spend'])} of {amount_text(cycle['estimate'])} estimated"
+
+
+def _tokens(cycle: Cycle) -> int:
+    return sum(int(count) for count in cycle["tokens"].values())
+
+
+def _gates(cycle: Cycle, phase: str) -> list[Mapping[str, Any]]:
+    return [gate for gate in cycle["gates"] if gate["gate"] == GATE_OF_PHASE.get(phase)]
+
+
+def _gate(gate: Mapping[str, Any]) -> str:
+    told = "passed" if gate["passed"] else "failed"
+    return one_line(f"{told}: {gate['reason']}" if gate["reason"] else told)
+
+
+def _facts(cycle: Cycle, phase: str) -> str:
+    """What a phase has found: ``accuracy 0.53, final loss 0.69``."""
+    results = cycle["results"]
+    facts = [
+        f"{words} {_figure(results[name])}" for name, words in FIGURES_OF_PHASE[phase] if results.get(name) is not None
+    ]
+    if phase == "designing" and cycle["strategy_name"] is not None:
+        facts.insert(0, one_line(cycle["strategy_name"]))
+    return ", ".join(facts)
+
+
+def _figure(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, Decimal) else one_line(value)
+
+
+def _duration(seconds: Any) -> str:
+    """``4.2 s``, ``2 min 05 s``, ``1 h 02 min``."""
+    seconds = Decimal(seconds)
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(int(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"

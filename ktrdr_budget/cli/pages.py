@@ -1,0 +1,88 @@
+"""Lists that the service gives page by page."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import click
+
+from ktrdr_budget.cli.client import Answer, service, understood
+from ktrdr_budget.cli.errors import CommandError
+from ktrdr_budget.cli.output import Table, one_line, write, write_json
+
+__all__ = ["paged", "pages", "show_pages"]
+
+PAGE_MAX = 1000
+
+
+def paged(command: Callable[..., None]) -> Callable[..., None]:
+    """``--limit``, ``--cursor`` and ``--all``."""
+    command = click.option("--all", "everything", is_flag=True, help="All pages.")(command)
+    command = click.option("--cursor", help="Begin where an earlier page ended.")(command)
+    return click.option("--limit", type=click.IntRange(1, PAGE_MAX), help="How many on a page.")(command)
+
+
+def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[Answer]:
+    """The page asked for, or all from there on."""
+    where = service()
+    if everything and query["limit"] is None:
+        query["limit"] = PAGE_MAX
+    seen: set[object] = set()
+    while True:
+        answer = where.get(path, **query)
+        with understood(where):
+            cursor = answer.exact["next_cursor"]
+            if not isinstance(answer.exact[field], list) or not isinstance(cursor, str | None):
+                raise TypeError(field)
+        yield answer
+        if not everything or cursor is None:
+            return
+        if cursor in seen:
+            raise CommandError(f"the service at {where.url} gave the same page twice")
+        seen.add(cursor)
+        query["cursor"] = cursor
+
+
+def show_pages(
+    pages: Iterator[Answer], field: str, as_json: bool, table: Table, row: Callable[[Any], list[str]], none: str
+) -> None:
+    """Writes page by page, so that a long list begins at once and is never in memory as a whole."""
+    if as_json:
+        _write_pages_json(pages, field)
+        return
+    where, found, cursor = service(), False, None
+    for page in pages:
+        with understood(where):
+            rows = [row(item) for item in page.exact[field]]
+        table.write(rows)
+        found, cursor = found or bool(rows), page.document["next_cursor"]
+    if cursor is not None:
+        write(f"More: --cursor {one_line(cursor)}, or --all")
+    elif not found:
+        write(none)
+
+
+def _write_pages_json(pages: Iterator[Answer], field: str) -> None:
+    """One document in the form of a page, with the items of all of them."""
+    first = next(pages).document
+    second = next(pages, None)
+    if second is None:
+        write_json(first)
+        return
+    click.echo(f'{{"{field}": [', nl=False)
+    separator, cursor = "", None
+    for document in _documents(first, second, pages):
+        for item in document[field]:
+            click.echo(separator + json.dumps(item), nl=False)
+            separator = ",\n"
+        cursor = document["next_cursor"]
+    write(f'], "next_cursor": {json.dumps(cursor)}}}')
+
+
+def _documents(first: dict[str, Any], second: Answer, others: Iterator[Answer]) -> Iterator[dict[str, Any]]:
+    yield first
+    yield second.document
+    for other in others:
+        yield other.document

@@ -1,0 +1,424 @@
+#!/usr/bin/env bash
+# Checks a running stack as an operator would. Each check is one line: PASS, FAIL or SKIP, and why.
+# The exit code is 0 without a FAIL, 1 with one, 2 if it cannot begin.
+#
+#   scripts/verify.sh                all checks
+#   scripts/verify.sh cycle traces   these, in this order
+#
+#   KTRDR_API_URL    the service (http://127.0.0.1:8000)
+#   KTRDR_REPLICAS   its replicas, each by its own URL, separated by spaces (the service's URL)
+#   KTRDR_API_KEY, KTRDR_ADMIN_KEY   its keys, if it has any
+#   PROMETHEUS_URL   (http://127.0.0.1:9090)   \
+#   JAEGER_URL       (http://127.0.0.1:16686)   > checked if they answer; one that is set must answer
+#   GRAFANA_URL      (http://127.0.0.1:3000)   /
+#   GRAFANA_USER, GRAFANA_PASSWORD   where the dashboard is not shown to everybody
+#   WAIT_SECONDS     for traces to arrive, and for Prometheus to scrape (30)
+#   PYTHON           an interpreter with ktrdr-budget installed (.venv/bin/python)
+#
+# It starts one research cycle, which costs what a cycle costs. For a moment it sets the agent's limit to $0.01, so
+# that other triggers are denied meanwhile; the limit is restored in any case, also when the script is interrupted.
+set -uo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+service=${KTRDR_API_URL:-http://127.0.0.1:8000}
+read -r -a replicas <<<"${KTRDR_REPLICAS:-$service}"
+prometheus=${PROMETHEUS_URL:-http://127.0.0.1:9090}
+jaeger=${JAEGER_URL:-http://127.0.0.1:16686}
+grafana=${GRAFANA_URL:-http://127.0.0.1:3000}
+python=${PYTHON:-$root/.venv/bin/python}
+[[ -x $python || -n ${PYTHON:-} ]] || python=python3
+key=${KTRDR_API_KEY:-${KTRDR_ADMIN_KEY:-}}
+checks=(ready budget cli metrics gauge cycle ledger counters agreement traces exhaustion prometheus grafana)
+passed=0 failed=0 skipped=0
+
+work=$(mktemp -d) || exit 2
+body=$work/body       # the last answer
+nothing=$work/nothing # an empty document
+echo null >"$nothing"
+changed_limit=
+
+# --- How it is told ---------------------------------------------------------------------------------------------------
+
+pass() { printf 'PASS  %-11s %s\n' "$1" "$2"; ((passed += 1)); }
+fail() { printf 'FAIL  %-11s %s\n' "$1" "$2"; ((failed += 1)); }
+skip() { printf 'SKIP  %-11s %s\n' "$1" "$2"; ((skipped += 1)); }
+
+# missing NAME URL VARIABLE: a part that does not answer; it is a fault only if somebody has said that it is there.
+missing() {
+  if [[ -n ${!3:-} ]]; then fail "$1" "nothing answers at $2 ($3)"; else skip "$1" "nothing answers at $2"; fi
+}
+
+# --- How it asks ------------------------------------------------------------------------------------------------------
+
+# get URL [HEADER]: the answer goes to $body; succeeds if it is a good one. Keys go by standard input, not by arguments,
+# which everybody may read.
+get() {
+  : >"$body"
+  printf '%s\n' "${2:+header = \"$2\"}" |
+    curl --silent --fail-with-body --max-time 10 --config - --output "$body" -- "$1"
+}
+
+ask() { get "$1" "${key:+Authorization: Bearer ${key%%,*}}"; }
+
+# of FILE EXPRESSION [WORD...]: a Python expression of the JSON document d in a file, and of the words w.
+of() { "$python" -c "$program" "$@" 2>/dev/null; }
+program='
+import json, sys
+from decimal import Decimal
+d, w = json.load(open(sys.argv[1]), parse_float=Decimal), sys.argv[3:]
+print(eval(sys.argv[2]))
+'
+
+# field EXPRESSION [WORD...]: of the last answer.
+field() { of "$body" "$@"; }
+
+# true_of FILE EXPRESSION [WORD...]
+true_of() { [[ $(of "$@") == True ]]; }
+
+# yes EXPRESSION [WORD...]: of the last answer.
+yes() { true_of "$body" "$@"; }
+
+detail() { field 'd.get("detail", "")' || head -c 200 "$body"; }
+
+# wait_for COMMAND [WORD...]: until it succeeds.
+wait_for() {
+  local ends=$((SECONDS + ${WAIT_SECONDS:-30}))
+  until "$@"; do
+    ((SECONDS < ends)) || return 1
+    sleep 0.25
+  done
+}
+
+# sample URL SERIES...: the sum of these series, exactly as written, on a /metrics page; fails if one is absent.
+sample() {
+  get "$1/metrics" || return 1
+  "$python" -c '
+import sys
+from decimal import Decimal
+values = dict(line.rsplit(" ", 1) for line in open(sys.argv[1]) if not line.startswith("#"))
+print(format(sum(Decimal(values[name].strip()) for name in sys.argv[2:]), "f"))
+' "$body" "${@:2}" 2>/dev/null
+}
+
+ktrdr() { "$python" -m ktrdr_budget.cli --api-url "$service" "$@"; }
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
+
+check_ready() {
+  local url
+  for url in "$service" "${replicas[@]}"; do
+    get "$url/readyz" || { fail ready "$url: $(detail)"; return; }
+  done
+  pass ready "${#replicas[@]} replica(s), each with its store"
+}
+
+check_budget() {
+  ask "$service/api/v1/agent/budget" || { fail budget "$(detail)"; return; }
+  if yes 'd["daily_limit"] is None or d["remaining"] == max(
+      0, d["daily_limit"] - d["today_spend"] - d["held"] - d["unconfirmed"])'; then
+    pass budget "$(field 'f"""{d["date"]}: limit {d["daily_limit"]}, spent {d["today_spend"]}, remaining {d["remaining"]}"""')"
+  else
+    fail budget "the figures do not add up: $(head -c 300 "$body")"
+  fi
+}
+
+check_agreement() {
+  for _ in 1 2 3; do # a cycle may begin or end between two answers
+    if replicas_agree; then
+      pass agreement 'each replica tells the same agent status'
+      return
+    fi
+  done
+  fail agreement "$(cat "$work/said")"
+}
+
+replicas_agree() {
+  local url said first=
+  for url in "${replicas[@]}"; do
+    ask "$url/api/v1/agent/status" || { echo "$url: $(detail)" >"$work/said"; return 1; }
+    said=$(field '[d["status"], *(c["operation_id"] for c in (*d["active_cycles"], d["last_cycle"]) if c)]')
+    [[ -n $said && $said == "${first:=$said}" ]] || {
+      echo "$url says $said, another replica $first" >"$work/said"
+      return 1
+    }
+  done
+}
+
+agent_series=(
+  'agent_cycles_total{outcome="completed"}' 'agent_cycles_total{outcome="failed"}'
+  'agent_cycles_total{outcome="cancelled"}' 'agent_cycle_duration_seconds_count'
+  'agent_phase_duration_seconds_count{phase="designing"}' 'agent_phase_duration_seconds_count{phase="training"}'
+  'agent_phase_duration_seconds_count{phase="backtesting"}' 'agent_phase_duration_seconds_count{phase="assessing"}'
+  'agent_gate_results_total{gate="training",result="pass"}' 'agent_gate_results_total{gate="training",result="fail"}'
+  'agent_gate_results_total{gate="backtest",result="pass"}' 'agent_gate_results_total{gate="backtest",result="fail"}'
+  'agent_tokens_total{phase="design"}' 'agent_tokens_total{phase="assessment"}' 'agent_budget_spend_total'
+)
+
+check_metrics() {
+  local url series
+  for url in "${replicas[@]}"; do
+    for series in "${agent_series[@]}"; do
+      sample "$url" "$series" >"$work/value" || { fail metrics "$url/metrics has no $series"; return; }
+    done
+    [[ $(sample "$url" ktrdr_budget_store_up) == 1.0 ]] || { fail metrics "$url: ktrdr_budget_store_up is not 1"; return; }
+    ! grep -q '^ktrdr_budget_adds_up{.*} 0' "$body" || { fail metrics "$url: a window does not add up"; return; }
+  done
+  pass metrics "${#agent_series[@]} series of the agent on each replica"
+}
+
+# The gauge and the budget's own figure, each read before and after the other, while nobody spends.
+check_gauge() {
+  local url gauge before after
+  [[ $(remaining) != None ]] || { skip gauge 'the budget has no limit'; return; }
+  for url in "${replicas[@]}"; do
+    for _ in 1 2 3 4 5; do
+      before=$(remaining) gauge=$(sample "$url" agent_budget_remaining_dollars) after=$(remaining)
+      [[ $before != "$after" ]] || break
+    done
+    [[ -n $gauge && -n $after ]] || { fail gauge "$url/metrics has no agent_budget_remaining_dollars"; return; }
+    true_of "$nothing" 'float(w[0]) == float(w[1])' "$gauge" "$after" || {
+      fail gauge "$url: agent_budget_remaining_dollars is $gauge, the budget has $after"
+      return
+    }
+  done
+  pass gauge "agent_budget_remaining_dollars is $after on each replica, as the budget says"
+}
+
+remaining() { ask "$service/api/v1/agent/budget" && field 'd["remaining"]'; }
+
+check_cli() {
+  local said
+  said=$(ktrdr agent budget 2>&1) || { fail cli "$said"; return; }
+  [[ $said == *"Today's Spend: $"* && $said == *"Remaining: "* ]] || { fail cli "ktrdr agent budget: $said"; return; }
+  said=$(ktrdr agent status 2>&1) || { fail cli "$said"; return; }
+  said=$(ktrdr agent cycles --limit 1 2>&1) || { fail cli "$said"; return; }
+  pass cli 'ktrdr agent budget, status and cycles'
+}
+
+cycle= # the document of the cycle that this script has run
+
+check_cycle() {
+  local before after code said
+  before=$(spent) || { fail cycle "$(detail)"; return; }
+  trigger_when_idle
+  code=$?
+  said=$(tail -n 1 "$work/errors")
+  if ((code == 3)); then skip cycle "$said"; return; fi
+  tail -n 1 "$work/cycle" >"$body"
+  if ! yes 'd["outcome"] == "completed" or d["reason"] == "gate_failed"'; then
+    fail cycle "${said:-$(head -c 300 "$body")}"
+    return
+  fi
+  cycle=$work/cycle.json
+  cp "$body" "$cycle"
+  said=$(field 'd["operation_id"] + " " + d["outcome"] + ", $" + d["spend"]')
+  after=$(spent) || { fail cycle "$(detail)"; return; }
+  if true_of "$cycle" 'Decimal(w[1]) - Decimal(w[0]) >= Decimal(d["spend"]) > 0' "$before" "$after"; then
+    pass cycle "$said; spent today: \$$before before, \$$after after"
+  else
+    fail cycle "$said, but spent today was \$$before before and is \$$after after"
+  fi
+}
+
+# Another cycle may run: it has a minute to end.
+trigger_when_idle() {
+  local ends=$((SECONDS + 60)) code
+  while true; do
+    ktrdr agent trigger --wait --json >"$work/cycle" 2>"$work/errors"
+    code=$?
+    ((code == 3 && SECONDS < ends)) && grep -q '"active_cycle_exists"' "$work/cycle" || return "$code"
+    sleep 1
+  done
+}
+
+spent() { ask "$service/api/v1/budgets/agent" && field 'd["spent"]'; }
+
+check_ledger() {
+  [[ -n $cycle ]] || { skip ledger 'no cycle was run'; return; }
+  local id trace
+  id=$(of "$cycle" 'd["operation_id"]')
+  trace=$(of "$cycle" 'd["trace_id"]')
+  ask "$service/api/v1/budgets/agent/ledger?limit=100" || { fail ledger "$(detail)"; return; }
+  if yes 'any(e["hold_id"] == w[0] and (e["trace_id"] or "") == w[1] for e in d["entries"])' "$id" "$trace"; then
+    pass ledger "an entry of $id${trace:+ with its trace id}"
+  else
+    fail ledger "no entry of $id${trace:+ with its trace id $trace}"
+  fi
+}
+
+check_counters() {
+  [[ -n $cycle ]] || { skip counters 'no cycle was run'; return; }
+  [[ -n ${KTRDR_REPLICAS:-} ]] || { skip counters 'KTRDR_REPLICAS is not set: one replica alone may have counted it'; return; }
+  local url counted cycles=0 tokens=0
+  for url in "${replicas[@]}"; do
+    counted=$(sample "$url" 'agent_cycles_total{outcome="completed"}' 'agent_cycles_total{outcome="failed"}' || echo 0)
+    ((cycles += ${counted%.*}))
+    counted=$(sample "$url" 'agent_tokens_total{phase="design"}' 'agent_tokens_total{phase="assessment"}' || echo 0)
+    ((tokens += ${counted%.*}))
+  done
+  if true_of "$cycle" 'int(w[0]) >= 1 and int(w[1]) >= sum(d["tokens"].values()) > 0' "$cycles" "$tokens"; then
+    pass counters "the replicas have counted $cycles cycle(s) and $tokens tokens"
+  else
+    fail counters "the replicas have counted $cycles cycles and $tokens tokens"
+  fi
+}
+
+check_traces() {
+  get "$jaeger/api/services" || { missing traces "$jaeger" JAEGER_URL; return; }
+  [[ -n $cycle ]] || { skip traces 'no cycle was run'; return; }
+  local trace
+  trace=$(of "$cycle" 'd["trace_id"]')
+  if [[ -z $trace ]]; then
+    local why='the cycle has no trace: set OTEL_EXPORTER_OTLP_ENDPOINT for the service'
+    if [[ -n ${JAEGER_URL:-} ]]; then fail traces "$why"; else skip traces "$why"; fi
+    return
+  fi
+  if wait_for trace_is_whole "$trace"; then # spans arrive some seconds after their end
+    pass traces "$(cat "$work/said")"
+  else
+    fail traces "trace $trace: $(tail -n 1 "$work/said")"
+  fi
+}
+
+trace_is_whole() {
+  get "$jaeger/api/traces/$1"
+  "$python" -c "$trace_program" "$body" "$cycle" >"$work/said" 2>&1
+}
+trace_program='
+import json, sys
+trace, cycle = (json.load(open(name)) for name in sys.argv[1:])
+def tags(holder): return {tag["key"]: tag["value"] for tag in holder.get("tags", [])}
+[data] = trace.get("data") or sys.exit("it has not arrived")
+spans = data["spans"]
+names, ids = {span["operationName"] for span in spans}, {span["spanID"] for span in spans}
+expected = {"agent.research_cycle", "agent.phase.design", "agent.phase.training"}
+if cycle["outcome"] == "completed":
+    expected |= {"agent.phase.backtest", "agent.phase.assessment"}
+if expected - names:
+    sys.exit("no span " + ", ".join(sorted(expected - names)))
+for span in spans:
+    if {process["serviceName"] for process in data["processes"].values()} != {"ktrdr-backend"}:
+        sys.exit("its service is not ktrdr-backend")
+    if (tags(span).get("operation.id"), tags(span).get("operation.type")) != (cycle["operation_id"], "agent_research"):
+        sys.exit("span " + span["operationName"] + " has not the operation.id and operation.type of the cycle")
+    if any(link["refType"] == "CHILD_OF" and link["spanID"] not in ids for link in span.get("references", [])):
+        sys.exit("span " + span["operationName"] + " is an orphan")
+print("trace", data["traceID"], "of", len(spans), "spans, each with the operation.id")
+'
+
+check_exhaustion() {
+  exhaust
+  check_restored
+}
+
+exhaust() {
+  local said code url before gauge
+  ask "$service/api/v1/budgets/agent" || { fail exhaustion "$(detail)"; return; }
+  before=$(field 'd["spent"]')
+  # Before the change: whatever happens then, the way back is known. It ends with the day by itself, too.
+  restore=(clear-limit agent)
+  if yes 'd["limit_source"] == "runtime"'; then
+    restore=(set-limit agent "$(field 'd["limit"] or "unlimited"')")
+    ! yes 'd["limit_until"] is not None' || restore+=(--until "$(field 'd["limit_until"]')")
+  fi
+  changed_limit=yes
+  said=$(ktrdr budget set-limit agent 0.01 --until window 2>&1) || {
+    if [[ $said == *KTRDR_ADMIN_KEY* ]]; then
+      changed_limit= # it was refused
+      skip exhaustion "$said"
+    else
+      fail exhaustion "$said"
+    fi
+    return
+  }
+  for url in "${replicas[@]}"; do
+    ktrdr --api-url "$url" agent trigger >"$work/answer" 2>"$work/errors"
+    code=$?
+    cp "$work/answer" "$body"
+    ((code != 0)) || ktrdr agent cancel "$(field 'd["operation_id"]')" >"$work/cancelled" 2>&1
+    if ((code != 3)) || ! yes 'd["triggered"] is False and d["reason"] == "budget_exhausted"'; then
+      fail exhaustion "$url: exit code $code, $(head -c 300 "$work/answer") $(head -c 300 "$work/errors")"
+      return
+    fi
+    said=$(field 'd["message"]')
+    gauge=$(sample "$url" agent_budget_remaining_dollars)
+    true_of "$nothing" 'float(w[0]) <= 0.01' "$gauge" || { fail exhaustion "$url: agent_budget_remaining_dollars is $gauge"; return; }
+  done
+  [[ $(spent) == "$before" ]] || { fail exhaustion "a denial has changed the spend: \$$before before"; return; }
+  pass exhaustion "$said"
+}
+
+check_restored() {
+  [[ -n $changed_limit ]] || return
+  local said
+  if said=$(restore_limit 2>&1); then
+    changed_limit=
+    ask "$service/api/v1/budgets/agent" && pass restored "the limit is \$$(field 'd["limit"] or "unlimited"') again"
+  else
+    fail restored "$said (ktrdr budget ${restore[*]})"
+  fi
+}
+
+restore_limit() { ktrdr budget "${restore[@]}" >"$work/restored"; }
+
+# query EXPRESSION: an instant query; the result goes to $body.
+query() {
+  get "$prometheus/api/v1/query?query=$("$python" -c 'import sys, urllib.parse as u; print(u.quote(sys.argv[1]))' "$1")" &&
+    yes 'd["status"] == "success"'
+}
+
+query_is_least() { query "$1" && yes 'float(d["data"]["result"][0]["value"][1]) >= float(w[0])' "$2"; }
+
+check_prometheus() {
+  get "$prometheus/-/ready" || { missing prometheus "$prometheus" PROMETHEUS_URL; return; }
+  local least=0
+  [[ -z $cycle ]] || least=1
+  wait_for query_is_least 'sum(agent_cycles_total)' "$least" || { # it must scrape first what happened
+    fail prometheus "sum(agent_cycles_total) is not at least $least: $(head -c 300 "$body")"
+    return
+  }
+  query 'up and on(instance) agent_cycles_total' || { fail prometheus "$(head -c 300 "$body")"; return; }
+  local instances
+  instances=$(field 'len({r["metric"]["instance"] for r in d["data"]["result"]})')
+  query 'up == 0' || { fail prometheus "$(head -c 300 "$body")"; return; }
+  yes 'not d["data"]["result"]' || { fail prometheus "down: $(field '[r["metric"]["instance"] for r in d["data"]["result"]]')"; return; }
+  get "$prometheus/api/v1/rules" || { fail prometheus "$(head -c 300 "$body")"; return; }
+  yes 'all(r["health"] != "err" for g in d["data"]["groups"] for r in g["rules"])' || { fail prometheus 'a rule fails'; return; }
+  pass prometheus "$instances replica(s) scraped, $(field 'sum(len(g["rules"]) for g in d["data"]["groups"])') rules loaded"
+}
+
+check_grafana() {
+  get "$grafana/api/health" || { missing grafana "$grafana" GRAFANA_URL; return; }
+  local login=
+  [[ -z ${GRAFANA_USER:-} ]] || login="Authorization: Basic $(printf %s "$GRAFANA_USER:${GRAFANA_PASSWORD:-}" | base64 | tr -d '\n')"
+  get "$grafana/api/dashboards/uid/agent-research" "$login" || { fail grafana "no dashboard agent-research: $(head -c 200 "$body")"; return; }
+  pass grafana "\"$(field 'd["dashboard"]["title"]')\" with $(field 'len(d["dashboard"]["panels"])') panels"
+}
+
+# --- All of it --------------------------------------------------------------------------------------------------------
+
+leave() {
+  local code=$?
+  trap '' INT TERM HUP
+  [[ -z $changed_limit ]] || restore_limit || echo "verify: the limit was NOT restored: ktrdr budget ${restore[*]}" >&2
+  rm -rf "$work"
+  exit "$code"
+}
+trap leave EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM HUP
+
+command -v curl >/dev/null || { echo 'verify: curl is needed' >&2; exit 2; }
+"$python" -c 'import ktrdr_budget.cli' 2>/dev/null || {
+  echo "verify: $python has no ktrdr-budget; set PYTHON" >&2
+  exit 2
+}
+
+for check in "$@"; do
+  [[ " ${checks[*]} " == *" $check "* ]] || { echo "verify: no check $check; there are ${checks[*]}" >&2; exit 2; }
+done
+for check in "${@:-${checks[@]}}"; do
+  "check_$check"
+done
+printf 'verify: %d passed, %d failed, %d skipped\n' "$passed" "$failed" "$skipped"
+((failed == 0))

@@ -1,0 +1,104 @@
+"""Checks a dashboard against the types that Grafana's own SDK is generated with.
+
+The SDK reads a dashboard leniently: what it does not know it drops, and it keeps a value of any type. So two things are
+compared here: what comes out again with what went in (nothing may be lost), and each value with the type that the SDK
+declares for it.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import types
+import typing
+from collections.abc import Iterator
+from typing import Any
+
+from grafana_foundation_sdk.cog import plugins, runtime
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models import dashboard
+
+plugins.register_default_plugins()
+
+
+def faults(document: dict[str, Any]) -> list[str]:
+    """Where a dashboard does not fit Grafana's schema: paths with what is wrong there."""
+    return list(_read(document, dashboard.Dashboard, "dashboard"))
+
+
+def _read(document: dict[str, Any], model: Any, path: str) -> Iterator[str]:
+    try:
+        parsed = model.from_json(document)
+    except (AttributeError, KeyError, TypeError) as error:
+        yield f"{path}: unreadable: {error!r}"
+    else:
+        yield from _lost(document, json.loads(JSONEncoder().encode(parsed)), path)
+        yield from _mistyped(parsed, model, path)
+
+
+def _lost(given: Any, rebuilt: Any, path: str) -> Iterator[str]:
+    """What went in and did not come out. What comes out beside it is a default."""
+    if isinstance(given, dict) and isinstance(rebuilt, dict):
+        for name, value in given.items():
+            if name in rebuilt:
+                yield from _lost(value, rebuilt[name], f"{path}.{name}")
+            elif value is not None:
+                yield f"{path}.{name}: unknown"
+    elif isinstance(given, list) and isinstance(rebuilt, list) and len(given) == len(rebuilt):
+        for number, (value, other) in enumerate(zip(given, rebuilt, strict=True)):
+            yield from _lost(value, other, f"{path}[{number}]")
+    elif given != rebuilt:
+        yield f"{path}: {given!r} became {rebuilt!r}"
+
+
+def _mistyped(value: Any, hint: Any, path: str) -> Iterator[str]:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if hint in (Any, object):
+        if _is_model(value):  # options of a panel: their type is known by its plugin
+            yield from _mistyped(value, type(value), path)
+    elif origin in (typing.Union, types.UnionType):
+        tried = [list(_mistyped(value, member, path)) for member in arguments]
+        if all(tried):  # none fits: what is wrong deepest inside is what is wrong
+            yield from max(tried, key=lambda found: len(found[0].partition(": ")[0]))
+    elif origin is typing.Literal:
+        if value not in arguments:
+            yield f"{path}: {value!r} is none of {arguments}"
+    elif origin is list:
+        yield from _each(value, list, ((f"{path}[{n}]", v, arguments[0]) for n, v in _items(value)), path)
+    elif origin is dict:
+        yield from _each(value, dict, ((f"{path}.{n}", v, arguments[1]) for n, v in _items(value)), path)
+    elif isinstance(hint, type) and issubclass(hint, enum.Enum):
+        if value not in [member.value for member in hint]:
+            yield f"{path}: {value!r} is none of {[member.value for member in hint]}"
+    else:
+        yield from _instance(value, hint, path)
+
+
+def _items(value: Any) -> Iterator[tuple[Any, Any]]:
+    yield from value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+
+
+def _each(value: Any, kind: type, members: Iterator[tuple[str, Any, Any]], path: str) -> Iterator[str]:
+    if not isinstance(value, kind):
+        yield f"{path}: {value!r} is no {kind.__name__}"
+    for place, member, hint in members:
+        yield from _mistyped(member, hint, place)
+
+
+def _instance(value: Any, hint: Any, path: str) -> Iterator[str]:
+    kinds = (int, float) if hint is float else (hint,)
+    if isinstance(value, dict) and hasattr(hint, "from_json"):  # what the SDK has left unread
+        yield from _read(value, hint, path)
+    elif not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
+        yield f"{path}: {value!r} is no {hint.__name__}"
+    elif isinstance(value, runtime.UnknownDataquery):
+        yield f"{path}: a query of a datasource that is not known"
+    elif _is_model(value):
+        if isinstance(value, dashboard.Panel) and runtime.panelcfg_config(value.type_val) is None:
+            yield f"{path}: a panel of a type that is not known, {value.type_val!r}"
+        for name, member_hint in typing.get_type_hints(type(value)).items():
+            yield from _mistyped(getattr(value, name), member_hint, f"{path}.{name}")
+
+
+def _is_model(value: Any) -> bool:
+    return type(value).__module__.startswith("grafana_foundation_sdk.models")

@@ -1,0 +1,280 @@
+"""The compose file and the image, as far as they can be judged without a container engine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+
+from ktrdr_budget.agent.settings import AgentSettings
+from ktrdr_budget.api.settings import Settings, load_settings
+
+from ..api.processes import serving
+from ..conftest import free_port
+from ..helpers.tools import compose
+from .files import ALERTS, CADDYFILE, COMPOSE, DATASOURCES, DOCKERFILE, PROMETHEUS, PROVIDERS, ROOT, read_yaml
+
+SERVICES: dict[str, Any] = read_yaml(COMPOSE)["services"]
+BACKENDS = ("backend-1", "backend-2")
+PUBLISHED = {"proxy": {8000}, "prometheus": {9090}, "grafana": {3000}, "jaeger": {16686, 4318}}
+SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD")
+
+
+def rendered(**environment: str) -> dict[str, Any]:
+    """What the compose tool makes of the file in such an environment."""
+    clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    command = [*compose(), "--file", str(COMPOSE), "config"]
+    told = subprocess.run(
+        command, env={**clean, **environment}, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert told.returncode == 0, told.stderr
+    return yaml.safe_load(told.stdout)["services"]
+
+
+def environment_of(service: dict[str, Any]) -> dict[str, str]:
+    """The variables that have a value."""
+    return {name: str(value) for name, value in service["environment"].items() if value is not None}
+
+
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_file_fits_the_compose_specification():
+    words = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE)]
+    checked = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_the_stack_is_complete():
+    assert set(SERVICES) == {"redis", *BACKENDS, "proxy", "prometheus", "grafana", "jaeger"}
+    assert SERVICES["backend-1"] == SERVICES["backend-2"]
+
+
+def test_ports_are_published_on_loopback_only():
+    published = {}
+    for name, service in SERVICES.items():
+        for port in service.get("ports", []):
+            address, outside, inside = port.split(":")
+            assert address == "127.0.0.1"
+            assert outside == inside
+            published.setdefault(name, set()).add(int(outside))
+    assert published == PUBLISHED
+    assert "network_mode" not in COMPOSE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_a_service_is_pinned_restarted_and_confined(name):
+    service = SERVICES[name]
+    built = "build" in service
+    assert built or re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+(-alpine)?", service["image"])
+    assert service["restart"] == "unless-stopped"
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    assert service["mem_limit"]
+    assert service["logging"]["options"]["max-size"]
+    assert "privileged" not in service
+    assert service.get("cap_add", []) == (["NET_BIND_SERVICE"] if name == "proxy" else [])
+
+
+def test_no_secret_is_written_down():
+    for service in SERVICES.values():
+        for name, value in service.get("environment", {}).items():
+            assert value is None or not SECRET.search(name), name
+            assert not re.search(r"://[^/]*:[^/]*@", str(value)), name
+        assert not any(SECRET.search(word) for word in service.get("build", {}).get("args", {}))
+
+
+def test_the_store_keeps_what_it_acknowledged_and_evicts_nothing():
+    words = SERVICES["redis"]["command"]
+    options = dict(zip(words[1::2], words[2::2], strict=True))
+    assert options["--appendonly"] == "yes"
+    assert options["--maxmemory-policy"] == "noeviction"
+    assert SERVICES["redis"]["volumes"] == ["redis-data:/data"]
+    assert SERVICES["redis"]["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
+
+
+def test_everybody_waits_for_what_it_needs():
+    for name in BACKENDS:
+        assert SERVICES[name]["depends_on"] == {"redis": {"condition": "service_healthy"}}
+    assert SERVICES["proxy"]["depends_on"] == {name: {"condition": "service_healthy"} for name in BACKENDS}
+
+
+def test_volumes_are_declared_and_mounted_files_exist():
+    declared, used = set(read_yaml(COMPOSE)["volumes"]), set()
+    for service in SERVICES.values():
+        for volume in service.get("volumes", []):
+            source, target, *mode = volume.split(":")
+            assert target.startswith("/")
+            if source.startswith("."):
+                assert (ROOT / source).exists(), source
+                assert mode == ["ro"]
+            else:
+                used.add(source)
+    assert used == declared == {"redis-data", "prometheus-data", "grafana-data"}
+
+
+def test_grafana_shows_to_everybody_and_lets_nobody_change_anything():
+    environment = SERVICES["grafana"]["environment"]
+    assert environment["GF_AUTH_ANONYMOUS_ENABLED"] == "true"
+    assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
+    assert environment["GF_SECURITY_DISABLE_INITIAL_ADMIN_CREATION"] == "true"
+    assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
+
+
+# -- who finds whom ----------------------------------------------------------------------------------------------------
+
+
+def mounted(name: str) -> dict[str, Path]:
+    """Where a service finds files of this repository."""
+    volumes = (volume.split(":") for volume in SERVICES[name].get("volumes", []))
+    return {words[1]: ROOT / words[0] for words in volumes if words[0].startswith(".")}
+
+
+def test_prometheus_scrapes_each_replica_itself():
+    jobs = {job["job_name"]: job["static_configs"] for job in read_yaml(PROMETHEUS)["scrape_configs"]}
+    assert jobs["ktrdr-backend"] == [{"targets": [f"{name}:8000" for name in BACKENDS]}]
+
+
+def test_prometheus_finds_its_configuration_and_its_rules():
+    files = mounted("prometheus")
+    assert files["/etc/prometheus/prometheus.yml"] == PROMETHEUS
+    assert read_yaml(PROMETHEUS)["rule_files"] == ["alerts.yml"]
+    assert files["/etc/prometheus/alerts.yml"] == ALERTS
+    assert "--config.file=/etc/prometheus/prometheus.yml" in SERVICES["prometheus"]["command"]
+
+
+def test_grafana_finds_its_datasources_and_its_dashboard():
+    files = mounted("grafana")
+    assert files["/etc/grafana/provisioning"] / "datasources" == DATASOURCES.parent
+    assert files["/etc/grafana/provisioning"] / "dashboards" == PROVIDERS.parent
+    (provider,) = read_yaml(PROVIDERS)["providers"]
+    home = Path(SERVICES["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert home.parent == Path(provider["options"]["path"])
+    assert (files[str(home.parent)] / home.name).exists()
+    for source in read_yaml(DATASOURCES)["datasources"]:
+        url = urlsplit(source["url"])
+        assert url.port in PUBLISHED[url.hostname]
+
+
+def test_the_proxy_stands_before_both_replicas():
+    assert SERVICES["proxy"]["environment"]["BACKENDS"].split() == [f"{name}:8000" for name in BACKENDS]
+    assert "{$BACKENDS:backend-1:8000 backend-2:8000}" in CADDYFILE.read_text(encoding="utf-8")
+    assert mounted("proxy")["/etc/caddy/Caddyfile"] == CADDYFILE
+
+
+def test_traces_go_to_jaeger():
+    url = urlsplit(SERVICES["backend-1"]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"])
+    assert (url.scheme, url.hostname) == ("http", "jaeger")
+    assert url.port in PUBLISHED["jaeger"]
+    assert SERVICES["jaeger"]["environment"]["JAEGER_LISTEN_HOST"] == "0.0.0.0"
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_compose_tool_takes_the_file_and_the_daily_budget_reaches_both_replicas():
+    services = rendered(AGENT_DAILY_BUDGET="0.01", ANTHROPIC_API_KEY="k")
+    for name in BACKENDS:
+        assert services[name]["environment"]["AGENT_DAILY_BUDGET"] == "0.01"
+    assert set(services) == set(SERVICES)
+    assert rendered()["backend-1"]["environment"]["AGENT_DAILY_BUDGET"] == "5.00"
+
+
+def test_the_service_takes_the_settings_and_none_of_them_differs_from_its_own_defaults(monkeypatch):
+    for name in [*os.environ]:
+        if re.match(r"(KTRDR|AGENT|TRAINING|BACKTEST)_", name):
+            monkeypatch.delenv(name)
+    own, own_agent = load_settings(), AgentSettings.from_environment({})
+    given = environment_of(rendered()["backend-1"])
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    differing = {name for name in Settings.model_fields if getattr(settings, name) != getattr(own, name)}
+    assert differing == {"redis_url", "auth"}
+    assert settings.store_url == "redis://redis:6379/0"
+    assert AgentSettings.from_environment(given) == own_agent
+
+
+def test_each_variable_of_the_backend_is_one_that_it_reads():
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "ktrdr_budget").rglob("*.py"))
+    prefixed = {f"KTRDR_{name.upper()}" for name in Settings.model_fields}
+    for name in SERVICES["backend-1"]["environment"]:
+        if not name.startswith(("OTEL_", "ANTHROPIC_", "OPENAI_")):  # those are read by others
+            assert name in prefixed or re.search(rf"\b{name}\b", source), name
+
+
+# -- the image ---------------------------------------------------------------------------------------------------------
+
+
+def instructions() -> list[tuple[str, str]]:
+    text = re.sub(r"\\\n", " ", DOCKERFILE.read_text(encoding="utf-8"))
+    return [(line.split()[0], line.split(maxsplit=1)[1]) for line in text.splitlines() if line and line[0] not in "# "]
+
+
+def copied() -> list[str]:
+    """What the image is built of, beside its own stages."""
+    words = [rest.split() for name, rest in instructions() if name == "COPY" and "--from" not in rest]
+    return [source for sources in words for source in sources[:-1]]
+
+
+def test_the_image_is_pinned_runs_as_nobody_and_tells_whether_it_is_ready():
+    bases = {rest.split()[0] for name, rest in instructions() if name == "FROM"}
+    assert len(bases) == 1
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", bases.pop())
+    assert [rest for name, rest in instructions() if name == "USER"] == ["10001:10001"]
+    names = [name for name, _ in instructions()]
+    assert names.index("USER") < names.index("CMD")
+    assert "/readyz" in dict(instructions())["HEALTHCHECK"]
+
+
+def test_what_the_image_is_built_of_is_sent_to_the_engine_and_nothing_else():
+    lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    assert rules[0] == "*"
+    assert {line[1:] for line in rules if line.startswith("!")} == set(copied())
+
+
+def test_the_package_builds_from_what_the_image_is_built_of(tmp_path):
+    for name in copied():
+        source = ROOT / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    words = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path / "out"),
+        str(tmp_path),
+    ]
+    subprocess.run(words, check=True, capture_output=True, timeout=100)
+    (wheel,) = (tmp_path / "out").iterdir()
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "ktrdr_budget/api/app.py" in names
+    assert any(name.startswith("ktrdr_budget/lua/") for name in names)
+
+
+@pytest.mark.slow
+def test_the_health_check_tells_a_ready_service_from_one_that_is_not(server):
+    (program,) = re.findall(r'CMD \["python", "-c", "(.+)"\]', DOCKERFILE.read_text(encoding="utf-8"))
+
+    def check(port: int) -> int:
+        words = [sys.executable, "-c", program.replace(":8000/", f":{port}/")]
+        return subprocess.run(words, capture_output=True, timeout=20, check=False).returncode
+
+    assert check(free_port()) == 1
+    with serving(KTRDR_REDIS_URL=server.url) as service:
+        assert check(service.port) == 0
+    with serving(KTRDR_REDIS_URL=f"{server.url}.gone") as service:
+        assert check(service.port) == 1

@@ -1,0 +1,216 @@
+"""``scripts/verify.sh``: a sound stack passes, a broken one does not, and nothing stays changed."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from ..api.processes import serving
+from ..conftest import Server, free_port
+from ..helpers.otlp_receiver import OtlpReceiver
+from ..helpers.waiting import wait_until
+from .observers import answering, grafana, jaeger
+from .support import ROOT, Stack, environment, stack
+
+SCRIPT = ROOT / "scripts" / "verify.sh"
+DASHBOARD = ROOT / "docker" / "grafana" / "dashboards" / "agent.json"
+CHECKS = ["ready", "budget", "cli", "metrics", "gauge", "cycle", "ledger", "counters", "agreement", "traces"]
+CHECKS += ["exhaustion", "restored", "prometheus", "grafana"]
+
+
+@dataclass
+class Verified:
+    """What the script said, and how it ended."""
+
+    code: int
+    output: str
+
+    @property
+    def results(self) -> dict[str, str]:
+        """``PASS``, ``FAIL`` or ``SKIP`` of each check."""
+        lines = [line.split() for line in self.output.splitlines() if line[:5] in ("PASS ", "FAIL ", "SKIP ")]
+        return {words[1]: words[0] for words in lines}
+
+    def line(self, check: str) -> str:
+        [line] = [line for line in self.output.splitlines() if line[6:].startswith(f"{check} ")]
+        return line
+
+
+def command(*checks: str) -> list[str]:
+    return ["bash", str(SCRIPT), *checks]
+
+
+def verify(url: str, *checks: str, **variables: Any) -> Verified:
+    ended = subprocess.run(
+        command(*checks),
+        env=environment(KTRDR_API_URL=url, PYTHON=sys.executable, **variables),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    return Verified(ended.returncode, ended.stdout + ended.stderr)
+
+
+def budget(url: str) -> dict[str, Any]:
+    return dict(httpx.get(f"{url}/api/v1/budgets/agent", timeout=10).json())
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[OtlpReceiver]:
+    with OtlpReceiver() as receiver:
+        yield receiver
+
+
+@pytest.fixture(scope="module")
+def running(receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    """Two replicas on an embedded server, whose cycles are quick, with traces."""
+    data_dir = tmp_path_factory.mktemp("stack") / "budget"
+    with stack(AGENT_BUDGET_DIR=data_dir, AGENT_PHASE_SECONDS="0.1", **receiver.environment) as running:
+        yield running
+
+
+def replicas(running: Stack) -> str:
+    return f"{running.url('replica-1')} {running.url('replica-2')}"
+
+
+# --- A sound stack --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_sound_stack_passes_every_check(running: Stack, receiver: OtlpReceiver) -> None:
+    url = running.url("service")
+    before = budget(url)
+    tools = {"KTRDR_REPLICAS": replicas(running)}
+    has_prometheus = shutil.which("prometheus") is not None
+    if has_prometheus:
+        tools["PROMETHEUS_URL"] = running.url("prometheus")
+    with answering(jaeger(receiver)) as jaeger_url, answering(grafana(DASHBOARD)) as grafana_url:
+        found = verify(url, **tools, JAEGER_URL=jaeger_url, GRAFANA_URL=grafana_url)
+    expected = dict.fromkeys(CHECKS, "PASS") | ({} if has_prometheus else {"prometheus": "SKIP"})
+    assert (found.results, found.code) == (expected, 0), found.output
+    assert list(found.results) == CHECKS
+    assert "ktrdr_budget.agent" not in found.output
+    assert "Daily budget exhausted: budget_exhausted ($0.00 remaining, need $0.15)" in found.line("exhaustion")
+    assert '"Agent Research Cycles"' in found.line("grafana")
+
+    after = budget(url)
+    assert float(after["spent"]) > float(before["spent"])
+    unchanged = ("limit", "limit_source", "limit_until")
+    assert {name: after[name] for name in unchanged} == {name: before[name] for name in unchanged}
+    assert not receiver.errors
+
+
+@pytest.mark.slow
+def test_an_interrupted_check_restores_the_limit_that_was_set_at_run_time(running: Stack) -> None:
+    url = running.url("service")
+    limit = httpx.put(f"{url}/api/v1/budgets/agent/limit", json={"limit": "3.00", "until": "window"}, timeout=10)
+    set_before = limit.json()
+    try:
+        variables = environment(KTRDR_API_URL=url, KTRDR_REPLICAS=replicas(running), PYTHON=sys.executable)
+        pipe = subprocess.PIPE
+        with subprocess.Popen(command("exhaustion"), env=variables, stdout=pipe, stderr=pipe, text=True) as process:
+            wait_until(lambda: budget(url)["limit"] == "0.01", 20)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=30)
+        assert (process.returncode, err) == (130, ""), out
+        assert "FAIL" not in out
+        after = budget(url)
+        names = ("limit", "limit_source", "limit_until")
+        assert {name: after[name] for name in names} == {name: set_before[name] for name in names}
+        assert after["limit_source"] == "runtime"
+    finally:
+        httpx.delete(f"{url}/api/v1/budgets/agent/limit", timeout=10)
+
+
+# --- A broken one ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_replica_without_its_store_fails(tmp_path: Path) -> None:
+    with serving(KTRDR_REDIS_URL=f"unix://{tmp_path / 'nothing'}", KTRDR_TIMEOUT="0.2") as replica:
+        found = verify(replica.url, "ready", "budget", "cli", "metrics", "gauge", "cycle", "exhaustion", "ledger")
+    assert found.code == 1
+    results = found.results
+    assert results.pop("ledger") == "SKIP"
+    assert set(results.values()) == {"FAIL"}, found.output
+    assert found.output.splitlines()[-1] == f"verify: 0 passed, {len(results)} failed, 1 skipped"
+    assert "Traceback" not in found.output
+
+
+def test_nothing_at_all_fails(server: Server) -> None:
+    found = verify(
+        f"http://127.0.0.1:{free_port()}", "ready", "budget", "agreement", "traces", JAEGER_URL="http://[::1]:1"
+    )
+    assert (set(found.results.values()), found.code) == ({"FAIL"}, 1)
+
+
+@pytest.mark.slow
+def test_traces_that_are_not_whole_fail(running: Stack, receiver: OtlpReceiver) -> None:
+    """The same spans, with one thing wrong each time."""
+
+    def without_root(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [span for span in spans if span["operationName"] != "agent.research_cycle"]
+
+    def without_a_phase(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [span for span in spans if span["operationName"] != "agent.phase.training"]
+
+    def without_an_id(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [*spans[:-1], {**spans[-1], "tags": []}]
+
+    url = running.url("service")
+    whole = jaeger(receiver)
+    for spoil, told in (
+        (without_root, "no span agent.research_cycle"),
+        (without_a_phase, "no span agent.phase.training"),
+        (without_an_id, "has not the operation.id"),
+    ):
+
+        def answer(path: str, spoil: Any = spoil) -> Any:
+            document = whole(path)
+            for trace in document["data"] if document and path != "/api/services" else ():
+                trace["spans"] = spoil(trace["spans"])
+            return document
+
+        with answering(answer) as jaeger_url:
+            found = verify(url, "cycle", "traces", JAEGER_URL=jaeger_url, WAIT_SECONDS=2)
+        assert (found.results, found.code) == ({"cycle": "PASS", "traces": "FAIL"}, 1), found.output
+        assert told in found.line("traces")
+
+
+# --- What it may not do ---------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_day_without_money_is_no_fault_and_what_needs_the_admin_key_is_skipped_without_it(server: Server) -> None:
+    keys = {"KTRDR_API_KEY": "use-key", "KTRDR_ADMIN_KEY": "admin-key"}
+    with serving(KTRDR_REDIS_URL=server.url, AGENT_DAILY_BUDGET="0.01", **keys) as replica:
+        found = verify(replica.url, "ready", "budget", "cycle", "exhaustion", **keys)
+        expected = {"ready": "PASS", "budget": "PASS", "cycle": "SKIP", "exhaustion": "PASS", "restored": "PASS"}
+        assert (found.results, found.code) == (expected, 0), found.output
+        found = verify(replica.url, "budget", "exhaustion", KTRDR_API_KEY="use-key")
+        assert (found.results, found.code) == ({"budget": "PASS", "exhaustion": "SKIP"}, 0), found.output
+        assert "admin key" in found.line("exhaustion")
+        found = verify(replica.url, "budget", "exhaustion")
+        assert (found.results, found.code) == ({"budget": "FAIL", "exhaustion": "FAIL"}, 1), found.output
+        assert "-key" not in found.output.replace("KTRDR_API_KEY", "")
+
+
+def test_a_check_that_does_not_exist_is_refused() -> None:
+    found = verify("http://127.0.0.1:1", "ready", "everything")
+    assert found.code == 2
+    assert found.output.startswith("verify: no check everything; there are ready budget ")
+
+
+def test_an_interpreter_without_the_package_is_refused() -> None:
+    ended = subprocess.run(command(), env=environment(PYTHON="false"), capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == "verify: false has no ktrdr-budget; set PYTHON\n"

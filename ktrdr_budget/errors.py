@@ -12,7 +12,8 @@
     │   └── StoreError            the store answered with an error (out of memory, read-only, no permission, …)
     └── InvalidArgument           (also a ValueError) a bad name, id or option; nothing was sent
         ├── InvalidAmount         not a finite, non-negative amount below 2**53 units
-        └── BudgetMismatch        the stored window has another unit, period, timezone or kind
+        ├── BudgetMismatch        the stored window has another unit, period, timezone or kind
+        └── UnmeteredCall         a guarded client's call would spend what cannot be bounded, or is not reported
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ __all__ = [
     "UnknownBudget",
     "UnknownHold",
     "UnknownPrice",
+    "UnmeteredCall",
 ]
 
 
@@ -149,3 +151,7 @@ class InvalidAmount(InvalidArgument):
 
 class BudgetMismatch(InvalidArgument):
     """Unit, period, timezone or kind of a budget disagree with the window in the store."""
+
+
+class UnmeteredCall(InvalidArgument):
+    """A call of a guarded client would spend, but its cost cannot be bounded or is not reported. Nothing was sent."""

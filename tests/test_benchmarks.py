@@ -21,7 +21,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_quick_run_measures_and_writes_json(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    groups = ("latency", "server", "memory", "cli")
+    groups = ("latency", "server", "memory", "cli", "guards")
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--quick", "--json", str(file), "--only", *groups],
         cwd=ROOT,
@@ -43,6 +43,8 @@ def test_a_quick_run_measures_and_writes_json(tmp_path: Path) -> None:
         "memory_settled_operation_valkey",
         "import_s",
         "cli_agent_budget_s",
+        "guard_overhead_anthropic_messages_create",
+        "guard_overhead_openai_chat_completions_create_streamed",
     } <= measures.keys()
     for measure in measures.values():
         assert 0 < measure["min"] <= measure["median"] <= measure["max"]

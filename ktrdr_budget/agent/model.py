@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import mul
 from statistics import fmean
 
@@ -49,15 +49,17 @@ def fit(rows: Rows, labels: Labels, *, learning_rate: float, epochs: int, pause:
     means = tuple(fmean(column) for column in zip(*rows, strict=True))
     deviations = tuple(_deviation(column, mean) for column, mean in zip(zip(*rows, strict=True), means, strict=True))
     model = Model(means, deviations, (0.0,) * len(means), 0.0)
-    scaled = [model.scaled(row) for row in rows]
-    weights, bias = list(model.weights), 0.0
+    columns = list(zip(*map(model.scaled, rows), strict=True))
     for _ in range(epochs):
         pause()
-        errors = [_sigmoid(bias + _dot(weights, row)) - label for row, label in zip(scaled, labels, strict=True)]
-        gradient = [fmean(map(mul, errors, column)) for column in zip(*scaled, strict=True)]
-        weights = [weight - learning_rate * slope for weight, slope in zip(weights, gradient, strict=True)]
-        bias -= learning_rate * fmean(errors)
-    return Model(means, deviations, tuple(weights), bias)
+        scores = [model.bias] * len(labels)
+        for weight, column in zip(model.weights, columns, strict=True):
+            scores = [score + weight * value for score, value in zip(scores, column, strict=True)]
+        errors = [_sigmoid(score) - label for score, label in zip(scores, labels, strict=True)]
+        gradient = (fmean(map(mul, errors, column)) for column in columns)
+        weights = (weight - learning_rate * slope for weight, slope in zip(model.weights, gradient, strict=True))
+        model = replace(model, weights=tuple(weights), bias=model.bias - learning_rate * fmean(errors))
+    return model
 
 
 def accuracy(chances: Sequence[float], labels: Labels) -> float:

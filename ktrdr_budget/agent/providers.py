@@ -1,24 +1,187 @@
-"""The language models that an agent may ask, and which of them the environment chooses."""
+"""The language models that an agent may ask, and which of them the environment chooses.
+
+Real ones are asked through the providers' own SDKs, guarded: each call reserves its worst case, or draws it from the
+hold around it. Answers are streamed, so that a call that is cancelled has cost what had arrived, as far as that can be
+told.
+"""
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from datetime import UTC, datetime
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from ktrdr_budget.agent.llm import LLM
+from ktrdr_budget.agent.llm import LLM, Completion
 from ktrdr_budget.agent.scripted import SCRIPTED_PRICE, ScriptedLLM
 from ktrdr_budget.environment import AGENT
+from ktrdr_budget.errors import InvalidArgument, UnknownPrice
 from ktrdr_budget.limiter import AsyncBudgetLimiter
+from ktrdr_budget.metering.guards import guard
 from ktrdr_budget.metering.meter import Meter
 from ktrdr_budget.metering.prices import Prices
+from ktrdr_budget.metering.usage import Usage
 
-__all__ = ["make_llm"]
+if TYPE_CHECKING:
+    from anthropic import AsyncAnthropic
+    from openai import AsyncOpenAI
+
+__all__ = ["ANTHROPIC_MODEL", "OPENAI_MODEL", "AnthropicLLM", "OpenAILLM", "make_llm"]
+
+ANTHROPIC_MODEL = "claude-haiku-5-5"
+OPENAI_MODEL = "gpt-6-luna"
+REASONING_TOKENS_MAX = 3072
+"""Output beside the answer: the models of these days reason first, and count that as output."""
+
+
+class AnthropicLLM:
+    """Claude, by its Messages API.
+
+    Args:
+        client: guarded.
+        reasoning_tokens: how much it may reason beside what an answer may take.
+    """
+
+    provider = "anthropic"
+
+    def __init__(
+        self, client: AsyncAnthropic, model: str = ANTHROPIC_MODEL, *, reasoning_tokens: int = REASONING_TOKENS_MAX
+    ) -> None:
+        self.model = model
+        self._client = client
+        self._reasoning_tokens = reasoning_tokens
+
+    async def complete(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
+        """See :meth:`~ktrdr_budget.agent.llm.LLM.complete`. Errors of the SDK come as they are."""
+        further: dict[str, Any] = {"system": system} if system else {}
+        async with self._client.messages.stream(
+            model=self.model,
+            max_tokens=max_tokens + self._reasoning_tokens,
+            messages=[{"role": "user", "content": prompt}],
+            **further,
+        ) as stream:
+            message = await stream.get_final_message()
+        read = message.usage.cache_read_input_tokens or 0
+        written = message.usage.cache_creation_input_tokens or 0
+        usage = Usage(
+            input_tokens=message.usage.input_tokens + read + written,
+            output_tokens=message.usage.output_tokens,
+            cache_read_tokens=read,
+            cache_write_tokens=written,
+        )
+        text = "".join(block.text for block in message.content if block.type == "text")
+        return Completion(text, usage, message.model)
+
+    async def close(self) -> None:
+        """Closes its connections."""
+        await self._client.close()
+
+
+class OpenAILLM:
+    """GPT, or whatever else speaks OpenAI's Chat Completions API.
+
+    Args:
+        client: guarded.
+        reasoning_tokens: how much it may reason beside what an answer may take.
+    """
+
+    provider = "openai"
+
+    def __init__(
+        self, client: AsyncOpenAI, model: str = OPENAI_MODEL, *, reasoning_tokens: int = REASONING_TOKENS_MAX
+    ) -> None:
+        self.model = model
+        self._client = client
+        self._reasoning_tokens = reasoning_tokens
+
+    async def complete(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
+        """See :meth:`~ktrdr_budget.agent.llm.LLM.complete`. Errors of the SDK come as they are."""
+        messages: list[Any] = [{"role": "system", "content": system}] if system else []
+        stream = await self._client.chat.completions.create(
+            model=self.model,
+            max_completion_tokens=max_tokens + self._reasoning_tokens,
+            messages=[*messages, {"role": "user", "content": prompt}],
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        text, model, usage = "", self.model, Usage()
+        async with stream:
+            async for chunk in stream:
+                model = chunk.model or model
+                text += "".join(choice.delta.content or "" for choice in chunk.choices)
+                if chunk.usage is not None:
+                    details = chunk.usage.prompt_tokens_details
+                    usage = Usage(
+                        input_tokens=chunk.usage.prompt_tokens,
+                        output_tokens=chunk.usage.completion_tokens,
+                        cache_read_tokens=(details and details.cached_tokens) or 0,
+                    )
+        return Completion(text, usage, model)
+
+    async def close(self) -> None:
+        """Closes its connections."""
+        await self._client.close()
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
 
 
 def make_llm(limiter: AsyncBudgetLimiter, environment: Mapping[str, str] = os.environ) -> LLM:
-    """The language model of ``AGENT_LLM``; the scripted one if that is not set.
+    """The language model of ``AGENT_LLM`` (``scripted``, ``anthropic`` or ``openai``) and ``AGENT_MODEL``.
+
+    Its calls are charged to the budget ``agent``. Keys are those of ``ANTHROPIC_API_KEY`` and ``OPENAI_API_KEY``, and
+    ``ANTHROPIC_BASE_URL`` and ``OPENAI_BASE_URL`` lead elsewhere.
 
     Raises:
         InvalidArgument: it cannot be had; the message says what is missing.
     """
-    return ScriptedLLM(Meter(limiter, [AGENT], Prices([SCRIPTED_PRICE])))
+    kind = _text(environment, "AGENT_LLM").lower() or ScriptedLLM.provider
+    model = _text(environment, "AGENT_MODEL")
+    prices = Prices.from_environment(environment, [SCRIPTED_PRICE])
+    if kind == ScriptedLLM.provider:
+        if model not in ("", ScriptedLLM.model):
+            raise InvalidArgument(f"AGENT_MODEL is {model!r}, but AGENT_LLM is not set to its provider")
+        return ScriptedLLM(Meter(limiter, [AGENT], prices))
+    if kind == AnthropicLLM.provider:
+        anthropic = _client(kind, "AsyncAnthropic", environment)
+        return AnthropicLLM(_guarded(anthropic, limiter, prices), _priced(kind, model or ANTHROPIC_MODEL, prices))
+    if kind == OpenAILLM.provider:
+        openai = _client(kind, "AsyncOpenAI", environment)
+        return OpenAILLM(_guarded(openai, limiter, prices), _priced(kind, model or OPENAI_MODEL, prices))
+    raise InvalidArgument(f"AGENT_LLM: must be 'scripted', 'anthropic' or 'openai', not {kind!r}")
+
+
+def _guarded(client: Any, limiter: AsyncBudgetLimiter, prices: Prices) -> Any:
+    return guard(client, limiter, budgets=[AGENT], pricer=prices)
+
+
+def _client(kind: str, name: str, environment: Mapping[str, str]) -> Any:
+    try:
+        make: Callable[..., Any] = getattr(import_module(kind), name)
+    except ModuleNotFoundError as error:
+        message = f"AGENT_LLM={kind} needs more packages: pip install 'ktrdr-budget[{kind}]' (there is no {error.name})"
+        raise InvalidArgument(message) from None
+    key = _text(environment, f"{kind.upper()}_API_KEY")
+    if not key:
+        raise InvalidArgument(f"AGENT_LLM={kind} needs a key in {kind.upper()}_API_KEY")
+    further: dict[str, Any] = {}
+    if "open_telemetry" in inspect.signature(make).parameters:
+        further["open_telemetry"] = False  # the guard makes the span of a call, with its cost
+    return make(api_key=key, base_url=_text(environment, f"{kind.upper()}_BASE_URL") or None, **further)
+
+
+def _priced(kind: str, model: str, prices: Prices) -> str:
+    """The model, if it has a price: one without would fail each cycle at its first call."""
+    try:
+        prices.worst_case(kind, model, 1, 1, datetime.now(UTC))
+    except UnknownPrice as error:
+        raise InvalidArgument(f"AGENT_MODEL: {error}") from None
+    except ModuleNotFoundError as error:
+        raise InvalidArgument(f"AGENT_LLM={kind}: {error}") from None
+    return model
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    return environment.get(name, "").strip()

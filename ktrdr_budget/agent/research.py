@@ -90,7 +90,7 @@ class ExampleResearch:
         rows = features(closes, design.parameters, pause)
         # Nobody knows yet what follows the last day.
         labels = [int(later > earlier) for earlier, later in pairwise(closes[WARM_UP_DAYS:])]
-        fitted, measured = self._parts(len(rows))
+        fitted, measured = self._parts()
         model = models.fit(
             rows[:fitted],
             labels[:fitted],
@@ -109,16 +109,16 @@ class ExampleResearch:
 
     def _trade(self, design: Design, model: Model, pause: Pause) -> Account:
         closes = self._prices.closes
-        rows = features(closes, design.parameters, pause)
-        _, measured = self._parts(len(rows))
-        held = positions(STRATEGIES[design.strategy_name], design.parameters, closes, model.chances(rows[measured:]))
+        first = WARM_UP_DAYS + self._parts()[1]
+        chances = model.chances(features(closes, design.parameters, pause, first))
+        held = positions(STRATEGIES[design.strategy_name], design.parameters, closes, chances)
         # A position taken at one close earns until the next; that of the last day earns nothing any more.
-        returns = [later / earlier - 1 for earlier, later in pairwise(closes[WARM_UP_DAYS + measured :])]
+        returns = [later / earlier - 1 for earlier, later in pairwise(closes[first:])]
         return trade(held[:-1], returns)
 
-    @staticmethod
-    def _parts(days: int) -> tuple[int, int]:
-        """Where the fitted part ends, and where the measured one."""
+    def _parts(self) -> tuple[int, int]:
+        """Where the fitted part ends, and where the measured one, in days after the warm-up."""
+        days = len(self._prices) - WARM_UP_DAYS
         return round(days * FITTED_PART), round(days * (FITTED_PART + MEASURED_PART))
 
     # -- pace ----------------------------------------------------------------------------------------------------------

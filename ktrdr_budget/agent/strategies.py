@@ -26,8 +26,8 @@ class Strategy:
     description: str
     ranges: Mapping[str, tuple[Number, Number]]
     """Lowest and highest value of each parameter; whole numbers where both are."""
-    shorts: bool = False
-    """Whether it sells short when prices are expected to fall."""
+    short_size: float = 0.0
+    """How much it sells short when prices are expected to fall, as a part of the equity."""
 
     @property
     def scaled(self) -> bool:
@@ -46,9 +46,9 @@ STRATEGIES: Mapping[str, Strategy] = {
     for strategy in (
         Strategy(
             "momentum",
-            "follows the recent return, long and short",
+            "follows the recent return, long and, with half of the money, short",
             {"momentum_days": (10, 60), "volatility_days": (10, 60), **_LEARNING},
-            shorts=True,
+            short_size=0.5,
         ),
         Strategy(
             "trend_following",
@@ -97,15 +97,17 @@ def volatility(closes: Closes, day: int, days: int) -> float:
 _FEATURES = {"momentum_days": momentum, "average_days": average_distance, "volatility_days": volatility}
 
 
-def features(closes: Closes, parameters: Mapping[str, Number], pause: Callable[[], None]) -> list[tuple[float, ...]]:
-    """What the strategy of these parameters knows at the close of each day, from :data:`WARM_UP_DAYS` on.
+def features(
+    closes: Closes, parameters: Mapping[str, Number], pause: Callable[[], None], first: int = WARM_UP_DAYS
+) -> list[tuple[float, ...]]:
+    """What the strategy of these parameters knows at the close of each day from ``first`` on.
 
     Args:
         pause: called between days; may raise to stop.
     """
     looks = [(feature, int(parameters[name])) for name, feature in _FEATURES.items() if name in parameters]
     rows = []
-    for day in range(WARM_UP_DAYS, len(closes)):
+    for day in range(first, len(closes)):
         if day % 50 == 0:
             pause()
         rows.append(tuple(feature(closes, day, days) for feature, days in looks))
@@ -127,8 +129,7 @@ def positions(
     first = len(closes) - len(chances)
     held = []
     for day, chance in enumerate(chances, first):
-        short = strategy.shorts and chance < 1 - threshold
-        side = 1.0 if chance > threshold else -1.0 if short else 0.0
+        side = 1.0 if chance > threshold else -strategy.short_size if chance < 1 - threshold else 0.0
         held.append(side * _size(parameters, closes, day) if strategy.scaled else side)
     return held
 

@@ -1,5 +1,7 @@
 """The HTTP service: :func:`budget_router` for any FastAPI app, and :func:`create_app` for a service of its own.
 
+:func:`hold_budget` is for routes that cost money themselves.
+
 It needs the extra ``server``: ``pip install 'ktrdr-budget[server]'``.
 """
 
@@ -14,7 +16,18 @@ except ModuleNotFoundError as error:
 
 from ktrdr_budget.api.app import create_app
 from ktrdr_budget.api.auth import Keys
+from ktrdr_budget.api.dependencies import BudgetProblem, hold_budget
 from ktrdr_budget.api.router import budget_router, probe_router
 from ktrdr_budget.api.settings import Settings, SettingsError, load_settings
 
-__all__ = ["Keys", "Settings", "SettingsError", "budget_router", "create_app", "load_settings", "probe_router"]
+__all__ = [
+    "BudgetProblem",
+    "Keys",
+    "Settings",
+    "SettingsError",
+    "budget_router",
+    "create_app",
+    "hold_budget",
+    "load_settings",
+    "probe_router",
+]

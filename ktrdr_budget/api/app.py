@@ -27,12 +27,13 @@ from ktrdr_budget.api.router import service_router
 from ktrdr_budget.api.routing import BudgetRoute
 from ktrdr_budget.api.service import Service
 from ktrdr_budget.api.settings import Settings, load_settings
-from ktrdr_budget.engine.coalescer import Observation, Observer
+from ktrdr_budget.engine.coalescer import Observer
 from ktrdr_budget.errors import BudgetError, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.telemetry.agent_metrics import AgentMetrics
 from ktrdr_budget.telemetry.audit import Audit
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
+from ktrdr_budget.telemetry.outcomes import combined
 from ktrdr_budget.telemetry.tracing import configure_tracing, current_trace_id, flush_tracing, instrument, trace_call
 
 __all__ = ["create_app", "make_limiter"]
@@ -60,20 +61,9 @@ def make_limiter(settings: Settings, agent: AgentSettings, observers: Sequence[O
         timeout=settings.timeout,
         on_store_error=settings.on_store_error,
         data_dir=settings.agent_budget_dir,
-        observer=_observer(observers),
+        observer=combined(*observers) if observers else None,
         trace_id=current_trace_id,
     )
-
-
-def _observer(observers: Sequence[Observer]) -> Observer | None:
-    if not observers:
-        return None
-
-    def observe(observation: Observation) -> None:
-        for told in observers:
-            told(observation)
-
-    return observe
 
 
 def create_app(

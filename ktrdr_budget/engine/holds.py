@@ -247,9 +247,10 @@ class HoldBase:
             return None
         if any(self._accrued.values()):
             return self._report_flow() if failed and on_error == "charge" else self.commit_flow(None)
-        if not failed:
+        if not failed and not self.drawn:
             return self._settled([("r", units) for _, units in self.parts])
-        return None if on_error == "charge" else self.release_flow()
+        # Metered calls drew from it, and cost nothing: that is what it cost.
+        return None if failed and on_error == "charge" else self.release_flow()
 
     def _settled(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
         self._settling = True

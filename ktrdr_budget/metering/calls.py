@@ -163,10 +163,11 @@ class Call:
 
     def _price(self, usage: Usage) -> Cost:
         assert self._at is not None and self.worst_case is not None
+        self.estimated = False
         try:
             return self._meter.pricer.price(self.provider, self.model, usage, self._at)
-        except (BudgetError, ArithmeticError) as error:
-            # The money is spent already: what cannot be priced is charged in full, and never nothing.
+        except Exception as error:
+            # The money is spent already: what cannot be priced is charged in full, and its answer is not lost.
             logger.error("the usage of %s/%s cannot be priced: %s", self.provider, self.model, error)
             self.estimated = True
             return self.worst_case
@@ -183,17 +184,20 @@ class Call:
             return self._units(self.usage, self.cost)
         if self._outcome == "rejected":
             return dict.fromkeys(self._worst, 0)
+        known = None
+        if self._outcome == "open" and self.usage is not None:
+            if not self.usage.input_tokens:
+                self._bound_input(self.usage)
+            assert self.cost is not None
+            known = self._units(self.usage, self.cost)
         self.estimated = True
-        if self._outcome == "unknown" or self.usage is None:
-            return None
-        if not self.usage.input_tokens:
-            # The input was sent, and is billed: not counted yet, but bounded.
-            other = {name: count for name, count in self.usage.other.items() if not name.startswith("input_")}
-            tier = self.usage.service_tier
-            self.usage = Usage(self.input_tokens_max, self.usage.output_tokens, service_tier=tier, other=other)
-            self.cost = self._price(self.usage)
-        assert self.cost is not None
-        return self._units(self.usage, self.cost)
+        return known
+
+    def _bound_input(self, usage: Usage) -> None:
+        """The input was sent, and is billed: it was not counted yet, but bounded."""
+        other = {name: count for name, count in usage.other.items() if not name.startswith("input_")}
+        self.usage = Usage(self.input_tokens_max, usage.output_tokens, service_tier=usage.service_tier, other=other)
+        self.cost = self._price(self.usage)
 
     @property
     def _label(self) -> str:
@@ -281,6 +285,7 @@ class Call:
     def _settle_draw(self, draw: Draw, known: dict[str, int] | None) -> Steps[None]:
         hold, used = draw.hold, known
         if used is None:
+            self.cost = self.worst_case
             used = {name: 0 if self._meter.units[name] == "slots" else units for name, units in self._worst.items()}
         if any(used.values()):
             hold.note(self._label)
@@ -298,6 +303,8 @@ class Call:
         elif known is not None or not keep:
             if self.estimated:
                 hold.note(ESTIMATED)
+            if known is None:
+                self.cost = self.worst_case
             committed = self._worst if known is None else known
             spent = {name: committed[name] for name in self._own if self._meter.units[name] != "slots"}
             yield from self._settle(partial(hold.commit, self._amounts(spent)))  # type: ignore[attr-defined]
@@ -348,28 +355,28 @@ def _start_heartbeat(limiter: Any, hold: Any) -> Callable[[], None]:
     return partial(loop.call_soon_threadsafe, lambda: started[0].stop())
 
 
-async def _drive(steps: Steps[None]) -> None:
+async def _drive(steps: Steps[Any]) -> Any:
     value: Any = None
     failure: BaseException | None = None
     while True:
         try:
             step = steps.send(value) if failure is None else steps.throw(failure)
-        except StopIteration:
-            return
+        except StopIteration as end:
+            return end.value
         try:
             value, failure = await step(), None
         except BaseException as error:
             value, failure = None, error
 
 
-def _drive_sync(steps: Steps[None]) -> None:
+def _drive_sync(steps: Steps[Any]) -> Any:
     value: Any = None
     failure: BaseException | None = None
     while True:
         try:
             step = steps.send(value) if failure is None else steps.throw(failure)
-        except StopIteration:
-            return
+        except StopIteration as end:
+            return end.value
         try:
             value, failure = step(), None
         except BaseException as error:

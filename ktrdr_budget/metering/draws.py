@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable, Generator, Mapping
+from functools import partial
 from typing import Any, TypeVar
 
 from ktrdr_budget.engine.holds import HoldBase
@@ -20,15 +21,17 @@ __all__ = ["Draw", "Steps"]
 
 Result = TypeVar("Result")
 Steps = Generator[Callable[[], Any], Any, Result]
-"""What to do, for sync and async alike: it yields functions, and is sent their results (awaited where that is async)."""
+"""What to do, for sync and async alike: it yields functions, and is sent their results (awaited where need be)."""
 
 
 class _Growth:
     """Lets one call at a time grow a hold: a denial is then told to the call that was too large, and to no other."""
 
-    __slots__ = ("failures", "lock")
+    __slots__ = ("failures", "lock", "wanted")
 
     def __init__(self, hold: HoldBase) -> None:
+        self.wanted: Mapping[str, int] = {}
+        """What the one that is growing it will claim."""
         self.lock: Any = asyncio.Lock() if isinstance(hold, AsyncHold) else threading.Lock()
         self.failures = 0
 
@@ -80,36 +83,38 @@ class Draw:
 
     def _grow(self, growth: _Growth) -> Steps[None]:
         hold = self._hold
-        claimed = False
         try:
             while True:
                 with hold.lock:
-                    if not claimed:
-                        self._move(self._worst)  # before it is there: others see that this room is taken
-                        claimed = True
-                    missing = self._missing()
+                    missing = self._missing(self._worst)
                     if not missing and hold.state == "open":
+                        self._move(self._worst)
                         return
+                    growth.wanted = self._worst  # nobody else may take the room that is made
                 units = {window.budget: window.unit for window, _ in hold.parts}
                 amounts: dict[str, AmountIn] = {name: from_units(more, units[name]) for name, more in missing.items()}
-                yield lambda amounts=amounts: hold.grow(amounts)  # type: ignore[attr-defined, misc]
-        except BaseException as error:
-            growth.failures += isinstance(error, StoreUnavailable)
-            self.drop()
+                yield partial(hold.grow, amounts)  # type: ignore[attr-defined]
+        except StoreUnavailable:
+            growth.failures += 1
             raise
+        finally:
+            growth.wanted = {}
 
     def _fits(self) -> bool:
-        return self._hold.state == "open" and not self._missing(self._worst)
+        wanted = dict(self._worst)
+        if self._hold.growth is not None:
+            for name, units in self._hold.growth.wanted.items():
+                wanted[name] = wanted.get(name, 0) + units
+        return self._hold.state == "open" and not self._missing(wanted)
 
-    def _missing(self, more: Mapping[str, int] | None = None) -> dict[str, int]:
-        """By how much accrued and claimed amounts, and these, are more than what is reserved."""
+    def _missing(self, wanted: Mapping[str, int]) -> dict[str, int]:
+        """By how much what is accrued, claimed and wanted is more than what is reserved."""
         hold = self._hold
         missing = {}
         for (window, reserved), accrued in zip(hold.parts, hold.accrued_units, strict=True):
             name = window.budget
-            wanted = accrued + hold.drawn.get(name, 0) + (more or {}).get(name, 0)
-            if name in self._worst and wanted > reserved:
-                missing[name] = wanted - reserved
+            if name in wanted and (more := accrued + hold.drawn.get(name, 0) + wanted[name] - reserved) > 0:
+                missing[name] = more
         return missing
 
     def use(self, used: Mapping[str, int], *, final: bool = False) -> dict[str, int]:

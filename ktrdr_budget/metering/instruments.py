@@ -16,6 +16,8 @@ from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.telemetry.spans import SCOPE, Span, span
 
 if TYPE_CHECKING:
+    from opentelemetry.metrics import Meter
+
     from ktrdr_budget.metering.rates import Cost
 
 __all__ = ["CallInstruments"]
@@ -129,29 +131,33 @@ def _usage_attributes(usage: Usage) -> dict[str, int | None]:
     }
 
 
+def make_instruments(meter: Meter) -> tuple[Any, ...]:
+    """Histograms of tokens and seconds, and a counter of dollars, of a meter of OpenTelemetry."""
+    return (
+        meter.create_histogram(
+            "gen_ai.client.token.usage",
+            unit="{token}",
+            description="Number of input and output tokens used.",
+            explicit_bucket_boundaries_advisory=TOKEN_BUCKETS,
+        ),
+        meter.create_histogram(
+            "gen_ai.client.operation.duration",
+            unit="s",
+            description="GenAI operation duration.",
+            explicit_bucket_boundaries_advisory=DURATION_BUCKETS_S,
+        ),
+        meter.create_counter(COST, unit="USD", description="What calls of language models cost, per budget."),
+    )
+
+
 def _active_instruments() -> tuple[Any, ...] | None:
-    """Histograms of tokens and seconds, and a counter of dollars; ``None`` as long as there is no meter provider."""
+    """Made at first use; ``None`` as long as this process has no meter provider."""
     global _instruments
     if _instruments is None:
         metrics = sys.modules.get("opentelemetry.metrics")
         if metrics is None or type(metrics.get_meter_provider()).__name__ == "_ProxyMeterProvider":
             return None
-        meter = metrics.get_meter(SCOPE)
-        _instruments = (
-            meter.create_histogram(
-                "gen_ai.client.token.usage",
-                unit="{token}",
-                description="Number of input and output tokens used.",
-                explicit_bucket_boundaries_advisory=TOKEN_BUCKETS,
-            ),
-            meter.create_histogram(
-                "gen_ai.client.operation.duration",
-                unit="s",
-                description="GenAI operation duration.",
-                explicit_bucket_boundaries_advisory=DURATION_BUCKETS_S,
-            ),
-            meter.create_counter(COST, unit="USD", description="What calls of language models cost, per budget."),
-        )
+        _instruments = make_instruments(metrics.get_meter(SCOPE))
     return _instruments
 
 

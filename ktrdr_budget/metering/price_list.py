@@ -7,13 +7,16 @@ from datetime import datetime
 from decimal import Decimal
 from functools import cached_property
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 from ktrdr_budget.metering.rates import Rate, Rates, Unit
 
 __all__ = ["PriceList"]
 
 _CACHED_MAX = 10_000
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 
 
 class PriceList:
@@ -34,6 +37,7 @@ class PriceList:
             message = f"the price list needs more packages: pip install 'ktrdr-budget[llm]' (there is no {error.name})"
             raise ModuleNotFoundError(message, name=error.name) from None
         self._cached: dict[tuple[str, str, str, int], tuple[Any, Rates | None]] = {}
+        self._unasked: dict[tuple[str, str, int], tuple[Any, list[Rates]]] = {}
 
     @cached_property
     def _units(self) -> dict[str, Unit]:
@@ -54,19 +58,22 @@ class PriceList:
         found = self._find(provider, model)
         return None if found is None else (found[0].id, found[1].id)
 
+    def context_window(self, provider: str, model: str) -> int | None:
+        """The most input tokens that a model takes, if the list knows it."""
+        found = self._find(provider, model)
+        window = None if found is None else found[1].context_window
+        return window if isinstance(window, int) else None
+
     def rates(self, provider: str, model: str, at: datetime, service_tier: str = "") -> Rates | None:
         """The prices of a model at a time; ``None`` if the list does not have it."""
         snapshot = self._snapshots.get_snapshot()
-        minute = int(at.timestamp()) // 60  # prices begin and end with a minute
-        key = (provider, model, service_tier, minute)
+        key = (provider, model, service_tier, _minute(at))
         cached = self._cached.get(key)
         if cached is None or cached[0] is not snapshot:
             found = self._find(provider, model)
             prices = None if found is None else found[1].get_prices(at, _context(service_tier))
-            if len(self._cached) >= _CACHED_MAX:
-                self._cached.clear()
             rates = None if prices is None else Rates(self._rates_of(prices), self.source)
-            cached = self._cached[key] = snapshot, rates
+            cached = _remember(self._cached, key, (snapshot, rates))
         return cached[1]
 
     def candidates(self, provider: str, model: str, at: datetime, service_tier: str | None) -> list[Rates]:
@@ -75,9 +82,19 @@ class PriceList:
         Those are the standard ones and those of the tier that it asks for, which hands calls down if it is full; or, if
         it asks for none (``None``), those of each tier that the provider may then choose.
         """
-        tiers = self._tiers(provider, model) if service_tier is None else [service_tier]
-        found = [self.rates(provider, model, at, tier) for tier in ("", *tiers)]
-        return [rates for rates in found if rates is not None]
+        if service_tier is not None:
+            found = [self.rates(provider, model, at, tier) for tier in ("", service_tier)]
+            return [rates for rates in found if rates is not None]
+        snapshot, key = self._snapshots.get_snapshot(), (provider, model, _minute(at))
+        cached = self._unasked.get(key)
+        if cached is None or cached[0] is not snapshot:
+            different: list[Rates] = []
+            for tier in ("", *self._tiers(provider, model)):
+                rates = self.rates(provider, model, at, tier)
+                if rates is not None and rates not in different:
+                    different.append(rates)
+            cached = _remember(self._unasked, key, (snapshot, different))
+        return cached[1]
 
     def _tiers(self, provider: str, model: str) -> list[str]:
         found = self._find(provider, model)
@@ -100,6 +117,18 @@ class PriceList:
                 yield Rate(unit, _decimal(price.base), tiers)
             else:
                 yield Rate(unit, _decimal(price))
+
+
+def _minute(at: datetime) -> int:
+    """Prices begin and end with a minute, so that long they are remembered."""
+    return int(at.timestamp()) // 60
+
+
+def _remember(cache: dict[Key, Value], key: Key, value: Value) -> Value:
+    if len(cache) >= _CACHED_MAX:
+        cache.clear()
+    cache[key] = value
+    return value
 
 
 def _context(service_tier: str) -> dict[str, str] | None:

@@ -84,7 +84,7 @@ class ModelPrice:
         for name in ("provider", "model"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
                 raise InvalidArgument(f"a price needs the name of its {name}")
-        prices = (self.input, self.cached_input, self.cache_write, self.output, self.request)
+        prices = (self.input, self.cached_input, self.cache_write, self.output, self.request or None)
         rates = [
             Rate(unit, exact_price(price, f"price of {self.provider}/{self.model}"))
             for unit, price in zip(UNITS, prices, strict=True)
@@ -149,11 +149,24 @@ class Prices:
             self._list = PriceList()
         return self._list
 
+    def rates(self, provider: str, model: str, at: datetime, service_tier: str = "") -> Rates | None:
+        """What each unit of a model costs at a time; ``None`` if it has no price."""
+        configured = self._configured(provider, model)
+        if configured is not None:
+            return configured
+        return self.price_list.rates(provider, model, _aware(at), service_tier)
+
+    def provider_of(self, model: str) -> str | None:
+        """Whose a model seems to be, by its name: for a person who looks up a price, and not for a call."""
+        configured = {provider for provider, name in self._exact if name == model.lower()}
+        if configured:
+            return min(configured)
+        found = self.price_list.find(None, model)
+        return None if found is None else found[0]
+
     def price(self, provider: str, model: str, usage: Usage, at: datetime) -> Cost:
         """See :meth:`Pricer.price`."""
-        rates = self._configured(provider, model)
-        if rates is None:
-            rates = self.price_list.rates(provider, model, _aware(at), usage.service_tier)
+        rates = self.rates(provider, model, at, usage.service_tier)
         return self._known(None if rates is None else rates.cost(usage), provider, model)
 
     def worst_case(

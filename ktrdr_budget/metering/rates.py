@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, Context, Decimal
 from functools import cached_property
 
@@ -34,12 +34,13 @@ class Unit:
     per: int
     """How many of it a price is for."""
     dimensions: frozenset[tuple[str, str]]
+    direction: str | None = field(init=False, repr=False, compare=False)
+    """``input`` or ``output`` for tokens."""
 
-    @property
-    def direction(self) -> str | None:
-        """``input`` or ``output`` for tokens."""
+    def __post_init__(self) -> None:
         names = dict(self.dimensions)
-        return names.get("direction") if names.get("family") == "tokens" else None
+        direction = names.get("direction") if names.get("family") == "tokens" else None
+        object.__setattr__(self, "direction", direction)
 
     def contains(self, other: Unit) -> bool:
         """Whether the other one is a part of this."""
@@ -100,6 +101,11 @@ class Rate:
     tiers: tuple[tuple[int, Decimal], ...] = ()
     """``(start, price)``, ascending."""
 
+    @property
+    def name(self) -> str:
+        """As in :attr:`CostLine.name`."""
+        return _NAMES.get(self.unit.name, self.unit.name.replace("_", " "))
+
     def price_at(self, input_tokens: int) -> Decimal:
         """The price for a call with so much input."""
         for start, price in reversed(self.tiers):
@@ -124,6 +130,15 @@ class Rates:
         # Parts first: what of a whole is not in a priced part is billed as the whole.
         self._rates = tuple(sorted(rates, key=lambda rate: -len(rate.unit.dimensions)))
         self.source = source
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rates) and (self.source, self._rates) == (other.source, other._rates)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __iter__(self) -> Iterator[Rate]:
+        """What has a price: input, its parts, output, requests, and the rest."""
+        return iter(sorted(self._rates, key=lambda rate: _ORDER.get(rate.name, len(_ORDER))))
 
     @cached_property
     def _parts(self) -> list[list[int]]:
@@ -151,23 +166,23 @@ class Rates:
                 raise InvalidArgument(f"the parts of {rate.unit.name} are more than {counts.get(rate.unit.name, 0)}")
             leaves.append(count)
             if count:
-                lines.append(_line(rate.unit, count, rate.price_at(usage.input_tokens)))
+                lines.append(_line(rate, count, rate.price_at(usage.input_tokens)))
         return _sum(lines, self.source)
 
     def cost_max(self, input_tokens_max: int, output_tokens_max: int, other_max: Mapping[str, int]) -> Cost | None:
         """The most that a call within these bounds can cost; ``None`` if something of it has no price."""
         if not self._prices_all(input_tokens_max, output_tokens_max, other_max):
             return None
-        counts = {"input": input_tokens_max, "output": output_tokens_max}
-        lines: dict[str, CostLine] = {}
-        for rate in reversed(self._rates):
+        counts = {"requests": 1, **other_max, "input": input_tokens_max, "output": output_tokens_max}
+        dearest: dict[str, tuple[Decimal, Rate]] = {}
+        for rate in self._rates:
             way = rate.unit.direction or rate.unit.name
-            count = counts[way] if way in counts else _counts_once(rate.unit, other_max)
-            if count:
-                line = _line(rate.unit, count, rate.price_max(input_tokens_max))
+            if counts.get(way):
+                price = rate.price_max(input_tokens_max)
                 # All of a direction is billed as what is dearest in it.
-                lines[way] = max(lines.get(way, line), line, key=lambda line: line.amount)
-        return _sum(lines.values(), self.source)
+                if way not in dearest or price > dearest[way][0]:
+                    dearest[way] = price, rate
+        return _sum([_line(rate, counts[way], price) for way, (price, rate) in dearest.items()], self.source)
 
     def _prices_all(self, input_tokens: int, output_tokens: int, other: Mapping[str, int]) -> bool:
         named = self._named
@@ -189,12 +204,8 @@ def _counts(usage: Usage) -> dict[str, int]:
     }
 
 
-def _counts_once(unit: Unit, other_max: Mapping[str, int]) -> int:
-    return 1 if unit.name == "requests" else other_max.get(unit.name, 0)
-
-
-def _line(unit: Unit, count: int, price: Decimal) -> CostLine:
-    return CostLine(_NAMES.get(unit.name, unit.name.replace("_", " ")), count, price, unit.per)
+def _line(rate: Rate, count: int, price: Decimal) -> CostLine:
+    return CostLine(rate.name, count, price, rate.unit.per)
 
 
 def _sum(lines: Iterable[CostLine], source: str) -> Cost:

@@ -39,7 +39,7 @@ def trace_call(observation: Observation) -> None:
         return
     ended_ns = time.time_ns()
     written = tracer.start_span(
-        PREFIX + observation.operation,
+        PREFIX + observation.operation.replace(" ", "_"),
         caller,
         attributes={PREFIX + name: value for name, value in _attributes(observation).items()} | operation_of(caller),
         start_time=ended_ns - int(observation.seconds * 1e9),

@@ -45,7 +45,7 @@ _TEXT_MAX = 1000
 _STACK_MAX = 8000
 _SECRETS = re.compile(
     r"(?P<url>\b[a-z][a-z0-9+.-]*://)[^@\s/]+@"  # user and password of a URL
-    r"|(?P<word>\b(?:bearer|basic)\s+)[\w.~+/=-]{8,}"  # what an Authorization header carries
+    r"|(?P<word>\b(?:bearer|authorization\W+basic)\s+)[\w.~+/=-]{8,}"  # what an Authorization header carries
     r"|\b(?:sk|pk|rk)-[\w-]{8,}",  # keys of model providers
     re.IGNORECASE,
 )
@@ -57,8 +57,11 @@ def active_tracer() -> Tracer | None:
     global _tracer
     if _tracer is None:
         trace = sys.modules.get("opentelemetry.trace")
-        proxy = getattr(trace, "ProxyTracerProvider", None)
-        if trace is None or proxy is None or isinstance(provider := trace.get_tracer_provider(), proxy):
+        # Asking for the provider takes a microsecond, too long for each call of a limiter; looking takes none.
+        if trace is None or getattr(trace, "_TRACER_PROVIDER", None) is None:
+            return None
+        provider = trace.get_tracer_provider()
+        if isinstance(provider, trace.ProxyTracerProvider):
             return None
         _tracer = provider.get_tracer(SCOPE)
     return _tracer

@@ -290,11 +290,18 @@ def _masked(span: ReadableSpan) -> ReadableSpan:
         events=[Event(event.name, masked(event.attributes), event.timestamp) for event in span.events],
         links=span.links,
         kind=span.kind,
-        status=Status(span.status.status_code, without_secrets(said)) if said else span.status,
+        status=Status()
+        if _is_missing_script(span)
+        else Status(span.status.status_code, said and without_secrets(said)),
         start_time=span.start_time,
         end_time=span.end_time,
         instrumentation_scope=span.instrumentation_scope,
     )
+
+
+def _is_missing_script(span: ReadableSpan) -> bool:
+    """A store that is told a script for the first time: the next span tells it, and nothing is wrong."""
+    return any(str((event.attributes or {}).get("exception.type")).endswith("NoScriptError") for event in span.events)
 
 
 def operation_processor() -> SpanProcessor:

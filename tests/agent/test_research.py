@@ -89,7 +89,7 @@ async def test_the_same_cycle_comes_out_the_same():
 
 async def test_cycles_differ_and_pass_the_default_gates():
     thresholds, found = Thresholds(), []
-    for number in range(25):
+    for number in range(16):
         design, training, backtest, assessment = await cycle(at_once(), Context(f"op_{number:016x}"))
         assert training_gate(training, thresholds).passed
         assert backtest_gate(backtest, thresholds).passed

@@ -82,9 +82,9 @@ def test_a_long_only_strategy_buys_above_its_threshold_or_stays_out():
     assert positions(STRATEGIES["trend_following"], parameters, CLOSES, [0.53, 0.52, 0.5, 0.1]) == [1, 0, 0, 0]
 
 
-def test_a_strategy_that_sells_short_does_so_below_its_threshold():
+def test_a_strategy_that_sells_short_does_so_below_the_opposite_threshold():
     parameters = middle("momentum") | {"threshold": 0.52}
-    assert positions(STRATEGIES["momentum"], parameters, CLOSES, [0.53, 0.5, 0.48, 0.47]) == [1, 0, 0, -1]
+    assert positions(STRATEGIES["momentum"], parameters, CLOSES, [0.53, 0.5, 0.48, 0.47]) == [1, 0, 0, -0.5]
 
 
 def test_volatility_targeting_takes_smaller_positions_when_prices_move_more():

@@ -20,7 +20,7 @@ from .support import BUDGETS, Running, Start
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """Nothing of whoever runs the tests."""
     for name in list(os.environ):
-        if name.startswith(("KTRDR_", "AGENT_", "PROMETHEUS_")):
+        if name.startswith(("KTRDR_", "AGENT_", "PROMETHEUS_", "OTEL_")):
             monkeypatch.delenv(name)
     return monkeypatch
 

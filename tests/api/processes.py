@@ -37,7 +37,7 @@ class Service:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.said: list[str] = []
-        clean = {n: v for n, v in os.environ.items() if not n.startswith(("KTRDR_", "AGENT_", "PROMETHEUS_"))}
+        clean = {n: v for n, v in os.environ.items() if not n.startswith(("KTRDR_", "AGENT_", "PROMETHEUS_", "OTEL_"))}
         self.process = subprocess.Popen(
             [sys.executable, "-c", MAIN, host, str(self.port), str(workers)],
             env={**clean, **{name: str(value) for name, value in environment.items()}},

@@ -22,7 +22,7 @@ from .keyspace import sums, today
 CLAUDE, GPT, EMBEDDING = "claude-haiku-4-5", "gpt-4.1-mini", "text-embedding-3-small"
 PRICES = {
     # Dollars per million tokens: input, output, read from a cache, written to it for 5 minutes, and for an hour.
-    # claude.com/pricing, platform.openai.com/docs/pricing, read 2026-11-23.
+    # As listed by genai-prices 0.2.3; Claude's also at platform.claude.com/docs/en/about-claude/pricing.
     CLAUDE: ("1", "5", "0.1", "1.25", "2"),
     GPT: ("0.4", "1.6", "0.1", "0.4", "0.4"),
     EMBEDDING: ("0.02", "0", "0.02", "0.02", "0.02"),
@@ -55,7 +55,7 @@ class Way:
     sdk: str
     call: Callable[..., Any]
     shape: str = "plain"
-    """``plain``, ``stream`` (is iterated), ``manager`` (is entered, and iterated) or ``bytes`` (is entered, and read)."""
+    """``plain``, ``stream`` (iterated), ``manager`` (entered, and iterated) or ``bytes`` (entered, and read)."""
 
     def __str__(self) -> str:
         return self.name
@@ -92,7 +92,9 @@ WAYS = [
     Way("chat.parse", "openai", lambda c, **o: c.chat.completions.parse(**_chat(**o))),
     Way("chat.raw", "openai", lambda c, **o: c.chat.completions.with_raw_response.create(**_chat(**o))),
     Way("responses.create", "openai", lambda c, **o: c.responses.create(**_response(**o))),
-    Way("responses.create-stream", "openai", lambda c, **o: c.responses.create(**_response(stream=True, **o)), "stream"),
+    Way(
+        "responses.create-stream", "openai", lambda c, **o: c.responses.create(**_response(stream=True, **o)), "stream"
+    ),
     Way("responses.stream", "openai", lambda c, **o: c.responses.stream(**_response(**o)), "manager"),
     Way("responses.parse", "openai", lambda c, **o: c.responses.parse(**_response(**o))),
     Way(
@@ -108,6 +110,19 @@ BASIC = [way for way in WAYS if way.name in ("messages.create", "chat.create", "
 BASIC_STREAMS = [way for way in STREAMS if way.name.endswith(".create-stream")]
 
 
+class Telling:
+    """A client whose methods are called with some arguments more, or others."""
+
+    def __init__(self, inner: Any, more: dict[str, Any]) -> None:
+        self._inner, self._more = inner, more
+
+    def __getattr__(self, name: str) -> Any:
+        return Telling(getattr(self._inner, name), self._more)
+
+    def __call__(self, **named: Any) -> Any:
+        return self._inner(**{**named, **self._more})
+
+
 async def take(way: Way, client: Any, *, items: int | None = None, **options: Any) -> list[Any]:
     """Makes the call and takes all that it gives, or so many items of its stream; sync or async."""
     made = way.call(client, **options)
@@ -121,7 +136,11 @@ async def take(way: Way, client: Any, *, items: int | None = None, **options: An
                 return [await opened.read()]
             return [item async for item in _first(opened, items)]
     with made as opened:
-        return [opened.read()] if way.shape == "bytes" else [item for item, _ in zip(opened, _counter(items))]
+        return (
+            [opened.read()]
+            if way.shape == "bytes"
+            else [item for _, item in zip(_counter(items), opened, strict=False)]
+        )
 
 
 async def _first(stream: Any, items: int | None) -> AsyncIterator[Any]:
@@ -185,7 +204,7 @@ def raw_client(sdk: str, is_async: bool, provider: LocalProvider, **options: Any
 async def guarded(
     sdk: str,
     is_async: bool,
-    provider: LocalProvider,
+    local: LocalProvider,
     server: Any,
     *,
     limit: str = "5.00",
@@ -194,12 +213,11 @@ async def guarded(
 ) -> AsyncIterator[Guarded]:
     """A guarded client with a limiter of its own on the server of the test."""
     limiter = (AsyncBudgetLimiter if is_async else BudgetLimiter)(server.url, [Budget("agent", limit)])
-    client = raw_client(sdk, is_async, provider, **(client_options or {}))
+    client = raw_client(sdk, is_async, local, **(client_options or {}))
     with server.client() as store:
         if is_async:
             async with limiter, client:
-                yield Guarded(sdk, is_async, provider, limiter, guard(client, limiter, **options), store)
+                yield Guarded(sdk, is_async, local, limiter, guard(client, limiter, **options), store)
         else:
             with limiter, client:
-                yield Guarded(sdk, is_async, provider, limiter, guard(client, limiter, **options), store)
-
+                yield Guarded(sdk, is_async, local, limiter, guard(client, limiter, **options), store)

@@ -50,6 +50,14 @@ class Prometheus:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(words, stdout=log, stderr=log)
         self._client = httpx.Client(base_url=f"http://{address}/api/v1", timeout=10)
+        wait_until(lambda: self._ready(f"http://{address}/-/ready"), 20)
+
+    def _ready(self, url: str) -> bool:
+        assert self._process.poll() is None, self._log.read_text()
+        try:
+            return self._client.get(url).is_success
+        except httpx.TransportError:
+            return False
 
     def end(self) -> None:
         self._client.close()
@@ -63,11 +71,7 @@ class Prometheus:
 
     def value(self, expression: str) -> float | None:
         """What an expression of one sample is now."""
-        try:
-            found = self.ask("/query", query=expression)["result"]
-        except httpx.TransportError:
-            assert self._process.poll() is None, self._log.read_text()
-            return None
+        found = self.ask("/query", query=expression)["result"]
         return float(found[0]["value"][1]) if found else None
 
     def series(self, expression: str, *, instant: bool, start: float, end: float) -> dict[str, list[float]]:

@@ -90,6 +90,14 @@ async def test_figures_are_those_of_the_store(server):
     }
 
 
+async def test_the_end_of_a_window_is_shown_where_it_has_one(server):
+    budgets = [Budget("agent", "5.00", timezone="Europe/Berlin"), Budget("grant", "100", period="ever")]
+    async with watched(server.url, budgets) as (limiter, metrics):
+        samples = await scrape(metrics)
+        ends = (await limiter.status("agent")).resets_at
+    assert named(samples, "ktrdr_budget_resets_timestamp_seconds") == {("agent", "usd"): ends.timestamp()}
+
+
 async def test_a_figure_is_read_when_it_is_asked_for(server):
     async with watched(server.url) as (_, metrics), AsyncBudgetLimiter(server.url, BUDGETS) as other:
         assert (await scrape(metrics))["agent_budget_remaining_dollars",] == 5

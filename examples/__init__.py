@@ -1,0 +1,1 @@
+"""Small programs around ktrdr-budget, and the local provider that they run against."""

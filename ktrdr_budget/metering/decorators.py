@@ -1,0 +1,149 @@
+"""``@budgeted("agent", estimate="0.15")``: a function that runs only if a budget has room for it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import wraps
+from typing import Any, TypeVar, cast
+
+from ktrdr_budget.engine import holds
+from ktrdr_budget.engine.amounts import Amounts, check_amounts
+from ktrdr_budget.engine.holds import HoldBase, OnError, check_on_error
+from ktrdr_budget.errors import InvalidArgument
+from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
+from ktrdr_budget.metering.defaults import default_async_limiter, default_limiter, set_default_limiter
+from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, check_name, check_ttl_ms
+from ktrdr_budget.money import AmountIn
+from ktrdr_budget.sync import BudgetLimiter, Hold
+
+__all__ = ["budgeted", "current_hold", "set_default_limiter"]
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Limiter = AsyncBudgetLimiter | BudgetLimiter
+
+
+def budgeted(
+    budget: str | Mapping[str, AmountIn],
+    estimate: AmountIn | Callable[..., AmountIn] | None = None,
+    *,
+    cost: Callable[[Any], Amounts] | None = None,
+    limiter: Limiter | Callable[[], Limiter] | None = None,
+    ttl: float = TTL_DEFAULT_S,
+    on_expiry: OnExpiry = "charge",
+    on_error: OnError = "release",
+    operation: str | None = None,
+) -> Callable[[Function], Function]:
+    """Holds an estimate while a function runs, sync or async, and commits what it cost.
+
+    What it cost is what ``cost`` reads from its result; else what was accrued, by metered or guarded calls inside or by
+    ``current_hold().accrue("0.03")``; else the estimate. A function that raises commits what was accrued, or nothing.
+
+    Args:
+        budget: a name with ``estimate``, or a mapping of names to estimates.
+        estimate: dollars or a count, or a function of the same arguments that tells it.
+        cost: tells the cost from the function's result, as an amount or a mapping.
+        limiter: an :class:`AsyncBudgetLimiter` for async functions, a :class:`BudgetLimiter` for others, or a function
+            that returns it; by default what :func:`set_default_limiter` was given, or one made from the environment.
+        operation: a label for the ledger; by default the function's name.
+        ttl, on_expiry, on_error: as for ``limiter.hold(...)``.
+
+    Raises:
+        InvalidArgument: an argument is not usable, or the function is a generator.
+        BudgetExceeded: when the function is called: there is no room; it has not run.
+    """
+    _check(budget, estimate, ttl, on_error)
+
+    def amount_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> AmountIn | None:
+        return estimate(*arguments, **named) if callable(estimate) else estimate
+
+    def decorate(function: Function) -> Function:
+        if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
+            raise InvalidArgument(f"{function.__qualname__} is a generator: use limiter.hold(...) inside it")
+        label = function.__qualname__ if operation is None else operation
+        options: dict[str, Any] = {"ttl": ttl, "on_expiry": on_expiry, "on_error": on_error, "operation": label[:256]}
+        is_async = inspect.iscoroutinefunction(function)
+        if isinstance(limiter, (AsyncBudgetLimiter, BudgetLimiter)):
+            _check_kind(limiter, is_async, function)
+
+        if is_async:
+
+            @wraps(function)
+            async def run_async(*arguments: Any, **named: Any) -> Any:
+                chosen = _chosen(limiter, is_async, function)
+                async with chosen.hold(budget, amount_of(arguments, named), **options) as hold:
+                    result = await function(*arguments, **named)
+                    if cost is not None:
+                        await hold.commit(_told(cost, result, hold))
+                    return result
+
+            return cast(Function, run_async)
+
+        @wraps(function)
+        def run(*arguments: Any, **named: Any) -> Any:
+            chosen = _chosen(limiter, is_async, function)
+            with chosen.hold(budget, amount_of(arguments, named), **options) as hold:
+                result = function(*arguments, **named)
+                if cost is not None:
+                    hold.commit(_told(cost, result, hold))
+                return result
+
+        return cast(Function, run)
+
+    return decorate
+
+
+def current_hold() -> AsyncHold | Hold:
+    """The innermost hold around this task or thread: of ``limiter.hold(...)``, ``@budgeted`` or ``hold_budget``.
+
+    Raises:
+        InvalidArgument: there is none.
+    """
+    hold = holds.current_hold.get()
+    if not isinstance(hold, (AsyncHold, Hold)):
+        raise InvalidArgument("there is no hold around this")
+    return hold
+
+
+def _check(budget: object, estimate: object, ttl: float, on_error: object) -> None:
+    check_ttl_ms(ttl)
+    check_on_error(on_error)
+    if isinstance(budget, str):
+        check_name(budget, "budget name")
+        if estimate is None:
+            raise InvalidArgument(f"no estimate given for {budget!r}")
+    elif not isinstance(budget, Mapping) or not budget:
+        raise InvalidArgument("budget must be a name, or a mapping of names to estimates")
+    elif estimate is not None:
+        raise InvalidArgument("the estimates are in the mapping; give no other")
+    if not callable(estimate):
+        check_amounts(cast(Amounts, budget if estimate is None else estimate))
+
+
+def _told(cost: Callable[[Any], Amounts], result: Any, hold: HoldBase) -> Amounts:
+    """What a function cost. If that cannot be told the estimate counts, for the work is done."""
+    try:
+        amounts = cost(result)
+        check_amounts(amounts)
+    except BaseException:
+        hold.adjust({window.budget: units for window, units in hold.parts})
+        raise
+    return amounts
+
+
+def _chosen(limiter: Limiter | Callable[[], Limiter] | None, is_async: bool, function: Callable[..., Any]) -> Any:
+    if limiter is None:
+        return default_async_limiter() if is_async else default_limiter()
+    if isinstance(limiter, (AsyncBudgetLimiter, BudgetLimiter)):
+        return limiter
+    return _check_kind(limiter(), is_async, function)
+
+
+def _check_kind(limiter: object, is_async: bool, function: Callable[..., Any]) -> object:
+    wanted = AsyncBudgetLimiter if is_async else BudgetLimiter
+    if not isinstance(limiter, wanted):
+        kind = "an async" if is_async else "a sync"
+        raise InvalidArgument(
+            f"{function.__qualname__} is {kind} function: its limiter must be a {wanted.__name__}, not {limiter!r}"
+        )
+    return limiter

@@ -1,0 +1,167 @@
+"""Anthropic's Messages API, as the SDK ``anthropic`` speaks it.
+
+Sources: the types and docstrings of the SDK, version 2.12; of images,
+platform.claude.com/docs/en/build-with-claude/vision.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, InputBound, output_bound
+from ktrdr_budget.metering.guards.dialect import Ear, Route
+from ktrdr_budget.metering.usage import Usage
+
+__all__ = ["AnthropicDialect"]
+
+IMAGE_TOKENS_MAX = 5_000
+"""An image is a token for each 28 x 28 pixels, and is scaled down to at most 2,576 pixels first: 4,784 tokens."""
+CLIENT_TOOL_TOKENS_MAX = 1_500
+"""The definition of a tool that the provider knows and the caller runs: an assumption, on the safe side."""
+
+_MESSAGES = re.compile(r"/v1/messages/?$")
+_FREE = re.compile(
+    r"/v1/(messages/count_tokens|messages/batches/[^/]+/cancel|files|organizations/.*|skills(/.*)?|user_profiles(/.*)?)/?$"
+)
+_CLIENT_TOOLS = ("bash_", "text_editor_", "memory_", "computer_2")
+_READABLE = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "search_result", "tool_reference")
+_UNBOUNDED = ("container", "mcp_servers", "fallbacks", "fallback_credit_token", "compaction", "inference_geo")
+_SHOWS_ALL = re.compile(r"claude-(2|3|v1|instant|(haiku|opus|sonnet)-4(-[0-5])?(-\d{8})?$)")
+"""Models that do not think unless they are told to; others may, by themselves."""
+
+
+class AnthropicDialect:
+    """See :class:`~.dialect.Dialect`."""
+
+    def route(self, method: str, path: str) -> Route:
+        """Only messages are metered; what may spend otherwise (batches, sessions, …) is refused."""
+        if method != "POST" or _FREE.search(path):
+            return "free"
+        return "messages" if _MESSAGES.search(path) else "refused"
+
+    def bound(self, route: Route, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
+        """See :meth:`Dialect.bound`."""
+        model = str(body.get("model") or "")
+        found = InputBound(options, size)
+        for name in _UNBOUNDED:
+            if body.get(name) not in (None, [], {}, "global"):
+                found.refuse(f"{name!r}")
+        if "compact" in str(body.get("context_management") or ""):
+            found.refuse("compaction")
+        if body.get("thread") is not None:
+            found.unseen("a stored thread")
+        for tool in body.get("tools") or []:
+            _bound_tool(found, tool)
+        for content in (body.get("system"), *(message.get("content") for message in body.get("messages") or [])):
+            for block in _blocks(content):
+                _bound_block(found, block)
+        output, changes = output_bound(options, model, body.get("max_tokens"), "max_tokens")
+        return Bound(
+            model=model,
+            input_tokens_max=found.total(),
+            output_tokens_max=output,
+            service_tier=_asked_tier(body),
+            hidden_output=_hides_output(model, body.get("thinking")),
+            changes=changes,
+        )
+
+    def ear(self, route: Route, bound: Bound) -> Ear:
+        """See :meth:`Dialect.ear`."""
+        return _MessagesEar(bound)
+
+
+def _bound_tool(found: InputBound, tool: dict[str, Any]) -> None:
+    kind = tool.get("type")
+    if kind in (None, "custom"):
+        return
+    if str(kind).startswith(_CLIENT_TOOLS):
+        found.add(CLIENT_TOOL_TOKENS_MAX)
+    else:
+        found.refuse(f"the tool {kind!r}, which the provider runs,")
+
+
+def _blocks(content: Any) -> Iterator[dict[str, Any]]:
+    """The blocks of a message, and those inside of them."""
+    for block in content if isinstance(content, list) else ():
+        if isinstance(block, dict):
+            yield block
+            if block.get("type") == "tool_result":
+                yield from _blocks(block.get("content"))
+            source = block.get("source")
+            if block.get("type") == "document" and isinstance(source, dict) and source.get("type") == "content":
+                yield from _blocks(source.get("content"))
+
+
+def _bound_block(found: InputBound, block: dict[str, Any]) -> None:
+    kind = str(block.get("type"))
+    source = block.get("source")
+    if not isinstance(source, dict):
+        source = {}
+    if kind == "image":
+        found.replace(source.get("data") if source.get("type") == "base64" else None, IMAGE_TOKENS_MAX)
+    elif kind == "document":
+        if source.get("type") not in ("text", "content"):
+            found.replace(source.get("data"), 0)
+            found.unseen("a document")
+    elif kind == "container_upload":
+        found.refuse("a container")
+    elif kind not in _READABLE and not kind.endswith(("_tool_result", "tool_use")):
+        found.unseen(f"a block of type {kind!r}")
+
+
+def _asked_tier(body: dict[str, Any]) -> str | None:
+    if body.get("speed") == "fast":
+        return "fast"
+    return "" if body.get("service_tier") == "standard_only" else None
+
+
+def _hides_output(model: str, thinking: Any) -> bool:
+    """Thoughts are billed in full, and shown as a summary or not at all."""
+    if isinstance(thinking, dict):
+        return thinking.get("type") != "disabled"
+    return not _SHOWS_ALL.search(model)
+
+
+class _MessagesEar(Ear):
+    def __init__(self, bound: Bound) -> None:
+        super().__init__(bound)
+        self._told: dict[str, Any] = {}
+
+    def document(self, answer: dict[str, Any]) -> None:
+        self._learn(answer.get("usage"))
+        self.final = self.usage is not None
+
+    def event(self, event: dict[str, Any]) -> None:
+        kind = event.get("type")
+        if kind == "message_start":
+            self._learn((event.get("message") or {}).get("usage"))
+        elif kind == "message_delta" and event.get("usage"):
+            self._learn(event["usage"])
+            # Its figures are totals, and it comes when the model has finished.
+            self.final = self.usage is not None and bool((event.get("delta") or {}).get("stop_reason"))
+
+    def _learn(self, usage: Any) -> None:
+        if not isinstance(usage, dict):
+            return
+        # A later event leaves out what it does not change.
+        self._told |= {name: value for name, value in usage.items() if value is not None}
+        self.usage = _usage(self._told)
+
+
+def _usage(told: dict[str, Any]) -> Usage:
+    read = int(told.get("cache_read_input_tokens", 0))
+    written = int(told.get("cache_creation_input_tokens", 0))
+    by_ttl = told.get("cache_creation") or {}
+    searches = (told.get("server_tool_use") or {}).get("web_search_requests") or 0
+    tier = "fast" if told.get("speed") == "fast" else str(told.get("service_tier", ""))
+    return Usage(
+        input_tokens=int(told.get("input_tokens", 0)) + read + written,
+        output_tokens=int(told.get("output_tokens", 0)),
+        cache_read_tokens=read,
+        cache_write_tokens=written,
+        cache_write_1h_tokens=min(int(by_ttl.get("ephemeral_1h_input_tokens") or 0), written),
+        service_tier="" if tier == "standard" else tier,
+        other={"web_searches": searches} if searches else {},
+    )

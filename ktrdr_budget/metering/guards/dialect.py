@@ -1,0 +1,189 @@
+"""What a guard must know of a provider: which requests spend, what they may cost, and how answers tell the usage."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, Protocol
+
+from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, text_bytes
+from ktrdr_budget.metering.usage import Usage
+
+__all__ = ["Dialect", "Ear", "Listener", "Route"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+Route = Literal["free", "refused"] | str
+"""``free``, ``refused``, or the name of the endpoint that is metered."""
+
+_EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
+_TELLS = re.compile(rb'"usage"\s*:\s*\{|"finish_reason"\s*:\s*"')
+"""An event that may tell the usage, or the end. Within a text these quotes would be escaped."""
+
+
+class Dialect(Protocol):
+    """One provider."""
+
+    def route(self, method: str, path: str) -> Route:
+        """What is to be done with a request."""
+        ...
+
+    def bound(self, route: Route, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
+        """What a request can use at most; ``size``: its bytes.
+
+        Raises:
+            UnmeteredCall: that cannot be told.
+        """
+        ...
+
+    def ear(self, route: Route, bound: Bound) -> Ear:
+        """What listens to the answer."""
+        ...
+
+
+class Ear:
+    """Hears the usage in an answer's JSON. One for each attempt of a call."""
+
+    def __init__(self, bound: Bound) -> None:
+        self.bound = bound
+        self.usage: Usage | None = None
+        """What was told last."""
+        self.final = False
+        """Whether that is the last word."""
+        self.ending = False
+        """The model has finished, and the usage is about to come."""
+
+    def document(self, answer: dict[str, Any]) -> None:
+        """A whole answer."""
+        raise NotImplementedError
+
+    def event(self, event: dict[str, Any]) -> None:
+        """One event of a stream."""
+        raise NotImplementedError
+
+    def is_usage_only(self, event: dict[str, Any]) -> bool:
+        """Whether an event tells the usage and nothing else."""
+        return False
+
+
+class Listener:
+    """Listens to the bytes of an answer as they pass by.
+
+    Args:
+        events: it is a stream of server-sent events, and not one JSON document.
+        unseen_output_tokens: what a provider may have made beyond what arrived, if a stream breaks off.
+    """
+
+    def __init__(self, ear: Ear, *, events: bool, unseen_output_tokens: int) -> None:
+        self._ear = ear
+        self._events = events
+        self._unseen = unseen_output_tokens
+        self._buffer = b""
+        self._passed: list[bytes] = []
+        """Events that told nothing: read again only if an estimate is needed."""
+        self.deaf = False
+        """The answer is encoded in a way that cannot be read."""
+
+    @property
+    def usage(self) -> Usage | None:
+        """What was told last."""
+        return self._ear.usage
+
+    @property
+    def final(self) -> bool:
+        """Whether that is the last word."""
+        return self._ear.final
+
+    @property
+    def ending(self) -> bool:
+        """The usage is about to come."""
+        return self._ear.ending and not self._ear.final
+
+    def hear(self, data: bytes) -> bytes:
+        """Takes what arrived; returns what the caller is to see."""
+        if self.deaf:
+            return data
+        if not self._events:
+            self._buffer += data
+            return data
+        hides = self._ear.bound.hide_usage
+        shown = b"" if hides else data
+        for event in self._split(data):
+            told = self._event(event)
+            if hides and (told is None or not self._ear.is_usage_only(told)):
+                shown += event
+        return shown
+
+    def end(self) -> bytes:
+        """All has arrived; returns what the caller is still to see."""
+        rest, self._buffer = self._buffer, b""
+        if self.deaf:
+            return b""
+        if not self._events:
+            answer = _parsed(rest)
+            if answer is not None:
+                self._tell(self._ear.document, answer)
+            return b""
+        self._event(rest)
+        return rest if self._ear.bound.hide_usage else b""
+
+    def estimate(self) -> Usage:
+        """What an answer that broke off has used at most, as far as that can be told; no input if none was told."""
+        bound, known = self._ear.bound, self._ear.usage or Usage()
+        most = bound.output_tokens_max
+        if self._events and not self.deaf and not bound.hidden_output:
+            seen_bytes = sum(_delta_bytes(told) for told in map(_data, self._passed) if told is not None)
+            most = min(most, seen_bytes + self._unseen * bound.choices)
+        return Usage(
+            known.input_tokens,
+            max(known.output_tokens, most),
+            known.cache_read_tokens,
+            known.cache_write_tokens,
+            known.cache_write_1h_tokens,
+            known.service_tier,
+            known.other,
+        )
+
+    def _split(self, data: bytes) -> Iterator[bytes]:
+        self._buffer += data
+        begin = 0
+        for found in _EVENT_END.finditer(self._buffer):
+            yield self._buffer[begin : found.end()]
+            begin = found.end()
+        self._buffer = self._buffer[begin:]
+
+    def _event(self, event: bytes) -> dict[str, Any] | None:
+        self._passed.append(event)
+        told = _data(event) if _TELLS.search(event) else None
+        if told is not None:
+            self._tell(self._ear.event, told)
+        return told
+
+    def _tell(self, ear: Callable[[dict[str, Any]], None], told: dict[str, Any]) -> None:
+        try:
+            ear(told)
+        except (TypeError, ValueError, AttributeError, KeyError):
+            # The answer is the caller's, however odd; what it does not tell is estimated.
+            logger.warning("a provider told its usage in an unknown way")
+
+
+def _data(event: bytes) -> dict[str, Any] | None:
+    return _parsed(b"\n".join([line[5:] for line in event.splitlines() if line.startswith(b"data:")]))
+
+
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    try:
+        value = json.loads(data) if data else None
+    except ValueError:
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _delta_bytes(event: dict[str, Any]) -> int:
+    """Bytes of what the model made, in one event."""
+    choices = event.get("choices")
+    if isinstance(choices, list):
+        return text_bytes([choice.get("delta") or choice.get("text") for choice in choices if isinstance(choice, dict)])
+    return text_bytes(event.get("delta")) + text_bytes(event.get("content_block"))

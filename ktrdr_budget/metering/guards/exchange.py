@@ -1,0 +1,150 @@
+"""One call of an SDK's method: the attempts that the SDK makes for it, and the meter's calls that pay for them.
+
+::
+
+    request(...) of the client            one Exchange
+      └─ send(...) of its HTTP client     one attempt: reserve -> send -> settle, or hand over to the stream
+           rejected (4xx, 529, never sent)      the reservation serves the next attempt, and is released at the end
+           unknown (timeout, cut off, 5xx)      the reservation is kept: the provider may have worked; the next
+                                                attempt needs one of its own
+           answered                             the reported usage is committed
+"""
+
+from __future__ import annotations
+
+import json
+from contextvars import ContextVar
+from typing import Any
+
+from ktrdr_budget.errors import UnmeteredCall
+from ktrdr_budget.metering.calls import Call
+from ktrdr_budget.metering.draws import Steps
+from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions
+from ktrdr_budget.metering.guards.dialect import Dialect, Listener
+
+__all__ = ["Exchange", "Refused", "current_exchange", "judge_error", "judge_status"]
+
+_NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
+
+current_exchange: ContextVar[Exchange | None] = ContextVar("ktrdr_budget_exchange", default=None)
+
+
+class Refused(BaseException):
+    """Carries an error through the SDK to the caller: no ``except Exception`` on the way may retry or rename it."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(error)
+        self.error = error
+
+
+def judge_status(status: int) -> str:
+    """What an answer's status says: ``answered``, ``rejected`` (nothing is billed) or ``unknown``."""
+    if 200 <= status < 300:
+        return "answered"
+    # 408 and 499 mean that somebody stopped waiting, not that nobody worked.
+    return "rejected" if status == 529 or (status < 500 and status not in (408, 499)) else "unknown"
+
+
+def judge_error(error: BaseException) -> str:
+    """What a failure to get an answer says: ``rejected`` if the request never left, else ``unknown``."""
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    return "rejected" if kinds & _NEVER_SENT else "unknown"
+
+
+class Exchange:
+    """See the module. Does no I/O: the taps do, sync and async."""
+
+    def __init__(self, dialect: Dialect, options: GuardOptions) -> None:
+        self.dialect = dialect
+        self.options = options
+        self.call: Call | None = None
+        """An open reservation that waits for the next attempt, or for the end."""
+        self._bound: Bound | None = None
+        self._route = ""
+
+    def prepare(self, request: Any, *, stream: bool) -> tuple[Any, Bound | None]:
+        """The request as it is to be sent, and its bound; ``None`` if it is free, or let through unmetered.
+
+        Raises:
+            Refused: it may not be sent.
+        """
+        path = request.url.path
+        route = self.dialect.route(request.method, path)
+        if route == "free":
+            return request, None
+        if route == "refused":
+            if self.options.allow_unmetered:
+                return request, None
+            raise Refused(
+                UnmeteredCall(f"{path} is not metered: guard(allow_unmetered=True) lets it through unmetered")
+            )
+        try:
+            content = request.content
+            body = json.loads(content)
+            if not isinstance(body, dict):
+                raise TypeError
+        except (ValueError, TypeError, RuntimeError):
+            raise Refused(UnmeteredCall(f"the body of a request to {path} is no JSON object")) from None
+        try:
+            bound = self.dialect.bound(route, body, len(content), self.options)
+        except UnmeteredCall as error:
+            raise Refused(error) from None
+        except (AttributeError, TypeError, ValueError, KeyError):
+            raise Refused(UnmeteredCall(f"a request to {path} has an unknown shape")) from None
+        self._route = route
+        if bound.changes:
+            request = _with_body(request, {**body, **bound.changes})
+        if stream:
+            # What arrives is read as it passes by, so it must not be compressed.
+            request.headers["accept-encoding"] = "identity"
+        return request, bound
+
+    def reserve(self, bound: Bound) -> Steps[Call]:
+        """The reservation for an attempt: the one that waits, if it was for the same, or a new one.
+
+        Raises:
+            BudgetExceeded, UnknownPrice, StoreUnavailable: as for :class:`Call`.
+        """
+        if self._bound is not None and not self._bound.covers(bound):
+            yield from self.give_back()
+        if self.call is None:
+            self._bound = bound
+            call = self.options.meter.call(
+                provider=self.options.provider,
+                model=bound.model,
+                input_tokens_max=bound.input_tokens_max,
+                output_tokens_max=bound.output_tokens_max,
+                operation=bound.operation,
+                service_tier=bound.service_tier,
+                current=False,
+            )
+            yield from call._enter()
+            self.call = call
+        return self.call
+
+    def keep(self, error: BaseException | None) -> Steps[None]:
+        """Nobody knows whether the provider worked: what was reserved stays, and is charged when it comes due."""
+        call, self.call = self.call, None
+        if call is not None:
+            call.unknown()
+            yield from call._leave(error)
+
+    def give_back(self) -> Steps[None]:
+        """The provider did not accept the last attempt, and there is no other."""
+        call, self.call = self.call, None
+        if call is not None:
+            call.rejected()
+            yield from call._leave(None)
+
+    def listener(self, bound: Bound, response: Any) -> Listener:
+        """What listens to an answer."""
+        events = response.headers.get("content-type", "").startswith("text/event-stream")
+        ear = self.dialect.ear(self._route, bound)
+        return Listener(ear, events=events, unseen_output_tokens=self.options.unseen_output_tokens)
+
+
+def _with_body(request: Any, body: dict[str, Any]) -> Any:
+    """The same request with another body; of httpx or httpx2, as the client sends."""
+    headers = [pair for pair in request.headers.multi_items() if pair[0] not in ("content-length", "transfer-encoding")]
+    content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    return type(request)(request.method, request.url, headers=headers, content=content, extensions=request.extensions)

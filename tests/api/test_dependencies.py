@@ -1,0 +1,292 @@
+"""`Depends(hold_budget(...))` in an app of somebody else's."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from decimal import Decimal
+from typing import Annotated
+
+import httpx
+import pytest
+from fastapi import Depends, FastAPI, HTTPException, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+from ktrdr_budget import AsyncBudgetLimiter, AsyncHold, Budget, BudgetLimiter, InvalidArgument, UnknownBudget
+from ktrdr_budget.api import BudgetProblem, hold_budget
+from ktrdr_budget.metering.decorators import current_hold, set_default_limiter
+from ktrdr_budget.metering.meter import Meter
+from ktrdr_budget.metering.prices import ModelPrice, Prices
+from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget.money import to_units
+
+from ..helpers.keyspace import ledger_sum, sums
+
+BUDGETS = [Budget("agent", "1.00"), Budget("calls", 1, unit="requests")]
+MODEL = {"provider": "acme", "model": "road", "input_tokens_max": 10, "output_tokens_max": 1000}
+
+
+@pytest.fixture
+async def limiter(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture
+def app(limiter):
+    set_default_limiter(limiter)
+    yield FastAPI()
+    set_default_limiter(None)
+
+
+@asynccontextmanager
+async def visiting(app) -> AsyncIterator[httpx.AsyncClient]:
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as made:
+        yield made
+
+
+async def ask(app, path: str = "/", method: str = "POST") -> httpx.Response:
+    async with visiting(app) as visitor:
+        return await visitor.request(method, path)
+
+
+def figures(client, budget="agent") -> tuple[int, int]:
+    found = sums(client, budget)
+    assert found["unconfirmed"] == 0
+    assert ledger_sum(client, budget) == found["spent"]
+    return found["spent"], found["held"]
+
+
+# -- what a route costs ------------------------------------------------------------------------------------------------
+
+
+async def test_a_route_that_says_nothing_costs_its_estimate(app, client, limiter):
+    @app.post("/research/{topic}", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
+    async def research(topic: str) -> str:
+        assert figures(client) == (0, to_units("0.15"))
+        return topic
+
+    answer = await ask(app, "/research/rain")
+    assert (answer.status_code, answer.json()) == (200, "rain")
+    assert figures(client) == (to_units("0.15"), 0)
+    assert [entry.operation for entry in await limiter.ledger("agent")] == ["POST /research/{topic}"]
+
+
+async def test_a_route_accrues_what_it_costs(app, client):
+    @app.post("/")
+    async def research(hold: Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]) -> str:
+        assert current_hold() is hold
+        hold.accrue("0.02")
+        return "done"
+
+    assert (await ask(app)).status_code == 200
+    assert figures(client) == (to_units("0.02"), 0)
+
+
+async def test_a_plain_function_accrues_what_it_costs(app, client):
+    @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
+    def research() -> None:
+        current_hold().accrue("0.02")
+
+    assert (await ask(app)).status_code == 200
+    assert figures(client) == (to_units("0.02"), 0)
+
+
+async def test_metered_calls_of_a_route_draw_from_its_hold(app, client, limiter):
+    meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 10, 50)]))
+
+    @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
+    async def research() -> None:
+        async with meter.call(**MODEL) as call:
+            assert call.hold is None
+            call.finish(Usage(10, 2))
+
+    assert (await ask(app)).status_code == 200
+    assert figures(client) == (200_000, 0)
+
+
+async def test_a_stream_is_paid_when_it_has_been_sent(app, client):
+    @app.post("/")
+    async def research(hold: Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]) -> StreamingResponse:
+        async def words() -> AsyncIterator[str]:
+            for word in ("it ", "rains"):
+                hold.accrue("0.01")
+                assert figures(client) == (0, to_units("0.15"))
+                yield word
+
+        return StreamingResponse(words())
+
+    assert (await ask(app)).text == "it rains"
+    assert figures(client) == (to_units("0.02"), 0)
+
+
+@pytest.mark.parametrize(("accrued", "spent"), [("0", "0"), ("0.02", "0.02")])
+@pytest.mark.parametrize("error", [HTTPException(404, "nothing"), ValueError("broken")])
+async def test_a_route_that_raises_costs_what_it_accrued(app, client, accrued, spent, error):
+    @app.post("/")
+    async def research(hold: Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]) -> None:
+        hold.accrue(accrued)
+        raise error
+
+    if isinstance(error, HTTPException):
+        assert (await ask(app)).status_code == 404
+    else:
+        with pytest.raises(ValueError, match="broken"):
+            await ask(app)
+    assert figures(client) == (to_units(spent), 0)
+
+
+async def test_a_visitor_who_leaves_pays_what_was_accrued(app, client):
+    begun = asyncio.Event()
+
+    @app.post("/")
+    async def research(hold: Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]) -> None:
+        hold.accrue("0.02")
+        begun.set()
+        await asyncio.Event().wait()
+
+    task = asyncio.create_task(ask(app))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert figures(client) == (to_units("0.02"), 0)
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_route_without_room_answers_429_as_a_problem_document(app, client, limiter):
+    ran = False
+
+    @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
+    async def research() -> None:
+        nonlocal ran
+        ran = True
+
+    await limiter.record("agent", "0.90")
+    answer = await ask(app)
+    assert (answer.status_code, answer.headers["content-type"]) == (429, "application/problem+json")
+    assert int(answer.headers["retry-after"]) > 0
+    document = answer.json()
+    assert document | {"retry_after": 1} == {
+        "type": "urn:ktrdr-budget:problem:budget-exceeded",
+        "title": "A budget has no room",
+        "status": 429,
+        "detail": "agent: budget_exhausted ($0.10 remaining, need $0.15)",
+        "code": "budget-exceeded",
+        "budget": "agent",
+        "unit": "usd",
+        "reason": "budget_exhausted",
+        "limit": "1.00",
+        "spent": "0.90",
+        "held": "0.00",
+        "unconfirmed": "0.00",
+        "remaining": "0.10",
+        "requested": "0.15",
+        "fits": "0.10",
+        "retry_after": 1,
+    }
+    assert not ran
+    assert figures(client) == (to_units("0.90"), 0)
+
+
+async def test_a_budget_of_requests_is_a_rate_limit(app):
+    @app.get("/", dependencies=[Depends(hold_budget("calls", estimate=1))])
+    async def look() -> None: ...
+
+    assert (await ask(app, method="GET")).status_code == 200
+    answer = await ask(app, method="GET")
+    assert answer.status_code == 429
+    assert answer.headers["ratelimit-policy"] == '"calls";q=1;w=86400'
+
+
+async def test_a_call_that_is_denied_inside_a_route_answers_429_too(app, client, limiter):
+    meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 10, 50)]))
+
+    @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.01"))])
+    async def research() -> None:
+        async with meter.call(**MODEL | {"output_tokens_max": 100_000}):
+            raise AssertionError
+
+    answer = await ask(app)
+    assert (answer.status_code, answer.headers["content-type"]) == (429, "application/problem+json")
+    assert answer.json()["requested"] == "4.9901"
+    assert figures(client) == (0, 0)
+
+
+async def test_a_store_that_does_not_answer_is_503(start_server):
+    own = start_server()
+    app = FastAPI()
+    async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.1) as limiter:
+
+        @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15", limiter=limiter))])
+        async def research() -> None: ...
+
+        own.kill()
+        answer = await ask(app)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert answer.json()["code"] == "store-unavailable"
+
+
+async def test_a_store_that_is_away_when_a_route_ends_does_not_take_its_answer(start_server, caplog):
+    own = start_server()
+    app = FastAPI()
+    async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.1) as limiter:
+
+        @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15", limiter=limiter))])
+        async def research() -> str:
+            own.kill()
+            return "done"
+
+        assert (await ask(app)).json() == "done"
+    assert "could not be settled" in caplog.text
+
+
+async def test_an_unknown_budget_is_the_app_s_own_mistake(app):
+    @app.post("/", dependencies=[Depends(hold_budget("nothing", estimate="0.15"))])
+    async def research() -> None: ...
+
+    with pytest.raises(UnknownBudget):  # as any other bug
+        await ask(app)
+
+
+async def test_an_app_may_answer_in_its_own_way(app, limiter):
+    @app.exception_handler(BudgetProblem)
+    async def sorry(request: Request, error: BudgetProblem) -> JSONResponse:
+        return JSONResponse({"sorry": error.problem.code}, error.status_code)
+
+    @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="2"))])
+    async def research() -> None: ...
+
+    answer = await ask(app)
+    assert (answer.status_code, answer.json()) == (429, {"sorry": "budget-exceeded"})
+
+
+# -- which limiter -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_limiter_may_be_found_by_the_request(client, limiter):
+    app = FastAPI()
+    app.state.limiter = limiter
+    depends = hold_budget({"agent": "0.15", "calls": 1}, limiter=lambda request: request.app.state.limiter)
+
+    @app.post("/", dependencies=[Depends(depends)])
+    async def research() -> None: ...
+
+    assert (await ask(app)).status_code == 200
+    assert (figures(client), figures(client, "calls")) == ((to_units("0.15"), 0), (1, 0))
+
+
+def test_arguments_that_are_not_usable_are_refused(server):
+    with BudgetLimiter(server.url, BUDGETS) as limiter:
+        for options in ({"limiter": limiter}, {"ttl": 0}, {"on_error": "ignore"}):
+            with pytest.raises(InvalidArgument):
+                hold_budget("agent", estimate=Decimal("0.15"), **options)

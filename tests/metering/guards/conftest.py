@@ -1,0 +1,53 @@
+"""The local provider, and clients of the real SDKs that are guarded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+
+from examples.local_provider import LocalProvider
+from ktrdr_budget.telemetry import spans
+
+from ...helpers.guarded import guarded
+from ...helpers.recorded_spans import Recorded
+
+
+@pytest.fixture(scope="session")
+def _running_provider() -> Iterator[LocalProvider]:
+    with LocalProvider() as provider:
+        yield provider
+
+
+@pytest.fixture
+def provider(_running_provider: LocalProvider) -> LocalProvider:
+    """A provider that has billed nothing."""
+    _running_provider.clear()
+    return _running_provider
+
+
+@pytest.fixture(params=[False, True], ids=["sync", "async"])
+def is_async(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def guarded_client(provider: LocalProvider, server: Any) -> Callable[..., Any]:
+    """``guarded_client(sdk, is_async, **options)``: see :func:`guarded`."""
+    return lambda sdk, is_async, **options: guarded(sdk, is_async, provider, server, **options)
+
+
+@pytest.fixture
+def opened(guarded_client: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
+    """The same for both kinds of client: ``opened(sdk, **options)``."""
+    return lambda sdk, **options: partial(guarded_client, is_async=is_async)(sdk, **options)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """The spans of the package, as if this process had a tracer provider."""
+    found = Recorded()
+    monkeypatch.setattr(spans, "_tracer", found.tracer)
+    return found

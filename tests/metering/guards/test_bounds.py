@@ -1,0 +1,222 @@
+"""What a request may use at most: no less than a provider could count, or a clear refusal."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from examples.local_provider import LocalProvider, Scene
+from examples.wire_formats import FORMATS
+from ktrdr_budget import Budget, BudgetLimiter
+from ktrdr_budget.metering.guards import UnmeteredCall
+from ktrdr_budget.metering.guards.anthropic import AnthropicDialect
+from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions
+from ktrdr_budget.metering.guards.openai import OpenAIDialect
+from ktrdr_budget.metering.meter import Meter
+
+from ...helpers.guarded import BASIC, CLAUDE, GPT, MESSAGES, Telling, Way, take
+
+LIMITER = BudgetLimiter("redis://127.0.0.1:1", [Budget("agent", "1.00")])  # never asked
+METER = Meter(LIMITER, ["agent"])
+PIXELS = "A" * 400_000
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PIXELS}}
+PDF = {"type": "document", "source": {"type": "base64", "media_type": "application/pdf", "data": PIXELS}}
+NOTE = {"type": "document", "source": {"type": "text", "media_type": "text/plain", "data": "a note"}}
+DATA_URL = f"data:image/png;base64,{PIXELS}"
+
+
+def bound(route: str, body: dict[str, Any], **options: Any) -> Bound:
+    dialect = AnthropicDialect() if route == "messages" else OpenAIDialect()
+    provider = "anthropic" if route == "messages" else "openai"
+    told = {"max_tokens": 100} if route == "messages" else {}
+    body = {"model": CLAUDE if route == "messages" else GPT, **told, **body}
+    size = len(json.dumps(body, ensure_ascii=False).encode())
+    return dialect.bound(route, body, size, GuardOptions(METER, provider, **options))
+
+
+def user(*blocks: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": list(blocks)}]}
+
+
+def asked(*parts: Any) -> dict[str, Any]:
+    return {"input": [{"type": "message", "role": "user", "content": list(parts)}]}
+
+
+texts = st.text(st.characters(codec="utf-8"), max_size=60)
+
+
+@settings(max_examples=60)
+@given(texts, texts)
+def test_input_is_no_more_than_a_tokenizer_that_makes_a_token_of_each_byte_would_count(system: str, text: str) -> None:
+    bytes_read = len((system + text).encode())
+    for route, body in (
+        ("messages", {"system": system, **user({"type": "text", "text": text})}),
+        ("chat/completions", {"messages": [{"role": "system", "content": system}, {"role": "user", "content": text}]}),
+        ("responses", {"instructions": system, "input": text}),
+    ):
+        found = bound(route, body)
+        assert found.input_tokens_max >= bytes_read + 1000
+        assert found.input_tokens_max >= FORMATS[f"/v1/{route}"].count(body)
+
+
+IMAGES = [
+    ("messages", user(IMAGE), 5_000),
+    ("messages", user({"type": "image", "source": {"type": "url", "url": "https://x/y.png"}}), 5_000),
+    ("messages", user({"type": "tool_result", "tool_use_id": "t", "content": [IMAGE, IMAGE]}), 10_000),
+    ("messages", user({"type": "document", "source": {"type": "content", "content": [IMAGE]}}), 5_000),
+    ("chat/completions", user({"type": "image_url", "image_url": {"url": DATA_URL}}), 50_000),
+    ("chat/completions", user({"type": "image_url", "image_url": {"url": "https://x/y.png"}}), 50_000),
+    ("responses", asked({"type": "input_image", "image_url": DATA_URL}), 50_000),
+    ("responses", asked({"type": "input_image", "file_id": "file_1"}), 50_000),
+]
+
+
+@pytest.mark.parametrize(("route", "body", "tokens"), IMAGES)
+def test_images_count_what_they_can_cost_at_most_instead_of_their_bytes(
+    route: str, body: dict[str, Any], tokens: int
+) -> None:
+    assert tokens <= bound(route, body).input_tokens_max < tokens + 3_000
+
+
+UNSEEN = [
+    ("messages", user(PDF)),
+    ("messages", user({"type": "document", "source": {"type": "file", "file_id": "f"}})),
+    ("messages", user({"type": "tool_result", "tool_use_id": "t", "content": [PDF]})),
+    ("messages", user({"type": "something_new"})),
+    ("messages", {**user(NOTE), "thread": {"id": "t"}}),
+    ("chat/completions", user({"type": "file", "file": {"file_data": PIXELS}})),
+    ("chat/completions", user({"type": "something_new"})),
+    ("responses", asked({"type": "input_file", "file_id": "f"})),
+    ("responses", {"input": "x", "previous_response_id": "r"}),
+    ("responses", {"input": "x", "conversation": "c"}),
+    ("responses", {"prompt": {"id": "p"}}),
+    ("responses", {"input": [{"type": "item_reference", "id": "i"}]}),
+]
+
+
+@pytest.mark.parametrize(("route", "body"), UNSEEN)
+def test_input_whose_size_cannot_be_seen_needs_a_bound(route: str, body: dict[str, Any]) -> None:
+    with pytest.raises(UnmeteredCall, match="max_input_tokens"):
+        bound(route, body)
+    found = bound(route, body, max_input_tokens=90_000)
+    assert 90_000 < found.input_tokens_max < 93_000
+    assert bound(route, body, allow_unmetered=True).input_tokens_max > 0
+
+
+UNBOUNDED = [
+    ("messages", {**user(NOTE), "tools": [{"type": "web_search_20250305", "name": "web_search"}]}),
+    ("messages", {**user(NOTE), "tools": [{"type": "code_execution_20260120", "name": "code_execution"}]}),
+    ("messages", {**user(NOTE), "mcp_servers": [{"type": "url", "name": "m", "url": "https://x"}]}),
+    ("messages", {**user(NOTE), "container": "c"}),
+    ("messages", {**user(NOTE), "inference_geo": "us"}),
+    ("messages", {**user(NOTE), "fallbacks": [{"model": "claude-opus-4-1"}]}),
+    ("messages", {**user(NOTE), "context_management": {"edits": [{"type": "compact_20260112"}]}}),
+    ("messages", user({"type": "container_upload", "file_id": "f"})),
+    ("chat/completions", {**user(), "web_search_options": {"search_context_size": "low"}}),
+    ("chat/completions", {**user(), "modalities": ["text", "audio"], "audio": {"voice": "alloy"}}),
+    ("chat/completions", user({"type": "input_audio", "input_audio": {"data": "x", "format": "wav"}})),
+    ("responses", {"input": "x", "tools": [{"type": "web_search"}]}),
+    ("responses", {"input": "x", "tools": [{"type": "code_interpreter", "container": {"type": "auto"}}]}),
+    ("responses", {"input": "x", "tools": [{"type": "mcp", "server_label": "m"}]}),
+    ("responses", {"input": "x", "background": True}),
+]
+
+
+@pytest.mark.parametrize(("route", "body"), UNBOUNDED)
+def test_what_has_no_bound_is_refused_unless_it_is_let_through(route: str, body: dict[str, Any]) -> None:
+    with pytest.raises(UnmeteredCall, match="cannot be bounded"):
+        bound(route, body, max_input_tokens=90_000)
+    assert bound(route, body, allow_unmetered=True).output_tokens_max > 0
+
+
+READABLE = [
+    ("messages", user(NOTE, {"type": "text", "text": "x"}, {"type": "thinking", "thinking": "x", "signature": "x"})),
+    ("messages", {**user(NOTE), "tools": [{"name": "t", "input_schema": {"type": "object"}}]}),
+    ("messages", {**user(NOTE), "tools": [{"type": "bash_20250124", "name": "bash"}]}),
+    ("messages", {**user(NOTE), "inference_geo": "global", "container": None, "mcp_servers": []}),
+    ("chat/completions", {**user({"type": "text", "text": "x"}), "tools": [{"type": "function"}]}),
+    ("responses", {"input": [{"role": "user", "content": "x"}, {"type": "function_call_output", "output": "y"}]}),
+    ("responses", {"input": [{"type": "reasoning", "encrypted_content": "x"}], "tools": [{"type": "custom"}]}),
+]
+
+
+@pytest.mark.parametrize(("route", "body"), READABLE)
+def test_ordinary_requests_need_no_option(route: str, body: dict[str, Any]) -> None:
+    assert bound(route, body).input_tokens_max < 3_500
+
+
+OUTPUT = [
+    ("messages", {"max_tokens": 321, **user()}, 321),
+    ("chat/completions", {"max_tokens": 321, **user()}, 321),
+    ("chat/completions", {"max_tokens": 9, "max_completion_tokens": 321, **user()}, 321),
+    ("chat/completions", {"max_completion_tokens": 107, "n": 3, **user()}, 321),
+    ("responses", {"max_output_tokens": 321, "input": "x"}, 321),
+    ("completions", {"max_tokens": 107, "prompt": ["a", "b"], "n": 1}, 214),
+    ("completions", {"max_tokens": 10, "prompt": [[1, 2], [3]], "n": 2, "best_of": 5}, 100),
+    ("completions", {"prompt": "a"}, 16),
+    ("embeddings", {"input": ["a", "b"]}, 0),
+]
+
+
+@pytest.mark.parametrize(("route", "body", "tokens"), OUTPUT)
+def test_output_is_bounded_by_what_the_request_allows(route: str, body: dict[str, Any], tokens: int) -> None:
+    assert bound(route, body).output_tokens_max == tokens
+
+
+def test_output_that_nothing_limits_is_what_the_model_can_handle_or_what_is_configured() -> None:
+    assert bound("responses", {"input": "x"}).output_tokens_max == 1_000_000  # the context window of gpt-4.1-mini
+    configured = bound("responses", {"input": "x"}, max_output_tokens=500)
+    assert configured.output_tokens_max == 500 and configured.changes == {"max_output_tokens": 500}
+    with pytest.raises(UnmeteredCall, match="max_output_tokens"):
+        bound("responses", {"input": "x", "model": "gpt-4.5-preview"})
+
+
+@pytest.mark.parametrize("wrong", [-1, 1.5, "10", True, [5]])
+def test_a_limit_that_is_no_number_is_no_bound(wrong: object) -> None:
+    with pytest.raises(UnmeteredCall, match="must be a whole number"):
+        bound("chat/completions", {"max_tokens": wrong, **user()})
+
+
+TIERS = [
+    ("messages", {}, None),
+    ("messages", {"service_tier": "standard_only"}, ""),
+    ("messages", {"speed": "fast"}, "fast"),
+    ("chat/completions", {}, None),
+    ("chat/completions", {"service_tier": "auto"}, None),
+    ("chat/completions", {"service_tier": "default"}, ""),
+    ("responses", {"input": "x", "service_tier": "priority"}, "priority"),
+]
+
+
+@pytest.mark.parametrize(("route", "more", "tier"), TIERS)
+def test_the_tier_that_is_asked_for_decides_the_price(route: str, more: dict[str, Any], tier: str | None) -> None:
+    assert bound(route, {**user(), **more}).service_tier == tier
+
+
+@pytest.mark.parametrize("way", [way for way in BASIC if way.sdk == "openai"], ids=str)
+async def test_the_configured_limit_is_sent_and_so_holds(opened: Any, provider: LocalProvider, way: Way) -> None:
+    provider.script(Scene(output_tokens=500))
+    async with opened("openai", max_output_tokens=20) as g:
+        more = {"max_completion_tokens": None} if way.name.startswith("chat") else {"max_output_tokens": None}
+        open_ended = Way(way.name, way.sdk, lambda client, **o: way.call(Telling(client, more), **o))
+        await take(open_ended, g.client)
+        assert provider.ledger[0].output_tokens == 20
+        assert g.sums["spent"] == g.bill
+
+
+async def test_a_body_that_cannot_be_read_is_refused(opened: Any, provider: LocalProvider) -> None:
+    async with opened("openai") as g:
+        for content in (b"[]", b"{", b'{"messages": 5, "model": "gpt-4.1-mini"}'):
+            http = g.client._client
+            request = http.build_request("POST", f"{provider.openai_url}/chat/completions", content=content)
+            with pytest.raises(UnmeteredCall, match="no JSON object|unknown shape"):
+                _ = await http.send(request) if g.is_async else http.send(request)
+        assert provider.requests == [] and g.counted == 0
+
+
+def test_the_bounds_of_the_tables_use_known_models() -> None:
+    assert {CLAUDE, GPT} == {bound("messages", user()).model, bound("responses", {"input": MESSAGES}).model}

@@ -1,0 +1,170 @@
+"""Errors, retries, timeouts and lost connections: never less is counted than the provider billed."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from typing import Any
+
+import pytest
+
+from examples.local_provider import LocalProvider, Scene
+from ktrdr_budget import BudgetExceeded, StoreUnavailable
+
+from ...helpers.guarded import BASIC, BASIC_STREAMS, PLAIN, Telling, Way, bill_nanos, guarded, take
+from ...helpers.waiting import until
+
+EITHER = [*BASIC, *BASIC_STREAMS]
+REJECTED = (400, 401, 403, 404, 409, 413, 422, 429, 529)
+
+
+@pytest.mark.parametrize("status", REJECTED)
+@pytest.mark.parametrize("way", EITHER, ids=str)
+async def test_what_the_provider_did_not_accept_is_released(
+    opened: Any, provider: LocalProvider, way: Way, status: int
+) -> None:
+    provider.script(Scene(status=status))
+    async with opened(way.sdk) as g:
+        with pytest.raises(Exception, match="scripted") as caught:
+            await take(way, g.client)
+        assert caught.value.status_code == status  # type: ignore[attr-defined]
+        assert g.counted == g.bill == 0
+
+
+@pytest.mark.parametrize("way", EITHER, ids=str)
+async def test_a_connection_that_nobody_accepts_costs_nothing(opened: Any, way: Way) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and nobody listens there
+        async with opened(way.sdk) as g:
+            nowhere = g.client.with_options(base_url=f"http://127.0.0.1:{taken.getsockname()[1]}")
+            with pytest.raises(Exception, match="Connection error"):
+                await take(way, nowhere)
+            assert g.counted == 0
+
+
+KEPT = {
+    "500": Scene(status=500),
+    "503": Scene(status=503),
+    "408": Scene(status=408, billed=True),
+    "dropped": Scene(drop_after=0),
+    "timeout": Scene(delay_s=0.7),
+}
+
+
+@pytest.mark.parametrize("scene", KEPT.values(), ids=KEPT)
+@pytest.mark.parametrize("way", EITHER, ids=str)
+async def test_what_the_provider_may_have_done_is_kept_in_full(
+    opened: Any, provider: LocalProvider, way: Way, scene: Scene
+) -> None:
+    provider.script(scene)
+    async with opened(way.sdk) as g:
+        with pytest.raises(Exception, match=r"scripted|Connection error|timed out"):
+            await take(way, g.client.with_options(timeout=0.3 if scene.delay_s else 30))
+        assert g.sums["spent"] == 0
+        assert g.sums["held"] > 0
+        await until(lambda: not provider.active)
+        assert g.counted >= g.bill > 0
+
+
+RETRIED = {
+    "429": (Scene(status=429),),
+    "529": (Scene(status=529),),
+    "429-529": (Scene(status=429), Scene(status=529)),
+}
+
+
+@pytest.mark.parametrize("first", RETRIED.values(), ids=RETRIED)
+@pytest.mark.parametrize("way", EITHER, ids=str)
+async def test_retries_of_the_sdk_reserve_once_and_commit_what_was_reported_in_the_end(
+    opened: Any, provider: LocalProvider, way: Way, first: tuple[Scene, ...]
+) -> None:
+    provider.script(*first)
+    async with opened(way.sdk) as g:
+        reservations = []
+        reserve = g.limiter.reserve
+        g.limiter.reserve = lambda *args, **named: (reservations.append(args), reserve(*args, **named))[1]
+        await take(way, g.client.with_options(max_retries=2))
+        assert len(provider.requests) == len(first) + 1
+        assert len(reservations) == 1
+        assert g.counted == g.sums["spent"] == g.bill > 0
+
+
+LOST = {"500": Scene(status=500), "dropped": Scene(drop_after=0), "timeout": Scene(delay_s=0.7)}
+
+
+@pytest.mark.parametrize("first", LOST.values(), ids=LOST)
+@pytest.mark.parametrize("way", EITHER, ids=str)
+async def test_an_attempt_that_may_have_been_billed_counts_besides_the_one_that_was(
+    opened: Any, provider: LocalProvider, way: Way, first: Scene
+) -> None:
+    provider.script(first)
+    async with opened(way.sdk) as g:
+        await take(way, g.client.with_options(max_retries=1, timeout=0.3 if first.delay_s else 30))
+        await until(lambda: len(provider.ledger) == 2)
+        final = next(line for line in provider.ledger if line.complete)
+        assert g.sums["spent"] == bill_nanos([final])  # the end is exact
+        assert g.counted >= g.bill  # the first attempt is held in full
+
+
+@pytest.mark.parametrize("way", BASIC, ids=str)
+async def test_a_retry_that_does_not_fit_besides_the_lost_attempt_is_denied(
+    opened: Any, provider: LocalProvider, way: Way
+) -> None:
+    async with opened(way.sdk) as g:
+        with pytest.raises(Exception, match="Connection error"):
+            provider.script(Scene(drop_after=0))
+            await take(way, g.client)
+        once = g.sums["held"]
+    limit = f"{once * 1.5 / 1e9:.9f}"
+    g.store.flushall()
+    provider.clear()
+    provider.script(Scene(drop_after=0))
+    async with opened(way.sdk, limit=limit) as g:
+        with pytest.raises(BudgetExceeded):
+            await take(way, g.client.with_options(max_retries=3))
+        assert len(provider.requests) == 1
+        assert g.counted == once >= g.bill
+
+
+@pytest.mark.parametrize("way", PLAIN, ids=str)
+async def test_an_answer_that_tells_no_usage_is_charged_in_full_and_marked(
+    opened: Any, provider: LocalProvider, way: Way
+) -> None:
+    provider.script(Scene(silent=True, output_tokens=900))
+    async with opened(way.sdk) as g:
+        most = {"max_tokens": 1000} if way.sdk == "anthropic" else {"max_output_tokens": 1000}
+        most = {"max_completion_tokens": 1000} if way.name.startswith("chat") else most
+        wide = Way(way.name, way.sdk, lambda client, **o: way.call(Telling(client, most), **o))
+        await take(wide, g.client)
+        assert provider.ledger[0].output_tokens == 900
+        assert g.counted == g.sums["spent"] > g.bill
+        assert "estimated" in g.labels[0]
+
+
+@pytest.mark.parametrize("way", BASIC, ids=str)
+async def test_a_cancelled_call_is_kept_because_the_provider_goes_on(
+    guarded_client: Any, provider: LocalProvider, way: Way
+) -> None:
+    provider.script(Scene(delay_s=0.05))
+    async with guarded_client(way.sdk, is_async=True) as g:
+        task = asyncio.create_task(take(way, g.client))
+        await until(lambda: provider.requests)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: provider.ledger)
+        assert g.counted >= g.bill > 0
+
+
+@pytest.mark.parametrize("way", BASIC, ids=str)
+async def test_a_store_that_is_down_stops_calls_before_they_are_sent(
+    is_async: bool, provider: LocalProvider, way: Way, start_server: Any
+) -> None:
+    own = start_server()
+    async with guarded(way.sdk, is_async, provider, own) as g:
+        await take(way, g.client)
+        own.kill()
+        sent = len(provider.requests)
+        with pytest.raises(StoreUnavailable):
+            await take(way, g.client.with_options(max_retries=2))
+        assert len(provider.requests) == sent

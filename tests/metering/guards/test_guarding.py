@@ -1,0 +1,212 @@
+"""Which clients are guarded, that copies stay so, and that nothing that spends goes past a guard."""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+
+from examples.local_provider import LocalProvider
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter
+from ktrdr_budget.errors import InvalidArgument, UnknownBudget, UnknownPrice
+from ktrdr_budget.metering.guards import UnmeteredCall, guard
+from ktrdr_budget.metering.prices import ModelPrice, Prices
+
+from ...helpers.guarded import BASIC, CLAUDE, GPT, MESSAGES, SECRET, STREAMS, Telling, Way, raw_client, take
+from ...helpers.recorded_spans import Recorded
+
+BUDGETS = [Budget("agent", "1.00")]
+
+
+@pytest.mark.parametrize("sdk", ["anthropic", "openai"])
+async def test_the_client_stays_what_it_was(opened: Any, sdk: str, provider: LocalProvider) -> None:
+    async with opened(sdk) as g:
+        client = raw_client(sdk, g.is_async, provider)
+        assert guard(client, g.limiter) is client
+        assert type(g.client) is type(client)
+        assert isinstance(g.client._client, type(client._client))
+        assert not g.client.is_closed()
+        await client.close() if g.is_async else client.close()
+        assert client.is_closed()
+
+
+@pytest.mark.parametrize("sdk", ["anthropic", "openai"])
+def test_a_limiter_of_the_other_kind_is_one_clear_error(sdk: str, provider: LocalProvider, server: Any) -> None:
+    sync, not_sync = BudgetLimiter(server.url, BUDGETS), AsyncBudgetLimiter(server.url, BUDGETS)
+    with pytest.raises(InvalidArgument, match="needs an AsyncBudgetLimiter, not BudgetLimiter"):
+        guard(raw_client(sdk, True, provider), sync)
+    with pytest.raises(InvalidArgument, match="needs a BudgetLimiter, not AsyncBudgetLimiter"):
+        guard(raw_client(sdk, False, provider), not_sync)
+
+
+def test_what_cannot_be_guarded_is_refused(provider: LocalProvider, server: Any) -> None:
+    limiter = BudgetLimiter(server.url, BUDGETS)
+    client = guard(raw_client("anthropic", False, provider), limiter)
+    platforms = [anthropic.AnthropicBedrockMantle, anthropic.AnthropicVertex, anthropic.AnthropicFoundry]
+    for other in (object(), client, *(kind.__new__(kind) for kind in platforms)):
+        with pytest.raises(InvalidArgument, match="guarded"):
+            guard(other, limiter)
+    for wrong in ({"max_output_tokens": 0}, {"max_input_tokens": True}, {"unseen_output_tokens": -1}):
+        with pytest.raises(InvalidArgument, match="must be a whole number"):
+            guard(raw_client("anthropic", False, provider), limiter, **wrong)
+    with pytest.raises(UnknownBudget):
+        guard(raw_client("anthropic", False, provider), limiter, budgets=["other"])
+
+
+@pytest.mark.parametrize("way", BASIC, ids=str)
+async def test_copies_stay_guarded(opened: Any, provider: LocalProvider, way: Way) -> None:
+    async with opened(way.sdk) as g:
+        for copied in (
+            g.client.copy(),
+            g.client.with_options(timeout=3),
+            g.client.with_options(max_retries=1).copy(timeout=2),
+            g.client.with_options(http_client=g.client._client.inner),
+        ):
+            before = len(provider.ledger)
+            await take(way, copied)
+            assert len(provider.ledger) == before + 1
+            assert g.sums["spent"] == g.bill
+
+
+@pytest.mark.parametrize("way", BASIC, ids=str)
+async def test_methods_that_were_taken_before_the_guard_are_guarded(
+    opened: Any, provider: LocalProvider, way: Way
+) -> None:
+    async with opened(way.sdk, limit="0.0001") as g:
+        client = raw_client(way.sdk, g.is_async, provider)
+        resources = client.messages if way.sdk == "anthropic" else (client.chat.completions, client.responses)
+        guard(client, g.limiter)
+        with pytest.raises(BudgetExceeded):
+            await take(way, client)
+        assert resources and provider.requests == []
+        await client.close() if g.is_async else client.close()
+
+
+REFUSED = [
+    ("anthropic", "batches", lambda c: c.messages.batches.create(requests=[])),
+    ("anthropic", "beta batches", lambda c: c.beta.messages.batches.create(requests=[])),
+    ("anthropic", "sessions", lambda c: c.beta.sessions.create(agent="a", environment_id="e")),
+    ("anthropic", "any path", lambda c: c.post("/v1/complete", cast_to=object, body={})),
+    ("openai", "images", lambda c: c.images.generate(prompt="a cap")),
+    ("openai", "speech", lambda c: c.audio.speech.create(input="x", model="tts-1", voice="alloy")),
+    ("openai", "transcription", lambda c: c.audio.transcriptions.create(file=b"x", model="whisper-1")),
+    ("openai", "batches", lambda c: c.batches.create(completion_window="24h", endpoint="/v1/x", input_file_id="f")),
+    ("openai", "fine tuning", lambda c: c.fine_tuning.jobs.create(model=GPT, training_file="f")),
+    ("openai", "videos", lambda c: c.post("/videos", cast_to=object, body={})),
+    ("openai", "compaction", lambda c: c.responses.compact(model=GPT)),
+    ("openai", "realtime calls", lambda c: c.realtime.client_secrets.create()),
+    ("openai", "runs", lambda c: c.post("/threads/t/runs", cast_to=object, body={})),
+    ("openai", "any path", lambda c: c.post("/something/new", cast_to=object, body={})),
+]
+
+
+@pytest.mark.parametrize(("sdk", "name", "call"), REFUSED, ids=[f"{sdk}-{name}" for sdk, name, _ in REFUSED])
+async def test_what_spends_and_is_not_metered_is_refused(
+    opened: Any, provider: LocalProvider, sdk: str, name: str, call: Any
+) -> None:
+    async with opened(sdk, client_options={"max_retries": 2}) as g:
+        with pytest.raises(UnmeteredCall, match="is not metered"):
+            _ = await call(g.client) if g.is_async else call(g.client)
+        assert provider.requests == []
+    async with opened(sdk, allow_unmetered=True) as g:
+        with pytest.raises((anthropic.NotFoundError, openai.NotFoundError)):  # it arrives at the local provider
+            _ = await call(g.client) if g.is_async else call(g.client)
+
+
+SOCKETS = [
+    lambda c: c.responses.connect(),
+    lambda c: c.realtime.connect(model="gpt-realtime"),
+    lambda c: c.beta.realtime.connect(model="gpt-realtime"),
+    lambda c: c.beta.responses.connect(),
+]
+
+
+@pytest.mark.parametrize("connect", SOCKETS, ids=["responses", "realtime", "beta.realtime", "beta.responses"])
+async def test_websockets_are_refused(opened: Any, connect: Any) -> None:
+    async with opened("openai") as g:
+        with pytest.raises(UnmeteredCall, match="WebSockets"):
+            if g.is_async:
+                await connect(g.client).__aenter__()
+            else:
+                connect(g.client).__enter__()
+
+
+@pytest.mark.parametrize("sdk", ["anthropic", "openai"])
+async def test_what_costs_nothing_passes(opened: Any, provider: LocalProvider, sdk: str) -> None:
+    async with opened(sdk, limit="0") as g:
+        if sdk == "anthropic":
+            counted = g.client.messages.count_tokens(model=CLAUDE, messages=MESSAGES)
+            assert (await counted if g.is_async else counted).input_tokens > 0
+        else:
+            with pytest.raises(openai.NotFoundError):
+                listed = g.client.models.list()
+                _ = await listed if g.is_async else listed
+        assert g.counted == 0
+
+
+async def test_a_request_past_the_sdk_is_guarded_too(opened: Any, provider: LocalProvider) -> None:
+    async with opened("openai", limit="0.0001") as g:
+        http = g.client._client
+        request = http.build_request("POST", f"{provider.openai_url}/chat/completions", json={"model": GPT, "n": 1})
+        with pytest.raises(BudgetExceeded):
+            _ = await http.send(request) if g.is_async else http.send(request)
+        assert provider.requests == []
+
+
+@pytest.mark.parametrize("way", BASIC, ids=str)
+async def test_a_model_without_a_price_is_refused(opened: Any, provider: LocalProvider, way: Way) -> None:
+    async with opened(way.sdk) as g:
+        with pytest.raises(UnknownPrice, match="nobody-knows"):
+            made = way.call(Telling(g.client, {"model": "nobody-knows"}))
+            _ = await made if g.is_async else made
+        assert provider.requests == []
+        assert g.counted == 0
+
+
+async def test_another_provider_behind_the_same_sdk_is_priced_by_its_name(opened: Any, provider: LocalProvider) -> None:
+    prices = Prices([ModelPrice("house", "own-*", input="1", output="1")])
+    async with opened("openai", provider="house", pricer=prices) as g:
+        made = g.client.chat.completions.create(model="own-1", max_tokens=20, messages=MESSAGES)
+        usage = (await made if g.is_async else made).usage
+        assert g.sums["spent"] == usage.total_tokens * 1000
+
+
+# -- what nobody is to read --------------------------------------------------------------------------------------------
+
+PROMPT = "a prompt that stays between us"
+
+
+@pytest.mark.parametrize("way", [*BASIC, *STREAMS[:1]], ids=str)
+async def test_keys_and_prompts_appear_in_no_log_span_error_or_ledger(
+    opened: Any, provider: LocalProvider, way: Way, caplog: pytest.LogCaptureFixture, recorded: Recorded
+) -> None:
+    caplog.set_level(logging.DEBUG, "ktrdr_budget")
+    told = []
+    more = (
+        {"input": PROMPT} if way.name.startswith("responses") else {"messages": [{"role": "user", "content": PROMPT}]}
+    )
+    async with opened(way.sdk) as g:
+        told.append(repr(g.client))
+        for scene in ({}, {"status": 400}, {"drop_after": 0}, {"silent": True}):
+            headers = {"x-scenes": json.dumps([scene])}
+            try:
+                made = way.call(Telling(g.client, {**more, "extra_headers": headers}))
+                made = await made if g.is_async else made
+                if way.shape == "stream":
+                    _ = [e async for e in made] if g.is_async else list(made)
+            except Exception as error:
+                told.append(repr(error))
+        told += [repr(vars(g.client)["request"]), *g.labels, *map(str, g.store.hgetall("ktrdr:{default}:meta"))]
+    async with opened(way.sdk, limit="0.0001") as g:
+        with pytest.raises(BudgetExceeded) as caught:
+            await take(way, g.client)
+        told += [repr(caught.value), str(caught.value)]
+    told += [record.getMessage() for record in caplog.records if record.name.startswith("ktrdr_budget")]
+    told += [f"{span.name} {dict(span.attributes or {})} {span.events}" for span in recorded.spans]
+    assert any("gen_ai" in text for text in told)
+    assert len(told) > 8
+    assert not [text for text in told if SECRET in text or PROMPT in text]

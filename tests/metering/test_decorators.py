@@ -1,0 +1,318 @@
+"""`@budgeted(...)`: a function that runs only if a budget has room for it; async and sync alike."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, InvalidArgument, tracker
+from ktrdr_budget.errors import InvalidAmount
+from ktrdr_budget.metering import defaults
+from ktrdr_budget.metering.decorators import budgeted, current_hold, set_default_limiter
+from ktrdr_budget.metering.meter import Meter
+from ktrdr_budget.metering.prices import ModelPrice, Prices
+from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget.money import to_units
+
+from ..helpers.keyspace import ledger_sum, sums
+
+BUDGETS = [Budget("agent", "1.00"), Budget("calls", 100, unit="requests")]
+
+
+class Work(Exception):
+    """What goes wrong inside a function."""
+
+
+@pytest.fixture(autouse=True)
+def no_default():
+    yield
+    set_default_limiter(None)
+
+
+@pytest.fixture
+async def limiter(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+def sync_limiter(server):
+    with BudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+def figures(client, budget="agent") -> tuple[int, int]:
+    found = sums(client, budget)
+    assert found["unconfirmed"] == 0
+    assert ledger_sum(client, budget) == found["spent"]
+    return found["spent"], found["held"]
+
+
+def accrue(amount: str) -> str:
+    current_hold().accrue(amount)
+    return "answer"
+
+
+def fail(*amounts: str) -> None:
+    for amount in amounts:
+        accrue(amount)
+    raise Work
+
+
+WAYS = {
+    # what the function does, how its cost is told: what is spent
+    "nothing is told": (lambda: "answer", {}, "0.15"),
+    "accrued": (lambda: accrue("0.03"), {}, "0.03"),
+    "told by the result": (lambda: "answer", {"cost": lambda result: Decimal(len(result)) / 100}, "0.06"),
+    "told above the estimate": (lambda: "answer", {"cost": lambda _: "0.40"}, "0.40"),
+    "told, though more was accrued": (lambda: accrue("0.03"), {"cost": lambda _: "0.02"}, "0.02"),
+    "told per budget": (lambda: "answer", {"cost": lambda _: {"agent": "0.01"}}, "0.01"),
+    "it raises": (fail, {}, "0"),
+    "it raises, having accrued": (lambda: fail("0.03"), {}, "0.03"),
+    "it raises before its cost is told": (fail, {"cost": lambda _: "0.02"}, "0"),
+}
+
+
+@pytest.mark.parametrize(("work", "options", "spent"), WAYS.values(), ids=WAYS)
+async def test_each_way_through_an_async_function(client, limiter, work, options, spent):
+    @budgeted("agent", estimate="0.15", limiter=limiter, **options)
+    async def research():
+        assert figures(client) == (0, to_units("0.15"))
+        return work()
+
+    if "raises" in str([key for key, way in WAYS.items() if way[0] is work]):
+        with pytest.raises(Work):
+            await research()
+    else:
+        assert await research() == "answer"
+    assert figures(client) == (to_units(spent), 0)
+
+
+@pytest.mark.parametrize(("work", "options", "spent"), WAYS.values(), ids=WAYS)
+def test_each_way_through_a_sync_function(client, sync_limiter, work, options, spent):
+    @budgeted("agent", estimate="0.15", limiter=sync_limiter, **options)
+    def research():
+        assert figures(client) == (0, to_units("0.15"))
+        return work()
+
+    if "raises" in str([key for key, way in WAYS.items() if way[0] is work]):
+        with pytest.raises(Work):
+            research()
+    else:
+        assert research() == "answer"
+    assert figures(client) == (to_units(spent), 0)
+
+
+async def test_a_function_without_room_does_not_run(client, limiter):
+    ran = False
+
+    @budgeted("agent", estimate="1.01", limiter=limiter)
+    async def research():
+        nonlocal ran
+        ran = True
+
+    with pytest.raises(BudgetExceeded):
+        await research()
+    assert not ran
+    assert figures(client) == (0, 0)
+
+
+async def test_the_estimate_may_depend_on_the_arguments(client, limiter):
+    @budgeted("agent", estimate=lambda pages, *, price: pages * Decimal(price), limiter=limiter)
+    async def read(pages, *, price):
+        return pages
+
+    assert await read(3, price="0.02") == 3
+    assert figures(client) == (to_units("0.06"), 0)
+
+
+async def test_several_budgets_are_held_together(client, limiter):
+    @budgeted({"agent": "0.15", "calls": 2}, limiter=limiter, cost=lambda result: result)
+    async def research():
+        return "0.05"
+
+    await research()
+    assert figures(client) == (to_units("0.05"), 0)
+    assert figures(client, "calls") == (2, 0)
+
+
+async def test_metered_calls_inside_draw_from_the_function_s_hold(client, limiter):
+    meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 10, 50)]))
+
+    @budgeted("agent", estimate="0.15", limiter=limiter)
+    async def research():
+        async with meter.call(provider="acme", model="road", input_tokens_max=10, output_tokens_max=10) as call:
+            call.finish(Usage(10, 2))
+
+    await research()
+    assert figures(client) == (200_000, 0)
+
+
+@pytest.mark.parametrize("wrong", [lambda _: "much", lambda _: -1, lambda _: 1 / 0])
+async def test_a_cost_that_cannot_be_told_counts_as_the_estimate(client, limiter, wrong):
+    @budgeted("agent", estimate="0.15", limiter=limiter, cost=wrong)
+    async def research():
+        return None
+
+    with pytest.raises((InvalidAmount, ZeroDivisionError)):
+        await research()
+    assert figures(client) == (to_units("0.15"), 0)
+
+
+async def test_a_function_that_is_cancelled_commits_what_it_accrued(client, limiter):
+    @budgeted("agent", estimate="0.15", limiter=limiter)
+    async def research(begun):
+        accrue("0.03")
+        begun.set()
+        await asyncio.Event().wait()
+
+    begun = asyncio.Event()
+    task = asyncio.create_task(research(begun))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert figures(client) == (to_units("0.03"), 0)
+
+
+async def test_the_ledger_names_the_function_or_what_it_is_told(limiter):
+    @budgeted("agent", estimate="0.01", limiter=limiter)
+    async def research():
+        """Finds out."""
+
+    @budgeted("agent", estimate="0.01", limiter=limiter, operation="digging")
+    async def dig(): ...
+
+    await research()
+    await dig()
+    labels = [entry.operation for entry in await limiter.ledger("agent")]
+    assert labels == ["digging", "test_the_ledger_names_the_function_or_what_it_is_told.<locals>.research"]
+    assert (research.__name__, research.__doc__) == ("research", "Finds out.")
+    assert asyncio.iscoroutinefunction(research)
+
+
+# -- which limiter -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_function_uses_the_default_limiter_of_its_kind(client, limiter, sync_limiter):
+    @budgeted("agent", estimate="0.15")
+    async def research(): ...
+
+    @budgeted("agent", estimate="0.05")
+    def dig(): ...
+
+    set_default_limiter(limiter)
+    set_default_limiter(sync_limiter)
+    await research()
+    dig()
+    assert figures(client) == (to_units("0.20"), 0)
+    with pytest.raises(InvalidArgument, match="a limiter is"):
+        set_default_limiter("redis://")
+
+
+async def test_a_limiter_may_be_told_when_it_is_needed(client, limiter):
+    app = {}
+
+    @budgeted("agent", estimate="0.15", limiter=lambda: app["limiter"])
+    async def research(): ...
+
+    app["limiter"] = limiter
+    await research()
+    assert figures(client) == (to_units("0.15"), 0)
+
+
+def test_without_a_limiter_an_async_function_uses_one_of_its_loop_made_from_the_environment(
+    client, server, monkeypatch
+):
+    monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
+    monkeypatch.setenv("AGENT_DAILY_BUDGET", "0.20")
+
+    @budgeted("agent", estimate="0.15")
+    async def research():
+        return defaults.default_async_limiter()
+
+    async def main():
+        first = await research()
+        with pytest.raises(BudgetExceeded):
+            await research()
+        return first, defaults.default_async_limiter()
+
+    first, second = asyncio.run(main())
+    assert first is second
+    assert figures(client) == (to_units("0.15"), 0)
+    assert not defaults._made
+    gc.collect()  # nothing is left open: warnings are errors
+
+
+def test_without_a_limiter_a_sync_function_uses_the_process_s_tracker(client, server, monkeypatch):
+    monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
+    monkeypatch.setattr(tracker, "_tracker", None)
+
+    @budgeted("agent", estimate="0.15")
+    def research(): ...
+
+    research()
+    tracker.get_budget_tracker().close()
+    assert figures(client) == (to_units("0.15"), 0)
+
+
+async def test_a_limiter_of_the_other_kind_is_refused(limiter, sync_limiter):
+    with pytest.raises(InvalidArgument, match="must be a BudgetLimiter"):
+
+        @budgeted("agent", estimate="0.15", limiter=limiter)
+        def dig(): ...
+
+    @budgeted("agent", estimate="0.15", limiter=lambda: sync_limiter)
+    async def research(): ...
+
+    with pytest.raises(InvalidArgument, match="must be a AsyncBudgetLimiter"):
+        await research()
+
+
+def test_there_is_a_current_hold_inside_a_hold_and_nowhere_else(sync_limiter):
+    with sync_limiter.hold("agent", "0.01") as outer:
+        with sync_limiter.hold("agent", "0.02") as inner:
+            assert current_hold() is inner
+        assert current_hold() is outer
+    with pytest.raises(InvalidArgument, match="no hold"):
+        current_hold()
+
+
+def test_generators_are_refused():
+    def numbers():
+        yield 1
+
+    async def letters():
+        yield "a"
+
+    for function in (numbers, letters):
+        with pytest.raises(InvalidArgument, match="is a generator"):
+            budgeted("agent", estimate="0.15")(function)
+
+
+@pytest.mark.parametrize(
+    ("budget", "options"),
+    [
+        ("agent", {}),
+        ("a b", {"estimate": 1}),
+        ("agent", {"estimate": "much"}),
+        ("agent", {"estimate": 1, "ttl": 0}),
+        ("agent", {"estimate": 1, "on_error": "ignore"}),
+        ({}, {}),
+        ({"agent": 1}, {"estimate": 1}),
+        ({"agent": -1}, {}),
+        (7, {"estimate": 1}),
+    ],
+)
+def test_arguments_that_are_not_usable_are_refused_where_the_function_is_written(budget, options):
+    with pytest.raises(InvalidArgument):
+        budgeted(budget, **options)

@@ -1,0 +1,419 @@
+"""Calls inside a hold draw from it, grow it when needed, and never promise more than it holds."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.metering.meter import Meter
+from ktrdr_budget.metering.prices import ModelPrice, Prices
+from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget.money import from_units, to_units
+
+from ..helpers.keyspace import dump, ledger_sum, sums
+from ..helpers.proxy import Proxy
+from ..helpers.waiting import until
+
+BUDGETS = [
+    Budget("agent", "1.00"),
+    Budget("tokens", 100_000, unit="tokens"),
+    Budget("calls", 1000, unit="requests"),
+    Budget("parallel", 2, kind="slots"),
+]
+PRICES = Prices([ModelPrice("acme", "road", "10", "50")])
+CALL = {"provider": "acme", "model": "road", "input_tokens_max": 1000, "output_tokens_max": 1000}
+WORST = to_units("0.06")
+USED = Usage(1000, 100)
+COST = to_units("0.015")
+
+
+class Work(Exception):
+    """What goes wrong inside a block."""
+
+
+@pytest.fixture
+async def limiter(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+def sync_limiter(server):
+    with BudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+def meter(limiter):
+    return Meter(limiter, pricer=PRICES)
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+def figures(client, budget="agent") -> tuple[int, int]:
+    found = sums(client, budget)
+    assert found["unconfirmed"] == 0
+    assert ledger_sum(client, budget) == found["spent"]
+    return found["spent"], found["held"]
+
+
+async def test_a_call_that_fits_asks_the_store_nothing(client, limiter, meter):
+    async with limiter.hold("agent", "0.15", operation="cycle") as hold:
+        before = dump(client)
+        async with meter.call(**CALL) as call:
+            assert hold.drawn == {"agent": WORST}
+            call.report(Usage(1000))
+            assert (hold.accrued, hold.drawn) == ({"agent": Decimal("0.01")}, {"agent": WORST - to_units("0.01")})
+            call.finish(USED)
+        assert (hold.accrued, hold.drawn, call.hold) == ({"agent": Decimal("0.015")}, {"agent": 0}, None)
+        assert dump(client) == before
+    assert figures(client) == (COST, 0)
+    assert [entry.operation for entry in await limiter.ledger("agent")] == ["cycle chat acme/road configured"]
+
+
+def test_a_sync_call_draws_too(client, sync_limiter):
+    meter = Meter(sync_limiter, pricer=PRICES)
+    with sync_limiter.hold("agent", "0.15"):
+        for _ in range(2):
+            with meter.call(**CALL) as call:
+                call.finish(USED)
+        assert figures(client) == (0, to_units("0.15"))
+    assert figures(client) == (2 * COST, 0)
+
+
+async def test_a_call_that_does_not_fit_grows_the_hold_by_what_is_missing(client, limiter, meter):
+    async with limiter.hold("agent", "0.05") as hold:
+        async with meter.call(**CALL) as call:
+            assert hold.amounts == {"agent": Decimal("0.06")}
+            assert figures(client) == (0, WORST)
+            call.finish(USED)
+        async with meter.call(**CALL) as call:
+            assert hold.amounts == {"agent": Decimal("0.075")}
+            call.finish(USED)
+    assert figures(client) == (2 * COST, 0)
+
+
+async def test_a_growth_that_is_denied_stops_the_call_and_nothing_else(client, limiter, meter):
+    await limiter.record("agent", "0.92")
+    async with limiter.hold("agent", "0.06") as hold:
+        async with meter.call(**CALL) as call:
+            call.finish(USED)
+        sent = False
+        with pytest.raises(BudgetExceeded) as caught:
+            async with meter.call(**CALL | {"output_tokens_max": 1200}):
+                sent = True
+        assert (sent, caught.value.budget) == (False, "agent")
+        assert (hold.drawn, hold.amounts) == ({"agent": 0}, {"agent": Decimal("0.06")})
+        async with meter.call(**CALL | {"output_tokens_max": 700}) as call:
+            call.finish(USED)
+    assert figures(client) == (to_units("0.92") + 2 * COST, 0)
+
+
+WAYS = {
+    # what is said, whether the block raises: what is accrued, and whether it is an estimate
+    "rejected": (lambda call: call.rejected(), True, 0, False),
+    "unknown": (lambda call: call.unknown(), True, WORST, True),
+    "reported, then unknown": (lambda call: (call.report(USED), call.unknown()), True, WORST, True),
+    "nothing said, an error": (lambda call: None, True, WORST, True),
+    "reported, broken off": (lambda call: call.report(USED), True, COST, True),
+    "output reported, broken off": (lambda call: call.report(Usage(0, 100)), True, COST, True),
+    "finished below what was reported": (
+        lambda call: (call.report(Usage(1000, 900)), call.finish(USED)),
+        False,
+        COST,
+        False,
+    ),
+    "finished above the worst case": (lambda call: call.finish(Usage(2000, 2000)), False, to_units("0.12"), False),
+}
+
+
+@pytest.mark.parametrize(("said", "raises", "accrued", "estimated"), WAYS.values(), ids=WAYS)
+async def test_each_way_through_a_call_in_a_hold(client, limiter, meter, said, raises, accrued, estimated):
+    async with limiter.hold("agent", "0.15") as hold:
+        hold.accrue("0.000000001")
+        try:
+            async with meter.call(**CALL) as call:
+                said(call)
+                if raises:
+                    raise Work
+        except Work:
+            assert raises
+        assert (hold.accrued, hold.drawn) == ({"agent": from_units(accrued + 1)}, {"agent": 0})
+    assert figures(client) == (accrued + 1, 0)
+    assert (await limiter.ledger("agent"))[0].operation.endswith("estimated") == estimated
+
+
+async def test_a_hold_whose_calls_all_were_rejected_costs_nothing(client, limiter, meter):
+    async with limiter.hold("agent", "0.15"), meter.call(**CALL) as call:
+        call.rejected()
+    assert figures(client) == (0, 0)
+    async with limiter.hold("agent", "0.15"):
+        with pytest.raises(BudgetExceeded):
+            await meter.call(**CALL | {"output_tokens_max": 10**6}).__aenter__()
+    assert figures(client) == (to_units("0.15"), 0)  # nobody drew from it: its estimate counts
+
+
+async def test_budgets_that_the_hold_does_not_have_are_reserved_on_their_own(client, limiter):
+    meter = Meter(limiter, ["agent", "tokens", "calls", "parallel"], PRICES)
+    async with limiter.hold({"agent": "0.15", "calls": 5}) as hold:
+        async with meter.call(**CALL) as call:
+            assert hold.drawn == {"agent": WORST, "calls": 1}
+            assert call.hold.amounts == {"tokens": 2000, "parallel": 1}
+            call.finish(USED)
+        assert hold.accrued == {"agent": Decimal("0.015"), "calls": 1}
+        assert figures(client, "tokens") == (1100, 0)
+        assert (await limiter.status("parallel")).held == 0
+    assert figures(client) == (COST, 0)
+    assert figures(client, "calls") == (1, 0)
+
+
+async def test_a_denial_of_what_is_reserved_on_its_own_undoes_the_claim(limiter):
+    meter = Meter(limiter, ["agent", "tokens"], PRICES)
+    await limiter.record("tokens", 99_000)
+    async with limiter.hold("agent", "0.15") as hold:
+        with pytest.raises(BudgetExceeded) as caught:
+            await meter.call(**CALL).__aenter__()
+        assert (caught.value.budget, hold.drawn) == ("tokens", {"agent": 0})
+        hold.accrue(0)
+
+
+async def test_slots_of_the_hold_are_drawn_and_given_back(limiter):
+    meter = Meter(limiter, ["agent", "parallel"], PRICES)
+    async with limiter.hold({"agent": "0.15", "parallel": 1}) as hold:
+        async with meter.call(**CALL) as first:
+            async with meter.call(**CALL) as second:
+                assert hold.amounts["parallel"] == 2
+                with pytest.raises(BudgetExceeded) as caught:
+                    await meter.call(**CALL).__aenter__()
+                assert caught.value.budget == "parallel"
+                second.finish(USED)
+            first.unknown()
+        assert hold.drawn == {"agent": 0, "parallel": 0}
+        assert hold.accrued["parallel"] == 0
+    assert (await limiter.status("parallel")).held == 0
+
+
+async def test_a_hold_of_another_limiter_is_left_alone(client, server, limiter, meter):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as other, other.hold("agent", "0.15") as hold:
+        async with meter.call(**CALL) as call:
+            assert (hold.drawn, call.hold.amounts) == ({}, {"agent": Decimal("0.06")})
+            call.finish(USED)
+        assert figures(client) == (COST, to_units("0.15"))
+
+
+async def test_the_innermost_hold_is_drawn_from(limiter, meter):
+    async with limiter.hold("agent", "0.15") as outer:
+        async with limiter.hold("agent", "0.10") as inner, meter.call(**CALL) as call:
+            assert (outer.drawn, inner.drawn) == ({}, {"agent": WORST})
+            call.finish(USED)
+        async with meter.call(**CALL) as call:
+            assert outer.drawn == {"agent": WORST}
+            call.finish(USED)
+
+
+async def test_a_hold_that_is_settled_is_drawn_from_no_more(client, limiter, meter):
+    async with limiter.hold("agent", "0.15") as hold:
+        await hold.commit("0.02")
+        async with meter.call(**CALL) as call:
+            assert call.hold is not None
+            call.finish(USED)
+    assert figures(client) == (to_units("0.02") + COST, 0)
+
+
+async def test_a_call_that_outlives_its_hold_is_recorded_all_the_same(client, limiter, meter):
+    async with limiter.hold("agent", "0.15"):
+        call = await meter.call(**CALL).__aenter__()
+        call.report(Usage(1000))
+    assert figures(client) == (to_units("0.01"), 0)
+    call.finish(USED)
+    await call.__aexit__(None, None, None)
+    assert figures(client) == (COST, 0)
+    assert [entry.kind for entry in await limiter.ledger("agent")] == ["record", "commit"]
+
+
+async def test_a_hold_that_had_expired_is_admitted_again_before_it_is_drawn_from(client, limiter, meter):
+    hold = await limiter.reserve("agent", "0.15", ttl=1, on_expiry="release")
+    await until(lambda: _given_back(limiter))
+    await limiter.record("agent", "0.90")
+    async with limiter.keep(hold):
+        with pytest.raises(BudgetExceeded):
+            await hold.extend()
+        hold.state = "unconfirmed"  # as a heartbeat would have told it
+        with pytest.raises(BudgetExceeded):
+            await meter.call(**CALL).__aenter__()
+        assert hold.drawn == {}
+
+
+async def _given_back(limiter):
+    return (await limiter.status("agent")).held == 0
+
+
+# -- several at once ---------------------------------------------------------------------------------------------------
+
+
+def covered(hold) -> bool:
+    """Accrued and claimed amounts are within what is reserved."""
+    with hold.lock:
+        accrued = dict(zip((window.budget for window, _ in hold.parts), hold.accrued_units, strict=True))
+        return all(accrued[w.budget] + hold.drawn.get(w.budget, 0) <= units for w, units in hold.parts)
+
+
+async def test_concurrent_calls_in_one_hold_claim_their_worst_cases_together(client, limiter, meter):
+    async with limiter.hold("agent", "0.10") as hold:
+        async with meter.call(**CALL) as first, meter.call(**CALL) as second, meter.call(**CALL) as third:
+            assert (hold.drawn, hold.amounts) == ({"agent": 3 * WORST}, {"agent": Decimal("0.18")})
+            first.finish(USED)
+            second.finish(USED)
+            third.rejected()
+        assert hold.drawn == {"agent": 0}
+    assert figures(client) == (2 * COST, 0)
+
+
+async def test_a_call_that_is_too_large_does_not_take_a_smaller_one_down(client, limiter, meter):
+    await limiter.record("agent", "0.80")
+    async with limiter.hold("agent", "0.01"):
+
+        async def ask(tokens: int) -> bool:
+            try:
+                async with meter.call(**CALL | {"output_tokens_max": tokens}) as call:
+                    await asyncio.sleep(0)
+                    call.finish(USED)
+            except BudgetExceeded:
+                return False
+            return True
+
+        granted = await asyncio.gather(ask(1000), ask(9000), ask(1000), ask(9000), ask(500))
+    assert granted == [True, False, True, False, True]
+    assert figures(client) == (to_units("0.80") + 3 * COST, 0)
+
+
+async def test_tasks_in_one_hold_are_always_covered_and_billed_exactly(client, limiter, meter):
+    chance = random.Random(4)
+    billed = []
+    async with limiter.hold("agent", "0.02") as hold:
+
+        async def ask(delays: list[int], output: int) -> None:
+            for _ in range(delays[0]):
+                await asyncio.sleep(0)
+            try:
+                async with meter.call(**CALL) as call:
+                    assert covered(hold)
+                    for part in range(3):
+                        call.report(Usage(1000, output * part // 3))
+                        assert covered(hold)
+                        for _ in range(delays[1]):
+                            await asyncio.sleep(0)
+                    if output % 10 == 0:
+                        raise Work
+                    call.finish(Usage(1000, output))
+                    billed.append(output)
+            except (BudgetExceeded, Work) as error:
+                if isinstance(error, Work):
+                    billed.append(output * 2 // 3)
+
+        work = [([chance.randrange(9), chance.randrange(9)], chance.randrange(1000)) for _ in range(60)]
+        await asyncio.gather(*(ask(*each) for each in work))
+        assert covered(hold)
+        assert hold.drawn == {"agent": 0}
+        assert len(billed) < 60  # some were denied
+    assert figures(client) == (sum(10_000_000 + output * 50_000 for output in billed), 0)
+
+
+def test_threads_in_one_hold_are_always_covered_and_billed_exactly(client, sync_limiter):
+    meter = Meter(sync_limiter, pricer=PRICES)
+    billed = []
+    with sync_limiter.hold("agent", "0.02") as hold:
+
+        def ask(output: int) -> None:
+            for _ in range(10):
+                try:
+                    with meter.call(**CALL) as call:
+                        assert covered(hold)
+                        call.report(Usage(1000))
+                        call.finish(Usage(1000, output))
+                except BudgetExceeded:
+                    continue
+                billed.append(output)
+
+        with ThreadPoolExecutor(8) as pool:
+            for future in [pool.submit(copy_context().run, ask, number) for number in range(8)]:
+                future.result()
+        assert hold.drawn == {"agent": 0}
+    assert len(billed) >= 60
+    assert figures(client) == (sum(10_000_000 + output * 50_000 for output in billed), 0)
+
+
+def test_threads_that_accrue_on_one_hold_lose_nothing(client, sync_limiter):
+    with sync_limiter.hold("agent", "0.5") as hold:
+        barrier = threading.Barrier(8)
+
+        def accrue() -> None:
+            barrier.wait()
+            for _ in range(500):
+                hold.accrue("0.00001")
+                hold.adjust({"agent": 1})
+
+        threads = [threading.Thread(target=accrue) for _ in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert figures(client) == (8 * 500 * 10_001, 0)
+
+
+# -- cancellation and outages ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def proxy(server, tmp_path_factory):
+    async with Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as made:
+        yield made
+
+
+async def test_calls_cancelled_while_the_hold_grows_claim_nothing(client, proxy):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=2.0) as limiter, limiter.hold("agent", "0.01") as hold:
+        meter = Meter(limiter, pricer=PRICES)
+        async with meter.call(**CALL) as call:
+            call.finish(USED)
+        proxy.hold_replies()
+        growing = asyncio.create_task(meter.call(**CALL | {"output_tokens_max": 2000}).__aenter__())
+        await until(lambda: hold.growth.wanted)
+        waiting = asyncio.create_task(meter.call(**CALL | {"output_tokens_max": 2000}).__aenter__())
+        await asyncio.sleep(0)
+        for task in (waiting, growing):
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert (hold.drawn, hold.growth.wanted) == ({"agent": 0}, {})
+        proxy.let_go()
+        async with meter.call(**CALL) as call:
+            call.finish(USED)
+    assert figures(client) == (2 * COST, 0)
+
+
+async def test_calls_that_wait_for_a_growth_without_an_answer_do_not_wait_again(client, proxy):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3) as limiter:
+        meter = Meter(limiter, pricer=PRICES)
+        async with limiter.hold("agent", "0.01") as hold:
+            proxy.hold_replies()
+            began = asyncio.get_running_loop().time()
+            calls = (meter.call(**CALL).__aenter__() for _ in range(10))
+            results = await asyncio.gather(*calls, return_exceptions=True)
+            assert all(isinstance(result, StoreUnavailable) for result in results)
+            assert asyncio.get_running_loop().time() - began < 1.0
+            assert (hold.drawn, hold.growth.wanted) == ({}, {})
+            proxy.let_go()
+            async with meter.call(**CALL) as call:
+                call.finish(USED)
+    assert figures(client) == (COST, 0)

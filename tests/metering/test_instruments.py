@@ -1,0 +1,219 @@
+"""The span and the metrics of each call, by the GenAI conventions of OpenTelemetry."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from opentelemetry.semconv._incubating.attributes import gen_ai_attributes as gen_ai
+from opentelemetry.semconv._incubating.metrics import gen_ai_metrics
+from opentelemetry.semconv.attributes.error_attributes import ERROR_TYPE
+from opentelemetry.trace import SpanKind, StatusCode, get_current_span
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter
+from ktrdr_budget.metering import instruments
+from ktrdr_budget.metering.meter import Meter
+from ktrdr_budget.metering.prices import ModelPrice, Prices
+from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget.telemetry import spans
+from ktrdr_budget.telemetry.spans import operation_scope, span
+
+from ..helpers.recorded_spans import Recorded
+
+BUDGETS = [Budget("agent", "1.00"), Budget("team", "9.00"), Budget("calls", 1000, unit="requests")]
+PRICES = Prices([ModelPrice("acme", "road", "10", "50", cache_write="12.5")])
+CALL = {"provider": "acme", "model": "road", "input_tokens_max": 1000, "output_tokens_max": 1000}
+NAMES = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "acme", "gen_ai.request.model": "road"}
+
+
+class Refused(Exception):
+    """An error as the SDKs raise it."""
+
+    status_code = 529
+
+
+@pytest.fixture
+def recorded(monkeypatch):
+    found = Recorded()
+    monkeypatch.setattr(spans, "_tracer", found.tracer)
+    return found
+
+
+@pytest.fixture
+def reader(monkeypatch):
+    found = InMemoryMetricReader()
+    provider = MeterProvider([found], shutdown_on_exit=False)
+    monkeypatch.setattr(instruments, "_instruments", instruments.make_instruments(provider.get_meter("ktrdr_budget")))
+    yield found
+    provider.shutdown()
+
+
+@pytest.fixture
+async def meter(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+        yield Meter(limiter, ["agent", "team", "calls"], PRICES)
+
+
+def metrics(reader) -> dict:
+    data = reader.get_metrics_data()
+    if data is None:
+        return {}
+    return {m.name: m for r in data.resource_metrics for scope in r.scope_metrics for m in scope.metrics}
+
+
+async def test_a_call_has_a_span_of_the_conventions_with_cost_and_budgets(recorded, meter):
+    with operation_scope("op_1", "agent_research"), span("phase"):
+        async with meter.call(**CALL) as call:
+            assert get_current_span().name == "chat road"
+            call.finish(Usage(1000, 20, 300, 100))
+    found = recorded["chat road"]
+    assert (found.kind, found.status.status_code) == (SpanKind.CLIENT, StatusCode.UNSET)
+    assert found.parent.span_id == recorded["phase"].context.span_id
+    assert found.attributes == {
+        **NAMES,
+        gen_ai.GEN_AI_USAGE_INPUT_TOKENS: 1000,
+        gen_ai.GEN_AI_USAGE_OUTPUT_TOKENS: 20,
+        gen_ai.GEN_AI_USAGE_CACHE_READ_INPUT_TOKENS: 300,
+        gen_ai.GEN_AI_USAGE_CACHE_CREATION_INPUT_TOKENS: 100,
+        "ktrdr.budget.names": ("agent", "team", "calls"),
+        "ktrdr.budget.reserved": 0.0625,
+        "ktrdr.budget.cost": 0.01125,
+        "ktrdr.budget.estimated": False,
+        "ktrdr.budget.price_source": "configured",
+        "operation.id": "op_1",
+        "operation.type": "agent_research",
+    }
+
+
+async def test_names_are_those_of_the_conventions():
+    assert instruments.OPERATION == gen_ai.GEN_AI_OPERATION_NAME
+    assert instruments.PROVIDER == gen_ai.GEN_AI_PROVIDER_NAME
+    assert instruments.REQUEST_MODEL == gen_ai.GEN_AI_REQUEST_MODEL
+    assert instruments.KIND_OF_TOKENS == gen_ai.GEN_AI_TOKEN_TYPE
+    assert instruments.ERROR_TYPE == ERROR_TYPE
+
+
+async def test_a_call_is_measured_by_the_conventions_and_its_cost_per_budget(reader, meter):
+    for _ in range(2):
+        async with meter.call(**CALL) as call:
+            call.finish(Usage(1000, 20))
+    found = metrics(reader)
+    assert set(found) == {
+        gen_ai_metrics.GEN_AI_CLIENT_TOKEN_USAGE,
+        gen_ai_metrics.GEN_AI_CLIENT_OPERATION_DURATION,
+        "ktrdr.budget.cost",
+    }
+    usage = found["gen_ai.client.token.usage"]
+    assert usage.unit == "{token}"
+    points = {point.attributes["gen_ai.token.type"]: point for point in usage.data.data_points}
+    assert (points["input"].sum, points["input"].count, points["output"].sum) == (2000, 2, 40)
+    assert points["input"].attributes == {**NAMES, "gen_ai.token.type": "input"}
+    assert points["input"].explicit_bounds == tuple(4**power for power in range(14))
+    duration = found["gen_ai.client.operation.duration"]
+    (point,) = duration.data.data_points
+    assert (duration.unit, point.count, dict(point.attributes)) == ("s", 2, NAMES)
+    assert point.explicit_bounds == tuple(0.01 * 2**power for power in range(14))
+    spend = {
+        point.attributes["ktrdr.budget.name"]: point.value for point in found["ktrdr.budget.cost"].data.data_points
+    }
+    assert spend == {"agent": pytest.approx(0.022), "team": pytest.approx(0.022)}
+
+
+async def test_an_error_is_told_by_its_type_and_not_by_its_words(recorded, reader, meter):
+    with pytest.raises(Refused):
+        async with meter.call(**CALL) as call:
+            call.rejected()
+            raise Refused("you said: my secret prompt")
+    found = recorded["chat road"]
+    assert (found.attributes["error.type"], found.status.status_code) == ("529", StatusCode.ERROR)
+    assert "secret" not in found.to_json()
+    (point,) = metrics(reader)["gen_ai.client.operation.duration"].data.data_points
+    assert point.attributes["error.type"] == "529"
+    assert "ktrdr.budget.cost" not in metrics(reader)
+
+
+async def test_a_stream_that_breaks_off_is_an_estimate(recorded, meter):
+    with pytest.raises(ConnectionResetError):
+        async with meter.call(**CALL) as call:
+            call.report(Usage(0, 20))
+            raise ConnectionResetError
+    found = recorded["chat road"].attributes
+    assert (found["ktrdr.budget.estimated"], found["error.type"]) == (True, "ConnectionResetError")
+    assert (found["gen_ai.usage.input_tokens"], found["gen_ai.usage.output_tokens"]) == (1000, 20)
+    assert found["ktrdr.budget.cost"] == 0.011
+
+
+async def test_a_denied_call_has_a_span_and_is_not_measured(recorded, reader, meter):
+    with pytest.raises(BudgetExceeded):
+        await meter.call(**CALL | {"output_tokens_max": 10**6}).__aenter__()
+    found = recorded["chat road"]
+    assert (found.attributes["error.type"], found.status.status_code) == ("BudgetExceeded", StatusCode.ERROR)
+    assert metrics(reader) == {}
+    assert not get_current_span().get_span_context().is_valid
+
+
+async def test_the_span_of_a_stream_is_not_current_and_may_end_elsewhere(recorded, meter, caplog):
+    call = meter.call(**CALL, current=False)
+    with span("request"):
+        await call.__aenter__()
+        assert get_current_span().name == "request"
+
+    async def end() -> None:
+        call.finish(Usage(1000, 20))
+        await call.__aexit__(None, None, None)
+
+    await asyncio.create_task(end())
+    assert recorded["chat road"].parent.span_id == recorded["request"].context.span_id
+    assert recorded["chat road"].attributes["ktrdr.budget.cost"] == 0.011
+    assert not caplog.records
+
+
+def test_a_sync_call_has_its_span_too(recorded, server):
+    with BudgetLimiter(server.url, BUDGETS) as limiter:
+        with Meter(limiter, pricer=PRICES).call(**CALL, operation="embeddings") as call:
+            call.finish(Usage(10))
+    assert recorded["embeddings road"].attributes["ktrdr.budget.cost"] == 0.0001
+
+
+def test_opentelemetry_is_not_needed(server):
+    code = f"""
+import sys
+sys.modules["opentelemetry"] = sys.modules["genai_prices"] = None
+from ktrdr_budget import Budget, BudgetLimiter
+from ktrdr_budget.metering.meter import Meter
+from ktrdr_budget.metering.prices import ModelPrice, Prices
+from ktrdr_budget.metering.usage import Usage
+with BudgetLimiter({server.url!r}, [Budget("agent", 1)]) as limiter:
+    meter = Meter(limiter, pricer=Prices([ModelPrice("p", "m", 1, 1)]))
+    with meter.call(provider="p", model="m", input_tokens_max=1, output_tokens_max=1) as call:
+        call.finish(Usage(1, 1))
+    print(limiter.status("agent").spent)
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "0.000002\n"
+
+
+def test_a_meter_provider_of_the_process_is_used(server):
+    code = f"""
+from opentelemetry import metrics
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from ktrdr_budget import Budget, BudgetLimiter
+from ktrdr_budget.metering.meter import Meter
+from ktrdr_budget.metering.prices import ModelPrice, Prices
+from ktrdr_budget.metering.usage import Usage
+reader = InMemoryMetricReader()
+with BudgetLimiter({server.url!r}, [Budget("agent", 1)]) as limiter:
+    meter = Meter(limiter, pricer=Prices([ModelPrice("p", "m", 1, 1)]))
+    for provider in (None, MeterProvider([reader])):
+        if provider is not None:
+            metrics.set_meter_provider(provider)
+        with meter.call(provider="p", model="m", input_tokens_max=1, output_tokens_max=1) as call:
+            call.finish(Usage(1, 1))
+found = [m for r in reader.get_metrics_data().resource_metrics for s in r.scope_metrics for m in s.metrics]
+print(len(found), [m.data.data_points[0].value for m in found if m.name == "ktrdr.budget.cost"])
+"""
+    assert subprocess.check_output([sys.executable, "-c", code], text=True) == "3 [2e-06]\n"

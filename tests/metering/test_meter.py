@@ -1,0 +1,499 @@
+"""A metered call on its own: reserved before, reported while it runs, settled after; async and sync alike."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, InvalidArgument, UnknownBudget
+from ktrdr_budget.errors import UnknownPrice
+from ktrdr_budget.metering.meter import Meter
+from ktrdr_budget.metering.prices import ModelPrice, Prices
+from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget.money import to_units
+
+from ..helpers.keyspace import counted, dump, ledger_sum, sums
+from ..helpers.proxy import Proxy
+from ..helpers.waiting import until, wait_until
+
+BUDGETS = [
+    Budget("agent", "1.00"),
+    Budget("tokens", 100_000, unit="tokens"),
+    Budget("calls", 1000, unit="requests"),
+    Budget("parallel", 2, kind="slots"),
+    Budget("pages", 10, unit="pages"),
+]
+PRICES = Prices([ModelPrice("acme", "road", "10", "50", cached_input="1", cache_write="12.5")])
+CALL = {"provider": "acme", "model": "road", "input_tokens_max": 2000, "output_tokens_max": 1000}
+WORST = 2000 * 12_500 + 1000 * 50_000
+"""Nano-dollars: input may be written to a cache."""
+
+
+class Work(Exception):
+    """What goes wrong inside a block."""
+
+
+@pytest.fixture
+async def limiter(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+def sync_limiter(server):
+    with BudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+def meter(limiter):
+    return Meter(limiter, pricer=PRICES)
+
+
+@pytest.fixture
+def sync_meter(sync_limiter):
+    return Meter(sync_limiter, pricer=PRICES)
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+def figures(client, budget="agent") -> tuple[int, int]:
+    """Spent and held; the ledger says the same."""
+    found = sums(client, budget)
+    assert found["unconfirmed"] == 0
+    assert ledger_sum(client, budget) == found["spent"]
+    return found["spent"], found["held"]
+
+
+# -- each way through a call -------------------------------------------------------------------------------------------
+
+USED = Usage(1500, 300, 500)
+COST = 1000 * 10_000 + 500 * 1000 + 300 * 50_000
+
+WAYS = {
+    "finished": (lambda call: call.finish(USED), False, COST, 0, False),
+    "finished, then an error": (lambda call: call.finish(USED), True, COST, 0, False),
+    "finished below what was reported": (
+        lambda call: (call.report(Usage(1900, 900)), call.finish(USED)),
+        False,
+        COST,
+        0,
+        False,
+    ),
+    "finished above the worst case": (lambda call: call.finish(Usage(3000, 2000)), False, 130_000_000, 0, False),
+    "finished, then reported on": (lambda call: (call.finish(USED), call.report(Usage(1))), False, COST, 0, False),
+    "finished, then unknown": (lambda call: (call.finish(USED), call.unknown()), True, COST, 0, False),
+    "reported, broken off": (
+        lambda call: (call.report(Usage(1500, 0, 500)), call.report(USED)),
+        True,
+        COST,
+        0,
+        True,
+    ),
+    "reported, left": (lambda call: call.report(USED), False, COST, 0, True),
+    "output reported, broken off": (
+        lambda call: call.report(Usage(0, 20)),
+        True,
+        2000 * 10_000 + 20 * 50_000,
+        0,
+        True,
+    ),
+    "rejected": (lambda call: call.rejected(), True, 0, 0, False),
+    "rejected, no error": (lambda call: call.rejected(), False, 0, 0, False),
+    "rejected, then accepted": (lambda call: (call.rejected(), call.finish(USED)), False, COST, 0, False),
+    "rejected, then reported on": (lambda call: (call.rejected(), call.report(USED)), True, COST, 0, True),
+    "unknown": (lambda call: call.unknown(), True, 0, WORST, False),
+    "unknown, no error": (lambda call: call.unknown(), False, 0, WORST, False),
+    "reported, then unknown": (lambda call: (call.report(USED), call.unknown()), True, 0, WORST, False),
+    "nothing said, an error": (lambda call: None, True, 0, WORST, False),
+    "nothing said": (lambda call: None, False, WORST, 0, True),
+}
+
+
+@pytest.mark.parametrize(("said", "raises", "spent", "held", "estimated"), WAYS.values(), ids=WAYS)
+async def test_each_way_through_an_async_call(client, limiter, meter, said, raises, spent, held, estimated):
+    try:
+        async with meter.call(**CALL) as call:
+            assert figures(client) == (0, WORST)
+            said(call)
+            if raises:
+                raise Work
+    except Work:
+        assert raises
+    assert figures(client) == (spent, held)
+    page = await limiter.ledger("agent")
+    if spent:
+        assert [entry.operation for entry in page] == ["chat acme/road configured" + " estimated" * estimated]
+    else:
+        assert not page
+
+
+@pytest.mark.parametrize(("said", "raises", "spent", "held", "estimated"), WAYS.values(), ids=WAYS)
+def test_each_way_through_a_sync_call(client, sync_limiter, sync_meter, said, raises, spent, held, estimated):
+    try:
+        with sync_meter.call(**CALL) as call:
+            assert figures(client) == (0, WORST)
+            said(call)
+            if raises:
+                raise Work
+    except Work:
+        assert raises
+    assert figures(client) == (spent, held)
+    assert all(("estimated" in entry.operation) == estimated for entry in sync_limiter.ledger("agent"))
+
+
+async def test_a_reservation_that_is_kept_comes_due_and_is_charged(client, limiter):
+    meter = Meter(limiter, pricer=PRICES, ttl=1)
+    async with meter.call(**CALL) as call:
+        call.unknown()
+    status = await until(lambda: _expired(limiter))
+    assert status.unconfirmed == Decimal("0.075")
+    assert ledger_sum(client) == WORST == counted(client)
+
+
+async def _expired(limiter):
+    status = await limiter.status("agent")
+    return status if status.unconfirmed else None
+
+
+async def test_a_call_tells_what_it_cost(meter):
+    async with meter.call(**CALL) as call:
+        assert (call.worst_case.amount, call.cost, call.usage) == (Decimal("0.075"), None, None)
+        call.report(Usage(100))
+        assert call.cost.amount == Decimal("0.001")
+        call.finish(USED)
+    assert (call.cost.nanos, call.usage, call.estimated) == (COST, USED, False)
+    assert [line.name for line in call.cost.lines] == ["input", "cached input", "output"]
+
+
+async def test_what_is_reported_is_accrued_at_once_and_never_less(meter):
+    async with meter.call(**CALL) as call:
+        for usage, accrued in [(Usage(100), "0.001"), (Usage(100, 10), "0.0015"), (Usage(100, 9), "0.0015")]:
+            call.report(usage)
+            assert call.hold.accrued == {"agent": Decimal(accrued)}
+        call.finish(Usage(100, 11))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_call_without_room_is_denied_before_anything_is_sent(client, limiter, meter):
+    await limiter.record("agent", "0.93")
+    before = dump(client)
+    sent = False
+    with pytest.raises(BudgetExceeded) as caught:
+        async with meter.call(**CALL):
+            sent = True
+    assert (sent, caught.value.requested, caught.value.fits) == (False, Decimal("0.075"), Decimal("0.07"))
+    assert dump(client) == before
+
+
+async def test_a_model_without_a_price_reserves_nothing(client, meter):
+    before = dump(client)
+    with pytest.raises(UnknownPrice):
+        async with meter.call(**CALL | {"model": "path"}):
+            pass
+    assert dump(client) == before
+
+
+async def test_budgets_that_a_call_cannot_be_counted_in_are_refused(limiter):
+    with pytest.raises(InvalidArgument, match="'pages' counts pages"):
+        Meter(limiter, ["agent", "pages"], PRICES)
+    with pytest.raises(UnknownBudget, match="'nowhere'"):
+        Meter(limiter, ["nowhere"], PRICES)
+    for budgets in ("agent", []):
+        with pytest.raises(InvalidArgument, match="in a list"):
+            Meter(limiter, budgets, PRICES)
+    with pytest.raises(InvalidArgument, match="ttl"):
+        Meter(limiter, pricer=PRICES, ttl=0)
+    with pytest.raises(InvalidArgument, match="on_expiry"):
+        Meter(limiter, pricer=PRICES, on_expiry="never")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"input_tokens_max": -1},
+        {"output_tokens_max": 1.5},
+        {"input_tokens_max": True},
+        {"provider": ""},
+        {"model": None},
+        {"operation": ""},
+    ],
+)
+async def test_arguments_of_a_call_that_are_not_usable_are_refused(meter, wrong):
+    with pytest.raises(InvalidArgument, match=next(iter(wrong))):
+        meter.call(**CALL | wrong)
+
+
+async def test_a_call_is_entered_once_and_spoken_of_inside(meter):
+    call = meter.call(**CALL)
+    with pytest.raises(InvalidArgument, match="inside its block"):
+        call.finish(USED)
+    async with call:
+        call.finish(USED)
+    with pytest.raises(InvalidArgument, match="inside its block"):
+        call.report(USED)
+    with pytest.raises(InvalidArgument, match="once"):
+        async with call:
+            pass
+
+
+async def test_with_and_async_with_go_with_their_limiters(meter, sync_meter):
+    with pytest.raises(TypeError, match="use `async with`"), meter.call(**CALL):
+        pass
+    with pytest.raises(TypeError, match="use `with`"):
+        async with sync_meter.call(**CALL):
+            pass
+
+
+# -- budgets of each unit ----------------------------------------------------------------------------------------------
+
+
+async def test_each_budget_counts_its_own_unit(client, limiter):
+    meter = Meter(limiter, ["agent", "tokens", "calls", "parallel"], PRICES)
+    async with meter.call(**CALL) as call:
+        held = {name: (await limiter.status(name)).held for name in meter.units}
+        assert held == {"agent": Decimal("0.075"), "tokens": 3000, "calls": 1, "parallel": 1}
+        call.finish(USED)
+    assert figures(client) == (COST, 0)
+    assert figures(client, "tokens") == (1800, 0)
+    assert figures(client, "calls") == (1, 0)
+    assert (await limiter.status("parallel")).held == 0
+
+
+async def test_slots_limit_how_many_calls_run_at_once(limiter):
+    meter = Meter(limiter, ["parallel"], PRICES)
+    async with meter.call(**CALL) as first, meter.call(**CALL) as second:
+        with pytest.raises(BudgetExceeded) as caught:
+            await meter.call(**CALL).__aenter__()
+        assert caught.value.reason == "budget_held"
+        first.rejected()
+        second.finish(USED)
+    async with meter.call(**CALL) as third:
+        third.finish(USED)
+
+
+async def test_a_rejected_request_does_not_count(client, limiter):
+    meter = Meter(limiter, ["calls", "tokens"], PRICES)
+    async with meter.call(**CALL) as call:
+        call.rejected()
+    assert figures(client, "calls") == figures(client, "tokens") == (0, 0)
+
+
+async def test_a_model_that_is_free_is_admitted_and_costs_nothing(client, limiter):
+    meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 0, 0)]))
+    async with meter.call(**CALL) as call:
+        assert figures(client) == (0, 1)
+        call.finish(USED)
+    assert figures(client) == (0, 0)
+    await limiter.record("agent", "1.00")
+    with pytest.raises(BudgetExceeded):
+        await meter.call(**CALL).__aenter__()
+
+
+async def test_usage_that_cannot_be_priced_is_charged_in_full(client, meter, caplog):
+    async with meter.call(**CALL) as call:
+        call.finish(Usage(10, 10, other={"web_searches": 1}))
+    assert figures(client) == (WORST, 0)
+    assert call.estimated
+    assert "cannot be priced" in caplog.text
+
+
+async def test_usage_that_can_be_priced_after_all_is_no_estimate(client, meter):
+    async with meter.call(**CALL) as call:
+        call.report(Usage(10, 10, other={"web_searches": 1}))
+        call.finish(USED)
+    assert (call.estimated, figures(client)) == (False, (COST, 0))
+
+
+async def test_the_time_of_the_reservation_decides_the_price(limiter):
+    times = []
+
+    class Clocked(Prices):
+        def worst_case(self, *args, **options):
+            times.append(args[4])
+            return super().worst_case(*args, **options)
+
+        def price(self, provider, model, usage, at):
+            times.append(at)
+            return super().price(provider, model, usage, at)
+
+    async with Meter(limiter, pricer=Clocked([ModelPrice("acme", "road", 1, 1)])).call(**CALL) as call:
+        call.report(USED)
+        call.finish(USED)
+    store = (await limiter.status("agent")).as_of
+    assert len(times) == 3
+    assert len(set(times)) == 1
+    assert abs((store - times[0]).total_seconds()) < 1
+
+
+# -- cancellation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def proxy(server, tmp_path_factory):
+    async with Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as made:
+        yield made
+
+
+@pytest.fixture
+async def distant(proxy):
+    """A limiter behind the proxy, that has met the server."""
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=2.0) as made:
+        with pytest.raises(BudgetExceeded):
+            await made.reserve("agent", "6.00")
+        yield made
+
+
+async def cancelled(task: asyncio.Task) -> None:
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_call_cancelled_while_it_is_reserved_leaves_nothing(client, proxy, distant):
+    proxy.hold_replies()
+    task = asyncio.create_task(Meter(distant, pricer=PRICES).call(**CALL).__aenter__())
+    await until(lambda: sums(client)["held"] == WORST)
+    await cancelled(task)
+    proxy.let_go()
+    await until(lambda: figures(client) == (0, 0))
+
+
+async def test_a_settlement_that_was_begun_completes_though_it_is_cancelled(client, proxy, distant):
+    entered, leave = asyncio.Event(), asyncio.Event()
+
+    async def work():
+        async with Meter(distant, pricer=PRICES).call(**CALL) as call:
+            entered.set()
+            await leave.wait()
+            call.finish(USED)
+
+    task = asyncio.create_task(work())
+    await entered.wait()
+    proxy.hold_replies()
+    leave.set()
+    await until(lambda: sums(client)["spent"] == COST)
+    await cancelled(task)
+    proxy.let_go()
+    assert figures(client) == (COST, 0)
+    async with distant.hold("agent", "0.01"):
+        assert figures(client)[0] == COST
+
+
+async def test_a_stream_that_is_cancelled_commits_what_it_reported(client, limiter, meter):
+    reported = asyncio.Event()
+
+    async def stream():
+        async with meter.call(**CALL) as call:
+            call.report(USED)
+            reported.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(stream())
+    await reported.wait()
+    await cancelled(task)
+    assert figures(client) == (COST, 0)
+    assert (await limiter.ledger("agent"))[0].operation.endswith(" estimated")
+
+
+async def test_a_store_that_is_away_when_a_call_ends_does_not_take_its_answer(server, start_server, caplog):
+    own = start_server()
+    async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.3) as limiter:
+        with caplog.at_level(logging.ERROR):
+            async with Meter(limiter, pricer=PRICES).call(**CALL) as call:
+                own.kill()
+                call.finish(USED)
+    assert "could not be settled" in caplog.text
+
+
+async def test_calls_that_a_store_which_is_away_lets_pass_are_recorded_when_it_is_back(start_server):
+    own = start_server()
+    async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
+        meter = Meter(limiter, ["agent", "tokens"], PRICES)
+        own.kill()
+        async with meter.call(**CALL) as call:
+            call.report(USED)
+            call.finish(USED)
+        async with limiter.hold("agent", "0.01") as hold, meter.call(**CALL) as call:
+            call.finish(USED)
+            assert not hold.guarded
+        own.start()
+        with own.client() as client:
+            await until(lambda: not limiter.deferred)
+            assert figures(client) == (2 * COST, 0)
+            assert figures(client, "tokens") == (3600, 0)
+
+
+# -- many at once ------------------------------------------------------------------------------------------------------
+
+
+async def test_concurrent_calls_stay_below_the_cap_and_are_billed_exactly(client, meter):
+    admitted = []
+
+    async def ask(number: int) -> None:
+        try:
+            async with meter.call(**CALL) as call:
+                assert counted(client) <= to_units("1.00")
+                usage = Usage(1000 + number, 10 * number)
+                call.report(Usage(usage.input_tokens))
+                await asyncio.sleep(0)
+                call.finish(usage)
+        except BudgetExceeded:
+            return
+        admitted.append(usage)
+
+    await asyncio.gather(*(ask(number) for number in range(40)))
+    assert 13 <= len(admitted) < 40
+    assert figures(client) == (sum(u.input_tokens * 10_000 + u.output_tokens * 50_000 for u in admitted), 0)
+
+
+def test_threads_stay_below_the_cap_and_are_billed_exactly(client, sync_meter):
+    admitted, barrier = [], threading.Barrier(20)
+
+    def ask(number: int) -> None:
+        barrier.wait()
+        try:
+            with sync_meter.call(**CALL) as call:
+                usage = Usage(1000 + number, 10 * number)
+                call.finish(usage)
+        except BudgetExceeded:
+            return
+        admitted.append(usage)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(admitted) >= 13
+    assert figures(client) == (sum(u.input_tokens * 10_000 + u.output_tokens * 50_000 for u in admitted), 0)
+
+
+async def test_heartbeats_keep_the_reservation_of_a_long_call(client, limiter):
+    meter = Meter(limiter, pricer=PRICES, ttl=1)
+    async with meter.call(**CALL) as call:
+        first = call.hold.expires_at
+        call.report(USED)
+        await until(lambda: call.hold.expires_at > first)
+        view = await limiter.get(call.hold.id)
+        assert view.accrued == {"agent": Decimal("0.0255")}
+        call.finish(USED)
+    assert figures(client) == (COST, 0)
+
+
+def test_heartbeats_keep_the_reservation_of_a_long_sync_call(sync_limiter):
+    meter = Meter(sync_limiter, pricer=PRICES, ttl=1)
+    with meter.call(**CALL) as call:
+        first = call.hold.expires_at
+        wait_until(lambda: call.hold.expires_at > first)
+        call.finish(USED)

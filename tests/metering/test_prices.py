@@ -1,0 +1,291 @@
+"""Configured prices, the price list, a fixed cost: which one counts, and that it is never nothing."""
+
+from __future__ import annotations
+
+import sys
+from datetime import UTC, datetime
+from decimal import Decimal
+
+import pytest
+from genai_prices import data_snapshot, types
+
+from ktrdr_budget.errors import InvalidAmount, InvalidArgument, UnknownPrice
+from ktrdr_budget.metering.prices import ModelPrice, Prices, load_prices
+from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget.money import to_units
+
+NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
+SCRIPTED = ModelPrice("scripted", "ktrdr-scripted-1", "15", "75")
+
+
+def test_a_configured_price_needs_no_price_list(monkeypatch):
+    monkeypatch.setitem(sys.modules, "genai_prices", None)
+    cost = Prices([SCRIPTED]).price("scripted", "ktrdr-scripted-1", Usage(1000, 200), NOW)
+    assert (cost.amount, cost.source) == (Decimal("0.03"), "configured")
+
+
+def test_a_configured_price_wins_over_the_price_list():
+    prices = Prices([ModelPrice("openai", "gpt-4o-mini", "1", "2")])
+    assert prices.price("openai", "gpt-4o-mini", Usage(1_000_000), NOW).amount == Decimal("1.00")
+
+
+def test_each_part_has_its_configured_price():
+    price = ModelPrice("p", "m", "1", "8", cached_input="0.1", cache_write="1.25", request="0.01")
+    cost = Prices([price]).price("p", "m", Usage(1000, 100, 500, 300), NOW)
+    assert [(line.name, line.count, line.price, line.per) for line in cost.lines] == [
+        ("input", 200, Decimal(1), 1_000_000),
+        ("cached input", 500, Decimal("0.1"), 1_000_000),
+        ("cache write", 300, Decimal("1.25"), 1_000_000),
+        ("output", 100, Decimal(8), 1_000_000),
+        ("request", 1, Decimal("0.01"), 1),
+    ]
+    assert cost.nanos == 200 * 1000 + 500 * 100 + 300 * 1250 + 100 * 8000 + 10_000_000
+    assert sum(line.amount for line in cost.lines) == cost.amount
+
+
+def test_a_cache_without_a_price_of_its_own_costs_as_much_as_input():
+    price = Prices([ModelPrice("p", "m", "3", "8")])
+    assert price.price("p", "m", Usage(1000, 0, 500, 300), NOW).nanos == 1000 * 3000
+
+
+def test_a_cost_is_rounded_up_once():
+    prices = Prices([ModelPrice("p", "m", "0.0004", "0.0003")])
+    assert prices.price("p", "m", Usage(1, 0), NOW).nanos == 1
+    assert prices.price("p", "m", Usage(1, 2), NOW).nanos == 1
+    assert prices.price("p", "m", Usage(1, 3), NOW).nanos == 2
+
+
+def test_a_price_given_as_a_float_is_what_is_written():
+    assert Prices([ModelPrice("p", "m", 0.1, 0.2)]).price("p", "m", Usage(3, 0), NOW).nanos == 300
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [("gpt-9", 4000), ("gpt-9-mini", 3000), ("gpt-9-mini-2026", 2000), ("gpt-8", 1000), ("GPT-9", 4000)],
+)
+def test_the_name_of_a_model_wins_over_a_beginning_of_it_and_a_longer_one_over_a_shorter(model, expected):
+    table = [
+        ModelPrice("p", "gpt-*", 1, 1),
+        ModelPrice("p", "gpt-9-mini-*", 2, 1),
+        ModelPrice("p", "gpt-9-mini*", 3, 1),
+        ModelPrice("p", "gpt-9", 9, 1),
+        ModelPrice("p", "gpt-9", 4, 1),
+    ]
+    prices = Prices(table)
+    assert prices.price("p", model, Usage(1), NOW).nanos == expected
+
+
+def test_a_price_of_another_provider_does_not_count():
+    with pytest.raises(UnknownPrice):
+        Prices([SCRIPTED]).price("other", "ktrdr-scripted-1", Usage(1), NOW)
+
+
+# -- without a price ---------------------------------------------------------------------------------------------------
+
+PRICELESS = [
+    ("nobody", "nothing"),
+    ("openai", "gpt-99"),
+    ("openrouter", "deepseek/deepseek-r1:free"),  # listed without any price
+    ("groq", "whisper-large-v3"),  # priced by the hour: its tokens would cost nothing
+]
+
+
+@pytest.mark.parametrize(("provider", "model"), PRICELESS)
+def test_a_model_without_a_price_is_refused(provider, model):
+    prices = Prices()
+    with pytest.raises(UnknownPrice, match=f"{provider}/{model}"):
+        prices.price(provider, model, Usage(1000, 10), NOW)
+    with pytest.raises(UnknownPrice, match=f"{provider}/{model}"):
+        prices.worst_case(provider, model, 1000, 10, NOW)
+
+
+@pytest.mark.parametrize(("provider", "model"), PRICELESS)
+def test_a_fixed_cost_counts_for_a_model_without_a_price(provider, model):
+    prices = Prices(fixed_cost="0.02")
+    for cost in (prices.price(provider, model, Usage(5), NOW), prices.worst_case(provider, model, 5, 5, NOW)):
+        assert (cost.nanos, cost.source) == (to_units("0.02"), "fixed")
+        assert [(line.name, line.count, line.price) for line in cost.lines] == [("request", 1, Decimal("0.02"))]
+
+
+def test_a_fixed_cost_does_not_count_where_there_is_a_price():
+    assert Prices(fixed_cost="9").price("openai", "gpt-4o-mini", Usage(1000), NOW).nanos == 150_000
+
+
+def test_output_of_a_model_that_is_priced_by_input_alone_is_refused():
+    prices = Prices()
+    assert prices.price("openai", "text-embedding-3-small", Usage(1000), NOW).nanos == 20_000
+    with pytest.raises(UnknownPrice):
+        prices.worst_case("openai", "text-embedding-3-small", 1000, 1, NOW)
+
+
+def test_something_billed_that_has_no_price_is_refused():
+    with pytest.raises(UnknownPrice):
+        Prices([SCRIPTED]).worst_case("scripted", "ktrdr-scripted-1", 1, 1, NOW, other_max={"web_searches": 1})
+
+
+@pytest.mark.parametrize("cost", ["0", "-1", "x", float("nan")])
+def test_a_fixed_cost_is_a_positive_amount(cost):
+    with pytest.raises(InvalidAmount):
+        Prices(fixed_cost=cost)
+
+
+def test_a_missing_price_list_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "genai_prices", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'ktrdr-budget\[llm\]'"):
+        Prices(fixed_cost=1).worst_case("openai", "gpt-5", 1, 1, NOW)
+
+
+def test_a_list_that_the_program_has_updated_is_used_and_named():
+    prices = Prices()
+    assert prices.price("openai", "gpt-5", Usage(1000), NOW).nanos == 1_250_000
+    model = types.ModelInfo(
+        "gpt-5",
+        types.ClauseEquals("gpt-5"),
+        prices=types.ModelPrice(input_mtok=Decimal(7), output_mtok=Decimal(1)),
+        price_variants=[
+            types.PriceVariant({"service_tier": "priority"}, types.ModelPrice(input_mtok=Decimal(9))),
+        ],
+    )
+    provider = types.Provider("openai", "OpenAI", "https://api", models=[model])
+    newer = data_snapshot.DataSnapshot([provider], True, timestamp=datetime(2026, 11, 24, 8, 30))
+    data_snapshot.set_custom_snapshot(newer)
+    try:
+        cost = prices.price("openai", "gpt-5", Usage(1000), NOW)
+        assert (cost.nanos, cost.source) == (7_000_000, "genai-prices/0.2.3+2026-11-24T08:30")
+        assert prices.worst_case("openai", "gpt-5", 1000, 0, NOW).nanos == 9_000_000
+        with pytest.raises(UnknownPrice):
+            prices.price("openai", "gpt-5-mini", Usage(1000), NOW)
+    finally:
+        data_snapshot.set_custom_snapshot(None)
+    assert prices.price("openai", "gpt-5", Usage(1000), NOW).nanos == 1_250_000
+
+
+# -- the worst case ----------------------------------------------------------------------------------------------------
+
+
+def test_the_worst_case_takes_input_for_a_cache_write_of_an_hour():
+    assert Prices().worst_case("anthropic", "claude-sonnet-4-6", 1000, 100, NOW).nanos == 1000 * 6000 + 100 * 15_000
+
+
+def test_the_worst_case_takes_the_dearest_tier_that_nobody_asked_for():
+    prices = Prices()
+    unasked = prices.worst_case("openai", "gpt-5", 1000, 100, NOW)
+    assert unasked.nanos == 1000 * 2500 + 100 * 20_000
+    assert prices.worst_case("openai", "gpt-5", 1000, 100, NOW, service_tier="priority") == unasked
+    standard = prices.worst_case("openai", "gpt-5", 1000, 100, NOW, service_tier="default")
+    assert standard.nanos == 1000 * 1250 + 100 * 10_000
+    # Flex hands a call down to the standard tier when it is full.
+    assert prices.worst_case("openai", "gpt-5", 1000, 100, NOW, service_tier="flex") == standard
+
+
+def test_the_worst_case_takes_the_context_tier_that_its_input_may_reach():
+    prices = Prices()
+    assert prices.worst_case("google", "gemini-2.5-pro", 200_000, 1, NOW).nanos == 200_000 * 1250 + 10_000
+    assert prices.worst_case("google", "gemini-2.5-pro", 200_001, 1, NOW).nanos == 200_001 * 2500 + 15_000
+
+
+def test_the_worst_case_holds_what_is_billed_beside_tokens():
+    worst = Prices().worst_case("anthropic", "claude-sonnet-4-6", 1, 0, NOW, other_max={"web_searches": 5})
+    assert worst.nanos == 6000 + to_units("0.05")
+
+
+def test_the_worst_case_of_a_configured_price_holds_the_request_and_the_dearest_input():
+    price = ModelPrice("p", "m", "1", "8", cached_input="0.1", cache_write="1.25", request="0.01")
+    assert Prices([price]).worst_case("p", "m", 1000, 10, NOW).nanos == 1_250_000 + 80_000 + 10_000_000
+
+
+def test_a_time_without_a_timezone_is_refused():
+    with pytest.raises(InvalidArgument, match="aware"):
+        Prices().price("openai", "gpt-5", Usage(1), datetime(2026, 11, 23))
+
+
+# -- usage -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "counts",
+    [
+        {"input_tokens": -1},
+        {"output_tokens": 1.0},
+        {"output_tokens": True},
+        {"input_tokens": 10, "cache_read_tokens": 6, "cache_write_tokens": 5},
+        {"input_tokens": 10, "cache_write_tokens": 5, "cache_write_1h_tokens": 6},
+        {"other": {"web_searches": -1}},
+    ],
+)
+def test_usage_is_whole_and_its_parts_are_in_their_whole(counts):
+    with pytest.raises(InvalidArgument):
+        Usage(**counts)
+
+
+# -- the environment ---------------------------------------------------------------------------------------------------
+
+
+def write(path, text):
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def test_prices_come_from_the_environment(tmp_path):
+    file = write(
+        tmp_path / "prices.toml",
+        """
+        [[prices]]
+        provider = "acme"
+        model = "road-*"
+        input = 0.1
+        output = "0.30"
+        request = 0.000001
+
+        [[prices]]
+        provider = "openai"
+        model = "gpt-5"
+        input = 1
+        output = 2
+        cached_input = 0.5
+        cache_write = 1.5
+        """,
+    )
+    prices = Prices.from_environment({"KTRDR_PRICES_FILE": file, "KTRDR_FIXED_CALL_COST": "0.05"}, [SCRIPTED])
+    assert prices.price("acme", "road-runner", Usage(3, 1), NOW).nanos == 300 + 300 + 1000
+    assert prices.price("openai", "gpt-5", Usage(10, 1, 2, 3), NOW).nanos == 5000 + 1000 + 4500 + 2000
+    assert prices.price("nobody", "nothing", Usage(1), NOW).amount == Decimal("0.05")
+    assert prices.price("scripted", "ktrdr-scripted-1", Usage(1), NOW).nanos == 15_000
+
+
+def test_without_settings_there_is_the_price_list_alone():
+    prices = Prices.from_environment({"KTRDR_PRICES_FILE": " ", "KTRDR_FIXED_CALL_COST": ""})
+    with pytest.raises(UnknownPrice):
+        prices.price("nobody", "nothing", Usage(1), NOW)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("prices = 1", "tables"),
+        ("[[price]]", "tables"),
+        ("[[prices]]\nprovider='p'\nmodel='m'\ninput=1", r"\[\[prices\]\] 1 must have provider"),
+        ("[[prices]]\nprovider='p'\nmodel='m'\ninput=1\noutput=1\ninputs=1", "it has provider, model, input"),
+        ("[[prices]]\nprovider='p'\nmodel='m'\ninput=-1\noutput=1", "price of p/m: amount must not be negative"),
+        ("[[prices]]\nprovider='p'\nmodel='m'\ninput=nan\noutput=1", "must be finite"),
+        ("[[prices]]\nprovider=''\nmodel='m'\ninput=1\noutput=1", "name of its provider"),
+        ("[[prices", "cannot read"),
+    ],
+)
+def test_a_file_of_prices_that_is_not_usable_is_refused(tmp_path, text, words):
+    file = write(tmp_path / "prices.toml", text)
+    with pytest.raises(InvalidArgument, match=words):
+        load_prices(file)
+    with pytest.raises(InvalidArgument, match="^KTRDR_PRICES_FILE: "):
+        Prices.from_environment({"KTRDR_PRICES_FILE": file})
+
+
+def test_a_file_of_prices_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(InvalidArgument, match=r"nowhere\.toml': No such file"):
+        load_prices(tmp_path / "nowhere.toml")
+
+
+@pytest.mark.parametrize("cost", ["0", "free", "-0.1"])
+def test_a_fixed_cost_of_the_environment_that_is_not_usable_is_refused(cost):
+    with pytest.raises(InvalidAmount, match="^KTRDR_FIXED_CALL_COST: "):
+        Prices.from_environment({"KTRDR_FIXED_CALL_COST": cost})

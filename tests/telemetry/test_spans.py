@@ -1,0 +1,211 @@
+"""Spans of one's own: with tracing, and without."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+
+import pytest
+from opentelemetry import trace
+from opentelemetry.instrumentation.utils import is_instrumentation_enabled
+from opentelemetry.trace import NonRecordingSpan, SpanContext, StatusCode, TraceFlags
+
+from ktrdr_budget.telemetry.spans import (
+    current_link,
+    current_trace_id,
+    operation_scope,
+    span,
+    suppressed,
+    without_secrets,
+)
+
+from ..helpers.recorded_spans import Recorded
+
+UNSAMPLED = SpanContext(7, 8, is_remote=True, trace_flags=TraceFlags(0))
+
+
+# -- without a tracer provider -----------------------------------------------------------------------------------------
+
+
+def test_without_tracing_everything_does_nothing():
+    with (
+        operation_scope("op_1", "agent_research"),
+        suppressed(),
+        span("a", {"x": 1}, links=[None], root=True) as current,
+    ):
+        current.set_attribute("y", 2)
+        current.set_attributes({"z": None})
+        current.add_event("now", {"x": 1})
+        current.record_exception(ValueError("no"))
+        current.fail("no")
+        assert (current.trace_id, current.context, current.recording) == ("", None, False)
+        assert current_trace_id() == ""
+        assert current_link() is None
+
+
+def test_without_tracing_exceptions_pass():
+    with pytest.raises(ValueError, match="mine"), operation_scope("op_1", "t"), suppressed(), span("a"):
+        raise ValueError("mine")
+
+
+def test_opentelemetry_is_not_imported():
+    code = """
+import sys
+from ktrdr_budget.telemetry.tracing import *
+assert configure_tracing() is False
+with operation_scope("op_1", "t"), suppressed(), span("a", links=[current_link()]) as current:
+    current.set_attribute("trace", current_trace_id())
+instrument(None)
+assert flush_tracing()
+print([name for name in sys.modules if name.startswith("opentelemetry")])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={})
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+
+
+# -- with one ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_span_is_a_child_of_the_current_one(recorded: Recorded):
+    with span("outer", kind="client") as outer:
+        with span("inner", {"phase": "designing", "strategy_name": None, "rates": [0.5, 1.0]}) as inner:
+            inner.set_attributes({"tokens": 12, "accuracy": None})
+            inner.set_attribute("none", None)
+            inner.add_event("thought", {"of": "it", "else": None})
+            assert inner.trace_id == outer.trace_id == current_trace_id()
+            assert inner.recording
+    outside, inside = recorded["outer"], recorded["inner"]
+    assert outside.parent is None
+    assert inside.parent == outside.context
+    assert f"{outside.context.trace_id:032x}" == outer.trace_id
+    assert outside.kind is trace.SpanKind.CLIENT
+    assert dict(inside.attributes) == {"phase": "designing", "rates": (0.5, 1.0), "tokens": 12}
+    assert [(event.name, dict(event.attributes)) for event in inside.events] == [("thought", {"of": "it"})]
+    assert inside.status.status_code is StatusCode.UNSET
+    assert current_trace_id() == ""
+
+
+@pytest.mark.parametrize("error", [ValueError("went wrong"), asyncio.CancelledError(), KeyboardInterrupt("went wrong")])
+def test_an_exception_that_leaves_is_recorded(recorded: Recorded, error: BaseException):
+    with pytest.raises(type(error)), span("outer"), span("failing"):
+        raise error
+    for name in ("failing", "outer"):
+        found = recorded[name]
+        words = f"{type(error).__name__}: went wrong" if str(error) else type(error).__name__
+        assert found.attributes["error"] == found.status.description == words
+        assert found.status.status_code is StatusCode.ERROR
+        (event,) = found.events
+        assert event.name == "exception"
+        assert event.attributes["exception.type"].endswith(type(error).__name__)
+        assert event.attributes["exception.message"] == str(error)
+        assert "raise error" in event.attributes["exception.stacktrace"]
+
+
+def test_an_exception_may_be_recorded_and_a_failure_told_without_one(recorded: Recorded):
+    with span("a") as current:
+        current.record_exception(ValueError("survived"))
+    with span("b") as current:
+        current.fail("gate failed: accuracy 0.05 < 0.1")
+    assert recorded["a"].status.status_code is StatusCode.UNSET
+    assert recorded["a"].events[0].attributes["exception.message"] == "survived"
+    assert recorded["b"].attributes["error"] == recorded["b"].status.description == "gate failed: accuracy 0.05 < 0.1"
+    assert not recorded["b"].events
+
+
+def test_an_abandoned_generator_is_no_error(recorded: Recorded):
+    def numbers():
+        with span("counting"):
+            yield 1
+
+    generator = numbers()
+    next(generator)
+    generator.close()
+    assert recorded["counting"].status.status_code is StatusCode.UNSET
+
+
+def test_secrets_do_not_get_into_spans(recorded: Recorded):
+    with pytest.raises(ConnectionError), span("failing"):
+        raise ConnectionError("redis://user:geheim@store:6379 refused Bearer geheim-key-123 and sk-geheim-key")
+    assert "geheim" not in str(recorded["failing"].to_json())
+
+
+@pytest.mark.parametrize(
+    ("text", "masked"),
+    [
+        ("redis://:pass@store:6379/0 is away", "redis://***@store:6379/0 is away"),
+        ("rediss://me:pa:ss@store and http://a:b@c/d", "rediss://***@store and http://***@c/d"),
+        ("Authorization: Bearer abcdefgh.ij", "Authorization: Bearer ***"),
+        ("key sk-ant-api03-Abc_123 is unknown", "key *** is unknown"),
+        ("see https://example.org/a@b and mail me@example.org", "see https://example.org/a@b and mail me@example.org"),
+        ("{'authorization': 'Basic YWxhZGRpbjpvcGVu'}", "{'authorization': 'Basic ***'}"),
+        ("a risk-adjusted strategy with basic parameters", "a risk-adjusted strategy with basic parameters"),
+        ("x" * 2000, "x" * 999 + "…"),
+    ],
+)
+def test_what_is_masked(text: str, masked: str):
+    assert without_secrets(text) == masked
+
+
+# -- roots and links ---------------------------------------------------------------------------------------------------
+
+
+def test_a_root_begins_a_trace_that_may_be_linked(recorded: Recorded):
+    with span("trigger") as trigger:
+        link = current_link()
+        with span("cycle", root=True, links=[link, trigger, None]) as cycle:
+            assert cycle.trace_id == current_trace_id() != trigger.trace_id
+            with span("phase"):
+                pass
+        assert current_trace_id() == trigger.trace_id
+    assert recorded["cycle"].parent is None
+    assert [linked.context for linked in recorded["cycle"].links] == [recorded["trigger"].context] * 2
+    assert recorded["phase"].parent == recorded["cycle"].context
+
+
+def test_a_trace_that_is_not_recorded_has_no_id_and_no_link(recorded: Recorded):
+    with trace.use_span(NonRecordingSpan(UNSAMPLED)):
+        assert current_trace_id() == ""
+        assert current_link() is None
+        with span("below", {"a": 1}) as below:
+            assert (below.trace_id, below.context, below.recording) == ("", None, False)
+            below.record_exception(ValueError("unseen"))
+    assert not recorded.spans
+
+
+# -- operations --------------------------------------------------------------------------------------------------------
+
+
+async def test_every_span_of_an_operation_carries_it(recorded: Recorded):
+    async def work():
+        with span("in a task"):
+            pass
+
+    operation = {"operation.id": "op_1", "operation.type": "agent_research"}
+    with span("before"), operation_scope("op_1", "agent_research"):
+        with span("own", {"a": 1}):
+            await asyncio.create_task(work())
+            await asyncio.to_thread(lambda: recorded.other_tracer.start_span("in a thread").end())
+        with span("root", root=True), recorded.other_tracer.start_as_current_span("of an instrumentation"):
+            pass
+        with operation_scope("op_2", "other"), span("of another"):
+            pass
+    with span("after"):
+        pass
+    assert dict(recorded["own"].attributes) == {"a": 1, **operation}
+    for name in ("in a task", "in a thread", "root", "of an instrumentation"):
+        assert dict(recorded[name].attributes) == operation, name
+    assert dict(recorded["of another"].attributes) == {"operation.id": "op_2", "operation.type": "other"}
+    assert not recorded["before"].attributes
+    assert not recorded["after"].attributes
+
+
+def test_nothing_is_written_while_it_is_suppressed(recorded: Recorded):
+    with span("outer"):
+        with suppressed(), span("unseen") as unseen:
+            assert (unseen.trace_id, current_trace_id()) == ("", "")
+            assert not is_instrumentation_enabled()
+        with span("seen"):
+            assert is_instrumentation_enabled()
+    assert {found.name for found in recorded.spans} == {"seen", "outer"}
+    assert recorded["seen"].parent == recorded["outer"].context

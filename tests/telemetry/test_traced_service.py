@@ -1,0 +1,111 @@
+"""The service as `ktrdr serve` runs it: what each of its processes exports of a cycle, however that ends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from ..api.processes import Service, serving
+from ..helpers.otlp_receiver import OtlpReceiver, Span, children, orphans, trace_of
+from ..helpers.waiting import wait_until
+
+pytestmark = pytest.mark.slow
+
+PHASES = ["agent.phase.design", "agent.phase.training", "agent.phase.backtest", "agent.phase.assessment"]
+
+
+@pytest.fixture
+def receiver() -> Iterator[OtlpReceiver]:
+    with OtlpReceiver() as receiver:
+        yield receiver
+    assert not receiver.errors
+
+
+def triggered(service: Service) -> str:
+    """The id of a cycle that has just begun."""
+    response = service.post("/api/v1/agent/trigger")
+    assert response.status_code == 202, response.text
+    return str(response.json()["operation_id"])
+
+
+def cycle_of(receiver: OtlpReceiver, operation_id: str) -> tuple[Span, list[Span]]:
+    """The root of a cycle that has ended, and its trace, which is one whole tree."""
+    spans = receiver.wait_named("agent.research_cycle", within_s=30)
+    (root,) = [span for span in spans if span.name == "agent.research_cycle"]
+    cycle = trace_of(spans, root.trace_id)
+    assert not orphans(cycle)
+    assert [span for span in cycle if not span.parent_id] == [root]
+    for span in cycle:
+        assert span.attributes["operation.id"] == operation_id, span
+        assert span.attributes["operation.type"] == "agent_research"
+        assert root.start_ns <= span.start_ns <= span.end_ns <= root.end_ns, span
+    return root, cycle
+
+
+def phases(cycle: list[Span], root: Span) -> dict[str, Span]:
+    """The spans of its phases, by name, in their order."""
+    return {span.name: span for span in children(cycle, root) if span.name.startswith("agent.phase.")}
+
+
+def test_every_worker_traces_and_counts(server, receiver: OtlpReceiver):
+    environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 0, **receiver.environment}
+    with serving(workers=2, **environment) as service:
+
+        def both_have_exported() -> bool:
+            service.get("/api/v1/budgets")
+            return len({span.resource["service.instance.id"] for span in receiver.spans}) == 2
+
+        wait_until(both_have_exported, 30)
+        operation_id = triggered(service)
+        root, cycle = cycle_of(receiver, operation_id)
+        samples = service.get("/metrics").text.splitlines()
+        entries = service.get("/api/v1/budgets/agent/ledger").json()["entries"]
+        assert service.stop() == 0
+    assert list(phases(cycle, root)) == PHASES
+    assert (root.status, root.attributes["outcome"]) == ("unset", "completed")
+    assert {span.status for span in cycle} == {"unset"}
+    assert {"EVALSHA", "ktrdr.budget.commit"} <= {span.name for span in cycle}
+    ((linked, _),) = root.links
+    assert next(span.name for span in trace_of(receiver.spans, linked)) == "POST /api/v1/agent/trigger"
+    assert linked != root.trace_id
+    # Polls and scrapes of both workers, and what they check in the background, have left nothing.
+    assert {span.name for span in receiver.spans if not span.parent_id} == {
+        "GET /api/v1/budgets",
+        "POST /api/v1/agent/trigger",
+        "agent.research_cycle",
+        "GET /api/v1/budgets/{name:path}/ledger",
+    }
+    assert 'agent_cycles_total{outcome="completed"} 1.0' in samples
+    assert 'agent_cycles_total{outcome="failed"} 0.0' in samples
+    assert f"agent_budget_spend_total {float(entries[0]['amount'])}" in samples
+    assert service.said[-1].startswith("listening on")
+
+
+def test_a_cycle_that_fails_at_a_gate_is_a_whole_tree(server, receiver: OtlpReceiver):
+    environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 0, **receiver.environment}
+    with serving(TRAINING_GATE_MIN_ACCURACY="0.99", **environment) as service:
+        root, cycle = cycle_of(receiver, triggered(service))
+    training = phases(cycle, root)["agent.phase.training"]
+    assert list(phases(cycle, root)) == PHASES[:2]
+    assert (root.status, root.attributes["outcome"], root.attributes["reason"]) == ("error", "failed", "gate_failed")
+    assert training.status == "error"
+    assert training.attributes["gate.passed"] is False
+    assert training.attributes["gate.reason"] in training.attributes["error"]
+    assert [event.name for event in training.events] == ["exception"]
+    assert "ktrdr.budget.commit" in {span.name for span in cycle}
+
+
+def test_a_cycle_that_is_cancelled_is_a_whole_tree(server, receiver: OtlpReceiver):
+    environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 60, **receiver.environment}
+    with serving(**environment) as service:
+        operation_id = triggered(service)
+        answer = httpx.delete(f"{service.url}/api/v1/agent/cancel/{operation_id}", timeout=10)
+        assert answer.json()["status"] == "cancelled", answer.text
+        root, cycle = cycle_of(receiver, operation_id)
+    assert (root.status, root.attributes["outcome"]) == ("unset", "cancelled")
+    (phase,) = phases(cycle, root).values()
+    assert (phase.name, phase.status) == ("agent.phase.design", "error")
+    assert phase.attributes["error"].startswith("CancelledError")

@@ -130,8 +130,7 @@ def test_a_signal_while_it_starts_ends_it_well(server: Server, number: signal.Si
 
 
 def test_make_runs_it() -> None:
-    shown = subprocess.run(
-        ["make", "--no-print-directory", "-n", "stack", "PORT=8100"], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
-    )
+    words = ["make", "--no-print-directory", "-n", "stack", "PORT=8100"]
+    shown = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     words = shown.stdout.splitlines()[-1].split()
     assert words[1:] == ["scripts/stack.py", "--port", "8100", "--replica-port", "8001", "--prometheus-port", "9090"]

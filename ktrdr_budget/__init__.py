@@ -18,8 +18,16 @@ if TYPE_CHECKING:
         StoreUnavailable,
         UnknownBudget,
         UnknownHold,
+        UnknownPrice,
+        UnmeteredCall,
     )
     from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
+    from ktrdr_budget.metering.decorators import budgeted, current_hold, set_default_limiter
+    from ktrdr_budget.metering.guards import guard
+    from ktrdr_budget.metering.meter import Meter
+    from ktrdr_budget.metering.prices import ModelPrice, Pricer, Prices
+    from ktrdr_budget.metering.rates import Cost
+    from ktrdr_budget.metering.usage import Usage
     from ktrdr_budget.models import Budget, Denial, HoldView, LedgerEntry, Page, Settlement, Status
     from ktrdr_budget.sync import BudgetLimiter, Hold
     from ktrdr_budget.tracker import BudgetTracker, get_budget_tracker
@@ -33,6 +41,7 @@ __all__ = [
     "BudgetLimiter",
     "BudgetMismatch",
     "BudgetTracker",
+    "Cost",
     "Denial",
     "Hold",
     "HoldConflict",
@@ -40,14 +49,25 @@ __all__ = [
     "InvalidAmount",
     "InvalidArgument",
     "LedgerEntry",
+    "Meter",
+    "ModelPrice",
     "Page",
+    "Pricer",
+    "Prices",
     "Settlement",
     "Status",
     "StoreError",
     "StoreUnavailable",
     "UnknownBudget",
     "UnknownHold",
+    "UnknownPrice",
+    "UnmeteredCall",
+    "Usage",
+    "budgeted",
+    "current_hold",
     "get_budget_tracker",
+    "guard",
+    "set_default_limiter",
 ]
 
 _ROOMS = {
@@ -56,14 +76,24 @@ _ROOMS = {
     "Budget": "models",
     "BudgetLimiter": "sync",
     "BudgetTracker": "tracker",
+    "Cost": "metering.rates",
     "Denial": "models",
     "Hold": "sync",
     "HoldView": "models",
     "LedgerEntry": "models",
+    "Meter": "metering.meter",
+    "ModelPrice": "metering.prices",
     "Page": "models",
+    "Pricer": "metering.prices",
+    "Prices": "metering.prices",
     "Settlement": "models",
     "Status": "models",
+    "Usage": "metering.usage",
+    "budgeted": "metering.decorators",
+    "current_hold": "metering.decorators",
     "get_budget_tracker": "tracker",
+    "guard": "metering.guards",
+    "set_default_limiter": "metering.decorators",
 }
 
 

@@ -14,6 +14,9 @@
         ├── InvalidAmount         not a finite, non-negative amount below 2**53 units
         ├── BudgetMismatch        the stored window has another unit, period, timezone or kind
         └── UnmeteredCall         a guarded client's call would spend what cannot be bounded, or is not reported
+
+The agent has some of its own, beside what raises them: ``MoneyDenied``, ``CycleActive``, ``UnknownCycle``,
+``CycleEnded``, ``UnusableAnswer``.
 """
 
 from __future__ import annotations

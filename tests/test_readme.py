@@ -14,11 +14,15 @@ import tomllib
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
+from examples.local_provider import LocalProvider
 from ktrdr_budget import Budget
+
+from .helpers.guarded import cost_nanos
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -114,9 +118,20 @@ def test_every_shell_block_does_what_the_readme_says(clone: Path, service: int):
 
 
 def test_the_library_in_ten_lines_runs(tmp_path: Path):
-    [block] = blocks("python")
+    [block, _] = blocks("python")
     done = subprocess.run([sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "4.93\n"), done.stderr
+
+
+def test_the_guarded_client_commits_what_the_provider_billed(tmp_path: Path):
+    [_, block] = blocks("python")
+    with LocalProvider() as provider:
+        told = {**os.environ, "ANTHROPIC_BASE_URL": provider.anthropic_url, "ANTHROPIC_API_KEY": "local"}
+        words = [sys.executable, "-W", "error", "-c", block]
+        done = subprocess.run(words, cwd=tmp_path, env=told, capture_output=True, text=True)
+        [billed] = provider.ledger
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith(f" ${Decimal(cost_nanos(billed)).scaleb(-9).normalize()}\n"), done.stdout
 
 
 def test_the_budgets_of_the_readme_are_budgets():

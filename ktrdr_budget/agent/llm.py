@@ -32,3 +32,7 @@ class LLM(Protocol):
             BudgetExceeded: there is no room for the worst case; nothing was sent.
         """
         ...
+
+    async def close(self) -> None:
+        """Lets go of its connections; it is not asked any more."""
+        ...

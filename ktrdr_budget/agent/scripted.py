@@ -72,6 +72,9 @@ class ScriptedLLM:
             call.finish(usage)
         return Completion(text, usage, self.model)
 
+    async def close(self) -> None:
+        """Has nothing to let go of."""
+
 
 def tokens_in(text: str) -> int:
     """About as many as a real model would count."""

@@ -16,7 +16,7 @@ from ktrdr_budget.errors import BudgetError, BudgetExceeded
 from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.models import Budget, Denial, Status
 from ktrdr_budget.money import Amount, from_units
-from ktrdr_budget.telemetry.spans import current_link
+from ktrdr_budget.telemetry.spans import current_link, suppressed
 
 __all__ = ["SLOTS", "AgentService", "CycleActive", "CycleEnded", "MoneyDenied", "Started", "UnknownCycle", "slots"]
 
@@ -93,7 +93,7 @@ class AgentService:
         self._running: dict[asyncio.Task[Any], Cycle] = {}
 
     async def close(self) -> None:
-        """Stops the cycles that run here; each commits what it has used."""
+        """Stops the cycles that run here, each of which commits what it has used, and closes the language model."""
         running = dict(self._running)
         for cycle in running.values():
             cycle.stop("shutdown")
@@ -102,6 +102,7 @@ class AgentService:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        await self._workplace.llm.close()
 
     # -- trigger -------------------------------------------------------------------------------------------------------
 
@@ -216,7 +217,8 @@ class AgentService:
     async def _await_end(self, operation_id: str) -> str:
         ends = asyncio.get_running_loop().time() + CANCEL_WAIT_S
         while True:
-            cycle = await self._operations.get(operation_id)
+            with suppressed():
+                cycle = await self._operations.get(operation_id)
             if cycle is not None and cycle.status != "cancelling":
                 if cycle.status != "cancelled":
                     raise CycleEnded(operation_id, cycle.status)

@@ -33,6 +33,7 @@ class Script:
         self.entered: Counter[str] = Counter()
         self.go_on = asyncio.Event()
         self.fail_in: str | None = None
+        self.closed = False
         self.training = Training(accuracy=0.6, initial_loss=0.7, final_loss=0.5)
         self.backtest_result = Backtest(win_rate=0.5, max_drawdown=0.1, sharpe_ratio=1.0, trades=20)
 
@@ -44,6 +45,9 @@ class Script:
             await hold.grow({"agent": missing})
         hold.accrue({"agent": self.price})
         return Completion("{}", Usage(1000, 67), self.model)
+
+    async def close(self) -> None:
+        self.closed = True
 
     async def _phase(self, name: str, context) -> None:
         self.entered[name] += 1

@@ -253,6 +253,7 @@ async def test_a_replica_that_closes_stops_its_cycles_and_commits_what_they_used
     started = await here.agent.trigger()
     await here.reaches("backtesting")
     await here.agent.close()
+    assert here.script.closed
     cycle = await there.view(started.operation_id)
     assert (cycle.outcome, cycle.reason) == ("cancelled", "shutdown")
     assert await there.figures() == (Decimal("0.02"), 0, 0, 0)

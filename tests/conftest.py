@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 import redis
 from hypothesis import settings
+
+from ktrdr_budget import AsyncBudgetLimiter, BudgetLimiter
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
@@ -117,6 +119,27 @@ def server(_shared_server: Server) -> Server:
         client.flushall()
         client.script_flush()
     return _shared_server
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[redis.Redis]:
+    """Looks into the server."""
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture
+async def limiter(server: Server, request: pytest.FixtureRequest) -> AsyncIterator[AsyncBudgetLimiter]:
+    """With the budgets of the module."""
+    async with AsyncBudgetLimiter(server.url, request.module.BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+def sync_limiter(server: Server, request: pytest.FixtureRequest) -> Iterator[BudgetLimiter]:
+    """The same, for code that is not async."""
+    with BudgetLimiter(server.url, request.module.BUDGETS) as made:
+        yield made
 
 
 def free_port() -> int:

@@ -30,12 +30,6 @@ async def limiter(server):
         yield made
 
 
-@pytest.fixture
-def client(server):
-    with server.client() as made:
-        yield made
-
-
 async def test_8867_ten_thousand_commits_of_a_tenth_of_a_millionth_sum_exactly(client, limiter):
     async def spend() -> None:
         hold = await limiter.reserve("agent", "0.0000002")

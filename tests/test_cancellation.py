@@ -35,12 +35,6 @@ async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
         yield made
 
 
-@pytest.fixture
-def client(server):
-    with server.client() as made:
-        yield made
-
-
 async def cancelled(task: asyncio.Task) -> None:
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

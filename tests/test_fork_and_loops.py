@@ -57,12 +57,6 @@ class Child:
 
 
 @pytest.fixture
-def client(server):
-    with server.client() as made:
-        yield made
-
-
-@pytest.fixture
 def limiter(server):
     with BudgetLimiter(server.url, BUDGETS, timeout=2.0) as made:
         yield made

@@ -8,11 +8,11 @@ from decimal import Decimal
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, HoldConflict
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict
 from ktrdr_budget.engine.holds import current_hold
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import ledger_sum, sums
+from .helpers.keyspace import spent_and_held, sums
 from .helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("cycles", 10, unit="cycles")]
@@ -36,31 +36,6 @@ class Work(Exception):
     """What goes wrong inside a block."""
 
 
-@pytest.fixture
-async def limiter(server):
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-def sync_limiter(server):
-    with BudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as made:
-        yield made
-
-
-def figures(client) -> tuple[int, int]:
-    found = sums(client)
-    assert found["unconfirmed"] == 0
-    assert ledger_sum(client) == found["spent"]
-    return found["spent"], found["held"]
-
-
 @pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
 async def test_each_way_out_of_an_async_block(client, limiter, way, expected):
     accrued, raises, on_error = way
@@ -72,7 +47,7 @@ async def test_each_way_out_of_an_async_block(client, limiter, way, expected):
                 raise Work
     except Work:
         assert raises
-    assert figures(client) == tuple(map(to_units, expected))
+    assert spent_and_held(client) == tuple(map(to_units, expected))
 
 
 @pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
@@ -86,7 +61,7 @@ def test_each_way_out_of_a_sync_block(client, sync_limiter, way, expected):
                 raise Work
     except Work:
         assert raises
-    assert figures(client) == tuple(map(to_units, expected))
+    assert spent_and_held(client) == tuple(map(to_units, expected))
 
 
 @pytest.mark.parametrize("raises", [False, True])
@@ -101,7 +76,7 @@ async def test_a_hold_that_was_settled_inside_is_left_alone(client, limiter, rai
                     raise Work
         except Work:
             assert raises
-        assert figures(client) == (to_units(spent), 0)
+        assert spent_and_held(client) == (to_units(spent), 0)
 
 
 async def test_a_normal_exit_commits_every_budget_that_was_reserved(limiter):
@@ -131,7 +106,7 @@ async def test_a_denied_block_does_not_run(client, limiter):
     with pytest.raises(BudgetExceeded):
         async with limiter.hold("agent", "5.01"):
             pytest.fail("the block ran")
-    assert figures(client) == (0, 0)
+    assert spent_and_held(client) == (0, 0)
 
 
 async def test_a_settlement_that_fails_is_raised_on_a_normal_exit_but_does_not_hide_an_error(limiter, caplog):
@@ -164,7 +139,7 @@ async def test_a_heartbeat_at_a_third_of_the_ttl_keeps_an_async_hold_open(client
             view = await limiter.get("op_1")
             assert (view.state, view.accrued) == ("open", {"agent": Decimal("0.25")})
             assert sums(client)["held"] == to_units("0.25")
-    assert figures(client) == (to_units("0.25"), 0)
+    assert spent_and_held(client) == (to_units("0.25"), 0)
     assert (await limiter.get("op_1")).state == "committed"
 
 
@@ -180,7 +155,7 @@ def test_a_heartbeat_at_a_third_of_the_ttl_keeps_a_sync_hold_open(client, sync_l
         wait_until(lambda: time.monotonic() > entered + 1.1)
         view = sync_limiter.get("op_1")
         assert (view.state, view.accrued) == ("open", {"agent": Decimal("0.05")})
-    assert figures(client) == (to_units("0.05"), 0)
+    assert spent_and_held(client) == (to_units("0.05"), 0)
 
 
 async def test_heartbeats_end_with_their_block(client, limiter, caplog):
@@ -214,7 +189,7 @@ async def test_many_blocks_at_once_settle_exactly(client, limiter):
 
     outcomes = await asyncio.gather(*(work(number) for number in range(200)), return_exceptions=True)
     assert sum(isinstance(outcome, Work) for outcome in outcomes) == 100
-    assert figures(client) == (200 * to_units("0.001"), 0)
+    assert spent_and_held(client) == (200 * to_units("0.001"), 0)
 
 
 async def test_a_hold_that_was_reserved_before_is_kept_by_a_block(client, limiter):
@@ -222,7 +197,7 @@ async def test_a_hold_that_was_reserved_before_is_kept_by_a_block(client, limite
     async with limiter.keep(hold) as kept:
         assert kept is hold
         hold.accrue("0.05")
-    assert figures(client) == (to_units("0.05"), 0)
+    assert spent_and_held(client) == (to_units("0.05"), 0)
 
 
 async def test_the_innermost_hold_is_the_current_one_of_its_task(limiter):
@@ -271,4 +246,4 @@ async def test_a_commit_with_notes_that_is_repeated_is_a_replay(limiter, client)
     hold.note("estimated")
     assert not (await hold.commit("0.07")).replayed
     assert (await hold.commit("0.07")).replayed
-    assert figures(client) == (to_units("0.07"), 0)
+    assert spent_and_held(client) == (to_units("0.07"), 0)

@@ -17,12 +17,6 @@ BUDGETS = [Budget("agent", "5.00")]
 
 
 @pytest.fixture
-async def limiter(server):
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
 async def other_replica(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
         yield made

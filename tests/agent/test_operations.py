@@ -26,12 +26,6 @@ def operations(limiter) -> Operations:
     return Operations(limiter)
 
 
-@pytest.fixture
-def client(server):
-    with server.client() as client:
-        yield client
-
-
 async def test_a_cycle_is_begun_once(operations):
     assert await operations.start("op_1", "a", TTL_MS, Progress(estimate="0.15"))
     assert await operations.start("op_1", "a", TTL_MS, Progress()), "the same again, after a lost reply"

@@ -59,3 +59,11 @@ def ledger_sum(client: redis.Redis, budget: str = "agent", window: str | None = 
     """What the entries of a window add up to, in units."""
     entries = client.xrange(f"ktrdr:{{default}}:l:{budget}:{window or today(client)}")
     return sum(int(fields["a"]) for _, fields in entries)
+
+
+def spent_and_held(client: redis.Redis, budget: str = "agent") -> tuple[int, int]:
+    """Of a window in which nothing is unconfirmed; the ledger says the same."""
+    found = sums(client, budget)
+    assert found["unconfirmed"] == 0
+    assert ledger_sum(client, budget) == found["spent"]
+    return found["spent"], found["held"]

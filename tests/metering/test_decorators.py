@@ -8,7 +8,7 @@ from decimal import Decimal
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, InvalidArgument, tracker
+from ktrdr_budget import Budget, BudgetExceeded, InvalidArgument, tracker
 from ktrdr_budget.errors import InvalidAmount
 from ktrdr_budget.metering import defaults
 from ktrdr_budget.metering.decorators import budgeted, current_hold, set_default_limiter
@@ -17,7 +17,7 @@ from ktrdr_budget.metering.prices import ModelPrice, Prices
 from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.money import to_units
 
-from ..helpers.keyspace import ledger_sum, sums
+from ..helpers.keyspace import spent_and_held
 
 BUDGETS = [Budget("agent", "1.00"), Budget("calls", 100, unit="requests")]
 
@@ -30,31 +30,6 @@ class Work(Exception):
 def no_default():
     yield
     set_default_limiter(None)
-
-
-@pytest.fixture
-async def limiter(server):
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-def sync_limiter(server):
-    with BudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as made:
-        yield made
-
-
-def figures(client, budget="agent") -> tuple[int, int]:
-    found = sums(client, budget)
-    assert found["unconfirmed"] == 0
-    assert ledger_sum(client, budget) == found["spent"]
-    return found["spent"], found["held"]
 
 
 def accrue(amount: str) -> str:
@@ -86,7 +61,7 @@ WAYS = {
 async def test_each_way_through_an_async_function(client, limiter, work, options, spent):
     @budgeted("agent", estimate="0.15", limiter=limiter, **options)
     async def research():
-        assert figures(client) == (0, to_units("0.15"))
+        assert spent_and_held(client) == (0, to_units("0.15"))
         return work()
 
     if "raises" in str([key for key, way in WAYS.items() if way[0] is work]):
@@ -94,14 +69,14 @@ async def test_each_way_through_an_async_function(client, limiter, work, options
             await research()
     else:
         assert await research() == "answer"
-    assert figures(client) == (to_units(spent), 0)
+    assert spent_and_held(client) == (to_units(spent), 0)
 
 
 @pytest.mark.parametrize(("work", "options", "spent"), WAYS.values(), ids=WAYS)
 def test_each_way_through_a_sync_function(client, sync_limiter, work, options, spent):
     @budgeted("agent", estimate="0.15", limiter=sync_limiter, **options)
     def research():
-        assert figures(client) == (0, to_units("0.15"))
+        assert spent_and_held(client) == (0, to_units("0.15"))
         return work()
 
     if "raises" in str([key for key, way in WAYS.items() if way[0] is work]):
@@ -109,7 +84,7 @@ def test_each_way_through_a_sync_function(client, sync_limiter, work, options, s
             research()
     else:
         assert research() == "answer"
-    assert figures(client) == (to_units(spent), 0)
+    assert spent_and_held(client) == (to_units(spent), 0)
 
 
 async def test_a_function_without_room_does_not_run(client, limiter):
@@ -123,7 +98,7 @@ async def test_a_function_without_room_does_not_run(client, limiter):
     with pytest.raises(BudgetExceeded):
         await research()
     assert not ran
-    assert figures(client) == (0, 0)
+    assert spent_and_held(client) == (0, 0)
 
 
 async def test_the_estimate_may_depend_on_the_arguments(client, limiter):
@@ -132,7 +107,7 @@ async def test_the_estimate_may_depend_on_the_arguments(client, limiter):
         return pages
 
     assert await read(3, price="0.02") == 3
-    assert figures(client) == (to_units("0.06"), 0)
+    assert spent_and_held(client) == (to_units("0.06"), 0)
 
 
 async def test_several_budgets_are_held_together(client, limiter):
@@ -141,8 +116,8 @@ async def test_several_budgets_are_held_together(client, limiter):
         return "0.05"
 
     await research()
-    assert figures(client) == (to_units("0.05"), 0)
-    assert figures(client, "calls") == (2, 0)
+    assert spent_and_held(client) == (to_units("0.05"), 0)
+    assert spent_and_held(client, "calls") == (2, 0)
 
 
 async def test_metered_calls_inside_draw_from_the_function_s_hold(client, limiter):
@@ -154,7 +129,7 @@ async def test_metered_calls_inside_draw_from_the_function_s_hold(client, limite
             call.finish(Usage(10, 2))
 
     await research()
-    assert figures(client) == (200_000, 0)
+    assert spent_and_held(client) == (200_000, 0)
 
 
 @pytest.mark.parametrize("wrong", [lambda _: "much", lambda _: -1, lambda _: 1 / 0])
@@ -165,7 +140,7 @@ async def test_a_cost_that_cannot_be_told_counts_as_the_estimate(client, limiter
 
     with pytest.raises((InvalidAmount, ZeroDivisionError)):
         await research()
-    assert figures(client) == (to_units("0.15"), 0)
+    assert spent_and_held(client) == (to_units("0.15"), 0)
 
 
 async def test_a_function_that_is_cancelled_commits_what_it_accrued(client, limiter):
@@ -181,7 +156,7 @@ async def test_a_function_that_is_cancelled_commits_what_it_accrued(client, limi
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert figures(client) == (to_units("0.03"), 0)
+    assert spent_and_held(client) == (to_units("0.03"), 0)
 
 
 async def test_the_ledger_names_the_function_or_what_it_is_told(limiter):
@@ -214,7 +189,7 @@ async def test_a_function_uses_the_default_limiter_of_its_kind(client, limiter, 
     set_default_limiter(sync_limiter)
     await research()
     dig()
-    assert figures(client) == (to_units("0.20"), 0)
+    assert spent_and_held(client) == (to_units("0.20"), 0)
     with pytest.raises(InvalidArgument, match="a limiter is"):
         set_default_limiter("redis://")
 
@@ -227,7 +202,7 @@ async def test_a_limiter_may_be_told_when_it_is_needed(client, limiter):
 
     app["limiter"] = limiter
     await research()
-    assert figures(client) == (to_units("0.15"), 0)
+    assert spent_and_held(client) == (to_units("0.15"), 0)
 
 
 def test_without_a_limiter_an_async_function_uses_one_of_its_loop_made_from_the_environment(
@@ -248,7 +223,7 @@ def test_without_a_limiter_an_async_function_uses_one_of_its_loop_made_from_the_
 
     first, second = asyncio.run(main())
     assert first is second
-    assert figures(client) == (to_units("0.15"), 0)
+    assert spent_and_held(client) == (to_units("0.15"), 0)
     assert not defaults._made
     gc.collect()  # nothing is left open: warnings are errors
 
@@ -262,7 +237,7 @@ def test_without_a_limiter_a_sync_function_uses_the_process_s_tracker(client, se
 
     research()
     tracker.get_budget_tracker().close()
-    assert figures(client) == (to_units("0.15"), 0)
+    assert spent_and_held(client) == (to_units("0.15"), 0)
 
 
 async def test_a_limiter_of_the_other_kind_is_refused(limiter, sync_limiter):

@@ -11,13 +11,13 @@ from decimal import Decimal
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, StoreUnavailable
 from ktrdr_budget.metering.meter import Meter
 from ktrdr_budget.metering.prices import ModelPrice, Prices
 from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.money import from_units, to_units
 
-from ..helpers.keyspace import dump, ledger_sum, sums
+from ..helpers.keyspace import dump, spent_and_held
 from ..helpers.proxy import Proxy
 from ..helpers.waiting import until
 
@@ -39,33 +39,8 @@ class Work(Exception):
 
 
 @pytest.fixture
-async def limiter(server):
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-def sync_limiter(server):
-    with BudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
 def meter(limiter):
     return Meter(limiter, pricer=PRICES)
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as made:
-        yield made
-
-
-def figures(client, budget="agent") -> tuple[int, int]:
-    found = sums(client, budget)
-    assert found["unconfirmed"] == 0
-    assert ledger_sum(client, budget) == found["spent"]
-    return found["spent"], found["held"]
 
 
 async def test_a_call_that_fits_asks_the_store_nothing(client, limiter, meter):
@@ -78,7 +53,7 @@ async def test_a_call_that_fits_asks_the_store_nothing(client, limiter, meter):
             call.finish(USED)
         assert (hold.accrued, hold.drawn, call.hold) == ({"agent": Decimal("0.015")}, {"agent": 0}, None)
         assert dump(client) == before
-    assert figures(client) == (COST, 0)
+    assert spent_and_held(client) == (COST, 0)
     assert [entry.operation for entry in await limiter.ledger("agent")] == ["cycle chat acme/road configured"]
 
 
@@ -88,20 +63,20 @@ def test_a_sync_call_draws_too(client, sync_limiter):
         for _ in range(2):
             with meter.call(**CALL) as call:
                 call.finish(USED)
-        assert figures(client) == (0, to_units("0.15"))
-    assert figures(client) == (2 * COST, 0)
+        assert spent_and_held(client) == (0, to_units("0.15"))
+    assert spent_and_held(client) == (2 * COST, 0)
 
 
 async def test_a_call_that_does_not_fit_grows_the_hold_by_what_is_missing(client, limiter, meter):
     async with limiter.hold("agent", "0.05") as hold:
         async with meter.call(**CALL) as call:
             assert hold.amounts == {"agent": Decimal("0.06")}
-            assert figures(client) == (0, WORST)
+            assert spent_and_held(client) == (0, WORST)
             call.finish(USED)
         async with meter.call(**CALL) as call:
             assert hold.amounts == {"agent": Decimal("0.075")}
             call.finish(USED)
-    assert figures(client) == (2 * COST, 0)
+    assert spent_and_held(client) == (2 * COST, 0)
 
 
 async def test_a_growth_that_is_denied_stops_the_call_and_nothing_else(client, limiter, meter):
@@ -117,7 +92,7 @@ async def test_a_growth_that_is_denied_stops_the_call_and_nothing_else(client, l
         assert (hold.drawn, hold.amounts) == ({"agent": 0}, {"agent": Decimal("0.06")})
         async with meter.call(**CALL | {"output_tokens_max": 700}) as call:
             call.finish(USED)
-    assert figures(client) == (to_units("0.92") + 2 * COST, 0)
+    assert spent_and_held(client) == (to_units("0.92") + 2 * COST, 0)
 
 
 WAYS = {
@@ -150,18 +125,18 @@ async def test_each_way_through_a_call_in_a_hold(client, limiter, meter, said, r
         except Work:
             assert raises
         assert (hold.accrued, hold.drawn) == ({"agent": from_units(accrued + 1)}, {"agent": 0})
-    assert figures(client) == (accrued + 1, 0)
+    assert spent_and_held(client) == (accrued + 1, 0)
     assert (await limiter.ledger("agent"))[0].operation.endswith("estimated") == estimated
 
 
 async def test_a_hold_whose_calls_all_were_rejected_costs_nothing(client, limiter, meter):
     async with limiter.hold("agent", "0.15"), meter.call(**CALL) as call:
         call.rejected()
-    assert figures(client) == (0, 0)
+    assert spent_and_held(client) == (0, 0)
     async with limiter.hold("agent", "0.15"):
         with pytest.raises(BudgetExceeded):
             await meter.call(**CALL | {"output_tokens_max": 10**6}).__aenter__()
-    assert figures(client) == (to_units("0.15"), 0)  # nobody drew from it: its estimate counts
+    assert spent_and_held(client) == (to_units("0.15"), 0)  # nobody drew from it: its estimate counts
 
 
 async def test_budgets_that_the_hold_does_not_have_are_reserved_on_their_own(client, limiter):
@@ -172,10 +147,10 @@ async def test_budgets_that_the_hold_does_not_have_are_reserved_on_their_own(cli
             assert call.hold.amounts == {"tokens": 2000, "parallel": 1}
             call.finish(USED)
         assert hold.accrued == {"agent": Decimal("0.015"), "calls": 1}
-        assert figures(client, "tokens") == (1100, 0)
+        assert spent_and_held(client, "tokens") == (1100, 0)
         assert (await limiter.status("parallel")).held == 0
-    assert figures(client) == (COST, 0)
-    assert figures(client, "calls") == (1, 0)
+    assert spent_and_held(client) == (COST, 0)
+    assert spent_and_held(client, "calls") == (1, 0)
 
 
 async def test_a_denial_of_what_is_reserved_on_its_own_undoes_the_claim(limiter):
@@ -209,7 +184,7 @@ async def test_a_hold_of_another_limiter_is_left_alone(client, server, limiter, 
         async with meter.call(**CALL) as call:
             assert (hold.drawn, call.hold.amounts) == ({}, {"agent": Decimal("0.06")})
             call.finish(USED)
-        assert figures(client) == (COST, to_units("0.15"))
+        assert spent_and_held(client) == (COST, to_units("0.15"))
 
 
 async def test_the_innermost_hold_is_drawn_from(limiter, meter):
@@ -228,17 +203,17 @@ async def test_a_hold_that_is_settled_is_drawn_from_no_more(client, limiter, met
         async with meter.call(**CALL) as call:
             assert call.hold is not None
             call.finish(USED)
-    assert figures(client) == (to_units("0.02") + COST, 0)
+    assert spent_and_held(client) == (to_units("0.02") + COST, 0)
 
 
 async def test_a_call_that_outlives_its_hold_is_recorded_all_the_same(client, limiter, meter):
     async with limiter.hold("agent", "0.15"):
         call = await meter.call(**CALL).__aenter__()
         call.report(Usage(1000))
-    assert figures(client) == (to_units("0.01"), 0)
+    assert spent_and_held(client) == (to_units("0.01"), 0)
     call.finish(USED)
     await call.__aexit__(None, None, None)
-    assert figures(client) == (COST, 0)
+    assert spent_and_held(client) == (COST, 0)
     assert [entry.kind for entry in await limiter.ledger("agent")] == ["record", "commit"]
 
 
@@ -277,7 +252,7 @@ async def test_concurrent_calls_in_one_hold_claim_their_worst_cases_together(cli
             second.finish(USED)
             third.rejected()
         assert hold.drawn == {"agent": 0}
-    assert figures(client) == (2 * COST, 0)
+    assert spent_and_held(client) == (2 * COST, 0)
 
 
 async def test_a_call_that_is_too_large_does_not_take_a_smaller_one_down(client, limiter, meter):
@@ -295,7 +270,7 @@ async def test_a_call_that_is_too_large_does_not_take_a_smaller_one_down(client,
 
         granted = await asyncio.gather(ask(1000), ask(9000), ask(1000), ask(9000), ask(500))
     assert granted == [True, False, True, False, True]
-    assert figures(client) == (to_units("0.80") + 3 * COST, 0)
+    assert spent_and_held(client) == (to_units("0.80") + 3 * COST, 0)
 
 
 async def test_tasks_in_one_hold_are_always_covered_and_billed_exactly(client, limiter, meter):
@@ -327,7 +302,7 @@ async def test_tasks_in_one_hold_are_always_covered_and_billed_exactly(client, l
         assert covered(hold)
         assert hold.drawn == {"agent": 0}
         assert len(billed) < 60  # some were denied
-    assert figures(client) == (sum(10_000_000 + output * 50_000 for output in billed), 0)
+    assert spent_and_held(client) == (sum(10_000_000 + output * 50_000 for output in billed), 0)
 
 
 def test_threads_in_one_hold_are_always_covered_and_billed_exactly(client, sync_limiter):
@@ -351,7 +326,7 @@ def test_threads_in_one_hold_are_always_covered_and_billed_exactly(client, sync_
                 future.result()
         assert hold.drawn == {"agent": 0}
     assert len(billed) >= 60
-    assert figures(client) == (sum(10_000_000 + output * 50_000 for output in billed), 0)
+    assert spent_and_held(client) == (sum(10_000_000 + output * 50_000 for output in billed), 0)
 
 
 def test_threads_that_accrue_on_one_hold_lose_nothing(client, sync_limiter):
@@ -369,7 +344,7 @@ def test_threads_that_accrue_on_one_hold_lose_nothing(client, sync_limiter):
             thread.start()
         for thread in threads:
             thread.join()
-    assert figures(client) == (8 * 500 * 10_001, 0)
+    assert spent_and_held(client) == (8 * 500 * 10_001, 0)
 
 
 # -- cancellation and outages ------------------------------------------------------------------------------------------
@@ -399,7 +374,7 @@ async def test_calls_cancelled_while_the_hold_grows_claim_nothing(client, proxy)
         proxy.let_go()
         async with meter.call(**CALL) as call:
             call.finish(USED)
-    assert figures(client) == (2 * COST, 0)
+    assert spent_and_held(client) == (2 * COST, 0)
 
 
 async def test_calls_that_wait_for_a_growth_without_an_answer_do_not_wait_again(client, proxy):
@@ -416,4 +391,4 @@ async def test_calls_that_wait_for_a_growth_without_an_answer_do_not_wait_again(
             proxy.let_go()
             async with meter.call(**CALL) as call:
                 call.finish(USED)
-    assert figures(client) == (COST, 0)
+    assert spent_and_held(client) == (COST, 0)

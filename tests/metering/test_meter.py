@@ -9,14 +9,14 @@ from decimal import Decimal
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, InvalidArgument, UnknownBudget
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, InvalidArgument, UnknownBudget
 from ktrdr_budget.errors import UnknownPrice
 from ktrdr_budget.metering.meter import Meter
 from ktrdr_budget.metering.prices import ModelPrice, Prices
 from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.money import to_units
 
-from ..helpers.keyspace import counted, dump, ledger_sum, sums
+from ..helpers.keyspace import counted, dump, ledger_sum, spent_and_held, sums
 from ..helpers.proxy import Proxy
 from ..helpers.waiting import until, wait_until
 
@@ -38,18 +38,6 @@ class Work(Exception):
 
 
 @pytest.fixture
-async def limiter(server):
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-def sync_limiter(server):
-    with BudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
 def meter(limiter):
     return Meter(limiter, pricer=PRICES)
 
@@ -57,20 +45,6 @@ def meter(limiter):
 @pytest.fixture
 def sync_meter(sync_limiter):
     return Meter(sync_limiter, pricer=PRICES)
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as made:
-        yield made
-
-
-def figures(client, budget="agent") -> tuple[int, int]:
-    """Spent and held; the ledger says the same."""
-    found = sums(client, budget)
-    assert found["unconfirmed"] == 0
-    assert ledger_sum(client, budget) == found["spent"]
-    return found["spent"], found["held"]
 
 
 # -- each way through a call -------------------------------------------------------------------------------------------
@@ -122,13 +96,13 @@ WAYS = {
 async def test_each_way_through_an_async_call(client, limiter, meter, said, raises, spent, held, estimated):
     try:
         async with meter.call(**CALL) as call:
-            assert figures(client) == (0, WORST)
+            assert spent_and_held(client) == (0, WORST)
             said(call)
             if raises:
                 raise Work
     except Work:
         assert raises
-    assert figures(client) == (spent, held)
+    assert spent_and_held(client) == (spent, held)
     page = await limiter.ledger("agent")
     if spent:
         assert [entry.operation for entry in page] == ["chat acme/road configured" + " estimated" * estimated]
@@ -140,13 +114,13 @@ async def test_each_way_through_an_async_call(client, limiter, meter, said, rais
 def test_each_way_through_a_sync_call(client, sync_limiter, sync_meter, said, raises, spent, held, estimated):
     try:
         with sync_meter.call(**CALL) as call:
-            assert figures(client) == (0, WORST)
+            assert spent_and_held(client) == (0, WORST)
             said(call)
             if raises:
                 raise Work
     except Work:
         assert raises
-    assert figures(client) == (spent, held)
+    assert spent_and_held(client) == (spent, held)
     assert all(("estimated" in entry.operation) == estimated for entry in sync_limiter.ledger("agent"))
 
 
@@ -264,9 +238,9 @@ async def test_each_budget_counts_its_own_unit(client, limiter):
         held = {name: (await limiter.status(name)).held for name in meter.units}
         assert held == {"agent": Decimal("0.075"), "tokens": 3000, "calls": 1, "parallel": 1}
         call.finish(USED)
-    assert figures(client) == (COST, 0)
-    assert figures(client, "tokens") == (1800, 0)
-    assert figures(client, "calls") == (1, 0)
+    assert spent_and_held(client) == (COST, 0)
+    assert spent_and_held(client, "tokens") == (1800, 0)
+    assert spent_and_held(client, "calls") == (1, 0)
     assert (await limiter.status("parallel")).held == 0
 
 
@@ -286,15 +260,15 @@ async def test_a_rejected_request_does_not_count(client, limiter):
     meter = Meter(limiter, ["calls", "tokens"], PRICES)
     async with meter.call(**CALL) as call:
         call.rejected()
-    assert figures(client, "calls") == figures(client, "tokens") == (0, 0)
+    assert spent_and_held(client, "calls") == spent_and_held(client, "tokens") == (0, 0)
 
 
 async def test_a_model_that_is_free_is_admitted_and_costs_nothing(client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 0, 0)]))
     async with meter.call(**CALL) as call:
-        assert figures(client) == (0, 1)
+        assert spent_and_held(client) == (0, 1)
         call.finish(USED)
-    assert figures(client) == (0, 0)
+    assert spent_and_held(client) == (0, 0)
     await limiter.record("agent", "1.00")
     with pytest.raises(BudgetExceeded):
         await meter.call(**CALL).__aenter__()
@@ -303,7 +277,7 @@ async def test_a_model_that_is_free_is_admitted_and_costs_nothing(client, limite
 async def test_usage_that_cannot_be_priced_is_charged_in_full(client, meter, caplog):
     async with meter.call(**CALL) as call:
         call.finish(Usage(10, 10, other={"web_searches": 1}))
-    assert figures(client) == (WORST, 0)
+    assert spent_and_held(client) == (WORST, 0)
     assert call.estimated
     assert "cannot be priced" in caplog.text
 
@@ -312,7 +286,7 @@ async def test_usage_that_can_be_priced_after_all_is_no_estimate(client, meter):
     async with meter.call(**CALL) as call:
         call.report(Usage(10, 10, other={"web_searches": 1}))
         call.finish(USED)
-    assert (call.estimated, figures(client)) == (False, (COST, 0))
+    assert (call.estimated, spent_and_held(client)) == (False, (COST, 0))
 
 
 async def test_the_time_of_the_reservation_decides_the_price(limiter):
@@ -366,7 +340,7 @@ async def test_a_call_cancelled_while_it_is_reserved_leaves_nothing(client, prox
     await until(lambda: sums(client)["held"] == WORST)
     await cancelled(task)
     proxy.let_go()
-    await until(lambda: figures(client) == (0, 0))
+    await until(lambda: spent_and_held(client) == (0, 0))
 
 
 async def test_a_settlement_that_was_begun_completes_though_it_is_cancelled(client, proxy, distant):
@@ -385,9 +359,9 @@ async def test_a_settlement_that_was_begun_completes_though_it_is_cancelled(clie
     await until(lambda: sums(client)["spent"] == COST)
     await cancelled(task)
     proxy.let_go()
-    assert figures(client) == (COST, 0)
+    assert spent_and_held(client) == (COST, 0)
     async with distant.hold("agent", "0.01"):
-        assert figures(client)[0] == COST
+        assert spent_and_held(client)[0] == COST
 
 
 async def test_a_stream_that_is_cancelled_commits_what_it_reported(client, limiter, meter):
@@ -402,7 +376,7 @@ async def test_a_stream_that_is_cancelled_commits_what_it_reported(client, limit
     task = asyncio.create_task(stream())
     await reported.wait()
     await cancelled(task)
-    assert figures(client) == (COST, 0)
+    assert spent_and_held(client) == (COST, 0)
     assert (await limiter.ledger("agent"))[0].operation.endswith(" estimated")
 
 
@@ -430,8 +404,8 @@ async def test_calls_that_a_store_which_is_away_lets_pass_are_recorded_when_it_i
         own.start()
         with own.client() as client:
             await until(lambda: not limiter.deferred)
-            assert figures(client) == (2 * COST, 0)
-            assert figures(client, "tokens") == (3600, 0)
+            assert spent_and_held(client) == (2 * COST, 0)
+            assert spent_and_held(client, "tokens") == (3600, 0)
 
 
 # -- many at once ------------------------------------------------------------------------------------------------------
@@ -454,7 +428,7 @@ async def test_concurrent_calls_stay_below_the_cap_and_are_billed_exactly(client
 
     await asyncio.gather(*(ask(number) for number in range(40)))
     assert 13 <= len(admitted) < 40
-    assert figures(client) == (sum(u.input_tokens * 10_000 + u.output_tokens * 50_000 for u in admitted), 0)
+    assert spent_and_held(client) == (sum(u.input_tokens * 10_000 + u.output_tokens * 50_000 for u in admitted), 0)
 
 
 def test_threads_stay_below_the_cap_and_are_billed_exactly(client, sync_meter):
@@ -476,7 +450,7 @@ def test_threads_stay_below_the_cap_and_are_billed_exactly(client, sync_meter):
     for thread in threads:
         thread.join()
     assert len(admitted) >= 13
-    assert figures(client) == (sum(u.input_tokens * 10_000 + u.output_tokens * 50_000 for u in admitted), 0)
+    assert spent_and_held(client) == (sum(u.input_tokens * 10_000 + u.output_tokens * 50_000 for u in admitted), 0)
 
 
 async def test_heartbeats_keep_the_reservation_of_a_long_call(client, limiter):
@@ -488,7 +462,7 @@ async def test_heartbeats_keep_the_reservation_of_a_long_call(client, limiter):
         view = await limiter.get(call.hold.id)
         assert view.accrued == {"agent": Decimal("0.0255")}
         call.finish(USED)
-    assert figures(client) == (COST, 0)
+    assert spent_and_held(client) == (COST, 0)
 
 
 def test_heartbeats_keep_the_reservation_of_a_long_sync_call(sync_limiter):

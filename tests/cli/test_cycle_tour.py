@@ -94,7 +94,7 @@ def test_a_cycle_that_is_not_started(
     start_server: Callable[..., Server], process: Process, environment: pytest.MonkeyPatch
 ) -> None:
     store = start_server()
-    with serving(KTRDR_REDIS_URL=store.url, AGENT_DAILY_BUDGET="0.01") as replica:
+    with serving(KTRDR_REDIS_URL=store.url, KTRDR_TIMEOUT="1", AGENT_DAILY_BUDGET="0.01") as replica:
         environment.setenv("KTRDR_API_URL", replica.url)
         ended = process("agent", "trigger", "--wait")
         assert ended.returncode == 3

@@ -39,7 +39,7 @@ async def record_as(limiter: AsyncBudgetLimiter, number: int) -> None:
 
 
 async def test_each_batch_is_sent_in_the_context_of_one_of_its_callers(server: Server, asked: list[tuple[str, str]]):
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+    async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=10.0) as limiter:
         asked.clear()
         await asyncio.gather(*(record_as(limiter, number) for number in range(600)))
     assert len(asked) >= 5  # a batch takes 128 at most: the lane that the first caller opened has served others, too

@@ -14,8 +14,7 @@ from typing import Any
 from anthropic import AsyncAnthropic
 from anthropic.types import MessageParam, ToolParam, ToolResultBlockParam
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
-from ktrdr_budget.metering.guards import guard
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, guard
 
 MODEL = os.environ.get("AGENT_MODEL", "claude-haiku-4-5")
 STEPS_MAX = 8

@@ -11,8 +11,7 @@ import os
 from anthropic import Anthropic
 from anthropic.types import MessageParam
 
-from ktrdr_budget import Budget, BudgetExceeded, BudgetLimiter
-from ktrdr_budget.metering.guards import guard
+from ktrdr_budget import Budget, BudgetExceeded, BudgetLimiter, guard
 
 MODEL = os.environ.get("CHAT_MODEL", "claude-haiku-4-5")
 

@@ -15,9 +15,8 @@ from fastapi import Depends, FastAPI, Request
 from openai import AsyncOpenAI
 from pydantic import BaseModel
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget
+from ktrdr_budget import AsyncBudgetLimiter, Budget, guard
 from ktrdr_budget.api import hold_budget
-from ktrdr_budget.metering.guards import guard
 
 MODEL = os.environ.get("AGENT_MODEL", "gpt-4.1-mini")
 

@@ -22,10 +22,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
-from ktrdr_budget.metering.meter import Meter
-from ktrdr_budget.metering.prices import Prices
-from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, Meter, Prices, Usage
 
 TRACE = Path(__file__).with_name("data") / "azure_llm_2023_code.csv"
 PROVIDER = "anthropic"

@@ -249,7 +249,7 @@ class HoldBase:
             return self._report_flow() if failed and on_error == "charge" else self.commit_flow(None)
         if not failed and not self.drawn:
             return self._settled([("r", units) for _, units in self.parts])
-        # Metered calls drew from it, and cost nothing: that is what it cost.
+        # Metered calls were made or denied here, and cost nothing: that is what it cost.
         return None if failed and on_error == "charge" else self.release_flow()
 
     def _settled(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:

@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ktrdr_budget.engine.holds import HoldBase
 from ktrdr_budget.errors import BudgetError, InvalidArgument
 from ktrdr_budget.limiter import _Heartbeat
-from ktrdr_budget.metering.draws import Draw, Steps
+from ktrdr_budget.metering.draws import Draw
 from ktrdr_budget.metering.instruments import CallInstruments
 from ktrdr_budget.metering.rates import Cost
+from ktrdr_budget.metering.steps import Steps, drive, drive_sync
 from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.money import AmountIn, from_units
 from ktrdr_budget.periods import from_ms
@@ -194,10 +195,17 @@ class Call:
         return known
 
     def _bound_input(self, usage: Usage) -> None:
-        """The input was sent, and is billed: it was not counted yet, but bounded."""
+        """The input was sent, and is billed: it was not counted yet, but bounded, and its price like that."""
+        assert self._at is not None
         other = {name: count for name, count in usage.other.items() if not name.startswith("input_")}
-        self.usage = Usage(self.input_tokens_max, usage.output_tokens, service_tier=usage.service_tier, other=other)
-        self.cost = self._price(self.usage)
+        tier = usage.service_tier
+        self.usage = Usage(self.input_tokens_max, usage.output_tokens, service_tier=tier, other=other)
+        try:
+            # It may have been written to a cache, and a tier that was not told may be the dearest.
+            self.cost = self._cost_max(usage.output_tokens, self._at, tier or self._service_tier, other)
+        except Exception as error:
+            logger.error("the usage of %s/%s cannot be priced: %s", self.provider, self.model, error)
+            self.cost = self.worst_case
 
     @property
     def _label(self) -> str:
@@ -206,7 +214,8 @@ class Call:
 
     # -- entering and leaving ------------------------------------------------------------------------------------------
 
-    def _enter(self) -> Steps[None]:
+    def enter_steps(self) -> Steps[None]:
+        """What entering does; errors as for the class."""
         if self._instruments is not None:
             raise InvalidArgument("a call is entered once; make another")
         self._instruments = CallInstruments(
@@ -224,7 +233,7 @@ class Call:
     def _take(self) -> Steps[None]:
         meter = self._meter
         self._at = from_ms(meter.limiter._session.now_ms())
-        self.worst_case = self._worst_case(self._at)
+        self.worst_case = self._cost_max(self.output_tokens_max, self._at, self._service_tier, self._other_max)
         counts = {
             "usd": max(1, self.worst_case.nanos),  # a call that is free still asks for admission
             "tokens": max(1, self.input_tokens_max + self.output_tokens_max),
@@ -247,14 +256,16 @@ class Call:
                     self._draw.drop()
                 raise
 
-    def _worst_case(self, at: datetime) -> Cost:
+    def _cost_max(
+        self, output_tokens_max: int, at: datetime, service_tier: str | None, other_max: Mapping[str, int]
+    ) -> Cost:
         further: dict[str, Any] = {}
-        if self._service_tier is not None:
-            further["service_tier"] = self._service_tier
-        if self._other_max:
-            further["other_max"] = self._other_max
+        if service_tier is not None:
+            further["service_tier"] = service_tier
+        if other_max:
+            further["other_max"] = other_max
         return self._meter.pricer.worst_case(
-            self.provider, self.model, self.input_tokens_max, self.output_tokens_max, at, **further
+            self.provider, self.model, self.input_tokens_max, output_tokens_max, at, **further
         )
 
     def _reserve(self, own: Mapping[str, int]) -> Steps[None]:
@@ -265,7 +276,8 @@ class Call:
         self._own = dict.fromkeys(own, 0)
         self._stop_heartbeat = _start_heartbeat(meter.limiter, hold)
 
-    def _leave(self, error: BaseException | None) -> Steps[None]:
+    def leave_steps(self, error: BaseException | None) -> Steps[None]:
+        """What leaving does, once; ``error``: what ended the call."""
         if self._left or not self._entered:
             return
         known = self._known()
@@ -324,24 +336,24 @@ class Call:
     async def __aenter__(self) -> Call:
         if not self._meter.is_async:
             raise TypeError("this meter's limiter is synchronous: use `with`")
-        await _drive(self._enter())
+        await drive(self.enter_steps())
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await _drive(self._leave(error))
+        await drive(self.leave_steps(error))
 
     def __enter__(self) -> Call:
         if self._meter.is_async:
             raise TypeError("this meter's limiter is asynchronous: use `async with`")
-        _drive_sync(self._enter())
+        drive_sync(self.enter_steps())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _drive_sync(self._leave(error))
+        drive_sync(self.leave_steps(error))
 
 
 def _start_heartbeat(limiter: Any, hold: Any) -> Callable[[], None]:
@@ -353,31 +365,3 @@ def _start_heartbeat(limiter: Any, hold: Any) -> Callable[[], None]:
     # Without waiting for either: that thread does one after the other.
     loop.call_soon_threadsafe(lambda: started.append(_Heartbeat(limiter._coalescer, hold)))
     return partial(loop.call_soon_threadsafe, lambda: started[0].stop())
-
-
-async def _drive(steps: Steps[Any]) -> Any:
-    value: Any = None
-    failure: BaseException | None = None
-    while True:
-        try:
-            step = steps.send(value) if failure is None else steps.throw(failure)
-        except StopIteration as end:
-            return end.value
-        try:
-            value, failure = await step(), None
-        except BaseException as error:
-            value, failure = None, error
-
-
-def _drive_sync(steps: Steps[Any]) -> Any:
-    value: Any = None
-    failure: BaseException | None = None
-    while True:
-        try:
-            step = steps.send(value) if failure is None else steps.throw(failure)
-        except StopIteration as end:
-            return end.value
-        try:
-            value, failure = step(), None
-        except BaseException as error:
-            value, failure = None, error

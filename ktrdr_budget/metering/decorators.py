@@ -126,7 +126,7 @@ def _told(cost: Callable[[Any], Amounts], result: Any, hold: HoldBase) -> Amount
         amounts = cost(result)
         check_amounts(amounts)
     except BaseException:
-        hold.adjust({window.budget: units for window, units in hold.parts})
+        hold.accrue_to(hold.amounts)
         raise
     return amounts
 

@@ -8,20 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Mapping
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from ktrdr_budget.engine.holds import HoldBase
 from ktrdr_budget.errors import StoreUnavailable
 from ktrdr_budget.limiter import AsyncHold
+from ktrdr_budget.metering.steps import Steps
 from ktrdr_budget.money import AmountIn, from_units
 
-__all__ = ["Draw", "Steps"]
-
-Result = TypeVar("Result")
-Steps = Generator[Callable[[], Any], Any, Result]
-"""What to do, for sync and async alike: it yields functions, and is sent their results (awaited where need be)."""
+__all__ = ["Draw"]
 
 
 class _Growth:
@@ -65,6 +62,8 @@ class Draw:
         """
         hold = self._hold
         with hold.lock:
+            for name in self._worst:  # it is known from now on that calls tell what this hold costs
+                hold.drawn.setdefault(name, 0)
             if self._fits():
                 self._move(self._worst)
                 return

@@ -38,6 +38,15 @@ COST = "ktrdr.budget.cost"
 ESTIMATED = "ktrdr.budget.estimated"
 PRICE_SOURCE = "ktrdr.budget.price_source"
 
+_PROVIDERS = {
+    "aws": "aws.bedrock",
+    "azure": "azure.ai.openai",
+    "google": "gcp.gen_ai",
+    "mistral": "mistral_ai",
+    "x-ai": "x_ai",
+}
+"""The conventions' names of providers, where the price list has others."""
+
 TOKEN_BUCKETS = [float(4**power) for power in range(14)]
 DURATION_BUCKETS_S = [round(0.01 * 2**power, 2) for power in range(14)]
 
@@ -52,7 +61,7 @@ class CallInstruments:
     """
 
     def __init__(self, operation: str, provider: str, model: str, budgets: Sequence[str], *, current: bool) -> None:
-        self._names = {OPERATION: operation, PROVIDER: provider, REQUEST_MODEL: model}
+        self._names = {OPERATION: operation, PROVIDER: _PROVIDERS.get(provider, provider), REQUEST_MODEL: model}
         self._budgets = budgets
         self._started = time.monotonic()
         self._run: Callable[..., Any] = _directly if current else contextvars.copy_context().run

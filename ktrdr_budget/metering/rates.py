@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from decimal import ROUND_CEILING, Context, Decimal
+from decimal import Context, Decimal
+from fractions import Fraction
 from functools import cached_property
+from math import lcm
 
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument
 from ktrdr_budget.metering.usage import Usage
@@ -106,16 +108,18 @@ class Rate:
         """As in :attr:`CostLine.name`."""
         return _NAMES.get(self.unit.name, self.unit.name.replace("_", " "))
 
-    def price_at(self, input_tokens: int) -> Decimal:
-        """The price for a call with so much input."""
-        for start, price in reversed(self.tiers):
-            if input_tokens > start:
-                return price
-        return self.price
 
-    def price_max(self, input_tokens_max: int) -> Decimal:
-        """The highest price for a call with at most so much input."""
-        return max([self.price, *(price for start, price in self.tiers if input_tokens_max > start)])
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a unit costs in one context tier."""
+
+    start: int
+    """In force for calls with more input than that."""
+    name: str
+    price: Decimal
+    per: int
+    scaled: int
+    """Of one of the unit, in nano-dollars, times the denominator that all prices of a model share: a whole number."""
 
 
 class Rates:
@@ -141,6 +145,27 @@ class Rates:
         return iter(sorted(self._rates, key=lambda rate: _ORDER.get(rate.name, len(_ORDER))))
 
     @cached_property
+    def _denominator(self) -> int:
+        prices = [(rate, price) for rate in self._rates for price in (rate.price, *(tier[1] for tier in rate.tiers))]
+        return lcm(*(_nanos(price, rate.unit.per).denominator for rate, price in prices))
+
+    @cached_property
+    def _steps(self) -> list[list[_Step]]:
+        """Of each rate the prices that come in question, the last tier first."""
+        return [
+            [
+                _Step(start, rate.name, price, rate.unit.per, int(_nanos(price, rate.unit.per) * self._denominator))
+                for start, price in reversed([(-1, rate.price), *rate.tiers])
+            ]
+            for rate in self._rates
+        ]
+
+    @cached_property
+    def _shown(self) -> list[int]:
+        """In which order a cost tells its lines."""
+        return sorted(range(len(self._rates)), key=lambda i: _ORDER.get(self._rates[i].name, len(_ORDER)))
+
+    @cached_property
     def _parts(self) -> list[list[int]]:
         rates = self._rates
         return [[i for i, part in enumerate(rates) if whole.unit.contains(part.unit)] for whole in rates]
@@ -159,30 +184,41 @@ class Rates:
         if not self._prices_all(usage.input_tokens, usage.output_tokens, usage.other):
             return None
         leaves: list[int] = []
-        lines: list[CostLine] = []
         for rate, parts in zip(self._rates, self._parts, strict=True):
-            count = counts.get(rate.unit.name, 0) - sum([leaves[i] for i in parts])
+            count = counts.get(rate.unit.name, 0)
+            for part in parts:
+                count -= leaves[part]
             if count < 0:
                 raise InvalidArgument(f"the parts of {rate.unit.name} are more than {counts.get(rate.unit.name, 0)}")
             leaves.append(count)
-            if count:
-                lines.append(_line(rate, count, rate.price_at(usage.input_tokens)))
-        return _sum(lines, self.source)
+        steps = self._steps
+        return self._sum([(leaves[i], _step_at(steps[i], usage.input_tokens)) for i in self._shown if leaves[i]])
 
     def cost_max(self, input_tokens_max: int, output_tokens_max: int, other_max: Mapping[str, int]) -> Cost | None:
         """The most that a call within these bounds can cost; ``None`` if something of it has no price."""
         if not self._prices_all(input_tokens_max, output_tokens_max, other_max):
             return None
         counts = {"requests": 1, **other_max, "input": input_tokens_max, "output": output_tokens_max}
-        dearest: dict[str, tuple[Decimal, Rate]] = {}
-        for rate in self._rates:
-            way = rate.unit.direction or rate.unit.name
+        dearest: dict[str, _Step] = {}
+        for i in self._shown:
+            unit = self._rates[i].unit
+            way = unit.direction or unit.name
             if counts.get(way):
-                price = rate.price_max(input_tokens_max)
-                # All of a direction is billed as what is dearest in it.
-                if way not in dearest or price > dearest[way][0]:
-                    dearest[way] = price, rate
-        return _sum([_line(rate, counts[way], price) for way, (price, rate) in dearest.items()], self.source)
+                for step in self._steps[i]:
+                    # All of a direction is billed as what is dearest in it.
+                    if input_tokens_max > step.start and (way not in dearest or step.scaled > dearest[way].scaled):
+                        dearest[way] = step
+        return self._sum([(counts[way], step) for way, step in dearest.items()])
+
+    def _sum(self, counted: Sequence[tuple[int, _Step]]) -> Cost:
+        total = 0
+        for count, step in counted:
+            total += count * step.scaled
+        nanos = -(-total // self._denominator)  # rounded up
+        if nanos >= MAX_UNITS:
+            raise InvalidAmount("the cost is too large: it must stay below 2**53 nano-dollars")
+        lines = tuple([CostLine(step.name, count, step.price, step.per) for count, step in counted])
+        return Cost(nanos, self.source, lines)
 
     def _prices_all(self, input_tokens: int, output_tokens: int, other: Mapping[str, int]) -> bool:
         named = self._named
@@ -204,16 +240,14 @@ def _counts(usage: Usage) -> dict[str, int]:
     }
 
 
-def _line(rate: Rate, count: int, price: Decimal) -> CostLine:
-    return CostLine(rate.name, count, price, rate.unit.per)
+def _nanos(price: Decimal, per: int) -> Fraction:
+    """Nano-dollars of one unit."""
+    return Fraction(price) * NANOS_PER_USD / per
 
 
-def _sum(lines: Iterable[CostLine], source: str) -> Cost:
-    lines = tuple(sorted(lines, key=lambda line: _ORDER.get(line.name, len(_ORDER))))
-    dollars = Decimal(0)
-    for line in lines:
-        dollars = _EXACT.add(dollars, line.amount)
-    nanos = int(_EXACT.multiply(dollars, Decimal(NANOS_PER_USD)).to_integral_value(rounding=ROUND_CEILING))
-    if nanos >= MAX_UNITS:
-        raise InvalidAmount("the cost is too large: it must stay below 2**53 nano-dollars")
-    return Cost(nanos, source, lines)
+def _step_at(steps: Sequence[_Step], input_tokens: int) -> _Step:
+    """The price for a call with so much input."""
+    for step in steps:
+        if input_tokens > step.start:
+            return step
+    return steps[-1]

@@ -234,7 +234,7 @@ async def test_a_store_that_does_not_answer_is_503(start_server):
 async def test_a_store_that_is_away_when_a_route_ends_does_not_take_its_answer(start_server, caplog):
     own = start_server()
     app = FastAPI()
-    async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.1) as limiter:
+    async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=1.0) as limiter:
 
         @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15", limiter=limiter))])
         async def research() -> str:

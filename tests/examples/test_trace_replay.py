@@ -36,8 +36,10 @@ def test_four_processes_stay_below_the_cap_and_bill_exactly(server: Any, tmp_pat
     assert admitted + denied == 600 and denied > 0
     spent = Decimal(re.findall(r"spent \$(\S+) of", done.stdout)[0])
     worth = Decimal(re.findall(r"worth \$(\S+)", done.stdout)[0])
-    # What is held near the cap, and so what is denied there, depends on how busy the machine is.
-    assert Decimal("0.30") < spent <= Decimal("0.60") < worth
+    most = Decimal(re.findall(r"at most \$(\S+) was", done.stdout)[0])
+    # How much of the cap is held meanwhile, and so denied to others, depends on how busy the machine is.
+    assert 0 < spent <= most <= Decimal("0.60") < worth
+    assert most > Decimal("0.50")
     assert "exactly" in done.stdout and "below the cap" in done.stdout
     assert picture.read_bytes().startswith(b"\x89PNG")
     with server.client() as store:

@@ -136,7 +136,7 @@ async def test_metered_calls_inside_draw_from_the_function_s_hold(client, limite
 async def test_a_cost_that_cannot_be_told_counts_as_the_estimate(client, limiter, wrong):
     @budgeted("agent", estimate="0.15", limiter=limiter, cost=wrong)
     async def research():
-        return None
+        accrue("0.03")
 
     with pytest.raises((InvalidAmount, ZeroDivisionError)):
         await research()

@@ -129,14 +129,17 @@ async def test_each_way_through_a_call_in_a_hold(client, limiter, meter, said, r
     assert (await limiter.ledger("agent"))[0].operation.endswith("estimated") == estimated
 
 
-async def test_a_hold_whose_calls_all_were_rejected_costs_nothing(client, limiter, meter):
+async def test_a_hold_whose_calls_all_were_rejected_or_denied_costs_nothing(client, limiter, meter):
     async with limiter.hold("agent", "0.15"), meter.call(**CALL) as call:
         call.rejected()
     assert spent_and_held(client) == (0, 0)
     async with limiter.hold("agent", "0.15"):
         with pytest.raises(BudgetExceeded):
             await meter.call(**CALL | {"output_tokens_max": 10**6}).__aenter__()
-    assert spent_and_held(client) == (to_units("0.15"), 0)  # nobody drew from it: its estimate counts
+    assert spent_and_held(client) == (0, 0)  # a call that was denied has cost nothing, either
+    async with limiter.hold("agent", "0.15"):
+        pass
+    assert spent_and_held(client) == (to_units("0.15"), 0)  # no call was made in it: its estimate counts
 
 
 async def test_budgets_that_the_hold_does_not_have_are_reserved_on_their_own(client, limiter):
@@ -227,7 +230,7 @@ async def test_a_hold_that_had_expired_is_admitted_again_before_it_is_drawn_from
         hold.state = "unconfirmed"  # as a heartbeat would have told it
         with pytest.raises(BudgetExceeded):
             await meter.call(**CALL).__aenter__()
-        assert hold.drawn == {}
+        assert hold.drawn == {"agent": 0}
 
 
 async def _given_back(limiter):
@@ -387,7 +390,7 @@ async def test_calls_that_wait_for_a_growth_without_an_answer_do_not_wait_again(
             results = await asyncio.gather(*calls, return_exceptions=True)
             assert all(isinstance(result, StoreUnavailable) for result in results)
             assert asyncio.get_running_loop().time() - began < 1.0
-            assert (hold.drawn, hold.growth.wanted) == ({}, {})
+            assert (hold.drawn, hold.growth.wanted) == ({"agent": 0}, {})
             proxy.let_go()
             async with meter.call(**CALL) as call:
                 call.finish(USED)

@@ -97,6 +97,18 @@ async def test_names_are_those_of_the_conventions():
     assert instruments.ERROR_TYPE == ERROR_TYPE
 
 
+def test_providers_are_named_as_the_conventions_name_them(recorded):
+    known = {provider.value for provider in gen_ai.GenAiProviderNameValues}
+    for ours, theirs in (
+        ("azure", "azure.ai.openai"),
+        ("x-ai", "x_ai"),
+        ("openai", "openai"),
+        ("google", "gcp.gen_ai"),
+    ):
+        instruments.CallInstruments("chat", ours, "m", [], current=False).denied(ValueError())
+        assert recorded.spans[-1].attributes[gen_ai.GEN_AI_PROVIDER_NAME] == theirs in known
+
+
 async def test_a_call_is_measured_by_the_conventions_and_its_cost_per_budget(reader, meter):
     for _ in range(2):
         async with meter.call(**CALL) as call:
@@ -144,7 +156,7 @@ async def test_a_stream_that_breaks_off_is_an_estimate(recorded, meter):
     found = recorded["chat road"].attributes
     assert (found["ktrdr.budget.estimated"], found["error.type"]) == (True, "ConnectionResetError")
     assert (found["gen_ai.usage.input_tokens"], found["gen_ai.usage.output_tokens"]) == (1000, 20)
-    assert found["ktrdr.budget.cost"] == 0.011
+    assert found["ktrdr.budget.cost"] == 0.0135
 
 
 async def test_a_denied_call_has_a_span_and_is_not_measured(recorded, reader, meter):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
@@ -76,7 +77,7 @@ WAYS = {
     "output reported, broken off": (
         lambda call: call.report(Usage(0, 20)),
         True,
-        2000 * 10_000 + 20 * 50_000,
+        2000 * 12_500 + 20 * 50_000,  # its input may have been written to a cache
         0,
         True,
     ),
@@ -280,6 +281,21 @@ async def test_usage_that_cannot_be_priced_is_charged_in_full(client, meter, cap
     assert spent_and_held(client) == (WORST, 0)
     assert call.estimated
     assert "cannot be priced" in caplog.text
+
+
+async def test_a_call_that_broke_off_is_charged_by_the_dearest_tier_if_none_was_told(client, limiter):
+    meter = Meter(limiter)
+    asked = {"provider": "openai", "model": "gpt-4.1-mini", "input_tokens_max": 1000, "output_tokens_max": 100}
+    at = datetime.now(UTC)
+    for tier, charged in ((None, "priority"), ("default", "")):
+        told = {} if tier is None else {"service_tier": ""}
+        with pytest.raises(Work):
+            async with meter.call(**asked, **told) as call:
+                call.report(Usage(0, 40))
+                raise Work
+        expected = meter.pricer.price("openai", "gpt-4.1-mini", Usage(1000, 40, service_tier=charged), at)
+        assert call.cost.nanos == expected.nanos
+    assert spent_and_held(client)[1] == 0
 
 
 async def test_usage_that_can_be_priced_after_all_is_no_estimate(client, meter):

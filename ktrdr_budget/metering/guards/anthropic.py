@@ -6,11 +6,12 @@ platform.claude.com/docs/en/build-with-claude/vision.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
-from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, InputBound, output_bound
+from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, InputBound, output_bound, text_bytes
 from ktrdr_budget.metering.guards.dialect import Ear, Route
 from ktrdr_budget.metering.usage import Usage
 
@@ -27,6 +28,8 @@ _FREE = re.compile(
 )
 _CLIENT_TOOLS = ("bash_", "text_editor_", "memory_", "computer_2")
 _READABLE = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "search_result", "tool_reference")
+_READABLE_ENDINGS = ("tool_use", "_result", "_output", "_error")
+"""What tools of the provider were asked and told before: their results hold the blocks that are looked at."""
 _UNBOUNDED = ("container", "mcp_servers", "fallbacks", "fallback_credit_token", "compaction", "inference_geo")
 _SHOWS_ALL = re.compile(r"claude-(2|3|v1|instant|(haiku|opus|sonnet)-4(-[0-5])?(-\d{8})?$)")
 """Models that do not think unless they are told to; others may, by themselves."""
@@ -41,9 +44,12 @@ class AnthropicDialect:
             return "free"
         return "messages" if _MESSAGES.search(path) else "refused"
 
-    def bound(self, route: Route, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
+    def model(self, path: str, body: dict[str, Any]) -> str:
+        """See :meth:`Dialect.model`."""
+        return str(body.get("model") or "")
+
+    def bound(self, route: Route, model: str, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
         """See :meth:`Dialect.bound`."""
-        model = str(body.get("model") or "")
         found = InputBound(options, size)
         for name in _UNBOUNDED:
             if body.get(name) not in (None, [], {}, "global"):
@@ -57,6 +63,8 @@ class AnthropicDialect:
         for content in (body.get("system"), *(message.get("content") for message in body.get("messages") or [])):
             for block in _blocks(content):
                 _bound_block(found, block)
+                if block.get("type") == "tool_reference":
+                    found.add(_longest_tool(body))
         output, changes = output_bound(options, model, body.get("max_tokens"), "max_tokens")
         return Bound(
             model=model,
@@ -83,15 +91,20 @@ def _bound_tool(found: InputBound, tool: dict[str, Any]) -> None:
 
 
 def _blocks(content: Any) -> Iterator[dict[str, Any]]:
-    """The blocks of a message, and those inside of them."""
-    for block in content if isinstance(content, list) else ():
+    """The blocks of a message, and those inside of them: of results of tools, and of documents."""
+    for block in content if isinstance(content, list) else (content,):
         if isinstance(block, dict):
             yield block
-            if block.get("type") == "tool_result":
-                yield from _blocks(block.get("content"))
+            yield from _blocks(block.get("content"))
+            yield from _blocks(block.get("tool_references"))
             source = block.get("source")
             if block.get("type") == "document" and isinstance(source, dict) and source.get("type") == "content":
                 yield from _blocks(source.get("content"))
+
+
+def _longest_tool(body: dict[str, Any]) -> int:
+    """A reference to a tool stands for its definition, of which no more than this is read."""
+    return max([text_bytes(json.dumps(tool)) for tool in body.get("tools") or []], default=0)
 
 
 def _bound_block(found: InputBound, block: dict[str, Any]) -> None:
@@ -105,9 +118,12 @@ def _bound_block(found: InputBound, block: dict[str, Any]) -> None:
         if source.get("type") not in ("text", "content"):
             found.replace(source.get("data"), 0)
             found.unseen("a document")
+    elif kind == "tool_addition":
+        tool = block.get("tool") or {}
+        _bound_tool(found, tool.get("definition") or {})  # a reference is to one that is looked at elsewhere
     elif kind == "container_upload":
         found.refuse("a container")
-    elif kind not in _READABLE and not kind.endswith(("_tool_result", "tool_use")):
+    elif kind not in _READABLE and not kind.endswith(_READABLE_ENDINGS):
         found.unseen(f"a block of type {kind!r}")
 
 

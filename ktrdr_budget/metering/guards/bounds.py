@@ -1,14 +1,17 @@
 """What a request may cost at most, read from its body: bounds of its input and output, and what cannot be bounded.
 
-Input: a tokenizer of bytes (as all of these providers use) makes no more tokens than the text has bytes of UTF-8, and
-the serialised request holds all of the text, names, schemas and frames that the provider reads, so its length is a
-bound. What a provider adds by itself (the frame of a conversation, instructions for tools) is bounded by a constant.
+Input: a tokenizer of bytes (as all of these providers use) makes no more tokens than the text that it reads has bytes
+of UTF-8, and the serialised request holds all of the text, names, schemas and frames that the provider reads, so its
+length is a bound. What a provider adds by itself (the frame of a conversation, instructions for tools) is bounded by a
+constant.
 Images are billed by their size in pixels, so the most that one can cost takes the place of its bytes. Files, stored
 conversations and tools that the provider runs have no bound that can be seen from here.
 """
 
 from __future__ import annotations
 
+import json
+import unicodedata
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +19,7 @@ from ktrdr_budget.errors import UnmeteredCall
 from ktrdr_budget.metering.meter import Meter
 from ktrdr_budget.metering.prices import Prices
 
-__all__ = ["Bound", "GuardOptions", "InputBound", "output_bound", "text_bytes", "whole_number"]
+__all__ = ["Bound", "GuardOptions", "InputBound", "output_bound", "text_bytes", "text_size", "whole_number"]
 
 HIDDEN_INPUT_TOKENS = 1024
 """What a provider adds to a request by itself. The most that is published is 530, for the use of tools
@@ -144,6 +147,18 @@ class InputBound:
         if self._options.allow_unmetered:
             return self._tokens
         raise UnmeteredCall(f"the size of {', '.join(self._unseen)} cannot be seen: give guard(max_input_tokens=...)")
+
+
+def text_size(content: bytes, body: dict[str, Any]) -> int:
+    """Bytes of a serialised request, as a tokenizer may read them.
+
+    Claude's makes some characters out of one (NFKC: ``\ufdfa`` becomes 18), see
+    github.com/anthropics/anthropic-tokenizer-typescript.
+    """
+    if content.isascii() and b"\\u" not in content:
+        return len(content)
+    text = unicodedata.normalize("NFKC", json.dumps(body, ensure_ascii=False))
+    return max(len(content), text_bytes(text))
 
 
 def text_bytes(value: Any) -> int:

@@ -30,8 +30,12 @@ class Dialect(Protocol):
         """What is to be done with a request."""
         ...
 
-    def bound(self, route: Route, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
-        """What a request can use at most; ``size``: its bytes.
+    def model(self, path: str, body: dict[str, Any]) -> str:
+        """The model whose price counts."""
+        ...
+
+    def bound(self, route: Route, model: str, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
+        """What a request can use at most; ``size``: the bytes of its text.
 
         Raises:
             UnmeteredCall: that cannot be told.
@@ -147,12 +151,17 @@ class Listener:
         )
 
     def _split(self, data: bytes) -> Iterator[bytes]:
-        self._buffer += data
+        buffer = self._buffer + data
         begin = 0
-        for found in _EVENT_END.finditer(self._buffer):
-            yield self._buffer[begin : found.end()]
-            begin = found.end()
-        self._buffer = self._buffer[begin:]
+        if b"\r" in buffer:
+            for found in _EVENT_END.finditer(buffer):
+                yield buffer[begin : found.end()]
+                begin = found.end()
+        else:
+            while (end := buffer.find(b"\n\n", begin)) >= 0:
+                yield buffer[begin : end + 2]
+                begin = end + 2
+        self._buffer = buffer[begin:]
 
     def _event(self, event: bytes) -> dict[str, Any] | None:
         self._passed.append(event)
@@ -164,7 +173,7 @@ class Listener:
     def _tell(self, ear: Callable[[dict[str, Any]], None], told: dict[str, Any]) -> None:
         try:
             ear(told)
-        except (TypeError, ValueError, AttributeError, KeyError):
+        except Exception:
             # The answer is the caller's, however odd; what it does not tell is estimated.
             logger.warning("a provider told its usage in an unknown way")
 
@@ -176,7 +185,7 @@ def _data(event: bytes) -> dict[str, Any] | None:
 def _parsed(data: bytes) -> dict[str, Any] | None:
     try:
         value = json.loads(data) if data else None
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
 
@@ -186,4 +195,5 @@ def _delta_bytes(event: dict[str, Any]) -> int:
     choices = event.get("choices")
     if isinstance(choices, list):
         return text_bytes([choice.get("delta") or choice.get("text") for choice in choices if isinstance(choice, dict)])
-    return text_bytes(event.get("delta")) + text_bytes(event.get("content_block"))
+    begun = event.get("item") if event.get("type") == "response.output_item.added" else event.get("content_block")
+    return text_bytes(event.get("delta")) + text_bytes(begun)

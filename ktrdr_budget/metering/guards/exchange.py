@@ -18,9 +18,9 @@ from typing import Any
 
 from ktrdr_budget.errors import UnmeteredCall
 from ktrdr_budget.metering.calls import Call
-from ktrdr_budget.metering.draws import Steps
-from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions
+from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, text_size
 from ktrdr_budget.metering.guards.dialect import Dialect, Listener
+from ktrdr_budget.metering.steps import Steps
 
 __all__ = ["Exchange", "Refused", "current_exchange", "judge_error", "judge_status"]
 
@@ -37,10 +37,14 @@ class Refused(BaseException):
         self.error = error
 
 
-def judge_status(status: int) -> str:
+def judge_status(status: int, provider: str) -> str:
     """What an answer's status says: ``answered``, ``rejected`` (nothing is billed) or ``unknown``."""
     if 200 <= status < 300:
         return "answered"
+    if status == 400 and provider == "azure":
+        # What a content filter stops was processed, and is billed:
+        # learn.microsoft.com/azure/ai-foundry/openai/how-to/manage-costs
+        return "unknown"
     # 408 and 499 mean that somebody stopped waiting, not that nobody worked.
     return "rejected" if status == 529 or (status < 500 and status not in (408, 499)) else "unknown"
 
@@ -83,17 +87,18 @@ class Exchange:
             body = json.loads(content)
             if not isinstance(body, dict):
                 raise TypeError
-        except (ValueError, TypeError, RuntimeError):
+        except (ValueError, TypeError, RuntimeError):  # RecursionError is one, too
             raise Refused(UnmeteredCall(f"the body of a request to {path} is no JSON object")) from None
         try:
-            bound = self.dialect.bound(route, body, len(content), self.options)
+            model = self.dialect.model(path, body)
+            bound = self.dialect.bound(route, model, body, text_size(content, body), self.options)
         except UnmeteredCall as error:
             raise Refused(error) from None
         except (AttributeError, TypeError, ValueError, KeyError):
             raise Refused(UnmeteredCall(f"a request to {path} has an unknown shape")) from None
         self._route = route
         if bound.changes:
-            request = _with_body(request, {**body, **bound.changes})
+            request = _with_body(request, _changed(content, body, bound.changes))
         if stream:
             # What arrives is read as it passes by, so it must not be compressed.
             request.headers["accept-encoding"] = "identity"
@@ -118,7 +123,7 @@ class Exchange:
                 service_tier=bound.service_tier,
                 current=False,
             )
-            yield from call._enter()
+            yield from call.enter_steps()
             self.call = call
         return self.call
 
@@ -127,14 +132,14 @@ class Exchange:
         call, self.call = self.call, None
         if call is not None:
             call.unknown()
-            yield from call._leave(error)
+            yield from call.leave_steps(error)
 
     def give_back(self) -> Steps[None]:
         """The provider did not accept the last attempt, and there is no other."""
         call, self.call = self.call, None
         if call is not None:
             call.rejected()
-            yield from call._leave(None)
+            yield from call.leave_steps(None)
 
     def listener(self, bound: Bound, response: Any) -> Listener:
         """What listens to an answer."""
@@ -143,8 +148,17 @@ class Exchange:
         return Listener(ear, events=events, unseen_output_tokens=self.options.unseen_output_tokens)
 
 
-def _with_body(request: Any, body: dict[str, Any]) -> Any:
+def _changed(content: bytes, body: dict[str, Any], changes: dict[str, Any]) -> bytes:
+    """The serialised body with these changes."""
+    if not body or changes.keys() & body.keys() or not content.startswith(b"{"):
+        return json.dumps({**body, **changes}, ensure_ascii=False, separators=(",", ":")).encode()
+    # What is new goes before all else; the rest, which may be large, is not written again.
+    return json.dumps(changes, separators=(",", ":")).encode()[:-1] + b"," + content[1:]
+
+
+def _with_body(request: Any, content: bytes) -> Any:
     """The same request with another body; of httpx or httpx2, as the client sends."""
-    headers = [pair for pair in request.headers.multi_items() if pair[0] not in ("content-length", "transfer-encoding")]
-    content = json.dumps(body, ensure_ascii=False, separators=(",", ":")).encode()
+    headers = request.headers.copy()
+    for name in ("content-length", "transfer-encoding"):
+        headers.pop(name, None)
     return type(request)(request.method, request.url, headers=headers, content=content, extensions=request.extensions)

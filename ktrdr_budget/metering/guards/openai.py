@@ -9,7 +9,14 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, InputBound, output_bound, whole_number
+from ktrdr_budget.metering.guards.bounds import (
+    Bound,
+    GuardOptions,
+    InputBound,
+    output_bound,
+    text_bytes,
+    whole_number,
+)
 from ktrdr_budget.metering.guards.dialect import Ear, Route
 from ktrdr_budget.metering.usage import Usage
 
@@ -24,8 +31,17 @@ _FREE = re.compile(
     r"/(moderations|files|uploads(/.*)?|conversations(/.*)?|organization/.*|projects/.*|webhook_endpoints(/.*)?"
     r"|responses/input_tokens|(responses|batches|fine_tuning/jobs)/[^/]+/cancel|chat/completions/[^/]+)/?$"
 )
+_RENTED = re.compile(r"/(vector_stores|containers|agents)/")
+"""What is uploaded there is billed by its size or by time."""
+_DEPLOYMENT = re.compile(r"/deployments/([^/]+)/")
+"""Azure asks the model that is deployed by this name, whatever model the body names."""
 _CHAT_UNBOUNDED = ("audio", "web_search_options")
-_RESPONSES_UNBOUNDED = ("background", "context_management", "image")
+_RESPONSES_UNBOUNDED = ("background", "context_management", "image", "prompt")
+"""A stored prompt may bring tools that the provider runs."""
+_SEARCHES = re.compile(r"search-preview|search-api|deep-research")
+"""Models that search the web unasked, for a price per search."""
+_OWN = ("openai", "azure")
+"""The providers that know ``max_completion_tokens``, and limit legacy completions by themselves."""
 _CLIENT_TOOLS = (None, "function", "custom", "local_shell", "apply_patch")
 _TEXT = ("text", "refusal", "input_text", "output_text", "reasoning_text", "summary_text")
 _SHOWS_ALL = re.compile(r"^(ft:)?(gpt-3\.5|gpt-4|chatgpt-4o|text-|davinci|babbage)")
@@ -42,19 +58,25 @@ class OpenAIDialect:
         metered = _METERED.search(path)
         if metered:
             return metered[1]
-        return "free" if _FREE.search(path) else "refused"
+        return "free" if _FREE.search(path) and not _RENTED.search(path) else "refused"
 
-    def bound(self, route: Route, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
+    def model(self, path: str, body: dict[str, Any]) -> str:
+        """See :meth:`Dialect.model`."""
+        deployment = _DEPLOYMENT.search(path)
+        return deployment[1] if deployment else str(body.get("model") or "")
+
+    def bound(self, route: Route, model: str, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
         """See :meth:`Dialect.bound`."""
         found = InputBound(options, size)
-        model = str(body.get("model") or "")
+        if _SEARCHES.search(model):
+            found.refuse(f"{model!r}, which searches the web by itself,")
         if route == "embeddings":
             return Bound(model, found.total(), 0, operation="embeddings", service_tier="")
         if route == "responses":
             return _bound_response(found, body, model, options)
         if route == "chat/completions":
             return _bound_chat(found, body, model, options)
-        return _bound_completion(found, body, model)
+        return _bound_completion(found, body, model, options)
 
     def ear(self, route: Route, bound: Bound) -> Ear:
         """See :meth:`Dialect.ear`."""
@@ -69,10 +91,15 @@ def _bound_chat(found: InputBound, body: dict[str, Any], model: str, options: Gu
         _bound_tool(found, tool)
     for message in body.get("messages") or []:
         _bound_parts(found, message.get("content"))
+        if message.get("audio"):
+            found.refuse("audio")
     older = body.get("max_tokens")
     asked = older if body.get("max_completion_tokens") is None else body["max_completion_tokens"]
-    output, changes = output_bound(options, model, asked, "max_completion_tokens")
-    choices = 1 if body.get("n") is None else whole_number(body["n"], "n")
+    parameter = "max_completion_tokens" if options.provider in _OWN else "max_tokens"
+    output, changes = output_bound(options, model, asked, parameter)
+    # What is predicted and does not come true is billed as output, too.
+    predicted = text_bytes((body.get("prediction") or {}).get("content"))
+    choices = _choices(body, "n")
     stream_options = body.get("stream_options") or {}
     hide = bool(body.get("stream")) and not stream_options.get("include_usage")
     if hide:
@@ -80,10 +107,10 @@ def _bound_chat(found: InputBound, body: dict[str, Any], model: str, options: Gu
     return Bound(
         model=model,
         input_tokens_max=found.total(),
-        output_tokens_max=output * choices,
+        output_tokens_max=(output + predicted) * choices,
         service_tier=_asked_tier(body),
         choices=choices,
-        hidden_output=_hides_output(model, body.get("reasoning_effort")),
+        hidden_output=predicted > 0 or _hides_output(model),
         changes=changes,
         hide_usage=hide,
     )
@@ -94,7 +121,6 @@ def _bound_response(found: InputBound, body: dict[str, Any], model: str, options
     for name, what in (
         ("previous_response_id", "an earlier response"),
         ("conversation", "a stored conversation"),
-        ("prompt", "a stored prompt"),
     ):
         if body.get(name) is not None:
             found.unseen(what)
@@ -102,27 +128,31 @@ def _bound_response(found: InputBound, body: dict[str, Any], model: str, options
         _bound_tool(found, tool)
     for item in body["input"] if isinstance(body.get("input"), list) else []:
         _bound_item(found, item)
+    if (body.get("reasoning") or {}).get("mode") not in (None, "standard"):
+        found.refuse("reasoning in another mode than 'standard'")
     output, changes = output_bound(options, model, body.get("max_output_tokens"), "max_output_tokens")
-    reasoning = body.get("reasoning")
     return Bound(
         model=model,
         input_tokens_max=found.total(),
         output_tokens_max=output,
         service_tier=_asked_tier(body),
-        hidden_output=_hides_output(model, reasoning.get("effort") if isinstance(reasoning, dict) else None),
+        hidden_output=_hides_output(model),
         changes=changes,
     )
 
 
-def _bound_completion(found: InputBound, body: dict[str, Any], model: str) -> Bound:
+def _bound_completion(found: InputBound, body: dict[str, Any], model: str, options: GuardOptions) -> Bound:
     asked = body.get("max_tokens")
-    output = COMPLETIONS_TOKENS_DEFAULT if asked is None else whole_number(asked, "max_tokens")
+    if asked is None and options.provider in _OWN:
+        asked = COMPLETIONS_TOKENS_DEFAULT
+    output, changes = output_bound(options, model, asked, "max_tokens")
     prompt = body.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else 1
-    made = [1 if body.get(name) is None else whole_number(body[name], name) for name in ("n", "best_of")]
-    choices = prompts * max(made)
+    choices = prompts * max(_choices(body, "n"), _choices(body, "best_of"))
     stream_options = body.get("stream_options") or {}
     hide = bool(body.get("stream")) and not stream_options.get("include_usage")
+    if hide:
+        changes = {**changes, "stream_options": {**stream_options, "include_usage": True}}
     return Bound(
         model=model,
         input_tokens_max=found.total(),
@@ -130,9 +160,14 @@ def _bound_completion(found: InputBound, body: dict[str, Any], model: str) -> Bo
         operation="text_completion",
         service_tier="",
         choices=choices,
-        changes={"stream_options": {**stream_options, "include_usage": True}} if hide else {},
+        changes=changes,
         hide_usage=hide,
     )
+
+
+def _choices(body: dict[str, Any], name: str) -> int:
+    """How many answers are asked for."""
+    return 1 if body.get(name) is None else max(1, whole_number(body[name], name))
 
 
 def _refuse(found: InputBound, body: dict[str, Any], names: tuple[str, ...]) -> None:
@@ -174,12 +209,18 @@ def _bound_item(found: InputBound, item: Any) -> None:
     if not isinstance(item, dict):
         return
     kind = item.get("type", "message")
+    for tool in item.get("tools") or ():  # tools may be added on the way
+        _bound_tool(found, tool)
     if kind == "message":
         _bound_parts(found, item.get("content"))
     elif kind in ("function_call_output", "custom_tool_call_output"):
         _bound_parts(found, item.get("output"))
+    elif kind == "compaction_trigger":
+        found.refuse("compaction")
     elif kind == "item_reference":
         found.unseen("a stored item")
+    elif kind == "reasoning" and not item.get("encrypted_content"):
+        found.unseen("stored reasoning")
     elif kind == "computer_call_output":
         _bound_parts(found, [item.get("output")])
     elif kind == "image_generation_call":
@@ -194,17 +235,21 @@ def _asked_tier(body: dict[str, Any]) -> str | None:
     return "" if tier == "default" else str(tier)
 
 
-def _hides_output(model: str, effort: object) -> bool:
+def _hides_output(model: str) -> bool:
     """Reasoning is billed, and not shown."""
-    return effort != "none" and not _SHOWS_ALL.search(model)
+    # That it is asked to make no effort is not always heeded: community.openai.com/t/1378362
+    return not _SHOWS_ALL.search(model)
 
 
 def _usage(told: dict[str, Any], names: tuple[str, str], tier: object) -> Usage:
     whole, details = int(told.get(names[0]) or 0), told.get(f"{names[0]}_details") or {}
+    # Some providers, such as xAI, count reasoning in the total alone:
+    # docs.x.ai/docs/key-information/consumption-and-rate-limits
+    output = max(int(told.get(names[1]) or 0), int(told.get("total_tokens") or 0) - whole)
     read = min(int(details.get("cached_tokens") or 0), whole)
     return Usage(
         input_tokens=whole,
-        output_tokens=int(told.get(names[1]) or 0),
+        output_tokens=output,
         cache_read_tokens=read,
         cache_write_tokens=min(int(details.get("cache_write_tokens") or 0), whole - read),
         service_tier="" if tier in (None, "default", "auto") else str(tier),
@@ -217,6 +262,7 @@ class _ChatEar(Ear):
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound)
         self._tier: object = None
+        self._finished: set[object] = set()
 
     def document(self, answer: dict[str, Any]) -> None:
         self._learn(answer)
@@ -225,7 +271,8 @@ class _ChatEar(Ear):
     def event(self, event: dict[str, Any]) -> None:
         self._learn(event)
         choices = event.get("choices")
-        self.ending = self.ending or any(choice.get("finish_reason") for choice in choices or ())
+        self._finished |= {choice.get("index") for choice in choices or () if choice.get("finish_reason")}
+        self.ending = len(self._finished) >= self.bound.choices
         # Some servers tell a running usage with each chunk: the last word comes when the model has finished.
         told_now = isinstance(event.get("usage"), dict)
         self.final = self.final or (told_now and (not choices or self.ending))

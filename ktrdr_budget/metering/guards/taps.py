@@ -10,11 +10,11 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
-from ktrdr_budget.metering.calls import Call, _drive, _drive_sync
-from ktrdr_budget.metering.draws import Steps
+from ktrdr_budget.metering.calls import Call
 from ktrdr_budget.metering.guards.bounds import GuardOptions
 from ktrdr_budget.metering.guards.dialect import Dialect, Listener
 from ktrdr_budget.metering.guards.exchange import Exchange, Refused, current_exchange, judge_error, judge_status
+from ktrdr_budget.metering.steps import Steps, drive, drive_sync
 
 __all__ = ["AsyncTap", "SyncTap", "Tap"]
 
@@ -67,7 +67,7 @@ class Tap:
             if judge_error(error) == "unknown":
                 yield from exchange.keep(error)
             raise
-        said = judge_status(response.status_code)
+        said = judge_status(response.status_code, self._options.provider)
         if said == "unknown":
             yield from exchange.keep(None)
         elif said == "answered":
@@ -99,14 +99,14 @@ class AsyncTap(Tap):
 
     async def calling(self, request: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Makes one call of the SDK's method ``request``."""
-        return await _drive(self._requesting(partial(request, *arguments, **named)))
+        return await drive(self._requesting(partial(request, *arguments, **named)))
 
     async def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         """Makes one attempt, in place of the HTTP client's method."""
         exchange = current_exchange.get()
         if exchange is None:  # from outside of the SDK's own way
             return await self.calling(self.send, request, stream=stream, **options)
-        return await _drive(self._sending(exchange, request, stream, options))
+        return await drive(self._sending(exchange, request, stream, options))
 
     def _stream_class(self, library: Any) -> Any:
         return _async_stream_class(library.AsyncByteStream)
@@ -117,14 +117,14 @@ class SyncTap(Tap):
 
     def calling(self, request: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
         """Makes one call of the SDK's method ``request``."""
-        return _drive_sync(self._requesting(partial(request, *arguments, **named)))
+        return drive_sync(self._requesting(partial(request, *arguments, **named)))
 
     def send(self, request: Any, *, stream: bool = False, **options: Any) -> Any:
         """Makes one attempt, in place of the HTTP client's method."""
         exchange = current_exchange.get()
         if exchange is None:
             return self.calling(self.send, request, stream=stream, **options)
-        return _drive_sync(self._sending(exchange, request, stream, options))
+        return drive_sync(self._sending(exchange, request, stream, options))
 
     def _stream_class(self, library: Any) -> Any:
         return _sync_stream_class(library.SyncByteStream)
@@ -153,7 +153,7 @@ class Settlement:
         """Commits the last word, or an estimate. Once."""
         call = self.take()
         if call is not None:
-            yield from call._leave(error)
+            yield from call.leave_steps(error)
 
     def take(self) -> Call | None:
         """The call, told how it ended; ``None`` if somebody else settles it."""
@@ -189,27 +189,29 @@ def _async_stream_class(base: Any) -> Any:
                 async for chunk in self._chunks:
                     shown = settlement.hear(chunk)
                     if settlement.listener.final and settlement.call is not None:
-                        await _drive(settlement.settle(None))
+                        await drive(settlement.settle(None))
                     if shown:
                         yield shown
             except GeneratorExit:  # whoever drops it closes it
                 raise
             except BaseException as error:
-                await _drive(settlement.settle(error))
+                await drive(settlement.settle(error))
                 raise
             rest = settlement.listener.end()
-            await _drive(settlement.settle(None))
+            await drive(settlement.settle(None))
             if rest:
                 yield rest
 
         async def aclose(self) -> None:
             try:
-                if self._settlement.waits:
-                    with suppress(Exception):  # what cannot be read is estimated
-                        async with asyncio.timeout(DRAIN_TIMEOUT_S):
-                            while self._settlement.waits and not self._settlement.listener.final:
-                                self._settlement.listener.hear(await anext(self._chunks))
-                await _drive(self._settlement.settle(None))
+                try:
+                    if self._settlement.waits:
+                        with suppress(Exception):  # what cannot be read is estimated
+                            async with asyncio.timeout(DRAIN_TIMEOUT_S):
+                                while self._settlement.waits:
+                                    self._settlement.listener.hear(await anext(self._chunks))
+                finally:
+                    await drive(self._settlement.settle(None))
             finally:
                 await self._inner.aclose()
 
@@ -238,27 +240,34 @@ def _sync_stream_class(base: Any) -> Any:
                 for chunk in self._chunks:
                     shown = settlement.hear(chunk)
                     if settlement.listener.final and settlement.call is not None:
-                        _drive_sync(settlement.settle(None))
+                        drive_sync(settlement.settle(None))
                     if shown:
                         yield shown
             except GeneratorExit:
                 raise
             except BaseException as error:
-                _drive_sync(settlement.settle(error))
+                drive_sync(settlement.settle(error))
                 raise
             rest = settlement.listener.end()
-            _drive_sync(settlement.settle(None))
+            drive_sync(settlement.settle(None))
             if rest:
                 yield rest
 
         def close(self) -> None:
             try:
-                with suppress(Exception):
-                    while self._settlement.waits and not self._settlement.listener.final:
-                        self._settlement.listener.hear(next(self._chunks))
-                _drive_sync(self._settlement.settle(None))
+                if self._settlement.waits:
+                    # In a thread, for nothing else can end a read before its own timeout of minutes.
+                    reader = threading.Thread(target=self._read_on, daemon=True)
+                    reader.start()
+                    reader.join(DRAIN_TIMEOUT_S)
+                drive_sync(self._settlement.settle(None))
             finally:
                 self._inner.close()
+
+        def _read_on(self) -> None:
+            with suppress(Exception):
+                while self._settlement.waits:
+                    self._settlement.listener.hear(next(self._chunks))
 
         def __del__(self) -> None:
             call = self._settlement.take() if hasattr(self, "_chunks") else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from examples.wire_formats import FORMATS
 from ktrdr_budget import Budget, BudgetLimiter
 from ktrdr_budget.metering.guards import UnmeteredCall
 from ktrdr_budget.metering.guards.anthropic import AnthropicDialect
-from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions
+from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, text_size
 from ktrdr_budget.metering.guards.openai import OpenAIDialect
 from ktrdr_budget.metering.meter import Meter
 
@@ -35,7 +36,7 @@ def bound(route: str, body: dict[str, Any], **options: Any) -> Bound:
     told = {"max_tokens": 100} if route == "messages" else {}
     body = {"model": CLAUDE if route == "messages" else GPT, **told, **body}
     size = len(json.dumps(body, ensure_ascii=False).encode())
-    return dialect.bound(route, body, size, GuardOptions(METER, provider, **options))
+    return dialect.bound(route, body["model"], body, size, GuardOptions(METER, provider, **options))
 
 
 def user(*blocks: Any) -> dict[str, Any]:
@@ -82,7 +83,9 @@ def test_images_count_what_they_can_cost_at_most_instead_of_their_bytes(
     assert tokens <= bound(route, body).input_tokens_max < tokens + 3_000
 
 
+FETCHED = {"type": "web_fetch_tool_result", "content": {"type": "web_fetch_result", "url": "u", "content": PDF}}
 UNSEEN = [
+    ("messages", user(FETCHED)),
     ("messages", user(PDF)),
     ("messages", user({"type": "document", "source": {"type": "file", "file_id": "f"}})),
     ("messages", user({"type": "tool_result", "tool_use_id": "t", "content": [PDF]})),
@@ -93,8 +96,8 @@ UNSEEN = [
     ("responses", asked({"type": "input_file", "file_id": "f"})),
     ("responses", {"input": "x", "previous_response_id": "r"}),
     ("responses", {"input": "x", "conversation": "c"}),
-    ("responses", {"prompt": {"id": "p"}}),
     ("responses", {"input": [{"type": "item_reference", "id": "i"}]}),
+    ("responses", {"input": [{"type": "reasoning", "id": "rs_1", "summary": []}]}),
 ]
 
 
@@ -123,6 +126,18 @@ UNBOUNDED = [
     ("responses", {"input": "x", "tools": [{"type": "code_interpreter", "container": {"type": "auto"}}]}),
     ("responses", {"input": "x", "tools": [{"type": "mcp", "server_label": "m"}]}),
     ("responses", {"input": "x", "background": True}),
+    ("responses", {"prompt": {"id": "p"}}),
+    ("responses", {"input": [{"type": "additional_tools", "role": "developer", "tools": [{"type": "web_search"}]}]}),
+    ("responses", {"input": [{"type": "tool_search_output", "tools": [{"type": "web_search"}]}]}),
+    ("responses", {"input": [{"type": "compaction_trigger"}]}),
+    ("responses", {"input": "x", "reasoning": {"mode": "pro"}}),
+    (
+        "messages",
+        user({"type": "tool_addition", "tool": {"type": "tool_definition", "definition": {"type": "web_search_1"}}}),
+    ),
+    ("chat/completions", {"messages": [{"role": "assistant", "audio": {"id": "audio_1"}}]}),
+    ("chat/completions", {**user(), "max_tokens": 10, "model": "gpt-4o-search-preview"}),
+    ("responses", {"input": "x", "max_output_tokens": 10, "model": "o3-deep-research"}),
 ]
 
 
@@ -138,7 +153,11 @@ READABLE = [
     ("messages", {**user(NOTE), "tools": [{"name": "t", "input_schema": {"type": "object"}}]}),
     ("messages", {**user(NOTE), "tools": [{"type": "bash_20250124", "name": "bash"}]}),
     ("messages", {**user(NOTE), "inference_geo": "global", "container": None, "mcp_servers": []}),
+    ("messages", user({"type": "web_search_tool_result", "content": {"type": "web_search_tool_result_error"}})),
+    ("messages", user({"type": "web_search_tool_result", "content": [{"type": "web_search_result", "url": "u"}]})),
     ("chat/completions", {**user({"type": "text", "text": "x"}), "tools": [{"type": "function"}]}),
+    ("messages", user({"type": "tool_addition", "tool": {"type": "tool_reference", "name": "t"}})),
+    ("responses", {"input": [{"type": "additional_tools", "tools": [{"type": "function"}]}]}),
     ("responses", {"input": [{"role": "user", "content": "x"}, {"type": "function_call_output", "output": "y"}]}),
     ("responses", {"input": [{"type": "reasoning", "encrypted_content": "x"}], "tools": [{"type": "custom"}]}),
 ]
@@ -158,6 +177,8 @@ OUTPUT = [
     ("completions", {"max_tokens": 107, "prompt": ["a", "b"], "n": 1}, 214),
     ("completions", {"max_tokens": 10, "prompt": [[1, 2], [3]], "n": 2, "best_of": 5}, 100),
     ("completions", {"prompt": "a"}, 16),
+    ("completions", {"max_tokens": 10, "prompt": "a", "n": 0}, 10),
+    ("chat/completions", {"max_tokens": 21, "prediction": {"type": "content", "content": "x" * 300}, **user()}, 321),
     ("embeddings", {"input": ["a", "b"]}, 0),
 ]
 
@@ -173,6 +194,38 @@ def test_output_that_nothing_limits_is_what_the_model_can_handle_or_what_is_conf
     assert configured.output_tokens_max == 500 and configured.changes == {"max_output_tokens": 500}
     with pytest.raises(UnmeteredCall, match="max_output_tokens"):
         bound("responses", {"input": "x", "model": "gpt-4.5-preview"})
+
+
+def test_another_provider_s_limits_are_its_own() -> None:
+    options = GuardOptions(METER, "deepseek", max_output_tokens=500)
+    chat = OpenAIDialect().bound("chat/completions", "deepseek-chat", user(), 100, options)
+    assert chat.changes == {"max_tokens": 500}  # max_completion_tokens is not known everywhere
+    completion = OpenAIDialect().bound("completions", "deepseek-chat", {"prompt": "x"}, 100, options)
+    assert (completion.output_tokens_max, completion.changes) == (500, {"max_tokens": 500})
+
+
+def test_a_reference_to_a_tool_counts_as_its_definition() -> None:
+    tool = {"name": "t", "description": "x" * 5_000, "input_schema": {}, "defer_loading": True}
+    references = [{"type": "tool_reference", "tool_name": "t"}] * 3
+    for block in (
+        {"type": "tool_result", "tool_use_id": "t", "content": references},
+        {"type": "tool_search_tool_result", "content": {"type": "r_result", "tool_references": references}},
+    ):
+        assert bound("messages", {**user(block), "tools": [tool]}).input_tokens_max > 4 * 5_000
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_characters_that_a_tokenizer_takes_apart_count_as_what_they_become(escaped: bool) -> None:
+    body = {"text": "\ufdfa" * 100}
+    content = json.dumps(body, ensure_ascii=escaped).encode()
+    assert text_size(content, body) >= len(unicodedata.normalize("NFKC", body["text"]).encode()) == 3_300
+    assert text_size(b'{"text":"plain"}', {"text": "plain"}) == 16
+
+
+def test_a_deployment_of_azure_is_what_is_priced() -> None:
+    model = OpenAIDialect().model
+    assert model("/openai/deployments/own/chat/completions", {"model": GPT}) == "own"
+    assert model("/openai/v1/chat/completions", {"model": GPT}) == GPT
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, "10", True, [5]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -154,6 +155,36 @@ async def test_a_cancelled_call_is_kept_because_the_provider_goes_on(
             await task
         await until(lambda: provider.ledger)
         assert g.counted >= g.bill > 0
+
+
+CANCELLED = [BASIC[0], BASIC_STREAMS[1]]
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["alone", "in-a-hold"])
+@pytest.mark.parametrize("way", CANCELLED, ids=str)
+async def test_a_call_that_is_cancelled_at_any_step_counts_no_less_than_its_bill(
+    guarded_client: Any, provider: LocalProvider, way: Way, inside: bool
+) -> None:
+    async with guarded_client(way.sdk, is_async=True) as g:
+        loop, steps, ended = asyncio.get_running_loop(), 0, False
+        while not ended:  # later and later, until the call has ended before
+            task = asyncio.create_task(_made(g, way, inside))
+            for _ in range(steps):
+                await asyncio.sleep(0)
+            task.cancel()
+            ended = (await asyncio.gather(task, return_exceptions=True))[0] is None
+            steps += 1 + steps // 8
+            await until(lambda: not provider.active)
+            await until(lambda: not inside or g.sums["held"] == 0)  # a grant that came too late goes back
+            assert g.counted >= g.bill
+            # Nothing keeps a reservation alive that nobody waits for.
+            assert "_Heartbeat" not in repr([timer for timer in loop._scheduled if not timer.cancelled()])  # type: ignore[attr-defined]
+        assert steps > 5
+
+
+async def _made(g: Any, way: Way, inside: bool) -> None:
+    async with g.limiter.hold("agent", "0.15") if inside else nullcontext():
+        await take(way, g.client)
 
 
 @pytest.mark.parametrize("way", BASIC, ids=str)

@@ -96,6 +96,7 @@ REFUSED = [
     ("openai", "transcription", lambda c: c.audio.transcriptions.create(file=b"x", model="whisper-1")),
     ("openai", "batches", lambda c: c.batches.create(completion_window="24h", endpoint="/v1/x", input_file_id="f")),
     ("openai", "fine tuning", lambda c: c.fine_tuning.jobs.create(model=GPT, training_file="f")),
+    ("openai", "vector stores", lambda c: c.vector_stores.files.create(vector_store_id="v", file_id="f")),
     ("openai", "videos", lambda c: c.post("/videos", cast_to=object, body={})),
     ("openai", "compaction", lambda c: c.responses.compact(model=GPT)),
     ("openai", "realtime calls", lambda c: c.realtime.client_secrets.create()),

@@ -184,5 +184,5 @@ def test_the_tables_speak_of_models_that_hide_nothing() -> None:
 
     assert not claude_hides(CLAUDE, None) and not claude_hides("claude-sonnet-5", {"type": "disabled"})
     assert claude_hides("claude-sonnet-5", None) and claude_hides(CLAUDE, {"type": "adaptive"})
-    assert not gpt_hides(GPT, None) and not gpt_hides("gpt-5.1", "none")
-    assert gpt_hides("gpt-5-mini", None) and gpt_hides("o3", "low")
+    assert not gpt_hides(GPT) and not gpt_hides("ft:gpt-4o-mini:own")
+    assert gpt_hides("gpt-5-mini") and gpt_hides("o3")

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
         InvalidArgument,
         StoreError,
         StoreUnavailable,
+        TooManyBudgets,
+        TooManyHolds,
         UnknownBudget,
         UnknownHold,
         UnknownPrice,
         UnmeteredCall,
     )
+    from ktrdr_budget.lease import AsyncLease, Grant, Lease
     from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
     from ktrdr_budget.metering.decorators import budgeted, current_hold, set_default_limiter
     from ktrdr_budget.metering.guards import guard
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncBudgetLimiter",
     "AsyncHold",
+    "AsyncLease",
     "Budget",
     "BudgetError",
     "BudgetExceeded",
@@ -43,11 +47,13 @@ __all__ = [
     "BudgetTracker",
     "Cost",
     "Denial",
+    "Grant",
     "Hold",
     "HoldConflict",
     "HoldView",
     "InvalidAmount",
     "InvalidArgument",
+    "Lease",
     "LedgerEntry",
     "Meter",
     "ModelPrice",
@@ -58,6 +64,8 @@ __all__ = [
     "Status",
     "StoreError",
     "StoreUnavailable",
+    "TooManyBudgets",
+    "TooManyHolds",
     "UnknownBudget",
     "UnknownHold",
     "UnknownPrice",
@@ -73,13 +81,16 @@ __all__ = [
 _ROOMS = {
     "AsyncBudgetLimiter": "limiter",
     "AsyncHold": "limiter",
+    "AsyncLease": "lease",
     "Budget": "models",
     "BudgetLimiter": "sync",
     "BudgetTracker": "tracker",
     "Cost": "metering.rates",
     "Denial": "models",
+    "Grant": "lease",
     "Hold": "sync",
     "HoldView": "models",
+    "Lease": "lease",
     "LedgerEntry": "models",
     "Meter": "metering.meter",
     "ModelPrice": "metering.prices",

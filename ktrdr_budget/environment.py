@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from decimal import Decimal
+from typing import TypedDict
 
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument
 from ktrdr_budget.models import Budget, check_name
@@ -16,6 +18,7 @@ __all__ = [
     "DAILY_BUDGET_DEFAULT",
     "DATA_DIR_DEFAULT",
     "agent_budget",
+    "bounds",
     "cycle_estimate",
     "daily_limit",
     "data_dir",
@@ -86,6 +89,33 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str | None:
 def tenant(environment: Mapping[str, str] = os.environ) -> str:
     """``KTRDR_TENANT`` (``default``)."""
     return check_name(environment.get("KTRDR_TENANT", "").strip() or "default", "KTRDR_TENANT")
+
+
+class Bounds(TypedDict, total=False):
+    """Options of a limiter."""
+
+    max_holds: int
+    max_budgets: int
+
+
+def bounds(environment: Mapping[str, str] = os.environ) -> Bounds:
+    """``KTRDR_MAX_HOLDS`` and ``KTRDR_MAX_BUDGETS``, where they are set, as options of a limiter.
+
+    Raises:
+        InvalidArgument: one is not a whole number.
+    """
+    found = Bounds()
+    if holds := environment.get("KTRDR_MAX_HOLDS", "").strip():
+        found["max_holds"] = _whole("KTRDR_MAX_HOLDS", holds)
+    if budgets := environment.get("KTRDR_MAX_BUDGETS", "").strip():
+        found["max_budgets"] = _whole("KTRDR_MAX_BUDGETS", budgets)
+    return found
+
+
+def _whole(name: str, text: str) -> int:
+    if not re.fullmatch(r"\d{1,12}", text, re.ASCII):
+        raise InvalidArgument(f"{name} must be a whole number, not {text!r}")
+    return int(text)
 
 
 def data_dir(environment: Mapping[str, str] = os.environ) -> str:

@@ -6,6 +6,8 @@
     ├── BudgetExceeded            a limit denies; nothing was written
     ├── HoldConflict              the id is known with other contents, or is settled otherwise
     ├── UnknownHold               no hold has this id (never reserved, or forgotten after settlement)
+    ├── TooManyHolds              the tenant has as many open and unconfirmed holds as it may
+    ├── TooManyBudgets            the tenant has as many budgets as it may
     ├── UnknownBudget             no budget of this limiter has this name
     ├── UnknownPrice              nobody knows what a model costs; nothing was sent
     ├── StoreUnavailable          the store gave no answer within the deadline
@@ -36,6 +38,8 @@ __all__ = [
     "InvalidArgument",
     "StoreError",
     "StoreUnavailable",
+    "TooManyBudgets",
+    "TooManyHolds",
     "UnknownBudget",
     "UnknownHold",
     "UnknownPrice",
@@ -118,6 +122,21 @@ class HoldConflict(BudgetError):
 
 class UnknownHold(BudgetError):
     """No hold has this id: it was never granted, or it was settled longer ago than ids are remembered (24 h)."""
+
+
+class TooManyHolds(BudgetError):
+    """The tenant has as many holds, open and unconfirmed, as it may (``max_holds``); nothing was written.
+
+    ``retry_after`` is whole seconds, rounded up, until the first open hold expires; ``None`` if none is open.
+    """
+
+    def __init__(self, message: str, *, retry_after: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TooManyBudgets(BudgetError):
+    """The tenant has as many budgets in the store as it may (``max_budgets``); nothing was written."""
 
 
 class UnknownBudget(BudgetError, LookupError):

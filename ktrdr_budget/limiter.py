@@ -12,18 +12,23 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ktrdr_budget.engine.amounts import Amounts
-from ktrdr_budget.engine.coalescer import Coalescer, Observer
+from ktrdr_budget.engine.driver.breaker import StoreState
+from ktrdr_budget.engine.driver.coalescer import Coalescer, Observer
+from ktrdr_budget.engine.driver.heartbeats import Heartbeat
 from ktrdr_budget.engine.flows import Core
-from ktrdr_budget.engine.holds import HoldBase, OnError, check_on_error, current_hold, restore_hold
+from ktrdr_budget.engine.holds import AsyncHold, HoldBase, OnError, check_on_error, current_hold, restore_hold
 from ktrdr_budget.engine.keys import Keys
+from ktrdr_budget.engine.memory import Repair
+from ktrdr_budget.engine.prepaid import Prepaid, check_slabs
 from ktrdr_budget.engine.protocol import Command
 from ktrdr_budget.engine.reads import Flow
-from ktrdr_budget.engine.session import Session
-from ktrdr_budget.engine.store import Store
-from ktrdr_budget.errors import BudgetError, HoldConflict, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
+from ktrdr_budget.engine.session import MAX_BUDGETS, MAX_HOLDS, Session
+from ktrdr_budget.engine.stores.durability import Durability, check_durability
+from ktrdr_budget.engine.stores.moving import store_at
+from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable
+from ktrdr_budget.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, AsyncLease
 from ktrdr_budget.models import (
     TTL_DEFAULT_S,
-    TTL_MAX_S,
     Budget,
     HoldView,
     LedgerEntry,
@@ -32,78 +37,38 @@ from ktrdr_budget.models import (
     Settlement,
     Status,
 )
-from ktrdr_budget.money import AmountIn
+from ktrdr_budget.money import Amount, AmountIn
 
 __all__ = ["AsyncBudgetLimiter", "AsyncHold"]
 
 logger = logging.getLogger("ktrdr_budget")
 
-OnStoreError = Literal["deny", "allow"]
-
-
-class AsyncHold(HoldBase):
-    """An open reservation. Settle it with :meth:`commit` or :meth:`release`; prolong it with :meth:`extend`."""
-
-    __slots__ = ()
-
-    async def extend(self, ttl: float | None = None) -> None:
-        """Heartbeat: a new deadline ``ttl`` seconds from now (as reserved, by default), and what was accrued.
-
-        Revives a hold that had expired. No hold lives longer than 24 h after it was granted.
-
-        Raises:
-            BudgetExceeded: it had expired, had given money back, and that money is gone.
-            HoldConflict: it is settled.
-            UnknownHold: the store does not know it.
-            StoreUnavailable: no answer within the deadline.
-        """
-        await _coalescer(self).submit(self.extend_flow(ttl), "extend")
-
-    async def grow(self, amount: Amounts) -> None:
-        """Adds to the reservation, in all budgets or in none.
-
-        Raises:
-            BudgetExceeded: a budget has no room; nothing changed.
-            HoldConflict, UnknownHold, StoreUnavailable: as for :meth:`extend`.
-        """
-        await _coalescer(self).submit(self.grow_flow(amount), "grow")
-
-    async def commit(self, amount: Amounts | None = None) -> Settlement:
-        """Records what it really cost: never refused for lack of budget, for being late or above the reservation.
-
-        Args:
-            amount: a scalar for every ``usd`` budget (counts then commit what was reserved), or a mapping (what it
-                leaves out is 0); by default what was accrued.
-
-        Raises:
-            HoldConflict: it was settled otherwise before.
-            StoreUnavailable: no answer within the deadline. Trying again is safe.
-        """
-        return await _coalescer(self).submit(self.commit_flow(amount), "commit")  # type: ignore[no-any-return]
-
-    async def release(self) -> Settlement:
-        """Gives everything back. Errors as for :meth:`commit`."""
-        return await _coalescer(self).submit(self.release_flow(), "release")  # type: ignore[no-any-return]
-
-
-def _coalescer(hold: HoldBase) -> Coalescer:
-    return hold._core.driver  # type: ignore[no-any-return]
+OnStoreError = Literal["deny", "allow", "lease"]
 
 
 class LimiterBase:
     """What the sync and the async limiter are made of.
 
     Args:
-        url: ``redis://``, ``rediss://``, ``unix://`` or ``redis+cluster://``; ``None`` starts or joins the embedded
-            server of ``data_dir``.
+        url: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://`` or ``redis+sentinel://`` (all forms:
+            :mod:`ktrdr_budget.engine.stores.urls`); ``None`` starts or joins the embedded server of ``data_dir``.
         budgets: the budgets of this replica, each with its configured limit.
         tenant: names the slot that all keys live in.
         timeout: seconds within which each call ends.
         on_store_error: ``deny`` (raise :class:`~ktrdr_budget.errors.StoreUnavailable`), or ``allow``: admit unchecked,
-            and record the spend when the store is back.
+            and record the spend when the store is back; or ``lease``: admit only what was prepaid (``lease_slab``), so
+            that the cap holds without the store, too.
+        lease_slab: under that policy, how much is kept prepaid (and shows as held): an amount for each budget in
+            dollars, or a mapping of budgets to amounts.
         data_dir: the embedded server's data (default: ``AGENT_BUDGET_DIR`` or ``data/budget``).
         observer: is told of each finished call; what it raises is logged and changes nothing.
         trace_id: tells the current trace id, for the ledger.
+        max_holds: how many holds, open and unconfirmed, the tenant may have; one more raises
+            :class:`~ktrdr_budget.errors.TooManyHolds`.
+        max_budgets: how many budgets this limiter, and the tenant in the store, may have.
+        durability: where what is admitted and spent must be before a call is answered: ``memory`` of the server,
+            a ``replica`` (``WAIT``), or its ``disk`` (``WAITAOF``, from Redis 7.2). What is not there in time ends as
+            :class:`~ktrdr_budget.errors.StoreUnavailable`, ``ambiguous``.
 
     Raises:
         InvalidArgument: an option is not usable.
@@ -119,18 +84,28 @@ class LimiterBase:
         tenant: str = "default",
         timeout: float = 1.0,
         on_store_error: OnStoreError = "deny",
+        lease_slab: AmountIn | Mapping[str, AmountIn] | None = None,
         data_dir: str | os.PathLike[str] | None = None,
         observer: Observer | None = None,
         trace_id: Callable[[], str] | None = None,
+        max_holds: int = MAX_HOLDS,
+        max_budgets: int = MAX_BUDGETS,
+        durability: Durability = "memory",
     ) -> None:
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= 3600:
             raise InvalidArgument(f"timeout must be more than 0 and at most 3600 seconds, not {timeout!r}")
-        if on_store_error not in ("deny", "allow"):
-            raise InvalidArgument(f"on_store_error must be 'deny' or 'allow', not {on_store_error!r}")
-        self._session = Session(tenant, budgets)
+        if on_store_error not in ("deny", "allow", "lease"):
+            raise InvalidArgument(f"on_store_error must be 'deny', 'allow' or 'lease', not {on_store_error!r}")
+        self._session = Session(tenant, budgets, max_holds=max_holds, max_budgets=max_budgets)
         self._session.on_loss = self._report_loss
         self._core = Core(self._session, self._hold_class, allow=on_store_error == "allow", trace_id=trace_id)
-        self._store = Store(url, None if data_dir is None else os.fspath(data_dir))
+        if on_store_error == "lease":
+            self._core.prepaid = Prepaid(self._core, check_slabs(self._core, lease_slab))
+        elif lease_slab is not None:
+            raise InvalidArgument(f"lease_slab is for on_store_error='lease', not {on_store_error!r}")
+        self._store = store_at(url, None if data_dir is None else os.fspath(data_dir), self._session.keys.meta)
+        check_durability(durability)
+        self._store.durability = durability
         self._timeout = float(timeout)
         self._coalescer = Coalescer(self._core, self._store, self._timeout, observer)
         self._core.driver = self._coalescer
@@ -177,12 +152,37 @@ class LimiterBase:
 
     @property
     def deferred(self) -> int:
-        """What an unreachable store has yet to be told: spend (policy ``allow``), and releases of lost grants."""
+        """Spend that an unreachable store has yet to be told (policy ``allow``)."""
         return len(self._core.deferred)
+
+    @property
+    def unresolved(self) -> int:
+        """Requests whose reply was lost, and of which it is not known yet what became of them; at most 10,000."""
+        return self._core.unresolved.count
+
+    @property
+    def resolved(self) -> Mapping[str, int]:
+        """How many such requests have ended how; the words are those of :mod:`ktrdr_budget.engine.unresolved`."""
+        return self._core.unresolved.outcomes
+
+    @property
+    def store_state(self) -> StoreState:
+        """``closed``, as a circuit is: calls are sent; ``open``: it does not answer, and they end at once."""
+        return self._coalescer.breaker.state
+
+    @property
+    def repaired(self) -> Repair:
+        """What this replica told the store again after losses, and what was beyond its memory (P13)."""
+        return self._coalescer.recovery.total
+
+    @property
+    def prepaid(self) -> Mapping[str, Amount]:
+        """What could be granted now if the store were away (policy ``lease``), per budget; empty under another."""
+        return {} if self._core.prepaid is None else self._core.prepaid.remaining
 
     def _report_loss(self) -> None:
         logger.error(
-            "the store at %s has lost writes that it had acknowledged to replica %s (tenant %s): spend may be missing",
+            "the store at %s went back in time and lost writes: replica %s (tenant %s) tells it again what it knows",
             self._store.shown,
             self._session.replica_id,
             self.tenant,
@@ -219,7 +219,7 @@ class AsyncBudgetLimiter(LimiterBase):
         """
         await self._store.open()
         try:
-            await self._coalescer.submit(self._core.status([]), "start")
+            await self._coalescer.submit(self._core.begin(), "start")
         except StoreError:
             raise
         except StoreUnavailable as error:
@@ -227,6 +227,8 @@ class AsyncBudgetLimiter(LimiterBase):
 
     async def close(self) -> None:
         """Lets what was begun finish, and disconnects."""
+        for lease in list(self._core.leases):
+            await lease.closed(all_grants=True)
         await self._coalescer.close()
 
     # -- reserve and settle --------------------------------------------------------------------------------------------
@@ -254,6 +256,7 @@ class AsyncBudgetLimiter(LimiterBase):
 
         Raises:
             BudgetExceeded: no room; nothing was written.
+            TooManyHolds, TooManyBudgets: the tenant has as many as it may; nothing was written.
             HoldConflict: the id is in use with other contents.
             InvalidArgument, UnknownBudget: refused before anything is sent.
             StoreUnavailable: no answer within the deadline (policy ``deny``).
@@ -297,7 +300,7 @@ class AsyncBudgetLimiter(LimiterBase):
     async def keep(self, hold: AsyncHold, *, on_error: OnError = "release") -> AsyncIterator[AsyncHold]:
         """What :meth:`hold` does with a hold that was reserved before: heartbeats, and settles on leaving."""
         check_on_error(on_error)
-        heartbeat = _Heartbeat(self._coalescer, hold)
+        heartbeat = Heartbeat(self._coalescer, hold)
         outer = current_hold.set(hold)
         try:
             yield hold
@@ -310,6 +313,41 @@ class AsyncBudgetLimiter(LimiterBase):
             await self._leave(hold, False, on_error)
         finally:
             restore_hold(outer)
+
+    def lease(
+        self,
+        budget: str,
+        slab: AmountIn,
+        *,
+        low_water: AmountIn | None = None,
+        ttl: float = LEASE_TTL_DEFAULT_S,
+        idle: float | None = IDLE_DEFAULT_S,
+        operation: str = "lease",
+    ) -> AsyncLease:
+        """Prepays part of a budget, and decides about it without the store: ``async with`` what this returns.
+
+        Slabs show as held, and are charged if this process dies. The sum of all replicas stays below the cap.
+
+        Args:
+            slab: how much is prepaid at a time; what fits of it where the budget has less.
+            low_water: when less is left, the next slab is asked for; half of a slab by default.
+            ttl: seconds after which the store charges a slab of a process that is silent.
+            idle: seconds without use after which slabs are given back; ``None``: never.
+            operation: the label of the slabs, in lists of holds and in the ledger.
+
+        Raises:
+            InvalidArgument, UnknownBudget: an option is not usable, or the budget is one of ``slots``.
+        """
+        return AsyncLease(
+            self._core,
+            budget,
+            slab,
+            timeout=self._timeout,
+            low_water=low_water,
+            ttl=ttl,
+            idle=idle,
+            operation=operation,
+        )
 
     async def _leave(self, hold: HoldBase, failed: bool, on_error: OnError) -> None:
         flow = hold.exit_flow(failed, on_error)
@@ -435,40 +473,3 @@ class AsyncBudgetLimiter(LimiterBase):
 
 def _asked(command: Command) -> Flow[Any]:
     return (yield command)
-
-
-class _Heartbeat:
-    """Extends a hold at a third of its ttl, until stopped or until there is nothing left to extend."""
-
-    __slots__ = ("_coalescer", "_hold", "_timer")
-
-    def __init__(self, coalescer: Coalescer, hold: HoldBase) -> None:
-        self._coalescer = coalescer
-        self._hold = hold
-        self._timer: asyncio.TimerHandle | None = None
-        if not hold.settled:
-            self._schedule()
-
-    def _schedule(self) -> None:
-        self._timer = self._coalescer.bind().call_later(min(self._hold.ttl, TTL_MAX_S) / 3, self._beat)
-
-    def _beat(self) -> None:
-        self._timer = None
-        if not self._hold.settled:
-            future = self._coalescer.submit(self._hold.extend_flow(None), "heartbeat")
-            future.add_done_callback(self._beaten)
-            self._timer = future
-
-    def _beaten(self, future: Any) -> None:
-        stopped, self._timer = self._timer is not future, None
-        error = None if future.cancelled() else future.exception()
-        if error is not None:
-            logger.warning("heartbeat of hold %s failed: %s", self._hold.id, error)
-        if not stopped and not isinstance(error, (HoldConflict, UnknownHold)):
-            self._schedule()
-
-    def stop(self) -> None:
-        """No further heartbeat. One that is under way finishes before what is sent next, or is harmless after it."""
-        timer, self._timer = self._timer, None
-        if isinstance(timer, asyncio.TimerHandle):
-            timer.cancel()

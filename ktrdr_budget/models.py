@@ -169,6 +169,8 @@ class Status:
     configured_limit: Amount | None
     as_of: datetime
     """The store's clock when it answered."""
+    recovering_until: datetime | None = None
+    """Set after the store went back in time: until then replicas tell it what it has lost, and nothing is admitted."""
 
     @property
     def name(self) -> str:
@@ -235,7 +237,7 @@ class LedgerEntry:
 
     entry_id: str
     at: datetime
-    kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried"]
+    kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried", "repair", "audit"]
     hold_id: str
     amount: Amount
     """Signed: a correction of an expiry charge may be negative."""

@@ -16,10 +16,12 @@ from types import TracebackType
 from typing import Any
 
 from ktrdr_budget.engine.amounts import Amounts
+from ktrdr_budget.engine.driver.heartbeats import Heartbeat
 from ktrdr_budget.engine.holds import HoldBase, OnError, check_on_error, current_hold, restore_hold
 from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
-from ktrdr_budget.limiter import LimiterBase, _Heartbeat, logger
+from ktrdr_budget.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, Lease
+from ktrdr_budget.limiter import LimiterBase, logger
 from ktrdr_budget.models import TTL_DEFAULT_S, HoldView, LedgerEntry, OnExpiry, Page, Settlement, Status
 from ktrdr_budget.money import AmountIn
 
@@ -133,7 +135,7 @@ class BudgetLimiter(LimiterBase):
         """See :meth:`AsyncBudgetLimiter.start`."""
         self._portal.run(self._store.open())
         try:
-            self._run(self._core.status([]), "start")
+            self._run(self._core.begin(), "start")
         except StoreError:
             raise
         except StoreUnavailable as error:
@@ -141,6 +143,8 @@ class BudgetLimiter(LimiterBase):
 
     def close(self) -> None:
         """Lets what was begun finish, and disconnects."""
+        for lease in list(self._core.leases):
+            self._portal.run(lease.closed(all_grants=True))
         self._portal.run(self._coalescer.close())
         self._portal.stop()
 
@@ -215,8 +219,8 @@ class BudgetLimiter(LimiterBase):
         finally:
             restore_hold(outer)
 
-    async def _heartbeat(self, hold: Hold) -> _Heartbeat:
-        return _Heartbeat(self._coalescer, hold)
+    async def _heartbeat(self, hold: Hold) -> Heartbeat:
+        return Heartbeat(self._coalescer, hold)
 
     def _leave(self, hold: Hold, failed: bool, on_error: OnError) -> None:
         flow = hold.exit_flow(failed, on_error)
@@ -228,6 +232,20 @@ class BudgetLimiter(LimiterBase):
             if not failed:
                 raise
             logger.warning("hold %s could not be settled: %s", hold.id, error)
+
+    def lease(
+        self,
+        budget: str,
+        slab: AmountIn,
+        *,
+        low_water: AmountIn | None = None,
+        ttl: float = LEASE_TTL_DEFAULT_S,
+        idle: float | None = IDLE_DEFAULT_S,
+        operation: str = "lease",
+    ) -> Lease:
+        """See :meth:`AsyncBudgetLimiter.lease`; ``with`` what this returns."""
+        options = {"low_water": low_water, "ttl": ttl, "idle": idle, "operation": operation}
+        return Lease(self._portal, self._core, budget, slab, timeout=self._timeout, **options)
 
     def commit(self, id: str, amount: Amounts | None = None) -> Settlement:
         """See :meth:`AsyncBudgetLimiter.commit`."""

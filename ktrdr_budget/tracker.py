@@ -56,6 +56,7 @@ class BudgetTracker:
             [environment.agent_budget(limit)],
             tenant=environment.tenant(),
             data_dir=environment.data_dir() if data_dir is None else data_dir,
+            **environment.bounds(),
         )
         """The limiter behind this facade, for all that it does not offer."""
 

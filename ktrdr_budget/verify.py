@@ -1,29 +1,38 @@
-"""Checks on a live store that every window adds up (P11).
+"""Checks on a live store that every window adds up (P11), and repairs what does not.
 
 ``spent + unconfirmed`` is the sum of a window's ledger, ``held`` the sum of its open holds. Concurrent writers raise no
 false alarm: the sums, the end of the ledger and the ids of all open holds are taken in one step. Ledger entries never
 change, and a hold record keeps what it counted, and since when, also after it was settled: so both are read afterwards,
 page by page. What did change in between (a hold that grew, a ledger that was shortened) is looked at again; if that
 never ends, the window is reported as inconclusive, not as wrong.
+
+A repair needs no pause of the writers either: they change counters, ledger and holds together, so what a counter was
+off by at one look it is off by until somebody corrects it (``lua/correct.lua``).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
 from typing import Any
 
 from ktrdr_budget.engine.keys import Keys
-from ktrdr_budget.engine.protocol import parse_record
-from ktrdr_budget.engine.scripts import VERIFY, script
-from ktrdr_budget.engine.store import check_url, mask_url
+from ktrdr_budget.engine.protocol import word
+from ktrdr_budget.engine.stores.books import Books, Ledger, Look, connect
+from ktrdr_budget.engine.stores.urls import mask_url, parse_url
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 from ktrdr_budget.models import Budget, check_name
 
-__all__ = ["WindowReport", "verify"]
+__all__ = ["Auditor", "Change", "IndexChange", "Repair", "WindowReport", "verify"]
+
+logger = logging.getLogger("ktrdr_budget")
 
 _LOOKS = 5
-_PAGE = 1000
+_REPAIR_LOOKS = 200
+_IDS_LOGGED = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +50,48 @@ class WindowReport:
     holds_sum: int
     conclusive: bool
     """False if writers were so busy that no two looks agreed on what to compare."""
+    unconfirmed_sum: int | None = None
+    """What the ledger's unresolved expiries add up to; ``None`` if a part of the ledger was carried forward."""
 
     @property
     def adds_up(self) -> bool:
-        """Whether both sums are right (also if inconclusive: there is no evidence against it)."""
+        """Whether the sums are right (also if inconclusive: there is no evidence against it)."""
         if not self.conclusive:
             return True
-        return self.spent + self.unconfirmed == self.ledger_sum and self.held == self.holds_sum
+        parted = self.unconfirmed_sum is None or self.unconfirmed == self.unconfirmed_sum
+        return self.spent + self.unconfirmed == self.ledger_sum and self.held == self.holds_sum and parted
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """A counter that was corrected; in nano-dollars or counts."""
+
+    budget: str
+    window: str
+    unit: str
+    counter: str
+    """``spent``, ``held``, ``unconfirmed`` or ``events``; ``ledger`` if it was the ledger that lacked something."""
+    before: int
+    after: int
+
+
+@dataclass(frozen=True, slots=True)
+class IndexChange:
+    """An entry that was added to an index of holds, or removed from it."""
+
+    index: str
+    """``due`` or ``unconfirmed``."""
+    hold_id: str
+    added: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Repair:
+    """What a repair changed, and how the windows are after it."""
+
+    windows: list[WindowReport]
+    changes: list[Change] = field(default_factory=list)
+    index_changes: list[IndexChange] = field(default_factory=list)
 
 
 def verify(
@@ -67,87 +111,190 @@ def verify(
     Raises:
         StoreUnavailable: the store does not answer.
     """
-    import redis
-
-    check_url(url)
-    keys = Keys(check_name(tenant, "tenant"))
-    names = None if budgets is None else {budget.name for budget in budgets}
-    cluster = "+cluster" in url
-    make: Any = redis.RedisCluster.from_url if cluster else redis.Redis.from_url
-    try:
-        with make(url.replace("+cluster", ""), socket_timeout=timeout, socket_connect_timeout=timeout) as client:
-            found = sorted(_windows(client, keys, cluster) if windows is None else windows)
-            return [_check(client, keys, *window) for window in found if names is None or window[0] in names]
-    except ValueError:
-        raise StoreError(f"store at {mask_url(url)}: something there was not written by ktrdr-budget") from None
-    except (redis.ConnectionError, redis.TimeoutError, OSError) as error:
-        raise StoreUnavailable(f"store at {mask_url(url)}: {type(error).__name__}") from None
-    except redis.RedisError as error:
-        raise StoreError(f"store at {mask_url(url)}: {error}") from None
+    with Auditor(url, tenant, timeout=timeout) as auditor:
+        return auditor.check(budgets, windows=windows)
 
 
-def _windows(client: Any, keys: Keys, cluster: bool) -> Iterator[tuple[str, str]]:
-    """Budget and window of each window in the store."""
-    prefix = keys.window("", "")[:-1]
-    pattern = "".join(f"[{letter}]" if letter in "*?[]" else letter for letter in prefix) + "*"
-    options = {"target_nodes": client.get_node_from_key(prefix)} if cluster else {}
-    for key in client.scan_iter(match=pattern, count=1000, **options):
-        budget, _, window = key.decode().removeprefix(prefix).rpartition(":")
-        yield budget, window
+class Auditor:
+    """Checks a tenant's windows again and again, and reads of their ledgers only what is new. For one thread.
 
+    Args:
+        url: where the store is.
+        timeout: seconds that one answer of the store may take.
 
-def _check(client: Any, keys: Keys, budget: str, window: str) -> WindowReport:
-    report = _look(client, keys, budget, window)
-    for _ in range(_LOOKS - 1):
-        if report.conclusive and report.adds_up:
-            break
-        report = _look(client, keys, budget, window)
-    return report
+    Raises:
+        InvalidArgument: the URL or the tenant is not usable.
+    """
 
+    def __init__(self, url: str, tenant: str = "default", *, timeout: float = 5.0) -> None:
+        parse_url(url)
+        self._url = url
+        self._keys = Keys(check_name(tenant, "tenant"))
+        self._timeout = timeout
+        self._client: Any = None
+        self._books: Books | None = None
 
-def _look(client: Any, keys: Keys, budget: str, window: str) -> WindowReport:
-    key, ledger = keys.window(budget, window), keys.ledger(budget, window)
-    definition = client.hget(key, "def") or b"usd"
-    now_us, spent, held, unconfirmed, first, last, open_ids = client.eval(
-        script(VERIFY).source, 3, keys.due, key, ledger
-    )
-    holds_sum, steady = _holds_sum(client, keys, open_ids, f"{budget}:{window}", int(now_us))
-    ledger_sum = _ledger_sum(client, ledger, last.decode()) if last else 0
-    trimmed = first and client.xrange(ledger, count=1)[:1] and client.xrange(ledger, count=1)[0][0] != first
-    return WindowReport(
-        window_key=key,
-        budget=budget,
-        window=window,
-        unit=definition.decode().split(",")[0],
-        spent=int(spent),
-        held=int(held),
-        unconfirmed=int(unconfirmed),
-        ledger_sum=ledger_sum,
-        holds_sum=holds_sum,
-        conclusive=steady and not trimmed,
-    )
+    def __repr__(self) -> str:
+        return f"<Auditor {mask_url(self._url)}>"
 
+    def __enter__(self) -> Auditor:
+        return self
 
-def _ledger_sum(client: Any, ledger: str, last: str) -> int:
-    total, start = 0, "-"
-    while entries := client.xrange(ledger, min=start, max=last, count=_PAGE):
-        total += sum(int(fields[b"a"]) for _, fields in entries)
-        start = "(" + entries[-1][0].decode()
-    return total
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
+    def close(self) -> None:
+        """Disconnects."""
+        client, self._client, self._books = self._client, None, None
+        if client is not None:
+            client.close()
 
-def _holds_sum(client: Any, keys: Keys, ids: Sequence[bytes], name: str, now_us: int) -> tuple[int, bool]:
-    """What the holds that were open at ``now_us`` counted in this window then, and whether that can still be told."""
-    total, steady = 0, True
-    for start in range(0, len(ids), _PAGE):
-        page = [keys.hold(hold_id.decode()) for hold_id in ids[start : start + _PAGE]]
-        for stored in client.mget(page):
-            if stored is None:
+    def check(
+        self, budgets: Sequence[Budget] | None = None, *, windows: Collection[tuple[str, str]] | None = None
+    ) -> list[WindowReport]:
+        """See :func:`verify`."""
+        with self._opened() as books:
+            found = self._windows(books, budgets, windows)
+            return [self._check(books, *window)[1] for window in found]
+
+    def repair(
+        self, budgets: Sequence[Budget] | None = None, *, windows: Collection[tuple[str, str]] | None = None
+    ) -> Repair:
+        """Rebuilds the indexes of holds from their records, and the counters of windows from ledger and open holds.
+
+        Others may go on writing. Each correction is logged, and leaves an entry ``audit`` of amount 0 in the ledger.
+
+        Raises:
+            StoreUnavailable: the store does not answer; what was corrected until then stays so.
+        """
+        with self._opened() as books:
+            repair = Repair([])
+            for change, hold_id in books.reindex():
+                repair.index_changes.append(IndexChange(change[1:], hold_id, change[0] == "+"))
+            for index, added in sorted({(each.index, each.added) for each in repair.index_changes}):
+                ids = [each.hold_id for each in repair.index_changes if (each.index, each.added) == (index, added)]
+                what = "added to" if added else "removed from"
+                told = ", ".join(ids[:_IDS_LOGGED]) + (", …" if len(ids) > _IDS_LOGGED else "")
+                logger.warning("repaired: %d holds %s the index %r: %s", len(ids), what, index, told)
+            for window in self._windows(books, budgets, windows):
+                repair.windows.append(self._repair(books, *window, repair.changes))
+            return repair
+
+    # -- inside --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _opened(self) -> Iterator[Books]:
+        from redis import exceptions as redis
+
+        shown = mask_url(self._url)
+        moved = redis.AskError, redis.TryAgainError, redis.ClusterDownError, redis.MasterDownError, redis.ReadOnlyError
+        try:
+            if self._books is None:
+                self._client = connect(self._url, self._keys.meta, self._timeout)
+                self._books = Books(self._client, self._keys)
+            yield self._books
+        except ValueError:
+            raise StoreError(f"store at {shown}: something there was not written by ktrdr-budget") from None
+        except (redis.AuthenticationError, redis.AuthorizationError) as error:
+            raise StoreError(f"store at {shown}: {error}") from None
+        except (redis.ConnectionError, redis.TimeoutError, OSError, *moved) as error:
+            self.close()  # the store may be elsewhere now
+            refused = error.__cause__ if isinstance(error.__cause__, redis.AuthenticationError) else None
+            raise StoreUnavailable(f"store at {shown}: {refused or type(error).__name__}") from None
+        except redis.RedisError as error:
+            raise StoreError(f"store at {shown}: {error}") from None
+
+    @staticmethod
+    def _windows(
+        books: Books, budgets: Sequence[Budget] | None, windows: Collection[tuple[str, str]] | None
+    ) -> list[tuple[str, str]]:
+        found = books.windows() if windows is None else sorted(windows)
+        books.forget_other_windows(found)
+        names = None if budgets is None else {budget.name for budget in budgets}
+        return [window for window in found if names is None or window[0] in names]
+
+    def _check(self, books: Books, budget: str, window: str, looks: int = _LOOKS) -> tuple[Look, WindowReport]:
+        while True:
+            look = books.look(budget, window)
+            report = self._report(look, budget, window)
+            looks -= 1
+            if looks <= 0 or (report.conclusive and report.adds_up):
+                return look, report
+
+    def _report(self, look: Look, budget: str, window: str) -> WindowReport:
+        ledger = look.ledger
+        return WindowReport(
+            window_key=self._keys.window(budget, window),
+            budget=budget,
+            window=window,
+            unit=look.unit,
+            spent=look.spent,
+            held=look.held,
+            unconfirmed=look.unconfirmed,
+            ledger_sum=0 if ledger is None else ledger.total,
+            holds_sum=look.holds_sum or 0,
+            conclusive=ledger is not None and look.holds_sum is not None,
+            unconfirmed_sum=None if ledger is None or ledger.carried else ledger.unconfirmed,
+        )
+
+    def _repair(self, books: Books, budget: str, window: str, changes: list[Change]) -> WindowReport:
+        looks = _REPAIR_LOOKS
+        while looks > 0:
+            looks -= 1
+            look = books.look(budget, window)
+            if look.ledger is None:
                 continue
-            record = parse_record(stored.decode())
-            steady = steady and record.grown_us <= now_us and record.created_us <= now_us
-            for segment in record.segments:
-                if f"{segment.budget}:{segment.window}" == name:
-                    counted = max(segment.reserved, 0 if segment.flag == "s" else segment.accrued)
-                    total += counted
-    return total, steady
+            differences, missing = _differences(look, look.ledger)
+            if not differences and not missing and not look.vanished:
+                if look.holds_sum is not None:
+                    return self._report(look, budget, window)
+                continue
+            if look.holds_sum is None and set(differences) <= {"events"} and not missing:
+                continue  # one correction for all that is wrong
+            done = books.correct(budget, window, look, differences, missing, _note(differences, missing))
+            for counter, (before, after) in (done or {}).items():
+                changes.append(Change(budget, window, look.unit, counter, before, after))
+            if done is not None and missing:
+                total = look.ledger.total
+                changes.append(Change(budget, window, look.unit, "ledger", total, total + missing))
+            if done is not None:
+                logger.warning("repaired window %s: %s", self._keys.window(budget, window), _told(done, missing))
+        return self._check(books, budget, window)[1]
+
+
+def _differences(look: Look, ledger: Ledger) -> tuple[dict[str, int], int]:
+    """What each counter is off by, and what the ledger lacks.
+
+    The ledger is lacking where it says less was spent than two other sources do: the counter, and the shares of the
+    replicas. Then it is the ledger that was damaged, and no money comes back.
+    """
+    differences: dict[str, int] = {}
+    missing = 0
+    total = ledger.total
+    counted = look.spent + look.unconfirmed
+    if counted > total and look.spent == look.shares and look.spent > total - ledger.unconfirmed:
+        missing = counted - total
+    elif not ledger.carried:
+        differences["spent"] = total - ledger.unconfirmed - look.spent
+        differences["unconfirmed"] = ledger.unconfirmed - look.unconfirmed
+        differences["events"] = ledger.counted - look.events
+    elif counted != total:
+        # Which of the entries that were carried forward are unconfirmed is not known; what was spent, the replicas say.
+        spent = min(look.shares, total)
+        differences["spent"] = spent - look.spent
+        differences["unconfirmed"] = total - spent - look.unconfirmed
+    if look.holds_sum is not None:
+        differences["held"] = look.holds_sum - look.held
+    return {counter: units for counter, units in differences.items() if units}, missing
+
+
+def _note(differences: dict[str, int], missing: int) -> str:
+    told = [f"{counter} {units:+d}" for counter, units in differences.items()]
+    return word(", ".join([*told, *([f"ledger {missing:+d}"] if missing else [])]))
+
+
+def _told(done: dict[str, tuple[int, int]], missing: int) -> str:
+    told = [f"{counter} from {before} to {after}" for counter, (before, after) in done.items()]
+    return ", ".join([*told, *([f"ledger by {missing:+d}"] if missing else [])])

@@ -1,12 +1,32 @@
 -- admission.lua: whether a window has room. Reads each window once; its totals then follow the batch's own changes.
 
+local unlisted = 0 -- budgets of this batch that the tenant has not had
+local missing -- a window of this batch that exists somewhere else
+
 local function load(w)
   if w.stored then return end
   local at = w.at
   local stored = call('HMGET', w.key, 'def', 'limit', 'asserted_us', 'spent', 'held', 'unconfirmed')
   local definition, limit = stored[1], stored[2]
   w.exists = definition
-  w.mismatch = definition and definition ~= ARGV[at + 1] and definition
+  if not definition then -- the first in its window; perhaps of a budget more than the tenant may have
+    local last = call('HGET', KEYS[1], 'b:' .. match(w.name, '^(.+):'))
+    -- Or it was begun, has not expired, and is not here: a node of a cluster that was promoted while its slot was being
+    -- moved has but a part of the keys, and may not know that (Redis before 8, Valkey before 8 do not tell replicas).
+    if last == ARGV[at + 4] and (last == '0' or now_ms < last + 0) then missing = missing or w.name end
+    if not last then
+      local all = call('HGETALL', KEYS[1])
+      unlisted = unlisted + 1
+      local listed = unlisted
+      for i = 1, #all, 2 do
+        if all[i]:sub(1, 2) == 'b:' and (all[i + 1] == '0' or all[i + 1] + 0 > now_ms) then listed = listed + 1 end
+      end
+      w.surplus = listed > match(ARGV[6], '(%d+) %d+$') + 0
+    end
+  end
+  -- Who settles for others may not know a budget: to him any definition is right, and his ('-') is none.
+  local asked = ARGV[at + 1]
+  w.mismatch = definition and definition ~= asked and definition ~= '-' and asked ~= '-' and definition
   w.stale = now_ms < ARGV[at + 2] + 0 or (ARGV[at + 3] ~= '0' and now_ms >= ARGV[at + 3] + 0)
   w.limit = limit or ARGV[at + 5]
   w.segment = '|' .. ARGV[at] .. ',' .. w.name .. ',,' -- how a hold's record begins to tell of this window
@@ -23,6 +43,10 @@ end
 
 -- All at once, before anything is written: one that cannot be read must not leave half a batch behind.
 for i = 1, n_windows do load(windows[i]) end
+if missing then -- a second one would admit what the first has spent
+  return redis.error_reply('TRYAGAIN the window ' .. missing .. ' was begun and is not here: its slot is half moved, or it '
+    .. 'was deleted')
+end
 
 -- Only reservations assert their configured limit; the replica that started last, by the store's clock, wins.
 local function load_asserting(w)

@@ -1,7 +1,7 @@
 -- apply.lua: the last part. Decides the batch in order, then writes the sums and indexes once.
 --
 -- returns one string, a line per item:
---   now_us flags acknowledged epoch due due…     flags: L the store has gone back in time, - nothing
+--   now_us flags acknowledged epoch due due…     flags: L the store has gone back in time, and did nothing else; - nothing
 --                                                epoch is - unless it differs from the known one
 --                                                due: ids of holds past their deadline, at most 32; looked for after a
 --                                                denial, and else once a second for each replica
@@ -18,8 +18,9 @@ for i = 1, n_windows do
   local key, at, first_entry = w.key, w.at, false
   local events, spent = w[EVENTS], w[SPENT]
   local creates = w.creating and not w.exists
-  if creates then
+  if creates or (w.creating and w.exists == '-' and ARGV[at + 1] ~= '-') then
     call('HSET', key, 'def', ARGV[at + 1], 'start_ms', ARGV[at + 2], 'end_ms', ARGV[at + 3])
+    call('HSET', KEYS[1], 'b:' .. match(w.name, '^(.+):'), ARGV[at + 4])
   end
   if w.asserting and w.changing then
     dirty = true
@@ -37,7 +38,7 @@ for i = 1, n_windows do
     local total = call('HINCRBY', key, 'events', text(events))
     first_entry = total == events
     -- Now and then: an endless window's ledger stays bounded, its oldest entries folded into one that carries their sum.
-    if total % 1024 < events and call('XLEN', w.ledger) > tonumber(match(ARGV[6], '(%d+)$')) then
+    if total % 1024 < events and call('XLEN', w.ledger) > tonumber(match(ARGV[6], '(%d+) %d+ %d+$')) then
       local oldest, sum, ids = call('XRANGE', w.ledger, '-', '+', 'COUNT', 2048), 0, {}
       for j = 1, #oldest do
         sum = sum + tonumber(oldest[j][2][2])
@@ -68,22 +69,26 @@ if unconfirmed_changes then
   call('ZREMRANGEBYSCORE', KEYS[4], '-inf', text(now_ms))
 end
 
-local epoch, acknowledged, new_second = meta[1] or '-', meta[2] or '0', meta[3] ~= time[1]
-local went_back = (ARGV[2] ~= '-' and ARGV[2] ~= epoch) or tonumber(ARGV[3]) > tonumber(acknowledged)
-
 if dirty then
   if epoch == '-' then -- its first words tell the schema
     epoch = '1.' .. match(ARGV[6], '^%S+')
     call('HSET', KEYS[1], 'epoch', epoch)
   end
   acknowledged = call('HINCRBY', KEYS[1], 'r:' .. ARGV[1], 1)
-  if new_second then call('HSET', KEYS[1], 's:' .. ARGV[1], time[1]) end
+  if new_second then
+    call('HSET', KEYS[1], 's:' .. ARGV[1], time[1])
+    local crowded = 2 * (call('ZCARD', KEYS[3]) + call('ZCARD', KEYS[4])) >= ARGV[6]:sub(-12) + 0
+    if crowded and not meta[6] then call('HSET', KEYS[1], 'crowded', '1') end
+    if meta[6] and not crowded then call('HDEL', KEYS[1], 'crowded') end
+  end
   if not meta[3] and call('HLEN', KEYS[1]) > 2048 then
-    -- Replicas that were not heard of for two days are forgotten, lest short-lived processes fill the hash.
+    -- Replicas that were not heard of for two days are forgotten, lest short-lived processes fill the hash; and budgets
+    -- whose last window is no more.
     local all = call('HGETALL', KEYS[1])
     for i = 1, #all, 2 do
       local replica = match(all[i], '^s:(.+)')
       if replica and time[1] - all[i + 1] > 172800 then call('HDEL', KEYS[1], all[i], 'r:' .. replica) end
+      if match(all[i], '^b:') and all[i + 1] ~= '0' and all[i + 1] + 0 <= now_ms then call('HDEL', KEYS[1], all[i]) end
     end
   end
 end
@@ -93,5 +98,5 @@ if denied_any or new_second then
   local ids = call('ZRANGEBYSCORE', KEYS[3], '-inf', text(now_ms), 'LIMIT', 0, 32)
   if ids[1] then due = ' ' .. table.concat(ids, ' ') end
 end
-lines[1] = now_us_text .. (went_back and ' L ' or ' - ') .. acknowledged .. ' ' .. (epoch ~= ARGV[2] and epoch or '-') .. due
+lines[1] = now_us_text .. ' - ' .. acknowledged .. ' ' .. (epoch ~= ARGV[2] and epoch or '-') .. due
 return table.concat(lines, '\n')

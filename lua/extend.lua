@@ -5,7 +5,7 @@
 -- reply  e record    as it is now
 --        d …         denied as for reserve: the growth, or the return of an expired hold, has no room; nothing changed
 --        c record    the hold is settled, or has lived its 24 h
---        u, v record as for settle
+--        u, v record as for settle;  l until_ms as for reserve
 --
 -- Spend that was reported needs no admission. What does: a larger reservation, and the revival of an expired hold that
 -- had given money back; in the windows that admitted the hold, with the limit that is in force there.
@@ -24,6 +24,7 @@ local function lacking(hold, changes)
   for i = 1, #changes do
     local change, w = changes[i], by_name[hold.segments[i].name]
     if change.room > 0 then
+      if recovering then return 'l ' .. recovering end
       load(w)
       local total = w.stored + w[HELD] + w[SPENT] + w[UNCONFIRMED]
       if total >= CLOSED or total + change.fact + change.room > w.cap then return deny(w, text(change.room)) end
@@ -40,7 +41,7 @@ local function apply_change(id, hold, segment, change)
     add(w, HELD, change.after)
     if change.before > 0 then ledger(w, 'revival', id, text(-change.before), hold.operation, hold.trace) end
   end
-  if hold.state ~= 'o' or change.after ~= change.before then -- verify.lua asks since when it counts this much
+  if hold.state ~= 'o' or change.after ~= change.before then -- the audit asks since when it counts this much
     hold.origin = match(hold.origin, '^(%d+) ') .. ' ' .. now_us_text .. ' ' .. match(hold.origin, '(%S+)$')
   end
   if change.reserved > tonumber(segment.reserved) then

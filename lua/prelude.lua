@@ -4,7 +4,8 @@
 --       then per window: its hash, its ledger (stream)
 --       then per operation: the hold record (string)
 -- ARGV  1 replica   2 known epoch   3 acknowledged writes   4 start_us   5 number of windows
---       6 settings: proposed epoch, id memory_ms, retention_ms, ledger entries at most
+--       6 settings: proposed epoch, id memory_ms, retention_ms, ledger entries at most, budgets at most, holds at most
+--         (12 digits)
 --       then per window: budget:window, flag, definition, start_ms, end_ms, expires_ms, limit, asserted limit (! or ?)
 --       then per operation: a letter and fields; the header of its part says which
 --
@@ -21,18 +22,37 @@
 
 local call, format, match, gmatch = redis.call, string.format, string.match, string.gmatch
 local CLOSED = 9007199254740992 -- 2^53: a window whose sum is here admits nothing more
+local RECOVERY_MS = 3000 -- an idle replica asks each second whether anything is lost
 local LASTING_MS = 315360000000 -- ten years: open holds of windows without end, until somebody sees that they are due
 
 local time = call('TIME')
 local now_ms = time[1] * 1000 + (time[2] - time[2] % 1000) / 1000
 local now_us_text = time[1] .. ('00000' .. time[2]):sub(-6)
 
--- Field `r:` counts a replica's acknowledged writes, `s:` is the second in which it was last heard of.
-local meta = call('HMGET', KEYS[1], 'epoch', 'r:' .. ARGV[1], 's:' .. ARGV[1], 'limits')
+-- Field `r:` counts a replica's acknowledged writes, `s:` is the second in which it was last heard of, `b:` the end of a
+-- budget's last window, and `crowded` tells that there are half as many holds as there may be, or more.
+local meta = call('HMGET', KEYS[1], 'epoch', 'r:' .. ARGV[1], 's:' .. ARGV[1], 'limits', 'recovering_until',
+  'crowded')
 
 if meta[1] and meta[1] ~= ARGV[2] and meta[1]:sub(1, 2) ~= '1.' then
   return redis.error_reply('KTRDRSCHEMA the store holds data of another schema than 1, which this client knows')
 end
+
+local epoch, acknowledged, new_second = meta[1] or '-', meta[2] or '0', meta[3] ~= time[1]
+
+-- A store that has another epoch, or counts fewer writes than it acknowledged, has gone back in time (P13). It does nothing
+-- for a replica that does not know that yet, and grants nothing to anybody until all had their time to tell what is lost.
+if (ARGV[2] ~= '-' and ARGV[2] ~= epoch) or ARGV[3] + 0 > acknowledged + 0 then
+  -- From here on it is another timeline than the one that was lost, should that ever come back: whoever knew that one
+  -- must tell this one, and the other way round, even if it counts as many writes.
+  if epoch == '-' or epoch == ARGV[2] then
+    epoch = '1.' .. match(ARGV[6], '^%S+')
+    call('HSET', KEYS[1], 'epoch', epoch)
+  end
+  if ARGV[3] ~= '0' then call('HSET', KEYS[1], 'recovering_until', format('%.0f', now_ms + RECOVERY_MS)) end
+  do return now_us_text .. ' L ' .. acknowledged .. ' ' .. epoch end
+end
+local recovering = meta[5] and meta[5] + 0 > now_ms and meta[5]
 
 local dirty, denied_any = false, false -- whether this batch wrote, or denied
 local n_windows = ARGV[5] + 0 -- adding 0 makes a number of a text in half the time of tonumber()
@@ -45,7 +65,7 @@ local windows = { 0, 0, 0, 0, 0, 0 } -- made with room, here and below: growing 
 for i = 1, n_windows do
   windows[i] = { 0, 0, 0, 0, 0, key = KEYS[3 + 2 * i], ledger = KEYS[4 + 2 * i], name = ARGV[8 * i - 1], at = 8 * i,
     asserted = false, asserting = false, changing = false, creating = false, differs = false, exists = false,
-    mismatch = false, stale = false, cap = 0, stored = false, held = 0, spent = 0, unconfirmed = 0 }
+    mismatch = false, stale = false, surplus = false, cap = 0, stored = false, held = 0, spent = 0, unconfirmed = 0 }
 end
 
 local due_added, n_added, due_removed = { 0, 0 }, 0, {} -- flat: deadline, id, deadline, id…; ids

@@ -5,6 +5,8 @@
 -- reply  k - units,units…    recorded
 --        p - units,units…    recorded before with the same contents; nothing changed
 --        c record            the id is in use with other contents
+--        o                   K: the hold is known again, and not settled: commit it
+--        b budget:window     the tenant has as many budgets as it may
 --        w                   a window does not contain the store's time
 --        m budget:window definition    the stored window is defined otherwise
 
@@ -26,6 +28,7 @@ local function record_spend(op, key)
   for amount in gmatch(amounts, ':(%d+)') do told[#told + 1] = amount end
   local record = call('GET', key)
   if record then
+    if letter == 'K' and match(record, '^[oxz]') then return 'o' end
     return same_record(record, state, amounts) and 'p - ' .. table.concat(told, ',') or 'c ' .. record
   end
   local hold = { state = state, policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
@@ -34,6 +37,7 @@ local function record_spend(op, key)
     local w = windows[tonumber(i)]
     load(w)
     if w.stale and late == '0' then return 'w' end
+    if w.surplus and late == '0' then return 'b ' .. w.name end
     if w.mismatch then return 'm ' .. w.name .. ' ' .. w.mismatch end
     local n = #hold.segments + 1
     hold.segments[n] = { flag = ARGV[w.at], name = w.name, base = '', reserved = told[n], accrued = '', charged = told[n] }

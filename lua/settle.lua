@@ -3,8 +3,10 @@
 --
 -- op     D id window:mode+units …    commit; mode x exactly, r what was reserved, a at least what was accrued
 --        M id remark trace window:…  the same; a remark is added to the hold's operation label, a trace replaces its own
---        L id operator window: …     release; operator 1: done by hand, the worker's later commit still corrects it;
---                                    s and microseconds: only what was granted since then, else c
+--        L id mode window: …         release. Mode 0; 1: done by hand, the worker's later commit still corrects it;
+--                                    s, microseconds, -, microseconds: only what was granted between then, else c;
+--                                    f as 0, o as 1, and an unknown id is taken up as released: a request for it that
+--                                    is still under way, or another replica's word that it was open, comes too late
 -- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, or -
 --        p flags units,units…    the same was done before
 --        c record                settled otherwise before, or not a hold
@@ -97,14 +99,34 @@ function operations.M(op, key)
   return commit(id, key, amounts, remark, trace)
 end
 
+-- An id that the store does not know, and shall know as released.
+local function take_up(id, key, state, amounts)
+  local hold = { state = state, policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -', operation = '-',
+    trace = '-', segments = {} }
+  for i in gmatch(amounts, '(%d+):') do
+    local w = windows[tonumber(i)]
+    hold.segments[#hold.segments + 1] = { flag = ARGV[w.at], name = w.name, base = '', reserved = '0', accrued = '',
+      charged = '' }
+  end
+  if hold.segments[1] then store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)')) end
+  return 'u'
+end
+
 function operations.L(op, key)
-  local id, operator, since_us = match(op, '^L (%S+) ([01s])(%d*)')
+  local id, mode, since_us, until_us, amounts = match(op, '^L (%S+) ([01sfo])(%d*)%-?(%d*)(.*)$')
+  local by_hand = mode == '1' or mode == 'o'
   local hold, record = find(id, key)
-  if not hold then return record end
+  if not hold then
+    if record ~= 'u' or (mode ~= 'f' and mode ~= 'o') then return record end
+    return take_up(id, key, by_hand and 'z' or 'r', amounts)
+  end
   local state = hold.state
-  if operator == 's' and tonumber(match(hold.origin, '^%d+')) < tonumber(since_us) then return 'c ' .. record end
+  if mode == 's' then
+    local created_us = tonumber(match(hold.origin, '^%d+'))
+    if created_us < tonumber(since_us) or created_us > tonumber(until_us) then return 'c ' .. record end
+  end
   if state == 'c' or state == 'n' then return 'c ' .. record end
-  if state == 'r' or (state == 'z' and operator == '1') then return 'p - ' .. charges(hold) end
+  if state == 'r' or (state == 'z' and by_hand) then return 'p - ' .. charges(hold) end
   for i = 1, #hold.segments do
     local segment = hold.segments[i]
     local w = by_name[segment.name]
@@ -113,7 +135,7 @@ function operations.L(op, key)
     segment.charged = ''
   end
   leave_indexes(hold, id)
-  if operator == '1' then
+  if by_hand then
     hold.state = 'z'
     store_record(key, hold, lifetime(hold)) -- not resolved: the worker may yet come back
   else

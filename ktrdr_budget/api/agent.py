@@ -7,6 +7,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
 from fastapi import APIRouter
+from pydantic import BaseModel
 from starlette.responses import Response
 
 from ktrdr_budget.agent.cycle import OPERATION_TYPE
@@ -20,7 +21,7 @@ from ktrdr_budget.api.agent_schemas import (
     CyclesOut,
     CyclesQuery,
     EndedProblem,
-    ExhaustedProblem,
+    RefusedTriggerProblem,
     TriggerIn,
     TriggerOut,
 )
@@ -29,7 +30,6 @@ from ktrdr_budget.api.problems import Problem, denied, problem_of
 from ktrdr_budget.api.requests import read_body, read_query
 from ktrdr_budget.api.responses import JsonResponse, amount_json, instant_json
 from ktrdr_budget.api.routing import BudgetRoute, Call, Operation, add_operations
-from ktrdr_budget.api.schemas import Problem as ProblemOut
 from ktrdr_budget.errors import HoldConflict, StoreUnavailable
 
 if TYPE_CHECKING:
@@ -59,7 +59,11 @@ class _Agent:
         self._agent = agent
 
     def operations(self) -> list[Operation]:
-        refused: dict[int, type[ProblemOut]] = {409: ActiveProblem, 429: ExhaustedProblem, 503: AgentUnavailableProblem}
+        refused: dict[int, type[BaseModel]] = {
+            409: ActiveProblem,
+            429: RefusedTriggerProblem,
+            503: AgentUnavailableProblem,
+        }
         return [
             Operation(
                 "POST",

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, Field, PlainValidator, RootModel, WithJsonSchema
 
 from ktrdr_budget.api.schemas import (
     AmountOut,
+    CrowdedProblem,
     DeniedProblem,
     HoldsQuery,
     Instant,
@@ -29,6 +30,7 @@ __all__ = [
     "CyclesQuery",
     "EndedProblem",
     "ExhaustedProblem",
+    "RefusedTriggerProblem",
     "TriggerIn",
     "TriggerOut",
 ]
@@ -155,3 +157,7 @@ class EndedProblem(Problem):
 
     operation_id: str
     cycle_status: Literal["completed", "failed", "cancelled"]
+
+
+class RefusedTriggerProblem(RootModel[ExhaustedProblem | CrowdedProblem]):
+    """No cycle was begun: there is no money for one, or the tenant has too many holds."""

@@ -27,7 +27,7 @@ from ktrdr_budget.api.router import service_router
 from ktrdr_budget.api.routing import BudgetRoute
 from ktrdr_budget.api.service import Service
 from ktrdr_budget.api.settings import Settings, load_settings
-from ktrdr_budget.engine.coalescer import Observer
+from ktrdr_budget.engine.driver.coalescer import Observer
 from ktrdr_budget.errors import BudgetError, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.telemetry.agent_metrics import AgentMetrics
@@ -60,7 +60,11 @@ def make_limiter(settings: Settings, agent: AgentSettings, observers: Sequence[O
         tenant=settings.tenant,
         timeout=settings.timeout,
         on_store_error=settings.on_store_error,
+        lease_slab=settings.lease_slabs,
         data_dir=settings.agent_budget_dir,
+        durability=settings.durability,
+        max_holds=settings.max_holds,
+        max_budgets=settings.max_budgets,
         observer=combined(*observers) if observers else None,
         trace_id=current_trace_id,
     )

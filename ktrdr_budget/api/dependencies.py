@@ -11,7 +11,14 @@ from starlette.responses import Response
 
 from ktrdr_budget.api.problems import Problem, problem_of
 from ktrdr_budget.engine.holds import OnError, check_on_error
-from ktrdr_budget.errors import BudgetError, BudgetExceeded, InvalidArgument, StoreUnavailable
+from ktrdr_budget.errors import (
+    BudgetError,
+    BudgetExceeded,
+    InvalidArgument,
+    StoreUnavailable,
+    TooManyBudgets,
+    TooManyHolds,
+)
 from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
 from ktrdr_budget.metering.defaults import default_async_limiter
 from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, check_ttl_ms
@@ -22,6 +29,7 @@ __all__ = ["BudgetProblem", "hold_budget"]
 logger = logging.getLogger("ktrdr_budget")
 
 _LABEL_CHARACTERS_MAX = 256
+_REFUSALS = (BudgetExceeded, TooManyHolds, TooManyBudgets, StoreUnavailable)
 
 
 class BudgetProblem(HTTPException):
@@ -78,7 +86,7 @@ def hold_budget(
         options = {"ttl": ttl, "on_expiry": on_expiry, "operation": label[:_LABEL_CHARACTERS_MAX]}
         try:
             hold = await chosen.reserve(budget, estimate, **options)  # type: ignore[arg-type]
-        except (BudgetExceeded, StoreUnavailable) as error:
+        except _REFUSALS as error:
             raise _refused(request, error, chosen) from error
         failed: BaseException | None = None
         try:
@@ -90,7 +98,7 @@ def hold_budget(
                     raise
         except BudgetError as error:
             if error is failed:
-                if isinstance(error, (BudgetExceeded, StoreUnavailable)):
+                if isinstance(error, _REFUSALS):
                     raise _refused(request, error, chosen) from error
                 raise
             # The route has answered, and perhaps it was paid for: that is not taken back.

@@ -18,6 +18,8 @@ from ktrdr_budget.errors import (
     InvalidAmount,
     InvalidArgument,
     StoreUnavailable,
+    TooManyBudgets,
+    TooManyHolds,
     UnknownBudget,
     UnknownHold,
 )
@@ -92,6 +94,8 @@ def problem_of(error: BudgetError, budgets: Mapping[str, Budget]) -> Problem:
     """How an error of the limiter is told over HTTP."""
     if isinstance(error, BudgetExceeded):
         return denied(error.denial, budgets.get(error.budget))
+    if isinstance(error, (TooManyHolds, TooManyBudgets)):
+        return _crowded(error)
     for kind, status, code, title in _MAPPED:
         if isinstance(error, kind):
             if isinstance(error, StoreUnavailable):
@@ -99,6 +103,21 @@ def problem_of(error: BudgetError, budgets: Mapping[str, Budget]) -> Problem:
                 return Problem(status, code, str(error), title=title, headers=retry, ambiguous=error.ambiguous)
             return Problem(status, code, str(error), title=title)
     return Problem(500, "internal-error", "the service failed; its log tells why")
+
+
+def _crowded(error: TooManyHolds | TooManyBudgets) -> Problem:
+    """The tenant has as many holds or budgets as it may."""
+    what = "holds" if isinstance(error, TooManyHolds) else "budgets"
+    seconds = getattr(error, "retry_after", None)
+    return Problem(
+        429,
+        f"too-many-{what}",
+        str(error),
+        title=f"The tenant has too many {what}",
+        headers={} if seconds is None else {"Retry-After": str(seconds)},
+        reason=f"too_many_{what}",
+        retry_after=seconds,
+    )
 
 
 def denied(denial: Denial, budget: Budget | None) -> Problem:

@@ -168,12 +168,14 @@ def budget(status: Status) -> dict[str, Any]:
         "limit_until": _instant(status.limit_until),
         "configured_limit": amount_json(status.configured_limit),
         "as_of": instant_json(status.as_of),
+        "recovering_until": _instant(status.recovering_until),
     }
 
 
 def agent_budget(status: Status, cycle_estimate: Amount) -> dict[str, Any]:
     """The agent's daily budget in JSON numbers: what dashboards and scripts of such backends already read."""
     limit, remaining = status.limit, status.remaining
+    recovering = {} if status.recovering_until is None else {"recovering_until": _instant(status.recovering_until)}
     return {
         "date": status.window,
         "daily_limit": None if limit is None else float(limit),
@@ -184,6 +186,7 @@ def agent_budget(status: Status, cycle_estimate: Amount) -> dict[str, Any]:
         "held": float(status.held),
         "unconfirmed": float(status.unconfirmed),
         "resets_at": _instant(status.resets_at),
+        **recovering,
     }
 
 

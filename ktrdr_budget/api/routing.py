@@ -22,7 +22,7 @@ from starlette.types import Receive, Scope, Send
 from ktrdr_budget.api.auth import Caller, Keys
 from ktrdr_budget.api.problems import Problem, problem_of
 from ktrdr_budget.api.requests import last_segment
-from ktrdr_budget.api.schemas import NAME, DeniedProblem, InvalidProblem, UnavailableProblem
+from ktrdr_budget.api.schemas import NAME, InvalidProblem, RefusedProblem, UnavailableProblem
 from ktrdr_budget.api.schemas import Problem as ProblemOut
 from ktrdr_budget.errors import BudgetError
 from ktrdr_budget.limiter import AsyncBudgetLimiter
@@ -55,7 +55,7 @@ class Operation:
     body: type[BaseModel] | None = None
     query: type[BaseModel] | None = None
     admin: bool = False
-    problem_models: Mapping[int, type[ProblemOut]] = field(default_factory=dict)
+    problem_models: Mapping[int, type[BaseModel]] = field(default_factory=dict)
     """What the problems of a status look like, where they tell more than elsewhere."""
 
     @property
@@ -155,7 +155,7 @@ class _Endpoints:
 
 _USE = HTTPBearer(scheme_name="useKey", description="A key of KTRDR_API_KEY.", auto_error=False)
 _ADMIN = HTTPBearer(scheme_name="adminKey", description="A key of KTRDR_ADMIN_KEY.", auto_error=False)
-_PROBLEMS: Mapping[int, tuple[str, type[ProblemOut], tuple[str, ...]]] = {
+_PROBLEMS: Mapping[int, tuple[str, type[BaseModel], tuple[str, ...]]] = {
     401: ("No key, or an unknown one.", ProblemOut, ("WWW-Authenticate",)),
     403: ("The key does not suffice.", ProblemOut, ()),
     404: ("Unknown budget or hold.", ProblemOut, ()),
@@ -164,8 +164,8 @@ _PROBLEMS: Mapping[int, tuple[str, type[ProblemOut], tuple[str, ...]]] = {
     415: ("The body is not said to be JSON.", ProblemOut, ()),
     422: ("The request is not valid.", InvalidProblem, ()),
     429: (
-        "A budget has no room; nothing was written.",
-        DeniedProblem,
+        "A budget has no room, or the tenant has too many holds or budgets; nothing was written.",
+        RefusedProblem,
         ("Retry-After", "RateLimit", "RateLimit-Policy"),
     ),
     503: ("The store cannot be reached.", UnavailableProblem, ("Retry-After",)),

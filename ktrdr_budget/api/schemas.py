@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, WithJsonSchema
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, RootModel, WithJsonSchema
 
 from ktrdr_budget.models import TTL_DEFAULT_S, TTL_MAX_S, OnExpiry
 
@@ -298,6 +298,9 @@ class AgentBudgetOut(_Answer):
     held: float
     unconfirmed: float
     resets_at: Instant | None
+    recovering_until: Instant | None = Field(
+        default=None, description="There only after the store has lost writes: until then, nothing is admitted."
+    )
 
 
 class BudgetOut(_Answer):
@@ -323,6 +326,7 @@ class BudgetOut(_Answer):
         limit_until="2026-11-24T00:00:00Z",
         configured_limit="5.00",
         as_of="2026-11-23T12:00:00.125Z",
+        recovering_until=None,
     )
     name: str
     unit: str
@@ -343,6 +347,10 @@ class BudgetOut(_Answer):
     limit_until: Instant | None
     configured_limit: AmountOut | None
     as_of: Instant
+    recovering_until: Instant | None = Field(
+        default=None,
+        description="Set after the store has lost writes: replicas tell it again what it lost; nothing is admitted.",
+    )
 
 
 class BudgetList(_Answer):
@@ -392,7 +400,7 @@ class LedgerEntryOut(_Answer):
 
     entry_id: str
     at: Instant
-    kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried"]
+    kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried", "repair", "audit"]
     hold_id: str
     amount: AmountOut
     operation: str
@@ -474,6 +482,17 @@ class DeniedProblem(Problem):
     requested: AmountOut
     fits: AmountOut = Field(description="The largest amount that would have been granted.")
     retry_after: int | None = Field(description="Seconds until trying again can help; `null` if waiting cannot help.")
+
+
+class CrowdedProblem(Problem):
+    """The tenant has as many holds, or budgets, as it may; nothing was written."""
+
+    reason: Literal["too_many_holds", "too_many_budgets"]
+    retry_after: int | None = Field(description="Seconds until the first open hold expires; `null` if none is open.")
+
+
+class RefusedProblem(RootModel[DeniedProblem | CrowdedProblem]):
+    """A budget has no room, or the tenant has too many holds or budgets; nothing was written."""
 
 
 class UnavailableProblem(Problem):

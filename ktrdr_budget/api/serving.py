@@ -28,7 +28,7 @@ from ktrdr_budget.api.settings import Settings, SettingsError, load_settings
 from ktrdr_budget.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.embedded import EmbeddedServer
+    from ktrdr_budget.engine.stores.embedded import EmbeddedServer
 
 __all__ = ["ServeError", "serve"]
 
@@ -125,7 +125,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _embedded(settings: Settings, stopper: _Stopper) -> EmbeddedServer:
-    from ktrdr_budget.engine import embedded
+    from ktrdr_budget.engine.stores import embedded
 
     try:
         with stopper.ending(stopper.check):
@@ -154,6 +154,8 @@ def _announce(settings: Settings, listener: socket.socket, workers: int, stopper
         _say("warning: KTRDR_AUTH=none: whoever reaches this address may do everything")
     if settings.on_store_error == "allow" and workers > 1:
         _say("warning: KTRDR_ON_STORE_ERROR=allow: what a worker admits unchecked, only that worker can settle")
+    if settings.on_store_error == "lease" and workers > 1:
+        _say("warning: KTRDR_ON_STORE_ERROR=lease: each worker prepays slabs of its own, and alone settles from them")
     host, port, *_ = listener.getsockname()
     _say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +13,12 @@ from typing import Any, Literal, TypeVar
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from ktrdr_budget.engine.store import check_url, mask_url
+from ktrdr_budget.engine.session import MAX_BUDGETS, MAX_HOLDS
+from ktrdr_budget.engine.stores.store import check_url, mask_url
 from ktrdr_budget.environment import AGENT, CYCLE_ESTIMATE_DEFAULT, DAILY_BUDGET_DEFAULT, DATA_DIR_DEFAULT, parse_limit
 from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.models import Budget, check_name
-from ktrdr_budget.money import from_units, to_units
+from ktrdr_budget.money import AmountIn, from_units, to_units
 from ktrdr_budget.periods import timezone_of
 
 __all__ = ["AGENT", "Settings", "SettingsError", "load_settings"]
@@ -34,8 +35,9 @@ class SettingsError(ValueError):
 class Settings(BaseSettings):
     """The service's settings; each is read from the environment variable of its name.
 
-    ``redis_url``, ``tenant``, ``api_key``, ``admin_key``, ``auth``, ``timeout``, ``on_store_error`` and
-    ``budgets_file`` carry the prefix ``KTRDR_`` there. ``AGENT_DAILY_BUDGET`` may carry it.
+    ``redis_url``, ``tenant``, ``api_key``, ``admin_key``, ``auth``, ``timeout``, ``on_store_error``,
+    ``lease_slab``, ``durability``, ``max_holds``, ``max_budgets`` and ``budgets_file`` carry the prefix ``KTRDR_``
+    there. ``AGENT_DAILY_BUDGET`` may carry it.
     """
 
     model_config = SettingsConfigDict(
@@ -68,8 +70,17 @@ class Settings(BaseSettings):
     """``none``: serve everybody without keys, on any address."""
     timeout: float = Field(default=1.0, gt=0, le=3600)
     """Seconds within which each call to the store ends."""
-    on_store_error: Literal["deny", "allow"] = "deny"
-    """What an unreachable store means: refuse, or admit unchecked and record later."""
+    on_store_error: Literal["deny", "allow", "lease"] = "deny"
+    """What an unreachable store means: refuse, admit unchecked and record later, or admit what was prepaid."""
+    lease_slab: str | None = None
+    """How much is kept prepaid under ``lease``: dollars for each budget that is in dollars, or ``name=amount``, several
+    separated by commas."""
+    durability: Literal["memory", "replica", "disk"] = "memory"
+    """Where what is admitted and spent must be before it counts: in the server, on a replica, or on its disk."""
+    max_holds: int = Field(default=MAX_HOLDS, ge=1)
+    """How many holds, open and unconfirmed, the tenant may have."""
+    max_budgets: int = Field(default=MAX_BUDGETS, ge=1)
+    """How many budgets it may have."""
     budgets_file: Path | None = None
     """TOML with further budgets, a table ``[[budgets]]`` each with the fields of ``Budget``; a limit may be
     ``"unlimited"``. The agent's is none of them, so that its limit has one source."""
@@ -116,8 +127,16 @@ class Settings(BaseSettings):
             raise ValueError("a key is one word of printable ASCII characters; several are separated by commas")
         return value
 
+    @field_validator("lease_slab", mode="after")
+    @classmethod
+    def _slab(cls, value: str | None) -> str | None:
+        _slabs(value or "")
+        return value
+
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
+        if (self.on_store_error == "lease") != (self.lease_slab is not None):
+            raise ValueError("KTRDR_ON_STORE_ERROR=lease and KTRDR_LEASE_SLAB, how much is prepaid, go together")
         if self.auth == "none" and (self.use_keys or self.admin_keys):
             raise ValueError("KTRDR_AUTH is 'none', but keys are set: unset one or the other")
         if set(self.use_keys) & set(self.admin_keys):
@@ -135,6 +154,11 @@ class Settings(BaseSettings):
     def admin_keys(self) -> tuple[str, ...]:
         """The keys that may do everything."""
         return _split(self.admin_key)
+
+    @property
+    def lease_slabs(self) -> AmountIn | Mapping[str, AmountIn] | None:
+        """How much is kept prepaid: of each budget in dollars, or by name; ``None`` unless the policy is ``lease``."""
+        return None if self.lease_slab is None else _slabs(self.lease_slab)
 
     @property
     def store_url(self) -> str | None:
@@ -168,7 +192,14 @@ def load_settings() -> Settings:
         settings = Settings()
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
-    _ = settings.budgets  # the file is read now, so that what is wrong with it is said at the start
+    # The file is read now, so that what is wrong with it is said at the start.
+    kinds = {budget.name: budget.kind for budget in settings.budgets}
+    slabs = settings.lease_slabs
+    for name in slabs if isinstance(slabs, Mapping) else ():
+        if kinds.get(name) != "spend":
+            raise SettingsError(
+                f"KTRDR_LEASE_SLAB: {name!r} is not a budget that is spent; {', '.join(kinds)} are known"
+            )
     return settings
 
 
@@ -181,6 +212,21 @@ def _one_line(error: ValidationError) -> str:
     name = str(first["loc"][0])
     variable = name if name.isupper() else f"KTRDR_{name.upper()}"
     return f"{variable}: {text}"
+
+
+def _slabs(text: str) -> AmountIn | Mapping[str, AmountIn] | None:
+    """An amount in dollars, or ``name=amount``, several separated by commas; ``None`` of an empty text."""
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    if len(words) == 1 and "=" not in words[0]:
+        return from_units(to_units(words[0], positive=True))
+    slabs: dict[str, AmountIn] = {}
+    for word in words:
+        name, equals, amount = word.rpartition("=")
+        if not equals:
+            raise InvalidArgument(f"it is an amount, or name=amount, several separated by commas; not {word!r}")
+        to_units(amount.strip(), positive=True)
+        slabs[check_name(name.strip(), "budget name")] = amount.strip()
+    return slabs or None
 
 
 def _usd_limit(value: Any) -> Any:

@@ -62,6 +62,8 @@ def status_text(status: Mapping[str, Any]) -> str:
     lines.append(f"Remaining: {_money(status['remaining'])}")
     cycles = status["cycles_affordable"]
     lines.append(f"Cycles Affordable: {'unlimited' if cycles is None else f'~{int(cycles)}'}")
+    if status.get("recovering_until"):
+        lines.append(f"Recovering: the store has lost writes; no start until {one_line(status['recovering_until'])}")
     if is_terminal() and status["daily_limit"]:
         lines.append(_bar(*(Decimal(status[name]) for name in ("daily_limit", "today_spend", "unconfirmed", "held"))))
     return "\n".join(lines)

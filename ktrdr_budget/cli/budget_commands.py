@@ -149,6 +149,8 @@ def _budget_fields(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Overruns", str(int(item["overruns"]))
     yield "Resets at", item["resets_at"] or "never"
     yield "As of", item["as_of"]
+    if item.get("recovering_until"):
+        yield "Recovering", f"the store has lost writes; nothing is admitted until {item['recovering_until']}"
 
 
 def _limit_source(item: Mapping[str, Any]) -> str:

@@ -158,6 +158,9 @@ class Service(NamedTuple):
         if (status, problem.get("reason")) in _NOT_STARTED and problem.get("triggered") is False:
             with understood(self):
                 return Denied(_not_started_line(problem), problem)
+        if status == 429 and "budget" not in problem and "retry_after" in problem:
+            with understood(self):
+                return Denied(f"{one_line(problem['detail'])}; {_advice(problem['retry_after'])}", problem)
         if status == 429 and "reason" in problem:
             with understood(self):
                 return Denied(denial_line(problem), problem)

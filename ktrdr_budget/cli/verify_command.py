@@ -2,36 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from ktrdr_budget.cli.arguments import json_option
+from ktrdr_budget.cli.arguments import seconds_from
 from ktrdr_budget.cli.errors import CommandError, InvalidInput, Unreachable
 from ktrdr_budget.cli.output import Table, amount_text, write, write_json
+from ktrdr_budget.cli.screen import clock
 from ktrdr_budget.errors import InvalidArgument, StoreUnavailable
 
 if TYPE_CHECKING:
-    from ktrdr_budget.verify import WindowReport
+    from ktrdr_budget.verify import Auditor, Change, Repair, WindowReport
 
 __all__ = ["verify"]
 
 
 @click.command()
-@json_option
-def verify(as_json: bool) -> None:
+@click.option("--json", "as_json", is_flag=True, help="JSON; with --watch one line each time.")
+@click.option("--watch", is_flag=True, help="Check again and again, until Ctrl-C or SIGTERM.")
+@click.option(
+    "--interval",
+    metavar="SECONDS",
+    default=5.0,
+    callback=seconds_from(0.1),
+    show_default=True,
+    help="How often --watch checks.",
+)
+@click.option("--repair", is_flag=True, help="Correct counters and indexes; without this it never writes.")
+def verify(as_json: bool, watch: bool, interval: float, repair: bool) -> None:
     """Check on the live store that every window adds up.
 
     Spent and unconfirmed must be the sum of the ledger, held the sum of the open holds. It reads the store itself:
-    KTRDR_REDIS_URL, or the embedded server of AGENT_BUDGET_DIR if that is running. The exit code is 1 if a window does
-    not add up. A window that was written to all the time is 'inconclusive'.
+    KTRDR_REDIS_URL, or the embedded server of AGENT_BUDGET_DIR if that is running. A window that was written to all the
+    time is 'inconclusive'.
+
+    --repair rebuilds what does not add up from the ledger and the records of the holds, while others go on writing, and
+    says what it changed.
+
+    Exit codes: 0 everything adds up (with --repair: now), 1 something does not, or with --watch once did not, 2 wrong
+    usage, 4 the store cannot be reached.
     """
-    with _store_errors():
-        reports = _reports()
+    if watch and repair:
+        raise click.UsageError("--repair is done once: it does not go with --watch")
+    with _store_errors(), _auditor() as auditor:
+        if watch:
+            _watch(auditor, as_json, interval)
+        elif repair:
+            _show_repair(auditor.repair(), as_json)
+        else:
+            _show(auditor.check(), as_json)
+
+
+def _show(reports: Sequence[WindowReport], as_json: bool) -> None:
     if as_json:
-        write_json({"windows": [_document(report) for report in reports], "adds_up": not _failed(reports)})
+        write_json(_documents(reports))
     elif not reports:
         write("No windows.")
     else:
@@ -41,9 +70,118 @@ def verify(as_json: bool) -> None:
         raise CommandError(f"{len(failed)} of {len(reports)} windows do not add up")
 
 
-def _reports() -> list[WindowReport]:
+# -- again and again ---------------------------------------------------------------------------------------------------
+
+
+def _watch(auditor: Auditor, as_json: bool, interval_s: float) -> None:
+    """Until a signal; then it fails if a window ever did not add up, or if nothing is known at the end."""
+    ever_failed: set[str] = set()
+    before: dict[str, str] = {}
+    unknown: Unreachable | None = None
+    answered = False
+    with _interruptible():
+        try:
+            while True:
+                try:
+                    with _store_errors():
+                        reports = auditor.check()
+                except Unreachable as error:
+                    if not answered:
+                        raise
+                    unknown = error
+                    error.show()
+                else:
+                    answered, unknown = True, None
+                    ever_failed |= {report.window_key for report in _failed(reports)}
+                    before = _tell(reports, before, as_json)
+                time.sleep(interval_s)
+        except KeyboardInterrupt:
+            pass
+    if ever_failed:
+        raise CommandError(f"{len(ever_failed)} windows did not add up")
+    if unknown is not None:
+        raise unknown
+
+
+def _tell(reports: Sequence[WindowReport], before: Mapping[str, str], as_json: bool) -> dict[str, str]:
+    """A line for each window whose result has changed, and one for all; returns the results."""
+    results = {report.window_key: _result(report) for report in reports}
+    if as_json:
+        write_json(_documents(reports), compact=True)
+        return results
+    now = clock()
+    for report in reports:
+        result = results[report.window_key]
+        if result != before.get(report.window_key, "ok"):
+            figures = [_amount(units, report.unit) for units in _sums(report).values()]
+            spent, unconfirmed, ledger, held, holds = figures
+            told = f"spent {spent}, unconfirmed {unconfirmed}, ledger {ledger}, held {held}, holds {holds}"
+            write(f"{now}  {result}: {report.budget} {report.window}: {told}")
+    failed = len(_failed(reports))
+    told = f"{failed} of {len(reports)} windows DO NOT ADD UP" if failed else f"ok, windows: {len(reports)}"
+    write(f"{now}  {told}")
+    return results
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends it as Ctrl-C does."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# -- repair ------------------------------------------------------------------------------------------------------------
+
+
+def _show_repair(repair: Repair, as_json: bool) -> None:
+    wrong = [report for report in repair.windows if not report.conclusive or not report.adds_up]
+    if as_json:
+        changes = [_change(change) for change in repair.changes]
+        indexes = [
+            {"index": change.index, "hold_id": change.hold_id, "change": "added" if change.added else "removed"}
+            for change in repair.index_changes
+        ]
+        write_json({"changes": changes, "index_changes": indexes, **_documents(repair.windows), "adds_up": not wrong})
+    else:
+        for index in repair.index_changes:
+            write(f"Index {index.index}: hold {index.hold_id} {'added' if index.added else 'removed'}.")
+        if repair.changes:
+            table = Table("BUDGET", "WINDOW", "COUNTER", ">BEFORE", ">AFTER")
+            table.write([_change_row(change) for change in repair.changes])
+        if not repair.changes and not repair.index_changes:
+            write(f"Nothing to repair in {len(repair.windows)} windows.")
+    if wrong:
+        raise CommandError(f"{len(wrong)} of {len(repair.windows)} windows do not add up, or were too busy to tell")
+
+
+def _change(change: Change) -> dict[str, Any]:
+    figures = {name: _counter(change, getattr(change, name), _plain) for name in ("before", "after")}
+    names = {"budget": change.budget, "window": change.window, "unit": change.unit, "counter": change.counter}
+    return {**names, **figures}
+
+
+def _change_row(change: Change) -> list[str]:
+    figures = [_counter(change, units, _amount) for units in (change.before, change.after)]
+    return [change.budget, change.window, change.counter, *figures]
+
+
+def _counter(change: Change, units: int, shown: Any) -> Any:
+    return shown(units, "events" if change.counter == "events" else change.unit)
+
+
+# -- where the store is ------------------------------------------------------------------------------------------------
+
+
+def _auditor() -> Auditor:
     from ktrdr_budget import environment
-    from ktrdr_budget.verify import verify as verify_store
+    from ktrdr_budget.verify import Auditor
 
     tenant = environment.tenant()
     url = environment.store_url()
@@ -51,25 +189,20 @@ def _reports() -> list[WindowReport]:
         url = _embedded_url(environment.data_dir())
     else:
         _check_url(url)
-    return verify_store(url, tenant, None)
+    return Auditor(url, tenant)
 
 
 def _check_url(url: str) -> None:
-    from redis.connection import parse_url
-
-    from ktrdr_budget.engine.store import check_url
+    from ktrdr_budget.engine.stores.urls import parse_url
 
     try:
-        check_url(url)
-        parse_url(url.replace("+cluster", ""))  # type: ignore[no-untyped-call]
+        parse_url(url)
     except InvalidArgument as error:
         raise InvalidInput(f"KTRDR_REDIS_URL: {error}") from None
-    except ValueError:  # its words may hold a part of a password
-        raise InvalidInput("KTRDR_REDIS_URL is not a URL of a store") from None
 
 
 def _embedded_url(data_dir: str) -> str:
-    from ktrdr_budget.engine import embedded
+    from ktrdr_budget.engine.stores import embedded
 
     url = embedded.find(data_dir)
     if url is None:
@@ -100,15 +233,22 @@ def _result(report: WindowReport) -> str:
     return "ok" if report.adds_up else "DOES NOT ADD UP"
 
 
+def _sums(report: WindowReport) -> dict[str, int]:
+    return {name: getattr(report, name) for name in ("spent", "unconfirmed", "ledger_sum", "held", "holds_sum")}
+
+
 def _row(report: WindowReport) -> list[str]:
-    sums = (report.spent, report.unconfirmed, report.ledger_sum, report.held, report.holds_sum)
-    return [_result(report), report.budget, report.window, *(_amount(units, report.unit) for units in sums)]
+    figures = [_amount(units, report.unit) for units in _sums(report).values()]
+    return [_result(report), report.budget, report.window, *figures]
+
+
+def _documents(reports: Sequence[WindowReport]) -> dict[str, Any]:
+    return {"windows": [_document(report) for report in reports], "adds_up": not _failed(reports)}
 
 
 def _document(report: WindowReport) -> dict[str, Any]:
     """One window: money as decimal strings, like everywhere."""
-    sums = ("spent", "unconfirmed", "ledger_sum", "held", "holds_sum")
-    amounts = {name: _plain(getattr(report, name), report.unit) for name in sums}
+    amounts = {name: _plain(units, report.unit) for name, units in _sums(report).items()}
     names = {"budget": report.budget, "window": report.window, "unit": report.unit}
     return {**names, **amounts, "conclusive": report.conclusive, "adds_up": report.adds_up}
 

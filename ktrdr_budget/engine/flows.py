@@ -20,6 +20,7 @@ from ktrdr_budget.engine.protocol import (
     word,
 )
 from ktrdr_budget.engine.reads import RETIRE_ROUNDS, Flow, Reads
+from ktrdr_budget.engine.unresolved import Doubt, Unresolved
 from ktrdr_budget.engine.views import (
     denial,
     told_amounts,
@@ -32,6 +33,8 @@ from ktrdr_budget.errors import (
     InvalidArgument,
     StoreError,
     StoreUnavailable,
+    TooManyBudgets,
+    TooManyHolds,
     UnknownHold,
 )
 from ktrdr_budget.models import (
@@ -46,6 +49,8 @@ from ktrdr_budget.periods import to_ms
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.holds import HoldBase
+    from ktrdr_budget.engine.leases import LeaseBase
+    from ktrdr_budget.engine.prepaid import Prepaid
     from ktrdr_budget.engine.session import Session
 
 __all__ = ["Core"]
@@ -84,10 +89,22 @@ class Core(Reads):
         """How a sync hold runs a flow, and waits for it."""
         self.deferred: deque[Op] = deque()
         """Spend that an unreachable store has yet to be told."""
+        self.unresolved = Unresolved()
+        """Requests whose reply was lost."""
         self.deferred_lost = 0
         """Deferred spend that had to be dropped for want of memory."""
-        self._unguarded: OrderedDict[str, tuple[HoldBase, Record]] = OrderedDict()
+        self.leases: set[LeaseBase] = set()
+        """Those that are open."""
+        self.prepaid: Prepaid | None = None
+        """What an unreachable store admits from, under policy ``lease``."""
+        self.unguarded: OrderedDict[str, tuple[HoldBase, Record]] = OrderedDict()
         """What was admitted while the store was away: found by id here, for the store may never have heard of it."""
+
+    def begin(self) -> Flow[None]:
+        """Hears from the store, and keeps what is to be prepaid."""
+        if self.prepaid is not None:
+            self.prepaid.begin()
+        yield from self.status([])
 
     # -- reserve -------------------------------------------------------------------------------------------------------
 
@@ -100,10 +117,14 @@ class Core(Reads):
         on_expiry: OnExpiry,
         operation: str,
         owner: str,
+        *,
+        prepaying: bool = False,
     ) -> Flow[Any]:
-        """Holds the amounts, all or none; returns a hold."""
+        """Holds the amounts, all or none; returns a hold. What is prepaid, only the store can grant."""
         session = self.session
         wanted = self._wanted(budget, amount)
+        if self.prepaid is not None:
+            self.prepaid.begin()
         unnamed = hold_id is None
         hold_id = session.new_id() if hold_id is None else check_name(hold_id, "id")
         ttl_ms = check_ttl_ms(ttl)
@@ -111,7 +132,8 @@ class Core(Reads):
             policy = POLICY_CODES[on_expiry]
         except (KeyError, TypeError):
             raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {on_expiry!r}") from None
-        head = f"R {hold_id} {ttl_ms} {policy} {self._text(owner)} {self._text(operation)} {self._trace()}"
+        labels = f"{self.label(owner)} {self.label(operation)} {self._trace()}"
+        head = f"R {hold_id} {ttl_ms} {policy} {labels}"
         key = session.keys.hold(hold_id)
         rounds = 0
         while True:
@@ -122,14 +144,19 @@ class Core(Reads):
             except StoreError:
                 raise
             except StoreUnavailable as error:
-                if not self.allow:
+                told = (owner, operation, self.trace_id() if self.trace_id else "")
+                if self.prepaid is not None and not prepaying:
+                    hold = self.prepaid.admit(hold_id, wanted, ttl_ms, policy, told, ambiguous=error.ambiguous)
+                    if hold is not None:
+                        return hold
+                if not self.allow or prepaying:
                     if unnamed and error.ambiguous:  # it may be granted, under an id that nobody was told
-                        self._give_back(hold_id, [window for window, _ in parts])
+                        self.give_back_later(hold_id, [window for window, _ in parts])
                     raise
                 logger.warning("hold %s is admitted unguarded: %s", hold_id, error)
-                labels = (owner, operation, self.trace_id() if self.trace_id else "")
-                return self._admitted_unguarded(hold_id, parts, ttl_ms, policy, labels)
+                return self._admitted_unguarded(hold_id, parts, ttl_ms, policy, told)
             if line == "g":
+                session.memory.granted(hold_id, parts, policy, answer.now_us, ttl_ms, labels)
                 return self.make_hold(self, hold_id, parts, ttl_ms, answer.now_us // 1000 + ttl_ms)
             rounds += 1
             if line[0] == "d" and answer.due and rounds < RETIRE_ROUNDS:
@@ -149,31 +176,32 @@ class Core(Reads):
         except StoreError:
             raise
         except StoreUnavailable:
-            self._give_back(hold.id, [window for window, _ in hold.parts])
+            self.give_back_later(hold.id, [window for window, _ in hold.parts])
 
-    def reclaim(self, request: Op, since_us: int) -> None:
-        """Releases, once the store answers again, what a reservation may have been granted; not an older grant."""
-        self._give_back(request.id, [window for window, _ in request.parts], f"s{since_us}")
-
-    def _give_back(self, hold_id: str, windows: Iterable[Window], mode: str = "0") -> None:
-        if len(self.deferred) < _DEFERRED_MAX:
-            parts = [(window, ":x0") for window in windows]
-            self.deferred.append(Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} {mode}", parts))
+    def give_back_later(self, hold_id: str, windows: Iterable[Window]) -> None:
+        """Releases, once the store answers again, what was granted to nobody; what was not, is not granted any more."""
+        now_us = self.session.now_ms() * 1000
+        op = Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} f", [(window, ":x0") for window in windows])
+        self.unresolved.add(Doubt(op, "give back", now_us, now_us))
 
     def _admitted_unguarded(
         self, hold_id: str, parts: list[tuple[Window, int]], ttl_ms: int, policy: str, labels: tuple[str, str, str]
     ) -> Any:
         now_ms = self.session.now_ms()
         hold = self.make_hold(self, hold_id, parts, ttl_ms, now_ms + ttl_ms, guarded=False)
-        segments = tuple(Segment(w.flag, w.budget, w.span.name, units, 0, 0) for w, units in parts)
-        record = Record("o", policy, now_ms + ttl_ms, now_ms * 1000, 0, *labels, segments)
-        self._unguarded[hold_id] = hold, record
-        if len(self._unguarded) > _UNGUARDED_MAX:
-            self._unguarded.popitem(last=False)
+        self.keep(hold, policy, labels)
         return hold
 
+    def keep(self, hold: HoldBase, policy: str, labels: tuple[str, str, str]) -> None:
+        """Makes a hold that the store may never have heard of known by its id, here."""
+        segments = tuple(Segment(w.flag, w.budget, w.span.name, units, 0, 0) for w, units in hold.parts)
+        record = Record("o", policy, hold.deadline_ms, self.session.now_ms() * 1000, 0, *labels, segments)
+        self.unguarded[hold.id] = hold, record
+        if len(self.unguarded) > _UNGUARDED_MAX:
+            self.unguarded.popitem(last=False)
+
     def _unguarded_view(self, hold_id: str) -> HoldView:
-        hold, record = self._unguarded[hold_id]
+        hold, record = self.unguarded[hold_id]
         figures = zip(record.segments, hold.parts, hold.accrued_units, strict=True)
         segments = tuple(s._replace(reserved=units, accrued=accrued) for s, (_, units), accrued in figures)
         state = next(code for code, state in STATES.items() if state == hold.state)
@@ -185,7 +213,7 @@ class Core(Reads):
         try:
             return (yield from self._read(hold_id)).view(hold_id)
         except (StoreUnavailable, UnknownHold):
-            if hold_id not in self._unguarded:
+            if hold_id not in self.unguarded:
                 raise
             return self._unguarded_view(hold_id)
 
@@ -207,7 +235,12 @@ class Core(Reads):
 
     def _replayed(self, hold_id: str, record: Record, ttl_ms: int) -> Any:
         parts = self._parts(record)
+        self._remember(hold_id, record, parts)
         return self.make_hold(self, hold_id, parts, ttl_ms, record.deadline_ms, record=record)
+
+    def _remember(self, hold_id: str, record: Record, parts: Sequence[tuple[Window, int]]) -> None:
+        labels = " ".join(map(word, (record.owner, record.operation, record.trace_id)))
+        self.session.memory.extended(hold_id, record, [window for window, _ in parts], labels)
 
     # -- settle --------------------------------------------------------------------------------------------------------
 
@@ -218,6 +251,8 @@ class Core(Reads):
 
         A remark goes to the ledger with the current trace, after the label that the hold was reserved with.
         """
+        if self.prepaid is not None and hold.prepaid is not None:
+            return self.prepaid.settle(hold, hold.prepaid, amounts, remark)
         letter = "L" if amounts is None else "C"
         settled = amounts or [("x", 0)] * len(hold.parts)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
@@ -234,8 +269,8 @@ class Core(Reads):
         check_name(hold_id, "id")
         if not release:
             check_amounts(amount)
-        if hold_id in self._unguarded:
-            hold, _ = self._unguarded[hold_id]
+        if hold_id in self.unguarded:
+            hold, _ = self.unguarded[hold_id]
             return (yield from hold.release_flow() if release else hold.commit_flow(amount))
         record = yield from self._read(hold_id)
         return (yield from self._settle_record(hold_id, record, amount, release, operator))
@@ -267,7 +302,7 @@ class Core(Reads):
         key = self.session.keys.hold(hold_id)
         if letter == "C":
             trace = self._trace() if remark else "-"
-            op: Op = Commit(hold_id, key, parts, may_be_lost, self._text(remark[:_TEXT_MAX]), trace)
+            op: Op = Commit(hold_id, key, parts, may_be_lost, self.label(remark[:_TEXT_MAX]), trace)
         else:
             op = Op(hold_id, key, f"L {hold_id} {int(operator)}", parts)
         first = op
@@ -279,11 +314,12 @@ class Core(Reads):
         except StoreError:
             raise
         except StoreUnavailable:
-            if not self.allow:
+            if not self.allow and self.prepaid is None:
                 raise
-            return self._defer(first, "released" if letter == "L" else "committed")
+            return self.deferral(first, "released" if letter == "L" else "committed")
         if line[0] not in "kp":
             raise self._error(line, hold_id, answer.now_us, op)
+        self.session.memory.acknowledged(op, line, answer.now_us // 1000)
         _, flags, told = line.split(" ")
         return Settlement(
             id=hold_id,
@@ -295,14 +331,27 @@ class Core(Reads):
             late="l" in flags,
         )
 
-    def _defer(self, op: Op, state: Any) -> Settlement:
-        """Keeps what an unreachable store could not be told (policy ``allow``)."""
+    def defer_settlement(self, hold: HoldBase, amounts: Sequence[tuple[str, int]] | None) -> Settlement:
+        """Settles a hold once the store answers again, whatever the policy; as :meth:`settle_hold` else."""
+        key = self.session.keys.hold(hold.id)
+        if amounts is None:
+            released = [(window, ":x0") for window, _ in hold.parts]
+            return self.deferral(Op(hold.id, key, f"L {hold.id} 0", released), "released")
+        parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, amounts, strict=True)]
+        return self.deferral(Commit(hold.id, key, parts, True, "-", "-"), "committed")
+
+    def deferral(self, op: Op, state: Any) -> Settlement:
+        """Keeps a settlement that an unreachable store could not be told."""
+        self.defer(op)
+        amounts = {window.budget: from_units(int(tail.lstrip(":xra")), window.unit) for window, tail in op.parts}
+        return Settlement(op.id, state, amounts, deferred=True)
+
+    def defer(self, op: Op) -> None:
+        """The same of any operation."""
         if len(self.deferred) >= _DEFERRED_MAX:
             self.deferred.popleft()
             self.deferred_lost += 1
         self.deferred.append(op)
-        amounts = {window.budget: from_units(int(tail.lstrip(":xra")), window.unit) for window, tail in op.parts}
-        return Settlement(op.id, state, amounts, deferred=True)
 
     # -- record --------------------------------------------------------------------------------------------------------
 
@@ -316,7 +365,7 @@ class Core(Reads):
             if session.budgets[name].kind == "slots":
                 raise InvalidArgument(f"{name!r} is of kind 'slots': it can only be reserved")
         hold_id = session.new_id() if hold_id is None else check_name(hold_id, "id")
-        tail = f"{self._text(operation)} {self._trace()}"
+        tail = f"{self.label(operation)} {self._trace()}"
         while True:
             parts = [(session.current_window(name), f":{units}") for name, units in wanted]
             op = Op(hold_id, session.keys.hold(hold_id), f"N {hold_id} 0 {tail}", parts)
@@ -325,15 +374,23 @@ class Core(Reads):
             except StoreError:
                 raise
             except StoreUnavailable:
+                if self.prepaid is not None and (recorded := self.prepaid.record(hold_id, wanted, tail)) is not None:
+                    return recorded
                 if not self.allow:
                     raise
                 # Into the window in which it was spent, whenever the store returns.
-                return self._defer(Op(hold_id, op.key, f"N {hold_id} 1 {tail}", parts), "recorded")
+                return self.deferral(Op(hold_id, op.key, f"N {hold_id} 1 {tail}", parts), "recorded")
             if line[0] in "kp":
+                session.memory.acknowledged(op, line, answer.now_us // 1000)
                 amounts = {name: from_units(units, session.budgets[name].unit) for name, units in wanted}
                 return Settlement(hold_id, "recorded", amounts, replayed=line[0] == "p")
             if line[0] != "w":
                 raise self._error(line, hold_id, answer.now_us, op)
+
+    def record_later(self, hold_id: str, window: Window, units: int, operation: str) -> None:
+        """Records spend in its window, whenever the store is told."""
+        head = f"N {hold_id} 1 {self.label(operation)} -"
+        self.defer(Op(hold_id, self.session.keys.hold(hold_id), head, [(window, f":{units}")]))
 
     # -- extend --------------------------------------------------------------------------------------------------------
 
@@ -347,7 +404,9 @@ class Core(Reads):
         while True:
             line, answer = yield op
             if line[0] == "e":
-                return parse_record(line[2:])
+                record = parse_record(line[2:])
+                self._remember(hold_id, record, self._parts(record))
+                return record
             rounds += 1
             if line[0] != "d" or not answer.due or rounds == RETIRE_ROUNDS:
                 raise self._error(line, hold_id, answer.now_us, op)
@@ -358,8 +417,8 @@ class Core(Reads):
         ttl_ms = check_ttl_ms(ttl)
         check_name(hold_id, "id")
         check_amounts(accrued)
-        if hold_id in self._unguarded:
-            hold, _ = self._unguarded[hold_id]
+        if hold_id in self.unguarded:
+            hold, _ = self.unguarded[hold_id]
             hold.accrue_to(accrued)
             yield from hold.extend_flow(ttl)
             return self._unguarded_view(hold_id)
@@ -373,8 +432,8 @@ class Core(Reads):
         ttl_ms = check_ttl_ms(ttl)
         check_name(hold_id, "id")
         check_amounts(amounts)
-        if hold_id in self._unguarded:
-            hold, _ = self._unguarded[hold_id]
+        if hold_id in self.unguarded:
+            hold, _ = self.unguarded[hold_id]
             yield from hold.grow_to_flow(amounts)
             return self._unguarded_view(hold_id)
         record = yield from self._read(hold_id)
@@ -399,14 +458,22 @@ class Core(Reads):
             case "m":
                 _, name, stored = line.split(" ")
                 return BudgetMismatch(f"the store has window {name!r} with another definition: {stored}")
+            case "h":
+                _, count, deadline_ms = line.split(" ")
+                seconds = max(1, -((now_us - int(deadline_ms) * 1000) // 1_000_000)) if int(deadline_ms) else None
+                many = f"tenant {self.session.tenant!r} has {count} open and unconfirmed holds"
+                return TooManyHolds(f"{many}; it may have {self.session.max_holds}", retry_after=seconds)
+            case "b":
+                most = f"tenant {self.session.tenant!r} has as many budgets as it may: {self.session.max_budgets}"
+                return TooManyBudgets(f"{most}; {line[2:].rpartition(':')[0]!r} would be another")
             case "u":
                 return UnknownHold(f"unknown hold {hold_id!r}")
         return StoreError(f"unexpected answer to {op.head.split(' ')[0]!r} for {hold_id!r}")
 
     def _trace(self) -> str:
-        return "-" if self.trace_id is None else self._text(self.trace_id())
+        return "-" if self.trace_id is None else self.label(self.trace_id())
 
-    def _text(self, text: str) -> str:
+    def label(self, text: str) -> str:
         """A label for the ledger, as one word."""
         if not text:
             return "-"

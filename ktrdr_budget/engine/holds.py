@@ -18,9 +18,10 @@ from ktrdr_budget.periods import from_ms
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.flows import Core
+    from ktrdr_budget.engine.prepaid import Draw
     from ktrdr_budget.engine.reads import Flow
 
-__all__ = ["HoldBase", "OnError", "check_on_error", "current_hold", "restore_hold"]
+__all__ = ["AsyncHold", "HoldBase", "OnError", "check_on_error", "current_hold", "restore_hold"]
 
 OnError = Literal["release", "charge"]
 
@@ -33,6 +34,7 @@ class HoldBase:
 
     __slots__ = (
         "_accrued",
+        "_claimed",
         "_core",
         "_deadline_ms",
         "_notes",
@@ -45,6 +47,7 @@ class HoldBase:
         "id",
         "lock",
         "parts",
+        "prepaid",
         "replayed",
         "state",
     )
@@ -59,6 +62,7 @@ class HoldBase:
         *,
         record: Record | None = None,
         guarded: bool = True,
+        prepaid: Draw | None = None,
     ) -> None:
         self._core = core
         self.id = hold_id
@@ -67,6 +71,8 @@ class HoldBase:
         self._deadline_ms = deadline_ms
         self._accrued: dict[str, int] = {}
         self._settling = False
+        self._claimed: Sequence[tuple[str, int]] | None = None
+        """What a commit said that the store did not answer: spend is a fact, so leaving says it again."""
         self._notes: dict[str, None] = {}
         self.drawn: dict[str, int] = {}
         """What calls in progress inside this hold may yet cost, in whole units per budget."""
@@ -77,6 +83,9 @@ class HoldBase:
         self.state: HoldState = "open"
         self.guarded = guarded
         """False if the store was unreachable and policy ``allow`` admitted: no cap was checked."""
+        self.prepaid = prepaid
+        """Set if it was granted from a slab while the store was away (policy ``lease``); that counts until the store is
+        told."""
         self.created_us = 0 if record is None else record.created_us
         """Of a replay: when the hold was granted, by the store's clock, in microseconds since the epoch."""
         self.replayed = record is not None
@@ -211,6 +220,11 @@ class HoldBase:
         yield from self._extended(self._core.extend(self.id, parts, self._ttl_ms, keep=True), grown)
 
     def _extended(self, flow: Flow[Record], otherwise: list[tuple[Window, int]]) -> Flow[None]:
+        if self.prepaid is not None and self._core.prepaid is not None:
+            flow.close()
+            self._core.prepaid.extend(self, self.prepaid, otherwise)
+            self.parts = otherwise
+            return
         try:
             record = yield from flow
         except StoreError:
@@ -245,6 +259,8 @@ class HoldBase:
         """What leaving ``with limiter.hold(...)`` does; ``None`` for nothing."""
         if self.settled or self._settling:  # a settlement that was begun completes, though its caller was cancelled
             return None
+        if self._claimed is not None:
+            return self._settled(self._claimed)
         if any(self._accrued.values()):
             return self._report_flow() if failed and on_error == "charge" else self.commit_flow(None)
         if not failed and not self.drawn:
@@ -256,6 +272,9 @@ class HoldBase:
         self._settling = True
         try:
             settlement = yield from self._core.settle_hold(self, amounts, " ".join(self._notes))
+        except StoreUnavailable:
+            self._claimed = self._claimed if amounts is None else amounts
+            raise
         except UnknownHold:
             if self.guarded:
                 raise
@@ -266,6 +285,51 @@ class HoldBase:
             self._settling = False
         self.state = settlement.state
         return settlement
+
+
+class AsyncHold(HoldBase):
+    """An open reservation. Settle it with :meth:`commit` or :meth:`release`; prolong it with :meth:`extend`."""
+
+    __slots__ = ()
+
+    async def extend(self, ttl: float | None = None) -> None:
+        """Heartbeat: a new deadline ``ttl`` seconds from now (as reserved, by default), and what was accrued.
+
+        Revives a hold that had expired. No hold lives longer than 24 h after it was granted.
+
+        Raises:
+            BudgetExceeded: it had expired, had given money back, and that money is gone.
+            HoldConflict: it is settled.
+            UnknownHold: the store does not know it.
+            StoreUnavailable: no answer within the deadline.
+        """
+        await self._core.driver.submit(self.extend_flow(ttl), "extend")
+
+    async def grow(self, amount: Amounts) -> None:
+        """Adds to the reservation, in all budgets or in none.
+
+        Raises:
+            BudgetExceeded: a budget has no room; nothing changed.
+            HoldConflict, UnknownHold, StoreUnavailable: as for :meth:`extend`.
+        """
+        await self._core.driver.submit(self.grow_flow(amount), "grow")
+
+    async def commit(self, amount: Amounts | None = None) -> Settlement:
+        """Records what it really cost: never refused for lack of budget, for being late or above the reservation.
+
+        Args:
+            amount: a scalar for every ``usd`` budget (counts then commit what was reserved), or a mapping (what it
+                leaves out is 0); by default what was accrued.
+
+        Raises:
+            HoldConflict: it was settled otherwise before.
+            StoreUnavailable: no answer within the deadline. Trying again is safe.
+        """
+        return await self._core.driver.submit(self.commit_flow(amount), "commit")  # type: ignore[no-any-return]
+
+    async def release(self) -> Settlement:
+        """Gives everything back. Errors as for :meth:`commit`."""
+        return await self._core.driver.submit(self.release_flow(), "release")  # type: ignore[no-any-return]
 
 
 def _added(totals: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:

@@ -106,16 +106,35 @@ class Commit(Op):
         super().__init__(hold_id, key, head, parts)
         self.may_be_lost = may_be_lost
 
+    def in_detail(self) -> Commit:
+        """The same for a hold of any state."""
+        detailed = copy(self)
+        detailed.head, detailed.letter = f"D {self.id}", "D"
+        return detailed
+
     def otherwise(self, word: str) -> Op | None:
         """In detail if it is not simple; as a record if the hold is unknown though it was granted."""
         if word == "s":
-            detailed = copy(self)
-            detailed.head, detailed.letter = f"D {self.id}", "D"
-            return detailed
+            return self.in_detail()
         if word != "u" or not self.may_be_lost:
             return None
         spent = [(window, ":0" if window.flag == "s" else f":{tail[2:]}") for window, tail in self.parts]
-        return Op(self.id, self.key, f"K {self.id} 1 {self.labels}", spent)
+        return LostCommit(self, spent)
+
+
+class LostCommit(Op):
+    """The commit of a hold that the store has lost, as a record (K)."""
+
+    __slots__ = ("_commit", "labels")
+
+    def __init__(self, commit: Commit, spent: Sequence[tuple[Window, str]]) -> None:
+        super().__init__(commit.id, commit.key, f"K {commit.id} 1 {commit.labels}", spent)
+        self.labels = commit.labels
+        self._commit = commit
+
+    def otherwise(self, word: str) -> Op | None:
+        """As a commit after all, if a replica has told the store of the hold meanwhile."""
+        return self._commit.in_detail() if word == "o" else None
 
 
 class Header(NamedTuple):

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ktrdr_budget.engine.protocol import Command, Op, Record, Window, encode_batch, parse_ledger_entry, parse_record
-from ktrdr_budget.engine.scripts import LIMITS, STATUS
+from ktrdr_budget.engine.scripts import LIMITS, PERMISSIONS, STATUS
 from ktrdr_budget.engine.views import entry_cursor, holds_cursor, page_size, policy_fault, status_of
 from ktrdr_budget.errors import InvalidArgument, StoreError, StoreUnavailable, UnknownHold
 from ktrdr_budget.models import Budget, HoldView, LedgerEntry, Page, Status
@@ -64,20 +64,23 @@ class Reads:
             reply = yield self._status_command(windows)
             now_us = int(reply[0])
             session.set_clock(now_us)
-            session.see_epoch(_str(reply[1]), known, now_us)
+            epoch, _, recovering_until = _str(reply[1]).partition(" ")
+            session.see_epoch(epoch, known)
             now_ms = now_us // 1000
             if not all(window.span.contains(now_ms) for window in windows):
                 continue
             rounds += 1
             if not reply[2] or rounds == RETIRE_ROUNDS:
                 figures = zip(budgets, windows, reply[3:], strict=True)
-                return [status_of(budget, window, stored, now_us) for budget, window, stored in figures]
+                repaired_ms = int(recovering_until) if int(recovering_until) > now_ms else 0
+                return [status_of(budget, window, stored, now_us, repaired_ms) for budget, window, stored in figures]
             yield from self.retire([_str(hold_id) for hold_id in reply[2]])
 
     def _status_command(self, windows: Sequence[Window]) -> Command:
         keys = self.session.keys
+        names, expiries = [window.budget for window in windows], [window.words[5] for window in windows]
         return Command(
-            STATUS, [keys.meta, keys.limits, keys.due, *(w.key for w in windows)], [w.budget for w in windows]
+            STATUS, [keys.meta, keys.limits, keys.due, *(window.key for window in windows)], [*names, *expiries]
         )
 
     def _read(self, hold_id: str) -> Flow[Record]:
@@ -187,8 +190,12 @@ class Reads:
     def _scripts_fault(self) -> Flow[str | None]:
         """Runs the scripts with nothing to do: one that reads, and all that write."""
         session = self.session
-        _, keys, args = encode_batch(session.keys, session.header, [])
+        names = session.keys
+        _, keys, args = encode_batch(names, session.header, [])
         try:
+            refused = yield Command(PERMISSIONS, [names.meta, names.due, names.ledger("-", "-"), names.hold("-")], ())
+            if refused:
+                return f"the store's user may not run {', '.join(map(_str, refused))}"
             yield self._status_command(())
             yield Command("apply", keys, args)
         except StoreError as error:

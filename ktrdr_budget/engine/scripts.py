@@ -8,7 +8,7 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["CYCLES", "LIMITS", "STATUS", "VERIFY", "Script", "script", "script_for"]
+__all__ = ["CORRECT", "CYCLES", "LIMITS", "PERMISSIONS", "REINDEX", "STATUS", "Script", "script", "script_for"]
 
 _PARTS = {
     # The write script, for batches of reservations, of simple commits, of settlements, and of anything.
@@ -16,13 +16,23 @@ _PARTS = {
     "commit": ("prelude", "commit", "apply"),
     "settle": ("prelude", "holds", "commit", "settle", "apply"),
     "apply": ("prelude", "admission", "holds", "reserve", "commit", "settle", "record", "extend", "retire", "apply"),
+    # The same, and what is left of a prepaid slab.
+    "prepaid": (
+        *("prelude", "admission", "holds", "reserve", "commit", "settle", "record", "extend", "retire", "shrink"),
+        "apply",
+    ),
+    "repair": ("prelude", "admission", "holds", "commit", "settle", "record", "repair", "apply"),
     "status": ("status",),
     "limits": ("limits",),
-    "verify": ("verify",),
+    "correct": ("correct",),
+    "permissions": ("permissions",),
+    "reindex": ("reindex",),
     "cycles": ("cycles",),
 }
-_ALONE = {"R": "reserve", "C": "commit", "D": "settle", "L": "settle", "M": "settle"}
-STATUS, LIMITS, VERIFY, CYCLES = "status", "limits", "verify", "cycles"
+_REPAIR = {"T", "O"}
+_ALONE = {"R": "reserve", "C": "commit", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid"}
+STATUS, LIMITS, CYCLES = "status", "limits", "cycles"
+CORRECT, REINDEX, PERMISSIONS = "correct", "reindex", "permissions"
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +46,13 @@ class Script:
 
 def script_for(letters: set[str]) -> str:
     """The smallest write script that knows these operations."""
+    if letters & _REPAIR:
+        return "repair"
     if len(letters) == 1:
         return _ALONE.get(next(iter(letters)), "apply")
-    return "settle" if letters <= {"C", "D", "L", "M"} else "apply"
+    if letters <= {"C", "D", "L", "M"}:
+        return "settle"
+    return "prepaid" if "H" in letters else "apply"
 
 
 @cache

@@ -8,13 +8,16 @@ import time
 from collections.abc import Callable, Iterable
 
 from ktrdr_budget.engine.keys import Keys
+from ktrdr_budget.engine.memory import Memory
 from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Header, Window, flag_of
 from ktrdr_budget.errors import InvalidArgument, UnknownBudget
 from ktrdr_budget.models import Budget, check_name
 from ktrdr_budget.periods import PERIODS, Span, window_at, window_named
 
-__all__ = ["Session"]
+__all__ = ["MAX_BUDGETS", "MAX_HOLDS", "Session"]
 
+MAX_HOLDS = 100_000
+MAX_BUDGETS = 1_000
 _REMEMBERED_WINDOWS = 1024
 _FORGET_AFTER_MS = LONGEST_HOLD_MS
 
@@ -26,6 +29,8 @@ class Session:
         retention_ms: how long windows and ledgers stay after the longest hold of the window could have ended.
         id_memory_ms: how long ids are remembered after settlement.
         ledger_entries_max: above this a ledger's oldest entries are carried forward into one.
+        max_holds: how many holds, open and unconfirmed, the tenant may have.
+        max_budgets: how many budgets it may have.
     """
 
     def __init__(
@@ -36,27 +41,35 @@ class Session:
         retention_ms: int = 35 * 86_400_000,
         id_memory_ms: int = 86_400_000,
         ledger_entries_max: int = 1_000_000,
+        max_holds: int = MAX_HOLDS,
+        max_budgets: int = MAX_BUDGETS,
     ) -> None:
         self.tenant = check_name(tenant, "tenant")
         self.keys = Keys(tenant)
         self.retention_ms = retention_ms
         self.id_memory_ms = id_memory_ms
         self.ledger_entries_max = ledger_entries_max
+        self.max_holds = _count(max_holds, "max_holds", 999_999_999_999)
+        self.max_budgets = _count(max_budgets, "max_budgets", 1_000_000)
         self.budgets: dict[str, Budget] = {}
         for budget in budgets:
             if budget.name in self.budgets:
                 raise InvalidArgument(f"budget {budget.name!r} is given twice")
             self.budgets[budget.name] = budget
+        if len(self.budgets) > self.max_budgets:
+            raise InvalidArgument(f"{len(self.budgets)} budgets are given; max_budgets is {self.max_budgets}")
         self.losses = 0
         """How often the store was seen to have gone back in time."""
         self.on_loss: Callable[[], None] | None = None
+        self.on_suspicion: Callable[[], None] | None = None
         self.renew()
 
     def renew(self) -> None:
         """Becomes a new replica: at the start, and in the child after a fork."""
         self.replica_id = secrets.token_hex(6)
-        self._settings = f"{secrets.token_hex(16)} {self.id_memory_ms} {self.retention_ms} {self.ledger_entries_max}"
+        self.memory = Memory()
         self._epoch = "-"
+        self._propose()
         self._lost_us = 0
         self._acknowledged = 0
         self._heard_ms = 0.0
@@ -107,30 +120,48 @@ class Session:
         """Learns from the head of a batch's reply, and notices a store that has gone back in time (P13)."""
         self.set_clock(head.now_us)
         self._heard_ms = time.monotonic() * 1000
-        if head.went_back and sent is self._header:
-            # An epoch that is not told is the known one, or there is none: the next reply says which.
-            self._lose(head.epoch, head.writes, head.now_us)
+        if head.went_back:
+            if sent is self._header:  # else it answers what another lane sent before it knew
+                self._lose(head.epoch, head.writes, head.now_us)
             return
         # What another lane was told before the loss is no longer so.
-        told_since = head.now_us >= self._lost_us and not head.went_back
-        if told_since and (head.epoch or head.writes > self._acknowledged):
-            self._epoch = head.epoch or self._epoch
+        if head.now_us >= self._lost_us and (head.epoch or head.writes > self._acknowledged):
+            if head.epoch:
+                self._epoch = head.epoch
+                self._propose()
             self._acknowledged = max(head.writes, self._acknowledged)
             self._header = None
+
+    def _propose(self) -> None:
+        """Another epoch for the next time that the store needs one: no two of its timelines may ever have the same."""
+        memory = f"{self.id_memory_ms} {self.retention_ms} {self.ledger_entries_max}"
+        # The last is of a fixed width: cut off faster than it is found.
+        self._settings = f"{secrets.token_hex(16)} {memory} {self.max_budgets} {self.max_holds:012d}"
 
     @property
     def epoch(self) -> str:
         """The store's epoch, as far as it is known; ``-`` if it is not."""
         return self._epoch
 
-    def see_epoch(self, epoch: str, known: str, now_us: int) -> None:
-        """Notices a loss by what a read tells; ``known`` is the epoch that this replica knew when it asked."""
-        if known not in ("-", epoch) and known == self._epoch:
-            self._lose(epoch, 0, now_us)
+    @property
+    def heard_s(self) -> float:
+        """When the store last answered a batch, in seconds of the monotonic clock; 0 if it has not."""
+        return self._heard_ms / 1000
+
+    @property
+    def silent_s(self) -> float:
+        """For how long it has not."""
+        return time.monotonic() - self.heard_s
+
+    def see_epoch(self, epoch: str, known: str) -> None:
+        """Suspects a loss by what a read tells; ``known`` is the epoch that this replica knew when it asked."""
+        if known not in ("-", epoch) and known == self._epoch and self.on_suspicion is not None:
+            self.on_suspicion()
 
     def _lose(self, epoch: str | None, writes: int, now_us: int) -> None:
         self.losses += 1
         self._epoch, self._acknowledged = epoch or "-", writes
+        self._propose()
         self._lost_us = now_us
         self._header = None
         if self.on_loss is not None:
@@ -189,6 +220,12 @@ class Session:
 
     def _expires_ms(self, span: Span) -> int:
         return 0 if span.end_ms is None else span.end_ms + LONGEST_HOLD_MS + self.retention_ms
+
+
+def _count(value: object, what: str, most: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+        raise InvalidArgument(f"{what} must be a whole number from 1 to {most}, not {value!r}")
+    return value
 
 
 def _guess_span(window_name: str) -> Span:

@@ -71,12 +71,14 @@ def _retry_after(reason: str, end_ms: int | None, deadline_ms: int, now_us: int)
     return max(1, -((now_us - min(candidates) * 1000) // 1_000_000))
 
 
-def status_of(budget: Budget, window: Window, stored: Sequence[bytes | str], now_us: int) -> Status:
+def status_of(
+    budget: Budget, window: Window, stored: Sequence[bytes | str], now_us: int, repaired_ms: int = 0
+) -> Status:
     """A window's figures; one that nobody has touched reads as 0 spent."""
     runtime, definition, configured, spent, held, unconfirmed, events, overruns = (
         value.decode() if isinstance(value, bytes) else value for value in stored
     )
-    if definition and definition != budget.definition:
+    if definition and definition not in ("-", budget.definition):
         raise BudgetMismatch(f"the store has window {window.name!r} with another definition: {definition}")
     source, until_ms, limit = "configured", 0, configured or _units_text(budget)
     if runtime:
@@ -106,6 +108,7 @@ def status_of(budget: Budget, window: Window, stored: Sequence[bytes | str], now
         limit_until=from_ms(until_ms) if until_ms else None,
         configured_limit=None if budget.limit_units is None else from_units(budget.limit_units, budget.unit),
         as_of=from_ms(now_us // 1000),
+        recovering_until=from_ms(repaired_ms) if repaired_ms else None,
     )
 
 

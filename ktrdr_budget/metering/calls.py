@@ -17,9 +17,9 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from ktrdr_budget.engine.driver.heartbeats import Heartbeat
 from ktrdr_budget.engine.holds import HoldBase
 from ktrdr_budget.errors import BudgetError, InvalidArgument
-from ktrdr_budget.limiter import _Heartbeat
 from ktrdr_budget.metering.draws import Draw
 from ktrdr_budget.metering.instruments import CallInstruments
 from ktrdr_budget.metering.rates import Cost
@@ -359,9 +359,9 @@ class Call:
 def _start_heartbeat(limiter: Any, hold: Any) -> Callable[[], None]:
     """Prolongs a hold as ``limiter.hold(...)`` does; returns what stops that."""
     if not hasattr(limiter, "_portal"):
-        return _Heartbeat(limiter._coalescer, hold).stop
+        return Heartbeat(limiter._coalescer, hold).stop
     loop = limiter._portal.loop()
-    started: list[_Heartbeat] = []
+    started: list[Heartbeat] = []
     # Without waiting for either: that thread does one after the other.
-    loop.call_soon_threadsafe(lambda: started.append(_Heartbeat(limiter._coalescer, hold)))
+    loop.call_soon_threadsafe(lambda: started.append(Heartbeat(limiter._coalescer, hold)))
     return partial(loop.call_soon_threadsafe, lambda: started[0].stop())

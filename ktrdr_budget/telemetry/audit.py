@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ktrdr_budget.errors import StoreUnavailable
-from ktrdr_budget.verify import verify
+from ktrdr_budget.verify import Auditor, WindowReport
 
 if TYPE_CHECKING:
     from ktrdr_budget.limiter import AsyncBudgetLimiter
@@ -32,6 +33,10 @@ class Audit(Collector):
     def __init__(self, interval_s: float = INTERVAL_S) -> None:
         self._interval_s = interval_s
         self._adds_up: dict[str, bool] = {}
+        self._auditor: Auditor | None = None
+        self._audited = ("", "")
+        self._checking = threading.Lock()
+        self._closed = False
 
     def collect(self) -> Iterator[Metric]:
         """What the last check found."""
@@ -43,6 +48,13 @@ class Audit(Collector):
 
     async def run(self, limiter: AsyncBudgetLimiter) -> None:
         """Checks for ever; cancel it to stop."""
+        self._closed = False
+        try:
+            await self._run(limiter)
+        finally:
+            self.close()
+
+    async def _run(self, limiter: AsyncBudgetLimiter) -> None:
         while True:
             started = time.monotonic()
             try:
@@ -65,9 +77,33 @@ class Audit(Collector):
         if address is None:
             return
         found = {}
-        for report in await asyncio.to_thread(verify, address, limiter.tenant, windows=windows):
+        for report in await asyncio.to_thread(self._reports, address, limiter.tenant, windows):
             if report.conclusive:
                 found[report.budget] = report.adds_up
                 if not report.adds_up:
                     logger.error("window %s does not add up: %s", report.window_key, report)
         self._adds_up = found
+
+    def close(self) -> None:
+        """Disconnects; from a check that is under way, when it has ended."""
+        self._closed = True
+        if self._checking.acquire(blocking=False):
+            self._disconnect()
+            self._checking.release()
+
+    def _reports(self, address: str, tenant: str, windows: Collection[tuple[str, str]]) -> Sequence[WindowReport]:
+        """In a thread."""
+        with self._checking:
+            try:
+                if self._auditor is None or self._audited != (address, tenant):
+                    self._disconnect()
+                    self._auditor, self._audited = Auditor(address, tenant), (address, tenant)
+                return self._auditor.check(windows=windows)
+            finally:
+                if self._closed:
+                    self._disconnect()
+
+    def _disconnect(self) -> None:
+        auditor, self._auditor = self._auditor, None
+        if auditor is not None:
+            auditor.close()

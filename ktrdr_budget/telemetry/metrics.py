@@ -25,7 +25,7 @@ from ktrdr_budget.models import Settlement, Status
 from ktrdr_budget.telemetry.outcomes import OUTCOMES, outcome_of
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.coalescer import Observation
+    from ktrdr_budget.engine.driver.coalescer import Observation
     from ktrdr_budget.limiter import AsyncBudgetLimiter
 
 __all__ = ["LimiterMetrics"]
@@ -61,6 +61,7 @@ class LimiterMetrics:
         self.limiter: AsyncBudgetLimiter | None = None
         self._collectors: list[Collector] = []
         self._losses_seen = 0
+        self._told_seen: dict[tuple[Counter, str], int] = {}
         self._reservations = Counter(
             "ktrdr_budget_reservations_total",
             "Reservations by outcome; the reason tells why one was not granted.",
@@ -84,6 +85,24 @@ class LimiterMetrics:
             "Times that this replica saw the store to have gone back in time: spend may be missing.",
             registry=self.registry,
         )
+        self._repaired = Counter(
+            "ktrdr_budget_repaired_total",
+            "What this replica told the store again after it had lost it: settlements, open holds, totals of windows.",
+            ("what",),
+            registry=self.registry,
+        )
+        self._forgotten = Counter(
+            "ktrdr_budget_unrepaired_total",
+            "What this replica could not tell the store again: ids of settlements, and holds, beyond its memory.",
+            ("what",),
+            registry=self.registry,
+        )
+        self._resolved = Counter(
+            "ktrdr_budget_resolved_total",
+            "Requests of this replica whose reply was lost, by what became of them.",
+            ("outcome",),
+            registry=self.registry,
+        )
         self._seconds = Histogram(
             "ktrdr_budget_call_seconds",
             "Duration of the limiter's calls, waiting for the store included.",
@@ -100,6 +119,7 @@ class LimiterMetrics:
         """Reads figures from this limiter from now on; what its budgets may count starts at 0."""
         self.limiter = limiter
         self._losses_seen = 0
+        self._told_seen.clear()
         for budget in limiter.budgets.values():
             self._spend.labels(budget.name, budget.unit)
             self._overruns.labels(budget.name)
@@ -141,13 +161,41 @@ class LimiterMetrics:
             self._losses.inc(self.limiter.losses - self._losses_seen)
             self._losses_seen = self.limiter.losses
 
+    def _count_resolved(self) -> None:
+        """What happens without a call is counted at a scrape."""
+        limiter = self.limiter
+        assert limiter is not None
+        done = limiter.repaired
+        for what in ("settlements", "holds", "windows"):
+            self._raise(self._repaired, what, getattr(done, what))
+        for what in ("settlements", "holds"):
+            self._raise(self._forgotten, what, getattr(done, f"forgotten_{what}"))
+        for outcome, count in limiter.resolved.items():
+            self._raise(self._resolved, outcome, count)
+
+    def _raise(self, counter: Counter, label: str, total: int) -> None:
+        seen = self._told_seen.get((counter, label), 0)
+        if total > seen:
+            counter.labels(label).inc(total - seen)
+            self._told_seen[counter, label] = total
+
     # -- the store's ---------------------------------------------------------------------------------------------------
 
     async def render(self, accept: str = "") -> tuple[bytes, str]:
         """One scrape: the text and its media type, as the ``Accept`` header asks for it."""
         statuses, store_up = await self._statuses()
+        self._count_resolved()
         encode, media_type = choose_encoder(accept)
-        return encode(_Families([*self._counted(), *_figures(statuses, store_up)])), media_type
+        return encode(_Families([*self._counted(), *_figures(statuses, store_up), self._unresolved()])), media_type
+
+    def _unresolved(self) -> Metric:
+        assert self.limiter is not None
+        gauge = GaugeMetricFamily(
+            "ktrdr_budget_unresolved",
+            "Requests of this process whose reply was lost, and whose outcome is unknown yet.",
+        )
+        gauge.add_metric([], float(self.limiter.unresolved))
+        return gauge
 
     async def _statuses(self) -> tuple[list[Status], bool]:
         """Every budget whose figures are known, and whether the store answered."""

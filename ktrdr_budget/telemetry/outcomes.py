@@ -12,12 +12,14 @@ from ktrdr_budget.errors import (
     InvalidArgument,
     StoreError,
     StoreUnavailable,
+    TooManyBudgets,
+    TooManyHolds,
     UnknownBudget,
     UnknownHold,
 )
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.coalescer import Observation, Observer
+    from ktrdr_budget.engine.driver.coalescer import Observation, Observer
 
 __all__ = ["OUTCOMES", "combined", "outcome_of"]
 
@@ -35,6 +37,8 @@ OUTCOMES = (
     ("error", "conflict"),
     ("error", "invalid"),
     ("error", "mismatch"),
+    ("error", "too_many_budgets"),
+    ("error", "too_many_holds"),
     ("error", "unknown_budget"),
     ("error", "unexpected"),
 )
@@ -45,6 +49,8 @@ _REASONS: tuple[tuple[type[BaseException], str, str], ...] = (
     (StoreUnavailable, "unavailable", "no_answer"),
     (HoldConflict, "error", "conflict"),
     (BudgetMismatch, "error", "mismatch"),
+    (TooManyBudgets, "error", "too_many_budgets"),
+    (TooManyHolds, "error", "too_many_holds"),
     (UnknownBudget, "error", "unknown_budget"),
     (UnknownHold, "error", "unknown_hold"),
     (InvalidArgument, "error", "invalid"),

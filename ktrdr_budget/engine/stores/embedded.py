@@ -6,7 +6,7 @@ and ends with its last user. Spend survives a restart, and ``kill -9`` of the se
 
 Each handle is a shared lock on ``users.lock``, which the kernel drops when the process dies. A detached
 process, the watcher, restarts the server if it dies, and ends it when the last lock has gone; see
-:mod:`ktrdr_budget.engine.watcher`.
+:mod:`ktrdr_budget.engine.stores.watcher`.
 
 - *If the watcher is killed*, the server goes on. The next user to join, or to call
   :meth:`EmbeddedServer.ensure`, starts a watcher that adopts it; the last user to close its handle ends it.
@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from ktrdr_budget.engine import watcher
+from ktrdr_budget.engine.stores import watcher
 
 __all__ = ["EmbeddedServer", "EmbeddedServerError", "find", "start"]
 

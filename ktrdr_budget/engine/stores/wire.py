@@ -18,11 +18,16 @@ class Refusal(Exception):
 
 
 class Wires:
-    """The connections of one store: as many as there were batches under way at once."""
+    """The connections of one server: as many as there were batches under way at once.
 
-    def __init__(self) -> None:
+    Args:
+        on_end: told whenever one of them has ended, whoever wanted it.
+    """
+
+    def __init__(self, on_end: Callable[[], None] | None = None) -> None:
         self.standing: set[Wire] = set()
         self.idle: list[Wire] = []
+        self.on_end = on_end
 
     def ready(self) -> Wire | None:
         """A connection that carries nothing."""
@@ -35,18 +40,17 @@ class Wires:
     async def connect(self, client: Any) -> Wire | None:
         """Another connection, made as redis-py's client makes its own.
 
-        ``None`` if the client must be asked instead: in a cluster, which only it knows, without hiredis, and while
-        somebody watches it (an instrumentation such as OpenTelemetry's wraps its method).
+        ``None`` if the client must be asked instead: without hiredis, and while somebody watches it (an
+        instrumentation such as OpenTelemetry's wraps its method).
 
         Raises:
             OSError, redis.RedisError: the store cannot be reached, or refuses this user.
         """
-        from ktrdr_budget.engine.packing import Reader, pack
+        from ktrdr_budget.engine.stores.packing import Reader, pack
 
-        pool = getattr(client, "connection_pool", None)
-        if Reader is None or pool is None or hasattr(client.execute_command, "__wrapped__"):
+        if Reader is None or hasattr(client.execute_command, "__wrapped__"):
             return None
-        connection = pool.make_connection()
+        connection = client.connection_pool.make_connection()
         try:
             await connection.connect()
         except BaseException:
@@ -54,11 +58,36 @@ class Wires:
             raise
         return Wire(self, connection.hand_over(), Reader(), pack)
 
-    async def close(self) -> None:
-        """Ends all of them, and returns when they have ended."""
+    def retire(self) -> None:
+        """No more requests: idle connections end now, the others with the answer that they wait for."""
+        idle, self.idle, self.on_end = self.idle, _Leaving(), None
+        for wire in idle:
+            wire.abort()
+
+    def under_way(self) -> dict[Wire, object]:
+        """The connections that wait for an answer, each with a mark of the request that it carries."""
+        return {wire: wire.request for wire in self.standing if wire.request is not None}
+
+    def abort(self) -> None:
+        """Ends all of them; who waits for an answer is told so."""
+        self.retire()
         for wire in list(self.standing):
             wire.abort()
+
+    async def close(self) -> None:
+        """Ends all of them, and returns when they have ended."""
+        standing = list(self.standing)
+        self.abort()
+        for wire in standing:
             await wire.ended
+
+
+class _Leaving(list["Wire"]):
+    """Where the connections of a server that was left wait for their next request: nowhere."""
+
+    def append(self, wire: Wire) -> None:
+        """Takes one back, and ends it."""
+        wire.abort()
 
 
 class Wire(asyncio.Protocol):
@@ -93,6 +122,11 @@ class Wire(asyncio.Protocol):
     def stands(self) -> bool:
         """Whether the connection has not ended, as far as is known."""
         return not self._transport.is_closing()
+
+    @property
+    def request(self) -> object | None:
+        """A mark of the request whose answer is waited for; ``None`` if there is none."""
+        return self._told
 
     def send(self, words: tuple[str | int, ...], deadline: float, told: Callable[[Any], None]) -> None:
         """Sends one command.
@@ -178,4 +212,6 @@ class Wire(asyncio.Protocol):
         self._home.standing.discard(self)
         if not self.ended.done():
             self.ended.set_result(None)
+        if self._home.on_end is not None:
+            self._home.on_end()
         self._tell(ConnectionResetError("the connection has ended"))

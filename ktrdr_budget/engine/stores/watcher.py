@@ -20,7 +20,7 @@ however it dies, so none goes stale, and nobody trusts a stored process id:
                                          SHUTDOWN to the server; end
 
 The file is run by its path with ``python -I -S`` and imports only small parts of the standard library, for a
-newcomer waits for it. :mod:`ktrdr_budget.engine.embedded` starts it and shares its helpers.
+newcomer waits for it. :mod:`ktrdr_budget.engine.stores.embedded` starts it and shares its helpers.
 """
 
 # Without pathlib, whose import would double the time until this runs.

@@ -8,23 +8,27 @@ settlement that was begun completes (P14).
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import logging
-import os
+import math
 import time
-import weakref
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from ktrdr_budget.engine.driver import forks
+from ktrdr_budget.engine.driver.background import Background
+from ktrdr_budget.engine.driver.backlog import Backlog
+from ktrdr_budget.engine.driver.breaker import Breaker
+from ktrdr_budget.engine.driver.calls import Call, Observation, Observer
+from ktrdr_budget.engine.driver.deadlines import Deadlines
+from ktrdr_budget.engine.driver.recovery import Recovery
 from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.holds import HoldBase
-from ktrdr_budget.engine.protocol import Command, Header, Op, Reply, encode_batch, parse_batch
+from ktrdr_budget.engine.protocol import Command, Head, Header, Op, Reply, encode_batch, parse_batch
 from ktrdr_budget.engine.reads import Flow
-from ktrdr_budget.engine.store import NoScript, Store, Transient, unavailable
-from ktrdr_budget.errors import BudgetError, StoreUnavailable
+from ktrdr_budget.engine.stores.store import NoScript, Store, Transient, unavailable
+from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
+from ktrdr_budget.models import Settlement
 
 __all__ = ["Coalescer", "Observation", "Observer"]
 
@@ -36,38 +40,8 @@ _BATCH_OPS = 128
 _BATCH_WINDOWS = 768
 _BACKOFF_FIRST_S = 0.01
 _BACKOFF_MAX_S = 0.2
-_DEFERRED_RETRY_S = 0.5
-
-
-@dataclass(frozen=True, slots=True)
-class Observation:
-    """What a hook is told of each finished call."""
-
-    operation: str
-    """``reserve``, ``commit``, ``release``, ``extend``, ``grow``, ``record``, ``status``, …"""
-    result: Any
-    error: BaseException | None
-    seconds: float
-    context: contextvars.Context
-    """The caller's, as it was when it called."""
-
-
-Observer = Callable[[Observation], None]
-
-
-class _Call:
-    __slots__ = ("context", "deadline", "flow", "future", "operation", "request", "sent", "started")
-
-    def __init__(self, flow: Flow[Any], future: Any, operation: str, started: float, deadline: float) -> None:
-        self.flow = flow
-        self.future = future
-        self.operation = operation
-        self.started = started
-        self.deadline = deadline
-        self.context = contextvars.copy_context()
-        self.request: Any = None
-        self.sent = False
-        """Whether an attempt that brought no answer may have been executed all the same."""
+_LEFT_S = 0.002
+"""A call with less time left than this has none."""
 
 
 class Coalescer:
@@ -79,30 +53,40 @@ class Coalescer:
         self._store = store
         self._timeout = timeout
         self._observer = observer
+        self._background = Background(core.session, store, timeout)
+        self.breaker = Breaker(self._background, self._store_answers)
+        self.recovery = Recovery(
+            self._background, self.breaker, waited=self._expire_waiting, resume=self._store_is_repaired
+        )
+        self._backlog = Backlog(core, self._background, self.breaker, self.recovery)
+        core.session.on_suspicion = self.recovery.suspect
         self._reset()
-        _coalescers.add(self)
+        forks.watch(self)
 
     def _reset(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._first: deque[_Call] = deque()
+        self._first: deque[Call] = deque()
         """Whatever may give money back; decided before…"""
-        self._then: deque[_Call] = deque()
+        self._then: deque[Call] = deque()
         """…what asks for money."""
+        self._parked: dict[Call, asyncio.TimerHandle] = {}
+        """What asks for money while replicas tell the store what it has lost."""
+        self._deadlines = Deadlines(self._look)
         self._lanes = 0
         self._idle: asyncio.Future[None] | None = None
         """Done when no lane is left, once somebody has asked for it."""
-        self._tasks: set[asyncio.Task[None]] = set()
         self._backoff_s = 0.0
         self._trouble: Exception | None = None
         self._retiring = False
-        self._deferred_timer: asyncio.TimerHandle | None = None
         self._closed = False
 
     def after_fork(self) -> None:
         """In the child: new connections, an empty queue, a new replica; the parent keeps what was under way."""
-        # Kept for ever: a connection that is collected takes itself out of the epoll instance, the parent's too.
-        _of_the_parent.append((self._loop, self._tasks, self._store.forget()))
+        forks.keep((self._loop, self._background.tasks, self._store.forget()))
         self._core.deferred.clear()
+        self._core.unresolved.clear()
+        for part in (self._background, self.breaker, self.recovery, self._backlog):
+            part.reset()
         self._reset()
         self._session.renew()
 
@@ -115,6 +99,8 @@ class Coalescer:
             raise RuntimeError("this limiter is closed")
         if self._loop is None:
             self._loop = running
+            self._background.bind(running)
+            self.recovery.start()
         elif self._loop is not running:
             raise RuntimeError("this limiter belongs to another event loop; make one for each")
         return running
@@ -122,14 +108,13 @@ class Coalescer:
     def submit(self, flow: Flow[Any], operation: str, future: Any = None) -> Any:
         """Starts a flow; its result comes by the future (of asyncio, or of a waiting thread)."""
         loop = self.bind()
-        if future is None:
-            future = loop.create_future()
+        future = loop.create_future() if future is None else future
         # An event loop may know the time to a millisecond only, too coarse for what a hook is told.
-        call = _Call(flow, future, operation, time.monotonic(), loop.time() + self._timeout)
+        call = Call(flow, future, operation, time.monotonic(), loop.time() + self._timeout)
         self._resume(call, None)
         return future
 
-    def _resume(self, call: _Call, answer: Any) -> None:
+    def _resume(self, call: Call, answer: Any) -> None:
         try:
             request = call.flow.send(answer)
         except StopIteration as stop:
@@ -139,7 +124,7 @@ class Coalescer:
         else:
             self._enqueue(call, request)
 
-    def _throw(self, call: _Call, error: Exception) -> None:
+    def _throw(self, call: Call, error: Exception) -> None:
         try:
             request = call.flow.throw(error)
         except StopIteration as stop:
@@ -149,26 +134,29 @@ class Coalescer:
         else:
             self._enqueue(call, request)
 
-    def _finish(self, call: _Call, result: Any, error: BaseException | None) -> None:
+    def _finish(self, call: Call, result: Any, error: BaseException | None) -> None:
         future = call.future
         if call.sent and isinstance(result, HoldBase) and result.replayed:
             # Granted to this very call, by an attempt whose answer got lost?
             result.replayed = result.created_us < self._called_us(call)
-        if future.cancelled():
+        abandoned = future.cancelled()
+        if abandoned:
             call.context.copy().run(self._abandoned, result)
-            unknown = isinstance(error, StoreUnavailable) or (isinstance(result, HoldBase) and not result.guarded)
-            if unknown and call.sent and isinstance(call.request, Op) and call.request.letter == "R":
-                self._core.reclaim(call.request, self._called_us(call))
         elif error is None:
             future.set_result(result)
         else:
             future.set_exception(error)
+        if error is not None:
+            if isinstance(error, StoreUnavailable) and error.ambiguous and isinstance(call.request, Op):
+                self._backlog.doubt(call.request, self._called_us(call), abandoned=abandoned)
+        elif self._core.unresolved.count and isinstance(result, (HoldBase, Settlement)):
+            self._core.unresolved.retried(result.id, settled=isinstance(result, Settlement))
         if self._observer is not None:
             self._observe(call, result, error)
-        if self._core.deferred and self._deferred_timer is None:
-            self._retry_deferred_later()
+        if self._core.deferred or self._core.unresolved.count:
+            self._backlog.schedule()
 
-    def _called_us(self, call: _Call) -> int:
+    def _called_us(self, call: Call) -> int:
         """When a call was made, by the store's clock."""
         return int((self._session.now_ms() - (time.monotonic() - call.started) * 1000) * 1000)
 
@@ -182,7 +170,7 @@ class Coalescer:
         if isinstance(result, HoldBase) and result.guarded and not result.replayed:
             self.submit(self._core.give_back(result), "release").add_done_callback(_forget)
 
-    def _observe(self, call: _Call, result: Any, error: BaseException | None) -> None:
+    def _observe(self, call: Call, result: Any, error: BaseException | None) -> None:
         assert self._loop is not None and self._observer is not None
         try:
             seconds = time.monotonic() - call.started
@@ -192,32 +180,40 @@ class Coalescer:
 
     # -- queue and lanes -----------------------------------------------------------------------------------------------
 
-    def _enqueue(self, call: _Call, request: Op | Command) -> None:
+    def _enqueue(self, call: Call, request: Op | Command) -> None:
         call.request = request
+        assert self._loop is not None
+        if self.breaker.open:
+            self.breaker.consult(partial(self._consulted, call))
+            return
         if isinstance(request, Command):
             self._spawn(self._command(call, request), call)
             return
         (self._then if request.grants else self._first).append(call)
         lanes = self._lanes
+        if call.deadline < self._deadlines.next_s:
+            self._deadlines.watch(self._loop, call.deadline)
         if lanes == 0 or (lanes < _LANES and len(self._first) + len(self._then) >= _SECOND_LANE_FROM):
             self._lanes += 1
-            assert self._loop is not None
             self._loop.call_soon(self._next)  # what else this turn of the event loop asks for travels along
 
-    def _spawn(self, work: Any, caller: _Call | None = None) -> None:
-        """Starts a task, on behalf of a caller or of nobody: an instrumentation of the driver sees whose it is."""
-        assert self._loop is not None
+    def _consulted(self, call: Call) -> None:
+        """The breaker knows more, or knows that it will not soon."""
+        if self.breaker.open:
+            self._throw(call, self.breaker.refusal(ambiguous=call.sent))
+        else:
+            self._enqueue(call, call.request)
+
+    def _spawn(self, work: Any, caller: Call) -> None:
+        """Starts a task on behalf of a caller."""
         # A copy: the work of another attempt for the same call may be in its context still.
-        context = contextvars.Context() if caller is None else caller.context.copy()
-        task = self._loop.create_task(work, context=context)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self._background.spawn(work, caller.context.copy())
 
     def _next(self) -> None:
         """A lane's next step: it sends a batch, at once if a connection is ready and else by a task; or it ends."""
         if not self._lanes:
             return  # this process is a fork of the one that opened the lane
-        batch: list[_Call] = []
+        batch: list[Call] = []
         try:
             batch = self._take()
             if batch and not self._begin(batch):
@@ -233,24 +229,29 @@ class Coalescer:
         if not self._lanes and self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
 
-    def _break(self, batch: list[_Call], failure: BaseException) -> None:
+    def _break(self, batch: list[Call], failure: BaseException) -> None:
         """Ends a lane that has failed, and the calls of its batch; leaves the rest to another."""
         for call in batch:
             self._fail(call, failure)
         self._end_lane()
+        self._open_lane()
+
+    def _open_lane(self) -> None:
         if not self._lanes and not self._closed and (self._first or self._then):
             assert self._loop is not None
             self._lanes += 1
             self._loop.call_soon(self._next)
 
-    def _fail(self, call: _Call, failure: BaseException) -> None:
+    def _fail(self, call: Call, failure: BaseException) -> None:
         """Ends a call that a bug, or the end of the event loop, has stopped."""
         if not call.future.done():
             call.future.set_exception(BudgetError(f"unexpected failure: {type(failure).__name__}: {failure}"))
 
-    def _take(self) -> list[_Call]:
+    def _take(self) -> list[Call]:
         """The next batch, bounded so that the store is never busy with it for more than a few milliseconds."""
-        batch: list[_Call] = []
+        batch: list[Call] = []
+        if self.recovery.active:
+            return batch
         windows = 0
         waiting = len(self._first) + len(self._then)
         # Two lanes share what waits, so that the store works on one half while the other is being sent.
@@ -265,7 +266,7 @@ class Coalescer:
                 batch.append(call)
         return batch
 
-    def _begin(self, batch: list[_Call]) -> bool:
+    def _begin(self, batch: list[Call]) -> bool:
         """One round trip without a task, if a connection is ready; the answer goes to :meth:`_told`."""
         session, store = self._session, self._store
         deadline = min([call.deadline for call in batch])
@@ -276,7 +277,7 @@ class Coalescer:
         name, keys, args = encode_batch(session.keys, header, [call.request for call in batch])
         return store.begin(name, keys, args, deadline, partial(self._told, batch, header))
 
-    def _told(self, batch: list[_Call], header: Header, answer: Any) -> None:
+    def _told(self, batch: list[Call], header: Header, answer: Any) -> None:
         if isinstance(answer, Exception):
             if self._closed:
                 self._break(batch, answer)
@@ -290,7 +291,7 @@ class Coalescer:
             raise
         self._next()
 
-    async def _exchange(self, batch: list[_Call], failed: Exception | None) -> None:
+    async def _exchange(self, batch: list[Call], failed: Exception | None) -> None:
         """One round trip, of a batch that has not been sent, or whose first attempt ``failed``."""
         try:
             await self._attempt(batch, failed)
@@ -299,10 +300,13 @@ class Coalescer:
             raise
         self._next()
 
-    async def _attempt(self, batch: list[_Call], failed: Exception | None) -> None:
+    async def _attempt(self, batch: list[Call], failed: Exception | None) -> None:
         session, store = self._session, self._store
         deadline = min(call.deadline for call in batch)
         assert self._loop is not None
+        if failed is None and self.recovery.active:
+            self._put_back(batch)
+            return
         if failed is None and deadline <= self._loop.time():
             # Whose time is over is told so, and sends nothing any more.
             if not (batch := self._expire(batch, self._trouble)):
@@ -320,19 +324,31 @@ class Coalescer:
         except (Transient, TimeoutError) as error:
             await self._again(batch, error)
         except (StoreUnavailable, OSError) as error:
-            for call in batch:
-                self._throw(call, error)
+            for call in batch:  # what is refused now, may have been executed by an attempt whose answer was lost
+                lost = call.sent and isinstance(error, StoreError)
+                self._throw(call, StoreError(str(error), ambiguous=True) if lost else error)
         else:
             self._answered(batch, header, answer)
 
-    def _answered(self, batch: list[_Call], header: Header, answer: Any) -> None:
+    def _answered(self, batch: list[Call], header: Header, answer: Any) -> None:
         self._backoff_s, self._trouble = 0.0, None
         head, lines = parse_batch(answer)
         self._session.absorb(head, header)
+        if head.went_back:  # it did nothing else: first it is told what it has lost
+            self._put_back(batch)
+            self.recovery.begin()
+            return
         if head.due and not self._retiring:
             self._retire(head.due)
         for call, line in zip(batch, lines, strict=True):
-            self._resume(call, Reply(line, head))
+            if line[:2] == "l ":
+                self._park(call, line, head)
+            else:
+                self._resume(call, Reply(line, head))
+
+    def _put_back(self, batch: list[Call]) -> None:
+        for call in reversed(batch):
+            (self._then if call.request.grants else self._first).appendleft(call)
 
     def _retire(self, due: tuple[str, ...]) -> None:
         """Makes due holds unconfirmed, on the way; whoever fails at it leaves it to the next."""
@@ -341,35 +357,61 @@ class Coalescer:
 
     def _retired(self, future: asyncio.Future[None]) -> None:
         self._retiring = False
-        if not future.cancelled():
-            future.exception()
+        _ = future.cancelled() or future.exception()
 
-    async def _again(self, batch: list[_Call], error: Exception) -> None:
+    async def _again(self, batch: list[Call], error: Exception) -> None:
         """Calls that have time left are sent again: the same id makes that harmless."""
         self._backoff_s = min(_BACKOFF_MAX_S, self._backoff_s * 2 or _BACKOFF_FIRST_S)
-        self._trouble = error
+        if isinstance(error, Transient) or self._trouble is None:  # else it says more than that time was over
+            self._trouble = error
         if not isinstance(error, Transient) or error.sent:
             for call in batch:
                 call.sent = True
-        for call in reversed(self._expire(batch, error)):
-            (self._then if call.request.grants else self._first).appendleft(call)
+        self._put_back(self._expire(batch, self._trouble))
+        if self.breaker.open:
+            self._refuse_waiting()
         waiting = [queue[0].deadline for queue in (self._first, self._then) if queue]
         if waiting:
             assert self._loop is not None
             await asyncio.sleep(max(0.0, min(self._backoff_s, min(waiting) - self._loop.time())))
 
-    def _expire(self, calls: list[_Call], error: Exception | None) -> list[_Call]:
+    def _expire(self, calls: list[Call], error: Exception | None) -> list[Call]:
         """Ends the calls whose deadline has come; returns the others."""
         assert self._loop is not None
-        now, left = self._loop.time(), []
+        now = self._loop.time()
+        left, paid = list[Call](), list[Call]()
         for call in calls:
-            if call.deadline - now > 0.002:
-                left.append(call)
-            else:
-                self._throw(call, unavailable(error, self._store.shown, self._timeout, ambiguous=call.sent))
+            (left if call.deadline - now > _LEFT_S else paid).append(call)
+        if paid and error is not None:
+            self.breaker.paid(max(call.started for call in paid), error)
+        for call in paid:
+            self._throw(call, unavailable(error, self._store.shown, self._timeout, ambiguous=call.sent))
         return left
 
-    async def _command(self, call: _Call, command: Command) -> None:
+    def _refuse_waiting(self) -> None:
+        """Ends what waits for a store that does not answer."""
+        waiting = [*self._first, *self._then]
+        self._first.clear()
+        self._then.clear()
+        for call in waiting:
+            self._throw(call, self.breaker.refusal(ambiguous=call.sent))
+
+    def _expire_waiting(self, error: Exception | None) -> None:
+        """Ends calls whose deadline comes while nothing is sent."""
+        self._trouble = error or self._trouble
+        for queue in (self._first, self._then):
+            waiting = list(queue)
+            queue.clear()
+            left = self._expire(waiting, self._trouble)
+            queue.extendleft(reversed(left))
+        if self.breaker.open:
+            self._refuse_waiting()
+
+    def _look(self) -> float:
+        self._expire_waiting(None)
+        return min([call.deadline for call in (*self._first, *self._then)], default=math.inf)
+
+    async def _command(self, call: Call, command: Command) -> None:
         """A read, tried until its deadline."""
         assert self._loop is not None
         pause, error = _BACKOFF_FIRST_S, None
@@ -378,56 +420,53 @@ class Coalescer:
                 await self._store.open()
                 async with asyncio.timeout_at(call.deadline):
                     answer = await self._store.run(command)
+                self.breaker.heard_s = time.monotonic()
                 self._resume(call, answer)
                 return
-            except Transient as passing:
-                error = passing
-            except TimeoutError:
-                pass
+            except (Transient, TimeoutError) as passing:
+                error = passing if isinstance(passing, Transient) or error is None else error
             except (StoreUnavailable, OSError) as refused:
                 self._throw(call, refused)
                 return
             except BaseException as failure:
                 self._fail(call, failure)
                 raise
+            if self.breaker.open:
+                self._throw(call, self.breaker.refusal(ambiguous=False))
+                return
             if call.deadline - self._loop.time() <= pause:
+                self.breaker.paid(call.started, error)
                 self._throw(call, unavailable(error, self._store.shown, self._timeout))
                 return
             await asyncio.sleep(pause)
             pause = min(_BACKOFF_MAX_S, pause * 2)
 
-    # -- what an unreachable store has yet to be told ------------------------------------------------------------------
+    # -- a store that was away, or went back in time -------------------------------------------------------------------
 
-    def _retry_deferred_later(self) -> None:
+    def _store_answers(self, went_back: bool) -> None:
+        """The breaker has closed."""
+        if went_back:
+            self.recovery.begin()
+        self._backlog.hasten()
+
+    def _store_is_repaired(self) -> None:
+        if not self._closed:
+            self._open_lane()
+            self._backlog.hasten()
+
+    def _park(self, call: Call, line: str, head: Head) -> None:
+        """A reservation while replicas tell a store what it has lost: tried again then, if its deadline allows that."""
         assert self._loop is not None
-        self._deferred_timer = self._loop.call_later(_DEFERRED_RETRY_S, self._retry_deferred)
+        wait_s = (int(line[2:]) - head.now_us // 1000) / 1000
+        if self._loop.time() + wait_s > call.deadline - _LEFT_S:
+            words = f"store at {self._store.shown}: it lost writes and is being repaired; try again in {wait_s:.1f} s"
+            self._throw(call, StoreUnavailable(words, ambiguous=False))
+        else:
+            self._parked[call] = self._loop.call_later(wait_s, self._unpark, call)
 
-    def _retry_deferred(self) -> None:
-        self._spawn(self.drain_deferred())
-
-    async def drain_deferred(self) -> None:
-        """Tells the store what happened while it was away, oldest first, once (the ids see to that)."""
-        deferred = self._core.deferred
-        try:
-            while deferred:
-                ops = [deferred[i] for i in range(min(len(deferred), _BATCH_OPS))]
-                header = self._session.header
-                deadline = asyncio.get_running_loop().time() + self._timeout
-                answer = await self._store.apply(*encode_batch(self._session.keys, header, ops), deadline)
-                head, lines = parse_batch(answer)
-                self._session.absorb(head, header)
-                for op, line in zip(ops, lines, strict=True):
-                    deferred.popleft()
-                    if (instead := op.otherwise(line)) is not None:
-                        deferred.append(instead)
-                    elif line[0] not in "kpu" and op.letter != "L":
-                        logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
-        except (Transient, TimeoutError, StoreUnavailable, OSError):
-            pass
-        finally:
-            self._deferred_timer = None
-            if deferred and not self._closed:
-                self._retry_deferred_later()
+    def _unpark(self, call: Call) -> None:
+        del self._parked[call]
+        self._enqueue(call, call.request)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -436,36 +475,31 @@ class Coalescer:
         if self._loop is None:
             await self._store.close()
             return
-        ends = time.monotonic() + 2 * self._timeout
-        while (self._tasks or self._lanes) and time.monotonic() < ends:
+        self.recovery.stop()
+        self.breaker.stop()
+        closing = StoreUnavailable(f"store at {self._store.shown}: the limiter was closed", ambiguous=False)
+        for call, timer in list(self._parked.items()):
+            timer.cancel()
+            self._throw(call, closing)
+        ends, tasks = time.monotonic() + 2 * self._timeout, self._background.tasks
+        while (tasks or self._lanes) and time.monotonic() < ends:
             self._idle = self._loop.create_future()
-            waited = {*self._tasks, self._idle} if self._lanes else self._tasks
+            waited = {*tasks, self._idle} if self._lanes else tasks
             await asyncio.wait(waited, timeout=max(0.0, ends - time.monotonic()))
-        if self._deferred_timer is not None:
-            self._deferred_timer.cancel()
         self._closed = True
-        if self._core.deferred:
-            await self.drain_deferred()
-        for task in list(self._tasks):
-            task.cancel()
+        self._deadlines.stop()
+        self._backlog.stop()
+        if self._backlog and not self.breaker.open:
+            await self._backlog.drain()
+        await self._background.end()
         await self._store.close()
         if self._core.deferred:
             logger.error("closing with %d settlements that the store was never told", len(self._core.deferred))
+        if count := self._core.unresolved.count:
+            logger.error("closing with %d requests whose outcome stays unknown", count)
 
 
 def _forget(future: asyncio.Future[Any]) -> None:
     """Takes note of a result that nobody asks for."""
     if not future.cancelled() and (error := future.exception()) is not None:
         logger.warning("an abandoned hold could not be released, it will expire: %s", error)
-
-
-_coalescers: weakref.WeakSet[Coalescer] = weakref.WeakSet()
-_of_the_parent: list[Any] = []
-
-
-def _after_fork_in_child() -> None:
-    for coalescer in list(_coalescers):
-        coalescer.after_fork()
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)

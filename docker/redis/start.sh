@@ -1,0 +1,12 @@
+#!/bin/sh
+# Starts Redis (or the server named by REDIS_SERVER) with the users of users.acl, which stands beside this file. The
+# password of the user `ktrdr` comes from KTRDR_REDIS_PASSWORD; only its SHA-256 is written down.
+set -eu
+
+: "${KTRDR_REDIS_PASSWORD:?must be set to the password of the user ktrdr}"
+hash=$(printf %s "$KTRDR_REDIS_PASSWORD" | sha256sum | cut -d ' ' -f 1)
+unset KTRDR_REDIS_PASSWORD
+users=${TMPDIR:-/tmp}/users.acl
+umask 077
+sed "s/#PASSWORD_SHA256/#$hash/" "$(dirname "$0")/users.acl" > "$users"
+exec "${REDIS_SERVER:-redis-server}" "$@" --aclfile "$users"

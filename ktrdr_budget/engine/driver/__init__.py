@@ -1,0 +1,1 @@
+"""What drives calls over a store: batches, deadlines, the circuit breaker, repairs, and what is told later."""

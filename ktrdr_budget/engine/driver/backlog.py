@@ -1,0 +1,223 @@
+"""Tells the store, once it answers again, what happened while it did not: spend that policy ``allow`` deferred, and
+requests whose reply was lost (:mod:`.unresolved`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+from ktrdr_budget.engine.driver.background import UNANSWERED, Background, refuses_all
+from ktrdr_budget.engine.driver.breaker import Breaker
+from ktrdr_budget.engine.driver.recovery import Recovery
+from ktrdr_budget.engine.flows import Core
+from ktrdr_budget.engine.memory import AGE_MAX_MS
+from ktrdr_budget.engine.protocol import Command, Head, Op, parse_record
+from ktrdr_budget.engine.unresolved import Doubt
+from ktrdr_budget.errors import StoreError
+
+__all__ = ["Backlog"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+_RETRY_FIRST_S = 0.05
+_RETRY_MAX_S = 0.5
+_BATCH_OPS = 128
+_CLOCK_US = 20_000
+"""By how much the store's clock may be ahead of what its last answer, when it arrived, made of it."""
+_SETTLEMENTS = frozenset("CDKLMN")
+
+
+class Backlog:
+    """Of one limiter: sends what :attr:`Core.deferred` and :attr:`Core.unresolved` hold, until nothing is left."""
+
+    def __init__(self, core: Core, background: Background, breaker: Breaker, recovery: Recovery) -> None:
+        self._core = core
+        self._unresolved = core.unresolved
+        self._background = background
+        self._breaker = breaker
+        self._recovery = recovery
+        self.reset()
+
+    def reset(self) -> None:
+        """Has nothing under way."""
+        self._timer: asyncio.TimerHandle | None = None
+        self._draining = False
+        self._pause_s = _RETRY_FIRST_S
+
+    def __bool__(self) -> bool:
+        return bool(self._core.deferred or self._unresolved.count)
+
+    # -- what is taken up ----------------------------------------------------------------------------------------------
+
+    def doubt(self, op: Op, since_us: int, *, abandoned: bool = False) -> None:
+        """The reply to a request was lost, and its caller was told so, or has gone.
+
+        Args:
+            since_us: when it was called, by the store's clock.
+            abandoned: nobody awaits a grant any more: it is given back, if it was granted to that very call.
+        """
+        until_us = self._background.session.now_ms() * 1000
+        if op.letter in _SETTLEMENTS:
+            if op.head.startswith(f"N {op.id} 0 "):  # whenever it arrives: into the window in which it was spent
+                op = Op(op.id, op.key, op.head.replace(" 0 ", " 1 ", 1), op.parts)
+            doubt = Doubt(op, "settlement", since_us, until_us)
+        elif op.letter == "R" and abandoned:
+            since = f"s{since_us}-{until_us + _CLOCK_US}"
+            doubt = Doubt(Op(op.id, op.key, f"L {op.id} {since}", op.parts), "give back", since_us, until_us)
+        elif op.letter == "R":
+            doubt = Doubt(op, "look up", since_us, until_us)
+        else:
+            return  # totals: what comes next corrects them
+        if dropped := self._unresolved.add(doubt):
+            logger.error("too many requests of unknown outcome: that of %s stays unknown", dropped.op.id)
+
+    def schedule(self) -> None:
+        """Sees to it that what there is will be told, soon."""
+        # A repair, and a store that does not answer, tell when they are over.
+        if self._timer is None and not (self._draining or self._recovery.active or self._breaker.open):
+            assert self._background.loop is not None
+            self._timer = self._background.loop.call_later(self._pause_s, self._begin)
+
+    def hasten(self) -> None:
+        """The store answers again."""
+        self.stop()
+        self._pause_s = _RETRY_FIRST_S
+        if self and not self._draining and not self._background.closed:
+            self._begin()
+
+    def stop(self) -> None:
+        """Tells nothing more by itself."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    # -- telling -------------------------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        self._timer = None
+        self._draining = True
+        self._background.spawn(self._drain())
+
+    async def _drain(self) -> None:
+        try:
+            await self.drain()
+        finally:
+            self._draining = False
+            if self and not self._background.closed:
+                self._pause_s = min(_RETRY_MAX_S, self._pause_s * 2)
+                self.schedule()
+            else:
+                self._pause_s = _RETRY_FIRST_S
+
+    async def drain(self) -> None:
+        """Tells the store all of it once, as far as it answers."""
+        try:
+            if self._unresolved.count:
+                await self._resolve()
+            if self._core.deferred:
+                await self._tell_deferred()
+        except UNANSWERED as error:
+            logger.debug("the store was not told what it has missed: %s", error)
+
+    async def _tell(self, ops: list[Op]) -> tuple[Head, list[str]] | None:
+        """``None`` if something is lost, which comes first."""
+        if self._recovery.active:
+            return None
+        head, lines = await self._background.tell(ops)
+        if head.went_back:
+            self._recovery.begin()
+            return None
+        return head, lines
+
+    async def _tell_deferred(self) -> None:
+        """Oldest first, once (the ids see to that). What the store does not take stays, and holds up nothing else."""
+        deferred, left, together = self._core.deferred, len(self._core.deferred), _BATCH_OPS
+        while left:
+            ops = [deferred[i] for i in range(min(left, together))]
+            try:
+                answer = await self._tell(ops)
+            except StoreError as error:
+                if refuses_all(error):
+                    raise
+                if len(ops) == 1:
+                    deferred.rotate(-1)
+                    left -= 1
+                together = 1 if len(ops) > 1 else _BATCH_OPS
+                continue
+            if answer is None:
+                return
+            head, lines = answer
+            for op, line in zip(ops, lines, strict=True):
+                deferred.popleft()
+                left += self._recorded(op, line, head) - 1
+
+    def _recorded(self, op: Op, line: str, head: Head) -> bool:
+        """Whether it is to be told otherwise."""
+        if (instead := op.otherwise(line)) is not None:
+            self._core.deferred.append(instead)
+            return True
+        if line[0] in "kp":
+            self._background.session.memory.acknowledged(op, line, head.now_us // 1000)
+        elif line[0] != "u" and op.letter != "L":
+            logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
+        return False
+
+    async def _resolve(self) -> None:
+        oldest_us = (self._background.session.now_ms() - AGE_MAX_MS) * 1000
+        told: list[Doubt] = []
+        asked: list[Doubt] = []
+        for doubt in self._unresolved:
+            if doubt.until_us < oldest_us:  # the store may have forgotten its id: it could be charged twice
+                self._unresolved.end(doubt, "dropped")
+                logger.error("what became of %s (%s) stays unknown", doubt.op.id, doubt.kind)
+            else:
+                (asked if doubt.kind == "look up" else told).append(doubt)
+        for first in range(0, len(told), _BATCH_OPS):
+            await self._send(told[first : first + _BATCH_OPS])
+        for first in range(0, len(asked), _BATCH_OPS):
+            await self._look_up(asked[first : first + _BATCH_OPS])
+
+    async def _send(self, doubts: list[Doubt]) -> None:
+        try:
+            answer = await self._tell([doubt.op for doubt in doubts])
+        except StoreError:
+            if len(doubts) == 1:
+                return
+            for doubt in doubts:  # one that the store refuses holds up no other
+                await self._send([doubt])
+            return
+        if answer is not None:
+            head, lines = answer
+            for doubt, line in zip(doubts, lines, strict=True):
+                self._told(doubt, line, head)
+
+    def _told(self, doubt: Doubt, line: str, head: Head) -> None:
+        op, settles = doubt.op, doubt.kind == "settlement"
+        if (instead := op.otherwise(line)) is not None:
+            self._unresolved.replace(doubt, instead)
+            return
+        if line[0] in "kp":
+            self._background.session.memory.acknowledged(op, line, head.now_us // 1000)
+            outcome = ("sent_again" if line[0] == "k" else "executed") if settles else "released"
+        else:
+            outcome = {"c": "superseded", "u": "absent"}.get(line[0], "refused")
+        if outcome == "refused":
+            logger.error("what %s spent was not recorded: %s", op.id, line[:200])
+        else:
+            logger.info("what became of %s, whose reply was lost: %s", op.id, outcome)
+        self._unresolved.end(doubt, outcome)
+
+    async def _look_up(self, doubts: list[Doubt]) -> None:
+        stored = await self._background.read(Command(None, (), ("MGET", *(doubt.op.key for doubt in doubts))))
+        for doubt, value in zip(doubts, stored, strict=True):
+            outcome = "absent"
+            if value:
+                record = parse_record(value.decode() if isinstance(value, bytes) else value)
+                # What was granted before, or is settled, was not granted to this request, or is known to somebody.
+                lost = record.state in "ox" and doubt.since_us <= record.created_us
+                outcome = "granted" if lost else "superseded"
+            if outcome == "granted":
+                logger.warning("hold %s is open, and the reply that granted it may be lost: unless its id is used "
+                               "again, it is left to its deadline", doubt.op.id)  # fmt: skip
+            self._unresolved.end(doubt, outcome)

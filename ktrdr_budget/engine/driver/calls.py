@@ -1,0 +1,45 @@
+"""A call of the limiter while it is under way, and what a hook is told of it when it has ended."""
+
+from __future__ import annotations
+
+import contextvars
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ktrdr_budget.engine.reads import Flow
+
+__all__ = ["Call", "Observation", "Observer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """What a hook is told of each finished call."""
+
+    operation: str
+    """``reserve``, ``commit``, ``release``, ``extend``, ``grow``, ``record``, ``status``, …"""
+    result: Any
+    error: BaseException | None
+    seconds: float
+    context: contextvars.Context
+    """The caller's, as it was when it called."""
+
+
+Observer = Callable[[Observation], None]
+
+
+class Call:
+    """One flow, and whoever awaits its result."""
+
+    __slots__ = ("context", "deadline", "flow", "future", "operation", "request", "sent", "started")
+
+    def __init__(self, flow: Flow[Any], future: Any, operation: str, started: float, deadline: float) -> None:
+        self.flow = flow
+        self.future = future
+        self.operation = operation
+        self.started = started
+        self.deadline = deadline
+        self.context = contextvars.copy_context()
+        self.request: Any = None
+        self.sent = False
+        """Whether an attempt that brought no answer may have been executed all the same."""

@@ -1,0 +1,55 @@
+"""Keeps a hold alive while the block that owns it runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import TYPE_CHECKING, Any
+
+from ktrdr_budget.engine.holds import HoldBase
+from ktrdr_budget.errors import HoldConflict, UnknownHold
+from ktrdr_budget.models import TTL_MAX_S
+
+if TYPE_CHECKING:
+    from ktrdr_budget.engine.driver.coalescer import Coalescer
+
+__all__ = ["Heartbeat"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+
+class Heartbeat:
+    """Extends a hold at a third of its ttl, until stopped or until there is nothing left to extend."""
+
+    __slots__ = ("_coalescer", "_hold", "_timer")
+
+    def __init__(self, coalescer: Coalescer, hold: HoldBase) -> None:
+        self._coalescer = coalescer
+        self._hold = hold
+        self._timer: asyncio.TimerHandle | None = None
+        if not hold.settled:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        self._timer = self._coalescer.bind().call_later(min(self._hold.ttl, TTL_MAX_S) / 3, self._beat)
+
+    def _beat(self) -> None:
+        self._timer = None
+        if not self._hold.settled:
+            future = self._coalescer.submit(self._hold.extend_flow(None), "heartbeat")
+            future.add_done_callback(self._beaten)
+            self._timer = future
+
+    def _beaten(self, future: Any) -> None:
+        stopped, self._timer = self._timer is not future, None
+        error = None if future.cancelled() else future.exception()
+        if error is not None:
+            logger.warning("heartbeat of hold %s failed: %s", self._hold.id, error)
+        if not stopped and not isinstance(error, (HoldConflict, UnknownHold)):
+            self._schedule()
+
+    def stop(self) -> None:
+        """No further heartbeat. One that is under way finishes before what is sent next, or is harmless after it."""
+        timer, self._timer = self._timer, None
+        if isinstance(timer, asyncio.TimerHandle):
+            timer.cancel()

@@ -1,0 +1,219 @@
+"""A store that went back in time is noticed, and told again what it has lost (P13).
+
+Each replica tells what it remembers (:mod:`.memory`), by ids and totals, so that telling it twice changes nothing:
+settlements first, then what they leave of the totals, then open holds; and what others did, last, when these had their
+time to tell it themselves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from ktrdr_budget.engine.driver.background import UNANSWERED, Background, refuses_all
+from ktrdr_budget.engine.driver.breaker import Breaker
+from ktrdr_budget.engine.memory import Repair
+from ktrdr_budget.engine.protocol import Op
+from ktrdr_budget.errors import StoreError
+
+__all__ = ["Recovery"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+PULSE_S = 1.0
+"""How often a replica that has something to tell asks whether the store still knows it, if it has nothing else to ask.
+
+The store grants nothing for RECOVERY_MS of prelude.lua after the first one has noticed: three times as long.
+"""
+OTHERS_AFTER_S = 3.0
+"""By when the others have told what they did."""
+_BATCH_OPS = 128
+_PAUSE_FIRST_S = 0.01
+_PAUSE_MAX_S = 0.2
+
+
+class Recovery:
+    """Of one limiter.
+
+    Args:
+        waited: is told now and then, with the last failure, while calls wait for a repair: some run out of time.
+        resume: is told when calls may be sent again.
+    """
+
+    def __init__(
+        self,
+        background: Background,
+        breaker: Breaker,
+        *,
+        waited: Callable[[Exception | None], None],
+        resume: Callable[[], None],
+    ) -> None:
+        self._background = background
+        self._session = background.session
+        self._breaker = breaker
+        self._waited = waited
+        self._resume = resume
+        self.total = Repair()
+        """What was told again so far."""
+        self.reset()
+
+    def reset(self) -> None:
+        """Nothing is lost, as at the start."""
+        self.active = False
+        """The store has lost what it acknowledged; no call is sent before it was told again."""
+        self._asking = False
+        self._pulse_timer: asyncio.TimerHandle | None = None
+        self._others_timer: asyncio.TimerHandle | None = None
+
+    # -- noticing ------------------------------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """From now on, an idle replica asks whether the store still knows what it acknowledged."""
+        self._pulse_timer = self._background.later(PULSE_S, self._pulse)
+
+    def stop(self) -> None:
+        """Asks no more."""
+        for timer in (self._pulse_timer, self._others_timer):
+            if timer is not None:
+                timer.cancel()
+
+    def _pulse(self) -> None:
+        self.start()
+        if self._session.memory and self._session.silent_s >= PULSE_S / 2 and not self._breaker.open:
+            self.suspect()
+
+    def suspect(self) -> None:
+        """Asks the store, unless that is being done."""
+        if self._background.loop is not None and not (self._asking or self.active or self._background.closed):
+            self._asking = True
+            self._background.spawn(self._ask())
+
+    async def _ask(self) -> None:
+        try:
+            head, _ = await self._background.tell([], min(PULSE_S, self._background.timeout))
+        except UNANSWERED:
+            pass  # whoever calls next finds that out, or the next pulse
+        else:
+            if head.went_back:
+                self.begin()
+        finally:
+            self._asking = False
+
+    # -- telling again -------------------------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """Holds calls back until the store has been told, unless that is being done."""
+        if not self.active and not self._background.closed:
+            self.active = True
+            self._background.spawn(self._tell_until_heard())
+
+    async def _tell_until_heard(self) -> None:
+        pause_s, trouble = _PAUSE_FIRST_S, None
+        try:
+            while not self._background.closed:
+                if not self._breaker.open:
+                    try:
+                        if await self._tell_all():
+                            return
+                    except UNANSWERED as error:
+                        trouble = error
+                self._waited(trouble)
+                await asyncio.sleep(pause_s)
+                pause_s = min(_PAUSE_MAX_S, pause_s * 2)
+        finally:
+            self.active = False
+            self._resume()
+
+    async def _tell_all(self) -> bool:
+        """Whether the store has heard all of it, and lost nothing meanwhile."""
+        memory, session = self._session.memory, self._session
+        done = Repair(forgotten_settlements=memory.forgotten_settlements, forgotten_holds=memory.forgotten_holds)
+        own = await self._settle_again(memory.settlements(session.keys, session.now_ms()))
+        shares = None if own is None else await self._tell(memory.shares(session.keys))
+        holds = None if shares is None else await self._tell(memory.holds(session.keys))
+        if own is None or shares is None or holds is None:
+            return False
+        done.settlements = sum(line[0] == "k" for _, line in own)
+        done.windows = sum(line != "k - 0" for _, line in shares)
+        done.holds = sum(line == "g" for _, line in holds)
+        self._report(done)
+        if memory.others(session.keys, session.now_ms()) and self._others_timer is None:
+            self._others_timer = self._background.later(OTHERS_AFTER_S, self._begin_others)
+        return True
+
+    def _report(self, done: Repair) -> None:
+        self.total.add(done)
+        memory, shown = self._session.memory, self._background.store.shown
+        if memory or done:
+            logger.warning("told the store at %s again what it had lost: %s", shown, done)
+        if done.forgotten_settlements or done.forgotten_holds:
+            logger.error(
+                "beyond the memory of replica %s, and not repaired: the ids of %d settlements, %d holds",
+                self._session.replica_id, done.forgotten_settlements, done.forgotten_holds,
+            )  # fmt: skip
+
+    def _begin_others(self) -> None:
+        self._others_timer = None
+        if not self._background.closed:
+            self._background.spawn(self._tell_others())
+
+    async def _tell_others(self) -> None:
+        """Settlements of other replicas that this one was told of: they count as its own if those are gone."""
+        memory, session = self._session.memory, self._session
+        try:
+            answers = await self._settle_again(memory.others(session.keys, session.now_ms()))
+        except UNANSWERED:
+            answers = None
+        if answers is None:
+            self._others_timer = self._background.later(OTHERS_AFTER_S, self._begin_others)
+            return
+        done = Repair()
+        for op, line in answers:
+            if line[0] == "k":
+                done.settlements += 1
+                memory.acknowledged(op, line, session.now_ms())
+        if done:
+            self.total.add(done)
+            logger.warning("told the store at %s what other replicas did not: %s", self._background.store.shown, done)
+
+    async def _settle_again(self, ops: list[Op]) -> list[tuple[Op, str]] | None:
+        """The answers that ended it; ``None`` if the store lost something meanwhile."""
+        ended: list[tuple[Op, str]] = []
+        while ops:
+            answers = await self._tell(ops)
+            if answers is None:
+                return None
+            ops = []
+            for op, line in answers:
+                if (instead := op.otherwise(line)) is not None:  # a hold that the store does not know, for one
+                    ops.append(instead)
+                else:
+                    ended.append((op, line))
+        return ended
+
+    async def _tell(self, ops: list[Op]) -> list[tuple[Op, str]] | None:
+        answers: list[tuple[Op, str]] = []
+        for first in range(0, len(ops), _BATCH_OPS):
+            batch = ops[first : first + _BATCH_OPS]
+            lines = await self._lines(batch)
+            if lines is None:
+                return None
+            answers += zip(batch, lines, strict=True)
+            self._waited(None)
+        return answers
+
+    async def _lines(self, batch: list[Op]) -> list[str] | None:
+        """What the store says to each; one that it cannot take (its window is no window any more) holds up no other."""
+        try:
+            head, lines = await self._background.tell(batch)
+        except StoreError as error:
+            if refuses_all(error):
+                raise
+            if len(batch) == 1:
+                logger.error("what %s was could not be told again: %s", batch[0].id, error)
+                return ["e"]
+            middle = len(batch) // 2
+            first, second = await self._lines(batch[:middle]), await self._lines(batch[middle:])
+            return None if first is None or second is None else first + second
+        return None if head.went_back else lines

@@ -1,0 +1,256 @@
+"""What a replica remembers of what the store acknowledged to it, so that a store that lost it can be told again (P13).
+
+Three things, all by ids or as totals, so that telling them twice changes nothing: its own *share* of each window's
+spend, the *holds* that it was granted, and a bounded number of recent *settlements*. A settlement that is remembered
+restores its id, too; one that is not is still in the share. A settlement wins over an open hold.
+
+Each settlement is in one replica's share: that of the one whose request made it. Another one that was told of it (its
+own request was a replay) remembers it as well, and tells it last, should the first be gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Op, Window
+
+if TYPE_CHECKING:
+    from ktrdr_budget.engine.keys import Keys
+    from ktrdr_budget.engine.protocol import Record
+
+__all__ = ["Memory", "Repair"]
+
+SETTLEMENTS_MAX = 20_000
+"""At most; at least half as many."""
+HOLDS_MAX = 10_000
+"""Fewer than settlements: a hold that another replica has settled is not to be remembered for longer than that."""
+AGE_MAX_MS = LONGEST_HOLD_MS // 2
+"""A settlement is told again only while the store cannot have forgotten its id, which it does a day after it."""
+HOLD_AGE_MAX_MS = LONGEST_HOLD_MS * 5 // 6
+"""A hold may have been settled elsewhere since it was granted, and that be forgotten after a day."""
+_PRUNE_EACH = 1024
+_WINDOWS_MAX = 4096
+
+
+class _Held(NamedTuple):
+    parts: Sequence[tuple[Window, int]]
+    """Window, reserved."""
+    accrued: Sequence[int]
+    """In the order of the parts; empty for nothing."""
+    policy: str
+    created_us: int
+    deadline_ms: int
+    labels: str
+
+
+class _Settled(NamedTuple):
+    """Of texts and numbers only: the garbage collector need not look at them again and again."""
+
+    letter: str
+    words: str
+    """The operation's head; of D, which has lost them there, the labels."""
+    windows: str
+    """Their keys."""
+    line: str
+    """The store's answer."""
+    at_ms: int
+
+    @property
+    def own(self) -> bool:
+        """Whether it is in this replica's share."""
+        return self.line[0] == "k"
+
+    @property
+    def units(self) -> list[str]:
+        """What counts as spent in each window."""
+        return self.line.split(" ")[2].split(",")
+
+
+@dataclass
+class Repair:
+    """What was told again after a loss, and what could not be."""
+
+    settlements: int = 0
+    holds: int = 0
+    windows: int = 0
+    """Windows whose share was raised for settlements that are no longer remembered one by one."""
+    forgotten_settlements: int = 0
+    """Settlements whose ids are beyond the bounded memory; their spend is in the shares."""
+    forgotten_holds: int = 0
+    """Holds beyond it: what they held is free, unless the store still knew them."""
+
+    def __bool__(self) -> bool:
+        return bool(self.settlements or self.holds or self.windows)
+
+    def __str__(self) -> str:
+        return f"{self.settlements} settlements, {self.holds} open holds, older spend of {self.windows} windows"
+
+    def add(self, other: Repair) -> None:
+        """Adds what was told again after another loss."""
+        for figure in fields(self):
+            setattr(self, figure.name, getattr(self, figure.name) + getattr(other, figure.name))
+
+
+class Memory:
+    """Of one replica. Does no I/O. It is told of every call, so it only keeps what it is given."""
+
+    def __init__(self) -> None:
+        self._windows: dict[str, Window] = {}
+        """By their keys."""
+        self._older: dict[str, int] = {}
+        """Units in each window's share that are of settlements which are no longer remembered."""
+        # Plain tuples, which cost a fraction of named ones to make; the order is that of _Held and _Settled.
+        self._holds: dict[str, tuple[Any, ...]] = {}
+        # Two generations: forgetting the older one at once costs nothing, and one by one would cost a search each.
+        self._settled: dict[str, tuple[Any, ...]] = {}
+        self._settled_before: dict[str, tuple[Any, ...]] = {}
+        self.forgotten_settlements = 0
+        """Settlements that are not remembered one by one any more, for want of memory."""
+        self.forgotten_holds = 0
+        """Holds that were open, and could not be remembered for want of memory."""
+
+    def __bool__(self) -> bool:
+        return bool(self._settled or self._holds or self._settled_before or self._older)
+
+    def granted(
+        self, hold_id: str, parts: Sequence[tuple[Window, int]], policy: str, now_us: int, ttl_ms: int, labels: str
+    ) -> None:
+        """A hold was granted; ``labels``: owner, operation and trace, as words of the wire."""
+        holds = self._holds
+        holds[hold_id] = (parts, (), policy, now_us, now_us // 1000 + ttl_ms, labels)
+        count = len(holds)
+        if count > HOLDS_MAX:
+            oldest = _Held(*holds.pop(next(iter(holds))))
+            self.forgotten_holds += oldest.deadline_ms > now_us // 1000
+        if count % _PRUNE_EACH == 0:
+            self._prune(now_us // 1000)
+
+    def extended(self, hold_id: str, record: Record, windows: Sequence[Window], labels: str) -> None:
+        """A hold is as its record says now."""
+        if record.state != "o":
+            self._holds.pop(hold_id, None)
+            return
+        parts = [(window, segment.reserved) for window, segment in zip(windows, record.segments, strict=True)]
+        accrued = [segment.accrued for segment in record.segments]
+        self._holds[hold_id] = (parts, accrued, record.policy, record.created_us, record.deadline_ms, labels)
+
+    def acknowledged(self, op: Op, line: str, now_ms: int) -> None:
+        """A settlement was acknowledged: ``line`` is the store's answer, ``k`` or ``p``."""
+        hold_id, parts, letter = op.id, op.parts, op.letter
+        self._holds.pop(hold_id, None)
+        if len(parts) == 1:
+            names = parts[0][0].key
+            if names not in self._windows:
+                self._windows[names] = parts[0][0]
+        else:
+            self._windows.update((window.key, window) for window, _ in parts)
+            names = " ".join([window.key for window, _ in parts])
+        settled = self._settled
+        if len(settled) >= SETTLEMENTS_MAX // 2:
+            self._forget_settled()
+            settled = self._settled
+        words = op.labels if letter == "D" and isinstance(op, Commit) else op.head
+        if line[0] == "k":
+            settled[hold_id] = (letter, words, names, line, now_ms)
+        elif hold_id not in self._settled_before:  # else it is known whose it is
+            settled.setdefault(hold_id, (letter, words, names, line, now_ms))
+
+    def _forget_settled(self) -> None:
+        """Keeps of the older generation what it spent."""
+        _add(self._older, self._settled_before.values())
+        self.forgotten_settlements += len(self._settled_before)
+        self._settled_before, self._settled = self._settled, {}
+
+    def _prune(self, now_ms: int) -> None:
+        """Forgets what a store cannot be told any more, or need not be."""
+        oldest_us = (now_ms - HOLD_AGE_MAX_MS) * 1000
+        for hold_id in [i for i, hold in self._holds.items() if _Held(*hold).created_us < oldest_us]:
+            del self._holds[hold_id]
+        for key in [*self._older]:
+            end_ms = self._windows[key].span.end_ms
+            if end_ms is not None and end_ms + LONGEST_HOLD_MS < now_ms:
+                del self._older[key]
+        if len(self._windows) > _WINDOWS_MAX:
+            kept = [self._settled_before, self._settled]
+            used = {key for generation in kept for known in generation.values() for key in known[2].split(" ")}
+            self._windows = {key: w for key, w in self._windows.items() if key in used or key in self._older}
+
+    # -- to tell again -------------------------------------------------------------------------------------------------
+
+    def settlements(self, keys: Keys, now_ms: int) -> list[Op]:
+        """First: those in its share, by id, each as it was."""
+        self._prune(now_ms)
+        return self._settlements(keys, now_ms, True)
+
+    def others(self, keys: Keys, now_ms: int) -> list[Op]:
+        """Much later: those in the shares of other replicas."""
+        return self._settlements(keys, now_ms, False)
+
+    def _settlements(self, keys: Keys, now_ms: int, own: bool) -> list[Op]:
+        remembered = [(i, _Settled(*known)) for i, known in (self._settled_before | self._settled).items()]
+        return [
+            self._again(hold_id, keys.hold(hold_id), settled)
+            for hold_id, settled in remembered
+            if settled.own is own and settled.at_ms >= now_ms - AGE_MAX_MS
+        ]
+
+    def _again(self, hold_id: str, key: str, settled: _Settled) -> Op:
+        windows = [self._windows[name] for name in settled.windows.split(" ")]
+        # A release of what the store did not know tells of no window.
+        spent = [
+            *zip(windows, settled.units if len(settled.units) == len(windows) else ["0"] * len(windows), strict=True)
+        ]
+        labels = _labels(settled)
+        if settled.letter == "N":
+            return Op(hold_id, key, f"N {hold_id} 1 {labels}", [(window, f":{units}") for window, units in spent])
+        exactly = [(window, f":x{units}") for window, units in spent]
+        if settled.letter == "L":
+            return Op(hold_id, key, f"L {hold_id} {labels}", exactly)
+        commit = Commit(hold_id, key, exactly, True, *labels.split(" "))
+        return commit if commit.letter == "M" else commit.in_detail()
+
+    def shares(self, keys: Keys) -> list[Op]:
+        """Then: the totals, which raise what is less than they are."""
+        totals = dict(self._older)
+        for generation in (self._settled_before, self._settled):
+            _add(totals, generation.values())
+        return [
+            Op("-", keys.hold("-"), "T -", [(self._windows[key], f":{units}")])
+            for key, units in totals.items()
+            if units
+        ]
+
+    def holds(self, keys: Keys) -> list[Op]:
+        """Last: the open holds that the store does not know."""
+        return [_opened(hold_id, keys.hold(hold_id), _Held(*hold)) for hold_id, hold in self._holds.items()]
+
+
+def _add(totals: dict[str, int], known: Iterable[tuple[Any, ...]]) -> None:
+    """Adds what is in this replica's share, per key of a window."""
+    for _, _, names, line, _ in known:
+        if line[0] != "k":
+            continue
+        told = line[line.rfind(" ") + 1 :]
+        if " " not in names and "," not in told:
+            totals[names] = totals.get(names, 0) + int(told)
+        else:
+            for key, units in zip(names.split(" "), told.split(","), strict=False):
+                totals[key] = totals.get(key, 0) + int(units)
+
+
+def _opened(hold_id: str, key: str, hold: _Held) -> Op:
+    accrued = hold.accrued or [0] * len(hold.parts)
+    parts = [(window, f":{units}:{used}") for (window, units), used in zip(hold.parts, accrued, strict=True)]
+    return Op(hold_id, key, f"O {hold_id} {hold.policy} {hold.deadline_ms} {hold.created_us} {hold.labels}", parts)
+
+
+def _labels(settled: _Settled) -> str:
+    """Operation and trace, for the ledger, as words of the wire; of a release, its mode."""
+    letter, words, *_ = settled
+    if letter == "L":
+        return "o" if words.rpartition(" ")[2] in ("1", "o") else "f"
+    if letter == "C":
+        return "- -"
+    return words if letter == "D" else words.split(" ", 2 if letter == "M" else 3)[-1]

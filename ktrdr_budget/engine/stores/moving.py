@@ -1,0 +1,249 @@
+"""Stores whose server may become another: the master that sentinels name, the node that serves a slot of a cluster.
+
+Everything of a tenant is in one slot, so a limiter speaks to one server at a time, by the same wires as to a store that
+is one server. What differs: that server has to be found; it is doubted after each failure, and asked for anew before
+the next attempt; and somebody looks, once a second and whenever the sentinels say something, whether it is still the
+one. Its connections are cut as soon as it is not: an old master on the wrong side of a partition would go on to answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+from collections.abc import Coroutine
+from typing import Any
+
+from ktrdr_budget.engine.stores.failures import NoScript, Transient, doubtful, meaning, needs_time, redirection
+from ktrdr_budget.engine.stores.locators import ANSWER_S, ClusterLocator, Locator, NoServer, Refused, SentinelLocator
+from ktrdr_budget.engine.stores.servers import Server
+from ktrdr_budget.engine.stores.store import Store
+from ktrdr_budget.engine.stores.urls import Address, StoreUrl, parse_url
+from ktrdr_budget.engine.stores.wire import Wires
+from ktrdr_budget.errors import StoreError
+
+__all__ = ["MovingStore", "store_at"]
+
+
+def store_at(url: str | None, data_dir: str | None, key: str) -> Store:
+    """The store of a limiter.
+
+    Args:
+        url: where it is; ``None`` is the embedded server.
+        data_dir: the embedded server's data directory.
+        key: any key of the tenant.
+
+    Raises:
+        InvalidArgument: the URL is not usable.
+    """
+    if url is not None:
+        parsed = parse_url(url)
+        if parsed.kind != "server":
+            return MovingStore(url, parsed, key)
+    return Store(url, data_dir)
+
+
+class MovingStore(Store):
+    """A store behind sentinels, or a slot of a cluster.
+
+    Args:
+        key: any key of the tenant: all have the same slot.
+    """
+
+    def __init__(self, url: str, parsed: StoreUrl, key: str) -> None:
+        super().__init__(url)
+        self._parsed = parsed
+        self._key = key
+        self._connect_timeout = float(dict(parsed.options).get("socket_connect_timeout", ANSWER_S))
+        self._reset()
+
+    def _reset(self) -> None:
+        self._locator: Locator | None = None
+        self._finding: asyncio.Task[None] | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._told = asyncio.Event()
+        """Set when there is a reason to look at once."""
+        self._doubted: Address | None = None
+        self._target: Server | None = None
+        """The node to which the slot is being moved."""
+        self._left: set[Server] = set()
+        """Servers whose last answers are still on their way."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    async def open(self) -> None:
+        """Begins to watch; the server is looked for by whoever needs it."""
+        if self._locator is None:
+            self._locator = self._make_locator()
+            self._watch = self._start(self._watching(self._locator), self._tasks)
+
+    def _make_locator(self) -> Locator:
+        if self._parsed.kind == "sentinel":
+            return SentinelLocator(self._parsed)
+        from redis.crc import key_slot
+
+        return ClusterLocator(self._parsed, int(key_slot(self._key.encode())))
+
+    @staticmethod
+    def _start(work: Coroutine[Any, Any, None], among: set[asyncio.Task[None]]) -> asyncio.Task[None]:
+        # On nobody's behalf: an instrumentation must not see a caller here.
+        task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
+        among.add(task)
+        task.add_done_callback(among.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # whoever waits for it is told
+        return task
+
+    async def close(self) -> None:
+        """Closes connections."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, *self._closing, return_exceptions=True)
+        if self._locator is not None:
+            await self._locator.close()
+        if self._target is not None:
+            await self._target.close()
+        for server in self._left:
+            await server.close()
+        await super().close()
+
+    def forget(self) -> Any:
+        """See :meth:`Store.forget`."""
+        tasks = (self._finding, self._watch, self._tasks, self._closing)
+        connections = (super().forget(), self._locator, self._target, self._left, tasks)
+        self._reset()
+        return connections
+
+    # -- finding the server --------------------------------------------------------------------------------------------
+
+    async def _home(self) -> Server:
+        await self.open()
+        while self._server is None:
+            if self._finding is None or self._finding.done():
+                self._finding = self._start(self._find(), self._tasks)
+            await asyncio.shield(self._finding)  # others wait for it, too
+        return self._server
+
+    async def _find(self) -> None:
+        assert self._locator is not None
+        try:
+            address = await self._locator.find(self._doubted)
+        except NoServer as error:
+            raise Transient(f"store at {self.shown}: {error}", sent=False) from None
+        except Refused as error:
+            raise StoreError(f"store at {self.shown}: {error}") from None
+        self._doubted = None
+        if self._server is None:  # else it has been told meanwhile
+            self._move_to(address)
+
+    def _server_at(self, address: Address) -> Server:
+        timeout = self._connect_timeout
+        url = self._parsed.at(address, socket_connect_timeout=str(timeout))
+        return Server(url, address, timeout)
+
+    def _move_to(self, address: Address) -> None:
+        for left in self._left:
+            if left.address != address:
+                left.wires.abort()  # what it still answers does not count
+        self._settle(self._server_at(address))
+
+    def _settle(self, server: Server) -> None:
+        super()._settle(server)
+        server.wires.on_end = lambda: self._leave(server)
+
+    def _leave(self, server: Server, *, abort: bool = False) -> None:
+        """No more requests to this server: another must be found. ``abort``: answers under way are not waited for."""
+        if server is not self._server:
+            return
+        self._server, self._wires = None, Wires()
+        self._doubted = server.address
+        self._part_from(server, abort=abort)
+
+    def _part_from(self, server: Server, *, abort: bool) -> None:
+        if abort:
+            server.wires.abort()
+        else:
+            server.wires.retire()
+        self._left = {left for left in self._left if left.wires.standing} | {server}
+        self._start(server.client.aclose(), self._closing)
+
+    # -- failures ------------------------------------------------------------------------------------------------------
+
+    def _doubt(self, server: Server, error: Exception | None) -> None:
+        if error is None or (isinstance(meaning(error, self.shown), Transient) and not needs_time(error)):
+            self._leave(server)
+
+    def failure(self, error: Exception) -> Exception:
+        """See :meth:`Store.failure`; where a node names another, :meth:`apply` goes there."""
+        server = self._server
+        if redirection(error) is not None:
+            if server is not None:
+                self._elsewhere(server, error)
+            return NoScript()
+        if server is not None and doubtful(error):
+            self._leave(server)  # a connection that ended has told so itself
+        return super().failure(error)
+
+    def _elsewhere(self, server: Server, error: Exception) -> tuple[Server, bool] | None:
+        named = redirection(error)
+        if named is None or self._locator is None or server.address is None:
+            return None
+        address = named.address(server.address)
+        self._locator.learn(address)
+        if named.asking:
+            return self._moving_to(address), True
+        if self._server is None or self._server.address != address:
+            if self._server is not None:
+                self._leave(self._server)
+            target, self._target = self._target, None
+            if target is not None and target.address != address:
+                self._part_from(target, abort=False)
+                target = None
+            self._settle(target or self._server_at(address))
+            self._told.set()  # to learn what else has moved
+        assert self._server is not None
+        return self._server, False
+
+    def _moving_to(self, address: Address) -> Server:
+        if self._target is None or self._target.address != address:
+            if self._target is not None:
+                self._part_from(self._target, abort=False)
+            self._target = self._server_at(address)
+        return self._target
+
+    # -- watching ------------------------------------------------------------------------------------------------------
+
+    async def _watching(self, locator: Locator) -> None:
+        listening = self._start(locator.listen(self._told.set), self._tasks)
+        before: dict[Any, object] = {}
+        try:
+            while True:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(locator.look_every_s):
+                        await self._told.wait()
+                told = self._told.is_set()
+                self._told.clear()
+                server = self._server
+                if server is None:
+                    continue
+                under_way = server.wires.under_way()
+                hanging = any(under_way.get(wire) is request for wire, request in before.items())
+                before = under_way
+                if told or locator.always_looks or hanging:
+                    await self._look(locator, server, hanging)
+        finally:
+            listening.cancel()
+
+    async def _look(self, locator: Locator, server: Server, hanging: bool) -> None:
+        """Leaves the server if it is not the right one any more."""
+        try:
+            address = await locator.find(server.address if hanging else None)
+        except NoServer as error:
+            if error.known:
+                self._leave(server, abort=True)
+            return
+        except Refused:
+            return
+        if address != server.address and self._server is server and (hanging or locator.always_looks):
+            self._leave(server)
+            self._doubted = None
+            self._move_to(address)

@@ -1,0 +1,103 @@
+"""A small, bounded memory of requests whose reply was lost, and whose callers were told so (``ambiguous``).
+
+What happened to them is found out once the store answers again. A settlement is sent again, which its id makes
+harmless. A reservation under an id that nobody was told is given back, or never granted any more. One under the
+caller's own id is only looked up: whoever tries it again is granted it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple
+
+from ktrdr_budget.engine.protocol import Op
+
+__all__ = ["OUTCOMES", "Doubt", "Unresolved"]
+
+UNRESOLVED_MAX = 10_000
+
+Kind = Literal["settlement", "give back", "look up"]
+OUTCOMES = ("executed", "sent_again", "superseded", "released", "granted", "absent", "retried", "refused", "dropped")
+"""How a doubt may end.
+
+``executed``: the settlement had arrived. ``sent_again``: it had not, and has now. ``superseded``: settled otherwise
+meanwhile. ``released``: a grant that nobody knew of. ``granted``: open under its caller's own id, and left to him.
+``absent``: never granted, or never known. ``retried``: its caller found out himself. ``refused``: the store does not
+take it. ``dropped``: there were too many, or it is too old.
+"""
+
+
+class Doubt(NamedTuple):
+    """One request that may have been executed."""
+
+    op: Op
+    kind: Kind
+    since_us: int
+    """Between when and when an attempt of it may have been executed, by the store's clock."""
+    until_us: int
+
+
+class Unresolved:
+    """Of one replica. Does no I/O."""
+
+    def __init__(self) -> None:
+        self._doubts: dict[str, list[Doubt]] = {}
+        self.count = 0
+        """How many there are."""
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        """How many have ended how."""
+
+    def __iter__(self) -> Iterator[Doubt]:
+        """Oldest id first; of one id, in the order in which they were asked."""
+        for doubts in list(self._doubts.values()):
+            yield from list(doubts)
+
+    def add(self, doubt: Doubt) -> Doubt | None:
+        """Takes it up, unless what is there already answers it; returns another one that had to be dropped for it."""
+        known = self._doubts.setdefault(doubt.op.id, [])
+        for other in known:
+            if other.kind == doubt.kind == "settlement":
+                if _same(other.op, doubt.op):
+                    return None
+            elif "settlement" not in (other.kind, doubt.kind):
+                if not other.op.head.endswith(" f"):  # else nobody can have asked for this id again
+                    known[known.index(other)] = doubt
+                return None
+        known.append(doubt)
+        self.count += 1
+        if self.count <= UNRESOLVED_MAX:
+            return None
+        oldest = next(iter(self))
+        self.end(oldest, "dropped")
+        return oldest
+
+    def end(self, doubt: Doubt, outcome: str) -> None:
+        """It is known what became of it."""
+        doubts = self._doubts.get(doubt.op.id, [])
+        if doubt in doubts:
+            doubts.remove(doubt)
+            self.count -= 1
+            self.outcomes[outcome] += 1
+            if not doubts:
+                del self._doubts[doubt.op.id]
+
+    def replace(self, doubt: Doubt, op: Op) -> None:
+        """It is to be asked in other words."""
+        doubts = self._doubts.get(doubt.op.id, [])
+        if doubt in doubts:
+            doubts[doubts.index(doubt)] = doubt._replace(op=op)
+
+    def retried(self, hold_id: str, *, settled: bool) -> None:
+        """The caller has an answer for this id now: a settlement, which ends all, or the hold."""
+        for doubt in list(self._doubts.get(hold_id, ())):
+            if settled or doubt.kind != "settlement":
+                self.end(doubt, "retried")
+
+    def clear(self) -> None:
+        """Forgets all of them: in the child after a fork, they are the parent's."""
+        self._doubts.clear()
+        self.count = 0
+
+
+def _same(one: Op, other: Op) -> bool:
+    return one.head == other.head and [tail for _, tail in one.parts] == [tail for _, tail in other.parts]

@@ -1,0 +1,81 @@
+-- repair.lua: what a replica tells again after the store has gone back in time (P13). Nothing here asks for room: it was
+-- granted before. While anybody repairs, reservations wait.
+--
+-- op     T id window:units                 the share of this replica in the window's spend is at least so much
+--        O id policy deadline_ms created_us owner operation trace window:reserved:accrued …    this hold was open
+-- reply  k - units       T: so much was missing
+--        g               O: it was unknown or smaller, and is open again; or due, if its deadline has passed
+--        p               O: it is known, whatever has become of it
+
+call('HSET', KEYS[1], 'recovering_until', text(max(now_ms + 1000, tonumber(meta[5] or '0'))))
+dirty = true
+
+function operations.T(op)
+  local i, units = match(op, '(%d+):(%d+)$')
+  local w = windows[tonumber(i)]
+  load(w)
+  local missing = tonumber(units) - tonumber(call('HGET', w.key, 'r:' .. ARGV[1]) or '0') - w[SPENT]
+  if missing <= 0 then return 'k - 0' end
+  w.creating = true
+  add(w, SPENT, missing)
+  add(w, EVENTS, 1)
+  ledger(w, 'repair', '-', text(missing), '-', '-')
+  return 'k - ' .. text(missing)
+end
+
+-- An open hold that had grown, had reported more, or was prolonged, when it was lost.
+local function raise(id, key, hold, deadline, amounts)
+  local changed = false
+  for i, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+)') do
+    local w, segment = windows[tonumber(i)], nil
+    for j = 1, #hold.segments do
+      if hold.segments[j].name == w.name then segment = hold.segments[j] end
+    end
+    if segment then
+      local before = counted(segment)
+      if tonumber(reserved) > tonumber(segment.reserved) then
+        if segment.base == '' then segment.base = segment.reserved end
+        segment.reserved, changed = reserved, true
+      end
+      if tonumber(accrued) > units(segment.accrued) then segment.accrued, changed = accrued, true end
+      add(w, HELD, counted(segment) - before)
+    end
+  end
+  if tonumber(deadline) > tonumber(hold.deadline) then
+    hold.deadline, changed = deadline, true
+    set_due(id, deadline)
+  end
+  if not changed then return 'p' end
+  hold.origin = match(hold.origin, '^(%d+) ') .. ' ' .. now_us_text .. ' ' .. match(hold.origin, '(%S+)$')
+  store_record(key, hold, 'KEEPTTL')
+  return 'g'
+end
+
+function operations.O(op, key)
+  local id, policy, deadline, created, owner, operation, trace, amounts =
+    match(op, '^O (%S+) (%a) (%d+) (%d+) (%S+) (%S+) (%S+) (.+)$')
+  local record = call('GET', key)
+  if record then
+    local known = parse(record)
+    return known.state == 'o' and raise(id, key, known, deadline, amounts) or 'p'
+  end
+  local hold = { state = 'o', policy = policy, deadline = deadline, origin = created .. ' ' .. now_us_text .. ' ' .. owner,
+    operation = operation, trace = trace, segments = {} }
+  for i, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+)') do
+    local w = windows[tonumber(i)]
+    load(w)
+    w.creating = true
+    local segment = { flag = ARGV[w.at], name = w.name, base = '', reserved = reserved,
+      accrued = accrued == '0' and '' or accrued, charged = '' }
+    add(w, HELD, counted(segment))
+    hold.segments[#hold.segments + 1] = segment
+  end
+  local expires, endless = 0, false
+  for i = 1, #hold.segments do
+    local ends = tonumber(ARGV[by_name[hold.segments[i].name].at + 4])
+    endless, expires = endless or ends == 0, max(expires, ends)
+  end
+  store_record(key, hold, 'PXAT', text(endless and now_ms + LASTING_MS or expires))
+  set_due(id, deadline)
+  return 'g'
+end

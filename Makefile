@@ -9,9 +9,10 @@ PROMETHEUS_PORT ?= 9090
 WORKERS ?= 1
 PYTEST_ARGS ?= -n 2 --dist loadfile
 BIN := .venv/bin
+AUDITOR := pip-audit==2.10.1
 
 .DEFAULT_GOAL := help
-.PHONY: help run stack test lint format fuzz bench clean
+.PHONY: help run stack test lint format fuzz chaos bench audit clean
 
 help: ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -37,8 +38,14 @@ format: .venv/.test ## Format, and mend what lint can mend
 fuzz: .venv/.test ## Compare many more random histories with the reference model (minutes)
 	KTRDR_EXAMPLES=2000 $(BIN)/pytest tests/model --timeout 3600
 
+chaos: .venv/.test ## Break real servers while processes spend, and write the table in docs/reliability.md (minutes)
+	$(BIN)/python -m tests.chaos --markdown $(CHAOS_ARGS)
+
 bench: .venv/.bench ## Measure against peers, and write the table in docs/benchmarks.md
 	$(BIN)/python -m benchmarks --markdown
+
+audit: .venv/.test .venv/.audit ## Look up known vulnerabilities of all that is installed; exit 3: unknown, for want of network
+	$(BIN)/python scripts/audit.py .venv/audit/bin/pip-audit
 
 clean: ## Remove what the other targets made, except data/
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -58,4 +65,9 @@ clean: ## Remove what the other targets made, except data/
 
 .venv/.bench: pyproject.toml .venv/.test
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test,bench]'
+	@touch $@
+
+.venv/.audit: Makefile | .venv/.made
+	$(PYTHON) -m venv .venv/audit
+	.venv/audit/bin/python -m pip install --quiet --disable-pip-version-check '$(AUDITOR)'
 	@touch $@

@@ -9,6 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+Place = Path | tuple[str, int]
+"""A unix socket, or a host and a port."""
+
 
 class _Connection:
     """What is known of the script that is under way on one connection."""
@@ -20,33 +23,53 @@ class _Connection:
 
 
 class Proxy:
-    """Listens on a unix socket, forwards everything to another, and fails on demand.
+    """Listens on a unix socket or a port, forwards everything to another, and fails on demand.
 
     ``lose_replies``: so many replies to scripts are read from the server, which has thus run them, and are then dropped
     together with their connection. ``lose_requests``: so many scripts are dropped before the server sees them.
     ``fate`` is asked about each script, and may answer "reply" or "request" to lose it.
     ``hold_replies()``: the server runs what it is sent, but its answers wait for ``let_go()``. What a client says when
     it connects is answered, and that the server does not know a script yet is no answer in this sense.
+    ``freeze()``: half-open. Connections stand and new ones are accepted, but nothing passes, either way, until
+    ``thaw()``; then comes what was under way, though its sender may long have gone.
+    ``cut()``: every connection ends now, and so does each new one, until ``mend()``.
+    ``delay_s``, ``bytes_per_s``: how long each piece is on its way, and how much fits through in a second.
+
+    Args:
+        server: where the server is.
+        place: where to listen; port 0 is any.
     """
 
-    def __init__(self, server_path: Path, path: Path) -> None:
+    def __init__(self, server: Place, place: Place) -> None:
         self.lose_replies = 0
         self.lose_requests = 0
         self.fate: Callable[[], str | None] = lambda: None
         self.replies_lost = 0
+        self.requests_lost = 0
         self.scripts_run = 0
-        self._server_path = server_path
-        self._path = path
+        self.delay_s = 0.0
+        self.bytes_per_s = 0.0
+        self._is_cut = False
+        self._upstream = server
+        self._place = place
         self._open = asyncio.Event()
         self._open.set()
+        self._thawed = asyncio.Event()
+        self._thawed.set()
         self._connections: set[asyncio.Task[None]] = set()
 
     @property
     def url(self) -> str:
-        return f"unix://{self._path}"
+        if isinstance(self._place, Path):
+            return f"unix://{self._place}"
+        host, port = self._server.sockets[0].getsockname()[:2]
+        return f"redis://{host}:{port}"
 
     async def __aenter__(self) -> Proxy:
-        self._server = await asyncio.start_unix_server(self._serve, self._path)
+        if isinstance(self._place, Path):
+            self._server = await asyncio.start_unix_server(self._serve, self._place)
+        else:
+            self._server = await asyncio.start_server(self._serve, *self._place)
         return self
 
     async def __aexit__(
@@ -64,13 +87,38 @@ class Proxy:
     def let_go(self) -> None:
         self._open.set()
 
+    def freeze(self) -> None:
+        self._thawed.clear()
+
+    def thaw(self) -> None:
+        self._thawed.set()
+
+    def cut(self) -> None:
+        self._is_cut = True
+        for task in list(self._connections):
+            task.cancel()
+
+    def mend(self) -> None:
+        self._is_cut = False
+
+    async def _pass(self, writer: asyncio.StreamWriter, chunk: bytes) -> None:
+        """Forwards what was read, as slowly as the line is."""
+        await self._thawed.wait()
+        if pause_s := self.delay_s + (len(chunk) / self.bytes_per_s if self.bytes_per_s else 0):
+            await asyncio.sleep(pause_s)
+        writer.write(chunk)
+        await writer.drain()
+
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         task = asyncio.current_task()
         assert task is not None
         self._connections.add(task)
         writers, pumps = [writer], []
         try:
-            upstream_reader, upstream_writer = await asyncio.open_unix_connection(self._server_path)
+            if self._is_cut:
+                raise ConnectionResetError
+            await self._thawed.wait()
+            upstream_reader, upstream_writer = await self._connect()
             writers.append(upstream_writer)
             connection = _Connection()
             pumps = [
@@ -87,6 +135,11 @@ class Proxy:
                 open_writer.close()
             self._connections.discard(task)
 
+    async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        if isinstance(self._upstream, Path):
+            return await asyncio.open_unix_connection(self._upstream)
+        return await asyncio.open_connection(*self._upstream)
+
     async def _requests(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: _Connection
     ) -> None:
@@ -96,13 +149,13 @@ class Proxy:
                 fate = self.fate()
                 if fate == "request" or self.lose_requests:
                     self.lose_requests = max(0, self.lose_requests - 1)
+                    self.requests_lost += 1
                     return
                 connection.asked = True
                 if (fate == "reply" or self.lose_replies) and not connection.losing:
                     self.lose_replies = max(0, self.lose_replies - 1)
                     connection.losing = True
-            writer.write(chunk)
-            await writer.drain()
+            await self._pass(writer, chunk)
 
     async def _replies(
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: _Connection
@@ -116,17 +169,17 @@ class Proxy:
                     return
                 if not connection.greeting:
                     await self._open.wait()
-            writer.write(chunk)
-            await writer.drain()
+            await self._pass(writer, chunk)
 
 
 class ThreadedProxy:
     """The same in a thread of its own, for callers without an event loop."""
 
-    def __init__(self, server_path: Path, path: Path) -> None:
+    def __init__(self, server: Place, place: Place) -> None:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
-        self._proxy = self._in_thread(_made(server_path, path))
+        self.proxy: Proxy = self._in_thread(_made(server, place))
+        """Its figures may be read, and its ``fate`` be set, from any thread."""
 
     def _in_thread(self, work: Coroutine[Any, Any, Any]) -> Any:
         if not self._thread.is_alive():
@@ -135,26 +188,38 @@ class ThreadedProxy:
 
     @property
     def url(self) -> str:
-        return str(self._proxy.url)
+        return str(self.proxy.url)
 
     def __enter__(self) -> ThreadedProxy:
-        self._in_thread(self._proxy.__aenter__())
+        self._in_thread(self.proxy.__aenter__())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._in_thread(self._proxy.__aexit__(kind, error, trace))
+        self._in_thread(self.proxy.__aexit__(kind, error, trace))
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()
 
     def hold_replies(self) -> None:
-        self._loop.call_soon_threadsafe(self._proxy.hold_replies)
+        self._loop.call_soon_threadsafe(self.proxy.hold_replies)
 
     def let_go(self) -> None:
-        self._loop.call_soon_threadsafe(self._proxy.let_go)
+        self._loop.call_soon_threadsafe(self.proxy.let_go)
+
+    def freeze(self) -> None:
+        self._loop.call_soon_threadsafe(self.proxy.freeze)
+
+    def thaw(self) -> None:
+        self._loop.call_soon_threadsafe(self.proxy.thaw)
+
+    def cut(self) -> None:
+        self._loop.call_soon_threadsafe(self.proxy.cut)
+
+    def mend(self) -> None:
+        self._loop.call_soon_threadsafe(self.proxy.mend)
 
 
-async def _made(server_path: Path, path: Path) -> Proxy:
-    return Proxy(server_path, path)
+async def _made(server: Place, place: Place) -> Proxy:
+    return Proxy(server, place)

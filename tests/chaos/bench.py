@@ -1,0 +1,368 @@
+"""One run of the bench: real servers, replicas that spend, faults, and in the end a verdict on the whole history."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import redis
+
+from ktrdr_budget import Budget, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.verify import verify
+
+from ..conftest import ClockedServer, libfaketime, valkey_binary
+from ..helpers.processes import Worker, workers
+from ..helpers.waiting import wait_until
+from .history import UNANSWERED, Books, books, read
+from .judge import Terms, Verdict, judge
+
+TIMEOUT_S = 1.0
+DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
+CLOCKS = ("", "+26h", "-26h")
+SETTLING_S = 45.0
+_AWAY = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One fault of the table."""
+
+    name: str
+    fault: str
+    """The table's words."""
+    must_hold: str
+    run: Callable[[Bench], None]
+    seconds: float
+    short_s: float = 0.0
+    """How long its short form provokes; 0: it has none, for others provoke the like."""
+
+
+@dataclass
+class Figures:
+    """What a run is told by."""
+
+    row: Row
+    seed: int
+    seconds: float
+    faults: int = 0
+    losses: int = 0
+    """How often a replica noticed that the store had gone back in time."""
+    verdict: Verdict = field(default_factory=Verdict)
+
+    @property
+    def line(self) -> str:
+        """One line for a person."""
+        v = self.verdict
+        return (
+            f"{self.row.name}: seed {self.seed}, {self.seconds:g} s: {v.operations:,} operations,"
+            f" {self.faults:,} faults,"
+            f" {v.grants:,} grants, spend ${v.spend / 1e9:,.6f}, overspend {usd(v.overspend)}, lost {usd(v.lost)},"
+            f" {v.resolved:,} of {v.unknown:,} unknown resolved, {self.losses} losses noticed,"
+            f" longest call {v.longest_s:.2f} s: {'BROKEN' if v.violations else 'kept'}"
+        )
+
+
+def usd(units: int) -> str:
+    """Nano-dollars as dollars, or a plain 0."""
+    return f"${units / 1e9:,.6f}" if units > 0 else "0"
+
+
+class Bench:
+    """What a row works with: it starts a server, lets replicas spend, and provokes.
+
+    Args:
+        directory: for servers, sockets and histories; short, for the sake of sockets.
+        quick: fewer calls, so that several runs can share the machine.
+    """
+
+    def __init__(self, row: Row, seed: int, seconds: float, directory: Path, *, quick: bool = False) -> None:
+        self.row = row
+        self.seconds = seconds
+        self.directory = directory
+        self.replicas = 6
+        self.random = random.Random(f"{row.name} {seed}")
+        self.figures = Figures(row, seed, seconds)
+        self.clocks = (self.random.choice(CLOCKS),) if quick else CLOCKS
+        """The replicas' own clocks, in turn."""
+        limit = 20.0 if quick else 150.0
+        self.budgets: list[dict[str, Any]] = [
+            {"name": "agent", "limit": f"{limit * 0.2:.2f}"},
+            {"name": "team", "limit": f"{limit * 0.4:.2f}"},
+            {"name": "jobs", "limit": 3 if quick else 12, "kind": "slots"},
+            {"name": "facts", "limit": None},
+        ]
+        self.tenants = ["default"]
+        self.callers = 4 if quick else 8
+        self.pause_ms = 40.0 if quick else 20.0 + 3.0 * seconds
+        self.cancels = 0.1
+        self.leaves = True
+        """Whether some callers walk away from their holds."""
+        self.closes_first = False
+        """Whether replicas end before all has come to rest: what they keep prepaid would never come due."""
+        made = [Budget(**spec) for spec in self.budgets]
+        self.terms = Terms({budget.name: budget.limit_units for budget in made}, TIMEOUT_S)
+        if quick:
+            self.terms.tolerance_s = 3.0
+        self.untouched: tuple[str, ...] = ()
+        """Tenants whose store is well all the time: no call of theirs may go unanswered."""
+        self.losses_expected: bool | None = False
+        """Whether the store goes back in time; ``None``: that depends."""
+        self.spenders: list[Worker] = []
+        self._generations = 0
+        self._limiter_options: dict[str, Any] = {}
+        self._connect: Callable[[], Any] = redis.Redis
+        self._ends = 0.0
+        self.url = ""
+        self._opened = ExitStack()
+        self._sampler: _Sampler | None = None
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._opened.close()
+
+    # -- what a row is made of -----------------------------------------------------------------------------------------
+
+    def server(self, *options: str, binary: str | None = None, start: bool = True) -> ClockedServer:
+        """A server whose clock shows midnight (UTC) in the middle of the run."""
+        directory = self.directory / "s"
+        directory.mkdir()
+        server = ClockedServer(binary or valkey_binary(), directory, options)
+        server.offset_s = self._put_midnight(after_s=1.0)
+        self._opened.callback(server.kill)
+        if start:
+            server.start()
+        return server
+
+    def clock_environment(self) -> dict[str, str]:
+        """The same clock for groups of servers, which take longer to start."""
+        offset_s = self._put_midnight(after_s=3.0)
+        return {**_faked(f"+{offset_s:.3f}"), "LD_PRELOAD": f"{libfaketime()}:libc.so.6", "TZ": "UTC"}
+
+    def _put_midnight(self, after_s: float) -> float:
+        """By how many seconds a server's clock must be ahead to show midnight then, as far as can be told now."""
+        wait_s = after_s + self.seconds / 2
+        self.terms.midnight_ns = time.monotonic_ns() + int(wait_s * 1e9)
+        now = datetime.now(UTC)
+        midnight = (now + timedelta(days=1)).replace(hour=0, minute=0, second=0, microsecond=0)
+        return (midnight - now).total_seconds() - wait_s
+
+    def enter(self, context: Any) -> Any:
+        """Keeps something until the end of the run."""
+        return self._opened.enter_context(context)
+
+    def spend(self, url: str, connect: Callable[[], Any], **limiter_options: Any) -> None:
+        """Lets the replicas begin; the time of the run counts from now on.
+
+        Args:
+            connect: makes a client of the store itself, for looks at what it holds.
+            limiter_options: of each limiter.
+        """
+        self.url, self._connect, self._limiter_options = url, connect, limiter_options
+        for clock in self.clocks:
+            self.start_spenders(self.replicas // len(self.clocks), clock)
+        self._sampler = _Sampler(connect, self.tenants, self.terms.limits)
+        self._sampler.start()
+        self._ends = time.monotonic() + self.seconds
+        if self.terms.midnight_ns is not None:
+            self._ends = max(self._ends, self.terms.midnight_ns / 1e9 + 0.5)
+
+    def start_spenders(self, count: int, clock: str = "", **limiter_options: Any) -> None:
+        """So many more replicas, which begin at once."""
+        options = {
+            "url": self.url, "tenants": self.tenants, "budgets": self.budgets, "timeout": TIMEOUT_S,
+            "callers": self.callers, "pause_ms": self.pause_ms, "cancels": self.cancels, "leaves": self.leaves,
+            "limiter": {**self._limiter_options, **limiter_options}, "seed": self.figures.seed,
+            "number": self._generations, "history": f"{self.histories}/{{number}}.{{worker}}.jsonl",
+        }  # fmt: skip
+        self._generations += 1
+        environment = {} if not clock or libfaketime() is None else {**_faked(clock), "LD_PRELOAD": str(libfaketime())}
+        started = self.enter(workers("chaotic.py", count, options, environment))
+        self.spenders += started
+        for spender in started:
+            spender.tell(go=True)
+
+    @property
+    def histories(self) -> Path:
+        """Where the replicas write down what they do."""
+        place = self.directory / "histories"
+        place.mkdir(exist_ok=True)
+        return place
+
+    def wait_spending(self) -> None:
+        """Until each replica has had something acknowledged, so that there is something to lose."""
+
+        def all_have() -> bool:
+            return len({call.replica for call in read(self.histories) if call.acknowledged}) >= len(self.spenders)
+
+        wait_until(all_have, SETTLING_S)
+
+    def kill_spender(self) -> None:
+        """kill -9 of any replica."""
+        spender = self.spenders.pop(self.random.randrange(len(self.spenders)))
+        spender.kill()
+
+    def turns(self, least_s: float, most_s: float) -> Iterator[float]:
+        """Wakes up at random moments until the time of the run is over; yields the seconds that are left."""
+        while (left := self._ends - time.monotonic()) > 0:
+            time.sleep(min(left, self.random.uniform(least_s, most_s)))
+            if (left := self._ends - time.monotonic()) > 0:
+                yield left
+
+    def fault(self, count: int = 1) -> None:
+        """Something was provoked."""
+        self.figures.faults += count
+
+    def expect_ready(self, ready: bool) -> None:
+        """What a limiter says that is started now."""
+        with BudgetLimiter(self.url, timeout=TIMEOUT_S) as limiter:
+            wrong = {name: text for name, text in limiter.check().items() if text}
+        if ready is bool(wrong):
+            self.figures.verdict.blame(f"a limiter says {wrong}, though the store is {'up' if ready else 'down'}")
+
+    def counted(self) -> int:
+        """What the store counts now, over all windows: at most so much can be lost."""
+        with self._connect() as client:
+            found = [books(client, tenant) for tenant in self.tenants]
+        return sum(sums.total() for one in found for sums in one.sums.values())
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def settle(self) -> Figures:
+        """Faults are over: replicas finish, ask about what they do not know, and the history is judged."""
+        for spender in self.spenders:
+            spender.tell(stop=True)
+        reports = [spender.hear() for spender in self.spenders]
+        if not self.closes_first:
+            self._come_due()
+        for spender in self.spenders:
+            spender.tell(end=True)
+        reports = [spender.hear() or report for spender, report in zip(self.spenders, reports, strict=True)]
+        if self.closes_first:
+            self._come_due()
+        verdict = self.figures.verdict
+        assert self._sampler is not None
+        self._sampler.stop()
+        self._judge(verdict)
+        seen = self._sampler.excess - verdict.late
+        # What a store is told again may pass for open for a moment, although it has come due: it then shows too much.
+        if seen > 0 and self.losses_expected is False and self.terms.steady_clock:
+            verdict.overspend = max(verdict.overspend, seen)
+            verdict.blame(f"the store showed {seen} units above a limit")
+        self._weigh_reports(reports, verdict)
+        return self.figures
+
+    def _come_due(self) -> None:
+        """Until no hold is open any more: those of callers that left, or were killed, have come due."""
+        made = [Budget(**spec) for spec in self.budgets]
+        limiters = [BudgetLimiter(self.url, made, tenant=tenant, timeout=5.0) for tenant in self.tenants]
+
+        def none_is_open() -> bool:
+            try:
+                return not any(status.held or status.recovering_until for x in limiters for status in x.statuses())
+            except StoreUnavailable:
+                return False
+
+        try:
+            wait_until(none_is_open, SETTLING_S)
+        finally:
+            for limiter in limiters:
+                limiter.close()
+
+    def _books(self) -> list[Books]:
+        with self._connect() as client:
+            return [books(client, tenant) for tenant in self.tenants]
+
+    def _judge(self, verdict: Verdict) -> None:
+        calls = read(self.histories)
+        for tenant, one in zip(self.tenants, self._books(), strict=True):
+            mine = [call for call in calls if call.tenant == tenant]
+            verdict.add(judge(mine, one, self.terms))
+            if tenant in self.untouched and (refused := sum(call.word in UNANSWERED for call in mine)):
+                verdict.blame(f"{refused} calls of tenant {tenant!r} went unanswered, whose store was well")
+            for report in verify(self.url, tenant):
+                if not report.adds_up or not report.conclusive:
+                    verdict.blame(f"verify: {report}")
+
+    def _weigh_reports(self, reports: list[Any], verdict: Verdict) -> None:
+        self.figures.losses = sum(report["losses"] for report in reports if report)
+        for report in reports:
+            if report and report["tenant"] in self.untouched and report["losses"]:
+                verdict.blame(f"a loss was noticed by tenant {report['tenant']!r}, whose store was well")
+            if report is None:
+                verdict.blame("a replica has ended by itself")
+            elif report["unknown"] or report["deferred"] or report["unresolved"]:
+                verdict.blame(f"a replica does not know everything in the end: {report}")
+        if self.losses_expected is not None and self.losses_expected != bool(self.figures.losses):
+            verdict.blame(
+                "a loss was not noticed" if self.losses_expected else "a loss was noticed where nothing was lost"
+            )
+
+
+def _faked(clock: str) -> dict[str, str]:
+    return {
+        "FAKETIME": clock,
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+        "NO_FAKE_STAT": "1",
+    }
+
+
+class _Sampler(threading.Thread):
+    """Looks again and again at what the windows count, while all go on."""
+
+    def __init__(self, connect: Callable[[], Any], tenants: list[str], limits: Any) -> None:
+        super().__init__(daemon=True)
+        self._connect = connect
+        self._capped = {name: limit for name, limit in limits.items() if limit is not None}
+        self._tenants = tenants
+        self._stopped = threading.Event()
+        self.excess = 0
+        """The most, in units, that was seen above a limit."""
+
+    def run(self) -> None:
+        while not self._stopped.is_set():
+            with suppress(*_AWAY), contextlib.closing(self._connect()) as client:
+                while not self._stopped.wait(0.01):
+                    self._look(client)
+            self._stopped.wait(0.05)
+
+    def _look(self, client: Any) -> None:
+        for tenant in self._tenants:
+            prefix = f"ktrdr:{{{tenant}}}:w:"
+            for budget, limit in self._capped.items():
+                for window in ("ever",) if budget == "jobs" else self._days():
+                    figures = client.hmget(f"{prefix}{budget}:{window}", "spent", "held", "unconfirmed")
+                    self.excess = max(self.excess, sum(int(figure or 0) for figure in figures) - limit)
+
+    @staticmethod
+    def _days() -> Iterator[str]:
+        today = datetime.now(UTC).date()
+        for days in range(-1, 3):
+            yield f"{today + timedelta(days=days):%Y-%m-%d}"
+
+    def stop(self) -> None:
+        """Ends, after one last look."""
+        self._stopped.set()
+        self.join(10)
+        with suppress(*_AWAY), contextlib.closing(self._connect()) as client:
+            self._look(client)
+
+
+def play(row: Row, seed: int, seconds: float, directory: Path, *, quick: bool = False) -> Figures:
+    """One run of one row, from the first server to the verdict."""
+    with Bench(row, seed, seconds, directory, quick=quick) as bench:
+        row.run(bench)
+        return bench.settle()

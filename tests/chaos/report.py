@@ -1,0 +1,100 @@
+"""How runs are told: a line each for the terminal, and the table of `docs/reliability.md`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+
+from ..conftest import redis_binary, valkey_binary
+from .bench import Figures, usd
+from .rows import ROWS
+
+BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
+HEADINGS = (
+    "fault", "must hold", "operations", "faults", "grants", "spend", "overspend", "lost", "unknown resolved",
+    "losses noticed", "longest call", "seed", "",
+)  # fmt: skip
+
+
+def table(runs: Iterable[Figures], before: str = "") -> str:
+    """Markdown: a row for each run; of what was not run now, the row that is in the table ``before``."""
+    told = {line.rsplit("| `", 1)[1].partition("`")[0]: line for line in before.splitlines() if "| `" in line}
+    told |= {run.row.name: _line(_row(run)) for run in runs}
+    return "\n".join(
+        [
+            _line(HEADINGS),
+            _line(("---", "---", *("---:",) * 10, "---")),
+            *(told[r.name] for r in ROWS if r.name in told),
+        ]
+    )
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _row(run: Figures) -> tuple[str, ...]:
+    v = run.verdict
+    return (
+        run.row.fault,
+        run.row.must_hold,
+        f"{v.operations:,}",
+        f"{run.faults:,}",
+        f"{v.grants:,}",
+        f"${v.spend / 1e9:,.6f}",
+        usd(v.overspend),
+        usd(v.lost),
+        f"{v.resolved:,} of {v.unknown:,}",
+        f"{run.losses:,}",
+        f"{v.longest_s:.2f} s",
+        f"`{run.row.name}` {run.seed}",
+        "**broken**" if v.violations else "kept",
+    )
+
+
+def circumstances(seconds: float) -> str:
+    """When, where, and with what."""
+    kinds = {"valkey": valkey_binary(), "redis": redis_binary()}
+    servers = ", ".join(f"{kind}-server {_server_version(binary)}" for kind, binary in kinds.items() if binary)
+    return (
+        f"Last run on {datetime.now(UTC):%Y-%m-%d} at commit {_commit()}, in {seconds:.0f} s, on {os.cpu_count()} cores"
+        f" ({platform.system()} {platform.machine()}); Python {platform.python_version()}, redis-py {version('redis')},"
+        f" {servers}."
+    )
+
+
+def _server_version(binary: str) -> str:
+    words = subprocess.run([binary, "--version"], capture_output=True, text=True, check=True).stdout.split()
+    return next(word.removeprefix("v=") for word in words if word.startswith("v="))
+
+
+def _commit() -> str:
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
+
+
+def rewrite(path: Path, runs: Iterable[Figures], seconds: float) -> None:
+    """Puts the table between the two markers of a document; what was not run now keeps its row.
+
+    Raises:
+        ValueError: it does not have them.
+    """
+    text = path.read_text(encoding="utf-8")
+    before, begun, rest = text.partition(BEGIN)
+    table_before, ended, after = rest.partition(END)
+    if not begun or not ended:
+        raise ValueError(f"{path} has no {BEGIN} … {END}")
+    path.write_text(
+        f"{before}{begun}\n\n{circumstances(seconds)}\n\n{table(runs, table_before)}\n\n{ended}{after}",
+        encoding="utf-8",
+    )

@@ -1,0 +1,7 @@
+"""The whole table."""
+
+from __future__ import annotations
+
+from . import deaths, groups, lines, losses, shortages
+
+ROWS = [*deaths.ROWS, *losses.ROWS, *groups.ROWS, *lines.ROWS, *shortages.ROWS]

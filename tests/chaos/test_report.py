@@ -1,0 +1,64 @@
+"""What a run is told by, and the document that tells the last one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from . import __main__ as command
+from . import report
+from .bench import Figures
+from .judge import Verdict
+from .rows import ROWS
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
+
+
+def figures(*violations: str, **words: int) -> Figures:
+    verdict = Verdict(operations=1234, grants=500, spend=1_500_000_000, **words)
+    verdict.violations += violations
+    return Figures(ROWS[0], seed=7, seconds=20, faults=3, verdict=verdict)
+
+
+def test_one_line_tells_a_run():
+    line = figures(unknown=9, resolved=9).line
+    assert line.startswith("clients-die: seed 7, 20 s: 1,234 operations, 3 faults, 500 grants, spend $1.500000,")
+    assert "overspend 0, lost 0, 9 of 9 unknown resolved" in line and line.endswith(": kept")
+    assert figures("something").line.endswith(": BROKEN")
+    assert "overspend $0.250000, lost $0.000001" in figures(overspend=250_000_000, lost=1_000).line
+
+
+def test_the_table_takes_the_place_between_the_markers_and_keeps_what_was_not_run(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{report.BEGIN}\nworn out\n{report.END}\nafter\n")
+    other = Figures(ROWS[3], seed=5, seconds=20)
+    for runs in ([figures(), other], [figures("something")]):
+        report.rewrite(page, runs, 60)
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "worn out" not in text
+    rows = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
+    assert "| `clients-die` 7 | **broken** |" in rows[2] and f"| `{ROWS[3].name}` 5 | kept |" in rows[3]
+
+
+def test_a_page_without_markers_is_left_alone(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing here\n")
+    with pytest.raises(ValueError, match="chaos: begin"):
+        report.rewrite(page, [figures()], 60)
+    assert page.read_text() == "nothing here\n"
+
+
+def test_the_document_tells_of_every_row_and_that_it_was_kept():
+    text = DOCUMENT.read_text()
+    rows = [line for line in text.splitlines() if line.startswith("|") and line.endswith("| kept |")]
+    assert [any(f"| `{row.name}` " in line for line in rows) for row in ROWS] == [True] * len(ROWS)
+    assert "**broken**" not in text
+
+
+def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]):
+    with pytest.raises(SystemExit) as ended:
+        command.main(["--only", "nothing"])
+    assert ended.value.code == 2
+    assert "clients-die" in capsys.readouterr().err

@@ -1,0 +1,47 @@
+"""A few seconds of most rows of the chaos bench; `make chaos` runs all of it, for minutes."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from .bench import Figures, Row, play
+from .rows import ROWS
+
+SHORT = sorted((row for row in ROWS if row.short_s), key=lambda row: -row.short_s)
+"""The longest first, lest the others wait for it in the end."""
+AT_ONCE = 5
+"""Most of a run is waiting: for a time out, for a deadline, for a repair."""
+
+Runs = dict[str, Future[Figures]]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, start_clocked_server: object
+) -> Iterator[Runs]:
+    """The runs of all rows that were asked for, under way."""
+    params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    asked = {words["row"].name for words in params if isinstance(words.get("row"), Row)}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+
+        def begin(row: Row) -> Future[Figures]:
+            place, seed = Path(tmp_path_factory.mktemp("c")), random.randrange(10**6)
+            return pool.submit(play, row, seed, row.short_s, place, quick=True)
+
+        yield {row.name: begin(row) for row in SHORT if row.name in asked}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", SHORT, ids=lambda row: row.name)
+def test_every_promise_is_kept_through(row: Row, runs: Runs) -> None:
+    figures = runs[row.name].result()
+    print(figures.line)
+    assert not figures.verdict.violations, "\n".join(figures.verdict.violations[:20])
+    assert figures.faults > 0
+    assert figures.verdict.grants > 20
+    assert figures.verdict.resolved == figures.verdict.unknown

@@ -1,0 +1,331 @@
+"""Real clusters: masters with or without replicas, that fail over, and whose slots move key by key.
+
+with Cluster(binary, directory, masters=3, replicas=1) as cluster:   # ready in about three seconds
+    cluster.url                                # redis+cluster://127.0.0.1:…,127.0.0.1:…
+    owner = cluster.owner("default")           # the master of a tenant's slot: kill(), pause(), restart(), …
+    cluster.lag(owner)                         # its replicas hang: what it acknowledges now, they do not have
+    owner.kill()                               # a replica is elected after `node_timeout_ms` and some
+    cluster.migrate("default", cluster.others(owner)[0], between=lambda moved: …)     # key by key
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+import redis
+from redis.crc import key_slot
+
+from .nodes import Node, free_ports
+from .waiting import wait_until
+
+SLOTS = 16384
+
+
+class ClusterNode(Node):
+    """A master, or a replica; which of both, may change."""
+
+    def __init__(
+        self, binary: str, directory: Path, port: int, options: tuple[str, ...], environment: Mapping[str, str] | None
+    ) -> None:
+        words = ["--port", str(port), "--bind", "127.0.0.1", "--dir", str(directory), "--save", ""]
+        words += ["--cluster-enabled", "yes", "--maxmemory-policy", "noeviction", "--repl-diskless-sync-delay", "0"]
+        super().__init__(binary, directory, [*words, *options], environment)
+        self.port = port
+        self.id = f"{port:040x}"
+
+    @property
+    def role(self) -> str:
+        """``master`` or ``slave``, as the node itself says."""
+        return str(self.client.role()[0])
+
+    def is_whole(self) -> bool:
+        """Whether it knows a node for every slot, and accepts commands."""
+        try:
+            known = self.command("CLUSTER INFO")
+        except redis.RedisError:
+            return False
+        return known["cluster_state"] == "ok" and known["cluster_slots_ok"] == str(SLOTS)
+
+
+class Cluster:
+    """Masters that share the slots evenly, and so many replicas of each.
+
+    Args:
+        node_timeout_ms: after this time without an answer, a node counts as failed.
+        options: of every node, as words of the command line.
+        environment: of every node, e.g. for a clock that the test moves.
+    """
+
+    def __init__(
+        self,
+        binary: str,
+        directory: Path,
+        *,
+        masters: int = 3,
+        replicas: int = 0,
+        node_timeout_ms: int = 1000,
+        options: tuple[str, ...] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        common = ("--cluster-node-timeout", str(node_timeout_ms), "--cluster-require-full-coverage", "no")
+        common += ("--cluster-replica-validity-factor", "0", "--repl-timeout", "5")
+        self.nodes = [
+            ClusterNode(binary, directory / str(port), port, (*common, *options), environment)
+            for port in free_ports(masters * (1 + replicas))
+        ]
+        self._masters_at_first = masters
+        self._write_topology()
+
+    def _write_topology(self) -> None:
+        """What each node knows of the others from the start, which spares the time in which they would meet."""
+        count = self._masters_at_first
+        for me in self.nodes:
+            lines = []
+            for number, node in enumerate(self.nodes):
+                of = number % count
+                flags = "myself," if node is me else ""
+                place = f"{node.id} 127.0.0.1:{node.port}@{node.port + 10000} {flags}"
+                if number < count:
+                    slots = f"{SLOTS * of // count}-{SLOTS * (of + 1) // count - 1}"
+                    lines.append(f"{place}master - 0 0 {of + 1} connected {slots}")
+                else:
+                    lines.append(f"{place}slave {self.nodes[of].id} 0 0 {of + 1} connected")
+            lines.append(f"vars currentEpoch {count} lastVoteEpoch 0")
+            (me.directory / "nodes.conf").write_text("\n".join(lines) + "\n")
+
+    def start(self) -> Cluster:
+        """Starts all nodes; returns when every slot is served and every replica is in step."""
+        for node in self.nodes:
+            node.start()
+        for node in self.nodes:
+            node.wait_ready()
+        self.wait_whole()
+        return self
+
+    def __enter__(self) -> Cluster:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """Every process is gone."""
+        for node in self.nodes:
+            node.end()
+
+    # -- what it is ----------------------------------------------------------------------------------------------------
+
+    @property
+    def url(self) -> str:
+        """All nodes of it, for a limiter."""
+        return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
+
+    @property
+    def running(self) -> list[ClusterNode]:
+        """The nodes that were not killed."""
+        return [node for node in self.nodes if node.process is not None]
+
+    @property
+    def masters(self) -> list[ClusterNode]:
+        """Those that are masters now."""
+        return [node for node in self.running if node.role == "master"]
+
+    def owner(self, tenant: str) -> ClusterNode:
+        """The master of a tenant's slot, as most of the running nodes see it."""
+        return self._by_id(self._owners(slot_of(tenant))[0])
+
+    def replicas(self, master: ClusterNode) -> list[ClusterNode]:
+        """The running nodes that copy this one."""
+        port = master.port
+        return [node for node in self.running if (role := node.client.role())[0] != "master" and role[2] == port]
+
+    def others(self, than: ClusterNode) -> list[ClusterNode]:
+        """The other masters."""
+        return [node for node in self.masters if node is not than]
+
+    def tenant_of(self, master: ClusterNode, but: tuple[str, ...] = ()) -> str:
+        """The name of some tenant whose slot this master serves."""
+        return next(
+            name for name in (f"tenant-{n}" for n in range(10_000)) if name not in but and self.owner(name) is master
+        )
+
+    def _by_id(self, node_id: str) -> ClusterNode:
+        return next(node for node in self.nodes if node.id == node_id)
+
+    def _owners(self, slot: int) -> list[str]:
+        """The ids of those that the running nodes take for a slot's master, the most frequent first."""
+        seen: list[str] = []
+        for node in self.running:
+            with contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
+                seen += [master for first, last, master in _slots(node) if first <= slot <= last]
+        return sorted(set(seen), key=seen.count, reverse=True)
+
+    # -- waiting -------------------------------------------------------------------------------------------------------
+
+    def wait_whole(self, within_s: float = 30.0) -> None:
+        """Until the running nodes serve every slot, agree about it, and all replicas are in step."""
+        wait_until(self._is_whole, within_s)
+
+    def _is_whole(self) -> bool:
+        try:
+            if not all(node.is_whole() for node in self.running):
+                return False
+            roles = [node.client.role() for node in self.running]
+        except redis.RedisError:
+            return False
+        return all(role[0] == "master" or role[3] == "connected" for role in roles)
+
+    def wait_owner(self, tenant: str, but: ClusterNode, within_s: float = 30.0) -> ClusterNode:
+        """Until another than this one serves the tenant, and everybody knows it; returns who."""
+        slot = slot_of(tenant)
+        wait_until(lambda: len(owners := self._owners(slot)) == 1 and owners[0] != but.id, within_s)
+        owner = self.owner(tenant)
+        wait_until(lambda: owner.is_whole(), within_s)
+        return owner
+
+    # -- faults --------------------------------------------------------------------------------------------------------
+
+    def lag(self, master: ClusterNode) -> list[ClusterNode]:
+        """Its replicas hang, so that they miss what it acknowledges from now on; returns them, to be resumed."""
+        hanging = self.replicas(master)
+        for replica in hanging:
+            replica.pause()
+        return hanging
+
+    def lose_writes(self, master: ClusterNode) -> None:
+        """Its replicas never get what it acknowledges from now on: it refuses to copy itself to anybody.
+
+        The connections of its replicas are cut, and a user's rights that they need are taken away.
+        """
+        master.command("ACL SETUSER", "default", "-psync", "-sync", "-replconf")
+        with contextlib.suppress(redis.ResponseError):
+            master.command("CLIENT KILL", "TYPE", "replica")
+
+    def fail_over(self, tenant: str, *how: str) -> ClusterNode:
+        """``CLUSTER FAILOVER [FORCE|TAKEOVER]`` by a replica of the tenant's master; returns the new one."""
+        owner = self.owner(tenant)
+        replica = self.replicas(owner)[0]
+        asked_at = 0.0
+
+        def is_master() -> bool:
+            nonlocal asked_at
+            if time.monotonic() - asked_at > 2:  # voters that have elected one just now ignore the next
+                asked_at = time.monotonic()
+                replica.command("CLUSTER FAILOVER", *how)
+            return replica.role == "master"
+
+        wait_until(is_master, within_s=30)
+        return self.wait_owner(tenant, owner)
+
+    def migrate(
+        self, tenant: str, target: ClusterNode, between: Callable[[list[str]], None] | None = None, pause_s: float = 0.0
+    ) -> list[str]:
+        """Moves the tenant's slot to another master, key by key, as ``redis-cli --cluster reshard`` does.
+
+        Args:
+            between: called before the first key with no keys, then after each with those that were moved.
+            pause_s: seconds to wait after each key.
+        """
+        with self.migrating(tenant, target) as move:
+            if between is not None:
+                between([])
+            moved: list[str] = []
+            while key := move():
+                moved.append(key)
+                if between is not None:
+                    between(moved)
+                time.sleep(pause_s)
+        return moved
+
+    @contextmanager
+    def migrating(self, tenant: str, target: ClusterNode) -> Iterator[Callable[..., str | None]]:
+        """The slot is being moved while the block lasts, and belongs to the target at its end.
+
+        Yields what moves one key, the given or any, and tells which; ``None`` when none is left. What the block leaves
+        is moved at its end.
+        """
+        slot, source = slot_of(tenant), self.owner(tenant)
+        target.command("CLUSTER SETSLOT", slot, "IMPORTING", source.id)
+        source.command("CLUSTER SETSLOT", slot, "MIGRATING", target.id)
+
+        def move(key: str | None = None) -> str | None:
+            giver = self._giver(slot, source, target)
+            if giver is target:
+                return None
+            if key is None:
+                keys = giver.command("CLUSTER GETKEYSINSLOT", slot, 1)
+                if not keys:
+                    return None
+                key = keys[0]
+            # NOKEY: it has expired, or was deleted, meanwhile.
+            giver.command("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
+            return key
+
+        try:
+            yield move
+        finally:
+            self._finish(slot, source, target, move)
+
+    def _giver(self, slot: int, source: ClusterNode, target: ClusterNode) -> ClusterNode:
+        """Who has what was not moved yet: the source, or a replica that was promoted in its place."""
+        if source.process is not None and source.role == "master":
+            return source
+        givers = [node for node in self.masters if node is not target and slot in _served(node)]
+        if not givers:
+            return target  # it has all of it already
+        giver = givers[0]
+        giver.command("CLUSTER SETSLOT", slot, "MIGRATING", target.id)
+        for words in (("STABLE",), ("NODE", giver.id), ("IMPORTING", giver.id)):
+            target.command("CLUSTER SETSLOT", slot, *words)
+        return giver
+
+    def _finish(self, slot: int, source: ClusterNode, target: ClusterNode, move: Callable[[], str | None]) -> None:
+        while True:
+            while move() is not None:
+                pass
+            giver = self._giver(slot, source, target)
+            # A new key may have come to the source in between: then it refuses to give the slot away.
+            with contextlib.suppress(redis.ResponseError):
+                target.command("CLUSTER SETSLOT", slot, "NODE", target.id)
+                giver.command("CLUSTER SETSLOT", slot, "NODE", target.id)
+                break
+        for node in self.masters:
+            node.command("CLUSTER SETSLOT", slot, "NODE", target.id)
+
+    def flush(self) -> None:
+        """No keys, no scripts."""
+        for node in self.masters:
+            node.client.flushall()
+            node.client.script_flush()
+
+    def keys_by_node(self) -> list[list[str]]:
+        """The keys of each running node."""
+        return [sorted(node.client.scan_iter(count=10_000)) for node in self.running]
+
+
+def _served(node: ClusterNode) -> set[int]:
+    """The slots that a node takes for its own."""
+    return {slot for first, last, owner in _slots(node) if owner == node.id for slot in range(first, last + 1)}
+
+
+def _slots(node: ClusterNode) -> Iterator[tuple[int, int, str]]:
+    """First slot, last slot and the master's id, as one node sees it."""
+    for line in str(node.raw("CLUSTER", "NODES")).splitlines():
+        node_id, _, flags, _, _, _, _, _, *ranges = line.split()
+        if "master" in flags and "fail" not in flags.split(","):
+            for words in ranges:
+                if not words.startswith("["):
+                    first, _, last = words.partition("-")
+                    yield int(first), int(last or first), node_id
+
+
+def slot_of(tenant: str) -> int:
+    """The slot of a tenant's keys."""
+    return int(key_slot(tenant.encode()))

@@ -1,0 +1,130 @@
+"""One server process on a TCP port of its own: the part of which clusters and sentinel groups are made."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import redis
+
+
+class Node:
+    """A server that the test starts, pauses, kills and restarts; it keeps its port and its directory."""
+
+    def __init__(self, binary: str, directory: Path, words: list[str], environment: Mapping[str, str] | None = None):
+        directory.mkdir(parents=True, exist_ok=True)
+        self.binary = binary
+        self.directory = directory
+        self.port = 0
+        """Set by whoever made it."""
+        self.login: dict[str, Any] = {}
+        """User and password of :attr:`client`."""
+        self.process: subprocess.Popen[bytes] | None = None
+        self._words = words
+        self._environment = {**os.environ, **(environment or {})}
+        self._client: redis.Redis | None = None
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.port}>"
+
+    @property
+    def client(self) -> redis.Redis:
+        """A synchronous connection, decoding; it answers within 5 s or raises."""
+        if self._client is None:
+            self._client = redis.Redis(port=self.port, decode_responses=True, socket_timeout=5, **self.login)
+        return self._client
+
+    def command(self, *words: Any) -> Any:
+        """One command to this very node."""
+        return self.client.execute_command(*words)
+
+    def raw(self, *words: Any) -> Any:
+        """The same, its answer as the node gave it."""
+        connection = self.client.connection_pool.get_connection()
+        try:
+            connection.send_command(*words)
+            return connection.read_response()
+        finally:
+            self.client.connection_pool.release(connection)
+
+    def start(self) -> None:
+        """Starts it, or starts it again; does not wait."""
+        with (self.directory / "log").open("ab") as log:
+            self.process = subprocess.Popen(
+                [self.binary, *self._words], stdout=log, stderr=log, env=self._environment, cwd=self.directory
+            )
+
+    def wait_ready(self, within_s: float = 20.0) -> None:
+        """Until it answers."""
+        ends = time.monotonic() + within_s
+        while not self.answers():
+            assert self.process is not None
+            assert self.process.poll() is None, self.log()[-2000:]
+            assert time.monotonic() < ends, f"{self} did not start"
+            time.sleep(0.01)
+
+    def answers(self) -> bool:
+        """Whether it answers a PING; false while it loads, too."""
+        try:
+            return bool(self.client.ping())
+        except redis.RedisError:
+            return False
+
+    def log(self) -> str:
+        """What it has printed."""
+        return (self.directory / "log").read_text(errors="replace")
+
+    def kill(self) -> None:
+        """kill -9; returns when it has ended."""
+        process, self.process = self.process, None
+        if process is not None:
+            process.kill()
+            process.wait()
+
+    def restart(self) -> None:
+        """Kill -9 and start; returns when it answers. What was not on disk is gone."""
+        self.kill()
+        self.start()
+        self.wait_ready()
+
+    def pause(self) -> None:
+        """It hangs: its connections stay, and nothing is answered, until :meth:`resume`."""
+        assert self.process is not None
+        self.process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """It goes on where it was."""
+        if self.process is not None:
+            self.process.send_signal(signal.SIGCONT)
+
+    def end(self) -> None:
+        """It is gone, whatever its state was."""
+        self.kill()
+        if self._client is not None:
+            self._client.close()
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports below the automatic range, on which nobody listens, nor on the bus port of a cluster (10000 above)."""
+    found: list[int] = []
+    while len(found) < count:
+        port = random.randrange(14000, 22000)
+        if port not in found and _is_free(port) and _is_free(port + 10000):
+            found.append(port)
+    return found
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as listener:
+        try:
+            listener.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

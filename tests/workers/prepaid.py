@@ -1,0 +1,63 @@
+"""One replica under policy `lease`: takes lines, does what they say, and answers each with a line.
+
+Options: `url, limit, slab, worker`. `{"do": "ready"}` answers once its slab is there; `{"do": "spend", "amounts": […]}`
+reserves and commits each amount while the store is away, and answers with the ids and units that were granted, and how
+many were refused; `{"do": "told"}` answers once the store has heard of everything.
+"""
+
+import asyncio
+import json
+import random
+import sys
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable
+from ktrdr_budget.money import to_units
+
+
+def say(words: object) -> None:
+    print(json.dumps(words), flush=True)
+
+
+async def spend(limiter: AsyncBudgetLimiter, amounts: list[str], chance: random.Random) -> dict:
+    spent: dict[str, int] = {}
+    refused = 0
+    for amount in amounts:
+        try:
+            hold = await limiter.reserve("agent", amount)
+        except StoreUnavailable:
+            refused += 1
+            continue
+        assert hold.prepaid is not None
+        if chance.random() < 0.2:
+            await hold.release()
+            continue
+        cost = chance.randrange(1, to_units(amount) + 1)
+        settlement = await hold.commit(f"{cost / 10**9:.9f}")
+        assert settlement.deferred
+        spent[hold.id] = cost
+    return {"spent": spent, "refused": refused}
+
+
+async def main(options: dict) -> None:
+    budget = Budget("agent", options["limit"])
+    chance = random.Random(options["seed"] + options["worker"])
+    async with AsyncBudgetLimiter(
+        options["url"], [budget], timeout=0.3, on_store_error="lease", lease_slab=options["slab"]
+    ) as limiter:
+        say("ready")
+        while line := await asyncio.to_thread(sys.stdin.readline):
+            order = json.loads(line)
+            if order["do"] == "ready":
+                while limiter.prepaid != {"agent": budget.limit.__class__(options["slab"])}:
+                    await asyncio.sleep(0.01)
+                say("prepaid")
+            elif order["do"] == "spend":
+                say(await spend(limiter, order["amounts"], chance))
+            else:
+                while limiter.deferred:
+                    await asyncio.sleep(0.01)
+                say("told")
+
+
+def run(options: dict) -> None:
+    asyncio.run(main(options))

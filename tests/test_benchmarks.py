@@ -21,7 +21,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_a_quick_run_measures_and_writes_json(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
-    groups = ("latency", "server", "memory", "cli", "guards")
+    groups = ("latency", "server", "memory", "cli", "guards", "lease", "cluster")
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks", "--quick", "--json", str(file), "--only", *groups],
         cwd=ROOT,
@@ -42,6 +42,11 @@ def test_a_quick_run_measures_and_writes_json(tmp_path: Path) -> None:
         "memory_open_hold_valkey",
         "memory_settled_operation_valkey",
         "import_s",
+        "lease_spend_str",
+        "lease_acquire_commit",
+        "cluster_three_shards_to_one",
+        "cluster_busiest_server_one_to_three",
+        "cluster_reserve_to_server",
         "cli_agent_budget_s",
         "guard_overhead_anthropic_messages_create",
         "guard_overhead_openai_chat_completions_create_streamed",

@@ -1,141 +1,58 @@
-"""A plain reserve and commit, and a race, on a real cluster of three nodes: scripts go to the slot's node."""
+"""Real clusters of three masters with a replica each: batches go to the slot's node, wherever that is."""
 
 from __future__ import annotations
 
 import asyncio
-import signal
-import socket
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from decimal import Decimal
 from pathlib import Path
 
 import pytest
-import redis
+import redis.asyncio
+import wrapt
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, StoreError, StoreUnavailable
+from ktrdr_budget.engine.stores import packing
 from ktrdr_budget.money import to_units
+from ktrdr_budget.verify import verify
 
-from .helpers.processes import workers
+from .conftest import redis_binary, valkey_binary
+from .helpers.clusters import Cluster, slot_of
+from .helpers.nodes import free_ports
+from .helpers.processes import in_child, workers
 from .helpers.waiting import until, wait_until
 
-SLOTS = 16384
 BUDGETS = [Budget("agent", "5.00"), Budget("team:quant", "5.00"), Budget("cycles", 10, unit="cycles")]
-
-
-class Cluster:
-    """Three servers of this test run, each with a third of the slots."""
-
-    def __init__(self, binary: str, directory: Path) -> None:
-        self.ports = free_ports(3)
-        self._processes = [self._start(binary, directory / str(port), port) for port in self.ports]
-        self.nodes = [redis.Redis(port=port, decode_responses=True) for port in self.ports]
-
-    def form(self) -> None:
-        """Makes one cluster of the nodes."""
-        for node in self.nodes:
-            wait_until(lambda node=node: answers(node), within_s=10)
-        for number, node in enumerate(self.nodes):
-            first, last = SLOTS * number // 3, SLOTS * (number + 1) // 3 - 1
-            node.execute_command("CLUSTER ADDSLOTSRANGE", first, last)
-            node.execute_command("CLUSTER SET-CONFIG-EPOCH", number + 1)
-        for node in self.nodes:
-            for port in self.ports:
-                node.execute_command("CLUSTER MEET", "127.0.0.1", port, port + 10000)
-        wait_until(self._is_whole, within_s=30)
-
-    @staticmethod
-    def _start(binary: str, directory: Path, port: int) -> subprocess.Popen[bytes]:
-        directory.mkdir()
-        words = [binary, "--port", str(port), "--dir", str(directory), "--save", "", "--cluster-enabled", "yes"]
-        words += ["--cluster-node-timeout", "2000", "--cluster-require-full-coverage", "no"]
-        with (directory / "log").open("ab") as log:
-            return subprocess.Popen([*words, "--maxmemory-policy", "noeviction"], stdout=log, stderr=log)
-
-    def _is_whole(self) -> bool:
-        for node in self.nodes:
-            known = node.execute_command("CLUSTER INFO")
-            if known["cluster_state"] != "ok" or known["cluster_slots_ok"] != str(SLOTS):
-                return False
-        return True
-
-    @property
-    def url(self) -> str:
-        return f"redis+cluster://127.0.0.1:{self.ports[0]}"
-
-    def keys_by_node(self) -> list[list[str]]:
-        """The keys of each node."""
-        return [sorted(node.scan_iter()) for node in self.nodes]
-
-    def flush(self) -> None:
-        for node in self.nodes:
-            node.flushall()
-            node.script_flush()
-
-    def signal(self, number: int) -> None:
-        for process in self._processes:
-            process.send_signal(number)
-
-    def end(self) -> None:
-        for node in self.nodes:
-            node.close()
-        for process in self._processes:
-            process.kill()
-            process.wait()
-
-
-def answers(node: redis.Redis) -> bool:
-    try:
-        return bool(node.ping())
-    except redis.ConnectionError:
-        return False
-
-
-def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on, whose bus ports (+10000) are free as well."""
-    found: list[int] = []
-    while len(found) < count:
-        with socket.socket() as listener, socket.socket() as bus:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-            if port + 10000 < 65536:
-                try:
-                    bus.bind(("127.0.0.1", port + 10000))
-                except OSError:
-                    continue
-                found.append(port)
-        # Some ranges of automatic ports leave no room above them.
-        if not found and port + 10000 >= 65536:
-            found += [port for port in range(21000, 21000 + 7 * count, 7) if is_free(port) and is_free(port + 10000)]
-    return found[:count]
-
-
-def is_free(port: int) -> bool:
-    with socket.socket() as listener:
-        try:
-            listener.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-        return True
+BINARIES = {"valkey": valkey_binary(), "redis": redis_binary()}
 
 
 @pytest.fixture(scope="module")
-def _cluster(start_server: Callable, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    probe = start_server()
-    binary = probe.binary
-    probe.kill()
-    made = Cluster(binary, Path(tmp_path_factory.mktemp("cluster")))
-    try:
-        made.form()
+def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(valkey_binary(), Path(tmp_path_factory.mktemp("cluster")), replicas=1) as made:
         yield made
-    finally:
-        made.end()
 
 
 @pytest.fixture
 def cluster(_cluster: Cluster) -> Cluster:
+    """One for all tests, empty, on Valkey."""
     _cluster.flush()
     return _cluster
+
+
+@pytest.fixture(scope="module", params=[kind for kind, binary in BINARIES.items() if binary])
+def _either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    if request.param == "valkey":
+        yield request.getfixturevalue("_cluster")
+        return
+    with Cluster(BINARIES[request.param], Path(tmp_path_factory.mktemp("cluster")), replicas=1) as made:
+        yield made
+
+
+@pytest.fixture
+def either(_either: Cluster) -> Cluster:
+    """The same, on each kind of server: they say different things while a slot moves."""
+    _either.flush()
+    return _either
 
 
 @pytest.mark.parametrize("tenant", ["default", "alpha", "beta", "team:quant"])
@@ -149,7 +66,9 @@ async def test_reserve_and_commit_of_each_tenant_stay_in_one_slot(cluster, tenan
         assert (await limiter.reserve({"agent": "0.15", "team:quant": "0.15", "cycles": 1}, id="op_1")).replayed
         settlement = await hold.commit("0.07")
         assert settlement.amounts == {"agent": Decimal("0.07"), "team:quant": Decimal("0.07"), "cycles": 1}
-    used = [keys for keys in cluster.keys_by_node() if keys]
+    used = [
+        keys for node, keys in zip(cluster.nodes, cluster.keys_by_node(), strict=True) if keys and node.role == "master"
+    ]
     assert len(used) == 1, "one node has them all"
     assert all(key.startswith(f"ktrdr:{{{tenant}}}:") for key in used[0])
 
@@ -188,8 +107,8 @@ async def test_script_flush_on_every_node_is_invisible(cluster):
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=5.0) as limiter:
         for _ in range(3):
             await (await limiter.reserve("agent", "0.15")).commit("0.07")
-            for node in cluster.nodes:
-                node.script_flush()
+            for node in cluster.masters:
+                node.client.script_flush()
         assert (await limiter.status("agent")).spent == Decimal("0.21")
 
 
@@ -198,6 +117,13 @@ def test_the_sync_limiter_and_its_threads_speak_to_a_cluster_too(cluster):
         with limiter.hold("agent", "0.15") as hold:
             hold.accrue("0.05")
         assert limiter.status("agent").spent == Decimal("0.05")
+
+
+def test_the_child_of_a_fork_finds_the_slot_by_itself(cluster):
+    with BudgetLimiter(cluster.url, BUDGETS, timeout=5.0) as limiter:
+        limiter.reserve("agent", "0.50")
+        assert in_child(lambda: limiter.reserve("agent", "0.25")) == 0
+        assert limiter.status("agent").held == Decimal("0.75")
 
 
 async def test_many_callers_of_one_process_fill_the_cap_exactly(cluster):
@@ -234,13 +160,17 @@ def test_mixed_amounts_and_kill_9_never_pass_the_cap_on_a_cluster(cluster):
         assert sum(report["committed"] for report in reports) <= found["spent"]
 
 
-def window(cluster: Cluster) -> dict[str, int]:
-    """The figures of the only window of `agent`, on whichever node it is."""
-    figures = {"spent": 0, "held": 0, "unconfirmed": 0}
-    for node in cluster.nodes:
-        for key in node.scan_iter("ktrdr:{default}:w:agent:*", count=10000):
-            figures = {name: int(node.hget(key, name) or 0) for name in figures}
-    return figures
+def window(cluster: Cluster, tenant: str = "default") -> dict[str, int]:
+    """The figures of the only window of `agent`, on whichever master it is; fails if there are two."""
+    found = []
+    for node in cluster.masters:
+        for key in node.client.scan_iter(f"ktrdr:{{{tenant}}}:w:agent:*", count=10000):
+            pipeline = node.client.pipeline(transaction=False)
+            pipeline.execute_command("ASKING")  # it may be on its way to this node
+            pipeline.hmget(key, "spent", "held", "unconfirmed")
+            found.append([int(figure or 0) for figure in pipeline.execute()[1]])
+    assert len(found) <= 1, "a split window"
+    return dict(zip(("spent", "held", "unconfirmed"), found[0] if found else (0, 0, 0), strict=True))
 
 
 def held_in(cluster: Cluster) -> int:
@@ -250,15 +180,17 @@ def held_in(cluster: Cluster) -> int:
 async def test_a_cluster_that_hangs_gives_every_call_its_answer_in_time(cluster):
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=0.5) as limiter:
         hold = await limiter.reserve("agent", "0.15")
-        cluster.signal(signal.SIGSTOP)
+        for node in cluster.nodes:
+            node.pause()
         try:
             for call in (lambda: limiter.reserve("agent", "0.15"), lambda: limiter.status("agent"), hold.commit):
                 async with asyncio.timeout(1.0):
                     with pytest.raises(StoreUnavailable):
                         await call()
         finally:
-            cluster.signal(signal.SIGCONT)
-        await until(lambda: _answers(limiter), within_s=10)
+            for node in cluster.nodes:
+                node.resume()
+        await until(lambda: _answers(limiter), within_s=20)
         assert (await hold.commit("0.07")).amounts == {"agent": Decimal("0.07")}
 
 
@@ -276,3 +208,255 @@ async def test_a_cluster_that_is_not_there_is_unavailable(cluster):
         async with asyncio.timeout(0.8):
             with pytest.raises(StoreUnavailable):
                 await limiter.reserve("agent", "0.15")
+
+
+# -- a slot that moves -------------------------------------------------------------------------------------------------
+
+
+def test_a_slot_that_moves_key_by_key_while_three_processes_spend_is_never_split(either):
+    """Twice: there and back. No grant is lost, none is counted twice, and the cap is filled exactly."""
+    options = {
+        "url": either.url,
+        "limit": "0.9",
+        "amounts": ["0.001", "0.0005"],
+        "callers": 4,
+        "ttl": 60,
+        "settle": True,
+    }
+    with workers("spender.py", 3, options) as racers:
+        for racer in racers:
+            racer.tell(go=True)
+        for tenths in (2, 5):
+            wait_until(lambda tenths=tenths: window(either)["spent"] >= to_units("0.09") * tenths, within_s=30)
+            source = either.owner("default")
+            target = either.others(source)[0]
+            moved = either.migrate("default", target, between=lambda moved: len(moved) % 100 or window(either))
+            assert len(moved) > 4
+            assert either.owner("default") is not source
+        reports = [racer.hear() for racer in racers]
+    found = window(either)
+    assert found["held"] == found["unconfirmed"] == 0
+    assert found["spent"] == sum(report["committed"] for report in reports) <= to_units("0.9")
+    assert found["spent"] >= to_units("0.899")
+    [report] = verify(either.url)
+    assert report.adds_up and report.conclusive and report.spent == found["spent"]
+    assert [key for node in either.masters for key in node.client.scan_iter("*:meta")] == ["ktrdr:{default}:meta"]
+
+
+async def test_while_half_a_tenant_has_moved_nothing_is_granted_and_the_policy_decides(either):
+    source, target = either.owner("default"), either.others(either.owner("default"))[0]
+    async with AsyncBudgetLimiter(either.url, BUDGETS, timeout=0.3) as limiter:
+        hold = await limiter.reserve("agent", "1.00", id="op_1")
+        for moved_first in sorted(source.client.scan_iter()):
+            with either.migrating("default", target) as move:
+                move(moved_first)
+                assert (await limiter.get("op_1")).state == "open", "one key is wherever it is"
+                for call in (limiter.reserve("agent", "5.00"), limiter.reserve("cycles", 1), hold.extend()):
+                    with pytest.raises(StoreUnavailable):
+                        await call
+                window(either)
+            await until(lambda: _holds(limiter, 1))
+            source, target = target, source
+        assert (await hold.commit("0.50")).amounts == {"agent": Decimal("0.50")}
+        assert (await limiter.status("agent")).remaining == Decimal("4.50")
+
+
+async def _holds(limiter, amount: int) -> bool:
+    try:
+        return (await limiter.status("agent")).held == amount
+    except StoreUnavailable:
+        return False
+
+
+async def test_the_first_reservation_of_a_tenant_waits_for_a_slot_that_moves(either):
+    """No key exists anywhere: the source says ASK, and the target must not begin a window beside another."""
+    source = either.owner("fresh")
+    async with AsyncBudgetLimiter(either.url, BUDGETS, tenant="fresh", timeout=10.0) as limiter:
+        with either.migrating("fresh", either.others(source)[0]):
+            first = asyncio.create_task(limiter.reserve("agent", "1.00"))
+            done, _ = await asyncio.wait([first], timeout=0.3)
+            assert not done
+            assert not any(node.client.keys("ktrdr:{fresh}:*") for node in either.masters)
+        await first
+        assert window(either, "fresh")["held"] == to_units("1.00")
+
+
+async def test_a_tenant_elsewhere_does_not_notice_that_a_slot_moves(cluster):
+    source, target, elsewhere = cluster.masters
+    moving, calm = cluster.tenant_of(source), cluster.tenant_of(elsewhere)
+    async with (
+        AsyncBudgetLimiter(cluster.url, BUDGETS, tenant=moving, timeout=0.2) as stuck,
+        AsyncBudgetLimiter(cluster.url, BUDGETS, tenant=calm, timeout=0.2) as free,
+    ):
+        await stuck.reserve("agent", "0.01")
+        with cluster.migrating(moving, target) as move:
+            move()
+            for _ in range(20):
+                await free.reserve("agent", "0.01")
+            with pytest.raises(StoreUnavailable, match="TRYAGAIN|rehashing"):
+                await stuck.reserve("agent", "0.01")
+        await until(lambda: _answers(stuck))
+        await stuck.reserve("agent", "0.01")
+
+
+async def test_a_slot_that_valkey_moves_as_a_whole_is_followed_without_a_pause(cluster):
+    """Valkey 9 sends a slot like a replica, and then hands it over at once: no TRYAGAIN, and no loss."""
+    source = cluster.owner("default")
+    target = cluster.others(source)[0]
+    slot = slot_of("default")
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=5.0) as limiter:
+        spending, spent = True, 0
+
+        async def spend() -> None:
+            nonlocal spent
+            while spending:
+                await (await limiter.reserve("agent", "0.002")).commit("0.001")
+                spent += 1
+                await asyncio.sleep(0.001)
+
+        spenders = [asyncio.create_task(spend()) for _ in range(4)]
+        source.command("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", target.id)
+        await asyncio.to_thread(cluster.wait_owner, "default", source)
+        before = spent
+        await until(lambda: spent > before + 50)
+        spending = False
+        await asyncio.gather(*spenders)
+        assert (await limiter.status("agent")).spent == spent * Decimal("0.001")
+        assert limiter._session.losses == 0
+
+
+@pytest.mark.parametrize("way", ["wires", "without hiredis", "watched"])
+async def test_moved_and_ask_are_followed_at_once_whatever_carries_the_calls(cluster, monkeypatch, way):
+    if way == "without hiredis":
+        monkeypatch.setattr(packing, "Reader", None)
+    if way == "watched":
+        plain = redis.asyncio.Redis.execute_command
+        monkeypatch.setattr(redis.asyncio.Redis, "execute_command", plain)  # put back at the end
+        wrapt.wrap_function_wrapper(
+            redis.asyncio.Redis, "execute_command", lambda call, _, words, more: call(*words, **more)
+        )
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=5.0) as limiter:
+        hold = await limiter.reserve("agent", "1.00", id="op_1")
+        assert bool(limiter._store._wires.standing) == (way == "wires")
+        source = cluster.owner("default")
+        with cluster.migrating("default", cluster.others(source)[0]) as move:
+            while move():
+                pass
+            assert (await limiter.get("op_1")).state == "open"
+            blocked = asyncio.create_task(limiter.status("agent"))  # names keys that are nowhere, which may yet come
+            done, _ = await asyncio.wait([blocked], timeout=0.2)
+            assert not done
+        assert (await blocked).held == 1
+        async with asyncio.timeout(1):
+            await hold.commit("0.50")
+            assert (await limiter.status("agent")).spent == Decimal("0.50")
+        assert limiter._store._server.address[1] == cluster.owner("default").port
+
+
+# -- a master that dies ------------------------------------------------------------------------------------------------
+
+
+async def test_a_master_that_dies_is_replaced_within_the_deadline_of_a_call(either):
+    old = either.owner("default")
+    async with AsyncBudgetLimiter(either.url, BUDGETS, timeout=20.0) as limiter:
+        hold = await limiter.reserve("agent", "1.00", id="op_1")
+        await asyncio.to_thread(old.client.wait, 1, 5000)
+        old.kill()
+        try:
+            calls = (limiter.reserve("agent", "0.50", id="op_2"), limiter.status("agent"), hold.commit("0.25"))
+            _, _, settlement = await asyncio.gather(*calls)
+            assert settlement.amounts == {"agent": Decimal("0.25")}
+            assert limiter._store._server.address[1] == either.wait_owner("default", old).port
+            assert (await limiter.status("agent")).held == Decimal("0.50")
+        finally:
+            old.start()
+            old.wait_ready()
+            either.wait_whole()
+
+
+async def test_a_failover_on_request_loses_nothing_and_is_hardly_noticed(cluster):
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=10.0) as limiter:
+        spending, spent = True, 0
+
+        async def spend() -> None:
+            nonlocal spent
+            while spending:
+                await (await limiter.reserve("agent", "0.002")).commit("0.001")
+                spent += 1
+                await asyncio.sleep(0.002)
+
+        spenders = [asyncio.create_task(spend()) for _ in range(4)]
+        old = cluster.owner("default")
+        assert await asyncio.to_thread(cluster.fail_over, "default") is not old
+        before = spent
+        await until(lambda: spent > before + 50)
+        spending = False
+        await asyncio.gather(*spenders)
+        assert (await limiter.status("agent")).spent == spent * Decimal("0.001")
+        assert limiter._session.losses == 0
+
+
+async def test_a_master_that_hangs_is_left_as_soon_as_another_is_elected(cluster):
+    """Its connections stay, and nothing comes: no call may wait for its own deadline there."""
+    old = cluster.owner("default")
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=60.0) as limiter:
+        await limiter.reserve("agent", "1.00", id="op_1")
+        await asyncio.to_thread(old.client.wait, 1, 5000)
+        old.pause()
+        try:
+            async with asyncio.timeout(30):
+                await asyncio.gather(limiter.reserve("agent", "0.50", id="op_2"), limiter.reserve("agent", "0.50"))
+        finally:
+            old.resume()
+            await asyncio.to_thread(cluster.wait_whole)
+        assert (await limiter.status("agent")).held == 2
+
+
+# -- stores that are none ----------------------------------------------------------------------------------------------
+
+
+async def test_a_server_without_a_cluster_and_a_node_of_one_say_how_to_reach_them(cluster, start_server):
+    [port] = free_ports(1)
+    start_server(None, "--port", str(port))
+    elsewhere = cluster.others(cluster.owner("default"))[0]
+    wrong = {f"redis+cluster://127.0.0.1:{port}": "cluster support disabled"}
+    wrong[f"redis://127.0.0.1:{elsewhere.port}"] = "redis.cluster://"
+    for url, words in wrong.items():
+        limiter = AsyncBudgetLimiter(url, BUDGETS)
+        for call in (limiter.start, lambda limiter=limiter: limiter.reserve("agent", "1.00")):
+            with pytest.raises(StoreError, match=words):
+                await call()
+        await limiter.close()
+
+
+async def test_one_node_of_the_url_is_enough(cluster):
+    dead = free_ports(2)
+    hosts = ",".join(f"127.0.0.1:{port}" for port in (*dead, cluster.masters[0].port))
+    async with AsyncBudgetLimiter(f"redis+cluster://{hosts}", BUDGETS) as limiter:
+        await limiter.reserve("agent", "1.00")
+
+
+@pytest.mark.slow
+async def test_a_master_that_dies_while_its_slot_moves_admits_nothing_beside_the_window_that_has_moved(either):
+    """Redis 7 does not tell replicas that a slot is moved: one that is promoted takes its part for the whole."""
+    source = either.owner("torn")
+    target = either.others(source)[0]
+    async with AsyncBudgetLimiter(either.url, BUDGETS, tenant="torn", timeout=1.0) as limiter:
+        await limiter.record("agent", "3.00")
+        with either.migrating("torn", target) as move:
+            move(next(source.client.scan_iter("ktrdr:{torn}:w:*")))
+            copy = either.replicas(source)[0]
+            await until(lambda: {*copy.client.scan_iter("*{torn}*")} == {*source.client.scan_iter("*{torn}*")})
+            source.kill()
+            await asyncio.to_thread(either.wait_owner, "torn", source)
+            for call in (limiter.reserve("agent", "3.00"), limiter.status("agent")):
+                with pytest.raises(StoreUnavailable, match="TRYAGAIN|rehashing|was begun and is not here"):
+                    await call
+        source.start()
+        source.wait_ready()
+        await asyncio.to_thread(either.wait_whole)
+        await until(lambda: _answers(limiter))
+        with pytest.raises(BudgetExceeded):
+            await limiter.reserve("agent", "3.00")
+        assert (await limiter.status("agent")).spent == 3
+        assert window(either, "torn")["spent"] == to_units("3.00")

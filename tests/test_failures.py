@@ -9,7 +9,7 @@ report                          test that names it
 #28247, #28283, #40095          test_races: first use by eight processes at once
 #27639, PR #30522               test_races: holds of killed processes; here: other traffic
 #27509                          here: the denial tells held from spent; integers
-#30460                          here: a lost reply; test_chaos: any request or reply lost
+#30460                          here: a lost reply; chaos/: any request or reply lost
 PR #30039                       here: a timed-out commit
 #33923, #33323                  test_outages: unexpected store errors; here: a hook that raises
 #35524                          the metering issue (prices); here: nothing goes unguarded
@@ -143,6 +143,7 @@ async def test_30460_a_caller_that_gave_up_and_retries_with_its_id_is_answered_b
         await far_limiter.reserve("agent", "0.15", id="op_1")
     assert unavailable.value.ambiguous
     proxy.let_go()
+    await until(lambda: far_limiter.store_state == "closed")
     hold = await far_limiter.reserve("agent", "0.15", id="op_1")
     assert hold.replayed
     again = await far_limiter.reserve("agent", "0.15", id="op_1")
@@ -166,6 +167,7 @@ async def test_pr_30039_a_commit_that_timed_out_and_is_retried_gives_the_exact_t
     with server.client() as client:
         assert sums(client)["spent"] == to_units("1.30")
     proxy.let_go()
+    await until(lambda: far_limiter.store_state == "closed")
     settlement = await hold.commit("0.07")
     assert settlement.replayed
     with server.client() as client:
@@ -226,6 +228,7 @@ async def test_38087_and_29937_unknown_is_not_full(server, proxy, far_limiter):
     with pytest.raises(StoreUnavailable):
         await far_limiter.ledger("agent")
     proxy.let_go()
+    await until(lambda: far_limiter.store_state == "closed")
     assert (await far_limiter.status("agent")).remaining == 0
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import ktrdr_budget
 
 PACKAGE = Path(ktrdr_budget.__file__).parent
-ROOMS = ("errors", "money", "periods", "models", "environment", "engine", "limiter", "sync", "tracker", "verify")
-ROOMS += ("telemetry", "metering", "agent", "api", "cli")
+ROOMS = ("errors", "money", "periods", "models", "environment", "engine", "lease", "limiter")
+ROOMS += ("sync", "tracker", "verify", "telemetry", "metering", "agent", "api", "cli")
 CORE = ROOMS[: ROOMS.index("verify") + 1]
 
 
@@ -61,6 +61,23 @@ def test_imports_point_one_way():
         for name, path in modules()
         for module in imports(path)
         if (target := room(module)) and ROOMS.index(target) > ROOMS.index(name)
+    ]
+    assert not wrong
+
+
+def test_inside_the_engine_words_import_no_servers_and_servers_no_driver():
+    order = ("words", "stores", "driver")
+    places = {
+        path: part if (part := path.relative_to(PACKAGE / "engine").parts[0]) in order else "words"
+        for path in (PACKAGE / "engine").rglob("*.py")
+    }
+    assert set(places.values()) == set(order)
+    wrong = [
+        f"{path.relative_to(PACKAGE)} imports {module}"
+        for path, place in places.items()
+        for module in imports(path)
+        if module.startswith(("ktrdr_budget.engine.stores", "ktrdr_budget.engine.driver"))
+        and order.index(module.split(".")[2]) > order.index(place)
     ]
     assert not wrong
 

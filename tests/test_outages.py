@@ -20,7 +20,7 @@ from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import immortal_keys, ledger_sum, sums
 from .helpers.proxy import Proxy
-from .helpers.waiting import until
+from .helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("team", "5.00")]
 TIMEOUT_S = 0.2
@@ -168,7 +168,11 @@ def test_462_the_sync_limiter_ends_within_its_deadline_too(outage):
             if (took_s := time.monotonic() - started) > TIMEOUT_S + GRACE_S:
                 faults.append(took_s)
 
-        works = [lambda: limiter.reserve("agent", "0.15"), hold.commit, lambda: limiter.status("agent")] * 4
+        works = [
+            lambda: limiter.reserve("agent", "0.15"),
+            lambda: hold.commit("0.07"),
+            lambda: limiter.status("agent"),
+        ] * 4
         threads = [threading.Thread(target=call, args=[work]) for work in works]
         for thread in threads:
             thread.start()
@@ -176,6 +180,7 @@ def test_462_the_sync_limiter_ends_within_its_deadline_too(outage):
             thread.join()
         assert faults == []
         outage.end()
+        wait_until(lambda: limiter.store_state == "closed")
         limiter._timeout = limiter._coalescer._timeout = 5.0
         assert hold.commit("0.07").amounts == {"agent": Decimal("0.07")}
 
@@ -291,6 +296,24 @@ def _deferred(hold_id: str, amount: str):
     return Settlement(hold_id, "committed", {"agent": Decimal(amount)}, deferred=True)
 
 
+async def test_deferred_spend_that_the_store_does_not_take_holds_up_nothing_else(own_server):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
+        await limiter.record("agent", "0.01")
+        window = (await limiter.status("team")).window
+        own_server.kill()
+        for number in range(3):
+            await limiter.record("team", "0.01", id=f"team_{number}")
+            await limiter.record("agent", "0.01", id=f"agent_{number}")
+        own_server.start()
+        with own_server.client() as client:
+            client.set(limiter.keys.window("team", window), "no window")
+            await until(lambda: sums(client)["spent"] == to_units("0.04"))
+            await until(lambda: limiter.deferred == 3)
+            client.delete(limiter.keys.window("team", window))
+            await until(lambda: limiter.deferred == 0)
+            assert sums(client, "team")["spent"] == to_units("0.03")
+
+
 async def test_allow_does_not_count_twice_what_the_store_had_granted_before_it_fell_silent(server, tmp_path_factory):
     path = Path(tmp_path_factory.mktemp("p")) / "s"
     async with (
@@ -305,7 +328,8 @@ async def test_allow_does_not_count_twice_what_the_store_had_granted_before_it_f
             assert sums(client)["held"] == to_units("0.15")
             assert (await hold.commit("0.07")).deferred
             assert (await limiter.record("agent", "0.02")).deferred
-            assert sums(client)["spent"] == to_units("0.09")
+            assert limiter.deferred == 2, "without asking the store again"
+            assert sums(client)["spent"] == 0
             proxy.let_go()
             await until(lambda: limiter.deferred == 0)
             assert sums(client) == {"spent": to_units("0.09"), "held": 0, "unconfirmed": 0, "events": 3}

@@ -61,7 +61,7 @@ async def test_every_budget_is_listed(client):
     assert list(agent) == [
         "name", "unit", "kind", "period", "timezone", "window", "starts_at", "resets_at", "limit", "spent", "held",
         "unconfirmed", "remaining", "spend_events", "overruns", "limit_source", "limit_until", "configured_limit",
-        "as_of",
+        "as_of", "recovering_until",
     ]  # fmt: skip
     assert (agent["unit"], agent["kind"], agent["period"], agent["timezone"]) == ("usd", "spend", "day", "UTC")
     assert (agent["limit"], agent["configured_limit"], agent["limit_source"]) == ("5.00", "5.00", "configured")
@@ -197,3 +197,18 @@ async def test_the_day_of_the_agent_is_that_of_its_timezone(start):
     document = (await client.get(f"{V1}/budgets/agent")).json()
     assert document["timezone"] == "Pacific/Kiritimati"
     assert document["resets_at"].endswith("T10:00:00Z")
+
+
+async def test_budgets_tell_that_the_store_is_being_repaired(start, start_server):
+    own = start_server()
+    client = (await start(redis_url=own.url)).client
+    assert (await client.get(f"{V1}/budgets/agent")).json()["recovering_until"] is None
+    assert (await client.post(f"{V1}/spend", json={"amounts": {"agent": "0.15"}})).status_code == 201
+    with own.client() as store:
+        store.flushall()
+    refused = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
+    assert "being repaired" in problem(refused, 503, "store-unavailable")["detail"]
+    until = (await client.get(f"{V1}/budgets/agent")).json()["recovering_until"]
+    assert until.endswith("Z")
+    assert (await client.get(f"{V1}/agent/budget")).json()["recovering_until"] == until
+    own.kill()

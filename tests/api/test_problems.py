@@ -286,7 +286,7 @@ async def test_a_budget_that_is_defined_otherwise_elsewhere_is_a_conflict(start,
 
 
 async def test_a_store_that_is_down_is_unavailable_and_comes_back(start, start_server):
-    own = start_server()
+    own = start_server(None, "--appendonly", "yes")
     client = (await start(redis_url=own.url, timeout=0.2)).client
     hold = await reserved(client)
     own.kill()

@@ -52,6 +52,7 @@ def test_every_setting_is_read(environment, budgets_file):
         KTRDR_ADMIN_KEY="three",
         KTRDR_TIMEOUT="0.5",
         KTRDR_ON_STORE_ERROR="allow",
+        KTRDR_DURABILITY="replica",
         KTRDR_BUDGETS_FILE=str(budgets_file),
     )
     assert settings.budgets[0] == Budget("agent", "7.50", timezone="Europe/Rome")
@@ -60,13 +61,25 @@ def test_every_setting_is_read(environment, budgets_file):
     assert settings.store_shown == "rediss://me:***@store.example:6380/1"
     assert settings.tenant == "quant"
     assert (settings.use_keys, settings.admin_keys) == (("one", "two"), ("three",))
-    assert (settings.timeout, settings.on_store_error) == (0.5, "allow")
+    assert (settings.timeout, settings.on_store_error, settings.durability) == (0.5, "allow", "replica")
     assert [budget.name for budget in settings.budgets[1:]] == [
         "team/a:b@c", "team/holds", "cycles", "calls", "jobs", "free",
     ]  # fmt: skip
     assert settings.budgets[1] == Budget("team/a:b@c", "1.00", period="month", timezone="Europe/Rome")
     assert settings.budgets[2].limit == Decimal("2.50")
     assert settings.budgets[-1].limit is None
+
+
+def test_what_is_prepaid_is_an_amount_or_one_for_each_budget(environment, budgets_file):
+    assert of(environment).lease_slabs is None
+    scalar = of(environment, KTRDR_ON_STORE_ERROR="lease", KTRDR_LEASE_SLAB=" 0.5 ")
+    assert scalar.lease_slabs == Decimal("0.50")
+    named = {"KTRDR_BUDGETS_FILE": str(budgets_file), "KTRDR_ON_STORE_ERROR": "lease"}
+    settings = of(environment, **named, KTRDR_LEASE_SLAB="agent=0.50, team/a:b@c = 0.10")
+    assert settings.lease_slabs == {"agent": "0.50", "team/a:b@c": "0.10"}
+    for policy, slab in (("deny", "1"), ("lease", "")):
+        assert "go together" in fault(environment, KTRDR_ON_STORE_ERROR=policy, KTRDR_LEASE_SLAB=slab)
+    assert "'other' is not a budget" in fault(environment, KTRDR_LEASE_SLAB="other=1")
 
 
 def test_a_setting_shows_no_secret(environment):
@@ -113,7 +126,10 @@ def test_a_daily_budget_may_be_unlimited_or_nothing(environment, text, limit):
         ("KTRDR_TENANT", "a b", "must match"),
         ("KTRDR_TIMEOUT", "soon", "number"),
         ("KTRDR_TIMEOUT", "0", "greater than 0"),
-        ("KTRDR_ON_STORE_ERROR", "hope", "'deny' or 'allow'"),
+        ("KTRDR_ON_STORE_ERROR", "hope", "'deny', 'allow' or 'lease'"),
+        ("KTRDR_LEASE_SLAB", "agent", "not a number"),
+        ("KTRDR_LEASE_SLAB", "agent=0", "more than 0"),
+        ("KTRDR_LEASE_SLAB", "agent=1,2", "name=amount"),
         ("KTRDR_AUTH", "maybe", "'keys' or 'none'"),
         ("KTRDR_API_KEY", "two words", "one word"),
         ("KTRDR_API_KEY", ",", "one word"),

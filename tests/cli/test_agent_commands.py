@@ -60,6 +60,11 @@ def test_held_and_unconfirmed_have_lines_when_they_are_not_zero(ktrdr: Run, serv
     ]
 
 
+def test_a_store_that_has_lost_writes_is_shown_while_it_is_repaired(ktrdr: Run, service: FakeService) -> None:
+    last = lines_of(ktrdr, service, recovering_until="2026-11-23T12:00:03Z")[-1]
+    assert last == "Recovering: the store has lost writes; no start until 2026-11-23T12:00:03Z"
+
+
 def test_an_exhausted_budget_is_shown_with_exit_code_0(ktrdr: Run, service: FakeService) -> None:
     lines = lines_of(ktrdr, service, today_spend=5.0, remaining=0.0, cycles_affordable=0)
     assert lines[4:] == ["Today's Spend: $5.00", "Remaining: $0.00", "Cycles Affordable: ~0"]

@@ -99,6 +99,12 @@ def test_show_tells_everything(ktrdr: Run, service: FakeService) -> None:
     )
 
 
+def test_show_tells_that_the_store_is_being_repaired(ktrdr: Run, service: FakeService) -> None:
+    service.answer("GET /api/v1/budgets/agent", {**BUDGET, "recovering_until": "2026-11-23T12:00:03Z"})
+    last = ktrdr("budget", "show", "agent").stdout.splitlines()[-1]
+    assert last == "Recovering:    the store has lost writes; nothing is admitted until 2026-11-23T12:00:03Z"
+
+
 def test_show_of_slots_without_a_limit(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/cycles", CYCLES)
     text = ktrdr("budget", "show", "cycles").stdout

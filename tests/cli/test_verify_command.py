@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,7 +15,7 @@ from click.testing import Result
 
 from ktrdr_budget import Budget, BudgetLimiter
 from ktrdr_budget import verify as verification
-from ktrdr_budget.engine import embedded
+from ktrdr_budget.engine.stores import embedded
 
 from ..conftest import Server
 
@@ -102,7 +106,7 @@ def test_a_window_without_a_conclusion_is_no_failure(
     ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
 ) -> None:
     report = verification.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
-    environment.setattr(verification, "verify", lambda url, tenant, budgets: [report])
+    environment.setattr(verification.Auditor, "check", lambda auditor: [report])
     result = ktrdr("budget", "verify")
     assert result.exit_code == 0
     assert result.stdout.splitlines()[1].startswith("inconclusive  agent")
@@ -188,3 +192,151 @@ def test_a_store_that_wants_a_password_is_one_line(
 def test_a_tenant_that_is_no_name_is_a_usage_error(ktrdr: Run, environment: pytest.MonkeyPatch) -> None:
     environment.setenv("KTRDR_TENANT", "a b")
     assert ktrdr("budget", "verify").exit_code == 2
+
+
+# --- Repair ---------------------------------------------------------------------------------------
+
+
+def test_repair_shows_what_it_has_changed_with_exit_code_0(ktrdr: Run, store: Server) -> None:
+    corrupt(store, "spent", 10_000_000)
+    corrupt(store, "events", 2)
+    day = window_key(store, "agent").rpartition(":")[2]
+    result = ktrdr("budget", "verify", "--repair")
+    assert result.exit_code == 0, result.stderr
+    assert [line.split() for line in result.stdout.splitlines()] == [
+        ["BUDGET", "WINDOW", "COUNTER", "BEFORE", "AFTER"],
+        ["agent", day, "spent", "$0.10", "$0.09"],
+        ["agent", day, "events", "4", "2"],
+    ]
+    assert ktrdr("budget", "verify").exit_code == 0
+
+
+def test_a_repair_of_what_is_right_says_so(ktrdr: Run, store: Server) -> None:
+    result = ktrdr("budget", "verify", "--repair")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "Nothing to repair in 2 windows.\n", "")
+
+
+def test_a_repair_in_json_has_counters_and_indexes_before_and_after(ktrdr: Run, store: Server) -> None:
+    corrupt(store, "held", -150_000_000)
+    with store.client() as client:
+        client.zadd("ktrdr:{default}:due", {"ghost": 9e12})
+    day = window_key(store, "agent").rpartition(":")[2]
+    document = json.loads(ktrdr("budget", "verify", "--repair", "--json").stdout)
+    assert document["changes"] == [
+        {"budget": "agent", "window": day, "unit": "usd", "counter": "held", "before": "0.00", "after": "0.15"}
+    ]
+    assert document["index_changes"] == [{"index": "due", "hold_id": "ghost", "change": "removed"}]
+    assert document["adds_up"] is True
+    assert {window["held"] for window in document["windows"]} == {"0.15", 10}
+
+
+def test_what_could_not_be_repaired_is_exit_code_1(ktrdr: Run, store: Server, environment: pytest.MonkeyPatch) -> None:
+    report = verification.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
+    environment.setattr(verification.Auditor, "repair", lambda auditor: verification.Repair([report]))
+    result = ktrdr("budget", "verify", "--repair")
+    assert (result.exit_code, result.stderr) == (1, "ktrdr: 1 of 1 windows do not add up, or were too busy to tell\n")
+
+
+def test_repair_does_not_go_with_watch(ktrdr: Run, store: Server) -> None:
+    result = ktrdr("budget", "verify", "--repair", "--watch")
+    assert (result.exit_code, result.stdout) == (2, "")
+
+
+# --- Watch ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def watching(store: Server) -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts the command as a process of its own."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*options: str) -> subprocess.Popen[str]:
+        words = [sys.executable, "-m", "ktrdr_budget.cli", "budget", "verify", "--watch", "--interval", "0.1", *options]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(words, **pipes))  # type: ignore[call-overload]
+        return started[-1]
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def read_until(process: subprocess.Popen[str], part: str) -> list[str]:
+    """The lines up to the first that holds this."""
+    assert process.stdout is not None
+    lines = []
+    for line in process.stdout:
+        lines.append(line.rstrip("\n"))
+        if part in line:
+            return lines
+    raise AssertionError(f"it ended before it said {part!r}: {lines}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_watch_over_books_that_add_up_ends_well(
+    watching: Callable[..., subprocess.Popen[str]], number: signal.Signals
+) -> None:
+    process = watching()
+    lines = [read_until(process, "ok, windows: 2")[-1] for _ in range(3)]
+    assert all(re.fullmatch(r"\d\d:\d\d:\d\d  ok, windows: 2", line) for line in lines)
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=10)
+    assert (process.returncode, stderr) == (0, "")
+
+
+def test_a_watch_tells_each_change_once_and_fails_at_the_end_if_the_books_ever_failed(
+    watching: Callable[..., subprocess.Popen[str]], store: Server
+) -> None:
+    process = watching()
+    read_until(process, "ok, windows: 2")
+    corrupt(store, "spent", 10_000_000)
+    change = read_until(process, "DOES NOT ADD UP")[-1]
+    assert "DOES NOT ADD UP: agent " in change
+    assert "spent $0.10, unconfirmed $0.00, ledger $0.09, held $0.15, holds $0.15" in change
+    assert "1 of 2 windows DO NOT ADD UP" in read_until(process, "windows")[-1]
+    assert "windows DO NOT ADD UP" in read_until(process, "windows")[-1], "the change itself is told once"
+    corrupt(store, "spent", -10_000_000)
+    assert "ok: agent" in read_until(process, "ok")[-1]
+    read_until(process, "ok, windows: 2")
+    process.terminate()
+    _, stderr = process.communicate(timeout=10)
+    assert (process.returncode, stderr) == (1, "ktrdr: 1 windows did not add up\n")
+
+
+def test_a_watch_in_json_is_a_line_each_time(watching: Callable[..., subprocess.Popen[str]]) -> None:
+    process = watching("--json")
+    documents = [json.loads(read_until(process, "adds_up")[-1]) for _ in range(2)]
+    assert [len(document["windows"]) for document in documents] == [2, 2]
+    assert all(document["adds_up"] for document in documents)
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 0
+
+
+def test_a_watch_outlives_its_store_and_says_that_nothing_is_known(
+    start_server: Callable[..., Server],
+    watching: Callable[..., subprocess.Popen[str]],
+    environment: pytest.MonkeyPatch,
+) -> None:
+    own = start_server()
+    spend(own.url)
+    environment.setenv("KTRDR_REDIS_URL", own.url)
+    process = watching()
+    read_until(process, "ok, windows: 2")
+    own.kill()
+    assert process.stderr is not None
+    assert "cannot verify: store at" in process.stderr.readline()
+    own.start()
+    read_until(process, "ok, windows: 0")
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 0
+    process = watching()
+    read_until(process, "ok, windows: 0")
+    own.kill()
+    assert process.stderr is not None
+    assert "cannot verify: store at" in process.stderr.readline()
+    process.terminate()
+    process.communicate(timeout=10)
+    assert process.returncode == 4

@@ -95,7 +95,7 @@ def wire(client: redis.Redis) -> Wire:
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
-def test_throttled_py_every_lua_file_that_is_shipped_is_part_of_a_script_that_runs():
+def test_every_lua_file_that_is_shipped_is_part_of_a_script_that_runs():
     shipped = {path.stem for path in LUA.glob("*.lua")}
     used = {part for parts in scripts._PARTS.values() for part in parts}
     assert shipped == used
@@ -279,7 +279,7 @@ def test_a_duplicate_in_one_batch_sees_the_one_before_it(wire):
     assert wire.client.zcard(wire.session.keys.due) == 0
 
 
-def test_the_head_tells_time_writes_epoch_losses_and_due_holds(client, wire):
+def test_the_head_tells_time_writes_epoch_and_due_holds(client, wire):
     wire.reserve("op_1", 1000, agent=150)
     head = wire.head
     assert (head.writes, head.went_back, head.due) == (1, False, ())
@@ -290,9 +290,72 @@ def test_the_head_tells_time_writes_epoch_losses_and_due_holds(client, wire):
     wire.wait_due("op_1")
     wire.reserve("op_3", agent=6 * 10**9)
     assert wire.head.due == ("op_1",)
+
+
+def test_a_store_that_went_back_does_nothing_but_say_so_and_grants_nothing_until_it_is_repaired(client, wire):
+    wire.reserve("op_1", agent=150)
     client.flushall()
-    wire.reserve("op_3", agent=150)
-    assert wire.head.went_back
+    again = wire.op("R op_2 60000 c - - -", agent=":150")
+    assert wire.send(again, wire.op("N op_3 0 - -", agent=":10")) == []
+    assert (wire.head.went_back, wire.head.writes) == (True, 0)
+    assert list(client.scan_iter()) == ["ktrdr:{t}:meta"]
+    [refused] = wire.send(again)
+    assert not wire.head.went_back
+    word, until_ms = refused.split(" ")
+    assert word == "l"
+    assert 0 < int(until_ms) - wire.now_us() // 1000 <= 3000
+    assert wire.ask("N op_3 0 - -", agent=":10") == "k - 10", "facts need no admission"
+    assert wire.ask("N op_4 0 - -", agent=":0") == "k - 0"
+    assert wire.reserve("op_4", agent=150).startswith("c "), "a replay or a conflict is told first"
+    wait_until(lambda: wire.now_us() // 1000 >= int(until_ms))
+    assert wire.send(again) == ["g"]
+
+
+def test_a_share_is_raised_to_what_it_was_and_never_above(client, wire):
+    wire.ask("N op_1 0 - -", agent=":10")
+    assert wire.ask("T -", agent=":10") == "k - 0"
+    assert wire.ask("T -", agent=":25") == "k - 15"
+    assert wire.ask("T -", agent=":25") == "k - 0"
+    assert (wire.sums("agent"), wire.ledger("agent")) == (figures(spent=25, events=2), [10, 15])
+    other = Wire(client)
+    assert other.ask("T -", agent=":5") == "k - 5", "each replica has its own"
+    assert wire.sums("agent")["spent"] == 30
+    assert wire.send(wire.op("N op_2 1 - -", agent=":5"), wire.op("T -", agent=":40")) == ["k - 5", "k - 10"]
+
+
+def test_an_open_hold_is_told_again_once_and_settles_as_before(client, wire):
+    deadline_ms = wire.now_us() // 1000 + 60_000
+    head = f"O op_1 c {deadline_ms} {wire.now_us()} me research -"
+    parts = {"agent": ":150:200", "jobs": ":1:0"}
+    assert wire.ask(head, **parts) == "g"
+    assert wire.record("op_1").startswith(f"o c {deadline_ms} ")
+    assert (wire.sums("agent")["held"], wire.sums("jobs")["held"]) == (200, 1)
+    assert wire.ask(head, **parts) == "p"
+    assert not immortal_keys(client)
+    assert wire.ask("D op_1", agent=":x70", jobs=":x0") == "k - 70,0"
+    assert wire.ask(head, **parts) == "p", "a settlement wins"
+    assert (wire.sums("agent"), wire.sums("jobs")) == (figures(spent=70, events=1), figures())
+
+
+def test_an_open_hold_that_is_known_is_raised_to_what_it_was_and_never_lowered(wire):
+    wire.reserve("op_1", agent=150, jobs=1)
+    deadline_ms = wire.now_us() // 1000 + 120_000
+    head = f"O op_1 c {deadline_ms} {wire.now_us()} - - -"
+    assert wire.ask(head, agent=":100:0", jobs=":1:0") == "g", "prolonged"
+    assert wire.ask(head, agent=":200:0", jobs=":1:0") == "g"
+    assert wire.ask(head, agent=":200:250", jobs=":1:0") == "g"
+    assert wire.ask(head, agent=":180:240", jobs=":1:0") == "p"
+    assert (wire.sums("agent")["held"], wire.sums("jobs")["held"]) == (250, 1)
+    assert ",150,200,250," in wire.record("op_1")
+    assert wire.ask("C op_1", agent=":x70", jobs=":x0") == "k - 70,0"
+    assert wire.sums("agent") == figures(spent=70, events=1)
+
+
+def test_a_hold_that_is_told_again_after_its_deadline_is_due(wire):
+    deadline_ms = wire.now_us() // 1000 - 1
+    assert wire.ask(f"O op_1 c {deadline_ms} {wire.now_us()} - - -", agent=":150:0") == "g"
+    assert wire.ask("X op_1", agent="") == "x"
+    assert wire.sums("agent") == figures(unconfirmed=150, events=1)
 
 
 def test_a_store_of_another_schema_is_refused(client, wire):
@@ -356,7 +419,7 @@ def test_replicas_that_were_silent_for_days_are_forgotten(client, wire):
     wire.reserve("op_1", agent=150)
     meta = client.hgetall("ktrdr:{t}:meta")
     assert sum(field.startswith("r:old") for field in meta) == 600
-    assert all(field.startswith(("r:", "s:")) or field == "epoch" for field in meta)
+    assert all(field.startswith(("r:", "s:", "b:")) or field == "epoch" for field in meta)
 
 
 # -- declared keys -----------------------------------------------------------------------------------------------------

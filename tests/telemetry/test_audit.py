@@ -28,3 +28,4 @@ async def test_the_gauge_is_1_while_the_books_add_up_and_0_when_they_do_not(serv
         await audit.check(limiter)
         assert 'ktrdr_budget_adds_up{budget="agent"} 0.0' in shown(audit)
         assert 'ktrdr_budget_adds_up{budget="other"} 1.0' in shown(audit)
+    audit.close()

@@ -17,10 +17,19 @@ from prometheus_client.metrics_core import GaugeMetricFamily
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetExceeded, HoldConflict, StoreError
-from ktrdr_budget.engine.coalescer import Observation
+from ktrdr_budget import (
+    AsyncBudgetLimiter,
+    Budget,
+    BudgetError,
+    BudgetExceeded,
+    HoldConflict,
+    StoreError,
+    StoreUnavailable,
+)
+from ktrdr_budget.engine.driver.coalescer import Observation
 from ktrdr_budget.telemetry.metrics import BUCKETS_S, LimiterMetrics
 
+from ..helpers.proxy import Proxy
 from ..helpers.waiting import until
 
 BUDGETS = (
@@ -277,6 +286,28 @@ async def test_losses_are_counted(server):
         await until(lambda: _recorded(limiter))
         assert limiter.losses == 1
         assert (await scrape(metrics))["ktrdr_budget_losses_total",] == 1
+
+
+async def test_repairs_and_resolved_requests_are_counted(server, tmp_path_factory):
+    async with (
+        Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as proxy,
+        watched(proxy.url, timeout=0.2) as (limiter, metrics),
+    ):
+        await limiter.record("agent", "1")
+        proxy.fate = lambda: "reply"
+        with pytest.raises(StoreUnavailable):
+            await limiter.record("agent", "0.10")
+        assert (await scrape(metrics))["ktrdr_budget_unresolved",] == 1
+        proxy.fate = lambda: None
+        await until(lambda: limiter.unresolved == 0)
+        with server.client() as client:
+            client.flushall()
+        await until(lambda: limiter.repaired.settlements >= 1)
+        samples = await scrape(metrics)
+        assert samples["ktrdr_budget_unresolved",] == 0
+        assert named(samples, "ktrdr_budget_resolved_total") == {("executed",): 1}
+        assert named(samples, "ktrdr_budget_repaired_total")["settlements",] == limiter.repaired.settlements
+        assert named(await scrape(metrics), "ktrdr_budget_repaired_total")["settlements",] == 1
 
 
 async def _recorded(limiter: AsyncBudgetLimiter) -> bool:

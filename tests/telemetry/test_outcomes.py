@@ -8,8 +8,15 @@ from contextvars import copy_context
 import pytest
 
 from ktrdr_budget import HoldConflict, StoreUnavailable, UnknownBudget, UnknownHold
-from ktrdr_budget.engine.coalescer import Observation
-from ktrdr_budget.errors import BudgetMismatch, InvalidAmount, InvalidArgument, StoreError
+from ktrdr_budget.engine.driver.coalescer import Observation
+from ktrdr_budget.errors import (
+    BudgetMismatch,
+    InvalidAmount,
+    InvalidArgument,
+    StoreError,
+    TooManyBudgets,
+    TooManyHolds,
+)
 from ktrdr_budget.telemetry.outcomes import OUTCOMES, combined, outcome_of
 
 
@@ -20,6 +27,8 @@ from ktrdr_budget.telemetry.outcomes import OUTCOMES, combined, outcome_of
         (StoreError("?"), ("unavailable", "refused")),
         (HoldConflict("?"), ("error", "conflict")),
         (BudgetMismatch("?"), ("error", "mismatch")),
+        (TooManyHolds("?"), ("error", "too_many_holds")),
+        (TooManyBudgets("?"), ("error", "too_many_budgets")),
         (UnknownBudget("?"), ("error", "unknown_budget")),
         (InvalidArgument("?"), ("error", "invalid")),
         (InvalidAmount("?"), ("error", "invalid")),

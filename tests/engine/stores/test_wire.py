@@ -12,8 +12,8 @@ import redis.asyncio
 import wrapt
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget
-from ktrdr_budget.engine import packing
-from ktrdr_budget.engine.wire import Refusal, Wires
+from ktrdr_budget.engine.stores import packing
+from ktrdr_budget.engine.stores.wire import Refusal, Wires
 from ktrdr_budget.errors import StoreError
 
 BUDGETS = [Budget("agent", limit="5.00")]

@@ -1,0 +1,66 @@
+"""`make audit`: what it makes of what the auditor says. The auditor itself, and its service, are not asked here."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from .files import ROOT
+
+FINE = {"name": "redis", "version": "8.1.0", "vulns": []}
+SKIPPED = {"name": "tzdata", "skip_reason": "Dependency not found on PyPI and could not be audited: tzdata (2026.1)"}
+VULNERABLE = {
+    "name": "urllib3",
+    "version": "1.0",
+    "vulns": [{"id": "PYSEC-2023-1", "aliases": ["CVE-2023-1"], "fix_versions": ["1.26.17", "2.0.6"]}],
+}
+
+
+def audit(tmp_path: Path, packages: list[dict[str, Any]] | None, complaint: str = "") -> tuple[int, str, str]:
+    auditor = tmp_path / "pip-audit"
+    answer = "" if packages is None else json.dumps({"dependencies": packages, "fixes": []})
+    auditor.write_text(f"#!{sys.executable}\nimport sys\nprint({answer!r})\nprint({complaint!r}, file=sys.stderr)\n")
+    auditor.chmod(0o755)
+    words = [sys.executable, str(ROOT / "scripts" / "audit.py"), str(auditor)]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_nothing_known_is_exit_code_0(tmp_path):
+    assert audit(tmp_path, [FINE]) == (0, "", "audit: 0 of 1 packages that were looked up have known vulnerabilities\n")
+
+
+def test_each_vulnerability_is_a_line_with_its_remedy_and_exit_code_1(tmp_path):
+    code, stdout, stderr = audit(tmp_path, [FINE, VULNERABLE, SKIPPED])
+    assert (code, stdout) == (1, "urllib3 1.0: PYSEC-2023-1, CVE-2023-1; fixed in 1.26.17, 2.0.6\n")
+    assert "1 of 2 packages that were looked up have known vulnerabilities" in stderr
+
+
+@pytest.mark.parametrize("packages", [[FINE, SKIPPED], [SKIPPED]])
+def test_what_could_not_be_looked_up_is_unknown_and_not_fine(tmp_path, packages):
+    code, _, stderr = audit(tmp_path, packages)
+    assert code == 3
+    assert f"1 of {len(packages)} packages could not be looked up (tzdata): the advisory service cannot" in stderr
+
+
+def test_the_project_itself_is_not_looked_up(tmp_path):
+    own = {"name": "ktrdr-budget", "skip_reason": "distribution marked as editable"}
+    assert audit(tmp_path, [FINE, own])[0] == 0
+
+
+def test_a_service_out_of_reach_is_told_from_an_auditor_that_failed(tmp_path):
+    code, _, stderr = audit(tmp_path, None, "ERROR:pip_audit._cli:ConnectionError: Max retries exceeded")
+    assert (code, "the advisory service cannot be reached, nothing is known" in stderr) == (3, True)
+    code, _, stderr = audit(tmp_path, None, "ImportError: no module")
+    assert (code, stderr) == (2, "audit: the auditor failed: ImportError: no module\n")
+
+
+def test_make_says_what_it_is_and_pins_the_auditor():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "pip-audit==" in makefile
+    assert "make audit" in subprocess.check_output(["make", "--no-print-directory", "help"], cwd=ROOT, text=True)

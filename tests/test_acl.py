@@ -1,0 +1,279 @@
+"""The users of ``docker/redis/users.acl``: the product works as the one, and that one can do nothing else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+import yaml
+from redis.backoff import NoBackoff
+from redis.exceptions import NoPermissionError
+from redis.retry import Retry
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, StoreUnavailable
+from ktrdr_budget.agent.operations import Operations, Progress
+from ktrdr_budget.errors import StoreError
+from ktrdr_budget.verify import Auditor
+
+from .conftest import Server, valkey_binary
+from .helpers.clusters import Cluster
+from .helpers.tools import compose
+
+ROOM = Path(__file__).parents[1] / "docker" / "redis"
+PASSWORD = "correct horse/battery@staple"
+BUDGETS = [
+    Budget("agent", "5.00"),
+    Budget("tokens", 1000, unit="tokens", period="ever"),
+    Budget("jobs", 2, kind="slots"),
+]
+PERMISSIONS = re.findall(r"\+(\S+)", (ROOM / "users.acl").read_text(encoding="utf-8"))
+OF_CONNECTING = {"auth", "hello", "select", "ping", "client|setname"}
+
+
+@dataclass
+class GuardedServer(Server):
+    """Started by `docker/redis/start.sh`; `client` is its user, `operator` one who may do everything."""
+
+    @property
+    def url(self) -> str:
+        return f"unix://ktrdr:correct%20horse%2Fbattery%40staple@{self.socket_path}"
+
+    def client(self, **options) -> redis.Redis:
+        retry = Retry(NoBackoff(), 0)
+        options = {"username": "ktrdr", "password": PASSWORD, "decode_responses": True, "retry": retry, **options}
+        return redis.Redis(unix_socket_path=str(self.socket_path), **options)
+
+
+@pytest.fixture(scope="module", params=["valkey", "redis"])
+def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GuardedServer]:
+    binary = valkey_binary() if request.param == "valkey" else shutil.which("redis-server")
+    if binary is None:
+        (pytest.fail if os.environ.get("CI") else pytest.skip)("redis-server is not installed")
+    directory = Path(tmp_path_factory.mktemp("a"))
+    environment = {"KTRDR_REDIS_PASSWORD": PASSWORD, "REDIS_SERVER": binary, "TMPDIR": str(directory)}
+    server = GuardedServer(str(ROOM / "start.sh"), directory, (), environment)
+    server.start()
+    # Nobody could change anything in this server from outside; the tests need one who can.
+    users = directory / "users.acl"
+    server.kill()
+    users.write_text(users.read_text() + "user operator on nopass ~* &* +@all\n")
+    server.binary, server.options = binary, ("--aclfile", str(users))
+    yield server.start()
+    server.kill()
+
+
+@pytest.fixture
+def operator(guarded: GuardedServer) -> Iterator[redis.Redis]:
+    """May do everything; the store is empty, and the user of the product is as the file says."""
+    with guarded.client(username="operator", password="") as client:
+        client.flushall()
+        client.script_flush()
+        rules = re.search("^user ktrdr (.*)$", (guarded.directory / "users.acl").read_text(), re.MULTILINE)
+        client.execute_command("ACL", "SETUSER", "ktrdr", "reset", *rules[1].split(" "))
+        client.execute_command("ACL", "LOG", "RESET")
+        yield client
+
+
+# -- what it may -------------------------------------------------------------------------------------------------------
+
+
+async def everything(url: str) -> None:
+    """What the product does with a store, each thing once."""
+    async with AsyncBudgetLimiter(url, BUDGETS, timeout=10) as limiter:
+        assert set((await limiter.check()).values()) == {None}
+        hold = await limiter.reserve({"agent": "0.15", "tokens": 100, "jobs": 1}, id="one", operation="op")
+        hold.accrue({"agent": "0.05"})
+        await hold.extend()
+        await hold.grow({"agent": "0.05"})
+        with pytest.raises(BudgetExceeded):
+            await limiter.reserve("agent", "5.00")
+        await hold.commit({"agent": "0.30", "tokens": 10})
+        await (await limiter.reserve("agent", "0.15")).release()
+        await limiter.record("agent", "0.02", id="two")
+        assert (await limiter.get("one")).state == "committed"
+        await limiter.reserve("agent", "0.15", id="three", ttl=1)
+        await limiter.release("three", operator=True)
+        await limiter.commit("three", "0.01")
+        assert len(await limiter.holds("agent")) == 0
+        assert len(await limiter.ledger("agent")) == 3
+        await limiter.set_limit("agent", "6.00", until="window")
+        assert (await limiter.clear_limit("agent")).limit == 5
+        await limiter.reserve("tokens", 5, ttl=1)
+        await research(Operations(limiter))
+        while not (await limiter.status("tokens")).unconfirmed:
+            await asyncio.sleep(0.02)
+    with Auditor(url) as auditor:
+        assert all(report.adds_up for report in await asyncio.to_thread(auditor.check))
+        assert (await asyncio.to_thread(auditor.repair)).changes == []
+
+
+async def research(operations: Operations) -> None:
+    assert await operations.start("cycle_1", "me", 60_000, Progress())
+    assert await operations.beat("cycle_1", "me", 60_000, Progress(phase="training")) == "running"
+    assert await operations.cancel("cycle_1") == "cancelling"
+    await operations.end("cycle_1", "me", "cancelled", None, Progress())
+    assert (await operations.get("cycle_1")).status == "cancelled"
+    assert [cycle.operation_id for cycle in (await operations.list(5, "cycle_1")).ended] == []
+
+
+async def test_the_product_needs_no_more_than_the_file_grants(guarded, operator):
+    await everything(guarded.url)
+    # Redis 7.0 knows no CLIENT SETINFO, so that the file cannot grant it; the driver does without.
+    assert {entry["object"] for entry in operator.acl_log()} <= {"client|setinfo"}
+
+
+async def test_damaged_books_are_repaired_by_that_user(guarded, operator):
+    async with AsyncBudgetLimiter(guarded.url, BUDGETS, timeout=10) as limiter:
+        await limiter.reserve("agent", "0.15", id="one")
+        window = (await limiter.status("agent")).window
+    operator.hincrby(f"ktrdr:{{default}}:w:agent:{window}", "held", 7)
+    operator.zrem("ktrdr:{default}:due", "one")
+    with Auditor(guarded.url) as auditor:
+        repair = await asyncio.to_thread(auditor.repair)
+    assert [change.counter for change in repair.changes] == ["held"]
+    assert [change.hold_id for change in repair.index_changes] == ["one"]
+
+
+# -- what is needed ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("permission", sorted(set(PERMISSIONS) - OF_CONNECTING - {"eval", "evalsha"}))
+async def test_readiness_names_each_permission_that_is_missing(guarded, operator, permission):
+    operator.execute_command("ACL", "SETUSER", "ktrdr", f"-{permission}")
+    limiter = AsyncBudgetLimiter(guarded.url, BUDGETS, timeout=10)
+    checks = await limiter.check()
+    await limiter.close()
+    assert permission in " ".join(text for text in checks.values() if text).lower()
+
+
+@pytest.mark.parametrize("permission", ["eval", "evalsha"])
+async def test_without_scripts_nothing_starts_and_the_error_names_the_permission(guarded, operator, permission):
+    operator.execute_command("ACL", "SETUSER", "ktrdr", f"-{permission}")
+    with pytest.raises(StoreError, match=permission):
+        await everything(guarded.url)
+
+
+# -- what it may not ---------------------------------------------------------------------------------------------------
+
+FORBIDDEN = [
+    "FLUSHALL", "FLUSHDB", "KEYS *", "CONFIG GET maxmemory", "CONFIG SET maxmemory 1", "CONFIG RESETSTAT",
+    "DEBUG SLEEP 0", "SCRIPT KILL", "SCRIPT FLUSH", "SCRIPT LOAD x", "SHUTDOWN", "ACL LIST",
+    "ACL SETUSER me on", "MONITOR", "SAVE", "REPLICAOF NO ONE", "CLIENT LIST", "CLIENT KILL ID 1",
+    "CLUSTER NODES", "SWAPDB 0 1", "MIGRATE h 1 k 0 1", "RANDOMKEY", "RENAME ktrdr:a ktrdr:b", "DUMP ktrdr:a",
+    "RESTORE ktrdr:a 0 x", "MODULE LIST", "SLOWLOG GET", "LATENCY RESET", "PUBLISH c m", "SUBSCRIBE c",
+    "OBJECT ENCODING ktrdr:a", "MEMORY USAGE ktrdr:a", "FUNCTION LIST", "WAIT 0 0",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("command", FORBIDDEN)
+def test_what_the_product_does_not_need_is_refused(guarded, operator, command):
+    with guarded.client() as client, pytest.raises(redis.ResponseError, match="permissions|^DEBUG command not allowed"):
+        client.execute_command(*command.split(" "))
+
+
+def test_no_other_key_can_be_touched_not_even_by_a_script(guarded, operator):
+    operator.set("another:key", "secret")
+    with guarded.client() as client:
+        for command in ("GET another:key", "SET another:key x", "DEL another:key", "MGET ktrdr:a another:key"):
+            with pytest.raises(NoPermissionError):
+                client.execute_command(*command.split(" "))
+        for script in ("return redis.call('GET', 'another:key')", "return redis.call('FLUSHALL')"):
+            with pytest.raises(redis.ResponseError, match="permission|can't (run|access)"):
+                client.eval(script, 0)
+    assert operator.get("another:key") == "secret"
+
+
+def test_nobody_else_gets_in(guarded, operator):
+    for login in ({"username": None, "password": None}, {"username": "default", "password": ""}, {"password": "wrong"}):
+        with guarded.client(**login) as client, pytest.raises(redis.AuthenticationError):
+            client.ping()
+
+
+async def test_a_wrong_password_is_refused_clearly_and_is_not_told(guarded):
+    url = guarded.url.replace("correct", "wr0ng")
+    with pytest.raises(StoreUnavailable) as refused:
+        async with AsyncBudgetLimiter(url, BUDGETS, timeout=10):
+            pass
+    assert "invalid username-password pair" in str(refused.value)
+    assert not re.search("wr0ng|battery|staple", str(refused.value))
+
+
+# -- the file itself ---------------------------------------------------------------------------------------------------
+
+
+def test_no_password_is_in_the_repository_and_none_is_needed_in_clear(guarded):
+    text = (ROOM / "users.acl").read_text(encoding="utf-8")
+    assert "#PASSWORD_SHA256" in text
+    assert not re.search(r"[ >]>|nopass|#[0-9a-f]{64}", text)
+    written = (guarded.directory / "users.acl").read_text()
+    assert re.search(r" #[0-9a-f]{64} ", written)
+    assert "battery" not in written
+
+
+def test_without_a_password_the_server_does_not_start():
+    words = ["sh", str(ROOM / "start.sh")]
+    done = subprocess.run(
+        words, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=10, check=False
+    )
+    assert done.returncode != 0
+    assert "KTRDR_REDIS_PASSWORD: must be set to the password of the user ktrdr" in done.stderr
+
+
+def test_the_compose_overlay_starts_redis_so_and_gives_the_backends_the_password():
+    root = ROOM.parents[1]
+    files = ["--file", str(root / "docker-compose.yml"), "--file", str(ROOM / "compose.yml")]
+    environment = {"PATH": os.environ["PATH"], "KTRDR_REDIS_PASSWORD": "s3cret"}
+    done = subprocess.run(
+        [*compose(), *files, "config"], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    services = yaml.safe_load(done.stdout)["services"]
+    for name in ("backend-1", "backend-2"):
+        assert services[name]["environment"]["KTRDR_REDIS_URL"] == "redis://ktrdr:s3cret@redis:6379/0"
+        assert services[name]["environment"]["AGENT_DAILY_BUDGET"] == "5.00"
+    store = services["redis"]
+    assert store["entrypoint"] == ["sh", "/etc/ktrdr/start.sh"]
+    plain = yaml.safe_load((root / "docker-compose.yml").read_text())["services"]["redis"]
+    assert plain["command"] == ["redis-server", *store["command"]]
+    targets = {volume["target"] if isinstance(volume, dict) else volume.split(":")[1] for volume in store["volumes"]}
+    assert targets == {"/data", "/etc/ktrdr"}
+    assert store["read_only"] is True
+    environment.pop("KTRDR_REDIS_PASSWORD")
+    done = subprocess.run(
+        [*compose(), *files, "config"], env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode != 0
+    assert "must be set" in done.stderr
+
+
+# -- a cluster ---------------------------------------------------------------------------------------------------------
+
+OF_A_CLUSTER = ["+cluster|slots", "+asking"]
+"""What a cluster needs beside the file; docs/security.md says so."""
+
+
+async def test_in_a_cluster_a_little_more_is_needed(tmp_path_factory):
+    with Cluster(valkey_binary(), tmp_path_factory.mktemp("c"), masters=3) as cluster:
+        for node in cluster.masters:
+            rules = [f"+{permission}" for permission in PERMISSIONS]
+            node.client.execute_command("ACL", "SETUSER", "ktrdr", "on", ">right", "~ktrdr:*", *rules, *OF_A_CLUSTER)
+        await everything(cluster.url.replace("://", "://ktrdr:right@"))
+        refused = {entry["object"] for node in cluster.masters for entry in node.client.acl_log()}
+        assert refused <= {"client|setinfo"}
+    document = (ROOM.parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
+    assert f"On a **cluster** add `{' '.join(OF_A_CLUSTER)}`" in " ".join(document.split())
+
+
+def test_the_document_names_each_command_of_the_file_and_no_other():
+    document = (ROOM.parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z \\|]+)` \| .* \|$", document, re.MULTILINE)
+    assert sorted(" ".join(rows).replace("\\|", "|").split()) == sorted(PERMISSIONS)
+    assert f"may run {len(PERMISSIONS)} commands" in " ".join(document.split())

@@ -1,0 +1,362 @@
+"""A request whose reply was lost, and whose caller gave up on it, is not forgotten: the replica finds out later.
+
+Never is anything charged twice, is a hold released that somebody uses, or is spend lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict, StoreError, StoreUnavailable
+from ktrdr_budget.engine import unresolved
+from ktrdr_budget.engine.protocol import Op
+from ktrdr_budget.engine.unresolved import Doubt, Unresolved
+from ktrdr_budget.money import to_units
+
+from .helpers.keyspace import ledger_sum, sums
+from .helpers.proxy import Proxy
+from .helpers.waiting import until
+
+BUDGETS = [Budget("agent", "5.00"), Budget("team", "50.00")]
+
+
+@pytest.fixture
+async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
+    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
+        yield made
+
+
+@pytest.fixture
+async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2) as made:
+        await until(lambda: answers(made, "agent"))
+        yield made
+
+
+async def answers(limiter: AsyncBudgetLimiter, budget: str) -> bool:
+    """It is connected, and the server knows its scripts."""
+    with suppress(StoreUnavailable):
+        await limiter.record(budget, 0, id="first")
+        return limiter.unresolved == 0
+    return False
+
+
+@pytest.fixture
+async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
+    """Another replica, whose replies arrive."""
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+async def loses(proxy: Proxy, call, fate: str = "reply") -> None:
+    """The call is executed (or, of fate ``request``, is not), and its caller learns nothing."""
+    proxy.fate = lambda: fate
+    with pytest.raises(StoreUnavailable) as unavailable:
+        await call
+    assert unavailable.value.ambiguous
+
+
+async def resolved(proxy: Proxy, limiter: AsyncBudgetLimiter, **outcomes: int) -> None:
+    """The store answers again, and what was unknown ended so."""
+    proxy.fate = lambda: None
+    await until(lambda: limiter.unresolved == 0)
+    assert {word: count for word, count in limiter.resolved.items() if count} == outcomes
+
+
+FATES = pytest.mark.parametrize(("fate", "outcome"), [("reply", "executed"), ("request", "sent_again")])
+
+
+@FATES
+async def test_a_commit_completes(proxy, limiter, client, fate, outcome):
+    hold = await limiter.reserve("agent", "0.15")
+    await loses(proxy, hold.commit("0.07"), fate)
+    assert limiter.unresolved == 1
+    await resolved(proxy, limiter, **{outcome: 1})
+    assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 2}
+    assert (await hold.commit("0.07")).replayed
+
+
+@FATES
+async def test_a_record_is_made_once(proxy, limiter, client, fate, outcome):
+    await loses(proxy, limiter.record("agent", "0.07"), fate)
+    await resolved(proxy, limiter, **{outcome: 1})
+    assert sums(client)["spent"] == ledger_sum(client) == to_units("0.07")
+
+
+@FATES
+async def test_a_release_completes(proxy, limiter, client, fate, outcome):
+    hold = await limiter.reserve("agent", "0.15")
+    await loses(proxy, hold.release(), fate)
+    await resolved(proxy, limiter, **{outcome: 1})
+    assert sums(client)["held"] == 0
+
+
+@FATES
+async def test_leaving_a_block_says_again_what_its_commit_said(proxy, limiter, client, fate, outcome):
+    """A release on leaving would lose what was spent."""
+    proxy.fate = lambda: None
+    with pytest.raises(StoreUnavailable):
+        async with limiter.hold("agent", "0.15") as hold:
+            await loses(proxy, hold.commit("0.07"), fate)
+            raise StoreUnavailable("as the caller passes it on")
+    proxy.fate = lambda: None
+    await until(lambda: limiter.unresolved == 0)
+    await until(lambda: sums(client)["held"] == 0)
+    assert sums(client)["spent"] == ledger_sum(client) == to_units("0.07")
+
+
+async def test_a_commit_that_never_arrived_is_said_again_on_leaving(server, client):
+    """Not ambiguous: it was known to have failed. The block's end is another try."""
+    async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2) as limiter:
+        async with limiter.hold("agent", "0.15") as hold:
+            begin = limiter._coalescer.breaker
+            begin.open, begin.consult = True, asyncio.get_running_loop().call_soon  # no probe closes it
+            with pytest.raises(StoreUnavailable):
+                await hold.commit("0.07")
+            begin.open = False
+        assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
+
+
+async def test_what_the_caller_settled_otherwise_meanwhile_stays_so(proxy, limiter, other, client):
+    hold = await limiter.reserve("agent", "0.15", id="op_1")
+    await loses(proxy, hold.commit("0.07"), "request")
+    await other.commit("op_1", "0.09")
+    await resolved(proxy, limiter, superseded=1)
+    assert sums(client)["spent"] == to_units("0.09")
+    with pytest.raises(HoldConflict):
+        await hold.commit("0.07")
+
+
+async def test_a_caller_who_tries_again_is_told_and_nothing_is_left_to_find_out(proxy, limiter, client):
+    hold = await limiter.reserve("agent", "0.15")
+    proxy.hold_replies()
+    with pytest.raises(StoreUnavailable):
+        await hold.commit("0.07")
+    limiter._coalescer._backlog.hasten = lambda: None
+    proxy.let_go()
+    await until(lambda: limiter.store_state == "closed")
+    assert (await hold.commit("0.07")).replayed
+    await resolved(proxy, limiter, retried=1)
+    assert sums(client)["spent"] == to_units("0.07")
+
+
+@pytest.mark.parametrize(("fate", "outcome"), [("reply", "released"), ("request", "absent")])
+async def test_a_grant_whose_id_nobody_was_told_is_given_back(proxy, limiter, client, fate, outcome):
+    await loses(proxy, limiter.reserve("agent", "0.15"), fate)
+    await resolved(proxy, limiter, **{outcome: 1})
+    assert sums(client)["held"] == 0
+
+
+async def test_a_request_that_arrives_after_it_was_given_up_is_not_granted(server, client):
+    """It was under way all the time: the store hears of it after it was told that nobody wants it."""
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+        await limiter.record("agent", 0)
+        core, sent = limiter._core, []
+        flow = core.reserve("agent", "0.15", None, 900, "charge", "", "")
+        op = next(flow)
+        sent.append(op)
+        core.give_back_later(op.id, [window for window, _ in op.parts])
+        limiter._coalescer._backlog.hasten()
+        await until(lambda: limiter.unresolved == 0)
+        _, [line] = await limiter._coalescer._background.tell(sent)
+        assert line[0] != "g"
+        assert sums(client)["held"] == 0
+
+
+@pytest.mark.parametrize(("fate", "outcome"), [("reply", "granted"), ("request", "absent")])
+async def test_a_grant_under_the_callers_own_id_is_left_to_him(proxy, limiter, client, fate, outcome, caplog):
+    await loses(proxy, limiter.reserve("agent", "0.15", id="mine"), fate)
+    await resolved(proxy, limiter, **{outcome: 1})
+    assert sums(client)["held"] == (to_units("0.15") if fate == "reply" else 0)
+    assert ("hold mine is open" in caplog.text) == (fate == "reply")
+    hold = await limiter.reserve("agent", "0.15", id="mine")
+    assert hold.replayed == (fate == "reply")
+    await hold.commit("0.07")
+    assert sums(client)["held"] == 0
+
+
+async def test_a_hold_that_was_reserved_again_elsewhere_is_not_touched(proxy, limiter, other, client):
+    await loses(proxy, limiter.reserve("agent", "0.15", id="mine"), "request")
+    hold = await other.reserve("agent", "0.15", id="mine")
+    assert not hold.replayed
+    await resolved(proxy, limiter, granted=1)
+    assert sums(client)["held"] == to_units("0.15")
+    assert not (await hold.commit("0.07")).late
+
+
+async def test_a_cancelled_caller_gives_back_only_what_was_granted_to_him(proxy, limiter, other, client):
+    """He has gone when the store answers; meanwhile another replica was granted the same id."""
+    proxy.fate = lambda: "request"
+    task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
+    await asyncio.sleep(0.1)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    await until(lambda: limiter.unresolved == 1)
+    unknown_s = time.monotonic()
+    await until(lambda: time.monotonic() > unknown_s + 0.05)
+    hold = await other.reserve("agent", "0.15", id="mine")
+    await resolved(proxy, limiter, superseded=1)
+    assert sums(client)["held"] == to_units("0.15")
+    assert not (await hold.commit("0.07")).late
+
+
+async def test_a_cancelled_caller_who_tries_again_keeps_his_hold(proxy, limiter, client):
+    proxy.fate = lambda: "reply"
+    task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
+    await until(lambda: sums(client)["held"])
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    await until(lambda: limiter.unresolved == 1)
+    limiter._coalescer._backlog.hasten = lambda: None
+    limiter._coalescer._backlog.stop()
+    proxy.fate = lambda: None
+    await until(lambda: limiter.store_state == "closed")
+    hold = await limiter.reserve("agent", "0.15", id="mine")
+    await resolved(proxy, limiter, retried=1)
+    assert sums(client)["held"] == to_units("0.15")
+    await hold.commit("0.07")
+
+
+async def test_a_commit_of_a_hold_that_the_store_has_lost_meanwhile_is_recorded(proxy, limiter, client):
+    hold = await limiter.reserve("agent", "0.15")
+    await loses(proxy, hold.commit("0.07"), "request")
+    client.flushall()
+    await resolved(proxy, limiter, sent_again=1)
+    await until(lambda: sums(client)["spent"] == to_units("0.07"))
+    assert sums(client)["held"] == 0
+
+
+async def test_an_attempt_that_is_refused_after_one_whose_reply_was_lost_is_ambiguous(proxy, limiter, client):
+    """Out of memory, says the store to the next batch; but what was sent before may have been executed: here it was."""
+    others: list[asyncio.Task] = []
+
+    def fate() -> str | None:
+        if others:
+            client.config_set("maxmemory", 1)
+            return None
+        others.append(asyncio.ensure_future(limiter.record("agent", "0.02", id="op_2")))
+        return "reply"
+
+    proxy.fate = fate
+    try:
+        with pytest.raises(StoreError, match="OOM") as refused:
+            await limiter.record("agent", "0.01", id="op_1")
+        with pytest.raises(StoreError, match="OOM") as never_sent_before:
+            await others[0]
+    finally:
+        proxy.fate = lambda: None
+        client.config_set("maxmemory", 0)
+    assert (refused.value.ambiguous, never_sent_before.value.ambiguous) == (True, False)
+    await until(lambda: not limiter.unresolved)
+    assert sums(client)["spent"] == to_units("0.01")
+    assert (await limiter.record("agent", "0.01", id="op_1")).replayed
+
+
+async def test_totals_need_no_memory(proxy, limiter, client):
+    hold = await limiter.reserve("agent", "0.15")
+    await loses(proxy, hold.grow("0.10"))
+    await loses_late(proxy, hold)
+    assert limiter.unresolved == 0
+    proxy.fate = lambda: None
+    await until(lambda: limiter.store_state == "closed")
+    await hold.grow("0.10")
+    assert sums(client)["held"] == to_units("0.25")
+
+
+async def loses_late(proxy: Proxy, hold) -> None:
+    hold.accrue("0.01")
+    with pytest.raises(StoreUnavailable):
+        await hold.extend()
+
+
+def test_the_memory_is_bounded_and_drops_the_oldest(monkeypatch):
+    monkeypatch.setattr(unresolved, "UNRESOLVED_MAX", 3)
+    known = Unresolved()
+    doubts = [Doubt(Op(f"op_{n}", "k", f"L op_{n} 0", []), "settlement", 0, 0) for n in range(5)]
+    dropped = [known.add(doubt) for doubt in doubts]
+    assert dropped == [None, None, None, doubts[0], doubts[1]]
+    assert known.add(doubts[4]) is None, "it is there already"
+    assert (known.count, known.outcomes["dropped"], list(known)) == (3, 2, doubts[2:])
+    known.retried("op_3", settled=False)
+    assert known.count == 3, "a settlement is not ended by a look at its hold"
+    known.retried("op_3", settled=True)
+    assert (known.count, known.outcomes["retried"]) == (2, 1)
+
+
+async def test_what_is_too_old_is_not_sent_again(proxy, limiter, client, monkeypatch, caplog):
+    """The store may have forgotten the id by then, and would charge it again."""
+    from ktrdr_budget.engine.driver import backlog
+
+    hold = await limiter.reserve("agent", "0.15")
+    monkeypatch.setattr(backlog, "AGE_MAX_MS", -60_000)
+    await loses(proxy, hold.commit("0.07"), "request")
+    await resolved(proxy, limiter, dropped=1)
+    assert "stays unknown" in caplog.text
+    assert sums(client)["held"] == to_units("0.15"), "it is left to its deadline"
+
+
+async def test_what_stays_unknown_at_the_end_is_told(proxy, client, caplog):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2) as limiter:
+        await loses(proxy, limiter.record("agent", "0.07"))
+    assert "closing with 1 requests whose outcome stays unknown" in caplog.text
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+async def test_histories_of_lost_requests_and_replies_add_up(proxy, client, seed):
+    """Whatever is lost: spend that was acknowledged or is unknown counts exactly once, and no grant is forgotten."""
+    choice = random.Random(seed)
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.06) as limiter:
+        await until(lambda: answers(limiter, "team"))
+        outcomes_before = dict(limiter.resolved)
+        spent, left_open = Decimal(0), 0
+
+        async def pays(call, amount: Decimal) -> bool:
+            nonlocal spent
+            try:
+                await call
+            except StoreUnavailable as error:
+                if not error.ambiguous:
+                    return False
+            spent += amount
+            return True
+
+        async def work(number: int) -> None:
+            nonlocal left_open
+            for turn in range(8):
+                await until(lambda: limiter.store_state == "closed")
+                amount = Decimal(choice.randrange(1, 90)) / 1000
+                if choice.random() < 0.3:
+                    await pays(limiter.record("team", amount), amount)
+                    continue
+                try:
+                    hold = await limiter.reserve("team", "0.05", id=choice.choice((None, f"{number}_{turn}")))
+                except StoreUnavailable:
+                    continue
+                left_open += not await pays(hold.commit(amount), amount)
+
+        proxy.fate = lambda: choice.choice(("reply", "request")) if choice.random() < 0.6 else None
+        await asyncio.gather(*[work(number) for number in range(12)])
+        proxy.fate = lambda: None
+        await until(lambda: limiter.store_state == "closed" and limiter.unresolved == 0)
+        outcomes = {word: count - outcomes_before[word] for word, count in limiter.resolved.items()}
+        assert outcomes["executed"] + outcomes["sent_again"] > 0
+        assert outcomes["dropped"] == outcomes["refused"] == outcomes["superseded"] == 0
+        left_open += outcomes["granted"]
+        assert sums(client, "team")["held"] == to_units(left_open * Decimal("0.05"))
+        assert sums(client, "team")["spent"] == ledger_sum(client, "team") == to_units(spent)

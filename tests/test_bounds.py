@@ -1,0 +1,223 @@
+"""What one tenant may put into the store: holds and budgets are bounded, whoever asks for how many of them."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import select
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
+from ktrdr_budget.environment import bounds
+from ktrdr_budget.errors import InvalidArgument, TooManyBudgets, TooManyHolds
+from ktrdr_budget.verify import verify
+
+from .api.processes import Service, serving
+from .helpers.keyspace import dump
+from .helpers.waiting import until
+
+MANY = [Budget("agent", "1000"), Budget("free", None, unit="calls")]
+
+
+async def attempts(limiter: AsyncBudgetLimiter, count: int, **options) -> list:
+    """So many reservations at once, each of its own id and label."""
+    calls = [
+        limiter.reserve("free", 1, id=f"attack/{number}", operation=f"label {number}", **options)
+        for number in range(count)
+    ]
+    return await asyncio.gather(*calls, return_exceptions=True)
+
+
+async def test_a_client_with_ever_new_ids_gets_no_more_holds_than_the_tenant_may_have(server):
+    async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=50) as limiter:
+        outcomes = await attempts(limiter, 2000)
+        granted = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
+        refused = [outcome for outcome in outcomes if isinstance(outcome, TooManyHolds)]
+        assert (len(granted), len(refused)) == (50, 1950)
+        assert str(refused[0]) == "tenant 'default' has 50 open and unconfirmed holds; it may have 50"
+        assert 800 <= refused[0].retry_after <= 900
+        with server.client() as client:
+            before = dump(client)
+            assert sum(":h:" in key for key in before) == 50
+            assert all(isinstance(outcome, TooManyHolds) for outcome in (await attempts(limiter, 2050))[50:])
+            assert dump(client) == before, "a refusal writes nothing"
+        assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
+
+
+async def test_a_replay_is_answered_and_settlements_make_room(server):
+    async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=2) as limiter:
+        first = await limiter.reserve("free", 1, id="one")
+        await limiter.reserve("free", 1, id="two")
+        assert (await limiter.reserve("free", 1, id="one")).replayed
+        with pytest.raises(TooManyHolds):
+            await limiter.reserve("free", 1)
+        settled, granted = await asyncio.gather(first.commit(), limiter.reserve("free", 1, id="three"))
+        assert (settled.state, granted.id) == ("committed", "three")
+        await limiter.record("agent", "0.01")  # spend is a fact
+
+
+async def test_holds_that_expire_are_counted_until_somebody_settles_them(server):
+    async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=3) as limiter:
+        await attempts(limiter, 3, ttl=1, on_expiry="release")
+
+        async def expired() -> bool:
+            return (await limiter.status("free")).held == 0
+
+        await until(expired)
+        with pytest.raises(TooManyHolds) as refused:
+            await limiter.reserve("free", 1)
+        assert refused.value.retry_after is None
+        await limiter.release("attack/1")
+        await limiter.reserve("free", 1)
+
+
+async def test_where_many_holds_are_allowed_they_are_counted_once_half_of_them_are_there(server):
+    """Below that, a lone reservation does not pay for the counting."""
+    async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=20_000) as limiter:
+        with server.client() as client:
+            pipeline = client.pipeline(transaction=False)
+            for number in range(0, 19_990, 10):
+                pipeline.zadd("ktrdr:{default}:due", {f"old/{number + i}": 9e12 for i in range(10)})
+            pipeline.execute()
+
+            async def counted() -> bool:
+                await limiter.record("agent", "0.01")
+                return client.hget("ktrdr:{default}:meta", "crowded") == "1"
+
+            await until(counted)
+            outcomes = await attempts(limiter, 300)
+            assert sum(not isinstance(outcome, Exception) for outcome in outcomes) == 10
+            assert client.zcard("ktrdr:{default}:due") == 20_000
+            client.delete("ktrdr:{default}:due")
+
+            async def forgotten() -> bool:
+                await limiter.record("agent", "0.01")
+                return client.hget("ktrdr:{default}:meta", "crowded") is None
+
+            await until(forgotten)
+
+
+async def test_a_tenant_that_is_full_hinders_no_other(server):
+    async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=1) as full:
+        await full.reserve("free", 1)
+        async with AsyncBudgetLimiter(server.url, MANY, tenant="other", timeout=20, max_holds=1) as other:
+            await other.reserve("free", 1)
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_limiter_has_no_more_budgets_than_it_may():
+    budgets = [Budget(f"user/{number}", 1) for number in range(1001)]
+    BudgetLimiter("redis://127.0.0.1:1", budgets[:1000])
+    with pytest.raises(InvalidArgument, match="1001 budgets are given; max_budgets is 1000"):
+        BudgetLimiter("redis://127.0.0.1:1", budgets)
+    BudgetLimiter("redis://127.0.0.1:1", budgets, max_budgets=1001)
+
+
+def test_many_limiters_together_have_no_more_budgets_than_the_tenant_may(server):
+    for number in range(12):
+        with BudgetLimiter(server.url, timeout=20, budgets=[Budget(f"user/{number}", "1")], max_budgets=10) as limiter:
+            if number < 10:
+                limiter.reserve(f"user/{number}", "0.10")
+                continue
+            with pytest.raises(TooManyBudgets, match=f"it may: 10; 'user/{number}' would be another"):
+                limiter.reserve(f"user/{number}", "0.10")
+            with pytest.raises(TooManyBudgets):
+                limiter.record(f"user/{number}", "0.10")
+    with BudgetLimiter(server.url, timeout=20, budgets=[Budget("user/3", "1")], max_budgets=10) as limiter:
+        limiter.reserve("user/3", "0.10")
+    with server.client() as client:
+        assert len(client.keys("ktrdr:{default}:w:*")) == 10
+
+
+def test_a_budget_makes_room_when_its_last_window_is_gone(server):
+    with BudgetLimiter(
+        server.url, timeout=20, budgets=[Budget("old", "1"), Budget("new", "1")], max_budgets=2
+    ) as limiter:
+        limiter.record("old", "0.10")
+        with server.client() as client:
+            client.hset("ktrdr:{default}:meta", "b:other", "0")
+            with pytest.raises(TooManyBudgets):
+                limiter.record("new", "0.10")
+            client.hset("ktrdr:{default}:meta", "b:other", "1000")
+            limiter.record("new", "0.10")
+
+
+# -- settings ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [0, -1, True, 1.5, "10", None])
+def test_a_bound_is_a_positive_whole_number(value):
+    for option in ("max_holds", "max_budgets"):
+        with pytest.raises(InvalidArgument, match=f"{option} must be a whole number from 1"):
+            BudgetLimiter("redis://127.0.0.1:1", [], **{option: value})
+
+
+def test_the_environment_sets_them():
+    assert bounds({}) == {}
+    assert bounds({"KTRDR_MAX_HOLDS": "7", "KTRDR_MAX_BUDGETS": " 9 "}) == {"max_holds": 7, "max_budgets": 9}
+    with pytest.raises(InvalidArgument, match="KTRDR_MAX_HOLDS must be a whole number, not 'many'"):
+        bounds({"KTRDR_MAX_HOLDS": "many"})
+
+
+# -- over HTTP ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def service(start_server) -> Iterator[Service]:
+    store = start_server()
+    with serving(KTRDR_REDIS_URL=store.url, KTRDR_MAX_HOLDS=2, KTRDR_MAX_BUDGETS=7) as running:
+        yield running
+    store.kill()
+
+
+def test_the_service_refuses_one_hold_too_many_as_a_problem_of_its_own(service):
+    body = {"amounts": {"agent": "0.01"}, "ttl": 60}
+    made = [service.post("/api/v1/reservations", body) for _ in range(2)]
+    assert [answer.status_code for answer in made] == [201, 201]
+    refused = service.post("/api/v1/reservations", body)
+    document = refused.json()
+    assert (refused.status_code, refused.headers["content-type"]) == (429, "application/problem+json")
+    assert (document["code"], document["reason"]) == ("too-many-holds", "too_many_holds")
+    assert document["detail"] == "tenant 'default' has 2 open and unconfirmed holds; it may have 2"
+    assert 20 <= document["retry_after"] == int(refused.headers["retry-after"]) <= 60
+    trigger = service.post("/api/v1/agent/trigger", {})
+    assert (trigger.status_code, trigger.json()["code"]) == (429, "too-many-holds")
+    words = [sys.executable, "-m", "ktrdr_budget.cli", "--api-url", service.url, "budget", "reserve", "agent", "0.01"]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 3
+    assert re.fullmatch(r"denied: tenant 'default' has 2 open and .*; it may have 2; retry in \d+ s\n", done.stderr)
+    counted = 'ktrdr_budget_reservations_total{outcome="error",reason="too_many_holds"} 3.0'
+    assert counted in service.get("/metrics").text
+    for answer in made:
+        assert service.post(f"/api/v1/reservations/{answer.json()['id']}/release").status_code == 200
+    assert service.post("/api/v1/reservations", body).status_code == 201
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 1000000000", "Transfer-Encoding: chunked"])
+def test_a_body_that_is_too_large_is_answered_before_it_has_been_sent(service, framing):
+    """It would go on for ever: the answer comes while it is still being sent."""
+    with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
+        head = f"POST /api/v1/reservations HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n{framing}\r\n\r\n"
+        connection.sendall(head.encode())
+        piece = b" " * 4096
+        if "chunked" in framing:
+            piece = b"1000\r\n" + piece + b"\r\n"
+        sent, answer = 0, b""
+        connection.setblocking(False)
+        while b"}" not in answer:
+            readable, writable, _ = select.select([connection], [connection] if sent < 10**7 else [], [], 10)
+            if readable:
+                answer += connection.recv(65_536)
+            elif writable:
+                sent += connection.send(piece)
+            assert sent < 10**7
+    assert answer.startswith(b"HTTP/1.1 413 ")
+    assert b"application/problem+json" in answer
+    assert b'"code":"content-too-large"' in answer

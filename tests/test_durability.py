@@ -1,0 +1,143 @@
+"""Option ``durability``: a call is answered when what it wrote is on a replica, or on disk."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, InvalidArgument, StoreUnavailable
+from ktrdr_budget.errors import StoreError
+from ktrdr_budget.money import to_units
+
+from .conftest import free_port, redis_binary
+from .helpers.keyspace import sums
+from .helpers.waiting import until, wait_until
+
+BUDGETS = [Budget("agent", "5.00")]
+TIMEOUT_S = 0.4
+
+
+@pytest.fixture
+def master(start_server: Callable):
+    made = start_server(None, "--port", str(free_port()))
+    yield made
+    made.kill()
+
+
+@pytest.fixture
+def replica(master, start_server: Callable):
+    """Follows the master, and can be stopped."""
+    with master.client() as client:
+        port = client.config_get("port")["port"]
+        made = start_server(None, "--replicaof", "127.0.0.1", port, "--repl-diskless-sync", "yes")
+        client.config_set("repl-diskless-sync-delay", "0")
+        wait_until(lambda: client.info("replication").get("slave0", {}).get("state") == "online", 10)
+    yield made
+    os.kill(made.process.pid, signal.SIGCONT)
+    made.kill()
+
+
+async def test_what_was_granted_and_spent_is_on_the_replica(master, replica):
+    async with AsyncBudgetLimiter(master.url, BUDGETS, durability="replica") as limiter:
+        hold = await limiter.reserve("agent", "0.15")
+        await hold.commit("0.07")
+        await limiter.reserve("agent", "0.20")
+        with replica.client() as client:
+            assert sums(client) == {"spent": to_units("0.07"), "held": to_units("0.20"), "unconfirmed": 0, "events": 1}
+
+
+async def test_nothing_is_granted_while_no_replica_confirms_and_all_is_settled_when_one_does(master, replica):
+    async with AsyncBudgetLimiter(master.url, BUDGETS, durability="replica", timeout=TIMEOUT_S) as limiter:
+        hold = await limiter.reserve("agent", "0.15")
+        os.kill(replica.process.pid, signal.SIGSTOP)
+        started = time.monotonic()
+        with pytest.raises(StoreUnavailable, match="no replica has confirmed it") as refused:
+            await limiter.reserve("agent", "0.20")
+        assert refused.value.ambiguous
+        assert time.monotonic() - started < 2 * TIMEOUT_S
+        with pytest.raises(StoreUnavailable):
+            await hold.commit("0.07")
+        os.kill(replica.process.pid, signal.SIGCONT)
+        await until(lambda: limiter.store_state == "closed" and limiter.unresolved == 0)
+        assert limiter.resolved["released"] == 1
+        await hold.commit("0.07")
+        with replica.client() as client:
+            assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
+
+
+async def test_a_replay_is_confirmed_no_sooner_than_what_it_repeats(master, replica):
+    """It writes nothing, but what it repeats may not be on the replica yet."""
+    async with (
+        AsyncBudgetLimiter(master.url, BUDGETS) as careless,
+        AsyncBudgetLimiter(master.url, BUDGETS, durability="replica", timeout=TIMEOUT_S) as limiter,
+    ):
+        await limiter.record("agent", 0)
+        os.kill(replica.process.pid, signal.SIGSTOP)
+        await careless.reserve("agent", "0.15", id="op_1")
+        with pytest.raises(StoreUnavailable):
+            await limiter.reserve("agent", "0.15", id="op_1")
+        os.kill(replica.process.pid, signal.SIGCONT)
+        await until(lambda: limiter.store_state == "closed")
+        assert (await limiter.reserve("agent", "0.15", id="op_1")).replayed
+
+
+async def test_without_a_replica_nothing_is_admitted(master):
+    async with AsyncBudgetLimiter(master.url, BUDGETS, durability="replica", timeout=TIMEOUT_S) as limiter:
+        with pytest.raises(StoreUnavailable, match="no replica"):
+            await limiter.record("agent", "0.01")
+        await until(lambda: limiter.store_state == "open")
+
+
+async def test_on_disk(start_server: Callable):
+    """kill -9 right after the answer: it is in the file."""
+    server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
+    async with AsyncBudgetLimiter(server.url, BUDGETS, durability="disk") as limiter:
+        await limiter.record("agent", "0.07")
+        server.kill()
+        server.start()
+        with server.client() as client:
+            assert sums(client)["spent"] == to_units("0.07")
+        await until(lambda: _spent(limiter))
+        assert limiter.losses == 0
+    server.kill()
+
+
+async def _spent(limiter: AsyncBudgetLimiter) -> bool:
+    try:
+        return (await limiter.status("agent")).spent == Decimal("0.07")
+    except StoreUnavailable:
+        return False
+
+
+async def test_a_server_without_an_append_only_file_says_what_is_missing(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS, durability="disk") as limiter:
+        with pytest.raises(StoreError, match="appendonly"):
+            await limiter.reserve("agent", "0.15")
+        with server.client() as client:
+            assert sums(client)["held"] == 0
+
+
+async def test_a_server_without_waitaof_says_what_is_missing(start_server: Callable):
+    binary = redis_binary()
+    if binary is None:
+        pytest.fail("redis-server is not installed")
+    old = start_server(binary, "--appendonly", "yes")
+    with old.client() as client:
+        version = tuple(map(int, client.info("server")["redis_version"].split(".")))
+    async with AsyncBudgetLimiter(old.url, BUDGETS, durability="disk") as limiter:
+        if version >= (7, 2):
+            assert (await limiter.reserve("agent", "0.15")).guarded
+        else:
+            with pytest.raises(StoreError, match="WAITAOF"):
+                await limiter.reserve("agent", "0.15")
+    old.kill()
+
+
+def test_it_is_one_of_three():
+    with pytest.raises(InvalidArgument, match="durability"):
+        AsyncBudgetLimiter("redis://localhost", BUDGETS, durability="everywhere")  # type: ignore[arg-type]

@@ -1,0 +1,390 @@
+"""`limiter.lease(...)`: prepaid slabs decided about without the store, below one cap for all replicas."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import os
+import re
+import signal
+from collections.abc import Callable
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from ktrdr_budget import (
+    AsyncBudgetLimiter,
+    Budget,
+    BudgetExceeded,
+    HoldConflict,
+    InvalidArgument,
+    StoreUnavailable,
+    UnknownBudget,
+)
+from ktrdr_budget.money import to_units
+
+from .helpers.keyspace import counted, immortal_keys, ledger_sum, sums
+from .helpers.waiting import until
+
+AGENT = Budget("agent", "5.00")
+TIMEOUT_S = 0.2
+
+
+@pytest.fixture
+def client(server):
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture
+async def limiter(server):
+    async with AsyncBudgetLimiter(server.url, [AGENT]) as made:
+        yield made
+
+
+@pytest.fixture
+def own_server(start_server: Callable):
+    """A server that a test may kill, with a file that keeps what it acknowledged."""
+    made = start_server(None, "--appendonly", "yes")
+    yield made
+    made.kill()
+
+
+def spent_alone(nanos: int, events: int) -> dict[str, int]:
+    return {"spent": nanos, "held": 0, "unconfirmed": 0, "events": events}
+
+
+# -- its life ----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_lease_holds_a_slab_and_commits_what_was_spent(limiter, client):
+    async with limiter.lease("agent", "0.50") as lease:
+        [slab] = await limiter.holds("agent")
+        assert (slab.amounts, slab.operation, slab.on_expiry) == ({"agent": Decimal("0.50")}, "lease", "charge")
+        lease.spend("0.004")
+        lease.spend(Decimal("0.006"))
+        grant = lease.reserve(0.02)
+        assert (lease.spent, lease.held, lease.remaining) == (Decimal("0.01"), Decimal("0.02"), Decimal("0.47"))
+        grant.commit("0.013")
+        with lease.reserve("0.05") as other:
+            other.release()
+        assert sums(client) == {"spent": 0, "held": to_units("0.50"), "unconfirmed": 0, "events": 0}, "nobody was asked"
+    assert sums(client) == spent_alone(to_units("0.023"), 1)
+    [entry] = await limiter.ledger("agent")
+    assert (entry.kind, entry.amount, entry.operation) == ("commit", Decimal("0.023"), "lease")
+    assert immortal_keys(client) == []
+
+
+async def test_a_lease_that_was_not_used_leaves_no_entry(limiter, client):
+    async with limiter.lease("agent", "0.50"):
+        pass
+    assert sums(client) == spent_alone(0, 0)
+
+
+async def test_it_is_refilled_before_it_is_empty_and_each_slab_is_one_entry(limiter, client):
+    async with limiter.lease("agent", "0.10") as lease:
+        for _ in range(40):
+            lease.spend("0.01")
+            await until(lambda: lease.remaining >= Decimal("0.05"))
+        assert lease.spent == Decimal("0.40")
+        await until(lambda: sums(client)["spent"] >= to_units("0.30"))
+        assert counted(client) <= to_units("0.40") + 2 * to_units("0.10")
+    assert sums(client) == spent_alone(to_units("0.40"), 4)
+
+
+async def test_acquire_waits_for_another_slab_where_reserve_says_that_it_has_none(limiter, client):
+    async with limiter.lease("agent", "0.10") as lease:
+        lease.spend("0.10")
+        with pytest.raises(BudgetExceeded) as denied:
+            lease.reserve("0.02")
+        assert (denied.value.reason, denied.value.fits) == ("lease_refilling", 0)
+        grants = await asyncio.gather(*(lease.acquire("0.03") for _ in range(20)))
+        assert lease.held == Decimal("0.60")
+        for grant in grants:
+            grant.commit("0.02")
+        larger = await lease.acquire("1.00")
+        larger.commit()
+    assert sums(client)["spent"] == to_units("1.50")
+    assert sums(client)["held"] == 0
+
+
+async def test_the_last_cents_of_a_budget_can_be_spent(limiter, client):
+    """A whole slab does not fit any more; then what fits does, down to the amount wanted."""
+    async with limiter.lease("agent", "0.30") as lease:
+        with pytest.raises(BudgetExceeded) as denied:
+            while True:
+                (await lease.acquire("0.007")).commit("0.007")
+        assert Decimal("5.00") - Decimal("0.007") < lease.spent <= Decimal("5.00")
+        assert denied.value.reason == "budget_exhausted"
+        assert denied.value.spent == lease.spent
+        assert denied.value.fits == Decimal("5.00") - lease.spent
+        with pytest.raises(BudgetExceeded) as again:
+            lease.spend("0.01")
+        assert again.value.reason == "budget_exhausted"
+        (await lease.acquire(denied.value.fits)).commit()
+        assert lease.spent == Decimal("5.00")
+        with pytest.raises(BudgetExceeded) as impossible:
+            await lease.acquire("5.01")
+        assert impossible.value.reason == "exceeds_limit"
+    assert sums(client)["spent"] == to_units("5.00")
+    assert sums(client)["held"] == 0
+
+
+async def test_a_lease_of_an_exhausted_budget_opens_empty_and_fills_once_there_is_room(limiter):
+    hold = await limiter.reserve("agent", "5.00")
+    async with limiter.lease("agent", "0.50") as lease:
+        assert lease.remaining == 0
+        with pytest.raises(BudgetExceeded) as denied:
+            await lease.acquire("0.02")
+        assert (denied.value.reason, denied.value.held) == ("budget_held", Decimal("5.00"))
+        await hold.commit("1.00")
+        (await lease.acquire("0.02")).commit()
+        assert lease.remaining == Decimal("0.48")
+
+
+async def test_what_is_idle_is_given_back_and_taken_again_at_the_next_need(limiter, client):
+    async with limiter.lease("agent", "0.50", idle=0.1) as lease:
+        lease.spend("0.02")
+        await until(lambda: sums(client) == spent_alone(to_units("0.02"), 1))
+        grant = await lease.acquire("0.01")
+        await asyncio.sleep(0.3)  # three times as long as it takes to be idle
+        assert sums(client)["held"] == to_units("0.50"), "an open grant is no idleness"
+        grant.commit()
+        await until(lambda: sums(client)["held"] == 0)
+        assert lease.spent == Decimal("0.03")
+    assert sums(client) == spent_alone(to_units("0.03"), 2)
+
+
+async def test_a_grant_that_outlives_its_block_keeps_its_slab_until_it_is_settled(limiter, client):
+    async with limiter.lease("agent", "0.50") as lease:
+        lease.spend("0.10")
+        grant = lease.reserve("0.20")
+    assert sums(client)["held"] == to_units("0.50")
+    with pytest.raises(RuntimeError, match="closed"):
+        lease.spend("0.01")
+    grant.commit("0.15")
+    await until(lambda: sums(client) == spent_alone(to_units("0.25"), 1))
+    assert not limiter._core.leases
+
+
+async def test_closing_the_limiter_commits_what_an_open_lease_spent_and_charges_its_open_grants(server, client):
+    limiter = AsyncBudgetLimiter(server.url, [AGENT])
+    lease = await limiter.lease("agent", "0.50").__aenter__()
+    lease.spend("0.10")
+    grant = lease.reserve("0.20")
+    await limiter.close()
+    assert sums(client) == spent_alone(to_units("0.30"), 1)
+    with pytest.raises(HoldConflict, match="charged in full"):
+        grant.commit("0.15")
+    grant.commit()
+    with pytest.raises(RuntimeError, match="closed"):
+        await lease.acquire("0.01")
+
+
+async def test_a_commit_above_its_grant_is_recorded_in_full_as_an_overrun(limiter, client):
+    async with limiter.lease("agent", "0.10") as lease:
+        lease.reserve("0.05").commit("0.25")
+        await until(lambda: sums(client)["spent"] == to_units("0.25"))  # at once, for nobody holds that much
+        (await lease.acquire("0.01")).release()
+    assert sums(client) == spent_alone(to_units("0.25"), 1)
+    assert (await limiter.status("agent")).overruns == 1
+
+
+async def test_cancellation_is_clean(limiter, client):
+    """P14: whoever stops waiting takes nothing; a block that is cancelled commits what was spent."""
+    await limiter.reserve("agent", "4.00")
+    async with limiter.lease("agent", "1.00") as lease:
+        kept = lease.reserve("1.00")
+        waiting = [asyncio.create_task(lease.acquire("0.50")) for _ in range(5)]
+        await asyncio.sleep(0)
+        for task in waiting:
+            task.cancel()
+        results = await asyncio.gather(*waiting, return_exceptions=True)
+        assert all(isinstance(result, asyncio.CancelledError) for result in results)
+        kept.commit("0.20")
+        assert (lease.held, lease.spent) == (0, Decimal("0.20"))
+
+    async def work() -> None:
+        async with limiter.lease("agent", "0.50") as lease:
+            lease.spend("0.10")
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(work())
+    await until(lambda: sums(client)["held"] == to_units("4.50"))
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await until(lambda: sums(client)["spent"] == to_units("0.30"))
+    assert sums(client)["held"] == to_units("4.00")
+
+
+async def test_what_cannot_be_leased_is_refused(server):
+    budgets = [AGENT, Budget("slots", 3, kind="slots"), Budget("tokens", 1000, unit="tokens")]
+    async with AsyncBudgetLimiter(server.url, budgets) as limiter:
+        for wrong in (
+            lambda: limiter.lease("slots", 1),
+            lambda: limiter.lease("agent", 0),
+            lambda: limiter.lease("agent", "0.10", low_water="0.20"),
+            lambda: limiter.lease("agent", "0.10", ttl=0.5),
+            lambda: limiter.lease("agent", "0.10", idle=0),
+        ):
+            with pytest.raises(InvalidArgument):
+                wrong()
+        with pytest.raises(UnknownBudget):
+            limiter.lease("other", 1)
+        async with limiter.lease("tokens", 100) as lease:
+            lease.spend(7)
+            assert (lease.spent, lease.remaining) == (7, 93)
+
+
+async def test_the_code_of_the_page_runs(server, client):
+    text = (Path(__file__).parents[1] / "docs" / "leases.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    names: dict[str, object] = {"url": server.url, "print": lambda *words: None}
+    await eval(compile(code[0], "docs/leases.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
+    assert sums(client) == spent_alone(to_units("0.030"), 1)
+    exec(code[1], names)
+    await names["limiter"].close()
+    assert len(code) == 2
+
+
+# -- windows and deadlines ---------------------------------------------------------------------------------------------
+
+
+async def test_a_slab_belongs_to_the_window_that_admitted_it(clocked_server):
+    clocked_server.set(datetime(2026, 11, 23, 23, 59, 58, tzinfo=UTC))
+    with clocked_server.client() as client:
+        async with AsyncBudgetLimiter(clocked_server.url, [AGENT]) as limiter:
+            async with limiter.lease("agent", "0.50") as lease:
+                lease.spend("0.10")
+                over_midnight = lease.reserve("0.15")
+                clocked_server.set(datetime(2026, 11, 24, 0, 0, 1, tzinfo=UTC))
+                await limiter.status("agent")
+                with pytest.raises(BudgetExceeded):
+                    lease.spend("0.01")
+                (await lease.acquire("0.03")).commit()
+                over_midnight.commit("0.11")
+                await until(lambda: sums(client, window="2026-11-23") == spent_alone(to_units("0.21"), 1))
+            assert sums(client, window="2026-11-24") == spent_alone(to_units("0.03"), 1)
+
+
+async def test_a_slab_is_left_for_another_before_its_hold_has_lived_for_a_day(clocked_server):
+    clocked_server.reset_clock()
+    with clocked_server.client() as client:
+        async with AsyncBudgetLimiter(clocked_server.url, [Budget("all", "5.00", period="ever")]) as limiter:
+            async with limiter.lease("all", "0.50", idle=None) as lease:
+                lease.spend("0.10")
+                clocked_server.advance(21 * 3600)
+                await limiter.status("all")
+                (await lease.acquire("0.03")).commit()
+                await until(lambda: sums(client, "all", "ever")["spent"] == to_units("0.10"))
+            assert sums(client, "all", "ever")["spent"] == to_units("0.13")
+            assert sums(client, "all", "ever")["unconfirmed"] == sums(client, "all", "ever")["held"] == 0
+
+
+async def test_heartbeats_keep_a_slab_and_tell_what_was_spent_of_it(limiter, client):
+    async with limiter.lease("agent", "0.50", ttl=1) as lease:
+        lease.spend("0.10")
+        [slab] = await limiter.holds("agent")
+        await until(lambda: _beaten(limiter, slab))
+
+
+async def _beaten(limiter, before) -> bool:
+    [slab] = await limiter.holds("agent")
+    return slab.accrued == {"agent": Decimal("0.10")} and slab.expires_at > before.expires_at
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+async def test_a_slab_that_somebody_has_released_grants_nothing_more(limiter, client, by_hand):
+    async with limiter.lease("agent", "0.50", ttl=1) as lease:
+        lease.spend("0.10")
+        [slab] = await limiter.holds("agent")
+        await limiter.release(slab.id, operator=by_hand)
+        await limiter.reserve("agent", "5.00")  # so that it is not revived
+        await until(lambda: lease.slab.hold is None)
+        await limiter.set_limit("agent", "10.00")
+        (await lease.acquire("0.02")).commit()
+    await until(lambda: sums(client)["spent"] == to_units("0.12"))
+    assert sums(client)["held"] == to_units("5.00")
+    assert ledger_sum(client) == to_units("0.12"), "what was spent is a fact"
+
+
+# -- stores that fail --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["deny", "allow", "lease"])
+async def test_without_the_store_it_spends_what_it_has_and_no_more(own_server, policy):
+    """Whatever the policy: a slab is never unguarded, nor drawn from what is kept for an outage."""
+    options = {"on_store_error": policy, "lease_slab": "1.00" if policy == "lease" else None}
+    async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S, **options) as limiter:
+        async with limiter.lease("agent", "0.50") as lease:
+            own_server.kill()
+            for _ in range(50):
+                lease.spend("0.01")
+            with pytest.raises((StoreUnavailable, BudgetExceeded)):
+                lease.spend("0.01")
+            with pytest.raises(StoreUnavailable):
+                await lease.acquire("0.01")
+            await until(lambda: isinstance(lease.trouble, StoreUnavailable))
+            with pytest.raises(StoreUnavailable, match=r"has \$0.00 left"):
+                lease.spend("0.01")
+            assert lease.spent == Decimal("0.50")
+        assert limiter.deferred == 1
+        own_server.start()
+        with own_server.client() as client:
+            await until(lambda: sums(client)["spent"] == to_units("0.50"))
+            assert sums(client)["held"] == (to_units("1.00") if policy == "lease" else 0)
+
+
+async def test_a_lease_recovers_by_itself(own_server):
+    own_server.kill()
+    async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S) as limiter:
+        async with limiter.lease("agent", "0.50") as lease:
+            assert lease.remaining == 0
+            own_server.start()
+            grant = await until(lambda: _acquired(lease))
+            grant.commit("0.01")
+        with own_server.client() as client:
+            assert sums(client) == spent_alone(to_units("0.01"), 1)
+
+
+async def _acquired(lease):
+    try:
+        return await lease.acquire("0.02")
+    except StoreUnavailable:
+        return None
+
+
+async def test_a_deadline_that_passes_during_an_outage_charges_the_slab_until_the_commit_corrects_it(own_server):
+    """P5: heartbeats fail, the slab is unconfirmed and counts wholly; what is spent from it meanwhile stays covered."""
+    async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S) as limiter:
+        async with limiter.lease("agent", "0.50", ttl=1) as lease:
+            lease.spend("0.10")
+            with own_server.client() as client:
+                deadline_s = client.zrange("ktrdr:{default}:due", 0, -1, withscores=True)[0][1] / 1000
+            os.kill(own_server.process.pid, signal.SIGSTOP)
+            await until(lambda: datetime.now(UTC).timestamp() > deadline_s + 0.5)
+            lease.spend("0.05")
+            os.kill(own_server.process.pid, signal.SIGCONT)
+        with own_server.client() as client:
+            await until(lambda: sums(client)["spent"] == to_units("0.15"))
+            assert sums(client)["held"] == sums(client)["unconfirmed"] == 0
+            assert ledger_sum(client) == to_units("0.15")
+
+
+@pytest.mark.slow
+async def test_a_flushed_store_is_told_of_the_slab_and_of_what_was_spent(server, client):
+    """P13: the lease goes on, and the final spend is the truth."""
+    async with AsyncBudgetLimiter(server.url, [AGENT], timeout=10.0) as limiter:
+        async with limiter.lease("agent", "0.10") as lease:
+            for _ in range(7):
+                (await lease.acquire("0.03")).commit()
+            await until(lambda: sums(client)["spent"] > 0)
+            client.flushall()
+            for _ in range(7):
+                (await lease.acquire("0.03")).commit()
+        assert limiter.losses == 1
+        assert sums(client)["spent"] == ledger_sum(client) == to_units("0.42")
+        assert sums(client)["held"] == 0

@@ -1,0 +1,224 @@
+"""A real master with replicas behind real sentinels: whoever is the master gets the batches, and nobody else."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreError, StoreUnavailable
+from ktrdr_budget.verify import verify
+
+from .conftest import redis_binary, valkey_binary
+from .helpers.nodes import Node, free_ports
+from .helpers.processes import in_child
+from .helpers.sentinels import SentinelGroup
+from .helpers.waiting import until
+
+BUDGETS = [Budget("agent", "5.00")]
+BINARIES = {"valkey": valkey_binary(), "redis": redis_binary()}
+
+
+SECRETS = {"user": "ktrdr", "password": "pass-word-1", "sentinel_password": "pass-word-2"}
+
+
+@pytest.fixture(scope="module")
+def _steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelGroup]:
+    with SentinelGroup(valkey_binary(), Path(tmp_path_factory.mktemp("sentinels")), **SECRETS) as made:
+        yield made
+
+
+@pytest.fixture
+def steady(_steady: SentinelGroup) -> SentinelGroup:
+    """One for all tests that leave its master alone, empty: with a user, and passwords of both kinds."""
+    _steady.master.client.flushall()
+    return _steady
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[SentinelGroup]:
+    """One of its own: after a failover, sentinels need ten seconds until they trust the old master as a replica."""
+    with SentinelGroup(valkey_binary(), tmp_path, **SECRETS) as made:
+        yield made
+
+
+@pytest.fixture(params=[kind for kind, binary in BINARIES.items() if binary])
+def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SentinelGroup]:
+    """The same, on each kind of server."""
+    with SentinelGroup(BINARIES[request.param], tmp_path, **SECRETS) as made:
+        yield made
+
+
+async def _answers(limiter: AsyncBudgetLimiter) -> bool:
+    try:
+        await limiter.status("agent")
+    except StoreUnavailable:
+        return False
+    return True
+
+
+async def _new_master(group: SentinelGroup, old: Node) -> int:
+    """The port of the master, once all sentinels name it: a limiter believes the first that knows."""
+    return (await asyncio.to_thread(group.wait_master, old)).port
+
+
+async def test_batches_and_reads_go_to_the_master(steady):
+    async with AsyncBudgetLimiter(steady.url, BUDGETS) as limiter:
+        hold = await limiter.reserve("agent", "0.15", id="op_1")
+        assert limiter._store._wires.standing, "by a connection of our own"
+        await hold.commit("0.07")
+        assert (await limiter.get("op_1")).state == "committed"
+        assert (await limiter.status("agent")).spent == Decimal("0.07")
+        assert steady.master.command("EXISTS", "ktrdr:{default}:meta")
+        shown = f"{limiter!r} {limiter.store_url} {limiter._store!r} {limiter._store._locator.url!r}"
+        assert "pass-word" not in shown
+        assert "ktrdr:***@" in shown
+    [report] = verify(steady.url)
+    assert report.adds_up and report.spent == 70_000_000
+
+
+def test_the_sync_limiter_speaks_through_sentinels_too(steady):
+    with BudgetLimiter(steady.url, BUDGETS) as limiter:
+        limiter.reserve("agent", "0.15").commit("0.07")
+        assert limiter.status("agent").spent == Decimal("0.07")
+
+
+def test_the_child_of_a_fork_asks_the_sentinels_by_itself(steady):
+    with BudgetLimiter(steady.url, BUDGETS, timeout=5.0) as limiter:
+        limiter.reserve("agent", "0.50")
+        assert in_child(lambda: limiter.reserve("agent", "0.25")) == 0
+        assert limiter.status("agent").held == Decimal("0.75")
+
+
+async def test_a_master_that_is_killed_is_replaced_within_the_deadline_of_a_call(either):
+    old = either.master
+    async with AsyncBudgetLimiter(either.url, BUDGETS, timeout=20.0) as limiter:
+        hold = await limiter.reserve("agent", "1.00", id="op_1")
+        await until(lambda: either.replicated())
+        old.kill()
+        calls = (limiter.reserve("agent", "0.50", id="op_2"), limiter.status("agent"), hold.commit("0.25"))
+        _, _, settlement = await asyncio.gather(*calls)
+        assert settlement.amounts == {"agent": Decimal("0.25")}
+        assert limiter._store._server.address[1] == await _new_master(either, old)
+        assert (await limiter.status("agent")).held == Decimal("0.50")
+        assert limiter._session.losses == 0
+
+
+async def test_a_failover_on_request_moves_every_limiter_before_the_old_master_is_told(group):
+    """Sentinels leave the old master a master for seconds; what it would accept meanwhile would be lost."""
+    old = group.master
+    async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=10.0) as limiter:
+        hold = await limiter.reserve("agent", "1.00", id="op_1")
+        await until(lambda: group.replicated())
+        new = await asyncio.to_thread(group.fail_over)
+        await until(lambda: limiter._store._server and limiter._store._server.address[1] == new.port, within_s=0.5)
+        assert old.client.role()[0] == "master", "nobody has told it yet"
+        await hold.commit("0.25")
+        await limiter.record("agent", "0.50")
+        assert new.client.role()[0] == "master"
+        assert limiter._session.losses == 0
+        assert (await limiter.status("agent")).spent == Decimal("0.75")
+
+
+async def test_a_master_that_was_made_a_replica_refuses_and_is_asked_for_anew(steady):
+    """READONLY, by hand and behind the back of the sentinels: the call goes on until there is a master, or it ends."""
+    async with AsyncBudgetLimiter(steady.url, BUDGETS, timeout=20.0) as limiter:
+        await limiter.reserve("agent", "1.00", id="op_1")
+        master, other = steady.master, steady.replicas[0]
+        first = limiter._store._server
+        master.command("REPLICAOF", "127.0.0.1", other.port)
+        waiting = asyncio.create_task(limiter.reserve("agent", "0.50", id="op_2"))
+        await until(lambda: limiter._store._server not in (first, None))
+        assert not waiting.done()
+        master.command("REPLICAOF", "NO", "ONE")
+        await waiting
+        assert (await limiter.status("agent")).held == Decimal("1.50")
+
+
+async def test_a_master_that_hangs_is_left_as_soon_as_the_sentinels_agree(group):
+    old = group.master
+    async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=60.0) as limiter:
+        await limiter.reserve("agent", "1.00", id="op_1")
+        await until(lambda: group.replicated())
+        old.pause()
+        async with asyncio.timeout(20):
+            await asyncio.gather(limiter.reserve("agent", "0.50", id="op_2"), limiter.status("agent"))
+        assert limiter._store._server.address[1] == await _new_master(group, old)
+
+
+async def test_a_replica_that_lagged_is_told_what_it_lacks(group):
+    async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=20.0) as limiter:
+        await limiter.record("agent", "1.00")
+        await until(lambda: group.replicated())
+        old = group.master
+        group.lose_writes()
+        await limiter.record("agent", "0.50")
+        await limiter.reserve("agent", "0.25", id="op_1")
+        old.kill()
+        await until(lambda: _knows(limiter), within_s=30)
+        assert limiter._session.losses == 1
+
+
+async def _knows(limiter: AsyncBudgetLimiter) -> bool:
+    try:
+        status = await limiter.status("agent")
+    except StoreUnavailable:
+        return False
+    return (status.spent, status.held) == (Decimal("1.50"), Decimal("0.25"))
+
+
+async def test_one_sentinel_that_answers_is_enough_and_one_that_hangs_delays_nothing(group):
+    group.sentinels[0].pause()
+    group.sentinels[1].pause()
+    async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=1.0) as limiter:
+        await limiter.reserve("agent", "0.01")
+        group.sentinels[2].pause()
+        await limiter._store._look(limiter._store._locator, limiter._store._server, False)
+        await limiter.reserve("agent", "0.01")  # the master is still there
+
+
+async def test_without_a_sentinel_or_a_master_each_call_ends_in_time(group):
+    ports = free_ports(2)
+    nobody = f"redis+sentinel://127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}/budgets"
+    limiter = AsyncBudgetLimiter(nobody, BUDGETS, timeout=0.3)
+    async with asyncio.timeout(0.6):
+        with pytest.raises(StoreUnavailable, match="no sentinel answers"):
+            await limiter.reserve("agent", "0.01")
+    await limiter.close()
+    for server in group.servers:
+        server.pause()
+    await until(lambda: all("o_down" in s.client.sentinel_master("budgets")["flags"] for s in group.sentinels), 20)
+    limiter = AsyncBudgetLimiter(group.url, BUDGETS, timeout=0.5)
+    with pytest.raises(StoreUnavailable, match="the sentinels have seen that budgets is down"):
+        await limiter.reserve("agent", "0.01")
+    for server in group.servers:
+        server.resume()
+    await until(lambda: _answers(limiter), within_s=30)
+    await limiter.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("/budgets", "/unknown"), "No such master"),
+        (("pass-word-2", "pass-word-3"), "WRONGPASS|invalid username-password"),
+        (("pass-word-1", "pass-word-3"), "invalid username-password"),
+        (("?sentinel_password=pass-word-2", ""), "Authentication required|NOAUTH"),
+    ],
+)
+async def test_a_wrong_name_or_password_is_said_at_once_and_not_shown(steady, change, words):
+    limiter = AsyncBudgetLimiter(steady.url.replace(*change), BUDGETS, timeout=30.0)
+    with pytest.raises(StoreError, match=words) as refused:
+        await limiter.reserve("agent", "0.01")
+    assert "pass-word" not in f"{refused.value} {limiter!r}"
+    await limiter.close()
+
+
+async def test_passwords_with_every_sign_of_a_url_are_understood(tmp_path):
+    secrets = {"password": "p@ss/w:rd?%41,[", "sentinel_password": "s3nt&=+nel/@:%"}
+    with SentinelGroup(valkey_binary(), tmp_path, replicas=0, sentinels=1, **secrets) as group:
+        async with AsyncBudgetLimiter(group.url, BUDGETS) as limiter:
+            await limiter.reserve("agent", "0.01")

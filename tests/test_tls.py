@@ -1,0 +1,172 @@
+"""TLS with a real server: the library, the audit and our own wire; its certificate is checked, and ours, if it asks."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import redis
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.engine.stores.wire import Wire
+from ktrdr_budget.verify import verify
+
+from .conftest import Server, free_port
+from .helpers.tools import need
+
+BUDGETS = [Budget("agent", "5.00")]
+
+
+@dataclass
+class Authority:
+    """A certificate authority that exists for the tests only."""
+
+    directory: Path
+    name: str
+
+    @property
+    def certificate(self) -> Path:
+        return self.directory / f"{self.name}.crt"
+
+    def make(self) -> Authority:
+        self._openssl("req", "-x509", *self._new_key(self.name), "-subj", f"/CN={self.name}", "-out", self.certificate)
+        return self
+
+    def issue(self, name: str, *, alternative: str) -> tuple[Path, Path]:
+        """A certificate and its key."""
+        request, certificate = self.directory / f"{name}.csr", self.directory / f"{name}.crt"
+        extensions = self.directory / f"{name}.ext"
+        extensions.write_text(f"subjectAltName={alternative}\n")
+        self._openssl("req", *self._new_key(name), "-subj", f"/CN={name}", "-out", request)
+        signing = ("-CA", self.certificate, "-CAkey", self._key(self.name), "-CAcreateserial", "-days", "2")
+        self._openssl("x509", "-req", "-in", request, *signing, "-extfile", extensions, "-out", certificate)
+        return certificate, self._key(name)
+
+    def _key(self, name: str) -> Path:
+        return self.directory / f"{name}.key"
+
+    def _new_key(self, name: str) -> tuple[object, ...]:
+        return "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-keyout", self._key(name)
+
+    def _openssl(self, *words: object) -> None:
+        done = subprocess.run(["openssl", *map(str, words)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+@dataclass
+class TlsServer(Server):
+    port: int = 0
+
+    def url_with(self, host: str = "localhost", **options: object) -> str:
+        query = "&".join(f"{name}={value}" for name, value in options.items())
+        return f"rediss://{host}:{self.port}/0?{query}"
+
+
+@pytest.fixture(scope="module")
+def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    need("openssl")
+    return Authority(tmp_path_factory.mktemp("ca"), "authority").make()
+
+
+@pytest.fixture(scope="module", params=["no", "yes"], ids=["server only", "mutual"])
+def tls(request: pytest.FixtureRequest, authority: Authority, tmp_path_factory) -> Iterator[TlsServer]:
+    """Debian's Redis, which speaks TLS; the embedded Valkey was built without it."""
+    binary = shutil.which("redis-server") or need("redis-server")
+    certificate, key = authority.issue(f"server-{request.param}", alternative="DNS:localhost,IP:127.0.0.1")
+    port = free_port()
+    options = ("--tls-port", str(port), "--tls-cert-file", str(certificate), "--tls-key-file", str(key))
+    options += ("--tls-ca-cert-file", str(authority.certificate), "--tls-auth-clients", request.param)
+    server = TlsServer(binary, Path(tmp_path_factory.mktemp("t")), options, port=port)
+    yield server.start()
+    server.kill()
+
+
+@pytest.fixture
+def identity(authority: Authority, tls: TlsServer) -> dict[str, object]:
+    """The options of a URL that this server takes."""
+    certificate, key = authority.issue("client", alternative="DNS:client")
+    trust = {"ssl_ca_certs": authority.certificate}
+    mutual = "yes" in tls.options
+    return {**trust, "ssl_certfile": certificate, "ssl_keyfile": key} if mutual else trust
+
+
+async def test_batches_travel_over_our_own_wire_through_tls(tls, identity):
+    async with AsyncBudgetLimiter(tls.url_with(**identity), BUDGETS, timeout=10) as limiter:
+        holds = await asyncio.gather(*[limiter.reserve("agent", "0.01") for _ in range(300)])
+        await asyncio.gather(*[hold.commit("0.005") for hold in holds])
+        assert str((await limiter.status("agent")).spent) == "1.50"
+        wires = limiter._store._wires.standing
+        assert wires
+        assert all(isinstance(wire, Wire) for wire in wires)
+        assert all(wire._transport.get_extra_info("cipher") for wire in wires)
+
+
+def test_the_sync_limiter_and_the_audit_speak_tls_too(tls, identity):
+    url = tls.url_with(**identity)
+    with BudgetLimiter(url, BUDGETS, timeout=10) as limiter:
+        limiter.reserve("agent", "0.15").commit("0.10")
+    assert all(report.adds_up for report in verify(url))
+
+
+async def refusal(url: str) -> str:
+    """What a caller is told when nothing can be sent; and the audit with it."""
+    async with AsyncBudgetLimiter(url, BUDGETS, timeout=1.0) as limiter:
+        with pytest.raises(StoreUnavailable) as refused:
+            await limiter.reserve("agent", "0.01")
+        checks = await limiter.check()
+        assert checks["store"]
+    with pytest.raises(StoreUnavailable):
+        await asyncio.to_thread(verify, url, timeout=1.0)
+    return str(refused.value)
+
+
+async def test_a_certificate_of_another_authority_is_refused_and_the_error_says_so(tls, identity, tmp_path):
+    other = Authority(tmp_path, "other").make()
+    told = await refusal(tls.url_with(**{**identity, "ssl_ca_certs": other.certificate}))
+    assert "certificate verify failed" in told.lower(), told
+    assert str(tmp_path) not in told
+
+
+async def test_without_an_authority_those_of_the_system_decide(tls, identity):
+    identity.pop("ssl_ca_certs")
+    assert "certificate verify failed" in (await refusal(tls.url_with(**identity))).lower()
+
+
+async def test_a_certificate_for_another_host_is_refused(authority, tls, identity):
+    await works(tls.url_with("127.0.0.1", **identity))
+    told = await refusal(tls.url_with("127.0.0.2", **identity))
+    assert "mismatch" in told.lower(), told
+
+
+async def test_plain_text_at_a_port_that_speaks_tls_is_refused(tls):
+    await refusal(f"redis://localhost:{tls.port}/0")
+
+
+async def test_without_a_certificate_a_server_that_wants_one_refuses(authority, tls):
+    url = tls.url_with(ssl_ca_certs=authority.certificate)
+    if "yes" in tls.options:
+        # TLS 1.3 tells a client only after its handshake, and the end of the connection may come before the reason.
+        assert re.search("certificate required|reset by peer|closed|broken pipe", (await refusal(url)).lower())
+    else:
+        await works(url)
+
+
+async def works(url: str) -> None:
+    async with AsyncBudgetLimiter(url, BUDGETS, timeout=10) as limiter:
+        await (await limiter.reserve("agent", "0.01")).release()
+
+
+async def test_the_connection_comes_back_after_a_restart_of_the_server(tls, identity):
+    async with AsyncBudgetLimiter(tls.url_with(**identity), BUDGETS, timeout=5.0) as limiter:
+        await limiter.status("agent")
+        tls.kill()
+        tls.start()
+        assert (await limiter.status("agent")).remaining == 5
+    with redis.Redis(unix_socket_path=str(tls.socket_path)) as client:
+        client.flushall()

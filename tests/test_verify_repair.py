@@ -1,0 +1,358 @@
+"""``Auditor.repair``: damaged books are rebuilt while others write in them, and nothing else is changed (P11)."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import redis
+
+from ktrdr_budget import Budget, BudgetLimiter
+from ktrdr_budget.engine.protocol import Op, encode_batch
+from ktrdr_budget.engine.scripts import script
+from ktrdr_budget.engine.session import Session
+from ktrdr_budget.verify import Auditor, Change, IndexChange, verify
+
+from .helpers.keyspace import dump, immortal_keys, today
+from .helpers.processes import workers
+from .helpers.waiting import wait_until
+
+BUDGETS = [
+    Budget("agent", "1000"),
+    Budget("tokens", 10**6, unit="tokens", period="ever"),
+    Budget("jobs", 50, kind="slots"),
+]
+LATE = "ktrdr:{default}:h:late"
+DUE, UNCONFIRMED = "ktrdr:{default}:due", "ktrdr:{default}:unconfirmed"
+
+
+@pytest.fixture
+def client(server) -> Iterator[redis.Redis]:
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture
+def auditor(server) -> Iterator[Auditor]:
+    with Auditor(server.url) as made:
+        yield made
+
+
+@pytest.fixture
+def limiter(server) -> Iterator[BudgetLimiter]:
+    with BudgetLimiter(server.url, BUDGETS, timeout=20) as made:
+        yield made
+
+
+def fill(limiter: BudgetLimiter) -> None:
+    """$0.22 spent, $0.15 held, $0.03 unconfirmed; 100 tokens and a slot held."""
+    limiter.reserve({"agent": "0.15", "tokens": 100, "jobs": 1}, id="open")
+    limiter.reserve("agent", "0.15").commit("0.20")
+    limiter.record("agent", "0.02")
+    lapse(limiter, "0.03")
+
+
+def lapse(limiter: BudgetLimiter, amount: str) -> None:
+    """A hold that is past its deadline already: nobody waits for that here."""
+    with redis.Redis.from_url(limiter.store_address, decode_responses=True) as client:
+        limiter.reserve("agent", amount, id="late")
+        words = client.get(LATE).split(" ")
+        client.set(LATE, " ".join([*words[:2], "1000", *words[3:]]), keepttl=True)
+        client.zadd(DUE, {"late": 1000})
+    assert limiter.status("agent").unconfirmed
+
+
+def window(client: redis.Redis, budget: str = "agent") -> str:
+    return f"ktrdr:{{default}}:w:{budget}:{'ever' if budget != 'agent' else today(client)}"
+
+
+def ledger(client: redis.Redis) -> str:
+    return window(client).replace(":w:", ":l:")
+
+
+def figures(limiter: BudgetLimiter) -> tuple[str, ...]:
+    status = limiter.status("agent")
+    return tuple(map(str, (status.spent, status.held, status.unconfirmed, status.events)))
+
+
+# -- counters ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"spent": 7},
+        {"spent": -220_000_000},
+        {"held": -1},
+        {"unconfirmed": 1_000_000_000},
+        {"events": 5},
+        {"spent": 5, "unconfirmed": -5},
+        {"spent": 1, "held": -2, "unconfirmed": 3, "events": -4},
+    ],
+    ids=str,
+)
+def test_a_damaged_counter_is_what_it_was_and_the_repair_says_so(server, client, auditor, limiter, damage):
+    fill(limiter)
+    assert auditor.repair().changes == []
+    right = figures(limiter)
+    before = {name: int(client.hget(window(client), name)) for name in damage}
+    for name, by in damage.items():
+        client.hincrby(window(client), name, by)
+    if set(damage) != {"events"}:
+        assert [report.budget for report in verify(server.url) if not report.adds_up] == ["agent"]
+    repair = auditor.repair()
+    day = today(client)
+    assert sorted(repair.changes, key=str) == sorted(
+        (Change("agent", day, "usd", name, before[name] + by, before[name]) for name, by in damage.items()), key=str
+    )
+    assert repair.index_changes == []
+    assert figures(limiter) == right
+    assert all(report.adds_up and report.conclusive for report in repair.windows)
+    assert all(report.adds_up for report in verify(server.url))
+
+
+def test_what_is_right_is_not_touched(client, auditor, limiter):
+    fill(limiter)
+    before = dump(client)
+    repair = auditor.repair()
+    assert (repair.changes, repair.index_changes, len(repair.windows)) == ([], [], 3)
+    assert dump(client) == before
+
+
+def test_a_check_never_writes(server, client, limiter):
+    fill(limiter)
+    client.hincrby(window(client), "spent", 5)
+    client.zadd(DUE, {"ghost": 1})
+    before = dump(client)
+    verify(server.url)
+    assert dump(client) == before
+
+
+def test_a_repair_is_in_the_log_and_in_the_ledger_at_an_amount_of_zero(client, auditor, limiter, caplog):
+    fill(limiter)
+    client.hincrby(window(client), "spent", 5)
+    with caplog.at_level(logging.WARNING, "ktrdr_budget"):
+        auditor.repair()
+    (record,) = caplog.records
+    assert record.getMessage() == f"repaired window {window(client)}: spent from 220000005 to 220000000"
+    entry = limiter.ledger("agent")[0]
+    assert (entry.kind, entry.amount, entry.operation) == ("audit", 0, "spent -5")
+
+
+def test_only_the_budgets_asked_for_are_repaired(client, auditor, limiter):
+    fill(limiter)
+    client.hincrby(window(client), "spent", 5)
+    client.hincrby(window(client, "tokens"), "held", 5)
+    assert [change.budget for change in auditor.repair([Budget("tokens", 1, unit="tokens")]).changes] == ["tokens"]
+    assert [change.budget for change in auditor.repair().changes] == ["agent"]
+
+
+# -- what the ledger does not say --------------------------------------------------------------------------------------
+
+
+def test_a_ledger_that_lost_entries_gives_no_money_back(server, client, auditor, limiter):
+    """The counter and the shares of the replicas agree: the ledger is what was damaged."""
+    fill(limiter)
+    right = figures(limiter)
+    newest = client.xrevrange(ledger(client))
+    client.xdel(ledger(client), newest[-1][0])
+    assert not all(report.adds_up for report in verify(server.url))
+    assert [(change.counter, change.before, change.after) for change in auditor.repair().changes] == [
+        ("ledger", 50_000_000, 250_000_000)
+    ]
+    assert figures(limiter) == right
+    assert limiter.ledger("agent")[1].kind == "carried"
+    assert all(report.adds_up for report in verify(server.url))
+    client.delete(ledger(client))
+    auditor.repair()
+    assert figures(limiter) == right
+    assert immortal_keys(client) == []
+    assert all(report.adds_up for report in verify(server.url))
+
+
+def test_a_window_that_vanished_comes_back_from_its_ledger(server, client, auditor, limiter):
+    fill(limiter)
+    right = figures(limiter)
+    client.delete(window(client))
+    assert not all(report.adds_up for report in verify(server.url))
+    auditor.repair()
+    assert immortal_keys(client) == []
+    assert figures(limiter) == right
+    limiter.reserve("agent", "0.01").release()
+    assert client.hget(window(client), "def") == "usd,day,UTC,spend"
+    assert all(report.adds_up for report in verify(server.url))
+
+
+def test_a_ledger_that_was_carried_forward_is_repaired_by_the_shares_of_the_replicas(
+    server, client, auditor, monkeypatch
+):
+    monkeypatch.setattr(
+        Session.__init__, "__kwdefaults__", {**Session.__init__.__kwdefaults__, "ledger_entries_max": 100}
+    )
+    with BudgetLimiter(server.url, BUDGETS, timeout=20) as limiter:
+        lapse(limiter, "0.03")
+        while not any(b"carried" in fields[b"e"] for _, fields in raw_entries(server, client)):
+            for _ in range(256):
+                limiter.record("agent", "0.01")
+        limiter.record("agent", "0.01")
+        right = figures(limiter)
+        for damage in ({"spent": 5}, {"unconfirmed": -7}, {"spent": 5, "unconfirmed": 8}):
+            for name, by in damage.items():
+                client.hincrby(window(client), name, by)
+            assert {change.counter for change in auditor.repair().changes} == set(damage)
+            assert figures(limiter) == right
+
+
+def raw_entries(server, client: redis.Redis) -> list:
+    with redis.Redis(unix_socket_path=str(server.socket_path)) as raw:
+        return raw.xrevrange(ledger(client), count=3)
+
+
+def test_a_slab_that_shrinks_once_it_is_unconfirmed_is_followed(server, client, auditor, limiter):
+    """Of a prepaid slab that expired, what was spent is taken out of the charge; the rest stays unconfirmed."""
+    fill(limiter)
+    session = Session("default", BUDGETS)
+    session.set_clock(client.time()[0] * 1_000_000)
+    op = Op("late", session.keys.hold("late"), "H late", [(session.current_window("agent"), ":10000000")])
+    name, keys, args = encode_batch(session.keys, session.header, [op])
+    client.eval(script(name).source, len(keys), *keys, *args)
+    assert figures(limiter)[2] == "0.01"
+    assert all(report.adds_up for report in verify(server.url))
+    assert auditor.repair().changes == []
+    limiter.commit("late", "0.02")
+    assert figures(limiter)[:3] == ("0.24", "0.15", "0.00")
+    assert auditor.repair().changes == []
+
+
+def test_overruns_are_nowhere_else_and_stay_as_they_are(client, auditor, limiter):
+    fill(limiter)
+    client.hincrby(window(client), "overruns", 5)
+    assert auditor.repair().changes == []
+
+
+# -- holds and their indexes -------------------------------------------------------------------------------------------
+
+
+def test_a_hold_that_its_index_lacks_is_put_back_and_its_money_stays_held(server, client, auditor, limiter):
+    fill(limiter)
+    right = figures(limiter)
+    before = client.zrange(DUE, 0, -1, withscores=True)
+    client.zrem(DUE, "open")
+    assert not all(report.adds_up for report in verify(server.url))
+    repair = auditor.repair()
+    assert repair.index_changes == [IndexChange("due", "open", added=True)]
+    assert repair.changes == []
+    assert client.zrange(DUE, 0, -1, withscores=True) == before
+    assert figures(limiter) == right
+
+
+def test_a_wrong_deadline_in_the_index_is_that_of_the_record_again(client, auditor, limiter):
+    fill(limiter)
+    before = client.zrange(DUE, 0, -1, withscores=True)
+    client.zadd(DUE, {"open": 9e12})
+    assert auditor.repair().index_changes == [IndexChange("due", "open", added=True)]
+    assert client.zrange(DUE, 0, -1, withscores=True) == before
+
+
+def test_an_unconfirmed_hold_that_its_index_lacks_is_listed_again(client, auditor, limiter):
+    fill(limiter)
+    before = client.zscore(UNCONFIRMED, "late")
+    client.zrem(UNCONFIRMED, "late")
+    assert [hold.id for hold in limiter.holds("agent")] == ["open"]
+    assert auditor.repair().index_changes == [IndexChange("unconfirmed", "late", added=True)]
+    assert [hold.id for hold in limiter.holds("agent")] == ["open", "late"]
+    assert abs(client.zscore(UNCONFIRMED, "late") - before) < 1000
+
+
+def test_entries_of_an_index_without_an_open_hold_are_removed(server, client, auditor, limiter):
+    fill(limiter)
+    settled = limiter.reserve("agent", "0.01", id="settled")
+    settled.commit()
+    client.zadd(DUE, {"ghost": 9e12, "settled": 9e12})
+    client.zadd(UNCONFIRMED, {"phantom": 9e12, "open": 9e12})
+    repair = auditor.repair()
+    assert {(change.index, change.hold_id, change.added) for change in repair.index_changes} == {
+        ("due", "ghost", False),
+        ("due", "settled", False),
+        ("unconfirmed", "phantom", False),
+        ("unconfirmed", "open", False),
+    }
+    assert repair.changes == []
+    assert auditor.repair().index_changes == []
+
+
+def test_a_hold_whose_record_vanished_is_not_held_any_more(server, client, auditor, limiter):
+    """Nobody can tell what it was; its worker's commit is recorded all the same."""
+    fill(limiter)
+    hold = limiter.reserve("agent", "0.40", id="gone")
+    client.delete("ktrdr:{default}:h:gone")
+    repair = auditor.repair()
+    assert repair.index_changes == [IndexChange("due", "gone", added=False)]
+    assert [(change.counter, change.before, change.after) for change in repair.changes] == [
+        ("held", 550_000_000, 150_000_000)
+    ]
+    hold.commit("0.10")
+    assert figures(limiter)[0] == "0.32"
+    assert all(report.adds_up for report in verify(server.url))
+
+
+def test_indexes_of_many_holds_are_repaired_page_by_page(server, client, auditor):
+    with BudgetLimiter(server.url, BUDGETS, timeout=20) as limiter:
+        for number in range(30):
+            limiter.reserve("tokens", 1, id=f"hold/{number}")
+        record = client.get("ktrdr:{default}:h:hold/1")
+        pipeline = client.pipeline(transaction=False)
+        for number in range(2500):
+            pipeline.set(f"ktrdr:{{default}}:h:copy/{number}", record, ex=1000)
+            pipeline.zadd(DUE, {f"ghost/{number}": 9e12})
+        pipeline.execute()
+        repair = auditor.repair()
+        assert sum(change.added for change in repair.index_changes) == 2500
+        assert sum(not change.added for change in repair.index_changes) == 2500
+        assert limiter.status("tokens").held == 2530
+
+
+# -- while others write ------------------------------------------------------------------------------------------------
+
+
+def test_books_that_are_damaged_while_four_processes_spend_add_up_again_and_tell_the_truth(server, client):
+    dice = random.Random(5)
+    with workers("bookkeeper.py", 4, {"url": server.url, "callers": 12}) as keepers, Auditor(server.url) as auditor:
+        for keeper in keepers:
+            keeper.tell(go=True)
+        wait_until(lambda: client.xlen(ledger(client)) > 500)
+        wait_until(lambda: client.zcard(UNCONFIRMED))
+        damaged = changed = 0
+        for _ in range(6):
+            for name in dice.sample(("spent", "held", "unconfirmed", "events"), 2):
+                client.hincrby(window(client, dice.choice(("agent", "tokens"))), name, dice.choice((-1, 1)) * 10**6)
+                damaged += 1
+            repair = auditor.repair()
+            changed += len(repair.changes)
+            assert all(report.adds_up for report in repair.windows)
+            assert repair.index_changes == []
+        assert changed >= damaged - 2, "two damages of one counter may cancel out"
+        for keeper in keepers:
+            keeper.tell(stop=True)
+        reports = [keeper.hear() for keeper in keepers]
+        assert auditor.repair().changes == [], "everything had been repaired before, and nothing twice"
+        assert int(client.hget(window(client), "spent")) == sum(report["spent"] for report in reports)
+        assert all(report.adds_up and report.conclusive for report in verify(server.url))
+        assert sum(report["calls"] for report in reports) > 1000
+
+
+def test_two_repairs_at_once_correct_nothing_twice(server, client, limiter):
+    fill(limiter)
+    right = figures(limiter)
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(10):
+            client.hincrby(window(client), "spent", 12345)
+            auditors = [Auditor(server.url) for _ in range(8)]
+            repairs = list(threads.map(Auditor.repair, auditors))
+            assert sum(len(repair.changes) for repair in repairs) == 1
+            assert figures(limiter) == right
+            for auditor in auditors:
+                auditor.close()

@@ -15,10 +15,13 @@ from typing import Any
 from benchmarks import report
 from benchmarks.cli import cli
 from benchmarks.client import concurrency, latency
+from benchmarks.cluster import cluster
 from benchmarks.guard_overhead import guard_overhead
 from benchmarks.http_service import http_service
+from benchmarks.lease import lease
 from benchmarks.measures import Measure, Settings
 from benchmarks.memory import memory
+from benchmarks.policies import policies
 from benchmarks.server_time import full_store, server_time
 from benchmarks.servers import binary_of
 
@@ -31,6 +34,9 @@ GROUPS: dict[str, Callable[[Settings], Coroutine[Any, Any, list[Measure]]]] = {
     "http": http_service,
     "cli": cli,
     "guards": guard_overhead,
+    "lease": lease,
+    "policies": policies,
+    "cluster": cluster,
 }
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 

@@ -38,7 +38,8 @@ async def per_call_us(call: Call, callers: int, calls: int) -> float:
 async def concurrency(settings: Settings) -> list[Measure]:
     """Reservations and lifecycles of 100 and 1,000 callers, as multiples of each peer's hits in the same round."""
     with running(settings.store) as server:
-        async with AsyncBudgetLimiter(server.url, [Budget("agent", limit=_AMPLE)], timeout=30) as limiter:
+        options: dict[str, Any] = {"timeout": 30, "max_holds": 10**7}  # none is ever settled
+        async with AsyncBudgetLimiter(server.url, [Budget("agent", limit=_AMPLE)], **options) as limiter:
 
             async def reserve() -> None:
                 await limiter.reserve("agent", "0.0015")

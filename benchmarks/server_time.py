@@ -97,7 +97,7 @@ async def full_store(settings: Settings) -> list[Measure]:
     figures: dict[str, list[tuple[float, float]]] = {how: [] for how in plans}
     with running(settings.store) as server, running(settings.store) as empty_server:
         async with (
-            AsyncBudgetLimiter(server.url, _BUDGETS, timeout=60) as limiter,
+            AsyncBudgetLimiter(server.url, _BUDGETS, timeout=60, max_holds=10 * count) as limiter,
             AsyncBudgetLimiter(empty_server.url, _BUDGETS, timeout=60) as empty_limiter,
         ):
             await _fill(limiter, count)

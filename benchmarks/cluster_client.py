@@ -1,0 +1,29 @@
+"""One of the processes of `benchmarks/cluster.py`: reserves for a tenant, so many calls for each line that it reads."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+
+from benchmarks.client import per_call_us
+from ktrdr_budget import AsyncBudgetLimiter, Budget
+
+
+async def main(url: str, tenant: str, callers: int) -> None:
+    """Says when it began and ended; the first time, that it is ready."""
+    budgets = [Budget("agent", limit="5000000")]
+    async with AsyncBudgetLimiter(url, budgets, tenant=tenant, timeout=30, max_holds=10**7) as limiter:
+        begun = time.time()
+        while True:
+            print(json.dumps([begun, time.time()]), flush=True)
+            line = await asyncio.to_thread(sys.stdin.readline)
+            if not line:
+                return
+            begun = time.time()
+            await per_call_us(lambda: limiter.reserve("agent", "0.0015"), callers, int(line))
+
+
+if __name__ == "__main__":
+    asyncio.run(main(sys.argv[1], sys.argv[2], int(sys.argv[3])))

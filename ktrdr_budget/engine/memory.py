@@ -25,28 +25,34 @@ __all__ = ["Memory", "Repair"]
 SETTLEMENTS_MAX = 20_000
 """At most; at least half as many."""
 HOLDS_MAX = 10_000
-"""Fewer than settlements: a hold that another replica has settled is not to be remembered for longer than that."""
+"""At most; at least half as many. Fewer than settlements: a hold that another replica has settled is not to be
+remembered for longer than that."""
 AGE_MAX_MS = LONGEST_HOLD_MS // 2
 """A settlement is told again only while the store cannot have forgotten its id, which it does a day after it."""
 HOLD_AGE_MAX_MS = LONGEST_HOLD_MS * 5 // 6
 """A hold may have been settled elsewhere since it was granted, and that be forgotten after a day."""
-_PRUNE_EACH = 1024
 _WINDOWS_MAX = 4096
 
 
 class _Held(NamedTuple):
-    parts: Sequence[tuple[Window, int]]
-    """Window, reserved."""
-    accrued: Sequence[int]
-    """In the order of the parts; empty for nothing."""
+    """Of texts and numbers only: the garbage collector need not look at them again and again."""
+
+    windows: str
+    """Their keys."""
+    reserved: tuple[int, ...]
+    accrued: tuple[int, ...]
+    """Of each window; empty for nothing."""
     policy: str
     created_us: int
     deadline_ms: int
     labels: str
 
 
+_CREATED, _DEADLINE = _Held._fields.index("created_us"), _Held._fields.index("deadline_ms")
+
+
 class _Settled(NamedTuple):
-    """Of texts and numbers only: the garbage collector need not look at them again and again."""
+    """The same of a settlement."""
 
     letter: str
     words: str
@@ -101,9 +107,10 @@ class Memory:
         """By their keys."""
         self._older: dict[str, int] = {}
         """Units in each window's share that are of settlements which are no longer remembered."""
-        # Plain tuples, which cost a fraction of named ones to make; the order is that of _Held and _Settled.
+        # Plain tuples, which cost a fraction of named ones to make; the order is that of _Held and _Settled. And two
+        # generations of both: forgetting the older one at once costs nothing, one by one would cost a search each.
         self._holds: dict[str, tuple[Any, ...]] = {}
-        # Two generations: forgetting the older one at once costs nothing, and one by one would cost a search each.
+        self._holds_before: dict[str, tuple[Any, ...]] = {}
         self._settled: dict[str, tuple[Any, ...]] = {}
         self._settled_before: dict[str, tuple[Any, ...]] = {}
         self.forgotten_settlements = 0
@@ -112,41 +119,51 @@ class Memory:
         """Holds that were open, and could not be remembered for want of memory."""
 
     def __bool__(self) -> bool:
-        return bool(self._settled or self._holds or self._settled_before or self._older)
+        return bool(self._settled or self._holds or self._settled_before or self._holds_before or self._older)
 
     def granted(
         self, hold_id: str, parts: Sequence[tuple[Window, int]], policy: str, now_us: int, ttl_ms: int, labels: str
     ) -> None:
         """A hold was granted; ``labels``: owner, operation and trace, as words of the wire."""
-        holds = self._holds
-        holds[hold_id] = (parts, (), policy, now_us, now_us // 1000 + ttl_ms, labels)
-        count = len(holds)
-        if count > HOLDS_MAX:
-            oldest = _Held(*holds.pop(next(iter(holds))))
-            self.forgotten_holds += oldest.deadline_ms > now_us // 1000
-        if count % _PRUNE_EACH == 0:
-            self._prune(now_us // 1000)
+        if len(self._holds) >= HOLDS_MAX // 2:
+            self._forget_holds(now_us // 1000)
+        if len(parts) == 1:
+            window, units = parts[0]
+            names, reserved = window.key, (units,)  # type: tuple[str, tuple[int, ...]]
+            if names not in self._windows:
+                self._windows[names] = window
+        else:
+            names, reserved = self._names([window for window, _ in parts]), tuple([units for _, units in parts])
+        self._holds[hold_id] = (names, reserved, (), policy, now_us, now_us // 1000 + ttl_ms, labels)
 
     def extended(self, hold_id: str, record: Record, windows: Sequence[Window], labels: str) -> None:
         """A hold is as its record says now."""
         if record.state != "o":
-            self._holds.pop(hold_id, None)
+            self._let_go(hold_id)
             return
-        parts = [(window, segment.reserved) for window, segment in zip(windows, record.segments, strict=True)]
-        accrued = [segment.accrued for segment in record.segments]
-        self._holds[hold_id] = (parts, accrued, record.policy, record.created_us, record.deadline_ms, labels)
+        reserved = tuple([segment.reserved for segment in record.segments])
+        accrued = tuple([segment.accrued for segment in record.segments])
+        self._let_go(hold_id)
+        self._holds[hold_id] = (
+            self._names(windows),
+            reserved,
+            accrued,
+            record.policy,
+            record.created_us,
+            record.deadline_ms,
+            labels,
+        )
 
     def acknowledged(self, op: Op, line: str, now_ms: int) -> None:
         """A settlement was acknowledged: ``line`` is the store's answer, ``k`` or ``p``."""
         hold_id, parts, letter = op.id, op.parts, op.letter
-        self._holds.pop(hold_id, None)
+        self._let_go(hold_id)
         if len(parts) == 1:
             names = parts[0][0].key
             if names not in self._windows:
                 self._windows[names] = parts[0][0]
         else:
-            self._windows.update((window.key, window) for window, _ in parts)
-            names = " ".join([window.key for window, _ in parts])
+            names = self._names([window for window, _ in parts])
         settled = self._settled
         if len(settled) >= SETTLEMENTS_MAX // 2:
             self._forget_settled()
@@ -157,6 +174,22 @@ class Memory:
         elif hold_id not in self._settled_before:  # else it is known whose it is
             settled.setdefault(hold_id, (letter, words, names, line, now_ms))
 
+    def _names(self, windows: Sequence[Window]) -> str:
+        self._windows.update((window.key, window) for window in windows)
+        return " ".join([window.key for window in windows])
+
+    def _windows_of(self, names: str) -> list[Window]:
+        return [self._windows[name] for name in names.split(" ")]
+
+    def _let_go(self, hold_id: str) -> None:
+        if self._holds.pop(hold_id, None) is None and self._holds_before:
+            self._holds_before.pop(hold_id, None)
+
+    def _forget_holds(self, now_ms: int) -> None:
+        self.forgotten_holds += sum(hold[_DEADLINE] > now_ms for hold in self._holds_before.values())
+        self._holds_before, self._holds = self._holds, {}
+        self._prune(now_ms)
+
     def _forget_settled(self) -> None:
         """Keeps of the older generation what it spent."""
         _add(self._older, self._settled_before.values())
@@ -166,15 +199,22 @@ class Memory:
     def _prune(self, now_ms: int) -> None:
         """Forgets what a store cannot be told any more, or need not be."""
         oldest_us = (now_ms - HOLD_AGE_MAX_MS) * 1000
-        for hold_id in [i for i, hold in self._holds.items() if _Held(*hold).created_us < oldest_us]:
-            del self._holds[hold_id]
+        for holds in (self._holds_before, self._holds):
+            for hold_id in [i for i, hold in holds.items() if hold[_CREATED] < oldest_us]:
+                del holds[hold_id]
         for key in [*self._older]:
             end_ms = self._windows[key].span.end_ms
             if end_ms is not None and end_ms + LONGEST_HOLD_MS < now_ms:
                 del self._older[key]
         if len(self._windows) > _WINDOWS_MAX:
-            kept = [self._settled_before, self._settled]
-            used = {key for generation in kept for known in generation.values() for key in known[2].split(" ")}
+            used = {
+                key
+                for known in (*self._settled_before.values(), *self._settled.values())
+                for key in known[2].split(" ")
+            }
+            used |= {
+                key for hold in (*self._holds_before.values(), *self._holds.values()) for key in hold[0].split(" ")
+            }
             self._windows = {key: w for key, w in self._windows.items() if key in used or key in self._older}
 
     # -- to tell again -------------------------------------------------------------------------------------------------
@@ -197,7 +237,7 @@ class Memory:
         ]
 
     def _again(self, hold_id: str, key: str, settled: _Settled) -> Op:
-        windows = [self._windows[name] for name in settled.windows.split(" ")]
+        windows = self._windows_of(settled.windows)
         # A release of what the store did not know tells of no window.
         spent = [
             *zip(windows, settled.units if len(settled.units) == len(windows) else ["0"] * len(windows), strict=True)
@@ -224,7 +264,13 @@ class Memory:
 
     def holds(self, keys: Keys) -> list[Op]:
         """Last: the open holds that the store does not know."""
-        return [_opened(hold_id, keys.hold(hold_id), _Held(*hold)) for hold_id, hold in self._holds.items()]
+        remembered = self._holds_before | self._holds
+        return [self._opened(hold_id, keys.hold(hold_id), _Held(*hold)) for hold_id, hold in remembered.items()]
+
+    def _opened(self, hold_id: str, key: str, hold: _Held) -> Op:
+        figures = zip(self._windows_of(hold.windows), hold.reserved, hold.accrued or hold.reserved, strict=True)
+        parts = [(window, f":{units}:{used if hold.accrued else 0}") for window, units, used in figures]
+        return Op(hold_id, key, f"O {hold_id} {hold.policy} {hold.deadline_ms} {hold.created_us} {hold.labels}", parts)
 
 
 def _add(totals: dict[str, int], known: Iterable[tuple[Any, ...]]) -> None:
@@ -238,12 +284,6 @@ def _add(totals: dict[str, int], known: Iterable[tuple[Any, ...]]) -> None:
         else:
             for key, units in zip(names.split(" "), told.split(","), strict=False):
                 totals[key] = totals.get(key, 0) + int(units)
-
-
-def _opened(hold_id: str, key: str, hold: _Held) -> Op:
-    accrued = hold.accrued or [0] * len(hold.parts)
-    parts = [(window, f":{units}:{used}") for (window, units), used in zip(hold.parts, accrued, strict=True)]
-    return Op(hold_id, key, f"O {hold_id} {hold.policy} {hold.deadline_ms} {hold.created_us} {hold.labels}", parts)
 
 
 def _labels(settled: _Settled) -> str:

@@ -16,7 +16,7 @@ from ktrdr_budget.periods import PERIODS, Span, window_at, window_named
 
 __all__ = ["MAX_BUDGETS", "MAX_HOLDS", "Session"]
 
-MAX_HOLDS = 100_000
+MAX_HOLDS = 1_000_000
 MAX_BUDGETS = 1_000
 _REMEMBERED_WINDOWS = 1024
 _FORGET_AFTER_MS = LONGEST_HOLD_MS

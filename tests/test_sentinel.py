@@ -191,13 +191,13 @@ async def test_without_a_sentinel_or_a_master_each_call_ends_in_time(group):
     for server in group.servers:
         server.pause()
     await until(lambda: all("o_down" in s.client.sentinel_master("budgets")["flags"] for s in group.sentinels), 20)
-    limiter = AsyncBudgetLimiter(group.url, BUDGETS, timeout=0.5)
-    with pytest.raises(StoreUnavailable, match="the sentinels have seen that budgets is down"):
-        await limiter.reserve("agent", "0.01")
-    for server in group.servers:
-        server.resume()
-    await until(lambda: _answers(limiter), within_s=30)
-    await limiter.close()
+    async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=2.0) as limiter:
+        async with asyncio.timeout(2.5):
+            with pytest.raises(StoreUnavailable, match="the sentinels have seen that budgets is down"):
+                await limiter.reserve("agent", "0.01")
+        for server in group.servers:
+            server.resume()
+        await until(lambda: _answers(limiter), within_s=30)
 
 
 @pytest.mark.parametrize(

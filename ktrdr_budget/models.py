@@ -211,7 +211,7 @@ class HoldView:
     released_by_operator: bool = False
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # frozen, it would take four times as long to make
 class Settlement:
     """What a commit, release or record did."""
 

@@ -132,13 +132,18 @@ class Core(Reads):
             policy = POLICY_CODES[on_expiry]
         except (KeyError, TypeError):
             raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {on_expiry!r}") from None
-        labels = f"{self.label(owner)} {self.label(operation)} {self._trace()}"
+        labels = self._labels(owner, operation)
         head = f"R {hold_id} {ttl_ms} {policy} {labels}"
         key = session.keys.hold(hold_id)
         rounds = 0
         while True:
-            parts = [(session.current_window(name), units) for name, units in wanted]
-            op = Op(hold_id, key, head, [(window, f":{units}") for window, units in parts])
+            parts: list[tuple[Window, int]] = []
+            asked: list[tuple[Window, str]] = []
+            for name, units in wanted:
+                window = session.current_window(name)
+                parts.append((window, units))
+                asked.append((window, f":{units}"))
+            op = Op(hold_id, key, head, asked)
             try:
                 line, answer = yield op
             except StoreError:
@@ -156,8 +161,9 @@ class Core(Reads):
                 logger.warning("hold %s is admitted unguarded: %s", hold_id, error)
                 return self._admitted_unguarded(hold_id, parts, ttl_ms, policy, told)
             if line == "g":
-                session.memory.granted(hold_id, parts, policy, answer.now_us, ttl_ms, labels)
-                return self.make_hold(self, hold_id, parts, ttl_ms, answer.now_us // 1000 + ttl_ms)
+                deadline_ms = answer.now_us // 1000 + ttl_ms
+                session.memory.granted(hold_id, asked, policy, answer.now_us, deadline_ms, labels)
+                return self.make_hold(self, hold_id, parts, ttl_ms, deadline_ms)
             rounds += 1
             if line[0] == "d" and answer.due and rounds < RETIRE_ROUNDS:
                 yield from self.retire(answer.due)
@@ -252,15 +258,13 @@ class Core(Reads):
         A remark goes to the ledger with the current trace, after the label that the hold was reserved with.
         """
         if self.prepaid is not None and hold.prepaid is not None:
-            return self.prepaid.settle(hold, hold.prepaid, amounts, remark)
+            return _at_once(self.prepaid.settle(hold, hold.prepaid, amounts, remark))
         letter = "L" if amounts is None else "C"
         settled = amounts or [("x", 0)] * len(hold.parts)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
         # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them. After
         # its own settlement it has not lost but forgotten it, and nothing may be charged twice.
-        reserved = [units for _, units in hold.parts]
-        lost = not hold.settled
-        return (yield from self._settle(letter, hold.id, parts, reserved, may_be_lost=lost, remark=remark))
+        return self._settle(letter, hold.id, parts, hold.parts, may_be_lost=not hold.settled, remark=remark)
 
     def settle_id(
         self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
@@ -285,15 +289,14 @@ class Core(Reads):
             units = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
             settled = commit_modes(units, amount)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
-        reserved = [s.reserved for s in record.segments]
-        return (yield from self._settle("L" if release else "C", hold_id, parts, reserved, operator=operator))
+        return (yield from self._settle("L" if release else "C", hold_id, parts, windows, operator=operator))
 
     def _settle(
         self,
         letter: str,
         hold_id: str,
         parts: list[tuple[Window, str]],
-        reserved: Sequence[int],
+        reserved: Sequence[tuple[Window, int]],
         *,
         operator: bool = False,
         may_be_lost: bool = False,
@@ -327,7 +330,7 @@ class Core(Reads):
             amounts=told_amounts(parts, told),
             replayed=line[0] == "p",
             overrun="o" in flags,
-            overruns=_exceeded(parts, told, reserved) if "o" in flags else (),
+            overruns=_exceeded(told, reserved) if "o" in flags else (),
             late="l" in flags,
         )
 
@@ -470,6 +473,11 @@ class Core(Reads):
                 return UnknownHold(f"unknown hold {hold_id!r}")
         return StoreError(f"unexpected answer to {op.head.split(' ')[0]!r} for {hold_id!r}")
 
+    def _labels(self, owner: str, operation: str) -> str:
+        if not owner and not operation and self.trace_id is None:
+            return "- - -"
+        return f"{self.label(owner)} {self.label(operation)} {self._trace()}"
+
     def _trace(self) -> str:
         return "-" if self.trace_id is None else self.label(self.trace_id())
 
@@ -482,7 +490,13 @@ class Core(Reads):
         return word(text)
 
 
-def _exceeded(parts: Sequence[tuple[Window, str]], told: str, reserved: Sequence[int]) -> tuple[str, ...]:
+def _at_once(settlement: Settlement) -> Flow[Settlement]:
+    """A flow that asks nothing."""
+    return settlement
+    yield
+
+
+def _exceeded(told: str, reserved: Sequence[tuple[Window, int]]) -> tuple[str, ...]:
     """The budgets in which more was committed than reserved."""
     committed = map(int, told.split(","))
-    return tuple(w.budget for (w, _), units, held in zip(parts, committed, reserved, strict=True) if units > held)
+    return tuple(window.budget for (window, held), units in zip(reserved, committed, strict=True) if units > held)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from datetime import datetime
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
@@ -242,11 +243,11 @@ class HoldBase:
 
     def commit_flow(self, amount: Amounts | None) -> Flow[Settlement]:
         """Commits ``amount``, or what was accrued."""
+        if len(self.parts) == 1 and isinstance(amount, (str, Decimal)):
+            window, _ = self.parts[0]
+            if window.flag != "s":
+                return self._settled([("x", to_units(amount, window.unit))])
         check_amounts(amount)
-        if len(self.parts) == 1 and amount is not None and not isinstance(amount, Mapping):
-            window, reserved = self.parts[0]
-            mode = ("r", reserved) if window.flag == "s" else ("x", to_units(amount, window.unit))
-            return self._settled([mode])
         accrued = self._accrued
         segments = {w.budget: (w.flag, units, accrued.get(w.budget, 0)) for w, units in self.parts}
         return self._settled(commit_modes(segments, amount))

@@ -39,9 +39,8 @@ class _Held(NamedTuple):
 
     windows: str
     """Their keys."""
-    reserved: tuple[int, ...]
-    accrued: tuple[int, ...]
-    """Of each window; empty for nothing."""
+    units: str
+    """Of each window, as on the wire: ``:reserved``, or ``:reserved:accrued``."""
     policy: str
     created_us: int
     deadline_ms: int
@@ -122,37 +121,28 @@ class Memory:
         return bool(self._settled or self._holds or self._settled_before or self._holds_before or self._older)
 
     def granted(
-        self, hold_id: str, parts: Sequence[tuple[Window, int]], policy: str, now_us: int, ttl_ms: int, labels: str
+        self, hold_id: str, parts: Sequence[tuple[Window, str]], policy: str, now_us: int, deadline_ms: int, labels: str
     ) -> None:
-        """A hold was granted; ``labels``: owner, operation and trace, as words of the wire."""
+        """A hold was granted; ``parts`` as it was asked for, ``labels``: owner, operation and trace, on the wire."""
         if len(self._holds) >= HOLDS_MAX // 2:
             self._forget_holds(now_us // 1000)
         if len(parts) == 1:
             window, units = parts[0]
-            names, reserved = window.key, (units,)  # type: tuple[str, tuple[int, ...]]
+            names = window.key
             if names not in self._windows:
                 self._windows[names] = window
         else:
-            names, reserved = self._names([window for window, _ in parts]), tuple([units for _, units in parts])
-        self._holds[hold_id] = (names, reserved, (), policy, now_us, now_us // 1000 + ttl_ms, labels)
+            names, units = self._names([window for window, _ in parts]), " ".join([units for _, units in parts])
+        self._holds[hold_id] = (names, units, policy, now_us, deadline_ms, labels)
 
     def extended(self, hold_id: str, record: Record, windows: Sequence[Window], labels: str) -> None:
         """A hold is as its record says now."""
-        if record.state != "o":
-            self._let_go(hold_id)
-            return
-        reserved = tuple([segment.reserved for segment in record.segments])
-        accrued = tuple([segment.accrued for segment in record.segments])
         self._let_go(hold_id)
-        self._holds[hold_id] = (
-            self._names(windows),
-            reserved,
-            accrued,
-            record.policy,
-            record.created_us,
-            record.deadline_ms,
-            labels,
-        )
+        if record.state != "o":
+            return
+        units = " ".join([f":{segment.reserved}:{segment.accrued}" for segment in record.segments])
+        names = self._names(windows)
+        self._holds[hold_id] = (names, units, record.policy, record.created_us, record.deadline_ms, labels)
 
     def acknowledged(self, op: Op, line: str, now_ms: int) -> None:
         """A settlement was acknowledged: ``line`` is the store's answer, ``k`` or ``p``."""
@@ -166,7 +156,7 @@ class Memory:
             names = self._names([window for window, _ in parts])
         settled = self._settled
         if len(settled) >= SETTLEMENTS_MAX // 2:
-            self._forget_settled()
+            self._forget_settled(now_ms)
             settled = self._settled
         words = op.labels if letter == "D" and isinstance(op, Commit) else op.head
         if line[0] == "k":
@@ -188,20 +178,17 @@ class Memory:
     def _forget_holds(self, now_ms: int) -> None:
         self.forgotten_holds += sum(hold[_DEADLINE] > now_ms for hold in self._holds_before.values())
         self._holds_before, self._holds = self._holds, {}
-        self._prune(now_ms)
+        self._forget_windows(now_ms)
 
-    def _forget_settled(self) -> None:
+    def _forget_settled(self, now_ms: int) -> None:
         """Keeps of the older generation what it spent."""
         _add(self._older, self._settled_before.values())
         self.forgotten_settlements += len(self._settled_before)
         self._settled_before, self._settled = self._settled, {}
+        self._forget_windows(now_ms)
 
-    def _prune(self, now_ms: int) -> None:
-        """Forgets what a store cannot be told any more, or need not be."""
-        oldest_us = (now_ms - HOLD_AGE_MAX_MS) * 1000
-        for holds in (self._holds_before, self._holds):
-            for hold_id in [i for i, hold in holds.items() if hold[_CREATED] < oldest_us]:
-                del holds[hold_id]
+    def _forget_windows(self, now_ms: int) -> None:
+        """Forgets those that are over, and of which nothing is known."""
         for key in [*self._older]:
             end_ms = self._windows[key].span.end_ms
             if end_ms is not None and end_ms + LONGEST_HOLD_MS < now_ms:
@@ -221,7 +208,11 @@ class Memory:
 
     def settlements(self, keys: Keys, now_ms: int) -> list[Op]:
         """First: those in its share, by id, each as it was."""
-        self._prune(now_ms)
+        oldest_us = (now_ms - HOLD_AGE_MAX_MS) * 1000
+        for holds in (self._holds_before, self._holds):
+            for hold_id in [i for i, hold in holds.items() if hold[_CREATED] < oldest_us]:
+                del holds[hold_id]
+        self._forget_windows(now_ms)
         return self._settlements(keys, now_ms, True)
 
     def others(self, keys: Keys, now_ms: int) -> list[Op]:
@@ -268,8 +259,8 @@ class Memory:
         return [self._opened(hold_id, keys.hold(hold_id), _Held(*hold)) for hold_id, hold in remembered.items()]
 
     def _opened(self, hold_id: str, key: str, hold: _Held) -> Op:
-        figures = zip(self._windows_of(hold.windows), hold.reserved, hold.accrued or hold.reserved, strict=True)
-        parts = [(window, f":{units}:{used if hold.accrued else 0}") for window, units, used in figures]
+        told = [units if units.count(":") == 2 else f"{units}:0" for units in hold.units.split(" ")]
+        parts = [*zip(self._windows_of(hold.windows), told, strict=True)]
         return Op(hold_id, key, f"O {hold_id} {hold.policy} {hold.deadline_ms} {hold.created_us} {hold.labels}", parts)
 
 

@@ -169,16 +169,13 @@ class Head:
     due: tuple[str, ...]
 
 
-class Reply(NamedTuple):
-    """The answer to one operation, and the head of its batch."""
-
-    line: str
-    head: Head
+Reply = tuple[str, Head]
+"""The answer to one operation, and the head of its batch."""
 
 
 def encode_batch(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, list[str], list[str]]:
     """The write script that the batch needs, and its ``KEYS`` and ``ARGV``."""
-    numbers: dict[str, int] = {}
+    numbers: dict[str, str] = {}
     letters: set[str] = set()
     window_keys: list[str] = []
     words: list[str] = []
@@ -189,11 +186,11 @@ def encode_batch(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, li
         for window, tail in op.parts:
             number = numbers.get(window.key)
             if number is None:
-                number = numbers[window.key] = len(numbers) + 1
+                number = numbers[window.key] = f" {len(numbers) + 1}"
                 words.extend(window.words)
                 window_keys.append(window.key)
                 window_keys.append(window.ledger_key)
-            text += f" {number}{tail}"
+            text += number + tail
         rendered.append(text)
         hold_keys.append(op.key)
         letters.add(op.letter)

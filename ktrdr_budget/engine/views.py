@@ -118,6 +118,9 @@ def _units_text(budget: Budget) -> str:
 
 def told_amounts(parts: Sequence[tuple[Window, str]], told: str) -> dict[str, Amount]:
     """The amounts that a settlement reports, per budget."""
+    if len(parts) == 1:
+        window = parts[0][0]
+        return {window.budget: from_units(int(told or 0), window.unit)}
     units = told.split(",")
     if len(units) != len(parts):  # a release of a hold that the store has lost
         units = ["0"] * len(parts)

@@ -76,7 +76,7 @@ def test_what_is_forgotten_one_by_one_stays_in_the_share(monkeypatch):
 def test_a_hold_is_remembered_until_it_is_settled_or_too_old():
     known = Memory()
     for hold_id in ("a", "b"):
-        known.granted(hold_id, [(AGENT, 5)], "c", NOW_MS * 1000, 900_000, "me research t1")
+        known.granted(hold_id, [(AGENT, ":5")], "c", NOW_MS * 1000, NOW_MS + 900_000, "me research t1")
     known.acknowledged(commit("a", (AGENT, ":x7")), "k - 7", NOW_MS)
     head = f"O b c {NOW_MS + 900_000} {NOW_MS * 1000} me research t1"
     assert told(known.holds(KEYS)) == [(head, ["agent:5:0"])]

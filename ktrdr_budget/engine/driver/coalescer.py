@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import threading
 import time
 from collections import deque
 from functools import partial
@@ -24,7 +25,7 @@ from ktrdr_budget.engine.driver.deadlines import Deadlines
 from ktrdr_budget.engine.driver.recovery import Recovery
 from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.holds import HoldBase
-from ktrdr_budget.engine.protocol import Command, Head, Header, Op, Reply, encode_batch, parse_batch
+from ktrdr_budget.engine.protocol import Command, Head, Header, Op, encode_batch, parse_batch
 from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.engine.stores.store import NoScript, Store, Transient, unavailable
 from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
@@ -65,6 +66,8 @@ class Coalescer:
 
     def _reset(self) -> None:
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
+        """In which it ran at the first call."""
         self._first: deque[Call] = deque()
         """Whatever may give money back; decided before…"""
         self._then: deque[Call] = deque()
@@ -94,11 +97,15 @@ class Coalescer:
 
     def bind(self) -> asyncio.AbstractEventLoop:
         """The event loop that this belongs to, from its first use on."""
+        loop = self._loop
+        # Of a thread, one loop runs at a time. (To ask asyncio is a system call, up to Python 3.11.)
+        if loop is not None and threading.get_ident() == self._thread and loop.is_running() and not self._closed:
+            return loop
         running = asyncio.get_running_loop()
         if self._closed:
             raise RuntimeError("this limiter is closed")
         if self._loop is None:
-            self._loop = running
+            self._loop, self._thread = running, threading.get_ident()
             self._background.bind(running)
             self.recovery.start()
         elif self._loop is not running:
@@ -341,10 +348,10 @@ class Coalescer:
         if head.due and not self._retiring:
             self._retire(head.due)
         for call, line in zip(batch, lines, strict=True):
-            if line[:2] == "l ":
+            if line[0] == "l":
                 self._park(call, line, head)
             else:
-                self._resume(call, Reply(line, head))
+                self._resume(call, (line, head))
 
     def _put_back(self, batch: list[Call]) -> None:
         for call in reversed(batch):

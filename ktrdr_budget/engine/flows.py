@@ -14,6 +14,7 @@ from ktrdr_budget.engine.protocol import (
     Commit,
     Op,
     Record,
+    Reservation,
     Segment,
     Window,
     parse_record,
@@ -133,17 +134,11 @@ class Core(Reads):
         except (KeyError, TypeError):
             raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {on_expiry!r}") from None
         labels = self._labels(owner, operation)
-        head = f"R {hold_id} {ttl_ms} {policy} {labels}"
         key = session.keys.hold(hold_id)
         rounds = 0
         while True:
-            parts: list[tuple[Window, int]] = []
-            asked: list[tuple[Window, str]] = []
-            for name, units in wanted:
-                window = session.current_window(name)
-                parts.append((window, units))
-                asked.append((window, f":{units}"))
-            op = Op(hold_id, key, head, asked)
+            parts = [(session.current_window(name), units) for name, units in wanted]
+            op = Reservation(hold_id, key, ttl_ms, policy, labels, parts, session.now_ms())
             try:
                 line, answer = yield op
             except StoreError:
@@ -162,16 +157,17 @@ class Core(Reads):
                 return self._admitted_unguarded(hold_id, parts, ttl_ms, policy, told)
             if line == "g":
                 deadline_ms = answer.now_us // 1000 + ttl_ms
-                session.memory.granted(hold_id, asked, policy, answer.now_us, deadline_ms, labels)
-                return self.make_hold(self, hold_id, parts, ttl_ms, deadline_ms)
+                record = op.granted(answer.now_us, deadline_ms)
+                session.memory.granted(hold_id, op.parts, record, answer.now_us // 1000)
+                return self.make_hold(self, hold_id, parts, ttl_ms, deadline_ms, as_granted=record)
             rounds += 1
             if line[0] == "d" and answer.due and rounds < RETIRE_ROUNDS:
                 yield from self.retire(answer.due)
             elif line[0] == "p":
-                record = parse_record(line[2:])
-                if record.state != "o" or record.deadline_ms > answer.now_us // 1000:
-                    return self._replayed(hold_id, record, ttl_ms)
-                yield from self._retire_records({hold_id: record})
+                known = parse_record(line[2:])
+                if known.state != "o" or known.deadline_ms > answer.now_us // 1000:
+                    return self._replayed(hold_id, known, line[2:], ttl_ms)
+                yield from self._retire_records({hold_id: known})
             elif line[0] != "w":
                 raise self._error(line, hold_id, answer.now_us, op)
 
@@ -239,14 +235,10 @@ class Core(Reads):
             (name, to_units(value, self.session.budget(name).unit, positive=positive)) for name, value in budget.items()
         ]
 
-    def _replayed(self, hold_id: str, record: Record, ttl_ms: int) -> Any:
+    def _replayed(self, hold_id: str, record: Record, text: str, ttl_ms: int) -> Any:
         parts = self._parts(record)
-        self._remember(hold_id, record, parts)
+        self.session.memory.extended(hold_id, text, [window for window, _ in parts])
         return self.make_hold(self, hold_id, parts, ttl_ms, record.deadline_ms, record=record)
-
-    def _remember(self, hold_id: str, record: Record, parts: Sequence[tuple[Window, int]]) -> None:
-        labels = " ".join(map(word, (record.owner, record.operation, record.trace_id)))
-        self.session.memory.extended(hold_id, record, [window for window, _ in parts], labels)
 
     # -- settle --------------------------------------------------------------------------------------------------------
 
@@ -259,12 +251,17 @@ class Core(Reads):
         """
         if self.prepaid is not None and hold.prepaid is not None:
             return _at_once(self.prepaid.settle(hold, hold.prepaid, amounts, remark))
-        letter = "L" if amounts is None else "C"
         settled = amounts or [("x", 0)] * len(hold.parts)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
+        if amounts is None:
+            return self._settle(self._release(hold.id, parts), hold.parts)
         # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them. After
         # its own settlement it has not lost but forgotten it, and nothing may be charged twice.
-        return self._settle(letter, hold.id, parts, hold.parts, may_be_lost=not hold.settled, remark=remark)
+        op = self._commit(hold.id, parts, may_be_lost=not hold.settled, remark=remark)
+        if hold.as_granted and not remark:
+            spent = [0 if w.flag == "s" else units for (w, _), (_, units) in zip(hold.parts, amounts, strict=True)]
+            op.simplify(hold.as_granted, hold.parts, spent)
+        return self._settle(op, hold.parts)
 
     def settle_id(
         self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
@@ -289,26 +286,22 @@ class Core(Reads):
             units = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
             settled = commit_modes(units, amount)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
-        return (yield from self._settle("L" if release else "C", hold_id, parts, windows, operator=operator))
+        op = self._release(hold_id, parts, operator=operator) if release else self._commit(hold_id, parts)
+        return (yield from self._settle(op, windows))
 
-    def _settle(
-        self,
-        letter: str,
-        hold_id: str,
-        parts: list[tuple[Window, str]],
-        reserved: Sequence[tuple[Window, int]],
-        *,
-        operator: bool = False,
-        may_be_lost: bool = False,
-        remark: str = "",
-    ) -> Flow[Settlement]:
+    def _commit(
+        self, hold_id: str, parts: list[tuple[Window, str]], *, may_be_lost: bool = False, remark: str = ""
+    ) -> Commit:
+        trace = self._trace() if remark else "-"
         key = self.session.keys.hold(hold_id)
-        if letter == "C":
-            trace = self._trace() if remark else "-"
-            op: Op = Commit(hold_id, key, parts, may_be_lost, self.label(remark[:_TEXT_MAX]), trace)
-        else:
-            op = Op(hold_id, key, f"L {hold_id} {int(operator)}", parts)
-        first = op
+        return Commit(hold_id, key, parts, may_be_lost, self.label(remark[:_TEXT_MAX]), trace)
+
+    def _release(self, hold_id: str, parts: list[tuple[Window, str]], *, operator: bool = False) -> Op:
+        return Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} {int(operator)}", parts)
+
+    def _settle(self, first: Op, reserved: Sequence[tuple[Window, int]]) -> Flow[Settlement]:
+        op, hold_id, parts = first, first.id, first.parts
+        released = op.letter == "L"
         try:
             line, answer = yield op
             while len(line) == 1 and (instead := op.otherwise(line)):
@@ -319,14 +312,16 @@ class Core(Reads):
         except StoreUnavailable:
             if not self.allow and self.prepaid is None:
                 raise
-            return self.deferral(first, "released" if letter == "L" else "committed")
+            return self.deferral(first, "released" if released else "committed")
+        if line == "k":  # to a simple commit
+            line = first.told  # type: ignore[attr-defined]
         if line[0] not in "kp":
             raise self._error(line, hold_id, answer.now_us, op)
         self.session.memory.acknowledged(op, line, answer.now_us // 1000)
         _, flags, told = line.split(" ")
         return Settlement(
             id=hold_id,
-            state="released" if letter == "L" else "committed",
+            state="released" if released else "committed",
             amounts=told_amounts(parts, told),
             replayed=line[0] == "p",
             overrun="o" in flags,
@@ -339,7 +334,7 @@ class Core(Reads):
         key = self.session.keys.hold(hold.id)
         if amounts is None:
             released = [(window, ":x0") for window, _ in hold.parts]
-            return self.deferral(Op(hold.id, key, f"L {hold.id} 0", released), "released")
+            return self.deferral(self._release(hold.id, released), "released")
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, amounts, strict=True)]
         return self.deferral(Commit(hold.id, key, parts, True, "-", "-"), "committed")
 
@@ -408,7 +403,7 @@ class Core(Reads):
             line, answer = yield op
             if line[0] == "e":
                 record = parse_record(line[2:])
-                self._remember(hold_id, record, self._parts(record))
+                self.session.memory.extended(hold_id, line[2:], [window for window, _ in self._parts(record)])
                 return record
             rounds += 1
             if line[0] != "d" or not answer.due or rounds == RETIRE_ROUNDS:

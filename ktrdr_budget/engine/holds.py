@@ -41,6 +41,7 @@ class HoldBase:
         "_notes",
         "_settling",
         "_ttl_ms",
+        "as_granted",
         "created_us",
         "drawn",
         "growth",
@@ -61,6 +62,7 @@ class HoldBase:
         ttl_ms: int,
         deadline_ms: int,
         *,
+        as_granted: str = "",
         record: Record | None = None,
         guarded: bool = True,
         prepaid: Draw | None = None,
@@ -70,6 +72,8 @@ class HoldBase:
         self.parts = parts
         self._ttl_ms = ttl_ms
         self._deadline_ms = deadline_ms
+        self.as_granted = as_granted
+        """The record that the store has of it, until it is extended or grows."""
         self._accrued: dict[str, int] = {}
         self._settling = False
         self._claimed: Sequence[tuple[str, int]] | None = None
@@ -237,6 +241,7 @@ class HoldBase:
             self.parts = otherwise
             return
         self.state = STATES[record.state]
+        self.as_granted = ""
         self._deadline_ms = record.deadline_ms
         reserved = {s.budget: s.reserved for s in record.segments}
         self.parts = [(window, reserved[window.budget]) for window, _ in self.parts]

@@ -20,6 +20,11 @@ MAX_HOLDS = 1_000_000
 MAX_BUDGETS = 1_000
 _REMEMBERED_WINDOWS = 1024
 _FORGET_AFTER_MS = LONGEST_HOLD_MS
+_HOUSEKEEPING_S = 1.0
+_DETOURS = 8
+"""Batches that go the long way once one was not simple: it may be what is asked for, such as money that is gone."""
+_HOLDS_UNCOUNTED = 20_000
+"""A tenant that may have fewer holds has them counted at each reservation, as in reserve.lua."""
 
 
 class Session:
@@ -78,6 +83,8 @@ class Session:
         self.contacted = False
         self._offset_ms = time.time() * 1000 - time.monotonic() * 1000
         self._serial = itertools.count(1)
+        self._detours = 0
+        self._housekeeping_s = 0.0
         self._current: dict[str, Window] = {}
         self._windows: dict[str, Window] = {}
         self._header: Header | None = None
@@ -95,8 +102,26 @@ class Session:
             # A replica that was silent for long may have been forgotten by the store: that is no loss.
             forgotten = time.monotonic() * 1000 - self._heard_ms > _FORGET_AFTER_MS
             acknowledged = "0" if forgotten else str(self._acknowledged)
-            self._header = Header(self.replica_id, self._epoch, acknowledged, str(self._started_us), self._settings)
+            replica, started_us, memory_ms = self.replica_id, str(self._started_us), str(self.id_memory_ms)
+            self._header = Header(replica, self._epoch, acknowledged, started_us, self._settings, memory_ms)
         return self._header
+
+    # -- the way of a batch --------------------------------------------------------------------------------------------
+
+    def goes_simply(self) -> bool:
+        """Whether the next batch may go by ``simple.lua``; once a second one takes the way that keeps house."""
+        if self._detours > 0:
+            self._detours -= 1
+            return False
+        now = time.monotonic()
+        if now >= self._housekeeping_s:
+            self._housekeeping_s = now + _HOUSEKEEPING_S
+            return False
+        return self.max_holds >= _HOLDS_UNCOUNTED
+
+    def was_not_simple(self) -> None:
+        """What is as the last batch will not be simple either, for a while."""
+        self._detours = _DETOURS
 
     # -- the store's clock ---------------------------------------------------------------------------------------------
 

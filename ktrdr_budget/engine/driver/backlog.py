@@ -25,7 +25,7 @@ _RETRY_MAX_S = 0.5
 _BATCH_OPS = 128
 _CLOCK_US = 20_000
 """By how much the store's clock may be ahead of what its last answer, when it arrived, made of it."""
-_SETTLEMENTS = frozenset("CDKLMN")
+_SETTLEMENTS = frozenset("DKLMN")
 
 
 class Backlog:

@@ -281,7 +281,8 @@ class Coalescer:
         if not store.ready or deadline <= self._loop.time():
             return False
         header = session.header
-        name, keys, args = encode_batch(session.keys, header, [call.request for call in batch])
+        ops = [call.request for call in batch]
+        name, keys, args = encode_batch(session.keys, header, ops, simple=session.goes_simply())
         return store.begin(name, keys, args, deadline, partial(self._told, batch, header))
 
     def _told(self, batch: list[Call], header: Header, answer: Any) -> None:
@@ -320,7 +321,8 @@ class Coalescer:
                 return
             deadline = min(call.deadline for call in batch)
         header = session.header
-        name, keys, args = encode_batch(session.keys, header, [call.request for call in batch])
+        ops = [call.request for call in batch]
+        name, keys, args = encode_batch(session.keys, header, ops, simple=session.goes_simply())
         try:
             if isinstance(failed, TimeoutError):
                 raise failed
@@ -350,6 +352,10 @@ class Coalescer:
         for call, line in zip(batch, lines, strict=True):
             if line[0] == "l":
                 self._park(call, line, head)
+            elif line == "s":
+                self._session.was_not_simple()
+                call.request.brief = None
+                self._enqueue(call, call.request)
             else:
                 self._resume(call, (line, head))
 

@@ -60,6 +60,7 @@ end
 
 local lines, n_granted, n_settled = { '', '' }, 0, 0
 local granted, settled = { 0, 0 }, { 0 } -- deadline, id, deadline, id …; ids
+local asked = { 0, 0 } -- by one reservation: window, units, window, units …
 local ttl_before, deadline, beginning
 
 for j = 1, #KEYS - first_hold do
@@ -88,11 +89,12 @@ for j = 1, #KEYS - first_hold do
     end
   elseif admits then -- R
     local id, ttl, policy, expires, parts_at = match(op, '^R (%S+) (%S+) (%a) (%d+)()')
-    local parts, fits = sub(op, parts_at, words_end), true
-    for i, units in gmatch(parts, ' (%d+):(%d+)') do
+    local fits, m = true, 0
+    for i, units in gmatch(sub(op, parts_at, words_end), ' (%d+):(%d+)') do
       local w = windows[i + 0]
-      w[HELD] = w[HELD] + units
-      fits = fits and w[TOTAL] + w[HELD] + w[SPENT] <= w[CAP]
+      fits = fits and w[TOTAL] + w[HELD] + w[SPENT] + units <= w[CAP]
+      asked[m + 1], asked[m + 2] = w, units
+      m = m + 2
     end
     if ttl ~= ttl_before then
       ttl_before, deadline = ttl, format('%.0f', now_ms + ttl)
@@ -101,11 +103,7 @@ for j = 1, #KEYS - first_hold do
     if fits and call('SET', key, 'o ' .. policy .. beginning .. sub(op, words_end + 1), 'NX', 'PXAT', expires) then
       granted[n_granted + 1], granted[n_granted + 2], reply = deadline, id, 'g'
       n_granted = n_granted + 2
-    else -- it does not
-      for i, units in gmatch(parts, ' (%d+):(%d+)') do
-        local w = windows[i + 0]
-        w[HELD] = w[HELD] - units
-      end
+      for k = 1, m, 2 do asked[k][HELD] = asked[k][HELD] + asked[k + 1] end
     end
   end
   lines[j + 1] = reply

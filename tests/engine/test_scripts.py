@@ -430,6 +430,16 @@ def test_the_simple_way_decides_a_batch_in_order_and_to_the_unit(usual):
     assert usual.head.writes == usual.session._acknowledged == 3
 
 
+def test_what_does_not_fit_the_simple_way_leaves_large_sums_exact(client):
+    wire = Wire(client, [Budget("agent", None, unit="tokens"), Budget("few", 1, unit="tokens")])
+    wire.reserve("first", agent=1, few=1)
+    most = 2**53 - 2
+    refused = wire.op("R op_1 60000 c - - -", agent=f":{most}", few=":1")
+    lines = wire.send(wire.op("R op_0 60000 c - - -", agent=":2"), refused, simple=True)
+    assert lines == ["g", "s"]
+    assert wire.sums("agent")["held"] == 3
+
+
 def test_what_is_not_simple_is_said_to_be_so_and_changes_nothing(client, usual):
     usual.reserve("op_1", agent=150)
     stale = usual.commit("op_1", counted={"agent": 150}, agent=70)

@@ -44,7 +44,17 @@ __all__ = [
     "UnknownHold",
     "UnknownPrice",
     "UnmeteredCall",
+    "shown",
 ]
+
+
+def shown(value: object) -> str:
+    """What a message shows of a value that is not usable: its ``repr``, bounded, whatever the value is."""
+    try:
+        text = repr(value)
+    except Exception:  # such as a whole number of more digits than Python writes
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class BudgetError(Exception):

@@ -25,7 +25,7 @@ from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.engine.session import MAX_BUDGETS, MAX_HOLDS, Session
 from ktrdr_budget.engine.stores.durability import Durability, check_durability
 from ktrdr_budget.engine.stores.moving import store_at
-from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable
+from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable, shown
 from ktrdr_budget.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, AsyncLease
 from ktrdr_budget.models import (
     TTL_DEFAULT_S,
@@ -93,9 +93,9 @@ class LimiterBase:
         durability: Durability = "memory",
     ) -> None:
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= 3600:
-            raise InvalidArgument(f"timeout must be more than 0 and at most 3600 seconds, not {timeout!r}")
+            raise InvalidArgument(f"timeout must be more than 0 and at most 3600 seconds, not {shown(timeout)}")
         if on_store_error not in ("deny", "allow", "lease"):
-            raise InvalidArgument(f"on_store_error must be 'deny', 'allow' or 'lease', not {on_store_error!r}")
+            raise InvalidArgument(f"on_store_error must be 'deny', 'allow' or 'lease', not {shown(on_store_error)}")
         self._session = Session(tenant, budgets, max_holds=max_holds, max_budgets=max_budgets)
         self._session.on_loss = self._report_loss
         self._core = Core(self._session, self._hold_class, allow=on_store_error == "allow", trace_id=trace_id)
@@ -103,7 +103,7 @@ class LimiterBase:
             self._core.prepaid = Prepaid(self._core, check_slabs(self._core, lease_slab))
         elif lease_slab is not None:
             raise InvalidArgument(f"lease_slab is for on_store_error='lease', not {on_store_error!r}")
-        self._store = store_at(url, None if data_dir is None else os.fspath(data_dir), self._session.keys.meta)
+        self._store = store_at(url, _directory(data_dir), self._session.keys.meta)
         check_durability(durability)
         self._store.durability = durability
         self._timeout = float(timeout)
@@ -469,6 +469,14 @@ class AsyncBudgetLimiter(LimiterBase):
     async def clear_limit(self, budget: str) -> Status:
         """Returns to the configured limit."""
         return await self._coalescer.submit(self._core.clear_limit(budget), "clear_limit")  # type: ignore[no-any-return]
+
+
+def _directory(data_dir: object) -> str | None:
+    if data_dir is None or isinstance(data_dir, str):
+        return data_dir
+    if isinstance(data_dir, os.PathLike) and isinstance(path := os.fspath(data_dir), str):
+        return path
+    raise InvalidArgument(f"data_dir must be the path of a directory, not {shown(data_dir)}")
 
 
 def _asked(command: Command) -> Flow[Any]:

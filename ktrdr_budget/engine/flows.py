@@ -36,6 +36,7 @@ from ktrdr_budget.errors import (
     TooManyBudgets,
     TooManyHolds,
     UnknownHold,
+    shown,
 )
 from ktrdr_budget.models import (
     HoldView,
@@ -131,7 +132,9 @@ class Core(Reads):
         try:
             policy = POLICY_CODES[on_expiry]
         except (KeyError, TypeError):
-            raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {on_expiry!r}") from None
+            raise InvalidArgument(
+                f"on_expiry must be 'charge', 'accrued' or 'release', not {shown(on_expiry)}"
+            ) from None
         labels = self._labels(owner, operation)
         head = f"R {hold_id} {ttl_ms} {policy} {labels}"
         key = session.keys.hold(hold_id)
@@ -487,7 +490,10 @@ class Core(Reads):
             return "-"
         if not isinstance(text, str) or len(text) > _TEXT_MAX:
             raise InvalidArgument(f"a label is a string of at most {_TEXT_MAX} characters")
-        return word(text)
+        try:
+            return word(text)
+        except UnicodeEncodeError:
+            raise InvalidArgument(f"a label must be text that UTF-8 can say, not {shown(text)}") from None
 
 
 def _at_once(settlement: Settlement) -> Flow[Settlement]:

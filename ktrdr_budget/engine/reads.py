@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ktrdr_budget.engine.protocol import Command, Op, Record, Window, encode_batch, parse_ledger_entry, parse_record
 from ktrdr_budget.engine.scripts import LIMITS, PERMISSIONS, STATUS
 from ktrdr_budget.engine.views import entry_cursor, holds_cursor, page_size, policy_fault, status_of
-from ktrdr_budget.errors import InvalidArgument, StoreError, StoreUnavailable, UnknownHold
+from ktrdr_budget.errors import InvalidArgument, StoreError, StoreUnavailable, UnknownHold, shown
 from ktrdr_budget.models import Budget, HoldView, LedgerEntry, Page, Status
 from ktrdr_budget.money import AmountIn, to_units
 from ktrdr_budget.periods import to_ms, window_at, window_named
@@ -100,9 +100,9 @@ class Reads:
         """Open and unconfirmed holds of a budget, newest deadline first."""
         self.session.budget(name)
         page_size(limit)
+        zset, offset = holds_cursor(cursor)
         yield from self.status([name])  # retires what is due
         found: list[HoldView] = []
-        zset, offset = holds_cursor(cursor)
         keys = (self.session.keys.due, self.session.keys.unconfirmed)
         while zset < len(keys):
             ids = yield Command(None, (), ("ZREVRANGE", keys[zset], offset, offset + _PAGE_MAX - 1))
@@ -126,11 +126,11 @@ class Reads:
         """A window's ledger, newest first; the current window by default."""
         budget = self.session.budget(name)
         page_size(limit)
+        last = "+" if cursor is None else f"({entry_cursor(cursor)}"
         if window is None:
             [status] = yield from self.status([name])
             window = status.window
         window_named(budget.period, budget.timezone, window)
-        last = "+" if cursor is None else f"({entry_cursor(cursor)}"
         key = self.session.keys.ledger(name, window)
         raw = yield Command(None, (), ("XREVRANGE", key, last, "-", "COUNT", limit))
         entries = tuple(parse_ledger_entry(entry[0], entry[1], budget.unit) for entry in raw)
@@ -142,6 +142,7 @@ class Reads:
         """Changes a limit at run time, for all replicas."""
         budget = self.session.budget(name)
         units = "-" if limit is None else str(to_units(limit, budget.unit, round_down=True))
+        _check_until(until)
         while True:
             yield from self.status([name])  # the window, and what lies in the past, are matters of the store's clock
             until_ms = self._until_ms(budget, until)
@@ -160,10 +161,8 @@ class Reads:
         now_ms = self.session.now_ms()
         if until is None:
             return 0
-        if until == "window":
+        if not isinstance(until, datetime):
             return window_at(budget.period, budget.timezone, now_ms).end_ms or 0
-        if not isinstance(until, datetime) or until.tzinfo is None:
-            raise InvalidArgument(f"until must be an aware datetime, 'window' or None, not {until!r}")
         until_ms = to_ms(until.astimezone(UTC))
         if until_ms <= now_ms:
             raise InvalidArgument(f"until lies in the past: {until.isoformat()}")
@@ -206,6 +205,11 @@ class Reads:
 
     def _parts(self, record: Record) -> list[tuple[Window, int]]:
         return [(self.session.window(s.budget, s.window, s.flag), s.reserved) for s in record.segments]
+
+
+def _check_until(until: object) -> None:
+    if until is not None and until != "window" and (not isinstance(until, datetime) or until.utcoffset() is None):
+        raise InvalidArgument(f"until must be an aware datetime, 'window' or None, not {shown(until)}")
 
 
 def _str(value: bytes | str) -> str:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ktrdr_budget.engine.protocol import Window
-from ktrdr_budget.errors import BudgetMismatch, InvalidArgument
+from ktrdr_budget.errors import BudgetMismatch, InvalidArgument, shown
 from ktrdr_budget.models import Budget, Denial, Status
 from ktrdr_budget.money import MAX_UNITS, Amount, from_units
 from ktrdr_budget.periods import from_ms
@@ -140,7 +140,7 @@ def policy_fault(info: object) -> str | None:
 def page_size(limit: int) -> int:
     """How many items a page may have: 1 to 1000."""
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _PAGE_MAX:
-        raise InvalidArgument(f"a page has 1 to {_PAGE_MAX} items, not {limit!r}")
+        raise InvalidArgument(f"a page has 1 to {_PAGE_MAX} items, not {shown(limit)}")
     return limit
 
 

@@ -73,7 +73,11 @@ class Reads:
             if not reply[2] or rounds == RETIRE_ROUNDS:
                 figures = zip(budgets, windows, reply[3:], strict=True)
                 repaired_ms = int(recovering_until) if int(recovering_until) > now_ms else 0
-                return [status_of(budget, window, stored, now_us, repaired_ms) for budget, window, stored in figures]
+                started_us = session.started_us
+                return [
+                    status_of(budget, window, stored, now_us, repaired_ms, started_us)
+                    for budget, window, stored in figures
+                ]
             yield from self.retire([_str(hold_id) for hold_id in reply[2]])
 
     def _status_command(self, windows: Sequence[Window]) -> Command:

@@ -98,6 +98,11 @@ class Session:
             self._header = Header(self.replica_id, self._epoch, acknowledged, str(self._started_us), self._settings)
         return self._header
 
+    @property
+    def started_us(self) -> int:
+        """When this replica started, by the store's clock once that is known."""
+        return self._started_us
+
     # -- the store's clock ---------------------------------------------------------------------------------------------
 
     def now_ms(self) -> int:

@@ -72,15 +72,20 @@ def _retry_after(reason: str, end_ms: int | None, deadline_ms: int, now_us: int)
 
 
 def status_of(
-    budget: Budget, window: Window, stored: Sequence[bytes | str], now_us: int, repaired_ms: int = 0
+    budget: Budget, window: Window, stored: Sequence[bytes | str], now_us: int, repaired_ms: int, started_us: int
 ) -> Status:
-    """A window's figures; one that nobody has touched reads as 0 spent."""
-    runtime, definition, configured, spent, held, unconfirmed, events, overruns = (
+    """A window's figures; one that nobody has touched reads as 0 spent.
+
+    Of the configured limits, that of the replica that started last is in force: if this one did (``started_us``), its
+    own, though no reservation has brought it to the store yet.
+    """
+    runtime, definition, configured, spent, held, unconfirmed, events, overruns, asserted_us = (
         value.decode() if isinstance(value, bytes) else value for value in stored
     )
     if definition and definition not in ("-", budget.definition):
         raise BudgetMismatch(f"the store has window {window.name!r} with another definition: {definition}")
-    source, until_ms, limit = "configured", 0, configured or _units_text(budget)
+    newest = not configured or int(asserted_us or 0) < started_us
+    source, until_ms, limit = "configured", 0, _units_text(budget) if newest else configured
     if runtime:
         word, until = runtime.split(" ")
         if until == "0" or int(until) > now_us // 1000:

@@ -551,7 +551,7 @@ class Reference:
         """Every figure of the current window; reading asserts nothing."""
         window = self.window(name)
         own = self.configured[replica][name]
-        limit = self.limit(window) if window.asserted_by >= 0 or name in self.runtime else own
+        limit = self.limit(window, replica)
         return {
             "window": window.name,
             "resets_at": window.ends_ms,

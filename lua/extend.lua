@@ -3,7 +3,9 @@
 --
 -- op     E id ttl_ms keep window:accrued:reserved …    keep 1: an open hold keeps its deadline (growth)
 -- reply  e record    as it is now
---        d …         denied as for reserve: the growth, or the return of an expired hold, has no room; nothing changed
+--        a record    more was reserved already than was found; nothing changed
+--        d … total   denied as for reserve: the growth, or the return of an expired hold, has no room; nothing changed.
+--                    The last figure is what the hold would have counted
 --        c record    the hold is settled, or has lived its 24 h
 --        u, v record as for settle;  l until_ms as for reserve
 --
@@ -27,7 +29,9 @@ local function lacking(hold, changes)
       if recovering then return 'l ' .. recovering end
       load(w)
       local total = w.stored + w[HELD] + w[SPENT] + w[UNCONFIRMED]
-      if total >= CLOSED or total + change.fact + change.room > w.cap then return deny(w, text(change.room)) end
+      if total >= CLOSED or total + change.fact + change.room > w.cap then
+        return deny(w, text(change.room)) .. ' ' .. text(change.after)
+      end
     end
   end
 end

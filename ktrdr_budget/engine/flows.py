@@ -176,7 +176,7 @@ class Core(Reads):
                     return self._replayed(hold_id, record, ttl_ms)
                 yield from self._retire_records({hold_id: record})
             elif line[0] != "w":
-                raise self._error(line, hold_id, answer.now_us, op)
+                raise (yield from self._refusal(line, hold_id, answer.now_us, op))
 
     def give_back(self, hold: HoldBase) -> Flow[None]:
         """Releases a grant that nobody awaits any more, now or once the store answers again."""
@@ -415,7 +415,7 @@ class Core(Reads):
                 return record
             rounds += 1
             if line[0] != "d" or not answer.due or rounds == RETIRE_ROUNDS:
-                raise self._error(line, hold_id, answer.now_us, op)
+                raise (yield from self._refusal(line, op.id, answer.now_us, op))
             yield from self.retire(answer.due)
 
     def extend_id(self, hold_id: str, ttl: float, accrued: Amounts | None) -> Flow[HoldView]:
@@ -449,14 +449,24 @@ class Core(Reads):
 
     # -- errors --------------------------------------------------------------------------------------------------------
 
+    def _refusal(self, line: str, hold_id: str, now_us: int, op: Op) -> Flow[Exception]:
+        """The exception for a reply that is no success, a denial included."""
+        if line[0] != "d":
+            return self._error(line, hold_id, now_us, op)
+        _, name, *figures = line.split(" ")
+        window = next(window for window, _ in op.parts if window.name == name)
+        budget = self.session.budgets.get(window.budget)
+        unit = budget.unit if budget else window.unit
+        denied = denial(window, figures, now_us, unit)
+        if denied.reason == "budget_held" and figures[5] != "0":
+            # The first deadline that the store has told may be that of another budget's hold, or of this one.
+            figures[5] = str((yield from self.first_return_ms(window, hold_id, now_us // 1000)))
+            denied = denial(window, figures, now_us, unit)
+        return BudgetExceeded(denied)
+
     def _error(self, line: str, hold_id: str, now_us: int, op: Op) -> Exception:
-        """The exception for a reply that is no success."""
+        """The exception for any other reply that is no success."""
         match line[0]:
-            case "d":
-                _, name, *figures = line.split(" ")
-                window = next(window for window, _ in op.parts if window.name == name)
-                budget = self.session.budgets.get(window.budget)
-                return BudgetExceeded(denial(window, figures, now_us, budget.unit if budget else window.unit))
             case "c":
                 record = parse_record(line[2:])
                 state = record.view(hold_id).state

@@ -29,6 +29,7 @@ Flow = Generator[Op | Command, Any, Result]
 
 RETIRE_ROUNDS = 64
 _PAGE_MAX = 1000
+_LOOKED_THROUGH = 128
 
 
 class Reads:
@@ -120,6 +121,24 @@ class Reads:
             if len(ids) < _PAGE_MAX:
                 zset, offset = zset + 1, 0
         return Page(tuple(found), None)
+
+    def first_return_ms(self, window: Window, but: str, now_ms: int) -> Flow[int]:
+        """When the first open hold of a window, ``but`` one, is due; 0 if none is among those that are due first.
+
+        For want of a better answer, of a window without end: when the last of them is.
+        """
+        try:
+            ids = yield Command(None, (), ("ZRANGE", self.session.keys.due, 0, _LOOKED_THROUGH - 1))
+            records = (yield from self._records(ids)) if ids else []
+        except StoreUnavailable:
+            return 0
+        open_ms = 0
+        for hold_id, record in records:
+            if record and record.state == "o" and hold_id != but and record.deadline_ms > now_ms:
+                open_ms = record.deadline_ms
+                if any(f"{s.budget}:{s.window}" == window.name for s in record.segments):
+                    return open_ms
+        return open_ms if window.span.end_ms is None and len(ids) == _LOOKED_THROUGH else 0
 
     def _records(self, ids: Sequence[bytes]) -> Flow[list[tuple[str, Record | None]]]:
         names = [_str(hold_id) for hold_id in ids]

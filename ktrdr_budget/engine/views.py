@@ -27,12 +27,14 @@ _PAGE_MAX = 1000
 def denial(window: Window, figures: Sequence[str], now_us: int, unit: str) -> Denial:
     """Why a window has no room; ``figures``: limit, spent, held, unconfirmed, requested, first deadline.
 
+    Of a hold that was to grow, what it would have counted then follows.
+
     The reason is ``exceeds_limit`` if no window of this limit could hold the request, ``budget_held`` if it would fit
     once all open holds were returned, else ``budget_exhausted``.
     """
     limit = MAX_UNITS - 1 if figures[0] == "-" else int(figures[0])
-    spent, held, unconfirmed, requested, deadline_ms = map(int, figures[1:])
-    if requested > limit:
+    spent, held, unconfirmed, requested, deadline_ms = map(int, figures[1:6])
+    if max([requested, *map(int, figures[6:])]) > limit:
         reason = "exceeds_limit"
     elif spent + unconfirmed + requested <= limit:
         reason = "budget_held"

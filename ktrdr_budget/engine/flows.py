@@ -404,15 +404,22 @@ class Core(Reads):
         self, hold_id: str, parts: Sequence[tuple[Window, int, int]], ttl_ms: int, *, keep: bool = False
     ) -> Flow[Record]:
         """A heartbeat (or, with ``keep``, only growth) with cumulative totals: window, accrued, reserved."""
+        return (yield from self._extend(hold_id, parts, ttl_ms, "1" if keep else "0"))
+
+    def _extend(self, hold_id: str, parts: Sequence[tuple[Window, int, int]], ttl_ms: int, keep: str) -> Flow[Record]:
         tails = [(window, f":{accrued}:{reserved}") for window, accrued, reserved in parts]
-        op = Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {int(keep)}", tails)
+        op = Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {keep}", tails)
+        return (yield from self.extended(op))[1]
+
+    def extended(self, op: Op) -> Flow[tuple[bool, Record]]:
+        """The hold as an operation E has left it; false, if it changed nothing since others let the hold grow."""
         rounds = 0
         while True:
             line, answer = yield op
-            if line[0] == "e":
+            if line[0] in "ea":
                 record = parse_record(line[2:])
-                self._remember(hold_id, record, self._parts(record))
-                return record
+                self._remember(op.id, record, self._parts(record))
+                return line[0] == "e", record
             rounds += 1
             if line[0] != "d" or not answer.due or rounds == RETIRE_ROUNDS:
                 raise (yield from self._refusal(line, op.id, answer.now_us, op))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from datetime import datetime
@@ -11,8 +11,9 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
+from ktrdr_budget.engine.growth import Growth, added
 from ktrdr_budget.engine.protocol import STATES, Record, Window
-from ktrdr_budget.errors import InvalidAmount, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
+from ktrdr_budget.errors import HoldConflict, InvalidArgument, StoreError, StoreUnavailable, UnknownHold, shown
 from ktrdr_budget.models import HoldState, Settlement, check_ttl_ms
 from ktrdr_budget.money import MAX_UNITS, Amount, from_units, to_units
 from ktrdr_budget.periods import from_ms
@@ -38,6 +39,7 @@ class HoldBase:
         "_claimed",
         "_core",
         "_deadline_ms",
+        "_growth",
         "_notes",
         "_settling",
         "_ttl_ms",
@@ -79,6 +81,7 @@ class HoldBase:
         """What calls in progress inside this hold may yet cost, in whole units per budget."""
         self.growth: Any = None
         """What such calls queue up at when the hold must grow for them."""
+        self._growth: Growth | None = None
         self.lock = threading.Lock()
         """Held for arithmetic only: threads may share a hold."""
         self.state: HoldState = "open"
@@ -153,7 +156,7 @@ class HoldBase:
         check_amounts(amount)
         more = spread(amount, self._flags())
         with self.lock:
-            self._accrued |= _added(self._accrued, more)
+            self._accrued |= added(self._accrued, more)
 
     def adjust(self, changes: Mapping[str, int]) -> None:
         """Adds whole units to what was used, or takes back what was too much (which a heartbeat may have told)."""
@@ -193,12 +196,13 @@ class HoldBase:
     def extend_flow(self, ttl: float | None) -> Flow[None]:
         """A heartbeat: a new deadline, and what was accrued."""
         ttl_ms = self._ttl_ms if ttl is None else check_ttl_ms(ttl)
-        yield from self._extended(self._core.extend(self.id, self._used(), ttl_ms), self.parts)
+        yield from self._extended(self._core.extend(self.id, self._used(), ttl_ms), lambda: self.parts)
         self._ttl_ms = ttl_ms
 
     def _report_flow(self) -> Flow[None]:
         """What was accrued, for a hold that is left to its deadline: it counts no less than that."""
-        yield from self._extended(self._core.extend(self.id, self._used(), self._ttl_ms, keep=True), self.parts)
+        flow = self._core.extend(self.id, self._used(), self._ttl_ms, keep=True)
+        yield from self._extended(flow, lambda: self.parts)
 
     def _used(self) -> list[tuple[Window, int, int]]:
         return [(window, self._accrued.get(window.budget, 0), 0) for window, _ in self.parts]
@@ -206,25 +210,30 @@ class HoldBase:
     def grow_flow(self, amount: Amounts) -> Flow[None]:
         """A larger reservation, in all budgets or in none."""
         check_amounts(amount)
-        reserved = {window.budget: units for window, units in self.parts}
-        reserved |= _added(reserved, spread(amount, self._flags()))
-        return self._grown([(window, reserved[window.budget]) for window, _ in self.parts])
+        more = spread(amount, self._flags())
+        self._more(more)
+        if self._growth is None:
+            self._growth = Growth()
+        return self._extended(self._growth.flow(self._core, self, more, self._ttl_ms), lambda: self._more(more))
+
+    def _more(self, more: Mapping[str, int]) -> list[tuple[Window, int]]:
+        sums = added({window.budget: units for window, units in self.parts}, more)
+        return [(window, sums.get(window.budget, units)) for window, units in self.parts]
 
     def grow_to_flow(self, totals: Amounts) -> Flow[None]:
         """A reservation of at least these totals."""
         check_amounts(totals)
         given = spread(totals, self._flags())
-        return self._grown([(window, max(units, given.get(window.budget, 0))) for window, units in self.parts])
-
-    def _grown(self, grown: list[tuple[Window, int]]) -> Flow[None]:
+        grown = [(window, max(units, given.get(window.budget, 0))) for window, units in self.parts]
         parts = [(window, 0, units) for window, units in grown]
-        yield from self._extended(self._core.extend(self.id, parts, self._ttl_ms, keep=True), grown)
+        return self._extended(self._core.extend(self.id, parts, self._ttl_ms, keep=True), lambda: grown)
 
-    def _extended(self, flow: Flow[Record], otherwise: list[tuple[Window, int]]) -> Flow[None]:
+    def _extended(self, flow: Flow[Record], otherwise: Callable[[], list[tuple[Window, int]]]) -> Flow[None]:
         if self.prepaid is not None and self._core.prepaid is not None:
             flow.close()
-            self._core.prepaid.extend(self, self.prepaid, otherwise)
-            self.parts = otherwise
+            parts = otherwise()
+            self._core.prepaid.extend(self, self.prepaid, parts)
+            self.parts = parts
             return
         try:
             record = yield from flow
@@ -234,12 +243,13 @@ class HoldBase:
             # Policy allow: what the store cannot be asked, or was never told, goes on without it.
             if not self._core.allow or (self.guarded and isinstance(error, UnknownHold)):
                 raise
-            self.parts = otherwise
+            self.parts = otherwise()
             return
         self.state = STATES[record.state]
         self._deadline_ms = record.deadline_ms
         reserved = {s.budget: s.reserved for s in record.segments}
-        self.parts = [(window, reserved[window.budget]) for window, _ in self.parts]
+        # Of two answers, the older may come last.
+        self.parts = [(window, max(units, reserved[window.budget])) for window, units in self.parts]
 
     def commit_flow(self, amount: Amounts | None) -> Flow[Settlement]:
         """Commits ``amount``, or what was accrued."""
@@ -307,7 +317,9 @@ class AsyncHold(HoldBase):
         await self._core.driver.submit(self.extend_flow(ttl), "extend")
 
     async def grow(self, amount: Amounts) -> None:
-        """Adds to the reservation, in all budgets or in none.
+        """Adds to the reservation, in all budgets or in none; also to what others have added to it at the same time.
+
+        After an ambiguous ``StoreUnavailable``, growing by the same amount is a retry, and adds it once.
 
         Raises:
             BudgetExceeded: a budget has no room; nothing changed.
@@ -333,19 +345,10 @@ class AsyncHold(HoldBase):
         return await self._core.driver.submit(self.release_flow(), "release")  # type: ignore[no-any-return]
 
 
-def _added(totals: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
-    """The totals that change, with ``more`` added."""
-    sums = {name: totals.get(name, 0) + units for name, units in more.items()}
-    for name, units in sums.items():
-        if units >= MAX_UNITS:
-            raise InvalidAmount(f"the sum is too large for {name!r}: it must stay below 2**53 units")
-    return sums
-
-
 def check_on_error(value: object) -> None:
     """Raises :class:`~ktrdr_budget.errors.InvalidArgument` if it is no :data:`OnError`."""
     if value not in ("release", "charge"):
-        raise InvalidArgument(f"on_error must be 'release' or 'charge', not {value!r}")
+        raise InvalidArgument(f"on_error must be 'release' or 'charge', not {shown(value)}")
 
 
 def restore_hold(outer: Token[HoldBase | None]) -> None:

@@ -89,6 +89,9 @@ class Op:
         """What to ask instead after a reply of this one word; ``None`` if that is the answer."""
         return None
 
+    def again(self) -> None:
+        """Told before it is sent again because an answer was lost."""
+
 
 class Commit(Op):
     """A commit: first the simple way (C), then in detail (D), and if the store has lost the hold, as a record (K).

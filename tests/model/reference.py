@@ -552,6 +552,16 @@ class Reference:
             hold.deadline_ms = deadline
         return hold
 
+    def grow_mine(self, worker: Worker, more: Mapping[str, int]) -> HoldModel:
+        """By the hold object: adds to what is reserved by now, whoever has added to it before."""
+        known = self.holds.get(worker.id)
+        if known is None or known.resolved:
+            return self.extend(worker.id, worker.ttl_ms, keep=True)  # refused
+        totals = {name: known.parts[name].reserved + units for name, units in more.items()}
+        if max(totals.values(), default=0) >= CLOSED:
+            raise Refused("InvalidAmount")
+        return self.extend(worker.id, worker.ttl_ms, totals=totals, keep=True)
+
     def _revive(self, hold: HoldModel, part: Part) -> None:
         part.window.unconfirmed -= part.charged
         part.window.held += part.weight

@@ -370,7 +370,7 @@ class AsyncBudgetLimiter(LimiterBase):
         return await self._coalescer.submit(self._core.settle_id(id, amount), "commit")  # type: ignore[no-any-return]
 
     async def release(self, id: str, *, operator: bool = False) -> Settlement:
-        """Releases a hold of any process by its id.
+        """Releases a hold of any process by its id: an open one for good, an unconfirmed one as if done by hand.
 
         Args:
             operator: done by hand for a worker that seems dead. If it comes back after all, its commit still counts.
@@ -378,8 +378,11 @@ class AsyncBudgetLimiter(LimiterBase):
         flow = self._core.settle_id(id, None, release=True, operator=operator)
         return await self._coalescer.submit(flow, "release")  # type: ignore[no-any-return]
 
-    async def extend(self, id: str, ttl: float = TTL_DEFAULT_S, *, accrued: Amounts | None = None) -> HoldView:
-        """Heartbeat by id; ``accrued`` is the total so far. See :meth:`AsyncHold.extend`."""
+    async def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
+        """Heartbeat by id; ``accrued`` is the total so far. See :meth:`AsyncHold.extend`.
+
+        Without a ``ttl``, the deadline becomes at least 900 seconds from now, and no hold is cut short.
+        """
         return await self._coalescer.submit(self._core.extend_id(id, ttl, accrued), "extend")  # type: ignore[no-any-return]
 
     async def grow(self, id: str, amounts: Mapping[str, AmountIn], *, ttl: float = TTL_DEFAULT_S) -> HoldView:

@@ -81,7 +81,7 @@ function operations.E(op, key)
   local denied = lacking(hold, changes)
   if denied then return denied end
   for i = 1, #changes do apply_change(id, hold, hold.segments[i], changes[i]) end
-  if state ~= 'o' or keep == '0' then
+  if state ~= 'o' or keep == '0' or (keep == '2' and deadline > tonumber(hold.deadline)) then
     hold.deadline = text(deadline)
     set_due(id, hold.deadline)
   end

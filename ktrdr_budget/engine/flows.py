@@ -39,6 +39,7 @@ from ktrdr_budget.errors import (
     shown,
 )
 from ktrdr_budget.models import (
+    TTL_DEFAULT_S,
     HoldView,
     OnExpiry,
     Settlement,
@@ -272,7 +273,10 @@ class Core(Reads):
     def settle_id(
         self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
     ) -> Flow[Settlement]:
-        """Commits or releases a hold of any process, by its id."""
+        """Commits or releases a hold of any process, by its id.
+
+        Who releases an unconfirmed hold by its id need not be the worker that reserved it: that may come back yet.
+        """
         check_name(hold_id, "id")
         if not release:
             check_amounts(amount)
@@ -292,7 +296,8 @@ class Core(Reads):
             units = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
             settled = commit_modes(units, amount)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
-        return (yield from self._settle("L" if release else "C", hold_id, parts, windows, operator=operator))
+        mode = "1" if operator else "i"
+        return (yield from self._settle("L" if release else "C", hold_id, parts, windows, mode=mode))
 
     def _settle(
         self,
@@ -301,7 +306,7 @@ class Core(Reads):
         parts: list[tuple[Window, str]],
         reserved: Sequence[tuple[Window, int]],
         *,
-        operator: bool = False,
+        mode: str = "0",
         may_be_lost: bool = False,
         remark: str = "",
     ) -> Flow[Settlement]:
@@ -310,7 +315,7 @@ class Core(Reads):
             trace = self._trace() if remark else "-"
             op: Op = Commit(hold_id, key, parts, may_be_lost, self.label(remark[:_TEXT_MAX]), trace)
         else:
-            op = Op(hold_id, key, f"L {hold_id} {int(operator)}", parts)
+            op = Op(hold_id, key, f"L {hold_id} {mode}", parts)
         first = op
         try:
             line, answer = yield op
@@ -425,9 +430,9 @@ class Core(Reads):
                 raise (yield from self._refusal(line, op.id, answer.now_us, op))
             yield from self.retire(answer.due)
 
-    def extend_id(self, hold_id: str, ttl: float, accrued: Amounts | None) -> Flow[HoldView]:
-        """A heartbeat by id; ``accrued`` is the total so far."""
-        ttl_ms = check_ttl_ms(ttl)
+    def extend_id(self, hold_id: str, ttl: float | None, accrued: Amounts | None) -> Flow[HoldView]:
+        """A heartbeat by id; ``accrued`` is the total so far. Without a ttl, no deadline comes sooner for it."""
+        ttl_ms = check_ttl_ms(TTL_DEFAULT_S if ttl is None else ttl)
         check_name(hold_id, "id")
         check_amounts(accrued)
         if hold_id in self.unguarded:
@@ -438,7 +443,7 @@ class Core(Reads):
         record = yield from self._read(hold_id)
         given = spread(accrued, {s.budget: s.flag for s in record.segments}) if accrued is not None else {}
         parts = [(w, given.get(w.budget, 0), 0) for w, _ in self._parts(record)]
-        return (yield from self.extend(hold_id, parts, ttl_ms)).view(hold_id)
+        return (yield from self._extend(hold_id, parts, ttl_ms, "2" if ttl is None else "0")).view(hold_id)
 
     def grow_id(self, hold_id: str, amounts: Mapping[str, AmountIn], ttl: float) -> Flow[HoldView]:
         """Raises the reservation to new totals, by id, in all budgets or in none; never lowers it."""

@@ -474,6 +474,12 @@ class Reference:
         part.window.events += 1
         part.charged = actual
 
+    def release_by_id(self, id: str, *, operator: bool = False) -> Settled:
+        """By anybody: what is unresolved stays open to its worker's later commit."""
+        known = self.holds.get(id)
+        unresolved = known is not None and (known.state == "unconfirmed" or known.by_operator)
+        return self.release(id, operator=operator or unresolved)
+
     def release(self, id: str, *, operator: bool = False) -> Settled:
         """Gives everything back."""
         hold = self._known(id)

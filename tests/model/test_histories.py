@@ -199,7 +199,7 @@ class Histories(RuleBasedStateMachine):
         return Call(
             number,
             lambda limiter: limiter.release(id, operator=operator),
-            lambda: self.model.release(id, operator=operator),
+            lambda: self.model.release_by_id(id, operator=operator),
         )
 
     def _extend(self, number, id, names, data) -> Call:

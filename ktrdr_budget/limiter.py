@@ -284,9 +284,9 @@ class AsyncBudgetLimiter(LimiterBase):
     ) -> AsyncIterator[AsyncHold]:
         """Reserves, heartbeats at a third of ``ttl`` while the block runs, and settles on leaving.
 
-        Settled inside: leaving does nothing. Normal exit: commits what was accrued, or all that was reserved if nothing
-        was. Exception or cancellation: commits what was accrued, or releases if nothing was; ``on_error="charge"``
-        keeps the hold instead, and it comes due.
+        Settled inside, also by its id: leaving does nothing. Normal exit: commits what was accrued, or all that was
+        reserved if nothing was. Exception or cancellation: commits what was accrued, or releases if nothing was;
+        ``on_error="charge"`` keeps the hold instead, and it comes due.
 
         Raises:
             As for :meth:`reserve` and :meth:`commit`.

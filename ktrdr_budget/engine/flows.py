@@ -480,9 +480,9 @@ class Core(Reads):
         """The exception for any other reply that is no success."""
         match line[0]:
             case "c":
-                record = parse_record(line[2:])
-                state = record.view(hold_id).state
-                return HoldConflict(f"hold {hold_id!r} is {state} with other contents; nothing was changed")
+                state = STATES[parse_record(line[2:]).state]
+                words = f"hold {hold_id!r} is {state} with other contents; nothing was changed"
+                return HoldConflict(words, state=state)
             case "m":
                 _, name, stored = line.split(" ")
                 return BudgetMismatch(f"the store has window {name!r} with another definition: {stored}")

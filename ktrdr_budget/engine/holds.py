@@ -51,6 +51,7 @@ class HoldBase:
         "lock",
         "parts",
         "prepaid",
+        "released_by_operator",
         "replayed",
         "state",
     )
@@ -94,6 +95,8 @@ class HoldBase:
         """Of a replay: when the hold was granted, by the store's clock, in microseconds since the epoch."""
         self.replayed = record is not None
         """The same reservation had been granted before; this is that hold, as it is now."""
+        self.released_by_operator = record is not None and record.state == "z"
+        """By hand: what it costs is still to be told."""
         if record is not None:
             self.state = STATES[record.state]
             self._accrued = {s.budget: s.accrued for s in record.segments if s.accrued}
@@ -136,8 +139,8 @@ class HoldBase:
 
     @property
     def settled(self) -> bool:
-        """Whether this hold was committed or released."""
-        return self.state not in ("open", "unconfirmed")
+        """Whether this hold was committed or released, for good."""
+        return self.state not in ("open", "unconfirmed") and not self.released_by_operator
 
     @property
     def settling(self) -> bool:
@@ -275,9 +278,18 @@ class HoldBase:
         if any(self._accrued.values()):
             return self._report_flow() if failed and on_error == "charge" else self.commit_flow(None)
         if not failed and not self.drawn:
-            return self._settled([("r", units) for _, units in self.parts])
+            return self._left([("r", units) for _, units in self.parts])
         # Metered calls were made or denied here, and cost nothing: that is what it cost.
-        return None if failed and on_error == "charge" else self.release_flow()
+        return None if failed and on_error == "charge" else self._left(None)
+
+    def _left(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Any]:
+        """A settlement that nobody has asked for: none is needed where somebody has settled the hold by its id."""
+        try:
+            yield from self._settled(amounts)
+        except HoldConflict as error:
+            if error.state not in ("committed", "released"):
+                raise
+            self.state = error.state
 
     def _settled(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
         self._settling = True
@@ -294,7 +306,7 @@ class HoldBase:
             )
         finally:
             self._settling = False
-        self.state = settlement.state
+        self.state, self.released_by_operator = settlement.state, False
         return settlement
 
 

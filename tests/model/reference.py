@@ -427,6 +427,8 @@ class Reference:
                 self.extend(worker.id, worker.ttl_ms, worker.accrued, keep=True)
         elif used:
             self.commit_mine(worker)
+        elif self.holds[worker.id].resolved:  # by its id, and there is nothing to add
+            worker.settled = True
         elif failed:
             self.release_mine(worker)
         else:
@@ -641,7 +643,7 @@ class Reference:
             {name: part.reserved for name, part in parts},
             {name: part.accrued for name, part in parts},
             ttl_ms,
-            grant.hold.state not in ("open", "unconfirmed"),
+            grant.hold.resolved,
         )
 
     def spread(self, names: Iterable[str], amount: object) -> dict[str, int]:

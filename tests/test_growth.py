@@ -163,3 +163,32 @@ async def test_without_the_store_an_unguarded_hold_grows_by_all_that_is_added(tm
         await hold.extend()
         await hold.grow("0.10")
         assert hold.amounts == {"agent": Decimal("0.45")}
+
+
+async def test_growth_that_went_on_without_an_answer_is_no_retry(proxy, client):
+    """Policy allow: whoever asked was told that it has grown."""
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5, on_store_error="allow") as limiter:
+        hold = await limiter.reserve("agent", "0.15", id="op_1")
+        proxy.fate = lambda: "reply"
+        await hold.grow("0.10")
+        proxy.fate = lambda: None
+        await until(lambda: limiter.store_state == "closed", 20)
+
+        async def told() -> bool:
+            await hold.grow("0.10")
+            return sums(client)["held"] == to_units(hold.amounts["agent"])
+
+        await until(told, 20)
+        assert hold.amounts["agent"] >= Decimal("0.35")
+
+
+async def test_an_answer_that_is_older_than_the_growth_does_not_undo_it(limiter, client):
+    """Two lanes: what the store answered first may arrive last."""
+    hold = await limiter.reserve("agent", "0.15", id="op_1")
+    older = client.get("ktrdr:{default}:h:op_1")
+    await hold.grow("0.10")
+    heartbeat = hold.extend_flow(None)
+    next(heartbeat)
+    with pytest.raises(StopIteration):
+        heartbeat.send((f"e {older}", None))
+    assert hold.amounts == {"agent": Decimal("0.25")}

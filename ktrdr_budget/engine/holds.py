@@ -39,7 +39,7 @@ class HoldBase:
         "_claimed",
         "_core",
         "_deadline_ms",
-        "_growth",
+        "_grower",
         "_notes",
         "_settling",
         "_ttl_ms",
@@ -82,7 +82,7 @@ class HoldBase:
         """What calls in progress inside this hold may yet cost, in whole units per budget."""
         self.growth: Any = None
         """What such calls queue up at when the hold must grow for them."""
-        self._growth: Growth | None = None
+        self._grower: Growth | None = None
         self.lock = threading.Lock()
         """Held for arithmetic only: threads may share a hold."""
         self.state: HoldState = "open"
@@ -215,9 +215,9 @@ class HoldBase:
         check_amounts(amount)
         more = spread(amount, self._flags())
         self._more(more)
-        if self._growth is None:
-            self._growth = Growth()
-        return self._extended(self._growth.flow(self._core, self, more, self._ttl_ms), lambda: self._more(more))
+        with self.lock:
+            self._grower = self._grower or Growth()
+        return self._extended(self._grower.flow(self._core, self, more, self._ttl_ms), lambda: self._more(more))
 
     def _more(self, more: Mapping[str, int]) -> list[tuple[Window, int]]:
         sums = added({window.budget: units for window, units in self.parts}, more)

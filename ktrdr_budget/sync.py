@@ -255,7 +255,7 @@ class BudgetLimiter(LimiterBase):
         """See :meth:`AsyncBudgetLimiter.release`."""
         return self._run(self._core.settle_id(id, None, release=True, operator=operator), "release")  # type: ignore[no-any-return]
 
-    def extend(self, id: str, ttl: float = TTL_DEFAULT_S, *, accrued: Amounts | None = None) -> HoldView:
+    def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
         """See :meth:`AsyncBudgetLimiter.extend`."""
         return self._run(self._core.extend_id(id, ttl, accrued), "extend")  # type: ignore[no-any-return]
 

@@ -3,7 +3,8 @@
 --
 -- op     D id window:mode+units …    commit; mode x exactly, r what was reserved, a at least what was accrued
 --        M id remark trace window:…  the same; a remark is added to the hold's operation label, a trace replaces its own
---        L id mode window: …         release. Mode 0; 1: done by hand, the worker's later commit still corrects it;
+--        L id mode window: …         release. Mode 0: by the worker, for good; 1: done by hand, the worker's later commit
+--                                    still corrects it; i: by its id, as 1 if the hold is unconfirmed, else as 0;
 --                                    s, microseconds, -, microseconds: only what was granted between then, else c;
 --                                    f as 0, o as 1, and an unknown id is taken up as released: a request for it that
 --                                    is still under way, or another replica's word that it was open, comes too late
@@ -113,7 +114,7 @@ local function take_up(id, key, state, amounts)
 end
 
 function operations.L(op, key)
-  local id, mode, since_us, until_us, amounts = match(op, '^L (%S+) ([01sfo])(%d*)%-?(%d*)(.*)$')
+  local id, mode, since_us, until_us, amounts = match(op, '^L (%S+) ([01isfo])(%d*)%-?(%d*)(.*)$')
   local by_hand = mode == '1' or mode == 'o'
   local hold, record = find(id, key)
   if not hold then
@@ -121,6 +122,7 @@ function operations.L(op, key)
     return take_up(id, key, by_hand and 'z' or 'r', amounts)
   end
   local state = hold.state
+  if mode == 'i' then by_hand = state == 'x' or state == 'z' end
   if mode == 's' then
     local created_us = tonumber(match(hold.origin, '^%d+'))
     if created_us < tonumber(since_us) or created_us > tonumber(until_us) then return 'c ' .. record end

@@ -37,8 +37,10 @@ from ktrdr_budget.errors import (
     TooManyBudgets,
     TooManyHolds,
     UnknownHold,
+    shown,
 )
 from ktrdr_budget.models import (
+    TTL_DEFAULT_S,
     HoldView,
     OnExpiry,
     Settlement,
@@ -132,7 +134,9 @@ class Core(Reads):
         try:
             policy = POLICY_CODES[on_expiry]
         except (KeyError, TypeError):
-            raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {on_expiry!r}") from None
+            raise InvalidArgument(
+                f"on_expiry must be 'charge', 'accrued' or 'release', not {shown(on_expiry)}"
+            ) from None
         labels = self._labels(owner, operation)
         key = session.keys.hold(hold_id)
         rounds = 0
@@ -169,7 +173,7 @@ class Core(Reads):
                     return self._replayed(hold_id, known, line[2:], ttl_ms)
                 yield from self._retire_records({hold_id: known})
             elif line[0] != "w":
-                raise self._error(line, hold_id, answer.now_us, op)
+                raise (yield from self._refusal(line, hold_id, answer.now_us, op))
 
     def give_back(self, hold: HoldBase) -> Flow[None]:
         """Releases a grant that nobody awaits any more, now or once the store answers again."""
@@ -266,7 +270,10 @@ class Core(Reads):
     def settle_id(
         self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
     ) -> Flow[Settlement]:
-        """Commits or releases a hold of any process, by its id."""
+        """Commits or releases a hold of any process, by its id.
+
+        Who releases an unconfirmed hold by its id need not be the worker that reserved it: that may come back yet.
+        """
         check_name(hold_id, "id")
         if not release:
             check_amounts(amount)
@@ -286,7 +293,7 @@ class Core(Reads):
             units = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
             settled = commit_modes(units, amount)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
-        op = self._release(hold_id, parts, operator=operator) if release else self._commit(hold_id, parts)
+        op = self._release(hold_id, parts, "1" if operator else "i") if release else self._commit(hold_id, parts)
         return (yield from self._settle(op, windows))
 
     def _commit(
@@ -296,8 +303,8 @@ class Core(Reads):
         key = self.session.keys.hold(hold_id)
         return Commit(hold_id, key, parts, may_be_lost, self.label(remark[:_TEXT_MAX]), trace)
 
-    def _release(self, hold_id: str, parts: list[tuple[Window, str]], *, operator: bool = False) -> Op:
-        return Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} {int(operator)}", parts)
+    def _release(self, hold_id: str, parts: list[tuple[Window, str]], mode: str = "0") -> Op:
+        return Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} {mode}", parts)
 
     def _settle(self, first: Op, reserved: Sequence[tuple[Window, int]]) -> Flow[Settlement]:
         op, hold_id, parts = first, first.id, first.parts
@@ -396,23 +403,30 @@ class Core(Reads):
         self, hold_id: str, parts: Sequence[tuple[Window, int, int]], ttl_ms: int, *, keep: bool = False
     ) -> Flow[Record]:
         """A heartbeat (or, with ``keep``, only growth) with cumulative totals: window, accrued, reserved."""
+        return (yield from self._extend(hold_id, parts, ttl_ms, "1" if keep else "0"))
+
+    def _extend(self, hold_id: str, parts: Sequence[tuple[Window, int, int]], ttl_ms: int, keep: str) -> Flow[Record]:
         tails = [(window, f":{accrued}:{reserved}") for window, accrued, reserved in parts]
-        op = Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {int(keep)}", tails)
+        op = Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {keep}", tails)
+        return (yield from self.extended(op))[1]
+
+    def extended(self, op: Op) -> Flow[tuple[bool, Record]]:
+        """The hold as an operation E has left it; false, if it changed nothing since others let the hold grow."""
         rounds = 0
         while True:
             line, answer = yield op
-            if line[0] == "e":
+            if line[0] in "ea":
                 record = parse_record(line[2:])
-                self.session.memory.extended(hold_id, line[2:], [window for window, _ in self._parts(record)])
-                return record
+                self.session.memory.extended(op.id, line[2:], [window for window, _ in self._parts(record)])
+                return line[0] == "e", record
             rounds += 1
             if line[0] != "d" or not answer.due or rounds == RETIRE_ROUNDS:
-                raise self._error(line, hold_id, answer.now_us, op)
+                raise (yield from self._refusal(line, op.id, answer.now_us, op))
             yield from self.retire(answer.due)
 
-    def extend_id(self, hold_id: str, ttl: float, accrued: Amounts | None) -> Flow[HoldView]:
-        """A heartbeat by id; ``accrued`` is the total so far."""
-        ttl_ms = check_ttl_ms(ttl)
+    def extend_id(self, hold_id: str, ttl: float | None, accrued: Amounts | None) -> Flow[HoldView]:
+        """A heartbeat by id; ``accrued`` is the total so far. Without a ttl, no deadline comes sooner for it."""
+        ttl_ms = check_ttl_ms(TTL_DEFAULT_S if ttl is None else ttl)
         check_name(hold_id, "id")
         check_amounts(accrued)
         if hold_id in self.unguarded:
@@ -423,7 +437,7 @@ class Core(Reads):
         record = yield from self._read(hold_id)
         given = spread(accrued, {s.budget: s.flag for s in record.segments}) if accrued is not None else {}
         parts = [(w, given.get(w.budget, 0), 0) for w, _ in self._parts(record)]
-        return (yield from self.extend(hold_id, parts, ttl_ms)).view(hold_id)
+        return (yield from self._extend(hold_id, parts, ttl_ms, "2" if ttl is None else "0")).view(hold_id)
 
     def grow_id(self, hold_id: str, amounts: Mapping[str, AmountIn], ttl: float) -> Flow[HoldView]:
         """Raises the reservation to new totals, by id, in all budgets or in none; never lowers it."""
@@ -441,18 +455,28 @@ class Core(Reads):
 
     # -- errors --------------------------------------------------------------------------------------------------------
 
+    def _refusal(self, line: str, hold_id: str, now_us: int, op: Op) -> Flow[Exception]:
+        """The exception for a reply that is no success, a denial included."""
+        if line[0] != "d":
+            return self._error(line, hold_id, now_us, op)
+        _, name, *figures = line.split(" ")
+        window = next(window for window, _ in op.parts if window.name == name)
+        budget = self.session.budgets.get(window.budget)
+        unit = budget.unit if budget else window.unit
+        denied = denial(window, figures, now_us, unit)
+        if denied.reason == "budget_held" and figures[5] != "0":
+            # The first deadline that the store has told may be that of another budget's hold, or of this one.
+            figures[5] = str((yield from self.first_return_ms(window, hold_id, now_us // 1000)))
+            denied = denial(window, figures, now_us, unit)
+        return BudgetExceeded(denied)
+
     def _error(self, line: str, hold_id: str, now_us: int, op: Op) -> Exception:
-        """The exception for a reply that is no success."""
+        """The exception for any other reply that is no success."""
         match line[0]:
-            case "d":
-                _, name, *figures = line.split(" ")
-                window = next(window for window, _ in op.parts if window.name == name)
-                budget = self.session.budgets.get(window.budget)
-                return BudgetExceeded(denial(window, figures, now_us, budget.unit if budget else window.unit))
             case "c":
-                record = parse_record(line[2:])
-                state = record.view(hold_id).state
-                return HoldConflict(f"hold {hold_id!r} is {state} with other contents; nothing was changed")
+                state = STATES[parse_record(line[2:]).state]
+                words = f"hold {hold_id!r} is {state} with other contents; nothing was changed"
+                return HoldConflict(words, state=state)
             case "m":
                 _, name, stored = line.split(" ")
                 return BudgetMismatch(f"the store has window {name!r} with another definition: {stored}")
@@ -482,7 +506,10 @@ class Core(Reads):
             return "-"
         if not isinstance(text, str) or len(text) > _TEXT_MAX:
             raise InvalidArgument(f"a label is a string of at most {_TEXT_MAX} characters")
-        return word(text)
+        try:
+            return word(text)
+        except UnicodeEncodeError:
+            raise InvalidArgument(f"a label must be text that UTF-8 can say, not {shown(text)}") from None
 
 
 def _at_once(settlement: Settlement) -> Flow[Settlement]:

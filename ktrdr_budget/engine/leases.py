@@ -25,6 +25,7 @@ from ktrdr_budget.errors import (
     StoreError,
     StoreUnavailable,
     UnknownHold,
+    shown,
 )
 from ktrdr_budget.models import check_ttl_ms
 from ktrdr_budget.money import AmountIn, to_units
@@ -94,9 +95,9 @@ class LeaseBase(Slabs):
         size = to_units(slab, definition.unit, positive=True)
         low = size // 2 if low_water is None else to_units(low_water, definition.unit)
         if low > size:
-            raise InvalidArgument(f"low_water must not be above the slab, {slab!r}, but is {low_water!r}")
+            raise InvalidArgument(f"low_water must not be above the slab, {shown(slab)}, but is {shown(low_water)}")
         if idle is not None and (isinstance(idle, bool) or not isinstance(idle, (int, float)) or not idle > 0):
-            raise InvalidArgument(f"idle must be more than 0 seconds, or None, not {idle!r}")
+            raise InvalidArgument(f"idle must be more than 0 seconds, or None, not {shown(idle)}")
         super().__init__(definition.name, definition.unit, size, low, core.session.now_ms)
         self._core = core
         self._ttl_s = ttl

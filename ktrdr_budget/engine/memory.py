@@ -269,7 +269,10 @@ def _add(totals: dict[str, int], known: Iterable[tuple[Any, ...]]) -> None:
 
 def _labels(settled: _Settled) -> str:
     """Operation and trace, for the ledger, as words of the wire; of a release, its mode."""
-    letter, words, *_ = settled
+    letter, words, _, line, _ = settled
     if letter == "L":
-        return "o" if words.rpartition(" ")[2] in ("1", "o") else "f"
+        mode = words.rpartition(" ")[2]
+        # By its id: for good if the hold was open until then. Of what others did before, that is not known.
+        by_hand = mode in ("1", "o") or (mode == "i" and not line.startswith("k - "))
+        return "o" if by_hand else "f"
     return words if letter == "D" else words.split(" ", 2 if letter == "M" else 3)[-1]

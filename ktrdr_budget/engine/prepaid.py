@@ -15,7 +15,7 @@ from ktrdr_budget.engine.leases import LEASE_TTL_DEFAULT_S, LeaseBase
 from ktrdr_budget.engine.protocol import Commit, LostCommit, Op, Window, word
 from ktrdr_budget.engine.slabs import Slab
 from ktrdr_budget.errors import HoldConflict, InvalidArgument, StoreUnavailable
-from ktrdr_budget.models import Settlement
+from ktrdr_budget.models import HoldState, Settlement
 from ktrdr_budget.money import Amount, AmountIn, from_units
 
 if TYPE_CHECKING:
@@ -257,7 +257,8 @@ class Prepaid:
         )
         if draw.settled is not None:
             if draw.settled != spent:
-                raise HoldConflict(f"hold {hold.id!r} was settled otherwise; nothing was changed")
+                state: HoldState = "committed" if any(draw.settled) else "released"
+                raise HoldConflict(f"hold {hold.id!r} was settled otherwise; nothing was changed", state=state)
             return settlement
         if amounts is None:
             if draw.ambiguous:

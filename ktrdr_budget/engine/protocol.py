@@ -130,6 +130,9 @@ class Op:
         """What to ask instead after a reply of this one word; ``None`` if that is the answer."""
         return None
 
+    def again(self) -> None:
+        """Told before it is sent again because an answer was lost."""
+
 
 class Reservation(Op):
     """A reservation (R).

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from ktrdr_budget.engine.keys import Keys
 from ktrdr_budget.engine.memory import Memory
 from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Header, Window, flag_of
-from ktrdr_budget.errors import InvalidArgument, UnknownBudget
+from ktrdr_budget.errors import InvalidArgument, UnknownBudget, shown
 from ktrdr_budget.models import Budget, check_name
 from ktrdr_budget.periods import PERIODS, Span, window_at, window_named
 
@@ -57,7 +57,7 @@ class Session:
         self.max_holds = _count(max_holds, "max_holds", 999_999_999_999)
         self.max_budgets = _count(max_budgets, "max_budgets", 1_000_000)
         self.budgets: dict[str, Budget] = {}
-        for budget in budgets:
+        for budget in _all(budgets):
             if budget.name in self.budgets:
                 raise InvalidArgument(f"budget {budget.name!r} is given twice")
             self.budgets[budget.name] = budget
@@ -105,6 +105,11 @@ class Session:
             replica, started_us, memory_ms = self.replica_id, str(self._started_us), str(self.id_memory_ms)
             self._header = Header(replica, self._epoch, acknowledged, started_us, self._settings, memory_ms)
         return self._header
+
+    @property
+    def started_us(self) -> int:
+        """When this replica started, by the store's clock once that is known."""
+        return self._started_us
 
     # -- the way of a batch --------------------------------------------------------------------------------------------
 
@@ -247,9 +252,17 @@ class Session:
         return 0 if span.end_ms is None else span.end_ms + LONGEST_HOLD_MS + self.retention_ms
 
 
+def _all(budgets: Iterable[Budget]) -> list[Budget]:
+    given: list[Budget] = list(budgets) if isinstance(budgets, Iterable) else [None]
+    for budget in given:
+        if not isinstance(budget, Budget):
+            raise InvalidArgument(f"budgets are given as a list of Budget, not as {shown(budgets)}")
+    return given
+
+
 def _count(value: object, what: str, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise InvalidArgument(f"{what} must be a whole number from 1 to {most}, not {value!r}")
+        raise InvalidArgument(f"{what} must be a whole number from 1 to {most}, not {shown(value)}")
     return value
 
 

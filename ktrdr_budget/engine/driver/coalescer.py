@@ -380,6 +380,7 @@ class Coalescer:
         if not isinstance(error, Transient) or error.sent:
             for call in batch:
                 call.sent = True
+                call.request.again()
         self._put_back(self._expire(batch, self._trouble))
         if self.breaker.open:
             self._refuse_waiting()

@@ -207,7 +207,8 @@ class Cycle:
             }
         )
         if outcome == "failed" and reason != "budget_exhausted":
-            root.fail(self._failure or reason or outcome)
+            told = progress.error if reason == "gate_failed" else self._failure
+            root.fail(told or reason or outcome)
 
     # -- phases --------------------------------------------------------------------------------------------------------
 

@@ -36,7 +36,7 @@ class Reservations:
 
     def operations(self) -> list[Operation]:
         """The busiest first, for that is the order in which they are looked for."""
-        body = (413, 415, 422)
+        body = (413, 422)
         made = {201: ReservationOut, 200: ReservationOut}
         hold = "/reservations/{id}"
         settled = {200: SettlementOut}

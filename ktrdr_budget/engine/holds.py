@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from datetime import datetime
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
 from ktrdr_budget.engine.protocol import STATES, Record, Window
-from ktrdr_budget.errors import InvalidAmount, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
+from ktrdr_budget.errors import HoldConflict, InvalidAmount, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
 from ktrdr_budget.models import HoldState, Settlement, check_ttl_ms
 from ktrdr_budget.money import MAX_UNITS, Amount, from_units, to_units
 from ktrdr_budget.periods import from_ms
@@ -269,7 +269,25 @@ class HoldBase:
         # Metered calls were made or denied here, and cost nothing: that is what it cost.
         return None if failed and on_error == "charge" else self.release_flow()
 
+    @property
+    def busy(self) -> bool:
+        """Whether calls are under way that draw from it: it is not to be settled before they have ended."""
+        return self.growth is not None and self.growth.open > 0
+
+    def leave_to_calls(self, failed: bool, on_error: OnError, stop: Callable[[], object]) -> bool:
+        """Leaves it open for the calls under way, if there are any: the last one ends heartbeats, and settles it."""
+        with self.lock:
+            if not self.busy or self.settled or self._settling or self._claimed is not None:
+                return False
+            self.growth.left = failed, on_error, stop
+            return True
+
     def _settled(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
+        if self.busy:
+            raise HoldConflict(
+                f"calls inside of hold {self.id!r} are under way, and may cost what it holds: settle it after them, or "
+                "leave its block, and the last of them settles it"
+            )
         self._settling = True
         try:
             settlement = yield from self._core.settle_hold(self, amounts, " ".join(self._notes))
@@ -323,7 +341,7 @@ class AsyncHold(HoldBase):
                 leaves out is 0); by default what was accrued.
 
         Raises:
-            HoldConflict: it was settled otherwise before.
+            HoldConflict: it was settled otherwise before, or metered calls inside are under way.
             StoreUnavailable: no answer within the deadline. Trying again is safe.
         """
         return await self._core.driver.submit(self.commit_flow(amount), "commit")  # type: ignore[no-any-return]

@@ -165,9 +165,13 @@ class HoldBase:
         for name, units in changes.items():
             self._accrued[name] = min(max(0, self._accrued.get(name, 0) + units), MAX_UNITS - 1)
 
-    def note(self, remark: str) -> None:
-        """Adds words to what the ledger says of this hold, once each: told when it commits."""
-        self._notes[remark] = None
+    def note(self, remark: str, *, first: bool = False) -> None:
+        """Adds words to what the ledger says of this hold, once each: told when it commits, cut where it is too long.
+
+        Args:
+            first: they are not to be cut off.
+        """
+        self._notes = {remark: None, **self._notes} if first else {**self._notes, remark: None}
 
     def belongs_to(self, limiter: object) -> bool:
         """Whether this limiter granted it."""

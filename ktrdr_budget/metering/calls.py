@@ -210,7 +210,12 @@ class Call:
     @property
     def _label(self) -> str:
         assert self.worst_case is not None
-        return f"{self.operation} {self.provider}/{self.model} {self.worst_case.source}"[:_LABEL_CHARACTERS_MAX]
+        source = self.worst_case.source
+        return f"{self._named[: _LABEL_CHARACTERS_MAX - len(source) - 1]} {source}"
+
+    @property
+    def _named(self) -> str:
+        return f"{self.operation} {self.provider}/{self.model}"
 
     # -- entering and leaving ------------------------------------------------------------------------------------------
 
@@ -302,9 +307,12 @@ class Call:
             self.cost = self.worst_case
             used = {name: 0 if self._meter.units[name] == "slots" else units for name, units in self._worst.items()}
         if any(used.values()):
-            hold.note(self._label)
+            assert self.worst_case is not None
+            # Of what many calls say models may be cut off, but not whose prices these are, nor that they are guesses.
+            hold.note(self.worst_case.source, first=True)
             if self.estimated:
-                hold.note(ESTIMATED)
+                hold.note(ESTIMATED, first=True)
+            hold.note(self._named)
         late = draw.use(used, final=True)
         yield from self._close_draw(draw)
         if late:

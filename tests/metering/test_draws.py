@@ -54,7 +54,7 @@ async def test_a_call_that_fits_asks_the_store_nothing(client, limiter, meter):
         assert (hold.accrued, hold.drawn, call.hold) == ({"agent": Decimal("0.015")}, {"agent": 0}, None)
         assert dump(client) == before
     assert spent_and_held(client) == (COST, 0)
-    assert [entry.operation for entry in await limiter.ledger("agent")] == ["cycle chat acme/road configured"]
+    assert [entry.operation for entry in await limiter.ledger("agent")] == ["cycle configured chat acme/road"]
 
 
 def test_a_sync_call_draws_too(client, sync_limiter):
@@ -126,7 +126,27 @@ async def test_each_way_through_a_call_in_a_hold(client, limiter, meter, said, r
             assert raises
         assert (hold.accrued, hold.drawn) == ({"agent": from_units(accrued + 1)}, {"agent": 0})
     assert spent_and_held(client) == (accrued + 1, 0)
-    assert (await limiter.ledger("agent"))[0].operation.endswith("estimated") == estimated
+    assert (await limiter.ledger("agent"))[0].operation.startswith("estimated ") == estimated
+
+
+async def test_the_ledger_tells_an_estimate_and_whose_prices_however_many_models_were_called(limiter):
+    models = [f"road-{'x' * 30}-{number}" for number in range(9)]
+    meter = Meter(limiter, pricer=Prices([ModelPrice("acme", model, "1", "5") for model in models]))
+    async with limiter.hold("agent", "0.15", operation="cycle"):
+        for model in models:
+            async with meter.call(**CALL | {"model": model}) as call:
+                call.finish(USED) if model != models[-1] else call.report(USED)
+    (entry,) = await limiter.ledger("agent")
+    assert entry.operation.startswith(f"cycle estimated configured chat acme/{models[0]} chat acme/{models[1]}")
+
+
+async def test_a_label_keeps_its_price_list_however_long_the_name_of_the_model_is(limiter):
+    model = "road-" + "x" * 300
+    meter = Meter(limiter, pricer=Prices([ModelPrice("acme", model, "1", "5")]))
+    async with meter.call(**CALL | {"model": model}) as call:
+        call.report(USED)
+    (entry,) = await limiter.ledger("agent")
+    assert entry.operation.endswith("xxx configured estimated")
 
 
 async def test_a_hold_whose_calls_all_were_rejected_or_denied_costs_nothing(client, limiter, meter):

@@ -286,7 +286,8 @@ class AsyncBudgetLimiter(LimiterBase):
 
         Settled inside, also by its id: leaving does nothing. Normal exit: commits what was accrued, or all that was
         reserved if nothing was. Exception or cancellation: commits what was accrued, or releases if nothing was;
-        ``on_error="charge"`` keeps the hold instead, and it comes due.
+        ``on_error="charge"`` keeps the hold instead, and it comes due. If metered calls inside are still under way, the
+        hold stays open, and the last of them settles it.
 
         Raises:
             As for :meth:`reserve` and :meth:`commit`.
@@ -305,12 +306,10 @@ class AsyncBudgetLimiter(LimiterBase):
         try:
             yield hold
         except BaseException:
-            heartbeat.stop()
-            await self._leave(hold, True, on_error)
+            await self._leave(hold, True, on_error, heartbeat.stop)
             raise
         else:
-            heartbeat.stop()
-            await self._leave(hold, False, on_error)
+            await self._leave(hold, False, on_error, heartbeat.stop)
         finally:
             restore_hold(outer)
 
@@ -349,7 +348,10 @@ class AsyncBudgetLimiter(LimiterBase):
             operation=operation,
         )
 
-    async def _leave(self, hold: HoldBase, failed: bool, on_error: OnError) -> None:
+    async def _leave(self, hold: HoldBase, failed: bool, on_error: OnError, stop: Callable[[], object]) -> None:
+        if hold.leave_to_calls(failed, on_error, stop):
+            return
+        stop()
         flow = hold.exit_flow(failed, on_error)
         if flow is None:
             return

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -206,23 +207,25 @@ class BudgetLimiter(LimiterBase):
         """See :meth:`AsyncBudgetLimiter.keep`."""
         check_on_error(on_error)
         heartbeat = self._portal.run(self._heartbeat(hold))
+        stop = partial(self._portal.loop().call_soon_threadsafe, heartbeat.stop)
         outer = current_hold.set(hold)
         try:
             yield hold
         except BaseException:
-            self._portal.loop().call_soon_threadsafe(heartbeat.stop)
-            self._leave(hold, True, on_error)
+            self._leave(hold, True, on_error, stop)
             raise
         else:
-            self._portal.loop().call_soon_threadsafe(heartbeat.stop)
-            self._leave(hold, False, on_error)
+            self._leave(hold, False, on_error, stop)
         finally:
             restore_hold(outer)
 
     async def _heartbeat(self, hold: Hold) -> Heartbeat:
         return Heartbeat(self._coalescer, hold)
 
-    def _leave(self, hold: Hold, failed: bool, on_error: OnError) -> None:
+    def _leave(self, hold: Hold, failed: bool, on_error: OnError, stop: Callable[[], object]) -> None:
+        if hold.leave_to_calls(failed, on_error, stop):
+            return
+        stop()
         flow = hold.exit_flow(failed, on_error)
         if flow is None:
             return

@@ -175,9 +175,13 @@ class HoldBase:
         for name, units in changes.items():
             self._accrued[name] = min(max(0, self._accrued.get(name, 0) + units), MAX_UNITS - 1)
 
-    def note(self, remark: str) -> None:
-        """Adds words to what the ledger says of this hold, once each: told when it commits."""
-        self._notes[remark] = None
+    def note(self, remark: str, *, first: bool = False) -> None:
+        """Adds words to what the ledger says of this hold, once each: told when it commits, cut where it is too long.
+
+        Args:
+            first: they are not to be cut off.
+        """
+        self._notes = {remark: None, **self._notes} if first else {**self._notes, remark: None}
 
     def belongs_to(self, limiter: object) -> bool:
         """Whether this limiter granted it."""
@@ -296,7 +300,25 @@ class HoldBase:
                 raise
             self.state = error.state
 
+    @property
+    def busy(self) -> bool:
+        """Whether calls are under way that draw from it: it is not to be settled before they have ended."""
+        return self.growth is not None and self.growth.open > 0
+
+    def leave_to_calls(self, failed: bool, on_error: OnError, stop: Callable[[], object]) -> bool:
+        """Leaves it open for the calls under way, if there are any: the last one ends heartbeats, and settles it."""
+        with self.lock:
+            if not self.busy or self.settled or self._settling or self._claimed is not None:
+                return False
+            self.growth.left = failed, on_error, stop
+            return True
+
     def _settled(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
+        if self.busy:
+            raise HoldConflict(
+                f"calls inside of hold {self.id!r} are under way, and may cost what it holds: settle it after them, or "
+                "leave its block, and the last of them settles it"
+            )
         self._settling = True
         try:
             settlement = yield from self._core.settle_hold(self, amounts, " ".join(self._notes))
@@ -352,7 +374,7 @@ class AsyncHold(HoldBase):
                 leaves out is 0); by default what was accrued.
 
         Raises:
-            HoldConflict: it was settled otherwise before.
+            HoldConflict: it was settled otherwise before, or metered calls inside are under way.
             StoreUnavailable: no answer within the deadline. Trying again is safe.
         """
         return await self._core.driver.submit(self.commit_flow(amount), "commit")  # type: ignore[no-any-return]

@@ -137,9 +137,11 @@ class CallInstruments:
 
 
 def error_type(error: BaseException) -> str:
-    """What the conventions call ``error.type``: the HTTP status of a provider's error, or the class of another."""
+    """What the conventions call ``error.type``: the HTTP status of a provider's error, what it calls an error within a
+    stream, or the class of another."""
+    told = getattr(error, "error_type", None)
     status = getattr(error, "status_code", None)
-    return str(status) if isinstance(status, int) else type(error).__qualname__
+    return told if isinstance(told, str) else str(status) if isinstance(status, int) else type(error).__qualname__
 
 
 def _tokens(usage: Usage | None, cost: Cost | None, worst_case: Cost | None) -> int:

@@ -474,9 +474,9 @@ class LeaseBase(Slabs):
         except UnknownHold:
             if spent:
                 raise
-        except HoldConflict:
+        except HoldConflict as conflict:
             # Somebody else has released it, for good; what was spent is a fact all the same. Else he committed it.
-            if not spent or (yield from self._core.hold_view(hold.id)).state != "released":
+            if not spent or conflict.state != "released":
                 raise
             self._core.record_later(f"{hold.id}:spent", hold.parts[0][0], spent, self._operation)
         except StoreError:

@@ -268,6 +268,28 @@ async def test_an_attempt_that_is_refused_after_one_whose_reply_was_lost_is_ambi
     assert (await limiter.record("agent", "0.01", id="op_1")).replayed
 
 
+async def test_a_grant_without_an_id_is_given_back_though_its_last_attempt_was_refused(proxy, limiter, client):
+    """The first attempt was granted, and its reply was lost; the second one finds the store out of memory."""
+    await (await limiter.reserve("agent", "0.01")).release()  # the server knows the script
+    fates = iter(["reply"])
+
+    def fate() -> str | None:
+        if (lost := next(fates, None)) is None:
+            client.config_set("maxmemory", 1)
+        return lost
+
+    proxy.fate = fate
+    try:
+        with pytest.raises(StoreError, match="OOM") as refused:
+            await limiter.reserve("agent", "0.15")
+    finally:
+        proxy.fate = lambda: None
+        client.config_set("maxmemory", 0)
+    assert refused.value.ambiguous
+    await resolved(proxy, limiter, released=1)
+    assert sums(client)["held"] == 0
+
+
 async def test_totals_need_no_memory(proxy, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
     await loses(proxy, hold.grow("0.10"))

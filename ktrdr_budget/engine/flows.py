@@ -146,7 +146,9 @@ class Core(Reads):
             op = Op(hold_id, key, head, asked)
             try:
                 line, answer = yield op
-            except StoreError:
+            except StoreError as error:
+                if unnamed and error.ambiguous:  # an attempt before the one that was refused may have been granted
+                    self.give_back_later(hold_id, [window for window, _ in parts])
                 raise
             except StoreUnavailable as error:
                 told = (owner, operation, self.trace_id() if self.trace_id else "")

@@ -16,7 +16,7 @@ from ktrdr_budget.engine.protocol import Command, Head, Op, parse_record
 from ktrdr_budget.engine.unresolved import Doubt
 from ktrdr_budget.errors import StoreError
 
-__all__ = ["Backlog"]
+__all__ = ["SETTLEMENTS", "Backlog"]
 
 logger = logging.getLogger("ktrdr_budget")
 
@@ -25,7 +25,8 @@ _RETRY_MAX_S = 0.5
 _BATCH_OPS = 128
 _CLOCK_US = 20_000
 """By how much the store's clock may be ahead of what its last answer, when it arrived, made of it."""
-_SETTLEMENTS = frozenset("CDKLMN")
+SETTLEMENTS = frozenset("CDKLMN")
+"""The letters of what settles a hold, or records spend."""
 
 
 class Backlog:
@@ -58,7 +59,7 @@ class Backlog:
             abandoned: nobody awaits a grant any more: it is given back, if it was granted to that very call.
         """
         until_us = self._background.session.now_ms() * 1000
-        if op.letter in _SETTLEMENTS:
+        if op.letter in SETTLEMENTS:
             if op.head.startswith(f"N {op.id} 0 "):  # whenever it arrives: into the window in which it was spent
                 op = Op(op.id, op.key, op.head.replace(" 0 ", " 1 ", 1), op.parts)
             doubt = Doubt(op, "settlement", since_us, until_us)

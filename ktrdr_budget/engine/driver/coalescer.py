@@ -18,7 +18,7 @@ from typing import Any
 
 from ktrdr_budget.engine.driver import forks
 from ktrdr_budget.engine.driver.background import Background
-from ktrdr_budget.engine.driver.backlog import Backlog
+from ktrdr_budget.engine.driver.backlog import SETTLEMENTS, Backlog
 from ktrdr_budget.engine.driver.breaker import Breaker
 from ktrdr_budget.engine.driver.calls import Call, Observation, Observer
 from ktrdr_budget.engine.driver.deadlines import Deadlines
@@ -154,7 +154,9 @@ class Coalescer:
         else:
             future.set_exception(error)
         if error is not None:
-            if isinstance(error, StoreUnavailable) and error.ambiguous and isinstance(call.request, Op):
+            # Nobody will try again what a caller who has gone had begun, though it was never sent.
+            begun = abandoned and isinstance(call.request, Op) and call.request.letter in SETTLEMENTS
+            if isinstance(error, StoreUnavailable) and isinstance(call.request, Op) and (error.ambiguous or begun):
                 self._backlog.doubt(call.request, self._called_us(call), abandoned=abandoned)
         elif self._core.unresolved.count and isinstance(result, (HoldBase, Settlement)):
             self._core.unresolved.retried(result.id, settled=isinstance(result, Settlement))

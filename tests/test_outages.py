@@ -14,7 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget import (
+    AsyncBudgetLimiter,
+    Budget,
+    BudgetError,
+    BudgetExceeded,
+    BudgetLimiter,
+    HoldConflict,
+    StoreUnavailable,
+)
+from ktrdr_budget.engine.driver import backlog
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
 
@@ -347,6 +356,58 @@ async def test_allow_tells_at_the_end_what_it_could_not_record(own_server, caplo
         own_server.kill()
         await limiter.record("agent", "0.02")
     assert any(record.levelname == "ERROR" and "never told" in record.message for record in caplog.records)
+
+
+async def test_closing_while_deferred_spend_is_being_told_tells_the_rest(server, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(backlog, "_BATCH_OPS", 1)
+    path = Path(tmp_path_factory.mktemp("p")) / "s"
+    async with Proxy(server.socket_path, path) as proxy:
+        async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3, on_store_error="allow") as limiter:
+            await limiter.record("agent", "0.01")
+            proxy.cut()
+            for _ in range(60):
+                await limiter.record("agent", "0.01")
+            proxy.delay_s = 0.01
+            proxy.mend()
+            await until(lambda: 0 < limiter.deferred < 60, 15)
+        assert limiter.deferred == 0
+    with server.client() as client:
+        assert sums(client)["spent"] == ledger_sum(client) == to_units("0.61")
+
+
+async def test_whatever_telling_the_rest_ends_with_the_store_is_closed(own_server, monkeypatch):
+    limiter = AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow")
+    hold = await limiter.reserve("agent", "0.15")
+    closed = []
+    close = limiter._store.close
+
+    async def note() -> None:
+        closed.append(not limiter._coalescer._background.tasks)
+        await close()
+
+    async def fail() -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(limiter._store, "close", note)
+    monkeypatch.setattr(limiter._coalescer._backlog, "drain", fail)
+    limiter._core.defer_settlement(hold, None)
+    with pytest.raises(ZeroDivisionError):
+        await limiter.close()
+    assert closed == [True]
+
+
+async def test_whoever_waits_for_a_repair_when_the_limiter_is_closed_is_told_so(server):
+    """No lane takes what waits then: it would wait for ever."""
+    limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2)
+    await limiter.record("agent", "0.01")
+    limiter._coalescer.recovery.active = True
+    limiter._coalescer._deadlines.watch = lambda *_: None
+    calls = [asyncio.ensure_future(limiter.record("agent", "0.01")), asyncio.ensure_future(limiter.reserve("agent", 1))]
+    await asyncio.sleep(0)
+    await limiter.close()
+    async with asyncio.timeout(10):
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
 
 
 # -- a store that answers, but with an error ---------------------------------------------------------------------------

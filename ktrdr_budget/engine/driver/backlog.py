@@ -44,6 +44,9 @@ class Backlog:
         """Has nothing under way."""
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
+        self._ended = False
+        self._telling = asyncio.Lock()
+        """Held by the one that tells: two would tell the same, and take each other's for told."""
         self._pause_s = _RETRY_FIRST_S
 
     def __bool__(self) -> bool:
@@ -76,7 +79,8 @@ class Backlog:
     def schedule(self) -> None:
         """Sees to it that what there is will be told, soon."""
         # A repair, and a store that does not answer, tell when they are over.
-        if self._timer is None and not (self._draining or self._recovery.active or self._breaker.open):
+        busy = self._draining or self._recovery.active or self._breaker.open
+        if self._timer is None and not (busy or self._ended):
             assert self._background.loop is not None
             self._timer = self._background.loop.call_later(self._pause_s, self._begin)
 
@@ -92,6 +96,11 @@ class Backlog:
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
+
+    def end(self) -> None:
+        """The same for good: only who drains this tells the rest."""
+        self._ended = True
+        self.stop()
 
     # -- telling -------------------------------------------------------------------------------------------------------
 
@@ -112,14 +121,15 @@ class Backlog:
                 self._pause_s = _RETRY_FIRST_S
 
     async def drain(self) -> None:
-        """Tells the store all of it once, as far as it answers."""
-        try:
-            if self._unresolved.count:
-                await self._resolve()
-            if self._core.deferred:
-                await self._tell_deferred()
-        except UNANSWERED as error:
-            logger.debug("the store was not told what it has missed: %s", error)
+        """Tells the store all of it once, as far as it answers; what is being told already comes first."""
+        async with self._telling:
+            try:
+                if self._unresolved.count:
+                    await self._resolve()
+                if self._core.deferred:
+                    await self._tell_deferred()
+            except UNANSWERED as error:
+                logger.debug("the store was not told what it has missed: %s", error)
 
     async def _tell(self, ops: list[Op]) -> tuple[Head, list[str]] | None:
         """``None`` if something is lost, which comes first."""

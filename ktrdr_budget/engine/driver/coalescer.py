@@ -487,9 +487,7 @@ class Coalescer:
         self.recovery.stop()
         self.breaker.stop()
         closing = StoreUnavailable(f"store at {self._store.shown}: the limiter was closed", ambiguous=False)
-        for call, timer in list(self._parked.items()):
-            timer.cancel()
-            self._throw(call, closing)
+        self._refuse_parked(closing)
         ends, tasks = time.monotonic() + 2 * self._timeout, self._background.tasks
         while (tasks or self._lanes) and time.monotonic() < ends:
             self._idle = self._loop.create_future()
@@ -497,15 +495,35 @@ class Coalescer:
             await asyncio.wait(waited, timeout=max(0.0, ends - time.monotonic()))
         self._closed = True
         self._deadlines.stop()
-        self._backlog.stop()
-        if self._backlog and not self.breaker.open:
-            await self._backlog.drain()
-        await self._background.end()
-        await self._store.close()
+        self._backlog.end()
+        try:
+            if self._backlog and not self.breaker.open:
+                await self._backlog.drain()
+        finally:
+            await self._background.end()
+            self._refuse_rest(closing)
+            await self._store.close()
         if self._core.deferred:
             logger.error("closing with %d settlements that the store was never told", len(self._core.deferred))
         if count := self._core.unresolved.count:
             logger.error("closing with %d requests whose outcome stays unknown", count)
+
+    def _refuse_parked(self, closing: StoreUnavailable) -> None:
+        while self._parked:
+            call, timer = self._parked.popitem()
+            timer.cancel()
+            self._throw(call, closing)
+
+    def _refuse_rest(self, closing: StoreUnavailable) -> None:
+        """Whoever still waits, for nothing is sent any more, is told so."""
+        self.breaker.stop()
+        while self._parked or self._first or self._then:
+            self._refuse_parked(closing)
+            waiting = [*self._first, *self._then]
+            self._first.clear()
+            self._then.clear()
+            for call in waiting:
+                self._throw(call, StoreUnavailable(str(closing), ambiguous=call.sent))
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

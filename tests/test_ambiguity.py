@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict, StoreError, StoreUnavailable
+from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict, StoreError, StoreUnavailable, UnknownHold
 from ktrdr_budget.engine import unresolved
 from ktrdr_budget.engine.protocol import Op
 from ktrdr_budget.engine.unresolved import Doubt, Unresolved
@@ -231,6 +231,49 @@ async def test_a_cancelled_caller_who_tries_again_keeps_his_hold(proxy, limiter,
     await resolved(proxy, limiter, retried=1)
     assert sums(client)["held"] == to_units("0.15")
     await hold.commit("0.07")
+
+
+async def test_a_request_of_a_cancelled_caller_that_arrives_late_is_not_granted_but_a_new_one_is(
+    proxy, limiter, other, client
+):
+    """The store is told that nobody wants it before it hears of it; whoever asks for that id later is granted it."""
+    flow = limiter._core.reserve("agent", "0.15", "mine", 900, "charge", "", "")
+    late = next(flow)
+    flow.close()
+    proxy.fate = lambda: "request"
+    task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    await until(lambda: limiter.unresolved == 1)
+    await resolved(proxy, limiter, absent=1)
+    assert await arrives(limiter, late) == "c"
+    assert sums(client)["held"] == 0
+    with pytest.raises(UnknownHold):
+        await limiter.get("mine")
+    assert 0 < client.pttl(limiter.keys.hold("mine")) <= 300_000
+    hold = await other.reserve("agent", "0.15", id="mine")
+    assert not hold.replayed
+    assert await arrives(limiter, late) == "p", "it is that hold now"
+    assert sums(client)["held"] == to_units("0.15")
+    assert (await limiter.reserve("agent", "0.15", id="mine")).replayed
+    assert not (await hold.commit("0.07")).late
+
+
+async def arrives(limiter: AsyncBudgetLimiter, late: Op) -> str:
+    _, [line] = await limiter._coalescer._background.tell([late])
+    return line[0]
+
+
+async def test_what_was_released_for_good_stays_so_whoever_asks_for_its_id(limiter, other, client):
+    """Only what was given up in passing makes way."""
+    limiter._core.give_back_later("op_1", [limiter._core.session.current_window("agent")])
+    limiter._coalescer._backlog.hasten()
+    await until(lambda: limiter.unresolved == 0)
+    with pytest.raises(HoldConflict):
+        await other.reserve("agent", "0.15", id="op_1")
+    assert sums(client)["held"] == 0
 
 
 async def test_a_commit_of_a_hold_that_the_store_has_lost_meanwhile_is_recorded(proxy, limiter, client):

@@ -16,6 +16,7 @@ from ktrdr_budget.engine.protocol import (
     Record,
     Segment,
     Window,
+    given_up,
     parse_record,
     word,
 )
@@ -174,6 +175,8 @@ class Core(Reads):
                 if record.state != "o" or record.deadline_ms > answer.now_us // 1000:
                     return self._replayed(hold_id, record, ttl_ms)
                 yield from self._retire_records({hold_id: record})
+            elif line[0] == "c" and given_up(line[2:]):  # by a caller who was cancelled; this one asks for it again
+                yield Op(hold_id, key, f"L {hold_id} u", [(window, ":x0") for window, _ in parts])
             elif line[0] != "w":
                 raise self._error(line, hold_id, answer.now_us, op)
 

@@ -311,6 +311,28 @@ async def test_a_slab_that_somebody_has_released_grants_nothing_more(limiter, cl
     assert ledger_sum(client) == to_units("0.12"), "what was spent is a fact"
 
 
+async def test_what_a_released_slab_had_spent_is_told_though_the_store_is_away_for_a_moment(
+    limiter, client, monkeypatch
+):
+    """It has said that the slab is released, and does not say how: by an operator, or for good."""
+    asked = []
+    hold_view = limiter._core.hold_view
+
+    def fails_once(hold_id: str):
+        asked.append(hold_id)
+        if len(asked) == 1:
+            raise StoreUnavailable("it has gone in this moment")
+        return hold_view(hold_id)
+
+    monkeypatch.setattr(limiter._core, "hold_view", fails_once)
+    async with limiter.lease("agent", "0.50", ttl=1) as lease:
+        lease.spend("0.10")
+        [slab] = await limiter.holds("agent")
+        await limiter.release(slab.id)
+        await until(lambda: len(asked) == 2, 15)
+        await until(lambda: sums(client)["spent"] == to_units("0.10"), 15)
+
+
 # -- stores that fail --------------------------------------------------------------------------------------------------
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -42,6 +43,12 @@ def own_server(start_server: Callable):
     made = start_server(None, "--appendonly", "yes")
     yield made
     made.kill()
+
+
+@pytest.fixture
+async def proxy(server, tmp_path_factory):
+    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
+        yield made
 
 
 class Outage:
@@ -342,6 +349,82 @@ async def test_allow_does_not_count_twice_what_the_store_had_granted_before_it_f
             proxy.let_go()
             await until(lambda: limiter.deferred == 0)
             assert sums(client) == {"spent": to_units("0.09"), "held": 0, "unconfirmed": 0, "events": 3}
+
+
+async def test_allow_admits_an_id_once_and_refuses_it_with_other_contents(own_server):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
+        await limiter.record("agent", "0.01")
+        own_server.kill()
+        hold, at_once = await asyncio.gather(*(limiter.reserve("agent", "0.15", id="op_1") for _ in range(2)))
+        assert (hold.replayed, at_once.replayed, at_once.guarded) == (False, True, False)
+        hold.accrue("0.03")
+        for _ in range(2):  # while the store is away, and when it is back
+            again = await limiter.reserve("agent", "0.15", id="op_1")
+            assert (again.replayed, again.state, again.accrued) == (True, "open", {"agent": Decimal("0.03")})
+            for other in ({"amount": "0.16"}, {"amount": "0.15", "on_expiry": "release"}):
+                with pytest.raises(HoldConflict):
+                    await limiter.reserve("agent", id="op_1", **other)
+            if own_server.process is None:
+                own_server.start()
+                await until(lambda: limiter.store_state == "closed", 15)
+        await again.commit("0.07")
+        await until(lambda: limiter.deferred == 0, 15)
+        with own_server.client() as client:
+            assert sums(client)["spent"] == to_units("0.08")
+            assert sums(client)["held"] == 0
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+async def test_allow_releases_what_arrives_at_the_store_only_later(proxy, deferred):
+    """A hold was admitted unguarded and released; then its reservation arrives after all: nobody has it any more."""
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
+        await limiter.record("agent", "0.01")
+        flow = limiter._core.reserve("agent", "0.15", "op_1", 900, "charge", "", "")
+        late = next(flow)
+        flow.close()
+        proxy.fate = lambda: "request"
+        hold = await limiter.reserve("agent", "0.15", id="op_1")
+        assert not hold.guarded
+        if deferred:
+            assert (await hold.release()).deferred
+        proxy.fate = lambda: None
+        await until(lambda: limiter.store_state == "closed", 15)
+        if not deferred:
+            assert (await hold.release()).state == "released"
+        await until(lambda: limiter.deferred == 0, 15)
+        _, [line] = await limiter._coalescer._background.tell([late])
+        assert line[0] == "c"
+        assert (await limiter.status("agent")).held == 0
+
+
+async def test_allow_gives_up_what_it_admitted_for_a_caller_who_has_gone(proxy):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
+        await limiter.record("agent", "0.01")
+        proxy.hold_replies()
+        task = asyncio.create_task(limiter.reserve("agent", "0.15", id="op_1"))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await until(lambda: limiter.unresolved == 1, 15)
+        proxy.let_go()
+        await until(lambda: limiter.unresolved == 0, 15)
+        assert (await limiter.status("agent")).held == 0
+
+
+async def test_a_commit_by_id_of_a_hold_of_ones_own_is_deferred_as_one_by_its_object(own_server):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
+        await limiter.reserve({"agent": "0.15", "team": "0.10"}, id="op_1")
+        own_server.kill()
+        settled = await limiter.commit("op_1", {"agent": "0.07", "team": "0.02"})
+        assert settled.deferred
+        with pytest.raises(StoreUnavailable):  # in which windows it would be spent is not known here
+            await limiter.commit("op_2", "0.07")
+        own_server.start()
+        await until(lambda: limiter.deferred == 0, 15)
+        with own_server.client() as client:
+            assert (sums(client)["spent"], sums(client, "team")["spent"]) == (to_units("0.07"), to_units("0.02"))
+            assert sums(client)["held"] == 0
 
 
 async def test_allow_still_denies_what_the_store_denies(server):

@@ -100,6 +100,8 @@ class Core(Reads):
         """What an unreachable store admits from, under policy ``lease``."""
         self.unguarded: OrderedDict[str, tuple[HoldBase, Record]] = OrderedDict()
         """What was admitted while the store was away: found by id here, for the store may never have heard of it."""
+        self.handed: dict[str, Op] = {}
+        """Of what was prepaid, what the store is to be told: how, by id."""
 
     def begin(self) -> Flow[None]:
         """Hears from the store, and keeps what is to be prepaid."""
@@ -133,6 +135,8 @@ class Core(Reads):
             policy = POLICY_CODES[on_expiry]
         except (KeyError, TypeError):
             raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {on_expiry!r}") from None
+        if self.unguarded and not unnamed and (known := self._known_here(hold_id, wanted, policy, ttl_ms)) is not None:
+            return known
         labels = self._labels(owner, operation)
         head = f"R {hold_id} {ttl_ms} {policy} {labels}"
         key = session.keys.hold(hold_id)
@@ -152,6 +156,8 @@ class Core(Reads):
                     self.give_back_later(hold_id, [window for window, _ in parts])
                 raise
             except StoreUnavailable as error:
+                if (known := self._known_here(hold_id, wanted, policy, ttl_ms)) is not None:
+                    return known  # while this waited
                 told = (owner, operation, self.trace_id() if self.trace_id else "")
                 if self.prepaid is not None and not prepaying:
                     hold = self.prepaid.admit(hold_id, wanted, ttl_ms, policy, told, ambiguous=error.ambiguous)
@@ -195,6 +201,14 @@ class Core(Reads):
         op = Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} f", [(window, ":x0") for window in windows])
         self.unresolved.add(Doubt(op, "give back", now_us, now_us))
 
+    def give_up(self, hold: HoldBase) -> Op:
+        """Forgets a grant without the store that nobody was told of; returns the request that may arrive there yet."""
+        del self.unguarded[hold.id]
+        if self.prepaid is not None:
+            self.prepaid.give_up(hold)
+        parts = [(window, f":{units}") for window, units in hold.parts]
+        return Op(hold.id, self.session.keys.hold(hold.id), f"R {hold.id}", parts)
+
     def _admitted_unguarded(
         self, hold_id: str, parts: list[tuple[Window, int]], ttl_ms: int, policy: str, labels: tuple[str, str, str]
     ) -> Any:
@@ -203,13 +217,34 @@ class Core(Reads):
         self.keep(hold, policy, labels)
         return hold
 
-    def keep(self, hold: HoldBase, policy: str, labels: tuple[str, str, str]) -> None:
+    def _known_here(self, hold_id: str, wanted: Sequence[tuple[str, int]], policy: str, ttl_ms: int) -> Any:
+        """The hold of this id if it was admitted while the store was away, as it is now; ``None`` if none was (P3).
+
+        Raises:
+            HoldConflict: it was admitted with other contents.
+        """
+        if (known := self.unguarded.get(hold_id)) is None:
+            return None
+        hold, record = known
+        before = sorted((segment.budget, segment.reserved) for segment in record.segments)
+        if before != sorted(wanted) or record.policy != policy:
+            raise HoldConflict(f"hold {hold_id!r} was granted with other contents; nothing was changed")
+        deadline_ms = hold.deadline_ms if hold.prepaid is None else hold.prepaid.deadline_ms
+        again = self.make_hold(
+            self, hold_id, hold.parts, ttl_ms, deadline_ms, guarded=hold.guarded, prepaid=hold.prepaid
+        )
+        again.replayed, again.state, again.created_us = True, hold.state, record.created_us
+        again.adjust({w.budget: accrued for (w, _), accrued in zip(hold.parts, hold.accrued_units, strict=True)})
+        return again
+
+    def keep(self, hold: HoldBase, policy: str, labels: tuple[str, str, str]) -> Record:
         """Makes a hold that the store may never have heard of known by its id, here."""
         segments = tuple(Segment(w.flag, w.budget, w.span.name, units, 0, 0) for w, units in hold.parts)
         record = Record("o", policy, hold.deadline_ms, self.session.now_ms() * 1000, 0, *labels, segments)
         self.unguarded[hold.id] = hold, record
         if len(self.unguarded) > _UNGUARDED_MAX:
             self.unguarded.popitem(last=False)
+        return record
 
     def _unguarded_view(self, hold_id: str) -> HoldView:
         hold, record = self.unguarded[hold_id]
@@ -224,6 +259,8 @@ class Core(Reads):
         try:
             return (yield from self._read(hold_id)).view(hold_id)
         except (StoreUnavailable, UnknownHold):
+            if self.prepaid is not None:
+                self.prepaid.hand_over(due=True)
             if hold_id not in self.unguarded:
                 raise
             return self._unguarded_view(hold_id)
@@ -262,14 +299,18 @@ class Core(Reads):
 
         A remark goes to the ledger with the current trace, after the label that the hold was reserved with.
         """
-        if self.prepaid is not None and hold.prepaid is not None:
+        if self.prepaid is not None and hold.prepaid is not None and not hold.prepaid.handed:
             return _at_once(self.prepaid.settle(hold, hold.prepaid, amounts, remark))
         letter = "L" if amounts is None else "C"
         settled = amounts or [("x", 0)] * len(hold.parts)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
         # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them. After
         # its own settlement it has not lost but forgotten it, and nothing may be charged twice.
-        return self._settle(letter, hold.id, parts, hold.parts, may_be_lost=not hold.settled, remark=remark)
+        # And a release of what the store may not have heard of yet: it is not to open it when it does.
+        unheard = not hold.guarded or hold.id in self.handed
+        return self._settle(
+            letter, hold.id, parts, hold.parts, may_be_lost=not hold.settled, remark=remark, unheard=unheard
+        )
 
     def settle_id(
         self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
@@ -281,11 +322,28 @@ class Core(Reads):
         if hold_id in self.unguarded:
             hold, _ = self.unguarded[hold_id]
             return (yield from hold.release_flow() if release else hold.commit_flow(amount))
-        record = yield from self._read(hold_id)
-        return (yield from self._settle_record(hold_id, record, amount, release, operator))
+        remembered = None
+        try:
+            record = yield from self._read(hold_id)
+        except StoreError:
+            raise
+        except StoreUnavailable:
+            remembered = self.session.memory.open_hold(hold_id) if self.allow or self.prepaid is not None else None
+            if remembered is None:  # to whom it was granted is not known here, nor in which windows
+                raise
+            record = remembered
+        known = remembered is not None
+        return (yield from self._settle_record(hold_id, record, amount, release, operator, may_be_lost=known))
 
     def _settle_record(
-        self, hold_id: str, record: Record, amount: Amounts | None, release: bool, operator: bool
+        self,
+        hold_id: str,
+        record: Record,
+        amount: Amounts | None,
+        release: bool,
+        operator: bool,
+        *,
+        may_be_lost: bool = False,
     ) -> Flow[Settlement]:
         windows = self._parts(record)
         if release:
@@ -294,7 +352,8 @@ class Core(Reads):
             units = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
             settled = commit_modes(units, amount)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
-        return (yield from self._settle("L" if release else "C", hold_id, parts, windows, operator=operator))
+        letter = "L" if release else "C"
+        return (yield from self._settle(letter, hold_id, parts, windows, operator=operator, may_be_lost=may_be_lost))
 
     def _settle(
         self,
@@ -306,13 +365,14 @@ class Core(Reads):
         operator: bool = False,
         may_be_lost: bool = False,
         remark: str = "",
+        unheard: bool = False,
     ) -> Flow[Settlement]:
         key = self.session.keys.hold(hold_id)
         if letter == "C":
             trace = self._trace() if remark else "-"
             op: Op = Commit(hold_id, key, parts, may_be_lost, self.label(remark[:_TEXT_MAX]), trace)
         else:
-            op = Op(hold_id, key, f"L {hold_id} {int(operator)}", parts)
+            op = Op(hold_id, key, f"L {hold_id} {'f' if unheard else int(operator)}", parts)
         first = op
         try:
             line, answer = yield op
@@ -326,6 +386,8 @@ class Core(Reads):
                 raise
             return self.deferral(first, "released" if letter == "L" else "committed")
         if line[0] not in "kp":
+            if line == "u" and unheard and letter == "L":
+                return Settlement(hold_id, "released", told_amounts(parts, ",".join("0" for _ in parts)))
             raise self._error(line, hold_id, answer.now_us, op)
         self.session.memory.acknowledged(op, line, answer.now_us // 1000)
         _, flags, told = line.split(" ")
@@ -351,6 +413,8 @@ class Core(Reads):
     def deferral(self, op: Op, state: Any) -> Settlement:
         """Keeps a settlement that an unreachable store could not be told."""
         self.defer(op)
+        if (known := self.unguarded.get(op.id)) is not None:
+            known[0].state = state
         amounts = {window.budget: from_units(int(tail.lstrip(":xra")), window.unit) for window, tail in op.parts}
         return Settlement(op.id, state, amounts, deferred=True)
 
@@ -416,6 +480,9 @@ class Core(Reads):
                 self._remember(hold_id, record, self._parts(record))
                 return record
             rounds += 1
+            if line[0] == "u" and hold_id in self.handed and rounds < RETIRE_ROUNDS:
+                yield self.handed[hold_id]  # it has not heard of it yet
+                continue
             if line[0] != "d" or not answer.due or rounds == RETIRE_ROUNDS:
                 raise self._error(line, hold_id, answer.now_us, op)
             yield from self.retire(answer.due)

@@ -193,7 +193,7 @@ class HoldBase:
     def extend_flow(self, ttl: float | None) -> Flow[None]:
         """A heartbeat: a new deadline, and what was accrued."""
         ttl_ms = self._ttl_ms if ttl is None else check_ttl_ms(ttl)
-        yield from self._extended(self._core.extend(self.id, self._used(), ttl_ms), self.parts)
+        yield from self._extended(self._core.extend(self.id, self._used(), ttl_ms), self.parts, ttl_ms)
         self._ttl_ms = ttl_ms
 
     def _report_flow(self) -> Flow[None]:
@@ -220,11 +220,13 @@ class HoldBase:
         parts = [(window, 0, units) for window, units in grown]
         yield from self._extended(self._core.extend(self.id, parts, self._ttl_ms, keep=True), grown)
 
-    def _extended(self, flow: Flow[Record], otherwise: list[tuple[Window, int]]) -> Flow[None]:
-        if self.prepaid is not None and self._core.prepaid is not None:
+    def _extended(
+        self, flow: Flow[Record], otherwise: list[tuple[Window, int]], ttl_ms: int | None = None
+    ) -> Flow[None]:
+        if self.prepaid is not None and self._core.prepaid is not None and not self.prepaid.handed:
             flow.close()
-            self._core.prepaid.extend(self, self.prepaid, otherwise)
-            self.parts = otherwise
+            self._core.prepaid.extend(self, self.prepaid, otherwise, ttl_ms)
+            self.parts, self._deadline_ms = otherwise, self.prepaid.deadline_ms
             return
         try:
             record = yield from flow

@@ -14,11 +14,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Op, Window
+from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Op, Record, Segment, Window, unword
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.keys import Keys
-    from ktrdr_budget.engine.protocol import Record
 
 __all__ = ["Memory", "Repair"]
 
@@ -47,7 +46,7 @@ class _Held(NamedTuple):
     labels: str
 
 
-_CREATED, _DEADLINE = _Held._fields.index("created_us"), _Held._fields.index("deadline_ms")
+_UNITS, _CREATED, _DEADLINE = map(_Held._fields.index, ("units", "created_us", "deadline_ms"))
 
 
 class _Settled(NamedTuple):
@@ -143,6 +142,32 @@ class Memory:
         units = " ".join([f":{segment.reserved}:{segment.accrued}" for segment in record.segments])
         names = self._names(windows)
         self._holds[hold_id] = (names, units, record.policy, record.created_us, record.deadline_ms, labels)
+
+    def shrunk(self, hold_id: str, left: Sequence[int]) -> None:
+        """So much is left of a prepaid slab, in each of its windows; of two reports, the least holds."""
+        for holds in (self._holds, self._holds_before):
+            if (known := holds.get(hold_id)) is not None:
+                told = [units.split(":") for units in known[_UNITS].split(" ")]
+                units = [
+                    ":".join(["", str(min(int(reserved), most)), *accrued])
+                    for (_, reserved, *accrued), most in zip(told, left, strict=True)
+                ]
+                holds[hold_id] = (*known[:_UNITS], " ".join(units), *known[_UNITS + 1 :])
+
+    def open_hold(self, hold_id: str) -> Record | None:
+        """One that this replica was granted, and has not settled; ``None`` if it knows of none."""
+        known = self._holds.get(hold_id) or self._holds_before.get(hold_id)
+        if known is None:
+            return None
+        held = _Held(*known)
+        amounts = [[int(units) for units in told[1:].split(":")] for told in held.units.split(" ")]
+        segments = [
+            Segment(window.flag, window.budget, window.span.name, reserved, sum(accrued), 0)
+            for window, (reserved, *accrued) in zip(self._windows_of(held.windows), amounts, strict=True)
+        ]
+        owner, operation, trace = map(unword, held.labels.split(" "))
+        times = held.deadline_ms, held.created_us, 0
+        return Record("o", held.policy, *times, owner, operation, trace, tuple(segments))
 
     def acknowledged(self, op: Op, line: str, now_ms: int) -> None:
         """A settlement was acknowledged: ``line`` is the store's answer, ``k`` or ``p``."""

@@ -16,7 +16,7 @@ _PARTS = {
     "commit": ("prelude", "commit", "apply"),
     "settle": ("prelude", "holds", "commit", "settle", "apply"),
     "apply": ("prelude", "admission", "holds", "reserve", "commit", "settle", "record", "extend", "retire", "apply"),
-    # The same, and what is left of a prepaid slab.
+    # The same, and what is told of prepaid slabs.
     "prepaid": (
         *("prelude", "admission", "holds", "reserve", "commit", "settle", "record", "extend", "retire", "shrink"),
         "apply",
@@ -30,7 +30,7 @@ _PARTS = {
     "cycles": ("cycles",),
 }
 _REPAIR = {"T", "O"}
-_ALONE = {"R": "reserve", "C": "commit", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid"}
+_ALONE = {"R": "reserve", "C": "commit", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid"}
 STATUS, LIMITS, CYCLES = "status", "limits", "cycles"
 CORRECT, REINDEX, PERMISSIONS = "correct", "reindex", "permissions"
 
@@ -52,7 +52,7 @@ def script_for(letters: set[str]) -> str:
         return _ALONE.get(next(iter(letters)), "apply")
     if letters <= {"C", "D", "L", "M"}:
         return "settle"
-    return "prepaid" if "H" in letters else "apply"
+    return "prepaid" if letters & {"H", "P"} else "apply"
 
 
 @cache

@@ -87,6 +87,7 @@ class Coalescer:
         """In the child: new connections, an empty queue, a new replica; the parent keeps what was under way."""
         forks.keep((self._loop, self._background.tasks, self._store.forget()))
         self._core.deferred.clear()
+        self._core.handed.clear()
         self._core.unresolved.clear()
         for part in (self._background, self.breaker, self.recovery, self._backlog):
             part.reset()
@@ -158,7 +159,7 @@ class Coalescer:
             begun = abandoned and isinstance(call.request, Op) and call.request.letter in SETTLEMENTS
             if isinstance(error, StoreUnavailable) and isinstance(call.request, Op) and (error.ambiguous or begun):
                 self._backlog.doubt(call.request, self._called_us(call), abandoned=abandoned)
-        elif self._core.unresolved.count and isinstance(result, (HoldBase, Settlement)):
+        elif self._core.unresolved.count and isinstance(result, Settlement if abandoned else (HoldBase, Settlement)):
             self._core.unresolved.retried(result.id, settled=isinstance(result, Settlement))
         if self._observer is not None:
             self._observe(call, result, error)
@@ -176,7 +177,14 @@ class Coalescer:
 
     def _abandoned(self, result: Any) -> None:
         """A grant that nobody awaits any more is released; a replay belongs to whoever was granted it first."""
-        if isinstance(result, HoldBase) and result.guarded and not result.replayed:
+        if not isinstance(result, HoldBase) or result.replayed:
+            return
+        if result.id in self._core.unguarded and result.state == "open":
+            # The store may be granting it now, or later.
+            called_us = int((self._session.now_ms() - self._timeout * 1000) * 1000)
+            self._backlog.doubt(self._core.give_up(result), called_us, abandoned=True)
+            self._backlog.schedule()
+        else:
             self.submit(self._core.give_back(result), "release").add_done_callback(_forget)
 
     def _observe(self, call: Call, result: Any, error: BaseException | None) -> None:
@@ -460,6 +468,8 @@ class Coalescer:
 
     def _store_is_repaired(self) -> None:
         if not self._closed:
+            if self._core.prepaid is not None:
+                self._core.prepaid.tell_left()
             self._open_lane()
             self._backlog.hasten()
 

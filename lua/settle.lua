@@ -121,14 +121,15 @@ end
 function operations.L(op, key)
   local id, mode, since_us, until_us, amounts = match(op, '^L (%S+) ([01sfou])(%d*)%-?(%d*)(.*)$')
   local by_hand = mode == '1' or mode == 'o'
-  local hold, record = find(id, key)
   if mode == 'u' then
-    if hold and hold.state == 'r' and hold.operation == '!' then
+    local record = call('GET', key)
+    if record and given_up(record) then
       call('DEL', key)
       dirty = true
     end
     return 'u'
   end
+  local hold, record = find(id, key)
   if not hold then
     if record ~= 'u' or mode == '0' or mode == '1' then return record end
     return take_up(id, key, by_hand and 'z' or 'r', amounts, mode == 's')

@@ -261,6 +261,21 @@ async def test_a_request_of_a_cancelled_caller_that_arrives_late_is_not_granted_
     assert not (await hold.commit("0.07")).late
 
 
+@pytest.mark.parametrize("settles", ["commit", "record"])
+async def test_spend_under_an_id_that_was_given_up_is_recorded(proxy, limiter, other, client, settles):
+    """Granted and spent while the store was away (policy `allow`), say: to all but that request the id is unknown."""
+    core = limiter._core
+    window = core.session.current_window("agent")
+    until_us = core.session.now_ms() * 1000
+    passing = Op("mine", limiter.keys.hold("mine"), f"L mine s{until_us - 1}-{until_us}", [(window, ":0")])
+    for _ in range(2):
+        assert await arrives(limiter, passing) == "u"
+    hold = core.make_hold(core, "mine", [(window, to_units("0.15"))], 60_000, core.session.now_ms() + 60_000)
+    call = hold.commit("0.07") if settles == "commit" else limiter.record("agent", "0.07", id="mine")
+    await call
+    assert sums(client)["spent"] == to_units("0.07")
+
+
 async def arrives(limiter: AsyncBudgetLimiter, late: Op) -> str:
     _, [line] = await limiter._coalescer._background.tell([late])
     return line[0]

@@ -124,6 +124,9 @@ class _Keeper(LeaseBase):
             slab.promised -= drawn
             slab.left += drawn - spent
             slab.reserved -= spent
+            if slab.left < 0 and slab is self.spare:  # as the current one would be
+                self.retired.append(slab)
+                self.spare = None
             self.alert()
         return self.shrunk(slab, after) if spent else None
 

@@ -60,7 +60,8 @@ class Backlog:
 
         Args:
             since_us: when it was called, by the store's clock.
-            abandoned: nobody awaits a grant any more: it is given back, if it was granted to that very call.
+            abandoned: nobody awaits a grant any more: it is given back, if it was granted to that very call, and not
+                granted to it any more.
         """
         until_us = self._background.session.now_ms() * 1000
         if op.letter in SETTLEMENTS:

@@ -144,7 +144,7 @@ class Coalescer:
 
     def _finish(self, call: Call, result: Any, error: BaseException | None) -> None:
         future = call.future
-        if call.sent and isinstance(result, HoldBase) and result.replayed:
+        if call.sent and isinstance(result, HoldBase) and result.replayed and result.id not in self._core.unguarded:
             # Granted to this very call, by an attempt whose answer got lost?
             result.replayed = result.created_us < self._called_us(call)
         abandoned = future.cancelled()

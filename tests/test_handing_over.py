@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict, StoreUnavailable, UnknownHold
+from ktrdr_budget.engine import prepaid as prepaid_module
 from ktrdr_budget.engine.protocol import Op
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
@@ -171,6 +172,21 @@ async def test_a_store_that_went_back_to_a_larger_slab_is_told_what_is_left(star
                 await until(lambda: sums(client)["spent"] == to_units("2.00"), WITHIN_S)
                 await until(lambda: sums(client)["held"] == to_units("2.00"), WITHIN_S)
     own_server.kill()
+
+
+async def test_nothing_is_granted_while_too_much_is_to_be_told(proxy, limiter, monkeypatch):
+    """Spend must never be dropped for want of memory: its slab would be told to be smaller all the same."""
+    monkeypatch.setattr(prepaid_module, "_TO_BE_TOLD_MAX", 1)
+    proxy.cut()
+    await (await limiter.reserve("agent", "0.10")).commit("0.10")
+    assert limiter.deferred == 2
+    with pytest.raises(StoreUnavailable):
+        await limiter.reserve("agent", "0.10")
+    with pytest.raises(StoreUnavailable):
+        await limiter.record("agent", "0.10")
+    proxy.mend()
+    await told(limiter)
+    assert (await limiter.reserve("agent", "0.10")).prepaid is None
 
 
 # -- holds -------------------------------------------------------------------------------------------------------------

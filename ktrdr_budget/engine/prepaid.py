@@ -247,9 +247,12 @@ class Prepaid:
         core = self._core
         if len(core.deferred) > _TO_BE_TOLD_MAX:
             return None
-        self.hand_over(due=True)
         _, operation, trace = labels
-        draw = self.draw(wanted, (core.label(operation), core.label(trace)), ambiguous)
+        told = core.label(operation), core.label(trace)
+        draw = self.draw(wanted, told, ambiguous)
+        if draw is None and self.is_due(anything=False):  # what has expired may give back
+            self.hand_over(due=True)
+            draw = self.draw(wanted, told, ambiguous)
         if draw is None:
             return None
         logger.warning("hold %s is granted from what was prepaid: the store does not answer", hold_id)

@@ -27,7 +27,7 @@ local function record_spend(op, key)
   local told = {}
   for amount in gmatch(amounts, ':(%d+)') do told[#told + 1] = amount end
   local record = call('GET', key)
-  if record then
+  if record and not given_up(record) then
     if letter == 'K' and match(record, '^[oxz]') then return 'o' end
     return same_record(record, state, amounts) and 'p - ' .. table.concat(told, ',') or 'c ' .. record
   end

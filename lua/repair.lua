@@ -55,7 +55,7 @@ function operations.O(op, key)
   local id, policy, deadline, created, owner, operation, trace, amounts =
     match(op, '^O (%S+) (%a) (%d+) (%d+) (%S+) (%S+) (%S+) (.+)$')
   local record = call('GET', key)
-  if record then
+  if record and not given_up(record) then
     local known = parse(record)
     return known.state == 'o' and raise(id, key, known, deadline, amounts) or 'p'
   end

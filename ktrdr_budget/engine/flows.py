@@ -17,6 +17,7 @@ from ktrdr_budget.engine.protocol import (
     Reservation,
     Segment,
     Window,
+    given_up,
     parse_record,
     word,
 )
@@ -102,6 +103,8 @@ class Core(Reads):
         """What an unreachable store admits from, under policy ``lease``."""
         self.unguarded: OrderedDict[str, tuple[HoldBase, Record]] = OrderedDict()
         """What was admitted while the store was away: found by id here, for the store may never have heard of it."""
+        self.handed: dict[str, Op] = {}
+        """Of what was prepaid, what the store is to be told: how, by id."""
 
     def begin(self) -> Flow[None]:
         """Hears from the store, and keeps what is to be prepaid."""
@@ -137,6 +140,8 @@ class Core(Reads):
             raise InvalidArgument(
                 f"on_expiry must be 'charge', 'accrued' or 'release', not {shown(on_expiry)}"
             ) from None
+        if self.unguarded and not unnamed and (known := self._known_here(hold_id, wanted, policy, ttl_ms)) is not None:
+            return known
         labels = self._labels(owner, operation)
         key = session.keys.hold(hold_id)
         rounds = 0
@@ -145,9 +150,13 @@ class Core(Reads):
             op = Reservation(hold_id, key, ttl_ms, policy, labels, parts, session.now_ms())
             try:
                 line, answer = yield op
-            except StoreError:
+            except StoreError as error:
+                if unnamed and error.ambiguous:  # an attempt before the one that was refused may have been granted
+                    self.give_back_later(hold_id, [window for window, _ in parts])
                 raise
             except StoreUnavailable as error:
+                if (known := self._known_here(hold_id, wanted, policy, ttl_ms)) is not None:
+                    return known  # while this waited
                 told = (owner, operation, self.trace_id() if self.trace_id else "")
                 if self.prepaid is not None and not prepaying:
                     hold = self.prepaid.admit(hold_id, wanted, ttl_ms, policy, told, ambiguous=error.ambiguous)
@@ -161,17 +170,19 @@ class Core(Reads):
                 return self._admitted_unguarded(hold_id, parts, ttl_ms, policy, told)
             if line == "g":
                 deadline_ms = answer.now_us // 1000 + ttl_ms
-                record = op.granted(answer.now_us, deadline_ms)
-                session.memory.granted(hold_id, op.parts, record, answer.now_us // 1000)
-                return self.make_hold(self, hold_id, parts, ttl_ms, deadline_ms, as_granted=record)
+                granted = op.granted(answer.now_us, deadline_ms)
+                session.memory.granted(hold_id, op.parts, granted, answer.now_us // 1000)
+                return self.make_hold(self, hold_id, parts, ttl_ms, deadline_ms, as_granted=granted)
             rounds += 1
             if line[0] == "d" and answer.due and rounds < RETIRE_ROUNDS:
                 yield from self.retire(answer.due)
             elif line[0] == "p":
-                known = parse_record(line[2:])
-                if known.state != "o" or known.deadline_ms > answer.now_us // 1000:
-                    return self._replayed(hold_id, known, line[2:], ttl_ms)
-                yield from self._retire_records({hold_id: known})
+                record = parse_record(line[2:])
+                if record.state != "o" or record.deadline_ms > answer.now_us // 1000:
+                    return self._replayed(hold_id, record, line[2:], ttl_ms)
+                yield from self._retire_records({hold_id: record})
+            elif line[0] == "c" and given_up(line[2:]):  # by a caller who was cancelled; this one asks for it again
+                yield Op(hold_id, key, f"L {hold_id} u", [(window, ":x0") for window, _ in parts])
             elif line[0] != "w":
                 raise (yield from self._refusal(line, hold_id, answer.now_us, op))
 
@@ -190,6 +201,14 @@ class Core(Reads):
         op = Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} f", [(window, ":x0") for window in windows])
         self.unresolved.add(Doubt(op, "give back", now_us, now_us))
 
+    def give_up(self, hold: HoldBase) -> Op:
+        """Forgets a grant without the store that nobody was told of; returns the request that may arrive there yet."""
+        del self.unguarded[hold.id]
+        if self.prepaid is not None:
+            self.prepaid.give_up(hold)
+        parts = [(window, f":{units}") for window, units in hold.parts]
+        return Op(hold.id, self.session.keys.hold(hold.id), f"R {hold.id}", parts)
+
     def _admitted_unguarded(
         self, hold_id: str, parts: list[tuple[Window, int]], ttl_ms: int, policy: str, labels: tuple[str, str, str]
     ) -> Any:
@@ -198,13 +217,34 @@ class Core(Reads):
         self.keep(hold, policy, labels)
         return hold
 
-    def keep(self, hold: HoldBase, policy: str, labels: tuple[str, str, str]) -> None:
+    def _known_here(self, hold_id: str, wanted: Sequence[tuple[str, int]], policy: str, ttl_ms: int) -> Any:
+        """The hold of this id if it was admitted while the store was away, as it is now; ``None`` if none was (P3).
+
+        Raises:
+            HoldConflict: it was admitted with other contents.
+        """
+        if (known := self.unguarded.get(hold_id)) is None:
+            return None
+        hold, record = known
+        before = sorted((segment.budget, segment.reserved) for segment in record.segments)
+        if before != sorted(wanted) or record.policy != policy:
+            raise HoldConflict(f"hold {hold_id!r} was granted with other contents; nothing was changed")
+        deadline_ms = hold.deadline_ms if hold.prepaid is None else hold.prepaid.deadline_ms
+        again = self.make_hold(
+            self, hold_id, hold.parts, ttl_ms, deadline_ms, guarded=hold.guarded, prepaid=hold.prepaid
+        )
+        again.replayed, again.state, again.created_us = True, hold.state, record.created_us
+        again.adjust({w.budget: accrued for (w, _), accrued in zip(hold.parts, hold.accrued_units, strict=True)})
+        return again
+
+    def keep(self, hold: HoldBase, policy: str, labels: tuple[str, str, str]) -> Record:
         """Makes a hold that the store may never have heard of known by its id, here."""
         segments = tuple(Segment(w.flag, w.budget, w.span.name, units, 0, 0) for w, units in hold.parts)
         record = Record("o", policy, hold.deadline_ms, self.session.now_ms() * 1000, 0, *labels, segments)
         self.unguarded[hold.id] = hold, record
         if len(self.unguarded) > _UNGUARDED_MAX:
             self.unguarded.popitem(last=False)
+        return record
 
     def _unguarded_view(self, hold_id: str) -> HoldView:
         hold, record = self.unguarded[hold_id]
@@ -219,6 +259,8 @@ class Core(Reads):
         try:
             return (yield from self._read(hold_id)).view(hold_id)
         except (StoreUnavailable, UnknownHold):
+            if self.prepaid is not None:
+                self.prepaid.hand_over(due=True)
             if hold_id not in self.unguarded:
                 raise
             return self._unguarded_view(hold_id)
@@ -253,12 +295,14 @@ class Core(Reads):
 
         A remark goes to the ledger with the current trace, after the label that the hold was reserved with.
         """
-        if self.prepaid is not None and hold.prepaid is not None:
+        if self.prepaid is not None and hold.prepaid is not None and not hold.prepaid.handed:
             return _at_once(self.prepaid.settle(hold, hold.prepaid, amounts, remark))
         settled = amounts or [("x", 0)] * len(hold.parts)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
         if amounts is None:
-            return self._settle(self._release(hold.id, parts), hold.parts)
+            # What the store may not have heard of yet, it is not to open when it does.
+            unheard = not hold.guarded or hold.id in self.handed
+            return self._settle(self._release(hold.id, parts, "f" if unheard else "0"), hold.parts, unheard=unheard)
         # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them. After
         # its own settlement it has not lost but forgotten it, and nothing may be charged twice.
         op = self._commit(hold.id, parts, may_be_lost=not hold.settled, remark=remark)
@@ -280,11 +324,28 @@ class Core(Reads):
         if hold_id in self.unguarded:
             hold, _ = self.unguarded[hold_id]
             return (yield from hold.release_flow() if release else hold.commit_flow(amount))
-        record = yield from self._read(hold_id)
-        return (yield from self._settle_record(hold_id, record, amount, release, operator))
+        remembered = None
+        try:
+            record = yield from self._read(hold_id)
+        except StoreError:
+            raise
+        except StoreUnavailable:
+            remembered = self.session.memory.open_hold(hold_id) if self.allow or self.prepaid is not None else None
+            if remembered is None:  # to whom it was granted is not known here, nor in which windows
+                raise
+            record = remembered
+        known = remembered is not None
+        return (yield from self._settle_record(hold_id, record, amount, release, operator, may_be_lost=known))
 
     def _settle_record(
-        self, hold_id: str, record: Record, amount: Amounts | None, release: bool, operator: bool
+        self,
+        hold_id: str,
+        record: Record,
+        amount: Amounts | None,
+        release: bool,
+        operator: bool,
+        *,
+        may_be_lost: bool = False,
     ) -> Flow[Settlement]:
         windows = self._parts(record)
         if release:
@@ -293,7 +354,10 @@ class Core(Reads):
             units = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
             settled = commit_modes(units, amount)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
-        op = self._release(hold_id, parts, "1" if operator else "i") if release else self._commit(hold_id, parts)
+        if release:
+            op: Op = self._release(hold_id, parts, "1" if operator else "i")
+        else:
+            op = self._commit(hold_id, parts, may_be_lost=may_be_lost)
         return (yield from self._settle(op, windows))
 
     def _commit(
@@ -306,7 +370,8 @@ class Core(Reads):
     def _release(self, hold_id: str, parts: list[tuple[Window, str]], mode: str = "0") -> Op:
         return Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} {mode}", parts)
 
-    def _settle(self, first: Op, reserved: Sequence[tuple[Window, int]]) -> Flow[Settlement]:
+    def _settle(self, first: Op, reserved: Sequence[tuple[Window, int]], *, unheard: bool = False) -> Flow[Settlement]:
+        """Args: ``unheard``: a release of what the store may never have been told of."""
         op, hold_id, parts = first, first.id, first.parts
         released = op.letter == "L"
         try:
@@ -323,6 +388,8 @@ class Core(Reads):
         if line == "k":  # to a simple commit
             line = first.told  # type: ignore[attr-defined]
         if line[0] not in "kp":
+            if line == "u" and unheard:
+                return Settlement(hold_id, "released", told_amounts(parts, ",".join("0" for _ in parts)))
             raise self._error(line, hold_id, answer.now_us, op)
         self.session.memory.acknowledged(op, line, answer.now_us // 1000)
         _, flags, told = line.split(" ")
@@ -348,6 +415,8 @@ class Core(Reads):
     def deferral(self, op: Op, state: Any) -> Settlement:
         """Keeps a settlement that an unreachable store could not be told."""
         self.defer(op)
+        if (known := self.unguarded.get(op.id)) is not None:
+            known[0].state = state
         amounts = {window.budget: from_units(int(tail.lstrip(":xra")), window.unit) for window, tail in op.parts}
         return Settlement(op.id, state, amounts, deferred=True)
 
@@ -420,6 +489,9 @@ class Core(Reads):
                 self.session.memory.extended(op.id, line[2:], [window for window, _ in self._parts(record)])
                 return line[0] == "e", record
             rounds += 1
+            if line[0] == "u" and op.id in self.handed and rounds < RETIRE_ROUNDS:
+                yield self.handed[op.id]  # it has not heard of it yet
+                continue
             if line[0] != "d" or not answer.due or rounds == RETIRE_ROUNDS:
                 raise (yield from self._refusal(line, op.id, answer.now_us, op))
             yield from self.retire(answer.due)

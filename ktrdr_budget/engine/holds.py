@@ -207,7 +207,7 @@ class HoldBase:
     def extend_flow(self, ttl: float | None) -> Flow[None]:
         """A heartbeat: a new deadline, and what was accrued."""
         ttl_ms = self._ttl_ms if ttl is None else check_ttl_ms(ttl)
-        yield from self._extended(self._core.extend(self.id, self._used(), ttl_ms), lambda: self.parts)
+        yield from self._extended(self._core.extend(self.id, self._used(), ttl_ms), lambda: self.parts, ttl_ms)
         self._ttl_ms = ttl_ms
 
     def _report_flow(self) -> Flow[None]:
@@ -239,12 +239,14 @@ class HoldBase:
         parts = [(window, 0, units) for window, units in grown]
         return self._extended(self._core.extend(self.id, parts, self._ttl_ms, keep=True), lambda: grown)
 
-    def _extended(self, flow: Flow[Record], otherwise: Callable[[], list[tuple[Window, int]]]) -> Flow[None]:
-        if self.prepaid is not None and self._core.prepaid is not None:
+    def _extended(
+        self, flow: Flow[Record], otherwise: Callable[[], list[tuple[Window, int]]], ttl_ms: int | None = None
+    ) -> Flow[None]:
+        if self.prepaid is not None and self._core.prepaid is not None and not self.prepaid.handed:
             flow.close()
             parts = otherwise()
-            self._core.prepaid.extend(self, self.prepaid, parts)
-            self.parts = parts
+            self._core.prepaid.extend(self, self.prepaid, parts, ttl_ms)
+            self.parts, self._deadline_ms = parts, self.prepaid.deadline_ms
             return
         try:
             record = yield from flow

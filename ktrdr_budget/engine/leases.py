@@ -452,7 +452,7 @@ class LeaseBase(Slabs):
         slab.settling = True
 
         def settled(error: BaseException | None) -> None:
-            if isinstance(error, StoreError):
+            if isinstance(error, StoreUnavailable):
                 slab.settling = False  # the next tick tries again
                 logger.warning("a slab of the lease of %s could not be committed yet: %s", self.name, error)
             else:

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Op, Window, parse_record, word
+from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Op, Record, Window, parse_record, word
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.keys import Keys
@@ -130,6 +130,22 @@ class Memory:
         self._let_go(hold_id)
         if record[0] == "o":
             self._holds[hold_id] = (self._names(windows), record)
+
+    def shrunk(self, hold_id: str, left: Sequence[int]) -> None:
+        """So much is left of a prepaid slab, in each of its windows; of two reports, the least holds."""
+        for holds in (self._holds, self._holds_before):
+            if (known := holds.get(hold_id)) is not None:
+                names, record = known
+                head, *segments = record.split("|")
+                for number, (segment, most) in enumerate(zip(segments, left, strict=True)):
+                    flag, name, base, reserved, rest = segment.split(",", 4)
+                    segments[number] = f"{flag},{name},{base},{min(int(reserved), most)},{rest}"
+                holds[hold_id] = (names, "|".join((head, *segments)))
+
+    def open_hold(self, hold_id: str) -> Record | None:
+        """One that this replica was granted, and has not settled; ``None`` if it knows of none."""
+        known = self._holds.get(hold_id) or self._holds_before.get(hold_id)
+        return None if known is None else parse_record(known[1])
 
     def acknowledged(self, op: Op, line: str, now_ms: int) -> None:
         """A settlement was acknowledged: ``line`` is the store's answer, ``k`` or ``p``."""

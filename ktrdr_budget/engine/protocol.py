@@ -438,6 +438,12 @@ def parse_record(record: str) -> Record:
     )
 
 
+def given_up(record: str) -> bool:
+    """Whether a hold record only keeps a request from being granted that was given up while it was under way."""
+    head = record.partition("|")[0].split(" ")
+    return head[0] == "r" and head[6] == "!"  # a word that no label becomes
+
+
 def word(text: str) -> str:
     """Any text as one word without the record's separators; ``-`` if empty."""
     return quote(text, safe="/:@-._") if text and text != "-" else "%2D" if text else "-"

@@ -11,7 +11,16 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ktrdr_budget.engine.protocol import Command, Op, Record, Window, encode_batch, parse_ledger_entry, parse_record
+from ktrdr_budget.engine.protocol import (
+    Command,
+    Op,
+    Record,
+    Window,
+    encode_batch,
+    given_up,
+    parse_ledger_entry,
+    parse_record,
+)
 from ktrdr_budget.engine.scripts import LIMITS, PERMISSIONS, STATUS
 from ktrdr_budget.engine.views import entry_cursor, holds_cursor, page_size, policy_fault, status_of
 from ktrdr_budget.errors import InvalidArgument, StoreError, StoreUnavailable, UnknownHold, shown
@@ -94,6 +103,8 @@ class Reads:
         while True:
             stored = yield Command(None, (), ("GET", self.session.keys.hold(hold_id)))
             if not stored:
+                raise UnknownHold(f"unknown hold {hold_id!r}")
+            if given_up(_str(stored)):
                 raise UnknownHold(f"unknown hold {hold_id!r}")
             record = parse_record(_str(stored))
             if retired or record.state != "o" or record.deadline_ms > self.session.now_ms():

@@ -30,7 +30,7 @@ _PARTS = {
     "reserve": ("common", "prelude", "admission", "reserve", "apply"),
     "settle": ("common", "prelude", "holds", "settle", "apply"),
     "apply": ("common", "prelude", *_WRITES, "apply"),
-    # The same, and what is left of a prepaid slab.
+    # The same, and what is told of prepaid slabs.
     "prepaid": ("common", "prelude", *_WRITES, "shrink", "apply"),
     "repair": ("common", "prelude", "admission", "holds", "settle", "record", "repair", "apply"),
     "status": ("status",),
@@ -41,7 +41,7 @@ _PARTS = {
     "cycles": ("cycles",),
 }
 _REPAIR = {"T", "O"}
-_ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid"}
+_ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid"}
 STATUS, LIMITS, CYCLES = "status", "limits", "cycles"
 CORRECT, REINDEX, PERMISSIONS = "correct", "reindex", "permissions"
 
@@ -63,7 +63,7 @@ def script_for(letters: set[str]) -> str:
         return _ALONE.get(next(iter(letters)), "apply")
     if letters <= {"D", "L", "M"}:
         return "settle"
-    return "prepaid" if "H" in letters else "apply"
+    return "prepaid" if letters & {"H", "P"} else "apply"
 
 
 @cache

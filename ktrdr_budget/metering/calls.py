@@ -377,8 +377,8 @@ def _start_heartbeat(limiter: Any, hold: Any) -> Callable[[], None]:
     """Prolongs a hold as ``limiter.hold(...)`` does; returns what stops that."""
     if not hasattr(limiter, "_portal"):
         return Heartbeat(limiter._coalescer, hold).stop
-    loop = limiter._portal.loop()
+    portal = limiter._portal
     started: list[Heartbeat] = []
     # Without waiting for either: that thread does one after the other.
-    loop.call_soon_threadsafe(lambda: started.append(Heartbeat(limiter._coalescer, hold)))
-    return partial(loop.call_soon_threadsafe, lambda: started[0].stop())
+    portal.tell(lambda: started.append(Heartbeat(limiter._coalescer, hold)))
+    return partial(portal.tell, lambda: started[0].stop())

@@ -18,7 +18,7 @@ from typing import Any
 
 from ktrdr_budget.engine.driver import forks
 from ktrdr_budget.engine.driver.background import Background
-from ktrdr_budget.engine.driver.backlog import Backlog
+from ktrdr_budget.engine.driver.backlog import SETTLEMENTS, Backlog
 from ktrdr_budget.engine.driver.breaker import Breaker
 from ktrdr_budget.engine.driver.calls import Call, Observation, Observer
 from ktrdr_budget.engine.driver.deadlines import Deadlines
@@ -87,6 +87,7 @@ class Coalescer:
         """In the child: new connections, an empty queue, a new replica; the parent keeps what was under way."""
         forks.keep((self._loop, self._background.tasks, self._store.forget()))
         self._core.deferred.clear()
+        self._core.handed.clear()
         self._core.unresolved.clear()
         for part in (self._background, self.breaker, self.recovery, self._backlog):
             part.reset()
@@ -143,7 +144,7 @@ class Coalescer:
 
     def _finish(self, call: Call, result: Any, error: BaseException | None) -> None:
         future = call.future
-        if call.sent and isinstance(result, HoldBase) and result.replayed:
+        if call.sent and isinstance(result, HoldBase) and result.replayed and result.id not in self._core.unguarded:
             # Granted to this very call, by an attempt whose answer got lost?
             result.replayed = result.created_us < self._called_us(call)
         abandoned = future.cancelled()
@@ -154,9 +155,11 @@ class Coalescer:
         else:
             future.set_exception(error)
         if error is not None:
-            if isinstance(error, StoreUnavailable) and error.ambiguous and isinstance(call.request, Op):
+            # Nobody will try again what a caller who has gone had begun, though it was never sent.
+            begun = abandoned and isinstance(call.request, Op) and call.request.letter in SETTLEMENTS
+            if isinstance(error, StoreUnavailable) and isinstance(call.request, Op) and (error.ambiguous or begun):
                 self._backlog.doubt(call.request, self._called_us(call), abandoned=abandoned)
-        elif self._core.unresolved.count and isinstance(result, (HoldBase, Settlement)):
+        elif self._core.unresolved.count and isinstance(result, Settlement if abandoned else (HoldBase, Settlement)):
             self._core.unresolved.retried(result.id, settled=isinstance(result, Settlement))
         if self._observer is not None:
             self._observe(call, result, error)
@@ -174,7 +177,14 @@ class Coalescer:
 
     def _abandoned(self, result: Any) -> None:
         """A grant that nobody awaits any more is released; a replay belongs to whoever was granted it first."""
-        if isinstance(result, HoldBase) and result.guarded and not result.replayed:
+        if not isinstance(result, HoldBase) or result.replayed:
+            return
+        if result.id in self._core.unguarded and result.state == "open":
+            # The store may be granting it now, or later.
+            called_us = int((self._session.now_ms() - self._timeout * 1000) * 1000)
+            self._backlog.doubt(self._core.give_up(result), called_us, abandoned=True)
+            self._backlog.schedule()
+        else:
             self.submit(self._core.give_back(result), "release").add_done_callback(_forget)
 
     def _observe(self, call: Call, result: Any, error: BaseException | None) -> None:
@@ -465,6 +475,8 @@ class Coalescer:
 
     def _store_is_repaired(self) -> None:
         if not self._closed:
+            if self._core.prepaid is not None:
+                self._core.prepaid.tell_left()
             self._open_lane()
             self._backlog.hasten()
 
@@ -492,9 +504,7 @@ class Coalescer:
         self.recovery.stop()
         self.breaker.stop()
         closing = StoreUnavailable(f"store at {self._store.shown}: the limiter was closed", ambiguous=False)
-        for call, timer in list(self._parked.items()):
-            timer.cancel()
-            self._throw(call, closing)
+        self._refuse_parked(closing)
         ends, tasks = time.monotonic() + 2 * self._timeout, self._background.tasks
         while (tasks or self._lanes) and time.monotonic() < ends:
             self._idle = self._loop.create_future()
@@ -502,15 +512,35 @@ class Coalescer:
             await asyncio.wait(waited, timeout=max(0.0, ends - time.monotonic()))
         self._closed = True
         self._deadlines.stop()
-        self._backlog.stop()
-        if self._backlog and not self.breaker.open:
-            await self._backlog.drain()
-        await self._background.end()
-        await self._store.close()
+        self._backlog.end()
+        try:
+            if self._backlog and not self.breaker.open:
+                await self._backlog.drain()
+        finally:
+            await self._background.end()
+            self._refuse_rest(closing)
+            await self._store.close()
         if self._core.deferred:
             logger.error("closing with %d settlements that the store was never told", len(self._core.deferred))
         if count := self._core.unresolved.count:
             logger.error("closing with %d requests whose outcome stays unknown", count)
+
+    def _refuse_parked(self, closing: StoreUnavailable) -> None:
+        while self._parked:
+            call, timer = self._parked.popitem()
+            timer.cancel()
+            self._throw(call, closing)
+
+    def _refuse_rest(self, closing: StoreUnavailable) -> None:
+        """Whoever still waits, for nothing is sent any more, is told so."""
+        self.breaker.stop()
+        while self._parked or self._first or self._then:
+            self._refuse_parked(closing)
+            waiting = [*self._first, *self._then]
+            self._first.clear()
+            self._then.clear()
+            for call in waiting:
+                self._throw(call, StoreUnavailable(str(closing), ambiguous=call.sent))
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

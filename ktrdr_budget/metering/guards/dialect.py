@@ -19,7 +19,7 @@ Route = Literal["free", "refused"] | str
 """``free``, ``refused``, or the name of the endpoint that is metered."""
 
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
-_TELLS = re.compile(rb'"usage"\s*:\s*\{|"finish_reason"\s*:\s*"|"error"\s*[:,}]')
+_TELLS = re.compile(rb'"(?:usage"\s*:\s*\{|finish_reason"\s*:\s*"|error"\s*[:,}])')
 """An event that may tell the usage, the end, or an error. Within a text these quotes would be escaped."""
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}$")
 
@@ -89,9 +89,11 @@ class Listener:
         self._unseen = unseen_output_tokens
         self._buffer = b""
         self._passed: list[bytes] = []
-        """Events that told nothing: read again only if an estimate is needed."""
+        """Whole events, one or more in each: read again only if an estimate is needed."""
         self.deaf = False
         """The answer is encoded in a way that cannot be read."""
+        self.told = 0
+        """How often something was told that may be the usage."""
 
     @property
     def usage(self) -> Usage | None:
@@ -114,6 +116,9 @@ class Listener:
             return data
         if not self._events:
             self._buffer += data
+            return data
+        if not self._buffer and data.endswith(b"\n\n") and not _TELLS.search(data):
+            self._passed.append(data)  # as most of a stream
             return data
         hides = self._ear.bound.hide_usage
         shown = b"" if hides else data
@@ -150,7 +155,8 @@ class Listener:
         bound, known = self._ear.bound, self._ear.usage or Usage()
         most = bound.output_tokens_max
         if all_heard and self._events and not self.deaf and not bound.hidden_output:
-            seen_bytes = sum(_delta_bytes(told) for told in map(_data, self._passed) if told is not None)
+            events = (event for passed in self._passed for event in _EVENT_END.split(passed))
+            seen_bytes = sum(_delta_bytes(told) for told in map(_data, events) if told is not None)
             most = min(most, seen_bytes + self._unseen * bound.choices)
         return Usage(
             known.input_tokens,
@@ -184,6 +190,7 @@ class Listener:
         return told
 
     def _tell(self, ear: Callable[[dict[str, Any]], None], told: dict[str, Any]) -> None:
+        self.told += 1
         try:
             ear(told)
         except Exception:

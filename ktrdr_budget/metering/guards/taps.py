@@ -173,9 +173,9 @@ class Settlement:
         listener = self.listener
         if self.wire is not None:
             self.wire.heard(data)
-        before = listener.usage
+        told = listener.told
         shown = listener.hear(data)
-        if listener.usage is not None and listener.usage is not before and not listener.final and self.call is not None:
+        if listener.told != told and self.call is not None and not listener.final and listener.usage is not None:
             self.call.report(listener.usage)
         return shown
 
@@ -257,13 +257,14 @@ def _async_stream_class(base: Any) -> Any:
 
         async def __aiter__(self) -> Any:
             settlement = self._settlement
+            listener, wire = settlement.listener, settlement.wire
             try:
                 async for chunk in self._chunks:
                     shown = settlement.hear(chunk)
-                    if settlement.listener.final and settlement.call is not None:
+                    if listener.final and settlement.call is not None:
                         await drive(settlement.settle(None, True))
-                    if settlement.wire is not None and settlement.wire.interrupted is not None:
-                        raise settlement.wire.interrupted
+                    if wire is not None and wire.interrupted is not None:
+                        raise wire.interrupted
                     if shown:
                         yield shown
             except GeneratorExit:  # whoever drops it closes it

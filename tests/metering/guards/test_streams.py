@@ -235,7 +235,7 @@ async def test_a_cancellation_that_comes_together_with_data_loses_none_of_it(
     guarded_client: Any, provider: LocalProvider
 ) -> None:
     way = next(way for way in WAYS if way.name == "chat.create-stream")
-    provider.script(Scene(token_delay_s=0.02, output_tokens=40))
+    provider.script(Scene(token_delay_s=0.001, output_tokens=1_500))
     async with guarded_client(way.sdk, is_async=True, unseen_output_tokens=0) as g:
         seen = []
 
@@ -245,7 +245,7 @@ async def test_a_cancellation_that_comes_together_with_data_loses_none_of_it(
 
         task = asyncio.create_task(read())
         await until(lambda: seen)
-        while provider.sent_tokens < 40:
+        while provider.sent_tokens < 1_500:
             time.sleep(0.01)  # the loop is busy with something else, and the rest arrives
         task.cancel()
         with pytest.raises(asyncio.CancelledError):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.engine.memory import AGE_MAX_MS
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
 
@@ -333,6 +334,27 @@ async def test_allow_does_not_count_twice_what_the_store_had_granted_before_it_f
             proxy.let_go()
             await until(lambda: limiter.deferred == 0)
             assert sums(client) == {"spent": to_units("0.09"), "held": 0, "unconfirmed": 0, "events": 3}
+
+
+async def test_what_may_have_been_settled_long_ago_is_not_told_again(server, tmp_path_factory, caplog):
+    """The store forgets ids after a day: told then, it would be charged twice. What was never sent is told whenever."""
+    async with (
+        Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
+        AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter,
+    ):
+        hold = await limiter.reserve("agent", "0.15")
+        proxy.hold_replies()
+        assert (await hold.commit("0.07")).deferred
+        assert (await limiter.record("agent", "0.02", id="unsent")).deferred
+        assert limiter._core.deferred_doubts.keys() == {hold.id}
+        limiter._core.deferred_doubts[hold.id] -= AGE_MAX_MS
+        with server.client() as client:
+            client.delete(limiter.keys.hold(hold.id))
+            proxy.let_go()
+            await until(lambda: limiter.deferred == 0, 15)
+            assert sums(client)["spent"] == to_units("0.09")
+        assert limiter._core.deferred_doubts == {}
+        assert f"whether spend of {hold.id} during an outage was recorded stays unknown" in caplog.text
 
 
 async def test_allow_still_denies_what_the_store_denies(server):

@@ -132,6 +132,7 @@ class Backlog:
 
     async def _tell_deferred(self) -> None:
         """Oldest first, once (the ids see to that). What the store does not take stays, and holds up nothing else."""
+        self._drop_doubtful()
         deferred, left, together = self._core.deferred, len(self._core.deferred), _BATCH_OPS
         while left:
             ops = [deferred[i] for i in range(min(left, together))]
@@ -152,11 +153,30 @@ class Backlog:
                 deferred.popleft()
                 left += self._recorded(op, line, head) - 1
 
+    def _drop_doubtful(self) -> None:
+        """Drops what the store may have been told so long ago that it may have forgotten its id."""
+        core, oldest_ms = self._core, self._background.session.now_ms() - AGE_MAX_MS
+        old = {hold_id for hold_id, since_ms in core.deferred_doubts.items() if since_ms < oldest_ms}
+        if old:
+            dropped = [op for op in core.deferred if op.id in old]
+            kept = [op for op in core.deferred if op.id not in old]
+            core.deferred.clear()
+            core.deferred.extend(kept)
+            core.deferred_lost += len(dropped)
+            for op in dropped:
+                logger.error("whether spend of %s during an outage was recorded stays unknown", op.id)
+            for hold_id in old:
+                del core.deferred_doubts[hold_id]
+
     def _recorded(self, op: Op, line: str, head: Head) -> bool:
         """Whether it is to be told otherwise."""
         if (instead := op.otherwise(line)) is not None:
             self._core.deferred.append(instead)
             return True
+        if line[0] == "t":  # its window is not here, and may come back
+            self._core.deferred.append(op)
+            return False
+        self._core.deferred_doubts.pop(op.id, None)
         if line[0] in "kp":
             self._background.session.memory.acknowledged(op, line, head.now_us // 1000)
         elif line[0] != "u" and op.letter != "L":

@@ -87,6 +87,7 @@ class Coalescer:
         """In the child: new connections, an empty queue, a new replica; the parent keeps what was under way."""
         forks.keep((self._loop, self._background.tasks, self._store.forget()))
         self._core.deferred.clear()
+        self._core.deferred_doubts.clear()
         self._core.unresolved.clear()
         for part in (self._background, self.breaker, self.recovery, self._backlog):
             part.reset()

@@ -49,6 +49,6 @@ function operations.C(op, key)
   end
   due_removed[#due_removed + 1] = id
   dirty = true
-  call('SET', key, settled, 'PX', id_memory_ms)
+  call('SET', key, settled .. ' ' .. ARGV[1], 'PX', id_memory_ms)
   return 'k ' .. overrun .. ' ' .. told
 end

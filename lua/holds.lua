@@ -3,6 +3,7 @@
 local max = math.max
 local by_name = {}
 for i = 1, n_windows do by_name[windows[i].name] = windows[i] end
+local sharer = ARGV[1] -- the replica in whose share it is what this batch settles
 
 local function parse(record)
   local state, policy, deadline, origin, operation, trace, rest =
@@ -13,7 +14,7 @@ local function parse(record)
     segments[n] = { flag = flag, name = name, base = base, reserved = reserved, accrued = accrued, charged = charged }
   end
   return { state = state, policy = policy, deadline = deadline, origin = origin, operation = operation, trace = trace,
-    segments = segments }
+    segments = segments, sharer = match(rest, ' (%S+)$') }
 end
 
 local function store_record(key, hold, ...)
@@ -24,6 +25,7 @@ local function store_record(key, hold, ...)
     record = record .. '|' .. s.flag .. ',' .. s.name .. ',' .. s.base .. ',' .. s.reserved .. ',' .. s.accrued .. ','
       .. s.charged
   end
+  if hold.sharer then record = record .. ' ' .. hold.sharer end
   dirty = true
   call('SET', key, record, ...)
   return record

@@ -8,7 +8,7 @@
 --                                    f as 0, o as 1, and an unknown id is taken up as released: a request for it that
 --                                    is still under way, or another replica's word that it was open, comes too late
 -- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, or -
---        p flags units,units…    the same was done before
+--        p flags units,units… replica    the same was done before; of a commit, in that replica's share
 --        c record                settled otherwise before, or not a hold
 --        u                       unknown id
 --        v record                windows of the hold are missing in the request
@@ -63,7 +63,7 @@ local function commit(id, key, amounts, remark, trace)
   end
   if state == 'c' then
     local before = charges(hold)
-    return before == table.concat(told, ',') and 'p - ' .. before or 'c ' .. record
+    return before == table.concat(told, ',') and 'p - ' .. before .. ' ' .. (hold.sharer or '-') or 'c ' .. record
   end
   if remark ~= '-' then hold.operation = hold.operation == '-' and remark or hold.operation .. '%20' .. remark end
   if trace ~= '-' then hold.trace = trace end
@@ -84,7 +84,7 @@ local function commit(id, key, amounts, remark, trace)
   end
   leave_indexes(hold, id)
   local flags = overrun .. (state == 'o' and '' or 'l')
-  hold.state = 'c'
+  hold.state, hold.sharer = 'c', sharer
   store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)'))
   return 'k ' .. (flags == '' and '-' or flags) .. ' ' .. table.concat(told, ',')
 end

@@ -325,7 +325,7 @@ class Core(Reads):
         if line[0] not in "kp":
             raise self._error(line, hold_id, answer.now_us, op)
         self.session.memory.acknowledged(op, line, answer.now_us // 1000)
-        _, flags, told = line.split(" ")
+        _, flags, told = line.split(" ")[:3]
         return Settlement(
             id=hold_id,
             state="released" if letter == "L" else "committed",
@@ -389,7 +389,7 @@ class Core(Reads):
                 late = Op(hold_id, op.key, f"N {hold_id} 1 {tail}", parts)
                 return self.deferral(late, "recorded", ambiguous=error.ambiguous)
             if line[0] in "kp":
-                session.memory.acknowledged(op, line, answer.now_us // 1000)
+                session.settled(op, line, answer.now_us // 1000)
                 amounts = {name: from_units(units, session.budgets[name].unit) for name, units in wanted}
                 return Settlement(hold_id, "recorded", amounts, replayed=line[0] == "p")
             if line[0] != "w":

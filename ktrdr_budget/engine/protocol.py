@@ -32,6 +32,8 @@ STATES: Final[dict[str, HoldState]] = {
     "r": "released",
     "n": "recorded",
 }
+SETTLED: Final = "crn"
+"""States in which nothing changes any more."""
 POLICIES: Final[dict[str, OnExpiry]] = {"c": "charge", "a": "accrued", "r": "release"}
 POLICY_CODES: Final = {policy: code for code, policy in POLICIES.items()}
 
@@ -135,6 +137,22 @@ class LostCommit(Op):
     def otherwise(self, word: str) -> Op | None:
         """As a commit after all, if a replica has told the store of the hold meanwhile."""
         return self._commit.in_detail() if word == "o" else None
+
+
+class Elsewhere(Op):
+    """A settlement that is in another replica's share, told again on its behalf (S)."""
+
+    __slots__ = ("_replica", "_settlement")
+
+    def __init__(self, replica: str, settlement: Op) -> None:
+        super().__init__(settlement.id, settlement.key, f"S {replica} {settlement.head}", settlement.parts)
+        self._replica = replica
+        self._settlement = settlement
+
+    def otherwise(self, word: str) -> Op | None:
+        """As the settlement itself."""
+        instead = self._settlement.otherwise(word)
+        return None if instead is None else Elsewhere(self._replica, instead)
 
 
 class Header(NamedTuple):
@@ -265,7 +283,7 @@ def parse_record(record: str) -> Record:
     state, policy, deadline, created, grown, owner, operation, trace = head.split(" ")
     parsed = []
     for segment in segments:
-        flag, name, _base, reserved, accrued, charged = segment.split(",")
+        flag, name, _base, reserved, accrued, charged = segment.partition(" ")[0].split(",")
         budget, _, window = name.rpartition(":")
         parsed.append(Segment(flag, budget, window, int(reserved), int(accrued or 0), int(charged or 0)))
     return Record(

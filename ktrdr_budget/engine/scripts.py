@@ -8,7 +8,18 @@ from functools import cache
 from importlib.resources import files
 from pathlib import Path
 
-__all__ = ["CORRECT", "CYCLES", "LIMITS", "PERMISSIONS", "REINDEX", "STATUS", "Script", "script", "script_for"]
+__all__ = [
+    "CORRECT",
+    "CYCLES",
+    "LIMITS",
+    "PERMISSIONS",
+    "REINDEX",
+    "REPAIR",
+    "STATUS",
+    "Script",
+    "script",
+    "script_for",
+]
 
 _PARTS = {
     # The write script, for batches of reservations, of simple commits, of settlements, and of anything.
@@ -29,9 +40,9 @@ _PARTS = {
     "reindex": ("reindex",),
     "cycles": ("cycles",),
 }
-_REPAIR = {"T", "O"}
+_REPAIR = {"S", "T", "O"}
 _ALONE = {"R": "reserve", "C": "commit", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid"}
-STATUS, LIMITS, CYCLES = "status", "limits", "cycles"
+STATUS, LIMITS, CYCLES, REPAIR = "status", "limits", "cycles", "repair"
 CORRECT, REINDEX, PERMISSIONS = "correct", "reindex", "permissions"
 
 

@@ -37,7 +37,7 @@ class Wire:
         self.head: Head | None = None
 
     def op(self, head: str, **parts: str) -> Op:
-        hold_id = head.split(" ")[1]
+        hold_id = head.split(" ")[3 if head[0] == "S" else 1]
         windows = [(self.session.current_window(name), tail) for name, tail in parts.items()]
         return Op(hold_id, self.session.keys.hold(hold_id), head, windows)
 
@@ -150,7 +150,8 @@ def test_commit_replies(wire):
     parts = {"agent": ":x70", "cycles": ":r2", "jobs": ":x1"}
     assert wire.ask("C op_1", **parts) == "k - 70,2,0"
     assert wire.ask("C op_1", **parts) == "s", "not open: in detail, please"
-    assert wire.ask("D op_1", **parts) == "p - 70,2,0"
+    assert wire.ask("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
+    assert Wire(wire.client).ask("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
     assert wire.ask("D op_1", **{**parts, "agent": ":x71"}) == f"c {wire.record('op_1')}"
     assert wire.ask("L op_1 0", **parts) == f"c {wire.record('op_1')}"
     assert wire.ask("C nobody", agent=":x1") == "u"
@@ -206,7 +207,11 @@ def test_a_settlement_that_does_not_name_all_windows_is_asked_for_them(wire):
 @pytest.mark.parametrize("letter", ["N", "K"])
 def test_record_replies(client, wire, letter):
     assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
-    assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == "p - 20,1"
+    words = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire)}"
+    assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == words
+    assert Wire(client).ask(f"{letter} op_1 0 research -", cycles=":1", agent=":20") == (
+        f"p - 1,20 {wire.session.replica_id} cycles:{day(wire)},agent:{day(wire)}"
+    )
     assert wire.ask(f"{letter} op_1 0 research -", agent=":21", cycles=":1") == f"c {wire.record('op_1')}"
     assert wire.reserve("op_1", agent=20, cycles=1) == ("c " if letter == "N" else "p ") + wire.record("op_1")
     assert wire.yesterday().ask(f"{letter} op_2 0 - -", agent=":20") == "w"
@@ -470,6 +475,9 @@ def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, cl
         ("X op_4", {"agent": "", "cycles": ""}),
         ("N spent 0 - -", {"agent": ":20"}),
         ("K lost 1 - -", {"agent": ":20"}),
+        ("S another K lost_too 1 - -", {"agent": ":20"}),
+        ("T -", {"agent": ":9000"}),
+        ("O gone c 9999999999999 1764000000000000 - - -", {"agent": ":20:0"}),
     ]
     for head, parts in calls:
         with server.client() as other:

@@ -178,7 +178,7 @@ class Backlog:
             return False
         self._core.deferred_doubts.pop(op.id, None)
         if line[0] in "kp":
-            self._background.session.memory.acknowledged(op, line, head.now_us // 1000)
+            self._background.session.settled(op, line, head.now_us // 1000)
         elif line[0] != "u" and op.letter != "L":
             logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
         return False
@@ -218,7 +218,7 @@ class Backlog:
             self._unresolved.replace(doubt, instead)
             return
         if line[0] in "kp":
-            self._background.session.memory.acknowledged(op, line, head.now_us // 1000)
+            self._background.session.settled(op, line, head.now_us // 1000)
             outcome = ("sent_again" if line[0] == "k" else "executed") if settles else "released"
         else:
             outcome = {"c": "superseded", "u": "absent"}.get(line[0], "refused")

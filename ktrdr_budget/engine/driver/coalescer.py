@@ -61,6 +61,7 @@ class Coalescer:
         )
         self._backlog = Backlog(core, self._background, self.breaker, self.recovery)
         core.session.on_suspicion = self.recovery.suspect
+        core.session.on_late = self.recovery.begin_again
         self._reset()
         forks.watch(self)
 

@@ -18,7 +18,7 @@ function operations.C(op, key)
   for segment, flag, name, reserved, accrued in gmatch(rest, '(|(%a),([^,]+),%d*,(%d+),(%d*),)') do
     local i, mode, amount = wanted()
     local w = i and windows[i + 0]
-    if not w or w.name ~= name then return 's' end
+    if not w or w.name ~= name or w.missing then return 's' end
     if flag == 's' then
       amount = '0'
     elseif mode == 'r' then
@@ -35,6 +35,20 @@ function operations.C(op, key)
     told = (n == 0 and amount) or (told .. ',' .. amount)
     n = n + 5
     settled = settled .. segment .. amount
+  end
+  -- Nothing has read these windows. The first commit in each gives back at once what was held, which costs nothing, for
+  -- else the end of the batch would: where nothing was held, the window may not be here, and nothing may be written.
+  for j = 1, n, 5 do
+    local w, counts = changes[j], changes[j + 1]
+    if not w.stored and not w.here then
+      if counts == 0 then
+        if call('HLEN', w.key) == 0 then return 's' end
+      elseif call('HINCRBY', w.key, 'held', text(-counts)) < 0 and call('HLEN', w.key) == 1 then
+        call('HDEL', w.key, 'held')
+        return 's'
+      end
+      w.here, w[HELD] = true, w[HELD] + counts
+    end
   end
   local entry = 'commit ' .. id .. ' ' .. operation .. ' ' .. trace
   for j = 1, n, 5 do

@@ -9,6 +9,7 @@
 --        o                   K: the hold is known again, and not settled: commit it
 --        b budget:window     the tenant has as many budgets as it may
 --        w                   a window does not contain the store's time
+--        t budget:window     that window was begun and is not here; nothing was written
 --        m budget:window definition    the stored window is defined otherwise
 
 -- Where the same was recorded, and in whose share; nil if this is not the same.
@@ -41,6 +42,7 @@ local function record_spend(op, key)
     local w = windows[tonumber(i)]
     load(w)
     if w.stale and late == '0' then return 'w' end
+    if w.missing then return 't ' .. w.name end
     if w.surplus and late == '0' then return 'b ' .. w.name end
     if w.mismatch then return 'm ' .. w.name .. ' ' .. w.mismatch end
     local n = #hold.segments + 1

@@ -12,6 +12,7 @@
 --        c record                settled otherwise before, or not a hold
 --        u                       unknown id
 --        v record                windows of the hold are missing in the request
+--        t budget:window         that window was begun and is not here; nothing was changed
 
 -- What a commit makes of one segment, as text.
 local function actual(segment, modes, values)

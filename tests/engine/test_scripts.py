@@ -225,6 +225,121 @@ def test_record_replies(client, wire, letter):
     assert immortal_keys(client) == []
 
 
+# -- a window that was begun and is not here ---------------------------------------------------------------------------
+
+TOUCHING = {
+    "R new 60000 c - - -": ":150",
+    "C op_1": ":x70",
+    "D op_1": ":x70",
+    "M op_1 model trace": ":x70",
+    "L op_1 0": ":x0",
+    "L op_z 0": ":x0",
+    "E op_1 60000 0": ":30:200",
+    "X op_x": "",
+    "H op_1": ":10",
+    "N new 0 - -": ":20",
+    "K new 1 - -": ":20",
+    "T -": ":20",
+    "O new c 9999999999999 1764000000000000 - - -": ":20:0",
+    "O op_1 c 9999999999999 1764000000000000 - - -": ":200:0",
+    "S replica D op_1": ":x70",
+    "S replica K new 1 - -": ":20",
+}
+
+
+@pytest.fixture
+def begun(client, wire) -> Wire:
+    """There were holds in two windows, and that of budget agent is not here any more."""
+    wire.reserve("op_1", agent=150)
+    wire.reserve("op_z", agent=150)
+    wire.ask("L op_z 1", agent=":x0")
+    wire.reserve("op_x", ttl_ms=1000, agent=150)
+    wire.reserve("op_2", cycles=1)
+    wire.reserve("op_both", cycles=1, agent=150)
+    wire.wait_due("op_x")
+    client.delete(wire.session.current_window("agent").key)
+    return wire
+
+
+def stored(wire: Wire) -> dict[str, object]:
+    """All but what each batch may write."""
+    everything = dump(wire.client)
+    del everything[wire.session.keys.meta]
+    return everything
+
+
+@pytest.mark.parametrize("head", TOUCHING)
+def test_nothing_is_written_into_half_a_window(begun, head):
+    before = stored(begun)
+    words = {"s"} if head[0] == "C" else {f"t agent:{day(begun)}"}
+    assert begun.ask(head, agent=TOUCHING[head]) in words
+    with_another = begun.send(begun.op(head, agent=TOUCHING[head]), begun.op("L nobody 0", cycles=":x0"))
+    assert with_another[0] in words | {f"t agent:{day(begun)}"} and with_another[1] == "u"
+    assert stored(begun) == before
+
+
+def test_other_windows_of_the_same_batch_go_on(begun):
+    missing = f"t agent:{day(begun)}"
+    commit, lacking = begun.op("C op_2", cycles=":x1"), begun.op("C op_both", cycles=":x1", agent=":x70")
+    assert begun.send(begun.op("C op_1", agent=":x70"), lacking, commit) == ["s", "s", "k - 1"]
+    assert begun.sums("cycles") == figures(spent=1, held=1, events=1)
+    reserve = begun.op("R op_3 60000 c - - -", cycles=":1")
+    assert begun.send(begun.op("D op_both", cycles=":x1", agent=":x70"), reserve) == [missing, "g"]
+    assert begun.sums("cycles") == figures(spent=1, held=2, events=1)
+    assert begun.record("op_both").startswith("o ")
+
+
+def test_what_is_settled_is_told_without_its_window(client, wire):
+    wire.reserve("op_1", agent=150)
+    wire.ask("C op_1", agent=":x70")
+    client.delete(wire.session.current_window("agent").key)
+    assert wire.ask("D op_1", agent=":x70").startswith("p - 70 ")
+    assert wire.reserve("op_1", agent=150).startswith("p c ")
+
+
+def test_an_ordinary_commit_asks_for_no_window(client, wire):
+    for number in range(3):
+        wire.reserve(f"op_{number}", agent=150, cycles=1)
+    client.config_resetstat()
+    wire.ask("C op_0", agent=":x70", cycles=":x1")
+    lone = {name: found["calls"] for name, found in client.info("commandstats").items()}
+    assert not lone.keys() & {"cmdstat_exists", "cmdstat_hlen", "cmdstat_hget"}
+    assert lone["cmdstat_hincrby"] == 9, "held, spent, share and events of each window; what this replica wrote"
+    wire.send(*(wire.op(f"C op_{number}", agent=":x70", cycles=":x1") for number in (1, 2)))
+    assert wire.sums("agent") == figures(spent=210, events=3)
+
+
+# -- what is told again after a loss -----------------------------------------------------------------------------------
+
+
+def test_each_batch_of_a_repair_says_that_it_is_one(client, wire):
+    for op in (wire.op("S you K op_1 1 - -", agent=":20"), wire.op("T -", agent=":20")):
+        client.hset(wire.session.keys.meta, "recovering_until", 1)
+        wire.send(op)
+        assert int(client.hget(wire.session.keys.meta, "recovering_until")) >= wire.head.now_us // 1000 + 1000
+
+
+def test_a_settlement_of_another_replica_is_told_into_that_ones_share(client, wire):
+    key = wire.session.current_window("agent").key
+    maker = Wire(client)
+    maker.record("nobody")
+    me, you = wire.session.replica_id, maker.session.replica_id
+    wire.reserve("op_1", agent=150)
+    assert wire.ask(f"S {you} D op_1", agent=":x70") == "k - 70"
+    assert wire.ask(f"S {you} D lost", agent=":x5") == "u"
+    assert wire.ask(f"S {you} K lost 1 - -", agent=":5") == "k - 5"
+    assert wire.ask(f"S {you} N spent 1 - -", agent=":3") == "k - 3"
+    assert wire.ask(f"S {you} N spent 1 - -", agent=":3").startswith(f"p - 3 {you} ")
+    assert (client.hget(key, f"r:{you}"), client.hget(key, f"r:{me}")) == ("78", "0")
+    assert wire.sums("agent") == figures(spent=78, events=3)
+    assert maker.ask("T -", agent=":100") == "k - 22"
+    assert wire.ask(f"S {you} K other 1 - -", agent=":5") == "a", "it is among what that replica has told"
+    assert wire.sums("agent") == figures(spent=100, events=4)
+    client.hset(wire.session.keys.meta, "epoch", "1.another")  # after another loss, it has yet to tell
+    wire.session.renew()
+    assert wire.ask(f"S {you} K other 1 - -", agent=":5") == "k - 5"
+
+
 def test_extend_replies(wire):
     assert wire.ask("E nobody 60000 0", agent=":0:0") == "u"
     wire.reserve("op_1", agent=150)

@@ -217,6 +217,8 @@ class Backlog:
         if (instead := op.otherwise(line)) is not None:
             self._unresolved.replace(doubt, instead)
             return
+        if line[0] == "t":  # its window is not here, and may come back
+            return
         if line[0] in "kp":
             self._background.session.settled(op, line, head.now_us // 1000)
             outcome = ("sent_again" if line[0] == "k" else "executed") if settles else "released"

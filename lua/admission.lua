@@ -1,7 +1,6 @@
 -- admission.lua: whether a window has room. Reads each window once; its totals then follow the batch's own changes.
 
 local unlisted = 0 -- budgets of this batch that the tenant has not had
-local missing -- a window of this batch that exists somewhere else
 
 local function load(w)
   if w.stored then return end
@@ -13,7 +12,8 @@ local function load(w)
     local last = call('HGET', KEYS[1], 'b:' .. match(w.name, '^(.+):'))
     -- Or it was begun, has not expired, and is not here: a node of a cluster that was promoted while its slot was being
     -- moved has but a part of the keys, and may not know that (Redis before 8, Valkey before 8 do not tell replicas).
-    if last == ARGV[at + 4] and (last == '0' or now_ms < last + 0) then missing = missing or w.name end
+    -- A second one would admit what the first has spent: what asks for it is answered `t`, and changes nothing.
+    w.missing = last == ARGV[at + 4] and (last == '0' or now_ms < last + 0)
     if not last then
       local all = call('HGETALL', KEYS[1])
       unlisted = unlisted + 1
@@ -42,10 +42,6 @@ end
 
 -- All at once, before anything is written: one that cannot be read must not leave half a batch behind.
 for i = 1, n_windows do load(windows[i]) end
-if missing then -- a second one would admit what the first has spent
-  return redis.error_reply('TRYAGAIN the window ' .. missing .. ' was begun and is not here: its slot is half moved, or it '
-    .. 'was deleted')
-end
 
 -- Only reservations assert their configured limit; the replica that started last, by the store's clock, wins.
 local function load_asserting(w)

@@ -84,6 +84,11 @@ if dirty then
   end
 end
 
+-- A replica that only asks is heard of, too: once an hour, whether or not there is memory to write it down.
+if not dirty and acknowledged ~= '0' and meta[3] and time[1] - meta[3] > 3600 then
+  redis.pcall('HSET', KEYS[1], 's:' .. ARGV[1], time[1])
+end
+
 local due = ''
 if denied_any or new_second then
   local ids = call('ZRANGEBYSCORE', KEYS[3], '-inf', text(now_ms), 'LIMIT', 0, 32)

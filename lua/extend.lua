@@ -9,7 +9,7 @@
 --        d … total   denied as for reserve: the growth, or the return of an expired hold, has no room; nothing changed.
 --                    The last figure is what the hold would have counted
 --        c record    the hold is settled, or has lived its 24 h
---        u, v record as for settle;  l until_ms as for reserve
+--        u, v record, t budget:window as for settle;  l until_ms as for reserve
 --
 -- Spend that was reported needs no admission. What does: a larger reservation, and the revival of an expired hold that
 -- had given money back; in the windows that admitted the hold, with the limit that is in force there.

@@ -17,6 +17,7 @@
 --   policy  c charge, a accrued, r release
 --   segment flag,budget:window,base,reserved,accrued,charged     flag: u usd, n count, s slots
 --           base is empty if equal to reserved; accrued and charged are empty if 0
+-- The last segment of what was committed or recorded is followed by a space and the replica in whose share it is.
 -- Empty words are '-'. Amounts are whole units (nano-dollars or counts) below 2^53, where doubles are exact.
 
 local gmatch = string.gmatch
@@ -48,10 +49,14 @@ if (ARGV[2] ~= '-' and ARGV[2] ~= epoch) or ARGV[3] + 0 > acknowledged + 0 then
     epoch = '1.' .. match(ARGV[6], '^%S+')
     call('HSET', KEYS[1], 'epoch', epoch)
   end
-  if ARGV[3] ~= '0' then call('HSET', KEYS[1], 'recovering_until', format('%.0f', now_ms + RECOVERY_MS)) end
+  call('HSET', KEYS[1], 'recovering_until', format('%.0f', now_ms + RECOVERY_MS))
   do return now_us_text .. ' L ' .. acknowledged .. ' ' .. epoch end
 end
 local recovering = meta[5] and meta[5] + 0 > now_ms and meta[5]
+if recovering and recovering - now_ms > RECOVERY_MS then -- it was said before the clock was set back
+  recovering = format('%.0f', now_ms + RECOVERY_MS)
+  call('HSET', KEYS[1], 'recovering_until', recovering)
+end
 
 local dirty, denied_any = false, false -- whether this batch wrote, or denied
 local n_windows = ARGV[5] + 0 -- adding 0 makes a number of a text in half the time of tonumber()

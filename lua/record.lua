@@ -3,22 +3,26 @@
 -- op     N id late operation trace window:units …    late 1: the window may have ended, or not begun
 --        K id late operation trace window:units …    the commit of a hold that the store has lost; late is 1
 -- reply  k - units,units…    recorded
---        p - units,units…    recorded before with the same contents; nothing changed
+--        p - units,units… replica budget:window,…    recorded before with the same contents; nothing changed. In that
+--                            replica's share, and in those windows: it may have been yesterday
 --        c record            the id is in use with other contents
 --        o                   K: the hold is known again, and not settled: commit it
 --        b budget:window     the tenant has as many budgets as it may
 --        w                   a window does not contain the store's time
+--        t budget:window     that window was begun and is not here; nothing was written
 --        m budget:window definition    the stored window is defined otherwise
 
-local function same_record(record, state, amounts)
-  local hold, before = parse(record), {}
-  for i = 1, #hold.segments do before[match(hold.segments[i].name, '^(.+):')] = hold.segments[i].charged end
-  local n = 0
+-- Where the same was recorded, and in whose share; nil if this is not the same.
+local function recorded_in(record, state, amounts)
+  local hold, before, names = parse(record), {}, {}
+  for i = 1, #hold.segments do before[match(hold.segments[i].name, '^(.+):')] = hold.segments[i] end
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
-    n = n + 1
-    if before[match(windows[tonumber(i)].name, '^(.+):')] ~= amount then return false end
+    local segment = before[match(windows[tonumber(i)].name, '^(.+):')]
+    if not segment or segment.charged ~= amount then return nil end
+    names[#names + 1] = segment.name
   end
-  return hold.state == state and n == #hold.segments
+  if hold.state ~= state or #names ~= #hold.segments then return nil end
+  return (hold.sharer or '-') .. ' ' .. table.concat(names, ',')
 end
 
 local function record_spend(op, key)
@@ -29,14 +33,16 @@ local function record_spend(op, key)
   local record = call('GET', key)
   if record and not given_up(record) then
     if letter == 'K' and match(record, '^[oxz]') then return 'o' end
-    return same_record(record, state, amounts) and 'p - ' .. table.concat(told, ',') or 'c ' .. record
+    local where = recorded_in(record, state, amounts)
+    return where and 'p - ' .. table.concat(told, ',') .. ' ' .. where or 'c ' .. record
   end
   local hold = { state = state, policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
-    operation = operation, trace = trace, segments = {} }
+    operation = operation, trace = trace, segments = {}, sharer = sharer }
   for i in gmatch(amounts, '(%d+):') do
     local w = windows[tonumber(i)]
     load(w)
     if w.stale and late == '0' then return 'w' end
+    if w.missing then return 't ' .. w.name end
     if w.surplus and late == '0' then return 'b ' .. w.name end
     if w.mismatch then return 'm ' .. w.name .. ' ' .. w.mismatch end
     local n = #hold.segments + 1

@@ -1,26 +1,57 @@
 -- repair.lua: what a replica tells again after the store has gone back in time (P13). Nothing here asks for room: it was
 -- granted before. While anybody repairs, reservations wait.
 --
--- op     T id window:units                 the share of this replica in the window's spend is at least so much
+-- op     S replica op                      a settlement (D, M, K, N) that is in the share of another replica
+--        T id window:units                 the share of this replica in the window's spend is at least so much
 --        O id policy deadline_ms created_us owner operation trace window:reserved:accrued …    this hold was open
--- reply  k - units       T: so much was missing
+-- reply  a               S: that replica has told its share itself; nothing was changed. Else as op
+--        k - units       T: so much was missing
 --        g               O: it was unknown or smaller, and is open again; or due, if its deadline has passed
 --        p               O: it is known, whatever has become of it
+--        t budget:window that window was begun and is not here; nothing was changed
 
-call('HSET', KEYS[1], 'recovering_until', text(max(now_ms + 1000, tonumber(meta[5] or '0'))))
+-- What a replica tells again is much, or its way is long: nothing is granted before it has told all of it.
+call('HSET', KEYS[1], 'recovering_until', text(max(now_ms + 1000, recovering and recovering + 0 or 0)))
 dirty = true
+
+-- Each settlement is in one replica's share, whoever tells of it. The field `t:` of a window tells that a replica has told
+-- its share of it, of this timeline: what it has settled is in there, though its id may be beyond its memory.
+function operations.S(op, key)
+  local replica, settlement = match(op, '^S (%S+) (.+)$')
+  local before = {}
+  for i in gmatch(settlement, ' (%d+):') do
+    local w = windows[tonumber(i)]
+    if w then
+      if call('HGET', w.key, 't:' .. replica) == epoch then return 'a' end
+      before[w] = w[SPENT]
+    end
+  end
+  sharer = replica
+  local reply = operations[settlement:sub(1, 1)](settlement, key)
+  sharer = ARGV[1]
+  for w, units in pairs(before) do
+    local moved = w[SPENT] - units
+    if moved > 0 then -- the end of the batch will add it to the share of who told it
+      call('HINCRBY', w.key, 'r:' .. replica, text(moved))
+      call('HINCRBY', w.key, 'r:' .. ARGV[1], text(-moved))
+    end
+  end
+  return reply
+end
 
 function operations.T(op)
   local i, units = match(op, '(%d+):(%d+)$')
   local w = windows[tonumber(i)]
   load(w)
-  local missing = tonumber(units) - tonumber(call('HGET', w.key, 'r:' .. ARGV[1]) or '0') - w[SPENT]
-  if missing <= 0 then return 'k - 0' end
+  if w.missing then return 't ' .. w.name end
+  call('HSET', w.key, 't:' .. ARGV[1], epoch)
+  local lacking = tonumber(units) - tonumber(call('HGET', w.key, 'r:' .. ARGV[1]) or '0') - w[SPENT]
+  if lacking <= 0 then return 'k - 0' end
   w.creating = true
-  add(w, SPENT, missing)
+  add(w, SPENT, lacking)
   add(w, EVENTS, 1)
-  ledger(w, 'repair', '-', text(missing), '-', '-')
-  return 'k - ' .. text(missing)
+  ledger(w, 'repair', '-', text(lacking), '-', '-')
+  return 'k - ' .. text(lacking)
 end
 
 -- An open hold that had grown, had reported more, or was prolonged, when it was lost.
@@ -54,6 +85,10 @@ end
 function operations.O(op, key)
   local id, policy, deadline, created, owner, operation, trace, amounts =
     match(op, '^O (%S+) (%a) (%d+) (%d+) (%S+) (%S+) (%S+) (.+)$')
+  for i in gmatch(amounts, '(%d+):%d+:') do
+    local w = windows[tonumber(i)]
+    if w.missing then return 't ' .. w.name end
+  end
   local record = call('GET', key)
   if record and not given_up(record) then
     local known = parse(record)

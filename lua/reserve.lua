@@ -6,6 +6,7 @@
 --        p record    the same reservation was granted before; nothing changed
 --        c record    the id is in use with other contents
 --        w           a window does not contain the store's time
+--        t budget:window    that window was begun and is not here; nothing was written
 --        m budget:window definition    the stored window is defined otherwise
 --        l until_ms  the store is being repaired until then; nothing was written
 --        h holds first_deadline_ms    the tenant has as many holds as it may; nothing was written
@@ -47,6 +48,7 @@ function operations.R(op, key)
     if not w.asserted then load_asserting(w) end
     if not w.stored then load(w) end
     if w.stale then return replay(key, policy, amounts) or 'w' end
+    if w.missing then return replay(key, policy, amounts) or 't ' .. w.name end
     if w.surplus then return replay(key, policy, amounts) or 'b ' .. w.name end
     if w.mismatch then return replay(key, policy, amounts) or 'm ' .. w.name .. ' ' .. w.mismatch end
     local total = w.stored + w[HELD] + w[SPENT] + w[UNCONFIRMED]

@@ -11,10 +11,11 @@
 --                                    s does so, too, but for a few minutes only, and in passing (operation `!`): who
 --                                    is answered `c` with that, and still wants the hold, says u and asks again
 -- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, or -
---        p flags units,units…    the same was done before
+--        p flags units,units… replica    the same was done before; of a commit, in that replica's share
 --        c record                settled otherwise before, or not a hold
 --        u                       unknown id
 --        v record                windows of the hold are missing in the request
+--        t budget:window         that window was begun and is not here; nothing was changed
 
 -- What a commit makes of one segment, as text.
 local function actual(segment, modes, values)
@@ -66,7 +67,7 @@ local function commit(id, key, amounts, remark, trace)
   end
   if state == 'c' then
     local before = charges(hold)
-    return before == table.concat(told, ',') and 'p - ' .. before or 'c ' .. record
+    return before == table.concat(told, ',') and 'p - ' .. before .. ' ' .. (hold.sharer or '-') or 'c ' .. record
   end
   if remark ~= '-' then hold.operation = hold.operation == '-' and remark or hold.operation .. '%20' .. remark end
   if trace ~= '-' then hold.trace = trace end
@@ -87,7 +88,7 @@ local function commit(id, key, amounts, remark, trace)
   end
   leave_indexes(hold, id)
   local flags = overrun .. (state == 'o' and '' or 'l')
-  hold.state = 'c'
+  hold.state, hold.sharer = 'c', sharer
   store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)'))
   return 'k ' .. (flags == '' and '-' or flags) .. ' ' .. table.concat(told, ',')
 end

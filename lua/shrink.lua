@@ -10,6 +10,7 @@
 --                               had it
 -- reply  g                      it is open, or unconfirmed, from now on
 --        p                      the id is known, and stays as it is
+--        t budget:window        that window was begun and is not here; nothing was changed
 
 function operations.H(op, key)
   local id, amounts = match(op, '^H (%S+) (.+)$')
@@ -72,6 +73,9 @@ function operations.P(op, key)
   if why ~= 'u' then return 'p' end
   hold = { state = 'o', policy = policy, deadline = deadline, origin = created .. ' ' .. now_us_text .. ' ' .. owner,
     operation = operation, trace = trace, segments = {} }
+  for i in gmatch(amounts, '(%d+):%d+:%d+:') do
+    if windows[tonumber(i)].missing then return 't ' .. windows[tonumber(i)].name end
+  end
   for i, first, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+):(%d+)') do
     local w = windows[tonumber(i)]
     w.creating = true

@@ -11,7 +11,9 @@ local now_us = string.format('%.0f', time[1] * 1000000 + time[2])
 local due = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)),
   'LIMIT', 0, 32)
 local meta = redis.call('HMGET', KEYS[1], 'epoch', 'recovering_until')
-local reply = { now_us, (meta[1] or '') .. ' ' .. (meta[2] or '0'), due }
+-- At most as long as prelude.lua sets it: it may have been said before the clock was set back.
+local recovering_until = math.min(tonumber(meta[2] or '0'), time[1] * 1000 + math.floor(time[2] / 1000) + 3000)
+local reply = { now_us, (meta[1] or '') .. ' ' .. string.format('%.0f', recovering_until), due }
 for i = 1, #ARGV / 2 do
   local stored = redis.call('HMGET', KEYS[3 + i], 'def', 'limit', 'spent', 'held', 'unconfirmed', 'events', 'overruns',
     'asserted_us')

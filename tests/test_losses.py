@@ -223,5 +223,63 @@ async def test_a_look_alone_notices_that_everything_is_gone(server, limiter):
     assert limiter.losses == 1
 
 
+async def test_a_replica_that_has_nothing_to_tell_but_knows_of_a_loss_is_granted_nothing(
+    server, limiter, other_replica
+):
+    """It was only ever denied. Whoever spent has yet to speak."""
+    await limiter.record("agent", "4.90")
+    with pytest.raises(BudgetExceeded):
+        await other_replica.reserve("agent", "1.00")
+    with server.client() as client:
+        client.flushall()
+    with pytest.raises((StoreUnavailable, BudgetExceeded)):
+        await other_replica.reserve("agent", "1.00")
+    await until(lambda: limiter.losses, 15)
+    assert other_replica.losses == 1
+
+
+async def test_a_clock_that_is_set_back_after_a_loss_hides_no_later_one(clocked_server):
+    clocked_server.reset_clock()
+    async with AsyncBudgetLimiter(clocked_server.url, [Budget("agent", "5.00", period="ever")], timeout=10) as limiter:
+        await spends(limiter)
+        with clocked_server.client() as client:
+            client.flushall()
+            await until(lambda: limiter.losses == 1 and not limiter._coalescer.recovery.active, 15)
+            clocked_server.advance(-120)
+            for _ in range(3):
+                await spends(limiter)
+            counted = client.hget(limiter.keys.meta, f"r:{limiter.replica_id}")
+            assert limiter._session.header.acknowledged == counted
+            client.hincrby(limiter.keys.meta, f"r:{limiter.replica_id}", -2)  # as a snapshot that lacks two of them
+            await until(lambda: limiter.losses == 2, 15)
+
+
+async def test_a_clock_that_is_set_back_after_a_repair_keeps_the_store_closed_for_seconds_only(clocked_server):
+    clocked_server.reset_clock()
+    async with AsyncBudgetLimiter(clocked_server.url, [Budget("agent", "5.00", period="ever")], timeout=15) as limiter:
+        await spends(limiter)
+        with clocked_server.client() as client:
+            client.flushall()
+        await limiter.reserve("agent", "0.01")
+        clocked_server.advance(-3600)
+        status = await limiter.status("agent")
+        assert (status.recovering_until - status.as_of).total_seconds() <= 3
+        await limiter.reserve("agent", "0.01")
+
+
+async def test_a_replica_that_only_asks_is_heard_of_each_hour(server, limiter):
+    """Who was not heard of for two days is forgotten, among many: that would pass for a loss."""
+    await spends(limiter)
+    with server.client() as client:
+        field = f"s:{limiter.replica_id}"
+        now = int(client.hget(limiter.keys.meta, field))
+        for age_s, refreshed in ((3500, False), (3700, True)):
+            client.hset(limiter.keys.meta, field, now - age_s)
+            heard_s = limiter._session.heard_s
+            await until(lambda heard_s=heard_s: limiter._session.heard_s > heard_s, 15)
+            assert (int(client.hget(limiter.keys.meta, field)) >= now) is refreshed
+        assert limiter.losses == 0
+
+
 async def held(limiter: AsyncBudgetLimiter) -> bool:
     return (await limiter.status("agent")).held > 0

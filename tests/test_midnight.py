@@ -99,6 +99,23 @@ async def test_a_retry_after_midnight_of_what_was_granted_before_it_is_a_replay(
     assert sums(client, window=MONDAY)["spent"] == to_units("0.09")
 
 
+@pytest.mark.parametrize("retried_by", ["who recorded", "another"])
+async def test_a_record_that_was_retried_after_midnight_is_told_again_into_its_own_day(
+    clocked_server, client, limiter, retried_by
+):
+    async with limiter_for(clocked_server) as other:
+        await limiter.record("agent", "0.02", id="op_2")
+        if retried_by == "who recorded":
+            limiter._session.memory._settled.clear()  # its answer was lost
+        clocked_server.set(AFTER, frozen=True)
+        retrying = limiter if retried_by == "who recorded" else other
+        assert (await retrying.record("agent", "0.02", id="op_2")).replayed
+        client.flushall()
+        await retrying.record("agent", "0.01")
+        assert sums(client, window=MONDAY)["spent"] == to_units("0.02")
+        assert sums(client, window=TUESDAY)["spent"] == to_units("0.01")
+
+
 @pytest.mark.parametrize("settle", ["commit", "release"])
 async def test_litellm_rs_what_comes_after_its_window_hits_the_day_that_admitted_it(
     clocked_server, client, limiter, settle

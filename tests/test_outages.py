@@ -25,6 +25,7 @@ from ktrdr_budget import (
     StoreUnavailable,
 )
 from ktrdr_budget.engine.driver import backlog
+from ktrdr_budget.engine.memory import AGE_MAX_MS
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
 
@@ -425,6 +426,27 @@ async def test_a_commit_by_id_of_a_hold_of_ones_own_is_deferred_as_one_by_its_ob
         with own_server.client() as client:
             assert (sums(client)["spent"], sums(client, "team")["spent"]) == (to_units("0.07"), to_units("0.02"))
             assert sums(client)["held"] == 0
+
+
+async def test_what_may_have_been_settled_long_ago_is_not_told_again(server, tmp_path_factory, caplog):
+    """The store forgets ids after a day: told then, it would be charged twice. What was never sent is told whenever."""
+    async with (
+        Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
+        AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter,
+    ):
+        hold = await limiter.reserve("agent", "0.15")
+        proxy.hold_replies()
+        assert (await hold.commit("0.07")).deferred
+        assert (await limiter.record("agent", "0.02", id="unsent")).deferred
+        assert limiter._core.deferred_doubts.keys() == {hold.id}
+        limiter._core.deferred_doubts[hold.id] -= AGE_MAX_MS
+        with server.client() as client:
+            client.delete(limiter.keys.hold(hold.id))
+            proxy.let_go()
+            await until(lambda: limiter.deferred == 0, 15)
+            assert sums(client)["spent"] == to_units("0.09")
+        assert limiter._core.deferred_doubts == {}
+        assert f"whether spend of {hold.id} during an outage was recorded stays unknown" in caplog.text
 
 
 async def test_allow_still_denies_what_the_store_denies(server):

@@ -13,9 +13,9 @@ import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetLimiter, HoldConflict, StoreUnavailable
 from ktrdr_budget.engine import memory
-from ktrdr_budget.engine.driver import recovery
 from ktrdr_budget.verify import verify
 
+from .helpers.proxy import Proxy
 from .helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests"), Budget("jobs", 3, kind="slots")]
@@ -207,30 +207,159 @@ async def test_a_new_replica_may_be_granted_money_before_an_old_one_has_spoken(s
             await new.reserve("agent", "0.01")
 
 
-async def test_a_settlement_that_two_replicas_know_counts_once(limiter, other, client, monkeypatch):
-    """The other's request was a replay: it is in one share only, whoever tells it first."""
-    monkeypatch.setattr(recovery, "OTHERS_AFTER_S", 1.5)
-    await limiter.record("agent", "1.00", id="op_1")
-    assert (await other.record("agent", "1.00", id="op_1")).replayed
-    await other.record("agent", "0.10")
-    client.flushall()
-    other._coalescer.recovery.suspect()
-    await until(lambda: other.losses == 1 and not other._coalescer.recovery.active)
-    await repaired(limiter, ("1.10", "0", "0"))
-    await until(lambda: other._coalescer.recovery._others_timer is None)
-    await repaired(limiter, ("1.10", "0", "0"))
+async def told(limiter: AsyncBudgetLimiter, losses: int = 1) -> None:
+    """Until a replica has noticed so many losses, and told all that it knows."""
+    recovery = limiter._coalescer.recovery
+    recovery.suspect()
+    await until(lambda: limiter.losses == losses and not recovery.active, 15)
 
 
-async def test_what_a_dead_replica_did_is_told_by_another_that_knows_of_it(other, server, client, monkeypatch):
-    monkeypatch.setattr(recovery, "OTHERS_AFTER_S", 0.1)
+def shares(limiter: AsyncBudgetLimiter, client) -> dict[str, Decimal]:
+    """What each replica has spent of budget agent, as the store has it."""
+    [window] = client.keys(limiter.keys.window("agent", "*"))
+    stored = client.hgetall(window).items()
+    return {name[2:]: Decimal(units) / 10**9 for name, units in stored if name.startswith("r:") and units != "0"}
+
+
+@pytest.mark.parametrize("away", ["who made it", "who replayed it"])
+@pytest.mark.parametrize("call", ["record", "commit"])
+async def test_a_settlement_that_two_replicas_know_counts_once(server, client, tmp_path_factory, away, call):
+    """It is in the share of the one that made it, whoever tells of it first, and however late the other is back."""
+    async with (
+        Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
+        AsyncBudgetLimiter(line.url, BUDGETS) as remote,
+        AsyncBudgetLimiter(server.url, BUDGETS) as near,
+    ):
+        maker, other = (remote, near) if away == "who made it" else (near, remote)
+        await other.record("agent", "0.10")
+        if call == "record":
+            await maker.record("agent", "1.00", id="op_1")
+            assert (await other.record("agent", "1.00", id="op_1")).replayed
+        else:
+            await (await maker.reserve("agent", "1.00", id="op_1")).commit("1.00")
+            assert (await other.commit("op_1", "1.00")).replayed
+        right = {maker.replica_id: Decimal("1.00"), other.replica_id: Decimal("0.10")}
+        for losses in (1, 2):
+            line.cut()
+            client.flushall()
+            await told(near, losses)
+            await repaired(near, ("1.10" if away == "who made it" else "1.00", "0", "0"))
+            line.mend()
+            await told(remote, losses)
+            assert shares(near, client) == right
+            await repaired(near, ("1.10", "0", "0"))
+
+
+async def test_what_was_told_anew_while_its_maker_was_away_is_in_the_share_of_the_new_one(
+    server, client, tmp_path_factory
+):
+    async with (
+        Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
+        AsyncBudgetLimiter(line.url, BUDGETS) as remote,
+        AsyncBudgetLimiter(server.url, BUDGETS) as near,
+    ):
+        await remote.record("agent", "1.00", id="op_1")
+        line.cut()
+        client.flushall()
+        assert not (await near.record("agent", "1.00", id="op_1")).replayed, "nobody knows of it"
+        line.mend()
+        await told(remote)
+        await repaired(near, ("1.00", "0", "0"))
+        client.flushall()
+        await told(remote, 2)
+        await told(near)
+        assert shares(near, client) == {near.replica_id: Decimal("1.00")}
+
+
+async def test_an_id_that_only_another_replica_remembers_is_not_charged_again(server, client, monkeypatch):
+    """The one whose share it is in has told all that it has spent: more than its memory has ids of."""
+    monkeypatch.setattr(memory, "SETTLEMENTS_MAX", 4)
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as busy, AsyncBudgetLimiter(server.url, BUDGETS) as other:
+        await busy.record("agent", "1.00", id="op_1")
+        assert (await other.record("agent", "1.00", id="op_1")).replayed
+        for _ in range(8):
+            await busy.record("agent", "0.01")
+        client.flushall()
+        await told(busy)
+        await told(other)
+        await repaired(busy, ("1.08", "0", "0"))
+
+
+async def test_what_a_dead_replica_did_is_told_by_another_that_knows_of_it(other, server, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as dying:
         await dying.record("agent", "1.00", id="op_1")
     assert (await other.record("agent", "1.00", id="op_1")).replayed
+    for losses in (1, 2):
+        client.flushall()
+        await told(other, losses)
+        await repaired(other, ("1.00", "0", "0"))
+        assert shares(other, client) == {dying.replica_id: Decimal("1.00")}
+
+
+async def test_a_commit_whose_answer_was_lost_is_told_before_anything_is_granted(server, client, tmp_path_factory):
+    """Its second attempt was a replay, of what this replica had done itself."""
+    async with (
+        Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
+        AsyncBudgetLimiter(line.url, BUDGETS, timeout=10) as limiter,
+    ):
+        hold = await limiter.reserve("agent", "4.90")
+        line.lose_replies = 1
+        assert (await hold.commit("4.90")).replayed
+        client.flushall()
+        await told(limiter)
+        assert await figures(limiter) == (Decimal("4.90"), 0, 0)
+        assert (await limiter.status("agent")).recovering_until, "nothing was granted yet"
+
+
+async def test_an_acknowledgement_from_before_a_loss_that_comes_after_the_repair_is_told_as_well(limiter, client):
+    """Another connection has noticed the loss, and told of the hold as open."""
+    hold = await limiter.reserve("agent", "0.15")
+    await limiter.record("agent", "0.01")
+    coalescer, late = limiter._coalescer, []
+    answered, coalescer._answered = coalescer._answered, lambda *words: late.append(words)
+    commit = asyncio.create_task(hold.commit("0.15"))
+    await until(lambda: late)
+    coalescer._answered = answered
     client.flushall()
-    await repaired(other, ("1.00", "0", "0"))
-    client.flushall()  # it is in the other's share by now
-    await repaired(other, ("1.00", "0", "0"))
-    assert other.losses == 2
+    await told(limiter)
+    assert await figures(limiter) == (Decimal("0.01"), Decimal("0.15"), 0)
+    for words in late:
+        answered(*words)
+    assert (await commit).state == "committed"
+    await repaired(limiter, ("0.16", "0", "0"))
+    assert limiter.losses == 1
+
+
+async def test_each_batch_of_a_repair_keeps_the_store_from_granting(limiter, client, monkeypatch):
+    """However many there are, and however long they take: not only those of shares and holds."""
+    await asyncio.gather(*(limiter.record("agent", "0.001") for _ in range(300)))
+    tell, kept = limiter._coalescer._background.tell, []
+
+    async def look(ops, within_s=None, **words):
+        client.hset(limiter.keys.meta, "recovering_until", 1)
+        head, lines = await tell(ops, within_s, **words)
+        if ops and not head.went_back:
+            kept.append(int(client.hget(limiter.keys.meta, "recovering_until")) - head.now_us // 1000)
+        return head, lines
+
+    monkeypatch.setattr(limiter._coalescer._background, "tell", look)
+    client.flushall()
+    await told(limiter)
+    assert len(kept) >= 4 and min(kept) >= 1000
+
+
+async def test_a_hold_that_another_replica_has_settled_is_forgotten(server, client, monkeypatch):
+    """Else it would be open again after a loss, once the other one does not remember its settlement any more."""
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as granter, AsyncBudgetLimiter(server.url, BUDGETS) as settler:
+        for hold_id in ("spent", "given back", "open"):
+            await granter.reserve("agent", "0.15", id=hold_id.replace(" ", "_"))
+        await settler.commit("spent", "0.10")
+        await settler.release("given_back")
+        await until(lambda: [op.id for op in granter._session.memory.holds(granter.keys)] == ["open"], 15)
+        settler._session.memory._settled.clear()
+        client.flushall()
+        await told(granter)
+        assert await figures(granter) == (0, Decimal("0.15"), 0)
 
 
 @pytest.mark.parametrize("operator", [False, True])
@@ -275,16 +404,17 @@ async def test_a_repair_that_meets_another_loss_begins_again(limiter, client, mo
         await limiter.record("agent", "0.01")
     tell, batches = limiter._coalescer._background.tell, []
 
-    async def lose_again(ops, within_s=None):
+    async def lose_again(ops, within_s=None, **words):
         batches.append(len(ops))
         if len(batches) == 3:
             client.flushall()
-        return await tell(ops, within_s)
+        return await tell(ops, within_s, **words)
 
     monkeypatch.setattr(limiter._coalescer._background, "tell", lose_again)
     client.flushall()
     await repaired(limiter, ("3.00", "0", "0"))
     assert limiter.losses == 2
+    await told(limiter, 2)
     assert limiter.repaired.settlements == 300
 
 
@@ -295,11 +425,11 @@ async def test_a_repair_whose_store_goes_away_ends_when_it_is_back(start_server:
             await limiter.record("agent", "0.01")
         tell, batches = limiter._coalescer._background.tell, []
 
-        async def go_away(ops, within_s=None):
+        async def go_away(ops, within_s=None, **words):
             batches.append(len(ops))
             if len(batches) == 3:
                 server.kill()
-            return await tell(ops, within_s)
+            return await tell(ops, within_s, **words)
 
         monkeypatch.setattr(limiter._coalescer._background, "tell", go_away)
         with server.client() as client:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 
-from ktrdr_budget import Budget, BudgetLimiter
+from ktrdr_budget import Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable
 from ktrdr_budget.engine.protocol import Op, encode_batch
 from ktrdr_budget.engine.scripts import script
 from ktrdr_budget.engine.session import Session
@@ -184,6 +184,44 @@ def test_a_window_that_vanished_comes_back_from_its_ledger(server, client, audit
     limiter.reserve("agent", "0.01").release()
     assert client.hget(window(client), "def") == "usd,day,UTC,spend"
     assert all(report.adds_up for report in verify(server.url))
+
+
+def test_a_hold_of_a_window_that_vanished_is_settled_once_it_is_repaired(server, client, auditor):
+    with BudgetLimiter(server.url, BUDGETS) as limiter:
+        holds = [limiter.reserve("agent", "0.10") for _ in range(3)]
+        limiter.record("agent", "0.02")
+        client.delete(window(client))
+        for call in (lambda: holds[0].commit("0.10"), holds[1].release, lambda: limiter.commit(holds[2].id)):
+            with pytest.raises(StoreUnavailable, match="was begun and is not here"):
+                call()
+        assert client.hgetall(window(client)) == {}
+        auditor.repair()
+        holds[0].commit("0.10")
+        holds[1].release()
+        limiter.commit(holds[2].id, "0.05")
+        assert figures(limiter)[:3] == ("0.17", "0.00", "0.00")
+        assert all(report.adds_up for report in verify(server.url))
+
+
+def test_a_window_that_vanished_stops_no_other_budget(server, client):
+    with BudgetLimiter(server.url, BUDGETS) as limiter:
+        limiter.reserve("agent", "0.10", ttl=1)
+        limiter.reserve("tokens", 10**6 - 5)
+        client.delete(window(client))
+
+        def stuck() -> str:
+            with pytest.raises(StoreUnavailable) as refused:
+                limiter.record("agent", "0.01")
+            return str(refused.value)
+
+        with ThreadPoolExecutor(8) as threads:
+            waiting = [threads.submit(stuck) for _ in range(8)]
+            while not all(call.done() for call in waiting):
+                limiter.reserve("tokens", 1).release()
+                with pytest.raises(BudgetExceeded):
+                    limiter.reserve("tokens", 6)
+            assert all("was begun and is not here" in call.result() for call in waiting)
+        assert limiter.store_state == "closed"
 
 
 def test_a_ledger_that_was_carried_forward_is_repaired_by_the_shares_of_the_replicas(

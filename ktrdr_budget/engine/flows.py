@@ -93,6 +93,8 @@ class Core(Reads):
         """How a sync hold runs a flow, and waits for it."""
         self.deferred: deque[Op] = deque()
         """Spend that an unreachable store has yet to be told."""
+        self.deferred_doubts: dict[str, int] = {}
+        """Ids of those that it may have been told all the same, and when, in milliseconds of its clock."""
         self.unresolved = Unresolved()
         """Requests whose reply was lost."""
         self.deferred_lost = 0
@@ -308,7 +310,7 @@ class Core(Reads):
         op = self._commit(hold.id, parts, may_be_lost=not hold.settled, remark=remark)
         if hold.as_granted and not remark:
             spent = [0 if w.flag == "s" else units for (w, _), (_, units) in zip(hold.parts, amounts, strict=True)]
-            op.simplify(hold.as_granted, hold.parts, spent)
+            op.simplify(self.session.replica_id, hold.as_granted, hold.parts, spent)
         return self._settle(op, hold.parts)
 
     def settle_id(
@@ -381,10 +383,11 @@ class Core(Reads):
                 line, answer = yield op
         except StoreError:
             raise
-        except StoreUnavailable:
+        except StoreUnavailable as error:
             if not self.allow and self.prepaid is None:
                 raise
-            return self.deferral(first, "released" if released else "committed")
+            state = "released" if released else "committed"
+            return self.deferral(first, state, ambiguous=error.ambiguous)
         if line == "k":  # to a simple commit
             line = first.told  # type: ignore[attr-defined]
         if line[0] not in "kp":
@@ -392,7 +395,7 @@ class Core(Reads):
                 return Settlement(hold_id, "released", told_amounts(parts, ",".join("0" for _ in parts)))
             raise self._error(line, hold_id, answer.now_us, op)
         self.session.memory.acknowledged(op, line, answer.now_us // 1000)
-        _, flags, told = line.split(" ")
+        _, flags, told = line.split(" ")[:3]
         return Settlement(
             id=hold_id,
             state="released" if released else "committed",
@@ -412,18 +415,20 @@ class Core(Reads):
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, amounts, strict=True)]
         return self.deferral(Commit(hold.id, key, parts, True, "-", "-"), "committed")
 
-    def deferral(self, op: Op, state: Any) -> Settlement:
-        """Keeps a settlement that an unreachable store could not be told."""
+    def deferral(self, op: Op, state: Any, *, ambiguous: bool = False) -> Settlement:
+        """Keeps a settlement that an unreachable store could not be told; ``ambiguous``: or was told."""
         self.defer(op)
         if (known := self.unguarded.get(op.id)) is not None:
             known[0].state = state
+        if ambiguous:
+            self.deferred_doubts[op.id] = self.session.now_ms()
         amounts = {window.budget: from_units(int(tail.lstrip(":xra")), window.unit) for window, tail in op.parts}
         return Settlement(op.id, state, amounts, deferred=True)
 
     def defer(self, op: Op) -> None:
         """The same of any operation."""
         if len(self.deferred) >= _DEFERRED_MAX:
-            self.deferred.popleft()
+            self.deferred_doubts.pop(self.deferred.popleft().id, None)
             self.deferred_lost += 1
         self.deferred.append(op)
 
@@ -447,15 +452,16 @@ class Core(Reads):
                 line, answer = yield op
             except StoreError:
                 raise
-            except StoreUnavailable:
+            except StoreUnavailable as error:
                 if self.prepaid is not None and (recorded := self.prepaid.record(hold_id, wanted, tail)) is not None:
                     return recorded
                 if not self.allow:
                     raise
                 # Into the window in which it was spent, whenever the store returns.
-                return self.deferral(Op(hold_id, op.key, f"N {hold_id} 1 {tail}", parts), "recorded")
+                late = Op(hold_id, op.key, f"N {hold_id} 1 {tail}", parts)
+                return self.deferral(late, "recorded", ambiguous=error.ambiguous)
             if line[0] in "kp":
-                session.memory.acknowledged(op, line, answer.now_us // 1000)
+                session.settled(op, line, answer.now_us // 1000)
                 amounts = {name: from_units(units, session.budgets[name].unit) for name, units in wanted}
                 return Settlement(hold_id, "recorded", amounts, replayed=line[0] == "p")
             if line[0] != "w":

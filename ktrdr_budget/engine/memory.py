@@ -4,17 +4,19 @@ Three things, all by ids or as totals, so that telling them twice changes nothin
 spend, the *holds* that it was granted, and a bounded number of recent *settlements*. A settlement that is remembered
 restores its id, too; one that is not is still in the share. A settlement wins over an open hold.
 
-Each settlement is in one replica's share: that of the one whose request made it. Another one that was told of it (its
-own request was a replay) remembers it as well, and tells it last, should the first be gone.
+Each settlement is in one replica's share: that of the one whose request made it; the store's record names it. Another
+one that was told of it (its own request was a replay) remembers it as well, and tells it on behalf of the first, which
+may be gone.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Op, Record, Window, parse_record, word
+from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Elsewhere, Op, Record, Window, parse_record, word
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.keys import Keys
@@ -28,8 +30,10 @@ HOLDS_MAX = 10_000
 remembered for longer than that."""
 AGE_MAX_MS = LONGEST_HOLD_MS // 2
 """A settlement is told again only while the store cannot have forgotten its id, which it does a day after it."""
-HOLD_AGE_MAX_MS = LONGEST_HOLD_MS * 5 // 6
-"""A hold may have been settled elsewhere since it was granted, and that be forgotten after a day."""
+HOLD_AGE_MAX_MS = AGE_MAX_MS
+"""A hold may have been settled elsewhere since it was granted: it is not remembered for longer than that is."""
+_FRESH_MS = 2000
+"""Before that age, nobody asks whether a hold was settled elsewhere: most are settled here by then."""
 _WINDOWS_MAX = 4096
 
 
@@ -93,7 +97,8 @@ class Repair:
 class Memory:
     """Of one replica. Does no I/O. It is told of every call, so it only keeps what it is given."""
 
-    def __init__(self) -> None:
+    def __init__(self, replica: str = "") -> None:
+        self._replica = replica
         self._windows: dict[str, Window] = {}
         """By their keys."""
         self._older: dict[str, int] = {}
@@ -104,6 +109,8 @@ class Memory:
         self._holds_before: dict[str, tuple[Any, ...]] = {}
         self._settled: dict[str, tuple[Any, ...]] = {}
         self._settled_before: dict[str, tuple[Any, ...]] = {}
+        self._looked = 0
+        """How many of the holds have been asked about in this round."""
         self.forgotten_settlements = 0
         """Settlements that are not remembered one by one any more, for want of memory."""
         self.forgotten_holds = 0
@@ -164,8 +171,21 @@ class Memory:
         words = op.labels if letter == "D" else op.head  # type: ignore[attr-defined]
         if line[0] == "k":
             settled[hold_id] = (letter, words, names, line, now_ms)
-        elif hold_id not in self._settled_before:  # else it is known whose it is
-            settled.setdefault(hold_id, (letter, words, names, line, now_ms))
+        elif hold_id not in self._settled_before and hold_id not in settled:  # else it is known whose it is
+            settled[hold_id] = (letter, words, names, self._shared(line), now_ms)
+
+    def _shared(self, line: str) -> str:
+        """A replay as what it was, if it is in this replica's share: the first answer was lost."""
+        words = line.split(" ")
+        return f"k - {words[2]}" if words[3:4] == [self._replica] else line
+
+    def told(self, hold_id: str, line: str) -> None:
+        """What was told again was known: in whose share it is, the store knows best."""
+        if line[0] == "p" and line.split(" ")[3:4] not in ([], ["-"]):
+            for generation in (self._settled_before, self._settled):
+                if hold_id in generation:
+                    letter, words, names, _, at_ms = generation[hold_id]
+                    generation[hold_id] = (letter, words, names, self._shared(line), at_ms)
 
     def _names(self, windows: Sequence[Window]) -> str:
         self._windows.update((window.key, window) for window in windows)
@@ -209,6 +229,19 @@ class Memory:
             }
             self._windows = {key: w for key, w in self._windows.items() if key in used or key in self._older}
 
+    # -- holds that others have settled --------------------------------------------------------------------------------
+
+    def unsettled(self, now_ms: int, most: int) -> list[str]:
+        """Ids of open holds, to be asked about; all of them in turn, some at a time."""
+        holds = chain(self._holds_before.items(), self._holds.items())
+        some = list(islice(holds, self._looked, self._looked + most))
+        self._looked = self._looked + most if len(some) == most else 0
+        return [i for i, (_, record) in some if parse_record(record).created_us < (now_ms - _FRESH_MS) * 1000]
+
+    def forget(self, hold_id: str) -> None:
+        """Somebody else has settled it, and remembers that."""
+        self._let_go(hold_id)
+
     # -- to tell again -------------------------------------------------------------------------------------------------
 
     def settlements(self, keys: Keys, now_ms: int) -> list[Op]:
@@ -221,7 +254,7 @@ class Memory:
         return self._settlements(keys, now_ms, True)
 
     def others(self, keys: Keys, now_ms: int) -> list[Op]:
-        """Much later: those in the shares of other replicas."""
+        """As well: those in the shares of other replicas."""
         return self._settlements(keys, now_ms, False)
 
     def _settlements(self, keys: Keys, now_ms: int, own: bool) -> list[Op]:
@@ -234,6 +267,11 @@ class Memory:
 
     def _again(self, hold_id: str, key: str, settled: _Settled) -> Op:
         windows = self._windows_of(settled.windows)
+        told = self._as_it_was(hold_id, key, settled, windows)
+        replica = settled.line.split(" ")[3:4]
+        return told if settled.own or not replica else Elsewhere(replica[0], told)
+
+    def _as_it_was(self, hold_id: str, key: str, settled: _Settled, windows: list[Window]) -> Op:
         # A release of what the store did not know tells of no window.
         spent = [
             *zip(windows, settled.units if len(settled.units) == len(windows) else ["0"] * len(windows), strict=True)

@@ -50,6 +50,8 @@ STATES: Final[dict[str, HoldState]] = {
     "r": "released",
     "n": "recorded",
 }
+SETTLED: Final = "crn"
+"""States in which nothing changes any more."""
 POLICIES: Final[dict[str, OnExpiry]] = {"c": "charge", "a": "accrued", "r": "release"}
 POLICY_CODES: Final = {policy: code for code, policy in POLICIES.items()}
 
@@ -201,10 +203,13 @@ class Commit(Op):
         self.told = ""
         """The answer to a simple commit, at length."""
 
-    def simplify(self, record: str, reserved: Sequence[tuple[Window, int]], settled: Sequence[int]) -> None:
+    def simplify(
+        self, replica: str, record: str, reserved: Sequence[tuple[Window, int]], settled: Sequence[int]
+    ) -> None:
         """Lets it go the simple way, for a hold that is as it was granted.
 
         Args:
+            replica: who commits it.
             record: what the store has of it.
             reserved: its windows and what it reserved there.
             settled: what it cost there; 0 for slots.
@@ -225,7 +230,7 @@ class Commit(Op):
             else:
                 parts.append((window, f":{counted}:{units}"))
         self.brief = f"C {self.id} {labels}"
-        self.brief_tail = f"\n{record}\n{record_then}"
+        self.brief_tail = f"\n{record}\n{record_then} {replica}"
         self.brief_parts = parts
         self.told = f"k {overrun} {','.join(map(str, settled))}"
 
@@ -250,6 +255,22 @@ class LostCommit(Op):
     def otherwise(self, word: str) -> Op | None:
         """As a commit after all, if a replica has told the store of the hold meanwhile."""
         return self._commit if word == "o" else None
+
+
+class Elsewhere(Op):
+    """A settlement that is in another replica's share, told again on its behalf (S)."""
+
+    __slots__ = ("_replica", "_settlement")
+
+    def __init__(self, replica: str, settlement: Op) -> None:
+        super().__init__(settlement.id, settlement.key, f"S {replica} {settlement.head}", settlement.parts)
+        self._replica = replica
+        self._settlement = settlement
+
+    def otherwise(self, word: str) -> Op | None:
+        """As the settlement itself."""
+        instead = self._settlement.otherwise(word)
+        return None if instead is None else Elsewhere(self._replica, instead)
 
 
 class Header(NamedTuple):
@@ -422,7 +443,7 @@ def parse_record(record: str) -> Record:
     state, policy, deadline, created, grown, owner, operation, trace = head.split(" ")
     parsed = []
     for segment in segments:
-        flag, name, _base, reserved, accrued, charged = segment.split(",")
+        flag, name, _base, reserved, accrued, charged = segment.partition(" ")[0].split(",")
         budget, _, window = name.rpartition(":")
         parsed.append(Segment(flag, budget, window, int(reserved), int(accrued or 0), int(charged or 0)))
     return Record(

@@ -14,6 +14,7 @@ __all__ = [
     "LIMITS",
     "PERMISSIONS",
     "REINDEX",
+    "REPAIR",
     "SIMPLE",
     "STATUS",
     "Script",
@@ -40,9 +41,9 @@ _PARTS = {
     "reindex": ("reindex",),
     "cycles": ("cycles",),
 }
-_REPAIR = {"T", "O"}
+_REPAIR = {"S", "T", "O"}
 _ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid"}
-STATUS, LIMITS, CYCLES = "status", "limits", "cycles"
+STATUS, LIMITS, CYCLES, REPAIR = "status", "limits", "cycles", "repair"
 CORRECT, REINDEX, PERMISSIONS = "correct", "reindex", "permissions"
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 
 from ktrdr_budget.engine.keys import Keys
 from ktrdr_budget.engine.memory import Memory
-from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Header, Window, flag_of
+from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Header, Op, Window, flag_of
 from ktrdr_budget.errors import InvalidArgument, UnknownBudget, shown
 from ktrdr_budget.models import Budget, check_name
 from ktrdr_budget.periods import PERIODS, Span, window_at, window_named
@@ -67,15 +67,16 @@ class Session:
         """How often the store was seen to have gone back in time."""
         self.on_loss: Callable[[], None] | None = None
         self.on_suspicion: Callable[[], None] | None = None
+        self.on_late: Callable[[], None] | None = None
+        """Told of an answer from before a loss that was noticed meanwhile: what it acknowledges is lost, too."""
         self.renew()
 
     def renew(self) -> None:
         """Becomes a new replica: at the start, and in the child after a fork."""
         self.replica_id = secrets.token_hex(6)
-        self.memory = Memory()
+        self.memory = Memory(self.replica_id)
         self._epoch = "-"
         self._propose()
-        self._lost_us = 0
         self._acknowledged = 0
         self._heard_ms = 0.0
         self._started_us = time.time_ns() // 1000
@@ -152,10 +153,15 @@ class Session:
         self._heard_ms = time.monotonic() * 1000
         if head.went_back:
             if sent is self._header:  # else it answers what another lane sent before it knew
-                self._lose(head.epoch, head.writes, head.now_us)
+                self._lose(head.epoch, head.writes)
             return
-        # What another lane was told before the loss is no longer so.
-        if head.now_us >= self._lost_us and (head.epoch or head.writes > self._acknowledged):
+        timeline = head.epoch or sent.epoch
+        if self._epoch not in ("-", timeline):
+            # What another lane was told before the loss is no longer so. (Without an epoch, nothing was ever written.)
+            if timeline != "-" and self.on_late is not None:
+                self.on_late()
+            return
+        if head.epoch or head.writes > self._acknowledged:
             if head.epoch:
                 self._epoch = head.epoch
                 self._propose()
@@ -188,14 +194,25 @@ class Session:
         if known not in ("-", epoch) and known == self._epoch and self.on_suspicion is not None:
             self.on_suspicion()
 
-    def _lose(self, epoch: str | None, writes: int, now_us: int) -> None:
+    def _lose(self, epoch: str | None, writes: int) -> None:
         self.losses += 1
         self._epoch, self._acknowledged = epoch or "-", writes
         self._propose()
-        self._lost_us = now_us
         self._header = None
         if self.on_loss is not None:
             self.on_loss()
+
+    def settled(self, op: Op, line: str, now_ms: int) -> None:
+        """Remembers a settlement that was acknowledged; a replay in the windows in which it was first recorded."""
+        words = line.split(" ")
+        if len(words) == 5:
+            names = [name.rpartition(":") for name in words[4].split(",")]
+            parts = [
+                (self.window(budget, name, window.flag), tail)
+                for (window, tail), (budget, _, name) in zip(op.parts, names, strict=True)
+            ]
+            op = Op(op.id, op.key, op.head, parts)
+        self.memory.acknowledged(op, line, now_ms)
 
     # -- windows -------------------------------------------------------------------------------------------------------
 

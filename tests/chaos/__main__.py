@@ -14,7 +14,6 @@ from . import report
 from .bench import Figures, Row, play
 from .rows import ROWS
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
 SHOWN_MAX = 12
 
 
@@ -25,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("chaos: libfaketime is not installed (Debian: apt-get install faketime)", file=sys.stderr)
         return 2
     names = given.only or [row.name for row in ROWS]
-    began, runs = time.monotonic(), []
+    when, began, runs = report.now(), time.monotonic(), list[Figures]()
     for row in ROWS:
         if row.name in names:
             seconds = given.seconds or (row.short_s if given.short else 0) or row.seconds
@@ -37,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     broken = [run.row.name for run in runs if run.verdict.violations]
     print(f"\n{len(runs) - len(broken)} of {len(runs)} faults survived, in {seconds:.0f} s")
     if given.markdown:
-        report.rewrite(DOCUMENT, runs, seconds)
+        report.rewrite(report.DOCUMENT, runs, when, seconds)
     return 1 if broken else 0
 
 

@@ -67,7 +67,7 @@ class Figures:
             f" {self.faults:,} faults,"
             f" {v.grants:,} grants, spend ${v.spend / 1e9:,.6f}, overspend {usd(v.overspend)}, lost {usd(v.lost)},"
             f" {v.resolved:,} of {v.unknown:,} unknown resolved, {self.losses} losses noticed,"
-            f" longest call {v.longest_s:.2f} s: {'BROKEN' if v.violations else 'kept'}"
+            f" longest call {v.longest_s:.2f} s, {v.late_s:.2f} s late: {'BROKEN' if v.violations else 'kept'}"
         )
 
 
@@ -111,7 +111,7 @@ class Bench:
         made = [Budget(**spec) for spec in self.budgets]
         self.terms = Terms({budget.name: budget.limit_units for budget in made}, TIMEOUT_S)
         if quick:
-            self.terms.tolerance_s = 3.0
+            self.terms.tolerance_s = self.terms.lateness_max_s = 3.0
         self.untouched: tuple[str, ...] = ()
         """Tenants whose store is well all the time: no call of theirs may go unanswered."""
         self.losses_expected: bool | None = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -38,6 +39,8 @@ class Call:
     told: dict[str, int] = field(default_factory=dict)
     windows: dict[str, str] = field(default_factory=dict)
     ambiguous: bool = True
+    stood_ns: list[tuple[int, int]] = field(default_factory=list)
+    """From when until when its process stood still meanwhile."""
 
     @property
     def acknowledged(self) -> bool:
@@ -55,12 +58,21 @@ class Call:
     def seconds(self) -> float:
         return 0.0 if self.ended_ns is None else (self.ended_ns - self.began_ns) / 1e9
 
+    def late_s(self, timeout_s: float) -> float:
+        """For how long its process ran between its deadline and its end."""
+        due_ns = self.began_ns + int(timeout_s * 1e9)
+        if self.ended_ns is None or self.ended_ns <= due_ns:
+            return 0.0
+        stood = sum(max(0, min(end, self.ended_ns) - max(begin, due_ns)) for begin, end in self.stood_ns)
+        return (self.ended_ns - due_ns - stood) / 1e9
+
 
 def read(directory: Path) -> list[Call]:
     """The calls of every replica, in the order of their beginnings."""
     calls: list[Call] = []
     for path in sorted(directory.glob("*.jsonl")):
         begun: dict[int, Call] = {}
+        stood: list[tuple[int, int]] = []
         for line in path.read_text().splitlines():
             try:
                 words = json.loads(line)
@@ -73,9 +85,21 @@ def read(directory: Path) -> list[Call]:
                 )  # fmt: skip
                 begun[words["n"]] = call
                 calls.append(call)
+            elif "stood_ns" in words:
+                stood.append((words["at"] - words["stood_ns"], words["at"]))
             else:
                 _end(begun[words["n"]], words)
+        _tell_standstills(begun.values(), stood)
     return sorted(calls, key=lambda call: call.began_ns)
+
+
+def _tell_standstills(calls: Iterable[Call], stood: list[tuple[int, int]]) -> None:
+    """One process is one event loop; of its standstills none overlaps another, and they are in order."""
+    begins = [begin for begin, _ in stood]
+    for call in calls:
+        if call.ended_ns is not None:
+            first = max(0, bisect_right(begins, call.began_ns) - 1)
+            call.stood_ns = stood[first : bisect_right(begins, call.ended_ns)]
 
 
 def _end(call: Call, words: dict[str, Any]) -> None:
@@ -209,7 +233,7 @@ def parse(record: str) -> Stored:
     state, policy = head.split(" ")[:2]
     segments = []
     for text in rest:
-        flag, name, _, reserved, accrued, charged = text.split(",")
+        flag, name, _, reserved, accrued, charged = text.partition(" ")[0].split(",")
         budget, _, window = name.rpartition(":")
         figures = int(reserved), int(accrued or 0), int(charged or 0)
         segments.append(Segment(budget, window, *figures, slots=flag == "s"))

@@ -31,7 +31,9 @@ class Terms:
     timeout_s: float
     slots: frozenset[str] = frozenset({"jobs"})
     tolerance_s: float = 0.5
-    """By which a call may end late: replicas share the machine's cores."""
+    """By which a call may end late, as its caller sees it: replicas share the machine's cores."""
+    lateness_max_s: float = 0.25
+    """The same without what its process stood still: between the deadline and the end, while it could have ended it."""
     steady_clock: bool = True
     """Whether the store's clock went at the pace of all others: else nobody knows when holds come due."""
     midnight_ns: int | None = None
@@ -62,6 +64,8 @@ class Verdict:
     resolved: int = 0
     """Those that the store tells in the end, one way or the other."""
     longest_s: float = 0.0
+    late_s: float = 0.0
+    """The most that a process ran between the deadline and the end of a call."""
     windows: int = 0
     violations: list[str] = field(default_factory=list)
 
@@ -75,6 +79,7 @@ class Verdict:
         self.overspend = max(self.overspend, other.overspend)
         self.late = max(self.late, other.late)
         self.longest_s = max(self.longest_s, other.longest_s)
+        self.late_s = max(self.late_s, other.late_s)
         self.violations += other.violations
 
 
@@ -107,8 +112,12 @@ def _each_call_ends_in_time_with_a_known_word(calls: list[Call], terms: Terms, v
     known = (*ACKNOWLEDGED, *REFUSED, *UNANSWERED[:1], "killed", "cancelled", "unguarded", "prepaid", *terms.refusals)
     for call in calls:
         verdict.longest_s = max(verdict.longest_s, call.seconds)
+        late_s = call.late_s(terms.timeout_s)
+        verdict.late_s = max(verdict.late_s, late_s)
         if call.seconds > terms.timeout_s + terms.tolerance_s:
             verdict.blame(f"{call.name} of '{call.id}' took {call.seconds:.2f} s")
+        elif late_s > terms.lateness_max_s:
+            verdict.blame(f"{call.name} of '{call.id}' ended {late_s:.2f} s late, and its process did not stand still")
         if call.word not in known:
             verdict.blame(f"{call.name} of '{call.id}' ended with {call.word}")
 

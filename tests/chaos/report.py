@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -14,21 +14,28 @@ from ..conftest import redis_binary, valkey_binary
 from .bench import Figures, usd
 from .rows import ROWS
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "reliability.md"
 BEGIN, END = "<!-- chaos: begin -->", "<!-- chaos: end -->"
 HEADINGS = (
     "fault", "must hold", "operations", "faults", "grants", "spend", "overspend", "lost", "unknown resolved",
-    "losses noticed", "longest call", "seed", "",
+    "losses noticed", "longest call", "late", "seed", "run", "",
 )  # fmt: skip
 
 
-def table(runs: Iterable[Figures], before: str = "") -> str:
-    """Markdown: a row for each run; of what was not run now, the row that is in the table ``before``."""
-    told = {line.rsplit("| `", 1)[1].partition("`")[0]: line for line in before.splitlines() if "| `" in line}
-    told |= {run.row.name: _line(_row(run)) for run in runs}
+def table(runs: Iterable[Figures], when: str, before: str = "") -> str:
+    """Markdown: a row for each run; of what was not run now, the row that is in the table ``before``.
+
+    Args:
+        when: tells the run: each row says which one it is from.
+    """
+    columns = _line(HEADINGS).count("|")
+    rows = [line for line in before.splitlines() if "| `" in line and line.count("|") == columns]
+    told = {line.rsplit("| `", 1)[1].partition("`")[0]: line for line in rows}
+    told |= {run.row.name: _line(_row(run, when)) for run in runs}
     return "\n".join(
         [
             _line(HEADINGS),
-            _line(("---", "---", *("---:",) * 10, "---")),
+            _line(("---", "---", *("---:",) * 11, "---", "---")),
             *(told[r.name] for r in ROWS if r.name in told),
         ]
     )
@@ -38,7 +45,7 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _row(run: Figures) -> tuple[str, ...]:
+def _row(run: Figures, when: str) -> tuple[str, ...]:
     v = run.verdict
     return (
         run.row.fault,
@@ -52,20 +59,31 @@ def _row(run: Figures) -> tuple[str, ...]:
         f"{v.resolved:,} of {v.unknown:,}",
         f"{run.losses:,}",
         f"{v.longest_s:.2f} s",
+        f"{v.late_s:.2f} s",
         f"`{run.row.name}` {run.seed}",
+        when,
         "**broken**" if v.violations else "kept",
     )
 
 
-def circumstances(seconds: float) -> str:
-    """When, where, and with what."""
+def circumstances(runs: Sequence[Figures], when: str, seconds: float) -> str:
+    """Which rows were run last, when, where, and with what."""
     kinds = {"valkey": valkey_binary(), "redis": redis_binary()}
     servers = ", ".join(f"{kind}-server {_server_version(binary)}" for kind, binary in kinds.items() if binary)
+    if len({run.row.name for run in runs}) == len(ROWS):
+        what = f"All {len(ROWS)} rows are of one run"
+    else:
+        names = ", ".join(f"`{run.row.name}`" for run in runs)
+        what = f"The last run was of {names} only (the others are of earlier ones: see their last columns)"
     return (
-        f"Last run on {datetime.now(UTC):%Y-%m-%d} at commit {_commit()}, in {seconds:.0f} s, on {os.cpu_count()} cores"
-        f" ({platform.system()} {platform.machine()}); Python {platform.python_version()}, redis-py {version('redis')},"
-        f" {servers}."
+        f"{what}, {when}, in {seconds:.0f} s, on {os.cpu_count()} cores ({platform.system()} {platform.machine()});"
+        f" Python {platform.python_version()}, redis-py {version('redis')}, {servers}."
     )
+
+
+def now() -> str:
+    """Date and commit, by which a run is told; to be asked before it begins."""
+    return f"{datetime.now(UTC):%Y-%m-%d} at {_commit()}"
 
 
 def _server_version(binary: str) -> str:
@@ -74,17 +92,22 @@ def _server_version(binary: str) -> str:
 
 
 def _commit() -> str:
-    git = ["git", "-C", str(Path(__file__).parent)]
+    git = ["git", "-C", str(DOCUMENT.parents[1])]
     try:
         commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", "--", f":!{DOCUMENT}"], capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return commit.stdout.strip() + (" with changes" if changed.stdout.strip() else "")
 
 
-def rewrite(path: Path, runs: Iterable[Figures], seconds: float) -> None:
+def rewrite(path: Path, runs: Sequence[Figures], when: str, seconds: float) -> None:
     """Puts the table between the two markers of a document; what was not run now keeps its row.
+
+    Args:
+        when: what :func:`now` said before the runs.
 
     Raises:
         ValueError: it does not have them.
@@ -94,7 +117,5 @@ def rewrite(path: Path, runs: Iterable[Figures], seconds: float) -> None:
     table_before, ended, after = rest.partition(END)
     if not begun or not ended:
         raise ValueError(f"{path} has no {BEGIN} … {END}")
-    path.write_text(
-        f"{before}{begun}\n\n{circumstances(seconds)}\n\n{table(runs, table_before)}\n\n{ended}{after}",
-        encoding="utf-8",
-    )
+    told = f"{circumstances(runs, when, seconds)}\n\n{table(runs, when, table_before)}"
+    path.write_text(f"{before}{begun}\n\n{told}\n\n{ended}{after}", encoding="utf-8")

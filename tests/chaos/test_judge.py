@@ -65,6 +65,12 @@ def test_a_history_that_keeps_every_promise_is_not_blamed():
     assert (verdict.overspend, verdict.lost, verdict.unknown) == (0, 0, 0)
 
 
+def a_call_ends_late_though_its_process_ran(case: Case) -> None:
+    call = case.calls[5]
+    call.ended_ns = call.began_ns + SECOND_NS * 14 // 10
+    call.stood_ns = [(call.began_ns, call.began_ns + SECOND_NS * 11 // 10)]
+
+
 def an_acknowledged_commit_is_lost(case: Case) -> None:
     case.books = some_books({"b": 30}, {"b": a_record("x", 30, 30), "d": a_record("r", 20, 0)}, unconfirmed=30)
 
@@ -141,6 +147,7 @@ def an_error_that_the_fault_does_not_explain(case: Case) -> None:
         (a_grant_passes_the_cap, "above the limit"),
         (a_denial_is_unfounded, "although there was room"),
         (a_call_takes_too_long, "took 2.00 s"),
+        (a_call_ends_late_though_its_process_ran, "ended 0.30 s late"),
         (a_call_ends_with_an_unexpected_error, "ended with !KeyError"),
         (the_sums_are_not_the_ledgers, "the ledger adds up to 80"),
         (something_stays_held, "20 units are held, but no hold is open"),
@@ -193,3 +200,14 @@ def test_a_history_is_read_as_far_as_a_killed_process_had_written_it(tmp_path: P
     first, second = read(tmp_path)
     assert (first.acknowledged, first.unknown, first.seconds) == (True, False, 4e-9)
     assert (second.acknowledged, second.unknown, second.word) == (False, True, "killed")
+
+
+def test_what_a_process_stood_still_is_not_the_limiters_lateness(tmp_path: Path):
+    ms = 10**6
+    begun = {"n": 1, "at": 0, "call": "record", "tenant": "default", "id": "x", "asked": {"agent": 1}}
+    ended = {"n": 1, "at": 1400 * ms, "word": "StoreUnavailable", "ambiguous": True}
+    stood = [{"at": at * ms, "stood_ns": long * ms} for at, long in ((100, 90), (1100, 200), (1300, 50), (1500, 130))]
+    (tmp_path / "0.0.jsonl").write_text("\n".join(map(json.dumps, (begun, *stood[:3], ended, stood[3]))))
+    [call] = read(tmp_path)
+    assert call.late_s(1.0) == pytest.approx(0.4 - 0.1 - 0.05 - 0.03)
+    assert call.late_s(1.5) == 0

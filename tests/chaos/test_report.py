@@ -33,20 +33,39 @@ def test_the_table_takes_the_place_between_the_markers_and_keeps_what_was_not_ru
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nworn out\n{report.END}\nafter\n")
     other = Figures(ROWS[3], seed=5, seconds=20)
-    for runs in ([figures(), other], [figures("something")]):
-        report.rewrite(page, runs, 60)
+    for runs, when in (([figures(), other], "Monday at a1"), ([figures("something")], "Tuesday at b2")):
+        report.rewrite(page, runs, when, 60)
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "worn out" not in text
     rows = [line for line in text.splitlines() if line.startswith("|")]
     assert len(rows) == 4 and len({row.count("|") for row in rows}) == 1
-    assert "| `clients-die` 7 | **broken** |" in rows[2] and f"| `{ROWS[3].name}` 5 | kept |" in rows[3]
+    assert "| `clients-die` 7 | Tuesday at b2 | **broken** |" in rows[2]
+    assert f"| `{ROWS[3].name}` 5 | Monday at a1 | kept |" in rows[3]
+    assert "The last run was of `clients-die` only" in text and ", Tuesday at b2, in 60 s" in text
+
+
+def test_a_run_of_all_rows_leaves_nothing_of_an_earlier_one(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\n{report.END}\n")
+    for when in ("Monday at a1", "Tuesday at b2"):
+        report.rewrite(page, [Figures(row, seed=5, seconds=20) for row in ROWS], when, 60)
+    text = page.read_text()
+    assert "Monday" not in text and text.count("Tuesday at b2") == len(ROWS) + 1
+    assert f"All {len(ROWS)} rows are of one run, Tuesday at b2" in text
+
+
+def test_a_row_of_another_shape_is_not_kept(tmp_path: Path):
+    page = tmp_path / "page.md"
+    page.write_text(f"{report.BEGIN}\n| a | `{ROWS[3].name}` 1 | kept |\n{report.END}\n")
+    report.rewrite(page, [figures()], "Monday at a1", 60)
+    assert ROWS[3].name not in page.read_text()
 
 
 def test_a_page_without_markers_is_left_alone(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text("nothing here\n")
     with pytest.raises(ValueError, match="chaos: begin"):
-        report.rewrite(page, [figures()], 60)
+        report.rewrite(page, [figures()], "Monday at a1", 60)
     assert page.read_text() == "nothing here\n"
 
 

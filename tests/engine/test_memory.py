@@ -26,6 +26,11 @@ def plain(hold_id: str, head: str, *parts: tuple) -> Op:
     return Op(hold_id, KEYS.hold(hold_id), head, list(parts))
 
 
+def grant(known: Memory, hold_id: str, now_ms: int, labels: str = "- - -") -> None:
+    record = f"o c {NOW_MS + 900_000} {now_ms * 1000} 0 {labels}{AGENT.segment}5,,"
+    known.granted(hold_id, [(AGENT, ":5")], record, now_ms)
+
+
 def told(ops: list[Op]) -> list[tuple[str, list[str]]]:
     return [(op.head, [f"{window.budget}{tail}" for window, tail in op.parts]) for op in ops]
 
@@ -53,13 +58,47 @@ def test_a_settlement_is_told_again_as_it_was(op, line, again):
 
 
 def test_what_was_a_replay_is_in_the_share_of_another():
-    known = Memory()
-    known.acknowledged(commit("other", (AGENT, ":x7")), "p - 7", NOW_MS)
+    known = Memory("me")
+    known.acknowledged(commit("other", (AGENT, ":x7")), "p - 7 you", NOW_MS)
     known.acknowledged(commit("own", (AGENT, ":x5")), "k - 5", NOW_MS)
-    known.acknowledged(commit("own", (AGENT, ":x5")), "p - 5", NOW_MS)
+    known.acknowledged(commit("own", (AGENT, ":x5")), "p - 5 me", NOW_MS)
     assert [op.id for op in known.settlements(KEYS, NOW_MS)] == ["own"]
-    assert [op.id for op in known.others(KEYS, NOW_MS)] == ["other"]
+    others = known.others(KEYS, NOW_MS)
+    assert told(others) == [("S you D other", ["agent:x7"])]
+    assert told([others[0].otherwise("u")]) == [("S you K other 1 - -", ["agent:7"])]
     assert told(known.shares(KEYS)) == [("T -", ["agent:5"])]
+
+
+def test_a_replay_of_what_this_replica_did_is_in_its_share():
+    """The first answer was lost."""
+    known = Memory("me")
+    known.acknowledged(commit("own", (AGENT, ":x5"), (EVER, ":x5")), "p - 5,5 me", NOW_MS)
+    known.acknowledged(plain("spent", "N spent 0 - -", (AGENT, ":2")), "p - 2 me agent:today", NOW_MS)
+    assert [op.id for op in known.settlements(KEYS, NOW_MS)] == ["own", "spent"]
+    assert {op.parts[0][0].budget: op.parts[0][1] for op in known.shares(KEYS)} == {"agent": ":7", "ever": ":5"}
+
+
+def test_whose_share_a_settlement_is_in_the_store_knows_best():
+    known = Memory("me")
+    known.acknowledged(commit("a", (AGENT, ":x7")), "k - 7", NOW_MS)
+    known.told("a", "p - 7 you")
+    assert (known.settlements(KEYS, NOW_MS), known.shares(KEYS)) == ([], [])
+    known.told("a", "p - 7 me")
+    assert told(known.shares(KEYS)) == [("T -", ["agent:7"])]
+    for line in ("p - 7 -", "p - 0", "k - 7", "c record", "a"):
+        known.told("a", line)
+    assert told(known.shares(KEYS)) == [("T -", ["agent:7"])]
+
+
+def test_open_holds_are_asked_about_some_at_a_time_and_all_in_turn():
+    known = Memory()
+    for number in range(5):
+        grant(known, f"op_{number}", NOW_MS)
+    grant(known, "new", NOW_MS + 9_000)
+    rounds = [known.unsettled(NOW_MS + 10_000, 2) for _ in range(5)]
+    assert rounds == [["op_0", "op_1"], ["op_2", "op_3"], ["op_4"], [], ["op_0", "op_1"]]
+    known.forget("op_0")
+    assert "op_0" not in [op.id for op in known.holds(KEYS)]
 
 
 def test_what_is_forgotten_one_by_one_stays_in_the_share(monkeypatch):
@@ -76,10 +115,10 @@ def test_what_is_forgotten_one_by_one_stays_in_the_share(monkeypatch):
 def test_a_hold_is_remembered_until_it_is_settled_or_too_old():
     known = Memory()
     for hold_id in ("a", "b"):
-        record = f"o c {NOW_MS + 900_000} {NOW_MS * 1000} 0 me research t1{AGENT.segment}5,,"
-        known.granted(hold_id, [(AGENT, ":5")], record, NOW_MS)
+        grant(known, hold_id, NOW_MS, "me research t1")
     known.acknowledged(commit("a", (AGENT, ":x7")), "k - 7", NOW_MS)
     head = f"O b c {NOW_MS + 900_000} {NOW_MS * 1000} me research t1"
     assert told(known.holds(KEYS)) == [(head, ["agent:5:0"])]
     known.settlements(KEYS, NOW_MS + HOLD_AGE_MAX_MS + 1)
     assert known.holds(KEYS) == []
+    assert HOLD_AGE_MAX_MS <= AGE_MAX_MS, "who settled it would not tell of it any more"

@@ -37,7 +37,8 @@ class Wire:
         self.head: Head | None = None
 
     def op(self, head: str, **parts: str) -> Op:
-        letter, hold_id, *words = head.split(" ")
+        letter, *words = head.split(" ")
+        hold_id = words.pop(2 if letter == "S" else 0)
         key = self.session.keys.hold(hold_id)
         windows = [(self.session.current_window(name), tail) for name, tail in parts.items()]
         if letter == "R":
@@ -51,7 +52,8 @@ class Wire:
         windows = {name: self.session.current_window(name) for name in spent}
         parts = [(windows[name], f":x{units}") for name, units in spent.items()]
         made = Commit(hold_id, self.session.keys.hold(hold_id), parts, True, "-", "-")
-        made.simplify(self.record(hold_id), [(windows[name], counted[name]) for name in spent], [*spent.values()])
+        reserved = [(windows[name], counted[name]) for name in spent]
+        made.simplify(self.session.replica_id, self.record(hold_id), reserved, [*spent.values()])
         return made
 
     def send(self, *ops: Op, simple: bool = False) -> list[str]:
@@ -165,7 +167,8 @@ def test_commit_replies(wire):
     wire.reserve("op_1", agent=150, cycles=2, jobs=1)
     parts = {"agent": ":x70", "cycles": ":r2", "jobs": ":x1"}
     assert wire.ask("D op_1", **parts) == "k - 70,2,0"
-    assert wire.ask("D op_1", **parts) == "p - 70,2,0"
+    assert wire.ask("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
+    assert Wire(wire.client).ask("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
     assert wire.ask("D op_1", **{**parts, "agent": ":x71"}) == f"c {wire.record('op_1')}"
     assert wire.ask("L op_1 0", **parts) == f"c {wire.record('op_1')}"
     assert wire.ask("D nobody", agent=":x1") == "u"
@@ -218,7 +221,11 @@ def test_a_settlement_that_does_not_name_all_windows_is_asked_for_them(wire):
 @pytest.mark.parametrize("letter", ["N", "K"])
 def test_record_replies(client, wire, letter):
     assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
-    assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == "p - 20,1"
+    words = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire)}"
+    assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == words
+    assert Wire(client).ask(f"{letter} op_1 0 research -", cycles=":1", agent=":20") == (
+        f"p - 1,20 {wire.session.replica_id} cycles:{day(wire)},agent:{day(wire)}"
+    )
     assert wire.ask(f"{letter} op_1 0 research -", agent=":21", cycles=":1") == f"c {wire.record('op_1')}"
     assert wire.reserve("op_1", agent=20, cycles=1) == ("c " if letter == "N" else "p ") + wire.record("op_1")
     assert wire.yesterday().ask(f"{letter} op_2 0 - -", agent=":20") == "w"
@@ -230,6 +237,109 @@ def test_record_replies(client, wire, letter):
     assert berlin.ask(f"{letter} op_3 0 - -", agent=":20").startswith("m agent:")
     assert wire.sums("agent") == figures(spent=20, events=1)
     assert immortal_keys(client) == []
+
+
+# -- a window that was begun and is not here ---------------------------------------------------------------------------
+
+TOUCHING = {
+    "R new 60000 c - - -": ":150",
+    "D op_1": ":x70",
+    "M op_1 model trace": ":x70",
+    "L op_1 0": ":x0",
+    "L op_z 0": ":x0",
+    "E op_1 60000 0": ":30:200",
+    "X op_x": "",
+    "H op_1": ":10",
+    "P new c 9999999999999 1764000000000000 - - -": ":20:20:0",
+    "N new 0 - -": ":20",
+    "K new 1 - -": ":20",
+    "T -": ":20",
+    "O new c 9999999999999 1764000000000000 - - -": ":20:0",
+    "O op_1 c 9999999999999 1764000000000000 - - -": ":200:0",
+    "S replica D op_1": ":x70",
+    "S replica K new 1 - -": ":20",
+}
+
+
+@pytest.fixture
+def begun(client, wire) -> Wire:
+    """There were holds in two windows, and that of budget agent is not here any more."""
+    wire.reserve("op_1", agent=150)
+    wire.reserve("op_z", agent=150)
+    wire.ask("L op_z 1", agent=":x0")
+    wire.reserve("op_x", ttl_ms=1000, agent=150)
+    wire.reserve("op_2", cycles=1)
+    wire.reserve("op_both", cycles=1, agent=150)
+    wire.wait_due("op_x")
+    client.delete(wire.session.current_window("agent").key)
+    return wire
+
+
+def stored(wire: Wire) -> dict[str, object]:
+    """All but what each batch may write."""
+    everything = dump(wire.client)
+    del everything[wire.session.keys.meta]
+    return everything
+
+
+@pytest.mark.parametrize("head", TOUCHING)
+def test_nothing_is_written_into_half_a_window(begun, head):
+    before = stored(begun)
+    missing = f"t agent:{day(begun)}"
+    assert begun.ask(head, agent=TOUCHING[head]) == missing
+    with_another = begun.send(begun.op(head, agent=TOUCHING[head]), begun.op("L nobody 0", cycles=":x0"))
+    assert with_another == [missing, "u"]
+    assert stored(begun) == before
+
+
+def test_other_windows_of_the_same_batch_go_on(begun):
+    missing = f"t agent:{day(begun)}"
+    commit, lacking = begun.op("D op_2", cycles=":x1"), begun.op("D op_both", cycles=":x1", agent=":x70")
+    assert begun.send(begun.op("D op_1", agent=":x70"), lacking, commit) == [missing, missing, "k - 1"]
+    assert begun.sums("cycles") == figures(spent=1, held=1, events=1)
+    reserve = begun.op("R op_3 60000 c - - -", cycles=":1")
+    assert begun.send(begun.op("D op_both", cycles=":x1", agent=":x70"), reserve) == [missing, "g"]
+    assert begun.sums("cycles") == figures(spent=1, held=2, events=1)
+    assert begun.record("op_both").startswith("o ")
+
+
+def test_what_is_settled_is_told_without_its_window(client, wire):
+    wire.reserve("op_1", agent=150)
+    wire.ask("D op_1", agent=":x70")
+    client.delete(wire.session.current_window("agent").key)
+    assert wire.ask("D op_1", agent=":x70").startswith("p - 70 ")
+    assert wire.reserve("op_1", agent=150).startswith("p c ")
+
+
+# -- what is told again after a loss -----------------------------------------------------------------------------------
+
+
+def test_each_batch_of_a_repair_says_that_it_is_one(client, wire):
+    for op in (wire.op("S you K op_1 1 - -", agent=":20"), wire.op("T -", agent=":20")):
+        client.hset(wire.session.keys.meta, "recovering_until", 1)
+        wire.send(op)
+        assert int(client.hget(wire.session.keys.meta, "recovering_until")) >= wire.head.now_us // 1000 + 1000
+
+
+def test_a_settlement_of_another_replica_is_told_into_that_ones_share(client, wire):
+    key = wire.session.current_window("agent").key
+    maker = Wire(client)
+    maker.record("nobody")
+    me, you = wire.session.replica_id, maker.session.replica_id
+    wire.reserve("op_1", agent=150)
+    assert wire.ask(f"S {you} D op_1", agent=":x70") == "k - 70"
+    assert wire.ask(f"S {you} D lost", agent=":x5") == "u"
+    assert wire.ask(f"S {you} K lost 1 - -", agent=":5") == "k - 5"
+    assert wire.ask(f"S {you} N spent 1 - -", agent=":3") == "k - 3"
+    assert wire.ask(f"S {you} N spent 1 - -", agent=":3").startswith(f"p - 3 {you} ")
+    assert (client.hget(key, f"r:{you}"), client.hget(key, f"r:{me}")) == ("78", "0")
+    assert wire.sums("agent") == figures(spent=78, events=3)
+    assert maker.ask("T -", agent=":100") == "k - 22"
+    assert wire.ask(f"S {you} K other 1 - -", agent=":5") == "a", "it is among what that replica has told"
+    assert wire.sums("agent") == figures(spent=100, events=4)
+    client.hset(wire.session.keys.meta, "epoch", "1.another")  # after another loss, it has yet to tell
+    wire.session.renew()
+    assert wire.ask(f"S {you} K other 1 - -", agent=":5") == "k - 5"
 
 
 def test_extend_replies(wire):
@@ -611,6 +721,9 @@ def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, cl
         ("X op_4", {"agent": "", "cycles": ""}),
         ("N spent 0 - -", {"agent": ":20"}),
         ("K lost 1 - -", {"agent": ":20"}),
+        ("S another K lost_too 1 - -", {"agent": ":20"}),
+        ("T -", {"agent": ":9000"}),
+        ("O gone c 9999999999999 1764000000000000 - - -", {"agent": ":20:0"}),
     ]
     for head, parts in calls:
         with server.client() as other:
@@ -620,8 +733,9 @@ def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, cl
             strict(wire)
             [line] = wire.send(op)
             assert line[0] in "gpdkex", (head, line)
+    client.hdel("ktrdr:{t}:meta", "recovering_until")  # there were words of repair among them
     simple = setup.commit("op_6", counted={"agent": 150, "cycles": 1}, agent=70, cycles=1)
-    ops = [simple, setup.op("R newer 60000 c - - -", agent=":150", cycles=":1")]
+    ops = [simple, setup.op("R newer 60000 c - - -", agent=":150")]
     _, setup.keys, _ = encode_batch(setup.session.keys, setup.session.header, ops, simple=True)
     with server.client() as other:
         setup.client = other

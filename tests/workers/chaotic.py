@@ -6,6 +6,7 @@ killed is known. A line of the file, instants in nanoseconds of the machine's mo
 
     {"n", "at", "call", "tenant", "id", "asked", "ttl_ms", "policy"}    begun; amounts in whole units
     {"n", "at", "word", "told", "windows", "ambiguous", "hold_id"}      ended: done, replayed, …, or an error
+    {"at", "stood_ns"}    until then, this process did not get to anything: others had the machine, or it was busy
 
 It is told `go`, later `stop`: it then asks again about every call whose outcome it does not know, and says what it saw.
 """
@@ -23,6 +24,9 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, StoreUnavailab
 from ktrdr_budget.money import from_units, to_units
 
 SETTLING_S = 20.0
+LOOK_S = 0.005
+STOOD_S = 0.01
+"""How late a timer of this length is before that counts as standing still."""
 SHARED_EACH_S = 0.05
 """A new id that all replicas know is born this often."""
 
@@ -45,6 +49,15 @@ class History:
 
     def end(self, number: int, **words) -> None:
         self._write({"n": number, "at": time.monotonic_ns(), **words})
+
+    async def watch(self) -> None:
+        """Writes down whenever the event loop stood still: no deadline can be kept meanwhile, and no answer heard."""
+        while True:
+            before_ns = time.monotonic_ns()
+            await asyncio.sleep(LOOK_S)
+            stood_ns = time.monotonic_ns() - before_ns - int(LOOK_S * 1e9)
+            if stood_ns > STOOD_S * 1e9:
+                self._write({"at": time.monotonic_ns(), "stood_ns": stood_ns})
 
     def _write(self, words: dict) -> None:
         os.write(self._file, json.dumps(words, separators=(",", ":")).encode() + b"\n")
@@ -252,6 +265,7 @@ async def main(options: dict) -> None:
     loop.run_in_executor(None, listen, loop, lines)
     await lines.get()
     replica = Replica(limiter, history, options)
+    watching = asyncio.create_task(history.watch())
     with contextlib.suppress(StoreUnavailable):
         await limiter.start()
     callers = [asyncio.create_task(replica.works(number)) for number in range(options["callers"])]
@@ -263,6 +277,7 @@ async def main(options: dict) -> None:
     await lines.get()
     say(replica.report())
     await limiter.close()
+    watching.cancel()
 
 
 def listen(loop: asyncio.AbstractEventLoop, lines: asyncio.Queue) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from ktrdr_budget.engine.protocol import Command, Head, Op, encode_batch, parse_batch
+from ktrdr_budget.engine.scripts import REPAIR
 from ktrdr_budget.engine.session import Session
 from ktrdr_budget.engine.stores.store import NoScript, Store, Transient
 from ktrdr_budget.errors import StoreError, StoreUnavailable
@@ -78,8 +79,13 @@ class Background:
         assert self._loop is not None
         return self._loop.call_later(delay_s, _call, weakref.WeakMethod(method))
 
-    async def tell(self, ops: Sequence[Op], within_s: float | None = None) -> tuple[Head, list[str]]:
+    async def tell(
+        self, ops: Sequence[Op], within_s: float | None = None, *, repairs: bool = False
+    ) -> tuple[Head, list[str]]:
         """One batch beside the lanes.
+
+        Args:
+            repairs: it tells a store again what it has lost: nothing is granted before it has heard all of it.
 
         Raises:
             the exceptions of :data:`UNANSWERED`.
@@ -87,7 +93,8 @@ class Background:
         header = self.session.header
         await self.store.open()
         deadline = self.time() + (self.timeout if within_s is None else within_s)
-        answer = await self.store.apply(*encode_batch(self.session.keys, header, ops), deadline)
+        name, keys, args = encode_batch(self.session.keys, header, ops)
+        answer = await self.store.apply(REPAIR if repairs else name, keys, args, deadline)
         head, lines = parse_batch(answer)
         self.session.absorb(head, header)
         return head, lines

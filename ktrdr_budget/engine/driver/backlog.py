@@ -149,6 +149,7 @@ class Backlog:
         """Oldest first, once (the ids see to that). What the store does not take stays, with what comes after it
         for the same slab, and holds up nothing else.
         """
+        self._drop_doubtful()
         core, together, kept = self._core, _BATCH_OPS, 0
         dropped = core.deferred_lost
         refused: set[str] = set()
@@ -169,7 +170,22 @@ class Backlog:
                 continue
             if answer is None:
                 return
-            self._heard(max(0, kept - (core.deferred_lost - dropped)), ops, *answer)
+            self._heard(max(0, kept - (core.deferred_lost - dropped)), refused, ops, *answer)
+
+    def _drop_doubtful(self) -> None:
+        """Drops what the store may have been told so long ago that it may have forgotten its id."""
+        core, oldest_ms = self._core, self._background.session.now_ms() - AGE_MAX_MS
+        old = {hold_id for hold_id, since_ms in core.deferred_doubts.items() if since_ms < oldest_ms}
+        if old:
+            dropped = [op for op in core.deferred if op.id in old]
+            kept = [op for op in core.deferred if op.id not in old]
+            core.deferred.clear()
+            core.deferred.extend(kept)
+            core.deferred_lost += len(dropped)
+            for op in dropped:
+                logger.error("whether spend of %s during an outage was recorded stays unknown", op.id)
+            for hold_id in old:
+                del core.deferred_doubts[hold_id]
 
     def _next_deferred(self, kept: int, together: int, refused: set[str]) -> tuple[int, list[Op]]:
         """How many of the oldest are to be left, and the next that are to be told."""
@@ -187,27 +203,31 @@ class Backlog:
                 kept += 1
         return kept, ops
 
-    def _heard(self, kept: int, ops: list[Op], head: Head, lines: list[str]) -> None:
-        """Takes out what was told; what is to be told otherwise stays in its place."""
+    def _heard(self, kept: int, refused: set[str], ops: list[Op], head: Head, lines: list[str]) -> None:
+        """Takes out what was told; what is to be told otherwise, or later, stays in its place."""
         deferred = self._core.deferred
         deferred.rotate(-kept)
-        otherwise: list[Op] = []
+        left: list[Op] = []
         for op, line in zip(ops, lines, strict=True):
             if not deferred or deferred[0] is not op:
                 continue  # it was dropped
             deferred.popleft()
             if (instead := op.otherwise(line)) is not None:
-                otherwise.append(instead)
+                left.append(instead)
+            elif line[0] == "t":  # its window is not here, and may come back
+                refused.add(op.id)
+                left.append(op)
             else:
                 self._recorded(op, line, head)
-        deferred.extendleft(reversed(otherwise))
+        deferred.extendleft(reversed(left))
         deferred.rotate(kept)
 
     def _recorded(self, op: Op, line: str, head: Head) -> None:
+        self._core.deferred_doubts.pop(op.id, None)
         if self._core.prepaid is not None and op.letter in "HP":
             self._core.prepaid.told(op, line)
         elif line[0] in "kp":
-            self._background.session.memory.acknowledged(op, line, head.now_us // 1000)
+            self._background.session.settled(op, line, head.now_us // 1000)
         elif line[0] != "u" and op.letter != "L":
             logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
 
@@ -245,8 +265,10 @@ class Backlog:
         if (instead := op.otherwise(line)) is not None:
             self._unresolved.replace(doubt, instead)
             return
+        if line[0] == "t":  # its window is not here, and may come back
+            return
         if line[0] in "kp":
-            self._background.session.memory.acknowledged(op, line, head.now_us // 1000)
+            self._background.session.settled(op, line, head.now_us // 1000)
             outcome = ("sent_again" if line[0] == "k" else "executed") if settles else "released"
         else:
             outcome = {"c": "superseded", "u": "absent"}.get(line[0], "refused")

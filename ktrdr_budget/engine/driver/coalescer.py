@@ -41,6 +41,8 @@ _BATCH_OPS = 128
 _BATCH_WINDOWS = 768
 _BACKOFF_FIRST_S = 0.01
 _BACKOFF_MAX_S = 0.2
+_MISSING_S = 0.05
+"""How long a call waits for a window that is not here, before it asks again."""
 _LEFT_S = 0.002
 """A call with less time left than this has none."""
 
@@ -61,6 +63,7 @@ class Coalescer:
         )
         self._backlog = Backlog(core, self._background, self.breaker, self.recovery)
         core.session.on_suspicion = self.recovery.suspect
+        core.session.on_late = self.recovery.begin_again
         self._reset()
         forks.watch(self)
 
@@ -73,7 +76,7 @@ class Coalescer:
         self._then: deque[Call] = deque()
         """…what asks for money."""
         self._parked: dict[Call, asyncio.TimerHandle] = {}
-        """What asks for money while replicas tell the store what it has lost."""
+        """What asks for money while replicas tell the store what it has lost, or touches a window that is not here."""
         self._deadlines = Deadlines(self._look)
         self._lanes = 0
         self._idle: asyncio.Future[None] | None = None
@@ -88,6 +91,7 @@ class Coalescer:
         forks.keep((self._loop, self._background.tasks, self._store.forget()))
         self._core.deferred.clear()
         self._core.handed.clear()
+        self._core.deferred_doubts.clear()
         self._core.unresolved.clear()
         for part in (self._background, self.breaker, self.recovery, self._backlog):
             part.reset()
@@ -360,7 +364,7 @@ class Coalescer:
         if head.due and not self._retiring:
             self._retire(head.due)
         for call, line in zip(batch, lines, strict=True):
-            if line[0] == "l":
+            if line[0] in "lt":
                 self._park(call, line, head)
             elif line == "s":
                 self._session.was_not_simple()
@@ -481,12 +485,21 @@ class Coalescer:
             self._backlog.hasten()
 
     def _park(self, call: Call, line: str, head: Head) -> None:
-        """A reservation while replicas tell a store what it has lost: tried again then, if its deadline allows that."""
+        """Tries again later, if its deadline allows that, what has to wait though the store answers: what asks for
+        money while replicas tell what is lost, and what touches a window that is not here."""
         assert self._loop is not None
-        wait_s = (int(line[2:]) - head.now_us // 1000) / 1000
+        if line[0] == "t":
+            if call.request.letter == "X":  # a due hold, which others may wait for: left to whoever meets it next
+                self._resume(call, (line, head))
+                return
+            wait_s = _MISSING_S
+            why = f"the window {line[2:]} was begun and is not here: its slot is half moved, or it was deleted"
+        else:
+            wait_s = (int(line[2:]) - head.now_us // 1000) / 1000
+            why = f"it lost writes and is being repaired; try again in {wait_s:.1f} s"
         if self._loop.time() + wait_s > call.deadline - _LEFT_S:
-            words = f"store at {self._store.shown}: it lost writes and is being repaired; try again in {wait_s:.1f} s"
-            self._throw(call, StoreUnavailable(words, ambiguous=False))
+            ambiguous = call.sent and line[0] == "t"  # else it was granted nowhere
+            self._throw(call, StoreUnavailable(f"store at {self._store.shown}: {why}", ambiguous=ambiguous))
         else:
             self._parked[call] = self._loop.call_later(wait_s, self._unpark, call)
 

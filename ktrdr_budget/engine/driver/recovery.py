@@ -1,8 +1,7 @@
 """A store that went back in time is noticed, and told again what it has lost (P13).
 
 Each replica tells what it remembers (:mod:`.memory`), by ids and totals, so that telling it twice changes nothing:
-settlements first, then what they leave of the totals, then open holds; and what others did, last, when these had their
-time to tell it themselves.
+settlements first, its own and those of others that it was told of, then what they leave of its totals, then open holds.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from collections.abc import Callable
 from ktrdr_budget.engine.driver.background import UNANSWERED, Background, refuses_all
 from ktrdr_budget.engine.driver.breaker import Breaker
 from ktrdr_budget.engine.memory import Repair
-from ktrdr_budget.engine.protocol import Op
+from ktrdr_budget.engine.protocol import SETTLED, Command, Op
 from ktrdr_budget.errors import StoreError
 
 __all__ = ["Recovery"]
@@ -26,8 +25,10 @@ PULSE_S = 1.0
 
 The store grants nothing for RECOVERY_MS of prelude.lua after the first one has noticed: three times as long.
 """
-OTHERS_AFTER_S = 3.0
-"""By when the others have told what they did."""
+_LOOK_PULSES, _LOOK_HOLDS = 2, 500
+"""In each second pulse it asks of so many holds whether others have settled them."""
+_UNTOLD_FIRST_S, _UNTOLD_MAX_S = 1.0, 5.0
+"""When it tells again of a window that was begun and is not here."""
 _BATCH_OPS = 128
 _PAUSE_FIRST_S = 0.01
 _PAUSE_MAX_S = 0.2
@@ -62,9 +63,16 @@ class Recovery:
         """Nothing is lost, as at the start."""
         self.active = False
         """The store has lost what it acknowledged; no call is sent before it was told again."""
+        self._again = False
+        """Something has come up that was not told with the rest."""
+        self._told_losses = 0
+        """Up to which of them all was told again; something may come up later."""
         self._asking = False
+        self._looking = False
+        self._pulses = 0
+        self._untold_s = _UNTOLD_FIRST_S
         self._pulse_timer: asyncio.TimerHandle | None = None
-        self._others_timer: asyncio.TimerHandle | None = None
+        self._untold_timer: asyncio.TimerHandle | None = None
 
     # -- noticing ------------------------------------------------------------------------------------------------------
 
@@ -74,14 +82,20 @@ class Recovery:
 
     def stop(self) -> None:
         """Asks no more."""
-        for timer in (self._pulse_timer, self._others_timer):
+        for timer in (self._pulse_timer, self._untold_timer):
             if timer is not None:
                 timer.cancel()
 
     def _pulse(self) -> None:
         self.start()
-        if self._session.memory and self._session.silent_s >= PULSE_S / 2 and not self._breaker.open:
+        if not self._session.memory or self._breaker.open:
+            return
+        if self._session.silent_s >= PULSE_S / 2:
             self.suspect()
+        self._pulses += 1
+        if self._pulses % _LOOK_PULSES == 0 and not (self._looking or self.active or self._background.closed):
+            self._looking = True
+            self._background.spawn(self._look_for_settled())
 
     def suspect(self) -> None:
         """Asks the store, unless that is being done."""
@@ -100,6 +114,21 @@ class Recovery:
         finally:
             self._asking = False
 
+    async def _look_for_settled(self) -> None:
+        """Forgets holds that others have settled: told after a loss, they would be open again, if those forget them."""
+        session = self._session
+        ids = session.memory.unsettled(session.now_ms(), _LOOK_HOLDS)
+        try:
+            if ids:
+                stored = await self._background.read(Command(None, (), ("MGET", *map(session.keys.hold, ids))))
+                for hold_id, record in zip(ids, stored, strict=True):
+                    if record and (record.decode() if isinstance(record, bytes) else record)[0] in SETTLED:
+                        session.memory.forget(hold_id)
+        except UNANSWERED:
+            pass  # the next round asks again
+        finally:
+            self._looking = False
+
     # -- telling again -------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
@@ -108,13 +137,19 @@ class Recovery:
             self.active = True
             self._background.spawn(self._tell_until_heard())
 
+    def begin_again(self) -> None:
+        """The same; what is being told already does not include all."""
+        self._again = True
+        self.begin()
+
     async def _tell_until_heard(self) -> None:
         pause_s, trouble = _PAUSE_FIRST_S, None
         try:
             while not self._background.closed:
                 if not self._breaker.open:
+                    self._again = False
                     try:
-                        if await self._tell_all():
+                        if await self._tell_all() and not self._again:
                             return
                     except UNANSWERED as error:
                         trouble = error
@@ -128,54 +163,47 @@ class Recovery:
     async def _tell_all(self) -> bool:
         """Whether the store has heard all of it, and lost nothing meanwhile."""
         memory, session = self._session.memory, self._session
-        done = Repair(forgotten_settlements=memory.forgotten_settlements, forgotten_holds=memory.forgotten_holds)
-        own = await self._settle_again(memory.settlements(session.keys, session.now_ms()))
-        shares = None if own is None else await self._tell(memory.shares(session.keys))
+        done, first = Repair(), self._told_losses != session.losses
+        if first:
+            done.forgotten_settlements, done.forgotten_holds = memory.forgotten_settlements, memory.forgotten_holds
+        settled = await self._settle_again(
+            memory.settlements(session.keys, session.now_ms()) + memory.others(session.keys, session.now_ms())
+        )
+        shares = None if settled is None else await self._tell(memory.shares(session.keys))
         holds = None if shares is None else await self._tell(memory.holds(session.keys))
-        if own is None or shares is None or holds is None:
+        if settled is None or shares is None or holds is None:
             return False
-        done.settlements = sum(line[0] == "k" for _, line in own)
-        done.windows = sum(line != "k - 0" for _, line in shares)
+        done.settlements = sum(line[0] == "k" for _, line in settled)
+        done.windows = sum(line[0] == "k" and line != "k - 0" for _, line in shares)
         done.holds = sum(line == "g" for _, line in holds)
-        self._report(done)
-        if memory.others(session.keys, session.now_ms()) and self._others_timer is None:
-            self._others_timer = self._background.later(OTHERS_AFTER_S, self._begin_others)
+        self._told_losses = session.losses
+        self._report(done, first)
+        self._tell_later([line[2:] for _, line in (*settled, *shares, *holds) if line[0] == "t"])
         return True
 
-    def _report(self, done: Repair) -> None:
+    def _tell_later(self, missing: list[str]) -> None:
+        """What could not be told because its window is not here (its slot is half moved) is told once it is."""
+        if not missing:
+            self._untold_s = _UNTOLD_FIRST_S
+        elif self._untold_timer is None:
+            logger.warning("the windows %s are not here, and could not be told of again", ", ".join(sorted({*missing})))
+            self._untold_timer = self._background.later(self._untold_s, self._begin_untold)
+            self._untold_s = min(_UNTOLD_MAX_S, self._untold_s * 2)
+
+    def _begin_untold(self) -> None:
+        self._untold_timer = None
+        self.begin()
+
+    def _report(self, done: Repair, first: bool) -> None:
         self.total.add(done)
-        memory, shown = self._session.memory, self._background.store.shown
-        if memory or done:
+        shown = self._background.store.shown
+        if done or (first and self._session.memory):
             logger.warning("told the store at %s again what it had lost: %s", shown, done)
         if done.forgotten_settlements or done.forgotten_holds:
             logger.error(
                 "beyond the memory of replica %s, and not repaired: the ids of %d settlements, %d holds",
                 self._session.replica_id, done.forgotten_settlements, done.forgotten_holds,
             )  # fmt: skip
-
-    def _begin_others(self) -> None:
-        self._others_timer = None
-        if not self._background.closed:
-            self._background.spawn(self._tell_others())
-
-    async def _tell_others(self) -> None:
-        """Settlements of other replicas that this one was told of: they count as its own if those are gone."""
-        memory, session = self._session.memory, self._session
-        try:
-            answers = await self._settle_again(memory.others(session.keys, session.now_ms()))
-        except UNANSWERED:
-            answers = None
-        if answers is None:
-            self._others_timer = self._background.later(OTHERS_AFTER_S, self._begin_others)
-            return
-        done = Repair()
-        for op, line in answers:
-            if line[0] == "k":
-                done.settlements += 1
-                memory.acknowledged(op, line, session.now_ms())
-        if done:
-            self.total.add(done)
-            logger.warning("told the store at %s what other replicas did not: %s", self._background.store.shown, done)
 
     async def _settle_again(self, ops: list[Op]) -> list[tuple[Op, str]] | None:
         """The answers that ended it; ``None`` if the store lost something meanwhile."""
@@ -189,6 +217,7 @@ class Recovery:
                 if (instead := op.otherwise(line)) is not None:  # a hold that the store does not know, for one
                     ops.append(instead)
                 else:
+                    self._session.memory.told(op.id, line)
                     ended.append((op, line))
         return ended
 
@@ -206,7 +235,7 @@ class Recovery:
     async def _lines(self, batch: list[Op]) -> list[str] | None:
         """What the store says to each; one that it cannot take (its window is no window any more) holds up no other."""
         try:
-            head, lines = await self._background.tell(batch)
+            head, lines = await self._background.tell(batch, repairs=True)
         except StoreError as error:
             if refuses_all(error):
                 raise

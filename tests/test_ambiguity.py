@@ -22,6 +22,7 @@ from ktrdr_budget.engine.unresolved import Doubt, Unresolved
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import ledger_sum, sums
+from .helpers.patience import away
 from .helpers.proxy import Proxy
 from .helpers.waiting import until
 
@@ -64,7 +65,7 @@ def client(server):
 
 async def loses(proxy: Proxy, call, fate: str = "reply") -> None:
     """The call is executed (or, of fate ``request``, is not), and its caller learns nothing."""
-    proxy.fate = lambda: fate
+    proxy.lose_all(fate)
     with pytest.raises(StoreUnavailable) as unavailable:
         await call
     assert unavailable.value.ambiguous
@@ -72,7 +73,7 @@ async def loses(proxy: Proxy, call, fate: str = "reply") -> None:
 
 async def resolved(proxy: Proxy, limiter: AsyncBudgetLimiter, **outcomes: int) -> None:
     """The store answers again, and what was unknown ended so."""
-    proxy.fate = lambda: None
+    proxy.mend()
     await until(lambda: limiter.unresolved == 0)
     assert {word: count for word, count in limiter.resolved.items() if count} == outcomes
 
@@ -108,12 +109,11 @@ async def test_a_release_completes(proxy, limiter, client, fate, outcome):
 @FATES
 async def test_leaving_a_block_says_again_what_its_commit_said(proxy, limiter, client, fate, outcome):
     """A release on leaving would lose what was spent."""
-    proxy.fate = lambda: None
     with pytest.raises(StoreUnavailable):
         async with limiter.hold("agent", "0.15") as hold:
             await loses(proxy, hold.commit("0.07"), fate)
             raise StoreUnavailable("as the caller passes it on")
-    proxy.fate = lambda: None
+    proxy.mend()
     await until(lambda: limiter.unresolved == 0)
     await until(lambda: sums(client)["held"] == 0)
     assert sums(client)["spent"] == ledger_sum(client) == to_units("0.07")
@@ -200,9 +200,11 @@ async def test_a_hold_that_was_reserved_again_elsewhere_is_not_touched(proxy, li
 
 async def test_a_cancelled_caller_gives_back_only_what_was_granted_to_him(proxy, limiter, other, client):
     """He has gone when the store answers; meanwhile another replica was granted the same id."""
-    proxy.fate = lambda: "request"
+    limiter._coalescer._timeout = 1.0
+    proxy.lose_all("request")
     task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
-    await asyncio.sleep(0.1)
+    while not proxy.requests_lost:
+        await asyncio.sleep(0)
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
@@ -351,7 +353,8 @@ async def test_histories_of_lost_requests_and_replies_add_up(proxy, client, seed
                 left_open += not await pays(hold.commit(amount), amount)
 
         proxy.fate = lambda: choice.choice(("reply", "request")) if choice.random() < 0.6 else None
-        await asyncio.gather(*[work(number) for number in range(12)])
+        with away(proxy.url):
+            await asyncio.gather(*[work(number) for number in range(12)])
         proxy.fate = lambda: None
         await until(lambda: limiter.store_state == "closed" and limiter.unresolved == 0)
         outcomes = {word: count - outcomes_before[word] for word, count in limiter.resolved.items()}

@@ -388,11 +388,11 @@ async def test_losses_under_load_cost_nothing_that_was_acknowledged(server, clie
     work = [asyncio.create_task(spend(replica, 40)) for replica in replicas for _ in range(20)]
     try:
         for _ in range(2):
-            await until(lambda at=acknowledged: acknowledged > at or all(task.done() for task in work), 20)
+            await until(lambda at=acknowledged: acknowledged > at or all(task.done() for task in work))
             client.flushall()
-            await until(lambda: all(not r._coalescer.recovery.active and r.losses for r in replicas), 10)
+            await until(lambda: all(not r._coalescer.recovery.active and r.losses for r in replicas))
         await asyncio.gather(*work)
-        await until(look, 10)
+        await until(look)
     finally:
         for task in work:
             task.cancel()

@@ -73,7 +73,7 @@ async def loses(proxy: Proxy, call, fate: str = "reply") -> None:
 
 async def resolved(proxy: Proxy, limiter: AsyncBudgetLimiter, **outcomes: int) -> None:
     """The store answers again, and what was unknown ended so."""
-    proxy.mend()
+    proxy.lose_all(None)
     await until(lambda: limiter.unresolved == 0)
     assert {word: count for word, count in limiter.resolved.items() if count} == outcomes
 
@@ -113,7 +113,7 @@ async def test_leaving_a_block_says_again_what_its_commit_said(proxy, limiter, c
         async with limiter.hold("agent", "0.15") as hold:
             await loses(proxy, hold.commit("0.07"), fate)
             raise StoreUnavailable("as the caller passes it on")
-    proxy.mend()
+    proxy.lose_all(None)
     await until(lambda: limiter.unresolved == 0)
     await until(lambda: sums(client)["held"] == 0)
     assert sums(client)["spent"] == ledger_sum(client) == to_units("0.07")
@@ -218,16 +218,18 @@ async def test_a_cancelled_caller_gives_back_only_what_was_granted_to_him(proxy,
 
 
 async def test_a_cancelled_caller_who_tries_again_keeps_his_hold(proxy, limiter, client):
-    proxy.fate = lambda: "reply"
+    limiter._coalescer._timeout = 1.0
+    proxy.lose_all("reply")
     task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
-    await until(lambda: sums(client)["held"])
+    while not proxy.replies_lost:
+        await asyncio.sleep(0)
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
     await until(lambda: limiter.unresolved == 1)
     limiter._coalescer._backlog.hasten = lambda: None
     limiter._coalescer._backlog.stop()
-    proxy.fate = lambda: None
+    proxy.lose_all(None)
     await until(lambda: limiter.store_state == "closed")
     hold = await limiter.reserve("agent", "0.15", id="mine")
     await resolved(proxy, limiter, retried=1)

@@ -30,7 +30,7 @@ class Proxy:
     ``lose_replies``: so many replies to scripts are read from the server, which has thus run them, and are then dropped
     together with their connection. ``lose_requests``: so many scripts are dropped before the server sees them.
     ``fate`` is asked about each script, and may answer "reply" or "request" to lose it.
-    ``lose_all(fate)``: so does each script end, until ``mend()``.
+    ``lose_all(fate)``: so does each script end, until ``lose_all(None)``.
     ``hold_replies()``: the server runs what it is sent, but its answers wait for ``let_go()``. What a client says when
     it connects is answered, and that the server does not know a script yet is no answer in this sense.
     ``freeze()``: half-open. Connections stand and new ones are accepted, but nothing passes, either way, until
@@ -108,13 +108,12 @@ class Proxy:
         for task in list(self._connections):
             task.cancel()
 
-    def lose_all(self, fate: str) -> None:
-        is_away(self.url)
+    def lose_all(self, fate: str | None) -> None:
+        (is_there if fate is None else is_away)(self.url)
         self.fate = lambda: fate
 
     def mend(self) -> None:
         self._is_cut = False
-        self.fate = lambda: None
         self._opened()
 
     def _opened(self) -> None:

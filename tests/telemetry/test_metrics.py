@@ -298,7 +298,7 @@ async def test_repairs_and_resolved_requests_are_counted(server, tmp_path_factor
         with pytest.raises(StoreUnavailable):
             await limiter.record("agent", "0.10")
         assert (await scrape(metrics))["ktrdr_budget_unresolved",] == 1
-        proxy.mend()
+        proxy.lose_all(None)
         await until(lambda: limiter.unresolved == 0)
         with server.client() as client:
             client.flushall()

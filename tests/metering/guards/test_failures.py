@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,7 +14,7 @@ from examples.local_provider import LocalProvider, Scene
 from ktrdr_budget import BudgetExceeded, StoreUnavailable
 
 from ...helpers.guarded import BASIC, BASIC_STREAMS, PLAIN, Telling, Way, bill_nanos, guarded, take
-from ...helpers.waiting import until
+from ...helpers.waiting import until, wait_until
 
 EITHER = [*BASIC, *BASIC_STREAMS]
 REJECTED = (400, 401, 403, 404, 409, 413, 422, 429, 529)
@@ -90,6 +91,12 @@ async def test_retries_of_the_sdk_reserve_once_and_commit_what_was_reported_in_t
         assert g.counted == g.sums["spent"] == g.bill > 0
 
 
+def _be_patient(client: Any, provider: LocalProvider) -> None:
+    """The second attempt has time enough."""
+    wait_until(lambda: provider.requests)
+    client.timeout = 30
+
+
 LOST = {"500": Scene(status=500), "dropped": Scene(drop_after=0), "timeout": Scene(delay_s=0.7)}
 
 
@@ -100,7 +107,11 @@ async def test_an_attempt_that_may_have_been_billed_counts_besides_the_one_that_
 ) -> None:
     provider.script(first)
     async with opened(way.sdk) as g:
-        await take(way, g.client.with_options(max_retries=1, timeout=0.3 if first.delay_s else 30))
+        client = g.client.with_options(max_retries=1, timeout=0.3 if first.delay_s else 30)
+        patience = threading.Thread(target=_be_patient, args=[client, provider])
+        patience.start()
+        await take(way, client)
+        patience.join()
         await until(lambda: len(provider.ledger) == 2)
         final = next(line for line in provider.ledger if line.complete)
         assert g.sums["spent"] == bill_nanos([final])  # the end is exact

@@ -329,6 +329,7 @@ async def test_histories_of_lost_requests_and_replies_add_up(proxy, client, seed
         await until(lambda: answers(limiter, "team"))
         outcomes_before = dict(limiter.resolved)
         spent, left_open = Decimal(0), 0
+        abandoned: set[str] = set()
 
         async def pays(call, amount: Decimal) -> bool:
             nonlocal spent
@@ -348,9 +349,12 @@ async def test_histories_of_lost_requests_and_replies_add_up(proxy, client, seed
                 if choice.random() < 0.3:
                     await pays(limiter.record("team", amount), amount)
                     continue
+                own_id = choice.choice((None, f"{number}_{turn}"))
                 try:
-                    hold = await limiter.reserve("team", "0.05", id=choice.choice((None, f"{number}_{turn}")))
+                    hold = await limiter.reserve("team", "0.05", id=own_id)
                 except StoreUnavailable:
+                    if own_id is not None:
+                        abandoned.add(own_id)
                     continue
                 left_open += not await pays(hold.commit(amount), amount)
 
@@ -362,6 +366,8 @@ async def test_histories_of_lost_requests_and_replies_add_up(proxy, client, seed
         outcomes = {word: count - outcomes_before[word] for word, count in limiter.resolved.items()}
         assert outcomes["executed"] + outcomes["sent_again"] > 0
         assert outcomes["dropped"] == outcomes["refused"] == outcomes["superseded"] == 0
-        left_open += outcomes["granted"]
-        assert sums(client, "team")["held"] == to_units(left_open * Decimal("0.05"))
+        granted = abandoned & {hold.id for hold in await limiter.holds("team", limit=100)}
+        # One that is looked for may still be under way, on a busy machine; without an id of its own, it comes too late.
+        assert len(granted) >= outcomes["granted"]
+        assert sums(client, "team")["held"] == to_units((left_open + len(granted)) * Decimal("0.05"))
         assert sums(client, "team")["spent"] == ledger_sum(client, "team") == to_units(spent)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import importlib.util
 import json
 import logging
 import sys
@@ -38,18 +39,24 @@ GROUPS: dict[str, Callable[[Settings], Coroutine[Any, Any, list[Measure]]]] = {
     "policies": policies,
     "cluster": cluster,
 }
+PEERS = {"limits": "limits", "throttled": "throttled-py"}
+"""Modules, and the packages that bring them."""
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs what the arguments say; the exit code."""
     given = _parser().parse_args(arguments)
-    settings = Settings(quick=given.quick, store="redis" if given.redis else "valkey")
+    settings = Settings(quick=given.quick, store="redis" if given.redis else "valkey", rounds_max=given.rounds)
     if binary_of(settings.store) is None:
         print(f"benchmarks: {settings.store}-server is not installed", file=sys.stderr)
         return 2
+    groups = given.only or list(GROUPS)
+    if missing := _missing_peers(groups, settings):
+        print(f"benchmarks: {' and '.join(missing)} not installed: `make bench` installs them", file=sys.stderr)
+        return 2
     begun = time.monotonic()
-    measures = _run(given.only or list(GROUPS), settings)
+    measures = _run(groups, settings)
     about = report.circumstances(settings, time.monotonic() - begun)
     print(report.table(measures))
     missed = [measure.title for measure in measures if not measure.met]
@@ -62,9 +69,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if given.check and missed else 0
 
 
+def _missing_peers(groups: Sequence[str], settings: Settings) -> list[str]:
+    """The peers that are to be measured and are not there."""
+    asked = "concurrency" in groups or ("lease" in groups and not settings.quick)
+    return [peer for module, peer in PEERS.items() if asked and importlib.util.find_spec(module) is None]
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds, a store ten times less full")
+    parser.add_argument("--rounds", type=int, metavar="N", help="at most so many rounds; figures of one have no spread")
     parser.add_argument("--redis", action="store_true", help="on the machine's redis-server instead of Valkey")
     parser.add_argument("--only", nargs="+", choices=list(GROUPS), metavar="GROUP", help=f"of {', '.join(GROUPS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures to a file, too")

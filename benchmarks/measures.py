@@ -15,10 +15,12 @@ class Settings:
 
     quick: bool = False
     store: Literal["valkey", "redis"] = "valkey"
+    rounds_max: int | None = None
 
     def rounds(self, full: int, quick: int = 3) -> int:
         """How many rounds to take a median of."""
-        return quick if self.quick else full
+        rounds = quick if self.quick else full
+        return rounds if self.rounds_max is None else min(rounds, self.rounds_max)
 
     def size(self, full: int, quick: int) -> int:
         """How many calls, holds or entries."""

@@ -221,7 +221,7 @@ def test_no_password_is_in_the_repository_and_none_is_needed_in_clear(guarded):
 def test_without_a_password_the_server_does_not_start():
     words = ["sh", str(ROOM / "start.sh")]
     done = subprocess.run(
-        words, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=10, check=False
+        words, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60, check=False
     )
     assert done.returncode != 0
     assert "KTRDR_REDIS_PASSWORD: must be set to the password of the user ktrdr" in done.stderr

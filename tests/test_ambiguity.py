@@ -22,6 +22,7 @@ from ktrdr_budget.engine.unresolved import Doubt, Unresolved
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import ledger_sum, sums
+from .helpers.patience import away
 from .helpers.proxy import Proxy
 from .helpers.waiting import until
 
@@ -64,7 +65,7 @@ def client(server):
 
 async def loses(proxy: Proxy, call, fate: str = "reply") -> None:
     """The call is executed (or, of fate ``request``, is not), and its caller learns nothing."""
-    proxy.fate = lambda: fate
+    proxy.lose_all(fate)
     with pytest.raises(StoreUnavailable) as unavailable:
         await call
     assert unavailable.value.ambiguous
@@ -72,7 +73,7 @@ async def loses(proxy: Proxy, call, fate: str = "reply") -> None:
 
 async def resolved(proxy: Proxy, limiter: AsyncBudgetLimiter, **outcomes: int) -> None:
     """The store answers again, and what was unknown ended so."""
-    proxy.fate = lambda: None
+    proxy.lose_all(None)
     await until(lambda: limiter.unresolved == 0)
     assert {word: count for word, count in limiter.resolved.items() if count} == outcomes
 
@@ -108,12 +109,11 @@ async def test_a_release_completes(proxy, limiter, client, fate, outcome):
 @FATES
 async def test_leaving_a_block_says_again_what_its_commit_said(proxy, limiter, client, fate, outcome):
     """A release on leaving would lose what was spent."""
-    proxy.fate = lambda: None
     with pytest.raises(StoreUnavailable):
         async with limiter.hold("agent", "0.15") as hold:
             await loses(proxy, hold.commit("0.07"), fate)
             raise StoreUnavailable("as the caller passes it on")
-    proxy.fate = lambda: None
+    proxy.lose_all(None)
     await until(lambda: limiter.unresolved == 0)
     await until(lambda: sums(client)["held"] == 0)
     assert sums(client)["spent"] == ledger_sum(client) == to_units("0.07")
@@ -200,9 +200,11 @@ async def test_a_hold_that_was_reserved_again_elsewhere_is_not_touched(proxy, li
 
 async def test_a_cancelled_caller_gives_back_only_what_was_granted_to_him(proxy, limiter, other, client):
     """He has gone when the store answers; meanwhile another replica was granted the same id."""
-    proxy.fate = lambda: "request"
+    limiter._coalescer._timeout = 1.0
+    proxy.lose_all("request")
     task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
-    await asyncio.sleep(0.1)
+    while not proxy.requests_lost:
+        await asyncio.sleep(0)
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
@@ -216,16 +218,18 @@ async def test_a_cancelled_caller_gives_back_only_what_was_granted_to_him(proxy,
 
 
 async def test_a_cancelled_caller_who_tries_again_keeps_his_hold(proxy, limiter, client):
-    proxy.fate = lambda: "reply"
+    limiter._coalescer._timeout = 1.0
+    proxy.lose_all("reply")
     task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
-    await until(lambda: sums(client)["held"])
+    while not proxy.replies_lost:
+        await asyncio.sleep(0)
     task.cancel()
     with suppress(asyncio.CancelledError):
         await task
     await until(lambda: limiter.unresolved == 1)
     limiter._coalescer._backlog.hasten = lambda: None
     limiter._coalescer._backlog.stop()
-    proxy.fate = lambda: None
+    proxy.lose_all(None)
     await until(lambda: limiter.store_state == "closed")
     hold = await limiter.reserve("agent", "0.15", id="mine")
     await resolved(proxy, limiter, retried=1)
@@ -406,6 +410,7 @@ async def test_histories_of_lost_requests_and_replies_add_up(proxy, client, seed
         await until(lambda: answers(limiter, "team"))
         outcomes_before = dict(limiter.resolved)
         spent, left_open = Decimal(0), 0
+        abandoned: set[str] = set()
 
         async def pays(call, amount: Decimal) -> bool:
             nonlocal spent
@@ -425,19 +430,25 @@ async def test_histories_of_lost_requests_and_replies_add_up(proxy, client, seed
                 if choice.random() < 0.3:
                     await pays(limiter.record("team", amount), amount)
                     continue
+                own_id = choice.choice((None, f"{number}_{turn}"))
                 try:
-                    hold = await limiter.reserve("team", "0.05", id=choice.choice((None, f"{number}_{turn}")))
+                    hold = await limiter.reserve("team", "0.05", id=own_id)
                 except StoreUnavailable:
+                    if own_id is not None:
+                        abandoned.add(own_id)
                     continue
                 left_open += not await pays(hold.commit(amount), amount)
 
         proxy.fate = lambda: choice.choice(("reply", "request")) if choice.random() < 0.6 else None
-        await asyncio.gather(*[work(number) for number in range(12)])
+        with away(proxy.url):
+            await asyncio.gather(*[work(number) for number in range(12)])
         proxy.fate = lambda: None
         await until(lambda: limiter.store_state == "closed" and limiter.unresolved == 0)
         outcomes = {word: count - outcomes_before[word] for word, count in limiter.resolved.items()}
         assert outcomes["executed"] + outcomes["sent_again"] > 0
         assert outcomes["dropped"] == outcomes["refused"] == outcomes["superseded"] == 0
-        left_open += outcomes["granted"]
-        assert sums(client, "team")["held"] == to_units(left_open * Decimal("0.05"))
+        granted = abandoned & {hold.id for hold in await limiter.holds("team", limit=100)}
+        # One that is looked for may still be under way, on a busy machine; without an id of its own, it comes too late.
+        assert len(granted) >= outcomes["granted"]
+        assert sums(client, "team")["held"] == to_units((left_open + len(granted)) * Decimal("0.05"))
         assert sums(client, "team")["spent"] == ledger_sum(client, "team") == to_units(spent)

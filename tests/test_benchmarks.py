@@ -23,7 +23,7 @@ def test_a_quick_run_measures_and_writes_json(tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     groups = ("latency", "server", "memory", "cli", "guards", "lease", "cluster")
     done = subprocess.run(
-        [sys.executable, "-m", "benchmarks", "--quick", "--json", str(file), "--only", *groups],
+        [sys.executable, "-m", "benchmarks", "--quick", "--rounds", "1", "--json", str(file), "--only", *groups],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -58,6 +58,19 @@ def test_a_quick_run_measures_and_writes_json(tmp_path: Path) -> None:
         assert measure["met"] == (reached >= limit if at_least else reached <= limit)
         assert measure["title"] in done.stdout
     assert done.stdout.count("missed") == sum(not measure["met"] for measure in measures.values())
+
+
+def test_peers_that_are_not_installed_are_named_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import __main__ as benchmarks
+
+    monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(benchmarks, "GROUPS", dict.fromkeys(benchmarks.GROUPS))
+    told = "benchmarks: limits and throttled-py not installed: `make bench` installs them\n"
+    for words in (["--only", "concurrency"], ["--only", "lease"], []):
+        assert benchmarks.main(words) == 2
+        assert capsys.readouterr() == ("", told)
 
 
 def _measures():

@@ -29,7 +29,7 @@ async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
 
 @pytest.fixture
 async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=2.0) as made:
+    async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as made:
         with pytest.raises(BudgetExceeded):  # the server knows the script now, and nothing else
             await made.reserve("agent", "6.00")
         yield made
@@ -124,7 +124,7 @@ async def test_a_grant_that_its_caller_gave_up_on_and_cannot_name_is_released(cl
         tries = limiter.reserve("agent", "0.15"), limiter.reserve("agent", "0.10", id="named")
         outcomes = await asyncio.gather(*tries, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 2
-        assert sums(client)["held"] == to_units("0.25")
+        await quiet(client, held="0.25")
         proxy.let_go()
         await quiet(client, held="0.10", spent="0")
         assert (await limiter.reserve("agent", "0.10", id="named")).replayed
@@ -396,7 +396,7 @@ def interrupt_when(condition) -> threading.Thread:
 
 
 def test_ctrl_c_while_a_reservation_is_in_flight_gives_it_back(server, client, threaded_proxy):
-    with BudgetLimiter(threaded_proxy.url, [BUDGET], timeout=5.0) as limiter, server.client() as other:
+    with BudgetLimiter(threaded_proxy.url, [BUDGET], timeout=20.0) as limiter, server.client() as other:
         threaded_proxy.hold_replies()
         interrupting = interrupt_when(lambda: sums(other)["held"])
         with pytest.raises(KeyboardInterrupt):
@@ -409,7 +409,7 @@ def test_ctrl_c_while_a_reservation_is_in_flight_gives_it_back(server, client, t
 
 
 def test_ctrl_c_while_a_commit_is_in_flight_lets_it_complete(server, client, threaded_proxy):
-    with BudgetLimiter(threaded_proxy.url, [BUDGET], timeout=5.0) as limiter, server.client() as other:
+    with BudgetLimiter(threaded_proxy.url, [BUDGET], timeout=20.0) as limiter, server.client() as other:
         hold = limiter.reserve("agent", "0.15")
         threaded_proxy.hold_replies()
         interrupting = interrupt_when(lambda: sums(other)["spent"])

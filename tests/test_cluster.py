@@ -19,7 +19,9 @@ from ktrdr_budget.verify import verify
 from .conftest import redis_binary, valkey_binary
 from .helpers.clusters import Cluster, slot_of
 from .helpers.nodes import free_ports
+from .helpers.patience import hurried
 from .helpers.processes import in_child, workers
+from .helpers.stopwatch import Stopwatch
 from .helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("team:quant", "5.00"), Budget("cycles", 10, unit="cycles")]
@@ -58,7 +60,7 @@ def either(_either: Cluster) -> Cluster:
 @pytest.mark.parametrize("tenant", ["default", "alpha", "beta", "team:quant"])
 async def test_reserve_and_commit_of_each_tenant_stay_in_one_slot(cluster, tenant):
     """runcycles, PostHog #60838, gateway #248: no CROSSSLOT, for all keys are declared and share a hash tag."""
-    async with AsyncBudgetLimiter(cluster.url, BUDGETS, tenant=tenant, timeout=5.0) as limiter:
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, tenant=tenant, timeout=20.0) as limiter:
         hold = await limiter.reserve({"agent": "0.15", "team:quant": "0.15", "cycles": 1}, id="op_1")
         hold.accrue("0.03")
         await hold.extend()
@@ -74,7 +76,7 @@ async def test_reserve_and_commit_of_each_tenant_stay_in_one_slot(cluster, tenan
 
 
 async def test_everything_else_works_through_a_cluster_client_too(cluster):
-    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=5.0) as limiter:
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         await limiter.record("agent", "0.02", id="op_1", operation="research")
         for number in range(3):
             await limiter.reserve("agent", "1.00", id=f"held_{number}", ttl=1)
@@ -104,7 +106,7 @@ async def _all_unconfirmed(limiter) -> bool:
 
 
 async def test_script_flush_on_every_node_is_invisible(cluster):
-    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=5.0) as limiter:
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         for _ in range(3):
             await (await limiter.reserve("agent", "0.15")).commit("0.07")
             for node in cluster.masters:
@@ -113,21 +115,21 @@ async def test_script_flush_on_every_node_is_invisible(cluster):
 
 
 def test_the_sync_limiter_and_its_threads_speak_to_a_cluster_too(cluster):
-    with BudgetLimiter(cluster.url, BUDGETS, timeout=5.0) as limiter:
+    with BudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         with limiter.hold("agent", "0.15") as hold:
             hold.accrue("0.05")
         assert limiter.status("agent").spent == Decimal("0.05")
 
 
 def test_the_child_of_a_fork_finds_the_slot_by_itself(cluster):
-    with BudgetLimiter(cluster.url, BUDGETS, timeout=5.0) as limiter:
+    with BudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         limiter.reserve("agent", "0.50")
         assert in_child(lambda: limiter.reserve("agent", "0.25")) == 0
         assert limiter.status("agent").held == Decimal("0.75")
 
 
 async def test_many_callers_of_one_process_fill_the_cap_exactly(cluster):
-    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=10.0) as limiter:
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=30.0) as limiter:
         tries = [limiter.reserve("agent", "0.01") for _ in range(700)]
         outcomes = await asyncio.gather(*tries, return_exceptions=True)
         assert sum(isinstance(outcome, BudgetExceeded) for outcome in outcomes) == 200
@@ -152,7 +154,7 @@ def test_mixed_amounts_and_kill_9_never_pass_the_cap_on_a_cluster(cluster):
         for racer in racers:
             racer.tell(go=True)
         for tenths, doomed in enumerate(racers[:3], 2):
-            wait_until(lambda tenths=tenths: window(cluster)["spent"] >= limit * tenths // 10, within_s=30)
+            wait_until(lambda tenths=tenths: window(cluster)["spent"] >= limit * tenths // 10, 60)
             doomed.kill()
         reports = [racer.hear() for racer in racers[3:]]
         found = window(cluster)
@@ -178,19 +180,19 @@ def held_in(cluster: Cluster) -> int:
 
 
 async def test_a_cluster_that_hangs_gives_every_call_its_answer_in_time(cluster):
-    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=0.5) as limiter:
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "0.15")
         for node in cluster.nodes:
             node.pause()
         try:
             for call in (lambda: limiter.reserve("agent", "0.15"), lambda: limiter.status("agent"), hold.commit):
-                async with asyncio.timeout(1.0):
-                    with pytest.raises(StoreUnavailable):
-                        await call()
+                with hurried(limiter, 0.5), pytest.raises(StoreUnavailable), Stopwatch() as took:
+                    await call()
+                assert took.seconds < 2.0
         finally:
             for node in cluster.nodes:
                 node.resume()
-        await until(lambda: _answers(limiter), within_s=20)
+        await until(lambda: _answers(limiter))
         assert (await hold.commit("0.07")).amounts == {"agent": Decimal("0.07")}
 
 
@@ -205,9 +207,9 @@ async def _answers(limiter) -> bool:
 async def test_a_cluster_that_is_not_there_is_unavailable(cluster):
     [port] = free_ports(1)
     async with AsyncBudgetLimiter(f"redis+cluster://127.0.0.1:{port}", BUDGETS, timeout=0.3) as limiter:
-        async with asyncio.timeout(0.8):
-            with pytest.raises(StoreUnavailable):
-                await limiter.reserve("agent", "0.15")
+        with pytest.raises(StoreUnavailable), Stopwatch() as took:
+            await limiter.reserve("agent", "0.15")
+        assert took.seconds < 2.0
 
 
 # -- a slot that moves -------------------------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ def test_a_slot_that_moves_key_by_key_while_three_processes_spend_is_never_split
         for racer in racers:
             racer.tell(go=True)
         for tenths in (2, 5):
-            wait_until(lambda tenths=tenths: window(either)["spent"] >= to_units("0.09") * tenths, within_s=30)
+            wait_until(lambda tenths=tenths: window(either)["spent"] >= to_units("0.09") * tenths, 60)
             source = either.owner("default")
             target = either.others(source)[0]
             moved = either.migrate("default", target, between=lambda moved: len(moved) % 100 or window(either))
@@ -245,14 +247,14 @@ def test_a_slot_that_moves_key_by_key_while_three_processes_spend_is_never_split
 
 async def test_while_half_a_tenant_has_moved_nothing_is_granted_and_the_policy_decides(either):
     source, target = either.owner("default"), either.others(either.owner("default"))[0]
-    async with AsyncBudgetLimiter(either.url, BUDGETS, timeout=0.3) as limiter:
+    async with AsyncBudgetLimiter(either.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
         for moved_first in sorted(source.client.scan_iter()):
             with either.migrating("default", target) as move:
                 move(moved_first)
                 assert (await limiter.get("op_1")).state == "open", "one key is wherever it is"
                 for call in (limiter.reserve("agent", "5.00"), limiter.reserve("cycles", 1), hold.extend()):
-                    with pytest.raises(StoreUnavailable):
+                    with hurried(limiter, 0.3), pytest.raises(StoreUnavailable):
                         await call
                 window(either)
             await until(lambda: _holds(limiter, 1))
@@ -271,7 +273,7 @@ async def _holds(limiter, amount: int) -> bool:
 async def test_the_first_reservation_of_a_tenant_waits_for_a_slot_that_moves(either):
     """No key exists anywhere: the source says ASK, and the target must not begin a window beside another."""
     source = either.owner("fresh")
-    async with AsyncBudgetLimiter(either.url, BUDGETS, tenant="fresh", timeout=10.0) as limiter:
+    async with AsyncBudgetLimiter(either.url, BUDGETS, tenant="fresh", timeout=30.0) as limiter:
         with either.migrating("fresh", either.others(source)[0]):
             first = asyncio.create_task(limiter.reserve("agent", "1.00"))
             done, _ = await asyncio.wait([first], timeout=0.3)
@@ -285,15 +287,15 @@ async def test_a_tenant_elsewhere_does_not_notice_that_a_slot_moves(cluster):
     source, target, elsewhere = cluster.masters
     moving, calm = cluster.tenant_of(source), cluster.tenant_of(elsewhere)
     async with (
-        AsyncBudgetLimiter(cluster.url, BUDGETS, tenant=moving, timeout=0.2) as stuck,
-        AsyncBudgetLimiter(cluster.url, BUDGETS, tenant=calm, timeout=0.2) as free,
+        AsyncBudgetLimiter(cluster.url, BUDGETS, tenant=moving, timeout=20.0) as stuck,
+        AsyncBudgetLimiter(cluster.url, BUDGETS, tenant=calm, timeout=20.0) as free,
     ):
         await stuck.reserve("agent", "0.01")
         with cluster.migrating(moving, target) as move:
             move()
             for _ in range(20):
                 await free.reserve("agent", "0.01")
-            with pytest.raises(StoreUnavailable, match="TRYAGAIN|rehashing"):
+            with hurried(stuck, 1.0), pytest.raises(StoreUnavailable, match="TRYAGAIN|rehashing"):
                 await stuck.reserve("agent", "0.01")
         await until(lambda: _answers(stuck))
         await stuck.reserve("agent", "0.01")
@@ -304,7 +306,7 @@ async def test_a_slot_that_valkey_moves_as_a_whole_is_followed_without_a_pause(c
     source = cluster.owner("default")
     target = cluster.others(source)[0]
     slot = slot_of("default")
-    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=5.0) as limiter:
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         spending, spent = True, 0
 
         async def spend() -> None:
@@ -335,7 +337,7 @@ async def test_moved_and_ask_are_followed_at_once_whatever_carries_the_calls(clu
         wrapt.wrap_function_wrapper(
             redis.asyncio.Redis, "execute_command", lambda call, _, words, more: call(*words, **more)
         )
-    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=5.0) as limiter:
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
         assert bool(limiter._store._wires.standing) == (way == "wires")
         source = cluster.owner("default")
@@ -347,7 +349,7 @@ async def test_moved_and_ask_are_followed_at_once_whatever_carries_the_calls(clu
             done, _ = await asyncio.wait([blocked], timeout=0.2)
             assert not done
         assert (await blocked).held == 1
-        async with asyncio.timeout(1):
+        async with asyncio.timeout(20):
             await hold.commit("0.50")
             assert (await limiter.status("agent")).spent == Decimal("0.50")
         assert limiter._store._server.address[1] == cluster.owner("default").port
@@ -375,7 +377,7 @@ async def test_a_master_that_dies_is_replaced_within_the_deadline_of_a_call(eith
 
 
 async def test_a_failover_on_request_loses_nothing_and_is_hardly_noticed(cluster):
-    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=10.0) as limiter:
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=30.0) as limiter:
         spending, spent = True, 0
 
         async def spend() -> None:
@@ -404,7 +406,7 @@ async def test_a_master_that_hangs_is_left_as_soon_as_another_is_elected(cluster
         await asyncio.to_thread(old.client.wait, 1, 5000)
         old.pause()
         try:
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(50):
                 await asyncio.gather(limiter.reserve("agent", "0.50", id="op_2"), limiter.reserve("agent", "0.50"))
         finally:
             old.resume()
@@ -422,7 +424,7 @@ async def test_a_server_without_a_cluster_and_a_node_of_one_say_how_to_reach_the
     wrong = {f"redis+cluster://127.0.0.1:{port}": "cluster support disabled"}
     wrong[f"redis://127.0.0.1:{elsewhere.port}"] = "redis.cluster://"
     for url, words in wrong.items():
-        limiter = AsyncBudgetLimiter(url, BUDGETS)
+        limiter = AsyncBudgetLimiter(url, BUDGETS, timeout=20.0)
         for call in (limiter.start, lambda limiter=limiter: limiter.reserve("agent", "1.00")):
             with pytest.raises(StoreError, match=words):
                 await call()
@@ -432,7 +434,7 @@ async def test_a_server_without_a_cluster_and_a_node_of_one_say_how_to_reach_the
 async def test_one_node_of_the_url_is_enough(cluster):
     dead = free_ports(2)
     hosts = ",".join(f"127.0.0.1:{port}" for port in (*dead, cluster.masters[0].port))
-    async with AsyncBudgetLimiter(f"redis+cluster://{hosts}", BUDGETS) as limiter:
+    async with AsyncBudgetLimiter(f"redis+cluster://{hosts}", BUDGETS, timeout=20.0) as limiter:
         await limiter.reserve("agent", "1.00")
 
 
@@ -441,7 +443,7 @@ async def test_a_master_that_dies_while_its_slot_moves_admits_nothing_beside_the
     """Redis 7 does not tell replicas that a slot is moved: one that is promoted takes its part for the whole."""
     source = either.owner("torn")
     target = either.others(source)[0]
-    async with AsyncBudgetLimiter(either.url, BUDGETS, tenant="torn", timeout=1.0) as limiter:
+    async with AsyncBudgetLimiter(either.url, BUDGETS, tenant="torn", timeout=20.0) as limiter:
         await limiter.record("agent", "3.00")
         with either.migrating("torn", target) as move:
             move(next(source.client.scan_iter("ktrdr:{torn}:w:*")))
@@ -450,7 +452,10 @@ async def test_a_master_that_dies_while_its_slot_moves_admits_nothing_beside_the
             source.kill()
             await asyncio.to_thread(either.wait_owner, "torn", source)
             for call in (limiter.reserve("agent", "3.00"), limiter.status("agent")):
-                with pytest.raises(StoreUnavailable, match="TRYAGAIN|rehashing|was begun and is not here"):
+                with (
+                    hurried(limiter, 1.0),
+                    pytest.raises(StoreUnavailable, match="TRYAGAIN|rehashing|was begun and is not here"),
+                ):
                     await call
         source.start()
         source.wait_ready()

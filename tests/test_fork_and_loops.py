@@ -25,6 +25,7 @@ from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import ledger_sum, sums
 from .helpers.proxy import ThreadedProxy
+from .helpers.stopwatch import Stopwatch
 from .helpers.waiting import wait_until
 
 BUDGETS = [Budget("agent", "5.00")]
@@ -58,7 +59,7 @@ class Child:
 
 @pytest.fixture
 def limiter(server):
-    with BudgetLimiter(server.url, BUDGETS, timeout=2.0) as made:
+    with BudgetLimiter(server.url, BUDGETS, timeout=20.0) as made:
         yield made
 
 
@@ -78,9 +79,9 @@ def spend(limiter: BudgetLimiter, times: int = 50) -> str:
 def test_parent_and_child_go_on_with_connections_and_replica_ids_of_their_own(client, limiter):
     replica = spend(limiter)
     child = Child(lambda: spend(limiter))
-    started = time.monotonic()
-    assert spend(limiter) == replica
-    assert time.monotonic() - started < 1.5, "the parent's connection was disturbed"
+    with Stopwatch() as took:
+        assert spend(limiter) == replica
+    assert took.seconds < 10, "the parent's connection was disturbed"
     assert child.result() != replica
     assert spend(limiter) == replica
     assert sums(client) == {"spent": 200 * to_units("0.001"), "held": 0, "unconfirmed": 0, "events": 200}
@@ -91,7 +92,7 @@ FORKING = """
 import os, sys
 from ktrdr_budget import Budget, BudgetLimiter
 
-limiter = BudgetLimiter(sys.argv[1], [Budget("agent", "5.00")], timeout=2.0)
+limiter = BudgetLimiter(sys.argv[1], [Budget("agent", "5.00")], timeout=20.0)
 limiter.record("agent", "0.01")
 if os.fork() == 0:
     limiter.record("agent", "0.01")
@@ -105,7 +106,7 @@ limiter.close()
 def test_a_child_that_ends_as_programs_do_does_not_disturb_its_parent(server, client):
     """Both share one epoll instance: an inherited connection that is collected would take the parent's out of it."""
     words = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKING, server.url]
-    ended = subprocess.run(words, capture_output=True, text=True, timeout=20)
+    ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert sums(client)["events"] == 3
 
@@ -123,7 +124,7 @@ def test_the_child_of_a_child_is_a_replica_too(client, limiter):
 
 def test_what_is_under_way_at_a_fork_stays_with_the_parent(server, client, tmp_path_factory):
     path = Path(tmp_path_factory.mktemp("p")) / "s"
-    with ThreadedProxy(server.socket_path, path) as proxy, BudgetLimiter(proxy.url, BUDGETS, timeout=5.0) as limiter:
+    with ThreadedProxy(server.socket_path, path) as proxy, BudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as limiter:
         spend(limiter, 1)
         proxy.hold_replies()
         holds: list = []
@@ -155,7 +156,7 @@ def test_spend_that_waits_for_the_store_is_told_by_the_parent_only(tmp_path, cap
 
 
 def test_an_async_limiter_goes_on_in_parent_and_child(server, client):
-    limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=2.0)
+    limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=20.0)
 
     async def spend_async() -> str:
         hold = await limiter.reserve("agent", "0.01")

@@ -173,6 +173,7 @@ async def test_a_settlement_that_fails_is_raised_on_a_normal_exit_but_does_not_h
     assert (await limiter.status("agent")).spent == Decimal("0.07")
 
 
+@pytest.mark.timely
 @pytest.mark.parametrize("ttl", [1, 2])
 async def test_a_heartbeat_at_a_third_of_the_ttl_keeps_an_async_hold_open(client, limiter, ttl):
     async with limiter.hold("agent", "0.15", id="op_1", ttl=ttl, on_expiry="accrued") as hold:
@@ -198,6 +199,7 @@ async def _beaten_since(limiter, expires_at):
     return view if view.expires_at > expires_at else None
 
 
+@pytest.mark.timely
 def test_a_heartbeat_at_a_third_of_the_ttl_keeps_a_sync_hold_open(client, sync_limiter):
     with sync_limiter.hold("agent", "0.15", id="op_1", ttl=1, on_expiry="accrued") as hold:
         hold.accrue("0.05")
@@ -208,6 +210,7 @@ def test_a_heartbeat_at_a_third_of_the_ttl_keeps_a_sync_hold_open(client, sync_l
     assert spent_and_held(client) == (to_units("0.05"), 0)
 
 
+@pytest.mark.timely
 async def test_heartbeats_end_with_their_block(client, limiter, caplog):
     async with limiter.hold("agent", "0.15", id="op_1", ttl=1):
         pass

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
-import os
 import re
-import signal
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -364,10 +362,10 @@ async def test_a_deadline_that_passes_during_an_outage_charges_the_slab_until_th
             lease.spend("0.10")
             with own_server.client() as client:
                 deadline_s = client.zrange("ktrdr:{default}:due", 0, -1, withscores=True)[0][1] / 1000
-            os.kill(own_server.process.pid, signal.SIGSTOP)
+            own_server.pause()
             await until(lambda: datetime.now(UTC).timestamp() > deadline_s + 0.5)
             lease.spend("0.05")
-            os.kill(own_server.process.pid, signal.SIGCONT)
+            own_server.resume()
         with own_server.client() as client:
             await until(lambda: sums(client)["spent"] == to_units("0.15"))
             assert sums(client)["held"] == sums(client)["unconfirmed"] == 0

@@ -13,6 +13,7 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflic
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import sums
+from .helpers.patience import away
 from .helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
@@ -29,7 +30,8 @@ def alarms(caplog: pytest.LogCaptureFixture) -> int:
 
 
 async def denied(limiter: AsyncBudgetLimiter) -> None:
-    with pytest.raises((BudgetExceeded, StoreUnavailable)):  # while it is repaired, nobody says how much is left
+    # While it is repaired, nobody says how much is left; and who has less time than that is told so at once.
+    with away(limiter.store_url), pytest.raises((BudgetExceeded, StoreUnavailable)):
         await limiter.reserve("agent", "6.00")
 
 
@@ -43,7 +45,7 @@ async def spends(limiter: AsyncBudgetLimiter) -> None:
 
 
 async def reserves(limiter: AsyncBudgetLimiter) -> None:
-    with contextlib.suppress(StoreUnavailable):
+    with away(limiter.store_url), contextlib.suppress(StoreUnavailable):
         await limiter.reserve("agent", "0.01")
 
 
@@ -216,7 +218,7 @@ async def test_a_look_alone_notices_that_everything_is_gone(server, limiter):
     with server.client() as client:
         client.flushall()
     assert (await limiter.status("agent")).held == 0
-    await until(lambda: limiter.losses, 0.5)
+    await until(lambda: limiter.losses)
     await until(lambda: held(limiter))
     await reserves(limiter)
     await limiter.status("agent")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 import threading
 import time
 import traceback
@@ -30,7 +28,9 @@ from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import immortal_keys, ledger_sum, sums
+from .helpers.patience import away
 from .helpers.proxy import Proxy
+from .helpers.stopwatch import Stopwatch
 from .helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("team", "5.00")]
@@ -69,10 +69,10 @@ class Hang(Outage):
     """SIGSTOP: it accepts connections, and never answers."""
 
     def begin(self) -> None:
-        os.kill(self.server.process.pid, signal.SIGSTOP)
+        self.server.pause()
 
     def end(self) -> None:
-        os.kill(self.server.process.pid, signal.SIGCONT)
+        self.server.resume()
 
 
 @pytest.fixture(params=[Outage, Hang])
@@ -80,7 +80,7 @@ def outage(request: pytest.FixtureRequest, own_server):
     made = request.param(own_server)
     yield made
     if own_server.process is not None:
-        os.kill(own_server.process.pid, signal.SIGCONT)
+        own_server.resume()
 
 
 def every_call(limiter: AsyncBudgetLimiter, hold) -> dict[str, Callable]:
@@ -105,13 +105,19 @@ def every_call(limiter: AsyncBudgetLimiter, hold) -> dict[str, Callable]:
     }
 
 
-async def ends_in_time(call: Callable) -> str | None:
+@pytest.fixture
+def stopwatch():
+    with Stopwatch() as running:
+        yield running
+
+
+async def ends_in_time(stopwatch: Stopwatch, call: Callable) -> str | None:
     """What is wrong with how a call ended while the store was away."""
-    started = time.monotonic()
+    started_s = stopwatch.seconds
     try:
         await call()
     except StoreUnavailable as error:
-        took_s = time.monotonic() - started
+        took_s = stopwatch.seconds - started_s
         if isinstance(error, StoreError):
             return f"an answer? {error}"
         return None if took_s <= TIMEOUT_S + GRACE_S else f"took {took_s:.3f} s"
@@ -120,12 +126,12 @@ async def ends_in_time(call: Callable) -> str | None:
     return "was answered"
 
 
-async def test_462_every_call_ends_within_its_deadline_and_works_again_afterwards(outage):
+async def test_462_every_call_ends_within_its_deadline_and_works_again_afterwards(outage, stopwatch):
     """envoyproxy/ratelimit #462: no ten-second waits. One after the other, so that none hides behind another."""
     async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         outage.begin()
-        wrong = {name: await ends_in_time(call) for name, call in every_call(limiter, hold).items()}
+        wrong = {name: await ends_in_time(stopwatch, call) for name, call in every_call(limiter, hold).items()}
         assert {name: fault for name, fault in wrong.items() if fault} == {}
         outage.end()
         await until(lambda: _answers(limiter))
@@ -142,13 +148,13 @@ async def _answers(limiter) -> bool:
     return True
 
 
-async def test_every_call_at_once_ends_within_its_deadline(outage):
+async def test_every_call_at_once_ends_within_its_deadline(outage, stopwatch):
     async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         outage.begin()
         calls = every_call(limiter, hold)
         tries = [*calls.values(), *[calls["reserve"]] * 400, *[calls["record"]] * 100]
-        faults = await asyncio.gather(*map(ends_in_time, tries))
+        faults = await asyncio.gather(*(ends_in_time(stopwatch, call) for call in tries))
         assert [fault for fault in faults if fault] == []
         outage.end()
         await until(lambda: _answers(limiter))
@@ -172,17 +178,17 @@ async def test_replies_are_not_mixed_up_after_a_hang(own_server):
             assert (await limiter.status("team")).budget == "team"
 
 
-def test_462_the_sync_limiter_ends_within_its_deadline_too(outage):
+def test_462_the_sync_limiter_ends_within_its_deadline_too(outage, stopwatch):
     with BudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = limiter.reserve("agent", "0.15")
         outage.begin()
         faults: list[object] = []
 
         def call(work: Callable) -> None:
-            started = time.monotonic()
+            started_s = stopwatch.seconds
             with pytest.raises(StoreUnavailable):
                 work()
-            if (took_s := time.monotonic() - started) > TIMEOUT_S + GRACE_S:
+            if (took_s := stopwatch.seconds - started_s) > TIMEOUT_S + GRACE_S:
                 faults.append(took_s)
 
         works = [
@@ -198,16 +204,15 @@ def test_462_the_sync_limiter_ends_within_its_deadline_too(outage):
         assert faults == []
         outage.end()
         wait_until(lambda: limiter.store_state == "closed")
-        limiter._timeout = limiter._coalescer._timeout = 5.0
         assert hold.commit("0.07").amounts == {"agent": Decimal("0.07")}
 
 
 @pytest.mark.parametrize("kind", ["refused", "no socket"])
-async def test_a_store_that_was_never_there(tmp_path: Path, free_tcp_port: int, kind: str, caplog):
+async def test_a_store_that_was_never_there(tmp_path: Path, free_tcp_port: int, kind: str, caplog, stopwatch):
     url = f"redis://127.0.0.1:{free_tcp_port}" if kind == "refused" else f"unix://{tmp_path}/none"
     async with AsyncBudgetLimiter(url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         assert "starting without the store" in caplog.text
-        assert await ends_in_time(lambda: limiter.reserve("agent", "0.15")) is None
+        assert await ends_in_time(stopwatch, lambda: limiter.reserve("agent", "0.15")) is None
         with pytest.raises(StoreUnavailable) as unavailable:
             await limiter.record("agent", "0.15")
         assert not unavailable.value.ambiguous, "nothing was sent"
@@ -215,7 +220,7 @@ async def test_a_store_that_was_never_there(tmp_path: Path, free_tcp_port: int, 
 
 
 async def test_a_store_that_comes_within_the_deadline_is_in_time(own_server):
-    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=10.0) as limiter:
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=60.0) as limiter:
         own_server.kill()
         call = asyncio.create_task(limiter.reserve("agent", "0.15"))
         reading = asyncio.create_task(limiter.status("agent"))
@@ -246,9 +251,9 @@ async def test_closing_while_the_store_hangs_ends_in_time(outage):
     outage.begin()
     commit = asyncio.create_task(hold.commit("0.07"))
     await asyncio.sleep(0)
-    started = time.monotonic()
-    await limiter.close()
-    assert time.monotonic() - started < 3 * TIMEOUT_S + GRACE_S
+    with Stopwatch() as took:
+        await limiter.close()
+    assert took.seconds < 3 * TIMEOUT_S + GRACE_S
     with pytest.raises(BudgetError):
         await commit
     outage.end()
@@ -583,7 +588,7 @@ async def test_a_store_that_refuses_this_user_does_not_let_a_limiter_start(start
 async def test_a_replica_that_may_not_write_is_unavailable_and_not_full(start_server: Callable):
     replica = start_server(None, "--replicaof", "127.0.0.1", "1")
     async with AsyncBudgetLimiter(replica.url, BUDGETS, timeout=0.2) as limiter:
-        with pytest.raises(StoreUnavailable):
+        with away(replica.url), pytest.raises(StoreUnavailable):
             await limiter.reserve("agent", "0.15")
     replica.kill()
 
@@ -600,7 +605,7 @@ async def test_an_unexpected_failure_ends_the_calls_of_its_batch_and_no_others(s
 
         monkeypatch.setattr(limiter._store, "apply", fail_once)
         tries = [asyncio.create_task(limiter.reserve("agent", "0.01")) for _ in range(300)]
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             outcomes = await asyncio.gather(*tries, return_exceptions=True)
         failed = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         assert 0 < len(failed) < 300
@@ -615,7 +620,7 @@ async def test_an_unexpected_failure_of_a_read_is_an_answer_too(server, monkeypa
             raise ZeroDivisionError("a bug")
 
         monkeypatch.setattr(limiter._store, "run", fail)
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             with pytest.raises(BudgetError, match="ZeroDivisionError: a bug"):
                 await limiter.status("agent")
         monkeypatch.setattr(limiter._store, "run", run)

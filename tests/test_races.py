@@ -81,7 +81,7 @@ def kill_at(client, racer, spent: int) -> int:
         peak = max(peak, found["spent"] + found["held"] + found["unconfirmed"])
         return found["spent"] >= spent
 
-    wait_until(reached, within_s=30)
+    wait_until(reached, 60)
     racer.kill()
     return peak
 

@@ -76,10 +76,10 @@ def service(clone: Path) -> Iterator[int]:
         stderr=subprocess.PIPE,
     )
     try:
-        ends = time.monotonic() + 30
+        ends = time.monotonic() + 60
         while True:
             try:
-                with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=5) as answer:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz", timeout=30) as answer:
                     assert answer.status == 200
                     break
             except (urllib.error.URLError, ConnectionError):
@@ -89,7 +89,7 @@ def service(clone: Path) -> Iterator[int]:
         yield port
     finally:
         os.killpg(process.pid, signal.SIGINT)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
 
 
 def environment(port: int) -> dict[str, str]:

@@ -15,6 +15,7 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetLimiter,
 from ktrdr_budget.engine import memory
 from ktrdr_budget.verify import verify
 
+from .helpers.patience import away, hurried
 from .helpers.proxy import Proxy
 from .helpers.waiting import until, wait_until
 
@@ -51,7 +52,7 @@ async def repaired(limiter: AsyncBudgetLimiter, expected: tuple[str, str, str]) 
     async def look() -> bool:
         return await figures(limiter) == wanted
 
-    await until(look, 5)
+    await until(look)
     reports = await asyncio.to_thread(verify, limiter.store_address, limiter.tenant)
     assert all(report.adds_up for report in reports), reports
 
@@ -80,14 +81,16 @@ async def test_an_idle_replica_tells_an_empty_store_its_spend_its_holds_and_its_
     assert await figures(limiter) == (Decimal("1.35"), 0, 0)
 
 
-async def test_while_it_is_repaired_the_store_grants_nothing_and_says_so(limiter, client):
+@pytest.mark.timely
+async def test_while_it_is_repaired_the_store_grants_nothing_and_says_so(server, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
     client.flushall()
-    with pytest.raises(StoreUnavailable, match="being repaired") as refused:
-        await limiter.reserve("agent", "0.01")
-    assert not refused.value.ambiguous
-    with pytest.raises(StoreUnavailable, match="being repaired"):
-        await hold.grow("0.10")
+    with away(server.url), hurried(limiter, 0.5):  # as far as deadlines go, which come before the end of the repair
+        with pytest.raises(StoreUnavailable, match="being repaired") as refused:
+            await limiter.reserve("agent", "0.01")
+        assert not refused.value.ambiguous
+        with pytest.raises(StoreUnavailable, match="being repaired"):
+            await hold.grow("0.10")
     status = await limiter.status("agent")
     assert 0 < (status.recovering_until - status.as_of).total_seconds() <= 3
     await hold.commit("0.07")  # facts need no admission
@@ -128,7 +131,7 @@ async def test_an_old_snapshot_is_brought_up_to_date(start_server: Callable, mon
         async def spent() -> bool:
             return (await figures(limiter))[0] == Decimal("0.63")
 
-        await until(spent, 5)
+        await until(spent)
         if remembered == 20_000:
             await repaired(limiter, ("0.63", "0.50", "0"))
             assert (await limiter.get("op_kept")).amounts["agent"] == Decimal("0.20")
@@ -151,7 +154,7 @@ async def test_a_settlement_wins_over_an_open_hold_whoever_is_first(limiter, oth
 
 async def test_a_hold_that_came_due_is_charged_again(limiter, client):
     await limiter.reserve("agent", "0.15", ttl=1)
-    await until(lambda: _is_unconfirmed(limiter), 5)
+    await until(lambda: _is_unconfirmed(limiter))
     client.flushall()
     await repaired(limiter, ("0", "0", "0.15"))
 
@@ -174,7 +177,7 @@ async def test_spend_that_was_deferred_is_remembered_as_well(start_server: Calla
         server.kill()
         await limiter.record("agent", "0.02")
         server.start()
-        await until(lambda: limiter.deferred == 0, 5)
+        await until(lambda: limiter.deferred == 0)
         with server.client() as client:
             client.flushall()
         await repaired(limiter, ("0.03", "0", "0"))
@@ -203,7 +206,7 @@ async def test_a_new_replica_may_be_granted_money_before_an_old_one_has_spoken(s
     async with AsyncBudgetLimiter(server.url, BUDGETS) as new:
         await new.reserve("agent", "2.00")
         await repaired(new, ("4.00", "2.00", "0"))
-        with pytest.raises(BudgetError):
+        with away(server.url), pytest.raises(BudgetError):
             await new.reserve("agent", "0.01")
 
 
@@ -434,7 +437,8 @@ async def test_a_repair_whose_store_goes_away_ends_when_it_is_back(start_server:
         monkeypatch.setattr(limiter._coalescer._background, "tell", go_away)
         with server.client() as client:
             client.flushall()
-        with pytest.raises(StoreUnavailable):  # it waits for the repair, until its deadline
+        # It waits for the repair, until its deadline.
+        with away(server.url), pytest.raises(StoreUnavailable):
             await limiter.reserve("agent", "0.01")
         await until(lambda: limiter.store_state == "open" or server.process is None)
         server.start()
@@ -484,7 +488,8 @@ async def test_a_replica_that_has_nothing_to_tell_does_not_hold_up_the_others(se
 
 async def test_a_limiter_that_was_dropped_asks_no_more(server):
     limiter = AsyncBudgetLimiter(server.url, BUDGETS)
-    await limiter.record("agent", "0.01")
+    with away(server.url):  # for the timer of a call's deadline keeps it
+        await limiter.record("agent", "0.01")
     forgotten = weakref.ref(limiter._coalescer.recovery)
     wires = limiter._store._wires  # closed here; whoever drops a limiter leaves that to the collector
     await wires.close()
@@ -518,11 +523,11 @@ async def test_losses_under_load_cost_nothing_that_was_acknowledged(server, clie
     work = [asyncio.create_task(spend(replica, 40)) for replica in replicas for _ in range(20)]
     try:
         for _ in range(2):
-            await until(lambda at=acknowledged: acknowledged > at or all(task.done() for task in work), 20)
+            await until(lambda at=acknowledged: acknowledged > at or all(task.done() for task in work))
             client.flushall()
-            await until(lambda: all(not r._coalescer.recovery.active and r.losses for r in replicas), 10)
+            await until(lambda: all(not r._coalescer.recovery.active and r.losses for r in replicas))
         await asyncio.gather(*work)
-        await until(look, 10)
+        await until(look)
     finally:
         for task in work:
             task.cancel()

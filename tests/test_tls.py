@@ -114,8 +114,18 @@ def test_the_sync_limiter_and_the_audit_speak_tls_too(tls, identity):
     assert all(report.adds_up for report in verify(url))
 
 
-async def refusal(url: str) -> str:
-    """What a caller is told when nothing can be sent; and the audit with it."""
+async def refusal(url: str, words: str = "") -> str:
+    """What a caller is told when nothing can be sent; and the audit with it.
+
+    Without the words that are expected, it tries again: a busy machine may not have finished the handshake in time.
+    """
+    for _ in range(5):
+        if re.search(words, told := await _refusal(url), re.IGNORECASE):
+            return told
+    raise AssertionError(told)
+
+
+async def _refusal(url: str) -> str:
     async with AsyncBudgetLimiter(url, BUDGETS, timeout=1.0) as limiter:
         with pytest.raises(StoreUnavailable) as refused:
             await limiter.reserve("agent", "0.01")
@@ -128,20 +138,18 @@ async def refusal(url: str) -> str:
 
 async def test_a_certificate_of_another_authority_is_refused_and_the_error_says_so(tls, identity, tmp_path):
     other = Authority(tmp_path, "other").make()
-    told = await refusal(tls.url_with(**{**identity, "ssl_ca_certs": other.certificate}))
-    assert "certificate verify failed" in told.lower(), told
+    told = await refusal(tls.url_with(**{**identity, "ssl_ca_certs": other.certificate}), "certificate verify failed")
     assert str(tmp_path) not in told
 
 
 async def test_without_an_authority_those_of_the_system_decide(tls, identity):
     identity.pop("ssl_ca_certs")
-    assert "certificate verify failed" in (await refusal(tls.url_with(**identity))).lower()
+    await refusal(tls.url_with(**identity), "certificate verify failed")
 
 
 async def test_a_certificate_for_another_host_is_refused(authority, tls, identity):
     await works(tls.url_with("127.0.0.1", **identity))
-    told = await refusal(tls.url_with("127.0.0.2", **identity))
-    assert "mismatch" in told.lower(), told
+    await refusal(tls.url_with("127.0.0.2", **identity), "mismatch")
 
 
 async def test_plain_text_at_a_port_that_speaks_tls_is_refused(tls):
@@ -152,7 +160,7 @@ async def test_without_a_certificate_a_server_that_wants_one_refuses(authority, 
     url = tls.url_with(ssl_ca_certs=authority.certificate)
     if "yes" in tls.options:
         # TLS 1.3 tells a client only after its handshake, and the end of the connection may come before the reason.
-        assert re.search("certificate required|reset by peer|closed|broken pipe", (await refusal(url)).lower())
+        await refusal(url, "certificate required|reset by peer|closed|broken pipe")
     else:
         await works(url)
 
@@ -163,7 +171,7 @@ async def works(url: str) -> None:
 
 
 async def test_the_connection_comes_back_after_a_restart_of_the_server(tls, identity):
-    async with AsyncBudgetLimiter(tls.url_with(**identity), BUDGETS, timeout=5.0) as limiter:
+    async with AsyncBudgetLimiter(tls.url_with(**identity), BUDGETS, timeout=20.0) as limiter:
         await limiter.status("agent")
         tls.kill()
         tls.start()

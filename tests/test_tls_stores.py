@@ -63,7 +63,7 @@ def sentinel_port(start_server: Callable[..., Server], identity: dict[str, str],
 
 async def test_a_cluster_through_tls(cluster_port, authority):
     url = f"rediss+cluster://127.0.0.1:{cluster_port}?ssl_ca_certs={authority.certificate}"
-    await until(lambda: _works(url), within_s=10)
+    await until(lambda: _works(url))
     assert all(report.adds_up for report in verify(url))
     assert not await _works(f"rediss+cluster://127.0.0.1:{cluster_port}"), "an unknown authority"
     assert not await _works(f"redis+cluster://127.0.0.1:{cluster_port}"), "no TLS at all"
@@ -71,7 +71,7 @@ async def test_a_cluster_through_tls(cluster_port, authority):
 
 async def test_a_sentinel_and_its_master_through_tls(sentinel_port, authority):
     url = f"rediss+sentinel://localhost:{sentinel_port}/budgets?ssl_ca_certs={authority.certificate}"
-    await until(lambda: _works(url), within_s=10)
+    await until(lambda: _works(url))
     assert all(report.adds_up for report in verify(url))
     assert not await _works(f"rediss+sentinel://localhost:{sentinel_port}/budgets"), "an unknown authority"
     assert not await _works(f"redis+sentinel://localhost:{sentinel_port}/budgets"), "no TLS at all"

@@ -53,7 +53,7 @@ def cycle(replica: Service, operation_id: str) -> dict[str, Any]:
 
 
 def wait_ended(replica: Service, operation_id: str) -> dict[str, Any]:
-    wait_until(lambda: cycle(replica, operation_id)["ended_at"], 20)
+    wait_until(lambda: cycle(replica, operation_id)["ended_at"])
     return cycle(replica, operation_id)
 
 
@@ -74,9 +74,9 @@ def samples(replica: Service) -> dict[tuple[str, ...], float]:
 def test_a_replica_that_is_killed_mid_cycle_is_charged_and_its_slot_is_free(launch: Launch, phase: str):
     here, there = launch(2, AGENT_PHASE_SECONDS=0.5)
     operation_id = trigger(here)
-    wait_until(lambda: status(there)["status"] == phase, 10)
+    wait_until(lambda: status(there)["status"] == phase)
     here.process.kill()
-    wait_until(lambda: status(there)["status"] == "idle", 10)
+    wait_until(lambda: status(there)["status"] == "idle")
     last = status(there)["last_cycle"]
     assert (last["operation_id"], last["outcome"], last["reason"], last["phase"]) == (
         operation_id, "failed", "worker_lost", phase,
@@ -154,7 +154,7 @@ def test_a_restart_within_the_day_keeps_the_spend_and_the_cycles(launch: Launch)
 def test_a_cycle_is_cancelled_by_the_replica_that_does_not_run_it(launch: Launch):
     here, there = launch(2, AGENT_PHASE_SECONDS=30)
     operation_id = trigger(here)
-    wait_until(lambda: Decimal(cycle(there, operation_id)["spend"]) > 0, 10)
+    wait_until(lambda: Decimal(cycle(there, operation_id)["spend"]) > 0)
     answer = there.request("DELETE", f"{V1}/agent/cancel/{operation_id}")
     assert (answer.status_code, answer.json()["status"]) == (200, "cancelled")
     spend = Decimal(cycle(here, operation_id)["spend"])
@@ -207,7 +207,7 @@ def test_a_cycle_is_one_tree_of_spans_linked_to_its_trigger(launch: Launch, outc
         operation_id = trigger(here)
         if outcome == "cancelled":
             # The model is being asked: what had arrived of its answer has been paid for.
-            wait_until(lambda: Decimal(cycle(there, operation_id)["spend"]) > 0, 10)
+            wait_until(lambda: Decimal(cycle(there, operation_id)["spend"]) > 0)
             there.request("DELETE", f"{V1}/agent/cancel/{operation_id}")
         ended = wait_ended(there, operation_id)
         assert ended["outcome"] == outcome

@@ -30,7 +30,7 @@ if __name__ == "__main__":
 """
 
 
-PATIENT = {"KTRDR_TIMEOUT": "5"}
+PATIENT = {"KTRDR_TIMEOUT": "20"}
 """A machine that is busy with other tests is no store that is down."""
 
 
@@ -58,15 +58,15 @@ class Service:
             self.said.extend(line.rstrip("\n") for line in lines)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
-        return httpx.get(self.url + path, timeout=10, **options)
+        return httpx.get(self.url + path, timeout=60, **options)
 
     def post(self, path: str, body: Any = None, **options: Any) -> httpx.Response:
-        return httpx.post(self.url + path, json=body, timeout=10, **options)
+        return httpx.post(self.url + path, json=body, timeout=60, **options)
 
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
-        return httpx.request(method, self.url + path, timeout=10, **options)
+        return httpx.request(method, self.url + path, timeout=60, **options)
 
-    def wait_listening(self, within_s: float = 30.0) -> None:
+    def wait_listening(self, within_s: float = 60.0) -> None:
         """Until a connection is taken; a worker answers it when it is there."""
         ends = time.monotonic() + within_s
         while not self.is_listening():
@@ -77,12 +77,12 @@ class Service:
     def is_listening(self) -> bool:
         """Whether it takes connections."""
         try:
-            socket.create_connection(("127.0.0.1", self.port), timeout=1).close()
+            socket.create_connection(("127.0.0.1", self.port), timeout=10).close()
         except OSError:
             return False
         return True
 
-    def wait_told(self, words: str = "listening on", within_s: float = 30.0) -> None:
+    def wait_told(self, words: str = "listening on", within_s: float = 60.0) -> None:
         """Until it has said so."""
         ends = time.monotonic() + within_s
         while not any(line.startswith(words) for line in self.said):
@@ -93,7 +93,7 @@ class Service:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def end(self, within_s: float = 20.0) -> int:
+    def end(self, within_s: float = 60.0) -> int:
         """Waits for its end; its exit code."""
         code = self.process.wait(within_s)
         self._reader.join()

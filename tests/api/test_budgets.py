@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 import pytest
 
+from ..helpers.patience import away
 from .support import V1, figures, problem, reserved
 
 
@@ -199,14 +200,16 @@ async def test_the_day_of_the_agent_is_that_of_its_timezone(start):
     assert document["resets_at"].endswith("T10:00:00Z")
 
 
+@pytest.mark.timely
 async def test_budgets_tell_that_the_store_is_being_repaired(start, start_server):
     own = start_server()
-    client = (await start(redis_url=own.url)).client
+    client = (await start(redis_url=own.url, timeout=0.3)).client
     assert (await client.get(f"{V1}/budgets/agent")).json()["recovering_until"] is None
     assert (await client.post(f"{V1}/spend", json={"amounts": {"agent": "0.15"}})).status_code == 201
     with own.client() as store:
         store.flushall()
-    refused = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
+    with away(own.url):  # as far as its deadline goes, which comes before the end of the repair
+        refused = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
     assert "being repaired" in problem(refused, 503, "store-unavailable")["detail"]
     until = (await client.get(f"{V1}/budgets/agent")).json()["recovering_until"]
     assert until.endswith("Z")

@@ -19,7 +19,7 @@ from .processes import Service, serving
 from .support import BUDGETS
 
 UNMET = "positive_data_acceptance,ensure_resource_availability"
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture
@@ -39,12 +39,21 @@ def service(server, budgets: Path) -> Iterator[Service]:
 
 
 def fuzz(service: Service, directory: Path, *options: str, key: str, unmet: str = UNMET, examples: int = 15) -> None:
+    for seconds in (11, 40, 100):  # a busy machine may need more of them to reach every operation
+        said = _fuzzed(service, directory, *options, key=key, unmet=unmet, examples=examples, seconds=seconds)
+        if "Tested: 21" in said:
+            return
+    raise AssertionError(said[-20_000:])
+
+
+def _fuzzed(service: Service, directory: Path, *options: str, key: str, unmet: str, examples: int, seconds: int) -> str:
+    """What the fuzzer says, which found nothing."""
     words = [sys.executable, "-m", "schemathesis.cli", "run", f"{service.url}/openapi.json", "--no-color"]
-    words += ["--header", f"Authorization: Bearer {key}", "--max-examples", str(examples), "--max-time", "11"]
+    words += ["--header", f"Authorization: Bearer {key}", "--max-examples", str(examples), "--max-time", str(seconds)]
     words += ["--exclude-checks", unmet, "--suppress-health-check", "all", *options]
-    done = subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=110)
+    done = subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr
-    assert "Tested: 21" in done.stdout, done.stdout[-20_000:]
+    return done.stdout
 
 
 @pytest.mark.parametrize("key", ["admin", "use"])

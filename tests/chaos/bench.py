@@ -91,6 +91,7 @@ class Bench:
         self.replicas = 6
         self.random = random.Random(f"{row.name} {seed}")
         self.figures = Figures(row, seed, seconds)
+        self.quick = quick
         self.clocks = (self.random.choice(CLOCKS),) if quick else CLOCKS
         """The replicas' own clocks, in turn."""
         limit = 20.0 if quick else 150.0
@@ -111,7 +112,7 @@ class Bench:
         made = [Budget(**spec) for spec in self.budgets]
         self.terms = Terms({budget.name: budget.limit_units for budget in made}, TIMEOUT_S)
         if quick:
-            self.terms.tolerance_s = self.terms.lateness_max_s = 3.0
+            self.terms.tolerance_s = self.terms.lateness_max_s = 8.0
         self.untouched: tuple[str, ...] = ()
         """Tenants whose store is well all the time: no call of theirs may go unanswered."""
         self.losses_expected: bool | None = False
@@ -183,6 +184,8 @@ class Bench:
         """So many more replicas, which begin at once."""
         options = {
             "url": self.url, "tenants": self.tenants, "budgets": self.budgets, "timeout": TIMEOUT_S,
+            # Several runs at once may keep the machine from answering in time where the store is well.
+            "timeouts": dict.fromkeys(self.untouched, 20.0) if self.quick else {},
             "callers": self.callers, "pause_ms": self.pause_ms, "cancels": self.cancels, "leaves": self.leaves,
             "limiter": {**self._limiter_options, **limiter_options}, "seed": self.figures.seed,
             "number": self._generations, "history": f"{self.histories}/{{number}}.{{worker}}.jsonl",
@@ -227,7 +230,7 @@ class Bench:
 
     def expect_ready(self, ready: bool) -> None:
         """What a limiter says that is started now."""
-        with BudgetLimiter(self.url, timeout=TIMEOUT_S) as limiter:
+        with BudgetLimiter(self.url, timeout=20.0 if ready else TIMEOUT_S) as limiter:
             wrong = {name: text for name, text in limiter.check().items() if text}
         if ready is bool(wrong):
             self.figures.verdict.blame(f"a limiter says {wrong}, though the store is {'up' if ready else 'down'}")
@@ -267,7 +270,7 @@ class Bench:
     def _come_due(self) -> None:
         """Until no hold is open any more: those of callers that left, or were killed, have come due."""
         made = [Budget(**spec) for spec in self.budgets]
-        limiters = [BudgetLimiter(self.url, made, tenant=tenant, timeout=5.0) for tenant in self.tenants]
+        limiters = [BudgetLimiter(self.url, made, tenant=tenant, timeout=20.0) for tenant in self.tenants]
 
         def none_is_open() -> bool:
             try:
@@ -356,7 +359,7 @@ class _Sampler(threading.Thread):
     def stop(self) -> None:
         """Ends, after one last look."""
         self._stopped.set()
-        self.join(10)
+        self.join(60)
         with suppress(*_AWAY), contextlib.closing(self._connect()) as client:
             self._look(client)
 

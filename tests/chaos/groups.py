@@ -21,7 +21,7 @@ def the_master_dies_behind_sentinels(bench: Bench) -> None:
         SentinelGroup(binary, bench.directory, replicas=2, sentinels=3, environment=bench.clock_environment())
     )
     bench.losses_expected = True
-    bench.spend(group.url, lambda: redis.Redis(port=group.master.port, decode_responses=True, socket_timeout=5))
+    bench.spend(group.url, lambda: redis.Redis(port=group.master.port, decode_responses=True, socket_timeout=20))
     bench.wait_spending()
     for left in bench.turns(0.5, 1.0):
         master = group.master
@@ -46,7 +46,7 @@ def _cluster(bench: Bench, **options: Any) -> Cluster:
 
     def connect() -> redis.RedisCluster:
         nodes = [redis.cluster.ClusterNode("127.0.0.1", node.port) for node in cluster.nodes]
-        return redis.RedisCluster(startup_nodes=nodes, decode_responses=True, socket_timeout=5)
+        return redis.RedisCluster(startup_nodes=nodes, decode_responses=True, socket_timeout=20)
 
     bench.spend(cluster.url, connect)
     return cluster

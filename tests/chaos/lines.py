@@ -6,6 +6,7 @@ import random
 import time
 
 from ..conftest import ClockedServer
+from ..helpers.patience import away
 from ..helpers.proxy import ThreadedProxy
 from .bench import DURABLE, Bench, Row
 
@@ -62,7 +63,8 @@ def the_store_comes_late(bench: Bench) -> None:
     line, server = _behind_a_line(bench, *DURABLE, start=False)
     bench.spend(line.url, server.client)
     bench.fault()
-    bench.expect_ready(False)
+    with away(line.url):
+        bench.expect_ready(False)
     for _ in bench.turns(bench.seconds / 5, bench.seconds / 5):
         if server.process is None:
             server.start()

@@ -271,7 +271,7 @@ class Terminal:
         os.close(theirs)
         self.text = ""
 
-    def read_until(self, condition: Callable[[str], bool], timeout_s: float = 20.0) -> str:
+    def read_until(self, condition: Callable[[str], bool], timeout_s: float = 60.0) -> str:
         """Everything shown, once the condition holds for it."""
         ends = time.monotonic() + timeout_s
         while not condition(self.text):
@@ -296,7 +296,7 @@ class Terminal:
 
     def wait(self) -> int:
         """The exit code, once everything is shown."""
-        ends = time.monotonic() + 20
+        ends = time.monotonic() + 60
         while self._process.poll() is None:
             assert time.monotonic() < ends, self.text[-500:]
             self._read(0.05)

@@ -251,7 +251,7 @@ def watching(*words: str) -> subprocess.Popen[str]:
 
 def end(process: subprocess.Popen[str]) -> tuple[str, str, int]:
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=20)
+    out, err = process.communicate(timeout=60)
     return out, err, process.returncode
 
 
@@ -299,7 +299,7 @@ def test_watch_ends_when_nobody_reads_it_any_more(service: FakeService) -> None:
     os.close(writer)
     os.read(reader, 1)
     os.close(reader)
-    _, err = process.communicate(timeout=20)
+    _, err = process.communicate(timeout=60)
     assert (err, process.returncode) == ("", 1)
 
 

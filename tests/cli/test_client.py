@@ -12,6 +12,7 @@ from ktrdr_budget.cli import client
 from ktrdr_budget.cli.client import Service, denial_line
 from ktrdr_budget.cli.errors import InvalidInput
 
+from ..helpers.waiting import wait_until
 from .support import BUDGET, DENIAL, STATUS, FakeService, Request, problem
 
 Run = Callable[..., Result]
@@ -312,7 +313,7 @@ def test_a_lost_answer_tells_how_to_repeat_the_call_safely(
     ktrdr: Run, silent: FakeService, words: tuple[str, ...]
 ) -> None:
     line = failed(ktrdr("budget", *words), 4)
-    sent = silent.requests[-1].body["id"]
+    sent = wait_until(lambda: silent.requests)[-1].body["id"]
     assert line.endswith(f"; it may have taken effect: repeating it with --id {sent} is safe")
 
 

@@ -79,7 +79,7 @@ def test_a_cycle_that_is_cancelled_while_others_wait(
             assert "op_1" in process("agent", "status").stdout
 
             assert process("agent", "cancel", "op_1").stdout.startswith("Cancelled op_1: ")
-            out, err = waiting.communicate(timeout=20)
+            out, err = waiting.communicate(timeout=60)
             assert waiting.returncode == 1
             assert out.splitlines()[-1].startswith("cancelled after ")
             assert err.startswith("ktrdr: op_1 cancelled after ")
@@ -96,8 +96,7 @@ def test_a_cycle_that_is_not_started(
     store = start_server()
     with serving(KTRDR_REDIS_URL=store.url, KTRDR_TIMEOUT="1", AGENT_DAILY_BUDGET="0.01") as replica:
         environment.setenv("KTRDR_API_URL", replica.url)
-        ended = process("agent", "trigger", "--wait")
-        assert ended.returncode == 3
+        ended = wait_until(lambda: _denied(process("agent", "trigger", "--wait")))
         answer: dict[str, Any] = json.loads(ended.stdout)
         assert (answer["triggered"], answer["reason"]) == (False, "budget_exhausted")
         told = "Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15)"
@@ -113,6 +112,11 @@ def test_a_cycle_that_is_not_started(
             assert ended.stderr.count("\n") == 1
 
 
+def _denied(ended: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str] | None:
+    """A replica with so short a deadline may take a busy machine for a store that is away."""
+    return ended if ended.returncode == 3 else None
+
+
 @pytest.mark.slow
 def test_a_worker_that_is_killed_is_told_by_the_other_replica(
     server: Server, process: Process, environment: pytest.MonkeyPatch
@@ -126,4 +130,4 @@ def test_a_worker_that_is_killed_is_told_by_the_other_replica(
         ended = process("agent", "trigger", "--wait", "--interval", "0.1", "--id", "op_1")
         assert ended.returncode == 1
         assert "(worker_lost)" in ended.stderr
-        wait_until(lambda: "worker_lost" in process("agent", "status").stdout, 10)
+        wait_until(lambda: "worker_lost" in process("agent", "status").stdout, 60)

@@ -236,9 +236,9 @@ def waiting(environment: pytest.MonkeyPatch, service: FakeService) -> Iterator[s
 
 
 def test_an_interrupt_without_a_terminal_is_told_too(waiting: subprocess.Popen[str], service: FakeService) -> None:
-    wait_until(lambda: len(service.requests) >= 3, 20)
+    wait_until(lambda: len(service.requests) >= 3)
     waiting.send_signal(signal.SIGINT)
-    out, err = waiting.communicate(timeout=20)
+    out, err = waiting.communicate(timeout=60)
     assert (waiting.returncode, err) == (130, GOES_ON)
     assert out.splitlines()[1:] == ["designing"]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -224,7 +224,7 @@ def test_ctrl_c_ends_a_waiting_command_quietly_with_130(
 
     service.answer("GET /api/v1/budgets", wait)
     opened = terminal("budget", "list")
-    wait_until(lambda: service.requests, 20)
+    wait_until(lambda: service.requests)
     opened.type("\x03")
     assert opened.wait() == 130
     assert opened.text.strip() == "^C"
@@ -275,8 +275,10 @@ def test_agent_budget_loads_no_store_client_and_no_heavy_package(environment: py
 
 def test_agent_budget_takes_less_than_0_4_seconds(process: Process) -> None:
     def seconds() -> float:
-        begun = time.perf_counter()
+        """Of a processor: what a busy machine lets it wait is no part of them."""
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process("agent", "budget").returncode == 0
-        return time.perf_counter() - begun
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
     assert min(seconds() for _ in range(7)) <= 0.4

@@ -35,7 +35,7 @@ period = "hour"
 
 
 def alive(port: int) -> bool:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=10)
     try:
         connection.request("GET", "/livez")
         return connection.getresponse().status == 200
@@ -64,12 +64,12 @@ def serving(environment: pytest.MonkeyPatch, log: Path) -> Iterator[int]:
     with log.open("wb") as stderr:
         process = subprocess.Popen(command("serve", "--port", str(port)), stdout=stderr, stderr=stderr)
     try:
-        wait_until(lambda: alive(port) or process.poll() is not None, 30)
+        wait_until(lambda: alive(port) or process.poll() is not None, 60)
         assert process.poll() is None, log.read_text()
         yield port
     finally:
         process.send_signal(signal.SIGINT)
-        assert process.wait(timeout=20) == 0
+        assert process.wait(timeout=60) == 0
     assert "Traceback" not in log.read_text()
 
 
@@ -78,7 +78,7 @@ def served(data_dir: Path, environment: pytest.MonkeyPatch, tmp_path: Path) -> I
     """The service on an embedded server, which ends with it."""
     with serving(environment, tmp_path / "log"):
         yield data_dir
-    wait_until(lambda: embedded.find(data_dir) is None, 10)
+    wait_until(lambda: embedded.find(data_dir) is None)
 
 
 @pytest.fixture
@@ -209,7 +209,7 @@ def test_a_store_that_goes_away_and_comes_back(
             assert ended.stderr.startswith("ktrdr: ")
             assert ended.stderr.count("\n") == 1
         store.start()
-        wait_until(lambda: process("agent", "budget").returncode == 0, 20)
+        wait_until(lambda: process("agent", "budget").returncode == 0)
         assert "Today's Spend: $0.25\n" in process("agent", "budget").stdout
 
 

@@ -281,7 +281,7 @@ def test_a_watch_over_books_that_add_up_ends_well(
     lines = [read_until(process, "ok, windows: 2")[-1] for _ in range(3)]
     assert all(re.fullmatch(r"\d\d:\d\d:\d\d  ok, windows: 2", line) for line in lines)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (0, "")
 
 
@@ -300,7 +300,7 @@ def test_a_watch_tells_each_change_once_and_fails_at_the_end_if_the_books_ever_f
     assert "ok: agent" in read_until(process, "ok")[-1]
     read_until(process, "ok, windows: 2")
     process.terminate()
-    _, stderr = process.communicate(timeout=10)
+    _, stderr = process.communicate(timeout=60)
     assert (process.returncode, stderr) == (1, "ktrdr: 1 windows did not add up\n")
 
 
@@ -310,7 +310,7 @@ def test_a_watch_in_json_is_a_line_each_time(watching: Callable[..., subprocess.
     assert [len(document["windows"]) for document in documents] == [2, 2]
     assert all(document["adds_up"] for document in documents)
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 0
 
 
@@ -330,7 +330,7 @@ def test_a_watch_outlives_its_store_and_says_that_nothing_is_known(
     own.start()
     read_until(process, "ok, windows: 0")
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 0
     process = watching()
     read_until(process, "ok, windows: 0")
@@ -338,5 +338,5 @@ def test_a_watch_outlives_its_store_and_says_that_nothing_is_known(
     assert process.stderr is not None
     assert "cannot verify: store at" in process.stderr.readline()
     process.terminate()
-    process.communicate(timeout=10)
+    process.communicate(timeout=60)
     assert process.returncode == 4

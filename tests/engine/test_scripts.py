@@ -642,7 +642,7 @@ def test_upstash_an_id_is_forgotten_when_its_memory_ends(client):
         assert client.pttl(f"ktrdr:{{t}}:h:{hold_id}") > DAY_MS, "an open hold lives as long as its windows"
         assert wire.ask(settle, agent=":x70").startswith("k ")
     wire.ask("N op_3 0 - -", agent=":20")
-    wait_until(lambda: not list(client.scan_iter("*:h:*")), within_s=2)
+    wait_until(lambda: not list(client.scan_iter("*:h:*")))
     assert wire.sums("agent") == figures(spent=90, events=2)
 
 

@@ -36,9 +36,9 @@ class Node:
 
     @property
     def client(self) -> redis.Redis:
-        """A synchronous connection, decoding; it answers within 5 s or raises."""
+        """A synchronous connection, decoding; it answers within 20 s or raises."""
         if self._client is None:
-            self._client = redis.Redis(port=self.port, decode_responses=True, socket_timeout=5, **self.login)
+            self._client = redis.Redis(port=self.port, decode_responses=True, socket_timeout=20, **self.login)
         return self._client
 
     def command(self, *words: Any) -> Any:
@@ -61,7 +61,7 @@ class Node:
                 [self.binary, *self._words], stdout=log, stderr=log, env=self._environment, cwd=self.directory
             )
 
-    def wait_ready(self, within_s: float = 20.0) -> None:
+    def wait_ready(self, within_s: float = 60.0) -> None:
         """Until it answers."""
         ends = time.monotonic() + within_s
         while not self.answers():

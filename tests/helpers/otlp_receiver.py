@@ -91,7 +91,7 @@ class OtlpReceiver:
         """The spans of this name."""
         return [span for span in self.spans if span.name == name]
 
-    def wait(self, condition: Callable[[list[Span]], Any], within_s: float = 10.0) -> list[Span]:
+    def wait(self, condition: Callable[[list[Span]], Any], within_s: float = 30.0) -> list[Span]:
         """Until the condition holds of the spans that have arrived; returns them."""
         ends = time.monotonic() + within_s
         with self._arrived:
@@ -99,7 +99,7 @@ class OtlpReceiver:
                 assert self._arrived.wait(ends - time.monotonic()), [span.name for span in self._spans]
             return list(self._spans)
 
-    def wait_named(self, *names: str, within_s: float = 10.0) -> list[Span]:
+    def wait_named(self, *names: str, within_s: float = 30.0) -> list[Span]:
         """Until there is a span of each name."""
         return self.wait(lambda spans: set(names) <= {span.name for span in spans}, within_s)
 

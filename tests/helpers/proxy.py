@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from .patience import is_away, is_there
+
 Place = Path | tuple[str, int]
 """A unix socket, or a host and a port."""
 
@@ -28,6 +30,7 @@ class Proxy:
     ``lose_replies``: so many replies to scripts are read from the server, which has thus run them, and are then dropped
     together with their connection. ``lose_requests``: so many scripts are dropped before the server sees them.
     ``fate`` is asked about each script, and may answer "reply" or "request" to lose it.
+    ``lose_all(fate)``: so does each script end, until ``lose_all(None)``.
     ``hold_replies()``: the server runs what it is sent, but its answers wait for ``let_go()``. What a client says when
     it connects is answered, and that the server does not know a script yet is no answer in this sense.
     ``freeze()``: half-open. Connections stand and new ones are accepted, but nothing passes, either way, until
@@ -70,11 +73,13 @@ class Proxy:
             self._server = await asyncio.start_unix_server(self._serve, self._place)
         else:
             self._server = await asyncio.start_server(self._serve, *self._place)
+        self._opened()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        is_away(self.url)
         self._server.close()
         for task in list(self._connections):
             task.cancel()
@@ -82,24 +87,38 @@ class Proxy:
         await asyncio.sleep(0)  # a closed transport lets go of its socket in the next round of the loop
 
     def hold_replies(self) -> None:
+        is_away(self.url)
         self._open.clear()
 
     def let_go(self) -> None:
         self._open.set()
+        self._opened()
 
     def freeze(self) -> None:
+        is_away(self.url)
         self._thawed.clear()
 
     def thaw(self) -> None:
         self._thawed.set()
+        self._opened()
 
     def cut(self) -> None:
+        is_away(self.url)
         self._is_cut = True
         for task in list(self._connections):
             task.cancel()
 
+    def lose_all(self, fate: str | None) -> None:
+        (is_there if fate is None else is_away)(self.url)
+        self.fate = lambda: fate
+
     def mend(self) -> None:
         self._is_cut = False
+        self._opened()
+
+    def _opened(self) -> None:
+        if self._open.is_set() and self._thawed.is_set() and not self._is_cut:
+            is_there(self.url)
 
     async def _pass(self, writer: asyncio.StreamWriter, chunk: bytes) -> None:
         """Forwards what was read, as slowly as the line is."""
@@ -184,7 +203,7 @@ class ThreadedProxy:
     def _in_thread(self, work: Coroutine[Any, Any, Any]) -> Any:
         if not self._thread.is_alive():
             self._thread.start()
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result(10)
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(60)
 
     @property
     def url(self) -> str:
@@ -203,23 +222,27 @@ class ThreadedProxy:
         self._loop.close()
 
     def hold_replies(self) -> None:
-        self._loop.call_soon_threadsafe(self.proxy.hold_replies)
+        self._in_thread(_called(self.proxy.hold_replies))
 
     def let_go(self) -> None:
-        self._loop.call_soon_threadsafe(self.proxy.let_go)
+        self._in_thread(_called(self.proxy.let_go))
 
     def freeze(self) -> None:
-        self._loop.call_soon_threadsafe(self.proxy.freeze)
+        self._in_thread(_called(self.proxy.freeze))
 
     def thaw(self) -> None:
-        self._loop.call_soon_threadsafe(self.proxy.thaw)
+        self._in_thread(_called(self.proxy.thaw))
 
     def cut(self) -> None:
-        self._loop.call_soon_threadsafe(self.proxy.cut)
+        self._in_thread(_called(self.proxy.cut))
 
     def mend(self) -> None:
-        self._loop.call_soon_threadsafe(self.proxy.mend)
+        self._in_thread(_called(self.proxy.mend))
 
 
 async def _made(server: Place, place: Place) -> Proxy:
     return Proxy(server, place)
+
+
+async def _called(act: Callable[[], None]) -> None:
+    act()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 
-async def until(condition: Callable[[], Any], within_s: float = 5.0) -> Any:
+async def until(condition: Callable[[], Any], within_s: float = 30.0) -> Any:
     """Polls a condition, plain or async, until it is truthy; returns what it was."""
     ends = time.monotonic() + within_s
     while True:
@@ -22,7 +22,7 @@ async def until(condition: Callable[[], Any], within_s: float = 5.0) -> Any:
         await asyncio.sleep(0.005)
 
 
-def wait_until(condition: Callable[[], Any], within_s: float = 5.0) -> Any:
+def wait_until(condition: Callable[[], Any], within_s: float = 30.0) -> Any:
     """The same without an event loop."""
     ends = time.monotonic() + within_s
     while not (value := condition()):

@@ -19,6 +19,7 @@ from ktrdr_budget.money import from_units, to_units
 
 from ..helpers.keyspace import dump, spent_and_held
 from ..helpers.proxy import Proxy
+from ..helpers.stopwatch import Stopwatch
 from ..helpers.waiting import until
 
 BUDGETS = [
@@ -487,7 +488,7 @@ async def proxy(server, tmp_path_factory):
 
 
 async def test_calls_cancelled_while_the_hold_grows_claim_nothing(client, proxy):
-    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=2.0) as limiter, limiter.hold("agent", "0.01") as hold:
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as limiter, limiter.hold("agent", "0.01") as hold:
         meter = Meter(limiter, pricer=PRICES)
         async with meter.call(**CALL) as call:
             call.finish(USED)
@@ -512,11 +513,11 @@ async def test_calls_that_wait_for_a_growth_without_an_answer_do_not_wait_again(
         meter = Meter(limiter, pricer=PRICES)
         async with limiter.hold("agent", "0.01") as hold:
             proxy.hold_replies()
-            began = asyncio.get_running_loop().time()
-            calls = (meter.call(**CALL).__aenter__() for _ in range(10))
-            results = await asyncio.gather(*calls, return_exceptions=True)
+            with Stopwatch() as took:
+                calls = (meter.call(**CALL).__aenter__() for _ in range(10))
+                results = await asyncio.gather(*calls, return_exceptions=True)
             assert all(isinstance(result, StoreUnavailable) for result in results)
-            assert asyncio.get_running_loop().time() - began < 1.0
+            assert took.seconds < 2.0
             assert (hold.drawn, hold.growth.wanted) == ({"agent": 0}, {})
             proxy.let_go()
             async with meter.call(**CALL) as call:

@@ -338,7 +338,7 @@ async def proxy(server, tmp_path_factory):
 @pytest.fixture
 async def distant(proxy):
     """A limiter behind the proxy, that has met the server."""
-    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=2.0) as made:
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as made:
         with pytest.raises(BudgetExceeded):
             await made.reserve("agent", "6.00")
         yield made

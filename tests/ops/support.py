@@ -74,7 +74,7 @@ class Stack:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def end(self, within_s: float = 30.0) -> int:
+    def end(self, within_s: float = 60.0) -> int:
         """Waits for its end; its exit code."""
         code = self.process.wait(within_s)
         self._reader.join()
@@ -97,7 +97,7 @@ def stack(*options: str, **variables: Any) -> Iterator[Stack]:
 def answers(url: str) -> bool:
     """Whether something listens there and speaks HTTP."""
     try:
-        httpx.get(url, timeout=5)
+        httpx.get(url, timeout=30)
     except httpx.HTTPError:
         return False
     return True

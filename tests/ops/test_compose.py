@@ -271,7 +271,7 @@ def test_the_health_check_tells_a_ready_service_from_one_that_is_not(server):
 
     def check(port: int) -> int:
         words = [sys.executable, "-c", program.replace(":8000/", f":{port}/")]
-        return subprocess.run(words, capture_output=True, timeout=20, check=False).returncode
+        return subprocess.run(words, capture_output=True, timeout=60, check=False).returncode
 
     assert check(free_port()) == 1
     with serving(KTRDR_REDIS_URL=server.url) as service:

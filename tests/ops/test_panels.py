@@ -49,8 +49,8 @@ class Prometheus:
         self._log = directory / "log"
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(words, stdout=log, stderr=log)
-        self._client = httpx.Client(base_url=f"http://{address}/api/v1", timeout=10)
-        wait_until(lambda: self._ready(f"http://{address}/-/ready"), 20)
+        self._client = httpx.Client(base_url=f"http://{address}/api/v1", timeout=60)
+        wait_until(lambda: self._ready(f"http://{address}/-/ready"))
 
     def _ready(self, url: str) -> bool:
         assert self._process.poll() is None, self._log.read_text()
@@ -130,22 +130,22 @@ def stack(start_server: Callable[..., Server], tmp_path_factory: pytest.TempPath
         prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), targets)
         ending.callback(prometheus.end)
         # It must have seen them at 0, or it cannot know of an increase.
-        wait_until(lambda: (prometheus.value("sum(count_over_time(agent_tokens_total[1m]))") or 0) >= 8, 30)
+        wait_until(lambda: (prometheus.value("sum(count_over_time(agent_tokens_total[1m]))") or 0) >= 8, 60)
         started_at = time.time()
         for replica in replicas * (CYCLES // 2):
             run_cycle(replica)
         assert replicas[0].post("/api/v1/reservations", {"amounts": {"agent": "1000"}}).status_code == 429
-        wait_until(lambda: prometheus.value("sum(agent_cycles_total)") == CYCLES, 20)
-        wait_until(lambda: prometheus.value('sum(ktrdr_budget_reservations_total{outcome="denied"})') == 1, 20)
+        wait_until(lambda: prometheus.value("sum(agent_cycles_total)") == CYCLES)
+        wait_until(lambda: prometheus.value('sum(ktrdr_budget_reservations_total{outcome="denied"})') == 1)
         settled_at = time.time()
-        wait_until(lambda: (prometheus.value("min(timestamp(up))") or 0) > settled_at + 1, 20)
+        wait_until(lambda: (prometheus.value("min(timestamp(up))") or 0) > settled_at + 1)
         yield Stack(prometheus, replicas, started_at, settled_at + 1)
 
 
 def run_cycle(replica: Service) -> None:
     """Starts a cycle at a replica, and waits for its end."""
-    wait_until(lambda: replica.post("/api/v1/agent/trigger").status_code == 202, 10)
-    wait_until(lambda: replica.get("/api/v1/agent/status").json()["status"] == "idle", 20)
+    wait_until(lambda: replica.post("/api/v1/agent/trigger").status_code == 202)
+    wait_until(lambda: replica.get("/api/v1/agent/status").json()["status"] == "idle")
 
 
 @pytest.mark.parametrize("title", [panel["title"] for panel in panels(DASHBOARD)])

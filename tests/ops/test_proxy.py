@@ -85,8 +85,8 @@ def proxy(path: Path, *replicas: Replica) -> Iterator[httpx.Client]:
     with (path / "log").open("wb") as log:
         process = subprocess.Popen(words, env=environment, stdout=log, stderr=log)
     try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=20) as client:
-            wait_until(lambda: process.poll() is None and listens(client), 20)
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
+            wait_until(lambda: process.poll() is None and listens(client))
             yield client
     finally:
         process.terminate()

@@ -61,7 +61,7 @@ def verify(url: str, *checks: str, **variables: Any) -> Verified:
 
 
 def budget(url: str) -> dict[str, Any]:
-    return dict(httpx.get(f"{url}/api/v1/budgets/agent", timeout=10).json())
+    return dict(httpx.get(f"{url}/api/v1/budgets/agent", timeout=60).json())
 
 
 @pytest.fixture(scope="module")
@@ -112,15 +112,15 @@ def test_a_sound_stack_passes_every_check(running: Stack, receiver: OtlpReceiver
 @pytest.mark.slow
 def test_an_interrupted_check_restores_the_limit_that_was_set_at_run_time(running: Stack) -> None:
     url = running.url("service")
-    limit = httpx.put(f"{url}/api/v1/budgets/agent/limit", json={"limit": "3.00", "until": "window"}, timeout=10)
+    limit = httpx.put(f"{url}/api/v1/budgets/agent/limit", json={"limit": "3.00", "until": "window"}, timeout=60)
     set_before = limit.json()
     try:
         variables = environment(KTRDR_API_URL=url, KTRDR_REPLICAS=replicas(running), PYTHON=sys.executable)
         pipe = subprocess.PIPE
         with subprocess.Popen(command("exhaustion"), env=variables, stdout=pipe, stderr=pipe, text=True) as process:
-            wait_until(lambda: budget(url)["limit"] == "0.01", 20)
+            wait_until(lambda: budget(url)["limit"] == "0.01")
             process.send_signal(signal.SIGINT)
-            out, err = process.communicate(timeout=30)
+            out, err = process.communicate(timeout=60)
         assert (process.returncode, err) == (130, ""), out
         assert "FAIL" not in out
         after = budget(url)
@@ -128,7 +128,7 @@ def test_an_interrupted_check_restores_the_limit_that_was_set_at_run_time(runnin
         assert {name: after[name] for name in names} == {name: set_before[name] for name in names}
         assert after["limit_source"] == "runtime"
     finally:
-        httpx.delete(f"{url}/api/v1/budgets/agent/limit", timeout=10)
+        httpx.delete(f"{url}/api/v1/budgets/agent/limit", timeout=60)
 
 
 # --- A broken one ---------------------------------------------------------------------------------

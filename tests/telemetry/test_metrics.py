@@ -294,11 +294,11 @@ async def test_repairs_and_resolved_requests_are_counted(server, tmp_path_factor
         watched(proxy.url, timeout=0.2) as (limiter, metrics),
     ):
         await limiter.record("agent", "1")
-        proxy.fate = lambda: "reply"
+        proxy.lose_all("reply")
         with pytest.raises(StoreUnavailable):
             await limiter.record("agent", "0.10")
         assert (await scrape(metrics))["ktrdr_budget_unresolved",] == 1
-        proxy.fate = lambda: None
+        proxy.lose_all(None)
         await until(lambda: limiter.unresolved == 0)
         with server.client() as client:
             client.flushall()

@@ -33,7 +33,7 @@ def triggered(service: Service) -> str:
 
 def cycle_of(receiver: OtlpReceiver, operation_id: str) -> tuple[Span, list[Span]]:
     """The root of a cycle that has ended, and its trace, which is one whole tree."""
-    spans = receiver.wait_named("agent.research_cycle", within_s=30)
+    spans = receiver.wait_named("agent.research_cycle", within_s=60)
     (root,) = [span for span in spans if span.name == "agent.research_cycle"]
     cycle = trace_of(spans, root.trace_id)
     assert not orphans(cycle)
@@ -58,7 +58,7 @@ def test_every_worker_traces_and_counts(server, receiver: OtlpReceiver):
             service.get("/api/v1/budgets")
             return len({span.resource["service.instance.id"] for span in receiver.spans}) == 2
 
-        wait_until(both_have_exported, 30)
+        wait_until(both_have_exported, 60)
         operation_id = triggered(service)
         root, cycle = cycle_of(receiver, operation_id)
         samples = service.get("/metrics").text.splitlines()

@@ -1,6 +1,6 @@
 """One replica of the chaos bench: callers that spend, insist, give up or are cancelled, and write down every call.
 
-Options: `url, tenants, budgets, timeout, callers, pause_ms, cancels, leaves, limiter, history, seed, worker,
+Options: `url, tenants, budgets, timeout, timeouts, callers, pause_ms, cancels, leaves, limiter, history, seed, worker,
 number`. Each call is written twice: when it begins, and when it has ended; so what was under way when the process was
 killed is known. A line of the file, instants in nanoseconds of the machine's monotonic clock:
 
@@ -256,9 +256,8 @@ async def main(options: dict) -> None:
     history = History(options["history"].format(**options))
     tenant = options["tenants"][(options["number"] + options["worker"]) % len(options["tenants"])]
     budgets = [Budget(**spec) for spec in options["budgets"]]
-    limiter = AsyncBudgetLimiter(
-        options["url"], budgets, tenant=tenant, timeout=options["timeout"], **options["limiter"]
-    )
+    timeout = options["timeouts"].get(tenant, options["timeout"])
+    limiter = AsyncBudgetLimiter(options["url"], budgets, tenant=tenant, timeout=timeout, **options["limiter"])
     say("ready")
     lines = asyncio.Queue()
     loop = asyncio.get_running_loop()

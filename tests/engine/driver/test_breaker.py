@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,15 +12,20 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.engine.driver import breaker
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
 
 from ...helpers.keyspace import sums
+from ...helpers.patience import away
 from ...helpers.proxy import Proxy
+from ...helpers.stopwatch import Stopwatch
 from ...helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00")]
 TIMEOUT_S = 0.3
+TOGETHER_S = 10 * TIMEOUT_S
+"""What hundreds of calls may take, of which each would take its deadline."""
 
 
 @pytest.fixture
@@ -30,16 +33,16 @@ def own_server(start_server: Callable):
     made = start_server(None, "--appendonly", "yes")
     yield made
     if made.process is not None:
-        os.kill(made.process.pid, signal.SIGCONT)
+        made.resume()
     made.kill()
 
 
 def stop(server) -> None:
-    os.kill(server.process.pid, signal.SIGSTOP)
+    server.pause()
 
 
 def go_on(server) -> None:
-    os.kill(server.process.pid, signal.SIGCONT)
+    server.resume()
 
 
 OUTAGES = pytest.mark.parametrize(
@@ -66,15 +69,15 @@ async def test_one_call_pays_its_deadline_and_those_after_it_nothing(own_server,
         await refused(hold.extend)
         assert time.monotonic() - started >= TIMEOUT_S * 0.9
         assert limiter.store_state == "open"
-        started = time.monotonic()
-        for call in (lambda: limiter.reserve("agent", "0.01"), lambda: limiter.status("agent"), hold.commit) * 66:
-            error = await refused(call)
-            assert not error.ambiguous, "it was not sent"
-        assert time.monotonic() - started < 3 * TIMEOUT_S, "198 calls, together"
+        with Stopwatch() as took:
+            for call in (lambda: limiter.reserve("agent", "0.01"), lambda: limiter.status("agent"), hold.commit) * 66:
+                error = await refused(call)
+                assert not error.ambiguous, "it was not sent"
+        assert took.seconds < TOGETHER_S
         assert "no answer since" in str(error)
         assert "it is being tried" in str(error)
         end(own_server)
-        await until(lambda: limiter.store_state == "closed", 1.5)  # nobody calls
+        await until(lambda: limiter.store_state == "closed")  # nobody calls
         assert (await hold.commit("0.07")).state == "committed"
         messages = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
         assert sum("calls end at once" in message for message in messages) == 1
@@ -86,14 +89,13 @@ async def test_who_calls_at_once_does_not_wait_for_others_that_have_begun(own_se
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         begin(own_server)
-        started = time.monotonic()
-        outcomes = await asyncio.gather(
-            *[limiter.reserve("agent", "0.01") for _ in range(500)], return_exceptions=True
-        )  # fmt: skip
+        with Stopwatch() as took:
+            tries = [limiter.reserve("agent", "0.01") for _ in range(500)]
+            outcomes = await asyncio.gather(*tries, return_exceptions=True)
         assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
-        assert time.monotonic() - started < 2 * TIMEOUT_S
+        assert took.seconds < TOGETHER_S
         end(own_server)
-        await until(lambda: limiter.store_state == "closed", 1.5)
+        await until(lambda: limiter.store_state == "closed")
 
 
 async def test_one_probe_at_a_time_asks_and_callers_add_none(server, tmp_path_factory):
@@ -104,12 +106,13 @@ async def test_one_probe_at_a_time_asks_and_callers_add_none(server, tmp_path_fa
         await limiter.record("agent", "0.01")
         proxy.hold_replies()
         await refused(lambda: limiter.record("agent", "0.01"))
-        before, ends = proxy.scripts_run, time.monotonic() + 1.0
-        while time.monotonic() < ends:
+        before, began = proxy.scripts_run, time.monotonic()
+        while time.monotonic() < began + 1.0 or proxy.scripts_run == before:
             tries = [limiter.reserve("agent", "0.01") for _ in range(50)]
             await asyncio.gather(*tries, return_exceptions=True)
             await asyncio.sleep(0.01)
-        assert 1 <= proxy.scripts_run - before <= 4, "each waits for its answer, and pauses then"
+        probes_max = (time.monotonic() - began) / TIMEOUT_S + 1
+        assert proxy.scripts_run - before <= probes_max, "each waits for its answer, and pauses then"
         proxy.let_go()
         await until(lambda: limiter.store_state == "closed")
         assert (await limiter.reserve("agent", "0.01")).guarded
@@ -122,7 +125,7 @@ async def test_who_insists_without_a_pause_does_not_keep_the_store_from_being_he
         await refused(lambda: limiter.status("agent"))
         own_server.start()
         tries = 0
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(30):
             while tries == 0 or limiter.store_state == "open":
                 tries += 1
                 with suppress(StoreUnavailable):
@@ -130,7 +133,8 @@ async def test_who_insists_without_a_pause_does_not_keep_the_store_from_being_he
         assert limiter.store_state == "closed"
 
 
-async def test_a_call_that_is_made_after_the_store_has_returned_is_served(own_server):
+async def test_a_call_that_is_made_after_the_store_has_returned_is_served(own_server, monkeypatch):
+    monkeypatch.setattr(breaker, "PATIENCE_S", 10.0)  # the store may be slow to answer
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         for _ in range(3):
             await limiter.record("agent", "0.01")
@@ -157,12 +161,12 @@ async def test_allow_admits_at_once_and_settles_later(own_server):
         await limiter.record("agent", "0.01")
         own_server.kill()
         assert not (await limiter.reserve("agent", "0.01")).guarded  # pays
-        started = time.monotonic()
-        for _ in range(100):
-            hold = await limiter.reserve("agent", "0.01")
-            assert not hold.guarded
-            assert (await hold.commit()).deferred
-        assert time.monotonic() - started < 3 * TIMEOUT_S
+        with Stopwatch() as took:
+            for _ in range(100):
+                hold = await limiter.reserve("agent", "0.01")
+                assert not hold.guarded
+                assert (await hold.commit()).deferred
+        assert took.seconds < TOGETHER_S
         own_server.start()
         await until(lambda: limiter.deferred == 0)
 
@@ -183,10 +187,14 @@ async def test_a_store_that_answers_slowly_is_not_given_up(server, tmp_path_fact
 async def test_a_busy_event_loop_is_no_outage(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
-        call = asyncio.create_task(limiter.record("agent", "0.01"))
-        await asyncio.sleep(0)
-        time.sleep(TIMEOUT_S * 1.5)  # whoever blocks the event loop
-        await asyncio.gather(call, return_exceptions=True)
+        with away(server.url), server.client() as client:
+            call = asyncio.create_task(limiter.record("agent", "0.01"))
+            while not limiter._coalescer._lanes:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)  # now it is sent
+            ends = time.monotonic() + TIMEOUT_S * 1.5
+            wait_until(lambda: time.monotonic() > ends and sums(client)["events"] == 2)  # whoever blocks the event loop
+            await asyncio.gather(call, return_exceptions=True)
         assert limiter.store_state == "closed"
         assert (await limiter.reserve("agent", "0.01")).guarded
 
@@ -207,7 +215,7 @@ async def test_a_store_that_only_reads_stays_open(own_server):
     """A master that became a replica: it answers, but takes nothing."""
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
-        with own_server.client() as client:
+        with own_server.client() as client, away(own_server.url):
             client.replicaof("127.0.0.1", 1)
             await refused(lambda: limiter.record("agent", "0.01"))
             openings = limiter._coalescer.breaker.openings
@@ -216,7 +224,7 @@ async def test_a_store_that_only_reads_stays_open(own_server):
             await until(lambda: time.monotonic() > ends)
             assert limiter.store_state == "open"
             client.replicaof("NO", "ONE")
-        await until(lambda: limiter.store_state == "closed", 1.5)
+        await until(lambda: limiter.store_state == "closed")
 
 
 async def test_readiness_is_never_told_from_memory(own_server):
@@ -236,7 +244,7 @@ async def test_a_limiter_that_starts_without_a_store_finds_it_by_itself(own_serv
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         assert limiter.store_state == "open"
         own_server.start()
-        await until(lambda: limiter.store_state == "closed", 1.5)
+        await until(lambda: limiter.store_state == "closed")
         assert (await limiter.reserve("agent", "0.01")).guarded
 
 
@@ -246,11 +254,11 @@ def test_the_sync_limiter_has_the_same_breaker(own_server):
         own_server.kill()
         with pytest.raises(StoreUnavailable):
             hold.commit("0.07")
-        started = time.monotonic()
-        for _ in range(200):
-            with pytest.raises(StoreUnavailable):
-                limiter.reserve("agent", "0.01")
-        assert time.monotonic() - started < 3 * TIMEOUT_S
+        with Stopwatch() as took:
+            for _ in range(200):
+                with pytest.raises(StoreUnavailable):
+                    limiter.reserve("agent", "0.01")
+        assert took.seconds < TOGETHER_S
         own_server.start()
         wait_until(lambda: limiter.store_state == "closed")
         assert hold.commit("0.07").state == "committed"
@@ -261,6 +269,6 @@ async def test_closing_while_it_is_open_is_quick_and_clean(own_server):
     await limiter.record("agent", "0.01")
     stop(own_server)
     await refused(lambda: limiter.status("agent"))
-    started = time.monotonic()
-    await limiter.close()
-    assert time.monotonic() - started < 3 * TIMEOUT_S
+    with Stopwatch() as took:
+        await limiter.close()
+    assert took.seconds < TOGETHER_S

@@ -19,7 +19,7 @@ import redis
 
 from ktrdr_budget.engine.stores import embedded, watcher
 
-DEADLINE_S = 15.0
+DEADLINE_S = 60.0
 PACKAGE_ROOT = str(Path(embedded.__file__).parents[3])
 
 # Starts when it is told to, says where and in which process the server is, and leaves when its input ends.

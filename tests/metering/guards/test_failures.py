@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,7 +14,7 @@ from examples.local_provider import LocalProvider, Scene
 from ktrdr_budget import StoreUnavailable
 
 from ...helpers.guarded import BASIC, BASIC_STREAMS, PLAIN, Telling, Way, bill_nanos, guarded, take
-from ...helpers.waiting import until
+from ...helpers.waiting import until, wait_until
 
 EITHER = [*BASIC, *BASIC_STREAMS]
 REJECTED = (400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503, 504, 529)
@@ -85,12 +86,22 @@ async def test_retries_of_the_sdk_reserve_once_and_commit_what_was_reported_in_t
         reservations = []
         reserve = g.limiter.reserve
         g.limiter.reserve = lambda *args, **named: (reservations.append(args), reserve(*args, **named))[1]
-        await take(way, g.client.with_options(max_retries=2, timeout=0.3 if first[0].delay_s else 30))
+        client = g.client.with_options(max_retries=2, timeout=0.3 if first[0].delay_s else 30)
+        patience = threading.Thread(target=_be_patient, args=[client, provider])
+        patience.start()
+        await take(way, client)
+        patience.join()
         assert len(provider.requests) == len(first) + 1
         assert len(reservations) == 1
         await until(lambda: not provider.active)
         final = next(line for line in provider.ledger if line.complete)
         assert g.counted == g.sums["spent"] == bill_nanos([final]) > 0
+
+
+def _be_patient(client: Any, provider: LocalProvider) -> None:
+    """The second attempt has time enough."""
+    wait_until(lambda: provider.requests)
+    client.timeout = 30
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,7 @@ async def test_a_last_word_is_awaited_for_no_longer_than_it_is_worth(
             made = guard(client, limiter).chat.completions
             stream = await made.create(**CALL)
             _ = [await anext(stream) for _ in LINES]
-            await asyncio.wait_for(stream.close(), 5)
+            await asyncio.wait_for(stream.close(), 30)
             _check(server)
             stream = await made.create(**CALL)
             _ = [await anext(stream) for _ in LINES]

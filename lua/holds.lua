@@ -31,17 +31,30 @@ local function store_record(key, hold, ...)
   return record
 end
 
--- The options of SET that give a hold's record its expiry. It stays as long as its windows. Where one of them has no
--- end: for very long while it is open, and once it is not, as long as windows are kept, lest such records pile up.
-local function lifetime(hold)
-  local endless, longest = false, now_ms + 86400000 + match(ARGV[6], '^%S+ %d+ (%d+)')
+-- When the last of a hold's windows expires, in ms, and whether one of them never does.
+local function windows_expire(hold)
+  local last, endless = 0, false
   for i = 1, #hold.segments do
     local expires = tonumber(ARGV[by_name[hold.segments[i].name].at + 4])
-    endless = endless or expires == 0
-    longest = max(longest, expires)
+    last, endless = max(last, expires), endless or expires == 0
   end
+  return last, endless
+end
+
+-- The options of SET that give an open hold's new record its expiry: it stays as long as its windows. Where one of them
+-- has no end, for very long: until somebody sees that it is due.
+local function open_lifetime(hold)
+  local last, endless = windows_expire(hold)
+  return 'PXAT', text(endless and now_ms + LASTING_MS or last)
+end
+
+-- Those for a record that there is. Of windows without end it is kept, once it is not open any more, as long as windows
+-- are, lest such records pile up.
+local function lifetime(hold)
+  local last, endless = windows_expire(hold)
   if not endless then return 'KEEPTTL' end
-  return 'PXAT', text(hold.state == 'o' and now_ms + LASTING_MS or longest)
+  if hold.state == 'o' then return open_lifetime(hold) end
+  return 'PXAT', text(max(last, now_ms + 86400000 + match(ARGV[6], '^%S+ %d+ (%d+)')))
 end
 
 local function units(text_or_empty)

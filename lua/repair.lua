@@ -105,12 +105,7 @@ function operations.O(op, key)
     add(w, HELD, counted(segment))
     hold.segments[#hold.segments + 1] = segment
   end
-  local expires, endless = 0, false
-  for i = 1, #hold.segments do
-    local ends = tonumber(ARGV[by_name[hold.segments[i].name].at + 4])
-    endless, expires = endless or ends == 0, max(expires, ends)
-  end
-  store_record(key, hold, 'PXAT', text(endless and now_ms + LASTING_MS or expires))
+  store_record(key, hold, open_lifetime(hold))
   set_due(id, deadline)
   return 'g'
 end

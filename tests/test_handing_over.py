@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime
@@ -20,6 +18,7 @@ from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import counted, immortal_keys, ledger_sum, sums
+from .helpers.patience import away
 from .helpers.proxy import Proxy
 from .helpers.waiting import until
 
@@ -318,13 +317,14 @@ async def test_a_reservation_that_had_arrived_is_the_hold_that_is_handed_over(pr
 async def test_a_cancelled_caller_leaves_nothing_and_may_try_again(proxy, limiter, client):
     """His grant was prepaid, and his request is lost, or arrives very late."""
     proxy.fate = lambda: "request"
-    task = asyncio.create_task(limiter.reserve("agent", "0.50", id="mine"))
-    await asyncio.sleep(0.05)
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
-    await until(lambda: limiter.unresolved, WITHIN_S)
-    assert limiter.prepaid == {"agent": Decimal("4.00")}
+    with away(proxy.url):
+        task = asyncio.create_task(limiter.reserve("agent", "0.50", id="mine"))
+        await until(lambda: proxy.requests_lost, WITHIN_S)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+        await until(lambda: limiter.unresolved, WITHIN_S)
+        assert limiter.prepaid == {"agent": Decimal("4.00")}
     proxy.fate = lambda: None
     await until(lambda: limiter.store_state == "closed" and not limiter.unresolved, WITHIN_S)
     assert sums(client)["held"] == to_units("4.00")
@@ -412,12 +412,12 @@ async def test_midnight_comes_before_the_store_is_told(clocked_server):
         clocked_server.url, BUDGETS, timeout=0.3, on_store_error="lease", lease_slab={"agent": "4.00"}
     ) as limiter:
         await prepaid(limiter)
-        os.kill(clocked_server.process.pid, signal.SIGSTOP)
+        clocked_server.pause()
         try:
             await limiter.reserve("agent", "0.10", id="op_1", ttl=60)
             await until(lambda: limiter._session.now_ms() >= 1_795_478_400_000, 20)
         finally:
-            os.kill(clocked_server.process.pid, signal.SIGCONT)
+            clocked_server.resume()
         await told(limiter)
         with clocked_server.client() as client:
             await until(lambda: sums(client, window="2026-11-23")["held"] == to_units("0.10"), WITHIN_S)

@@ -44,7 +44,10 @@ async def test_a_client_with_ever_new_ids_gets_no_more_holds_than_the_tenant_may
         with server.client() as client:
             before = dump(client)
             assert sum(":h:" in key for key in before) == 50
-            assert all(isinstance(outcome, TooManyHolds) for outcome in (await attempts(limiter, 2050))[50:])
+            there = {hold.id for hold in granted}  # not always the first: batches may overtake each other
+            again = await attempts(limiter, 2050)
+            for number, outcome in enumerate(again):
+                assert isinstance(outcome, TooManyHolds) or (f"attack/{number}" in there and outcome.replayed)
             assert dump(client) == before, "a refusal writes nothing"
         assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 

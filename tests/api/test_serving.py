@@ -91,7 +91,7 @@ def test_secrets_are_not_told(server):
 
 def test_a_limit_of_run_time_that_hides_the_configured_one_is_warned_about(server):
     with serving(KTRDR_REDIS_URL=server.url) as service:
-        changed = httpx.put(f"{service.url}{V1}/budgets/agent/limit", json={"limit": "10.00", "until": "window"})
+        changed = service.request("PUT", f"{V1}/budgets/agent/limit", json={"limit": "10.00", "until": "window"})
         assert changed.status_code == 200
     with serving(KTRDR_REDIS_URL=server.url, AGENT_DAILY_BUDGET="7") as service:
         assert figures(service)["daily_limit"] == 10.0
@@ -182,7 +182,7 @@ def test_this_machine_has_several_names(server, host):
     try:
         service.wait_told()
         where = service.said[-1].removeprefix("listening on ")
-        assert httpx.get(f"{where}/livez").status_code == 200
+        assert httpx.get(f"{where}/livez", timeout=60).status_code == 200
     finally:
         assert service.stop() == 0
 
@@ -218,7 +218,7 @@ def test_settings_can_be_given(server, monkeypatch):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_signal_ends_it_well(server, number, workers):
     with serving(workers=workers, KTRDR_REDIS_URL=server.url) as service:
-        with httpx.Client(base_url=service.url) as kept_alive:  # an idle connection holds nothing up
+        with httpx.Client(base_url=service.url, timeout=60) as kept_alive:  # an idle connection holds nothing up
             assert kept_alive.get("/livez").status_code == 200
             service.signal(number)
             assert service.end() == 0

@@ -276,5 +276,5 @@ def test_the_health_check_tells_a_ready_service_from_one_that_is_not(server):
     assert check(free_port()) == 1
     with serving(KTRDR_REDIS_URL=server.url) as service:
         assert check(service.port) == 0
-    with serving(KTRDR_REDIS_URL=f"{server.url}.gone") as service:
+    with serving(KTRDR_REDIS_URL=f"{server.url}.gone", KTRDR_TIMEOUT="0.5") as service:
         assert check(service.port) == 1

@@ -59,18 +59,19 @@ class Scene:
     """The connection is cut after so many tokens were sent; without a stream, or at 0, before any answer."""
     error_after: int | None = None
     """A stream tells of an error after so many tokens."""
+    stall_after: int | None = None
+    """A stream says no more after so many tokens, until its caller leaves."""
     silent: bool = False
     """The answer tells no usage."""
     billed: bool | None = None
-    """Whether tokens are billed: by default if the model worked, which an answer of 5xx but 529 means, too."""
+    """Whether tokens are billed: by default those of every answer of 200, whether it arrives or not."""
     retry_after_ms: int = 1
     """What errors ask an SDK to wait."""
 
     @property
     def is_billed(self) -> bool:
         """Whether tokens are billed."""
-        worked = self.status == 200 or (self.status >= 500 and self.status != 529)
-        return worked if self.billed is None else self.billed
+        return self.status == 200 if self.billed is None else self.billed
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +120,8 @@ class LocalProvider:
         """The bodies of the requests for answers, in order; the provider's memory, so not for long runs."""
         self.active = 0
         """Requests that are being answered."""
+        self.sent_tokens = 0
+        """Of the latest stream."""
         self._scenes: deque[Scene] = deque()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="local-provider", daemon=True)
@@ -180,6 +183,7 @@ class LocalProvider:
         self._scenes.clear()
         self.ledger.clear()
         self.requests.clear()
+        self.sent_tokens = 0
 
     # -- HTTP ----------------------------------------------------------------------------------------------------------
 
@@ -282,11 +286,14 @@ class LocalProvider:
                 if sent == scene.error_after:
                     await _chunk(writer, spoken.failure(answer))
                     break
+                if sent == scene.stall_after:
+                    await reader.read()  # ends when the caller hangs up
                 await _wait(scene.token_delay_s)
                 if reader.at_eof() or writer.transport.is_closing():
                     return False
                 sent += 1  # a token is billed once it is made, whoever reads it
                 await _chunk(writer, spoken.delta(answer, token))
+                self.sent_tokens = sent
             else:
                 if not billed:
                     billed = True

@@ -201,7 +201,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--requests", type=int, default=None, help="only so many of the trace's first ones")
     parser.add_argument("--speedup", type=float, default=120.0, help="seconds of the trace in one second")
     parser.add_argument("--store", default=None, metavar="URL", help="by default an embedded server, thrown away after")
-    parser.add_argument("--picture", default=None, metavar="FILE", help="draw the hour (.png or .svg)")
+    parser.add_argument(
+        "--picture",
+        default="trace_replay.png",
+        metavar="FILE",
+        help="where the hour is drawn, .png or .svg (default: trace_replay.png in the current directory; '': nowhere)",
+    )
     return parser
 
 

@@ -26,7 +26,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from ktrdr_budget.models import Denial
+    from ktrdr_budget.models import Denial, HoldState
     from ktrdr_budget.money import Amount
 
 __all__ = [
@@ -44,7 +44,17 @@ __all__ = [
     "UnknownHold",
     "UnknownPrice",
     "UnmeteredCall",
+    "shown",
 ]
+
+
+def shown(value: object) -> str:
+    """What a message shows of a value that is not usable: its ``repr``, bounded, whatever the value is."""
+    try:
+        text = repr(value)
+    except Exception:  # such as a whole number of more digits than Python writes
+        return f"<{type(value).__name__}>"
+    return text if len(text) <= 80 else text[:77] + "..."
 
 
 class BudgetError(Exception):
@@ -117,7 +127,14 @@ class BudgetExceeded(BudgetError):
 
 
 class HoldConflict(BudgetError):
-    """The id is in use with other contents, or the hold was already settled differently. Nothing was changed."""
+    """The id is in use with other contents, or the hold was already settled differently. Nothing was changed.
+
+    ``state`` is that of the hold with this id, where the store has told it.
+    """
+
+    def __init__(self, message: str, *, state: HoldState | None = None) -> None:
+        super().__init__(message)
+        self.state = state
 
 
 class UnknownHold(BudgetError):

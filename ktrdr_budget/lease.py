@@ -77,9 +77,8 @@ class Lease(LeaseBase):
             return grant
         future: concurrent.futures.Future[Grant] = concurrent.futures.Future()
         waits: Callable[..., None] = self.wait
-        self._portal.loop().call_soon_threadsafe(waits, units, future)
         try:
-            return future.result()
+            return self._portal.wait(future, waits, units, future)  # type: ignore[no-any-return]
         except BaseException:
             if not future.cancel() and not future.cancelled() and future.exception() is None:
                 future.result().release()  # Ctrl-C, while it was granted

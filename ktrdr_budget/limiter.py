@@ -25,7 +25,7 @@ from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.engine.session import MAX_BUDGETS, MAX_HOLDS, Session
 from ktrdr_budget.engine.stores.durability import Durability, check_durability
 from ktrdr_budget.engine.stores.moving import store_at
-from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable
+from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable, shown
 from ktrdr_budget.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, AsyncLease
 from ktrdr_budget.models import (
     TTL_DEFAULT_S,
@@ -93,9 +93,9 @@ class LimiterBase:
         durability: Durability = "memory",
     ) -> None:
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= 3600:
-            raise InvalidArgument(f"timeout must be more than 0 and at most 3600 seconds, not {timeout!r}")
+            raise InvalidArgument(f"timeout must be more than 0 and at most 3600 seconds, not {shown(timeout)}")
         if on_store_error not in ("deny", "allow", "lease"):
-            raise InvalidArgument(f"on_store_error must be 'deny', 'allow' or 'lease', not {on_store_error!r}")
+            raise InvalidArgument(f"on_store_error must be 'deny', 'allow' or 'lease', not {shown(on_store_error)}")
         self._session = Session(tenant, budgets, max_holds=max_holds, max_budgets=max_budgets)
         self._session.on_loss = self._report_loss
         self._core = Core(self._session, self._hold_class, allow=on_store_error == "allow", trace_id=trace_id)
@@ -103,7 +103,7 @@ class LimiterBase:
             self._core.prepaid = Prepaid(self._core, check_slabs(self._core, lease_slab))
         elif lease_slab is not None:
             raise InvalidArgument(f"lease_slab is for on_store_error='lease', not {on_store_error!r}")
-        self._store = store_at(url, None if data_dir is None else os.fspath(data_dir), self._session.keys.meta)
+        self._store = store_at(url, _directory(data_dir), self._session.keys.meta)
         check_durability(durability)
         self._store.durability = durability
         self._timeout = float(timeout)
@@ -284,9 +284,10 @@ class AsyncBudgetLimiter(LimiterBase):
     ) -> AsyncIterator[AsyncHold]:
         """Reserves, heartbeats at a third of ``ttl`` while the block runs, and settles on leaving.
 
-        Settled inside: leaving does nothing. Normal exit: commits what was accrued, or all that was reserved if nothing
-        was. Exception or cancellation: commits what was accrued, or releases if nothing was; ``on_error="charge"``
-        keeps the hold instead, and it comes due.
+        Settled inside, also by its id: leaving does nothing. Normal exit: commits what was accrued, or all that was
+        reserved if nothing was. Exception or cancellation: commits what was accrued, or releases if nothing was;
+        ``on_error="charge"`` keeps the hold instead, and it comes due. If metered calls inside are still under way, the
+        hold stays open, and the last of them settles it.
 
         Raises:
             As for :meth:`reserve` and :meth:`commit`.
@@ -305,12 +306,10 @@ class AsyncBudgetLimiter(LimiterBase):
         try:
             yield hold
         except BaseException:
-            heartbeat.stop()
-            await self._leave(hold, True, on_error)
+            await self._leave(hold, True, on_error, heartbeat.stop)
             raise
         else:
-            heartbeat.stop()
-            await self._leave(hold, False, on_error)
+            await self._leave(hold, False, on_error, heartbeat.stop)
         finally:
             restore_hold(outer)
 
@@ -349,7 +348,10 @@ class AsyncBudgetLimiter(LimiterBase):
             operation=operation,
         )
 
-    async def _leave(self, hold: HoldBase, failed: bool, on_error: OnError) -> None:
+    async def _leave(self, hold: HoldBase, failed: bool, on_error: OnError, stop: Callable[[], object]) -> None:
+        if hold.leave_to_calls(failed, on_error, stop):
+            return
+        stop()
         flow = hold.exit_flow(failed, on_error)
         if flow is None:
             return
@@ -370,7 +372,7 @@ class AsyncBudgetLimiter(LimiterBase):
         return await self._coalescer.submit(self._core.settle_id(id, amount), "commit")  # type: ignore[no-any-return]
 
     async def release(self, id: str, *, operator: bool = False) -> Settlement:
-        """Releases a hold of any process by its id.
+        """Releases a hold of any process by its id: an open one for good, an unconfirmed one as if done by hand.
 
         Args:
             operator: done by hand for a worker that seems dead. If it comes back after all, its commit still counts.
@@ -378,8 +380,11 @@ class AsyncBudgetLimiter(LimiterBase):
         flow = self._core.settle_id(id, None, release=True, operator=operator)
         return await self._coalescer.submit(flow, "release")  # type: ignore[no-any-return]
 
-    async def extend(self, id: str, ttl: float = TTL_DEFAULT_S, *, accrued: Amounts | None = None) -> HoldView:
-        """Heartbeat by id; ``accrued`` is the total so far. See :meth:`AsyncHold.extend`."""
+    async def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
+        """Heartbeat by id; ``accrued`` is the total so far. See :meth:`AsyncHold.extend`.
+
+        Without a ``ttl``, the deadline becomes at least 900 seconds from now, and no hold is cut short.
+        """
         return await self._coalescer.submit(self._core.extend_id(id, ttl, accrued), "extend")  # type: ignore[no-any-return]
 
     async def grow(self, id: str, amounts: Mapping[str, AmountIn], *, ttl: float = TTL_DEFAULT_S) -> HoldView:
@@ -469,6 +474,14 @@ class AsyncBudgetLimiter(LimiterBase):
     async def clear_limit(self, budget: str) -> Status:
         """Returns to the configured limit."""
         return await self._coalescer.submit(self._core.clear_limit(budget), "clear_limit")  # type: ignore[no-any-return]
+
+
+def _directory(data_dir: object) -> str | None:
+    if data_dir is None or isinstance(data_dir, str):
+        return data_dir
+    if isinstance(data_dir, os.PathLike) and isinstance(path := os.fspath(data_dir), str):
+        return path
+    raise InvalidArgument(f"data_dir must be the path of a directory, not {shown(data_dir)}")
 
 
 def _asked(command: Command) -> Flow[Any]:

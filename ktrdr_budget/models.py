@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Generic, Literal, TypeVar
 
-from ktrdr_budget.errors import InvalidArgument
+from ktrdr_budget.errors import InvalidArgument, shown
 from ktrdr_budget.money import Amount, AmountIn, format_amount, from_units, to_units
 from ktrdr_budget.periods import PERIODS, timezone_of
 
@@ -45,8 +45,7 @@ def check_name(value: object, what: str) -> str:
     """
     if isinstance(value, str) and _NAME.fullmatch(value):
         return value
-    shown = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-    raise InvalidArgument(f"{what} must match [A-Za-z0-9._:/@-]{{1,128}}, not {shown}")
+    raise InvalidArgument(f"{what} must match [A-Za-z0-9._:/@-]{{1,128}}, not {shown(value)}")
 
 
 def check_ttl_ms(ttl: object) -> int:
@@ -56,7 +55,7 @@ def check_ttl_ms(ttl: object) -> int:
         InvalidArgument: not a number in that range.
     """
     if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 1 <= ttl <= TTL_MAX_S:
-        raise InvalidArgument(f"ttl must be 1 to {TTL_MAX_S} seconds, not {ttl!r}")
+        raise InvalidArgument(f"ttl must be 1 to {TTL_MAX_S} seconds, not {shown(ttl)}")
     return int(ttl * 1000)
 
 
@@ -89,13 +88,13 @@ class Budget:
     def __post_init__(self) -> None:
         check_name(self.name, "budget name")
         if self.kind not in ("spend", "slots"):
-            raise InvalidArgument(f"kind must be 'spend' or 'slots', not {self.kind!r}")
+            raise InvalidArgument(f"kind must be 'spend' or 'slots', not {shown(self.kind)}")
         if self.kind == "slots":
             self._settle_slots()
         if not isinstance(self.unit, str) or not _UNIT.fullmatch(self.unit):
-            raise InvalidArgument(f"unit must match [A-Za-z0-9._-]{{1,32}}, not {self.unit!r}")
+            raise InvalidArgument(f"unit must match [A-Za-z0-9._-]{{1,32}}, not {shown(self.unit)}")
         if self.period not in PERIODS:
-            raise InvalidArgument(f"period must be one of {', '.join(PERIODS)}, not {self.period!r}")
+            raise InvalidArgument(f"period must be one of {', '.join(PERIODS)}, not {shown(self.period)}")
         timezone_of(self.timezone)
         units = None if self.limit is None else to_units(self.limit, self.unit, round_down=True)
         object.__setattr__(self, "limit_units", units)
@@ -104,7 +103,7 @@ class Budget:
     def _settle_slots(self) -> None:
         # A slot taken before midnight is still taken after it, so slots know no shorter period.
         if self.period not in ("day", "ever"):
-            raise InvalidArgument(f"a budget of kind 'slots' has period 'ever', not {self.period!r}")
+            raise InvalidArgument(f"a budget of kind 'slots' has period 'ever', not {shown(self.period)}")
         object.__setattr__(self, "period", "ever")
         if self.unit == "usd":
             object.__setattr__(self, "unit", "slots")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from decimal import ROUND_CEILING, ROUND_FLOOR, Context, Decimal, InvalidOperation
 from functools import lru_cache
 
-from ktrdr_budget.errors import InvalidAmount
+from ktrdr_budget.errors import InvalidAmount, shown
 
 __all__ = ["MAX_UNITS", "NANOS_PER_USD", "Amount", "AmountIn", "format_amount", "from_units", "to_units"]
 
@@ -39,12 +39,12 @@ def to_units(amount: AmountIn, unit: str = "usd", *, round_down: bool = False, p
     try:
         # A bool is an int to Python, and True == 1 to the cache: it is refused before either can mistake it.
         if isinstance(amount, bool):
-            raise InvalidAmount(f"amount must be a number, not {amount!r}")
+            raise InvalidAmount(f"amount must be a number, not {shown(amount)}")
         units = _to_units(amount, unit, round_down)
     except TypeError:
         raise InvalidAmount(f"amount must be a Decimal, str, int or float, not {type(amount).__name__}") from None
     if positive and units == 0:
-        raise InvalidAmount(f"amount must be more than 0, not {amount!r}")
+        raise InvalidAmount(f"amount must be more than 0, not {shown(amount)}")
     return units
 
 
@@ -52,20 +52,20 @@ def to_units(amount: AmountIn, unit: str = "usd", *, round_down: bool = False, p
 def _to_units(amount: AmountIn, unit: str, round_down: bool) -> int:
     value = _decimal(amount)
     if not value.is_finite():
-        raise InvalidAmount(f"amount must be finite, not {amount!r}")
+        raise InvalidAmount(f"amount must be finite, not {shown(amount)}")
     if value < 0:
-        raise InvalidAmount(f"amount must not be negative: {amount!r}")
+        raise InvalidAmount(f"amount must not be negative: {shown(amount)}")
     # Compared before any arithmetic, so that "1e999999" costs nothing.
     if value >= (MAX_UNITS if unit != USD else Decimal(MAX_UNITS) / _SCALE):
-        raise InvalidAmount(f"amount is too large: {amount!r} (must be below 2**53 units)")
+        raise InvalidAmount(f"amount is too large: {shown(amount)} (must be below 2**53 units)")
     if unit != USD:
         if value != value.to_integral_value():
-            raise InvalidAmount(f"amount of {unit!r} must be a whole number, not {amount!r}")
+            raise InvalidAmount(f"amount of {unit!r} must be a whole number, not {shown(amount)}")
         return int(value)
     rounding = ROUND_FLOOR if round_down else ROUND_CEILING
     units = int(_WIDE.multiply(value, _SCALE).to_integral_value(rounding=rounding))
     if units >= MAX_UNITS:
-        raise InvalidAmount(f"amount is too large: {amount!r} (must be below 2**53 units)")
+        raise InvalidAmount(f"amount is too large: {shown(amount)} (must be below 2**53 units)")
     return units
 
 
@@ -79,11 +79,11 @@ def _decimal(amount: object) -> Decimal:
         try:
             return Decimal(amount)
         except InvalidOperation:
-            raise InvalidAmount(f"amount is not a number: {amount!r}") from None
+            raise InvalidAmount(f"amount is not a number: {shown(amount)}") from None
     if isinstance(amount, int):
         return Decimal(amount)
     if isinstance(amount, float):
-        return Decimal(repr(amount))
+        return Decimal(float.__repr__(amount))  # a subclass, such as that of NumPy, may show itself otherwise
     raise InvalidAmount(f"amount must be a Decimal, str, int or float, not {type(amount).__name__}")
 
 

@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta, tzinfo
 from functools import lru_cache
 from zoneinfo import ZoneInfo
 
-from ktrdr_budget.errors import InvalidArgument
+from ktrdr_budget.errors import InvalidArgument, shown
 
 __all__ = ["PERIODS", "Span", "timezone_of", "window_at", "window_named"]
 
@@ -51,19 +51,25 @@ def to_ms(instant: datetime) -> int:
     return -(-(delta // timedelta(microseconds=1)) // 1000)
 
 
-@lru_cache(maxsize=256)
 def timezone_of(name: str) -> tzinfo:
     """The IANA timezone of this name.
 
     Raises:
         InvalidArgument: the name is not known on this machine.
     """
+    if not isinstance(name, str):
+        raise InvalidArgument(f"unknown timezone: {shown(name)}")
+    return _timezone(name)
+
+
+@lru_cache(maxsize=256)
+def _timezone(name: str) -> tzinfo:
     if name == "UTC":
         return UTC
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError, TypeError):
-        raise InvalidArgument(f"unknown timezone: {name!r}") from None
+        raise InvalidArgument(f"unknown timezone: {shown(name)}") from None
 
 
 def window_at(period: str, timezone: str, now_ms: int) -> Span:
@@ -84,6 +90,8 @@ def window_named(period: str, timezone: str, name: str) -> Span:
     Raises:
         InvalidArgument: not the name of a window of this period.
     """
+    if not isinstance(name, str):
+        raise InvalidArgument(f"not a window of period {period!r}: {shown(name)}")
     try:
         if period == "ever" and name == "ever":
             return Span("ever", 0, None)
@@ -97,7 +105,7 @@ def window_named(period: str, timezone: str, name: str) -> Span:
             return span
     except (ValueError, OverflowError):
         pass
-    raise InvalidArgument(f"not a window of period {period!r}: {name!r}")
+    raise InvalidArgument(f"not a window of period {period!r}: {shown(name)}")
 
 
 def _hour(now_ms: int) -> Span:

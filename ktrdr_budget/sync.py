@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import inspect
 import os
 import threading
 from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -39,42 +41,123 @@ def _after_fork_in_child() -> None:
 os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
+_ENDING_S = 1.0
+"""How long the end of an event loop waits for the tasks that it has cancelled."""
+
+
+class _Ended(RuntimeError):
+    """What a thread is told that calls a limiter which another one closes."""
+
+    def __init__(self) -> None:
+        super().__init__("this limiter is closed")
+
+
 class _Portal:
     """A daemon thread with an event loop, started at first use, and anew in a forked child."""
 
     def __init__(self) -> None:
         self._pid = 0
+        self._ended_pid = 0
+        """In which process it has ended."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
+        self._waiting: set[concurrent.futures.Future[Any]] = set()
+        """What threads wait for."""
 
     def loop(self) -> asyncio.AbstractEventLoop:
-        """The running loop."""
-        if self._loop is None or self._pid != os.getpid():
+        """The running loop.
+
+        Raises:
+            RuntimeError: it has ended.
+        """
+        loop = self._loop
+        if loop is None or self._pid != os.getpid():
             with _starting:
+                if self._ended_pid == os.getpid():
+                    raise _Ended
                 if self._loop is None or self._pid != os.getpid():
                     self._start()
-        assert self._loop is not None
-        return self._loop
+                loop = self._loop
+        assert loop is not None
+        return loop
 
     def _start(self) -> None:
         loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=loop.run_forever, name="ktrdr-budget", daemon=True)
         self._thread.start()
+        self._waiting = set()
         self._loop, self._pid = loop, os.getpid()
 
+    def wait(self, future: concurrent.futures.Future[Any], callback: Callable[..., object], *args: Any) -> Any:
+        """Has the loop call this, and waits for the future that it will settle.
+
+        Raises:
+            RuntimeError: the loop has ended, or ends before the future is settled.
+        """
+        loop = self.loop()
+        waiting = self._waiting
+        waiting.add(future)
+        try:
+            # Whoever ends the loop takes it away first, and settles last what waits: one of both sees the other.
+            if self._loop is not loop:
+                raise _Ended
+            try:
+                loop.call_soon_threadsafe(callback, *args)
+            except RuntimeError:
+                raise _Ended from None
+            return future.result()
+        finally:
+            waiting.discard(future)
+
+    def tell(self, callback: Callable[..., object], *args: Any) -> None:
+        """Has the loop call this, unless it has ended."""
+        with suppress(RuntimeError):
+            self.loop().call_soon_threadsafe(callback, *args)
+
     def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Runs a coroutine there, and waits."""
-        return asyncio.run_coroutine_threadsafe(work, self.loop()).result()
+        """Runs a coroutine there, and waits; errors as for :meth:`wait`."""
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        try:
+            return self.wait(future, _begin, work, future)
+        finally:
+            if inspect.getcoroutinestate(work) == inspect.CORO_CREATED and self._loop is None:
+                work.close()
 
     def stop(self) -> None:
-        """Ends the thread."""
-        loop, thread = self._loop, self._thread
-        if loop is None or thread is None or self._pid != os.getpid():
-            return
-        loop.call_soon_threadsafe(loop.stop)
+        """Ends the thread; what is left is told so."""
+        with _starting:
+            self._ended_pid = os.getpid()
+            loop, thread = self._loop, self._thread
+            if loop is None or thread is None or self._pid != os.getpid():
+                return
+            self._loop = self._thread = None
+        asyncio.run_coroutine_threadsafe(_end(), loop)
         thread.join()
         loop.close()
-        self._loop = self._thread = None
+        for future in list(self._waiting):
+            with suppress(concurrent.futures.InvalidStateError):
+                future.set_exception(_Ended())
+
+
+def _begin(work: Coroutine[Any, Any, Any], future: concurrent.futures.Future[Any]) -> None:
+    def told(task: asyncio.Task[Any]) -> None:
+        error = _Ended() if task.cancelled() else task.exception()
+        if error is None:
+            future.set_result(task.result())
+        else:
+            future.set_exception(error)
+
+    asyncio.get_running_loop().create_task(work).add_done_callback(told)
+
+
+async def _end() -> None:
+    """Cancels what is under way, and stops the loop."""
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    if tasks:
+        await asyncio.wait(tasks, timeout=_ENDING_S)
+    asyncio.get_running_loop().stop()
 
 
 class Hold(HoldBase):
@@ -142,21 +225,25 @@ class BudgetLimiter(LimiterBase):
             logger.warning("starting without the store: %s", error)
 
     def close(self) -> None:
-        """Lets what was begun finish, and disconnects."""
-        for lease in list(self._core.leases):
-            self._portal.run(lease.closed(all_grants=True))
-        self._portal.run(self._coalescer.close())
-        self._portal.stop()
+        """Lets what was begun finish, and disconnects. Whoever calls from another thread meanwhile is told so."""
+        with suppress(_Ended):  # it was closed before
+            try:
+                for lease in list(self._core.leases):
+                    self._portal.run(lease.closed(all_grants=True))
+            finally:
+                try:
+                    self._portal.run(self._coalescer.close())
+                finally:
+                    self._portal.stop()
 
     def _run(self, flow: Flow[Any], operation: str) -> Any:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        self._portal.loop().call_soon_threadsafe(self._submit, flow, operation, future)
         try:
-            return future.result()
+            return self._portal.wait(future, self._submit, flow, operation, future)
         except BaseException as error:
             if not future.done() or future.exception() is not error:
                 # Ctrl-C while waiting: what is granted to nobody is released
-                self._portal.loop().call_soon_threadsafe(self._coalescer.abandon, future)
+                self._portal.tell(self._coalescer.abandon, future)
             raise
 
     def _submit(self, flow: Flow[Any], operation: str, future: concurrent.futures.Future[Any]) -> None:
@@ -206,23 +293,25 @@ class BudgetLimiter(LimiterBase):
         """See :meth:`AsyncBudgetLimiter.keep`."""
         check_on_error(on_error)
         heartbeat = self._portal.run(self._heartbeat(hold))
+        stop = partial(self._portal.tell, heartbeat.stop)
         outer = current_hold.set(hold)
         try:
             yield hold
         except BaseException:
-            self._portal.loop().call_soon_threadsafe(heartbeat.stop)
-            self._leave(hold, True, on_error)
+            self._leave(hold, True, on_error, stop)
             raise
         else:
-            self._portal.loop().call_soon_threadsafe(heartbeat.stop)
-            self._leave(hold, False, on_error)
+            self._leave(hold, False, on_error, stop)
         finally:
             restore_hold(outer)
 
     async def _heartbeat(self, hold: Hold) -> Heartbeat:
         return Heartbeat(self._coalescer, hold)
 
-    def _leave(self, hold: Hold, failed: bool, on_error: OnError) -> None:
+    def _leave(self, hold: Hold, failed: bool, on_error: OnError, stop: Callable[[], object]) -> None:
+        if hold.leave_to_calls(failed, on_error, stop):
+            return
+        stop()
         flow = hold.exit_flow(failed, on_error)
         if flow is None:
             return
@@ -255,7 +344,7 @@ class BudgetLimiter(LimiterBase):
         """See :meth:`AsyncBudgetLimiter.release`."""
         return self._run(self._core.settle_id(id, None, release=True, operator=operator), "release")  # type: ignore[no-any-return]
 
-    def extend(self, id: str, ttl: float = TTL_DEFAULT_S, *, accrued: Amounts | None = None) -> HoldView:
+    def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
         """See :meth:`AsyncBudgetLimiter.extend`."""
         return self._run(self._core.extend_id(id, ttl, accrued), "extend")  # type: ignore[no-any-return]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import threading
@@ -14,12 +15,15 @@ from ktrdr_budget import environment
 from ktrdr_budget.engine.holds import OnError
 from ktrdr_budget.errors import StoreUnavailable
 from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, Status
-from ktrdr_budget.money import Amount, AmountIn, format_amount, from_units, to_units
+from ktrdr_budget.money import AmountIn, format_amount, from_units, to_units
 from ktrdr_budget.sync import BudgetLimiter, Hold
 
 __all__ = ["BudgetTracker", "get_budget_tracker"]
 
+logger = logging.getLogger("ktrdr_budget")
+
 _BUDGET = "agent"
+_LABEL_CHARACTERS = 256
 
 
 class BudgetTracker:
@@ -46,7 +50,9 @@ class BudgetTracker:
         limit = environment.daily_limit() if daily_limit is None else from_units(to_units(daily_limit, round_down=True))
         self._limit = limit
         self.daily_limit: float | None = None if limit is None else float(limit)
-        """Dollars; ``None`` if unlimited."""
+        """Dollars, as configured; ``None`` if unlimited. :meth:`get_status` tells what is in force for all replicas."""
+        if limit == 0:
+            logger.warning("the daily budget is $0.00: all spending is denied")
         self.cycle_estimate = environment.cycle_estimate()
         """What one cycle is expected to cost, in dollars."""
         if url is None and data_dir is None:
@@ -91,7 +97,7 @@ class BudgetTracker:
         Raises:
             StoreUnavailable: unknown is not "all remaining".
         """
-        remaining = self._remaining(self._status())
+        remaining = self._status().remaining
         return math.inf if remaining is None else float(remaining)
 
     def can_spend(self, estimated_amount: AmountIn = 0.15) -> tuple[bool, str]:
@@ -101,7 +107,7 @@ class BudgetTracker:
         """
         amount = from_units(to_units(estimated_amount))
         try:
-            remaining = self._remaining(self._status())
+            remaining = self._status().remaining
         except StoreUnavailable as error:
             return False, f"budget_unavailable ({error})"
         if remaining is None or amount <= remaining:
@@ -111,8 +117,7 @@ class BudgetTracker:
     def get_status(self) -> dict[str, Any]:
         """``date, daily_limit, today_spend, remaining, cycles_affordable, spend_events``; ``None`` where unlimited."""
         status = self._status()
-        remaining = self._remaining(status)
-        limit = self._in_force(status)
+        remaining, limit = status.remaining, status.limit
         return {
             "date": status.window,
             "daily_limit": None if limit is None else float(limit),
@@ -127,11 +132,13 @@ class BudgetTracker:
     def record_spend(self, amount: AmountIn, operation_id: str) -> None:
         """Records what was spent; ``operation_id`` is a label: calling this twice records two entries.
 
+        Of a label that is too long for the ledger, it keeps the first 256 characters.
+
         Raises:
             InvalidAmount: not a non-negative amount.
             StoreUnavailable: the store did not answer; it may have been recorded.
         """
-        self.limiter.record(_BUDGET, amount, operation=operation_id)
+        self.limiter.record(_BUDGET, amount, operation=_label(operation_id))
 
     def reserve(
         self,
@@ -178,15 +185,11 @@ class BudgetTracker:
     def _status(self) -> Status:
         return self.limiter.status(_BUDGET)
 
-    def _in_force(self, status: Status) -> Amount | None:
-        # A facade that only looks and records never asserts its limit in the store, so it goes by its own.
-        return status.limit if status.limit_source == "runtime" else self._limit
 
-    def _remaining(self, status: Status) -> Amount | None:
-        limit = self._in_force(status)
-        if limit is None:
-            return None
-        return max(from_units(0), limit - status.spent - status.held - status.unconfirmed)
+def _label(operation_id: object) -> str:
+    """Whatever it is, as a label of the ledger: no spend is lost for it."""
+    text = "" if operation_id is None else str(operation_id)
+    return text.encode(errors="replace").decode()[:_LABEL_CHARACTERS]
 
 
 _tracker: BudgetTracker | None = None

@@ -29,7 +29,6 @@ local function load(w)
   w.mismatch = definition and definition ~= asked and definition ~= '-' and asked ~= '-' and definition
   w.stale = now_ms < ARGV[at + 2] + 0 or (ARGV[at + 3] ~= '0' and now_ms >= ARGV[at + 3] + 0)
   w.limit = limit or ARGV[at + 5]
-  w.segment = '|' .. ARGV[at] .. ',' .. w.name .. ',,' -- how a hold's record begins to tell of this window
   w.asserted_us = stored[3] or '0'
   w.spent, w.held, w.unconfirmed = stored[4] or 0, stored[5] or 0, stored[6] or 0
   w.stored = w.spent + w.held + w.unconfirmed

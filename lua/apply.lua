@@ -37,16 +37,7 @@ for i = 1, n_windows do
   if events ~= 0 then
     local total = call('HINCRBY', key, 'events', text(events))
     first_entry = total == events
-    -- Now and then: an endless window's ledger stays bounded, its oldest entries folded into one that carries their sum.
-    if total % 1024 < events and call('XLEN', w.ledger) > tonumber(match(ARGV[6], '(%d+) %d+ %d+$')) then
-      local oldest, sum, ids = call('XRANGE', w.ledger, '-', '+', 'COUNT', 2048), 0, {}
-      for j = 1, #oldest do
-        sum = sum + tonumber(oldest[j][2][2])
-        ids[j] = oldest[j][1]
-      end
-      call('XDEL', w.ledger, unpack(ids))
-      call('XADD', w.ledger, '*', 'a', text(sum), 'e', 'carried - - -')
-    end
+    if total % 1024 < events then carry_forward(w.ledger, ARGV[6]) end
   end
   if (creates or first_entry) and ARGV[at + 4] ~= '0' then
     call('PEXPIREAT', key, ARGV[at + 4])

@@ -2,18 +2,23 @@
 --
 -- A record is a line of words, `status started_ms deadline_ms ended_ms reason owner`, and the cycle's own document after
 -- it, which is not looked into here. A worker that has been silent until its deadline has lost its cycle: whoever comes
--- next writes that down.
+-- next writes that down. The deadline is that of the cycle's hold, which has the same id, for as long as that is open: the
+-- slot is free, and the cycle lost, at the same instant.
 --
--- KEYS   1 active (hash: id to record)   2 ended (hash)   3 order (zset of ended ids by start)
+-- KEYS   1 active (hash: id to record)   2 ended (hash; `*last`: the id that ended last)   3 order (zset of ended ids by
+--        start)   4 due (zset of open holds by deadline_ms)
 -- ARGV   1 action   2 how many ended ones are kept   3 for how many milliseconds   then by action:
---        start  id owner ttl_ms document            returns now_ms, or '' if the id is another's
---        beat   id owner ttl_ms document            returns the status, or '' if the cycle is no longer this owner's
---        end    id owner status reason document     returns 1, or 0 if it is no longer this owner's: only the document of
---                                                   one that was lost is then brought up to date
---        cancel id                                  returns the status now, or '' if the id is unknown
---        get    id                                  returns now_ms and the record, or '' if the id is unknown
---        list   count after                         returns now_ms, { id, record … } of the active ones, and as many ended
---                                                   ones, newest first, that were begun before the one `after`
+--        start  id owner ttl_ms document            now_ms, or '' if the id is another's
+--        beat   id owner document                   the status, or '' if the cycle is no longer this owner's
+--        end    id owner status reason document     1; 2 if it was given up before, and is now as its worker says; 0 if it
+--                                                   is no longer this owner's
+--        cancel id                                  the status now, or '' if the id is unknown
+--        get    id                                  now_ms and the record, or '' if the id is unknown
+--        list   count after                         now_ms, { id, record … } of the active ones, as many ended ones, newest
+--                                                   first, that were begun before the one `after`, and the one that ended
+--                                                   last
+--
+-- returns { { id, elapsed_ms … } of those that this call has found to be lost, what is said above }
 
 local action, kept, kept_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local time = redis.call('TIME')
@@ -38,7 +43,7 @@ end
 local function finish(id, cycle, status, reason)
   cycle.status, cycle.reason, cycle.ended = status, reason, now_ms
   redis.call('HDEL', KEYS[1], id)
-  redis.call('HSET', KEYS[2], id, text(cycle))
+  redis.call('HSET', KEYS[2], id, text(cycle), '*last', id)
   redis.call('ZADD', KEYS[3], cycle.started, id)
   local surplus = redis.call('ZCARD', KEYS[3]) - kept
   if surplus > 0 then
@@ -49,12 +54,20 @@ local function finish(id, cycle, status, reason)
   keep_alive()
 end
 
+-- Until when its hold is open; nil if it is not.
+local function hold_deadline(id)
+  local deadline = redis.call('ZSCORE', KEYS[4], id)
+  return deadline and string.format('%.0f', deadline)
+end
+
 -- Those that were lost, first: whatever is asked then finds them so.
-local all, active = redis.call('HGETALL', KEYS[1]), {}
+local all, active, lost = redis.call('HGETALL', KEYS[1]), {}, {}
 for i = 1, #all, 2 do
   local cycle = parse(all[i + 1])
-  if tonumber(cycle.deadline) <= tonumber(now_ms) then
+  if tonumber(hold_deadline(all[i]) or cycle.deadline) <= tonumber(now_ms) then
     finish(all[i], cycle, 'failed', 'worker_lost')
+    lost[#lost + 1] = all[i]
+    lost[#lost + 1] = string.format('%.0f', now_ms - cycle.started)
   else
     active[all[i]] = cycle
   end
@@ -65,16 +78,17 @@ local actions = {}
 function actions.start(id, owner, ttl_ms, document)
   if active[id] then return active[id].owner == owner and active[id].started or '' end
   if redis.call('HEXISTS', KEYS[2], id) == 1 then return '' end
-  redis.call('HSET', KEYS[1], id, text({ status = 'running', started = now_ms,
-    deadline = string.format('%.0f', now_ms + ttl_ms), ended = '0', reason = '-', owner = owner, document = document }))
+  local deadline = hold_deadline(id) or string.format('%.0f', now_ms + ttl_ms)
+  redis.call('HSET', KEYS[1], id, text({ status = 'running', started = now_ms, deadline = deadline, ended = '0',
+    reason = '-', owner = owner, document = document }))
   keep_alive()
   return now_ms
 end
 
-function actions.beat(id, owner, ttl_ms, document)
+function actions.beat(id, owner, document)
   local cycle = active[id]
   if not cycle or cycle.owner ~= owner then return '' end
-  cycle.deadline, cycle.document = string.format('%.0f', now_ms + ttl_ms), document
+  cycle.deadline, cycle.document = hold_deadline(id) or cycle.deadline, document
   redis.call('HSET', KEYS[1], id, text(cycle))
   keep_alive()
   return cycle.status
@@ -91,7 +105,8 @@ actions['end'] = function(id, owner, status, reason, document)
   cycle = record and parse(record)
   if cycle and cycle.owner == owner and cycle.reason == 'worker_lost' then
     cycle.document = document
-    redis.call('HSET', KEYS[2], id, text(cycle))
+    finish(id, cycle, status, reason)
+    return 2
   end
   return 0
 end
@@ -120,7 +135,7 @@ function actions.list(count, after)
   local first = 0
   if after ~= '' then
     local rank = redis.call('ZREVRANK', KEYS[3], after)
-    if not rank then return { now_ms, open, ended } end
+    if not rank then return { now_ms, open, ended, {} } end
     first = rank + 1
   end
   if tonumber(count) > 0 then
@@ -130,7 +145,9 @@ function actions.list(count, after)
       ended[2 * i] = redis.call('HGET', KEYS[2], ids[i]) or ''
     end
   end
-  return { now_ms, open, ended }
+  local last = redis.call('HGET', KEYS[2], '*last')
+  local record = last and redis.call('HGET', KEYS[2], last)
+  return { now_ms, open, ended, record and { last, record } or {} }
 end
 
-return actions[action](unpack(ARGV, 4))
+return { lost, actions[action](unpack(ARGV, 4)) }

@@ -1,9 +1,13 @@
 -- extend.lua: a heartbeat, a report of what was used, and growth. Totals are cumulative and the largest wins, so that a
 -- retry is harmless.
 --
--- op     E id ttl_ms keep window:accrued:reserved …    keep 1: an open hold keeps its deadline (growth)
+-- op     E id ttl_ms keep window:accrued:reserved …    keep 1: an open hold keeps its deadline (growth); 2: unless the
+--                                                       new one is later
+--        window:accrued:reserved:found                 only if no more than that was reserved before
 -- reply  e record    as it is now
---        d …         denied as for reserve: the growth, or the return of an expired hold, has no room; nothing changed
+--        a record    more was reserved already than was found; nothing changed
+--        d … total   denied as for reserve: the growth, or the return of an expired hold, has no room; nothing changed.
+--                    The last figure is what the hold would have counted
 --        c record    the hold is settled, or has lived its 24 h
 --        u, v record, t budget:window as for settle;  l until_ms as for reserve
 --
@@ -27,7 +31,9 @@ local function lacking(hold, changes)
       if recovering then return 'l ' .. recovering end
       load(w)
       local total = w.stored + w[HELD] + w[SPENT] + w[UNCONFIRMED]
-      if total >= CLOSED or total + change.fact + change.room > w.cap then return deny(w, text(change.room)) end
+      if total >= CLOSED or total + change.fact + change.room > w.cap then
+        return deny(w, text(change.room)) .. ' ' .. text(change.after)
+      end
     end
   end
 end
@@ -61,20 +67,21 @@ function operations.E(op, key)
   local created_ms = tonumber(match(hold.origin, '^(%d+)%d%d%d '))
   local deadline = math.min(now_ms + ttl, created_ms + 86400000)
   if deadline <= now_ms then return 'c ' .. record end
-  local accrued, reserved = {}, {}
-  for i, a, r in gmatch(amounts, '(%d+):(%d+):(%d+)') do
+  local accrued, reserved, found = {}, {}, {}
+  for i, a, r, f in gmatch(amounts, '(%d+):(%d+):(%d+):?(%d*)') do
     local name = windows[tonumber(i)].name
-    accrued[name], reserved[name] = tonumber(a), tonumber(r)
+    accrued[name], reserved[name], found[name] = tonumber(a), tonumber(r), tonumber(f)
   end
   local changes = {}
   for i = 1, #hold.segments do
     local segment = hold.segments[i]
+    if found[segment.name] and tonumber(segment.reserved) > found[segment.name] then return 'a ' .. record end
     changes[i] = change_of(hold, segment, accrued[segment.name], reserved[segment.name])
   end
   local denied = lacking(hold, changes)
   if denied then return denied end
   for i = 1, #changes do apply_change(id, hold, hold.segments[i], changes[i]) end
-  if state ~= 'o' or keep == '0' then
+  if state ~= 'o' or keep == '0' or (keep == '2' and deadline > tonumber(hold.deadline)) then
     hold.deadline = text(deadline)
     set_due(id, hold.deadline)
   end

@@ -105,6 +105,11 @@ local function expire(id, key, hold)
   return store_record(key, hold, lifetime(hold))
 end
 
+-- Whether a record only keeps a request that was given up from being granted (settle.lua, L s): to all others it is unknown.
+local function given_up(record)
+  return record:sub(1, 1) == 'r' and match(record, '^r %a %d+ %d+ %d+ %S+ ! ')
+end
+
 -- Whether a window was begun and is not here, see admission.lua: what it has not read is looked for once.
 local function missing(w)
   if not w.stored and not w.here then
@@ -120,7 +125,7 @@ end
 -- The hold, expired if it is due, and its record; or nil and the reply that says why not.
 local function find(id, key)
   local record = call('GET', key)
-  if not record then return nil, 'u' end
+  if not record or given_up(record) then return nil, 'u' end
   local hold = parse(record)
   for i = 1, #hold.segments do
     if not by_name[hold.segments[i].name] then return nil, 'v ' .. record end

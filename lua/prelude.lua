@@ -18,10 +18,9 @@
 --   segment flag,budget:window,base,reserved,accrued,charged     flag: u usd, n count, s slots
 --           base is empty if equal to reserved; accrued and charged are empty if 0
 -- The last segment of what was committed or recorded is followed by a space and the replica in whose share it is.
--- Empty words are '-'. Amounts are whole units (nano-dollars or counts) below 2^53, where doubles are exact; they become
--- text through %.0f only, because tostring() turns 15 digits into 1.23e+14.
+-- Empty words are '-'. Amounts are whole units (nano-dollars or counts) below 2^53, where doubles are exact.
 
-local call, format, match, gmatch = redis.call, string.format, string.match, string.gmatch
+local gmatch = string.gmatch
 local CLOSED = 9007199254740992 -- 2^53: a window whose sum is here admits nothing more
 local RECOVERY_MS = 3000 -- an idle replica asks each second whether anything is lost
 local LASTING_MS = 315360000000 -- ten years: open holds of windows without end, until somebody sees that they are due
@@ -76,12 +75,6 @@ end
 local due_added, n_added, due_removed = { 0, 0 }, 0, {} -- flat: deadline, id, deadline, id…; ids
 local unconfirmed_changes -- id -> key of the record, or false to remove
 local operations = {}
-
-local function text(number)
-  -- Three times as fast, where it is exact on every platform.
-  if number < 2147483648 and number > -2147483648 then return format('%d', number) end
-  return format('%.0f', number)
-end
 
 local function add(w, field, units)
   local sum = w[field] + units

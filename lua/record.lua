@@ -31,7 +31,7 @@ local function record_spend(op, key)
   local told = {}
   for amount in gmatch(amounts, ':(%d+)') do told[#told + 1] = amount end
   local record = call('GET', key)
-  if record then
+  if record and not given_up(record) then
     if letter == 'K' and match(record, '^[oxz]') then return 'o' end
     local where = recorded_in(record, state, amounts)
     return where and 'p - ' .. table.concat(told, ',') .. ' ' .. where or 'c ' .. record

@@ -90,7 +90,7 @@ function operations.O(op, key)
     if w.missing then return 't ' .. w.name end
   end
   local record = call('GET', key)
-  if record then
+  if record and not given_up(record) then
     local known = parse(record)
     return known.state == 'o' and raise(id, key, known, deadline, amounts) or 'p'
   end

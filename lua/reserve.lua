@@ -1,6 +1,7 @@
 -- reserve.lua: holds an amount in every window, or in none.
 --
--- op     R id ttl_ms policy owner operation trace window:units window:units…     (windows by their place in ARGV)
+-- op     R id ttl_ms policy expires_ms window:units window:units…\nowner operation trace|segment|segment…
+--                    (expires_ms: when its record does; windows by their place in ARGV; then what its record has of them)
 -- reply  g           granted
 --        p record    the same reservation was granted before; nothing changed
 --        c record    the id is in use with other contents
@@ -39,8 +40,8 @@ if meta[6] or holds_max < 20000 then holds_left = true end
 local ttl_before, deadline_before, beginning_before
 
 function operations.R(op, key)
-  local id, ttl, policy, labels, amounts = match(op, '^R (%S+) (%d+) (%a) (%S+ %S+ %S+) (.+)$')
-  local taken, n, segments, expires, endless = { 0, 0, 0, 0 }, 0, '', '0', false
+  local id, ttl, policy, expires, amounts, rest = match(op, '^R (%S+) (%S+) (%a) (%d+)([^\n]+)\n(.+)$')
+  local taken, n = { 0, 0, 0, 0 }, 0
   local denied, denied_amount
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
     local w, requested = windows[i + 0], amount + 0
@@ -52,15 +53,8 @@ function operations.R(op, key)
     if w.mismatch then return replay(key, policy, amounts) or 'm ' .. w.name .. ' ' .. w.mismatch end
     local total = w.stored + w[HELD] + w[SPENT] + w[UNCONFIRMED]
     if (total >= CLOSED or total + requested > w.cap) and not denied then denied, denied_amount = w, amount end
-    segments = segments .. w.segment .. amount .. ',,'
     taken[n + 1], taken[n + 2] = w, requested
     n = n + 2
-    local ends = ARGV[w.at + 4]
-    if ends == '0' then
-      endless = true
-    elseif #ends > #expires or (#ends == #expires and ends > expires) then
-      expires = ends
-    end
   end
   if recovering then return replay(key, policy, amounts) or 'l ' .. recovering end
   if denied then
@@ -86,13 +80,11 @@ function operations.R(op, key)
         or 'h ' .. text(holds_max - holds_left) .. ' ' .. (first[2] and text(tonumber(first[2])) or '0')
     end
   end
-  -- An open hold lives as long as its windows: nobody else knows what to give back to them.
-  if endless then expires = text(now_ms + LASTING_MS) end
   if ttl ~= ttl_before then
     ttl_before, deadline_before = ttl, text(now_ms + ttl)
     beginning_before = ' ' .. deadline_before .. ' ' .. now_us_text .. ' 0 '
   end
-  local record = 'o ' .. policy .. beginning_before .. labels .. segments
+  local record = 'o ' .. policy .. beginning_before .. rest
   if not call('SET', key, record, 'NX', 'PXAT', expires) then return replay(key, policy, amounts) end
   for i = 1, n, 2 do
     taken[i].creating, taken[i].changing = true, true

@@ -3,10 +3,13 @@
 --
 -- op     D id window:mode+units …    commit; mode x exactly, r what was reserved, a at least what was accrued
 --        M id remark trace window:…  the same; a remark is added to the hold's operation label, a trace replaces its own
---        L id mode window: …         release. Mode 0; 1: done by hand, the worker's later commit still corrects it;
+--        L id mode window: …         release. Mode 0: by the worker, for good; 1: done by hand, the worker's later commit
+--                                    still corrects it; i: by its id, as 1 if the hold is unconfirmed, else as 0;
 --                                    s, microseconds, -, microseconds: only what was granted between then, else c;
 --                                    f as 0, o as 1, and an unknown id is taken up as released: a request for it that
 --                                    is still under way, or another replica's word that it was open, comes too late
+--                                    s does so, too, but for a few minutes only, and in passing (operation `!`): who
+--                                    is answered `c` with that, and still wants the hold, says u and asks again
 -- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, or -
 --        p flags units,units… replica    the same was done before; of a commit, in that replica's share
 --        c record                settled otherwise before, or not a hold
@@ -100,28 +103,41 @@ function operations.M(op, key)
   return commit(id, key, amounts, remark, trace)
 end
 
+-- For how long a request may be under way after its caller has given it up.
+local PASSING_MS = 300000
+
 -- An id that the store does not know, and shall know as released.
-local function take_up(id, key, state, amounts)
-  local hold = { state = state, policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -', operation = '-',
-    trace = '-', segments = {} }
+local function take_up(id, key, state, amounts, in_passing)
+  local hold = { state = state, policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
+    operation = in_passing and '!' or '-', trace = '-', segments = {} }
   for i in gmatch(amounts, '(%d+):') do
     local w = windows[tonumber(i)]
     hold.segments[#hold.segments + 1] = { flag = ARGV[w.at], name = w.name, base = '', reserved = '0', accrued = '',
       charged = '' }
   end
-  if hold.segments[1] then store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)')) end
+  local lasts_ms = in_passing and text(PASSING_MS) or match(ARGV[6], '^%S+ (%d+)')
+  if hold.segments[1] then store_record(key, hold, 'PX', lasts_ms) end
   return 'u'
 end
 
 function operations.L(op, key)
-  local id, mode, since_us, until_us, amounts = match(op, '^L (%S+) ([01sfo])(%d*)%-?(%d*)(.*)$')
+  local id, mode, since_us, until_us, amounts = match(op, '^L (%S+) ([01isfou])(%d*)%-?(%d*)(.*)$')
   local by_hand = mode == '1' or mode == 'o'
+  if mode == 'u' then
+    local record = call('GET', key)
+    if record and given_up(record) then
+      call('DEL', key)
+      dirty = true
+    end
+    return 'u'
+  end
   local hold, record = find(id, key)
   if not hold then
-    if record ~= 'u' or (mode ~= 'f' and mode ~= 'o') then return record end
-    return take_up(id, key, by_hand and 'z' or 'r', amounts)
+    if record ~= 'u' or mode == '0' or mode == '1' or mode == 'i' then return record end
+    return take_up(id, key, by_hand and 'z' or 'r', amounts, mode == 's')
   end
   local state = hold.state
+  if mode == 'i' then by_hand = state == 'x' or state == 'z' end
   if mode == 's' then
     local created_us = tonumber(match(hold.origin, '^%d+'))
     if created_us < tonumber(since_us) or created_us > tonumber(until_us) then return 'c ' .. record end

@@ -1,8 +1,16 @@
--- shrink.lua: what is left of a prepaid slab, told together with the spend (K or N) that is taken out of it: in one batch,
--- or after it, so that the slab and the spend never count less than what was granted.
+-- shrink.lua: what is left of a prepaid slab, told together with what is taken out of it, spend (K or N) or holds (P): in
+-- one batch, or after it, so that both never count less than what was granted.
 --
 -- op     H id window:units …    the hold reserves no more than so much; the least wins, so that a retry is harmless
 -- reply  u                      taken note of: there is nothing more to say, whether the hold is known or not
+--
+-- op     P id policy deadline_ms created_us owner operation trace window:first:reserved:accrued …
+--                               a hold that was granted from slabs while this store was away, at first with another
+--                               reservation perhaps; unconfirmed if its deadline has passed. It needs no room: the slabs
+--                               had it
+-- reply  g                      it is open, or unconfirmed, from now on
+--        p                      the id is known, and stays as it is
+--        t budget:window        of both: that window was begun and is not here; nothing was changed
 
 function operations.H(op, key)
   local id, amounts = match(op, '^H (%S+) (.+)$')
@@ -34,4 +42,59 @@ function operations.H(op, key)
     store_record(key, hold, 'KEEPTTL')
   end
   return 'u'
+end
+
+-- The reservation had arrived after all: it goes on as whoever has it knows it.
+local function adopt(id, key, hold, deadline, amounts)
+  if (hold.state ~= 'o' and hold.state ~= 'x') or tonumber(deadline) <= now_ms then return 'p' end
+  local by_window = {}
+  for i = 1, #hold.segments do by_window[hold.segments[i].name] = hold.segments[i] end
+  for i, reserved, accrued in gmatch(amounts, '(%d+):%d+:(%d+):(%d+)') do
+    local segment = by_window[windows[tonumber(i)].name]
+    if segment then
+      apply_change(id, hold, segment, change_of(hold, segment, tonumber(accrued), tonumber(reserved)))
+    end
+  end
+  if hold.state == 'x' then set_unconfirmed(id, false) end
+  if hold.state == 'x' or tonumber(deadline) > tonumber(hold.deadline) then
+    hold.deadline = deadline
+    set_due(id, deadline)
+  end
+  hold.state = 'o'
+  store_record(key, hold, lifetime(hold))
+  return 'g'
+end
+
+function operations.P(op, key)
+  local id, policy, deadline, created, owner, operation, trace, amounts =
+    match(op, '^P (%S+) (%a) (%d+) (%d+) (%S+) (%S+) (%S+) (.+)$')
+  local hold, why = find(id, key)
+  if hold then return adopt(id, key, hold, deadline, amounts) end
+  if why ~= 'u' then return why:sub(1, 1) == 't' and why or 'p' end
+  for i in gmatch(amounts, '(%d+):%d+:%d+:') do
+    local w = windows[tonumber(i)]
+    if w.missing then return 't ' .. w.name end
+  end
+  hold = { state = 'o', policy = policy, deadline = deadline, origin = created .. ' ' .. now_us_text .. ' ' .. owner,
+    operation = operation, trace = trace, segments = {} }
+  for i, first, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+):(%d+)') do
+    local w = windows[tonumber(i)]
+    w.creating = true
+    local segment = { flag = ARGV[w.at], name = w.name, base = first ~= reserved and first or '', reserved = reserved,
+      accrued = accrued == '0' and '' or accrued, charged = '' }
+    add(w, HELD, counted(segment))
+    hold.segments[#hold.segments + 1] = segment
+  end
+  local expires, endless = 0, false
+  for i = 1, #hold.segments do
+    local ends = tonumber(ARGV[by_name[hold.segments[i].name].at + 4])
+    endless, expires = endless or ends == 0, max(expires, ends)
+  end
+  store_record(key, hold, 'PXAT', text(endless and now_ms + LASTING_MS or expires))
+  if tonumber(deadline) <= now_ms then
+    expire(id, key, hold)
+  else
+    set_due(id, deadline)
+  end
+  return 'g'
 end

@@ -78,7 +78,12 @@ true_of() { [[ $(of "$@") == True ]]; }
 # yes EXPRESSION [WORD...]: of the last answer.
 yes() { true_of "$body" "$@"; }
 
-detail() { field 'd.get("detail", "")' || head -c 200 "$body"; }
+# detail: why the last answer is no good one.
+detail() {
+  local said
+  said=$(field 'd.get("detail", "")' || head -c 200 "$body")
+  echo "${said:-there was no answer}"
+}
 
 # wait_for COMMAND [WORD...]: until it succeeds.
 wait_for() {

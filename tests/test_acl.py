@@ -117,7 +117,7 @@ async def everything(url: str) -> None:
 
 async def research(operations: Operations) -> None:
     assert await operations.start("cycle_1", "me", 60_000, Progress())
-    assert await operations.beat("cycle_1", "me", 60_000, Progress(phase="training")) == "running"
+    assert await operations.beat("cycle_1", "me", Progress(phase="training")) == "running"
     assert await operations.cancel("cycle_1") == "cancelling"
     await operations.end("cycle_1", "me", "cancelled", None, Progress())
     assert (await operations.get("cycle_1")).status == "cancelled"

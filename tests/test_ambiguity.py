@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict, StoreError, StoreUnavailable
+from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict, StoreError, StoreUnavailable, UnknownHold
 from ktrdr_budget.engine import unresolved
 from ktrdr_budget.engine.protocol import Op
 from ktrdr_budget.engine.unresolved import Doubt, Unresolved
@@ -233,6 +233,64 @@ async def test_a_cancelled_caller_who_tries_again_keeps_his_hold(proxy, limiter,
     await hold.commit("0.07")
 
 
+async def test_a_request_of_a_cancelled_caller_that_arrives_late_is_not_granted_but_a_new_one_is(
+    proxy, limiter, other, client
+):
+    """The store is told that nobody wants it before it hears of it; whoever asks for that id later is granted it."""
+    flow = limiter._core.reserve("agent", "0.15", "mine", 900, "charge", "", "")
+    late = next(flow)
+    flow.close()
+    proxy.fate = lambda: "request"
+    task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
+    await asyncio.sleep(0.05)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    await until(lambda: limiter.unresolved == 1)
+    await resolved(proxy, limiter, absent=1)
+    assert await arrives(limiter, late) == "c"
+    assert sums(client)["held"] == 0
+    with pytest.raises(UnknownHold):
+        await limiter.get("mine")
+    assert 0 < client.pttl(limiter.keys.hold("mine")) <= 300_000
+    hold = await other.reserve("agent", "0.15", id="mine")
+    assert not hold.replayed
+    assert await arrives(limiter, late) == "p", "it is that hold now"
+    assert sums(client)["held"] == to_units("0.15")
+    assert (await limiter.reserve("agent", "0.15", id="mine")).replayed
+    assert not (await hold.commit("0.07")).late
+
+
+@pytest.mark.parametrize("settles", ["commit", "record"])
+async def test_spend_under_an_id_that_was_given_up_is_recorded(proxy, limiter, other, client, settles):
+    """Granted and spent while the store was away (policy `allow`), say: to all but that request the id is unknown."""
+    core = limiter._core
+    window = core.session.current_window("agent")
+    until_us = core.session.now_ms() * 1000
+    passing = Op("mine", limiter.keys.hold("mine"), f"L mine s{until_us - 1}-{until_us}", [(window, ":0")])
+    for _ in range(2):
+        assert await arrives(limiter, passing) == "u"
+    hold = core.make_hold(core, "mine", [(window, to_units("0.15"))], 60_000, core.session.now_ms() + 60_000)
+    call = hold.commit("0.07") if settles == "commit" else limiter.record("agent", "0.07", id="mine")
+    await call
+    assert sums(client)["spent"] == to_units("0.07")
+
+
+async def arrives(limiter: AsyncBudgetLimiter, late: Op) -> str:
+    _, [line] = await limiter._coalescer._background.tell([late])
+    return line[0]
+
+
+async def test_what_was_released_for_good_stays_so_whoever_asks_for_its_id(limiter, other, client):
+    """Only what was given up in passing makes way."""
+    limiter._core.give_back_later("op_1", [limiter._core.session.current_window("agent")])
+    limiter._coalescer._backlog.hasten()
+    await until(lambda: limiter.unresolved == 0)
+    with pytest.raises(HoldConflict):
+        await other.reserve("agent", "0.15", id="op_1")
+    assert sums(client)["held"] == 0
+
+
 async def test_a_commit_of_a_hold_that_the_store_has_lost_meanwhile_is_recorded(proxy, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
     await loses(proxy, hold.commit("0.07"), "request")
@@ -266,6 +324,29 @@ async def test_an_attempt_that_is_refused_after_one_whose_reply_was_lost_is_ambi
     await until(lambda: not limiter.unresolved)
     assert sums(client)["spent"] == to_units("0.01")
     assert (await limiter.record("agent", "0.01", id="op_1")).replayed
+
+
+async def test_a_grant_without_an_id_is_given_back_though_its_last_attempt_was_refused(proxy, limiter, client):
+    """The first attempt was granted, and its reply was lost; the second one finds the store out of memory."""
+    for _ in range(2):
+        await (await limiter.reserve("agent", "0.01")).release()  # the server knows both scripts
+    fates = iter(["reply"])
+
+    def fate() -> str | None:
+        if (lost := next(fates, None)) is None:
+            client.config_set("maxmemory", 1)
+        return lost
+
+    proxy.fate = fate
+    try:
+        with pytest.raises(StoreError, match="OOM") as refused:
+            await limiter.reserve("agent", "0.15")
+    finally:
+        proxy.fate = lambda: None
+        client.config_set("maxmemory", 0)
+    assert refused.value.ambiguous
+    await resolved(proxy, limiter, released=1)
+    assert sums(client)["held"] == 0
 
 
 async def test_totals_need_no_memory(proxy, limiter, client):

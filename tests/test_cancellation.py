@@ -281,6 +281,40 @@ async def test_a_commit_that_was_cancelled_inside_its_block_is_not_followed_by_a
         await limiter.release("op_1")
 
 
+@pytest.mark.parametrize("call", ["commit", "release", "record"])
+async def test_a_settlement_that_was_begun_completes_though_the_store_was_away_all_the_time(start_server, call):
+    """It was never sent, so nothing is ambiguous; but its caller has gone, and nobody else will say it again."""
+    own_server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
+    async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
+        inside, away = asyncio.Event(), asyncio.Event()
+
+        async def work() -> None:
+            async with limiter.hold("agent", "0.15", on_expiry="charge") as hold:
+                inside.set()
+                await away.wait()
+                await {
+                    "commit": lambda: hold.commit("0.07"),
+                    "release": hold.release,
+                    "record": lambda: limiter.record("agent", "0.07"),
+                }[call]()
+
+        task = asyncio.create_task(work())
+        await inside.wait()
+        own_server.kill()
+        away.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await cancelled(task)
+        await until(lambda: limiter.unresolved > 0, 15)
+        own_server.start()
+        await until(lambda: not limiter.unresolved, 15)
+        with own_server.client() as client:
+            await until(lambda: sums(client)["spent"] == to_units("0" if call == "release" else "0.07"), 15)
+            # The block's own release, which was not cancelled, has failed: that hold is left to its deadline.
+            assert sums(client)["held"] == (to_units("0.15") if call == "record" else 0)
+    own_server.kill()
+
+
 # -- blocks ------------------------------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetExceeded, BudgetLimiter, StoreUnavailable
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import ledger_sum, sums
@@ -238,6 +238,69 @@ def test_a_closed_limiter_says_so(server):
         limiter.record("agent", "0.01")
     limiter.close()
     assert threading.active_count() == before
+
+
+def test_a_thread_that_calls_while_another_one_closes_is_told_so(server):
+    """What it queues lands behind the end of the event loop: nobody would ever answer it."""
+    limiter = BudgetLimiter(server.url, BUDGETS)
+    limiter.record("agent", "0.01")
+    portal = limiter._portal
+    loop, thread, told = portal._loop, portal._thread, []
+
+    def call() -> None:
+        with pytest.raises(RuntimeError, match="this limiter is closed") as closed:
+            limiter.record("agent", "0.01")
+        told.append(closed)
+
+    late = threading.Thread(target=call, daemon=True)
+
+    class Ending:
+        def join(self) -> None:
+            thread.join()
+            portal.loop = lambda: loop  # as it was found a moment ago
+            late.start()
+            late.join(1)
+
+    portal._thread = Ending()
+    limiter.close()
+    late.join(10)
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("call", ["record", "acquire", "keep"])
+def test_every_thread_that_uses_a_limiter_while_it_is_closed_gets_an_answer(server, call):
+    for _ in range(5):
+        limiter = BudgetLimiter(server.url, [Budget("agent", None)], timeout=1.0)
+        limiter.record("agent", 0)
+        lease = limiter.lease("agent", "0.01")
+        lease.__enter__()
+
+        def use(limiter=limiter, lease=lease) -> None:
+            if call == "record":
+                limiter.record("agent", "0.001")
+            elif call == "acquire":
+                lease.acquire("0.005").commit("0.005")
+            else:
+                with limiter.hold("agent", "0.001"):
+                    pass
+
+        told: list[BaseException] = []
+
+        def work(use=use, told=told) -> None:
+            try:
+                while True:
+                    use()
+            except (RuntimeError, BudgetError) as closed:
+                told.append(closed)
+
+        threads = [threading.Thread(target=work, daemon=True) for _ in range(6)]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.02)
+        limiter.close()
+        for thread in threads:
+            thread.join(15)
+        assert len(told) == 6, told
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------

@@ -79,6 +79,55 @@ async def test_a_hold_that_was_settled_inside_is_left_alone(client, limiter, rai
         assert spent_and_held(client) == (to_units(spent), 0)
 
 
+SETTLED_BY_ID = pytest.mark.parametrize(("settle", "spent"), [("commit", "0.07"), ("release", "0")])
+
+
+@SETTLED_BY_ID
+@pytest.mark.parametrize("raises", [False, True])
+async def test_a_hold_that_was_settled_inside_by_its_id_is_left_alone(client, limiter, caplog, settle, spent, raises):
+    try:
+        async with limiter.hold("agent", "0.15", id="op_1") as hold:
+            await (limiter.commit("op_1", spent) if settle == "commit" else limiter.release("op_1"))
+            if raises:
+                raise Work
+    except Work:
+        assert raises
+    assert spent_and_held(client) == (to_units(spent), 0)
+    assert (hold.settled, hold.state) == (True, "committed" if settle == "commit" else "released")
+    assert caplog.records == []
+
+
+@SETTLED_BY_ID
+def test_a_sync_hold_that_was_settled_inside_by_its_id_is_left_alone(client, sync_limiter, settle, spent):
+    with sync_limiter.hold("agent", "0.15", id="op_1"):
+        _ = sync_limiter.commit("op_1", spent) if settle == "commit" else sync_limiter.release("op_1")
+    assert spent_and_held(client) == (to_units(spent), 0)
+
+
+async def test_what_was_accrued_and_settled_inside_by_its_id_alike_is_no_conflict(client, limiter):
+    async with limiter.hold("agent", "0.15", id="op_1") as hold:
+        hold.accrue("0.07")
+        await limiter.commit("op_1", "0.07")
+    assert spent_and_held(client) == (to_units("0.07"), 0)
+
+
+async def test_a_block_around_a_hold_that_was_released_by_hand_reports_what_it_costs(client, limiter):
+    """P3: an operator's release does not resolve a hold."""
+    await limiter.reserve("agent", "0.15", id="op_1", ttl=1)
+    await limiter.release("op_1", operator=True)
+    async with limiter.hold("agent", "0.15", id="op_1", ttl=1) as hold:
+        assert (hold.replayed, hold.state, hold.settled) == (True, "released", False)
+        hold.accrue("0.05")
+
+        async def beaten() -> bool:
+            return (await limiter.get("op_1")).state == "open"
+
+        await until(beaten, 20)
+    assert hold.settled
+    assert spent_and_held(client) == (to_units("0.05"), 0)
+    assert (await limiter.get("op_1")).state == "committed"
+
+
 async def test_a_normal_exit_commits_every_budget_that_was_reserved(limiter):
     async with limiter.hold({"agent": "0.15", "cycles": 1}):
         pass
@@ -111,7 +160,8 @@ async def test_a_denied_block_does_not_run(client, limiter):
 
 async def test_a_settlement_that_fails_is_raised_on_a_normal_exit_but_does_not_hide_an_error(limiter, caplog):
     with pytest.raises(HoldConflict):
-        async with limiter.hold("agent", "0.15", id="op_1"):
+        async with limiter.hold("agent", "0.15", id="op_1") as hold:
+            hold.accrue("0.05")
             await limiter.release("op_1")
     assert caplog.records == []
     with pytest.raises(Work):
@@ -171,11 +221,10 @@ async def test_heartbeats_end_with_their_block(client, limiter, caplog):
 
 
 async def test_a_heartbeat_that_finds_the_hold_settled_by_somebody_else_stops(limiter, caplog):
-    with pytest.raises(HoldConflict):
-        async with limiter.hold("agent", "0.15", id="op_1", ttl=1):
-            await limiter.commit("op_1", "0.07")
-            ends = time.monotonic() + 0.8
-            await until(lambda: time.monotonic() > ends)
+    async with limiter.hold("agent", "0.15", id="op_1", ttl=1):
+        await limiter.commit("op_1", "0.07")
+        ends = time.monotonic() + 0.8
+        await until(lambda: time.monotonic() > ends)
     assert len([record for record in caplog.records if "heartbeat" in record.message]) == 1
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import threading
@@ -14,7 +15,16 @@ from pathlib import Path
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget import (
+    AsyncBudgetLimiter,
+    Budget,
+    BudgetError,
+    BudgetExceeded,
+    BudgetLimiter,
+    HoldConflict,
+    StoreUnavailable,
+)
+from ktrdr_budget.engine.driver import backlog
 from ktrdr_budget.engine.memory import AGE_MAX_MS
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
@@ -34,6 +44,12 @@ def own_server(start_server: Callable):
     made = start_server(None, "--appendonly", "yes")
     yield made
     made.kill()
+
+
+@pytest.fixture
+async def proxy(server, tmp_path_factory):
+    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
+        yield made
 
 
 class Outage:
@@ -357,6 +373,82 @@ async def test_what_may_have_been_settled_long_ago_is_not_told_again(server, tmp
         assert f"whether spend of {hold.id} during an outage was recorded stays unknown" in caplog.text
 
 
+async def test_allow_admits_an_id_once_and_refuses_it_with_other_contents(own_server):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
+        await limiter.record("agent", "0.01")
+        own_server.kill()
+        hold, at_once = await asyncio.gather(*(limiter.reserve("agent", "0.15", id="op_1") for _ in range(2)))
+        assert (hold.replayed, at_once.replayed, at_once.guarded) == (False, True, False)
+        hold.accrue("0.03")
+        for _ in range(2):  # while the store is away, and when it is back
+            again = await limiter.reserve("agent", "0.15", id="op_1")
+            assert (again.replayed, again.state, again.accrued) == (True, "open", {"agent": Decimal("0.03")})
+            for other in ({"amount": "0.16"}, {"amount": "0.15", "on_expiry": "release"}):
+                with pytest.raises(HoldConflict):
+                    await limiter.reserve("agent", id="op_1", **other)
+            if own_server.process is None:
+                own_server.start()
+                await until(lambda: limiter.store_state == "closed", 15)
+        await again.commit("0.07")
+        await until(lambda: limiter.deferred == 0, 15)
+        with own_server.client() as client:
+            assert sums(client)["spent"] == to_units("0.08")
+            assert sums(client)["held"] == 0
+
+
+@pytest.mark.parametrize("deferred", [True, False])
+async def test_allow_releases_what_arrives_at_the_store_only_later(proxy, deferred):
+    """A hold was admitted unguarded and released; then its reservation arrives after all: nobody has it any more."""
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
+        await limiter.record("agent", "0.01")
+        flow = limiter._core.reserve("agent", "0.15", "op_1", 900, "charge", "", "")
+        late = next(flow)
+        flow.close()
+        proxy.fate = lambda: "request"
+        hold = await limiter.reserve("agent", "0.15", id="op_1")
+        assert not hold.guarded
+        if deferred:
+            assert (await hold.release()).deferred
+        proxy.fate = lambda: None
+        await until(lambda: limiter.store_state == "closed", 15)
+        if not deferred:
+            assert (await hold.release()).state == "released"
+        await until(lambda: limiter.deferred == 0, 15)
+        _, [line] = await limiter._coalescer._background.tell([late])
+        assert line[0] == "c"
+        assert (await limiter.status("agent")).held == 0
+
+
+async def test_allow_gives_up_what_it_admitted_for_a_caller_who_has_gone(proxy):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
+        await limiter.record("agent", "0.01")
+        proxy.hold_replies()
+        task = asyncio.create_task(limiter.reserve("agent", "0.15", id="op_1"))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+        await until(lambda: limiter.unresolved == 1, 15)
+        proxy.let_go()
+        await until(lambda: limiter.unresolved == 0, 15)
+        assert (await limiter.status("agent")).held == 0
+
+
+async def test_a_commit_by_id_of_a_hold_of_ones_own_is_deferred_as_one_by_its_object(own_server):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
+        await limiter.reserve({"agent": "0.15", "team": "0.10"}, id="op_1")
+        own_server.kill()
+        settled = await limiter.commit("op_1", {"agent": "0.07", "team": "0.02"})
+        assert settled.deferred
+        with pytest.raises(StoreUnavailable):  # in which windows it would be spent is not known here
+            await limiter.commit("op_2", "0.07")
+        own_server.start()
+        await until(lambda: limiter.deferred == 0, 15)
+        with own_server.client() as client:
+            assert (sums(client)["spent"], sums(client, "team")["spent"]) == (to_units("0.07"), to_units("0.02"))
+            assert sums(client)["held"] == 0
+
+
 async def test_allow_still_denies_what_the_store_denies(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, on_store_error="allow") as limiter:
         with pytest.raises(BudgetExceeded):
@@ -369,6 +461,58 @@ async def test_allow_tells_at_the_end_what_it_could_not_record(own_server, caplo
         own_server.kill()
         await limiter.record("agent", "0.02")
     assert any(record.levelname == "ERROR" and "never told" in record.message for record in caplog.records)
+
+
+async def test_closing_while_deferred_spend_is_being_told_tells_the_rest(server, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(backlog, "_BATCH_OPS", 1)
+    path = Path(tmp_path_factory.mktemp("p")) / "s"
+    async with Proxy(server.socket_path, path) as proxy:
+        async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3, on_store_error="allow") as limiter:
+            await limiter.record("agent", "0.01")
+            proxy.cut()
+            for _ in range(60):
+                await limiter.record("agent", "0.01")
+            proxy.delay_s = 0.01
+            proxy.mend()
+            await until(lambda: 0 < limiter.deferred < 60, 15)
+        assert limiter.deferred == 0
+    with server.client() as client:
+        assert sums(client)["spent"] == ledger_sum(client) == to_units("0.61")
+
+
+async def test_whatever_telling_the_rest_ends_with_the_store_is_closed(own_server, monkeypatch):
+    limiter = AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow")
+    hold = await limiter.reserve("agent", "0.15")
+    closed = []
+    close = limiter._store.close
+
+    async def note() -> None:
+        closed.append(not limiter._coalescer._background.tasks)
+        await close()
+
+    async def fail() -> None:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(limiter._store, "close", note)
+    monkeypatch.setattr(limiter._coalescer._backlog, "drain", fail)
+    limiter._core.defer_settlement(hold, None)
+    with pytest.raises(ZeroDivisionError):
+        await limiter.close()
+    assert closed == [True]
+
+
+async def test_whoever_waits_for_a_repair_when_the_limiter_is_closed_is_told_so(server):
+    """No lane takes what waits then: it would wait for ever."""
+    limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2)
+    await limiter.record("agent", "0.01")
+    limiter._coalescer.recovery.active = True
+    limiter._coalescer._deadlines.watch = lambda *_: None
+    calls = [asyncio.ensure_future(limiter.record("agent", "0.01")), asyncio.ensure_future(limiter.reserve("agent", 1))]
+    await asyncio.sleep(0)
+    await limiter.close()
+    async with asyncio.timeout(10):
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
 
 
 # -- a store that answers, but with an error ---------------------------------------------------------------------------

@@ -88,8 +88,20 @@ def test_the_environment_gives_the_limit(server, monkeypatch):
         BudgetTracker()
 
 
-def test_a_limit_of_zero_denies_all(server):
+@pytest.mark.parametrize(
+    ("label", "kept"),
+    [("x" * 300, "x" * 256), (42, "42"), (None, ""), ("a b \u00e9/:|,\n", "a b \u00e9/:|,\n"), ("\ud800", "?")],
+)
+def test_no_spend_is_lost_for_its_label(server, label, kept):
+    with BudgetTracker(1.0, url=server.url) as tracker:
+        tracker.record_spend(0.25, label)
+        [entry] = tracker.limiter.ledger("agent")
+        assert (entry.operation, tracker.get_today_spend()) == (kept, 0.25)
+
+
+def test_a_limit_of_zero_denies_all_and_says_so(server, caplog):
     with BudgetTracker(0, url=server.url) as tracker:
+        assert caplog.messages == ["the daily budget is $0.00: all spending is denied"]
         assert tracker.can_spend(0.01) == (False, "budget_exhausted ($0.00 remaining, need $0.01)")
         with pytest.raises(BudgetExceeded):
             tracker.reserve(0.01)

@@ -9,8 +9,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
+from ktrdr_budget.agent.endings import tell_ending
 from ktrdr_budget.agent.gates import GateResult, Thresholds, backtest_gate, training_gate
 from ktrdr_budget.agent.llm import LLM, Completion
 from ktrdr_budget.agent.operations import Operations, Outcome, Progress
@@ -18,6 +19,7 @@ from ktrdr_budget.agent.phases import Phase, Research
 from ktrdr_budget.environment import AGENT
 from ktrdr_budget.errors import BudgetError, BudgetExceeded, StoreError, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
+from ktrdr_budget.metering.instruments import charged_tokens
 from ktrdr_budget.telemetry.spans import Span, operation_scope, span, suppressed, without_secrets
 
 __all__ = ["OPERATION_TYPE", "Cycle", "Measures", "Workplace"]
@@ -38,6 +40,7 @@ _SPANS: dict[Phase, str] = {
 _TOKENS: dict[str, str] = {"designing": "design", "training": "design"}
 
 Stop = Literal["cancelled", "shutdown", "worker_lost"]
+Result = TypeVar("Result")
 
 
 class Measures(Protocol):
@@ -72,6 +75,10 @@ class _GateFailedError(Exception):
     """The cycle ends here."""
 
 
+class UnaskedCancellationError(Exception):
+    """A phase raised ``CancelledError`` of its own accord: that is a fault of it, and no cancellation."""
+
+
 class Cycle:
     """A cycle whose estimate and slot are held already. It is the context that its phases are given.
 
@@ -86,6 +93,12 @@ class Cycle:
         self._link = link
         self._working: asyncio.Task[None] | None = None
         self._stop: Stop | None = None
+        self._asked = False
+        self._metered_calls = 0
+        self._failure = ""
+        self._deadline_ms, self._extend_at_s = hold.deadline_ms, time.monotonic() + workplace.ttl_s / 2
+        self.lost_here = False
+        """Whether this replica itself has written it down as lost: then nobody else has counted its end."""
         self.progress = Progress(
             estimate=format(hold.amounts[AGENT], "f"), replica=workplace.limiter.replica_id, phase="designing"
         )
@@ -104,11 +117,26 @@ class Cycle:
 
     async def ask(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
         """Asks the language model; the call draws what it costs from the cycle's hold, which grows when needed."""
-        phase = _TOKENS.get(self.progress.phase, "assessment")
+        if self.cancelled:
+            await asyncio.sleep(0)  # a phase that asks again and again, whatever it is told, shall hinder nobody
+            self._stop_here()
+        self._asked = True
+        metered_calls = self._metered_calls
         completion = await self._workplace.llm.complete(prompt, system=system, max_tokens=max_tokens)
-        self.progress.tokens[phase] += completion.usage.total_tokens
-        self._workplace.measures.tokens(phase, completion.usage.total_tokens)
+        if self._metered_calls == metered_calls:  # a model without a meter tells nobody but us
+            self._count(completion.usage.total_tokens)
         return completion
+
+    def _count_call(self, tokens: int) -> None:
+        """A call has ended, well or not, and so many tokens were charged for it."""
+        self._asked = True
+        self._metered_calls += 1
+        self._count(tokens)
+
+    def _count(self, tokens: int) -> None:
+        phase = _TOKENS.get(self.progress.phase, "assessment")
+        self.progress.tokens[phase] += tokens
+        self._workplace.measures.tokens(phase, tokens)
 
     # -- its life ------------------------------------------------------------------------------------------------------
 
@@ -136,9 +164,13 @@ class Cycle:
             finally:
                 watching.cancel()
             self._conclude(root, outcome, reason)
-            self._workplace.measures.cycle_ended(outcome, time.monotonic() - started)
+            elapsed_s, measures = time.monotonic() - started, self._workplace.measures
+            if reason != "worker_lost":
+                measures.cycle_ended(outcome, elapsed_s)
             owner, operations = self._workplace.limiter.replica_id, self._workplace.operations
-            await self._persist(lambda: operations.end(self.operation_id, owner, outcome, reason, self._told()))
+            lost = await self._persist(lambda: operations.end(self.operation_id, owner, outcome, reason, self._told()))
+            if reason == "worker_lost" and (self.lost_here or not lost):
+                measures.cycle_ended(outcome, elapsed_s)  # else by the replica that gave it up
 
     async def _work(self) -> tuple[Outcome, str | None]:
         """Runs the phases; returns how they ended."""
@@ -170,28 +202,30 @@ class Cycle:
                 "outcome": outcome,
                 "reason": reason,
                 "strategy_name": progress.strategy_name,
-                "tokens": sum(progress.tokens.values()),
+                "tokens": self._tokens,
                 "ktrdr.budget.spend": progress.spend,
             }
         )
-        if outcome == "failed":
-            root.fail(progress.error or reason or outcome)
+        if outcome == "failed" and reason != "budget_exhausted":
+            told = progress.error if reason == "gate_failed" else self._failure
+            root.fail(told or reason or outcome)
 
     # -- phases --------------------------------------------------------------------------------------------------------
 
     async def _phases(self) -> None:
         research, thresholds = self._workplace.research, self._workplace.thresholds
+        charged_tokens.set(self._count_call)
         with self._phase("designing") as current:
-            design = await research.design(self)
-            self.progress.strategy_name = design.strategy_name
-            current.set_attributes({"strategy_name": design.strategy_name, "tokens": self.progress.tokens["design"]})
+            design = await self._done(research.design(self))
+            self.progress.strategy_name = str(design.strategy_name)
+            current.set_attribute("strategy_name", self.progress.strategy_name)
         with self._phase("training") as current:
-            training = await research.train(self, design)
+            training = await self._done(research.train(self, design))
             loss = {"final_loss": training.final_loss, "loss_decrease": training.loss_decrease}
             self._results(current, accuracy=training.accuracy, **loss)
             self._judge(current, training_gate(training, thresholds))
         with self._phase("backtesting") as current:
-            backtest = await research.backtest(self, design, training)
+            backtest = await self._done(research.backtest(self, design, training))
             self._results(
                 current,
                 win_rate=backtest.win_rate,
@@ -201,26 +235,53 @@ class Cycle:
             )
             self._judge(current, backtest_gate(backtest, thresholds))
         with self._phase("assessing") as current:
-            assessment = await research.assess(self, design, training, backtest)
-            current.set_attribute("tokens", self.progress.tokens["assessment"])
-            self._results(current, **asdict(assessment))
+            assessment = await self._done(research.assess(self, design, training, backtest))
+            self._results(current, verdict=assessment.verdict)
+            self.progress.results |= {name: _plain(value) for name, value in asdict(assessment).items()}
 
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[Span]:
-        self.progress.phase = phase
-        started = time.monotonic()
+        self._stop_here()
+        self.progress.phase, self._asked = phase, False
+        started, tokens_before = time.monotonic(), self._tokens
         named = {"phase": phase, "strategy_name": self.progress.strategy_name}
-        try:
-            with span(f"agent.phase.{_SPANS[phase]}", named) as current:
+        failure: BaseException | None = None
+        with span(f"agent.phase.{_SPANS[phase]}", named) as current:
+            try:
                 yield current
-        finally:
+            except BaseException as error:  # it goes on below: what the span says of it is said here
+                failure = error
+            self._failure = tell_ending(current, failure, asked=self._asked)
+            if self._asked:
+                current.set_attribute("tokens", self._tokens - tokens_before)
             self._workplace.measures.phase_ended(phase, time.monotonic() - started)
+        if failure is not None:
+            raise failure
 
-    def _results(self, current: Span, **results: str | float) -> None:
-        current.set_attributes(results)
-        # JSON knows no infinity; a figure without a value is told as such.
-        told = {n: None if isinstance(v, float) and not math.isfinite(v) else v for n, v in results.items()}
-        self.progress.results |= told
+    @property
+    def _tokens(self) -> int:
+        return sum(self.progress.tokens.values())
+
+    async def _done(self, work: Awaitable[Result]) -> Result:
+        """What a phase returns, unless the cycle shall stop: a phase may have swallowed its cancellation."""
+        try:
+            result = await work
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self.cancelled and task is not None and not task.cancelling():
+                raise UnaskedCancellationError("it cancelled itself, though nobody had asked for that") from None
+            raise
+        self._stop_here()
+        return result
+
+    def _stop_here(self) -> None:
+        if self.cancelled:
+            raise asyncio.CancelledError
+
+    def _results(self, current: Span, **results: Any) -> None:
+        told = {name: _plain(value, infinite=True) for name, value in results.items()}
+        current.set_attributes(told)
+        self.progress.results |= {name: _plain(value) for name, value in told.items()}
 
     def _judge(self, current: Span, result: GateResult) -> None:
         current.set_attributes({"gate.passed": result.passed, "gate.reason": result.reason})
@@ -242,19 +303,31 @@ class Cycle:
 
     async def _watch(self) -> None:
         """Tells how far it is, and stops it when that is asked for or when it was given up for lost."""
-        owner, workplace = self._workplace.limiter.replica_id, self._workplace
         with suppressed():
             while True:
                 try:
-                    status = await workplace.operations.beat(self.operation_id, owner, workplace.ttl_ms, self._told())
+                    await self._beat()
                 except BudgetError as error:
                     logger.warning("cycle %s cannot tell how far it is: %s", self.operation_id, error)
-                else:
-                    if not status:
-                        self.stop("worker_lost")
-                    elif status == "cancelling":
-                        self.stop("cancelled")
+                except Exception:  # whatever it is, the cycle must go on telling that it lives
+                    logger.exception("cycle %s cannot tell how far it is", self.operation_id)
                 await asyncio.sleep(BEAT_S)
+
+    async def _beat(self) -> None:
+        owner, operations = self._workplace.limiter.replica_id, self._workplace.operations
+        status = await operations.beat(self.operation_id, owner, self._told())
+        if not status:
+            self.stop("worker_lost")
+            return
+        if status == "cancelling":
+            self.stop("cancelled")
+        now_s, ttl_s, hold = time.monotonic(), self._workplace.ttl_s, self._hold
+        if hold.deadline_ms != self._deadline_ms:
+            self._deadline_ms, self._extend_at_s = hold.deadline_ms, now_s + ttl_s / 2
+        elif now_s > self._extend_at_s and not (hold.settled or hold.settling):
+            # Its heartbeat did not get through, and the next one may come too late.
+            self._extend_at_s = now_s + ttl_s / 8
+            await hold.extend()
 
     async def _settle(self) -> None:
         """Commits what was used; of the slot nothing remains in any case."""
@@ -263,20 +336,33 @@ class Cycle:
         else:
             await self._hold.release()
 
-    async def _persist(self, work: Callable[[], Awaitable[object]]) -> None:
-        """Does what must not be left out, for as long as the store is away."""
+    async def _persist(self, work: Callable[[], Awaitable[Result]]) -> Result | None:
+        """Does what must not be left out, for as long as the store is away; ``None`` if that is refused."""
         pause_s = 0.1
         while True:
             try:
-                await work()
-                return
+                return await work()
             except StoreError as error:
                 logger.error("the end of cycle %s is refused: %s", self.operation_id, error)
-                return
+                return None
             except StoreUnavailable as error:
                 logger.warning("the end of cycle %s cannot be written yet: %s", self.operation_id, error)
             except BudgetError as error:  # somebody has settled the hold by hand
                 logger.error("cycle %s could not be settled: %s", self.operation_id, error)
-                return
+                return None
             await asyncio.sleep(pause_s)
             pause_s = min(_RETRY_MAX_S, pause_s * 2)
+
+
+def _plain(value: Any, *, infinite: bool = False) -> Any:
+    """A result as JSON and spans have it: whole numbers and texts as they are, other numbers as floats.
+
+    JSON knows no infinity: a figure without a value is told as ``None`` unless ``infinite``.
+    """
+    if value is None or isinstance(value, (int, str)):
+        return value
+    try:
+        number = float(value)
+    except (TypeError, ValueError, OverflowError):
+        return str(value)
+    return number if infinite or math.isfinite(number) else None

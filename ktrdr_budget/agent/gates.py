@@ -95,11 +95,13 @@ class _Check:
 
 
 def _at_least(name: str, figure: float, threshold: float) -> _Check:
+    figure = float(figure)  # numbers of some libraries compare to truths of their own
     passed = math.isfinite(figure) and figure >= threshold
     return _Check(passed, _told(name, figure, ">=" if passed else "<", threshold))
 
 
 def _at_most(name: str, figure: float, threshold: float) -> _Check:
+    figure = float(figure)
     passed = math.isfinite(figure) and figure <= threshold
     return _Check(passed, _told(name, figure, "<=" if passed else ">", threshold))
 

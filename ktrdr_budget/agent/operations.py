@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
@@ -43,7 +43,7 @@ class Progress:
 
     def document(self) -> str:
         """For the store."""
-        return json.dumps(vars(self), separators=(",", ":"), allow_nan=False)
+        return json.dumps(vars(self), separators=(",", ":"), allow_nan=False, default=str)
 
 
 @dataclass(frozen=True)
@@ -78,31 +78,46 @@ class CyclesPage:
     as_of: datetime
     active: Sequence[CycleView]
     ended: Sequence[CycleView]
+    """By when they were begun."""
+    last: CycleView | None
+    """The one that ended last."""
 
 
 class Operations:
-    """Reads and writes the records. Errors are those of the store (``StoreUnavailable``)."""
+    """Reads and writes the records. Errors are those of the store (``StoreUnavailable``).
+
+    A cycle whose worker has been silent for too long is written down as lost by the call that finds it so.
+    """
 
     def __init__(self, limiter: AsyncBudgetLimiter) -> None:
         self._limiter = limiter
+        self.on_lost: Callable[[str, float], None] = _ignore
+        """Is told the id of each cycle that a call from here has written down as lost, and how many seconds it took."""
 
     async def _ask(self, action: str, *args: str | int) -> Any:
-        command = Command(CYCLES, self._limiter.keys.cycles, (action, KEPT_MAX, KEPT_MS, *args))
-        return await self._limiter.ask(command, f"cycle {action}")
+        keys = (*self._limiter.keys.cycles, self._limiter.keys.due)
+        command = Command(CYCLES, keys, (action, KEPT_MAX, KEPT_MS, *args))
+        lost, said = await self._limiter.ask(command, f"cycle {action}")
+        for operation_id, elapsed_ms in zip(lost[::2], lost[1::2], strict=True):
+            self.on_lost(_text(operation_id), int(elapsed_ms) / 1000)
+        return said
 
     async def start(self, operation_id: str, owner: str, ttl_ms: int, progress: Progress) -> bool:
-        """Writes down a cycle that begins; false if there is one of this id."""
+        """Writes down a cycle that begins; false if there is one of this id.
+
+        Its deadline is that of the open hold of its id, and ``ttl_ms`` from now if there is none.
+        """
         return bool(await self._ask("start", operation_id, owner, ttl_ms, progress.document()))
 
-    async def beat(self, operation_id: str, owner: str, ttl_ms: int, progress: Progress) -> str:
-        """Tells how far it is, and that its worker lives; returns its status, empty if it is this owner's no more."""
-        return _text(await self._ask("beat", operation_id, owner, ttl_ms, progress.document()))
+    async def beat(self, operation_id: str, owner: str, progress: Progress) -> str:
+        """Tells how far it is; returns its status, empty if it is this owner's no more."""
+        return _text(await self._ask("beat", operation_id, owner, progress.document()))
 
     async def end(
         self, operation_id: str, owner: str, outcome: Outcome, reason: str | None, progress: Progress
-    ) -> None:
-        """Writes down how it ended. One that was lost before stays so; only what it tells of itself is corrected."""
-        await self._ask("end", operation_id, owner, outcome, reason or "-", progress.document())
+    ) -> bool:
+        """Writes down how it ended, also if it had been given up for lost; returns whether it had."""
+        return int(await self._ask("end", operation_id, owner, outcome, reason or "-", progress.document())) == 2
 
     async def cancel(self, operation_id: str) -> str:
         """Asks a cycle to stop, wherever it runs; returns its status, empty if there is none of this id."""
@@ -113,14 +128,15 @@ class Operations:
         now_ms, record = await self._ask("get", operation_id)
         return _view(operation_id, _text(record), int(now_ms)) if record else None
 
-    async def list(self, count: int = 1, after: str = "") -> CyclesPage:
+    async def list(self, count: int = 0, after: str = "") -> CyclesPage:
         """The active cycles, and at most ``count`` ended ones that were begun before the one ``after``."""
-        now, active, ended = await self._ask("list", count, after)
+        now, active, ended, last = await self._ask("list", count, after)
         now_ms = int(now)
         return CyclesPage(
             from_ms(now_ms),
             sorted(_views(active, now_ms), key=lambda cycle: (cycle.started_at, cycle.operation_id)),
             _views(ended, now_ms),
+            next(iter(_views(last, now_ms)), None),
         )
 
 
@@ -142,6 +158,10 @@ def _view(operation_id: str, record: str, now_ms: int) -> CycleView:
         reason=None if reason == "-" else reason,
         progress=json.loads(document),
     )
+
+
+def _ignore(operation_id: str, elapsed_s: float) -> None:
+    pass
 
 
 def _text(value: Any) -> str:

@@ -12,10 +12,11 @@ from typing import Any
 from ktrdr_budget.agent.cycle import OPERATION_TYPE, Cycle, Workplace
 from ktrdr_budget.agent.operations import CyclesPage
 from ktrdr_budget.environment import AGENT
-from ktrdr_budget.errors import BudgetError, BudgetExceeded
+from ktrdr_budget.errors import BudgetError, BudgetExceeded, HoldConflict
 from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.models import Budget, Denial, Status
 from ktrdr_budget.money import Amount, from_units
+from ktrdr_budget.periods import from_ms
 from ktrdr_budget.telemetry.spans import current_link, suppressed
 
 __all__ = ["SLOTS", "AgentService", "CycleActive", "CycleEnded", "MoneyDenied", "Started", "UnknownCycle", "slots"]
@@ -91,6 +92,8 @@ class AgentService:
         self._operations = workplace.operations
         self._estimate = estimate
         self._running: dict[asyncio.Task[Any], Cycle] = {}
+        self._beginning: dict[str, asyncio.Future[Started]] = {}
+        workplace.operations.on_lost = self._count_lost
 
     async def close(self) -> None:
         """Stops the cycles that run here, each of which commits what it has used, and closes the language model."""
@@ -115,7 +118,8 @@ class AgentService:
         Raises:
             MoneyDenied: no money.
             CycleActive: no slot; told only if money alone does not deny.
-            HoldConflict: the id is in use otherwise.
+            HoldConflict: the id is in use otherwise, or was used before for a cycle that did not begin, or that is only
+                remembered.
             StoreUnavailable: nothing was begun.
         """
         operation_id = operation_id or f"op_{secrets.token_hex(8)}"
@@ -128,23 +132,45 @@ class AgentService:
             )
         except BudgetExceeded as denied:
             raise await self._refusal(denied.denial) from None
-        if hold.replayed and (hold.state != "open" or await self._operations.get(operation_id) is not None):
-            return Started(operation_id, replayed=True)
+        if hold.replayed:
+            if await self._has_begun(hold):
+                return Started(operation_id, replayed=True)
+            if hold.state != "open":
+                raise HoldConflict(f"{operation_id!r} was used before, and its cycle did not begin: use another id")
         # From here on the cycle goes its way, also if whoever triggered it has gone.
-        await asyncio.shield(asyncio.ensure_future(self._begin(hold)))
-        return Started(operation_id, replayed=hold.replayed)
+        beginning = self._beginning.get(operation_id)
+        if beginning is None:
+            beginning = self._beginning[operation_id] = asyncio.ensure_future(self._begin(hold))
+            beginning.add_done_callback(lambda _: self._beginning.pop(operation_id))
+        return await asyncio.shield(beginning)
 
-    async def _begin(self, hold: AsyncHold) -> None:
+    async def _begin(self, hold: AsyncHold) -> Started:
+        if self._runs(hold.id) is not None:  # for the same request, sent twice
+            return Started(hold.id, replayed=True)
         cycle = Cycle(self._workplace, hold, current_link())
         try:
-            if not await cycle.begin():
-                return  # another replica was faster with the same id
+            begun = await cycle.begin()
+            if not begun and not await self._has_begun(hold):
+                raise HoldConflict(f"{hold.id!r} was the id of an earlier cycle: use another id")
         except BaseException:
             await self._give_back(hold)
             raise
+        if not begun:  # another replica was faster with the same id
+            return Started(hold.id, replayed=True)
         task = asyncio.create_task(cycle.run(), name=f"cycle {hold.id}")
         self._running[task] = cycle
         task.add_done_callback(self._ended)
+        return Started(hold.id)
+
+    async def _has_begun(self, hold: AsyncHold) -> bool:
+        """Whether there is a cycle on this very hold: ids of cycles are remembered for longer than those of holds."""
+        cycle = await self._operations.get(hold.id)
+        granted_ms = hold.created_us // 1000 if hold.created_us else hold.deadline_ms - round(hold.ttl * 1000)
+        return cycle is not None and cycle.started_at >= from_ms(granted_ms)
+
+    def _runs(self, operation_id: str) -> Cycle | None:
+        """The cycle, if it runs here."""
+        return next((cycle for cycle in self._running.values() if cycle.operation_id == operation_id), None)
 
     async def _give_back(self, hold: AsyncHold) -> None:
         try:
@@ -156,6 +182,13 @@ class AgentService:
         cycle = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             logger.error("cycle %s broke off", cycle.operation_id, exc_info=error)
+
+    def _count_lost(self, operation_id: str, elapsed_s: float) -> None:
+        """The worker of a cycle is lost, and cannot count its end: who finds out does."""
+        if (cycle := self._runs(operation_id)) is not None:
+            cycle.lost_here = True  # it lives, and will count what becomes of it
+        else:
+            self._workplace.measures.cycle_ended("failed", elapsed_s)
 
     # -- why not -------------------------------------------------------------------------------------------------------
 
@@ -189,7 +222,7 @@ class AgentService:
 
     # -- what there is -------------------------------------------------------------------------------------------------
 
-    async def cycles(self, count: int = 1, after: str = "") -> CyclesPage:
+    async def cycles(self, count: int = 0, after: str = "") -> CyclesPage:
         """The active cycles and ``count`` ended ones, as every replica sees them.
 
         The hold of one whose worker was lost is retired on the way, so that its slot is free.
@@ -209,9 +242,8 @@ class AgentService:
             raise UnknownCycle(f"unknown cycle {operation_id!r}")
         if status != "cancelling":
             raise CycleEnded(operation_id, status)
-        for cycle in self._running.values():
-            if cycle.operation_id == operation_id:
-                cycle.stop("cancelled")
+        if (cycle := self._runs(operation_id)) is not None:
+            cycle.stop("cancelled")
         return await self._await_end(operation_id)
 
     async def _await_end(self, operation_id: str) -> str:

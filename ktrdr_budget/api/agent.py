@@ -21,6 +21,8 @@ from ktrdr_budget.api.agent_schemas import (
     CyclesOut,
     CyclesQuery,
     EndedProblem,
+    InvalidTriggerProblem,
+    LargeTriggerProblem,
     RefusedTriggerProblem,
     TriggerIn,
     TriggerOut,
@@ -30,7 +32,7 @@ from ktrdr_budget.api.problems import Problem, denied, problem_of
 from ktrdr_budget.api.requests import read_body, read_query
 from ktrdr_budget.api.responses import JsonResponse, amount_json, instant_json
 from ktrdr_budget.api.routing import BudgetRoute, Call, Operation, add_operations
-from ktrdr_budget.errors import HoldConflict, StoreUnavailable
+from ktrdr_budget.errors import BudgetError, HoldConflict, StoreUnavailable
 
 if TYPE_CHECKING:
     from ktrdr_budget.limiter import AsyncBudgetLimiter
@@ -61,6 +63,8 @@ class _Agent:
     def operations(self) -> list[Operation]:
         refused: dict[int, type[BaseModel]] = {
             409: ActiveProblem,
+            413: LargeTriggerProblem,
+            422: InvalidTriggerProblem,
             429: RefusedTriggerProblem,
             503: AgentUnavailableProblem,
         }
@@ -70,7 +74,7 @@ class _Agent:
                 "/agent/trigger",
                 self.trigger_cycle,
                 {202: TriggerOut},
-                (409, 413, 415, 422, 429),
+                (409, 413, 422, 429),
                 TriggerIn,
                 problem_models=refused,
             ),
@@ -88,33 +92,25 @@ class _Agent:
 
     async def trigger_cycle(self, call: Call) -> Response:
         """Begins a research cycle: reserves its estimate and a slot, all or none."""
-        body = await read_body(call.request, call.headers, TriggerIn)
         try:
+            body = await read_body(call.request, call.headers, TriggerIn)
             started = await self._agent().trigger(body.operation_id)
-        except MoneyDenied as error:
-            raise _exhausted(error) from None
-        except CycleActive as error:
-            raise _not_triggered(
-                409, "active-cycle-exists", "active_cycle_exists", error, operation_ids=error.operation_ids
-            ) from None
-        except HoldConflict as error:
-            raise _not_triggered(409, "hold-conflict", "id_conflict", error, operation_ids=[]) from None
-        except StoreUnavailable as error:
-            problem = problem_of(error, {})
-            problem.members |= {"triggered": False, "reason": "budget_unavailable", "message": str(error)}
-            raise problem from None
+        except Problem as problem:
+            raise _not_triggered(problem) from None
+        except BudgetError as error:
+            raise _refused(error) from None
         message = f"Research cycle {started.operation_id} {'was started before' if started.replayed else 'started'}"
         answer = {"triggered": True, "operation_id": started.operation_id, "message": message}
         return JsonResponse(answer, 202)
 
     async def get_agent_status(self, call: Call) -> Response:
         """What the agent is doing; every replica answers the same."""
-        page = await self._agent().cycles(1)
+        page = await self._agent().cycles()
         active = [_cycle(cycle) for cycle in page.active]
         status = {
             "status": active[0]["phase"] if active else "idle",
             "active_cycles": active,
-            "last_cycle": _cycle(page.ended[0]) if page.ended else None,
+            "last_cycle": None if page.last is None else _cycle(page.last),
             "as_of": instant_json(page.as_of),
         }
         return JsonResponse(status)
@@ -148,8 +144,25 @@ class _Agent:
         return JsonResponse({"operation_id": operation_id, "status": status, "message": message})
 
 
-def _not_triggered(status: int, code: str, reason: str, error: Exception, **members: Any) -> Problem:
-    return Problem(status, code, str(error), triggered=False, reason=reason, message=str(error), **members)
+def _refused(error: BudgetError) -> Problem:
+    """Why a trigger has begun nothing."""
+    if isinstance(error, MoneyDenied):
+        return _exhausted(error)
+    if isinstance(error, CycleActive):
+        active = Problem(409, "active-cycle-exists", str(error), operation_ids=error.operation_ids)
+        return _not_triggered(active, "active_cycle_exists")
+    problem = problem_of(error, {})
+    if problem.status == 409:
+        problem.members["operation_ids"] = []
+    told = {HoldConflict: "id_conflict", StoreUnavailable: "budget_unavailable"}
+    return _not_triggered(problem, next((reason for kind, reason in told.items() if isinstance(error, kind)), ""))
+
+
+def _not_triggered(problem: Problem, reason: str = "") -> Problem:
+    """The same problem as the answer of a trigger; by default its reason is its code."""
+    told = reason or problem.members.get("reason") or problem.code.replace("-", "_")
+    problem.members |= {"triggered": False, "reason": told, "message": str(problem)}
+    return problem
 
 
 def _exhausted(error: MoneyDenied) -> Problem:

@@ -13,6 +13,7 @@ from ktrdr_budget.api.schemas import (
     DeniedProblem,
     HoldsQuery,
     Instant,
+    InvalidProblem,
     Problem,
     UnavailableProblem,
     _Answer,
@@ -30,6 +31,8 @@ __all__ = [
     "CyclesQuery",
     "EndedProblem",
     "ExhaustedProblem",
+    "InvalidTriggerProblem",
+    "LargeTriggerProblem",
     "RefusedTriggerProblem",
     "TriggerIn",
     "TriggerOut",
@@ -87,7 +90,11 @@ class CycleOut(_Answer):
     started_at: Instant
     ended_at: Instant | None
     elapsed_seconds: float
-    spend: AmountOut = Field(description="Dollars used so far; what was committed, once it has ended.")
+    spend: AmountOut = Field(
+        description="Dollars used so far; what was committed, once it has ended. Of one whose worker was lost "
+        "(`worker_lost`): what it had reported last. What its budget is charged for it, unconfirmed, is told by the "
+        "reservation of the same id."
+    )
     estimate: AmountOut = Field(description="Dollars that were reserved at its start.")
     tokens: dict[Literal["design", "assessment"], int]
     strategy_name: str | None
@@ -108,7 +115,7 @@ class AgentStatusOut(_Answer):
 
     status: Literal["idle"] | Phase = Field(description="The phase of the oldest active cycle, or `idle`.")
     active_cycles: list[CycleOut]
-    last_cycle: CycleOut | None
+    last_cycle: CycleOut | None = Field(description="The one that ended last.")
     as_of: Instant
 
 
@@ -140,16 +147,32 @@ class ExhaustedProblem(_NotTriggered, DeniedProblem):
 
 
 class ActiveProblem(_NotTriggered):
-    """As many cycles as may run at once are running."""
+    """As many cycles as may run at once are running, the id was used before, or a budget is defined otherwise."""
 
-    reason: Literal["active_cycle_exists", "id_conflict"]
-    operation_ids: list[str]
+    reason: Literal["active_cycle_exists", "id_conflict", "budget_mismatch"]
+    operation_ids: list[str] = Field(description="The cycles that are running, where those are the reason.")
 
 
 class AgentUnavailableProblem(_NotTriggered, UnavailableProblem):
     """The store cannot be reached."""
 
     reason: Literal["budget_unavailable"]
+
+
+class LargeTriggerProblem(_NotTriggered):
+    """The body is too large."""
+
+    reason: Literal["content_too_large"]
+
+
+class InvalidTriggerProblem(_NotTriggered, InvalidProblem):
+    """The request is not valid."""
+
+    reason: str = Field(examples=["invalid_request"])
+
+
+class CrowdedTriggerProblem(_NotTriggered, CrowdedProblem):
+    """The tenant has as many holds, or budgets, as it may."""
 
 
 class EndedProblem(Problem):
@@ -159,5 +182,5 @@ class EndedProblem(Problem):
     cycle_status: Literal["completed", "failed", "cancelled"]
 
 
-class RefusedTriggerProblem(RootModel[ExhaustedProblem | CrowdedProblem]):
+class RefusedTriggerProblem(RootModel[ExhaustedProblem | CrowdedTriggerProblem]):
     """No cycle was begun: there is no money for one, or the tenant has too many holds."""

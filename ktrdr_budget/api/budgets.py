@@ -38,7 +38,7 @@ class Budgets:
         """Paths below a name before the name itself, which may hold ``/``."""
         one = "/budgets/{name}"
         found = {200: BudgetOut}
-        read, changed = (404, 409, 422), (404, 409, 413, 415, 422)
+        read, changed = (404, 409, 422), (404, 409, 413, 422)
         return [
             Operation("GET", "/agent/budget", self.get_agent_budget, {200: AgentBudgetOut}, (404, 409)),
             Operation("GET", "/budgets", self.list_budgets, {200: BudgetList}, (409,)),

@@ -65,3 +65,5 @@ def _add(
         responses=responses,
         **options,
     )
+    # What balancers ask with, too; the server sends no body then.
+    router.add_api_route(path, endpoint, methods=["HEAD"], response_model=None, include_in_schema=False)

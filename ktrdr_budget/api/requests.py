@@ -25,13 +25,14 @@ async def read_body(request: Request, headers: Mapping[bytes, bytes], model: typ
     """The request's body as a model; no body at all is an empty object.
 
     Raises:
-        Problem: 413, 415 or 422.
+        Problem: 413 or 422.
     """
     body = await _read(request, headers)
     if not body:
         return _checked(model, {}, "body")
     if not _is_json(headers.get(b"content-type", b"")):
-        raise Problem(415, "unsupported-media-type", "the body must be sent as Content-Type: application/json")
+        told = "the body must be sent as Content-Type: application/json"
+        raise _invalid([{"loc": ["body"], "msg": told, "type": "content_type"}])
     return _checked(model, _parsed(body), "body")
 
 

@@ -36,7 +36,7 @@ class Reservations:
 
     def operations(self) -> list[Operation]:
         """The busiest first, for that is the order in which they are looked for."""
-        body = (413, 415, 422)
+        body = (413, 422)
         made = {201: ReservationOut, 200: ReservationOut}
         hold = "/reservations/{id}"
         settled = {200: SettlementOut}
@@ -95,7 +95,10 @@ class Reservations:
         return _settled(await self._service.limiter.commit(call.name, body.amounts))
 
     async def release(self, call: Call) -> Response:
-        """Gives everything back. By an admin who did not reserve it, it stays open to the worker's later commit."""
+        """Gives everything back.
+
+        Of an unconfirmed hold, or by an admin who did not reserve it, it stays open to the worker's later commit.
+        """
         await read_body(call.request, call.headers, Nothing)
         hold = await self._seen(call)
         operator = call.caller.admin and hold.owner != call.caller.owner
@@ -132,11 +135,13 @@ class Reservations:
         """The hold, if this caller may settle it.
 
         Raises:
-            Problem: it is unconfirmed, and somebody else's.
+            Problem: it is unconfirmed or released by hand, and somebody else's.
         """
         hold = await self._service.limiter.get(call.name)
-        if hold.state == "unconfirmed" and hold.owner != call.caller.owner and not call.caller.admin:
-            raise Problem(403, "forbidden", f"hold {call.name!r} is unconfirmed, and another's: it needs the admin key")
+        unresolved = hold.state == "unconfirmed" or hold.released_by_operator
+        if unresolved and hold.owner != call.caller.owner and not call.caller.admin:
+            state = "released by hand" if hold.released_by_operator else hold.state
+            raise Problem(403, "forbidden", f"hold {call.name!r} is {state}, and another's: it needs the admin key")
         return hold
 
 

@@ -161,7 +161,6 @@ _PROBLEMS: Mapping[int, tuple[str, type[BaseModel], tuple[str, ...]]] = {
     404: ("Unknown budget or hold.", ProblemOut, ()),
     409: ("The id is in use otherwise, or a budget is defined otherwise elsewhere.", ProblemOut, ()),
     413: ("The body is too large.", ProblemOut, ()),
-    415: ("The body is not said to be JSON.", ProblemOut, ()),
     422: ("The request is not valid.", InvalidProblem, ()),
     429: (
         "A budget has no room, or the tenant has too many holds or budgets; nothing was written.",

@@ -213,7 +213,7 @@ class ExtendIn(_Request):
     """A heartbeat: a new deadline, and the total of what was used so far."""
 
     model_config = _shape(ttl=900, accrued="0.03")
-    ttl: Ttl = TTL_DEFAULT_S
+    ttl: Ttl | None = Field(None, description="Seconds from now; if none, at least 900, and no hold is cut short.")
     accrued: AmountOrAmounts | None = None
 
 

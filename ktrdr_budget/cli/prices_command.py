@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["prices"]
 
 _TOKENS = click.IntRange(0, 10**9)
+ANY_PROVIDER = "any"
+"""Whose a model is that nobody knows, where that does not matter: its calls have a fixed cost."""
 
 
 @click.group()
@@ -107,6 +109,8 @@ def _find(provider: str | None, model: str, tier: str) -> _Found:
     source = Prices.from_environment(overrides=[SCRIPTED_PRICE])
     if provider is None:
         provider = source.provider_of(model)
+        if provider is None and source.fixed_cost is not None:
+            provider = ANY_PROVIDER
         if provider is None:
             raise CommandError(f"nobody knows whose model {model!r} is; give --provider")
     return _Found(source, provider, model, tier, datetime.now(UTC))

@@ -82,8 +82,8 @@ def commit(hold_id: str, amounts: tuple[str, ...], as_json: bool) -> None:
 def release(hold_id: str, as_json: bool) -> None:
     """Give back all that a hold has reserved.
 
-    With the admin key it is done by hand, for a worker that seems dead: if that comes back and commits, it still
-    counts. An unconfirmed hold of somebody else's needs that key.
+    With the admin key, or of an unconfirmed hold, it is done by hand, for a worker that seems dead: if that comes back
+    and commits, it still counts. An unconfirmed hold of somebody else's needs that key.
     """
     where = service()
     path = f"/reservations/{segment(hold_id)}/release"

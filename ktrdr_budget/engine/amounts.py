@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ktrdr_budget.engine.protocol import FLAGS
-from ktrdr_budget.errors import InvalidAmount, InvalidArgument, UnknownBudget
+from ktrdr_budget.errors import InvalidAmount, InvalidArgument, UnknownBudget, shown
 from ktrdr_budget.money import AmountIn, to_units
 
 __all__ = ["Amounts", "check_amounts", "commit_modes", "spread"]
@@ -43,7 +43,7 @@ def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:
     if isinstance(amounts, Mapping):
         for name in amounts:
             if name not in flags:
-                raise UnknownBudget(f"the hold has no budget {name!r}; it has: {', '.join(flags)}")
+                raise UnknownBudget(f"the hold has no budget {shown(name)}; it has: {', '.join(flags)}")
         return {name: to_units(value, FLAGS[flags[name]]) for name, value in amounts.items()}
     dollars = [name for name, flag in flags.items() if flag == "u"]
     if not dollars:

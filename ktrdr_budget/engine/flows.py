@@ -14,8 +14,10 @@ from ktrdr_budget.engine.protocol import (
     Commit,
     Op,
     Record,
+    Reservation,
     Segment,
     Window,
+    given_up,
     parse_record,
     word,
 )
@@ -36,8 +38,10 @@ from ktrdr_budget.errors import (
     TooManyBudgets,
     TooManyHolds,
     UnknownHold,
+    shown,
 )
 from ktrdr_budget.models import (
+    TTL_DEFAULT_S,
     HoldView,
     OnExpiry,
     Settlement,
@@ -101,6 +105,8 @@ class Core(Reads):
         """What an unreachable store admits from, under policy ``lease``."""
         self.unguarded: OrderedDict[str, tuple[HoldBase, Record]] = OrderedDict()
         """What was admitted while the store was away: found by id here, for the store may never have heard of it."""
+        self.handed: dict[str, Op] = {}
+        """Of what was prepaid, what the store is to be told: how, by id."""
 
     def begin(self) -> Flow[None]:
         """Hears from the store, and keeps what is to be prepaid."""
@@ -133,24 +139,26 @@ class Core(Reads):
         try:
             policy = POLICY_CODES[on_expiry]
         except (KeyError, TypeError):
-            raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {on_expiry!r}") from None
+            raise InvalidArgument(
+                f"on_expiry must be 'charge', 'accrued' or 'release', not {shown(on_expiry)}"
+            ) from None
+        if self.unguarded and not unnamed and (known := self._known_here(hold_id, wanted, policy, ttl_ms)) is not None:
+            return known
         labels = self._labels(owner, operation)
-        head = f"R {hold_id} {ttl_ms} {policy} {labels}"
         key = session.keys.hold(hold_id)
         rounds = 0
         while True:
-            parts: list[tuple[Window, int]] = []
-            asked: list[tuple[Window, str]] = []
-            for name, units in wanted:
-                window = session.current_window(name)
-                parts.append((window, units))
-                asked.append((window, f":{units}"))
-            op = Op(hold_id, key, head, asked)
+            parts = [(session.current_window(name), units) for name, units in wanted]
+            op = Reservation(hold_id, key, ttl_ms, policy, labels, parts, session.now_ms())
             try:
                 line, answer = yield op
-            except StoreError:
+            except StoreError as error:
+                if unnamed and error.ambiguous:  # an attempt before the one that was refused may have been granted
+                    self.give_back_later(hold_id, [window for window, _ in parts])
                 raise
             except StoreUnavailable as error:
+                if (known := self._known_here(hold_id, wanted, policy, ttl_ms)) is not None:
+                    return known  # while this waited
                 told = (owner, operation, self.trace_id() if self.trace_id else "")
                 if self.prepaid is not None and not prepaying:
                     hold = self.prepaid.admit(hold_id, wanted, ttl_ms, policy, told, ambiguous=error.ambiguous)
@@ -164,18 +172,21 @@ class Core(Reads):
                 return self._admitted_unguarded(hold_id, parts, ttl_ms, policy, told)
             if line == "g":
                 deadline_ms = answer.now_us // 1000 + ttl_ms
-                session.memory.granted(hold_id, asked, policy, answer.now_us, deadline_ms, labels)
-                return self.make_hold(self, hold_id, parts, ttl_ms, deadline_ms)
+                granted = op.granted(answer.now_us, deadline_ms)
+                session.memory.granted(hold_id, op.parts, granted, answer.now_us // 1000)
+                return self.make_hold(self, hold_id, parts, ttl_ms, deadline_ms, as_granted=granted)
             rounds += 1
             if line[0] == "d" and answer.due and rounds < RETIRE_ROUNDS:
                 yield from self.retire(answer.due)
             elif line[0] == "p":
                 record = parse_record(line[2:])
                 if record.state != "o" or record.deadline_ms > answer.now_us // 1000:
-                    return self._replayed(hold_id, record, ttl_ms)
+                    return self._replayed(hold_id, record, line[2:], ttl_ms)
                 yield from self._retire_records({hold_id: record})
+            elif line[0] == "c" and given_up(line[2:]):  # by a caller who was cancelled; this one asks for it again
+                yield Op(hold_id, key, f"L {hold_id} u", [(window, ":x0") for window, _ in parts])
             elif line[0] != "w":
-                raise self._error(line, hold_id, answer.now_us, op)
+                raise (yield from self._refusal(line, hold_id, answer.now_us, op))
 
     def give_back(self, hold: HoldBase) -> Flow[None]:
         """Releases a grant that nobody awaits any more, now or once the store answers again."""
@@ -192,6 +203,14 @@ class Core(Reads):
         op = Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} f", [(window, ":x0") for window in windows])
         self.unresolved.add(Doubt(op, "give back", now_us, now_us))
 
+    def give_up(self, hold: HoldBase) -> Op:
+        """Forgets a grant without the store that nobody was told of; returns the request that may arrive there yet."""
+        del self.unguarded[hold.id]
+        if self.prepaid is not None:
+            self.prepaid.give_up(hold)
+        parts = [(window, f":{units}") for window, units in hold.parts]
+        return Op(hold.id, self.session.keys.hold(hold.id), f"R {hold.id}", parts)
+
     def _admitted_unguarded(
         self, hold_id: str, parts: list[tuple[Window, int]], ttl_ms: int, policy: str, labels: tuple[str, str, str]
     ) -> Any:
@@ -200,13 +219,34 @@ class Core(Reads):
         self.keep(hold, policy, labels)
         return hold
 
-    def keep(self, hold: HoldBase, policy: str, labels: tuple[str, str, str]) -> None:
+    def _known_here(self, hold_id: str, wanted: Sequence[tuple[str, int]], policy: str, ttl_ms: int) -> Any:
+        """The hold of this id if it was admitted while the store was away, as it is now; ``None`` if none was (P3).
+
+        Raises:
+            HoldConflict: it was admitted with other contents.
+        """
+        if (known := self.unguarded.get(hold_id)) is None:
+            return None
+        hold, record = known
+        before = sorted((segment.budget, segment.reserved) for segment in record.segments)
+        if before != sorted(wanted) or record.policy != policy:
+            raise HoldConflict(f"hold {hold_id!r} was granted with other contents; nothing was changed")
+        deadline_ms = hold.deadline_ms if hold.prepaid is None else hold.prepaid.deadline_ms
+        again = self.make_hold(
+            self, hold_id, hold.parts, ttl_ms, deadline_ms, guarded=hold.guarded, prepaid=hold.prepaid
+        )
+        again.replayed, again.state, again.created_us = True, hold.state, record.created_us
+        again.adjust({w.budget: accrued for (w, _), accrued in zip(hold.parts, hold.accrued_units, strict=True)})
+        return again
+
+    def keep(self, hold: HoldBase, policy: str, labels: tuple[str, str, str]) -> Record:
         """Makes a hold that the store may never have heard of known by its id, here."""
         segments = tuple(Segment(w.flag, w.budget, w.span.name, units, 0, 0) for w, units in hold.parts)
         record = Record("o", policy, hold.deadline_ms, self.session.now_ms() * 1000, 0, *labels, segments)
         self.unguarded[hold.id] = hold, record
         if len(self.unguarded) > _UNGUARDED_MAX:
             self.unguarded.popitem(last=False)
+        return record
 
     def _unguarded_view(self, hold_id: str) -> HoldView:
         hold, record = self.unguarded[hold_id]
@@ -221,6 +261,8 @@ class Core(Reads):
         try:
             return (yield from self._read(hold_id)).view(hold_id)
         except (StoreUnavailable, UnknownHold):
+            if self.prepaid is not None:
+                self.prepaid.hand_over(due=True)
             if hold_id not in self.unguarded:
                 raise
             return self._unguarded_view(hold_id)
@@ -241,14 +283,10 @@ class Core(Reads):
             (name, to_units(value, self.session.budget(name).unit, positive=positive)) for name, value in budget.items()
         ]
 
-    def _replayed(self, hold_id: str, record: Record, ttl_ms: int) -> Any:
+    def _replayed(self, hold_id: str, record: Record, text: str, ttl_ms: int) -> Any:
         parts = self._parts(record)
-        self._remember(hold_id, record, parts)
+        self.session.memory.extended(hold_id, text, [window for window, _ in parts])
         return self.make_hold(self, hold_id, parts, ttl_ms, record.deadline_ms, record=record)
-
-    def _remember(self, hold_id: str, record: Record, parts: Sequence[tuple[Window, int]]) -> None:
-        labels = " ".join(map(word, (record.owner, record.operation, record.trace_id)))
-        self.session.memory.extended(hold_id, record, [window for window, _ in parts], labels)
 
     # -- settle --------------------------------------------------------------------------------------------------------
 
@@ -259,30 +297,57 @@ class Core(Reads):
 
         A remark goes to the ledger with the current trace, after the label that the hold was reserved with.
         """
-        if self.prepaid is not None and hold.prepaid is not None:
+        if self.prepaid is not None and hold.prepaid is not None and not hold.prepaid.handed:
             return _at_once(self.prepaid.settle(hold, hold.prepaid, amounts, remark))
-        letter = "L" if amounts is None else "C"
         settled = amounts or [("x", 0)] * len(hold.parts)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
+        if amounts is None:
+            # What the store may not have heard of yet, it is not to open when it does.
+            unheard = not hold.guarded or hold.id in self.handed
+            return self._settle(self._release(hold.id, parts, "f" if unheard else "0"), hold.parts, unheard=unheard)
         # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them. After
         # its own settlement it has not lost but forgotten it, and nothing may be charged twice.
-        return self._settle(letter, hold.id, parts, hold.parts, may_be_lost=not hold.settled, remark=remark)
+        op = self._commit(hold.id, parts, may_be_lost=not hold.settled, remark=remark)
+        if hold.as_granted and not remark:
+            spent = [0 if w.flag == "s" else units for (w, _), (_, units) in zip(hold.parts, amounts, strict=True)]
+            op.simplify(hold.as_granted, hold.parts, spent)
+        return self._settle(op, hold.parts)
 
     def settle_id(
         self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
     ) -> Flow[Settlement]:
-        """Commits or releases a hold of any process, by its id."""
+        """Commits or releases a hold of any process, by its id.
+
+        Who releases an unconfirmed hold by its id need not be the worker that reserved it: that may come back yet.
+        """
         check_name(hold_id, "id")
         if not release:
             check_amounts(amount)
         if hold_id in self.unguarded:
             hold, _ = self.unguarded[hold_id]
             return (yield from hold.release_flow() if release else hold.commit_flow(amount))
-        record = yield from self._read(hold_id)
-        return (yield from self._settle_record(hold_id, record, amount, release, operator))
+        remembered = None
+        try:
+            record = yield from self._read(hold_id)
+        except StoreError:
+            raise
+        except StoreUnavailable:
+            remembered = self.session.memory.open_hold(hold_id) if self.allow or self.prepaid is not None else None
+            if remembered is None:  # to whom it was granted is not known here, nor in which windows
+                raise
+            record = remembered
+        known = remembered is not None
+        return (yield from self._settle_record(hold_id, record, amount, release, operator, may_be_lost=known))
 
     def _settle_record(
-        self, hold_id: str, record: Record, amount: Amounts | None, release: bool, operator: bool
+        self,
+        hold_id: str,
+        record: Record,
+        amount: Amounts | None,
+        release: bool,
+        operator: bool,
+        *,
+        may_be_lost: bool = False,
     ) -> Flow[Settlement]:
         windows = self._parts(record)
         if release:
@@ -291,26 +356,26 @@ class Core(Reads):
             units = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
             settled = commit_modes(units, amount)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
-        return (yield from self._settle("L" if release else "C", hold_id, parts, windows, operator=operator))
-
-    def _settle(
-        self,
-        letter: str,
-        hold_id: str,
-        parts: list[tuple[Window, str]],
-        reserved: Sequence[tuple[Window, int]],
-        *,
-        operator: bool = False,
-        may_be_lost: bool = False,
-        remark: str = "",
-    ) -> Flow[Settlement]:
-        key = self.session.keys.hold(hold_id)
-        if letter == "C":
-            trace = self._trace() if remark else "-"
-            op: Op = Commit(hold_id, key, parts, may_be_lost, self.label(remark[:_TEXT_MAX]), trace)
+        if release:
+            op: Op = self._release(hold_id, parts, "1" if operator else "i")
         else:
-            op = Op(hold_id, key, f"L {hold_id} {int(operator)}", parts)
-        first = op
+            op = self._commit(hold_id, parts, may_be_lost=may_be_lost)
+        return (yield from self._settle(op, windows))
+
+    def _commit(
+        self, hold_id: str, parts: list[tuple[Window, str]], *, may_be_lost: bool = False, remark: str = ""
+    ) -> Commit:
+        trace = self._trace() if remark else "-"
+        key = self.session.keys.hold(hold_id)
+        return Commit(hold_id, key, parts, may_be_lost, self.label(remark[:_TEXT_MAX]), trace)
+
+    def _release(self, hold_id: str, parts: list[tuple[Window, str]], mode: str = "0") -> Op:
+        return Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} {mode}", parts)
+
+    def _settle(self, first: Op, reserved: Sequence[tuple[Window, int]], *, unheard: bool = False) -> Flow[Settlement]:
+        """Args: ``unheard``: a release of what the store may never have been told of."""
+        op, hold_id, parts = first, first.id, first.parts
+        released = op.letter == "L"
         try:
             line, answer = yield op
             while len(line) == 1 and (instead := op.otherwise(line)):
@@ -321,14 +386,18 @@ class Core(Reads):
         except StoreUnavailable as error:
             if not self.allow and self.prepaid is None:
                 raise
-            return self.deferral(first, "released" if letter == "L" else "committed", ambiguous=error.ambiguous)
+            return self.deferral(first, "released" if released else "committed", ambiguous=error.ambiguous)
+        if line == "k":  # to a simple commit
+            line = first.told  # type: ignore[attr-defined]
         if line[0] not in "kp":
+            if line == "u" and unheard:
+                return Settlement(hold_id, "released", told_amounts(parts, ",".join("0" for _ in parts)))
             raise self._error(line, hold_id, answer.now_us, op)
         self.session.memory.acknowledged(op, line, answer.now_us // 1000)
         _, flags, told = line.split(" ")[:3]
         return Settlement(
             id=hold_id,
-            state="released" if letter == "L" else "committed",
+            state="released" if released else "committed",
             amounts=told_amounts(parts, told),
             replayed=line[0] == "p",
             overrun="o" in flags,
@@ -341,7 +410,7 @@ class Core(Reads):
         key = self.session.keys.hold(hold.id)
         if amounts is None:
             released = [(window, ":x0") for window, _ in hold.parts]
-            return self.deferral(Op(hold.id, key, f"L {hold.id} 0", released), "released")
+            return self.deferral(self._release(hold.id, released), "released")
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, amounts, strict=True)]
         return self.deferral(Commit(hold.id, key, parts, True, "-", "-"), "committed")
 
@@ -350,6 +419,8 @@ class Core(Reads):
         self.defer(op)
         if ambiguous:
             self.deferred_doubts[op.id] = self.session.now_ms()
+        if (known := self.unguarded.get(op.id)) is not None:
+            known[0].state = state
         amounts = {window.budget: from_units(int(tail.lstrip(":xra")), window.unit) for window, tail in op.parts}
         return Settlement(op.id, state, amounts, deferred=True)
 
@@ -406,23 +477,33 @@ class Core(Reads):
         self, hold_id: str, parts: Sequence[tuple[Window, int, int]], ttl_ms: int, *, keep: bool = False
     ) -> Flow[Record]:
         """A heartbeat (or, with ``keep``, only growth) with cumulative totals: window, accrued, reserved."""
+        return (yield from self._extend(hold_id, parts, ttl_ms, "1" if keep else "0"))
+
+    def _extend(self, hold_id: str, parts: Sequence[tuple[Window, int, int]], ttl_ms: int, keep: str) -> Flow[Record]:
         tails = [(window, f":{accrued}:{reserved}") for window, accrued, reserved in parts]
-        op = Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {int(keep)}", tails)
+        op = Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {keep}", tails)
+        return (yield from self.extended(op))[1]
+
+    def extended(self, op: Op) -> Flow[tuple[bool, Record]]:
+        """The hold as an operation E has left it; false, if it changed nothing since others let the hold grow."""
         rounds = 0
         while True:
             line, answer = yield op
-            if line[0] == "e":
+            if line[0] in "ea":
                 record = parse_record(line[2:])
-                self._remember(hold_id, record, self._parts(record))
-                return record
+                self.session.memory.extended(op.id, line[2:], [window for window, _ in self._parts(record)])
+                return line[0] == "e", record
             rounds += 1
+            if line[0] == "u" and op.id in self.handed and rounds < RETIRE_ROUNDS:
+                yield self.handed[op.id]  # it has not heard of it yet
+                continue
             if line[0] != "d" or not answer.due or rounds == RETIRE_ROUNDS:
-                raise self._error(line, hold_id, answer.now_us, op)
+                raise (yield from self._refusal(line, op.id, answer.now_us, op))
             yield from self.retire(answer.due)
 
-    def extend_id(self, hold_id: str, ttl: float, accrued: Amounts | None) -> Flow[HoldView]:
-        """A heartbeat by id; ``accrued`` is the total so far."""
-        ttl_ms = check_ttl_ms(ttl)
+    def extend_id(self, hold_id: str, ttl: float | None, accrued: Amounts | None) -> Flow[HoldView]:
+        """A heartbeat by id; ``accrued`` is the total so far. Without a ttl, no deadline comes sooner for it."""
+        ttl_ms = check_ttl_ms(TTL_DEFAULT_S if ttl is None else ttl)
         check_name(hold_id, "id")
         check_amounts(accrued)
         if hold_id in self.unguarded:
@@ -433,7 +514,7 @@ class Core(Reads):
         record = yield from self._read(hold_id)
         given = spread(accrued, {s.budget: s.flag for s in record.segments}) if accrued is not None else {}
         parts = [(w, given.get(w.budget, 0), 0) for w, _ in self._parts(record)]
-        return (yield from self.extend(hold_id, parts, ttl_ms)).view(hold_id)
+        return (yield from self._extend(hold_id, parts, ttl_ms, "2" if ttl is None else "0")).view(hold_id)
 
     def grow_id(self, hold_id: str, amounts: Mapping[str, AmountIn], ttl: float) -> Flow[HoldView]:
         """Raises the reservation to new totals, by id, in all budgets or in none; never lowers it."""
@@ -451,18 +532,28 @@ class Core(Reads):
 
     # -- errors --------------------------------------------------------------------------------------------------------
 
+    def _refusal(self, line: str, hold_id: str, now_us: int, op: Op) -> Flow[Exception]:
+        """The exception for a reply that is no success, a denial included."""
+        if line[0] != "d":
+            return self._error(line, hold_id, now_us, op)
+        _, name, *figures = line.split(" ")
+        window = next(window for window, _ in op.parts if window.name == name)
+        budget = self.session.budgets.get(window.budget)
+        unit = budget.unit if budget else window.unit
+        denied = denial(window, figures, now_us, unit)
+        if denied.reason == "budget_held" and figures[5] != "0":
+            # The first deadline that the store has told may be that of another budget's hold, or of this one.
+            figures[5] = str((yield from self.first_return_ms(window, hold_id, now_us // 1000)))
+            denied = denial(window, figures, now_us, unit)
+        return BudgetExceeded(denied)
+
     def _error(self, line: str, hold_id: str, now_us: int, op: Op) -> Exception:
-        """The exception for a reply that is no success."""
+        """The exception for any other reply that is no success."""
         match line[0]:
-            case "d":
-                _, name, *figures = line.split(" ")
-                window = next(window for window, _ in op.parts if window.name == name)
-                budget = self.session.budgets.get(window.budget)
-                return BudgetExceeded(denial(window, figures, now_us, budget.unit if budget else window.unit))
             case "c":
-                record = parse_record(line[2:])
-                state = record.view(hold_id).state
-                return HoldConflict(f"hold {hold_id!r} is {state} with other contents; nothing was changed")
+                state = STATES[parse_record(line[2:]).state]
+                words = f"hold {hold_id!r} is {state} with other contents; nothing was changed"
+                return HoldConflict(words, state=state)
             case "m":
                 _, name, stored = line.split(" ")
                 return BudgetMismatch(f"the store has window {name!r} with another definition: {stored}")
@@ -492,7 +583,10 @@ class Core(Reads):
             return "-"
         if not isinstance(text, str) or len(text) > _TEXT_MAX:
             raise InvalidArgument(f"a label is a string of at most {_TEXT_MAX} characters")
-        return word(text)
+        try:
+            return word(text)
+        except UnicodeEncodeError:
+            raise InvalidArgument(f"a label must be text that UTF-8 can say, not {shown(text)}") from None
 
 
 def _at_once(settlement: Settlement) -> Flow[Settlement]:

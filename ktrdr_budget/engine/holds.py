@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from datetime import datetime
@@ -11,8 +11,9 @@ from decimal import Decimal
 from typing import TYPE_CHECKING, Any, Literal
 
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
+from ktrdr_budget.engine.growth import Growth, added
 from ktrdr_budget.engine.protocol import STATES, Record, Window
-from ktrdr_budget.errors import InvalidAmount, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
+from ktrdr_budget.errors import HoldConflict, InvalidArgument, StoreError, StoreUnavailable, UnknownHold, shown
 from ktrdr_budget.models import HoldState, Settlement, check_ttl_ms
 from ktrdr_budget.money import MAX_UNITS, Amount, from_units, to_units
 from ktrdr_budget.periods import from_ms
@@ -38,9 +39,11 @@ class HoldBase:
         "_claimed",
         "_core",
         "_deadline_ms",
+        "_grower",
         "_notes",
         "_settling",
         "_ttl_ms",
+        "as_granted",
         "created_us",
         "drawn",
         "growth",
@@ -49,6 +52,7 @@ class HoldBase:
         "lock",
         "parts",
         "prepaid",
+        "released_by_operator",
         "replayed",
         "state",
     )
@@ -61,6 +65,7 @@ class HoldBase:
         ttl_ms: int,
         deadline_ms: int,
         *,
+        as_granted: str = "",
         record: Record | None = None,
         guarded: bool = True,
         prepaid: Draw | None = None,
@@ -70,6 +75,8 @@ class HoldBase:
         self.parts = parts
         self._ttl_ms = ttl_ms
         self._deadline_ms = deadline_ms
+        self.as_granted = as_granted
+        """The record that the store has of it, until it is extended or grows."""
         self._accrued: dict[str, int] = {}
         self._settling = False
         self._claimed: Sequence[tuple[str, int]] | None = None
@@ -79,6 +86,7 @@ class HoldBase:
         """What calls in progress inside this hold may yet cost, in whole units per budget."""
         self.growth: Any = None
         """What such calls queue up at when the hold must grow for them."""
+        self._grower: Growth | None = None
         self.lock = threading.Lock()
         """Held for arithmetic only: threads may share a hold."""
         self.state: HoldState = "open"
@@ -91,6 +99,8 @@ class HoldBase:
         """Of a replay: when the hold was granted, by the store's clock, in microseconds since the epoch."""
         self.replayed = record is not None
         """The same reservation had been granted before; this is that hold, as it is now."""
+        self.released_by_operator = record is not None and record.state == "z"
+        """By hand: what it costs is still to be told."""
         if record is not None:
             self.state = STATES[record.state]
             self._accrued = {s.budget: s.accrued for s in record.segments if s.accrued}
@@ -133,8 +143,8 @@ class HoldBase:
 
     @property
     def settled(self) -> bool:
-        """Whether this hold was committed or released."""
-        return self.state not in ("open", "unconfirmed")
+        """Whether this hold was committed or released, for good."""
+        return self.state not in ("open", "unconfirmed") and not self.released_by_operator
 
     @property
     def settling(self) -> bool:
@@ -153,7 +163,7 @@ class HoldBase:
         check_amounts(amount)
         more = spread(amount, self._flags())
         with self.lock:
-            self._accrued |= _added(self._accrued, more)
+            self._accrued |= added(self._accrued, more)
 
     def adjust(self, changes: Mapping[str, int]) -> None:
         """Adds whole units to what was used, or takes back what was too much (which a heartbeat may have told)."""
@@ -165,9 +175,13 @@ class HoldBase:
         for name, units in changes.items():
             self._accrued[name] = min(max(0, self._accrued.get(name, 0) + units), MAX_UNITS - 1)
 
-    def note(self, remark: str) -> None:
-        """Adds words to what the ledger says of this hold, once each: told when it commits."""
-        self._notes[remark] = None
+    def note(self, remark: str, *, first: bool = False) -> None:
+        """Adds words to what the ledger says of this hold, once each: told when it commits, cut where it is too long.
+
+        Args:
+            first: they are not to be cut off.
+        """
+        self._notes = {remark: None, **self._notes} if first else {**self._notes, remark: None}
 
     def belongs_to(self, limiter: object) -> bool:
         """Whether this limiter granted it."""
@@ -193,12 +207,13 @@ class HoldBase:
     def extend_flow(self, ttl: float | None) -> Flow[None]:
         """A heartbeat: a new deadline, and what was accrued."""
         ttl_ms = self._ttl_ms if ttl is None else check_ttl_ms(ttl)
-        yield from self._extended(self._core.extend(self.id, self._used(), ttl_ms), self.parts)
+        yield from self._extended(self._core.extend(self.id, self._used(), ttl_ms), lambda: self.parts, ttl_ms)
         self._ttl_ms = ttl_ms
 
     def _report_flow(self) -> Flow[None]:
         """What was accrued, for a hold that is left to its deadline: it counts no less than that."""
-        yield from self._extended(self._core.extend(self.id, self._used(), self._ttl_ms, keep=True), self.parts)
+        flow = self._core.extend(self.id, self._used(), self._ttl_ms, keep=True)
+        yield from self._extended(flow, lambda: self.parts)
 
     def _used(self) -> list[tuple[Window, int, int]]:
         return [(window, self._accrued.get(window.budget, 0), 0) for window, _ in self.parts]
@@ -206,25 +221,32 @@ class HoldBase:
     def grow_flow(self, amount: Amounts) -> Flow[None]:
         """A larger reservation, in all budgets or in none."""
         check_amounts(amount)
-        reserved = {window.budget: units for window, units in self.parts}
-        reserved |= _added(reserved, spread(amount, self._flags()))
-        return self._grown([(window, reserved[window.budget]) for window, _ in self.parts])
+        more = spread(amount, self._flags())
+        self._more(more)
+        with self.lock:
+            self._grower = self._grower or Growth()
+        return self._extended(self._grower.flow(self._core, self, more, self._ttl_ms), lambda: self._more(more))
+
+    def _more(self, more: Mapping[str, int]) -> list[tuple[Window, int]]:
+        sums = added({window.budget: units for window, units in self.parts}, more)
+        return [(window, sums.get(window.budget, units)) for window, units in self.parts]
 
     def grow_to_flow(self, totals: Amounts) -> Flow[None]:
         """A reservation of at least these totals."""
         check_amounts(totals)
         given = spread(totals, self._flags())
-        return self._grown([(window, max(units, given.get(window.budget, 0))) for window, units in self.parts])
-
-    def _grown(self, grown: list[tuple[Window, int]]) -> Flow[None]:
+        grown = [(window, max(units, given.get(window.budget, 0))) for window, units in self.parts]
         parts = [(window, 0, units) for window, units in grown]
-        yield from self._extended(self._core.extend(self.id, parts, self._ttl_ms, keep=True), grown)
+        return self._extended(self._core.extend(self.id, parts, self._ttl_ms, keep=True), lambda: grown)
 
-    def _extended(self, flow: Flow[Record], otherwise: list[tuple[Window, int]]) -> Flow[None]:
-        if self.prepaid is not None and self._core.prepaid is not None:
+    def _extended(
+        self, flow: Flow[Record], otherwise: Callable[[], list[tuple[Window, int]]], ttl_ms: int | None = None
+    ) -> Flow[None]:
+        if self.prepaid is not None and self._core.prepaid is not None and not self.prepaid.handed:
             flow.close()
-            self._core.prepaid.extend(self, self.prepaid, otherwise)
-            self.parts = otherwise
+            parts = otherwise()
+            self._core.prepaid.extend(self, self.prepaid, parts, ttl_ms)
+            self.parts, self._deadline_ms = parts, self.prepaid.deadline_ms
             return
         try:
             record = yield from flow
@@ -234,12 +256,14 @@ class HoldBase:
             # Policy allow: what the store cannot be asked, or was never told, goes on without it.
             if not self._core.allow or (self.guarded and isinstance(error, UnknownHold)):
                 raise
-            self.parts = otherwise
+            self.parts = otherwise()
             return
         self.state = STATES[record.state]
+        self.as_granted = ""
         self._deadline_ms = record.deadline_ms
         reserved = {s.budget: s.reserved for s in record.segments}
-        self.parts = [(window, reserved[window.budget]) for window, _ in self.parts]
+        # Of two answers, the older may come last.
+        self.parts = [(window, max(units, reserved[window.budget])) for window, units in self.parts]
 
     def commit_flow(self, amount: Amounts | None) -> Flow[Settlement]:
         """Commits ``amount``, or what was accrued."""
@@ -265,11 +289,38 @@ class HoldBase:
         if any(self._accrued.values()):
             return self._report_flow() if failed and on_error == "charge" else self.commit_flow(None)
         if not failed and not self.drawn:
-            return self._settled([("r", units) for _, units in self.parts])
+            return self._left([("r", units) for _, units in self.parts])
         # Metered calls were made or denied here, and cost nothing: that is what it cost.
-        return None if failed and on_error == "charge" else self.release_flow()
+        return None if failed and on_error == "charge" else self._left(None)
+
+    def _left(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Any]:
+        """A settlement that nobody has asked for: none is needed where somebody has settled the hold by its id."""
+        try:
+            yield from self._settled(amounts)
+        except HoldConflict as error:
+            if error.state not in ("committed", "released"):
+                raise
+            self.state = error.state
+
+    @property
+    def busy(self) -> bool:
+        """Whether calls are under way that draw from it: it is not to be settled before they have ended."""
+        return self.growth is not None and self.growth.open > 0
+
+    def leave_to_calls(self, failed: bool, on_error: OnError, stop: Callable[[], object]) -> bool:
+        """Leaves it open for the calls under way, if there are any: the last one ends heartbeats, and settles it."""
+        with self.lock:
+            if not self.busy or self.settled or self._settling or self._claimed is not None:
+                return False
+            self.growth.left = failed, on_error, stop
+            return True
 
     def _settled(self, amounts: Sequence[tuple[str, int]] | None) -> Flow[Settlement]:
+        if self.busy:
+            raise HoldConflict(
+                f"calls inside of hold {self.id!r} are under way, and may cost what it holds: settle it after them, or "
+                "leave its block, and the last of them settles it"
+            )
         self._settling = True
         try:
             settlement = yield from self._core.settle_hold(self, amounts, " ".join(self._notes))
@@ -284,7 +335,7 @@ class HoldBase:
             )
         finally:
             self._settling = False
-        self.state = settlement.state
+        self.state, self.released_by_operator = settlement.state, False
         return settlement
 
 
@@ -307,7 +358,9 @@ class AsyncHold(HoldBase):
         await self._core.driver.submit(self.extend_flow(ttl), "extend")
 
     async def grow(self, amount: Amounts) -> None:
-        """Adds to the reservation, in all budgets or in none.
+        """Adds to the reservation, in all budgets or in none; also to what others have added to it at the same time.
+
+        After an ambiguous ``StoreUnavailable``, growing by the same amount is a retry, and adds it once.
 
         Raises:
             BudgetExceeded: a budget has no room; nothing changed.
@@ -323,7 +376,7 @@ class AsyncHold(HoldBase):
                 leaves out is 0); by default what was accrued.
 
         Raises:
-            HoldConflict: it was settled otherwise before.
+            HoldConflict: it was settled otherwise before, or metered calls inside are under way.
             StoreUnavailable: no answer within the deadline. Trying again is safe.
         """
         return await self._core.driver.submit(self.commit_flow(amount), "commit")  # type: ignore[no-any-return]
@@ -333,19 +386,10 @@ class AsyncHold(HoldBase):
         return await self._core.driver.submit(self.release_flow(), "release")  # type: ignore[no-any-return]
 
 
-def _added(totals: Mapping[str, int], more: Mapping[str, int]) -> dict[str, int]:
-    """The totals that change, with ``more`` added."""
-    sums = {name: totals.get(name, 0) + units for name, units in more.items()}
-    for name, units in sums.items():
-        if units >= MAX_UNITS:
-            raise InvalidAmount(f"the sum is too large for {name!r}: it must stay below 2**53 units")
-    return sums
-
-
 def check_on_error(value: object) -> None:
     """Raises :class:`~ktrdr_budget.errors.InvalidArgument` if it is no :data:`OnError`."""
     if value not in ("release", "charge"):
-        raise InvalidArgument(f"on_error must be 'release' or 'charge', not {value!r}")
+        raise InvalidArgument(f"on_error must be 'release' or 'charge', not {shown(value)}")
 
 
 def restore_hold(outer: Token[HoldBase | None]) -> None:

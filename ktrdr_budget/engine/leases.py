@@ -25,6 +25,7 @@ from ktrdr_budget.errors import (
     StoreError,
     StoreUnavailable,
     UnknownHold,
+    shown,
 )
 from ktrdr_budget.models import check_ttl_ms
 from ktrdr_budget.money import AmountIn, to_units
@@ -94,9 +95,9 @@ class LeaseBase(Slabs):
         size = to_units(slab, definition.unit, positive=True)
         low = size // 2 if low_water is None else to_units(low_water, definition.unit)
         if low > size:
-            raise InvalidArgument(f"low_water must not be above the slab, {slab!r}, but is {low_water!r}")
+            raise InvalidArgument(f"low_water must not be above the slab, {shown(slab)}, but is {shown(low_water)}")
         if idle is not None and (isinstance(idle, bool) or not isinstance(idle, (int, float)) or not idle > 0):
-            raise InvalidArgument(f"idle must be more than 0 seconds, or None, not {idle!r}")
+            raise InvalidArgument(f"idle must be more than 0 seconds, or None, not {shown(idle)}")
         super().__init__(definition.name, definition.unit, size, low, core.session.now_ms)
         self._core = core
         self._ttl_s = ttl
@@ -451,7 +452,7 @@ class LeaseBase(Slabs):
         slab.settling = True
 
         def settled(error: BaseException | None) -> None:
-            if isinstance(error, StoreError):
+            if isinstance(error, StoreUnavailable):
                 slab.settling = False  # the next tick tries again
                 logger.warning("a slab of the lease of %s could not be committed yet: %s", self.name, error)
             else:
@@ -473,9 +474,9 @@ class LeaseBase(Slabs):
         except UnknownHold:
             if spent:
                 raise
-        except HoldConflict:
+        except HoldConflict as conflict:
             # Somebody else has released it, for good; what was spent is a fact all the same. Else he committed it.
-            if not spent or (yield from self._core.hold_view(hold.id)).state != "released":
+            if not spent or conflict.state != "released":
                 raise
             self._core.record_later(f"{hold.id}:spent", hold.parts[0][0], spent, self._operation)
         except StoreError:

@@ -16,11 +16,10 @@ from dataclasses import dataclass, fields
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Elsewhere, Op, Window
+from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Elsewhere, Op, Record, Window, parse_record, word
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.keys import Keys
-    from ktrdr_budget.engine.protocol import Record
 
 __all__ = ["Memory", "Repair"]
 
@@ -39,19 +38,12 @@ _WINDOWS_MAX = 4096
 
 
 class _Held(NamedTuple):
-    """Of texts and numbers only: the garbage collector need not look at them again and again."""
+    """Of texts only: the garbage collector need not look at them again and again."""
 
     windows: str
     """Their keys."""
-    units: str
-    """Of each window, as on the wire: ``:reserved``, or ``:reserved:accrued``."""
-    policy: str
-    created_us: int
-    deadline_ms: int
-    labels: str
-
-
-_CREATED, _DEADLINE = _Held._fields.index("created_us"), _Held._fields.index("deadline_ms")
+    record: str
+    """As the store has it."""
 
 
 class _Settled(NamedTuple):
@@ -127,29 +119,40 @@ class Memory:
     def __bool__(self) -> bool:
         return bool(self._settled or self._holds or self._settled_before or self._holds_before or self._older)
 
-    def granted(
-        self, hold_id: str, parts: Sequence[tuple[Window, str]], policy: str, now_us: int, deadline_ms: int, labels: str
-    ) -> None:
-        """A hold was granted; ``parts`` as it was asked for, ``labels``: owner, operation and trace, on the wire."""
+    def granted(self, hold_id: str, parts: Sequence[tuple[Window, str]], record: str, now_ms: int) -> None:
+        """A hold was granted; ``parts`` as it was asked for."""
         if len(self._holds) >= HOLDS_MAX // 2:
-            self._forget_holds(now_us // 1000)
+            self._forget_holds(now_ms)
         if len(parts) == 1:
-            window, units = parts[0]
+            window = parts[0][0]
             names = window.key
             if names not in self._windows:
                 self._windows[names] = window
         else:
-            names, units = self._names([window for window, _ in parts]), " ".join([units for _, units in parts])
-        self._holds[hold_id] = (names, units, policy, now_us, deadline_ms, labels)
+            names = self._names([window for window, _ in parts])
+        self._holds[hold_id] = (names, record)
 
-    def extended(self, hold_id: str, record: Record, windows: Sequence[Window], labels: str) -> None:
+    def extended(self, hold_id: str, record: str, windows: Sequence[Window]) -> None:
         """A hold is as its record says now."""
         self._let_go(hold_id)
-        if record.state != "o":
-            return
-        units = " ".join([f":{segment.reserved}:{segment.accrued}" for segment in record.segments])
-        names = self._names(windows)
-        self._holds[hold_id] = (names, units, record.policy, record.created_us, record.deadline_ms, labels)
+        if record[0] == "o":
+            self._holds[hold_id] = (self._names(windows), record)
+
+    def shrunk(self, hold_id: str, left: Sequence[int]) -> None:
+        """So much is left of a prepaid slab, in each of its windows; of two reports, the least holds."""
+        for holds in (self._holds, self._holds_before):
+            if (known := holds.get(hold_id)) is not None:
+                names, record = known
+                head, *segments = record.split("|")
+                for number, (segment, most) in enumerate(zip(segments, left, strict=True)):
+                    flag, name, base, reserved, rest = segment.split(",", 4)
+                    segments[number] = f"{flag},{name},{base},{min(int(reserved), most)},{rest}"
+                holds[hold_id] = (names, "|".join((head, *segments)))
+
+    def open_hold(self, hold_id: str) -> Record | None:
+        """One that this replica was granted, and has not settled; ``None`` if it knows of none."""
+        known = self._holds.get(hold_id) or self._holds_before.get(hold_id)
+        return None if known is None else parse_record(known[1])
 
     def acknowledged(self, op: Op, line: str, now_ms: int) -> None:
         """A settlement was acknowledged: ``line`` is the store's answer, ``k`` or ``p``."""
@@ -165,7 +168,7 @@ class Memory:
         if len(settled) >= SETTLEMENTS_MAX // 2:
             self._forget_settled(now_ms)
             settled = self._settled
-        words = op.labels if letter == "D" and isinstance(op, Commit) else op.head
+        words = op.labels if letter == "D" else op.head  # type: ignore[attr-defined]
         if line[0] == "k":
             settled[hold_id] = (letter, words, names, line, now_ms)
         elif hold_id not in self._settled_before and hold_id not in settled:  # else it is known whose it is
@@ -196,7 +199,9 @@ class Memory:
             self._holds_before.pop(hold_id, None)
 
     def _forget_holds(self, now_ms: int) -> None:
-        self.forgotten_holds += sum(hold[_DEADLINE] > now_ms for hold in self._holds_before.values())
+        self.forgotten_holds += sum(
+            parse_record(record).deadline_ms > now_ms for _, record in self._holds_before.values()
+        )
         self._holds_before, self._holds = self._holds, {}
         self._forget_windows(now_ms)
 
@@ -231,7 +236,8 @@ class Memory:
         holds = chain(self._holds_before.items(), self._holds.items())
         some = list(islice(holds, self._looked, self._looked + most))
         self._looked = self._looked + most if len(some) == most else 0
-        return [hold_id for hold_id, hold in some if hold[_CREATED] < (now_ms - _FRESH_MS) * 1000]
+        fresh_us = (now_ms - _FRESH_MS) * 1000
+        return [hold_id for hold_id, (_, record) in some if parse_record(record).created_us < fresh_us]
 
     def forget(self, hold_id: str) -> None:
         """Somebody else has settled it, and remembers that."""
@@ -243,7 +249,7 @@ class Memory:
         """First: those in its share, by id, each as it was."""
         oldest_us = (now_ms - HOLD_AGE_MAX_MS) * 1000
         for holds in (self._holds_before, self._holds):
-            for hold_id in [i for i, hold in holds.items() if hold[_CREATED] < oldest_us]:
+            for hold_id in [i for i, (_, record) in holds.items() if parse_record(record).created_us < oldest_us]:
                 del holds[hold_id]
         self._forget_windows(now_ms)
         return self._settlements(keys, now_ms, True)
@@ -277,8 +283,7 @@ class Memory:
         exactly = [(window, f":x{units}") for window, units in spent]
         if settled.letter == "L":
             return Op(hold_id, key, f"L {hold_id} {labels}", exactly)
-        commit = Commit(hold_id, key, exactly, True, *labels.split(" "))
-        return commit if commit.letter == "M" else commit.in_detail()
+        return Commit(hold_id, key, exactly, True, *labels.split(" "))
 
     def shares(self, keys: Keys) -> list[Op]:
         """Then: the totals, which raise what is less than they are."""
@@ -297,9 +302,11 @@ class Memory:
         return [self._opened(hold_id, keys.hold(hold_id), _Held(*hold)) for hold_id, hold in remembered.items()]
 
     def _opened(self, hold_id: str, key: str, hold: _Held) -> Op:
-        told = [units if units.count(":") == 2 else f"{units}:0" for units in hold.units.split(" ")]
+        record = parse_record(hold.record)
+        told = [f":{segment.reserved}:{segment.accrued}" for segment in record.segments]
         parts = [*zip(self._windows_of(hold.windows), told, strict=True)]
-        return Op(hold_id, key, f"O {hold_id} {hold.policy} {hold.deadline_ms} {hold.created_us} {hold.labels}", parts)
+        labels = " ".join(map(word, (record.owner, record.operation, record.trace_id)))
+        return Op(hold_id, key, f"O {hold_id} {record.policy} {record.deadline_ms} {record.created_us} {labels}", parts)
 
 
 def _add(totals: dict[str, int], known: Iterable[tuple[Any, ...]]) -> None:
@@ -317,9 +324,10 @@ def _add(totals: dict[str, int], known: Iterable[tuple[Any, ...]]) -> None:
 
 def _labels(settled: _Settled) -> str:
     """Operation and trace, for the ledger, as words of the wire; of a release, its mode."""
-    letter, words, *_ = settled
+    letter, words, _, line, _ = settled
     if letter == "L":
-        return "o" if words.rpartition(" ")[2] in ("1", "o") else "f"
-    if letter == "C":
-        return "- -"
+        mode = words.rpartition(" ")[2]
+        # By its id: for good if the hold was open until then. Of what others did before, that is not known.
+        by_hand = mode in ("1", "o") or (mode == "i" and not line.startswith("k - "))
+        return "o" if by_hand else "f"
     return words if letter == "D" else words.split(" ", 2 if letter == "M" else 3)[-1]

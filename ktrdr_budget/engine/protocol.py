@@ -7,12 +7,11 @@ or a plain command). The words on the wire are described in the headers of ``lua
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, unquote
 
-from ktrdr_budget.engine.scripts import script_for
+from ktrdr_budget.engine.scripts import SIMPLE, script_for
 from ktrdr_budget.models import Budget, HoldState, HoldView, LedgerEntry, OnExpiry
 from ktrdr_budget.money import Amount, from_units
 from ktrdr_budget.periods import Span, from_ms
@@ -20,9 +19,28 @@ from ktrdr_budget.periods import Span, from_ms
 if TYPE_CHECKING:
     from ktrdr_budget.engine.keys import Keys
 
-__all__ = ["Command", "Head", "Op", "Record", "Reply", "Window", "encode_batch", "parse_batch", "parse_record"]
+__all__ = [
+    "Command",
+    "Commit",
+    "Head",
+    "Header",
+    "LostCommit",
+    "Op",
+    "Record",
+    "Reply",
+    "Reservation",
+    "Window",
+    "encode_batch",
+    "parse_batch",
+    "parse_record",
+]
 
 LONGEST_HOLD_MS: Final = 86_400_000
+_LASTING_MS: Final = 315_360_000_000
+"""Ten years: what an open hold's record lives for in windows without end, until somebody sees that it is due."""
+_ENDLESS_MS: Final = 9_999_999_999_999
+_SIMPLE_UNITS: Final = 2**46
+"""Commits of less may be simple: as many as a batch has add up exactly."""
 FLAGS: Final = {"u": "usd", "n": "count", "s": "slots"}
 STATES: Final[dict[str, HoldState]] = {
     "o": "open",
@@ -41,7 +59,19 @@ POLICY_CODES: Final = {policy: code for code, policy in POLICIES.items()}
 class Window:
     """One budget in one period, ready for the wire. Equal windows of a process are one object."""
 
-    __slots__ = ("budget", "flag", "key", "ledger_key", "name", "span", "unit", "words")
+    __slots__ = (
+        "begun",
+        "budget",
+        "expires_ms",
+        "flag",
+        "key",
+        "ledger_key",
+        "name",
+        "segment",
+        "span",
+        "unit",
+        "words",
+    )
 
     def __init__(
         self,
@@ -54,11 +84,17 @@ class Window:
         limit: str,
         asserts: bool,
     ) -> None:
+        self.begun = False
+        """Whether this replica was granted something in it: it exists, and knows this replica's limit."""
         self.budget = budget
         self.span = span
         self.flag = flag
         self.unit = "usd" if flag == "u" else "count"
+        self.expires_ms = expires_ms
+        """0: never."""
         self.name = f"{budget}:{span.name}"
+        self.segment = f"|{flag},{self.name},,"
+        """How the record of a hold begins to tell of this window."""
         self.key = keys.window(budget, span.name)
         self.ledger_key = keys.ledger(budget, span.name)
         bounds = (str(span.start_ms), str(span.end_ms or 0), str(expires_ms))
@@ -73,10 +109,10 @@ def flag_of(budget: Budget) -> str:
 class Op:
     """One operation of the write script: its letter and fields in ``head``, and the windows that it touches.
 
-    Each of ``parts`` is a window with the text that follows its number on the wire.
+    Each of ``parts`` is a window with the text that follows its number on the wire; ``tail`` follows them.
     """
 
-    __slots__ = ("grants", "head", "id", "key", "letter", "parts")
+    __slots__ = ("brief", "brief_parts", "brief_tail", "grants", "head", "id", "key", "letter", "parts", "tail")
 
     def __init__(self, hold_id: str, key: str, head: str, parts: Sequence[tuple[Window, str]]) -> None:
         self.id = hold_id
@@ -86,38 +122,117 @@ class Op:
         self.letter = letter = head[0]
         self.grants = letter == "R" or letter == "E"
         """Whether this asks for money (and so is decided after everything that may give some back)."""
+        self.tail = ""
+        self.brief: str | None = None
+        """Its head as ``simple.lua`` reads it, with these parts and this tail; ``None`` if that does not know it."""
+        self.brief_parts = parts
+        self.brief_tail = ""
 
     def otherwise(self, word: str) -> Op | None:
         """What to ask instead after a reply of this one word; ``None`` if that is the answer."""
         return None
 
+    def again(self) -> None:
+        """Told before it is sent again because an answer was lost."""
 
-class Commit(Op):
-    """A commit: first the simple way (C), then in detail (D), and if the store has lost the hold, as a record (K).
 
-    One with a remark for the ledger goes in detail at once (M).
+class Reservation(Op):
+    """A reservation (R).
+
+    Args:
+        labels: owner, operation and trace, as words of the wire.
+        now_ms: the store's clock, as far as it is known.
     """
 
-    __slots__ = ("labels", "may_be_lost")
+    __slots__ = ("_policy", "_rest")
+
+    def __init__(
+        self,
+        hold_id: str,
+        key: str,
+        ttl_ms: int,
+        policy: str,
+        labels: str,
+        wanted: Sequence[tuple[Window, int]],
+        now_ms: int,
+    ) -> None:
+        if len(wanted) == 1:
+            window, units = wanted[0]
+            rest, parts, expires_ms = f"{labels}{window.segment}{units},,", [(window, f":{units}")], window.expires_ms
+            simple = window.begun
+        else:
+            parts = [(window, f":{units}") for window, units in wanted]
+            rest = labels + "".join([f"{window.segment}{units},," for window, units in wanted])
+            expiries = [window.expires_ms for window, _ in wanted]
+            expires_ms = 0 if 0 in expiries else max(expiries)
+            simple = all(window.begun for window, _ in wanted)
+        # An open hold lives as long as its windows: nobody else knows what to give back to them.
+        head = f"R {hold_id} {ttl_ms} {policy} {expires_ms or now_ms + _LASTING_MS}"
+        super().__init__(hold_id, key, head, parts)
+        if simple:
+            self.brief = head
+        self.tail = self.brief_tail = f"\n{rest}"
+        self._policy = policy
+        self._rest = rest
+
+    def granted(self, now_us: int, deadline_ms: int) -> str:
+        """It was granted then; returns the hold's record."""
+        if self.brief is None:
+            for window, _ in self.parts:
+                window.begun = True
+        return f"o {self._policy} {deadline_ms} {now_us} 0 {self._rest}"
+
+
+class Commit(Op):
+    """A commit (D; with a remark for the ledger M); and if the store has lost the hold, as a record (K).
+
+    Args:
+        parts: each window with its mode and units.
+        may_be_lost: the hold was granted, so that a store that does not know it has lost it.
+    """
+
+    __slots__ = ("labels", "may_be_lost", "told")
 
     def __init__(
         self, hold_id: str, key: str, parts: Sequence[tuple[Window, str]], may_be_lost: bool, remark: str, trace: str
     ) -> None:
         self.labels = f"{remark} {trace}"
-        head = f"C {hold_id}" if remark == "-" else f"M {hold_id} {self.labels}"
+        head = f"D {hold_id}" if remark == "-" else f"M {hold_id} {self.labels}"
         super().__init__(hold_id, key, head, parts)
         self.may_be_lost = may_be_lost
+        self.told = ""
+        """The answer to a simple commit, at length."""
 
-    def in_detail(self) -> Commit:
-        """The same for a hold of any state."""
-        detailed = copy(self)
-        detailed.head, detailed.letter = f"D {self.id}", "D"
-        return detailed
+    def simplify(self, record: str, reserved: Sequence[tuple[Window, int]], settled: Sequence[int]) -> None:
+        """Lets it go the simple way, for a hold that is as it was granted.
+
+        Args:
+            record: what the store has of it.
+            reserved: its windows and what it reserved there.
+            settled: what it cost there; 0 for slots.
+        """
+        head, *segments = record.split("|")
+        labels = head.split(" ", 6)[6]
+        record_then = f"c{head[1:]}"
+        parts, overrun = [], "-"
+        for segment, (window, counted), units in zip(segments, reserved, settled, strict=True):
+            if counted > _SIMPLE_UNITS or units > _SIMPLE_UNITS:
+                return
+            record_then += f"|{segment}{units}"
+            if window.flag == "s":
+                parts.append((window, f":{counted}:"))
+            elif units > counted:
+                parts.append((window, f":{counted}:{units}o"))
+                overrun = "o"
+            else:
+                parts.append((window, f":{counted}:{units}"))
+        self.brief = f"C {self.id} {labels}"
+        self.brief_tail = f"\n{record}\n{record_then}"
+        self.brief_parts = parts
+        self.told = f"k {overrun} {','.join(map(str, settled))}"
 
     def otherwise(self, word: str) -> Op | None:
-        """In detail if it is not simple; as a record if the hold is unknown though it was granted."""
-        if word == "s":
-            return self.in_detail()
+        """As a record if the hold is unknown though it was granted."""
         if word != "u" or not self.may_be_lost:
             return None
         spent = [(window, ":0" if window.flag == "s" else f":{tail[2:]}") for window, tail in self.parts]
@@ -136,7 +251,7 @@ class LostCommit(Op):
 
     def otherwise(self, word: str) -> Op | None:
         """As a commit after all, if a replica has told the store of the hold meanwhile."""
-        return self._commit.in_detail() if word == "o" else None
+        return self._commit if word == "o" else None
 
 
 class Elsewhere(Op):
@@ -146,6 +261,7 @@ class Elsewhere(Op):
 
     def __init__(self, replica: str, settlement: Op) -> None:
         super().__init__(settlement.id, settlement.key, f"S {replica} {settlement.head}", settlement.parts)
+        self.tail = settlement.tail
         self._replica = replica
         self._settlement = settlement
 
@@ -165,6 +281,7 @@ class Header(NamedTuple):
     """How many of its writes the store has acknowledged."""
     started_us: str
     settings: str
+    id_memory_ms: str
 
 
 class Command(NamedTuple):
@@ -191,8 +308,16 @@ Reply = tuple[str, Head]
 """The answer to one operation, and the head of its batch."""
 
 
-def encode_batch(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, list[str], list[str]]:
-    """The write script that the batch needs, and its ``KEYS`` and ``ARGV``."""
+def encode_batch(
+    keys: Keys, header: Header, ops: Sequence[Op], *, simple: bool = False
+) -> tuple[str, list[str], list[str]]:
+    """The write script that the batch needs, and its ``KEYS`` and ``ARGV``; ``simple.lua`` if it knows all of it."""
+    if simple:
+        for op in ops:
+            if op.brief is None:
+                break
+        else:
+            return _encode_simple(keys, header, ops)
     numbers: dict[str, str] = {}
     letters: set[str] = set()
     window_keys: list[str] = []
@@ -209,13 +334,46 @@ def encode_batch(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, li
                 window_keys.append(window.key)
                 window_keys.append(window.ledger_key)
             text += number + tail
-        rendered.append(text)
+        rendered.append(text + op.tail)
         hold_keys.append(op.key)
         letters.add(op.letter)
     names = [keys.meta, keys.limits, keys.due, keys.unconfirmed, *window_keys, *hold_keys]
-    replica, epoch, acknowledged, started_us, settings = header
+    replica, epoch, acknowledged, started_us, settings, _ = header
     argv = [replica, epoch, acknowledged, started_us, str(len(numbers)), settings, *words, *rendered]
     return script_for(letters), names, argv
+
+
+def _encode_simple(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, list[str], list[str]]:
+    """As ``simple.lua`` reads it: what is reserved in comes after what is only settled."""
+    numbers: dict[str, str] = {}
+    window_keys: list[str] = []
+    definitions: list[str] = []
+    hold_keys: list[str] = []
+    rendered: list[str] = []
+    start_ms, end_ms = 0, _ENDLESS_MS
+    for op in ops:
+        text: str = op.brief  # type: ignore[assignment]
+        reserves = op.grants
+        for window, tail in op.brief_parts:
+            number = numbers.get(window.key)
+            if number is None:
+                number = numbers[window.key] = f" {len(numbers) + 1}"
+                window_keys.append(window.key)
+                window_keys.append(window.ledger_key)
+                definitions.append("-")
+            if reserves and definitions[at := int(number) - 1] == "-":
+                definitions[at] = window.words[2]
+                span = window.span
+                start_ms = max(start_ms, span.start_ms)
+                end_ms = min(end_ms, span.end_ms or _ENDLESS_MS)
+            text += number + tail
+        rendered.append(text + op.brief_tail)
+        hold_keys.append(op.key)
+    names = [keys.meta, keys.limits, keys.due, *window_keys, *hold_keys]
+    replica, epoch, acknowledged, started_us, settings, id_memory_ms = header
+    bounds = f"{start_ms:013d}000", f"{end_ms:013d}000"
+    argv = [f"r:{replica}", epoch, acknowledged, started_us, *bounds, id_memory_ms, settings, str(len(definitions))]
+    return SIMPLE, names, [*argv, *definitions, *rendered]
 
 
 def parse_batch(reply: bytes | str) -> tuple[Head, list[str]]:
@@ -297,6 +455,12 @@ def parse_record(record: str) -> Record:
         unword(trace),
         tuple(parsed),
     )
+
+
+def given_up(record: str) -> bool:
+    """Whether a hold record only keeps a request from being granted that was given up while it was under way."""
+    head = record.partition("|")[0].split(" ")
+    return head[0] == "r" and head[6] == "!"  # a word that no label becomes
 
 
 def word(text: str) -> str:

@@ -11,10 +11,19 @@ from collections.abc import Generator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ktrdr_budget.engine.protocol import Command, Op, Record, Window, encode_batch, parse_ledger_entry, parse_record
+from ktrdr_budget.engine.protocol import (
+    Command,
+    Op,
+    Record,
+    Window,
+    encode_batch,
+    given_up,
+    parse_ledger_entry,
+    parse_record,
+)
 from ktrdr_budget.engine.scripts import LIMITS, PERMISSIONS, STATUS
 from ktrdr_budget.engine.views import entry_cursor, holds_cursor, page_size, policy_fault, status_of
-from ktrdr_budget.errors import InvalidArgument, StoreError, StoreUnavailable, UnknownHold
+from ktrdr_budget.errors import InvalidArgument, StoreError, StoreUnavailable, UnknownHold, shown
 from ktrdr_budget.models import Budget, HoldView, LedgerEntry, Page, Status
 from ktrdr_budget.money import AmountIn, to_units
 from ktrdr_budget.periods import to_ms, window_at, window_named
@@ -29,6 +38,7 @@ Flow = Generator[Op | Command, Any, Result]
 
 RETIRE_ROUNDS = 64
 _PAGE_MAX = 1000
+_LOOKED_THROUGH = 128
 
 
 class Reads:
@@ -73,7 +83,11 @@ class Reads:
             if not reply[2] or rounds == RETIRE_ROUNDS:
                 figures = zip(budgets, windows, reply[3:], strict=True)
                 repaired_ms = int(recovering_until) if int(recovering_until) > now_ms else 0
-                return [status_of(budget, window, stored, now_us, repaired_ms) for budget, window, stored in figures]
+                started_us = session.started_us
+                return [
+                    status_of(budget, window, stored, now_us, repaired_ms, started_us)
+                    for budget, window, stored in figures
+                ]
             yield from self.retire([_str(hold_id) for hold_id in reply[2]])
 
     def _status_command(self, windows: Sequence[Window]) -> Command:
@@ -90,6 +104,8 @@ class Reads:
             stored = yield Command(None, (), ("GET", self.session.keys.hold(hold_id)))
             if not stored:
                 raise UnknownHold(f"unknown hold {hold_id!r}")
+            if given_up(_str(stored)):
+                raise UnknownHold(f"unknown hold {hold_id!r}")
             record = parse_record(_str(stored))
             if retired or record.state != "o" or record.deadline_ms > self.session.now_ms():
                 return record
@@ -100,9 +116,9 @@ class Reads:
         """Open and unconfirmed holds of a budget, newest deadline first."""
         self.session.budget(name)
         page_size(limit)
+        zset, offset = holds_cursor(cursor)
         yield from self.status([name])  # retires what is due
         found: list[HoldView] = []
-        zset, offset = holds_cursor(cursor)
         keys = (self.session.keys.due, self.session.keys.unconfirmed)
         while zset < len(keys):
             ids = yield Command(None, (), ("ZREVRANGE", keys[zset], offset, offset + _PAGE_MAX - 1))
@@ -117,6 +133,24 @@ class Reads:
                 zset, offset = zset + 1, 0
         return Page(tuple(found), None)
 
+    def first_return_ms(self, window: Window, but: str, now_ms: int) -> Flow[int]:
+        """When the first open hold of a window, ``but`` one, is due; 0 if none is among those that are due first.
+
+        For want of a better answer, of a window without end: when the last of them is.
+        """
+        try:
+            ids = yield Command(None, (), ("ZRANGE", self.session.keys.due, 0, _LOOKED_THROUGH - 1))
+            records = (yield from self._records(ids)) if ids else []
+        except StoreUnavailable:
+            return 0
+        open_ms = 0
+        for hold_id, record in records:
+            if record and record.state == "o" and hold_id != but and record.deadline_ms > now_ms:
+                open_ms = record.deadline_ms
+                if any(f"{s.budget}:{s.window}" == window.name for s in record.segments):
+                    return open_ms
+        return open_ms if window.span.end_ms is None and len(ids) == _LOOKED_THROUGH else 0
+
     def _records(self, ids: Sequence[bytes]) -> Flow[list[tuple[str, Record | None]]]:
         names = [_str(hold_id) for hold_id in ids]
         stored = yield Command(None, (), ("MGET", *map(self.session.keys.hold, names)))
@@ -126,11 +160,11 @@ class Reads:
         """A window's ledger, newest first; the current window by default."""
         budget = self.session.budget(name)
         page_size(limit)
+        last = "+" if cursor is None else f"({entry_cursor(cursor)}"
         if window is None:
             [status] = yield from self.status([name])
             window = status.window
         window_named(budget.period, budget.timezone, window)
-        last = "+" if cursor is None else f"({entry_cursor(cursor)}"
         key = self.session.keys.ledger(name, window)
         raw = yield Command(None, (), ("XREVRANGE", key, last, "-", "COUNT", limit))
         entries = tuple(parse_ledger_entry(entry[0], entry[1], budget.unit) for entry in raw)
@@ -142,6 +176,7 @@ class Reads:
         """Changes a limit at run time, for all replicas."""
         budget = self.session.budget(name)
         units = "-" if limit is None else str(to_units(limit, budget.unit, round_down=True))
+        _check_until(until)
         while True:
             yield from self.status([name])  # the window, and what lies in the past, are matters of the store's clock
             until_ms = self._until_ms(budget, until)
@@ -160,10 +195,8 @@ class Reads:
         now_ms = self.session.now_ms()
         if until is None:
             return 0
-        if until == "window":
+        if not isinstance(until, datetime):
             return window_at(budget.period, budget.timezone, now_ms).end_ms or 0
-        if not isinstance(until, datetime) or until.tzinfo is None:
-            raise InvalidArgument(f"until must be an aware datetime, 'window' or None, not {until!r}")
         until_ms = to_ms(until.astimezone(UTC))
         if until_ms <= now_ms:
             raise InvalidArgument(f"until lies in the past: {until.isoformat()}")
@@ -206,6 +239,11 @@ class Reads:
 
     def _parts(self, record: Record) -> list[tuple[Window, int]]:
         return [(self.session.window(s.budget, s.window, s.flag), s.reserved) for s in record.segments]
+
+
+def _check_until(until: object) -> None:
+    if until is not None and until != "window" and (not isinstance(until, datetime) or until.utcoffset() is None):
+        raise InvalidArgument(f"until must be an aware datetime, 'window' or None, not {shown(until)}")
 
 
 def _str(value: bytes | str) -> str:

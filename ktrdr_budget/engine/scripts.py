@@ -15,24 +15,25 @@ __all__ = [
     "PERMISSIONS",
     "REINDEX",
     "REPAIR",
+    "SIMPLE",
     "STATUS",
     "Script",
     "script",
     "script_for",
 ]
 
+SIMPLE = "simple"
+
+_WRITES = ("admission", "holds", "reserve", "settle", "record", "extend", "retire")
 _PARTS = {
-    # The write script, for batches of reservations, of simple commits, of settlements, and of anything.
-    "reserve": ("prelude", "admission", "reserve", "apply"),
-    "commit": ("prelude", "commit", "apply"),
-    "settle": ("prelude", "holds", "commit", "settle", "apply"),
-    "apply": ("prelude", "admission", "holds", "reserve", "commit", "settle", "record", "extend", "retire", "apply"),
-    # The same, and what is left of a prepaid slab.
-    "prepaid": (
-        *("prelude", "admission", "holds", "reserve", "commit", "settle", "record", "extend", "retire", "shrink"),
-        "apply",
-    ),
-    "repair": ("prelude", "admission", "holds", "commit", "settle", "record", "repair", "apply"),
+    # What simple.lua knows; and the write script, for batches of reservations, of settlements, and of anything.
+    SIMPLE: ("common", "simple"),
+    "reserve": ("common", "prelude", "admission", "reserve", "apply"),
+    "settle": ("common", "prelude", "holds", "settle", "apply"),
+    "apply": ("common", "prelude", *_WRITES, "apply"),
+    # The same, and what is told of prepaid slabs.
+    "prepaid": ("common", "prelude", *_WRITES, "shrink", "apply"),
+    "repair": ("common", "prelude", "admission", "holds", "settle", "record", "repair", "apply"),
     "status": ("status",),
     "limits": ("limits",),
     "correct": ("correct",),
@@ -41,7 +42,7 @@ _PARTS = {
     "cycles": ("cycles",),
 }
 _REPAIR = {"S", "T", "O"}
-_ALONE = {"R": "reserve", "C": "commit", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid"}
+_ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid"}
 STATUS, LIMITS, CYCLES, REPAIR = "status", "limits", "cycles", "repair"
 CORRECT, REINDEX, PERMISSIONS = "correct", "reindex", "permissions"
 
@@ -56,14 +57,14 @@ class Script:
 
 
 def script_for(letters: set[str]) -> str:
-    """The smallest write script that knows these operations."""
+    """The smallest script with a prelude that knows these operations."""
     if letters & _REPAIR:
         return "repair"
     if len(letters) == 1:
         return _ALONE.get(next(iter(letters)), "apply")
-    if letters <= {"C", "D", "L", "M"}:
+    if letters <= {"D", "L", "M"}:
         return "settle"
-    return "prepaid" if "H" in letters else "apply"
+    return "prepaid" if letters & {"H", "P"} else "apply"
 
 
 @cache

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 from ktrdr_budget.engine.keys import Keys
 from ktrdr_budget.engine.memory import Memory
 from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Header, Op, Window, flag_of
-from ktrdr_budget.errors import InvalidArgument, UnknownBudget
+from ktrdr_budget.errors import InvalidArgument, UnknownBudget, shown
 from ktrdr_budget.models import Budget, check_name
 from ktrdr_budget.periods import PERIODS, Span, window_at, window_named
 
@@ -20,6 +20,11 @@ MAX_HOLDS = 1_000_000
 MAX_BUDGETS = 1_000
 _REMEMBERED_WINDOWS = 1024
 _FORGET_AFTER_MS = LONGEST_HOLD_MS
+_HOUSEKEEPING_S = 1.0
+_DETOURS = 8
+"""Batches that go the long way once one was not simple: it may be what is asked for, such as money that is gone."""
+_HOLDS_UNCOUNTED = 20_000
+"""A tenant that may have fewer holds has them counted at each reservation, as in reserve.lua."""
 
 
 class Session:
@@ -52,7 +57,7 @@ class Session:
         self.max_holds = _count(max_holds, "max_holds", 999_999_999_999)
         self.max_budgets = _count(max_budgets, "max_budgets", 1_000_000)
         self.budgets: dict[str, Budget] = {}
-        for budget in budgets:
+        for budget in _all(budgets):
             if budget.name in self.budgets:
                 raise InvalidArgument(f"budget {budget.name!r} is given twice")
             self.budgets[budget.name] = budget
@@ -79,6 +84,8 @@ class Session:
         self.contacted = False
         self._offset_ms = time.time() * 1000 - time.monotonic() * 1000
         self._serial = itertools.count(1)
+        self._detours = 0
+        self._housekeeping_s = 0.0
         self._current: dict[str, Window] = {}
         self._windows: dict[str, Window] = {}
         self._header: Header | None = None
@@ -96,8 +103,31 @@ class Session:
             # A replica that was silent for long may have been forgotten by the store: that is no loss.
             forgotten = time.monotonic() * 1000 - self._heard_ms > _FORGET_AFTER_MS
             acknowledged = "0" if forgotten else str(self._acknowledged)
-            self._header = Header(self.replica_id, self._epoch, acknowledged, str(self._started_us), self._settings)
+            replica, started_us, memory_ms = self.replica_id, str(self._started_us), str(self.id_memory_ms)
+            self._header = Header(replica, self._epoch, acknowledged, started_us, self._settings, memory_ms)
         return self._header
+
+    @property
+    def started_us(self) -> int:
+        """When this replica started, by the store's clock once that is known."""
+        return self._started_us
+
+    # -- the way of a batch --------------------------------------------------------------------------------------------
+
+    def goes_simply(self) -> bool:
+        """Whether the next batch may go by ``simple.lua``; once a second one takes the way that keeps house."""
+        if self._detours > 0:
+            self._detours -= 1
+            return False
+        now = time.monotonic()
+        if now >= self._housekeeping_s:
+            self._housekeeping_s = now + _HOUSEKEEPING_S
+            return False
+        return self.max_holds >= _HOLDS_UNCOUNTED
+
+    def was_not_simple(self) -> None:
+        """What is as the last batch will not be simple either, for a while."""
+        self._detours = _DETOURS
 
     # -- the store's clock ---------------------------------------------------------------------------------------------
 
@@ -239,9 +269,17 @@ class Session:
         return 0 if span.end_ms is None else span.end_ms + LONGEST_HOLD_MS + self.retention_ms
 
 
+def _all(budgets: Iterable[Budget]) -> list[Budget]:
+    given: list[Budget] = list(budgets) if isinstance(budgets, Iterable) else [None]
+    for budget in given:
+        if not isinstance(budget, Budget):
+            raise InvalidArgument(f"budgets are given as a list of Budget, not as {shown(budgets)}")
+    return given
+
+
 def _count(value: object, what: str, most: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise InvalidArgument(f"{what} must be a whole number from 1 to {most}, not {value!r}")
+        raise InvalidArgument(f"{what} must be a whole number from 1 to {most}, not {shown(value)}")
     return value
 
 

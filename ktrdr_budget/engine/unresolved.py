@@ -2,7 +2,8 @@
 
 What happened to them is found out once the store answers again. A settlement is sent again, which its id makes
 harmless. A reservation under an id that nobody was told is given back, or never granted any more. One under the
-caller's own id is only looked up: whoever tries it again is granted it.
+caller's own id is only looked up: whoever tries it again is granted it. If that caller has gone, it is given back, or
+refused when it arrives late; who asks for the id again is granted it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ktrdr_budget.engine.protocol import Window
-from ktrdr_budget.errors import BudgetMismatch, InvalidArgument
+from ktrdr_budget.errors import BudgetMismatch, InvalidArgument, shown
 from ktrdr_budget.models import Budget, Denial, Status
 from ktrdr_budget.money import MAX_UNITS, Amount, from_units
 from ktrdr_budget.periods import from_ms
@@ -27,12 +27,14 @@ _PAGE_MAX = 1000
 def denial(window: Window, figures: Sequence[str], now_us: int, unit: str) -> Denial:
     """Why a window has no room; ``figures``: limit, spent, held, unconfirmed, requested, first deadline.
 
+    Of a hold that was to grow, what it would have counted then follows.
+
     The reason is ``exceeds_limit`` if no window of this limit could hold the request, ``budget_held`` if it would fit
     once all open holds were returned, else ``budget_exhausted``.
     """
     limit = MAX_UNITS - 1 if figures[0] == "-" else int(figures[0])
-    spent, held, unconfirmed, requested, deadline_ms = map(int, figures[1:])
-    if requested > limit:
+    spent, held, unconfirmed, requested, deadline_ms = map(int, figures[1:6])
+    if max([requested, *map(int, figures[6:])]) > limit:
         reason = "exceeds_limit"
     elif spent + unconfirmed + requested <= limit:
         reason = "budget_held"
@@ -72,15 +74,20 @@ def _retry_after(reason: str, end_ms: int | None, deadline_ms: int, now_us: int)
 
 
 def status_of(
-    budget: Budget, window: Window, stored: Sequence[bytes | str], now_us: int, repaired_ms: int = 0
+    budget: Budget, window: Window, stored: Sequence[bytes | str], now_us: int, repaired_ms: int, started_us: int
 ) -> Status:
-    """A window's figures; one that nobody has touched reads as 0 spent."""
-    runtime, definition, configured, spent, held, unconfirmed, events, overruns = (
+    """A window's figures; one that nobody has touched reads as 0 spent.
+
+    Of the configured limits, that of the replica that started last is in force: if this one did (``started_us``), its
+    own, though no reservation has brought it to the store yet.
+    """
+    runtime, definition, configured, spent, held, unconfirmed, events, overruns, asserted_us = (
         value.decode() if isinstance(value, bytes) else value for value in stored
     )
     if definition and definition not in ("-", budget.definition):
         raise BudgetMismatch(f"the store has window {window.name!r} with another definition: {definition}")
-    source, until_ms, limit = "configured", 0, configured or _units_text(budget)
+    newest = not configured or int(asserted_us or 0) < started_us
+    source, until_ms, limit = "configured", 0, _units_text(budget) if newest else configured
     if runtime:
         word, until = runtime.split(" ")
         if until == "0" or int(until) > now_us // 1000:
@@ -140,7 +147,7 @@ def policy_fault(info: object) -> str | None:
 def page_size(limit: int) -> int:
     """How many items a page may have: 1 to 1000."""
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _PAGE_MAX:
-        raise InvalidArgument(f"a page has 1 to {_PAGE_MAX} items, not {limit!r}")
+        raise InvalidArgument(f"a page has 1 to {_PAGE_MAX} items, not {shown(limit)}")
     return limit
 
 

@@ -210,7 +210,12 @@ class Call:
     @property
     def _label(self) -> str:
         assert self.worst_case is not None
-        return f"{self.operation} {self.provider}/{self.model} {self.worst_case.source}"[:_LABEL_CHARACTERS_MAX]
+        source = self.worst_case.source
+        return f"{self._named[: _LABEL_CHARACTERS_MAX - len(source) - 1]} {source}"
+
+    @property
+    def _named(self) -> str:
+        return f"{self.operation} {self.provider}/{self.model}"
 
     # -- entering and leaving ------------------------------------------------------------------------------------------
 
@@ -253,7 +258,7 @@ class Call:
                 yield from self._reserve(own)
             except BaseException:
                 if self._draw is not None:
-                    self._draw.drop()
+                    yield from self._close_draw(self._draw)
                 raise
 
     def _cost_max(
@@ -285,14 +290,16 @@ class Call:
         if self._stop_heartbeat is not None:
             self._stop_heartbeat()
         try:
-            if self._draw is not None:
-                yield from self._settle_draw(self._draw, known)
             if self.hold is not None:
                 yield from self._settle_own(self.hold, known, keep=error is not None or self._outcome == "unknown")
         finally:
-            assert self._instruments is not None
-            charged = [name for name, unit in self._meter.units.items() if unit == "usd"]
-            self._instruments.ended(self.usage, self.cost, error, estimated=self.estimated, charged=charged)
+            try:
+                if self._draw is not None:
+                    yield from self._settle_draw(self._draw, known)
+            finally:
+                assert self._instruments is not None
+                charged = [name for name, unit in self._meter.units.items() if unit == "usd"]
+                self._instruments.ended(self.usage, self.cost, error, estimated=self.estimated, charged=charged)
 
     def _settle_draw(self, draw: Draw, known: dict[str, int] | None) -> Steps[None]:
         hold, used = draw.hold, known
@@ -300,14 +307,24 @@ class Call:
             self.cost = self.worst_case
             used = {name: 0 if self._meter.units[name] == "slots" else units for name, units in self._worst.items()}
         if any(used.values()):
-            hold.note(self._label)
+            assert self.worst_case is not None
+            # Of what many calls say models may be cut off, but not whose prices these are, nor that they are guesses.
+            hold.note(self.worst_case.source, first=True)
             if self.estimated:
-                hold.note(ESTIMATED)
+                hold.note(ESTIMATED, first=True)
+            hold.note(self._named)
         late = draw.use(used, final=True)
+        yield from self._close_draw(draw)
         if late:
-            # The hold was settled while the call was under way. Spend is a fact all the same.
+            # The hold was settled by its id while the call was under way. Spend is a fact all the same.
             amounts = self._amounts(late)
             yield from self._settle(partial(self._meter.limiter.record, amounts, operation=self._label))
+
+    def _close_draw(self, draw: Draw) -> Steps[None]:
+        """Ends the claim, and settles the hold if its block was left and this was the last call inside."""
+        left = draw.close()
+        if left is not None:
+            yield from self._settle(partial(self._meter.limiter._leave, draw.hold, *left))  # type: ignore[arg-type]
 
     def _settle_own(self, hold: HoldBase, known: dict[str, int] | None, *, keep: bool) -> Steps[None]:
         if self._outcome == "rejected":
@@ -324,7 +341,7 @@ class Call:
     def _settle(self, settle: Callable[[], Any]) -> Steps[None]:
         try:
             yield settle
-        except BudgetError as error:
+        except (BudgetError, RuntimeError) as error:  # the latter: the limiter is closed
             logger.error("%s could not be settled, and will be charged when it comes due: %s", self, error)
 
     def _amounts(self, units: Mapping[str, int]) -> dict[str, AmountIn]:
@@ -360,8 +377,8 @@ def _start_heartbeat(limiter: Any, hold: Any) -> Callable[[], None]:
     """Prolongs a hold as ``limiter.hold(...)`` does; returns what stops that."""
     if not hasattr(limiter, "_portal"):
         return Heartbeat(limiter._coalescer, hold).stop
-    loop = limiter._portal.loop()
+    portal = limiter._portal
     started: list[Heartbeat] = []
     # Without waiting for either: that thread does one after the other.
-    loop.call_soon_threadsafe(lambda: started.append(Heartbeat(limiter._coalescer, hold)))
-    return partial(loop.call_soon_threadsafe, lambda: started[0].stop())
+    portal.tell(lambda: started.append(Heartbeat(limiter._coalescer, hold)))
+    return partial(portal.tell, lambda: started[0].stop())

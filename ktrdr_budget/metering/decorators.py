@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
 from ktrdr_budget.engine import holds
@@ -59,8 +59,8 @@ def budgeted(
 
     def decorate(function: Function) -> Function:
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
-            raise InvalidArgument(f"{function.__qualname__} is a generator: use limiter.hold(...) inside it")
-        label = function.__qualname__ if operation is None else operation
+            raise InvalidArgument(f"{_name(function)} is a generator: use limiter.hold(...) inside it")
+        label = _name(function) if operation is None else operation
         options: dict[str, Any] = {"ttl": ttl, "on_expiry": on_expiry, "on_error": on_error, "operation": label[:256]}
         is_async = inspect.iscoroutinefunction(function)
         if isinstance(limiter, (AsyncBudgetLimiter, BudgetLimiter)):
@@ -73,8 +73,8 @@ def budgeted(
                 chosen = _chosen(limiter, is_async, function)
                 async with chosen.hold(budget, amount_of(arguments, named), **options) as hold:
                     result = await function(*arguments, **named)
-                    if cost is not None:
-                        await hold.commit(_told(cost, result, hold))
+                    if cost is not None and (told := _told(cost, result, hold)) is not None:
+                        await hold.commit(told)
                     return result
 
             return cast(Function, run_async)
@@ -84,8 +84,8 @@ def budgeted(
             chosen = _chosen(limiter, is_async, function)
             with chosen.hold(budget, amount_of(arguments, named), **options) as hold:
                 result = function(*arguments, **named)
-                if cost is not None:
-                    hold.commit(_told(cost, result, hold))
+                if cost is not None and (told := _told(cost, result, hold)) is not None:
+                    hold.commit(told)
                 return result
 
         return cast(Function, run)
@@ -105,6 +105,13 @@ def current_hold() -> AsyncHold | Hold:
     return hold
 
 
+def _name(function: Callable[..., Any]) -> str:
+    """A function's name; that of what it calls for a ``functools.partial``, and of its class for another object."""
+    while isinstance(function, partial):
+        function = function.func
+    return str(getattr(function, "__qualname__", type(function).__qualname__))
+
+
 def _check(budget: object, estimate: object, ttl: float, on_error: object) -> None:
     check_ttl_ms(ttl)
     check_on_error(on_error)
@@ -120,14 +127,20 @@ def _check(budget: object, estimate: object, ttl: float, on_error: object) -> No
         check_amounts(cast(Amounts, budget if estimate is None else estimate))
 
 
-def _told(cost: Callable[[Any], Amounts], result: Any, hold: HoldBase) -> Amounts:
-    """What a function cost. If that cannot be told the estimate counts, for the work is done."""
+def _told(cost: Callable[[Any], Amounts], result: Any, hold: HoldBase) -> Amounts | None:
+    """What a function cost; ``None`` if that was accrued, because calls inside go on, as that of a stream does.
+
+    If it cannot be told the estimate counts, for the work is done.
+    """
     try:
         amounts = cost(result)
         check_amounts(amounts)
     except BaseException:
         hold.accrue_to(hold.amounts)
         raise
+    if hold.busy:
+        hold.accrue_to(amounts)
+        return None
     return amounts
 
 
@@ -144,6 +157,6 @@ def _check_kind(limiter: object, is_async: bool, function: Callable[..., Any]) -
     if not isinstance(limiter, wanted):
         kind = "an async" if is_async else "a sync"
         raise InvalidArgument(
-            f"{function.__qualname__} is {kind} function: its limiter must be a {wanted.__name__}, not {limiter!r}"
+            f"{_name(function)} is {kind} function: its limiter must be a {wanted.__name__}, not {limiter!r}"
         )
     return limiter

@@ -8,29 +8,41 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from ktrdr_budget.engine.holds import HoldBase
-from ktrdr_budget.errors import StoreUnavailable
+from ktrdr_budget.engine.holds import HoldBase, OnError
+from ktrdr_budget.errors import HoldConflict, StoreUnavailable
 from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.metering.steps import Steps
 from ktrdr_budget.money import AmountIn, from_units
 
-__all__ = ["Draw"]
+__all__ = ["Draw", "Left"]
+
+Left = tuple[bool, OnError, Callable[[], object]]
+"""Whether the block failed, what then becomes of its hold, and what ends the heartbeats."""
 
 
 class _Growth:
-    """Lets one call at a time grow a hold: a denial is then told to the call that was too large, and to no other."""
+    """What the calls inside of a hold share.
 
-    __slots__ = ("failures", "lock", "wanted")
+    Lets one call at a time grow it: a denial is then told to the call that was too large, and to no other.
+    """
+
+    __slots__ = ("closed", "failures", "left", "lock", "open", "wanted")
 
     def __init__(self, hold: HoldBase) -> None:
         self.wanted: Mapping[str, int] = {}
         """What the one that is growing it will claim."""
         self.lock: Any = asyncio.Lock() if isinstance(hold, AsyncHold) else threading.Lock()
         self.failures = 0
+        self.open = 0
+        """Calls under way."""
+        self.left: Left | None = None
+        """How the hold's block was left meanwhile: the last of these calls settles it."""
+        self.closed = False
+        """That has begun: nothing more is claimed."""
 
 
 class Draw:
@@ -40,13 +52,14 @@ class Draw:
         worst: claimed until the call ends.
     """
 
-    __slots__ = ("_claimed", "_hold", "_used", "_worst")
+    __slots__ = ("_claimed", "_hold", "_open", "_used", "_worst")
 
     def __init__(self, hold: HoldBase, worst: Mapping[str, int]) -> None:
         self._hold = hold
         self._worst = worst
         self._claimed: dict[str, int] = {}
         self._used = dict.fromkeys(worst, 0)
+        self._open = False
 
     @property
     def hold(self) -> HoldBase:
@@ -64,12 +77,12 @@ class Draw:
         with hold.lock:
             for name in self._worst:  # it is known from now on that calls tell what this hold costs
                 hold.drawn.setdefault(name, 0)
-            if self._fits():
-                self._move(self._worst)
-                return
             if hold.growth is None:
                 hold.growth = _Growth(hold)
             growth = hold.growth
+            if self._fits():
+                self._begin()
+                return
         failures = growth.failures
         yield growth.lock.acquire
         try:
@@ -87,7 +100,7 @@ class Draw:
                 with hold.lock:
                     missing = self._missing(self._worst)
                     if not missing and hold.state == "open":
-                        self._move(self._worst)
+                        self._begin()
                         return
                     growth.wanted = self._worst  # nobody else may take the room that is made
                 units = {window.budget: window.unit for window, _ in hold.parts}
@@ -99,11 +112,18 @@ class Draw:
         finally:
             growth.wanted = {}
 
+    def _begin(self) -> None:
+        growth = self._hold.growth
+        if growth.closed:
+            raise HoldConflict(f"hold {self._hold.id!r} was left, and is being settled")
+        growth.open += 1
+        self._open = True
+        self._move(self._worst)
+
     def _fits(self) -> bool:
         wanted = dict(self._worst)
-        if self._hold.growth is not None:
-            for name, units in self._hold.growth.wanted.items():
-                wanted[name] = wanted.get(name, 0) + units
+        for name, units in self._hold.growth.wanted.items():
+            wanted[name] = wanted.get(name, 0) + units
         return self._hold.state == "open" and not self._missing(wanted)
 
     def _missing(self, wanted: Mapping[str, int]) -> dict[str, int]:
@@ -133,10 +153,21 @@ class Draw:
             self._used = {name: used.get(name, 0) for name in self._used}
             return {}
 
-    def drop(self) -> None:
-        """Claims nothing more."""
+    def close(self) -> Left | None:
+        """Claims nothing more, once it has ended or was not begun.
+
+        Returns:
+            How the hold was left, if this was the last call under way, and so has to settle it.
+        """
         with self._hold.lock:
             self._move({})
+            growth = self._hold.growth
+            if not self._open:
+                return None
+            self._open = False
+            growth.open -= 1
+            growth.closed = growth.open == 0 and growth.left is not None
+            return growth.left if growth.closed else None
 
     def _move(self, claimed: Mapping[str, int]) -> None:
         drawn = self._hold.drawn

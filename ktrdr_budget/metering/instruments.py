@@ -10,17 +10,21 @@ import contextvars
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from ktrdr_budget.metering.usage import Usage
-from ktrdr_budget.telemetry.spans import SCOPE, Span, span
+from ktrdr_budget.telemetry.spans import SCOPE, Span, ending_of, span
 
 if TYPE_CHECKING:
     from opentelemetry.metrics import Meter
 
     from ktrdr_budget.metering.rates import Cost
 
-__all__ = ["CallInstruments"]
+__all__ = ["CallInstruments", "charged_tokens"]
+
+charged_tokens: ContextVar[Callable[[int], None] | None] = ContextVar("ktrdr_budget_charged_tokens", default=None)
+"""Is told of each call that began in this context, when it ends: the tokens that it was charged for."""
 
 OPERATION = "gen_ai.operation.name"
 PROVIDER = "gen_ai.provider.name"
@@ -64,6 +68,8 @@ class CallInstruments:
         self._names = {OPERATION: operation, PROVIDER: _PROVIDERS.get(provider, provider), REQUEST_MODEL: model}
         self._budgets = budgets
         self._started = time.monotonic()
+        self._worst_case: Cost | None = None
+        self._tell_tokens = charged_tokens.get()
         self._run: Callable[..., Any] = _directly if current else contextvars.copy_context().run
         self._span: Span = self._run(self._open_span)
 
@@ -73,6 +79,7 @@ class CallInstruments:
 
     def reserved(self, worst_case: Cost) -> None:
         """What is held, at most, and by whose prices."""
+        self._worst_case = worst_case
         self._span.set_attributes({RESERVED: float(worst_case.amount), PRICE_SOURCE: worst_case.source})
 
     def denied(self, error: BaseException) -> None:
@@ -96,11 +103,15 @@ class CallInstruments:
             if usage is not None:
                 self._span.set_attributes(_usage_attributes(usage))
         self._close(error)
+        if self._tell_tokens is not None:
+            self._tell_tokens(_tokens(usage, cost, self._worst_case))
         if (instruments := _active_instruments()) is not None:
             self._measure(instruments, usage, cost, error, charged)
 
     def _close(self, error: BaseException | None) -> None:
-        if error is not None:
+        if error is not None and (ending := ending_of(error)):
+            self._span.set_attributes(ending)
+        elif error is not None:
             # The type alone: a provider's message may repeat what it was asked.
             self._span.set_attribute(ERROR_TYPE, error_type(error))
             self._span.fail(error_type(error))
@@ -126,9 +137,21 @@ class CallInstruments:
 
 
 def error_type(error: BaseException) -> str:
-    """What the conventions call ``error.type``: the HTTP status of a provider's error, or the class of another."""
+    """What the conventions call ``error.type``: the HTTP status of a provider's error, what it calls an error within a
+    stream, or the class of another."""
+    told = getattr(error, "error_type", None)
     status = getattr(error, "status_code", None)
-    return str(status) if isinstance(status, int) else type(error).__qualname__
+    return told if isinstance(told, str) else str(status) if isinstance(status, int) else type(error).__qualname__
+
+
+def _tokens(usage: Usage | None, cost: Cost | None, worst_case: Cost | None) -> int:
+    """What was charged, in tokens: those that were reported, or those of the worst case."""
+    if cost is None:
+        return 0
+    charged = sum(line.count for line in cost.lines if line.name.startswith(("input", "output", "cache")))
+    if usage is None or (cost is worst_case and charged):
+        return charged
+    return usage.total_tokens
 
 
 def _usage_attributes(usage: Usage) -> dict[str, int | None]:

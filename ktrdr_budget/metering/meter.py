@@ -111,6 +111,8 @@ class Meter:
         hold = current_hold.get()
         if hold is None or hold.settled or hold.settling or not hold.belongs_to(self.limiter):
             return None
+        if hold.growth is not None and hold.growth.left is not None:
+            return None  # its block was left; it is open for the calls that were under way then
         return hold
 
 

@@ -21,6 +21,8 @@ from ktrdr_budget.money import AmountIn, to_units
 
 __all__ = ["Cost", "CostLine", "ModelPrice", "Pricer", "Prices", "load_prices"]
 
+FIXED = "fixed"
+"""The source of the price of a model that has none but the fixed cost."""
 _NOTHING: Mapping[str, int] = {}
 
 
@@ -115,7 +117,7 @@ class Prices:
         self._fixed: Cost | None = None
         if fixed_cost is not None:
             line = CostLine("request", 1, exact_price(fixed_cost, "fixed cost"), 1)
-            self._fixed = Cost(to_units(fixed_cost, positive=True), "fixed", (line,))
+            self._fixed = Cost(to_units(fixed_cost, positive=True), FIXED, (line,))
         self._list: PriceList | None = None
 
     @classmethod
@@ -149,6 +151,11 @@ class Prices:
             self._list = PriceList()
         return self._list
 
+    @property
+    def fixed_cost(self) -> Cost | None:
+        """What a call of a model without a price costs."""
+        return self._fixed
+
     def rates(self, provider: str, model: str, at: datetime, service_tier: str = "") -> Rates | None:
         """What each unit of a model costs at a time; ``None`` if it has no price."""
         configured = self._configured(provider, model)
@@ -158,9 +165,12 @@ class Prices:
 
     def provider_of(self, model: str) -> str | None:
         """Whose a model seems to be, by its name: for a person who looks up a price, and not for a call."""
-        configured = {provider for provider, name in self._exact if name == model.lower()}
-        if configured:
-            return min(configured)
+        name = model.lower()
+        exact = [(len(name), provider) for provider, known in self._exact if known == name]
+        begun = [(len(known), provider) for provider, known in self._begun if name.startswith(known)]
+        if exact or begun:
+            longest, _ = max(exact or begun)
+            return min(provider for length, provider in exact or begun if length == longest)
         found = self.price_list.find(None, model)
         return None if found is None else found[0]
 

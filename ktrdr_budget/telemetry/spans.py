@@ -10,10 +10,13 @@ from __future__ import annotations
 import re
 import sys
 import traceback
+from asyncio import CancelledError
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
+
+from ktrdr_budget.errors import BudgetExceeded
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -25,6 +28,7 @@ __all__ = [
     "active_tracer",
     "current_link",
     "current_trace_id",
+    "ending_of",
     "operation_of",
     "operation_scope",
     "span",
@@ -87,7 +91,7 @@ def span(
     """A span around a block: ``with span("agent.phase.design", {"phase": "designing"}) as current: …``.
 
     An exception that leaves the block is recorded, gives the span the status "error" and its words as the attribute
-    ``error``.
+    ``error``; but a cancellation and a denial are outcomes (:func:`ending_of`), not errors.
 
     Args:
         attributes: those whose value is ``None`` are left out.
@@ -137,8 +141,13 @@ class Span:
     def add_event(self, name: str, attributes: Attributes | None = None) -> None:
         """Something that happened now."""
 
-    def record_exception(self, error: BaseException) -> None:
-        """An exception, as an event; the span's status stays as it is."""
+    def record_exception(self, error: BaseException, words: str | None = None) -> None:
+        """An exception, as an event; the span's status stays as it is.
+
+        Args:
+            words: are told instead of its message, of what caused it and of lines of code, where those may quote what
+                is nobody's business; empty for its type and places alone.
+        """
 
     def fail(self, reason: str) -> None:
         """Gives the span the status "error", with the reason as its attribute ``error``."""
@@ -191,8 +200,11 @@ class _LiveSpan(Span):
         from opentelemetry import context
 
         if error is not None and not isinstance(error, GeneratorExit):
-            self.record_exception(error)
-            self.fail(_words(error))
+            if ending := ending_of(error):
+                self.set_attributes(ending)
+            else:
+                self.record_exception(error)
+                self.fail(_words(error))
         context.detach(self._token)
         self._span.end()
 
@@ -218,15 +230,16 @@ class _LiveSpan(Span):
     def add_event(self, name: str, attributes: Attributes | None = None) -> None:
         self._span.add_event(name, _given(attributes or {}))
 
-    def record_exception(self, error: BaseException) -> None:
+    def record_exception(self, error: BaseException, words: str | None = None) -> None:
         if not self._span.is_recording():
             return
         # OpenTelemetry's own method would tell the message as it is.
         module, name = type(error).__module__, type(error).__qualname__
+        told = traceback.format_exception(error) if words is None else _places(error)
         described = {
             "exception.type": name if module == "builtins" else f"{module}.{name}",
-            "exception.message": without_secrets(str(error)),
-            "exception.stacktrace": without_secrets("".join(traceback.format_exception(error)), _STACK_MAX),
+            "exception.message": without_secrets(str(error) if words is None else words),
+            "exception.stacktrace": without_secrets("".join(told), _STACK_MAX),
         }
         self._span.add_event("exception", described)
 
@@ -236,6 +249,20 @@ class _LiveSpan(Span):
         reason = without_secrets(reason)
         self._span.set_attribute("error", reason)
         self._span.set_status(Status(StatusCode.ERROR, reason))
+
+
+def _places(error: BaseException) -> list[str]:
+    frames = traceback.extract_tb(error.__traceback__)
+    return [f'  File "{frame.filename}", line {frame.lineno}, in {frame.name}\n' for frame in frames]
+
+
+def ending_of(error: BaseException) -> Attributes:
+    """What a span says of a block that was left by a cancellation or a denial; empty for an error."""
+    if isinstance(error, CancelledError):
+        return {"outcome": "cancelled"}
+    if isinstance(error, BudgetExceeded):
+        return {"outcome": "denied", "reason": error.reason}
+    return {}
 
 
 def _given(attributes: Attributes) -> dict[str, AttributeValue]:

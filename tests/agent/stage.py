@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from decimal import Decimal
 
 from ktrdr_budget import AsyncBudgetLimiter
 from ktrdr_budget.agent.cycle import Workplace
 from ktrdr_budget.agent.gates import Thresholds
-from ktrdr_budget.agent.llm import Completion
+from ktrdr_budget.agent.llm import LLM, Completion
 from ktrdr_budget.agent.operations import CycleView, Operations
 from ktrdr_budget.agent.phases import Assessment, Backtest, Design, Training
 from ktrdr_budget.agent.service import AgentService
@@ -100,15 +101,23 @@ class Tally:
 
 
 class Stage:
-    """One replica."""
+    """One replica; its language model is the script's unless another is made."""
 
-    def __init__(self, limiter: AsyncBudgetLimiter, *, estimate: str = "0.15", ttl_s: float = 30) -> None:
+    def __init__(
+        self,
+        limiter: AsyncBudgetLimiter,
+        *,
+        estimate: str = "0.15",
+        ttl_s: float = 30,
+        make_llm: Callable[[AsyncBudgetLimiter], LLM] | None = None,
+    ) -> None:
         self.limiter = limiter
         self.operations = Operations(limiter)
         self.script = Script()
         self.tally = Tally()
         self.estimate = Decimal(estimate)
-        workplace = Workplace(limiter, self.operations, self.script, self.script, Thresholds(), self.tally, ttl_s=ttl_s)
+        llm = self.script if make_llm is None else make_llm(limiter)
+        workplace = Workplace(limiter, self.operations, self.script, llm, Thresholds(), self.tally, ttl_s=ttl_s)
         self.agent = AgentService(workplace, self.estimate)
 
     async def view(self, operation_id: str) -> CycleView:

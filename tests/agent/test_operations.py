@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from decimal import Decimal
 from functools import partial
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter
+from ktrdr_budget import AsyncBudgetLimiter, Budget
 from ktrdr_budget.agent import operations as module
 from ktrdr_budget.agent.operations import Operations, Progress
 
@@ -17,7 +19,7 @@ TTL_MS = 60_000
 
 @pytest.fixture
 async def limiter(server):
-    async with AsyncBudgetLimiter(server.url, []) as limiter:
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", 5)]) as limiter:
         yield limiter
 
 
@@ -36,7 +38,7 @@ async def test_a_cycle_is_begun_once(operations):
 
 async def test_whoever_asks_sees_how_far_a_cycle_is(server, operations):
     await operations.start("op_1", "a", TTL_MS, Progress())
-    assert await operations.beat("op_1", "a", TTL_MS, Progress(phase="training", spend="0.02")) == "running"
+    assert await operations.beat("op_1", "a", Progress(phase="training", spend="0.02")) == "running"
     async with AsyncBudgetLimiter(server.url, []) as another:
         cycle = await Operations(another).get("op_1")
     assert (cycle.status, cycle.active, cycle.outcome, cycle.ended_at) == ("running", True, None, None)
@@ -46,8 +48,8 @@ async def test_whoever_asks_sees_how_far_a_cycle_is(server, operations):
 
 async def test_a_beat_of_another_owner_changes_nothing(operations):
     await operations.start("op_1", "a", TTL_MS, Progress())
-    assert await operations.beat("op_1", "b", TTL_MS, Progress(phase="training")) == ""
-    assert await operations.beat("op_2", "a", TTL_MS, Progress()) == ""
+    assert await operations.beat("op_1", "b", Progress(phase="training")) == ""
+    assert await operations.beat("op_2", "a", Progress()) == ""
     assert (await operations.get("op_1")).progress["phase"] == "designing"
 
 
@@ -59,7 +61,7 @@ async def test_a_cycle_that_ended_stays_as_it_ended(operations):
     assert (cycle.status, cycle.reason, cycle.outcome, cycle.progress["spend"]) == (
         "failed", "gate_failed", "failed", "0.03",
     )  # fmt: skip
-    assert await operations.beat("op_1", "a", TTL_MS, Progress()) == ""
+    assert await operations.beat("op_1", "a", Progress()) == ""
 
 
 async def test_cancelling_is_heard_by_the_next_beat(operations):
@@ -67,7 +69,7 @@ async def test_cancelling_is_heard_by_the_next_beat(operations):
     await operations.start("op_1", "a", TTL_MS, Progress())
     assert await operations.cancel("op_1") == "cancelling"
     assert await operations.cancel("op_1") == "cancelling"
-    assert await operations.beat("op_1", "a", TTL_MS, Progress()) == "cancelling"
+    assert await operations.beat("op_1", "a", Progress()) == "cancelling"
     await operations.end("op_1", "a", "cancelled", "cancelled", Progress())
     assert await operations.cancel("op_1") == "cancelled"
 
@@ -76,10 +78,68 @@ async def test_a_silent_worker_loses_its_cycle_by_the_clock_of_the_store(operati
     await operations.start("op_1", "a", 1, Progress())
     cycle = await until(lambda: _ended(operations, "op_1"))
     assert (cycle.status, cycle.reason) == ("failed", "worker_lost")
-    assert await operations.beat("op_1", "a", TTL_MS, Progress()) == "", "it is told so, should it come back"
-    await operations.end("op_1", "a", "completed", None, Progress(spend="0.04"))
+    assert await operations.beat("op_1", "a", Progress()) == "", "it is told so, should it come back"
+
+
+async def test_what_a_worker_that_was_given_up_says_in_the_end_is_the_truth(operations):
+    await operations.start("op_1", "a", 1, Progress())
+    await until(lambda: _ended(operations, "op_1"))
+    assert not await operations.end("op_1", "b", "cancelled", "cancelled", Progress()), "not its worker"
+    assert await operations.end("op_1", "a", "completed", None, Progress(spend="0.04")), "it had been given up"
     cycle = await operations.get("op_1")
-    assert (cycle.status, cycle.reason, cycle.progress["spend"]) == ("failed", "worker_lost", "0.04")
+    assert (cycle.status, cycle.reason, cycle.progress["spend"]) == ("completed", None, "0.04")
+    assert not await operations.end("op_1", "a", "failed", "error", Progress())
+    assert (await operations.get("op_1")).status == "completed"
+
+
+async def test_whoever_writes_down_that_a_worker_is_lost_is_told_so_and_nobody_else(server, operations):
+    async with AsyncBudgetLimiter(server.url, []) as another:
+        others, found = Operations(another), []
+        operations.on_lost = lambda *lost: found.append(("here", *lost))
+        others.on_lost = lambda *lost: found.append(("there", *lost))
+        for number in range(3):
+            await operations.start(f"op_{number}", "a", TTL_MS if number == 2 else 1, Progress())
+        await until(lambda: _ended(others, "op_0"))
+        await until(lambda: _ended(others, "op_1"))
+        await operations.list()
+    assert {operation_id for _, operation_id, _ in found} == {"op_0", "op_1"}
+    assert len(found) == 2
+    assert all(0 <= elapsed_s < 60 for *_, elapsed_s in found)
+
+
+async def test_a_cycle_is_lost_at_the_deadline_of_its_hold_and_not_before(limiter, operations):
+    await (await limiter.reserve("agent", "0.20", id="op_0", ttl=60)).extend()
+    hold = await limiter.reserve("agent", "0.15", id="op_1", ttl=1)
+    for number in range(2):
+        await operations.start(f"op_{number}", "a", 1, Progress())
+    cycle = await until(lambda: _ended(operations, "op_1"))
+    assert cycle.reason == "worker_lost"
+    assert cycle.ended_at >= hold.expires_at
+    assert (await operations.get("op_0")).active, "its hold is open"
+    figures = await limiter.status("agent")
+    assert (figures.held, figures.unconfirmed) == (Decimal("0.20"), Decimal("0.15"))
+
+
+async def test_a_beat_takes_over_the_deadline_of_the_hold(limiter, operations):
+    hold = await limiter.reserve("agent", "0.15", id="op_1", ttl=60)
+    await operations.start("op_1", "a", 1, Progress())
+    assert await operations.beat("op_1", "a", Progress()) == "running"
+    await hold.commit("0.02")
+    assert await operations.beat("op_1", "a", Progress()) == "running", "it has settled, and will say how it ended"
+
+
+async def test_the_last_cycle_is_the_one_that_ended_last(operations):
+    for number in (1, 2):
+        await operations.start(f"op_{number}", "a", TTL_MS, Progress())
+    assert (await operations.list()).last is None
+    for number in (2, 1):
+        await operations.end(f"op_{number}", "a", "completed", None, Progress())
+        assert (await operations.list()).last.operation_id == f"op_{number}"
+
+
+def test_what_json_cannot_write_is_written_as_words():
+    told = json.loads(Progress(results={"accuracy": Decimal("0.5")}, error="\ud800").document())
+    assert (told["results"], told["error"]) == ({"accuracy": "0.5"}, "\ud800")
 
 
 async def _ended(operations: Operations, operation_id: str):

@@ -23,7 +23,9 @@ from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.metering.prices import Prices
 from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.money import NANOS_PER_USD
+from ktrdr_budget.telemetry import spans
 
+from ..helpers.recorded_spans import Recorded
 from ..helpers.waiting import until
 
 KEY = "sk-very-secret"
@@ -218,6 +220,43 @@ async def test_a_refusal_of_the_provider_costs_nothing_and_tells_no_key(limiter,
     assert KEY not in f"{raised.value!r} {raised.value} {llm!r}"
     status = await limiter.status("agent")
     assert (status.spent, status.held) == (0, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stall", [False, True])
+async def test_the_tokens_of_a_cycle_are_those_that_were_charged(make_stage, provider, kind: str, stall: bool):
+    billing, address = provider
+    billing.stall = stall
+    stage = await make_stage(make_llm=lambda limiter: make_llm(limiter, environment(kind, address)))
+    started = await stage.agent.trigger()
+    if stall:
+        await until(lambda: billing.requests)
+        await stage.agent.cancel(started.operation_id)
+    cycle = await stage.ended(started.operation_id)
+    assert cycle.outcome == ("cancelled" if stall else "completed")
+    assert Decimal(cycle.progress["spend"]) == (await stage.figures())[0] > 0
+    tokens = cycle.progress["tokens"]
+    if not stall:
+        assert tokens == {"design": BILLED.total_tokens, "assessment": BILLED.total_tokens}
+    assert stage.tally.token_counts == {phase: count for phase, count in tokens.items() if count}
+    assert tokens["design"] > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_what_a_provider_says_of_an_error_is_on_no_span(make_stage, provider, kind: str, monkeypatch):
+    billing, address = provider
+    billing.status = 401
+    recorded = Recorded()
+    monkeypatch.setattr(spans, "_tracer", recorded.tracer)
+    stage = await make_stage(make_llm=lambda limiter: make_llm(limiter, environment(kind, address)))
+    cycle = await stage.ended((await stage.agent.trigger()).operation_id)
+    assert (cycle.outcome, cycle.progress["tokens"]["design"]) == ("failed", 0)
+    assert "invalid key" in cycle.progress["error"]
+    await until(lambda: not stage.agent._running)
+    assert recorded["agent.research_cycle"].attributes["error"] == "AuthenticationError"
+    told = "".join(span.to_json() for span in recorded.spans)
+    assert "AuthenticationError" in told
+    assert not any(words in told for words in ("invalid key", KEY, "authentication_error"))
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------

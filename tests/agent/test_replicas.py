@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -83,7 +84,47 @@ def test_a_replica_that_is_killed_mid_cycle_is_charged_and_its_slot_is_free(laun
     figures = budget(there)
     assert (figures["today_spend"], figures["unconfirmed"], figures["held"]) == (0, 0.15, 0)
     assert there.get(f"{V1}/budgets/agent:cycles").json()["held"] == 0
+    assert samples(there)["agent_cycles_total", "failed"] == 1, "whoever finds out counts it"
     assert trigger(there) != operation_id
+
+
+def test_a_killed_replicas_slot_is_free_only_once_its_cycle_is_lost(launch: Launch):
+    here, there = launch(2, AGENT_PHASE_SECONDS=30, AGENT_CYCLE_TTL=3, AGENT_DAILY_BUDGET="5.00")
+    lost = trigger(here)
+    wait_until(lambda: Decimal(cycle(there, lost)["spend"]) > 0, 10)
+    here.process.kill()
+    wait_until(lambda: there.post(f"{V1}/agent/trigger").status_code == 202, 20)
+    seen = status(there)
+    assert [each["operation_id"] for each in seen["active_cycles"]] != [lost]
+    assert len(seen["active_cycles"]) == 1
+    assert (seen["last_cycle"]["operation_id"], seen["last_cycle"]["reason"]) == (lost, "worker_lost")
+    assert samples(there)["agent_cycles_total", "failed"] == 1
+
+
+def test_a_replica_that_slept_too_long_tells_the_truth_when_it_wakes(launch: Launch):
+    here, there = launch(2, AGENT_PHASE_SECONDS=30)
+    slept = trigger(here)
+    wait_until(lambda: Decimal(cycle(there, slept)["spend"]) > 0, 10)
+    here.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: status(there)["status"] == "idle", 20)
+    assert status(there)["last_cycle"]["reason"] == "worker_lost"
+    assert budget(there)["unconfirmed"] == 0.15
+    here.process.send_signal(signal.SIGCONT)
+    wait_until(lambda: budget(there)["unconfirmed"] == 0, 20)
+    ended = cycle(there, slept)
+    assert (ended["outcome"], ended["reason"]) == ("failed", "worker_lost")
+    wait_until(lambda: float(cycle(there, slept)["spend"]) == budget(there)["today_spend"] > 0, 10)
+    assert sum(samples(replica)["agent_cycles_total", "failed"] for replica in (here, there)) == 1
+
+
+def test_the_last_cycle_is_the_one_that_ended_last(launch: Launch):
+    (replica,) = launch(1, AGENT_PHASE_SECONDS=30, AGENT_MAX_CONCURRENT_CYCLES=2)
+    first, second = trigger(replica), trigger(replica)
+    for operation_id in (second, first):
+        assert replica.request("DELETE", f"{V1}/agent/cancel/{operation_id}").status_code == 200
+        assert status(replica)["last_cycle"]["operation_id"] == operation_id
+    listed = replica.get(f"{V1}/agent/cycles").json()["cycles"]
+    assert [each["operation_id"] for each in listed] == [second, first], "newest first"
 
 
 def test_of_fifty_triggers_at_once_as_many_start_as_there_is_money_for(launch: Launch):
@@ -141,6 +182,7 @@ def test_metrics_of_all_replicas_together_are_the_sums_of_the_ledger(launch: Lau
     assert summed("agent_gate_results_total", "backtest", "pass") == 4
     cycles = replicas[0].get(f"{V1}/agent/cycles").json()["cycles"]
     for phase in ("design", "assessment"):
+        assert summed("agent_tokens_total", phase) > 0
         assert summed("agent_tokens_total", phase) == sum(each["tokens"][phase] for each in cycles)
     for name, amount in (("spent", spent), ("limit", 1), ("remaining", 1 - spent), ("held", 0), ("unconfirmed", 0)):
         for each in found:
@@ -164,6 +206,7 @@ def test_a_cycle_is_one_tree_of_spans_linked_to_its_trigger(launch: Launch, outc
         here, there = launch(2, **environment, **receiver.environment)
         operation_id = trigger(here)
         if outcome == "cancelled":
+            # The model is being asked: what had arrived of its answer has been paid for.
             wait_until(lambda: Decimal(cycle(there, operation_id)["spend"]) > 0, 10)
             there.request("DELETE", f"{V1}/agent/cancel/{operation_id}")
         ended = wait_ended(there, operation_id)
@@ -183,6 +226,8 @@ def test_a_cycle_is_one_tree_of_spans_linked_to_its_trigger(launch: Launch, outc
     assert [name for name in ALL_SPANS if name in named] == phases
     assert all(named[name].parent_id == root.span_id for name in phases)
     assert named["agent.phase.design"].attributes["phase"] == "designing"
+    assert root.attributes["tokens"] == sum(ended["tokens"].values()) > 0
+    assert root.attributes["tokens"] == sum(span.attributes.get("tokens", 0) for span in tree if span is not root)
     assert root.attributes["outcome"] == outcome
     assert any(span.attributes.get("db.system") == "redis" for span in tree)
     assert any(span.attributes.get("gen_ai.request.model") == "ktrdr-scripted-1" for span in tree)

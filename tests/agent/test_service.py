@@ -7,9 +7,12 @@ from decimal import Decimal
 
 import pytest
 
-from ktrdr_budget import HoldConflict
+from ktrdr_budget import HoldConflict, StoreUnavailable
+from ktrdr_budget.agent.cycle import Cycle
 from ktrdr_budget.agent.phases import Backtest, Training
 from ktrdr_budget.agent.service import CycleActive, CycleEnded, MoneyDenied, UnknownCycle
+from ktrdr_budget.engine.driver.heartbeats import Heartbeat
+from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.telemetry import spans
 
 from ..helpers.waiting import until
@@ -226,6 +229,62 @@ async def test_the_same_trigger_again_starts_nothing(make_stage):
     assert there.script.entered == {}
 
 
+async def test_the_same_trigger_twice_at_once_starts_one_cycle(make_stage):
+    stage = await make_stage(slots_limit=5)
+    stage.script.wait_in = "training"
+    found = await asyncio.gather(*[stage.agent.trigger("op_1") for _ in range(5)])
+    assert {started.operation_id for started in found} == {"op_1"}
+    await stage.reaches("training")
+    assert stage.script.entered["designing"] == 1
+    assert len(stage.agent._running) == 1
+
+
+@pytest.fixture
+def failing_start(stage, monkeypatch):
+    """The first cycle cannot be written down."""
+    start, calls = stage.operations.start, []
+
+    async def once(*arguments) -> bool:
+        calls.append(arguments)
+        if len(calls) == 1:
+            raise StoreUnavailable("no answer")
+        return await start(*arguments)
+
+    monkeypatch.setattr(stage.operations, "start", once)
+
+
+async def test_a_retry_of_a_start_that_failed_is_a_conflict_once_its_money_was_given_back(stage, failing_start):
+    with pytest.raises(StoreUnavailable):
+        await stage.agent.trigger("op_1")
+    assert await stage.figures() == NOTHING
+    with pytest.raises(HoldConflict, match="did not begin"):
+        await stage.agent.trigger("op_1")
+    assert await stage.operations.get("op_1") is None
+
+
+async def test_a_retry_of_a_start_that_failed_begins_if_its_money_is_still_held(stage, failing_start, monkeypatch):
+    async def unreachable(_: AsyncHold) -> None:
+        raise StoreUnavailable("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AsyncHold, "release", unreachable)
+        with pytest.raises(StoreUnavailable):
+            await stage.agent.trigger("op_1")
+    assert not (await stage.agent.trigger("op_1")).replayed
+    assert (await stage.ended("op_1")).outcome == "completed"
+
+
+async def test_an_id_of_a_cycle_that_is_only_remembered_is_a_conflict_and_holds_nothing(stage, client):
+    await stage.ended((await stage.agent.trigger("op_1")).operation_id)
+    before = await stage.figures()
+    client.delete("ktrdr:{default}:h:op_1")  # as after 24 h: the record of the cycle lives for 35 days
+    for _ in range(2):
+        with pytest.raises(HoldConflict, match="op_1"):
+            await stage.agent.trigger("op_1")
+    assert await stage.figures() == before
+    assert stage.tally.outcomes == {"completed": 1}
+
+
 async def test_an_id_that_was_used_otherwise_is_a_conflict(stage):
     await stage.limiter.record("agent", "0.01", id="op_1")
     with pytest.raises(HoldConflict):
@@ -259,24 +318,94 @@ async def test_a_replica_that_closes_stops_its_cycles_and_commits_what_they_used
     assert await there.figures() == (Decimal("0.02"), 0, 0, 0)
 
 
-async def test_a_worker_that_was_given_up_for_lost_stops_and_its_late_commit_counts(make_stage):
+async def test_a_worker_that_was_given_up_for_lost_stops_and_its_late_commit_counts(make_stage, monkeypatch):
     here, there = await make_stage(ttl_s=1), await make_stage()
     here.script.wait_in = "training"
+    awake = _asleep(here, monkeypatch)
     started = await here.agent.trigger()
     await here.reaches("training")
-    # As if it had been asleep: its record is moved to the past, and so comes due.
-    await _silence(here, started.operation_id)
     cycle = await there.ended(started.operation_id)
     assert (cycle.outcome, cycle.reason) == ("failed", "worker_lost")
+    assert await there.figures() == (0, 0, Decimal("0.15"), 0), "its hold came due at the same instant"
+    assert there.tally.outcomes == {"failed": 1}, "who finds out counts it"
+    awake.set()
     await until(lambda: _spent(there, Decimal("0.02")))
-    assert here.tally.outcomes == {"failed": 1}
+    await until(lambda: not here.agent._running)
+    cycle = await there.view(started.operation_id)
+    assert (cycle.outcome, cycle.reason, cycle.progress["spend"]) == ("failed", "worker_lost", "0.02")
+    assert here.tally.outcomes == {}, "and nobody else does"
 
 
-async def _silence(stage, operation_id) -> None:
-    owner = stage.limiter.replica_id
-    progress = next(iter(stage.agent._running.values())).progress
-    while await stage.operations.beat(operation_id, owner, 1, progress):
-        pass
+def _asleep(stage, monkeypatch) -> asyncio.Event:
+    """Its heartbeats do not get through until the event that is returned is set."""
+    awake, beat = asyncio.Event(), stage.operations.beat
+
+    async def late(*arguments) -> str:
+        await awake.wait()
+        return await beat(*arguments)
+
+    monkeypatch.setattr(stage.operations, "beat", late)
+    monkeypatch.setattr(Heartbeat, "_beat", lambda _: None)
+    return awake
+
+
+async def test_a_replica_alone_counts_a_cycle_that_it_gave_up_itself_once(make_stage, monkeypatch):
+    stage = await make_stage(ttl_s=1)
+    stage.script.wait_in = "training"
+    awake = _asleep(stage, monkeypatch)
+    started = await stage.agent.trigger()
+    assert (await stage.ended(started.operation_id)).reason == "worker_lost"
+    assert stage.tally.outcomes == {}, "it lives, and will say what became of it"
+    awake.set()
+    await until(lambda: not stage.agent._running)
+    assert stage.tally.outcomes == {"failed": 1}
+
+
+async def test_a_cycle_that_ends_while_the_store_is_away_is_what_it_says_in_the_end(make_stage, monkeypatch):
+    stage = await make_stage(ttl_s=1)
+    awake = _asleep(stage, monkeypatch)
+    settle = Cycle._settle
+
+    async def late(cycle: Cycle) -> None:
+        await awake.wait()
+        await settle(cycle)
+
+    monkeypatch.setattr(Cycle, "_settle", late)
+    started = await stage.agent.trigger()
+    assert (await stage.ended(started.operation_id)).reason == "worker_lost"
+    awake.set()
+    await until(lambda: not stage.agent._running)
+    cycle = await stage.view(started.operation_id)
+    assert (cycle.outcome, cycle.reason, cycle.progress["spend"]) == ("completed", None, "0.04")
+    assert stage.tally.outcomes == {"completed": 1}
+    assert await stage.figures() == (Decimal("0.04"), 0, 0, 0)
+
+
+async def test_a_heartbeat_that_did_not_get_through_is_made_up_for(make_stage, monkeypatch):
+    stage = await make_stage(ttl_s=10)
+    stage.script.wait_in = "training"
+    monkeypatch.setattr(Heartbeat, "_beat", lambda _: None)
+    started = await stage.agent.trigger()
+    (cycle,) = stage.agent._running.values()
+    before = cycle._hold.deadline_ms
+    await until(lambda: cycle._hold.deadline_ms > before, 20)
+    assert (await stage.view(started.operation_id)).active
+
+
+async def test_a_beat_that_fails_is_not_the_last_one(stage, monkeypatch, caplog):
+    stage.script.wait_in = "training"
+    beats, beat = [], stage.operations.beat
+
+    async def broken(*arguments) -> str:
+        beats.append(arguments)
+        if len(beats) == 1:
+            raise TypeError("a bug")
+        return await beat(*arguments)
+
+    monkeypatch.setattr(stage.operations, "beat", broken)
+    started = await stage.agent.trigger()
+    await until(lambda: _in_phase(stage, started.operation_id, "training"))
+    assert "cannot tell how far it is" in caplog.text
 
 
 async def _spent(stage, amount: Decimal) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+import redis
 
 from ..helpers.waiting import until
 from .support import V1
@@ -83,6 +84,52 @@ async def test_a_body_that_is_not_valid_starts_nothing(start, body):
     response = await client.post(TRIGGER, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 422
     assert (await client.get(f"{V1}/agent/status")).json()["status"] == "idle"
+
+
+def is_a_refusal(response, status: int, reason: str) -> dict:
+    """The problem of a trigger that has started nothing."""
+    assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
+    problem = response.json()
+    assert (problem["triggered"], problem["reason"]) == (False, reason)
+    assert problem["message"] == problem["detail"] != ""
+    return problem
+
+
+@pytest.mark.parametrize("media_type", ["application/json", "text/plain", "application/x-www-form-urlencoded", None])
+async def test_a_body_that_is_not_valid_is_refused_as_any_trigger_whatever_it_is_said_to_be(start, media_type):
+    client = (await start()).client
+    headers = {} if media_type is None else {"Content-Type": media_type}
+    is_a_refusal(await client.post(TRIGGER, content=b"nope", headers=headers), 422, "invalid_request")
+    is_a_refusal(await client.post(TRIGGER, content=b"x" * 70_000, headers=headers), 413, "content_too_large")
+
+
+async def test_too_many_holds_are_a_refusal(start):
+    client = (await start(max_holds=1)).client
+    await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.10"}})
+    problem = is_a_refusal(await client.post(TRIGGER), 429, "too_many_holds")
+    assert problem["retry_after"] > 0
+
+
+async def test_a_budget_that_is_defined_otherwise_is_a_refusal(start):
+    here = (await start()).client
+    await ended(here, (await here.post(TRIGGER)).json()["operation_id"])
+    there = (await start(agent_budget_timezone="Asia/Tokyo")).client
+    problem = is_a_refusal(await there.post(TRIGGER), 409, "budget_mismatch")
+    assert problem["operation_ids"] == []
+
+
+async def test_an_id_of_a_cycle_that_is_only_remembered_is_a_refusal(start, client_of_store):
+    client = (await start()).client
+    await ended(client, (await client.post(TRIGGER, json={"operation_id": "op_old"})).json()["operation_id"])
+    client_of_store.delete("ktrdr:{default}:h:op_old")  # as after 24 h
+    is_a_refusal(await client.post(TRIGGER, json={"operation_id": "op_old"}), 409, "id_conflict")
+    assert (await client.get(f"{V1}/agent/budget")).json()["held"] == 0
+
+
+@pytest.fixture
+def client_of_store(server):
+    with redis.Redis.from_url(server.url) as store:
+        yield store
 
 
 async def test_without_the_store_a_trigger_is_unavailable(start, start_server):

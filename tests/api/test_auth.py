@@ -198,6 +198,34 @@ async def test_what_an_admin_released_by_hand_the_worker_may_still_commit(keyed)
     assert await figures(keyed.connect("use-1")) == ("0.07", "0.00", "0.00", "4.93")
 
 
+async def test_what_an_admin_released_by_hand_no_other_use_key_settles(keyed):
+    path, other = await unconfirmed(keyed, "use-1"), keyed.connect("use-2")
+    await keyed.connect("admin-1").post(f"{path}/release")
+    for action, body in (
+        ("commit", {"amounts": "5"}),
+        ("release", None),
+        ("extend", {}),
+        ("grow", {"amounts": {"agent": "0.15"}}),
+    ):
+        problem(await other.post(f"{path}/{action}", json=body), 403, "forbidden")
+    assert await figures(other) == ("0.00", "0.00", "0.00", "5.00")
+    done = await keyed.connect("admin-1").post(f"{path}/commit", json={"amounts": "0.07"})
+    assert (done.status_code, done.json()["late"]) == (200, True)
+
+
+@pytest.mark.parametrize("keys", [{}, {"api_key": "use-1", "admin_key": "admin-1"}])
+async def test_an_unconfirmed_hold_that_anybody_released_the_worker_may_still_commit(start, keys):
+    running = await start(**keys)
+    client = running.connect("use-1" if keys else "")
+    path = await unconfirmed(running, "use-1" if keys else "")
+    for _ in range(2):
+        assert (await client.post(f"{path}/release")).status_code == 200
+    done = await client.post(f"{path}/commit", json={"amounts": "0.07"})
+    assert (done.status_code, done.json()["late"]) == (200, True)
+    problem(await client.post(f"{path}/commit", json={"amounts": "0.08"}), 409, "hold-conflict")
+    assert await figures(client) == ("0.07", "0.00", "0.00", "4.93")
+
+
 async def test_what_its_owner_released_stays_released(keyed):
     admin = keyed.connect("admin-1")
     hold = await reserved(admin)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from decimal import Decimal
@@ -13,7 +14,17 @@ import pytest
 from fastapi import Depends, FastAPI, HTTPException, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from ktrdr_budget import AsyncBudgetLimiter, AsyncHold, Budget, BudgetLimiter, InvalidArgument, UnknownBudget
+from examples.local_provider import LocalProvider
+from ktrdr_budget import (
+    AsyncBudgetLimiter,
+    AsyncHold,
+    Budget,
+    BudgetLimiter,
+    Hold,
+    InvalidArgument,
+    UnknownBudget,
+    guard,
+)
 from ktrdr_budget.api import BudgetProblem, hold_budget
 from ktrdr_budget.metering.decorators import current_hold, set_default_limiter
 from ktrdr_budget.metering.meter import Meter
@@ -21,7 +32,9 @@ from ktrdr_budget.metering.prices import ModelPrice, Prices
 from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.money import to_units
 
+from ..helpers.guarded import CLAUDE, MESSAGES, bill_nanos, raw_client
 from ..helpers.keyspace import ledger_sum, sums
+from ..helpers.waiting import until
 
 BUDGETS = [Budget("agent", "1.00"), Budget("calls", 1, unit="requests")]
 MODEL = {"provider": "acme", "model": "road", "input_tokens_max": 10, "output_tokens_max": 1000}
@@ -280,8 +293,106 @@ async def test_a_limiter_may_be_found_by_the_request(client, limiter):
     assert (figures(client), figures(client, "calls")) == ((to_units("0.15"), 0), (1, 0))
 
 
-def test_arguments_that_are_not_usable_are_refused(server):
+def test_arguments_that_are_not_usable_are_refused():
+    for options in ({"limiter": "agent"}, {"ttl": 0}, {"on_error": "ignore"}):
+        with pytest.raises(InvalidArgument):
+            hold_budget("agent", estimate=Decimal("0.15"), **options)
+
+
+# -- routes of `def` ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def sync_app(server):
     with BudgetLimiter(server.url, BUDGETS) as limiter:
-        for options in ({"limiter": limiter}, {"ttl": 0}, {"on_error": "ignore"}):
-            with pytest.raises(InvalidArgument):
-                hold_budget("agent", estimate=Decimal("0.15"), **options)
+        app = FastAPI()
+        app.state.limiter = limiter
+        yield app
+
+
+def of_app(request: Request) -> BudgetLimiter:
+    return request.app.state.limiter
+
+
+def holding(estimate: str = "0.15"):
+    return Depends(hold_budget("agent", estimate=estimate, limiter=of_app))
+
+
+async def test_calls_in_a_plain_function_draw_from_the_hold_of_a_sync_limiter(sync_app, client):
+    meter = Meter(sync_app.state.limiter, pricer=Prices([ModelPrice("acme", "road", "10", "50")]))
+
+    by_name = Depends(hold_budget("agent", estimate="0.15", limiter=sync_app.state.limiter))
+
+    @sync_app.post("/", dependencies=[by_name])
+    def research() -> str:
+        with meter.call(**MODEL) as call:
+            assert call.hold is None
+            assert figures(client) == (0, to_units("0.15"))
+            call.finish(Usage(10, 100))
+        return "done"
+
+    answer = await ask(sync_app)
+    assert (answer.status_code, answer.json()) == (200, "done")
+    assert figures(client) == (to_units("0.0051"), 0)
+
+
+async def test_a_guarded_sync_client_in_a_plain_function_pays_once(sync_app, client):
+    with LocalProvider() as provider:
+        guarded = guard(raw_client("anthropic", False, provider), sync_app.state.limiter)
+
+        @sync_app.post("/")
+        def research(hold: Annotated[Hold, holding()]) -> str:
+            assert current_hold() is hold
+            guarded.messages.create(model=CLAUDE, max_tokens=50, messages=MESSAGES)
+            return "done"
+
+        assert (await ask(sync_app)).status_code == 200
+        assert figures(client) == (bill_nanos(provider.ledger), 0)
+        guarded.close()
+
+
+@pytest.mark.parametrize(("accrued", "spent"), [("0", "0"), ("0.03", "0.03")])
+async def test_a_plain_function_that_raises_costs_what_it_accrued(sync_app, client, accrued, spent):
+    @sync_app.post("/")
+    def research(hold: Annotated[Hold, holding()]) -> None:
+        hold.accrue(accrued)
+        raise HTTPException(418)
+
+    assert (await ask(sync_app)).status_code == 418
+    assert figures(client) == (to_units(spent), 0)
+
+
+async def test_a_plain_function_without_room_does_not_run(sync_app, client):
+    @sync_app.post("/", dependencies=[holding("2.00")])
+    def research() -> None:
+        raise AssertionError
+
+    answer = await ask(sync_app)
+    assert (answer.status_code, answer.headers["content-type"]) == (429, "application/problem+json")
+    assert figures(client) == (0, 0)
+
+
+async def test_a_visitor_who_leaves_while_a_thread_reserves_costs_nothing(sync_app, client, monkeypatch):
+    limiter, goes_on = sync_app.state.limiter, threading.Event()
+    reserve, reserving = limiter.reserve, threading.Event()
+
+    def slowly(*args, **named):
+        hold = reserve(*args, **named)
+        reserving.set()
+        assert goes_on.wait(30)
+        return hold
+
+    monkeypatch.setattr(limiter, "reserve", slowly)
+
+    @sync_app.post("/", dependencies=[holding()])
+    def research() -> None:
+        raise AssertionError
+
+    visit = asyncio.create_task(ask(sync_app))
+    await until(reserving.is_set)
+    visit.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await visit
+    assert figures(client) == (0, to_units("0.15"))
+    goes_on.set()
+    await until(lambda: figures(client) == (0, 0))

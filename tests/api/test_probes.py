@@ -17,6 +17,12 @@ async def test_a_process_is_alive_whatever_its_store_does(start, tmp_path):
     assert (response.status_code, response.json()) == (200, {"status": "alive"})
 
 
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
+async def test_a_probe_may_ask_for_the_head_alone(client, path):
+    assert (await client.head(path)).status_code == 200
+    problem(await client.post(path), 405, "method-not-allowed")
+
+
 async def test_a_service_is_ready_when_its_store_can_be_relied_on(client):
     response = await client.get("/readyz")
     assert response.status_code == 200

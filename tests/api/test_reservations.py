@@ -154,7 +154,10 @@ async def test_an_extend_carries_totals(client):
         assert extended.status_code == 200
         assert extended.json()["accrued"] == {"agent": "0.03"}
     assert extended.json()["expires_at"] > hold["expires_at"]
-    assert (await client.post(path)).status_code == 200  # no body: a heartbeat as reserved by default
+    # No ttl, or no body: a heartbeat that cuts nothing short.
+    for body in (None, {}, {"ttl": None}, {"accrued": "0.04"}):
+        heartbeat = await client.post(path, json=body)
+        assert (heartbeat.status_code, heartbeat.json()["expires_at"]) == (200, extended.json()["expires_at"])
 
 
 async def test_a_growth_says_new_totals(client):

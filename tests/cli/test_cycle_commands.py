@@ -42,6 +42,26 @@ TAKEN = {
     "reason": "id_conflict",
     "message": "the id op_1 is in use otherwise",
 }
+CROWDED = {
+    **problem(429, "The tenant has too many holds", "the tenant has 3 holds")[1],
+    "triggered": False,
+    "reason": "too_many_holds",
+    "message": "the tenant has 3 holds",
+    "retry_after": 9,
+}
+OTHERWISE = {
+    **problem(409, "The budget is defined otherwise", "the budget 'agent' has another timezone in the store")[1],
+    "triggered": False,
+    "reason": "budget_mismatch",
+    "message": "the budget 'agent' has another timezone in the store",
+    "operation_ids": [],
+}
+INVALID = {
+    **problem(422, "Invalid request", "operation_id: must match op_…")[1],
+    "triggered": False,
+    "reason": "invalid_request",
+    "message": "operation_id: must match op_…",
+}
 DOWN = {
     **problem(503, "The store cannot be reached", "the store does not answer")[1],
     "triggered": False,
@@ -91,6 +111,9 @@ def test_each_trigger_has_an_id_of_its_own_unless_one_is_given(ktrdr: Run, servi
         ),
         (409, RUNNING, 3, "denied: A research cycle is already running: op_7"),
         (409, TAKEN, 1, "ktrdr: the id op_1 is in use otherwise"),
+        (429, CROWDED, 3, "denied: the tenant has 3 holds; retry in 9 s"),
+        (409, OTHERWISE, 1, "ktrdr: the budget 'agent' has another timezone in the store"),
+        (422, INVALID, 2, "ktrdr: operation_id: must match op_…"),
         (
             503,
             DOWN,

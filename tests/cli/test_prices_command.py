@@ -104,6 +104,27 @@ def test_configured_prices_and_a_fixed_cost_count(ktrdr: Run, environment: pytes
     fixed = ktrdr("prices", "show", "gpt-99", "--provider", "openai")
     assert rows(fixed.stdout)[1:] == [["Prices:", "fixed"], [], ["PART", "PRICE", "PER"], ["request", "$0.02", "1"]]
     assert rows(ktrdr("prices", "show", "gpt-99", "--provider", "openai", "--input", "5").stdout)[-3][-1] == "$0.02"
+    assert rows(ktrdr("prices", "show", "nonsense").stdout)[:2] == [["Model:", "any/nonsense"], ["Prices:", "fixed"]]
+    assert rows(ktrdr("prices", "show", "nonsense", "--output", "5").stdout)[-3][-1] == "$0.02"
+
+
+def test_a_price_for_the_beginning_of_a_name_is_found_without_its_provider(
+    ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "prices.toml"
+    table = "[[prices]]\nprovider = '{}'\nmodel = '{}'\ninput = {}\noutput = 2\n"
+    models = [("acme", "acme-*", 1), ("zeta", "acme-large-*", 3), ("other", "acme-small", 5)]
+    file.write_text("".join(table.format(*model) for model in models))
+    environment.setenv("KTRDR_PRICES_FILE", str(file))
+    for model, provider, price in (
+        ("acme-9", "acme", "$1.00"),
+        ("ACME-large-2", "zeta", "$3.00"),
+        ("acme-small", "other", "$5.00"),
+        ("acme-*", "acme", "$1.00"),
+    ):
+        shown = rows(ktrdr("prices", "show", model).stdout)
+        assert shown[0] == ["Model:", f"{provider}/{model}"]
+        assert shown[4] == ["input", price, "million"]
 
 
 @pytest.mark.parametrize(

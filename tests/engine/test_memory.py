@@ -35,7 +35,7 @@ def told(ops: list[Op]) -> list[tuple[str, list[str]]]:
     [
         (commit("a", (AGENT, ":r5")), "k - 7", ("D a", ["agent:x7"])),
         (commit("a", (AGENT, ":x7"), remark="model", trace="t1"), "k o 7", ("M a model t1", ["agent:x7"])),
-        (commit("a", (AGENT, ":x7")).in_detail(), "k l 7", ("D a", ["agent:x7"])),
+        (commit("a", (AGENT, ":x7")), "k l 7", ("D a", ["agent:x7"])),
         (commit("a", (AGENT, ":x7"), (JOBS, ":r1")), "k - 7,0", ("D a", ["agent:x7", "jobs:x0"])),
         (commit("a", (AGENT, ":x7"), trace="t1").otherwise("u"), "k - 7", ("D a", ["agent:x7"])),
         (plain("a", "N a 0 research t1", (AGENT, ":7")), "k - 7", ("N a 1 research t1", ["agent:7"])),
@@ -87,9 +87,9 @@ def test_whose_share_a_settlement_is_in_the_store_knows_best():
 
 def test_open_holds_are_asked_about_some_at_a_time_and_all_in_turn():
     known = Memory()
-    for number in range(5):
-        known.granted(f"op_{number}", [(AGENT, ":5")], "c", NOW_MS * 1000, NOW_MS + 900_000, "- - -")
-    known.granted("new", [(AGENT, ":5")], "c", (NOW_MS + 9_000) * 1000, NOW_MS + 900_000, "- - -")
+    for number, at_ms in enumerate([NOW_MS] * 5 + [NOW_MS + 9_000]):
+        record = f"o c {at_ms + 900_000} {at_ms * 1000} 0 - - -{AGENT.segment}5,,"
+        known.granted(f"op_{number}", [(AGENT, ":5")], record, at_ms)
     rounds = [known.unsettled(NOW_MS + 10_000, 2) for _ in range(5)]
     assert rounds == [["op_0", "op_1"], ["op_2", "op_3"], ["op_4"], [], ["op_0", "op_1"]]
     known.forget("op_0")
@@ -110,7 +110,8 @@ def test_what_is_forgotten_one_by_one_stays_in_the_share(monkeypatch):
 def test_a_hold_is_remembered_until_it_is_settled_or_too_old():
     known = Memory()
     for hold_id in ("a", "b"):
-        known.granted(hold_id, [(AGENT, ":5")], "c", NOW_MS * 1000, NOW_MS + 900_000, "me research t1")
+        record = f"o c {NOW_MS + 900_000} {NOW_MS * 1000} 0 me research t1{AGENT.segment}5,,"
+        known.granted(hold_id, [(AGENT, ":5")], record, NOW_MS)
     known.acknowledged(commit("a", (AGENT, ":x7")), "k - 7", NOW_MS)
     head = f"O b c {NOW_MS + 900_000} {NOW_MS * 1000} me research t1"
     assert told(known.holds(KEYS)) == [(head, ["agent:5:0"])]

@@ -10,7 +10,7 @@ import redis
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
 from ktrdr_budget.engine import scripts
-from ktrdr_budget.engine.protocol import Head, Op, encode_batch, parse_batch
+from ktrdr_budget.engine.protocol import Commit, Head, Op, Reservation, encode_batch, parse_batch
 from ktrdr_budget.engine.session import Session
 
 from ..helpers.keyspace import dump, immortal_keys
@@ -37,13 +37,31 @@ class Wire:
         self.head: Head | None = None
 
     def op(self, head: str, **parts: str) -> Op:
-        hold_id = head.split(" ")[3 if head[0] == "S" else 1]
+        letter, hold_id, *words = head.split(" ")
+        if letter == "S":
+            hold_id = words[1]
+        key = self.session.keys.hold(hold_id)
         windows = [(self.session.current_window(name), tail) for name, tail in parts.items()]
-        return Op(hold_id, self.session.keys.hold(hold_id), head, windows)
+        if letter == "R":
+            wanted = [(window, int(tail[1:])) for window, tail in windows]
+            ttl_ms, policy, *labels = words
+            return Reservation(hold_id, key, int(ttl_ms), policy, " ".join(labels), wanted, self.session.now_ms())
+        return Op(hold_id, key, head, windows)
 
-    def send(self, *ops: Op) -> list[str]:
+    def commit(self, hold_id: str, *, counted: dict[str, int], **spent: int) -> Commit:
+        """One that may go the simple way."""
+        windows = {name: self.session.current_window(name) for name in spent}
+        parts = [(windows[name], f":x{units}") for name, units in spent.items()]
+        made = Commit(hold_id, self.session.keys.hold(hold_id), parts, True, "-", "-")
+        made.simplify(self.record(hold_id), [(windows[name], counted[name]) for name in spent], [*spent.values()])
+        return made
+
+    def send(self, *ops: Op, simple: bool = False) -> list[str]:
         header = self.session.header
-        name, self.keys, args = encode_batch(self.session.keys, header, ops)
+        for op in ops:
+            op.brief = op.brief or (op.head if op.letter == "R" else None)
+        name, self.keys, args = encode_batch(self.session.keys, header, ops, simple=simple)
+        assert (name == "simple") == simple
         reply = self.client.eval(scripts.script(name).source, len(self.keys), *self.keys, *args)
         self.head, lines = parse_batch(reply)
         self.session.absorb(self.head, header)
@@ -148,13 +166,11 @@ def test_reserve_refuses_windows_that_are_not_now_and_definitions_that_differ(cl
 def test_commit_replies(wire):
     wire.reserve("op_1", agent=150, cycles=2, jobs=1)
     parts = {"agent": ":x70", "cycles": ":r2", "jobs": ":x1"}
-    assert wire.ask("C op_1", **parts) == "k - 70,2,0"
-    assert wire.ask("C op_1", **parts) == "s", "not open: in detail, please"
+    assert wire.ask("D op_1", **parts) == "k - 70,2,0"
     assert wire.ask("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
     assert Wire(wire.client).ask("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
     assert wire.ask("D op_1", **{**parts, "agent": ":x71"}) == f"c {wire.record('op_1')}"
     assert wire.ask("L op_1 0", **parts) == f"c {wire.record('op_1')}"
-    assert wire.ask("C nobody", agent=":x1") == "u"
     assert wire.ask("D nobody", agent=":x1") == "u"
     assert (wire.sums("agent"), wire.ledger("agent")) == (figures(spent=70, events=1), [70])
     assert wire.sums("cycles") == figures(spent=2, events=1)
@@ -167,10 +183,9 @@ def figures(**given: int) -> dict[str, int]:
 
 def test_commit_flags_overruns_and_late_ones(wire):
     wire.reserve("op_1", agent=150)
-    assert wire.ask("C op_1", agent=":x151") == "k o 151"
+    assert wire.ask("D op_1", agent=":x151") == "k o 151"
     wire.reserve("op_2", ttl_ms=1000, agent=150)
     wire.wait_due("op_2")
-    assert wire.ask("C op_2", agent=":x151") == "s"
     assert wire.ask("D op_2", agent=":x151") == "k ol 151"
     assert wire.ledger("agent") == [151, 150, 1], "the charge at its deadline, and what corrects it"
     assert wire.sums("agent") == figures(spent=302, events=4 - 1, overruns=2)
@@ -180,7 +195,7 @@ def test_commit_modes(wire):
     for hold_id, mode, told in (("op_1", "x70", 70), ("op_2", "r150", 150), ("op_3", "a0", 80), ("op_4", "a90", 90)):
         wire.reserve(hold_id, agent=150)
         assert wire.ask(f"E {hold_id} 60000 0", agent=":80:0").startswith("e o ")
-        assert wire.ask(f"C {hold_id}", agent=f":{mode}") == f"k - {told}"
+        assert wire.ask(f"D {hold_id}", agent=f":{mode}") == f"k - {told}"
 
 
 def test_release_replies(wire):
@@ -201,7 +216,6 @@ def test_a_settlement_that_does_not_name_all_windows_is_asked_for_them(wire):
     wire.reserve("op_1", agent=150, cycles=1)
     for head in ("D op_1", "L op_1 0", "E op_1 60000 0", "X op_1"):
         assert wire.ask(head, agent=":x70" if head[0] != "E" else ":0:0") == f"v {wire.record('op_1')}"
-    assert wire.ask("C op_1", agent=":x70") == "s"
 
 
 @pytest.mark.parametrize("letter", ["N", "K"])
@@ -229,7 +243,6 @@ def test_record_replies(client, wire, letter):
 
 TOUCHING = {
     "R new 60000 c - - -": ":150",
-    "C op_1": ":x70",
     "D op_1": ":x70",
     "M op_1 model trace": ":x70",
     "L op_1 0": ":x0",
@@ -237,6 +250,8 @@ TOUCHING = {
     "E op_1 60000 0": ":30:200",
     "X op_x": "",
     "H op_1": ":10",
+    "P op_1 c 9999999999999 1764000000000000 - - -": ":20:20:0",
+    "P new c 9999999999999 1764000000000000 - - -": ":20:20:0",
     "N new 0 - -": ":20",
     "K new 1 - -": ":20",
     "T -": ":20",
@@ -270,18 +285,26 @@ def stored(wire: Wire) -> dict[str, object]:
 
 @pytest.mark.parametrize("head", TOUCHING)
 def test_nothing_is_written_into_half_a_window(begun, head):
+    before, missing = stored(begun), f"t agent:{day(begun)}"
+    assert begun.ask(head, agent=TOUCHING[head]) == missing
+    assert begun.send(begun.op(head, agent=TOUCHING[head]), begun.op("L nobody 0", cycles=":x0")) == [missing, "u"]
+    assert stored(begun) == before
+
+
+def test_nor_is_it_in_the_simple_way(begun):
     before = stored(begun)
-    words = {"s"} if head[0] == "C" else {f"t agent:{day(begun)}"}
-    assert begun.ask(head, agent=TOUCHING[head]) in words
-    with_another = begun.send(begun.op(head, agent=TOUCHING[head]), begun.op("L nobody 0", cycles=":x0"))
-    assert with_another[0] in words | {f"t agent:{day(begun)}"} and with_another[1] == "u"
+    commits = [
+        begun.commit("op_1", counted={"agent": 150}, agent=70),
+        begun.commit("op_2", counted={"cycles": 1}, cycles=1),
+    ]
+    assert begun.send(*commits, simple=True) == ["s", "s"]
     assert stored(begun) == before
 
 
 def test_other_windows_of_the_same_batch_go_on(begun):
     missing = f"t agent:{day(begun)}"
-    commit, lacking = begun.op("C op_2", cycles=":x1"), begun.op("C op_both", cycles=":x1", agent=":x70")
-    assert begun.send(begun.op("C op_1", agent=":x70"), lacking, commit) == ["s", "s", "k - 1"]
+    commit, lacking = begun.op("D op_2", cycles=":x1"), begun.op("D op_both", cycles=":x1", agent=":x70")
+    assert begun.send(begun.op("D op_1", agent=":x70"), lacking, commit) == [missing, missing, "k - 1"]
     assert begun.sums("cycles") == figures(spent=1, held=1, events=1)
     reserve = begun.op("R op_3 60000 c - - -", cycles=":1")
     assert begun.send(begun.op("D op_both", cycles=":x1", agent=":x70"), reserve) == [missing, "g"]
@@ -291,22 +314,16 @@ def test_other_windows_of_the_same_batch_go_on(begun):
 
 def test_what_is_settled_is_told_without_its_window(client, wire):
     wire.reserve("op_1", agent=150)
-    wire.ask("C op_1", agent=":x70")
+    wire.ask("D op_1", agent=":x70")
     client.delete(wire.session.current_window("agent").key)
     assert wire.ask("D op_1", agent=":x70").startswith("p - 70 ")
     assert wire.reserve("op_1", agent=150).startswith("p c ")
 
 
-def test_an_ordinary_commit_asks_for_no_window(client, wire):
-    for number in range(3):
-        wire.reserve(f"op_{number}", agent=150, cycles=1)
-    client.config_resetstat()
-    wire.ask("C op_0", agent=":x70", cycles=":x1")
-    lone = {name: found["calls"] for name, found in client.info("commandstats").items()}
-    assert not lone.keys() & {"cmdstat_exists", "cmdstat_hlen", "cmdstat_hget"}
-    assert lone["cmdstat_hincrby"] == 9, "held, spent, share and events of each window; what this replica wrote"
-    wire.send(*(wire.op(f"C op_{number}", agent=":x70", cycles=":x1") for number in (1, 2)))
-    assert wire.sums("agent") == figures(spent=210, events=3)
+def test_a_simple_commit_is_in_the_share_of_whoever_made_it(wire):
+    wire.reserve("op_1", agent=150)
+    assert wire.send(wire.commit("op_1", counted={"agent": 150}, agent=70), simple=True) == ["k"]
+    assert Wire(wire.client).ask("D op_1", agent=":x70") == f"p - 70 {wire.session.replica_id}"
 
 
 # -- what is told again after a loss -----------------------------------------------------------------------------------
@@ -356,7 +373,7 @@ def test_extend_replies(wire):
     denied = wire.ask("E op_1 90000 1", agent=f":0:{limit + 1}")
     assert denied.startswith(f"d agent:{day(wire)} {limit} 0 250 0 {limit + 1 - 250} ")
     assert wire.reserve("op_1", agent=150).startswith("p "), "a retry of the reservation names what it asked for"
-    wire.ask("C op_1", agent=":x70")
+    wire.ask("D op_1", agent=":x70")
     assert wire.ask("E op_1 90000 0", agent=":0:0") == f"c {wire.record('op_1')}"
 
 
@@ -467,7 +484,7 @@ def test_an_open_hold_that_is_known_is_raised_to_what_it_was_and_never_lowered(w
     assert wire.ask(head, agent=":180:240", jobs=":1:0") == "p"
     assert (wire.sums("agent")["held"], wire.sums("jobs")["held"]) == (250, 1)
     assert ",150,200,250," in wire.record("op_1")
-    assert wire.ask("C op_1", agent=":x70", jobs=":x0") == "k - 70,0"
+    assert wire.ask("D op_1", agent=":x70", jobs=":x0") == "k - 70,0"
     assert wire.sums("agent") == figures(spent=70, events=1)
 
 
@@ -485,6 +502,128 @@ def test_a_store_of_another_schema_is_refused(client, wire):
     assert list(client.scan_iter()) == ["ktrdr:{t}:meta"]
 
 
+# -- the simple way ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def usual(wire: Wire) -> Wire:
+    """Everything is as the simple script wants it: each budget has its window, and this replica's limit."""
+    wire.reserve("first", agent=1, cycles=1, jobs=1, all=1)
+    return wire
+
+
+def test_the_simple_way_reserves_and_commits_as_the_long_way_does(client, usual):
+    amounts, spent = {"agent": 150, "cycles": 2, "jobs": 1}, {"agent": 151, "cycles": 1, "jobs": 0}
+    parts = {name: f":{units}" for name, units in amounts.items()}
+    records, sums, expiries = {}, {}, {}
+    for simple in (False, True):
+        hold_id = f"op_{simple}"
+        before = {name: usual.sums(name) for name in amounts}
+        assert usual.send(usual.op(f"R {hold_id} 60000 a me research t1", **parts), simple=simple) == ["g"]
+        assert client.zscore("ktrdr:{t}:due", hold_id) == int(usual.record(hold_id).split(" ")[2])
+        granted, expires_ms = usual.record(hold_id), client.pexpiretime(usual.session.keys.hold(hold_id))
+        commit = usual.commit(hold_id, counted=amounts, **spent)
+        [line] = usual.send(commit, simple=simple)
+        assert (commit.told if simple else line) == "k o 151,1,0"
+        assert client.zscore("ktrdr:{t}:due", hold_id) is None
+        assert 0 < client.pttl(usual.session.keys.hold(hold_id)) <= DAY_MS
+        times = granted.split(" ")[2:4]
+        records[simple] = [
+            text.replace(times[0], "").replace(times[1], "") for text in (granted, usual.record(hold_id))
+        ]
+        expiries[simple] = expires_ms
+        after = {name: usual.sums(name) for name in amounts}
+        sums[simple] = {name: {key: after[name][key] - before[name][key] for key in before[name]} for name in before}
+    assert records[True] == records[False]
+    assert 0 <= expiries[True] - expiries[False] < 60_000, "of windows without end: long after now"
+    assert sums[True] == sums[False]
+    assert usual.ledger("agent") == [151, 151]
+    kinds = [fields["e"] for _, fields in client.xrange(usual.session.current_window("agent").ledger_key)]
+    assert kinds == ["commit op_False research t1", "commit op_True research t1"]
+    assert immortal_keys(client) == []
+
+
+def test_the_simple_way_decides_a_batch_in_order_and_to_the_unit(usual):
+    limit = 5 * 10**9
+    lines = usual.send(*(usual.op(f"R op_{n} 60000 c - - -", agent=f":{limit // 4}") for n in range(4)), simple=True)
+    assert lines == ["g", "g", "g", "s"], "one unit is held"
+    commit = usual.commit("op_0", counted={"agent": limit // 4}, agent=limit // 4 - 7)
+    surplus = usual.op("R op_4 60000 c - - -", agent=f":{limit // 4 + 7}")
+    again = usual.op("R op_5 60000 c - - -", agent=f":{limit // 4 + 5}")
+    assert usual.send(commit, surplus, again, usual.op("R op_6 60000 c - - -", agent=":1"), simple=True) == [*"ksgg"]
+    assert usual.sums("agent") == figures(spent=limit // 4 - 7, held=limit * 3 // 4 + 7, events=1)
+    assert usual.head.writes == usual.session._acknowledged == 3
+
+
+def test_what_does_not_fit_the_simple_way_leaves_large_sums_exact(client):
+    wire = Wire(client, [Budget("agent", None, unit="tokens"), Budget("few", 1, unit="tokens")])
+    wire.reserve("first", agent=1, few=1)
+    most = 2**53 - 2
+    refused = wire.op("R op_1 60000 c - - -", agent=f":{most}", few=":1")
+    lines = wire.send(wire.op("R op_0 60000 c - - -", agent=":2"), refused, simple=True)
+    assert lines == ["g", "s"]
+    assert wire.sums("agent")["held"] == 3
+
+
+def test_what_is_not_simple_is_said_to_be_so_and_changes_nothing(client, usual):
+    usual.reserve("op_1", agent=150)
+    stale = usual.commit("op_1", counted={"agent": 150}, agent=70)
+    usual.ask("E op_1 60000 0", agent=":30:0")
+    usual.reserve("op_2", 1000, agent=150)
+    due = usual.commit("op_2", counted={"agent": 150}, agent=70)
+    usual.wait_due("op_2")
+    lost = usual.commit("op_1", counted={"agent": 150}, agent=70)
+    lost.id, lost.key = "nobody", usual.session.keys.hold("nobody")
+    before = dump(client)
+    taken = usual.op("R op_1 60000 c - - -", agent=":150")
+    mixed = usual.op("R op_3 60000 c - - -", agent=":1", cycles=":11")
+    assert usual.send(stale, due, lost, taken, mixed, simple=True) == ["s"] * 5
+    yesterday = usual.yesterday()
+    yesterday.session.absorb(usual.head, yesterday.session.header)
+    yesterday.session.set_clock(usual.now_us() - DAY_MS * 1000)
+    newer = Wire(client, [Budget("agent", "7.00")])
+    newer.session.set_clock(usual.now_us())
+    other = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
+    for replica in (yesterday, newer, other):
+        assert replica.send(replica.op("R op_4 60000 c - - -", agent=":1"), simple=True) == ["s"]
+    assert dump(client) == before
+
+
+@pytest.mark.parametrize("change", ["epoch", "acknowledged", "repair", "crowded", "window"])
+def test_a_store_that_is_not_as_usual_is_not_simple(client, usual, change):
+    meta, keys = "ktrdr:{t}:meta", usual.session.keys
+    usual.reserve("op_1", agent=150)
+    commit = usual.commit("op_1", counted={"agent": 150}, agent=70)
+    match change:
+        case "epoch":
+            client.hset(meta, "epoch", "1.0123456789abcdef0123456789abcdef")
+        case "acknowledged":
+            client.hset(meta, f"r:{usual.session.replica_id}", 0)
+        case "repair":
+            client.hset(meta, "recovering_until", usual.now_us() // 1000 + 60_000)
+        case "crowded":
+            client.hset(meta, "crowded", "1")
+        case "window":
+            client.delete(usual.session.current_window("agent").key)
+    before = dump(client)
+    assert usual.send(usual.op("R op_2 60000 c - - -", agent=":150"), simple=True) == ["s"]
+    assert dump(client) == before
+    expected = "k" if change in ("repair", "crowded") else "s"
+    assert usual.send(commit, simple=True) == [expected], "facts need no admission"
+    assert keys.meta == meta
+
+
+def test_a_limit_of_run_time_counts_the_simple_way_too(client, usual):
+    until_ms = usual.now_us() // 1000 + 60_000
+    client.hset("ktrdr:{t}:meta", "limits", "1")
+    for changed, line in ((f"{10**10} 0", "g"), ("100 0", "s"), (f"- {until_ms}", "g"), ("100 1", "s")):
+        client.hset("ktrdr:{t}:limits", "agent", changed)
+        hold_id = f"op_{changed.replace(' ', '_')}"
+        assert usual.send(usual.op(f"R {hold_id} 60000 c - - -", agent=f":{6 * 10**9}"), simple=True) == [line], changed
+        if line == "g":
+            usual.ask(f"L {hold_id} 0", agent=":x0")
+
+
 # -- figures and expiry ------------------------------------------------------------------------------------------------
 
 
@@ -496,7 +635,7 @@ def test_amounts_of_sixteen_digits_are_kept_to_the_unit(client, units):
     assert wire.sums("all")["held"] == units
     assert wire.ask("E op_1 60000 0", all=f":{units - 1}:0").startswith("e ")
     assert f",{units},{units - 1}," in wire.record("op_1")
-    assert wire.ask("C op_1", all=":a0") == f"k - {units - 1}"
+    assert wire.ask("D op_1", all=":a0") == f"k - {units - 1}"
     assert wire.sums("all") == figures(spent=units - 1, events=1)
     assert wire.ledger("all") == [units - 1]
 
@@ -504,7 +643,7 @@ def test_amounts_of_sixteen_digits_are_kept_to_the_unit(client, units):
 def test_windows_and_ledgers_expire_a_day_and_the_retention_after_their_end(client):
     wire = Wire(client, retention_ms=1234)
     wire.reserve("op_1", agent=150)
-    wire.ask("C op_1", agent=":x70")
+    wire.ask("D op_1", agent=":x70")
     window = wire.session.current_window("agent")
     expected = window.span.end_ms + DAY_MS + 1234
     assert [client.pexpiretime(key) for key in (window.key, window.ledger_key)] == [expected] * 2
@@ -513,7 +652,7 @@ def test_windows_and_ledgers_expire_a_day_and_the_retention_after_their_end(clie
 def test_upstash_an_id_is_forgotten_when_its_memory_ends(client):
     """Its script compared a number with a string, so that the expiry was never set."""
     wire = Wire(client, id_memory_ms=40)
-    for hold_id, settle in (("op_1", "C op_1"), ("op_2", "L op_2 0")):
+    for hold_id, settle in (("op_1", "D op_1"), ("op_2", "L op_2 0")):
         wire.reserve(hold_id, agent=150)
         assert client.pttl(f"ktrdr:{{t}}:h:{hold_id}") > DAY_MS, "an open hold lives as long as its windows"
         assert wire.ask(settle, agent=":x70").startswith("k ")
@@ -522,10 +661,18 @@ def test_upstash_an_id_is_forgotten_when_its_memory_ends(client):
     assert wire.sums("agent") == figures(spent=90, events=2)
 
 
-def test_an_endless_ledger_stays_bounded_and_adds_up(client):
+@pytest.mark.parametrize("simple", [False, True])
+def test_an_endless_ledger_stays_bounded_and_adds_up(client, simple):
     wire = Wire(client, ledger_entries_max=500)
+    wire.reserve("first", all=1)
     for first in range(0, 3000, 100):
-        wire.send(*(wire.op(f"N op_{n} 0 - -", all=f":{n}") for n in range(first, first + 100)))
+        ids = [f"op_{n}" for n in range(first, first + 100)]
+        if simple:
+            wire.send(*(wire.op(f"R {hold_id} 60000 c - - -", all=":5000") for hold_id in ids), simple=True)
+            commits = [wire.commit(hold_id, counted={"all": 5000}, all=int(hold_id[3:])) for hold_id in ids]
+            wire.send(*commits, simple=True)
+        else:
+            wire.send(*(wire.op(f"N {hold_id} 0 - -", all=f":{hold_id[3:]}") for hold_id in ids))
     assert sum(wire.ledger("all")) == wire.sums("all")["spent"] == sum(range(3000))
     assert client.xlen(wire.session.current_window("all").ledger_key) <= 500 + 1024
     assert [fields["e"].split(" ")[0] for _, fields in client.xrange("ktrdr:{t}:l:all:ever")].count("carried") >= 1
@@ -580,7 +727,6 @@ def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, cl
         ("R new 60000 c - - -", {"agent": ":150", "cycles": ":1"}),
         ("R op_6 60000 c - - -", {"agent": ":150", "cycles": ":1"}),
         ("R denied 60000 c - - -", {"agent": ":7000000000"}),
-        ("C op_6", settle),
         ("D op_7", settle),
         ("D op_1", settle),
         ("L op_8 0", settle),
@@ -602,6 +748,14 @@ def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, cl
             strict(wire)
             [line] = wire.send(op)
             assert line[0] in "gpdkex", (head, line)
+    client.hdel(setup.session.keys.meta, "recovering_until")
+    simple = setup.commit("op_6", counted={"agent": 150, "cycles": 1}, agent=70, cycles=1)
+    ops = [simple, setup.op("R newer 60000 c - - -", agent=":150", cycles=":1")]
+    _, setup.keys, _ = encode_batch(setup.session.keys, setup.session.header, ops, simple=True)
+    with server.client() as other:
+        setup.client = other
+        strict(setup)
+        assert setup.send(*ops, simple=True) == ["k", "g"]
     client.acl_deluser("strict")
 
 

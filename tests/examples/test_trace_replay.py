@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from examples import trace_replay
 from examples.trace_replay import TRACE, draw, read_trace
 
 from ..helpers.keyspace import immortal_keys
@@ -54,6 +55,24 @@ def test_the_trace_is_whole() -> None:
     assert sum(request.input_tokens + 5 * request.output_tokens for request in trace) == 19_289_454
     assert all(earlier.at_s <= later.at_s for earlier, later in itertools.pairwise(trace))
     assert "CC-BY 4.0" in TRACE.with_name("README.md").read_text()
+
+
+def test_the_hour_is_drawn_into_the_current_directory_unless_told_otherwise(
+    server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    drawn: list[str] = []
+    monkeypatch.setattr(trace_replay, "run", _nothing_admitted)
+    monkeypatch.setattr(trace_replay, "draw", lambda path, *_: drawn.append(path))
+    assert trace_replay.main(["--requests", "3", "--store", server.url]) == 0
+    assert drawn == ["trace_replay.png"]
+    assert trace_replay.main(["--requests", "3", "--store", server.url, "--picture", ""]) == 0
+    assert len(drawn) == 1
+    assert "/trace_replay.png" in (ROOT / ".gitignore").read_text().splitlines()
+
+
+async def _nothing_admitted(replay: Any, requests: list[Any], processes: int) -> Any:
+    return [False] * len(requests), [trace_replay.Sample(0, 0, 0)]
 
 
 def test_a_picture_is_drawn_of_few_samples(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 from decimal import Decimal
 
@@ -291,3 +292,35 @@ def test_generators_are_refused():
 def test_arguments_that_are_not_usable_are_refused_where_the_function_is_written(budget, options):
     with pytest.raises(InvalidArgument):
         budgeted(budget, **options)
+
+
+async def test_what_outlives_a_function_is_charged_with_what_the_function_told(client, limiter):
+    meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", "10", "50")]))
+
+    @budgeted("agent", estimate="0.15", limiter=limiter, cost=lambda _: "0.02")
+    async def stream():
+        call = meter.call(provider="acme", model="road", input_tokens_max=1000, output_tokens_max=1000)
+        return await call.__aenter__()
+
+    call = await stream()
+    assert spent_and_held(client) == (0, to_units("0.15"))
+    call.finish(Usage(1000, 100))
+    await call.__aexit__(None, None, None)
+    assert spent_and_held(client) == (to_units("0.02") + to_units("0.015"), 0)
+
+
+class Scan:
+    """Can be called, and has no name of its own."""
+
+    def __call__(self, pages: int) -> int:
+        return pages
+
+
+async def test_a_partial_and_a_callable_object_are_budgeted_under_the_name_of_what_they_call(limiter, sync_limiter):
+    async def research(topic: str) -> str:
+        return topic
+
+    assert await budgeted("agent", "0.1", limiter=limiter)(functools.partial(research, "rain"))() == "rain"
+    assert budgeted("agent", "0.1", limiter=sync_limiter)(functools.partial(functools.partial(Scan()), 2))() == 2
+    labels = [entry.operation.rpartition(".")[2] for entry in await limiter.ledger("agent")]
+    assert labels == ["Scan", "research"]

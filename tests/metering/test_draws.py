@@ -11,7 +11,7 @@ from decimal import Decimal
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, StoreUnavailable
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict, StoreUnavailable
 from ktrdr_budget.metering.meter import Meter
 from ktrdr_budget.metering.prices import ModelPrice, Prices
 from ktrdr_budget.metering.usage import Usage
@@ -54,7 +54,7 @@ async def test_a_call_that_fits_asks_the_store_nothing(client, limiter, meter):
         assert (hold.accrued, hold.drawn, call.hold) == ({"agent": Decimal("0.015")}, {"agent": 0}, None)
         assert dump(client) == before
     assert spent_and_held(client) == (COST, 0)
-    assert [entry.operation for entry in await limiter.ledger("agent")] == ["cycle chat acme/road configured"]
+    assert [entry.operation for entry in await limiter.ledger("agent")] == ["cycle configured chat acme/road"]
 
 
 def test_a_sync_call_draws_too(client, sync_limiter):
@@ -126,7 +126,27 @@ async def test_each_way_through_a_call_in_a_hold(client, limiter, meter, said, r
             assert raises
         assert (hold.accrued, hold.drawn) == ({"agent": from_units(accrued + 1)}, {"agent": 0})
     assert spent_and_held(client) == (accrued + 1, 0)
-    assert (await limiter.ledger("agent"))[0].operation.endswith("estimated") == estimated
+    assert (await limiter.ledger("agent"))[0].operation.startswith("estimated ") == estimated
+
+
+async def test_the_ledger_tells_an_estimate_and_whose_prices_however_many_models_were_called(limiter):
+    models = [f"road-{'x' * 30}-{number}" for number in range(9)]
+    meter = Meter(limiter, pricer=Prices([ModelPrice("acme", model, "1", "5") for model in models]))
+    async with limiter.hold("agent", "0.15", operation="cycle"):
+        for model in models:
+            async with meter.call(**CALL | {"model": model}) as call:
+                call.finish(USED) if model != models[-1] else call.report(USED)
+    (entry,) = await limiter.ledger("agent")
+    assert entry.operation.startswith(f"cycle estimated configured chat acme/{models[0]} chat acme/{models[1]}")
+
+
+async def test_a_label_keeps_its_price_list_however_long_the_name_of_the_model_is(limiter):
+    model = "road-" + "x" * 300
+    meter = Meter(limiter, pricer=Prices([ModelPrice("acme", model, "1", "5")]))
+    async with meter.call(**CALL | {"model": model}) as call:
+        call.report(USED)
+    (entry,) = await limiter.ledger("agent")
+    assert entry.operation.endswith("xxx configured estimated")
 
 
 async def test_a_hold_whose_calls_all_were_rejected_or_denied_costs_nothing(client, limiter, meter):
@@ -209,15 +229,122 @@ async def test_a_hold_that_is_settled_is_drawn_from_no_more(client, limiter, met
     assert spent_and_held(client) == (to_units("0.02") + COST, 0)
 
 
-async def test_a_call_that_outlives_its_hold_is_recorded_all_the_same(client, limiter, meter):
-    async with limiter.hold("agent", "0.15"):
+async def test_a_hold_that_is_left_while_a_call_goes_on_stays_until_the_call_has_ended(client, limiter, meter):
+    async with limiter.hold("agent", "0.06") as hold:
         call = await meter.call(**CALL).__aenter__()
         call.report(Usage(1000))
-    assert spent_and_held(client) == (to_units("0.01"), 0)
+    assert (hold.state, spent_and_held(client)) == ("open", (0, WORST))
+    with pytest.raises(BudgetExceeded):  # the worst case of the call counts
+        await limiter.reserve("agent", "0.95")
     call.finish(USED)
     await call.__aexit__(None, None, None)
+    assert (hold.state, spent_and_held(client)) == ("committed", (COST, 0))
+    assert [entry.kind for entry in await limiter.ledger("agent")] == ["commit"]
+
+
+def test_a_sync_hold_that_is_left_while_a_call_goes_on_stays_too(client, sync_limiter):
+    meter = Meter(sync_limiter, pricer=PRICES)
+    with sync_limiter.hold("agent", "0.06"):
+        call = meter.call(**CALL).__enter__()
+    assert spent_and_held(client) == (0, WORST)
+    call.finish(USED)
+    call.__exit__(None, None, None)
     assert spent_and_held(client) == (COST, 0)
-    assert [entry.kind for entry in await limiter.ledger("agent")] == ["record", "commit"]
+
+
+async def test_the_last_of_several_calls_settles_the_hold_that_was_left(client, limiter, meter):
+    async with limiter.hold("agent", "0.15"):
+        async with meter.call(**CALL) as done:
+            done.finish(USED)
+        first, second = [await meter.call(**CALL).__aenter__() for _ in range(2)]
+    first.finish(USED)
+    await first.__aexit__(None, None, None)
+    assert spent_and_held(client) == (0, to_units("0.15"))
+    second.rejected()
+    await second.__aexit__(None, None, None)
+    assert spent_and_held(client) == (2 * COST, 0)
+
+
+async def test_a_block_that_fails_while_a_call_goes_on_leaves_its_hold_to_the_call(client, limiter, meter):
+    calls = []
+    for on_error in ("release", "charge"):
+        with pytest.raises(Work):
+            async with limiter.hold("agent", "0.06", on_error=on_error):
+                calls.append(await meter.call(**CALL).__aenter__())
+                raise Work
+    assert spent_and_held(client) == (0, 2 * WORST)
+    for call in calls:
+        call.rejected()
+        await call.__aexit__(None, None, None)
+    assert spent_and_held(client) == (0, WORST)  # the one to be charged comes due
+
+
+async def test_a_call_made_after_the_block_was_left_reserves_on_its_own(client, limiter, meter):
+    async with limiter.hold("agent", "0.06"):
+        call = await meter.call(**CALL).__aenter__()
+        context = copy_context()
+    late = meter.call(**CALL)
+    await asyncio.create_task(late.__aenter__(), context=context)
+    assert late.hold is not None
+    for each in (late, call):
+        each.finish(USED)
+        await each.__aexit__(None, None, None)
+    assert spent_and_held(client) == (2 * COST, 0)
+
+
+async def test_heartbeats_go_on_until_the_last_call_has_ended(client, limiter, meter):
+    async with limiter.hold("agent", "0.06", ttl=1) as hold:
+        call = await meter.call(**CALL).__aenter__()
+        before = hold.expires_at
+    await until(lambda: hold.expires_at > before)
+    assert hold.state == "open"
+    call.finish(USED)
+    await call.__aexit__(None, None, None)
+    beats = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]
+    assert "Heartbeat" not in repr(beats)
+    assert spent_and_held(client) == (COST, 0)
+
+
+async def test_a_hold_is_not_settled_explicitly_while_a_call_goes_on(client, limiter, meter):
+    async with limiter.hold("agent", "0.15") as hold:
+        async with meter.call(**CALL) as call:
+            for settle in (lambda: hold.commit("0.02"), hold.release):
+                with pytest.raises(HoldConflict, match="under way"):
+                    await settle()
+            assert spent_and_held(client) == (0, to_units("0.15"))
+            call.finish(USED)
+        await hold.commit("0.02")
+    assert spent_and_held(client) == (to_units("0.02"), 0)
+
+
+async def test_a_call_in_a_hold_that_is_settled_by_its_id_is_recorded_all_the_same(client, limiter, meter):
+    async with limiter.hold("agent", "0.15") as hold:
+        async with meter.call(**CALL) as call:
+            await limiter.release(hold.id)
+            hold.state = "released"  # as a heartbeat would tell it
+            call.finish(USED)
+        assert [entry.kind for entry in await limiter.ledger("agent")] == ["record"]
+    assert spent_and_held(client) == (COST, 0)
+
+
+async def test_a_denied_call_can_be_the_last_of_a_hold_that_was_left(client, limiter):
+    meter = Meter(limiter, ["agent", "tokens"], PRICES)
+    reserve, waits = limiter.reserve, asyncio.Event()
+
+    async def slowly(*args, **named):
+        await waits.wait()
+        return await reserve(*args, **named)
+
+    await limiter.record("tokens", 99_000)
+    async with limiter.hold("agent", "0.06") as hold:
+        limiter.reserve = slowly
+        denied = asyncio.create_task(meter.call(**CALL).__aenter__())
+        await until(lambda: hold.busy)
+    assert spent_and_held(client) == (0, WORST)
+    waits.set()
+    with pytest.raises(BudgetExceeded):
+        await denied
+    assert spent_and_held(client) == (0, 0)
 
 
 async def test_a_hold_that_had_expired_is_admitted_again_before_it_is_drawn_from(client, limiter, meter):

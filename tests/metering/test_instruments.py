@@ -163,9 +163,47 @@ async def test_a_denied_call_has_a_span_and_is_not_measured(recorded, reader, me
     with pytest.raises(BudgetExceeded):
         await meter.call(**CALL | {"output_tokens_max": 10**6}).__aenter__()
     found = recorded["chat road"]
-    assert (found.attributes["error.type"], found.status.status_code) == ("BudgetExceeded", StatusCode.ERROR)
+    assert (found.attributes["outcome"], found.attributes["reason"]) == ("denied", "exceeds_limit")
+    assert found.status.status_code is StatusCode.UNSET, "a denial is an outcome"
     assert metrics(reader) == {}
     assert not get_current_span().get_span_context().is_valid
+
+
+async def test_a_call_that_is_cancelled_has_the_outcome_of_that(recorded, meter):
+    with pytest.raises(asyncio.CancelledError):
+        async with meter.call(**CALL) as call:
+            call.report(Usage(1000, 20))
+            raise asyncio.CancelledError
+    found = recorded["chat road"]
+    assert (found.attributes["outcome"], found.status.status_code) == ("cancelled", StatusCode.UNSET)
+    assert found.attributes["ktrdr.budget.cost"] == 0.011
+
+
+async def test_whoever_counts_tokens_is_told_those_that_were_charged(meter):
+    counted: list[int] = []
+    with pytest.raises(ConnectionResetError):
+        token = instruments.charged_tokens.set(counted.append)
+        try:
+            async with meter.call(**CALL) as call:
+                call.finish(Usage(1000, 20))
+            async with meter.call(**CALL) as call:
+                call.rejected()
+            async with meter.call(**CALL) as call:
+                call.report(Usage(0, 20))
+                raise ConnectionResetError
+        finally:
+            instruments.charged_tokens.reset(token)
+    assert counted == [1020, 0, 1020]
+
+
+async def test_a_fixed_cost_hides_no_tokens(server):
+    counted: list[int] = []
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+        token = instruments.charged_tokens.set(counted.append)
+        async with Meter(limiter, pricer=Prices(fixed_cost="0.01")).call(**CALL) as call:
+            call.finish(Usage(1000, 20))
+        instruments.charged_tokens.reset(token)
+    assert counted == [1020]
 
 
 async def test_the_span_of_a_stream_is_not_current_and_may_end_elsewhere(recorded, meter, caplog):

@@ -266,18 +266,23 @@ class Reference:
         if replica >= window.asserted_by:
             window.asserted, window.asserted_by = self.configured[replica][window.budget.name], replica
 
-    def _check_room(self, needs: list[tuple[WindowModel, int, int, int | None]]) -> None:
+    def _check_room(
+        self, needs: list[tuple[WindowModel, int, int, int | None]], hold: HoldModel | None = None, weight: Mapping = {}
+    ) -> None:
         """Refuses for the first window, in the order given, that cannot take what is needed of it.
 
-        Each with what is needed, what is a fact and counted before, and the limit in force.
+        Each with what is needed, what is a fact and counted before, and the limit in force. Where it is needed for a
+        hold that is there already: that, and what it would count.
         """
         for window, need, fact, limit in needs:
             cap = CLOSED - 1 if limit is None else limit
             if need and (window.total + fact + need > cap or window.total >= CLOSED):
-                raise Refused("BudgetExceeded", **self._denial(window, need, cap))
+                raise Refused("BudgetExceeded", **self._denial(window, need, cap, hold, weight))
 
-    def _denial(self, window: WindowModel, requested: int, limit: int) -> dict:
-        if requested > limit:
+    def _denial(
+        self, window: WindowModel, requested: int, limit: int, hold: HoldModel | None, weight: Mapping[str, int]
+    ) -> dict:
+        if max(requested, weight.get(window.budget.name, 0)) > limit:
             reason = "exceeds_limit"
         elif window.spent + window.unconfirmed + requested <= limit:
             reason = "budget_held"
@@ -286,7 +291,7 @@ class Reference:
         remaining = 0 if window.total >= CLOSED else max(0, limit - window.total)
         returns = [] if window.ends_ms is None else [window.ends_ms]
         if reason == "budget_held":
-            returns += [hold.deadline_ms for hold in self.holds.values() if hold.state == "open"]
+            returns += self._first_return(window, hold)
         if reason == "exceeds_limit":
             returns = []
         return {
@@ -301,6 +306,19 @@ class Reference:
             "fits": remaining,
             "retry_after_ms": min(returns) - self.now_ms if returns else None,
         }
+
+    def _first_return(self, window: WindowModel, but: HoldModel | None) -> list[int]:
+        """The first deadline of another open hold of the window, if it is among the first 128 of all."""
+        due = [hold for hold in self.holds.values() if hold.state == "open"]
+        due = sorted(due, key=lambda hold: (hold.deadline_ms, hold.id))[:128]
+        found = [
+            hold.deadline_ms
+            for hold in due
+            if hold is not but and any(part.window is window for part in hold.parts.values())
+        ]
+        if not found and len(due) == 128 and window.ends_ms is None:
+            return [due[-1].deadline_ms]  # not before that
+        return found[:1]
 
     # -- reserve and record --------------------------------------------------------------------------------------------
 
@@ -409,6 +427,8 @@ class Reference:
                 self.extend(worker.id, worker.ttl_ms, worker.accrued, keep=True)
         elif used:
             self.commit_mine(worker)
+        elif self.holds[worker.id].resolved:  # by its id, and there is nothing to add
+            worker.settled = True
         elif failed:
             self.release_mine(worker)
         else:
@@ -455,6 +475,12 @@ class Reference:
         part.window.spent += actual
         part.window.events += 1
         part.charged = actual
+
+    def release_by_id(self, id: str, *, operator: bool = False) -> Settled:
+        """By anybody: what is unresolved stays open to its worker's later commit."""
+        known = self.holds.get(id)
+        unresolved = known is not None and (known.state == "unconfirmed" or known.by_operator)
+        return self.release(id, operator=operator or unresolved)
 
     def release(self, id: str, *, operator: bool = False) -> Settled:
         """Gives everything back."""
@@ -516,7 +542,11 @@ class Reference:
             # What was reported is a fact and needs no admission; the rest of what it is to count does.
             fact = max(0, grown.accrued - counted)
             needs.append((part.window, max(0, grown.weight - counted - fact), fact, self.limit(part.window)))
-        self._check_room(needs)
+        weight = {
+            name: max(part.reserved, totals.get(name, 0), 0 if part.slots else max(part.accrued, accrued.get(name, 0)))
+            for name, part in hold.parts.items()
+        }
+        self._check_room(needs, hold, weight)
         for name, part in hold.parts.items():
             if expired:
                 self._revive(hold, part)
@@ -529,6 +559,16 @@ class Reference:
         if expired or not keep:
             hold.deadline_ms = deadline
         return hold
+
+    def grow_mine(self, worker: Worker, more: Mapping[str, int]) -> HoldModel:
+        """By the hold object: adds to what is reserved by now, whoever has added to it before."""
+        known = self.holds.get(worker.id)
+        if known is None or known.resolved:
+            return self.extend(worker.id, worker.ttl_ms, keep=True)  # refused
+        totals = {name: known.parts[name].reserved + units for name, units in more.items()}
+        if max(totals.values(), default=0) >= CLOSED:
+            raise Refused("InvalidAmount")
+        return self.extend(worker.id, worker.ttl_ms, totals=totals, keep=True)
 
     def _revive(self, hold: HoldModel, part: Part) -> None:
         part.window.unconfirmed -= part.charged
@@ -551,7 +591,7 @@ class Reference:
         """Every figure of the current window; reading asserts nothing."""
         window = self.window(name)
         own = self.configured[replica][name]
-        limit = self.limit(window) if window.asserted_by >= 0 or name in self.runtime else own
+        limit = self.limit(window, replica)
         return {
             "window": window.name,
             "resets_at": window.ends_ms,
@@ -603,7 +643,7 @@ class Reference:
             {name: part.reserved for name, part in parts},
             {name: part.accrued for name, part in parts},
             ttl_ms,
-            grant.hold.state not in ("open", "unconfirmed"),
+            grant.hold.resolved,
         )
 
     def spread(self, names: Iterable[str], amount: object) -> dict[str, int]:

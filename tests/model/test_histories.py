@@ -199,7 +199,7 @@ class Histories(RuleBasedStateMachine):
         return Call(
             number,
             lambda limiter: limiter.release(id, operator=operator),
-            lambda: self.model.release(id, operator=operator),
+            lambda: self.model.release_by_id(id, operator=operator),
         )
 
     def _extend(self, number, id, names, data) -> Call:
@@ -283,14 +283,12 @@ class Histories(RuleBasedStateMachine):
         real, worker = self._mine(hold)
         given = self._draw_amounts(data, list(worker.reserved), none=False)
         more = self.model.spread(worker.reserved, amounts_in_units(given, worker.reserved))
-        totals = {name: units + more.get(name, 0) for name, units in worker.reserved.items()}
+        known = {name: units + more.get(name, 0) for name, units in worker.reserved.items()}
         reply = self.pair.real(real.grow(given))
-        if max(totals.values()) >= CLOSED:
+        if max(known.values()) >= CLOSED:
             assert isinstance(reply, InvalidAmount)
         else:
-            self._extended(
-                reply, real, worker, lambda: self.model.extend(worker.id, worker.ttl_ms, totals=totals, keep=True)
-            )
+            self._extended(reply, real, worker, lambda: self.model.grow_mine(worker, more))
 
     def _extended(self, reply, real, worker: Worker, expect) -> bool:
         _, model = self.pair.alike(reply, expect)

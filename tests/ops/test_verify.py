@@ -147,10 +147,11 @@ def test_a_replica_without_its_store_fails(tmp_path: Path) -> None:
 
 
 def test_nothing_at_all_fails(server: Server) -> None:
-    found = verify(
-        f"http://127.0.0.1:{free_port()}", "ready", "budget", "agreement", "traces", JAEGER_URL="http://[::1]:1"
-    )
+    checks = ("ready", "budget", "cli", "metrics", "cycle", "agreement", "traces", "exhaustion")
+    found = verify(f"http://127.0.0.1:{free_port()}", *checks, JAEGER_URL="http://[::1]:1")
     assert (set(found.results.values()), found.code) == ({"FAIL"}, 1)
+    for check in checks:
+        assert len(found.line(check).split(maxsplit=2)) == 3, f"{check} says why"
 
 
 @pytest.mark.slow

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import subprocess
 import sys
+from decimal import Decimal
 
 import pytest
 from opentelemetry import trace
 from opentelemetry.instrumentation.utils import is_instrumentation_enabled
 from opentelemetry.trace import NonRecordingSpan, SpanContext, StatusCode, TraceFlags
 
+from ktrdr_budget import BudgetExceeded, Denial
 from ktrdr_budget.telemetry.spans import (
     current_link,
     current_trace_id,
@@ -86,7 +88,7 @@ def test_a_span_is_a_child_of_the_current_one(recorded: Recorded):
     assert current_trace_id() == ""
 
 
-@pytest.mark.parametrize("error", [ValueError("went wrong"), asyncio.CancelledError(), KeyboardInterrupt("went wrong")])
+@pytest.mark.parametrize("error", [ValueError("went wrong"), ValueError(), KeyboardInterrupt("went wrong")])
 def test_an_exception_that_leaves_is_recorded(recorded: Recorded, error: BaseException):
     with pytest.raises(type(error)), span("outer"), span("failing"):
         raise error
@@ -100,6 +102,36 @@ def test_an_exception_that_leaves_is_recorded(recorded: Recorded, error: BaseExc
         assert event.attributes["exception.type"].endswith(type(error).__name__)
         assert event.attributes["exception.message"] == str(error)
         assert "raise error" in event.attributes["exception.stacktrace"]
+
+
+DENIAL = Denial("agent", "budget_held", *map(Decimal, (5, 1, 4, 0, 0, 1, 0)), retry_after=9)
+
+
+@pytest.mark.parametrize(
+    ("ending", "attributes"),
+    [
+        (asyncio.CancelledError(), {"outcome": "cancelled"}),
+        (BudgetExceeded(DENIAL), {"outcome": "denied", "reason": "budget_held"}),
+    ],
+)
+def test_a_cancellation_and_a_denial_are_outcomes(recorded: Recorded, ending: BaseException, attributes):
+    with pytest.raises(type(ending)), span("ended"):
+        raise ending
+    assert dict(recorded["ended"].attributes) == attributes
+    assert recorded["ended"].status.status_code is StatusCode.UNSET
+    assert not recorded["ended"].events
+
+
+def test_of_an_exception_the_words_may_be_left_out(recorded: Recorded):
+    with span("a") as current:
+        try:
+            raise ValueError("a secret") from KeyError("another secret")
+        except ValueError as error:
+            current.record_exception(error, "ours")
+    (event,) = recorded["a"].events
+    assert (event.attributes["exception.type"], event.attributes["exception.message"]) == ("ValueError", "ours")
+    assert "test_of_an_exception" in event.attributes["exception.stacktrace"]
+    assert "secret" not in event.attributes["exception.stacktrace"]
 
 
 def test_an_exception_may_be_recorded_and_a_failure_told_without_one(recorded: Recorded):

@@ -12,11 +12,12 @@ from ktrdr_budget.engine.driver.breaker import Breaker
 from ktrdr_budget.engine.driver.recovery import Recovery
 from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.memory import AGE_MAX_MS
+from ktrdr_budget.engine.prepaid import SlabLeft
 from ktrdr_budget.engine.protocol import Command, Head, Op, parse_record
 from ktrdr_budget.engine.unresolved import Doubt
 from ktrdr_budget.errors import StoreError
 
-__all__ = ["Backlog"]
+__all__ = ["SETTLEMENTS", "Backlog"]
 
 logger = logging.getLogger("ktrdr_budget")
 
@@ -25,7 +26,8 @@ _RETRY_MAX_S = 0.5
 _BATCH_OPS = 128
 _CLOCK_US = 20_000
 """By how much the store's clock may be ahead of what its last answer, when it arrived, made of it."""
-_SETTLEMENTS = frozenset("CDKLMN")
+SETTLEMENTS = frozenset("DKLMN")
+"""The letters of what settles a hold, or records spend."""
 
 
 class Backlog:
@@ -43,6 +45,9 @@ class Backlog:
         """Has nothing under way."""
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
+        self._ended = False
+        self._telling = asyncio.Lock()
+        """Held by the one that tells: two would tell the same, and take each other's for told."""
         self._pause_s = _RETRY_FIRST_S
 
     def __bool__(self) -> bool:
@@ -55,10 +60,11 @@ class Backlog:
 
         Args:
             since_us: when it was called, by the store's clock.
-            abandoned: nobody awaits a grant any more: it is given back, if it was granted to that very call.
+            abandoned: nobody awaits a grant any more: it is given back, if it was granted to that very call, and not
+                granted to it any more.
         """
         until_us = self._background.session.now_ms() * 1000
-        if op.letter in _SETTLEMENTS:
+        if op.letter in SETTLEMENTS:
             if op.head.startswith(f"N {op.id} 0 "):  # whenever it arrives: into the window in which it was spent
                 op = Op(op.id, op.key, op.head.replace(" 0 ", " 1 ", 1), op.parts)
             doubt = Doubt(op, "settlement", since_us, until_us)
@@ -75,7 +81,8 @@ class Backlog:
     def schedule(self) -> None:
         """Sees to it that what there is will be told, soon."""
         # A repair, and a store that does not answer, tell when they are over.
-        if self._timer is None and not (self._draining or self._recovery.active or self._breaker.open):
+        busy = self._draining or self._recovery.active or self._breaker.open
+        if self._timer is None and not (busy or self._ended):
             assert self._background.loop is not None
             self._timer = self._background.loop.call_later(self._pause_s, self._begin)
 
@@ -83,7 +90,9 @@ class Backlog:
         """The store answers again."""
         self.stop()
         self._pause_s = _RETRY_FIRST_S
-        if self and not self._draining and not self._background.closed:
+        if self._core.prepaid is not None:
+            self._core.prepaid.hand_over()
+        if self and not (self._draining or self._ended or self._background.closed):
             self._begin()
 
     def stop(self) -> None:
@@ -91,6 +100,11 @@ class Backlog:
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
+
+    def end(self) -> None:
+        """The same for good: only who drains this tells the rest."""
+        self._ended = True
+        self.stop()
 
     # -- telling -------------------------------------------------------------------------------------------------------
 
@@ -111,14 +125,15 @@ class Backlog:
                 self._pause_s = _RETRY_FIRST_S
 
     async def drain(self) -> None:
-        """Tells the store all of it once, as far as it answers."""
-        try:
-            if self._unresolved.count:
-                await self._resolve()
-            if self._core.deferred:
-                await self._tell_deferred()
-        except UNANSWERED as error:
-            logger.debug("the store was not told what it has missed: %s", error)
+        """Tells the store all of it once, as far as it answers; what is being told already comes first."""
+        async with self._telling:
+            try:
+                if self._unresolved.count:
+                    await self._resolve()
+                if self._core.deferred:
+                    await self._tell_deferred()
+            except UNANSWERED as error:
+                logger.debug("the store was not told what it has missed: %s", error)
 
     async def _tell(self, ops: list[Op]) -> tuple[Head, list[str]] | None:
         """``None`` if something is lost, which comes first."""
@@ -131,27 +146,31 @@ class Backlog:
         return head, lines
 
     async def _tell_deferred(self) -> None:
-        """Oldest first, once (the ids see to that). What the store does not take stays, and holds up nothing else."""
+        """Oldest first, once (the ids see to that). What the store does not take stays, with what comes after it
+        for the same slab, and holds up nothing else.
+        """
         self._drop_doubtful()
-        deferred, left, together = self._core.deferred, len(self._core.deferred), _BATCH_OPS
-        while left:
-            ops = [deferred[i] for i in range(min(left, together))]
+        core, together, kept = self._core, _BATCH_OPS, 0
+        dropped = core.deferred_lost
+        refused: set[str] = set()
+        while True:
+            # The oldest may be dropped meanwhile, for want of memory.
+            kept, dropped = max(0, kept - (core.deferred_lost - dropped)), core.deferred_lost
+            kept, ops = self._next_deferred(kept, together, refused)
+            if not ops:
+                return
             try:
                 answer = await self._tell(ops)
             except StoreError as error:
                 if refuses_all(error):
                     raise
                 if len(ops) == 1:
-                    deferred.rotate(-1)
-                    left -= 1
+                    refused.add(ops[0].id)
                 together = 1 if len(ops) > 1 else _BATCH_OPS
                 continue
             if answer is None:
                 return
-            head, lines = answer
-            for op, line in zip(ops, lines, strict=True):
-                deferred.popleft()
-                left += self._recorded(op, line, head) - 1
+            self._heard(max(0, kept - (core.deferred_lost - dropped)), ops, *answer, refused)
 
     def _drop_doubtful(self) -> None:
         """Drops what the store may have been told so long ago that it may have forgotten its id."""
@@ -168,20 +187,49 @@ class Backlog:
             for hold_id in old:
                 del core.deferred_doubts[hold_id]
 
-    def _recorded(self, op: Op, line: str, head: Head) -> bool:
-        """Whether it is to be told otherwise."""
-        if (instead := op.otherwise(line)) is not None:
-            self._core.deferred.append(instead)
-            return True
-        if line[0] == "t":  # its window is not here, and may come back
-            self._core.deferred.append(op)
-            return False
+    def _next_deferred(self, kept: int, together: int, refused: set[str]) -> tuple[int, list[Op]]:
+        """How many of the oldest are to be left, and the next that are to be told."""
+        deferred, ops = self._core.deferred, list[Op]()
+        for i in range(kept, len(deferred)):
+            op = deferred[i]
+            if len(ops) == together:
+                break
+            if op.id not in refused and (not isinstance(op, SlabLeft) or op.after not in refused):
+                ops.append(op)
+            elif ops:
+                break
+            else:
+                refused.add(op.id)
+                kept += 1
+        return kept, ops
+
+    def _heard(self, kept: int, ops: list[Op], head: Head, lines: list[str], refused: set[str]) -> None:
+        """Takes out what was told; what is to be told otherwise, or whose window is not here, stays in its place."""
+        deferred = self._core.deferred
+        deferred.rotate(-kept)
+        otherwise: list[Op] = []
+        for op, line in zip(ops, lines, strict=True):
+            if not deferred or deferred[0] is not op:
+                continue  # it was dropped
+            deferred.popleft()
+            if (instead := op.otherwise(line)) is not None:
+                otherwise.append(instead)
+            elif line[0] == "t":
+                refused.add(op.id)
+                otherwise.append(op)
+            else:
+                self._recorded(op, line, head)
+        deferred.extendleft(reversed(otherwise))
+        deferred.rotate(kept)
+
+    def _recorded(self, op: Op, line: str, head: Head) -> None:
         self._core.deferred_doubts.pop(op.id, None)
-        if line[0] in "kp":
+        if self._core.prepaid is not None and op.letter in "HP":
+            self._core.prepaid.told(op, line)
+        elif line[0] in "kp":
             self._background.session.settled(op, line, head.now_us // 1000)
         elif line[0] != "u" and op.letter != "L":
             logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
-        return False
 
     async def _resolve(self) -> None:
         oldest_us = (self._background.session.now_ms() - AGE_MAX_MS) * 1000

@@ -18,7 +18,7 @@ from typing import Any
 
 from ktrdr_budget.engine.driver import forks
 from ktrdr_budget.engine.driver.background import Background
-from ktrdr_budget.engine.driver.backlog import Backlog
+from ktrdr_budget.engine.driver.backlog import SETTLEMENTS, Backlog
 from ktrdr_budget.engine.driver.breaker import Breaker
 from ktrdr_budget.engine.driver.calls import Call, Observation, Observer
 from ktrdr_budget.engine.driver.deadlines import Deadlines
@@ -91,6 +91,7 @@ class Coalescer:
         forks.keep((self._loop, self._background.tasks, self._store.forget()))
         self._core.deferred.clear()
         self._core.deferred_doubts.clear()
+        self._core.handed.clear()
         self._core.unresolved.clear()
         for part in (self._background, self.breaker, self.recovery, self._backlog):
             part.reset()
@@ -147,7 +148,7 @@ class Coalescer:
 
     def _finish(self, call: Call, result: Any, error: BaseException | None) -> None:
         future = call.future
-        if call.sent and isinstance(result, HoldBase) and result.replayed:
+        if call.sent and isinstance(result, HoldBase) and result.replayed and result.id not in self._core.unguarded:
             # Granted to this very call, by an attempt whose answer got lost?
             result.replayed = result.created_us < self._called_us(call)
         abandoned = future.cancelled()
@@ -158,9 +159,11 @@ class Coalescer:
         else:
             future.set_exception(error)
         if error is not None:
-            if isinstance(error, StoreUnavailable) and error.ambiguous and isinstance(call.request, Op):
+            # Nobody will try again what a caller who has gone had begun, though it was never sent.
+            begun = abandoned and isinstance(call.request, Op) and call.request.letter in SETTLEMENTS
+            if isinstance(error, StoreUnavailable) and isinstance(call.request, Op) and (error.ambiguous or begun):
                 self._backlog.doubt(call.request, self._called_us(call), abandoned=abandoned)
-        elif self._core.unresolved.count and isinstance(result, (HoldBase, Settlement)):
+        elif self._core.unresolved.count and isinstance(result, Settlement if abandoned else (HoldBase, Settlement)):
             self._core.unresolved.retried(result.id, settled=isinstance(result, Settlement))
         if self._observer is not None:
             self._observe(call, result, error)
@@ -178,7 +181,14 @@ class Coalescer:
 
     def _abandoned(self, result: Any) -> None:
         """A grant that nobody awaits any more is released; a replay belongs to whoever was granted it first."""
-        if isinstance(result, HoldBase) and result.guarded and not result.replayed:
+        if not isinstance(result, HoldBase) or result.replayed:
+            return
+        if result.id in self._core.unguarded and result.state == "open":
+            # The store may be granting it now, or later.
+            called_us = int((self._session.now_ms() - self._timeout * 1000) * 1000)
+            self._backlog.doubt(self._core.give_up(result), called_us, abandoned=True)
+            self._backlog.schedule()
+        else:
             self.submit(self._core.give_back(result), "release").add_done_callback(_forget)
 
     def _observe(self, call: Call, result: Any, error: BaseException | None) -> None:
@@ -285,7 +295,8 @@ class Coalescer:
         if not store.ready or deadline <= self._loop.time():
             return False
         header = session.header
-        name, keys, args = encode_batch(session.keys, header, [call.request for call in batch])
+        ops = [call.request for call in batch]
+        name, keys, args = encode_batch(session.keys, header, ops, simple=session.goes_simply())
         return store.begin(name, keys, args, deadline, partial(self._told, batch, header))
 
     def _told(self, batch: list[Call], header: Header, answer: Any) -> None:
@@ -324,7 +335,8 @@ class Coalescer:
                 return
             deadline = min(call.deadline for call in batch)
         header = session.header
-        name, keys, args = encode_batch(session.keys, header, [call.request for call in batch])
+        ops = [call.request for call in batch]
+        name, keys, args = encode_batch(session.keys, header, ops, simple=session.goes_simply())
         try:
             if isinstance(failed, TimeoutError):
                 raise failed
@@ -354,6 +366,10 @@ class Coalescer:
         for call, line in zip(batch, lines, strict=True):
             if line[0] in "lt":
                 self._park(call, line, head)
+            elif line == "s":
+                self._session.was_not_simple()
+                call.request.brief = None
+                self._enqueue(call, call.request)
             else:
                 self._resume(call, (line, head))
 
@@ -378,6 +394,7 @@ class Coalescer:
         if not isinstance(error, Transient) or error.sent:
             for call in batch:
                 call.sent = True
+                call.request.again()
         self._put_back(self._expire(batch, self._trouble))
         if self.breaker.open:
             self._refuse_waiting()
@@ -462,6 +479,8 @@ class Coalescer:
 
     def _store_is_repaired(self) -> None:
         if not self._closed:
+            if self._core.prepaid is not None:
+                self._core.prepaid.tell_left()
             self._open_lane()
             self._backlog.hasten()
 
@@ -498,9 +517,7 @@ class Coalescer:
         self.recovery.stop()
         self.breaker.stop()
         closing = StoreUnavailable(f"store at {self._store.shown}: the limiter was closed", ambiguous=False)
-        for call, timer in list(self._parked.items()):
-            timer.cancel()
-            self._throw(call, closing)
+        self._refuse_parked(closing)
         ends, tasks = time.monotonic() + 2 * self._timeout, self._background.tasks
         while (tasks or self._lanes) and time.monotonic() < ends:
             self._idle = self._loop.create_future()
@@ -508,15 +525,35 @@ class Coalescer:
             await asyncio.wait(waited, timeout=max(0.0, ends - time.monotonic()))
         self._closed = True
         self._deadlines.stop()
-        self._backlog.stop()
-        if self._backlog and not self.breaker.open:
-            await self._backlog.drain()
-        await self._background.end()
-        await self._store.close()
+        self._backlog.end()
+        try:
+            if self._backlog and not self.breaker.open:
+                await self._backlog.drain()
+        finally:
+            await self._background.end()
+            self._refuse_rest(closing)
+            await self._store.close()
         if self._core.deferred:
             logger.error("closing with %d settlements that the store was never told", len(self._core.deferred))
         if count := self._core.unresolved.count:
             logger.error("closing with %d requests whose outcome stays unknown", count)
+
+    def _refuse_parked(self, closing: StoreUnavailable) -> None:
+        while self._parked:
+            call, timer = self._parked.popitem()
+            timer.cancel()
+            self._throw(call, closing)
+
+    def _refuse_rest(self, closing: StoreUnavailable) -> None:
+        """Whoever still waits, for nothing is sent any more, is told so."""
+        self.breaker.stop()
+        while self._parked or self._first or self._then:
+            self._refuse_parked(closing)
+            waiting = [*self._first, *self._then]
+            self._first.clear()
+            self._then.clear()
+            for call in waiting:
+                self._throw(call, StoreUnavailable(str(closing), ambiguous=call.sent))
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

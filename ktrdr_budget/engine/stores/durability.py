@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from ktrdr_budget.engine.stores.failures import Transient
-from ktrdr_budget.errors import InvalidArgument, StoreError
+from ktrdr_budget.errors import InvalidArgument, StoreError, shown
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.stores.servers import Server
@@ -22,7 +22,7 @@ _MISSING = {"replica": "no replica has confirmed it", "disk": "it is not on disk
 def check_durability(value: object) -> None:
     """Raises :class:`~ktrdr_budget.errors.InvalidArgument` if it is no :data:`Durability`."""
     if value not in get_args(Durability):
-        raise InvalidArgument(f"durability must be 'memory', 'replica' or 'disk', not {value!r}")
+        raise InvalidArgument(f"durability must be 'memory', 'replica' or 'disk', not {shown(value)}")
 
 
 async def confirmed(

@@ -62,7 +62,8 @@ def guard(
         pricer: what calls cost; by default as for :class:`~ktrdr_budget.metering.meter.Meter`.
         provider: as the price list names it; needed if the client talks to another than its SDK's (``openrouter``, …).
         max_output_tokens: the limit of output, sent with requests that tell none. Without it such a request reserves
-            what the model can handle at most, if the price list knows that, and is refused otherwise.
+            what the model answers at most as published, or what it can handle at all, if the price list knows that; and
+            is refused otherwise.
         max_input_tokens: added to the input's bound for what a request does not show: documents, files, and
             conversations that the provider stores. Without it such requests are refused.
         unseen_output_tokens: what a provider may have made beyond what arrived when a stream breaks off.

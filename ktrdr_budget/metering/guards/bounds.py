@@ -13,11 +13,13 @@ from __future__ import annotations
 import json
 import unicodedata
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Any
 
 from ktrdr_budget.errors import UnmeteredCall
+from ktrdr_budget.metering.guards.output_limits import published_output_maximum
 from ktrdr_budget.metering.meter import Meter
-from ktrdr_budget.metering.prices import Prices
+from ktrdr_budget.metering.prices import FIXED, Prices
 
 __all__ = ["Bound", "GuardOptions", "InputBound", "output_bound", "text_bytes", "text_size", "whole_number"]
 
@@ -62,7 +64,11 @@ class Bound:
 
 
 def known_maximum(options: GuardOptions, model: str) -> int | None:
-    """The most tokens that a model can handle, if the price list knows it: its output cannot be more."""
+    """The most tokens that a model answers, as published; or what it can handle at all, if the price list knows that:
+    its output cannot be more."""
+    published = published_output_maximum(options.provider, model)
+    if published is not None:
+        return published
     pricer = options.meter.pricer
     if not isinstance(pricer, Prices):
         return None
@@ -77,6 +83,7 @@ def output_bound(options: GuardOptions, model: str, asked: object, parameter: st
 
     Raises:
         UnmeteredCall: there is none.
+        UnknownPrice: nobody knows what the model costs, either.
     """
     if asked is not None:
         return whole_number(asked, parameter), {}
@@ -85,6 +92,10 @@ def output_bound(options: GuardOptions, model: str, asked: object, parameter: st
     known = known_maximum(options, model)
     if known is not None:
         return known, {}
+    now = datetime.now(UTC)
+    price = options.meter.pricer.worst_case(options.provider, model, 1, 1, now)
+    if price.source == FIXED and "tokens" not in options.meter.units.values():
+        return 0, {}  # however much it answers, it costs the same
     raise UnmeteredCall(
         f"nobody knows how much {model!r} may answer: give {parameter}, or guard(max_output_tokens=...)"
     )

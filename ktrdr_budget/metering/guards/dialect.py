@@ -19,8 +19,9 @@ Route = Literal["free", "refused"] | str
 """``free``, ``refused``, or the name of the endpoint that is metered."""
 
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
-_TELLS = re.compile(rb'"usage"\s*:\s*\{|"finish_reason"\s*:\s*"')
-"""An event that may tell the usage, or the end. Within a text these quotes would be escaped."""
+_TELLS = re.compile(rb'"(?:usage"\s*:\s*\{|finish_reason"\s*:\s*"|error"\s*[:,}])')
+"""An event that may tell the usage, the end, or an error. Within a text these quotes would be escaped."""
+_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}$")
 
 
 class Dialect(Protocol):
@@ -58,6 +59,8 @@ class Ear:
         """Whether that is the last word."""
         self.ending = False
         """The model has finished, and the usage is about to come."""
+        self.failure = ""
+        """The kind of error that a stream told, as the provider calls it; empty if it told none."""
 
     def document(self, answer: dict[str, Any]) -> None:
         """A whole answer."""
@@ -86,9 +89,11 @@ class Listener:
         self._unseen = unseen_output_tokens
         self._buffer = b""
         self._passed: list[bytes] = []
-        """Events that told nothing: read again only if an estimate is needed."""
+        """Whole events, one or more in each: read again only if an estimate is needed."""
         self.deaf = False
         """The answer is encoded in a way that cannot be read."""
+        self.told = 0
+        """How often something was told that may be the usage."""
 
     @property
     def usage(self) -> Usage | None:
@@ -112,6 +117,9 @@ class Listener:
         if not self._events:
             self._buffer += data
             return data
+        if not self._buffer and data.endswith(b"\n\n") and not _TELLS.search(data):
+            self._passed.append(data)  # as most of a stream
+            return data
         hides = self._ear.bound.hide_usage
         shown = b"" if hides else data
         for event in self._split(data):
@@ -133,12 +141,22 @@ class Listener:
         self._event(rest)
         return rest if self._ear.bound.hide_usage else b""
 
-    def estimate(self) -> Usage:
-        """What an answer that broke off has used at most, as far as that can be told; no input if none was told."""
+    @property
+    def failure(self) -> str:
+        """See :attr:`Ear.failure`."""
+        return self._ear.failure
+
+    def estimate(self, all_heard: bool = True) -> Usage:
+        """What an answer that broke off has used at most, as far as that can be told; no input if none was told.
+
+        Args:
+            all_heard: nothing had arrived besides what was heard. Else the output may have been as long as it may be.
+        """
         bound, known = self._ear.bound, self._ear.usage or Usage()
         most = bound.output_tokens_max
-        if self._events and not self.deaf and not bound.hidden_output:
-            seen_bytes = sum(_delta_bytes(told) for told in map(_data, self._passed) if told is not None)
+        if all_heard and self._events and not self.deaf and not bound.hidden_output:
+            events = (event for passed in self._passed for event in _EVENT_END.split(passed))
+            seen_bytes = sum(_delta_bytes(told) for told in map(_data, events) if told is not None)
             most = min(most, seen_bytes + self._unseen * bound.choices)
         return Usage(
             known.input_tokens,
@@ -168,9 +186,11 @@ class Listener:
         told = _data(event) if _TELLS.search(event) else None
         if told is not None:
             self._tell(self._ear.event, told)
+            self._ear.failure = self._ear.failure or _failure(told)
         return told
 
     def _tell(self, ear: Callable[[dict[str, Any]], None], told: dict[str, Any]) -> None:
+        self.told += 1
         try:
             ear(told)
         except Exception:
@@ -188,6 +208,19 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def _failure(event: dict[str, Any]) -> str:
+    """The kind of error that an event tells, in the shapes of all providers."""
+    told = event.get("error")
+    if event.get("type") == "response.failed":
+        told = (event.get("response") or {}).get("error") or {}
+    elif event.get("type") == "error" and not isinstance(told, dict):
+        told = event
+    if not isinstance(told, dict):
+        return ""
+    kinds = (told.get("code"), told.get("type"))
+    return next((kind for kind in kinds if isinstance(kind, str) and _WORD.match(kind)), "error")
 
 
 def _delta_bytes(event: dict[str, Any]) -> int:

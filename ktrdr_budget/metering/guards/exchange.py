@@ -4,9 +4,9 @@
 
     request(...) of the client            one Exchange
       └─ send(...) of its HTTP client     one attempt: reserve -> send -> settle, or hand over to the stream
-           rejected (4xx, 529, never sent)      the reservation serves the next attempt, and is released at the end
-           unknown (timeout, cut off, 5xx)      the reservation is kept: the provider may have worked; the next
-                                                attempt needs one of its own
+           rejected (4xx, 5xx, never sent)      the reservation serves the next attempt, and is released at the end
+           unknown (timeout, cut off)           it serves the next attempt, too; if none is answered, it is kept: the
+                                                provider may have worked
            answered                             the reported usage is committed
 """
 
@@ -16,13 +16,13 @@ import json
 from contextvars import ContextVar
 from typing import Any
 
-from ktrdr_budget.errors import UnmeteredCall
+from ktrdr_budget.errors import UnknownPrice, UnmeteredCall
 from ktrdr_budget.metering.calls import Call
 from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, text_size
 from ktrdr_budget.metering.guards.dialect import Dialect, Listener
 from ktrdr_budget.metering.steps import Steps
 
-__all__ = ["Exchange", "Refused", "current_exchange", "judge_error", "judge_status"]
+__all__ = ["ErrorEvent", "Exchange", "Refused", "current_exchange", "judge_error", "judge_status"]
 
 _NEVER_SENT = {"ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol"}
 
@@ -37,16 +37,21 @@ class Refused(BaseException):
         self.error = error
 
 
+class ErrorEvent(Exception):
+    """What a provider told within a stream, by its kind alone: an answer that began well, and failed."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__(kind)
+        self.error_type = kind
+
+
 def judge_status(status: int, provider: str) -> str:
     """What an answer's status says: ``answered``, ``rejected`` (nothing is billed) or ``unknown``."""
     if 200 <= status < 300:
         return "answered"
-    if status == 400 and provider == "azure":
-        # What a content filter stops was processed, and is billed:
-        # learn.microsoft.com/azure/ai-foundry/openai/how-to/manage-costs
-        return "unknown"
-    # 408 and 499 mean that somebody stopped waiting, not that nobody worked.
-    return "rejected" if status == 529 or (status < 500 and status not in (408, 499)) else "unknown"
+    # What a content filter of Azure stops was processed, and is billed:
+    # learn.microsoft.com/azure/ai-foundry/openai/how-to/manage-costs
+    return "unknown" if status == 400 and provider == "azure" else "rejected"
 
 
 def judge_error(error: BaseException) -> str:
@@ -63,6 +68,8 @@ class Exchange:
         self.options = options
         self.call: Call | None = None
         """An open reservation that waits for the next attempt, or for the end."""
+        self.unsure = False
+        """The provider may have worked for an attempt that was not answered."""
         self._bound: Bound | None = None
         self._route = ""
 
@@ -92,7 +99,7 @@ class Exchange:
         try:
             model = self.dialect.model(path, body)
             bound = self.dialect.bound(route, model, body, text_size(content, body), self.options)
-        except UnmeteredCall as error:
+        except (UnmeteredCall, UnknownPrice) as error:
             raise Refused(error) from None
         except (AttributeError, TypeError, ValueError, KeyError):
             raise Refused(UnmeteredCall(f"a request to {path} has an unknown shape")) from None
@@ -111,8 +118,9 @@ class Exchange:
             BudgetExceeded, UnknownPrice, StoreUnavailable: as for :class:`Call`.
         """
         if self._bound is not None and not self._bound.covers(bound):
-            yield from self.give_back()
+            yield from self.leave(None)
         if self.call is None:
+            self.unsure = False
             self._bound = bound
             call = self.options.meter.call(
                 provider=self.options.provider,
@@ -127,19 +135,20 @@ class Exchange:
             self.call = call
         return self.call
 
-    def keep(self, error: BaseException | None) -> Steps[None]:
-        """Nobody knows whether the provider worked: what was reserved stays, and is charged when it comes due."""
-        call, self.call = self.call, None
-        if call is not None:
-            call.unknown()
-            yield from call.leave_steps(error)
+    def leave(self, error: BaseException | None) -> Steps[None]:
+        """No attempt was answered, and there is no other: what was reserved is released, if the provider accepted none
+        of them; it is kept, and charged when it comes due, if nobody knows.
 
-    def give_back(self) -> Steps[None]:
-        """The provider did not accept the last attempt, and there is no other."""
+        Args:
+            error: what the caller is told.
+        """
         call, self.call = self.call, None
         if call is not None:
-            call.rejected()
-            yield from call.leave_steps(None)
+            if self.unsure:
+                call.unknown()
+            else:
+                call.rejected()
+            yield from call.leave_steps(error)
 
     def listener(self, bound: Bound, response: Any) -> Listener:
         """What listens to an answer."""

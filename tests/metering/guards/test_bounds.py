@@ -15,8 +15,9 @@ from examples.wire_formats import FORMATS
 from ktrdr_budget import Budget, BudgetLimiter
 from ktrdr_budget.metering.guards import UnmeteredCall
 from ktrdr_budget.metering.guards.anthropic import AnthropicDialect
-from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, text_size
+from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, known_maximum, text_size
 from ktrdr_budget.metering.guards.openai import OpenAIDialect
+from ktrdr_budget.metering.guards.output_limits import published_output_maximum
 from ktrdr_budget.metering.meter import Meter
 
 from ...helpers.guarded import BASIC, CLAUDE, GPT, MESSAGES, Telling, Way, take
@@ -189,11 +190,46 @@ def test_output_is_bounded_by_what_the_request_allows(route: str, body: dict[str
 
 
 def test_output_that_nothing_limits_is_what_the_model_can_handle_or_what_is_configured() -> None:
-    assert bound("responses", {"input": "x"}).output_tokens_max == 1_000_000  # the context window of gpt-4.1-mini
+    assert bound("responses", {"input": "x"}).output_tokens_max == 32_768  # as published for gpt-4.1-mini
+    assert bound("responses", {"input": "x", "model": "gpt-oss-120b"}).output_tokens_max == 131_072  # its context
     configured = bound("responses", {"input": "x"}, max_output_tokens=500)
     assert configured.output_tokens_max == 500 and configured.changes == {"max_output_tokens": 500}
     with pytest.raises(UnmeteredCall, match="max_output_tokens"):
         bound("responses", {"input": "x", "model": "gpt-4.5-preview"})
+
+
+PUBLISHED = [
+    ("openai", "gpt-4.1", 32_768),
+    ("azure", "gpt-4.1-nano-2025-04-14", 32_768),
+    ("openai", "gpt-4o-2024-08-06", 16_384),
+    ("openai", "ft:gpt-4o-mini-2024-07-18:own::x", 16_384),
+    ("openai", "gpt-5-mini", 128_000),
+    ("openai", "gpt-5-pro", 272_000),
+    ("openai", "o4-mini", 100_000),
+    ("anthropic", "claude-haiku-4-5-20251001", 64_000),
+    ("anthropic", "claude-opus-4-1", 32_000),
+    ("anthropic", "claude-3-5-sonnet-latest", 8_192),
+    ("anthropic", "claude-sonnet-5", 128_000),
+]
+
+
+@pytest.mark.parametrize(("provider", "model", "tokens"), PUBLISHED)
+def test_the_published_maximum_of_a_model_bounds_its_output(provider: str, model: str, tokens: int) -> None:
+    assert known_maximum(GuardOptions(METER, provider), model) == tokens
+
+
+@pytest.mark.parametrize(
+    "model", ["gpt-4.1-turbo", "gpt-5.5", "gpt-4o-audio-preview", "my-gpt-4o", "claude-sonnet-4-7"]
+)
+def test_a_model_that_is_only_like_another_has_no_published_maximum(model: str) -> None:
+    assert {published_output_maximum(provider, model) for provider in ("openai", "anthropic")} == {None}
+    assert published_output_maximum("deepseek", "gpt-4o") is None
+
+
+def test_no_published_maximum_is_more_than_the_model_can_handle() -> None:
+    for provider, model, tokens in PUBLISHED:
+        window = METER.pricer.price_list.context_window(provider, model)  # type: ignore[attr-defined]
+        assert window is None or tokens < window
 
 
 def test_another_provider_s_limits_are_its_own() -> None:

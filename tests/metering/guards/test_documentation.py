@@ -31,7 +31,9 @@ async def test_the_two_lines_of_the_guide_guard_a_client(
 
 
 def test_the_guide_tells_the_figures_of_the_code() -> None:
-    from ktrdr_budget.metering.guards import anthropic, bounds, openai
+    from ktrdr_budget.metering.guards import anthropic, bounds, openai, taps, wires
 
     for figure in (bounds.HIDDEN_INPUT_TOKENS, anthropic.IMAGE_TOKENS_MAX, openai.IMAGE_TOKENS_MAX):
         assert f"{figure:,}" in TEXT
+    assert f"for at most {wires.DRAIN_S * 1000:.0f} ms and {wires.DRAIN_BYTES_MAX // 2**20} MiB" in TEXT
+    assert f"kept for at most {taps.PATIENCE_S * 1000:.0f} ms" in TEXT

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from examples.local_provider import LocalProvider, Scene
-from ktrdr_budget import BudgetExceeded, StoreUnavailable
+from ktrdr_budget import StoreUnavailable
 
 from ...helpers.guarded import BASIC, BASIC_STREAMS, PLAIN, Telling, Way, bill_nanos, guarded, take
 from ...helpers.waiting import until
 
 EITHER = [*BASIC, *BASIC_STREAMS]
-REJECTED = (400, 401, 403, 404, 409, 413, 422, 429, 529)
+REJECTED = (400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503, 504, 529)
 
 
 @pytest.mark.parametrize("status", REJECTED)
@@ -44,9 +44,6 @@ async def test_a_connection_that_nobody_accepts_costs_nothing(opened: Any, way: 
 
 
 KEPT = {
-    "500": Scene(status=500),
-    "503": Scene(status=503),
-    "408": Scene(status=408, billed=True),
     "dropped": Scene(drop_after=0),
     "timeout": Scene(delay_s=0.7),
 }
@@ -59,7 +56,7 @@ async def test_what_the_provider_may_have_done_is_kept_in_full(
 ) -> None:
     provider.script(scene)
     async with opened(way.sdk) as g:
-        with pytest.raises(Exception, match=r"scripted|Connection error|timed out"):
+        with pytest.raises(Exception, match=r"Connection error|timed out"):
             await take(way, g.client.with_options(timeout=0.3 if scene.delay_s else 30))
         assert g.sums["spent"] == 0
         assert g.sums["held"] > 0
@@ -71,6 +68,10 @@ RETRIED = {
     "429": (Scene(status=429),),
     "529": (Scene(status=529),),
     "429-529": (Scene(status=429), Scene(status=529)),
+    "503-500": (Scene(status=503), Scene(status=500)),
+    "dropped": (Scene(drop_after=0),),
+    "timeout": (Scene(delay_s=0.7),),
+    "timeout-502": (Scene(delay_s=0.7), Scene(status=502)),
 }
 
 
@@ -84,47 +85,56 @@ async def test_retries_of_the_sdk_reserve_once_and_commit_what_was_reported_in_t
         reservations = []
         reserve = g.limiter.reserve
         g.limiter.reserve = lambda *args, **named: (reservations.append(args), reserve(*args, **named))[1]
-        await take(way, g.client.with_options(max_retries=2))
+        await take(way, g.client.with_options(max_retries=2, timeout=0.3 if first[0].delay_s else 30))
         assert len(provider.requests) == len(first) + 1
         assert len(reservations) == 1
-        assert g.counted == g.sums["spent"] == g.bill > 0
-
-
-LOST = {"500": Scene(status=500), "dropped": Scene(drop_after=0), "timeout": Scene(delay_s=0.7)}
-
-
-@pytest.mark.parametrize("first", LOST.values(), ids=LOST)
-@pytest.mark.parametrize("way", EITHER, ids=str)
-async def test_an_attempt_that_may_have_been_billed_counts_besides_the_one_that_was(
-    opened: Any, provider: LocalProvider, way: Way, first: Scene
-) -> None:
-    provider.script(first)
-    async with opened(way.sdk) as g:
-        await take(way, g.client.with_options(max_retries=1, timeout=0.3 if first.delay_s else 30))
-        await until(lambda: len(provider.ledger) == 2)
+        await until(lambda: not provider.active)
         final = next(line for line in provider.ledger if line.complete)
-        assert g.sums["spent"] == bill_nanos([final])  # the end is exact
-        assert g.counted >= g.bill  # the first attempt is held in full
+        assert g.counted == g.sums["spent"] == bill_nanos([final]) > 0
+
+
+@pytest.mark.parametrize(
+    "then", [Scene(status=500), Scene(status=429), Scene(drop_after=0)], ids=["500", "429", "lost"]
+)
+@pytest.mark.parametrize("way", BASIC, ids=str)
+async def test_an_attempt_that_was_lost_is_kept_if_no_retry_was_answered(
+    opened: Any, provider: LocalProvider, way: Way, then: Scene
+) -> None:
+    provider.script(Scene(drop_after=0), then)
+    async with opened(way.sdk) as g:
+        with pytest.raises(Exception, match=r"scripted|Connection error"):
+            await take(way, g.client.with_options(max_retries=1))
+        assert len(provider.requests) == 2
+        kept = g.sums["held"]
+        assert g.sums["spent"] == 0 and kept == g.counted >= bill_nanos(provider.ledger[:1]) > 0
+        provider.clear()
+        await take(way, g.client)  # the next call reserves anew
+        assert g.sums["held"] == kept and g.sums["spent"] == g.bill
 
 
 @pytest.mark.parametrize("way", BASIC, ids=str)
-async def test_a_retry_that_does_not_fit_besides_the_lost_attempt_is_denied(
-    opened: Any, provider: LocalProvider, way: Way
-) -> None:
+async def test_retries_need_no_more_room_than_the_first_attempt(opened: Any, provider: LocalProvider, way: Way) -> None:
     async with opened(way.sdk) as g:
         with pytest.raises(Exception, match="Connection error"):
             provider.script(Scene(drop_after=0))
             await take(way, g.client)
         once = g.sums["held"]
-    limit = f"{once * 1.5 / 1e9:.9f}"
     g.store.flushall()
     provider.clear()
-    provider.script(Scene(drop_after=0))
-    async with opened(way.sdk, limit=limit) as g:
-        with pytest.raises(BudgetExceeded):
-            await take(way, g.client.with_options(max_retries=3))
-        assert len(provider.requests) == 1
-        assert g.counted == once >= g.bill
+    provider.script(Scene(drop_after=0), Scene(status=500), Scene(status=503))
+    async with opened(way.sdk, limit=f"{once * 1.5 / 1e9:.9f}") as g:
+        await take(way, g.client.with_options(max_retries=3))
+        assert len(provider.requests) == 4
+        assert g.sums["held"] == 0 < g.sums["spent"]
+
+
+@pytest.mark.parametrize("way", BASIC, ids=str)
+async def test_retries_inside_a_hold_draw_once(guarded_client: Any, provider: LocalProvider, way: Way) -> None:
+    provider.script(Scene(status=500), Scene(status=503))
+    async with guarded_client(way.sdk, is_async=True) as g:
+        async with g.limiter.hold("agent", "0.15"):
+            await take(way, g.client.with_options(max_retries=2))
+        assert g.counted == g.sums["spent"] == g.bill > 0
 
 
 @pytest.mark.parametrize("way", PLAIN, ids=str)

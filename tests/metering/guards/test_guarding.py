@@ -4,19 +4,33 @@ from __future__ import annotations
 
 import json
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import anthropic
 import openai
 import pytest
+from opentelemetry.trace import StatusCode
 
-from examples.local_provider import LocalProvider
+from examples.local_provider import LocalProvider, Scene
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter
 from ktrdr_budget.errors import InvalidArgument, UnknownBudget, UnknownPrice
 from ktrdr_budget.metering.guards import UnmeteredCall, guard
 from ktrdr_budget.metering.prices import ModelPrice, Prices
 
-from ...helpers.guarded import BASIC, CLAUDE, GPT, MESSAGES, SECRET, STREAMS, Telling, Way, raw_client, take
+from ...helpers.guarded import (
+    BASIC,
+    BASIC_STREAMS,
+    CLAUDE,
+    GPT,
+    MESSAGES,
+    SECRET,
+    STREAMS,
+    Telling,
+    Way,
+    raw_client,
+    take,
+)
 from ...helpers.recorded_spans import Recorded
 
 BUDGETS = [Budget("agent", "1.00")]
@@ -211,3 +225,95 @@ async def test_keys_and_prompts_appear_in_no_log_span_error_or_ledger(
     assert any("gen_ai" in text for text in told)
     assert len(told) > 8
     assert not [text for text in told if SECRET in text or PROMPT in text]
+
+
+FAILED = {
+    "400": (Scene(status=400), "400"),
+    "429": (Scene(status=429), "429"),
+    "500": (Scene(status=500), "500"),
+    "dropped": (Scene(drop_after=0), "APIConnectionError"),
+}
+
+
+@pytest.mark.parametrize(("scene", "kind"), FAILED.values(), ids=FAILED)
+@pytest.mark.parametrize("way", [*BASIC, *BASIC_STREAMS], ids=str)
+async def test_a_call_that_fails_is_told_as_failed(
+    opened: Any, provider: LocalProvider, way: Way, recorded: Recorded, scene: Scene, kind: str
+) -> None:
+    provider.script(scene)
+    async with opened(way.sdk) as g:
+        with pytest.raises(Exception, match=r"scripted|Connection error"):
+            await take(way, g.client)
+        span = recorded[f"chat {CLAUDE if way.sdk == 'anthropic' else GPT}"]
+        assert span.status.status_code is StatusCode.ERROR
+        assert (span.attributes or {})["error.type"] == kind
+        # What is tried again, and answered, has not failed.
+        provider.script(Scene(status=429) if kind == "400" else scene)
+        await take(way, g.client.with_options(max_retries=1))
+        assert recorded.spans[-1].status.status_code is StatusCode.UNSET
+        assert "error.type" not in (recorded.spans[-1].attributes or {})
+
+
+@pytest.mark.parametrize("way", BASIC_STREAMS, ids=str)
+async def test_a_stream_that_tells_an_error_is_told_as_failed(
+    opened: Any, provider: LocalProvider, way: Way, recorded: Recorded
+) -> None:
+    provider.script(Scene(error_after=3))
+    async with opened(way.sdk) as g:
+        with nullcontext() if way.name.startswith("responses.") else pytest.raises(Exception, match="scripted"):
+            await take(way, g.client)
+        span = recorded[f"chat {CLAUDE if way.sdk == 'anthropic' else GPT}"]
+        assert span.status.status_code is StatusCode.ERROR
+        kinds = {"messages": "overloaded_error", "chat": "server_error", "responses": "server_error"}
+        assert (span.attributes or {})["error.type"] == kinds[way.name.partition(".")[0]]
+
+
+@pytest.mark.parametrize("sdk", ["anthropic", "openai"])
+async def test_the_http_client_s_own_verbs_do_not_go_past_the_guard(
+    opened: Any, provider: LocalProvider, sdk: str
+) -> None:
+    async with opened(sdk) as g:
+        http = g.client._client
+        for verb in ("post", "put", "patch", "delete", "get"):
+            with pytest.raises(UnmeteredCall, match=verb):
+                getattr(http, verb)("/v1/chat/completions")
+        for verb in ("request", "stream"):
+            with pytest.raises(UnmeteredCall, match=verb):
+                getattr(http, verb)("POST", "/v1/chat/completions")
+        assert provider.requests == []
+    async with opened(sdk, allow_unmetered=True) as g:
+        assert callable(g.client._client.post)
+
+
+OPEN_ENDED = {
+    "chat": lambda client: client.chat.completions.create(model="no-such-model", messages=MESSAGES),
+    "responses": lambda client: client.responses.create(model="no-such-model", input="x"),
+    "completions": lambda client: client.completions.create(model="no-such-model", prompt="x"),
+}
+
+
+@pytest.mark.parametrize("call", OPEN_ENDED.values(), ids=OPEN_ENDED)
+async def test_an_unknown_model_without_a_limit_has_no_price_or_the_fixed_one(
+    opened: Any, provider: LocalProvider, call: Any
+) -> None:
+    async with opened("openai") as g:
+        with pytest.raises(UnknownPrice, match="no-such-model"):
+            _ = await call(g.client) if g.is_async else call(g.client)
+        assert provider.requests == []
+        client = raw_client("openai", g.is_async, provider)
+        fixed = guard(client, g.limiter, pricer=Prices(fixed_cost="0.05"))
+        _ = await call(fixed) if g.is_async else call(fixed)
+        assert g.counted == g.sums["spent"] == 50_000_000
+        await client.close() if g.is_async else client.close()
+
+
+async def test_an_unknown_model_is_not_admitted_at_a_fixed_cost_where_tokens_are_counted(
+    server: Any, provider: LocalProvider
+) -> None:
+    budgets = [Budget("agent", "1.00"), Budget("tokens", 1000, unit="tokens")]
+    async with AsyncBudgetLimiter(server.url, budgets) as limiter:
+        async with raw_client("openai", True, provider) as client:
+            guarded = guard(client, limiter, ["agent", "tokens"], pricer=Prices(fixed_cost="0.05"))
+            with pytest.raises(UnmeteredCall, match="max_completion_tokens"):
+                await OPEN_ENDED["chat"](guarded)
+        assert provider.requests == []

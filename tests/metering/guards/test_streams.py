@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,6 +22,26 @@ BROKEN = {
     "error-at-once": Scene(error_after=0, **TOKENS),
     "error": Scene(error_after=20, **TOKENS),
 }
+
+
+async def _closed(stream: Any, is_async: bool) -> None:
+    await stream.close() if is_async else stream.close()
+
+
+async def begun(g: Any, way: Way, tokens_max: int, **options: Any) -> Any:
+    """A stream of which one item is read, and a request for so many tokens."""
+    most = "max_tokens" if way.sdk == "anthropic" else "max_output_tokens"
+    most = "max_completion_tokens" if way.name.startswith("chat") else most
+    stream = way.call(Telling(g.client, {most: tokens_max}), **options)
+    stream = await stream if g.is_async else stream
+    _ = await anext(stream) if g.is_async else next(stream)
+    return stream
+
+
+async def arrived(provider: LocalProvider, tokens: int) -> None:
+    """Waits until the provider has sent so much, and the network has brought it."""
+    await until(lambda: provider.sent_tokens >= tokens, within_s=30)
+    await asyncio.sleep(0.05)
 
 
 @pytest.mark.parametrize("scene", BROKEN.values(), ids=BROKEN)
@@ -44,7 +65,7 @@ async def test_a_stream_that_breaks_off_commits_an_estimate(
 async def test_a_stream_that_is_closed_early_commits_an_estimate(
     opened: Any, provider: LocalProvider, way: Way, items: int
 ) -> None:
-    provider.script(Scene(token_delay_s=0.001, **TOKENS))
+    provider.script(Scene(stall_after=20, **TOKENS))
     async with opened(way.sdk) as g:
         assert len(await take(way, g.client, items=items)) == items
         spent = g.sums["spent"]
@@ -58,18 +79,14 @@ async def test_the_estimate_of_a_model_that_hides_nothing_follows_what_arrived(
     opened: Any, provider: LocalProvider, way: Way
 ) -> None:
     estimates = []
-    for items in (4, 24):
+    for tokens in (4, 24):
         provider.clear()
-        provider.script(Scene(token_delay_s=0.001, output_tokens=30))
+        provider.script(Scene(stall_after=tokens, output_tokens=30))
         async with opened(way.sdk, unseen_output_tokens=5) as g:
-            most = {"anthropic": "max_tokens", "openai": "max_output_tokens"}[way.sdk]
-            most = "max_completion_tokens" if way.name.startswith("chat") else most
             before = g.sums["spent"]
-            stream = way.call(Telling(g.client, {most: 5_000}))
-            stream = await stream if g.is_async else stream
-            for _ in range(items):
-                _ = await anext(stream) if g.is_async else next(stream)
-            await stream.close() if g.is_async else stream.close()
+            stream = await begun(g, way, 5_000)
+            await arrived(provider, tokens)
+            await _closed(stream, g.is_async)
             await until(lambda: provider.ledger)
             estimates.append(g.sums["spent"] - before)
             assert estimates[-1] >= g.bill
@@ -82,7 +99,7 @@ async def test_a_model_that_may_think_in_secret_is_charged_in_full_when_its_stre
 ) -> None:
     thinking = {"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 4096}
     more = thinking if way.sdk == "anthropic" else {"model": "gpt-5-mini"}
-    provider.script(Scene(token_delay_s=0.001, output_tokens=30))
+    provider.script(Scene(stall_after=20, output_tokens=30))
     async with opened(way.sdk) as g:
         calls = way.call
         loose = Way(way.name, way.sdk, lambda client, **o: calls(Telling(client, more)), way.shape)
@@ -93,7 +110,7 @@ async def test_a_model_that_may_think_in_secret_is_charged_in_full_when_its_stre
 
 @pytest.mark.parametrize("way", BASIC_STREAMS, ids=str)
 async def test_a_cancelled_stream_commits_an_estimate(guarded_client: Any, provider: LocalProvider, way: Way) -> None:
-    provider.script(Scene(token_delay_s=0.002, output_tokens=40))
+    provider.script(Scene(stall_after=20, output_tokens=40))
     async with guarded_client(way.sdk, is_async=True) as g:
         seen = []
 
@@ -117,7 +134,7 @@ async def test_a_cancelled_stream_commits_an_estimate(guarded_client: Any, provi
 async def test_a_stream_that_is_dropped_without_closing_is_settled_all_the_same(
     opened: Any, provider: LocalProvider, way: Way, started: bool
 ) -> None:
-    provider.script(Scene(token_delay_s=0.001, **TOKENS))
+    provider.script(Scene(stall_after=20, **TOKENS))
     async with opened(way.sdk) as g:
         stream = await way.call(g.client) if g.is_async else way.call(g.client)
         if started:
@@ -127,6 +144,114 @@ async def test_a_stream_that_is_dropped_without_closing_is_settled_all_the_same(
         await until(lambda: g.sums["spent"])
         assert g.sums["held"] == 0
         assert "estimated" in g.labels[0]
+
+
+@pytest.mark.parametrize("way", BASIC_STREAMS, ids=str)
+async def test_what_had_arrived_of_a_stream_and_was_not_read_is_charged_when_it_is_closed(
+    opened: Any, provider: LocalProvider, way: Way
+) -> None:
+    provider.script(Scene(stall_after=40, output_tokens=60))
+    async with opened(way.sdk, unseen_output_tokens=5) as g:
+        stream = await begun(g, way, 50_000)
+        await arrived(provider, 40)
+        await _closed(stream, g.is_async)
+        await until(lambda: provider.ledger)
+        assert provider.ledger[0].output_tokens == 40
+        assert g.sums["spent"] == g.counted >= g.bill > 0
+        assert g.sums["spent"] < 10_000 * 1_600  # what is known, and not the limit
+        assert "estimated" in g.labels[0]
+
+
+@pytest.mark.parametrize("way", BASIC_STREAMS, ids=str)
+async def test_a_stream_that_had_arrived_to_its_end_is_charged_exactly_though_it_was_not_read(
+    opened: Any, provider: LocalProvider, way: Way
+) -> None:
+    provider.script(Scene(output_tokens=40))
+    async with opened(way.sdk) as g:
+        stream = await begun(g, way, 50_000)
+        await arrived(provider, 40)
+        await until(lambda: provider.ledger)
+        await _closed(stream, g.is_async)
+        assert g.sums["spent"] == g.counted == g.bill > 0
+        assert "estimated" not in g.labels[0]
+
+
+@pytest.mark.parametrize("left", ["closed", "dropped", "cancelled", "failed"])
+@pytest.mark.parametrize("way", BASIC_STREAMS, ids=str)
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+async def test_more_than_can_be_read_on_is_charged_in_full(
+    opened: Any, provider: LocalProvider, way: Way, left: str
+) -> None:
+    provider.script(Scene(output_tokens=8_000))
+    async with opened(way.sdk) as g:
+
+        async def read() -> None:
+            stream = await begun(g, way, 16_000)
+            if left == "dropped":
+                await until(lambda: provider.sent_tokens >= 300, within_s=30)
+                return
+            try:
+                await until(lambda: provider.ledger, within_s=30)
+                if left == "cancelled":
+                    await asyncio.Event().wait()
+                if left == "failed":
+                    raise ZeroDivisionError
+            finally:
+                await _closed(stream, g.is_async)
+
+        task = asyncio.create_task(read())
+        await asyncio.wait([task], timeout=0.01)
+        await until(lambda: provider.sent_tokens >= 300, within_s=30)
+        if left == "cancelled":
+            await until(lambda: provider.ledger, within_s=30)
+            task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+        del task
+        gc.collect()
+        await until(lambda: g.sums["spent"])
+        await until(lambda: provider.ledger, within_s=30)
+        assert g.sums["spent"] == g.counted >= g.bill > 0
+        assert "estimated" in g.labels[0]
+
+
+@pytest.mark.parametrize("more", [{}, {"stream": True}], ids=["whole", "streamed"])
+@pytest.mark.parametrize("way", [way for way in WAYS if way.shape == "bytes"], ids=str)
+async def test_an_answer_that_is_not_read_at_all_is_charged_all_the_same(
+    opened: Any, provider: LocalProvider, way: Way, more: dict[str, Any]
+) -> None:
+    provider.script(Scene(output_tokens=40))
+    async with opened(way.sdk) as g:
+        entered = way.call(g.client, **more)
+        if g.is_async:
+            async with entered:
+                await until(lambda: provider.ledger)
+        else:
+            with entered:
+                await until(lambda: provider.ledger)
+        assert g.sums["spent"] == g.counted >= g.bill > 0
+
+
+async def test_a_cancellation_that_comes_together_with_data_loses_none_of_it(
+    guarded_client: Any, provider: LocalProvider
+) -> None:
+    way = next(way for way in WAYS if way.name == "chat.create-stream")
+    provider.script(Scene(token_delay_s=0.001, output_tokens=1_500))
+    async with guarded_client(way.sdk, is_async=True, unseen_output_tokens=0) as g:
+        seen = []
+
+        async def read() -> None:
+            async for chunk in await begun(g, way, 50_000):
+                seen.append(chunk)
+
+        task = asyncio.create_task(read())
+        await until(lambda: seen)
+        while provider.sent_tokens < 1_500:
+            time.sleep(0.01)  # the loop is busy with something else, and the rest arrives
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await until(lambda: provider.ledger)
+        assert g.sums["spent"] == g.counted >= g.bill > 0
 
 
 async def test_a_stream_that_is_left_at_its_last_word_is_exact(opened: Any, provider: LocalProvider) -> None:

@@ -137,6 +137,41 @@ async def test_a_last_word_is_awaited_for_no_longer_than_it_is_worth(
             _check(server, calls=2)
 
 
+async def test_a_cancelled_caller_is_not_kept_while_his_stream_is_read_on(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(taps, "DRAIN_TIMEOUT_S", 3600)
+
+    async def arrive() -> Any:
+        for line in LINES:
+            yield line
+        await asyncio.Event().wait()
+
+    http = httpx2.AsyncClient(
+        transport=httpx2.MockTransport(lambda request: httpx2.Response(200, headers=STREAMED, content=arrive()))
+    )
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+        async with openai.AsyncOpenAI(api_key="k", http_client=http) as client:
+            stream = await guard(client, limiter).chat.completions.create(**CALL)
+            _ = [await anext(stream) for _ in LINES]
+
+            async def leave() -> None:
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    await stream.close()
+
+            task = asyncio.create_task(leave())
+            await asyncio.sleep(0)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(task, 60)
+            (reading,) = taps._background
+            reading.cancel()  # as a loop does that ends
+            await reading
+            _check(server)
+
+
 def test_sync_code_awaits_a_last_word_no_longer_either(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(taps, "DRAIN_TIMEOUT_S", 0.05)
     never = threading.Event()

@@ -1,0 +1,139 @@
+-- simple.lua: the way of nearly all reservations and commits, without what others need: reservations that fit, in windows
+-- that exist as their client knows them; commits of holds whose record is what their client was told. Whatever is not
+-- that simple is answered `s`. Nothing is changed for it, and it is sent again to the script that knows everything, which
+-- each client asks once a second besides: about holds that are due, and to be known as alive.
+--
+-- KEYS   1 meta (hash)   2 limits (hash)   3 due (zset)
+--        then per window: its hash, its ledger (stream)   then per operation: the hold record (string)
+-- ARGV   1 the field of meta that counts this replica's writes   2 known epoch   3 acknowledged writes   4 start_us
+--        5 and 6 from when until when, in µs of 16 digits, all windows that are reserved in are the current ones
+--        7 id memory_ms   8 settings, as in prelude.lua   9 number of windows
+--        then per window: its definition, or - if nothing is reserved in it
+--        then per operation: a line of words, and lines that are taken as they are
+--
+-- op     C id operation trace window:counted:units window:counted:unitso …\nrecord\nsettled record
+--                    commits the hold with this record; per window what it counts and what it costs (nothing for slots),
+--                    and o if that is more than was reserved. Amounts below 2^46: the sums of a batch are exact.
+--        R id ttl_ms policy expires_ms window:units window:units …\nowner operation trace|segment|segment…
+--                    reserves; as in reserve.lua
+-- reply  k           committed
+--        g           granted
+--        s           not that simple
+-- returns as apply.lua
+
+local gmatch, find, sub = string.gmatch, string.find, string.sub
+local TOTAL, CAP, HELD, SPENT, EVENTS, OVERRUNS = 1, 2, 3, 4, 5, 6 -- of a window: as stored, its limit, and what changes
+local UNCAPPED = 9007199254740991 -- 2^53 - 1
+
+local time = call('TIME')
+local now_us = time[1] .. sub('00000' .. time[2], -6)
+local now_ms = sub(now_us, 1, 13)
+local sharer = ' ' .. sub(ARGV[1], 3) -- in whose share it is: this replica's
+local n_windows = ARGV[9] + 0
+local first_hold, first_op = 3 + 2 * n_windows, 9 + n_windows
+
+local meta = call('HMGET', KEYS[1], 'epoch', ARGV[1], 'recovering_until', 'crowded', 'limits')
+-- Texts of as many digits compare as numbers do, and are not made numbers first.
+local usual = meta[1] == ARGV[2] and meta[2] and (meta[2] == ARGV[3] or meta[2] + 0 > ARGV[3] + 0)
+local admits = not meta[4] and not (meta[3] and meta[3] > now_ms) and now_us >= ARGV[5] and now_us < ARGV[6]
+
+-- All windows are read before anything is written: one that cannot be read must not leave half a batch behind.
+local windows = { 0 }
+for i = 1, usual and n_windows or 0 do
+  local key, definition = KEYS[2 + 2 * i], ARGV[9 + i]
+  if definition == '-' then
+    usual = usual and call('HEXISTS', key, 'def') == 1
+    windows[i] = { 0, 0, 0, 0, 0, 0 }
+  else
+    local stored = call('HMGET', key, 'def', 'asserted_us', 'limit', 'spent', 'held', 'unconfirmed')
+    local limit = stored[3]
+    -- The limit of the replica that started last is in force; one that has yet to say so is not simple.
+    usual = usual and stored[1] == definition and limit and stored[2]
+      and (stored[2] == ARGV[4] or stored[2] + 0 > ARGV[4] + 0)
+    if meta[5] and usual then -- some limit was changed at run time
+      local changed, until_ms = match(call('HGET', KEYS[2], match(key, '^[^}]+}:w:(.+):')) or '', '^(%S+) (%d+)')
+      if changed and (until_ms == '0' or until_ms > now_ms) then limit = changed end
+    end
+    windows[i] = { (stored[4] or 0) + (stored[5] or 0) + (stored[6] or 0),
+      (not usual and 0) or (limit == '-' and UNCAPPED) or limit + 0, 0, 0, 0, 0 }
+  end
+end
+
+local lines, n_granted, n_settled = { '', '' }, 0, 0
+local granted, settled = { 0, 0 }, { 0 } -- deadline, id, deadline, id …; ids
+local asked = { 0, 0 } -- by one reservation: window, units, window, units …
+local ttl_before, deadline, beginning
+
+for j = 1, #KEYS - first_hold do
+  local op, key, reply = ARGV[first_op + j], KEYS[first_hold + j], 's'
+  local words_end = find(op, '\n', 1, true)
+  if not usual then
+    -- Nothing is.
+  elseif op:byte() == 67 then -- C
+    local label, id, parts_at = match(op, '^C ((%S+) %S+ %S+)()')
+    local record_end = find(op, '\n', words_end + 1, true)
+    local record = sub(op, words_end + 1, record_end - 1)
+    if call('GET', key) == record and sub(record, 5, 17) > now_ms then
+      for i, counted, units, over in gmatch(sub(op, parts_at, words_end), ' (%d+):(%d+):(%d*)(o?)') do
+        i = i + 0
+        local w = windows[i]
+        w[HELD] = w[HELD] - counted
+        if units ~= '' then
+          w[SPENT], w[EVENTS] = w[SPENT] + units, w[EVENTS] + 1
+          if over ~= '' then w[OVERRUNS] = w[OVERRUNS] + 1 end
+          call('XADD', KEYS[3 + 2 * i], '*', 'a', units, 'e', 'commit ' .. label)
+        end
+      end
+      call('SET', key, sub(op, record_end + 1) .. sharer, 'PX', ARGV[7])
+      n_settled = n_settled + 1
+      settled[n_settled], reply = id, 'k'
+    end
+  elseif admits then -- R
+    local id, ttl, policy, expires, parts_at = match(op, '^R (%S+) (%S+) (%a) (%d+)()')
+    local fits, m = true, 0
+    for i, units in gmatch(sub(op, parts_at, words_end), ' (%d+):(%d+)') do
+      local w = windows[i + 0]
+      fits = fits and w[TOTAL] + w[HELD] + w[SPENT] + units <= w[CAP]
+      asked[m + 1], asked[m + 2] = w, units
+      m = m + 2
+    end
+    if ttl ~= ttl_before then
+      ttl_before, deadline = ttl, format('%.0f', now_ms + ttl)
+      beginning = ' ' .. deadline .. ' ' .. now_us .. ' 0 '
+    end
+    if fits and call('SET', key, 'o ' .. policy .. beginning .. sub(op, words_end + 1), 'NX', 'PXAT', expires) then
+      granted[n_granted + 1], granted[n_granted + 2], reply = deadline, id, 'g'
+      n_granted = n_granted + 2
+      for k = 1, m, 2 do asked[k][HELD] = asked[k][HELD] + asked[k + 1] end
+    end
+  end
+  lines[j + 1] = reply
+end
+
+local acknowledged = ARGV[3]
+if n_granted + n_settled > 0 then
+  for i = 1, n_windows do
+    local w, key = windows[i], KEYS[2 + 2 * i]
+    local events = w[EVENTS]
+    if w[HELD] ~= 0 then call('HINCRBY', key, 'held', text(w[HELD])) end
+    if w[OVERRUNS] ~= 0 then call('HINCRBY', key, 'overruns', text(w[OVERRUNS])) end
+    if w[SPENT] ~= 0 then
+      local spent = text(w[SPENT])
+      call('HINCRBY', key, 'spent', spent)
+      call('HINCRBY', key, ARGV[1], spent)
+    end
+    if events ~= 0 then
+      local ledger, total = KEYS[3 + 2 * i], call('HINCRBY', key, 'events', text(events))
+      if total == events then -- its first entry
+        local ttl_ms = call('PTTL', key)
+        if ttl_ms > 0 then call('PEXPIRE', ledger, ttl_ms) end
+      end
+      if total % 1024 < events then carry_forward(ledger, ARGV[8]) end
+    end
+  end
+  if n_settled > 0 then call('ZREM', KEYS[3], unpack(settled)) end
+  if n_granted > 0 then call('ZADD', KEYS[3], unpack(granted, 1, n_granted)) end
+  acknowledged = call('HINCRBY', KEYS[1], ARGV[1], 1)
+end
+lines[1] = now_us .. ' - ' .. acknowledged .. ' -'
+return table.concat(lines, '\n')

@@ -1,0 +1,201 @@
+"""What the spans of a cycle say of how it ended, and what they never say."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from opentelemetry.trace import StatusCode
+
+from ktrdr_budget import AsyncBudgetLimiter
+from ktrdr_budget.agent.llm import Completion
+from ktrdr_budget.agent.phases import Assessment, Design
+from ktrdr_budget.agent.prompts import UnusableAnswer
+from ktrdr_budget.metering.meter import Meter
+from ktrdr_budget.metering.prices import ModelPrice, Prices
+from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget.telemetry import spans
+
+from ..helpers.recorded_spans import Recorded
+from ..helpers.waiting import until
+
+SECRETS = ("my secret prompt", "my secret answer", "sk-secret-key-1")
+
+
+@pytest.fixture
+def recorded(monkeypatch) -> Recorded:
+    found = Recorded()
+    monkeypatch.setattr(spans, "_tracer", found.tracer)
+    return found
+
+
+class Talkative:
+    """A metered model; its errors repeat what it was asked and by whom."""
+
+    provider, model = "acme", "road"
+
+    def __init__(self, limiter: AsyncBudgetLimiter) -> None:
+        self.meter = Meter(limiter, ["agent"], Prices([ModelPrice("acme", "road", "10", "50")]))
+        self.fails = self.waits = False
+        self.output_tokens_max = 200
+
+    async def complete(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
+        options = {"input_tokens_max": 300, "output_tokens_max": self.output_tokens_max}
+        async with self.meter.call(provider="acme", model="road", **options) as call:
+            call.report(Usage(100, 7))
+            if self.waits:
+                await asyncio.Event().wait()
+            if self.fails:
+                raise RuntimeError(f"400: {prompt} sk-secret-key-1")
+            call.finish(Usage(100, 20))
+        return Completion("my secret answer", Usage(100, 20), "road")
+
+    async def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+async def made(make_stage):
+    """A stage with such a model, and the model."""
+    models: list[Talkative] = []
+
+    def make_llm(limiter: AsyncBudgetLimiter) -> Talkative:
+        models.append(Talkative(limiter))
+        return models[0]
+
+    stage = await make_stage(limit="0.20", make_llm=make_llm)
+
+    async def design(context) -> Design:
+        answer = await context.ask("my secret prompt")
+        stage.script.entered["designing"] += 1
+        return await stage.script.designed(answer.text)
+
+    async def designed(text: str) -> Design:
+        return Design("momentum")
+
+    stage.script.design, stage.script.designed = design, designed
+    return stage, models[0]
+
+
+async def run(stage):
+    cycle = await stage.ended((await stage.agent.trigger()).operation_id)
+    await until(lambda: not stage.agent._running)
+    return cycle
+
+
+def told(recorded: Recorded, name: str) -> tuple[str, object]:
+    found = recorded[name]
+    return found.status.status_code.name, found.attributes.get("outcome")
+
+
+def all_words(recorded: Recorded) -> str:
+    return "".join(found.to_json() for found in recorded.spans)
+
+
+async def test_of_a_judgement_the_verdict_alone_is_on_a_span(recorded, made):
+    stage, _ = made
+
+    async def assess(*_) -> Assessment:
+        return Assessment("promising", "my secret answer")
+
+    stage.script.assess = assess
+    cycle = await run(stage)
+    assert cycle.progress["results"]["summary"] == "my secret answer"
+    assert recorded["agent.phase.assessment"].attributes["verdict"] == "promising"
+    assert not any(secret in all_words(recorded) for secret in SECRETS)
+    assert {told(recorded, f"agent.phase.{name}") for name in ("design", "training", "backtest", "assessment")} == {
+        ("UNSET", "completed")
+    }
+
+
+async def test_an_error_of_a_model_is_told_by_its_type_and_place(recorded, made):
+    stage, model = made
+    model.fails = True
+    cycle = await run(stage)
+    assert "my secret prompt" in cycle.progress["error"], "whoever runs the agent must know"
+    for name in ("agent.research_cycle", "agent.phase.design"):
+        assert told(recorded, name) == ("ERROR", "failed")
+        assert recorded[name].attributes["error"] == recorded[name].status.description == "RuntimeError"
+    (event,) = recorded["agent.phase.design"].events
+    assert (event.attributes["exception.type"], event.attributes["exception.message"]) == ("RuntimeError", "")
+    assert "in complete" in event.attributes["exception.stacktrace"]
+    assert not any(secret in all_words(recorded) for secret in SECRETS)
+    assert recorded["agent.phase.design"].attributes["tokens"] == 107, "also of a call that failed"
+
+
+async def test_what_a_phase_says_of_an_answer_is_on_no_span_unless_the_words_are_ours(recorded, made):
+    stage, _ = made
+
+    async def designed(text: str) -> Design:
+        raise ValueError(f"cannot use {text}")
+
+    stage.script.designed = designed
+    await run(stage)
+    assert recorded["agent.research_cycle"].attributes["error"] == "ValueError"
+
+    async def unusable(text: str) -> Design:
+        try:
+            raise ValueError(f"cannot use {text}")
+        except ValueError:
+            raise UnusableAnswer("parameters must be an object") from None
+
+    stage.script.designed = unusable
+    await run(stage)
+    last = [found for found in recorded.spans if found.name == "agent.phase.design"][-1]
+    assert last.attributes["error"] == "UnusableAnswer: parameters must be an object"
+    assert last.events[0].attributes["exception.message"] == "parameters must be an object"
+    assert not any(secret in all_words(recorded) for secret in SECRETS)
+
+
+async def test_an_error_of_a_providers_sdk_is_guarded_wherever_it_comes_from(recorded, made):
+    stage, _ = made
+    error = type("APIStatusError", (Exception,), {"__module__": "anthropic"})
+
+    async def train(*_):
+        try:
+            raise error("my secret prompt")
+        except error as cause:
+            raise RuntimeError(f"training: {cause}") from cause
+
+    stage.script.train = train
+    await run(stage)
+    assert recorded["agent.phase.training"].attributes["error"] == "RuntimeError"
+    assert not any(secret in all_words(recorded) for secret in SECRETS)
+
+
+async def test_an_error_of_a_phase_that_asked_nobody_is_told_in_full(recorded, stage):
+    stage.script.fail_in = "training"
+    await run(stage)
+    for name in ("agent.research_cycle", "agent.phase.training"):
+        assert told(recorded, name) == ("ERROR", "failed")
+        assert recorded[name].attributes["error"] == "RuntimeError: training went wrong with redis://***@host"
+    (event,) = recorded["agent.phase.training"].events
+    assert "training went wrong" in event.attributes["exception.stacktrace"]
+
+
+async def test_a_cancellation_is_an_outcome_of_call_phase_and_cycle(recorded, made):
+    stage, model = made
+    model.waits = True
+    started = await stage.agent.trigger()
+    (cycle,) = stage.agent._running.values()
+    await until(lambda: cycle._hold.accrued["agent"])
+    await stage.agent.cancel(started.operation_id)
+    await until(lambda: not stage.agent._running)
+    for name in ("agent.research_cycle", "agent.phase.design", "chat road"):
+        assert told(recorded, name) == ("UNSET", "cancelled")
+        assert not recorded[name].events
+        assert "error" not in recorded[name].attributes
+    assert recorded["agent.phase.design"].attributes["tokens"] == 107
+
+
+async def test_a_denial_is_an_outcome_of_call_phase_and_cycle(recorded, made):
+    stage, model = made
+    model.output_tokens_max = 10_000
+    cycle = await run(stage)
+    assert (cycle.outcome, cycle.reason) == ("failed", "budget_exhausted")
+    for name in ("agent.phase.design", "chat road"):
+        assert told(recorded, name) == ("UNSET", "denied")
+        assert recorded[name].attributes["reason"] == "exceeds_limit"
+    assert told(recorded, "agent.research_cycle") == ("UNSET", "failed")
+    assert recorded["agent.research_cycle"].attributes["reason"] == "budget_exhausted"
+    assert {found.status.status_code for found in recorded.spans} == {StatusCode.UNSET}

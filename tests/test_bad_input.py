@@ -1,0 +1,113 @@
+"""Input that cannot be used gets its own error, whatever it is, and before anything is sent."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, InvalidAmount, InvalidArgument
+from ktrdr_budget.errors import shown
+from ktrdr_budget.money import to_units
+
+HUGE = 10**5000  # Python writes no number of so many digits
+BUDGETS = [Budget("agent", "5.00")]
+
+
+class Float(float):
+    """As that of NumPy shows itself."""
+
+    def __repr__(self) -> str:
+        return f"Float({float(self)})"
+
+
+class Unshowable:
+    def __repr__(self) -> str:
+        raise RuntimeError("not even that")
+
+
+def test_a_float_of_another_library_means_what_it_says():
+    assert to_units(Float(0.1)) == 100_000_000
+    assert Budget("agent", Float(0.1)).limit == Decimal("0.10")
+    with pytest.raises(InvalidAmount):
+        to_units(Float("nan"))
+
+
+@pytest.mark.parametrize("amount", [HUGE, -HUGE, [HUGE], Unshowable(), "9" * 5000, Decimal(HUGE)], ids=type)
+@pytest.mark.parametrize("unit", ["usd", "tokens"])
+def test_an_amount_that_cannot_be_shown_is_refused_as_any_other(amount, unit):
+    with pytest.raises(InvalidAmount) as refused:
+        to_units(amount, unit)
+    assert len(str(refused.value)) < 200
+
+
+def test_what_is_shown_of_a_value_is_bounded():
+    assert shown("a" * 500) == "'" + "a" * 76 + "..."
+    assert shown(HUGE) == "<int>"
+    assert shown(Unshowable()) == "<Unshowable>"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Budget("agent", 1, timezone=[]),
+        lambda: Budget("agent", 1, timezone=HUGE),
+        lambda: Budget("agent", 1, period=HUGE),
+        lambda: Budget("agent", 1, unit=HUGE),
+        lambda: Budget("agent", 1, kind=HUGE),
+        lambda: Budget(HUGE, 1),
+        lambda: AsyncBudgetLimiter("unix:///nobody", ["agent"]),
+        lambda: AsyncBudgetLimiter("unix:///nobody", BUDGETS[0]),
+        lambda: AsyncBudgetLimiter("unix:///nobody", None),
+        lambda: AsyncBudgetLimiter(data_dir=5),
+        lambda: AsyncBudgetLimiter(data_dir=b"data"),
+        lambda: AsyncBudgetLimiter("unix:///nobody", timeout=HUGE),
+        lambda: AsyncBudgetLimiter("unix:///nobody", on_store_error=HUGE),
+        lambda: AsyncBudgetLimiter("unix:///nobody", max_holds=HUGE),
+        lambda: AsyncBudgetLimiter("unix:///nobody", tenant=HUGE),
+        lambda: AsyncBudgetLimiter("unix:///nobody", durability=HUGE),
+        lambda: AsyncBudgetLimiter(5),
+    ],
+)
+def test_an_option_of_another_type_is_refused(make):
+    with pytest.raises(InvalidArgument):
+        make()
+
+
+@pytest.fixture(scope="module")
+def nowhere(tmp_path_factory):
+    """A limiter whose store cannot be asked."""
+    with BudgetLimiter(f"unix://{tmp_path_factory.mktemp('n')}/nobody", BUDGETS, timeout=0.1) as made:
+        yield made
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda limiter: limiter.reserve("agent", HUGE),
+        lambda limiter: limiter.reserve("agent", 1, id=HUGE),
+        lambda limiter: limiter.reserve("agent", 1, ttl=HUGE),
+        lambda limiter: limiter.reserve("agent", 1, on_expiry=HUGE),
+        lambda limiter: limiter.reserve("agent", 1, operation="\ud800"),
+        lambda limiter: limiter.reserve("agent", 1, owner="\ud800"),
+        lambda limiter: limiter.reserve(HUGE, 1),
+        lambda limiter: limiter.record("agent", 1, operation="\ud800"),
+        lambda limiter: limiter.record("agent", HUGE),
+        lambda limiter: limiter.commit("op_1", HUGE),
+        lambda limiter: limiter.commit(HUGE),
+        lambda limiter: limiter.extend("op_1", HUGE),
+        lambda limiter: limiter.set_limit("agent", 1, until="garbage"),
+        lambda limiter: limiter.set_limit("agent", 1, until=HUGE),
+        lambda limiter: limiter.set_limit("agent", HUGE),
+        lambda limiter: limiter.ledger("agent", cursor="garbage"),
+        lambda limiter: limiter.ledger("agent", cursor=HUGE),
+        lambda limiter: limiter.ledger("agent", window=5),
+        lambda limiter: limiter.ledger("agent", window=HUGE),
+        lambda limiter: limiter.ledger("agent", limit=HUGE),
+        lambda limiter: limiter.holds("agent", cursor="garbage"),
+        lambda limiter: limiter.holds("agent", limit=HUGE),
+    ],
+)
+def test_a_call_that_cannot_be_meant_is_refused_before_anything_is_sent(nowhere, call):
+    with pytest.raises(InvalidArgument):
+        call(nowhere)

@@ -1,0 +1,87 @@
+"""When a denied caller is told to come back: when something of that budget does (DESIGN, section 8)."""
+
+from __future__ import annotations
+
+import math
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
+from ktrdr_budget.engine import reads
+
+from .helpers.keyspace import dump
+
+NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
+TO_MIDNIGHT_S = 12 * 3600
+BUDGETS = [Budget("agent", "1.00"), Budget("other", "5.00"), Budget("jobs", 1, kind="slots")]
+
+
+@pytest.fixture
+async def limiter(clocked_server):
+    clocked_server.set(NOON, frozen=True)
+    async with AsyncBudgetLimiter(clocked_server.url, BUDGETS, timeout=30) as made:
+        yield made
+
+
+async def denied(call) -> BudgetExceeded:
+    with pytest.raises(BudgetExceeded) as error:
+        await call
+    return error.value
+
+
+def about(seconds: int) -> set[int]:
+    """A frozen clock moves by some milliseconds."""
+    return {seconds - 1, seconds}
+
+
+async def test_a_denied_caller_waits_for_a_hold_of_that_budget_and_no_other(limiter, clocked_server):
+    await limiter.reserve("other", "0.10", ttl=60)
+    await limiter.reserve({"agent": "0.40", "other": "0.10"}, ttl=1200)
+    await limiter.reserve("agent", "0.60", ttl=900)
+    with clocked_server.client() as client:
+        before = dump(client)
+        error = await denied(limiter.reserve("agent", "0.50"))
+        assert dump(client) == before, "a denial writes nothing"
+    assert (error.reason, error.retry_after in about(900)) == ("budget_held", True)
+
+
+async def test_a_hold_of_another_window_is_not_waited_for(limiter, clocked_server):
+    await limiter.reserve("agent", "0.60", ttl=86_400)
+    clocked_server.advance(TO_MIDNIGHT_S - 60)
+    await limiter.reserve("agent", "0.10", ttl=600, id="yesterday")
+    clocked_server.advance(120)
+    await limiter.reserve("agent", "0.60", ttl=1800)
+    error = await denied(limiter.reserve("agent", "0.50"))
+    assert (error.reason, error.retry_after in about(1800)) == ("budget_held", True)
+
+
+async def test_a_hold_does_not_wait_for_itself(limiter):
+    hold = await limiter.reserve("agent", "0.60", ttl=60)
+    error = await denied(hold.grow("0.41"))
+    assert (error.reason, error.retry_after) == ("exceeds_limit", None)
+    error = await denied(limiter.grow(hold.id, {"agent": "1.01"}))
+    assert (error.reason, error.retry_after) == ("exceeds_limit", None)
+    await limiter.reserve("agent", "0.20", ttl=900)
+    error = await denied(hold.grow("0.30"))
+    assert (error.reason, error.retry_after in about(900)) == ("budget_held", True)
+
+
+async def test_who_is_not_among_those_due_first_is_not_found(limiter, monkeypatch):
+    monkeypatch.setattr(reads, "_LOOKED_THROUGH", 3)
+    for _ in range(3):
+        await limiter.reserve("other", "0.10", ttl=60)
+    await limiter.reserve("agent", "0.60", ttl=900)
+    await limiter.reserve("jobs", 1, ttl=900)
+    error = await denied(limiter.reserve("agent", "0.50"))
+    assert (error.reason, error.retry_after in about(TO_MIDNIGHT_S)) == ("budget_held", True)
+    error = await denied(limiter.reserve("jobs", 1))  # its window has no end, but waiting does help
+    assert (error.reason, error.retry_after in about(60)) == ("budget_held", True)
+
+
+async def test_a_denial_for_another_reason_waits_for_the_windows_end(limiter):
+    await limiter.reserve("agent", "0.10", ttl=60)
+    await limiter.record("agent", "0.80")
+    error = await denied(limiter.reserve("agent", "0.50"))
+    assert (error.reason, error.retry_after in about(TO_MIDNIGHT_S)) == ("budget_exhausted", True)
+    assert math.isclose(timedelta(seconds=error.retry_after).total_seconds(), TO_MIDNIGHT_S, abs_tol=1)

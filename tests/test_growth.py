@@ -1,0 +1,194 @@
+"""A hold that grows by an amount grows by it once, whoever else lets it grow at the same time."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict, InvalidAmount, StoreUnavailable
+from ktrdr_budget.money import to_units
+
+from .helpers.keyspace import dump, sums
+from .helpers.proxy import Proxy
+from .helpers.waiting import until
+
+BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests")]
+
+
+@pytest.fixture
+async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
+    """Another replica."""
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
+    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
+        yield made
+
+
+@pytest.fixture
+async def far(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
+    """A limiter behind the proxy, with its scripts already known to the server."""
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5) as made:
+
+        async def answers() -> bool:
+            with suppress(StoreUnavailable):
+                hold = await made.reserve("agent", "0.01", id="first")
+                await hold.grow("0.01")
+                await hold.commit(0)
+                return True
+            return False
+
+        await until(answers, 20)
+        yield made
+
+
+async def reserved(limiter: AsyncBudgetLimiter, hold_id: str) -> Decimal:
+    return Decimal((await limiter.get(hold_id)).amounts["agent"])
+
+
+async def test_calls_of_one_hold_that_grow_it_at_once_all_add_to_it(limiter, client):
+    hold = await limiter.reserve({"agent": "0.15", "calls": 1}, id="op_1")
+    await asyncio.gather(*(hold.grow({"agent": "0.10", "calls": 2}) for _ in range(5)), hold.extend())
+    assert hold.amounts == {"agent": Decimal("0.65"), "calls": 11}
+    assert (await limiter.get("op_1")).amounts == hold.amounts
+    assert sums(client)["held"] == to_units("0.65")
+
+
+def test_threads_that_grow_one_hold_at_once_all_add_to_it(sync_limiter, client):
+    hold = sync_limiter.reserve("agent", "0.10")
+    threads = [threading.Thread(target=hold.grow, args=("0.10",)) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert hold.amounts == {"agent": Decimal("0.90")}
+    assert sums(client)["held"] == to_units("0.90")
+
+
+async def test_what_another_process_has_added_is_added_to(limiter, other):
+    hold = await limiter.reserve("agent", "0.15", id="op_1")
+    await other.grow("op_1", {"agent": "0.50"})
+    await hold.grow("0.10")
+    assert hold.amounts == {"agent": Decimal("0.60")}
+    theirs = await other.reserve("agent", "0.15", id="op_1")
+    assert theirs.amounts == {"agent": Decimal("0.60")}
+    await hold.grow("0.10")
+    await theirs.grow("0.10")  # from the same totals, by the same amount: theirs all the same
+    assert theirs.amounts == {"agent": Decimal("0.80")}
+
+
+async def test_processes_that_grow_one_hold_at_once_all_add_to_it(limiter, other):
+    holds = [await one.reserve("agent", "0.15", id="op_1") for one in (limiter, other)]
+    await asyncio.gather(*(hold.grow("0.10") for hold in holds for _ in range(4)))
+    assert await reserved(limiter, "op_1") == Decimal("0.95")
+
+
+async def test_growth_that_is_denied_changes_nothing_and_the_rest_still_fits(limiter, client):
+    hold = await limiter.reserve("agent", "4.00", id="op_1")
+    answers = await asyncio.gather(*(hold.grow("0.40") for _ in range(4)), return_exceptions=True)
+    assert [type(answer) for answer in answers].count(BudgetExceeded) == 2
+    assert hold.amounts == {"agent": Decimal("4.80")}
+    before = dump(client)
+    with pytest.raises(BudgetExceeded):
+        await hold.grow({"agent": "0.21"})
+    with pytest.raises(InvalidAmount):
+        await hold.grow("9007199")
+    assert dump(client) == before
+    await hold.commit("0.07")
+    with pytest.raises(HoldConflict):
+        await hold.grow("0.10")
+
+
+async def test_growth_whose_callers_are_cancelled_hinders_no_other(limiter):
+    hold = await limiter.reserve("agent", "0.15", id="op_1")
+    tasks = [asyncio.create_task(hold.grow("0.10")) for _ in range(4)]
+    await asyncio.sleep(0)
+    for task in tasks[:2]:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    before = await reserved(limiter, "op_1")
+    await hold.grow("0.10")
+    assert await reserved(limiter, "op_1") == before + Decimal("0.10") == hold.amounts["agent"]
+    assert before >= Decimal("0.35")
+
+
+async def test_growth_behind_a_lost_reply_is_made_once(far, proxy, client):
+    hold = await far.reserve("agent", "0.15", id="op_1")
+    proxy.lose_replies = 1
+    await asyncio.gather(hold.grow("0.10"), hold.grow("0.10"))
+    assert proxy.replies_lost >= 1
+    assert hold.amounts == {"agent": Decimal("0.35")}
+    assert sums(client)["held"] == to_units("0.35")
+
+
+@pytest.mark.parametrize("fate", ["reply", "request"])
+@pytest.mark.parametrize("beaten", [False, True])
+async def test_growth_that_is_tried_again_after_no_answer_is_made_once(far, proxy, client, fate, beaten):
+    hold = await far.reserve("agent", "0.15", id="op_1")
+    proxy.fate = lambda: fate
+    with pytest.raises(StoreUnavailable) as unavailable:
+        await hold.grow("0.10")
+    assert unavailable.value.ambiguous
+    proxy.fate = lambda: None
+
+    async def again() -> bool:
+        with suppress(StoreUnavailable):
+            if beaten:  # a heartbeat tells what became of it, and the caller cannot know
+                await hold.extend()
+            await hold.grow("0.10")
+            return True
+        return False
+
+    await until(again, 20)
+    assert hold.amounts == {"agent": Decimal("0.25")}
+    await hold.grow("0.10")
+    assert hold.amounts == {"agent": Decimal("0.35")}
+    assert sums(client)["held"] == to_units("0.35")
+
+
+async def test_without_the_store_an_unguarded_hold_grows_by_all_that_is_added(tmp_path):
+    url = f"unix://{tmp_path}/nobody"
+    async with AsyncBudgetLimiter(url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
+        hold = await limiter.reserve("agent", "0.15")
+        await asyncio.gather(hold.grow("0.10"), hold.grow("0.10"))
+        await hold.extend()
+        await hold.grow("0.10")
+        assert hold.amounts == {"agent": Decimal("0.45")}
+
+
+async def test_growth_that_went_on_without_an_answer_is_no_retry(proxy, client):
+    """Policy allow: whoever asked was told that it has grown."""
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5, on_store_error="allow") as limiter:
+        hold = await limiter.reserve("agent", "0.15", id="op_1")
+        proxy.fate = lambda: "reply"
+        await hold.grow("0.10")
+        proxy.fate = lambda: None
+        await until(lambda: limiter.store_state == "closed", 20)
+
+        async def told() -> bool:
+            await hold.grow("0.10")
+            return sums(client)["held"] == to_units(hold.amounts["agent"])
+
+        await until(told, 20)
+        assert hold.amounts["agent"] >= Decimal("0.35")
+
+
+async def test_an_answer_that_is_older_than_the_growth_does_not_undo_it(limiter, client):
+    """Two lanes: what the store answered first may arrive last."""
+    hold = await limiter.reserve("agent", "0.15", id="op_1")
+    older = client.get("ktrdr:{default}:h:op_1")
+    await hold.grow("0.10")
+    heartbeat = hold.extend_flow(None)
+    next(heartbeat)
+    with pytest.raises(StopIteration):
+        heartbeat.send((f"e {older}", None))
+    assert hold.amounts == {"agent": Decimal("0.25")}

@@ -1,0 +1,80 @@
+"""The limit in force is the run-time one, else that of the replica that started last; every reading goes by it."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetTracker
+
+from .helpers.keyspace import dump
+from .helpers.waiting import until
+
+
+def limiter_of(server, limit: str) -> AsyncBudgetLimiter:
+    return AsyncBudgetLimiter(server.url, [Budget("agent", limit)])
+
+
+async def test_a_changed_limit_is_read_from_the_start_on_and_reading_writes_nothing(server, client):
+    async with limiter_of(server, "5.00") as before:
+        await (await before.reserve("agent", "1.00")).commit("1.00")
+    stored = dump(client)
+    async with limiter_of(server, "10.00") as after:
+        for status in (await after.status("agent"), *(await after.statuses())):
+            assert (status.limit, status.remaining, status.limit_source) == (10, Decimal("9.00"), "configured")
+    assert dump(client) == stored
+    async with limiter_of(server, "0.50") as lower:
+        assert (await lower.status("agent")).remaining == 0
+        with pytest.raises(BudgetExceeded):
+            await lower.reserve("agent", "0.01")
+
+
+async def test_the_replica_that_started_first_reads_what_the_last_has_asserted(server):
+    async with limiter_of(server, "5.00") as first, limiter_of(server, "10.00") as last:
+        await first.reserve("agent", "1.00")
+        assert ((await first.status("agent")).limit, (await last.status("agent")).limit) == (5, 10)
+        await last.reserve("agent", "1.00")
+        assert ((await first.status("agent")).limit, (await last.status("agent")).limit) == (10, 10)
+
+
+async def test_a_run_time_limit_is_read_whoever_started_last(server):
+    async with limiter_of(server, "5.00") as first:
+        await first.reserve("agent", "1.00")
+        await first.set_limit("agent", "7.00")
+        async with limiter_of(server, "10.00") as last:
+            assert (await last.status("agent")).limit == 7
+            await last.clear_limit("agent")
+            assert ((await first.status("agent")).limit, (await last.status("agent")).limit) == (5, 10)
+
+
+async def test_a_service_that_was_restarted_with_another_limit_shows_it_everywhere(server):
+    import httpx
+
+    from ktrdr_budget.api import Settings, create_app
+
+    async with limiter_of(server, "5.00") as before:
+        await before.reserve("agent", "1.00")
+    app = create_app(Settings(redis_url=server.url, agent_daily_budget="10.00"))
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app, client=("127.0.0.1", 1))
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+            assert (await client.get("/api/v1/agent/budget")).json()["daily_limit"] == 10
+            assert (await client.get("/api/v1/budgets/agent")).json()["remaining"] == "9.00"
+
+            async def scraped() -> bool:
+                return "agent_budget_remaining_dollars 9.0" in (await client.get("/metrics")).text
+
+            await until(scraped, 20)
+
+
+def test_a_tracker_goes_by_the_limit_in_force(server):
+    with BudgetTracker(1.0, url=server.url) as first, BudgetTracker(0.5, url=server.url) as last:
+        assert first.get_today_spend() == 0.0
+        assert last.get_remaining() == 0.5
+        last.reserve(0.1)
+        assert first.get_remaining() == last.get_remaining() == 0.4
+        assert first.can_spend(0.45) == (False, "budget_exhausted ($0.40 remaining, need $0.45)")
+        assert first.get_status()["daily_limit"] == 0.5
+        first.limiter.set_limit("agent", "2.00")
+        assert last.can_spend(1.90) == (True, "ok")

@@ -10,7 +10,7 @@
 --                               had it
 -- reply  g                      it is open, or unconfirmed, from now on
 --        p                      the id is known, and stays as it is
---        t budget:window        that window was begun and is not here; nothing was changed
+--        t budget:window        of both: that window was begun and is not here; nothing was changed
 
 function operations.H(op, key)
   local id, amounts = match(op, '^H (%S+) (.+)$')
@@ -70,12 +70,13 @@ function operations.P(op, key)
     match(op, '^P (%S+) (%a) (%d+) (%d+) (%S+) (%S+) (%S+) (.+)$')
   local hold, why = find(id, key)
   if hold then return adopt(id, key, hold, deadline, amounts) end
-  if why ~= 'u' then return 'p' end
+  if why ~= 'u' then return why:sub(1, 1) == 't' and why or 'p' end
+  for i in gmatch(amounts, '(%d+):%d+:%d+:') do
+    local w = windows[tonumber(i)]
+    if w.missing then return 't ' .. w.name end
+  end
   hold = { state = 'o', policy = policy, deadline = deadline, origin = created .. ' ' .. now_us_text .. ' ' .. owner,
     operation = operation, trace = trace, segments = {} }
-  for i in gmatch(amounts, '(%d+):%d+:%d+:') do
-    if windows[tonumber(i)].missing then return 't ' .. windows[tonumber(i)].name end
-  end
   for i, first, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+):(%d+)') do
     local w = windows[tonumber(i)]
     w.creating = true

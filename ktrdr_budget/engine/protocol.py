@@ -264,6 +264,7 @@ class Elsewhere(Op):
 
     def __init__(self, replica: str, settlement: Op) -> None:
         super().__init__(settlement.id, settlement.key, f"S {replica} {settlement.head}", settlement.parts)
+        self.tail = settlement.tail
         self._replica = replica
         self._settlement = settlement
 

@@ -250,6 +250,7 @@ TOUCHING = {
     "E op_1 60000 0": ":30:200",
     "X op_x": "",
     "H op_1": ":10",
+    "P op_1 c 9999999999999 1764000000000000 - - -": ":20:20:0",
     "P new c 9999999999999 1764000000000000 - - -": ":20:20:0",
     "N new 0 - -": ":20",
     "K new 1 - -": ":20",
@@ -284,11 +285,19 @@ def stored(wire: Wire) -> dict[str, object]:
 
 @pytest.mark.parametrize("head", TOUCHING)
 def test_nothing_is_written_into_half_a_window(begun, head):
-    before = stored(begun)
-    missing = f"t agent:{day(begun)}"
+    before, missing = stored(begun), f"t agent:{day(begun)}"
     assert begun.ask(head, agent=TOUCHING[head]) == missing
-    with_another = begun.send(begun.op(head, agent=TOUCHING[head]), begun.op("L nobody 0", cycles=":x0"))
-    assert with_another == [missing, "u"]
+    assert begun.send(begun.op(head, agent=TOUCHING[head]), begun.op("L nobody 0", cycles=":x0")) == [missing, "u"]
+    assert stored(begun) == before
+
+
+def test_nor_is_it_in_the_simple_way(begun):
+    before = stored(begun)
+    commits = [
+        begun.commit("op_1", counted={"agent": 150}, agent=70),
+        begun.commit("op_2", counted={"cycles": 1}, cycles=1),
+    ]
+    assert begun.send(*commits, simple=True) == ["s", "s"]
     assert stored(begun) == before
 
 
@@ -309,6 +318,12 @@ def test_what_is_settled_is_told_without_its_window(client, wire):
     client.delete(wire.session.current_window("agent").key)
     assert wire.ask("D op_1", agent=":x70").startswith("p - 70 ")
     assert wire.reserve("op_1", agent=150).startswith("p c ")
+
+
+def test_a_simple_commit_is_in_the_share_of_whoever_made_it(wire):
+    wire.reserve("op_1", agent=150)
+    assert wire.send(wire.commit("op_1", counted={"agent": 150}, agent=70), simple=True) == ["k"]
+    assert Wire(wire.client).ask("D op_1", agent=":x70") == f"p - 70 {wire.session.replica_id}"
 
 
 # -- what is told again after a loss -----------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ local UNCAPPED = 9007199254740991 -- 2^53 - 1
 local time = call('TIME')
 local now_us = time[1] .. sub('00000' .. time[2], -6)
 local now_ms = sub(now_us, 1, 13)
-local sharer = ' ' .. sub(ARGV[1], 3) -- in whose share it is: this replica's
 local n_windows = ARGV[9] + 0
 local first_hold, first_op = 3 + 2 * n_windows, 9 + n_windows
 
@@ -84,7 +83,7 @@ for j = 1, #KEYS - first_hold do
           call('XADD', KEYS[3 + 2 * i], '*', 'a', units, 'e', 'commit ' .. label)
         end
       end
-      call('SET', key, sub(op, record_end + 1) .. sharer, 'PX', ARGV[7])
+      call('SET', key, sub(op, record_end + 1), 'PX', ARGV[7])
       n_settled = n_settled + 1
       settled[n_settled], reply = id, 'k'
     end

@@ -15,6 +15,7 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflic
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import dump, sums
+from .helpers.patience import away
 from .helpers.proxy import Proxy
 from .helpers.waiting import until
 
@@ -135,7 +136,7 @@ async def test_growth_behind_a_lost_reply_is_made_once(far, proxy, client):
 async def test_growth_that_is_tried_again_after_no_answer_is_made_once(far, proxy, client, fate, beaten):
     hold = await far.reserve("agent", "0.15", id="op_1")
     proxy.fate = lambda: fate
-    with pytest.raises(StoreUnavailable) as unavailable:
+    with away(proxy.url), pytest.raises(StoreUnavailable) as unavailable:
         await hold.grow("0.10")
     assert unavailable.value.ambiguous
     proxy.fate = lambda: None
@@ -170,7 +171,8 @@ async def test_growth_that_went_on_without_an_answer_is_no_retry(proxy, client):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5, on_store_error="allow") as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         proxy.fate = lambda: "reply"
-        await hold.grow("0.10")
+        with away(proxy.url):
+            await hold.grow("0.10")
         proxy.fate = lambda: None
         await until(lambda: limiter.store_state == "closed", 20)
 

@@ -17,6 +17,7 @@ from ktrdr_budget.engine.session import Session
 from ktrdr_budget.verify import Auditor, Change, IndexChange, verify
 
 from .helpers.keyspace import dump, immortal_keys, today
+from .helpers.patience import away
 from .helpers.processes import workers
 from .helpers.waiting import wait_until
 
@@ -192,7 +193,7 @@ def test_a_hold_of_a_window_that_vanished_is_settled_once_it_is_repaired(server,
         limiter.record("agent", "0.02")
         client.delete(window(client))
         for call in (lambda: holds[0].commit("0.10"), holds[1].release, lambda: limiter.commit(holds[2].id)):
-            with pytest.raises(StoreUnavailable, match="was begun and is not here"):
+            with away(server.url), pytest.raises(StoreUnavailable, match="was begun and is not here"):
                 call()
         assert client.hgetall(window(client)) == {}
         auditor.repair()
@@ -204,7 +205,7 @@ def test_a_hold_of_a_window_that_vanished_is_settled_once_it_is_repaired(server,
 
 
 def test_a_window_that_vanished_stops_no_other_budget(server, client):
-    with BudgetLimiter(server.url, BUDGETS) as limiter:
+    with BudgetLimiter(server.url, BUDGETS, timeout=4) as limiter:
         limiter.reserve("agent", "0.10", ttl=1)
         limiter.reserve("tokens", 10**6 - 5)
         client.delete(window(client))
@@ -214,7 +215,7 @@ def test_a_window_that_vanished_stops_no_other_budget(server, client):
                 limiter.record("agent", "0.01")
             return str(refused.value)
 
-        with ThreadPoolExecutor(8) as threads:
+        with away(server.url), ThreadPoolExecutor(8) as threads:
             waiting = [threads.submit(stuck) for _ in range(8)]
             while not all(call.done() for call in waiting):
                 limiter.reserve("tokens", 1).release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
 from ktrdr_budget.engine.protocol import (
@@ -64,6 +64,17 @@ logger = logging.getLogger("ktrdr_budget")
 _DEFERRED_MAX = 100_000
 _TEXT_MAX = 256
 _UNGUARDED_MAX = 10_000
+_RETURNS_MAX = 1_000
+_RETURN_KNOWN_MS = 1_000
+
+
+class _Return(NamedTuple):
+    """When a denied caller may come back, as it was looked up."""
+
+    first_ms: int
+    """The first deadline of any open hold, then."""
+    at_ms: int
+    deadline_ms: int
 
 
 class Core(Reads):
@@ -103,6 +114,8 @@ class Core(Reads):
         """Those that are open."""
         self.prepaid: Prepaid | None = None
         """What an unreachable store admits from, under policy ``lease``."""
+        self._returns: dict[str, _Return] = {}
+        """By the keys of windows."""
         self.unguarded: OrderedDict[str, tuple[HoldBase, Record]] = OrderedDict()
         """What was admitted while the store was away: found by id here, for the store may never have heard of it."""
         self.handed: dict[str, Op] = {}
@@ -373,7 +386,7 @@ class Core(Reads):
         return Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} {mode}", parts)
 
     def _settle(self, first: Op, reserved: Sequence[tuple[Window, int]], *, unheard: bool = False) -> Flow[Settlement]:
-        """Args: ``unheard``: a release of what the store may never have been told of."""
+        """Sends a settlement; ``unheard``: the release of what the store may never have been told of."""
         op, hold_id, parts = first, first.id, first.parts
         released = op.letter == "L"
         try:
@@ -408,12 +421,11 @@ class Core(Reads):
 
     def defer_settlement(self, hold: HoldBase, amounts: Sequence[tuple[str, int]] | None) -> Settlement:
         """Settles a hold once the store answers again, whatever the policy; as :meth:`settle_hold` else."""
-        key = self.session.keys.hold(hold.id)
         if amounts is None:
             released = [(window, ":x0") for window, _ in hold.parts]
             return self.deferral(self._release(hold.id, released), "released")
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, amounts, strict=True)]
-        return self.deferral(Commit(hold.id, key, parts, True, "-", "-"), "committed")
+        return self.deferral(self._commit(hold.id, parts, may_be_lost=True), "committed")
 
     def deferral(self, op: Op, state: Any, *, ambiguous: bool = False) -> Settlement:
         """Keeps a settlement that an unreachable store could not be told; ``ambiguous``: or was told."""
@@ -543,10 +555,26 @@ class Core(Reads):
         unit = budget.unit if budget else window.unit
         denied = denial(window, figures, now_us, unit)
         if denied.reason == "budget_held" and figures[5] != "0":
-            # The first deadline that the store has told may be that of another budget's hold, or of this one.
-            figures[5] = str((yield from self.first_return_ms(window, hold_id, now_us // 1000)))
+            figures[5] = str((yield from self._first_return_ms(window, op, int(figures[5]), now_us // 1000)))
             denied = denial(window, figures, now_us, unit)
         return BudgetExceeded(denied)
+
+    def _first_return_ms(self, window: Window, op: Op, first_ms: int, now_ms: int) -> Flow[int]:
+        """When waiting may help; ``first_ms``: as the store tells, perhaps of another budget's hold, or of this one.
+
+        It is looked up once for all that are denied within a second, unless another hold has come first meanwhile.
+        """
+        if op.letter != "R":
+            return (yield from self.first_return_ms(window, op.id, now_ms))
+        told = self._returns.get(window.key)
+        if told is None or told.first_ms != first_ms or not 0 <= now_ms - told.at_ms < _RETURN_KNOWN_MS:
+            if len(self._returns) >= _RETURNS_MAX:
+                self._returns.clear()
+            # Who is denied while it is being looked up is told what the store has told.
+            self._returns[window.key] = _Return(first_ms, now_ms, first_ms)
+            found_ms = yield from self.first_return_ms(window, op.id, now_ms)
+            self._returns[window.key] = told = _Return(first_ms, now_ms, found_ms)
+        return told.deadline_ms
 
     def _error(self, line: str, hold_id: str, now_us: int, op: Op) -> Exception:
         """The exception for any other reply that is no success."""

@@ -163,6 +163,7 @@ class MovingStore(Store):
             server.wires.abort()
         else:
             server.wires.retire()
+        server.left = True
         self._left = {left for left in self._left if left.wires.standing} | {server}
         self._start(server.client.aclose(), self._closing)
 

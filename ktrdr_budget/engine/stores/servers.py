@@ -27,6 +27,10 @@ class Server:
         self.address = address
         self.client = _client(url)
         self.wires = Wires()
+        self.left = False
+        """Nothing more goes there; who waits for an answer still waits for it."""
+        self.scripts: set[str] = set()
+        """The digests of those that it is known to know."""
         self.confirms = False
         """Whether it is known that it can tell when a write is safe; see :mod:`.durability`."""
         self._connect_timeout = connect_timeout
@@ -51,11 +55,15 @@ class Server:
 
     async def execute(self, words: Sequence[Any], asking: bool) -> Any:
         """One command by the client; ``asking`` a node of a cluster for what another is moving to it."""
-        if not asking:
-            return await self.client.execute_command(*words)
-        async with self.client.client() as one:  # a connection of its own: nothing may come in between
-            await one.execute_command("ASKING")
-            return await one.execute_command(*words)
+        try:
+            if not asking:
+                return await self.client.execute_command(*words)
+            async with self.client.client() as one:  # a connection of its own: nothing may come in between
+                await one.execute_command("ASKING")
+                return await one.execute_command(*words)
+        finally:
+            if self.left:  # its connection may have been made after the others were closed
+                await self.client.connection_pool.disconnect(inuse_connections=False)
 
     async def close(self) -> None:
         """Ends its connections, and returns when they have ended."""

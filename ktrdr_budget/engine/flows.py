@@ -162,7 +162,7 @@ class Core(Reads):
         rounds = 0
         while True:
             parts = [(session.current_window(name), units) for name, units in wanted]
-            op = Reservation(hold_id, key, ttl_ms, policy, labels, parts, session.now_ms())
+            op = Reservation(hold_id, key, ttl_ms, policy, labels, parts, session.now_ms)
             try:
                 line, answer = yield op
             except StoreError as error:
@@ -186,7 +186,7 @@ class Core(Reads):
             if line == "g":
                 deadline_ms = answer.now_us // 1000 + ttl_ms
                 granted = op.granted(answer.now_us, deadline_ms)
-                session.memory.granted(hold_id, op.parts, granted, answer.now_us // 1000)
+                session.memory.granted(hold_id, op.parts, granted[0], answer.now_us // 1000)
                 return self.make_hold(self, hold_id, parts, ttl_ms, deadline_ms, as_granted=granted)
             rounds += 1
             if line[0] == "d" and answer.due and rounds < RETIRE_ROUNDS:
@@ -312,17 +312,19 @@ class Core(Reads):
         """
         if self.prepaid is not None and hold.prepaid is not None and not hold.prepaid.handed:
             return _at_once(self.prepaid.settle(hold, hold.prepaid, amounts, remark))
-        settled = amounts or [("x", 0)] * len(hold.parts)
-        parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, settled, strict=True)]
         if amounts is None:
             # What the store may not have heard of yet, it is not to open when it does.
             unheard = not hold.guarded or hold.id in self.handed
-            return self._settle(self._release(hold.id, parts, "f" if unheard else "0"), hold.parts, unheard=unheard)
+            nothing = [(window, ":x0") for window, _ in hold.parts]
+            return self._settle(self._release(hold.id, nothing, "f" if unheard else "0"), hold.parts, unheard=unheard)
+        parts, spent = [], []
+        for (window, _), (mode, units) in zip(hold.parts, amounts, strict=True):
+            parts.append((window, f":{mode}{units}"))
+            spent.append(0 if window.flag == "s" else units)
         # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them. After
         # its own settlement it has not lost but forgotten it, and nothing may be charged twice.
         op = self._commit(hold.id, parts, may_be_lost=not hold.settled, remark=remark)
-        if hold.as_granted and not remark:
-            spent = [0 if w.flag == "s" else units for (w, _), (_, units) in zip(hold.parts, amounts, strict=True)]
+        if hold.as_granted is not None and not remark:
             op.simplify(self.session.replica_id, hold.as_granted, hold.parts, spent)
         return self._settle(op, hold.parts)
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
 from ktrdr_budget.engine.growth import Growth, added
-from ktrdr_budget.engine.protocol import STATES, Record, Window
+from ktrdr_budget.engine.protocol import STATES, Granted, Record, Window
 from ktrdr_budget.errors import HoldConflict, InvalidArgument, StoreError, StoreUnavailable, UnknownHold, shown
 from ktrdr_budget.models import HoldState, Settlement, check_ttl_ms
 from ktrdr_budget.money import MAX_UNITS, Amount, from_units, to_units
@@ -65,7 +65,7 @@ class HoldBase:
         ttl_ms: int,
         deadline_ms: int,
         *,
-        as_granted: str = "",
+        as_granted: Granted | None = None,
         record: Record | None = None,
         guarded: bool = True,
         prepaid: Draw | None = None,
@@ -76,7 +76,7 @@ class HoldBase:
         self._ttl_ms = ttl_ms
         self._deadline_ms = deadline_ms
         self.as_granted = as_granted
-        """The record that the store has of it, until it is extended or grows."""
+        """What the store has of it, until it is extended or grows."""
         self._accrued: dict[str, int] = {}
         self._settling = False
         self._claimed: Sequence[tuple[str, int]] | None = None
@@ -259,7 +259,7 @@ class HoldBase:
             self.parts = otherwise()
             return
         self.state = STATES[record.state]
-        self.as_granted = ""
+        self.as_granted = None
         self._deadline_ms = record.deadline_ms
         reserved = {s.budget: s.reserved for s in record.segments}
         # Of two answers, the older may come last.

@@ -6,7 +6,7 @@ or a plain command). The words on the wire are described in the headers of ``lua
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, unquote
@@ -54,6 +54,10 @@ SETTLED: Final = "crn"
 """States in which nothing changes any more."""
 POLICIES: Final[dict[str, OnExpiry]] = {"c": "charge", "a": "accrued", "r": "release"}
 POLICY_CODES: Final = {policy: code for code, policy in POLICIES.items()}
+
+
+Granted = tuple[str, str]
+"""A hold as the store was seen to have it: its record, and its operation and trace as words of the wire."""
 
 
 class Window:
@@ -141,10 +145,10 @@ class Reservation(Op):
 
     Args:
         labels: owner, operation and trace, as words of the wire.
-        now_ms: the store's clock, as far as it is known.
+        now_ms: tells the store's clock, as far as it is known.
     """
 
-    __slots__ = ("_policy", "_rest")
+    __slots__ = ("_labels", "_policy", "_rest")
 
     def __init__(
         self,
@@ -154,11 +158,11 @@ class Reservation(Op):
         policy: str,
         labels: str,
         wanted: Sequence[tuple[Window, int]],
-        now_ms: int,
+        now_ms: Callable[[], int],
     ) -> None:
         if len(wanted) == 1:
             window, units = wanted[0]
-            rest, parts, expires_ms = f"{labels}{window.segment}{units},,", [(window, f":{units}")], window.expires_ms
+            parts, rest, expires_ms = [(window, f":{units}")], f"{labels}{window.segment}{units},,", window.expires_ms
             simple = window.begun
         else:
             parts = [(window, f":{units}") for window, units in wanted]
@@ -167,20 +171,22 @@ class Reservation(Op):
             expires_ms = 0 if 0 in expiries else max(expiries)
             simple = all(window.begun for window, _ in wanted)
         # An open hold lives as long as its windows: nobody else knows what to give back to them.
-        head = f"R {hold_id} {ttl_ms} {policy} {expires_ms or now_ms + _LASTING_MS}"
-        super().__init__(hold_id, key, head, parts)
-        if simple:
-            self.brief = head
+        head = f"R {hold_id} {ttl_ms} {policy} {expires_ms or now_ms() + _LASTING_MS}"
+        # Not through its parent's constructor, which would take as long again.
+        self.id, self.key, self.head, self.letter, self.grants = hold_id, key, head, "R", True
+        self.parts = self.brief_parts = parts
+        self.brief = head if simple else None
         self.tail = self.brief_tail = f"\n{rest}"
         self._policy = policy
+        self._labels = labels
         self._rest = rest
 
-    def granted(self, now_us: int, deadline_ms: int) -> str:
-        """It was granted then; returns the hold's record."""
+    def granted(self, now_us: int, deadline_ms: int) -> Granted:
+        """It was granted then; returns the hold as the store has it."""
         if self.brief is None:
             for window, _ in self.parts:
                 window.begun = True
-        return f"o {self._policy} {deadline_ms} {now_us} 0 {self._rest}"
+        return f"o {self._policy} {deadline_ms} {now_us} 0 {self._rest}", self._labels.partition(" ")[2]
 
 
 class Commit(Op):
@@ -204,35 +210,36 @@ class Commit(Op):
         """The answer to a simple commit, at length."""
 
     def simplify(
-        self, replica: str, record: str, reserved: Sequence[tuple[Window, int]], settled: Sequence[int]
+        self, replica: str, granted: Granted, reserved: Sequence[tuple[Window, int]], settled: Sequence[int]
     ) -> None:
         """Lets it go the simple way, for a hold that is as it was granted.
 
         Args:
             replica: who commits it.
-            record: what the store has of it.
             reserved: its windows and what it reserved there.
             settled: what it cost there; 0 for slots.
         """
-        head, *segments = record.split("|")
-        labels = head.split(" ", 6)[6]
-        record_then = f"c{head[1:]}"
+        record, labels = granted
+        if len(settled) == 1:  # by far the most
+            told = str(settled[0])
+            record_then = f"c{record[1:]}{told}"
+        else:
+            head, *segments = record.split("|")
+            charged = "".join([f"|{segment}{units}" for segment, units in zip(segments, settled, strict=True)])
+            record_then, told = f"c{head[1:]}{charged}", ",".join(map(str, settled))
         parts, overrun = [], "-"
-        for segment, (window, counted), units in zip(segments, reserved, settled, strict=True):
+        for (window, counted), units in zip(reserved, settled, strict=True):
             if counted > _SIMPLE_UNITS or units > _SIMPLE_UNITS:
                 return
-            record_then += f"|{segment}{units}"
-            if window.flag == "s":
-                parts.append((window, f":{counted}:"))
-            elif units > counted:
+            if units > counted:
                 parts.append((window, f":{counted}:{units}o"))
                 overrun = "o"
             else:
-                parts.append((window, f":{counted}:{units}"))
+                parts.append((window, f":{counted}:" if window.flag == "s" else f":{counted}:{units}"))
         self.brief = f"C {self.id} {labels}"
         self.brief_tail = f"\n{record}\n{record_then} {replica}"
         self.brief_parts = parts
-        self.told = f"k {overrun} {','.join(map(str, settled))}"
+        self.told = f"k {overrun} {told}"
 
     def otherwise(self, word: str) -> Op | None:
         """As a record if the hold is unknown though it was granted."""
@@ -353,19 +360,22 @@ def _encode_simple(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, 
     definitions: list[str] = []
     hold_keys: list[str] = []
     rendered: list[str] = []
+    current: set[str] = set()
     start_ms, end_ms = 0, _ENDLESS_MS
     for op in ops:
         text: str = op.brief  # type: ignore[assignment]
         reserves = op.grants
         for window, tail in op.brief_parts:
-            number = numbers.get(window.key)
+            key = window.key
+            number = numbers.get(key)
             if number is None:
-                number = numbers[window.key] = f" {len(numbers) + 1}"
-                window_keys.append(window.key)
+                number = numbers[key] = f" {len(numbers) + 1}"
+                window_keys.append(key)
                 window_keys.append(window.ledger_key)
                 definitions.append("-")
-            if reserves and definitions[at := int(number) - 1] == "-":
-                definitions[at] = window.words[2]
+            if reserves and key not in current:
+                current.add(key)
+                definitions[int(number) - 1] = window.words[2]
                 span = window.span
                 start_ms = max(start_ms, span.start_ms)
                 end_ms = min(end_ms, span.end_ms or _ENDLESS_MS)

@@ -44,7 +44,7 @@ class Wire:
         if letter == "R":
             wanted = [(window, int(tail[1:])) for window, tail in windows]
             ttl_ms, policy, *labels = words
-            return Reservation(hold_id, key, int(ttl_ms), policy, " ".join(labels), wanted, self.session.now_ms())
+            return Reservation(hold_id, key, int(ttl_ms), policy, " ".join(labels), wanted, self.session.now_ms)
         return Op(hold_id, key, head, windows)
 
     def commit(self, hold_id: str, *, counted: dict[str, int], **spent: int) -> Commit:
@@ -53,7 +53,9 @@ class Wire:
         parts = [(windows[name], f":x{units}") for name, units in spent.items()]
         made = Commit(hold_id, self.session.keys.hold(hold_id), parts, True, "-", "-")
         reserved = [(windows[name], counted[name]) for name in spent]
-        made.simplify(self.session.replica_id, self.record(hold_id), reserved, [*spent.values()])
+        record = self.record(hold_id)
+        granted = record, record.partition("|")[0].split(" ", 6)[6]
+        made.simplify(self.session.replica_id, granted, reserved, [*spent.values()])
         return made
 
     def send(self, *ops: Op, simple: bool = False) -> list[str]:

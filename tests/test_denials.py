@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from datetime import UTC, datetime, timedelta
 
@@ -85,3 +86,18 @@ async def test_a_denial_for_another_reason_waits_for_the_windows_end(limiter):
     error = await denied(limiter.reserve("agent", "0.50"))
     assert (error.reason, error.retry_after in about(TO_MIDNIGHT_S)) == ("budget_exhausted", True)
     assert math.isclose(timedelta(seconds=error.retry_after).total_seconds(), TO_MIDNIGHT_S, abs_tol=1)
+
+
+async def test_a_storm_of_denials_asks_once_and_opens_no_connection_for_each(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=30) as limiter:
+        await limiter.reserve("agent", "1.00", ttl=600)
+        with server.client() as client:
+            client.config_resetstat()
+            before = client.info("clients")["connected_clients"]
+            answers = await asyncio.gather(
+                *(limiter.reserve("agent", "0.10") for _ in range(300)), return_exceptions=True
+            )
+            assert {type(answer) for answer in answers} == {BudgetExceeded}
+            assert all(0 < answer.retry_after <= 600 for answer in answers)
+            assert client.info("commandstats")["cmdstat_mget"]["calls"] <= 5, "once a second"
+            assert client.info("clients")["connected_clients"] <= before + 4

@@ -7,7 +7,7 @@ PORT ?= 8000
 REPLICA_PORT ?= 8001
 PROMETHEUS_PORT ?= 9090
 WORKERS ?= 1
-PYTEST_ARGS ?= -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST_ARGS ?= -n 6 --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 AUDITOR := pip-audit==2.10.1
 

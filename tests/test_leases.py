@@ -164,7 +164,7 @@ async def test_a_grant_that_outlives_its_block_keeps_its_slab_until_it_is_settle
         lease.spend("0.01")
     grant.commit("0.15")
     await until(lambda: sums(client) == spent_alone(to_units("0.25"), 1))
-    assert not limiter._core.leases
+    await until(lambda: not limiter._core.leases)
 
 
 async def test_closing_the_limiter_commits_what_an_open_lease_spent_and_charges_its_open_grants(server, client):

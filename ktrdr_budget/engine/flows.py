@@ -404,7 +404,7 @@ class Core(Reads):
             state = "released" if released else "committed"
             return self.deferral(first, state, ambiguous=error.ambiguous)
         if line == "k":  # to a simple commit
-            line = first.told  # type: ignore[attr-defined]
+            line = first.told  # type: ignore[attr-defined]  # only a Commit is answered so
         if line[0] not in "kp":
             if line == "u" and unheard:
                 return Settlement(hold_id, "released", told_amounts(parts, ",".join("0" for _ in parts)))

@@ -168,7 +168,7 @@ class Memory:
         if len(settled) >= SETTLEMENTS_MAX // 2:
             self._forget_settled(now_ms)
             settled = self._settled
-        words = op.labels if letter == "D" else op.head  # type: ignore[attr-defined]
+        words = op.labels if letter == "D" else op.head  # type: ignore[attr-defined]  # D is a Commit
         if line[0] == "k":
             settled[hold_id] = (letter, words, names, line, now_ms)
         elif hold_id not in self._settled_before and hold_id not in settled:  # else it is known whose it is

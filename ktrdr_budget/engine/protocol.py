@@ -363,7 +363,7 @@ def _encode_simple(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, 
     current: set[str] = set()
     start_ms, end_ms = 0, _ENDLESS_MS
     for op in ops:
-        text: str = op.brief  # type: ignore[assignment]
+        text: str = op.brief  # type: ignore[assignment]  # the caller has looked
         reserves = op.grants
         for window, tail in op.brief_parts:
             key = window.key

@@ -4,6 +4,7 @@
 
     (new) --enter--> open --finish(usage)-----> its cost is committed, exactly
                       |---report(usage)-------> what is known is committed when it breaks off, as an estimate
+                      |---unreported()--------> the worst case is committed, as an estimate
                       |---rejected()----------> released: the provider did not accept it
                       `---unknown()-----------> kept, and charged when it comes due: the provider may have worked
 """
@@ -40,7 +41,7 @@ ESTIMATED = "estimated"
 _LABEL_CHARACTERS_MAX = 256
 _TOKENS_MAX = 2**40
 
-Outcome = Literal["open", "finished", "rejected", "unknown"]
+Outcome = Literal["open", "finished", "unreported", "rejected", "unknown"]
 
 
 class Call:
@@ -49,6 +50,7 @@ class Call:
     Entering reserves the worst case. Leaving settles:
 
     - after :meth:`finish`: commits the cost of the provider's figures, exactly;
+    - after :meth:`unreported`: commits the worst case, marked ``estimated``;
     - after :meth:`rejected`: releases;
     - after :meth:`unknown`, or by an error with nothing reported: keeps the reservation, which comes due and is charged
       (inside a hold: accrues the worst case, marked ``estimated``);
@@ -138,11 +140,30 @@ class Call:
     def finish(self, usage: Usage) -> None:
         """The provider's final figures. They are committed when the block is left, whatever was reported before.
 
+        A usage without input is not credible, unless the call can have none or something besides tokens is billed: it
+        is as if the provider had reported none (:meth:`unreported`).
+
         Raises:
             InvalidArgument: it is not entered, or has ended.
         """
+        if not usage.input_tokens and self.input_tokens_max and not any(usage.other.values()):
+            self.unreported()
+            return
         self._goes_on()
         self._outcome, self.usage, self.cost = "finished", usage, self._price(usage)
+
+    def unreported(self) -> None:
+        """The provider has answered, and reported no credible usage: the worst case is charged.
+
+        If more was reported before, that is charged.
+        """
+        if not self._goes_on():
+            return
+        assert self.worst_case is not None
+        if self.cost is not None and self.cost.nanos > self.worst_case.nanos:
+            self._outcome = "open"
+        else:
+            self._outcome, self.usage, self.cost = "unreported", None, self.worst_case
 
     def rejected(self) -> None:
         """The provider did not accept the call, and bills nothing."""
@@ -329,7 +350,7 @@ class Call:
     def _settle_own(self, hold: HoldBase, known: dict[str, int] | None, *, keep: bool) -> Steps[None]:
         if self._outcome == "rejected":
             yield from self._settle(hold.release)  # type: ignore[attr-defined]
-        elif known is not None or not keep:
+        elif known is not None or not keep or self._outcome == "unreported":
             if self.estimated:
                 hold.note(ESTIMATED)
             if known is None:

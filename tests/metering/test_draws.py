@@ -102,6 +102,7 @@ WAYS = {
     "unknown": (lambda call: call.unknown(), True, WORST, True),
     "reported, then unknown": (lambda call: (call.report(USED), call.unknown()), True, WORST, True),
     "nothing said, an error": (lambda call: None, True, WORST, True),
+    "finished without a usage": (lambda call: call.finish(Usage()), False, WORST, True),
     "reported, broken off": (lambda call: call.report(USED), True, COST, True),
     "output reported, broken off": (lambda call: call.report(Usage(0, 100)), True, COST, True),
     "finished below what was reported": (

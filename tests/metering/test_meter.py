@@ -88,6 +88,26 @@ WAYS = {
     "unknown": (lambda call: call.unknown(), True, 0, WORST, False),
     "unknown, no error": (lambda call: call.unknown(), False, 0, WORST, False),
     "reported, then unknown": (lambda call: (call.report(USED), call.unknown()), True, 0, WORST, False),
+    "finished without a usage": (lambda call: call.finish(Usage()), False, WORST, 0, True),
+    "finished without input": (lambda call: call.finish(Usage(0, 20)), True, WORST, 0, True),
+    "reported, finished without a usage": (
+        lambda call: (call.report(USED), call.finish(Usage())),
+        False,
+        WORST,
+        0,
+        True,
+    ),
+    "reported above the worst case, finished without a usage": (
+        lambda call: (call.report(Usage(3000, 2000)), call.finish(Usage())),
+        False,
+        130_000_000,
+        0,
+        True,
+    ),
+    "unreported": (lambda call: call.unreported(), False, WORST, 0, True),
+    "unreported, then an error": (lambda call: call.unreported(), True, WORST, 0, True),
+    "unreported, then finished": (lambda call: (call.unreported(), call.finish(USED)), False, COST, 0, False),
+    "finished, then unreported": (lambda call: (call.finish(USED), call.unreported()), False, COST, 0, False),
     "nothing said, an error": (lambda call: None, True, 0, WORST, False),
     "nothing said": (lambda call: None, False, WORST, 0, True),
 }
@@ -273,6 +293,17 @@ async def test_a_model_that_is_free_is_admitted_and_costs_nothing(client, limite
     await limiter.record("agent", "1.00")
     with pytest.raises(BudgetExceeded):
         await meter.call(**CALL).__aenter__()
+
+
+@pytest.mark.parametrize("said", [None, "report"])
+async def test_usage_without_input_is_credible_where_a_call_has_none(client, limiter, said):
+    """Such as of a model that is billed per image, or of a call that was bounded without input."""
+    meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", "10", "50", request="0.01")]))
+    async with meter.call(**{**CALL, "input_tokens_max": 0}) as call:
+        if said:
+            call.report(Usage(0, 1))
+        call.finish(Usage(0, 2))
+    assert (call.estimated, spent_and_held(client)) == (False, (10_100_000, 0))
 
 
 async def test_usage_that_cannot_be_priced_is_charged_in_full(client, meter, caplog):

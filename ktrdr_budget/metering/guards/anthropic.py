@@ -11,8 +11,15 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, InputBound, output_bound, text_bytes
-from ktrdr_budget.metering.guards.dialect import Ear, Route
+from ktrdr_budget.metering.guards.bounds import (
+    Bound,
+    GuardOptions,
+    InputBound,
+    output_bound,
+    refuse_routing,
+    text_bytes,
+)
+from ktrdr_budget.metering.guards.dialect import Ear, Route, count_of
 from ktrdr_budget.metering.usage import Usage
 
 __all__ = ["AnthropicDialect"]
@@ -30,7 +37,7 @@ _CLIENT_TOOLS = ("bash_", "text_editor_", "memory_", "computer_2")
 _READABLE = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "search_result", "tool_reference")
 _READABLE_ENDINGS = ("tool_use", "_result", "_output", "_error")
 """What tools of the provider were asked and told before: their results hold the blocks that are looked at."""
-_UNBOUNDED = ("container", "mcp_servers", "fallbacks", "fallback_credit_token", "compaction", "inference_geo")
+_UNBOUNDED = ("container", "mcp_servers", "fallback_credit_token", "compaction", "inference_geo")
 _SHOWS_ALL = re.compile(r"claude-(2|3|v1|instant|(haiku|opus|sonnet)-4(-[0-5])?(-\d{8})?$)")
 """Models that do not think unless they are told to; others may, by themselves."""
 
@@ -51,6 +58,7 @@ class AnthropicDialect:
     def bound(self, route: Route, model: str, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
         """See :meth:`Dialect.bound`."""
         found = InputBound(options, size)
+        refuse_routing(found, body)
         for name in _UNBOUNDED:
             if body.get(name) not in (None, [], {}, "global"):
                 found.refuse(f"{name!r}")
@@ -143,41 +151,49 @@ def _hides_output(model: str, thinking: Any) -> bool:
 class _MessagesEar(Ear):
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound)
-        self._told: dict[str, Any] = {}
+        self._reported = False
+        """A ``message_delta`` has counted the output; what ``message_start`` says of it comes too early."""
 
     def document(self, answer: dict[str, Any]) -> None:
-        self._learn(answer.get("usage"))
-        self.final = self.usage is not None
+        self.final = self.learn(answer.get("usage"))
 
     def event(self, event: dict[str, Any]) -> None:
         kind = event.get("type")
         if kind == "message_start":
-            self._learn((event.get("message") or {}).get("usage"))
-        elif kind == "message_delta" and event.get("usage"):
-            self._learn(event["usage"])
-            # Its figures are totals, and it comes when the model has finished.
-            self.final = self.usage is not None and bool((event.get("delta") or {}).get("stop_reason"))
+            self.learn((event.get("message") or {}).get("usage"))
+        elif kind == "message_delta":
+            self._learn_more(event.get("usage"))
+            self.ending = self.ending or bool((event.get("delta") or {}).get("stop_reason"))
+            self.final = self.ending and self._reported
+        elif kind == "message_stop":
+            self.ended = True
 
-    def _learn(self, usage: Any) -> None:
-        if not isinstance(usage, dict):
-            return
-        # A later event leaves out what it does not change.
-        self._told |= {name: value for name, value in usage.items() if value is not None}
-        self.usage = _usage(self._told)
+    def _learn_more(self, usage: object) -> None:
+        if isinstance(usage, dict) and count_of(usage.get("output_tokens")) is not None:
+            if not self._reported and self._counts.get("output_tokens") == 1:
+                del self._counts["output_tokens"]  # the placeholder of `message_start`, before anything was made
+            self._reported = True
+        self.learn(usage)
 
+    def read(self, counts: dict[str, Any]) -> Usage | None:
+        def count(name: str) -> int:
+            return count_of(counts.get(name)) or 0
 
-def _usage(told: dict[str, Any]) -> Usage:
-    read = int(told.get("cache_read_input_tokens", 0))
-    written = int(told.get("cache_creation_input_tokens", 0))
-    by_ttl = told.get("cache_creation") or {}
-    searches = (told.get("server_tool_use") or {}).get("web_search_requests") or 0
-    tier = "fast" if told.get("speed") == "fast" else str(told.get("service_tier", ""))
-    return Usage(
-        input_tokens=int(told.get("input_tokens", 0)) + read + written,
-        output_tokens=int(told.get("output_tokens", 0)),
-        cache_read_tokens=read,
-        cache_write_tokens=written,
-        cache_write_1h_tokens=min(int(by_ttl.get("ephemeral_1h_input_tokens") or 0), written),
-        service_tier="" if tier == "standard" else tier,
-        other={"web_searches": searches} if searches else {},
-    )
+        if "input_tokens" not in counts:
+            return None
+        read, written = count("cache_read_input_tokens"), count("cache_creation_input_tokens")
+        whole = count("input_tokens") + read + written
+        if not self.credible(whole, count_of(counts.get("output_tokens"))):
+            return None
+        by_ttl = counts.get("cache_creation") or {}
+        searches = count_of((counts.get("server_tool_use") or {}).get("web_search_requests"))
+        tier = "fast" if counts.get("speed") == "fast" else str(counts.get("service_tier") or "")
+        return Usage(
+            input_tokens=whole,
+            output_tokens=count("output_tokens"),
+            cache_read_tokens=read,
+            cache_write_tokens=written,
+            cache_write_1h_tokens=min(count_of(by_ttl.get("ephemeral_1h_input_tokens")) or 0, written),
+            service_tier="" if tier == "standard" else tier,
+            other={"web_searches": searches} if searches else {},
+        )

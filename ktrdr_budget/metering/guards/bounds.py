@@ -21,8 +21,27 @@ from ktrdr_budget.metering.guards.output_limits import published_output_maximum
 from ktrdr_budget.metering.meter import Meter
 from ktrdr_budget.metering.prices import FIXED, Prices
 
-__all__ = ["Bound", "GuardOptions", "InputBound", "output_bound", "text_bytes", "text_size", "whole_number"]
+__all__ = [
+    "Bound",
+    "GuardOptions",
+    "InputBound",
+    "output_bound",
+    "refuse_routing",
+    "text_bytes",
+    "text_size",
+    "whole_number",
+]
 
+ROUTING_FIELDS = (
+    *("models", "plugins", "route", "preset", "fallbacks"),  # OpenRouter, LiteLLM, Anthropic
+    "web_search_options",  # OpenAI, OpenRouter, Perplexity
+    *("search_parameters", "deferred"),  # xAI
+    *("enable_search", "search_options"),  # Qwen
+    *("search_settings", "compound_custom"),  # Groq
+    "multi_agent",  # OpenAI
+)
+"""Fields by which a request may reach other models than the one that is priced, or work that is billed besides tokens.
+Gateways know them at every endpoint."""
 HIDDEN_INPUT_TOKENS = 1024
 """What a provider adds to a request by itself. The most that is published is 530, for the use of tools
 (docs.anthropic.com/en/docs/tool-use-pricing-and-tokens)."""
@@ -54,9 +73,11 @@ class Bound:
     hidden_output: bool = False
     """The model may make tokens, such as of reasoning, that a stream does not show."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """What the request must say besides, for the bound or the report to hold."""
+    """What the request must say besides, for the bound or the report to hold; ``None`` leaves a field out."""
     hide_usage: bool = False
-    """The caller did not ask for the chunk that tells the usage."""
+    """The caller did not ask for the chunk that reports the usage."""
+    reports_usage: bool = True
+    """False if the caller forbade to ask a stream for its usage: none is awaited."""
 
     def covers(self, other: Bound) -> bool:
         """Whether a reservation for this is enough for the other."""
@@ -158,6 +179,17 @@ class InputBound:
         if self._options.allow_unmetered:
             return self._tokens
         raise UnmeteredCall(f"the size of {', '.join(self._unseen)} cannot be seen: give guard(max_input_tokens=...)")
+
+
+def refuse_routing(found: InputBound, body: dict[str, Any]) -> None:
+    """Refuse what may be answered by other models, or with paid work of the provider.
+
+    Raises:
+        UnmeteredCall: unless such calls are allowed.
+    """
+    for name in ROUTING_FIELDS:
+        if body.get(name):
+            found.refuse(f"{name!r}")
 
 
 def text_size(content: bytes, body: dict[str, Any]) -> int:

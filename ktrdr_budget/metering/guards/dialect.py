@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, text_bytes
 from ktrdr_budget.metering.usage import Usage
 
-__all__ = ["Dialect", "Ear", "Listener", "Route"]
+__all__ = ["Dialect", "Ear", "Listener", "Route", "count_of"]
 
 logger = logging.getLogger("ktrdr_budget")
 
@@ -19,8 +19,13 @@ Route = Literal["free", "refused"] | str
 """``free``, ``refused``, or the name of the endpoint that is metered."""
 
 _EVENT_END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
-_TELLS = re.compile(rb'"(?:usage"\s*:\s*\{|finish_reason"\s*:\s*"|error"\s*[:,}])')
-"""An event that may tell the usage, the end, or an error. Within a text these quotes would be escaped."""
+_TELLS = re.compile(
+    rb'"(?:usage"\s*:\s*\{|finish_reason"\s*:\s*"|error"\s*[:,}]|message_stop"|response\.(?:completed|incomplete|failed)")'
+    rb"|^data: ?\[DONE\]",
+    re.MULTILINE,
+)
+"""An event that may carry the usage, the end, or an error. Within a text these quotes would be escaped."""
+_DONE = b"[DONE]"
 _WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,63}$")
 
 
@@ -49,18 +54,24 @@ class Dialect(Protocol):
 
 
 class Ear:
-    """Hears the usage in an answer's JSON. One for each attempt of a call."""
+    """Reads the usage in an answer's JSON. One for each attempt of a call.
+
+    Within a stream the maximum of each field counts: an event that says less, or nothing, takes nothing back.
+    """
 
     def __init__(self, bound: Bound) -> None:
         self.bound = bound
         self.usage: Usage | None = None
-        """What was told last."""
+        """What was reported so far; ``None`` unless it is credible: both counts present, and an input above 0."""
         self.final = False
-        """Whether that is the last word."""
+        """The usage was reported after the model had finished."""
+        self.ended = False
+        """The provider has ended its answer: no further usage will come."""
         self.ending = False
-        """The model has finished, and the usage is about to come."""
+        """The model has finished; unless the usage was reported already, it is about to come."""
         self.failure = ""
-        """The kind of error that a stream told, as the provider calls it; empty if it told none."""
+        """The kind of error that a stream reported, as the provider calls it; empty if it reported none."""
+        self._counts: dict[str, Any] = {}
 
     def document(self, answer: dict[str, Any]) -> None:
         """A whole answer."""
@@ -71,8 +82,49 @@ class Ear:
         raise NotImplementedError
 
     def is_usage_only(self, event: dict[str, Any]) -> bool:
-        """Whether an event tells the usage and nothing else."""
+        """Whether an event carries the usage and nothing else."""
         return False
+
+    def learn(self, reported: object) -> bool:
+        """Merge a usage object into what is known; return whether it was one with anything in it."""
+        if not isinstance(reported, dict) or not reported:
+            return False
+        merge_counts(self._counts, reported)
+        self.usage = self.read(self._counts)
+        return True
+
+    def read(self, counts: dict[str, Any]) -> Usage | None:
+        """The usage in the provider's fields, if it is credible."""
+        raise NotImplementedError
+
+    def credible(self, input_tokens: int, output_tokens: int | None) -> bool:
+        """Whether these counts can be what a call has used: every request has input, and says how much it put out.
+
+        Args:
+            input_tokens: all input, what came from a cache included.
+            output_tokens: ``None`` if it was not reported, which is enough where output is not counted (embeddings).
+        """
+        return input_tokens > 0 and (output_tokens is not None or self.bound.output_tokens_max == 0)
+
+
+def merge_counts(known: dict[str, Any], reported: dict[str, Any]) -> None:
+    """Merge a provider's usage object into an earlier one: the maximum of each count, the last of each text."""
+    for name, value in reported.items():
+        if isinstance(value, dict):
+            inner = known.setdefault(name, {})
+            if isinstance(inner, dict):
+                merge_counts(inner, value)
+        elif isinstance(value, str):
+            known[name] = value
+        elif (count := count_of(value)) is not None:
+            known[name] = max(count, count_of(known.get(name)) or 0)
+
+
+def count_of(value: object) -> int | None:
+    """A count of tokens as JSON carries it; ``None`` if it is none, such as null, a text, or a negative number."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return value if type(value) is int and value >= 0 else None
 
 
 class Listener:
@@ -97,21 +149,27 @@ class Listener:
 
     @property
     def usage(self) -> Usage | None:
-        """What was told last."""
+        """See :attr:`Ear.usage`."""
         return self._ear.usage
 
     @property
     def final(self) -> bool:
-        """Whether that is the last word."""
-        return self._ear.final
+        """Whether that is the provider's last word."""
+        return self._ear.usage is not None and self._ear.final
+
+    @property
+    def ended(self) -> bool:
+        """Whether the provider has ended its answer, and without an error: nothing more can be reported."""
+        return self._ear.ended and not self._ear.failure
 
     @property
     def ending(self) -> bool:
         """The usage is about to come."""
-        return self._ear.ending and not self._ear.final
+        ear = self._ear
+        return ear.ending and not ear.ended and not self.final and ear.bound.reports_usage
 
     def hear(self, data: bytes) -> bytes:
-        """Takes what arrived; returns what the caller is to see."""
+        """Take what arrived; return what the caller is to see."""
         if self.deaf:
             return data
         if not self._events:
@@ -129,17 +187,14 @@ class Listener:
         return shown
 
     def end(self) -> bytes:
-        """All has arrived; returns what the caller is still to see."""
+        """All has arrived; return what the caller is still to see."""
         rest, self._buffer = self._buffer, b""
-        if self.deaf:
-            return b""
-        if not self._events:
-            answer = _parsed(rest)
-            if answer is not None:
-                self._tell(self._ear.document, answer)
-            return b""
-        self._event(rest)
-        return rest if self._ear.bound.hide_usage else b""
+        if self._events and not self.deaf:
+            self._event(rest)
+        elif not self.deaf and (answer := _parsed(rest)) is not None:
+            self._tell(self._ear.document, answer)
+        self._ear.ended = True
+        return rest if self._events and not self.deaf and self._ear.bound.hide_usage else b""
 
     @property
     def failure(self) -> str:
@@ -183,7 +238,12 @@ class Listener:
 
     def _event(self, event: bytes) -> dict[str, Any] | None:
         self._passed.append(event)
-        told = _data(event) if _TELLS.search(event) else None
+        if not _TELLS.search(event):
+            return None
+        data = _payload(event)
+        told = _parsed(data)
+        if data.strip() == _DONE:
+            self._ear.ended = True
         if told is not None:
             self._tell(self._ear.event, told)
             self._ear.failure = self._ear.failure or _failure(told)
@@ -194,12 +254,16 @@ class Listener:
         try:
             ear(told)
         except Exception:
-            # The answer is the caller's, however odd; what it does not tell is estimated.
-            logger.warning("a provider told its usage in an unknown way")
+            # The answer is the caller's, however odd; what it does not report is estimated.
+            logger.warning("a provider reported its usage in an unknown way")
+
+
+def _payload(event: bytes) -> bytes:
+    return b"\n".join([line[5:] for line in event.splitlines() if line.startswith(b"data:")])
 
 
 def _data(event: bytes) -> dict[str, Any] | None:
-    return _parsed(b"\n".join([line[5:] for line in event.splitlines() if line.startswith(b"data:")]))
+    return _parsed(_payload(event))
 
 
 def _parsed(data: bytes) -> dict[str, Any] | None:

@@ -158,9 +158,11 @@ class Exchange:
 
 
 def _changed(content: bytes, body: dict[str, Any], changes: dict[str, Any]) -> bytes:
-    """The serialised body with these changes."""
+    """The serialised body with these changes; a change to ``None`` leaves the field out."""
     if not body or changes.keys() & body.keys() or not content.startswith(b"{"):
-        return json.dumps({**body, **changes}, ensure_ascii=False, separators=(",", ":")).encode()
+        changed = {**body, **changes}
+        kept = {name: value for name, value in changed.items() if value is not None or name not in changes}
+        return json.dumps(kept, ensure_ascii=False, separators=(",", ":")).encode()
     # What is new goes before all else; the rest, which may be large, is not written again.
     return json.dumps(changes, separators=(",", ":")).encode()[:-1] + b"," + content[1:]
 

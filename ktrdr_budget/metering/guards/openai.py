@@ -14,10 +14,11 @@ from ktrdr_budget.metering.guards.bounds import (
     GuardOptions,
     InputBound,
     output_bound,
+    refuse_routing,
     text_bytes,
     whole_number,
 )
-from ktrdr_budget.metering.guards.dialect import Ear, Route
+from ktrdr_budget.metering.guards.dialect import Ear, Route, count_of
 from ktrdr_budget.metering.usage import Usage
 
 __all__ = ["OpenAIDialect"]
@@ -35,11 +36,29 @@ _RENTED = re.compile(r"/(vector_stores|containers|agents)/")
 """What is uploaded there is billed by its size or by time."""
 _DEPLOYMENT = re.compile(r"/deployments/([^/]+)/")
 """Azure asks the model that is deployed by this name, whatever model the body names."""
-_CHAT_UNBOUNDED = ("audio", "web_search_options")
+_CHAT_UNBOUNDED = ("audio",)
 _RESPONSES_UNBOUNDED = ("background", "context_management", "image", "prompt")
 """A stored prompt may bring tools that the provider runs."""
-_SEARCHES = re.compile(r"search-preview|search-api|deep-research")
-"""Models that search the web unasked, for a price per search."""
+_SEARCHES = re.compile(r"search-preview|search-api|deep-research|:online$")
+"""Models that search the web unasked, for a price per search; ``:online`` is OpenRouter's name for its plugin."""
+CACHE_READ_FIELDS: tuple[tuple[str, ...], ...] = (
+    ("details", "cached_tokens"),  # OpenAI, Azure, OpenRouter, xAI, Groq, Qwen, Mistral, …
+    ("details", "cache_read_tokens"),
+    ("cached_tokens",),  # Moonshot: platform.kimi.ai/docs/api/chat
+    ("prompt_cache_hit_tokens",),  # DeepSeek: api-docs.deepseek.com/guides/kv_cache
+    ("cache_read_input_tokens",),  # LiteLLM, and gateways to Anthropic
+)
+"""Where providers report input that came from a cache; ``details`` is ``prompt_tokens_details`` or
+``input_tokens_details``. Several may stand for the same tokens: the largest counts."""
+CACHE_WRITE_FIELDS: tuple[tuple[str, ...], ...] = (
+    ("details", "cache_write_tokens"),  # OpenRouter
+    ("details", "cache_creation_tokens"),  # LiteLLM
+    ("details", "cache_creation_input_tokens"),  # Qwen
+    ("cache_creation_input_tokens",),  # LiteLLM, and gateways to Anthropic
+)
+"""The same of input that was written to a cache."""
+SEPARATE_CACHE_FIELDS = ("cache_read_input_tokens", "cache_creation_input_tokens")
+"""Anthropic's own, which do not count in its input; some gateways to it count them in, others do not."""
 _OWN = ("openai", "azure")
 """The providers that know ``max_completion_tokens``, and limit legacy completions by themselves."""
 _CLIENT_TOOLS = (None, "function", "custom", "local_shell", "apply_patch")
@@ -68,6 +87,7 @@ class OpenAIDialect:
     def bound(self, route: Route, model: str, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
         """See :meth:`Dialect.bound`."""
         found = InputBound(options, size)
+        refuse_routing(found, body)
         if _SEARCHES.search(model):
             found.refuse(f"{model!r}, which searches the web by itself,")
         if route == "embeddings":
@@ -100,10 +120,6 @@ def _bound_chat(found: InputBound, body: dict[str, Any], model: str, options: Gu
     # What is predicted and does not come true is billed as output, too.
     predicted = text_bytes((body.get("prediction") or {}).get("content"))
     choices = _choices(body, "n")
-    stream_options = body.get("stream_options") or {}
-    hide = bool(body.get("stream")) and not stream_options.get("include_usage")
-    if hide:
-        changes = {**changes, "stream_options": {**stream_options, "include_usage": True}}
     return Bound(
         model=model,
         input_tokens_max=found.total(),
@@ -111,8 +127,7 @@ def _bound_chat(found: InputBound, body: dict[str, Any], model: str, options: Gu
         service_tier=_asked_tier(body),
         choices=choices,
         hidden_output=predicted > 0 or _hides_output(model),
-        changes=changes,
-        hide_usage=hide,
+        **_asking_for_usage(body, changes),
     )
 
 
@@ -149,10 +164,6 @@ def _bound_completion(found: InputBound, body: dict[str, Any], model: str, optio
     prompt = body.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else 1
     choices = prompts * max(_choices(body, "n"), _choices(body, "best_of"))
-    stream_options = body.get("stream_options") or {}
-    hide = bool(body.get("stream")) and not stream_options.get("include_usage")
-    if hide:
-        changes = {**changes, "stream_options": {**stream_options, "include_usage": True}}
     return Bound(
         model=model,
         input_tokens_max=found.total(),
@@ -160,9 +171,24 @@ def _bound_completion(found: InputBound, body: dict[str, Any], model: str, optio
         operation="text_completion",
         service_tier="",
         choices=choices,
-        changes=changes,
-        hide_usage=hide,
+        **_asking_for_usage(body, changes),
     )
+
+
+def _asking_for_usage(body: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """How a stream is made to report its usage: the fields of its :class:`Bound`.
+
+    ``include_usage: False`` is the caller's word that the server knows no ``stream_options``: then it is not sent.
+    """
+    if not body.get("stream"):
+        return {"changes": changes}
+    options = dict(body.get("stream_options") or {})
+    wanted = options.pop("include_usage", None)
+    if wanted is False:
+        return {"changes": {**changes, "stream_options": options or None}, "reports_usage": False}
+    if not wanted:
+        changes = {**changes, "stream_options": {**options, "include_usage": True}}
+    return {"changes": changes, "hide_usage": not wanted}
 
 
 def _choices(body: dict[str, Any], name: str) -> int:
@@ -241,57 +267,84 @@ def _hides_output(model: str) -> bool:
     return not _SHOWS_ALL.search(model)
 
 
-def _usage(told: dict[str, Any], names: tuple[str, str], tier: object) -> Usage:
-    whole, details = int(told.get(names[0]) or 0), told.get(f"{names[0]}_details") or {}
-    # Some providers, such as xAI, count reasoning in the total alone:
-    # docs.x.ai/docs/key-information/consumption-and-rate-limits
-    output = max(int(told.get(names[1]) or 0), int(told.get("total_tokens") or 0) - whole)
-    read = min(int(details.get("cached_tokens") or 0), whole)
-    return Usage(
-        input_tokens=whole,
-        output_tokens=output,
-        cache_read_tokens=read,
-        cache_write_tokens=min(int(details.get("cache_write_tokens") or 0), whole - read),
-        service_tier="" if tier in (None, "default", "auto") else str(tier),
-    )
+def _count_at(counts: dict[str, Any], *path: str) -> int:
+    """The count at a path within a usage object; 0 if there is none."""
+    found: Any = counts
+    for name in path:
+        found = found.get(name) if isinstance(found, dict) else None
+    return count_of(found) or 0
 
 
-class _ChatEar(Ear):
-    """Chat completions, and the older completions and embeddings, which tell their usage alike."""
+class _OpenAIEar(Ear):
+    """What the formats share: the fields of a usage object, under two pairs of names."""
+
+    _input = "prompt_tokens"
+    _output = "completion_tokens"
 
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound)
         self._tier: object = None
+
+    def read(self, counts: dict[str, Any]) -> Usage | None:
+        if self._input not in counts:
+            return None
+        whole, total = _count_at(counts, self._input), _count_at(counts, "total_tokens")
+        output = count_of(counts.get(self._output))
+        details = {"details": counts.get(f"{self._input}_details")}
+        read = max(_count_at({**counts, **details}, *path) for path in CACHE_READ_FIELDS)
+        written = max(_count_at({**counts, **details}, *path) for path in CACHE_WRITE_FIELDS)
+        cached = read + written
+        separate = any(name in counts for name in SEPARATE_CACHE_FIELDS) and total == whole + (output or 0) + cached
+        if cached > whole or separate:
+            whole += cached  # counted apart from the input, as Anthropic does
+        if not self.credible(whole, output):
+            return None
+        # Some providers, such as xAI, count reasoning in the total alone:
+        # docs.x.ai/docs/key-information/consumption-and-rate-limits
+        return Usage(
+            input_tokens=whole,
+            output_tokens=max(output or 0, total - whole),
+            cache_read_tokens=read,
+            cache_write_tokens=written,
+            service_tier="" if self._tier in (None, "default", "auto") else str(self._tier),
+        )
+
+
+class _ChatEar(_OpenAIEar):
+    """Chat completions, and the older completions and embeddings, which report their usage alike."""
+
+    def __init__(self, bound: Bound) -> None:
+        super().__init__(bound)
         self._finished: set[object] = set()
 
     def document(self, answer: dict[str, Any]) -> None:
-        self._learn(answer)
-        self.final = self.usage is not None
+        self._tier = answer.get("service_tier")
+        self.final = self.learn(answer.get("usage"))
 
     def event(self, event: dict[str, Any]) -> None:
-        self._learn(event)
+        self._tier = event.get("service_tier") or self._tier
         choices = event.get("choices")
         self._finished |= {choice.get("index") for choice in choices or () if choice.get("finish_reason")}
         self.ending = len(self._finished) >= self.bound.choices
-        # Some servers tell a running usage with each chunk: the last word comes when the model has finished.
-        told_now = isinstance(event.get("usage"), dict)
-        self.final = self.final or (told_now and (not choices or self.ending))
+        # Some servers report a running usage with each chunk: it is final once the model has finished.
+        if self.learn(event.get("usage")):
+            self.final = self.ending or not choices
+        elif choices and not self.ending:
+            self.final = False
 
     def is_usage_only(self, event: dict[str, Any]) -> bool:
         return event.get("choices") == [] and isinstance(event.get("usage"), dict)
 
-    def _learn(self, told: dict[str, Any]) -> None:
-        self._tier = told.get("service_tier") or self._tier
-        if isinstance(told.get("usage"), dict):
-            self.usage = _usage(told["usage"], ("prompt_tokens", "completion_tokens"), self._tier)
 
+class _ResponsesEar(_OpenAIEar):
+    _input = "input_tokens"
+    _output = "output_tokens"
 
-class _ResponsesEar(Ear):
     def document(self, answer: dict[str, Any]) -> None:
-        if isinstance(answer.get("usage"), dict):
-            self.usage = _usage(answer["usage"], ("input_tokens", "output_tokens"), answer.get("service_tier"))
-            self.final = True
+        self._tier = answer.get("service_tier")
+        self.final = self.learn(answer.get("usage"))
 
     def event(self, event: dict[str, Any]) -> None:
         if event.get("type") in ("response.completed", "response.incomplete", "response.failed"):
             self.document(event.get("response") or {})
+            self.ended = True

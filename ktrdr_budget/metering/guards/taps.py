@@ -198,6 +198,8 @@ class Settlement:
             usage = self.listener.usage
             if self.listener.final and usage is not None:
                 call.finish(usage)
+            elif self.listener.ended:
+                call.unreported()
             else:
                 call.report(self.listener.estimate(all_heard))
         return call
@@ -235,7 +237,8 @@ class Settlement:
 
     def goes_on(self, drain: Drain) -> bool:
         """Whether more is to be read."""
-        return self.call is not None and not self.listener.final and not drain.over
+        listener = self.listener
+        return self.call is not None and not listener.final and not listener.ended and not drain.over
 
     def let_go(self) -> None:
         """Listens no more."""
@@ -261,7 +264,7 @@ def _async_stream_class(base: Any) -> Any:
             try:
                 async for chunk in self._chunks:
                     shown = settlement.hear(chunk)
-                    if listener.final and settlement.call is not None:
+                    if listener.ended and settlement.call is not None:
                         await drive(settlement.settle(None, True))
                     if wire is not None and wire.interrupted is not None:
                         raise wire.interrupted
@@ -357,7 +360,7 @@ def _sync_stream_class(base: Any) -> Any:
             try:
                 for chunk in self._chunks:
                     shown = settlement.hear(chunk)
-                    if settlement.listener.final and settlement.call is not None:
+                    if settlement.listener.ended and settlement.call is not None:
                         drive_sync(settlement.settle(None, True))
                     if shown:
                         yield shown

@@ -15,7 +15,7 @@ from examples.wire_formats import FORMATS
 from ktrdr_budget import Budget, BudgetLimiter
 from ktrdr_budget.metering.guards import UnmeteredCall
 from ktrdr_budget.metering.guards.anthropic import AnthropicDialect
-from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, known_maximum, text_size
+from ktrdr_budget.metering.guards.bounds import ROUTING_FIELDS, Bound, GuardOptions, known_maximum, text_size
 from ktrdr_budget.metering.guards.openai import OpenAIDialect
 from ktrdr_budget.metering.guards.output_limits import published_output_maximum
 from ktrdr_budget.metering.meter import Meter
@@ -139,6 +139,7 @@ UNBOUNDED = [
     ("chat/completions", {"messages": [{"role": "assistant", "audio": {"id": "audio_1"}}]}),
     ("chat/completions", {**user(), "max_tokens": 10, "model": "gpt-4o-search-preview"}),
     ("responses", {"input": "x", "max_output_tokens": 10, "model": "o3-deep-research"}),
+    ("chat/completions", {**user(), "max_tokens": 10, "model": "openai/gpt-4o:online"}),
 ]
 
 
@@ -147,6 +148,50 @@ def test_what_has_no_bound_is_refused_unless_it_is_let_through(route: str, body:
     with pytest.raises(UnmeteredCall, match="cannot be bounded"):
         bound(route, body, max_input_tokens=90_000)
     assert bound(route, body, allow_unmetered=True).output_tokens_max > 0
+
+
+ROUTES = ["chat/completions", "responses", "completions", "embeddings", "messages"]
+ROUTING = {
+    "models": ["gpt-5", "claude-opus-4-1"],
+    "plugins": [{"id": "web", "max_results": 10}],
+    "route": "fallback",
+    "preset": "mine",
+    "fallbacks": [{"model": "claude-opus-4-1"}],
+    "web_search_options": {"search_context_size": "low"},
+    "search_parameters": {"mode": "on"},
+    "deferred": True,
+    "enable_search": True,
+    "search_options": {"forced_search": True},
+    "search_settings": {"country": "france"},
+    "compound_custom": {"tools": {"enabled_tools": ["web_search"]}},
+    "multi_agent": {"max_concurrent_subagents": 5},
+}
+
+
+@pytest.mark.parametrize("field", ROUTING)
+@pytest.mark.parametrize("route", ROUTES)
+def test_what_may_reach_other_models_or_paid_work_is_refused_by_its_name(route: str, field: str) -> None:
+    """openwiki #85: fallback models and paid plugins of a gateway."""
+    body = {**user(), "input": "x", "max_tokens": 10}
+    with pytest.raises(UnmeteredCall, match=f"'{field}'"):
+        bound(route, {**body, field: ROUTING[field]}, max_output_tokens=10)
+    assert bound(route, {**body, field: ROUTING[field]}, allow_unmetered=True).input_tokens_max > 0
+    assert bound(route, {**body, field: None}).input_tokens_max > 0  # as good as left out
+
+
+def test_every_field_of_this_kind_is_tried() -> None:
+    assert set(ROUTING) == set(ROUTING_FIELDS)
+
+
+@pytest.mark.parametrize("way", BASIC, ids=str)
+@pytest.mark.parametrize("field", ["models", "plugins", "route"])
+async def test_a_request_with_fallback_models_or_plugins_is_not_sent(
+    opened: Any, provider: LocalProvider, way: Way, field: str
+) -> None:
+    async with opened(way.sdk) as g:
+        with pytest.raises(UnmeteredCall, match=f"'{field}'"):
+            await take(way, g.client, extra_body={field: ROUTING[field]})
+        assert provider.requests == [] and g.counted == 0
 
 
 READABLE = [

@@ -1,0 +1,398 @@
+"""Usage that cannot be true, and usage that is spread over a stream: nothing is free because a report says so."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import anthropic
+import httpx2
+import openai
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
+from ktrdr_budget.metering.guards import guard
+from ktrdr_budget.metering.prices import ModelPrice, Prices
+
+from ...helpers.guarded import CLAUDE, GPT, MESSAGES
+from ...helpers.keyspace import sums
+
+INPUT, OUTPUT, CACHED, WRITE = 1_000, 4_000, 100, 1_250
+"""Nano-dollars for a token."""
+PRICES = Prices(
+    [
+        ModelPrice(provider, model, input="1", output="4", cached_input="0.1", cache_write="1.25")
+        for provider, model in (("openai", GPT), ("anthropic", CLAUDE))
+    ]
+)
+MAX_TOKENS = 50
+STREAMED = {"content-type": "text/event-stream"}
+APIS = ["chat", "responses", "messages"]
+NAMES = {
+    "chat": ("prompt_tokens", "completion_tokens"),
+    "responses": ("input_tokens", "output_tokens"),
+    "messages": ("input_tokens", "output_tokens"),
+}
+
+
+def _document(api: str, usage: Any) -> dict[str, Any]:
+    if api == "chat":
+        message = {"role": "assistant", "content": "yes"}
+        choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
+        made: dict[str, Any] = {"id": "c", "object": "chat.completion", "created": 1, "model": GPT, "choices": choices}
+    elif api == "responses":
+        made = {"id": "r", "object": "response", "created_at": 1, "model": GPT, "output": [], "status": "completed"}
+    else:
+        made = {"id": "m", "type": "message", "role": "assistant", "model": CLAUDE, "content": []}
+        made |= {"stop_reason": "end_turn", "stop_sequence": None}
+    return made if usage is None else {**made, "usage": usage}
+
+
+def _chunk(choices: list[Any], usage: Any = None) -> dict[str, Any]:
+    frame = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": GPT}
+    return {**frame, "choices": choices, **({} if usage is None else {"usage": usage})}
+
+
+def _events(api: str, first: Any, last: Any, *later: Any) -> list[dict[str, Any] | str]:
+    """A stream that reports a usage where it begins, where it ends, and after that."""
+    if api == "chat":
+        word = {"index": 0, "delta": {"content": "yes"}, "finish_reason": None}
+        stop = {"index": 0, "delta": {}, "finish_reason": "stop"}
+        return [
+            _chunk([word], first),
+            _chunk([stop]),
+            *(_chunk([], usage) for usage in (last, *later) if usage is not None),
+            "[DONE]",
+        ]
+    if api == "responses":
+        created = {"type": "response.created", "sequence_number": 0, "response": _document(api, first)}
+        delta = {"type": "response.output_text.delta", "sequence_number": 1, "delta": "yes", "item_id": "i"}
+        delta |= {"output_index": 0, "content_index": 0, "logprobs": []}
+        return [
+            created,
+            delta,
+            {"type": "response.completed", "sequence_number": 2, "response": _document(api, last)},
+        ]
+    start = {**_document(api, first), "stop_reason": None}
+    return [
+        {"type": "message_start", "message": start},
+        {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
+        {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "yes"}},
+        {"type": "content_block_stop", "index": 0},
+        *(
+            {"type": "message_delta", "delta": {"stop_reason": "end_turn", "stop_sequence": None}, "usage": usage or {}}
+            for usage in (last, *later)
+        ),
+        {"type": "message_stop"},
+    ]
+
+
+def _answer(events: list[Any]) -> httpx2.Response:
+    """A stream of server-sent events."""
+    lines = []
+    for event in events:
+        kind = event.get("type") if isinstance(event, dict) else None
+        data = json.dumps(event) if isinstance(event, dict) else event
+        lines.append((f"event: {kind}\n" if kind else "") + f"data: {data}\n\n")
+
+    async def arrive() -> Any:
+        for line in lines:
+            yield line.encode()
+
+    return httpx2.Response(200, headers=STREAMED, content=arrive())
+
+
+class Caller:
+    """A guarded client whose calls are answered by a table."""
+
+    def __init__(self, api: str, limiter: AsyncBudgetLimiter, server: Any, **options: Any) -> None:
+        self.api = api
+        self.answer: Any = None
+        self.requests: list[dict[str, Any]] = []
+        self.reserved: list[int] = []
+        """What was held while each call was under way, in nano-dollars."""
+        self._server = server
+        http = httpx2.AsyncClient(transport=httpx2.MockTransport(self._handle))
+        kind: Any = anthropic.AsyncAnthropic if api == "messages" else openai.AsyncOpenAI
+        self.client = guard(kind(api_key="k", http_client=http, max_retries=0), limiter, pricer=PRICES, **options)
+
+    async def _handle(self, request: httpx2.Request) -> httpx2.Response:
+        self.requests.append(json.loads(request.content))
+        with self._server.client() as store:
+            self.reserved.append(sums(store)["held"])
+        if isinstance(self.answer, list):
+            return _answer(self.answer)
+        return httpx2.Response(200, json=self.answer)
+
+    async def ask(self, answer: Any, **more: Any) -> list[Any]:
+        """Make a call, and take all of its answer; a list is streamed."""
+        self.answer = answer
+        stream = {"stream": True} if isinstance(answer, list) else {}
+        if self.api == "messages":
+            made = self.client.messages.create(model=CLAUDE, max_tokens=MAX_TOKENS, messages=MESSAGES, **stream, **more)
+        elif self.api == "chat":
+            made = self.client.chat.completions.create(
+                model=GPT, max_tokens=MAX_TOKENS, messages=MESSAGES, **stream, **more
+            )
+        else:
+            made = self.client.responses.create(model=GPT, max_output_tokens=MAX_TOKENS, input="?", **stream, **more)
+        got = await made
+        return [item async for item in got] if stream else [got]
+
+
+@pytest.fixture
+async def limiter(server: Any) -> Any:
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as made:
+        yield made
+
+
+def _spent(server: Any) -> int:
+    with server.client() as store:
+        found = sums(store)
+        assert found["held"] == found["unconfirmed"] == 0
+        return found["spent"]
+
+
+def _estimated(server: Any) -> list[bool]:
+    """Which entries of the ledger say that they are estimates, oldest first."""
+    with server.client() as store:
+        (ledger,) = store.keys("ktrdr:*:l:agent:*")
+        return ["estimated" in fields["e"] for _, fields in store.xrange(ledger)]
+
+
+def _counts(api: str, input_tokens: Any, output_tokens: Any) -> dict[str, Any]:
+    return dict(zip(NAMES[api], (input_tokens, output_tokens), strict=True))
+
+
+def _other_names(api: str) -> dict[str, Any]:
+    return _counts("messages" if api == "chat" else "chat", 20, 3)
+
+
+NOT_CREDIBLE = {
+    "none": lambda api: None,
+    "empty": lambda api: {},
+    "zeros": lambda api: _counts(api, 0, 0),
+    "nulls": lambda api: _counts(api, None, None),
+    "no input": lambda api: _counts(api, 0, 3),
+    "input alone": lambda api: {NAMES[api][0]: 20},
+    "output alone": lambda api: {NAMES[api][1]: 3},
+    "negative": lambda api: _counts(api, -20, -3),
+    "texts": lambda api: _counts(api, "many", "few"),
+    "the other API's names": _other_names,
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("told", NOT_CREDIBLE.values(), ids=NOT_CREDIBLE)
+@pytest.mark.parametrize("api", APIS)
+async def test_a_usage_that_cannot_be_true_charges_the_worst_case_as_an_estimate(
+    limiter: Any, server: Any, api: str, told: Any, streamed: bool
+) -> None:
+    """ProbOS #1078, camel-ai #4217, spring-ai #1307."""
+    caller = Caller(api, limiter, server)
+    usage = told(api)
+    await caller.ask(_events(api, usage, usage) if streamed else _document(api, usage))
+    assert _spent(server) == caller.reserved[0] > MAX_TOKENS * OUTPUT
+    assert _estimated(server) == [True]
+
+
+CREDIBLE = {
+    "no output": (lambda api: _counts(api, 20, 0), 20 * INPUT),
+    "both": (lambda api: _counts(api, 20, 3), 20 * INPUT + 3 * OUTPUT),
+    "whole numbers with a point": (lambda api: _counts(api, 20.0, 3.0), 20 * INPUT + 3 * OUTPUT),
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize(("told", "spent"), CREDIBLE.values(), ids=CREDIBLE)
+@pytest.mark.parametrize("api", APIS)
+async def test_a_usage_that_can_be_true_is_charged_to_the_nano_dollar(
+    limiter: Any, server: Any, api: str, told: Any, spent: int, streamed: bool
+) -> None:
+    usage = told(api)
+    await Caller(api, limiter, server).ask(_events(api, usage, usage) if streamed else _document(api, usage))
+    assert _spent(server) == spent
+    assert _estimated(server) == [False]
+
+
+async def test_input_that_came_from_a_cache_alone_is_credible(limiter: Any, server: Any) -> None:
+    """Anthropic counts it apart from its input."""
+    usage = {"input_tokens": 0, "output_tokens": 3, "cache_read_input_tokens": 500, "cache_creation_input_tokens": 40}
+    await Caller("messages", limiter, server).ask(_document("messages", usage))
+    assert _spent(server) == 500 * CACHED + 40 * WRITE + 3 * OUTPUT
+    assert _estimated(server) == [False]
+
+
+@pytest.mark.parametrize("api", APIS)
+async def test_a_hundred_calls_that_report_no_usage_do_not_pass_a_cap_of_five_cents(server: Any, api: str) -> None:
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "0.05")]) as limiter:
+        caller = Caller(api, limiter, server)
+        denied = 0
+        for number in range(100):
+            usage = list(NOT_CREDIBLE.values())[number % len(NOT_CREDIBLE)](api)
+            try:
+                await caller.ask(_document(api, usage))
+            except BudgetExceeded:
+                denied += 1
+        assert 0 < len(caller.requests) == 100 - denied < 100
+        assert _spent(server) == sum(caller.reserved) <= 50_000_000
+
+
+# -- the maximum of each field within a stream -------------------------------------------------------------------------
+
+SPREAD = {
+    "a later zero": ((20_000, 1), (0, 12)),
+    "a later null": ((20_000, 1), (None, 12)),
+    "later and fewer": ((20_000, 7), (150, 12)),
+    "a later negative": ((20_000, 1), (-5, 12)),
+    "an estimate first": ((0, 0), (20_000, 12)),
+    "an estimate of the output first": ((20_000, 12), (20_000, 3)),
+}
+
+
+@pytest.mark.parametrize(("first", "last"), SPREAD.values(), ids=SPREAD)
+@pytest.mark.parametrize("api", ["chat", "messages"])
+async def test_the_maximum_of_each_field_within_a_stream_counts(
+    limiter: Any, server: Any, api: str, first: Any, last: Any
+) -> None:
+    """envoyproxy/ai-gateway PR #1631."""
+    await Caller(api, limiter, server).ask(_events(api, _counts(api, *first), _counts(api, *last)))
+    assert _spent(server) == 20_000 * INPUT + 12 * OUTPUT
+    assert _estimated(server) == [False]
+
+
+@pytest.mark.parametrize("api", ["chat", "messages"])
+async def test_what_follows_the_end_of_the_model_counts_too(limiter: Any, server: Any, api: str) -> None:
+    events = _events(api, None, _counts(api, 20_000, 5), _counts(api, 0, 12))
+    await Caller(api, limiter, server).ask(events)
+    assert _spent(server) == 20_000 * INPUT + 12 * OUTPUT
+
+
+async def test_a_later_event_takes_no_cached_token_back(limiter: Any, server: Any) -> None:
+    cached = {"cache_read_input_tokens": 500, "cache_creation": {"ephemeral_1h_input_tokens": 40}}
+    first = {**_counts("messages", 100, 1), **cached, "cache_creation_input_tokens": 40}
+    last = {**_counts("messages", 0, 12), "cache_read_input_tokens": 0, "cache_creation_input_tokens": None}
+    await Caller("messages", limiter, server).ask(_events("messages", first, last))
+    assert _spent(server) == 100 * INPUT + 500 * CACHED + 40 * WRITE + 12 * OUTPUT
+
+
+@pytest.mark.parametrize("api", ["chat", "messages"])
+async def test_a_placeholder_is_not_the_last_word_of_a_stream(limiter: Any, server: Any, api: str) -> None:
+    caller = Caller(api, limiter, server)
+    await caller.ask(_events(api, _counts(api, 20, 1), None))
+    assert _spent(server) == caller.reserved[0]
+    assert _estimated(server) == [True]
+
+
+@pytest.mark.parametrize("api", ["chat", "messages"])
+async def test_a_stream_of_no_credible_usage_that_is_left_early_is_an_estimate(
+    limiter: Any, server: Any, api: str
+) -> None:
+    caller = Caller(api, limiter, server)
+    caller.answer = _events(api, _counts(api, 0, 0), _counts(api, 0, 0))
+    create = caller.client.messages.create if api == "messages" else caller.client.chat.completions.create
+    model = CLAUDE if api == "messages" else GPT
+    stream = await create(model=model, max_tokens=5_000, messages=MESSAGES, stream=True)
+    _ = await anext(stream)
+    await stream.close()
+    assert 0 < _spent(server) <= caller.reserved[0]
+    assert _estimated(server) == [True]
+
+
+# -- fields of other providers -----------------------------------------------------------------------------------------
+
+WITH_CACHE = {
+    "OpenAI": {"prompt_tokens_details": {"cached_tokens": 800}},
+    "Moonshot": {"cached_tokens": 800},
+    "DeepSeek": {"prompt_cache_hit_tokens": 800, "prompt_cache_miss_tokens": 200},
+    "DeepSeek, both": {"prompt_cache_hit_tokens": 800, "prompt_tokens_details": {"cached_tokens": 800}},
+    "a zero beside it": {"cached_tokens": 800, "prompt_tokens_details": {"cached_tokens": 0}},
+    "null details": {"cached_tokens": 800, "prompt_tokens_details": None},
+    "LiteLLM": {"cache_read_input_tokens": 800, "total_tokens": 1_003},
+    "a detail": {"prompt_tokens_details": {"cache_read_tokens": 800}},
+}
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("fields", WITH_CACHE.values(), ids=WITH_CACHE)
+async def test_cached_input_is_charged_at_its_price_under_each_provider_s_name(
+    limiter: Any, server: Any, fields: dict[str, Any], streamed: bool
+) -> None:
+    """vera-bench PR #97, pi #8075."""
+    usage = {**_counts("chat", 1_000, 3), **fields}
+    await Caller("chat", limiter, server).ask(_events("chat", None, usage) if streamed else _document("chat", usage))
+    assert _spent(server) == 200 * INPUT + 800 * CACHED + 3 * OUTPUT
+    assert _estimated(server) == [False]
+
+
+WITH_WRITES = {
+    "OpenRouter": {"prompt_tokens_details": {"cached_tokens": 0, "cache_write_tokens": 800}},
+    "LiteLLM": {"prompt_tokens_details": {"cached_tokens": 0, "cache_creation_tokens": 800}},
+    "Qwen": {"prompt_tokens_details": {"cached_tokens": 0, "cache_creation_input_tokens": 800}},
+    "Anthropic's": {"cache_creation_input_tokens": 800, "cache_read_input_tokens": 0},
+}
+
+
+@pytest.mark.parametrize("fields", WITH_WRITES.values(), ids=WITH_WRITES)
+async def test_input_that_was_written_to_a_cache_is_charged_at_its_price_too(
+    limiter: Any, server: Any, fields: dict[str, Any]
+) -> None:
+    await Caller("chat", limiter, server).ask(_document("chat", {**_counts("chat", 1_000, 3), **fields}))
+    assert _spent(server) == 200 * INPUT + 800 * WRITE + 3 * OUTPUT
+
+
+@pytest.mark.parametrize(
+    ("prompt", "total"), [(100, None), (100, 903), (1_000, 1_803)], ids=["more than all", "more, in total", "in total"]
+)
+async def test_cached_input_that_a_gateway_counts_apart_is_added_to_the_input(
+    limiter: Any, server: Any, prompt: int, total: int | None
+) -> None:
+    """As Bedrock behind Portkey (gateway #1210), and langsmith-sdk PR #2519: additive caches."""
+    usage = {**_counts("chat", prompt, 3), "cache_read_input_tokens": 800, "total_tokens": total}
+    await Caller("chat", limiter, server).ask(_document("chat", usage))
+    assert _spent(server) == prompt * INPUT + 800 * CACHED + 3 * OUTPUT
+
+
+async def test_cached_input_of_responses_is_charged_at_its_price(limiter: Any, server: Any) -> None:
+    usage = {**_counts("responses", 1_000, 3), "input_tokens_details": {"cached_tokens": 800}}
+    await Caller("responses", limiter, server).ask(_document("responses", usage))
+    assert _spent(server) == 200 * INPUT + 800 * CACHED + 3 * OUTPUT
+
+
+# -- servers that know no stream_options -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ({"include_usage": False}, None),
+        ({"include_usage": False, "include_obfuscation": False}, {"include_obfuscation": False}),
+    ],
+)
+async def test_a_caller_may_leave_stream_options_out_and_pays_the_worst_case(
+    limiter: Any, server: Any, given: dict[str, Any], sent: Any
+) -> None:
+    """opencode #4698: a gateway that rejects them."""
+    caller = Caller("chat", limiter, server)
+    items = await caller.ask(_events("chat", None, None), stream_options=given)
+    assert [choice.delta.content for item in items for choice in item.choices] == ["yes", None]
+    assert caller.requests[0].get("stream_options") == sent
+    assert ("stream_options" in caller.requests[0]) == (sent is not None)
+    assert _spent(server) == caller.reserved[0]
+    assert _estimated(server) == [True]
+
+
+async def test_a_server_that_reports_its_usage_unasked_is_charged_by_it(limiter: Any, server: Any) -> None:
+    caller = Caller("chat", limiter, server)
+    events = _events("chat", None, _counts("chat", 20, 3))
+    items = await caller.ask(events, stream_options={"include_usage": False})
+    assert items[-1].usage.prompt_tokens == 20  # what the server sends unasked, the caller may see
+    assert _spent(server) == 20 * INPUT + 3 * OUTPUT
+
+
+@pytest.mark.parametrize("given", [None, {}, {"include_usage": None}, {"include_usage": True}])
+async def test_otherwise_a_stream_is_asked_for_its_usage(limiter: Any, server: Any, given: Any) -> None:
+    caller = Caller("chat", limiter, server)
+    await caller.ask(_events("chat", None, _counts("chat", 20, 3)), stream_options=given)
+    assert caller.requests[0]["stream_options"]["include_usage"] is True
+    assert _spent(server) == 20 * INPUT + 3 * OUTPUT

@@ -125,7 +125,7 @@ class LimiterMetrics:
             self._overruns.labels(budget.name)
 
     def add(self, collector: Collector) -> None:
-        """Adds what another collector tells to :meth:`render`."""
+        """Add a collector of the store's figures to :meth:`render`; they are absent while the store does not reply."""
         self._collectors.append(collector)
 
     # -- this replica's ------------------------------------------------------------------------------------------------
@@ -175,8 +175,9 @@ class LimiterMetrics:
 
     def _raise(self, counter: Counter, label: str, total: int) -> None:
         seen = self._told_seen.get((counter, label), 0)
+        child = counter.labels(label)  # exported from the first scrape on: a rate needs the 0 before the first event
         if total > seen:
-            counter.labels(label).inc(total - seen)
+            child.inc(total - seen)
             self._told_seen[counter, label] = total
 
     # -- the store's ---------------------------------------------------------------------------------------------------
@@ -186,7 +187,10 @@ class LimiterMetrics:
         statuses, store_up = await self._statuses()
         self._count_resolved()
         encode, media_type = choose_encoder(accept)
-        return encode(_Families([*self._counted(), *_figures(statuses, store_up), self._unresolved()])), media_type
+        # A collector keeps its last result, which no longer describes a store that does not reply.
+        collected = [family for collector in self._collectors for family in collector.collect()] if store_up else []
+        families = [*self._counted(), *collected, *_figures(statuses, store_up), self._unresolved()]
+        return encode(_Families(families)), media_type
 
     def _unresolved(self) -> Metric:
         assert self.limiter is not None
@@ -224,10 +228,9 @@ class LimiterMetrics:
         # With several processes, the registry knows of one; the files, of all.
         several = getattr(values.ValueClass, "_multiprocess", False)
         counted = MultiProcessCollector(None) if several else self.registry  # type: ignore[no-untyped-call]
-        for collector in (counted, *self._collectors):
-            for family in collector.collect():
-                family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
-                yield family
+        for family in counted.collect():
+            family.samples = [sample for sample in family.samples if not sample.name.endswith("_created")]
+            yield family
 
 
 class _Families(Collector):

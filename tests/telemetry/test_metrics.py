@@ -27,6 +27,8 @@ from ktrdr_budget import (
     StoreUnavailable,
 )
 from ktrdr_budget.engine.driver.coalescer import Observation
+from ktrdr_budget.engine.unresolved import OUTCOMES as RESOLVED
+from ktrdr_budget.telemetry.audit import Audit
 from ktrdr_budget.telemetry.metrics import BUCKETS_S, LimiterMetrics
 
 from ..helpers.proxy import Proxy
@@ -147,6 +149,20 @@ async def test_an_unknown_figure_is_absent_not_full(start_server):
         await until(known)
 
 
+async def test_a_collected_figure_is_absent_while_the_store_does_not_reply(start_server):
+    """A check of the ledger from before an outage does not say that the ledger adds up now."""
+    own, audit = start_server(), Audit()
+    async with watched(own.url, timeout=0.5) as (limiter, metrics):
+        metrics.add(audit)
+        await audit.check(limiter)
+        assert (await scrape(metrics))["ktrdr_budget_adds_up", "agent"] == 1
+        own.kill()
+        samples = await scrape(metrics)
+        assert samples["ktrdr_budget_store_up",] == 0
+        assert named(samples, "ktrdr_budget_adds_up") == {}
+    audit.close()
+
+
 async def test_an_unlimited_budget_has_no_limit_and_no_remainder(server):
     async with watched(server.url, [Budget("agent", None)]) as (_, metrics):
         samples = await scrape(metrics)
@@ -173,6 +189,10 @@ async def test_what_may_be_counted_starts_at_zero(server):
     assert {("granted", ""), ("replayed", ""), ("unguarded", "")} <= outcomes.keys()
     assert {("denied", reason) for reason in ("budget_exhausted", "budget_held", "exceeds_limit")} <= outcomes.keys()
     assert named(samples, "ktrdr_budget_spend_total") == {(budget.name, budget.unit): 0 for budget in BUDGETS}
+    assert named(samples, "ktrdr_budget_resolved_total") == {(outcome,): 0 for outcome in RESOLVED}
+    repaired = {("settlements",): 0, ("holds",): 0, ("windows",): 0}
+    assert named(samples, "ktrdr_budget_repaired_total") == repaired
+    assert named(samples, "ktrdr_budget_unrepaired_total") == {("settlements",): 0, ("holds",): 0}
     assert named(samples, "ktrdr_budget_overruns_total") == {(budget.name,): 0 for budget in BUDGETS}
     assert samples["ktrdr_budget_losses_total",] == 0
     assert samples["ktrdr_budget_call_seconds_count", "reserve"] == 0
@@ -305,7 +325,9 @@ async def test_repairs_and_resolved_requests_are_counted(server, tmp_path_factor
         await until(lambda: limiter.repaired.settlements >= 2)
         samples = await scrape(metrics)
         assert samples["ktrdr_budget_unresolved",] == 0
-        assert named(samples, "ktrdr_budget_resolved_total") == {("executed",): 1}
+        resolved = named(samples, "ktrdr_budget_resolved_total")
+        assert {outcome for outcome, count in resolved.items() if count} == {("executed",)}
+        assert resolved["executed",] == 1
         assert named(samples, "ktrdr_budget_repaired_total")["settlements",] == limiter.repaired.settlements
         assert named(await scrape(metrics), "ktrdr_budget_repaired_total")["settlements",] == 2
 

@@ -7,6 +7,7 @@ declares for it.
 
 from __future__ import annotations
 
+import copy
 import enum
 import json
 import types
@@ -20,10 +21,19 @@ from grafana_foundation_sdk.models import dashboard
 
 plugins.register_default_plugins()
 
+ANNOTATION_OF_PROMETHEUS = ("titleFormat", "textFormat", "tagKeys")
+"""Texts that Grafana's Prometheus datasource reads from an annotation; the SDK's type has no datasource's fields."""
+
 
 def faults(document: dict[str, Any]) -> list[str]:
     """Where a dashboard does not fit Grafana's schema: paths with what is wrong there."""
-    return list(_read(document, dashboard.Dashboard, "dashboard"))
+    document = copy.deepcopy(document)
+    found = []
+    for number, annotation in enumerate(document["annotations"]["list"]):
+        for name in ANNOTATION_OF_PROMETHEUS:
+            path = f"dashboard.annotations.list[{number}].{name}"
+            found += _mistyped(annotation.pop(name, ""), str, path)
+    return [*found, *_read(document, dashboard.Dashboard, "dashboard")]
 
 
 def _read(document: dict[str, Any], model: Any, path: str) -> Iterator[str]:

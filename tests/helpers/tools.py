@@ -8,13 +8,16 @@ import subprocess
 
 import pytest
 
+IN_CI = bool(os.environ.get("CI"))
+"""CI installs every program: what is missing there is a failure, not a reason to skip."""
+
 
 def need(program: str, package: str = "") -> str:
-    """The program's path. Without it the test is skipped; CI installs every one, so there it fails."""
+    """The program's path. Without it the test is skipped; in CI it fails."""
     found = shutil.which(program)
     if found is None:
         reason = f"{program} is not installed (Debian: apt-get install {package or program})"
-        if os.environ.get("CI"):
+        if IN_CI:
             pytest.fail(reason)
         pytest.skip(reason)
     return found

@@ -3,89 +3,24 @@
 from __future__ import annotations
 
 import math
-import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
 
-import httpx
 import pytest
-import yaml
 
 from ..api.processes import Service, serving
-from ..conftest import Server, free_port
-from ..helpers.tools import need
+from ..conftest import Server
 from ..helpers.waiting import wait_until
-from .files import ALERTS, PROMETHEUS, panels, read_dashboard, read_yaml
+from .files import ALERTS, panels, read_dashboard, read_yaml
+from .prometheus import Prometheus
 
 pytestmark = pytest.mark.slow
 
-SCRAPE_INTERVAL = "500ms"
 CYCLES = 4
 DASHBOARD = read_dashboard()
-
-
-class Prometheus:
-    """A real one, with the configuration of the stack and other targets."""
-
-    def __init__(self, directory: Path, targets: list[str]) -> None:
-        config = read_yaml(PROMETHEUS)
-        config["global"].update(
-            scrape_interval=SCRAPE_INTERVAL, scrape_timeout=SCRAPE_INTERVAL, evaluation_interval="1s"
-        )
-        config["rule_files"] = [str(ALERTS)]
-        (backend, itself) = config["scrape_configs"]
-        assert itself["job_name"] == "prometheus"
-        backend["static_configs"] = [{"targets": targets}]
-        config["scrape_configs"] = [backend]
-        (directory / "prometheus.yml").write_text(yaml.safe_dump(config))
-        address = f"127.0.0.1:{free_port()}"
-        words = [need("prometheus"), f"--config.file={directory}/prometheus.yml", f"--web.listen-address={address}"]
-        words += [f"--storage.tsdb.path={directory}/data", "--log.level=warn"]
-        self._log = directory / "log"
-        with self._log.open("wb") as log:
-            self._process = subprocess.Popen(words, stdout=log, stderr=log)
-        self._client = httpx.Client(base_url=f"http://{address}/api/v1", timeout=60)
-        wait_until(lambda: self._ready(f"http://{address}/-/ready"))
-
-    def _ready(self, url: str) -> bool:
-        assert self._process.poll() is None, self._log.read_text()
-        try:
-            return self._client.get(url).is_success
-        except httpx.TransportError:
-            return False
-
-    def end(self) -> None:
-        self._client.close()
-        self._process.terminate()
-        self._process.wait(20)
-
-    def ask(self, path: str, **parameters: Any) -> Any:
-        answer = self._client.get(path, params=parameters).json()
-        assert answer["status"] == "success", answer
-        return answer["data"]
-
-    def value(self, expression: str) -> float | None:
-        """What an expression of one sample is now."""
-        found = self.ask("/query", query=expression)["result"]
-        return float(found[0]["value"][1]) if found else None
-
-    def series(self, expression: str, *, instant: bool, start: float, end: float) -> dict[str, list[float]]:
-        """What a panel gets: the values of each series, by its labels."""
-        if instant:
-            found = self.ask("/query", query=expression, time=end)["result"]
-            samples = [(one["metric"], [one["value"]]) for one in found]
-        else:
-            found = self.ask("/query_range", query=expression, start=start, end=end, step=0.5)["result"]
-            samples = [(one["metric"], one["values"]) for one in found]
-        return {
-            ",".join(f"{name}={labels[name]}" for name in sorted(labels)): [float(value) for _, value in values]
-            for labels, values in samples
-        }
 
 
 @dataclass
@@ -109,7 +44,11 @@ class Stack:
 
     def filled(self, expression: str) -> str:
         """An expression with Grafana's own variables replaced, as that does it."""
-        values = {"__range": f"{math.ceil(self.ended_at - self.started_at)}s", "__rate_interval": "10s"}
+        values = {
+            "__range": f"{math.ceil(self.ended_at - self.started_at)}s",
+            "__rate_interval": "10s",
+            "budget": "agent",
+        }
         for name, value in values.items():
             expression = expression.replace(f"${name}", value)
         assert "$" not in expression

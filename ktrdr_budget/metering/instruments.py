@@ -126,7 +126,8 @@ class CallInstruments:
         charged: Sequence[str],
     ) -> None:
         tokens, duration, spend = instruments
-        failed = {} if error is None else {ERROR_TYPE: error_type(error)}
+        # A generator that is closed has not failed: its consumer wanted no more.
+        failed = {} if error is None or isinstance(error, GeneratorExit) else {ERROR_TYPE: error_type(error)}
         duration.record(time.monotonic() - self._started, {**self._names, **failed})
         if usage is not None:
             tokens.record(usage.input_tokens, {**self._names, KIND_OF_TOKENS: "input"})

@@ -12,7 +12,8 @@ import sys
 import traceback
 from asyncio import CancelledError
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from contextvars import Token
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -197,15 +198,13 @@ class _LiveSpan(Span):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        from opentelemetry import context
-
-        if error is not None and not isinstance(error, GeneratorExit):
+        if error is not None:
             if ending := ending_of(error):
                 self.set_attributes(ending)
             else:
                 self.record_exception(error)
                 self.fail(_words(error))
-        context.detach(self._token)
+        _detach(self._token)
         self._span.end()
 
     @property
@@ -257,8 +256,11 @@ def _places(error: BaseException) -> list[str]:
 
 
 def ending_of(error: BaseException) -> Attributes:
-    """What a span says of a block that was left by a cancellation or a denial; empty for an error."""
-    if isinstance(error, CancelledError):
+    """What a span says of a block that was left by a cancellation or a denial; empty for an error.
+
+    A generator that is closed, because its consumer wants no more of it, is cancelled.
+    """
+    if isinstance(error, (CancelledError, GeneratorExit)):
         return {"outcome": "cancelled"}
     if isinstance(error, BudgetExceeded):
         return {"outcome": "denied", "reason": error.reason}
@@ -272,6 +274,16 @@ def _given(attributes: Attributes) -> dict[str, AttributeValue]:
 def _words(error: BaseException) -> str:
     text = str(error)
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _detach(token: Token[Context]) -> None:
+    """End what ``opentelemetry.context.attach`` began.
+
+    A generator may be closed in another context than it was begun in: there is nothing to restore there, and
+    OpenTelemetry's own ``detach`` would log that as an error (opentelemetry-python #2606).
+    """
+    with suppress(ValueError):
+        token.var.reset(token)
 
 
 # -- the current span --------------------------------------------------------------------------------------------------
@@ -317,7 +329,7 @@ def operation_scope(operation_id: str, operation_type: str) -> Iterator[None]:
     try:
         yield
     finally:
-        context.detach(token)
+        _detach(token)
 
 
 def operation_of(context: Context | None) -> dict[str, str]:
@@ -342,7 +354,7 @@ def suppressed() -> Iterator[None]:
     try:
         yield
     finally:
-        context.detach(token)
+        _detach(token)
 
 
 def _is_suppressed() -> bool:

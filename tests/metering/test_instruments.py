@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
 
 import pytest
 from opentelemetry.sdk.metrics import MeterProvider
@@ -23,6 +26,7 @@ from ktrdr_budget.telemetry import spans
 from ktrdr_budget.telemetry.spans import operation_scope, span
 
 from ..helpers.recorded_spans import Recorded
+from ..helpers.waiting import until
 
 BUDGETS = [Budget("agent", "1.00"), Budget("team", "9.00"), Budget("calls", 1000, unit="requests")]
 PRICES = Prices([ModelPrice("acme", "road", "10", "50", cache_write="12.5")])
@@ -177,6 +181,81 @@ async def test_a_call_that_is_cancelled_has_the_outcome_of_that(recorded, meter)
     found = recorded["chat road"]
     assert (found.attributes["outcome"], found.status.status_code) == ("cancelled", StatusCode.UNSET)
     assert found.attributes["ktrdr.budget.cost"] == 0.011
+
+
+# -- generators that are closed elsewhere ------------------------------------------------------------------------------
+
+
+async def _words(meter):
+    """As a streaming endpoint is written."""
+    async with meter.call(**CALL) as call:
+        call.report(Usage(1000, 20))
+        yield "it "
+        yield "rains"
+
+
+def _sync_words(meter):
+    with meter.call(**CALL) as call:
+        call.report(Usage(1000, 20))
+        yield "it "
+        yield "rains"
+
+
+async def test_a_generator_that_another_task_closes_is_no_error_in_log_or_span(recorded, reader, meter, server, caplog):
+    """openlit #1369, opentelemetry-python #2606."""
+    words = _words(meter)
+    await asyncio.create_task(anext(words))
+    await asyncio.create_task(words.aclose())
+    assert caplog.records == []
+    found = recorded["chat road"]
+    assert found.status.status_code is StatusCode.UNSET
+    assert (found.attributes["outcome"], found.events) == ("cancelled", ())
+    assert ERROR_TYPE not in found.attributes
+    (point,) = metrics(reader)["gen_ai.client.operation.duration"].data.data_points
+    assert ERROR_TYPE not in point.attributes
+    assert (await meter.limiter.status("agent")).spent == Decimal("0.011")
+    assert not get_current_span().get_span_context().is_valid
+
+
+async def test_a_generator_that_nobody_closes_is_no_error_either(recorded, meter, caplog):
+    words = _words(meter)
+    await asyncio.create_task(anext(words))
+    del words
+    gc.collect()  # the event loop closes it, in a task of its own
+    await until(lambda: recorded.spans)
+    assert caplog.records == []
+    assert recorded["chat road"].status.status_code is StatusCode.UNSET
+
+
+def test_a_generator_that_another_thread_closes_is_no_error(recorded, server, caplog):
+    with BudgetLimiter(server.url, BUDGETS) as limiter, ThreadPoolExecutor(1) as pool:
+        words = _sync_words(Meter(limiter, pricer=PRICES))
+        assert pool.submit(next, words).result() == "it "
+        words.close()
+        assert limiter.status("agent").spent == Decimal("0.011")
+    assert caplog.records == []
+    assert recorded["chat road"].status.status_code is StatusCode.UNSET
+
+
+async def test_spans_of_generators_that_are_closed_elsewhere_are_no_errors(recorded, caplog):
+    async def inside(block):
+        with block:
+            yield
+
+    for block in (span("phase"), operation_scope("op_1", "agent_research"), spans.suppressed()):
+        made = inside(block)
+        await asyncio.create_task(anext(made))
+        await asyncio.create_task(made.aclose())
+    assert caplog.records == []
+    assert recorded["phase"].status.status_code is StatusCode.UNSET
+
+
+async def test_an_error_in_a_generator_is_an_error_all_the_same(recorded, meter):
+    words = _words(meter)
+    await anext(words)
+    with pytest.raises(Refused):
+        await words.athrow(Refused())
+    assert recorded["chat road"].status.status_code is StatusCode.ERROR
 
 
 async def test_whoever_counts_tokens_is_told_those_that_were_charged(meter):

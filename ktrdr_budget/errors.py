@@ -14,7 +14,7 @@
     │   └── StoreError            the store answered with an error (out of memory, read-only, no permission, …)
     └── InvalidArgument           (also a ValueError) a bad name, id or option; nothing was sent
         ├── InvalidAmount         not a finite, non-negative amount below 2**53 units
-        ├── BudgetMismatch        the stored window has another unit, period, timezone or kind
+        ├── DefinitionConflict    another unit, period, timezone or kind of the budget is registered in the store
         └── UnmeteredCall         a guarded client's call would spend what cannot be bounded, or is not reported
 
 The agent has some of its own, beside what raises them: ``MoneyDenied``, ``CycleActive``, ``UnknownCycle``,
@@ -33,6 +33,7 @@ __all__ = [
     "BudgetError",
     "BudgetExceeded",
     "BudgetMismatch",
+    "DefinitionConflict",
     "HoldConflict",
     "InvalidAmount",
     "InvalidArgument",
@@ -188,8 +189,23 @@ class InvalidAmount(InvalidArgument):
     """An amount is not a number, not finite, negative, fractional for a count, or 2**53 units or more."""
 
 
-class BudgetMismatch(InvalidArgument):
-    """Unit, period, timezone or kind of a budget disagree with the window in the store."""
+class DefinitionConflict(InvalidArgument):
+    """A budget is registered in the store with another unit, period, timezone or kind; nothing was written.
+
+    The first replica that reserves or records in a budget registers its definition. ``ktrdr budget migrate NAME``, or
+    :meth:`~ktrdr_budget.AsyncBudgetLimiter.migrate`, replaces it. Holds that are open can be settled all the same.
+
+    ``registered`` and ``configured`` are both sides, in words; empty where they are not known.
+    """
+
+    def __init__(self, message: str, *, registered: str = "", configured: str = "") -> None:
+        super().__init__(message)
+        self.registered = registered
+        self.configured = configured
+
+
+BudgetMismatch = DefinitionConflict
+"""The former name of :class:`DefinitionConflict`."""
 
 
 class UnmeteredCall(InvalidArgument):

@@ -36,6 +36,7 @@ from ktrdr_budget.models import (
     Page,
     Settlement,
     Status,
+    Statuses,
 )
 from ktrdr_budget.money import Amount, AmountIn
 
@@ -258,6 +259,7 @@ class AsyncBudgetLimiter(LimiterBase):
             BudgetExceeded: no room; nothing was written.
             TooManyHolds, TooManyBudgets: the tenant has as many as it may; nothing was written.
             HoldConflict: the id is in use with other contents.
+            DefinitionConflict: the store has another unit, period, timezone or kind of a budget; nothing was written.
             InvalidArgument, UnknownBudget: refused before anything is sent.
             StoreUnavailable: no answer within the deadline (policy ``deny``).
         """
@@ -418,13 +420,17 @@ class AsyncBudgetLimiter(LimiterBase):
 
         Raises:
             UnknownBudget: this limiter was not given it.
+            DefinitionConflict: the store has another unit, period, timezone or kind of it.
             StoreUnavailable: unknown is not "all remaining".
         """
         return (await self._coalescer.submit(self._core.status([budget]), "status"))[0]  # type: ignore[no-any-return]
 
-    async def statuses(self) -> list[Status]:
-        """All budgets of this limiter, at one instant."""
-        return await self._coalescer.submit(self._core.status(None), "status")  # type: ignore[no-any-return]
+    async def statuses(self) -> Statuses:
+        """All budgets of this limiter, at one instant.
+
+        One whose figures are unknown is not in the list: ``unavailable`` of the list has the error, by name.
+        """
+        return await self._coalescer.submit(self._core.statuses(), "status")  # type: ignore[no-any-return]
 
     async def check(self) -> dict[str, str | None]:
         """Whether the store can be relied on now: per check what is wrong, or ``None``.

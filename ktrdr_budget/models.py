@@ -6,12 +6,12 @@ Money is ``Decimal`` dollars, counts are ``int``, instants are aware UTC datetim
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Generic, Literal, TypeVar
 
-from ktrdr_budget.errors import InvalidArgument, shown
+from ktrdr_budget.errors import BudgetError, InvalidArgument, shown
 from ktrdr_budget.money import Amount, AmountIn, format_amount, from_units, to_units
 from ktrdr_budget.periods import PERIODS, timezone_of
 
@@ -23,8 +23,10 @@ __all__ = [
     "Page",
     "Settlement",
     "Status",
+    "Statuses",
     "check_name",
     "check_ttl_ms",
+    "identity_of",
 ]
 
 _NAME = re.compile(r"[A-Za-z0-9._:/@-]{1,128}", re.ASCII)
@@ -110,8 +112,24 @@ class Budget:
 
     @property
     def definition(self) -> str:
-        """What all replicas must agree on, in the form the store keeps."""
+        """The budget's identity, on which all replicas must agree, in the form the store keeps."""
         return f"{self.unit},{self.period},{self.timezone},{self.kind}"
+
+    @property
+    def identity(self) -> str:
+        """The same in words: ``unit usd, period day, timezone UTC, kind spend``."""
+        return identity_of(self.definition)
+
+
+def identity_of(definition: str) -> str:
+    """A definition as the store keeps it, in words; one that this version does not know stays as it is."""
+    words = definition.split(",")
+    if len(words) != len(_IDENTITY):
+        return definition
+    return ", ".join(f"{name} {word}" for name, word in zip(_IDENTITY, words, strict=True))
+
+
+_IDENTITY = ("unit", "period", "timezone", "kind")
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +260,15 @@ class LedgerEntry:
     """Signed: a correction of an expiry charge may be negative."""
     operation: str
     trace_id: str
+
+
+class Statuses(list[Status]):
+    """The budgets whose figures are known, and why those of the others are not."""
+
+    def __init__(self, statuses: Iterable[Status] = (), unavailable: Mapping[str, BudgetError] | None = None) -> None:
+        super().__init__(statuses)
+        self.unavailable: Mapping[str, BudgetError] = unavailable or {}
+        """By budget: its figures are unknown, for this reason."""
 
 
 Item = TypeVar("Item")

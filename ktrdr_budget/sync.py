@@ -24,7 +24,7 @@ from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
 from ktrdr_budget.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, Lease
 from ktrdr_budget.limiter import LimiterBase, logger
-from ktrdr_budget.models import TTL_DEFAULT_S, HoldView, LedgerEntry, OnExpiry, Page, Settlement, Status
+from ktrdr_budget.models import TTL_DEFAULT_S, HoldView, LedgerEntry, OnExpiry, Page, Settlement, Status, Statuses
 from ktrdr_budget.money import AmountIn
 
 __all__ = ["BudgetLimiter", "Hold"]
@@ -369,9 +369,9 @@ class BudgetLimiter(LimiterBase):
         """See :meth:`AsyncBudgetLimiter.status`."""
         return self._run(self._core.status([budget]), "status")[0]  # type: ignore[no-any-return]
 
-    def statuses(self) -> list[Status]:
+    def statuses(self) -> Statuses:
         """See :meth:`AsyncBudgetLimiter.statuses`."""
-        return self._run(self._core.status(None), "status")  # type: ignore[no-any-return]
+        return self._run(self._core.statuses(), "status")  # type: ignore[no-any-return]
 
     def check(self) -> dict[str, str | None]:
         """See :meth:`AsyncBudgetLimiter.check`."""

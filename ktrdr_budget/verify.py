@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-from ktrdr_budget.engine.keys import Keys
+from ktrdr_budget.engine.keys import Keys, public_window
 from ktrdr_budget.engine.protocol import word
 from ktrdr_budget.engine.stores.books import Books, Ledger, Look, connect
 from ktrdr_budget.engine.stores.urls import mask_url, parse_url
@@ -105,7 +105,8 @@ def verify(
     """Checks every window of the tenant that is in the store, or only those of ``budgets``. Writes nothing.
 
     Args:
-        windows: only these, each a budget and its window's name, without looking for others.
+        windows: only these, each a budget and its window's name. A name with the fingerprint of its definition, as the
+            store has it (:func:`~ktrdr_budget.engine.keys.stored_window`), is found without a scan for others.
         timeout: seconds that one answer of the store may take.
 
     Raises:
@@ -210,7 +211,14 @@ class Auditor:
     def _windows(
         books: Books, budgets: Sequence[Budget] | None, windows: Collection[tuple[str, str]] | None
     ) -> list[tuple[str, str]]:
-        found = books.windows() if windows is None else sorted(windows)
+        if windows is not None and all("~" in window for _, window in windows):
+            found = sorted(windows)
+        else:
+            found = [
+                (budget, window)
+                for budget, window in books.windows()
+                if windows is None or (budget, window) in windows or (budget, public_window(window)) in windows
+            ]
         books.forget_other_windows(found)
         names = None if budgets is None else {budget.name for budget in budgets}
         return [window for window in found if names is None or window[0] in names]
@@ -228,7 +236,7 @@ class Auditor:
         return WindowReport(
             window_key=self._keys.window(budget, window),
             budget=budget,
-            window=window,
+            window=public_window(window),
             unit=look.unit,
             spent=look.spent,
             held=look.held,
@@ -255,10 +263,10 @@ class Auditor:
                 continue  # one correction for all that is wrong
             done = books.correct(budget, window, look, differences, missing, _note(differences, missing))
             for counter, (before, after) in (done or {}).items():
-                changes.append(Change(budget, window, look.unit, counter, before, after))
+                changes.append(Change(budget, public_window(window), look.unit, counter, before, after))
             if done is not None and missing:
                 total = look.ledger.total
-                changes.append(Change(budget, window, look.unit, "ledger", total, total + missing))
+                changes.append(Change(budget, public_window(window), look.unit, "ledger", total, total + missing))
             if done is not None:
                 logger.warning("repaired window %s: %s", self._keys.window(budget, window), _told(done, missing))
         return self._check(books, budget, window)[1]

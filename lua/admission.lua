@@ -13,20 +13,24 @@ local function load(w)
     -- Or it was begun, has not expired, and is not here: a node of a cluster that was promoted while its slot was being
     -- moved has but a part of the keys, and may not know that (Redis before 8, Valkey before 8 do not tell replicas).
     -- A second one would admit what the first has spent: what asks for it is answered `t`, and changes nothing.
-    w.missing = last == ARGV[at + 4] and (last == '0' or now_ms < last + 0)
+    w.missing = last == ARGV[at + 4] .. ' ' .. w.name and (ARGV[at + 4] == '0' or now_ms < ARGV[at + 4] + 0)
     if not last then
       local all = call('HGETALL', KEYS[1])
       unlisted = unlisted + 1
       local listed = unlisted
       for i = 1, #all, 2 do
-        if all[i]:sub(1, 2) == 'b:' and (all[i + 1] == '0' or all[i + 1] + 0 > now_ms) then listed = listed + 1 end
+        local expires = all[i]:sub(1, 2) == 'b:' and match(all[i + 1], '^%d+')
+        if expires and (expires == '0' or expires + 0 > now_ms) then listed = listed + 1 end
       end
       w.surplus = listed > match(ARGV[6], '(%d+) %d+$') + 0
     end
   end
-  -- Who settles for others may not know a budget: to him any definition is right, and his ('-') is none.
-  local asked = ARGV[at + 1]
-  w.mismatch = definition and definition ~= asked and definition ~= '-' and asked ~= '-' and definition
+  -- The first reservation or record in a budget registers its definition. A replica that defines it otherwise gets
+  -- nothing new, until a migration replaces the registered one; its windows are others, so it may settle all the same.
+  if ARGV[at + 1] ~= '-' then
+    w.registered = call('HGET', KEYS[1], 'd:' .. match(w.name, '^(.+):'))
+    w.conflict = w.registered and w.registered ~= ARGV[at + 1] and w.registered
+  end
   w.stale = now_ms < ARGV[at + 2] + 0 or (ARGV[at + 3] ~= '0' and now_ms >= ARGV[at + 3] + 0)
   w.limit = limit or ARGV[at + 5]
   w.asserted_us = stored[3] or '0'

@@ -20,7 +20,11 @@ for i = 1, n_windows do
   local creates = w.creating and not w.exists
   if creates or (w.creating and w.exists == '-' and ARGV[at + 1] ~= '-') then
     call('HSET', key, 'def', ARGV[at + 1], 'start_ms', ARGV[at + 2], 'end_ms', ARGV[at + 3])
-    call('HSET', KEYS[1], 'b:' .. match(w.name, '^(.+):'), ARGV[at + 4])
+    call('HSET', KEYS[1], 'b:' .. match(w.name, '^(.+):'), ARGV[at + 4] .. ' ' .. w.name)
+  end
+  if w.registering and not w.registered then
+    dirty = true
+    call('HSET', KEYS[1], 'd:' .. match(w.name, '^(.+):'), ARGV[at + 1])
   end
   if w.asserting and w.changing then
     dirty = true
@@ -62,7 +66,7 @@ end
 
 if dirty then
   if epoch == '-' then -- its first words tell the schema
-    epoch = '1.' .. match(ARGV[6], '^%S+')
+    epoch = '2.' .. match(ARGV[6], '^%S+')
     call('HSET', KEYS[1], 'epoch', epoch)
   end
   acknowledged = call('HINCRBY', KEYS[1], 'r:' .. ARGV[1], 1)
@@ -79,7 +83,8 @@ if dirty then
     for i = 1, #all, 2 do
       local replica = match(all[i], '^s:(.+)')
       if replica and time[1] - all[i + 1] > 172800 then call('HDEL', KEYS[1], all[i], 'r:' .. replica) end
-      if match(all[i], '^b:') and all[i + 1] ~= '0' and all[i + 1] + 0 <= now_ms then call('HDEL', KEYS[1], all[i]) end
+      local budget, expires = match(all[i], '^b:(.+)'), match(all[i + 1], '^(%d+) ')
+      if budget and expires ~= '0' and expires + 0 <= now_ms then call('HDEL', KEYS[1], all[i], 'd:' .. budget) end
     end
   end
 end

@@ -129,7 +129,8 @@ local function missing(w)
     w.here = true
     if call('EXISTS', w.key) == 0 then
       local last = call('HGET', KEYS[1], 'b:' .. match(w.name, '^(.+):'))
-      w.missing = last == ARGV[w.at + 4] and (last == '0' or now_ms < last + 0)
+      local expires = ARGV[w.at + 4]
+      w.missing = last == expires .. ' ' .. w.name and (expires == '0' or now_ms < expires + 0)
     end
   end
   return w.missing

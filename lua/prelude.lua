@@ -7,6 +7,8 @@
 --       6 settings: proposed epoch, id memory_ms, retention_ms, ledger entries at most, budgets at most, holds at most
 --         (12 digits)
 --       then per window: budget:window, flag, definition, start_ms, end_ms, expires_ms, limit, asserted limit (! or ?)
+--         window is the period's name and a fingerprint of the definition, as in keys: 2026-11-30~k3f9a1
+--         definition is - where the replica was not given the budget, or defines it otherwise: it only settles there
 --       then per operation: a letter and fields; the header of its part says which
 --
 -- The loader puts together the parts that a batch needs (ktrdr_budget/engine/scripts.py): making a function costs time
@@ -29,13 +31,15 @@ local time = call('TIME')
 local now_ms = time[1] * 1000 + (time[2] - time[2] % 1000) / 1000
 local now_us_text = time[1] .. ('00000' .. time[2]):sub(-6)
 
--- Field `r:` counts a replica's acknowledged writes, `s:` is the second in which it was last heard of, `b:` the end of a
--- budget's last window, and `crowded` tells that there are half as many holds as there may be, or more.
+-- Field `r:` counts a replica's acknowledged writes, `s:` is the second in which it was last heard of, `b:` when a
+-- budget's last window expires, and its name, `d:` a budget's registered definition, and `crowded` tells that there are
+-- half as many holds as there may be, or more.
 local meta = call('HMGET', KEYS[1], 'epoch', 'r:' .. ARGV[1], 's:' .. ARGV[1], 'limits', 'recovering_until',
   'crowded')
 
-if meta[1] and meta[1] ~= ARGV[2] and meta[1]:sub(1, 2) ~= '1.' then
-  return redis.error_reply('KTRDRSCHEMA the store holds data of another schema than 1, which this client knows')
+if meta[1] and meta[1] ~= ARGV[2] and meta[1]:sub(1, 2) ~= '2.' then
+  return redis.error_reply('KTRDRSCHEMA the store holds data of another schema than 2, which this version reads: '
+    .. 'use another tenant (KTRDR_TENANT), or empty the store')
 end
 
 local epoch, acknowledged, new_second = meta[1] or '-', meta[2] or '0', meta[3] ~= time[1]
@@ -46,7 +50,7 @@ if (ARGV[2] ~= '-' and ARGV[2] ~= epoch) or ARGV[3] + 0 > acknowledged + 0 then
   -- From here on it is another timeline than the one that was lost, should that ever come back: whoever knew that one
   -- must tell this one, and the other way round, even if it counts as many writes.
   if epoch == '-' or epoch == ARGV[2] then
-    epoch = '1.' .. match(ARGV[6], '^%S+')
+    epoch = '2.' .. match(ARGV[6], '^%S+')
     call('HSET', KEYS[1], 'epoch', epoch)
   end
   call('HSET', KEYS[1], 'recovering_until', format('%.0f', now_ms + RECOVERY_MS))
@@ -69,7 +73,7 @@ local windows = { 0, 0, 0, 0, 0, 0 } -- made with room, here and below: growing 
 for i = 1, n_windows do
   windows[i] = { 0, 0, 0, 0, 0, key = KEYS[3 + 2 * i], ledger = KEYS[4 + 2 * i], name = ARGV[8 * i - 1], at = 8 * i,
     asserted = false, asserting = false, changing = false, creating = false, differs = false, exists = false,
-    mismatch = false, stale = false, surplus = false, cap = 0, stored = false, held = 0, spent = 0, unconfirmed = 0 }
+    conflict = false, registering = false, stale = false, surplus = false, cap = 0, stored = false, held = 0, spent = 0, unconfirmed = 0 }
 end
 
 local due_added, n_added, due_removed = { 0, 0 }, 0, {} -- flat: deadline, id, deadline, id…; ids

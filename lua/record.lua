@@ -10,7 +10,7 @@
 --        b budget:window     the tenant has as many budgets as it may
 --        w                   a window does not contain the store's time
 --        t budget:window     that window was begun and is not here; nothing was written
---        m budget:window definition    the stored window is defined otherwise
+--        m budget definition    another definition of the budget is registered, and late is 0; nothing was written
 
 -- Where the same was recorded, and in whose share; nil if this is not the same.
 local function recorded_in(record, state, amounts)
@@ -42,16 +42,16 @@ local function record_spend(op, key)
     local w = windows[tonumber(i)]
     load(w)
     if w.stale and late == '0' then return 'w' end
+    if w.conflict and late == '0' then return 'm ' .. match(w.name, '^(.+):') .. ' ' .. w.conflict end
     if w.missing then return 't ' .. w.name end
     if w.surplus and late == '0' then return 'b ' .. w.name end
-    if w.mismatch then return 'm ' .. w.name .. ' ' .. w.mismatch end
     local n = #hold.segments + 1
     hold.segments[n] = { flag = ARGV[w.at], name = w.name, base = '', reserved = told[n], accrued = '', charged = told[n] }
   end
   for i = 1, #told do
     local w = by_name[hold.segments[i].name]
     if hold.segments[i].flag ~= 's' then
-      w.creating = true
+      w.creating, w.registering = true, late == '0'
       spend(w, letter == 'N' and 'record' or 'commit', id, tonumber(told[i]), told[i], hold)
     end
   end

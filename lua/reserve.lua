@@ -7,7 +7,7 @@
 --        c record    the id is in use with other contents
 --        w           a window does not contain the store's time
 --        t budget:window    that window was begun and is not here; nothing was written
---        m budget:window definition    the stored window is defined otherwise
+--        m budget definition    another definition of the budget is registered; nothing was written
 --        l until_ms  the store is being repaired until then; nothing was written
 --        h holds first_deadline_ms    the tenant has as many holds as it may; nothing was written
 --        b budget:window    the tenant has as many budgets as it may; nothing was written
@@ -48,9 +48,9 @@ function operations.R(op, key)
     if not w.asserted then load_asserting(w) end
     if not w.stored then load(w) end
     if w.stale then return replay(key, policy, amounts) or 'w' end
+    if w.conflict then return replay(key, policy, amounts) or 'm ' .. match(w.name, '^(.+):') .. ' ' .. w.conflict end
     if w.missing then return replay(key, policy, amounts) or 't ' .. w.name end
     if w.surplus then return replay(key, policy, amounts) or 'b ' .. w.name end
-    if w.mismatch then return replay(key, policy, amounts) or 'm ' .. w.name .. ' ' .. w.mismatch end
     local total = w.stored + w[HELD] + w[SPENT] + w[UNCONFIRMED]
     if (total >= CLOSED or total + requested > w.cap) and not denied then denied, denied_amount = w, amount end
     taken[n + 1], taken[n + 2] = w, requested
@@ -87,7 +87,7 @@ function operations.R(op, key)
   local record = 'o ' .. policy .. beginning_before .. rest
   if not call('SET', key, record, 'NX', 'PXAT', expires) then return replay(key, policy, amounts) end
   for i = 1, n, 2 do
-    taken[i].creating, taken[i].changing = true, true
+    taken[i].creating, taken[i].changing, taken[i].registering = true, true, true
     add(taken[i], HELD, taken[i + 1])
   end
   if holds_left then holds_left = holds_left - 1 end

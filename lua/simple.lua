@@ -8,7 +8,7 @@
 -- ARGV   1 the field of meta that counts this replica's writes   2 known epoch   3 acknowledged writes   4 start_us
 --        5 and 6 from when until when, in µs of 16 digits, all windows that are reserved in are the current ones
 --        7 id memory_ms   8 settings, as in prelude.lua   9 number of windows
---        then per window: its definition, or - if nothing is reserved in it
+--        then per window: ! if something is reserved in it, else -
 --        then per operation: a line of words, and lines that are taken as they are
 --
 -- op     C id operation trace window:counted:units window:counted:unitso …\nrecord\nsettled record
@@ -39,21 +39,21 @@ local admits = not meta[4] and not (meta[3] and meta[3] > now_ms) and now_us >= 
 -- All windows are read before anything is written: one that cannot be read must not leave half a batch behind.
 local windows = { 0 }
 for i = 1, usual and n_windows or 0 do
-  local key, definition = KEYS[2 + 2 * i], ARGV[9 + i]
-  if definition == '-' then
+  local key = KEYS[2 + 2 * i]
+  if ARGV[9 + i] == '-' then
     usual = usual and call('HEXISTS', key, 'def') == 1
     windows[i] = { 0, 0, 0, 0, 0, 0 }
   else
-    local stored = call('HMGET', key, 'def', 'asserted_us', 'limit', 'spent', 'held', 'unconfirmed')
-    local limit = stored[3]
-    -- The limit of the replica that started last is in force; one that has yet to say so is not simple.
-    usual = usual and stored[1] == definition and limit and stored[2]
-      and (stored[2] == ARGV[4] or stored[2] + 0 > ARGV[4] + 0)
+    local stored = call('HMGET', key, 'asserted_us', 'limit', 'spent', 'held', 'unconfirmed')
+    local asserted_us, limit = stored[1], stored[2]
+    -- The limit of the replica that started last is in force; one that has yet to say so is not simple. Nor is a window
+    -- whose definition was replaced by a migration: that removes `asserted_us`.
+    usual = usual and limit and asserted_us and (asserted_us == ARGV[4] or asserted_us + 0 > ARGV[4] + 0)
     if meta[5] and usual then -- some limit was changed at run time
       local changed, until_ms = match(call('HGET', KEYS[2], match(key, '^[^}]+}:w:(.+):')) or '', '^(%S+) (%d+)')
       if changed and (until_ms == '0' or until_ms > now_ms) then limit = changed end
     end
-    windows[i] = { (stored[4] or 0) + (stored[5] or 0) + (stored[6] or 0),
+    windows[i] = { (stored[3] or 0) + (stored[4] or 0) + (stored[5] or 0),
       (not usual and 0) or (limit == '-' and UNCAPPED) or limit + 0, 0, 0, 0, 0 }
   end
 end

@@ -25,6 +25,7 @@ from ktrdr_budget.verify import Auditor
 
 from .conftest import Server, valkey_binary
 from .helpers.clusters import Cluster
+from .helpers.keyspace import window_key
 from .helpers.tools import compose
 
 ROOM = Path(__file__).parents[1] / "docker" / "redis"
@@ -133,8 +134,7 @@ async def test_the_product_needs_no_more_than_the_file_grants(guarded, operator)
 async def test_damaged_books_are_repaired_by_that_user(guarded, operator):
     async with AsyncBudgetLimiter(guarded.url, BUDGETS, timeout=10) as limiter:
         await limiter.reserve("agent", "0.15", id="one")
-        window = (await limiter.status("agent")).window
-    operator.hincrby(f"ktrdr:{{default}}:w:agent:{window}", "held", 7)
+    operator.hincrby(window_key(operator), "held", 7)
     operator.zrem("ktrdr:{default}:due", "one")
     with Auditor(guarded.url) as auditor:
         repair = await asyncio.to_thread(auditor.repair)

@@ -13,7 +13,7 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import counted, dump, ledger_sum, sums
+from .helpers.keyspace import counted, dump, ledger_sum, public, sums, window_key
 from .helpers.processes import workers
 from .helpers.waiting import until
 
@@ -69,7 +69,7 @@ async def test_by_id_and_from_another_replica_too(clocked_server, client, limite
         await other.extend("op_1", 60, accrued="0.03")
         await other.commit("op_1", "0.07")
     assert sums(client, window=MONDAY)["spent"] == to_units("0.07")
-    assert client.exists(f"ktrdr:{{default}}:w:agent:{TUESDAY}") == 0
+    assert client.exists(window_key(client, window=TUESDAY)) == 0
 
 
 async def test_growth_after_midnight_needs_room_in_the_window_that_admitted(clocked_server, client, limiter):
@@ -349,4 +349,4 @@ def test_a_replica_with_a_wrong_clock_spends_on_the_right_day(clocked_server, cl
     assert told["own_date"] != f"{now:%Y-%m-%d}", "its clock is wrong"
     assert (told["window"], told["status_window"], told["spent"]) == (today, today, "0.09")
     assert abs(datetime.fromisoformat(told["as_of"]) - now) < timedelta(seconds=30)
-    assert [key.rpartition(":")[2] for key in client.scan_iter("*:w:*")] == [today]
+    assert [public(key.rpartition(":")[2]) for key in client.scan_iter("*:w:*")] == [today]

@@ -27,7 +27,7 @@ from ktrdr_budget.engine.memory import AGE_MAX_MS
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import immortal_keys, ledger_sum, sums
+from .helpers.keyspace import immortal_keys, ledger_sum, sums, window_key
 from .helpers.patience import away
 from .helpers.proxy import Proxy
 from .helpers.stopwatch import Stopwatch
@@ -321,17 +321,16 @@ def _deferred(hold_id: str, amount: str):
 async def test_deferred_spend_that_the_store_does_not_take_holds_up_nothing_else(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
-        window = (await limiter.status("team")).window
         own_server.kill()
         for number in range(3):
             await limiter.record("team", "0.01", id=f"team_{number}")
             await limiter.record("agent", "0.01", id=f"agent_{number}")
         own_server.start()
         with own_server.client() as client:
-            client.set(limiter.keys.window("team", window), "no window")
+            client.set(window_key(client, "team"), "no window")
             await until(lambda: sums(client)["spent"] == to_units("0.04"))
             await until(lambda: limiter.deferred == 3)
-            client.delete(limiter.keys.window("team", window))
+            client.delete(window_key(client, "team"))
             await until(lambda: limiter.deferred == 0)
             assert sums(client, "team")["spent"] == to_units("0.03")
 
@@ -525,7 +524,7 @@ async def test_whoever_waits_for_a_repair_when_the_limiter_is_closed_is_told_so(
 
 
 def wrong_type(client) -> None:
-    client.set(f"ktrdr:{{default}}:w:agent:{time.strftime('%Y-%m-%d', time.gmtime())}", "not a hash")
+    client.set(window_key(client), "not a hash")
 
 
 def out_of_memory(client) -> None:

@@ -15,6 +15,7 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetLimiter,
 from ktrdr_budget.engine import memory
 from ktrdr_budget.verify import verify
 
+from .helpers.keyspace import window_key
 from .helpers.patience import away, hurried
 from .helpers.proxy import Proxy
 from .helpers.waiting import until, wait_until
@@ -465,13 +466,13 @@ async def test_what_is_beyond_the_memory_is_counted_and_told(server, client, mon
 async def test_what_the_store_cannot_take_any_more_holds_up_nothing_else(limiter, client, caplog):
     await asyncio.gather(*[limiter.record({"agent": "0.01", "calls": 1}, id=f"op_{n}") for n in range(5)])
     await asyncio.gather(*[limiter.record("agent", "0.01", id=f"agent_{n}") for n in range(5)])
-    window = (await limiter.status("calls")).window
+    window = window_key(client, "calls")
     client.flushall()
-    client.set(limiter.keys.window("calls", window), "no window")
+    client.set(window, "no window")
     await until(lambda: limiter.losses == 1 and not limiter._coalescer.recovery.active)
     assert limiter.repaired.settlements == 5
     assert "what op_3 was could not be told again" in caplog.text
-    client.delete(limiter.keys.window("calls", window))
+    client.delete(window)
     assert (await limiter.record("agent", "0.01")).state == "recorded"
 
 
@@ -546,7 +547,6 @@ async def test_a_replica_that_does_not_know_a_budget_tells_what_it_settled_in_it
         ignorant._coalescer.recovery.suspect()
         await until(lambda: ignorant.losses == 1 and not ignorant._coalescer.recovery.active)
         await repaired(limiter, ("0.14", "0", "0"))
-        window = (await limiter.status("agent")).window
         await limiter.record("agent", "0.10")
         await repaired(limiter, ("0.24", "0", "0"))
-        assert client.hget(limiter.keys.window("agent", window), "def") == BUDGETS[0].definition
+        assert client.hget(window_key(client), "def") == BUDGETS[0].definition

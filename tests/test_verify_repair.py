@@ -16,7 +16,7 @@ from ktrdr_budget.engine.scripts import script
 from ktrdr_budget.engine.session import Session
 from ktrdr_budget.verify import Auditor, Change, IndexChange, verify
 
-from .helpers.keyspace import dump, immortal_keys, today
+from .helpers.keyspace import dump, immortal_keys, today, window_key
 from .helpers.patience import away
 from .helpers.processes import workers
 from .helpers.waiting import wait_until
@@ -67,7 +67,7 @@ def lapse(limiter: BudgetLimiter, amount: str) -> None:
 
 
 def window(client: redis.Redis, budget: str = "agent") -> str:
-    return f"ktrdr:{{default}}:w:{budget}:{'ever' if budget != 'agent' else today(client)}"
+    return window_key(client, budget, "ever" if budget != "agent" else None)
 
 
 def ledger(client: redis.Redis) -> str:

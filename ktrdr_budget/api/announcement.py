@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from ktrdr_budget.api.responses import instant_json
-from ktrdr_budget.errors import BudgetError, BudgetMismatch, StoreUnavailable
+from ktrdr_budget.errors import BudgetError, DefinitionConflict, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.models import Budget, Status
 from ktrdr_budget.money import format_amount, from_units
@@ -34,7 +34,7 @@ async def announcement(settings: Settings, limiter: AsyncBudgetLimiter) -> Async
     for name in limiter.budgets:
         try:
             line = _warning(await limiter.status(name))
-        except BudgetMismatch as error:
+        except DefinitionConflict as error:
             line = f"warning: budget {name}: {error}"
         except (StoreUnavailable, BudgetError):
             continue

@@ -41,7 +41,7 @@ class Budgets:
         read, changed = (404, 409, 422), (404, 409, 413, 422)
         return [
             Operation("GET", "/agent/budget", self.get_agent_budget, {200: AgentBudgetOut}, (404, 409)),
-            Operation("GET", "/budgets", self.list_budgets, {200: BudgetList}, (409,)),
+            Operation("GET", "/budgets", self.list_budgets, {200: BudgetList}),
             Operation("GET", f"{one}/holds", self.list_holds, {200: HoldsPage}, read, query=HoldsQuery),
             Operation("GET", f"{one}/ledger", self.list_ledger, {200: LedgerPage}, read, query=LedgerQuery),
             Operation("PUT", f"{one}/limit", self.set_limit, found, changed, LimitIn, admin=True),
@@ -55,8 +55,10 @@ class Budgets:
         return JsonResponse(agent_budget(status, self._service.cycle_estimate))
 
     async def list_budgets(self, call: Call) -> Response:
-        """Every budget, at one instant."""
-        return JsonResponse({"budgets": [budget(status) for status in await self._service.limiter.statuses()]})
+        """Every budget, at one instant. One whose figures are unknown is under `unavailable`, with the reason."""
+        found = await self._service.limiter.statuses()
+        unknown = [{"budget": name, "detail": str(error)} for name, error in found.unavailable.items()]
+        return JsonResponse({"budgets": [budget(status) for status in found], "unavailable": unknown})
 
     async def get_budget(self, call: Call) -> Response:
         """A budget's window now."""

@@ -13,7 +13,7 @@ from ktrdr_budget.api.responses import JsonResponse, amount_json
 from ktrdr_budget.errors import (
     BudgetError,
     BudgetExceeded,
-    BudgetMismatch,
+    DefinitionConflict,
     HoldConflict,
     InvalidAmount,
     InvalidArgument,
@@ -41,7 +41,7 @@ _MAPPED: tuple[tuple[type[BudgetError], int, str, str], ...] = (
     (UnknownBudget, 404, "unknown-budget", "Unknown budget"),
     (HoldConflict, 409, "hold-conflict", "The id is in use otherwise"),
     # Not the caller's words are at fault, but what two replicas of the service are configured to: a conflict.
-    (BudgetMismatch, 409, "budget-mismatch", "The budget is defined otherwise in the store"),
+    (DefinitionConflict, 409, "budget-mismatch", "Another definition of the budget is registered"),
     (InvalidAmount, 422, "invalid-amount", "Invalid amount"),
     (InvalidArgument, 422, "invalid-argument", "Invalid request"),
     (StoreUnavailable, 503, "store-unavailable", "The store cannot be reached"),

@@ -353,10 +353,21 @@ class BudgetOut(_Answer):
     )
 
 
+class UnavailableBudget(_Answer):
+    """A budget whose figures are unknown."""
+
+    budget: str
+    detail: str = Field(description="Why they are unknown.")
+
+
 class BudgetList(_Answer):
     """Every budget."""
 
     budgets: list[BudgetOut]
+    unavailable: list[UnavailableBudget] = Field(
+        description="Budgets whose figures are unknown, such as one of which "
+        "another definition is registered in the store."
+    )
 
 
 class ReservationOut(_Answer):

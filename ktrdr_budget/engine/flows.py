@@ -24,12 +24,12 @@ from ktrdr_budget.engine.protocol import (
 from ktrdr_budget.engine.reads import RETIRE_ROUNDS, Flow, Reads
 from ktrdr_budget.engine.unresolved import Doubt, Unresolved
 from ktrdr_budget.engine.views import (
+    conflict,
     denial,
     told_amounts,
 )
 from ktrdr_budget.errors import (
     BudgetExceeded,
-    BudgetMismatch,
     HoldConflict,
     InvalidAmount,
     InvalidArgument,
@@ -254,7 +254,7 @@ class Core(Reads):
 
     def keep(self, hold: HoldBase, policy: str, labels: tuple[str, str, str]) -> Record:
         """Makes a hold that the store may never have heard of known by its id, here."""
-        segments = tuple(Segment(w.flag, w.budget, w.span.name, units, 0, 0) for w, units in hold.parts)
+        segments = tuple(Segment(w.flag, w.budget, w.stored, units, 0, 0) for w, units in hold.parts)
         record = Record("o", policy, hold.deadline_ms, self.session.now_ms() * 1000, 0, *labels, segments)
         self.unguarded[hold.id] = hold, record
         if len(self.unguarded) > _UNGUARDED_MAX:
@@ -586,8 +586,8 @@ class Core(Reads):
                 words = f"hold {hold_id!r} is {state} with other contents; nothing was changed"
                 return HoldConflict(words, state=state)
             case "m":
-                _, name, stored = line.split(" ")
-                return BudgetMismatch(f"the store has window {name!r} with another definition: {stored}")
+                _, name, registered = line.split(" ")
+                return conflict(self.session.budget(name), registered)
             case "h":
                 _, count, deadline_ms = line.split(" ")
                 seconds = max(1, -((now_us - int(deadline_ms) * 1000) // 1_000_000)) if int(deadline_ms) else None

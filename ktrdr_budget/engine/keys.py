@@ -1,12 +1,45 @@
-"""The one place that spells keys.
+"""The one place that spells keys, and the names of windows in keys and hold records.
 
 All keys of a tenant carry its name as hash tag, so they share one slot of a cluster: a reservation over many budgets
 stays atomic, and tenants spread over shards.
+
+The store names a window by its period's name and a fingerprint of the budget's definition: ``2026-11-30~k3f9a1``. A
+window of another definition is another key, so neither can be taken for the other, whenever they begin and end; and a
+budget that is redefined back goes on in its old window. Outside of the store a window is ``2026-11-30``.
 """
 
 from __future__ import annotations
 
-__all__ = ["Keys"]
+import hashlib
+from base64 import b32encode
+from functools import lru_cache
+
+__all__ = ["Keys", "fingerprint", "public_window", "split_name", "stored_window"]
+
+_FINGERPRINT_LENGTH = 6
+
+
+@lru_cache(maxsize=4096)
+def fingerprint(definition: str) -> str:
+    """Six characters that stand for a budget's definition (:attr:`~ktrdr_budget.models.Budget.definition`)."""
+    digest = hashlib.sha256(definition.encode()).digest()
+    return b32encode(digest)[:_FINGERPRINT_LENGTH].decode().lower()
+
+
+def stored_window(window: str, definition: str) -> str:
+    """The name in the store of a budget's window: ``2026-11-30~k3f9a1``."""
+    return f"{window}~{fingerprint(definition)}"
+
+
+def public_window(stored: str) -> str:
+    """The name outside of the store: ``2026-11-30``."""
+    return stored.partition("~")[0]
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """Budget and stored window of ``budget:window``, as keys and hold records have it."""
+    budget, _, window = name.rpartition(":")
+    return budget, window
 
 
 class Keys:
@@ -28,7 +61,7 @@ class Keys:
         return self.hold_prefix + hold_id
 
     def window(self, budget: str, window: str) -> str:
-        """The sums of one budget in one period."""
+        """The sums of one budget in one period; ``window`` as the store names it."""
         return f"{self.prefix}w:{budget}:{window}"
 
     def ledger(self, budget: str, window: str) -> str:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from urllib.parse import quote, unquote
 
+from ktrdr_budget.engine.keys import public_window, split_name, stored_window
 from ktrdr_budget.engine.scripts import SIMPLE, script_for
 from ktrdr_budget.models import Budget, HoldState, HoldView, LedgerEntry, OnExpiry
 from ktrdr_budget.money import Amount, from_units
@@ -73,6 +74,7 @@ class Window:
         "name",
         "segment",
         "span",
+        "stored",
         "unit",
         "words",
     )
@@ -87,6 +89,7 @@ class Window:
         expires_ms: int,
         limit: str,
         asserts: bool,
+        stored: str | None = None,
     ) -> None:
         self.begun = False
         """Whether this replica was granted something in it: it exists, and knows this replica's limit."""
@@ -96,11 +99,13 @@ class Window:
         self.unit = "usd" if flag == "u" else "count"
         self.expires_ms = expires_ms
         """0: never."""
-        self.name = f"{budget}:{span.name}"
+        self.stored = stored_window(span.name, definition) if stored is None else stored
+        """Its name in the store."""
+        self.name = f"{budget}:{self.stored}"
         self.segment = f"|{flag},{self.name},,"
         """How the record of a hold begins to tell of this window."""
-        self.key = keys.window(budget, span.name)
-        self.ledger_key = keys.ledger(budget, span.name)
+        self.key = keys.window(budget, self.stored)
+        self.ledger_key = keys.ledger(budget, self.stored)
         bounds = (str(span.start_ms), str(span.end_ms or 0), str(expires_ms))
         self.words = (self.name, flag, definition, *bounds, limit, "!" if asserts else "?")
 
@@ -357,7 +362,7 @@ def _encode_simple(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, 
     """As ``simple.lua`` reads it: what is reserved in comes after what is only settled."""
     numbers: dict[str, str] = {}
     window_keys: list[str] = []
-    definitions: list[str] = []
+    reserved_in: list[str] = []
     hold_keys: list[str] = []
     rendered: list[str] = []
     current: set[str] = set()
@@ -372,10 +377,10 @@ def _encode_simple(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, 
                 number = numbers[key] = f" {len(numbers) + 1}"
                 window_keys.append(key)
                 window_keys.append(window.ledger_key)
-                definitions.append("-")
+                reserved_in.append("-")
             if reserves and key not in current:
                 current.add(key)
-                definitions[int(number) - 1] = window.words[2]
+                reserved_in[int(number) - 1] = "!"
                 span = window.span
                 start_ms = max(start_ms, span.start_ms)
                 end_ms = min(end_ms, span.end_ms or _ENDLESS_MS)
@@ -385,8 +390,8 @@ def _encode_simple(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, 
     names = [keys.meta, keys.limits, keys.due, *window_keys, *hold_keys]
     replica, epoch, acknowledged, started_us, settings, id_memory_ms = header
     bounds = f"{start_ms:013d}000", f"{end_ms:013d}000"
-    argv = [f"r:{replica}", epoch, acknowledged, started_us, *bounds, id_memory_ms, settings, str(len(definitions))]
-    return SIMPLE, names, [*argv, *definitions, *rendered]
+    argv = [f"r:{replica}", epoch, acknowledged, started_us, *bounds, id_memory_ms, settings, str(len(reserved_in))]
+    return SIMPLE, names, [*argv, *reserved_in, *rendered]
 
 
 def parse_batch(reply: bytes | str) -> tuple[Head, list[str]]:
@@ -406,9 +411,15 @@ class Segment(NamedTuple):
     flag: str
     budget: str
     window: str
+    """As the store names it."""
     reserved: int
     accrued: int
     charged: int
+
+    @property
+    def name(self) -> str:
+        """Budget and window, as in the record."""
+        return f"{self.budget}:{self.window}"
 
     def amount(self, units: int) -> Amount:
         """Units as dollars or a count."""
@@ -436,7 +447,7 @@ class Record(NamedTuple):
             amounts={s.budget: s.amount(s.reserved) for s in self.segments},
             accrued={s.budget: s.amount(s.accrued) for s in self.segments},
             charged={s.budget: s.amount(s.charged) for s in self.segments},
-            windows={s.budget: s.window for s in self.segments},
+            windows={s.budget: public_window(s.window) for s in self.segments},
             units={s.budget: FLAGS[s.flag] for s in self.segments},
             on_expiry=POLICIES[self.policy],
             created_at=from_ms(self.created_us // 1000),
@@ -455,8 +466,7 @@ def parse_record(record: str) -> Record:
     parsed = []
     for segment in segments:
         flag, name, _base, reserved, accrued, charged = segment.partition(" ")[0].split(",")
-        budget, _, window = name.rpartition(":")
-        parsed.append(Segment(flag, budget, window, int(reserved), int(accrued or 0), int(charged or 0)))
+        parsed.append(Segment(flag, *split_name(name), int(reserved), int(accrued or 0), int(charged or 0)))
     return Record(
         state,
         policy,

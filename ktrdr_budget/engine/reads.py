@@ -7,10 +7,12 @@ Whoever drives it throws :class:`~ktrdr_budget.errors.StoreUnavailable` into it 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ktrdr_budget.engine.keys import stored_window
 from ktrdr_budget.engine.protocol import (
     Command,
     Op,
@@ -23,10 +25,20 @@ from ktrdr_budget.engine.protocol import (
 )
 from ktrdr_budget.engine.scripts import LIMITS, PERMISSIONS, STATUS
 from ktrdr_budget.engine.views import entry_cursor, holds_cursor, page_size, policy_fault, status_of
-from ktrdr_budget.errors import InvalidArgument, StoreError, StoreUnavailable, UnknownHold, shown
-from ktrdr_budget.models import Budget, HoldView, LedgerEntry, Page, Status
+from ktrdr_budget.errors import (
+    BudgetError,
+    DefinitionConflict,
+    InvalidArgument,
+    StoreError,
+    StoreUnavailable,
+    UnknownHold,
+    shown,
+)
+from ktrdr_budget.models import Budget, HoldView, LedgerEntry, Page, Status, Statuses
 from ktrdr_budget.money import AmountIn, to_units
 from ktrdr_budget.periods import to_ms, window_at, window_named
+
+logger = logging.getLogger("ktrdr_budget")
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.session import Session
@@ -59,15 +71,39 @@ class Reads:
     def _retire_records(self, records: Mapping[str, Record | None]) -> Flow[None]:
         for hold_id, record in records.items():
             parts = [(window, "") for window, _ in self._parts(record)] if record else []
-            yield Op(hold_id, self.session.keys.hold(hold_id), f"X {hold_id}", parts)
+            try:
+                yield Op(hold_id, self.session.keys.hold(hold_id), f"X {hold_id}", parts)
+            except StoreError as error:  # one hold or window that cannot be read keeps no other call from its answer
+                logger.warning("hold %s could not be retired: %s", hold_id, error)
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
-    def status(self, names: Sequence[str] | None) -> Flow[list[Status]]:
-        """Budgets now; holds that are due are retired first, so that they show as unconfirmed."""
+    def status(self, names: Sequence[str]) -> Flow[list[Status]]:
+        """Budgets now; holds that are due are retired first, so that they show as unconfirmed.
+
+        Raises:
+            DefinitionConflict: another definition of one is registered.
+            StoreError: one cannot be read.
+        """
+        found = yield from self._read_budgets([self.session.budget(name) for name in names])
+        for status in found:
+            if not isinstance(status, Status):
+                raise status
+        return [status for status in found if isinstance(status, Status)]
+
+    def statuses(self) -> Flow[Statuses]:
+        """All budgets now; one whose figures are unknown does not hide the others."""
+        budgets = self.session.budgets
+        found = yield from self._read_budgets([*budgets.values()])
+        unavailable = {
+            name: status for name, status in zip(budgets, found, strict=True) if not isinstance(status, Status)
+        }
+        return Statuses([status for status in found if isinstance(status, Status)], unavailable)
+
+    def _read_budgets(self, budgets: Sequence[Budget]) -> Flow[list[Status | BudgetError]]:
+        """Each budget's figures, or why they are unknown."""
         session = self.session
-        budgets = [session.budget(name) for name in (session.budgets if names is None else names)]
-        rounds = 0
+        rounds, due_before = 0, None
         while True:
             windows = [session.current_window(budget.name) for budget in budgets]
             known = session.epoch
@@ -80,21 +116,23 @@ class Reads:
             if not all(window.span.contains(now_ms) for window in windows):
                 continue
             rounds += 1
-            if not reply[2] or rounds == RETIRE_ROUNDS:
+            if not reply[2] or reply[2] == due_before or rounds == RETIRE_ROUNDS:
                 figures = zip(budgets, windows, reply[3:], strict=True)
                 repaired_ms = int(recovering_until) if int(recovering_until) > now_ms else 0
                 started_us = session.started_us
                 return [
-                    status_of(budget, window, stored, now_us, repaired_ms, started_us)
+                    _status_or_error(budget, window, stored, now_us, repaired_ms, started_us)
                     for budget, window, stored in figures
                 ]
-            yield from self.retire([_str(hold_id) for hold_id in reply[2]])
+            due_before = reply[2]
+            yield from self.retire([_str(hold_id) for hold_id in due_before])
 
     def _status_command(self, windows: Sequence[Window]) -> Command:
         keys = self.session.keys
-        names, expiries = [window.budget for window in windows], [window.words[5] for window in windows]
+        names = [window.budget for window in windows]
+        begun = [f"{window.expires_ms} {window.name}" for window in windows]
         return Command(
-            STATUS, [keys.meta, keys.limits, keys.due, *(window.key for window in windows)], [*names, *expiries]
+            STATUS, [keys.meta, keys.limits, keys.due, *(window.key for window in windows)], [*names, *begun]
         )
 
     def _read(self, hold_id: str) -> Flow[Record]:
@@ -114,10 +152,10 @@ class Reads:
 
     def holds(self, name: str, limit: int, cursor: str | None) -> Flow[Page[HoldView]]:
         """Open and unconfirmed holds of a budget, newest deadline first."""
-        self.session.budget(name)
+        budget = self.session.budget(name)
         page_size(limit)
         zset, offset = holds_cursor(cursor)
-        yield from self.status([name])  # retires what is due
+        yield from self._read_budgets([budget])  # retires what is due, though the figures themselves may be unknown
         found: list[HoldView] = []
         keys = (self.session.keys.due, self.session.keys.unconfirmed)
         while zset < len(keys):
@@ -147,7 +185,7 @@ class Reads:
         for hold_id, record in records:
             if record and record.state == "o" and hold_id != but and record.deadline_ms > now_ms:
                 open_ms = record.deadline_ms
-                if any(f"{s.budget}:{s.window}" == window.name for s in record.segments):
+                if any(s.name == window.name for s in record.segments):
                     return open_ms
         return open_ms if window.span.end_ms is None and len(ids) == _LOOKED_THROUGH else 0
 
@@ -165,7 +203,7 @@ class Reads:
             [status] = yield from self.status([name])
             window = status.window
         window_named(budget.period, budget.timezone, window)
-        key = self.session.keys.ledger(name, window)
+        key = self.session.keys.ledger(name, stored_window(window, budget.definition))
         raw = yield Command(None, (), ("XREVRANGE", key, last, "-", "COUNT", limit))
         entries = tuple(parse_ledger_entry(entry[0], entry[1], budget.unit) for entry in raw)
         return Page(entries, entries[-1].entry_id if len(entries) == limit else None)
@@ -187,7 +225,7 @@ class Reads:
 
     def clear_limit(self, name: str) -> Flow[Status]:
         """Returns to the configured limit."""
-        self.session.budget(name)
+        yield from self.status([name])  # not by a replica that defines the budget otherwise
         yield Command(LIMITS, [self.session.keys.limits, self.session.keys.meta], [name, "", 0])
         return (yield from self.status([name]))[0]
 
@@ -239,6 +277,22 @@ class Reads:
 
     def _parts(self, record: Record) -> list[tuple[Window, int]]:
         return [(self.session.window(s.budget, s.window, s.flag), s.reserved) for s in record.segments]
+
+
+def _status_or_error(
+    budget: Budget,
+    window: Window,
+    stored: Sequence[bytes | str] | bytes | str,
+    now_us: int,
+    repaired_ms: int,
+    started_us: int,
+) -> Status | BudgetError:
+    if isinstance(stored, (bytes, str)):
+        return StoreError(f"budget {budget.name!r} cannot be read: {_str(stored)}")
+    try:
+        return status_of(budget, window, stored, now_us, repaired_ms, started_us)
+    except DefinitionConflict as error:
+        return error
 
 
 def _check_until(until: object) -> None:

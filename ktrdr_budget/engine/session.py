@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import Callable, Iterable
 
-from ktrdr_budget.engine.keys import Keys
+from ktrdr_budget.engine.keys import Keys, public_window, split_name, stored_window
 from ktrdr_budget.engine.memory import Memory
 from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Header, Op, Window, flag_of
 from ktrdr_budget.errors import InvalidArgument, UnknownBudget, shown
@@ -206,10 +206,10 @@ class Session:
         """Remembers a settlement that was acknowledged; a replay in the windows in which it was first recorded."""
         words = line.split(" ")
         if len(words) == 5:
-            names = [name.rpartition(":") for name in words[4].split(",")]
+            names = [split_name(name) for name in words[4].split(",")]
             parts = [
                 (self.window(budget, name, window.flag), tail)
-                for (window, tail), (budget, _, name) in zip(op.parts, names, strict=True)
+                for (window, tail), (budget, name) in zip(op.parts, names, strict=True)
             ]
             op = Op(op.id, op.key, op.head, parts)
         self.memory.acknowledged(op, line, now_ms)
@@ -242,16 +242,13 @@ class Session:
         self._current[name] = window
         return window
 
-    def window(self, name: str, window_name: str, flag: str = "n") -> Window:
-        """A window by name, also of a budget that this replica was not given."""
-        budget = self.budgets.get(name)
-        if budget is not None:
-            try:
-                return self._window(budget, window_named(budget.period, budget.timezone, window_name))
-            except InvalidArgument:
-                pass  # the budget has been redefined since; its old windows are still settled
-        span = _guess_span(window_name)
-        return Window(self.keys, name, span, flag, "-", self._expires_ms(span), "-", False)
+    def window(self, name: str, stored: str, flag: str = "n") -> Window:
+        """A window by its name in the store, also of a budget that this replica was not given, or defines otherwise."""
+        budget, period_name = self.budgets.get(name), public_window(stored)
+        if budget is not None and stored == stored_window(period_name, budget.definition):
+            return self._window(budget, window_named(budget.period, budget.timezone, period_name))
+        span = _guess_span(period_name)
+        return Window(self.keys, name, span, flag, "-", self._expires_ms(span), "-", False, stored)
 
     def _window(self, budget: Budget, span: Span) -> Window:
         key = f"{budget.name}:{span.name}"

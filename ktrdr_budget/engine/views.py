@@ -6,12 +6,13 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ktrdr_budget.engine.protocol import Window
-from ktrdr_budget.errors import BudgetMismatch, InvalidArgument, shown
-from ktrdr_budget.models import Budget, Denial, Status
+from ktrdr_budget.errors import DefinitionConflict, InvalidArgument, shown
+from ktrdr_budget.models import Budget, Denial, Status, identity_of
 from ktrdr_budget.money import MAX_UNITS, Amount, from_units
 from ktrdr_budget.periods import from_ms
 
 __all__ = [
+    "conflict",
     "denial",
     "entry_cursor",
     "holds_cursor",
@@ -73,6 +74,14 @@ def _retry_after(reason: str, end_ms: int | None, deadline_ms: int, now_us: int)
     return max(1, -((now_us - min(candidates) * 1000) // 1_000_000))
 
 
+def conflict(budget: Budget, registered: str) -> DefinitionConflict:
+    """The error of a replica that defines a budget otherwise than it is registered."""
+    there, here = identity_of(registered), budget.identity
+    words = f"budget {budget.name!r} is registered with {there}; this replica defines {here}"
+    way_out = f"to replace the registered definition: ktrdr budget migrate {budget.name}"
+    return DefinitionConflict(f"{words}; {way_out}", registered=there, configured=here)
+
+
 def status_of(
     budget: Budget, window: Window, stored: Sequence[bytes | str], now_us: int, repaired_ms: int, started_us: int
 ) -> Status:
@@ -80,12 +89,15 @@ def status_of(
 
     Of the configured limits, that of the replica that started last is in force: if this one did (``started_us``), its
     own, though no reservation has brought it to the store yet.
+
+    Raises:
+        DefinitionConflict: another definition of the budget is registered, so these figures are unknown.
     """
-    runtime, definition, configured, spent, held, unconfirmed, events, overruns, asserted_us = (
+    runtime, registered, configured, spent, held, unconfirmed, events, overruns, asserted_us = (
         value.decode() if isinstance(value, bytes) else value for value in stored
     )
-    if definition and definition not in ("-", budget.definition):
-        raise BudgetMismatch(f"the store has window {window.name!r} with another definition: {definition}")
+    if registered and registered != budget.definition:
+        raise conflict(budget, registered)
     newest = not configured or int(asserted_us or 0) < started_us
     source, until_ms, limit = "configured", 0, _units_text(budget) if newest else configured
     if runtime:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ktrdr_budget.engine.keys import stored_window
 from ktrdr_budget.errors import StoreUnavailable
 from ktrdr_budget.verify import Auditor, WindowReport
 
@@ -72,7 +73,10 @@ class Audit(Collector):
         Raises:
             StoreUnavailable: the store does not answer.
         """
-        windows = [(status.budget, status.window) for status in await limiter.statuses()]
+        windows = [
+            (status.budget, stored_window(status.window, limiter.budgets[status.budget].definition))
+            for status in await limiter.statuses()
+        ]
         address = limiter.store_address
         if address is None:
             return

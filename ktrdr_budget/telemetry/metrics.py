@@ -20,7 +20,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.multiprocess import MultiProcessCollector
 from prometheus_client.registry import Collector
 
-from ktrdr_budget.errors import BudgetError, BudgetMismatch
+from ktrdr_budget.errors import BudgetError
 from ktrdr_budget.models import Settlement, Status
 from ktrdr_budget.telemetry.outcomes import OUTCOMES, outcome_of
 
@@ -206,23 +206,8 @@ class LimiterMetrics:
         assert self.limiter is not None, "watch() a limiter first"
         try:
             return await self.limiter.statuses(), True
-        except BudgetMismatch:
-            return await self._matching()
         except BudgetError:
             return [], False
-
-    async def _matching(self) -> tuple[list[Status], bool]:
-        """One budget that is defined otherwise elsewhere does not hide the others."""
-        assert self.limiter is not None
-        found = []
-        for name in self.limiter.budgets:
-            try:
-                found.append(await self.limiter.status(name))
-            except BudgetMismatch:
-                continue
-            except BudgetError:
-                return [], False
-        return found, True
 
     def _counted(self) -> Iterator[Metric]:
         # With several processes, the registry knows of one; the files, of all.

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from ktrdr_budget.errors import (
     BudgetExceeded,
-    BudgetMismatch,
+    DefinitionConflict,
     HoldConflict,
     InvalidArgument,
     StoreError,
@@ -48,7 +48,7 @@ _REASONS: tuple[tuple[type[BaseException], str, str], ...] = (
     (StoreError, "unavailable", "refused"),
     (StoreUnavailable, "unavailable", "no_answer"),
     (HoldConflict, "error", "conflict"),
-    (BudgetMismatch, "error", "mismatch"),
+    (DefinitionConflict, "error", "mismatch"),
     (TooManyBudgets, "error", "too_many_budgets"),
     (TooManyHolds, "error", "too_many_holds"),
     (UnknownBudget, "error", "unknown_budget"),

@@ -281,7 +281,12 @@ async def test_a_budget_that_is_defined_otherwise_elsewhere_is_a_conflict(start,
     await reserved(one, {"count": 1})
     problem(await other.post(f"{V1}/reservations", json={"amounts": {"count": 1}}), 409, "budget-mismatch")
     problem(await other.get(f"{V1}/budgets/count"), 409, "budget-mismatch")
-    problem(await other.get(f"{V1}/budgets"), 409, "budget-mismatch")
+    found = (await other.get(f"{V1}/budgets")).json()
+    assert [budget["name"] for budget in found["budgets"]] == ["agent", "agent:cycles"], "it hides no other"
+    [unknown] = found["unavailable"]
+    assert unknown["budget"] == "count"
+    for words in ("unit tokens, period day", "unit calls, period day", "ktrdr budget migrate count"):
+        assert words in unknown["detail"]
 
 
 async def test_a_store_that_is_down_is_unavailable_and_comes_back(start, start_server):

@@ -17,6 +17,7 @@ from typing import Any
 import redis
 
 from ktrdr_budget import Budget, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.engine.keys import stored_window
 from ktrdr_budget.verify import verify
 
 from ..conftest import ClockedServer, libfaketime, valkey_binary
@@ -347,7 +348,8 @@ class _Sampler(threading.Thread):
             prefix = f"ktrdr:{{{tenant}}}:w:"
             for budget, limit in self._capped.items():
                 for window in ("ever",) if budget == "jobs" else self._days():
-                    figures = client.hmget(f"{prefix}{budget}:{window}", "spent", "held", "unconfirmed")
+                    name = stored_window(window, "slots,ever,UTC,slots" if budget == "jobs" else "usd,day,UTC,spend")
+                    figures = client.hmget(f"{prefix}{budget}:{name}", "spent", "held", "unconfirmed")
                     self.excess = max(self.excess, sum(int(figure or 0) for figure in figures) - limit)
 
     @staticmethod

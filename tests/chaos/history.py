@@ -207,6 +207,7 @@ def books(client: Any, tenant: str) -> Books:
             pipeline.pttl(f"{prefix}{kind}:{name}")
         replies = iter(pipeline.execute())
         for (kind, name), value, ttl_ms in zip(page, replies, replies, strict=True):
+            name = _public(name)
             _enter(found, kind, name, value)
             if ttl_ms == -1 and not name.endswith(":ever"):
                 found.immortal.append(f"{prefix}{kind}:{name}")
@@ -214,6 +215,11 @@ def books(client: Any, tenant: str) -> Books:
 
 
 _PAGE = 1000
+
+
+def _public(window: str) -> str:
+    """Without the fingerprint of its definition; ids have no `~`."""
+    return window.partition("~")[0]
 
 
 def _enter(found: Books, kind: str, name: str, value: Any) -> None:
@@ -236,5 +242,5 @@ def parse(record: str) -> Stored:
         flag, name, _, reserved, accrued, charged = text.partition(" ")[0].split(",")
         budget, _, window = name.rpartition(":")
         figures = int(reserved), int(accrued or 0), int(charged or 0)
-        segments.append(Segment(budget, window, *figures, slots=flag == "s"))
+        segments.append(Segment(budget, _public(window), *figures, slots=flag == "s"))
     return Stored(STATES[state], {"c": "charge", "a": "accrued", "r": "release"}[policy], segments)

@@ -139,7 +139,9 @@ def test_no_amount_is_ever_formatted_by_lua():
 def test_reserve_replies(wire):
     assert wire.reserve("op_1", agent=150, cycles=1) == "g"
     record = wire.record("op_1")
-    assert record.startswith("o c ") and record.endswith("|u,agent:%s,,150,,|n,cycles:%s,,1,," % ((day(wire),) * 2))
+    assert record.startswith("o c ") and record.endswith(
+        f"|u,agent:{day(wire)},,150,,|n,cycles:{day(wire, 'cycles')},,1,,"
+    )
     assert wire.reserve("op_1", agent=150, cycles=1) == f"p {record}"
     assert wire.reserve("op_1", cycles=1, agent=150) == f"p {record}", "the order of budgets is no content"
     for other in ({"agent": 151, "cycles": 1}, {"agent": 150}, {"agent": 150, "cycles": 1, "jobs": 1}):
@@ -152,17 +154,20 @@ def test_reserve_replies(wire):
     assert wire.sums("agent")["held"] == 150
 
 
-def day(wire: Wire) -> str:
-    return wire.session.current_window("agent").span.name
+def day(wire: Wire, budget: str = "agent") -> str:
+    return wire.session.current_window(budget).stored
 
 
 def test_reserve_refuses_windows_that_are_not_now_and_definitions_that_differ(client, wire):
     assert wire.yesterday().reserve("op_1", agent=150) == "w"
     assert dump(client) == {}
     assert wire.reserve("op_1", agent=150) == "g"
-    berlin = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
-    assert berlin.reserve("op_2", agent=150) == f"m agent:{day(wire)} usd,day,UTC,spend"
-    assert berlin.reserve("op_1", agent=150).startswith("p "), "a replay is answered before anything else"
+    other = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
+    assert other.reserve("op_2", agent=150) == "m agent usd,day,UTC,spend"
+    assert other.ask("N op_2 0 research -", agent=":20") == "m agent usd,day,UTC,spend"
+    assert other.reserve("op_1", agent=150).startswith("p "), "a replay is answered before anything else"
+    assert other.ask("N op_2 1 research -", agent=":20") == "k - 20", "spend is a fact, in a window of its own"
+    assert (wire.sums("agent")["spent"], other.sums("agent")["spent"]) == (0, 20)
 
 
 def test_commit_replies(wire):
@@ -223,10 +228,10 @@ def test_a_settlement_that_does_not_name_all_windows_is_asked_for_them(wire):
 @pytest.mark.parametrize("letter", ["N", "K"])
 def test_record_replies(client, wire, letter):
     assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
-    words = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire)}"
+    words = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire, 'cycles')}"
     assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == words
     assert Wire(client).ask(f"{letter} op_1 0 research -", cycles=":1", agent=":20") == (
-        f"p - 1,20 {wire.session.replica_id} cycles:{day(wire)},agent:{day(wire)}"
+        f"p - 1,20 {wire.session.replica_id} cycles:{day(wire, 'cycles')},agent:{day(wire)}"
     )
     assert wire.ask(f"{letter} op_1 0 research -", agent=":21", cycles=":1") == f"c {wire.record('op_1')}"
     assert wire.reserve("op_1", agent=20, cycles=1) == ("c " if letter == "N" else "p ") + wire.record("op_1")
@@ -236,7 +241,7 @@ def test_record_replies(client, wire, letter):
     assert late.ask(f"{letter} op_2 1 - -", agent=":20") == "k - 20"
     assert client.hget(ended.key, "spent") == "20"
     berlin = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
-    assert berlin.ask(f"{letter} op_3 0 - -", agent=":20").startswith("m agent:")
+    assert berlin.ask(f"{letter} op_3 0 - -", agent=":20") == "m agent usd,day,UTC,spend"
     assert wire.sums("agent") == figures(spent=20, events=1)
     assert immortal_keys(client) == []
 
@@ -354,7 +359,7 @@ def test_a_settlement_of_another_replica_is_told_into_that_ones_share(client, wi
     assert maker.ask("T -", agent=":100") == "k - 22"
     assert wire.ask(f"S {you} K other 1 - -", agent=":5") == "a", "it is among what that replica has told"
     assert wire.sums("agent") == figures(spent=100, events=4)
-    client.hset(wire.session.keys.meta, "epoch", "1.another")  # after another loss, it has yet to tell
+    client.hset(wire.session.keys.meta, "epoch", "2.another")  # after another loss, it has yet to tell
     wire.session.renew()
     assert wire.ask(f"S {you} K other 1 - -", agent=":5") == "k - 5"
 
@@ -422,7 +427,7 @@ def test_the_head_tells_time_writes_epoch_and_due_holds(client, wire):
     wire.reserve("op_1", 1000, agent=150)
     head = wire.head
     assert (head.writes, head.went_back, head.due) == (1, False, ())
-    assert head.epoch is not None and head.epoch.startswith("1.")
+    assert head.epoch is not None and head.epoch.startswith("2.")
     assert abs(head.now_us - client.time()[0] * 1_000_000) < 2_000_000
     wire.reserve("op_2", agent=6 * 10**9)
     assert (wire.head.writes, wire.head.epoch) == (1, None), "a denial is no write; the epoch is known"
@@ -498,9 +503,13 @@ def test_a_hold_that_is_told_again_after_its_deadline_is_due(wire):
 
 
 def test_a_store_of_another_schema_is_refused(client, wire):
-    client.hset("ktrdr:{t}:meta", "epoch", "2.0123456789abcdef")
+    """Of an earlier one, too: its windows would read as untouched."""
+    client.hset("ktrdr:{t}:meta", "epoch", "1.0123456789abcdef")
     with pytest.raises(redis.ResponseError, match="KTRDRSCHEMA"):
         wire.reserve("op_1", agent=150)
+    keys = [wire.session.keys.meta, wire.session.keys.limits, wire.session.keys.due]
+    with pytest.raises(redis.ResponseError, match="KTRDRSCHEMA"):
+        client.eval(scripts.script("status").source, 3, *keys)
     assert list(client.scan_iter()) == ["ktrdr:{t}:meta"]
 
 
@@ -598,7 +607,7 @@ def test_a_store_that_is_not_as_usual_is_not_simple(client, usual, change):
     commit = usual.commit("op_1", counted={"agent": 150}, agent=70)
     match change:
         case "epoch":
-            client.hset(meta, "epoch", "1.0123456789abcdef0123456789abcdef")
+            client.hset(meta, "epoch", "2.0123456789abcdef0123456789abcdef")
         case "acknowledged":
             client.hset(meta, f"r:{usual.session.replica_id}", 0)
         case "repair":
@@ -677,7 +686,9 @@ def test_an_endless_ledger_stays_bounded_and_adds_up(client, simple):
             wire.send(*(wire.op(f"N {hold_id} 0 - -", all=f":{hold_id[3:]}") for hold_id in ids))
     assert sum(wire.ledger("all")) == wire.sums("all")["spent"] == sum(range(3000))
     assert client.xlen(wire.session.current_window("all").ledger_key) <= 500 + 1024
-    assert [fields["e"].split(" ")[0] for _, fields in client.xrange("ktrdr:{t}:l:all:ever")].count("carried") >= 1
+    assert [
+        fields["e"].split(" ")[0] for _, fields in client.xrange(wire.session.current_window("all").ledger_key)
+    ].count("carried") >= 1
 
 
 def test_replicas_that_were_silent_for_days_are_forgotten(client, wire):
@@ -688,7 +699,7 @@ def test_replicas_that_were_silent_for_days_are_forgotten(client, wire):
     wire.reserve("op_1", agent=150)
     meta = client.hgetall("ktrdr:{t}:meta")
     assert sum(field.startswith("r:old") for field in meta) == 600
-    assert all(field.startswith(("r:", "s:", "b:")) or field == "epoch" for field in meta)
+    assert all(field.startswith(("r:", "s:", "b:", "d:")) or field == "epoch" for field in meta)
 
 
 # -- declared keys -----------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from examples.local_provider import Billed, LocalProvider
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
 from ktrdr_budget.metering.guards import guard
 
-from .keyspace import sums, today
+from .keyspace import ledger_key, sums
 
 CLAUDE, GPT, EMBEDDING = "claude-haiku-4-5", "gpt-4.1-mini", "text-embedding-3-small"
 PRICES = {
@@ -185,7 +185,7 @@ class Guarded:
     @property
     def labels(self) -> list[str]:
         """What the entries of the ledger say, oldest first."""
-        entries = self.store.xrange(f"ktrdr:{{default}}:l:agent:{today(self.store)}")
+        entries = self.store.xrange(ledger_key(self.store))
         return [fields["e"] for _, fields in entries]
 
 

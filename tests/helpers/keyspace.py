@@ -7,6 +7,8 @@ from typing import Any
 
 import redis
 
+from ktrdr_budget.engine.keys import fingerprint
+
 PERSISTENT = ("meta", "limits", "due", "unconfirmed")
 """The keys of a tenant that are bounded in size and need no expiry; so do windows and ledgers named `ever`."""
 
@@ -34,7 +36,25 @@ def immortal_keys(client: redis.Redis) -> list[str]:
     for key in keys:
         pipeline.pttl(key)
     found = [key for key, ttl_ms in zip(keys, pipeline.execute(), strict=True) if ttl_ms == -1]
-    return [key for key in found if key.rpartition(":")[2] not in (*PERSISTENT, "ever")]
+    return [key for key in found if public(key.rpartition(":")[2]) not in (*PERSISTENT, "ever")]
+
+
+def public(window: str) -> str:
+    """A window's name outside of the store: without the fingerprint of its definition."""
+    return window.partition("~")[0]
+
+
+def window_key(client: redis.Redis, budget: str = "agent", window: str | None = None) -> str:
+    """The key of a budget's window, whatever its definition; that of a dollar a day (UTC) if there is none yet."""
+    prefix = f"ktrdr:{{default}}:w:{budget}:{window or today(client)}"
+    found = list(client.scan_iter(f"{prefix}~*", count=1000))
+    assert len(found) <= 1, found
+    return found[0] if found else f"{prefix}~{fingerprint('usd,day,UTC,spend')}"
+
+
+def ledger_key(client: redis.Redis, budget: str = "agent", window: str | None = None) -> str:
+    """The key of its ledger."""
+    return window_key(client, budget, window).replace(":w:", ":l:", 1)
 
 
 def today(client: redis.Redis) -> str:
@@ -45,7 +65,7 @@ def today(client: redis.Redis) -> str:
 def sums(client: redis.Redis, budget: str = "agent", window: str | None = None) -> dict[str, int]:
     """A window's figures, in units: spent, held, unconfirmed, events; 0 where nothing is stored."""
     names = ("spent", "held", "unconfirmed", "events")
-    stored = client.hmget(f"ktrdr:{{default}}:w:{budget}:{window or today(client)}", names)
+    stored = client.hmget(window_key(client, budget, window), names)
     return {name: int(value or 0) for name, value in zip(names, stored, strict=True)}
 
 
@@ -57,7 +77,7 @@ def counted(client: redis.Redis, budget: str = "agent", window: str | None = Non
 
 def ledger_sum(client: redis.Redis, budget: str = "agent", window: str | None = None) -> int:
     """What the entries of a window add up to, in units."""
-    entries = client.xrange(f"ktrdr:{{default}}:l:{budget}:{window or today(client)}")
+    entries = client.xrange(ledger_key(client, budget, window))
     return sum(int(fields["a"]) for _, fields in entries)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -11,6 +12,7 @@ import redis
 
 NOISE_MS = 50
 """How far a frozen clock of a server may be ahead, and a little more."""
+FINGERPRINT = re.compile("~[a-z2-7]{6}")
 STAMPS = ("created_at", "expires_at", "resets_at", "limit_until")
 STATES = {"o": "open", "x": "unconfirmed", "z": "released", "c": "committed", "r": "released", "n": "recorded"}
 PERSISTENT = ("meta", "limits", "due", "unconfirmed")
@@ -94,7 +96,11 @@ class RawStore:
 
     def __init__(self, client: redis.Redis, tenant: str = "default") -> None:
         self.prefix = f"ktrdr:{{{tenant}}}:"
-        found = client.eval(EVERYTHING, 0)
+        # Windows by their public names: the model knows one definition of each budget.
+        found = [
+            (FINGERPRINT.sub("", key), ttl_ms, FINGERPRINT.sub("", value) if isinstance(value, str) else value)
+            for key, ttl_ms, value in client.eval(EVERYTHING, 0)
+        ]
         self.ttls = {key: ttl_ms for key, ttl_ms, _ in found}
         assert all(key.startswith(self.prefix) for key in self.ttls), self.ttls
         self.windows = {name: pairs(value) for name, value in self._of("w:", found)}

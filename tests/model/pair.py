@@ -13,6 +13,7 @@ from hypothesis import note
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetLimiter
 
+from ..helpers.keyspace import window_key
 from .histories import BUDGETS, BY_NAME
 from .observed import NOISE_MS, RawStore, agree, all_units, fields, retry_after_agrees
 from .reference import CLOSED, Grant, HoldModel, Reference, Refused, Settled, units_of
@@ -199,7 +200,7 @@ class Pair:
         for number, name in {(call.replica, name) for call in calls for name in call.asked}:
             window = self.model.window(name)
             limit = self.model.configured[number][name]
-            stored = self.client.hget(f"ktrdr:{{default}}:w:{name}:{window.name}", "limit")
+            stored = self.client.hget(window_key(self.client, name, window.name), "limit")
             if window.asserted_by >= 0 and stored == ("-" if limit is None else str(limit)):
                 self.model.assert_limit(window, number)
 

@@ -7,6 +7,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from ktrdr_budget import AsyncBudgetLimiter, Budget
 from ktrdr_budget.telemetry.audit import Audit
 
+from ..helpers.keyspace import window_key
+
 
 def shown(audit: Audit) -> str:
     registry = CollectorRegistry()
@@ -22,9 +24,8 @@ async def test_the_gauge_is_1_while_the_books_add_up_and_0_when_they_do_not(serv
         await limiter.reserve({"agent": "0.15", "other": "0.01"})
         await audit.check(limiter)
         assert 'ktrdr_budget_adds_up{budget="agent"} 1.0' in shown(audit)
-        window = (await limiter.status("agent")).window
         with server.client() as client:
-            client.hincrby(f"ktrdr:{{default}}:w:agent:{window}", "spent", 1)
+            client.hincrby(window_key(client), "spent", 1)
         await audit.check(limiter)
         assert 'ktrdr_budget_adds_up{budget="agent"} 0.0' in shown(audit)
         assert 'ktrdr_budget_adds_up{budget="other"} 1.0' in shown(audit)

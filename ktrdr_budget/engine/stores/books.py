@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktrdr_budget.engine.keys import Keys
+from ktrdr_budget.engine.keys import Keys, split_name
 from ktrdr_budget.engine.protocol import parse_record
 from ktrdr_budget.engine.scripts import CORRECT, REINDEX, script
 from ktrdr_budget.engine.stores.urls import Address, parse_url
@@ -147,12 +147,11 @@ class Books:
     # -- windows -------------------------------------------------------------------------------------------------------
 
     def windows(self) -> list[tuple[str, str]]:
-        """Budget and window of each window, or ledger, in the store."""
+        """Budget and window, as the store names it, of each window, or ledger, in the store."""
         found = set()
         for prefix in (self._keys.window("", "")[:-1], self._keys.ledger("", "")[:-1]):
             for key in self._scan(prefix):
-                budget, _, window = key.decode().removeprefix(prefix).rpartition(":")
-                found.add((budget, window))
+                found.add(split_name(key.decode().removeprefix(prefix)))
         return sorted(found)
 
     def forget_other_windows(self, windows: Collection[tuple[str, str]]) -> None:
@@ -223,7 +222,7 @@ class Books:
                 if record.grown_us > now_us or record.created_us > now_us:
                     return None
                 for segment in record.segments:
-                    if f"{segment.budget}:{segment.window}" == name:
+                    if segment.name == name:
                         total += max(segment.reserved, 0 if segment.flag == "s" else segment.accrued)
         return total
 

@@ -220,14 +220,26 @@ class AsyncBudgetLimiter(LimiterBase):
         """
         await self._store.open()
         try:
-            await self._coalescer.submit(self._core.begin(), "start")
+            await self._coalescer.run(self._core.begin(), "start")
         except StoreError:
             raise
         except StoreUnavailable as error:
             logger.warning("starting without the store: %s", error)
 
     async def close(self) -> None:
-        """Lets what was begun finish, and disconnects."""
+        """Finish what was begun, within twice the deadline, and disconnect; a caller that is cancelled waits for it."""
+        closing = asyncio.get_running_loop().create_task(self._close())
+        cancelled: asyncio.CancelledError | None = None
+        while not closing.done():
+            try:
+                await asyncio.wait({closing})
+            except asyncio.CancelledError as error:  # perhaps at each await: what was begun completes all the same
+                cancelled = error
+        closing.result()
+        if cancelled is not None:
+            raise cancelled
+
+    async def _close(self) -> None:
         for lease in list(self._core.leases):
             await lease.closed(all_grants=True)
         await self._coalescer.close()
@@ -264,12 +276,7 @@ class AsyncBudgetLimiter(LimiterBase):
             StoreUnavailable: no answer within the deadline (policy ``deny``).
         """
         flow = self._core.reserve(budget, amount, id, ttl, on_expiry, operation, owner)
-        future = self._coalescer.submit(flow, "reserve")
-        try:
-            return await future  # type: ignore[no-any-return]
-        except asyncio.CancelledError:
-            self._coalescer.abandon(future)  # the grant may be there already
-            raise
+        return await self._coalescer.run(flow, "reserve")  # type: ignore[no-any-return]
 
     @asynccontextmanager
     async def hold(
@@ -358,12 +365,15 @@ class AsyncBudgetLimiter(LimiterBase):
         if flow is None:
             return
         try:
-            await self._coalescer.submit(flow, "settle")
+            await self._conclude(flow, "settle")
         except BudgetError as error:
             if not failed:
                 raise
-            # The block's own error is the one to tell; this one leaves the hold to its expiry.
-            logger.warning("hold %s could not be settled: %s", hold.id, error)
+            logger.warning("hold %s could not be settled: %s", hold.id, error)  # the block raises its own error
+
+    async def _conclude(self, flow: Flow[Any], operation: str) -> Any:
+        """Settle for a caller that cannot retry: what the store does not answer is sent again once it does."""
+        return await self._coalescer.run(flow, operation, kept=True)
 
     async def commit(self, id: str, amount: Amounts | None = None) -> Settlement:
         """Commits a hold of any process by its id; see :meth:`AsyncHold.commit`.
@@ -371,7 +381,7 @@ class AsyncBudgetLimiter(LimiterBase):
         Raises:
             UnknownHold: no such hold, or settled longer ago than ids are remembered.
         """
-        return await self._coalescer.submit(self._core.settle_id(id, amount), "commit")  # type: ignore[no-any-return]
+        return await self._coalescer.run(self._core.settle_id(id, amount), "commit")  # type: ignore[no-any-return]
 
     async def release(self, id: str, *, operator: bool = False) -> Settlement:
         """Releases a hold of any process by its id: an open one for good, an unconfirmed one as if done by hand.
@@ -380,21 +390,21 @@ class AsyncBudgetLimiter(LimiterBase):
             operator: done by hand for a worker that seems dead. If it comes back after all, its commit still counts.
         """
         flow = self._core.settle_id(id, None, release=True, operator=operator)
-        return await self._coalescer.submit(flow, "release")  # type: ignore[no-any-return]
+        return await self._coalescer.run(flow, "release")  # type: ignore[no-any-return]
 
     async def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
         """Heartbeat by id; ``accrued`` is the total so far. See :meth:`AsyncHold.extend`.
 
         Without a ``ttl``, the deadline becomes at least 900 seconds from now, and no hold is cut short.
         """
-        return await self._coalescer.submit(self._core.extend_id(id, ttl, accrued), "extend")  # type: ignore[no-any-return]
+        return await self._coalescer.run(self._core.extend_id(id, ttl, accrued), "extend")  # type: ignore[no-any-return]
 
     async def grow(self, id: str, amounts: Mapping[str, AmountIn], *, ttl: float = TTL_DEFAULT_S) -> HoldView:
         """Raises a reservation to new totals by id, all budgets or none, so that a retry is harmless.
 
         ``ttl`` matters only if the hold had expired.
         """
-        return await self._coalescer.submit(self._core.grow_id(id, amounts, ttl), "grow")  # type: ignore[no-any-return]
+        return await self._coalescer.run(self._core.grow_id(id, amounts, ttl), "grow")  # type: ignore[no-any-return]
 
     async def record(
         self,
@@ -411,7 +421,7 @@ class AsyncBudgetLimiter(LimiterBase):
             StoreUnavailable: no answer within the deadline (policy ``deny``). Trying again with the same id is safe.
         """
         flow = self._core.record(budget, amount, id, operation)
-        return await self._coalescer.submit(flow, "record")  # type: ignore[no-any-return]
+        return await self._coalescer.run(flow, "record")  # type: ignore[no-any-return]
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
@@ -423,21 +433,21 @@ class AsyncBudgetLimiter(LimiterBase):
             DefinitionConflict: the store has another unit, period, timezone or kind of it.
             StoreUnavailable: unknown is not "all remaining".
         """
-        return (await self._coalescer.submit(self._core.status([budget]), "status"))[0]  # type: ignore[no-any-return]
+        return (await self._coalescer.run(self._core.status([budget]), "status"))[0]  # type: ignore[no-any-return]
 
     async def statuses(self) -> Statuses:
         """All budgets of this limiter, at one instant.
 
         One whose figures are unknown is not in the list: ``unavailable`` of the list has the error, by name.
         """
-        return await self._coalescer.submit(self._core.statuses(), "status")  # type: ignore[no-any-return]
+        return await self._coalescer.run(self._core.statuses(), "status")  # type: ignore[no-any-return]
 
     async def check(self) -> dict[str, str | None]:
         """Whether the store can be relied on now: per check what is wrong, or ``None``.
 
         ``store``: it answers. ``policy``: its ``maxmemory-policy`` is ``noeviction``. ``scripts``: they run.
         """
-        return await self._coalescer.submit(self._core.check(), "check")  # type: ignore[no-any-return]
+        return await self._coalescer.run(self._core.check(), "check")  # type: ignore[no-any-return]
 
     async def get(self, id: str) -> HoldView:
         """A hold by id.
@@ -445,18 +455,18 @@ class AsyncBudgetLimiter(LimiterBase):
         Raises:
             UnknownHold: no such hold, or settled longer ago than ids are remembered.
         """
-        return await self._coalescer.submit(self._core.hold_view(id), "get")  # type: ignore[no-any-return]
+        return await self._coalescer.run(self._core.hold_view(id), "get")  # type: ignore[no-any-return]
 
     async def holds(self, budget: str, *, limit: int = 100, cursor: str | None = None) -> Page[HoldView]:
         """Open, then unconfirmed holds of a budget, newest deadline first; ``limit`` 1 to 1000."""
-        return await self._coalescer.submit(self._core.holds(budget, limit, cursor), "holds")  # type: ignore[no-any-return]
+        return await self._coalescer.run(self._core.holds(budget, limit, cursor), "holds")  # type: ignore[no-any-return]
 
     async def ledger(
         self, budget: str, window: str | None = None, *, limit: int = 100, cursor: str | None = None
     ) -> Page[LedgerEntry]:
         """The entries of a window (the current one by default), newest first; ``limit`` 1 to 1000."""
         flow = self._core.ledger(budget, window, limit, cursor)
-        return await self._coalescer.submit(flow, "ledger")  # type: ignore[no-any-return]
+        return await self._coalescer.run(flow, "ledger")  # type: ignore[no-any-return]
 
     async def ask(self, command: Command, operation: str) -> Any:
         """Runs a script or command on keys of the tenant that are not the limiter's own, as its own reads are run.
@@ -466,7 +476,7 @@ class AsyncBudgetLimiter(LimiterBase):
         Raises:
             StoreUnavailable: no answer within the deadline.
         """
-        return await self._coalescer.submit(_asked(command), operation)
+        return await self._coalescer.run(_asked(command), operation)
 
     # -- limits --------------------------------------------------------------------------------------------------------
 
@@ -475,11 +485,11 @@ class AsyncBudgetLimiter(LimiterBase):
 
         A run-time limit wins over configuration. ``None`` is uncapped.
         """
-        return await self._coalescer.submit(self._core.set_limit(budget, limit, until), "set_limit")  # type: ignore[no-any-return]
+        return await self._coalescer.run(self._core.set_limit(budget, limit, until), "set_limit")  # type: ignore[no-any-return]
 
     async def clear_limit(self, budget: str) -> Status:
         """Returns to the configured limit."""
-        return await self._coalescer.submit(self._core.clear_limit(budget), "clear_limit")  # type: ignore[no-any-return]
+        return await self._coalescer.run(self._core.clear_limit(budget), "clear_limit")  # type: ignore[no-any-return]
 
 
 def _directory(data_dir: object) -> str | None:

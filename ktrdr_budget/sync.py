@@ -18,6 +18,7 @@ from types import TracebackType
 from typing import Any
 
 from ktrdr_budget.engine.amounts import Amounts
+from ktrdr_budget.engine.driver.calls import Call
 from ktrdr_budget.engine.driver.heartbeats import Heartbeat
 from ktrdr_budget.engine.holds import HoldBase, OnError, check_on_error, current_hold, restore_hold
 from ktrdr_budget.engine.reads import Flow
@@ -236,21 +237,36 @@ class BudgetLimiter(LimiterBase):
                 finally:
                     self._portal.stop()
 
-    def _run(self, flow: Flow[Any], operation: str) -> Any:
+    def _run(self, flow: Flow[Any], operation: str, *, kept: bool = False) -> Any:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        begun: list[Call] = []
         try:
-            return self._portal.wait(future, self._submit, flow, operation, future)
+            return self._portal.wait(future, self._begin, flow, operation, future, kept, begun)
         except BaseException as error:
             if not future.done() or future.exception() is not error:
-                # Ctrl-C while waiting: what is granted to nobody is released
-                self._portal.tell(self._coalescer.abandon, future)
+                self._portal.tell(self._leave_call, begun, error)  # Ctrl-C, while the outcome may be arriving
             raise
 
-    def _submit(self, flow: Flow[Any], operation: str, future: concurrent.futures.Future[Any]) -> None:
+    def _begin(
+        self,
+        flow: Flow[Any],
+        operation: str,
+        future: concurrent.futures.Future[Any],
+        kept: bool,
+        begun: list[Call],
+    ) -> None:
         try:
-            self._coalescer.submit(flow, operation, future)
+            begun.append(self._coalescer.begin(flow, operation, future, kept=kept))
         except BaseException as error:
             future.set_exception(error)
+
+    def _leave_call(self, begun: list[Call], error: BaseException) -> None:
+        for call in begun:
+            self._coalescer.leave(call, error)
+
+    def _conclude(self, flow: Flow[Any], operation: str) -> Any:
+        """See :meth:`AsyncBudgetLimiter._conclude`."""
+        return self._run(flow, operation, kept=True)
 
     # -- reserve and settle --------------------------------------------------------------------------------------------
 
@@ -316,7 +332,7 @@ class BudgetLimiter(LimiterBase):
         if flow is None:
             return
         try:
-            self._run(flow, "settle")
+            self._conclude(flow, "settle")
         except BudgetError as error:
             if not failed:
                 raise

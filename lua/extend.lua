@@ -2,7 +2,9 @@
 -- retry is harmless.
 --
 -- op     E id ttl_ms keep window:accrued:reserved …    keep 1: an open hold keeps its deadline (growth); 2: unless the
---                                                       new one is later
+--                                                       new one is later; 3: only a report of what was used, for a hold
+--                                                       that no worker keeps open: it keeps its deadline, and if that
+--                                                       has passed, it stays unconfirmed, and is charged by its policy
 --        window:accrued:reserved:found                 only if no more than that was reserved before
 -- reply  e record    as it is now
 --        a record    more was reserved already than was found; nothing changed
@@ -58,20 +60,43 @@ local function apply_change(id, hold, segment, change)
   segment.charged = ''
 end
 
+-- A report that comes after the deadline. It is a fact, so it is not denied. Where an operator has released the hold, it
+-- counts what was used, and nothing else.
+local function report(id, key, hold, accrued)
+  for i = 1, #hold.segments do
+    local segment = hold.segments[i]
+    local w, before = by_name[segment.name], units(segment.charged)
+    local used = segment.flag == 's' and 0 or max(units(segment.accrued), accrued[segment.name] or 0)
+    segment.accrued = used > 0 and text(used) or ''
+    local charge = hold.state == 'z' and used or expiry_charge(hold, segment)
+    if charge > before then
+      segment.charged = text(charge)
+      add(w, UNCONFIRMED, charge - before)
+      add(w, EVENTS, 1)
+      ledger(w, 'expiry', id, text(charge - before), hold.operation, hold.trace)
+    end
+  end
+  hold.origin = match(hold.origin, '^(%d+) ') .. ' ' .. now_us_text .. ' ' .. match(hold.origin, '(%S+)$')
+  hold.state = 'x'
+  set_unconfirmed(id, key)
+  return 'e ' .. store_record(key, hold, lifetime(hold))
+end
+
 function operations.E(op, key)
   local id, ttl, keep, amounts = match(op, '^E (%S+) (%d+) (%d) (.*)$')
   local hold, record = find(id, key)
   if not hold then return record end
   local state = hold.state
   if state == 'c' or state == 'r' or state == 'n' then return 'c ' .. record end
-  local created_ms = tonumber(match(hold.origin, '^(%d+)%d%d%d '))
-  local deadline = math.min(now_ms + ttl, created_ms + 86400000)
-  if deadline <= now_ms then return 'c ' .. record end
   local accrued, reserved, found = {}, {}, {}
   for i, a, r, f in gmatch(amounts, '(%d+):(%d+):(%d+):?(%d*)') do
     local name = windows[tonumber(i)].name
     accrued[name], reserved[name], found[name] = tonumber(a), tonumber(r), tonumber(f)
   end
+  if keep == '3' and state ~= 'o' then return report(id, key, hold, accrued) end
+  local created_ms = tonumber(match(hold.origin, '^(%d+)%d%d%d '))
+  local deadline = math.min(now_ms + ttl, created_ms + 86400000)
+  if deadline <= now_ms then return 'c ' .. record end
   local changes = {}
   for i = 1, #hold.segments do
     local segment = hold.segments[i]

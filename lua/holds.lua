@@ -94,16 +94,19 @@ local function set_unconfirmed(id, key)
   unconfirmed_changes[id] = key
 end
 
+-- What a segment of a hold is charged once the hold is past its deadline.
+local function expiry_charge(hold, segment)
+  if segment.flag == 's' or hold.policy == 'r' then return 0 end
+  return hold.policy == 'a' and units(segment.accrued) or counted(segment)
+end
+
 -- A hold past its deadline becomes unconfirmed. Whatever meets one does this first, so that what happens does not depend
 -- on who noticed.
 local function expire(id, key, hold)
   hold.state = 'x'
   for i = 1, #hold.segments do
     local segment = hold.segments[i]
-    local w, charge = by_name[segment.name], 0
-    if segment.flag ~= 's' and hold.policy ~= 'r' then
-      charge = hold.policy == 'a' and units(segment.accrued) or counted(segment)
-    end
+    local w, charge = by_name[segment.name], expiry_charge(hold, segment)
     add(w, HELD, -counted(segment))
     segment.charged = ''
     if charge > 0 then

@@ -115,7 +115,7 @@ def hold_budget(
                     raise _refused(request, error, chosen) from error
                 raise
             # The route has answered, and perhaps it was paid for: that is not taken back.
-            logger.error("hold %s could not be settled, and will be charged when it comes due: %s", hold.id, error)
+            logger.error("hold %s could not be settled: %s", hold.id, error)
 
     return held
 

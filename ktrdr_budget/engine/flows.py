@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
 from ktrdr_budget.engine.protocol import (
     POLICY_CODES,
+    REPORT,
     STATES,
     Commit,
     Op,
+    Prepared,
     Record,
     Reservation,
     Segment,
@@ -342,8 +344,13 @@ class Core(Reads):
             hold, _ = self.unguarded[hold_id]
             return (yield from hold.release_flow() if release else hold.commit_flow(amount))
         remembered = None
+        asked = f"? {'operator' if operator else 'release' if release else repr(amount)}"
+        prepared = Prepared(
+            Op(hold_id, self.session.keys.hold(hold_id), asked, []),
+            lambda record: self._settlement_of(hold_id, record, amount, release, operator),
+        )
         try:
-            record = yield from self._read(hold_id)
+            record = yield from self._read(hold_id, prepared)
         except StoreError:
             raise
         except StoreUnavailable:
@@ -352,9 +359,10 @@ class Core(Reads):
                 raise
             record = remembered
         known = remembered is not None
-        return (yield from self._settle_record(hold_id, record, amount, release, operator, may_be_lost=known))
+        op = self._settlement_of(hold_id, record, amount, release, operator, may_be_lost=known)
+        return (yield from self._settle(op, self._parts(record)))
 
-    def _settle_record(
+    def _settlement_of(
         self,
         hold_id: str,
         record: Record,
@@ -363,7 +371,7 @@ class Core(Reads):
         operator: bool,
         *,
         may_be_lost: bool = False,
-    ) -> Flow[Settlement]:
+    ) -> Op:
         windows = self._parts(record)
         if release:
             settled = [("x", 0)] * len(windows)
@@ -372,10 +380,8 @@ class Core(Reads):
             settled = commit_modes(units, amount)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
         if release:
-            op: Op = self._release(hold_id, parts, "1" if operator else "i")
-        else:
-            op = self._commit(hold_id, parts, may_be_lost=may_be_lost)
-        return (yield from self._settle(op, windows))
+            return self._release(hold_id, parts, "1" if operator else "i")
+        return self._commit(hold_id, parts, may_be_lost=may_be_lost)
 
     def _commit(
         self, hold_id: str, parts: list[tuple[Window, str]], *, may_be_lost: bool = False, remark: str = ""
@@ -494,10 +500,16 @@ class Core(Reads):
         """A heartbeat (or, with ``keep``, only growth) with cumulative totals: window, accrued, reserved."""
         return (yield from self._extend(hold_id, parts, ttl_ms, "1" if keep else "0"))
 
+    def report(self, hold_id: str, parts: Sequence[tuple[Window, int, int]], ttl_ms: int) -> Flow[Record]:
+        """What was used, of a hold that is left to its deadline."""
+        return (yield from self._extend(hold_id, parts, ttl_ms, REPORT))
+
     def _extend(self, hold_id: str, parts: Sequence[tuple[Window, int, int]], ttl_ms: int, keep: str) -> Flow[Record]:
+        return (yield from self.extended(self._extension(hold_id, parts, ttl_ms, keep)))[1]
+
+    def _extension(self, hold_id: str, parts: Sequence[tuple[Window, int, int]], ttl_ms: int, keep: str) -> Op:
         tails = [(window, f":{accrued}:{reserved}") for window, accrued, reserved in parts]
-        op = Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {keep}", tails)
-        return (yield from self.extended(op))[1]
+        return Op(hold_id, self.session.keys.hold(hold_id), f"E {hold_id} {ttl_ms} {keep}", tails)
 
     def extended(self, op: Op) -> Flow[tuple[bool, Record]]:
         """The hold as an operation E has left it; false, if it changed nothing since others let the hold grow."""
@@ -526,10 +538,17 @@ class Core(Reads):
             hold.accrue_to(accrued)
             yield from hold.extend_flow(ttl)
             return self._unguarded_view(hold_id)
-        record = yield from self._read(hold_id)
-        given = spread(accrued, {s.budget: s.flag for s in record.segments}) if accrued is not None else {}
-        parts = [(w, given.get(w.budget, 0), 0) for w, _ in self._parts(record)]
-        return (yield from self._extend(hold_id, parts, ttl_ms, "2" if ttl is None else "0")).view(hold_id)
+
+        def used(record: Record) -> list[tuple[Window, int, int]]:
+            given = spread(accrued, {s.budget: s.flag for s in record.segments}) if accrued is not None else {}
+            return [(w, given.get(w.budget, 0), 0) for w, _ in self._parts(record)]
+
+        prepared = None if accrued is None else Prepared(
+            Op(hold_id, self.session.keys.hold(hold_id), f"? {accrued!r}", []),
+            lambda record: self._extension(hold_id, used(record), ttl_ms, REPORT),
+        )  # fmt: skip
+        record = yield from self._read(hold_id, prepared)
+        return (yield from self._extend(hold_id, used(record), ttl_ms, "2" if ttl is None else "0")).view(hold_id)
 
     def grow_id(self, hold_id: str, amounts: Mapping[str, AmountIn], ttl: float) -> Flow[HoldView]:
         """Raises the reservation to new totals, by id, in all budgets or in none; never lowers it."""

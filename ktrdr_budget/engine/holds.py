@@ -210,10 +210,18 @@ class HoldBase:
         yield from self._extended(self._core.extend(self.id, self._used(), ttl_ms), lambda: self.parts, ttl_ms)
         self._ttl_ms = ttl_ms
 
-    def _report_flow(self) -> Flow[None]:
-        """What was accrued, for a hold that is left to its deadline: it counts no less than that."""
-        flow = self._core.extend(self.id, self._used(), self._ttl_ms, keep=True)
-        yield from self._extended(flow, lambda: self.parts)
+    def _report_flow(self) -> Flow[Any]:
+        """What was accrued, for a hold that is left to its deadline: it counts no less than that.
+
+        Raises:
+            StoreUnavailable: no answer, whatever the policy: a report is a fact, so the limiter sends it again.
+        """
+        if self.prepaid is not None and self._core.prepaid is not None and not self.prepaid.handed:
+            return  # it is accrued here, and handed over with the hold
+        if not self.guarded:  # the store does not know this hold, and nothing would come due there
+            yield from self.commit_flow(None)
+            return
+        self._renewed((yield from self._core.report(self.id, self._used(), self._ttl_ms)))
 
     def _used(self) -> list[tuple[Window, int, int]]:
         return [(window, self._accrued.get(window.budget, 0), 0) for window, _ in self.parts]
@@ -258,6 +266,10 @@ class HoldBase:
                 raise
             self.parts = otherwise()
             return
+        self._renewed(record)
+
+    def _renewed(self, record: Record) -> None:
+        """Take over what the store says of it now."""
         self.state = STATES[record.state]
         self.as_granted = None
         self._deadline_ms = record.deadline_ms
@@ -355,7 +367,7 @@ class AsyncHold(HoldBase):
             UnknownHold: the store does not know it.
             StoreUnavailable: no answer within the deadline.
         """
-        await self._core.driver.submit(self.extend_flow(ttl), "extend")
+        await self._core.driver.run(self.extend_flow(ttl), "extend")
 
     async def grow(self, amount: Amounts) -> None:
         """Adds to the reservation, in all budgets or in none; also to what others have added to it at the same time.
@@ -366,7 +378,7 @@ class AsyncHold(HoldBase):
             BudgetExceeded: a budget has no room; nothing changed.
             HoldConflict, UnknownHold, StoreUnavailable: as for :meth:`extend`.
         """
-        await self._core.driver.submit(self.grow_flow(amount), "grow")
+        await self._core.driver.run(self.grow_flow(amount), "grow")
 
     async def commit(self, amount: Amounts | None = None) -> Settlement:
         """Records what it really cost: never refused for lack of budget, for being late or above the reservation.
@@ -379,11 +391,11 @@ class AsyncHold(HoldBase):
             HoldConflict: it was settled otherwise before, or metered calls inside are under way.
             StoreUnavailable: no answer within the deadline. Trying again is safe.
         """
-        return await self._core.driver.submit(self.commit_flow(amount), "commit")  # type: ignore[no-any-return]
+        return await self._core.driver.run(self.commit_flow(amount), "commit")  # type: ignore[no-any-return]
 
     async def release(self) -> Settlement:
         """Gives everything back. Errors as for :meth:`commit`."""
-        return await self._core.driver.submit(self.release_flow(), "release")  # type: ignore[no-any-return]
+        return await self._core.driver.run(self.release_flow(), "release")  # type: ignore[no-any-return]
 
 
 def check_on_error(value: object) -> None:

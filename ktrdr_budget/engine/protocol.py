@@ -27,6 +27,7 @@ __all__ = [
     "Header",
     "LostCommit",
     "Op",
+    "Prepared",
     "Record",
     "Reply",
     "Reservation",
@@ -51,6 +52,8 @@ STATES: Final[dict[str, HoldState]] = {
     "r": "released",
     "n": "recorded",
 }
+REPORT: Final = "3"
+"""Of an operation E: what was used, and nothing else."""
 SETTLED: Final = "crn"
 """States in which nothing changes any more."""
 POLICIES: Final[dict[str, OnExpiry]] = {"c": "charge", "a": "accrued", "r": "release"}
@@ -136,6 +139,13 @@ class Op:
         """Its head as ``simple.lua`` reads it, with these parts and this tail; ``None`` if that does not know it."""
         self.brief_parts = parts
         self.brief_tail = ""
+
+    @property
+    def is_fact(self) -> bool:
+        """Whether it reports what has happened, and is sent although its caller is gone."""
+        if self.letter == "E":
+            return any(not tail.startswith(":0:") for _, tail in self.parts)
+        return self.letter != "R"
 
     def otherwise(self, word: str) -> Op | None:
         """What to ask instead after a reply of this one word; ``None`` if that is the answer."""
@@ -305,6 +315,16 @@ class Command(NamedTuple):
     script: str | None
     keys: Sequence[str]
     args: Sequence[str | int]
+    prepares: Prepared | None = None
+    """The fact that is sent once this has been read."""
+
+
+class Prepared(NamedTuple):
+    """A settlement or a report by id: the windows that it names are known once the record of its hold has been read."""
+
+    op: Op
+    """The id and the key of the hold; its head only tells equal requests from others."""
+    complete: Callable[[Record], Op]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from ktrdr_budget.engine.keys import stored_window
 from ktrdr_budget.engine.protocol import (
     Command,
     Op,
+    Prepared,
     Record,
     Window,
     encode_batch,
@@ -135,11 +136,11 @@ class Reads:
             STATUS, [keys.meta, keys.limits, keys.due, *(window.key for window in windows)], [*names, *begun]
         )
 
-    def _read(self, hold_id: str) -> Flow[Record]:
-        """A hold's record, retired if it is due."""
+    def _read(self, hold_id: str, prepared: Prepared | None = None) -> Flow[Record]:
+        """A hold's record, retired if it is due, for the fact that this prepares."""
         retired = False
         while True:
-            stored = yield Command(None, (), ("GET", self.session.keys.hold(hold_id)))
+            stored = yield Command(None, (), ("GET", self.session.keys.hold(hold_id)), prepared)
             if not stored:
                 raise UnknownHold(f"unknown hold {hold_id!r}")
             if given_up(_str(stored)):

@@ -1,9 +1,9 @@
-"""A small, bounded memory of requests whose reply was lost, and whose callers were told so (``ambiguous``).
+"""A small, bounded memory of requests whose outcome is unknown, and of facts whose caller will not send them again.
 
-What happened to them is found out once the store answers again. A settlement is sent again, which its id makes
-harmless. A reservation under an id that nobody was told is given back, or never granted any more. One under the
-caller's own id is only looked up: whoever tries it again is granted it. If that caller has gone, it is given back, or
-refused when it arrives late; who asks for the id again is granted it.
+Once the store answers again, they are resolved. A settlement or a report (a *fact*) is sent again, which its id makes
+harmless. A reservation whose id no caller knows is given back, or never granted any more. One under the caller's own id
+is only looked up: a retry is granted it. If that caller is gone, it is given back, or refused when it arrives late; the
+next request for the id is granted it.
 """
 
 from __future__ import annotations
@@ -11,19 +11,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
-from ktrdr_budget.engine.protocol import Op
+from ktrdr_budget.engine.protocol import Op, Prepared
 
-__all__ = ["OUTCOMES", "Doubt", "Unresolved"]
+__all__ = ["FACTS", "OUTCOMES", "Doubt", "Kind", "Unresolved"]
 
 UNRESOLVED_MAX = 10_000
 
-Kind = Literal["settlement", "give back", "look up"]
+Kind = Literal["settlement", "report", "by id", "give back", "look up"]
+"""``by id``: a settlement or report, of which the hold has not been read yet."""
+FACTS = frozenset({"settlement", "report", "by id"})
 OUTCOMES = ("executed", "sent_again", "superseded", "released", "granted", "absent", "retried", "refused", "dropped")
 """How a doubt may end.
 
-``executed``: the settlement had arrived. ``sent_again``: it had not, and has now. ``superseded``: settled otherwise
-meanwhile. ``released``: a grant that nobody knew of. ``granted``: open under its caller's own id, and left to him.
-``absent``: never granted, or never known. ``retried``: its caller found out himself. ``refused``: the store does not
+``executed``: the settlement had arrived. ``sent_again``: it had not, or a report, and has now. ``superseded``: settled
+otherwise meanwhile. ``released``: a grant that no caller knew. ``granted``: open under its caller's own id, and left to
+it. ``absent``: never granted, or never known. ``retried``: its caller has found out. ``refused``: the store does not
 take it. ``dropped``: there were too many, or it is too old.
 """
 
@@ -36,6 +38,8 @@ class Doubt(NamedTuple):
     since_us: int
     """Between when and when an attempt of it may have been executed, by the store's clock."""
     until_us: int
+    prepared: Prepared | None = None
+    """Set of ``by id``."""
 
 
 class Unresolved:
@@ -57,10 +61,10 @@ class Unresolved:
         """Takes it up, unless what is there already answers it; returns another one that had to be dropped for it."""
         known = self._doubts.setdefault(doubt.op.id, [])
         for other in known:
-            if other.kind == doubt.kind == "settlement":
+            if other.kind in FACTS and doubt.kind in FACTS:
                 if _same(other.op, doubt.op):
                     return None
-            elif "settlement" not in (other.kind, doubt.kind):
+            elif other.kind not in FACTS and doubt.kind not in FACTS:
                 if not other.op.head.endswith(" f"):  # else nobody can have asked for this id again
                     known[known.index(other)] = doubt
                 return None
@@ -82,16 +86,16 @@ class Unresolved:
             if not doubts:
                 del self._doubts[doubt.op.id]
 
-    def replace(self, doubt: Doubt, op: Op) -> None:
+    def replace(self, doubt: Doubt, op: Op, kind: Kind | None = None) -> None:
         """It is to be asked in other words."""
         doubts = self._doubts.get(doubt.op.id, [])
         if doubt in doubts:
-            doubts[doubts.index(doubt)] = doubt._replace(op=op)
+            doubts[doubts.index(doubt)] = doubt._replace(op=op, kind=kind or doubt.kind, prepared=None)
 
     def retried(self, hold_id: str, *, settled: bool) -> None:
         """The caller has an answer for this id now: a settlement, which ends all, or the hold."""
         for doubt in list(self._doubts.get(hold_id, ())):
-            if settled or doubt.kind != "settlement":
+            if settled or doubt.kind not in FACTS:
                 self.end(doubt, "retried")
 
     def clear(self) -> None:

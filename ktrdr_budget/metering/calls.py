@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from ktrdr_budget.engine.driver.heartbeats import Heartbeat
 from ktrdr_budget.engine.holds import HoldBase
+from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.errors import BudgetError, InvalidArgument
 from ktrdr_budget.metering.draws import Draw
 from ktrdr_budget.metering.instruments import CallInstruments
@@ -57,8 +58,8 @@ class Call:
     - otherwise commits what was reported last, never less than the input, marked ``estimated``; if nothing was, the
       worst case.
 
-    A settlement that fails is logged and not raised, for the caller has paid for an answer: the reservation stays, and
-    is charged when it comes due.
+    A settlement that fails is logged and not raised, for the caller has paid for an answer. The limiter sends it again
+    once the store answers; until then the reservation stays, and is charged if it comes due.
 
     Raises:
         BudgetExceeded: on entering: there is no room for the worst case; nothing is held.
@@ -335,11 +336,13 @@ class Call:
                 hold.note(ESTIMATED, first=True)
             hold.note(self._named)
         late = draw.use(used, final=True)
-        yield from self._close_draw(draw)
-        if late:
-            # The hold was settled by its id while the call was under way. Spend is a fact all the same.
-            amounts = self._amounts(late)
-            yield from self._settle(partial(self._meter.limiter.record, amounts, operation=self._label))
+        try:
+            yield from self._close_draw(draw)
+        finally:
+            if late:
+                # The hold was settled by its id while the call was under way. Spend is a fact all the same.
+                core, amounts = self._meter.limiter._core, self._amounts(late)
+                yield from self._conclude(lambda: core.record(amounts, None, None, self._label), "record")
 
     def _close_draw(self, draw: Draw) -> Steps[None]:
         """Ends the claim, and settles the hold if its block was left and this was the last call inside."""
@@ -347,9 +350,14 @@ class Call:
         if left is not None:
             yield from self._settle(partial(self._meter.limiter._leave, draw.hold, *left))  # type: ignore[arg-type]
 
+    def _conclude(self, flow: Callable[[], Flow[Any]], operation: str) -> Steps[None]:
+        """Settle for good: what the store does not answer is sent again once it does."""
+        limiter = self._meter.limiter
+        yield from self._settle(lambda: limiter._conclude(flow(), operation))
+
     def _settle_own(self, hold: HoldBase, known: dict[str, int] | None, *, keep: bool) -> Steps[None]:
         if self._outcome == "rejected":
-            yield from self._settle(hold.release)  # type: ignore[attr-defined]
+            yield from self._conclude(hold.release_flow, "release")
         elif known is not None or not keep or self._outcome == "unreported":
             if self.estimated:
                 hold.note(ESTIMATED)
@@ -357,13 +365,13 @@ class Call:
                 self.cost = self.worst_case
             committed = self._worst if known is None else known
             spent = {name: committed[name] for name in self._own if self._meter.units[name] != "slots"}
-            yield from self._settle(partial(hold.commit, self._amounts(spent)))  # type: ignore[attr-defined]
+            yield from self._conclude(lambda: hold.commit_flow(self._amounts(spent)), "commit")
 
     def _settle(self, settle: Callable[[], Any]) -> Steps[None]:
         try:
             yield settle
         except (BudgetError, RuntimeError) as error:  # the latter: the limiter is closed
-            logger.error("%s could not be settled, and will be charged when it comes due: %s", self, error)
+            logger.error("%s could not be settled: %s", self, error)
 
     def _amounts(self, units: Mapping[str, int]) -> dict[str, AmountIn]:
         named = self._meter.units

@@ -427,14 +427,18 @@ async def test_a_stream_that_is_cancelled_commits_what_it_reported(client, limit
     assert (await limiter.ledger("agent"))[0].operation.endswith(" estimated")
 
 
-async def test_a_store_that_is_away_when_a_call_ends_does_not_take_its_answer(server, start_server, caplog):
-    own = start_server()
+async def test_a_store_that_is_away_when_a_call_ends_takes_neither_its_answer_nor_its_cost(start_server, caplog):
+    own = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.3) as limiter:
         with caplog.at_level(logging.ERROR):
             async with Meter(limiter, pricer=PRICES).call(**CALL) as call:
                 own.kill()
                 call.finish(USED)
-    assert "could not be settled" in caplog.text
+        assert "could not be settled" in caplog.text
+        own.start()
+        await until(lambda: not limiter.unresolved)
+        with own.client() as client:
+            assert spent_and_held(client) == (COST, 0)
 
 
 async def test_calls_that_a_store_which_is_away_lets_pass_are_recorded_when_it_is_back(start_server):

@@ -1,5 +1,5 @@
-"""Tells the store, once it answers again, what happened while it did not: spend that policy ``allow`` deferred, and
-requests whose reply was lost (:mod:`.unresolved`).
+"""Sends, once the store answers again, what it has missed: spend that policy ``allow`` deferred, requests whose reply
+was lost, and facts whose caller is gone (:mod:`.unresolved`).
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from ktrdr_budget.engine.driver.recovery import Recovery
 from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.memory import AGE_MAX_MS
 from ktrdr_budget.engine.prepaid import SlabLeft
-from ktrdr_budget.engine.protocol import Command, Head, Op, parse_record
-from ktrdr_budget.engine.unresolved import Doubt
+from ktrdr_budget.engine.protocol import REPORT, Command, Head, Op, Record, given_up, parse_record
+from ktrdr_budget.engine.unresolved import FACTS, Doubt, Kind
 from ktrdr_budget.errors import StoreError
 
-__all__ = ["SETTLEMENTS", "Backlog"]
+__all__ = ["Backlog"]
 
 logger = logging.getLogger("ktrdr_budget")
 
@@ -26,7 +26,7 @@ _RETRY_MAX_S = 0.5
 _BATCH_OPS = 128
 _CLOCK_US = 20_000
 """By how much the store's clock may be ahead of what its last answer, when it arrived, made of it."""
-SETTLEMENTS = frozenset("DKLMN")
+_SETTLEMENTS = frozenset("DKLMN")
 """The letters of what settles a hold, or records spend."""
 
 
@@ -55,26 +55,48 @@ class Backlog:
 
     # -- what is taken up ----------------------------------------------------------------------------------------------
 
-    def doubt(self, op: Op, since_us: int, *, abandoned: bool = False) -> None:
-        """The reply to a request was lost, and its caller was told so, or has gone.
+    def doubt(self, op: Op, since_us: int) -> None:
+        """Resolve a request whose reply was lost, and whose caller knows that.
 
         Args:
             since_us: when it was called, by the store's clock.
-            abandoned: nobody awaits a grant any more: it is given back, if it was granted to that very call, and not
-                granted to it any more.
         """
-        until_us = self._background.session.now_ms() * 1000
-        if op.letter in SETTLEMENTS:
-            if op.head.startswith(f"N {op.id} 0 "):  # whenever it arrives: into the window in which it was spent
-                op = Op(op.id, op.key, op.head.replace(" 0 ", " 1 ", 1), op.parts)
-            doubt = Doubt(op, "settlement", since_us, until_us)
-        elif op.letter == "R" and abandoned:
-            since = f"s{since_us}-{until_us + _CLOCK_US}"
-            doubt = Doubt(Op(op.id, op.key, f"L {op.id} {since}", op.parts), "give back", since_us, until_us)
+        if op.letter in _SETTLEMENTS:
+            self._keep_fact(op, since_us)
         elif op.letter == "R":
-            doubt = Doubt(op, "look up", since_us, until_us)
-        else:
-            return  # totals: what comes next corrects them
+            self._add(Doubt(op, "look up", since_us, self._now_us))
+        # Else they are totals, which the caller's next request corrects.
+
+    def take_over(self, request: Op | Command, since_us: int, *, sent: bool) -> None:
+        """Own a request that has failed and whose caller is gone: a fact is sent until the store has it; a grant is
+        released if it was made to this very request, and not made any more.
+
+        Args:
+            since_us: when it was called, by the store's clock.
+            sent: it may have been executed.
+        """
+        if isinstance(request, Command):
+            if (prepared := request.prepares) is not None:
+                self._add(Doubt(prepared.op, "by id", since_us, self._now_us, prepared))
+        elif request.letter in _SETTLEMENTS or (request.letter == "E" and request.is_fact):
+            self._keep_fact(request, since_us)
+        elif request.letter == "R" and sent:
+            release = f"L {request.id} s{since_us}-{self._now_us + _CLOCK_US}"
+            op = Op(request.id, request.key, release, request.parts)
+            self._add(Doubt(op, "give back", since_us, self._now_us))
+
+    @property
+    def _now_us(self) -> int:
+        return self._background.session.now_ms() * 1000
+
+    def _keep_fact(self, op: Op, since_us: int) -> None:
+        if op.head.startswith(f"N {op.id} 0 "):  # whenever it arrives: into the window in which it was spent
+            op = Op(op.id, op.key, op.head.replace(" 0 ", " 1 ", 1), op.parts)
+        elif op.letter == "E":  # the hold of a caller that is gone is not prolonged
+            op = Op(op.id, op.key, f"{op.head[:-1]}{REPORT}", op.parts)
+        self._add(Doubt(op, _kind_of(op), since_us, self._now_us))
+
+    def _add(self, doubt: Doubt) -> None:
         if dropped := self._unresolved.add(doubt):
             logger.error("too many requests of unknown outcome: that of %s stays unknown", dropped.op.id)
 
@@ -233,6 +255,7 @@ class Backlog:
 
     async def _resolve(self) -> None:
         oldest_us = (self._background.session.now_ms() - AGE_MAX_MS) * 1000
+        await self._prepare([doubt for doubt in self._unresolved if doubt.kind == "by id"])
         told: list[Doubt] = []
         asked: list[Doubt] = []
         for doubt in self._unresolved:
@@ -240,11 +263,30 @@ class Backlog:
                 self._unresolved.end(doubt, "dropped")
                 logger.error("what became of %s (%s) stays unknown", doubt.op.id, doubt.kind)
             else:
-                (asked if doubt.kind == "look up" else told).append(doubt)
+                if doubt.kind != "by id":  # else it was added meanwhile
+                    (asked if doubt.kind == "look up" else told).append(doubt)
         for first in range(0, len(told), _BATCH_OPS):
             await self._send(told[first : first + _BATCH_OPS])
         for first in range(0, len(asked), _BATCH_OPS):
             await self._look_up(asked[first : first + _BATCH_OPS])
+
+    async def _prepare(self, doubts: list[Doubt]) -> None:
+        """Read the holds of facts by id, which are settlements and reports from then on."""
+        for first in range(0, len(doubts), _BATCH_OPS):
+            some = doubts[first : first + _BATCH_OPS]
+            for doubt, record in zip(some, await self._read(some), strict=True):
+                assert doubt.prepared is not None
+                if record is None:
+                    logger.error("spend of %s was not recorded: the store does not know this hold", doubt.op.id)
+                    self._unresolved.end(doubt, "absent")
+                else:
+                    op = doubt.prepared.complete(record)
+                    self._unresolved.replace(doubt, op, _kind_of(op))
+
+    async def _read(self, doubts: list[Doubt]) -> list[Record | None]:
+        stored = await self._background.read(Command(None, (), ("MGET", *(doubt.op.key for doubt in doubts))))
+        texts = [value.decode() if isinstance(value, bytes) else value for value in stored]
+        return [None if not text or given_up(text) else parse_record(text) for text in texts]
 
     async def _send(self, doubts: list[Doubt]) -> None:
         try:
@@ -261,7 +303,7 @@ class Backlog:
                 self._told(doubt, line, head)
 
     def _told(self, doubt: Doubt, line: str, head: Head) -> None:
-        op, settles = doubt.op, doubt.kind == "settlement"
+        op, settles = doubt.op, doubt.kind in FACTS
         if (instead := op.otherwise(line)) is not None:
             self._unresolved.replace(doubt, instead)
             return
@@ -270,20 +312,20 @@ class Backlog:
         if line[0] in "kp":
             self._background.session.settled(op, line, head.now_us // 1000)
             outcome = ("sent_again" if line[0] == "k" else "executed") if settles else "released"
+        elif line[0] == "e":  # a report
+            outcome = "sent_again"
         else:
             outcome = {"c": "superseded", "u": "absent"}.get(line[0], "refused")
-        if outcome == "refused":
+        if outcome == "refused" or (outcome == "absent" and settles and op.letter != "L"):
             logger.error("what %s spent was not recorded: %s", op.id, line[:200])
         else:
             logger.info("what became of %s, whose reply was lost: %s", op.id, outcome)
         self._unresolved.end(doubt, outcome)
 
     async def _look_up(self, doubts: list[Doubt]) -> None:
-        stored = await self._background.read(Command(None, (), ("MGET", *(doubt.op.key for doubt in doubts))))
-        for doubt, value in zip(doubts, stored, strict=True):
+        for doubt, record in zip(doubts, await self._read(doubts), strict=True):
             outcome = "absent"
-            if value:
-                record = parse_record(value.decode() if isinstance(value, bytes) else value)
+            if record is not None:
                 # What was granted before, or is settled, was not granted to this request, or is known to somebody.
                 lost = record.state in "ox" and doubt.since_us <= record.created_us
                 outcome = "granted" if lost else "superseded"
@@ -291,3 +333,7 @@ class Backlog:
                 logger.warning("hold %s is open, and the reply that granted it may be lost: unless its id is used "
                                "again, it is left to its deadline", doubt.op.id)  # fmt: skip
             self._unresolved.end(doubt, outcome)
+
+
+def _kind_of(op: Op) -> Kind:
+    return "report" if op.letter == "E" else "settlement"

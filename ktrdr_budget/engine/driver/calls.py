@@ -31,14 +31,18 @@ Observer = Callable[[Observation], None]
 class Call:
     """One flow, and whoever awaits its result."""
 
-    __slots__ = ("context", "deadline", "flow", "future", "operation", "request", "sent", "started")
+    __slots__ = ("context", "deadline", "flow", "future", "kept", "operation", "request", "sent", "started")
 
-    def __init__(self, flow: Flow[Any], future: Any, operation: str, started: float, deadline: float) -> None:
+    def __init__(
+        self, flow: Flow[Any], future: Any, operation: str, started: float, deadline: float, *, kept: bool = False
+    ) -> None:
         self.flow = flow
         self.future = future
         self.operation = operation
         self.started = started
         self.deadline = deadline
+        self.kept = kept
+        """The caller will not retry: the limiter sends a settlement that fails again, as if the caller were gone."""
         self.context = contextvars.copy_context()
         self.request: Any = None
         self.sent = False

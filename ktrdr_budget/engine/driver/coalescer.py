@@ -1,8 +1,9 @@
 """Group commit: while one round trip is under way, further calls of the event loop queue up, and leave together.
 
 No timer is involved: an idle limiter sends at once. The coalescer, not a caller, owns what is under way, so that a
-cancelled caller affects nobody else: one that was not sent leaves nothing, a grant that nobody awaits is released, a
-settlement that was begun completes (P14).
+cancelled caller affects no other. It owns the outcome, too, until the caller has received it (:meth:`Coalescer.run`): a
+request that was not sent leaves nothing, a grant that was not received is released, a settlement or a report that was
+begun completes (P14).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from ktrdr_budget.engine.driver import forks
 from ktrdr_budget.engine.driver.background import Background
-from ktrdr_budget.engine.driver.backlog import SETTLEMENTS, Backlog
+from ktrdr_budget.engine.driver.backlog import Backlog
 from ktrdr_budget.engine.driver.breaker import Breaker
 from ktrdr_budget.engine.driver.calls import Call, Observation, Observer
 from ktrdr_budget.engine.driver.deadlines import Deadlines
@@ -117,14 +118,39 @@ class Coalescer:
             raise RuntimeError("this limiter belongs to another event loop; make one for each")
         return running
 
-    def submit(self, flow: Flow[Any], operation: str, future: Any = None) -> Any:
-        """Starts a flow; its result comes by the future (of asyncio, or of a waiting thread)."""
+    def begin(self, flow: Flow[Any], operation: str, future: Any = None, *, kept: bool = False) -> Call:
+        """Starts a flow; its result comes by the call's future (of asyncio, or of a waiting thread)."""
         loop = self.bind()
         future = loop.create_future() if future is None else future
         # An event loop may know the time to a millisecond only, too coarse for what a hook is told.
-        call = Call(flow, future, operation, time.monotonic(), loop.time() + self._timeout)
+        call = Call(flow, future, operation, time.monotonic(), loop.time() + self._timeout, kept=kept)
         self._resume(call, None)
-        return future
+        return call
+
+    def submit(self, flow: Flow[Any], operation: str) -> Any:
+        """Start a flow for a part of the limiter, which takes the result from the future by a callback."""
+        return self.begin(flow, operation).future
+
+    async def run(self, flow: Flow[Any], operation: str, *, kept: bool = False) -> Any:
+        """Start a flow for a caller, and await its result; what the caller does not receive stays the limiter's."""
+        call = self.begin(flow, operation, kept=kept)
+        try:
+            return await call.future
+        except BaseException as error:
+            self.leave(call, error)
+            raise
+
+    def leave(self, call: Call, error: BaseException) -> None:
+        """The caller stops waiting with this error: unless it is the call's own, the outcome is the limiter's.
+
+        A caller may be cancelled in the turn of the event loop in which the outcome arrives, and never receive it.
+        """
+        future = call.future
+        if future.cancel() or future.cancelled():
+            return  # the call has ended without its caller, or will
+        failure = future.exception()
+        if failure is not error:
+            self._disown(call, future.result() if failure is None else None, failure)
 
     def _resume(self, call: Call, answer: Any) -> None:
         try:
@@ -151,19 +177,18 @@ class Coalescer:
         if call.sent and isinstance(result, HoldBase) and result.replayed and result.id not in self._core.unguarded:
             # Granted to this very call, by an attempt whose answer got lost?
             result.replayed = result.created_us < self._called_us(call)
-        abandoned = future.cancelled()
-        if abandoned:
-            call.context.copy().run(self._abandoned, result)
-        elif error is None:
-            future.set_result(result)
-        else:
-            future.set_exception(error)
-        if error is not None:
-            # Nobody will try again what a caller who has gone had begun, though it was never sent.
-            begun = abandoned and isinstance(call.request, Op) and call.request.letter in SETTLEMENTS
-            if isinstance(error, StoreUnavailable) and isinstance(call.request, Op) and (error.ambiguous or begun):
-                self._backlog.doubt(call.request, self._called_us(call), abandoned=abandoned)
-        elif self._core.unresolved.count and isinstance(result, Settlement if abandoned else (HoldBase, Settlement)):
+        gone = future.cancelled()
+        if not gone:
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+        if gone or (call.kept and error is not None):
+            self._disown(call, result, error)
+        elif isinstance(error, StoreUnavailable) and error.ambiguous and isinstance(call.request, Op):
+            self._backlog.doubt(call.request, self._called_us(call))
+        known = Settlement if gone else (HoldBase, Settlement)
+        if error is None and self._core.unresolved.count and isinstance(result, known):
             self._core.unresolved.retried(result.id, settled=isinstance(result, Settlement))
         if self._observer is not None:
             self._observe(call, result, error)
@@ -174,19 +199,21 @@ class Coalescer:
         """When a call was made, by the store's clock."""
         return int((self._session.now_ms() - (time.monotonic() - call.started) * 1000) * 1000)
 
-    def abandon(self, future: Any) -> None:
-        """Told when whoever awaited the future has gone, whether its result is there already or not."""
-        if not future.cancel() and not future.cancelled() and future.exception() is None:
-            self._abandoned(future.result())
+    def _disown(self, call: Call, result: Any, error: BaseException | None) -> None:
+        """Take over the outcome of a call whose caller is gone: release the grant, keep sending the settlement."""
+        if error is None:
+            call.context.copy().run(self._give_back, call, result)
+        elif isinstance(error, StoreUnavailable):
+            self._backlog.take_over(call.request, self._called_us(call), sent=error.ambiguous)
+            self._backlog.schedule()
 
-    def _abandoned(self, result: Any) -> None:
-        """A grant that nobody awaits any more is released; a replay belongs to whoever was granted it first."""
-        if not isinstance(result, HoldBase) or result.replayed:
+    def _give_back(self, call: Call, result: Any) -> None:
+        """A grant that was not received is released; a replay belongs to the caller that was granted it first."""
+        if not isinstance(result, HoldBase) or result.replayed or self._closed:
             return
         if result.id in self._core.unguarded and result.state == "open":
             # The store may be granting it now, or later.
-            called_us = int((self._session.now_ms() - self._timeout * 1000) * 1000)
-            self._backlog.doubt(self._core.give_up(result), called_us, abandoned=True)
+            self._backlog.take_over(self._core.give_up(result), self._called_us(call), sent=True)
             self._backlog.schedule()
         else:
             self.submit(self._core.give_back(result), "release").add_done_callback(_forget)
@@ -280,7 +307,7 @@ class Coalescer:
         for queue in (self._first, self._then):
             while queue and len(batch) < ops_max and windows < _BATCH_WINDOWS:
                 call = queue.popleft()
-                if call.request.grants and call.future.cancelled() and not call.sent:
+                if call.future.cancelled() and not call.sent and not call.request.is_fact:
                     call.flow.close()  # cancelled before it was sent: leaves nothing
                     continue
                 windows += len(call.request.parts)

@@ -1,0 +1,281 @@
+"""In every turn of the event loop somebody owns what a caller has begun: the caller, or the limiter (P14)."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.limiter import AsyncHold
+from ktrdr_budget.money import to_units
+
+from .helpers.keyspace import ledger_sum, spent_and_held, sums
+from .helpers.patience import hurried
+from .helpers.proxy import Proxy
+from .helpers.waiting import until, wait_until
+
+BUDGET = Budget("agent", "500.00")
+CENT = to_units("0.01")
+TURNS_MAX = 2000
+
+
+@pytest.fixture
+async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
+    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
+        yield made
+
+
+@pytest.fixture
+def own_server(start_server):
+    made = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
+    yield made
+    made.kill()
+
+
+async def know_scripts(limiter: AsyncBudgetLimiter) -> None:
+    """The server knows the scripts now, and nothing else."""
+    with pytest.raises(BudgetExceeded):
+        await limiter.reserve("agent", "501.00")
+
+
+# -- each turn ---------------------------------------------------------------------------------------------------------
+
+
+async def cancelled_after(turns: int, work: Coroutine[Any, Any, Any]) -> Any:
+    """What the caller of this receives: a result, an error, or its cancellation after so many turns."""
+    task = asyncio.create_task(work)
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    task.cancel()
+    [outcome] = await asyncio.gather(task, return_exceptions=True)
+    return outcome
+
+
+async def work_in_block(limiter: AsyncBudgetLimiter, hold: AsyncHold, on_error: str) -> None:
+    async with limiter.keep(hold, on_error=on_error):
+        hold.accrue("0.01")
+        raise ZeroDivisionError
+
+
+CALLS = {
+    "commit": lambda limiter, hold: hold.commit("0.01"),
+    "commit by id": lambda limiter, hold: limiter.commit(hold.id, "0.01"),
+    "record": lambda limiter, hold: limiter.record("agent", "0.01", id=f"record:{hold.id}"),
+    "report by id": lambda limiter, hold: limiter.extend(hold.id, accrued="0.01"),
+    "block": lambda limiter, hold: work_in_block(limiter, hold, "release"),
+    "block that reports": lambda limiter, hold: work_in_block(limiter, hold, "charge"),
+}
+"""Each says that a cent was spent, of a hold of two."""
+
+
+async def reserved(limiter: AsyncBudgetLimiter, number: int) -> AsyncHold:
+    return await limiter.reserve("agent", "0.02", id=f"hold:{number}", ttl=3600, on_expiry="accrued")
+
+
+async def said(limiter: AsyncBudgetLimiter, call: str, number: int) -> Decimal:
+    """What the store has heard of it."""
+    view = await limiter.get(f"record:hold:{number}" if call == "record" else f"hold:{number}")
+    return (view.accrued if "report" in call else view.charged)["agent"]
+
+
+async def judge(client, limiter: AsyncBudgetLimiter, call: str, outcomes: list[Any]) -> None:
+    """Each that was begun has arrived once, whether or not its caller was there to receive the outcome."""
+    begun = range(1, len(outcomes))  # a task that is cancelled before its first turn has begun nothing
+    await until(lambda: not limiter.unresolved)
+    if "report" not in call:
+        await until(lambda: sums(client)["spent"] >= len(begun) * CENT)
+        held = len(outcomes) if call == "record" else 1
+        assert spent_and_held(client) == (len(begun) * CENT, held * 2 * CENT)
+    for number in begun:
+        assert await said(limiter, call, number) == Decimal("0.01"), (number, outcomes[number])
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_no_turn_of_the_event_loop_loses_a_settlement(server, client, call):
+    async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
+        outcomes: list[Any] = []
+        while sum(not isinstance(outcome, asyncio.CancelledError) for outcome in outcomes) < 3:
+            assert len(outcomes) < TURNS_MAX
+            hold = await reserved(limiter, len(outcomes))
+            outcomes.append(await cancelled_after(len(outcomes), CALLS[call](limiter, hold)))
+        await judge(client, limiter, call, outcomes)
+
+
+@pytest.mark.parametrize("call", CALLS)
+async def test_no_turn_of_the_event_loop_loses_a_settlement_while_the_breaker_is_open(own_server, call):
+    """The request is never sent, and its failure may arrive in the turn in which its caller is cancelled."""
+    async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
+        holds = [await reserved(limiter, number) for number in range(100)]
+        own_server.kill()
+        with pytest.raises(StoreUnavailable):
+            await limiter.status("agent")
+        assert limiter.store_state == "open"
+        outcomes: list[Any] = []
+        while sum(not isinstance(outcome, asyncio.CancelledError) for outcome in outcomes) < 3:
+            hold = holds[len(outcomes)]
+            outcomes.append(await cancelled_after(len(outcomes), CALLS[call](limiter, hold)))
+        own_server.start()
+        await until(lambda: limiter.store_state == "closed")
+        for hold, outcome in zip(holds, outcomes, strict=False):
+            if isinstance(outcome, StoreUnavailable):  # its caller was there to receive it, and tries again
+                await CALLS[call](limiter, hold)
+        for hold in holds[len(outcomes) :]:
+            await hold.release()
+        with own_server.client() as client:
+            await judge(client, limiter, call, outcomes)
+
+
+@pytest.mark.parametrize("named", [True, False])
+async def test_no_turn_of_the_event_loop_loses_a_grant(server, client, named):
+    async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
+        received: list[AsyncHold] = []
+        turns = 0
+        while len(received) < 3:
+            assert turns < TURNS_MAX
+            request = limiter.reserve("agent", "0.01", id=f"hold:{turns}" if named else None)
+            outcome = await cancelled_after(turns, request)
+            turns += 1
+            if not isinstance(outcome, asyncio.CancelledError):
+                received.append(outcome)
+        await until(lambda: spent_and_held(client) == (0, 3 * CENT))
+
+
+@pytest.mark.parametrize("policy", ["deny", "allow"])
+async def test_a_grant_whose_loss_is_reported_in_the_turn_of_the_cancellation_is_released(client, proxy, policy):
+    """Its caller does not receive that it may have been granted, and will not try again."""
+    tasks: list[asyncio.Task] = []
+
+    def cancel_now(observation) -> None:
+        if observation.operation == "reserve" and tasks:
+            tasks[0].cancel()
+
+    async with AsyncBudgetLimiter(proxy.url, [BUDGET], observer=cancel_now, on_store_error=policy) as limiter:
+        await know_scripts(limiter)
+        with hurried(limiter, 0.2):
+            proxy.hold_replies()
+            tasks.append(asyncio.create_task(limiter.reserve("agent", "0.15", id="op_1")))
+            with pytest.raises(asyncio.CancelledError):
+                await tasks[0]
+            assert sums(client)["held"] == to_units("0.15")
+        proxy.let_go()
+        await until(lambda: spent_and_held(client) == (0, 0))
+
+
+# -- scopes that cancel at each await ----------------------------------------------------------------------------------
+
+
+def accrued(client, hold_id: str) -> int:
+    return int(client.get(f"ktrdr:{{default}}:h:{hold_id}").partition("|")[2].split(",")[4] or 0)
+
+
+async def test_a_report_is_sent_though_a_scope_cancels_each_await(server, client):
+    async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
+        with anyio.CancelScope() as scope:
+            options = {"id": "op_1", "on_error": "charge", "on_expiry": "accrued"}
+            async with limiter.hold("agent", "10.00", **options) as hold:
+                hold.accrue("5.00")
+                scope.cancel()
+                await anyio.sleep_forever()
+        await until(lambda: accrued(client, "op_1") == to_units("5.00"))
+
+
+async def test_a_report_is_sent_though_its_caller_is_cancelled_twice(client, proxy):
+    async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as limiter:
+        await know_scripts(limiter)
+        entered = asyncio.Event()
+
+        async def work() -> None:
+            async with limiter.hold("agent", "10.00", id="op_1", on_error="charge", on_expiry="accrued") as hold:
+                hold.accrue("5.00")
+                entered.set()
+                await asyncio.Event().wait()
+
+        task = asyncio.create_task(work())
+        await entered.wait()
+        proxy.hold_replies()
+        ahead = asyncio.create_task(limiter.reserve("agent", "1.00"))
+        await until(lambda: sums(client)["held"] == to_units("11.00"))
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        proxy.let_go()
+        await ahead
+        await until(lambda: accrued(client, "op_1") == to_units("5.00"))
+
+
+async def test_a_report_that_comes_after_the_deadline_counts_by_the_policy_of_its_hold(own_server):
+    """What a dead block used is a fact, and no hold is opened again for it."""
+    policies = ("charge", "accrued", "release")
+    async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
+        deadlines: list[float] = []
+
+        async def work(policy: str) -> None:
+            async with limiter.hold("agent", "1.00", id=policy, ttl=1, on_error="charge", on_expiry=policy) as hold:
+                hold.accrue("5.00")
+                deadlines.append(hold.expires_at.timestamp())
+                await asyncio.Event().wait()
+
+        tasks = [asyncio.create_task(work(policy)) for policy in policies]
+        await until(lambda: len(deadlines) == 3)
+        own_server.kill()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert limiter.unresolved == 3
+        own_server.start()
+        with own_server.client() as client:
+            await until(lambda: client.time()[0] > max(deadlines))
+            await until(lambda: not limiter.unresolved)
+            views = {name: await limiter.get(name) for name in policies}
+            charged = {name: view.charged["agent"] for name, view in views.items()}
+            assert charged == {"charge": Decimal("5.00"), "accrued": Decimal("5.00"), "release": 0}
+            assert {view.state for view in views.values()} == {"unconfirmed"}
+            found = sums(client)
+            assert found["held"] == found["spent"] == 0
+            assert found["unconfirmed"] == ledger_sum(client) == to_units("10.00")
+
+
+@pytest.mark.parametrize("waits", [False, True])
+async def test_a_limiter_that_is_closed_by_a_scope_that_cancels_finishes_what_was_begun(client, proxy, waits):
+    with anyio.CancelScope() as scope:
+        async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as limiter:
+            await know_scripts(limiter)
+            async with limiter.hold("agent", "0.15") as hold:
+                hold.accrue("0.07")
+                proxy.hold_replies()
+                asyncio.get_running_loop().call_later(0.05, proxy.let_go)
+                scope.cancel()
+                if waits:
+                    await anyio.sleep_forever()
+    assert scope.cancelled_caught
+    assert spent_and_held(client) == (to_units("0.07"), 0)
+
+
+def test_what_a_thread_accrued_is_committed_though_its_store_was_away_when_it_was_interrupted(own_server):
+    with BudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
+        with pytest.raises(KeyboardInterrupt), limiter.hold("agent", "0.15") as hold:
+            hold.accrue("0.07")
+            own_server.kill()
+            raise KeyboardInterrupt
+        own_server.start()
+        wait_until(lambda: not limiter.unresolved)
+        with own_server.client() as client:
+            assert spent_and_held(client) == (to_units("0.07"), 0)
+
+
+async def test_a_lease_that_is_left_by_a_scope_that_cancels_commits_what_was_spent(server, client):
+    async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
+        with anyio.CancelScope() as scope:
+            async with limiter.lease("agent", slab="1.00") as lease:
+                lease.spend("0.30")
+                scope.cancel()
+                await anyio.sleep_forever()
+        await until(lambda: spent_and_held(client) == (to_units("0.30"), 0))

@@ -1,11 +1,17 @@
 -- admission.lua: whether a window has room. Reads each window once; its totals then follow the batch's own changes.
 
+-- When this replica started, never later than now, and its id, which decides a tie: texts of as many digits.
+local now_us = now_us_text + 0
+local start_us = ARGV[4] + 0
+if start_us <= 0 then start_us = now_us + start_us end -- an age
+local claim = format('%016.0f', math.min(start_us, now_us)) .. ' ' .. ARGV[1]
+
 local unlisted = 0 -- budgets of this batch that the tenant has not had
 
 local function load(w)
   if w.stored then return end
   local at = w.at
-  local stored = call('HMGET', w.key, 'def', 'limit', 'asserted_us', 'spent', 'held', 'unconfirmed')
+  local stored = call('HMGET', w.key, 'def', 'limit', 'asserted', 'spent', 'held', 'unconfirmed')
   local definition, limit = stored[1], stored[2]
   w.exists = definition
   if not definition then -- the first in its window; perhaps of a budget more than the tenant may have
@@ -33,7 +39,7 @@ local function load(w)
   end
   w.stale = now_ms < ARGV[at + 2] + 0 or (ARGV[at + 3] ~= '0' and now_ms >= ARGV[at + 3] + 0)
   w.limit = limit or ARGV[at + 5]
-  w.asserted_us = stored[3] or '0'
+  w.claim = stored[3] or ''
   w.spent, w.held, w.unconfirmed = stored[4] or 0, stored[5] or 0, stored[6] or 0
   w.stored = w.spent + w.held + w.unconfirmed
   if meta[4] then -- some limit was changed at run time
@@ -47,13 +53,14 @@ end
 -- All at once, before anything is written: one that cannot be read must not leave half a batch behind.
 for i = 1, n_windows do load(windows[i]) end
 
--- Only reservations assert their configured limit; the replica that started last, by the store's clock, wins.
+-- Only reservations assert their configured limit; the replica that started last, by the store's clock, wins. The claim of
+-- one that started in the future is from before the clock was set back: the next replica replaces it.
 local function load_asserting(w)
   load(w)
   w.asserted = true
-  if ARGV[w.at + 6] == '!' and w.asserted_us ~= ARGV[4] and tonumber(w.asserted_us) < tonumber(ARGV[4]) then
+  if ARGV[w.at + 6] == '!' and (w.claim < claim or tonumber(match(w.claim, '^%d+')) > now_us) then
     local configured = ARGV[w.at + 5]
-    w.asserting, w.asserted_us = true, ARGV[4]
+    w.asserting, w.claim = true, claim
     w.differs = w.exists and w.limit ~= configured
     w.limit = configured
     w.cap = tonumber(w.runtime or w.limit) or CLOSED - 1

@@ -28,7 +28,7 @@ for i = 1, n_windows do
   end
   if w.asserting and w.changing then
     dirty = true
-    call('HSET', key, 'limit', ARGV[at + 5], 'asserted_us', w.asserted_us)
+    call('HSET', key, 'limit', ARGV[at + 5], 'asserted', w.claim)
   end
   if w[HELD] ~= 0 then call('HINCRBY', key, 'held', text(w[HELD])) end
   if w[UNCONFIRMED] ~= 0 then call('HINCRBY', key, 'unconfirmed', text(w[UNCONFIRMED])) end

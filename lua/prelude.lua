@@ -3,7 +3,9 @@
 -- KEYS  1 meta (hash)   2 limits (hash)   3 due (zset)   4 unconfirmed (zset)
 --       then per window: its hash, its ledger (stream)
 --       then per operation: the hold record (string)
--- ARGV  1 replica   2 known epoch   3 acknowledged writes   4 start_us   5 number of windows
+-- ARGV  1 replica   2 known epoch   3 acknowledged writes   5 number of windows
+--       4 when the replica started, in µs by this store's clock; before its first reply, which is where it learns that
+--         clock, its age instead, with a minus sign
 --       6 settings: proposed epoch, id memory_ms, retention_ms, ledger entries at most, budgets at most, holds at most
 --         (12 digits)
 --       then per window: budget:window, flag, definition, start_ms, end_ms, expires_ms, limit, asserted limit (! or ?)

@@ -5,7 +5,8 @@
 --
 -- KEYS   1 meta (hash)   2 limits (hash)   3 due (zset)
 --        then per window: its hash, its ledger (stream)   then per operation: the hold record (string)
--- ARGV   1 the field of meta that counts this replica's writes   2 known epoch   3 acknowledged writes   4 start_us
+-- ARGV   1 the field of meta that counts this replica's writes   2 known epoch   3 acknowledged writes
+--        4 when it started, in µs of 16 digits, and its id
 --        5 and 6 from when until when, in µs of 16 digits, all windows that are reserved in are the current ones
 --        7 id memory_ms   8 settings, as in prelude.lua   9 number of windows
 --        then per window: ! if something is reserved in it, else -
@@ -44,11 +45,11 @@ for i = 1, usual and n_windows or 0 do
     usual = usual and call('HEXISTS', key, 'def') == 1
     windows[i] = { 0, 0, 0, 0, 0, 0 }
   else
-    local stored = call('HMGET', key, 'asserted_us', 'limit', 'spent', 'held', 'unconfirmed')
-    local asserted_us, limit = stored[1], stored[2]
+    local stored = call('HMGET', key, 'asserted', 'limit', 'spent', 'held', 'unconfirmed')
+    local limit = stored[2]
     -- The limit of the replica that started last is in force; one that has yet to say so is not simple. Nor is a window
-    -- whose definition was replaced by a migration: that removes `asserted_us`.
-    usual = usual and limit and asserted_us and (asserted_us == ARGV[4] or asserted_us + 0 > ARGV[4] + 0)
+    -- whose definition was replaced by a migration: that removes `asserted`.
+    usual = usual and limit and stored[1] and stored[1] >= ARGV[4]
     if meta[5] and usual then -- some limit was changed at run time
       local changed, until_ms = match(call('HGET', KEYS[2], match(key, '^[^}]+}:w:(.+):')) or '', '^(%S+) (%d+)')
       if changed and (until_ms == '0' or until_ms > now_ms) then limit = changed end

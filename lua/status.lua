@@ -3,7 +3,7 @@
 -- KEYS   1 meta   2 limits   3 due   then a window's hash each
 -- ARGV   a budget's name for each window, then for each 'expires_ms budget:window'
 -- returns { now_us, '<epoch> <recovering_until_ms>', { due id… at most 32 }, window… }, a window being
---         { run-time limit or '', registered definition, limit, spent, held, unconfirmed, events, overruns, asserted_us }
+--         { run-time limit or '', registered definition, limit, spent, held, unconfirmed, events, overruns, asserted }
 --         with '' for what is not there; or one line that says why that window cannot be read, though others can. If it is
 --         the only one that is asked for, that is an error, which a client knows to retry
 
@@ -22,7 +22,7 @@ local reply = { now_us, (meta[1] or '') .. ' ' .. string.format('%.0f', recoveri
 
 local function read(key, budget, window_name)
   local stored = redis.pcall('HMGET', key, 'def', 'limit', 'spent', 'held', 'unconfirmed', 'events', 'overruns',
-    'asserted_us')
+    'asserted')
   if stored.err then return stored.err end
   local definition = redis.call('HGET', KEYS[1], 'd:' .. budget) or ''
   -- Begun, and not here: a slot that is half moved must not show as a budget that nobody has spent (see admission.lua).

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from decimal import Decimal
 
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetTracker
+from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import dump
+from .helpers.keyspace import counted, dump
 from .helpers.waiting import until
 
 
@@ -69,12 +71,36 @@ async def test_a_service_that_was_restarted_with_another_limit_shows_it_everywhe
 
 
 def test_a_tracker_goes_by_the_limit_in_force(server):
-    with BudgetTracker(1.0, url=server.url) as first, BudgetTracker(0.5, url=server.url) as last:
+    with BudgetTracker(1.0, url=server.url) as first:
         assert first.get_today_spend() == 0.0
-        assert last.get_remaining() == 0.5
-        last.reserve(0.1)
-        assert first.get_remaining() == last.get_remaining() == 0.4
-        assert first.can_spend(0.45) == (False, "budget_exhausted ($0.40 remaining, need $0.45)")
-        assert first.get_status()["daily_limit"] == 0.5
-        first.limiter.set_limit("agent", "2.00")
-        assert last.can_spend(1.90) == (True, "ok")
+        with BudgetTracker(0.5, url=server.url) as last:  # made after the first one's first reply: it started later
+            assert last.get_remaining() == 0.5
+            last.reserve(0.1)
+            assert first.get_remaining() == last.get_remaining() == 0.4
+            assert first.can_spend(0.45) == (False, "budget_exhausted ($0.40 remaining, need $0.45)")
+            assert first.get_status()["daily_limit"] == 0.5
+            first.limiter.set_limit("agent", "2.00")
+            assert last.can_spend(1.90) == (True, "ok")
+
+
+@pytest.mark.parametrize("wrong_by_s", [7200, -7200])
+async def test_the_limit_of_a_replica_whose_clock_is_wrong_does_not_outlast_a_later_one(
+    server, client, monkeypatch, wrong_by_s
+):
+    """Its first request is a reservation: it has not learned the store's clock from a start."""
+    with monkeypatch.context() as patched:
+        patched.setattr(time, "time", lambda now=time.time: now() + wrong_by_s)
+        patched.setattr(time, "time_ns", lambda now=time.time_ns: now() + wrong_by_s * 10**9)
+        wrong = limiter_of(server, "5.00")
+        await wrong.reserve("agent", "0.20")
+    later = limiter_of(server, "0.50")
+    try:
+        await later.reserve("agent", "0.20")
+        for limiter in (wrong, later):
+            assert (await limiter.status("agent")).limit == Decimal("0.50")
+            with pytest.raises(BudgetExceeded, match="exceeds_limit|budget_held"):
+                await limiter.reserve("agent", "0.20")
+        assert counted(client) == to_units("0.40")
+    finally:
+        await wrong.close()
+        await later.close()

@@ -254,7 +254,7 @@ def test_a_slab_that_shrinks_once_it_is_unconfirmed_is_followed(server, client, 
     """Of a prepaid slab that expired, what was spent is taken out of the charge; the rest stays unconfirmed."""
     fill(limiter)
     session = Session("default", BUDGETS)
-    session.set_clock(client.time()[0] * 1_000_000)
+    session.set_clock(client.time()[0] * 1_000_000, 0)
     op = Op("late", session.keys.hold("late"), "H late", [(session.current_window("agent"), ":10000000")])
     name, keys, args = encode_batch(session.keys, session.header, [op])
     client.eval(script(name).source, len(keys), *keys, *args)

@@ -304,7 +304,8 @@ class Header(NamedTuple):
     """The store's epoch, as this replica knows it; ``-`` if it does not."""
     acknowledged: str
     """How many of its writes the store has acknowledged."""
-    started_us: str
+    started: str
+    """When it started, in microseconds by the store's clock; its age with a minus sign while it does not know that."""
     settings: str
     id_memory_ms: str
 
@@ -373,8 +374,8 @@ def encode_batch(
         hold_keys.append(op.key)
         letters.add(op.letter)
     names = [keys.meta, keys.limits, keys.due, keys.unconfirmed, *window_keys, *hold_keys]
-    replica, epoch, acknowledged, started_us, settings, _ = header
-    argv = [replica, epoch, acknowledged, started_us, str(len(numbers)), settings, *words, *rendered]
+    replica, epoch, acknowledged, started, settings, _ = header
+    argv = [replica, epoch, acknowledged, started, str(len(numbers)), settings, *words, *rendered]
     return script_for(letters), names, argv
 
 
@@ -408,9 +409,10 @@ def _encode_simple(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, 
         rendered.append(text + op.brief_tail)
         hold_keys.append(op.key)
     names = [keys.meta, keys.limits, keys.due, *window_keys, *hold_keys]
-    replica, epoch, acknowledged, started_us, settings, id_memory_ms = header
+    replica, epoch, acknowledged, started, settings, id_memory_ms = header
     bounds = f"{start_ms:013d}000", f"{end_ms:013d}000"
-    argv = [f"r:{replica}", epoch, acknowledged, started_us, *bounds, id_memory_ms, settings, str(len(reserved_in))]
+    claim = f"{started:0>16} {replica}"
+    argv = [f"r:{replica}", epoch, acknowledged, claim, *bounds, id_memory_ms, settings, str(len(reserved_in))]
     return SIMPLE, names, [*argv, *reserved_in, *rendered]
 
 

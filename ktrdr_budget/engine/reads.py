@@ -107,10 +107,10 @@ class Reads:
         rounds, due_before = 0, None
         while True:
             windows = [session.current_window(budget.name) for budget in budgets]
-            known = session.epoch
+            known, age_us = session.epoch, session.age_us()
             reply = yield self._status_command(windows)
             now_us = int(reply[0])
-            session.set_clock(now_us)
+            session.set_clock(now_us, age_us)
             epoch, _, recovering_until = _str(reply[1]).partition(" ")
             session.see_epoch(epoch, known)
             now_ms = now_us // 1000
@@ -120,9 +120,8 @@ class Reads:
             if not reply[2] or reply[2] == due_before or rounds == RETIRE_ROUNDS:
                 figures = zip(budgets, windows, reply[3:], strict=True)
                 repaired_ms = int(recovering_until) if int(recovering_until) > now_ms else 0
-                started_us = session.started_us
                 return [
-                    _status_or_error(budget, window, stored, now_us, repaired_ms, started_us)
+                    _status_or_error(budget, window, stored, now_us, repaired_ms, session.claim)
                     for budget, window, stored in figures
                 ]
             due_before = reply[2]
@@ -286,12 +285,12 @@ def _status_or_error(
     stored: Sequence[bytes | str] | bytes | str,
     now_us: int,
     repaired_ms: int,
-    started_us: int,
+    claim: tuple[int, str],
 ) -> Status | BudgetError:
     if isinstance(stored, (bytes, str)):
         return StoreError(f"budget {budget.name!r} cannot be read: {_str(stored)}")
     try:
-        return status_of(budget, window, stored, now_us, repaired_ms, started_us)
+        return status_of(budget, window, stored, now_us, repaired_ms, claim)
     except DefinitionConflict as error:
         return error
 

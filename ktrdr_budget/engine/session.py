@@ -79,9 +79,9 @@ class Session:
         self._propose()
         self._acknowledged = 0
         self._heard_ms = 0.0
-        self._started_us = time.time_ns() // 1000
         self._started_monotonic = time.monotonic()
-        self.contacted = False
+        self._started_us: int | None = None
+        """By the store's clock; ``None`` before its first reply. This machine's own clock may be wrong by hours."""
         self._offset_ms = time.time() * 1000 - time.monotonic() * 1000
         self._serial = itertools.count(1)
         self._detours = 0
@@ -103,14 +103,22 @@ class Session:
             # A replica that was silent for long may have been forgotten by the store: that is no loss.
             forgotten = time.monotonic() * 1000 - self._heard_ms > _FORGET_AFTER_MS
             acknowledged = "0" if forgotten else str(self._acknowledged)
-            replica, started_us, memory_ms = self.replica_id, str(self._started_us), str(self.id_memory_ms)
-            self._header = Header(replica, self._epoch, acknowledged, started_us, self._settings, memory_ms)
+            replica, memory_ms = self.replica_id, str(self.id_memory_ms)
+            started = f"-{self.age_us()}" if self._started_us is None else str(self._started_us)
+            header = Header(replica, self._epoch, acknowledged, started, self._settings, memory_ms)
+            if self._started_us is None:
+                return header  # the next one is older
+            self._header = header
         return self._header
 
     @property
-    def started_us(self) -> int:
-        """When this replica started, by the store's clock once that is known."""
-        return self._started_us
+    def claim(self) -> tuple[int, str]:
+        """When this replica started, by the store's clock, and its id: of two, the limit of the larger is in force."""
+        return self._started_us or 0, self.replica_id
+
+    def age_us(self) -> int:
+        """How long ago this replica started."""
+        return int((time.monotonic() - self._started_monotonic) * 1e6)
 
     # -- the way of a batch --------------------------------------------------------------------------------------------
 
@@ -135,21 +143,23 @@ class Session:
         """The store's clock, as far as its last answer tells."""
         return int(time.monotonic() * 1000 + self._offset_ms)
 
-    def set_clock(self, now_us: int) -> None:
-        """Learns the store's clock from a reply."""
-        monotonic = time.monotonic()
-        self._offset_ms = now_us / 1000 - monotonic * 1000
-        if not self.contacted:
-            self.contacted = True
-            # By the store's clock, so that replicas agree on who started last.
-            self._started_us = now_us - int((monotonic - self._started_monotonic) * 1e6)
+    def set_clock(self, now_us: int, age_us: int) -> None:
+        """Learns the store's clock from a reply; ``age_us``: of this replica, when it asked.
+
+        So its start is never taken to be earlier than it was, nor later than that reply: a replica that is made after
+        another one's first reply has started later than that. A start in the store's future is from before its clock
+        was set back.
+        """
+        self._offset_ms = now_us / 1000 - time.monotonic() * 1000
+        if self._started_us is None or self._started_us > now_us:
+            self._started_us = now_us - age_us if self._started_us is None else now_us
             self._header = None
 
     # -- loss ----------------------------------------------------------------------------------------------------------
 
     def absorb(self, head: Head, sent: Header) -> None:
         """Learns from the head of a batch's reply, and notices a store that has gone back in time (P13)."""
-        self.set_clock(head.now_us)
+        self.set_clock(head.now_us, -int(sent.started) if sent.started[0] == "-" else 0)
         self._heard_ms = time.monotonic() * 1000
         if head.went_back:
             if sent is self._header:  # else it answers what another lane sent before it knew

@@ -83,22 +83,28 @@ def conflict(budget: Budget, registered: str) -> DefinitionConflict:
 
 
 def status_of(
-    budget: Budget, window: Window, stored: Sequence[bytes | str], now_us: int, repaired_ms: int, started_us: int
+    budget: Budget,
+    window: Window,
+    stored: Sequence[bytes | str],
+    now_us: int,
+    repaired_ms: int,
+    claim: tuple[int, str],
 ) -> Status:
     """A window's figures; one that nobody has touched reads as 0 spent.
 
-    Of the configured limits, that of the replica that started last is in force: if this one did (``started_us``), its
-    own, though no reservation has brought it to the store yet.
+    Of the configured limits, that of the replica that started last is in force: if this one did (``claim``: when, and
+    its id), its own, though no reservation has brought it to the store yet.
 
     Raises:
         DefinitionConflict: another definition of the budget is registered, so these figures are unknown.
     """
-    runtime, registered, configured, spent, held, unconfirmed, events, overruns, asserted_us = (
+    runtime, registered, configured, spent, held, unconfirmed, events, overruns, asserted = (
         value.decode() if isinstance(value, bytes) else value for value in stored
     )
     if registered and registered != budget.definition:
         raise conflict(budget, registered)
-    newest = not configured or int(asserted_us or 0) < started_us
+    started, _, replica = asserted.partition(" ")
+    newest = not configured or not started or (int(started), replica) < claim or int(started) > now_us
     source, until_ms, limit = "configured", 0, _units_text(budget) if newest else configured
     if runtime:
         word, until = runtime.split(" ")

@@ -32,7 +32,7 @@ class Wire:
     def __init__(self, client: redis.Redis, budgets: list[Budget] = BUDGETS, **settings: int) -> None:
         self.client = client
         self.session = Session("t", budgets, **settings)
-        self.session.set_clock(self.now_us())
+        self.session.set_clock(self.now_us(), 0)
         self.keys: list[str] = []
         self.head: Head | None = None
 
@@ -97,7 +97,7 @@ class Wire:
     def yesterday(self) -> Wire:
         """Another replica, that takes it to be yesterday until the store has told it better."""
         other = Wire(self.client)
-        other.session.set_clock(self.now_us() - DAY_MS * 1000)
+        other.session.set_clock(self.now_us() - DAY_MS * 1000, 0)
         return other
 
 
@@ -513,6 +513,63 @@ def test_a_store_of_another_schema_is_refused(client, wire):
     assert list(client.scan_iter()) == ["ktrdr:{t}:meta"]
 
 
+# -- whose limit is in force -------------------------------------------------------------------------------------------
+
+
+def with_limit(client: redis.Redis, limit: str, started: str, replica: str = "") -> Wire:
+    """A replica that says this of its start."""
+    made = Wire(client, [Budget("agent", limit)])
+    made.session.replica_id = replica or made.session.replica_id
+    made.session._header = made.session.header._replace(replica=made.session.replica_id, started=started)
+    return made
+
+
+def limit_in_force(wire: Wire) -> str | None:
+    return wire.client.hget(wire.session.current_window("agent").key, "limit")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_replicas_that_started_at_once_the_one_with_the_larger_id_decides(client, wire, first):
+    started = str(wire.now_us())
+    replicas = [
+        with_limit(client, "2.00", started, "00000000000a"),
+        with_limit(client, "3.00", started, "00000000000b"),
+    ]
+    for number in (first, 1 - first, first):
+        replicas[number].reserve(f"op_{number}", agent=1)
+    assert limit_in_force(wire) == str(3 * 10**9)
+
+
+def test_a_start_in_the_future_of_the_store_counts_as_now(client, wire):
+    ahead = with_limit(client, "2.00", str(wire.now_us() + 7_200_000_000))
+    ahead.reserve("op_1", agent=1)
+    assert limit_in_force(wire) == str(2 * 10**9)
+    later = with_limit(client, "3.00", str(wire.now_us()))
+    later.reserve("op_2", agent=1)
+    ahead.reserve("op_3", agent=1)  # it has learned from the reply what its start counts as
+    assert limit_in_force(wire) == str(3 * 10**9)
+
+
+def test_a_limit_that_was_asserted_before_the_clock_was_set_back_is_replaced(client, wire):
+    wire.reserve("op_1", agent=1)
+    key = wire.session.current_window("agent").key
+    client.hset(key, mapping={"limit": 7, "asserted": f"{wire.now_us() + 7_200_000_000} ffffffffffff"})
+    with_limit(client, "3.00", str(wire.now_us())).reserve("op_2", agent=1)
+    assert limit_in_force(wire) == str(3 * 10**9)
+
+
+def test_a_replica_that_does_not_know_the_clock_of_the_store_says_its_age(client, wire):
+    before_us = wire.now_us()
+    unknowing = Wire(client)
+    unknowing.session.renew()
+    sent = unknowing.session.header
+    assert -10_000_000 < int(sent.started) <= 0
+    unknowing.reserve("op_1", agent=1)
+    started_us, replica = client.hget(wire.session.current_window("agent").key, "asserted").split(" ")
+    assert before_us - 1_000_000 < int(started_us) <= unknowing.head.now_us
+    assert (int(started_us), replica) == unknowing.session.claim, "both know exactly the same"
+
+
 # -- the simple way ----------------------------------------------------------------------------------------------------
 
 
@@ -591,9 +648,9 @@ def test_what_is_not_simple_is_said_to_be_so_and_changes_nothing(client, usual):
     assert usual.send(stale, due, lost, taken, mixed, simple=True) == ["s"] * 5
     yesterday = usual.yesterday()
     yesterday.session.absorb(usual.head, yesterday.session.header)
-    yesterday.session.set_clock(usual.now_us() - DAY_MS * 1000)
+    yesterday.session.set_clock(usual.now_us() - DAY_MS * 1000, 0)
     newer = Wire(client, [Budget("agent", "7.00")])
-    newer.session.set_clock(usual.now_us())
+    newer.session.set_clock(usual.now_us(), 0)
     other = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
     for replica in (yesterday, newer, other):
         assert replica.send(replica.op("R op_4 60000 c - - -", agent=":1"), simple=True) == ["s"]

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import re
 import signal
 import time
 from pathlib import Path
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.engine.protocol import Command
 
 
 def server_pid(limiter: BudgetLimiter) -> int:
-    return int(limiter._portal.run(limiter._store.execute("INFO", "server"))["process_id"])
+    async def ask() -> bytes:
+        return await limiter._store.run(Command(None, (), ("INFO", "server")), asyncio.get_running_loop().time() + 30)
+
+    found = re.search(rb"process_id:(\d+)", limiter._portal.run(ask()))
+    assert found
+    return int(found[1])
 
 
 def test_a_limiter_without_a_url_starts_a_server_and_its_spend_survives(tmp_path: Path):

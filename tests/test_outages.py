@@ -616,7 +616,7 @@ async def test_an_unexpected_failure_of_a_read_is_an_answer_too(server, monkeypa
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         run = limiter._store.run
 
-        async def fail(command):
+        async def fail(command, deadline):
             raise ZeroDivisionError("a bug")
 
         monkeypatch.setattr(limiter._store, "run", fail)

@@ -153,13 +153,14 @@ def told_amounts(parts: Sequence[tuple[Window, str]], told: str) -> dict[str, Am
 
 
 def policy_fault(info: object) -> str | None:
-    """What is wrong with the store's eviction policy, from ``INFO memory``, parsed (a cluster: per node) or not."""
-    nodes = [info] if not isinstance(info, Mapping) or "maxmemory_policy" in info else list(info.values())
-    policies = {
-        str(node.get("maxmemory_policy", "unknown")) if isinstance(node, Mapping) else "unknown" for node in nodes
-    }
-    wrong = sorted(policies - {"noeviction"}) if policies else ["unknown"]
-    return f"maxmemory-policy is {', '.join(wrong)}; it must be noeviction, or budgets may vanish" if wrong else None
+    """What is wrong with the store's eviction policy, from ``INFO memory``, which redis-py parses."""
+    if isinstance(info, bytes):
+        lines = info.decode(errors="replace").splitlines()
+        info = dict(line.split(":", 1) for line in lines if ":" in line)
+    policy = str(info.get("maxmemory_policy", "unknown")) if isinstance(info, Mapping) else "unknown"
+    if policy == "noeviction":
+        return None
+    return f"maxmemory-policy is {policy}; it must be noeviction, or budgets may vanish"
 
 
 def page_size(limit: int) -> int:

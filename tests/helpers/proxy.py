@@ -22,6 +22,7 @@ class _Connection:
         self.asked = False
         self.greeting = False
         self.losing = False
+        self.forgotten = False
 
 
 class Proxy:
@@ -35,6 +36,8 @@ class Proxy:
     it connects is answered, and that the server does not know a script yet is no answer in this sense.
     ``freeze()``: half-open. Connections stand and new ones are accepted, but nothing passes, either way, until
     ``thaw()``; then comes what was under way, though its sender may long have gone.
+    ``forget(count)``: as a NAT does, of the oldest connections or of all: they stand for both sides, but what either
+    sends vanishes. New connections pass.
     ``cut()``: every connection ends now, and so does each new one, until ``mend()``.
     ``delay_s``, ``bytes_per_s``: how long each piece is on its way, and how much fits through in a second.
 
@@ -60,6 +63,7 @@ class Proxy:
         self._thawed = asyncio.Event()
         self._thawed.set()
         self._connections: set[asyncio.Task[None]] = set()
+        self._standing: list[_Connection] = []
 
     @property
     def url(self) -> str:
@@ -102,6 +106,15 @@ class Proxy:
         self._thawed.set()
         self._opened()
 
+    @property
+    def connections(self) -> int:
+        """How many stand and are not forgotten."""
+        return sum(not connection.forgotten for connection in self._standing)
+
+    def forget(self, count: int | None = None) -> None:
+        for connection in self._standing[:count]:
+            connection.forgotten = True
+
     def cut(self) -> None:
         is_away(self.url)
         self._is_cut = True
@@ -133,6 +146,7 @@ class Proxy:
         assert task is not None
         self._connections.add(task)
         writers, pumps = [writer], []
+        connection = None
         try:
             if self._is_cut:
                 raise ConnectionResetError
@@ -140,6 +154,7 @@ class Proxy:
             upstream_reader, upstream_writer = await self._connect()
             writers.append(upstream_writer)
             connection = _Connection()
+            self._standing.append(connection)
             pumps = [
                 asyncio.ensure_future(self._requests(reader, upstream_writer, connection)),
                 asyncio.ensure_future(self._replies(upstream_reader, writer, connection)),
@@ -153,6 +168,8 @@ class Proxy:
             for open_writer in writers:
                 open_writer.close()
             self._connections.discard(task)
+            if connection in self._standing:
+                self._standing.remove(connection)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if isinstance(self._upstream, Path):
@@ -163,6 +180,8 @@ class Proxy:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: _Connection
     ) -> None:
         while chunk := await reader.read(1 << 20):
+            if connection.forgotten:
+                continue
             connection.greeting = b"\r\nCLIENT\r\n" in chunk
             if b"\r\nEVAL" in chunk:
                 fate = self.fate()
@@ -188,7 +207,8 @@ class Proxy:
                     return
                 if not connection.greeting:
                     await self._open.wait()
-            await self._pass(writer, chunk)
+            if not connection.forgotten:
+                await self._pass(writer, chunk)
 
 
 class ThreadedProxy:
@@ -232,6 +252,9 @@ class ThreadedProxy:
 
     def thaw(self) -> None:
         self._in_thread(_called(self.proxy.thaw))
+
+    def forget(self) -> None:
+        self._in_thread(_called(self.proxy.forget))
 
     def cut(self) -> None:
         self._in_thread(_called(self.proxy.cut))

@@ -102,8 +102,7 @@ class Background:
     async def read(self, command: Command) -> Any:
         """One read; raises as :meth:`tell`."""
         await self.store.open()
-        async with asyncio.timeout(self.timeout):
-            return await self.store.run(command)
+        return await self.store.run(command, self.time() + self.timeout)
 
     async def end(self) -> None:
         """Cancels what is under way, and waits until it has ended."""

@@ -324,7 +324,8 @@ class Coalescer:
         header = session.header
         ops = [call.request for call in batch]
         name, keys, args = encode_batch(session.keys, header, ops, simple=session.goes_simply())
-        return store.begin(name, keys, args, deadline, partial(self._told, batch, header))
+        told, resent = partial(self._told, batch, header), partial(_resend, batch)
+        return store.begin(name, keys, args, deadline, told, resent)
 
     def _told(self, batch: list[Call], header: Header, answer: Any) -> None:
         if isinstance(answer, Exception):
@@ -370,7 +371,7 @@ class Coalescer:
             if failed is not None and not isinstance(failure := store.failure(failed), NoScript):
                 raise failure
             await store.open()
-            answer = await store.apply(name, keys, args, deadline)
+            answer = await store.apply(name, keys, args, deadline, partial(_resend, batch))
         except (Transient, TimeoutError) as error:
             await self._again(batch, error)
         except (StoreUnavailable, OSError) as error:
@@ -419,9 +420,7 @@ class Coalescer:
         if isinstance(error, Transient) or self._trouble is None:  # else it says more than that time was over
             self._trouble = error
         if not isinstance(error, Transient) or error.sent:
-            for call in batch:
-                call.sent = True
-                call.request.again()
+            _resend(batch)
         self._put_back(self._expire(batch, self._trouble))
         if self.breaker.open:
             self._refuse_waiting()
@@ -473,8 +472,7 @@ class Coalescer:
         while True:
             try:
                 await self._store.open()
-                async with asyncio.timeout_at(call.deadline):
-                    answer = await self._store.run(command)
+                answer = await self._store.run(command, call.deadline)
                 self.breaker.heard_s = time.monotonic()
                 self._resume(call, answer)
                 return
@@ -581,6 +579,13 @@ class Coalescer:
             self._then.clear()
             for call in waiting:
                 self._throw(call, StoreUnavailable(str(closing), ambiguous=call.sent))
+
+
+def _resend(batch: list[Call]) -> None:
+    """Mark calls whose request is sent a second time: an attempt whose reply is lost may have been executed."""
+    for call in batch:
+        call.sent = True
+        call.request.again()
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

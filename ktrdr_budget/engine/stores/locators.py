@@ -15,6 +15,7 @@ from typing import Any
 
 from ktrdr_budget.engine.stores.servers import connection_to
 from ktrdr_budget.engine.stores.urls import Address, StoreUrl
+from ktrdr_budget.engine.stores.wire import TRUSTED_IDLE_S
 
 __all__ = ["ClusterLocator", "Locator", "NoServer", "Refused", "SentinelLocator"]
 
@@ -47,6 +48,7 @@ class _Source:
     def __init__(self, url: str) -> None:
         self._url = url
         self._connection: Any = None
+        self._answered_s = 0.0
         self._turn = asyncio.Lock()
 
     async def ask(self, commands: Sequence[Sequence[str]]) -> list[Any]:
@@ -58,6 +60,8 @@ class _Source:
         import redis
 
         async with asyncio.timeout(ANSWER_S), self._turn:
+            if asyncio.get_running_loop().time() - self._answered_s > TRUSTED_IDLE_S:
+                await self.close()
             if self._connection is not None:
                 try:
                     return await self._ask(commands)
@@ -71,7 +75,9 @@ class _Source:
             await self._connection.connect()
             for words in commands:
                 await self._connection.send_command(*words)
-            return [await self._connection.read_response() for _ in commands]
+            answers = [await self._connection.read_response() for _ in commands]
+            self._answered_s = asyncio.get_running_loop().time()
+            return answers
         except BaseException:  # also of an answer that is an error: the next is not waited for
             await self.close()
             raise

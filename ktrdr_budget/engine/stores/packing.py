@@ -11,6 +11,8 @@ from typing import Any
 
 from redis.asyncio import Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
 
+from ktrdr_budget.engine.stores import wire
+
 __all__ = ["Reader", "pack", "pool_of"]
 
 
@@ -66,8 +68,24 @@ class _Unix(_Own, UnixDomainSocketConnection):
 _OWN: dict[type[Any], type[Any]] = {Connection: _TCP, SSLConnection: _TLS, UnixDomainSocketConnection: _Unix}
 
 
+class _Pool(ConnectionPool):
+    """A pool that replaces connections which were idle for too long, as :class:`~.wire.Wires` does."""
+
+    async def release(self, connection: Any) -> None:
+        """See redis-py."""
+        connection.idle_since_s = asyncio.get_running_loop().time()
+        await super().release(connection)
+
+    async def ensure_connection(self, connection: Any) -> None:
+        """See redis-py."""
+        idle_since_s: float | None = getattr(connection, "idle_since_s", None)
+        if idle_since_s is not None and asyncio.get_running_loop().time() - idle_since_s > wire.TRUSTED_IDLE_S:
+            await connection.disconnect(nowait=True)
+        await super().ensure_connection(connection)
+
+
 def pool_of(url: str, **options: Any) -> ConnectionPool:
     """A connection pool of these connections, for a URL as redis-py understands it."""
-    pool: ConnectionPool = ConnectionPool.from_url(url, **options)
+    pool: ConnectionPool = _Pool.from_url(url, **options)
     pool.connection_class = _OWN.get(pool.connection_class, pool.connection_class)
     return pool

@@ -1,17 +1,22 @@
-"""One server of a store: redis-py's client for what is read, wires for batches."""
+"""One server of a store: wires for batches, redis-py's client where there are none."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
-from typing import Any
+import contextvars
+from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 from ktrdr_budget.engine.stores.failures import without_secrets
+from ktrdr_budget.engine.stores.racing import raced
 from ktrdr_budget.engine.stores.urls import Address
-from ktrdr_budget.engine.stores.wire import Wire, Wires
+from ktrdr_budget.engine.stores.wire import PATIENCE, Refusal, Wire, Wires
 from ktrdr_budget.errors import InvalidArgument
 
 __all__ = ["Server", "connection_to"]
+
+Result = TypeVar("Result")
 
 
 class Server:
@@ -27,6 +32,8 @@ class Server:
         self.address = address
         self.client = _client(url)
         self.wires = Wires()
+        self.wires.on_late = self._send_elsewhere
+        self._resending: set[asyncio.Task[None]] = set()
         self.left = False
         """Nothing more goes there; who waits for an answer still waits for it."""
         self.scripts: set[str] = set()
@@ -41,9 +48,9 @@ class Server:
         Raises:
             OSError, redis.RedisError: the server cannot be reached, or refuses this user.
         """
-        wire = self.wires.ready()
-        if wire is not None:
-            return wire
+        return self.wires.ready() or await self._connect()
+
+    async def _connect(self) -> Wire | None:
         limit = asyncio.timeout(self._connect_timeout)
         try:
             async with limit:
@@ -53,8 +60,66 @@ class Server:
                 raise
             raise ConnectionError("no answer to a new connection") from None
 
-    async def execute(self, words: Sequence[Any], asking: bool) -> Any:
+    # -- silent connections --------------------------------------------------------------------------------------------
+
+    def _send_elsewhere(self, silent: Wire) -> None:
+        # On no caller's behalf: an instrumentation must not see one here.
+        task = asyncio.get_running_loop().create_task(self._resend(silent), context=contextvars.Context())
+        self._resending.add(task)
+        task.add_done_callback(self._resending.discard)
+
+    async def _resend(self, silent: Wire) -> None:
+        """Send the request of a silent connection on a new one, too; the first reply counts.
+
+        The new connection decides what was wrong: if it replies first, the silent one is dead, and so may be each that
+        was idle meanwhile.
+        """
+        request = silent.request
+        try:
+            async with asyncio.timeout_at(silent.deadline):
+                fresh = await self._connect()
+        except Exception:
+            return  # the silent connection is still waited for, and a further attempt reports what is wrong
+        if fresh is None:
+            return
+        if silent.request is not request:
+            fresh.give_back()
+            return
+
+        def replied(reply: Any) -> None:
+            if silent.request is request and not (isinstance(reply, Exception) and not isinstance(reply, Refusal)):
+                self.wires.drop_idle()
+                silent.supersede(reply)
+
+        if silent.resent is not None:
+            silent.resent()
+        fresh.send(silent.words, silent.deadline, replied)
+
+    async def patiently(
+        self, send: Callable[[], Awaitable[Result]], deadline: float, resent: Callable[[], None] | None
+    ) -> Result:
+        """What the client sends, with the same second attempt on a new connection."""
+        if resent is None:
+            return await send()
+
+        async def again() -> Result:
+            await self.client.connection_pool.disconnect(inuse_connections=False)
+            resent()
+            return await send()
+
+        from redis import exceptions
+
+        now_s = asyncio.get_running_loop().time()
+        unanswered = (OSError, exceptions.ConnectionError, exceptions.TimeoutError)
+        return await raced(send, now_s + (deadline - now_s) * PATIENCE, again, unanswered)
+
+    async def execute(
+        self, words: Sequence[Any], asking: bool, deadline: float, resent: Callable[[], None] | None
+    ) -> Any:
         """One command by the client; ``asking`` a node of a cluster for what another is moving to it."""
+        return await self.patiently(partial(self._execute, words, asking), deadline, resent)
+
+    async def _execute(self, words: Sequence[Any], asking: bool) -> Any:
         try:
             if not asking:
                 return await self.client.execute_command(*words)
@@ -67,6 +132,9 @@ class Server:
 
     async def close(self) -> None:
         """Ends its connections, and returns when they have ended."""
+        for task in list(self._resending):
+            task.cancel()
+        await asyncio.gather(*self._resending, return_exceptions=True)
         await self.wires.close()
         await self.client.aclose()
 

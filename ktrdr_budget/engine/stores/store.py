@@ -24,6 +24,10 @@ __all__ = ["NoScript", "Store", "Transient", "check_url", "mask_url", "unavailab
 _HOPS_MAX = 5
 
 
+def _unnoticed() -> None:
+    """Called before a second attempt of what may run twice anyway."""
+
+
 class Store:
     """One store, reached through redis-py. Opens by itself; closing is final. This class: one server, that stays.
 
@@ -111,29 +115,46 @@ class Store:
     @property
     def ready(self) -> bool:
         """Whether a batch can be sent at once."""
-        return bool(self._wires.idle)
+        return self._wires.trusted
 
     def begin(
-        self, name: str, keys: Sequence[str], args: Sequence[str], deadline: float, told: Callable[[Any], None]
+        self,
+        name: str,
+        keys: Sequence[str],
+        args: Sequence[str],
+        deadline: float,
+        told: Callable[[Any], None],
+        resent: Callable[[], None],
     ) -> bool:
         """Sends one batch of a write script at once, if a connection is ready for it; returns whether it was.
 
         Args:
             deadline: the time of the event loop until which an answer is waited for.
             told: is called once, with the answer, or with an exception for :meth:`failure` to explain.
+            resent: called before the batch is sent a second time, because its connection is silent.
         """
         wire = self._wires.ready()
         if wire is None:
             return False
-        wire.send(("EVALSHA", script(name).sha, len(keys), *keys, *args), deadline, told)
+        wire.send(("EVALSHA", script(name).sha, len(keys), *keys, *args), deadline, told, resent)
         return True
 
-    async def apply(self, name: str, keys: Sequence[str], args: Sequence[str], deadline: float) -> Any:
+    async def apply(
+        self,
+        name: str,
+        keys: Sequence[str],
+        args: Sequence[str],
+        deadline: float,
+        resent: Callable[[], None] | None = None,
+    ) -> Any:
         """Runs one batch of a write script, connecting first if need be.
+
+        Args:
+            deadline, resent: as for :meth:`begin`; without ``resent`` it is not sent a second time.
 
         Raises:
             TimeoutError: there was no answer by the deadline, a time of the event loop.
-            Transient, StoreError: as for :meth:`execute`.
+            Transient, StoreError: as for :meth:`run`.
         """
 
         async def send(server: Server, words: Sequence[Any], asking: bool) -> Any:
@@ -141,17 +162,21 @@ class Store:
                 lua = script(name)
                 if lua.sha not in server.scripts:  # to be told so would take as long as to confirm what was not done
                     words = ("EVAL", lua.source, *words[2:])
-                left_s = deadline - asyncio.get_running_loop().time()
-                answer = await confirmed(server, words, asking, self.durability, keys[0], left_s, self.shown)
+
+                def confirm() -> Awaitable[Any]:
+                    left_s = deadline - asyncio.get_running_loop().time()
+                    return confirmed(server, words, asking, self.durability, keys[0], left_s, self.shown)
+
+                answer = await server.patiently(confirm, deadline, resent)
                 server.scripts.add(lua.sha)
                 return answer
             wire = await self._wire_to(server)
             if wire is None:
-                return await server.execute(words, asking)
+                return await server.execute(words, asking, deadline, resent)
             try:
-                if asking:
+                if asking:  # both commands need the same connection: neither is sent on another
                     await wire.ask(("ASKING",), deadline)
-                return await wire.ask(tuple(words), deadline)
+                return await wire.ask(tuple(words), deadline, None if asking else resent)
             finally:
                 wire.give_back()
 
@@ -167,11 +192,33 @@ class Store:
                 failure.sent = False
             raise failure from None
 
-    async def run(self, command: Command) -> Any:
-        """Runs a read script or a plain command."""
-        if command.script is not None:
-            return await self._evaluate(self.execute, script(command.script), command.keys, command.args)
-        return await self.execute(*command.args)
+    async def run(self, command: Command, deadline: float) -> Any:
+        """Runs a read script or a plain command.
+
+        Args:
+            deadline: the time of the event loop until which a reply is awaited.
+
+        Raises:
+            TimeoutError: there was no reply by then.
+            Transient: no answer, or one that will pass.
+            StoreError: the store refuses.
+        """
+
+        async def send(server: Server, words: Sequence[Any], asking: bool) -> Any:
+            # An idle connection for batches serves a lone read sooner than the client; many at once are the client's.
+            wire = None if asking else server.wires.ready()
+            if wire is None:
+                return await server.execute(words, asking, deadline, _unnoticed)
+            try:
+                return await wire.ask(tuple(words), deadline, _unnoticed)
+            finally:
+                wire.give_back()
+
+        execute = partial(self._deliver, send)
+        async with asyncio.timeout_at(deadline):
+            if command.script is not None:
+                return await self._evaluate(execute, script(command.script), command.keys, command.args)
+            return await execute(*command.args)
 
     async def _evaluate(
         self, execute: Callable[..., Awaitable[Any]], lua: Script, keys: Sequence[str], args: Sequence[str | int]
@@ -181,15 +228,6 @@ class Store:
         except NoScript:
             # EVAL loads it on the node that needs it, which SCRIPT LOAD would have to be told.
             return await execute("EVAL", lua.source, len(keys), *keys, *args)
-
-    async def execute(self, *words: Any) -> Any:
-        """One command.
-
-        Raises:
-            Transient: no answer, or one that will pass.
-            StoreError: the store refuses.
-        """
-        return await self._deliver(Server.execute, *words)
 
     async def _deliver(self, send: Callable[[Server, Sequence[Any], bool], Awaitable[Any]], *words: Any) -> Any:
         """Sends a command to where it belongs, following the nodes of a cluster."""

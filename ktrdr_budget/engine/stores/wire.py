@@ -2,6 +2,11 @@
 
 redis-py makes each connection (addresses, TLS, authentication, database); then it is taken over. Its client would spend
 as much time on a round trip as everything else together.
+
+A connection can be dead without a sign: a NAT or firewall that forgot it drops its packets in silence. Therefore one
+that was idle for longer than ``TRUSTED_IDLE_S`` is replaced before its next request, and a request without a reply
+after ``PATIENCE`` of its time is sent a second time, on a new connection (:mod:`.servers`). Idempotency keys make that
+safe.
 """
 
 from __future__ import annotations
@@ -10,7 +15,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["Refusal", "Wire", "Wires"]
+__all__ = ["PATIENCE", "TRUSTED_IDLE_S", "Refusal", "Wire", "Wires"]
+
+TRUSTED_IDLE_S = 2.0
+"""An idle connection of this age is not used again. The pulse of an idle replica, each second, keeps one connection
+younger (:mod:`ktrdr_budget.engine.driver.recovery`), so that a lone call finds a connection ready."""
+PATIENCE = 0.25
+"""The share of a request's time after which it is sent on a second connection, too."""
 
 
 class Refusal(Exception):
@@ -28,14 +39,32 @@ class Wires:
         self.standing: set[Wire] = set()
         self.idle: list[Wire] = []
         self.on_end = on_end
+        self.on_late: Callable[[Wire], None] | None = None
+        """Called with a connection whose request has waited for :data:`PATIENCE` of its time."""
+
+    @property
+    def trusted(self) -> bool:
+        """Whether :meth:`ready` has a connection; those that were idle for too long end here."""
+        idle = self.idle
+        if not idle:
+            return False
+        trusted_since_s = asyncio.get_running_loop().time() - TRUSTED_IDLE_S
+        while idle and idle[0].idle_since_s < trusted_since_s:  # the oldest come first
+            idle.pop(0).drop()
+        return bool(idle)
 
     def ready(self) -> Wire | None:
         """A connection that carries nothing."""
-        while self.idle:
+        while self.trusted:
             wire = self.idle.pop()
             if wire.stands:
                 return wire
         return None
+
+    def drop_idle(self) -> None:
+        """End all idle connections."""
+        while self.idle:
+            self.idle.pop().drop()
 
     async def connect(self, client: Any) -> Wire | None:
         """Another connection, made as redis-py's client makes its own.
@@ -111,7 +140,16 @@ class Wire(asyncio.Protocol):
         self._pack = pack
         self._told: Callable[[Any], None] | None = None
         self._lent = False
-        self._deadline = 0.0
+        self._dropped = False
+        self.words: tuple[str | int, ...] = ()
+        """The request that the connection carries, or carried last."""
+        self.resent: Callable[[], None] | None = None
+        """To be called before that request is sent on another connection, too."""
+        self.deadline = 0.0
+        """The time of the event loop until which its reply is awaited."""
+        self.idle_since_s = 0.0
+        """When it last became idle, in time of the event loop."""
+        self._wake_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self.ended: asyncio.Future[None] = self._loop.create_future()
         """Done when the connection has ended."""
@@ -128,27 +166,39 @@ class Wire(asyncio.Protocol):
         """A mark of the request whose answer is waited for; ``None`` if there is none."""
         return self._told
 
-    def send(self, words: tuple[str | int, ...], deadline: float, told: Callable[[Any], None]) -> None:
+    def send(
+        self,
+        words: tuple[str | int, ...],
+        deadline: float,
+        told: Callable[[Any], None],
+        resent: Callable[[], None] | None = None,
+    ) -> None:
         """Sends one command.
 
         Args:
             deadline: the time of the event loop until which an answer is waited for.
             told: is called once, with the answer or with an exception: :class:`Refusal`, ``TimeoutError``, or
                 ``ConnectionResetError`` if the connection has ended.
+            resent: called before the command is sent on another connection, too; ``None`` forbids that.
         """
         assert self._told is None
         packed = self._pack(words)
         self._told = told
-        self._deadline = deadline
-        if self._timer is None or self._timer.when() > deadline:
+        self.words = words
+        self.resent = resent
+        self.deadline = self._wake_s = deadline
+        if resent is not None:
+            now_s = self._loop.time()
+            self._wake_s = now_s + (deadline - now_s) * PATIENCE
+        if self._timer is None or self._timer.when() > self._wake_s:
             self._watch()
         self._transport.write(packed)
 
-    async def ask(self, words: tuple[str | int, ...], deadline: float) -> Any:
+    async def ask(self, words: tuple[str | int, ...], deadline: float, resent: Callable[[], None] | None = None) -> Any:
         """Sends one command and waits for its answer; raises what :meth:`send` tells. Then :meth:`give_back`."""
         self._lent = True
         reply: asyncio.Future[Any] = self._loop.create_future()
-        self.send(words, deadline, lambda answer: None if reply.done() else reply.set_result(answer))
+        self.send(words, deadline, lambda answer: None if reply.done() else reply.set_result(answer), resent)
         try:
             answer = await reply
         except BaseException:
@@ -162,7 +212,23 @@ class Wire(asyncio.Protocol):
         """Lets others use the connection again, if it stands."""
         self._lent = False
         if self.stands:
-            self._home.idle.append(self)
+            self._rest()
+
+    def _rest(self) -> None:
+        self.idle_since_s = self._loop.time()
+        self._home.idle.append(self)
+
+    def supersede(self, reply: Any) -> None:
+        """Take this reply, of another connection, for the request; end this connection, which did not reply."""
+        told, self._told = self._told, None
+        self.drop()
+        if told is not None:
+            told(reply)
+
+    def drop(self) -> None:
+        """End the connection without a word to its home: the server is not in doubt."""
+        self._dropped = True
+        self.abort()
 
     def abort(self) -> None:
         """Ends the connection; what was not sent yet is dropped."""
@@ -179,14 +245,19 @@ class Wire(asyncio.Protocol):
         """One timer serves many requests: making one for each would cost as much as sending it."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(self._deadline, self._look)
+        self._timer = self._loop.call_at(self._wake_s, self._look)
 
     def _look(self) -> None:
         self._timer = None
         if self._told is None:
             return
-        if self._loop.time() < self._deadline:
+        if self._loop.time() < self._wake_s:
             self._watch()
+        elif self._wake_s < self.deadline:
+            self._wake_s = self.deadline
+            self._watch()
+            if self._home.on_late is not None:
+                self._home.on_late(self)
         else:
             self.abort()
             self._tell(TimeoutError())
@@ -202,7 +273,7 @@ class Wire(asyncio.Protocol):
         if isinstance(answer, Exception):
             answer = Refusal(str(answer).removeprefix("ERR "))
         if self._told is not None and not self._lent:
-            self._home.idle.append(self)
+            self._rest()
         self._tell(answer)
 
     def connection_lost(self, error: Exception | None) -> None:
@@ -212,6 +283,6 @@ class Wire(asyncio.Protocol):
         self._home.standing.discard(self)
         if not self.ended.done():
             self.ended.set_result(None)
-        if self._home.on_end is not None:
+        if self._home.on_end is not None and not self._dropped:
             self._home.on_end()
         self._tell(ConnectionResetError("the connection has ended"))

@@ -24,9 +24,9 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     apply = Store.apply
 
-    async def watched(self: Store, name: str, keys: Any, args: Any, deadline: float) -> Any:
+    async def watched(self: Store, name: str, keys: Any, args: Any, *further: Any) -> Any:
         found.append((caller.get(), " ".join(map(str, args))))
-        return await apply(self, name, keys, args, deadline)
+        return await apply(self, name, keys, args, *further)
 
     monkeypatch.setattr(Store, "apply", watched)
     monkeypatch.setattr(Store, "ready", False)
@@ -52,9 +52,9 @@ async def test_a_read_is_sent_in_its_callers_context(server: Server, monkeypatch
     asked = []
     run = Store.run
 
-    async def watched(self: Store, command: Any) -> Any:
+    async def watched(self: Store, command: Any, deadline: float) -> Any:
         asked.append((caller.get(), str(command)))
-        return await run(self, command)
+        return await run(self, command, deadline)
 
     monkeypatch.setattr(Store, "run", watched)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:

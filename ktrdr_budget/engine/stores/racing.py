@@ -1,0 +1,56 @@
+"""A second attempt beside one that is silent: the first result of both counts."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+__all__ = ["raced"]
+
+Result = TypeVar("Result")
+
+
+async def raced(
+    work: Callable[[], Awaitable[Result]],
+    second_at_s: float,
+    second: Callable[[], Awaitable[Result]],
+    ignored: tuple[type[Exception], ...],
+) -> Result:
+    """Await ``work()``; if it still runs at that time of the event loop, start ``second()`` beside it.
+
+    After an ``ignored`` failure of the second attempt, the first one goes on.
+    """
+    loop = asyncio.get_running_loop()
+    context = contextvars.copy_context()
+    attempts: list[asyncio.Task[Result]] = []
+    scope = asyncio.timeout(None)
+
+    def begin() -> None:
+        task = loop.create_task(_awaited(second), context=context)
+        attempts.append(task)
+        task.add_done_callback(ended)
+
+    def ended(task: asyncio.Task[Result]) -> None:
+        if not task.cancelled() and not isinstance(task.exception(), ignored) and attempts:
+            scope.reschedule(loop.time())
+
+    timer = loop.call_at(second_at_s, begin)
+    try:
+        async with scope:
+            return await work()
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        return attempts[0].result()
+    finally:
+        timer.cancel()
+        unfinished = [task for task in attempts if not task.done()]
+        attempts.clear()
+        for task in unfinished:
+            task.cancel()
+
+
+async def _awaited(work: Callable[[], Awaitable[Result]]) -> Result:
+    return await work()

@@ -1,0 +1,195 @@
+"""A NAT that forgets a connection drops its packets in silence: no call is denied for it, or waits for its deadline.
+
+litellm PR #31577, redis-py #722.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
+from ktrdr_budget.engine.driver import recovery
+from ktrdr_budget.engine.stores import packing, wire
+from ktrdr_budget.engine.stores.locators import ClusterLocator, SentinelLocator
+
+from .helpers.keyspace import sums
+from .helpers.patience import away
+from .helpers.proxy import Proxy, ThreadedProxy
+from .helpers.stopwatch import Stopwatch
+from .helpers.waiting import until
+
+BUDGETS = [Budget("agent", "100.00"), Budget("cycles", 10_000, unit="cycles")]
+BURST = 300
+TIMEOUT_S = 4.0
+RESENT_S = TIMEOUT_S * wire.PATIENCE
+LATEST_S = TIMEOUT_S * 0.75
+"""A second attempt has been answered long before this; a call that waits for its deadline has not ended."""
+
+
+@pytest.fixture(params=["wires", "client"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How batches travel: over connections of their own, or by redis-py's client."""
+    if request.param == "client":
+        monkeypatch.setattr(packing, "Reader", None)
+    return str(request.param)
+
+
+@pytest.fixture
+def no_pulse(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle replica asks nothing, so that the first burst meets what was forgotten."""
+    monkeypatch.setattr(recovery, "PULSE_S", 3600.0)
+
+
+@pytest.fixture
+async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
+    async with Proxy(server.socket_path, ("127.0.0.1", 0)) as made:
+        with away(made.url):  # the deadlines below are the subject
+            yield made
+
+
+async def burst(limiter: AsyncBudgetLimiter) -> float:
+    """Seconds in which so many reservations end, all of them granted and none a replay; then commits them."""
+    with Stopwatch() as took:
+        holds = await asyncio.gather(*[limiter.reserve("agent", "0.10") for _ in range(BURST)])
+    assert not any(hold.replayed for hold in holds)
+    await asyncio.gather(*[hold.commit("0.05") for hold in holds])
+    return took.seconds
+
+
+async def aged(limiter: AsyncBudgetLimiter) -> None:
+    """Until each idle connection is too old to be trusted."""
+    loop, server = asyncio.get_running_loop(), limiter._store._server
+    assert server is not None
+    idle = [*server.wires.idle, *server.client.connection_pool._available_connections]
+    assert idle
+    await until(lambda: all(loop.time() - each.idle_since_s > wire.TRUSTED_IDLE_S for each in idle))
+
+
+async def test_a_burst_after_idleness_uses_no_connection_that_was_idle(proxy, way, no_pulse, client):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await burst(limiter)
+        await aged(limiter)
+        proxy.forget()
+        assert await burst(limiter) < RESENT_S, "nothing had to be sent a second time"
+        assert limiter.unresolved == 0
+    assert sums(client)["spent"] == 2 * BURST * 50_000_000
+
+
+async def test_the_pulse_of_an_idle_replica_keeps_a_connection_in_trust(proxy, way):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await limiter.record("agent", "0.01")
+        loop = asyncio.get_running_loop()
+        ends = loop.time() + 1.5 * wire.TRUSTED_IDLE_S
+        connections = set(proxy._connections)
+        while loop.time() < ends:
+            await asyncio.sleep(0.05)
+        assert (await limiter.status("agent")).spent == Decimal("0.01")
+        assert (await limiter.reserve("agent", "0.01")).state == "open"
+        assert set(proxy._connections) <= connections, "no connection was made for them"
+
+
+@pytest.mark.parametrize("forgotten", [1, None], ids=["one", "all"])
+async def test_a_burst_on_forgotten_connections_is_sent_again_on_new_ones(proxy, way, no_pulse, forgotten, client):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await burst(limiter)
+        proxy.forget(forgotten)
+        assert await burst(limiter) < LATEST_S
+        assert limiter.store_state == "closed"
+    assert sums(client) == {"spent": 2 * BURST * 50_000_000, "held": 0, "unconfirmed": 0, "events": 2 * BURST}
+
+
+async def test_a_request_that_runs_and_whose_reply_is_forgotten_counts_once(proxy, way, no_pulse, client):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await limiter.record("agent", "0.01")
+        proxy.hold_replies()
+        reserving = asyncio.create_task(limiter.reserve("agent", "0.10"))
+        await until(lambda: sums(client)["held"] == 100_000_000)
+        proxy.forget()
+        proxy.let_go()
+        hold = await reserving
+        assert not hold.replayed
+        await hold.commit("0.05")
+    assert sums(client)["spent"] == 60_000_000
+
+
+@pytest.mark.parametrize("durability", ["disk"])
+async def test_batches_that_must_be_confirmed_are_sent_again_too(start_server: Callable, no_pulse, durability):
+    own = start_server(None, "--appendonly", "yes")
+    async with Proxy(own.socket_path, ("127.0.0.1", 0)) as proxy:
+        with away(proxy.url):
+            async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S, durability=durability) as limiter:
+                await limiter.record("agent", "0.01")
+                proxy.forget()
+                with Stopwatch() as took:
+                    await limiter.record("agent", "0.01")
+                assert took.seconds < LATEST_S
+    own.kill()
+
+
+async def test_reads_are_sent_again_too(proxy, way, no_pulse):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await asyncio.gather(*[limiter.status("agent") for _ in range(20)])
+        proxy.forget()
+        with Stopwatch() as took:
+            statuses = await asyncio.gather(*[limiter.status("agent") for _ in range(20)])
+        assert took.seconds < LATEST_S
+        assert {status.spent for status in statuses} == {0}
+
+
+async def test_a_slow_link_is_waited_for(proxy, way, no_pulse, client):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        for _ in range(2):  # the store knows the scripts
+            await limiter.reserve("agent", "0.10")
+        proxy.delay_s = 0.4 * TIMEOUT_S  # each way: its reply comes after a new connection could have been made
+        assert (await limiter.reserve("agent", "0.10")).state == "open"
+        proxy.delay_s = 0.0
+        assert limiter.store_state == "closed"
+    assert sums(client)["held"] == 300_000_000
+
+
+@pytest.mark.parametrize(
+    ("locator", "form"), [(SentinelLocator, "redis+sentinel://{}/main"), (ClusterLocator, "redis+cluster://{}")]
+)
+async def test_stores_that_move_do_the_same_and_are_not_looked_for_again(
+    proxy, way, no_pulse, locator, form, monkeypatch, client
+):
+    place = proxy.url.removeprefix("redis://")
+    asked = []
+
+    async def find(self, doubted):
+        asked.append(doubted)
+        return ("127.0.0.1", int(place.rpartition(":")[2]))
+
+    async def listen(self, told):
+        await asyncio.Event().wait()
+
+    monkeypatch.setattr(locator, "find", find)
+    monkeypatch.setattr(locator, "listen", listen)
+    async with AsyncBudgetLimiter(form.format(place), BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await burst(limiter)
+        await aged(limiter)
+        proxy.forget()
+        assert await burst(limiter) < RESENT_S
+        proxy.forget(1)
+        assert await burst(limiter) < LATEST_S
+        assert set(asked) <= {None, ("127.0.0.1", int(place.rpartition(":")[2]))}
+    assert sums(client)["spent"] == 3 * BURST * 50_000_000
+
+
+def test_the_sync_limiter_does_the_same(server, way, no_pulse, client):
+    with ThreadedProxy(server.socket_path, ("127.0.0.1", 0)) as proxy, away(proxy.url):
+        with BudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+            limiter.reserve("agent", "0.10").commit("0.05")
+            proxy.forget()
+            with Stopwatch() as took:
+                limiter.reserve("agent", "0.10").commit("0.05")
+            assert took.seconds < LATEST_S
+            proxy.forget()
+            with Stopwatch() as took:
+                assert limiter.status("agent").spent == Decimal("0.10")
+            assert took.seconds < LATEST_S
+    assert sums(client)["spent"] == 100_000_000

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Generic, Literal, TypeVar
+from typing import Generic, Literal, TypeVar, get_args
 
 from ktrdr_budget.errors import BudgetError, InvalidArgument, shown
 from ktrdr_budget.money import Amount, AmountIn, format_amount, from_units, to_units
@@ -25,6 +25,7 @@ __all__ = [
     "Status",
     "Statuses",
     "check_name",
+    "check_on_expiry",
     "check_ttl_ms",
     "identity_of",
 ]
@@ -59,6 +60,12 @@ def check_ttl_ms(ttl: object) -> int:
     if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 1 <= ttl <= TTL_MAX_S:
         raise InvalidArgument(f"ttl must be 1 to {TTL_MAX_S} seconds, not {shown(ttl)}")
     return int(ttl * 1000)
+
+
+def check_on_expiry(value: object) -> None:
+    """Raise :class:`~ktrdr_budget.errors.InvalidArgument` if it is no :data:`OnExpiry`."""
+    if not isinstance(value, str) or value not in get_args(OnExpiry):
+        raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {shown(value)}")
 
 
 @dataclass(frozen=True, slots=True)

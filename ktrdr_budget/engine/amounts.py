@@ -17,20 +17,20 @@ __all__ = ["Amounts", "check_amounts", "commit_modes", "spread"]
 Amounts = AmountIn | Mapping[str, AmountIn]
 
 
-def check_amounts(amounts: Amounts | None) -> None:
-    """Refuses what cannot be an amount of any unit, before a hold's budgets are known.
+def check_amounts(amounts: Amounts | None, *, positive: bool = False) -> None:
+    """Refuse what cannot be an amount of any unit, before a hold's budgets are known.
 
     Raises:
-        InvalidAmount: not a non-negative number.
+        InvalidAmount: not a non-negative number, or zero although ``positive``.
     """
     values: list[AmountIn] = (
         list(amounts.values()) if isinstance(amounts, Mapping) else [] if amounts is None else [amounts]
     )
     for value in values:
         try:
-            to_units(value, "usd")
+            to_units(value, "usd", positive=positive)
         except InvalidAmount:
-            to_units(value, "count")  # a count may be larger than dollars may
+            to_units(value, "count", positive=positive)  # a count may be larger than dollars may
 
 
 def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:

@@ -9,18 +9,24 @@ from typing import Any, TypeVar, cast
 
 from ktrdr_budget.engine import holds
 from ktrdr_budget.engine.amounts import Amounts, check_amounts
-from ktrdr_budget.engine.holds import HoldBase, OnError, check_on_error
+from ktrdr_budget.engine.holds import HoldBase, OnError
 from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
 from ktrdr_budget.metering.defaults import default_async_limiter, default_limiter, set_default_limiter
-from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, check_name, check_ttl_ms
+from ktrdr_budget.metering.hold_arguments import (
+    LABEL_CHARACTERS_MAX,
+    Limiter,
+    check_callable,
+    check_hold_arguments,
+    check_limiter_source,
+)
+from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry
 from ktrdr_budget.money import AmountIn
 from ktrdr_budget.sync import BudgetLimiter, Hold
 
 __all__ = ["budgeted", "current_hold", "set_default_limiter"]
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-Limiter = AsyncBudgetLimiter | BudgetLimiter
 
 
 def budgeted(
@@ -49,10 +55,23 @@ def budgeted(
         ttl, on_expiry, on_error: as for ``limiter.hold(...)``.
 
     Raises:
-        InvalidArgument: an argument is not usable, or the function is a generator.
+        InvalidArgument: an argument is not usable, or the function is a generator: where it is written.
+        UnknownBudget: the limiter that is given was not given such a budget: likewise.
         BudgetExceeded: when the function is called: there is no room; it has not run.
     """
-    _check(budget, estimate, ttl, on_error)
+    check_limiter_source(limiter, [])
+    check_hold_arguments(
+        budget,
+        estimate,
+        limiter,
+        ttl=ttl,
+        on_expiry=on_expiry,
+        on_error=on_error,
+        operation=operation,
+        computed=True,
+    )
+    if cost is not None:
+        check_callable(cost, "cost", ["result"])
 
     def amount_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> AmountIn | None:
         return estimate(*arguments, **named) if callable(estimate) else estimate
@@ -61,7 +80,8 @@ def budgeted(
         if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
             raise InvalidArgument(f"{_name(function)} is a generator: use limiter.hold(...) inside it")
         label = _name(function) if operation is None else operation
-        options: dict[str, Any] = {"ttl": ttl, "on_expiry": on_expiry, "on_error": on_error, "operation": label[:256]}
+        label = label[:LABEL_CHARACTERS_MAX]
+        options: dict[str, Any] = {"ttl": ttl, "on_expiry": on_expiry, "on_error": on_error, "operation": label}
         is_async = inspect.iscoroutinefunction(function)
         if isinstance(limiter, (AsyncBudgetLimiter, BudgetLimiter)):
             _check_kind(limiter, is_async, function)
@@ -110,21 +130,6 @@ def _name(function: Callable[..., Any]) -> str:
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__qualname__", type(function).__qualname__))
-
-
-def _check(budget: object, estimate: object, ttl: float, on_error: object) -> None:
-    check_ttl_ms(ttl)
-    check_on_error(on_error)
-    if isinstance(budget, str):
-        check_name(budget, "budget name")
-        if estimate is None:
-            raise InvalidArgument(f"no estimate given for {budget!r}")
-    elif not isinstance(budget, Mapping) or not budget:
-        raise InvalidArgument("budget must be a name, or a mapping of names to estimates")
-    elif estimate is not None:
-        raise InvalidArgument("the estimates are in the mapping; give no other")
-    if not callable(estimate):
-        check_amounts(cast(Amounts, budget if estimate is None else estimate))
 
 
 def _told(cost: Callable[[Any], Amounts], result: Any, hold: HoldBase) -> Amounts | None:

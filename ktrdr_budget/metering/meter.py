@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ktrdr_budget.engine.holds import HoldBase, current_hold
-from ktrdr_budget.errors import InvalidArgument, UnknownBudget
+from ktrdr_budget.errors import InvalidArgument, UnknownBudget, shown
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.metering.calls import Call
 from ktrdr_budget.metering.prices import Pricer, Prices
-from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, check_ttl_ms
+from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, check_on_expiry, check_ttl_ms
 from ktrdr_budget.sync import BudgetLimiter
 
 __all__ = ["Call", "Meter"]
@@ -47,10 +47,13 @@ class Meter:
         on_expiry: OnExpiry = "charge",
     ) -> None:
         check_ttl_ms(ttl)
+        if not isinstance(limiter, (AsyncBudgetLimiter, BudgetLimiter)):
+            raise InvalidArgument(f"limiter must be an AsyncBudgetLimiter or a BudgetLimiter, not {shown(limiter)}")
+        if pricer is not None and not all(callable(getattr(pricer, name, None)) for name in ("price", "worst_case")):
+            raise InvalidArgument(f"pricer must have the methods of Prices, not be {shown(pricer)}")
         if isinstance(budgets, str) or not budgets:
             raise InvalidArgument(f"budgets must be one name or more, in a list, not {budgets!r}")
-        if on_expiry not in ("charge", "accrued", "release"):
-            raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {on_expiry!r}")
+        check_on_expiry(on_expiry)
         self.limiter = limiter
         self.pricer: Pricer = Prices.from_environment() if pricer is None else pricer
         self.units = {name: _unit(limiter, name) for name in budgets}

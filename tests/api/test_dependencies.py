@@ -21,6 +21,7 @@ from ktrdr_budget import (
     Budget,
     BudgetLimiter,
     Hold,
+    InvalidAmount,
     InvalidArgument,
     UnknownBudget,
     guard,
@@ -293,10 +294,79 @@ async def test_a_limiter_may_be_found_by_the_request(client, limiter):
     assert (figures(client), figures(client, "calls")) == ((to_units("0.15"), 0), (1, 0))
 
 
-def test_arguments_that_are_not_usable_are_refused():
-    for options in ({"limiter": "agent"}, {"ttl": 0}, {"on_error": "ignore"}):
-        with pytest.raises(InvalidArgument):
-            hold_budget("agent", estimate=Decimal("0.15"), **options)
+async def _awaited(request):
+    return None
+
+
+UNUSABLE = [
+    ("agent", {}),
+    ("agent", {"estimate": -1}),
+    ("agent", {"estimate": "-0.15"}),
+    ("agent", {"estimate": 0}),
+    ("agent", {"estimate": "much"}),
+    ("agent", {"estimate": float("nan")}),
+    ("agent", {"estimate": True}),
+    ("agent", {"estimate": "1e30"}),
+    ("agent", {"estimate": ["0.15"]}),
+    ("agent", {"estimate": lambda request: "0.15"}),
+    ("a b", {"estimate": "0.15"}),
+    ("", {"estimate": "0.15"}),
+    (7, {"estimate": "0.15"}),
+    (None, {"estimate": "0.15"}),
+    (["agent"], {"estimate": "0.15"}),
+    (lambda request: "agent", {"estimate": "0.15"}),
+    ({}, {}),
+    ({"agent": "0.15"}, {"estimate": "0.15"}),
+    ({"agent": -1}, {}),
+    ({"agent": None}, {}),
+    ({"agent": lambda request: 1}, {}),
+    ({"a b": 1}, {}),
+    ({7: 1}, {}),
+    ("agent", {"estimate": "0.15", "limiter": "agent"}),
+    ("agent", {"estimate": "0.15", "limiter": AsyncBudgetLimiter}),
+    ("agent", {"estimate": "0.15", "limiter": lambda: None}),
+    ("agent", {"estimate": "0.15", "limiter": lambda request, more: None}),
+    ("agent", {"estimate": "0.15", "limiter": _awaited}),
+    ("agent", {"estimate": "0.15", "ttl": 0}),
+    ("agent", {"estimate": "0.15", "ttl": "900"}),
+    ("agent", {"estimate": "0.15", "on_error": "ignore"}),
+    ("agent", {"estimate": "0.15", "on_expiry": "ignore"}),
+    ("agent", {"estimate": "0.15", "on_expiry": ["charge"]}),
+    ("agent", {"estimate": "0.15", "operation": 7}),
+    ("agent", {"estimate": "0.15", "operation": lambda request: "look"}),
+    ("agent", {"estimate": "0.15", "operation": "\ud800"}),
+]
+
+
+@pytest.mark.parametrize(("budget", "options"), UNUSABLE)
+def test_arguments_that_are_not_usable_are_refused_when_the_dependency_is_made(budget, options):
+    with pytest.raises(InvalidArgument):
+        hold_budget(budget, **options)
+
+
+def test_the_budgets_of_a_limiter_are_known_when_the_dependency_is_made(limiter):
+    for budget, options in (("nothing", {"estimate": 1}), ({"agent": 1, "nothing": 1}, {})):
+        with pytest.raises(UnknownBudget):
+            hold_budget(budget, limiter=limiter, **options)
+    with pytest.raises(InvalidAmount, match="whole number"):
+        hold_budget("calls", estimate="0.15", limiter=limiter)
+    assert hold_budget("calls", estimate=1, limiter=limiter)
+
+
+@pytest.mark.parametrize("estimate", ["0.15", 1, 0.15, Decimal("0.15"), 10_000_000])
+def test_an_amount_of_any_unit_is_usable_where_the_budget_is_not_known_yet(estimate):
+    assert hold_budget("agent", estimate=estimate)
+    assert hold_budget({"agent": estimate}, limiter=lambda connection: None)
+
+
+async def test_a_function_that_returns_no_limiter_is_named(server):
+    app = FastAPI()
+
+    @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15", limiter=lambda request: "redis://"))])
+    async def research() -> None: ...
+
+    with pytest.raises(InvalidArgument, match="must be an AsyncBudgetLimiter or a BudgetLimiter, not 'redis://'"):
+        await ask(app)
 
 
 # -- routes of `def` ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from decimal import Decimal
 
 import pytest
 
-from ktrdr_budget import Budget, BudgetExceeded, InvalidArgument, tracker
+from ktrdr_budget import Budget, BudgetExceeded, BudgetLimiter, InvalidArgument, UnknownBudget, tracker
 from ktrdr_budget.errors import InvalidAmount
 from ktrdr_budget.metering import defaults
 from ktrdr_budget.metering.decorators import budgeted, current_hold, set_default_limiter
@@ -283,6 +283,18 @@ def test_generators_are_refused():
         ("agent", {"estimate": "much"}),
         ("agent", {"estimate": 1, "ttl": 0}),
         ("agent", {"estimate": 1, "on_error": "ignore"}),
+        ("agent", {"estimate": 1, "on_expiry": "ignore"}),
+        ("agent", {"estimate": 1, "operation": 7}),
+        ("agent", {"estimate": 1, "cost": "0.15"}),
+        ("agent", {"estimate": 1, "cost": lambda: "0.15"}),
+        ("agent", {"estimate": 1, "limiter": "redis://"}),
+        ("agent", {"estimate": 1, "limiter": BudgetLimiter}),
+        ("agent", {"estimate": 1, "limiter": lambda request: None}),
+        ("agent", {"estimate": 0}),
+        ({"a b": 1}, {}),
+        ({"agent": None}, {}),
+        ({"agent": lambda pages: pages}, {}),
+        ({"agent": 1}, {"estimate": lambda pages: pages}),
         ({}, {}),
         ({"agent": 1}, {"estimate": 1}),
         ({"agent": -1}, {}),
@@ -292,6 +304,11 @@ def test_generators_are_refused():
 def test_arguments_that_are_not_usable_are_refused_where_the_function_is_written(budget, options):
     with pytest.raises(InvalidArgument):
         budgeted(budget, **options)
+
+
+def test_the_budgets_of_a_limiter_are_known_where_the_function_is_written(sync_limiter):
+    with pytest.raises(UnknownBudget):
+        budgeted("nothing", estimate=lambda: 1, limiter=sync_limiter)
 
 
 async def test_what_outlives_a_function_is_charged_with_what_the_function_told(client, limiter):

@@ -211,6 +211,10 @@ async def test_budgets_that_a_call_cannot_be_counted_in_are_refused(limiter):
         Meter(limiter, pricer=PRICES, ttl=0)
     with pytest.raises(InvalidArgument, match="on_expiry"):
         Meter(limiter, pricer=PRICES, on_expiry="never")
+    with pytest.raises(InvalidArgument, match="pricer"):
+        Meter(limiter, pricer={"road": "0.15"})
+    with pytest.raises(InvalidArgument, match="limiter"):
+        Meter("redis://", pricer=PRICES)
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,9 @@ def test_what_cannot_be_guarded_is_refused(provider: LocalProvider, server: Any)
     for wrong in ({"max_output_tokens": 0}, {"max_input_tokens": True}, {"unseen_output_tokens": -1}):
         with pytest.raises(InvalidArgument, match="must be a whole number"):
             guard(raw_client("anthropic", False, provider), limiter, **wrong)
+    for wrong in ({"provider": ""}, {"allow_unmetered": "no"}, {"pricer": "0.15"}):
+        with pytest.raises(InvalidArgument, match=next(iter(wrong))):
+            guard(raw_client("anthropic", False, provider), limiter, **wrong)  # type: ignore[arg-type]
     with pytest.raises(UnknownBudget):
         guard(raw_client("anthropic", False, provider), limiter, budgets=["other"])
 

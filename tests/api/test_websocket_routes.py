@@ -1,0 +1,285 @@
+"""`Depends(hold_budget(...))` on WebSocket routes, with a real server and a real client (fastapi-limiter PR #23)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, nullcontext, suppress
+from typing import Annotated, Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect
+from fastapi.responses import JSONResponse
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import ConnectionClosedError, InvalidStatus
+
+from ktrdr_budget import AsyncBudgetLimiter, AsyncHold, Budget, BudgetLimiter, Hold
+from ktrdr_budget.api import BudgetProblem, hold_budget
+from ktrdr_budget.metering.decorators import current_hold, set_default_limiter
+from ktrdr_budget.metering.meter import Meter
+from ktrdr_budget.metering.prices import ModelPrice, Prices
+from ktrdr_budget.metering.usage import Usage
+from ktrdr_budget.money import to_units
+
+from ..helpers.keyspace import spent_and_held
+from ..helpers.waiting import until
+
+BUDGETS = [Budget("agent", "1.00"), Budget("calls", 5, unit="requests")]
+MODEL = {"provider": "acme", "model": "road", "input_tokens_max": 10, "output_tokens_max": 1000}
+PRICES = Prices([ModelPrice("acme", "road", 10, 50)])
+ESTIMATE = to_units("0.15")
+SyncHeld = Annotated[
+    Hold,
+    Depends(hold_budget("agent", estimate="0.15", limiter=lambda connection: connection.app.state.limiter)),
+]
+Held = Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]
+
+
+@pytest.fixture
+def client(server):
+    """Looks into the store."""
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture
+def app(limiter):
+    set_default_limiter(limiter)
+    yield FastAPI()
+    set_default_limiter(None)
+
+
+@asynccontextmanager
+async def serving(app: FastAPI) -> AsyncIterator[str]:
+    """The app behind a real server; its address, without the scheme."""
+    config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", ws="websockets-sansio", access_log=False)
+    served = uvicorn.Server(config)
+    task = asyncio.create_task(served.serve())
+    try:
+        await until(lambda: served.started)
+        yield f"127.0.0.1:{served.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        served.should_exit = True
+        await task
+
+
+@asynccontextmanager
+async def visiting(app: FastAPI, path: str = "/live") -> AsyncIterator[ClientConnection]:
+    async with serving(app) as address, connect(f"ws://{address}{path}", proxy=None) as socket:
+        yield socket
+
+
+def echo(app: FastAPI, *, ends: str, accrued: str | None = None) -> None:
+    """A route that answers each word, and ends as such routes do."""
+
+    @app.websocket("/live")
+    async def live(socket: WebSocket, hold: Held) -> None:
+        await socket.accept()
+        assert current_hold() is hold
+        with suppress(WebSocketDisconnect) if ends == "caught" else nullcontext():
+            while (word := await socket.receive_text()) != "end":
+                if accrued is not None:
+                    hold.accrue(accrued)
+                await socket.send_text(word)
+        if ends == "raises":
+            raise ZeroDivisionError
+
+
+async def settled(client: Any, limiter: AsyncBudgetLimiter) -> tuple[int, list[str]]:
+    """What was spent, and what the entries of the ledger say, once nothing is held any more."""
+    await until(lambda: spent_and_held(client)[1] == 0)
+    return spent_and_held(client)[0], [entry.operation for entry in await limiter.ledger("agent")]
+
+
+# -- what a session costs ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("accrued", "spent"), [(None, "0.15"), ("0.02", "0.02")], ids=["said nothing", "accrued"])
+@pytest.mark.parametrize("ends", ["returned", "caught", "uncaught", "cut"])
+async def test_a_session_is_settled_once_however_it_ends(app, client, limiter, ends, accrued, spent):
+    """A client that leaves pays what one pays that stays to the end."""
+    echo(app, ends=ends, accrued=accrued)
+    async with serving(app) as address:
+        async with connect(f"ws://{address}/live", proxy=None) as socket:
+            await socket.send("it rains")
+            assert await socket.recv() == "it rains"
+            assert spent_and_held(client) == (0, ESTIMATE)
+            if ends == "returned":
+                await socket.send("end")
+                await socket.wait_closed()
+            elif ends == "cut":
+                socket.transport.abort()
+        assert await settled(client, limiter) == (to_units(spent), ["WEBSOCKET /live"])
+    assert await settled(client, limiter) == (to_units(spent), ["WEBSOCKET /live"])
+
+
+@pytest.mark.parametrize(("accrued", "entries"), [(None, 0), ("0.02", 1)])
+async def test_a_session_that_fails_costs_what_it_accrued(app, client, limiter, accrued, entries):
+    echo(app, ends="raises", accrued=accrued)
+    async with visiting(app) as socket:
+        await socket.send("it rains")
+        await socket.recv()
+        await socket.send("end")
+        await socket.wait_closed()
+        assert await settled(client, limiter) == (to_units(accrued or "0"), ["WEBSOCKET /live"] * entries)
+
+
+async def test_a_session_that_is_refused_by_its_route_costs_nothing(app, client, limiter):
+    @app.websocket("/live")
+    async def live(socket: WebSocket, hold: Held) -> None:
+        hold.accrue(0)
+        await hold.release()
+        await socket.close()
+
+    with pytest.raises(InvalidStatus):
+        async with visiting(app):
+            raise AssertionError
+    assert await settled(client, limiter) == (0, [])
+
+
+async def test_metered_calls_of_a_session_draw_from_its_hold(app, client, limiter):
+    meter = Meter(limiter, pricer=PRICES)
+
+    @app.websocket("/live/{topic}", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
+    async def live(socket: WebSocket, topic: str) -> None:
+        await socket.accept()
+        async with meter.call(**MODEL) as call:
+            assert call.hold is None
+            call.finish(Usage(10, 2))
+        await socket.send_text(topic)
+
+    async with visiting(app, "/live/rain") as socket:
+        assert await socket.recv() == "rain"
+        await socket.wait_closed()
+        spent, (label,) = await settled(client, limiter)
+        assert spent == 200_000
+        assert label.startswith("WEBSOCKET /live/{topic} ")
+
+
+async def test_a_dependency_of_the_whole_app_holds_for_requests_and_sockets(client, limiter):
+    app = FastAPI(dependencies=[Depends(hold_budget({"agent": "0.15", "calls": 1}, limiter=limiter))])
+
+    @app.get("/")
+    async def look() -> str:
+        return "it rains"
+
+    @app.websocket("/live")
+    async def live(socket: WebSocket) -> None:
+        await socket.accept()
+        await socket.send_text("it rains")
+
+    async with serving(app) as address:
+        async with httpx.AsyncClient() as visitor:
+            assert (await visitor.get(f"http://{address}/")).json() == "it rains"
+        async with connect(f"ws://{address}/live", proxy=None) as socket:
+            assert await socket.recv() == "it rains"
+            await socket.wait_closed()
+        await until(lambda: spent_and_held(client, "calls") == (2, 0))
+        assert await settled(client, limiter) == (2 * ESTIMATE, ["WEBSOCKET /live", "GET /"])
+
+
+async def test_a_limiter_may_be_found_by_the_socket_and_be_sync(server, client):
+    app = FastAPI()
+    with BudgetLimiter(server.url, BUDGETS) as sync_limiter:
+        app.state.limiter = sync_limiter
+
+        @app.websocket("/live")
+        async def live(socket: WebSocket, hold: SyncHeld) -> None:
+            await socket.accept()
+            hold.accrue("0.03")
+            await socket.receive_text()
+
+        async with visiting(app) as socket:
+            await until(lambda: spent_and_held(client)[1] == ESTIMATE)
+            await socket.close()
+            await until(lambda: spent_and_held(client) == (to_units("0.03"), 0))
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+
+async def test_a_session_without_room_is_answered_429_in_place_of_the_handshake(app, client, limiter):
+    echo(app, ends="returned")
+    await limiter.record("agent", "0.90")
+    with pytest.raises(InvalidStatus) as caught:
+        async with visiting(app):
+            raise AssertionError
+    answer = caught.value.response
+    assert (answer.status_code, answer.headers["content-type"]) == (429, "application/problem+json")
+    assert int(answer.headers["retry-after"]) > 0
+    document = json.loads(answer.body)
+    assert (document["code"], document["requested"], document["fits"]) == ("budget-exceeded", "0.15", "0.10")
+    assert spent_and_held(client) == (to_units("0.90"), 0)
+
+
+async def test_a_call_that_is_denied_in_an_open_session_closes_it_with_the_reason(app, client, limiter):
+    meter = Meter(limiter, pricer=PRICES)
+
+    @app.websocket("/live")
+    async def live(socket: WebSocket, hold: Held) -> None:
+        await socket.accept()
+        hold.accrue("0.02")
+        async with meter.call(**MODEL | {"output_tokens_max": 100_000}):
+            raise AssertionError
+
+    async with visiting(app) as socket:
+        with pytest.raises(ConnectionClosedError) as caught:
+            await socket.recv()
+        assert caught.value.rcvd is not None
+        assert caught.value.rcvd.code == 1008
+        assert caught.value.rcvd.reason.startswith("agent: ")
+        spent, _ = await settled(client, limiter)
+        assert spent == to_units("0.02")
+
+
+async def test_a_session_is_answered_503_while_the_store_is_away(start_server):
+    own = start_server()
+    app = FastAPI()
+    async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.1) as limiter:
+
+        @app.websocket("/live", dependencies=[Depends(hold_budget("agent", estimate="0.15", limiter=limiter))])
+        async def live(socket: WebSocket) -> None: ...
+
+        own.kill()
+        with pytest.raises(InvalidStatus) as caught:
+            async with visiting(app):
+                raise AssertionError
+    assert caught.value.response.status_code == 503
+    assert json.loads(caught.value.response.body)["code"] == "store-unavailable"
+
+
+async def test_a_server_that_cannot_answer_a_handshake_closes_the_socket(app, limiter):
+    echo(app, ends="returned")
+    await limiter.record("agent", "0.90")
+    sent = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    scope = {"type": "websocket", "path": "/live", "headers": [], "query_string": b"", "subprotocols": []}
+    await app(scope, receive, send)
+    (closed,) = sent
+    assert (closed["type"], closed["code"]) == ("websocket.close", 1008)
+    assert closed["reason"] == "agent: budget_exhausted ($0.10 remaining, need $0.15)"
+
+
+async def test_an_app_may_answer_a_socket_in_its_own_way(app, limiter):
+    @app.exception_handler(BudgetProblem)
+    async def sorry(socket: WebSocket, error: BudgetProblem) -> JSONResponse:
+        return JSONResponse({"sorry": error.problem.code}, 402)
+
+    echo(app, ends="returned")
+    await limiter.record("agent", "0.90")
+    with pytest.raises(InvalidStatus) as caught:
+        async with visiting(app):
+            raise AssertionError
+    assert (caught.value.response.status_code, json.loads(caught.value.response.body)) == (
+        402,
+        {"sorry": "budget-exceeded"},
+    )

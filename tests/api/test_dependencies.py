@@ -35,6 +35,7 @@ from ktrdr_budget.money import to_units
 
 from ..helpers.guarded import CLAUDE, MESSAGES, bill_nanos, raw_client
 from ..helpers.keyspace import ledger_sum, sums
+from ..helpers.served_app import serving
 from ..helpers.waiting import until
 
 BUDGETS = [Budget("agent", "1.00"), Budget("calls", 1, unit="requests")]
@@ -134,6 +135,36 @@ async def test_a_stream_is_paid_when_it_has_been_sent(app, client):
 
     assert (await ask(app)).text == "it rains"
     assert figures(client) == (to_units("0.02"), 0)
+
+
+@pytest.mark.parametrize(("accrued", "spent"), [("0", "0.15"), ("0.01", "0.02")])
+async def test_a_stream_whose_reader_leaves_is_settled_once(app, client, limiter, accrued, spent):
+    """fastapi #11143: a `yield` dependency and a streamed answer."""
+    closed = asyncio.Event()
+
+    @app.post("/")
+    async def research(hold: Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]) -> StreamingResponse:
+        async def words() -> AsyncIterator[str]:
+            try:
+                for word in ("it ", "rains "):
+                    hold.accrue(accrued)
+                    yield word
+                await asyncio.Event().wait()
+            finally:
+                closed.set()
+
+        return StreamingResponse(words())
+
+    async with serving(app) as address, httpx.AsyncClient() as visitor:
+        async with visitor.stream("POST", f"http://{address}/") as answer:
+            text = answer.aiter_text()
+            while "rains" not in await anext(text):
+                pass
+            assert figures(client) == (0, to_units("0.15"))
+        await closed.wait()
+        await until(lambda: figures(client)[1] == 0)
+    assert figures(client) == (to_units(spent), 0)
+    assert [entry.operation for entry in await limiter.ledger("agent")] == ["POST /"]
 
 
 @pytest.mark.parametrize(("accrued", "spent"), [("0", "0"), ("0.02", "0.02")])

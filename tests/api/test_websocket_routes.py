@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext, suppress
@@ -10,7 +9,6 @@ from typing import Annotated, Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import Depends, FastAPI, WebSocket, WebSocketDisconnect
 from fastapi.responses import JSONResponse
 from websockets.asyncio.client import ClientConnection, connect
@@ -25,6 +23,7 @@ from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.money import to_units
 
 from ..helpers.keyspace import spent_and_held
+from ..helpers.served_app import serving
 from ..helpers.waiting import until
 
 BUDGETS = [Budget("agent", "1.00"), Budget("calls", 5, unit="requests")]
@@ -50,20 +49,6 @@ def app(limiter):
     set_default_limiter(limiter)
     yield FastAPI()
     set_default_limiter(None)
-
-
-@asynccontextmanager
-async def serving(app: FastAPI) -> AsyncIterator[str]:
-    """The app behind a real server; its address, without the scheme."""
-    config = uvicorn.Config(app, port=0, log_config=None, lifespan="off", ws="websockets-sansio", access_log=False)
-    served = uvicorn.Server(config)
-    task = asyncio.create_task(served.serve())
-    try:
-        await until(lambda: served.started)
-        yield f"127.0.0.1:{served.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        served.should_exit = True
-        await task
 
 
 @asynccontextmanager

@@ -268,6 +268,28 @@ async def test_what_follows_the_end_of_the_model_counts_too(limiter: Any, server
     assert _spent(server) == 20_000 * INPUT + 12 * OUTPUT
 
 
+async def test_usage_on_every_chunk_is_charged_as_the_total_that_it_is(limiter: Any, server: Any) -> None:
+    """tensorzero #5481, pydantic-ai #5260: cumulative usage."""
+    running = [
+        _chunk([{"index": 0, "delta": {"content": "x"}, "finish_reason": None}], _counts("chat", 20, made))
+        for made in range(1, 9)
+    ]
+    stop = _chunk([{"index": 0, "delta": {}, "finish_reason": "stop"}], _counts("chat", 20, 9))
+    await Caller("chat", limiter, server).ask([*running, stop, "[DONE]"])
+    assert _spent(server) == 20 * INPUT + 9 * OUTPUT
+    assert _estimated(server) == [False]
+
+
+@pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("api", APIS)
+async def test_absurd_usage_is_charged_and_marked(limiter: Any, server: Any, api: str, streamed: bool) -> None:
+    """litellm #20615: far above what the request can have used; spend is a fact, and an overrun is counted."""
+    usage = _counts(api, 4_000_000, 3)
+    await Caller(api, limiter, server).ask(_events(api, usage, usage) if streamed else _document(api, usage))
+    assert _spent(server) == 4_000_000 * INPUT + 3 * OUTPUT
+    assert (await limiter.status("agent")).overruns == 1
+
+
 async def test_a_later_event_takes_no_cached_token_back(limiter: Any, server: Any) -> None:
     cached = {"cache_read_input_tokens": 500, "cache_creation": {"ephemeral_1h_input_tokens": 40}}
     first = {**_counts("messages", 100, 1), **cached, "cache_creation_input_tokens": 40}

@@ -320,3 +320,15 @@ async def test_an_unknown_model_is_not_admitted_at_a_fixed_cost_where_tokens_are
             with pytest.raises(UnmeteredCall, match="max_completion_tokens"):
                 await OPEN_ENDED["chat"](guarded)
         assert provider.requests == []
+
+
+@pytest.mark.parametrize("model", ["openrouter/auto", "openrouter/free", "@preset/mine", "openai/gpt-4o-of-tomorrow"])
+async def test_a_router_of_models_has_no_price_and_is_not_called(
+    opened: Any, provider: LocalProvider, model: str
+) -> None:
+    """litellm #42663, PR #30817, PR #39294; bifrost PR #5465."""
+    async with opened("openai", provider="openrouter") as g:
+        with pytest.raises(UnknownPrice):
+            made = g.client.chat.completions.create(model=model, max_tokens=5, messages=MESSAGES)
+            _ = await made if g.is_async else made
+        assert provider.requests == [] and g.counted == 0

@@ -132,8 +132,8 @@ class Op:
         self.head = head
         self.parts = parts
         self.letter = letter = head[0]
-        self.grants = letter == "R" or letter == "E"
-        """Whether this asks for money (and so is decided after everything that may give some back)."""
+        self.grants = letter == "R" or (letter == "E" and any(tail.split(":")[2] != "0" for _, tail in parts))
+        """Whether this asks for money, by a reservation or growth (and so is decided after what may give some back)."""
         self.tail = ""
         self.brief: str | None = None
         """Its head as ``simple.lua`` reads it, with these parts and this tail; ``None`` if that does not know it."""

@@ -13,7 +13,6 @@ import logging
 import math
 import threading
 import time
-from collections import deque
 from functools import partial
 from typing import Any
 
@@ -23,6 +22,7 @@ from ktrdr_budget.engine.driver.backlog import Backlog
 from ktrdr_budget.engine.driver.breaker import Breaker
 from ktrdr_budget.engine.driver.calls import Call, Observation, Observer
 from ktrdr_budget.engine.driver.deadlines import Deadlines
+from ktrdr_budget.engine.driver.queues import Queues
 from ktrdr_budget.engine.driver.recovery import Recovery
 from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.holds import HoldBase
@@ -72,10 +72,7 @@ class Coalescer:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
         """In which it ran at the first call."""
-        self._first: deque[Call] = deque()
-        """Whatever may give money back; decided before…"""
-        self._then: deque[Call] = deque()
-        """…what asks for money."""
+        self._queues = Queues()
         self._parked: dict[Call, asyncio.TimerHandle] = {}
         """What asks for money while replicas tell the store what it has lost, or touches a window that is not here."""
         self._deadlines = Deadlines(self._look)
@@ -237,11 +234,11 @@ class Coalescer:
         if isinstance(request, Command):
             self._spawn(self._command(call, request), call)
             return
-        (self._then if request.grants else self._first).append(call)
+        self._queues.put(call)
         lanes = self._lanes
         if call.deadline < self._deadlines.next_s:
             self._deadlines.watch(self._loop, call.deadline)
-        if lanes == 0 or (lanes < _LANES and len(self._first) + len(self._then) >= _SECOND_LANE_FROM):
+        if lanes == 0 or (lanes < _LANES and len(self._queues) >= _SECOND_LANE_FROM):
             self._lanes += 1
             self._loop.call_soon(self._next)  # what else this turn of the event loop asks for travels along
 
@@ -285,7 +282,7 @@ class Coalescer:
         self._open_lane()
 
     def _open_lane(self) -> None:
-        if not self._lanes and not self._closed and (self._first or self._then):
+        if not self._lanes and not self._closed and self._queues:
             assert self._loop is not None
             self._lanes += 1
             self._loop.call_soon(self._next)
@@ -297,22 +294,11 @@ class Coalescer:
 
     def _take(self) -> list[Call]:
         """The next batch, bounded so that the store is never busy with it for more than a few milliseconds."""
-        batch: list[Call] = []
         if self.recovery.active:
-            return batch
-        windows = 0
-        waiting = len(self._first) + len(self._then)
+            return []
         # Two lanes share what waits, so that the store works on one half while the other is being sent.
-        ops_max = min(_BATCH_OPS, max(_SECOND_LANE_FROM, -(-waiting // self._lanes)))
-        for queue in (self._first, self._then):
-            while queue and len(batch) < ops_max and windows < _BATCH_WINDOWS:
-                call = queue.popleft()
-                if call.future.cancelled() and not call.sent and not call.request.is_fact:
-                    call.flow.close()  # cancelled before it was sent: leaves nothing
-                    continue
-                windows += len(call.request.parts)
-                batch.append(call)
-        return batch
+        ops_max = min(_BATCH_OPS, max(_SECOND_LANE_FROM, -(-len(self._queues) // self._lanes)))
+        return self._queues.take(ops_max, _BATCH_WINDOWS)
 
     def _begin(self, batch: list[Call]) -> bool:
         """One round trip without a task, if a connection is ready; the answer goes to :meth:`_told`."""
@@ -355,7 +341,7 @@ class Coalescer:
         deadline = min(call.deadline for call in batch)
         assert self._loop is not None
         if failed is None and self.recovery.active:
-            self._put_back(batch)
+            self._queues.put_back(batch)
             return
         if failed is None and deadline <= self._loop.time():
             # Whose time is over is told so, and sends nothing any more.
@@ -386,7 +372,7 @@ class Coalescer:
         head, lines = parse_batch(answer)
         self._session.absorb(head, header)
         if head.went_back:  # it did nothing else: first it is told what it has lost
-            self._put_back(batch)
+            self._queues.put_back(batch)
             self.recovery.begin()
             return
         if head.due and not self._retiring:
@@ -400,10 +386,6 @@ class Coalescer:
                 self._enqueue(call, call.request)
             else:
                 self._resume(call, (line, head))
-
-    def _put_back(self, batch: list[Call]) -> None:
-        for call in reversed(batch):
-            (self._then if call.request.grants else self._first).appendleft(call)
 
     def _retire(self, due: tuple[str, ...]) -> None:
         """Makes due holds unconfirmed, on the way; whoever fails at it leaves it to the next."""
@@ -421,13 +403,12 @@ class Coalescer:
             self._trouble = error
         if not isinstance(error, Transient) or error.sent:
             _resend(batch)
-        self._put_back(self._expire(batch, self._trouble))
+        self._queues.put_back(self._expire(batch, self._trouble))
         if self.breaker.open:
             self._refuse_waiting()
-        waiting = [queue[0].deadline for queue in (self._first, self._then) if queue]
-        if waiting:
+        if self._queues:
             assert self._loop is not None
-            await asyncio.sleep(max(0.0, min(self._backoff_s, min(waiting) - self._loop.time())))
+            await asyncio.sleep(max(0.0, min(self._backoff_s, self._queues.next_s - self._loop.time())))
 
     def _expire(self, calls: list[Call], error: Exception | None) -> list[Call]:
         """Ends the calls whose deadline has come; returns the others."""
@@ -444,26 +425,19 @@ class Coalescer:
 
     def _refuse_waiting(self) -> None:
         """Ends what waits for a store that does not answer."""
-        waiting = [*self._first, *self._then]
-        self._first.clear()
-        self._then.clear()
-        for call in waiting:
+        for call in self._queues.clear():
             self._throw(call, self.breaker.refusal(ambiguous=call.sent))
 
     def _expire_waiting(self, error: Exception | None) -> None:
         """Ends calls whose deadline comes while nothing is sent."""
         self._trouble = error or self._trouble
-        for queue in (self._first, self._then):
-            waiting = list(queue)
-            queue.clear()
-            left = self._expire(waiting, self._trouble)
-            queue.extendleft(reversed(left))
+        self._queues.put_back(self._expire(self._queues.clear(), self._trouble))
         if self.breaker.open:
             self._refuse_waiting()
 
     def _look(self) -> float:
         self._expire_waiting(None)
-        return min([call.deadline for call in (*self._first, *self._then)], default=math.inf)
+        return min([call.deadline for call in self._queues], default=math.inf)
 
     async def _command(self, call: Call, command: Command) -> None:
         """A read, tried until its deadline."""
@@ -572,12 +546,9 @@ class Coalescer:
     def _refuse_rest(self, closing: StoreUnavailable) -> None:
         """Whoever still waits, for nothing is sent any more, is told so."""
         self.breaker.stop()
-        while self._parked or self._first or self._then:
+        while self._parked or self._queues:
             self._refuse_parked(closing)
-            waiting = [*self._first, *self._then]
-            self._first.clear()
-            self._then.clear()
-            for call in waiting:
+            for call in self._queues.clear():
                 self._throw(call, StoreUnavailable(str(closing), ambiguous=call.sent))
 
 

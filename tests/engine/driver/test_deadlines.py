@@ -24,7 +24,7 @@ async def hanging(server):
         with server.client() as client, away(server.url):
             client.client_pause(60_000, all=False)
             patient = asyncio.create_task(limiter.record("agent", "0.01", id="op_patient"))
-            await until(lambda: limiter._coalescer._lanes == 1 and not limiter._coalescer._first)
+            await until(lambda: limiter._coalescer._lanes == 1 and not limiter._coalescer._queues)
             yield limiter
             client.client_unpause()
         assert (await patient).state == "recorded"

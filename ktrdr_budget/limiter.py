@@ -425,22 +425,28 @@ class AsyncBudgetLimiter(LimiterBase):
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
-    async def status(self, budget: str) -> Status:
+    async def status(self, budget: str, *, complete: bool = False) -> Status:
         """A budget's window now.
+
+        After a loss of data, ``recovering_until`` is set while other replicas may still replay what they know.
+
+        Args:
+            complete: wait for them, and raise ``StoreUnavailable`` rather than return figures that may lack something.
 
         Raises:
             UnknownBudget: this limiter was not given it.
             DefinitionConflict: the store has another unit, period, timezone or kind of it.
             StoreUnavailable: unknown is not "all remaining".
         """
-        return (await self._coalescer.run(self._core.status([budget]), "status"))[0]  # type: ignore[no-any-return]
+        flow = self._core.status([budget], complete=complete)
+        return (await self._coalescer.run(flow, "status"))[0]  # type: ignore[no-any-return]
 
-    async def statuses(self) -> Statuses:
-        """All budgets of this limiter, at one instant.
+    async def statuses(self, *, complete: bool = False) -> Statuses:
+        """All budgets of this limiter, at one instant; ``complete`` as for :meth:`status`.
 
         One whose figures are unknown is not in the list: ``unavailable`` of the list has the error, by name.
         """
-        return await self._coalescer.run(self._core.statuses(), "status")  # type: ignore[no-any-return]
+        return await self._coalescer.run(self._core.statuses(complete=complete), "status")  # type: ignore[no-any-return]
 
     async def check(self) -> dict[str, str | None]:
         """Whether the store can be relied on now: per check what is wrong, or ``None``.

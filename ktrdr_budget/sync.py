@@ -381,13 +381,13 @@ class BudgetLimiter(LimiterBase):
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
-    def status(self, budget: str) -> Status:
+    def status(self, budget: str, *, complete: bool = False) -> Status:
         """See :meth:`AsyncBudgetLimiter.status`."""
-        return self._run(self._core.status([budget]), "status")[0]  # type: ignore[no-any-return]
+        return self._run(self._core.status([budget], complete=complete), "status")[0]  # type: ignore[no-any-return]
 
-    def statuses(self) -> Statuses:
+    def statuses(self, *, complete: bool = False) -> Statuses:
         """See :meth:`AsyncBudgetLimiter.statuses`."""
-        return self._run(self._core.statuses(), "status")  # type: ignore[no-any-return]
+        return self._run(self._core.statuses(complete=complete), "status")  # type: ignore[no-any-return]
 
     def check(self) -> dict[str, str | None]:
         """See :meth:`AsyncBudgetLimiter.check`."""

@@ -183,7 +183,7 @@ class BudgetTracker:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     def _status(self) -> Status:
-        return self.limiter.status(_BUDGET)
+        return self.limiter.status(_BUDGET, complete=True)
 
 
 def _label(operation_id: object) -> str:

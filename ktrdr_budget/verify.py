@@ -211,6 +211,7 @@ class Auditor:
     def _windows(
         books: Books, budgets: Sequence[Budget] | None, windows: Collection[tuple[str, str]] | None
     ) -> list[tuple[str, str]]:
+        books.check_timeline()
         if windows is not None and all("~" in window for _, window in windows):
             found = sorted(windows)
         else:

@@ -1,24 +1,14 @@
 -- status.lua: reads windows and the time that belongs to them. Writes nothing.
 --
--- KEYS   1 meta   2 limits   3 due   then a window's hash each
--- ARGV   a budget's name for each window, then for each 'expires_ms budget:window'
--- returns { now_us, '<epoch> <recovering_until_ms>', { due id… at most 32 }, window… }, a window being
---         { run-time limit or '', registered definition, limit, spent, held, unconfirmed, events, overruns, asserted }
---         with '' for what is not there; or one line that says why that window cannot be read, though others can. If it is
---         the only one that is asked for, that is an error, which a client knows to retry
+-- KEYS     1 meta   2 limits   3 due   then a window's hash each
+-- ARGV     1 replica   then a budget's name for each window, then for each 'expires_ms budget:window'
+-- returns  { head, { due id… at most 32 }, window… }; head as in read_head.lua, a window being
+--          { run-time limit or '', registered definition, limit, spent, held, unconfirmed, events, overruns, asserted }
+--          with '' for what is not there; or one line that says why that window cannot be read, though others can. If it is
+--          the only one that is asked for, that is an error, which a client knows to retry
 
-local time = redis.call('TIME')
-local now_us = string.format('%.0f', time[1] * 1000000 + time[2])
-local due = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', time[1] * 1000 + math.floor(time[2] / 1000)),
-  'LIMIT', 0, 32)
-local meta = redis.call('HMGET', KEYS[1], 'epoch', 'recovering_until')
-if meta[1] and meta[1]:sub(1, 2) ~= '2.' then
-  return redis.error_reply('KTRDRSCHEMA the store holds data of another schema than 2, which this version reads: '
-    .. 'use another tenant (KTRDR_TENANT), or empty the store')
-end
--- At most as long as prelude.lua sets it: it may have been said before the clock was set back.
-local recovering_until = math.min(tonumber(meta[2] or '0'), time[1] * 1000 + math.floor(time[2] / 1000) + 3000)
-local reply = { now_us, (meta[1] or '') .. ' ' .. string.format('%.0f', recovering_until), due }
+local due = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now_ms), 'LIMIT', 0, 32)
+local reply = { head, due }
 
 local function read(key, budget, window_name)
   local stored = redis.pcall('HMGET', key, 'def', 'limit', 'spent', 'held', 'unconfirmed', 'events', 'overruns',
@@ -36,9 +26,10 @@ local function read(key, budget, window_name)
   return window
 end
 
-for i = 1, #ARGV / 2 do
-  local window = read(KEYS[3 + i], ARGV[i], ARGV[#ARGV / 2 + i])
-  if #ARGV == 2 and type(window) == 'string' then return redis.error_reply(window) end
+local n_windows = #KEYS - 3
+for i = 1, n_windows do
+  local window = read(KEYS[3 + i], ARGV[1 + i], ARGV[1 + n_windows + i])
+  if n_windows == 1 and type(window) == 'string' then return redis.error_reply(window) end
   reply[#reply + 1] = window
 end
 return reply

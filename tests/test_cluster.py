@@ -252,8 +252,12 @@ async def test_while_half_a_tenant_has_moved_nothing_is_granted_and_the_policy_d
         for moved_first in sorted(source.client.scan_iter()):
             with either.migrating("default", target) as move:
                 move(moved_first)
-                assert (await limiter.get("op_1")).state == "open", "one key is wherever it is"
-                for call in (limiter.reserve("agent", "5.00"), limiter.reserve("cycles", 1), hold.extend()):
+                calls = [limiter.reserve("agent", "5.00"), limiter.reserve("cycles", 1), hold.extend()]
+                if moved_first in (limiter.keys.meta, limiter.keys.hold("op_1")):
+                    calls.append(limiter.get("op_1"))  # which timeline its record belongs to is not known
+                else:
+                    assert (await limiter.get("op_1")).state == "open"
+                for call in calls:
                     with hurried(limiter, 0.3), pytest.raises(StoreUnavailable):
                         await call
                 window(either)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from urllib.parse import quote, unquote
 
 from ktrdr_budget.engine.keys import public_window, split_name, stored_window
@@ -28,12 +28,15 @@ __all__ = [
     "LostCommit",
     "Op",
     "Prepared",
+    "Read",
+    "ReadHead",
     "Record",
     "Reply",
     "Reservation",
     "Window",
     "encode_batch",
     "parse_batch",
+    "parse_read",
     "parse_record",
 ]
 
@@ -311,13 +314,11 @@ class Header(NamedTuple):
 
 
 class Command(NamedTuple):
-    """A read script (``script`` set) or a plain command of the store."""
+    """A script (``script`` set) or a plain command of the store, whose reply says nothing of budgets or holds."""
 
     script: str | None
     keys: Sequence[str]
     args: Sequence[str | int]
-    prepares: Prepared | None = None
-    """The fact that is sent once this has been read."""
 
 
 class Prepared(NamedTuple):
@@ -326,6 +327,28 @@ class Prepared(NamedTuple):
     op: Op
     """The id and the key of the hold; its head only tells equal requests from others."""
     complete: Callable[[Record], Op]
+
+
+class Read(NamedTuple):
+    """A script that reads budgets or holds; its reply begins with a :class:`ReadHead`."""
+
+    script: str
+    keys: Sequence[str]
+    args: Sequence[str | int]
+    while_recovering: Literal["answers", "answers if found", "waits"] = "answers"
+    """Whether a reply counts while replicas replay what the store has lost: as it is, unless it is empty, or not."""
+    prepares: Prepared | None = None
+    """The fact that is sent once this has been read."""
+
+
+class ReadHead(NamedTuple):
+    """Which state of the store a read's reply shows."""
+
+    now_us: int
+    epoch: str
+    acknowledged: int
+    recovering_until_ms: int
+    """0 if nothing that is known to be lost may still be missing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -425,6 +448,13 @@ def parse_batch(reply: bytes | str) -> tuple[Head, list[str]]:
     head = Head(int(words[0]), words[1] == "L", int(words[2]), epoch, tuple(words[4:]))
     del lines[0]
     return head, lines
+
+
+def parse_read(reply: Sequence[Any]) -> tuple[ReadHead, Sequence[Any]]:
+    """The head of a read's reply, and what follows it."""
+    head = reply[0].decode() if isinstance(reply[0], bytes) else reply[0]
+    now_us, epoch, acknowledged, recovering_until_ms = head.split(" ")
+    return ReadHead(int(now_us), epoch, int(acknowledged), int(recovering_until_ms)), reply[1:]
 
 
 class Segment(NamedTuple):

@@ -1,8 +1,10 @@
 """How reading and administering go, step by step, for sync and async alike.
 
-A flow is a generator: it yields what to ask the store (:class:`~.protocol.Op` or :class:`~.protocol.Command`), is sent
-the answer, and returns the result. It validates before it yields, so that bad input is refused before anything is sent.
-Whoever drives it throws :class:`~ktrdr_budget.errors.StoreUnavailable` into it when the deadline has passed.
+A flow is a generator: it yields what to ask the store (:class:`~.protocol.Op`, :class:`~.protocol.Read` or
+:class:`~.protocol.Command`), is sent the answer, and returns the result. It validates before it yields, so that bad
+input is refused before anything is sent. The driver answers a read only from a store that has lost nothing, or that
+this replica has repaired; it throws :class:`~ktrdr_budget.errors.StoreUnavailable` into the flow when the deadline has
+passed.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from ktrdr_budget.engine.protocol import (
     Command,
     Op,
     Prepared,
+    Read,
     Record,
     Window,
     encode_batch,
@@ -47,7 +50,7 @@ if TYPE_CHECKING:
 __all__ = ["Flow", "Reads"]
 
 Result = TypeVar("Result")
-Flow = Generator[Op | Command, Any, Result]
+Flow = Generator[Op | Read | Command, Any, Result]
 
 RETIRE_ROUNDS = 64
 _PAGE_MAX = 1000
@@ -64,10 +67,7 @@ class Reads:
 
     def retire(self, due: Iterable[str]) -> Flow[None]:
         """Makes holds that are past their deadline unconfirmed."""
-        ids = list(due)
-        stored = yield Command(None, (), ("MGET", *map(self.session.keys.hold, ids)))
-        records = {i: parse_record(_str(value)) if value else None for i, value in zip(ids, stored, strict=True)}
-        yield from self._retire_records(records)
+        yield from self._retire_records(dict((yield from self._records(list(due)))))
 
     def _retire_records(self, records: Mapping[str, Record | None]) -> Flow[None]:
         for hold_id, record in records.items():
@@ -79,73 +79,71 @@ class Reads:
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
-    def status(self, names: Sequence[str]) -> Flow[list[Status]]:
+    def status(self, names: Sequence[str], *, complete: bool = False) -> Flow[list[Status]]:
         """Budgets now; holds that are due are retired first, so that they show as unconfirmed.
+
+        Args:
+            complete: wait while other replicas may still replay what the store has lost.
 
         Raises:
             DefinitionConflict: another definition of one is registered.
             StoreError: one cannot be read.
         """
-        found = yield from self._read_budgets([self.session.budget(name) for name in names])
+        found = yield from self._read_budgets([self.session.budget(name) for name in names], complete)
         for status in found:
             if not isinstance(status, Status):
                 raise status
         return [status for status in found if isinstance(status, Status)]
 
-    def statuses(self) -> Flow[Statuses]:
+    def statuses(self, *, complete: bool = False) -> Flow[Statuses]:
         """All budgets now; one whose figures are unknown does not hide the others."""
         budgets = self.session.budgets
-        found = yield from self._read_budgets([*budgets.values()])
+        found = yield from self._read_budgets([*budgets.values()], complete)
         unavailable = {
             name: status for name, status in zip(budgets, found, strict=True) if not isinstance(status, Status)
         }
         return Statuses([status for status in found if isinstance(status, Status)], unavailable)
 
-    def _read_budgets(self, budgets: Sequence[Budget]) -> Flow[list[Status | BudgetError]]:
+    def _read_budgets(self, budgets: Sequence[Budget], complete: bool) -> Flow[list[Status | BudgetError]]:
         """Each budget's figures, or why they are unknown."""
         session = self.session
         rounds, due_before = 0, None
         while True:
             windows = [session.current_window(budget.name) for budget in budgets]
-            known, age_us = session.epoch, session.age_us()
-            reply = yield self._status_command(windows)
-            now_us = int(reply[0])
-            session.set_clock(now_us, age_us)
-            epoch, _, recovering_until = _str(reply[1]).partition(" ")
-            session.see_epoch(epoch, known)
-            now_ms = now_us // 1000
-            if not all(window.span.contains(now_ms) for window in windows):
+            head, (due, *stored) = yield self._status_read(windows, complete)
+            now_us = head.now_us
+            if not all(window.span.contains(now_us // 1000) for window in windows):
                 continue
             rounds += 1
-            if not reply[2] or reply[2] == due_before or rounds == RETIRE_ROUNDS:
-                figures = zip(budgets, windows, reply[3:], strict=True)
-                repaired_ms = int(recovering_until) if int(recovering_until) > now_ms else 0
+            if not due or due == due_before or rounds == RETIRE_ROUNDS:
                 return [
-                    _status_or_error(budget, window, stored, now_us, repaired_ms, session.claim)
-                    for budget, window, stored in figures
+                    _status_or_error(budget, window, figures, now_us, head.recovering_until_ms, session.claim)
+                    for budget, window, figures in zip(budgets, windows, stored, strict=True)
                 ]
-            due_before = reply[2]
-            yield from self.retire([_str(hold_id) for hold_id in due_before])
+            due_before = due
+            yield from self.retire([_str(hold_id) for hold_id in due])
 
-    def _status_command(self, windows: Sequence[Window]) -> Command:
+    def _status_read(self, windows: Sequence[Window], complete: bool) -> Read:
         keys = self.session.keys
         names = [window.budget for window in windows]
         begun = [f"{window.expires_ms} {window.name}" for window in windows]
-        return Command(
-            STATUS, [keys.meta, keys.limits, keys.due, *(window.key for window in windows)], [*names, *begun]
+        return Read(
+            STATUS,
+            [keys.meta, keys.limits, keys.due, *(window.key for window in windows)],
+            [self.session.replica_id, *names, *begun],
+            "waits" if complete else "answers",
         )
 
     def _read(self, hold_id: str, prepared: Prepared | None = None) -> Flow[Record]:
         """A hold's record, retired if it is due, for the fact that this prepares."""
         retired = False
         while True:
-            stored = yield Command(None, (), ("GET", self.session.keys.hold(hold_id)), prepared)
-            if not stored:
-                raise UnknownHold(f"unknown hold {hold_id!r}")
-            if given_up(_str(stored)):
+            read = self.session.read("GET", [self.session.keys.hold(hold_id)], while_recovering="answers if found")
+            head, [stored] = yield read._replace(prepares=prepared)
+            if not stored or given_up(_str(stored)):
                 raise UnknownHold(f"unknown hold {hold_id!r}")
             record = parse_record(_str(stored))
-            if retired or record.state != "o" or record.deadline_ms > self.session.now_ms():
+            if retired or record.state != "o" or record.deadline_ms > head.now_us // 1000:
                 return record
             yield from self._retire_records({hold_id: record})
             retired = True
@@ -155,11 +153,12 @@ class Reads:
         budget = self.session.budget(name)
         page_size(limit)
         zset, offset = holds_cursor(cursor)
-        yield from self._read_budgets([budget])  # retires what is due, though the figures themselves may be unknown
+        yield from self._read_budgets([budget], False)  # retires what is due, though figures may be unknown
         found: list[HoldView] = []
         keys = (self.session.keys.due, self.session.keys.unconfirmed)
         while zset < len(keys):
-            ids = yield Command(None, (), ("ZREVRANGE", keys[zset], offset, offset + _PAGE_MAX - 1))
+            page = offset, offset + _PAGE_MAX - 1
+            _, [ids] = yield self.session.read("ZREVRANGE", [keys[zset]], page, while_recovering="waits")
             records = (yield from self._records(ids)) if ids else []
             for hold_id, record in records:
                 if len(found) == limit:
@@ -177,7 +176,7 @@ class Reads:
         For want of a better answer, of a window without end: when the last of them is.
         """
         try:
-            ids = yield Command(None, (), ("ZRANGE", self.session.keys.due, 0, _LOOKED_THROUGH - 1))
+            _, [ids] = yield self.session.read("ZRANGE", [self.session.keys.due], (0, _LOOKED_THROUGH - 1))
             records = (yield from self._records(ids)) if ids else []
         except StoreUnavailable:
             return 0
@@ -189,9 +188,9 @@ class Reads:
                     return open_ms
         return open_ms if window.span.end_ms is None and len(ids) == _LOOKED_THROUGH else 0
 
-    def _records(self, ids: Sequence[bytes]) -> Flow[list[tuple[str, Record | None]]]:
+    def _records(self, ids: Sequence[bytes | str]) -> Flow[list[tuple[str, Record | None]]]:
         names = [_str(hold_id) for hold_id in ids]
-        stored = yield Command(None, (), ("MGET", *map(self.session.keys.hold, names)))
+        _, [stored] = yield self.session.read("MGET", [*map(self.session.keys.hold, names)])
         return [(name, parse_record(_str(value)) if value else None) for name, value in zip(names, stored, strict=True)]
 
     def ledger(self, name: str, window: str | None, limit: int, cursor: str | None) -> Flow[Page[LedgerEntry]]:
@@ -204,7 +203,8 @@ class Reads:
             window = status.window
         window_named(budget.period, budget.timezone, window)
         key = self.session.keys.ledger(name, stored_window(window, budget.definition))
-        raw = yield Command(None, (), ("XREVRANGE", key, last, "-", "COUNT", limit))
+        words = (last, "-", "COUNT", limit)
+        _, [raw] = yield self.session.read("XREVRANGE", [key], words, while_recovering="waits")
         entries = tuple(parse_ledger_entry(entry[0], entry[1], budget.unit) for entry in raw)
         return Page(entries, entries[-1].entry_id if len(entries) == limit else None)
 
@@ -267,7 +267,7 @@ class Reads:
             refused = yield Command(PERMISSIONS, [names.meta, names.due, names.ledger("-", "-"), names.hold("-")], ())
             if refused:
                 return f"the store's user may not run {', '.join(map(_str, refused))}"
-            yield self._status_command(())
+            yield self._status_read((), False)
             yield Command("apply", keys, args)
         except StoreError as error:
             return str(error)

@@ -13,6 +13,7 @@ __all__ = [
     "CYCLES",
     "LIMITS",
     "PERMISSIONS",
+    "READ",
     "REINDEX",
     "REPAIR",
     "SIMPLE",
@@ -34,7 +35,8 @@ _PARTS = {
     # The same, and what is told of prepaid slabs.
     "prepaid": ("common", "prelude", *_WRITES, "shrink", "apply"),
     "repair": ("common", "prelude", "admission", "holds", "settle", "record", "repair", "apply"),
-    "status": ("status",),
+    "status": ("read_head", "status"),
+    "read": ("read_head", "read"),
     "limits": ("limits",),
     "correct": ("correct",),
     "permissions": ("permissions",),
@@ -43,7 +45,7 @@ _PARTS = {
 }
 _REPAIR = {"S", "T", "O"}
 _ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid"}
-STATUS, LIMITS, CYCLES, REPAIR = "status", "limits", "cycles", "repair"
+STATUS, READ, LIMITS, CYCLES, REPAIR = "status", "read", "limits", "cycles", "repair"
 CORRECT, REINDEX, PERMISSIONS = "correct", "reindex", "permissions"
 
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import itertools
 import secrets
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
 
 from ktrdr_budget.engine.keys import Keys, public_window, split_name, stored_window
 from ktrdr_budget.engine.memory import Memory
-from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Header, Op, Window, flag_of
+from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Header, Op, Read, ReadHead, Window, flag_of
+from ktrdr_budget.engine.scripts import READ
 from ktrdr_budget.errors import InvalidArgument, UnknownBudget, shown
 from ktrdr_budget.models import Budget, check_name
 from ktrdr_budget.periods import PERIODS, Span, window_at, window_named
@@ -137,6 +139,19 @@ class Session:
         """What is as the last batch will not be simple either, for a while."""
         self._detours = _DETOURS
 
+    # -- reads ---------------------------------------------------------------------------------------------------------
+
+    def read(
+        self,
+        command: str,
+        keys: Sequence[str],
+        args: Sequence[str | int] = (),
+        *,
+        while_recovering: Literal["answers", "answers if found", "waits"] = "answers",
+    ) -> Read:
+        """One command that reads ``keys``, which come first in it; its reply is a list of one item."""
+        return Read(READ, [self.keys.meta, *keys], [self.replica_id, command, *args], while_recovering)
+
     # -- the store's clock ---------------------------------------------------------------------------------------------
 
     def now_ms(self) -> int:
@@ -199,10 +214,22 @@ class Session:
         """For how long it has not."""
         return time.monotonic() - self.heard_s
 
-    def see_epoch(self, epoch: str, known: str) -> None:
-        """Suspects a loss by what a read tells; ``known`` is the epoch that this replica knew when it asked."""
-        if known not in ("-", epoch) and known == self._epoch and self.on_suspicion is not None:
+    def believes(self, head: ReadHead, sent: Header) -> bool:
+        """Whether a read's reply shows the timeline that this replica knows; if not, a loss is suspected (P13).
+
+        Learns the clock, and the epoch if none was known: a replica that only reads notices losses, too.
+        """
+        self.set_clock(head.now_us, -int(sent.started) if sent.started[0] == "-" else 0)
+        if self._epoch == "-" and head.epoch != "-":
+            self._epoch = head.epoch
+            self._propose()
+            self._header = None
+        if head.epoch == self._epoch and head.acknowledged >= int(sent.acknowledged):
+            return True
+        # Else the reply only is older than what a batch has brought meanwhile.
+        if sent.epoch == self._epoch and self.on_suspicion is not None:
             self.on_suspicion()
+        return False
 
     def _lose(self, epoch: str | None, writes: int) -> None:
         self.losses += 1

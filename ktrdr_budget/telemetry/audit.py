@@ -75,7 +75,7 @@ class Audit(Collector):
         """
         windows = [
             (status.budget, stored_window(status.window, limiter.budgets[status.budget].definition))
-            for status in await limiter.statuses()
+            for status in await limiter.statuses(complete=True)
         ]
         address = limiter.store_address
         if address is None:

@@ -205,7 +205,7 @@ class LimiterMetrics:
         """Every budget whose figures are known, and whether the store answered."""
         assert self.limiter is not None, "watch() a limiter first"
         try:
-            return await self.limiter.statuses(), True
+            return await self.limiter.statuses(complete=True), True
         except BudgetError:
             return [], False
 

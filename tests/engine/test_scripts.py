@@ -509,7 +509,7 @@ def test_a_store_of_another_schema_is_refused(client, wire):
         wire.reserve("op_1", agent=150)
     keys = [wire.session.keys.meta, wire.session.keys.limits, wire.session.keys.due]
     with pytest.raises(redis.ResponseError, match="KTRDRSCHEMA"):
-        client.eval(scripts.script("status").source, 3, *keys)
+        client.eval(scripts.script("status").source, 3, *keys, "replica")
     assert list(client.scan_iter()) == ["ktrdr:{t}:meta"]
 
 

@@ -9,16 +9,20 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ktrdr_budget.engine.protocol import Command, Head, Op, encode_batch, parse_batch
+from ktrdr_budget.engine.protocol import Head, Header, Op, Read, ReadHead, encode_batch, parse_batch, parse_read
 from ktrdr_budget.engine.scripts import REPAIR
 from ktrdr_budget.engine.session import Session
 from ktrdr_budget.engine.stores.store import NoScript, Store, Transient
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 
-__all__ = ["UNANSWERED", "Background", "refuses_all"]
+__all__ = ["UNANSWERED", "Background", "Unrepaired", "refuses_all"]
 
 UNANSWERED = (Transient, TimeoutError, StoreUnavailable, OSError, NoScript)
 """What :meth:`Background.tell` raises when the store gives no answer, or refuses."""
+
+
+class Unrepaired(StoreUnavailable):
+    """A read's reply does not count: the store has lost writes, and replicas have yet to replay them."""
 
 
 _OF_ALL = re.compile(r"\b(OOM|NOPERM|NOAUTH|WRONGPASS|MISCONF|KTRDRSCHEMA)\b|[Nn]o permissions")
@@ -99,10 +103,35 @@ class Background:
         self.session.absorb(head, header)
         return head, lines
 
-    async def read(self, command: Command) -> Any:
-        """One read; raises as :meth:`tell`."""
+    async def read(self, read: Read) -> tuple[ReadHead, Sequence[Any]]:
+        """One read; raises as :meth:`tell`, or :class:`Unrepaired`."""
+        header = self.session.header
         await self.store.open()
-        return await self.store.run(command, self.time() + self.timeout)
+        return self.checked(read, header, await self.store.run(read, self.time() + self.timeout))
+
+    def checked(self, read: Read, header: Header, reply: Any) -> tuple[ReadHead, Sequence[Any]]:
+        """The reply to a read, if it counts; the one place that compares its epoch with the known one.
+
+        Args:
+            header: as this replica knew the store when it sent the read.
+
+        Raises:
+            Unrepaired: the store has lost what it acknowledged, or may lack what others have yet to replay.
+        """
+        head, items = parse_read(reply)
+        if not self.session.believes(head, header):
+            raise self.unrepaired()
+        if head.recovering_until_ms and (
+            read.while_recovering == "waits"
+            or (read.while_recovering == "answers if found" and all(item is None for item in items))
+        ):
+            raise self.unrepaired((head.recovering_until_ms - head.now_us // 1000) / 1000)
+        return head, items
+
+    def unrepaired(self, wait_s: float | None = None) -> Unrepaired:
+        """The error for a reply that does not count; ``wait_s``: seconds after which another may."""
+        again = "" if wait_s is None else f"; try again in {wait_s:.1f} s"
+        return Unrepaired(f"store at {self.store.shown}: it lost writes and is being repaired{again}")
 
     async def end(self) -> None:
         """Cancels what is under way, and waits until it has ended."""

@@ -13,7 +13,7 @@ from ktrdr_budget.engine.driver.recovery import Recovery
 from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.memory import AGE_MAX_MS
 from ktrdr_budget.engine.prepaid import SlabLeft
-from ktrdr_budget.engine.protocol import REPORT, Command, Head, Op, Record, given_up, parse_record
+from ktrdr_budget.engine.protocol import REPORT, Command, Head, Op, Read, Record, given_up, parse_record
 from ktrdr_budget.engine.unresolved import FACTS, Doubt, Kind
 from ktrdr_budget.errors import StoreError
 
@@ -67,7 +67,7 @@ class Backlog:
             self._add(Doubt(op, "look up", since_us, self._now_us))
         # Else they are totals, which the caller's next request corrects.
 
-    def take_over(self, request: Op | Command, since_us: int, *, sent: bool) -> None:
+    def take_over(self, request: Op | Read | Command, since_us: int, *, sent: bool) -> None:
         """Own a request that has failed and whose caller is gone: a fact is sent until the store has it; a grant is
         released if it was made to this very request, and not made any more.
 
@@ -75,8 +75,8 @@ class Backlog:
             since_us: when it was called, by the store's clock.
             sent: it may have been executed.
         """
-        if isinstance(request, Command):
-            if (prepared := request.prepares) is not None:
+        if not isinstance(request, Op):
+            if isinstance(request, Read) and (prepared := request.prepares) is not None:
                 self._add(Doubt(prepared.op, "by id", since_us, self._now_us, prepared))
         elif request.letter in _SETTLEMENTS or (request.letter == "E" and request.is_fact):
             self._keep_fact(request, since_us)
@@ -274,7 +274,7 @@ class Backlog:
         """Read the holds of facts by id, which are settlements and reports from then on."""
         for first in range(0, len(doubts), _BATCH_OPS):
             some = doubts[first : first + _BATCH_OPS]
-            for doubt, record in zip(some, await self._read(some), strict=True):
+            for doubt, record in await self._read(some):
                 assert doubt.prepared is not None
                 if record is None:
                     logger.error("spend of %s was not recorded: the store does not know this hold", doubt.op.id)
@@ -283,10 +283,16 @@ class Backlog:
                     op = doubt.prepared.complete(record)
                     self._unresolved.replace(doubt, op, _kind_of(op))
 
-    async def _read(self, doubts: list[Doubt]) -> list[Record | None]:
-        stored = await self._background.read(Command(None, (), ("MGET", *(doubt.op.key for doubt in doubts))))
+    async def _read(self, doubts: list[Doubt]) -> list[tuple[Doubt, Record | None]]:
+        """Each with the record of its hold; without those that replicas may have yet to replay."""
+        read = self._background.session.read("MGET", [doubt.op.key for doubt in doubts])
+        head, [stored] = await self._background.read(read)
+        if self._recovery.active:
+            return []
         texts = [value.decode() if isinstance(value, bytes) else value for value in stored]
-        return [None if not text or given_up(text) else parse_record(text) for text in texts]
+        records = [None if not text or given_up(text) else parse_record(text) for text in texts]
+        found = zip(doubts, records, strict=True)
+        return [each for each in found if each[1] is not None or not head.recovering_until_ms]
 
     async def _send(self, doubts: list[Doubt]) -> None:
         try:
@@ -323,7 +329,7 @@ class Backlog:
         self._unresolved.end(doubt, outcome)
 
     async def _look_up(self, doubts: list[Doubt]) -> None:
-        for doubt, record in zip(doubts, await self._read(doubts), strict=True):
+        for doubt, record in await self._read(doubts):
             outcome = "absent"
             if record is not None:
                 # What was granted before, or is settled, was not granted to this request, or is known to somebody.

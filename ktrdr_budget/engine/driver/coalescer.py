@@ -17,7 +17,7 @@ from functools import partial
 from typing import Any
 
 from ktrdr_budget.engine.driver import forks
-from ktrdr_budget.engine.driver.background import Background
+from ktrdr_budget.engine.driver.background import Background, Unrepaired
 from ktrdr_budget.engine.driver.backlog import Backlog
 from ktrdr_budget.engine.driver.breaker import Breaker
 from ktrdr_budget.engine.driver.calls import Call, Observation, Observer
@@ -26,7 +26,7 @@ from ktrdr_budget.engine.driver.queues import Queues
 from ktrdr_budget.engine.driver.recovery import Recovery
 from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.holds import HoldBase
-from ktrdr_budget.engine.protocol import Command, Head, Header, Op, encode_batch, parse_batch
+from ktrdr_budget.engine.protocol import Command, Head, Header, Op, Read, encode_batch, parse_batch
 from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.engine.stores.store import NoScript, Store, Transient, unavailable
 from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
@@ -225,13 +225,13 @@ class Coalescer:
 
     # -- queue and lanes -----------------------------------------------------------------------------------------------
 
-    def _enqueue(self, call: Call, request: Op | Command) -> None:
+    def _enqueue(self, call: Call, request: Op | Read | Command) -> None:
         call.request = request
         assert self._loop is not None
         if self.breaker.open:
             self.breaker.consult(partial(self._consulted, call))
             return
-        if isinstance(request, Command):
+        if not isinstance(request, Op):
             self._spawn(self._command(call, request), call)
             return
         self._queues.put(call)
@@ -439,19 +439,19 @@ class Coalescer:
         self._expire_waiting(None)
         return min([call.deadline for call in self._queues], default=math.inf)
 
-    async def _command(self, call: Call, command: Command) -> None:
+    async def _command(self, call: Call, command: Read | Command) -> None:
         """A read, tried until its deadline."""
         assert self._loop is not None
-        pause, error = _BACKOFF_FIRST_S, None
+        pause: float = _BACKOFF_FIRST_S
+        error: Exception | None = None
         while True:
             try:
-                await self._store.open()
-                answer = await self._store.run(command, call.deadline)
-                self.breaker.heard_s = time.monotonic()
-                self._resume(call, answer)
+                self._resume(call, await self._answer(command, call.deadline))
                 return
+            except Unrepaired as lost:
+                error = lost
             except (Transient, TimeoutError) as passing:
-                error = passing if isinstance(passing, Transient) or error is None else error
+                error = passing if isinstance(passing, Transient) or not isinstance(error, Transient) else error
             except (StoreUnavailable, OSError) as refused:
                 self._throw(call, refused)
                 return
@@ -462,11 +462,32 @@ class Coalescer:
                 self._throw(call, self.breaker.refusal(ambiguous=False))
                 return
             if call.deadline - self._loop.time() <= pause:
+                if isinstance(error, Unrepaired):
+                    self._throw(call, StoreUnavailable(str(error)))
+                    return
                 self.breaker.paid(call.started, error)
                 self._throw(call, unavailable(error, self._store.shown, self._timeout))
                 return
             await asyncio.sleep(pause)
             pause = min(_BACKOFF_MAX_S, pause * 2)
+
+    async def _answer(self, command: Read | Command, deadline: float) -> Any:
+        """The reply, once; that of a read only if the store has lost nothing, or this replica has repaired it."""
+        if not isinstance(command, Read):
+            return await self._run(command, deadline)
+        if self.recovery.active:
+            raise self._background.unrepaired()
+        header = self._session.header
+        answer = self._background.checked(command, header, await self._run(command, deadline))
+        if self.recovery.active:  # a repair has begun meanwhile
+            raise self._background.unrepaired()
+        return answer
+
+    async def _run(self, command: Read | Command, deadline: float) -> Any:
+        await self._store.open()
+        answer = await self._store.run(command, deadline)
+        self.breaker.heard_s = time.monotonic()
+        return answer
 
     # -- a store that was away, or went back in time -------------------------------------------------------------------
 

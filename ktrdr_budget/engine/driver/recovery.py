@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ktrdr_budget.engine.driver.background import UNANSWERED, Background, refuses_all
 from ktrdr_budget.engine.driver.breaker import Breaker
 from ktrdr_budget.engine.memory import Repair
-from ktrdr_budget.engine.protocol import SETTLED, Command, Op
+from ktrdr_budget.engine.protocol import SETTLED, Op
 from ktrdr_budget.errors import StoreError
 
 __all__ = ["Recovery"]
@@ -120,7 +120,7 @@ class Recovery:
         ids = session.memory.unsettled(session.now_ms(), _LOOK_HOLDS)
         try:
             if ids:
-                stored = await self._background.read(Command(None, (), ("MGET", *map(session.keys.hold, ids))))
+                _, [stored] = await self._background.read(session.read("MGET", [*map(session.keys.hold, ids)]))
                 for hold_id, record in zip(ids, stored, strict=True):
                     if record and (record.decode() if isinstance(record, bytes) else record)[0] in SETTLED:
                         session.memory.forget(hold_id)

@@ -143,6 +143,7 @@ class Books:
         self._client = client
         self._keys = keys
         self._ledgers: dict[str, Ledger] = {}
+        self._epoch: bytes | None = None
 
     # -- windows -------------------------------------------------------------------------------------------------------
 
@@ -160,7 +161,11 @@ class Books:
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in kept}
 
     def look(self, budget: str, window: str) -> Look:
-        """One window now: the sums in one step, what they are checked against page by page after it."""
+        """One window now: the sums in one step, what they are checked against page by page after it.
+
+        Raises:
+            StoreUnavailable: as for :meth:`check_timeline`.
+        """
         key, ledger_key = self._keys.window(budget, window), self._keys.ledger(budget, window)
         now_us, fields, first, last, entries, open_ids = self._snapshot(key, ledger_key)
         stored = {name.decode(): value.decode() for name, value in fields.items()}
@@ -189,9 +194,25 @@ class Books:
         pipeline.xrevrange(ledger_key, count=1)
         pipeline.xlen(ledger_key)
         pipeline.zrange(self._keys.due, 0, -1)
-        (seconds, microseconds), fields, oldest, newest, entries, open_ids = pipeline.execute()
+        pipeline.hget(self._keys.meta, "epoch")
+        (seconds, microseconds), fields, oldest, newest, entries, open_ids, epoch = pipeline.execute()
+        self._see_epoch(epoch)
         first, last = (found[0][0].decode() if found else "" for found in (oldest, newest))
         return seconds * 1_000_000 + microseconds, fields, first, last, entries, open_ids
+
+    def check_timeline(self) -> None:
+        """Forgets what is known of ledgers if the store's epoch has changed.
+
+        Raises:
+            StoreUnavailable: the store has lost everything since an earlier check, and no replica has noticed yet.
+        """
+        self._see_epoch(self._client.hget(self._keys.meta, "epoch"))
+
+    def _see_epoch(self, epoch: bytes | None) -> None:
+        if epoch is None and self._epoch is not None:
+            raise StoreUnavailable("the store has lost its data, which its replicas have yet to replay")
+        if epoch != self._epoch:
+            self._epoch, self._ledgers = epoch, {}
 
     def _ledger(self, key: str, first: str, last: str, entries: int) -> Ledger | None:
         """Its sums up to ``last``. Entries never change, so only what is new is read, unless some have vanished."""

@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from ktrdr_budget.engine.protocol import Command
+from ktrdr_budget.engine.protocol import Command, Read
 from ktrdr_budget.engine.scripts import Script, script
 from ktrdr_budget.engine.stores.durability import Durability, confirmed
 from ktrdr_budget.engine.stores.failures import NoScript, Transient, meaning, unavailable
@@ -192,7 +192,7 @@ class Store:
                 failure.sent = False
             raise failure from None
 
-    async def run(self, command: Command, deadline: float) -> Any:
+    async def run(self, command: Command | Read, deadline: float) -> Any:
         """Runs a read script or a plain command.
 
         Args:

@@ -1,0 +1,165 @@
+"""Reads after the store has lost data: the figures from before, or that they are unknown; never an empty budget."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetTracker, StoreUnavailable
+from ktrdr_budget.telemetry.metrics import LimiterMetrics
+from ktrdr_budget.verify import Auditor
+
+from .helpers.patience import away, hurried
+from .helpers.waiting import until
+
+BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests")]
+
+
+@pytest.fixture
+async def limiter(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+def lose_all(client, limiter: AsyncBudgetLimiter) -> None:
+    client.flushall()
+
+
+def lose_the_last_write(client, limiter: AsyncBudgetLimiter) -> None:
+    """As a failover to a replica that lagged: the epoch is the same, the counter of acknowledged writes is not."""
+    forget_windows(client, limiter)
+    client.delete(*client.scan_iter(f"{limiter.keys.hold_prefix}*"), limiter.keys.due)
+    client.hincrby(limiter.keys.meta, f"r:{limiter.replica_id}", -1)
+
+
+def forget_windows(client, limiter: AsyncBudgetLimiter) -> None:
+    """As a store that had not begun them yet."""
+    client.delete(*client.scan_iter(f"{limiter.keys.prefix}[wl]:*"))
+    client.hdel(limiter.keys.meta, *(f"b:{budget.name}" for budget in BUDGETS))
+
+
+async def _status(limiter: AsyncBudgetLimiter) -> object:
+    status = await limiter.status("agent")
+    return status.spent, status.held, status.remaining
+
+
+async def _statuses(limiter: AsyncBudgetLimiter) -> object:
+    return [(status.budget, status.spent, status.held, status.events) for status in await limiter.statuses()]
+
+
+async def _get(limiter: AsyncBudgetLimiter) -> object:
+    return await limiter.get("op_open"), (await limiter.get("op_done")).charged
+
+
+async def _holds(limiter: AsyncBudgetLimiter) -> object:
+    return await limiter.holds("agent")
+
+
+async def _ledger(limiter: AsyncBudgetLimiter) -> object:
+    return sorted((entry.kind, entry.hold_id, entry.amount) for entry in (await limiter.ledger("agent")).items)
+
+
+@pytest.mark.parametrize("loss", [lose_all, lose_the_last_write])
+@pytest.mark.parametrize("read", [_status, _statuses, _get, _holds, _ledger])
+async def test_the_first_read_after_a_loss_shows_what_was_there_before(
+    limiter, client, read: Callable[[AsyncBudgetLimiter], Awaitable[object]], loss
+):
+    await limiter.record({"agent": "1.00", "calls": 3}, id="op_record")
+    await (await limiter.reserve("agent", "0.50", id="op_done")).commit("0.50")
+    await limiter.reserve("agent", "0.15", id="op_open")
+    before = await read(limiter)
+    loss(client, limiter)
+    assert await read(limiter) == before
+    assert limiter.losses == 1
+
+
+async def test_a_replica_that_only_reads_notices_a_loss(server, client, limiter):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as writer:
+        await writer.record("agent", "4.00")
+        assert (await limiter.status("agent")).spent == 4
+    client.flushall()  # and no replica that is alive remembers it
+    status = await limiter.status("agent")
+    assert (status.spent, limiter.losses) == (0, 1)
+    assert status.recovering_until is not None
+
+
+@pytest.mark.timely
+async def test_figures_that_others_have_yet_to_replay_are_unknown_to_whom_they_must_be_complete(server, client):
+    """A new replica cannot know what is missing; that something may be, the store tells it."""
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as old:
+        await old.record("agent", "4.00")
+        client.flushall()
+        assert (await old.status("agent")).spent == 4
+        async with AsyncBudgetLimiter(server.url, BUDGETS) as new:
+            forget_windows(client, new)  # as if the old one had yet to speak
+            assert (await new.status("agent")).recovering_until
+            with away(server.url), hurried(new, 0.1):
+                for read in (new.status("agent", complete=True), new.holds("agent"), new.ledger("agent")):
+                    with pytest.raises(StoreUnavailable, match="being repaired; try again in"):
+                        await read
+            status = await new.status("agent", complete=True)  # with time, it waits for the end
+            assert status.recovering_until is None
+
+
+async def test_gauges_are_right_or_absent_after_a_loss(server, client):
+    metrics = LimiterMetrics()
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+        metrics.watch(limiter)
+        await limiter.record("agent", "4.00")
+        for timeout_s in (0.05, None):
+            client.flushall()
+            if timeout_s is None:
+                text, _ = await metrics.render()
+                assert b"agent_budget_remaining_dollars 1.0" in text
+            else:
+                with away(server.url), hurried(limiter, timeout_s):
+                    text, _ = await metrics.render()
+                assert b"\nagent_budget_remaining_dollars" not in text
+                assert b"\nktrdr_budget_spent{" not in text
+
+
+def test_a_tracker_never_takes_a_lost_budget_for_an_untouched_one(server):
+    with BudgetTracker("5.00", url=server.url) as tracker:
+        tracker.record_spend("4.90", "op_1")
+        with server.client() as client:
+            client.flushall()
+        assert tracker.can_spend(0.15) == (False, "budget_exhausted ($0.10 remaining, need $0.15)")
+        assert (tracker.get_today_spend(), tracker.get_remaining()) == (4.9, 0.1)
+
+
+@pytest.mark.timely
+async def test_a_read_that_finds_a_loss_ends_with_its_deadline_if_nothing_can_be_repaired(
+    server, limiter, client, monkeypatch
+):
+    await limiter.record("agent", "1.00")
+
+    async def fail(*_: object, **__: object) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(limiter._coalescer._background, "tell", fail)
+    client.flushall()
+    with away(server.url), hurried(limiter, 0.3):
+        for read in (limiter.status("agent"), limiter.get("op_1"), limiter.ledger("agent")):
+            with pytest.raises(StoreUnavailable, match="it lost writes and is being repaired"):
+                await read
+    assert limiter.store_state == "closed", "it answers"
+    monkeypatch.undo()
+    await until(lambda: limiter.losses == 1, 15)
+    assert (await limiter.status("agent")).spent == Decimal("1.00")
+
+
+async def test_the_books_of_a_store_that_was_emptied_are_unknown(server, limiter, client):
+    await limiter.record("agent", "1.00")
+    with Auditor(server.url) as auditor:
+        [report] = await asyncio.to_thread(auditor.check)
+        assert report.adds_up
+        window = [(report.budget, report.window)]
+        client.flushall()
+        with pytest.raises(StoreUnavailable, match="has lost its data"):
+            await asyncio.to_thread(auditor.check, windows=window)
+        await limiter.status("agent")
+        [report] = await asyncio.to_thread(auditor.check, windows=window)
+        assert (report.adds_up, report.spent) == (True, 10**9)

@@ -1,4 +1,4 @@
--- admission.lua: whether a window has room. Reads each window once; its totals then follow the batch's own changes.
+-- admission.lua: whether a window has room.
 
 -- When this replica started, never later than now, and its id, which decides a tie: texts of as many digits.
 local now_us = now_us_text + 0
@@ -8,53 +8,36 @@ local claim = format('%016.0f', math.min(start_us, now_us)) .. ' ' .. ARGV[1]
 
 local unlisted = 0 -- budgets of this batch that the tenant has not had
 
+-- What decides on admission; computed once for each window of a batch that admits.
 local function load(w)
-  if w.stored then return end
+  if w.admits then return end
+  w.admits = true
   local at = w.at
-  local stored = call('HMGET', w.key, 'def', 'limit', 'asserted', 'spent', 'held', 'unconfirmed')
-  local definition, limit = stored[1], stored[2]
-  w.exists = definition
-  if not definition then -- the first in its window; perhaps of a budget more than the tenant may have
-    local last = call('HGET', KEYS[1], 'b:' .. match(w.name, '^(.+):'))
-    -- Or it was begun, has not expired, and is not here: a node of a cluster that was promoted while its slot was being
-    -- moved has but a part of the keys, and may not know that (Redis before 8, Valkey before 8 do not tell replicas).
-    -- A second one would admit what the first has spent: what asks for it is answered `t`, and changes nothing.
-    w.missing = last == ARGV[at + 4] .. ' ' .. w.name and (ARGV[at + 4] == '0' or now_ms < ARGV[at + 4] + 0)
-    if not last then
-      local all = call('HGETALL', KEYS[1])
-      unlisted = unlisted + 1
-      local listed = unlisted
-      for i = 1, #all, 2 do
-        local expires = all[i]:sub(1, 2) == 'b:' and match(all[i + 1], '^%d+')
-        if expires and (expires == '0' or expires + 0 > now_ms) then listed = listed + 1 end
-      end
-      w.surplus = listed > match(ARGV[6], '(%d+) %d+$') + 0
-    end
+  local budget = match(w.name, '^(.+):')
+  if not w.exists and not w.begun then -- perhaps of a budget more than the tenant may have
+    unlisted = unlisted + 1
+    w.surplus = call('ZCOUNT', KEYS[6], text(now_ms), '+inf') + unlisted > match(ARGV[6], '(%d+) %d+$') + 0
   end
   -- The first reservation or record in a budget registers its definition. A replica that defines it otherwise gets
   -- nothing new, until a migration replaces the registered one; its windows are others, so it may settle all the same.
-  if ARGV[at + 1] ~= '-' then
-    w.registered = call('HGET', KEYS[1], 'd:' .. match(w.name, '^(.+):'))
-    w.conflict = w.registered and w.registered ~= ARGV[at + 1] and w.registered
+  local definition = ARGV[at + 1]
+  if definition ~= '-' then
+    w.registered = call('HGET', KEYS[5], 'd:' .. budget)
+    w.conflict = w.registered and w.registered ~= definition and w.registered
   end
   w.stale = now_ms < ARGV[at + 2] + 0 or (ARGV[at + 3] ~= '0' and now_ms >= ARGV[at + 3] + 0)
-  w.limit = limit or ARGV[at + 5]
-  w.claim = stored[3] or ''
-  w.spent, w.held, w.unconfirmed = stored[4] or 0, stored[5] or 0, stored[6] or 0
-  w.stored = w.spent + w.held + w.unconfirmed
-  if meta[4] then -- some limit was changed at run time
-    local changed = call('HGET', KEYS[2], match(w.name, '^(.+):'))
+  if not w.limit and definition ~= '-' then w.limit = ARGV[at + 5] end
+  if meta[3] then -- some limit was changed at run time
+    local changed = call('HGET', KEYS[2], budget)
     local runtime, until_ms = match(changed or '', '^(%S+) (%d+)')
     if runtime and (until_ms == '0' or tonumber(until_ms) > now_ms) then w.runtime = runtime end
   end
-  w.cap = tonumber(w.runtime or w.limit) or CLOSED - 1
+  local limit = w.runtime or w.limit
+  w.cap = limit and (tonumber(limit) or CLOSED - 1) -- none: neither the store nor this replica knows it
 end
 
--- All at once, before anything is written: one that cannot be read must not leave half a batch behind.
-for i = 1, n_windows do load(windows[i]) end
-
--- Only reservations assert their configured limit; the replica that started last, by the store's clock, wins. The claim of
--- one that started in the future is from before the clock was set back: the next replica replaces it.
+-- Only reservations, and repairs, assert their configured limit; the replica that started last, by the store's clock, wins.
+-- The claim of one that started in the future is from before the clock was set back: the next replica replaces it.
 local function load_asserting(w)
   load(w)
   w.asserted = true
@@ -65,6 +48,12 @@ local function load_asserting(w)
     w.limit = configured
     w.cap = tonumber(w.runtime or w.limit) or CLOSED - 1
   end
+end
+
+-- A window is repaired with its limit: what is replayed there, a reservation has brought.
+local function repair_window(w)
+  load_asserting(w)
+  w.creating, w.changing = true, true
 end
 
 local function deny(w, requested)

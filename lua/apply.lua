@@ -7,24 +7,60 @@
 --                                                denial, and else once a second for each replica
 --   one reply for each operation, in order
 
+local SILENT_S = 172800 -- two days
+
+local function see_replica()
+  call('ZADD', KEYS[7], time[1], ARGV[1])
+  call('EXPIRE', KEYS[7], text(SILENT_S))
+end
+
 local lines = { '', '' }
 for i = first_hold + 1, #KEYS do
   local op = ARGV[first_op + i - first_hold]
   lines[i - first_hold + 1] = operations[op:sub(1, 1)](op, KEYS[i])
 end
 
-for i = 1, n_windows do
-  local w = windows[i]
-  local key, at, first_entry = w.key, w.at, false
+-- A budget is listed as long as its last window lives, and the lists live as long as the last of them.
+local function list_budget(w, expires)
+  local budget = match(w.name, '^(.+):')
+  if w.stale and call('ZSCORE', KEYS[6], budget) then return end
+  call('HSET', KEYS[5], 'w:' .. budget, w.name)
+  call('ZADD', KEYS[6], expires == '0' and '+inf' or expires, budget)
+  local ended = call('ZRANGEBYSCORE', KEYS[6], '-inf', text(now_ms), 'LIMIT', 0, 16)
+  if ended[1] then
+    call('ZREM', KEYS[6], unpack(ended))
+    for i = 1, #ended do call('HDEL', KEYS[5], 'w:' .. ended[i], 'd:' .. ended[i]) end
+  end
+  local last = call('ZREVRANGE', KEYS[6], 0, 0, 'WITHSCORES')
+  local ends_ms = last[2] == 'inf' and now_ms + LASTING_MS or last[2] + 0
+  for i = 5, 6 do call('PEXPIREAT', KEYS[i], text(ends_ms)) end
+end
+
+-- A window without end outlives most replicas that spend in it: the subtotals of those that were silent for two days are
+-- added up in one. A few at a time, once in a second of each replica that writes.
+local function fold_subtotals(key)
+  local fields = call('HRANDFIELD', key, 16)
+  for i = 1, #fields do
+    local replica = match(fields[i], '^[rt]:(%x+)$')
+    if replica and replica ~= ARGV[1] and not call('ZSCORE', KEYS[7], replica) then
+      local units = match(fields[i], '^r:') and call('HGET', key, fields[i])
+      if units then call('HINCRBY', key, 'r:-', units) end
+      call('HDEL', key, fields[i])
+    end
+  end
+end
+
+local function store(w)
+  local key, at, expires = w.key, w.at, ARGV[w.at + 4]
   local events, spent = w[EVENTS], w[SPENT]
   local creates = w.creating and not w.exists
   if creates or (w.creating and w.exists == '-' and ARGV[at + 1] ~= '-') then
     call('HSET', key, 'def', ARGV[at + 1], 'start_ms', ARGV[at + 2], 'end_ms', ARGV[at + 3])
-    call('HSET', KEYS[1], 'b:' .. match(w.name, '^(.+):'), ARGV[at + 4] .. ' ' .. w.name)
+    list_budget(w, expires)
   end
   if w.registering and not w.registered then
     dirty = true
-    call('HSET', KEYS[1], 'd:' .. match(w.name, '^(.+):'), ARGV[at + 1])
+    call('HSET', KEYS[5], 'd:' .. match(w.name, '^(.+):'), ARGV[at + 1])
   end
   if w.asserting and w.changing then
     dirty = true
@@ -38,17 +74,23 @@ for i = 1, n_windows do
     call('HINCRBY', key, 'spent', spent)
     call('HINCRBY', key, 'r:' .. ARGV[1], spent)
   end
+  local first_entry = false
   if events ~= 0 then
-    local total = call('HINCRBY', key, 'events', text(events))
-    first_entry = total == events
-    if total % 1024 < events then carry_forward(w.ledger, ARGV[6]) end
+    local n_events = call('HINCRBY', key, 'events', text(events))
+    first_entry = n_events == events
+    if n_events % 1024 < events then carry_forward(w.ledger, ARGV[6]) end
   end
-  if (creates or first_entry) and ARGV[at + 4] ~= '0' then
-    call('PEXPIREAT', key, ARGV[at + 4])
-    call('PEXPIREAT', w.ledger, ARGV[at + 4])
+  if expires == '0' then
+    if new_second and call('HLEN', key) > 32 then fold_subtotals(key) end
+  elseif first_entry or not w.exists then -- whatever has begun, or has come back, expires
+    call('PEXPIREAT', key, expires)
+    call('PEXPIREAT', w.ledger, expires)
   end
-  -- A hold of several windows may outlive one of them, and must not bring it back.
-  if ARGV[at + 4] ~= '0' and tonumber(ARGV[at + 4]) <= now_ms then call('DEL', key, w.ledger) end
+end
+
+for i = 1, n_windows do
+  -- A hold of several windows may outlive one of them: what is gone stays gone.
+  if not windows[i].gone then store(windows[i]) end
 end
 if n_added > 0 or due_removed[1] then store_due() end
 
@@ -71,28 +113,18 @@ if dirty then
   end
   acknowledged = call('HINCRBY', KEYS[1], 'r:' .. ARGV[1], 1)
   if new_second then
-    call('HSET', KEYS[1], 's:' .. ARGV[1], time[1])
-    local crowded = 2 * (call('ZCARD', KEYS[3]) + call('ZCARD', KEYS[4])) >= ARGV[6]:sub(-12) + 0
-    if crowded and not meta[6] then call('HSET', KEYS[1], 'crowded', '1') end
-    if meta[6] and not crowded then call('HDEL', KEYS[1], 'crowded') end
-  end
-  if not meta[3] and call('HLEN', KEYS[1]) > 2048 then
-    -- Replicas that were not heard of for two days are forgotten, lest short-lived processes fill the hash; and budgets
-    -- whose last window is no more.
-    local all = call('HGETALL', KEYS[1])
-    for i = 1, #all, 2 do
-      local replica = match(all[i], '^s:(.+)')
-      if replica and time[1] - all[i + 1] > 172800 then call('HDEL', KEYS[1], all[i], 'r:' .. replica) end
-      local budget, expires = match(all[i], '^b:(.+)'), match(all[i + 1], '^(%d+) ')
-      if budget and expires ~= '0' and expires + 0 <= now_ms then call('HDEL', KEYS[1], all[i], 'd:' .. budget) end
+    see_replica()
+    -- Replicas that were silent for two days are forgotten, a few at a time.
+    local silent = call('ZRANGEBYSCORE', KEYS[7], '-inf', text(time[1] - SILENT_S), 'LIMIT', 0, 16)
+    for i = 1, #silent do
+      call('ZREM', KEYS[7], silent[i])
+      call('HDEL', KEYS[1], 'r:' .. silent[i])
     end
   end
 end
 
--- A replica that only asks is heard of, too: once an hour, whether or not there is memory to write it down.
-if not dirty and acknowledged ~= '0' and meta[3] and time[1] - meta[3] > 3600 then
-  redis.pcall('HSET', KEYS[1], 's:' .. ARGV[1], time[1])
-end
+-- A replica that only reads is seen, too: once an hour, whether or not the store has memory left for it.
+if not dirty and acknowledged ~= '0' and last_seen and time[1] - last_seen > 3600 then pcall(see_replica) end
 
 local due = ''
 if denied_any or new_second then

@@ -12,11 +12,16 @@ end
 -- Now and then: an endless window's ledger stays bounded, its oldest entries folded into one that carries their sum.
 local function carry_forward(ledger, settings)
   if call('XLEN', ledger) <= match(settings, '(%d+) %d+ %d+$') + 0 then return end
-  local oldest, sum, ids = call('XRANGE', ledger, '-', '+', 'COUNT', 2048), 0, {}
+  local oldest, sums, ids = call('XRANGE', ledger, '-', '+', 'COUNT', 2048), { 0 }, {}
   for i = 1, #oldest do
-    sum = sum + oldest[i][2][2]
+    local sum = sums[#sums] + oldest[i][2][2]
+    if sum > -9007199254740992 and sum < 9007199254740992 then -- 2^53: sums stay exact
+      sums[#sums] = sum
+    else
+      sums[#sums + 1] = oldest[i][2][2] + 0
+    end
     ids[i] = oldest[i][1]
   end
   call('XDEL', ledger, unpack(ids))
-  call('XADD', ledger, '*', 'a', text(sum), 'e', 'carried - - -')
+  for i = 1, #sums do call('XADD', ledger, '*', 'a', text(sums[i]), 'e', 'carried - - -') end
 end

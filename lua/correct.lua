@@ -4,7 +4,7 @@
 -- by it now, whatever they have written since, and is corrected without stopping them. Only another correction would have
 -- changed that: the field `corrections` counts them.
 --
--- KEYS   1 window (hash)   2 ledger (stream)   3 meta (hash)
+-- KEYS   1 window (hash)   2 ledger (stream)   3 budgets (hash)
 -- ARGV   1 corrections, as the look has found them   2 a word for the ledger: what is corrected   3 amount that the ledger
 --        lacks, '0' if none   4 budget   then counter and difference …
 -- returns {} if there was another correction, else { before, after … of each counter }
@@ -19,8 +19,8 @@ end
 redis.call('HINCRBY', KEYS[1], 'corrections', 1)
 if ARGV[3] ~= '0' then redis.call('XADD', KEYS[2], '*', 'a', ARGV[3], 'e', 'carried - ' .. ARGV[2] .. ' -') end
 redis.call('XADD', KEYS[2], '*', 'a', '0', 'e', 'audit - ' .. ARGV[2] .. ' -')
--- A window that has vanished is begun anew by the next reservation, which is told so (admission.lua).
-if redis.call('HEXISTS', KEYS[1], 'def') == 0 then redis.call('HDEL', KEYS[3], 'b:' .. ARGV[4]) end
+-- A window that has vanished is begun anew by the next reservation (see prelude.lua).
+if redis.call('HEXISTS', KEYS[1], 'def') == 0 then redis.call('HDEL', KEYS[3], 'w:' .. ARGV[4]) end
 -- What had to be made anew expires with the other.
 local window_ms, ledger_ms = redis.call('PTTL', KEYS[1]), redis.call('PTTL', KEYS[2])
 if window_ms > 0 and ledger_ms == -1 then redis.call('PEXPIRE', KEYS[2], window_ms) end

@@ -11,7 +11,7 @@
 --        d … total   denied as for reserve: the growth, or the return of an expired hold, has no room; nothing changed.
 --                    The last figure is what the hold would have counted
 --        c record    the hold is settled, or has lived its 24 h
---        u, v record, t budget:window as for settle;  l until_ms as for reserve
+--        u, v record, t and f budget:window, y error as for settle;  l until_ms, q budget:window as for reserve
 --
 -- Spend that was reported needs no admission. What does: a larger reservation, and the revival of an expired hold that
 -- had given money back; in the windows that admitted the hold, with the limit that is in force there.
@@ -29,11 +29,12 @@ end
 local function lacking(hold, changes)
   for i = 1, #changes do
     local change, w = changes[i], by_name[hold.segments[i].name]
+    if total(w) + change.after - change.before >= FULL then return 'f ' .. w.name end
     if change.room > 0 then
       if recovering then return 'l ' .. recovering end
       load(w)
-      local total = w.stored + w[HELD] + w[SPENT] + w[UNCONFIRMED]
-      if total >= CLOSED or total + change.fact + change.room > w.cap then
+      if not w.cap then return 'q ' .. w.name end
+      if total(w) >= CLOSED or total(w) + change.fact + change.room > w.cap then
         return deny(w, text(change.room)) .. ' ' .. text(change.after)
       end
     end

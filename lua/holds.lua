@@ -69,6 +69,7 @@ local function counted(segment)
 end
 
 local function ledger(w, kind, id, amount, operation, trace)
+  if w.gone then return end
   call('XADD', w.ledger, '*', 'a', amount, 'e', kind .. ' ' .. id .. ' ' .. operation .. ' ' .. trace)
 end
 
@@ -91,6 +92,7 @@ end
 
 local function set_unconfirmed(id, key)
   unconfirmed_changes = unconfirmed_changes or {}
+  n_unconfirmed = n_unconfirmed + (key and 1 or -1)
   unconfirmed_changes[id] = key
 end
 
@@ -126,31 +128,28 @@ local function given_up(record)
   return record:sub(1, 1) == 'r' and match(record, '^r %a %d+ %d+ %d+ %S+ ! ')
 end
 
--- Whether a window was begun and is not here, see admission.lua: what it has not read is looked for once.
-local function missing(w)
-  if not w.stored and not w.here then
-    w.here = true
-    if call('EXISTS', w.key) == 0 then
-      local last = call('HGET', KEYS[1], 'b:' .. match(w.name, '^(.+):'))
-      local expires = ARGV[w.at + 4]
-      w.missing = last == expires .. ' ' .. w.name and (expires == '0' or now_ms < expires + 0)
-    end
-  end
-  return w.missing
+-- The record of this key; or nil and the reply that says why not.
+local function stored_record(key)
+  local record = redis.pcall('GET', key)
+  if not record then return nil, 'u' end
+  if record.err then return nil, 'y ' .. record.err end
+  return record
 end
 
 -- The hold, expired if it is due, and its record; or nil and the reply that says why not.
 local function find(id, key)
-  local record = call('GET', key)
-  if not record or given_up(record) then return nil, 'u' end
+  local record, why = stored_record(key)
+  if not record then return nil, why end
+  if given_up(record) then return nil, 'u' end
   local hold = parse(record)
   for i = 1, #hold.segments do
     if not by_name[hold.segments[i].name] then return nil, 'v ' .. record end
   end
   if match(hold.state, '[oxz]') then -- else nothing will change
     for i = 1, #hold.segments do
-      local name = hold.segments[i].name
-      if missing(by_name[name]) then return nil, 't ' .. name end
+      local w = by_name[hold.segments[i].name]
+      if w.fault then return nil, 'y ' .. w.fault end
+      if w.missing then return nil, 't ' .. w.name end
     end
   end
   if hold.state == 'o' and tonumber(hold.deadline) <= now_ms then record = expire(id, key, hold) end

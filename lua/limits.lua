@@ -2,11 +2,11 @@
 --
 -- KEYS   1 limits (hash)   2 meta (hash; its field `limits` tells whether there are any)
 -- ARGV   1 budget   2 limit in units, '-' for uncapped, '' to clear   3 until_ms, 0 for good
--- returns the store's time in microseconds. What has ended is removed on the way, so that the hash stays small.
+-- returns the store's time in microseconds. What has ended is removed on the way, some at a time.
 
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
-local all = redis.call('HGETALL', KEYS[1])
+local all = redis.call('HRANDFIELD', KEYS[1], 16, 'WITHVALUES')
 for i = 1, #all, 2 do
   local until_ms = tonumber(string.match(all[i + 1], ' (%d+)'))
   if until_ms > 0 and until_ms <= now_ms then redis.call('HDEL', KEYS[1], all[i]) end

@@ -8,11 +8,12 @@ if not redis.acl_check_cmd then return {} end
 local hash, zset, stream, string = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local needed = {
   { 'TIME' }, { 'INFO', 'memory' }, { 'MULTI' }, { 'EXEC' }, { 'SCAN', '0' }, { 'EXISTS', hash }, { 'DEL', hash },
-  { 'PTTL', hash }, { 'PEXPIRE', hash, '1' }, { 'PEXPIREAT', hash, '1' },
+  { 'PTTL', hash }, { 'EXPIRE', zset, '1' }, { 'PEXPIRE', hash, '1' }, { 'PEXPIREAT', hash, '1' },
   { 'GET', string }, { 'MGET', string }, { 'SET', string, '' },
   { 'HGET', hash, '' }, { 'HMGET', hash, '' }, { 'HGETALL', hash }, { 'HEXISTS', hash, '' }, { 'HLEN', hash },
+  { 'HRANDFIELD', hash, '1' },
   { 'HSET', hash, '', '' }, { 'HDEL', hash, '' }, { 'HINCRBY', hash, '', '0' },
-  { 'ZADD', zset, '0', '' }, { 'ZREM', zset, '' }, { 'ZCARD', zset }, { 'ZSCORE', zset, '' }, { 'ZMSCORE', zset, '' },
+  { 'ZADD', zset, '0', '' }, { 'ZREM', zset, '' }, { 'ZCARD', zset }, { 'ZCOUNT', zset, '0', '0' }, { 'ZSCORE', zset, '' }, { 'ZMSCORE', zset, '' },
   { 'ZRANGE', zset, '0', '0' }, { 'ZREVRANGE', zset, '0', '0' }, { 'ZREVRANK', zset, '' },
   { 'ZRANGEBYSCORE', zset, '0', '0' }, { 'ZREMRANGEBYSCORE', zset, '0', '0' }, { 'ZSCAN', zset, '0' },
   { 'XADD', stream, '*', '', '' }, { 'XDEL', stream, '0' }, { 'XLEN', stream }, { 'XRANGE', stream, '-', '+' },

@@ -11,6 +11,8 @@
 --        w                   a window does not contain the store's time
 --        t budget:window     that window was begun and is not here; nothing was written
 --        m budget definition    another definition of the budget is registered, and late is 0; nothing was written
+--        f budget:window     that window would count 2^62 units or more; nothing was written
+--        y error             a key of this request is of another type; nothing was written
 
 -- Where the same was recorded, and in whose share; nil if this is not the same.
 local function recorded_in(record, state, amounts)
@@ -30,7 +32,8 @@ local function record_spend(op, key)
   local state = letter == 'N' and 'n' or 'c'
   local told = {}
   for amount in gmatch(amounts, ':(%d+)') do told[#told + 1] = amount end
-  local record = call('GET', key)
+  local record, why = stored_record(key)
+  if not record and why ~= 'u' then return why end
   if record and not given_up(record) then
     if letter == 'K' and match(record, '^[oxz]') then return 'o' end
     local where = recorded_in(record, state, amounts)
@@ -40,17 +43,20 @@ local function record_spend(op, key)
     operation = operation, trace = trace, segments = {}, sharer = sharer }
   for i in gmatch(amounts, '(%d+):') do
     local w = windows[tonumber(i)]
+    if w.fault then return 'y ' .. w.fault end
     load(w)
     if w.stale and late == '0' then return 'w' end
     if w.conflict and late == '0' then return 'm ' .. match(w.name, '^(.+):') .. ' ' .. w.conflict end
     if w.missing then return 't ' .. w.name end
     if w.surplus and late == '0' then return 'b ' .. w.name end
     local n = #hold.segments + 1
+    if total(w) + tonumber(told[n]) >= FULL then return 'f ' .. w.name end
     hold.segments[n] = { flag = ARGV[w.at], name = w.name, base = '', reserved = told[n], accrued = '', charged = told[n] }
   end
   for i = 1, #told do
     local w = by_name[hold.segments[i].name]
     if hold.segments[i].flag ~= 's' then
+      if letter == 'K' then repair_window(w) end
       w.creating, w.registering = true, late == '0'
       spend(w, letter == 'N' and 'record' or 'commit', id, tonumber(told[i]), told[i], hold)
     end

@@ -9,6 +9,8 @@
 --        g               O: it was unknown or smaller, and is open again; or due, if its deadline has passed
 --        p               O: it is known, whatever has become of it
 --        t budget:window that window was begun and is not here; nothing was changed
+--        f budget:window that window would count 2^62 units or more; nothing was changed
+--        y error         a key of this request is of another type; nothing was changed
 
 -- What a replica tells again is much, or its way is long: nothing is granted before it has told all of it.
 call('HSET', KEYS[1], 'recovering_until', text(max(now_ms + 1000, recovering and recovering + 0 or 0)))
@@ -42,12 +44,13 @@ end
 function operations.T(op)
   local i, units = match(op, '(%d+):(%d+)$')
   local w = windows[tonumber(i)]
-  load(w)
+  if w.fault then return 'y ' .. w.fault end
   if w.missing then return 't ' .. w.name end
-  call('HSET', w.key, 't:' .. ARGV[1], epoch)
   local lacking = tonumber(units) - tonumber(call('HGET', w.key, 'r:' .. ARGV[1]) or '0') - w[SPENT]
+  if total(w) + lacking >= FULL then return 'f ' .. w.name end
+  call('HSET', w.key, 't:' .. ARGV[1], epoch)
   if lacking <= 0 then return 'k - 0' end
-  w.creating = true
+  repair_window(w)
   add(w, SPENT, lacking)
   add(w, EVENTS, 1)
   ledger(w, 'repair', '-', text(lacking), '-', '-')
@@ -87,19 +90,24 @@ function operations.O(op, key)
     match(op, '^O (%S+) (%a) (%d+) (%d+) (%S+) (%S+) (%S+) (.+)$')
   for i in gmatch(amounts, '(%d+):%d+:') do
     local w = windows[tonumber(i)]
+    if w.fault then return 'y ' .. w.fault end
     if w.missing then return 't ' .. w.name end
   end
-  local record = call('GET', key)
+  local record, why = stored_record(key)
+  if not record and why ~= 'u' then return why end
   if record and not given_up(record) then
     local known = parse(record)
     return known.state == 'o' and raise(id, key, known, deadline, amounts) or 'p'
+  end
+  for i, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+)') do
+    local w = windows[tonumber(i)]
+    if total(w) + max(tonumber(reserved), tonumber(accrued)) >= FULL then return 'f ' .. w.name end
   end
   local hold = { state = 'o', policy = policy, deadline = deadline, origin = created .. ' ' .. now_us_text .. ' ' .. owner,
     operation = operation, trace = trace, segments = {} }
   for i, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+)') do
     local w = windows[tonumber(i)]
-    load(w)
-    w.creating = true
+    repair_window(w)
     local segment = { flag = ARGV[w.at], name = w.name, base = '', reserved = reserved,
       accrued = accrued == '0' and '' or accrued, charged = '' }
     add(w, HELD, counted(segment))

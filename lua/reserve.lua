@@ -11,13 +11,16 @@
 --        l until_ms  the store is being repaired until then; nothing was written
 --        h holds first_deadline_ms    the tenant has as many holds as it may; nothing was written
 --        b budget:window    the tenant has as many budgets as it may; nothing was written
+--        q budget:window    the limit is known neither to the store nor to this replica; nothing was written
+--        y error     a key of this request is of another type; nothing was written
 --        d budget:window limit spent held unconfirmed requested first_deadline_ms    denied; nothing was written
 
 -- A replay is answered before anything else is said of a request. Compared by budget, not by window: a retry after
 -- midnight names the new day.
 local function replay(key, policy, amounts)
-  local record = call('GET', key)
+  local record = redis.pcall('GET', key)
   if not record then return nil end
+  if record.err then return 'y ' .. record.err end
   local before, n = {}, 0
   for name, base, reserved in gmatch(record, '|%a,([^,]+),(%d*),(%d+)') do
     before[match(name, '^(.+):')] = base ~= '' and base or reserved
@@ -31,11 +34,8 @@ local function replay(key, policy, amounts)
   return (same and n == 0 and 'p ' or 'c ') .. record
 end
 
--- Holds that the tenant may have beyond those that it has. Asked only where they may run out: where there may be few, and
--- where there were half of them a second ago; for it costs a twentieth of a lone reservation.
-local holds_left
+local holds_left -- that the tenant may have beyond those that it has
 local holds_max = ARGV[6]:sub(-12) + 0
-if meta[6] or holds_max < 20000 then holds_left = true end
 
 local ttl_before, deadline_before, beginning_before
 
@@ -45,14 +45,15 @@ function operations.R(op, key)
   local denied, denied_amount
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
     local w, requested = windows[i + 0], amount + 0
+    if w.fault then return replay(key, policy, amounts) or 'y ' .. w.fault end
     if not w.asserted then load_asserting(w) end
-    if not w.stored then load(w) end
     if w.stale then return replay(key, policy, amounts) or 'w' end
     if w.conflict then return replay(key, policy, amounts) or 'm ' .. match(w.name, '^(.+):') .. ' ' .. w.conflict end
     if w.missing then return replay(key, policy, amounts) or 't ' .. w.name end
     if w.surplus then return replay(key, policy, amounts) or 'b ' .. w.name end
-    local total = w.stored + w[HELD] + w[SPENT] + w[UNCONFIRMED]
-    if (total >= CLOSED or total + requested > w.cap) and not denied then denied, denied_amount = w, amount end
+    if not w.cap then return replay(key, policy, amounts) or 'q ' .. w.name end
+    local counts = total(w)
+    if (counts >= CLOSED or counts + requested > w.cap) and not denied then denied, denied_amount = w, amount end
     taken[n + 1], taken[n + 2] = w, requested
     n = n + 2
   end
@@ -68,17 +69,15 @@ function operations.R(op, key)
     end
     return deny(denied, denied_amount)
   end
-  if holds_left then
-    if holds_left == true then
-      if due_removed[1] or n_added > 0 then store_due() end
-      holds_left = holds_max - call('ZCARD', KEYS[3]) - call('ZCARD', KEYS[4])
-    end
-    if holds_left <= 0 then
-      store_due()
-      local first = call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
-      return replay(key, policy, amounts)
-        or 'h ' .. text(holds_max - holds_left) .. ' ' .. (first[2] and text(tonumber(first[2])) or '0')
-    end
+  if not holds_left then
+    store_due()
+    holds_left = holds_max - n_due - n_unconfirmed
+  end
+  if holds_left <= 0 then
+    store_due()
+    local first = call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
+    return replay(key, policy, amounts)
+      or 'h ' .. text(holds_max - holds_left) .. ' ' .. (first[2] and text(tonumber(first[2])) or '0')
   end
   if ttl ~= ttl_before then
     ttl_before, deadline_before = ttl, text(now_ms + ttl)
@@ -90,7 +89,7 @@ function operations.R(op, key)
     taken[i].creating, taken[i].changing, taken[i].registering = true, true, true
     add(taken[i], HELD, taken[i + 1])
   end
-  if holds_left then holds_left = holds_left - 1 end
+  holds_left = holds_left - 1
   dirty = true
   due_added[n_added + 1], due_added[n_added + 2] = deadline_before, id
   n_added = n_added + 2

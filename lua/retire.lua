@@ -3,6 +3,7 @@
 -- op     X id window: …
 -- reply  x           done, or not due (any more)
 --        v record    windows of the hold are missing in the request
+--        y error     a key of this request is of another type
 
 function operations.X(op, key)
   local id = match(op, '^X (%S+)')

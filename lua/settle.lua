@@ -16,6 +16,8 @@
 --        u                       unknown id
 --        v record                windows of the hold are missing in the request
 --        t budget:window         that window was begun and is not here; nothing was changed
+--        f budget:window         that window would count 2^62 units or more; nothing was changed
+--        y error                 a key of this request is of another type; nothing was changed
 
 -- What a commit makes of one segment, as text.
 local function actual(segment, modes, values)
@@ -68,6 +70,12 @@ local function commit(id, key, amounts, remark, trace)
   if state == 'c' then
     local before = charges(hold)
     return before == table.concat(told, ',') and 'p - ' .. before .. ' ' .. (hold.sharer or '-') or 'c ' .. record
+  end
+  for i = 1, #hold.segments do
+    local segment = hold.segments[i]
+    local w = by_name[segment.name]
+    local before = state == 'o' and counted(segment) or units(segment.charged)
+    if total(w) - before + tonumber(told[i]) >= FULL then return 'f ' .. w.name end
   end
   if remark ~= '-' then hold.operation = hold.operation == '-' and remark or hold.operation .. '%20' .. remark end
   if trace ~= '-' then hold.trace = trace end
@@ -124,7 +132,7 @@ function operations.L(op, key)
   local id, mode, since_us, until_us, amounts = match(op, '^L (%S+) ([01isfou])(%d*)%-?(%d*)(.*)$')
   local by_hand = mode == '1' or mode == 'o'
   if mode == 'u' then
-    local record = call('GET', key)
+    local record = stored_record(key)
     if record and given_up(record) then
       call('DEL', key)
       dirty = true

@@ -70,16 +70,17 @@ function operations.P(op, key)
     match(op, '^P (%S+) (%a) (%d+) (%d+) (%S+) (%S+) (%S+) (.+)$')
   local hold, why = find(id, key)
   if hold then return adopt(id, key, hold, deadline, amounts) end
-  if why ~= 'u' then return why:sub(1, 1) == 't' and why or 'p' end
+  if why ~= 'u' then return match(why, '^[ty]') and why or 'p' end
   for i in gmatch(amounts, '(%d+):%d+:%d+:') do
     local w = windows[tonumber(i)]
+    if w.fault then return 'y ' .. w.fault end
     if w.missing then return 't ' .. w.name end
   end
   hold = { state = 'o', policy = policy, deadline = deadline, origin = created .. ' ' .. now_us_text .. ' ' .. owner,
     operation = operation, trace = trace, segments = {} }
   for i, first, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+):(%d+)') do
     local w = windows[tonumber(i)]
-    w.creating = true
+    repair_window(w)
     local segment = { flag = ARGV[w.at], name = w.name, base = first ~= reserved and first or '', reserved = reserved,
       accrued = accrued == '0' and '' or accrued, charged = '' }
     add(w, HELD, counted(segment))

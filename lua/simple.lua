@@ -3,7 +3,7 @@
 -- that simple is answered `s`. Nothing is changed for it, and it is sent again to the script that knows everything, which
 -- each client asks once a second besides: about holds that are due, and to be known as alive.
 --
--- KEYS   1 meta (hash)   2 limits (hash)   3 due (zset)
+-- KEYS   1 meta (hash)   2 limits (hash)   3 due (zset)   4 unconfirmed (zset)
 --        then per window: its hash, its ledger (stream)   then per operation: the hold record (string)
 -- ARGV   1 the field of meta that counts this replica's writes   2 known epoch   3 acknowledged writes
 --        4 when it started, in µs of 16 digits, and its id
@@ -25,37 +25,43 @@
 local gmatch, find, sub = string.gmatch, string.find, string.sub
 local TOTAL, CAP, HELD, SPENT, EVENTS, OVERRUNS = 1, 2, 3, 4, 5, 6 -- of a window: as stored, its limit, and what changes
 local UNCAPPED = 9007199254740991 -- 2^53 - 1
+local FULL = 2305843009213693952 -- 2^61: a batch adds less than 2^53, so that it stays below the 2^62 of prelude.lua
 
 local time = call('TIME')
 local now_us = time[1] .. sub('00000' .. time[2], -6)
 local now_ms = sub(now_us, 1, 13)
 local n_windows = ARGV[9] + 0
-local first_hold, first_op = 3 + 2 * n_windows, 9 + n_windows
+local first_hold, first_op = 4 + 2 * n_windows, 9 + n_windows
 
-local meta = call('HMGET', KEYS[1], 'epoch', ARGV[1], 'recovering_until', 'crowded', 'limits')
--- Texts of as many digits compare as numbers do, and are not made numbers first.
+local meta = call('HMGET', KEYS[1], 'epoch', ARGV[1], 'recovering_until', 'limits')
 local usual = meta[1] == ARGV[2] and meta[2] and (meta[2] == ARGV[3] or meta[2] + 0 > ARGV[3] + 0)
-local admits = not meta[4] and not (meta[3] and meta[3] > now_ms) and now_us >= ARGV[5] and now_us < ARGV[6]
+local n_holds = call('ZCARD', KEYS[3]) + call('ZCARD', KEYS[4])
+-- Numbers are compared as numbers. Only instants of 16 digits (now_us, ARGV[5], ARGV[6]) are compared as texts, which is
+-- faster, and the same where all have as many digits: until the year 2286.
+local admits = not (meta[3] and meta[3] + 0 > now_ms + 0) and now_us >= ARGV[5] and now_us < ARGV[6]
+  and n_holds + #KEYS - first_hold <= sub(ARGV[8], -12) + 0
 
 -- All windows are read before anything is written: one that cannot be read must not leave half a batch behind.
 local windows = { 0 }
 for i = 1, usual and n_windows or 0 do
-  local key = KEYS[2 + 2 * i]
-  if ARGV[9 + i] == '-' then
-    usual = usual and call('HEXISTS', key, 'def') == 1
-    windows[i] = { 0, 0, 0, 0, 0, 0 }
-  else
-    local stored = call('HMGET', key, 'asserted', 'limit', 'spent', 'held', 'unconfirmed')
-    local limit = stored[2]
+  local key = KEYS[3 + 2 * i]
+  local stored = redis.pcall('HMGET', key, 'def', 'spent', 'held', 'unconfirmed', 'asserted', 'limit')
+  local entries = redis.pcall('XLEN', KEYS[4 + 2 * i])
+  local asserted, limit = stored[5], stored[6]
+  usual = usual and stored[1] and type(entries) == 'number'
+  if ARGV[9 + i] == '!' then
     -- The limit of the replica that started last is in force; one that has yet to say so is not simple. Nor is a window
     -- whose definition was replaced by a migration: that removes `asserted`.
-    usual = usual and limit and stored[1] and stored[1] >= ARGV[4]
-    if meta[5] and usual then -- some limit was changed at run time
+    usual = usual and limit and asserted and asserted >= ARGV[4]
+    if meta[4] and usual then -- some limit was changed at run time
       local changed, until_ms = match(call('HGET', KEYS[2], match(key, '^[^}]+}:w:(.+):')) or '', '^(%S+) (%d+)')
-      if changed and (until_ms == '0' or until_ms > now_ms) then limit = changed end
+      if changed and (until_ms == '0' or until_ms + 0 > now_ms + 0) then limit = changed end
     end
-    windows[i] = { (stored[3] or 0) + (stored[4] or 0) + (stored[5] or 0),
-      (not usual and 0) or (limit == '-' and UNCAPPED) or limit + 0, 0, 0, 0, 0 }
+  end
+  if usual then
+    local total = (stored[2] or 0) + (stored[3] or 0) + (stored[4] or 0)
+    usual = total < FULL
+    windows[i] = { total, (not limit and 0) or (limit == '-' and UNCAPPED) or limit + 0, 0, 0, 0, 0 }
   end
 end
 
@@ -73,7 +79,7 @@ for j = 1, #KEYS - first_hold do
     local label, id, parts_at = match(op, '^C ((%S+) %S+ %S+)()')
     local record_end = find(op, '\n', words_end + 1, true)
     local record = sub(op, words_end + 1, record_end - 1)
-    if call('GET', key) == record and sub(record, 5, 17) > now_ms then
+    if redis.pcall('GET', key) == record and sub(record, 5, 17) + 0 > now_ms + 0 then
       for i, counted, units, over in gmatch(sub(op, parts_at, words_end), ' (%d+):(%d+):(%d*)(o?)') do
         i = i + 0
         local w = windows[i]
@@ -81,7 +87,7 @@ for j = 1, #KEYS - first_hold do
         if units ~= '' then
           w[SPENT], w[EVENTS] = w[SPENT] + units, w[EVENTS] + 1
           if over ~= '' then w[OVERRUNS] = w[OVERRUNS] + 1 end
-          call('XADD', KEYS[3 + 2 * i], '*', 'a', units, 'e', 'commit ' .. label)
+          call('XADD', KEYS[4 + 2 * i], '*', 'a', units, 'e', 'commit ' .. label)
         end
       end
       call('SET', key, sub(op, record_end + 1), 'PX', ARGV[7])
@@ -113,7 +119,7 @@ end
 local acknowledged = ARGV[3]
 if n_granted + n_settled > 0 then
   for i = 1, n_windows do
-    local w, key = windows[i], KEYS[2 + 2 * i]
+    local w, key = windows[i], KEYS[3 + 2 * i]
     local events = w[EVENTS]
     if w[HELD] ~= 0 then call('HINCRBY', key, 'held', text(w[HELD])) end
     if w[OVERRUNS] ~= 0 then call('HINCRBY', key, 'overruns', text(w[OVERRUNS])) end
@@ -123,7 +129,7 @@ if n_granted + n_settled > 0 then
       call('HINCRBY', key, ARGV[1], spent)
     end
     if events ~= 0 then
-      local ledger, total = KEYS[3 + 2 * i], call('HINCRBY', key, 'events', text(events))
+      local ledger, total = KEYS[4 + 2 * i], call('HINCRBY', key, 'events', text(events))
       if total == events then -- its first entry
         local ttl_ms = call('PTTL', key)
         if ttl_ms > 0 then call('PEXPIRE', ledger, ttl_ms) end

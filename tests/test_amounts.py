@@ -7,10 +7,11 @@ from decimal import Decimal
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, InvalidAmount
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, InvalidAmount, StoreError
 from ktrdr_budget.money import MAX_UNITS
+from ktrdr_budget.verify import verify
 
-from .helpers.keyspace import dump, ledger_sum, sums
+from .helpers.keyspace import dump, ledger_sum, sums, window_key
 
 MOST = Decimal("9007199.254740991")
 """The largest amount: one nano-dollar below 2**53 of them."""
@@ -179,3 +180,77 @@ async def test_counts_are_whole_numbers_on_both_sides(limiter):
     assert (await limiter.reserve("cycles", 9)).guarded
     with pytest.raises(BudgetExceeded):
         await limiter.reserve("cycles", 1)
+
+
+# -- sums: below 2^62 units in a window --------------------------------------------------------------------------------
+
+LARGEST = 2**53 - 1
+FULL = [Budget("tokens", None, unit="tokens"), Budget("agent", "50.00")]
+
+
+async def test_p2_a_window_whose_sum_would_reach_2_to_the_62_refuses_that_spend_and_nothing_else(server):
+    async with AsyncBudgetLimiter(server.url, FULL) as limiter:
+        calls = [limiter.record("tokens", LARGEST, id=f"large/{number}") for number in range(1024)]
+        innocent = await limiter.reserve("agent", "10.00")
+        outcomes = await asyncio.gather(*calls, innocent.commit("10.00"), return_exceptions=True)
+        recorded = [outcome for outcome in outcomes[:-1] if not isinstance(outcome, Exception)]
+        refused = [outcome for outcome in outcomes[:-1] if isinstance(outcome, InvalidAmount)]
+        assert (len(recorded), len(refused)) == (512, 512)
+        assert "would count 2**62 units or more" in str(refused[0])
+        assert (await limiter.status("agent")).spent == 10
+        assert (await limiter.status("tokens")).spent == 512 * LARGEST
+        await limiter.record("agent", "1.00")
+        assert (await limiter.status("agent")).spent == 11
+        for number in range(512, 1024):  # nothing is left of what was refused
+            with pytest.raises(InvalidAmount):
+                await limiter.record("tokens", LARGEST, id=f"large/{number}")
+    assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
+
+
+async def test_p2_so_do_reports_and_late_commits(server):
+    async with AsyncBudgetLimiter(server.url, FULL) as limiter:
+        holds = [await limiter.reserve("tokens", 1, ttl=60) for _ in range(3)]
+        for _ in range(511):
+            await limiter.record("tokens", LARGEST)
+        holds[0].accrue({"tokens": LARGEST})
+        await holds[0].extend()
+        holds[1].accrue({"tokens": LARGEST})
+        with pytest.raises(InvalidAmount):
+            await holds[1].extend()
+        with pytest.raises(InvalidAmount):
+            await holds[2].commit({"tokens": LARGEST})
+        await holds[0].commit()
+        await holds[1].commit({"tokens": 5})
+        await holds[2].release()
+        assert (await limiter.status("tokens")).spent == 512 * LARGEST + 5
+    assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
+
+
+async def test_p2_a_key_of_another_type_fails_only_what_touches_it(server, client):
+    """Whether it is read or written first: nothing beside it is half-written, or lost."""
+    async with AsyncBudgetLimiter(server.url, FULL) as limiter:
+        await limiter.record({"tokens": 1, "agent": "0.01"})
+        for key in (window_key(client, "tokens"), window_key(client, "tokens").replace(":w:", ":l:")):
+            stored = client.dump(key)
+            client.set(key, "of another type")
+            for _ in range(2):  # the second time by the fast path, as far as that goes
+                spent = (await limiter.status("agent")).spent
+                hold = await limiter.reserve("agent", "0.50")
+                good, bad, denied = await asyncio.gather(
+                    hold.commit("0.25"),
+                    limiter.record("tokens", 1),
+                    limiter.reserve({"agent": "0.10", "tokens": 1}),
+                    return_exceptions=True,
+                )
+                assert good.amounts == {"agent": Decimal("0.25")}
+                assert isinstance(bad, StoreError) and isinstance(denied, StoreError)
+                status = await limiter.status("agent")
+                assert (status.spent, status.held) == (spent + Decimal("0.25"), 0)
+            client.restore(key, 0, stored, replace=True)
+        client.hset(limiter.keys.hold("taken"), "a", "b")
+        good, bad = await asyncio.gather(
+            limiter.record("agent", "0.50"), limiter.record("agent", "0.50", id="taken"), return_exceptions=True
+        )
+        assert good.state == "recorded" and isinstance(bad, StoreError)
+        client.delete(limiter.keys.hold("taken"))
+    assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from decimal import Decimal
 
 import pytest
 
@@ -18,7 +19,7 @@ from ktrdr_budget.errors import InvalidArgument, TooManyBudgets, TooManyHolds
 from ktrdr_budget.verify import verify
 
 from .api.processes import Service, serving
-from .helpers.keyspace import dump
+from .helpers.keyspace import dump, window_key
 from .helpers.waiting import until
 
 MANY = [Budget("agent", "1000"), Budget("free", None, unit="calls")]
@@ -79,8 +80,7 @@ async def test_holds_that_expire_are_counted_until_somebody_settles_them(server)
         await limiter.reserve("free", 1)
 
 
-async def test_where_many_holds_are_allowed_they_are_counted_once_half_of_them_are_there(server):
-    """Below that, a lone reservation does not pay for the counting."""
+async def test_a_bound_on_many_holds_is_kept_within_one_batch(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=20_000) as limiter:
         with server.client() as client:
             pipeline = client.pipeline(transaction=False)
@@ -88,21 +88,19 @@ async def test_where_many_holds_are_allowed_they_are_counted_once_half_of_them_a
                 pipeline.zadd("ktrdr:{default}:due", {f"old/{number + i}": 9e12 for i in range(10)})
             pipeline.execute()
 
-            async def counted() -> bool:
-                await limiter.record("agent", "0.01")
-                return client.hget("ktrdr:{default}:meta", "crowded") == "1"
-
-            await until(counted)
+            first = await limiter.reserve("free", 1)  # from here on by the fast path
             outcomes = await attempts(limiter, 300)
-            assert sum(not isinstance(outcome, Exception) for outcome in outcomes) == 10
+            assert sum(not isinstance(outcome, Exception) for outcome in outcomes) == 9
             assert client.zcard("ktrdr:{default}:due") == 20_000
-            client.delete("ktrdr:{default}:due")
+            await first.release()
+            await limiter.reserve("free", 1)
 
-            async def forgotten() -> bool:
-                await limiter.record("agent", "0.01")
-                return client.hget("ktrdr:{default}:meta", "crowded") is None
 
-            await until(forgotten)
+async def test_p7_thirty_thousand_attempts_at_once_get_no_more_holds_than_there_may_be(server):
+    async with AsyncBudgetLimiter(server.url, MANY, timeout=60, max_holds=20_000) as limiter:
+        outcomes = await attempts(limiter, 30_000)
+        assert sum(not isinstance(outcome, Exception) for outcome in outcomes) == 20_000
+        assert all(isinstance(outcome, TooManyHolds) for outcome in outcomes if isinstance(outcome, Exception))
 
 
 async def test_a_tenant_that_is_full_hinders_no_other(server):
@@ -145,11 +143,69 @@ def test_a_budget_makes_room_when_its_last_window_is_gone(server):
     ) as limiter:
         limiter.record("old", "0.10")
         with server.client() as client:
-            client.hset("ktrdr:{default}:meta", "b:other", "0")
+            client.zadd("ktrdr:{default}:budgets:expiry", {"other": "inf"})
             with pytest.raises(TooManyBudgets):
                 limiter.record("new", "0.10")
-            client.hset("ktrdr:{default}:meta", "b:other", "1000")
+            client.zadd("ktrdr:{default}:budgets:expiry", {"other": 1000})
             limiter.record("new", "0.10")
+
+
+# -- nothing that grows is read whole, or kept for ever ----------------------------------------------------------------
+
+
+def commands_of(client, run) -> dict[str, int]:
+    """How many commands of each kind the store runs meanwhile, those of scripts included."""
+    client.config_resetstat()
+    run()
+    found = client.info("commandstats")
+    return {name.removeprefix("cmdstat_"): figures["calls"] for name, figures in found.items()}
+
+
+def test_p15_the_first_use_of_a_budget_costs_the_same_however_many_there_are(server):
+    with server.client() as client, BudgetLimiter(server.url, MANY, timeout=20, max_budgets=1_000_000) as limiter:
+        limiter.record("agent", "0.01")
+        few = commands_of(client, lambda: limiter.record("free", 1))
+        pipeline = client.pipeline(transaction=False)
+        for number in range(20_000):
+            pipeline.hset(limiter.keys.budgets, f"w:user/{number}", f"user/{number}:ever")
+            pipeline.zadd(limiter.keys.expiries, {f"user/{number}": "inf"})
+        pipeline.execute()
+        with BudgetLimiter(server.url, [Budget("new", "1")], timeout=20, max_budgets=1_000_000) as other:
+            many = commands_of(client, lambda: other.record("new", "0.01"))
+        assert "hgetall" not in many
+        assert sum(many.values()) <= sum(few.values()) + 8
+
+
+def test_p15_a_write_costs_the_same_however_many_replicas_there_were(server):
+    with server.client() as client, BudgetLimiter(server.url, MANY, timeout=20) as limiter:
+        now_s = client.time()[0]
+        pipeline = client.pipeline(transaction=False)
+        for number in range(50_000):
+            pipeline.hset(limiter.keys.meta, f"r:{number:012x}", 1)
+            pipeline.zadd(limiter.keys.replicas, {f"{number:012x}": now_s - (1000 if number % 2 else 200_000)})
+        pipeline.execute()
+        ran = commands_of(client, lambda: limiter.record("agent", "0.01"))
+        assert "hgetall" not in ran and "hkeys" not in ran
+        assert ran["hdel"] <= 16
+        assert client.zscore(limiter.keys.replicas, limiter.replica_id) >= now_s
+
+
+def test_p7_short_lived_processes_leave_no_field_for_ever_in_a_window_without_end(clocked_server):
+    """Their subtotals are added up once they have been silent for two days."""
+    budgets = [Budget("lifetime", None, period="ever")]
+    for day in range(4):
+        for _ in range(20):
+            with BudgetLimiter(clocked_server.url, budgets, timeout=30) as limiter:
+                limiter.record("lifetime", "0.01")
+        clocked_server.advance(3 * 86_400 if day < 3 else 1)
+    with BudgetLimiter(clocked_server.url, budgets, timeout=30) as limiter, clocked_server.client() as client:
+        assert limiter.status("lifetime").spent == Decimal("0.80")
+        stored = client.hgetall(window_key(client, "lifetime", "ever"))
+        subtotals = {name: int(value) for name, value in stored.items() if name.startswith("r:")}
+        assert len(subtotals) < 60
+        assert sum(subtotals.values()) == int(stored["spent"])
+        assert subtotals["r:-"] > 0
+    assert all(report.adds_up for report in verify(clocked_server.url))
 
 
 # -- settings ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from datetime import UTC, datetime
 from decimal import Decimal
 
 import pytest
@@ -104,3 +105,25 @@ async def test_the_limit_of_a_replica_whose_clock_is_wrong_does_not_outlast_a_la
     finally:
         await wrong.close()
         await later.close()
+
+
+async def test_p1_a_limit_until_the_year_2300_is_in_force(server):
+    """An instant of 14 digits is later than one of 13, on the fast path too."""
+    async with limiter_of(server, "5.00") as limiter:
+        await (await limiter.reserve("agent", "0.01")).commit("0.01")
+        status = await limiter.set_limit("agent", "0", until=datetime(2300, 1, 1, tzinfo=UTC))
+        assert (status.limit, status.remaining, status.limit_source) == (0, 0, "runtime")
+        for _ in range(40):
+            with pytest.raises(BudgetExceeded):
+                await limiter.reserve("agent", "0.01")
+
+
+async def test_p7_run_time_limits_that_have_ended_are_removed_by_later_changes(clocked_server):
+    budgets = [Budget(f"agent/{number}", "5.00") for number in range(4)]
+    async with AsyncBudgetLimiter(clocked_server.url, budgets, timeout=30) as limiter:
+        for budget in budgets:
+            await limiter.set_limit(budget.name, "1.00", until="window")
+        clocked_server.advance(86_400)
+        await limiter.set_limit("agent/0", "2.00")
+        with clocked_server.client() as client:
+            assert list(client.hgetall(limiter.keys.limits)) == ["agent/0"]

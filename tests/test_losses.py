@@ -272,11 +272,11 @@ async def test_a_replica_that_only_asks_is_heard_of_each_hour(server, limiter):
     """Who was not heard of for two days is forgotten, among many: that would pass for a loss."""
     await spends(limiter)
     with server.client() as client:
-        field = f"s:{limiter.replica_id}"
-        now = int(client.hget(limiter.keys.meta, field))
+        me = limiter.replica_id
+        now = int(client.zscore(limiter.keys.replicas, me))
         for age_s, refreshed in ((3500, False), (3700, True)):
-            client.hset(limiter.keys.meta, field, now - age_s)
+            client.zadd(limiter.keys.replicas, {me: now - age_s})
             heard_s = limiter._session.heard_s
             await until(lambda heard_s=heard_s: limiter._session.heard_s > heard_s, 15)
-            assert (int(client.hget(limiter.keys.meta, field)) >= now) is refreshed
+            assert (int(client.zscore(limiter.keys.replicas, me)) >= now) is refreshed
         assert limiter.losses == 0

@@ -13,7 +13,7 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import counted, dump, ledger_sum, public, sums, window_key
+from .helpers.keyspace import counted, dump, immortal_keys, ledger_sum, public, sums, window_key
 from .helpers.processes import workers
 from .helpers.waiting import until
 
@@ -137,7 +137,7 @@ async def test_29576_and_39726_a_denied_caller_that_hammers_past_midnight_is_adm
     clocked_server.set(midnight(24) - timedelta(seconds=0.7))
     async with limiter_for(clocked_server) as limiter, limiter_for(clocked_server) as other:
         await limiter.record("agent", "5.00")
-        expiry = {key: client.pexpiretime(key) for key in client.scan_iter()}
+        expiry = {key: client.pexpiretime(key) for key in client.scan_iter("*agent:*")}
         denials: list[BudgetExceeded] = []
 
         async def hammer(replica: AsyncBudgetLimiter):
@@ -350,3 +350,29 @@ def test_a_replica_with_a_wrong_clock_spends_on_the_right_day(clocked_server, cl
     assert (told["window"], told["status_window"], told["spent"]) == (today, today, "0.09")
     assert abs(datetime.fromisoformat(told["as_of"]) - now) < timedelta(seconds=30)
     assert [public(key.rpartition(":")[2]) for key in client.scan_iter("*:w:*")] == [today]
+
+
+# -- windows that are gone ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settle", ["release", "commit"])
+@pytest.mark.parametrize("days", [36, 37, 38, 45])
+async def test_p7_a_hold_that_outlives_one_of_its_windows_does_not_bring_it_back(clocked_server, client, days, settle):
+    """Nor does a replica that does not know that budget, and so not exactly when its windows expire."""
+    both = [Budget("hourly", "5.00", period="hour"), Budget("monthly", "5.00", period="month")]
+    clocked_server.set(datetime(2026, 11, 2, 12, 30, tzinfo=UTC), frozen=True)
+    async with limiter_for(clocked_server, *both) as maker:
+        await maker.reserve({"hourly": "1.00", "monthly": "1.00"}, id="op_1")
+    clocked_server.advance(days * 86_400)
+    async with limiter_for(clocked_server, both[1]) as stranger:
+        if settle == "release":
+            await stranger.release("op_1")
+        else:
+            await stranger.commit("op_1", "0.25")
+        assert immortal_keys(client) == []
+        lifetime_ms = 3 * 86_400_000
+        for key in client.scan_iter("*:hourly:*"):
+            assert 0 < client.pttl(key) < lifetime_ms, key
+        assert not list(client.scan_iter("*:hourly:*")) or days < 38
+        (key,) = client.scan_iter("*:w:monthly:2026-11*")
+        assert int(client.hget(key, "spent") or 0) == (0 if settle == "release" else to_units("0.25"))

@@ -11,7 +11,16 @@ from decimal import Decimal
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetLimiter, HoldConflict, StoreUnavailable
+from ktrdr_budget import (
+    AsyncBudgetLimiter,
+    Budget,
+    BudgetError,
+    BudgetExceeded,
+    BudgetLimiter,
+    HoldConflict,
+    StoreUnavailable,
+    UnknownBudget,
+)
 from ktrdr_budget.engine import memory
 from ktrdr_budget.verify import verify
 
@@ -471,7 +480,7 @@ async def test_what_the_store_cannot_take_any_more_holds_up_nothing_else(limiter
     client.set(window, "no window")
     await until(lambda: limiter.losses == 1 and not limiter._coalescer.recovery.active)
     assert limiter.repaired.settlements == 5
-    assert "what op_3 was could not be told again" in caplog.text
+    assert "replay of op_3 failed: WRONGTYPE" in caplog.text
     client.delete(window)
     assert (await limiter.record("agent", "0.01")).state == "recorded"
 
@@ -550,3 +559,34 @@ async def test_a_replica_that_does_not_know_a_budget_tells_what_it_settled_in_it
         await limiter.record("agent", "0.10")
         await repaired(limiter, ("0.24", "0", "0"))
         assert client.hget(window_key(client), "def") == BUDGETS[0].definition
+
+
+# -- limits of windows that are repaired -------------------------------------------------------------------------------
+
+
+async def test_p1_a_window_is_repaired_with_its_limit(server, limiter, client):
+    """Whoever lets a hold grow there meets it, also without having been given the budget."""
+    hold = await limiter.reserve("agent", "1.00", id="op_1")
+    client.flushall()
+    await until(lambda: limiter.losses == 1 and not limiter._coalescer.recovery.active)
+    async with AsyncBudgetLimiter(server.url, [Budget("other", "1.00")], timeout=10) as stranger:
+        with pytest.raises(BudgetExceeded) as denied:
+            await stranger.grow("op_1", {"agent": "5.01"})
+        assert denied.value.limit == 5
+        assert (await stranger.grow("op_1", {"agent": "5.00"})).amounts == {"agent": 5}
+    await hold.commit("1.00")
+    await repaired(limiter, ("1.00", "0", "0"))
+
+
+async def test_p1_a_limit_that_is_known_to_nobody_admits_nothing(server, limiter, client):
+    hold = await limiter.reserve("agent", "1.00", id="op_1")
+    client.hdel(window_key(client, "agent"), "limit", "asserted_us")
+    async with AsyncBudgetLimiter(server.url, [Budget("other", "1.00")], timeout=10) as stranger:
+        with pytest.raises(
+            UnknownBudget, match="the limit of 'agent' is known neither to this limiter nor to the store"
+        ):
+            await stranger.grow("op_1", {"agent": "2.00"})
+        assert (await stranger.commit("op_1", "0.25")).amounts == {"agent": Decimal("0.25")}
+    assert (await figures(limiter))[0] == Decimal("0.25")
+    await limiter.reserve("agent", "1.00")
+    assert hold.amounts == {"agent": 1}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
+from ktrdr_budget.engine.keys import split_name
 from ktrdr_budget.engine.protocol import (
     POLICY_CODES,
     REPORT,
@@ -39,6 +40,7 @@ from ktrdr_budget.errors import (
     StoreUnavailable,
     TooManyBudgets,
     TooManyHolds,
+    UnknownBudget,
     UnknownHold,
     shown,
 )
@@ -615,8 +617,18 @@ class Core(Reads):
             case "b":
                 most = f"tenant {self.session.tenant!r} has as many budgets as it may: {self.session.max_budgets}"
                 return TooManyBudgets(f"{most}; {line[2:].rpartition(':')[0]!r} would be another")
+            case "f":
+                name, _ = split_name(line[2:])
+                return InvalidAmount(f"{name!r} would count 2**62 units or more in this window; nothing was written")
+            case "q":
+                name, _ = split_name(line[2:])
+                return UnknownBudget(
+                    f"the limit of {name!r} is known neither to this limiter nor to the store; nothing was granted"
+                )
             case "u":
                 return UnknownHold(f"unknown hold {hold_id!r}")
+            case "y":
+                return StoreError(f"hold {hold_id!r}: {line[2:]}")
         return StoreError(f"unexpected answer to {op.head.split(' ')[0]!r} for {hold_id!r}")
 
     def _labels(self, owner: str, operation: str) -> str:

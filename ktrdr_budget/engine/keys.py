@@ -45,7 +45,19 @@ def split_name(name: str) -> tuple[str, str]:
 class Keys:
     """The keys of one tenant."""
 
-    __slots__ = ("cycles", "due", "hold_prefix", "limits", "meta", "prefix", "unconfirmed")
+    __slots__ = (
+        "budgets",
+        "cycles",
+        "due",
+        "expiries",
+        "hold_prefix",
+        "limits",
+        "meta",
+        "of_writes",
+        "prefix",
+        "replicas",
+        "unconfirmed",
+    )
 
     def __init__(self, tenant: str) -> None:
         self.prefix = f"ktrdr:{{{tenant}}}:"
@@ -53,6 +65,12 @@ class Keys:
         self.limits = self.prefix + "limits"
         self.due = self.prefix + "due"
         self.unconfirmed = self.prefix + "unconfirmed"
+        self.budgets = self.prefix + "budgets"
+        self.expiries = self.prefix + "budgets:expiry"
+        self.replicas = self.prefix + "replicas"
+        listed = self.budgets, self.expiries, self.replicas
+        self.of_writes = self.meta, self.limits, self.due, self.unconfirmed, *listed
+        """What a write script names before its windows."""
         self.hold_prefix = self.prefix + "h:"
         self.cycles = tuple(f"{self.prefix}cycles:{part}" for part in ("active", "ended", "order"))
 

@@ -99,6 +99,10 @@ class Memory:
 
     def __init__(self, replica: str = "") -> None:
         self._replica = replica
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything."""
         self._windows: dict[str, Window] = {}
         """By their keys."""
         self._older: dict[str, int] = {}

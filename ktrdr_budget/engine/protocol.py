@@ -396,7 +396,7 @@ def encode_batch(
         rendered.append(text + op.tail)
         hold_keys.append(op.key)
         letters.add(op.letter)
-    names = [keys.meta, keys.limits, keys.due, keys.unconfirmed, *window_keys, *hold_keys]
+    names = [*keys.of_writes, *window_keys, *hold_keys]
     replica, epoch, acknowledged, started, settings, _ = header
     argv = [replica, epoch, acknowledged, started, str(len(numbers)), settings, *words, *rendered]
     return script_for(letters), names, argv
@@ -431,7 +431,7 @@ def _encode_simple(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, 
             text += number + tail
         rendered.append(text + op.brief_tail)
         hold_keys.append(op.key)
-    names = [keys.meta, keys.limits, keys.due, *window_keys, *hold_keys]
+    names = [*keys.of_writes[:4], *window_keys, *hold_keys]
     replica, epoch, acknowledged, started, settings, id_memory_ms = header
     bounds = f"{start_ms:013d}000", f"{end_ms:013d}000"
     claim = f"{started:0>16} {replica}"

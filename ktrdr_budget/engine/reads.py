@@ -125,12 +125,11 @@ class Reads:
 
     def _status_read(self, windows: Sequence[Window], complete: bool) -> Read:
         keys = self.session.keys
-        names = [window.budget for window in windows]
-        begun = [f"{window.expires_ms} {window.name}" for window in windows]
+        budgets, names = [window.budget for window in windows], [window.name for window in windows]
         return Read(
             STATUS,
-            [keys.meta, keys.limits, keys.due, *(window.key for window in windows)],
-            [self.session.replica_id, *names, *begun],
+            [keys.meta, keys.limits, keys.due, keys.budgets, *(window.key for window in windows)],
+            [self.session.replica_id, *budgets, *names],
             "waits" if complete else "answers",
         )
 

@@ -25,8 +25,6 @@ _FORGET_AFTER_MS = LONGEST_HOLD_MS
 _HOUSEKEEPING_S = 1.0
 _DETOURS = 8
 """Batches that go the long way once one was not simple: it may be what is asked for, such as money that is gone."""
-_HOLDS_UNCOUNTED = 20_000
-"""A tenant that may have fewer holds has them counted at each reservation, as in reserve.lua."""
 
 
 class Session:
@@ -101,13 +99,15 @@ class Session:
     @property
     def header(self) -> Header:
         """What this replica says of itself."""
+        if self._acknowledged and self.silent_s * 1000 > _FORGET_AFTER_MS:
+            # The store forgets a replica that is silent for two days, and adds its subtotals to those of others: what
+            # this one remembers is no measure of a loss any more.
+            self._acknowledged, self._epoch, self._header = 0, "-", None
+            self.memory.clear()
         if self._header is None:
-            # A replica that was silent for long may have been forgotten by the store: that is no loss.
-            forgotten = time.monotonic() * 1000 - self._heard_ms > _FORGET_AFTER_MS
-            acknowledged = "0" if forgotten else str(self._acknowledged)
             replica, memory_ms = self.replica_id, str(self.id_memory_ms)
             started = f"-{self.age_us()}" if self._started_us is None else str(self._started_us)
-            header = Header(replica, self._epoch, acknowledged, started, self._settings, memory_ms)
+            header = Header(replica, self._epoch, str(self._acknowledged), started, self._settings, memory_ms)
             if self._started_us is None:
                 return header  # the next one is older
             self._header = header
@@ -133,7 +133,7 @@ class Session:
         if now >= self._housekeeping_s:
             self._housekeeping_s = now + _HOUSEKEEPING_S
             return False
-        return self.max_holds >= _HOLDS_UNCOUNTED
+        return True
 
     def was_not_simple(self) -> None:
         """What is as the last batch will not be simple either, for a while."""

@@ -236,7 +236,7 @@ class Backlog:
             deferred.popleft()
             if (instead := op.otherwise(line)) is not None:
                 left.append(instead)
-            elif line[0] == "t":  # its window is not here, and may come back
+            elif line[0] in "ty":  # its window is not here, or is another key; that may pass
                 refused.add(op.id)
                 left.append(op)
             else:
@@ -313,7 +313,7 @@ class Backlog:
         if (instead := op.otherwise(line)) is not None:
             self._unresolved.replace(doubt, instead)
             return
-        if line[0] == "t":  # its window is not here, and may come back
+        if line[0] in "ty":  # its window is not here, or is another key; that may pass
             return
         if line[0] in "kp":
             self._background.session.settled(op, line, head.now_us // 1000)

@@ -245,4 +245,9 @@ class Recovery:
             middle = len(batch) // 2
             first, second = await self._lines(batch[:middle]), await self._lines(batch[middle:])
             return None if first is None or second is None else first + second
-        return None if head.went_back else lines
+        if head.went_back:
+            return None
+        for op, line in zip(batch, lines, strict=True):
+            if line[0] == "y":
+                logger.error("replay of %s failed: %s", op.id, line[2:])
+        return lines

@@ -256,7 +256,7 @@ class Books:
             missing: what the ledger lacks; it gets an entry of that amount.
             note: one word that stays in the ledger.
         """
-        keys = [self._keys.window(budget, window), self._keys.ledger(budget, window), self._keys.meta]
+        keys = [self._keys.window(budget, window), self._keys.ledger(budget, window), self._keys.budgets]
         pairs = [word for name, units in differences.items() for word in (name, str(units))]
         reply = self._evaluate(CORRECT, keys, [str(look.corrections), note, str(missing), budget, *pairs])
         if not reply:

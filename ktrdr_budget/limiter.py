@@ -99,6 +99,7 @@ class LimiterBase:
             raise InvalidArgument(f"on_store_error must be 'deny', 'allow' or 'lease', not {shown(on_store_error)}")
         self._session = Session(tenant, budgets, max_holds=max_holds, max_budgets=max_budgets)
         self._session.on_loss = self._report_loss
+        self._session.on_policy = self._report_policy
         self._core = Core(self._session, self._hold_class, allow=on_store_error == "allow", trace_id=trace_id)
         if on_store_error == "lease":
             self._core.prepaid = Prepaid(self._core, check_slabs(self._core, lease_slab))
@@ -180,6 +181,9 @@ class LimiterBase:
     def prepaid(self) -> Mapping[str, Amount]:
         """What could be granted now if the store were away (policy ``lease``), per budget; empty under another."""
         return {} if self._core.prepaid is None else self._core.prepaid.remaining
+
+    def _report_policy(self, fault: str) -> None:
+        logger.warning("store at %s: %s", self._store.shown, fault)
 
     def _report_loss(self) -> None:
         logger.error(
@@ -451,7 +455,8 @@ class AsyncBudgetLimiter(LimiterBase):
     async def check(self) -> dict[str, str | None]:
         """Whether the store can be relied on now: per check what is wrong, or ``None``.
 
-        ``store``: it answers. ``policy``: its ``maxmemory-policy`` is ``noeviction``. ``scripts``: they run.
+        ``store``: it answers, takes the login, and can be written to. ``policy``: its ``maxmemory-policy`` is
+        ``noeviction``. ``scripts``: they run; each command that the store refuses in them is named.
         """
         return await self._coalescer.run(self._core.check(), "check")  # type: ignore[no-any-return]
 

@@ -30,7 +30,7 @@ def probes(service: Service, metrics: LimiterMetrics) -> APIRouter:
         return JsonResponse({"status": "alive"})
 
     async def readyz(request: Request) -> Response:
-        """Whether the store can be relied on: it answers, evicts nothing, and runs the scripts."""
+        """Whether the store can be relied on: it takes writes, evicts nothing, runs what a reservation needs."""
         faults = await service.limiter.check()
         checks = {name: fault or "ok" for name, fault in faults.items()}
         if not any(faults.values()):

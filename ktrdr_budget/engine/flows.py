@@ -130,6 +130,7 @@ class Core(Reads):
         if self.prepaid is not None:
             self.prepaid.begin()
         yield from self.status([])
+        yield from self.watch_policy()
 
     # -- reserve -------------------------------------------------------------------------------------------------------
 

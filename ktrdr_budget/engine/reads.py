@@ -27,8 +27,16 @@ from ktrdr_budget.engine.protocol import (
     parse_ledger_entry,
     parse_record,
 )
-from ktrdr_budget.engine.scripts import LIMITS, PERMISSIONS, STATUS
-from ktrdr_budget.engine.views import entry_cursor, holds_cursor, page_size, policy_fault, status_of
+from ktrdr_budget.engine.scripts import LIMITS, READINESS, STATUS
+from ktrdr_budget.engine.views import (
+    entry_cursor,
+    holds_cursor,
+    page_size,
+    policy_fault,
+    refusal_faults,
+    refuses_login,
+    status_of,
+)
 from ktrdr_budget.errors import (
     BudgetError,
     DefinitionConflict,
@@ -244,12 +252,12 @@ class Reads:
     def check(self) -> Flow[dict[str, str | None]]:
         """What keeps the store from being relied on, per check; ``None`` where nothing does."""
         try:
+            store_fault, scripts_fault = yield from self._trial_faults()
             policy_fault = yield from self._policy_fault()
-            scripts_fault = yield from self._scripts_fault()
         except StoreUnavailable as error:
             unknown = "unknown: the store does not answer"
             return {"store": str(error), "policy": unknown, "scripts": unknown}
-        return {"store": None, "policy": policy_fault, "scripts": scripts_fault}
+        return {"store": store_fault, "policy": policy_fault, "scripts": scripts_fault}
 
     def _policy_fault(self) -> Flow[str | None]:
         try:
@@ -257,20 +265,31 @@ class Reads:
         except StoreError as error:
             return f"unknown: {error}"
 
-    def _scripts_fault(self) -> Flow[str | None]:
-        """Runs the scripts with nothing to do: one that reads, and all that write."""
+    def _trial_faults(self) -> Flow[tuple[str | None, str | None]]:
+        """What the store refuses of all that a reservation needs, and what its scripts refuse: each command is tried,
+        then the scripts with nothing to do, one that reads and all that write.
+        """
         session = self.session
-        names = session.keys
-        _, keys, args = encode_batch(names, session.header, [])
         try:
-            refused = yield Command(PERMISSIONS, [names.meta, names.due, names.ledger("-", "-"), names.hold("-")], ())
-            if refused:
-                return f"the store's user may not run {', '.join(map(_str, refused))}"
+            words = [_str(word) for word in (yield Command(READINESS, session.keys.trial, ()))]
+            if words:
+                return refusal_faults(list(zip(words[::2], words[1::2], strict=True)))
+            _, keys, args = encode_batch(session.keys, session.header, [])
             yield self._status_read((), False)
             yield Command("apply", keys, args)
         except StoreError as error:
-            return str(error)
-        return None
+            return (str(error), "unknown: the store refuses its user") if refuses_login(error) else (None, str(error))
+        return None, None
+
+    def watch_policy(self) -> Flow[None]:
+        """Report an eviction policy by which budgets may vanish; what cannot be read now is not reported."""
+        self.session.policy_watched = True
+        try:
+            fault = policy_fault((yield Command(None, (), ("INFO", "memory"))))
+        except StoreUnavailable:
+            return
+        if fault is not None and self.session.on_policy is not None:
+            self.session.on_policy(fault)
 
     # -- inside --------------------------------------------------------------------------------------------------------
 

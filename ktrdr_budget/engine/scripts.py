@@ -12,8 +12,8 @@ __all__ = [
     "CORRECT",
     "CYCLES",
     "LIMITS",
-    "PERMISSIONS",
     "READ",
+    "READINESS",
     "REINDEX",
     "REPAIR",
     "SIMPLE",
@@ -39,14 +39,14 @@ _PARTS = {
     "read": ("read_head", "read"),
     "limits": ("limits",),
     "correct": ("correct",),
-    "permissions": ("permissions",),
+    "readiness": ("readiness",),
     "reindex": ("reindex",),
     "cycles": ("cycles",),
 }
 _REPAIR = {"S", "T", "O"}
 _ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid"}
 STATUS, READ, LIMITS, CYCLES, REPAIR = "status", "read", "limits", "cycles", "repair"
-CORRECT, REINDEX, PERMISSIONS = "correct", "reindex", "permissions"
+CORRECT, REINDEX, READINESS = "correct", "reindex", "readiness"
 
 
 @dataclass(frozen=True, slots=True)

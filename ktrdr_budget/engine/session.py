@@ -67,6 +67,10 @@ class Session:
         """How often the store was seen to have gone back in time."""
         self.on_loss: Callable[[], None] | None = None
         self.on_suspicion: Callable[[], None] | None = None
+        self.on_policy: Callable[[str], None] | None = None
+        """Called with what is wrong with the store's eviction policy."""
+        self.policy_watched = False
+        """Whether that policy is known, or is being read."""
         self.on_late: Callable[[], None] | None = None
         """Told of an answer from before a loss that was noticed meanwhile: what it acknowledges is lost, too."""
         self.renew()

@@ -18,11 +18,21 @@ __all__ = [
     "holds_cursor",
     "page_size",
     "policy_fault",
+    "refusal_faults",
+    "refuses_login",
     "status_of",
     "told_amounts",
 ]
 
 _PAGE_MAX = 1000
+_STATES = {
+    "READONLY": "it is a read-only replica",
+    "OOM": "it is full",
+    "MISCONF": "it cannot write to its disk",
+    "NOREPLICAS": "it has too few replicas",
+}
+"""What the first word of an error says of the whole store."""
+_LOGIN = re.compile(r"\b(NOAUTH|WRONGPASS)\b|invalid username-password|Authentication required|invalid password", re.I)
 
 
 def denial(window: Window, figures: Sequence[str], now_us: int, unit: str) -> Denial:
@@ -161,6 +171,30 @@ def policy_fault(info: object) -> str | None:
     if policy == "noeviction":
         return None
     return f"maxmemory-policy is {policy}; it must be noeviction, or budgets may vanish"
+
+
+def refusal_faults(refused: Sequence[tuple[str, str]]) -> tuple[str | None, str | None]:
+    """What is wrong with the store, and with its scripts, from commands and the errors that they met.
+
+    Args:
+        refused: an empty error means that the store's user lacks the permission.
+    """
+    store_fault, by_error = None, dict[str, list[str]]()
+    for command, error in refused:
+        state = next((words for first, words in _STATES.items() if first in error), None)
+        if state is not None:
+            store_fault = store_fault or f"{state}, and refuses {command}: {error}"
+        else:
+            by_error.setdefault(re.sub(r",? script: .*", "", error), []).append(command)
+    missing = by_error.pop("", [])
+    faults = [f"the store's user may not run {', '.join(missing)}"] if missing else []
+    faults += [f"the store refuses {', '.join(commands)}: {error}" for error, commands in by_error.items()]
+    return store_fault, "; ".join(faults) or None
+
+
+def refuses_login(error: Exception) -> bool:
+    """Whether an error of the store is about its user's name or password: no command can be tried."""
+    return _LOGIN.search(str(error)) is not None
 
 
 def page_size(limit: int) -> int:

@@ -7,6 +7,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ktrdr_budget import Budget, BudgetLimiter
 
+from ..conftest import redis_binary, valkey_binary
+from ..helpers.patience import away
 from ..helpers.waiting import until
 from .support import V1, problem, reserved
 
@@ -86,7 +88,62 @@ def test_the_library_can_ask_too(server):
         assert limiter.check() == {"store": None, "policy": None, "scripts": None}
 
 
-async def test_readiness_writes_nothing(client, server):
+UNABLE = {
+    "a read-only replica": (("--replicaof", "127.0.0.1", "1"), "store", "read-only replica"),
+    "a full store": (("--maxmemory", "100kb"), "store", "it is full, and refuses SET: OOM"),
+    "too few replicas": (("--min-replicas-to-write", "1"), "store", "NOREPLICAS"),
+    "TIME is renamed": (("--rename-command", "TIME", ""), "scripts", "the store refuses TIME"),
+    "HINCRBY is renamed": (
+        ("--rename-command", "HINCRBY", "", "--rename-command", "XADD", ""),
+        "scripts",
+        "HINCRBY, XADD",
+    ),
+    "scripts are renamed": (("--rename-command", "EVAL", ""), "scripts", "unknown command 'EVAL'"),
+}
+BINARIES = [binary for binary in (valkey_binary(), redis_binary()) if binary]
+
+
+@pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.rpartition("/")[2])
+@pytest.mark.parametrize("kind", UNABLE)
+async def test_a_store_in_which_nothing_can_be_reserved_is_not_ready_and_says_why(start, start_server, kind, binary):
+    """spring-cloud-gateway #3379: a managed store refuses a command in scripts."""
+    options, check, words = UNABLE[kind]
+    own = start_server(binary, *options)
+    with away(own.url):
+        client = (await start(redis_url=own.url, timeout=2.0)).client
+        document = problem(await client.get("/readyz"), 503, "not-ready")
+        assert words in document["checks"][check]
+        assert words in document["detail"]
+        assert (await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})).status_code == 503
+    own.kill()
+
+
+@pytest.mark.parametrize("command", ["time", "hincrby", "xadd"])
+async def test_a_command_that_the_store_refuses_in_scripts_is_named(start, server, command):
+    with server.client() as redis:
+        redis.execute_command("ACL", "SETUSER", "managed", "on", ">pw", "~*", "+@all", f"-{command}")
+        client = (await start(redis_url=f"{server.url}?username=managed&password=pw")).client
+        document = problem(await client.get("/readyz"), 503, "not-ready")
+        assert document["checks"] == {
+            "store": "ok", "policy": "ok", "scripts": f"the store's user may not run {command.upper()}"
+        }  # fmt: skip
+        redis.execute_command("ACL", "DELUSER", "managed")
+
+
+@pytest.mark.parametrize("login", ["?password=wrong", "?username=nobody&password=wrong"])
+async def test_with_a_wrong_password_the_store_is_not_ok(start, start_server, login):
+    own = start_server()
+    with own.client() as redis:
+        redis.config_set("requirepass", "right")
+    client = (await start(redis_url=f"{own.url}{login}")).client
+    document = problem(await client.get("/readyz"), 503, "not-ready")
+    assert "invalid username-password pair" in document["checks"]["store"]
+    assert "ok" not in document["checks"].values()
+    assert "wrong" not in str(document)
+    own.kill()
+
+
+async def test_readiness_leaves_nothing_behind(client, server):
     await client.get("/readyz")
     with server.client() as redis:
         assert redis.dbsize() == 0

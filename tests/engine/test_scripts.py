@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import redis
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
 from ktrdr_budget.engine import scripts
+from ktrdr_budget.engine.keys import Keys
 from ktrdr_budget.engine.protocol import Commit, Head, Op, Reservation, encode_batch, parse_batch
 from ktrdr_budget.engine.session import Session
 
@@ -871,3 +873,31 @@ def test_pyratelimiter_a_restarted_server_is_invisible_to_callers(start_server: 
         assert str(hold.commit("0.07").amounts["agent"]) == "0.07"
         assert limiter.losses == 0
     server.kill()
+
+
+def test_readiness_tries_each_command_that_a_script_runs():
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in LUA.glob("*.lua")}
+    tried = set(re.findall(r"\{ '([A-Z]+)'", sources.pop("readiness")))
+    run = {command for source in sources.values() for command in re.findall(r"\b[p]?call\('([A-Z]+)'", source)}
+    assert len(run) > 20
+    assert run <= tried
+
+
+def test_a_refused_write_leaves_no_key_of_readiness(client):
+    keys = Keys("t").trial
+    client.execute_command("ACL", "SETUSER", "default", "-zrem")
+    try:
+        refused = client.eval(scripts.script(scripts.READINESS).source, len(keys), *keys)
+        assert refused == ["ZREM", ""]
+    finally:
+        client.execute_command("ACL", "SETUSER", "default", "+@all")
+    client.set("filler", "x" * 2_000_000)
+    client.config_set("maxmemory", "1mb")
+    try:
+        refused = client.eval(scripts.script(scripts.READINESS).source, len(keys), *keys)
+        assert refused[0] == "SET"
+        assert refused[1].startswith("OOM ")
+    finally:
+        client.config_set("maxmemory", "0")
+        client.delete("filler")
+    assert client.dbsize() == 0

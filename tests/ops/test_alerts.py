@@ -77,6 +77,6 @@ def test_a_rule_takes_one_figure_of_a_gauge_and_sums_counters():
             if name == "ktrdr_budget_store_up":  # of each replica: which one it is that does not reach the store
                 continue
             if name.endswith("_total"):
-                assert re.search(rf"sum( by \([\w, ]+\) )?\((rate|increase)\({name}\[", rule["expr"]), rule
+                assert re.search(rf"sum( by \([\w, ]+\) )?\((rate|increase)\({name}({{[^}}]+}})?\[", rule["expr"]), rule
             else:
                 assert re.search(rf"(min|max) by \([\w, ]+\) \({name}\)", rule["expr"]), rule

@@ -9,6 +9,7 @@ begun completes (P14).
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 import math
 import threading
@@ -60,7 +61,11 @@ class Coalescer:
         self._background = Background(core.session, store, timeout)
         self.breaker = Breaker(self._background, self._store_answers)
         self.recovery = Recovery(
-            self._background, self.breaker, waited=self._expire_waiting, resume=self._store_is_repaired
+            self._background,
+            self.breaker,
+            watch_policy=self._watch_policy,
+            waited=self._expire_waiting,
+            resume=self._store_is_repaired,
         )
         self._backlog = Backlog(core, self._background, self.breaker, self.recovery)
         core.session.on_suspicion = self.recovery.suspect
@@ -496,6 +501,10 @@ class Coalescer:
         if went_back:
             self.recovery.begin()
         self._backlog.hasten()
+
+    def _watch_policy(self) -> None:
+        reading = contextvars.Context().run(self.submit, self._core.watch_policy(), "check")
+        reading.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     def _store_is_repaired(self) -> None:
         if not self._closed:

@@ -38,6 +38,7 @@ class Recovery:
     """Of one limiter.
 
     Args:
+        watch_policy: reads the store's eviction policy.
         waited: is told now and then, with the last failure, while calls wait for a repair: some run out of time.
         resume: is told when calls may be sent again.
     """
@@ -47,12 +48,14 @@ class Recovery:
         background: Background,
         breaker: Breaker,
         *,
+        watch_policy: Callable[[], None],
         waited: Callable[[Exception | None], None],
         resume: Callable[[], None],
     ) -> None:
         self._background = background
         self._session = background.session
         self._breaker = breaker
+        self._watch_policy = watch_policy
         self._waited = waited
         self._resume = resume
         self.total = Repair()
@@ -88,7 +91,11 @@ class Recovery:
 
     def _pulse(self) -> None:
         self.start()
-        if not self._session.memory or self._breaker.open:
+        if self._breaker.open:
+            return
+        if self._session.heard_s and not self._session.policy_watched:  # a limiter that was not started
+            self._watch_policy()
+        if not self._session.memory:
             return
         if self._session.silent_s >= PULSE_S / 2:
             self.suspect()

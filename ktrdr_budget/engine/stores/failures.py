@@ -117,6 +117,7 @@ def _words(error: Exception) -> str:
 def without_secrets(error: Exception) -> str:
     """An error's first line; servers and drivers put no password there, but a URL may have got in."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = re.sub(r",? script: .*", "", line)  # where in a script; nobody outside knows its lines
     return re.sub(r"(\w+://)[^@\s/]*@", r"\1***@", line)[:300]
 
 

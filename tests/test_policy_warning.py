@@ -1,0 +1,61 @@
+"""A store that evicts may lose a budget: the library logs it, as the service says it at its start."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
+from ktrdr_budget.engine.driver import recovery
+
+from .helpers.waiting import until
+
+BUDGETS = [Budget("agent", "5.00")]
+
+
+@pytest.fixture
+def evicting(start_server):
+    own = start_server(None, "--maxmemory-policy", "allkeys-lru")
+    yield own
+    own.kill()
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.message for record in caplog.records if "maxmemory-policy" in record.message]
+
+
+async def test_a_limiter_that_starts_warns_of_a_store_that_evicts_once(evicting, caplog):
+    async with AsyncBudgetLimiter(evicting.url, BUDGETS) as limiter:
+        await limiter.reserve("agent", "0.15")
+        assert warnings(caplog) == [
+            f"store at {evicting.url}: maxmemory-policy is allkeys-lru; it must be noeviction, or budgets may vanish"
+        ]
+    assert {record.levelno for record in caplog.records} == {logging.WARNING}
+
+
+def test_the_sync_limiter_warns_too(evicting, caplog):
+    with BudgetLimiter(evicting.url, BUDGETS):
+        assert len(warnings(caplog)) == 1
+
+
+async def test_a_limiter_that_is_used_without_a_start_warns_soon(evicting, caplog, monkeypatch):
+    monkeypatch.setattr(recovery, "PULSE_S", 0.05)
+    limiter = AsyncBudgetLimiter(evicting.url, BUDGETS)
+    await limiter.reserve("agent", "0.15")
+    await until(lambda: warnings(caplog))
+    pulses = limiter._coalescer.recovery._pulses
+    await until(lambda: limiter._coalescer.recovery._pulses > pulses + 5)
+    assert len(warnings(caplog)) == 1
+    await limiter.close()
+
+
+async def test_a_store_that_keeps_all_or_hides_its_policy_is_no_reason_to_warn(server, caplog):
+    async with AsyncBudgetLimiter(server.url, BUDGETS):
+        pass
+    with server.client() as client:
+        client.execute_command("ACL", "SETUSER", "worker", "on", ">pw", "~*", "+@all", "-info")
+        async with AsyncBudgetLimiter(f"{server.url}?username=worker&password=pw", BUDGETS) as limiter:
+            await limiter.reserve("agent", "0.15")
+        client.execute_command("ACL", "DELUSER", "worker")
+    assert not caplog.records

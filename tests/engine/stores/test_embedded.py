@@ -82,8 +82,8 @@ class User:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.process.poll() is None:
-            self.kill()
+        with self.process:  # closes the pipes, also of a process that has ended by itself
+            self.process.kill()
 
 
 @pytest.fixture
@@ -587,11 +587,12 @@ try:
 except embedded.EmbeddedServerError as error:
     print(error)
 """
-    data_dir.mkdir()
-    data_dir.chmod(0o555)
-    with User(data_dir, script=script, starts=False) as user:
-        assert f"cannot run the embedded server in {data_dir}: Permission denied" in user.read_line()
-    data_dir.chmod(0o700)
+    data_dir.parent.chmod(0o755)
+    data_dir.mkdir(mode=0o555)
+    below = data_dir / "below"  # one's own directory would be given the right mode
+    with User(below, script=script, starts=False) as user:
+        assert user.read_line() == f"cannot run the embedded server in {below}: Permission denied"
+        user.process.wait(DEADLINE_S)
 
 
 def test_a_server_that_ends_at_once_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

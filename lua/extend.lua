@@ -11,7 +11,7 @@
 --        d … total   denied as for reserve: the growth, or the return of an expired hold, has no room; nothing changed.
 --                    The last figure is what the hold would have counted
 --        c record    the hold is settled, or has lived its 24 h
---        u, v record, t and f budget:window, y error as for settle;  l until_ms, q budget:window as for reserve
+--        u, v record, t and f budget:window, y error as for settle;  q budget:window as for reserve;  l until_ms as for both
 --
 -- Spend that was reported needs no admission. What does: a larger reservation, and the revival of an expired hold that
 -- had given money back; in the windows that admitted the hold, with the limit that is in force there.

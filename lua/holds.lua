@@ -136,11 +136,12 @@ local function stored_record(key)
   return record
 end
 
--- The hold, expired if it is due, and its record; or nil and the reply that says why not.
+-- The hold, expired if it is due, and its record; or nil and the reply that says why not. While the store recovers, an
+-- unknown id may be one that a replica has yet to replay: whoever asks for it is answered `l`, and asks again.
 local function find(id, key)
   local record, why = stored_record(key)
-  if not record then return nil, why end
-  if given_up(record) then return nil, 'u' end
+  if record and given_up(record) then record, why = nil, 'u' end
+  if not record then return nil, why == 'u' and recovering and 'l ' .. recovering or why end
   local hold = parse(record)
   for i = 1, #hold.segments do
     if not by_name[hold.segments[i].name] then return nil, 'v ' .. record end
@@ -154,4 +155,9 @@ local function find(id, key)
   end
   if hold.state == 'o' and tonumber(hold.deadline) <= now_ms then record = expire(id, key, hold) end
   return hold, record
+end
+
+-- Whether find() knows no hold of this id.
+local function unknown(why)
+  return match(why, '^[ul]') ~= nil
 end

@@ -15,6 +15,7 @@
 -- What a replica tells again is much, or its way is long: nothing is granted before it has told all of it.
 call('HSET', KEYS[1], 'recovering_until', text(max(now_ms + 1000, recovering and recovering + 0 or 0)))
 dirty = true
+recovering = nil -- to this batch, what the store does not know is lost
 
 -- Each settlement is in one replica's share, whoever tells of it. The field `t:` of a window tells that a replica has told
 -- its share of it, of this timeline: what it has settled is in there, though its id may be beyond its memory.

@@ -8,7 +8,7 @@
 function operations.X(op, key)
   local id = match(op, '^X (%S+)')
   local hold, why = find(id, key)
-  if hold or why ~= 'u' then return hold and 'x' or why end
+  if hold or not unknown(why) then return hold and 'x' or why end
   dirty = true
   set_due(id, false) -- due, but the record is gone: nothing is left to retire
   return 'x'

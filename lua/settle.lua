@@ -14,6 +14,7 @@
 --        p flags units,units… replica    the same was done before; of a commit, in that replica's share
 --        c record                settled otherwise before, or not a hold
 --        u                       unknown id
+--        l until_ms              the same while the store recovers: a replica may have yet to replay it
 --        v record                windows of the hold are missing in the request
 --        t budget:window         that window was begun and is not here; nothing was changed
 --        f budget:window         that window would count 2^62 units or more; nothing was changed
@@ -141,7 +142,7 @@ function operations.L(op, key)
   end
   local hold, record = find(id, key)
   if not hold then
-    if record ~= 'u' or mode == '0' or mode == '1' or mode == 'i' then return record end
+    if not unknown(record) or mode == '0' or mode == '1' or mode == 'i' then return record end
     return take_up(id, key, by_hand and 'z' or 'r', amounts, mode == 's')
   end
   local state = hold.state

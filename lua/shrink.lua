@@ -3,6 +3,7 @@
 --
 -- op     H id window:units …    the hold reserves no more than so much; the least wins, so that a retry is harmless
 -- reply  u                      taken note of: there is nothing more to say, whether the hold is known or not
+--        l until_ms             unknown while the store recovers: a replica may have yet to replay it
 --
 -- op     P id policy deadline_ms created_us owner operation trace window:first:reserved:accrued …
 --                               a hold that was granted from slabs while this store was away, at first with another
@@ -15,7 +16,7 @@
 function operations.H(op, key)
   local id, amounts = match(op, '^H (%S+) (.+)$')
   local hold, why = find(id, key)
-  if not hold then return why == 'u' and 'u' or why end
+  if not hold then return why end
   if hold.state ~= 'o' and hold.state ~= 'x' then return 'u' end
   local left, changed = {}, false
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do left[windows[tonumber(i)].name] = amount end
@@ -70,7 +71,7 @@ function operations.P(op, key)
     match(op, '^P (%S+) (%a) (%d+) (%d+) (%S+) (%S+) (%S+) (.+)$')
   local hold, why = find(id, key)
   if hold then return adopt(id, key, hold, deadline, amounts) end
-  if why ~= 'u' then return match(why, '^[ty]') and why or 'p' end
+  if not unknown(why) then return match(why, '^[ty]') and why or 'p' end
   for i in gmatch(amounts, '(%d+):%d+:%d+:') do
     local w = windows[tonumber(i)]
     if w.fault then return 'y ' .. w.fault end

@@ -38,7 +38,7 @@ def lose_the_last_write(client, limiter: AsyncBudgetLimiter) -> None:
 def forget_windows(client, limiter: AsyncBudgetLimiter) -> None:
     """As a store that had not begun them yet."""
     client.delete(*client.scan_iter(f"{limiter.keys.prefix}[wl]:*"))
-    client.hdel(limiter.keys.meta, *(f"b:{budget.name}" for budget in BUDGETS))
+    client.delete(limiter.keys.budgets, limiter.keys.expiries)
 
 
 async def _status(limiter: AsyncBudgetLimiter) -> object:

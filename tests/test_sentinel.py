@@ -166,6 +166,19 @@ async def test_a_replica_that_lagged_is_told_what_it_lacks(group):
         assert limiter._session.losses == 1
 
 
+async def test_a_hold_that_a_failover_has_lost_is_settled_by_its_id(group):
+    async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=60.0) as limiter:
+        await limiter.record("agent", "1.00")
+        await until(lambda: group.replicated())
+        old = group.master
+        group.lose_writes()
+        await limiter.reserve("agent", "0.25", id="op_1")
+        old.kill()
+        assert (await limiter.get("op_1")).state == "open"
+        assert (await limiter.commit("op_1", "0.20")).amounts == {"agent": Decimal("0.20")}
+        assert limiter.losses == 1
+
+
 async def _knows(limiter: AsyncBudgetLimiter) -> bool:
     try:
         status = await limiter.status("agent")

@@ -9,8 +9,10 @@ from datetime import datetime
 import httpx
 import pytest
 
+from ktrdr_budget import AsyncBudgetLimiter, Budget
 from ktrdr_budget.api.responses import reservation
 
+from ..helpers.patience import away, hurried
 from ..helpers.waiting import until
 from .support import V1, figures, problem, reserved
 
@@ -286,3 +288,21 @@ async def test_sixty_four_clients_at_once_fill_the_cap_exactly(client):
     answers = await asyncio.gather(*(one(number) for number in range(64)))
     assert sorted(answer.status_code for answer in answers) == [201] * 33 + [429] * 31
     assert await figures(client) == ("0.00", "4.95", "0.00", "0.05")
+
+
+@pytest.mark.timely
+async def test_a_hold_that_replicas_have_yet_to_replay_is_unavailable_and_not_unknown(server, start):
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as worker:
+        worker._coalescer.recovery.stop()
+        await worker.reserve("agent", "0.15", id="op_1")
+        service = await start()
+        with server.client() as store:
+            store.flushall()
+        path = f"{V1}/reservations/op_1"
+        with away(server.url), hurried(service.limiter, 0.3):
+            for response in (await service.client.post(f"{path}/commit", json={}), await service.client.get(path)):
+                assert response.status_code == 503
+                assert "being repaired" in response.json()["detail"]
+        worker._coalescer.recovery.suspect()
+        await until(lambda: worker.losses == 1 and not worker._coalescer.recovery.active)
+        assert (await service.client.post(f"{path}/commit", json={"amounts": "0.07"})).status_code == 200

@@ -236,7 +236,7 @@ class Backlog:
             deferred.popleft()
             if (instead := op.otherwise(line)) is not None:
                 left.append(instead)
-            elif line[0] in "ty":  # its window is not here, or is another key; that may pass
+            elif line[0] in "lty":  # its hold is not replayed yet; its window is not here, or another key
                 refused.add(op.id)
                 left.append(op)
             else:
@@ -313,7 +313,7 @@ class Backlog:
         if (instead := op.otherwise(line)) is not None:
             self._unresolved.replace(doubt, instead)
             return
-        if line[0] in "ty":  # its window is not here, or is another key; that may pass
+        if line[0] in "lty":  # its hold is not replayed yet; its window is not here, or another key
             return
         if line[0] in "kp":
             self._background.session.settled(op, line, head.now_us // 1000)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import yaml
 
 from ktrdr_budget.agent.settings import AgentSettings
 from ktrdr_budget.api.settings import Settings, load_settings
+from ktrdr_budget.metering.prices import load_prices
 
 from ..api.processes import serving
 from ..conftest import free_port
@@ -29,20 +31,31 @@ PUBLISHED = {"proxy": {8000}, "prometheus": {9090}, "grafana": {3000}, "jaeger":
 SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD")
 
 
-def rendered(**environment: str) -> dict[str, Any]:
-    """What the compose tool makes of the file in such an environment."""
+def rendered(env_file: Path | None = None, **environment: str) -> dict[str, Any]:
+    """The services that the compose tool makes of the file, with such a `.env` and environment."""
     clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
-    command = [*compose(), "--file", str(COMPOSE), "config"]
-    told = subprocess.run(
+    given = [] if env_file is None else ["--env-file", str(env_file)]
+    command = [*compose(), "--file", str(COMPOSE), *given, "config"]
+    done = subprocess.run(
         command, env={**clean, **environment}, capture_output=True, text=True, timeout=60, check=False
     )
-    assert told.returncode == 0, told.stderr
-    return yaml.safe_load(told.stdout)["services"]
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)["services"]
+
+
+def variables(service: dict[str, Any]) -> dict[str, str | None]:
+    """The environment of a service in the file; ``None`` for a name without a value."""
+    environment = service.get("environment", {})
+    if isinstance(environment, list):
+        return {
+            name: value if equals else None for name, equals, value in (word.partition("=") for word in environment)
+        }
+    return environment
 
 
 def environment_of(service: dict[str, Any]) -> dict[str, str]:
     """The variables that have a value."""
-    return {name: str(value) for name, value in service["environment"].items() if value is not None}
+    return {name: str(value) for name, value in variables(service).items() if value is not None}
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
@@ -88,7 +101,7 @@ def test_a_service_is_pinned_restarted_and_confined(name):
 
 def test_no_secret_is_written_down():
     for service in SERVICES.values():
-        for name, value in service.get("environment", {}).items():
+        for name, value in variables(service).items():
             assert value is None or not SECRET.search(name), name
             assert not re.search(r"://[^/]*:[^/]*@", str(value)), name
         assert not any(SECRET.search(word) for word in service.get("build", {}).get("args", {}))
@@ -100,7 +113,29 @@ def test_the_store_keeps_what_it_acknowledged_and_evicts_nothing():
     assert options["--appendonly"] == "yes"
     assert options["--maxmemory-policy"] == "noeviction"
     assert SERVICES["redis"]["volumes"] == ["redis-data:/data"]
-    assert SERVICES["redis"]["healthcheck"]["test"] == ["CMD", "redis-cli", "ping"]
+    # Without -e it succeeds as well while the server is still loading its data.
+    assert SERVICES["redis"]["healthcheck"]["test"] == ["CMD", "redis-cli", "-e", "ping"]
+
+
+@pytest.mark.parametrize("name", [name for name, service in SERVICES.items() if "build" not in service])
+def test_every_service_is_checked(name):
+    """The backend's own check is in its image."""
+    check = SERVICES[name]["healthcheck"]
+    assert check["test"][0] == "CMD"
+    assert check.keys() >= {"interval", "timeout", "retries"}
+
+
+def test_a_first_start_that_takes_long_is_not_a_failure():
+    assert SERVICES["grafana"]["healthcheck"]["start_period"] == "60s"
+    assert SERVICES["jaeger"]["healthcheck"]["test"][-1] == "http://127.0.0.1:13133/status"
+
+
+def test_the_proxy_may_write_into_its_directories():
+    """A tmpfs over a directory of the image has that one's owner and mode, unless it says otherwise."""
+    user, group = SERVICES["proxy"]["user"].split(":")
+    assert set(SERVICES["proxy"]["tmpfs"]) == {
+        "/tmp", *(f"{path}:uid={user},gid={group},mode=0700" for path in ("/data", "/config")),
+    }  # fmt: skip
 
 
 def test_everybody_waits_for_what_it_needs():
@@ -173,7 +208,7 @@ def test_the_proxy_stands_before_both_replicas():
 
 
 def test_traces_go_to_jaeger():
-    url = urlsplit(SERVICES["backend-1"]["environment"]["OTEL_EXPORTER_OTLP_ENDPOINT"])
+    url = urlsplit(environment_of(rendered()["backend-1"])["OTEL_EXPORTER_OTLP_ENDPOINT"])
     assert (url.scheme, url.hostname) == ("http", "jaeger")
     assert url.port in PUBLISHED["jaeger"]
     assert SERVICES["jaeger"]["environment"]["JAEGER_LISTEN_HOST"] == "0.0.0.0"
@@ -182,12 +217,36 @@ def test_traces_go_to_jaeger():
 # -- settings ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_compose_tool_takes_the_file_and_the_daily_budget_reaches_both_replicas():
-    services = rendered(AGENT_DAILY_BUDGET="0.01", ANTHROPIC_API_KEY="k")
-    for name in BACKENDS:
-        assert services[name]["environment"]["AGENT_DAILY_BUDGET"] == "0.01"
-    assert set(services) == set(SERVICES)
-    assert rendered()["backend-1"]["environment"]["AGENT_DAILY_BUDGET"] == "5.00"
+TABLE = re.findall(r"^\| `([A-Z_]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE)
+DEFAULTS = {
+    "KTRDR_REDIS_URL": "redis://redis:6379/0",
+    "OTEL_EXPORTER_OTLP_ENDPOINT": "http://jaeger:4318",
+    "OTEL_SERVICE_NAME": "ktrdr-backend",
+}
+
+
+def test_the_compose_tool_takes_the_file():
+    assert set(rendered()) == set(SERVICES)
+
+
+def test_each_variable_of_the_readme_reaches_both_replicas(tmp_path):
+    assert len(TABLE) > 20
+    given = {name: f"value-of-{number}" for number, name in enumerate(TABLE)}
+    env_file = tmp_path / "env"
+    env_file.write_text("".join(f"{name}={value}\n" for name, value in given.items()))
+    for services in (rendered(env_file), rendered(**given)):
+        for name in BACKENDS:
+            passed = environment_of(services[name])
+            assert {variable: passed.get(variable) for variable in TABLE} == given
+
+
+@pytest.mark.parametrize("content", ["", "".join(f"{name}=\n" for name in DEFAULTS)], ids=["empty", "emptied"])
+def test_what_an_env_file_does_not_set_stays_unset(tmp_path, content):
+    env_file = tmp_path / "env"
+    env_file.write_text(content)
+    for services in (rendered(env_file), rendered()):
+        for name in BACKENDS:
+            assert environment_of(services[name]) == DEFAULTS
 
 
 def test_the_service_takes_the_settings_and_none_of_them_differs_from_its_own_defaults(monkeypatch):
@@ -200,15 +259,59 @@ def test_the_service_takes_the_settings_and_none_of_them_differs_from_its_own_de
         monkeypatch.setenv(name, value)
     settings = load_settings()
     differing = {name for name in Settings.model_fields if getattr(settings, name) != getattr(own, name)}
-    assert differing == {"redis_url", "auth"}
+    assert differing == {"redis_url"}
     assert settings.store_url == "redis://redis:6379/0"
     assert AgentSettings.from_environment(given) == own_agent
+
+
+@pytest.mark.parametrize(
+    ("given", "auth"),
+    [
+        ({}, "none"),
+        ({"KTRDR_API_KEY": "", "KTRDR_AUTH": ""}, "none"),
+        ({"KTRDR_API_KEY": "use-1"}, None),
+        ({"KTRDR_ADMIN_KEY": "admin-1"}, None),
+        ({"KTRDR_AUTH": "keys"}, "keys"),
+    ],
+)
+def test_without_keys_the_replicas_serve_everybody_and_with_keys_nobody_else(tmp_path, monkeypatch, given, auth):
+    """What the container runs, with a program that shows what it was started with."""
+    program = tmp_path / "ktrdr"
+    program.write_text('#!/bin/sh\necho "$*"\nenv\n')
+    program.chmod(0o755)
+    [word, option, script] = SERVICES["backend-1"]["command"]
+    script = script.replace("$$", "$")
+    done = subprocess.run(
+        [word, option, script],
+        env={"PATH": f"{tmp_path}:{os.environ['PATH']}", **given},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    words, *lines = done.stdout.splitlines()
+    assert words == " ".join(json.loads(dict(instructions())["CMD"])[1:])  # as the image has it
+    started = dict(line.split("=", 1) for line in lines if line.startswith("KTRDR_"))
+    assert started.get("KTRDR_AUTH") == auth
+    for name in [*os.environ]:
+        if name.startswith("KTRDR_"):
+            monkeypatch.delenv(name)
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    settings = load_settings()
+    assert (settings.auth == "none") is (auth == "none")
+
+
+def test_the_files_that_are_mounted_for_it_are_usable(monkeypatch):
+    files = mounted("backend-1")["/etc/ktrdr"]
+    monkeypatch.setenv("KTRDR_BUDGETS_FILE", str(files / "budgets.toml"))
+    assert [budget.name for budget in load_settings().budgets] == ["agent", "team:quant"]
+    assert [price.model for price in load_prices(files / "prices.toml")] == ["road-runner"]
 
 
 def test_each_variable_of_the_backend_is_one_that_it_reads():
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "ktrdr_budget").rglob("*.py"))
     prefixed = {f"KTRDR_{name.upper()}" for name in Settings.model_fields}
-    for name in SERVICES["backend-1"]["environment"]:
+    for name in variables(SERVICES["backend-1"]):
         if not name.startswith(("OTEL_", "ANTHROPIC_", "OPENAI_")):  # those are read by others
             assert name in prefixed or re.search(rf"\b{name}\b", source), name
 

@@ -9,11 +9,11 @@
     ├── TooManyHolds              the tenant has as many open and unconfirmed holds as it may
     ├── TooManyBudgets            the tenant has as many budgets as it may
     ├── UnknownBudget             no budget of this limiter has this name
-    ├── UnknownPrice              nobody knows what a model costs; nothing was sent
+    ├── UnknownPrice              there is no price for a model; nothing was sent
     ├── StoreUnavailable          the store gave no answer within the deadline
     │   └── StoreError            the store answered with an error (out of memory, read-only, no permission, …)
     └── InvalidArgument           (also a ValueError) a bad name, id or option; nothing was sent
-        ├── InvalidAmount         not a finite, non-negative amount below 2**53 units
+        ├── InvalidAmount         not a finite, non-negative amount below $9,007,199.25
         ├── DefinitionConflict    another unit, period, timezone or kind of the budget is registered in the store
         └── UnmeteredCall         a guarded client's call would spend what cannot be bounded, or is not reported
 
@@ -23,6 +23,8 @@ The agent has some of its own, beside what raises them: ``MoneyDenied``, ``Cycle
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from decimal import Decimal
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -46,13 +48,20 @@ __all__ = [
     "UnknownPrice",
     "UnmeteredCall",
     "shown",
+    "unknown_budget",
 ]
+
+_NAMES_SHOWN = 5
+_NAMES_COMPARED = 64
 
 
 def shown(value: object) -> str:
-    """What a message shows of a value that is not usable: its ``repr``, bounded, whatever the value is."""
+    """What a message shows of a value that is not usable: its ``repr``, bounded, whatever the value is.
+
+    A ``Decimal`` is shown as the number that it is: it was often read from JSON.
+    """
     try:
-        text = repr(value)
+        text = str(value) if isinstance(value, Decimal) else repr(value)
     except Exception:  # such as a whole number of more digits than Python writes
         return f"<{type(value).__name__}>"
     return text if len(text) <= 80 else text[:77] + "..."
@@ -72,9 +81,11 @@ class BudgetExceeded(BudgetError):
     def __init__(self, denial: Denial) -> None:
         super().__init__(denial)
         self.denial = denial
+        self.explanation = ""
+        """Why so much was requested, where the caller did not say the amount itself: a part of the message."""
 
     def __str__(self) -> str:
-        return self.denial.message
+        return f"{self.denial.message}; {self.explanation}" if self.explanation else self.denial.message
 
     @property
     def budget(self) -> str:
@@ -161,8 +172,26 @@ class UnknownBudget(BudgetError, LookupError):
     """The limiter was not given a budget of this name."""
 
 
+def unknown_budget(name: object, known: Collection[str], where: str = "this limiter") -> UnknownBudget:
+    """The error for a name that is not among those known, which may be many: the closest few are in the message."""
+    if not known:
+        return UnknownBudget(f"unknown budget {shown(name)}; {where} has none")
+    if len(known) <= _NAMES_SHOWN:
+        return UnknownBudget(f"unknown budget {shown(name)}; {where} has: {', '.join(known)}")
+    from bisect import bisect
+    from difflib import get_close_matches
+
+    # A comparison takes microseconds to milliseconds, so of many names only those are compared that begin alike.
+    text = str(name)[:128]
+    names = sorted(known)
+    first = max(0, bisect(names, text) - _NAMES_COMPARED // 2)
+    close = get_close_matches(text, names[first : first + _NAMES_COMPARED], n=_NAMES_SHOWN)
+    hint = f", the closest: {', '.join(close)}" if close else ""
+    return UnknownBudget(f"unknown budget {shown(name)}; {where} has {len(known):,}{hint}")
+
+
 class UnknownPrice(BudgetError, LookupError):
-    """Nobody knows what a model costs, so a call of it cannot be kept below a cap."""
+    """There is no price for a model, so a call of it cannot be kept below a cap."""
 
 
 class StoreUnavailable(BudgetError):

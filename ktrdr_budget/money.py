@@ -13,12 +13,15 @@ from functools import lru_cache
 from ktrdr_budget.errors import InvalidAmount, shown
 
 __all__ = ["MAX_UNITS", "NANOS_PER_USD", "Amount", "AmountIn", "format_amount", "from_units", "to_units"]
+__all__ += ["amount_bound", "not_an_amount"]
 
 NANOS_PER_USD = 10**9
 MAX_UNITS = 2**53
 """First value that is refused: amounts and limits lie below it."""
 
 USD = "usd"
+COUNT = "count"
+"""The unit of a count whose own name is not known where it is read."""
 _SCALE = Decimal(NANOS_PER_USD)
 _WIDE = Context(prec=60)
 
@@ -39,10 +42,10 @@ def to_units(amount: AmountIn, unit: str = "usd", *, round_down: bool = False, p
     try:
         # A bool is an int to Python, and True == 1 to the cache: it is refused before either can mistake it.
         if isinstance(amount, bool):
-            raise InvalidAmount(f"amount must be a number, not {shown(amount)}")
+            raise not_an_amount(amount, unit)
         units = _to_units(amount, unit, round_down)
-    except TypeError:
-        raise InvalidAmount(f"amount must be a Decimal, str, int or float, not {type(amount).__name__}") from None
+    except TypeError:  # it cannot be hashed
+        raise not_an_amount(amount, unit) from None
     if positive and units == 0:
         raise InvalidAmount(f"amount must be more than 0, not {shown(amount)}")
     return units
@@ -51,40 +54,60 @@ def to_units(amount: AmountIn, unit: str = "usd", *, round_down: bool = False, p
 @lru_cache(maxsize=4096, typed=True)
 def _to_units(amount: AmountIn, unit: str, round_down: bool) -> int:
     value = _decimal(amount)
-    if not value.is_finite():
-        raise InvalidAmount(f"amount must be finite, not {shown(amount)}")
-    if value < 0:
-        raise InvalidAmount(f"amount must not be negative: {shown(amount)}")
+    if value is None or not value.is_finite() or value < 0:
+        raise not_an_amount(amount, unit)
     # Compared before any arithmetic, so that "1e999999" costs nothing.
     if value >= (MAX_UNITS if unit != USD else Decimal(MAX_UNITS) / _SCALE):
-        raise InvalidAmount(f"amount is too large: {shown(amount)} (must be below 2**53 units)")
+        raise _too_large(amount, unit)
     if unit != USD:
         if value != value.to_integral_value():
-            raise InvalidAmount(f"amount of {unit!r} must be a whole number, not {shown(amount)}")
+            raise not_an_amount(amount, unit, whole=True)
         return int(value)
     rounding = ROUND_FLOOR if round_down else ROUND_CEILING
     units = int(_WIDE.multiply(value, _SCALE).to_integral_value(rounding=rounding))
     if units >= MAX_UNITS:
-        raise InvalidAmount(f"amount is too large: {shown(amount)} (must be below 2**53 units)")
+        raise _too_large(amount, unit)
     return units
 
 
-def _decimal(amount: object) -> Decimal:
+def _decimal(amount: object) -> Decimal | None:
     if isinstance(amount, Decimal):
         return amount
     if isinstance(amount, str):
         # Decimal() also takes underscores and non-ASCII digits; an amount on a wire is plainer than that.
         if not amount.isascii() or "_" in amount or len(amount) > 64:
-            raise InvalidAmount(f"amount is not a number: {amount[:64]!r}")
+            return None
         try:
             return Decimal(amount)
         except InvalidOperation:
-            raise InvalidAmount(f"amount is not a number: {shown(amount)}") from None
+            return None
     if isinstance(amount, int):
         return Decimal(amount)
     if isinstance(amount, float):
         return Decimal(float.__repr__(amount))  # a subclass, such as that of NumPy, may show itself otherwise
-    raise InvalidAmount(f"amount must be a Decimal, str, int or float, not {type(amount).__name__}")
+    return None
+
+
+# -- errors ------------------------------------------------------------------------------------------------------------
+
+
+def not_an_amount(value: object, unit: str = USD, *, whole: bool = False) -> InvalidAmount:
+    """The error for a value that is not an amount; ``whole``: because it is a fraction of a count."""
+    if unit in (USD, COUNT) and not whole:
+        return InvalidAmount(f"{shown(value)} is not an amount; use a non-negative decimal such as 0.15")
+    of = "" if unit == COUNT else f" of {unit}"
+    return InvalidAmount(f"{shown(value)} is not an amount{of}; use a non-negative whole number such as 3")
+
+
+def amount_bound(unit: str = USD, bound: int = MAX_UNITS) -> str:
+    """What every amount (or a sum) lies below, for a person: ``$9,007,199.25``, ``9,007,199,254,740,992 tokens``."""
+    if unit == USD:
+        return f"${Decimal(bound) / NANOS_PER_USD:,.2f}"
+    return f"{bound:,}" + ("" if unit == COUNT else f" {unit}")
+
+
+def _too_large(amount: object, unit: str) -> InvalidAmount:
+    return InvalidAmount(f"amount {shown(amount)} is too large; it must be below {amount_bound(unit)}")
 
 
 @lru_cache(maxsize=4096)

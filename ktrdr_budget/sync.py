@@ -46,11 +46,12 @@ _ENDING_S = 1.0
 """How long the end of an event loop waits for the tasks that it has cancelled."""
 
 
-class _Ended(RuntimeError):
-    """What a thread is told that calls a limiter which another one closes."""
+_CLOSED = "this limiter is closed"
 
-    def __init__(self) -> None:
-        super().__init__("this limiter is closed")
+
+def _ended() -> RuntimeError:
+    """The error of a call on a limiter that is closed, as that of the async limiter."""
+    return RuntimeError(_CLOSED)
 
 
 class _Portal:
@@ -75,7 +76,7 @@ class _Portal:
         if loop is None or self._pid != os.getpid():
             with _starting:
                 if self._ended_pid == os.getpid():
-                    raise _Ended
+                    raise _ended()
                 if self._loop is None or self._pid != os.getpid():
                     self._start()
                 loop = self._loop
@@ -101,11 +102,11 @@ class _Portal:
         try:
             # Whoever ends the loop takes it away first, and settles last what waits: one of both sees the other.
             if self._loop is not loop:
-                raise _Ended
+                raise _ended()
             try:
                 loop.call_soon_threadsafe(callback, *args)
             except RuntimeError:
-                raise _Ended from None
+                raise _ended() from None
             return future.result()
         finally:
             waiting.discard(future)
@@ -137,12 +138,12 @@ class _Portal:
         loop.close()
         for future in list(self._waiting):
             with suppress(concurrent.futures.InvalidStateError):
-                future.set_exception(_Ended())
+                future.set_exception(_ended())
 
 
 def _begin(work: Coroutine[Any, Any, Any], future: concurrent.futures.Future[Any]) -> None:
     def told(task: asyncio.Task[Any]) -> None:
-        error = _Ended() if task.cancelled() else task.exception()
+        error = _ended() if task.cancelled() else task.exception()
         if error is None:
             future.set_result(task.result())
         else:
@@ -227,15 +228,21 @@ class BudgetLimiter(LimiterBase):
 
     def close(self) -> None:
         """Lets what was begun finish, and disconnects. Whoever calls from another thread meanwhile is told so."""
-        with suppress(_Ended):  # it was closed before
+        try:
+            self._close()
+        except RuntimeError as error:
+            if str(error) != _CLOSED:  # else it was closed before
+                raise
+
+    def _close(self) -> None:
+        try:
+            for lease in list(self._core.leases):
+                self._portal.run(lease.closed(all_grants=True))
+        finally:
             try:
-                for lease in list(self._core.leases):
-                    self._portal.run(lease.closed(all_grants=True))
+                self._portal.run(self._coalescer.close())
             finally:
-                try:
-                    self._portal.run(self._coalescer.close())
-                finally:
-                    self._portal.stop()
+                self._portal.stop()
 
     def _run(self, flow: Flow[Any], operation: str, *, kept: bool = False) -> Any:
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()

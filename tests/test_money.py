@@ -65,8 +65,27 @@ def test_amounts_round_up_and_limits_down():
     ],
 )
 def test_what_is_no_amount_is_refused(amount):
-    with pytest.raises(InvalidAmount):
+    with pytest.raises(InvalidAmount, match="is not an amount; use a non-negative decimal such as 0.15$"):
         to_units(amount)
+
+
+@pytest.mark.parametrize(
+    ("amount", "unit", "message"),
+    [
+        ("abc", "usd", "'abc' is not an amount; use a non-negative decimal such as 0.15"),
+        ("-0.5", "usd", "'-0.5' is not an amount; use a non-negative decimal such as 0.15"),
+        (Decimal("-0.5"), "usd", "-0.5 is not an amount; use a non-negative decimal such as 0.15"),
+        (-1, "tokens", "-1 is not an amount of tokens; use a non-negative whole number such as 3"),
+        ("1.5", "tokens", "'1.5' is not an amount of tokens; use a non-negative whole number such as 3"),
+        ("9007199.26", "usd", "amount '9007199.26' is too large; it must be below $9,007,199.25"),
+        (2**53, "tokens", f"amount {2**53} is too large; it must be below 9,007,199,254,740,992 tokens"),
+        (0, "usd", "amount must be more than 0, not 0"),
+    ],
+)
+def test_the_error_names_what_was_given_and_what_is_usable_in_its_unit(amount, unit, message):
+    with pytest.raises(InvalidAmount) as refused:
+        to_units(amount, unit, positive=True)
+    assert str(refused.value) == message
 
 
 @pytest.mark.parametrize("amount", ["9007199.254740992", 2**53, "1e999999", 1e300])

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, RootModel, WithJsonSchema
 
 from ktrdr_budget.models import TTL_DEFAULT_S, TTL_MAX_S, OnExpiry
+from ktrdr_budget.money import not_an_amount
 
 __all__ = [
     "AgentBudgetOut",
@@ -55,7 +56,7 @@ def _amount(value: Any) -> Any:
             return value
     elif isinstance(value, (int, Decimal)) and not isinstance(value, bool):
         return value
-    raise ValueError("an amount is a decimal string such as '0.15', or a number")
+    raise ValueError(str(not_an_amount(value)))
 
 
 def _name(value: Any) -> str:

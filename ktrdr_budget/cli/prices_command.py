@@ -23,7 +23,7 @@ __all__ = ["prices"]
 
 _TOKENS = click.IntRange(0, 10**9)
 ANY_PROVIDER = "any"
-"""Whose a model is that nobody knows, where that does not matter: its calls have a fixed cost."""
+"""The provider of an unknown model, where it does not matter: its calls have a fixed cost."""
 
 
 @click.group()
@@ -94,7 +94,7 @@ class _Found:
 
 
 def _fixed(source: Prices, provider: str, model: str, now: datetime) -> Rates:
-    """What a model without a price costs, or else that nobody knows."""
+    """The fixed cost of a model without a price, or UnknownPrice."""
     from ktrdr_budget.metering.rates import UNITS, Rate, Rates
 
     cost = source.worst_case(provider, model, 1, 1, now)
@@ -112,7 +112,7 @@ def _find(provider: str | None, model: str, tier: str) -> _Found:
         if provider is None and source.fixed_cost is not None:
             provider = ANY_PROVIDER
         if provider is None:
-            raise CommandError(f"nobody knows whose model {model!r} is; give --provider")
+            raise CommandError(f"no provider is known for model {model!r}; give --provider")
     return _Found(source, provider, model, tier, datetime.now(UTC))
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from ktrdr_budget.engine.protocol import FLAGS
-from ktrdr_budget.errors import InvalidAmount, InvalidArgument, UnknownBudget, shown
+from ktrdr_budget.errors import InvalidAmount, InvalidArgument, unknown_budget
 from ktrdr_budget.money import AmountIn, to_units
 
 __all__ = ["Amounts", "check_amounts", "commit_modes", "spread"]
@@ -23,14 +23,18 @@ def check_amounts(amounts: Amounts | None, *, positive: bool = False) -> None:
     Raises:
         InvalidAmount: not a non-negative number, or zero although ``positive``.
     """
-    values: list[AmountIn] = (
-        list(amounts.values()) if isinstance(amounts, Mapping) else [] if amounts is None else [amounts]
-    )
+    per_budget = isinstance(amounts, Mapping)
+    values: list[AmountIn] = list(amounts.values()) if per_budget else [] if amounts is None else [amounts]  # type: ignore[union-attr,list-item]
     for value in values:
         try:
             to_units(value, "usd", positive=positive)
-        except InvalidAmount:
-            to_units(value, "count", positive=positive)  # a count may be larger than dollars may
+        except InvalidAmount as error:
+            try:
+                to_units(value, "count", positive=positive)  # a count may be larger than dollars may
+            except InvalidAmount:
+                if per_budget:
+                    raise
+                raise error from None
 
 
 def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:
@@ -43,7 +47,7 @@ def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:
     if isinstance(amounts, Mapping):
         for name in amounts:
             if name not in flags:
-                raise UnknownBudget(f"the hold has no budget {shown(name)}; it has: {', '.join(flags)}")
+                raise unknown_budget(name, flags, "this hold")
         return {name: to_units(value, FLAGS[flags[name]]) for name, value in amounts.items()}
     dollars = [name for name, flag in flags.items() if flag == "u"]
     if not dollars:

@@ -26,11 +26,7 @@ from ktrdr_budget.engine.protocol import (
 )
 from ktrdr_budget.engine.reads import RETIRE_ROUNDS, Flow, Reads
 from ktrdr_budget.engine.unresolved import Doubt, Unresolved
-from ktrdr_budget.engine.views import (
-    conflict,
-    denial,
-    told_amounts,
-)
+from ktrdr_budget.engine.views import amounts_text, conflict, conflict_message, denial, told_amounts
 from ktrdr_budget.errors import (
     BudgetExceeded,
     HoldConflict,
@@ -52,7 +48,7 @@ from ktrdr_budget.models import (
     check_name,
     check_ttl_ms,
 )
-from ktrdr_budget.money import AmountIn, from_units, to_units
+from ktrdr_budget.money import AmountIn, amount_bound, from_units, to_units
 from ktrdr_budget.periods import to_ms
 
 if TYPE_CHECKING:
@@ -248,7 +244,11 @@ class Core(Reads):
         hold, record = known
         before = sorted((segment.budget, segment.reserved) for segment in record.segments)
         if before != sorted(wanted) or record.policy != policy:
-            raise HoldConflict(f"hold {hold_id!r} was granted with other contents; nothing was changed")
+            reserved = amounts_text(
+                {segment.budget: (segment.reserved, hold.unit_of(segment.budget)) for segment in record.segments}
+            )
+            found = f"hold {hold_id!r} was reserved at {reserved} and is {hold.state}"
+            raise HoldConflict(f"{found}; its id cannot be used again with other contents", state=hold.state)
         deadline_ms = hold.deadline_ms if hold.prepaid is None else hold.prepaid.deadline_ms
         again = self.make_hold(
             self, hold_id, hold.parts, ttl_ms, deadline_ms, guarded=hold.guarded, prepaid=hold.prepaid
@@ -604,9 +604,9 @@ class Core(Reads):
         """The exception for any other reply that is no success."""
         match line[0]:
             case "c":
-                state = STATES[parse_record(line[2:]).state]
-                words = f"hold {hold_id!r} is {state} with other contents; nothing was changed"
-                return HoldConflict(words, state=state)
+                record = parse_record(line[2:])
+                message = conflict_message(hold_id, record, op.letter, self.session.budgets)
+                return HoldConflict(message, state=STATES[record.state])
             case "m":
                 _, name, registered = line.split(" ")
                 return conflict(self.session.budget(name), registered)
@@ -620,7 +620,9 @@ class Core(Reads):
                 return TooManyBudgets(f"{most}; {line[2:].rpartition(':')[0]!r} would be another")
             case "f":
                 name, _ = split_name(line[2:])
-                return InvalidAmount(f"{name!r} would count 2**62 units or more in this window; nothing was written")
+                unit = next((window.unit for window, _ in op.parts if window.name == line[2:]), "count")
+                bound = amount_bound(self.session.budgets[name].unit if name in self.session.budgets else unit, 2**62)
+                return InvalidAmount(f"{name!r} would count {bound} or more in this window; nothing was written")
             case "q":
                 name, _ = split_name(line[2:])
                 return UnknownBudget(

@@ -8,12 +8,12 @@ hold grow to the very same totals in this moment.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from ktrdr_budget.engine.protocol import Op, Record
 from ktrdr_budget.errors import InvalidAmount, StoreUnavailable
-from ktrdr_budget.money import MAX_UNITS
+from ktrdr_budget.money import MAX_UNITS, amount_bound
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.flows import Core
@@ -61,7 +61,7 @@ class Growth:
         if doubt is not None and in_doubt:
             found = doubt.found
         while True:
-            totals = added(found, more)
+            totals = added(found, more, hold.unit_of)
             tails = {name: f":0:{units}:{found[name]}" for name, units in totals.items()}
             parts = [(window, tails.get(window.budget, ":0:0")) for window, _ in hold.parts]
             op = Growing(hold.id, core.session.keys.hold(hold.id), f"E {hold.id} {ttl_ms} 1", parts)
@@ -79,8 +79,11 @@ class Growth:
             found, in_doubt = reserved, False
 
 
-def added(totals: Totals, more: Totals) -> dict[str, int]:
+def added(totals: Totals, more: Totals, unit_of: Callable[[str], str]) -> dict[str, int]:
     """The totals that change, with ``more`` added.
+
+    Args:
+        unit_of: the unit of a budget, for the message.
 
     Raises:
         InvalidAmount: one would reach 2**53 units.
@@ -88,5 +91,5 @@ def added(totals: Totals, more: Totals) -> dict[str, int]:
     sums = {name: totals.get(name, 0) + units for name, units in more.items()}
     for name, units in sums.items():
         if units >= MAX_UNITS:
-            raise InvalidAmount(f"the sum is too large for {name!r}: it must stay below 2**53 units")
+            raise InvalidAmount(f"the sum is too large for {name!r}; it must be below {amount_bound(unit_of(name))}")
     return sums

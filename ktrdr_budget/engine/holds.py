@@ -163,7 +163,7 @@ class HoldBase:
         check_amounts(amount)
         more = spread(amount, self._flags())
         with self.lock:
-            self._accrued |= added(self._accrued, more)
+            self._accrued |= added(self._accrued, more, self.unit_of)
 
     def adjust(self, changes: Mapping[str, int]) -> None:
         """Adds whole units to what was used, or takes back what was too much (which a heartbeat may have told)."""
@@ -193,6 +193,11 @@ class HoldBase:
         with self.lock:
             for name, units in units_by_name.items():
                 self._accrued[name] = max(self._accrued.get(name, 0), units)
+
+    def unit_of(self, name: str) -> str:
+        """The unit of one of its budgets; ``count`` for a count that is not configured here."""
+        budget = self._core.session.budgets.get(name)
+        return budget.unit if budget else next(window.unit for window, _ in self.parts if window.budget == name)
 
     @property
     def accrued_units(self) -> list[int]:
@@ -236,7 +241,7 @@ class HoldBase:
         return self._extended(self._grower.flow(self._core, self, more, self._ttl_ms), lambda: self._more(more))
 
     def _more(self, more: Mapping[str, int]) -> list[tuple[Window, int]]:
-        sums = added({window.budget: units for window, units in self.parts}, more)
+        sums = added({window.budget: units for window, units in self.parts}, more, self.unit_of)
         return [(window, sums.get(window.budget, units)) for window, units in self.parts]
 
     def grow_to_flow(self, totals: Amounts) -> Flow[None]:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from ktrdr_budget.engine.leases import LEASE_TTL_DEFAULT_S, LeaseBase
 from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, LostCommit, Op, Record, Window, word
 from ktrdr_budget.engine.slabs import Slab
+from ktrdr_budget.engine.views import amounts_text
 from ktrdr_budget.errors import BudgetExceeded, HoldConflict, InvalidArgument, StoreUnavailable
 from ktrdr_budget.models import HoldState, Settlement
 from ktrdr_budget.money import Amount, AmountIn, from_units, to_units
@@ -287,7 +288,7 @@ class Prepaid:
             HoldConflict: the hold is settled.
         """
         if draw.settled is not None:
-            raise HoldConflict(f"hold {hold.id!r} is settled; nothing was changed")
+            raise HoldConflict(f"hold {hold.id!r} is settled; it cannot be extended")
         grown: list[tuple[_Keeper, Slab, int]] = []
         for (keeper, slab, before), (_, units) in zip(draw.taken, parts, strict=True):
             if not keeper.more(slab, max(0, units - before)):
@@ -404,7 +405,13 @@ class Prepaid:
         if draw.settled is not None:
             if draw.settled != spent:
                 state: HoldState = "committed" if any(draw.settled) else "released"
-                raise HoldConflict(f"hold {hold.id!r} was settled otherwise; nothing was changed", state=state)
+                before = {
+                    w.budget: (units, hold.unit_of(w.budget))
+                    for (w, _), units in zip(hold.parts, draw.settled, strict=True)
+                }
+                found = f"committed at {amounts_text(before)}" if state == "committed" else state
+                cannot = "released" if amounts is None else "committed at another amount"
+                raise HoldConflict(f"hold {hold.id!r} was already {found}; it cannot be {cannot}", state=state)
             return settlement
         if amounts is None:
             if draw.ambiguous:

@@ -12,7 +12,7 @@ from ktrdr_budget.engine.keys import Keys, public_window, split_name, stored_win
 from ktrdr_budget.engine.memory import Memory
 from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Head, Header, Op, Read, ReadHead, Window, flag_of
 from ktrdr_budget.engine.scripts import READ
-from ktrdr_budget.errors import InvalidArgument, UnknownBudget, shown
+from ktrdr_budget.errors import InvalidArgument, shown, unknown_budget
 from ktrdr_budget.models import Budget, check_name
 from ktrdr_budget.periods import PERIODS, Span, window_at, window_named
 
@@ -267,9 +267,7 @@ class Session:
             return self.budgets[name]
         except (KeyError, TypeError):
             check_name(name, "budget name")
-            raise UnknownBudget(
-                f"unknown budget {name!r}; this limiter has: {', '.join(self.budgets) or 'none'}"
-            ) from None
+            raise unknown_budget(name, self.budgets) from None
 
     def current_window(self, name: str) -> Window:
         """The budget's window now."""

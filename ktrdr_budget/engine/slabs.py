@@ -101,7 +101,9 @@ class Grant:
         with slabs.lock:
             if self._spent is not None:
                 if self._spent != spent:
-                    raise HoldConflict(f"a grant of {slabs.name!r} was settled otherwise; nothing was changed")
+                    raise HoldConflict(
+                        f"a grant of {slabs.name!r} was already settled at another amount; nothing was changed"
+                    )
                 return
             if slab.settled and spent != self._units:
                 raise HoldConflict(f"a grant of {slabs.name!r} was charged in full when its limiter was closed")

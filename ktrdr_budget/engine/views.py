@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from ktrdr_budget.engine.protocol import Window
+from ktrdr_budget.engine.protocol import FLAGS, STATES, Record, Window
 from ktrdr_budget.errors import DefinitionConflict, InvalidArgument, shown
 from ktrdr_budget.models import Budget, Denial, Status, identity_of
-from ktrdr_budget.money import MAX_UNITS, Amount, from_units
+from ktrdr_budget.money import MAX_UNITS, Amount, format_amount, from_units
 from ktrdr_budget.periods import from_ms
 
 __all__ = [
+    "amounts_text",
     "conflict",
+    "conflict_message",
     "denial",
     "entry_cursor",
     "holds_cursor",
@@ -145,6 +147,59 @@ def status_of(
         as_of=from_ms(now_us // 1000),
         recovering_until=from_ms(repaired_ms) if repaired_ms else None,
     )
+
+
+_AMOUNTS_SHOWN = 3
+
+
+def conflict_message(hold_id: str, record: Record, letter: str, budgets: Mapping[str, Budget]) -> str:
+    """Why a request conflicts with the hold of its id: ``… was already committed at $0.07; it cannot be released``.
+
+    Args:
+        record: the hold as the store has it.
+        letter: of the operation that was refused.
+        budgets: those known here, for their units.
+    """
+    settled = record.state in "cn"
+    parts = [segment for segment in record.segments if segment.flag != "s"] or record.segments
+    amounts = amounts_text(
+        {
+            segment.budget: (
+                segment.charged if settled else segment.reserved,
+                budgets[segment.budget].unit if segment.budget in budgets else FLAGS[segment.flag],
+            )
+            for segment in parts
+        }
+    )
+    match record.state:
+        case "n":
+            found = f"was recorded at {amounts}"
+        case "c":
+            found = f"was already committed at {amounts}"
+        case "r" | "z":
+            found = "was already released"
+        case _:
+            found = f"was reserved at {amounts} and is {STATES[record.state]}"
+    match letter:
+        case "R" | "N":
+            refused = "its id cannot be used again with other contents"
+        case "L":
+            refused = "it cannot be released"
+        case "E":
+            refused = "it cannot be extended"
+        case _:
+            refused = f"it cannot be committed{' at another amount' if record.state == 'c' else ''}"
+    return f"hold {hold_id!r} {found}; {refused}"
+
+
+def amounts_text(amounts: Mapping[str, tuple[int, str]]) -> str:
+    """Whole units with their unit, per budget, for a person: ``$0.07``, or ``agent $0.07, tokens 3 tokens``."""
+    shown_amounts = {name: format_amount(from_units(units, unit), unit) for name, (units, unit) in amounts.items()}
+    if len(shown_amounts) == 1:
+        return next(iter(shown_amounts.values()))
+    listed = [f"{name} {amount}" for name, amount in shown_amounts.items()]
+    more = [f"… ({len(listed)} budgets)"] if len(listed) > _AMOUNTS_SHOWN else []
+    return ", ".join(listed[:_AMOUNTS_SHOWN] + more)
 
 
 def _units_text(budget: Budget) -> str:

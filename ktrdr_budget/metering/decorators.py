@@ -160,8 +160,8 @@ def _chosen(limiter: Limiter | Callable[[], Limiter] | None, is_async: bool, fun
 def _check_kind(limiter: object, is_async: bool, function: Callable[..., Any]) -> object:
     wanted = AsyncBudgetLimiter if is_async else BudgetLimiter
     if not isinstance(limiter, wanted):
-        kind = "an async" if is_async else "a sync"
+        kind, article = ("an async", "an") if is_async else ("a sync", "a")
         raise InvalidArgument(
-            f"{_name(function)} is {kind} function: its limiter must be a {wanted.__name__}, not {limiter!r}"
+            f"{_name(function)} is {kind} function; its limiter must be {article} {wanted.__name__}, not {limiter!r}"
         )
     return limiter

@@ -8,7 +8,7 @@ from typing import Any
 
 from ktrdr_budget.engine.amounts import check_amounts
 from ktrdr_budget.engine.holds import check_on_error
-from ktrdr_budget.errors import InvalidArgument, UnknownBudget, shown
+from ktrdr_budget.errors import InvalidArgument, shown, unknown_budget
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.models import check_name, check_on_expiry, check_ttl_ms
 from ktrdr_budget.money import to_units
@@ -58,7 +58,7 @@ def check_hold_arguments(
             check_amounts(amount, positive=True)
         if isinstance(limiter, Limiter):
             if name not in limiter.budgets:
-                raise UnknownBudget(f"unknown budget {name!r}; there is: {', '.join(limiter.budgets)}")
+                raise unknown_budget(name, limiter.budgets)
             if not unknown_yet:
                 to_units(amount, limiter.budgets[name].unit, positive=True)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from ktrdr_budget.engine.holds import HoldBase, current_hold
-from ktrdr_budget.errors import InvalidArgument, UnknownBudget, shown
+from ktrdr_budget.errors import InvalidArgument, shown, unknown_budget
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.metering.calls import Call
 from ktrdr_budget.metering.prices import Pricer, Prices
@@ -123,7 +123,7 @@ def _unit(limiter: AsyncBudgetLimiter | BudgetLimiter, name: str) -> str:
     try:
         budget = limiter.budgets[name]
     except KeyError:
-        raise UnknownBudget(f"unknown budget {name!r}; there is: {', '.join(limiter.budgets)}") from None
+        raise unknown_budget(name, limiter.budgets) from None
     if budget.kind == "slots":
         return "slots"
     if budget.unit != "usd" and budget.unit not in _COUNTED:

@@ -1,6 +1,6 @@
 """What a call costs: configured prices first, then the public price list, then a fixed cost; never nothing.
 
-A model without a price is refused, for a call that costs nobody knows what cannot be kept below a cap.
+A model without a price is refused, for a call of unknown cost cannot be kept below a cap.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Pricer(Protocol):
         """What this usage costs, if the call was reserved at that time (an aware datetime).
 
         Raises:
-            UnknownPrice: nobody knows.
+            UnknownPrice: there is no price.
         """
         ...
 
@@ -55,7 +55,7 @@ class Pricer(Protocol):
             other_max: bounds of what is billed besides tokens, such as ``{"web_searches": 5}``.
 
         Raises:
-            UnknownPrice: nobody knows.
+            UnknownPrice: there is no price.
         """
         ...
 
@@ -215,7 +215,9 @@ class Prices:
             return cost
         if self._fixed is not None:
             return self._fixed
-        raise UnknownPrice(f"nobody knows what {provider}/{model} costs: configure a price for it, or a fixed cost")
+        raise UnknownPrice(
+            f"no price for {provider}/{model}: add it to KTRDR_PRICES_FILE, or set KTRDR_FIXED_CALL_COST"
+        )
 
 
 def load_prices(path: str | os.PathLike[str]) -> list[ModelPrice]:

@@ -11,7 +11,7 @@ from math import lcm
 
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument
 from ktrdr_budget.metering.usage import Usage
-from ktrdr_budget.money import MAX_UNITS, NANOS_PER_USD, Amount, from_units
+from ktrdr_budget.money import MAX_UNITS, NANOS_PER_USD, Amount, amount_bound, from_units
 
 __all__ = ["UNITS", "Cost", "CostLine", "Rate", "Rates", "Unit"]
 
@@ -216,7 +216,7 @@ class Rates:
             total += count * step.scaled
         nanos = -(-total // self._denominator)  # rounded up
         if nanos >= MAX_UNITS:
-            raise InvalidAmount("the cost is too large: it must stay below 2**53 nano-dollars")
+            raise InvalidAmount(f"the cost is too large; it must be below {amount_bound()}")
         lines = tuple([CostLine(step.name, count, step.price, step.per) for count, step in counted])
         return Cost(nanos, self.source, lines)
 

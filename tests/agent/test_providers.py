@@ -289,7 +289,7 @@ async def test_a_model_of_ones_own_choice_is_asked(limiter, kind: str, tmp_path)
         ({"AGENT_LLM": "openai", "OPENAI_API_KEY": " "}, "AGENT_LLM=openai needs a key in OPENAI_API_KEY"),
         (
             environment("openai") | {"AGENT_MODEL": "nobody-knows-1"},
-            "AGENT_MODEL: nobody knows what openai/nobody-knows-1 costs",
+            "AGENT_MODEL: no price for openai/nobody-knows-1: add it to KTRDR_PRICES_FILE",
         ),
     ],
 )

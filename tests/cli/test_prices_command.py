@@ -130,8 +130,12 @@ def test_a_price_for_the_beginning_of_a_name_is_found_without_its_provider(
 @pytest.mark.parametrize(
     ("words", "exit_code", "line"),
     [
-        (("gpt-99", "--provider", "openai"), 1, "ktrdr: nobody knows what openai/gpt-99 costs: configure a price"),
-        (("nonsense",), 1, "ktrdr: nobody knows whose model 'nonsense' is; give --provider"),
+        (
+            ("gpt-99", "--provider", "openai"),
+            1,
+            "ktrdr: no price for openai/gpt-99: add it to KTRDR_PRICES_FILE, or set KTRDR_FIXED_CALL_COST",
+        ),
+        (("nonsense",), 1, "ktrdr: no provider is known for model 'nonsense'; give --provider"),
         (("gpt-5", "--input", "1", "--cached", "2"), 2, "ktrdr: cached tokens are a part of the input tokens"),
         (("gpt-5", "--input", "-1"), 2, "ktrdr: Invalid value for '--input'"),
         (("gpt-5", "--input", "many"), 2, "ktrdr: Invalid value for '--input'"),

@@ -250,7 +250,7 @@ async def test_a_limiter_of_the_other_kind_is_refused(limiter, sync_limiter):
     @budgeted("agent", estimate="0.15", limiter=lambda: sync_limiter)
     async def research(): ...
 
-    with pytest.raises(InvalidArgument, match="must be a AsyncBudgetLimiter"):
+    with pytest.raises(InvalidArgument, match="must be an AsyncBudgetLimiter"):
         await research()
 
 

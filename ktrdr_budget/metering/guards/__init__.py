@@ -75,7 +75,7 @@ def guard(
 
     Calls then raise, before anything is sent:
         BudgetExceeded: there is no room for the worst case.
-        UnknownPrice: nobody knows what the model costs.
+        UnknownPrice: there is no price for the model.
         UnmeteredCall: the call cannot be bounded, or is not metered.
         StoreUnavailable: the store gave no answer within the deadline.
     """

@@ -1,0 +1,162 @@
+"""What an error says to a person: what is the matter with what was asked, in the words and units of the caller."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+
+from ktrdr_budget import Budget, BudgetLimiter, HoldConflict, InvalidAmount, UnknownBudget
+from ktrdr_budget.errors import unknown_budget
+
+BUDGETS = [Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens"), Budget("jobs", 2, kind="slots")]
+
+
+def refusal(kind, call, *args, **options) -> str:
+    with pytest.raises(kind) as refused:
+        call(*args, **options)
+    return str(refused.value)
+
+
+# -- settled otherwise -------------------------------------------------------------------------------------------------
+
+
+def test_a_conflict_with_a_committed_hold_says_at_what_it_was_committed(sync_limiter):
+    limiter = sync_limiter
+    limiter.reserve("agent", "0.15", id="op_1")
+    limiter.commit("op_1", "0.07")
+    committed = "hold 'op_1' was already committed at $0.07; it cannot be"
+    assert refusal(HoldConflict, limiter.release, "op_1") == f"{committed} released"
+    assert refusal(HoldConflict, limiter.release, "op_1", operator=True) == f"{committed} released"
+    assert refusal(HoldConflict, limiter.commit, "op_1", "0.08") == f"{committed} committed at another amount"
+    assert refusal(HoldConflict, limiter.extend, "op_1") == f"{committed} extended"
+    again = "hold 'op_1' was already committed at $0.07; its id cannot be used again with other contents"
+    assert refusal(HoldConflict, limiter.reserve, "agent", "0.20", id="op_1") == again
+    assert refusal(HoldConflict, limiter.record, "agent", "0.20", id="op_1") == again
+
+
+def test_a_conflict_with_a_released_hold_says_so(sync_limiter):
+    sync_limiter.reserve("agent", "0.15", id="op_1").release()
+    released = "hold 'op_1' was already released; it cannot be"
+    assert refusal(HoldConflict, sync_limiter.commit, "op_1", "0.07") == f"{released} committed"
+    assert refusal(HoldConflict, sync_limiter.extend, "op_1") == f"{released} extended"
+
+
+def test_a_conflict_of_two_requests_with_one_id_says_what_the_first_was(sync_limiter):
+    sync_limiter.reserve({"agent": "0.15", "tokens": 40, "jobs": 1}, id="op_1")
+    assert refusal(HoldConflict, sync_limiter.reserve, "agent", "0.15", id="op_1") == (
+        "hold 'op_1' was reserved at agent $0.15, tokens 40 tokens and is open; "
+        "its id cannot be used again with other contents"
+    )
+    sync_limiter.record("tokens", 7, id="op_2")
+    assert refusal(HoldConflict, sync_limiter.record, "tokens", 8, id="op_2") == (
+        "hold 'op_2' was recorded at 7 tokens; its id cannot be used again with other contents"
+    )
+    assert refusal(HoldConflict, sync_limiter.release, "op_2") == (
+        "hold 'op_2' was recorded at 7 tokens; it cannot be released"
+    )
+
+
+def test_a_conflict_over_many_budgets_stays_one_short_line(server):
+    budgets = [Budget(f"b{number}", 5) for number in range(60)]
+    with BudgetLimiter(server.url, budgets) as limiter:
+        limiter.reserve({budget.name: "0.15" for budget in budgets}, id="op_1")
+        limiter.commit("op_1", "0.07")
+        assert refusal(HoldConflict, limiter.release, "op_1") == (
+            "hold 'op_1' was already committed at b0 $0.07, b1 $0.07, b2 $0.07, … (60 budgets); it cannot be released"
+        )
+
+
+def test_a_conflict_during_an_outage_says_the_same(start_server):
+    own = start_server()
+    with BudgetLimiter(own.url, BUDGETS, on_store_error="allow", timeout=0.2) as limiter:
+        limiter.status("agent")
+        own.kill()
+        limiter.reserve("agent", "0.15", id="op_1")
+        assert refusal(HoldConflict, limiter.reserve, "agent", "0.20", id="op_1") == (
+            "hold 'op_1' was reserved at $0.15 and is open; its id cannot be used again with other contents"
+        )
+        own.start()
+
+
+# -- amounts -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amount", ["-0.5", "abc", "nan"])
+def test_what_is_no_amount_is_refused_in_the_same_words_by_every_call(sync_limiter, amount):
+    limiter = sync_limiter
+    words = f"{amount!r} is not an amount; use a non-negative decimal such as 0.15"
+    hold = limiter.reserve("agent", "0.15", id="op_1")
+    for call in (limiter.reserve, limiter.record, limiter.set_limit):
+        assert refusal(InvalidAmount, call, "agent", amount) == words
+    for given in (amount, {"agent": amount}):
+        assert refusal(InvalidAmount, limiter.commit, "op_1", given) == words
+        assert refusal(InvalidAmount, limiter.extend, "op_1", accrued=given) == words
+    for call in (hold.accrue, hold.grow, hold.commit):
+        assert refusal(InvalidAmount, call, amount) == words
+    assert refusal(InvalidAmount, Budget, "agent", amount) == words
+
+
+def test_a_sum_that_is_too_large_is_refused_in_the_unit_of_its_budget(sync_limiter):
+    hold = sync_limiter.reserve({"agent": "1", "tokens": 1})
+    hold.accrue({"agent": "9007199.25", "tokens": 2**53 - 1})
+    assert "must be below $9,007,199.25" in refusal(InvalidAmount, hold.accrue, {"agent": "0.01"})
+    assert "must be below 9,007,199,254,740,992 tokens" in refusal(InvalidAmount, hold.accrue, {"tokens": 1})
+
+
+# -- names -------------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_budget_among_few_names_them_all(sync_limiter):
+    assert refusal(UnknownBudget, sync_limiter.reserve, "agnet", 1) == (
+        "unknown budget 'agnet'; this limiter has: agent, tokens, jobs"
+    )
+    hold = sync_limiter.reserve("agent", "0.15")
+    assert refusal(UnknownBudget, hold.commit, {"agnet": 1}) == "unknown budget 'agnet'; this hold has: agent"
+
+
+def test_an_unknown_budget_among_many_names_the_closest_only():
+    names = [f"user:{number:05}" for number in range(20_000)] + ["team:quant", "x" * 128]
+    message = str(unknown_budget("team:quantt", names))
+    assert message == "unknown budget 'team:quantt'; this limiter has 20,002, the closest: team:quant"
+    assert str(unknown_budget("nothing like it", names)) == "unknown budget 'nothing like it'; this limiter has 20,002"
+    assert len(str(unknown_budget("user:1", names))) < 300
+    assert len(str(unknown_budget("x" * 128, ["x" * 127 + str(number) for number in range(9)]))) < 900
+    assert str(unknown_budget("agent", [])) == "unknown budget 'agent'; this limiter has none"
+
+
+# -- the end of a limiter ----------------------------------------------------------------------------------------------
+
+
+def test_a_closed_limiter_raises_no_private_error(server):
+    limiter = BudgetLimiter(server.url, BUDGETS)
+    limiter.status("agent")
+    limiter.close()
+    limiter.close()
+    with pytest.raises(RuntimeError, match="^this limiter is closed$") as refused:
+        limiter.status("agent")
+    assert type(refused.value) is RuntimeError
+
+
+def test_a_call_that_waits_while_another_thread_closes_gets_no_private_error(start_server):
+    own = start_server()
+    limiter = BudgetLimiter(own.url, BUDGETS, timeout=30)
+    limiter.status("agent")
+    own.pause()
+    errors: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            limiter.status("agent")
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    try:
+        limiter.close()
+    finally:
+        own.resume()
+        thread.join()
+    assert [type(error).__module__.split(".")[0] for error in errors] in (["builtins"], ["ktrdr_budget"], [])
+    assert not any(type(error).__name__.startswith("_") for error in errors)

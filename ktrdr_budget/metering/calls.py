@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ktrdr_budget.engine.driver.heartbeats import Heartbeat
 from ktrdr_budget.engine.holds import HoldBase
 from ktrdr_budget.engine.reads import Flow
-from ktrdr_budget.errors import BudgetError, InvalidArgument
+from ktrdr_budget.errors import BudgetError, BudgetExceeded, InvalidArgument
 from ktrdr_budget.metering.draws import Draw
 from ktrdr_budget.metering.instruments import CallInstruments
 from ktrdr_budget.metering.rates import Cost
@@ -63,7 +63,7 @@ class Call:
 
     Raises:
         BudgetExceeded: on entering: there is no room for the worst case; nothing is held.
-        UnknownPrice: on entering: nobody knows what the model costs.
+        UnknownPrice: on entering: there is no price for the model.
         StoreUnavailable: on entering: no answer within the deadline.
     """
 
@@ -92,6 +92,8 @@ class Call:
         self.operation = operation
         self.input_tokens_max = input_tokens_max
         self.output_tokens_max = output_tokens_max
+        self.output_hint = ""
+        """Where its bound of output tokens comes from, and how to lower it: shown when the call is denied."""
         self.worst_case: Cost | None = None
         """The most that it may cost, once it is entered."""
         self.cost: Cost | None = None
@@ -251,11 +253,19 @@ class Call:
         try:
             yield from self._take()
         except BaseException as error:
+            if isinstance(error, BudgetExceeded) and self._meter.units.get(error.budget) in ("usd", "tokens"):
+                error.explanation = self._explanation()
             self._instruments.denied(error)
             raise
         assert self.worst_case is not None
         self._instruments.reserved(self.worst_case)
         self._entered = True
+
+    def _explanation(self) -> str:
+        """Why a call needs so much: its worst case is reserved, not what it will cost."""
+        tokens = f"{self.input_tokens_max:,} input and {self.output_tokens_max:,} output tokens"
+        words = f"the worst case of {self.provider}/{self.model} is reserved: {tokens}"
+        return f"{words} ({self.output_hint})" if self.output_hint else words
 
     def _take(self) -> Steps[None]:
         meter = self._meter

@@ -16,6 +16,7 @@ from ktrdr_budget.metering.guards.bounds import (
     GuardOptions,
     InputBound,
     output_bound,
+    output_hint,
     refuse_routing,
     text_bytes,
 )
@@ -78,6 +79,7 @@ class AnthropicDialect:
             model=model,
             input_tokens_max=found.total(),
             output_tokens_max=output,
+            output_hint=output_hint(options, body.get("max_tokens"), "max_tokens"),
             service_tier=_asked_tier(body),
             hidden_output=_hides_output(model, body.get("thinking")),
             changes=changes,

@@ -26,6 +26,7 @@ __all__ = [
     "GuardOptions",
     "InputBound",
     "output_bound",
+    "output_hint",
     "refuse_routing",
     "text_bytes",
     "text_size",
@@ -74,6 +75,8 @@ class Bound:
     """The model may make tokens, such as of reasoning, that a stream does not show."""
     changes: dict[str, Any] = field(default_factory=dict)
     """What the request must say besides, for the bound or the report to hold; ``None`` leaves a field out."""
+    output_hint: str = ""
+    """Where the bound of the output comes from, and how to lower it, for a person."""
     hide_usage: bool = False
     """The caller did not ask for the chunk that reports the usage."""
     reports_usage: bool = True
@@ -104,7 +107,7 @@ def output_bound(options: GuardOptions, model: str, asked: object, parameter: st
 
     Raises:
         UnmeteredCall: there is none.
-        UnknownPrice: nobody knows what the model costs, either.
+        UnknownPrice: there is no price for the model, either.
     """
     if asked is not None:
         return whole_number(asked, parameter), {}
@@ -117,9 +120,14 @@ def output_bound(options: GuardOptions, model: str, asked: object, parameter: st
     price = options.meter.pricer.worst_case(options.provider, model, 1, 1, now)
     if price.source == FIXED and "tokens" not in options.meter.units.values():
         return 0, {}  # however much it answers, it costs the same
-    raise UnmeteredCall(
-        f"nobody knows how much {model!r} may answer: give {parameter}, or guard(max_output_tokens=...)"
-    )
+    raise UnmeteredCall(f"no output limit is known for {model!r}: give {parameter}, or guard(max_output_tokens=...)")
+
+
+def output_hint(options: GuardOptions, asked: object, parameter: str) -> str:
+    """Where :func:`output_bound` found its bound, and how to lower it, for a person."""
+    if asked is None and options.max_output_tokens is None:
+        return f"the model's maximum; lower it with {parameter}"
+    return f"lower it with {parameter}"
 
 
 def whole_number(value: object, name: str) -> int:

@@ -131,6 +131,7 @@ class Exchange:
                 service_tier=bound.service_tier,
                 current=False,
             )
+            call.output_hint = bound.output_hint
             yield from call.enter_steps()
             self.call = call
         return self.call

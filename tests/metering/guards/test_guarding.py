@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from contextlib import nullcontext
 from typing import Any
 
@@ -23,6 +24,7 @@ from ...helpers.guarded import (
     BASIC_STREAMS,
     CLAUDE,
     GPT,
+    MAX_TOKENS,
     MESSAGES,
     SECRET,
     STREAMS,
@@ -228,6 +230,41 @@ async def test_keys_and_prompts_appear_in_no_log_span_error_or_ledger(
     assert any("gen_ai" in text for text in told)
     assert len(told) > 8
     assert not [text for text in told if SECRET in text or PROMPT in text]
+
+
+PARAMETERS = {
+    "messages.create": "max_tokens",
+    "chat.create": "max_completion_tokens",
+    "responses.create": "max_output_tokens",
+}
+
+
+@pytest.mark.parametrize("way", BASIC, ids=str)
+async def test_a_denial_says_which_worst_case_needs_so_much_and_how_to_lower_it(opened: Any, way: Way) -> None:
+    parameter = PARAMETERS[way.name]
+    cases = [({}, str(MAX_TOKENS), f"lower it with {parameter}")]
+    if way.sdk == "openai":  # Anthropic's SDK insists on a limit
+        cases.append(({parameter: openai.omit}, r"[\d,]+", f"the model's maximum; lower it with {parameter}"))
+    for asked, tokens, hint in cases:
+        async with opened(way.sdk, limit="0.0001") as g:
+            with pytest.raises(BudgetExceeded) as caught:
+                await take(way, g.client, **asked)
+        need = f"\\${caught.value.requested:f}"
+        model = rf"{way.sdk}/\S+"
+        assert re.fullmatch(
+            rf"agent: exceeds_limit \(\$0\.0001 remaining, need {need}\); the worst case of {model} is reserved:"
+            rf" [\d,]+ input and {tokens} output tokens \({hint}\)",
+            str(caught.value),
+        )
+
+
+async def test_a_denial_for_want_of_a_slot_says_nothing_of_tokens(server: Any, provider: LocalProvider) -> None:
+    budgets = [Budget("agent", "5.00"), Budget("calls", 0, kind="slots")]
+    async with AsyncBudgetLimiter(server.url, budgets) as limiter:
+        client = guard(raw_client("anthropic", True, provider), limiter, budgets=["calls", "agent"])
+        with pytest.raises(BudgetExceeded) as caught:
+            await take(BASIC[0], client)
+        assert str(caught.value) == "calls: exceeds_limit (0 slots remaining, need 1 slots)"
 
 
 FAILED = {

@@ -22,7 +22,8 @@ from ktrdr_budget.agent.settings import AgentSettings
 from ktrdr_budget.api.agent import agent_router
 from ktrdr_budget.api.auth import Keys
 from ktrdr_budget.api.probes import probes
-from ktrdr_budget.api.problems import Problem, problem_of
+from ktrdr_budget.api.problems import Problem, no_such_endpoint, problem_of
+from ktrdr_budget.api.responses import JsonResponse
 from ktrdr_budget.api.router import service_router
 from ktrdr_budget.api.routing import BudgetRoute
 from ktrdr_budget.api.service import Service
@@ -40,7 +41,18 @@ __all__ = ["create_app", "make_limiter"]
 
 logger = logging.getLogger("ktrdr_budget")
 
-_CODES = {404: "not-found", 405: "method-not-allowed"}
+_CODES = {405: "method-not-allowed"}
+_PLACES = {
+    "docs": "/docs",
+    "openapi": "/openapi.json",
+    "api": "/api/v1",
+    "agent_budget": "/api/v1/agent/budget",
+    "budgets": "/api/v1/budgets",
+    "liveness": "/livez",
+    "health": "/readyz",
+    "metrics": "/metrics",
+}
+"""What ``/`` answers with."""
 DESCRIPTION = """One hard spend cap for every replica of a backend that runs LLM agents.
 
 Money is a decimal string in dollars, a count an integer, an instant RFC 3339 in UTC. Every error is
@@ -124,6 +136,7 @@ def create_app(
         exception_handlers={HTTPException: _refused, BudgetError: _failed, Exception: _failed},
     )
     app.state.settings, app.state.metrics, app.state.limiter = settings, metrics, service.limiter
+    app.add_api_route("/", _index, methods=["GET", "HEAD"], include_in_schema=False)
     _add_routes(app, probes(service, metrics))
     _add_routes(app, agent_router(lambda: app.state.agent, lambda: service.limiter, keys))
     _add_routes(app, service_router(service))
@@ -147,15 +160,23 @@ def _version() -> str:
         return "0"
 
 
+async def _index(request: Request) -> Response:
+    """Where things are, for a person who opens the service's address."""
+    root = request.scope.get("root_path", "")
+    paths = {name: root + path for name, path in _PLACES.items()}
+    return JsonResponse({"service": "ktrdr-budget", "version": _version(), **paths})
+
+
 # -- errors ------------------------------------------------------------------------------------------------------------
 
 
 async def _refused(request: Request, error: Exception) -> Response:
     """What no route of ours has answered."""
     assert isinstance(error, HTTPException)
-    detail = "there is nothing at this path" if error.status_code == 404 else str(error.detail)
+    if error.status_code == 404:
+        return no_such_endpoint(request.scope).response()
     code = _CODES.get(error.status_code, "http-error")
-    return Problem(error.status_code, code, detail, headers=error.headers).response()
+    return Problem(error.status_code, code, str(error.detail), headers=error.headers).response()
 
 
 async def _failed(request: Request, error: Exception) -> Response:

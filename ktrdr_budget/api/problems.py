@@ -26,12 +26,13 @@ from ktrdr_budget.errors import (
 from ktrdr_budget.models import Budget, Denial
 from ktrdr_budget.periods import window_at
 
-__all__ = ["PROBLEM_JSON", "Problem", "denied", "problem_of"]
+__all__ = ["PROBLEM_JSON", "Problem", "denied", "no_such_endpoint", "problem_of"]
 
 PROBLEM_JSON = b"application/problem+json"
 TYPE_PREFIX = "urn:ktrdr-budget:problem:"
 STORE_RETRY_S = 1
 DETAIL_CHARACTERS_MAX = 300
+_PATH_CHARACTERS_MAX = 200
 SF_INTEGER_MAX = 999_999_999_999_999
 """The largest integer of a structured field (RFC 9651)."""
 
@@ -103,6 +104,14 @@ def problem_of(error: BudgetError, budgets: Mapping[str, Budget]) -> Problem:
                 return Problem(status, code, str(error), title=title, headers=retry, ambiguous=error.ambiguous)
             return Problem(status, code, str(error), title=title)
     return Problem(500, "internal-error", "the service failed; its log tells why")
+
+
+def no_such_endpoint(scope: Mapping[str, Any]) -> Problem:
+    """404 for a path that no route answers."""
+    path = "".join(character if character.isprintable() else "?" for character in scope["path"])
+    if len(path) > _PATH_CHARACTERS_MAX:
+        path = path[: _PATH_CHARACTERS_MAX - 1] + "…"
+    return Problem(404, "not-found", f"no such endpoint: {scope['method']} {path} (see /docs)")
 
 
 def _crowded(error: TooManyHolds | TooManyBudgets) -> Problem:

@@ -172,22 +172,31 @@ def budget(status: Status) -> dict[str, Any]:
     }
 
 
-def agent_budget(status: Status, cycle_estimate: Amount) -> dict[str, Any]:
-    """The agent's daily budget in JSON numbers: what dashboards and scripts of such backends already read."""
-    limit, remaining = status.limit, status.remaining
-    recovering = {} if status.recovering_until is None else {"recovering_until": _instant(status.recovering_until)}
-    return {
-        "date": status.window,
-        "daily_limit": None if limit is None else float(limit),
-        "today_spend": float(status.spent),
-        "remaining": None if remaining is None else float(remaining),
-        "cycles_affordable": None if remaining is None else int(remaining // cycle_estimate),
-        "spend_events": status.events,
-        "held": float(status.held),
-        "unconfirmed": float(status.unconfirmed),
-        "resets_at": _instant(status.resets_at),
-        **recovering,
+def agent_budget(status: Status, cycle_estimate: Amount) -> str:
+    """The agent's daily budget in JSON numbers, as JSON: what dashboards and scripts of such backends already read."""
+    remaining = status.remaining
+    members = {
+        "date": _encode(status.window),
+        "daily_limit": _number_json(status.limit),
+        "today_spend": _number_json(status.spent),
+        "remaining": _number_json(remaining),
+        "cycles_affordable": "null" if remaining is None else str(int(remaining // cycle_estimate)),
+        "spend_events": str(status.events),
+        "held": _number_json(status.held),
+        "unconfirmed": _number_json(status.unconfirmed),
+        "resets_at": _encode(_instant(status.resets_at)),
     }
+    if status.recovering_until is not None:
+        members["recovering_until"] = _encode(_instant(status.recovering_until))
+    return "{" + ",".join(f'"{name}":{value}' for name, value in members.items()) + "}"
+
+
+def _number_json(amount: Amount | None) -> str:
+    """Dollars as a JSON number, never in scientific notation, which ``float`` shows below 0.0001."""
+    if amount is None:
+        return "null"
+    number = repr(float(amount))
+    return f"{amount:f}" if "e" in number else number
 
 
 def ledger_entry(entry: LedgerEntry) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from ktrdr_budget.api.auth import Caller, Keys
-from ktrdr_budget.api.problems import Problem, problem_of
+from ktrdr_budget.api.problems import Problem, no_such_endpoint, problem_of
 from ktrdr_budget.api.requests import last_segment
 from ktrdr_budget.api.schemas import NAME, InvalidProblem, RefusedProblem, UnavailableProblem
 from ktrdr_budget.api.schemas import Problem as ProblemOut
@@ -147,7 +147,7 @@ class _Endpoints:
                 raise method_not_allowed(by_method)
             operation = by_method[operation.method]
         if not name:
-            raise Problem(404, "not-found", "there is nothing at this path")
+            raise no_such_endpoint(scope)
         return operation, name
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import UTC, datetime, timedelta
 from urllib.parse import quote
 
@@ -30,6 +31,23 @@ async def test_the_agents_budget_is_told_in_json_numbers(client):
     assert document["spend_events"] == 1
     assert document["held"] == document["unconfirmed"] == 0.0
     assert '"remaining":4.85,' in response.text  # not 4.8499999999999996
+
+
+async def test_a_nano_dollar_is_a_plain_decimal_in_every_answer(client):
+    """Money is never in scientific notation, which a reader may take for text, or not read at all."""
+    answers = [
+        await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.000000001"}, "id": "op_1"}),
+        await client.get(f"{V1}/reservations/op_1"),
+        await client.get(f"{V1}/agent/budget"),
+        await client.post(f"{V1}/reservations/op_1/commit", json={"amounts": "0.000000001"}),
+        await client.post(f"{V1}/reservations/op_1/release", json={}),
+        await client.post(f"{V1}/spend", json={"amounts": {"agent": 1e-9}}),
+        *[await client.get(f"{V1}/{path}") for path in ("agent/budget", "budgets", "budgets/agent/ledger")],
+    ]
+    for answer in answers:
+        assert "0.00000000" in answer.text
+        assert not re.search(r"(?<![\w.])[0-9.]+[eE][-+]?\d", answer.text), answer.text
+    assert '"today_spend":0.000000002,' in answers[-3].text
 
 
 async def test_an_unlimited_budget_has_no_remainder(start):

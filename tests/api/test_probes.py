@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -17,6 +19,26 @@ async def test_a_process_is_alive_whatever_its_store_does(start, tmp_path):
     client = (await start(redis_url=f"unix://{tmp_path}/nothing", timeout=0.1)).client
     response = await client.get("/livez")
     assert (response.status_code, response.json()) == (200, {"status": "alive"})
+
+
+async def test_the_address_of_the_service_says_where_things_are(start, tmp_path):
+    """To a browser, without a key, whatever the store does; each place exists."""
+    client = (await start(redis_url=f"unix://{tmp_path}/nothing", timeout=0.1, api_key="use-1")).client
+    response = await client.get("/")
+    assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
+    document = response.json()
+    assert document.pop("service") == "ktrdr-budget"
+    assert document.pop("version") == version("ktrdr-budget")
+    assert {"docs", "api", "health", "metrics"} <= document.keys()
+    prefix = document.pop("api")
+    assert document["agent_budget"].startswith(f"{prefix}/")
+    statuses = {name: (await client.get(path)).status_code for name, path in document.items()}
+    assert statuses == dict.fromkeys(["docs", "openapi", "liveness", "metrics"], 200) | {
+        "health": 503,
+        "agent_budget": 401,
+        "budgets": 401,
+    }
+    assert (await client.head("/")).status_code == 200
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])

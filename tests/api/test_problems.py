@@ -23,14 +23,22 @@ JSON = {"Content-Type": "application/json"}
 # -- where nothing is --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("path", ["/", "/nothing", V1, f"{V1}/", f"{V1}/budget", f"{V1}/agent", "/docs/x", "/livez/x"])
+@pytest.mark.parametrize("path", ["/nothing", V1, f"{V1}/", f"{V1}/budget", f"{V1}/agent", "/docs/x", "/livez/x"])
 async def test_an_unknown_path_is_not_found(client, path):
-    problem(await client.get(path), 404, "not-found")
+    document = problem(await client.get(path), 404, "not-found")
+    assert document["detail"] == f"no such endpoint: GET {path} (see /docs)"
+
+
+async def test_a_long_unknown_path_is_cut_and_cannot_steer_a_terminal(client):
+    document = problem(await client.post("/%1b[2J" + "x" * 5_000), 404, "not-found")
+    assert document["detail"].startswith("no such endpoint: POST /?[2Jxxx")
+    assert document["detail"].endswith("x… (see /docs)")
 
 
 @pytest.mark.parametrize("path", ["budgets/", "budgets//holds", "reservations/"])
 async def test_a_name_that_is_empty_is_not_found(client, path):
-    problem(await client.get(f"{V1}/{path}"), 404, "not-found")
+    document = problem(await client.get(f"{V1}/{path}"), 404, "not-found")
+    assert document["detail"] == f"no such endpoint: GET {V1}/{path} (see /docs)"
 
 
 @pytest.mark.parametrize(

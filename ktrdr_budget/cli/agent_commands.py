@@ -46,7 +46,8 @@ def _ask(where: Service) -> tuple[dict[str, Any], str]:
     """The service's JSON, and the same for a person."""
     answer = where.get("/agent/budget")
     with understood(where):
-        return answer.document, status_text(answer.exact)
+        document = answer.document
+        return document, status_text(document)
 
 
 def status_text(status: Mapping[str, Any]) -> str:

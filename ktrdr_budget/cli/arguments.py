@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any, TypeVar
 
 import click
 
-__all__ = ["a_name", "amounts_of", "an_end", "json_option", "new_id", "seconds_from", "watch_options"]
+__all__ = ["AmountCommand", "a_name", "amounts_of", "an_end", "json_option", "new_id", "seconds_from", "watch_options"]
 
 _SECONDS_MAX = 86_400
+_NEGATIVE = re.compile(r"-\.?[0-9]")
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class AmountCommand(click.Command):
+    """A command whose arguments are amounts: a negative one is an amount that is not usable, and no unknown option."""
+
+    def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
+        """As Click does, with another error for a negative amount."""
+        words = list(args)
+        try:
+            return super().parse_args(context, args)
+        except click.NoSuchOption as error:
+            negative = next((word for word in words if _NEGATIVE.match(word)), None)
+            if negative is None or not negative.startswith(error.option_name):
+                raise
+        from ktrdr_budget.money import not_an_amount
+
+        raise click.UsageError(str(not_an_amount(negative)), context)
 
 
 def a_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
@@ -25,19 +44,23 @@ def a_name(context: click.Context, parameter: click.Parameter, value: str | None
 
 
 def an_end(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Callback: the end of a limit, an instant with its timezone or ``window``.
+    """Callback: the end of a limit, an instant with its timezone or ``window``; ``None`` for ``never``.
 
     Raises:
         click.BadParameter: it is neither.
     """
-    if value is None or value == "window":
+    if value is None or value == "never":
+        return None
+    if value == "window":
         return value
     try:
         aware = datetime.fromisoformat(value).tzinfo is not None
     except ValueError:
         aware = False
     if not aware:
-        raise click.BadParameter(f"{value!r} is neither 'window' nor an instant such as 2026-11-24T00:00:00Z")
+        raise click.BadParameter(
+            f"{value!r} is neither an instant such as 2026-11-24T00:00:00Z nor 'window' or 'never'"
+        )
     return value
 
 

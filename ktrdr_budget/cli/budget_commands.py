@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ktrdr_budget.cli.arguments import a_name, an_end, json_option
+from ktrdr_budget.cli.arguments import AmountCommand, a_name, an_end, json_option
 from ktrdr_budget.cli.client import Answer, Service, segment, service, understood
 from ktrdr_budget.cli.output import Table, amount_text, fields, write, write_json
 from ktrdr_budget.cli.pages import paged, pages, show_pages
@@ -33,7 +33,7 @@ def list_budgets(as_json: bool) -> None:
     where = service()
     answer = where.get("/budgets")
     with understood(where):
-        rows = [_summary(item) for item in answer.exact["budgets"]]
+        rows = [_summary(item) for item in answer.document["budgets"]]
     if as_json:
         write_json(answer.document)
     elif not rows:
@@ -55,13 +55,13 @@ def show(name: str, as_json: bool) -> None:
     _show_budget(where, where.get(_path(name)), as_json)
 
 
-@budget.command("set-limit")
+@budget.command("set-limit", cls=AmountCommand)
 @click.argument("name", callback=a_name)
 @click.argument("limit")
 @click.option(
     "--until",
     callback=an_end,
-    metavar="WHEN|window",
+    metavar="WHEN|window|never",
     help="When it ends: an instant such as 2026-11-24T00:00:00Z, or with the current window.  [default: never]",
 )
 @json_option
@@ -130,7 +130,7 @@ def _summary(item: Mapping[str, Any]) -> list[str]:
 
 def _show_budget(where: Service, answer: Answer, as_json: bool) -> None:
     with understood(where):
-        text = fields(_budget_fields(answer.exact))
+        text = fields(_budget_fields(answer.document))
     if as_json:
         write_json(answer.document)
     else:

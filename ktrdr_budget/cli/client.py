@@ -19,7 +19,7 @@ from urllib.parse import quote, urlencode, urlsplit
 import click
 
 from ktrdr_budget.cli.errors import CommandError, Denied, InvalidInput, Unreachable
-from ktrdr_budget.cli.output import amount_text, one_line
+from ktrdr_budget.cli.output import amount_text, duration, one_line
 
 if TYPE_CHECKING:
     from http.client import HTTPConnection
@@ -43,12 +43,7 @@ class Answer(NamedTuple):
 
     @property
     def document(self) -> dict[str, Any]:
-        """The JSON object, for passing on."""
-        return json.loads(self.text)  # type: ignore[no-any-return]
-
-    @property
-    def exact(self) -> dict[str, Any]:
-        """The same with its fractions as ``Decimal``, for reading."""
+        """The JSON object, its fractions as ``Decimal``."""
         return json.loads(self.text, parse_float=Decimal)  # type: ignore[no-any-return]
 
 
@@ -101,7 +96,7 @@ class Service(NamedTuple):
             path: after ``/api/v1``, percent-encoded.
             body: sent as JSON.
             admin: send the admin key, if there is one.
-            repeat: tells a person how to repeat the call safely, when it is not known whether it took effect.
+            repeat: how to repeat the call safely, for a person; shown only if the call may have taken effect.
 
         Raises:
             Denied, Unreachable, InvalidInput, CommandError: with the exit code of each.
@@ -154,7 +149,8 @@ class Service(NamedTuple):
         """What an answer means that is not a good one."""
         error = Unreachable if status in (502, 503, 504) else InvalidInput if status == 422 else CommandError
         if problem is None or status < 400:
-            return error(f"{self.url} answered {status} without the JSON of a ktrdr-budget service; is that its URL?")
+            words = f"{self.url} answered {status} without the JSON of a ktrdr-budget service; is that its URL?"
+            return error(words + (repeat if status in (502, 504) else ""))
         if (status, problem.get("reason")) in _NOT_STARTED and problem.get("triggered") is False:
             with understood(self):
                 return Denied(_not_started_line(problem), problem)
@@ -169,7 +165,8 @@ class Service(NamedTuple):
             detail += f" (set {'KTRDR_ADMIN_KEY' if admin else 'KTRDR_API_KEY'} to a key of the service)"
         if status == 403 and admin:
             detail += " (it needs the service's admin key in KTRDR_ADMIN_KEY)"
-        return error(detail + (repeat if error is Unreachable else ""), problem)
+        ambiguous = error is Unreachable and problem.get("ambiguous") is not False
+        return error(detail + (repeat if ambiguous else ""), problem)
 
 
 def service() -> Service:
@@ -195,7 +192,7 @@ def understood(service: Service) -> Iterator[None]:
 
 
 def denial_line(problem: Mapping[str, Any]) -> str:
-    """``agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 3600 s``."""
+    """``agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 17 h 32 min``."""
     unit = "" if isinstance(problem["requested"], str) or "unit" not in problem else f" {problem['unit']}"
     remaining, need = (amount_text(problem[name]) + unit for name in ("remaining", "requested"))
     told = f"{problem['budget']}: {problem['reason']} ({remaining} remaining, need {need})"
@@ -203,18 +200,22 @@ def denial_line(problem: Mapping[str, Any]) -> str:
 
 
 def _not_started_line(problem: Mapping[str, Any]) -> str:
-    """``Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); retry in 3600 s``."""
+    """``Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); retry in 17 h 32 min``."""
     told = one_line(problem["message"])
-    return f"{told}; {_advice(problem['retry_after'])}" if "retry_after" in problem else told
+    if "retry_after" not in problem:
+        return told
+    # The service names the next day, for a limit may be another then; but of itself waiting makes no room.
+    seconds = None if problem.get("denial_reason") == "exceeds_limit" else problem["retry_after"]
+    return f"{told}; {_advice(seconds)}"
 
 
 def _advice(seconds: Any) -> str:
-    return "waiting does not help" if seconds is None else f"retry in {int(seconds)} s"
+    return "waiting does not help" if seconds is None else f"retry in {duration(int(seconds))}"
 
 
 def _object(text: str) -> dict[str, Any] | None:
     try:
-        document = json.loads(text)
+        document = json.loads(text, parse_float=Decimal)
     except (ValueError, RecursionError):
         return None
     return document if isinstance(document, dict) else None

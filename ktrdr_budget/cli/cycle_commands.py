@@ -67,7 +67,8 @@ def status(as_json: bool, watch: bool, interval: float) -> None:
 def _ask(where: Service) -> tuple[dict[str, Any], str]:
     answer = where.get("/agent/status")
     with understood(where):
-        return answer.document, status_text(answer.exact)
+        document = answer.document
+        return document, status_text(document)
 
 
 @click.command()

@@ -45,7 +45,7 @@ def _until_ended(where: Service, operation_id: str, interval_s: float, view: _Vi
     answered_at = time.monotonic()
     while True:
         try:
-            document, cycle = _find(where, operation_id)
+            cycle = _find(where, operation_id)
         except Unreachable as error:
             if time.monotonic() - answered_at > PATIENCE_S:
                 raise Unreachable(f"{error.message}; {operation_id} may still be running") from None
@@ -53,14 +53,14 @@ def _until_ended(where: Service, operation_id: str, interval_s: float, view: _Vi
         else:
             answered_at = time.monotonic()
             with understood(where):
-                view.draw(document, cycle)
+                view.draw(cycle)
                 if has_ended(cycle):
                     return cycle
         time.sleep(interval_s)
 
 
-def _find(where: Service, operation_id: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
-    """The cycle as the service gave it, and with exact fractions: among those of now, or among the recent ones.
+def _find(where: Service, operation_id: str) -> dict[str, Any]:
+    """The cycle: among those of now, or among the recent ones.
 
     Raises:
         CommandError: it is in neither.
@@ -68,9 +68,9 @@ def _find(where: Service, operation_id: str) -> tuple[dict[str, Any], Mapping[st
     for path in ("/agent/status", "/agent/cycles"):
         answer = where.get(path)
         with understood(where):
-            plain, exact = _cycles(answer.document), _cycles(answer.exact)
-            if operation_id in exact:
-                return plain[operation_id], exact[operation_id]
+            cycles = _cycles(answer.document)
+            if operation_id in cycles:
+                return cycles[operation_id]  # type: ignore[no-any-return]
     raise CommandError(f"the service does not know {operation_id} any more")
 
 
@@ -89,7 +89,7 @@ class _View:
         self._told: set[str] = set()
         self._unknown_since = ""
 
-    def draw(self, document: dict[str, Any], cycle: Mapping[str, Any]) -> None:
+    def draw(self, cycle: Mapping[str, Any]) -> None:
         """Shows what is new in it."""
         self._unknown_since = ""
         if self._screen.redraws and not self._as_json:
@@ -100,7 +100,7 @@ class _View:
         self._told.update(new)
         if self._as_json:
             if new or has_ended(cycle):
-                write_json(document, compact=True)
+                write_json(cycle, compact=True)
             return
         for line in new:
             write(line)

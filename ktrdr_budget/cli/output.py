@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from decimal import ROUND_HALF_EVEN, Context, Decimal
@@ -16,7 +17,7 @@ from typing import IO, Any
 import click
 
 __all__ = ["SEPARATOR", "Table", "amount_text", "can_show", "fields", "is_terminal", "one_line", "paint", "write"]
-__all__ += ["write_json"]
+__all__ += ["duration", "json_text", "write_json"]
 
 SEPARATOR = "=" * 30
 """Under a title."""
@@ -24,6 +25,7 @@ SEPARATOR = "=" * 30
 _NANO = Decimal("1e-9")
 _WIDE = Context(prec=60)
 _LINE_CHARACTERS_MAX = 400
+_MARKED = re.compile(r'"\\u0000([-0-9.]+)\\u0000"')
 
 
 def write(text: str, file: IO[Any] | None = None) -> None:
@@ -35,7 +37,18 @@ def write(text: str, file: IO[Any] | None = None) -> None:
 
 def write_json(document: Any, *, compact: bool = False) -> None:
     """Writes a JSON document: indented for a person at a terminal, else in one line."""
-    write(json.dumps(document, indent=2 if not compact and is_terminal() else None))
+    write(json_text(document, indent=2 if not compact and is_terminal() else None))
+
+
+def json_text(document: Any, *, indent: int | None = None) -> str:
+    """A JSON document with its ``Decimal`` fractions as plain numbers: 0.000000001, where a float would show 1e-09."""
+    return _MARKED.sub(r"\1", json.dumps(document, indent=indent, default=_marked))
+
+
+def _marked(value: object) -> str:
+    if not isinstance(value, Decimal):
+        raise TypeError(f"not a JSON value: {value!r}")
+    return f"\0{value:f}\0"
 
 
 def one_line(text: object) -> str:
@@ -94,6 +107,17 @@ def dollars(value: Decimal) -> str:
     return f"{sign}${whole}.{decimals.rstrip('0').ljust(2, '0')}"
 
 
+def duration(seconds: int) -> str:
+    """Whole seconds for a person, in their two largest units: ``7 s``, ``2 min 5 s``, ``17 h 32 min``, ``3 d 4 h``."""
+    parts = []
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
+        count, seconds = divmod(seconds, size)
+        parts.append((count, unit))
+    first = next((index for index, (count, _) in enumerate(parts) if count), len(parts) - 1)
+    shown = [f"{count} {unit}" for count, unit in parts[first : first + 2] if count]
+    return " ".join(shown) or "0 s"
+
+
 def fields(pairs: Iterable[tuple[str, str]]) -> str:
     """``Name: value`` lines, the values in one column."""
     rows = [(f"{name}:", one_line(value)) for name, value in pairs]
@@ -104,6 +128,8 @@ def fields(pairs: Iterable[tuple[str, str]]) -> str:
 class Table:
     """Aligned columns, written page by page; a column grows when a later page needs it.
 
+    Where a terminal would wrap a line, each row is a block of fields instead.
+
     Args:
         columns: the headings; a leading ``>`` aligns to the right.
     """
@@ -113,6 +139,7 @@ class Table:
         self._right = [column.startswith(">") for column in columns]
         self._widths = [len(heading) for heading in self._headings]
         self._begun = False
+        self._stacked = False
 
     def write(self, rows: Sequence[Sequence[object]]) -> None:
         """Writes rows, under the headings if they are the first."""
@@ -121,12 +148,25 @@ class Table:
         cells = [[one_line(cell) for cell in row] for row in rows]
         columns = zip(self._widths, *cells, strict=True)
         self._widths = [max(width, *map(len, column)) for width, *column in columns]
+        width = _columns()
+        self._stacked |= width is not None and sum(self._widths) + 2 * (len(self._widths) - 1) > width
+        begun, self._begun = self._begun, True
+        if self._stacked:
+            write(("\n" if begun else "") + "\n\n".join(self._block(row) for row in cells))
+            return
         lines = [self._line(row) for row in cells]
-        if not self._begun:
+        if not begun:
             lines.insert(0, paint(self._line(self._headings), bold=True))
-            self._begun = True
         write("\n".join(lines))
+
+    def _block(self, row: Sequence[str]) -> str:
+        return fields((heading, cell) for heading, cell in zip(self._headings, row, strict=True) if cell)
 
     def _line(self, row: Sequence[str]) -> str:
         columns = zip(row, self._widths, self._right, strict=True)
         return "  ".join(f"{cell:>{width}}" if right else f"{cell:<{width}}" for cell, width, right in columns).rstrip()
+
+
+def _columns() -> int | None:
+    """How wide a line may be; ``None`` where no terminal wraps it."""
+    return (os.get_terminal_size(sys.stdout.fileno()).columns or None) if is_terminal() else None

@@ -10,7 +10,7 @@ import click
 
 from ktrdr_budget.cli.client import Answer, service, understood
 from ktrdr_budget.cli.errors import CommandError
-from ktrdr_budget.cli.output import Table, one_line, write, write_json
+from ktrdr_budget.cli.output import Table, json_text, one_line, write, write_json
 
 __all__ = ["paged", "pages", "show_pages"]
 
@@ -33,8 +33,8 @@ def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[
     while True:
         answer = where.get(path, **query)
         with understood(where):
-            cursor = answer.exact["next_cursor"]
-            if not isinstance(answer.exact[field], list) or not isinstance(cursor, str | None):
+            cursor = answer.document["next_cursor"]
+            if not isinstance(answer.document[field], list) or not isinstance(cursor, str | None):
                 raise TypeError(field)
         yield answer
         if not everything or cursor is None:
@@ -55,7 +55,7 @@ def show_pages(
     where, found, cursor = service(), False, None
     for page in pages:
         with understood(where):
-            rows = [row(item) for item in page.exact[field]]
+            rows = [row(item) for item in page.document[field]]
         table.write(rows)
         found, cursor = found or bool(rows), page.document["next_cursor"]
     if cursor is not None:
@@ -75,7 +75,7 @@ def _write_pages_json(pages: Iterator[Answer], field: str) -> None:
     separator, cursor = "", None
     for document in _documents(first, second, pages):
         for item in document[field]:
-            click.echo(separator + json.dumps(item), nl=False)
+            click.echo(separator + json_text(item), nl=False)
             separator = ",\n"
         cursor = document["next_cursor"]
     write(f'], "next_cursor": {json.dumps(cursor)}}}')

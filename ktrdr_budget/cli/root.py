@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -79,6 +80,43 @@ def _told(error: click.ClickException) -> str:
     return error.format_message().rstrip(".") + more
 
 
+# -- help --------------------------------------------------------------------------------------------------------------
+
+
+class _Help(click.HelpFormatter):
+    """Click's, also on a terminal of less than 52 columns, below which Click's own does not fit it."""
+
+    def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None) -> None:
+        columns = shutil.get_terminal_size().columns
+        if width is None and columns < _CLICK_COLUMNS_MIN:
+            width = max(columns, _COLUMNS_MIN)
+        super().__init__(indent_increment, width, max_width)
+
+    def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
+        """Writes a list of definitions, none of them in too narrow a column."""
+        super().write_dl(
+            rows, min(col_max, self.width // 3 if self.width < _CLICK_COLUMNS_MIN else col_max), col_spacing
+        )
+
+
+_CLICK_COLUMNS_MIN = 52
+_COLUMNS_MIN = 24
+
+
+class _Context(click.Context):
+    formatter_class = _Help
+
+
+def _fit_help(command: click.Command) -> None:
+    """Lets the help of a command, and of those inside, fit the terminal."""
+    command.context_class = _Context
+    for inner in getattr(command, "commands", {}).values():
+        _fit_help(inner)
+
+
+# -- commands ----------------------------------------------------------------------------------------------------------
+
+
 @click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ktrdr-budget", prog_name="ktrdr", message="%(prog)s %(version)s")
 @click.option(
@@ -129,10 +167,12 @@ def serve(host: str, port: int, workers: int) -> None:
 def completion(context: click.Context, shell: str) -> None:
     """Print the script that completes this command in a shell.
 
+    Add its line to ~/.bashrc, ~/.zshrc, or ~/.config/fish/config.fish:
+
     \b
-    bash:  echo 'eval "$(ktrdr completion bash)"' >> ~/.bashrc
-    zsh:   echo 'eval "$(ktrdr completion zsh)"' >> ~/.zshrc
-    fish:  ktrdr completion fish > ~/.config/fish/completions/ktrdr.fish
+    bash  eval "$(ktrdr completion bash)"
+    zsh   eval "$(ktrdr completion zsh)"
+    fish  ktrdr completion fish | source
     """
     from click.shell_completion import get_completion_class
 
@@ -142,3 +182,6 @@ def completion(context: click.Context, shell: str) -> None:
     if found is None:
         raise CommandError(f"no completion for {shell}")
     click.echo(found(main, {}, name, variable).source())
+
+
+_fit_help(main)

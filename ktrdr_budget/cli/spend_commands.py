@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from ktrdr_budget.cli.arguments import a_name, amounts_of, json_option, new_id, seconds_from
+from ktrdr_budget.cli.arguments import AmountCommand, a_name, amounts_of, json_option, new_id, seconds_from
 from ktrdr_budget.cli.client import Answer, Service, segment, service, understood
 from ktrdr_budget.cli.errors import Denied
 from ktrdr_budget.cli.output import amount_text, one_line, write, write_json
@@ -17,7 +17,7 @@ __all__ = ["commit", "record", "release", "reserve"]
 _AMOUNTS = "NAME AMOUNT | NAME=AMOUNT..."
 
 
-@click.command()
+@click.command(cls=AmountCommand)
 @click.argument("amounts", nargs=-1, required=True, metavar=_AMOUNTS)
 @click.option("--id", "hold_id", callback=a_name, help="Makes a repeated call harmless. Default: a new one.")
 @click.option(
@@ -56,7 +56,7 @@ def reserve(
     _show(where, answer, as_json, _reserved)
 
 
-@click.command()
+@click.command(cls=AmountCommand)
 @click.argument("hold_id", metavar="ID", callback=a_name)
 @click.argument("amounts", nargs=-1, metavar="[AMOUNT | NAME=AMOUNT...]")
 @json_option
@@ -90,7 +90,7 @@ def release(hold_id: str, as_json: bool) -> None:
     _show(where, where.send("POST", path, {}, admin=True, repeat=_REPEAT), as_json, _settled("Released"))
 
 
-@click.command()
+@click.command(cls=AmountCommand)
 @click.argument("amounts", nargs=-1, required=True, metavar=_AMOUNTS)
 @click.option("--id", "spend_id", callback=a_name, help="Makes a repeated call harmless. Default: a new one.")
 @click.option("--operation", help="A label for the ledger.")
@@ -119,7 +119,7 @@ def _mapping(words: tuple[str, ...]) -> dict[str, str]:
 
 def _show(where: Service, answer: Answer, as_json: bool, tell: Callable[[Mapping[str, Any]], str]) -> None:
     with understood(where):
-        text = tell(answer.exact)
+        text = tell(answer.document)
     if as_json:
         write_json(answer.document)
     else:

@@ -256,7 +256,7 @@ def _document(report: WindowReport) -> dict[str, Any]:
 def _plain(units: int, unit: str) -> str | int:
     from ktrdr_budget.money import from_units
 
-    return str(from_units(units, unit)) if unit == "usd" else units
+    return f"{from_units(units, unit):f}" if unit == "usd" else units
 
 
 def _amount(units: int, unit: str) -> str:

@@ -158,6 +158,11 @@ def test_there_is_no_bar_without_a_limit_to_fill(
     assert "used" not in shown_on(terminal)
 
 
+def test_a_nano_dollar_is_a_plain_number_in_json(ktrdr: Run, service: FakeService) -> None:
+    service.answer("GET /api/v1/agent/budget", json.dumps(STATUS).replace(": 0.15,", ": 0.000000001,"))
+    assert '"today_spend": 0.000000001,' in ktrdr("agent", "budget", "--json").stdout
+
+
 def test_json_on_a_terminal_is_indented(terminal: OpenTerminal) -> None:
     text = shown_on(terminal, "--json")
     assert json.loads(text) == STATUS

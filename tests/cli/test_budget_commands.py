@@ -81,6 +81,36 @@ def test_headings_are_bold_on_a_terminal_only(
     assert opened.text == plain
 
 
+TRACED = {**ENTRY, "trace_id": "0af7651916cd43dd8448eb211c80319c"}
+TEAM = {**BUDGET, "name": "team:quant", "spent": "0.066255", "limit_source": "runtime"}
+
+
+@pytest.mark.parametrize(
+    ("words", "call", "document", "headings"),
+    [
+        (("list",), "GET /api/v1/budgets", {"budgets": [BUDGET, TEAM]}, ["NAME", "WINDOW", "LIMIT", "RESETS AT"]),
+        (("ledger", "agent"), LEDGER, {"entries": [TRACED] * 2, "next_cursor": None}, ["AT", "AMOUNT", "ENTRY"]),
+    ],
+)
+def test_a_table_that_a_terminal_would_wrap_is_a_block_for_each_row(
+    terminal: Callable[..., Terminal],
+    service: FakeService,
+    words: tuple[str, ...],
+    call: str,
+    document: dict[str, Any],
+    headings: list[str],
+) -> None:
+    service.answer(call, document)
+    for columns in (80, 50):
+        opened = terminal("budget", *words, columns=columns)
+        assert opened.wait() == 0
+        lines = opened.text.splitlines()
+        assert max(map(len, lines)) <= columns, opened.text
+        for heading in headings:
+            assert len([line for line in lines if line.startswith(f"{heading}: ")]) == 2, opened.text
+        assert lines.count("") == 1  # between the two
+
+
 def test_show_tells_everything(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/agent", BUDGET)
     assert ktrdr("budget", "show", "agent").stdout == (
@@ -137,6 +167,7 @@ def test_an_unknown_budget_is_an_error(ktrdr: Run, service: FakeService) -> None
         (("10.00",), {"limit": "10.00"}),
         (("0",), {"limit": "0"}),
         (("unlimited",), {"limit": None}),
+        (("10", "--until", "never"), {"limit": "10"}),
         (("10", "--until", "window"), {"limit": "10", "until": "window"}),
         (("10", "--until", "2026-11-24T00:00:00Z"), {"limit": "10", "until": "2026-11-24T00:00:00Z"}),
         (("10", "--until", "2026-11-24T00:00:00+01:00"), {"limit": "10", "until": "2026-11-24T00:00:00+01:00"}),

@@ -214,6 +214,25 @@ def test_an_answer_that_is_no_json_object_is_an_error(ktrdr: Run, service: FakeS
     )
 
 
+@pytest.mark.parametrize(("ambiguous", "hint"), [(True, True), (False, False), (None, True)])
+def test_only_a_call_that_may_have_taken_effect_is_said_to(
+    ktrdr: Run, service: FakeService, ambiguous: bool | None, hint: bool
+) -> None:
+    document = {**problem(503, "Unavailable", "the store is down")[1], "ambiguous": ambiguous}
+    service.answer("POST /api/v1/spend", {k: v for k, v in document.items() if v is not None}, 503)
+    line = failed(ktrdr("budget", "record", "agent", "0.15", "--id", "op_1"), 4)
+    words = "; it may have taken effect: repeating it with --id op_1 is safe"
+    assert line == "ktrdr: the store is down" + (words if hint else "")
+
+
+def test_a_gateway_that_lost_the_answer_leaves_it_open_whether_the_call_took_effect(
+    ktrdr: Run, service: FakeService
+) -> None:
+    service.answer("POST /api/v1/spend", "<html>Bad Gateway</html>", 502)
+    line = failed(ktrdr("budget", "record", "agent", "0.15", "--id", "op_1"), 4)
+    assert line.endswith("; it may have taken effect: repeating it with --id op_1 is safe")
+
+
 def test_html_from_a_gateway_that_finds_no_service_means_unreachable(ktrdr: Run, service: FakeService) -> None:
     service.answer(BUDGET_CALL, "<html>Bad Gateway</html>", 502)
     failed(ktrdr("agent", "budget"), 4)
@@ -343,7 +362,7 @@ def test_names_are_percent_encoded_in_paths(ktrdr: Run, service: FakeService, na
 @pytest.mark.parametrize(
     ("changes", "line"),
     [
-        ({}, "agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 3600 s"),
+        ({}, "agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 1 h"),
         (
             {"reason": "exceeds_limit", "retry_after": None, "requested": "6.00", "remaining": "5.00"},
             "agent: exceeds_limit ($5.00 remaining, need $6.00); waiting does not help",
@@ -356,7 +375,11 @@ def test_names_are_percent_encoded_in_paths(ktrdr: Run, service: FakeService, na
             {"budget": "cycles", "unit": "cycles", "remaining": 0, "requested": 1, "retry_after": 7},
             "cycles: budget_exhausted (0 cycles remaining, need 1 cycles); retry in 7 s",
         ),
-        ({"remaining": "0.0000016"}, "agent: budget_exhausted ($0.0000016 remaining, need $0.15); retry in 3600 s"),
+        (
+            {"retry_after": 63_124},
+            "agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 17 h 32 min",
+        ),
+        ({"remaining": "0.0000016"}, "agent: budget_exhausted ($0.0000016 remaining, need $0.15); retry in 1 h"),
     ],
 )
 def test_a_denial_is_told_in_one_line(changes: dict[str, object], line: str) -> None:

@@ -101,7 +101,7 @@ def test_each_trigger_has_an_id_of_its_own_unless_one_is_given(ktrdr: Run, servi
             429,
             NOT_STARTED,
             3,
-            "denied: Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); retry in 3600 s",
+            "denied: Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); retry in 1 h",
         ),
         (
             429,
@@ -111,6 +111,12 @@ def test_each_trigger_has_an_id_of_its_own_unless_one_is_given(ktrdr: Run, servi
         ),
         (409, RUNNING, 3, "denied: A research cycle is already running: op_7"),
         (409, TAKEN, 1, "ktrdr: the id op_1 is in use otherwise"),
+        (
+            429,
+            {**NOT_STARTED, "denial_reason": "exceeds_limit", "retry_after": 63_124},
+            3,
+            "denied: Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); waiting does not help",
+        ),
         (429, CROWDED, 3, "denied: the tenant has 3 holds; retry in 9 s"),
         (409, OTHERWISE, 1, "ktrdr: the budget 'agent' has another timezone in the store"),
         (422, INVALID, 2, "ktrdr: operation_id: must match op_…"),

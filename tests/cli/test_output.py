@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 from decimal import Decimal
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktrdr_budget.cli.output import Table, amount_text, fields, one_line, write
+from ktrdr_budget.cli.output import Table, amount_text, duration, fields, json_text, one_line, write
 from ktrdr_budget.money import MAX_UNITS, from_units
 
 NANOS = st.integers(min_value=-(2 * MAX_UNITS), max_value=2 * MAX_UNITS)
@@ -73,6 +74,31 @@ def test_columns_are_aligned_and_grow_with_a_later_page(capsys: pytest.CaptureFi
         "longer  $10.00  x\n"
         "much longer  $1000000.00  y\n"
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [
+        (0, "0 s"),
+        (7, "7 s"),
+        (60, "1 min"),
+        (125, "2 min 5 s"),
+        (3600, "1 h"),
+        (3605, "1 h"),
+        (63_124, "17 h 32 min"),
+        (86_400, "1 d"),
+        (273_600, "3 d 4 h"),
+    ],
+)
+def test_a_duration_is_its_two_largest_units(seconds: int, shown: str) -> None:
+    assert duration(seconds) == shown
+
+
+def test_fractions_are_plain_decimals_in_json_and_stay_numbers() -> None:
+    document = {"a": [Decimal("1E-9"), Decimal("4.85")], "b": "1E-9", "c": 3, "d": 'x "\0" y', "e": None}
+    text = json_text(document)
+    assert text.startswith('{"a": [0.000000001, 4.85], "b": "1E-9", "c": 3, ')
+    assert json.loads(text) == {**document, "a": [1e-9, 4.85]}
 
 
 def test_a_row_of_the_wrong_length_is_refused() -> None:

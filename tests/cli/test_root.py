@@ -68,6 +68,15 @@ def test_every_command_has_a_help_that_fits_the_screen(ktrdr: Run, words: tuple[
     assert not [line for line in result.stdout.splitlines()[1:] if line.endswith("...")]  # cut short
 
 
+@pytest.mark.parametrize("words", every_command(main), ids=" ".join)
+def test_every_help_fits_a_terminal_of_40_columns(
+    ktrdr: Run, environment: pytest.MonkeyPatch, words: tuple[str, ...]
+) -> None:
+    environment.setenv("COLUMNS", "40")
+    text = ktrdr(*words, "--help").stdout
+    assert max(map(len, text.splitlines())) <= 40, text
+
+
 def test_the_commands_are_those_of_the_contract() -> None:
     assert set(main.commands) == {"agent", "budget", "prices", "serve", "completion"}
     assert set(prices.commands) == {"show"}
@@ -135,7 +144,7 @@ def test_errors_are_told_in_another_command_line_as_in_ours(
     service.answer("POST /api/v1/reservations", DENIAL, 429)
     result = CliRunner().invoke(host(None), ["budget", "reserve", "agent", "0.15"])
     assert result.exit_code == 3
-    assert result.stderr == "denied: agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 3600 s\n"
+    assert result.stderr == "denied: agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 1 h\n"
     result = CliRunner().invoke(host("http://127.0.0.1:1"), ["agent", "budget"])
     assert result.exit_code == 4
     assert result.stderr.startswith("ktrdr: cannot reach")

@@ -150,7 +150,7 @@ def test_a_denial_has_its_line_and_exit_code_3(ktrdr: Run, service: FakeService)
     result = ktrdr("budget", "reserve", "agent", "0.15")
     assert result.exit_code == 3
     assert result.stdout == ""
-    assert result.stderr == "denied: agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 3600 s\n"
+    assert result.stderr == "denied: agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 1 h\n"
 
 
 def test_with_json_the_figures_of_a_denial_are_on_stdout(ktrdr: Run, service: FakeService) -> None:
@@ -211,3 +211,35 @@ def test_a_wrong_call_is_a_usage_error_and_sends_nothing(
     assert result.stderr.count("\n") == 1
     assert f"(see 'ktrdr budget {words[0]} --help')" in result.stderr
     assert service.requests == []
+
+
+# --- Negative amounts -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "negative"),
+    [
+        (("record", "agent", "-0.5"), "-0.5"),
+        (("record", "--operation", "x", "agent", "-.5"), "-.5"),
+        (("reserve", "agent", "-1", "--id", "op_1"), "-1"),
+        (("commit", "op_1", "-0.07"), "-0.07"),
+        (("set-limit", "agent", "-5.00", "--until", "window"), "-5.00"),
+    ],
+)
+def test_a_negative_amount_is_an_error_about_the_amount(
+    ktrdr: Run, service: FakeService, words: tuple[str, ...], negative: str
+) -> None:
+    result = ktrdr("budget", *words)
+    assert (result.exit_code, result.stdout, service.requests) == (2, "", [])
+    assert result.stderr == (
+        f"ktrdr: {negative!r} is not an amount; use a non-negative decimal such as 0.15"
+        f" (see 'ktrdr budget {words[0]} --help')\n"
+    )
+
+
+def test_an_unknown_option_is_still_one(ktrdr: Run) -> None:
+    result = ktrdr("budget", "record", "agent", "0.15", "-x", "--operation", "-5")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        "ktrdr: No such option '-x' (see 'ktrdr budget record --help')\n",
+    )

@@ -1,0 +1,30 @@
+"""What the documents tell an operator to type is a whole command."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+
+from ktrdr_budget.cli import main
+
+DOCUMENTS = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+CALL = re.compile(r"`ktrdr ([^`]+)`")
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
+def test_every_call_of_the_command_in_a_document_has_its_arguments(document: Path) -> None:
+    for call in CALL.findall(" ".join(document.read_text(encoding="utf-8").split())):
+        command: click.Command = main
+        words = ["2" if word == "N" else word for word in shlex.split(call)]  # so many
+        while isinstance(command, click.Group):
+            command = command.commands[words.pop(0)]
+        try:
+            command.make_context(command.name, words)
+        except click.UsageError as error:
+            pytest.fail(f"{document.name}: ktrdr {call}: {error.format_message()}")
+        except click.exceptions.Exit:  # --help
+            pass

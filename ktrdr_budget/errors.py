@@ -141,12 +141,14 @@ class BudgetExceeded(BudgetError):
 class HoldConflict(BudgetError):
     """The id is in use with other contents, or the hold was already settled differently. Nothing was changed.
 
-    ``state`` is that of the hold with this id, where the store has told it.
+    ``state`` is that of the hold with this id, where the store has told it. ``released_by_operator`` is set if an
+    operator has released a hold that was to be extended or to grow: its worker can still commit what it cost.
     """
 
-    def __init__(self, message: str, *, state: HoldState | None = None) -> None:
+    def __init__(self, message: str, *, state: HoldState | None = None, released_by_operator: bool = False) -> None:
         super().__init__(message)
         self.state = state
+        self.released_by_operator = released_by_operator
 
 
 class UnknownHold(BudgetError):

@@ -10,7 +10,7 @@
 --        a record    more was reserved already than was found; nothing changed
 --        d … total   denied as for reserve: the growth, or the return of an expired hold, has no room; nothing changed.
 --                    The last figure is what the hold would have counted
---        c record    the hold is settled, or has lived its 24 h
+--        c record    the hold is settled, was released by an operator, or has lived its 24 h
 --        u, v record, t and f budget:window, y error as for settle;  q budget:window as for reserve;  l until_ms as for both
 --
 -- Spend that was reported needs no admission. What does: a larger reservation, and the revival of an expired hold that
@@ -95,6 +95,7 @@ function operations.E(op, key)
     accrued[name], reserved[name], found[name] = tonumber(a), tonumber(r), tonumber(f)
   end
   if keep == '3' and state ~= 'o' then return report(id, key, hold, accrued) end
+  if state == 'z' then return 'c ' .. record end -- an operator's release is obeyed: only what it cost is corrected yet
   local created_ms = tonumber(match(hold.origin, '^(%d+)%d%d%d '))
   local deadline = math.min(now_ms + ttl, created_ms + 86400000)
   if deadline <= now_ms then return 'c ' .. record end

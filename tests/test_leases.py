@@ -300,7 +300,7 @@ async def test_a_slab_that_somebody_has_released_grants_nothing_more(limiter, cl
         lease.spend("0.10")
         [slab] = await limiter.holds("agent")
         await limiter.release(slab.id, operator=by_hand)
-        await limiter.reserve("agent", "5.00")  # so that it is not revived
+        await limiter.reserve("agent", "5.00")
         await until(lambda: lease.slab.hold is None)
         await limiter.set_limit("agent", "10.00")
         (await lease.acquire("0.02")).commit()

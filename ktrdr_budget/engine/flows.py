@@ -606,7 +606,8 @@ class Core(Reads):
             case "c":
                 record = parse_record(line[2:])
                 message = conflict_message(hold_id, record, op.letter, self.session.budgets)
-                return HoldConflict(message, state=STATES[record.state])
+                obeyed = record.state == "z" and op.letter == "E"
+                return HoldConflict(message, state=STATES[record.state], released_by_operator=obeyed)
             case "m":
                 _, name, registered = line.split(" ")
                 return conflict(self.session.budget(name), registered)

@@ -265,6 +265,10 @@ class HoldBase:
             record = yield from flow
         except StoreError:
             raise
+        except HoldConflict as error:
+            if error.released_by_operator:
+                self.state, self.released_by_operator = "released", True
+            raise
         except (StoreUnavailable, UnknownHold) as error:
             # Policy allow: what the store cannot be asked, or was never told, goes on without it.
             if not self._core.allow or (self.guarded and isinstance(error, UnknownHold)):
@@ -364,11 +368,12 @@ class AsyncHold(HoldBase):
     async def extend(self, ttl: float | None = None) -> None:
         """Heartbeat: a new deadline ``ttl`` seconds from now (as reserved, by default), and what was accrued.
 
-        Revives a hold that had expired. No hold lives longer than 24 h after it was granted.
+        Revives a hold that had expired, but none that an operator has released. No hold lives longer than 24 h after it
+        was granted.
 
         Raises:
             BudgetExceeded: it had expired, had given money back, and that money is gone.
-            HoldConflict: it is settled.
+            HoldConflict: it is settled, or an operator has released it (``released_by_operator``).
             UnknownHold: the store does not know it.
             StoreUnavailable: no answer within the deadline.
         """

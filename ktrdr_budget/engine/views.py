@@ -176,7 +176,9 @@ def conflict_message(hold_id: str, record: Record, letter: str, budgets: Mapping
             found = f"was recorded at {amounts}"
         case "c":
             found = f"was already committed at {amounts}"
-        case "r" | "z":
+        case "z":
+            found = "was released by an operator"
+        case "r":
             found = "was already released"
         case _:
             found = f"was reserved at {amounts} and is {STATES[record.state]}"

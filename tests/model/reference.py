@@ -527,7 +527,7 @@ class Reference:
         accrued, totals = accrued or {}, totals or {}
         if not (accrued.keys() | totals.keys()) <= hold.parts.keys():
             raise Refused("UnknownBudget")
-        if hold.resolved:
+        if hold.resolved or hold.by_operator:  # an operator's release is obeyed
             raise Refused("HoldConflict")
         deadline = min(self.now_ms + ttl_ms, hold.created_ms + LONGEST_HOLD_MS)
         expired = hold.state != "open"
@@ -555,7 +555,7 @@ class Reference:
             if not part.slots:
                 part.accrued = max(part.accrued, accrued.get(name, 0))
             part.window.held += part.weight - before
-        hold.state, hold.by_operator = "open", False
+        hold.state = "open"
         if expired or not keep:
             hold.deadline_ms = deadline
         return hold
@@ -563,7 +563,7 @@ class Reference:
     def grow_mine(self, worker: Worker, more: Mapping[str, int]) -> HoldModel:
         """By the hold object: adds to what is reserved by now, whoever has added to it before."""
         known = self.holds.get(worker.id)
-        if known is None or known.resolved:
+        if known is None or known.resolved or known.by_operator:
             return self.extend(worker.id, worker.ttl_ms, keep=True)  # refused
         totals = {name: known.parts[name].reserved + units for name, units in more.items()}
         if max(totals.values(), default=0) >= CLOSED:

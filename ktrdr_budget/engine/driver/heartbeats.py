@@ -43,9 +43,11 @@ class Heartbeat:
     def _beaten(self, future: Any) -> None:
         stopped, self._timer = self._timer is not future, None
         error = None if future.cancelled() else future.exception()
+        ended = isinstance(error, (HoldConflict, UnknownHold))
         if error is not None:
-            logger.warning("heartbeat of hold %s failed: %s", self._hold.id, error)
-        if not stopped and not isinstance(error, (HoldConflict, UnknownHold)):
+            event = "heartbeats of hold %s stopped: %s" if ended else "heartbeat of hold %s failed: %s"
+            logger.warning(event, self._hold.id, error)
+        if not stopped and not ended:
             self._schedule()
 
     def stop(self) -> None:

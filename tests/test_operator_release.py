@@ -1,0 +1,64 @@
+"""An operator's release of a hold whose worker is alive: it is obeyed, and what the work cost is recorded (P3)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict
+
+from .helpers.keyspace import ledger_sum, sums
+from .helpers.waiting import until
+
+BUDGETS = [Budget("agent", "5.00")]
+
+
+@pytest.fixture
+async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+async def test_a_heartbeat_does_not_revive_what_an_operator_has_released(limiter, other, client, caplog):
+    async with limiter.hold("agent", "0.15", id="op_1", ttl=1) as hold:
+        await other.release("op_1", operator=True)
+        await until(lambda: hold.released_by_operator)
+        assert "heartbeats of hold op_1 stopped: hold 'op_1' was released by an operator" in caplog.text
+        assert (sums(client)["held"], hold.state, hold.settled) == (0, "released", False)
+        hold.accrue("0.05")
+    assert sums(client) == {"spent": 50_000_000, "held": 0, "unconfirmed": 0, "events": 1}
+    assert ledger_sum(client) == 50_000_000
+
+
+@pytest.mark.parametrize("expired", [False, True])
+async def test_its_worker_can_neither_extend_it_nor_let_it_grow(limiter, other, client, expired):
+    hold = await limiter.reserve("agent", "0.15", id="op_1", ttl=1 if expired else 60)
+    if expired:
+        await until(lambda: _is_unconfirmed(other))
+    await other.release("op_1", operator=True)
+    for call in (
+        lambda: hold.extend(),
+        lambda: hold.grow("0.10"),
+        lambda: limiter.extend("op_1", accrued="0.05"),
+        lambda: other.grow("op_1", {"agent": "0.20"}),
+    ):
+        with pytest.raises(HoldConflict, match="released by an operator") as conflict:
+            await call()
+        assert (conflict.value.state, conflict.value.released_by_operator) == ("released", True)
+    assert sums(client)["held"] == 0
+    assert (await hold.commit("0.07")).late
+    assert (await limiter.status("agent")).spent == Decimal("0.07")
+
+
+async def _is_unconfirmed(limiter: AsyncBudgetLimiter) -> bool:
+    return (await limiter.status("agent")).unconfirmed > 0
+
+
+async def test_its_worker_may_release_it_for_good(limiter, other):
+    hold = await limiter.reserve("agent", "0.15", id="op_1")
+    await other.release("op_1", operator=True)
+    await hold.release()
+    with pytest.raises(HoldConflict):
+        await other.commit("op_1", "0.07")

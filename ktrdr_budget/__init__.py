@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from ktrdr_budget.metering.prices import ModelPrice, Pricer, Prices
     from ktrdr_budget.metering.rates import Cost
     from ktrdr_budget.metering.usage import Usage
-    from ktrdr_budget.models import Budget, Denial, HoldView, LedgerEntry, Page, Settlement, Status
+    from ktrdr_budget.models import Budget, Denial, HoldView, LedgerEntry, Migration, Page, Settlement, Status, Statuses
     from ktrdr_budget.sync import BudgetLimiter, Hold
     from ktrdr_budget.tracker import BudgetTracker, get_budget_tracker
 
@@ -58,12 +58,14 @@ __all__ = [
     "Lease",
     "LedgerEntry",
     "Meter",
+    "Migration",
     "ModelPrice",
     "Page",
     "Pricer",
     "Prices",
     "Settlement",
     "Status",
+    "Statuses",
     "StoreError",
     "StoreUnavailable",
     "TooManyBudgets",
@@ -95,12 +97,14 @@ _ROOMS = {
     "Lease": "lease",
     "LedgerEntry": "models",
     "Meter": "metering.meter",
+    "Migration": "models",
     "ModelPrice": "metering.prices",
     "Page": "models",
     "Pricer": "metering.prices",
     "Prices": "metering.prices",
     "Settlement": "models",
     "Status": "models",
+    "Statuses": "models",
     "Usage": "metering.usage",
     "budgeted": "metering.decorators",
     "current_hold": "metering.decorators",

@@ -32,6 +32,7 @@ from ktrdr_budget.models import (
     Budget,
     HoldView,
     LedgerEntry,
+    Migration,
     OnExpiry,
     Page,
     Settlement,
@@ -501,6 +502,22 @@ class AsyncBudgetLimiter(LimiterBase):
     async def clear_limit(self, budget: str) -> Status:
         """Returns to the configured limit."""
         return await self._coalescer.run(self._core.clear_limit(budget), "clear_limit")  # type: ignore[no-any-return]
+
+    # -- definitions ---------------------------------------------------------------------------------------------------
+
+    async def migrate(self, budget: str) -> Migration:
+        """Replaces the registered definition of a budget (unit, kind, period, timezone) by this limiter's.
+
+        All replicas obey with their next call: those that define it as this one does reserve and record at once, the
+        others raise :class:`~ktrdr_budget.errors.DefinitionConflict`. Holds that are open are settled in the windows
+        that admitted them, and what was spent under the former definition stays there: a definition that is migrated
+        back goes on in its old window. A limit that was set at run time stays, unless it is an amount of another unit.
+
+        Raises:
+            UnknownBudget: this limiter was not given it.
+            StoreUnavailable: the store does not reply; the same call again is harmless.
+        """
+        return await self._coalescer.run(self._core.migrate(budget), "migrate")  # type: ignore[no-any-return]
 
 
 def _directory(data_dir: object) -> str | None:

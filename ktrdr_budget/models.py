@@ -20,6 +20,7 @@ __all__ = [
     "Denial",
     "HoldView",
     "LedgerEntry",
+    "Migration",
     "Page",
     "Settlement",
     "Status",
@@ -267,6 +268,18 @@ class LedgerEntry:
     """Signed: a correction of an expiry charge may be negative."""
     operation: str
     trace_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """Which definition of a budget was registered, and which one is now."""
+
+    budget: str
+    before: str | None
+    """In words, as :attr:`Budget.identity`; ``None`` if none was registered."""
+    after: str
+    limit_cleared: bool = False
+    """Whether a limit that was set at run time went, because it was an amount of another unit."""
 
 
 class Statuses(list[Status]):

@@ -25,7 +25,17 @@ from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
 from ktrdr_budget.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, Lease
 from ktrdr_budget.limiter import LimiterBase, logger
-from ktrdr_budget.models import TTL_DEFAULT_S, HoldView, LedgerEntry, OnExpiry, Page, Settlement, Status, Statuses
+from ktrdr_budget.models import (
+    TTL_DEFAULT_S,
+    HoldView,
+    LedgerEntry,
+    Migration,
+    OnExpiry,
+    Page,
+    Settlement,
+    Status,
+    Statuses,
+)
 from ktrdr_budget.money import AmountIn
 
 __all__ = ["BudgetLimiter", "Hold"]
@@ -423,3 +433,9 @@ class BudgetLimiter(LimiterBase):
     def clear_limit(self, budget: str) -> Status:
         """See :meth:`AsyncBudgetLimiter.clear_limit`."""
         return self._run(self._core.clear_limit(budget), "clear_limit")  # type: ignore[no-any-return]
+
+    # -- definitions ---------------------------------------------------------------------------------------------------
+
+    def migrate(self, budget: str) -> Migration:
+        """See :meth:`AsyncBudgetLimiter.migrate`."""
+        return self._run(self._core.migrate(budget), "migrate")  # type: ignore[no-any-return]

@@ -13,7 +13,7 @@ from typing import Any
 
 from ktrdr_budget import environment
 from ktrdr_budget.engine.holds import OnError
-from ktrdr_budget.errors import StoreUnavailable
+from ktrdr_budget.errors import DefinitionConflict, StoreUnavailable
 from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, Status
 from ktrdr_budget.money import AmountIn, format_amount, from_units, to_units
 from ktrdr_budget.sync import BudgetLimiter, Hold
@@ -103,12 +103,13 @@ class BudgetTracker:
     def can_spend(self, estimated_amount: AmountIn = 0.15) -> tuple[bool, str]:
         """Whether that much is left now, and why not: ``(False, "budget_exhausted ($0.10 remaining, need $0.15)")``.
 
-        Only a look: it holds nothing. If the store does not answer, ``(False, "budget_unavailable (…)")``.
+        Only a look: it holds nothing. If what is left is unknown, because the store does not reply or has another
+        definition of the budget: ``(False, "budget_unavailable (…)")``.
         """
         amount = from_units(to_units(estimated_amount))
         try:
             remaining = self._status().remaining
-        except StoreUnavailable as error:
+        except (StoreUnavailable, DefinitionConflict) as error:
             return False, f"budget_unavailable ({error})"
         if remaining is None or amount <= remaining:
             return True, "ok"

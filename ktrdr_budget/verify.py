@@ -22,6 +22,7 @@ from typing import Any
 from ktrdr_budget.engine.keys import Keys, public_window
 from ktrdr_budget.engine.protocol import word
 from ktrdr_budget.engine.stores.books import Books, Ledger, Look, connect
+from ktrdr_budget.engine.stores.failures import without_secrets
 from ktrdr_budget.engine.stores.urls import mask_url, parse_url
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 from ktrdr_budget.models import Budget, check_name
@@ -52,10 +53,14 @@ class WindowReport:
     """False if writers were so busy that no two looks agreed on what to compare."""
     unconfirmed_sum: int | None = None
     """What the ledger's unresolved expiries add up to; ``None`` if a part of the ledger was carried forward."""
+    fault: str = ""
+    """Why it cannot be read, such as a key of another type; then its figures are unknown, and it is not conclusive."""
 
     @property
     def adds_up(self) -> bool:
         """Whether the sums are right (also if inconclusive: there is no evidence against it)."""
+        if self.fault:
+            return False
         if not self.conclusive:
             return True
         parted = self.unconfirmed_sum is None or self.unconfirmed == self.unconfirmed_sum
@@ -158,7 +163,7 @@ class Auditor:
         """See :func:`verify`."""
         with self._opened() as books:
             found = self._windows(books, budgets, windows)
-            return [self._check(books, *window)[1] for window in found]
+            return [self._check(books, *window) for window in found]
 
     def repair(
         self, budgets: Sequence[Budget] | None = None, *, windows: Collection[tuple[str, str]] | None = None
@@ -224,15 +229,18 @@ class Auditor:
         names = None if budgets is None else {budget.name for budget in budgets}
         return [window for window in found if names is None or window[0] in names]
 
-    def _check(self, books: Books, budget: str, window: str, looks: int = _LOOKS) -> tuple[Look, WindowReport]:
+    def _check(self, books: Books, budget: str, window: str, looks: int = _LOOKS) -> WindowReport:
         while True:
-            look = books.look(budget, window)
+            look = _look(books, budget, window)
             report = self._report(look, budget, window)
             looks -= 1
             if looks <= 0 or (report.conclusive and report.adds_up):
-                return look, report
+                return report
 
-    def _report(self, look: Look, budget: str, window: str) -> WindowReport:
+    def _report(self, look: Look | str, budget: str, window: str) -> WindowReport:
+        if isinstance(look, str):
+            key, unknown = self._keys.window(budget, window), (0, 0, 0, 0, 0)
+            return WindowReport(key, budget, public_window(window), "count", *unknown, conclusive=False, fault=look)
         ledger = look.ledger
         return WindowReport(
             window_key=self._keys.window(budget, window),
@@ -252,7 +260,9 @@ class Auditor:
         looks = _REPAIR_LOOKS
         while looks > 0:
             looks -= 1
-            look = books.look(budget, window)
+            look = _look(books, budget, window)
+            if isinstance(look, str):
+                break
             if look.ledger is None:
                 continue
             differences, missing = _differences(look, look.ledger)
@@ -270,7 +280,21 @@ class Auditor:
                 changes.append(Change(budget, public_window(window), look.unit, "ledger", total, total + missing))
             if done is not None:
                 logger.warning("repaired window %s: %s", self._keys.window(budget, window), _told(done, missing))
-        return self._check(books, budget, window)[1]
+        return self._check(books, budget, window)
+
+
+def _look(books: Books, budget: str, window: str) -> Look | str:
+    """A window; or why it cannot be read, which says nothing of the others."""
+    from redis import ResponseError
+
+    try:
+        return books.look(budget, window)
+    except ResponseError as error:
+        if "WRONGTYPE" not in str(error):
+            raise
+        return without_secrets(error)
+    except ValueError:
+        return "something there was not written by ktrdr-budget"
 
 
 def _differences(look: Look, ledger: Ledger) -> tuple[dict[str, int], int]:

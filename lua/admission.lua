@@ -50,10 +50,10 @@ local function load_asserting(w)
   end
 end
 
--- A window is repaired with its limit: what is replayed there, a reservation has brought.
+-- A window is repaired with its limit: what is replayed there, a reservation has brought. It brought the definition, too.
 local function repair_window(w)
   load_asserting(w)
-  w.creating, w.changing = true, true
+  w.creating, w.changing, w.registering = true, true, ARGV[w.at + 1] ~= '-'
 end
 
 local function deny(w, requested)

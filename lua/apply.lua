@@ -64,7 +64,9 @@ local function store(w)
   end
   if w.asserting and w.changing then
     dirty = true
-    call('HSET', key, 'limit', ARGV[at + 5], 'asserted', w.claim)
+    call('HSET', key, 'limit', ARGV[at + 5])
+    -- Where a limit is asserted, the fast path admits: not in a window that is repaired, and of another definition.
+    if not w.conflict then call('HSET', key, 'asserted', w.claim) end
   end
   if w[HELD] ~= 0 then call('HINCRBY', key, 'held', text(w[HELD])) end
   if w[UNCONFIRMED] ~= 0 then call('HINCRBY', key, 'unconfirmed', text(w[UNCONFIRMED])) end

@@ -1,11 +1,16 @@
 -- limits.lua: sets or clears a limit at run time, for all replicas.
 --
--- KEYS   1 limits (hash)   2 meta (hash; its field `limits` tells whether there are any)
--- ARGV   1 budget   2 limit in units, '-' for uncapped, '' to clear   3 until_ms, 0 for good
--- returns the store's time in microseconds. What has ended is removed on the way, some at a time.
+-- KEYS   1 limits (hash)   2 meta (hash; its field `limits` tells whether there are any)   3 budgets (hash)
+-- ARGV   1 budget   2 limit in units, '-' for uncapped, '' to clear   3 until_ms, 0 for good   4 the budget's definition,
+--        which this registers if none is: a limit is an amount of its unit
+-- returns the store's time in microseconds; or 'm definition' if another one is registered, and nothing was changed
+--
+-- What has ended is removed on the way, some at a time.
 
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
+local registered = redis.call('HGET', KEYS[3], 'd:' .. ARGV[1])
+if registered and registered ~= ARGV[4] then return 'm ' .. registered end
 local all = redis.call('HRANDFIELD', KEYS[1], 16, 'WITHVALUES')
 for i = 1, #all, 2 do
   local until_ms = tonumber(string.match(all[i + 1], ' (%d+)'))
@@ -14,6 +19,7 @@ end
 if ARGV[2] == '' then
   redis.call('HDEL', KEYS[1], ARGV[1])
 else
+  redis.call('HSET', KEYS[3], 'd:' .. ARGV[1], ARGV[4])
   redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
 end
 if redis.call('EXISTS', KEYS[1]) == 1 then

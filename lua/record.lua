@@ -57,7 +57,7 @@ local function record_spend(op, key)
     local w = by_name[hold.segments[i].name]
     if hold.segments[i].flag ~= 's' then
       if letter == 'K' then repair_window(w) end
-      w.creating, w.registering = true, late == '0'
+      w.creating, w.registering = true, w.registering or late == '0'
       spend(w, letter == 'N' and 'record' or 'commit', id, tonumber(told[i]), told[i], hold)
     end
   end

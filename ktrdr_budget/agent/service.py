@@ -6,13 +6,14 @@ import asyncio
 import logging
 import math
 import secrets
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ktrdr_budget.agent.cycle import OPERATION_TYPE, Cycle, Workplace
 from ktrdr_budget.agent.operations import CyclesPage
 from ktrdr_budget.environment import AGENT
-from ktrdr_budget.errors import BudgetError, BudgetExceeded, HoldConflict
+from ktrdr_budget.errors import BudgetError, BudgetExceeded, DefinitionConflict, HoldConflict
 from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.models import Budget, Denial, Status
 from ktrdr_budget.money import Amount, from_units
@@ -228,7 +229,8 @@ class AgentService:
         The hold of one whose worker was lost is retired on the way, so that its slot is free.
         """
         page = await self._operations.list(count, after)
-        await self._limiter.status(SLOTS)
+        with suppress(DefinitionConflict):  # the cycles are known all the same
+            await self._limiter.status(SLOTS)
         return page
 
     async def cancel(self, operation_id: str) -> str:

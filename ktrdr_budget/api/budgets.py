@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from starlette.responses import Response
@@ -18,6 +19,7 @@ from ktrdr_budget.api.schemas import (
     LedgerPage,
     LedgerQuery,
     LimitIn,
+    MigrationOut,
     Nothing,
 )
 from ktrdr_budget.api.settings import AGENT
@@ -46,6 +48,7 @@ class Budgets:
             Operation("GET", f"{one}/ledger", self.list_ledger, {200: LedgerPage}, read, query=LedgerQuery),
             Operation("PUT", f"{one}/limit", self.set_limit, found, changed, LimitIn, admin=True),
             Operation("DELETE", f"{one}/limit", self.clear_limit, found, changed, admin=True),
+            Operation("POST", f"{one}/migrate", self.migrate, {200: MigrationOut}, (404, 413, 422), admin=True),
             Operation("GET", one, self.get_budget, found, read),
         ]
 
@@ -88,3 +91,11 @@ class Budgets:
         """Returns to the configured limit."""
         await read_body(call.request, call.headers, Nothing)
         return JsonResponse(budget(await self._service.limiter.clear_limit(call.name)))
+
+    async def migrate(self, call: Call) -> Response:
+        """Replaces the registered unit, kind, period and timezone of a budget by those of this service.
+
+        All replicas obey with their next call. Open holds are settled in the windows that admitted them.
+        """
+        await read_body(call.request, call.headers, Nothing)
+        return JsonResponse(asdict(await self._service.limiter.migrate(call.name)))

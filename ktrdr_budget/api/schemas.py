@@ -354,6 +354,21 @@ class BudgetOut(_Answer):
     )
 
 
+class MigrationOut(_Answer):
+    """Which definition of a budget was registered, and which one is now."""
+
+    model_config = _shape(
+        budget="agent",
+        before="unit usd, period week, timezone UTC, kind spend",
+        after="unit usd, period day, timezone UTC, kind spend",
+        limit_cleared=False,
+    )
+    budget: str
+    before: str | None = Field(description="`null` if none was registered.")
+    after: str
+    limit_cleared: bool = Field(description="Whether a run-time limit went, as it was an amount of another unit.")
+
+
 class UnavailableBudget(_Answer):
     """A budget whose figures are unknown."""
 

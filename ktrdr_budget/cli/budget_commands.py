@@ -9,6 +9,7 @@ import click
 
 from ktrdr_budget.cli.arguments import AmountCommand, a_name, an_end, json_option
 from ktrdr_budget.cli.client import Answer, Service, segment, service, understood
+from ktrdr_budget.cli.errors import CommandError
 from ktrdr_budget.cli.output import Table, amount_text, fields, write, write_json
 from ktrdr_budget.cli.pages import paged, pages, show_pages
 from ktrdr_budget.cli.spend_commands import commit, record, release, reserve
@@ -34,6 +35,8 @@ def list_budgets(as_json: bool) -> None:
     answer = where.get("/budgets")
     with understood(where):
         rows = [_summary(item) for item in answer.document["budgets"]]
+        unknown = {item["budget"]: item["detail"] for item in answer.document.get("unavailable", ())}
+        rows += [[name, *["unknown"] * 8] for name in unknown]
     if as_json:
         write_json(answer.document)
     elif not rows:
@@ -44,6 +47,11 @@ def list_budgets(as_json: bool) -> None:
         )
         if any(row[3].endswith("*") for row in rows):
             write("* set at run time")
+    errors = [CommandError(detail) for detail in unknown.values()]
+    for error in errors[:-1]:
+        error.show()
+    if errors:
+        raise errors[-1]
 
 
 @budget.command()
@@ -84,6 +92,27 @@ def clear_limit(name: str, as_json: bool) -> None:
     """Return to the configured limit. It needs the admin key."""
     where = service()
     _show_budget(where, where.send("DELETE", f"{_path(name)}/limit", admin=True), as_json)
+
+
+@budget.command()
+@click.argument("name", callback=a_name)
+@json_option
+def migrate(name: str, as_json: bool) -> None:
+    """Register the service's definition of a budget.
+
+    It replaces the one that is registered. Unit, kind, period and timezone are
+    registered by a budget's first use; replicas that define them otherwise are
+    refused. Open holds are settled in the windows that admitted them. It needs the
+    admin key.
+    """
+    where = service()
+    answer = where.send("POST", f"{_path(name)}/migrate", admin=True)
+    with understood(where):
+        text = fields(_migration_fields(answer.document))
+    if as_json:
+        write_json(answer.document)
+    else:
+        write(text)
 
 
 @budget.command()
@@ -151,6 +180,14 @@ def _budget_fields(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "As of", item["as_of"]
     if item.get("recovering_until"):
         yield "Recovering", f"the store has lost writes; nothing is admitted until {item['recovering_until']}"
+
+
+def _migration_fields(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "Budget", item["budget"]
+    yield "Before", item["before"] or "not registered"
+    yield "Now", item["after"]
+    if item["limit_cleared"]:
+        yield "Limit", "the run-time limit was cleared: it was an amount of another unit"
 
 
 def _limit_source(item: Mapping[str, Any]) -> str:

@@ -116,6 +116,7 @@ def _tell(reports: Sequence[WindowReport], before: Mapping[str, str], as_json: b
             figures = [_amount(units, report.unit) for units in _sums(report).values()]
             spent, unconfirmed, ledger, held, holds = figures
             told = f"spent {spent}, unconfirmed {unconfirmed}, ledger {ledger}, held {held}, holds {holds}"
+            told = report.fault or told
             write(f"{now}  {result}: {report.budget} {report.window}: {told}")
     failed = len(_failed(reports))
     told = f"{failed} of {len(reports)} windows DO NOT ADD UP" if failed else f"ok, windows: {len(reports)}"
@@ -224,10 +225,12 @@ def _store_errors() -> Iterator[None]:
 
 
 def _failed(reports: Sequence[WindowReport]) -> list[WindowReport]:
-    return [report for report in reports if report.conclusive and not report.adds_up]
+    return [report for report in reports if not report.adds_up]
 
 
 def _result(report: WindowReport) -> str:
+    if report.fault:
+        return "UNREADABLE"
     if not report.conclusive:
         return "inconclusive"
     return "ok" if report.adds_up else "DOES NOT ADD UP"
@@ -238,7 +241,7 @@ def _sums(report: WindowReport) -> dict[str, int]:
 
 
 def _row(report: WindowReport) -> list[str]:
-    figures = [_amount(units, report.unit) for units in _sums(report).values()]
+    figures = ["unknown" if report.fault else _amount(units, report.unit) for units in _sums(report).values()]
     return [_result(report), report.budget, report.window, *figures]
 
 
@@ -248,9 +251,10 @@ def _documents(reports: Sequence[WindowReport]) -> dict[str, Any]:
 
 def _document(report: WindowReport) -> dict[str, Any]:
     """One window: money as decimal strings, like everywhere."""
-    amounts = {name: _plain(units, report.unit) for name, units in _sums(report).items()}
-    names = {"budget": report.budget, "window": report.window, "unit": report.unit}
-    return {**names, **amounts, "conclusive": report.conclusive, "adds_up": report.adds_up}
+    amounts = {name: None if report.fault else _plain(units, report.unit) for name, units in _sums(report).items()}
+    names = {"budget": report.budget, "window": report.window, "unit": None if report.fault else report.unit}
+    fault = {"fault": report.fault} if report.fault else {}
+    return {**names, **amounts, "conclusive": report.conclusive, "adds_up": report.adds_up, **fault}
 
 
 def _plain(units: int, unit: str) -> str | int:

@@ -27,8 +27,9 @@ from ktrdr_budget.engine.protocol import (
     parse_ledger_entry,
     parse_record,
 )
-from ktrdr_budget.engine.scripts import LIMITS, READINESS, STATUS
+from ktrdr_budget.engine.scripts import LIMITS, MIGRATE, READINESS, STATUS
 from ktrdr_budget.engine.views import (
+    conflict,
     entry_cursor,
     holds_cursor,
     page_size,
@@ -46,7 +47,7 @@ from ktrdr_budget.errors import (
     UnknownHold,
     shown,
 )
-from ktrdr_budget.models import Budget, HoldView, LedgerEntry, Page, Status, Statuses
+from ktrdr_budget.models import Budget, HoldView, LedgerEntry, Migration, Page, Status, Statuses
 from ktrdr_budget.money import AmountIn, to_units
 from ktrdr_budget.periods import to_ms, window_at, window_named
 
@@ -225,16 +226,24 @@ class Reads:
         while True:
             yield from self.status([name])  # the window, and what lies in the past, are matters of the store's clock
             until_ms = self._until_ms(budget, until)
-            yield Command(LIMITS, [self.session.keys.limits, self.session.keys.meta], [name, units, until_ms])
+            yield from self._change_limit(budget, units, until_ms)
             [status] = yield from self.status([name])
             if until != "window" or status.resets_at is None or to_ms(status.resets_at) == until_ms:
                 return status
 
     def clear_limit(self, name: str) -> Flow[Status]:
         """Returns to the configured limit."""
-        yield from self.status([name])  # not by a replica that defines the budget otherwise
-        yield Command(LIMITS, [self.session.keys.limits, self.session.keys.meta], [name, "", 0])
+        yield from self._change_limit(self.session.budget(name), "", 0)
         return (yield from self.status([name]))[0]
+
+    def _change_limit(self, budget: Budget, units: str, until_ms: int) -> Flow[None]:
+        keys = self.session.keys
+        reply = yield Command(
+            LIMITS, [keys.limits, keys.meta, keys.budgets], [budget.name, units, until_ms, budget.definition]
+        )
+        word, _, registered = _str(reply).partition(" ")
+        if word == "m":
+            raise conflict(budget, registered)
 
     def _until_ms(self, budget: Budget, until: datetime | str | None) -> int:
         now_ms = self.session.now_ms()
@@ -246,6 +255,32 @@ class Reads:
         if until_ms <= now_ms:
             raise InvalidArgument(f"until lies in the past: {until.isoformat()}")
         return until_ms
+
+    # -- definitions ---------------------------------------------------------------------------------------------------
+
+    def migrate(self, name: str) -> Flow[Migration]:
+        """Replaces the registered definition of a budget by this replica's; changes nothing if they are the same."""
+        budget, keys = self.session.budget(name), self.session.keys
+        before: str | None = None
+        while True:
+            head, [found] = yield self.session.read("HGET", [keys.budgets], [f"d:{name}"])
+            registered = _str(found or "")
+            there = _defined(budget, registered)
+            before = (registered and there.identity) if before is None else before
+            if registered == budget.definition:  # it was before, or this call has done it and the reply was lost
+                return Migration(name, before or None, budget.identity)
+            span = window_at(there.period, there.timezone, head.now_us // 1000)
+            window = keys.window(name, stored_window(span.name, there.definition))
+            reply = yield Command(
+                MIGRATE,
+                [keys.meta, keys.limits, keys.budgets, window],
+                [name, registered, budget.definition, span.start_ms, span.end_ms or 0, int(there.unit != budget.unit)],
+            )
+            if (word := _str(reply)) != "w":
+                logger.warning(
+                    "definition of budget %s registered: %s; before: %s", name, budget.identity, before or "none"
+                )
+                return Migration(name, before or None, budget.identity, limit_cleared=word == "cleared")
 
     # -- readiness -----------------------------------------------------------------------------------------------------
 
@@ -311,6 +346,17 @@ def _status_or_error(
         return status_of(budget, window, stored, now_us, repaired_ms, claim)
     except DefinitionConflict as error:
         return error
+
+
+def _defined(budget: Budget, registered: str) -> Budget:
+    """The budget as it is registered; as this replica defines it, if it is not."""
+    if not registered:
+        return budget
+    try:
+        unit, period, timezone, kind = registered.split(",")
+        return Budget(budget.name, None, unit=unit, period=period, timezone=timezone, kind=kind)
+    except ValueError:
+        raise conflict(budget, registered, "a version that knows the registered definition can replace it") from None
 
 
 def _check_until(until: object) -> None:

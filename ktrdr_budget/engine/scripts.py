@@ -12,6 +12,7 @@ __all__ = [
     "CORRECT",
     "CYCLES",
     "LIMITS",
+    "MIGRATE",
     "READ",
     "READINESS",
     "REINDEX",
@@ -38,6 +39,7 @@ _PARTS = {
     "status": ("read_head", "status"),
     "read": ("read_head", "read"),
     "limits": ("limits",),
+    "migrate": ("migrate",),
     "correct": ("correct",),
     "readiness": ("readiness",),
     "reindex": ("reindex",),
@@ -46,7 +48,7 @@ _PARTS = {
 _REPAIR = {"S", "T", "O"}
 _ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid"}
 STATUS, READ, LIMITS, CYCLES, REPAIR = "status", "read", "limits", "cycles", "repair"
-CORRECT, REINDEX, READINESS = "correct", "reindex", "readiness"
+CORRECT, REINDEX, READINESS, MIGRATE = "correct", "reindex", "readiness", "migrate"
 
 
 @dataclass(frozen=True, slots=True)

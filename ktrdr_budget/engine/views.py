@@ -86,11 +86,11 @@ def _retry_after(reason: str, end_ms: int | None, deadline_ms: int, now_us: int)
     return max(1, -((now_us - min(candidates) * 1000) // 1_000_000))
 
 
-def conflict(budget: Budget, registered: str) -> DefinitionConflict:
+def conflict(budget: Budget, registered: str, way_out: str = "") -> DefinitionConflict:
     """The error of a replica that defines a budget otherwise than it is registered."""
     there, here = identity_of(registered), budget.identity
     words = f"budget {budget.name!r} is registered with {there}; this replica defines {here}"
-    way_out = f"to replace the registered definition: ktrdr budget migrate {budget.name}"
+    way_out = way_out or f"to replace the registered definition: ktrdr budget migrate {budget.name}"
     return DefinitionConflict(f"{words}; {way_out}", registered=there, configured=here)
 
 

@@ -28,7 +28,11 @@ USE = (
     ("POST", "/reservations/none/grow", {"amounts": {"agent": 1}}),
     ("POST", "/spend", {"amounts": {"agent": "0.01"}}),
 )
-ADMIN = (("PUT", "/budgets/agent/limit", {"limit": "9"}), ("DELETE", "/budgets/agent/limit", None))
+ADMIN = (
+    ("PUT", "/budgets/agent/limit", {"limit": "9"}),
+    ("DELETE", "/budgets/agent/limit", None),
+    ("POST", "/budgets/agent/migrate", None),
+)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ OPERATIONS = {
     ("delete", "/agent/cancel/{operation_id}"),
     ("put", "/budgets/{name}/limit"),
     ("delete", "/budgets/{name}/limit"),
+    ("post", "/budgets/{name}/migrate"),
     ("post", "/reservations"),
     ("get", "/reservations/{id}"),
     ("post", "/reservations/{id}/commit"),
@@ -80,7 +81,7 @@ def test_what_needs_which_key_is_documented(document):
     for (method, path), operation in operations(document).items():
         if not path.startswith(V1):
             assert "security" not in operation
-        elif path.endswith("/limit"):
+        elif path.endswith(("/limit", "/migrate")):
             assert operation["security"] == [{"adminKey": []}], (method, path)
         else:
             assert operation["security"] == [{"useKey": []}, {"adminKey": []}]
@@ -149,6 +150,7 @@ async def test_answers_are_what_is_documented(client, document):
         ("GET", "/budgets/agent/holds", "/budgets/{name}/holds", None),
         ("PUT", "/budgets/agent/limit", "/budgets/{name}/limit", {"limit": None, "until": "window"}),
         ("DELETE", "/budgets/agent/limit", "/budgets/{name}/limit", None),
+        ("POST", "/budgets/agent/migrate", "/budgets/{name}/migrate", None),
         ("GET", path, "/reservations/{id}", None),
         ("POST", f"{path}/extend", "/reservations/{id}/extend", {"accrued": 0.03}),
         ("POST", f"{path}/grow", "/reservations/{id}/grow", {"amounts": {"agent": 0.25}}),

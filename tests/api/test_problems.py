@@ -295,6 +295,13 @@ async def test_a_budget_that_is_defined_otherwise_elsewhere_is_a_conflict(start,
     assert unknown["budget"] == "count"
     for words in ("unit tokens, period day", "unit calls, period day", "ktrdr budget migrate count"):
         assert words in unknown["detail"]
+    migration = (await other.post(f"{V1}/budgets/count/migrate")).json()
+    assert (migration["before"], migration["after"]) == (
+        "unit tokens, period day, timezone UTC, kind spend",
+        "unit calls, period day, timezone UTC, kind spend",
+    )
+    await reserved(other, {"count": 1})
+    problem(await one.post(f"{V1}/reservations", json={"amounts": {"count": 1}}), 409, "budget-mismatch")
 
 
 async def test_a_store_that_is_down_is_unavailable_and_comes_back(start, start_server):

@@ -61,6 +61,18 @@ def test_list_marks_a_limit_set_at_run_time(ktrdr: Run, service: FakeService) ->
     assert lines[2] == "* set at run time"
 
 
+def test_list_shows_a_budget_whose_figures_are_unknown_beside_the_others(ktrdr: Run, service: FakeService) -> None:
+    unavailable = [{"budget": "team", "detail": "budget 'team' is registered otherwise"}]
+    service.answer("GET /api/v1/budgets", {"budgets": [BUDGET], "unavailable": unavailable})
+    result = ktrdr("budget", "list")
+    assert (result.exit_code, result.stderr) == (1, "ktrdr: budget 'team' is registered otherwise\n")
+    _, agent, team = result.stdout.splitlines()
+    assert agent.split()[0] == "agent"
+    assert team.split() == ["team", *["unknown"] * 8]
+    result = ktrdr("budget", "list", "--json")
+    assert (result.exit_code, json.loads(result.stdout)["unavailable"]) == (1, unavailable)
+
+
 def test_list_of_a_service_without_budgets_says_so(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets", {"budgets": []})
     assert ktrdr("budget", "list").stdout == "No budgets.\n"
@@ -156,6 +168,22 @@ def test_an_unknown_budget_is_an_error(ktrdr: Run, service: FakeService) -> None
     service.answer("GET /api/v1/budgets/nobody", *reversed(problem(404, "Unknown", "no budget is named 'nobody'")))
     result = ktrdr("budget", "show", "nobody")
     assert (result.exit_code, result.stderr) == (1, "ktrdr: no budget is named 'nobody'\n")
+
+
+# --- Definitions ----------------------------------------------------------------------------------
+
+
+def test_migrate_prints_the_old_and_the_new_definition(ktrdr: Run, service: FakeService) -> None:
+    before, after = (f"unit usd, period {period}, timezone UTC, kind spend" for period in ("week", "day"))
+    answer = {"budget": "agent", "before": before, "after": after, "limit_cleared": False}
+    service.answer("POST /api/v1/budgets/agent/migrate", answer)
+    result = ktrdr("budget", "migrate", "agent")
+    assert (result.exit_code, result.stdout) == (0, f"Budget:  agent\nBefore:  {before}\nNow:     {after}\n")
+    assert json.loads(ktrdr("budget", "migrate", "agent", "--json").stdout) == answer
+    service.answer("POST /api/v1/budgets/agent/migrate", {**answer, "before": None, "limit_cleared": True})
+    lines = ktrdr("budget", "migrate", "agent").stdout.splitlines()
+    assert lines[1] == "Before:  not registered"
+    assert lines[3] == "Limit:   the run-time limit was cleared: it was an amount of another unit"
 
 
 # --- Limits ---------------------------------------------------------------------------------------

@@ -122,10 +122,11 @@ def test_the_use_key_is_sent_and_the_admin_key_only_where_it_is_needed(
         ("budget", "release", "op_1"),
         ("budget", "set-limit", "agent", "1"),
         ("budget", "clear-limit", "agent"),
+        ("budget", "migrate", "agent"),
     ):
         ktrdr(*words)
         sent[words[1]] = authorization(service)
-    admin = {"commit", "release", "set-limit", "clear-limit"}
+    admin = {"commit", "release", "set-limit", "clear-limit", "migrate"}
     assert sent == {word: f"Bearer {'admin' if word in admin else 'use'}-key" for word in sent}
 
 

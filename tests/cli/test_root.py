@@ -81,7 +81,7 @@ def test_the_commands_are_those_of_the_contract() -> None:
     assert set(main.commands) == {"agent", "budget", "prices", "serve", "completion"}
     assert set(prices.commands) == {"show"}
     assert set(agent.commands) == {"budget", "trigger", "status", "cancel", "cycles"}
-    reads, limits = {"list", "show", "holds", "ledger", "verify"}, {"set-limit", "clear-limit"}
+    reads, limits = {"list", "show", "holds", "ledger", "verify"}, {"set-limit", "clear-limit", "migrate"}
     assert set(budget.commands) == reads | limits | {"reserve", "commit", "release", "record"}
     assert sorted(cli.__all__) == ["API_URL", "agent", "budget", "main"]
 

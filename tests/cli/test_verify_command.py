@@ -18,6 +18,7 @@ from ktrdr_budget import verify as verification
 from ktrdr_budget.engine.stores import embedded
 
 from ..conftest import Server
+from ..helpers.keyspace import public
 
 Run = Callable[..., Result]
 BUDGETS = [Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens", period="ever")]
@@ -51,13 +52,31 @@ def corrupt(store: Server, field: str, by: int) -> None:
 
 
 def test_a_store_that_adds_up_has_a_line_per_window_and_exit_code_0(ktrdr: Run, store: Server) -> None:
-    day = window_key(store, "agent").rpartition(":")[2]
+    day = public(window_key(store, "agent").rpartition(":")[2])
     result = ktrdr("budget", "verify")
     assert (result.exit_code, result.stderr) == (0, "")
     assert sorted(line.split() for line in result.stdout.splitlines()[1:]) == [
         ["ok", "agent", day, "$0.09", "$0.00", "$0.09", "$0.15", "$0.15"],
         ["ok", "tokens", "ever", "100", "0", "100", "10", "10"],
     ]
+
+
+def test_a_window_that_cannot_be_read_is_named_and_the_others_are_checked(ktrdr: Run, store: Server) -> None:
+    with store.client() as client:
+        key = window_key(store, "agent")
+        client.delete(key)
+        client.set(key, "not a hash")
+    result = ktrdr("budget", "verify")
+    assert (result.exit_code, result.stderr) == (1, "ktrdr: 1 of 2 windows do not add up\n")
+    lines = {line.split("  ")[0]: line for line in result.stdout.splitlines()[1:]}
+    assert set(lines) == {"ok", "UNREADABLE"}
+    assert lines["UNREADABLE"].split()[3:] == ["unknown"] * 5
+    found = {each["budget"]: each for each in json.loads(ktrdr("budget", "verify", "--json").stdout)["windows"]}
+    assert (found["agent"]["spent"], found["agent"]["adds_up"]) == (None, False)
+    assert "WRONGTYPE" in found["agent"]["fault"]
+    assert found["tokens"]["adds_up"]
+    result = ktrdr("budget", "verify", "--repair")
+    assert result.exit_code == 1
 
 
 @pytest.mark.parametrize(("field", "by"), [("spent", 1), ("held", -1), ("unconfirmed", 1)])
@@ -80,7 +99,7 @@ def test_json_has_the_sums_of_each_window(ktrdr: Run, store: Server) -> None:
     (agent,) = (window for window in document["windows"] if window["budget"] == "agent")
     assert agent == {
         "budget": "agent",
-        "window": window_key(store, "agent").rpartition(":")[2],
+        "window": public(window_key(store, "agent").rpartition(":")[2]),
         "unit": "usd",
         "spent": "0.09",
         "unconfirmed": "0.00",
@@ -200,7 +219,7 @@ def test_a_tenant_that_is_no_name_is_a_usage_error(ktrdr: Run, environment: pyte
 def test_repair_shows_what_it_has_changed_with_exit_code_0(ktrdr: Run, store: Server) -> None:
     corrupt(store, "spent", 10_000_000)
     corrupt(store, "events", 2)
-    day = window_key(store, "agent").rpartition(":")[2]
+    day = public(window_key(store, "agent").rpartition(":")[2])
     result = ktrdr("budget", "verify", "--repair")
     assert result.exit_code == 0, result.stderr
     assert [line.split() for line in result.stdout.splitlines()] == [
@@ -220,7 +239,7 @@ def test_a_repair_in_json_has_counters_and_indexes_before_and_after(ktrdr: Run, 
     corrupt(store, "held", -150_000_000)
     with store.client() as client:
         client.zadd("ktrdr:{default}:due", {"ghost": 9e12})
-    day = window_key(store, "agent").rpartition(":")[2]
+    day = public(window_key(store, "agent").rpartition(":")[2])
     document = json.loads(ktrdr("budget", "verify", "--repair", "--json").stdout)
     assert document["changes"] == [
         {"budget": "agent", "window": day, "unit": "usd", "counter": "held", "before": "0.00", "after": "0.15"}

@@ -1,0 +1,353 @@
+"""A budget's unit, kind, period and timezone are its identity: registered by its first use, replaced by a migration."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import partial
+
+import pytest
+
+from ktrdr_budget import (
+    AsyncBudgetLimiter,
+    Budget,
+    BudgetExceeded,
+    BudgetLimiter,
+    BudgetMismatch,
+    BudgetTracker,
+    DefinitionConflict,
+    StoreError,
+    StoreUnavailable,
+)
+from ktrdr_budget.engine import session
+from ktrdr_budget.money import to_units
+from ktrdr_budget.telemetry.metrics import LimiterMetrics
+from ktrdr_budget.verify import verify
+
+from .helpers.keyspace import counted, dump, sums, window_key
+from .helpers.waiting import until
+
+OTHER = Budget("other", "1.00")
+WEEK = Budget("agent", 5, period="week")
+SUNDAY_NIGHT = datetime(2026, 11, 29, 23, 30, tzinfo=UTC)
+LAST_NIGHT_OF_THE_MONTH = datetime(2026, 11, 30, 23, 30, tzinfo=UTC)
+MONDAY_NIGHT = datetime(2026, 11, 23, 23, 30, tzinfo=UTC)
+
+
+def limiter_of(server, budget: Budget, **options) -> AsyncBudgetLimiter:
+    return AsyncBudgetLimiter(server.url, [budget, OTHER], timeout=10.0, **options)
+
+
+def both_sides(error: DefinitionConflict, registered: str, configured: str) -> None:
+    """The message names what is registered, what this replica has, and the way out."""
+    words = f"is registered with {registered}; this replica defines {configured}"
+    assert words in str(error)
+    assert f"ktrdr budget migrate {'agent'}" in str(error)
+    assert (error.registered, error.configured) == (registered, configured)
+
+
+# -- a conflict --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"period": "week"}, "unit usd, period week, timezone UTC, kind spend"),
+        ({"period": "ever"}, "unit usd, period ever, timezone UTC, kind spend"),
+        ({"timezone": "Asia/Kathmandu"}, "unit usd, period day, timezone Asia/Kathmandu, kind spend"),
+        ({"unit": "tokens"}, "unit tokens, period day, timezone UTC, kind spend"),
+        ({"kind": "slots"}, "unit slots, period ever, timezone UTC, kind slots"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+async def test_replicas_that_define_a_budget_differently_do_not_spend_side_by_side(server, client, changed, told):
+    day = "unit usd, period day, timezone UTC, kind spend"
+    async with (
+        limiter_of(server, Budget("agent", 5)) as first,
+        limiter_of(server, Budget("agent", 5, **changed)) as last,
+    ):
+        await (await first.reserve("agent", 3)).commit(3)
+        before = dump(client)
+        calls = [last.reserve("agent", 1), last.reserve({"other": "0.10", "agent": 1}), last.status("agent")]
+        if "kind" not in changed:
+            calls.append(last.record("agent", 1))
+        for call in calls:
+            with pytest.raises(DefinitionConflict) as refused:
+                await call
+            both_sides(refused.value, day, told)
+        assert {key: value for key, value in dump(client).items() if ":meta" not in key} == {
+            key: value for key, value in before.items() if ":meta" not in key
+        }, "nothing was written"
+        assert (await last.reserve("other", "0.10")).state == "open"
+        assert (await first.reserve("agent", 2)).state == "open"
+    assert counted(client) == to_units("5.00")
+
+
+async def test_a_conflict_fails_only_the_calls_of_one_batch_that_touch_its_budget(server):
+    async with (
+        limiter_of(server, Budget("agent", 5)) as first,
+        limiter_of(server, WEEK) as last,
+    ):
+        await first.record("agent", 1)
+        calls = [last.reserve("agent" if number % 3 == 0 else "other", "0.01") for number in range(30)]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        assert [isinstance(each, DefinitionConflict) for each in found] == [number % 3 == 0 for number in range(30)]
+        assert sum(each.state == "open" for each in found if not isinstance(each, Exception)) == 20
+
+
+def test_the_former_name_of_the_error_is_one_of_it():
+    assert BudgetMismatch is DefinitionConflict
+
+
+async def test_what_was_admitted_before_is_settled_whatever_is_registered(server, client):
+    """Commit, release and heartbeats, by the hold, by its id, and by a replica that does not know the budget."""
+    async with (
+        limiter_of(server, Budget("agent", 5)) as first,
+        limiter_of(server, WEEK) as last,
+        AsyncBudgetLimiter(server.url, [OTHER]) as stranger,
+    ):
+        holds = [await first.reserve("agent", "0.50", id=f"op_{number}") for number in range(5)]
+        await last.migrate("agent")
+        await holds[0].commit("0.10")
+        await first.extend("op_1", 60, accrued="0.20")
+        await last.commit("op_1", "0.20")
+        await stranger.commit("op_2", "0.30")
+        await stranger.release("op_3")
+        await last.extend("op_4", 60, accrued="0.60")
+        held = {key: int(client.hget(key, "held")) for key in client.scan_iter("*:w:agent:*")}
+        assert held == {window_key(client): to_units("0.60")}, "in the window that admitted them"
+        await first.release("op_4")
+        assert sums(client) == {"spent": to_units("0.60"), "held": 0, "unconfirmed": 0, "events": 3}
+    assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
+
+
+async def test_spend_that_was_deferred_is_recorded_though_another_definition_is_registered(start_server):
+    own = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
+    async with limiter_of(own, Budget("agent", 5), on_store_error="allow") as first:
+        first._coalescer._timeout = 0.5
+        await first.record("agent", 1)
+        own.kill()
+        assert (await first.record("agent", "0.50", id="late")).deferred
+        own.start()
+        async with limiter_of(own, WEEK) as last:
+            await last.migrate("agent")
+            await until(lambda: first.deferred == 0, 20)
+            with own.client() as client:
+                assert sums(client)["spent"] == to_units("1.50")
+
+
+# -- a definition that changes in the hour in which both windows end together ------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "instant", "windows"),
+    [
+        ("week", "day", SUNDAY_NIGHT, ("2026-W48", "2026-11-29")),
+        ("month", "day", LAST_NIGHT_OF_THE_MONTH, ("2026-11", "2026-11-30")),
+        ("day", "hour", MONDAY_NIGHT, ("2026-11-23", "2026-11-23T23Z")),
+        ("day", "week", MONDAY_NIGHT, ("2026-11-23", "2026-W48")),
+    ],
+)
+@pytest.mark.parametrize("policy", ["deny", "allow"])
+async def test_a_period_that_changes_neither_lifts_the_cap_nor_hides_other_budgets(
+    clocked_server, before, after, instant, windows, policy
+):
+    clocked_server.set(instant)
+    old, new = Budget("agent", "5.00", period=before), Budget("agent", "5.00", period=after)
+    async with (
+        limiter_of(clocked_server, old, on_store_error=policy) as first,
+        limiter_of(clocked_server, new, on_store_error=policy) as last,
+    ):
+        hold = await first.reserve("agent", "1.00")
+        await first.record("agent", "2.00")
+        found = await asyncio.gather(*(last.reserve("agent", "1.00") for _ in range(50)), return_exceptions=True)
+        assert {type(each) for each in found} == {DefinitionConflict}
+        with pytest.raises(DefinitionConflict):
+            await last.record("agent", "1.00")
+        assert last.deferred == 0
+        statuses = await last.statuses()
+        assert [status.budget for status in statuses] == ["other"]
+        assert [*statuses.unavailable] == ["agent"]
+        assert isinstance(statuses.unavailable["agent"], DefinitionConflict)
+        await last.record("other", "0.10")
+
+        migration = await last.migrate("agent")
+        assert (migration.before, migration.after) == (old.identity, new.identity)
+        assert (await last.reserve("agent", "1.00")).windows == {"agent": windows[1]}, "at once"
+        with pytest.raises(DefinitionConflict):
+            await first.reserve("agent", "1.00")
+        assert (await hold.commit("0.50")).amounts == {"agent": Decimal("0.50")}
+        assert [status.budget for status in await first.statuses()] == ["other"]
+        with pytest.raises(BudgetExceeded):
+            await last.reserve("agent", "4.50")
+
+        assert (await first.migrate("agent")).after == old.identity
+        status = await first.status("agent")
+        assert (status.window, status.spent, status.held) == (windows[0], Decimal("2.50"), 0), "the old window goes on"
+        with pytest.raises(BudgetExceeded):
+            await first.reserve("agent", "3.00")
+        await first.reserve("agent", "2.50")
+    assert all(report.adds_up for report in await asyncio.to_thread(verify, clocked_server.url))
+
+
+# -- migrate -----------------------------------------------------------------------------------------------------------
+
+
+async def test_a_migration_is_obeyed_by_the_next_call_on_the_fast_path_too(server, monkeypatch):
+    monkeypatch.setattr(session, "_HOUSEKEEPING_S", 3600.0)
+    async with (
+        limiter_of(server, Budget("agent", 5)) as first,
+        limiter_of(server, WEEK) as last,
+    ):
+        for _ in range(3):
+            await (await first.reserve("agent", "0.01")).commit("0.01")
+        await last.migrate("agent")
+        with pytest.raises(DefinitionConflict):
+            await first.reserve("agent", "0.01")
+        assert (await last.reserve("agent", "0.01")).state == "open"
+        assert (await last.status("agent")).spent == 0
+
+
+async def test_a_repair_in_a_window_of_the_former_definition_admits_nothing_there(server, client, monkeypatch):
+    """It brings its limit back, but not what the fast path admits by."""
+    monkeypatch.setattr(session, "_HOUSEKEEPING_S", 3600.0)
+    async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
+        hold = await first.reserve("agent", "0.10", id="lost")
+        await last.migrate("agent")
+        client.delete(first.keys.hold("lost"))
+        await hold.commit("0.10")
+        for _ in range(session._DETOURS + 1):  # from here on it goes by the fast path again
+            await first.record("other", "0.01")
+        with pytest.raises(DefinitionConflict):
+            await first.reserve("agent", "0.10")
+
+
+async def test_after_a_loss_the_definition_is_registered_anew_before_anything_is_admitted(server, client, monkeypatch):
+    """Both replicas had their windows open, and both repair them: only the first one's definition is registered."""
+    monkeypatch.setattr(session, "_HOUSEKEEPING_S", 3600.0)
+    async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
+        for limiter in (first, last):
+            await limiter.migrate("agent")
+            for _ in range(2):
+                await (await limiter.reserve("agent", "0.10")).commit("0.10")
+        client.flushall()
+        for limiter in (first, last):
+            await until(partial(repaired, limiter), 20)
+        outcomes = []
+        for limiter in (first, last):
+            for _ in range(session._DETOURS + 1):
+                await limiter.record("other", "0.01")
+            outcomes += await asyncio.gather(limiter.reserve("agent", "0.10"), return_exceptions=True)
+        assert sum(isinstance(outcome, DefinitionConflict) for outcome in outcomes) == 1
+
+
+async def repaired(limiter: AsyncBudgetLimiter) -> bool:
+    """Whether it has noticed the loss, and grants again."""
+    with suppress(StoreUnavailable):
+        await limiter.reserve("other", "0.01")
+    return limiter.losses == 1 and (await limiter.status("other")).recovering_until is None
+
+
+async def test_a_migration_to_the_same_definition_changes_nothing(server, client):
+    async with limiter_of(server, Budget("agent", 5)) as limiter:
+        unused = await limiter.migrate("agent")
+        assert (unused.before, unused.after) == (None, "unit usd, period day, timezone UTC, kind spend")
+        await limiter.reserve("agent", 1)
+        before = dump(client)
+        again = await limiter.migrate("agent")
+        assert (again.before, again.after) == (unused.after, unused.after)
+        assert dump(client) == before
+
+
+def test_a_limit_of_run_time_goes_only_if_it_is_an_amount_of_another_unit(server):
+    budgets = [
+        Budget("agent", 5),
+        Budget("agent", 5, period="week"),
+        Budget("agent", 100, unit="tokens", period="week"),
+    ]
+    day, week, tokens = [BudgetLimiter(server.url, [budget]) for budget in budgets]
+    with day, week, tokens:
+        day.set_limit("agent", "2.00")
+        with pytest.raises(DefinitionConflict):
+            tokens.set_limit("agent", 7)
+        with pytest.raises(DefinitionConflict):
+            week.clear_limit("agent")
+        assert week.migrate("agent").limit_cleared is False
+        assert week.status("agent").limit == 2
+        assert tokens.migrate("agent").limit_cleared is True
+        assert (tokens.status("agent").limit, tokens.status("agent").limit_source) == (100, "configured")
+
+
+async def test_a_definition_that_this_version_does_not_know_is_a_conflict_with_a_way_out(server, client):
+    async with limiter_of(server, Budget("agent", 5)) as limiter:
+        await limiter.record("agent", 1)
+        [key] = [key for key in client.scan_iter() if client.type(key) == "hash" and client.hexists(key, "d:agent")]
+        client.hset(key, "d:agent", "usd,fortnight,UTC,spend,monday")
+        for call in (limiter.status("agent"), limiter.reserve("agent", 1), limiter.migrate("agent")):
+            with pytest.raises(DefinitionConflict, match="usd,fortnight,UTC,spend,monday"):
+                await call
+
+
+# -- what concerns one budget hides no other ---------------------------------------------------------------------------
+
+
+async def test_a_window_that_cannot_be_read_hides_no_other_budget(server, client):
+    async with limiter_of(server, Budget("agent", 5)) as limiter:
+        await limiter.record({"agent": "0.10", "other": "0.20"})
+        client.set(window_key(client), "not a hash")
+        statuses = await limiter.statuses()
+        assert [(status.budget, status.spent) for status in statuses] == [("other", Decimal("0.20"))]
+        assert isinstance(statuses.unavailable["agent"], StoreError)
+        with pytest.raises(StoreError):
+            await limiter.status("agent")
+        reports = {report.budget: report for report in await asyncio.to_thread(verify, server.url)}
+        assert (reports["other"].adds_up, reports["other"].fault) == (True, "")
+        assert (reports["agent"].adds_up, reports["agent"].conclusive) == (False, False)
+        assert "WRONGTYPE" in reports["agent"].fault
+
+
+async def test_a_window_that_is_not_here_hides_no_other_budget(server, client):
+    async with limiter_of(server, Budget("agent", 5)) as limiter:
+        await limiter.record({"agent": "0.10", "other": "0.20"})
+        client.delete(window_key(client))
+        statuses = await limiter.statuses()
+        assert [status.budget for status in statuses] == ["other"]
+        assert "was begun and is not here" in str(statuses.unavailable["agent"])
+
+
+async def test_the_gauges_of_a_budget_in_conflict_are_absent_and_the_others_are_there(server):
+    async with (
+        limiter_of(server, Budget("agent", 5)) as first,
+        limiter_of(server, WEEK) as last,
+    ):
+        await first.record("agent", 1)
+        metrics = LimiterMetrics()
+        metrics.watch(last)
+        text = (await metrics.render())[0].decode()
+        assert "ktrdr_budget_store_up 1.0" in text
+        assert 'ktrdr_budget_remaining{budget="other",unit="usd"} 1.0' in text
+        assert 'ktrdr_budget_remaining{budget="agent"' not in text
+        assert "\nagent_budget_remaining_dollars " not in text
+
+
+async def test_holds_of_a_budget_in_conflict_are_listed(server):
+    async with (
+        limiter_of(server, Budget("agent", 5)) as first,
+        limiter_of(server, WEEK) as last,
+    ):
+        await first.reserve("agent", 1, id="op_1")
+        assert [hold.id for hold in await last.holds("agent")] == ["op_1"]
+
+
+def test_a_tracker_whose_budget_is_registered_otherwise_knows_no_figures(server):
+    with BudgetLimiter(server.url, [Budget("agent", 5, period="week")]) as limiter:
+        limiter.record("agent", 1)
+    with BudgetTracker(1, url=server.url) as tracker:
+        allowed, reason = tracker.can_spend(0.1)
+        assert not allowed
+        assert reason.startswith("budget_unavailable (budget 'agent' is registered with unit usd, period week")
+        for call in (tracker.get_status, tracker.get_remaining, lambda: tracker.record_spend(0.1, "x")):
+            with pytest.raises(DefinitionConflict):
+                call()

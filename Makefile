@@ -1,7 +1,9 @@
 # `make run` and `make test` need Python 3.11 or newer, make, and no root.
 
+# Whether a Python can make the environment; Debian's has `venv`, but not always `ensurepip`.
+CHECK := import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))
 PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
-	$$python -c 'import sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done)
+	$$python -c '$(CHECK)' 2>/dev/null && echo $$python && break; done)
 HOST ?= 127.0.0.1
 PORT ?= 8000
 REPLICA_PORT ?= 8001
@@ -11,8 +13,14 @@ PYTEST_ARGS ?= -n 6 --dist loadfile --no-loadscope-reorder
 BIN := .venv/bin
 AUDITOR := pip-audit==2.10.1
 
+USABLE = "$(PYTHON)" -c '$(CHECK)' 2>/dev/null || { \
+	echo "make: Python 3.11 or newer, with venv, is needed$(if $(PYTHON),: '$(PYTHON)' is not,; none was found)" >&2; exit 1; }
+IDENTITY := import sys; print(sys.base_prefix, sys.version)
+# Where PYTHON is given, .venv must have been made with it.
+CHOSEN := $(if $(filter file,$(origin PYTHON)),,chosen)
+
 .DEFAULT_GOAL := help
-.PHONY: help run stack test lint format fuzz chaos bench audit clean
+.PHONY: help run stack wheel test lint format fuzz chaos bench audit clean chosen
 
 help: ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -22,6 +30,9 @@ run: .venv/.run ## Install what the service needs and serve on 127.0.0.1:8000 wi
 
 stack: .venv/.run ## Two replicas behind one address on 8000, with Prometheus if it is installed
 	$(BIN)/python scripts/stack.py --port $(PORT) --replica-port $(REPLICA_PORT) --prometheus-port $(PROMETHEUS_PORT)
+
+wheel: .venv/.made ## A wheel in dist/, to install elsewhere
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 test: .venv/.test lint ## Lint, check types, and run the whole suite on real servers
 	$(BIN)/pytest $(PYTEST_ARGS)
@@ -50,13 +61,19 @@ audit: .venv/.test .venv/.audit ## Look up known vulnerabilities of all that is 
 clean: ## Remove what the other targets made, except data/
 	rm -rf .venv build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
-.venv/.made:
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer, with venv, is needed" >&2; exit 1; }
-	$(PYTHON) -m venv .venv
+.venv/.made: | $(CHOSEN)
+	@$(USABLE)
+	@test ! -e .venv || { echo "make: .venv is not complete, or not made by make: 'make clean' removes it" >&2; exit 1; }
+	"$(PYTHON)" -m venv .venv || { rm -rf .venv; exit 1; }
 	@touch $@
 
-.venv/.run: pyproject.toml | .venv/.made
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fast,server,tracing]'
+chosen:
+	@$(USABLE)
+	@test ! -e .venv/.made || test "$$("$(PYTHON)" -c '$(IDENTITY)')" = "$$($(BIN)/python -c '$(IDENTITY)')" || \
+		{ echo "make: .venv was made with another Python than $(PYTHON): 'make clean' removes it" >&2; exit 1; }
+
+.venv/.run: pyproject.toml Makefile | .venv/.made
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[fast,llm,server,tracing]'
 	@touch $@
 
 .venv/.test: pyproject.toml | .venv/.made

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+import tomllib
 import venv
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+GUARD = """
+from anthropic import Anthropic
+from ktrdr_budget import Budget, BudgetLimiter, guard
+guard(Anthropic(api_key="x"), BudgetLimiter(None, [Budget("agent", 1)]))
+"""
 USE = """
 import sys
 from ktrdr_budget import Budget, BudgetExceeded, BudgetLimiter
@@ -40,6 +52,57 @@ def test_the_wheel_carries_every_script_and_nothing_of_the_tests(wheel: Path):
     assert not [name for name in names if name.startswith(("tests", "benchmarks"))]
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh copy of what the package is made of."""
+    target = tmp_path_factory.mktemp("checkout")
+    for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "ktrdr_budget", "lua"):
+        copy = (
+            partial(shutil.copytree, ignore=shutil.ignore_patterns("__pycache__"))
+            if (ROOT / name).is_dir()
+            else shutil.copy
+        )
+        copy(ROOT / name, target / name)
+    return target
+
+
+def in_a_venv(directory: Path, cwd: Path, script: str) -> str:
+    """What a script of bash says in an environment that is empty but for what it installs."""
+    if not (directory / "v").exists():
+        venv.create(directory / "v", with_pip=True)
+    environment = {
+        **os.environ,
+        "PATH": f"{directory / 'v' / 'bin'}:{os.environ['PATH']}",
+        "PYTHON": sys.executable,
+        "PIP_DISABLE_PIP_VERSION_CHECK": "1",
+    }
+    done = subprocess.run(
+        ["bash", "-euc", script], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_the_readme_says_how_to_install(checkout: Path, tmp_path: Path):
+    """From the repository, and from a wheel: each line of it, in an environment of its own."""
+    [block] = re.findall(r"^### Install\n.*?^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    from_here, *from_a_wheel = block.splitlines()
+    for number, script in enumerate((from_here, "\n".join(from_a_wheel))):
+        place = tmp_path / str(number)
+        place.mkdir()
+        in_a_venv(place, checkout, script)
+        assert in_a_venv(place, place, "ktrdr --version") == "ktrdr 0.1.0\n"
+        assert "anthropic/claude-haiku-4-5" in in_a_venv(place, place, "ktrdr prices show claude-haiku-4-5")
+        in_a_venv(place, place, f"python -c {shlex.quote(GUARD)}")
+
+
+def test_every_extra_of_the_readme_exists():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    [sentence] = re.findall(r"^The extras: (.*?)\n\n", README, re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"`(\w+)`", sentence)) == set(extras) - {"bench", "examples", "test"}
+
+
 @pytest.mark.slow
 def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path):
     venv.create(tmp_path / "v", with_pip=True)
@@ -53,5 +116,11 @@ def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path):
         assert "0.1.0" in shown.stdout
     refused = subprocess.run([tmp_path / "v" / "bin" / "ktrdr", "serve"], capture_output=True, text=True, cwd=tmp_path)
     assert refused.returncode == 1
-    assert "ktrdr-budget[server]" in refused.stderr
     assert "Traceback" not in refused.stderr
+    # What the error says is to be typed works where the package is installed, though no index has it.
+    [words] = re.findall(r"pip install 'ktrdr-budget\[server\]'", refused.stderr)
+    in_a_venv(tmp_path, tmp_path, f"python -m {words}")
+    served = subprocess.run(
+        [tmp_path / "v" / "bin" / "ktrdr", "serve", "--host", "nowhere.invalid"], capture_output=True, text=True
+    )
+    assert (served.returncode, served.stderr) == (2, "ktrdr: not an address of this machine: 'nowhere.invalid'\n")

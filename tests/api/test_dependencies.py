@@ -162,7 +162,7 @@ async def test_a_stream_whose_reader_leaves_is_settled_once(app, client, limiter
                 pass
             assert figures(client) == (0, to_units("0.15"))
         await closed.wait()
-        await until(lambda: figures(client)[1] == 0)
+        await until(lambda: sums(client)["held"] == 0)
     assert figures(client) == (to_units(spent), 0)
     assert [entry.operation for entry in await limiter.ledger("agent")] == ["POST /"]
 

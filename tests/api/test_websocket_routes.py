@@ -22,7 +22,7 @@ from ktrdr_budget.metering.prices import ModelPrice, Prices
 from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.money import to_units
 
-from ..helpers.keyspace import spent_and_held
+from ..helpers.keyspace import spent_and_held, sums
 from ..helpers.served_app import serving
 from ..helpers.waiting import until
 
@@ -75,7 +75,7 @@ def echo(app: FastAPI, *, ends: str, accrued: str | None = None) -> None:
 
 async def settled(client: Any, limiter: AsyncBudgetLimiter) -> tuple[int, list[str]]:
     """What was spent, and what the entries of the ledger say, once nothing is held any more."""
-    await until(lambda: spent_and_held(client)[1] == 0)
+    await until(lambda: sums(client)["held"] == 0)
     return spent_and_held(client)[0], [entry.operation for entry in await limiter.ledger("agent")]
 
 
@@ -162,7 +162,7 @@ async def test_a_dependency_of_the_whole_app_holds_for_requests_and_sockets(clie
         async with connect(f"ws://{address}/live", proxy=None) as socket:
             assert await socket.recv() == "it rains"
             await socket.wait_closed()
-        await until(lambda: spent_and_held(client, "calls") == (2, 0))
+        await until(lambda: sums(client, "calls")["spent"] == 2)
         assert await settled(client, limiter) == (2 * ESTIMATE, ["WEBSOCKET /live", "GET /"])
 
 
@@ -178,9 +178,10 @@ async def test_a_limiter_may_be_found_by_the_socket_and_be_sync(server, client):
             await socket.receive_text()
 
         async with visiting(app) as socket:
-            await until(lambda: spent_and_held(client)[1] == ESTIMATE)
+            assert sums(client)["held"] == ESTIMATE
             await socket.close()
-            await until(lambda: spent_and_held(client) == (to_units("0.03"), 0))
+            await until(lambda: sums(client)["held"] == 0)
+            assert spent_and_held(client) == (to_units("0.03"), 0)
 
 
 # -- what is refused ---------------------------------------------------------------------------------------------------

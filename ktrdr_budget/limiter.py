@@ -23,6 +23,7 @@ from ktrdr_budget.engine.prepaid import Prepaid, check_slabs
 from ktrdr_budget.engine.protocol import Command
 from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.engine.session import MAX_BUDGETS, MAX_HOLDS, Session
+from ktrdr_budget.engine.stores.credentials import Credentials, CredentialSource
 from ktrdr_budget.engine.stores.durability import Durability, check_durability
 from ktrdr_budget.engine.stores.moving import store_at
 from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable, shown
@@ -71,6 +72,8 @@ class LimiterBase:
         durability: where what is admitted and spent must be before a call is answered: ``memory`` of the server,
             a ``replica`` (``WAIT``), or its ``disk`` (``WAITAOF``, from Redis 7.2). What is not there in time ends as
             :class:`~ktrdr_budget.errors.StoreUnavailable`, ``ambiguous``.
+        credential_provider: a ``CredentialProvider`` of redis-py, or a callable that returns ``(username, password)``
+            or a password: asked at each connection, instead of a login in the URL. Sentinels keep theirs in the URL.
 
     Raises:
         InvalidArgument: an option is not usable.
@@ -93,6 +96,7 @@ class LimiterBase:
         max_holds: int = MAX_HOLDS,
         max_budgets: int = MAX_BUDGETS,
         durability: Durability = "memory",
+        credential_provider: CredentialSource | None = None,
     ) -> None:
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= 3600:
             raise InvalidArgument(f"timeout must be more than 0 and at most 3600 seconds, not {shown(timeout)}")
@@ -106,7 +110,7 @@ class LimiterBase:
             self._core.prepaid = Prepaid(self._core, check_slabs(self._core, lease_slab))
         elif lease_slab is not None:
             raise InvalidArgument(f"lease_slab is for on_store_error='lease', not {on_store_error!r}")
-        self._store = store_at(url, _directory(data_dir), self._session.keys.meta)
+        self._store = store_at(url, _directory(data_dir), self._session.keys.meta, credential_provider)
         check_durability(durability)
         self._store.durability = durability
         self._timeout = float(timeout)
@@ -137,6 +141,11 @@ class LimiterBase:
     def store_address(self) -> str | None:
         """Where the store is, secrets included; ``None`` for an embedded server that has not been started."""
         return self._store.address
+
+    @property
+    def store_credentials(self) -> Credentials | None:
+        """What each connection to the store asks for its login; ``None`` without a ``credential_provider``."""
+        return self._store.credentials
 
     @property
     def keys(self) -> Keys:

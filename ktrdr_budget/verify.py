@@ -22,7 +22,9 @@ from typing import Any
 from ktrdr_budget.engine.keys import Keys, public_window
 from ktrdr_budget.engine.protocol import word
 from ktrdr_budget.engine.stores.books import Books, Ledger, Look, connect
-from ktrdr_budget.engine.stores.failures import without_secrets
+from ktrdr_budget.engine.stores.credentials import CredentialSource, credentials_for
+from ktrdr_budget.engine.stores.failures import meaning, without_secrets
+from ktrdr_budget.engine.stores.foreign import foreign_reply
 from ktrdr_budget.engine.stores.urls import mask_url, parse_url
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 from ktrdr_budget.models import Budget, check_name
@@ -106,6 +108,7 @@ def verify(
     *,
     windows: Collection[tuple[str, str]] | None = None,
     timeout: float = 5.0,
+    credential_provider: CredentialSource | None = None,
 ) -> list[WindowReport]:
     """Checks every window of the tenant that is in the store, or only those of ``budgets``. Writes nothing.
 
@@ -113,11 +116,12 @@ def verify(
         windows: only these, each a budget and its window's name. A name with the fingerprint of its definition, as the
             store has it (:func:`~ktrdr_budget.engine.keys.stored_window`), is found without a scan for others.
         timeout: seconds that one answer of the store may take.
+        credential_provider: as for :class:`~ktrdr_budget.AsyncBudgetLimiter`.
 
     Raises:
         StoreUnavailable: the store does not answer.
     """
-    with Auditor(url, tenant, timeout=timeout) as auditor:
+    with Auditor(url, tenant, timeout=timeout, credential_provider=credential_provider) as auditor:
         return auditor.check(budgets, windows=windows)
 
 
@@ -127,13 +131,21 @@ class Auditor:
     Args:
         url: where the store is.
         timeout: seconds that one answer of the store may take.
+        credential_provider: as for :class:`~ktrdr_budget.AsyncBudgetLimiter`.
 
     Raises:
-        InvalidArgument: the URL or the tenant is not usable.
+        InvalidArgument: the URL, the tenant or the provider is not usable.
     """
 
-    def __init__(self, url: str, tenant: str = "default", *, timeout: float = 5.0) -> None:
-        parse_url(url)
+    def __init__(
+        self,
+        url: str,
+        tenant: str = "default",
+        *,
+        timeout: float = 5.0,
+        credential_provider: CredentialSource | None = None,
+    ) -> None:
+        self._credentials = credentials_for(credential_provider, parse_url(url))
         self._url = url
         self._keys = Keys(check_name(tenant, "tenant"))
         self._timeout = timeout
@@ -198,7 +210,7 @@ class Auditor:
         moved = redis.AskError, redis.TryAgainError, redis.ClusterDownError, redis.MasterDownError, redis.ReadOnlyError
         try:
             if self._books is None:
-                self._client = connect(self._url, self._keys.meta, self._timeout)
+                self._client = connect(self._url, self._keys.meta, self._timeout, self._credentials)
                 self._books = Books(self._client, self._keys)
             yield self._books
         except ValueError:
@@ -207,8 +219,10 @@ class Auditor:
             raise StoreError(f"store at {shown}: {error}") from None
         except (redis.ConnectionError, redis.TimeoutError, OSError, *moved) as error:
             self.close()  # the store may be elsewhere now
-            refused = error.__cause__ if isinstance(error.__cause__, redis.AuthenticationError) else None
-            raise StoreUnavailable(f"store at {shown}: {refused or type(error).__name__}") from None
+            where = parse_url(self._url)
+            foreign = foreign_reply(where.hosts[0], where.tls) if where.hosts else None
+            failure = meaning(foreign or error, shown)
+            raise (failure if isinstance(failure, StoreError) else StoreUnavailable(str(failure))) from None
         except redis.RedisError as error:
             raise StoreError(f"store at {shown}: {error}") from None
 

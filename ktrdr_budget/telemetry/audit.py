@@ -81,7 +81,7 @@ class Audit(Collector):
         if address is None:
             return
         found = {}
-        for report in await asyncio.to_thread(self._reports, address, limiter.tenant, windows):
+        for report in await asyncio.to_thread(self._reports, limiter, address, windows):
             if report.conclusive:
                 found[report.budget] = report.adds_up
                 if not report.adds_up:
@@ -95,13 +95,17 @@ class Audit(Collector):
             self._disconnect()
             self._checking.release()
 
-    def _reports(self, address: str, tenant: str, windows: Collection[tuple[str, str]]) -> Sequence[WindowReport]:
+    def _reports(
+        self, limiter: AsyncBudgetLimiter, address: str, windows: Collection[tuple[str, str]]
+    ) -> Sequence[WindowReport]:
         """In a thread."""
         with self._checking:
             try:
-                if self._auditor is None or self._audited != (address, tenant):
+                audited = address, limiter.tenant
+                if self._auditor is None or self._audited != audited:
                     self._disconnect()
-                    self._auditor, self._audited = Auditor(address, tenant), (address, tenant)
+                    self._auditor = Auditor(*audited, credential_provider=limiter.store_credentials)
+                    self._audited = audited
                 return self._auditor.check(windows=windows)
             finally:
                 if self._closed:

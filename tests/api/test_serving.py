@@ -132,7 +132,7 @@ def test_it_starts_without_its_store_and_recovers_by_itself(start_server):
         wait_until(lambda: service.get("/readyz").status_code == 200)
         wait_until(lambda: service.post(f"{V1}/reservations", RESERVATION).status_code == 201)
         service.stop()
-    assert any(line.startswith("warning: store at") for line in service.said)
+    assert any(line.startswith("warning: cannot connect to") for line in service.said)
 
 
 def refused(*, code: int = 2, host: str = "127.0.0.1", port: int = 0, **environment) -> str:

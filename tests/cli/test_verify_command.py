@@ -345,7 +345,7 @@ def test_a_watch_outlives_its_store_and_says_that_nothing_is_known(
     read_until(process, "ok, windows: 2")
     own.kill()
     assert process.stderr is not None
-    assert "cannot verify: store at" in process.stderr.readline()
+    assert "cannot verify: cannot connect to" in process.stderr.readline()
     own.start()
     read_until(process, "ok, windows: 0")
     process.terminate()
@@ -355,7 +355,7 @@ def test_a_watch_outlives_its_store_and_says_that_nothing_is_known(
     read_until(process, "ok, windows: 0")
     own.kill()
     assert process.stderr is not None
-    assert "cannot verify: store at" in process.stderr.readline()
+    assert "cannot verify: cannot connect to" in process.stderr.readline()
     process.terminate()
     process.communicate(timeout=60)
     assert process.returncode == 4

@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Literal
 
 from ktrdr_budget.engine.driver.background import UNANSWERED, Background
@@ -72,8 +71,8 @@ class Breaker:
         self.open = True
         self.openings += 1
         self._since_s = max(heard_s, called_s)
-        self._trouble = str(error) or f"store at {self._background.store.shown}"
-        logger.error("%s: no answer for %.1f s; calls end at once until it answers", self._trouble, self.silent_s)
+        self._trouble = str(error) or f"no reply from {self._background.store.shown}"
+        logger.error("%s", self._state_words)
         self._pause_s = PROBE_FIRST_S
         self._probe_later()
 
@@ -84,9 +83,11 @@ class Breaker:
 
     def refusal(self, *, ambiguous: bool) -> StoreUnavailable:
         """What a call gets while this is open."""
-        since = datetime.fromtimestamp(time.time() - self.silent_s, UTC)
-        words = f"no answer since {since:%H:%M:%S} UTC ({self.silent_s:.1f} s); it is being tried"
-        return StoreUnavailable(f"{self._trouble}: {words}", ambiguous=ambiguous)
+        return StoreUnavailable(self._state_words, ambiguous=ambiguous)
+
+    @property
+    def _state_words(self) -> str:
+        return f"{self._trouble} for {self.silent_s:.1f} s; failing fast until it is back"
 
     def consult(self, told: Callable[[], None]) -> None:
         """Calls back soon; by then it may be closed. Makes a probe, unless one is under way."""

@@ -12,6 +12,7 @@ from typing import Any
 from ktrdr_budget.engine.keys import Keys, split_name
 from ktrdr_budget.engine.protocol import parse_record
 from ktrdr_budget.engine.scripts import CORRECT, REINDEX, script
+from ktrdr_budget.engine.stores.credentials import Credentials
 from ktrdr_budget.engine.stores.urls import Address, parse_url
 from ktrdr_budget.errors import StoreUnavailable
 
@@ -25,7 +26,7 @@ _RESOLVING = frozenset({"correction", "release", "revival"})
 """Kinds that take back what an expiry had charged."""
 
 
-def connect(url: str, key: str, timeout: float) -> Any:
+def connect(url: str, key: str, timeout: float, credentials: Credentials | None = None) -> Any:
     """A synchronous client of the server that has this key: of a cluster, or behind sentinels, of one that may change.
 
     Raises:
@@ -37,13 +38,14 @@ def connect(url: str, key: str, timeout: float) -> Any:
 
     where = parse_url(url)
     options: dict[str, Any] = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+    login = {} if credentials is None else {"credential_provider": credentials}
     if where.kind == "server":
-        return redis.Redis.from_url(url, **options)
+        return redis.Redis.from_url(url, **options, **login)
     trouble: Exception | None = None
     for address in where.hosts:
         try:
             if where.kind == "cluster":
-                with redis.Redis.from_url(where.at(address), **options) as node:
+                with redis.Redis.from_url(where.at(address), **options, **login) as node:
                     home = _owner(node.execute_command("CLUSTER", "SLOTS"), key, address)
             else:
                 with redis.Redis.from_url(where.sentinel_at(address), **options) as sentinel:
@@ -54,7 +56,7 @@ def connect(url: str, key: str, timeout: float) -> Any:
             trouble = error
         else:
             if home is not None:
-                return redis.Redis.from_url(where.at(home), **options)
+                return redis.Redis.from_url(where.at(home), **options, **login)
     if trouble is not None:
         raise trouble
     raise StoreUnavailable(f"store at {where.shown}: nobody names the server that is to be asked")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
+import ssl
 from typing import NamedTuple
 
+from ktrdr_budget.engine.stores.foreign import ForeignServer
 from ktrdr_budget.engine.stores.urls import Address
 from ktrdr_budget.engine.stores.wire import Refusal
 from ktrdr_budget.errors import StoreError, StoreUnavailable
@@ -83,6 +86,8 @@ def meaning(error: Exception, shown: str) -> Exception:
     Args:
         shown: where the store is, without secrets.
     """
+    if isinstance(error, ForeignServer):
+        return StoreError(f"store at {shown}: {error}")
     if isinstance(error, (OSError, EOFError)):
         return Transient(f"store at {shown}: {str(error) or type(error).__name__}", sent=True)
 
@@ -95,15 +100,32 @@ def meaning(error: Exception, shown: str) -> Exception:
     if isinstance(error, refused) or isinstance(error.__cause__, refused):  # on a unix socket, only the cause
         return StoreError(text)
     if redirection(error) is not None:
-        return StoreError(f"store at {shown}: it is a node of a cluster; its URL begins with redis+cluster://")
+        return StoreError(f"store at {shown}: it is a node of a cluster; its URL must start with redis+cluster://")
     if isinstance(error, redis_errors.ClusterError) or _PASSING.search(_words(error)):
         return Transient(text, sent=False)
     lost = (redis_errors.ConnectionError, redis_errors.TimeoutError)
     if isinstance(error, lost):
-        return Transient(text, sent=" connecting to " not in str(error))
+        if " connecting to " in str(error):
+            return Transient(f"cannot connect to {shown} ({_reason(error)})", sent=False)
+        return Transient(text, sent=True)
     if isinstance(error, (redis_errors.RedisError, Refusal)):
         return StoreError(text)
     return error
+
+
+def _reason(error: Exception) -> str:
+    """Why a connection could not be made, without the address, which redis-py repeats."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(cause, ssl.SSLError):
+        return without_secrets(cause)
+    found = re.search(r"\bErrno (\d+)", str(cause)) if isinstance(cause, OSError) else None
+    number = int(found[1]) if found is not None else getattr(cause, "errno", None)
+    if isinstance(number, int) and number > 0:
+        return os.strerror(number).lower()
+    words = without_secrets(error)
+    if words.startswith("Timeout"):
+        return "timeout"
+    return re.sub(r".*?connecting to (the store: |unix socket: \S+\. |\S+\. )?", "", words).rstrip(".") or "no reply"
 
 
 def _words(error: Exception) -> str:
@@ -124,5 +146,5 @@ def without_secrets(error: Exception) -> str:
 def unavailable(error: Exception | None, shown: str, timeout: float, *, ambiguous: bool = False) -> StoreUnavailable:
     """What a caller gets when its deadline has passed."""
     if isinstance(error, Transient):
-        return StoreUnavailable(f"{error} (gave up after {timeout:g} s)", ambiguous=ambiguous)
+        return StoreUnavailable(f"{error}; gave up after {timeout:g} s", ambiguous=ambiguous)
     return StoreUnavailable(f"store at {shown} gave no answer within {timeout:g} s", ambiguous=ambiguous)

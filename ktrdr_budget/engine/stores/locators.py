@@ -13,6 +13,8 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from ktrdr_budget.engine.stores.credentials import Credentials
+from ktrdr_budget.engine.stores.foreign import ForeignServer
 from ktrdr_budget.engine.stores.servers import connection_to
 from ktrdr_budget.engine.stores.urls import Address, StoreUrl
 from ktrdr_budget.engine.stores.wire import TRUSTED_IDLE_S
@@ -45,8 +47,9 @@ class _Source:
     Commands go past redis-py's client, which an instrumentation may watch: these are nobody's requests.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, credentials: Credentials | None = None) -> None:
         self._url = url
+        self._credentials = credentials
         self._connection: Any = None
         self._answered_s = 0.0
         self._turn = asyncio.Lock()
@@ -67,7 +70,7 @@ class _Source:
                     return await self._ask(commands)
                 except (ConnectionError, redis.ConnectionError):
                     pass  # it has ended since it was used last
-            self._connection = connection_to(self._url)
+            self._connection = connection_to(self._url, self._credentials)
             return await self._ask(commands)
 
     async def _ask(self, commands: Sequence[Sequence[str]]) -> list[Any]:
@@ -84,7 +87,7 @@ class _Source:
 
     async def listen(self, channels: Sequence[str], told: Callable[[], None]) -> None:
         """Tells of each message on these channels, on another connection, as long as that stands."""
-        connection = connection_to(self._url)
+        connection = connection_to(self._url, self._credentials)
         try:
             await connection.connect()
             await connection.send_command("SUBSCRIBE", *channels)
@@ -108,8 +111,9 @@ class Locator:
     always_looks = False
     """Whether to look without a reason, too: nobody else tells that the server is not the right one any more."""
 
-    def __init__(self, url: StoreUrl) -> None:
+    def __init__(self, url: StoreUrl, credentials: Credentials | None = None) -> None:
         self.url = url
+        self._credentials = credentials
         self._sources: dict[Address, _Source] = {}
 
     async def find(self, doubted: Address | None) -> Address:
@@ -143,7 +147,7 @@ class Locator:
     def _source(self, address: Address) -> _Source:
         source = self._sources.get(address)
         if source is None:
-            source = self._sources[address] = _Source(self._source_url(address))
+            source = self._sources[address] = _Source(self._source_url(address), self._credentials)
         return source
 
     async def _ask_all(self, addresses: Iterable[Address], *commands: Sequence[str]) -> list[tuple[Address, Any]]:
@@ -170,7 +174,7 @@ class Locator:
         from redis.exceptions import AuthenticationError, ResponseError
 
         errors = [answer for _, answer in answers if isinstance(answer, Exception)]
-        refusals = [error for error in errors if isinstance(error, (ResponseError, AuthenticationError))]
+        refusals = [error for error in errors if isinstance(error, (ResponseError, AuthenticationError, ForeignServer))]
         passing = ("LOADING", "MASTERDOWN", "CLUSTERDOWN")
         if refusals and not any(str(error).startswith(passing) for error in refusals):
             return Refused(str(refusals[0]))
@@ -239,8 +243,8 @@ class ClusterLocator(Locator):
 
     look_every_s = 0.5
 
-    def __init__(self, url: StoreUrl, slot: int) -> None:
-        super().__init__(url)
+    def __init__(self, url: StoreUrl, slot: int, credentials: Credentials | None = None) -> None:
+        super().__init__(url, credentials)
         self._slot = slot
         self._nodes: list[Address] = []
         """Those of the last answer."""

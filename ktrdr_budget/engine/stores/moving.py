@@ -14,6 +14,7 @@ import contextvars
 from collections.abc import Coroutine
 from typing import Any
 
+from ktrdr_budget.engine.stores.credentials import Credentials, CredentialSource, credentials_for
 from ktrdr_budget.engine.stores.failures import NoScript, Transient, doubtful, meaning, needs_time, redirection
 from ktrdr_budget.engine.stores.locators import ANSWER_S, ClusterLocator, Locator, NoServer, Refused, SentinelLocator
 from ktrdr_budget.engine.stores.servers import Server
@@ -25,22 +26,25 @@ from ktrdr_budget.errors import StoreError
 __all__ = ["MovingStore", "store_at"]
 
 
-def store_at(url: str | None, data_dir: str | None, key: str) -> Store:
+def store_at(
+    url: str | None, data_dir: str | None, key: str, credential_provider: CredentialSource | None = None
+) -> Store:
     """The store of a limiter.
 
     Args:
         url: where it is; ``None`` is the embedded server.
         data_dir: the embedded server's data directory.
         key: any key of the tenant.
+        credential_provider: asked at each connection; ``None``: the login, if there is one, is in the URL.
 
     Raises:
-        InvalidArgument: the URL is not usable.
+        InvalidArgument: the URL or the provider is not usable.
     """
-    if url is not None:
-        parsed = parse_url(url)
-        if parsed.kind != "server":
-            return MovingStore(url, parsed, key)
-    return Store(url, data_dir)
+    parsed = None if url is None else parse_url(url)
+    credentials = credentials_for(credential_provider, parsed)
+    if url is not None and parsed is not None and parsed.kind != "server":
+        return MovingStore(url, parsed, key, credentials)
+    return Store(url, data_dir, credentials)
 
 
 class MovingStore(Store):
@@ -50,8 +54,8 @@ class MovingStore(Store):
         key: any key of the tenant: all have the same slot.
     """
 
-    def __init__(self, url: str, parsed: StoreUrl, key: str) -> None:
-        super().__init__(url)
+    def __init__(self, url: str, parsed: StoreUrl, key: str, credentials: Credentials | None = None) -> None:
+        super().__init__(url, credentials=credentials)
         self._parsed = parsed
         self._key = key
         self._connect_timeout = float(dict(parsed.options).get("socket_connect_timeout", ANSWER_S))
@@ -82,7 +86,7 @@ class MovingStore(Store):
             return SentinelLocator(self._parsed)
         from redis.crc import key_slot
 
-        return ClusterLocator(self._parsed, int(key_slot(self._key.encode())))
+        return ClusterLocator(self._parsed, int(key_slot(self._key.encode())), self.credentials)
 
     @staticmethod
     def _start(work: Coroutine[Any, Any, None], among: set[asyncio.Task[None]]) -> asyncio.Task[None]:
@@ -138,7 +142,7 @@ class MovingStore(Store):
     def _server_at(self, address: Address) -> Server:
         timeout = self._connect_timeout
         url = self._parsed.at(address, socket_connect_timeout=str(timeout))
-        return Server(url, address, timeout)
+        return Server(url, address, timeout, self.credentials)
 
     def _move_to(self, address: Address) -> None:
         for left in self._left:

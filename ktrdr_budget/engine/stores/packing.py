@@ -6,14 +6,22 @@ Everything else (TLS, authentication, parsing, pooling, instrumentation) is redi
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import contextlib
+import socket
+from collections.abc import Awaitable, Callable
 from typing import Any
 
+from redis import exceptions
 from redis.asyncio import Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
 
 from ktrdr_budget.engine.stores import wire
+from ktrdr_budget.engine.stores.foreign import foreign_reply
+from ktrdr_budget.engine.stores.racing import raced
 
 __all__ = ["Reader", "pack", "pool_of"]
+
+_EXPLAINED_AFTER_S = 0.2
+"""A first connection that takes longer is looked into."""
 
 
 def _pack_slowly(words: tuple[Any, ...]) -> bytes:
@@ -53,12 +61,59 @@ class _Own:
         return writer
 
 
-class _TCP(_Own, Connection):
+class _Unexplained(Exception):
+    """The server may be slow."""
+
+
+class _Explained(_Own):
+    """Says so where the server speaks another protocol: without that, it is one that does not reply."""
+
+    _tls = False
+    pool: _Pool | None = None
+    host: str
+    port: int
+
+    async def connect(self) -> None:
+        """See redis-py."""
+        connect = super().connect  # type: ignore[misc]
+        if self.pool is None or self.pool.reached:
+            await self._cleanly(connect)
+            return
+        try:
+            second_at_s = asyncio.get_running_loop().time() + _EXPLAINED_AFTER_S
+            await raced(lambda: self._cleanly(connect), second_at_s, self._explain, (_Unexplained,))
+        except exceptions.RedisError as error:
+            if _needs_explaining(error):
+                with contextlib.suppress(_Unexplained):
+                    await self._explain()
+            raise
+        self.pool.reached = True
+
+    async def _cleanly(self, connect: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await connect()
+        except BaseException:
+            await self.disconnect(nowait=True)  # type: ignore[attr-defined]  # else the pool would reuse it half made
+            raise
+
+    async def _explain(self) -> None:
+        foreign = await asyncio.to_thread(foreign_reply, (self.host, self.port), self._tls)
+        raise foreign or _Unexplained
+
+
+def _needs_explaining(error: exceptions.RedisError) -> bool:
+    if isinstance(error, (exceptions.AuthenticationError, exceptions.ResponseError)):
+        return False
+    text = str(error).lower()
+    return not isinstance(error.__context__, (ConnectionRefusedError, socket.gaierror)) and "certificate" not in text
+
+
+class _TCP(_Explained, Connection):
     pass
 
 
-class _TLS(_Own, SSLConnection):
-    pass
+class _TLS(_Explained, SSLConnection):
+    _tls = True
 
 
 class _Unix(_Own, UnixDomainSocketConnection):
@@ -70,6 +125,15 @@ _OWN: dict[type[Any], type[Any]] = {Connection: _TCP, SSLConnection: _TLS, UnixD
 
 class _Pool(ConnectionPool):
     """A pool that replaces connections which were idle for too long, as :class:`~.wire.Wires` does."""
+
+    reached = False
+    """Whether a connection was made before: then the server speaks the right protocol."""
+
+    def make_connection(self) -> Any:
+        """See redis-py."""
+        connection = super().make_connection()  # type: ignore[no-untyped-call]
+        connection.pool = self
+        return connection
 
     async def release(self, connection: Any) -> None:
         """See redis-py."""

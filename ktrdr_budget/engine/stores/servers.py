@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from ktrdr_budget.engine.stores.credentials import Credentials
 from ktrdr_budget.engine.stores.failures import without_secrets
 from ktrdr_budget.engine.stores.racing import raced
 from ktrdr_budget.engine.stores.urls import Address
@@ -26,11 +27,18 @@ class Server:
         url: secrets included, as redis-py reads it.
         address: ``None`` if the store is this one server.
         connect_timeout: how long making a connection may take, in seconds; ``None`` is as long as the call.
+        credentials: asked at each connection.
     """
 
-    def __init__(self, url: str, address: Address | None = None, connect_timeout: float | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        address: Address | None = None,
+        connect_timeout: float | None = None,
+        credentials: Credentials | None = None,
+    ) -> None:
         self.address = address
-        self.client = _client(url)
+        self.client = _client(url, credentials)
         self.wires = Wires()
         self.wires.on_late = self._send_elsewhere
         self._resending: set[asyncio.Task[None]] = set()
@@ -139,21 +147,21 @@ class Server:
         await self.client.aclose()
 
 
-def connection_to(url: str) -> Any:
+def connection_to(url: str, credentials: Credentials | None = None) -> Any:
     """One connection of redis-py's, which its client does not know of."""
-    return _pool(url).make_connection()
+    return _pool(url, credentials).make_connection()
 
 
-def _client(url: str) -> Any:
+def _client(url: str, credentials: Credentials | None) -> Any:
     import redis.asyncio as redis
 
     try:
-        return redis.Redis.from_pool(_pool(url))
+        return redis.Redis.from_pool(_pool(url, credentials))
     except (ValueError, TypeError) as error:
-        raise InvalidArgument(f"the store's URL is not usable: {without_secrets(error)}") from None
+        raise InvalidArgument(f"invalid store URL: {without_secrets(error)}") from None
 
 
-def _pool(url: str) -> Any:
+def _pool(url: str, credentials: Credentials | None) -> Any:
     """Connections that do not retry: retries are bounded by each call's deadline, which redis-py does not know."""
     from redis.backoff import NoBackoff
     from redis.retry import Retry
@@ -161,4 +169,6 @@ def _pool(url: str) -> Any:
     from ktrdr_budget.engine.stores.packing import pool_of
 
     options: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "socket_timeout": None, "protocol": 2}
+    if credentials is not None:
+        options["credential_provider"] = credentials
     return pool_of(url, **options)

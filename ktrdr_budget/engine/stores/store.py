@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktrdr_budget.engine.protocol import Command, Read
 from ktrdr_budget.engine.scripts import Script, script
+from ktrdr_budget.engine.stores.credentials import Credentials
 from ktrdr_budget.engine.stores.durability import Durability, confirmed
 from ktrdr_budget.engine.stores.failures import NoScript, Transient, meaning, unavailable
 from ktrdr_budget.engine.stores.servers import Server
@@ -34,9 +35,11 @@ class Store:
     Args:
         url: where it is; ``None`` starts or joins the embedded server.
         data_dir: the embedded server's data directory.
+        credentials: asked at each connection.
     """
 
-    def __init__(self, url: str | None, data_dir: str | None = None) -> None:
+    def __init__(self, url: str | None, data_dir: str | None = None, credentials: Credentials | None = None) -> None:
+        self.credentials = credentials
         self._configured_url = None if url is None else check_url(url)
         self._data_dir = data_dir
         self.durability: Durability = "memory"
@@ -75,7 +78,8 @@ class Store:
             self._opening = asyncio.Lock()
         async with self._opening:
             if self._server is None:
-                self._settle(Server(self._configured_url or await self._start_embedded()))
+                url = self._configured_url or await self._start_embedded()
+                self._settle(Server(url, credentials=self.credentials))
 
     def _settle(self, server: Server) -> None:
         """From now on batches go to this server."""

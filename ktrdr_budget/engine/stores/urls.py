@@ -146,7 +146,7 @@ def parse_url(url: str) -> StoreUrl:
     scheme, separator, rest = url.partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in _SCHEMES:
-        raise _unusable("it begins with one of " + ", ".join(f"{known}://" for known in _SCHEMES))
+        raise _unusable("it must start with one of " + ", ".join(f"{known}://" for known in _SCHEMES))
     if "#" in url or not url.isprintable() or not url.isascii() or (" " in url and scheme != "unix"):
         raise _unusable("a '#', a space and what is not ASCII is percent-encoded, also in a password")
     rest, _, query = rest.partition("?")
@@ -234,4 +234,4 @@ def _options(query: str, scheme: str) -> dict[str, str]:
 
 
 def _unusable(why: str) -> InvalidArgument:
-    return InvalidArgument(f"the store's URL is not usable: {why}")
+    return InvalidArgument(f"invalid store URL: {why}")

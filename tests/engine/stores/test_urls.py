@@ -39,9 +39,9 @@ def test_a_url_is_shown_without_passwords_and_options(url, shown):
 
 
 WRONG = {
-    "http://store": "begins with one of redis://",
-    "store:6379": "begins with one of redis://",
-    "redis+cluster:store": "begins with one of redis://",
+    "http://store": "it must start with one of redis://",
+    "store:6379": "it must start with one of redis://",
+    "redis+cluster:store": "it must start with one of redis://",
     "redis://store:0": "a port is a number from 1 to 65535",
     "redis://store:65536": "a port is a number from 1 to 65535",
     "redis://store:": "a port is a number from 1 to 65535",
@@ -87,7 +87,7 @@ WRONG = {
 def test_a_url_that_is_not_in_order_is_refused_in_clear_words_without_its_secrets(url, words):
     with pytest.raises(InvalidArgument) as refused:
         AsyncBudgetLimiter(url, [Budget("agent", "1")])
-    assert str(refused.value).startswith("the store's URL is not usable: ")
+    assert str(refused.value).startswith("invalid store URL: ")
     assert words in str(refused.value)
     assert (
         "secret" not in f"{refused.value!r} {refused.value.__cause__!r} {refused.value.__context__!r} {mask_url(url)}"

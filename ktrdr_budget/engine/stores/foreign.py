@@ -1,0 +1,39 @@
+"""Finds out why a server that gives no usable reply cannot be the store: no TLS where it is expected, or HTTP."""
+
+from __future__ import annotations
+
+import socket
+
+from ktrdr_budget.engine.stores.urls import Address
+
+__all__ = ["ForeignServer", "foreign_reply"]
+
+_ANSWER_S = 0.25
+_REQUEST = b"PING / HTTP/1.0\r\n\r\n"
+"""An error to Redis and to an HTTP server alike, so that each replies in its own protocol."""
+
+
+class ForeignServer(Exception):
+    """The server speaks another protocol than the URL says."""
+
+
+def foreign_reply(address: Address, tls: bool) -> ForeignServer | None:
+    """Ask a server in the clear, without a login, on a connection of its own; ``None`` if its reply explains nothing.
+
+    Args:
+        tls: whether the store's URL asks for TLS.
+    """
+    try:
+        with socket.create_connection(address, timeout=_ANSWER_S) as connection:
+            connection.sendall(_REQUEST)
+            reply = connection.recv(64)
+    except OSError:
+        return None
+    where = f"the server at {address[0]}:{address[1]}"
+    if reply.startswith((b"HTTP/", b"<")):
+        return ForeignServer(f"{where} is not a Redis server: it answered HTTP")
+    if tls and reply.startswith((b"+", b"-")):
+        return ForeignServer(f"{where} does not speak TLS; its URL must start with redis, not rediss")
+    if not tls and reply.startswith(b"\x15\x03"):
+        return ForeignServer(f"{where} speaks TLS; its URL must start with rediss, not redis")
+    return None

@@ -1,0 +1,137 @@
+"""A server that is no store, or that speaks without TLS: the error says so, instead of "no answer within 1 s"."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.server
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.engine.stores import packing
+from ktrdr_budget.errors import StoreError
+from ktrdr_budget.verify import verify
+
+from .conftest import free_port
+
+BUDGETS = [Budget("agent", "5.00")]
+
+
+@pytest.fixture
+def plain(start_server) -> Iterator[int]:
+    """The port of a Redis server without TLS."""
+    port = free_port()
+    own = start_server(None, "--port", str(port))
+    yield port
+    own.kill()
+
+
+@pytest.fixture(params=["http.server", "waits for the end of the headers"])
+def web(request) -> Iterator[int]:
+    """The port of an HTTP server."""
+    if request.param == "http.server":
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+        server.RequestHandlerClass.log_message = lambda *words: None  # type: ignore[method-assign]
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
+        thread.join()
+        server.server_close()
+        return
+    listener = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=_patient, args=(listener,), daemon=True)
+    thread.start()
+    yield listener.getsockname()[1]
+    listener.shutdown(socket.SHUT_RDWR)
+    listener.close()
+    thread.join()
+
+
+def _patient(listener: socket.socket) -> None:
+    """Replies once a blank line has come."""
+
+    def serve(connection: socket.socket) -> None:
+        with connection, contextlib.suppress(OSError):
+            received = b""
+            while b"\r\n\r\n" not in received:
+                chunk = connection.recv(4096)
+                if not chunk:
+                    return
+                received += chunk
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\n\r\n")
+
+    with contextlib.suppress(OSError):
+        while True:
+            threading.Thread(target=serve, args=(listener.accept()[0],), daemon=True).start()
+
+
+async def refusal(url: str) -> str:
+    limiter = AsyncBudgetLimiter(url, BUDGETS)
+    for call in (limiter.start, lambda: limiter.reserve("agent", "0.15"), lambda: limiter.status("agent")):
+        with pytest.raises(StoreError) as refused:
+            await call()
+    checks = await limiter.check()
+    assert str(refused.value) in str(checks["scripts"])
+    await limiter.close()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("way", ["wires", "client"])
+@pytest.mark.parametrize("form", ["rediss://127.0.0.1:{}", "rediss://127.0.0.1:{}?ssl_cert_reqs=none"])
+async def test_a_server_without_tls_is_named(plain, form, way, monkeypatch):
+    if way == "client":
+        monkeypatch.setattr(packing, "Reader", None)
+    assert f"the server at 127.0.0.1:{plain} does not speak TLS" in await refusal(form.format(plain))
+
+
+@pytest.mark.parametrize("scheme", ["redis", "rediss"])
+async def test_an_http_server_is_named(web, scheme):
+    words = await refusal(f"{scheme}://127.0.0.1:{web}")
+    assert f"the server at 127.0.0.1:{web} is not a Redis server: it answered HTTP" in words
+
+
+@pytest.mark.parametrize("form", ["redis+sentinel://127.0.0.1:{}/main", "redis+cluster://127.0.0.1:{}"])
+async def test_an_http_server_behind_which_no_node_is_named_is_named(web, form):
+    assert "it answered HTTP" in await refusal(form.format(web))
+
+
+def test_the_sync_limiter_and_the_audit_say_so_too(plain):
+    url = f"rediss://127.0.0.1:{plain}"
+    with pytest.raises(StoreError, match="does not speak TLS"), BudgetLimiter(url, BUDGETS):
+        pass
+    with pytest.raises(StoreError, match="does not speak TLS"):
+        verify(url, timeout=1.0)
+
+
+async def test_a_server_that_is_only_slow_is_waited_for():
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()  # until the client gives up; each piece of what it sends is read, and nothing is said
+        writer.close()
+
+    server = await asyncio.start_server(greet, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    limiter = AsyncBudgetLimiter(f"redis://127.0.0.1:{port}", BUDGETS, timeout=0.5)
+    with pytest.raises(StoreUnavailable, match="gave no answer within 0.5 s") as refused:
+        await limiter.reserve("agent", "0.15")
+    assert not isinstance(refused.value, StoreError)
+    await limiter.close()
+    server.close()
+
+
+async def test_where_nothing_listens_the_error_says_that_the_connection_was_refused():
+    url = f"redis://127.0.0.1:{free_port()}"
+    limiter = AsyncBudgetLimiter(url, BUDGETS, timeout=0.2)
+    with pytest.raises(StoreUnavailable) as refused:
+        await limiter.reserve("agent", "0.15")
+    assert str(refused.value) == f"cannot connect to {url} (connection refused); gave up after 0.2 s"
+    with pytest.raises(
+        StoreUnavailable,
+        match=rf"^cannot connect to {url} \(connection refused\) for \d\.\d s; failing fast until it is back$",
+    ):
+        await limiter.reserve("agent", "0.15")
+    await limiter.close()

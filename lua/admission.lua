@@ -21,9 +21,9 @@ local function load(w)
   -- The first reservation or record in a budget registers its definition. A replica that defines it otherwise gets
   -- nothing new, until a migration replaces the registered one; its windows are others, so it may settle all the same.
   local definition = ARGV[at + 1]
-  if definition ~= '-' then
+  if definition ~= '-' or w.exists then
     w.registered = call('HGET', KEYS[5], 'd:' .. budget)
-    w.conflict = w.registered and w.registered ~= definition and w.registered
+    w.conflict = w.registered and w.registered ~= (definition ~= '-' and definition or w.exists) and w.registered
   end
   w.stale = now_ms < ARGV[at + 2] + 0 or (ARGV[at + 3] ~= '0' and now_ms >= ARGV[at + 3] + 0)
   if not w.limit and definition ~= '-' then w.limit = ARGV[at + 5] end

@@ -10,6 +10,7 @@
 --        a record    more was reserved already than was found; nothing changed
 --        d … total   denied as for reserve: the growth, or the return of an expired hold, has no room; nothing changed.
 --                    The last figure is what the hold would have counted
+--        m budget definition    as for reserve, of what needs room: another definition than the window's is registered
 --        c record    the hold is settled, was released by an operator, or has lived its 24 h
 --        u, v record, t and f budget:window, y error as for settle;  q budget:window as for reserve;  l until_ms as for both
 --
@@ -33,6 +34,7 @@ local function lacking(hold, changes)
     if change.room > 0 then
       if recovering then return 'l ' .. recovering end
       load(w)
+      if w.conflict then return 'm ' .. match(w.name, '^(.+):') .. ' ' .. w.conflict end
       if not w.cap then return 'q ' .. w.name end
       if total(w) >= CLOSED or total(w) + change.fact + change.room > w.cap then
         return deny(w, text(change.room)) .. ' ' .. text(change.after)

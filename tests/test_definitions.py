@@ -138,6 +138,39 @@ async def test_spend_that_was_deferred_is_recorded_though_another_definition_is_
                 assert sums(client)["spent"] == to_units("1.50")
 
 
+async def test_a_hold_that_was_admitted_under_a_former_definition_does_not_grow(server, client):
+    """Whoever asks: a replica of the former definition, one of the new one, one that does not know the budget."""
+    async with (
+        limiter_of(server, Budget("agent", 5)) as first,
+        limiter_of(server, WEEK) as last,
+        AsyncBudgetLimiter(server.url, [OTHER]) as stranger,
+    ):
+        hold = await first.reserve("agent", "0.50", id="op_1")
+        await last.migrate("agent")
+        for call in (
+            hold.grow("0.10"),
+            *(limiter.grow("op_1", {"agent": "0.60"}) for limiter in (first, last, stranger)),
+        ):
+            with pytest.raises(DefinitionConflict):
+                await call
+        await hold.extend(60)
+        await stranger.extend("op_1", 60, accrued="0.70")
+        assert sums(client)["held"] == to_units("0.70"), "what was reported is a fact"
+        assert (await hold.commit("0.70")).amounts == {"agent": Decimal("0.70")}
+    assert sums(client) == {"spent": to_units("0.70"), "held": 0, "unconfirmed": 0, "events": 1}
+
+
+async def test_a_lease_under_a_former_definition_spends_what_it_holds_and_no_more(server, client):
+    async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
+        async with first.lease("agent", "1.00", low_water=0) as lease:
+            (await lease.acquire("0.60")).commit("0.60")
+            await last.migrate("agent")
+            (await lease.acquire("0.40")).commit("0.40")
+            with pytest.raises(DefinitionConflict):
+                await lease.acquire("0.10")
+        assert sums(client) == {"spent": to_units("1.00"), "held": 0, "unconfirmed": 0, "events": 1}
+
+
 # -- a definition that changes in the hour in which both windows end together ------------------------------------------
 
 
@@ -297,6 +330,9 @@ async def test_a_window_that_cannot_be_read_hides_no_other_budget(server, client
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.record({"agent": "0.10", "other": "0.20"})
         client.set(window_key(client), "not a hash")
+        calls = [limiter.reserve("agent" if number % 3 == 0 else "other", "0.01") for number in range(12)]
+        found = await asyncio.gather(*calls, return_exceptions=True)
+        assert [isinstance(each, StoreError) for each in found] == [number % 3 == 0 for number in range(12)]
         statuses = await limiter.statuses()
         assert [(status.budget, status.spent) for status in statuses] == [("other", Decimal("0.20"))]
         assert isinstance(statuses.unavailable["agent"], StoreError)

@@ -26,7 +26,7 @@ from ktrdr_budget.engine.protocol import (
 )
 from ktrdr_budget.engine.reads import RETIRE_ROUNDS, Flow, Reads
 from ktrdr_budget.engine.unresolved import Doubt, Unresolved
-from ktrdr_budget.engine.views import amounts_text, conflict, conflict_message, denial, told_amounts
+from ktrdr_budget.engine.views import amounts_text, conflict, conflict_message, denial, outdated, told_amounts
 from ktrdr_budget.errors import (
     BudgetExceeded,
     HoldConflict,
@@ -610,7 +610,10 @@ class Core(Reads):
                 return HoldConflict(message, state=STATES[record.state], released_by_operator=obeyed)
             case "m":
                 _, name, registered = line.split(" ")
-                return conflict(self.session.budget(name), registered)
+                budget = self.session.budgets.get(name)
+                if op.letter == "R" or op.letter == "N" or (budget and budget.definition != registered):
+                    return conflict(self.session.budget(name), registered)
+                return outdated(hold_id, name, registered)
             case "h":
                 _, count, deadline_ms = line.split(" ")
                 seconds = max(1, -((now_us - int(deadline_ms) * 1000) // 1_000_000)) if int(deadline_ms) else None

@@ -18,6 +18,7 @@ __all__ = [
     "denial",
     "entry_cursor",
     "holds_cursor",
+    "outdated",
     "page_size",
     "policy_fault",
     "refusal_faults",
@@ -92,6 +93,13 @@ def conflict(budget: Budget, registered: str, way_out: str = "") -> DefinitionCo
     words = f"budget {budget.name!r} is registered with {there}; this replica defines {here}"
     way_out = way_out or f"to replace the registered definition: ktrdr budget migrate {budget.name}"
     return DefinitionConflict(f"{words}; {way_out}", registered=there, configured=here)
+
+
+def outdated(hold_id: str, name: str, registered: str) -> DefinitionConflict:
+    """The error of a hold that is to grow, though its budget has been redefined since it was admitted."""
+    there = identity_of(registered)
+    words = f"budget {name!r} has been redefined since hold {hold_id!r} was admitted ({there})"
+    return DefinitionConflict(f"{words}; it can be settled and prolonged, but not grow", registered=there)
 
 
 def status_of(

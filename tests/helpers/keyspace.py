@@ -81,6 +81,14 @@ def ledger_sum(client: redis.Redis, budget: str = "agent", window: str | None = 
     return sum(int(fields["a"]) for _, fields in entries)
 
 
+def units_of_windows(client: redis.Redis, budget: str) -> list[int]:
+    """What each window of a budget counts, of every definition; but for those that count nothing."""
+    found = []
+    for key in client.scan_iter(f"ktrdr:{{default}}:w:{budget}:*", count=1000):
+        found.append(sum(int(units or 0) for units in client.hmget(key, "spent", "held", "unconfirmed")))
+    return [units for units in found if units]
+
+
 def spent_and_held(client: redis.Redis, budget: str = "agent") -> tuple[int, int]:
     """Of a window in which nothing is unconfirmed; the ledger says the same."""
     found = sums(client, budget)

@@ -201,15 +201,22 @@ class StoreUnavailable(BudgetError):
 
     ``ambiguous`` is true when the request may have been executed although its reply did not arrive. Repeating it with
     the same id is safe.
+
+    ``reached`` is true when the store is there, but admits nothing now: it is being repaired, it can only be read, it
+    loads its data; or the request was never sent. Policies for a store that is away (``allow``, ``lease``) then deny.
     """
 
-    def __init__(self, message: str, *, ambiguous: bool = False) -> None:
+    def __init__(self, message: str, *, ambiguous: bool = False, reached: bool = False) -> None:
         super().__init__(message)
         self.ambiguous = ambiguous
+        self.reached = reached
 
 
 class StoreError(StoreUnavailable):
     """The store answered, but with an error: nothing was admitted."""
+
+    def __init__(self, message: str, *, ambiguous: bool = False) -> None:
+        super().__init__(message, ambiguous=ambiguous, reached=True)
 
 
 class InvalidArgument(BudgetError, ValueError):

@@ -12,7 +12,7 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget
 from ktrdr_budget.limiter import AsyncHold
 
 from .helpers.keyspace import sums, today
-from .helpers.patience import hurried
+from .helpers.patience import in_haste
 
 BUDGET = Budget("agent", "500.00")
 CALLERS = 100
@@ -56,7 +56,7 @@ async def live(limiter: AsyncBudgetLimiter, hold: AsyncHold) -> None:
 @pytest.mark.parametrize("policy", ["deny", "allow"])
 async def test_callers_that_record_in_a_loop_starve_no_reservation_growth_or_heartbeat(server, client, policy):
     async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error=policy) as limiter:
-        with hurried(limiter, DEADLINE_S):
+        with in_haste(limiter, DEADLINE_S):
             async with crowd(lambda: limiter.record("agent", "0.0001")), limiter.hold("agent", "1.00", ttl=2) as hold:
                 await live(limiter, hold)
                 assert (hold.state, limiter.deferred, limiter.unresolved) == ("open", 0, 0)
@@ -68,7 +68,7 @@ async def test_callers_that_reserve_and_release_in_a_loop_starve_no_record(serve
         await (await limiter.reserve("agent", "0.01")).release()
 
     async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
-        with hurried(limiter, DEADLINE_S):
+        with in_haste(limiter, DEADLINE_S):
             async with crowd(reserve_and_release):
                 for _ in range(50):
                     await limiter.record("agent", "0.01")
@@ -78,7 +78,7 @@ async def test_callers_that_reserve_and_release_in_a_loop_starve_no_record(serve
 async def test_callers_that_extend_in_a_loop_starve_neither_reservations_nor_commits(server, client):
     async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
         shared = await limiter.reserve("agent", "1.00")
-        with hurried(limiter, DEADLINE_S):
+        with in_haste(limiter, DEADLINE_S):
             async with crowd(shared.extend):
                 for _ in range(50):
                     await (await limiter.reserve("agent", "0.01")).commit("0.01")

@@ -166,24 +166,22 @@ class Core(Reads):
             op = Reservation(hold_id, key, ttl_ms, policy, labels, parts, session.now_ms)
             try:
                 line, answer = yield op
-            except StoreError as error:
-                if unnamed and error.ambiguous:  # an attempt before the one that was refused may have been granted
+            except StoreUnavailable as error:
+                # Nothing else admits than a store that cannot be reached: not an error, and not one that is not ready.
+                if not error.reached and not prepaying:
+                    if (known := self._known_here(hold_id, wanted, policy, ttl_ms)) is not None:
+                        return known  # while this waited
+                    told = (owner, operation, self.trace_id() if self.trace_id else "")
+                    if self.prepaid is not None:
+                        hold = self.prepaid.admit(hold_id, wanted, ttl_ms, policy, told, ambiguous=error.ambiguous)
+                        if hold is not None:
+                            return hold
+                    if self.allow:
+                        logger.warning("hold %s is admitted unguarded: %s", hold_id, error)
+                        return self._admitted_unguarded(hold_id, parts, ttl_ms, policy, told)
+                if unnamed and error.ambiguous:  # it may be granted, under an id that no caller knows
                     self.give_back_later(hold_id, [window for window, _ in parts])
                 raise
-            except StoreUnavailable as error:
-                if (known := self._known_here(hold_id, wanted, policy, ttl_ms)) is not None:
-                    return known  # while this waited
-                told = (owner, operation, self.trace_id() if self.trace_id else "")
-                if self.prepaid is not None and not prepaying:
-                    hold = self.prepaid.admit(hold_id, wanted, ttl_ms, policy, told, ambiguous=error.ambiguous)
-                    if hold is not None:
-                        return hold
-                if not self.allow or prepaying:
-                    if unnamed and error.ambiguous:  # it may be granted, under an id that nobody was told
-                        self.give_back_later(hold_id, [window for window, _ in parts])
-                    raise
-                logger.warning("hold %s is admitted unguarded: %s", hold_id, error)
-                return self._admitted_unguarded(hold_id, parts, ttl_ms, policy, told)
             if line == "g":
                 deadline_ms = answer.now_us // 1000 + ttl_ms
                 granted = op.granted(answer.now_us, deadline_ms)

@@ -69,7 +69,8 @@ class Growth:
             try:
                 grown, record = yield from core.extended(op)
             except StoreUnavailable as error:
-                if (error.ambiguous or in_doubt) and not core.allow:  # under `allow` it goes on as if it had grown
+                grows = core.allow and not error.reached  # it goes on as if it had grown
+                if (error.ambiguous or in_doubt) and not grows:
                     self._doubt = _Doubt(more, found)
                 raise
             reserved = {segment.budget: segment.reserved for segment in record.segments if segment.budget in more}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
 from ktrdr_budget.engine.growth import Growth, added
 from ktrdr_budget.engine.protocol import STATES, Granted, Record, Window
-from ktrdr_budget.errors import HoldConflict, InvalidArgument, StoreError, StoreUnavailable, UnknownHold, shown
+from ktrdr_budget.errors import HoldConflict, InvalidArgument, StoreUnavailable, UnknownHold, shown
 from ktrdr_budget.models import HoldState, Settlement, check_ttl_ms
 from ktrdr_budget.money import MAX_UNITS, Amount, from_units, to_units
 from ktrdr_budget.periods import from_ms
@@ -263,17 +263,24 @@ class HoldBase:
             return
         try:
             record = yield from flow
-        except StoreError:
-            raise
         except HoldConflict as error:
             if error.released_by_operator:
                 self.state, self.released_by_operator = "released", True
             raise
-        except (StoreUnavailable, UnknownHold) as error:
-            # Policy allow: what the store cannot be asked, or was never told, goes on without it.
-            if not self._core.allow or (self.guarded and isinstance(error, UnknownHold)):
+        except StoreUnavailable as error:
+            if not self._core.allow or error.reached:
                 raise
             self.parts = otherwise()
+            return
+        except UnknownHold:
+            # Policy allow: the store was never told of it, so a heartbeat goes on without it.
+            if not self._core.allow or self.guarded:
+                raise
+            if otherwise() != self.parts:
+                raise StoreUnavailable(
+                    f"hold {self.id!r} was admitted while the store was away, which answers now: reserve more instead",
+                    reached=True,
+                ) from None
             return
         self._renewed(record)
 

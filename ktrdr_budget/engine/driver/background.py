@@ -131,7 +131,7 @@ class Background:
     def unrepaired(self, wait_s: float | None = None) -> Unrepaired:
         """The error for a reply that does not count; ``wait_s``: seconds after which another may."""
         again = "" if wait_s is None else f"; try again in {wait_s:.1f} s"
-        return Unrepaired(f"store at {self.store.shown}: it lost writes and is being repaired{again}")
+        return Unrepaired(f"store at {self.store.shown}: it lost writes and is being repaired{again}", reached=True)
 
     async def end(self) -> None:
         """Cancels what is under way, and waits until it has ended."""

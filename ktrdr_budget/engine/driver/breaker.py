@@ -15,6 +15,7 @@ from typing import Literal
 
 from ktrdr_budget.engine.driver.background import UNANSWERED, Background
 from ktrdr_budget.engine.protocol import Op
+from ktrdr_budget.engine.stores.failures import answered
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 
 __all__ = ["Breaker", "StoreState"]
@@ -52,6 +53,8 @@ class Breaker:
         """When the store last answered a read, in seconds of the monotonic clock."""
         self._since_s = 0.0
         self._trouble = ""
+        self._answered = False
+        """Whether the store is there, and answers that it is not ready."""
         self._pause_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._probe_began_s: float | None = None
@@ -72,6 +75,7 @@ class Breaker:
         self.openings += 1
         self._since_s = max(heard_s, called_s)
         self._trouble = str(error) or f"no reply from {self._background.store.shown}"
+        self._answered = answered(error)
         logger.error("%s", self._state_words)
         self._pause_s = PROBE_FIRST_S
         self._probe_later()
@@ -83,7 +87,7 @@ class Breaker:
 
     def refusal(self, *, ambiguous: bool) -> StoreUnavailable:
         """What a call gets while this is open."""
-        return StoreUnavailable(self._state_words, ambiguous=ambiguous)
+        return StoreUnavailable(self._state_words, ambiguous=ambiguous, reached=self._answered)
 
     @property
     def _state_words(self) -> str:
@@ -166,5 +170,6 @@ class Breaker:
             return False  # an answer: calls are told it
         except UNANSWERED as error:
             self._trouble = str(error) or self._trouble
+            self._answered = answered(error)
             return None
         return head.went_back

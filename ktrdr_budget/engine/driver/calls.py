@@ -31,7 +31,7 @@ Observer = Callable[[Observation], None]
 class Call:
     """One flow, and whoever awaits its result."""
 
-    __slots__ = ("context", "deadline", "flow", "future", "kept", "operation", "request", "sent", "started")
+    __slots__ = ("context", "deadline", "delayed", "flow", "future", "kept", "operation", "request", "sent", "started")
 
     def __init__(
         self, flow: Flow[Any], future: Any, operation: str, started: float, deadline: float, *, kept: bool = False
@@ -41,6 +41,8 @@ class Call:
         self.operation = operation
         self.started = started
         self.deadline = deadline
+        self.delayed = False
+        """Its time has begun anew: it could not be sent, for the event loop stood still."""
         self.kept = kept
         """The caller will not retry: the limiter sends a settlement that fails again, as if the caller were gone."""
         self.context = contextvars.copy_context()

@@ -45,8 +45,13 @@ _BACKOFF_FIRST_S = 0.01
 _BACKOFF_MAX_S = 0.2
 _MISSING_S = 0.05
 """How long a call waits for a window that is not here, before it asks again."""
+_REPAIRED = "it lost writes and is being repaired"
 _LEFT_S = 0.002
 """A call with less time left than this has none."""
+_LATE_S = 0.02
+"""A deadline that is noticed so late has passed because the event loop stood still."""
+_ANSWER_S = 0.1
+"""What has waited for the store to be ready is sent again only with so much time left for its answer."""
 
 
 class Coalescer:
@@ -64,7 +69,7 @@ class Coalescer:
             self._background,
             self.breaker,
             watch_policy=self._watch_policy,
-            waited=self._expire_waiting,
+            waited=self._repair_goes_on,
             resume=self._store_is_repaired,
         )
         self._backlog = Backlog(core, self._background, self.breaker, self.recovery)
@@ -349,8 +354,7 @@ class Coalescer:
             self._queues.put_back(batch)
             return
         if failed is None and deadline <= self._loop.time():
-            # Whose time is over is told so, and sends nothing any more.
-            if not (batch := self._expire(batch, self._trouble)):
+            if not (batch := self._expire(batch, self._trouble, in_turn=True)):
                 return
             deadline = min(call.deadline for call in batch)
         header = session.header
@@ -415,17 +419,27 @@ class Coalescer:
             assert self._loop is not None
             await asyncio.sleep(max(0.0, min(self._backoff_s, self._queues.next_s - self._loop.time())))
 
-    def _expire(self, calls: list[Call], error: Exception | None) -> list[Call]:
-        """Ends the calls whose deadline has come; returns the others."""
+    def _expire(self, calls: list[Call], error: Exception | None, *, in_turn: bool = False) -> list[Call]:
+        """Ends the calls whose deadline has come; returns the others.
+
+        What was never sent because the event loop stood still has its time once more, for the store may be there.
+
+        Args:
+            in_turn: they would be sent now.
+        """
         assert self._loop is not None
         now = self._loop.time()
         left, paid = list[Call](), list[Call]()
         for call in calls:
+            stood_still = (in_turn and error is None) or now - call.deadline > _LATE_S
+            if call.deadline - now <= _LEFT_S and stood_still and not (call.sent or call.delayed):
+                call.delayed, call.deadline = True, now + self._timeout
             (left if call.deadline - now > _LEFT_S else paid).append(call)
         if paid and error is not None:
             self.breaker.paid(max(call.started for call in paid), error)
+        waited = _REPAIRED if self.recovery.active else ""
         for call in paid:
-            self._throw(call, unavailable(error, self._store.shown, self._timeout, ambiguous=call.sent))
+            self._throw(call, unavailable(error, self._store.shown, self._timeout, ambiguous=call.sent, waited=waited))
         return left
 
     def _refuse_waiting(self) -> None:
@@ -433,15 +447,19 @@ class Coalescer:
         for call in self._queues.clear():
             self._throw(call, self.breaker.refusal(ambiguous=call.sent))
 
-    def _expire_waiting(self, error: Exception | None) -> None:
+    def _repair_goes_on(self, trouble: Exception | None) -> None:
+        """Nothing is sent meanwhile; with a trouble, the store does not answer."""
+        self._trouble = trouble
+        self._expire_waiting()
+
+    def _expire_waiting(self) -> None:
         """Ends calls whose deadline comes while nothing is sent."""
-        self._trouble = error or self._trouble
         self._queues.put_back(self._expire(self._queues.clear(), self._trouble))
         if self.breaker.open:
             self._refuse_waiting()
 
     def _look(self) -> float:
-        self._expire_waiting(None)
+        self._expire_waiting()
         return min([call.deadline for call in self._queues], default=math.inf)
 
     async def _command(self, call: Call, command: Read | Command) -> None:
@@ -449,6 +467,8 @@ class Coalescer:
         assert self._loop is not None
         pause: float = _BACKOFF_FIRST_S
         error: Exception | None = None
+        if call.deadline <= self._loop.time():  # the event loop stood still
+            call.deadline = self._loop.time() + self._timeout
         while True:
             try:
                 self._resume(call, await self._answer(command, call.deadline))
@@ -468,7 +488,7 @@ class Coalescer:
                 return
             if call.deadline - self._loop.time() <= pause:
                 if isinstance(error, Unrepaired):
-                    self._throw(call, StoreUnavailable(str(error)))
+                    self._throw(call, StoreUnavailable(str(error), reached=True))
                     return
                 self.breaker.paid(call.started, error)
                 self._throw(call, unavailable(error, self._store.shown, self._timeout))
@@ -514,8 +534,8 @@ class Coalescer:
             self._backlog.hasten()
 
     def _park(self, call: Call, line: str, head: Head) -> None:
-        """Tries again later, if its deadline allows that, what has to wait though the store answers: what asks for
-        money while replicas tell what is lost, and what touches a window that is not here."""
+        """Wait for a store that answers "not now": to what asks for money while it is repaired, and to what touches a
+        window that is not here. At the deadline that is denied, whatever the policy, for the store is there."""
         assert self._loop is not None
         if line[0] == "t":
             if call.request.letter == "X":  # a due hold, which others may wait for: left to whoever meets it next
@@ -525,16 +545,21 @@ class Coalescer:
             why = f"the window {line[2:]} was begun and is not here: its slot is half moved, or it was deleted"
         else:
             wait_s = (int(line[2:]) - head.now_us // 1000) / 1000
-            why = f"it lost writes and is being repaired; try again in {wait_s:.1f} s"
-        if self._loop.time() + wait_s > call.deadline - _LEFT_S:
+            why = f"{_REPAIRED}; try again in {wait_s:.1f} s"
+        left_s = call.deadline - self._loop.time()
+        if wait_s > left_s - min(_ANSWER_S, self._timeout / 4):
             ambiguous = call.sent and line[0] == "t"  # else it was granted nowhere
-            self._throw(call, StoreUnavailable(f"store at {self._store.shown}: {why}", ambiguous=ambiguous))
+            refusal = StoreUnavailable(f"store at {self._store.shown}: {why}", ambiguous=ambiguous, reached=True)
+            self._parked[call] = self._loop.call_later(max(0.0, left_s - _LEFT_S), self._unpark, call, refusal)
         else:
-            self._parked[call] = self._loop.call_later(wait_s, self._unpark, call)
+            self._parked[call] = self._loop.call_later(wait_s, self._unpark, call, None)
 
-    def _unpark(self, call: Call) -> None:
+    def _unpark(self, call: Call, refusal: StoreUnavailable | None) -> None:
         del self._parked[call]
-        self._enqueue(call, call.request)
+        if refusal is None:
+            self._enqueue(call, call.request)
+        else:
+            self._throw(call, refusal)
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -545,7 +570,7 @@ class Coalescer:
             return
         self.recovery.stop()
         self.breaker.stop()
-        closing = StoreUnavailable(f"store at {self._store.shown}: the limiter was closed", ambiguous=False)
+        closing = StoreUnavailable(f"store at {self._store.shown}: the limiter was closed", reached=True)
         self._refuse_parked(closing)
         ends, tasks = time.monotonic() + 2 * self._timeout, self._background.tasks
         while (tasks or self._lanes) and time.monotonic() < ends:
@@ -579,7 +604,7 @@ class Coalescer:
         while self._parked or self._queues:
             self._refuse_parked(closing)
             for call in self._queues.clear():
-                self._throw(call, StoreUnavailable(str(closing), ambiguous=call.sent))
+                self._throw(call, StoreUnavailable(str(closing), ambiguous=call.sent, reached=True))
 
 
 def _resend(batch: list[Call]) -> None:

@@ -150,11 +150,13 @@ class Recovery:
         self.begin()
 
     async def _tell_until_heard(self) -> None:
-        pause_s, trouble = _PAUSE_FIRST_S, None
+        pause_s = _PAUSE_FIRST_S
+        trouble: Exception | None = None
         try:
             while not self._background.closed:
                 if not self._breaker.open:
                     self._again = False
+                    trouble = None
                     try:
                         if await self._tell_all() and not self._again:
                             return

@@ -61,7 +61,7 @@ async def confirmed(
         if isinstance(told, Exception):
             raise told
     if (count[0] if isinstance(count, list) else count) < 1:
-        raise Transient(f"store at {shown}: {_MISSING[durability]}", sent=True)
+        raise Transient(f"store at {shown}: {_MISSING[durability]}", sent=True, answered=True)
     return answer
 
 

@@ -16,6 +16,7 @@ __all__ = [
     "NoScript",
     "Redirection",
     "Transient",
+    "answered",
     "doubtful",
     "meaning",
     "needs_time",
@@ -33,11 +34,17 @@ _REDIRECTION = re.compile(r"(MOVED|ASK) \d+ (\S*):(\d+)")
 
 
 class Transient(Exception):
-    """The store did not answer, or not yet: another try may help. ``sent`` tells whether it may have been executed."""
+    """The store did not answer, or not yet: another try may help.
 
-    def __init__(self, message: str, sent: bool) -> None:
+    Args:
+        sent: the request may have been executed.
+        answered: the store is there, and has answered that it cannot do this now.
+    """
+
+    def __init__(self, message: str, sent: bool, *, answered: bool = False) -> None:
         super().__init__(message)
         self.sent = sent
+        self.answered = answered
 
 
 class NoScript(Exception):
@@ -102,7 +109,7 @@ def meaning(error: Exception, shown: str) -> Exception:
     if redirection(error) is not None:
         return StoreError(f"store at {shown}: it is a node of a cluster; its URL must start with redis+cluster://")
     if isinstance(error, redis_errors.ClusterError) or _PASSING.search(_words(error)):
-        return Transient(text, sent=False)
+        return Transient(text, sent=False, answered=True)
     lost = (redis_errors.ConnectionError, redis_errors.TimeoutError)
     if isinstance(error, lost):
         if " connecting to " in str(error):
@@ -143,8 +150,24 @@ def without_secrets(error: Exception) -> str:
     return re.sub(r"(\w+://)[^@\s/]*@", r"\1***@", line)[:300]
 
 
-def unavailable(error: Exception | None, shown: str, timeout: float, *, ambiguous: bool = False) -> StoreUnavailable:
-    """What a caller gets when its deadline has passed."""
+def answered(error: BaseException) -> bool:
+    """Whether a failure is an answer: the store is there."""
+    return isinstance(error, StoreError) or (isinstance(error, Transient) and error.answered)
+
+
+def unavailable(
+    error: Exception | None, shown: str, timeout: float, *, ambiguous: bool = False, waited: str = ""
+) -> StoreUnavailable:
+    """What a caller gets when its deadline has passed.
+
+    Args:
+        error: the last failure; ``None`` if the store answers, and the call waited for something else.
+        waited: for what.
+    """
+    if error is None:
+        text = f"store at {shown}: {waited or 'the call waited for its turn'}; gave up after {timeout:g} s"
+        return StoreUnavailable(text, ambiguous=ambiguous, reached=True)
     if isinstance(error, Transient):
-        return StoreUnavailable(f"{error}; gave up after {timeout:g} s", ambiguous=ambiguous)
+        text = f"{error}; gave up after {timeout:g} s"
+        return StoreUnavailable(text, ambiguous=ambiguous, reached=error.answered)
     return StoreUnavailable(f"store at {shown} gave no answer within {timeout:g} s", ambiguous=ambiguous)

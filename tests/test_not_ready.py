@@ -1,0 +1,238 @@
+"""Policies for a store that is away do not admit while it is there (P12): what was never sent is sent, and "not now" is
+waited for, then denied."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from decimal import Decimal
+from typing import Any
+
+import pytest
+import redis
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable
+from ktrdr_budget.money import to_units
+
+from .conftest import free_port
+from .helpers.keyspace import spent_and_held, sums
+from .helpers.patience import in_haste
+from .helpers.waiting import until, wait_until
+
+BUDGET = Budget("agent", "500.00")
+CENT = to_units("0.01")
+POLICIES = ["deny", "allow", "lease"]
+
+
+@pytest.fixture(params=POLICIES)
+async def replica(server, request: pytest.FixtureRequest) -> AsyncIterator[AsyncBudgetLimiter]:
+    """It knows the store, and under policy ``lease`` it has something prepaid."""
+    options = {"lease_slab": "5.00"} if request.param == "lease" else {}
+    async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error=request.param, **options) as made:
+        await made.record("agent", "0.01")
+        await until(lambda: request.param != "lease" or made.prepaid["agent"])
+        yield made
+
+
+async def denied(
+    limiter: AsyncBudgetLimiter, call: Callable, *, waits_s: float = 0.0, match: str | None = None
+) -> None:
+    """It is waited for so long, and is denied: the store is there."""
+    began_s = time.monotonic()
+    with pytest.raises(StoreUnavailable, match=match) as refused:
+        await call()
+    assert time.monotonic() - began_s >= waits_s
+    assert refused.value.reached
+
+
+# -- a repair ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.timely
+async def test_nothing_is_granted_while_lost_writes_are_repaired(replica, client):
+    """1,805 grants during a repair, in a store that was up all the time."""
+    guarded = await replica.reserve("agent", "0.15")
+    client.flushall()
+    with in_haste(replica, 0.5):
+        tries = [denied(replica, lambda: replica.reserve("agent", "0.01"), waits_s=0.4) for _ in range(200)]
+        await asyncio.gather(*tries)
+        await denied(replica, lambda: guarded.grow("0.01"), waits_s=0.4, match="being repaired")
+        assert (await guarded.commit("0.07")).amounts == {"agent": Decimal("0.07")}, "facts need no admission"
+        assert replica.deferred == 0
+    assert (await replica.reserve("agent", "0.01")).guarded
+    await until(lambda: sums(client)["spent"] == to_units("0.08"))
+
+
+async def test_nothing_is_granted_while_this_replica_holds_its_calls_back_for_a_repair(replica, client):
+    hold = await replica.reserve("agent", "0.15")
+    replica._coalescer.recovery.active = True
+    try:
+        with in_haste(replica, 0.3):
+            await asyncio.gather(
+                denied(replica, lambda: replica.reserve("agent", "0.01"), waits_s=0.25, match="being repaired"),
+                denied(replica, lambda: hold.grow("0.01"), waits_s=0.25, match="being repaired"),
+            )
+    finally:
+        replica._coalescer.recovery.active = False
+        replica._coalescer._open_lane()
+    assert (await replica.reserve("agent", "0.01")).guarded
+
+
+# -- a window that is not there ----------------------------------------------------------------------------------------
+
+
+async def test_nothing_is_granted_in_a_window_that_is_missing(replica, client):
+    [key] = client.keys("ktrdr:{default}:w:agent:*")
+    kept = client.dump(key)
+    client.delete(key)
+    with in_haste(replica, 0.4):
+        await denied(replica, lambda: replica.reserve("agent", "0.01"), waits_s=0.3, match="is not here")
+    client.restore(key, 0, kept)
+    assert (await replica.reserve("agent", "0.01")).guarded
+
+
+# -- a store that answers that it cannot -------------------------------------------------------------------------------
+
+
+@contextmanager
+def read_only(client: redis.Redis) -> Iterator[None]:
+    client.replicaof("127.0.0.1", free_port())
+    try:
+        yield
+    finally:
+        client.replicaof("no", "one")
+
+
+@contextmanager
+def busy(client: redis.Redis) -> Iterator[None]:
+    """A script runs and does not end."""
+    client.config_set("lua-time-limit", 1)
+
+    def run() -> None:
+        with redis.Redis(unix_socket_path=client.connection_pool.connection_kwargs["path"]) as other:
+            with pytest.raises(redis.ResponseError):
+                other.eval("while true do end", 0)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    try:
+        wait_until(lambda: is_busy(client))
+        yield
+    finally:
+        client.script_kill()
+        thread.join()
+        client.config_set("lua-time-limit", 5000)
+
+
+def is_busy(client: redis.Redis) -> bool:
+    try:
+        return not client.ping()
+    except redis.ResponseError:
+        return True
+
+
+@contextmanager
+def without_replicas(client: redis.Redis) -> Iterator[None]:
+    client.config_set("min-replicas-to-write", 1)
+    try:
+        yield
+    finally:
+        client.config_set("min-replicas-to-write", 0)
+
+
+@pytest.mark.parametrize("not_ready", [read_only, busy, without_replicas])
+async def test_nothing_is_granted_by_a_store_that_answers_not_now(replica, client, not_ready):
+    """The first calls wait for it; then the breaker is open, and they do not."""
+    with not_ready(client), in_haste(replica, 0.3):
+        await denied(replica, lambda: replica.reserve("agent", "0.01"), waits_s=0.25)
+        for _ in range(20):
+            await denied(replica, lambda: replica.reserve("agent", "0.01"))
+    await until(lambda: replica.store_state == "closed")
+    assert (await replica.reserve("agent", "0.01")).guarded
+
+
+async def test_spend_is_a_fact_though_the_store_answers_not_now(server, client):
+    async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error="allow") as limiter:
+        hold = await limiter.reserve("agent", "0.15")
+        with read_only(client), in_haste(limiter, 0.2):
+            assert (await limiter.record("agent", "0.02")).deferred
+            assert (await hold.commit("0.07")).deferred
+        await until(lambda: not limiter.deferred)
+        assert spent_and_held(client) == (to_units("0.09"), 0)
+
+
+# -- an event loop that stood still ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 50, 500])
+async def test_what_was_not_sent_because_the_event_loop_stood_still_is_sent(replica, client, count):
+    """50 of 50 were admitted unguarded after the event loop stood still for 1.1 s."""
+    with in_haste(replica, 0.5):
+        tries = [asyncio.create_task(replica.reserve("agent", "0.01", id=f"op_{n}")) for n in range(count)]
+        await asyncio.sleep(0)  # all of them are queued
+        time.sleep(0.6)
+        holds = await asyncio.gather(*tries)
+    assert all(hold.guarded and hold.prepaid is None for hold in holds)
+    assert client.exists(*[f"ktrdr:{{default}}:h:op_{n}" for n in range(count)]) == count
+
+
+async def test_a_commit_by_id_is_sent_though_the_event_loop_stood_still(replica, client):
+    await replica.reserve("agent", "0.15", id="op_1")
+    with in_haste(replica, 0.5):
+        commit = asyncio.create_task(replica.commit("op_1", "0.07"))
+        await asyncio.sleep(0)
+        time.sleep(0.6)
+        assert not (await commit).deferred
+
+
+async def test_a_call_that_had_to_wait_for_its_turn_is_tried_for_one_more_deadline_at_most(start_server):
+    """The store hangs: what could not be sent before is still decided, by policy."""
+    own_server = start_server()
+    async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3, on_store_error="allow") as limiter:
+        await limiter.record("agent", "0.01")
+        own_server.pause()
+        began_s = time.monotonic()
+        tried = asyncio.create_task(limiter.reserve("agent", "0.01"))
+        await asyncio.sleep(0)
+        time.sleep(0.4)
+        async with asyncio.timeout(10):
+            hold = await tried
+        assert not hold.guarded, "it could not be reached"
+        assert time.monotonic() - began_s >= 0.7
+        own_server.resume()
+    own_server.kill()
+
+
+# -- what was admitted before ------------------------------------------------------------------------------------------
+
+
+async def test_what_was_admitted_without_the_store_does_not_grow_unchecked_once_it_is_back(start_server):
+    own_server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
+    async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3, on_store_error="allow") as limiter:
+        own_server.kill()
+        hold = await limiter.reserve("agent", "0.15")
+        await hold.grow("0.05")
+        assert not hold.guarded
+        own_server.start()
+        await until(lambda: limiter.store_state == "closed")
+        await hold.extend()
+        await denied(limiter, lambda: hold.grow("0.05"), match="was admitted while the store was away")
+        assert hold.amounts == {"agent": Decimal("0.20")}
+        await hold.commit("0.30")
+        with own_server.client() as client:
+            assert spent_and_held(client) == (to_units("0.30"), 0)
+    own_server.kill()
+
+
+async def test_a_limiter_that_is_closed_admits_nothing(server):
+    limiter = AsyncBudgetLimiter(server.url, [BUDGET], on_store_error="allow")
+    await limiter.record("agent", "0.01")
+    limiter._coalescer.recovery.active = True  # no lane takes what waits
+    waiting: list[Any] = [asyncio.ensure_future(limiter.reserve("agent", "0.01")) for _ in range(3)]
+    await asyncio.sleep(0)
+    await limiter.close()
+    for outcome in await asyncio.gather(*waiting, return_exceptions=True):
+        assert isinstance(outcome, StoreUnavailable) and outcome.reached

@@ -71,7 +71,7 @@ def _patient(listener: socket.socket) -> None:
 
 
 async def refusal(url: str) -> str:
-    limiter = AsyncBudgetLimiter(url, BUDGETS)
+    limiter = AsyncBudgetLimiter(url, BUDGETS, timeout=20.0)
     for call in (limiter.start, lambda: limiter.reserve("agent", "0.15"), lambda: limiter.status("agent")):
         with pytest.raises(StoreError) as refused:
             await call()
@@ -102,7 +102,7 @@ async def test_an_http_server_behind_which_no_node_is_named_is_named(web, form):
 
 def test_the_sync_limiter_and_the_audit_say_so_too(plain):
     url = f"rediss://127.0.0.1:{plain}"
-    with pytest.raises(StoreError, match="does not speak TLS"), BudgetLimiter(url, BUDGETS):
+    with pytest.raises(StoreError, match="does not speak TLS"), BudgetLimiter(url, BUDGETS, timeout=20.0):
         pass
     with pytest.raises(StoreError, match="does not speak TLS"):
         verify(url, timeout=1.0)

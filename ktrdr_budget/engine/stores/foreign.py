@@ -8,7 +8,7 @@ from ktrdr_budget.engine.stores.urls import Address
 
 __all__ = ["ForeignServer", "foreign_reply"]
 
-_ANSWER_S = 0.25
+_ANSWER_S = 0.5
 _REQUEST = b"PING / HTTP/1.0\r\n\r\n"
 """An error to Redis and to an HTTP server alike, so that each replies in its own protocol."""
 

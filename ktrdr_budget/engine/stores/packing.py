@@ -22,6 +22,8 @@ __all__ = ["Reader", "pack", "pool_of"]
 
 _EXPLAINED_AFTER_S = 0.2
 """A first connection that takes longer is looked into."""
+_EXPLAINED_TRIES = 2
+"""The server, or this machine, may be busy."""
 
 
 def _pack_slowly(words: tuple[Any, ...]) -> bytes:
@@ -97,8 +99,11 @@ class _Explained(_Own):
             raise
 
     async def _explain(self) -> None:
-        foreign = await asyncio.to_thread(foreign_reply, (self.host, self.port), self._tls)
-        raise foreign or _Unexplained
+        for _ in range(_EXPLAINED_TRIES):
+            foreign = await asyncio.to_thread(foreign_reply, (self.host, self.port), self._tls)
+            if foreign is not None:
+                raise foreign
+        raise _Unexplained
 
 
 def _needs_explaining(error: exceptions.RedisError) -> bool:

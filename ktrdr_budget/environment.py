@@ -1,7 +1,8 @@
-"""What the environment says about the daily budget, for those who read it without the service's settings."""
+"""The names of all environment variables, and those that are read without the service's settings."""
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -17,8 +18,10 @@ __all__ = [
     "CYCLE_ESTIMATE_DEFAULT",
     "DAILY_BUDGET_DEFAULT",
     "DATA_DIR_DEFAULT",
+    "VARIABLES",
     "agent_budget",
     "bounds",
+    "check_names",
     "cycle_estimate",
     "daily_limit",
     "data_dir",
@@ -27,12 +30,69 @@ __all__ = [
     "tenant",
 ]
 
+logger = logging.getLogger("ktrdr_budget")
+
 AGENT = "agent"
 """The name of the agent's daily budget."""
 DAILY_BUDGET_DEFAULT = Decimal("5.00")
 CYCLE_ESTIMATE_DEFAULT = Decimal("0.15")
 DATA_DIR_DEFAULT = "data/budget"
 UNLIMITED = "unlimited"
+VARIABLES = (
+    "KTRDR_ADMIN_KEY",
+    "KTRDR_AGENT_DAILY_BUDGET",
+    "KTRDR_API_KEY",
+    "KTRDR_API_URL",
+    "KTRDR_AUTH",
+    "KTRDR_BUDGETS_FILE",
+    "KTRDR_DURABILITY",
+    "KTRDR_FIXED_CALL_COST",
+    "KTRDR_LEASE_SLAB",
+    "KTRDR_MAX_BUDGETS",
+    "KTRDR_MAX_HOLDS",
+    "KTRDR_ON_STORE_ERROR",
+    "KTRDR_PRICES_FILE",
+    "KTRDR_REDIS_URL",
+    "KTRDR_TENANT",
+    "KTRDR_TIMEOUT",
+)
+"""Every variable with the prefix ``KTRDR_`` that the service, the command or the library reads."""
+_OF_TOOLS = ("KTRDR_REDIS_PASSWORD", "KTRDR_REPLICAS")
+"""Those of ``docker/`` and ``scripts/``, which may be exported beside them."""
+_SERVICE_LINK = re.compile(r".*(_SERVICE_.*|_PORT|_PORT_.*)")
+"""What Kubernetes sets for each service of a namespace: for ``ktrdr-redis``, ``KTRDR_REDIS_PORT`` among others."""
+_EDITS_MAX = 2
+_warned: set[str] = set()
+
+
+def check_names(environment: Mapping[str, str] = os.environ) -> None:
+    """Refuse a mistyped ``KTRDR_…`` variable; log one warning of other unknown ones.
+
+    Raises:
+        InvalidArgument: a name is unknown, and within two edits of a known one.
+    """
+    given = (name for name in environment if name.startswith("KTRDR_"))
+    unknown = sorted(
+        name for name in given if name not in VARIABLES and name not in _OF_TOOLS and not _SERVICE_LINK.fullmatch(name)
+    )
+    for name in unknown:
+        nearest = min(VARIABLES, key=lambda known: _edits(name, known))
+        if _edits(name, nearest) <= _EDITS_MAX:
+            raise InvalidArgument(f"unknown environment variable {name}: did you mean {nearest}?")
+    new = [name for name in unknown if name not in _warned]
+    if new:
+        _warned.update(new)
+        logger.warning("environment variables ignored, for their names are unknown: %s", ", ".join(new))
+
+
+def _edits(one: str, other: str) -> int:
+    """How many characters must be inserted, deleted or replaced to make one of the other."""
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        before, row = row, [i]
+        for j, wanted in enumerate(other, 1):
+            row.append(min(before[j] + 1, row[j - 1] + 1, before[j - 1] + (letter != wanted)))
+    return row[-1]
 
 
 def parse_limit(text: str) -> Amount | None:
@@ -82,8 +142,19 @@ def agent_budget(limit: Amount | None, environment: Mapping[str, str] = os.envir
 
 
 def store_url(environment: Mapping[str, str] = os.environ) -> str | None:
-    """``KTRDR_REDIS_URL``; ``None`` is the embedded server."""
-    return environment.get("KTRDR_REDIS_URL", "").strip() or None
+    """``KTRDR_REDIS_URL``; ``None``, if it is not set, is the embedded server.
+
+    Raises:
+        InvalidArgument: it is set but empty: replicas that lost their store's address must not each start their own.
+    """
+    url = environment.get("KTRDR_REDIS_URL")
+    if url is None:
+        return None
+    if not url.strip():
+        raise InvalidArgument(
+            "KTRDR_REDIS_URL is set but empty: give it the store's URL, or unset it for an embedded server"
+        )
+    return url.strip()
 
 
 def tenant(environment: Mapping[str, str] = os.environ) -> str:

@@ -47,6 +47,7 @@ class BudgetTracker:
         data_dir: str | os.PathLike[str] | None = None,
         url: str | None = None,
     ) -> None:
+        environment.check_names()
         limit = environment.daily_limit() if daily_limit is None else from_units(to_units(daily_limit, round_down=True))
         self._limit = limit
         self.daily_limit: float | None = None if limit is None else float(limit)

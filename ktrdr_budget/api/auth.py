@@ -21,6 +21,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from ktrdr_budget.api.problems import Problem
+from ktrdr_budget.environment import check_names
 
 __all__ = ["Caller", "Keys", "is_loopback"]
 
@@ -50,6 +51,7 @@ class Keys:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Keys:
         """``KTRDR_API_KEY`` and ``KTRDR_ADMIN_KEY`` (several keys are separated by commas), and ``KTRDR_AUTH=none``."""
+        check_names(environment)
         use, admin = (
             [key for key in map(str.strip, environment.get(name, "").split(",")) if key]
             for name in ("KTRDR_API_KEY", "KTRDR_ADMIN_KEY")

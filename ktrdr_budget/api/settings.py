@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from ktrdr_budget import environment
 from ktrdr_budget.engine.session import MAX_BUDGETS, MAX_HOLDS
 from ktrdr_budget.engine.stores.store import check_url, mask_url
 from ktrdr_budget.environment import AGENT, CYCLE_ESTIMATE_DEFAULT, DAILY_BUDGET_DEFAULT, DATA_DIR_DEFAULT, parse_limit
@@ -189,7 +190,11 @@ def load_settings() -> Settings:
         SettingsError: one of them is not usable.
     """
     try:
+        environment.check_names()
+        environment.store_url()  # one that is empty is not one that is not set
         settings = Settings()
+    except InvalidArgument as error:
+        raise SettingsError(str(error)) from None
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
     # The file is read now, so that what is wrong with it is said at the start.

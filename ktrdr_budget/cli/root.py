@@ -16,6 +16,7 @@ from ktrdr_budget.cli.budget_commands import budget
 from ktrdr_budget.cli.client import API_URL
 from ktrdr_budget.cli.errors import CommandError, InvalidInput
 from ktrdr_budget.cli.prices_command import prices
+from ktrdr_budget.errors import InvalidArgument
 
 __all__ = ["main"]
 
@@ -130,6 +131,12 @@ def main(context: click.Context, api_url: str | None) -> None:
 
     Exit codes: 0 done, 1 error, 2 wrong usage, 3 denied by a budget, 4 service or store unreachable.
     """
+    from ktrdr_budget.environment import check_names
+
+    try:
+        check_names()
+    except InvalidArgument as error:
+        raise InvalidInput(str(error)) from None
     if api_url is not None:
         context.meta[API_URL] = api_url
 

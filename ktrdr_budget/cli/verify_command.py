@@ -184,8 +184,10 @@ def _auditor() -> Auditor:
     from ktrdr_budget import environment
     from ktrdr_budget.verify import Auditor
 
-    tenant = environment.tenant()
-    url = environment.store_url()
+    try:
+        tenant, url = environment.tenant(), environment.store_url()
+    except InvalidArgument as error:
+        raise InvalidInput(str(error)) from None
     if url is None:
         url = _embedded_url(environment.data_dir())
     else:

@@ -55,6 +55,7 @@ def default_async_limiter() -> AsyncBudgetLimiter:
         return _async_limiter
     loop = asyncio.get_running_loop()
     if loop not in _made:
+        environment.check_names()
         limiter = AsyncBudgetLimiter(
             environment.store_url(),
             [environment.agent_budget(environment.daily_limit())],

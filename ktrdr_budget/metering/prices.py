@@ -13,6 +13,7 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any, Protocol
 
+from ktrdr_budget.environment import check_names
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument, UnknownPrice
 from ktrdr_budget.metering.price_list import PriceList
 from ktrdr_budget.metering.rates import UNITS, Cost, CostLine, Rate, Rates
@@ -129,6 +130,7 @@ class Prices:
         Raises:
             InvalidArgument: a value is not usable, or the file cannot be read.
         """
+        check_names(environment)
         path = environment.get("KTRDR_PRICES_FILE", "").strip()
         fixed = environment.get("KTRDR_FIXED_CALL_COST", "").strip() or None
         try:

@@ -97,7 +97,7 @@ def test_settings_travel_to_another_process(environment, budgets_file):
 
 
 def test_what_is_empty_is_not_set(environment):
-    settings = of(environment, AGENT_DAILY_BUDGET="", KTRDR_API_KEY="", KTRDR_REDIS_URL="", KTRDR_BUDGETS_FILE="")
+    settings = of(environment, AGENT_DAILY_BUDGET="", KTRDR_API_KEY="", KTRDR_BUDGETS_FILE="")
     assert settings.budgets[0].limit == 5
     assert settings.use_keys == ()
 

@@ -19,6 +19,7 @@ __all__ = [
     "DAILY_BUDGET_DEFAULT",
     "DATA_DIR_DEFAULT",
     "VARIABLES",
+    "ZERO_BUDGET",
     "agent_budget",
     "bounds",
     "check_names",
@@ -38,6 +39,11 @@ DAILY_BUDGET_DEFAULT = Decimal("5.00")
 CYCLE_ESTIMATE_DEFAULT = Decimal("0.15")
 DATA_DIR_DEFAULT = "data/budget"
 UNLIMITED = "unlimited"
+ZERO_BUDGET = (
+    "a daily budget of 0 (AGENT_DAILY_BUDGET=0) denies all spending; to run without a limit, set"
+    " AGENT_DAILY_BUDGET=unlimited"
+)
+"""What is logged at start, because 0 disables the check in other backends."""
 VARIABLES = (
     "KTRDR_ADMIN_KEY",
     "KTRDR_AGENT_DAILY_BUDGET",

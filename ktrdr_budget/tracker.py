@@ -14,6 +14,7 @@ from typing import Any
 from ktrdr_budget import environment
 from ktrdr_budget.engine.holds import OnError
 from ktrdr_budget.errors import DefinitionConflict, StoreUnavailable
+from ktrdr_budget.events import log_spend, logs_spend
 from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, Status
 from ktrdr_budget.money import AmountIn, format_amount, from_units, to_units
 from ktrdr_budget.sync import BudgetLimiter, Hold
@@ -53,7 +54,7 @@ class BudgetTracker:
         self.daily_limit: float | None = None if limit is None else float(limit)
         """Dollars, as configured; ``None`` if unlimited. :meth:`get_status` tells what is in force for all replicas."""
         if limit == 0:
-            logger.warning("the daily budget is $0.00: all spending is denied")
+            logger.warning("%s", environment.ZERO_BUDGET)
         self.cycle_estimate = environment.cycle_estimate()
         """What one cycle is expected to cost, in dollars."""
         if url is None and data_dir is None:
@@ -132,15 +133,23 @@ class BudgetTracker:
     # -- spending ------------------------------------------------------------------------------------------------------
 
     def record_spend(self, amount: AmountIn, operation_id: str) -> None:
-        """Records what was spent; ``operation_id`` is a label: calling this twice records two entries.
+        """Record what was spent; ``operation_id`` is a label: calling this twice records two entries.
 
-        Of a label that is too long for the ledger, it keeps the first 256 characters.
+        The ledger keeps the first 256 characters of the label. The spend is logged at level INFO with the day's total
+        and what remains; at higher levels these are not read.
 
         Raises:
             InvalidAmount: not a non-negative amount.
             StoreUnavailable: the store did not answer; it may have been recorded.
         """
-        self.limiter.record(_BUDGET, amount, operation=_label(operation_id))
+        label = _label(operation_id)
+        recorded = self.limiter.record(_BUDGET, amount, operation=label)
+        if logs_spend():
+            try:
+                status = self._status()
+            except (DefinitionConflict, StoreUnavailable):
+                status = None
+            log_spend(recorded.amounts[_BUDGET], label, status)
 
     def reserve(
         self,

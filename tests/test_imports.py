@@ -10,7 +10,7 @@ from pathlib import Path
 import ktrdr_budget
 
 PACKAGE = Path(ktrdr_budget.__file__).parent
-ROOMS = ("errors", "money", "periods", "models", "environment", "engine", "lease", "limiter")
+ROOMS = ("errors", "money", "periods", "models", "events", "environment", "engine", "lease", "limiter")
 ROOMS += ("sync", "tracker", "verify", "telemetry", "metering", "agent", "api", "cli")
 CORE = ROOMS[: ROOMS.index("verify") + 1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 import ktrdr_budget.tracker as module
 from ktrdr_budget import BudgetExceeded, BudgetTracker, InvalidAmount, StoreUnavailable, get_budget_tracker
+from ktrdr_budget.environment import ZERO_BUDGET
 
 
 @pytest.fixture(autouse=True)
@@ -50,6 +52,32 @@ def test_recorded_spend_counts_and_its_label_is_no_id(server):
         }
         [first, second] = tracker.limiter.ledger("agent")
         assert first.operation == second.operation == "op one, with spaces"
+
+
+def test_recorded_spend_is_logged_with_the_total_and_what_remains(server, caplog):
+    caplog.set_level(logging.INFO, "ktrdr_budget")
+    with BudgetTracker(1.0, url=server.url) as tracker:
+        tracker.record_spend(0.3, "op_1")
+        tracker.record_spend("0.0000015", "op_2\nINFO: forged")
+    first, second = (record for record in caplog.records if record.message.startswith("Budget spend recorded"))
+    assert first.levelname == "INFO"
+    assert first.message == "Budget spend recorded: $0.30 for op_1 (total: $0.30, remaining: $0.70)"
+    assert (first.amount, first.operation_id, first.total_spend, first.remaining) == (0.3, "op_1", 0.3, 0.7)
+    assert second.message == (
+        "Budget spend recorded: $0.0000015 for op_2?INFO: forged (total: $0.3000015, remaining: $0.6999985)"
+    )
+
+
+def test_without_a_limit_the_log_says_unlimited_and_without_info_no_status_is_read(server, caplog, monkeypatch):
+    monkeypatch.setenv("AGENT_DAILY_BUDGET", "unlimited")
+    with BudgetTracker(url=server.url) as tracker:
+        caplog.set_level(logging.INFO, "ktrdr_budget")
+        tracker.record_spend(0.3, "op_1")
+        [record] = caplog.records
+        assert (record.message.partition(" (")[2], record.remaining) == ("total: $0.30, remaining: unlimited)", None)
+        caplog.set_level(logging.WARNING, "ktrdr_budget")
+        monkeypatch.setattr(tracker, "_status", lambda: pytest.fail("nobody reads it"))
+        tracker.record_spend(0.3, "op_1")
 
 
 def test_what_does_not_fit_is_told_with_both_figures(server):
@@ -101,7 +129,8 @@ def test_no_spend_is_lost_for_its_label(server, label, kept):
 
 def test_a_limit_of_zero_denies_all_and_says_so(server, caplog):
     with BudgetTracker(0, url=server.url) as tracker:
-        assert caplog.messages == ["the daily budget is $0.00: all spending is denied"]
+        assert caplog.messages == [ZERO_BUDGET]
+        assert "AGENT_DAILY_BUDGET=unlimited" in ZERO_BUDGET
         assert tracker.can_spend(0.01) == (False, "budget_exhausted ($0.00 remaining, need $0.01)")
         with pytest.raises(BudgetExceeded):
             tracker.reserve(0.01)

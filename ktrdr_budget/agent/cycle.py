@@ -14,15 +14,17 @@ from typing import Any, Literal, Protocol, TypeVar
 from ktrdr_budget.agent.endings import tell_ending
 from ktrdr_budget.agent.gates import GateResult, Thresholds, backtest_gate, training_gate
 from ktrdr_budget.agent.llm import LLM, Completion
+from ktrdr_budget.agent.logs import log_cycle_ended, log_gate_failed
 from ktrdr_budget.agent.operations import Operations, Outcome, Progress
-from ktrdr_budget.agent.phases import Phase, Research
+from ktrdr_budget.agent.options import CycleOptions
+from ktrdr_budget.agent.phases import Design, Phase, Research
 from ktrdr_budget.environment import AGENT
 from ktrdr_budget.errors import BudgetError, BudgetExceeded, StoreError, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
 from ktrdr_budget.metering.instruments import charged_tokens
 from ktrdr_budget.telemetry.spans import Span, operation_scope, span, suppressed, without_secrets
 
-__all__ = ["OPERATION_TYPE", "Cycle", "Measures", "Workplace"]
+__all__ = ["OPERATION_TYPE", "Cycle", "Measures", "Plan", "Workplace"]
 
 logger = logging.getLogger("ktrdr_budget")
 
@@ -50,6 +52,16 @@ class Measures(Protocol):
     def phase_ended(self, phase: str, seconds: float) -> None: ...
     def gate(self, gate: str, passed: bool) -> None: ...
     def tokens(self, phase: str, count: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one cycle does: the options of its trigger, and what they stand for."""
+
+    options: CycleOptions
+    llm: LLM
+    design: Design | None = None
+    """Designed already: there is no phase ``designing``."""
 
 
 @dataclass(frozen=True)
@@ -87,9 +99,10 @@ class Cycle:
         link: the span that triggered it.
     """
 
-    def __init__(self, workplace: Workplace, hold: AsyncHold, link: Any = None) -> None:
+    def __init__(self, workplace: Workplace, hold: AsyncHold, plan: Plan, link: Any = None) -> None:
         self._workplace = workplace
         self._hold = hold
+        self._plan = plan
         self._link = link
         self._working: asyncio.Task[None] | None = None
         self._stop: Stop | None = None
@@ -100,7 +113,12 @@ class Cycle:
         self.lost_here = False
         """Whether this replica itself has written it down as lost: then nobody else has counted its end."""
         self.progress = Progress(
-            estimate=format(hold.amounts[AGENT], "f"), replica=workplace.limiter.replica_id, phase="designing"
+            estimate=format(hold.amounts[AGENT], "f"),
+            replica=workplace.limiter.replica_id,
+            phase="designing" if plan.design is None else "training",
+            strategy_name=None if plan.design is None else plan.design.strategy_name,
+            model=plan.llm.model,
+            request=asdict(plan.options),
         )
 
     @property
@@ -109,6 +127,11 @@ class Cycle:
         return self._hold.id
 
     # -- what phases may ask -------------------------------------------------------------------------------------------
+
+    @property
+    def brief(self) -> str | None:
+        """What its trigger asks the design to follow."""
+        return self._plan.options.brief
 
     @property
     def cancelled(self) -> bool:
@@ -122,7 +145,7 @@ class Cycle:
             self._stop_here()
         self._asked = True
         metered_calls = self._metered_calls
-        completion = await self._workplace.llm.complete(prompt, system=system, max_tokens=max_tokens)
+        completion = await self._plan.llm.complete(prompt, system=system, max_tokens=max_tokens)
         if self._metered_calls == metered_calls:  # a model without a meter tells nobody but us
             self._count(completion.usage.total_tokens)
         return completion
@@ -165,6 +188,7 @@ class Cycle:
                 watching.cancel()
             self._conclude(root, outcome, reason)
             elapsed_s, measures = time.monotonic() - started, self._workplace.measures
+            log_cycle_ended(self.operation_id, outcome, reason, self._hold.accrued[AGENT], elapsed_s, self.progress)
             if reason != "worker_lost":
                 measures.cycle_ended(outcome, elapsed_s)
             owner, operations = self._workplace.limiter.replica_id, self._workplace.operations
@@ -202,6 +226,7 @@ class Cycle:
                 "outcome": outcome,
                 "reason": reason,
                 "strategy_name": progress.strategy_name,
+                "model": progress.model,
                 "tokens": self._tokens,
                 "ktrdr.budget.spend": progress.spend,
             }
@@ -215,10 +240,11 @@ class Cycle:
     async def _phases(self) -> None:
         research, thresholds = self._workplace.research, self._workplace.thresholds
         charged_tokens.set(self._count_call)
-        with self._phase("designing") as current:
-            design = await self._done(research.design(self))
-            self.progress.strategy_name = str(design.strategy_name)
-            current.set_attribute("strategy_name", self.progress.strategy_name)
+        if (design := self._plan.design) is None:
+            with self._phase("designing") as current:
+                design = await self._done(research.design(self))
+                self.progress.strategy_name = str(design.strategy_name)
+                current.set_attribute("strategy_name", self.progress.strategy_name)
         with self._phase("training") as current:
             training = await self._done(research.train(self, design))
             loss = {"final_loss": training.final_loss, "loss_decrease": training.loss_decrease}
@@ -284,10 +310,15 @@ class Cycle:
         self.progress.results |= {name: _plain(value) for name, value in told.items()}
 
     def _judge(self, current: Span, result: GateResult) -> None:
-        current.set_attributes({"gate.passed": result.passed, "gate.reason": result.reason})
-        self.progress.gates.append({"gate": result.gate, "passed": result.passed, "reason": result.reason})
+        bypassed = self._plan.options.bypass_gates
+        told: dict[str, bool | str] = {"passed": result.passed, "reason": result.reason, "bypassed": bypassed}
+        current.set_attributes({f"gate.{name}": value for name, value in told.items()})
+        self.progress.gates.append({"gate": result.gate, **told})
+        if bypassed:
+            return
         self._workplace.measures.gate(result.gate, result.passed)
         if not result.passed:
+            log_gate_failed(self.operation_id, result.gate, result.reason)
             raise _GateFailedError(f"{result.gate} gate: {result.reason}")
 
     # -- what is told --------------------------------------------------------------------------------------------------

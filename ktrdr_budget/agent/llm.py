@@ -5,9 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.metering.usage import Usage
 
-__all__ = ["LLM", "Completion"]
+__all__ = ["LLM", "Completion", "UnusableModel"]
+
+
+class UnusableModel(InvalidArgument):
+    """The provider has no such model, or the model has no price."""
 
 
 @dataclass(frozen=True)
@@ -30,6 +35,14 @@ class LLM(Protocol):
 
         Raises:
             BudgetExceeded: there is no room for the worst case; nothing was sent.
+        """
+        ...
+
+    def using(self, model: str) -> LLM:
+        """The same provider with another model, by its name or by a short one such as ``haiku``; shares connections.
+
+        Raises:
+            UnusableModel: the provider has no such model, or the model has no price.
         """
         ...
 

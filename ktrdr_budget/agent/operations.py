@@ -34,8 +34,12 @@ class Progress:
     estimate: str = "0"
     tokens: dict[str, int] = field(default_factory=lambda: {"design": 0, "assessment": 0})
     strategy_name: str | None = None
+    model: str | None = None
+    """The language model that is asked."""
+    request: dict[str, Any] = field(default_factory=dict)
+    """What the trigger asked for: the fields of :class:`~ktrdr_budget.agent.options.CycleOptions`."""
     gates: list[dict[str, Any]] = field(default_factory=list)
-    """Each with ``gate``, ``passed`` and ``reason``."""
+    """Each with ``gate``, ``passed``, ``reason`` and ``bypassed``."""
     results: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     replica: str = ""

@@ -8,11 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from ktrdr_budget.agent.llm import Completion
 
-__all__ = ["PHASES", "Assessment", "Backtest", "Design", "Phase", "PhaseContext", "Research", "Training"]
+__all__ = [
+    "PHASES",
+    "Assessment",
+    "Backtest",
+    "Design",
+    "KnowsStrategies",
+    "Phase",
+    "PhaseContext",
+    "Research",
+    "Training",
+]
 
 Phase = Literal["designing", "training", "backtesting", "assessing"]
 PHASES: tuple[Phase, ...] = ("designing", "training", "backtesting", "assessing")
@@ -74,6 +84,11 @@ class PhaseContext(Protocol):
         ...
 
     @property
+    def brief(self) -> str | None:
+        """What the trigger asks the design to follow, in words; ``None`` if it asks nothing."""
+        ...
+
+    @property
     def cancelled(self) -> bool:
         """Whether somebody asked the cycle to stop: for loops in threads, which a cancellation does not reach."""
         ...
@@ -104,4 +119,17 @@ class Research(Protocol):
 
     async def assess(self, context: PhaseContext, design: Design, training: Training, backtest: Backtest) -> Assessment:
         """Judges it (asks the language model)."""
+        ...
+
+
+@runtime_checkable
+class KnowsStrategies(Protocol):
+    """A research with strategies that are designed already, which a trigger can ask for by name."""
+
+    def known_design(self, strategy: str) -> Design:
+        """The design of this strategy. A cycle that is given one has no phase ``designing``.
+
+        Raises:
+            InvalidArgument: there is no such strategy; the message says which there are.
+        """
         ...

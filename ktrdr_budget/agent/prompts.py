@@ -21,6 +21,7 @@ __all__ = [
     "VERDICTS",
     "UnusableAnswer",
     "assessment_prompt",
+    "brief_of",
     "design_prompt",
     "figures_of",
     "parse_assessment",
@@ -33,6 +34,7 @@ VERDICTS = ("promising", "mediocre", "poor")
 SUMMARY_LENGTH_MAX = 1000
 _STRATEGIES = "Strategies: "
 _FIGURES = "Figures: "
+_BRIEF = "Brief: "
 
 
 class UnusableAnswer(BudgetError):
@@ -42,8 +44,8 @@ class UnusableAnswer(BudgetError):
 # -- designing ---------------------------------------------------------------------------------------------------------
 
 
-def design_prompt(operation_id: str) -> str:
-    """Asks for a strategy. The id makes that cycles try different ones."""
+def design_prompt(operation_id: str, brief: str | None = None) -> str:
+    """Ask for a strategy. The id makes cycles try different ones; the brief, if any, guides the choice."""
     described = {
         name: {"description": strategy.description, "parameters": {key: list(ends) for key, ends in ranges.items()}}
         for name, strategy in STRATEGIES.items()
@@ -59,9 +61,21 @@ def design_prompt(operation_id: str) -> str:
             "Choose one strategy, and a value for each of its parameters between the lowest and highest given; whole",
             "numbers where both are. Other cycles try other choices: let the id decide where nothing else does.",
             _STRATEGIES + json.dumps(described),
+            *_brief_lines(brief),
             'Answer: {"strategy": NAME, "parameters": {NAME: NUMBER, ...}, "rationale": TWO SENTENCES}',
         )
     )
+
+
+def _brief_lines(brief: str | None) -> tuple[str, ...]:
+    # As JSON, so that no line of the brief can be mistaken for one of the prompt.
+    return () if brief is None else ("Follow this brief as far as it allows:", _BRIEF + json.dumps({"text": brief}))
+
+
+def brief_of(prompt: str) -> str | None:
+    """The brief that a design prompt gives; ``None`` if it gives none."""
+    found = _line_of(prompt, _BRIEF)
+    return None if found is None else str(found["text"])
 
 
 def strategies_of(prompt: str) -> Mapping[str, Any] | None:

@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ktrdr_budget.agent.llm import LLM, Completion
-from ktrdr_budget.agent.scripted import SCRIPTED_PRICE, ScriptedLLM
+from ktrdr_budget.agent.llm import LLM, Completion, UnusableModel
+from ktrdr_budget.agent.scripted import SCRIPTED_PRICES, ScriptedLLM
 from ktrdr_budget.environment import AGENT
 from ktrdr_budget.errors import InvalidArgument, UnknownPrice
 from ktrdr_budget.limiter import AsyncBudgetLimiter
@@ -32,6 +32,8 @@ __all__ = ["ANTHROPIC_MODEL", "OPENAI_MODEL", "AnthropicLLM", "OpenAILLM", "make
 
 ANTHROPIC_MODEL = "claude-haiku-5-5"
 OPENAI_MODEL = "gpt-6-luna"
+ANTHROPIC_MODELS = {"opus": "claude-opus-5-5", "sonnet": "claude-sonnet-5-5", "haiku": ANTHROPIC_MODEL}
+"""Short names of models."""
 REASONING_TOKENS_MAX = 3072
 """Output beside the answer: the models of these days reason first, and count that as output."""
 
@@ -41,17 +43,32 @@ class AnthropicLLM:
 
     Args:
         client: guarded.
+        prices: of the models; one without a price is refused.
+        model: the model, or one of :data:`ANTHROPIC_MODELS`.
         reasoning_tokens: how much it may reason beside what an answer may take.
+
+    Raises:
+        UnusableModel: the model has no price.
     """
 
     provider = "anthropic"
 
     def __init__(
-        self, client: AsyncAnthropic, model: str = ANTHROPIC_MODEL, *, reasoning_tokens: int = REASONING_TOKENS_MAX
+        self,
+        client: AsyncAnthropic,
+        prices: Prices,
+        model: str = ANTHROPIC_MODEL,
+        *,
+        reasoning_tokens: int = REASONING_TOKENS_MAX,
     ) -> None:
-        self.model = model
+        self.model = _priced(self.provider, ANTHROPIC_MODELS.get(model.lower(), model), prices)
         self._client = client
+        self._prices = prices
         self._reasoning_tokens = reasoning_tokens
+
+    def using(self, model: str) -> AnthropicLLM:
+        """See :meth:`~ktrdr_budget.agent.llm.LLM.using`."""
+        return AnthropicLLM(self._client, self._prices, model, reasoning_tokens=self._reasoning_tokens)
 
     async def complete(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
         """See :meth:`~ktrdr_budget.agent.llm.LLM.complete`. Errors of the SDK come as they are."""
@@ -84,17 +101,31 @@ class OpenAILLM:
 
     Args:
         client: guarded.
+        prices: of the models; one without a price is refused.
         reasoning_tokens: how much it may reason beside what an answer may take.
+
+    Raises:
+        UnusableModel: the model has no price.
     """
 
     provider = "openai"
 
     def __init__(
-        self, client: AsyncOpenAI, model: str = OPENAI_MODEL, *, reasoning_tokens: int = REASONING_TOKENS_MAX
+        self,
+        client: AsyncOpenAI,
+        prices: Prices,
+        model: str = OPENAI_MODEL,
+        *,
+        reasoning_tokens: int = REASONING_TOKENS_MAX,
     ) -> None:
-        self.model = model
+        self.model = _priced(self.provider, model, prices)
         self._client = client
+        self._prices = prices
         self._reasoning_tokens = reasoning_tokens
+
+    def using(self, model: str) -> OpenAILLM:
+        """See :meth:`~ktrdr_budget.agent.llm.LLM.using`."""
+        return OpenAILLM(self._client, self._prices, model, reasoning_tokens=self._reasoning_tokens)
 
     async def complete(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
         """See :meth:`~ktrdr_budget.agent.llm.LLM.complete`. Errors of the SDK come as they are."""
@@ -139,17 +170,19 @@ def make_llm(limiter: AsyncBudgetLimiter, environment: Mapping[str, str] = os.en
     """
     kind = _text(environment, "AGENT_LLM").lower() or ScriptedLLM.provider
     model = _text(environment, "AGENT_MODEL")
-    prices = Prices.from_environment(environment, [SCRIPTED_PRICE])
-    if kind == ScriptedLLM.provider:
-        if model not in ("", ScriptedLLM.model):
-            raise InvalidArgument(f"AGENT_MODEL is {model!r}, but AGENT_LLM is not set to its provider")
-        return ScriptedLLM(Meter(limiter, [AGENT], prices))
-    if kind == AnthropicLLM.provider:
-        anthropic = _client(kind, "AsyncAnthropic", environment)
-        return AnthropicLLM(_guarded(anthropic, limiter, prices), _priced(kind, model or ANTHROPIC_MODEL, prices))
-    if kind == OpenAILLM.provider:
-        openai = _client(kind, "AsyncOpenAI", environment)
-        return OpenAILLM(_guarded(openai, limiter, prices), _priced(kind, model or OPENAI_MODEL, prices))
+    prices = Prices.from_environment(environment, SCRIPTED_PRICES)
+    try:
+        if kind == ScriptedLLM.provider:
+            scripted = ScriptedLLM(Meter(limiter, [AGENT], prices))
+            return scripted.using(model) if model else scripted
+        if kind == AnthropicLLM.provider:
+            anthropic = _guarded(_client(kind, "AsyncAnthropic", environment), limiter, prices)
+            return AnthropicLLM(anthropic, prices, model or ANTHROPIC_MODEL)
+        if kind == OpenAILLM.provider:
+            openai = _guarded(_client(kind, "AsyncOpenAI", environment), limiter, prices)
+            return OpenAILLM(openai, prices, model or OPENAI_MODEL)
+    except UnusableModel as error:
+        raise InvalidArgument(f"AGENT_MODEL: {error}") from None
     raise InvalidArgument(f"AGENT_LLM: must be 'scripted', 'anthropic' or 'openai', not {kind!r}")
 
 
@@ -177,7 +210,7 @@ def _priced(kind: str, model: str, prices: Prices) -> str:
     try:
         prices.worst_case(kind, model, 1, 1, datetime.now(UTC))
     except UnknownPrice as error:
-        raise InvalidArgument(f"AGENT_MODEL: {error}") from None
+        raise UnusableModel(str(error)) from None
     except ModuleNotFoundError as error:
         raise InvalidArgument(f"AGENT_LLM={kind}: {error}") from None
     return model

@@ -62,7 +62,18 @@ class ExampleResearch:
             UnusableAnswer: it answered nonsense twice.
         """
         async with self._paced():
-            return await _ask(context, prompts.design_prompt(context.operation_id), prompts.parse_design)
+            return await _ask(context, prompts.design_prompt(context.operation_id, context.brief), prompts.parse_design)
+
+    def known_design(self, strategy: str) -> Design:
+        """One of :data:`~ktrdr_budget.agent.strategies.STRATEGIES`, each parameter in the middle of its range.
+
+        Raises:
+            InvalidArgument: there is no such strategy.
+        """
+        found = STRATEGIES.get(strategy)
+        if found is None:
+            raise InvalidArgument(f"there is no strategy {strategy!r}; choose one of {', '.join(STRATEGIES)}")
+        return Design(found.name, found.middle)
 
     async def train(self, context: PhaseContext, design: Design) -> Training:
         """Fits the model to the first part of the series, and measures it on the second."""

@@ -10,20 +10,28 @@ import asyncio
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from ktrdr_budget.agent import prompts
-from ktrdr_budget.agent.llm import Completion
+from ktrdr_budget.agent.llm import Completion, UnusableModel
 from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.metering.meter import Meter
 from ktrdr_budget.metering.prices import ModelPrice
 from ktrdr_budget.metering.usage import Usage
 
-__all__ = ["SCRIPTED_PRICE", "ScriptedLLM"]
+__all__ = ["SCRIPTED_PRICE", "SCRIPTED_PRICES", "ScriptedLLM"]
 
 SCRIPTED_PRICE = ModelPrice("scripted", "ktrdr-scripted-1", input=15, output=75)
 """What its tokens cost, in play money that the budget takes seriously."""
+_SIZES = {
+    "opus": SCRIPTED_PRICE,
+    "sonnet": ModelPrice("scripted", "ktrdr-scripted-1-sonnet", input=9, output=45),
+    "haiku": ModelPrice("scripted", "ktrdr-scripted-1-haiku", input=3, output=15),
+}
+SCRIPTED_PRICES = tuple(_SIZES.values())
+"""Of the same answers in three sizes, so that a choice of the model can be tried without a key."""
 TOKENS_PER_SECOND_DEFAULT = 500.0
 CONTEXT_TOKENS = 500
 """Input beside the prompt that each call is counted, as a provider counts tool descriptions and the like."""
@@ -37,7 +45,8 @@ class ScriptedLLM:
     """Implements :class:`~ktrdr_budget.agent.llm.LLM` without one.
 
     Args:
-        meter: reserves and accrues what a call costs; its pricer must know :data:`SCRIPTED_PRICE`.
+        meter: reserves and accrues what a call costs; its pricer must know :data:`SCRIPTED_PRICES`.
+        model: one of those.
         tokens_per_second: how fast output arrives; ``math.inf`` for at once.
 
     Raises:
@@ -45,11 +54,17 @@ class ScriptedLLM:
     """
 
     provider = SCRIPTED_PRICE.provider
-    model = SCRIPTED_PRICE.model
 
-    def __init__(self, meter: Meter, *, tokens_per_second: float = TOKENS_PER_SECOND_DEFAULT) -> None:
+    def __init__(
+        self,
+        meter: Meter,
+        *,
+        model: str = SCRIPTED_PRICE.model,
+        tokens_per_second: float = TOKENS_PER_SECOND_DEFAULT,
+    ) -> None:
         if not tokens_per_second > 0:
             raise InvalidArgument(f"tokens_per_second must be positive, not {tokens_per_second!r}")
+        self.model = model
         self._meter = meter
         self._tokens_per_second = tokens_per_second
 
@@ -71,6 +86,15 @@ class ScriptedLLM:
                 await asyncio.sleep(CHUNK_TOKENS / self._tokens_per_second)
             call.finish(usage)
         return Completion(text, usage, self.model)
+
+    def using(self, model: str) -> ScriptedLLM:
+        """See :meth:`~ktrdr_budget.agent.llm.LLM.using`."""
+        named = {price.model: price for price in SCRIPTED_PRICES}
+        price = _SIZES.get(model.lower()) or named.get(model)
+        if price is None:
+            known = ", ".join((*_SIZES, *named))
+            raise UnusableModel(f"the scripted model has no {model!r}; choose one of {known}, or set AGENT_LLM")
+        return ScriptedLLM(self._meter, model=price.model, tokens_per_second=self._tokens_per_second)
 
     async def close(self) -> None:
         """Has nothing to let go of."""
@@ -96,6 +120,8 @@ def answer(prompt: str) -> str:
 def _design(prompt: str, strategies: Mapping[str, Any]) -> dict[str, Any]:
     names = list(strategies)
     name = names[int(_chosen(prompt, "strategy", 0, len(names)))]
+    brief = re.sub(r"[^a-z]+", "_", (prompts.brief_of(prompt) or "").lower())
+    name = next((asked for asked in names if asked in brief), name)
     parameters = {
         parameter: _value(prompt, parameter, *ends) for parameter, ends in strategies[name]["parameters"].items()
     }

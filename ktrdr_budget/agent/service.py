@@ -6,21 +6,36 @@ import asyncio
 import logging
 import math
 import secrets
-from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ktrdr_budget.agent.cycle import OPERATION_TYPE, Cycle, Workplace
+from ktrdr_budget.agent.cycle import OPERATION_TYPE, Cycle, Plan, Workplace
+from ktrdr_budget.agent.llm import UnusableModel
+from ktrdr_budget.agent.logs import log_cycle_lost, log_cycle_started
 from ktrdr_budget.agent.operations import CyclesPage
+from ktrdr_budget.agent.options import CycleOptions, UnusableOption
+from ktrdr_budget.agent.phases import KnowsStrategies
 from ktrdr_budget.environment import AGENT
-from ktrdr_budget.errors import BudgetError, BudgetExceeded, DefinitionConflict, HoldConflict
+from ktrdr_budget.errors import BudgetError, BudgetExceeded, DefinitionConflict, HoldConflict, InvalidArgument
+from ktrdr_budget.events import log_exhausted
 from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.models import Budget, Denial, Status
 from ktrdr_budget.money import Amount, from_units
 from ktrdr_budget.periods import from_ms
-from ktrdr_budget.telemetry.spans import current_link, suppressed
+from ktrdr_budget.telemetry.budget_log import CALLER_LOGS
+from ktrdr_budget.telemetry.spans import current_link, mark_operation, operation_scope, suppressed
 
-__all__ = ["SLOTS", "AgentService", "CycleActive", "CycleEnded", "MoneyDenied", "Started", "UnknownCycle", "slots"]
+__all__ = [
+    "SLOTS",
+    "AgentService",
+    "AgentStatus",
+    "CycleActive",
+    "CycleEnded",
+    "MoneyDenied",
+    "Started",
+    "UnknownCycle",
+    "slots",
+]
 
 logger = logging.getLogger("ktrdr_budget")
 
@@ -40,8 +55,8 @@ class MoneyDenied(BudgetError):
     """There is no money for a cycle."""
 
     def __init__(self, denial: Denial, retry_after: int | None) -> None:
-        told = replace(denial, reason="budget_exhausted").summary
-        super().__init__(f"Daily budget exhausted: {told}")
+        self.summary = replace(denial, reason="budget_exhausted").summary
+        super().__init__(f"Daily budget exhausted: {self.summary}")
         self.denial = denial
         """Its reason is the finer one."""
         self.retry_after = retry_after
@@ -75,8 +90,20 @@ class Started:
     """A cycle that was begun."""
 
     operation_id: str
+    model: str
+    """The language model that it asks."""
     replayed: bool = False
     """It had been begun by the same request before."""
+
+
+@dataclass(frozen=True)
+class AgentStatus:
+    """What the agent is doing, and what it may do yet."""
+
+    cycles: CyclesPage
+    budget: Status | None
+    """``None``: unknown, for it is defined otherwise elsewhere."""
+    capacity: Status | None
 
 
 class AgentService:
@@ -110,20 +137,58 @@ class AgentService:
 
     # -- trigger -------------------------------------------------------------------------------------------------------
 
-    async def trigger(self, operation_id: str | None = None) -> Started:
-        """Reserves a cycle's estimate and a slot, all or none, and begins it.
+    async def trigger(
+        self,
+        operation_id: str | None = None,
+        *,
+        strategy: str | None = None,
+        brief: str | None = None,
+        model: str | None = None,
+        bypass_gates: bool = False,
+    ) -> Started:
+        """Reserve a cycle's estimate and a slot, all or none, and begin the cycle.
 
         Args:
-            operation_id: makes a retry harmless: the same id returns the same cycle.
+            operation_id: makes a retry harmless: the same id and options return the same cycle.
+            strategy, brief, model, bypass_gates: see :class:`~ktrdr_budget.agent.options.CycleOptions`.
 
         Raises:
+            UnusableOption: an option cannot be followed.
             MoneyDenied: no money.
             CycleActive: no slot; told only if money alone does not deny.
             HoldConflict: the id is in use otherwise, or was used before for a cycle that did not begin, or that is only
                 remembered.
             StoreUnavailable: nothing was begun.
         """
+        plan = self._planned(CycleOptions(strategy, brief, model, bypass_gates))
         operation_id = operation_id or f"op_{secrets.token_hex(8)}"
+        mark_operation(operation_id, OPERATION_TYPE)
+        with operation_scope(operation_id, OPERATION_TYPE):
+            return await self._trigger(operation_id, plan)
+
+    def _planned(self, options: CycleOptions) -> Plan:
+        llm, design = self._workplace.llm, None
+        if options.strategy is not None:
+            if options.brief is not None:
+                raise UnusableOption(
+                    "brief", "it guides the design, and a strategy is designed already; give one of them"
+                )
+            research = self._workplace.research
+            if not isinstance(research, KnowsStrategies):
+                raise UnusableOption("strategy", "this agent's research takes none by name")
+            try:
+                design = research.known_design(options.strategy)
+            except InvalidArgument as error:
+                raise UnusableOption("strategy", str(error)) from None
+        if options.model is not None:
+            try:
+                llm = llm.using(options.model)
+            except UnusableModel as error:
+                raise UnusableOption("model", str(error)) from None
+        return Plan(options, llm, design)
+
+    async def _trigger(self, operation_id: str, plan: Plan) -> Started:
+        outer = CALLER_LOGS.set(AGENT)
         try:
             hold = await self._limiter.reserve(
                 {SLOTS: 1, AGENT: self._estimate},
@@ -132,42 +197,54 @@ class AgentService:
                 operation=OPERATION_TYPE,
             )
         except BudgetExceeded as denied:
-            raise await self._refusal(denied.denial) from None
+            raise await self._refusal(operation_id, denied.denial) from None
+        finally:
+            CALLER_LOGS.reset(outer)
         if hold.replayed:
-            if await self._has_begun(hold):
-                return Started(operation_id, replayed=True)
+            if await self._has_begun(hold, plan):
+                return Started(operation_id, plan.llm.model, replayed=True)
             if hold.state != "open":
                 raise HoldConflict(f"{operation_id!r} was used before, and its cycle did not begin: use another id")
         # From here on the cycle goes its way, also if whoever triggered it has gone.
         beginning = self._beginning.get(operation_id)
         if beginning is None:
-            beginning = self._beginning[operation_id] = asyncio.ensure_future(self._begin(hold))
+            beginning = self._beginning[operation_id] = asyncio.ensure_future(self._begin(hold, plan))
             beginning.add_done_callback(lambda _: self._beginning.pop(operation_id))
         return await asyncio.shield(beginning)
 
-    async def _begin(self, hold: AsyncHold) -> Started:
+    async def _begin(self, hold: AsyncHold, plan: Plan) -> Started:
         if self._runs(hold.id) is not None:  # for the same request, sent twice
-            return Started(hold.id, replayed=True)
-        cycle = Cycle(self._workplace, hold, current_link())
+            return Started(hold.id, plan.llm.model, replayed=True)
+        cycle = Cycle(self._workplace, hold, plan, current_link())
         try:
             begun = await cycle.begin()
-            if not begun and not await self._has_begun(hold):
+            if not begun and not await self._has_begun(hold, plan):
                 raise HoldConflict(f"{hold.id!r} was the id of an earlier cycle: use another id")
         except BaseException:
             await self._give_back(hold)
             raise
         if not begun:  # another replica was faster with the same id
-            return Started(hold.id, replayed=True)
+            return Started(hold.id, plan.llm.model, replayed=True)
+        log_cycle_started(hold.id, hold.amounts[AGENT], cycle.progress)
         task = asyncio.create_task(cycle.run(), name=f"cycle {hold.id}")
         self._running[task] = cycle
         task.add_done_callback(self._ended)
-        return Started(hold.id)
+        return Started(hold.id, plan.llm.model)
 
-    async def _has_begun(self, hold: AsyncHold) -> bool:
-        """Whether there is a cycle on this very hold: ids of cycles are remembered for longer than those of holds."""
+    async def _has_begun(self, hold: AsyncHold, plan: Plan) -> bool:
+        """Whether there is a cycle on this very hold: ids of cycles are remembered for longer than those of holds.
+
+        Raises:
+            HoldConflict: there is, and its trigger had other options.
+        """
         cycle = await self._operations.get(hold.id)
         granted_ms = hold.created_us // 1000 if hold.created_us else hold.deadline_ms - round(hold.ttl * 1000)
-        return cycle is not None and cycle.started_at >= from_ms(granted_ms)
+        if cycle is None or cycle.started_at < from_ms(granted_ms):
+            return False
+        asked = cycle.progress.get("request")  # a replica of an earlier version writes none
+        if asked and asked != asdict(plan.options):
+            raise HoldConflict(f"{hold.id!r} was triggered before with other options: use another id")
+        return True
 
     def _runs(self, operation_id: str) -> Cycle | None:
         """The cycle, if it runs here."""
@@ -189,11 +266,12 @@ class AgentService:
         if (cycle := self._runs(operation_id)) is not None:
             cycle.lost_here = True  # it lives, and will count what becomes of it
         else:
+            log_cycle_lost(operation_id, elapsed_s)
             self._workplace.measures.cycle_ended("failed", elapsed_s)
 
     # -- why not -------------------------------------------------------------------------------------------------------
 
-    async def _refusal(self, denial: Denial) -> BudgetError:
+    async def _refusal(self, operation_id: str, denial: Denial) -> BudgetError:
         status = await self._limiter.status(AGENT)
         if denial.budget == SLOTS:
             money = self._denied_by_spend(status)
@@ -201,7 +279,9 @@ class AgentService:
                 return CycleActive([hold.id for hold in await self._limiter.holds(SLOTS) if hold.state == "open"])
             denial = money
         until_reset = None if status.resets_at is None else math.ceil((status.resets_at - status.as_of).total_seconds())
-        return MoneyDenied(denial, denial.retry_after or until_reset)
+        denied = MoneyDenied(denial, denial.retry_after or until_reset)
+        log_exhausted(operation_id, denial, denied.summary)
+        return denied
 
     def _denied_by_spend(self, status: Status) -> Denial | None:
         """The denial that would be left if every open hold were returned."""
@@ -229,16 +309,32 @@ class AgentService:
         The hold of one whose worker was lost is retired on the way, so that its slot is free.
         """
         page = await self._operations.list(count, after)
-        with suppress(DefinitionConflict):  # the cycles are known all the same
-            await self._limiter.status(SLOTS)
+        await self._status(SLOTS)
         return page
 
+    async def status(self) -> AgentStatus:
+        """The active cycles, the one that ended last, and how much money and how many slots are left."""
+        page = await self._operations.list(0)
+        budget, capacity = await asyncio.gather(self._status(AGENT), self._status(SLOTS))
+        return AgentStatus(page, budget, capacity)
+
+    async def _status(self, name: str) -> Status | None:
+        try:
+            return await self._limiter.status(name)
+        except DefinitionConflict:  # the cycles are known all the same
+            return None
+
     async def cancel(self, operation_id: str) -> str:
-        """Stops a cycle wherever it runs; returns ``cancelled``, or ``cancelling`` if that takes longer than 2 s.
+        """Stop a cycle wherever it runs; return ``cancelled``, or ``cancelling`` if that takes longer than 2 s.
 
         Raises:
             UnknownCycle, CycleEnded: there is nothing to cancel.
         """
+        mark_operation(operation_id, OPERATION_TYPE)
+        with operation_scope(operation_id, OPERATION_TYPE):
+            return await self._cancel(operation_id)
+
+    async def _cancel(self, operation_id: str) -> str:
         status = await self._operations.cancel(operation_id)
         if not status:
             raise UnknownCycle(f"unknown cycle {operation_id!r}")

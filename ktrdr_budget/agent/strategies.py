@@ -30,6 +30,16 @@ class Strategy:
     """How much it sells short when prices are expected to fall, as a part of the equity."""
 
     @property
+    def middle(self) -> dict[str, Number]:
+        """Each parameter in the middle of its range."""
+        return {
+            name: (lowest + highest) // 2
+            if isinstance(lowest, int) and isinstance(highest, int)
+            else (lowest + highest) / 2
+            for name, (lowest, highest) in self.ranges.items()
+        }
+
+    @property
     def scaled(self) -> bool:
         """Whether it takes smaller positions when prices move much."""
         return "target_volatility" in self.ranges

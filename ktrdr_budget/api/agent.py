@@ -12,6 +12,7 @@ from starlette.responses import Response
 
 from ktrdr_budget.agent.cycle import OPERATION_TYPE
 from ktrdr_budget.agent.operations import CycleView
+from ktrdr_budget.agent.options import UnusableOption
 from ktrdr_budget.agent.service import AgentService, CycleActive, CycleEnded, MoneyDenied, UnknownCycle
 from ktrdr_budget.api.agent_schemas import (
     ActiveProblem,
@@ -29,7 +30,7 @@ from ktrdr_budget.api.agent_schemas import (
 )
 from ktrdr_budget.api.auth import Keys
 from ktrdr_budget.api.problems import Problem, denied, problem_of
-from ktrdr_budget.api.requests import read_body, read_query
+from ktrdr_budget.api.requests import invalid, read_body, read_query
 from ktrdr_budget.api.responses import JsonResponse, amount_json, instant_json
 from ktrdr_budget.api.routing import BudgetRoute, Call, Operation, add_operations
 from ktrdr_budget.errors import BudgetError, HoldConflict, StoreUnavailable
@@ -93,24 +94,42 @@ class _Agent:
     async def trigger_cycle(self, call: Call) -> Response:
         """Begins a research cycle: reserves its estimate and a slot, all or none."""
         try:
+            if call.request.scope["query_string"]:
+                raise invalid("query", "this takes no query parameters; send the fields as a JSON body")
             body = await read_body(call.request, call.headers, TriggerIn)
-            started = await self._agent().trigger(body.operation_id)
+            started = await self._agent().trigger(
+                body.operation_id,
+                strategy=body.strategy,
+                brief=body.brief,
+                model=body.model,
+                bypass_gates=body.bypass_gates,
+            )
         except Problem as problem:
             raise _not_triggered(problem) from None
+        except UnusableOption as error:
+            raise _not_triggered(invalid("body", error.message, error.field)) from None
         except BudgetError as error:
             raise _refused(error) from None
         message = f"Research cycle {started.operation_id} {'was started before' if started.replayed else 'started'}"
-        answer = {"triggered": True, "operation_id": started.operation_id, "message": message}
+        answer = {
+            "triggered": True,
+            "operation_id": started.operation_id,
+            "model": started.model,
+            "message": message,
+        }
         return JsonResponse(answer, 202)
 
     async def get_agent_status(self, call: Call) -> Response:
-        """What the agent is doing; every replica answers the same."""
-        page = await self._agent().cycles()
+        """What the agent is doing, and how much money and how many cycles are left; every replica answers the same."""
+        found = await self._agent().status()
+        page, budget, slots = found.cycles, found.budget, found.capacity
         active = [_cycle(cycle) for cycle in page.active]
         status = {
             "status": active[0]["phase"] if active else "idle",
             "active_cycles": active,
             "last_cycle": None if page.last is None else _cycle(page.last),
+            "budget": budget and {"remaining": amount_json(budget.remaining), "daily_limit": amount_json(budget.limit)},
+            "capacity": slots and {"active": slots.held, "free": slots.remaining, "limit": slots.limit},
             "as_of": instant_json(page.as_of),
         }
         return JsonResponse(status)
@@ -176,6 +195,7 @@ def _exhausted(error: MoneyDenied) -> Problem:
 
 def _cycle(cycle: CycleView) -> dict[str, Any]:
     progress = cycle.progress
+    request = progress.get("request") or {}
     return {
         "operation_id": cycle.operation_id,
         "operation_type": OPERATION_TYPE,
@@ -188,6 +208,9 @@ def _cycle(cycle: CycleView) -> dict[str, Any]:
         "estimate": amount_json(Decimal(progress["estimate"])),
         "tokens": progress["tokens"],
         "strategy_name": progress["strategy_name"],
+        "model": progress.get("model"),  # the record may be of a replica of an earlier version
+        "brief": request.get("brief"),
+        "bypass_gates": bool(request.get("bypass_gates")),
         "gates": progress["gates"],
         "outcome": cycle.outcome,
         "reason": cycle.reason,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, PlainValidator, RootModel, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, Field, PlainValidator, RootModel, WithJsonSchema
 
 from ktrdr_budget.api.schemas import (
     AmountOut,
@@ -42,29 +42,58 @@ _OPERATION_ID = re.compile(r"op_[A-Za-z0-9._-]{1,120}", re.ASCII)
 Phase = Literal["designing", "training", "backtesting", "assessing"]
 
 
+_BRIEF_CHARACTERS = 4000
+_WORD_CHARACTERS = 128
+
+
 def _operation_id(value: Any) -> Any:
     if value is None or (isinstance(value, str) and _OPERATION_ID.fullmatch(value)):
         return value
     raise ValueError(f"must match {_OPERATION_ID.pattern}")
 
 
+def _text(value: str) -> str:
+    text = value.strip()
+    if not text:
+        raise ValueError("must not be empty")
+    return text
+
+
 class TriggerIn(_Request):
     """Begins a research cycle; with an id, a retry is harmless."""
 
-    model_config = _shape(operation_id="op_1")
+    model_config = _shape(operation_id="op_1", brief="Follow trends of some months.", model="haiku")
     operation_id: Annotated[
         Any,
         PlainValidator(_operation_id),
         WithJsonSchema({"anyOf": [{"type": "string", "pattern": f"^{_OPERATION_ID.pattern}$"}, {"type": "null"}]}),
     ] = None
+    strategy: Annotated[str, Field(max_length=_WORD_CHARACTERS), AfterValidator(_text)] | None = Field(
+        None, description="A strategy that is designed already: the cycle begins with its training. Not with `brief`."
+    )
+    brief: Annotated[str, Field(max_length=_BRIEF_CHARACTERS), AfterValidator(_text)] | None = Field(
+        None, description="What the design shall follow, in words. Not with `strategy`."
+    )
+    model: Annotated[str, Field(max_length=_WORD_CHARACTERS), AfterValidator(_text)] | None = Field(
+        None, description="The language model of this cycle: its name, or `opus`, `sonnet`, `haiku`."
+    )
+    bypass_gates: Annotated[bool, Field(strict=True)] = Field(
+        False, description="Gates are evaluated and recorded, and stop nothing."
+    )
 
 
 class TriggerOut(_Answer):
     """A cycle was begun."""
 
-    model_config = _shape(triggered=True, operation_id="op_1f0c", message="Research cycle op_1f0c started")
+    model_config = _shape(
+        triggered=True,
+        operation_id="op_1f0c",
+        model="ktrdr-scripted-1",
+        message="Research cycle op_1f0c started",
+    )
     triggered: Literal[True]
     operation_id: str
+    model: str = Field(description="The language model that it asks.")
     message: str
 
 
@@ -78,6 +107,7 @@ class GateOut(BaseModel):
     gate: Literal["training", "backtest"]
     passed: bool
     reason: str
+    bypassed: bool = Field(default=False, description="It was evaluated, and stopped nothing in any case.")
 
 
 class CycleOut(_Answer):
@@ -98,6 +128,9 @@ class CycleOut(_Answer):
     estimate: AmountOut = Field(description="Dollars that were reserved at its start.")
     tokens: dict[Literal["design", "assessment"], int]
     strategy_name: str | None
+    model: str | None = Field(description="The language model that it asks.")
+    brief: str | None = Field(description="What its trigger asked the design to follow.")
+    bypass_gates: bool
     gates: list[GateOut]
     outcome: Literal["completed", "failed", "cancelled"] | None
     reason: str | None = Field(
@@ -110,12 +143,29 @@ class CycleOut(_Answer):
     trace_id: str
 
 
+class RemainingOut(BaseModel):
+    """The agent's daily budget; `null` is unlimited."""
+
+    remaining: AmountOut | None
+    daily_limit: AmountOut | None
+
+
+class CapacityOut(BaseModel):
+    """Research cycles at once, of all replicas; `null` is unlimited."""
+
+    active: int
+    free: int | None
+    limit: int | None
+
+
 class AgentStatusOut(_Answer):
-    """What the agent is doing, on whatever replica."""
+    """What the agent is doing, on whatever replica, and what it may do yet."""
 
     status: Literal["idle"] | Phase = Field(description="The phase of the oldest active cycle, or `idle`.")
     active_cycles: list[CycleOut]
     last_cycle: CycleOut | None = Field(description="The one that ended last.")
+    budget: RemainingOut | None = Field(description="`null` if unknown: the budget is defined otherwise elsewhere.")
+    capacity: CapacityOut | None = Field(description="Likewise.")
     as_of: Instant
 
 

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from ktrdr_budget.api.responses import instant_json
+from ktrdr_budget.environment import ZERO_BUDGET
 from ktrdr_budget.errors import BudgetError, DefinitionConflict, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.models import Budget, Status
@@ -24,6 +25,8 @@ async def announcement(settings: Settings, limiter: AsyncBudgetLimiter) -> Async
     yield f"store: {settings.store_shown}"
     for budget in limiter.budgets.values():
         yield budget_line(budget)
+    if settings.agent_daily_budget == 0:
+        yield f"warning: {ZERO_BUDGET}"
     faults = await limiter.check()
     if faults["store"]:
         yield f"warning: {faults['store']}"

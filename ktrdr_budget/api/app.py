@@ -33,6 +33,7 @@ from ktrdr_budget.errors import BudgetError, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.telemetry.agent_metrics import AgentMetrics
 from ktrdr_budget.telemetry.audit import Audit
+from ktrdr_budget.telemetry.budget_log import BudgetLog
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
 from ktrdr_budget.telemetry.outcomes import combined
 from ktrdr_budget.telemetry.tracing import configure_tracing, current_trace_id, flush_tracing, instrument, trace_call
@@ -102,7 +103,8 @@ def create_app(
     configure_tracing()
     metrics = LimiterMetrics()
     measures = AgentMetrics(metrics.registry)
-    observers = [metrics.observe, measures.observe, trace_call]
+    budget_log = BudgetLog()
+    observers = [metrics.observe, measures.observe, trace_call, budget_log.observe]
     keys = Keys(settings.use_keys, settings.admin_keys, open_to_all=settings.auth == "none")
     audit = Audit()
     metrics.add(audit)
@@ -113,6 +115,7 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         limiter = app.state.limiter = service.limiter = make_limiter(settings, agent, observers)
         metrics.watch(limiter)
+        budget_log.watch(limiter)
         app.state.agent = make_agent(limiter, agent, settings.agent_cycle_estimate, measures, research)
         try:
             await limiter.start()
@@ -124,6 +127,7 @@ def create_app(
         finally:
             auditing.cancel()
             await app.state.agent.close()
+            await budget_log.drain()
             await limiter.close()
             await asyncio.to_thread(flush_tracing)
 

@@ -13,7 +13,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from ktrdr_budget.api.problems import Problem
 
-__all__ = ["BODY_BYTES_MAX", "has_gone", "last_segment", "read_body", "read_query"]
+__all__ = ["BODY_BYTES_MAX", "has_gone", "invalid", "last_segment", "read_body", "read_query"]
 
 BODY_BYTES_MAX = 65_536
 _ERRORS_MAX = 20
@@ -147,6 +147,11 @@ def _checked(model: type[Model], document: Any, place: str) -> Model:
 
 def _plain(message: str) -> str:
     return message.removeprefix("Value error, ").removeprefix("Assertion failed, ")
+
+
+def invalid(place: str, message: str, *path: str) -> Problem:
+    """422 for what only a handler can check, in the form of what a model refuses."""
+    return _invalid([{"loc": [place, *path], "msg": message, "type": "value_error"}])
 
 
 def _invalid(errors: list[dict[str, Any]]) -> Problem:

@@ -42,6 +42,7 @@ LOGGING: dict[str, Any] = {
     "formatters": {"line": {"format": "%(levelname)s: %(name)s: %(message)s"}},
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line", "stream": "ext://sys.stderr"}},
     "root": {"level": "WARNING", "handlers": ["stderr"]},
+    "loggers": {"ktrdr_budget": {"level": "INFO"}},
 }
 
 

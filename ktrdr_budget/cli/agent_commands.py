@@ -12,7 +12,7 @@ import click
 from ktrdr_budget.cli.arguments import watch_options
 from ktrdr_budget.cli.client import Service, service, understood
 from ktrdr_budget.cli.cycle_commands import cancel, cycles, status, trigger
-from ktrdr_budget.cli.output import SEPARATOR, amount_text, can_show, is_terminal, one_line, paint
+from ktrdr_budget.cli.output import SEPARATOR, amount_text, can_show, cents, is_terminal, one_line, paint
 from ktrdr_budget.cli.screen import show
 
 __all__ = ["agent"]
@@ -32,35 +32,37 @@ for _command in (trigger, status, cancel, cycles):
 
 
 @agent.command("budget")
+@click.option("--exact", is_flag=True, help="Show all digits of amounts, up to a nano-dollar.")
 @watch_options
-def agent_budget(as_json: bool, watch: bool, interval: float) -> None:
+def agent_budget(exact: bool, as_json: bool, watch: bool, interval: float) -> None:
     """Show what today's budget has spent and what remains.
 
-    Money is exact: two decimals, and more where there are more. The exit code is 0 also when nothing remains.
+    Amounts are rounded to cents; --exact and --json show all digits. The exit code is 0 also when nothing remains.
     """
     where = service()
-    show(partial(_ask, where), as_json, interval_s=interval if watch else None)
+    show(partial(_ask, where, exact), as_json, interval_s=interval if watch else None)
 
 
-def _ask(where: Service) -> tuple[dict[str, Any], str]:
+def _ask(where: Service, exact: bool) -> tuple[dict[str, Any], str]:
     """The service's JSON, and the same for a person."""
     answer = where.get("/agent/budget")
     with understood(where):
         document = answer.document
-        return document, status_text(document)
+        return document, status_text(document, exact=exact)
 
 
-def status_text(status: Mapping[str, Any]) -> str:
+def status_text(status: Mapping[str, Any], *, exact: bool = False) -> str:
     """The status in its fixed form; on a terminal with a bar.
 
     Raises:
         LookupError, TypeError, ValueError, ArithmeticError: not the status of a daily budget.
     """
     lines = ["Agent Budget Status", SEPARATOR, f"Date: {one_line(status['date'])}"]
-    lines.append(f"Daily Limit: {_money(status['daily_limit'])}")
-    lines.append(f"Today's Spend: {_money(status['today_spend'])}")
-    lines += [f"{title}: {_money(status[name])}" for title, name in _PARTS if status[name]]
-    lines.append(f"Remaining: {_money(status['remaining'])}")
+    money = partial(amount_text, is_money=True) if exact else cents
+    lines.append(f"Daily Limit: {money(status['daily_limit'])}")
+    lines.append(f"Today's Spend: {money(status['today_spend'])}")
+    lines += [f"{title}: {money(status[name])}" for title, name in _PARTS if status[name]]
+    lines.append(f"Remaining: {money(status['remaining'])}")
     cycles = status["cycles_affordable"]
     lines.append(f"Cycles Affordable: {'unlimited' if cycles is None else f'~{int(cycles)}'}")
     if status.get("recovering_until"):
@@ -71,10 +73,6 @@ def status_text(status: Mapping[str, Any]) -> str:
 
 
 _PARTS = (("Held", "held"), ("Unconfirmed", "unconfirmed"))
-
-
-def _money(value: Any) -> str:
-    return amount_text(value, is_money=True)
 
 
 def _bar(limit: Decimal, spent: Decimal, unconfirmed: Decimal, held: Decimal) -> str:

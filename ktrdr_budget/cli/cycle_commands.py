@@ -20,6 +20,12 @@ __all__ = ["cancel", "cycles", "status", "trigger"]
 
 @click.command()
 @click.option("--id", "operation_id", callback=a_name, help="Makes a repeated call harmless. Default: a new one.")
+@click.option("--strategy", metavar="NAME", help="Train this strategy, which is designed already; not with --brief.")
+@click.option("--brief", metavar="TEXT", help="What the design shall follow, in words; not with --strategy.")
+@click.option(
+    "-m", "--model", metavar="NAME", help="The language model of this cycle: its name, or opus, sonnet, haiku."
+)
+@click.option("-b", "--bypass-gates", "--bypass", is_flag=True, help="Evaluate and record the gates; stop at none.")
 @click.option("--wait", is_flag=True, help="Follow its phases until it ends.")
 @click.option(
     "--interval",
@@ -30,14 +36,25 @@ __all__ = ["cancel", "cycles", "status", "trigger"]
     help="How often --wait asks.",
 )
 @click.option("--json", "as_json", is_flag=True, help="With --wait: the cycle's JSON, one line for each step.")
-def trigger(operation_id: str | None, wait: bool, interval: float, as_json: bool) -> None:
+def trigger(
+    operation_id: str | None,
+    strategy: str | None,
+    brief: str | None,
+    model: str | None,
+    bypass_gates: bool,
+    wait: bool,
+    interval: float,
+    as_json: bool,
+) -> None:
     """Start a research cycle.
 
     The service's JSON answer is on stdout, also when the cycle is denied, which ends with exit code 3. With --wait the
     exit code is 0 if the cycle completes, 1 if it fails or is cancelled; Ctrl-C ends the waiting only.
     """
     where = service()
-    body = {"operation_id": operation_id or new_id("op")}
+    asked = {"strategy": strategy, "brief": brief, "model": model, "bypass_gates": bypass_gates or None}
+    body: dict[str, Any] = {"operation_id": operation_id or new_id("op")}
+    body |= {name: value for name, value in asked.items() if value is not None}
     repeat = f"; it may have taken effect: repeating it with --id {body['operation_id']} is safe"
     try:
         answer = where.send("POST", "/agent/trigger", body, repeat=repeat)
@@ -57,7 +74,7 @@ def trigger(operation_id: str | None, wait: bool, interval: float, as_json: bool
 @click.command()
 @watch_options
 def status(as_json: bool, watch: bool, interval: float) -> None:
-    """Show the research cycles that run, and the last one.
+    """Show the research cycles that run, the last one, and how much money and how many cycles are left.
 
     Every replica gives the same answer.
     """

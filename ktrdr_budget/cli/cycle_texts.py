@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 
-from ktrdr_budget.cli.output import SEPARATOR, amount_text, can_show, fields, one_line, paint
+from ktrdr_budget.cli.output import SEPARATOR, amount_text, can_show, cents, fields, one_line, paint
 
 __all__ = ["CYCLE_COLUMNS", "cycle_row", "ending", "has_ended", "milestones", "picture", "status_text"]
 
@@ -42,11 +42,30 @@ def has_ended(cycle: Cycle) -> bool:
 
 def status_text(status: Mapping[str, Any]) -> str:
     """What the agent does now, and how its last cycle ended."""
-    blocks = [f"Agent Status\n{SEPARATOR}\nStatus: {one_line(status['status'])}"]
+    lines = ["Agent Status", SEPARATOR, f"Status: {one_line(status['status'])}"]
+    if "capacity" in status:  # a service of an earlier version tells neither
+        lines += [_remaining(status["budget"]), _capacity(status["capacity"])]
+    blocks = ["\n".join(lines)]
     blocks += [fields(_active_fields(cycle)) for cycle in status["active_cycles"]]
     last = status["last_cycle"]
     blocks.append(f"Last Cycle: {'none' if last is None else f'{_name(last)} {ending(last)}'}")
     return "\n\n".join(blocks) if status["active_cycles"] else "\n".join(blocks)
+
+
+def _remaining(budget: Mapping[str, Any] | None) -> str:
+    if budget is None:
+        return "Budget: unknown"
+    if budget["remaining"] is None:
+        return "Budget: unlimited"
+    return f"Budget: {cents(budget['remaining'])} of {cents(budget['daily_limit'])} remaining"
+
+
+def _capacity(capacity: Mapping[str, Any] | None) -> str:
+    if capacity is None:
+        return "Capacity: unknown"
+    if capacity["limit"] is None:
+        return f"Capacity: unlimited, {int(capacity['active'])} running"
+    return f"Capacity: {int(capacity['free'])}/{int(capacity['limit'])} cycles free"
 
 
 def _active_fields(cycle: Cycle) -> Iterator[tuple[str, str]]:
@@ -54,6 +73,10 @@ def _active_fields(cycle: Cycle) -> Iterator[tuple[str, str]]:
     yield "Phase", str(cycle["phase"]) + (", being cancelled" if cycle["status"] == "cancelling" else "")
     if cycle["strategy_name"] is not None:
         yield "Strategy", cycle["strategy_name"]
+    if cycle.get("model"):
+        yield "Model", cycle["model"]
+    if cycle.get("brief"):
+        yield "Brief", cycle["brief"]
     yield "Time", _duration(cycle["elapsed_seconds"])
     yield "Spend", _spend(cycle)
     yield "Tokens", ", ".join(f"{phase} {int(count)}" for phase, count in cycle["tokens"].items())
@@ -72,7 +95,7 @@ def cycle_row(cycle: Cycle) -> list[str]:
         told = f"{told} ({cycle['phase']})"
     elif cycle["reason"] not in (None, cycle["status"]):
         told = f"{told} ({cycle['reason']})"
-    gates = ", ".join(f"{gate['gate']} {'pass' if gate['passed'] else 'fail'}" for gate in cycle["gates"])
+    gates = ", ".join(f"{gate['gate']} {_result(gate)}" for gate in cycle["gates"])
     time = _duration(cycle["elapsed_seconds"])
     money = amount_text(cycle["spend"])
     return [
@@ -113,7 +136,7 @@ def picture(cycle: Cycle) -> str:
             mark = paint(here, fg="cyan")
         elif index == at and cycle["outcome"] != "completed":
             mark = paint(failed, fg="red")
-        gates = ["gate failed" for gate in _gates(cycle, phase) if not gate["passed"]]
+        gates = ["gate failed" for gate in _gates(cycle, phase) if _stops(gate)]
         facts = _facts(cycle, phase) if index <= at else ""
         lines.append(f"  {mark} {phase:<12} {', '.join(filter(None, [facts, *gates]))}".rstrip())
     lines.append(f"Spend: {_spend(cycle)}, {_tokens(cycle)} tokens")
@@ -129,7 +152,7 @@ def ending(cycle: Cycle) -> str:
 
 def _failed_gate(cycle: Cycle) -> str:
     """Why a gate has stopped it, unless its error says so."""
-    failed = [gate for gate in cycle["gates"] if not gate["passed"]]
+    failed = [gate for gate in cycle["gates"] if _stops(gate)]
     return str(failed[-1]["reason"]) if failed and not cycle["error"] else ""
 
 
@@ -152,8 +175,16 @@ def _gates(cycle: Cycle, phase: str) -> list[Mapping[str, Any]]:
     return [gate for gate in cycle["gates"] if gate["gate"] == GATE_OF_PHASE.get(phase)]
 
 
+def _stops(gate: Mapping[str, Any]) -> bool:
+    return not gate["passed"] and not gate.get("bypassed")
+
+
+def _result(gate: Mapping[str, Any]) -> str:
+    return ("pass" if gate["passed"] else "fail") + (" (bypassed)" if gate.get("bypassed") else "")
+
+
 def _gate(gate: Mapping[str, Any]) -> str:
-    told = "passed" if gate["passed"] else "failed"
+    told = ("passed" if gate["passed"] else "failed") + (" (bypassed)" if gate.get("bypassed") else "")
     return one_line(f"{told}: {gate['reason']}" if gate["reason"] else told)
 
 

@@ -1,7 +1,7 @@
 """What people and scripts read: money, tables, JSON, and colours only where a person looks.
 
-Money is never rounded. It shows at least two decimals and as many more as it has, up to a nano-dollar ($0.15,
-$0.0372915): so a small spend never looks like none, what remains is never overstated, and the lines add up.
+Money is exact: at least two decimals and as many more as it has, up to a nano-dollar ($0.15, $0.0372915). Only
+``ktrdr agent budget`` and the budget in ``ktrdr agent status`` show cents (:func:`cents`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import IO, Any
 
 import click
 
-__all__ = ["SEPARATOR", "Table", "amount_text", "can_show", "fields", "is_terminal", "one_line", "paint", "write"]
-__all__ += ["duration", "json_text", "write_json"]
+__all__ = ["SEPARATOR", "Table", "amount_text", "can_show", "cents", "duration", "fields", "is_terminal"]
+__all__ += ["json_text", "one_line", "paint", "write", "write_json"]
 
 SEPARATOR = "=" * 30
 """Under a title."""
@@ -94,6 +94,14 @@ def amount_text(value: str | int | Decimal | None, *, is_money: bool | None = No
     if is_money is None:
         is_money = isinstance(value, str)
     return dollars(Decimal(value)) if is_money else str(int(value))
+
+
+def cents(value: str | int | Decimal | None) -> str:
+    """Dollars with two digits, rounded as ``f"${value:.2f}"`` rounds a float; ``unlimited`` for ``None``."""
+    if value is None:
+        return "unlimited"
+    amount_text(value, is_money=True)  # refuses what is no amount
+    return f"${float(value):.2f}"
 
 
 def dollars(value: Decimal) -> str:

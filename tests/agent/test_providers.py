@@ -15,7 +15,7 @@ import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
 from ktrdr_budget.agent import scripted
-from ktrdr_budget.agent.llm import Completion
+from ktrdr_budget.agent.llm import Completion, UnusableModel
 from ktrdr_budget.agent.providers import ANTHROPIC_MODEL, OPENAI_MODEL, AnthropicLLM, OpenAILLM, make_llm
 from ktrdr_budget.agent.research import ExampleResearch
 from ktrdr_budget.agent.scripted import ScriptedLLM
@@ -166,6 +166,7 @@ async def test_a_whole_cycle_runs_on_a_real_provider_within_one_hold(limiter, pr
 
         class Context:
             operation_id = "op_1"
+            brief = None
             cancelled = False
             ask = staticmethod(llm.complete)
 
@@ -278,13 +279,31 @@ async def test_a_model_of_ones_own_choice_is_asked(limiter, kind: str, tmp_path)
     chosen = environment(kind) | {"AGENT_MODEL": "house-1", "KTRDR_PRICES_FILE": str(prices)}
     assert make_llm(limiter, chosen).model == "house-1"
     assert make_llm(limiter, environment(kind)).model == MODELS[kind]
+    llm = make_llm(limiter, chosen)
+    assert llm.using(MODELS[kind]).model == MODELS[kind]
+    with pytest.raises(UnusableModel, match="nobody-knows-1"):
+        llm.using("nobody-knows-1")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "models"),
+    [
+        ({}, ["ktrdr-scripted-1", "ktrdr-scripted-1-sonnet", "ktrdr-scripted-1-haiku"]),
+        ({"AGENT_LLM": "anthropic"}, ["claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5"]),
+    ],
+)
+async def test_short_names_choose_a_model_of_the_provider(limiter, chosen: dict[str, str], models: list[str]):
+    llm = make_llm(limiter, {**environment("anthropic"), "AGENT_LLM": "", **chosen})
+    assert [llm.using(name).model for name in ("opus", "Sonnet", "haiku")] == models
+    assert [llm.using(name).model for name in models] == models
+    await llm.close()
 
 
 @pytest.mark.parametrize(
     ("chosen", "words"),
     [
         ({"AGENT_LLM": "llama"}, "AGENT_LLM: must be 'scripted', 'anthropic' or 'openai', not 'llama'"),
-        ({"AGENT_MODEL": "gpt-6-luna"}, "AGENT_MODEL is 'gpt-6-luna', but AGENT_LLM is not set to its provider"),
+        ({"AGENT_MODEL": "gpt-6-luna"}, "AGENT_MODEL: the scripted model has no 'gpt-6-luna'; choose one of opus, "),
         ({"AGENT_LLM": "anthropic"}, "AGENT_LLM=anthropic needs a key in ANTHROPIC_API_KEY"),
         ({"AGENT_LLM": "openai", "OPENAI_API_KEY": " "}, "AGENT_LLM=openai needs a key in OPENAI_API_KEY"),
         (

@@ -25,6 +25,8 @@ from ..helpers.waiting import until
 class Context:
     """A cycle that only asks."""
 
+    brief: str | None = None
+
     def __init__(self, operation_id: str = "op_1", answers: list[str] | None = None) -> None:
         self.operation_id = operation_id
         self.asked: list[str] = []

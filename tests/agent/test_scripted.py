@@ -47,6 +47,7 @@ async def spent(limiter: AsyncBudgetLimiter) -> Decimal:
 class Context:
     """A cycle whose calls are counted."""
 
+    brief: str | None = None
     cancelled = False
 
     def __init__(self, operation_id: str, llm: ScriptedLLM) -> None:

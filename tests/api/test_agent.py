@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from decimal import Decimal
 
 import pytest
 import redis
@@ -48,6 +49,77 @@ async def test_a_trigger_starts_a_cycle_that_costs_between_a_cent_and_its_estima
     assert (budget["today_spend"], budget["held"]) == (float(cycle["spend"]), 0)
     status = (await client.get(f"{V1}/agent/status")).json()
     assert (status["status"], status["active_cycles"], status["last_cycle"]) == ("idle", [], cycle)
+    assert (cycle["model"], cycle["brief"], cycle["bypass_gates"]) == ("ktrdr-scripted-1", None, False)
+
+
+async def test_the_status_tells_what_is_left_of_the_budget_and_how_many_cycles_are_free(start, pace):
+    pace.setenv("AGENT_PHASE_SECONDS", "30")
+    pace.setenv("AGENT_MAX_CONCURRENT_CYCLES", "2")
+    here, there = (await start()).client, (await start()).client
+    await here.post(f"{V1}/spend", json={"amounts": {"agent": "1.0000001"}})
+    for free in (2, 1, 0):
+        for client in (here, there):
+            status = (await client.get(f"{V1}/agent/status")).json()
+            assert status["capacity"] == {"active": 2 - free, "free": free, "limit": 2}
+            remaining = Decimal("3.9999999") - (2 - free) * Decimal("0.15")
+            assert status["budget"] == {"remaining": str(remaining), "daily_limit": "5.00"}
+        await here.post(TRIGGER)
+
+
+async def test_without_limits_nothing_bounds_what_is_left(start):
+    client = (await start(agent_daily_budget="unlimited")).client
+    assert (await client.put(f"{V1}/budgets/agent:cycles/limit", json={"limit": None})).status_code == 200
+    status = (await client.get(f"{V1}/agent/status")).json()
+    assert status["budget"] == {"remaining": None, "daily_limit": None}
+    assert status["capacity"] == {"active": 0, "free": None, "limit": None}
+
+
+async def test_the_options_of_a_trigger_decide_what_the_cycle_does(start, pace):
+    pace.setenv("TRAINING_GATE_MIN_ACCURACY", "0.99")
+    client = (await start()).client
+    options = {"strategy": "trend_following", "model": "haiku", "bypass_gates": True}
+    answer = (await client.post(TRIGGER, json=options)).json()
+    assert answer["model"] == "ktrdr-scripted-1-haiku"
+    cycle = await ended(client, answer["operation_id"])
+    assert (cycle["outcome"], cycle["strategy_name"]) == ("completed", "trend_following")
+    assert cycle["model"] == answer["model"]
+    assert [(gate["gate"], gate["passed"], gate["bypassed"]) for gate in cycle["gates"]] == [
+        ("training", False, True),
+        ("backtest", True, True),
+    ]
+    brief = {"brief": "Short-term reversal, please."}
+    cycle = await ended(client, (await client.post(TRIGGER, json=brief)).json()["operation_id"])
+    assert (cycle["reason"], cycle["brief"], cycle["strategy_name"]) == (
+        "gate_failed", "Short-term reversal, please.", "short_term_reversal",
+    )  # fmt: skip
+
+
+UNUSABLE = {
+    '{"symbol": "AAPL"}': "symbol",
+    '{"strategy": "no-such"}': "strategy",
+    '{"strategy": ""}': "strategy",
+    '{"brief": " "}': "brief",
+    '{"brief": "x", "strategy": "momentum"}': "brief",
+    '{"model": "gpt-4"}': "model",
+    '{"model": 1}': "model",
+    '{"bypass_gates": "yes"}': "bypass_gates",
+}
+
+
+@pytest.mark.parametrize("body", UNUSABLE)
+async def test_a_field_that_cannot_be_followed_is_named_and_starts_nothing(start, body: str):
+    client = (await start()).client
+    response = await client.post(TRIGGER, content=body, headers={"Content-Type": "application/json"})
+    problem = is_a_refusal(response, 422, "invalid_request")
+    assert [error["loc"] for error in problem["errors"]] == [["body", UNUSABLE[body]]]
+    assert problem["detail"].startswith(UNUSABLE[body])
+    assert (await client.get(f"{V1}/agent/budget")).json()["held"] == 0
+
+
+async def test_a_trigger_takes_no_query_parameters(start):
+    client = (await start()).client
+    is_a_refusal(await client.post(f"{TRIGGER}?model=haiku"), 422, "invalid_request")
+    assert (await client.get(f"{V1}/agent/status")).json()["status"] == "idle"
 
 
 async def test_without_money_a_trigger_is_refused_with_the_figures(start):

@@ -20,6 +20,7 @@ from ktrdr_budget.api import serving as module
 from ktrdr_budget.api.announcement import budget_line
 from ktrdr_budget.api.serving import ServeError, serve
 from ktrdr_budget.engine.stores import embedded
+from ktrdr_budget.environment import ZERO_BUDGET
 
 from ..helpers.waiting import wait_until
 from .processes import Service, serving
@@ -68,8 +69,45 @@ def test_what_it_has_is_told_at_its_start(server, budgets_file):
         "budget jobs: 1 slots at a time",
         "budget free: unlimited in all",
         "budget agent:cycles: 1 slots at a time",
+        f"warning: {ZERO_BUDGET}",
         f"listening on {service.url}",
     ]
+
+
+def test_a_daily_budget_of_unlimited_runs_without_a_limit_and_without_a_warning(server):
+    with serving(KTRDR_REDIS_URL=server.url, AGENT_DAILY_BUDGET="unlimited", AGENT_PHASE_SECONDS=0) as service:
+        assert service.post(f"{V1}/agent/trigger").status_code == 202
+        assert service.get(f"{V1}/agent/budget").json()["remaining"] is None
+        service.stop()
+    assert service.said[1] == "budget agent: unlimited a day (UTC)"
+    assert not [line for line in service.said if line.startswith("warning")]
+
+
+def test_spend_and_exhaustion_are_logged_by_default_and_no_secret_is(server):
+    keys = {"KTRDR_API_KEY": "secret-use-key", "KTRDR_ADMIN_KEY": "secret-admin-key"}
+    use, admin = ({"Authorization": f"Bearer {key}"} for key in keys.values())
+    with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS=0, **keys) as service:
+        spend = {"amounts": {"agent": "0.07"}, "id": "op_1"}
+        assert service.post(f"{V1}/spend", spend, headers=use).status_code == 201
+        wait_until(lambda: logged(service, "Budget spend recorded"))
+        limit = service.request("PUT", f"{V1}/budgets/agent/limit", json={"limit": "0.08"}, headers=admin)
+        assert limit.status_code == 200
+        for _ in range(2):
+            assert service.post(f"{V1}/agent/trigger", headers=use).status_code == 429
+            assert service.post(f"{V1}/reservations", RESERVATION, headers=use).status_code == 429
+        service.stop()
+    assert logged(service, "Budget spend recorded") == [
+        "INFO: ktrdr_budget: Budget spend recorded: $0.07 for op_1 (total: $0.07, remaining: $4.93)"
+    ]
+    exhausted = "WARNING: ktrdr_budget: Budget exhausted: budget_exhausted ($0.01 remaining, need $0.15)"
+    assert logged(service, "Budget exhausted") == [exhausted] * 2
+    [denied] = logged(service, "Reservation denied")
+    assert denied.startswith("WARNING: ktrdr_budget: Reservation denied: agent: exceeds_limit ($0.01 remaining, need")
+    assert "secret" not in "\n".join(service.said)
+
+
+def logged(service: Service, event: str) -> list[str]:
+    return [line for line in service.said if f": {event}: " in line]
 
 
 def test_a_period_is_told_in_words():

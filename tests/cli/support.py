@@ -177,7 +177,14 @@ def cycle(**changes: Any) -> dict[str, Any]:
 def agent_status(*active: dict[str, Any], last: dict[str, Any] | None = None) -> dict[str, Any]:
     """What /agent/status says of these cycles."""
     now = active[0]["phase"] if active else "idle"
-    return {"status": now, "active_cycles": list(active), "last_cycle": last, "as_of": "2026-11-23T12:00:06Z"}
+    return {
+        "status": now,
+        "active_cycles": list(active),
+        "last_cycle": last,
+        "budget": {"remaining": "4.8501", "daily_limit": "5.00"},
+        "capacity": {"active": len(active), "free": 3 - len(active), "limit": 3},
+        "as_of": "2026-11-23T12:00:06Z",
+    }
 
 
 def problem(status: int, title: str, detail: str) -> tuple[int, dict[str, Any]]:

@@ -34,9 +34,9 @@ Cycles Affordable: ~32
 """
 
 
-def lines_of(ktrdr: Run, service: FakeService, **changes: Any) -> list[str]:
+def lines_of(ktrdr: Run, service: FakeService, *options: str, **changes: Any) -> list[str]:
     service.answer(CALL, {**STATUS, **changes})
-    result = ktrdr("agent", "budget")
+    result = ktrdr("agent", "budget", *options)
     assert result.exit_code == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -83,16 +83,32 @@ def test_a_budget_without_a_limit_is_unlimited(ktrdr: Run, service: FakeService)
 @pytest.mark.parametrize(
     ("spend", "remaining", "shown"),
     [
+        (0.069585, 4.930415, ["Today's Spend: $0.07", "Remaining: $4.93"]),
+        (0.065, 4.935, ["Today's Spend: $0.07", "Remaining: $4.93"]),  # as f"{0.065:.2f}"
+        (0.0000016, 4.9999984, ["Today's Spend: $0.00", "Remaining: $5.00"]),
+        (1, 4, ["Today's Spend: $1.00", "Remaining: $4.00"]),
+    ],
+)
+def test_money_has_two_digits(
+    ktrdr: Run, service: FakeService, spend: float, remaining: float, shown: list[str]
+) -> None:
+    assert shown == [f"Today's Spend: ${spend:.2f}", f"Remaining: ${remaining:.2f}"]
+    assert lines_of(ktrdr, service, today_spend=spend, remaining=remaining)[4:6] == shown
+
+
+@pytest.mark.parametrize(
+    ("spend", "remaining", "shown"),
+    [
         (0.1499, 4.8501, ["Today's Spend: $0.1499", "Remaining: $4.8501"]),
         (0.0000016, 4.9999984, ["Today's Spend: $0.0000016", "Remaining: $4.9999984"]),
         (4.996, 0.004, ["Today's Spend: $4.996", "Remaining: $0.004"]),
         (1, 4, ["Today's Spend: $1.00", "Remaining: $4.00"]),
     ],
 )
-def test_money_is_exact_so_that_nothing_is_hidden_or_overstated(
+def test_exact_shows_all_digits_of_money(
     ktrdr: Run, service: FakeService, spend: float, remaining: float, shown: list[str]
 ) -> None:
-    assert lines_of(ktrdr, service, today_spend=spend, remaining=remaining)[4:6] == shown
+    assert lines_of(ktrdr, service, "--exact", today_spend=spend, remaining=remaining)[4:6] == shown
 
 
 def test_json_is_what_the_service_says(ktrdr: Run, service: FakeService) -> None:

@@ -94,6 +94,23 @@ def test_each_trigger_has_an_id_of_its_own_unless_one_is_given(ktrdr: Run, servi
     assert all(list(request.body) == ["operation_id"] for request in service.requests)
 
 
+def test_the_options_of_a_trigger_are_sent_as_they_are_given(ktrdr: Run, service: FakeService) -> None:
+    service.answer(TRIGGER, STARTED, 202)
+    options = ("--brief", "Follow trends.", "--model", "haiku", "--bypass-gates")
+    assert ktrdr("agent", "trigger", "--id", "op_1", *options).exit_code == 0
+    assert ktrdr("agent", "trigger", "--id", "op_1", "--strategy", "momentum", "-m", "opus", "-b").exit_code == 0
+    assert [request.body for request in service.requests] == [
+        {"operation_id": "op_1", "brief": "Follow trends.", "model": "haiku", "bypass_gates": True},
+        {"operation_id": "op_1", "strategy": "momentum", "model": "opus", "bypass_gates": True},
+    ]
+
+
+def test_an_option_that_a_trigger_does_not_know_is_a_usage_error(ktrdr: Run, service: FakeService) -> None:
+    result = ktrdr("agent", "trigger", "--symbol", "AAPL")
+    assert (result.exit_code, service.requests) == (2, [])
+    assert "No such option" in result.stderr
+
+
 @pytest.mark.parametrize(
     ("status", "document", "code", "told"),
     [
@@ -178,7 +195,35 @@ def test_an_idle_agent_that_never_ran(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, agent_status())
     result = ktrdr("agent", "status")
     assert (result.exit_code, result.stderr) == (0, "")
-    assert result.stdout == "Agent Status\n==============================\nStatus: idle\nLast Cycle: none\n"
+    assert result.stdout == (
+        "Agent Status\n"
+        "==============================\n"
+        "Status: idle\n"
+        "Budget: $4.85 of $5.00 remaining\n"
+        "Capacity: 3/3 cycles free\n"
+        "Last Cycle: none\n"
+    )
+
+
+def test_without_limits_the_status_says_unlimited(ktrdr: Run, service: FakeService) -> None:
+    unlimited = {
+        "budget": {"remaining": None, "daily_limit": None},
+        "capacity": {"active": 1, "free": None, "limit": None},
+    }
+    service.answer(STATUS, {**agent_status(), **unlimited})
+    assert ktrdr("agent", "status").stdout.splitlines()[3:5] == ["Budget: unlimited", "Capacity: unlimited, 1 running"]
+
+
+def test_what_the_service_does_not_know_is_unknown(ktrdr: Run, service: FakeService) -> None:
+    service.answer(STATUS, {**agent_status(), "budget": None, "capacity": None})
+    assert ktrdr("agent", "status").stdout.splitlines()[3:5] == ["Budget: unknown", "Capacity: unknown"]
+
+
+def test_a_service_of_an_earlier_version_tells_neither_budget_nor_capacity(ktrdr: Run, service: FakeService) -> None:
+    told = agent_status()
+    del told["budget"], told["capacity"]
+    service.answer(STATUS, told)
+    assert ktrdr("agent", "status").stdout.splitlines()[2:] == ["Status: idle", "Last Cycle: none"]
 
 
 def test_a_running_cycle_has_its_block(ktrdr: Run, service: FakeService) -> None:
@@ -187,6 +232,8 @@ def test_a_running_cycle_has_its_block(ktrdr: Run, service: FakeService) -> None
         "Agent Status\n"
         "==============================\n"
         "Status: backtesting\n"
+        "Budget: $4.85 of $5.00 remaining\n"
+        "Capacity: 2/3 cycles free\n"
         "\n"
         "Cycle:          op_1\n"
         "Phase:          backtesting\n"

@@ -155,13 +155,15 @@ async def test_callers_of_one_batch_have_each_their_own(recorded: Recorded, limi
     assert ledger == {f"r-{number}": trace_id for number, trace_id in enumerate(traces)}
 
 
-async def test_heartbeats_are_the_blocks(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_heartbeats_have_no_spans(recorded: Recorded, limiter: AsyncBudgetLimiter):
     with span("cycle"):
         async with limiter.hold("agent", "0.10", ttl=1) as hold:
             with span("phase"):
                 hold.accrue("0.01")
-                await until(lambda: any(found.name == "ktrdr.budget.heartbeat" for found in recorded.spans))
-    assert recorded["ktrdr.budget.heartbeat"].parent == recorded["cycle"].context
+                reserved_ms = hold.deadline_ms
+                await until(lambda: hold.deadline_ms > reserved_ms)
+    names = [found.name for found in recorded.spans]
+    assert names == ["ktrdr.budget.reserve", "phase", "ktrdr.budget.settle", "cycle"]
     settled = told(recorded["ktrdr.budget.settle"])
     assert (settled["outcome"], settled["amounts"]) == ("committed", ("0.01",))
 

@@ -31,6 +31,46 @@ def triggered(service: Service) -> str:
     return str(response.json()["operation_id"])
 
 
+def test_every_span_of_a_trigger_and_of_a_cancellation_has_the_operation(server, receiver: OtlpReceiver):
+    environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 60, **receiver.environment}
+    with serving(**environment) as service:
+        operation_id = triggered(service)
+        assert service.post("/api/v1/agent/trigger", {"operation_id": "op_refused"}).status_code == 409
+        assert service.request("DELETE", f"/api/v1/agent/cancel/{operation_id}").status_code == 200
+        cycle_of(receiver, operation_id)
+        receiver.wait_named("DELETE /api/v1/agent/cancel/{operation_id:path}")
+    roots = {span.name: span for span in receiver.spans if not span.parent_id and span.name != "agent.research_cycle"}
+    assert set(roots) == {"POST /api/v1/agent/trigger", "DELETE /api/v1/agent/cancel/{operation_id:path}"}
+    for span in receiver.spans:
+        assert span.attributes["operation.id"] in (operation_id, "op_refused"), span
+        assert span.attributes["operation.type"] == "agent_research"
+    for asked in (operation_id, "op_refused"):
+        [request] = [
+            span
+            for span in receiver.spans
+            if span.name == "POST /api/v1/agent/trigger" and span.attributes["operation.id"] == asked
+        ]
+        below = {span.name for span in trace_of(receiver.spans, request.trace_id)}
+        assert {"ktrdr.budget.reserve", "EVALSHA"} <= below
+
+
+def test_a_cycle_that_outlives_many_heartbeats_has_no_span_of_any(server, receiver: OtlpReceiver):
+    environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 60, **receiver.environment}
+    with serving(AGENT_CYCLE_TTL=1, **environment) as service:
+        operation_id = triggered(service)
+
+        def expires_at() -> str:
+            return str(service.get(f"/api/v1/reservations/{operation_id}").json()["expires_at"])
+
+        deadlines = set[str]()
+        wait_until(lambda: deadlines.add(expires_at()) or len(deadlines) > 4, 60)
+        assert service.request("DELETE", f"/api/v1/agent/cancel/{operation_id}").status_code == 200
+        _, cycle = cycle_of(receiver, operation_id)
+    assert "ktrdr.budget.heartbeat" not in {span.name for span in receiver.spans}
+    called = [span for span in cycle if span.name == "EVALSHA"]
+    assert len(called) <= 4, "what the cycle itself asks of the store"
+
+
 def cycle_of(receiver: OtlpReceiver, operation_id: str) -> tuple[Span, list[Span]]:
     """The root of a cycle that has ended, and its trace, which is one whole tree."""
     spans = receiver.wait_named("agent.research_cycle", within_s=60)
@@ -81,7 +121,7 @@ def test_every_worker_traces_and_counts(server, receiver: OtlpReceiver):
     assert 'agent_cycles_total{outcome="completed"} 1.0' in samples
     assert 'agent_cycles_total{outcome="failed"} 0.0' in samples
     assert f"agent_budget_spend_total {float(entries[0]['amount'])}" in samples
-    assert service.said[-1].startswith("listening on")
+    assert not [line for line in service.said if line.startswith(("WARNING", "ERROR"))]
 
 
 def test_a_cycle_that_fails_at_a_gate_is_a_whole_tree(server, receiver: OtlpReceiver):

@@ -1,0 +1,104 @@
+"""What a service logs of money: spend on the agent's budget, and the first denial of each window."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
+from ktrdr_budget.telemetry.budget_log import BudgetLog
+from ktrdr_budget.telemetry.outcomes import combined
+
+BUDGETS = [Budget("agent", "5.00"), Budget("team", "1.00"), Budget("jobs", 1, kind="slots")]
+
+
+@pytest.fixture(autouse=True)
+def _info(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ktrdr_budget")
+
+
+@pytest.fixture
+async def logged(server) -> AsyncIterator[tuple[AsyncBudgetLimiter, BudgetLog]]:
+    log = BudgetLog()
+    calls: list[str] = []
+    observer = combined(log.observe, lambda observation: calls.append(observation.operation))
+    async with AsyncBudgetLimiter(server.url, BUDGETS, observer=observer) as limiter:
+        log.watch(limiter)
+        limiter.calls = calls
+        yield limiter, log
+
+
+def records(caplog: pytest.LogCaptureFixture, event: str) -> list[logging.LogRecord]:
+    return [record for record in caplog.records if record.message.startswith(event)]
+
+
+async def test_commits_and_records_on_the_agents_budget_are_logged_once(logged, caplog):
+    limiter, log = logged
+    hold = await limiter.reserve({"agent": "0.15", "team": "0.15"}, id="op_1")
+    await hold.commit("0.07")
+    await limiter.commit("op_1", "0.07")  # a replay
+    await log.drain()
+    await limiter.record("agent", "0.02", id="r-1")
+    await limiter.record("team", "0.02")
+    await (await limiter.reserve("agent", "0.15")).release()
+    await log.drain()
+    found = records(caplog, "Budget spend recorded: ")
+    assert [(record.levelname, record.amount, record.operation_id) for record in found] == [
+        ("INFO", 0.07, "op_1"),
+        ("INFO", 0.02, "r-1"),
+    ]
+    assert [(record.total_spend, record.remaining) for record in found] == [(0.07, 4.93), (0.09, 4.91)]
+    assert found[0].message.endswith("$0.07 for op_1 (total: $0.07, remaining: $4.93)")
+
+
+async def test_spend_that_comes_together_is_logged_with_few_statuses(logged, caplog):
+    limiter, log = logged
+    await asyncio.gather(*(limiter.record("agent", "0.01", id=f"r-{number}") for number in range(100)))
+    await log.drain()
+    found = records(caplog, "Budget spend recorded: ")
+    assert {record.operation_id for record in found} == {f"r-{number}" for number in range(100)}
+    assert found[-1].total_spend == 1.0
+    assert limiter.calls.count("status") < 20
+
+
+async def test_a_status_that_cannot_be_read_is_unknown_and_the_spend_is_logged(start_server, caplog):
+    own, log = start_server(), BudgetLog()
+    async with AsyncBudgetLimiter(own.url, BUDGETS, observer=log.observe, timeout=0.1) as limiter:
+        log.watch(limiter)
+        recorded = asyncio.ensure_future(limiter.record("agent", "0.02", id="r-1"))
+        recorded.add_done_callback(lambda _: own.kill())  # before the status is asked for
+        await recorded
+        await log.drain()
+    [record] = records(caplog, "Budget spend recorded: ")
+    assert (record.amount, record.total_spend, record.remaining) == (0.02, None, None)
+    assert record.message == "Budget spend recorded: $0.02 for r-1 (total: unknown, remaining: unknown)"
+
+
+async def test_denials_are_logged_once_for_each_window_and_budget(logged, caplog):
+    limiter, _ = logged
+    await limiter.reserve("jobs", 1)
+    for _ in range(3):
+        for name, amount in (("agent", "6.00"), ("team", "2.00"), ("jobs", 1)):
+            with pytest.raises(BudgetExceeded):
+                await limiter.reserve(name, amount)
+    found = records(caplog, "Reservation denied: ")
+    assert [(record.levelname, record.budget, record.reason) for record in found] == [
+        ("WARNING", "agent", "exceeds_limit"),
+        ("WARNING", "team", "exceeds_limit"),
+        ("WARNING", "jobs", "budget_held"),
+    ]
+    window = (await limiter.status("agent")).window
+    assert [record.window for record in found] == [window, window, "ever"]
+    assert (found[0].remaining, found[0].requested) == (5.0, 6.0)
+
+
+async def test_a_new_window_logs_its_first_denial_again(logged, caplog, monkeypatch):
+    limiter, log = logged
+    for _ in range(2):
+        with pytest.raises(BudgetExceeded):
+            await limiter.reserve("team", "2.00")
+        log._silent_until_ms["team"] = 0  # the window of the denial before has ended
+    assert len(records(caplog, "Reservation denied: ")) == 2

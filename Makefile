@@ -20,7 +20,7 @@ IDENTITY := import sys; print(sys.base_prefix, sys.version)
 CHOSEN := $(if $(filter file,$(origin PYTHON)),,chosen)
 
 .DEFAULT_GOAL := help
-.PHONY: help run stack wheel test lint format fuzz chaos bench audit clean chosen
+.PHONY: help run stack jaeger wheel test lint format fuzz chaos bench audit clean chosen
 
 help: ## Show what can be made
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -30,6 +30,9 @@ run: .venv/.run ## Install what the service needs and serve on 127.0.0.1:8000 wi
 
 stack: .venv/.run ## Two replicas behind one address on 8000, with Prometheus if it is installed
 	$(BIN)/python scripts/stack.py --port $(PORT) --replica-port $(REPLICA_PORT) --prometheus-port $(PROMETHEUS_PORT)
+
+jaeger: .venv/.run ## Build Jaeger where Go is installed (minutes, once), and find cycles on its query API by their operation.id
+	$(BIN)/python scripts/jaeger.py $(JAEGER_ARGS)
 
 wheel: .venv/.made ## A wheel in dist/, to install elsewhere
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .

@@ -13,6 +13,7 @@
 #   GRAFANA_URL      (http://127.0.0.1:3000)   /
 #   GRAFANA_USER, GRAFANA_PASSWORD   where the dashboard is not shown to everybody
 #   WAIT_SECONDS     for traces to arrive, and for Prometheus to scrape (30)
+#   TRACE_OUTCOMES   outcomes of which the newest cycle must have its trace, too: "completed failed cancelled"
 #   PYTHON           an interpreter with ktrdr-budget installed (.venv/bin/python)
 #
 # It starts one research cycle, which costs what a cycle costs. For a moment it sets the agent's limit to $0.01, so
@@ -121,11 +122,14 @@ check_budget() {
   ask "$service/api/v1/agent/budget" || { fail budget "$(detail)"; return; }
   if yes 'd["daily_limit"] is None or d["remaining"] == max(
       0, d["daily_limit"] - d["today_spend"] - d["held"] - d["unconfirmed"])'; then
-    pass budget "$(field 'f"""{d["date"]}: limit {d["daily_limit"]}, spent {d["today_spend"]}, remaining {d["remaining"]}"""')"
+    pass budget "$(field "$budget_expression")"
   else
     fail budget "the figures do not add up: $(head -c 300 "$body")"
   fi
 }
+
+budget_expression='"{date}: limit {daily_limit}, spent {today_spend}, remaining {remaining}".format(
+    **{name: "unlimited" if value is None else value for name, value in d.items()})'
 
 check_agreement() {
   for _ in 1 2 3; do # a cycle may begin or end between two answers
@@ -271,44 +275,71 @@ check_counters() {
 check_traces() {
   get "$jaeger/api/services" || { missing traces "$jaeger" JAEGER_URL; return; }
   [[ -n $cycle ]] || { skip traces 'no cycle was run'; return; }
-  local trace
-  trace=$(of "$cycle" 'd["trace_id"]')
-  if [[ -z $trace ]]; then
+  if [[ -z $(of "$cycle" 'd["trace_id"]') ]]; then
     local why='the cycle has no trace: set OTEL_EXPORTER_OTLP_ENDPOINT for the service'
     if [[ -n ${JAEGER_URL:-} ]]; then fail traces "$why"; else skip traces "$why"; fi
     return
   fi
-  if wait_for trace_is_whole "$trace"; then # spans arrive some seconds after their end
-    pass traces "$(cat "$work/said")"
-  else
-    fail traces "trace $trace: $(tail -n 1 "$work/said")"
-  fi
+  local traced=("$cycle") outcome one total=0 outcomes=
+  for outcome in ${TRACE_OUTCOMES:-}; do
+    [[ $(of "$cycle" 'd["outcome"]') != "$outcome" ]] || continue
+    one=$work/$outcome.json
+    ask "$service/api/v1/agent/cycles?limit=100" || { fail traces "$(detail)"; return; }
+    "$python" -c "$newest_program" "$body" "$outcome" >"$one" 2>/dev/null || { fail traces "no cycle is $outcome"; return; }
+    traced+=("$one")
+  done
+  for one in "${traced[@]}"; do
+    wait_for trace_is_whole "$one" || { # spans arrive some seconds after their end
+      fail traces "cycle $(of "$one" 'd["operation_id"]'): $(tail -n 1 "$work/said")"
+      return
+    }
+    ((total += $(cat "$work/said")))
+    outcomes+=" $(of "$one" 'd["outcome"]')"
+  done
+  pass traces "${#traced[@]} cycle(s),$outcomes: $total spans, found by service ktrdr-backend and operation.id"
 }
 
+newest_program='
+import json, sys
+cycles = json.load(open(sys.argv[1]))["cycles"]
+print(json.dumps(next(cycle for cycle in cycles if cycle["outcome"] == sys.argv[2] and cycle["trace_id"])))
+'
+
+# trace_is_whole FILE: the traces that Jaeger finds by service and operation.id are those of the cycle in the file.
 trace_is_whole() {
-  get "$jaeger/api/traces/$1"
-  "$python" -c "$trace_program" "$body" "$cycle" >"$work/said" 2>&1
+  get "$jaeger/api/traces?service=ktrdr-backend&limit=20&tags=$(of "$1" "$tags_expression")"
+  "$python" -c "$trace_program" "$body" "$1" >"$work/said" 2>&1
 }
+tags_expression='__import__("urllib.parse").parse.quote(json.dumps({"operation.id": d["operation_id"]}))'
 trace_program='
 import json, sys
-trace, cycle = (json.load(open(name)) for name in sys.argv[1:])
+found, cycle = (json.load(open(name)) for name in sys.argv[1:])
 def tags(holder): return {tag["key"]: tag["value"] for tag in holder.get("tags", [])}
-[data] = trace.get("data") or sys.exit("it has not arrived")
-spans = data["spans"]
-names, ids = {span["operationName"] for span in spans}, {span["spanID"] for span in spans}
-expected = {"agent.research_cycle", "agent.phase.design", "agent.phase.training"}
-if cycle["outcome"] == "completed":
-    expected |= {"agent.phase.backtest", "agent.phase.assessment"}
+traces = {int(data["traceID"], 16): data for data in found.get("data") or sys.exit("no trace has arrived")}
+data = traces.get(int(cycle["trace_id"], 16)) or sys.exit("its own trace has not arrived")
+names = {span["operationName"] for span in data["spans"]}
+phases = {"designing": "design", "training": "training", "backtesting": "backtest", "assessing": "assessment"}
+reached = list(phases)[: list(phases).index(cycle["phase"]) + 1]
+expected = {"agent.research_cycle", *("agent.phase." + phases[phase] for phase in reached)}
+if not cycle["tokens"]["design"]:
+    expected.discard("agent.phase.design")  # the trigger has named a strategy
 if expected - names:
     sys.exit("no span " + ", ".join(sorted(expected - names)))
+[root] = [span for span in data["spans"] if span["operationName"] == "agent.research_cycle"]
+if tags(root).get("outcome") != cycle["outcome"]:
+    sys.exit("its outcome is " + str(tags(root).get("outcome")) + ", not " + cycle["outcome"])
+spans = [span for trace in traces.values() for span in trace["spans"]]
+if not any(span["operationName"].startswith("POST ") and span["operationName"].endswith("/agent/trigger") for span in spans):
+    sys.exit("the trace of its trigger has not arrived")
+ids = {span["spanID"] for span in spans}
 for span in spans:
-    if {process["serviceName"] for process in data["processes"].values()} != {"ktrdr-backend"}:
+    if {process["serviceName"] for trace in traces.values() for process in trace["processes"].values()} != {"ktrdr-backend"}:
         sys.exit("its service is not ktrdr-backend")
     if (tags(span).get("operation.id"), tags(span).get("operation.type")) != (cycle["operation_id"], "agent_research"):
         sys.exit("span " + span["operationName"] + " has not the operation.id and operation.type of the cycle")
     if any(link["refType"] == "CHILD_OF" and link["spanID"] not in ids for link in span.get("references", [])):
         sys.exit("span " + span["operationName"] + " is an orphan")
-print("trace", data["traceID"], "of", len(spans), "spans, each with the operation.id")
+print(len(spans))
 '
 
 check_exhaustion() {

@@ -188,6 +188,8 @@ async def test_a_budget_that_is_defined_otherwise_is_a_refusal(start):
     there = (await start(agent_budget_timezone="Asia/Tokyo")).client
     problem = is_a_refusal(await there.post(TRIGGER), 409, "budget_mismatch")
     assert problem["operation_ids"] == []
+    status = (await there.get(f"{V1}/agent/status")).json()
+    assert (status["status"], status["budget"], status["capacity"]["free"]) == ("idle", None, 1)
 
 
 async def test_an_id_of_a_cycle_that_is_only_remembered_is_a_refusal(start, client_of_store):

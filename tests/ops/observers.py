@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from ..helpers.otlp_receiver import OtlpReceiver, Span, trace_of
 
@@ -17,13 +18,19 @@ Answer = Callable[[str], Any]
 
 
 def jaeger(receiver: OtlpReceiver) -> Answer:
-    """The part of Jaeger's query API (``/api/services``, ``/api/traces/{id}``) that ``scripts/verify.sh`` asks."""
+    """The part of Jaeger's query API that ``scripts/verify.sh`` asks: services, and traces by service and tags."""
 
     def answer(path: str) -> Any:
         if path == "/api/services":
             return {"data": sorted({span.resource["service.name"] for span in receiver.spans})}
-        found = trace_of(receiver.spans, path.removeprefix("/api/traces/"))
-        return {"data": [_trace(found)]} if found else None
+        query = {name: values[0] for name, values in parse_qs(urlsplit(path).query).items()}
+        wanted = json.loads(query["tags"]).items()
+        found = {
+            span.trace_id
+            for span in receiver.spans
+            if span.resource["service.name"] == query["service"] and wanted <= span.attributes.items()
+        }
+        return {"data": [_trace(trace_of(receiver.spans, trace_id)) for trace_id in sorted(found)]}
 
     return answer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import signal
 import subprocess
@@ -82,6 +83,41 @@ def replicas(running: Stack) -> str:
     return f"{running.url('replica-1')} {running.url('replica-2')}"
 
 
+# --- The README ----------------------------------------------------------------------------------
+
+
+def shape(line: str) -> str:
+    """A line without what differs from run to run. This stack has traces, and that of the README has none."""
+    line = line.removesuffix(" with its trace id")
+    return re.sub(r"op_\w+", "ID", re.sub(r"[\d.]*\d", "N", re.sub(r"op_\w+", "ID", line)))
+
+
+@pytest.mark.slow
+def test_the_readme_shows_what_the_script_prints(running: Stack) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    [block] = re.findall(r"```text\n(\$ [^\n]*scripts/verify\.sh)\n(.*?)```", readme, re.DOTALL)
+    told, shown = block[0], block[1].splitlines()
+    assert told == '$ KTRDR_REPLICAS="http://127.0.0.1:8001 http://127.0.0.1:8002" scripts/verify.sh'
+    tools = {"KTRDR_REPLICAS": replicas(running)}
+    has_prometheus = shutil.which("prometheus") is not None
+    if has_prometheus:
+        tools["PROMETHEUS_URL"] = running.url("prometheus")
+    found = verify(
+        running.url("service"), *(check for check in CHECKS if check not in ("restored", *OBSERVERS)), **tools
+    )
+    lines = [line for line in shown if line[6:].split(maxsplit=1)[0] not in OBSERVERS]
+    if not has_prometheus:
+        lines = [line for line in lines if not line.startswith("PASS  prometheus")]
+        found.output = "\n".join(line for line in found.output.splitlines() if not line.startswith("SKIP  prometheus"))
+    assert [shape(line) for line in found.output.splitlines()[:-1]] == [shape(line) for line in lines[:-1]]
+    assert shown[-1] == "verify: 12 passed, 0 failed, 2 skipped"
+    assert [line[:4] for line in shown].count("PASS") == 12
+
+
+OBSERVERS = ("traces", "grafana")
+"""They are asked where they usually are; what answers there on a developer's machine is not this test's."""
+
+
 # --- A sound stack --------------------------------------------------------------------------------
 
 
@@ -129,6 +165,34 @@ def test_an_interrupted_check_restores_the_limit_that_was_set_at_run_time(runnin
         assert after["limit_source"] == "runtime"
     finally:
         httpx.delete(f"{url}/api/v1/budgets/agent/limit", timeout=60)
+
+
+def cancelled_cycle(url: str) -> str:
+    """The id of a cycle that was cancelled before it ended, which on a busy machine takes more than one."""
+    while True:
+        operation_id = httpx.post(f"{url}/api/v1/agent/trigger", timeout=60).json()["operation_id"]
+        answer = httpx.delete(f"{url}/api/v1/agent/cancel/{operation_id}", timeout=60)
+        if answer.status_code == 200:
+            wait_until(lambda: budget(url)["held"] == "0.00")
+            return str(operation_id)
+        assert answer.json()["code"] == "cycle-ended", answer.text
+
+
+@pytest.mark.slow
+def test_cycles_of_every_outcome_that_is_asked_for_must_have_their_traces(
+    running: Stack, receiver: OtlpReceiver
+) -> None:
+    url = running.url("service")
+    operation_id = cancelled_cycle(url)
+    with answering(jaeger(receiver)) as jaeger_url:
+        tools = {"JAEGER_URL": jaeger_url, "WAIT_SECONDS": 20}
+        found = verify(url, "cycle", "traces", TRACE_OUTCOMES="completed cancelled", **tools)
+        assert (found.results, found.code) == ({"cycle": "PASS", "traces": "PASS"}, 0), found.output
+        assert "2 cycle(s), completed cancelled: " in found.line("traces")
+        receiver.clear()
+        found = verify(url, "cycle", "traces", TRACE_OUTCOMES="cancelled", **{**tools, "WAIT_SECONDS": 2})
+        assert found.results == {"cycle": "PASS", "traces": "FAIL"}, found.output
+        assert f"cycle {operation_id}: no trace has arrived" in found.line("traces")
 
 
 # --- A broken one ---------------------------------------------------------------------------------

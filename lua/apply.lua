@@ -61,6 +61,7 @@ local function store(w)
   if w.registering and not w.registered then
     dirty = true
     call('HSET', KEYS[5], 'd:' .. match(w.name, '^(.+):'), ARGV[at + 1])
+    if call('PTTL', KEYS[5]) == -1 then call('PEXPIRE', KEYS[5], text(LASTING_MS)) end
   end
   if w.asserting and w.changing then
     dirty = true

@@ -20,6 +20,8 @@ if ARGV[2] == '' then
   redis.call('HDEL', KEYS[1], ARGV[1])
 else
   redis.call('HSET', KEYS[3], 'd:' .. ARGV[1], ARGV[4])
+  -- Ten years, until the first window of a budget decides (apply.lua).
+  if redis.call('PTTL', KEYS[3]) == -1 then redis.call('PEXPIRE', KEYS[3], '315360000000') end
   redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3])
 end
 if redis.call('EXISTS', KEYS[1]) == 1 then

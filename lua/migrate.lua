@@ -22,4 +22,6 @@ if (redis.call('HGET', KEYS[3], field) or '') ~= ARGV[2] then return 'w' end
 if now_ms < ARGV[4] + 0 or (ARGV[5] ~= '0' and now_ms >= ARGV[5] + 0) then return 'w' end
 redis.call('HDEL', KEYS[4], 'asserted')
 redis.call('HSET', KEYS[3], field, ARGV[3])
+-- Ten years, until the first window of a budget decides (apply.lua).
+if redis.call('PTTL', KEYS[3]) == -1 then redis.call('PEXPIRE', KEYS[3], '315360000000') end
 return ARGV[6] == '1' and redis.call('HDEL', KEYS[2], ARGV[1]) == 1 and 'cleared' or 'done'

@@ -26,7 +26,7 @@ from ktrdr_budget.money import to_units
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
 from ktrdr_budget.verify import verify
 
-from .helpers.keyspace import counted, dump, sums, window_key
+from .helpers.keyspace import counted, dump, immortal_keys, sums, window_key
 from .helpers.waiting import until
 
 OTHER = Budget("other", "1.00")
@@ -311,6 +311,15 @@ def test_a_limit_of_run_time_goes_only_if_it_is_an_amount_of_another_unit(server
         assert week.status("agent").limit == 2
         assert tokens.migrate("agent").limit_cleared is True
         assert (tokens.status("agent").limit, tokens.status("agent").limit_source) == (100, "configured")
+
+
+async def test_a_registration_without_a_window_expires_too(server, client):
+    async with limiter_of(server, Budget("agent", 5)) as limiter:
+        await limiter.set_limit("other", 1)
+        assert immortal_keys(client) == []
+        client.flushall()
+        await limiter.migrate("agent")
+        assert immortal_keys(client) == []
 
 
 async def test_a_definition_that_this_version_does_not_know_is_a_conflict_with_a_way_out(server, client):

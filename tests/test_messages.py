@@ -104,6 +104,11 @@ def test_a_sum_that_is_too_large_is_refused_in_the_unit_of_its_budget(sync_limit
     assert "must be below 9,007,199,254,740,992 tokens" in refusal(InvalidAmount, hold.accrue, {"tokens": 1})
 
 
+def test_a_hold_of_a_nano_dollar_shows_a_plain_decimal(sync_limiter):
+    hold = sync_limiter.reserve({"agent": "0.000000001", "tokens": 1}, id="op_1")
+    assert repr(hold) == "<Hold op_1 open agent=0.000000001, tokens=1>"
+
+
 # -- names -------------------------------------------------------------------------------------------------------------
 
 

@@ -187,7 +187,7 @@ async def _failed(request: Request, error: Exception) -> Response:
     """Also for the routes of others in this app. What is unexpected is logged by the server, not told."""
     if isinstance(error, BudgetError):
         return problem_of(error, request.app.state.limiter.budgets).response()
-    return Problem(500, "internal-error", "the service failed; its log tells why").response()
+    return Problem(500, "internal-error", "internal error; its cause is in the log of the service").response()
 
 
 # -- OpenAPI -----------------------------------------------------------------------------------------------------------

@@ -103,7 +103,7 @@ def problem_of(error: BudgetError, budgets: Mapping[str, Budget]) -> Problem:
                 retry = {"Retry-After": str(STORE_RETRY_S)}
                 return Problem(status, code, str(error), title=title, headers=retry, ambiguous=error.ambiguous)
             return Problem(status, code, str(error), title=title)
-    return Problem(500, "internal-error", "the service failed; its log tells why")
+    return Problem(500, "internal-error", "internal error; its cause is in the log of the service")
 
 
 def no_such_endpoint(scope: Mapping[str, Any]) -> Problem:

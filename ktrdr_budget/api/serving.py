@@ -152,7 +152,7 @@ def _announce(settings: Settings, listener: socket.socket, workers: int, stopper
     except InvalidArgument as error:  # a URL that the driver refuses
         raise ServeError(f"KTRDR_REDIS_URL: {error}") from None
     if settings.auth == "none":
-        _say("warning: KTRDR_AUTH=none: whoever reaches this address may do everything")
+        _say("warning: KTRDR_AUTH=none: anyone who reaches this address may do everything")
     if settings.on_store_error == "allow" and workers > 1:
         _say("warning: KTRDR_ON_STORE_ERROR=allow: what a worker admits unchecked, only that worker can settle")
     if settings.on_store_error == "lease" and workers > 1:

@@ -106,7 +106,11 @@ class HoldBase:
             self._accrued = {s.budget: s.accrued for s in record.segments if s.accrued}
 
     def __repr__(self) -> str:
-        amounts = ", ".join(f"{name}={amount}" for name, amount in self.amounts.items())
+        # A Decimal of a few nano-dollars would show itself as 1E-9.
+        shown_amounts = (
+            (name, amount if isinstance(amount, int) else f"{amount:f}") for name, amount in self.amounts.items()
+        )
+        amounts = ", ".join(f"{name}={amount}" for name, amount in shown_amounts)
         return f"<{type(self).__name__} {self.id} {self.state} {amounts}>"
 
     # -- figures -------------------------------------------------------------------------------------------------------

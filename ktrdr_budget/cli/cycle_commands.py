@@ -74,9 +74,9 @@ def trigger(
 @click.command()
 @watch_options
 def status(as_json: bool, watch: bool, interval: float) -> None:
-    """Show the research cycles that run, the last one, and how much money and how many cycles are left.
+    """Show the research cycles that run, the last one, and what is left.
 
-    Every replica gives the same answer.
+    That is how much money remains today, and how many cycles may run. Every replica gives the same answer.
     """
     show(partial(_ask, service()), as_json, interval_s=interval if watch else None)
 

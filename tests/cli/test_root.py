@@ -103,7 +103,7 @@ def test_main_can_be_called_and_returns_without_standalone_mode(
 
 
 def test_an_unexpected_error_is_one_line_and_no_traceback(ktrdr: Run, environment: pytest.MonkeyPatch) -> None:
-    def fail(*args: object) -> None:
+    def fail(*args: object, **options: object) -> None:
         raise RuntimeError("something\nnew")
 
     environment.setattr("ktrdr_budget.cli.agent_commands.status_text", fail)

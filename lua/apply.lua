@@ -8,10 +8,12 @@
 --   one reply for each operation, in order
 
 local SILENT_S = 172800 -- two days
+local LISTED_S = 3110400 -- 36 days
+local REPLICAS_MAX = 2048
 
 local function see_replica()
   call('ZADD', KEYS[7], time[1], ARGV[1])
-  call('EXPIRE', KEYS[7], text(SILENT_S))
+  call('EXPIRE', KEYS[7], text(LISTED_S))
 end
 
 local lines = { '', '' }
@@ -42,7 +44,7 @@ local function fold_subtotals(key)
   local fields = call('HRANDFIELD', key, 16)
   for i = 1, #fields do
     local replica = match(fields[i], '^[rt]:(%x+)$')
-    if replica and replica ~= ARGV[1] and not call('ZSCORE', KEYS[7], replica) then
+    if replica and replica ~= ARGV[1] and (call('ZSCORE', KEYS[7], replica) or 0) + SILENT_S < time[1] + 0 then
       local units = match(fields[i], '^r:') and call('HGET', key, fields[i])
       if units then call('HINCRBY', key, 'r:-', units) end
       call('HDEL', key, fields[i])
@@ -117,8 +119,10 @@ if dirty then
   acknowledged = call('HINCRBY', KEYS[1], 'r:' .. ARGV[1], 1)
   if new_second then
     see_replica()
-    -- Replicas that were silent for two days are forgotten, a few at a time.
-    local silent = call('ZRANGEBYSCORE', KEYS[7], '-inf', text(time[1] - SILENT_S), 'LIMIT', 0, 16)
+    -- Among very many, replicas that were silent for two days are forgotten, a few at a time. Not among few: should the
+    -- store's clock jump, one that is forgotten would take that for a loss.
+    local silent = call('ZCARD', KEYS[7]) > REPLICAS_MAX
+      and call('ZRANGEBYSCORE', KEYS[7], '-inf', text(time[1] - SILENT_S), 'LIMIT', 0, 16) or {}
     for i = 1, #silent do
       call('ZREM', KEYS[7], silent[i])
       call('HDEL', KEYS[1], 'r:' .. silent[i])

@@ -201,8 +201,10 @@ async def test_p2_a_window_whose_sum_would_reach_2_to_the_62_refuses_that_spend_
         assert (await limiter.status("tokens")).spent == 512 * LARGEST
         await limiter.record("agent", "1.00")
         assert (await limiter.status("agent")).spent == 11
-        for number in range(512, 1024):  # nothing is left of what was refused
-            with pytest.raises(InvalidAmount):
+        for number, outcome in enumerate(outcomes[:-1]):
+            if not isinstance(outcome, InvalidAmount):
+                continue  # batches may overtake each other
+            with pytest.raises(InvalidAmount):  # nothing is left of what was refused
                 await limiter.record("tokens", LARGEST, id=f"large/{number}")
     assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 

@@ -238,7 +238,7 @@ def test_the_compose_overlay_starts_redis_so_and_gives_the_backends_the_password
     services = yaml.safe_load(done.stdout)["services"]
     for name in ("backend-1", "backend-2"):
         assert services[name]["environment"]["KTRDR_REDIS_URL"] == "redis://ktrdr:s3cret@redis:6379/0"
-        assert services[name]["environment"]["AGENT_DAILY_BUDGET"] == "5.00"
+        assert services[name]["environment"]["OTEL_SERVICE_NAME"] == "ktrdr-backend", "the rest stays"
     store = services["redis"]
     assert store["entrypoint"] == ["sh", "/etc/ktrdr/start.sh"]
     plain = yaml.safe_load((root / "docker-compose.yml").read_text())["services"]["redis"]

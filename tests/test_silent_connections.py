@@ -72,7 +72,7 @@ async def aged(limiter: AsyncBudgetLimiter) -> None:
     """Until each idle connection is too old to be trusted."""
     loop = asyncio.get_running_loop()
     assert idle(limiter)
-    await until(lambda: all(loop.time() - each.idle_since_s > wire.TRUSTED_IDLE_S for each in idle(limiter)))
+    await until(lambda: all(loop.time() - each.used_s > wire.TRUSTED_IDLE_S for each in idle(limiter)))
 
 
 async def test_a_burst_after_idleness_uses_no_connection_that_was_idle(proxy, way, no_pulse, client):
@@ -92,7 +92,7 @@ async def test_the_pulse_of_an_idle_replica_keeps_a_connection_in_trust(proxy, w
 
         def trusted() -> bool:
             now_s = asyncio.get_running_loop().time()
-            used_s = max([each.idle_since_s for each in idle(limiter)], default=0.0)
+            used_s = max([each.used_s for each in idle(limiter)], default=0.0)
             return now_s > called_s + 1.5 * wire.TRUSTED_IDLE_S and now_s < used_s + wire.TRUSTED_IDLE_S
 
         await until(trusted)  # long after the last call

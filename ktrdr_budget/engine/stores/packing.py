@@ -142,13 +142,13 @@ class _Pool(ConnectionPool):
 
     async def release(self, connection: Any) -> None:
         """See redis-py."""
-        connection.idle_since_s = asyncio.get_running_loop().time()
+        connection.used_s = asyncio.get_running_loop().time()
         await super().release(connection)
 
     async def ensure_connection(self, connection: Any) -> None:
         """See redis-py."""
-        idle_since_s: float | None = getattr(connection, "idle_since_s", None)
-        if idle_since_s is not None and asyncio.get_running_loop().time() - idle_since_s > wire.TRUSTED_IDLE_S:
+        used_s: float | None = getattr(connection, "used_s", None)
+        if used_s is not None and asyncio.get_running_loop().time() - used_s > wire.TRUSTED_IDLE_S:
             await connection.disconnect(nowait=True)
         await super().ensure_connection(connection)
 

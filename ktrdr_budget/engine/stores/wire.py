@@ -42,22 +42,14 @@ class Wires:
         self.on_late: Callable[[Wire], None] | None = None
         """Called with a connection whose request has waited for :data:`PATIENCE` of its time."""
 
-    @property
-    def trusted(self) -> bool:
-        """Whether :meth:`ready` has a connection; those that were idle for too long end here."""
-        idle = self.idle
-        if not idle:
-            return False
-        trusted_since_s = asyncio.get_running_loop().time() - TRUSTED_IDLE_S
-        while idle and idle[0].idle_since_s < trusted_since_s:  # the oldest come first
-            idle.pop(0).drop()
-        return bool(idle)
-
     def ready(self) -> Wire | None:
-        """A connection that carries nothing."""
-        while self.trusted:
-            wire = self.idle.pop()
-            if wire.stands:
+        """A connection that carries nothing, and was in use lately."""
+        while self.idle:
+            wire = self.idle.pop()  # the one that was used last
+            if wire.age_s > TRUSTED_IDLE_S:
+                wire.drop()
+                self.drop_idle()
+            elif wire.stands:
                 return wire
         return None
 
@@ -147,8 +139,8 @@ class Wire(asyncio.Protocol):
         """To be called before that request is sent on another connection, too."""
         self.deadline = 0.0
         """The time of the event loop until which its reply is awaited."""
-        self.idle_since_s = 0.0
-        """When it last became idle, in time of the event loop."""
+        self.used_s = self._loop.time()
+        """When it was last in use, in time of the event loop: its last request was sent then."""
         self._wake_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self.ended: asyncio.Future[None] = self._loop.create_future()
@@ -160,6 +152,11 @@ class Wire(asyncio.Protocol):
     def stands(self) -> bool:
         """Whether the connection has not ended, as far as is known."""
         return not self._transport.is_closing()
+
+    @property
+    def age_s(self) -> float:
+        """For how long the connection has not been used."""
+        return self._loop.time() - self.used_s
 
     @property
     def request(self) -> object | None:
@@ -187,8 +184,8 @@ class Wire(asyncio.Protocol):
         self.words = words
         self.resent = resent
         self.deadline = self._wake_s = deadline
+        self.used_s = now_s = self._loop.time()
         if resent is not None:
-            now_s = self._loop.time()
             self._wake_s = now_s + (deadline - now_s) * PATIENCE
         if self._timer is None or self._timer.when() > self._wake_s:
             self._watch()
@@ -212,11 +209,7 @@ class Wire(asyncio.Protocol):
         """Lets others use the connection again, if it stands."""
         self._lent = False
         if self.stands:
-            self._rest()
-
-    def _rest(self) -> None:
-        self.idle_since_s = self._loop.time()
-        self._home.idle.append(self)
+            self._home.idle.append(self)
 
     def supersede(self, reply: Any) -> None:
         """Take this reply, of another connection, for the request; end this connection, which did not reply."""
@@ -273,7 +266,7 @@ class Wire(asyncio.Protocol):
         if isinstance(answer, Exception):
             answer = Refusal(str(answer).removeprefix("ERR "))
         if self._told is not None and not self._lent:
-            self._rest()
+            self._home.idle.append(self)
         self._tell(answer)
 
     def connection_lost(self, error: Exception | None) -> None:

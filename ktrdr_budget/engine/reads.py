@@ -302,7 +302,7 @@ class Reads:
 
     def _trial_faults(self) -> Flow[tuple[str | None, str | None]]:
         """What the store refuses of all that a reservation needs, and what its scripts refuse: each command is tried,
-        then the scripts with nothing to do, one that reads and all that write.
+        then the scripts with nothing to do, one that reads and all that write, these as durably as a reservation.
         """
         session = self.session
         try:

@@ -218,3 +218,10 @@ async def test_an_app_can_run_again(start, server):
         await reserved(running.client, id="op_2")
         text = (await running.client.get("/metrics")).text
     assert 'ktrdr_budget_reservations_total{outcome="granted",reason=""} 2.0' in text
+
+
+@pytest.mark.parametrize(("durability", "words"), [("disk", "needs appendonly to be on"), ("replica", "no replica")])
+async def test_a_store_that_cannot_be_as_durable_as_is_asked_is_not_ready(start, server, durability, words):
+    with away(server.url):
+        client = (await start(redis_url=server.url, durability=durability, timeout=1.0)).client
+        assert words in problem(await client.get("/readyz"), 503, "not-ready")["detail"]

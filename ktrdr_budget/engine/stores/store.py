@@ -118,8 +118,8 @@ class Store:
 
     @property
     def ready(self) -> bool:
-        """Whether a batch can be sent at once."""
-        return self._wires.trusted
+        """Whether a batch can be sent at once, unless the connections turn out to have been idle for too long."""
+        return bool(self._wires.idle)
 
     def begin(
         self,
@@ -197,7 +197,7 @@ class Store:
             raise failure from None
 
     async def run(self, command: Command | Read, deadline: float) -> Any:
-        """Runs a read script or a plain command.
+        """Runs a read script or a plain command; the write script as a batch, confirmed as one.
 
         Args:
             deadline: the time of the event loop until which a reply is awaited.
@@ -218,6 +218,8 @@ class Store:
             finally:
                 wire.give_back()
 
+        if command.script == "apply":
+            return await self.apply(command.script, command.keys, [str(word) for word in command.args], deadline)
         execute = partial(self._deliver, send)
         async with asyncio.timeout_at(deadline):
             if command.script is not None:

@@ -56,10 +56,10 @@ def go_is_missing() -> str:
     go = shutil.which("go")
     if go is None:
         return f"Go {least} or newer is not installed"
-    told = run_go(go, "env", "GOVERSION").stdout.strip()
-    found = re.match(r"go(\d+)\.(\d+)", told)
+    version = run_go(go, "env", "GOVERSION").stdout.strip()
+    found = re.match(r"go(\d+)\.(\d+)", version)
     if found is None or tuple(map(int, found.groups())) < GO_LEAST:
-        return f"Go {least} or newer is needed, not {told or 'this one'}"
+        return f"Go {least} or newer is needed, not {version or 'this one'}"
     return ""
 
 
@@ -173,7 +173,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def told(log: Path, pattern: str) -> Callable[[], str]:
+def logged(log: Path, pattern: str) -> Callable[[], str]:
     """Looks for what a process says in its log."""
 
     def look() -> str:
@@ -191,7 +191,7 @@ def ask(url: str, method: str = "GET") -> Any:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         return int(listener.getsockname()[1])
@@ -259,12 +259,12 @@ def check(binary: Path, directory: Path, ports: argparse.Namespace) -> int:
         log = directory / "stack.log"
         options = ("--port", "0", "--replica-port", "0", "--no-prometheus")
         process = parts.enter_context(running(log, python, ROOT / "scripts" / "stack.py", *options, **variables))
-        wait_for("the stack", told(log, r"^stack: (ready)"), process, log)
-        stack = told(log, r"^stack: service +(\S+)")()
-        replicas = " ".join(told(log, rf"^stack: replica-{number} +(\S+)")() for number in (1, 2))
+        wait_for("the stack", logged(log, r"^stack: (ready)"), process, log)
+        stack = logged(log, r"^stack: service +(\S+)")()
+        replicas = " ".join(logged(log, rf"^stack: replica-{number} +(\S+)")() for number in (1, 2))
         log = directory / "strict.log"
         process = parts.enter_context(running(log, python, *serve, TRAINING_GATE_MIN_ACCURACY="0.99", **variables))
-        strict = wait_for("a replica", told(log, r"^listening on (\S+)"), process, log)
+        strict = wait_for("a replica", logged(log, r"^listening on (\S+)"), process, log)
         wait_for("a replica", lambda: answers(f"{strict}/readyz"), process, log)
         say(f"jaeger: query API http://{query}, OTLP http://{otlp}; stack {stack}")
         run_cycles(stack, strict)

@@ -76,7 +76,7 @@ def test_without_a_limit_the_log_says_unlimited_and_without_info_no_status_is_re
         [record] = caplog.records
         assert (record.message.partition(" (")[2], record.remaining) == ("total: $0.30, remaining: unlimited)", None)
         caplog.set_level(logging.WARNING, "ktrdr_budget")
-        monkeypatch.setattr(tracker, "_status", lambda: pytest.fail("nobody reads it"))
+        monkeypatch.setattr(tracker, "_status", lambda: pytest.fail("it was read"))
         tracker.record_spend(0.3, "op_1")
 
 

@@ -311,9 +311,9 @@ class Cycle:
 
     def _judge(self, current: Span, result: GateResult) -> None:
         bypassed = self._plan.options.bypass_gates
-        told: dict[str, bool | str] = {"passed": result.passed, "reason": result.reason, "bypassed": bypassed}
-        current.set_attributes({f"gate.{name}": value for name, value in told.items()})
-        self.progress.gates.append({"gate": result.gate, **told})
+        judged: dict[str, bool | str] = {"passed": result.passed, "reason": result.reason, "bypassed": bypassed}
+        current.set_attributes({f"gate.{name}": value for name, value in judged.items()})
+        self.progress.gates.append({"gate": result.gate, **judged})
         if bypassed:
             return
         self._workplace.measures.gate(result.gate, result.passed)

@@ -43,7 +43,7 @@ def has_ended(cycle: Cycle) -> bool:
 def status_text(status: Mapping[str, Any]) -> str:
     """What the agent does now, and how its last cycle ended."""
     lines = ["Agent Status", SEPARATOR, f"Status: {one_line(status['status'])}"]
-    if "capacity" in status:  # a service of an earlier version tells neither
+    if "capacity" in status:  # absent in replies of an earlier version
         lines += [_remaining(status["budget"]), _capacity(status["capacity"])]
     blocks = ["\n".join(lines)]
     blocks += [fields(_active_fields(cycle)) for cycle in status["active_cycles"]]

@@ -61,8 +61,8 @@ class BudgetLog:
             return
         self._spent.append((amount, operation_id))
         if self._writing is None:
-            nobody = contextvars.Context()
-            self._writing = asyncio.get_running_loop().create_task(self._write(self._limiter), context=nobody)
+            empty = contextvars.Context()
+            self._writing = asyncio.get_running_loop().create_task(self._write(self._limiter), context=empty)
 
     async def _write(self, limiter: AsyncBudgetLimiter) -> None:
         try:

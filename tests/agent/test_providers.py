@@ -281,8 +281,8 @@ async def test_a_model_of_ones_own_choice_is_asked(limiter, kind: str, tmp_path)
     assert make_llm(limiter, environment(kind)).model == MODELS[kind]
     llm = make_llm(limiter, chosen)
     assert llm.using(MODELS[kind]).model == MODELS[kind]
-    with pytest.raises(UnusableModel, match="nobody-knows-1"):
-        llm.using("nobody-knows-1")
+    with pytest.raises(UnusableModel, match="no-such-model"):
+        llm.using("no-such-model")
 
 
 @pytest.mark.parametrize(

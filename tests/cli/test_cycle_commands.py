@@ -219,10 +219,10 @@ def test_what_the_service_does_not_know_is_unknown(ktrdr: Run, service: FakeServ
     assert ktrdr("agent", "status").stdout.splitlines()[3:5] == ["Budget: unknown", "Capacity: unknown"]
 
 
-def test_a_service_of_an_earlier_version_tells_neither_budget_nor_capacity(ktrdr: Run, service: FakeService) -> None:
-    told = agent_status()
-    del told["budget"], told["capacity"]
-    service.answer(STATUS, told)
+def test_a_service_of_an_earlier_version_has_neither_budget_nor_capacity(ktrdr: Run, service: FakeService) -> None:
+    status = agent_status()
+    del status["budget"], status["capacity"]
+    service.answer(STATUS, status)
     assert ktrdr("agent", "status").stdout.splitlines()[2:] == ["Status: idle", "Last Cycle: none"]
 
 

@@ -96,8 +96,8 @@ def shape(line: str) -> str:
 def test_the_readme_shows_what_the_script_prints(running: Stack) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [block] = re.findall(r"```text\n(\$ [^\n]*scripts/verify\.sh)\n(.*?)```", readme, re.DOTALL)
-    told, shown = block[0], block[1].splitlines()
-    assert told == '$ KTRDR_REPLICAS="http://127.0.0.1:8001 http://127.0.0.1:8002" scripts/verify.sh'
+    called, shown = block[0], block[1].splitlines()
+    assert called == '$ KTRDR_REPLICAS="http://127.0.0.1:8001 http://127.0.0.1:8002" scripts/verify.sh'
     tools = {"KTRDR_REPLICAS": replicas(running)}
     has_prometheus = shutil.which("prometheus") is not None
     if has_prometheus:

@@ -33,8 +33,8 @@ class Heartbeat:
 
     def _schedule(self) -> None:
         # In an empty context: an instrumentation would put the spans of each heartbeat into the block's trace.
-        delay_s, nobody = min(self._hold.ttl, TTL_MAX_S) / 3, contextvars.Context()
-        self._timer = self._coalescer.bind().call_later(delay_s, self._beat, context=nobody)
+        delay_s, empty = min(self._hold.ttl, TTL_MAX_S) / 3, contextvars.Context()
+        self._timer = self._coalescer.bind().call_later(delay_s, self._beat, context=empty)
 
     def _beat(self) -> None:
         self._timer = None

@@ -23,7 +23,12 @@ Process = Callable[..., "subprocess.CompletedProcess[str]"]
 def test_a_cycle_from_trigger_to_end(server: Server, process: Process, environment: pytest.MonkeyPatch) -> None:
     with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS="0.2") as replica:
         environment.setenv("KTRDR_API_URL", replica.url)
-        assert process("agent", "status").stdout.endswith("Status: idle\nLast Cycle: none\n")
+        assert process("agent", "status").stdout.splitlines()[2:] == [
+            "Status: idle",
+            "Budget: $5.00 of $5.00 remaining",
+            "Capacity: 1/1 cycles free",
+            "Last Cycle: none",
+        ]
         assert process("agent", "cycles").stdout == "No cycles.\n"
 
         ended = process("agent", "trigger", "--wait", "--interval", "0.1", "--id", "op_1")
@@ -39,7 +44,8 @@ def test_a_cycle_from_trigger_to_end(server: Server, process: Process, environme
         spend = Decimal(cycle["spend"])
         assert Decimal("0.01") <= spend <= Decimal("0.15")
         assert lines[-1].endswith(f", ${spend}")
-        assert f"Today's Spend: ${spend}\n" in process("agent", "budget").stdout
+        assert f"Today's Spend: ${spend}\n" in process("agent", "budget", "--exact").stdout
+        assert f"Today's Spend: ${spend:.2f}\n" in process("agent", "budget").stdout
         assert process("agent", "status").stdout.splitlines()[-1] == f"Last Cycle: op_1 {lines[-1]}"
         row = process("agent", "cycles").stdout.splitlines()[1]
         assert row.startswith("op_1  ")

@@ -97,7 +97,12 @@ function operations.E(op, key)
     accrued[name], reserved[name], found[name] = tonumber(a), tonumber(r), tonumber(f)
   end
   if keep == '3' and state ~= 'o' then return report(id, key, hold, accrued) end
-  if state == 'z' then return 'c ' .. record end -- an operator's release is obeyed: only what it cost is corrected yet
+  if state == 'z' then
+    -- An operator's release is obeyed: only what it cost is corrected yet. One for a caller that was gone is not: a worker
+    -- has the hold by a replay.
+    if not given_back(record) then return 'c ' .. record end
+    hold.origin = match(hold.origin, '^(.+)!$')
+  end
   local created_ms = tonumber(match(hold.origin, '^(%d+)%d%d%d '))
   local deadline = math.min(now_ms + ttl, created_ms + 86400000)
   if deadline <= now_ms then return 'c ' .. record end

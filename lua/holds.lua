@@ -123,6 +123,11 @@ local function expire(id, key, hold)
   return store_record(key, hold, lifetime(hold))
 end
 
+-- Whether a hold was released because its caller was gone before it received the grant (settle.lua, L s).
+local function given_back(record)
+  return record:sub(1, 1) == 'z' and match(record, '^z %a %d+ %d+ %d+ %S+! ')
+end
+
 -- Whether a record only keeps a request that was given up from being granted (settle.lua, L s): to all others it is unknown.
 local function given_up(record)
   return record:sub(1, 1) == 'r' and match(record, '^r %a %d+ %d+ %d+ %S+ ! ')

@@ -20,6 +20,8 @@
 --
 -- A hold record is one string: `state policy deadline_ms created_us grown_us owner operation trace|segment|segment…`
 --   state   o open, x expired (unconfirmed), z released by an operator, c committed, r released, n recorded
+--   owner   followed by ! and the request that it was granted to, where the caller chose the id; z ends with another ! if
+--           it was released because that request's caller was gone
 --   policy  c charge, a accrued, r release
 --   segment flag,budget:window,base,reserved,accrued,charged     flag: u usd, n count, s slots
 --           base is empty if equal to reserved; accrued and charged are empty if 0

@@ -5,11 +5,12 @@
 --        M id remark trace window:…  the same; a remark is added to the hold's operation label, a trace replaces its own
 --        L id mode window: …         release. Mode 0: by the worker, for good; 1: done by hand, the worker's later commit
 --                                    still corrects it; i: by its id, as 1 if the hold is unconfirmed, else as 0;
---                                    s, microseconds, -, microseconds: only what was granted between then, else c;
+--                                    s, request: only what was granted to this request, else c; as 1, but the id is
+--                                    free again: marked `!`, the worker's extension or u lift it;
 --                                    f as 0, o as 1, and an unknown id is taken up as released: a request for it that
 --                                    is still under way, or another replica's word that it was open, comes too late
---                                    s does so, too, but for a few minutes only, and in passing (operation `!`): who
---                                    is answered `c` with that, and still wants the hold, says u and asks again
+--                                    s does so, too, but for a few minutes only, and in passing (operation `!`): a
+--                                    client that is answered `c` with that, and wants the hold, sends u and asks again
 -- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, or -
 --        p flags units,units… replica    the same was done before; of a commit, in that replica's share
 --        c record                settled otherwise before, or not a hold
@@ -130,11 +131,11 @@ local function take_up(id, key, state, amounts, in_passing)
 end
 
 function operations.L(op, key)
-  local id, mode, since_us, until_us, amounts = match(op, '^L (%S+) ([01isfou])(%d*)%-?(%d*)(.*)$')
-  local by_hand = mode == '1' or mode == 'o'
+  local id, mode, request, amounts = match(op, '^L (%S+) ([01isfou])(%S*)(.*)$')
+  local by_hand = mode == '1' or mode == 'o' or mode == 's'
   if mode == 'u' then
     local record = stored_record(key)
-    if record and given_up(record) then
+    if record and (given_up(record) or given_back(record)) then
       call('DEL', key)
       dirty = true
     end
@@ -143,14 +144,11 @@ function operations.L(op, key)
   local hold, record = find(id, key)
   if not hold then
     if not unknown(record) or mode == '0' or mode == '1' or mode == 'i' then return record end
-    return take_up(id, key, by_hand and 'z' or 'r', amounts, mode == 's')
+    return take_up(id, key, by_hand and mode ~= 's' and 'z' or 'r', amounts, mode == 's')
   end
   local state = hold.state
   if mode == 'i' then by_hand = state == 'x' or state == 'z' end
-  if mode == 's' then
-    local created_us = tonumber(match(hold.origin, '^%d+'))
-    if created_us < tonumber(since_us) or created_us > tonumber(until_us) then return 'c ' .. record end
-  end
+  if mode == 's' and match(hold.origin, '!([^!]+)!?$') ~= request then return 'c ' .. record end
   if state == 'c' or state == 'n' then return 'c ' .. record end
   if state == 'r' or (state == 'z' and by_hand) then return 'p - ' .. charges(hold) end
   for i = 1, #hold.segments do
@@ -161,6 +159,7 @@ function operations.L(op, key)
     segment.charged = ''
   end
   leave_indexes(hold, id)
+  if mode == 's' then hold.origin = hold.origin .. '!' end
   if by_hand then
     hold.state = 'z'
     store_record(key, hold, lifetime(hold)) -- not resolved: the worker may yet come back

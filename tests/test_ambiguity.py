@@ -17,7 +17,7 @@ import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict, StoreError, StoreUnavailable, UnknownHold
 from ktrdr_budget.engine import unresolved
-from ktrdr_budget.engine.protocol import Op
+from ktrdr_budget.engine.protocol import Op, give_back
 from ktrdr_budget.engine.unresolved import Doubt, Unresolved
 from ktrdr_budget.money import to_units
 
@@ -193,7 +193,7 @@ async def test_a_hold_that_was_reserved_again_elsewhere_is_not_touched(proxy, li
     await loses(proxy, limiter.reserve("agent", "0.15", id="mine"), "request")
     hold = await other.reserve("agent", "0.15", id="mine")
     assert not hold.replayed
-    await resolved(proxy, limiter, granted=1)
+    await resolved(proxy, limiter, superseded=1)
     assert sums(client)["held"] == to_units("0.15")
     assert not (await hold.commit("0.07")).late
 
@@ -271,8 +271,7 @@ async def test_spend_under_an_id_that_was_given_up_is_recorded(proxy, limiter, o
     """Granted and spent while the store was away (policy `allow`), say: to all but that request the id is unknown."""
     core = limiter._core
     window = core.session.current_window("agent")
-    until_us = core.session.now_ms() * 1000
-    passing = Op("mine", limiter.keys.hold("mine"), f"L mine s{until_us - 1}-{until_us}", [(window, ":0")])
+    passing = give_back("mine", limiter.keys.hold("mine"), [window], "a-request")
     for _ in range(2):
         assert await arrives(limiter, passing) == "u"
     hold = core.make_hold(core, "mine", [(window, to_units("0.15"))], 60_000, core.session.now_ms() + 60_000)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, HoldConflict, StoreUnavailable
 from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.money import to_units
 
@@ -165,6 +165,116 @@ async def test_a_grant_whose_loss_is_reported_in_the_turn_of_the_cancellation_is
             assert sums(client)["held"] == to_units("0.15")
         proxy.let_go()
         await until(lambda: spent_and_held(client) == (0, 0))
+
+
+# -- whose grant it is -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
+    async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as made:
+        await know_scripts(made)
+        yield made
+
+
+@pytest.fixture
+async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
+    async with AsyncBudgetLimiter(server.url, [BUDGET]) as made:
+        yield made
+
+
+async def cancelled_in_flight(call: Coroutine[Any, Any, Any], sent: Callable[[], Any]) -> None:
+    task = asyncio.create_task(call)
+    await until(sent)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+async def test_a_cancelled_caller_does_not_release_what_another_replica_was_granted(client, proxy, limiter, other):
+    """The request of the cancelled caller arrives after that of the other replica, and is answered with its grant."""
+    proxy.freeze()
+    seen = proxy.scripts_run
+    call = limiter.reserve("agent", "0.15", id="op_1")
+    await cancelled_in_flight(call, lambda: asyncio.sleep(0.02, True))
+    hold = await other.reserve("agent", "0.15", id="op_1")
+    assert not hold.replayed
+    proxy.thaw()
+    await until(lambda: proxy.scripts_run > seen)
+    await limiter.record("agent", 0)
+    assert (await limiter.get("op_1")).state == "open"
+    assert not (await hold.commit("0.07")).late
+    assert spent_and_held(client) == (to_units("0.07"), 0)
+
+
+async def test_a_release_for_a_cancelled_caller_does_not_beat_the_commit_of_a_worker(client, proxy, limiter, other):
+    """The other replica has the hold by a replay: what the first was granted is released, and spent all the same."""
+    proxy.hold_replies()
+    call = limiter.reserve("agent", "0.15", id="op_1")
+    await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
+    hold = await other.reserve("agent", "0.15", id="op_1")
+    assert (hold.replayed, hold.state) == (True, "open")
+    proxy.let_go()
+    await until(lambda: sums(client)["held"] == 0)
+    view = await other.get("op_1")
+    assert (view.state, view.released_by_operator) == ("released", False)
+    assert (await hold.commit("0.07")).amounts == {"agent": Decimal("0.07")}
+    assert spent_and_held(client) == (to_units("0.07"), 0)
+    assert (await hold.commit("0.07")).replayed
+
+
+async def test_a_worker_that_goes_on_with_what_was_released_holds_it_again(client, proxy, limiter, other):
+    """Its heartbeat asks for the room once more, as that of an expired hold does."""
+    proxy.hold_replies()
+    call = limiter.reserve("agent", "400.00", id="op_1")
+    await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("400.00"))
+    hold = await other.reserve("agent", "400.00", id="op_1")
+    proxy.let_go()
+    await until(lambda: sums(client)["held"] == 0)
+    await hold.extend()
+    assert (hold.state, sums(client)["held"]) == ("open", to_units("400.00"))
+    with pytest.raises(BudgetExceeded):
+        await other.reserve("agent", "200.00")
+    assert not (await hold.commit("300.00")).late
+    assert spent_and_held(client) == (to_units("300.00"), 0)
+
+
+@pytest.mark.parametrize("amount", ["0.15", "0.20"])
+async def test_an_id_whose_grant_was_released_for_a_cancelled_caller_is_free_again(
+    client, proxy, limiter, other, amount
+):
+    proxy.hold_replies()
+    call = limiter.reserve("agent", "0.15", id="op_1")
+    await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
+    proxy.let_go()
+    await until(lambda: sums(client)["held"] == 0)
+    if amount == "0.20":
+        with pytest.raises(HoldConflict):  # the same id means the same contents
+            await other.reserve("agent", amount, id="op_1")
+        return
+    hold = await other.reserve("agent", amount, id="op_1")
+    assert not hold.replayed
+    assert sums(client)["held"] == to_units(amount)
+    assert not (await hold.commit("0.07")).late
+
+
+async def test_a_retry_of_the_same_request_is_no_replay_and_one_of_another_is(client, proxy, limiter, other):
+    proxy.lose_replies = 1
+    hold = await limiter.reserve("agent", "0.15", id="op_1")
+    assert not hold.replayed, "an attempt of this very request was granted"
+    assert (await limiter.reserve("agent", "0.15", id="op_1")).replayed
+    assert (await other.reserve("agent", "0.15", id="op_1")).replayed
+
+
+async def test_a_repair_restores_whose_grant_a_hold_is(server, client, other):
+    hold = await other.reserve("agent", "0.15", id="op_1", owner="worker")
+    key = other.keys.hold("op_1")
+    owner = f"worker!{hold.request}"
+    assert client.get(key).partition("|")[0].split(" ")[5] == owner
+    client.flushall()
+    await until(lambda: client.exists(key))
+    assert client.get(key).partition("|")[0].split(" ")[5] == owner
+    assert (await other.get("op_1")).owner == "worker"
 
 
 # -- scopes that cancel at each await ----------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ from ktrdr_budget.engine.protocol import (
     Reservation,
     Segment,
     Window,
+    give_back,
     given_up,
+    owner_word,
     parse_record,
     word,
 )
@@ -158,12 +160,14 @@ class Core(Reads):
             ) from None
         if self.unguarded and not unnamed and (known := self._known_here(hold_id, wanted, policy, ttl_ms)) is not None:
             return known
-        labels = self._labels(owner, operation)
+        # An id that was made for this request names it. The caller's own may be in use by others.
+        request = "" if unnamed else session.new_id()
+        labels = self._labels(owner, operation, request)
         key = session.keys.hold(hold_id)
         rounds = 0
         while True:
             parts = [(session.current_window(name), units) for name, units in wanted]
-            op = Reservation(hold_id, key, ttl_ms, policy, labels, parts, session.now_ms)
+            op = Reservation(hold_id, key, ttl_ms, policy, labels, parts, session.now_ms, request)
             try:
                 line, answer = yield op
             except StoreUnavailable as error:
@@ -171,7 +175,7 @@ class Core(Reads):
                 if not error.reached and not prepaying:
                     if (known := self._known_here(hold_id, wanted, policy, ttl_ms)) is not None:
                         return known  # while this waited
-                    told = (owner, operation, self.trace_id() if self.trace_id else "")
+                    told = (owner, operation, self.trace_id() if self.trace_id else "", request)
                     if self.prepaid is not None:
                         hold = self.prepaid.admit(hold_id, wanted, ttl_ms, policy, told, ambiguous=error.ambiguous)
                         if hold is not None:
@@ -186,48 +190,60 @@ class Core(Reads):
                 deadline_ms = answer.now_us // 1000 + ttl_ms
                 granted = op.granted(answer.now_us, deadline_ms)
                 session.memory.granted(hold_id, op.parts, granted[0], answer.now_us // 1000)
-                return self.make_hold(self, hold_id, parts, ttl_ms, deadline_ms, as_granted=granted)
+                return self.make_hold(self, hold_id, parts, ttl_ms, deadline_ms, as_granted=granted, request=request)
             rounds += 1
             if line[0] == "d" and answer.due and rounds < RETIRE_ROUNDS:
                 yield from self.retire(answer.due)
             elif line[0] == "p":
                 record = parse_record(line[2:])
-                if record.state != "o" or record.deadline_ms > answer.now_us // 1000:
-                    return self._replayed(hold_id, record, line[2:], ttl_ms)
-                yield from self._retire_records({hold_id: record})
-            elif line[0] == "c" and given_up(line[2:]):  # by a caller who was cancelled; this one asks for it again
-                yield Op(hold_id, key, f"L {hold_id} u", [(window, ":x0") for window, _ in parts])
+                if record.given_back:
+                    yield self._lift(hold_id, parts)
+                elif record.state != "o" or record.deadline_ms > answer.now_us // 1000:
+                    # What was granted to this very request, by an attempt whose reply was lost, is no replay to it.
+                    return self._replayed(hold_id, record, line[2:], ttl_ms, record.request != request)
+                else:
+                    yield from self._retire_records({hold_id: record})
+            elif line[0] == "c" and given_up(line[2:]):
+                yield self._lift(hold_id, parts)
             elif line[0] != "w":
                 raise (yield from self._refusal(line, hold_id, answer.now_us, op))
 
+    def _lift(self, hold_id: str, parts: Sequence[tuple[Window, int]]) -> Op:
+        """Makes an id free that was given up, or given back, for another request whose caller was gone."""
+        return Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} u", [(window, ":x0") for window, _ in parts])
+
     def give_back(self, hold: HoldBase) -> Flow[None]:
-        """Releases a grant that nobody awaits any more, now or once the store answers again."""
+        """Release a grant that its caller has not received, now or once the store answers again."""
+        windows = [window for window, _ in hold.parts]
+        op = give_back(hold.id, self.session.keys.hold(hold.id), windows, hold.request)
         try:
-            yield from hold.release_flow()
+            line, answer = yield op
         except StoreError:
             raise
         except StoreUnavailable:
-            self.give_back_later(hold.id, [window for window, _ in hold.parts])
+            self.give_back_later(hold.id, windows, hold.request)
+        else:
+            if line[0] in "kp":
+                self.session.memory.acknowledged(op, line, answer.now_us // 1000)
 
-    def give_back_later(self, hold_id: str, windows: Iterable[Window]) -> None:
-        """Releases, once the store answers again, what was granted to nobody; what was not, is not granted any more."""
-        now_us = self.session.now_ms() * 1000
-        op = Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} f", [(window, ":x0") for window in windows])
-        self.unresolved.add(Doubt(op, "give back", now_us, now_us))
+    def give_back_later(self, hold_id: str, windows: Iterable[Window], request: str = "") -> None:
+        """Release a grant that no caller has received once the store answers again; if it was not made, prevent it."""
+        op = give_back(hold_id, self.session.keys.hold(hold_id), windows, request)
+        self.unresolved.add(Doubt(op, "give back", self.session.now_ms() * 1000))
 
     def give_up(self, hold: HoldBase) -> Op:
-        """Forgets a grant without the store that nobody was told of; returns the request that may arrive there yet."""
+        """Forget a grant without the store that no caller has received; return the request that may arrive yet."""
         del self.unguarded[hold.id]
         if self.prepaid is not None:
             self.prepaid.give_up(hold)
         parts = [(window, f":{units}") for window, units in hold.parts]
-        return Op(hold.id, self.session.keys.hold(hold.id), f"R {hold.id}", parts)
+        return Op(hold.id, self.session.keys.hold(hold.id), f"R {hold.id}", parts, request=hold.request)
 
     def _admitted_unguarded(
-        self, hold_id: str, parts: list[tuple[Window, int]], ttl_ms: int, policy: str, labels: tuple[str, str, str]
+        self, hold_id: str, parts: list[tuple[Window, int]], ttl_ms: int, policy: str, labels: tuple[str, str, str, str]
     ) -> Any:
         now_ms = self.session.now_ms()
-        hold = self.make_hold(self, hold_id, parts, ttl_ms, now_ms + ttl_ms, guarded=False)
+        hold = self.make_hold(self, hold_id, parts, ttl_ms, now_ms + ttl_ms, guarded=False, request=labels[3])
         self.keep(hold, policy, labels)
         return hold
 
@@ -255,10 +271,12 @@ class Core(Reads):
         again.adjust({w.budget: accrued for (w, _), accrued in zip(hold.parts, hold.accrued_units, strict=True)})
         return again
 
-    def keep(self, hold: HoldBase, policy: str, labels: tuple[str, str, str]) -> Record:
-        """Makes a hold that the store may never have heard of known by its id, here."""
+    def keep(self, hold: HoldBase, policy: str, labels: tuple[str, str, str, str]) -> Record:
+        """Remember a hold that the store may not know by its id; ``labels``: owner, operation, trace, request."""
         segments = tuple(Segment(w.flag, w.budget, w.stored, units, 0, 0) for w, units in hold.parts)
-        record = Record("o", policy, hold.deadline_ms, self.session.now_ms() * 1000, 0, *labels, segments)
+        record = Record(
+            "o", policy, hold.deadline_ms, self.session.now_ms() * 1000, 0, *labels[:3], segments, labels[3]
+        )
         self.unguarded[hold.id] = hold, record
         if len(self.unguarded) > _UNGUARDED_MAX:
             self.unguarded.popitem(last=False)
@@ -299,10 +317,12 @@ class Core(Reads):
             (name, to_units(value, self.session.budget(name).unit, positive=positive)) for name, value in budget.items()
         ]
 
-    def _replayed(self, hold_id: str, record: Record, text: str, ttl_ms: int) -> Any:
+    def _replayed(self, hold_id: str, record: Record, text: str, ttl_ms: int, replayed: bool) -> Any:
         parts = self._parts(record)
         self.session.memory.extended(hold_id, text, [window for window, _ in parts])
-        return self.make_hold(self, hold_id, parts, ttl_ms, record.deadline_ms, record=record)
+        hold = self.make_hold(self, hold_id, parts, ttl_ms, record.deadline_ms, record=record, request=record.request)
+        hold.replayed = replayed
+        return hold
 
     # -- settle --------------------------------------------------------------------------------------------------------
 
@@ -636,10 +656,10 @@ class Core(Reads):
                 return StoreError(f"hold {hold_id!r}: {line[2:]}")
         return StoreError(f"unexpected answer to {op.head.split(' ')[0]!r} for {hold_id!r}")
 
-    def _labels(self, owner: str, operation: str) -> str:
+    def _labels(self, owner: str, operation: str, request: str) -> str:
         if not owner and not operation and self.trace_id is None:
-            return "- - -"
-        return f"{self.label(owner)} {self.label(operation)} {self._trace()}"
+            return f"-!{request} - -" if request else "- - -"
+        return f"{owner_word(self.label(owner), request)} {self.label(operation)} {self._trace()}"
 
     def _trace(self) -> str:
         return "-" if self.trace_id is None else self.label(self.trace_id())

@@ -54,6 +54,7 @@ class HoldBase:
         "prepaid",
         "released_by_operator",
         "replayed",
+        "request",
         "state",
     )
 
@@ -69,8 +70,11 @@ class HoldBase:
         record: Record | None = None,
         guarded: bool = True,
         prepaid: Draw | None = None,
+        request: str = "",
     ) -> None:
         self._core = core
+        self.request = request
+        """Names the reservation that it was granted to, if its id is the caller's own."""
         self.id = hold_id
         self.parts = parts
         self._ttl_ms = ttl_ms

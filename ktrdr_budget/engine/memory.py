@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Elsewhere, Op, Record, Window, parse_record, word
+from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Elsewhere, Op, Record, Window, parse_record
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.keys import Keys
@@ -308,8 +308,8 @@ class Memory:
         record = parse_record(hold.record)
         told = [f":{segment.reserved}:{segment.accrued}" for segment in record.segments]
         parts = [*zip(self._windows_of(hold.windows), told, strict=True)]
-        labels = " ".join(map(word, (record.owner, record.operation, record.trace_id)))
-        return Op(hold_id, key, f"O {hold_id} {record.policy} {record.deadline_ms} {record.created_us} {labels}", parts)
+        head = f"O {hold_id} {record.policy} {record.deadline_ms} {record.created_us} {record.labels}"
+        return Op(hold_id, key, head, parts)
 
 
 def _add(totals: dict[str, int], known: Iterable[tuple[Any, ...]]) -> None:
@@ -331,6 +331,6 @@ def _labels(settled: _Settled) -> str:
     if letter == "L":
         mode = words.rpartition(" ")[2]
         # By its id: for good if the hold was open until then. Of what others did before, that is not known.
-        by_hand = mode in ("1", "o") or (mode == "i" and not line.startswith("k - "))
+        by_hand = mode in ("1", "o") or mode[0] == "s" or (mode == "i" and not line.startswith("k - "))
         return "o" if by_hand else "f"
     return words if letter == "D" else words.split(" ", 2 if letter == "M" else 3)[-1]

@@ -236,19 +236,19 @@ class Prepaid:
         wanted: Sequence[tuple[str, int]],
         ttl_ms: int,
         policy: str,
-        labels: tuple[str, str, str],
+        labels: tuple[str, str, str, str],
         *,
         ambiguous: bool,
     ) -> Any:
         """A hold of what was prepaid, if all slabs have room for it.
 
         Args:
-            labels: owner, operation and trace.
+            labels: owner, operation, trace and request.
         """
         core = self._core
         if len(core.deferred) > _TO_BE_TOLD_MAX:
             return None
-        _, operation, trace = labels
+        _, operation, trace, request = labels
         told = core.label(operation), core.label(trace)
         draw = self.draw(wanted, told, ambiguous)
         if draw is None and self.is_due(anything=False):  # what has expired may give back
@@ -258,7 +258,7 @@ class Prepaid:
             return None
         logger.warning("hold %s is granted from what was prepaid: the store does not answer", hold_id)
         draw.deadline_ms = core.session.now_ms() + ttl_ms
-        hold = core.make_hold(core, hold_id, self.parts(draw), ttl_ms, draw.deadline_ms, prepaid=draw)
+        hold = core.make_hold(core, hold_id, self.parts(draw), ttl_ms, draw.deadline_ms, prepaid=draw, request=request)
         self._open[hold_id] = hold, draw, core.keep(hold, policy, labels)
         return hold
 
@@ -347,8 +347,7 @@ class Prepaid:
                 counts.append(accrued if policy == "a" else 0)
         if expired:
             hold.state = "unconfirmed"
-        labels = " ".join(map(word, (record.owner, record.operation, record.trace_id)))
-        head = f"P {hold.id} {policy} {draw.deadline_ms} {record.created_us} {labels}"
+        head = f"P {hold.id} {policy} {draw.deadline_ms} {record.created_us} {record.labels}"
         core.handed[hold.id] = op = Op(hold.id, core.session.keys.hold(hold.id), head, parts)
         core.defer(op)
         self._leave(hold.id, draw, counts)

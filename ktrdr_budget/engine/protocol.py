@@ -6,7 +6,7 @@ or a plain command). The words on the wire are described in the headers of ``lua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from urllib.parse import quote, unquote
@@ -35,6 +35,8 @@ __all__ = [
     "Reservation",
     "Window",
     "encode_batch",
+    "give_back",
+    "owner_word",
     "parse_batch",
     "parse_read",
     "parse_record",
@@ -127,9 +129,23 @@ class Op:
     Each of ``parts`` is a window with the text that follows its number on the wire; ``tail`` follows them.
     """
 
-    __slots__ = ("brief", "brief_parts", "brief_tail", "grants", "head", "id", "key", "letter", "parts", "tail")
+    __slots__ = (
+        "brief",
+        "brief_parts",
+        "brief_tail",
+        "grants",
+        "head",
+        "id",
+        "key",
+        "letter",
+        "parts",
+        "request",
+        "tail",
+    )
 
-    def __init__(self, hold_id: str, key: str, head: str, parts: Sequence[tuple[Window, str]]) -> None:
+    def __init__(
+        self, hold_id: str, key: str, head: str, parts: Sequence[tuple[Window, str]], *, request: str = ""
+    ) -> None:
         self.id = hold_id
         self.key = key
         self.head = head
@@ -138,6 +154,8 @@ class Op:
         self.grants = letter == "R" or (letter == "E" and any(tail.split(":")[2] != "0" for _, tail in parts))
         """Whether this asks for money, by a reservation or growth (and so is decided after what may give some back)."""
         self.tail = ""
+        self.request = request
+        """Of a reservation, and of what gives it back: the word that names it, if its id is the caller's own."""
         self.brief: str | None = None
         """Its head as ``simple.lua`` reads it, with these parts and this tail; ``None`` if that does not know it."""
         self.brief_parts = parts
@@ -162,8 +180,9 @@ class Reservation(Op):
     """A reservation (R).
 
     Args:
-        labels: owner, operation and trace, as words of the wire.
+        labels: owner (and request), operation and trace, as words of the wire.
         now_ms: tells the store's clock, as far as it is known.
+        request: names it, if its id is the caller's own.
     """
 
     __slots__ = ("_labels", "_policy", "_rest")
@@ -177,6 +196,7 @@ class Reservation(Op):
         labels: str,
         wanted: Sequence[tuple[Window, int]],
         now_ms: Callable[[], int],
+        request: str = "",
     ) -> None:
         if len(wanted) == 1:
             window, units = wanted[0]
@@ -193,6 +213,7 @@ class Reservation(Op):
         # Not through its parent's constructor, which would take as long again.
         self.id, self.key, self.head, self.letter, self.grants = hold_id, key, head, "R", True
         self.parts = self.brief_parts = parts
+        self.request = request
         self.brief = head if simple else None
         self.tail = self.brief_tail = f"\n{rest}"
         self._policy = policy
@@ -490,6 +511,18 @@ class Record(NamedTuple):
     operation: str
     trace_id: str
     segments: tuple[Segment, ...]
+    request: str = ""
+    """Names the request that it was granted to, if the caller chose the id; ends with ``!`` once it was given back."""
+
+    @property
+    def labels(self) -> str:
+        """Owner and request, operation and trace, as words of the wire."""
+        return " ".join((owner_word(word(self.owner), self.request), word(self.operation), word(self.trace_id)))
+
+    @property
+    def given_back(self) -> bool:
+        """Whether it was released because its caller was gone before it received the grant: the id is free again."""
+        return self.state == "z" and self.request.endswith("!")
 
     def view(self, hold_id: str) -> HoldView:
         """For the outside."""
@@ -507,7 +540,7 @@ class Record(NamedTuple):
             owner=self.owner,
             operation=self.operation,
             trace_id=self.trace_id,
-            released_by_operator=self.state == "z",
+            released_by_operator=self.state == "z" and not self.given_back,
         )
 
 
@@ -519,6 +552,7 @@ def parse_record(record: str) -> Record:
     for segment in segments:
         flag, name, _base, reserved, accrued, charged = segment.partition(" ")[0].split(",")
         parsed.append(Segment(flag, *split_name(name), int(reserved), int(accrued or 0), int(charged or 0)))
+    owner, _, request = owner.partition("!")
     return Record(
         state,
         policy,
@@ -529,6 +563,7 @@ def parse_record(record: str) -> Record:
         unword(operation),
         unword(trace),
         tuple(parsed),
+        request,
     )
 
 
@@ -536,6 +571,21 @@ def given_up(record: str) -> bool:
     """Whether a hold record only keeps a request from being granted that was given up while it was under way."""
     head = record.partition("|")[0].split(" ")
     return head[0] == "r" and head[6] == "!"  # a word that no label becomes
+
+
+def give_back(hold_id: str, key: str, windows: Iterable[Window], request: str) -> Op:
+    """The release of a grant that no caller has received.
+
+    An id that the limiter made is closed for good. Under the caller's own id only the grant to this very request is
+    released, and not for good: a worker that has the hold by a replay may yet commit it, and the id is free again.
+    """
+    nothing = [(window, ":x0") for window in windows]
+    return Op(hold_id, key, f"L {hold_id} {f's{request}' if request else 'f'}", nothing, request=request)
+
+
+def owner_word(owner: str, request: str) -> str:
+    """The word of a record for its owner, with the request that it was granted to."""
+    return f"{owner}!{request}" if request else owner  # a character that no label keeps
 
 
 def word(text: str) -> str:

@@ -35,9 +35,8 @@ class Doubt(NamedTuple):
 
     op: Op
     kind: Kind
-    since_us: int
-    """Between when and when an attempt of it may have been executed, by the store's clock."""
-    until_us: int
+    at_us: int
+    """Until when an attempt of it may have been executed, by the store's clock."""
     prepared: Prepared | None = None
     """Set of ``by id``."""
 
@@ -64,8 +63,8 @@ class Unresolved:
             if other.kind in FACTS and doubt.kind in FACTS:
                 if _same(other.op, doubt.op):
                     return None
-            elif other.kind not in FACTS and doubt.kind not in FACTS:
-                if not other.op.head.endswith(" f"):  # else nobody can have asked for this id again
+            elif not {other.kind, doubt.kind} & FACTS and other.op.request == doubt.op.request:
+                if other.kind == "look up":
                     known[known.index(other)] = doubt
                 return None
         known.append(doubt)

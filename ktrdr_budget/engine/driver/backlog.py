@@ -13,7 +13,7 @@ from ktrdr_budget.engine.driver.recovery import Recovery
 from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.memory import AGE_MAX_MS
 from ktrdr_budget.engine.prepaid import SlabLeft
-from ktrdr_budget.engine.protocol import REPORT, Command, Head, Op, Read, Record, given_up, parse_record
+from ktrdr_budget.engine.protocol import REPORT, Command, Head, Op, Read, Record, give_back, given_up, parse_record
 from ktrdr_budget.engine.unresolved import FACTS, Doubt, Kind
 from ktrdr_budget.errors import StoreError
 
@@ -24,8 +24,6 @@ logger = logging.getLogger("ktrdr_budget")
 _RETRY_FIRST_S = 0.05
 _RETRY_MAX_S = 0.5
 _BATCH_OPS = 128
-_CLOCK_US = 20_000
-"""By how much the store's clock may be ahead of what its last answer, when it arrived, made of it."""
 _SETTLEMENTS = frozenset("DKLMN")
 """The letters of what settles a hold, or records spend."""
 
@@ -55,46 +53,40 @@ class Backlog:
 
     # -- what is taken up ----------------------------------------------------------------------------------------------
 
-    def doubt(self, op: Op, since_us: int) -> None:
-        """Resolve a request whose reply was lost, and whose caller knows that.
-
-        Args:
-            since_us: when it was called, by the store's clock.
-        """
+    def doubt(self, op: Op) -> None:
+        """Resolve a request whose reply was lost, and whose caller knows that."""
         if op.letter in _SETTLEMENTS:
-            self._keep_fact(op, since_us)
+            self._keep_fact(op)
         elif op.letter == "R":
-            self._add(Doubt(op, "look up", since_us, self._now_us))
+            self._add(Doubt(op, "look up", self._now_us))
         # Else they are totals, which the caller's next request corrects.
 
-    def take_over(self, request: Op | Read | Command, since_us: int, *, sent: bool) -> None:
+    def take_over(self, request: Op | Read | Command, *, sent: bool) -> None:
         """Own a request that has failed and whose caller is gone: a fact is sent until the store has it; a grant is
         released if it was made to this very request, and not made any more.
 
         Args:
-            since_us: when it was called, by the store's clock.
             sent: it may have been executed.
         """
         if not isinstance(request, Op):
             if isinstance(request, Read) and (prepared := request.prepares) is not None:
-                self._add(Doubt(prepared.op, "by id", since_us, self._now_us, prepared))
+                self._add(Doubt(prepared.op, "by id", self._now_us, prepared))
         elif request.letter in _SETTLEMENTS or (request.letter == "E" and request.is_fact):
-            self._keep_fact(request, since_us)
+            self._keep_fact(request)
         elif request.letter == "R" and sent:
-            release = f"L {request.id} s{since_us}-{self._now_us + _CLOCK_US}"
-            op = Op(request.id, request.key, release, request.parts)
-            self._add(Doubt(op, "give back", since_us, self._now_us))
+            op = give_back(request.id, request.key, [window for window, _ in request.parts], request.request)
+            self._add(Doubt(op, "give back", self._now_us))
 
     @property
     def _now_us(self) -> int:
         return self._background.session.now_ms() * 1000
 
-    def _keep_fact(self, op: Op, since_us: int) -> None:
+    def _keep_fact(self, op: Op) -> None:
         if op.head.startswith(f"N {op.id} 0 "):  # whenever it arrives: into the window in which it was spent
             op = Op(op.id, op.key, op.head.replace(" 0 ", " 1 ", 1), op.parts)
         elif op.letter == "E":  # the hold of a caller that is gone is not prolonged
             op = Op(op.id, op.key, f"{op.head[:-1]}{REPORT}", op.parts)
-        self._add(Doubt(op, _kind_of(op), since_us, self._now_us))
+        self._add(Doubt(op, _kind_of(op), self._now_us))
 
     def _add(self, doubt: Doubt) -> None:
         if dropped := self._unresolved.add(doubt):
@@ -259,7 +251,7 @@ class Backlog:
         told: list[Doubt] = []
         asked: list[Doubt] = []
         for doubt in self._unresolved:
-            if doubt.until_us < oldest_us:  # the store may have forgotten its id: it could be charged twice
+            if doubt.at_us < oldest_us:  # the store may have forgotten its id: it could be charged twice
                 self._unresolved.end(doubt, "dropped")
                 logger.error("what became of %s (%s) stays unknown", doubt.op.id, doubt.kind)
             else:
@@ -332,8 +324,8 @@ class Backlog:
         for doubt, record in await self._read(doubts):
             outcome = "absent"
             if record is not None:
-                # What was granted before, or is settled, was not granted to this request, or is known to somebody.
-                lost = record.state in "ox" and doubt.since_us <= record.created_us
+                # What was granted to another request, or is settled, is known to a caller.
+                lost = record.state in "ox" and record.request == doubt.op.request
                 outcome = "granted" if lost else "superseded"
             if outcome == "granted":
                 logger.warning("hold %s is open, and the reply that granted it may be lost: unless its id is used "

@@ -181,9 +181,6 @@ class Coalescer:
 
     def _finish(self, call: Call, result: Any, error: BaseException | None) -> None:
         future = call.future
-        if call.sent and isinstance(result, HoldBase) and result.replayed and result.id not in self._core.unguarded:
-            # Granted to this very call, by an attempt whose answer got lost?
-            result.replayed = result.created_us < self._called_us(call)
         gone = future.cancelled()
         if not gone:
             if error is None:
@@ -193,7 +190,7 @@ class Coalescer:
         if gone or (call.kept and error is not None):
             self._disown(call, result, error)
         elif isinstance(error, StoreUnavailable) and error.ambiguous and isinstance(call.request, Op):
-            self._backlog.doubt(call.request, self._called_us(call))
+            self._backlog.doubt(call.request)
         known = Settlement if gone else (HoldBase, Settlement)
         if error is None and self._core.unresolved.count and isinstance(result, known):
             self._core.unresolved.retried(result.id, settled=isinstance(result, Settlement))
@@ -202,25 +199,21 @@ class Coalescer:
         if self._core.deferred or self._core.unresolved.count:
             self._backlog.schedule()
 
-    def _called_us(self, call: Call) -> int:
-        """When a call was made, by the store's clock."""
-        return int((self._session.now_ms() - (time.monotonic() - call.started) * 1000) * 1000)
-
     def _disown(self, call: Call, result: Any, error: BaseException | None) -> None:
         """Take over the outcome of a call whose caller is gone: release the grant, keep sending the settlement."""
         if error is None:
-            call.context.copy().run(self._give_back, call, result)
+            call.context.copy().run(self._give_back, result)
         elif isinstance(error, StoreUnavailable):
-            self._backlog.take_over(call.request, self._called_us(call), sent=error.ambiguous)
+            self._backlog.take_over(call.request, sent=error.ambiguous)
             self._backlog.schedule()
 
-    def _give_back(self, call: Call, result: Any) -> None:
+    def _give_back(self, result: Any) -> None:
         """A grant that was not received is released; a replay belongs to the caller that was granted it first."""
         if not isinstance(result, HoldBase) or result.replayed or self._closed:
             return
         if result.id in self._core.unguarded and result.state == "open":
             # The store may be granting it now, or later.
-            self._backlog.take_over(self._core.give_up(result), self._called_us(call), sent=True)
+            self._backlog.take_over(self._core.give_up(result), sent=True)
             self._backlog.schedule()
         else:
             self.submit(self._core.give_back(result), "release").add_done_callback(_forget)

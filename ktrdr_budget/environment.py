@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Mapping
 from decimal import Decimal
-from typing import TypedDict
+from typing import Literal, TypedDict, cast
 
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument
 from ktrdr_budget.models import Budget, check_name
@@ -21,11 +21,11 @@ __all__ = [
     "VARIABLES",
     "ZERO_BUDGET",
     "agent_budget",
-    "bounds",
     "check_names",
     "cycle_estimate",
     "daily_limit",
     "data_dir",
+    "limiter_options",
     "parse_limit",
     "store_url",
     "tenant",
@@ -168,25 +168,39 @@ def tenant(environment: Mapping[str, str] = os.environ) -> str:
     return check_name(environment.get("KTRDR_TENANT", "").strip() or "default", "KTRDR_TENANT")
 
 
-class Bounds(TypedDict, total=False):
+class LimiterOptions(TypedDict, total=False):
     """Options of a limiter."""
 
     max_holds: int
     max_budgets: int
+    timeout: float
+    durability: Literal["memory", "replica", "disk"]
 
 
-def bounds(environment: Mapping[str, str] = os.environ) -> Bounds:
-    """``KTRDR_MAX_HOLDS`` and ``KTRDR_MAX_BUDGETS``, where they are set, as options of a limiter.
+def limiter_options(environment: Mapping[str, str] = os.environ) -> LimiterOptions:
+    """``KTRDR_MAX_HOLDS``, ``KTRDR_MAX_BUDGETS``, ``KTRDR_TIMEOUT`` and ``KTRDR_DURABILITY``, where they are set.
 
     Raises:
-        InvalidArgument: one is not a whole number.
+        InvalidArgument: one is not a number, or ``KTRDR_DURABILITY`` is none of its words.
     """
-    found = Bounds()
+    found = LimiterOptions()
     if holds := environment.get("KTRDR_MAX_HOLDS", "").strip():
         found["max_holds"] = _whole("KTRDR_MAX_HOLDS", holds)
     if budgets := environment.get("KTRDR_MAX_BUDGETS", "").strip():
         found["max_budgets"] = _whole("KTRDR_MAX_BUDGETS", budgets)
+    if timeout := environment.get("KTRDR_TIMEOUT", "").strip():
+        found["timeout"] = _seconds("KTRDR_TIMEOUT", timeout)
+    if durability := environment.get("KTRDR_DURABILITY", "").strip():
+        if durability not in ("memory", "replica", "disk"):
+            raise InvalidArgument(f"KTRDR_DURABILITY must be memory, replica or disk, not {durability!r}")
+        found["durability"] = cast(Literal["memory", "replica", "disk"], durability)
     return found
+
+
+def _seconds(name: str, text: str) -> float:
+    if not re.fullmatch(r"\d{1,4}(\.\d{1,6})?|\.\d{1,6}", text, re.ASCII):
+        raise InvalidArgument(f"{name} must be a number of seconds, not {text!r}")
+    return float(text)
 
 
 def _whole(name: str, text: str) -> int:

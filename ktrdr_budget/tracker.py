@@ -64,7 +64,7 @@ class BudgetTracker:
             [environment.agent_budget(limit)],
             tenant=environment.tenant(),
             data_dir=environment.data_dir() if data_dir is None else data_dir,
-            **environment.bounds(),
+            **environment.limiter_options(),
         )
         """The limiter behind this facade, for all that it does not offer."""
 

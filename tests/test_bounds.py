@@ -14,7 +14,7 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
-from ktrdr_budget.environment import bounds
+from ktrdr_budget.environment import limiter_options
 from ktrdr_budget.errors import InvalidArgument, TooManyBudgets, TooManyHolds
 from ktrdr_budget.verify import verify
 
@@ -219,10 +219,14 @@ def test_a_bound_is_a_positive_whole_number(value):
 
 
 def test_the_environment_sets_them():
-    assert bounds({}) == {}
-    assert bounds({"KTRDR_MAX_HOLDS": "7", "KTRDR_MAX_BUDGETS": " 9 "}) == {"max_holds": 7, "max_budgets": 9}
+    assert limiter_options({}) == {}
+    given = {"KTRDR_MAX_HOLDS": "7", "KTRDR_MAX_BUDGETS": " 9 ", "KTRDR_TIMEOUT": "2.5", "KTRDR_DURABILITY": "disk"}
+    assert limiter_options(given) == {"max_holds": 7, "max_budgets": 9, "timeout": 2.5, "durability": "disk"}
     with pytest.raises(InvalidArgument, match="KTRDR_MAX_HOLDS must be a whole number, not 'many'"):
-        bounds({"KTRDR_MAX_HOLDS": "many"})
+        limiter_options({"KTRDR_MAX_HOLDS": "many"})
+    for wrong in ({"KTRDR_TIMEOUT": "soon"}, {"KTRDR_TIMEOUT": "-1"}, {"KTRDR_DURABILITY": "dsik"}):
+        with pytest.raises(InvalidArgument):
+            limiter_options(wrong)
 
 
 # -- over HTTP ---------------------------------------------------------------------------------------------------------

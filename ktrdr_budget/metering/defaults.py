@@ -61,7 +61,7 @@ def default_async_limiter() -> AsyncBudgetLimiter:
             [environment.agent_budget(environment.daily_limit())],
             tenant=environment.tenant(),
             data_dir=environment.data_dir(),
-            **environment.bounds(),
+            **environment.limiter_options(),
         )
         _made[loop] = limiter, loop.create_task(_close_with(loop, limiter))
     return _made[loop][0]

@@ -415,7 +415,8 @@ class Coalescer:
     def _expire(self, calls: list[Call], error: Exception | None, *, in_turn: bool = False) -> list[Call]:
         """Ends the calls whose deadline has come; returns the others.
 
-        What was never sent because the event loop stood still has its time once more, for the store may be there.
+        What was never sent because the event loop stood still has its time once more, unless something else is known to
+        keep it from being sent: the store may be there.
 
         Args:
             in_turn: they would be sent now.
@@ -423,8 +424,9 @@ class Coalescer:
         assert self._loop is not None
         now = self._loop.time()
         left, paid = list[Call](), list[Call]()
+        unhindered = error is None and not self.recovery.active
         for call in calls:
-            stood_still = (in_turn and error is None) or now - call.deadline > _LATE_S
+            stood_still = unhindered and (in_turn or now - call.deadline > _LATE_S)
             if call.deadline - now <= _LEFT_S and stood_still and not (call.sent or call.delayed):
                 call.delayed, call.deadline = True, now + self._timeout
             (left if call.deadline - now > _LEFT_S else paid).append(call)

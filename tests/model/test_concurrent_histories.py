@@ -69,6 +69,8 @@ def stories_of(history: Iterable[dict]) -> dict[str, Story]:
             stories[entry["id"]].grants.append(entry)
         elif entry["reply"] == "done" and entry["call"] in ("commit", "release", "record"):
             stories[entry["id"]].settlements.append(entry)
+    for story in stories.values():
+        story.settlements.sort(key=lambda settlement: settlement["began"])
     return stories
 
 
@@ -100,15 +102,17 @@ def each_id_is_applied_once(history: list[dict], stories: dict[str, Story]) -> N
     """P3: once granted, once settled; whatever else was called a replay is one of that."""
     for hold_id, story in stories.items():
         assert len(story.grants) <= 1, (hold_id, story.grants)
-        assert len(story.settlements) <= 1, (hold_id, story.settlements)
+        # A release by id of a hold that has expired is not final: the worker may yet commit it, once.
+        final = [each for each in story.settlements if not (each["call"] == "release" and each["late"])]
+        assert len(final) <= 1, (hold_id, story.settlements)
+        assert not final or final == story.settlements[-1:], (hold_id, story.settlements)
     for entry in history:
         story = stories.get(entry["id"], Story())
         if entry["reply"] != "replayed":
             continue
-        [first] = story.grants if entry["call"] == "reserve" else story.settlements
-        assert entry["call"] == first["call"], (entry, first)
-        assert entry["amounts"] == first["amounts"], (entry, first)
-        assert entry["ended"] > first["began"], (entry, first)
+        done = story.grants if entry["call"] == "reserve" else story.settlements
+        same = [each for each in done if (each["call"], each["amounts"]) == (entry["call"], entry["amounts"])]
+        assert any(entry["ended"] > first["began"] for first in same), (entry, done)
 
 
 def no_grant_passes_the_cap(stories: dict[str, Story]) -> None:

@@ -1,7 +1,7 @@
 """One replica among several that make random calls about the same ids, and writes down each call and its reply.
 
 Options: `url, limits, tasks, calls, ids, seed, worker`. Says "ready", waits for a line, and says its history: a list of
-`{call, id, amounts, began, ended, reply, told}`, instants in nanoseconds of the machine's monotonic clock.
+`{call, id, amounts, began, ended, reply, told, late}`, instants in nanoseconds of the machine's monotonic clock.
 """
 
 import asyncio
@@ -75,10 +75,11 @@ class Historian:
             reply = await awaitable
             told = {name: to_units(amount) for name, amount in reply.amounts.items()}
             word = "replayed" if getattr(reply, "replayed", False) else "done"
+            late = getattr(reply, "late", False)
         except BudgetError as error:
-            word, told = type(error).__name__, {}
+            word, told, late = type(error).__name__, {}, False
         entry = {"call": call, "id": hold_id, "amounts": amounts, "began": began, "ended": time.monotonic_ns()}
-        self.history.append({**entry, "reply": word, "told": told})
+        self.history.append({**entry, "reply": word, "told": told, "late": late})
 
 
 def as_money(amounts: dict) -> dict:

@@ -17,6 +17,7 @@ from ktrdr_budget.errors import StoreError
 from ktrdr_budget.verify import verify
 
 from .conftest import free_port
+from .helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
 
@@ -109,9 +110,15 @@ def test_the_sync_limiter_and_the_audit_say_so_too(plain):
 
 
 async def test_a_server_that_is_only_slow_is_waited_for():
+    connections = 0
+
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
         await reader.read()  # until the client gives up; each piece of what it sends is read, and nothing is said
         writer.close()
+        await writer.wait_closed()
+        connections -= 1
 
     server = await asyncio.start_server(greet, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
@@ -121,6 +128,7 @@ async def test_a_server_that_is_only_slow_is_waited_for():
     assert not isinstance(refused.value, StoreError)
     await limiter.close()
     server.close()
+    await until(lambda: connections == 0)
 
 
 async def test_where_nothing_listens_the_error_says_that_the_connection_was_refused():

@@ -50,6 +50,8 @@ async def raced(
         attempts.clear()
         for task in unfinished:
             task.cancel()
+        if unfinished:  # else its connection would return to a pool that is closed by then
+            await asyncio.wait(unfinished)
 
 
 async def _awaited(work: Callable[[], Awaitable[Result]]) -> Result:

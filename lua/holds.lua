@@ -41,20 +41,21 @@ local function windows_expire(hold)
   return last, endless
 end
 
--- The options of SET that give an open hold's new record its expiry: it stays as long as its windows. Where one of them
--- has no end, for very long: until somebody sees that it is due.
-local function open_lifetime(hold)
+-- The options of SET that give a hold's new record its expiry: it stays as long as its windows. Where one of them has no
+-- end, an open hold's stays for very long: until somebody sees that it is due. Another one's stays as long as windows do,
+-- lest such records pile up.
+local function first_lifetime(hold)
   local last, endless = windows_expire(hold)
-  return 'PXAT', text(endless and now_ms + LASTING_MS or last)
+  if not endless then return 'PXAT', text(last) end
+  if hold.state == 'o' then return 'PXAT', text(now_ms + LASTING_MS) end
+  return 'PXAT', text(max(last, now_ms + 86400000 + match(ARGV[6], '^%S+ %d+ (%d+)')))
 end
 
--- Those for a record that there is. Of windows without end it is kept, once it is not open any more, as long as windows
--- are, lest such records pile up.
+-- Those for a record that there is.
 local function lifetime(hold)
-  local last, endless = windows_expire(hold)
+  local _, endless = windows_expire(hold)
   if not endless then return 'KEEPTTL' end
-  if hold.state == 'o' then return open_lifetime(hold) end
-  return 'PXAT', text(max(last, now_ms + 86400000 + match(ARGV[6], '^%S+ %d+ (%d+)')))
+  return first_lifetime(hold)
 end
 
 local function units(text_or_empty)
@@ -121,6 +122,11 @@ local function expire(id, key, hold)
   set_due(id, false)
   set_unconfirmed(id, key)
   return store_record(key, hold, lifetime(hold))
+end
+
+-- The reservation that a hold was granted to, if its caller chose the id.
+local function request_of(hold)
+  return match(hold.origin, '!([^!]+)!?$')
 end
 
 -- Whether a hold was released because its caller was gone before it received the grant (settle.lua, L s).

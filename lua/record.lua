@@ -1,12 +1,10 @@
 -- record.lua: spend without a reservation. Never refused for lack of budget.
 --
 -- op     N id late operation trace window:units …    late 1: the window may have ended, or not begun
---        K id late operation trace window:units …    the commit of a hold that the store has lost; late is 1
 -- reply  k - units,units…    recorded
 --        p - units,units… replica budget:window,…    recorded before with the same contents; nothing changed. In that
 --                            replica's share, and in those windows: it may have been yesterday
 --        c record            the id is in use with other contents
---        o                   K: the hold is known again, and not settled: commit it
 --        b budget:window     the tenant has as many budgets as it may
 --        w                   a window does not contain the store's time
 --        t budget:window     that window was begun and is not here; nothing was written
@@ -15,7 +13,7 @@
 --        y error             a key of this request is of another type; nothing was written
 
 -- Where the same was recorded, and in whose share; nil if this is not the same.
-local function recorded_in(record, state, amounts)
+local function recorded_in(record, amounts)
   local hold, before, names = parse(record), {}, {}
   for i = 1, #hold.segments do before[match(hold.segments[i].name, '^(.+):')] = hold.segments[i] end
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
@@ -23,23 +21,21 @@ local function recorded_in(record, state, amounts)
     if not segment or segment.charged ~= amount then return nil end
     names[#names + 1] = segment.name
   end
-  if hold.state ~= state or #names ~= #hold.segments then return nil end
+  if hold.state ~= 'n' or #names ~= #hold.segments then return nil end
   return (hold.sharer or '-') .. ' ' .. table.concat(names, ',')
 end
 
-local function record_spend(op, key)
-  local letter, id, late, operation, trace, amounts = match(op, '^(%a) (%S+) (%d) (%S+) (%S+) (.+)$')
-  local state = letter == 'N' and 'n' or 'c'
+function operations.N(op, key)
+  local id, late, operation, trace, amounts = match(op, '^N (%S+) (%d) (%S+) (%S+) (.+)$')
   local told = {}
   for amount in gmatch(amounts, ':(%d+)') do told[#told + 1] = amount end
   local record, why = stored_record(key)
   if not record and why ~= 'u' then return why end
   if record and not given_up(record) then
-    if letter == 'K' and match(record, '^[oxz]') then return 'o' end
-    local where = recorded_in(record, state, amounts)
+    local where = recorded_in(record, amounts)
     return where and 'p - ' .. table.concat(told, ',') .. ' ' .. where or 'c ' .. record
   end
-  local hold = { state = state, policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
+  local hold = { state = 'n', policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
     operation = operation, trace = trace, segments = {}, sharer = sharer }
   for i in gmatch(amounts, '(%d+):') do
     local w = windows[tonumber(i)]
@@ -56,14 +52,10 @@ local function record_spend(op, key)
   for i = 1, #told do
     local w = by_name[hold.segments[i].name]
     if hold.segments[i].flag ~= 's' then
-      if letter == 'K' then repair_window(w) end
       w.creating, w.registering = true, w.registering or late == '0'
-      spend(w, letter == 'N' and 'record' or 'commit', id, tonumber(told[i]), told[i], hold)
+      spend(w, 'record', id, tonumber(told[i]), told[i], hold)
     end
   end
   store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)'))
   return 'k - ' .. table.concat(told, ',')
 end
-
-operations.N = record_spend
-operations.K = record_spend

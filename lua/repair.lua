@@ -1,13 +1,10 @@
--- repair.lua: what a replica tells again after the store has gone back in time (P13). Nothing here asks for room: it was
--- granted before. While anybody repairs, reservations wait.
+-- repair.lua: what a replica replays after the store has gone back in time (P13), besides holds (restore.lua) and records.
+-- While anybody repairs, reservations wait.
 --
--- op     S replica op                      a settlement (D, M, K, N) that is in the share of another replica
+-- op     S replica op                      a settlement (K, N) that is in the share of another replica
 --        T id window:units                 the share of this replica in the window's spend is at least so much
---        O id policy deadline_ms created_us owner operation trace window:reserved:accrued …    this hold was open
 -- reply  a               S: that replica has told its share itself; nothing was changed. Else as op
 --        k - units       T: so much was missing
---        g               O: it was unknown or smaller, and is open again; or due, if its deadline has passed
---        p               O: it is known, whatever has become of it
 --        t budget:window that window was begun and is not here; nothing was changed
 --        f budget:window that window would count 2^62 units or more; nothing was changed
 --        y error         a key of this request is of another type; nothing was changed
@@ -22,7 +19,8 @@ recovering = nil -- to this batch, what the store does not know is lost
 function operations.S(op, key)
   local replica, settlement = match(op, '^S (%S+) (.+)$')
   local before = {}
-  for i in gmatch(settlement, ' (%d+):') do
+  local parts = match(settlement, '^N %S+ %d %S+ %S+(.+)$') or match(settlement, '^K %S+([^\n]+)')
+  for i in gmatch(parts, ' (%d+):') do
     local w = windows[tonumber(i)]
     if w then
       if call('HGET', w.key, 't:' .. replica) == epoch then return 'a' end
@@ -56,65 +54,4 @@ function operations.T(op)
   add(w, EVENTS, 1)
   ledger(w, 'repair', '-', text(lacking), '-', '-')
   return 'k - ' .. text(lacking)
-end
-
--- An open hold that had grown, had reported more, or was prolonged, when it was lost.
-local function raise(id, key, hold, deadline, amounts)
-  local changed = false
-  for i, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+)') do
-    local w, segment = windows[tonumber(i)], nil
-    for j = 1, #hold.segments do
-      if hold.segments[j].name == w.name then segment = hold.segments[j] end
-    end
-    if segment then
-      local before = counted(segment)
-      if tonumber(reserved) > tonumber(segment.reserved) then
-        if segment.base == '' then segment.base = segment.reserved end
-        segment.reserved, changed = reserved, true
-      end
-      if tonumber(accrued) > units(segment.accrued) then segment.accrued, changed = accrued, true end
-      add(w, HELD, counted(segment) - before)
-    end
-  end
-  if tonumber(deadline) > tonumber(hold.deadline) then
-    hold.deadline, changed = deadline, true
-    set_due(id, deadline)
-  end
-  if not changed then return 'p' end
-  hold.origin = match(hold.origin, '^(%d+) ') .. ' ' .. now_us_text .. ' ' .. match(hold.origin, '(%S+)$')
-  store_record(key, hold, 'KEEPTTL')
-  return 'g'
-end
-
-function operations.O(op, key)
-  local id, policy, deadline, created, owner, operation, trace, amounts =
-    match(op, '^O (%S+) (%a) (%d+) (%d+) (%S+) (%S+) (%S+) (.+)$')
-  for i in gmatch(amounts, '(%d+):%d+:') do
-    local w = windows[tonumber(i)]
-    if w.fault then return 'y ' .. w.fault end
-    if w.missing then return 't ' .. w.name end
-  end
-  local record, why = stored_record(key)
-  if not record and why ~= 'u' then return why end
-  if record and not given_up(record) then
-    local known = parse(record)
-    return known.state == 'o' and raise(id, key, known, deadline, amounts) or 'p'
-  end
-  for i, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+)') do
-    local w = windows[tonumber(i)]
-    if total(w) + max(tonumber(reserved), tonumber(accrued)) >= FULL then return 'f ' .. w.name end
-  end
-  local hold = { state = 'o', policy = policy, deadline = deadline, origin = created .. ' ' .. now_us_text .. ' ' .. owner,
-    operation = operation, trace = trace, segments = {} }
-  for i, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+)') do
-    local w = windows[tonumber(i)]
-    repair_window(w)
-    local segment = { flag = ARGV[w.at], name = w.name, base = '', reserved = reserved,
-      accrued = accrued == '0' and '' or accrued, charged = '' }
-    add(w, HELD, counted(segment))
-    hold.segments[#hold.segments + 1] = segment
-  end
-  store_record(key, hold, open_lifetime(hold))
-  set_due(id, deadline)
-  return 'g'
 end

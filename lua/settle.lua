@@ -7,8 +7,8 @@
 --                                    still corrects it; i: by its id, as 1 if the hold is unconfirmed, else as 0;
 --                                    s, request: only what was granted to this request, else c; as 1, but the id is
 --                                    free again: marked `!`, the worker's extension or u lift it;
---                                    f as 0, o as 1, and an unknown id is taken up as released: a request for it that
---                                    is still under way, or another replica's word that it was open, comes too late
+--                                    f as 0, and an unknown id is taken up as released: a request for it that is
+--                                    still under way comes too late
 --                                    s does so, too, but for a few minutes only, and in passing (operation `!`): a
 --                                    client that is answered `c` with that, and wants the hold, sends u and asks again
 -- reply  k flags units,units…    done, in the order of the record; flags: o overrun, l late, or -
@@ -55,20 +55,10 @@ local function leave_indexes(hold, id)
   if hold.state == 'o' then set_due(id, false) else set_unconfirmed(id, false) end
 end
 
-local function commit(id, key, amounts, remark, trace)
-  local hold, record = find(id, key)
-  if not hold then return record end
-  local state = hold.state
+-- Commits a hold that was found at these amounts, a text for each of its segments.
+local function commit_at(id, key, hold, record, told, operation, trace)
+  local state, overrun = hold.state, ''
   if state == 'r' or state == 'n' then return 'c ' .. record end
-  local modes, values = {}, {}
-  for i, mode, amount in gmatch(amounts, '(%d+):(%a)(%d+)') do
-    local name = windows[tonumber(i)].name
-    modes[name], values[name] = mode, amount
-  end
-  local told, overrun = {}, ''
-  for i = 1, #hold.segments do
-    told[i] = actual(hold.segments[i], modes, values)
-  end
   if state == 'c' then
     local before = charges(hold)
     return before == table.concat(told, ',') and 'p - ' .. before .. ' ' .. (hold.sharer or '-') or 'c ' .. record
@@ -79,8 +69,7 @@ local function commit(id, key, amounts, remark, trace)
     local before = state == 'o' and counted(segment) or units(segment.charged)
     if total(w) - before + tonumber(told[i]) >= FULL then return 'f ' .. w.name end
   end
-  if remark ~= '-' then hold.operation = hold.operation == '-' and remark or hold.operation .. '%20' .. remark end
-  if trace ~= '-' then hold.trace = trace end
+  hold.operation, hold.trace = operation, trace
   local kind = state == 'o' and 'commit' or 'correction'
   for i = 1, #hold.segments do
     local segment = hold.segments[i]
@@ -103,6 +92,20 @@ local function commit(id, key, amounts, remark, trace)
   return 'k ' .. (flags == '' and '-' or flags) .. ' ' .. table.concat(told, ',')
 end
 
+local function commit(id, key, amounts, remark, trace)
+  local hold, record = find(id, key)
+  if not hold then return record end
+  local modes, values, told = {}, {}, {}
+  for i, mode, amount in gmatch(amounts, '(%d+):(%a)(%d+)') do
+    local name = windows[tonumber(i)].name
+    modes[name], values[name] = mode, amount
+  end
+  for i = 1, #hold.segments do told[i] = actual(hold.segments[i], modes, values) end
+  local operation = hold.operation
+  if remark ~= '-' then operation = operation == '-' and remark or operation .. '%20' .. remark end
+  return commit_at(id, key, hold, record, told, operation, trace ~= '-' and trace or hold.trace)
+end
+
 function operations.D(op, key)
   local id, amounts = match(op, '^D (%S+) (.+)$')
   return commit(id, key, amounts, '-', '-')
@@ -117,8 +120,8 @@ end
 local PASSING_MS = 300000
 
 -- An id that the store does not know, and shall know as released.
-local function take_up(id, key, state, amounts, in_passing)
-  local hold = { state = state, policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
+local function take_up(key, amounts, in_passing)
+  local hold = { state = 'r', policy = 'c', deadline = text(now_ms), origin = now_us_text .. ' 0 -',
     operation = in_passing and '!' or '-', trace = '-', segments = {} }
   for i in gmatch(amounts, '(%d+):') do
     local w = windows[tonumber(i)]
@@ -130,9 +133,31 @@ local function take_up(id, key, state, amounts, in_passing)
   return 'u'
 end
 
+-- Releases a hold that was found.
+local function release_hold(id, key, hold, record, by_hand)
+  local state = hold.state
+  if state == 'c' or state == 'n' then return 'c ' .. record end
+  if state == 'r' or (state == 'z' and by_hand) then return 'p - ' .. charges(hold) end
+  for i = 1, #hold.segments do
+    local segment = hold.segments[i]
+    local w = by_name[segment.name]
+    local back = take_back(hold, segment, w)
+    if back > 0 then ledger(w, 'release', id, text(-back), hold.operation, hold.trace) end
+    segment.charged = ''
+  end
+  leave_indexes(hold, id)
+  if by_hand then
+    hold.state = 'z'
+    store_record(key, hold, lifetime(hold)) -- not resolved: the worker may yet come back
+  else
+    hold.state = 'r'
+    store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)'))
+  end
+  return 'k ' .. (state == 'o' and '-' or 'l') .. ' ' .. charges(hold)
+end
+
 function operations.L(op, key)
-  local id, mode, request, amounts = match(op, '^L (%S+) ([01isfou])(%S*)(.*)$')
-  local by_hand = mode == '1' or mode == 'o' or mode == 's'
+  local id, mode, request, amounts = match(op, '^L (%S+) ([01isfu])(%S*)(.*)$')
   if mode == 'u' then
     local record = stored_record(key)
     if record and (given_up(record) or given_back(record)) then
@@ -144,28 +169,12 @@ function operations.L(op, key)
   local hold, record = find(id, key)
   if not hold then
     if not unknown(record) or mode == '0' or mode == '1' or mode == 'i' then return record end
-    return take_up(id, key, by_hand and mode ~= 's' and 'z' or 'r', amounts, mode == 's')
+    return take_up(key, amounts, mode == 's')
   end
-  local state = hold.state
-  if mode == 'i' then by_hand = state == 'x' or state == 'z' end
-  if mode == 's' and match(hold.origin, '!([^!]+)!?$') ~= request then return 'c ' .. record end
-  if state == 'c' or state == 'n' then return 'c ' .. record end
-  if state == 'r' or (state == 'z' and by_hand) then return 'p - ' .. charges(hold) end
-  for i = 1, #hold.segments do
-    local segment = hold.segments[i]
-    local w = by_name[segment.name]
-    local back = take_back(hold, segment, w)
-    if back > 0 then ledger(w, 'release', id, text(-back), hold.operation, hold.trace) end
-    segment.charged = ''
+  if mode == 's' then
+    if request_of(hold) ~= request then return 'c ' .. record end
+    hold.origin = hold.origin .. '!'
   end
-  leave_indexes(hold, id)
-  if mode == 's' then hold.origin = hold.origin .. '!' end
-  if by_hand then
-    hold.state = 'z'
-    store_record(key, hold, lifetime(hold)) -- not resolved: the worker may yet come back
-  else
-    hold.state = 'r'
-    store_record(key, hold, 'PX', match(ARGV[6], '^%S+ (%d+)'))
-  end
-  return 'k ' .. (state == 'o' and '-' or 'l') .. ' ' .. charges(hold)
+  local by_hand = mode == '1' or mode == 's' or (mode == 'i' and (hold.state == 'x' or hold.state == 'z'))
+  return release_hold(id, key, hold, record, by_hand)
 end

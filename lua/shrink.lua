@@ -87,7 +87,7 @@ function operations.P(op, key)
     add(w, HELD, counted(segment))
     hold.segments[#hold.segments + 1] = segment
   end
-  store_record(key, hold, open_lifetime(hold))
+  store_record(key, hold, first_lifetime(hold))
   if tonumber(deadline) <= now_ms then
     expire(id, key, hold)
   else

@@ -274,7 +274,7 @@ async def test_spend_under_an_id_that_was_given_up_is_recorded(proxy, limiter, o
     passing = give_back("mine", limiter.keys.hold("mine"), [window], "a-request")
     for _ in range(2):
         assert await arrives(limiter, passing) == "u"
-    hold = core.make_hold(core, "mine", [(window, to_units("0.15"))], 60_000, core.session.now_ms() + 60_000)
+    hold = core.make_hold(core, "mine", [(window, to_units("0.15"))], 60_000, core.session.now_ms(), guarded=False)
     call = hold.commit("0.07") if settles == "commit" else limiter.record("agent", "0.07", id="mine")
     await call
     assert sums(client)["spent"] == to_units("0.07")

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict, InvalidAmount, StoreUnavailable
+from ktrdr_budget.engine.protocol import Head
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import dump, sums
@@ -192,5 +193,5 @@ async def test_an_answer_that_is_older_than_the_growth_does_not_undo_it(limiter,
     heartbeat = hold.extend_flow(None)
     next(heartbeat)
     with pytest.raises(StopIteration):
-        heartbeat.send((f"e {older}", None))
+        heartbeat.send((f"e {older}", Head(0, False, 0, None, ())))
     assert hold.amounts == {"agent": Decimal("0.25")}

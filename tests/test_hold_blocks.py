@@ -282,7 +282,7 @@ async def test_notes_are_not_lost_with_the_hold(server, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         hold.note("estimated")
-        client.delete("ktrdr:{default}:h:op_1")
+        client.flushall()
         await hold.commit("0.07")
         (entry,) = await limiter.ledger("agent")
         assert (entry.kind, entry.operation) == ("commit", "estimated")

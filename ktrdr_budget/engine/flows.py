@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ktrdr_budget.engine.amounts import Amounts, check_amounts, commit_modes, spread
 from ktrdr_budget.engine.keys import split_name
+from ktrdr_budget.engine.memory import AGE_MAX_MS
 from ktrdr_budget.engine.protocol import (
     POLICY_CODES,
     REPORT,
@@ -18,12 +19,14 @@ from ktrdr_budget.engine.protocol import (
     Prepared,
     Record,
     Reservation,
+    Restore,
     Segment,
     Window,
     give_back,
     given_up,
     owner_word,
     parse_record,
+    render_record,
     word,
 )
 from ktrdr_budget.engine.reads import RETIRE_ROUNDS, Flow, Reads
@@ -63,6 +66,7 @@ __all__ = ["Core"]
 
 logger = logging.getLogger("ktrdr_budget")
 
+_UNKNOWN = "the store does not know it: it was settled more than 24 h ago, or never granted"
 _DEFERRED_MAX = 100_000
 _TEXT_MAX = 256
 _UNGUARDED_MAX = 10_000
@@ -189,8 +193,17 @@ class Core(Reads):
             if line == "g":
                 deadline_ms = answer.now_us // 1000 + ttl_ms
                 granted = op.granted(answer.now_us, deadline_ms)
-                session.memory.granted(hold_id, op.parts, granted[0], answer.now_us // 1000)
-                return self.make_hold(self, hold_id, parts, ttl_ms, deadline_ms, as_granted=granted, request=request)
+                session.memory.granted(hold_id, op.parts, granted[0], answer.now_us)
+                return self.make_hold(
+                    self,
+                    hold_id,
+                    parts,
+                    ttl_ms,
+                    deadline_ms,
+                    as_granted=granted,
+                    request=request,
+                    created_us=answer.now_us,
+                )
             rounds += 1
             if line[0] == "d" and answer.due and rounds < RETIRE_ROUNDS:
                 yield from self.retire(answer.due)
@@ -200,7 +213,8 @@ class Core(Reads):
                     yield self._lift(hold_id, parts)
                 elif record.state != "o" or record.deadline_ms > answer.now_us // 1000:
                     # What was granted to this very request, by an attempt whose reply was lost, is no replay to it.
-                    return self._replayed(hold_id, record, line[2:], ttl_ms, record.request != request)
+                    replayed = record.request != request
+                    return self._replayed(hold_id, record, line[2:], ttl_ms, answer.now_us, replayed)
                 else:
                     yield from self._retire_records({hold_id: record})
             elif line[0] == "c" and given_up(line[2:]):
@@ -268,6 +282,7 @@ class Core(Reads):
             self, hold_id, hold.parts, ttl_ms, deadline_ms, guarded=hold.guarded, prepaid=hold.prepaid
         )
         again.replayed, again.state, again.created_us = True, hold.state, record.created_us
+        again.admitted = record
         again.adjust({w.budget: accrued for (w, _), accrued in zip(hold.parts, hold.accrued_units, strict=True)})
         return again
 
@@ -277,6 +292,7 @@ class Core(Reads):
         record = Record(
             "o", policy, hold.deadline_ms, self.session.now_ms() * 1000, 0, *labels[:3], segments, labels[3]
         )
+        hold.admitted = record
         self.unguarded[hold.id] = hold, record
         if len(self.unguarded) > _UNGUARDED_MAX:
             self.unguarded.popitem(last=False)
@@ -317,9 +333,9 @@ class Core(Reads):
             (name, to_units(value, self.session.budget(name).unit, positive=positive)) for name, value in budget.items()
         ]
 
-    def _replayed(self, hold_id: str, record: Record, text: str, ttl_ms: int, replayed: bool) -> Any:
+    def _replayed(self, hold_id: str, record: Record, text: str, ttl_ms: int, now_us: int, replayed: bool) -> Any:
         parts = self._parts(record)
-        self.session.memory.extended(hold_id, text, [window for window, _ in parts])
+        self.session.memory.extended(hold_id, text, [window for window, _ in parts], now_us)
         hold = self.make_hold(self, hold_id, parts, ttl_ms, record.deadline_ms, record=record, request=record.request)
         hold.replayed = replayed
         return hold
@@ -340,16 +356,47 @@ class Core(Reads):
             unheard = not hold.guarded or hold.id in self.handed
             nothing = [(window, ":x0") for window, _ in hold.parts]
             return self._settle(self._release(hold.id, nothing, "f" if unheard else "0"), hold.parts, unheard=unheard)
+        if not hold.guarded:
+            return self._settle(self.commit_admitted(hold, amounts, remark), hold.parts)
         parts, spent = [], []
         for (window, _), (mode, units) in zip(hold.parts, amounts, strict=True):
             parts.append((window, f":{mode}{units}"))
             spent.append(0 if window.flag == "s" else units)
-        # Should the store have lost the hold: its windows are known here, and what was spent is recorded in them. After
-        # its own settlement it has not lost but forgotten it, and nothing may be charged twice.
-        op = self._commit(hold.id, parts, may_be_lost=not hold.settled, remark=remark)
+        op = self._commit(hold.id, parts, remark=remark)
         if hold.as_granted is not None and not remark:
             op.simplify(self.session.replica_id, hold.as_granted, hold.parts, spent)
-        return self._settle(op, hold.parts)
+        return self._settle(op, hold.parts, hold=hold)
+
+    def commit_admitted(self, hold: HoldBase, amounts: Sequence[tuple[str, int]], remark: str = "") -> Restore:
+        """The commit of a hold that the store may not know: it was admitted while the store was away, or is lost."""
+        session = self.session
+        record = hold.admitted
+        if record is None:  # lost
+            record = Record("c", "c", hold.deadline_ms, hold.created_us, 0, "", "", "", ())
+            asked = [units for _, units in hold.parts]
+        else:
+            asked = [segment.reserved for segment in record.segments]
+        segments = []
+        figures = zip(hold.parts, asked, hold.accrued_units, amounts, strict=True)
+        for (window, reserved), base, accrued, (_, units) in figures:
+            charged = 0 if window.flag == "s" else units
+            grown = base if base != reserved else None
+            segments.append(Segment(window.flag, window.budget, window.stored, reserved, accrued, charged, grown))
+        operation, trace_id = record.operation, record.trace_id
+        if remark:
+            operation = f"{operation} {remark[:_TEXT_MAX]}".lstrip()
+            trace_id = self.trace_id() if self.trace_id is not None else trace_id
+        settled = record._replace(
+            state="c", deadline_ms=hold.deadline_ms, operation=operation, trace_id=trace_id, segments=tuple(segments)
+        )
+        windows = [window for window, _ in hold.parts]
+        return Restore(hold.id, session.keys.hold(hold.id), windows, render_record(settled))
+
+    def _has_lost(self, hold: HoldBase) -> bool:
+        """Whether a store that does not know a hold has lost it: it was granted in another timeline, and a settlement
+        of it, by whomever, would be remembered yet."""
+        oldest_us = (self.session.now_ms() - AGE_MAX_MS) * 1000
+        return hold.granted_in != self.session.epoch and hold.created_us > oldest_us
 
     def settle_id(
         self, hold_id: str, amount: Amounts | None, *, release: bool = False, operator: bool = False
@@ -364,7 +411,6 @@ class Core(Reads):
         if hold_id in self.unguarded:
             hold, _ = self.unguarded[hold_id]
             return (yield from hold.release_flow() if release else hold.commit_flow(amount))
-        remembered = None
         asked = f"? {'operator' if operator else 'release' if release else repr(amount)}"
         prepared = Prepared(
             Op(hold_id, self.session.keys.hold(hold_id), asked, []),
@@ -372,6 +418,10 @@ class Core(Reads):
         )
         try:
             record = yield from self._read(hold_id, prepared)
+        except UnknownHold:
+            if not release:
+                logger.error("commit of hold %s was not recorded: %s", hold_id, _UNKNOWN)
+            raise
         except StoreError:
             raise
         except StoreUnavailable:
@@ -379,8 +429,7 @@ class Core(Reads):
             if remembered is None:  # to whom it was granted is not known here, nor in which windows
                 raise
             record = remembered
-        known = remembered is not None
-        op = self._settlement_of(hold_id, record, amount, release, operator, may_be_lost=known)
+        op = self._settlement_of(hold_id, record, amount, release, operator)
         return (yield from self._settle(op, self._parts(record)))
 
     def _settlement_of(
@@ -390,8 +439,6 @@ class Core(Reads):
         amount: Amounts | None,
         release: bool,
         operator: bool,
-        *,
-        may_be_lost: bool = False,
     ) -> Op:
         windows = self._parts(record)
         if release:
@@ -400,28 +447,40 @@ class Core(Reads):
             units = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
             settled = commit_modes(units, amount)
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(windows, settled, strict=True)]
-        if release:
-            return self._release(hold_id, parts, "1" if operator else "i")
-        return self._commit(hold_id, parts, may_be_lost=may_be_lost)
+        op: Op = self._release(hold_id, parts, "1" if operator else "i") if release else self._commit(hold_id, parts)
+        op.record = render_record(record)
+        return op
 
-    def _commit(
-        self, hold_id: str, parts: list[tuple[Window, str]], *, may_be_lost: bool = False, remark: str = ""
-    ) -> Commit:
+    def _commit(self, hold_id: str, parts: list[tuple[Window, str]], *, remark: str = "") -> Commit:
         trace = self._trace() if remark else "-"
-        key = self.session.keys.hold(hold_id)
-        return Commit(hold_id, key, parts, may_be_lost, self.label(remark[:_TEXT_MAX]), trace)
+        return Commit(hold_id, self.session.keys.hold(hold_id), parts, self.label(remark[:_TEXT_MAX]), trace)
 
     def _release(self, hold_id: str, parts: list[tuple[Window, str]], mode: str = "0") -> Op:
         return Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} {mode}", parts)
 
-    def _settle(self, first: Op, reserved: Sequence[tuple[Window, int]], *, unheard: bool = False) -> Flow[Settlement]:
-        """Sends a settlement; ``unheard``: the release of what the store may never have been told of."""
+    def _settle(
+        self,
+        first: Op,
+        reserved: Sequence[tuple[Window, int]],
+        *,
+        unheard: bool = False,
+        hold: HoldBase | None = None,
+    ) -> Flow[Settlement]:
+        """Sends a settlement.
+
+        Args:
+            unheard: it is the release of what the store may never have been told of.
+            hold: it is the commit of this one, which the store has granted.
+        """
         op, hold_id, parts = first, first.id, first.parts
         released = op.letter == "L"
         try:
             line, answer = yield op
-            while len(line) == 1 and (instead := op.otherwise(line)):
-                op = instead
+            if line == "u" and not released and hold_id in self.handed:  # it has not heard of it yet
+                yield self.handed[hold_id]
+                line, answer = yield op
+            if line == "u" and hold is not None and self._has_lost(hold):  # nor has the journal it any more
+                op = self.commit_admitted(hold, [("x", units) for units in first.units])
                 line, answer = yield op
         except StoreError:
             raise
@@ -433,6 +492,9 @@ class Core(Reads):
         if line == "k":  # to a simple commit
             line = first.told  # type: ignore[attr-defined]  # only a Commit is answered so
         if line[0] not in "kp":
+            if line == "u" and not released:
+                spent = {w.budget: from_units(u, w.unit) for (w, _), u in zip(parts, op.units, strict=True)}
+                logger.error("commit of hold %s was not recorded: %s; %s", hold_id, _UNKNOWN, spent)
             if line == "u" and unheard:
                 return Settlement(hold_id, "released", told_amounts(parts, ",".join("0" for _ in parts)))
             raise self._error(line, hold_id, answer.now_us, op)
@@ -453,8 +515,10 @@ class Core(Reads):
         if amounts is None:
             released = [(window, ":x0") for window, _ in hold.parts]
             return self.deferral(self._release(hold.id, released), "released")
+        if not hold.guarded:
+            return self.deferral(self.commit_admitted(hold, amounts), "committed")
         parts = [(window, f":{mode}{units}") for (window, _), (mode, units) in zip(hold.parts, amounts, strict=True)]
-        return self.deferral(self._commit(hold.id, parts, may_be_lost=True), "committed")
+        return self.deferral(self._commit(hold.id, parts), "committed")
 
     def deferral(self, op: Op, state: Any, *, ambiguous: bool = False) -> Settlement:
         """Keeps a settlement that an unreachable store could not be told; ``ambiguous``: or was told."""
@@ -463,7 +527,7 @@ class Core(Reads):
             known[0].state = state
         if ambiguous:
             self.deferred_doubts[op.id] = self.session.now_ms()
-        amounts = {window.budget: from_units(int(tail.lstrip(":xra")), window.unit) for window, tail in op.parts}
+        amounts = {w.budget: from_units(units, w.unit) for (w, _), units in zip(op.parts, op.units, strict=True)}
         return Settlement(op.id, state, amounts, deferred=True)
 
     def defer(self, op: Op) -> None:
@@ -539,8 +603,11 @@ class Core(Reads):
             line, answer = yield op
             if line[0] in "ea":
                 record = parse_record(line[2:])
-                self.session.memory.extended(op.id, line[2:], [window for window, _ in self._parts(record)])
+                windows = [window for window, _ in self._parts(record)]
+                self.session.memory.extended(op.id, line[2:], windows, answer.now_us)
                 return line[0] == "e", record
+            if line[0] == "c":
+                self.session.memory.seen(op.id, line[2:], answer.now_us)
             rounds += 1
             if line[0] == "u" and op.id in self.handed and rounds < RETIRE_ROUNDS:
                 yield self.handed[op.id]  # it has not heard of it yet

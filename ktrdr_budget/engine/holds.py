@@ -43,9 +43,11 @@ class HoldBase:
         "_notes",
         "_settling",
         "_ttl_ms",
+        "admitted",
         "as_granted",
         "created_us",
         "drawn",
+        "granted_in",
         "growth",
         "guarded",
         "id",
@@ -71,6 +73,7 @@ class HoldBase:
         guarded: bool = True,
         prepaid: Draw | None = None,
         request: str = "",
+        created_us: int = 0,
     ) -> None:
         self._core = core
         self.request = request
@@ -99,8 +102,12 @@ class HoldBase:
         self.prepaid = prepaid
         """Set if it was granted from a slab while the store was away (policy ``lease``); that counts until the store is
         told."""
-        self.created_us = 0 if record is None else record.created_us
-        """Of a replay: when the hold was granted, by the store's clock, in microseconds since the epoch."""
+        self.created_us = created_us if record is None else record.created_us
+        """When the store granted it, by its clock, in microseconds since the epoch; 0 if it did not."""
+        self.granted_in = core.session.epoch
+        """The epoch of the store that granted it, or was seen to know it."""
+        self.admitted: Record | None = None
+        """As it was admitted, if that was done without the store."""
         self.replayed = record is not None
         """The same reservation had been granted before; this is that hold, as it is now."""
         self.released_by_operator = record is not None and record.state == "z"

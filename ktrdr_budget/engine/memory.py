@@ -2,7 +2,8 @@
 
 Three things, all by ids or as totals, so that telling them twice changes nothing: its own *share* of each window's
 spend, the *holds* that it was granted, and a bounded number of recent *settlements*. A settlement that is remembered
-restores its id, too; one that is not is still in the share. A settlement wins over an open hold.
+restores its id, too; one that is not is still in the share. A settlement wins over an open hold. Both are kept as the
+record of the hold, so that a repair restores what was asked, too, and the same reservation is a replay afterwards.
 
 Each settlement is in one replica's share: that of the one whose request made it; the store's record names it. Another
 one that was told of it (its own request was a replay) remembers it as well, and tells it on behalf of the first, which
@@ -16,7 +17,16 @@ from dataclasses import dataclass, fields
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, Elsewhere, Op, Record, Window, parse_record
+from ktrdr_budget.engine.protocol import (
+    LONGEST_HOLD_MS,
+    SETTLED,
+    Op,
+    Record,
+    Restore,
+    SettleOnBehalf,
+    Window,
+    parse_record,
+)
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.keys import Keys
@@ -31,7 +41,8 @@ remembered for longer than that."""
 AGE_MAX_MS = LONGEST_HOLD_MS // 2
 """A settlement is told again only while the store cannot have forgotten its id, which it does a day after it."""
 HOLD_AGE_MAX_MS = AGE_MAX_MS
-"""A hold may have been settled elsewhere since it was granted: it is not remembered for longer than that is."""
+"""A hold may have been settled elsewhere since the store was last seen to have it: it is not remembered for longer than
+that settlement is."""
 _FRESH_MS = 2000
 """Before that age, nobody asks whether a hold was settled elsewhere: most are settled here by then."""
 _WINDOWS_MAX = 4096
@@ -44,19 +55,23 @@ class _Held(NamedTuple):
     """Their keys."""
     record: str
     """As the store has it."""
+    seen_us: int
+    """When the store was last seen to have it."""
 
 
 class _Settled(NamedTuple):
     """The same of a settlement."""
 
     letter: str
-    words: str
-    """The operation's head; of D, which has lost them there, the labels."""
+    head: str
+    """The operation's."""
     windows: str
     """Their keys."""
     line: str
     """The store's answer."""
     at_ms: int
+    record: str
+    """The hold's, before it was settled; empty if it is not known, or there was no hold."""
 
     @property
     def own(self) -> bool:
@@ -123,10 +138,10 @@ class Memory:
     def __bool__(self) -> bool:
         return bool(self._settled or self._holds or self._settled_before or self._holds_before or self._older)
 
-    def granted(self, hold_id: str, parts: Sequence[tuple[Window, str]], record: str, now_ms: int) -> None:
+    def granted(self, hold_id: str, parts: Sequence[tuple[Window, str]], record: str, now_us: int) -> None:
         """A hold was granted; ``parts`` as it was asked for."""
         if len(self._holds) >= HOLDS_MAX // 2:
-            self._forget_holds(now_ms)
+            self._forget_holds(now_us // 1000)
         if len(parts) == 1:
             window = parts[0][0]
             names = window.key
@@ -134,24 +149,35 @@ class Memory:
                 self._windows[names] = window
         else:
             names = self._names([window for window, _ in parts])
-        self._holds[hold_id] = (names, record)
+        self._holds[hold_id] = (names, record, now_us)
 
-    def extended(self, hold_id: str, record: str, windows: Sequence[Window]) -> None:
+    def extended(self, hold_id: str, record: str, windows: Sequence[Window], now_us: int) -> None:
         """A hold is as its record says now."""
         self._let_go(hold_id)
-        if record[0] == "o":
-            self._holds[hold_id] = (self._names(windows), record)
+        if record[0] not in SETTLED:
+            self._holds[hold_id] = (self._names(windows), record, now_us)
+
+    def seen(self, hold_id: str, record: str, now_us: int) -> None:
+        """The store had this record of a hold then. If another replica has settled it, that one remembers it."""
+        for holds in (self._holds, self._holds_before):
+            known = holds.get(hold_id)
+            if known is not None and known[2] <= now_us:  # else this replica has changed it since
+                if record[0] in SETTLED:
+                    del holds[hold_id]
+                else:
+                    holds[hold_id] = (known[0], record, now_us)
 
     def shrunk(self, hold_id: str, left: Sequence[int]) -> None:
         """So much is left of a prepaid slab, in each of its windows; of two reports, the least holds."""
         for holds in (self._holds, self._holds_before):
             if (known := holds.get(hold_id)) is not None:
-                names, record = known
+                names, record, seen_us = known
                 head, *segments = record.split("|")
                 for number, (segment, most) in enumerate(zip(segments, left, strict=True)):
                     flag, name, base, reserved, rest = segment.split(",", 4)
-                    segments[number] = f"{flag},{name},{base},{min(int(reserved), most)},{rest}"
-                holds[hold_id] = (names, "|".join((head, *segments)))
+                    if most < int(reserved):
+                        segments[number] = f"{flag},{name},{base or reserved},{most},{rest}"
+                holds[hold_id] = (names, "|".join((head, *segments)), seen_us)
 
     def open_hold(self, hold_id: str) -> Record | None:
         """One that this replica was granted, and has not settled; ``None`` if it knows of none."""
@@ -160,23 +186,29 @@ class Memory:
 
     def acknowledged(self, op: Op, line: str, now_ms: int) -> None:
         """A settlement was acknowledged: ``line`` is the store's answer, ``k`` or ``p``."""
-        hold_id, parts, letter = op.id, op.parts, op.letter
-        self._let_go(hold_id)
+        hold_id, parts = op.id, op.parts
+        known = self._let_go(hold_id)
+        record = op.record or (known[1] if known is not None else "")
         if len(parts) == 1:
             names = parts[0][0].key
             if names not in self._windows:
                 self._windows[names] = parts[0][0]
         else:
             names = self._names([window for window, _ in parts])
+        if _released_by_hand(op.letter, op.head, line):  # which settles nothing: its worker may yet commit it
+            released = _Settled(op.letter, op.head, names, line, now_ms, record)
+            self._holds[hold_id] = (names, _settled_record(released, [window for window, _ in parts]), now_ms * 1000)
+            return
         settled = self._settled
         if len(settled) >= SETTLEMENTS_MAX // 2:
             self._forget_settled(now_ms)
             settled = self._settled
-        words = op.labels if letter == "D" else op.head  # type: ignore[attr-defined]  # D is a Commit
         if line[0] == "k":
-            settled[hold_id] = (letter, words, names, line, now_ms)
+            if hold_id in settled:  # its id was used again, a day later
+                _add(self._older, [settled[hold_id]])
+            settled[hold_id] = (op.letter, op.head, names, line, now_ms, record)
         elif hold_id not in self._settled_before and hold_id not in settled:  # else it is known whose it is
-            settled[hold_id] = (letter, words, names, self._shared(line), now_ms)
+            settled[hold_id] = (op.letter, op.head, names, self._shared(line), now_ms, record)
 
     def _shared(self, line: str) -> str:
         """A replay as what it was, if it is in this replica's share: the first answer was lost."""
@@ -188,8 +220,8 @@ class Memory:
         if line[0] == "p" and line.split(" ")[3:4] not in ([], ["-"]):
             for generation in (self._settled_before, self._settled):
                 if hold_id in generation:
-                    letter, words, names, _, at_ms = generation[hold_id]
-                    generation[hold_id] = (letter, words, names, self._shared(line), at_ms)
+                    letter, head, names, _, at_ms, record = generation[hold_id]
+                    generation[hold_id] = (letter, head, names, self._shared(line), at_ms, record)
 
     def _names(self, windows: Sequence[Window]) -> str:
         self._windows.update((window.key, window) for window in windows)
@@ -198,13 +230,12 @@ class Memory:
     def _windows_of(self, names: str) -> list[Window]:
         return [self._windows[name] for name in names.split(" ")]
 
-    def _let_go(self, hold_id: str) -> None:
-        if self._holds.pop(hold_id, None) is None and self._holds_before:
-            self._holds_before.pop(hold_id, None)
+    def _let_go(self, hold_id: str) -> tuple[Any, ...] | None:
+        return self._holds.pop(hold_id, None) or (self._holds_before.pop(hold_id, None) if self._holds_before else None)
 
     def _forget_holds(self, now_ms: int) -> None:
         self.forgotten_holds += sum(
-            parse_record(record).deadline_ms > now_ms for _, record in self._holds_before.values()
+            parse_record(record).deadline_ms > now_ms for _, record, _ in self._holds_before.values()
         )
         self._holds_before, self._holds = self._holds, {}
         self._forget_windows(now_ms)
@@ -240,19 +271,14 @@ class Memory:
         holds = chain(self._holds_before.items(), self._holds.items())
         some = list(islice(holds, self._looked, self._looked + most))
         self._looked = self._looked + most if len(some) == most else 0
-        return [i for i, (_, record) in some if parse_record(record).created_us < (now_ms - _FRESH_MS) * 1000]
-
-    def forget(self, hold_id: str) -> None:
-        """Somebody else has settled it, and remembers that."""
-        self._let_go(hold_id)
+        return [i for i, (_, record, _) in some if parse_record(record).created_us < (now_ms - _FRESH_MS) * 1000]
 
     # -- to tell again -------------------------------------------------------------------------------------------------
 
     def settlements(self, keys: Keys, now_ms: int) -> list[Op]:
         """First: those in its share, by id, each as it was."""
-        oldest_us = (now_ms - HOLD_AGE_MAX_MS) * 1000
         for holds in (self._holds_before, self._holds):
-            for hold_id in [i for i, (_, record) in holds.items() if parse_record(record).created_us < oldest_us]:
+            for hold_id in [i for i, (_, _, seen_us) in holds.items() if seen_us < (now_ms - HOLD_AGE_MAX_MS) * 1000]:
                 del holds[hold_id]
         self._forget_windows(now_ms)
         return self._settlements(keys, now_ms, True)
@@ -273,20 +299,13 @@ class Memory:
         windows = self._windows_of(settled.windows)
         told = self._as_it_was(hold_id, key, settled, windows)
         replica = settled.line.split(" ")[3:4]
-        return told if settled.own or not replica else Elsewhere(replica[0], told)
+        return told if settled.own or not replica else SettleOnBehalf(replica[0], told)
 
     def _as_it_was(self, hold_id: str, key: str, settled: _Settled, windows: list[Window]) -> Op:
-        # A release of what the store did not know tells of no window.
-        spent = [
-            *zip(windows, settled.units if len(settled.units) == len(windows) else ["0"] * len(windows), strict=True)
-        ]
-        labels = _labels(settled)
-        if settled.letter == "N":
-            return Op(hold_id, key, f"N {hold_id} 1 {labels}", [(window, f":{units}") for window, units in spent])
-        exactly = [(window, f":x{units}") for window, units in spent]
-        if settled.letter == "L":
-            return Op(hold_id, key, f"L {hold_id} {labels}", exactly)
-        return Commit(hold_id, key, exactly, True, *labels.split(" "))
+        if settled.letter != "N":
+            return Restore(hold_id, key, windows, _settled_record(settled, windows))
+        spent = [(window, f":{units}") for window, units in zip(windows, settled.units, strict=True)]
+        return Op(hold_id, key, f"N {hold_id} 1 {settled.head.split(' ', 3)[3]}", spent)
 
     def shares(self, keys: Keys) -> list[Op]:
         """Then: the totals, which raise what is less than they are."""
@@ -302,19 +321,15 @@ class Memory:
     def holds(self, keys: Keys) -> list[Op]:
         """Last: the open holds that the store does not know."""
         remembered = self._holds_before | self._holds
-        return [self._opened(hold_id, keys.hold(hold_id), _Held(*hold)) for hold_id, hold in remembered.items()]
-
-    def _opened(self, hold_id: str, key: str, hold: _Held) -> Op:
-        record = parse_record(hold.record)
-        told = [f":{segment.reserved}:{segment.accrued}" for segment in record.segments]
-        parts = [*zip(self._windows_of(hold.windows), told, strict=True)]
-        head = f"O {hold_id} {record.policy} {record.deadline_ms} {record.created_us} {record.labels}"
-        return Op(hold_id, key, head, parts)
+        return [
+            Restore(hold_id, keys.hold(hold_id), self._windows_of(names), record)
+            for hold_id, (names, record, _) in remembered.items()
+        ]
 
 
 def _add(totals: dict[str, int], known: Iterable[tuple[Any, ...]]) -> None:
     """Adds what is in this replica's share, per key of a window."""
-    for _, _, names, line, _ in known:
+    for _, _, names, line, _, _ in known:
         if line[0] != "k":
             continue
         told = line[line.rfind(" ") + 1 :]
@@ -325,12 +340,37 @@ def _add(totals: dict[str, int], known: Iterable[tuple[Any, ...]]) -> None:
                 totals[key] = totals.get(key, 0) + int(units)
 
 
-def _labels(settled: _Settled) -> str:
-    """Operation and trace, for the ledger, as words of the wire; of a release, its mode."""
-    letter, words, _, line, _ = settled
+def _released_by_hand(letter: str, head: str, line: str) -> bool:
+    """Whether a settlement was a release that the worker's later commit still corrects.
+
+    By its id: for good if the hold was open until then. Of what others did before, that is not known.
+    """
+    if letter != "L":
+        return False
+    mode = head.rpartition(" ")[2]
+    return mode == "1" or mode[0] == "s" or (mode == "i" and not line.startswith("k - "))
+
+
+def _settled_record(settled: _Settled, windows: Sequence[Window]) -> str:
+    """The record of the hold, settled as it was."""
+    letter, words, line = settled.letter, settled.head.split(" "), settled.line
+    remark, trace = words[2:4] if letter == "M" else ("-", "-")
+    state = "c"
+    charged = settled.units
     if letter == "L":
-        mode = words.rpartition(" ")[2]
-        # By its id: for good if the hold was open until then. Of what others did before, that is not known.
-        by_hand = mode in ("1", "o") or mode[0] == "s" or (mode == "i" and not line.startswith("k - "))
-        return "o" if by_hand else "f"
-    return words if letter == "D" else words.split(" ", 2 if letter == "M" else 3)[-1]
+        state, charged = "z" if _released_by_hand(letter, settled.head, line) else "r", [""] * len(windows)
+    given_back = f"!{words[2][1:]}!" if letter == "L" and words[2][0] == "s" else ""
+    if not settled.record:
+        times = f"{settled.at_ms} {settled.at_ms}000 0"
+        reserved = [units or "0" for units in charged]
+        segments = [f"{w.segment}{units},,{spent}" for w, units, spent in zip(windows, reserved, charged, strict=True)]
+        return f"{state} c {times} -{given_back} {remark} {trace}{''.join(segments)}"
+    head, *segments = settled.record.split("|")
+    _, policy, deadline, created, grown, owner, operation, traced = head.split(" ")
+    if remark != "-":
+        operation = remark if operation == "-" else f"{operation}%20{remark}"
+    if given_back:
+        owner = owner.partition("!")[0] + given_back
+    head = f"{state} {policy} {deadline} {created} {grown} {owner} {operation} {traced if trace == '-' else trace}"
+    segments = [f"{part.rpartition(',')[0]},{units}" for part, units in zip(segments, charged, strict=True)]
+    return "|".join((head, *segments))

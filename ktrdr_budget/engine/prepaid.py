@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ktrdr_budget.engine.leases import LEASE_TTL_DEFAULT_S, LeaseBase
-from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Commit, LostCommit, Op, Record, Window, word
+from ktrdr_budget.engine.protocol import LONGEST_HOLD_MS, Op, Record, Window
 from ktrdr_budget.engine.slabs import Slab
 from ktrdr_budget.engine.views import amounts_text
 from ktrdr_budget.errors import BudgetExceeded, HoldConflict, InvalidArgument, StoreUnavailable
@@ -71,12 +71,11 @@ class SlabLeft(Op):
 class Draw:
     """What one hold was granted from slabs."""
 
-    __slots__ = ("ambiguous", "deadline_ms", "handed", "labels", "settled", "taken")
+    __slots__ = ("ambiguous", "deadline_ms", "handed", "settled", "taken")
 
-    def __init__(self, taken: list[tuple[_Keeper, Slab, int]], labels: tuple[str, str], ambiguous: bool) -> None:
+    def __init__(self, taken: list[tuple[_Keeper, Slab, int]], ambiguous: bool) -> None:
         self.taken = taken
         """Per budget, in the order of the hold's parts: from which slab, and how many units."""
-        self.labels = labels
         self.ambiguous = ambiguous
         """The store may have granted the hold as well, in a request whose reply was lost."""
         self.settled: list[int] | None = None
@@ -217,7 +216,7 @@ class Prepaid:
 
     # -- granting ------------------------------------------------------------------------------------------------------
 
-    def draw(self, wanted: Sequence[tuple[str, int]], labels: tuple[str, str], ambiguous: bool) -> Draw | None:
+    def draw(self, wanted: Sequence[tuple[str, int]], ambiguous: bool) -> Draw | None:
         """All of it, or nothing."""
         taken: list[tuple[_Keeper, Slab, int]] = []
         for name, units in wanted:
@@ -228,7 +227,7 @@ class Prepaid:
                     other.put_back(drawn, before, 0)
                 return None
             taken.append((keeper, slab, units))
-        return Draw(taken, labels, ambiguous)
+        return Draw(taken, ambiguous)
 
     def admit(
         self,
@@ -248,12 +247,11 @@ class Prepaid:
         core = self._core
         if len(core.deferred) > _TO_BE_TOLD_MAX:
             return None
-        _, operation, trace, request = labels
-        told = core.label(operation), core.label(trace)
-        draw = self.draw(wanted, told, ambiguous)
+        request = labels[3]
+        draw = self.draw(wanted, ambiguous)
         if draw is None and self.is_due(anything=False):  # what has expired may give back
             self.hand_over(due=True)
-            draw = self.draw(wanted, told, ambiguous)
+            draw = self.draw(wanted, ambiguous)
         if draw is None:
             return None
         logger.warning("hold %s is granted from what was prepaid: the store does not answer", hold_id)
@@ -264,7 +262,7 @@ class Prepaid:
 
     def record(self, hold_id: str, wanted: Sequence[tuple[str, int]], labels: str) -> Settlement | None:
         """Spend that what was prepaid covers; ``None`` if it does not."""
-        draw = self.draw(wanted, ("-", "-"), False) if len(self._core.deferred) <= _TO_BE_TOLD_MAX else None
+        draw = self.draw(wanted, False) if len(self._core.deferred) <= _TO_BE_TOLD_MAX else None
         if draw is None:
             return None
         parts = [(window, f":{units}") for window, units in self.parts(draw)]
@@ -379,9 +377,10 @@ class Prepaid:
             _, _, policy, deadline_ms, created_us, labels = op.head.split(" ", 5)
             record = f"o {policy} {deadline_ms} {created_us} 0 {labels}"
             for window, tail in op.parts:
-                _, _, reserved, accrued = tail.split(":")
-                record += f"{window.segment}{reserved},{accrued.lstrip('0')},"
-            memory.granted(op.id, op.parts, record, core.session.now_ms())
+                _, first, reserved, accrued = tail.split(":")
+                base = first if first != reserved else ""
+                record += f"|{window.flag},{window.name},{base},{reserved},{accrued.lstrip('0')},"
+            memory.granted(op.id, op.parts, record, core.session.now_ms() * 1000)
 
     # -- settling ------------------------------------------------------------------------------------------------------
 
@@ -417,10 +416,7 @@ class Prepaid:
                 nothing = [(window, ":x0") for window, _ in hold.parts]
                 self._core.defer(Op(hold.id, self._core.session.keys.hold(hold.id), f"L {hold.id} f", nothing))
         else:
-            operation, trace = draw.labels
-            if remark:
-                operation = word(remark) if operation == "-" else f"{operation}%20{word(remark)}"
-            self._core.defer(self._told(hold, spent, f"{operation} {trace}"))
+            self._core.defer(self._core.commit_admitted(hold, [("x", units) for units in spent], remark))
         self._settled(hold.id, draw, spent)
         if (known := self._core.unguarded.get(hold.id)) is not None:
             known[0].state = settlement.state
@@ -436,9 +432,3 @@ class Prepaid:
         for (keeper, slab, drawn), units in zip(draw.taken, counts, strict=True):
             if (op := keeper.put_back(slab, drawn, units, hold_id)) is not None:
                 self._core.defer(op)
-
-    def _told(self, hold: HoldBase, spent: Sequence[int], labels: str) -> Op:
-        exactly = [(window, f":x{units}") for (window, _), units in zip(hold.parts, spent, strict=True)]
-        commit = Commit(hold.id, self._core.session.keys.hold(hold.id), exactly, True, *labels.split(" "))
-        recorded = [(window, f":{units}") for (window, _), units in zip(hold.parts, spent, strict=True)]
-        return LostCommit(commit, recorded)

@@ -25,7 +25,6 @@ __all__ = [
     "Commit",
     "Head",
     "Header",
-    "LostCommit",
     "Op",
     "Prepared",
     "Read",
@@ -33,6 +32,8 @@ __all__ = [
     "Record",
     "Reply",
     "Reservation",
+    "Restore",
+    "SettleOnBehalf",
     "Window",
     "encode_batch",
     "give_back",
@@ -40,6 +41,7 @@ __all__ = [
     "parse_batch",
     "parse_read",
     "parse_record",
+    "render_record",
 ]
 
 LONGEST_HOLD_MS: Final = 86_400_000
@@ -139,6 +141,7 @@ class Op:
         "key",
         "letter",
         "parts",
+        "record",
         "request",
         "tail",
     )
@@ -156,6 +159,8 @@ class Op:
         self.tail = ""
         self.request = request
         """Of a reservation, and of what gives it back: the word that names it, if its id is the caller's own."""
+        self.record = ""
+        """The record of the hold that it settles, where it was read for that, or of the one that it restores."""
         self.brief: str | None = None
         """Its head as ``simple.lua`` reads it, with these parts and this tail; ``None`` if that does not know it."""
         self.brief_parts = parts
@@ -168,9 +173,10 @@ class Op:
             return any(not tail.startswith(":0:") for _, tail in self.parts)
         return self.letter != "R"
 
-    def otherwise(self, word: str) -> Op | None:
-        """What to ask instead after a reply of this one word; ``None`` if that is the answer."""
-        return None
+    @property
+    def units(self) -> list[int]:
+        """What a settlement says of each window: whole units."""
+        return [int(tail.lstrip(":xra")) for _, tail in self.parts]
 
     def again(self) -> None:
         """Told before it is sent again because an answer was lost."""
@@ -229,22 +235,17 @@ class Reservation(Op):
 
 
 class Commit(Op):
-    """A commit (D; with a remark for the ledger M); and if the store has lost the hold, as a record (K).
+    """A commit (D; with a remark for the ledger M).
 
     Args:
         parts: each window with its mode and units.
-        may_be_lost: the hold was granted, so that a store that does not know it has lost it.
     """
 
-    __slots__ = ("labels", "may_be_lost", "told")
+    __slots__ = ("told",)
 
-    def __init__(
-        self, hold_id: str, key: str, parts: Sequence[tuple[Window, str]], may_be_lost: bool, remark: str, trace: str
-    ) -> None:
-        self.labels = f"{remark} {trace}"
-        head = f"D {hold_id}" if remark == "-" else f"M {hold_id} {self.labels}"
+    def __init__(self, hold_id: str, key: str, parts: Sequence[tuple[Window, str]], remark: str, trace: str) -> None:
+        head = f"D {hold_id}" if remark == "-" else f"M {hold_id} {remark} {trace}"
         super().__init__(hold_id, key, head, parts)
-        self.may_be_lost = may_be_lost
         self.told = ""
         """The answer to a simple commit, at length."""
 
@@ -280,44 +281,31 @@ class Commit(Op):
         self.brief_parts = parts
         self.told = f"k {overrun} {told}"
 
-    def otherwise(self, word: str) -> Op | None:
-        """As a record if the hold is unknown though it was granted."""
-        if word != "u" or not self.may_be_lost:
-            return None
-        spent = [(window, ":0" if window.flag == "s" else f":{tail[2:]}") for window, tail in self.parts]
-        return LostCommit(self, spent)
+
+class Restore(Op):
+    """A hold as its record says (K): open again, or settled, in a store that does not know it, or not so."""
+
+    __slots__ = ()
+
+    def __init__(self, hold_id: str, key: str, windows: Sequence[Window], record: str) -> None:
+        super().__init__(hold_id, key, f"K {hold_id}", [(window, ":") for window in windows])
+        self.tail = f"\n{record}"
+        self.record = record
+
+    @property
+    def units(self) -> list[int]:
+        """What it was charged in each window."""
+        return [segment.charged for segment in parse_record(self.record).segments]
 
 
-class LostCommit(Op):
-    """The commit of a hold that the store has lost, as a record (K)."""
+class SettleOnBehalf(Op):
+    """A settlement that is in another replica's share, replayed on its behalf (S)."""
 
-    __slots__ = ("_commit", "labels")
-
-    def __init__(self, commit: Commit, spent: Sequence[tuple[Window, str]]) -> None:
-        super().__init__(commit.id, commit.key, f"K {commit.id} 1 {commit.labels}", spent)
-        self.labels = commit.labels
-        self._commit = commit
-
-    def otherwise(self, word: str) -> Op | None:
-        """As a commit after all, if a replica has told the store of the hold meanwhile."""
-        return self._commit if word == "o" else None
-
-
-class Elsewhere(Op):
-    """A settlement that is in another replica's share, told again on its behalf (S)."""
-
-    __slots__ = ("_replica", "_settlement")
+    __slots__ = ()
 
     def __init__(self, replica: str, settlement: Op) -> None:
         super().__init__(settlement.id, settlement.key, f"S {replica} {settlement.head}", settlement.parts)
         self.tail = settlement.tail
-        self._replica = replica
-        self._settlement = settlement
-
-    def otherwise(self, word: str) -> Op | None:
-        """As the settlement itself."""
-        instead = self._settlement.otherwise(word)
-        return None if instead is None else Elsewhere(self._replica, instead)
 
 
 class Header(NamedTuple):
@@ -488,6 +476,8 @@ class Segment(NamedTuple):
     reserved: int
     accrued: int
     charged: int
+    base: int | None = None
+    """What was reserved at first, if it grew since."""
 
     @property
     def name(self) -> str:
@@ -550,8 +540,10 @@ def parse_record(record: str) -> Record:
     state, policy, deadline, created, grown, owner, operation, trace = head.split(" ")
     parsed = []
     for segment in segments:
-        flag, name, _base, reserved, accrued, charged = segment.partition(" ")[0].split(",")
-        parsed.append(Segment(flag, *split_name(name), int(reserved), int(accrued or 0), int(charged or 0)))
+        flag, name, base, reserved, accrued, charged = segment.partition(" ")[0].split(",")
+        budget, window = split_name(name)
+        counts = int(reserved), int(accrued or 0), int(charged or 0)
+        parsed.append(Segment(flag, budget, window, *counts, int(base) if base else None))
     owner, _, request = owner.partition("!")
     return Record(
         state,
@@ -565,6 +557,16 @@ def parse_record(record: str) -> Record:
         tuple(parsed),
         request,
     )
+
+
+def render_record(record: Record) -> str:
+    """Writes a hold record, without the replica in whose share it is."""
+    times = f"{record.deadline_ms} {record.created_us} {record.grown_us}"
+    segments = [
+        f"{s.flag},{s.budget}:{s.window},{s.base or ''},{s.reserved},{s.accrued or ''},{s.charged or ''}"
+        for s in record.segments
+    ]
+    return "|".join([f"{record.state} {record.policy} {times} {record.labels}", *segments])
 
 
 def given_up(record: str) -> bool:

@@ -33,9 +33,9 @@ _PARTS = {
     "reserve": ("common", "prelude", "admission", "reserve", "apply"),
     "settle": ("common", "prelude", "holds", "settle", "apply"),
     "apply": ("common", "prelude", *_WRITES, "apply"),
-    # The same, and what is told of prepaid slabs.
-    "prepaid": ("common", "prelude", *_WRITES, "shrink", "apply"),
-    "repair": ("common", "prelude", "admission", "holds", "settle", "record", "repair", "apply"),
+    # The same, with holds that were admitted while the store was away, and the slabs that they were granted from.
+    "prepaid": ("common", "prelude", *_WRITES, "restore", "shrink", "apply"),
+    "repair": ("common", "prelude", "admission", "holds", "settle", "record", "restore", "repair", "apply"),
     "status": ("read_head", "status"),
     "read": ("read_head", "read"),
     "limits": ("limits",),
@@ -45,8 +45,8 @@ _PARTS = {
     "reindex": ("reindex",),
     "cycles": ("cycles",),
 }
-_REPAIR = {"S", "T", "O"}
-_ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid"}
+_REPAIR = {"S", "T"}
+_ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid", "K": "prepaid"}
 STATUS, READ, LIMITS, CYCLES, REPAIR = "status", "read", "limits", "cycles", "repair"
 CORRECT, REINDEX, READINESS, MIGRATE = "correct", "reindex", "readiness", "migrate"
 
@@ -68,7 +68,7 @@ def script_for(letters: set[str]) -> str:
         return _ALONE.get(next(iter(letters)), "apply")
     if letters <= {"D", "L", "M"}:
         return "settle"
-    return "prepaid" if letters & {"H", "P"} else "apply"
+    return "prepaid" if letters & {"H", "P", "K"} else "apply"
 
 
 @cache

@@ -104,4 +104,5 @@ class Unresolved:
 
 
 def _same(one: Op, other: Op) -> bool:
-    return one.head == other.head and [tail for _, tail in one.parts] == [tail for _, tail in other.parts]
+    tails = [tail for _, tail in one.parts] == [tail for _, tail in other.parts]
+    return tails and (one.head, one.tail) == (other.head, other.tail)

@@ -12,7 +12,16 @@ import redis
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
 from ktrdr_budget.engine import scripts
 from ktrdr_budget.engine.keys import Keys
-from ktrdr_budget.engine.protocol import Commit, Head, Op, Reservation, encode_batch, parse_batch
+from ktrdr_budget.engine.protocol import (
+    Commit,
+    Head,
+    Op,
+    Reservation,
+    Restore,
+    SettleOnBehalf,
+    encode_batch,
+    parse_batch,
+)
 from ktrdr_budget.engine.session import Session
 
 from ..helpers.keyspace import dump, immortal_keys
@@ -20,6 +29,8 @@ from ..helpers.waiting import wait_until
 
 LUA = Path(__file__).parents[2] / "lua"
 DAY_MS = 86_400_000
+TIMES = "c 9999999999999 1764000000000000 0"
+"""Of a record: policy, deadline, when it was granted, and when it grew."""
 BUDGETS = [
     Budget("agent", "5.00"),
     Budget("cycles", 10, unit="cycles"),
@@ -40,9 +51,14 @@ class Wire:
 
     def op(self, head: str, **parts: str) -> Op:
         letter, *words = head.split(" ")
-        hold_id = words.pop(2 if letter == "S" else 0)
+        if letter == "S":
+            return SettleOnBehalf(words[0], self.op(" ".join(words[1:]), **parts))
+        hold_id = words.pop(0)
         key = self.session.keys.hold(hold_id)
         windows = [(self.session.current_window(name), tail) for name, tail in parts.items()]
+        if letter == "K":  # the rest is the head of its record; a tail says base, reserved, accrued and charged
+            segments = [f"|{window.flag},{window.name},{tail}" for window, tail in windows]
+            return Restore(hold_id, key, [window for window, _ in windows], " ".join(words) + "".join(segments))
         if letter == "R":
             wanted = [(window, int(tail[1:])) for window, tail in windows]
             ttl_ms, policy, *labels = words
@@ -53,7 +69,7 @@ class Wire:
         """One that may go the simple way."""
         windows = {name: self.session.current_window(name) for name in spent}
         parts = [(windows[name], f":x{units}") for name, units in spent.items()]
-        made = Commit(hold_id, self.session.keys.hold(hold_id), parts, True, "-", "-")
+        made = Commit(hold_id, self.session.keys.hold(hold_id), parts, "-", "-")
         reserved = [(windows[name], counted[name]) for name in spent]
         record = self.record(hold_id)
         granted = record, record.partition("|")[0].split(" ", 6)[6]
@@ -227,25 +243,70 @@ def test_a_settlement_that_does_not_name_all_windows_is_asked_for_them(wire):
         assert wire.ask(head, agent=":x70" if head[0] != "E" else ":0:0") == f"v {wire.record('op_1')}"
 
 
-@pytest.mark.parametrize("letter", ["N", "K"])
-def test_record_replies(client, wire, letter):
-    assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
+def test_record_replies(client, wire):
+    assert wire.ask("N op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
     words = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire, 'cycles')}"
-    assert wire.ask(f"{letter} op_1 0 research -", agent=":20", cycles=":1") == words
-    assert Wire(client).ask(f"{letter} op_1 0 research -", cycles=":1", agent=":20") == (
+    assert wire.ask("N op_1 0 research -", agent=":20", cycles=":1") == words
+    assert Wire(client).ask("N op_1 0 research -", cycles=":1", agent=":20") == (
         f"p - 1,20 {wire.session.replica_id} cycles:{day(wire, 'cycles')},agent:{day(wire)}"
     )
-    assert wire.ask(f"{letter} op_1 0 research -", agent=":21", cycles=":1") == f"c {wire.record('op_1')}"
-    assert wire.reserve("op_1", agent=20, cycles=1) == ("c " if letter == "N" else "p ") + wire.record("op_1")
-    assert wire.yesterday().ask(f"{letter} op_2 0 - -", agent=":20") == "w"
+    assert wire.ask("N op_1 0 research -", agent=":21", cycles=":1") == f"c {wire.record('op_1')}"
+    assert wire.reserve("op_1", agent=20, cycles=1) == f"c {wire.record('op_1')}"
+    assert wire.yesterday().ask("N op_2 0 - -", agent=":20") == "w"
     late = wire.yesterday()
     ended = late.session.current_window("agent")
-    assert late.ask(f"{letter} op_2 1 - -", agent=":20") == "k - 20"
+    assert late.ask("N op_2 1 - -", agent=":20") == "k - 20"
     assert client.hget(ended.key, "spent") == "20"
     berlin = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
-    assert berlin.ask(f"{letter} op_3 0 - -", agent=":20") == "m agent usd,day,UTC,spend"
+    assert berlin.ask("N op_3 0 - -", agent=":20") == "m agent usd,day,UTC,spend"
     assert wire.sums("agent") == figures(spent=20, events=1)
     assert immortal_keys(client) == []
+
+
+def test_a_lost_commit_is_restored_with_what_was_asked(client, wire):
+    head = f"K op_1 c {TIMES} me research t1"
+    parts = {"agent": "150,200,,70", "cycles": ",1,,2", "jobs": ",1,,0"}
+    assert wire.ask(head, **parts) == "k o 70,2,0"
+    assert wire.ask(head, **parts) == f"p - 70,2,0 {wire.session.replica_id}"
+    assert wire.ask(head, **(parts | {"agent": "150,200,,71"})) == f"c {wire.record('op_1')}"
+    assert wire.ask(f"K op_1 o {TIMES} me research t1", **parts) == "p", "a settlement wins"
+    assert wire.ask(f"K op_1 r {TIMES} me research t1", **parts) == f"c {wire.record('op_1')}"
+    assert wire.reserve("op_1", agent=150, cycles=1, jobs=1) == f"p {wire.record('op_1')}"
+    assert wire.reserve("op_1", policy="a", agent=150, cycles=1, jobs=1) == f"c {wire.record('op_1')}"
+    assert wire.sums("agent") == figures(spent=70, events=1)
+    assert wire.sums("cycles") == figures(spent=2, events=1, overruns=1)
+    assert not immortal_keys(client)
+
+
+@pytest.mark.parametrize("known", ["unknown", "open", "expired"])
+@pytest.mark.parametrize("state", "rz")
+def test_a_lost_release_is_restored_with_what_was_asked(client, wire, state, known):
+    if known != "unknown":
+        wire.reserve("op_1", ttl_ms=60_000 if known == "open" else 1, agent=150)
+    if known == "expired":
+        wait_until(lambda: wire.ask("X op_1", agent="") == "x" and wire.record("op_1")[0] == "x")
+    head = f"K op_1 {state} {TIMES} - - -"
+    assert wire.ask(head, agent=",150,,") == f"k {'l' if known == 'expired' else '-'} 0"
+    assert wire.ask(head, agent=",150,,").startswith("p")
+    assert wire.reserve("op_1", agent=150) == f"p {wire.record('op_1')}"
+    assert {name: wire.sums("agent")[name] for name in ("spent", "held", "unconfirmed")} == {
+        "spent": 0, "held": 0, "unconfirmed": 0,
+    }  # fmt: skip
+    lives_ms = client.pttl(wire.session.keys.hold("op_1"))
+    assert (lives_ms <= DAY_MS) is (state == "r"), "an operator's release can be corrected as long as the window lives"
+    if state == "z":
+        assert wire.ask("D op_1", agent=":x70") == "k l 70"
+    else:
+        assert wire.ask("D op_1", agent=":x70") == f"c {wire.record('op_1')}"
+
+
+def test_a_restored_hold_of_other_contents_is_a_conflict(wire):
+    wire.reserve("op_1", agent=150)
+    before = wire.record("op_1")
+    assert wire.ask(f"K op_1 c {TIMES} - - -", cycles=",1,,1") == f"c {before}"
+    assert wire.ask(f"K op_1 c {TIMES} - - -", agent=",150,,70", cycles=",1,,1") == f"c {before}"
+    assert wire.ask("N op_2 0 - -", agent=":5") == "k - 5"
+    assert wire.ask(f"K op_2 c {TIMES} - - -", agent=",5,,5") == f"c {wire.record('op_2')}"
 
 
 # -- a window that was begun and is not here ---------------------------------------------------------------------------
@@ -262,12 +323,17 @@ TOUCHING = {
     "P op_1 c 9999999999999 1764000000000000 - - -": ":20:20:0",
     "P new c 9999999999999 1764000000000000 - - -": ":20:20:0",
     "N new 0 - -": ":20",
-    "K new 1 - -": ":20",
+    f"K new c {TIMES} - - -": ",20,,20",
+    f"K new r {TIMES} - - -": ",20,,",
+    f"K new z {TIMES} - - -": ",20,,",
+    f"K new o {TIMES} - - -": ",20,,",
+    f"K op_1 o {TIMES} - - -": "150,200,,",
+    f"K op_1 c {TIMES} - - -": ",150,,70",
+    f"K op_x c {TIMES} - - -": ",150,,70",
+    f"K op_1 r {TIMES} - - -": ",150,,",
     "T -": ":20",
-    "O new c 9999999999999 1764000000000000 - - -": ":20:0",
-    "O op_1 c 9999999999999 1764000000000000 - - -": ":200:0",
-    "S replica D op_1": ":x70",
-    "S replica K new 1 - -": ":20",
+    f"S replica K op_1 c {TIMES} - - -": ",150,,70",
+    f"S replica K new c {TIMES} - - -": ",20,,20",
 }
 
 
@@ -340,7 +406,7 @@ def test_a_simple_commit_is_in_the_share_of_whoever_made_it(wire):
 
 
 def test_each_batch_of_a_repair_says_that_it_is_one(client, wire):
-    for op in (wire.op("S you K op_1 1 - -", agent=":20"), wire.op("T -", agent=":20")):
+    for op in (wire.op(f"S you K op_1 c {TIMES} - - -", agent=",20,,20"), wire.op("T -", agent=":20")):
         client.hset(wire.session.keys.meta, "recovering_until", 1)
         wire.send(op)
         assert int(client.hget(wire.session.keys.meta, "recovering_until")) >= wire.head.now_us // 1000 + 1000
@@ -352,19 +418,18 @@ def test_a_settlement_of_another_replica_is_told_into_that_ones_share(client, wi
     maker.record("nobody")
     me, you = wire.session.replica_id, maker.session.replica_id
     wire.reserve("op_1", agent=150)
-    assert wire.ask(f"S {you} D op_1", agent=":x70") == "k - 70"
-    assert wire.ask(f"S {you} D lost", agent=":x5") == "u"
-    assert wire.ask(f"S {you} K lost 1 - -", agent=":5") == "k - 5"
+    assert wire.ask(f"S {you} K op_1 c {TIMES} - - -", agent=",150,,70") == "k - 70"
+    assert wire.ask(f"S {you} K lost c {TIMES} - - -", agent=",5,,5") == "k - 5"
     assert wire.ask(f"S {you} N spent 1 - -", agent=":3") == "k - 3"
     assert wire.ask(f"S {you} N spent 1 - -", agent=":3").startswith(f"p - 3 {you} ")
     assert (client.hget(key, f"r:{you}"), client.hget(key, f"r:{me}")) == ("78", "0")
     assert wire.sums("agent") == figures(spent=78, events=3)
     assert maker.ask("T -", agent=":100") == "k - 22"
-    assert wire.ask(f"S {you} K other 1 - -", agent=":5") == "a", "it is among what that replica has told"
+    assert wire.ask(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "a", "it is among what that replica has told"
     assert wire.sums("agent") == figures(spent=100, events=4)
     client.hset(wire.session.keys.meta, "epoch", "2.another")  # after another loss, it has yet to tell
     wire.session.renew()
-    assert wire.ask(f"S {you} K other 1 - -", agent=":5") == "k - 5"
+    assert wire.ask(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "k - 5"
 
 
 def test_extend_replies(wire):
@@ -472,8 +537,8 @@ def test_a_share_is_raised_to_what_it_was_and_never_above(client, wire):
 
 def test_an_open_hold_is_told_again_once_and_settles_as_before(client, wire):
     deadline_ms = wire.now_us() // 1000 + 60_000
-    head = f"O op_1 c {deadline_ms} {wire.now_us()} me research -"
-    parts = {"agent": ":150:200", "jobs": ":1:0"}
+    head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 me research -"
+    parts = {"agent": ",150,200,", "jobs": ",1,,"}
     assert wire.ask(head, **parts) == "g"
     assert wire.record("op_1").startswith(f"o c {deadline_ms} ")
     assert (wire.sums("agent")["held"], wire.sums("jobs")["held"]) == (200, 1)
@@ -487,11 +552,11 @@ def test_an_open_hold_is_told_again_once_and_settles_as_before(client, wire):
 def test_an_open_hold_that_is_known_is_raised_to_what_it_was_and_never_lowered(wire):
     wire.reserve("op_1", agent=150, jobs=1)
     deadline_ms = wire.now_us() // 1000 + 120_000
-    head = f"O op_1 c {deadline_ms} {wire.now_us()} - - -"
-    assert wire.ask(head, agent=":100:0", jobs=":1:0") == "g", "prolonged"
-    assert wire.ask(head, agent=":200:0", jobs=":1:0") == "g"
-    assert wire.ask(head, agent=":200:250", jobs=":1:0") == "g"
-    assert wire.ask(head, agent=":180:240", jobs=":1:0") == "p"
+    head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 - - -"
+    assert wire.ask(head, agent=",100,,", jobs=",1,,") == "g", "prolonged"
+    assert wire.ask(head, agent="150,200,,", jobs=",1,,") == "g"
+    assert wire.ask(head, agent="150,200,250,", jobs=",1,,") == "g"
+    assert wire.ask(head, agent="150,180,240,", jobs=",1,,") == "p"
     assert (wire.sums("agent")["held"], wire.sums("jobs")["held"]) == (250, 1)
     assert ",150,200,250," in wire.record("op_1")
     assert wire.ask("D op_1", agent=":x70", jobs=":x0") == "k - 70,0"
@@ -500,9 +565,13 @@ def test_an_open_hold_that_is_known_is_raised_to_what_it_was_and_never_lowered(w
 
 def test_a_hold_that_is_told_again_after_its_deadline_is_due(wire):
     deadline_ms = wire.now_us() // 1000 - 1
-    assert wire.ask(f"O op_1 c {deadline_ms} {wire.now_us()} - - -", agent=":150:0") == "g"
-    assert wire.ask("X op_1", agent="") == "x"
-    assert wire.sums("agent") == figures(unconfirmed=150, events=1)
+    assert wire.ask(f"K open o c {deadline_ms} {wire.now_us()} 0 - - -", agent=",150,,") == "g"
+    assert wire.sums("agent") == figures(held=150)
+    assert wire.ask("X open", agent="") == "x"
+    assert wire.ask(f"K expired x a {deadline_ms} {wire.now_us()} 0 - - -", agent=",150,70,70", jobs=",1,,") == "g"
+    assert wire.sums("agent") == figures(unconfirmed=220, events=2)
+    assert wire.ask("D expired", agent=":x80", jobs=":x0") == "k l 80,0"
+    assert wire.sums("agent") == figures(unconfirmed=150, spent=80, events=3)
 
 
 def test_a_store_of_another_schema_is_refused(client, wire):
@@ -826,10 +895,10 @@ def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, cl
         ("E op_3 60000 0", {"agent": ":30:200", "cycles": ":0:0"}),
         ("X op_4", {"agent": "", "cycles": ""}),
         ("N spent 0 - -", {"agent": ":20"}),
-        ("K lost 1 - -", {"agent": ":20"}),
-        ("S another K lost_too 1 - -", {"agent": ":20"}),
+        (f"K lost c {TIMES} - - -", {"agent": ",20,,20"}),
+        (f"S another K lost_too c {TIMES} - - -", {"agent": ",20,,20"}),
         ("T -", {"agent": ":9000"}),
-        ("O gone c 9999999999999 1764000000000000 - - -", {"agent": ":20:0"}),
+        (f"K gone o {TIMES} - - -", {"agent": ",20,,"}),
     ]
     for head, parts in calls:
         with server.client() as other:

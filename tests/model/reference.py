@@ -136,6 +136,8 @@ class HoldModel:
     state: str = "open"
     by_operator: bool = False
     settled_ms: int | None = None
+    journalled_ms: int | None = None
+    """When it was settled first, if a loss has changed the other."""
     serial: int = 0
     """Tells holds apart that had the same id, one after the other was forgotten."""
 
@@ -393,21 +395,8 @@ class Reference:
         return Settled("committed", actual, False, overruns, late)
 
     def commit_mine(self, worker: Worker, amounts: object = None) -> Settled:
-        """By the hold object: it knows its windows, so even a hold that the store has lost is charged there, once."""
-        if worker.id in self.holds or worker.settled:
-            settled = self.commit(worker.id, amounts, worker.accrued)
-        else:
-            parts = {
-                name: Part(self.windows[name, at], 0, worker.reserved[name]) for name, at in worker.windows.items()
-            }
-            lost = HoldModel(worker.id, parts, "charge", self.now_ms, self.now_ms, serial=worker.serial)
-            settled = Settled("committed", self._actual(lost, amounts, worker.accrued))
-            for name, part in parts.items():
-                part.asked = part.reserved = settled.amounts[name]
-                if not part.slots:
-                    self._spend(lost, part, "commit", part.reserved)
-            self.holds[worker.id] = lost
-            self._settle(lost, "committed")
+        """By the hold object. A settled id that was forgotten is unknown: nothing is charged anew."""
+        settled = self.commit(worker.id, amounts, worker.accrued)
         worker.settled = True
         return settled
 

@@ -226,9 +226,7 @@ class Backlog:
             if not deferred or deferred[0] is not op:
                 continue  # it was dropped
             deferred.popleft()
-            if (instead := op.otherwise(line)) is not None:
-                left.append(instead)
-            elif line[0] in "lty":  # its hold is not replayed yet; its window is not here, or another key
+            if line[0] in "lty":  # its hold is not replayed yet; its window is not here, or another key
                 refused.add(op.id)
                 left.append(op)
             else:
@@ -242,7 +240,7 @@ class Backlog:
             self._core.prepaid.told(op, line)
         elif line[0] in "kp":
             self._background.session.settled(op, line, head.now_us // 1000)
-        elif line[0] != "u" and op.letter != "L":
+        elif op.letter != "L":
             logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
 
     async def _resolve(self) -> None:
@@ -302,9 +300,6 @@ class Backlog:
 
     def _told(self, doubt: Doubt, line: str, head: Head) -> None:
         op, settles = doubt.op, doubt.kind in FACTS
-        if (instead := op.otherwise(line)) is not None:
-            self._unresolved.replace(doubt, instead)
-            return
         if line[0] in "lty":  # its hold is not replayed yet; its window is not here, or another key
             return
         if line[0] in "kp":

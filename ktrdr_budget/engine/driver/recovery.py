@@ -13,7 +13,7 @@ from collections.abc import Callable
 from ktrdr_budget.engine.driver.background import UNANSWERED, Background, refuses_all
 from ktrdr_budget.engine.driver.breaker import Breaker
 from ktrdr_budget.engine.memory import Repair
-from ktrdr_budget.engine.protocol import SETTLED, Op
+from ktrdr_budget.engine.protocol import Op
 from ktrdr_budget.errors import StoreError
 
 __all__ = ["Recovery"]
@@ -127,10 +127,11 @@ class Recovery:
         ids = session.memory.unsettled(session.now_ms(), _LOOK_HOLDS)
         try:
             if ids:
-                _, [stored] = await self._background.read(session.read("MGET", [*map(session.keys.hold, ids)]))
+                head, [stored] = await self._background.read(session.read("MGET", [*map(session.keys.hold, ids)]))
                 for hold_id, record in zip(ids, stored, strict=True):
-                    if record and (record.decode() if isinstance(record, bytes) else record)[0] in SETTLED:
-                        session.memory.forget(hold_id)
+                    if record:
+                        text = record.decode() if isinstance(record, bytes) else record
+                        session.memory.seen(hold_id, text, head.now_us)
         except UNANSWERED:
             pass  # the next round asks again
         finally:
@@ -175,12 +176,16 @@ class Recovery:
         done, first = Repair(), self._told_losses != session.losses
         if first:
             done.forgotten_settlements, done.forgotten_holds = memory.forgotten_settlements, memory.forgotten_holds
-        settled = await self._settle_again(
+        settled = await self._tell(
             memory.settlements(session.keys, session.now_ms()) + memory.others(session.keys, session.now_ms())
         )
-        shares = None if settled is None else await self._tell(memory.shares(session.keys))
+        if settled is None:
+            return False
+        for op, line in settled:
+            memory.told(op.id, line)
+        shares = await self._tell(memory.shares(session.keys))
         holds = None if shares is None else await self._tell(memory.holds(session.keys))
-        if settled is None or shares is None or holds is None:
+        if shares is None or holds is None:
             return False
         done.settlements = sum(line[0] == "k" for _, line in settled)
         done.windows = sum(line[0] == "k" and line != "k - 0" for _, line in shares)
@@ -213,22 +218,6 @@ class Recovery:
                 "beyond the memory of replica %s, and not repaired: the ids of %d settlements, %d holds",
                 self._session.replica_id, done.forgotten_settlements, done.forgotten_holds,
             )  # fmt: skip
-
-    async def _settle_again(self, ops: list[Op]) -> list[tuple[Op, str]] | None:
-        """The answers that ended it; ``None`` if the store lost something meanwhile."""
-        ended: list[tuple[Op, str]] = []
-        while ops:
-            answers = await self._tell(ops)
-            if answers is None:
-                return None
-            ops = []
-            for op, line in answers:
-                if (instead := op.otherwise(line)) is not None:  # a hold that the store does not know, for one
-                    ops.append(instead)
-                else:
-                    self._session.memory.told(op.id, line)
-                    ended.append((op, line))
-        return ended
 
     async def _tell(self, ops: list[Op]) -> list[tuple[Op, str]] | None:
         answers: list[tuple[Op, str]] = []

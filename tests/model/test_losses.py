@@ -1,0 +1,101 @@
+"""Random histories in which the store is emptied: after the repair holds, sums and replays are as the model predicts.
+
+A loss takes what only the store has: run-time limits, the course of a ledger, and how often something was counted. What
+holds were asked for, what they are and what they cost comes back from the replicas' journals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import HealthCheck, assume, settings
+from hypothesis.stateful import precondition, rule, run_state_machine_as_test
+
+from ktrdr_budget.engine import memory
+from ktrdr_budget.engine.protocol import unword
+
+from .observed import RawStore
+from .reference import CLOSED, DAY_MS
+from .test_histories import EXAMPLES, STEPS, Histories
+
+
+class Losses(Histories):
+    """The same histories, with losses."""
+
+    @precondition(lambda self: self.model.grants)
+    @rule()
+    def lose_everything(self):
+        for hold in self.model.holds.values():
+            if hold.settled_ms is not None:
+                # Ids of older settlements are not replayed: the store could have forgotten them.
+                hold.journalled_ms = hold.journalled_ms or hold.settled_ms
+                assume(self.model.now_ms - hold.journalled_ms < DAY_MS // 2 - 5000)
+        # The totals of a replica are told as numbers of Lua.
+        assume(all(window.spent < CLOSED for window in self.model.windows.values()))
+        self._read_all()
+        self._look_for_settled()
+        self.pair.client.flushall()
+        repaired_ms = self.model.now_ms
+        self._read_all()
+        self.pair.advance(4000)  # until the store admits again
+        self._read_all()
+        self._learn_what_is_lost(repaired_ms)
+
+    def _read_all(self) -> None:
+        """Each replica learns the time, notices a loss and repairs it; what is due is retired."""
+        for limiter in self.pair.limiters:
+            self.runner.run(limiter.statuses())
+
+    def _look_for_settled(self) -> None:
+        """As each replica does all the time: it forgets holds that others have settled."""
+        for limiter in self.pair.limiters:
+            recovery = limiter._coalescer.recovery
+
+            async def look(recovery=recovery) -> None:
+                recovery._session.memory._looked = 0
+                await recovery._look_for_settled()
+
+            inner = getattr(limiter, "_inner", None)
+            if inner is None:
+                self.runner.run(look())
+            else:
+                self.runner.run(asyncio.to_thread(inner._portal.run, look()))
+
+    def _learn_what_is_lost(self, repaired_ms: int) -> None:
+        store = RawStore(self.pair.client)
+        self.model.runtime.clear()
+        for hold in self.model.holds.values():
+            if hold.settled_ms is not None:  # its id is remembered for a day again
+                hold.settled_ms = repaired_ms
+            if hold.state == "recorded":
+                hold.created_ms = hold.deadline_ms = repaired_ms
+        started = [limiter.replica_id for limiter in self.pair.limiters]
+        for (name, window_name), window in self.model.windows.items():
+            stored = store.windows.get(f"{name}:{window_name}", {})
+            window.events, window.overruns = int(stored.get("events", 0)), int(stored.get("overruns", 0))
+            entries = [
+                (entry["e"].split(" "), int(entry["a"])) for entry in store.ledgers.get(f"{name}:{window_name}", [])
+            ]
+            window.ledger = [
+                (kind, hold.strip("-"), amount, unword(label)) for (kind, hold, label, _), amount in entries
+            ]
+            window.asserted_by, window.asserted = -1, None
+            if "asserted" in stored:
+                window.asserted_by = started.index(stored["asserted"].split(" ")[1])
+                window.asserted = None if stored["limit"] == "-" else int(stored["limit"])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_random_histories_with_losses_go_as_the_model_says(clocked_server, runner, monkeypatch):
+    monkeypatch.setattr(memory, "_FRESH_MS", -DAY_MS)  # the clock stands still: all that happens is of this moment
+    profile = settings(
+        max_examples=EXAMPLES,
+        stateful_step_count=STEPS,
+        deadline=None,
+        derandomize=False,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(lambda: Losses(clocked_server, runner), settings=profile)

@@ -1,0 +1,140 @@
+"""A repair restores what was asked: the same reservation is a replay afterwards, of the hold as it was (P3, P13)."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, AsyncHold, Budget, HoldConflict
+from ktrdr_budget.verify import verify
+
+from .helpers.proxy import Proxy
+from .helpers.waiting import until
+
+BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests"), Budget("jobs", 3, kind="slots")]
+ASKED = {"agent": "0.15", "calls": 2, "jobs": 1}
+
+Change = Callable[[AsyncBudgetLimiter, AsyncHold], Awaitable[object]]
+
+
+async def grow_and_report(other: AsyncBudgetLimiter, hold: AsyncHold) -> None:
+    hold.accrue("0.30")
+    await hold.extend()
+    await hold.grow({"agent": "0.05", "calls": 3})
+
+
+async def grow_and_commit(other: AsyncBudgetLimiter, hold: AsyncHold) -> None:
+    await hold.grow({"agent": "0.05"})
+    hold.note("claude, 300 tokens")
+    await hold.commit("0.40")
+
+
+async def expire(other: AsyncBudgetLimiter, hold: AsyncHold) -> None:
+    await hold.extend(1)
+
+    async def expired() -> bool:
+        return (await other.get(hold.id)).state == "unconfirmed"
+
+    await until(expired)
+
+
+async def expire_and_release(other: AsyncBudgetLimiter, hold: AsyncHold) -> None:
+    await expire(other, hold)
+    await other.release(hold.id)
+
+
+CHANGES: dict[str, Change] = {
+    "nothing": lambda other, hold: other.status("agent"),
+    "grown": grow_and_report,
+    "grown by id": lambda other, hold: other.grow(hold.id, {"agent": "0.20"}),
+    "committed for less": lambda other, hold: hold.commit("0.07"),
+    "committed for nothing": lambda other, hold: hold.commit(0),
+    "committed for more": grow_and_commit,
+    "committed by id": lambda other, hold: other.commit(hold.id, "0.07"),
+    "released": lambda other, hold: hold.release(),
+    "released by id": lambda other, hold: other.release(hold.id),
+    "released by hand": lambda other, hold: other.release(hold.id, operator=True),
+    "expired": expire,
+    "expired and released": expire_and_release,
+}
+
+
+@pytest.fixture
+async def limiter(server) -> AsyncIterator[AsyncBudgetLimiter]:
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
+        yield made
+
+
+@pytest.mark.parametrize("policy", ["charge", "accrued", "release"])
+@pytest.mark.parametrize("change", CHANGES)
+async def test_the_same_reservation_is_a_replay_after_a_repair(limiter, other, client, change, policy):
+    options = {"id": "op_1", "on_expiry": policy, "operation": "research", "owner": "me"}
+    hold = await limiter.reserve(ASKED, **options)
+    await CHANGES[change](other, hold)
+    before, statuses = await other.get("op_1"), await other.statuses()
+    for loss in (1, 2):
+        client.flushall()
+        for replica in (other, limiter):
+            await replica.status("agent")
+            assert replica.losses == loss
+        assert await other.get("op_1") == before
+        again = await other.reserve(ASKED, **options)
+        assert (again.replayed, again.state, again.amounts) == (True, before.state, before.amounts)
+        for contents in ({**ASKED, "agent": "0.16"}, {"agent": "0.15"}):
+            with pytest.raises(HoldConflict):
+                await limiter.reserve(contents, **options)
+        with pytest.raises(HoldConflict):
+            await limiter.reserve(ASKED, id="op_1", on_expiry="accrued" if policy != "accrued" else "charge")
+        for was, now in zip(statuses, await other.statuses(), strict=True):
+            figures = ("spent", "held", "unconfirmed", "overruns")
+            assert [getattr(was, name) for name in figures] == [getattr(now, name) for name in figures]
+    assert all(report.adds_up for report in verify(limiter.store_address))
+
+
+async def test_what_was_settled_is_settled_alike_after_a_repair(limiter, other, client):
+    hold = await limiter.reserve("agent", "0.15", id="op_1")
+    await hold.grow("0.05")
+    await hold.commit("0.07")
+    client.flushall()
+    assert (await hold.commit("0.07")).replayed
+    assert (await other.commit("op_1", "0.07")).replayed
+    with pytest.raises(HoldConflict):
+        await other.commit("op_1", "0.08")
+    assert (await limiter.status("agent")).spent == Decimal("0.07")
+
+
+@pytest.mark.parametrize("policy", ["allow", "lease"])
+async def test_a_hold_of_an_outage_is_replayed_by_other_replicas_once_its_commit_is_recorded(
+    server, other, tmp_path_factory, policy
+):
+    options = {"on_store_error": policy, "lease_slab": "1.00" if policy == "lease" else None}
+    async with (
+        Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
+        AsyncBudgetLimiter(line.url, BUDGETS, timeout=0.3, **options) as limiter,
+    ):
+        if policy == "lease":
+            await until(lambda: limiter.prepaid.get("agent"))
+        await limiter.status("agent")
+        line.cut()
+        hold = await limiter.reserve("agent", "0.15", id="op_1", on_expiry="accrued", operation="research")
+        await hold.grow("0.05")
+        hold.note("gpt, 20 tokens")
+        assert (await hold.commit("0.07")).deferred
+        line.mend()
+        await until(lambda: limiter.deferred == 0)
+        view = await other.get("op_1")
+        assert (view.state, view.amounts, view.charged, view.operation) == (
+            "committed", {"agent": Decimal("0.20")}, {"agent": Decimal("0.07")}, "research gpt, 20 tokens",
+        )  # fmt: skip
+        again = await other.reserve("agent", "0.15", id="op_1", on_expiry="accrued")
+        assert (again.replayed, again.state) == (True, "committed")
+        with pytest.raises(HoldConflict):
+            await other.reserve("agent", "0.07", id="op_1", on_expiry="accrued")

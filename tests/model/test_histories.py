@@ -416,6 +416,8 @@ async def _left(block) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+# A client of redis-py that retries draws its pause from the global generator, perhaps while a strategy draws.
+@pytest.mark.filterwarnings("ignore:Do not use the .random. module:hypothesis.errors.HypothesisDeprecationWarning")
 def test_random_histories_go_as_the_model_says(clocked_server, runner):
     profile = settings(
         max_examples=EXAMPLES,

@@ -88,6 +88,8 @@ class Losses(Histories):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+# A client of redis-py that retries draws its pause from the global generator, perhaps while a strategy draws.
+@pytest.mark.filterwarnings("ignore:Do not use the .random. module:hypothesis.errors.HypothesisDeprecationWarning")
 def test_random_histories_with_losses_go_as_the_model_says(clocked_server, runner, monkeypatch):
     monkeypatch.setattr(memory, "_FRESH_MS", -DAY_MS)  # the clock stands still: all that happens is of this moment
     profile = settings(

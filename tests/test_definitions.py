@@ -250,7 +250,9 @@ async def test_a_repair_in_a_window_of_the_former_definition_admits_nothing_ther
         hold = await first.reserve("agent", "0.10", id="lost")
         await last.migrate("agent")
         client.delete(first.keys.hold("lost"))
+        client.hincrby(first.keys.meta, f"r:{first.replica_id}", -1)  # as if the store had lost a write
         await hold.commit("0.10")
+        assert first.losses == 1
         for _ in range(session._DETOURS + 1):  # from here on it goes by the fast path again
             await first.record("other", "0.01")
         with pytest.raises(DefinitionConflict):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import redis
 
-from ktrdr_budget import Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable
+from ktrdr_budget import Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable, UnknownHold
 from ktrdr_budget.engine.protocol import Op, encode_batch
 from ktrdr_budget.engine.scripts import script
 from ktrdr_budget.engine.session import Session
@@ -324,7 +324,7 @@ def test_entries_of_an_index_without_an_open_hold_are_removed(server, client, au
 
 
 def test_a_hold_whose_record_vanished_is_not_held_any_more(server, client, auditor, limiter):
-    """Nobody can tell what it was; its worker's commit is recorded all the same."""
+    """What it was is lost; its worker's commit says so, and the worker records the spend."""
     fill(limiter)
     hold = limiter.reserve("agent", "0.40", id="gone")
     client.delete("ktrdr:{default}:h:gone")
@@ -333,7 +333,9 @@ def test_a_hold_whose_record_vanished_is_not_held_any_more(server, client, audit
     assert [(change.counter, change.before, change.after) for change in repair.changes] == [
         ("held", 550_000_000, 150_000_000)
     ]
-    hold.commit("0.10")
+    with pytest.raises(UnknownHold):
+        hold.commit("0.10")
+    limiter.record("agent", "0.10")
     assert figures(limiter)[0] == "0.32"
     assert all(report.adds_up for report in verify(server.url))
 

@@ -15,8 +15,8 @@ from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from ktrdr_budget.engine import memory
 from ktrdr_budget.engine.protocol import unword
 
-from .observed import RawStore
-from .reference import CLOSED, DAY_MS
+from .observed import NOISE_MS, RawStore
+from .reference import CLOSED, DAY_MS, HoldModel
 from .test_histories import EXAMPLES, STEPS, Histories
 
 
@@ -33,6 +33,7 @@ class Losses(Histories):
                 assume(self.model.now_ms - hold.journalled_ms < DAY_MS // 2 - 5000)
         # The totals of a replica are told as numbers of Lua.
         assume(all(window.spent < CLOSED for window in self.model.windows.values()))
+        self.pair.advance(2 * NOISE_MS)  # so that what is read now is later than what was written
         self._read_all()
         self._look_for_settled()
         self.pair.client.flushall()
@@ -68,6 +69,8 @@ class Losses(Histories):
         for hold in self.model.holds.values():
             if hold.settled_ms is not None:  # its id is remembered for a day again
                 hold.settled_ms = repaired_ms
+            if hold.state in ("committed", "released"):
+                self._learn_what_was_seen(hold, store.holds[hold.id])
             if hold.state == "recorded":
                 hold.created_ms = hold.deadline_ms = repaired_ms
         started = [limiter.replica_id for limiter in self.pair.limiters]
@@ -84,6 +87,17 @@ class Losses(Histories):
             if "asserted" in stored:
                 window.asserted_by = started.index(stored["asserted"].split(" ")[1])
                 window.asserted = None if stored["limit"] == "-" else int(stored["limit"])
+
+    @staticmethod
+    def _learn_what_was_seen(hold: HoldModel, record: str) -> None:
+        """Who settled a hold may not have seen yet that another replica had prolonged it, or let it grow."""
+        head, *segments = record.split("|")
+        hold.deadline_ms = int(head.split(" ")[2])
+        for segment, part in zip(segments, hold.parts.values(), strict=True):
+            _, name, base, reserved, accrued, _ = segment.split(",")
+            assert name == f"{part.window.budget.name}:{part.window.name}"
+            assert int(base or reserved) == part.asked
+            part.reserved, part.accrued = int(reserved), int(accrued or 0)
 
 
 @pytest.mark.slow

@@ -219,7 +219,8 @@ class Bench:
         spender.kill()
 
     def turns(self, least_s: float, most_s: float) -> Iterator[float]:
-        """Wakes up at random moments until the time of the run is over; yields the seconds that are left."""
+        """Wakes up at random moments until the time of the run is over, at least once; yields the seconds left."""
+        self.last(2 * most_s)
         while (left := self._ends - time.monotonic()) > 0:
             time.sleep(min(left, self.random.uniform(least_s, most_s)))
             if (left := self._ends - time.monotonic()) > 0:

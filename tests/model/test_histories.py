@@ -409,6 +409,16 @@ class Histories(RuleBasedStateMachine):
             self.pair.compare_hold(self._replica(number), known)
 
 
+PROFILE = settings(
+    max_examples=EXAMPLES,
+    stateful_step_count=STEPS,
+    deadline=None,
+    derandomize=False,
+    print_blob=True,
+    suppress_health_check=list(HealthCheck),
+)
+
+
 async def _left(block) -> None:
     with contextlib.suppress(Left):
         await block
@@ -419,12 +429,4 @@ async def _left(block) -> None:
 # A client of redis-py that retries draws its pause from the global generator, perhaps while a strategy draws.
 @pytest.mark.filterwarnings("ignore:Do not use the .random. module:hypothesis.errors.HypothesisDeprecationWarning")
 def test_random_histories_go_as_the_model_says(clocked_server, runner):
-    profile = settings(
-        max_examples=EXAMPLES,
-        stateful_step_count=STEPS,
-        deadline=None,
-        derandomize=False,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    run_state_machine_as_test(lambda: Histories(clocked_server, runner), settings=profile)
+    run_state_machine_as_test(lambda: Histories(clocked_server, runner), settings=PROFILE)

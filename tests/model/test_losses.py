@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
-from hypothesis import HealthCheck, assume, settings
+from hypothesis import assume
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
 from ktrdr_budget.engine import memory
@@ -17,7 +17,7 @@ from ktrdr_budget.engine.protocol import unword
 
 from .observed import NOISE_MS, RawStore
 from .reference import CLOSED, DAY_MS, HoldModel
-from .test_histories import EXAMPLES, STEPS, Histories
+from .test_histories import PROFILE, Histories
 
 
 class Losses(Histories):
@@ -106,12 +106,4 @@ class Losses(Histories):
 @pytest.mark.filterwarnings("ignore:Do not use the .random. module:hypothesis.errors.HypothesisDeprecationWarning")
 def test_random_histories_with_losses_go_as_the_model_says(clocked_server, runner, monkeypatch):
     monkeypatch.setattr(memory, "_FRESH_MS", -DAY_MS)  # the clock stands still: all that happens is of this moment
-    profile = settings(
-        max_examples=EXAMPLES,
-        stateful_step_count=STEPS,
-        deadline=None,
-        derandomize=False,
-        print_blob=True,
-        suppress_health_check=list(HealthCheck),
-    )
-    run_state_machine_as_test(lambda: Losses(clocked_server, runner), settings=profile)
+    run_state_machine_as_test(lambda: Losses(clocked_server, runner), settings=PROFILE)

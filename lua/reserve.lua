@@ -16,11 +16,13 @@
 --        d budget:window limit spent held unconfirmed requested first_deadline_ms    denied; nothing was written
 
 -- A replay is answered before anything else is said of a request. Compared by budget, not by window: a retry after
--- midnight names the new day.
-local function replay(key, policy, amounts)
+-- midnight names the new day. An id that was released for a caller that was gone is free, except for that very request;
+-- but only a grant replaces its record: until then, a worker that has the hold by a replay may commit it.
+local function replay(key, op)
   local record = redis.pcall('GET', key)
   if not record then return nil end
   if record.err then return 'y ' .. record.err end
+  local policy, amounts, owner = match(op, '^R %S+ %S+ (%a) %d+([^\n]+)\n(%S+)')
   local before, n = {}, 0
   for name, base, reserved in gmatch(record, '|%a,([^,]+),(%d*),(%d+)') do
     before[match(name, '^(.+):')] = base ~= '' and base or reserved
@@ -31,7 +33,10 @@ local function replay(key, policy, amounts)
     same = same and before[match(windows[tonumber(i)].name, '^(.+):')] == amount
     n = n - 1
   end
-  return (same and n == 0 and 'p ' or 'c ') .. record
+  same = same and n == 0
+  local given_back = same and match(record, '^z %a %d+ %d+ %d+ [^!]+(!%S+)! ')
+  if given_back and given_back ~= match(owner, '!.+$') then return nil end
+  return (same and 'p ' or 'c ') .. record
 end
 
 local holds_left -- that the tenant may have beyond those that it has
@@ -45,21 +50,21 @@ function operations.R(op, key)
   local denied, denied_amount
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
     local w, requested = windows[i + 0], amount + 0
-    if w.fault then return replay(key, policy, amounts) or 'y ' .. w.fault end
+    if w.fault then return replay(key, op) or 'y ' .. w.fault end
     if not w.asserted then load_asserting(w) end
-    if w.stale then return replay(key, policy, amounts) or 'w' end
-    if w.conflict then return replay(key, policy, amounts) or 'm ' .. match(w.name, '^(.+):') .. ' ' .. w.conflict end
-    if w.missing then return replay(key, policy, amounts) or 't ' .. w.name end
-    if w.surplus then return replay(key, policy, amounts) or 'b ' .. w.name end
-    if not w.cap then return replay(key, policy, amounts) or 'q ' .. w.name end
+    if w.stale then return replay(key, op) or 'w' end
+    if w.conflict then return replay(key, op) or 'm ' .. match(w.name, '^(.+):') .. ' ' .. w.conflict end
+    if w.missing then return replay(key, op) or 't ' .. w.name end
+    if w.surplus then return replay(key, op) or 'b ' .. w.name end
+    if not w.cap then return replay(key, op) or 'q ' .. w.name end
     local counts = total(w)
     if (counts >= CLOSED or counts + requested > w.cap) and not denied then denied, denied_amount = w, amount end
     taken[n + 1], taken[n + 2] = w, requested
     n = n + 2
   end
-  if recovering then return replay(key, policy, amounts) or 'l ' .. recovering end
+  if recovering then return replay(key, op) or 'l ' .. recovering end
   if denied then
-    local again = replay(key, policy, amounts)
+    local again = replay(key, op)
     if again then return again end
     -- A denial must not write, but if it did not pass on a limit that changed, older replicas would spend by the old
     -- one.
@@ -76,7 +81,7 @@ function operations.R(op, key)
   if holds_left <= 0 then
     store_due()
     local first = call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
-    return replay(key, policy, amounts)
+    return replay(key, op)
       or 'h ' .. text(holds_max - holds_left) .. ' ' .. (first[2] and text(tonumber(first[2])) or '0')
   end
   if ttl ~= ttl_before then
@@ -84,7 +89,11 @@ function operations.R(op, key)
     beginning_before = ' ' .. deadline_before .. ' ' .. now_us_text .. ' 0 '
   end
   local record = 'o ' .. policy .. beginning_before .. rest
-  if not call('SET', key, record, 'NX', 'PXAT', expires) then return replay(key, policy, amounts) end
+  if not call('SET', key, record, 'NX', 'PXAT', expires) then
+    local again = replay(key, op)
+    if again then return again end
+    call('SET', key, record, 'PXAT', expires)
+  end
   for i = 1, n, 2 do
     taken[i].creating, taken[i].changing, taken[i].registering = true, true, true
     add(taken[i], HELD, taken[i + 1])

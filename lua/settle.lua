@@ -6,7 +6,7 @@
 --        L id mode window: …         release. Mode 0: by the worker, for good; 1: done by hand, the worker's later commit
 --                                    still corrects it; i: by its id, as 1 if the hold is unconfirmed, else as 0;
 --                                    s, request: only what was granted to this request, else c; as 1, but the id is
---                                    free again: marked `!`, the worker's extension or u lift it;
+--                                    free again: marked `!`, the worker's extension lifts it, a new grant replaces it;
 --                                    f as 0, and an unknown id is taken up as released: a request for it that is
 --                                    still under way comes too late
 --                                    s does so, too, but for a few minutes only, and in passing (operation `!`): a
@@ -160,7 +160,7 @@ function operations.L(op, key)
   local id, mode, request, amounts = match(op, '^L (%S+) ([01isfu])(%S*)(.*)$')
   if mode == 'u' then
     local record = stored_record(key)
-    if record and (given_up(record) or given_back(record)) then
+    if record and given_up(record) then
       call('DEL', key)
       dirty = true
     end

@@ -12,6 +12,7 @@ import anyio
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, HoldConflict, StoreUnavailable
+from ktrdr_budget.engine.protocol import Reservation
 from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.money import to_units
 
@@ -256,6 +257,40 @@ async def test_an_id_whose_grant_was_released_for_a_cancelled_caller_is_free_aga
     assert not hold.replayed
     assert sums(client)["held"] == to_units(amount)
     assert not (await hold.commit("0.07")).late
+
+
+async def test_a_denied_retry_leaves_a_released_hold_to_the_worker_that_has_it_by_a_replay(
+    client, proxy, limiter, other
+):
+    """The id is free again, and only a grant uses it up: a commit by that worker must not find an unknown hold."""
+    proxy.hold_replies()
+    call = limiter.reserve("agent", "400.00", id="op_1")
+    await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("400.00"))
+    hold = await other.reserve("agent", "400.00", id="op_1")
+    proxy.let_go()
+    await until(lambda: sums(client)["held"] == 0)
+    await other.record("agent", "200.00")
+    with pytest.raises(BudgetExceeded):
+        await other.reserve("agent", "400.00", id="op_1")
+    assert (await hold.commit("0.07")).amounts == {"agent": Decimal("0.07")}
+    assert spent_and_held(client) == (to_units("200.07"), 0)
+
+
+async def test_a_late_copy_of_a_request_whose_grant_was_released_is_not_granted_again(client, proxy, limiter):
+    proxy.hold_replies()
+    call = limiter.reserve("agent", "0.15", id="op_1")
+    await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
+    request = client.get(limiter.keys.hold("op_1")).partition("|")[0].split(" ")[5].strip("-!")
+    proxy.let_go()
+    await until(lambda: sums(client)["held"] == 0)
+    session = limiter._session
+    parts = [(session.current_window("agent"), to_units("0.15"))]
+    copy = Reservation(
+        "op_1", limiter.keys.hold("op_1"), 900_000, "c", f"-!{request} - -", parts, session.now_ms, request
+    )
+    _, [line] = await limiter._coalescer._background.tell([copy])
+    assert line.startswith("p z ")
+    assert sums(client)["held"] == 0
 
 
 async def test_a_retry_of_the_same_request_is_no_replay_and_one_of_another_is(client, proxy, limiter, other):

@@ -209,9 +209,7 @@ class Core(Reads):
                 yield from self.retire(answer.due)
             elif line[0] == "p":
                 record = parse_record(line[2:])
-                if record.given_back:
-                    yield self._lift(hold_id, parts)
-                elif record.state != "o" or record.deadline_ms > answer.now_us // 1000:
+                if record.state != "o" or record.deadline_ms > answer.now_us // 1000:
                     # What was granted to this very request, by an attempt whose reply was lost, is no replay to it.
                     replayed = record.request != request
                     return self._replayed(hold_id, record, line[2:], ttl_ms, answer.now_us, replayed)
@@ -223,7 +221,7 @@ class Core(Reads):
                 raise (yield from self._refusal(line, hold_id, answer.now_us, op))
 
     def _lift(self, hold_id: str, parts: Sequence[tuple[Window, int]]) -> Op:
-        """Makes an id free that was given up, or given back, for another request whose caller was gone."""
+        """Makes an id free that was given up for another request whose caller was gone."""
         return Op(hold_id, self.session.keys.hold(hold_id), f"L {hold_id} u", [(window, ":x0") for window, _ in parts])
 
     def give_back(self, hold: HoldBase) -> Flow[None]:

@@ -81,6 +81,13 @@ class Ear:
         """One event of a stream."""
         raise NotImplementedError
 
+    def pass_by(self, data: bytes) -> None:
+        """Events that report nothing, of which the answer is made."""
+
+    def end(self) -> None:
+        """The answer has ended."""
+        self.ended = True
+
     def is_usage_only(self, event: dict[str, Any]) -> bool:
         """Whether an event carries the usage and nothing else."""
         return False
@@ -176,7 +183,7 @@ class Listener:
             self._buffer += data
             return data
         if not self._buffer and data.endswith(b"\n\n") and not _TELLS.search(data):
-            self._passed.append(data)  # as most of a stream
+            self._pass_by(data)  # as most of a stream
             return data
         hides = self._ear.bound.hide_usage
         shown = b"" if hides else data
@@ -193,7 +200,7 @@ class Listener:
             self._event(rest)
         elif not self.deaf and (answer := _parsed(rest)) is not None:
             self._tell(self._ear.document, answer)
-        self._ear.ended = True
+        self._ear.end()
         return rest if self._events and not self.deaf and self._ear.bound.hide_usage else b""
 
     @property
@@ -236,14 +243,19 @@ class Listener:
                 begin = end + 2
         self._buffer = buffer[begin:]
 
+    def _pass_by(self, data: bytes) -> None:
+        self._passed.append(data)
+        self._ear.pass_by(data)
+
     def _event(self, event: bytes) -> dict[str, Any] | None:
-        self._passed.append(event)
         if not _TELLS.search(event):
+            self._pass_by(event)
             return None
+        self._passed.append(event)
         data = _payload(event)
         told = _parsed(data)
         if data.strip() == _DONE:
-            self._ear.ended = True
+            self._ear.end()
         if told is not None:
             self._tell(self._ear.event, told)
             self._ear.failure = self._ear.failure or _failure(told)

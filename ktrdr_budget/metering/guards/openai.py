@@ -320,6 +320,8 @@ class _ChatEar(_OpenAIEar):
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound)
         self._finished: set[object] = set()
+        self._last_was_usage = False
+        """The last word was a usage, of its own: final at the end, also if no ``finish_reason`` came."""
 
     def document(self, answer: dict[str, Any]) -> None:
         self._tier = answer.get("service_tier")
@@ -330,11 +332,19 @@ class _ChatEar(_OpenAIEar):
         choices = event.get("choices")
         self._finished |= {choice.get("index") for choice in choices or () if choice.get("finish_reason")}
         self.ending = len(self._finished) >= self.bound.choices
-        # Some servers report a running usage with each chunk: it is final once the model has finished.
+        # Some servers report a running usage with each chunk, or one before the first word: none is final until the
+        # model has finished.
         if self.learn(event.get("usage")):
-            self.final = self.ending or not choices
-        elif choices and not self.ending:
-            self.final = False
+            self.final, self._last_was_usage = self.ending, not choices
+        elif any(choice.get("delta") or choice.get("text") for choice in choices or ()):
+            self._last_was_usage = False
+
+    def pass_by(self, data: bytes) -> None:
+        self._last_was_usage = self._last_was_usage and b'"choices"' not in data
+
+    def end(self) -> None:
+        self.final = self.final or self._last_was_usage
+        super().end()
 
     def is_usage_only(self, event: dict[str, Any]) -> bool:
         return event.get("choices") == [] and isinstance(event.get("usage"), dict)

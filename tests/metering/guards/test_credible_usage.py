@@ -280,6 +280,50 @@ async def test_usage_on_every_chunk_is_charged_as_the_total_that_it_is(limiter: 
     assert _estimated(server) == [False]
 
 
+WORD = _chunk([{"index": 0, "delta": {"content": "yes"}, "finish_reason": None}])
+LAST_WORD = _chunk([{"index": 0, "delta": {"content": "yes"}, "finish_reason": "stop"}])
+STOP = _chunk([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+
+
+@pytest.mark.parametrize("choices", [[], None], ids=["no choices", "null"])
+@pytest.mark.parametrize(
+    "made", [[WORD, STOP], [WORD], [LAST_WORD]], ids=["finished", "no finish_reason", "all in the last chunk"]
+)
+async def test_a_usage_before_the_first_word_is_not_the_last_word_of_a_stream(
+    limiter: Any, server: Any, made: list[Any], choices: Any
+) -> None:
+    """What follows it is output that no usage has counted."""
+    caller = Caller("chat", limiter, server)
+    first = {**_chunk([], _counts("chat", 20, 0)), "choices": choices}
+    await caller.ask([first, *made, "[DONE]"])
+    assert _spent(server) == caller.reserved[0]
+    assert _estimated(server) == [True]
+
+
+async def test_a_stream_that_is_left_after_an_early_usage_is_charged_for_its_output(limiter: Any, server: Any) -> None:
+    caller = Caller("chat", limiter, server)
+    caller.answer = [_chunk([], _counts("chat", 20, 0)), WORD, WORD, WORD]  # and breaks off
+    stream = await caller.client.chat.completions.create(model=GPT, max_tokens=5_000, messages=MESSAGES, stream=True)
+    _ = await anext(stream)
+    await stream.close()
+    assert 20 * INPUT < _spent(server) <= caller.reserved[0]
+    assert _estimated(server) == [True]
+
+
+USAGE = _chunk([], _counts("chat", 20, 3))
+
+
+@pytest.mark.parametrize(
+    "events",
+    [[WORD, STOP, USAGE], [WORD, USAGE, STOP], [WORD, USAGE]],
+    ids=["last", "before the finish_reason", "no finish_reason"],
+)
+async def test_a_usage_after_the_last_word_is_final(limiter: Any, server: Any, events: list[Any]) -> None:
+    await Caller("chat", limiter, server).ask([*events, "[DONE]"])
+    assert _spent(server) == 20 * INPUT + 3 * OUTPUT
+    assert _estimated(server) == [False]
+
+
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("api", APIS)
 async def test_absurd_usage_is_charged_and_marked(limiter: Any, server: Any, api: str, streamed: bool) -> None:

@@ -27,6 +27,9 @@ TIMELY_TRIES = 4
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
 
+# A shell ignores SIGINT in what runs in the background, and the processes that a test interrupts would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Where CI has installed every server, a test that is skipped is a test that does not run: a failure."""

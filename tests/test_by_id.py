@@ -29,7 +29,7 @@ async def unconfirmed(limiter: AsyncBudgetLimiter, hold_id: str):
     async def expired() -> bool:
         return (await limiter.get(hold_id)).state == "unconfirmed"
 
-    await until(expired, 20)
+    await until(expired)
     return hold
 
 
@@ -72,7 +72,7 @@ async def test_a_store_that_lost_a_release_by_id_is_told_whether_it_was_for_good
 
     # Its worker knows it as open: whichever of the two replicas is heard first.
     names = ["ktrdr:{default}:h:open", "ktrdr:{default}:h:late"]
-    await until(lambda: [(record or "-")[0] for record in client.mget(names)] == ["r", "z"], 30)
+    await until(lambda: [(record or "-")[0] for record in client.mget(names)] == ["r", "z"])
     assert (await limiter.commit("late", "0.07")).late
     with pytest.raises(HoldConflict):
         await limiter.commit("open", "0.07")

@@ -305,13 +305,13 @@ async def test_a_settlement_that_was_begun_completes_though_the_store_was_away_a
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         await cancelled(task)
-        await until(lambda: limiter.unresolved > 0, 15)
+        await until(lambda: limiter.unresolved > 0)
         own_server.start()
-        await until(lambda: not limiter.unresolved, 15)
+        await until(lambda: not limiter.unresolved)
         with own_server.client() as client:
-            await until(lambda: sums(client)["spent"] == to_units("0" if call == "release" else "0.07"), 15)
+            await until(lambda: sums(client)["spent"] == to_units("0" if call == "release" else "0.07"))
             # So does the release of the block, whose caller has left it and cannot retry.
-            await until(lambda: sums(client)["held"] == 0, 15)
+            await until(lambda: sums(client)["held"] == 0)
     own_server.kill()
 
 

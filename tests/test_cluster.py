@@ -154,7 +154,7 @@ def test_mixed_amounts_and_kill_9_never_pass_the_cap_on_a_cluster(cluster):
         for racer in racers:
             racer.tell(go=True)
         for tenths, doomed in enumerate(racers[:3], 2):
-            wait_until(lambda tenths=tenths: window(cluster)["spent"] >= limit * tenths // 10, 60)
+            wait_until(lambda tenths=tenths: window(cluster)["spent"] >= limit * tenths // 10)
             doomed.kill()
         reports = [racer.hear() for racer in racers[3:]]
         found = window(cluster)
@@ -229,7 +229,7 @@ def test_a_slot_that_moves_key_by_key_while_three_processes_spend_is_never_split
         for racer in racers:
             racer.tell(go=True)
         for tenths in (2, 5):
-            wait_until(lambda tenths=tenths: window(either)["spent"] >= to_units("0.09") * tenths, 60)
+            wait_until(lambda tenths=tenths: window(either)["spent"] >= to_units("0.09") * tenths)
             source = either.owner("default")
             target = either.others(source)[0]
             moved = either.migrate("default", target, between=lambda moved: len(moved) % 100 or window(either))

@@ -133,7 +133,7 @@ async def test_spend_that_was_deferred_is_recorded_though_another_definition_is_
         own.start()
         async with limiter_of(own, WEEK) as last:
             await last.migrate("agent")
-            await until(lambda: first.deferred == 0, 20)
+            await until(lambda: first.deferred == 0)
             with own.client() as client:
                 assert sums(client)["spent"] == to_units("1.50")
 
@@ -269,7 +269,7 @@ async def test_after_a_loss_the_definition_is_registered_anew_before_anything_is
                 await (await limiter.reserve("agent", "0.10")).commit("0.10")
         client.flushall()
         for limiter in (first, last):
-            await until(partial(repaired, limiter), 20)
+            await until(partial(repaired, limiter))
         outcomes = []
         for limiter in (first, last):
             for _ in range(session._DETOURS + 1):

@@ -35,7 +35,7 @@ def replica(master, start_server: Callable):
         port = client.config_get("port")["port"]
         made = start_server(None, "--replicaof", "127.0.0.1", port, "--repl-diskless-sync", "yes")
         client.config_set("repl-diskless-sync-delay", "0")
-        wait_until(lambda: client.info("replication").get("slave0", {}).get("state") == "online", 60)
+        wait_until(lambda: client.info("replication").get("slave0", {}).get("state") == "online")
     yield made
     made.resume()
     made.kill()

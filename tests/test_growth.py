@@ -49,7 +49,7 @@ async def far(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
                 return True
             return False
 
-        await until(answers, 20)
+        await until(answers)
         yield made
 
 
@@ -150,7 +150,7 @@ async def test_growth_that_is_tried_again_after_no_answer_is_made_once(far, prox
             return True
         return False
 
-    await until(again, 20)
+    await until(again)
     assert hold.amounts == {"agent": Decimal("0.25")}
     await hold.grow("0.10")
     assert hold.amounts == {"agent": Decimal("0.35")}
@@ -175,13 +175,13 @@ async def test_growth_that_went_on_without_an_answer_is_no_retry(proxy, client):
         with away(proxy.url):
             await hold.grow("0.10")
         proxy.fate = lambda: None
-        await until(lambda: limiter.store_state == "closed", 20)
+        await until(lambda: limiter.store_state == "closed")
 
         async def told() -> bool:
             await hold.grow("0.10")
             return sums(client)["held"] == to_units(hold.amounts["agent"])
 
-        await until(told, 20)
+        await until(told)
         assert hold.amounts["agent"] >= Decimal("0.35")
 
 

@@ -68,7 +68,7 @@ async def test_a_service_that_was_restarted_with_another_limit_shows_it_everywhe
             async def scraped() -> bool:
                 return "agent_budget_remaining_dollars 9.0" in (await client.get("/metrics")).text
 
-            await until(scraped, 20)
+            await until(scraped)
 
 
 def test_a_tracker_goes_by_the_limit_in_force(server):

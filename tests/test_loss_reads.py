@@ -147,7 +147,7 @@ async def test_a_read_that_finds_a_loss_ends_with_its_deadline_if_nothing_can_be
                 await read
     assert limiter.store_state == "closed", "it answers"
     monkeypatch.undo()
-    await until(lambda: limiter.losses == 1, 15)
+    await until(lambda: limiter.losses == 1)
     assert (await limiter.status("agent")).spent == Decimal("1.00")
 
 

@@ -235,7 +235,7 @@ async def test_a_replica_that_has_nothing_to_tell_but_knows_of_a_loss_is_granted
         client.flushall()
     with pytest.raises((StoreUnavailable, BudgetExceeded)):
         await other_replica.reserve("agent", "1.00")
-    await until(lambda: limiter.losses, 15)
+    await until(lambda: limiter.losses)
     assert other_replica.losses == 1
 
 
@@ -245,14 +245,14 @@ async def test_a_clock_that_is_set_back_after_a_loss_hides_no_later_one(clocked_
         await spends(limiter)
         with clocked_server.client() as client:
             client.flushall()
-            await until(lambda: limiter.losses == 1 and not limiter._coalescer.recovery.active, 15)
+            await until(lambda: limiter.losses == 1 and not limiter._coalescer.recovery.active)
             clocked_server.advance(-120)
             for _ in range(3):
                 await spends(limiter)
             counted = client.hget(limiter.keys.meta, f"r:{limiter.replica_id}")
             assert limiter._session.header.acknowledged == counted
             client.hincrby(limiter.keys.meta, f"r:{limiter.replica_id}", -2)  # as a snapshot that lacks two of them
-            await until(lambda: limiter.losses == 2, 15)
+            await until(lambda: limiter.losses == 2)
 
 
 async def test_a_clock_that_is_set_back_after_a_repair_keeps_the_store_closed_for_seconds_only(clocked_server):
@@ -277,6 +277,6 @@ async def test_a_replica_that_only_asks_is_heard_of_each_hour(server, limiter):
         for age_s, refreshed in ((3500, False), (3700, True)):
             client.zadd(limiter.keys.replicas, {me: now - age_s})
             heard_s = limiter._session.heard_s
-            await until(lambda heard_s=heard_s: limiter._session.heard_s > heard_s, 15)
+            await until(lambda heard_s=heard_s: limiter._session.heard_s > heard_s)
             assert (int(client.zscore(limiter.keys.replicas, me)) >= now) is refreshed
         assert limiter.losses == 0

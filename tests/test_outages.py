@@ -371,9 +371,9 @@ async def test_allow_admits_an_id_once_and_refuses_it_with_other_contents(own_se
                     await limiter.reserve("agent", id="op_1", **other)
             if own_server.process is None:
                 own_server.start()
-                await until(lambda: limiter.store_state == "closed", 15)
+                await until(lambda: limiter.store_state == "closed")
         await again.commit("0.07")
-        await until(lambda: limiter.deferred == 0, 15)
+        await until(lambda: limiter.deferred == 0)
         with own_server.client() as client:
             assert sums(client)["spent"] == to_units("0.08")
             assert sums(client)["held"] == 0
@@ -394,10 +394,10 @@ async def test_allow_releases_what_arrives_at_the_store_only_later(proxy, deferr
             if deferred:
                 assert (await hold.release()).deferred
         proxy.fate = lambda: None
-        await until(lambda: limiter.store_state == "closed", 15)
+        await until(lambda: limiter.store_state == "closed")
         if not deferred:
             assert (await hold.release()).state == "released"
-        await until(lambda: limiter.deferred == 0, 15)
+        await until(lambda: limiter.deferred == 0)
         _, [line] = await limiter._coalescer._background.tell([late])
         assert line[0] == "c"
         assert (await limiter.status("agent")).held == 0
@@ -412,9 +412,9 @@ async def test_allow_gives_up_what_it_admitted_for_a_caller_who_has_gone(proxy):
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task
-        await until(lambda: limiter.unresolved == 1, 15)
+        await until(lambda: limiter.unresolved == 1)
         proxy.let_go()
-        await until(lambda: limiter.unresolved == 0, 15)
+        await until(lambda: limiter.unresolved == 0)
         assert (await limiter.status("agent")).held == 0
 
 
@@ -427,7 +427,7 @@ async def test_a_commit_by_id_of_a_hold_of_ones_own_is_deferred_as_one_by_its_ob
         with pytest.raises(StoreUnavailable):  # in which windows it would be spent is not known here
             await limiter.commit("op_2", "0.07")
         own_server.start()
-        await until(lambda: limiter.deferred == 0, 15)
+        await until(lambda: limiter.deferred == 0)
         with own_server.client() as client:
             assert (sums(client)["spent"], sums(client, "team")["spent"]) == (to_units("0.07"), to_units("0.02"))
             assert sums(client)["held"] == 0
@@ -448,7 +448,7 @@ async def test_what_may_have_been_settled_long_ago_is_not_told_again(server, tmp
         with server.client() as client:
             client.delete(limiter.keys.hold(hold.id))
             proxy.let_go()
-            await until(lambda: limiter.deferred == 0, 15)
+            await until(lambda: limiter.deferred == 0)
             assert sums(client)["spent"] == to_units("0.09")
         assert limiter._core.deferred_doubts == {}
         assert f"whether spend of {hold.id} during an outage was recorded stays unknown" in caplog.text
@@ -479,7 +479,7 @@ async def test_closing_while_deferred_spend_is_being_told_tells_the_rest(server,
                 await limiter.record("agent", "0.01")
             proxy.delay_s = 0.01
             proxy.mend()
-            await until(lambda: 0 < limiter.deferred < 60, 15)
+            await until(lambda: 0 < limiter.deferred < 60)
         assert limiter.deferred == 0
     with server.client() as client:
         assert sums(client)["spent"] == ledger_sum(client) == to_units("0.61")

@@ -81,7 +81,7 @@ def kill_at(client, racer, spent: int) -> int:
         peak = max(peak, found["spent"] + found["held"] + found["unconfirmed"])
         return found["spent"] >= spent
 
-    wait_until(reached, 60)
+    wait_until(reached)
     racer.kill()
     return peak
 

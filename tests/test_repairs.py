@@ -224,7 +224,7 @@ async def told(limiter: AsyncBudgetLimiter, losses: int = 1) -> None:
     """Until a replica has noticed so many losses, and told all that it knows."""
     recovery = limiter._coalescer.recovery
     recovery.suspect()
-    await until(lambda: limiter.losses == losses and not recovery.active, 15)
+    await until(lambda: limiter.losses == losses and not recovery.active)
 
 
 def shares(limiter: AsyncBudgetLimiter, client) -> dict[str, Decimal]:
@@ -368,7 +368,7 @@ async def test_a_hold_that_another_replica_has_settled_is_forgotten(server, clie
             await granter.reserve("agent", "0.15", id=hold_id.replace(" ", "_"))
         await settler.commit("spent", "0.10")
         await settler.release("given_back")
-        await until(lambda: [op.id for op in granter._session.memory.holds(granter.keys)] == ["open"], 15)
+        await until(lambda: [op.id for op in granter._session.memory.holds(granter.keys)] == ["open"])
         settler._session.memory._settled.clear()
         client.flushall()
         await told(granter)

@@ -162,7 +162,7 @@ async def test_a_replica_that_lagged_is_told_what_it_lacks(group):
         await limiter.record("agent", "0.50")
         await limiter.reserve("agent", "0.25", id="op_1")
         old.kill()
-        await until(lambda: _knows(limiter), 60)
+        await until(lambda: _knows(limiter))
         assert limiter._session.losses == 1
 
 
@@ -209,7 +209,7 @@ async def test_without_a_sentinel_or_a_master_each_call_ends_in_time(group):
     await limiter.close()
     for server in group.servers:
         server.pause()
-    await until(lambda: all("o_down" in s.client.sentinel_master("budgets")["flags"] for s in group.sentinels), 60)
+    await until(lambda: all("o_down" in s.client.sentinel_master("budgets")["flags"] for s in group.sentinels))
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=2.0) as limiter:
         down = "the sentinels have seen that budgets is down"
         with pytest.raises(StoreUnavailable, match=down), Stopwatch() as took:
@@ -217,7 +217,7 @@ async def test_without_a_sentinel_or_a_master_each_call_ends_in_time(group):
         assert took.seconds < 5
         for server in group.servers:
             server.resume()
-        await until(lambda: _answers(limiter), 60)
+        await until(lambda: _answers(limiter))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from typing import Any
 import httpx
 
 from ..conftest import free_port
+from ..helpers.waiting import WITHIN_S
 
 MAIN = """
 import sys
@@ -66,7 +67,7 @@ class Service:
     def request(self, method: str, path: str, **options: Any) -> httpx.Response:
         return httpx.request(method, self.url + path, timeout=60, **options)
 
-    def wait_listening(self, within_s: float = 60.0) -> None:
+    def wait_listening(self, within_s: float = WITHIN_S) -> None:
         """Until a connection is taken; a worker answers it when it is there."""
         ends = time.monotonic() + within_s
         while not self.is_listening():
@@ -82,7 +83,7 @@ class Service:
             return False
         return True
 
-    def wait_told(self, words: str = "listening on", within_s: float = 60.0) -> None:
+    def wait_told(self, words: str = "listening on", within_s: float = WITHIN_S) -> None:
         """Until it has said so."""
         ends = time.monotonic() + within_s
         while not any(line.startswith(words) for line in self.said):
@@ -93,7 +94,7 @@ class Service:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def end(self, within_s: float = 60.0) -> int:
+    def end(self, within_s: float = WITHIN_S) -> int:
         """Waits for its end; its exit code."""
         code = self.process.wait(within_s)
         self._reader.join()

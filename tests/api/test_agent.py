@@ -53,7 +53,7 @@ async def test_a_trigger_starts_a_cycle_that_costs_between_a_cent_and_its_estima
 
 
 async def test_the_status_tells_what_is_left_of_the_budget_and_how_many_cycles_are_free(start, pace):
-    pace.setenv("AGENT_PHASE_SECONDS", "30")
+    pace.setenv("AGENT_PHASE_SECONDS", "3600")
     pace.setenv("AGENT_MAX_CONCURRENT_CYCLES", "2")
     here, there = (await start()).client, (await start()).client
     await here.post(f"{V1}/spend", json={"amounts": {"agent": "1.0000001"}})
@@ -137,7 +137,7 @@ async def test_without_money_a_trigger_is_refused_with_the_figures(start):
 
 
 async def test_a_second_cycle_is_refused_with_the_first_ones_id(start, pace):
-    pace.setenv("AGENT_PHASE_SECONDS", "30")
+    pace.setenv("AGENT_PHASE_SECONDS", "3600")
     client = (await start()).client
     operation_id = (await client.post(TRIGGER, json={})).json()["operation_id"]
     response = await client.post(TRIGGER)
@@ -220,7 +220,7 @@ async def test_without_the_store_a_trigger_is_unavailable(start, start_server):
 
 
 async def test_an_id_makes_a_trigger_that_is_repeated_harmless(start, pace):
-    pace.setenv("AGENT_PHASE_SECONDS", "30")
+    pace.setenv("AGENT_PHASE_SECONDS", "3600")
     here, there = (await start()).client, (await start()).client
     first = await here.post(TRIGGER, json={"operation_id": "op_mine"})
     again = await there.post(TRIGGER, json={"operation_id": "op_mine"})
@@ -233,7 +233,7 @@ async def test_an_id_makes_a_trigger_that_is_repeated_harmless(start, pace):
 
 
 async def test_a_cycle_is_cancelled_and_seen_by_another_replica(start, pace):
-    pace.setenv("AGENT_PHASE_SECONDS", "30")
+    pace.setenv("AGENT_PHASE_SECONDS", "3600")
     here, there = (await start()).client, (await start()).client
     operation_id = (await here.post(TRIGGER)).json()["operation_id"]
     seen = [(await client.get(f"{V1}/agent/status")).json() for client in (here, there)]
@@ -264,7 +264,7 @@ async def test_cycles_are_listed_by_pages_newest_first(start):
 
 
 async def test_of_fifty_triggers_on_two_replicas_three_start(start, pace):
-    pace.setenv("AGENT_PHASE_SECONDS", "30")
+    pace.setenv("AGENT_PHASE_SECONDS", "3600")
     pace.setenv("AGENT_MAX_CONCURRENT_CYCLES", "3")
     clients = [(await start()).client, (await start()).client]
     answers = await asyncio.gather(*[clients[i % 2].post(TRIGGER) for i in range(50)])

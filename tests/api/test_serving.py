@@ -317,7 +317,7 @@ def test_a_client_that_hung_up_before_it_was_told_an_id_holds_nothing(start_serv
 
 def test_the_embedded_server_ends_with_its_last_user(tmp_path):
     with serving(workers=2, AGENT_BUDGET_DIR=tmp_path) as service:
-        wait_until(lambda: service.get("/readyz").status_code == 200, 60)
+        wait_until(lambda: service.get("/readyz").status_code == 200)
         assert embedded.find(tmp_path)
         assert service.stop() == 0
     wait_until(lambda: embedded.find(tmp_path) is None)
@@ -374,7 +374,7 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(tmp_path):
         before = workers_of(service)
         for worker in before:
             os.kill(worker, signal.SIGKILL)
-        wait_until(lambda: len(workers_of(service) - before) == 2, 60)
+        wait_until(lambda: len(workers_of(service) - before) == 2)
         assert figures(service)["today_spend"] == 1.0
         assert embedded.find(tmp_path) == url
         text = service.get("/metrics").text

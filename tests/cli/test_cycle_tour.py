@@ -63,7 +63,7 @@ def test_a_cycle_from_trigger_to_end(server: Server, process: Process, environme
 def test_a_cycle_that_is_cancelled_while_others_wait(
     server: Server, process: Process, terminal: Callable[..., Terminal], environment: pytest.MonkeyPatch
 ) -> None:
-    with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS="60") as replica:
+    with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS="3600") as replica:
         environment.setenv("KTRDR_API_URL", replica.url)
         pipe = subprocess.PIPE
         words = command("agent", "trigger", "--wait", "--interval", "0.1", "--id", "op_1")
@@ -127,7 +127,7 @@ def _denied(ended: subprocess.CompletedProcess[str]) -> subprocess.CompletedProc
 def test_a_worker_that_is_killed_is_told_by_the_other_replica(
     server: Server, process: Process, environment: pytest.MonkeyPatch
 ) -> None:
-    settings = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": "60", "AGENT_CYCLE_TTL": "2"}
+    settings = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": "3600", "AGENT_CYCLE_TTL": "2"}
     with serving(**settings) as worker, serving(**settings) as other:
         environment.setenv("KTRDR_API_URL", worker.url)
         assert process("agent", "trigger", "--id", "op_1").returncode == 0
@@ -136,4 +136,4 @@ def test_a_worker_that_is_killed_is_told_by_the_other_replica(
         ended = process("agent", "trigger", "--wait", "--interval", "0.1", "--id", "op_1")
         assert ended.returncode == 1
         assert "(worker_lost)" in ended.stderr
-        wait_until(lambda: "worker_lost" in process("agent", "status").stdout, 60)
+        wait_until(lambda: "worker_lost" in process("agent", "status").stdout)

@@ -64,7 +64,7 @@ def serving(environment: pytest.MonkeyPatch, log: Path) -> Iterator[int]:
     with log.open("wb") as stderr:
         process = subprocess.Popen(command("serve", "--port", str(port)), stdout=stderr, stderr=stderr)
     try:
-        wait_until(lambda: alive(port) or process.poll() is not None, 60)
+        wait_until(lambda: alive(port) or process.poll() is not None)
         assert process.poll() is None, log.read_text()
         yield port
     finally:

@@ -21,7 +21,7 @@ import redis
 from redis.crc import key_slot
 
 from .nodes import Node, free_ports
-from .waiting import wait_until
+from .waiting import WITHIN_S, wait_until
 
 SLOTS = 16384
 
@@ -169,7 +169,7 @@ class Cluster:
 
     # -- waiting -------------------------------------------------------------------------------------------------------
 
-    def wait_whole(self, within_s: float = 60.0) -> None:
+    def wait_whole(self, within_s: float = WITHIN_S) -> None:
         """Until the running nodes serve every slot, agree about it, and all replicas are in step."""
         wait_until(self._is_whole, within_s)
 
@@ -182,7 +182,7 @@ class Cluster:
             return False
         return all(role[0] == "master" or role[3] == "connected" for role in roles)
 
-    def wait_owner(self, tenant: str, but: ClusterNode, within_s: float = 60.0) -> ClusterNode:
+    def wait_owner(self, tenant: str, but: ClusterNode, within_s: float = WITHIN_S) -> ClusterNode:
         """Until another than this one serves the tenant, and everybody knows it; returns who."""
         slot = slot_of(tenant)
         wait_until(lambda: len(owners := self._owners(slot)) == 1 and owners[0] != but.id, within_s)
@@ -221,7 +221,7 @@ class Cluster:
                 replica.command("CLUSTER FAILOVER", *how)
             return replica.role == "master"
 
-        wait_until(is_master, within_s=60)
+        wait_until(is_master)
         return self.wait_owner(tenant, owner)
 
     def migrate(

@@ -14,6 +14,8 @@ from typing import Any
 
 import redis
 
+from .waiting import WITHIN_S
+
 
 class Node:
     """A server that the test starts, pauses, kills and restarts; it keeps its port and its directory."""
@@ -61,7 +63,7 @@ class Node:
                 [self.binary, *self._words], stdout=log, stderr=log, env=self._environment, cwd=self.directory
             )
 
-    def wait_ready(self, within_s: float = 60.0) -> None:
+    def wait_ready(self, within_s: float = WITHIN_S) -> None:
         """Until it answers."""
         ends = time.monotonic() + within_s
         while not self.answers():

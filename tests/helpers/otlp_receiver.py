@@ -18,6 +18,8 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue, KeyValue
 from opentelemetry.proto.trace.v1 import trace_pb2
 
+from .waiting import WITHIN_S
+
 
 @dataclass(frozen=True)
 class Event:
@@ -91,7 +93,7 @@ class OtlpReceiver:
         """The spans of this name."""
         return [span for span in self.spans if span.name == name]
 
-    def wait(self, condition: Callable[[list[Span]], Any], within_s: float = 30.0) -> list[Span]:
+    def wait(self, condition: Callable[[list[Span]], Any], within_s: float = WITHIN_S) -> list[Span]:
         """Until the condition holds of the spans that have arrived; returns them."""
         ends = time.monotonic() + within_s
         with self._arrived:
@@ -99,7 +101,7 @@ class OtlpReceiver:
                 assert self._arrived.wait(ends - time.monotonic()), [span.name for span in self._spans]
             return list(self._spans)
 
-    def wait_named(self, *names: str, within_s: float = 30.0) -> list[Span]:
+    def wait_named(self, *names: str, within_s: float = WITHIN_S) -> list[Span]:
         """Until there is a span of each name."""
         return self.wait(lambda spans: set(names) <= {span.name for span in spans}, within_s)
 

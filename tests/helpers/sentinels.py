@@ -21,7 +21,7 @@ from urllib.parse import quote
 import redis
 
 from .nodes import Node, free_ports
-from .waiting import wait_until
+from .waiting import WITHIN_S, wait_until
 
 
 class SentinelGroup:
@@ -133,12 +133,12 @@ class SentinelGroup:
             server.start()
         for server in self.servers:
             server.wait_ready()
-        wait_until(self._in_step, within_s=60)
+        wait_until(self._in_step)
         for sentinel in self.sentinels:
             sentinel.start()
         for sentinel in self.sentinels:
             sentinel.wait_ready()
-        wait_until(self._watched, within_s=60)
+        wait_until(self._watched)
         return self
 
     def __enter__(self) -> SentinelGroup:
@@ -237,10 +237,10 @@ class SentinelGroup:
                     self.sentinels[0].command("SENTINEL FAILOVER", self.SERVICE)
             return old.port not in self._named()
 
-        wait_until(named, within_s=60)
+        wait_until(named)
         return self.master
 
-    def wait_master(self, but: Node, within_s: float = 60.0) -> Node:
+    def wait_master(self, but: Node, within_s: float = WITHIN_S) -> Node:
         """Until all sentinels name another server than this one, and it says itself that it is the master."""
         wait_until(lambda: len(set(named := self._named())) == 1 and named[0] != but.port, within_s)
         master = self.master
@@ -261,14 +261,14 @@ class SentinelGroup:
             node.resume()
         for node in (*self.sentinels, *self.servers):
             node.wait_ready()
-        wait_until(self._has_master, within_s=60)
+        wait_until(self._has_master)
         master = self.master
         for server in self.servers:
             server.command("ACL", "SETUSER", self._user or "default", "+@all")
             if server is not master and server.client.role()[0] == "master":
                 server.command("REPLICAOF", "127.0.0.1", master.port)
-        wait_until(self._is_whole, within_s=60)
-        wait_until(self._may_fail_over, within_s=60)
+        wait_until(self._is_whole)
+        wait_until(self._may_fail_over)
 
     def _may_fail_over(self) -> bool:
         """Whether every sentinel sees the master, and a replica that could take its place."""
@@ -283,7 +283,7 @@ class SentinelGroup:
     def _has_master(self) -> bool:
         return len(set(self._named())) == 1 and self.master.client.role()[0] == "master"
 
-    def wait_in_step(self, within_s: float = 60.0) -> None:
+    def wait_in_step(self, within_s: float = WITHIN_S) -> None:
         """Until every running server is the master, or a replica that is in step."""
         wait_until(self._is_whole, within_s)
 

@@ -8,8 +8,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+WITHIN_S = 120.0
+"""How long a wait may last, on a busy machine too: what a fault costs, not what a test measures."""
 
-async def until(condition: Callable[[], Any], within_s: float = 30.0) -> Any:
+
+async def until(condition: Callable[[], Any], within_s: float = WITHIN_S) -> Any:
     """Polls a condition, plain or async, until it is truthy; returns what it was."""
     ends = time.monotonic() + within_s
     while True:
@@ -22,7 +25,7 @@ async def until(condition: Callable[[], Any], within_s: float = 30.0) -> Any:
         await asyncio.sleep(0.005)
 
 
-def wait_until(condition: Callable[[], Any], within_s: float = 30.0) -> Any:
+def wait_until(condition: Callable[[], Any], within_s: float = WITHIN_S) -> Any:
     """The same without an event loop."""
     ends = time.monotonic() + within_s
     while not (value := condition()):

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from ..helpers.waiting import wait_until
+from ..helpers.waiting import WITHIN_S, wait_until
 
 ROOT = Path(__file__).parents[2]
 FREE_PORTS = ("--port", "0", "--replica-port", "0", "--prometheus-port", "0")
@@ -50,7 +50,7 @@ class Stack:
 
     def wait_ready(self) -> None:
         """Until all parts have started."""
-        wait_until(lambda: self.tells("stack: ready") or self.process.poll() is not None, 60)
+        wait_until(lambda: self.tells("stack: ready") or self.process.poll() is not None)
         assert self.tells("stack: ready"), self.said
 
     def tells(self, beginning: str) -> bool:
@@ -74,7 +74,7 @@ class Stack:
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
-    def end(self, within_s: float = 60.0) -> int:
+    def end(self, within_s: float = WITHIN_S) -> int:
         """Waits for its end; its exit code."""
         code = self.process.wait(within_s)
         self._reader.join()

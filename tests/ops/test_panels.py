@@ -69,7 +69,7 @@ def stack(start_server: Callable[..., Server], tmp_path_factory: pytest.TempPath
         prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), targets)
         ending.callback(prometheus.end)
         # It must have seen them at 0, or it cannot know of an increase.
-        wait_until(lambda: (prometheus.value("sum(count_over_time(agent_tokens_total[1m]))") or 0) >= 8, 60)
+        wait_until(lambda: (prometheus.value("sum(count_over_time(agent_tokens_total[1m]))") or 0) >= 8)
         started_at = time.time()
         for replica in replicas * (CYCLES // 2):
             run_cycle(replica)

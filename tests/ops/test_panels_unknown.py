@@ -63,7 +63,7 @@ class Watched:
 
     def wait_scraped(self, expression: str, value: float) -> None:
         """Until each replica's last scrape says so."""
-        wait_until(lambda: self.prometheus.value(expression) == value, 90)
+        wait_until(lambda: self.prometheus.value(expression) == value)
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_a_setting_that_is_not_usable_ends_the_stack(server: Server) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_it_starts_ends_it_well(server: Server, number: signal.Signals) -> None:
     running = Stack(*FREE_PORTS, KTRDR_REDIS_URL=server.url)
-    wait_until(lambda: running.tells("replica-"), 60)
+    wait_until(lambda: running.tells("replica-"))
     running.signal(number)
     assert running.end() == 0
     assert running.said[-1].startswith(("stack: stopping", "replica-"))

@@ -32,7 +32,7 @@ def triggered(service: Service) -> str:
 
 
 def test_every_span_of_a_trigger_and_of_a_cancellation_has_the_operation(server, receiver: OtlpReceiver):
-    environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 60, **receiver.environment}
+    environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 3600, **receiver.environment}
     with serving(**environment) as service:
         operation_id = triggered(service)
         assert service.post("/api/v1/agent/trigger", {"operation_id": "op_refused"}).status_code == 409
@@ -55,7 +55,7 @@ def test_every_span_of_a_trigger_and_of_a_cancellation_has_the_operation(server,
 
 
 def test_a_cycle_that_outlives_many_heartbeats_has_no_span_of_any(server, receiver: OtlpReceiver):
-    environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 60, **receiver.environment}
+    environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 3600, **receiver.environment}
     with serving(AGENT_CYCLE_TTL=1, **environment) as service:
         operation_id = triggered(service)
 
@@ -63,7 +63,7 @@ def test_a_cycle_that_outlives_many_heartbeats_has_no_span_of_any(server, receiv
             return str(service.get(f"/api/v1/reservations/{operation_id}").json()["expires_at"])
 
         deadlines = set[str]()
-        wait_until(lambda: deadlines.add(expires_at()) or len(deadlines) > 4, 60)
+        wait_until(lambda: deadlines.add(expires_at()) or len(deadlines) > 4)
         assert service.request("DELETE", f"/api/v1/agent/cancel/{operation_id}").status_code == 200
         _, cycle = cycle_of(receiver, operation_id)
     assert "ktrdr.budget.heartbeat" not in {span.name for span in receiver.spans}
@@ -73,7 +73,7 @@ def test_a_cycle_that_outlives_many_heartbeats_has_no_span_of_any(server, receiv
 
 def cycle_of(receiver: OtlpReceiver, operation_id: str) -> tuple[Span, list[Span]]:
     """The root of a cycle that has ended, and its trace, which is one whole tree."""
-    spans = receiver.wait_named("agent.research_cycle", within_s=60)
+    spans = receiver.wait_named("agent.research_cycle")
     (root,) = [span for span in spans if span.name == "agent.research_cycle"]
     cycle = trace_of(spans, root.trace_id)
     assert not orphans(cycle)
@@ -98,7 +98,7 @@ def test_every_worker_traces_and_counts(server, receiver: OtlpReceiver):
             service.get("/api/v1/budgets")
             return len({span.resource["service.instance.id"] for span in receiver.spans}) == 2
 
-        wait_until(both_have_exported, 60)
+        wait_until(both_have_exported)
         operation_id = triggered(service)
         root, cycle = cycle_of(receiver, operation_id)
         samples = service.get("/metrics").text.splitlines()
@@ -139,10 +139,10 @@ def test_a_cycle_that_fails_at_a_gate_is_a_whole_tree(server, receiver: OtlpRece
 
 
 def test_a_cycle_that_is_cancelled_is_a_whole_tree(server, receiver: OtlpReceiver):
-    environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 60, **receiver.environment}
+    environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 3600, **receiver.environment}
     with serving(**environment) as service:
         operation_id = triggered(service)
-        answer = httpx.delete(f"{service.url}/api/v1/agent/cancel/{operation_id}", timeout=10)
+        answer = httpx.delete(f"{service.url}/api/v1/agent/cancel/{operation_id}", timeout=60)
         assert answer.json()["status"] == "cancelled", answer.text
         root, cycle = cycle_of(receiver, operation_id)
     assert (root.status, root.attributes["outcome"]) == ("unset", "cancelled")

@@ -21,6 +21,7 @@ from ktrdr_budget.telemetry.tracing import _Quiet
 
 from ..conftest import free_port
 from ..helpers.otlp_receiver import OtlpReceiver, Span, children, orphans, trace_of
+from ..helpers.waiting import WITHIN_S
 
 APP = Path(__file__).parents[1] / "workers" / "traced_app.py"
 
@@ -32,7 +33,7 @@ def receiver() -> Iterator[OtlpReceiver]:
     assert not receiver.errors
 
 
-def run(*words: str, environment: dict[str, str], within_s: float = 60) -> tuple[str, str]:
+def run(*words: str, environment: dict[str, str], within_s: float = WITHIN_S) -> tuple[str, str]:
     """What a process of this environment has written to its outputs."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     done = subprocess.run(

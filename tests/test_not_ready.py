@@ -179,6 +179,44 @@ async def test_what_was_not_sent_because_the_event_loop_stood_still_is_sent(repl
     assert client.exists(*[f"ktrdr:{{default}}:h:op_{n}" for n in range(count)]) == count
 
 
+@pytest.mark.parametrize("connected", [True, False])
+@pytest.mark.parametrize("turns", [2, 4, 7])
+async def test_what_was_under_way_when_the_event_loop_stood_still_is_granted_by_the_store(replica, connected, turns):
+    """A connection that could not be made, or a reply that could not be read, says nothing of the store."""
+    if not connected:
+        replica._coalescer.recovery.stop()
+        await until(lambda: not replica._coalescer._background.tasks)
+        replica._store._wires.drop_idle()
+    with in_haste(replica, 0.5):
+        tries = [asyncio.create_task(replica.reserve("agent", "0.01")) for _ in range(30)]
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        time.sleep(0.7)
+    assert all(hold.guarded and hold.prepaid is None for hold in await asyncio.gather(*tries))
+    assert replica.store_state == "closed"
+
+
+@pytest.mark.parametrize("policy", ["allow", "lease"])
+async def test_nothing_is_admitted_while_the_event_loop_stands_still_again_and_again(server, policy):
+    """It has no time for a connection: whether the store could be reached is not known."""
+    options = {"lease_slab": "5.00"} if policy == "lease" else {}
+    async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error=policy, **options) as limiter:
+        await until(lambda: policy == "allow" or limiter.prepaid["agent"])
+        limiter._coalescer.recovery.stop()
+        await until(lambda: not limiter._coalescer._background.tasks)
+        limiter._store._wires.drop_idle()
+        with in_haste(limiter, 0.3):
+            tries = [asyncio.create_task(limiter.reserve("agent", "0.01")) for _ in range(30)]
+            while not all(tried.done() for tried in tries):
+                await asyncio.sleep(0)
+                time.sleep(0.3)
+        for tried in tries:
+            with pytest.raises(StoreUnavailable, match="the event loop stood still") as refused:
+                await tried
+            assert refused.value.reached
+        assert limiter.store_state == "closed"
+
+
 async def test_a_commit_by_id_is_sent_though_the_event_loop_stood_still(replica, client):
     await replica.reserve("agent", "0.15", id="op_1")
     with in_haste(replica, 0.5):

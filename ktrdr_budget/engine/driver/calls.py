@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -31,18 +32,40 @@ Observer = Callable[[Observation], None]
 class Call:
     """One flow, and whoever awaits its result."""
 
-    __slots__ = ("context", "deadline", "delayed", "flow", "future", "kept", "operation", "request", "sent", "started")
+    __slots__ = (
+        "context",
+        "deadline",
+        "delayed",
+        "flow",
+        "future",
+        "kept",
+        "operation",
+        "request",
+        "sent",
+        "stalled_max_s",
+        "started",
+    )
 
     def __init__(
-        self, flow: Flow[Any], future: Any, operation: str, started: float, deadline: float, *, kept: bool = False
+        self,
+        flow: Flow[Any],
+        future: Any,
+        operation: str,
+        started: float,
+        deadline: float,
+        stalled_max_s: float = math.inf,
+        *,
+        kept: bool = False,
     ) -> None:
         self.flow = flow
         self.future = future
         self.operation = operation
         self.started = started
         self.deadline = deadline
+        self.stalled_max_s = stalled_max_s
+        """Once the event loop stood still for so long in sum, that the call got no reply says nothing of the store."""
         self.delayed = False
-        """Its time has begun anew: it could not be sent, for the event loop stood still."""
+        """Its time has begun anew, for the event loop stood still."""
         self.kept = kept
         """The caller will not retry: the limiter sends a settlement that fails again, as if the caller were gone."""
         self.context = contextvars.copy_context()

@@ -22,7 +22,7 @@ from ktrdr_budget.engine.driver.background import Background, Unrepaired
 from ktrdr_budget.engine.driver.backlog import Backlog
 from ktrdr_budget.engine.driver.breaker import Breaker
 from ktrdr_budget.engine.driver.calls import Call, Observation, Observer
-from ktrdr_budget.engine.driver.deadlines import Deadlines
+from ktrdr_budget.engine.driver.deadlines import LATE_S, Deadlines
 from ktrdr_budget.engine.driver.queues import Queues
 from ktrdr_budget.engine.driver.recovery import Recovery
 from ktrdr_budget.engine.flows import Core
@@ -46,10 +46,9 @@ _BACKOFF_MAX_S = 0.2
 _MISSING_S = 0.05
 """How long a call waits for a window that is not here, before it asks again."""
 _REPAIRED = "it lost writes and is being repaired"
+_STALLED = "the event loop stood still"
 _LEFT_S = 0.002
 """A call with less time left than this has none."""
-_LATE_S = 0.02
-"""A deadline that is noticed so late has passed because the event loop stood still."""
 _ANSWER_S = 0.1
 """What has waited for the store to be ready is sent again only with so much time left for its answer."""
 
@@ -130,7 +129,8 @@ class Coalescer:
         loop = self.bind()
         future = loop.create_future() if future is None else future
         # An event loop may know the time to a millisecond only, too coarse for what a hook is told.
-        call = Call(flow, future, operation, time.monotonic(), loop.time() + self._timeout, kept=kept)
+        deadline, stalled_max_s = loop.time() + self._timeout, self._stalled_max_s
+        call = Call(flow, future, operation, time.monotonic(), deadline, stalled_max_s, kept=kept)
         self._resume(call, None)
         return call
 
@@ -234,13 +234,13 @@ class Coalescer:
         if self.breaker.open:
             self.breaker.consult(partial(self._consulted, call))
             return
+        if call.deadline < self._deadlines.next_s:
+            self._deadlines.watch(self._loop, call.deadline)
         if not isinstance(request, Op):
             self._spawn(self._command(call, request), call)
             return
         self._queues.put(call)
         lanes = self._lanes
-        if call.deadline < self._deadlines.next_s:
-            self._deadlines.watch(self._loop, call.deadline)
         if lanes == 0 or (lanes < _LANES and len(self._queues) >= _SECOND_LANE_FROM):
             self._lanes += 1
             self._loop.call_soon(self._next)  # what else this turn of the event loop asks for travels along
@@ -415,8 +415,7 @@ class Coalescer:
     def _expire(self, calls: list[Call], error: Exception | None, *, in_turn: bool = False) -> list[Call]:
         """Ends the calls whose deadline has come; returns the others.
 
-        What was never sent because the event loop stood still has its time once more, unless something else is known to
-        keep it from being sent: the store may be there.
+        A call that was never sent, and that nothing else is known to keep from being sent, has its time once more.
 
         Args:
             in_turn: they would be sent now.
@@ -426,16 +425,37 @@ class Coalescer:
         left, paid = list[Call](), list[Call]()
         unhindered = error is None and not self.recovery.active
         for call in calls:
-            stood_still = unhindered and (in_turn or now - call.deadline > _LATE_S)
-            if call.deadline - now <= _LEFT_S and stood_still and not (call.sent or call.delayed):
-                call.delayed, call.deadline = True, now + self._timeout
-            (left if call.deadline - now > _LEFT_S else paid).append(call)
-        if paid and error is not None:
-            self.breaker.paid(max(call.started for call in paid), error)
+            if call.deadline - now > _LEFT_S:
+                left.append(call)
+                continue
+            unsent = unhindered and not call.sent and (in_turn or now - call.deadline > LATE_S)
+            (left if self._renew(call, unsent) else paid).append(call)
+        fair = [call.started for call in paid if not self._stood_still(call)]
+        if fair and error is not None:
+            self.breaker.paid(max(fair), error)
         waited = _REPAIRED if self.recovery.active else ""
         for call in paid:
-            self._throw(call, unavailable(error, self._store.shown, self._timeout, ambiguous=call.sent, waited=waited))
+            cause, why = (None, _STALLED) if self._stood_still(call) else (error, waited)
+            self._throw(call, unavailable(cause, self._store.shown, self._timeout, ambiguous=call.sent, waited=why))
         return left
+
+    @property
+    def _stalled_max_s(self) -> float:
+        return self._deadlines.stalled_s + self._timeout / 2
+
+    def _stood_still(self, call: Call) -> bool:
+        """Whether the event loop stood still for half of a call's time, or more: a connection that was not made, or a
+        reply that was not read, says nothing of the store then."""
+        return self._deadlines.stalled_s >= call.stalled_max_s
+
+    def _renew(self, call: Call, unsent: bool = False) -> bool:
+        """Give a call its time once more, but once only."""
+        assert self._loop is not None
+        if call.delayed or not (unsent or self._stood_still(call)):
+            return False
+        call.delayed, call.deadline = True, self._loop.time() + self._timeout
+        call.stalled_max_s = self._stalled_max_s
+        return True
 
     def _refuse_waiting(self) -> None:
         """Ends what waits for a store that does not answer."""
@@ -455,7 +475,10 @@ class Coalescer:
 
     def _look(self) -> float:
         self._expire_waiting()
-        return min([call.deadline for call in self._queues], default=math.inf)
+        assert self._loop is not None
+        # What is under way ends in time by itself.
+        last_s = self._loop.time() + self._timeout if self._lanes or self._background.tasks else math.inf
+        return min([call.deadline for call in self._queues], default=last_s)
 
     async def _command(self, call: Call, command: Read | Command) -> None:
         """A read, tried until its deadline."""
@@ -481,12 +504,15 @@ class Coalescer:
             if self.breaker.open:
                 self._throw(call, self.breaker.refusal(ambiguous=False))
                 return
-            if call.deadline - self._loop.time() <= pause:
+            if call.deadline - self._loop.time() <= pause and not self._renew(call):
                 if isinstance(error, Unrepaired):
                     self._throw(call, StoreUnavailable(str(error), reached=True))
                     return
-                self.breaker.paid(call.started, error)
-                self._throw(call, unavailable(error, self._store.shown, self._timeout))
+                stalled = self._stood_still(call)
+                if not stalled:
+                    self.breaker.paid(call.started, error)
+                cause = None if stalled else error
+                self._throw(call, unavailable(cause, self._store.shown, self._timeout, waited=_STALLED))
                 return
             await asyncio.sleep(pause)
             pause = min(_BACKOFF_MAX_S, pause * 2)

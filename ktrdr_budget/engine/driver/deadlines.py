@@ -10,39 +10,61 @@ import asyncio
 import math
 from collections.abc import Callable
 
-__all__ = ["Deadlines"]
+__all__ = ["LATE_S", "Deadlines"]
 
 _APART_S = 0.01
-"""Timers are no closer than this: many calls may wait, and looking at all of them takes time."""
+"""Deadlines are looked at no more often than this: many calls may wait, and looking at all of them takes time."""
+_TICK_S = 0.02
+LATE_S = 0.02
+"""A timer that is so late is late because the event loop stood still."""
 
 
 class Deadlines:
     """One timer, for the earliest of them: a timer for each call would cost as much as sending it.
 
+    It ticks more often, and so measures for how long the event loop stands still while calls are under way.
+
     Args:
-        look: ends the calls whose deadline has come, and tells the earliest of the others; infinite if none waits.
+        look: ends the calls whose deadline has come, and returns the earliest of the others; infinite if none is left.
     """
 
     def __init__(self, look: Callable[[], float]) -> None:
         self._look = look
         self._timer: asyncio.TimerHandle | None = None
         self.next_s = math.inf
-        """The time of the event loop that the timer is set to; whoever waits with an earlier deadline says so."""
+        """The time of the event loop at which it looks next; a call with an earlier deadline sets it anew."""
+        self.stalled_s = 0.0
+        """For how long the event loop stood still, in sum."""
 
     def watch(self, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
-        """Looks at this time of the event loop."""
-        self.stop()
+        """Look at this time of the event loop."""
+        self._note_stall(loop)
         self.next_s = deadline
-        self._timer = loop.call_at(deadline, self._run, loop)
+        self._wait(loop)
+
+    def _wait(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        now_s = loop.time()
+        self._timer = loop.call_at(min(max(self.next_s, now_s), now_s + _TICK_S), self._run, loop)
 
     def _run(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._timer, self.next_s = None, math.inf
-        next_s = self._look()
-        if next_s < self.next_s:
-            self.watch(loop, max(next_s, loop.time() + _APART_S))
+        self._note_stall(loop)
+        self._timer = None
+        if loop.time() >= self.next_s:
+            self.next_s = math.inf
+            next_s = self._look()
+            if next_s < self.next_s:
+                self.next_s = max(next_s, loop.time() + _APART_S)
+        if self._timer is None and self.next_s < math.inf:
+            self._wait(loop)
+
+    def _note_stall(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._timer is not None and (late_s := loop.time() - self._timer.when()) > LATE_S:
+            self.stalled_s += late_s
 
     def stop(self) -> None:
-        """Looks no more, until somebody says so."""
+        """Look no more, until :meth:`watch`."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer, self.next_s = None, math.inf

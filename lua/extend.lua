@@ -66,12 +66,18 @@ end
 -- A report that comes after the deadline. It is a fact, so it is not denied. Where an operator has released the hold, it
 -- counts what was used, and nothing else.
 local function report(id, key, hold, accrued)
+  local charges = {}
   for i = 1, #hold.segments do
     local segment = hold.segments[i]
-    local w, before = by_name[segment.name], units(segment.charged)
+    local w = by_name[segment.name]
     local used = segment.flag == 's' and 0 or max(units(segment.accrued), accrued[segment.name] or 0)
     segment.accrued = used > 0 and text(used) or ''
-    local charge = hold.state == 'z' and used or expiry_charge(hold, segment)
+    charges[i] = hold.state == 'z' and used or expiry_charge(hold, segment)
+    if total(w) + charges[i] - units(segment.charged) >= FULL then return 'f ' .. w.name end
+  end
+  for i = 1, #hold.segments do
+    local segment = hold.segments[i]
+    local w, charge, before = by_name[segment.name], charges[i], units(segment.charged)
     if charge > before then
       segment.charged = text(charge)
       add(w, UNCONFIRMED, charge - before)

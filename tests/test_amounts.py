@@ -12,6 +12,7 @@ from ktrdr_budget.money import MAX_UNITS
 from ktrdr_budget.verify import verify
 
 from .helpers.keyspace import dump, ledger_sum, sums, window_key
+from .helpers.waiting import until
 
 MOST = Decimal("9007199.254740991")
 """The largest amount: one nano-dollar below 2**53 of them."""
@@ -226,6 +227,32 @@ async def test_p2_so_do_reports_and_late_commits(server):
         await holds[2].release()
         assert (await limiter.status("tokens")).spent == 512 * LARGEST + 5
     assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
+
+
+async def test_p2_so_do_reports_after_the_deadline(clocked_server, caplog):
+    clocked_server.set(clocked_server.now().replace(hour=12))
+    async with AsyncBudgetLimiter(clocked_server.url, FULL) as limiter:
+        late = asyncio.Event()
+
+        async def fail() -> None:
+            async with limiter.hold("tokens", 1, ttl=3600, on_error="charge") as hold:
+                hold.accrue({"tokens": LARGEST})
+                await late.wait()
+                raise RuntimeError
+
+        blocks = [asyncio.create_task(fail()) for _ in range(2)]
+
+        async def granted() -> bool:
+            return (await limiter.status("tokens")).held == 2
+
+        await until(granted)
+        await asyncio.gather(*(limiter.record("tokens", LARGEST) for _ in range(511)))
+        clocked_server.advance(7200)
+        late.set()
+        assert {type(error) for error in await asyncio.gather(*blocks, return_exceptions=True)} == {RuntimeError}
+        assert (await limiter.status("tokens")).unconfirmed == LARGEST + 1
+        assert "could not be settled: 'tokens' would count 4,611,686,018,427,387,904 tokens or more" in caplog.text
+    assert all(report.adds_up for report in await asyncio.to_thread(verify, clocked_server.url))
 
 
 async def test_p2_a_key_of_another_type_fails_only_what_touches_it(server, client):

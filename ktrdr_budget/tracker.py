@@ -13,6 +13,7 @@ from typing import Any
 
 from ktrdr_budget import environment
 from ktrdr_budget.engine.holds import OnError
+from ktrdr_budget.engine.stores.credentials import CredentialSource
 from ktrdr_budget.errors import DefinitionConflict, StoreUnavailable
 from ktrdr_budget.events import log_spend, logs_spend
 from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, Status
@@ -37,6 +38,7 @@ class BudgetTracker:
         data_dir: data of the embedded server; ``None`` reads ``AGENT_BUDGET_DIR`` (``data/budget``).
         url: the store; ``None`` reads ``KTRDR_REDIS_URL``, and is the embedded server if that is not set either or if
             ``data_dir`` is given.
+        credential_provider: asked for the store's login at each connection; see :class:`AsyncBudgetLimiter`.
 
     Raises:
         InvalidArgument: an argument, or what the environment says instead, is not usable.
@@ -47,6 +49,8 @@ class BudgetTracker:
         daily_limit: AmountIn | None = None,
         data_dir: str | os.PathLike[str] | None = None,
         url: str | None = None,
+        *,
+        credential_provider: CredentialSource | None = None,
     ) -> None:
         environment.check_names()
         limit = environment.daily_limit() if daily_limit is None else from_units(to_units(daily_limit, round_down=True))
@@ -64,6 +68,7 @@ class BudgetTracker:
             [environment.agent_budget(limit)],
             tenant=environment.tenant(),
             data_dir=environment.data_dir() if data_dir is None else data_dir,
+            credential_provider=credential_provider,
             **environment.limiter_options(),
         )
         """The limiter behind this facade, for all that it does not offer."""

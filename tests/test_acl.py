@@ -154,6 +154,14 @@ async def test_readiness_names_each_permission_that_is_missing(guarded, operator
     assert permission in " ".join(text for text in checks.values() if text).lower()
 
 
+async def test_the_error_of_a_call_names_the_command_that_the_store_refuses(guarded, operator):
+    operator.execute_command("ACL", "SETUSER", "ktrdr", "-time")
+    limiter = AsyncBudgetLimiter(guarded.url, BUDGETS, timeout=10)
+    with pytest.raises(StoreError, match="no permissions to run the 'time' command$|can't run this command"):
+        await limiter.reserve("agent", "0.15")
+    await limiter.close()
+
+
 @pytest.mark.parametrize("permission", ["eval", "evalsha"])
 async def test_without_scripts_nothing_starts_and_the_error_names_the_permission(guarded, operator, permission):
     operator.execute_command("ACL", "SETUSER", "ktrdr", f"-{permission}")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, BudgetTracker, StoreUnavailable
 from ktrdr_budget.engine.stores import packing
 from ktrdr_budget.errors import InvalidArgument, StoreError
 from ktrdr_budget.telemetry.audit import Audit
@@ -108,6 +108,18 @@ def test_the_sync_limiter_and_the_audit_ask_it_too(own):
         assert auditor.check()
         vault.rotate("third-secret")
         assert auditor.check()
+
+
+def test_the_tracker_asks_it_too(own, monkeypatch):
+    vault = Vault(own)
+    monkeypatch.setenv("KTRDR_REDIS_URL", own.url)
+    with BudgetTracker(5, credential_provider=vault) as tracker:
+        tracker.record_spend("0.10", "op_1")
+        asked = vault.asked
+        assert asked >= 1
+        vault.rotate("second-secret")
+        assert tracker.get_today_spend() == 0.1
+        assert vault.asked > asked
 
 
 async def test_the_gauge_of_the_audit_logs_in_as_its_limiter_does(own):

@@ -31,18 +31,30 @@ def plain(start_server) -> Iterator[int]:
     own.kill()
 
 
+class Page(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *words: object) -> None:
+        """Silent."""
+
+
+@contextlib.contextmanager
+def served(server: http.server.HTTPServer) -> Iterator[int]:
+    """An HTTP server in a thread; its port."""
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        yield server.server_address[1]
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
 @pytest.fixture(params=["http.server", "waits for the end of the headers"])
 def web(request) -> Iterator[int]:
     """The port of an HTTP server."""
     if request.param == "http.server":
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
-        server.RequestHandlerClass.log_message = lambda *words: None  # type: ignore[method-assign]
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server.server_address[1]
-        server.shutdown()
-        thread.join()
-        server.server_close()
+        with served(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)) as port:
+            yield port
         return
     listener = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=_patient, args=(listener,), daemon=True)
@@ -77,7 +89,7 @@ async def refusal(url: str) -> str:
         with pytest.raises(StoreError) as refused:
             await call()
     checks = await limiter.check()
-    assert str(refused.value) in str(checks["scripts"])
+    assert (checks["store"], checks["scripts"]) == (str(refused.value), "unknown: it is no store")
     await limiter.close()
     return str(refused.value)
 
@@ -94,6 +106,22 @@ async def test_a_server_without_tls_is_named(plain, form, way, monkeypatch):
 async def test_an_http_server_is_named(web, scheme):
     words = await refusal(f"{scheme}://127.0.0.1:{web}")
     assert f"the server at 127.0.0.1:{web} is not a Redis server: it answered HTTP" in words
+
+
+@pytest.mark.parametrize("way", ["wires", "client"])
+async def test_a_store_whose_port_an_http_server_takes_later_is_named(start_server, way, monkeypatch):
+    if way == "client":
+        monkeypatch.setattr(packing, "Reader", None)
+    port = free_port()
+    own = start_server(None, "--port", str(port))
+    limiter = AsyncBudgetLimiter(f"redis://127.0.0.1:{port}", BUDGETS, timeout=20.0)
+    await limiter.reserve("agent", "0.15")
+    own.kill()
+    with served(http.server.ThreadingHTTPServer(("127.0.0.1", port), Page)):
+        with pytest.raises(StoreError, match="it is not a Redis server: it answered HTTP"):
+            await limiter.reserve("agent", "0.15")
+        assert "it answered HTTP" in str((await limiter.check())["store"])
+    await limiter.close()
 
 
 @pytest.mark.parametrize("form", ["redis+sentinel://127.0.0.1:{}/main", "redis+cluster://127.0.0.1:{}"])

@@ -15,6 +15,7 @@ import redis
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
 from ktrdr_budget.engine.stores.wire import Wire
+from ktrdr_budget.errors import StoreError
 from ktrdr_budget.verify import verify
 
 from .conftest import Server, free_port
@@ -152,8 +153,12 @@ async def test_a_certificate_for_another_host_is_refused(authority, tls, identit
     await refusal(tls.url_with("127.0.0.2", **identity), "mismatch")
 
 
-async def test_plain_text_at_a_port_that_speaks_tls_is_refused(tls):
-    await refusal(f"redis://localhost:{tls.port}/0")
+async def test_plain_text_at_a_port_that_speaks_tls_is_refused_and_the_error_names_the_scheme(tls):
+    limiter = AsyncBudgetLimiter(f"redis://localhost:{tls.port}/0", BUDGETS, timeout=20.0)
+    with pytest.raises(StoreError, match="speaks TLS; its URL must start with rediss, not redis"):
+        await limiter.reserve("agent", "0.01")
+    assert "speaks TLS" in str((await limiter.check())["store"])
+    await limiter.close()
 
 
 async def test_without_a_certificate_a_server_that_wants_one_refuses(authority, tls):

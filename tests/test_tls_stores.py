@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable
+from ktrdr_budget.errors import StoreError
 from ktrdr_budget.verify import verify
 
 from .conftest import Server
@@ -66,7 +67,7 @@ async def test_a_cluster_through_tls(cluster_port, authority):
     await until(lambda: _works(url))
     assert all(report.adds_up for report in verify(url))
     assert not await _works(f"rediss+cluster://127.0.0.1:{cluster_port}"), "an unknown authority"
-    assert not await _works(f"redis+cluster://127.0.0.1:{cluster_port}"), "no TLS at all"
+    assert "speaks TLS; its URL must start with rediss" in await _refusal(f"redis+cluster://127.0.0.1:{cluster_port}")
 
 
 async def test_a_sentinel_and_its_master_through_tls(sentinel_port, authority):
@@ -74,7 +75,9 @@ async def test_a_sentinel_and_its_master_through_tls(sentinel_port, authority):
     await until(lambda: _works(url))
     assert all(report.adds_up for report in verify(url))
     assert not await _works(f"rediss+sentinel://localhost:{sentinel_port}/budgets"), "an unknown authority"
-    assert not await _works(f"redis+sentinel://localhost:{sentinel_port}/budgets"), "no TLS at all"
+    assert "speaks TLS; its URL must start with rediss" in await _refusal(
+        f"redis+sentinel://localhost:{sentinel_port}/budgets"
+    )
 
 
 async def _works(url: str) -> bool:
@@ -84,3 +87,11 @@ async def _works(url: str) -> bool:
         except StoreUnavailable:
             return False
         return bool(limiter._store._wires.standing)
+
+
+async def _refusal(url: str) -> str:
+    limiter = AsyncBudgetLimiter(url, BUDGETS, timeout=20.0)
+    with pytest.raises(StoreError) as refused:
+        await limiter.start()
+    await limiter.close()
+    return str(refused.value)

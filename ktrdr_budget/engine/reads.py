@@ -32,6 +32,7 @@ from ktrdr_budget.engine.views import (
     conflict,
     entry_cursor,
     holds_cursor,
+    is_foreign,
     page_size,
     policy_fault,
     refusal_faults,
@@ -313,7 +314,9 @@ class Reads:
             yield self._status_read((), False)
             yield Command("apply", keys, args)
         except StoreError as error:
-            return (str(error), "unknown: the store refuses its user") if refuses_login(error) else (None, str(error))
+            if refuses_login(error):
+                return str(error), "unknown: the store refuses its user"
+            return (str(error), "unknown: it is no store") if is_foreign(error) else (None, str(error))
         return None, None
 
     def watch_policy(self) -> Flow[None]:

@@ -69,7 +69,7 @@ class BudgetLog:
             while self._spent:
                 spent, self._spent = self._spent, []
                 try:
-                    status = await limiter.status(AGENT)
+                    status = await limiter.status(AGENT, complete=True)
                 except BudgetError:  # the spend is recorded all the same; its total is unknown
                     status = None
                 for amount, operation_id in spent:

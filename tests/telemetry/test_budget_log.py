@@ -12,6 +12,8 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
 from ktrdr_budget.telemetry.budget_log import BudgetLog
 from ktrdr_budget.telemetry.outcomes import combined
 
+from ..helpers.patience import away, hurried
+
 BUDGETS = [Budget("agent", "5.00"), Budget("team", "1.00"), Budget("jobs", 1, kind="slots")]
 
 
@@ -75,6 +77,24 @@ async def test_a_status_that_cannot_be_read_is_unknown_and_the_spend_is_logged(s
     [record] = records(caplog, "Budget spend recorded: ")
     assert (record.amount, record.total_spend, record.remaining) == (0.02, None, None)
     assert record.message == "Budget spend recorded: $0.02 for r-1 (total: unknown, remaining: unknown)"
+
+
+@pytest.mark.timely
+async def test_a_total_that_lacks_what_another_replica_has_yet_to_replay_is_unknown(server, logged, client, caplog):
+    limiter, log = logged
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as other:
+        other._coalescer.recovery.stop()  # it notices no loss by itself
+        await other.record("agent", "1.00")
+        await limiter.record("agent", "0.02", id="r-1")
+        await log.drain()
+        client.flushall()
+        await limiter.status("agent")
+        with away(server.url), hurried(limiter, 0.3):
+            await limiter.record("agent", "0.03", id="r-2")
+            await log.drain()
+    first, second = records(caplog, "Budget spend recorded: ")
+    assert (first.operation_id, first.total_spend) == ("r-1", 1.02)
+    assert (second.operation_id, second.total_spend, second.remaining) == ("r-2", None, None)
 
 
 async def test_denials_are_logged_once_for_each_window_and_budget(logged, caplog):

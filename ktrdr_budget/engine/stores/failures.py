@@ -30,6 +30,8 @@ _PASSING = re.compile(r"\b(LOADING|BUSY|TRYAGAIN|CLUSTERDOWN|MASTERDOWN|READONLY
 # Those of a server that may not be the right one any more, and those of one that is, and needs time.
 _DOUBTFUL = re.compile(r"\b(CLUSTERDOWN|MASTERDOWN|READONLY)\b")
 _PATIENT = re.compile(r"\b(LOADING|BUSY|TRYAGAIN|NOREPLICAS)\b")
+# The first byte of HTTP, or of the page that an HTTP server sends to a request that it does not understand.
+_NOT_REDIS = re.compile(r"^Protocol (error, got|Error: b?)\W*[H<]")
 _REDIRECTION = re.compile(r"(MOVED|ASK) \d+ (\S*):(\d+)")
 
 
@@ -116,6 +118,8 @@ def meaning(error: Exception, shown: str) -> Exception:
             return Transient(f"cannot connect to {shown} ({_reason(error)})", sent=False)
         return Transient(text, sent=True)
     if isinstance(error, (redis_errors.RedisError, Refusal)):
+        if _NOT_REDIS.search(str(error)):
+            text = f"store at {shown}: it is not a Redis server: it answered HTTP"
         return StoreError(text)
     return error
 
@@ -146,7 +150,7 @@ def _words(error: Exception) -> str:
 def without_secrets(error: Exception) -> str:
     """An error's first line; servers and drivers put no password there, but a URL may have got in."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    line = re.sub(r",? script: .*", "", line)  # where in a script; nobody outside knows its lines
+    line = re.sub(r",? script: [^:]*on @user_script.*", "", line)  # where in a script; nobody outside knows its lines
     return re.sub(r"(\w+://)[^@\s/]*@", r"\1***@", line)[:300]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 
 from ktrdr_budget.engine.stores.urls import Address
 
@@ -24,9 +25,7 @@ def foreign_reply(address: Address, tls: bool) -> ForeignServer | None:
         tls: whether the store's URL asks for TLS.
     """
     try:
-        with socket.create_connection(address, timeout=_ANSWER_S) as connection:
-            connection.sendall(_REQUEST)
-            reply = connection.recv(64)
+        reply = _reply(address)
     except OSError:
         return None
     where = f"the server at {address[0]}:{address[1]}"
@@ -34,6 +33,25 @@ def foreign_reply(address: Address, tls: bool) -> ForeignServer | None:
         return ForeignServer(f"{where} is not a Redis server: it answered HTTP")
     if tls and reply.startswith((b"+", b"-")):
         return ForeignServer(f"{where} does not speak TLS; its URL must start with redis, not rediss")
-    if not tls and reply.startswith(b"\x15\x03"):
+    if not tls and not reply.startswith((b"+", b"-")) and _speaks_tls(address):
         return ForeignServer(f"{where} speaks TLS; its URL must start with rediss, not redis")
     return None
+
+
+def _reply(address: Address) -> bytes:
+    with socket.create_connection(address, timeout=_ANSWER_S) as connection:
+        try:
+            connection.sendall(_REQUEST)
+            return connection.recv(64)
+        except ConnectionError:
+            return b""  # as a server that speaks TLS ends a connection that does not
+
+
+def _speaks_tls(address: Address) -> bool:
+    context = ssl.create_default_context()
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    try:
+        with socket.create_connection(address, timeout=_ANSWER_S) as connection, context.wrap_socket(connection):
+            return True
+    except OSError:
+        return False

@@ -53,6 +53,7 @@ async def live(limiter: AsyncBudgetLimiter, hold: AsyncHold) -> None:
         await other.commit("0.01")
 
 
+@pytest.mark.timely
 @pytest.mark.parametrize("policy", ["deny", "allow"])
 async def test_callers_that_record_in_a_loop_starve_no_reservation_growth_or_heartbeat(server, client, policy):
     async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error=policy) as limiter:

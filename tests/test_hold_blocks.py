@@ -9,6 +9,7 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict
+from ktrdr_budget.engine.driver.heartbeats import Heartbeat
 from ktrdr_budget.engine.holds import current_hold
 from ktrdr_budget.money import to_units
 
@@ -215,6 +216,20 @@ async def test_heartbeats_end_with_their_block(client, limiter, caplog):
     ends = time.monotonic() + 0.8
     await until(lambda: time.monotonic() > ends)
     assert left == ((await limiter.get("op_1")).expires_at, (await limiter.get("op_2")).expires_at)
+    assert caplog.records == []
+
+
+async def test_a_heartbeat_that_is_decided_after_the_end_of_its_block_is_not_reported(limiter, caplog):
+    """Both are in one batch, in which settlements come first."""
+    hold = await limiter.reserve("agent", "0.15")
+    heartbeat = Heartbeat(limiter._coalescer, hold)
+    heartbeat.stop()
+    heartbeat._beat()
+    beaten = heartbeat._timer
+    heartbeat.stop()
+    await hold.commit("0.07")
+    await asyncio.wait({beaten})
+    assert isinstance(beaten.exception(), HoldConflict)
     assert caplog.records == []
 
 

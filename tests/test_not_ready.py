@@ -143,6 +143,7 @@ def without_replicas(client: redis.Redis) -> Iterator[None]:
         client.config_set("min-replicas-to-write", 0)
 
 
+@pytest.mark.timely
 @pytest.mark.parametrize("not_ready", [read_only, busy, without_replicas])
 async def test_nothing_is_granted_by_a_store_that_answers_not_now(replica, client, not_ready):
     """The first calls wait for it; then the breaker is open, and they do not."""
@@ -174,7 +175,7 @@ async def test_what_was_not_sent_because_the_event_loop_stood_still_is_sent(repl
         tries = [asyncio.create_task(replica.reserve("agent", "0.01", id=f"op_{n}")) for n in range(count)]
         await asyncio.sleep(0)  # all of them are queued
         time.sleep(0.6)
-        holds = await asyncio.gather(*tries)
+    holds = await asyncio.gather(*tries)
     assert all(hold.guarded and hold.prepaid is None for hold in holds)
     assert client.exists(*[f"ktrdr:{{default}}:h:op_{n}" for n in range(count)]) == count
 
@@ -223,7 +224,7 @@ async def test_a_commit_by_id_is_sent_though_the_event_loop_stood_still(replica,
         commit = asyncio.create_task(replica.commit("op_1", "0.07"))
         await asyncio.sleep(0)
         time.sleep(0.6)
-        assert not (await commit).deferred
+    assert not (await commit).deferred
 
 
 async def test_a_call_that_had_to_wait_for_its_turn_is_tried_for_one_more_deadline_at_most(start_server):

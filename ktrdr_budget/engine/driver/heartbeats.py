@@ -47,7 +47,7 @@ class Heartbeat:
         stopped, self._timer = self._timer is not future, None
         error = None if future.cancelled() else future.exception()
         ended = isinstance(error, (HoldConflict, UnknownHold))
-        if error is not None:
+        if error is not None and not stopped:  # one that was stopped may come after what settles the hold
             event = "heartbeats of hold %s stopped: %s" if ended else "heartbeat of hold %s failed: %s"
             logger.warning(event, self._hold.id, error)
         if not stopped and not ended:

@@ -97,7 +97,6 @@ end
 -- A release is restored without a window: else the hold would be opened again by a replica that knows of no release.
 local function restore_release(key, hold)
   for i = 1, #hold.segments do hold.segments[i].charged = '' end
-  if hold.given_back then return 'k - ' .. charges(hold) end -- its id is free
   if hold.state == 'z' then
     store_record(key, hold, first_lifetime(hold))
   else

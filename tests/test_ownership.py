@@ -276,6 +276,25 @@ async def test_a_denied_retry_leaves_a_released_hold_to_the_worker_that_has_it_b
     assert spent_and_held(client) == (to_units("200.07"), 0)
 
 
+async def test_a_repair_does_not_hold_again_what_was_released_for_a_cancelled_caller(client, proxy, limiter, other):
+    """Another replica has the hold by a replay, and replays it as open after the first one has replayed its release."""
+    other._coalescer.recovery.stop()
+    proxy.hold_replies()
+    call = limiter.reserve("agent", "0.15", id="op_1")
+    await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
+    hold = await other.reserve("agent", "0.15", id="op_1")
+    proxy.let_go()
+    await until(lambda: sums(client)["held"] == 0)
+    client.flushall()
+    for replica in (limiter, other):
+        replica._coalescer.recovery.suspect()
+        await until(lambda replica=replica: replica.losses == 1 and not replica._coalescer.recovery.active)
+    assert sums(client)["held"] == 0
+    assert (await limiter.get("op_1")).state == "released"
+    assert (await hold.commit("0.07")).amounts == {"agent": Decimal("0.07")}
+    assert spent_and_held(client) == (to_units("0.07"), 0)
+
+
 async def test_a_late_copy_of_a_request_whose_grant_was_released_is_not_granted_again(client, proxy, limiter):
     proxy.hold_replies()
     call = limiter.reserve("agent", "0.15", id="op_1")

@@ -3,8 +3,12 @@
 --
 -- op     S replica op                      a settlement (K, N) that is in the share of another replica
 --        T id window:units                 the share of this replica in the window's spend is at least so much
+--        Q id budget limit until_ms changed_us definition     a limit that was set at run time then; one that was cleared
+--                                          ended in the first millisecond
 -- reply  a               S: that replica has told its share itself; nothing was changed. Else as op
 --        k - units       T: so much was missing
+--        g               Q: it is in force again, or cleared
+--        p               Q: a later change is known, or another definition is registered; nothing was changed
 --        t budget:window that window was begun and is not here; nothing was changed
 --        f budget:window that window would count 2^62 units or more; nothing was changed
 --        y error         a key of this request is of another type; nothing was changed
@@ -54,4 +58,19 @@ function operations.T(op)
   add(w, EVENTS, 1)
   ledger(w, 'repair', '-', text(lacking), '-', '-')
   return 'k - ' .. text(lacking)
+end
+
+function operations.Q(op)
+  local budget, limit, until_ms, changed_us, definition = match(op, '^Q %S+ (%S+) (%S+) (%d+) (%d+) (%S+)')
+  local stored, registered = redis.pcall('HGET', KEYS[2], budget), call('HGET', KEYS[5], 'd:' .. budget)
+  if type(stored) == 'table' then return 'y ' .. stored.err end
+  if registered and registered ~= definition then return 'p' end
+  if stored and (match(stored, '^%S+ %d+ (%d+)') or 0) + 0 >= changed_us + 0 then return 'p' end
+  call('HSET', KEYS[2], budget, limit .. ' ' .. until_ms .. ' ' .. changed_us)
+  if until_ms ~= '1' then -- it was not cleared; as in limits.lua
+    if not registered then call('HSET', KEYS[5], 'd:' .. budget, definition) end
+    if call('PTTL', KEYS[5]) == -1 then call('PEXPIRE', KEYS[5], text(LASTING_MS)) end
+    call('HSET', KEYS[1], 'limits', '1')
+  end
+  return 'g'
 end

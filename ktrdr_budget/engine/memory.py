@@ -1,9 +1,10 @@
 """What a replica remembers of what the store acknowledged to it, so that a store that lost it can be told again (P13).
 
-Three things, all by ids or as totals, so that telling them twice changes nothing: its own *share* of each window's
-spend, the *holds* that it was granted, and a bounded number of recent *settlements*. A settlement that is remembered
-restores its id, too; one that is not is still in the share. A settlement wins over an open hold. Both are kept as the
-record of the hold, so that a repair restores what was asked, too, and the same reservation is a replay afterwards.
+Four things, all by ids or times or as totals, so that telling them twice changes nothing: the *limits* of run time that
+it has set or read, its own *share* of each window's spend, the *holds* that it was granted, and a bounded number of
+recent *settlements*. A settlement that is remembered restores its id, too; one that is not is still in the share. A
+settlement wins over an open hold. Both are kept as the record of the hold, so that a repair restores what was asked,
+too, and the same reservation is a replay afterwards.
 
 Each settlement is in one replica's share: that of the one whose request made it; the store's record names it. Another
 one that was told of it (its own request was a replay) remembers it as well, and tells it on behalf of the first, which
@@ -30,6 +31,7 @@ from ktrdr_budget.engine.protocol import (
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.keys import Keys
+    from ktrdr_budget.models import Budget
 
 __all__ = ["Memory", "Repair"]
 
@@ -46,6 +48,19 @@ that settlement is."""
 _FRESH_MS = 2000
 """Before that age, nobody asks whether a hold was settled elsewhere: most are settled here by then."""
 _WINDOWS_MAX = 4096
+_CLEARED = 1
+
+
+class _Limit(NamedTuple):
+    """A limit that was set at run time."""
+
+    units: str
+    """``-`` for uncapped."""
+    until_ms: int
+    """0 for good; ``_CLEARED`` of one that was cleared."""
+    changed_us: int
+    definition: str
+    """The budget's: the limit is an amount of its unit."""
 
 
 class _Held(NamedTuple):
@@ -128,6 +143,8 @@ class Memory:
         self._holds_before: dict[str, tuple[Any, ...]] = {}
         self._settled: dict[str, tuple[Any, ...]] = {}
         self._settled_before: dict[str, tuple[Any, ...]] = {}
+        self._limits: dict[str, _Limit] = {}
+        """Those of run time that this replica has set, cleared or read, by budget."""
         self._looked = 0
         """How many of the holds have been asked about in this round."""
         self.forgotten_settlements = 0
@@ -136,7 +153,8 @@ class Memory:
         """Holds that were open, and could not be remembered for want of memory."""
 
     def __bool__(self) -> bool:
-        return bool(self._settled or self._holds or self._settled_before or self._holds_before or self._older)
+        spent = self._settled or self._holds or self._settled_before or self._holds_before or self._older
+        return bool(spent or self._limits)
 
     def granted(self, hold_id: str, parts: Sequence[tuple[Window, str]], record: str, now_us: int) -> None:
         """A hold was granted; ``parts`` as it was asked for."""
@@ -263,6 +281,32 @@ class Memory:
                 key for hold in (*self._holds_before.values(), *self._holds.values()) for key in hold[0].split(" ")
             }
             self._windows = {key: w for key, w in self._windows.items() if key in used or key in self._older}
+
+    # -- limits of run time --------------------------------------------------------------------------------------------
+
+    def limit_changed(self, budget: Budget, units: str, until_ms: int, changed_us: int) -> None:
+        """This replica has set a limit then, or cleared it: no units."""
+        until_ms = until_ms if units else _CLEARED
+        self._limits[budget.name] = _Limit(units or "-", until_ms, changed_us, budget.definition)
+
+    def limit_seen(self, budget: Budget, stored: str, now_us: int) -> None:
+        """The store had this limit then, or none: an empty text."""
+        known = self._limits.get(budget.name)
+        if known is not None and known.changed_us > now_us:
+            return  # that reply is older
+        if stored:
+            units, until_ms, *changed_us = stored.split(" ")
+            self._limits[budget.name] = _Limit(units, int(until_ms), int(*changed_us), budget.definition)
+        elif known is not None and known.until_ms != _CLEARED:
+            del self._limits[budget.name]
+
+    def limits(self, keys: Keys, now_ms: int) -> list[Op]:
+        """First of all: limits that have not ended, and what tells that one was cleared."""
+        return [
+            Op("-", keys.hold("-"), f"Q - {name} {units} {until_ms} {changed_us} {definition}", [])
+            for name, (units, until_ms, changed_us, definition) in self._limits.items()
+            if until_ms in (0, _CLEARED) or until_ms > now_ms
+        ]
 
     # -- holds that others have settled --------------------------------------------------------------------------------
 

@@ -126,10 +126,14 @@ class Reads:
                 continue
             rounds += 1
             if not due or due == due_before or rounds == RETIRE_ROUNDS:
-                return [
+                found = [
                     _status_or_error(budget, window, figures, now_us, head.recovering_until_ms, session.claim)
                     for budget, window, figures in zip(budgets, windows, stored, strict=True)
                 ]
+                for budget, figures, status in zip(budgets, stored, found, strict=True):
+                    if isinstance(status, Status):
+                        session.memory.limit_seen(budget, _str(figures[0]), now_us)
+                return found
             due_before = due
             yield from self.retire([_str(hold_id) for hold_id in due])
 
@@ -245,6 +249,7 @@ class Reads:
         word, _, registered = _str(reply).partition(" ")
         if word == "m":
             raise conflict(budget, registered)
+        self.session.memory.limit_changed(budget, units, until_ms, int(word))
 
     def _until_ms(self, budget: Budget, until: datetime | str | None) -> int:
         now_ms = self.session.now_ms()

@@ -45,7 +45,7 @@ _PARTS = {
     "reindex": ("reindex",),
     "cycles": ("cycles",),
 }
-_REPAIR = {"S", "T"}
+_REPAIR = {"Q", "S", "T"}
 _ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid", "K": "prepaid"}
 STATUS, READ, LIMITS, CYCLES, REPAIR = "status", "read", "limits", "cycles", "repair"
 CORRECT, REINDEX, READINESS, MIGRATE = "correct", "reindex", "readiness", "migrate"

@@ -129,7 +129,7 @@ def status_of(
     newest = not configured or not started or (int(started), replica) < claim or int(started) > now_us
     source, until_ms, limit = "configured", 0, _units_text(budget) if newest else configured
     if runtime:
-        word, until = runtime.split(" ")
+        word, until = runtime.split(" ")[:2]
         if until == "0" or int(until) > now_us // 1000:
             source, until_ms, limit = "runtime", int(until), word
 

@@ -898,6 +898,7 @@ def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, cl
         (f"K lost c {TIMES} - - -", {"agent": ",20,,20"}),
         (f"S another K lost_too c {TIMES} - - -", {"agent": ",20,,20"}),
         ("T -", {"agent": ":9000"}),
+        ("Q - agent 6000000000 0 1700000000000000 usd,day,UTC,spend", {}),
         (f"K gone o {TIMES} - - -", {"agent": ",20,,"}),
     ]
     for head, parts in calls:

@@ -1,7 +1,7 @@
 """Random histories in which the store is emptied: after the repair holds, sums and replays are as the model predicts.
 
-A loss takes what only the store has: run-time limits, the course of a ledger, and how often something was counted. What
-holds were asked for, what they are and what they cost comes back from the replicas' journals.
+A loss takes what only the store has: the course of a ledger, and how often something was counted. What holds were asked
+for, what they are and what they cost comes back from the replicas' journals, and so do limits of run time.
 """
 
 from __future__ import annotations
@@ -65,7 +65,6 @@ class Losses(Histories):
 
     def _learn_what_is_lost(self, repaired_ms: int) -> None:
         store = RawStore(self.pair.client)
-        self.model.runtime.clear()
         for hold in self.model.holds.values():
             if hold.settled_ms is not None:  # its id is remembered for a day again
                 hold.settled_ms = repaired_ms

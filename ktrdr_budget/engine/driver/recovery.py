@@ -176,11 +176,16 @@ class Recovery:
         done, first = Repair(), self._told_losses != session.losses
         if first:
             done.forgotten_settlements, done.forgotten_holds = memory.forgotten_settlements, memory.forgotten_holds
+        now_ms = session.now_ms()
         settled = await self._tell(
-            memory.settlements(session.keys, session.now_ms()) + memory.others(session.keys, session.now_ms())
+            memory.limits(session.keys, now_ms)
+            + memory.settlements(session.keys, now_ms)
+            + memory.others(session.keys, now_ms)
         )
         if settled is None:
             return False
+        if restored := [op.head.split(" ")[2] for op, line in settled if op.letter == "Q" and line == "g"]:
+            logger.warning("limits set or cleared at run time restored: %s", ", ".join(restored))
         for op, line in settled:
             memory.told(op.id, line)
         shares = await self._tell(memory.shares(session.keys))

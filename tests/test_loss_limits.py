@@ -1,0 +1,118 @@
+"""Limits of run time after the store has lost data: a replica that has set or read one restores it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack
+from datetime import timedelta
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
+
+from .helpers.waiting import until
+
+BUDGETS = [Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens")]
+
+
+@pytest.fixture
+async def replicas(server) -> AsyncIterator[list[AsyncBudgetLimiter]]:
+    """Two replicas of the same configuration; neither notices a loss by itself."""
+    async with AsyncExitStack() as stack:
+        made = [await stack.enter_async_context(AsyncBudgetLimiter(server.url, BUDGETS)) for _ in range(2)]
+        for limiter in made:
+            await limiter.record("agent", "0.10")
+            limiter._coalescer.recovery.stop()
+        yield made
+
+
+async def repaired_by(*replicas: AsyncBudgetLimiter) -> None:
+    """They notice the loss and replay what they know, one after another."""
+    for limiter in replicas:
+        losses = limiter.losses
+        limiter._coalescer.recovery.suspect()
+        await until(lambda: limiter.losses == losses + 1 and not limiter._coalescer.recovery.active)  # noqa: B023
+
+
+async def denied(limiter: AsyncBudgetLimiter, amount: str) -> str:
+    with pytest.raises(BudgetExceeded) as refused:
+        await limiter.reserve("agent", amount)
+    return str(refused.value.denial.limit)
+
+
+async def test_p1_a_limit_of_run_time_is_in_force_again_after_a_loss(replicas, client, caplog):
+    limiter, other = replicas
+    await limiter.set_limit("agent", "1.00")
+    client.flushall()
+    assert await denied(limiter, "3.00") == "1.00"
+    assert "limits set or cleared at run time restored: agent" in caplog.messages
+    assert await denied(other, "3.00") == "1.00"
+    status = await limiter.status("agent")
+    assert (str(status.limit), status.limit_source, str(status.spent)) == ("1.00", "runtime", "0.20")
+
+
+async def test_a_replica_that_has_only_read_a_limit_restores_it(replicas, client):
+    limiter, other = replicas
+    ends = (await limiter.status("agent")).as_of + timedelta(hours=1)
+    await limiter.set_limit("agent", "1.00", until=ends)
+    await limiter.set_limit("tokens", None)
+    await other.statuses()
+    await limiter.close()
+    client.flushall()
+    assert await denied(other, "3.00") == "1.00"
+    agent, tokens = await other.statuses()
+    assert (agent.limit_until, tokens.limit, tokens.limit_source) == (ends, None, "runtime")
+
+
+async def test_an_idle_replica_that_has_only_set_a_limit_notices_the_loss(server, replicas, client):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as operator:
+        await operator.set_limit("agent", "1.00")
+        client.flushall()
+        await until(lambda: client.hget("ktrdr:{default}:limits", "agent"))
+    await repaired_by(*replicas)
+    assert await denied(replicas[0], "3.00") == "1.00"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_of_several_changes_the_last_is_in_force_in_either_order_of_the_replays(replicas, client, first):
+    limiter, other = replicas
+    await limiter.set_limit("agent", "3.00")
+    await other.set_limit("agent", "1.00")
+    client.flushall()
+    await repaired_by(replicas[first], replicas[1 - first])
+    assert str((await limiter.status("agent")).limit) == "1.00"
+
+
+@pytest.mark.parametrize("first", [0, 1])
+async def test_a_limit_that_another_replica_has_cleared_stays_cleared(replicas, client, first):
+    limiter, other = replicas
+    await limiter.set_limit("agent", "9.00")
+    await other.clear_limit("agent")
+    client.flushall()
+    await repaired_by(replicas[first], replicas[1 - first])
+    assert await denied(limiter, "6.00") == "5.00"
+    await limiter.set_limit("agent", "7.00")
+    assert await denied(other, "8.00") == "7.00"
+
+
+async def test_a_limit_that_was_read_to_be_cleared_is_forgotten(replicas, client):
+    limiter, other = replicas
+    await limiter.set_limit("agent", "9.00")
+    await other.clear_limit("agent")
+    assert str((await limiter.status("agent")).limit) == "5.00"
+    await other.close()
+    client.flushall()
+    assert await denied(limiter, "6.00") == "5.00"
+
+
+async def test_a_limit_of_another_definition_is_not_restored(server, replicas, client, caplog):
+    limiter, other = replicas
+    await limiter.set_limit("agent", "1.00")
+    client.flushall()
+    caplog.set_level(logging.WARNING, "ktrdr_budget")
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", 100, unit="tokens")]) as newer:
+        await newer.reserve("agent", 1)
+        await repaired_by(limiter, other)
+        await newer.reserve("agent", 50)
+        assert (await newer.status("agent")).limit == 100

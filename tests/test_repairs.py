@@ -343,6 +343,25 @@ async def test_an_acknowledgement_from_before_a_loss_that_comes_after_the_repair
     assert limiter.losses == 1
 
 
+async def test_a_late_acknowledgement_of_what_was_made_again_after_a_loss_counts_once(limiter, client):
+    """The first attempt reached a master that died; its reply arrives after the second has reached the next one."""
+    await limiter.record("agent", "0.01")
+    coalescer, late = limiter._coalescer, []
+    answered, coalescer._answered = coalescer._answered, lambda *words: late.append(words)
+    first = asyncio.create_task(limiter.record("agent", "0.07", id="op_1"))
+    await until(lambda: late)
+    coalescer._answered = answered
+    client.flushall()
+    await told(limiter)
+    assert not (await limiter.record("agent", "0.07", id="op_1")).replayed
+    for words in late:
+        answered(*words)
+    await first
+    await repaired(limiter, ("0.08", "0", "0"))
+    await told(limiter)
+    assert await figures(limiter) == (Decimal("0.08"), 0, 0)
+
+
 async def test_each_batch_of_a_repair_keeps_the_store_from_granting(limiter, client, monkeypatch):
     """However many there are, and however long they take: not only those of shares and holds."""
     await asyncio.gather(*(limiter.record("agent", "0.001") for _ in range(300)))

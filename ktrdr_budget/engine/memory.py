@@ -42,6 +42,8 @@ HOLDS_MAX = 10_000
 remembered for longer than that."""
 AGE_MAX_MS = LONGEST_HOLD_MS // 2
 """A settlement is told again only while the store cannot have forgotten its id, which it does a day after it."""
+_FORGOTTEN_MS = 86_400_000
+"""After it, the store has forgotten the id of a settlement, which may be used for another one."""
 HOLD_AGE_MAX_MS = AGE_MAX_MS
 """A hold may have been settled elsewhere since the store was last seen to have it: it is not remembered for longer than
 that settlement is."""
@@ -217,15 +219,16 @@ class Memory:
             released = _Settled(op.letter, op.head, names, line, now_ms, record)
             self._holds[hold_id] = (names, _settled_record(released, [window for window, _ in parts]), now_ms * 1000)
             return
-        settled = self._settled
-        if len(settled) >= SETTLEMENTS_MAX // 2:
+        if len(self._settled) >= SETTLEMENTS_MAX // 2:
             self._forget_settled(now_ms)
-            settled = self._settled
+        settled, before = self._settled, self._settled_before
         if line[0] == "k":
-            if hold_id in settled:  # its id was used again, a day later
-                _add(self._older, [settled[hold_id]])
+            if hold_id in settled or hold_id in before:
+                earlier = settled.get(hold_id) or before.pop(hold_id)
+                if now_ms - earlier[4] >= _FORGOTTEN_MS:  # else the store has lost one of them
+                    _add(self._older, [earlier])
             settled[hold_id] = (op.letter, op.head, names, line, now_ms, record)
-        elif hold_id not in self._settled_before and hold_id not in settled:  # else it is known whose it is
+        elif hold_id not in before and hold_id not in settled:  # else it is known whose it is
             settled[hold_id] = (op.letter, op.head, names, self._shared(line), now_ms, record)
 
     def _shared(self, line: str) -> str:

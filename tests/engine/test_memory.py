@@ -181,6 +181,18 @@ def test_the_spend_of_an_id_that_is_used_again_stays_in_the_share():
     assert [op.parts[0][1] for op in known.settlements(KEYS, NOW_MS + 2 * AGE_MAX_MS)] == [":5"]
 
 
+@pytest.mark.parametrize("others", [0, 2])
+def test_a_settlement_that_was_lost_and_is_made_again_is_in_the_share_once(monkeypatch, others):
+    """The store records it anew, before it has been replayed."""
+    monkeypatch.setattr(memory, "SETTLEMENTS_MAX", 4)
+    known = Memory()
+    known.acknowledged(plain("a", "N a 0 - -", (EVER, ":7")), "k - 7", NOW_MS)
+    for number in range(others):
+        known.acknowledged(plain(f"op_{number}", f"N op_{number} 0 - -", (AGENT, ":1")), "k - 1", NOW_MS)
+    known.acknowledged(plain("a", "N a 0 - -", (EVER, ":7")), "k - 7", NOW_MS + AGE_MAX_MS)
+    assert ("T -", ["ever:7"]) in told(known.shares(KEYS))
+
+
 @pytest.mark.parametrize(("mode", "line"), [("1", "k - 0"), ("1", "p - 0"), ("i", "k l 0"), ("i", "p - 0")])
 def test_a_hold_that_was_released_by_hand_is_kept_as_one_that_is_not_settled(mode, line):
     known = Memory()

@@ -64,7 +64,8 @@ class LimiterBase:
         lease_slab: under that policy, how much is kept prepaid (and shows as held): an amount for each budget in
             dollars, or a mapping of budgets to amounts.
         data_dir: the embedded server's data (default: ``AGENT_BUDGET_DIR`` or ``data/budget``).
-        observer: is told of each finished call; what it raises is logged and changes nothing.
+        observer: called with an ``Observation`` of each finished call, and of spend whose call has failed, once the
+            store has it (operation ``resolve``); what it raises is logged and changes nothing.
         trace_id: tells the current trace id, for the ledger.
         max_holds: how many holds, open and unconfirmed, the tenant may have; one more raises
             :class:`~ktrdr_budget.errors.TooManyHolds`.

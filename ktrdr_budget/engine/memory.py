@@ -204,6 +204,10 @@ class Memory:
         known = self._holds.get(hold_id) or self._holds_before.get(hold_id)
         return None if known is None else parse_record(known[1])
 
+    def has_settled(self, hold_id: str) -> bool:
+        """Whether a settlement of this id was acknowledged to this replica, as far as it remembers."""
+        return hold_id in self._settled or hold_id in self._settled_before
+
     def acknowledged(self, op: Op, line: str, now_ms: int) -> None:
         """A settlement was acknowledged: ``line`` is the store's answer, ``k`` or ``p``."""
         hold_id, parts = op.id, op.parts

@@ -75,15 +75,17 @@ class Unresolved:
         self.end(oldest, "dropped")
         return oldest
 
-    def end(self, doubt: Doubt, outcome: str) -> None:
-        """It is known what became of it."""
+    def end(self, doubt: Doubt, outcome: str) -> bool:
+        """End a doubt with this outcome; return whether it had not ended already."""
         doubts = self._doubts.get(doubt.op.id, [])
-        if doubt in doubts:
-            doubts.remove(doubt)
-            self.count -= 1
-            self.outcomes[outcome] += 1
-            if not doubts:
-                del self._doubts[doubt.op.id]
+        if doubt not in doubts:
+            return False
+        doubts.remove(doubt)
+        self.count -= 1
+        self.outcomes[outcome] += 1
+        if not doubts:
+            del self._doubts[doubt.op.id]
+        return True
 
     def replace(self, doubt: Doubt, op: Op, kind: Kind | None = None) -> None:
         """It is to be asked in other words."""
@@ -91,11 +93,18 @@ class Unresolved:
         if doubt in doubts:
             doubts[doubts.index(doubt)] = doubt._replace(op=op, kind=kind or doubt.kind, prepared=None)
 
-    def retried(self, hold_id: str, *, settled: bool) -> None:
-        """The caller has an answer for this id now: a settlement, which ends all, or the hold."""
+    def retried(self, hold_id: str, *, settled: bool) -> bool:
+        """The caller has an answer for this id now: a settlement, which ends all, or the hold.
+
+        Returns:
+            Whether a settlement was in doubt.
+        """
+        settlement = False
         for doubt in list(self._doubts.get(hold_id, ())):
             if settled or doubt.kind not in FACTS:
+                settlement |= doubt.kind in ("settlement", "by id")
                 self.end(doubt, "retried")
+        return settlement
 
     def clear(self) -> None:
         """Forgets all of them: in the child after a fork, they are the parent's."""

@@ -70,7 +70,8 @@ class BudgetLog:
                 spent, self._spent = self._spent, []
                 try:
                     status = await limiter.status(AGENT, complete=True)
-                except BudgetError:  # the spend is recorded all the same; its total is unknown
+                # The spend is recorded all the same; its total is unknown, also in a limiter that is being closed.
+                except (BudgetError, RuntimeError):
                     status = None
                 for amount, operation_id in spent:
                     log_spend(amount, operation_id, status)

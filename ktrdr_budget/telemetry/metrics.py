@@ -133,10 +133,11 @@ class LimiterMetrics:
     def observe(self, observation: Observation) -> None:
         """Counts a finished call: the limiter's ``observer``."""
         result, operation = observation.result, observation.operation
-        seconds = self._by_operation.get(operation)
-        if seconds is None:
-            seconds = self._by_operation[operation] = self._seconds.labels(operation)
-        seconds.observe(observation.seconds)
+        if operation != "resolve":  # which is no call
+            seconds = self._by_operation.get(operation)
+            if seconds is None:
+                seconds = self._by_operation[operation] = self._seconds.labels(operation)
+            seconds.observe(observation.seconds)
         if operation == "reserve":
             self._by_outcome.get(outcome_of(result, observation.error), self._unexpected).inc()
         elif isinstance(result, Settlement) and not result.replayed:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 
 from ktrdr_budget.engine.driver.background import UNANSWERED, Background, refuses_all
 from ktrdr_budget.engine.driver.breaker import Breaker
@@ -29,14 +30,26 @@ _SETTLEMENTS = frozenset("DKLMN")
 
 
 class Backlog:
-    """Of one limiter: sends what :attr:`Core.deferred` and :attr:`Core.unresolved` hold, until nothing is left."""
+    """Of one limiter: sends what :attr:`Core.deferred` and :attr:`Core.unresolved` hold, until nothing is left.
 
-    def __init__(self, core: Core, background: Background, breaker: Breaker, recovery: Recovery) -> None:
+    Args:
+        settled: called with each commit or record in doubt that this replica has made, and with the store's reply.
+    """
+
+    def __init__(
+        self,
+        core: Core,
+        background: Background,
+        breaker: Breaker,
+        recovery: Recovery,
+        settled: Callable[[Op, str], None],
+    ) -> None:
         self._core = core
         self._unresolved = core.unresolved
         self._background = background
         self._breaker = breaker
         self._recovery = recovery
+        self._settled = settled
         self.reset()
 
     def reset(self) -> None:
@@ -313,7 +326,13 @@ class Backlog:
             logger.error("what %s spent was not recorded: %s", op.id, line[:200])
         else:
             logger.info("what became of %s, whose reply was lost: %s", op.id, outcome)
-        self._unresolved.end(doubt, outcome)
+        ended = self._unresolved.end(doubt, outcome)
+        if ended and doubt.kind == "settlement" and op.letter != "L" and self._is_own(line):
+            self._settled(op, line)
+
+    def _is_own(self, line: str) -> bool:
+        """Whether this replica has made a settlement: a replay says in whose share it is."""
+        return line[0] == "k" or (line[0] == "p" and line.split(" ")[3:4] == [self._background.session.replica_id])
 
     async def _look_up(self, doubts: list[Doubt]) -> None:
         for doubt, record in await self._read(doubts):

@@ -15,10 +15,14 @@ __all__ = ["Call", "Observation", "Observer"]
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a hook is told of each finished call."""
+    """What a hook is told of each finished call, and of spend whose call has ended before it was recorded.
+
+    A settlement is ``replayed`` here if it was reported before: not if it is a retry's, and the first reply was lost.
+    """
 
     operation: str
-    """``reserve``, ``commit``, ``release``, ``extend``, ``grow``, ``record``, ``status``, …"""
+    """``reserve``, ``commit``, ``release``, ``extend``, ``grow``, ``record``, ``status``, …; or ``resolve``: a commit
+    or record whose call has ended without a reply, and that this replica has made all the same."""
     result: Any
     error: BaseException | None
     seconds: float
@@ -44,6 +48,7 @@ class Call:
         "sent",
         "stalled_max_s",
         "started",
+        "unacknowledged",
     )
 
     def __init__(
@@ -72,3 +77,5 @@ class Call:
         self.request: Any = None
         self.sent = False
         """Whether an attempt that brought no answer may have been executed all the same."""
+        self.unacknowledged = False
+        """Whether that attempt may have been the first of a settlement: then its replay is the first reply."""

@@ -14,6 +14,7 @@ import logging
 import math
 import threading
 import time
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -30,6 +31,7 @@ from ktrdr_budget.engine.holds import HoldBase
 from ktrdr_budget.engine.protocol import Command, Head, Header, Op, Read, encode_batch, parse_batch
 from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.engine.stores.store import NoScript, Store, Transient, unavailable
+from ktrdr_budget.engine.views import told_amounts
 from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
 from ktrdr_budget.models import Settlement
 
@@ -71,7 +73,7 @@ class Coalescer:
             waited=self._repair_goes_on,
             resume=self._store_is_repaired,
         )
-        self._backlog = Backlog(core, self._background, self.breaker, self.recovery)
+        self._backlog = Backlog(core, self._background, self.breaker, self.recovery, self._settled_late)
         core.session.on_suspicion = self.recovery.suspect
         core.session.on_late = self.recovery.begin_again
         self._reset()
@@ -192,10 +194,14 @@ class Coalescer:
         elif isinstance(error, StoreUnavailable) and error.ambiguous and isinstance(call.request, Op):
             self._backlog.doubt(call.request)
         known = Settlement if gone else (HoldBase, Settlement)
+        first_reply_lost = call.unacknowledged
         if error is None and self._core.unresolved.count and isinstance(result, known):
-            self._core.unresolved.retried(result.id, settled=isinstance(result, Settlement))
+            first_reply_lost |= self._core.unresolved.retried(result.id, settled=isinstance(result, Settlement))
         if self._observer is not None:
-            self._observe(call, result, error)
+            if first_reply_lost and isinstance(result, Settlement):
+                result = replace(result, replayed=False)  # no observer has seen it yet
+            seconds = time.monotonic() - call.started
+            self._observe(Observation(call.operation, result, error, seconds, call.context))
         if self._core.deferred or self._core.unresolved.count:
             self._backlog.schedule()
 
@@ -218,11 +224,26 @@ class Coalescer:
         else:
             self.submit(self._core.give_back(result), "release").add_done_callback(_forget)
 
-    def _observe(self, call: Call, result: Any, error: BaseException | None) -> None:
-        assert self._loop is not None and self._observer is not None
+    def _settled_late(self, op: Op, line: str) -> None:
+        """Observe a commit or a record that was acknowledged after its call had ended."""
+        if self._observer is None:
+            return
+        _, flags, told = line.split(" ")[:3]
+        overrun = "o" in flags
+        result = Settlement(
+            id=op.id,
+            state="recorded" if op.letter == "N" else "committed",
+            amounts=told_amounts(op.parts, told),
+            overrun=overrun,
+            overruns=(op.parts[0][0].budget,) if overrun and len(op.parts) == 1 else (),  # else it is not known which
+            late="l" in flags,
+        )
+        self._observe(Observation("resolve", result, None, 0.0, contextvars.Context()))
+
+    def _observe(self, observation: Observation) -> None:
+        assert self._observer is not None
         try:
-            seconds = time.monotonic() - call.started
-            self._observer(Observation(call.operation, result, error, seconds, call.context))
+            self._observer(observation)
         except Exception:
             logger.exception("a hook failed; the budget is not affected")
 
@@ -313,7 +334,7 @@ class Coalescer:
         header = session.header
         ops = [call.request for call in batch]
         name, keys, args = encode_batch(session.keys, header, ops, simple=session.goes_simply())
-        told, resent = partial(self._told, batch, header), partial(_resend, batch)
+        told, resent = partial(self._told, batch, header), partial(self._resend, batch)
         return store.begin(name, keys, args, deadline, told, resent)
 
     def _told(self, batch: list[Call], header: Header, answer: Any) -> None:
@@ -359,7 +380,7 @@ class Coalescer:
             if failed is not None and not isinstance(failure := store.failure(failed), NoScript):
                 raise failure
             await store.open()
-            answer = await store.apply(name, keys, args, deadline, partial(_resend, batch))
+            answer = await store.apply(name, keys, args, deadline, partial(self._resend, batch))
         except (Transient, TimeoutError) as error:
             await self._again(batch, error)
         except (StoreUnavailable, OSError) as error:
@@ -404,7 +425,7 @@ class Coalescer:
         if isinstance(error, Transient) or self._trouble is None:  # else it says more than that time was over
             self._trouble = error
         if not isinstance(error, Transient) or error.sent:
-            _resend(batch)
+            self._resend(batch)
         self._queues.put_back(self._expire(batch, self._trouble))
         if self.breaker.open:
             self._refuse_waiting()
@@ -535,6 +556,13 @@ class Coalescer:
         self.breaker.heard_s = time.monotonic()
         return answer
 
+    def _resend(self, batch: list[Call]) -> None:
+        """Mark calls whose request is sent a second time: an attempt whose reply is lost may have been executed."""
+        for call in batch:
+            call.sent = True
+            call.unacknowledged = not self._session.memory.has_settled(call.request.id)
+            call.request.again()
+
     # -- a store that was away, or went back in time -------------------------------------------------------------------
 
     def _store_answers(self, went_back: bool) -> None:
@@ -626,13 +654,6 @@ class Coalescer:
             self._refuse_parked(closing)
             for call in self._queues.clear():
                 self._throw(call, StoreUnavailable(str(closing), ambiguous=call.sent, reached=True))
-
-
-def _resend(batch: list[Call]) -> None:
-    """Mark calls whose request is sent a second time: an attempt whose reply is lost may have been executed."""
-    for call in batch:
-        call.sent = True
-        call.request.again()
 
 
 def _forget(future: asyncio.Future[Any]) -> None:

@@ -35,6 +35,8 @@ __all__ = ["ServeError", "serve"]
 KEEP_ALIVE_S = 75
 """Longer than the proxies in front of it keep a connection, lest one is closed while they use it."""
 GRACE_S = 10
+SILENT_MAX_S = 30
+"""How long a worker may be silent before it is killed and replaced: on a busy machine, its start takes several."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOGGING: dict[str, Any] = {
     "version": 1,
@@ -178,6 +180,7 @@ def _config(settings: Settings, workers: int) -> uvicorn.Config:
         access_log=False,
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
+        timeout_worker_healthcheck=SILENT_MAX_S,
         server_header=False,
     )
 

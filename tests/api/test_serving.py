@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -362,6 +363,23 @@ def test_workers_share_a_port_a_budget_and_their_counts(tmp_path):
         assert service.stop() == 0
     assert not list(temporary.iterdir())
     assert service.said.count("budget agent: $5.00 a day (UTC)") == 1
+
+
+@pytest.mark.slow
+def test_a_worker_that_stands_still_for_some_seconds_is_not_replaced(server):
+    """As on a machine that is so busy that the workers' start takes as long: they would never serve."""
+    with serving(workers=2, KTRDR_REDIS_URL=server.url) as service:
+        wait_until(lambda: len(workers_of(service)) == 2)
+        before = workers_of(service)
+        stopped_at = time.monotonic()
+        for worker in before:
+            os.kill(worker, signal.SIGSTOP)
+        wait_until(lambda: time.monotonic() > stopped_at + 7)
+        for worker in before:
+            os.kill(worker, signal.SIGCONT)
+        assert service.get("/livez").status_code == 200
+        assert workers_of(service) == before
+        assert service.stop() == 0
 
 
 @pytest.mark.slow

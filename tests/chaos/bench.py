@@ -29,7 +29,6 @@ from .judge import Terms, Verdict, judge
 TIMEOUT_S = 1.0
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 CLOCKS = ("", "+26h", "-26h")
-SETTLING_S = 45.0
 _AWAY = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
 
 
@@ -211,7 +210,7 @@ class Bench:
         def all_have() -> bool:
             return len({call.replica for call in read(self.histories) if call.acknowledged}) >= len(self.spenders)
 
-        wait_until(all_have, SETTLING_S)
+        wait_until(all_have)
 
     def kill_spender(self) -> None:
         """kill -9 of any replica."""
@@ -285,7 +284,7 @@ class Bench:
                 return False
 
         try:
-            wait_until(none_is_open, SETTLING_S)
+            wait_until(none_is_open)
         finally:
             for limiter in limiters:
                 limiter.close()

@@ -18,7 +18,7 @@ ALERT_RULES = [rule for rule in RULES if "alert" in rule]
 
 def promtool(*words: object) -> subprocess.CompletedProcess[str]:
     command = [need("promtool", "prometheus"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_prometheus_accepts_its_configuration_and_the_rules():

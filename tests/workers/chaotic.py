@@ -23,7 +23,8 @@ import time
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, StoreUnavailable
 from ktrdr_budget.money import from_units, to_units
 
-SETTLING_S = 20.0
+SETTLING_S = 120.0
+ASKED_AT_ONCE = 50
 LOOK_S = 0.005
 STOOD_S = 0.01
 """How late a timer of this length is before that counts as standing still."""
@@ -202,15 +203,19 @@ class Replica:
         """Asks again about whatever it does not know, until it does."""
         ends = time.monotonic() + SETTLING_S
         while self.unknown and time.monotonic() < ends:
-            for key, ask in list(self.unknown.items()):
-                told = await ask()
-                if told.word not in ("StoreUnavailable", "StoreError"):
-                    del self.unknown[key]
-                    if key[0] == "reserve" and told.done and told.reply.state == "open":
-                        await self.insists(9, "release", told.reply.id, {}, told.reply.release)
+            await asyncio.gather(*(self.asks_again(key) for key in [*self.unknown][:ASKED_AT_ONCE]))
             await asyncio.sleep(0.05)
         while (self.limiter.deferred or getattr(self.limiter, "unresolved", 0)) and time.monotonic() < ends:
             await asyncio.sleep(0.05)
+
+    async def asks_again(self, key: tuple[str, str]) -> None:
+        answer = await self.unknown[key]()
+        if answer.word in ("StoreUnavailable", "StoreError"):
+            self.unknown[key] = self.unknown.pop(key)  # the others come first
+            return
+        del self.unknown[key]
+        if key[0] == "reserve" and answer.done and answer.reply.state == "open":
+            await self.insists(9, "release", answer.reply.id, {}, answer.reply.release)
 
     def report(self) -> dict:
         return {

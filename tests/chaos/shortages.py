@@ -35,18 +35,14 @@ def the_disk_is_full(bench: Bench) -> None:
     bench.terms.refusals = ("StoreError",)
     bench.spend(server.url, server.client)
     assert server.process is not None
-
-    def is_full() -> bool:
-        return "writing to the AOF file" in (server.directory / "log").read_text()
-
-    for left in bench.turns(0.5, 1.2):
-        [file] = (server.directory / "appendonlydir").glob("*.incr.aof")
-        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (file.stat().st_size + 1000, FILES_MAX))
-        bench.fault()
-        wait_until(is_full)
-        time.sleep(min(left, bench.random.uniform(0.5, 1.5)))
-        resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (FILES_MAX, FILES_MAX))
     with server.client() as client:
+        for left in bench.turns(0.5, 1.2):
+            [file] = (server.directory / "appendonlydir").glob("*.incr.aof")
+            resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (file.stat().st_size + 1000, FILES_MAX))
+            bench.fault()
+            wait_until(lambda: client.info("persistence")["aof_last_write_status"] == "err")
+            time.sleep(min(left, bench.random.uniform(0.5, 1.5)))
+            resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (FILES_MAX, FILES_MAX))
         _until_it_writes(client)
 
 

@@ -188,7 +188,7 @@ class SentinelGroup:
         return named
 
     def _in_step(self) -> bool:
-        return all(server.client.role()[3] == "connected" for server in self.servers[1:])
+        return all(server.client.role()[3:4] == ["connected"] for server in self.servers[1:])
 
     def _watched(self) -> bool:
         for sentinel in self.sentinels:

@@ -234,6 +234,8 @@ async def outcome(task: asyncio.Future) -> Told:
     except asyncio.CancelledError:
         return Told("cancelled", ambiguous=True)
     except BudgetError as error:
+        if type(error) is BudgetError:  # a bug of the limiter: the judge shows its words
+            return Told(f"!{error}"[:200])
         ambiguous = isinstance(error, StoreUnavailable) and error.ambiguous
         return Told(type(error).__name__, error, ambiguous=ambiguous)
     except Exception as error:  # no call may end like this: the judge says so

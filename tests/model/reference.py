@@ -291,11 +291,8 @@ class Reference:
         else:
             reason = "budget_exhausted"
         remaining = 0 if window.total >= CLOSED else max(0, limit - window.total)
-        returns = [] if window.ends_ms is None else [window.ends_ms]
-        if reason == "budget_held":
-            returns += self._first_return(window, hold)
-        if reason == "exceeds_limit":
-            returns = []
+        returns = [] if window.ends_ms is None or reason == "exceeds_limit" else [window.ends_ms]
+        held = reason == "budget_held"
         return {
             "budget": window.budget.name,
             "reason": reason,
@@ -306,13 +303,20 @@ class Reference:
             "remaining": remaining,
             "requested": requested,
             "fits": remaining,
-            "retry_after_ms": min(returns) - self.now_ms if returns else None,
+            "retry_after_ms": self._until_first(returns + self._first_return(window, hold, 128) * held),
+            "known_after_ms": self._until_first(returns + self._first_return(window, hold, len(self.holds)) * held),
         }
 
-    def _first_return(self, window: WindowModel, but: HoldModel | None) -> list[int]:
-        """The first deadline of another open hold of the window, if it is among the first 128 of all."""
+    def _until_first(self, returns: list[int]) -> int | None:
+        return min(returns) - self.now_ms if returns else None
+
+    def _first_return(self, window: WindowModel, but: HoldModel | None, looked_through: int) -> list[int]:
+        """The first deadline of another open hold of the window, if it is among the first so many of all.
+
+        A replica looks through 128, but may know it since there were fewer.
+        """
         due = [hold for hold in self.holds.values() if hold.state == "open"]
-        due = sorted(due, key=lambda hold: (hold.deadline_ms, hold.id))[:128]
+        due = sorted(due, key=lambda hold: (hold.deadline_ms, hold.id))[:looked_through]
         found = [
             hold.deadline_ms
             for hold in due

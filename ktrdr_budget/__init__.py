@@ -82,7 +82,7 @@ __all__ = [
     "set_default_limiter",
 ]
 
-_ROOMS = {
+_MODULES = {
     "AsyncBudgetLimiter": "limiter",
     "AsyncHold": "limiter",
     "AsyncLease": "lease",
@@ -117,7 +117,7 @@ _ROOMS = {
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'errors')}"), name)
+    value = getattr(import_module(f"{__name__}.{_MODULES.get(name, 'errors')}"), name)
     globals()[name] = value
     return value
 

@@ -19,7 +19,7 @@ from redis.exceptions import NoPermissionError
 from redis.retry import Retry
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, StoreUnavailable
-from ktrdr_budget.agent.operations import Operations, Progress
+from ktrdr_budget.agent.cycle_store import CycleStore, Progress
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.verify import Auditor
 
@@ -108,7 +108,7 @@ async def everything(url: str) -> None:
         await limiter.set_limit("agent", "6.00", until="window")
         assert (await limiter.clear_limit("agent")).limit == 5
         await limiter.reserve("tokens", 5, ttl=1)
-        await research(Operations(limiter))
+        await research(CycleStore(limiter))
         while not (await limiter.status("tokens")).unconfirmed:
             await asyncio.sleep(0.02)
     with Auditor(url) as auditor:
@@ -116,13 +116,13 @@ async def everything(url: str) -> None:
         assert (await asyncio.to_thread(auditor.repair)).changes == []
 
 
-async def research(operations: Operations) -> None:
-    assert await operations.start("cycle_1", "me", 60_000, Progress())
-    assert await operations.beat("cycle_1", "me", Progress(phase="training")) == "running"
-    assert await operations.cancel("cycle_1") == "cancelling"
-    await operations.end("cycle_1", "me", "cancelled", None, Progress())
-    assert (await operations.get("cycle_1")).status == "cancelled"
-    assert [cycle.operation_id for cycle in (await operations.list(5, "cycle_1")).ended] == []
+async def research(cycle_store: CycleStore) -> None:
+    assert await cycle_store.start("cycle_1", "me", 60_000, Progress())
+    assert await cycle_store.beat("cycle_1", "me", Progress(phase="training")) == "running"
+    assert await cycle_store.cancel("cycle_1") == "cancelling"
+    await cycle_store.end("cycle_1", "me", "cancelled", None, Progress())
+    assert (await cycle_store.get("cycle_1")).status == "cancelled"
+    assert [cycle.operation_id for cycle in (await cycle_store.list(5, "cycle_1")).ended] == []
 
 
 async def test_the_product_needs_no_more_than_the_file_grants(guarded, operator):

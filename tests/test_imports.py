@@ -10,9 +10,9 @@ from pathlib import Path
 import ktrdr_budget
 
 PACKAGE = Path(ktrdr_budget.__file__).parent
-ROOMS = ("errors", "money", "periods", "models", "events", "environment", "engine", "lease", "limiter")
-ROOMS += ("sync", "tracker", "verify", "telemetry", "metering", "agent", "api", "cli")
-CORE = ROOMS[: ROOMS.index("verify") + 1]
+MODULES = ("errors", "money", "periods", "models", "events", "environment", "engine", "lease", "limiter")
+MODULES += ("sync", "tracker", "verify", "telemetry", "metering", "agent", "api", "cli")
+CORE = MODULES[: MODULES.index("verify") + 1]
 
 
 def imports(path: Path, *, of_types: bool = False) -> set[str]:
@@ -39,18 +39,18 @@ def imports(path: Path, *, of_types: bool = False) -> set[str]:
     return found
 
 
-def room(module: str) -> str | None:
+def module_of(module: str) -> str | None:
     parts = module.split(".")
-    return parts[1] if parts[0] == "ktrdr_budget" and len(parts) > 1 and parts[1] in ROOMS else None
+    return parts[1] if parts[0] == "ktrdr_budget" and len(parts) > 1 and parts[1] in MODULES else None
 
 
 def modules() -> list[tuple[str, Path]]:
-    """Every module with its room; the package's own ``__init__`` stands above all."""
+    """Every module with its module; the package's own ``__init__`` stands above all."""
     found = []
     for path in sorted(PACKAGE.rglob("*.py")):
         name = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         if name != "__init__":
-            assert name in ROOMS, f"{path} is in no room of the list"
+            assert name in MODULES, f"{path} is in no module of the list"
             found.append((name, path))
     return found
 
@@ -60,7 +60,7 @@ def test_imports_point_one_way():
         f"{path.relative_to(PACKAGE)} imports {module}"
         for name, path in modules()
         for module in imports(path)
-        if (target := room(module)) and ROOMS.index(target) > ROOMS.index(name)
+        if (target := module_of(module)) and MODULES.index(target) > MODULES.index(name)
     ]
     assert not wrong
 

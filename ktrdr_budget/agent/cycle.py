@@ -11,20 +11,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
-from ktrdr_budget.agent.endings import tell_ending
+from ktrdr_budget.agent.cycle_store import CycleStore, Outcome, Progress
 from ktrdr_budget.agent.gates import GateResult, Thresholds, backtest_gate, training_gate
 from ktrdr_budget.agent.llm import LLM, Completion
 from ktrdr_budget.agent.logs import log_cycle_ended, log_gate_failed
-from ktrdr_budget.agent.operations import Operations, Outcome, Progress
 from ktrdr_budget.agent.options import CycleOptions
 from ktrdr_budget.agent.phases import Design, Phase, Research
+from ktrdr_budget.agent.span_outcomes import set_outcome
 from ktrdr_budget.environment import AGENT
 from ktrdr_budget.errors import BudgetError, BudgetExceeded, StoreError, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
 from ktrdr_budget.metering.instruments import charged_tokens
 from ktrdr_budget.telemetry.spans import Span, operation_scope, span, suppressed, without_secrets
 
-__all__ = ["OPERATION_TYPE", "Cycle", "Measures", "Plan", "Workplace"]
+__all__ = ["OPERATION_TYPE", "Cycle", "Measures", "Plan", "CycleDependencies"]
 
 logger = logging.getLogger("ktrdr_budget")
 
@@ -65,11 +65,11 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Workplace:
+class CycleDependencies:
     """What all cycles of a replica share."""
 
     limiter: AsyncBudgetLimiter
-    operations: Operations
+    cycle_store: CycleStore
     research: Research
     llm: LLM
     thresholds: Thresholds
@@ -99,8 +99,8 @@ class Cycle:
         link: the span that triggered it.
     """
 
-    def __init__(self, workplace: Workplace, hold: AsyncHold, plan: Plan, link: Any = None) -> None:
-        self._workplace = workplace
+    def __init__(self, dependencies: CycleDependencies, hold: AsyncHold, plan: Plan, link: Any = None) -> None:
+        self._dependencies = dependencies
         self._hold = hold
         self._plan = plan
         self._link = link
@@ -109,12 +109,12 @@ class Cycle:
         self._asked = False
         self._metered_calls = 0
         self._failure = ""
-        self._deadline_ms, self._extend_at_s = hold.deadline_ms, time.monotonic() + workplace.ttl_s / 2
+        self._deadline_ms, self._extend_at_s = hold.deadline_ms, time.monotonic() + dependencies.ttl_s / 2
         self.lost_here = False
         """Whether this replica itself has written it down as lost: then nobody else has counted its end."""
         self.progress = Progress(
             estimate=format(hold.amounts[AGENT], "f"),
-            replica=workplace.limiter.replica_id,
+            replica=dependencies.limiter.replica_id,
             phase="designing" if plan.design is None else "training",
             strategy_name=None if plan.design is None else plan.design.strategy_name,
             model=plan.llm.model,
@@ -159,7 +159,7 @@ class Cycle:
     def _count(self, tokens: int) -> None:
         phase = _TOKENS.get(self.progress.phase, "assessment")
         self.progress.tokens[phase] += tokens
-        self._workplace.measures.tokens(phase, tokens)
+        self._dependencies.measures.tokens(phase, tokens)
 
     # -- its life ------------------------------------------------------------------------------------------------------
 
@@ -181,18 +181,18 @@ class Cycle:
             watching = asyncio.create_task(self._watch())
             try:
                 # Whatever ends this task by force leaves the hold, with what was used, to its deadline.
-                async with self._workplace.limiter.keep(self._hold, on_error="charge"):
+                async with self._dependencies.limiter.keep(self._hold, on_error="charge"):
                     outcome, reason = await self._work()
                     await self._persist(self._settle)
             finally:
                 watching.cancel()
             self._conclude(root, outcome, reason)
-            elapsed_s, measures = time.monotonic() - started, self._workplace.measures
+            elapsed_s, measures = time.monotonic() - started, self._dependencies.measures
             log_cycle_ended(self.operation_id, outcome, reason, self._hold.accrued[AGENT], elapsed_s, self.progress)
             if reason != "worker_lost":
                 measures.cycle_ended(outcome, elapsed_s)
-            owner, operations = self._workplace.limiter.replica_id, self._workplace.operations
-            lost = await self._persist(lambda: operations.end(self.operation_id, owner, outcome, reason, self._told()))
+            owner, cycle_store = self._dependencies.limiter.replica_id, self._dependencies.cycle_store
+            lost = await self._persist(lambda: cycle_store.end(self.operation_id, owner, outcome, reason, self._told()))
             if reason == "worker_lost" and (self.lost_here or not lost):
                 measures.cycle_ended(outcome, elapsed_s)  # else by the replica that gave it up
 
@@ -238,7 +238,7 @@ class Cycle:
     # -- phases --------------------------------------------------------------------------------------------------------
 
     async def _phases(self) -> None:
-        research, thresholds = self._workplace.research, self._workplace.thresholds
+        research, thresholds = self._dependencies.research, self._dependencies.thresholds
         charged_tokens.set(self._count_call)
         if (design := self._plan.design) is None:
             with self._phase("designing") as current:
@@ -277,10 +277,10 @@ class Cycle:
                 yield current
             except BaseException as error:  # it goes on below: what the span says of it is said here
                 failure = error
-            self._failure = tell_ending(current, failure, asked=self._asked)
+            self._failure = set_outcome(current, failure, asked=self._asked)
             if self._asked:
                 current.set_attribute("tokens", self._tokens - tokens_before)
-            self._workplace.measures.phase_ended(phase, time.monotonic() - started)
+            self._dependencies.measures.phase_ended(phase, time.monotonic() - started)
         if failure is not None:
             raise failure
 
@@ -316,7 +316,7 @@ class Cycle:
         self.progress.gates.append({"gate": result.gate, **judged})
         if bypassed:
             return
-        self._workplace.measures.gate(result.gate, result.passed)
+        self._dependencies.measures.gate(result.gate, result.passed)
         if not result.passed:
             log_gate_failed(self.operation_id, result.gate, result.reason)
             raise _GateFailedError(f"{result.gate} gate: {result.reason}")
@@ -329,8 +329,8 @@ class Cycle:
 
     async def begin(self) -> bool:
         """Writes down that it begins; false if another replica has begun it."""
-        owner, workplace = self._workplace.limiter.replica_id, self._workplace
-        return await workplace.operations.start(self.operation_id, owner, workplace.ttl_ms, self._told())
+        owner, dependencies = self._dependencies.limiter.replica_id, self._dependencies
+        return await dependencies.cycle_store.start(self.operation_id, owner, dependencies.ttl_ms, self._told())
 
     async def _watch(self) -> None:
         """Tells how far it is, and stops it when that is asked for or when it was given up for lost."""
@@ -345,14 +345,14 @@ class Cycle:
                 await asyncio.sleep(BEAT_S)
 
     async def _beat(self) -> None:
-        owner, operations = self._workplace.limiter.replica_id, self._workplace.operations
-        status = await operations.beat(self.operation_id, owner, self._told())
+        owner, cycle_store = self._dependencies.limiter.replica_id, self._dependencies.cycle_store
+        status = await cycle_store.beat(self.operation_id, owner, self._told())
         if not status:
             self.stop("worker_lost")
             return
         if status == "cancelling":
             self.stop("cancelled")
-        now_s, ttl_s, hold = time.monotonic(), self._workplace.ttl_s, self._hold
+        now_s, ttl_s, hold = time.monotonic(), self._dependencies.ttl_s, self._hold
         if hold.deadline_ms != self._deadline_ms:
             self._deadline_ms, self._extend_at_s = hold.deadline_ms, now_s + ttl_s / 2
         elif now_s > self._extend_at_s and not (hold.settled or hold.settling):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from ktrdr_budget.agent.operations import Progress
+from ktrdr_budget.agent.cycle_store import Progress
 from ktrdr_budget.money import Amount, format_amount
 
 __all__ = ["log_cycle_ended", "log_cycle_lost", "log_cycle_started", "log_gate_failed"]

@@ -9,10 +9,10 @@ import secrets
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from ktrdr_budget.agent.cycle import OPERATION_TYPE, Cycle, Plan, Workplace
+from ktrdr_budget.agent.cycle import OPERATION_TYPE, Cycle, CycleDependencies, Plan
+from ktrdr_budget.agent.cycle_store import CyclesPage
 from ktrdr_budget.agent.llm import UnusableModel
 from ktrdr_budget.agent.logs import log_cycle_lost, log_cycle_started
-from ktrdr_budget.agent.operations import CyclesPage
 from ktrdr_budget.agent.options import CycleOptions, UnusableOption
 from ktrdr_budget.agent.phases import KnowsStrategies
 from ktrdr_budget.environment import AGENT
@@ -110,18 +110,18 @@ class AgentService:
     """The agent of one replica.
 
     Args:
-        workplace: its limiter has the budgets ``agent`` and :data:`SLOTS`.
+        dependencies: its limiter has the budgets ``agent`` and :data:`SLOTS`.
         estimate: dollars that a cycle is expected to cost.
     """
 
-    def __init__(self, workplace: Workplace, estimate: Amount) -> None:
-        self._workplace = workplace
-        self._limiter = workplace.limiter
-        self._operations = workplace.operations
+    def __init__(self, dependencies: CycleDependencies, estimate: Amount) -> None:
+        self._dependencies = dependencies
+        self._limiter = dependencies.limiter
+        self._cycle_store = dependencies.cycle_store
         self._estimate = estimate
         self._running: dict[asyncio.Task[Any], Cycle] = {}
         self._beginning: dict[str, asyncio.Future[Started]] = {}
-        workplace.operations.on_lost = self._count_lost
+        dependencies.cycle_store.on_lost = self._count_lost
 
     async def close(self) -> None:
         """Stops the cycles that run here, each of which commits what it has used, and closes the language model."""
@@ -133,7 +133,7 @@ class AgentService:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
-        await self._workplace.llm.close()
+        await self._dependencies.llm.close()
 
     # -- trigger -------------------------------------------------------------------------------------------------------
 
@@ -167,13 +167,13 @@ class AgentService:
             return await self._trigger(operation_id, plan)
 
     def _planned(self, options: CycleOptions) -> Plan:
-        llm, design = self._workplace.llm, None
+        llm, design = self._dependencies.llm, None
         if options.strategy is not None:
             if options.brief is not None:
                 raise UnusableOption(
                     "brief", "it guides the design, and a strategy is designed already; give one of them"
                 )
-            research = self._workplace.research
+            research = self._dependencies.research
             if not isinstance(research, KnowsStrategies):
                 raise UnusableOption("strategy", "this agent's research takes none by name")
             try:
@@ -193,7 +193,7 @@ class AgentService:
             hold = await self._limiter.reserve(
                 {SLOTS: 1, AGENT: self._estimate},
                 id=operation_id,
-                ttl=self._workplace.ttl_s,
+                ttl=self._dependencies.ttl_s,
                 operation=OPERATION_TYPE,
             )
         except BudgetExceeded as denied:
@@ -215,7 +215,7 @@ class AgentService:
     async def _begin(self, hold: AsyncHold, plan: Plan) -> Started:
         if self._runs(hold.id) is not None:  # for the same request, sent twice
             return Started(hold.id, plan.llm.model, replayed=True)
-        cycle = Cycle(self._workplace, hold, plan, current_link())
+        cycle = Cycle(self._dependencies, hold, plan, current_link())
         try:
             begun = await cycle.begin()
             if not begun and not await self._has_begun(hold, plan):
@@ -237,7 +237,7 @@ class AgentService:
         Raises:
             HoldConflict: there is, and its trigger had other options.
         """
-        cycle = await self._operations.get(hold.id)
+        cycle = await self._cycle_store.get(hold.id)
         granted_ms = hold.created_us // 1000 if hold.created_us else hold.deadline_ms - round(hold.ttl * 1000)
         if cycle is None or cycle.started_at < from_ms(granted_ms):
             return False
@@ -267,7 +267,7 @@ class AgentService:
             cycle.lost_here = True  # it lives, and will count what becomes of it
         else:
             log_cycle_lost(operation_id, elapsed_s)
-            self._workplace.measures.cycle_ended("failed", elapsed_s)
+            self._dependencies.measures.cycle_ended("failed", elapsed_s)
 
     # -- why not -------------------------------------------------------------------------------------------------------
 
@@ -308,13 +308,13 @@ class AgentService:
 
         The hold of one whose worker was lost is retired on the way, so that its slot is free.
         """
-        page = await self._operations.list(count, after)
+        page = await self._cycle_store.list(count, after)
         await self._status(SLOTS)
         return page
 
     async def status(self) -> AgentStatus:
         """The active cycles, the one that ended last, and how much money and how many slots are left."""
-        page = await self._operations.list(0)
+        page = await self._cycle_store.list(0)
         budget, capacity = await asyncio.gather(self._status(AGENT), self._status(SLOTS))
         return AgentStatus(page, budget, capacity)
 
@@ -335,7 +335,7 @@ class AgentService:
             return await self._cancel(operation_id)
 
     async def _cancel(self, operation_id: str) -> str:
-        status = await self._operations.cancel(operation_id)
+        status = await self._cycle_store.cancel(operation_id)
         if not status:
             raise UnknownCycle(f"unknown cycle {operation_id!r}")
         if status != "cancelling":
@@ -348,7 +348,7 @@ class AgentService:
         ends = asyncio.get_running_loop().time() + CANCEL_WAIT_S
         while True:
             with suppressed():
-                cycle = await self._operations.get(operation_id)
+                cycle = await self._cycle_store.get(operation_id)
             if cycle is not None and cycle.status != "cancelling":
                 if cycle.status != "cancelled":
                     raise CycleEnded(operation_id, cycle.status)

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from ktrdr_budget.agent.cycle import OPERATION_TYPE
-from ktrdr_budget.agent.operations import CycleView
+from ktrdr_budget.agent.cycle_store import CycleView
 from ktrdr_budget.agent.options import UnusableOption
 from ktrdr_budget.agent.service import AgentService, CycleActive, CycleEnded, MoneyDenied, UnknownCycle
 from ktrdr_budget.api.agent_schemas import (

@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
-from ktrdr_budget.agent.assembly import make_agent
+from ktrdr_budget.agent.factory import make_agent
 from ktrdr_budget.agent.phases import Research
 from ktrdr_budget.agent.service import slots
 from ktrdr_budget.agent.settings import AgentSettings

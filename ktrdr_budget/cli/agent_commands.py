@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from ktrdr_budget.cli.arguments import watch_options
-from ktrdr_budget.cli.client import Service, service, understood
+from ktrdr_budget.cli.client import Service, expect_valid_response, service
 from ktrdr_budget.cli.cycle_commands import cancel, cycles, status, trigger
 from ktrdr_budget.cli.output import SEPARATOR, amount_text, can_show, cents, is_terminal, one_line, paint
 from ktrdr_budget.cli.screen import show
@@ -46,7 +46,7 @@ def agent_budget(exact: bool, as_json: bool, watch: bool, interval: float) -> No
 def _ask(where: Service, exact: bool) -> tuple[dict[str, Any], str]:
     """The service's JSON, and the same for a person."""
     answer = where.get("/agent/budget")
-    with understood(where):
+    with expect_valid_response(where):
         document = answer.document
         return document, status_text(document, exact=exact)
 

@@ -9,7 +9,16 @@ from typing import Any, TypeVar
 
 import click
 
-__all__ = ["AmountCommand", "a_name", "amounts_of", "an_end", "json_option", "new_id", "seconds_from", "watch_options"]
+__all__ = [
+    "AmountCommand",
+    "amounts_of",
+    "json_option",
+    "new_id",
+    "validate_end",
+    "validate_name",
+    "validate_seconds",
+    "watch_options",
+]
 
 _SECONDS_MAX = 86_400
 _NEGATIVE = re.compile(r"-\.?[0-9]")
@@ -34,7 +43,7 @@ class AmountCommand(click.Command):
         raise click.UsageError(str(not_an_amount(negative)), context)
 
 
-def a_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+def validate_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Callback: a budget name or an id, by the rule of the library; an option may be absent.
 
     Raises:
@@ -43,7 +52,7 @@ def a_name(context: click.Context, parameter: click.Parameter, value: str | None
     return None if value is None else _name(value)
 
 
-def an_end(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+def validate_end(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
     """Callback: the end of a limit, an instant with its timezone or ``window``; ``None`` for ``never``.
 
     Raises:
@@ -64,7 +73,7 @@ def an_end(context: click.Context, parameter: click.Parameter, value: str | None
     return value
 
 
-def seconds_from(least: float) -> Callable[[click.Context, click.Parameter, float | None], float | None]:
+def validate_seconds(least: float) -> Callable[[click.Context, click.Parameter, float | None], float | None]:
     """Callback: seconds from ``least`` to a day; unlike Click's range it takes no NaN."""
 
     def check(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
@@ -82,7 +91,7 @@ def json_option(command: Command) -> Command:
 
 def watch_options(command: Command) -> Command:
     """``--json``, ``--watch`` and ``--interval``."""
-    every = {"metavar": "SECONDS", "default": 2.0, "callback": seconds_from(0.1), "show_default": True}
+    every = {"metavar": "SECONDS", "default": 2.0, "callback": validate_seconds(0.1), "show_default": True}
     command = click.option("--interval", **every, help="How often --watch asks.")(command)  # type: ignore[arg-type]
     command = click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")(command)
     text = "The service's JSON; with --watch one line each time."

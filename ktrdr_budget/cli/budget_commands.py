@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ktrdr_budget.cli.arguments import AmountCommand, a_name, an_end, json_option
-from ktrdr_budget.cli.client import Answer, Service, segment, service, understood
+from ktrdr_budget.cli.arguments import AmountCommand, json_option, validate_end, validate_name
+from ktrdr_budget.cli.client import Answer, Service, expect_valid_response, segment, service
 from ktrdr_budget.cli.errors import CommandError
 from ktrdr_budget.cli.output import Table, amount_text, fields, write, write_json
 from ktrdr_budget.cli.pages import paged, pages, show_pages
@@ -33,7 +33,7 @@ def list_budgets(as_json: bool) -> None:
     """Show all budgets, each in its current window."""
     where = service()
     answer = where.get("/budgets")
-    with understood(where):
+    with expect_valid_response(where):
         rows = [_summary(item) for item in answer.document["budgets"]]
         unknown = {item["budget"]: item["detail"] for item in answer.document.get("unavailable", ())}
         rows += [[name, *["unknown"] * 8] for name in unknown]
@@ -55,7 +55,7 @@ def list_budgets(as_json: bool) -> None:
 
 
 @budget.command()
-@click.argument("name", callback=a_name)
+@click.argument("name", callback=validate_name)
 @json_option
 def show(name: str, as_json: bool) -> None:
     """Show one budget in full."""
@@ -64,11 +64,11 @@ def show(name: str, as_json: bool) -> None:
 
 
 @budget.command("set-limit", cls=AmountCommand)
-@click.argument("name", callback=a_name)
+@click.argument("name", callback=validate_name)
 @click.argument("limit")
 @click.option(
     "--until",
-    callback=an_end,
+    callback=validate_end,
     metavar="WHEN|window|never",
     help="When it ends: an instant such as 2026-11-24T00:00:00Z, or with the current window.  [default: never]",
 )
@@ -86,7 +86,7 @@ def set_limit(name: str, limit: str, until: str | None, as_json: bool) -> None:
 
 
 @budget.command("clear-limit")
-@click.argument("name", callback=a_name)
+@click.argument("name", callback=validate_name)
 @json_option
 def clear_limit(name: str, as_json: bool) -> None:
     """Return to the configured limit. It needs the admin key."""
@@ -95,7 +95,7 @@ def clear_limit(name: str, as_json: bool) -> None:
 
 
 @budget.command()
-@click.argument("name", callback=a_name)
+@click.argument("name", callback=validate_name)
 @json_option
 def migrate(name: str, as_json: bool) -> None:
     """Register the service's definition of a budget.
@@ -107,7 +107,7 @@ def migrate(name: str, as_json: bool) -> None:
     """
     where = service()
     answer = where.send("POST", f"{_path(name)}/migrate", admin=True)
-    with understood(where):
+    with expect_valid_response(where):
         text = fields(_migration_fields(answer.document))
     if as_json:
         write_json(answer.document)
@@ -116,7 +116,7 @@ def migrate(name: str, as_json: bool) -> None:
 
 
 @budget.command()
-@click.argument("name", callback=a_name)
+@click.argument("name", callback=validate_name)
 @paged
 @json_option
 def holds(name: str, limit: int | None, cursor: str | None, everything: bool, as_json: bool) -> None:
@@ -127,7 +127,7 @@ def holds(name: str, limit: int | None, cursor: str | None, everything: bool, as
 
 
 @budget.command()
-@click.argument("name", callback=a_name)
+@click.argument("name", callback=validate_name)
 @click.option("--window", help="Such as 2026-11-23 for a day. Default: the current one.")
 @paged
 @json_option
@@ -158,7 +158,7 @@ def _summary(item: Mapping[str, Any]) -> list[str]:
 
 
 def _show_budget(where: Service, answer: Answer, as_json: bool) -> None:
-    with understood(where):
+    with expect_valid_response(where):
         text = fields(_budget_fields(answer.document))
     if as_json:
         write_json(answer.document)

@@ -24,7 +24,7 @@ from ktrdr_budget.cli.output import amount_text, duration, one_line
 if TYPE_CHECKING:
     from http.client import HTTPConnection
 
-__all__ = ["API_URL", "Answer", "Service", "segment", "service", "understood"]
+__all__ = ["API_URL", "Answer", "Service", "segment", "service", "expect_valid_response"]
 
 API_URL = "ktrdr_budget.api_url"
 """Where a group of commands finds the service's URL in ``click.Context.meta``."""
@@ -152,13 +152,13 @@ class Service(NamedTuple):
             words = f"{self.url} answered {status} without the JSON of a ktrdr-budget service; is that its URL?"
             return error(words + (repeat if status in (502, 504) else ""))
         if (status, problem.get("reason")) in _NOT_STARTED and problem.get("triggered") is False:
-            with understood(self):
+            with expect_valid_response(self):
                 return Denied(_not_started_line(problem), problem)
         if status == 429 and "budget" not in problem and "retry_after" in problem:
-            with understood(self):
+            with expect_valid_response(self):
                 return Denied(f"{one_line(problem['detail'])}; {_advice(problem['retry_after'])}", problem)
         if status == 429 and "reason" in problem:
-            with understood(self):
+            with expect_valid_response(self):
                 return Denied(denial_line(problem), problem)
         detail = one_line(problem.get("detail") or problem.get("title") or f"the service answered {status}")
         if status == 401:
@@ -181,7 +181,7 @@ def segment(name: str) -> str:
 
 
 @contextmanager
-def understood(service: Service) -> Iterator[None]:
+def expect_valid_response(service: Service) -> Iterator[None]:
     """While an answer is read: turns one of another shape into a clear error."""
     try:
         yield

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ktrdr_budget.cli.arguments import a_name, json_option, new_id, seconds_from, watch_options
-from ktrdr_budget.cli.client import Service, segment, service, understood
+from ktrdr_budget.cli.arguments import json_option, new_id, validate_name, validate_seconds, watch_options
+from ktrdr_budget.cli.client import Service, expect_valid_response, segment, service
 from ktrdr_budget.cli.cycle_texts import CYCLE_COLUMNS, cycle_row, status_text
 from ktrdr_budget.cli.errors import CommandError
 from ktrdr_budget.cli.output import Table, one_line, write, write_json
@@ -19,7 +19,7 @@ __all__ = ["cancel", "cycles", "status", "trigger"]
 
 
 @click.command()
-@click.option("--id", "operation_id", callback=a_name, help="Makes a repeated call harmless. Default: a new one.")
+@click.option("--id", "operation_id", callback=validate_name, help="Idempotency key. Default: generated.")
 @click.option("--strategy", metavar="NAME", help="Train this strategy, which is designed already; not with --brief.")
 @click.option("--brief", metavar="TEXT", help="What the design shall follow, in words; not with --strategy.")
 @click.option(
@@ -31,7 +31,7 @@ __all__ = ["cancel", "cycles", "status", "trigger"]
     "--interval",
     metavar="SECONDS",
     default=0.5,
-    callback=seconds_from(0.1),
+    callback=validate_seconds(0.1),
     show_default=True,
     help="How often --wait asks.",
 )
@@ -62,7 +62,7 @@ def trigger(
         if error.problem is not None and "triggered" in error.problem:
             write_json(error.problem)
         raise
-    with understood(where):
+    with expect_valid_response(where):
         started = str(answer.document["operation_id"])
     write_json(answer.document, compact=as_json)
     if wait:
@@ -83,13 +83,13 @@ def status(as_json: bool, watch: bool, interval: float) -> None:
 
 def _ask(where: Service) -> tuple[dict[str, Any], str]:
     answer = where.get("/agent/status")
-    with understood(where):
+    with expect_valid_response(where):
         document = answer.document
         return document, status_text(document)
 
 
 @click.command()
-@click.argument("operation_id", metavar="ID", callback=a_name)
+@click.argument("operation_id", metavar="ID", callback=validate_name)
 @json_option
 def cancel(operation_id: str, as_json: bool) -> None:
     """Cancel a research cycle, whichever replica it runs on.
@@ -99,7 +99,7 @@ def cancel(operation_id: str, as_json: bool) -> None:
     where = service()
     repeat = "; it may have taken effect: repeating it is safe"
     answer = where.send("DELETE", f"/agent/cancel/{segment(operation_id)}", repeat=repeat)
-    with understood(where):
+    with expect_valid_response(where):
         told = {"cancelled": "Cancelled", "cancelling": "Cancelling"}[answer.document["status"]]
         text = one_line(f"{told} {answer.document['operation_id']}: {answer.document['message']}")
     if as_json:

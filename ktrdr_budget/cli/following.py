@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ktrdr_budget.cli.client import Service, understood
+from ktrdr_budget.cli.client import Service, expect_valid_response
 from ktrdr_budget.cli.cycle_texts import ending, has_ended, milestones, picture
 from ktrdr_budget.cli.errors import CommandError, Unreachable
 from ktrdr_budget.cli.output import is_terminal, write, write_json
@@ -52,7 +52,7 @@ def _until_ended(where: Service, operation_id: str, interval_s: float, view: _Vi
             view.unknown(error)
         else:
             answered_at = time.monotonic()
-            with understood(where):
+            with expect_valid_response(where):
                 view.draw(cycle)
                 if has_ended(cycle):
                     return cycle
@@ -67,7 +67,7 @@ def _find(where: Service, operation_id: str) -> dict[str, Any]:
     """
     for path in ("/agent/status", "/agent/cycles"):
         answer = where.get(path)
-        with understood(where):
+        with expect_valid_response(where):
             cycles = _cycles(answer.document)
             if operation_id in cycles:
                 return cycles[operation_id]  # type: ignore[no-any-return]

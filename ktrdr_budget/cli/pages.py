@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from ktrdr_budget.cli.client import Answer, service, understood
+from ktrdr_budget.cli.client import Answer, expect_valid_response, service
 from ktrdr_budget.cli.errors import CommandError
 from ktrdr_budget.cli.output import Table, json_text, one_line, write, write_json
 
@@ -32,7 +32,7 @@ def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[
     seen: set[object] = set()
     while True:
         answer = where.get(path, **query)
-        with understood(where):
+        with expect_valid_response(where):
             cursor = answer.document["next_cursor"]
             if not isinstance(answer.document[field], list) or not isinstance(cursor, str | None):
                 raise TypeError(field)
@@ -54,7 +54,7 @@ def show_pages(
         return
     where, found, cursor = service(), False, None
     for page in pages:
-        with understood(where):
+        with expect_valid_response(where):
             rows = [row(item) for item in page.document[field]]
         table.write(rows)
         found, cursor = found or bool(rows), page.document["next_cursor"]

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from ktrdr_budget.cli.arguments import AmountCommand, a_name, amounts_of, json_option, new_id, seconds_from
-from ktrdr_budget.cli.client import Answer, Service, segment, service, understood
+from ktrdr_budget.cli.arguments import AmountCommand, amounts_of, json_option, new_id, validate_name, validate_seconds
+from ktrdr_budget.cli.client import Answer, Service, expect_valid_response, segment, service
 from ktrdr_budget.cli.errors import Denied
 from ktrdr_budget.cli.output import amount_text, one_line, write, write_json
 
@@ -19,9 +19,9 @@ _AMOUNTS = "NAME AMOUNT | NAME=AMOUNT..."
 
 @click.command(cls=AmountCommand)
 @click.argument("amounts", nargs=-1, required=True, metavar=_AMOUNTS)
-@click.option("--id", "hold_id", callback=a_name, help="Makes a repeated call harmless. Default: a new one.")
+@click.option("--id", "hold_id", callback=validate_name, help="Idempotency key. Default: generated.")
 @click.option(
-    "--ttl", type=float, callback=seconds_from(1), metavar="SECONDS", help="Until it expires.  [default: 900]"
+    "--ttl", type=float, callback=validate_seconds(1), metavar="SECONDS", help="Until it expires.  [default: 900]"
 )
 @click.option(
     "--on-expiry",
@@ -57,7 +57,7 @@ def reserve(
 
 
 @click.command(cls=AmountCommand)
-@click.argument("hold_id", metavar="ID", callback=a_name)
+@click.argument("hold_id", metavar="ID", callback=validate_name)
 @click.argument("amounts", nargs=-1, metavar="[AMOUNT | NAME=AMOUNT...]")
 @json_option
 def commit(hold_id: str, amounts: tuple[str, ...], as_json: bool) -> None:
@@ -77,7 +77,7 @@ def commit(hold_id: str, amounts: tuple[str, ...], as_json: bool) -> None:
 
 
 @click.command()
-@click.argument("hold_id", metavar="ID", callback=a_name)
+@click.argument("hold_id", metavar="ID", callback=validate_name)
 @json_option
 def release(hold_id: str, as_json: bool) -> None:
     """Give back all that a hold has reserved.
@@ -92,7 +92,7 @@ def release(hold_id: str, as_json: bool) -> None:
 
 @click.command(cls=AmountCommand)
 @click.argument("amounts", nargs=-1, required=True, metavar=_AMOUNTS)
-@click.option("--id", "spend_id", callback=a_name, help="Makes a repeated call harmless. Default: a new one.")
+@click.option("--id", "spend_id", callback=validate_name, help="Idempotency key. Default: generated.")
 @click.option("--operation", help="A label for the ledger.")
 @json_option
 def record(amounts: tuple[str, ...], spend_id: str | None, operation: str | None, as_json: bool) -> None:
@@ -118,7 +118,7 @@ def _mapping(words: tuple[str, ...]) -> dict[str, str]:
 
 
 def _show(where: Service, answer: Answer, as_json: bool, tell: Callable[[Mapping[str, Any]], str]) -> None:
-    with understood(where):
+    with expect_valid_response(where):
         text = tell(answer.document)
     if as_json:
         write_json(answer.document)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ktrdr_budget.cli.arguments import seconds_from
+from ktrdr_budget.cli.arguments import validate_seconds
 from ktrdr_budget.cli.errors import CommandError, InvalidInput, Unreachable
 from ktrdr_budget.cli.output import Table, amount_text, write, write_json
 from ktrdr_budget.cli.screen import clock
@@ -29,7 +29,7 @@ __all__ = ["verify"]
     "--interval",
     metavar="SECONDS",
     default=5.0,
-    callback=seconds_from(0.1),
+    callback=validate_seconds(0.1),
     show_default=True,
     help="How often --watch checks.",
 )

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from decimal import Decimal
 
 from ktrdr_budget import AsyncBudgetLimiter
-from ktrdr_budget.agent.cycle import Workplace
+from ktrdr_budget.agent.cycle import CycleDependencies
+from ktrdr_budget.agent.cycle_store import CycleStore, CycleView
 from ktrdr_budget.agent.gates import Thresholds
 from ktrdr_budget.agent.llm import LLM, Completion
-from ktrdr_budget.agent.operations import CycleView, Operations
 from ktrdr_budget.agent.phases import Assessment, Backtest, Design, Training
 from ktrdr_budget.agent.service import AgentService
 from ktrdr_budget.engine.holds import current_hold
@@ -112,16 +112,18 @@ class Stage:
         make_llm: Callable[[AsyncBudgetLimiter], LLM] | None = None,
     ) -> None:
         self.limiter = limiter
-        self.operations = Operations(limiter)
+        self.cycle_store = CycleStore(limiter)
         self.script = Script()
         self.tally = Tally()
         self.estimate = Decimal(estimate)
         llm = self.script if make_llm is None else make_llm(limiter)
-        workplace = Workplace(limiter, self.operations, self.script, llm, Thresholds(), self.tally, ttl_s=ttl_s)
-        self.agent = AgentService(workplace, self.estimate)
+        dependencies = CycleDependencies(
+            limiter, self.cycle_store, self.script, llm, Thresholds(), self.tally, ttl_s=ttl_s
+        )
+        self.agent = AgentService(dependencies, self.estimate)
 
     async def view(self, operation_id: str) -> CycleView:
-        found = await self.operations.get(operation_id)
+        found = await self.cycle_store.get(operation_id)
         assert found is not None
         return found
 

@@ -242,7 +242,7 @@ async def test_the_same_trigger_twice_at_once_starts_one_cycle(make_stage):
 @pytest.fixture
 def failing_start(stage, monkeypatch):
     """The first cycle cannot be written down."""
-    start, calls = stage.operations.start, []
+    start, calls = stage.cycle_store.start, []
 
     async def once(*arguments) -> bool:
         calls.append(arguments)
@@ -250,7 +250,7 @@ def failing_start(stage, monkeypatch):
             raise StoreUnavailable("no answer")
         return await start(*arguments)
 
-    monkeypatch.setattr(stage.operations, "start", once)
+    monkeypatch.setattr(stage.cycle_store, "start", once)
 
 
 async def test_a_retry_of_a_start_that_failed_is_a_conflict_once_its_money_was_given_back(stage, failing_start):
@@ -259,7 +259,7 @@ async def test_a_retry_of_a_start_that_failed_is_a_conflict_once_its_money_was_g
     assert await stage.figures() == NOTHING
     with pytest.raises(HoldConflict, match="did not begin"):
         await stage.agent.trigger("op_1")
-    assert await stage.operations.get("op_1") is None
+    assert await stage.cycle_store.get("op_1") is None
 
 
 async def test_a_retry_of_a_start_that_failed_begins_if_its_money_is_still_held(stage, failing_start, monkeypatch):
@@ -300,7 +300,7 @@ async def test_a_trigger_whose_caller_has_gone_runs_on_or_leaves_nothing(stage):
         await trigger
 
     async def decided() -> bool:
-        cycle = await stage.operations.get("op_1")
+        cycle = await stage.cycle_store.get("op_1")
         return (cycle is not None) == ((await stage.figures())[3] == 1)
 
     await until(decided)
@@ -338,13 +338,13 @@ async def test_a_worker_that_was_given_up_for_lost_stops_and_its_late_commit_cou
 
 def _asleep(stage, monkeypatch) -> asyncio.Event:
     """Its heartbeats do not get through until the event that is returned is set."""
-    awake, beat = asyncio.Event(), stage.operations.beat
+    awake, beat = asyncio.Event(), stage.cycle_store.beat
 
     async def late(*arguments) -> str:
         await awake.wait()
         return await beat(*arguments)
 
-    monkeypatch.setattr(stage.operations, "beat", late)
+    monkeypatch.setattr(stage.cycle_store, "beat", late)
     monkeypatch.setattr(Heartbeat, "_beat", lambda _: None)
     return awake
 
@@ -394,7 +394,7 @@ async def test_a_heartbeat_that_did_not_get_through_is_made_up_for(make_stage, m
 
 async def test_a_beat_that_fails_is_not_the_last_one(stage, monkeypatch, caplog):
     stage.script.wait_in = "training"
-    beats, beat = [], stage.operations.beat
+    beats, beat = [], stage.cycle_store.beat
 
     async def broken(*arguments) -> str:
         beats.append(arguments)
@@ -402,7 +402,7 @@ async def test_a_beat_that_fails_is_not_the_last_one(stage, monkeypatch, caplog)
             raise TypeError("a bug")
         return await beat(*arguments)
 
-    monkeypatch.setattr(stage.operations, "beat", broken)
+    monkeypatch.setattr(stage.cycle_store, "beat", broken)
     started = await stage.agent.trigger()
     await until(lambda: _in_phase(stage, started.operation_id, "training"))
     assert "cannot tell how far it is" in caplog.text

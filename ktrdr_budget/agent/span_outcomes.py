@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from ktrdr_budget.telemetry.spans import Span, ending_of
 
-__all__ = ["tell_ending"]
+__all__ = ["set_outcome"]
 
 _OURS = "ktrdr_budget."
 _PROVIDERS = ("anthropic", "openai")
 
 
-def tell_ending(current: Span, error: BaseException | None, *, asked: bool) -> str:
+def set_outcome(current: Span, error: BaseException | None, *, asked: bool) -> str:
     """Says on the span of a phase how it ended; returns what the cycle's own span may say of it, empty if nothing.
 
     Args:

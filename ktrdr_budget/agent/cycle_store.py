@@ -13,7 +13,7 @@ from ktrdr_budget.engine.scripts import CYCLES
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.periods import from_ms
 
-__all__ = ["CycleStatus", "CycleView", "CyclesPage", "Operations", "Progress"]
+__all__ = ["CycleStatus", "CycleView", "CyclesPage", "CycleStore", "Progress"]
 
 CycleStatus = Literal["running", "cancelling", "completed", "failed", "cancelled"]
 Outcome = Literal["completed", "failed", "cancelled"]
@@ -87,7 +87,7 @@ class CyclesPage:
     """The one that ended last."""
 
 
-class Operations:
+class CycleStore:
     """Reads and writes the records. Errors are those of the store (``StoreUnavailable``).
 
     A cycle whose worker has been silent for too long is written down as lost by the call that finds it so.

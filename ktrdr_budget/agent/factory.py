@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ktrdr_budget.agent.cycle import Measures, Workplace
-from ktrdr_budget.agent.operations import Operations
+from ktrdr_budget.agent.cycle import CycleDependencies, Measures
+from ktrdr_budget.agent.cycle_store import CycleStore
 from ktrdr_budget.agent.phases import Research
 from ktrdr_budget.agent.providers import make_llm
 from ktrdr_budget.agent.research import ExampleResearch
@@ -32,13 +32,13 @@ def make_agent(
     Raises:
         InvalidArgument: the language model that the environment asks for cannot be had.
     """
-    workplace = Workplace(
+    dependencies = CycleDependencies(
         limiter=limiter,
-        operations=Operations(limiter),
+        cycle_store=CycleStore(limiter),
         research=research or ExampleResearch(phase_seconds=settings.phase_seconds),
         llm=make_llm(limiter),
         thresholds=settings.thresholds,
         measures=measures,
         ttl_s=settings.cycle_ttl,
     )
-    return AgentService(workplace, estimate)
+    return AgentService(dependencies, estimate)

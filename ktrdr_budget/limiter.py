@@ -23,9 +23,9 @@ from ktrdr_budget.engine.prepaid import Prepaid, check_slabs
 from ktrdr_budget.engine.protocol import Command
 from ktrdr_budget.engine.reads import Flow
 from ktrdr_budget.engine.session import MAX_BUDGETS, MAX_HOLDS, Session
-from ktrdr_budget.engine.stores.credentials import Credentials, CredentialSource
-from ktrdr_budget.engine.stores.durability import Durability, check_durability
-from ktrdr_budget.engine.stores.moving import store_at
+from ktrdr_budget.engine.transport.credentials import Credentials, CredentialSource
+from ktrdr_budget.engine.transport.durability import Durability, check_durability
+from ktrdr_budget.engine.transport.failover import store_for
 from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable, shown
 from ktrdr_budget.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, AsyncLease
 from ktrdr_budget.models import (
@@ -54,7 +54,7 @@ class LimiterBase:
 
     Args:
         url: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://`` or ``redis+sentinel://`` (all forms:
-            :mod:`ktrdr_budget.engine.stores.urls`); ``None`` starts or joins the embedded server of ``data_dir``.
+            :mod:`ktrdr_budget.engine.transport.urls`); ``None`` starts or joins the embedded server of ``data_dir``.
         budgets: the budgets of this replica, each with its configured limit.
         tenant: names the slot that all keys live in.
         timeout: seconds within which each call ends.
@@ -111,7 +111,7 @@ class LimiterBase:
             self._core.prepaid = Prepaid(self._core, check_slabs(self._core, lease_slab))
         elif lease_slab is not None:
             raise InvalidArgument(f"lease_slab is for on_store_error='lease', not {on_store_error!r}")
-        self._store = store_at(url, _directory(data_dir), self._session.keys.meta, credential_provider)
+        self._store = store_for(url, _directory(data_dir), self._session.keys.meta, credential_provider)
         check_durability(durability)
         self._store.durability = durability
         self._timeout = float(timeout)

@@ -13,7 +13,7 @@ from typing import Any
 
 from ktrdr_budget import environment
 from ktrdr_budget.engine.holds import OnError
-from ktrdr_budget.engine.stores.credentials import CredentialSource
+from ktrdr_budget.engine.transport.credentials import CredentialSource
 from ktrdr_budget.errors import DefinitionConflict, StoreUnavailable
 from ktrdr_budget.events import log_spend, logs_spend
 from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, Status

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from ktrdr_budget.engine.stores import embedded
+from ktrdr_budget.engine import embedded
 from ktrdr_budget.environment import data_dir, store_url
 
 ROOT = Path(__file__).resolve().parents[1]

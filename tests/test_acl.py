@@ -20,8 +20,8 @@ from redis.retry import Retry
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, StoreUnavailable
 from ktrdr_budget.agent.cycle_store import CycleStore, Progress
+from ktrdr_budget.audit import Auditor
 from ktrdr_budget.errors import StoreError
-from ktrdr_budget.verify import Auditor
 
 from .conftest import Server, valkey_binary
 from .helpers.clusters import Cluster

@@ -8,8 +8,8 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, InvalidAmount, StoreError
+from ktrdr_budget.audit import verify
 from ktrdr_budget.money import MAX_UNITS
-from ktrdr_budget.verify import verify
 
 from .helpers.keyspace import dump, ledger_sum, sums, window_key
 from .helpers.waiting import until

@@ -14,9 +14,9 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
+from ktrdr_budget.audit import verify
 from ktrdr_budget.environment import limiter_options
 from ktrdr_budget.errors import InvalidArgument, TooManyBudgets, TooManyHolds
-from ktrdr_budget.verify import verify
 
 from .api.processes import Service, serving
 from .helpers.keyspace import dump, window_key

@@ -12,9 +12,9 @@ import redis.asyncio
 import wrapt
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, StoreError, StoreUnavailable
-from ktrdr_budget.engine.stores import packing
+from ktrdr_budget.audit import verify
+from ktrdr_budget.engine.transport import redis_pool
 from ktrdr_budget.money import to_units
-from ktrdr_budget.verify import verify
 
 from .conftest import redis_binary, valkey_binary
 from .helpers.clusters import Cluster, slot_of
@@ -334,7 +334,7 @@ async def test_a_slot_that_valkey_moves_as_a_whole_is_followed_without_a_pause(c
 @pytest.mark.parametrize("way", ["wires", "without hiredis", "watched"])
 async def test_moved_and_ask_are_followed_at_once_whatever_carries_the_calls(cluster, monkeypatch, way):
     if way == "without hiredis":
-        monkeypatch.setattr(packing, "Reader", None)
+        monkeypatch.setattr(redis_pool, "Reader", None)
     if way == "watched":
         plain = redis.asyncio.Redis.execute_command
         monkeypatch.setattr(redis.asyncio.Redis, "execute_command", plain)  # put back at the end
@@ -343,7 +343,7 @@ async def test_moved_and_ask_are_followed_at_once_whatever_carries_the_calls(clu
         )
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
-        assert bool(limiter._store._wires.standing) == (way == "wires")
+        assert bool(limiter._store._connections.opened) == (way == "wires")
         source = cluster.owner("default")
         with cluster.migrating("default", cluster.others(source)[0]) as move:
             while move():

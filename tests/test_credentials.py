@@ -13,10 +13,10 @@ import pytest
 from redis.credentials import CredentialProvider, UsernamePasswordCredentialProvider
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, BudgetTracker, StoreUnavailable
-from ktrdr_budget.engine.stores import packing
+from ktrdr_budget.audit import Auditor, verify
+from ktrdr_budget.engine.transport import redis_pool
 from ktrdr_budget.errors import InvalidArgument, StoreError
 from ktrdr_budget.telemetry.audit import Audit
-from ktrdr_budget.verify import Auditor, verify
 
 from .conftest import Server, valkey_binary
 from .helpers.clusters import Cluster
@@ -80,7 +80,7 @@ FORMS = {"callable": lambda vault: vault, "provider": Provider, "async provider"
 @pytest.mark.parametrize("form", FORMS)
 async def test_a_provider_is_asked_at_each_connection(own, form, way, monkeypatch, caplog):
     if way == "client":
-        monkeypatch.setattr(packing, "Reader", None)
+        monkeypatch.setattr(redis_pool, "Reader", None)
     vault = Vault(own)
     async with AsyncBudgetLimiter(own.url, BUDGETS, credential_provider=FORMS[form](vault)) as limiter:
         await limiter.reserve("agent", "0.15")

@@ -21,10 +21,10 @@ from ktrdr_budget import (
     StoreError,
     StoreUnavailable,
 )
+from ktrdr_budget.audit import verify
 from ktrdr_budget.engine import session
 from ktrdr_budget.money import to_units
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
-from ktrdr_budget.verify import verify
 
 from .helpers.keyspace import counted, dump, immortal_keys, sums, window_key
 from .helpers.waiting import until

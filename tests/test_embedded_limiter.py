@@ -38,12 +38,12 @@ async def test_several_limiters_of_a_process_share_the_server(tmp_path: Path):
         assert str((await one.status("agent")).remaining) == "0.40"
 
 
-def test_the_server_and_its_watcher_are_killed_and_the_limiter_brings_them_back(tmp_path: Path):
+def test_the_server_and_its_supervisor_are_killed_and_the_limiter_brings_them_back(tmp_path: Path):
     with BudgetLimiter(None, [Budget("agent", "1")], data_dir=tmp_path / "d", timeout=20.0) as limiter:
         limiter.record("agent", "0.10")
         server = server_pid(limiter)
-        watcher = int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
-        os.kill(watcher, signal.SIGKILL)
+        supervisor = int(Path(f"/proc/{server}/stat").read_text().rpartition(")")[2].split()[1])
+        os.kill(supervisor, signal.SIGKILL)
         os.kill(server, signal.SIGKILL)
         ends = time.monotonic() + 60
         while True:

@@ -12,9 +12,9 @@ from collections.abc import Iterator
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
-from ktrdr_budget.engine.stores import packing
+from ktrdr_budget.audit import verify
+from ktrdr_budget.engine.transport import redis_pool
 from ktrdr_budget.errors import StoreError
-from ktrdr_budget.verify import verify
 
 from .conftest import free_port
 from .helpers.waiting import until
@@ -98,7 +98,7 @@ async def refusal(url: str) -> str:
 @pytest.mark.parametrize("form", ["rediss://127.0.0.1:{}", "rediss://127.0.0.1:{}?ssl_cert_reqs=none"])
 async def test_a_server_without_tls_is_named(plain, form, way, monkeypatch):
     if way == "client":
-        monkeypatch.setattr(packing, "Reader", None)
+        monkeypatch.setattr(redis_pool, "Reader", None)
     assert f"the server at 127.0.0.1:{plain} does not speak TLS" in await refusal(form.format(plain))
 
 
@@ -111,7 +111,7 @@ async def test_an_http_server_is_named(web, scheme):
 @pytest.mark.parametrize("way", ["wires", "client"])
 async def test_a_store_whose_port_an_http_server_takes_later_is_named(start_server, way, monkeypatch):
     if way == "client":
-        monkeypatch.setattr(packing, "Reader", None)
+        monkeypatch.setattr(redis_pool, "Reader", None)
     port = free_port()
     own = start_server(None, "--port", str(port))
     limiter = AsyncBudgetLimiter(f"redis://127.0.0.1:{port}", BUDGETS, timeout=20.0)

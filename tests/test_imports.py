@@ -11,8 +11,8 @@ import ktrdr_budget
 
 PACKAGE = Path(ktrdr_budget.__file__).parent
 MODULES = ("errors", "money", "periods", "models", "events", "environment", "engine", "lease", "limiter")
-MODULES += ("sync", "tracker", "verify", "telemetry", "metering", "agent", "api", "cli")
-CORE = MODULES[: MODULES.index("verify") + 1]
+MODULES += ("sync", "tracker", "audit", "telemetry", "metering", "agent", "api", "cli")
+CORE = MODULES[: MODULES.index("audit") + 1]
 
 
 def imports(path: Path, *, of_types: bool = False) -> set[str]:
@@ -65,20 +65,17 @@ def test_imports_point_one_way():
     assert not wrong
 
 
-def test_inside_the_engine_words_import_no_servers_and_servers_no_driver():
-    order = ("words", "stores", "driver")
-    places = {
-        path: part if (part := path.relative_to(PACKAGE / "engine").parts[0]) in order else "words"
-        for path in (PACKAGE / "engine").rglob("*.py")
-    }
-    assert set(places.values()) == set(order)
-    wrong = [
-        f"{path.relative_to(PACKAGE)} imports {module}"
-        for path, place in places.items()
-        for module in imports(path)
-        if module.startswith(("ktrdr_budget.engine.stores", "ktrdr_budget.engine.driver"))
-        and order.index(module.split(".")[2]) > order.index(place)
-    ]
+def test_inside_the_engine_the_transport_imports_no_driver_and_the_rest_no_transport():
+    """``transport`` and ``embedded`` are below ``driver``; everything else is pure."""
+    allowed = {"transport": ("transport", "embedded"), "embedded": ("embedded",), "driver": ("driver", "transport")}
+    wrong = []
+    for path in (PACKAGE / "engine").rglob("*.py"):
+        place = path.relative_to(PACKAGE / "engine").parts[0]
+        for module in imports(path):
+            parts = module.split(".")
+            target = parts[2] if module.startswith("ktrdr_budget.engine.") else ""
+            if target in allowed and target not in allowed.get(place, ()):
+                wrong.append(f"{path.relative_to(PACKAGE)} imports {module}")
     assert not wrong
 
 

@@ -9,8 +9,8 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetTracker, StoreUnavailable
+from ktrdr_budget.audit import Auditor
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
-from ktrdr_budget.verify import Auditor
 
 from .helpers.patience import away, hurried
 from .helpers.waiting import until

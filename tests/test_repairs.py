@@ -21,8 +21,8 @@ from ktrdr_budget import (
     StoreUnavailable,
     UnknownBudget,
 )
+from ktrdr_budget.audit import verify
 from ktrdr_budget.engine import memory
-from ktrdr_budget.verify import verify
 
 from .helpers.keyspace import window_key
 from .helpers.patience import away, hurried
@@ -522,7 +522,7 @@ async def test_a_limiter_that_was_dropped_asks_no_more(server):
     with away(server.url):  # for the timer of a call's deadline keeps it
         await limiter.record("agent", "0.01")
     forgotten = weakref.ref(limiter._coalescer.recovery)
-    wires = limiter._store._wires  # closed here; whoever drops a limiter leaves that to the collector
+    wires = limiter._store._connections  # closed here; whoever drops a limiter leaves that to the collector
     await wires.close()
     del limiter
     await until(lambda: gc.collect() >= 0 and forgotten() is None)

@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, AsyncHold, Budget, HoldConflict
-from ktrdr_budget.verify import verify
+from ktrdr_budget.audit import verify
 
 from .helpers.proxy import Proxy
 from .helpers.waiting import until

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetLimiter
-from ktrdr_budget.engine.stores.urls import mask_url, parse_url
-from ktrdr_budget.verify import Auditor
+from ktrdr_budget.audit import Auditor
+from ktrdr_budget.engine.transport.urls import mask_url, parse_url
 
 from .api.processes import serving
 from .conftest import Server, free_port

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreError, StoreUnavailable
-from ktrdr_budget.verify import verify
+from ktrdr_budget.audit import verify
 
 from .conftest import redis_binary, valkey_binary
 from .helpers.nodes import Node, free_ports
@@ -70,12 +70,12 @@ async def _new_master(group: SentinelGroup, old: Node) -> int:
 async def test_batches_and_reads_go_to_the_master(steady):
     async with AsyncBudgetLimiter(steady.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
-        assert limiter._store._wires.standing, "by a connection of our own"
+        assert limiter._store._connections.opened, "by a connection of our own"
         await hold.commit("0.07")
         assert (await limiter.get("op_1")).state == "committed"
         assert (await limiter.status("agent")).spent == Decimal("0.07")
         assert steady.master.command("EXISTS", "ktrdr:{default}:meta")
-        shown = f"{limiter!r} {limiter.store_url} {limiter._store!r} {limiter._store._locator.url!r}"
+        shown = f"{limiter!r} {limiter.store_url} {limiter._store!r} {limiter._store._discovery.url!r}"
         assert "pass-word" not in shown
         assert "ktrdr:***@" in shown
     [report] = verify(steady.url)
@@ -194,7 +194,7 @@ async def test_one_sentinel_that_answers_is_enough_and_one_that_hangs_delays_not
         async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=20.0) as limiter:
             await limiter.reserve("agent", "0.01")
             group.sentinels[2].pause()
-            await limiter._store._look(limiter._store._locator, limiter._store._server, False)
+            await limiter._store._look(limiter._store._discovery, limiter._store._server, False)
             await limiter.reserve("agent", "0.01")  # the master is still there
     assert took.seconds < 10
 

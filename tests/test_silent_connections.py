@@ -14,8 +14,8 @@ import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
 from ktrdr_budget.engine.driver import recovery
-from ktrdr_budget.engine.stores import packing, wire
-from ktrdr_budget.engine.stores.locators import ClusterLocator, SentinelLocator
+from ktrdr_budget.engine.transport import connection, redis_pool
+from ktrdr_budget.engine.transport.discovery import ClusterDiscovery, SentinelDiscovery
 
 from .helpers.keyspace import sums
 from .helpers.patience import away
@@ -26,7 +26,7 @@ from .helpers.waiting import until
 BUDGETS = [Budget("agent", "100.00"), Budget("cycles", 10_000, unit="cycles")]
 BURST = 300
 TIMEOUT_S = 4.0
-RESENT_S = TIMEOUT_S * wire.PATIENCE
+RESENT_S = TIMEOUT_S * connection.PATIENCE
 LATEST_S = TIMEOUT_S * 0.75
 """A second attempt has been answered long before this; a call that waits for its deadline has not ended."""
 
@@ -35,7 +35,7 @@ LATEST_S = TIMEOUT_S * 0.75
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How batches travel: over connections of their own, or by redis-py's client."""
     if request.param == "client":
-        monkeypatch.setattr(packing, "Reader", None)
+        monkeypatch.setattr(redis_pool, "Reader", None)
     return str(request.param)
 
 
@@ -65,14 +65,14 @@ def idle(limiter: AsyncBudgetLimiter) -> list[Any]:
     """Its idle connections, of either kind."""
     server = limiter._store._server
     assert server is not None
-    return [*server.wires.idle, *server.client.connection_pool._available_connections]
+    return [*server.connections.idle, *server.client.connection_pool._available_connections]
 
 
 async def aged(limiter: AsyncBudgetLimiter) -> None:
     """Until each idle connection is too old to be trusted."""
     loop = asyncio.get_running_loop()
     assert idle(limiter)
-    await until(lambda: all(loop.time() - each.used_s > wire.TRUSTED_IDLE_S for each in idle(limiter)))
+    await until(lambda: all(loop.time() - each.used_s > connection.TRUSTED_IDLE_S for each in idle(limiter)))
 
 
 async def test_a_burst_after_idleness_uses_no_connection_that_was_idle(proxy, way, no_pulse, client):
@@ -93,7 +93,7 @@ async def test_the_pulse_of_an_idle_replica_keeps_a_connection_in_trust(proxy, w
         def trusted() -> bool:
             now_s = asyncio.get_running_loop().time()
             used_s = max([each.used_s for each in idle(limiter)], default=0.0)
-            return now_s > called_s + 1.5 * wire.TRUSTED_IDLE_S and now_s < used_s + wire.TRUSTED_IDLE_S
+            return now_s > called_s + 1.5 * connection.TRUSTED_IDLE_S and now_s < used_s + connection.TRUSTED_IDLE_S
 
         await until(trusted)  # long after the last call
 
@@ -158,23 +158,23 @@ async def test_a_slow_link_is_waited_for(proxy, way, no_pulse, client):
 
 
 @pytest.mark.parametrize(
-    ("locator", "form"), [(SentinelLocator, "redis+sentinel://{}/main"), (ClusterLocator, "redis+cluster://{}")]
+    ("discovery", "form"), [(SentinelDiscovery, "redis+sentinel://{}/main"), (ClusterDiscovery, "redis+cluster://{}")]
 )
 async def test_stores_that_move_do_the_same_and_are_not_looked_for_again(
-    proxy, way, no_pulse, locator, form, monkeypatch, client
+    proxy, way, no_pulse, discovery, form, monkeypatch, client
 ):
     place = proxy.url.removeprefix("redis://")
     asked = []
 
-    async def find(self, doubted):
-        asked.append(doubted)
+    async def find(self, suspect):
+        asked.append(suspect)
         return ("127.0.0.1", int(place.rpartition(":")[2]))
 
     async def listen(self, told):
         await asyncio.Event().wait()
 
-    monkeypatch.setattr(locator, "find", find)
-    monkeypatch.setattr(locator, "listen", listen)
+    monkeypatch.setattr(discovery, "find", find)
+    monkeypatch.setattr(discovery, "listen", listen)
     async with AsyncBudgetLimiter(form.format(place), BUDGETS, timeout=TIMEOUT_S) as limiter:
         await burst(limiter)
         await aged(limiter)

@@ -14,9 +14,9 @@ import pytest
 import redis
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
-from ktrdr_budget.engine.stores.wire import Wire
+from ktrdr_budget.audit import verify
+from ktrdr_budget.engine.transport.connection import Connection
 from ktrdr_budget.errors import StoreError
-from ktrdr_budget.verify import verify
 
 from .conftest import Server, free_port
 from .helpers.tools import need
@@ -102,9 +102,9 @@ async def test_batches_travel_over_our_own_wire_through_tls(tls, identity):
         holds = await asyncio.gather(*[limiter.reserve("agent", "0.01") for _ in range(300)])
         await asyncio.gather(*[hold.commit("0.005") for hold in holds])
         assert str((await limiter.status("agent")).spent) == "1.50"
-        wires = limiter._store._wires.standing
+        wires = limiter._store._connections.opened
         assert wires
-        assert all(isinstance(wire, Wire) for wire in wires)
+        assert all(isinstance(wire, Connection) for wire in wires)
         assert all(wire._transport.get_extra_info("cipher") for wire in wires)
 
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable
+from ktrdr_budget.audit import verify
 from ktrdr_budget.errors import StoreError
-from ktrdr_budget.verify import verify
 
 from .conftest import Server
 from .helpers.nodes import Node, free_ports
@@ -86,7 +86,7 @@ async def _works(url: str) -> bool:
             await limiter.record("agent", "0.01")
         except StoreUnavailable:
             return False
-        return bool(limiter._store._wires.standing)
+        return bool(limiter._store._connections.opened)
 
 
 async def _refusal(url: str) -> str:

@@ -28,7 +28,7 @@ from ktrdr_budget.api.settings import Settings, SettingsError, load_settings
 from ktrdr_budget.errors import InvalidArgument
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.stores.embedded import EmbeddedServer
+    from ktrdr_budget.engine.embedded import EmbeddedServer
 
 __all__ = ["ServeError", "serve"]
 
@@ -128,7 +128,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _embedded(settings: Settings, stopper: _Stopper) -> EmbeddedServer:
-    from ktrdr_budget.engine.stores import embedded
+    from ktrdr_budget.engine import embedded
 
     try:
         with stopper.ending(stopper.check):

@@ -17,7 +17,7 @@ from ktrdr_budget.cli.screen import clock
 from ktrdr_budget.errors import InvalidArgument, StoreUnavailable
 
 if TYPE_CHECKING:
-    from ktrdr_budget.verify import Auditor, Change, Repair, WindowReport
+    from ktrdr_budget.audit import Auditor, Change, Repair, WindowReport
 
 __all__ = ["verify"]
 
@@ -182,7 +182,7 @@ def _counter(change: Change, units: int, shown: Any) -> Any:
 
 def _auditor() -> Auditor:
     from ktrdr_budget import environment
-    from ktrdr_budget.verify import Auditor
+    from ktrdr_budget.audit import Auditor
 
     try:
         tenant, url = environment.tenant(), environment.store_url()
@@ -196,7 +196,7 @@ def _auditor() -> Auditor:
 
 
 def _check_url(url: str) -> None:
-    from ktrdr_budget.engine.stores.urls import parse_url
+    from ktrdr_budget.engine.transport.urls import parse_url
 
     try:
         parse_url(url)
@@ -205,7 +205,7 @@ def _check_url(url: str) -> None:
 
 
 def _embedded_url(data_dir: str) -> str:
-    from ktrdr_budget.engine.stores import embedded
+    from ktrdr_budget.engine import embedded
 
     url = embedded.find(data_dir)
     if url is None:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ktrdr_budget.audit import Auditor, WindowReport
 from ktrdr_budget.engine.keys import stored_window
 from ktrdr_budget.errors import StoreUnavailable
-from ktrdr_budget.verify import Auditor, WindowReport
 
 if TYPE_CHECKING:
     from ktrdr_budget.limiter import AsyncBudgetLimiter

@@ -20,7 +20,7 @@ from ktrdr_budget.api import Settings
 from ktrdr_budget.api import serving as module
 from ktrdr_budget.api.announcement import budget_line
 from ktrdr_budget.api.serving import ServeError, serve
-from ktrdr_budget.engine.stores import embedded
+from ktrdr_budget.engine import embedded
 from ktrdr_budget.environment import ZERO_BUDGET
 
 from ..helpers.waiting import wait_until

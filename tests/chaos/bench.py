@@ -17,8 +17,8 @@ from typing import Any
 import redis
 
 from ktrdr_budget import Budget, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.audit import verify
 from ktrdr_budget.engine.keys import stored_window
-from ktrdr_budget.verify import verify
 
 from ..conftest import ClockedServer, libfaketime, valkey_binary
 from ..helpers.processes import Worker, workers

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from ktrdr_budget.engine.stores import embedded
+from ktrdr_budget.engine import embedded
 
 from ..conftest import Server, free_port
 from ..helpers.waiting import wait_until

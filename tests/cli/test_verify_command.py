@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 from click.testing import Result
 
-from ktrdr_budget import Budget, BudgetLimiter
-from ktrdr_budget import verify as verification
-from ktrdr_budget.engine.stores import embedded
+from ktrdr_budget import Budget, BudgetLimiter, audit
+from ktrdr_budget.engine import embedded
 
 from ..conftest import Server
 from ..helpers.keyspace import public
@@ -124,8 +123,8 @@ def test_json_of_a_window_that_does_not_add_up_says_so(ktrdr: Run, store: Server
 def test_a_window_without_a_conclusion_is_no_failure(
     ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
 ) -> None:
-    report = verification.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
-    environment.setattr(verification.Auditor, "check", lambda auditor: [report])
+    report = audit.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
+    environment.setattr(audit.Auditor, "check", lambda auditor: [report])
     result = ktrdr("budget", "verify")
     assert result.exit_code == 0
     assert result.stdout.splitlines()[1].startswith("inconclusive  agent")
@@ -250,8 +249,8 @@ def test_a_repair_in_json_has_counters_and_indexes_before_and_after(ktrdr: Run, 
 
 
 def test_what_could_not_be_repaired_is_exit_code_1(ktrdr: Run, store: Server, environment: pytest.MonkeyPatch) -> None:
-    report = verification.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
-    environment.setattr(verification.Auditor, "repair", lambda auditor: verification.Repair([report]))
+    report = audit.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
+    environment.setattr(audit.Auditor, "repair", lambda auditor: audit.Repair([report]))
     result = ktrdr("budget", "verify", "--repair")
     assert (result.exit_code, result.stderr) == (1, "ktrdr: 1 of 1 windows do not add up, or were too busy to tell\n")
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
 from ktrdr_budget import Budget, BudgetExceeded, BudgetLimiter, DefinitionConflict
-from ktrdr_budget.verify import verify
+from ktrdr_budget.audit import verify
 
 from ..helpers.keyspace import units_of_windows
 

@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ktrdr_budget.engine.stores import embedded
+from ktrdr_budget.engine import embedded
 
 from ..conftest import Server
 from ..helpers.waiting import wait_until

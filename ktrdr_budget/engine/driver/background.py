@@ -12,7 +12,7 @@ from typing import Any
 from ktrdr_budget.engine.protocol import Head, Header, Op, Read, ReadHead, encode_batch, parse_batch, parse_read
 from ktrdr_budget.engine.scripts import REPAIR
 from ktrdr_budget.engine.session import Session
-from ktrdr_budget.engine.stores.store import NoScript, Store, Transient
+from ktrdr_budget.engine.transport.store import NoScript, Store, Transient
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 
 __all__ = ["UNANSWERED", "Background", "Unrepaired", "refuses_all"]

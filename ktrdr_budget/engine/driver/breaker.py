@@ -15,7 +15,7 @@ from typing import Literal
 
 from ktrdr_budget.engine.driver.background import UNANSWERED, Background
 from ktrdr_budget.engine.protocol import Op
-from ktrdr_budget.engine.stores.failures import answered
+from ktrdr_budget.engine.transport.errors import answered
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 
 __all__ = ["Breaker", "StoreState"]

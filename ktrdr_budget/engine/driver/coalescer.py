@@ -30,7 +30,7 @@ from ktrdr_budget.engine.flows import Core
 from ktrdr_budget.engine.holds import HoldBase
 from ktrdr_budget.engine.protocol import Command, Head, Header, Op, Read, encode_batch, parse_batch
 from ktrdr_budget.engine.reads import Flow
-from ktrdr_budget.engine.stores.store import NoScript, Store, Transient, unavailable
+from ktrdr_budget.engine.transport.store import NoScript, Store, Transient, unavailable
 from ktrdr_budget.engine.views import told_amounts
 from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
 from ktrdr_budget.models import Settlement

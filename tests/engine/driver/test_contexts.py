@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget
-from ktrdr_budget.engine.stores.store import Store
+from ktrdr_budget.engine.transport.store import Store
 
 from ...conftest import Server, free_port
 from ...helpers.waiting import until

@@ -7,12 +7,12 @@ import contextvars
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-__all__ = ["raced"]
+__all__ = ["hedged"]
 
 Result = TypeVar("Result")
 
 
-async def raced(
+async def hedged(
     work: Callable[[], Awaitable[Result]],
     second_at_s: float,
     second: Callable[[], Awaitable[Result]],

@@ -7,17 +7,23 @@ from typing import Any
 import pytest
 import redis
 
-from ktrdr_budget.engine.stores.failures import redirection
-from ktrdr_budget.engine.stores.locators import ClusterLocator, Locator, NoServer, Refused, SentinelLocator
-from ktrdr_budget.engine.stores.urls import parse_url
-from ktrdr_budget.engine.stores.wire import Refusal
+from ktrdr_budget.engine.transport.connection import ReplyError
+from ktrdr_budget.engine.transport.discovery import (
+    ClusterDiscovery,
+    Discovery,
+    DiscoveryRefused,
+    PrimaryNotFound,
+    SentinelDiscovery,
+)
+from ktrdr_budget.engine.transport.errors import redirection
+from ktrdr_budget.engine.transport.urls import parse_url
 
 SENTINELS = parse_url("redis+sentinel://a:1,b:2,c:3/budgets")
 NODES = parse_url("redis+cluster://a:1,b:2")
 OLD, NEW = ("10.0.0.1", 6379), ("10.0.0.2", 6379)
 
 
-def answering(locator: Locator, *answers: Any, by_whom: dict[Any, Any] | None = None) -> Locator:
+def answering(discovery: Discovery, *answers: Any, by_whom: dict[Any, Any] | None = None) -> Discovery:
     """The same, but instead of asking anybody it hears these answers."""
 
     async def ask_all(addresses: Any, *commands: Any) -> list[Any]:
@@ -26,8 +32,8 @@ def answering(locator: Locator, *answers: Any, by_whom: dict[Any, Any] | None = 
             return [(address, by_whom[address]) for address in addresses if address in by_whom]
         return list(zip(addresses, answers, strict=False))
 
-    locator._ask_all = ask_all  # type: ignore[method-assign]
-    return locator
+    discovery._ask_all = ask_all  # type: ignore[method-assign]
+    return discovery
 
 
 def view(listed: tuple[str, int], epoch: int, flags: str = "master", named: tuple[str, int] | None = None) -> list[Any]:
@@ -39,7 +45,7 @@ def view(listed: tuple[str, int], epoch: int, flags: str = "master", named: tupl
 
 
 async def found_by_sentinels(*answers: Any) -> Any:
-    return await answering(SentinelLocator(SENTINELS), *answers).find(None)
+    return await answering(SentinelDiscovery(SENTINELS), *answers).find(None)
 
 
 async def test_the_sentinel_that_has_seen_the_last_failover_is_believed():
@@ -53,16 +59,16 @@ async def test_a_replica_that_was_promoted_is_the_master_before_the_other_replic
 
 
 async def test_a_master_of_whom_most_sentinels_say_that_it_is_down_is_none():
-    with pytest.raises(NoServer, match="down") as missing:
+    with pytest.raises(PrimaryNotFound, match="down") as missing:
         await found_by_sentinels(view(OLD, 1), view(OLD, 1, "s_down,o_down,master"), view(OLD, 1, "s_down,master"))
     assert missing.value.known
     assert await found_by_sentinels(view(OLD, 1), view(OLD, 1, "s_down,master")) == OLD, "one alone may be wrong"
 
 
 async def test_errors_are_told_apart_from_silence():
-    with pytest.raises(Refused, match="No such master"):
+    with pytest.raises(DiscoveryRefused, match="No such master"):
         await found_by_sentinels(TimeoutError(), redis.ResponseError("No such master with that name"))
-    with pytest.raises(NoServer, match="no sentinel answers") as missing:
+    with pytest.raises(PrimaryNotFound, match="no sentinel answers") as missing:
         await found_by_sentinels(TimeoutError(), redis.ConnectionError("Error 111 connecting to a:1. Refused"))
     assert not missing.value.known
     assert await found_by_sentinels(redis.ResponseError("NOAUTH"), view(OLD, 1)) == OLD
@@ -75,35 +81,35 @@ def slots(owner: tuple[str, int], first: int = 0, last: int = 16383) -> list[Any
 
 
 async def test_the_nodes_of_a_cluster_are_asked_until_one_names_another_than_the_one_that_failed():
-    locator = ClusterLocator(NODES, slot=7)
-    answering(locator, by_whom={("a", 1): slots(OLD), ("b", 2): slots(NEW)})
-    assert await locator.find(OLD) == NEW
-    assert ("10.0.0.9", 6379) in locator._nodes, "to be asked the next time"
-    locator = answering(ClusterLocator(NODES, slot=7), slots(OLD), slots(OLD))
-    assert await locator.find(OLD) == OLD, "it was but a connection"
+    discovery = ClusterDiscovery(NODES, slot=7)
+    answering(discovery, by_whom={("a", 1): slots(OLD), ("b", 2): slots(NEW)})
+    assert await discovery.find(OLD) == NEW
+    assert ("10.0.0.9", 6379) in discovery._nodes, "to be asked the next time"
+    discovery = answering(ClusterDiscovery(NODES, slot=7), slots(OLD), slots(OLD))
+    assert await discovery.find(OLD) == OLD, "it was but a connection"
 
 
 async def test_the_node_that_failed_is_asked_itself_if_nobody_else_answers():
-    locator = ClusterLocator(parse_url("redis+cluster://a:1"), slot=7)
-    answering(locator, by_whom={("a", 1): slots(("", 1))})
-    assert await locator.find(("a", 1)) == ("a", 1), "a node without a name is where it was asked"
+    discovery = ClusterDiscovery(parse_url("redis+cluster://a:1"), slot=7)
+    answering(discovery, by_whom={("a", 1): slots(("", 1))})
+    assert await discovery.find(("a", 1)) == ("a", 1), "a node without a name is where it was asked"
 
 
 async def test_a_slot_that_nobody_serves_is_told():
-    with pytest.raises(NoServer, match="no node of the cluster serves slot 7"):
-        await answering(ClusterLocator(NODES, slot=7), slots(OLD, 8), slots(("?", 1))).find(None)
+    with pytest.raises(PrimaryNotFound, match="no node of the cluster serves slot 7"):
+        await answering(ClusterDiscovery(NODES, slot=7), slots(OLD, 8), slots(("?", 1))).find(None)
 
 
 @pytest.mark.parametrize(
     ("error", "named"),
     [
-        (Refusal("MOVED 866 10.0.0.2:6379"), (NEW, False)),
-        (Refusal("ASK 866 10.0.0.2:6379"), (NEW, True)),
-        (Refusal("MOVED 866 ::1:6379"), (("::1", 6379), False)),
-        (Refusal("MOVED 866 :6380"), ((OLD[0], 6380), False)),
+        (ReplyError("MOVED 866 10.0.0.2:6379"), (NEW, False)),
+        (ReplyError("ASK 866 10.0.0.2:6379"), (NEW, True)),
+        (ReplyError("MOVED 866 ::1:6379"), (("::1", 6379), False)),
+        (ReplyError("MOVED 866 :6380"), ((OLD[0], 6380), False)),
         (redis.exceptions.MovedError("866 10.0.0.2:6379"), (NEW, False)),
         (redis.exceptions.AskError("866 10.0.0.2:6379"), (NEW, True)),
-        (Refusal("TRYAGAIN Multiple keys request during rehashing of slot"), None),
+        (ReplyError("TRYAGAIN Multiple keys request during rehashing of slot"), None),
         (redis.ConnectionError("MOVED 866 10.0.0.2:6379"), None),
     ],
 )

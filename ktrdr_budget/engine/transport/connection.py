@@ -15,7 +15,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["PATIENCE", "TRUSTED_IDLE_S", "Refusal", "Wire", "Wires"]
+__all__ = ["PATIENCE", "TRUSTED_IDLE_S", "ReplyError", "Connection", "ConnectionPool"]
 
 TRUSTED_IDLE_S = 2.0
 """An idle connection of this age is not used again. The pulse of an idle replica, each second, keeps one connection
@@ -24,11 +24,11 @@ PATIENCE = 0.25
 """The share of a request's time after which it is sent on a second connection, too."""
 
 
-class Refusal(Exception):
+class ReplyError(Exception):
     """The store's answer is an error; its words are the message."""
 
 
-class Wires:
+class ConnectionPool:
     """The connections of one server: as many as there were batches under way at once.
 
     Args:
@@ -36,20 +36,20 @@ class Wires:
     """
 
     def __init__(self, on_end: Callable[[], None] | None = None) -> None:
-        self.standing: set[Wire] = set()
-        self.idle: list[Wire] = []
+        self.opened: set[Connection] = set()
+        self.idle: list[Connection] = []
         self.on_end = on_end
-        self.on_late: Callable[[Wire], None] | None = None
+        self.on_late: Callable[[Connection], None] | None = None
         """Called with a connection whose request has waited for :data:`PATIENCE` of its time."""
 
-    def ready(self) -> Wire | None:
+    def ready(self) -> Connection | None:
         """A connection that carries nothing, and was in use lately."""
         while self.idle:
             wire = self.idle.pop()  # the one that was used last
             if wire.age_s > TRUSTED_IDLE_S:
                 wire.drop()
                 self.drop_idle()
-            elif wire.stands:
+            elif wire.is_open:
                 return wire
         return None
 
@@ -58,7 +58,7 @@ class Wires:
         while self.idle:
             self.idle.pop().drop()
 
-    async def connect(self, client: Any) -> Wire | None:
+    async def connect(self, client: Any) -> Connection | None:
         """Another connection, made as redis-py's client makes its own.
 
         ``None`` if the client must be asked instead: without hiredis, and while somebody watches it (an
@@ -67,7 +67,7 @@ class Wires:
         Raises:
             OSError, redis.RedisError: the store cannot be reached, or refuses this user.
         """
-        from ktrdr_budget.engine.stores.packing import Reader, pack
+        from ktrdr_budget.engine.transport.redis_pool import Reader, pack
 
         if Reader is None or hasattr(client.execute_command, "__wrapped__"):
             return None
@@ -77,7 +77,7 @@ class Wires:
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        return Wire(self, connection.hand_over(), Reader(), pack)
+        return Connection(self, connection.hand_over(), Reader(), pack)
 
     def retire(self) -> None:
         """No more requests: idle connections end now, the others with the answer that they wait for."""
@@ -85,33 +85,33 @@ class Wires:
         for wire in idle:
             wire.abort()
 
-    def under_way(self) -> dict[Wire, object]:
+    def in_flight(self) -> dict[Connection, object]:
         """The connections that wait for an answer, each with a mark of the request that it carries."""
-        return {wire: wire.request for wire in self.standing if wire.request is not None}
+        return {wire: wire.request for wire in self.opened if wire.request is not None}
 
     def abort(self) -> None:
         """Ends all of them; who waits for an answer is told so."""
         self.retire()
-        for wire in list(self.standing):
+        for wire in list(self.opened):
             wire.abort()
 
     async def close(self) -> None:
         """Ends all of them, and returns when they have ended."""
-        standing = list(self.standing)
+        standing = list(self.opened)
         self.abort()
         for wire in standing:
             await wire.ended
 
 
-class _Leaving(list["Wire"]):
+class _Leaving(list["Connection"]):
     """Where the connections of a server that was left wait for their next request: nowhere."""
 
-    def append(self, wire: Wire) -> None:
+    def append(self, wire: Connection) -> None:
         """Takes one back, and ends it."""
         wire.abort()
 
 
-class Wire(asyncio.Protocol):
+class Connection(asyncio.Protocol):
     """One connection. It carries one request at a time, and ends if a request gets no answer.
 
     Args:
@@ -122,7 +122,7 @@ class Wire(asyncio.Protocol):
     """
 
     def __init__(
-        self, home: Wires, writer: asyncio.StreamWriter, replies: Any, pack: Callable[[tuple[Any, ...]], bytes]
+        self, home: ConnectionPool, writer: asyncio.StreamWriter, replies: Any, pack: Callable[[tuple[Any, ...]], bytes]
     ) -> None:
         self._loop = asyncio.get_running_loop()
         self._home = home
@@ -131,7 +131,7 @@ class Wire(asyncio.Protocol):
         self._replies = replies
         self._pack = pack
         self._told: Callable[[Any], None] | None = None
-        self._lent = False
+        self._checked_out = False
         self._dropped = False
         self.words: tuple[str | int, ...] = ()
         """The request that the connection carries, or carried last."""
@@ -145,11 +145,11 @@ class Wire(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self.ended: asyncio.Future[None] = self._loop.create_future()
         """Done when the connection has ended."""
-        home.standing.add(self)
+        home.opened.add(self)
         self._transport.set_protocol(self)
 
     @property
-    def stands(self) -> bool:
+    def is_open(self) -> bool:
         """Whether the connection has not ended, as far as is known."""
         return not self._transport.is_closing()
 
@@ -174,7 +174,7 @@ class Wire(asyncio.Protocol):
 
         Args:
             deadline: the time of the event loop until which an answer is waited for.
-            told: is called once, with the answer or with an exception: :class:`Refusal`, ``TimeoutError``, or
+            told: is called once, with the answer or with an exception: :class:`ReplyError`, ``TimeoutError``, or
                 ``ConnectionResetError`` if the connection has ended.
             resent: called before the command is sent on another connection, too; ``None`` forbids that.
         """
@@ -193,7 +193,7 @@ class Wire(asyncio.Protocol):
 
     async def ask(self, words: tuple[str | int, ...], deadline: float, resent: Callable[[], None] | None = None) -> Any:
         """Sends one command and waits for its answer; raises what :meth:`send` tells. Then :meth:`give_back`."""
-        self._lent = True
+        self._checked_out = True
         reply: asyncio.Future[Any] = self._loop.create_future()
         self.send(words, deadline, lambda answer: None if reply.done() else reply.set_result(answer), resent)
         try:
@@ -205,10 +205,10 @@ class Wire(asyncio.Protocol):
             raise answer
         return answer
 
-    def give_back(self) -> None:
+    def release(self) -> None:
         """Lets others use the connection again, if it stands."""
-        self._lent = False
-        if self.stands:
+        self._checked_out = False
+        if self.is_open:
             self._home.idle.append(self)
 
     def supersede(self, reply: Any) -> None:
@@ -264,8 +264,8 @@ class Wire(asyncio.Protocol):
         if answer is False:
             return
         if isinstance(answer, Exception):
-            answer = Refusal(str(answer).removeprefix("ERR "))
-        if self._told is not None and not self._lent:
+            answer = ReplyError(str(answer).removeprefix("ERR "))
+        if self._told is not None and not self._checked_out:
             self._home.idle.append(self)
         self._tell(answer)
 
@@ -273,7 +273,7 @@ class Wire(asyncio.Protocol):
         """The end, whoever wanted it."""
         if self._timer is not None:
             self._timer.cancel()
-        self._home.standing.discard(self)
+        self._home.opened.discard(self)
         if not self.ended.done():
             self.ended.set_result(None)
         if self._home.on_end is not None and not self._dropped:

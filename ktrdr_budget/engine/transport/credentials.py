@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from ktrdr_budget.engine.stores.urls import StoreUrl
+from ktrdr_budget.engine.transport.urls import StoreUrl
 from ktrdr_budget.errors import InvalidArgument
 
 __all__ = ["CredentialSource", "Credentials", "credentials_for"]

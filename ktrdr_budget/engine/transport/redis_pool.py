@@ -14,9 +14,9 @@ from typing import Any
 from redis import exceptions
 from redis.asyncio import Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
 
-from ktrdr_budget.engine.stores import wire
-from ktrdr_budget.engine.stores.foreign import foreign_reply
-from ktrdr_budget.engine.stores.racing import raced
+from ktrdr_budget.engine.transport.connection import TRUSTED_IDLE_S
+from ktrdr_budget.engine.transport.hedging import hedged
+from ktrdr_budget.engine.transport.wrong_protocol import probe_protocol
 
 __all__ = ["Reader", "pack", "pool_of"]
 
@@ -83,7 +83,7 @@ class _Explained(_Own):
             return
         try:
             second_at_s = asyncio.get_running_loop().time() + _EXPLAINED_AFTER_S
-            await raced(lambda: self._cleanly(connect), second_at_s, self._explain, (_Unexplained,))
+            await hedged(lambda: self._cleanly(connect), second_at_s, self._explain, (_Unexplained,))
         except exceptions.RedisError as error:
             if _needs_explaining(error):
                 with contextlib.suppress(_Unexplained):
@@ -100,7 +100,7 @@ class _Explained(_Own):
 
     async def _explain(self) -> None:
         for _ in range(_EXPLAINED_TRIES):
-            foreign = await asyncio.to_thread(foreign_reply, (self.host, self.port), self._tls)
+            foreign = await asyncio.to_thread(probe_protocol, (self.host, self.port), self._tls)
             if foreign is not None:
                 raise foreign
         raise _Unexplained
@@ -129,7 +129,7 @@ _OWN: dict[type[Any], type[Any]] = {Connection: _TCP, SSLConnection: _TLS, UnixD
 
 
 class _Pool(ConnectionPool):
-    """A pool that replaces connections which were idle for too long, as :class:`~.wire.Wires` does."""
+    """A pool that replaces connections which were idle for too long, as :class:`~.connection.ConnectionPool` does."""
 
     reached = False
     """Whether a connection was made before: then the server speaks the right protocol."""
@@ -148,7 +148,7 @@ class _Pool(ConnectionPool):
     async def ensure_connection(self, connection: Any) -> None:
         """See redis-py."""
         used_s: float | None = getattr(connection, "used_s", None)
-        if used_s is not None and asyncio.get_running_loop().time() - used_s > wire.TRUSTED_IDLE_S:
+        if used_s is not None and asyncio.get_running_loop().time() - used_s > TRUSTED_IDLE_S:
             await connection.disconnect(nowait=True)
         await super().ensure_connection(connection)
 

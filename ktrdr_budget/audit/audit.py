@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
+from ktrdr_budget.audit.reader import AuditReader, Ledger, WindowSnapshot, connect
 from ktrdr_budget.engine.keys import Keys, public_window
 from ktrdr_budget.engine.protocol import word
-from ktrdr_budget.engine.stores.books import Books, Ledger, Look, connect
-from ktrdr_budget.engine.stores.credentials import CredentialSource, credentials_for
-from ktrdr_budget.engine.stores.failures import meaning, without_secrets
-from ktrdr_budget.engine.stores.foreign import foreign_reply
-from ktrdr_budget.engine.stores.urls import mask_url, parse_url
+from ktrdr_budget.engine.transport.credentials import CredentialSource, credentials_for
+from ktrdr_budget.engine.transport.errors import meaning, without_secrets
+from ktrdr_budget.engine.transport.urls import mask_url, parse_url
+from ktrdr_budget.engine.transport.wrong_protocol import probe_protocol
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 from ktrdr_budget.models import Budget, check_name
 
@@ -150,7 +150,7 @@ class Auditor:
         self._keys = Keys(check_name(tenant, "tenant"))
         self._timeout = timeout
         self._client: Any = None
-        self._books: Books | None = None
+        self._books: AuditReader | None = None
 
     def __repr__(self) -> str:
         return f"<Auditor {mask_url(self._url)}>"
@@ -203,7 +203,7 @@ class Auditor:
     # -- inside --------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _opened(self) -> Iterator[Books]:
+    def _opened(self) -> Iterator[AuditReader]:
         from redis import exceptions as redis
 
         shown = mask_url(self._url)
@@ -211,7 +211,7 @@ class Auditor:
         try:
             if self._books is None:
                 self._client = connect(self._url, self._keys.meta, self._timeout, self._credentials)
-                self._books = Books(self._client, self._keys)
+                self._books = AuditReader(self._client, self._keys)
             yield self._books
         except ValueError:
             raise StoreError(f"store at {shown}: something there was not written by ktrdr-budget") from None
@@ -220,7 +220,7 @@ class Auditor:
         except (redis.ConnectionError, redis.TimeoutError, OSError, *moved) as error:
             self.close()  # the store may be elsewhere now
             where = parse_url(self._url)
-            foreign = foreign_reply(where.hosts[0], where.tls) if where.hosts else None
+            foreign = probe_protocol(where.hosts[0], where.tls) if where.hosts else None
             failure = meaning(foreign or error, shown)
             raise (failure if isinstance(failure, StoreError) else StoreUnavailable(str(failure))) from None
         except redis.RedisError as error:
@@ -228,7 +228,7 @@ class Auditor:
 
     @staticmethod
     def _windows(
-        books: Books, budgets: Sequence[Budget] | None, windows: Collection[tuple[str, str]] | None
+        books: AuditReader, budgets: Sequence[Budget] | None, windows: Collection[tuple[str, str]] | None
     ) -> list[tuple[str, str]]:
         books.check_timeline()
         if windows is not None and all("~" in window for _, window in windows):
@@ -243,7 +243,7 @@ class Auditor:
         names = None if budgets is None else {budget.name for budget in budgets}
         return [window for window in found if names is None or window[0] in names]
 
-    def _check(self, books: Books, budget: str, window: str, looks: int = _LOOKS) -> WindowReport:
+    def _check(self, books: AuditReader, budget: str, window: str, looks: int = _LOOKS) -> WindowReport:
         while True:
             look = _look(books, budget, window)
             report = self._report(look, budget, window)
@@ -251,7 +251,7 @@ class Auditor:
             if looks <= 0 or (report.conclusive and report.adds_up):
                 return report
 
-    def _report(self, look: Look | str, budget: str, window: str) -> WindowReport:
+    def _report(self, look: WindowSnapshot | str, budget: str, window: str) -> WindowReport:
         if isinstance(look, str):
             key, unknown = self._keys.window(budget, window), (0, 0, 0, 0, 0)
             return WindowReport(key, budget, public_window(window), "count", *unknown, conclusive=False, fault=look)
@@ -270,7 +270,7 @@ class Auditor:
             unconfirmed_sum=None if ledger is None or ledger.carried else ledger.unconfirmed,
         )
 
-    def _repair(self, books: Books, budget: str, window: str, changes: list[Change]) -> WindowReport:
+    def _repair(self, books: AuditReader, budget: str, window: str, changes: list[Change]) -> WindowReport:
         looks = _REPAIR_LOOKS
         while looks > 0:
             looks -= 1
@@ -297,7 +297,7 @@ class Auditor:
         return self._check(books, budget, window)
 
 
-def _look(books: Books, budget: str, window: str) -> Look | str:
+def _look(books: AuditReader, budget: str, window: str) -> WindowSnapshot | str:
     """A window; or why it cannot be read, which says nothing of the others."""
     from redis import ResponseError
 
@@ -311,7 +311,7 @@ def _look(books: Books, budget: str, window: str) -> Look | str:
         return "something there was not written by ktrdr-budget"
 
 
-def _differences(look: Look, ledger: Ledger) -> tuple[dict[str, int], int]:
+def _differences(look: WindowSnapshot, ledger: Ledger) -> tuple[dict[str, int], int]:
     """What each counter is off by, and what the ledger lacks.
 
     The ledger is lacking where it says less was spent than two other sources do: the counter, and the shares of the

@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable
-from ktrdr_budget.verify import verify
+from ktrdr_budget.audit import verify
 
 BUDGETS = [
     Budget("agent", "1000"),

@@ -12,11 +12,11 @@ from typing import Any
 from ktrdr_budget.engine.keys import Keys, split_name
 from ktrdr_budget.engine.protocol import parse_record
 from ktrdr_budget.engine.scripts import CORRECT, REINDEX, script
-from ktrdr_budget.engine.stores.credentials import Credentials
-from ktrdr_budget.engine.stores.urls import Address, parse_url
+from ktrdr_budget.engine.transport.credentials import Credentials
+from ktrdr_budget.engine.transport.urls import Address, parse_url
 from ktrdr_budget.errors import StoreUnavailable
 
-__all__ = ["Books", "Look", "connect"]
+__all__ = ["AuditReader", "WindowSnapshot", "connect"]
 
 _PAGE = 1000
 _REINDEXED_AT_ONCE = 100
@@ -79,7 +79,7 @@ def _place(words: Any, asked: Address) -> Address | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class WindowSnapshot:
     """One window at one instant."""
 
     spent: int
@@ -134,7 +134,7 @@ class Ledger:
             self.carried = True
 
 
-class Books:
+class AuditReader:
     """Reads the books of one tenant, and corrects them if asked to.
 
     Args:
@@ -162,7 +162,7 @@ class Books:
         kept = {self._keys.ledger(*window) for window in windows}
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in kept}
 
-    def look(self, budget: str, window: str) -> Look:
+    def look(self, budget: str, window: str) -> WindowSnapshot:
         """One window now: the sums in one step, what they are checked against page by page after it.
 
         Raises:
@@ -171,7 +171,7 @@ class Books:
         key, ledger_key = self._keys.window(budget, window), self._keys.ledger(budget, window)
         now_us, fields, first, last, entries, open_ids = self._snapshot(key, ledger_key)
         stored = {name.decode(): value.decode() for name, value in fields.items()}
-        return Look(
+        return WindowSnapshot(
             spent=int(stored.get("spent", 0)),
             held=int(stored.get("held", 0)),
             unconfirmed=int(stored.get("unconfirmed", 0)),
@@ -250,7 +250,7 @@ class Books:
         return total
 
     def correct(
-        self, budget: str, window: str, look: Look, differences: dict[str, int], missing: int, note: str
+        self, budget: str, window: str, look: WindowSnapshot, differences: dict[str, int], missing: int, note: str
     ) -> dict[str, tuple[int, int]] | None:
         """Corrects counters by what they were off by at a look; each before and after, ``None``: somebody else did.
 

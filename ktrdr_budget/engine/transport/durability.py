@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
-from ktrdr_budget.engine.stores.failures import Transient
+from ktrdr_budget.engine.transport.errors import Transient
 from ktrdr_budget.errors import InvalidArgument, StoreError, shown
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.stores.servers import Server
+    from ktrdr_budget.engine.transport.node import Node
 
 __all__ = ["Durability", "check_durability", "confirmed"]
 
@@ -26,7 +26,7 @@ def check_durability(value: object) -> None:
 
 
 async def confirmed(
-    server: Server, words: Sequence[Any], asking: bool, durability: Durability, meta: str, within_s: float, shown: str
+    server: Node, words: Sequence[Any], asking: bool, durability: Durability, meta: str, within_s: float, shown: str
 ) -> Any:
     """The answer to a batch, once what it wrote is safe.
 

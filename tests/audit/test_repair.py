@@ -11,15 +11,15 @@ import pytest
 import redis
 
 from ktrdr_budget import Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable, UnknownHold
+from ktrdr_budget.audit import Auditor, Change, IndexChange, verify
 from ktrdr_budget.engine.protocol import Op, encode_batch
 from ktrdr_budget.engine.scripts import script
 from ktrdr_budget.engine.session import Session
-from ktrdr_budget.verify import Auditor, Change, IndexChange, verify
 
-from .helpers.keyspace import dump, immortal_keys, today, window_key
-from .helpers.patience import away
-from .helpers.processes import workers
-from .helpers.waiting import wait_until
+from ..helpers.keyspace import dump, immortal_keys, today, window_key
+from ..helpers.patience import away
+from ..helpers.processes import workers
+from ..helpers.waiting import wait_until
 
 BUDGETS = [
     Budget("agent", "1000"),

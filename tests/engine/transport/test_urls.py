@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget
-from ktrdr_budget.engine.stores.moving import MovingStore, store_at
-from ktrdr_budget.engine.stores.urls import mask_url, parse_url
+from ktrdr_budget.engine.transport.failover import FailoverStore, store_for
+from ktrdr_budget.engine.transport.urls import mask_url, parse_url
 from ktrdr_budget.errors import InvalidArgument
 
 SHOWN = {
@@ -121,8 +121,8 @@ def test_each_server_gets_the_login_and_the_options_that_are_meant_for_it():
 
 async def test_a_connection_is_made_with_the_login_and_the_options_of_the_url():
     url = "rediss+cluster://me:p%2Fw@a:1?ssl_ca_certs=/etc/ca.pem&ssl_cert_reqs=none&ssl_check_hostname=no"
-    store = store_at(url, None, "ktrdr:{default}:meta")
-    assert isinstance(store, MovingStore)
+    store = store_for(url, None, "ktrdr:{default}:meta")
+    assert isinstance(store, FailoverStore)
     server = store._server_at(("c", 4))
     made = server.client.connection_pool.connection_kwargs
     assert (made["host"], made["port"], made["username"], made["password"]) == ("c", 4, "me", "p/w")
@@ -132,5 +132,5 @@ async def test_a_connection_is_made_with_the_login_and_the_options_of_the_url():
 
 
 def test_importing_it_loads_no_driver():
-    code = "import sys, ktrdr_budget.engine.stores.moving; sys.exit(bool({'hiredis', 'redis'} & {*sys.modules}))"
+    code = "import sys, ktrdr_budget.engine.transport.failover; sys.exit(bool({'hiredis', 'redis'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

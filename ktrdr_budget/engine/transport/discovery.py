@@ -13,13 +13,13 @@ import random
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ktrdr_budget.engine.stores.credentials import Credentials
-from ktrdr_budget.engine.stores.foreign import ForeignServer
-from ktrdr_budget.engine.stores.servers import connection_to
-from ktrdr_budget.engine.stores.urls import Address, StoreUrl
-from ktrdr_budget.engine.stores.wire import TRUSTED_IDLE_S
+from ktrdr_budget.engine.transport.connection import TRUSTED_IDLE_S
+from ktrdr_budget.engine.transport.credentials import Credentials
+from ktrdr_budget.engine.transport.node import connection_to
+from ktrdr_budget.engine.transport.urls import Address, StoreUrl
+from ktrdr_budget.engine.transport.wrong_protocol import WrongProtocol
 
-__all__ = ["ClusterLocator", "Locator", "NoServer", "Refused", "SentinelLocator"]
+__all__ = ["ClusterDiscovery", "Discovery", "PrimaryNotFound", "DiscoveryRefused", "SentinelDiscovery"]
 
 ANSWER_S = 0.5
 """How long one node has to connect and answer, each."""
@@ -29,7 +29,7 @@ _ASKED_MAX = 8
 _SLOTS = ("CLUSTER", "SLOTS")
 
 
-class NoServer(Exception):
+class PrimaryNotFound(Exception):
     """There is no server to be found now; ``known`` if that is what the answers say, not for want of answers."""
 
     def __init__(self, message: str, known: bool) -> None:
@@ -37,7 +37,7 @@ class NoServer(Exception):
         self.known = known
 
 
-class Refused(Exception):
+class DiscoveryRefused(Exception):
     """All that answered refuse to tell, in these words."""
 
 
@@ -104,7 +104,7 @@ class _Source:
             await connection.disconnect(nowait=True)
 
 
-class Locator:
+class Discovery:
     """Finds the server, and notices when it is another one."""
 
     look_every_s = 1.0
@@ -116,15 +116,15 @@ class Locator:
         self._credentials = credentials
         self._sources: dict[Address, _Source] = {}
 
-    async def find(self, doubted: Address | None) -> Address:
+    async def find(self, suspect: Address | None) -> Address:
         """Where the server is now.
 
         Args:
-            doubted: the one that has failed just now, or ``None``.
+            suspect: the one that has failed just now, or ``None``.
 
         Raises:
-            NoServer: there is none, or nobody tells.
-            Refused: nobody is willing to tell this user, or it is no such store.
+            PrimaryNotFound: there is none, or nobody tells.
+            DiscoveryRefused: nobody is willing to tell this user, or it is no such store.
         """
         raise NotImplementedError
 
@@ -174,12 +174,12 @@ class Locator:
         from redis.exceptions import AuthenticationError, ResponseError
 
         errors = [answer for _, answer in answers if isinstance(answer, Exception)]
-        refusals = [error for error in errors if isinstance(error, (ResponseError, AuthenticationError, ForeignServer))]
+        refusals = [error for error in errors if isinstance(error, (ResponseError, AuthenticationError, WrongProtocol))]
         passing = ("LOADING", "MASTERDOWN", "CLUSTERDOWN")
         if refusals and not any(str(error).startswith(passing) for error in refusals):
-            return Refused(str(refusals[0]))
+            return DiscoveryRefused(str(refusals[0]))
         causes = sorted({str(error).split(":", 1)[0][:100] or type(error).__name__ for error in errors})
-        return NoServer(f"{who} answers{': ' if causes else ''}{'; '.join(causes)}", known=False)
+        return PrimaryNotFound(f"{who} answers{': ' if causes else ''}{'; '.join(causes)}", known=False)
 
 
 class _View:
@@ -199,7 +199,7 @@ class _View:
         self.down = b"o_down" in fields[b"flags"].split(b",") and not self.promotes
 
 
-class SentinelLocator(Locator):
+class SentinelDiscovery(Discovery):
     """The master of a service, by the newest knowledge among the sentinels."""
 
     always_looks = True
@@ -207,8 +207,8 @@ class SentinelLocator(Locator):
     def _source_url(self, address: Address) -> str:
         return self.url.sentinel_at(address)
 
-    async def find(self, doubted: Address | None) -> Address:
-        """See :class:`Locator`. A master whom the sentinels have agreed to be down is none any more."""
+    async def find(self, suspect: Address | None) -> Address:
+        """See :class:`Discovery`. A master whom the sentinels have agreed to be down is none any more."""
         service = self.url.service
         commands = ("SENTINEL", "MASTER", service), ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
         answers = await self._ask_all(self.url.hosts, *commands)
@@ -218,11 +218,11 @@ class SentinelLocator(Locator):
         # The epoch grows with each failover: a sentinel that was cut off has missed it, and names the old master still.
         named = max(views, key=lambda view: (view.epoch, view.promotes)).address
         if any(view.address == named and view.down for view in views):
-            raise NoServer(f"the sentinels have seen that {service} is down", known=True)
+            raise PrimaryNotFound(f"the sentinels have seen that {service} is down", known=True)
         return named
 
     async def listen(self, told: Callable[[], None]) -> None:
-        """See :class:`Locator`."""
+        """See :class:`Discovery`."""
         channels = ("+switch-master", "+promoted-slave", "+odown")
 
         async def listen_to(address: Address) -> None:
@@ -234,7 +234,7 @@ class SentinelLocator(Locator):
         await asyncio.gather(*map(listen_to, self.url.hosts))
 
 
-class ClusterLocator(Locator):
+class ClusterDiscovery(Discovery):
     """The master of a slot, by the first node whose answer does not name one that has failed just now.
 
     Args:
@@ -250,24 +250,24 @@ class ClusterLocator(Locator):
         """Those of the last answer."""
 
     def learn(self, address: Address) -> None:
-        """See :class:`Locator`."""
+        """See :class:`Discovery`."""
         if address not in self._nodes:
             self._nodes.append(address)
 
-    async def find(self, doubted: Address | None) -> Address:
-        """See :class:`Locator`."""
+    async def find(self, suspect: Address | None) -> Address:
+        """See :class:`Discovery`."""
         known = [*dict.fromkeys((*self._nodes, *self.url.hosts))]
-        others = [address for address in known if address != doubted]
+        others = [address for address in known if address != suspect]
         answers = await self._ask_all(random.sample(others, min(_ASKED_MAX, len(others))), _SLOTS)
-        if doubted in known and not any(isinstance(answer, list) for _, answer in answers):
-            answers += await self._ask_all([doubted], _SLOTS)
+        if suspect in known and not any(isinstance(answer, list) for _, answer in answers):
+            answers += await self._ask_all([suspect], _SLOTS)
         owners = [owner for address, answer in answers if (owner := self._owner(answer, address)) is not None]
         await self._forget_all_but({*self._nodes, *self.url.hosts})
         if not owners:
             if any(isinstance(answer, list) for _, answer in answers):
-                raise NoServer(f"no node of the cluster serves slot {self._slot}", known=True)
+                raise PrimaryNotFound(f"no node of the cluster serves slot {self._slot}", known=True)
             raise self._nothing(answers, "no node of the cluster")
-        return next((owner for owner in owners if owner != doubted), owners[0])
+        return next((owner for owner in owners if owner != suspect), owners[0])
 
     def _owner(self, answer: Any, asked: Address) -> Address | None:
         """Whom this answer names; takes note of all nodes in it."""

@@ -7,9 +7,9 @@ import re
 import ssl
 from typing import NamedTuple
 
-from ktrdr_budget.engine.stores.foreign import ForeignServer
-from ktrdr_budget.engine.stores.urls import Address
-from ktrdr_budget.engine.stores.wire import Refusal
+from ktrdr_budget.engine.transport.connection import ReplyError
+from ktrdr_budget.engine.transport.urls import Address
+from ktrdr_budget.engine.transport.wrong_protocol import WrongProtocol
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 
 __all__ = [
@@ -69,7 +69,7 @@ class Redirection(NamedTuple):
 
 def redirection(error: Exception) -> Redirection | None:
     """Reads MOVED and ASK, in the server's words or in redis-py's."""
-    if isinstance(error, Refusal):
+    if isinstance(error, ReplyError):
         found = _REDIRECTION.match(str(error))
         return None if found is None else Redirection(found[2], int(found[3]), found[1] == "ASK")
     from redis.exceptions import AskError, MovedError
@@ -95,7 +95,7 @@ def meaning(error: Exception, shown: str) -> Exception:
     Args:
         shown: where the store is, without secrets.
     """
-    if isinstance(error, ForeignServer):
+    if isinstance(error, WrongProtocol):
         return StoreError(f"store at {shown}: {error}")
     if isinstance(error, (OSError, EOFError)):
         return Transient(f"store at {shown}: {str(error) or type(error).__name__}", sent=True)
@@ -117,7 +117,7 @@ def meaning(error: Exception, shown: str) -> Exception:
         if " connecting to " in str(error):
             return Transient(f"cannot connect to {shown} ({_reason(error)})", sent=False)
         return Transient(text, sent=True)
-    if isinstance(error, (redis_errors.RedisError, Refusal)):
+    if isinstance(error, (redis_errors.RedisError, ReplyError)):
         if _NOT_REDIS.search(str(error)):
             text = f"store at {shown}: it is not a Redis server: it answered HTTP"
         return StoreError(text)

@@ -8,19 +8,19 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from ktrdr_budget.engine.stores.credentials import Credentials
-from ktrdr_budget.engine.stores.failures import without_secrets
-from ktrdr_budget.engine.stores.racing import raced
-from ktrdr_budget.engine.stores.urls import Address
-from ktrdr_budget.engine.stores.wire import PATIENCE, Refusal, Wire, Wires
+from ktrdr_budget.engine.transport.connection import PATIENCE, Connection, ConnectionPool, ReplyError
+from ktrdr_budget.engine.transport.credentials import Credentials
+from ktrdr_budget.engine.transport.errors import without_secrets
+from ktrdr_budget.engine.transport.hedging import hedged
+from ktrdr_budget.engine.transport.urls import Address
 from ktrdr_budget.errors import InvalidArgument
 
-__all__ = ["Server", "connection_to"]
+__all__ = ["Node", "connection_to"]
 
 Result = TypeVar("Result")
 
 
-class Server:
+class Node:
     """Its connections.
 
     Args:
@@ -39,8 +39,8 @@ class Server:
     ) -> None:
         self.address = address
         self.client = _client(url, credentials)
-        self.wires = Wires()
-        self.wires.on_late = self._send_elsewhere
+        self.connections = ConnectionPool()
+        self.connections.on_late = self._send_elsewhere
         self._resending: set[asyncio.Task[None]] = set()
         self.left = False
         """Nothing more goes there; who waits for an answer still waits for it."""
@@ -50,19 +50,19 @@ class Server:
         """Whether it is known that it can tell when a write is safe; see :mod:`.durability`."""
         self._connect_timeout = connect_timeout
 
-    async def wire(self) -> Wire | None:
+    async def wire(self) -> Connection | None:
         """A connection for a batch, made if need be; ``None`` if the client must be asked instead.
 
         Raises:
             OSError, redis.RedisError: the server cannot be reached, or refuses this user.
         """
-        return self.wires.ready() or await self._connect()
+        return self.connections.ready() or await self._connect()
 
-    async def _connect(self) -> Wire | None:
+    async def _connect(self) -> Connection | None:
         limit = asyncio.timeout(self._connect_timeout)
         try:
             async with limit:
-                return await self.wires.connect(self.client)
+                return await self.connections.connect(self.client)
         except TimeoutError:
             if not limit.expired():
                 raise
@@ -70,13 +70,13 @@ class Server:
 
     # -- silent connections --------------------------------------------------------------------------------------------
 
-    def _send_elsewhere(self, silent: Wire) -> None:
+    def _send_elsewhere(self, silent: Connection) -> None:
         # On no caller's behalf: an instrumentation must not see one here.
         task = asyncio.get_running_loop().create_task(self._resend(silent), context=contextvars.Context())
         self._resending.add(task)
         task.add_done_callback(self._resending.discard)
 
-    async def _resend(self, silent: Wire) -> None:
+    async def _resend(self, silent: Connection) -> None:
         """Send the request of a silent connection on a new one, too; the first reply counts.
 
         The new connection decides what was wrong: if it replies first, the silent one is dead, and so may be each that
@@ -91,12 +91,12 @@ class Server:
         if fresh is None:
             return
         if silent.request is not request:
-            fresh.give_back()
+            fresh.release()
             return
 
         def replied(reply: Any) -> None:
-            if silent.request is request and not (isinstance(reply, Exception) and not isinstance(reply, Refusal)):
-                self.wires.drop_idle()
+            if silent.request is request and not (isinstance(reply, Exception) and not isinstance(reply, ReplyError)):
+                self.connections.drop_idle()
                 silent.supersede(reply)
 
         if silent.resent is not None:
@@ -119,7 +119,7 @@ class Server:
 
         now_s = asyncio.get_running_loop().time()
         unanswered = (OSError, exceptions.ConnectionError, exceptions.TimeoutError)
-        return await raced(send, now_s + (deadline - now_s) * PATIENCE, again, unanswered)
+        return await hedged(send, now_s + (deadline - now_s) * PATIENCE, again, unanswered)
 
     async def execute(
         self, words: Sequence[Any], asking: bool, deadline: float, resent: Callable[[], None] | None
@@ -143,7 +143,7 @@ class Server:
         for task in list(self._resending):
             task.cancel()
         await asyncio.gather(*self._resending, return_exceptions=True)
-        await self.wires.close()
+        await self.connections.close()
         await self.client.aclose()
 
 
@@ -166,7 +166,7 @@ def _pool(url: str, credentials: Credentials | None) -> Any:
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 
-    from ktrdr_budget.engine.stores.packing import pool_of
+    from ktrdr_budget.engine.transport.redis_pool import pool_of
 
     options: dict[str, Any] = {"retry": Retry(NoBackoff(), 0), "socket_timeout": None, "protocol": 2}
     if credentials is not None:

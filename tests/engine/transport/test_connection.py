@@ -12,8 +12,8 @@ import redis.asyncio
 import wrapt
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget
-from ktrdr_budget.engine.stores import packing
-from ktrdr_budget.engine.stores.wire import Refusal, Wires
+from ktrdr_budget.engine.transport import redis_pool
+from ktrdr_budget.engine.transport.connection import ConnectionPool, ReplyError
 from ktrdr_budget.errors import StoreError
 
 BUDGETS = [Budget("agent", limit="5.00")]
@@ -21,17 +21,17 @@ BUDGETS = [Budget("agent", limit="5.00")]
 
 @pytest.fixture
 async def client(server):
-    client = redis.asyncio.Redis.from_pool(packing.pool_of(server.url, protocol=2))
+    client = redis.asyncio.Redis.from_pool(redis_pool.pool_of(server.url, protocol=2))
     yield client
     await client.aclose()
 
 
 @pytest.fixture
 async def wires():
-    wires = Wires()
+    wires = ConnectionPool()
     yield wires
     await wires.close()
-    assert not wires.standing
+    assert not wires.opened
 
 
 def soon(seconds: float = 5.0) -> float:
@@ -44,7 +44,7 @@ async def test_answers_come_in_order_over_one_connection(client, wires):
         assert await wire.ask(("ECHO", f"{number}"), soon()) == str(number).encode()
     assert await wire.ask(("ECHO", "x" * 1_000_000), soon()) == b"x" * 1_000_000, "an answer in many pieces"
     assert wires.ready() is None, "it is lent until it is given back"
-    wire.give_back()
+    wire.release()
     assert wires.ready() is wire
     assert wires.ready() is None, "nobody else gets it meanwhile"
 
@@ -60,9 +60,9 @@ async def test_a_sent_command_tells_its_answer_once_and_frees_the_connection(cli
 
 async def test_an_error_of_the_store_is_told_in_its_words_and_the_connection_goes_on(client, wires):
     wire = await wires.connect(client)
-    with pytest.raises(Refusal, match="^unknown command 'NOSUCH'"):
+    with pytest.raises(ReplyError, match="^unknown command 'NOSUCH'"):
         await wire.ask(("NOSUCH",), soon())
-    with pytest.raises(Refusal, match="^NOSCRIPT "):
+    with pytest.raises(ReplyError, match="^NOSCRIPT "):
         await wire.ask(("EVALSHA", "0" * 40, 0), soon())
     assert await wire.ask(("ECHO", "a"), soon()) == b"a"
 
@@ -71,8 +71,8 @@ async def test_an_answer_that_stays_out_ends_the_connection(client, wires, serve
     wire = await wires.connect(client)
     with pytest.raises(TimeoutError):
         await wire.ask(("BLPOP", "nothing", 0), soon(0.05))
-    assert not wire.stands
-    wire.give_back()
+    assert not wire.is_open
+    wire.release()
     assert wires.ready() is None
 
 
@@ -98,7 +98,7 @@ async def test_a_caller_that_stops_waiting_ends_the_connection(client, wires):
 async def test_a_connection_that_is_killed_is_told_at_once_or_noticed_when_idle(client, wires):
     asking, idle = await wires.connect(client), await wires.connect(client)
     await idle.ask(("ECHO", "a"), soon())
-    idle.give_back()
+    idle.release()
     waiting = asyncio.create_task(asking.ask(("BLPOP", "nothing", 0), soon()))
     async with asyncio.timeout(30):
         while not any(who["cmd"] == "blpop" for who in await client.client_list()):
@@ -112,7 +112,7 @@ async def test_a_connection_that_is_killed_is_told_at_once_or_noticed_when_idle(
 
 async def test_a_user_whom_the_store_refuses_gets_no_connection(server, wires):
     url = f"{server.url}?password=wrong&username=nobody"
-    wrong = redis.asyncio.Redis.from_pool(packing.pool_of(url, protocol=2))
+    wrong = redis.asyncio.Redis.from_pool(redis_pool.pool_of(url, protocol=2))
     with pytest.raises(redis.RedisError, match="invalid username-password"):
         await wires.connect(wrong)
     await wrong.aclose()
@@ -124,7 +124,7 @@ async def test_a_user_whom_the_store_refuses_gets_no_connection(server, wires):
 
 
 async def test_the_client_is_asked_instead_without_hiredis_or_while_it_is_watched(client, wires, monkeypatch):
-    monkeypatch.setattr(packing, "Reader", None)
+    monkeypatch.setattr(redis_pool, "Reader", None)
     assert await wires.connect(client) is None
     monkeypatch.undo()
     watched = wrapt.wrap_function_wrapper(
@@ -139,13 +139,13 @@ async def test_the_client_is_asked_instead_without_hiredis_or_while_it_is_watche
 @pytest.mark.parametrize("way", ["hiredis", "client"])
 async def test_a_limiter_does_the_same_either_way(server, monkeypatch, way):
     if way == "client":
-        monkeypatch.setattr(packing, "Reader", None)
+        monkeypatch.setattr(redis_pool, "Reader", None)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         holds = await asyncio.gather(*[limiter.reserve("agent", "0.01") for _ in range(300)])
         await asyncio.gather(*[hold.commit("0.005") for hold in holds])
         status = await limiter.status("agent")
         assert (status.spent, status.held) == (Decimal("1.50"), 0)
-        assert bool(limiter._store._wires.standing) == (way == "hiredis")
+        assert bool(limiter._store._connections.opened) == (way == "hiredis")
         with server.client() as observer:
             observer.script_flush()
         await limiter.reserve("agent", "0.01")

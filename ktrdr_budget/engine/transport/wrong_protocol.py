@@ -5,20 +5,20 @@ from __future__ import annotations
 import socket
 import ssl
 
-from ktrdr_budget.engine.stores.urls import Address
+from ktrdr_budget.engine.transport.urls import Address
 
-__all__ = ["ForeignServer", "foreign_reply"]
+__all__ = ["WrongProtocol", "probe_protocol"]
 
 _ANSWER_S = 0.5
 _REQUEST = b"PING / HTTP/1.0\r\n\r\n"
 """An error to Redis and to an HTTP server alike, so that each replies in its own protocol."""
 
 
-class ForeignServer(Exception):
+class WrongProtocol(Exception):
     """The server speaks another protocol than the URL says."""
 
 
-def foreign_reply(address: Address, tls: bool) -> ForeignServer | None:
+def probe_protocol(address: Address, tls: bool) -> WrongProtocol | None:
     """Ask a server in the clear, without a login, on a connection of its own; ``None`` if its reply explains nothing.
 
     Args:
@@ -30,11 +30,11 @@ def foreign_reply(address: Address, tls: bool) -> ForeignServer | None:
         return None
     where = f"the server at {address[0]}:{address[1]}"
     if reply.startswith((b"HTTP/", b"<")):
-        return ForeignServer(f"{where} is not a Redis server: it answered HTTP")
+        return WrongProtocol(f"{where} is not a Redis server: it answered HTTP")
     if tls and reply.startswith((b"+", b"-")):
-        return ForeignServer(f"{where} does not speak TLS; its URL must start with redis, not rediss")
+        return WrongProtocol(f"{where} does not speak TLS; its URL must start with redis, not rediss")
     if not tls and not reply.startswith((b"+", b"-")) and _speaks_tls(address):
-        return ForeignServer(f"{where} speaks TLS; its URL must start with rediss, not redis")
+        return WrongProtocol(f"{where} speaks TLS; its URL must start with rediss, not redis")
     return None
 
 

@@ -1,0 +1,5 @@
+"""The audit: checks on a live store that every window adds up, and repairs the windows that do not."""
+
+from ktrdr_budget.audit.audit import Auditor, Change, IndexChange, Repair, WindowReport, verify
+
+__all__ = ["Auditor", "Change", "IndexChange", "Repair", "WindowReport", "verify"]

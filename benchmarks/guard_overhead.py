@@ -15,7 +15,7 @@ import httpx
 from benchmarks.measures import Measure, Settings, at_most
 from benchmarks.servers import free_port, running
 from ktrdr_budget import AsyncBudgetLimiter, Budget
-from ktrdr_budget.engine.holds import current_hold
+from ktrdr_budget.engine.replica.hold import current_hold
 from ktrdr_budget.metering.guards import guard
 
 __all__ = ["guard_overhead"]

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from ktrdr_budget.engine.leases import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, LeaseBase
-from ktrdr_budget.engine.slabs import Grant
+from ktrdr_budget.engine.leases.chunks import Grant
+from ktrdr_budget.engine.leases.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, LeaseBase
 from ktrdr_budget.money import AmountIn
 
 __all__ = ["IDLE_DEFAULT_S", "LEASE_TTL_DEFAULT_S", "AsyncLease", "Grant", "Lease"]

@@ -11,18 +11,18 @@ from datetime import datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from ktrdr_budget.engine.amounts import Amounts
-from ktrdr_budget.engine.driver.breaker import StoreState
-from ktrdr_budget.engine.driver.coalescer import Coalescer, Observer
-from ktrdr_budget.engine.driver.heartbeats import Heartbeat
-from ktrdr_budget.engine.flows import Core
-from ktrdr_budget.engine.holds import AsyncHold, HoldBase, OnError, check_on_error, current_hold, restore_hold
-from ktrdr_budget.engine.keys import Keys
-from ktrdr_budget.engine.memory import Repair
-from ktrdr_budget.engine.prepaid import Prepaid, check_slabs
+from ktrdr_budget.engine.batching.breaker import StoreState
+from ktrdr_budget.engine.batching.dispatcher import Coalescer, Observer
+from ktrdr_budget.engine.batching.heartbeat import Heartbeat
+from ktrdr_budget.engine.calls.flows import Core
+from ktrdr_budget.engine.calls.reads import Flow
+from ktrdr_budget.engine.outage.prepaid import Prepaid, check_slabs
 from ktrdr_budget.engine.protocol import Command
-from ktrdr_budget.engine.reads import Flow
-from ktrdr_budget.engine.session import MAX_BUDGETS, MAX_HOLDS, Session
+from ktrdr_budget.engine.protocol.amounts import Amounts
+from ktrdr_budget.engine.protocol.keys import Keys
+from ktrdr_budget.engine.replica.hold import AsyncHold, HoldBase, OnError, check_on_error, current_hold, restore_hold
+from ktrdr_budget.engine.replica.journal import Repair
+from ktrdr_budget.engine.replica.state import MAX_BUDGETS, MAX_HOLDS, Session
 from ktrdr_budget.engine.transport.credentials import Credentials, CredentialSource
 from ktrdr_budget.engine.transport.durability import Durability, check_durability
 from ktrdr_budget.engine.transport.failover import store_for
@@ -175,7 +175,7 @@ class LimiterBase:
 
     @property
     def resolved(self) -> Mapping[str, int]:
-        """How many such requests have ended how; the words are those of :mod:`ktrdr_budget.engine.unresolved`."""
+        """How many such requests have ended how; the words are those of :mod:`ktrdr_budget.engine.replica.in_doubt`."""
         return self._core.unresolved.outcomes
 
     @property

@@ -17,11 +17,11 @@ from functools import partial
 from types import TracebackType
 from typing import Any
 
-from ktrdr_budget.engine.amounts import Amounts
-from ktrdr_budget.engine.driver.calls import Call
-from ktrdr_budget.engine.driver.heartbeats import Heartbeat
-from ktrdr_budget.engine.holds import HoldBase, OnError, check_on_error, current_hold, restore_hold
-from ktrdr_budget.engine.reads import Flow
+from ktrdr_budget.engine.batching.call import Call
+from ktrdr_budget.engine.batching.heartbeat import Heartbeat
+from ktrdr_budget.engine.calls.reads import Flow
+from ktrdr_budget.engine.protocol.amounts import Amounts
+from ktrdr_budget.engine.replica.hold import HoldBase, OnError, check_on_error, current_hold, restore_hold
 from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
 from ktrdr_budget.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, Lease
 from ktrdr_budget.limiter import LimiterBase, logger

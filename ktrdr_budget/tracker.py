@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import Any
 
 from ktrdr_budget import environment
-from ktrdr_budget.engine.holds import OnError
+from ktrdr_budget.engine.replica.hold import OnError
 from ktrdr_budget.engine.transport.credentials import CredentialSource
 from ktrdr_budget.errors import DefinitionConflict, StoreUnavailable
 from ktrdr_budget.events import log_spend, logs_spend

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict, StoreError, StoreUnavailable, UnknownHold
-from ktrdr_budget.engine import unresolved
 from ktrdr_budget.engine.protocol import Op, give_back
-from ktrdr_budget.engine.unresolved import Doubt, Unresolved
+from ktrdr_budget.engine.replica import in_doubt as unresolved
+from ktrdr_budget.engine.replica.in_doubt import Doubt, Unresolved
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import ledger_sum, sums
@@ -386,7 +386,7 @@ def test_the_memory_is_bounded_and_drops_the_oldest(monkeypatch):
 
 async def test_what_is_too_old_is_not_sent_again(proxy, limiter, client, monkeypatch, caplog):
     """The store may have forgotten the id by then, and would charge it again."""
-    from ktrdr_budget.engine.driver import backlog
+    from ktrdr_budget.engine.batching import replay as backlog
 
     hold = await limiter.reserve("agent", "0.15")
     monkeypatch.setattr(backlog, "AGE_MAX_MS", -60_000)

@@ -22,7 +22,7 @@ from ktrdr_budget import (
     StoreUnavailable,
 )
 from ktrdr_budget.audit import verify
-from ktrdr_budget.engine import session
+from ktrdr_budget.engine.replica import state as session
 from ktrdr_budget.money import to_units
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
-from ktrdr_budget.engine import reads
+from ktrdr_budget.engine.calls import reads
 
 from .helpers.keyspace import dump
 

@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, UnknownHold
-from ktrdr_budget.engine import memory
+from ktrdr_budget.engine.replica import journal as memory
 
 from .helpers.keyspace import ledger_sum, sums
 from .helpers.waiting import until

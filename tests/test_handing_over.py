@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict, StoreUnavailable, UnknownHold
-from ktrdr_budget.engine import prepaid as prepaid_module
+from ktrdr_budget.engine.outage import prepaid as prepaid_module
 from ktrdr_budget.engine.protocol import Op
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units

@@ -9,8 +9,8 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict
-from ktrdr_budget.engine.driver.heartbeats import Heartbeat
-from ktrdr_budget.engine.holds import current_hold
+from ktrdr_budget.engine.batching.heartbeat import Heartbeat
+from ktrdr_budget.engine.replica.hold import current_hold
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import spent_and_held, sums

@@ -22,8 +22,8 @@ from ktrdr_budget import (
     HoldConflict,
     StoreUnavailable,
 )
-from ktrdr_budget.engine.driver import backlog
-from ktrdr_budget.engine.memory import AGE_MAX_MS
+from ktrdr_budget.engine.batching import replay as backlog
+from ktrdr_budget.engine.replica.journal import AGE_MAX_MS
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
 

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
-from ktrdr_budget.engine.driver import recovery
+from ktrdr_budget.engine.batching import loss_repair as recovery
 
 from .helpers.waiting import until
 

@@ -22,7 +22,7 @@ from ktrdr_budget import (
     UnknownBudget,
 )
 from ktrdr_budget.audit import verify
-from ktrdr_budget.engine import memory
+from ktrdr_budget.engine.replica import journal as memory
 
 from .helpers.keyspace import window_key
 from .helpers.patience import away, hurried

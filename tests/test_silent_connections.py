@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
-from ktrdr_budget.engine.driver import recovery
+from ktrdr_budget.engine.batching import loss_repair as recovery
 from ktrdr_budget.engine.transport import connection, redis_pool
 from ktrdr_budget.engine.transport.discovery import ClusterDiscovery, SentinelDiscovery
 

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from ktrdr_budget.engine.protocol import Command
-from ktrdr_budget.engine.scripts import CYCLES
+from ktrdr_budget.engine.protocol.scripts import CYCLES
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.periods import from_ms
 

@@ -28,7 +28,7 @@ from ktrdr_budget.api.router import service_router
 from ktrdr_budget.api.routing import BudgetRoute
 from ktrdr_budget.api.service import Service
 from ktrdr_budget.api.settings import Settings, load_settings
-from ktrdr_budget.engine.driver.coalescer import Observer
+from ktrdr_budget.engine.batching.dispatcher import Observer
 from ktrdr_budget.errors import BudgetError, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.telemetry.agent_metrics import AgentMetrics

@@ -18,7 +18,7 @@ from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from ktrdr_budget.api.problems import Problem, problem_of
-from ktrdr_budget.engine.holds import OnError, current_hold, restore_hold
+from ktrdr_budget.engine.replica.hold import OnError, current_hold, restore_hold
 from ktrdr_budget.errors import (
     BudgetError,
     BudgetExceeded,

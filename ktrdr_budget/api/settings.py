@@ -14,7 +14,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ktrdr_budget import environment
-from ktrdr_budget.engine.session import MAX_BUDGETS, MAX_HOLDS
+from ktrdr_budget.engine.replica.state import MAX_BUDGETS, MAX_HOLDS
 from ktrdr_budget.engine.transport.store import check_url, mask_url
 from ktrdr_budget.environment import AGENT, CYCLE_ESTIMATE_DEFAULT, DAILY_BUDGET_DEFAULT, DATA_DIR_DEFAULT, parse_limit
 from ktrdr_budget.errors import InvalidArgument

@@ -20,8 +20,8 @@ from types import TracebackType
 from typing import Any
 
 from ktrdr_budget.audit.reader import AuditReader, Ledger, WindowSnapshot, connect
-from ktrdr_budget.engine.keys import Keys, public_window
 from ktrdr_budget.engine.protocol import word
+from ktrdr_budget.engine.protocol.keys import Keys, public_window
 from ktrdr_budget.engine.transport.credentials import CredentialSource, credentials_for
 from ktrdr_budget.engine.transport.errors import meaning, without_secrets
 from ktrdr_budget.engine.transport.urls import mask_url, parse_url
@@ -114,7 +114,7 @@ def verify(
 
     Args:
         windows: only these, each a budget and its window's name. A name with the fingerprint of its definition, as the
-            store has it (:func:`~ktrdr_budget.engine.keys.stored_window`), is found without a scan for others.
+            store has it (:func:`~ktrdr_budget.engine.protocol.keys.stored_window`), is found without a scan for others.
         timeout: seconds that one answer of the store may take.
         credential_provider: as for :class:`~ktrdr_budget.AsyncBudgetLimiter`.
 

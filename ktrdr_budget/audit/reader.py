@@ -9,9 +9,9 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ktrdr_budget.engine.keys import Keys, split_name
 from ktrdr_budget.engine.protocol import parse_record
-from ktrdr_budget.engine.scripts import CORRECT, REINDEX, script
+from ktrdr_budget.engine.protocol.keys import Keys, split_name
+from ktrdr_budget.engine.protocol.scripts import CORRECT, REINDEX, script
 from ktrdr_budget.engine.transport.credentials import Credentials
 from ktrdr_budget.engine.transport.urls import Address, parse_url
 from ktrdr_budget.errors import StoreUnavailable

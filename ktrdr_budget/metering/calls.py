@@ -18,9 +18,9 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
-from ktrdr_budget.engine.driver.heartbeats import Heartbeat
-from ktrdr_budget.engine.holds import HoldBase
-from ktrdr_budget.engine.reads import Flow
+from ktrdr_budget.engine.batching.heartbeat import Heartbeat
+from ktrdr_budget.engine.calls.reads import Flow
+from ktrdr_budget.engine.replica.hold import HoldBase
 from ktrdr_budget.errors import BudgetError, BudgetExceeded, InvalidArgument
 from ktrdr_budget.metering.draws import Draw
 from ktrdr_budget.metering.instruments import CallInstruments

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping
 from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
-from ktrdr_budget.engine import holds
-from ktrdr_budget.engine.amounts import Amounts, check_amounts
-from ktrdr_budget.engine.holds import HoldBase, OnError
+from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts
+from ktrdr_budget.engine.replica import hold as holds
+from ktrdr_budget.engine.replica.hold import HoldBase, OnError
 from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
 from ktrdr_budget.metering.defaults import default_async_limiter, default_limiter, set_default_limiter

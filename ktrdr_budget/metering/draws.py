@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
-from ktrdr_budget.engine.holds import HoldBase, OnError
+from ktrdr_budget.engine.replica.hold import HoldBase, OnError
 from ktrdr_budget.errors import HoldConflict, StoreUnavailable
 from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.metering.steps import Steps

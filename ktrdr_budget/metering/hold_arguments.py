@@ -6,8 +6,8 @@ import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ktrdr_budget.engine.amounts import check_amounts
-from ktrdr_budget.engine.holds import check_on_error
+from ktrdr_budget.engine.protocol.amounts import check_amounts
+from ktrdr_budget.engine.replica.hold import check_on_error
 from ktrdr_budget.errors import InvalidArgument, shown, unknown_budget
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.models import check_name, check_on_expiry, check_ttl_ms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ktrdr_budget.engine.holds import HoldBase, current_hold
+from ktrdr_budget.engine.replica.hold import HoldBase, current_hold
 from ktrdr_budget.errors import InvalidArgument, shown, unknown_budget
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.metering.calls import Call

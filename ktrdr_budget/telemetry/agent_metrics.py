@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from ktrdr_budget.models import Settlement
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.driver.coalescer import Observation
+    from ktrdr_budget.engine.batching.dispatcher import Observation
 
 __all__ = ["AgentMetrics"]
 

@@ -13,7 +13,7 @@ from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ktrdr_budget.audit import Auditor, WindowReport
-from ktrdr_budget.engine.keys import stored_window
+from ktrdr_budget.engine.protocol.keys import stored_window
 from ktrdr_budget.errors import StoreUnavailable
 
 if TYPE_CHECKING:

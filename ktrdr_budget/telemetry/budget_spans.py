@@ -12,7 +12,7 @@ from ktrdr_budget.telemetry.outcomes import outcome_of
 from ktrdr_budget.telemetry.spans import active_tracer, operation_of, without_secrets
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.driver.coalescer import Observation
+    from ktrdr_budget.engine.batching.dispatcher import Observation
     from ktrdr_budget.money import Amount
 
 __all__ = ["trace_call"]

@@ -19,7 +19,7 @@ from ktrdr_budget.errors import (
 )
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.driver.coalescer import Observation, Observer
+    from ktrdr_budget.engine.batching.dispatcher import Observation, Observer
 
 __all__ = ["OUTCOMES", "combined", "outcome_of"]
 

@@ -14,7 +14,7 @@ from ktrdr_budget.agent.gates import Thresholds
 from ktrdr_budget.agent.llm import LLM, Completion
 from ktrdr_budget.agent.phases import Assessment, Backtest, Design, Training
 from ktrdr_budget.agent.service import AgentService
-from ktrdr_budget.engine.holds import current_hold
+from ktrdr_budget.engine.replica.hold import current_hold
 from ktrdr_budget.metering.usage import Usage
 
 from ..helpers.waiting import until

@@ -11,7 +11,7 @@ from ktrdr_budget import HoldConflict, StoreUnavailable
 from ktrdr_budget.agent.cycle import Cycle
 from ktrdr_budget.agent.phases import Backtest, Training
 from ktrdr_budget.agent.service import CycleActive, CycleEnded, MoneyDenied, UnknownCycle
-from ktrdr_budget.engine.driver.heartbeats import Heartbeat
+from ktrdr_budget.engine.batching.heartbeat import Heartbeat
 from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.telemetry import spans
 

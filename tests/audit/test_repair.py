@@ -13,8 +13,8 @@ import redis
 from ktrdr_budget import Budget, BudgetExceeded, BudgetLimiter, StoreUnavailable, UnknownHold
 from ktrdr_budget.audit import Auditor, Change, IndexChange, verify
 from ktrdr_budget.engine.protocol import Op, encode_batch
-from ktrdr_budget.engine.scripts import script
-from ktrdr_budget.engine.session import Session
+from ktrdr_budget.engine.protocol.scripts import script
+from ktrdr_budget.engine.replica.state import Session
 
 from ..helpers.keyspace import dump, immortal_keys, today, window_key
 from ..helpers.patience import away

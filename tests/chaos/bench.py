@@ -18,7 +18,7 @@ import redis
 
 from ktrdr_budget import Budget, BudgetLimiter, StoreUnavailable
 from ktrdr_budget.audit import verify
-from ktrdr_budget.engine.keys import stored_window
+from ktrdr_budget.engine.protocol.keys import stored_window
 
 from ..conftest import ClockedServer, libfaketime, valkey_binary
 from ..helpers.processes import Worker, workers

@@ -7,7 +7,7 @@ from typing import Any
 
 import redis
 
-from ktrdr_budget.engine.keys import fingerprint
+from ktrdr_budget.engine.protocol.keys import fingerprint
 
 PERSISTENT = ("meta", "limits", "due", "unconfirmed")
 """The keys of a tenant that are bounded in size and need no expiry; so do windows and ledgers named `ever`."""

@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-from ktrdr_budget.engine.driver.background import Background
-from ktrdr_budget.engine.driver.coalescer import Coalescer
-from ktrdr_budget.engine.leases import LeaseBase
+from ktrdr_budget.engine.batching.background import Background
+from ktrdr_budget.engine.batching.dispatcher import Coalescer
+from ktrdr_budget.engine.leases.lease import LeaseBase
 from ktrdr_budget.limiter import LimiterBase
 
 PATIENT_S = 20.0

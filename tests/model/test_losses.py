@@ -12,8 +12,8 @@ import pytest
 from hypothesis import assume
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
-from ktrdr_budget.engine import memory
 from ktrdr_budget.engine.protocol import unword
+from ktrdr_budget.engine.replica import journal as memory
 
 from .observed import NOISE_MS, RawStore
 from .reference import CLOSED, DAY_MS, HoldModel

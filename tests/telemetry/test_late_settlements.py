@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable
-from ktrdr_budget.engine.driver.calls import Observation
+from ktrdr_budget.engine.batching.call import Observation
 from ktrdr_budget.telemetry.agent_metrics import AgentMetrics
 from ktrdr_budget.telemetry.budget_log import BudgetLog
 from ktrdr_budget.telemetry.metrics import LimiterMetrics

@@ -19,7 +19,7 @@ __all__ = ["PATIENCE", "TRUSTED_IDLE_S", "ReplyError", "Connection", "Connection
 
 TRUSTED_IDLE_S = 2.0
 """An idle connection of this age is not used again. The pulse of an idle replica, each second, keeps one connection
-younger (:mod:`ktrdr_budget.engine.driver.recovery`), so that a lone call finds a connection ready."""
+younger (:mod:`ktrdr_budget.engine.batching.loss_repair`), so that a lone call finds a connection ready."""
 PATIENCE = 0.25
 """The share of a request's time after which it is sent on a second connection, too."""
 

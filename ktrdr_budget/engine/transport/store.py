@@ -8,7 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ktrdr_budget.engine.protocol import Command, Read
-from ktrdr_budget.engine.scripts import Script, script
+from ktrdr_budget.engine.protocol.scripts import Script, script
 from ktrdr_budget.engine.transport.connection import Connection, ConnectionPool
 from ktrdr_budget.engine.transport.credentials import Credentials
 from ktrdr_budget.engine.transport.durability import Durability, confirmed

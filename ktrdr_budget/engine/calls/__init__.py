@@ -1,0 +1,1 @@
+"""One generator per call of the limiter: it yields operations and receives replies."""

@@ -1,0 +1,1 @@
+"""Prepaid chunks that one process spends by itself."""

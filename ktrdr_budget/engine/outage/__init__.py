@@ -1,0 +1,1 @@
+"""Policies for calls that meet no store."""

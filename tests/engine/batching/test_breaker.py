@@ -1,0 +1,275 @@
+"""A store that is down costs one call its deadline, not each call again; its return is noticed without a call (P12)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
+from ktrdr_budget.engine.batching import breaker
+from ktrdr_budget.errors import StoreError
+from ktrdr_budget.money import to_units
+
+from ...helpers.keyspace import sums
+from ...helpers.patience import away
+from ...helpers.proxy import Proxy
+from ...helpers.stopwatch import Stopwatch
+from ...helpers.waiting import until, wait_until
+
+BUDGETS = [Budget("agent", "5.00")]
+TIMEOUT_S = 0.3
+TOGETHER_S = 10 * TIMEOUT_S
+"""What hundreds of calls may take, of which each would take its deadline."""
+
+
+@pytest.fixture
+def own_server(start_server: Callable):
+    made = start_server(None, "--appendonly", "yes")
+    yield made
+    if made.process is not None:
+        made.resume()
+    made.kill()
+
+
+def stop(server) -> None:
+    server.pause()
+
+
+def go_on(server) -> None:
+    server.resume()
+
+
+OUTAGES = pytest.mark.parametrize(
+    ("begin", "end"),
+    [(lambda server: server.kill(), lambda server: server.start()), (stop, go_on)],
+    ids=["killed", "hangs"],
+)
+
+
+async def refused(call: Callable) -> StoreUnavailable:
+    with pytest.raises(StoreUnavailable) as unavailable:
+        await call()
+    assert not isinstance(unavailable.value, StoreError)
+    return unavailable.value
+
+
+@OUTAGES
+async def test_one_call_pays_its_deadline_and_those_after_it_nothing(own_server, begin, end, caplog):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        hold = await limiter.reserve("agent", "0.15")
+        begin(own_server)
+        assert limiter.store_state == "closed"
+        started = time.monotonic()
+        await refused(hold.extend)
+        assert time.monotonic() - started >= TIMEOUT_S * 0.9
+        assert limiter.store_state == "open"
+        with Stopwatch() as took:
+            for call in (lambda: limiter.reserve("agent", "0.01"), lambda: limiter.status("agent"), hold.commit) * 66:
+                error = await refused(call)
+                assert not error.ambiguous, "it was not sent"
+        assert took.seconds < TOGETHER_S
+        reason = r"cannot connect to unix://\S+ \(\w+( \w+)*\)|no reply from unix://\S+"  # killed, or it hangs
+        assert re.fullmatch(rf"({reason}) for \d+\.\d s; failing fast until it is back", str(error))
+        end(own_server)
+        await until(lambda: limiter.store_state == "closed")  # nobody calls
+        assert (await hold.commit("0.07")).state == "committed"
+        messages = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
+        assert sum("failing fast until it is back" in message for message in messages) == 1
+        assert sum("answers again" in message for message in messages) == 1
+
+
+@OUTAGES
+async def test_who_calls_at_once_does_not_wait_for_others_that_have_begun(own_server, begin, end):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await limiter.record("agent", "0.01")
+        begin(own_server)
+        with Stopwatch() as took:
+            tries = [limiter.reserve("agent", "0.01") for _ in range(500)]
+            outcomes = await asyncio.gather(*tries, return_exceptions=True)
+        assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
+        assert took.seconds < TOGETHER_S
+        end(own_server)
+        await until(lambda: limiter.store_state == "closed")
+
+
+async def test_one_probe_at_a_time_asks_and_callers_add_none(server, tmp_path_factory):
+    async with (
+        Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
+        AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter,
+    ):
+        await limiter.record("agent", "0.01")
+        proxy.hold_replies()
+        await refused(lambda: limiter.record("agent", "0.01"))
+        before, began = proxy.scripts_run, time.monotonic()
+        while time.monotonic() < began + 1.0 or proxy.scripts_run == before:
+            tries = [limiter.reserve("agent", "0.01") for _ in range(50)]
+            await asyncio.gather(*tries, return_exceptions=True)
+            await asyncio.sleep(0.01)
+        probes_max = (time.monotonic() - began) / TIMEOUT_S + 1
+        assert proxy.scripts_run - before <= probes_max, "each waits for its answer, and pauses then"
+        proxy.let_go()
+        await until(lambda: limiter.store_state == "closed")
+        assert (await limiter.reserve("agent", "0.01")).guarded
+
+
+async def test_who_insists_without_a_pause_does_not_keep_the_store_from_being_heard(own_server):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await limiter.record("agent", "0.01")
+        own_server.kill()
+        await refused(lambda: limiter.status("agent"))
+        own_server.start()
+        tries = 0
+        async with asyncio.timeout(30):
+            while tries == 0 or limiter.store_state == "open":
+                tries += 1
+                with suppress(StoreUnavailable):
+                    await limiter.status("agent")
+        assert limiter.store_state == "closed"
+
+
+async def test_a_call_that_is_made_after_the_store_has_returned_is_served(own_server, monkeypatch):
+    monkeypatch.setattr(breaker, "PATIENCE_S", 10.0)  # the store may be slow to answer
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        for _ in range(3):
+            await limiter.record("agent", "0.01")
+            own_server.kill()
+            await refused(lambda: limiter.reserve("agent", "0.15"))
+            own_server.start()
+            assert (await limiter.reserve("agent", "0.15")).guarded, "whenever the next planned probe is"
+
+
+async def test_a_probe_spends_nothing_and_holds_nothing(own_server):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await limiter.record("agent", "1.00")
+        own_server.kill()
+        await refused(lambda: limiter.status("agent"))
+        own_server.start()
+        await until(lambda: limiter.store_state == "closed")
+        with own_server.client() as client:
+            assert sums(client) == {"spent": to_units("1.00"), "held": 0, "unconfirmed": 0, "events": 1}
+        assert limiter.losses == 0
+
+
+async def test_allow_admits_at_once_and_settles_later(own_server):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S, on_store_error="allow") as limiter:
+        await limiter.record("agent", "0.01")
+        own_server.kill()
+        assert not (await limiter.reserve("agent", "0.01")).guarded  # pays
+        with Stopwatch() as took:
+            for _ in range(100):
+                hold = await limiter.reserve("agent", "0.01")
+                assert not hold.guarded
+                assert (await hold.commit()).deferred
+        assert took.seconds < TOGETHER_S
+        own_server.start()
+        await until(lambda: limiter.deferred == 0)
+
+
+async def test_a_store_that_answers_slowly_is_not_given_up(server, tmp_path_factory):
+    """One reply is late; others come: that is no outage."""
+    async with (
+        Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
+        AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter,
+    ):
+        await limiter.record("agent", "0.01")
+        proxy.lose_requests = 1
+        await limiter.record("agent", "0.01")
+        assert limiter.store_state == "closed"
+        assert limiter._coalescer.breaker.openings == 0
+
+
+async def test_a_busy_event_loop_is_no_outage(server):
+    async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await limiter.record("agent", "0.01")
+        with away(server.url), server.client() as client:
+            call = asyncio.create_task(limiter.record("agent", "0.01"))
+            while not limiter._coalescer._lanes:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0)  # now it is sent
+            ends = time.monotonic() + TIMEOUT_S * 1.5
+            wait_until(lambda: time.monotonic() > ends and sums(client)["events"] == 2)  # whoever blocks the event loop
+            await asyncio.gather(call, return_exceptions=True)
+        assert limiter.store_state == "closed"
+        assert (await limiter.reserve("agent", "0.01")).guarded
+
+
+async def test_a_store_that_refuses_does_answer(own_server):
+    """Calls are told what it says, each of them."""
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await limiter.record("agent", "0.01")
+        with own_server.client() as client:
+            client.config_set("maxmemory", "1mb")
+        for _ in range(3):
+            with pytest.raises(StoreError):
+                await limiter.record("agent", "0.01")
+        assert limiter.store_state == "closed"
+
+
+async def test_a_store_that_only_reads_stays_open(own_server):
+    """A master that became a replica: it answers, but takes nothing."""
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        await limiter.record("agent", "0.01")
+        with own_server.client() as client, away(own_server.url):
+            client.replicaof("127.0.0.1", 1)
+            await refused(lambda: limiter.record("agent", "0.01"))
+            openings = limiter._coalescer.breaker.openings
+            assert openings == 1
+            ends = time.monotonic() + 0.3
+            await until(lambda: time.monotonic() > ends)
+            assert limiter.store_state == "open"
+            client.replicaof("NO", "ONE")
+        await until(lambda: limiter.store_state == "closed")
+
+
+async def test_readiness_is_never_told_from_memory(own_server):
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        assert (await limiter.check())["store"] is None
+        own_server.kill()
+        for _ in range(2):  # the first pays, the second is told by the breaker
+            assert (await limiter.check())["store"] is not None
+        assert limiter.store_state == "open"
+        own_server.start()
+        await until(lambda: limiter.store_state == "closed")
+        assert (await limiter.check())["store"] is None
+
+
+async def test_a_limiter_that_starts_without_a_store_finds_it_by_itself(own_server):
+    own_server.kill()
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        assert limiter.store_state == "open"
+        own_server.start()
+        await until(lambda: limiter.store_state == "closed")
+        assert (await limiter.reserve("agent", "0.01")).guarded
+
+
+def test_the_sync_limiter_has_the_same_breaker(own_server):
+    with BudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
+        hold = limiter.reserve("agent", "0.15")
+        own_server.kill()
+        with pytest.raises(StoreUnavailable):
+            hold.commit("0.07")
+        with Stopwatch() as took:
+            for _ in range(200):
+                with pytest.raises(StoreUnavailable):
+                    limiter.reserve("agent", "0.01")
+        assert took.seconds < TOGETHER_S
+        own_server.start()
+        wait_until(lambda: limiter.store_state == "closed")
+        assert hold.commit("0.07").state == "committed"
+
+
+async def test_closing_while_it_is_open_is_quick_and_clean(own_server):
+    limiter = AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S)
+    await limiter.record("agent", "0.01")
+    stop(own_server)
+    await refused(lambda: limiter.status("agent"))
+    with Stopwatch() as took:
+        await limiter.close()
+    assert took.seconds < TOGETHER_S

@@ -1,0 +1,92 @@
+"""Which calls a batch takes: no kind of request starves another."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from ktrdr_budget.engine.batching.call import Call
+from ktrdr_budget.engine.batching.queues import Queues
+from ktrdr_budget.engine.protocol import Op, Window
+from ktrdr_budget.engine.replica.state import Session
+from ktrdr_budget.models import Budget
+
+WINDOW: Window = Session("default", [Budget("agent", "5.00")]).current_window("agent")
+TAILS = {"D": ":x1", "N": ":1", "L": ":x0", "E": ":5:0", "G": ":0:5", "R": ":5"}
+"""Of a commit, a record, a release, a heartbeat, growth, and a reservation."""
+
+
+def call(kind: str, *, windows: int = 1, flow: Any = None) -> Call:
+    made = Call(flow or (None for _ in ()), Future(), kind, 0.0, 10.0)
+    letter = "E" if kind == "G" else kind
+    made.request = Op("id", "key", f"{letter} id", [(WINDOW, TAILS[kind])] * windows)
+    return made
+
+
+def queues(**waiting: int) -> Queues:
+    made = Queues()
+    for kind, count in waiting.items():
+        for _ in range(count):
+            made.put(call(kind))
+    return made
+
+
+def taken(batch: list[Call]) -> str:
+    return "".join(call.operation for call in batch)
+
+
+def test_a_batch_takes_all_that_waits_in_the_order_in_which_it_is_to_be_decided():
+    assert taken(queues(R=2, E=2, D=2, G=1).take(16, 100)) == "DDEERRG"
+
+
+@pytest.mark.parametrize(
+    ("waiting", "batch"),
+    [
+        ({"N": 100, "R": 1}, "N" * 15 + "R"),
+        ({"N": 100, "R": 100}, "N" * 12 + "R" * 4),
+        ({"N": 100, "G": 100}, "N" * 12 + "G" * 4),
+        ({"N": 100, "E": 3}, "N" * 13 + "E" * 3),
+        ({"N": 100, "E": 3, "R": 100}, "N" * 9 + "E" * 3 + "R" * 4),
+        ({"E": 100, "N": 2, "R": 1}, "NN" + "E" * 13 + "R"),
+        ({"E": 100, "N": 100, "R": 100}, "N" * 4 + "E" * 8 + "R" * 4),
+        ({"E": 100}, "E" * 16),
+        ({"R": 100}, "R" * 16),
+    ],
+)
+def test_each_kind_has_a_share_of_a_batch(waiting, batch):
+    assert taken(queues(**waiting).take(16, 1000)) == batch
+
+
+def test_each_kind_has_a_share_of_the_windows_of_a_batch():
+    made = Queues()
+    for kind in "NER" * 10:
+        made.put(call(kind, windows=100))
+    for _ in range(3):
+        assert set(taken(made.take(100, 400))) == set("NER")
+
+
+def test_what_is_put_back_comes_first_and_in_its_order():
+    made = queues(N=1, R=1)
+    batch = [call("N"), call("R"), call("N"), call("R")]
+    made.put_back(batch)
+    again = made.take(16, 100)
+    assert [call for call in again if call in batch] == [batch[0], batch[2], batch[1], batch[3]]
+    assert taken(again) == "NNNRRR"
+    assert again.index(batch[2]) == 1 and again.index(batch[3]) == 4
+
+
+def test_what_was_cancelled_before_it_was_sent_is_left_out_unless_it_is_a_fact():
+    made = Queues()
+    kinds = "DNLEGR"
+    for kind in kinds:
+        cancelled = call(kind)
+        cancelled.future.cancel()
+        made.put(cancelled)
+        sent = call(kind)
+        sent.sent = True
+        sent.future.cancel()
+        made.put(sent)
+    assert taken(made.take(100, 100)) == "DDNNLLEEGR"
+    assert not made

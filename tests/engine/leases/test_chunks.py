@@ -1,0 +1,230 @@
+"""The arithmetic of a lease, without a store: random histories against a plain model."""
+
+from __future__ import annotations
+
+import threading
+from decimal import Decimal
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ktrdr_budget.engine.leases.chunks import Grant, Slab, Slabs
+from ktrdr_budget.errors import BudgetExceeded, HoldConflict, InvalidAmount, StoreUnavailable
+
+
+def slabs_at(now_ms: list[int], *sizes: int, ends_ms: float = 1000, low: int = 0) -> Slabs:
+    made = Slabs("agent", "usd", 100, low, lambda: now_ms[0])
+    for size in sizes:
+        made.add(Slab(object(), size, ends_ms))  # type: ignore[arg-type]  # any hold will do
+    return made
+
+
+def nanos(units: int) -> Decimal:
+    return Decimal(units) / 10**9
+
+
+class Book:
+    """What a slab is in the model: reserved, spent, and open grants."""
+
+    def __init__(self, reserved: int, ends_ms: int) -> None:
+        self.reserved, self.ends_ms, self.spent, self.open = reserved, ends_ms, 0, 0
+
+    def room(self, now_ms: int) -> int:
+        return self.reserved - self.spent - self.open if now_ms < self.ends_ms else -1
+
+
+actions = st.one_of(
+    st.tuples(st.just("add"), st.integers(1, 50), st.integers(1, 40)),
+    st.tuples(st.just("spend"), st.integers(0, 30)),
+    st.tuples(st.just("reserve"), st.integers(1, 30)),
+    st.tuples(st.just("settle"), st.integers(0, 20), st.integers(0, 40)),
+    st.tuples(st.just("wait"), st.integers(1, 10)),
+)
+
+
+@given(st.lists(actions, max_size=60))
+def test_random_histories_agree_with_plain_arithmetic(history):
+    now_ms = [0]
+    slabs = slabs_at(now_ms)
+    granting: list[Book] = []
+    books: list[tuple[Slab, Book]] = []
+    grants: list[tuple[Grant, Book, int]] = []
+
+    def find(units: int) -> Book | None:
+        while granting and now_ms[0] >= granting[0].ends_ms:
+            granting.pop(0)
+        granting[:] = [book for book in granting if now_ms[0] < book.ends_ms]
+        if len(granting) == 2 and granting[0].room(now_ms[0]) < units:
+            granting.pop(0)
+        return granting[0] if granting and granting[0].room(now_ms[0]) >= units else None
+
+    for action, *figures in history:
+        if action == "add":
+            made = Slab(object(), figures[0], now_ms[0] + figures[1])  # type: ignore[arg-type]
+            book = Book(figures[0], now_ms[0] + figures[1])
+            with slabs.lock:
+                slabs.leave_ended(now_ms[0])
+            slabs.add(made)
+            granting[:] = [*[other for other in granting if now_ms[0] < other.ends_ms][-1:], book]
+            books.append((made, book))
+        elif action == "wait":
+            now_ms[0] += figures[0]
+        elif action == "spend":
+            book_or_none = find(figures[0]) if figures[0] else None
+            try:
+                slabs.spend(nanos(figures[0]))
+            except BudgetExceeded:
+                assert book_or_none is None
+            else:
+                assert book_or_none is not None or not figures[0]
+                if book_or_none is not None:
+                    book_or_none.spent += figures[0]
+        elif action == "reserve":
+            book_or_none = find(figures[0])
+            try:
+                grant = slabs.reserve(nanos(figures[0]))
+            except BudgetExceeded:
+                assert book_or_none is None
+            else:
+                assert book_or_none is not None
+                book_or_none.open += figures[0]
+                grants.append((grant, book_or_none, figures[0]))
+        elif action == "settle" and grants:
+            grant, book, reserved = grants.pop(figures[0] % len(grants))
+            grant.commit(nanos(figures[1]))
+            book.open -= reserved
+            book.spent += figures[1]
+        for slab, book in books:
+            assert (slab.reserved, slab.spent, slab.promised) == (book.reserved, book.spent, book.open)
+        assert slabs.spent == nanos(sum(book.spent for _, book in books))
+        assert slabs.held == nanos(sum(book.open for _, book in books))
+        assert sum(slab.spent + slab.promised for slab, _ in books) <= sum(
+            max(book.reserved, book.spent + book.open) for _, book in books
+        )
+
+
+def test_what_does_not_fit_changes_nothing_and_says_why():
+    slabs = slabs_at([0], 100)
+    slabs.spend(nanos(60))
+    with pytest.raises(BudgetExceeded) as denied:
+        slabs.spend(nanos(41))
+    figures = denied.value.denial
+    assert (figures.reason, figures.requested, figures.fits) == ("lease_refilling", nanos(41), nanos(40))
+    assert (figures.limit, figures.spent, figures.remaining) == (nanos(100), nanos(60), nanos(40))
+    assert str(denied.value) == "agent: lease_refilling ($0.00000004 remaining, need $0.000000041)"
+    slabs.spend(nanos(40))
+    assert (slabs.spent, slabs.remaining) == (nanos(100), 0)
+
+
+def test_a_store_that_does_not_answer_is_another_reason():
+    slabs = slabs_at([0], 100)
+    slabs.trouble = StoreUnavailable("store at x gave no answer")
+    with pytest.raises(StoreUnavailable, match=r"the lease of 'agent' has \$0.0000001 left: store at x"):
+        slabs.reserve("0.01")
+
+
+def test_nothing_is_granted_from_a_slab_of_a_window_that_has_ended():
+    now_ms = [999]
+    slabs = slabs_at(now_ms, 100)
+    grant = slabs.reserve(nanos(10))
+    now_ms[0] = 1000
+    with pytest.raises(BudgetExceeded):
+        slabs.spend(nanos(1))
+    grant.commit(nanos(4))
+    assert slabs.spent == nanos(4)
+    assert slabs.remaining == 0
+
+
+def test_the_next_slab_takes_over_where_the_first_has_too_little():
+    slabs = slabs_at([0], 10, 100)
+    slabs.spend(nanos(8))
+    slabs.spend(nanos(3))
+    assert [slab.spent for slab in slabs.retired] == [8]
+    assert slabs.remaining == nanos(97)
+
+
+def test_a_grant_is_settled_once():
+    slabs = slabs_at([0], 100)
+    grant = slabs.reserve(nanos(10))
+    assert (grant.amount, grant.settled) == (nanos(10), False)
+    grant.commit(nanos(4))
+    grant.commit(nanos(4))
+    for again in (grant.release, grant.commit, lambda: grant.commit(nanos(5))):
+        with pytest.raises(HoldConflict):
+            again()
+    assert (slabs.spent, slabs.held, grant.settled) == (nanos(4), 0, True)
+    assert repr(grant) == "<Grant agent $0.00000001 committed $0.000000004>"
+
+
+def test_a_grant_as_a_context_manager():
+    slabs = slabs_at([0], 100)
+    with slabs.reserve(nanos(10)):
+        pass
+    with slabs.reserve(nanos(10)) as grant:
+        grant.commit(nanos(3))
+    with pytest.raises(KeyError), slabs.reserve(nanos(10)):
+        raise KeyError
+    assert (slabs.spent, slabs.held) == (nanos(13), 0)
+
+
+def test_a_commit_above_its_grant_is_a_fact_and_takes_more_of_the_slab():
+    slabs = slabs_at([0], 100)
+    slabs.reserve(nanos(90)).commit(nanos(95))
+    assert slabs.remaining == nanos(5)
+    slabs.reserve(nanos(5)).commit(nanos(50))
+    assert (slabs.spent, slabs.remaining) == (nanos(145), 0)
+    with pytest.raises(BudgetExceeded):
+        slabs.spend(nanos(1))
+
+
+@pytest.mark.parametrize("amount", [True, -1, "x", None, float("nan"), "1e9999999"])
+def test_what_is_no_amount_is_refused(amount):
+    slabs = slabs_at([0], 100)
+    for decide in (slabs.spend, slabs.reserve):
+        with pytest.raises(InvalidAmount):
+            decide(amount)
+    with pytest.raises(InvalidAmount):
+        slabs.reserve(0)
+    slabs.spend(0)
+    assert slabs.spent == 0
+
+
+def test_equal_numbers_of_other_types_keep_their_meaning():
+    """0.1 is read through its repr; the Decimal that equals it exactly is a little more, and rounds up."""
+    slabs = slabs_at([0], 10**9)
+    exactly = Decimal.from_float(0.1)
+    slabs.spend(exactly)
+    assert slabs.spent == Decimal("0.100000001")
+    slabs.spend(0.1)
+    slabs.spend("0.1")
+    assert slabs.spent == Decimal("0.300000001")
+    slabs.spend(Decimal(0))
+    with pytest.raises(InvalidAmount):
+        slabs.spend(False)
+
+
+def test_threads_share_a_slab_to_the_unit():
+    slabs = slabs_at([0], 10_000, ends_ms=float("inf"))
+    granted: list[int] = []
+
+    def work() -> None:
+        count = 0
+        for _ in range(3_000):
+            try:
+                slabs.spend(nanos(1))
+                grant = slabs.reserve(nanos(3))
+            except BudgetExceeded:
+                break
+            grant.commit(nanos(2))
+            count += 1
+        granted.append(count)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert slabs.held == 0
+    assert 3 * sum(granted) <= round(slabs.spent * 10**9) <= 10_000
+    assert 10_000 - round(slabs.spent * 10**9) < 3 + 8 * 3

@@ -1,0 +1,979 @@
+"""The scripts of `lua/` on a real server: every word of their replies, exact figures, and no undeclared key."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import redis
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
+from ktrdr_budget.engine.protocol import (
+    Commit,
+    Head,
+    Op,
+    Reservation,
+    Restore,
+    SettleOnBehalf,
+    encode_batch,
+    parse_batch,
+    scripts,
+)
+from ktrdr_budget.engine.protocol.keys import Keys
+from ktrdr_budget.engine.replica.state import Session
+
+from ...helpers.keyspace import dump, immortal_keys
+from ...helpers.waiting import wait_until
+
+LUA = Path(__file__).parents[3] / "lua"
+DAY_MS = 86_400_000
+TIMES = "c 9999999999999 1764000000000000 0"
+"""Of a record: policy, deadline, when it was granted, and when it grew."""
+BUDGETS = [
+    Budget("agent", "5.00"),
+    Budget("cycles", 10, unit="cycles"),
+    Budget("jobs", 2, kind="slots"),
+    Budget("all", None, period="ever"),
+]
+
+
+class Wire:
+    """Speaks to the write script in the words that its headers describe."""
+
+    def __init__(self, client: redis.Redis, budgets: list[Budget] = BUDGETS, **settings: int) -> None:
+        self.client = client
+        self.session = Session("t", budgets, **settings)
+        self.session.set_clock(self.now_us(), 0)
+        self.keys: list[str] = []
+        self.head: Head | None = None
+
+    def op(self, head: str, **parts: str) -> Op:
+        letter, *words = head.split(" ")
+        if letter == "S":
+            return SettleOnBehalf(words[0], self.op(" ".join(words[1:]), **parts))
+        hold_id = words.pop(0)
+        key = self.session.keys.hold(hold_id)
+        windows = [(self.session.current_window(name), tail) for name, tail in parts.items()]
+        if letter == "K":  # the rest is the head of its record; a tail says base, reserved, accrued and charged
+            segments = [f"|{window.flag},{window.name},{tail}" for window, tail in windows]
+            return Restore(hold_id, key, [window for window, _ in windows], " ".join(words) + "".join(segments))
+        if letter == "R":
+            wanted = [(window, int(tail[1:])) for window, tail in windows]
+            ttl_ms, policy, *labels = words
+            return Reservation(hold_id, key, int(ttl_ms), policy, " ".join(labels), wanted, self.session.now_ms)
+        return Op(hold_id, key, head, windows)
+
+    def commit(self, hold_id: str, *, counted: dict[str, int], **spent: int) -> Commit:
+        """One that may go the simple way."""
+        windows = {name: self.session.current_window(name) for name in spent}
+        parts = [(windows[name], f":x{units}") for name, units in spent.items()]
+        made = Commit(hold_id, self.session.keys.hold(hold_id), parts, "-", "-")
+        reserved = [(windows[name], counted[name]) for name in spent]
+        record = self.record(hold_id)
+        granted = record, record.partition("|")[0].split(" ", 6)[6]
+        made.simplify(self.session.replica_id, granted, reserved, [*spent.values()])
+        return made
+
+    def send(self, *ops: Op, simple: bool = False) -> list[str]:
+        header = self.session.header
+        for op in ops:
+            op.brief = op.brief or (op.head if op.letter == "R" else None)
+        name, self.keys, args = encode_batch(self.session.keys, header, ops, simple=simple)
+        assert (name == "simple") == simple
+        reply = self.client.eval(scripts.script(name).source, len(self.keys), *self.keys, *args)
+        self.head, lines = parse_batch(reply)
+        self.session.absorb(self.head, header)
+        return lines
+
+    def ask(self, head: str, **parts: str) -> str:
+        [line] = self.send(self.op(head, **parts))
+        return line
+
+    def reserve(self, hold_id: str, ttl_ms: int = 60_000, policy: str = "c", **amounts: int) -> str:
+        return self.ask(f"R {hold_id} {ttl_ms} {policy} - - -", **{name: f":{n}" for name, n in amounts.items()})
+
+    def record(self, hold_id: str) -> str | None:
+        return self.client.get(self.session.keys.hold(hold_id))
+
+    def sums(self, budget: str) -> dict[str, int]:
+        stored = self.client.hgetall(self.session.current_window(budget).key)
+        return {name: int(stored.get(name, 0)) for name in ("spent", "held", "unconfirmed", "events", "overruns")}
+
+    def ledger(self, budget: str) -> list[int]:
+        return [int(fields["a"]) for _, fields in self.client.xrange(self.session.current_window(budget).ledger_key)]
+
+    def now_us(self) -> int:
+        seconds, microseconds = self.client.time()
+        return seconds * 1_000_000 + microseconds
+
+    def wait_due(self, hold_id: str) -> None:
+        deadline_ms = int(self.record(hold_id).split(" ")[2])
+        wait_until(lambda: self.now_us() >= deadline_ms * 1000)
+
+    def yesterday(self) -> Wire:
+        """Another replica, that takes it to be yesterday until the store has told it better."""
+        other = Wire(self.client)
+        other.session.set_clock(self.now_us() - DAY_MS * 1000, 0)
+        return other
+
+
+@pytest.fixture
+def client(server) -> Iterator[redis.Redis]:
+    with server.client() as made:
+        yield made
+
+
+@pytest.fixture
+def wire(client: redis.Redis) -> Wire:
+    return Wire(client)
+
+
+# -- the files ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_lua_file_that_is_shipped_is_part_of_a_script_that_runs():
+    shipped = {path.stem for path in LUA.glob("*.lua")}
+    used = {part for parts in scripts._PARTS.values() for part in parts}
+    assert shipped == used
+    everything = "".join(scripts.script(name).source for name in scripts._PARTS)
+    for path in LUA.glob("*.lua"):
+        text = path.read_text(encoding="utf-8")
+        assert text in everything
+        assert text.startswith(f"-- {path.name}: "), "a header says what it does"
+
+
+def test_no_amount_is_ever_formatted_by_lua():
+    """`tostring` and `..` print a double of 15 digits as 1.23e+14."""
+    for path in LUA.glob("*.lua"):
+        code = "\n".join(line.split("--")[0] for line in path.read_text(encoding="utf-8").splitlines())
+        assert "tostring(" not in code, path.name
+
+
+# -- replies -----------------------------------------------------------------------------------------------------------
+
+
+def test_reserve_replies(wire):
+    assert wire.reserve("op_1", agent=150, cycles=1) == "g"
+    record = wire.record("op_1")
+    assert record.startswith("o c ") and record.endswith(
+        f"|u,agent:{day(wire)},,150,,|n,cycles:{day(wire, 'cycles')},,1,,"
+    )
+    assert wire.reserve("op_1", agent=150, cycles=1) == f"p {record}"
+    assert wire.reserve("op_1", cycles=1, agent=150) == f"p {record}", "the order of budgets is no content"
+    for other in ({"agent": 151, "cycles": 1}, {"agent": 150}, {"agent": 150, "cycles": 1, "jobs": 1}):
+        assert wire.reserve("op_1", **other) == f"c {record}"
+    assert wire.reserve("op_1", policy="r", agent=150, cycles=1) == f"c {record}"
+    limit = 5 * 10**9
+    first_deadline = record.split(" ")[2]
+    assert wire.reserve("op_2", agent=limit) == f"d agent:{day(wire)} {limit} 0 150 0 {limit} {first_deadline}"
+    assert wire.record("op_2") is None
+    assert wire.sums("agent")["held"] == 150
+
+
+def day(wire: Wire, budget: str = "agent") -> str:
+    return wire.session.current_window(budget).stored
+
+
+def test_reserve_refuses_windows_that_are_not_now_and_definitions_that_differ(client, wire):
+    assert wire.yesterday().reserve("op_1", agent=150) == "w"
+    assert dump(client) == {}
+    assert wire.reserve("op_1", agent=150) == "g"
+    other = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
+    assert other.reserve("op_2", agent=150) == "m agent usd,day,UTC,spend"
+    assert other.ask("N op_2 0 research -", agent=":20") == "m agent usd,day,UTC,spend"
+    assert other.reserve("op_1", agent=150).startswith("p "), "a replay is answered before anything else"
+    assert other.ask("N op_2 1 research -", agent=":20") == "k - 20", "spend is a fact, in a window of its own"
+    assert (wire.sums("agent")["spent"], other.sums("agent")["spent"]) == (0, 20)
+
+
+def test_commit_replies(wire):
+    wire.reserve("op_1", agent=150, cycles=2, jobs=1)
+    parts = {"agent": ":x70", "cycles": ":r2", "jobs": ":x1"}
+    assert wire.ask("D op_1", **parts) == "k - 70,2,0"
+    assert wire.ask("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
+    assert Wire(wire.client).ask("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
+    assert wire.ask("D op_1", **{**parts, "agent": ":x71"}) == f"c {wire.record('op_1')}"
+    assert wire.ask("L op_1 0", **parts) == f"c {wire.record('op_1')}"
+    assert wire.ask("D nobody", agent=":x1") == "u"
+    assert (wire.sums("agent"), wire.ledger("agent")) == (figures(spent=70, events=1), [70])
+    assert wire.sums("cycles") == figures(spent=2, events=1)
+    assert wire.sums("jobs") == figures(), "a slot is only ever held"
+
+
+def figures(**given: int) -> dict[str, int]:
+    return {name: given.get(name, 0) for name in ("spent", "held", "unconfirmed", "events", "overruns")}
+
+
+def test_commit_flags_overruns_and_late_ones(wire):
+    wire.reserve("op_1", agent=150)
+    assert wire.ask("D op_1", agent=":x151") == "k o 151"
+    wire.reserve("op_2", ttl_ms=1000, agent=150)
+    wire.wait_due("op_2")
+    assert wire.ask("D op_2", agent=":x151") == "k ol 151"
+    assert wire.ledger("agent") == [151, 150, 1], "the charge at its deadline, and what corrects it"
+    assert wire.sums("agent") == figures(spent=302, events=4 - 1, overruns=2)
+
+
+def test_commit_modes(wire):
+    for hold_id, mode, told in (("op_1", "x70", 70), ("op_2", "r150", 150), ("op_3", "a0", 80), ("op_4", "a90", 90)):
+        wire.reserve(hold_id, agent=150)
+        assert wire.ask(f"E {hold_id} 60000 0", agent=":80:0").startswith("e o ")
+        assert wire.ask(f"D {hold_id}", agent=f":{mode}") == f"k - {told}"
+
+
+def test_release_replies(wire):
+    wire.reserve("op_1", agent=150)
+    assert wire.ask("L op_1 0", agent=":x0") == "k - 0"
+    assert wire.ask("L op_1 0", agent=":x0") == "p - 0"
+    assert wire.ask("D op_1", agent=":x70") == f"c {wire.record('op_1')}"
+    assert wire.ask("L nobody 0") == "u"
+    wire.reserve("op_2", agent=150)
+    assert wire.ask("L op_2 1", agent=":x0") == "k - 0"
+    assert wire.record("op_2").startswith("z ")
+    assert wire.ask("L op_2 1", agent=":x0") == "p - 0"
+    assert wire.ask("D op_2", agent=":x70") == "k l 70", "the worker comes back: its commit still counts, once"
+    assert wire.sums("agent") == figures(spent=70, events=1)
+
+
+def test_a_settlement_that_does_not_name_all_windows_is_asked_for_them(wire):
+    wire.reserve("op_1", agent=150, cycles=1)
+    for head in ("D op_1", "L op_1 0", "E op_1 60000 0", "X op_1"):
+        assert wire.ask(head, agent=":x70" if head[0] != "E" else ":0:0") == f"v {wire.record('op_1')}"
+
+
+def test_record_replies(client, wire):
+    assert wire.ask("N op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
+    words = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire, 'cycles')}"
+    assert wire.ask("N op_1 0 research -", agent=":20", cycles=":1") == words
+    assert Wire(client).ask("N op_1 0 research -", cycles=":1", agent=":20") == (
+        f"p - 1,20 {wire.session.replica_id} cycles:{day(wire, 'cycles')},agent:{day(wire)}"
+    )
+    assert wire.ask("N op_1 0 research -", agent=":21", cycles=":1") == f"c {wire.record('op_1')}"
+    assert wire.reserve("op_1", agent=20, cycles=1) == f"c {wire.record('op_1')}"
+    assert wire.yesterday().ask("N op_2 0 - -", agent=":20") == "w"
+    late = wire.yesterday()
+    ended = late.session.current_window("agent")
+    assert late.ask("N op_2 1 - -", agent=":20") == "k - 20"
+    assert client.hget(ended.key, "spent") == "20"
+    berlin = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
+    assert berlin.ask("N op_3 0 - -", agent=":20") == "m agent usd,day,UTC,spend"
+    assert wire.sums("agent") == figures(spent=20, events=1)
+    assert immortal_keys(client) == []
+
+
+def test_a_lost_commit_is_restored_with_what_was_asked(client, wire):
+    head = f"K op_1 c {TIMES} me research t1"
+    parts = {"agent": "150,200,,70", "cycles": ",1,,2", "jobs": ",1,,0"}
+    assert wire.ask(head, **parts) == "k o 70,2,0"
+    assert wire.ask(head, **parts) == f"p - 70,2,0 {wire.session.replica_id}"
+    assert wire.ask(head, **(parts | {"agent": "150,200,,71"})) == f"c {wire.record('op_1')}"
+    assert wire.ask(f"K op_1 o {TIMES} me research t1", **parts) == "p", "a settlement wins"
+    assert wire.ask(f"K op_1 r {TIMES} me research t1", **parts) == f"c {wire.record('op_1')}"
+    assert wire.reserve("op_1", agent=150, cycles=1, jobs=1) == f"p {wire.record('op_1')}"
+    assert wire.reserve("op_1", policy="a", agent=150, cycles=1, jobs=1) == f"c {wire.record('op_1')}"
+    assert wire.sums("agent") == figures(spent=70, events=1)
+    assert wire.sums("cycles") == figures(spent=2, events=1, overruns=1)
+    assert not immortal_keys(client)
+
+
+@pytest.mark.parametrize("known", ["unknown", "open", "expired"])
+@pytest.mark.parametrize("state", "rz")
+def test_a_lost_release_is_restored_with_what_was_asked(client, wire, state, known):
+    if known != "unknown":
+        wire.reserve("op_1", ttl_ms=60_000 if known == "open" else 1, agent=150)
+    if known == "expired":
+        wait_until(lambda: wire.ask("X op_1", agent="") == "x" and wire.record("op_1")[0] == "x")
+    head = f"K op_1 {state} {TIMES} - - -"
+    assert wire.ask(head, agent=",150,,") == f"k {'l' if known == 'expired' else '-'} 0"
+    assert wire.ask(head, agent=",150,,").startswith("p")
+    assert wire.reserve("op_1", agent=150) == f"p {wire.record('op_1')}"
+    assert {name: wire.sums("agent")[name] for name in ("spent", "held", "unconfirmed")} == {
+        "spent": 0, "held": 0, "unconfirmed": 0,
+    }  # fmt: skip
+    lives_ms = client.pttl(wire.session.keys.hold("op_1"))
+    assert (lives_ms <= DAY_MS) is (state == "r"), "an operator's release can be corrected as long as the window lives"
+    if state == "z":
+        assert wire.ask("D op_1", agent=":x70") == "k l 70"
+    else:
+        assert wire.ask("D op_1", agent=":x70") == f"c {wire.record('op_1')}"
+
+
+def test_a_restored_hold_of_other_contents_is_a_conflict(wire):
+    wire.reserve("op_1", agent=150)
+    before = wire.record("op_1")
+    assert wire.ask(f"K op_1 c {TIMES} - - -", cycles=",1,,1") == f"c {before}"
+    assert wire.ask(f"K op_1 c {TIMES} - - -", agent=",150,,70", cycles=",1,,1") == f"c {before}"
+    assert wire.ask("N op_2 0 - -", agent=":5") == "k - 5"
+    assert wire.ask(f"K op_2 c {TIMES} - - -", agent=",5,,5") == f"c {wire.record('op_2')}"
+
+
+# -- a window that was begun and is not here ---------------------------------------------------------------------------
+
+TOUCHING = {
+    "R new 60000 c - - -": ":150",
+    "D op_1": ":x70",
+    "M op_1 model trace": ":x70",
+    "L op_1 0": ":x0",
+    "L op_z 0": ":x0",
+    "E op_1 60000 0": ":30:200",
+    "X op_x": "",
+    "H op_1": ":10",
+    "P op_1 c 9999999999999 1764000000000000 - - -": ":20:20:0",
+    "P new c 9999999999999 1764000000000000 - - -": ":20:20:0",
+    "N new 0 - -": ":20",
+    f"K new c {TIMES} - - -": ",20,,20",
+    f"K new r {TIMES} - - -": ",20,,",
+    f"K new z {TIMES} - - -": ",20,,",
+    f"K new o {TIMES} - - -": ",20,,",
+    f"K op_1 o {TIMES} - - -": "150,200,,",
+    f"K op_1 c {TIMES} - - -": ",150,,70",
+    f"K op_x c {TIMES} - - -": ",150,,70",
+    f"K op_1 r {TIMES} - - -": ",150,,",
+    "T -": ":20",
+    f"S replica K op_1 c {TIMES} - - -": ",150,,70",
+    f"S replica K new c {TIMES} - - -": ",20,,20",
+}
+
+
+@pytest.fixture
+def begun(client, wire) -> Wire:
+    """There were holds in two windows, and that of budget agent is not here any more."""
+    wire.reserve("op_1", agent=150)
+    wire.reserve("op_z", agent=150)
+    wire.ask("L op_z 1", agent=":x0")
+    wire.reserve("op_x", ttl_ms=1000, agent=150)
+    wire.reserve("op_2", cycles=1)
+    wire.reserve("op_both", cycles=1, agent=150)
+    wire.wait_due("op_x")
+    client.delete(wire.session.current_window("agent").key)
+    return wire
+
+
+def stored(wire: Wire) -> dict[str, object]:
+    """All but what each batch may write."""
+    everything = dump(wire.client)
+    for key in (wire.session.keys.meta, wire.session.keys.replicas):
+        del everything[key]
+    return everything
+
+
+@pytest.mark.parametrize("head", TOUCHING)
+def test_nothing_is_written_into_half_a_window(begun, head):
+    before, missing = stored(begun), f"t agent:{day(begun)}"
+    assert begun.ask(head, agent=TOUCHING[head]) == missing
+    assert begun.send(begun.op(head, agent=TOUCHING[head]), begun.op("L nobody 0", cycles=":x0")) == [missing, "u"]
+    assert stored(begun) == before
+
+
+def test_nor_is_it_in_the_simple_way(begun):
+    before = stored(begun)
+    commits = [
+        begun.commit("op_1", counted={"agent": 150}, agent=70),
+        begun.commit("op_2", counted={"cycles": 1}, cycles=1),
+    ]
+    assert begun.send(*commits, simple=True) == ["s", "s"]
+    assert stored(begun) == before
+
+
+def test_other_windows_of_the_same_batch_go_on(begun):
+    missing = f"t agent:{day(begun)}"
+    commit, lacking = begun.op("D op_2", cycles=":x1"), begun.op("D op_both", cycles=":x1", agent=":x70")
+    assert begun.send(begun.op("D op_1", agent=":x70"), lacking, commit) == [missing, missing, "k - 1"]
+    assert begun.sums("cycles") == figures(spent=1, held=1, events=1)
+    reserve = begun.op("R op_3 60000 c - - -", cycles=":1")
+    assert begun.send(begun.op("D op_both", cycles=":x1", agent=":x70"), reserve) == [missing, "g"]
+    assert begun.sums("cycles") == figures(spent=1, held=2, events=1)
+    assert begun.record("op_both").startswith("o ")
+
+
+def test_what_is_settled_is_told_without_its_window(client, wire):
+    wire.reserve("op_1", agent=150)
+    wire.ask("D op_1", agent=":x70")
+    client.delete(wire.session.current_window("agent").key)
+    assert wire.ask("D op_1", agent=":x70").startswith("p - 70 ")
+    assert wire.reserve("op_1", agent=150).startswith("p c ")
+
+
+def test_a_simple_commit_is_in_the_share_of_whoever_made_it(wire):
+    wire.reserve("op_1", agent=150)
+    assert wire.send(wire.commit("op_1", counted={"agent": 150}, agent=70), simple=True) == ["k"]
+    assert Wire(wire.client).ask("D op_1", agent=":x70") == f"p - 70 {wire.session.replica_id}"
+
+
+# -- what is told again after a loss -----------------------------------------------------------------------------------
+
+
+def test_each_batch_of_a_repair_says_that_it_is_one(client, wire):
+    for op in (wire.op(f"S you K op_1 c {TIMES} - - -", agent=",20,,20"), wire.op("T -", agent=":20")):
+        client.hset(wire.session.keys.meta, "recovering_until", 1)
+        wire.send(op)
+        assert int(client.hget(wire.session.keys.meta, "recovering_until")) >= wire.head.now_us // 1000 + 1000
+
+
+def test_a_settlement_of_another_replica_is_told_into_that_ones_share(client, wire):
+    key = wire.session.current_window("agent").key
+    maker = Wire(client)
+    maker.record("nobody")
+    me, you = wire.session.replica_id, maker.session.replica_id
+    wire.reserve("op_1", agent=150)
+    assert wire.ask(f"S {you} K op_1 c {TIMES} - - -", agent=",150,,70") == "k - 70"
+    assert wire.ask(f"S {you} K lost c {TIMES} - - -", agent=",5,,5") == "k - 5"
+    assert wire.ask(f"S {you} N spent 1 - -", agent=":3") == "k - 3"
+    assert wire.ask(f"S {you} N spent 1 - -", agent=":3").startswith(f"p - 3 {you} ")
+    assert (client.hget(key, f"r:{you}"), client.hget(key, f"r:{me}")) == ("78", "0")
+    assert wire.sums("agent") == figures(spent=78, events=3)
+    assert maker.ask("T -", agent=":100") == "k - 22"
+    assert wire.ask(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "a", "it is among what that replica has told"
+    assert wire.sums("agent") == figures(spent=100, events=4)
+    client.hset(wire.session.keys.meta, "epoch", "2.another")  # after another loss, it has yet to tell
+    wire.session.renew()
+    assert wire.ask(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "k - 5"
+
+
+def test_extend_replies(wire):
+    assert wire.ask("E nobody 60000 0", agent=":0:0") == "u"
+    wire.reserve("op_1", agent=150)
+    before = wire.record("op_1").split(" ")
+    assert wire.ask("E op_1 90000 0", agent=":30:0") == f"e {wire.record('op_1')}"
+    after = wire.record("op_1").split(" ")
+    assert int(after[2]) > int(before[2]) and after[-1].endswith(",150,30,")
+    kept = after[2]
+    assert wire.ask("E op_1 90000 1", agent=":10:250") == f"e {wire.record('op_1')}"
+    assert wire.record("op_1").split(" ")[2] == kept, "growth keeps the deadline"
+    assert wire.record("op_1").endswith(f"|u,agent:{day(wire)},150,250,30,"), "the largest total wins"
+    assert wire.sums("agent")["held"] == 250
+    limit = 5 * 10**9
+    denied = wire.ask("E op_1 90000 1", agent=f":0:{limit + 1}")
+    assert denied.startswith(f"d agent:{day(wire)} {limit} 0 250 0 {limit + 1 - 250} ")
+    assert wire.reserve("op_1", agent=150).startswith("p "), "a retry of the reservation names what it asked for"
+    wire.ask("D op_1", agent=":x70")
+    assert wire.ask("E op_1 90000 0", agent=":0:0") == f"c {wire.record('op_1')}"
+
+
+def test_retire_replies_and_what_each_policy_keeps(wire):
+    for hold_id, policy, slots in (("op_c", "c", {"jobs": 1}), ("op_a", "a", {"jobs": 1}), ("op_r", "r", {})):
+        assert wire.reserve(hold_id, 1000, policy, agent=150, **slots) == "g"
+        used = {"agent": ":30:0", **dict.fromkeys(slots, ":0:0")}
+        assert wire.ask(f"E {hold_id} 1000 0", **used).startswith("e o ")
+    assert wire.ask("X op_c", agent="", jobs="") == "x"
+    assert wire.record("op_c").startswith("o "), "not due yet"
+    wire.wait_due("op_r")
+    for hold_id in ("op_c", "op_a"):
+        assert wire.ask(f"X {hold_id}", agent="", jobs="") == "x"
+    assert wire.ask("X op_r", agent="") == "x"
+    assert wire.sums("agent") == figures(unconfirmed=180, events=2)
+    assert wire.sums("jobs") == figures(), "expiry returns the slot, whatever the policy"
+    assert wire.ask("X op_c", agent="", jobs="") == "x"
+    assert wire.sums("agent")["unconfirmed"] == 180, "once"
+    assert wire.ask("X nobody") == "x"
+
+
+def test_revival_takes_room_only_for_what_had_been_given_back(wire):
+    wire.reserve("op_1", 1000, "a", agent=150)
+    wire.ask("E op_1 1000 0", agent=":30:0")
+    wire.wait_due("op_1")
+    wire.ask("X op_1", agent="")
+    assert wire.sums("agent") == figures(unconfirmed=30, events=1)
+    wire.ask("N other 0 - -", agent=f":{5 * 10**9 - 100}")
+    assert wire.ask("E op_1 60000 0", agent=":30:0").startswith("d agent:")
+    assert wire.ask("E op_1 60000 0", agent=":150:0").startswith("e o "), "what was used is a fact"
+    assert wire.sums("agent") == figures(spent=5 * 10**9 - 100, held=150, events=2)
+    assert sum(wire.ledger("agent")) == 5 * 10**9 - 100
+
+
+def test_a_duplicate_in_one_batch_sees_the_one_before_it(wire):
+    first, again, other = (wire.op("R op_1 60000 c - - -", agent=f":{n}") for n in (150, 150, 151))
+    lines = wire.send(first, again, other, wire.op("D op_1", agent=":x70"), wire.op("E op_1 60000 0", agent=":0:0"))
+    assert [line[0] for line in lines] == ["g", "p", "c", "k", "c"]
+    assert wire.sums("agent") == figures(spent=70, events=1)
+    assert wire.client.zcard(wire.session.keys.due) == 0
+
+
+def test_the_head_tells_time_writes_epoch_and_due_holds(client, wire):
+    wire.reserve("op_1", 1000, agent=150)
+    head = wire.head
+    assert (head.writes, head.went_back, head.due) == (1, False, ())
+    assert head.epoch is not None and head.epoch.startswith("2.")
+    assert abs(head.now_us - client.time()[0] * 1_000_000) < 2_000_000
+    wire.reserve("op_2", agent=6 * 10**9)
+    assert (wire.head.writes, wire.head.epoch) == (1, None), "a denial is no write; the epoch is known"
+    wire.wait_due("op_1")
+    wire.reserve("op_3", agent=6 * 10**9)
+    assert wire.head.due == ("op_1",)
+
+
+def test_a_store_that_went_back_does_nothing_but_say_so_and_grants_nothing_until_it_is_repaired(client, wire):
+    wire.reserve("op_1", agent=150)
+    client.flushall()
+    again = wire.op("R op_2 60000 c - - -", agent=":150")
+    assert wire.send(again, wire.op("N op_3 0 - -", agent=":10")) == []
+    assert (wire.head.went_back, wire.head.writes) == (True, 0)
+    assert list(client.scan_iter()) == ["ktrdr:{t}:meta"]
+    [refused] = wire.send(again)
+    assert not wire.head.went_back
+    word, until_ms = refused.split(" ")
+    assert word == "l"
+    assert 0 < int(until_ms) - wire.now_us() // 1000 <= 3000
+    assert wire.ask("N op_3 0 - -", agent=":10") == "k - 10", "facts need no admission"
+    assert wire.ask("N op_4 0 - -", agent=":0") == "k - 0"
+    assert wire.reserve("op_4", agent=150).startswith("c "), "a replay or a conflict is told first"
+    wait_until(lambda: wire.now_us() // 1000 >= int(until_ms))
+    assert wire.send(again) == ["g"]
+
+
+def test_a_share_is_raised_to_what_it_was_and_never_above(client, wire):
+    wire.ask("N op_1 0 - -", agent=":10")
+    assert wire.ask("T -", agent=":10") == "k - 0"
+    assert wire.ask("T -", agent=":25") == "k - 15"
+    assert wire.ask("T -", agent=":25") == "k - 0"
+    assert (wire.sums("agent"), wire.ledger("agent")) == (figures(spent=25, events=2), [10, 15])
+    other = Wire(client)
+    assert other.ask("T -", agent=":5") == "k - 5", "each replica has its own"
+    assert wire.sums("agent")["spent"] == 30
+    assert wire.send(wire.op("N op_2 1 - -", agent=":5"), wire.op("T -", agent=":40")) == ["k - 5", "k - 10"]
+
+
+def test_an_open_hold_is_told_again_once_and_settles_as_before(client, wire):
+    deadline_ms = wire.now_us() // 1000 + 60_000
+    head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 me research -"
+    parts = {"agent": ",150,200,", "jobs": ",1,,"}
+    assert wire.ask(head, **parts) == "g"
+    assert wire.record("op_1").startswith(f"o c {deadline_ms} ")
+    assert (wire.sums("agent")["held"], wire.sums("jobs")["held"]) == (200, 1)
+    assert wire.ask(head, **parts) == "p"
+    assert not immortal_keys(client)
+    assert wire.ask("D op_1", agent=":x70", jobs=":x0") == "k - 70,0"
+    assert wire.ask(head, **parts) == "p", "a settlement wins"
+    assert (wire.sums("agent"), wire.sums("jobs")) == (figures(spent=70, events=1), figures())
+
+
+def test_an_open_hold_that_is_known_is_raised_to_what_it_was_and_never_lowered(wire):
+    wire.reserve("op_1", agent=150, jobs=1)
+    deadline_ms = wire.now_us() // 1000 + 120_000
+    head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 - - -"
+    assert wire.ask(head, agent=",100,,", jobs=",1,,") == "g", "prolonged"
+    assert wire.ask(head, agent="150,200,,", jobs=",1,,") == "g"
+    assert wire.ask(head, agent="150,200,250,", jobs=",1,,") == "g"
+    assert wire.ask(head, agent="150,180,240,", jobs=",1,,") == "p"
+    assert (wire.sums("agent")["held"], wire.sums("jobs")["held"]) == (250, 1)
+    assert ",150,200,250," in wire.record("op_1")
+    assert wire.ask("D op_1", agent=":x70", jobs=":x0") == "k - 70,0"
+    assert wire.sums("agent") == figures(spent=70, events=1)
+
+
+def test_a_hold_that_is_told_again_after_its_deadline_is_due(wire):
+    deadline_ms = wire.now_us() // 1000 - 1
+    assert wire.ask(f"K open o c {deadline_ms} {wire.now_us()} 0 - - -", agent=",150,,") == "g"
+    assert wire.sums("agent") == figures(held=150)
+    assert wire.ask("X open", agent="") == "x"
+    assert wire.ask(f"K expired x a {deadline_ms} {wire.now_us()} 0 - - -", agent=",150,70,70", jobs=",1,,") == "g"
+    assert wire.sums("agent") == figures(unconfirmed=220, events=2)
+    assert wire.ask("D expired", agent=":x80", jobs=":x0") == "k l 80,0"
+    assert wire.sums("agent") == figures(unconfirmed=150, spent=80, events=3)
+
+
+def test_a_store_of_another_schema_is_refused(client, wire):
+    """Of an earlier one, too: its windows would read as untouched."""
+    client.hset("ktrdr:{t}:meta", "epoch", "1.0123456789abcdef")
+    with pytest.raises(redis.ResponseError, match="KTRDRSCHEMA"):
+        wire.reserve("op_1", agent=150)
+    keys = [wire.session.keys.meta, wire.session.keys.limits, wire.session.keys.due]
+    with pytest.raises(redis.ResponseError, match="KTRDRSCHEMA"):
+        client.eval(scripts.script("status").source, 3, *keys, "replica")
+    assert list(client.scan_iter()) == ["ktrdr:{t}:meta"]
+
+
+# -- whose limit is in force -------------------------------------------------------------------------------------------
+
+
+def with_limit(client: redis.Redis, limit: str, started: str, replica: str = "") -> Wire:
+    """A replica that says this of its start."""
+    made = Wire(client, [Budget("agent", limit)])
+    made.session.replica_id = replica or made.session.replica_id
+    made.session._header = made.session.header._replace(replica=made.session.replica_id, started=started)
+    return made
+
+
+def limit_in_force(wire: Wire) -> str | None:
+    return wire.client.hget(wire.session.current_window("agent").key, "limit")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_of_two_replicas_that_started_at_once_the_one_with_the_larger_id_decides(client, wire, first):
+    started = str(wire.now_us())
+    replicas = [
+        with_limit(client, "2.00", started, "00000000000a"),
+        with_limit(client, "3.00", started, "00000000000b"),
+    ]
+    for number in (first, 1 - first, first):
+        replicas[number].reserve(f"op_{number}", agent=1)
+    assert limit_in_force(wire) == str(3 * 10**9)
+
+
+def test_a_start_in_the_future_of_the_store_counts_as_now(client, wire):
+    ahead = with_limit(client, "2.00", str(wire.now_us() + 7_200_000_000))
+    ahead.reserve("op_1", agent=1)
+    assert limit_in_force(wire) == str(2 * 10**9)
+    later = with_limit(client, "3.00", str(wire.now_us()))
+    later.reserve("op_2", agent=1)
+    ahead.reserve("op_3", agent=1)  # it has learned from the reply what its start counts as
+    assert limit_in_force(wire) == str(3 * 10**9)
+
+
+def test_a_limit_that_was_asserted_before_the_clock_was_set_back_is_replaced(client, wire):
+    wire.reserve("op_1", agent=1)
+    key = wire.session.current_window("agent").key
+    client.hset(key, mapping={"limit": 7, "asserted": f"{wire.now_us() + 7_200_000_000} ffffffffffff"})
+    with_limit(client, "3.00", str(wire.now_us())).reserve("op_2", agent=1)
+    assert limit_in_force(wire) == str(3 * 10**9)
+
+
+def test_a_replica_that_does_not_know_the_clock_of_the_store_says_its_age(client, wire):
+    before_us = wire.now_us()
+    unknowing = Wire(client)
+    unknowing.session.renew()
+    sent = unknowing.session.header
+    assert -10_000_000 < int(sent.started) <= 0
+    unknowing.reserve("op_1", agent=1)
+    started_us, replica = client.hget(wire.session.current_window("agent").key, "asserted").split(" ")
+    assert before_us - 1_000_000 < int(started_us) <= unknowing.head.now_us
+    assert (int(started_us), replica) == unknowing.session.claim, "both know exactly the same"
+
+
+# -- the simple way ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def usual(wire: Wire) -> Wire:
+    """Everything is as the simple script wants it: each budget has its window, and this replica's limit."""
+    wire.reserve("first", agent=1, cycles=1, jobs=1, all=1)
+    return wire
+
+
+def test_the_simple_way_reserves_and_commits_as_the_long_way_does(client, usual):
+    amounts, spent = {"agent": 150, "cycles": 2, "jobs": 1}, {"agent": 151, "cycles": 1, "jobs": 0}
+    parts = {name: f":{units}" for name, units in amounts.items()}
+    records, sums, expiries = {}, {}, {}
+    for simple in (False, True):
+        hold_id = f"op_{simple}"
+        before = {name: usual.sums(name) for name in amounts}
+        assert usual.send(usual.op(f"R {hold_id} 60000 a me research t1", **parts), simple=simple) == ["g"]
+        assert client.zscore("ktrdr:{t}:due", hold_id) == int(usual.record(hold_id).split(" ")[2])
+        granted, expires_ms = usual.record(hold_id), client.pexpiretime(usual.session.keys.hold(hold_id))
+        commit = usual.commit(hold_id, counted=amounts, **spent)
+        [line] = usual.send(commit, simple=simple)
+        assert (commit.told if simple else line) == "k o 151,1,0"
+        assert client.zscore("ktrdr:{t}:due", hold_id) is None
+        assert 0 < client.pttl(usual.session.keys.hold(hold_id)) <= DAY_MS
+        times = granted.split(" ")[2:4]
+        records[simple] = [
+            text.replace(times[0], "").replace(times[1], "") for text in (granted, usual.record(hold_id))
+        ]
+        expiries[simple] = expires_ms
+        after = {name: usual.sums(name) for name in amounts}
+        sums[simple] = {name: {key: after[name][key] - before[name][key] for key in before[name]} for name in before}
+    assert records[True] == records[False]
+    assert 0 <= expiries[True] - expiries[False] < 60_000, "of windows without end: long after now"
+    assert sums[True] == sums[False]
+    assert usual.ledger("agent") == [151, 151]
+    kinds = [fields["e"] for _, fields in client.xrange(usual.session.current_window("agent").ledger_key)]
+    assert kinds == ["commit op_False research t1", "commit op_True research t1"]
+    assert immortal_keys(client) == []
+
+
+def test_the_simple_way_decides_a_batch_in_order_and_to_the_unit(usual):
+    limit = 5 * 10**9
+    lines = usual.send(*(usual.op(f"R op_{n} 60000 c - - -", agent=f":{limit // 4}") for n in range(4)), simple=True)
+    assert lines == ["g", "g", "g", "s"], "one unit is held"
+    commit = usual.commit("op_0", counted={"agent": limit // 4}, agent=limit // 4 - 7)
+    surplus = usual.op("R op_4 60000 c - - -", agent=f":{limit // 4 + 7}")
+    again = usual.op("R op_5 60000 c - - -", agent=f":{limit // 4 + 5}")
+    assert usual.send(commit, surplus, again, usual.op("R op_6 60000 c - - -", agent=":1"), simple=True) == [*"ksgg"]
+    assert usual.sums("agent") == figures(spent=limit // 4 - 7, held=limit * 3 // 4 + 7, events=1)
+    assert usual.head.writes == usual.session._acknowledged == 3
+
+
+def test_what_does_not_fit_the_simple_way_leaves_large_sums_exact(client):
+    wire = Wire(client, [Budget("agent", None, unit="tokens"), Budget("few", 1, unit="tokens")])
+    wire.reserve("first", agent=1, few=1)
+    most = 2**53 - 2
+    refused = wire.op("R op_1 60000 c - - -", agent=f":{most}", few=":1")
+    lines = wire.send(wire.op("R op_0 60000 c - - -", agent=":2"), refused, simple=True)
+    assert lines == ["g", "s"]
+    assert wire.sums("agent")["held"] == 3
+
+
+def test_what_is_not_simple_is_said_to_be_so_and_changes_nothing(client, usual):
+    usual.reserve("op_1", agent=150)
+    stale = usual.commit("op_1", counted={"agent": 150}, agent=70)
+    usual.ask("E op_1 60000 0", agent=":30:0")
+    usual.reserve("op_2", 1000, agent=150)
+    due = usual.commit("op_2", counted={"agent": 150}, agent=70)
+    usual.wait_due("op_2")
+    lost = usual.commit("op_1", counted={"agent": 150}, agent=70)
+    lost.id, lost.key = "nobody", usual.session.keys.hold("nobody")
+    before = dump(client)
+    taken = usual.op("R op_1 60000 c - - -", agent=":150")
+    mixed = usual.op("R op_3 60000 c - - -", agent=":1", cycles=":11")
+    assert usual.send(stale, due, lost, taken, mixed, simple=True) == ["s"] * 5
+    yesterday = usual.yesterday()
+    yesterday.session.absorb(usual.head, yesterday.session.header)
+    yesterday.session.set_clock(usual.now_us() - DAY_MS * 1000, 0)
+    newer = Wire(client, [Budget("agent", "7.00")])
+    newer.session.set_clock(usual.now_us(), 0)
+    other = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
+    for replica in (yesterday, newer, other):
+        assert replica.send(replica.op("R op_4 60000 c - - -", agent=":1"), simple=True) == ["s"]
+    assert dump(client) == before
+
+
+@pytest.mark.parametrize("change", ["epoch", "acknowledged", "repair", "window"])
+def test_a_store_that_is_not_as_usual_is_not_simple(client, usual, change):
+    meta, keys = "ktrdr:{t}:meta", usual.session.keys
+    usual.reserve("op_1", agent=150)
+    commit = usual.commit("op_1", counted={"agent": 150}, agent=70)
+    match change:
+        case "epoch":
+            client.hset(meta, "epoch", "2.0123456789abcdef0123456789abcdef")
+        case "acknowledged":
+            client.hset(meta, f"r:{usual.session.replica_id}", 0)
+        case "repair":
+            client.hset(meta, "recovering_until", usual.now_us() // 1000 + 60_000)
+        case "window":
+            client.delete(usual.session.current_window("agent").key)
+    before = dump(client)
+    assert usual.send(usual.op("R op_2 60000 c - - -", agent=":150"), simple=True) == ["s"]
+    assert dump(client) == before
+    expected = "k" if change == "repair" else "s"
+    assert usual.send(commit, simple=True) == [expected], "facts need no admission"
+    assert keys.meta == meta
+
+
+def test_a_limit_of_run_time_counts_the_simple_way_too(client, usual):
+    until_ms = usual.now_us() // 1000 + 60_000
+    client.hset("ktrdr:{t}:meta", "limits", "1")
+    for changed, line in ((f"{10**10} 0", "g"), ("100 0", "s"), (f"- {until_ms}", "g"), ("100 1", "s")):
+        client.hset("ktrdr:{t}:limits", "agent", changed)
+        hold_id = f"op_{changed.replace(' ', '_')}"
+        assert usual.send(usual.op(f"R {hold_id} 60000 c - - -", agent=f":{6 * 10**9}"), simple=True) == [line], changed
+        if line == "g":
+            usual.ask(f"L {hold_id} 0", agent=":x0")
+
+
+# -- figures and expiry ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("units", [123_456_789_012_345, 999_999_999_999_999, 9_007_199_254_740_991, 10**15])
+def test_amounts_of_sixteen_digits_are_kept_to_the_unit(client, units):
+    wire = Wire(client, [Budget("all", None, unit="tokens", period="ever")])
+    assert wire.reserve("op_1", all=units) == "g"
+    assert wire.record("op_1").endswith(f",{units},,")
+    assert wire.sums("all")["held"] == units
+    assert wire.ask("E op_1 60000 0", all=f":{units - 1}:0").startswith("e ")
+    assert f",{units},{units - 1}," in wire.record("op_1")
+    assert wire.ask("D op_1", all=":a0") == f"k - {units - 1}"
+    assert wire.sums("all") == figures(spent=units - 1, events=1)
+    assert wire.ledger("all") == [units - 1]
+
+
+def test_windows_and_ledgers_expire_a_day_and_the_retention_after_their_end(client):
+    wire = Wire(client, retention_ms=1234)
+    wire.reserve("op_1", agent=150)
+    wire.ask("D op_1", agent=":x70")
+    window = wire.session.current_window("agent")
+    expected = window.span.end_ms + DAY_MS + 1234
+    assert [client.pexpiretime(key) for key in (window.key, window.ledger_key)] == [expected] * 2
+
+
+def test_upstash_an_id_is_forgotten_when_its_memory_ends(client):
+    """Its script compared a number with a string, so that the expiry was never set."""
+    wire = Wire(client, id_memory_ms=40)
+    for hold_id, settle in (("op_1", "D op_1"), ("op_2", "L op_2 0")):
+        wire.reserve(hold_id, agent=150)
+        assert client.pttl(f"ktrdr:{{t}}:h:{hold_id}") > DAY_MS, "an open hold lives as long as its windows"
+        assert wire.ask(settle, agent=":x70").startswith("k ")
+    wire.ask("N op_3 0 - -", agent=":20")
+    wait_until(lambda: not list(client.scan_iter("*:h:*")))
+    assert wire.sums("agent") == figures(spent=90, events=2)
+
+
+@pytest.mark.parametrize("simple", [False, True])
+def test_an_endless_ledger_stays_bounded_and_adds_up(client, simple):
+    wire = Wire(client, ledger_entries_max=500)
+    wire.reserve("first", all=1)
+    for first in range(0, 3000, 100):
+        ids = [f"op_{n}" for n in range(first, first + 100)]
+        if simple:
+            wire.send(*(wire.op(f"R {hold_id} 60000 c - - -", all=":5000") for hold_id in ids), simple=True)
+            commits = [wire.commit(hold_id, counted={"all": 5000}, all=int(hold_id[3:])) for hold_id in ids]
+            wire.send(*commits, simple=True)
+        else:
+            wire.send(*(wire.op(f"N {hold_id} 0 - -", all=f":{hold_id[3:]}") for hold_id in ids))
+    assert sum(wire.ledger("all")) == wire.sums("all")["spent"] == sum(range(3000))
+    assert client.xlen(wire.session.current_window("all").ledger_key) <= 500 + 1024
+    assert [
+        fields["e"].split(" ")[0] for _, fields in client.xrange(wire.session.current_window("all").ledger_key)
+    ].count("carried") >= 1
+
+
+def test_a_ledger_of_huge_entries_is_carried_forward_exactly(client):
+    """Sums of 2^53 and more are not exact in Lua: they become several entries."""
+    wire, huge = Wire(client, ledger_entries_max=100), 2**53 - 3
+    for first in range(0, 400, 100):
+        wire.send(*(wire.op(f"N op_{n} 0 - -", all=f":{huge}") for n in range(first, first + 100)))
+    for first in range(1000, 2100, 100):
+        wire.send(*(wire.op(f"N op_{n} 0 - -", all=":1") for n in range(first, first + 100)))
+    assert sum(wire.ledger("all")) == 400 * huge + 1100
+    assert client.hget(wire.session.current_window("all").key, "spent") == str(400 * huge + 1100)
+    kinds = [fields["e"].split(" ")[0] for _, fields in client.xrange(wire.session.current_window("all").ledger_key)]
+    assert "carried" in kinds
+
+
+def test_replicas_that_were_silent_for_days_are_forgotten(client, wire):
+    now_s = client.time()[0]
+    for number in range(20):
+        age_s = 200_000 if number % 2 else 1000
+        client.hset("ktrdr:{t}:meta", f"r:old{number}", 7)
+        client.zadd("ktrdr:{t}:replicas", {f"old{number}": now_s - age_s})
+    wire.reserve("op_1", agent=150)
+    assert client.zcard("ktrdr:{t}:replicas") == 21, "among few, none is forgotten: the store's clock may have jumped"
+    recent = {f"recent{number}": now_s for number in range(2048)}
+    client.zadd("ktrdr:{t}:replicas", recent)
+    wait_until(lambda: client.time()[0] > now_s + 1)
+    wire.reserve("op_2", agent=150)
+    client.zrem("ktrdr:{t}:replicas", *recent)
+    known = {f"old{number}" for number in range(0, 20, 2)} | {wire.session.replica_id}
+    assert set(client.hgetall("ktrdr:{t}:meta")) == {"epoch", *(f"r:{replica}" for replica in known)}
+    assert set(client.zrange("ktrdr:{t}:replicas", 0, -1)) == known
+
+
+# -- declared keys -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def strict(client: redis.Redis) -> Callable[[Wire], None]:
+    """From now on, a wire may touch the keys that its last request declared, and no others."""
+
+    def restrict(wire: Wire) -> None:
+        kwargs = {"enabled": True, "nopass": True, "categories": ["+@all"], "reset": True}
+        client.acl_setuser("strict", keys=list(wire.keys), **kwargs)
+        wire.client.execute_command("AUTH", "strict", "any")
+
+    return restrict
+
+
+def test_the_server_would_notice_an_undeclared_key(server, client, strict):
+    with server.client() as other:
+        wire = Wire(other)
+        wire.keys = ["a"]
+        strict(wire)
+        other.eval("return redis.call('SET', KEYS[1], 1)", 1, "a")
+        with pytest.raises(redis.RedisError):
+            other.eval("return redis.call('SET', 'b', 1)", 1, "a")
+    client.acl_deluser("strict")
+
+
+def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, client, strict):
+    """Scripts that make up keys fail on a cluster, or fail open."""
+    setup, settle = Wire(client, ledger_entries_max=1), {"agent": ":x70", "cycles": ":x1"}
+    for number in range(12):
+        setup.reserve(f"op_{number}", 1000 if number < 6 else 60_000, agent=150, cycles=1)
+    setup.wait_due("op_0")
+    client.hset("ktrdr:{t}:limits", "agent", "6000000000 0")
+    client.hset("ktrdr:{t}:meta", "limits", "1")
+    calls = [
+        ("R new 60000 c - - -", {"agent": ":150", "cycles": ":1"}),
+        ("R op_6 60000 c - - -", {"agent": ":150", "cycles": ":1"}),
+        ("R denied 60000 c - - -", {"agent": ":7000000000"}),
+        ("D op_7", settle),
+        ("D op_1", settle),
+        ("L op_8 0", settle),
+        ("L op_2 1", settle),
+        ("E op_9 60000 0", {"agent": ":30:200", "cycles": ":0:0"}),
+        ("E op_3 60000 0", {"agent": ":30:200", "cycles": ":0:0"}),
+        ("X op_4", {"agent": "", "cycles": ""}),
+        ("N spent 0 - -", {"agent": ":20"}),
+        (f"K lost c {TIMES} - - -", {"agent": ",20,,20"}),
+        (f"S another K lost_too c {TIMES} - - -", {"agent": ",20,,20"}),
+        ("T -", {"agent": ":9000"}),
+        ("Q - agent 6000000000 0 1700000000000000 usd,day,UTC,spend", {}),
+        (f"K gone o {TIMES} - - -", {"agent": ",20,,"}),
+    ]
+    for head, parts in calls:
+        with server.client() as other:
+            wire = Wire(other)
+            op = wire.op(head, **parts)
+            _, wire.keys, _ = encode_batch(wire.session.keys, wire.session.header, [op])
+            strict(wire)
+            [line] = wire.send(op)
+            assert line[0] in "gpdkex", (head, line)
+    client.hdel("ktrdr:{t}:meta", "recovering_until")  # there were words of repair among them
+    simple = setup.commit("op_6", counted={"agent": 150, "cycles": 1}, agent=70, cycles=1)
+    ops = [simple, setup.op("R newer 60000 c - - -", agent=":150")]
+    _, setup.keys, _ = encode_batch(setup.session.keys, setup.session.header, ops, simple=True)
+    with server.client() as other:
+        setup.client = other
+        strict(setup)
+        assert setup.send(*ops, simple=True) == ["k", "g"]
+    client.acl_deluser("strict")
+
+
+# -- scripts that the server does not know -----------------------------------------------------------------------------
+
+
+async def test_pyratelimiter_script_flush_is_invisible_to_callers(server, client):
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as limiter:
+        for turn in range(3):
+            for call in (
+                lambda: limiter.reserve("agent", "0.15", id=f"op_{turn}"),  # noqa: B023 -- called at once
+                lambda: limiter.extend(f"op_{turn}"),  # noqa: B023
+                lambda: limiter.commit(f"op_{turn}", "0.07"),  # noqa: B023
+                lambda: limiter.record("agent", "0.02"),
+                lambda: limiter.status("agent"),
+                lambda: limiter.set_limit("agent", "6.00"),
+            ):
+                client.script_flush()
+                await call()
+        assert str((await limiter.status("agent")).spent) == "0.27"
+        assert limiter.losses == 0
+
+
+def test_pyratelimiter_a_restarted_server_is_invisible_to_callers(start_server: Callable):
+    server = start_server(None, "--appendonly", "yes")
+    with BudgetLimiter(server.url, [Budget("agent", "5.00")], timeout=10.0) as limiter:
+        hold = limiter.reserve("agent", "0.15")
+        server.kill()
+        server.start()
+        assert str(hold.commit("0.07").amounts["agent"]) == "0.07"
+        assert limiter.losses == 0
+    server.kill()
+
+
+def test_readiness_tries_each_command_that_a_script_runs():
+    sources = {path.stem: path.read_text(encoding="utf-8") for path in LUA.glob("*.lua")}
+    tried = set(re.findall(r"\{ '([A-Z]+)'", sources.pop("readiness")))
+    run = {command for source in sources.values() for command in re.findall(r"\b[p]?call\('([A-Z]+)'", source)}
+    assert len(run) > 20
+    assert run <= tried
+
+
+def test_a_refused_write_leaves_no_key_of_readiness(client):
+    keys = Keys("t").trial
+    client.execute_command("ACL", "SETUSER", "default", "-zrem")
+    try:
+        refused = client.eval(scripts.script(scripts.READINESS).source, len(keys), *keys)
+        assert refused == ["ZREM", ""]
+    finally:
+        client.execute_command("ACL", "SETUSER", "default", "+@all")
+    client.set("filler", "x" * 2_000_000)
+    client.config_set("maxmemory", "1mb")
+    try:
+        refused = client.eval(scripts.script(scripts.READINESS).source, len(keys), *keys)
+        assert refused[0] == "SET"
+        assert refused[1].startswith("OOM ")
+    finally:
+        client.config_set("maxmemory", "0")
+        client.delete("filler")
+    assert client.dbsize() == 0

@@ -1,4 +1,4 @@
-"""What calls of language models cost, and guards that keep them below a cap.
+"""Prices, meters and guards: keep the cost of language model calls below a cap.
 
-The names that a program needs are in :mod:`ktrdr_budget`; what they are made of is in the modules here.
+The public names are importable from :mod:`ktrdr_budget`; the modules here implement them.
 """

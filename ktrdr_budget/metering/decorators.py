@@ -1,4 +1,4 @@
-"""``@budgeted("agent", estimate="0.15")``: a function that runs only if a budget has room for it."""
+"""``@budgeted("agent", estimate="0.15")``: run a function only if its estimate fits a budget."""
 
 from __future__ import annotations
 
@@ -40,24 +40,26 @@ def budgeted(
     on_error: OnError = "release",
     operation: str | None = None,
 ) -> Callable[[Function], Function]:
-    """Holds an estimate while a function runs, sync or async, and commits what it cost.
+    """Hold an estimate while a sync or async function runs, and commit its cost.
 
-    What it cost is what ``cost`` reads from its result; else what was accrued, by metered or guarded calls inside or by
-    ``current_hold().accrue("0.03")``; else the estimate. A function that raises commits what was accrued, or nothing.
+    The cost is the value of ``cost(result)``; else the accrued amount, from metered or guarded calls inside the
+    function or from ``current_hold().accrue("0.03")``; else the estimate. If the function raises, the accrued amount is
+    committed, or the hold is released if nothing was accrued.
 
     Args:
         budget: a name with ``estimate``, or a mapping of names to estimates.
-        estimate: dollars or a count, or a function of the same arguments that tells it.
-        cost: tells the cost from the function's result, as an amount or a mapping.
-        limiter: an :class:`AsyncBudgetLimiter` for async functions, a :class:`BudgetLimiter` for others, or a function
-            that returns it; by default what :func:`set_default_limiter` was given, or one made from the environment.
+        estimate: dollars or a count, or a function that computes it from the same arguments.
+        cost: computes the cost from the function's result, as an amount or a mapping.
+        limiter: an :class:`AsyncBudgetLimiter` for async functions, a :class:`BudgetLimiter` for sync functions, or a
+            function that returns it; by default the limiter of :func:`set_default_limiter`, or one created from the
+            environment.
         operation: a label for the ledger; by default the function's name.
         ttl, on_expiry, on_error: as for ``limiter.hold(...)``.
 
     Raises:
-        InvalidArgument: an argument is not usable, or the function is a generator: where it is written.
-        UnknownBudget: the limiter that is given was not given such a budget: likewise.
-        BudgetExceeded: when the function is called: there is no room; it has not run.
+        InvalidArgument: at definition: an argument is invalid, or the function is a generator.
+        UnknownBudget: at definition: the limiter has no such budget.
+        BudgetExceeded: at a call: the estimate does not fit; the function has not run.
     """
     check_limiter_source(limiter, [])
     check_hold_arguments(
@@ -73,7 +75,7 @@ def budgeted(
     if cost is not None:
         check_callable(cost, "cost", ["result"])
 
-    def amount_of(arguments: tuple[Any, ...], named: dict[str, Any]) -> AmountIn | None:
+    def compute_estimate(arguments: tuple[Any, ...], named: dict[str, Any]) -> AmountIn | None:
         return estimate(*arguments, **named) if callable(estimate) else estimate
 
     def decorate(function: Function) -> Function:
@@ -91,10 +93,10 @@ def budgeted(
             @wraps(function)
             async def run_async(*arguments: Any, **named: Any) -> Any:
                 chosen = _chosen(limiter, is_async, function)
-                async with chosen.hold(budget, amount_of(arguments, named), **options) as hold:
+                async with chosen.hold(budget, compute_estimate(arguments, named), **options) as hold:
                     result = await function(*arguments, **named)
-                    if cost is not None and (told := _told(cost, result, hold)) is not None:
-                        await hold.commit(told)
+                    if cost is not None and (amounts := _cost_to_commit(cost, result, hold)) is not None:
+                        await hold.commit(amounts)
                     return result
 
             return cast(Function, run_async)
@@ -102,10 +104,10 @@ def budgeted(
         @wraps(function)
         def run(*arguments: Any, **named: Any) -> Any:
             chosen = _chosen(limiter, is_async, function)
-            with chosen.hold(budget, amount_of(arguments, named), **options) as hold:
+            with chosen.hold(budget, compute_estimate(arguments, named), **options) as hold:
                 result = function(*arguments, **named)
-                if cost is not None and (told := _told(cost, result, hold)) is not None:
-                    hold.commit(told)
+                if cost is not None and (amounts := _cost_to_commit(cost, result, hold)) is not None:
+                    hold.commit(amounts)
                 return result
 
         return cast(Function, run)
@@ -114,28 +116,28 @@ def budgeted(
 
 
 def current_hold() -> AsyncHold | Hold:
-    """The innermost hold around this task or thread: of ``limiter.hold(...)``, ``@budgeted`` or ``hold_budget``.
+    """The innermost hold around this task or thread, from ``limiter.hold(...)``, ``@budgeted`` or ``hold_budget``.
 
     Raises:
-        InvalidArgument: there is none.
+        InvalidArgument: no hold is open here.
     """
     hold = holds.current_hold.get()
     if not isinstance(hold, (AsyncHold, Hold)):
-        raise InvalidArgument("there is no hold around this")
+        raise InvalidArgument("no hold is open here")
     return hold
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """A function's name; that of what it calls for a ``functools.partial``, and of its class for another object."""
+    """The qualified name of a function, of the function in a ``functools.partial``, or of a callable's class."""
     while isinstance(function, partial):
         function = function.func
     return str(getattr(function, "__qualname__", type(function).__qualname__))
 
 
-def _told(cost: Callable[[Any], Amounts], result: Any, hold: HoldBase) -> Amounts | None:
-    """What a function cost; ``None`` if that was accrued, because calls inside go on, as that of a stream does.
+def _cost_to_commit(cost: Callable[[Any], Amounts], result: Any, hold: HoldBase) -> Amounts | None:
+    """The cost of a result; ``None`` if it was accrued, because calls inside the hold (streams) are in progress.
 
-    If it cannot be told the estimate counts, for the work is done.
+    If ``cost`` fails, the estimate is accrued, because the work is done.
     """
     try:
         amounts = cost(result)

@@ -1,4 +1,4 @@
-"""The limiter of whoever names none: the one that the program has set, or one made from the environment."""
+"""Default limiters, for callers that pass none: set by the program, or created from the environment."""
 
 from __future__ import annotations
 
@@ -14,18 +14,19 @@ __all__ = ["default_async_limiter", "default_limiter", "set_default_limiter"]
 
 _async_limiter: AsyncBudgetLimiter | None = None
 _limiter: BudgetLimiter | None = None
-_made: dict[asyncio.AbstractEventLoop, tuple[AsyncBudgetLimiter, asyncio.Task[None]]] = {}
+loop_limiters: dict[asyncio.AbstractEventLoop, tuple[AsyncBudgetLimiter, asyncio.Task[None]]] = {}
+"""Limiters created from the environment, and the tasks that close them, by running event loop."""
 
 
 def set_default_limiter(limiter: AsyncBudgetLimiter | BudgetLimiter | None) -> None:
-    """The limiter of everything that is not given one, from now on: one for async code, and one for sync code.
+    """Set the default limiter of async code or of sync code, depending on the type of ``limiter``.
 
     Args:
-        limiter: ``None`` forgets both; then the environment counts again, as for
+        limiter: ``None`` clears both defaults: limiters are then created from the environment, as for
             :class:`~ktrdr_budget.tracker.BudgetTracker`.
 
     Raises:
-        InvalidArgument: it is no limiter.
+        InvalidArgument: ``limiter`` is not a limiter.
     """
     global _async_limiter, _limiter
     if limiter is None:
@@ -35,26 +36,26 @@ def set_default_limiter(limiter: AsyncBudgetLimiter | BudgetLimiter | None) -> N
     elif isinstance(limiter, BudgetLimiter):
         _limiter = limiter
     else:
-        raise InvalidArgument(f"a limiter is an AsyncBudgetLimiter or a BudgetLimiter, not {limiter!r}")
+        raise InvalidArgument(f"limiter must be an AsyncBudgetLimiter or a BudgetLimiter, not {limiter!r}")
 
 
 def default_limiter() -> BudgetLimiter:
-    """The one that was set for sync code, or that of :func:`~ktrdr_budget.tracker.get_budget_tracker`."""
+    """The default limiter of sync code, or the limiter of :func:`~ktrdr_budget.tracker.get_budget_tracker`."""
     return get_budget_tracker().limiter if _limiter is None else _limiter
 
 
 def default_async_limiter() -> AsyncBudgetLimiter:
-    """The one that was set for async code, or one of the running event loop, made from the environment.
+    """The default limiter of async code, or a limiter of the running event loop, created from the environment.
 
     The latter closes when the loop cancels its tasks, as ``asyncio.run`` does at its end.
 
     Raises:
-        InvalidArgument: what the environment says is not usable.
+        InvalidArgument: a setting of the environment is invalid.
     """
     if _async_limiter is not None:
         return _async_limiter
     loop = asyncio.get_running_loop()
-    if loop not in _made:
+    if loop not in loop_limiters:
         environment.check_names()
         limiter = AsyncBudgetLimiter(
             environment.store_url(),
@@ -63,13 +64,13 @@ def default_async_limiter() -> AsyncBudgetLimiter:
             data_dir=environment.data_dir(),
             **environment.limiter_options(),
         )
-        _made[loop] = limiter, loop.create_task(_close_with(loop, limiter))
-    return _made[loop][0]
+        loop_limiters[loop] = limiter, loop.create_task(_close_with(loop, limiter))
+    return loop_limiters[loop][0]
 
 
 async def _close_with(loop: asyncio.AbstractEventLoop, limiter: AsyncBudgetLimiter) -> None:
     try:
         await asyncio.Event().wait()
     finally:
-        del _made[loop]
+        del loop_limiters[loop]
         await limiter.close()

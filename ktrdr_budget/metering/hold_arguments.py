@@ -1,4 +1,4 @@
-"""The arguments of ``@budgeted`` and ``hold_budget``, checked where they are written and not at the first call."""
+"""Validation of the arguments of ``@budgeted`` and ``hold_budget``, at definition instead of at the first call."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ def check_hold_arguments(
     operation: object,
     computed: bool = False,
 ) -> None:
-    """Refuse what a hold could not be made of.
+    """Check the arguments of a hold before it is created.
 
     Args:
         budget: a name, or a mapping of names to estimates.
         estimate: an amount; ``None`` for a mapping.
-        computed: it may be a function, called at each call.
-        limiter: its budgets are looked at if it is one, and not a function.
+        computed: allow a function as the estimate, evaluated at each call.
+        limiter: checked for the budgets, unless it is a function or ``None``.
 
     Raises:
-        InvalidArgument: an argument is not usable.
-        UnknownBudget: the limiter was not given such a budget.
+        InvalidArgument: an argument is invalid.
+        UnknownBudget: the limiter has no such budget.
     """
     check_ttl_ms(ttl)
     check_on_expiry(on_expiry)
     check_on_error(on_error)
     if operation is not None and not isinstance(operation, str):
-        raise InvalidArgument(f"operation must be a text, not {shown(operation)}")
+        raise InvalidArgument(f"operation must be a string, not {shown(operation)}")
     if isinstance(operation, str) and not _is_utf8(operation):
-        raise InvalidArgument(f"operation must be a text that UTF-8 can encode, not {shown(operation)}")
+        raise InvalidArgument(f"operation must be encodable as UTF-8, not {shown(operation)}")
     for name, amount in _estimates(budget, estimate).items():
-        unknown_yet = computed and callable(amount)
-        if unknown_yet:
+        is_function = computed and callable(amount)
+        if is_function:
             check_callable(amount, "estimate")
         else:
             check_amounts(amount, positive=True)
         if isinstance(limiter, Limiter):
             if name not in limiter.budgets:
                 raise unknown_budget(name, limiter.budgets)
-            if not unknown_yet:
+            if not is_function:
                 to_units(amount, limiter.budgets[name].unit, positive=True)
 
 
@@ -69,7 +69,7 @@ def _estimates(budget: object, estimate: Any) -> dict[str, Any]:
     elif not isinstance(budget, Mapping) or not budget:
         raise InvalidArgument(f"budget must be a name, or a mapping of names to estimates, not {shown(budget)}")
     elif estimate is not None:
-        raise InvalidArgument("the estimates are in the mapping; give no other")
+        raise InvalidArgument("a mapping contains the estimates; omit `estimate`")
     else:
         given = dict(budget)
         if any(map(callable, given.values())):
@@ -82,13 +82,14 @@ def _estimates(budget: object, estimate: Any) -> dict[str, Any]:
 
 
 def check_callable(function: object, what: str, arguments: Sequence[str] | None = None) -> None:
-    """Refuse what is no plain function of so many arguments.
+    """Check that ``function`` is a sync function that accepts these arguments.
 
     Args:
-        arguments: the names of what it is called with; ``None`` if that is not known.
+        what: the name of the parameter, for the error.
+        arguments: the names of the positional arguments; ``None`` if they are unknown.
 
     Raises:
-        InvalidArgument: it cannot be called so, or is a coroutine function, which nothing here awaits.
+        InvalidArgument: the function does not accept the arguments, or is a coroutine function.
     """
     wanted = f"{what} must be a function" + ("" if arguments is None else f" of ({', '.join(arguments)})")
     if not callable(function) or inspect.iscoroutinefunction(function):
@@ -103,10 +104,10 @@ def check_callable(function: object, what: str, arguments: Sequence[str] | None 
 
 
 def check_limiter_source(limiter: object, arguments: Sequence[str]) -> None:
-    """Refuse what is neither a limiter, nor a function that returns one, nor ``None``.
+    """Check that ``limiter`` is a limiter, a function that returns one, or ``None``.
 
     Raises:
-        InvalidArgument: see :func:`check_callable`; a class is no such function, either.
+        InvalidArgument: it is none of these, or a class.
     """
     if limiter is None or isinstance(limiter, Limiter):
         return

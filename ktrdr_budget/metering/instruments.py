@@ -1,6 +1,6 @@
 """A span and metrics for each call, by the GenAI semantic conventions of OpenTelemetry, without prompts or answers.
 
-Names and buckets: https://opentelemetry.io/docs/specs/semconv/gen-ai/ (read 2026-11-23). Nothing is written, and
+Names and buckets: https://opentelemetry.io/docs/specs/semconv/gen-ai/ (read 2026-11-23). Nothing is recorded, and
 OpenTelemetry is not imported, unless the process has loaded and configured it.
 """
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __all__ = ["CallInstruments", "charged_tokens"]
 
 charged_tokens: ContextVar[Callable[[int], None] | None] = ContextVar("ktrdr_budget_charged_tokens", default=None)
-"""Is told of each call that began in this context, when it ends: the tokens that it was charged for."""
+"""A callback for the calls that begin in this context: each call passes its charged tokens to it when it ends."""
 
 OPERATION = "gen_ai.operation.name"
 PROVIDER = "gen_ai.provider.name"
@@ -33,7 +33,7 @@ INPUT_TOKENS = "gen_ai.usage.input_tokens"
 OUTPUT_TOKENS = "gen_ai.usage.output_tokens"
 CACHE_READ_TOKENS = "gen_ai.usage.cache_read.input_tokens"
 CACHE_WRITE_TOKENS = "gen_ai.usage.cache_creation.input_tokens"
-KIND_OF_TOKENS = "gen_ai.token.type"
+TYPE_OF_TOKENS = "gen_ai.token.type"
 ERROR_TYPE = "error.type"
 BUDGETS = "ktrdr.budget.names"
 BUDGET = "ktrdr.budget.name"
@@ -49,7 +49,7 @@ _PROVIDERS = {
     "mistral": "mistral_ai",
     "x-ai": "x_ai",
 }
-"""The conventions' names of providers, where the price list has others."""
+"""The conventions' names of providers, where they differ from the price list's."""
 
 TOKEN_BUCKETS = [float(4**power) for power in range(14)]
 DURATION_BUCKETS_S = [round(0.01 * 2**power, 2) for power in range(14)]
@@ -58,10 +58,10 @@ _instruments: tuple[Any, ...] | None = None
 
 
 class CallInstruments:
-    """The span of one call, from before it is reserved until it is settled, and what the metrics learn of it.
+    """The span and the measurements of one call, from before its reservation until it is settled.
 
     Args:
-        current: the span is the current one meanwhile; not for a call that may end in another context.
+        current: make the span the current one; not for a call that may end in another context.
     """
 
     def __init__(self, operation: str, provider: str, model: str, budgets: Sequence[str], *, current: bool) -> None:
@@ -69,8 +69,8 @@ class CallInstruments:
         self._budgets = budgets
         self._started = time.monotonic()
         self._worst_case: Cost | None = None
-        self._tell_tokens = charged_tokens.get()
-        self._run: Callable[..., Any] = _directly if current else contextvars.copy_context().run
+        self._on_charged_tokens = charged_tokens.get()
+        self._run: Callable[..., Any] = _run_directly if current else contextvars.copy_context().run
         self._span: Span = self._run(self._open_span)
 
     def _open_span(self) -> Span:
@@ -78,12 +78,12 @@ class CallInstruments:
         return span(name, {**self._names, BUDGETS: list(self._budgets)}, kind="client").__enter__()
 
     def reserved(self, worst_case: Cost) -> None:
-        """What is held, at most, and by whose prices."""
+        """Set the reserved amount and the price source on the span."""
         self._worst_case = worst_case
         self._span.set_attributes({RESERVED: float(worst_case.amount), PRICE_SOURCE: worst_case.source})
 
     def denied(self, error: BaseException) -> None:
-        """It could not be reserved: nothing was sent, so there is nothing to measure."""
+        """End the span of a call that was not admitted; metrics count calls that were sent only."""
         self._close(error)
 
     def ended(
@@ -95,7 +95,11 @@ class CallInstruments:
         estimated: bool,
         charged: Sequence[str],
     ) -> None:
-        """How it ended; ``charged``: the budgets of dollars that paid."""
+        """End the span and record the metrics.
+
+        Args:
+            charged: the dollar budgets of the call.
+        """
         if self._span.recording:
             self._span.set_attribute(ESTIMATED, estimated)
             if cost is not None:
@@ -103,8 +107,8 @@ class CallInstruments:
             if usage is not None:
                 self._span.set_attributes(_usage_attributes(usage))
         self._close(error)
-        if self._tell_tokens is not None:
-            self._tell_tokens(_tokens(usage, cost, self._worst_case))
+        if self._on_charged_tokens is not None:
+            self._on_charged_tokens(_count_charged_tokens(usage, cost, self._worst_case))
         if (instruments := _active_instruments()) is not None:
             self._measure(instruments, usage, cost, error, charged)
 
@@ -112,7 +116,7 @@ class CallInstruments:
         if error is not None and (ending := ending_of(error)):
             self._span.set_attributes(ending)
         elif error is not None:
-            # The type alone: a provider's message may repeat what it was asked.
+            # The type only: a provider's error message may quote the prompt.
             self._span.set_attribute(ERROR_TYPE, error_type(error))
             self._span.fail(error_type(error))
         self._run(self._span.__exit__, None, None, None)
@@ -126,27 +130,26 @@ class CallInstruments:
         charged: Sequence[str],
     ) -> None:
         tokens, duration, spend = instruments
-        # A generator that is closed has not failed: its consumer wanted no more.
+        # A closed generator is not a failure: its consumer stopped reading.
         failed = {} if error is None or isinstance(error, GeneratorExit) else {ERROR_TYPE: error_type(error)}
         duration.record(time.monotonic() - self._started, {**self._names, **failed})
         if usage is not None:
-            tokens.record(usage.input_tokens, {**self._names, KIND_OF_TOKENS: "input"})
-            tokens.record(usage.output_tokens, {**self._names, KIND_OF_TOKENS: "output"})
+            tokens.record(usage.input_tokens, {**self._names, TYPE_OF_TOKENS: "input"})
+            tokens.record(usage.output_tokens, {**self._names, TYPE_OF_TOKENS: "output"})
         if cost is not None:
             for name in charged:
                 spend.add(float(cost.amount), {**self._names, BUDGET: name})
 
 
 def error_type(error: BaseException) -> str:
-    """What the conventions call ``error.type``: the HTTP status of a provider's error, what it calls an error within a
-    stream, or the class of another."""
-    told = getattr(error, "error_type", None)
+    """The value of ``error.type``: the provider's name of an error in a stream, an HTTP status, or the class."""
+    name = getattr(error, "error_type", None)
     status = getattr(error, "status_code", None)
-    return told if isinstance(told, str) else str(status) if isinstance(status, int) else type(error).__qualname__
+    return name if isinstance(name, str) else str(status) if isinstance(status, int) else type(error).__qualname__
 
 
-def _tokens(usage: Usage | None, cost: Cost | None, worst_case: Cost | None) -> int:
-    """What was charged, in tokens: those that were reported, or those of the worst case."""
+def _count_charged_tokens(usage: Usage | None, cost: Cost | None, worst_case: Cost | None) -> int:
+    """The charged tokens: the reported ones, or those of the worst case."""
     if cost is None:
         return 0
     charged = sum(line.count for line in cost.lines if line.name.startswith(("input", "output", "cache")))
@@ -165,7 +168,7 @@ def _usage_attributes(usage: Usage) -> dict[str, int | None]:
 
 
 def make_instruments(meter: Meter) -> tuple[Any, ...]:
-    """Histograms of tokens and seconds, and a counter of dollars, of a meter of OpenTelemetry."""
+    """Create the histograms of tokens and seconds and the counter of dollars on an OpenTelemetry meter."""
     return (
         meter.create_histogram(
             "gen_ai.client.token.usage",
@@ -179,12 +182,12 @@ def make_instruments(meter: Meter) -> tuple[Any, ...]:
             description="GenAI operation duration.",
             explicit_bucket_boundaries_advisory=DURATION_BUCKETS_S,
         ),
-        meter.create_counter(COST, unit="USD", description="What calls of language models cost, per budget."),
+        meter.create_counter(COST, unit="USD", description="Cost of language model calls, per budget."),
     )
 
 
 def _active_instruments() -> tuple[Any, ...] | None:
-    """Made at first use; ``None`` as long as this process has no meter provider."""
+    """The instruments, created at first use; ``None`` as long as the process has no meter provider."""
     global _instruments
     if _instruments is None:
         metrics = sys.modules.get("opentelemetry.metrics")
@@ -194,5 +197,5 @@ def _active_instruments() -> tuple[Any, ...] | None:
     return _instruments
 
 
-def _directly(function: Callable[..., Any], *arguments: Any) -> Any:
+def _run_directly(function: Callable[..., Any], *arguments: Any) -> Any:
     return function(*arguments)

@@ -1,40 +1,39 @@
-"""Reserves what a call of a language model may cost, and commits what it did cost."""
+"""Reserve the worst case of language model calls, and commit their actual cost."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from ktrdr_budget.engine.replica.hold import HoldBase, current_hold
 from ktrdr_budget.errors import InvalidArgument, shown, unknown_budget
 from ktrdr_budget.limiter import AsyncBudgetLimiter
-from ktrdr_budget.metering.calls import Call
+from ktrdr_budget.metering.metered_call import CallTerms, MeteredCall
 from ktrdr_budget.metering.prices import Pricer, Prices
 from ktrdr_budget.models import TTL_DEFAULT_S, OnExpiry, check_on_expiry, check_ttl_ms
 from ktrdr_budget.sync import BudgetLimiter
 
-__all__ = ["Call", "Meter"]
+__all__ = ["Meter", "MeteredCall"]
 
 _COUNTED = ("tokens", "requests")
 _NOTHING: Mapping[str, int] = {}
 
 
 class Meter:
-    """Keeps calls of language models below the cap of their budgets. Safe to share between tasks or threads.
+    """Keep the calls of language models below the cap of their budgets. Safe to share between tasks or threads.
 
-    ``async with meter.call(...)`` with an :class:`AsyncBudgetLimiter`, ``with meter.call(...)`` with a
-    :class:`BudgetLimiter`. A call inside ``limiter.hold(...)`` draws from that hold, as far as the hold has its
-    budgets, and grows it when needed.
+    Use ``async with meter.call(...)`` with an :class:`AsyncBudgetLimiter`, ``with meter.call(...)`` with a
+    :class:`BudgetLimiter`. A call inside ``limiter.hold(...)`` claims its worst case from that hold, for the budgets
+    that the hold covers, and grows the hold if needed.
 
     Args:
-        budgets: what each call is charged to: dollars, ``tokens`` (input and output), ``requests`` (1), and budgets of
-            kind ``slots`` (1 while the call lasts).
-        pricer: what calls cost; by default :meth:`Prices.from_environment`.
-        ttl: seconds that a worker may be silent; heartbeats prolong a reservation while its call lasts.
-        on_expiry: what counts if the worker dies, as for :meth:`AsyncBudgetLimiter.reserve`.
+        budgets: the budgets charged by each call: dollars, ``tokens`` (input and output), ``requests`` (1 per call),
+            and budgets of kind ``slots`` (1 while the call lasts).
+        pricer: the source of prices; by default :meth:`Prices.from_environment`.
+        ttl: seconds until the reservation of a dead worker expires; heartbeats extend it while the call lasts.
+        on_expiry: the amount charged on expiry, as for :meth:`AsyncBudgetLimiter.reserve`.
 
     Raises:
-        InvalidArgument: an argument is not usable, or a budget counts something else.
-        UnknownBudget: the limiter was not given such a budget.
+        InvalidArgument: an argument is invalid, or a budget has a unit that calls cannot be counted in.
+        UnknownBudget: the limiter has no such budget.
     """
 
     def __init__(
@@ -50,24 +49,30 @@ class Meter:
         if not isinstance(limiter, (AsyncBudgetLimiter, BudgetLimiter)):
             raise InvalidArgument(f"limiter must be an AsyncBudgetLimiter or a BudgetLimiter, not {shown(limiter)}")
         if pricer is not None and not all(callable(getattr(pricer, name, None)) for name in ("price", "worst_case")):
-            raise InvalidArgument(f"pricer must have the methods of Prices, not be {shown(pricer)}")
+            raise InvalidArgument(f"pricer must have the methods of Prices, unlike {shown(pricer)}")
         if isinstance(budgets, str) or not budgets:
-            raise InvalidArgument(f"budgets must be one name or more, in a list, not {budgets!r}")
+            raise InvalidArgument(f"budgets must be a non-empty list of names, not {budgets!r}")
         check_on_expiry(on_expiry)
-        self.limiter = limiter
-        self.pricer: Pricer = Prices.from_environment() if pricer is None else pricer
-        self.units = {name: _unit(limiter, name) for name in budgets}
-        """The unit of each budget; ``slots`` for one of that kind."""
-        self.ttl = ttl
-        self.on_expiry: OnExpiry = on_expiry
+        units = {name: _unit(limiter, name) for name in budgets}
+        self._terms = CallTerms(limiter, Prices.from_environment() if pricer is None else pricer, units, ttl, on_expiry)
 
     def __repr__(self) -> str:
         return f"<Meter budgets={list(self.units)} of {self.limiter!r}>"
 
     @property
-    def is_async(self) -> bool:
-        """Whether its calls are for ``async with``."""
-        return isinstance(self.limiter, AsyncBudgetLimiter)
+    def limiter(self) -> AsyncBudgetLimiter | BudgetLimiter:
+        """The limiter that grants the reservations."""
+        return self._terms.limiter
+
+    @property
+    def pricer(self) -> Pricer:
+        """The source of prices."""
+        return self._terms.pricer
+
+    @property
+    def units(self) -> Mapping[str, str]:
+        """The unit of each budget; ``slots`` for a budget of that kind."""
+        return self._terms.units
 
     def call(
         self,
@@ -80,25 +85,25 @@ class Meter:
         service_tier: str | None = None,
         other_max: Mapping[str, int] = _NOTHING,
         current: bool = True,
-    ) -> Call:
-        """One call, as a context manager: entering reserves its worst case, leaving settles it.
+    ) -> MeteredCall:
+        """Create a context manager for one call: entering reserves its worst case, leaving settles it.
 
         Args:
-            provider: as the price list names it: ``anthropic``, ``openai``, ``google``, …
-            input_tokens_max: no fewer than the provider will count.
-            output_tokens_max: what the call limits its output to, reasoning included.
-            operation: what is done, in the words of OpenTelemetry: ``chat``, ``embeddings``, …
-            service_tier: the tier that the call asks for; ``None`` if it leaves that to the provider, whose dearest one
-                is reserved then.
-            other_max: bounds of what is billed besides tokens, such as ``{"web_searches": 5}``.
-            current: its span is the current one while it lasts. ``False`` for a call that may end in another task than
-                it began in, such as a stream.
+            provider: the provider's name in the price list: ``anthropic``, ``openai``, ``google``, …
+            input_tokens_max: an upper bound of the input tokens that the provider will count.
+            output_tokens_max: the output limit sent with the request, reasoning included.
+            operation: the operation, as OpenTelemetry names it: ``chat``, ``embeddings``, …
+            service_tier: the tier that the request names; ``None`` if the provider chooses, in which case its dearest
+                tier is reserved.
+            other_max: upper bounds of billed units other than tokens, such as ``{"web_searches": 5}``.
+            current: whether the call's span is the current span while the call lasts. Pass ``False`` if the call may
+                end in another task than it began in, as a stream may.
 
         Raises:
-            InvalidArgument: an argument is not usable. The other errors come on entering, see :class:`Call`.
+            InvalidArgument: an argument is invalid. Entering raises the other errors, see :class:`MeteredCall`.
         """
-        return Call(
-            self,
+        return MeteredCall(
+            self._terms,
             provider=provider,
             model=model,
             input_tokens_max=input_tokens_max,
@@ -109,15 +114,6 @@ class Meter:
             current=current,
         )
 
-    def outer_hold(self) -> HoldBase | None:
-        """The hold that a call made now would draw from."""
-        hold = current_hold.get()
-        if hold is None or hold.settled or hold.settling or not hold.belongs_to(self.limiter):
-            return None
-        if hold.growth is not None and hold.growth.left is not None:
-            return None  # its block was left; it is open for the calls that were under way then
-        return hold
-
 
 def _unit(limiter: AsyncBudgetLimiter | BudgetLimiter, name: str) -> str:
     try:
@@ -127,5 +123,5 @@ def _unit(limiter: AsyncBudgetLimiter | BudgetLimiter, name: str) -> str:
     if budget.kind == "slots":
         return "slots"
     if budget.unit != "usd" and budget.unit not in _COUNTED:
-        raise InvalidArgument(f"{name!r} counts {budget.unit}: a call is counted in dollars, tokens or requests")
+        raise InvalidArgument(f"{name!r} counts {budget.unit}; a meter supports dollars, tokens, requests and slots")
     return budget.unit

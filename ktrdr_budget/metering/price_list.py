@@ -1,4 +1,4 @@
-"""The public price list of the package ``genai-prices`` (extra ``llm``), as :class:`~.rates.Rates`."""
+"""Prices of the package ``genai-prices`` (extra ``llm``), converted to :class:`~.rates.Rates`."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Value = TypeVar("Value")
 
 
 class PriceList:
-    """Finds prices in the list that is installed, or in one that ``genai_prices.UpdatePrices`` has put in its place.
+    """The installed price list, or a newer one that the program has loaded with ``genai_prices.UpdatePrices``.
 
-    Nothing is downloaded unless the program itself starts such an update.
+    This class downloads nothing.
 
     Raises:
         ModuleNotFoundError: the package is not installed.
@@ -34,10 +34,10 @@ class PriceList:
             self._snapshots = import_module("genai_prices.data_snapshot")
             self._definitions = import_module("genai_prices.data_units").unit_data
         except ModuleNotFoundError as error:
-            message = f"the price list needs more packages: pip install 'ktrdr-budget[llm]' (there is no {error.name})"
+            message = f"the price list needs the extra llm: pip install 'ktrdr-budget[llm]' (missing: {error.name})"
             raise ModuleNotFoundError(message, name=error.name) from None
         self._cached: dict[tuple[str, str, str, int], tuple[Any, Rates | None]] = {}
-        self._unasked: dict[tuple[str, str, int], tuple[Any, list[Rates]]] = {}
+        self._cached_tiers: dict[tuple[str, str, int], tuple[Any, list[Rates]]] = {}
 
     @cached_property
     def _units(self) -> dict[str, Unit]:
@@ -48,24 +48,24 @@ class PriceList:
 
     @property
     def source(self) -> str:
-        """Name and version of the list in use."""
+        """The name and version of the list in use."""
         source = f"genai-prices/{self._package.__version__}"
         snapshot = self._snapshots.get_snapshot()
         return f"{source}+{snapshot.timestamp:%Y-%m-%dT%H:%M}" if snapshot.from_auto_update else source
 
     def find(self, provider: str | None, model: str) -> tuple[str, str] | None:
-        """The list's own names for a provider (guessed by the model's name if it is ``None``) and a model."""
+        """The list's names of a provider and a model; the provider is inferred from the model if it is ``None``."""
         found = self._find(provider, model)
         return None if found is None else (found[0].id, found[1].id)
 
     def context_window(self, provider: str, model: str) -> int | None:
-        """The most input tokens that a model takes, if the list knows it."""
+        """The context window of a model in tokens, if listed."""
         found = self._find(provider, model)
         window = None if found is None else found[1].context_window
         return window if isinstance(window, int) else None
 
     def rates(self, provider: str, model: str, at: datetime, service_tier: str = "") -> Rates | None:
-        """The prices of a model at a time; ``None`` if the list does not have it."""
+        """The prices of a model at a time; ``None`` if it is not listed."""
         snapshot = self._snapshots.get_snapshot()
         key = (provider, model, service_tier, _minute(at))
         cached = self._cached.get(key)
@@ -77,23 +77,24 @@ class PriceList:
         return cached[1]
 
     def candidates(self, provider: str, model: str, at: datetime, service_tier: str | None) -> list[Rates]:
-        """The prices that a call may be billed by; none if the list does not have the model.
+        """All prices at which a call may be billed; empty if the model is not listed.
 
-        Those are the standard ones and those of the tier that it asks for, which hands calls down if it is full; or, if
-        it asks for none (``None``), those of each tier that the provider may then choose.
+        Args:
+            service_tier: the tier that the request names: a full tier passes calls on to the standard tier, so the
+                standard prices are included. ``None``: the provider chooses, so all tiers are included.
         """
         if service_tier is not None:
             found = [self.rates(provider, model, at, tier) for tier in ("", service_tier)]
             return [rates for rates in found if rates is not None]
         snapshot, key = self._snapshots.get_snapshot(), (provider, model, _minute(at))
-        cached = self._unasked.get(key)
+        cached = self._cached_tiers.get(key)
         if cached is None or cached[0] is not snapshot:
             different: list[Rates] = []
             for tier in ("", *self._tiers(provider, model)):
                 rates = self.rates(provider, model, at, tier)
                 if rates is not None and rates not in different:
                     different.append(rates)
-            cached = _remember(self._unasked, key, (snapshot, different))
+            cached = _remember(self._cached_tiers, key, (snapshot, different))
         return cached[1]
 
     def _tiers(self, provider: str, model: str) -> list[str]:
@@ -120,7 +121,7 @@ class PriceList:
 
 
 def _minute(at: datetime) -> int:
-    """Prices begin and end with a minute, so that long they are remembered."""
+    """The minute of a time: listed prices change at whole minutes only, so a minute is a cache key."""
     return int(at.timestamp()) // 60
 
 
@@ -132,10 +133,10 @@ def _remember(cache: dict[Key, Value], key: Key, value: Value) -> Value:
 
 
 def _context(service_tier: str) -> dict[str, str] | None:
-    """The list files a tier under the parameter by which its provider lets one choose it."""
+    """The list's selector for a tier: it uses the name of the request parameter, which differs by provider."""
     return dict.fromkeys(("service_tier", "speed", "processing"), service_tier) if service_tier else None
 
 
 def _decimal(price: Decimal | float) -> Decimal:
-    """A price as it is written; a float through its ``repr``."""
+    """An exact price; a float is converted through its ``repr``."""
     return price if isinstance(price, Decimal) else Decimal(repr(price))

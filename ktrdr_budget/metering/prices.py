@@ -1,6 +1,6 @@
-"""What a call costs: configured prices first, then the public price list, then a fixed cost; never nothing.
+"""Price lookup: configured prices first, then the public price list, then a fixed cost.
 
-A model without a price is refused, for a call of unknown cost cannot be kept below a cap.
+A model without a price is refused, because a call of unknown cost cannot be kept below a cap.
 """
 
 from __future__ import annotations
@@ -23,18 +23,21 @@ from ktrdr_budget.money import AmountIn, to_units
 __all__ = ["Cost", "CostLine", "ModelPrice", "Pricer", "Prices", "load_prices"]
 
 FIXED = "fixed"
-"""The source of the price of a model that has none but the fixed cost."""
+"""The :attr:`Cost.source` of the fixed cost."""
 _NOTHING: Mapping[str, int] = {}
 
 
 class Pricer(Protocol):
-    """What a call costs, and what it may cost at most."""
+    """Interface of price sources: the cost of a usage, and the worst case of a call."""
 
     def price(self, provider: str, model: str, usage: Usage, at: datetime) -> Cost:
-        """What this usage costs, if the call was reserved at that time (an aware datetime).
+        """The cost of a usage.
+
+        Args:
+            at: the time of the call's reservation, as an aware datetime.
 
         Raises:
-            UnknownPrice: there is no price.
+            UnknownPrice: the model has no price.
         """
         ...
 
@@ -49,29 +52,29 @@ class Pricer(Protocol):
         service_tier: str | None = None,
         other_max: Mapping[str, int] = _NOTHING,
     ) -> Cost:
-        """The most that a provider may bill for a call within these bounds.
+        """The highest amount that a provider may bill for a call within these bounds.
 
         Args:
-            service_tier: the tier that the call asks for; ``None`` if it leaves that to the provider.
-            other_max: bounds of what is billed besides tokens, such as ``{"web_searches": 5}``.
+            service_tier: the tier that the request names; ``None`` if the provider chooses.
+            other_max: upper bounds of billed units other than tokens, such as ``{"web_searches": 5}``.
 
         Raises:
-            UnknownPrice: there is no price.
+            UnknownPrice: the model has no price.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ModelPrice:
-    """A price of one's own. Dollars per million tokens, and per request.
+    """A configured price, in dollars per million tokens and dollars per request.
 
     Args:
-        model: the name that calls use, or the beginning of it and ``*``.
-        cached_input: input read from a cache (as ``input`` if not given).
-        cache_write: input written to a cache (as ``input`` if not given).
+        model: the model's name, or a prefix followed by ``*``.
+        cached_input: the price of input read from a cache; by default the price of input.
+        cache_write: the price of input written to a cache; by default the price of input.
 
     Raises:
-        InvalidArgument: a field is not usable.
+        InvalidArgument: a field is invalid.
     """
 
     provider: str
@@ -86,7 +89,7 @@ class ModelPrice:
     def __post_init__(self) -> None:
         for name in ("provider", "model"):
             if not isinstance(getattr(self, name), str) or not getattr(self, name):
-                raise InvalidArgument(f"a price needs the name of its {name}")
+                raise InvalidArgument(f"a price needs a non-empty {name}")
         prices = (self.input, self.cached_input, self.cache_write, self.output, self.request or None)
         rates = [
             Rate(unit, exact_price(price, f"price of {self.provider}/{self.model}"))
@@ -97,23 +100,22 @@ class ModelPrice:
 
 
 class Prices:
-    """The :class:`Pricer` that everything uses unless it is given another.
+    """The default :class:`Pricer`.
 
     Args:
-        overrides: prices of one's own. The exact name of a model wins over a beginning of it, a longer one over a
-            shorter, a later over an earlier of the same name.
-        fixed_cost: dollars for each call of a model without a price; without it, such a model is refused.
+        overrides: configured prices. An exact model name wins over a prefix, a longer prefix over a shorter one, and
+            of equal names the last one.
+        fixed_cost: dollars per call of a model without a price; by default such models are refused.
 
     Raises:
-        InvalidArgument: a price is not usable.
+        InvalidArgument: a price is invalid.
     """
 
     def __init__(self, overrides: Iterable[ModelPrice] = (), fixed_cost: AmountIn | None = None) -> None:
         self._exact: dict[tuple[str, str], Rates] = {}
-        self._begun: dict[tuple[str, str], Rates] = {}
+        self._prefixes: dict[tuple[str, str], Rates] = {}
         for price in overrides:
-            begun = price.model.endswith("*")
-            table = self._begun if begun else self._exact
+            table = self._prefixes if price.model.endswith("*") else self._exact
             table[price.provider.lower(), price.model.removesuffix("*").lower()] = price.rates
         self._fixed: Cost | None = None
         if fixed_cost is not None:
@@ -125,10 +127,10 @@ class Prices:
     def from_environment(
         cls, environment: Mapping[str, str] = os.environ, overrides: Iterable[ModelPrice] = ()
     ) -> Prices:
-        """Prices of ``KTRDR_PRICES_FILE`` (TOML) and ``KTRDR_FIXED_CALL_COST`` (dollars); ``overrides`` win.
+        """Read ``KTRDR_PRICES_FILE`` (a TOML file) and ``KTRDR_FIXED_CALL_COST`` (dollars); ``overrides`` win.
 
         Raises:
-            InvalidArgument: a value is not usable, or the file cannot be read.
+            InvalidArgument: a value is invalid, or the file cannot be read.
         """
         check_names(environment)
         path = environment.get("KTRDR_PRICES_FILE", "").strip()
@@ -144,7 +146,7 @@ class Prices:
 
     @property
     def price_list(self) -> PriceList:
-        """The public price list, loaded at its first use.
+        """The public price list, loaded at first use.
 
         Raises:
             ModuleNotFoundError: the extra ``llm`` is not installed.
@@ -155,31 +157,31 @@ class Prices:
 
     @property
     def fixed_cost(self) -> Cost | None:
-        """What a call of a model without a price costs."""
+        """The cost of a call of a model without a price, if configured."""
         return self._fixed
 
     def rates(self, provider: str, model: str, at: datetime, service_tier: str = "") -> Rates | None:
-        """What each unit of a model costs at a time; ``None`` if it has no price."""
+        """The prices of a model at a time; ``None`` if it has none."""
         configured = self._configured(provider, model)
         if configured is not None:
             return configured
         return self.price_list.rates(provider, model, _aware(at), service_tier)
 
     def provider_of(self, model: str) -> str | None:
-        """Whose a model seems to be, by its name: for a person who looks up a price, and not for a call."""
+        """The likely provider of a model, inferred from the model's name: for display, not for billing."""
         name = model.lower()
         exact = [(len(name), provider) for provider, known in self._exact if known == name]
-        begun = [(len(known), provider) for provider, known in self._begun if name.startswith(known)]
-        if exact or begun:
-            longest, _ = max(exact or begun)
-            return min(provider for length, provider in exact or begun if length == longest)
+        matches = exact or [(len(prefix), provider) for provider, prefix in self._prefixes if name.startswith(prefix)]
+        if matches:
+            longest, _ = max(matches)
+            return min(provider for length, provider in matches if length == longest)
         found = self.price_list.find(None, model)
         return None if found is None else found[0]
 
     def price(self, provider: str, model: str, usage: Usage, at: datetime) -> Cost:
         """See :meth:`Pricer.price`."""
         rates = self.rates(provider, model, at, usage.service_tier)
-        return self._known(None if rates is None else rates.cost(usage), provider, model)
+        return self._or_fixed(None if rates is None else rates.cost(usage), provider, model)
 
     def worst_case(
         self,
@@ -192,7 +194,7 @@ class Prices:
         service_tier: str | None = None,
         other_max: Mapping[str, int] = _NOTHING,
     ) -> Cost:
-        """See :meth:`Pricer.worst_case`: the dearest unit (a cache may be written), context and service tier."""
+        """See :meth:`Pricer.worst_case`. Assumes the dearest unit (input may be written to a cache) and tier."""
         configured = self._configured(provider, model)
         candidates = (
             (configured,)
@@ -202,17 +204,17 @@ class Prices:
         costs = [rates.cost_max(input_tokens_max, output_tokens_max, other_max) for rates in candidates]
         known = [cost for cost in costs if cost is not None]
         dearest = max(known, key=lambda cost: cost.nanos) if known and len(known) == len(costs) else None
-        return self._known(dearest, provider, model)
+        return self._or_fixed(dearest, provider, model)
 
     def _configured(self, provider: str, model: str) -> Rates | None:
         provider, model = provider.lower(), model.lower()
         exact = self._exact.get((provider, model))
-        if exact is not None or not self._begun:
+        if exact is not None or not self._prefixes:
             return exact
-        begun = [key for key in self._begun if key[0] == provider and model.startswith(key[1])]
-        return self._begun[max(begun, key=lambda key: len(key[1]))] if begun else None
+        matches = [key for key in self._prefixes if key[0] == provider and model.startswith(key[1])]
+        return self._prefixes[max(matches, key=lambda key: len(key[1]))] if matches else None
 
-    def _known(self, cost: Cost | None, provider: str, model: str) -> Cost:
+    def _or_fixed(self, cost: Cost | None, provider: str, model: str) -> Cost:
         if cost is not None:
             return cost
         if self._fixed is not None:
@@ -223,10 +225,10 @@ class Prices:
 
 
 def load_prices(path: str | os.PathLike[str]) -> list[ModelPrice]:
-    """The ``[[prices]]`` of a TOML file: ``provider, model, input, output, cached_input, cache_write, request``.
+    """Read the ``[[prices]]`` of a TOML file: ``provider, model, input, output, cached_input, cache_write, request``.
 
     Raises:
-        InvalidArgument: it cannot be read, or a price in it is not usable.
+        InvalidArgument: the file cannot be read, or contains an invalid price.
     """
     import tomllib
 
@@ -234,10 +236,10 @@ def load_prices(path: str | os.PathLike[str]) -> list[ModelPrice]:
         with Path(path).open("rb") as file:
             document = tomllib.load(file, parse_float=Decimal)
     except (OSError, ValueError) as error:
-        raise InvalidArgument(f"cannot read prices from {os.fspath(path)!r}: {_why(error)}") from None
+        raise InvalidArgument(f"cannot read prices from {os.fspath(path)!r}: {_reason(error)}") from None
     tables = document.pop("prices", [])
     if document or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-        raise InvalidArgument(f"{os.fspath(path)!r} must hold [[prices]] tables and nothing else")
+        raise InvalidArgument(f"{os.fspath(path)!r} must contain [[prices]] tables and nothing else")
     return [_model_price(table, number) for number, table in enumerate(tables, 1)]
 
 
@@ -245,24 +247,27 @@ def _model_price(table: dict[str, Any], number: int) -> ModelPrice:
     try:
         return ModelPrice(**table)
     except TypeError:
-        names = "provider, model, input, output, and if need be cached_input, cache_write, request"
+        names = "provider, model, input, output, and optionally cached_input, cache_write, request"
         raise InvalidArgument(f"[[prices]] {number} must have {names}; it has {', '.join(table)}") from None
     except InvalidArgument as error:
         raise InvalidArgument(f"[[prices]] {number}: {error}") from None
 
 
-def _why(error: Exception) -> str:
+def _reason(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
 def exact_price(price: AmountIn, what: str) -> Decimal:
-    """A price in dollars, exactly: it may have more decimals than a nano-dollar.
+    """Convert a price in dollars exactly: it may have more decimals than a nano-dollar.
+
+    Args:
+        what: the name of the price, for the error.
 
     Raises:
-        InvalidAmount: not a finite, non-negative number.
+        InvalidAmount: the price is not a finite, non-negative number.
     """
     try:
-        to_units(price)  # for its checks
+        to_units(price)  # only to validate the number
     except InvalidAmount as error:
         raise InvalidAmount(f"{what}: {error}") from None
     return Decimal(repr(price)) if isinstance(price, float) else Decimal(price)
@@ -270,5 +275,5 @@ def exact_price(price: AmountIn, what: str) -> Decimal:
 
 def _aware(at: datetime) -> datetime:
     if at.tzinfo is None:
-        raise InvalidArgument("the time of a price must be an aware datetime")
+        raise InvalidArgument("`at` must be an aware datetime")
     return at

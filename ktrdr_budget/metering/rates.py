@@ -1,4 +1,4 @@
-"""What each unit of a model costs, and what a usage costs by that: exact, and rounded up once."""
+"""Unit prices of a model, and the cost of a usage: exact arithmetic, rounded up once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from ktrdr_budget.money import MAX_UNITS, NANOS_PER_USD, Amount, amount_bound, f
 
 __all__ = ["UNITS", "Cost", "CostLine", "Rate", "Rates", "Unit"]
 
-_EXACT = Context(prec=100)
+EXACT_CONTEXT = Context(prec=100)
+"""Decimal digits beyond those of any product of a price and a count."""
 _NAMES = {
     "input_tokens": "input",
     "cache_read_tokens": "cached input",
@@ -30,11 +31,11 @@ _TOKENS_PER_PRICE = 1_000_000
 
 @dataclass(frozen=True, slots=True)
 class Unit:
-    """Something that is billed. A unit with more dimensions is a part of the one that has only some of them."""
+    """A billed unit. If one unit has all dimensions of another and more, it is a part of the other."""
 
     name: str
     per: int
-    """How many of it a price is for."""
+    """The quantity that a price is for."""
     dimensions: frozenset[tuple[str, str]]
     direction: str | None = field(init=False, repr=False, compare=False)
     """``input`` or ``output`` for tokens."""
@@ -45,7 +46,7 @@ class Unit:
         object.__setattr__(self, "direction", direction)
 
     def contains(self, other: Unit) -> bool:
-        """Whether the other one is a part of this."""
+        """Whether the other unit is a part of this one."""
         return self.dimensions < other.dimensions
 
 
@@ -58,12 +59,12 @@ UNITS = (
     Unit("output_tokens", _TOKENS_PER_PRICE, frozenset(_OUTPUT)),
     Unit("requests", 1, frozenset({("family", "requests")})),
 )
-"""What a configured price speaks of."""
+"""The units of a configured price."""
 
 
 @dataclass(frozen=True, slots=True)
 class CostLine:
-    """A part of a cost: ``count`` times ``price``, which is for ``per`` of them."""
+    """A part of a cost: ``count`` units at ``price`` per ``per`` units."""
 
     name: str
     """``input``, ``cached input``, ``cache write``, ``output``, ``request``, …"""
@@ -74,18 +75,18 @@ class CostLine:
 
     @property
     def amount(self) -> Decimal:
-        """Dollars, not rounded."""
-        return _EXACT.divide(_EXACT.multiply(self.price, Decimal(self.count)), Decimal(self.per))
+        """Dollars, unrounded."""
+        return EXACT_CONTEXT.divide(EXACT_CONTEXT.multiply(self.price, Decimal(self.count)), Decimal(self.per))
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What a call costs, and how that comes about."""
+    """The cost of a call, with its breakdown."""
 
     nanos: int
-    """Nano-dollars; rounded up once, from the sum of the lines."""
+    """Nano-dollars: the sum of the lines, rounded up once."""
     source: str
-    """Whose price it is: ``genai-prices/0.2.3``, ``configured`` or ``fixed``."""
+    """The source of the price: ``genai-prices/0.2.3``, ``configured`` or ``fixed``."""
     lines: tuple[CostLine, ...] = ()
 
     @property
@@ -96,7 +97,7 @@ class Cost:
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """The price of a unit in dollars; from more than ``start`` input tokens on, the price of that tier for all."""
+    """The price of a unit in dollars. A call with more input tokens than a tier's ``start`` pays that tier's price."""
 
     unit: Unit
     price: Decimal
@@ -105,33 +106,33 @@ class Rate:
 
     @property
     def name(self) -> str:
-        """As in :attr:`CostLine.name`."""
+        """The name used in :attr:`CostLine.name`."""
         return _NAMES.get(self.unit.name, self.unit.name.replace("_", " "))
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """What a unit costs in one context tier."""
+class _TierPrice:
+    """The price of a unit in one context tier."""
 
     start: int
-    """In force for calls with more input than that."""
+    """The tier applies to calls with more input tokens than this."""
     name: str
     price: Decimal
     per: int
     scaled: int
-    """Of one of the unit, in nano-dollars, times the denominator that all prices of a model share: a whole number."""
+    """Nano-dollars per unit, multiplied by the common denominator of all prices of the model: a whole number."""
 
 
 class Rates:
-    """What one model costs.
+    """The prices of one model.
 
     Args:
-        rates: at most one for each unit.
-        source: whose prices these are.
+        rates: at most one per unit.
+        source: as in :attr:`Cost.source`.
     """
 
     def __init__(self, rates: Iterable[Rate], source: str) -> None:
-        # Parts first: what of a whole is not in a priced part is billed as the whole.
+        # Parts precede their whole: the rest of a whole, without its priced parts, is billed at the whole's price.
         self._rates = tuple(sorted(rates, key=lambda rate: -len(rate.unit.dimensions)))
         self.source = source
 
@@ -141,7 +142,7 @@ class Rates:
     __hash__ = None  # type: ignore[assignment]
 
     def __iter__(self) -> Iterator[Rate]:
-        """What has a price: input, its parts, output, requests, and the rest."""
+        """The rates in display order: input, its parts, output, requests, others."""
         return iter(sorted(self._rates, key=lambda rate: _ORDER.get(rate.name, len(_ORDER))))
 
     @cached_property
@@ -150,82 +151,85 @@ class Rates:
         return lcm(*(_nanos(price, rate.unit.per).denominator for rate, price in prices))
 
     @cached_property
-    def _steps(self) -> list[list[_Step]]:
-        """Of each rate the prices that come in question, the last tier first."""
+    def _tier_prices(self) -> list[list[_TierPrice]]:
+        """The prices of each rate, highest tier first."""
         return [
             [
-                _Step(start, rate.name, price, rate.unit.per, int(_nanos(price, rate.unit.per) * self._denominator))
+                _TierPrice(
+                    start, rate.name, price, rate.unit.per, int(_nanos(price, rate.unit.per) * self._denominator)
+                )
                 for start, price in reversed([(-1, rate.price), *rate.tiers])
             ]
             for rate in self._rates
         ]
 
     @cached_property
-    def _shown(self) -> list[int]:
-        """In which order a cost tells its lines."""
+    def _display_order(self) -> list[int]:
+        """Indices of the rates, in the order of a cost's lines."""
         return sorted(range(len(self._rates)), key=lambda i: _ORDER.get(self._rates[i].name, len(_ORDER)))
 
     @cached_property
     def _parts(self) -> list[list[int]]:
+        """For each rate, the indices of its parts."""
         rates = self._rates
         return [[i for i, part in enumerate(rates) if whole.unit.contains(part.unit)] for whole in rates]
 
     @cached_property
-    def _named(self) -> frozenset[str]:
+    def _priced_units(self) -> frozenset[str]:
         return frozenset(rate.unit.name for rate in self._rates)
 
     def cost(self, usage: Usage) -> Cost | None:
-        """What a usage costs; ``None`` if something of it has no price.
+        """The cost of a usage; ``None`` if a part of it has no price.
 
         Raises:
-            InvalidArgument: parts of it are more than their whole.
+            InvalidArgument: parts exceed their whole.
         """
         counts = _counts(usage)
         if not self._prices_all(usage.input_tokens, usage.output_tokens, usage.other):
             return None
-        leaves: list[int] = []
+        own_counts: list[int] = []  # of each unit, without its parts
         for rate, parts in zip(self._rates, self._parts, strict=True):
-            count = counts.get(rate.unit.name, 0)
-            for part in parts:
-                count -= leaves[part]
-            if count < 0:
-                raise InvalidArgument(f"the parts of {rate.unit.name} are more than {counts.get(rate.unit.name, 0)}")
-            leaves.append(count)
-        steps = self._steps
-        return self._sum([(leaves[i], _step_at(steps[i], usage.input_tokens)) for i in self._shown if leaves[i]])
+            total = counts.get(rate.unit.name, 0)
+            own_count = total - sum(own_counts[part] for part in parts)
+            if own_count < 0:
+                raise InvalidArgument(f"the parts of {rate.unit.name} exceed {total}")
+            own_counts.append(own_count)
+        prices = self._tier_prices
+        return self._sum(
+            [(own_counts[i], _price_at(prices[i], usage.input_tokens)) for i in self._display_order if own_counts[i]]
+        )
 
     def cost_max(self, input_tokens_max: int, output_tokens_max: int, other_max: Mapping[str, int]) -> Cost | None:
-        """The most that a call within these bounds can cost; ``None`` if something of it has no price."""
+        """The highest cost of a call within these bounds; ``None`` if a part of it has no price."""
         if not self._prices_all(input_tokens_max, output_tokens_max, other_max):
             return None
         counts = {"requests": 1, **other_max, "input": input_tokens_max, "output": output_tokens_max}
-        dearest: dict[str, _Step] = {}
-        for i in self._shown:
+        dearest: dict[str, _TierPrice] = {}
+        for i in self._display_order:
             unit = self._rates[i].unit
-            way = unit.direction or unit.name
-            if counts.get(way):
-                for step in self._steps[i]:
-                    # All of a direction is billed as what is dearest in it.
-                    if input_tokens_max > step.start and (way not in dearest or step.scaled > dearest[way].scaled):
-                        dearest[way] = step
-        return self._sum([(counts[way], step) for way, step in dearest.items()])
+            key = unit.direction or unit.name  # all input (or output) at the dearest price of that direction
+            if counts.get(key):
+                for price in self._tier_prices[i]:
+                    if input_tokens_max > price.start and (key not in dearest or price.scaled > dearest[key].scaled):
+                        dearest[key] = price
+        return self._sum([(counts[key], price) for key, price in dearest.items()])
 
-    def _sum(self, counted: Sequence[tuple[int, _Step]]) -> Cost:
+    def _sum(self, counted: Sequence[tuple[int, _TierPrice]]) -> Cost:
         total = 0
-        for count, step in counted:
-            total += count * step.scaled
+        for count, price in counted:
+            total += count * price.scaled
         nanos = -(-total // self._denominator)  # rounded up
         if nanos >= MAX_UNITS:
             raise InvalidAmount(f"the cost is too large; it must be below {amount_bound()}")
-        lines = tuple([CostLine(step.name, count, step.price, step.per) for count, step in counted])
+        lines = tuple([CostLine(price.name, count, price.price, price.per) for count, price in counted])
         return Cost(nanos, self.source, lines)
 
     def _prices_all(self, input_tokens: int, output_tokens: int, other: Mapping[str, int]) -> bool:
-        named = self._named
-        if (input_tokens and "input_tokens" not in named) or (output_tokens and "output_tokens" not in named):
+        priced = self._priced_units
+        if (input_tokens and "input_tokens" not in priced) or (output_tokens and "output_tokens" not in priced):
             return False
-        # A part of the tokens without a price of its own is billed as the whole.
-        return all(name in named or name.endswith("_tokens") for name, count in other.items() if count)
+        # A part of the tokens without its own price is billed at the price of the whole.
+        return all(name in priced or name.endswith("_tokens") for name, count in other.items() if count)
 
 
 def _counts(usage: Usage) -> dict[str, int]:
@@ -241,13 +245,13 @@ def _counts(usage: Usage) -> dict[str, int]:
 
 
 def _nanos(price: Decimal, per: int) -> Fraction:
-    """Nano-dollars of one unit."""
+    """Nano-dollars per unit."""
     return Fraction(price) * NANOS_PER_USD / per
 
 
-def _step_at(steps: Sequence[_Step], input_tokens: int) -> _Step:
-    """The price for a call with so much input."""
-    for step in steps:
-        if input_tokens > step.start:
-            return step
-    return steps[-1]
+def _price_at(prices: Sequence[_TierPrice], input_tokens: int) -> _TierPrice:
+    """The price for a call with this many input tokens."""
+    for price in prices:
+        if input_tokens > price.start:
+            return price
+    return prices[-1]

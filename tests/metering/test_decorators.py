@@ -1,4 +1,4 @@
-"""`@budgeted(...)`: a function that runs only if a budget has room for it; async and sync alike."""
+"""``@budgeted(...)``, for async and sync functions."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from ..helpers.keyspace import spent_and_held
 BUDGETS = [Budget("agent", "1.00"), Budget("calls", 100, unit="requests")]
 
 
-class Work(Exception):
-    """What goes wrong inside a function."""
+class FunctionError(Exception):
+    """Raised by a budgeted function."""
 
 
 @pytest.fixture(autouse=True)
@@ -41,54 +41,54 @@ def accrue(amount: str) -> str:
 def fail(*amounts: str) -> None:
     for amount in amounts:
         accrue(amount)
-    raise Work
+    raise FunctionError
 
 
-WAYS = {
-    # what the function does, how its cost is told: what is spent
-    "nothing is told": (lambda: "answer", {}, "0.15"),
+OUTCOMES = {
+    # the function, options of `budgeted`, the amount spent
+    "no cost, nothing accrued": (lambda: "answer", {}, "0.15"),
     "accrued": (lambda: accrue("0.03"), {}, "0.03"),
-    "told by the result": (lambda: "answer", {"cost": lambda result: Decimal(len(result)) / 100}, "0.06"),
-    "told above the estimate": (lambda: "answer", {"cost": lambda _: "0.40"}, "0.40"),
-    "told, though more was accrued": (lambda: accrue("0.03"), {"cost": lambda _: "0.02"}, "0.02"),
-    "told per budget": (lambda: "answer", {"cost": lambda _: {"agent": "0.01"}}, "0.01"),
+    "cost from the result": (lambda: "answer", {"cost": lambda result: Decimal(len(result)) / 100}, "0.06"),
+    "cost above the estimate": (lambda: "answer", {"cost": lambda _: "0.40"}, "0.40"),
+    "cost below the accrued amount": (lambda: accrue("0.03"), {"cost": lambda _: "0.02"}, "0.02"),
+    "cost per budget": (lambda: "answer", {"cost": lambda _: {"agent": "0.01"}}, "0.01"),
     "it raises": (fail, {}, "0"),
-    "it raises, having accrued": (lambda: fail("0.03"), {}, "0.03"),
-    "it raises before its cost is told": (fail, {"cost": lambda _: "0.02"}, "0"),
+    "it raises after accruing": (lambda: fail("0.03"), {}, "0.03"),
+    "it raises, with a cost function": (fail, {"cost": lambda _: "0.02"}, "0"),
 }
 
 
-@pytest.mark.parametrize(("work", "options", "spent"), WAYS.values(), ids=WAYS)
-async def test_each_way_through_an_async_function(client, limiter, work, options, spent):
+@pytest.mark.parametrize(("work", "options", "spent"), OUTCOMES.values(), ids=OUTCOMES)
+async def test_an_async_function_commits_its_cost(client, limiter, work, options, spent):
     @budgeted("agent", estimate="0.15", limiter=limiter, **options)
     async def research():
         assert spent_and_held(client) == (0, to_units("0.15"))
         return work()
 
-    if "raises" in str([key for key, way in WAYS.items() if way[0] is work]):
-        with pytest.raises(Work):
+    if "raises" in str([key for key, way in OUTCOMES.items() if way[0] is work]):
+        with pytest.raises(FunctionError):
             await research()
     else:
         assert await research() == "answer"
     assert spent_and_held(client) == (to_units(spent), 0)
 
 
-@pytest.mark.parametrize(("work", "options", "spent"), WAYS.values(), ids=WAYS)
-def test_each_way_through_a_sync_function(client, sync_limiter, work, options, spent):
+@pytest.mark.parametrize(("work", "options", "spent"), OUTCOMES.values(), ids=OUTCOMES)
+def test_a_sync_function_commits_its_cost(client, sync_limiter, work, options, spent):
     @budgeted("agent", estimate="0.15", limiter=sync_limiter, **options)
     def research():
         assert spent_and_held(client) == (0, to_units("0.15"))
         return work()
 
-    if "raises" in str([key for key, way in WAYS.items() if way[0] is work]):
-        with pytest.raises(Work):
+    if "raises" in str([key for key, way in OUTCOMES.items() if way[0] is work]):
+        with pytest.raises(FunctionError):
             research()
     else:
         assert research() == "answer"
     assert spent_and_held(client) == (to_units(spent), 0)
 
 
-async def test_a_function_without_room_does_not_run(client, limiter):
+async def test_a_function_whose_estimate_does_not_fit_does_not_run(client, limiter):
     ran = False
 
     @budgeted("agent", estimate="1.01", limiter=limiter)
@@ -111,7 +111,7 @@ async def test_the_estimate_may_depend_on_the_arguments(client, limiter):
     assert spent_and_held(client) == (to_units("0.06"), 0)
 
 
-async def test_several_budgets_are_held_together(client, limiter):
+async def test_a_mapping_holds_several_budgets(client, limiter):
     @budgeted({"agent": "0.15", "calls": 2}, limiter=limiter, cost=lambda result: result)
     async def research():
         return "0.05"
@@ -121,7 +121,7 @@ async def test_several_budgets_are_held_together(client, limiter):
     assert spent_and_held(client, "calls") == (2, 0)
 
 
-async def test_metered_calls_inside_draw_from_the_function_s_hold(client, limiter):
+async def test_metered_calls_inside_a_function_claim_from_its_hold(client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 10, 50)]))
 
     @budgeted("agent", estimate="0.15", limiter=limiter)
@@ -134,7 +134,7 @@ async def test_metered_calls_inside_draw_from_the_function_s_hold(client, limite
 
 
 @pytest.mark.parametrize("wrong", [lambda _: "much", lambda _: -1, lambda _: 1 / 0])
-async def test_a_cost_that_cannot_be_told_counts_as_the_estimate(client, limiter, wrong):
+async def test_an_invalid_cost_commits_the_estimate(client, limiter, wrong):
     @budgeted("agent", estimate="0.15", limiter=limiter, cost=wrong)
     async def research():
         accrue("0.03")
@@ -144,7 +144,7 @@ async def test_a_cost_that_cannot_be_told_counts_as_the_estimate(client, limiter
     assert spent_and_held(client) == (to_units("0.15"), 0)
 
 
-async def test_a_function_that_is_cancelled_commits_what_it_accrued(client, limiter):
+async def test_a_cancelled_function_commits_its_accrued_amount(client, limiter):
     @budgeted("agent", estimate="0.15", limiter=limiter)
     async def research(begun):
         accrue("0.03")
@@ -160,7 +160,7 @@ async def test_a_function_that_is_cancelled_commits_what_it_accrued(client, limi
     assert spent_and_held(client) == (to_units("0.03"), 0)
 
 
-async def test_the_ledger_names_the_function_or_what_it_is_told(limiter):
+async def test_the_ledger_label_is_the_function_name_or_the_operation(limiter):
     @budgeted("agent", estimate="0.01", limiter=limiter)
     async def research():
         """Finds out."""
@@ -171,7 +171,7 @@ async def test_the_ledger_names_the_function_or_what_it_is_told(limiter):
     await research()
     await dig()
     labels = [entry.operation for entry in await limiter.ledger("agent")]
-    assert labels == ["digging", "test_the_ledger_names_the_function_or_what_it_is_told.<locals>.research"]
+    assert labels == ["digging", "test_the_ledger_label_is_the_function_name_or_the_operation.<locals>.research"]
     assert (research.__name__, research.__doc__) == ("research", "Finds out.")
     assert asyncio.iscoroutinefunction(research)
 
@@ -191,11 +191,11 @@ async def test_a_function_uses_the_default_limiter_of_its_kind(client, limiter, 
     await research()
     dig()
     assert spent_and_held(client) == (to_units("0.20"), 0)
-    with pytest.raises(InvalidArgument, match="a limiter is"):
+    with pytest.raises(InvalidArgument, match="limiter must be"):
         set_default_limiter("redis://")
 
 
-async def test_a_limiter_may_be_told_when_it_is_needed(client, limiter):
+async def test_a_function_can_provide_the_limiter_at_each_call(client, limiter):
     app = {}
 
     @budgeted("agent", estimate="0.15", limiter=lambda: app["limiter"])
@@ -206,7 +206,7 @@ async def test_a_limiter_may_be_told_when_it_is_needed(client, limiter):
     assert spent_and_held(client) == (to_units("0.15"), 0)
 
 
-def test_without_a_limiter_an_async_function_uses_one_of_its_loop_made_from_the_environment(
+def test_an_async_function_without_a_limiter_uses_one_of_its_loop_created_from_the_environment(
     client, server, monkeypatch
 ):
     monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
@@ -225,11 +225,11 @@ def test_without_a_limiter_an_async_function_uses_one_of_its_loop_made_from_the_
     first, second = asyncio.run(main())
     assert first is second
     assert spent_and_held(client) == (to_units("0.15"), 0)
-    assert not defaults._made
-    gc.collect()  # nothing is left open: warnings are errors
+    assert not defaults.loop_limiters
+    gc.collect()  # an unclosed connection would warn, and warnings are errors
 
 
-def test_without_a_limiter_a_sync_function_uses_the_process_s_tracker(client, server, monkeypatch):
+def test_a_sync_function_without_a_limiter_uses_the_tracker_of_the_process(client, server, monkeypatch):
     monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
     monkeypatch.setattr(tracker, "_tracker", None)
 
@@ -241,7 +241,7 @@ def test_without_a_limiter_a_sync_function_uses_the_process_s_tracker(client, se
     assert spent_and_held(client) == (to_units("0.15"), 0)
 
 
-async def test_a_limiter_of_the_other_kind_is_refused(limiter, sync_limiter):
+async def test_a_limiter_of_the_wrong_kind_is_rejected(limiter, sync_limiter):
     with pytest.raises(InvalidArgument, match="must be a BudgetLimiter"):
 
         @budgeted("agent", estimate="0.15", limiter=limiter)
@@ -254,7 +254,7 @@ async def test_a_limiter_of_the_other_kind_is_refused(limiter, sync_limiter):
         await research()
 
 
-def test_there_is_a_current_hold_inside_a_hold_and_nowhere_else(sync_limiter):
+def test_current_hold_is_the_innermost_hold_and_raises_outside(sync_limiter):
     with sync_limiter.hold("agent", "0.01") as outer:
         with sync_limiter.hold("agent", "0.02") as inner:
             assert current_hold() is inner
@@ -263,7 +263,7 @@ def test_there_is_a_current_hold_inside_a_hold_and_nowhere_else(sync_limiter):
         current_hold()
 
 
-def test_generators_are_refused():
+def test_generators_are_rejected():
     def numbers():
         yield 1
 
@@ -301,17 +301,17 @@ def test_generators_are_refused():
         (7, {"estimate": 1}),
     ],
 )
-def test_arguments_that_are_not_usable_are_refused_where_the_function_is_written(budget, options):
+def test_invalid_arguments_are_rejected_at_definition(budget, options):
     with pytest.raises(InvalidArgument):
         budgeted(budget, **options)
 
 
-def test_the_budgets_of_a_limiter_are_known_where_the_function_is_written(sync_limiter):
+def test_an_unknown_budget_is_rejected_at_definition(sync_limiter):
     with pytest.raises(UnknownBudget):
         budgeted("nothing", estimate=lambda: 1, limiter=sync_limiter)
 
 
-async def test_what_outlives_a_function_is_charged_with_what_the_function_told(client, limiter):
+async def test_a_call_that_outlives_its_function_adds_to_the_cost_of_the_function(client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", "10", "50")]))
 
     @budgeted("agent", estimate="0.15", limiter=limiter, cost=lambda _: "0.02")
@@ -327,13 +327,13 @@ async def test_what_outlives_a_function_is_charged_with_what_the_function_told(c
 
 
 class Scan:
-    """Can be called, and has no name of its own."""
+    """A callable without a ``__qualname__``."""
 
     def __call__(self, pages: int) -> int:
         return pages
 
 
-async def test_a_partial_and_a_callable_object_are_budgeted_under_the_name_of_what_they_call(limiter, sync_limiter):
+async def test_partials_and_callable_objects_are_labelled_by_the_function_they_call(limiter, sync_limiter):
     async def research(topic: str) -> str:
         return topic
 

@@ -1,4 +1,4 @@
-"""The examples of docs/metering.md do what they say."""
+"""The examples of docs/metering.md produce the documented results."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import httpx
 import pytest
 from click.testing import CliRunner
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget
+from ktrdr_budget import AsyncBudgetLimiter, Budget, tracker
 from ktrdr_budget.cli import main as command
 from ktrdr_budget.metering.decorators import set_default_limiter
 from ktrdr_budget.metering.meter import Meter
@@ -25,7 +25,7 @@ BUDGETS = [Budget("agent", "5.00")]
 
 
 def blocks(heading: str, language: str) -> list[str]:
-    """The blocks of one section, without those of its subsections."""
+    """The code blocks of one section, without its subsections."""
     (section,) = re.findall(rf"^#+ {heading}$(.*?)(?=^#+ |\Z)", TEXT, re.MULTILINE | re.DOTALL)
     found = re.findall(r"^```(\w+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     return [body for name, body in found if name == language]
@@ -83,7 +83,7 @@ async def test_a_call_inside_a_hold(server, capsys: pytest.CaptureFixture[str]):
 
 def test_functions(server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
-    monkeypatch.setattr("ktrdr_budget.tracker._tracker", None)
+    monkeypatch.setattr(tracker, "_tracker", None)
     names = example("Functions")
     assert asyncio.run(names["research"]("rain")) == "all about rain"
     assert names["scan"](10) == {"dollars": 0.08}

@@ -1,4 +1,4 @@
-"""The span and the metrics of each call, by the GenAI conventions of OpenTelemetry."""
+"""Spans and metrics of calls, by the GenAI conventions of OpenTelemetry."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ CALL = {"provider": "acme", "model": "road", "input_tokens_max": 1000, "output_t
 NAMES = {"gen_ai.operation.name": "chat", "gen_ai.provider.name": "acme", "gen_ai.request.model": "road"}
 
 
-class Refused(Exception):
-    """An error as the SDKs raise it."""
+class ProviderError(Exception):
+    """An HTTP error, in the shape that the SDKs raise."""
 
     status_code = 529
 
@@ -69,7 +69,7 @@ def metrics(reader) -> dict:
     return {m.name: m for r in data.resource_metrics for scope in r.scope_metrics for m in scope.metrics}
 
 
-async def test_a_call_has_a_span_of_the_conventions_with_cost_and_budgets(recorded, meter):
+async def test_a_call_has_a_span_with_its_usage_cost_and_budgets(recorded, meter):
     with operation_scope("op_1", "agent_research"), span("phase"):
         async with meter.call(**CALL) as call:
             assert get_current_span().name == "chat road"
@@ -93,15 +93,15 @@ async def test_a_call_has_a_span_of_the_conventions_with_cost_and_budgets(record
     }
 
 
-async def test_names_are_those_of_the_conventions():
+async def test_attribute_names_match_the_conventions():
     assert instruments.OPERATION == gen_ai.GEN_AI_OPERATION_NAME
     assert instruments.PROVIDER == gen_ai.GEN_AI_PROVIDER_NAME
     assert instruments.REQUEST_MODEL == gen_ai.GEN_AI_REQUEST_MODEL
-    assert instruments.KIND_OF_TOKENS == gen_ai.GEN_AI_TOKEN_TYPE
+    assert instruments.TYPE_OF_TOKENS == gen_ai.GEN_AI_TOKEN_TYPE
     assert instruments.ERROR_TYPE == ERROR_TYPE
 
 
-def test_providers_are_named_as_the_conventions_name_them(recorded):
+def test_provider_names_match_the_conventions(recorded):
     known = {provider.value for provider in gen_ai.GenAiProviderNameValues}
     for ours, theirs in (
         ("azure", "azure.ai.openai"),
@@ -113,7 +113,7 @@ def test_providers_are_named_as_the_conventions_name_them(recorded):
         assert recorded.spans[-1].attributes[gen_ai.GEN_AI_PROVIDER_NAME] == theirs in known
 
 
-async def test_a_call_is_measured_by_the_conventions_and_its_cost_per_budget(reader, meter):
+async def test_metrics_of_a_call_match_the_conventions_and_count_cost_per_budget(reader, meter):
     for _ in range(2):
         async with meter.call(**CALL) as call:
             call.finish(Usage(1000, 20))
@@ -139,11 +139,11 @@ async def test_a_call_is_measured_by_the_conventions_and_its_cost_per_budget(rea
     assert spend == {"agent": pytest.approx(0.022), "team": pytest.approx(0.022)}
 
 
-async def test_an_error_is_told_by_its_type_and_not_by_its_words(recorded, reader, meter):
-    with pytest.raises(Refused):
+async def test_an_error_is_recorded_by_type_without_its_message(recorded, reader, meter):
+    with pytest.raises(ProviderError):
         async with meter.call(**CALL) as call:
             call.rejected()
-            raise Refused("you said: my secret prompt")
+            raise ProviderError("invalid prompt: my secret prompt")
     found = recorded["chat road"]
     assert (found.attributes["error.type"], found.status.status_code) == ("529", StatusCode.ERROR)
     assert "secret" not in found.to_json()
@@ -152,7 +152,7 @@ async def test_an_error_is_told_by_its_type_and_not_by_its_words(recorded, reade
     assert "ktrdr.budget.cost" not in metrics(reader)
 
 
-async def test_a_stream_that_breaks_off_is_an_estimate(recorded, meter):
+async def test_a_failed_stream_is_recorded_as_an_estimate(recorded, meter):
     with pytest.raises(ConnectionResetError):
         async with meter.call(**CALL) as call:
             call.report(Usage(0, 20))
@@ -163,7 +163,7 @@ async def test_a_stream_that_breaks_off_is_an_estimate(recorded, meter):
     assert found["ktrdr.budget.cost"] == 0.0135
 
 
-async def test_a_denied_call_has_a_span_and_is_not_measured(recorded, reader, meter):
+async def test_a_denied_call_has_a_span_but_no_metrics(recorded, reader, meter):
     with pytest.raises(BudgetExceeded):
         await meter.call(**CALL | {"output_tokens_max": 10**6}).__aenter__()
     found = recorded["chat road"]
@@ -173,7 +173,7 @@ async def test_a_denied_call_has_a_span_and_is_not_measured(recorded, reader, me
     assert not get_current_span().get_span_context().is_valid
 
 
-async def test_a_call_that_is_cancelled_has_the_outcome_of_that(recorded, meter):
+async def test_a_cancelled_call_has_the_outcome_cancelled(recorded, meter):
     with pytest.raises(asyncio.CancelledError):
         async with meter.call(**CALL) as call:
             call.report(Usage(1000, 20))
@@ -183,11 +183,11 @@ async def test_a_call_that_is_cancelled_has_the_outcome_of_that(recorded, meter)
     assert found.attributes["ktrdr.budget.cost"] == 0.011
 
 
-# -- generators that are closed elsewhere ------------------------------------------------------------------------------
+# -- generators closed by another task or thread -----------------------------------------------------------------------
 
 
 async def _words(meter):
-    """As a streaming endpoint is written."""
+    """A generator with a metered call, like a streaming endpoint."""
     async with meter.call(**CALL) as call:
         call.report(Usage(1000, 20))
         yield "it "
@@ -201,7 +201,7 @@ def _sync_words(meter):
         yield "rains"
 
 
-async def test_a_generator_that_another_task_closes_is_no_error_in_log_or_span(recorded, reader, meter, server, caplog):
+async def test_a_generator_closed_by_another_task_is_no_error_in_log_or_span(recorded, reader, meter, server, caplog):
     """openlit #1369, opentelemetry-python #2606."""
     words = _words(meter)
     await asyncio.create_task(anext(words))
@@ -217,7 +217,7 @@ async def test_a_generator_that_another_task_closes_is_no_error_in_log_or_span(r
     assert not get_current_span().get_span_context().is_valid
 
 
-async def test_a_generator_that_nobody_closes_is_no_error_either(recorded, meter, caplog):
+async def test_a_garbage_collected_generator_is_no_error(recorded, meter, caplog):
     words = _words(meter)
     await asyncio.create_task(anext(words))
     del words
@@ -227,7 +227,7 @@ async def test_a_generator_that_nobody_closes_is_no_error_either(recorded, meter
     assert recorded["chat road"].status.status_code is StatusCode.UNSET
 
 
-def test_a_generator_that_another_thread_closes_is_no_error(recorded, server, caplog):
+def test_a_generator_closed_by_another_thread_is_no_error(recorded, server, caplog):
     with BudgetLimiter(server.url, BUDGETS) as limiter, ThreadPoolExecutor(1) as pool:
         words = _sync_words(Meter(limiter, pricer=PRICES))
         assert pool.submit(next, words).result() == "it "
@@ -237,7 +237,7 @@ def test_a_generator_that_another_thread_closes_is_no_error(recorded, server, ca
     assert recorded["chat road"].status.status_code is StatusCode.UNSET
 
 
-async def test_spans_of_generators_that_are_closed_elsewhere_are_no_errors(recorded, caplog):
+async def test_the_span_of_a_generator_closed_by_another_task_is_no_error(recorded, caplog):
     async def inside(block):
         with block:
             yield
@@ -250,15 +250,15 @@ async def test_spans_of_generators_that_are_closed_elsewhere_are_no_errors(recor
     assert recorded["phase"].status.status_code is StatusCode.UNSET
 
 
-async def test_an_error_in_a_generator_is_an_error_all_the_same(recorded, meter):
+async def test_an_error_thrown_into_a_generator_is_an_error(recorded, meter):
     words = _words(meter)
     await anext(words)
-    with pytest.raises(Refused):
-        await words.athrow(Refused())
+    with pytest.raises(ProviderError):
+        await words.athrow(ProviderError())
     assert recorded["chat road"].status.status_code is StatusCode.ERROR
 
 
-async def test_whoever_counts_tokens_is_told_those_that_were_charged(meter):
+async def test_the_charged_tokens_callback_receives_the_tokens_of_each_call(meter):
     counted: list[int] = []
     with pytest.raises(ConnectionResetError):
         token = instruments.charged_tokens.set(counted.append)
@@ -275,7 +275,7 @@ async def test_whoever_counts_tokens_is_told_those_that_were_charged(meter):
     assert counted == [1020, 0, 1020]
 
 
-async def test_a_fixed_cost_hides_no_tokens(server):
+async def test_the_charged_tokens_of_a_fixed_cost_are_the_reported_tokens(server):
     counted: list[int] = []
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         token = instruments.charged_tokens.set(counted.append)
@@ -285,7 +285,7 @@ async def test_a_fixed_cost_hides_no_tokens(server):
     assert counted == [1020]
 
 
-async def test_the_span_of_a_stream_is_not_current_and_may_end_elsewhere(recorded, meter, caplog):
+async def test_a_span_that_is_not_current_can_end_in_another_task(recorded, meter, caplog):
     call = meter.call(**CALL, current=False)
     with span("request"):
         await call.__aenter__()
@@ -301,14 +301,14 @@ async def test_the_span_of_a_stream_is_not_current_and_may_end_elsewhere(recorde
     assert not caplog.records
 
 
-def test_a_sync_call_has_its_span_too(recorded, server):
+def test_a_sync_call_has_a_span(recorded, server):
     with BudgetLimiter(server.url, BUDGETS) as limiter:
         with Meter(limiter, pricer=PRICES).call(**CALL, operation="embeddings") as call:
             call.finish(Usage(10))
     assert recorded["embeddings road"].attributes["ktrdr.budget.cost"] == 0.0001
 
 
-def test_opentelemetry_is_not_needed(server):
+def test_metering_works_without_opentelemetry(server):
     code = f"""
 import sys
 sys.modules["opentelemetry"] = sys.modules["genai_prices"] = None
@@ -325,7 +325,7 @@ with BudgetLimiter({server.url!r}, [Budget("agent", 1)]) as limiter:
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "0.000002\n"
 
 
-def test_a_meter_provider_of_the_process_is_used(server):
+def test_metrics_start_once_the_process_sets_a_meter_provider(server):
     code = f"""
 from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider

@@ -1,4 +1,4 @@
-"""A metered call on its own: reserved before, reported while it runs, settled after; async and sync alike."""
+"""A metered call outside a hold, async and sync: reserved before, reported while it runs, settled after."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ WORST = 2000 * 12_500 + 1000 * 50_000
 """Nano-dollars: input may be written to a cache."""
 
 
-class Work(Exception):
-    """What goes wrong inside a block."""
+class BlockError(Exception):
+    pass
 
 
 @pytest.fixture
@@ -48,12 +48,12 @@ def sync_meter(sync_limiter):
     return Meter(sync_limiter, pricer=PRICES)
 
 
-# -- each way through a call -------------------------------------------------------------------------------------------
+# -- outcomes of a call ------------------------------------------------------------------------------------------------
 
 USED = Usage(1500, 300, 500)
 COST = 1000 * 10_000 + 500 * 1000 + 300 * 50_000
 
-WAYS = {
+OUTCOMES = {
     "finished": (lambda call: call.finish(USED), False, COST, 0, False),
     "finished, then an error": (lambda call: call.finish(USED), True, COST, 0, False),
     "finished below what was reported": (
@@ -64,27 +64,27 @@ WAYS = {
         False,
     ),
     "finished above the worst case": (lambda call: call.finish(Usage(3000, 2000)), False, 130_000_000, 0, False),
-    "finished, then reported on": (lambda call: (call.finish(USED), call.report(Usage(1))), False, COST, 0, False),
+    "finished, then another report": (lambda call: (call.finish(USED), call.report(Usage(1))), False, COST, 0, False),
     "finished, then unknown": (lambda call: (call.finish(USED), call.unknown()), True, COST, 0, False),
-    "reported, broken off": (
+    "reported, then an error": (
         lambda call: (call.report(Usage(1500, 0, 500)), call.report(USED)),
         True,
         COST,
         0,
         True,
     ),
-    "reported, left": (lambda call: call.report(USED), False, COST, 0, True),
-    "output reported, broken off": (
+    "reported only": (lambda call: call.report(USED), False, COST, 0, True),
+    "only output reported, then an error": (
         lambda call: call.report(Usage(0, 20)),
         True,
-        2000 * 12_500 + 20 * 50_000,  # its input may have been written to a cache
+        2000 * 12_500 + 20 * 50_000,  # input may have been written to a cache
         0,
         True,
     ),
     "rejected": (lambda call: call.rejected(), True, 0, 0, False),
     "rejected, no error": (lambda call: call.rejected(), False, 0, 0, False),
-    "rejected, then accepted": (lambda call: (call.rejected(), call.finish(USED)), False, COST, 0, False),
-    "rejected, then reported on": (lambda call: (call.rejected(), call.report(USED)), True, COST, 0, True),
+    "rejected, then finished": (lambda call: (call.rejected(), call.finish(USED)), False, COST, 0, False),
+    "rejected, then another report": (lambda call: (call.rejected(), call.report(USED)), True, COST, 0, True),
     "unknown": (lambda call: call.unknown(), True, 0, WORST, False),
     "unknown, no error": (lambda call: call.unknown(), False, 0, WORST, False),
     "reported, then unknown": (lambda call: (call.report(USED), call.unknown()), True, 0, WORST, False),
@@ -108,20 +108,20 @@ WAYS = {
     "unreported, then an error": (lambda call: call.unreported(), True, WORST, 0, True),
     "unreported, then finished": (lambda call: (call.unreported(), call.finish(USED)), False, COST, 0, False),
     "finished, then unreported": (lambda call: (call.finish(USED), call.unreported()), False, COST, 0, False),
-    "nothing said, an error": (lambda call: None, True, 0, WORST, False),
-    "nothing said": (lambda call: None, False, WORST, 0, True),
+    "no report, an error": (lambda call: None, True, 0, WORST, False),
+    "no report": (lambda call: None, False, WORST, 0, True),
 }
 
 
-@pytest.mark.parametrize(("said", "raises", "spent", "held", "estimated"), WAYS.values(), ids=WAYS)
-async def test_each_way_through_an_async_call(client, limiter, meter, said, raises, spent, held, estimated):
+@pytest.mark.parametrize(("reports", "raises", "spent", "held", "estimated"), OUTCOMES.values(), ids=OUTCOMES)
+async def test_an_async_call_settles_by_its_reports(client, limiter, meter, reports, raises, spent, held, estimated):
     try:
         async with meter.call(**CALL) as call:
             assert spent_and_held(client) == (0, WORST)
-            said(call)
+            reports(call)
             if raises:
-                raise Work
-    except Work:
+                raise BlockError
+    except BlockError:
         assert raises
     assert spent_and_held(client) == (spent, held)
     page = await limiter.ledger("agent")
@@ -131,21 +131,21 @@ async def test_each_way_through_an_async_call(client, limiter, meter, said, rais
         assert not page
 
 
-@pytest.mark.parametrize(("said", "raises", "spent", "held", "estimated"), WAYS.values(), ids=WAYS)
-def test_each_way_through_a_sync_call(client, sync_limiter, sync_meter, said, raises, spent, held, estimated):
+@pytest.mark.parametrize(("reports", "raises", "spent", "held", "estimated"), OUTCOMES.values(), ids=OUTCOMES)
+def test_a_sync_call_settles_by_its_reports(client, sync_limiter, sync_meter, reports, raises, spent, held, estimated):
     try:
         with sync_meter.call(**CALL) as call:
             assert spent_and_held(client) == (0, WORST)
-            said(call)
+            reports(call)
             if raises:
-                raise Work
-    except Work:
+                raise BlockError
+    except BlockError:
         assert raises
     assert spent_and_held(client) == (spent, held)
     assert all(("estimated" in entry.operation) == estimated for entry in sync_limiter.ledger("agent"))
 
 
-async def test_a_reservation_that_is_kept_comes_due_and_is_charged(client, limiter):
+async def test_a_call_with_unknown_outcome_is_charged_when_its_reservation_expires(client, limiter):
     meter = Meter(limiter, pricer=PRICES, ttl=1)
     async with meter.call(**CALL) as call:
         call.unknown()
@@ -159,7 +159,7 @@ async def _expired(limiter):
     return status if status.unconfirmed else None
 
 
-async def test_a_call_tells_what_it_cost(meter):
+async def test_a_call_exposes_its_worst_case_cost_and_usage(meter):
     async with meter.call(**CALL) as call:
         assert (call.worst_case.amount, call.cost, call.usage) == (Decimal("0.075"), None, None)
         call.report(Usage(100))
@@ -169,7 +169,7 @@ async def test_a_call_tells_what_it_cost(meter):
     assert [line.name for line in call.cost.lines] == ["input", "cached input", "output"]
 
 
-async def test_what_is_reported_is_accrued_at_once_and_never_less(meter):
+async def test_reports_are_accrued_at_once_and_never_reduced(meter):
     async with meter.call(**CALL) as call:
         for usage, accrued in [(Usage(100), "0.001"), (Usage(100, 10), "0.0015"), (Usage(100, 9), "0.0015")]:
             call.report(usage)
@@ -177,10 +177,10 @@ async def test_what_is_reported_is_accrued_at_once_and_never_less(meter):
         call.finish(Usage(100, 11))
 
 
-# -- what is refused ---------------------------------------------------------------------------------------------------
+# -- denials and invalid arguments -------------------------------------------------------------------------------------
 
 
-async def test_a_call_without_room_is_denied_before_anything_is_sent(client, limiter, meter):
+async def test_a_call_that_does_not_fit_is_denied_before_its_block_runs(client, limiter, meter):
     await limiter.record("agent", "0.93")
     before = dump(client)
     sent = False
@@ -199,13 +199,13 @@ async def test_a_model_without_a_price_reserves_nothing(client, meter):
     assert dump(client) == before
 
 
-async def test_budgets_that_a_call_cannot_be_counted_in_are_refused(limiter):
+async def test_a_meter_rejects_invalid_arguments(limiter):
     with pytest.raises(InvalidArgument, match="'pages' counts pages"):
         Meter(limiter, ["agent", "pages"], PRICES)
     with pytest.raises(UnknownBudget, match="'nowhere'"):
         Meter(limiter, ["nowhere"], PRICES)
     for budgets in ("agent", []):
-        with pytest.raises(InvalidArgument, match="in a list"):
+        with pytest.raises(InvalidArgument, match="non-empty list"):
             Meter(limiter, budgets, PRICES)
     with pytest.raises(InvalidArgument, match="ttl"):
         Meter(limiter, pricer=PRICES, ttl=0)
@@ -228,12 +228,12 @@ async def test_budgets_that_a_call_cannot_be_counted_in_are_refused(limiter):
         {"operation": ""},
     ],
 )
-async def test_arguments_of_a_call_that_are_not_usable_are_refused(meter, wrong):
+async def test_a_call_rejects_invalid_arguments(meter, wrong):
     with pytest.raises(InvalidArgument, match=next(iter(wrong))):
         meter.call(**CALL | wrong)
 
 
-async def test_a_call_is_entered_once_and_spoken_of_inside(meter):
+async def test_a_call_is_entered_once_and_accepts_reports_inside_its_block_only(meter):
     call = meter.call(**CALL)
     with pytest.raises(InvalidArgument, match="inside its block"):
         call.finish(USED)
@@ -246,7 +246,7 @@ async def test_a_call_is_entered_once_and_spoken_of_inside(meter):
             pass
 
 
-async def test_with_and_async_with_go_with_their_limiters(meter, sync_meter):
+async def test_async_limiters_need_async_with_and_sync_limiters_need_with(meter, sync_meter):
     with pytest.raises(TypeError, match="use `async with`"), meter.call(**CALL):
         pass
     with pytest.raises(TypeError, match="use `with`"):
@@ -299,41 +299,41 @@ async def test_a_model_that_is_free_is_admitted_and_costs_nothing(client, limite
         await meter.call(**CALL).__aenter__()
 
 
-@pytest.mark.parametrize("said", [None, "report"])
-async def test_usage_without_input_is_credible_where_a_call_has_none(client, limiter, said):
-    """Such as of a model that is billed per image, or of a call that was bounded without input."""
+@pytest.mark.parametrize("with_report", [False, True])
+async def test_usage_without_input_is_credible_for_a_call_without_input(client, limiter, with_report):
+    """For example a model that is billed per image."""
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", "10", "50", request="0.01")]))
     async with meter.call(**{**CALL, "input_tokens_max": 0}) as call:
-        if said:
+        if with_report:
             call.report(Usage(0, 1))
         call.finish(Usage(0, 2))
     assert (call.estimated, spent_and_held(client)) == (False, (10_100_000, 0))
 
 
-async def test_usage_that_cannot_be_priced_is_charged_in_full(client, meter, caplog):
+async def test_usage_without_a_price_is_charged_at_the_worst_case(client, meter, caplog):
     async with meter.call(**CALL) as call:
         call.finish(Usage(10, 10, other={"web_searches": 1}))
     assert spent_and_held(client) == (WORST, 0)
     assert call.estimated
-    assert "cannot be priced" in caplog.text
+    assert "pricing failed for acme/road" in caplog.text
 
 
-async def test_a_call_that_broke_off_is_charged_by_the_dearest_tier_if_none_was_told(client, limiter):
+async def test_a_failed_call_is_charged_at_the_dearest_tier_unless_it_named_one(client, limiter):
     meter = Meter(limiter)
-    asked = {"provider": "openai", "model": "gpt-4.1-mini", "input_tokens_max": 1000, "output_tokens_max": 100}
+    request = {"provider": "openai", "model": "gpt-4.1-mini", "input_tokens_max": 1000, "output_tokens_max": 100}
     at = datetime.now(UTC)
     for tier, charged in ((None, "priority"), ("default", "")):
-        told = {} if tier is None else {"service_tier": ""}
-        with pytest.raises(Work):
-            async with meter.call(**asked, **told) as call:
+        options = {} if tier is None else {"service_tier": ""}
+        with pytest.raises(BlockError):
+            async with meter.call(**request, **options) as call:
                 call.report(Usage(0, 40))
-                raise Work
+                raise BlockError
         expected = meter.pricer.price("openai", "gpt-4.1-mini", Usage(1000, 40, service_tier=charged), at)
         assert call.cost.nanos == expected.nanos
     assert spent_and_held(client)[1] == 0
 
 
-async def test_usage_that_can_be_priced_after_all_is_no_estimate(client, meter):
+async def test_a_final_usage_with_a_price_replaces_a_report_without_one(client, meter):
     async with meter.call(**CALL) as call:
         call.report(Usage(10, 10, other={"web_searches": 1}))
         call.finish(USED)
@@ -371,8 +371,8 @@ async def proxy(server, tmp_path_factory):
 
 
 @pytest.fixture
-async def distant(proxy):
-    """A limiter behind the proxy, that has met the server."""
+async def proxied_limiter(proxy):
+    """A limiter behind the proxy, already connected."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as made:
         with pytest.raises(BudgetExceeded):
             await made.reserve("agent", "6.00")
@@ -385,20 +385,20 @@ async def cancelled(task: asyncio.Task) -> None:
         await task
 
 
-async def test_a_call_cancelled_while_it_is_reserved_leaves_nothing(client, proxy, distant):
+async def test_a_call_cancelled_during_its_reservation_holds_nothing(client, proxy, proxied_limiter):
     proxy.hold_replies()
-    task = asyncio.create_task(Meter(distant, pricer=PRICES).call(**CALL).__aenter__())
+    task = asyncio.create_task(Meter(proxied_limiter, pricer=PRICES).call(**CALL).__aenter__())
     await until(lambda: sums(client)["held"] == WORST)
     await cancelled(task)
     proxy.let_go()
     await until(lambda: spent_and_held(client) == (0, 0))
 
 
-async def test_a_settlement_that_was_begun_completes_though_it_is_cancelled(client, proxy, distant):
+async def test_a_settlement_completes_although_its_caller_is_cancelled(client, proxy, proxied_limiter):
     entered, leave = asyncio.Event(), asyncio.Event()
 
     async def work():
-        async with Meter(distant, pricer=PRICES).call(**CALL) as call:
+        async with Meter(proxied_limiter, pricer=PRICES).call(**CALL) as call:
             entered.set()
             await leave.wait()
             call.finish(USED)
@@ -411,11 +411,11 @@ async def test_a_settlement_that_was_begun_completes_though_it_is_cancelled(clie
     await cancelled(task)
     proxy.let_go()
     assert spent_and_held(client) == (COST, 0)
-    async with distant.hold("agent", "0.01"):
+    async with proxied_limiter.hold("agent", "0.01"):
         assert spent_and_held(client)[0] == COST
 
 
-async def test_a_stream_that_is_cancelled_commits_what_it_reported(client, limiter, meter):
+async def test_a_cancelled_stream_commits_its_latest_report(client, limiter, meter):
     reported = asyncio.Event()
 
     async def stream():
@@ -431,21 +431,21 @@ async def test_a_stream_that_is_cancelled_commits_what_it_reported(client, limit
     assert (await limiter.ledger("agent"))[0].operation.endswith(" estimated")
 
 
-async def test_a_store_that_is_away_when_a_call_ends_takes_neither_its_answer_nor_its_cost(start_server, caplog):
+async def test_a_call_that_ends_during_an_outage_succeeds_and_is_settled_later(start_server, caplog):
     own = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.3) as limiter:
         with caplog.at_level(logging.ERROR):
             async with Meter(limiter, pricer=PRICES).call(**CALL) as call:
                 own.kill()
                 call.finish(USED)
-        assert "could not be settled" in caplog.text
+        assert "settlement failed for <MeteredCall chat acme/road finished>" in caplog.text
         own.start()
         await until(lambda: not limiter.unresolved)
         with own.client() as client:
             assert spent_and_held(client) == (COST, 0)
 
 
-async def test_calls_that_a_store_which_is_away_lets_pass_are_recorded_when_it_is_back(start_server):
+async def test_calls_admitted_during_an_outage_are_recorded_after_it(start_server):
     own = start_server()
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         meter = Meter(limiter, ["agent", "tokens"], PRICES)
@@ -463,13 +463,13 @@ async def test_calls_that_a_store_which_is_away_lets_pass_are_recorded_when_it_i
             assert spent_and_held(client, "tokens") == (3600, 0)
 
 
-# -- many at once ------------------------------------------------------------------------------------------------------
+# -- concurrency -------------------------------------------------------------------------------------------------------
 
 
 async def test_concurrent_calls_stay_below_the_cap_and_are_billed_exactly(client, meter):
     admitted = []
 
-    async def ask(number: int) -> None:
+    async def make_call(number: int) -> None:
         try:
             async with meter.call(**CALL) as call:
                 assert counted(client) <= to_units("1.00")
@@ -481,7 +481,7 @@ async def test_concurrent_calls_stay_below_the_cap_and_are_billed_exactly(client
             return
         admitted.append(usage)
 
-    await asyncio.gather(*(ask(number) for number in range(40)))
+    await asyncio.gather(*(make_call(number) for number in range(40)))
     assert 13 <= len(admitted) < 40
     assert spent_and_held(client) == (sum(u.input_tokens * 10_000 + u.output_tokens * 50_000 for u in admitted), 0)
 
@@ -489,7 +489,7 @@ async def test_concurrent_calls_stay_below_the_cap_and_are_billed_exactly(client
 def test_threads_stay_below_the_cap_and_are_billed_exactly(client, sync_meter):
     admitted, barrier = [], threading.Barrier(20)
 
-    def ask(number: int) -> None:
+    def make_call(number: int) -> None:
         barrier.wait()
         try:
             with sync_meter.call(**CALL) as call:
@@ -499,7 +499,7 @@ def test_threads_stay_below_the_cap_and_are_billed_exactly(client, sync_meter):
             return
         admitted.append(usage)
 
-    threads = [threading.Thread(target=ask, args=(number,)) for number in range(20)]
+    threads = [threading.Thread(target=make_call, args=(number,)) for number in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -508,7 +508,7 @@ def test_threads_stay_below_the_cap_and_are_billed_exactly(client, sync_meter):
     assert spent_and_held(client) == (sum(u.input_tokens * 10_000 + u.output_tokens * 50_000 for u in admitted), 0)
 
 
-async def test_heartbeats_keep_the_reservation_of_a_long_call(client, limiter):
+async def test_heartbeats_extend_the_reservation_of_a_long_call(client, limiter):
     meter = Meter(limiter, pricer=PRICES, ttl=1)
     async with meter.call(**CALL) as call:
         first = call.hold.expires_at
@@ -520,7 +520,7 @@ async def test_heartbeats_keep_the_reservation_of_a_long_call(client, limiter):
     assert spent_and_held(client) == (COST, 0)
 
 
-def test_heartbeats_keep_the_reservation_of_a_long_sync_call(sync_limiter):
+def test_heartbeats_extend_the_reservation_of_a_long_sync_call(sync_limiter):
     meter = Meter(sync_limiter, pricer=PRICES, ttl=1)
     with meter.call(**CALL) as call:
         first = call.hold.expires_at

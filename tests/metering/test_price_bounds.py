@@ -1,4 +1,4 @@
-"""For every model of the price list: what a call costs is never above what was reserved for it, and never lost."""
+"""Properties of every listed model: no cost above the worst case, and no usage free by mistake."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from ktrdr_budget.errors import UnknownPrice
 from ktrdr_budget.metering.prices import ModelPrice, Prices
-from ktrdr_budget.metering.rates import _EXACT
+from ktrdr_budget.metering.rates import EXACT_CONTEXT
 from ktrdr_budget.metering.usage import Usage
 
 PRICES = Prices()
@@ -24,7 +24,7 @@ MODELS = [(provider.id, model.id) for provider in SNAPSHOT.providers for model i
 BEGINNING = datetime(2024, 1, 1, tzinfo=UTC)
 TOKENS_MAX = 2_000_000
 TIERS = ("", "default", "priority", "flex", "fast", "batch", "standard")
-ASKED = (None, *TIERS)
+REQUESTED_TIERS = (None, *TIERS)
 
 
 @st.composite
@@ -44,20 +44,25 @@ def times() -> st.SearchStrategy[datetime]:
 
 @settings(max_examples=400, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(
-    st.sampled_from(MODELS), usages(), st.integers(0, 10_000), st.integers(0, 10_000), times(), st.sampled_from(ASKED)
+    st.sampled_from(MODELS),
+    usages(),
+    st.integers(0, 10_000),
+    st.integers(0, 10_000),
+    times(),
+    st.sampled_from(REQUESTED_TIERS),
 )
 @example(("anthropic", "claude-haiku-5-5"), Usage(100_001, 5, 0, 100_001, 100_001), 0, 0, BEGINNING, None)
 @example(("openai", "gpt-5"), Usage(10, 10), 0, 0, datetime(2026, 11, 1, tzinfo=UTC), None)
-def test_no_usage_within_the_bounds_costs_more_than_the_worst_case(model, usage, more_in, more_out, at, asked):
+def test_no_usage_within_the_bounds_costs_more_than_the_worst_case(model, usage, more_in, more_out, at, requested_tier):
     bounds = usage.input_tokens + more_in, usage.output_tokens + more_out
     try:
-        worst = PRICES.worst_case(*model, *bounds, at, service_tier=asked)
+        worst = PRICES.worst_case(*model, *bounds, at, service_tier=requested_tier)
     except UnknownPrice:
         assume(False)
-    # What a provider may serve it in: anything if nobody asked, else that tier or, if it is full, the standard one.
-    served = ("", "default", "priority", "flex", "fast") if asked is None else ("", asked)
-    if asked is None and model[0] == "anthropic":
-        served = ("",)  # its `fast` is a speed that has to be asked for
+    # The provider may choose any tier unless the request names one; a full tier passes calls on to the standard one.
+    served = ("", "default", "priority", "flex", "fast") if requested_tier is None else ("", requested_tier)
+    if requested_tier is None and model[0] == "anthropic":
+        served = ("",)  # its `fast` tier needs a request parameter
     for tier in served:
         used = replace(usage, service_tier=tier)
         assert PRICES.price(*model, used, at).nanos <= worst.nanos
@@ -66,7 +71,7 @@ def test_no_usage_within_the_bounds_costs_more_than_the_worst_case(model, usage,
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(st.sampled_from(MODELS), usages(), times(), st.sampled_from(TIERS))
-def test_a_cost_is_the_one_that_the_list_computes_rounded_up(model, usage, at, tier):
+def test_a_cost_equals_the_price_list_s_own_computation_rounded_up(model, usage, at, tier):
     used = replace(usage, service_tier=tier)
     try:
         cost = PRICES.price(*model, used, at)
@@ -79,7 +84,7 @@ def test_a_cost_is_the_one_that_the_list_computes_rounded_up(model, usage, at, t
             cache_read_tokens=used.cache_read_tokens,
             cache_write_tokens=used.cache_write_tokens,
             cache_write_1h_tokens=used.cache_write_1h_tokens,
-            cache_audio_read_tokens=0,  # the list wants to be told that the parts do not overlap
+            cache_audio_read_tokens=0,  # genai-prices needs an explicit 0 for non-overlapping parts
             **used.other,
         ),
         model[1],
@@ -106,9 +111,9 @@ def test_no_usage_costs_more_than_the_worst_case_of_a_configured_price(usage, gi
 
 
 @pytest.mark.parametrize("input_tokens", [0, 1])
-def test_no_model_of_the_list_costs_nothing_for_what_it_is_not_priced_by(input_tokens):
+def test_no_listed_model_is_free_for_tokens_without_a_price(input_tokens):
     now = datetime(2026, 11, 23, tzinfo=UTC)
-    found = [names for names in MODELS if PRICES.price_list.find(*names)]  # a few are found by other names only
+    found = [names for names in MODELS if PRICES.price_list.find(*names)]  # a few have other names only
     assert len(found) > 2000
     for provider, model in found:
         info = SNAPSHOT.find_provider_model(model, None, provider, None)[1]
@@ -121,8 +126,8 @@ def test_no_model_of_the_list_costs_nothing_for_what_it_is_not_priced_by(input_t
                 PRICES.price(provider, model, usage, now)
 
 
-def test_prices_of_the_list_change_at_whole_minutes():
-    """For which prices are remembered."""
+def test_listed_prices_change_at_whole_minutes():
+    """Prices are cached per minute."""
     for provider in SNAPSHOT.providers:
         for model in provider.models:
             conditions = [] if isinstance(model.prices, types.ModelPrice) else model.prices
@@ -134,4 +139,4 @@ def test_prices_of_the_list_change_at_whole_minutes():
 
 def test_sums_are_exact():
     longest = 10**3 * 2**53 * 10**9
-    assert len(str(longest)) * 2 < _EXACT.prec
+    assert len(str(longest)) * 2 < EXACT_CONTEXT.prec

@@ -1,4 +1,4 @@
-"""Configured prices, the price list, a fixed cost: which one counts, and that it is never nothing."""
+"""Price lookup: configured prices, then the price list, then a fixed cost; a model without a price is refused."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_each_part_has_its_configured_price():
     assert sum(line.amount for line in cost.lines) == cost.amount
 
 
-def test_a_cache_without_a_price_of_its_own_costs_as_much_as_input():
+def test_cached_tokens_without_their_own_price_cost_as_much_as_input():
     price = Prices([ModelPrice("p", "m", "3", "8")])
     assert price.price("p", "m", Usage(1000, 0, 500, 300), NOW).nanos == 1000 * 3000
 
@@ -55,7 +55,7 @@ def test_a_cost_is_rounded_up_once():
     assert prices.price("p", "m", Usage(1, 3), NOW).nanos == 2
 
 
-def test_a_price_given_as_a_float_is_what_is_written():
+def test_a_float_price_is_exact_in_decimal():
     assert Prices([ModelPrice("p", "m", 0.1, 0.2)]).price("p", "m", Usage(3, 0), NOW).nanos == 300
 
 
@@ -63,7 +63,7 @@ def test_a_price_given_as_a_float_is_what_is_written():
     ("model", "expected"),
     [("gpt-9", 4000), ("gpt-9-mini", 3000), ("gpt-9-mini-2026", 2000), ("gpt-8", 1000), ("GPT-9", 4000)],
 )
-def test_the_name_of_a_model_wins_over_a_beginning_of_it_and_a_longer_one_over_a_shorter(model, expected):
+def test_an_exact_model_name_wins_over_prefixes_and_longer_prefixes_over_shorter_ones(model, expected):
     table = [
         ModelPrice("p", "gpt-*", 1, 1),
         ModelPrice("p", "gpt-9-mini-*", 2, 1),
@@ -75,22 +75,22 @@ def test_the_name_of_a_model_wins_over_a_beginning_of_it_and_a_longer_one_over_a
     assert prices.price("p", model, Usage(1), NOW).nanos == expected
 
 
-def test_a_price_of_another_provider_does_not_count():
+def test_a_price_applies_to_its_provider_only():
     with pytest.raises(UnknownPrice):
         Prices([SCRIPTED]).price("other", "ktrdr-scripted-1", Usage(1), NOW)
 
 
-# -- without a price ---------------------------------------------------------------------------------------------------
+# -- models without a price --------------------------------------------------------------------------------------------
 
-PRICELESS = [
-    ("nobody", "nothing"),
+UNPRICED = [
+    ("no-provider", "no-model"),
     ("openai", "gpt-99"),
     ("openrouter", "deepseek/deepseek-r1:free"),  # listed without any price
     ("groq", "whisper-large-v3"),  # priced by the hour: its tokens would cost nothing
 ]
 
 
-@pytest.mark.parametrize(("provider", "model"), PRICELESS)
+@pytest.mark.parametrize(("provider", "model"), UNPRICED)
 def test_a_model_without_a_price_is_refused(provider, model):
     prices = Prices()
     with pytest.raises(UnknownPrice, match=f"{provider}/{model}"):
@@ -99,43 +99,43 @@ def test_a_model_without_a_price_is_refused(provider, model):
         prices.worst_case(provider, model, 1000, 10, NOW)
 
 
-@pytest.mark.parametrize(("provider", "model"), PRICELESS)
-def test_a_fixed_cost_counts_for_a_model_without_a_price(provider, model):
+@pytest.mark.parametrize(("provider", "model"), UNPRICED)
+def test_a_fixed_cost_applies_to_a_model_without_a_price(provider, model):
     prices = Prices(fixed_cost="0.02")
     for cost in (prices.price(provider, model, Usage(5), NOW), prices.worst_case(provider, model, 5, 5, NOW)):
         assert (cost.nanos, cost.source) == (to_units("0.02"), "fixed")
         assert [(line.name, line.count, line.price) for line in cost.lines] == [("request", 1, Decimal("0.02"))]
 
 
-def test_a_fixed_cost_does_not_count_where_there_is_a_price():
+def test_a_fixed_cost_does_not_apply_to_a_model_with_a_price():
     assert Prices(fixed_cost="9").price("openai", "gpt-4o-mini", Usage(1000), NOW).nanos == 150_000
 
 
-def test_output_of_a_model_that_is_priced_by_input_alone_is_refused():
+def test_output_is_refused_for_a_model_with_an_input_price_only():
     prices = Prices()
     assert prices.price("openai", "text-embedding-3-small", Usage(1000), NOW).nanos == 20_000
     with pytest.raises(UnknownPrice):
         prices.worst_case("openai", "text-embedding-3-small", 1000, 1, NOW)
 
 
-def test_something_billed_that_has_no_price_is_refused():
+def test_a_billed_unit_without_a_price_is_refused():
     with pytest.raises(UnknownPrice):
         Prices([SCRIPTED]).worst_case("scripted", "ktrdr-scripted-1", 1, 1, NOW, other_max={"web_searches": 1})
 
 
 @pytest.mark.parametrize("cost", ["0", "-1", "x", float("nan")])
-def test_a_fixed_cost_is_a_positive_amount(cost):
+def test_a_fixed_cost_must_be_a_positive_amount(cost):
     with pytest.raises(InvalidAmount):
         Prices(fixed_cost=cost)
 
 
-def test_a_missing_price_list_says_what_to_install(monkeypatch):
+def test_the_error_of_a_missing_price_list_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "genai_prices", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'ktrdr-budget\[llm\]'"):
         Prices(fixed_cost=1).worst_case("openai", "gpt-5", 1, 1, NOW)
 
 
-def test_a_list_that_the_program_has_updated_is_used_and_named():
+def test_an_updated_price_list_is_used_and_named_as_the_source():
     prices = Prices()
     assert prices.price("openai", "gpt-5", Usage(1000), NOW).nanos == 1_250_000
     model = types.ModelInfo(
@@ -163,38 +163,38 @@ def test_a_list_that_the_program_has_updated_is_used_and_named():
 # -- the worst case ----------------------------------------------------------------------------------------------------
 
 
-def test_the_worst_case_takes_input_for_a_cache_write_of_an_hour():
+def test_the_worst_case_prices_input_as_a_one_hour_cache_write():
     assert Prices().worst_case("anthropic", "claude-sonnet-4-6", 1000, 100, NOW).nanos == 1000 * 6000 + 100 * 15_000
 
 
-def test_the_worst_case_takes_the_dearest_tier_that_nobody_asked_for():
+def test_the_worst_case_assumes_the_dearest_tier_unless_the_call_names_one():
     prices = Prices()
-    unasked = prices.worst_case("openai", "gpt-5", 1000, 100, NOW)
-    assert unasked.nanos == 1000 * 2500 + 100 * 20_000
-    assert prices.worst_case("openai", "gpt-5", 1000, 100, NOW, service_tier="priority") == unasked
+    default = prices.worst_case("openai", "gpt-5", 1000, 100, NOW)
+    assert default.nanos == 1000 * 2500 + 100 * 20_000
+    assert prices.worst_case("openai", "gpt-5", 1000, 100, NOW, service_tier="priority") == default
     standard = prices.worst_case("openai", "gpt-5", 1000, 100, NOW, service_tier="default")
     assert standard.nanos == 1000 * 1250 + 100 * 10_000
-    # Flex hands a call down to the standard tier when it is full.
+    # A full flex tier passes calls on to the standard tier.
     assert prices.worst_case("openai", "gpt-5", 1000, 100, NOW, service_tier="flex") == standard
 
 
-def test_the_worst_case_takes_the_context_tier_that_its_input_may_reach():
+def test_the_worst_case_assumes_the_context_tier_of_the_input_bound():
     prices = Prices()
     assert prices.worst_case("google", "gemini-2.5-pro", 200_000, 1, NOW).nanos == 200_000 * 1250 + 10_000
     assert prices.worst_case("google", "gemini-2.5-pro", 200_001, 1, NOW).nanos == 200_001 * 2500 + 15_000
 
 
-def test_the_worst_case_holds_what_is_billed_beside_tokens():
+def test_the_worst_case_includes_billed_units_other_than_tokens():
     worst = Prices().worst_case("anthropic", "claude-sonnet-4-6", 1, 0, NOW, other_max={"web_searches": 5})
     assert worst.nanos == 6000 + to_units("0.05")
 
 
-def test_the_worst_case_of_a_configured_price_holds_the_request_and_the_dearest_input():
+def test_the_worst_case_of_a_configured_price_includes_the_request_and_the_dearest_input():
     price = ModelPrice("p", "m", "1", "8", cached_input="0.1", cache_write="1.25", request="0.01")
     assert Prices([price]).worst_case("p", "m", 1000, 10, NOW).nanos == 1_250_000 + 80_000 + 10_000_000
 
 
-def test_a_time_without_a_timezone_is_refused():
+def test_a_naive_datetime_is_rejected():
     with pytest.raises(InvalidArgument, match="aware"):
         Prices().price("openai", "gpt-5", Usage(1), datetime(2026, 11, 23))
 
@@ -213,7 +213,7 @@ def test_a_time_without_a_timezone_is_refused():
         {"other": {"web_searches": -1}},
     ],
 )
-def test_usage_is_whole_and_its_parts_are_in_their_whole(counts):
+def test_usage_rejects_invalid_counts_and_parts_above_their_total(counts):
     with pytest.raises(InvalidArgument):
         Usage(**counts)
 
@@ -226,7 +226,7 @@ def write(path, text):
     return str(path)
 
 
-def test_prices_come_from_the_environment(tmp_path):
+def test_prices_are_read_from_the_environment(tmp_path):
     file = write(
         tmp_path / "prices.toml",
         """
@@ -249,18 +249,18 @@ def test_prices_come_from_the_environment(tmp_path):
     prices = Prices.from_environment({"KTRDR_PRICES_FILE": file, "KTRDR_FIXED_CALL_COST": "0.05"}, [SCRIPTED])
     assert prices.price("acme", "road-runner", Usage(3, 1), NOW).nanos == 300 + 300 + 1000
     assert prices.price("openai", "gpt-5", Usage(10, 1, 2, 3), NOW).nanos == 5000 + 1000 + 4500 + 2000
-    assert prices.price("nobody", "nothing", Usage(1), NOW).amount == Decimal("0.05")
+    assert prices.price("no-provider", "no-model", Usage(1), NOW).amount == Decimal("0.05")
     assert prices.price("scripted", "ktrdr-scripted-1", Usage(1), NOW).nanos == 15_000
 
 
-def test_without_settings_there_is_the_price_list_alone():
+def test_an_empty_environment_uses_the_price_list_only():
     prices = Prices.from_environment({"KTRDR_PRICES_FILE": " ", "KTRDR_FIXED_CALL_COST": ""})
     with pytest.raises(UnknownPrice):
-        prices.price("nobody", "nothing", Usage(1), NOW)
+        prices.price("no-provider", "no-model", Usage(1), NOW)
 
 
 @pytest.mark.parametrize(
-    ("text", "words"),
+    ("text", "message"),
     [
         ("prices = 1", "tables"),
         ("[[price]]", "tables"),
@@ -268,24 +268,24 @@ def test_without_settings_there_is_the_price_list_alone():
         ("[[prices]]\nprovider='p'\nmodel='m'\ninput=1\noutput=1\ninputs=1", "it has provider, model, input"),
         ("[[prices]]\nprovider='p'\nmodel='m'\ninput=-1\noutput=1", "price of p/m: -1 is not an amount"),
         ("[[prices]]\nprovider='p'\nmodel='m'\ninput=nan\noutput=1", "NaN is not an amount"),
-        ("[[prices]]\nprovider=''\nmodel='m'\ninput=1\noutput=1", "name of its provider"),
+        ("[[prices]]\nprovider=''\nmodel='m'\ninput=1\noutput=1", "a price needs a non-empty provider"),
         ("[[prices", "cannot read"),
     ],
 )
-def test_a_file_of_prices_that_is_not_usable_is_refused(tmp_path, text, words):
+def test_an_invalid_price_file_is_rejected(tmp_path, text, message):
     file = write(tmp_path / "prices.toml", text)
-    with pytest.raises(InvalidArgument, match=words):
+    with pytest.raises(InvalidArgument, match=message):
         load_prices(file)
     with pytest.raises(InvalidArgument, match="^KTRDR_PRICES_FILE: "):
         Prices.from_environment({"KTRDR_PRICES_FILE": file})
 
 
-def test_a_file_of_prices_that_is_not_there_is_named(tmp_path):
+def test_the_error_of_a_missing_price_file_names_the_file(tmp_path):
     with pytest.raises(InvalidArgument, match=r"nowhere\.toml': No such file"):
         load_prices(tmp_path / "nowhere.toml")
 
 
 @pytest.mark.parametrize("cost", ["0", "free", "-0.1"])
-def test_a_fixed_cost_of_the_environment_that_is_not_usable_is_refused(cost):
+def test_an_invalid_fixed_cost_in_the_environment_is_rejected(cost):
     with pytest.raises(InvalidAmount, match="^KTRDR_FIXED_CALL_COST: "):
         Prices.from_environment({"KTRDR_FIXED_CALL_COST": cost})

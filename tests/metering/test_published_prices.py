@@ -1,10 +1,10 @@
-"""What calls cost, against what their providers publish.
+"""Costs compared with the prices that providers publish.
 
-The figures below were typed from the pages named, not from the price list, and the sums are done another way. The pages
-were read on 2026-11-23 in stored copies: Anthropic's and OpenAI's of 2026, xAI's of 2026, DeepSeek's of September 2025
-(it announces the end of the prices below for 2025-09-05), Google's in the transcript of 2026-10-07 that
-https://github.com/api-evangelist/deepmind keeps (plans/deepmind-plans-pricing.yml), its cached input and the output of
-2.5 Pro in quotations of the same page at https://discuss.ai.google.dev/t/107349.
+The figures below were copied from the named pages, not from the price list, and the sums are computed independently.
+The pages were read on 2026-11-23 in stored copies: Anthropic's and OpenAI's of 2026, xAI's of 2026, DeepSeek's of
+September 2025 (which ends the prices below on 2025-09-05). Google's page is the transcript of 2026-10-07 at
+https://github.com/api-evangelist/deepmind (plans/deepmind-plans-pricing.yml); its cached input and the output of 2.5
+Pro are quotations of the same page at https://discuss.ai.google.dev/t/107349.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PROMOTION_END = datetime(2027, 1, 1, tzinfo=UTC)
 
 @dataclass(frozen=True)
 class Published:
-    """Dollars per million tokens, as a page says them."""
+    """Published prices, in dollars per million tokens."""
 
     page: str
     provider: str
@@ -40,12 +40,12 @@ class Published:
     input: str
     output: str
     cached: str
-    """Empty if the page was not seen to tell."""
+    """Empty if the copy of the page does not show it."""
     write: str = ""
     write_1h: str = ""
     tier: str = ""
     long_from: int = 0
-    """These are the prices of a call with more input than that."""
+    """The prices apply to calls with more input tokens than this."""
     at: datetime = READ
 
     def __str__(self) -> str:
@@ -100,7 +100,7 @@ def prices() -> Prices:
 
 
 def nanos_of(row: Published, usage: Usage) -> int:
-    """By hand: nano-dollars, each count times its price, rounded up once."""
+    """The cost in nano-dollars, computed here: each count times its price, rounded up once."""
     writes_1h = usage.cache_write_1h_tokens
     parts = [
         (usage.cache_read_tokens, row.cached or row.input),
@@ -115,7 +115,7 @@ def nanos_of(row: Published, usage: Usage) -> int:
 
 @pytest.mark.parametrize("row", TABLE, ids=str)
 @pytest.mark.parametrize(("cached", "written", "written_1h", "output"), [(0, 0, 0, 1), (7, 501, 100, 333)])
-def test_a_call_costs_what_its_provider_publishes(prices, row, cached, written, written_1h, output):
+def test_the_cost_of_a_call_matches_the_published_prices(prices, row, cached, written, written_1h, output):
     cached = cached if row.cached else 0
     usage = Usage((row.long_from or 599) + 1, output, cached, written, written_1h, service_tier=row.tier)
     cost = prices.price(row.provider, row.model, usage, row.at)
@@ -123,37 +123,37 @@ def test_a_call_costs_what_its_provider_publishes(prices, row, cached, written, 
     assert cost.source == "genai-prices/0.2.3"
 
 
-def test_the_table_speaks_of_a_dozen_models_of_four_providers_with_caches_and_tiers():
+def test_the_table_covers_a_dozen_models_of_four_providers_with_caches_and_tiers():
     assert len({row.model for row in TABLE}) >= 12
     assert len({row.provider for row in TABLE}) >= 4
     assert {bool(row.write_1h) for row in TABLE} == {bool(row.tier) for row in TABLE} == {True, False}
     assert sum(bool(row.long_from) for row in TABLE) >= 3
 
 
-def test_the_price_list_is_the_one_that_the_table_was_checked_against():
+def test_the_installed_price_list_has_the_verified_version():
     assert importlib.metadata.version("genai-prices") == "0.2.3"
 
 
-def test_a_context_tier_begins_above_its_threshold_and_holds_for_all_tokens(prices):
+def test_a_context_tier_begins_above_its_threshold_and_applies_to_all_tokens(prices):
     at_threshold = prices.price("google", "gemini-2.5-pro", Usage(200_000, 1000), READ)
     above = prices.price("google", "gemini-2.5-pro", Usage(200_001, 1000), READ)
     assert at_threshold.nanos == to_units("0.26")
     assert above.nanos == to_units("0.5150025")
 
 
-def test_a_batch_of_anthropics_costs_half(prices):
+def test_an_anthropic_batch_costs_half(prices):
     usage = Usage(10_000, 1000, 2000, 3000)
     batch = Usage(10_000, 1000, 2000, 3000, service_tier="batch")
     whole = prices.price("anthropic", "claude-opus-4-5", usage, READ)
     assert prices.price("anthropic", "claude-opus-4-5", batch, READ).nanos * 2 == whole.nanos
 
 
-def test_a_tier_that_the_list_does_not_know_costs_the_standard_price(prices):
+def test_an_unlisted_tier_costs_the_standard_price(prices):
     standard = prices.price("anthropic", "claude-opus-4-5", Usage(10, 10), READ)
     assert prices.price("anthropic", "claude-opus-4-5", Usage(10, 10, service_tier="standard"), READ) == standard
 
 
-def test_web_searches_are_billed_beside_tokens(prices):
+def test_web_searches_are_billed_in_addition_to_tokens(prices):
     cost = prices.price("anthropic", "claude-sonnet-4-6", Usage(1000, 0, other={"web_searches": 3}), READ)
     assert cost.nanos == to_units("0.033")
     assert [(line.name, line.count, line.amount) for line in cost.lines] == [
@@ -162,6 +162,6 @@ def test_web_searches_are_billed_beside_tokens(prices):
     ]
 
 
-def test_audio_input_is_billed_as_such(prices):
+def test_audio_input_has_its_own_price(prices):
     cost = prices.price("google", "gemini-2.5-flash", Usage(1000, 0, other={"input_audio_tokens": 400}), READ)
     assert cost.nanos == 600 * 300 + 400 * 1000

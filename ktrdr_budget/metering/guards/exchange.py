@@ -17,10 +17,10 @@ from contextvars import ContextVar
 from typing import Any
 
 from ktrdr_budget.errors import UnknownPrice, UnmeteredCall
-from ktrdr_budget.metering.calls import Call
+from ktrdr_budget.metering.dual_flow import DualFlow
 from ktrdr_budget.metering.guards.bounds import Bound, GuardOptions, text_size
 from ktrdr_budget.metering.guards.dialect import Dialect, Listener
-from ktrdr_budget.metering.steps import Steps
+from ktrdr_budget.metering.metered_call import MeteredCall
 
 __all__ = ["ErrorEvent", "Exchange", "Refused", "current_exchange", "judge_error", "judge_status"]
 
@@ -66,7 +66,7 @@ class Exchange:
     def __init__(self, dialect: Dialect, options: GuardOptions) -> None:
         self.dialect = dialect
         self.options = options
-        self.call: Call | None = None
+        self.call: MeteredCall | None = None
         """An open reservation that waits for the next attempt, or for the end."""
         self.unsure = False
         """The provider may have worked for an attempt that was not answered."""
@@ -111,11 +111,11 @@ class Exchange:
             request.headers["accept-encoding"] = "identity"
         return request, bound
 
-    def reserve(self, bound: Bound) -> Steps[Call]:
+    def reserve(self, bound: Bound) -> DualFlow[MeteredCall]:
         """The reservation for an attempt: the one that waits, if it was for the same, or a new one.
 
         Raises:
-            BudgetExceeded, UnknownPrice, StoreUnavailable: as for :class:`Call`.
+            BudgetExceeded, UnknownPrice, StoreUnavailable: as for :class:`MeteredCall`.
         """
         if self._bound is not None and not self._bound.covers(bound):
             yield from self.leave(None)
@@ -132,11 +132,11 @@ class Exchange:
                 current=False,
             )
             call.output_hint = bound.output_hint
-            yield from call.enter_steps()
+            yield from call.enter_flow()
             self.call = call
         return self.call
 
-    def leave(self, error: BaseException | None) -> Steps[None]:
+    def leave(self, error: BaseException | None) -> DualFlow[None]:
         """No attempt was answered, and there is no other: what was reserved is released, if the provider accepted none
         of them; it is kept, and charged when it comes due, if nobody knows.
 
@@ -149,7 +149,7 @@ class Exchange:
                 call.unknown()
             else:
                 call.rejected()
-            yield from call.leave_steps(error)
+            yield from call.leave_flow(error)
 
     def listener(self, bound: Bound, response: Any) -> Listener:
         """What listens to an answer."""

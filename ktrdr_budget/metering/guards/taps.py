@@ -11,7 +11,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from ktrdr_budget.errors import UnmeteredCall
-from ktrdr_budget.metering.calls import Call
+from ktrdr_budget.metering.dual_flow import DualFlow, drive, drive_sync
 from ktrdr_budget.metering.guards.bounds import GuardOptions
 from ktrdr_budget.metering.guards.dialect import Dialect, Listener
 from ktrdr_budget.metering.guards.exchange import (
@@ -23,7 +23,7 @@ from ktrdr_budget.metering.guards.exchange import (
     judge_status,
 )
 from ktrdr_budget.metering.guards.wires import AsyncWire, Drain, SyncWire, Wire
-from ktrdr_budget.metering.steps import Steps, drive, drive_sync
+from ktrdr_budget.metering.metered_call import MeteredCall
 
 __all__ = ["AsyncTap", "SyncTap", "Tap"]
 
@@ -58,7 +58,7 @@ class Tap:
             )
         return getattr(self.inner, name)
 
-    def _requesting(self, request: Callable[[], Any]) -> Steps[Any]:
+    def _requesting(self, request: Callable[[], Any]) -> DualFlow[Any]:
         """One call of an SDK's method, with all of its attempts."""
         exchange = Exchange(self._dialect, self._options)
         token = current_exchange.set(exchange)
@@ -75,7 +75,7 @@ class Tap:
             current_exchange.reset(token)
             yield from exchange.leave(failure)
 
-    def _sending(self, exchange: Exchange, request: Any, stream: bool, options: dict[str, Any]) -> Steps[Any]:
+    def _sending(self, exchange: Exchange, request: Any, stream: bool, options: dict[str, Any]) -> DualFlow[Any]:
         """One attempt."""
         request, bound = exchange.prepare(request, stream=stream)
         if bound is None:
@@ -162,8 +162,8 @@ class SyncTap(Tap):
 class Settlement:
     """What an answer comes to: heard, accrued as it is told, settled once."""
 
-    def __init__(self, call: Call, listener: Listener) -> None:
-        self.call: Call | None = call
+    def __init__(self, call: MeteredCall, listener: Listener) -> None:
+        self.call: MeteredCall | None = call
         self.listener = listener
         self.wire: Any = None
         """Where it arrives, if that can be listened to."""
@@ -179,7 +179,7 @@ class Settlement:
             self.call.report(listener.usage)
         return shown
 
-    def settle(self, error: BaseException | None, all_heard: bool) -> Steps[None]:
+    def settle(self, error: BaseException | None, all_heard: bool) -> DualFlow[None]:
         """Commits the last word, or an estimate. Once.
 
         Args:
@@ -189,9 +189,9 @@ class Settlement:
         call = self.take(all_heard)
         if call is not None:
             failure = self.listener.failure
-            yield from call.leave_steps(ErrorEvent(failure) if failure and error is None else error)
+            yield from call.leave_flow(ErrorEvent(failure) if failure and error is None else error)
 
-    def take(self, all_heard: bool) -> Call | None:
+    def take(self, all_heard: bool) -> MeteredCall | None:
         """The call, told how it ended; ``None`` if somebody else settles it."""
         call, self.call = self.call, None
         if call is not None:
@@ -430,5 +430,5 @@ def _in_background(loop: asyncio.AbstractEventLoop, work: Coroutine[Any, Any, No
     return task
 
 
-def _leave_soon(loop: asyncio.AbstractEventLoop, call: Call) -> None:
+def _leave_soon(loop: asyncio.AbstractEventLoop, call: MeteredCall) -> None:
     _in_background(loop, call.__aexit__(None, None, None))

@@ -1,4 +1,4 @@
-"""Calls inside a hold draw from it, grow it when needed, and never promise more than it holds."""
+"""Calls inside a hold claim from it, grow it when needed, and never claim more than it reserves."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from ktrdr_budget.money import from_units, to_units
 from ..helpers.keyspace import dump, spent_and_held
 from ..helpers.proxy import Proxy
 from ..helpers.stopwatch import Stopwatch
+from ..helpers.timers import pending_heartbeats
 from ..helpers.waiting import until
 
 BUDGETS = [
@@ -35,8 +36,8 @@ USED = Usage(1000, 100)
 COST = to_units("0.015")
 
 
-class Work(Exception):
-    """What goes wrong inside a block."""
+class BlockError(Exception):
+    pass
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def meter(limiter):
     return Meter(limiter, pricer=PRICES)
 
 
-async def test_a_call_that_fits_asks_the_store_nothing(client, limiter, meter):
+async def test_a_call_that_fits_its_hold_sends_nothing_to_the_store(client, limiter, meter):
     async with limiter.hold("agent", "0.15", operation="cycle") as hold:
         before = dump(client)
         async with meter.call(**CALL) as call:
@@ -58,7 +59,7 @@ async def test_a_call_that_fits_asks_the_store_nothing(client, limiter, meter):
     assert [entry.operation for entry in await limiter.ledger("agent")] == ["cycle configured chat acme/road"]
 
 
-def test_a_sync_call_draws_too(client, sync_limiter):
+def test_a_sync_call_claims_from_its_hold(client, sync_limiter):
     meter = Meter(sync_limiter, pricer=PRICES)
     with sync_limiter.hold("agent", "0.15"):
         for _ in range(2):
@@ -68,7 +69,7 @@ def test_a_sync_call_draws_too(client, sync_limiter):
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_a_call_that_does_not_fit_grows_the_hold_by_what_is_missing(client, limiter, meter):
+async def test_a_call_that_does_not_fit_grows_the_hold_by_the_difference(client, limiter, meter):
     async with limiter.hold("agent", "0.05") as hold:
         async with meter.call(**CALL) as call:
             assert hold.amounts == {"agent": Decimal("0.06")}
@@ -80,7 +81,7 @@ async def test_a_call_that_does_not_fit_grows_the_hold_by_what_is_missing(client
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_a_growth_that_is_denied_stops_the_call_and_nothing_else(client, limiter, meter):
+async def test_a_denied_growth_stops_only_its_own_call(client, limiter, meter):
     await limiter.record("agent", "0.92")
     async with limiter.hold("agent", "0.06") as hold:
         async with meter.call(**CALL) as call:
@@ -96,16 +97,16 @@ async def test_a_growth_that_is_denied_stops_the_call_and_nothing_else(client, l
     assert spent_and_held(client) == (to_units("0.92") + 2 * COST, 0)
 
 
-WAYS = {
-    # what is said, whether the block raises: what is accrued, and whether it is an estimate
+OUTCOMES = {
+    # reports, whether the block raises, accrued units, whether they are an estimate
     "rejected": (lambda call: call.rejected(), True, 0, False),
     "unknown": (lambda call: call.unknown(), True, WORST, True),
     "reported, then unknown": (lambda call: (call.report(USED), call.unknown()), True, WORST, True),
-    "nothing said, an error": (lambda call: None, True, WORST, True),
+    "no report, an error": (lambda call: None, True, WORST, True),
     "finished without a usage": (lambda call: call.finish(Usage()), False, WORST, True),
-    "reported, broken off": (lambda call: call.report(USED), True, COST, True),
-    "output reported, broken off": (lambda call: call.report(Usage(0, 100)), True, COST, True),
-    "finished below what was reported": (
+    "reported, then an error": (lambda call: call.report(USED), True, COST, True),
+    "only output reported, then an error": (lambda call: call.report(Usage(0, 100)), True, COST, True),
+    "finished below the latest report": (
         lambda call: (call.report(Usage(1000, 900)), call.finish(USED)),
         False,
         COST,
@@ -115,23 +116,23 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(("said", "raises", "accrued", "estimated"), WAYS.values(), ids=WAYS)
-async def test_each_way_through_a_call_in_a_hold(client, limiter, meter, said, raises, accrued, estimated):
+@pytest.mark.parametrize(("reports", "raises", "accrued", "estimated"), OUTCOMES.values(), ids=OUTCOMES)
+async def test_a_call_in_a_hold_accrues_by_its_reports(client, limiter, meter, reports, raises, accrued, estimated):
     async with limiter.hold("agent", "0.15") as hold:
         hold.accrue("0.000000001")
         try:
             async with meter.call(**CALL) as call:
-                said(call)
+                reports(call)
                 if raises:
-                    raise Work
-        except Work:
+                    raise BlockError
+        except BlockError:
             assert raises
         assert (hold.accrued, hold.drawn) == ({"agent": from_units(accrued + 1)}, {"agent": 0})
     assert spent_and_held(client) == (accrued + 1, 0)
     assert (await limiter.ledger("agent"))[0].operation.startswith("estimated ") == estimated
 
 
-async def test_the_ledger_tells_an_estimate_and_whose_prices_however_many_models_were_called(limiter):
+async def test_a_long_ledger_label_keeps_the_estimate_mark_and_the_price_source(limiter):
     models = [f"road-{'x' * 30}-{number}" for number in range(9)]
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", model, "1", "5") for model in models]))
     async with limiter.hold("agent", "0.15", operation="cycle"):
@@ -142,7 +143,7 @@ async def test_the_ledger_tells_an_estimate_and_whose_prices_however_many_models
     assert entry.operation.startswith(f"cycle estimated configured chat acme/{models[0]} chat acme/{models[1]}")
 
 
-async def test_a_label_keeps_its_price_list_however_long_the_name_of_the_model_is(limiter):
+async def test_a_long_model_name_does_not_displace_the_price_source(limiter):
     model = "road-" + "x" * 300
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", model, "1", "5")]))
     async with meter.call(**CALL | {"model": model}) as call:
@@ -151,20 +152,20 @@ async def test_a_label_keeps_its_price_list_however_long_the_name_of_the_model_i
     assert entry.operation.endswith("xxx configured estimated")
 
 
-async def test_a_hold_whose_calls_all_were_rejected_or_denied_costs_nothing(client, limiter, meter):
+async def test_a_hold_whose_calls_were_all_rejected_or_denied_costs_nothing(client, limiter, meter):
     async with limiter.hold("agent", "0.15"), meter.call(**CALL) as call:
         call.rejected()
     assert spent_and_held(client) == (0, 0)
     async with limiter.hold("agent", "0.15"):
         with pytest.raises(BudgetExceeded):
             await meter.call(**CALL | {"output_tokens_max": 10**6}).__aenter__()
-    assert spent_and_held(client) == (0, 0)  # a call that was denied has cost nothing, either
+    assert spent_and_held(client) == (0, 0)  # a denied call costs nothing, either
     async with limiter.hold("agent", "0.15"):
         pass
-    assert spent_and_held(client) == (to_units("0.15"), 0)  # no call was made in it: its estimate counts
+    assert spent_and_held(client) == (to_units("0.15"), 0)  # without calls the estimate is committed
 
 
-async def test_budgets_that_the_hold_does_not_have_are_reserved_on_their_own(client, limiter):
+async def test_budgets_that_the_hold_does_not_cover_are_reserved_separately(client, limiter):
     meter = Meter(limiter, ["agent", "tokens", "calls", "parallel"], PRICES)
     async with limiter.hold({"agent": "0.15", "calls": 5}) as hold:
         async with meter.call(**CALL) as call:
@@ -178,7 +179,7 @@ async def test_budgets_that_the_hold_does_not_have_are_reserved_on_their_own(cli
     assert spent_and_held(client, "calls") == (1, 0)
 
 
-async def test_a_denial_of_what_is_reserved_on_its_own_undoes_the_claim(limiter):
+async def test_a_denied_separate_reservation_drops_the_claim(limiter):
     meter = Meter(limiter, ["agent", "tokens"], PRICES)
     await limiter.record("tokens", 99_000)
     async with limiter.hold("agent", "0.15") as hold:
@@ -188,7 +189,7 @@ async def test_a_denial_of_what_is_reserved_on_its_own_undoes_the_claim(limiter)
         hold.accrue(0)
 
 
-async def test_slots_of_the_hold_are_drawn_and_given_back(limiter):
+async def test_slots_of_the_hold_are_claimed_and_freed(limiter):
     meter = Meter(limiter, ["agent", "parallel"], PRICES)
     async with limiter.hold({"agent": "0.15", "parallel": 1}) as hold:
         async with meter.call(**CALL) as first:
@@ -204,7 +205,7 @@ async def test_slots_of_the_hold_are_drawn_and_given_back(limiter):
     assert (await limiter.status("parallel")).held == 0
 
 
-async def test_a_hold_of_another_limiter_is_left_alone(client, server, limiter, meter):
+async def test_a_call_does_not_claim_from_a_hold_of_another_limiter(client, server, limiter, meter):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as other, other.hold("agent", "0.15") as hold:
         async with meter.call(**CALL) as call:
             assert (hold.drawn, call.hold.amounts) == ({}, {"agent": Decimal("0.06")})
@@ -212,7 +213,7 @@ async def test_a_hold_of_another_limiter_is_left_alone(client, server, limiter, 
         assert spent_and_held(client) == (COST, to_units("0.15"))
 
 
-async def test_the_innermost_hold_is_drawn_from(limiter, meter):
+async def test_a_call_claims_from_the_innermost_hold(limiter, meter):
     async with limiter.hold("agent", "0.15") as outer:
         async with limiter.hold("agent", "0.10") as inner, meter.call(**CALL) as call:
             assert (outer.drawn, inner.drawn) == ({}, {"agent": WORST})
@@ -222,7 +223,7 @@ async def test_the_innermost_hold_is_drawn_from(limiter, meter):
             call.finish(USED)
 
 
-async def test_a_hold_that_is_settled_is_drawn_from_no_more(client, limiter, meter):
+async def test_a_call_does_not_claim_from_a_settled_hold(client, limiter, meter):
     async with limiter.hold("agent", "0.15") as hold:
         await hold.commit("0.02")
         async with meter.call(**CALL) as call:
@@ -231,7 +232,7 @@ async def test_a_hold_that_is_settled_is_drawn_from_no_more(client, limiter, met
     assert spent_and_held(client) == (to_units("0.02") + COST, 0)
 
 
-async def test_a_hold_that_is_left_while_a_call_goes_on_stays_until_the_call_has_ended(client, limiter, meter):
+async def test_a_hold_stays_open_after_its_block_until_its_last_call_ends(client, limiter, meter):
     async with limiter.hold("agent", "0.06") as hold:
         call = await meter.call(**CALL).__aenter__()
         call.report(Usage(1000))
@@ -244,7 +245,7 @@ async def test_a_hold_that_is_left_while_a_call_goes_on_stays_until_the_call_has
     assert [entry.kind for entry in await limiter.ledger("agent")] == ["commit"]
 
 
-def test_a_sync_hold_that_is_left_while_a_call_goes_on_stays_too(client, sync_limiter):
+def test_a_sync_hold_stays_open_after_its_block_until_its_last_call_ends(client, sync_limiter):
     meter = Meter(sync_limiter, pricer=PRICES)
     with sync_limiter.hold("agent", "0.06"):
         call = meter.call(**CALL).__enter__()
@@ -254,7 +255,7 @@ def test_a_sync_hold_that_is_left_while_a_call_goes_on_stays_too(client, sync_li
     assert spent_and_held(client) == (COST, 0)
 
 
-async def test_the_last_of_several_calls_settles_the_hold_that_was_left(client, limiter, meter):
+async def test_the_last_of_several_calls_settles_the_hold_after_its_block(client, limiter, meter):
     async with limiter.hold("agent", "0.15"):
         async with meter.call(**CALL) as done:
             done.finish(USED)
@@ -267,21 +268,21 @@ async def test_the_last_of_several_calls_settles_the_hold_that_was_left(client, 
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_a_block_that_fails_while_a_call_goes_on_leaves_its_hold_to_the_call(client, limiter, meter):
+async def test_the_last_call_settles_the_hold_of_a_failed_block(client, limiter, meter):
     calls = []
     for on_error in ("release", "charge"):
-        with pytest.raises(Work):
+        with pytest.raises(BlockError):
             async with limiter.hold("agent", "0.06", on_error=on_error):
                 calls.append(await meter.call(**CALL).__aenter__())
-                raise Work
+                raise BlockError
     assert spent_and_held(client) == (0, 2 * WORST)
     for call in calls:
         call.rejected()
         await call.__aexit__(None, None, None)
-    assert spent_and_held(client) == (0, WORST)  # the one to be charged comes due
+    assert spent_and_held(client) == (0, WORST)  # on_error="charge": kept until it expires
 
 
-async def test_a_call_made_after_the_block_was_left_reserves_on_its_own(client, limiter, meter):
+async def test_a_call_after_the_end_of_the_block_reserves_separately(client, limiter, meter):
     async with limiter.hold("agent", "0.06"):
         call = await meter.call(**CALL).__aenter__()
         context = copy_context()
@@ -294,7 +295,7 @@ async def test_a_call_made_after_the_block_was_left_reserves_on_its_own(client, 
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_heartbeats_go_on_until_the_last_call_has_ended(client, limiter, meter):
+async def test_heartbeats_continue_until_the_last_call_ends(client, limiter, meter):
     async with limiter.hold("agent", "0.06", ttl=1) as hold:
         call = await meter.call(**CALL).__aenter__()
         before = hold.expires_at
@@ -302,12 +303,11 @@ async def test_heartbeats_go_on_until_the_last_call_has_ended(client, limiter, m
     assert hold.state == "open"
     call.finish(USED)
     await call.__aexit__(None, None, None)
-    beats = [timer for timer in asyncio.get_running_loop()._scheduled if not timer.cancelled()]
-    assert "Heartbeat" not in repr(beats)
+    assert not pending_heartbeats(asyncio.get_running_loop())
     assert spent_and_held(client) == (COST, 0)
 
 
-async def test_a_hold_is_not_settled_explicitly_while_a_call_goes_on(client, limiter, meter):
+async def test_a_hold_cannot_be_settled_while_a_call_is_in_progress(client, limiter, meter):
     async with limiter.hold("agent", "0.15") as hold:
         async with meter.call(**CALL) as call:
             for settle in (lambda: hold.commit("0.02"), hold.release):
@@ -319,17 +319,17 @@ async def test_a_hold_is_not_settled_explicitly_while_a_call_goes_on(client, lim
     assert spent_and_held(client) == (to_units("0.02"), 0)
 
 
-async def test_a_call_in_a_hold_that_is_settled_by_its_id_is_recorded_all_the_same(client, limiter, meter):
+async def test_a_call_whose_hold_is_settled_by_id_is_recorded(client, limiter, meter):
     async with limiter.hold("agent", "0.15") as hold:
         async with meter.call(**CALL) as call:
             await limiter.release(hold.id)
-            hold.state = "released"  # as a heartbeat would tell it
+            hold.state = "released"  # as a heartbeat would report
             call.finish(USED)
         assert [entry.kind for entry in await limiter.ledger("agent")] == ["record"]
     assert spent_and_held(client) == (COST, 0)
 
 
-async def test_a_denied_call_can_be_the_last_of_a_hold_that_was_left(client, limiter):
+async def test_a_denied_call_can_be_the_last_one_and_settle_the_hold(client, limiter):
     meter = Meter(limiter, ["agent", "tokens"], PRICES)
     reserve, waits = limiter.reserve, asyncio.Event()
 
@@ -349,28 +349,28 @@ async def test_a_denied_call_can_be_the_last_of_a_hold_that_was_left(client, lim
     assert spent_and_held(client) == (0, 0)
 
 
-async def test_a_hold_that_had_expired_is_admitted_again_before_it_is_drawn_from(client, limiter, meter):
+async def test_an_expired_hold_needs_admission_before_a_call_claims_from_it(client, limiter, meter):
     hold = await limiter.reserve("agent", "0.15", ttl=1, on_expiry="release")
-    await until(lambda: _given_back(limiter))
+    await until(lambda: _is_unheld(limiter))
     await limiter.record("agent", "0.90")
     async with limiter.keep(hold):
         with pytest.raises(BudgetExceeded):
             await hold.extend()
-        hold.state = "unconfirmed"  # as a heartbeat would have told it
+        hold.state = "unconfirmed"  # as a heartbeat would report
         with pytest.raises(BudgetExceeded):
             await meter.call(**CALL).__aenter__()
         assert hold.drawn == {"agent": 0}
 
 
-async def _given_back(limiter):
+async def _is_unheld(limiter):
     return (await limiter.status("agent")).held == 0
 
 
-# -- several at once ---------------------------------------------------------------------------------------------------
+# -- concurrency -------------------------------------------------------------------------------------------------------
 
 
 def covered(hold) -> bool:
-    """Accrued and claimed amounts are within what is reserved."""
+    """Whether accrued and claimed amounts are within the reservation."""
     with hold.lock:
         accrued = dict(zip((window.budget for window, _ in hold.parts), hold.accrued_units, strict=True))
         return all(accrued[w.budget] + hold.drawn.get(w.budget, 0) <= units for w, units in hold.parts)
@@ -387,11 +387,11 @@ async def test_concurrent_calls_in_one_hold_claim_their_worst_cases_together(cli
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_a_call_that_is_too_large_does_not_take_a_smaller_one_down(client, limiter, meter):
+async def test_the_denial_of_a_large_call_does_not_affect_smaller_ones(client, limiter, meter):
     await limiter.record("agent", "0.80")
     async with limiter.hold("agent", "0.01"):
 
-        async def ask(tokens: int) -> bool:
+        async def make_call(tokens: int) -> bool:
             try:
                 async with meter.call(**CALL | {"output_tokens_max": tokens}) as call:
                     await asyncio.sleep(0)
@@ -400,17 +400,19 @@ async def test_a_call_that_is_too_large_does_not_take_a_smaller_one_down(client,
                 return False
             return True
 
-        granted = await asyncio.gather(ask(1000), ask(9000), ask(1000), ask(9000), ask(500))
+        granted = await asyncio.gather(
+            make_call(1000), make_call(9000), make_call(1000), make_call(9000), make_call(500)
+        )
     assert granted == [True, False, True, False, True]
     assert spent_and_held(client) == (to_units("0.80") + 3 * COST, 0)
 
 
-async def test_tasks_in_one_hold_are_always_covered_and_billed_exactly(client, limiter, meter):
+async def test_concurrent_tasks_stay_within_their_hold_and_are_billed_exactly(client, limiter, meter):
     chance = random.Random(4)
     billed = []
     async with limiter.hold("agent", "0.02") as hold:
 
-        async def ask(delays: list[int], output: int) -> None:
+        async def make_call(delays: list[int], output: int) -> None:
             for _ in range(delays[0]):
                 await asyncio.sleep(0)
             try:
@@ -422,27 +424,27 @@ async def test_tasks_in_one_hold_are_always_covered_and_billed_exactly(client, l
                         for _ in range(delays[1]):
                             await asyncio.sleep(0)
                     if output % 10 == 0:
-                        raise Work
+                        raise BlockError
                     call.finish(Usage(1000, output))
                     billed.append(output)
-            except (BudgetExceeded, Work) as error:
-                if isinstance(error, Work):
+            except (BudgetExceeded, BlockError) as error:
+                if isinstance(error, BlockError):
                     billed.append(output * 2 // 3)
 
         work = [([chance.randrange(9), chance.randrange(9)], chance.randrange(1000)) for _ in range(60)]
-        await asyncio.gather(*(ask(*each) for each in work))
+        await asyncio.gather(*(make_call(*each) for each in work))
         assert covered(hold)
         assert hold.drawn == {"agent": 0}
         assert len(billed) < 60  # some were denied
     assert spent_and_held(client) == (sum(10_000_000 + output * 50_000 for output in billed), 0)
 
 
-def test_threads_in_one_hold_are_always_covered_and_billed_exactly(client, sync_limiter):
+def test_concurrent_threads_stay_within_their_hold_and_are_billed_exactly(client, sync_limiter):
     meter = Meter(sync_limiter, pricer=PRICES)
     billed = []
     with sync_limiter.hold("agent", "0.02") as hold:
 
-        def ask(output: int) -> None:
+        def make_calls(output: int) -> None:
             for _ in range(10):
                 try:
                     with meter.call(**CALL) as call:
@@ -454,14 +456,14 @@ def test_threads_in_one_hold_are_always_covered_and_billed_exactly(client, sync_
                 billed.append(output)
 
         with ThreadPoolExecutor(8) as pool:
-            for future in [pool.submit(copy_context().run, ask, number) for number in range(8)]:
+            for future in [pool.submit(copy_context().run, make_calls, number) for number in range(8)]:
                 future.result()
         assert hold.drawn == {"agent": 0}
     assert len(billed) >= 60
     assert spent_and_held(client) == (sum(10_000_000 + output * 50_000 for output in billed), 0)
 
 
-def test_threads_that_accrue_on_one_hold_lose_nothing(client, sync_limiter):
+def test_concurrent_accruals_of_threads_are_all_counted(client, sync_limiter):
     with sync_limiter.hold("agent", "0.5") as hold:
         barrier = threading.Barrier(8)
 
@@ -488,7 +490,7 @@ async def proxy(server, tmp_path_factory):
         yield made
 
 
-async def test_calls_cancelled_while_the_hold_grows_claim_nothing(client, proxy):
+async def test_calls_cancelled_during_a_growth_claim_nothing(client, proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as limiter, limiter.hold("agent", "0.01") as hold:
         meter = Meter(limiter, pricer=PRICES)
         async with meter.call(**CALL) as call:
@@ -509,7 +511,7 @@ async def test_calls_cancelled_while_the_hold_grows_claim_nothing(client, proxy)
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_calls_that_wait_for_a_growth_without_an_answer_do_not_wait_again(client, proxy):
+async def test_calls_that_wait_for_an_unanswered_growth_fail_without_another_timeout(client, proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3) as limiter:
         meter = Meter(limiter, pricer=PRICES)
         async with limiter.hold("agent", "0.01") as hold:

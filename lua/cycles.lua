@@ -16,7 +16,7 @@
 --        get    id                                  now_ms and the record, or '' if the id is unknown
 --        list   count after                         now_ms, { id, record … } of the active ones, as many ended ones, newest
 --                                                   first, that were begun before the one `after`, and the one that ended
---                                                   last
+--                                                   last; '' if no ended cycle `after` is recorded
 --
 -- returns { { id, elapsed_ms … } of those that this call has found to be lost, what is said above }
 
@@ -135,7 +135,7 @@ function actions.list(count, after)
   local first = 0
   if after ~= '' then
     local rank = redis.call('ZREVRANK', KEYS[3], after)
-    if not rank then return { now_ms, open, ended, {} } end
+    if not rank then return '' end
     first = rank + 1
   end
   if tonumber(count) > 0 then

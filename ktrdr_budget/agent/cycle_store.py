@@ -1,4 +1,4 @@
-"""Cycles as all replicas see them: their records are in the store, not in the memory of whoever runs them."""
+"""Records of research cycles in the store, shared by all replicas."""
 
 from __future__ import annotations
 
@@ -10,34 +10,36 @@ from typing import Any, Literal
 
 from ktrdr_budget.engine.protocol import Command
 from ktrdr_budget.engine.protocol.scripts import CYCLES
+from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.periods import from_ms
 
-__all__ = ["CycleStatus", "CycleView", "CyclesPage", "CycleStore", "Progress"]
+__all__ = ["CycleStatus", "CycleStore", "CycleView", "CyclesPage", "Progress"]
 
 CycleStatus = Literal["running", "cancelling", "completed", "failed", "cancelled"]
 Outcome = Literal["completed", "failed", "cancelled"]
 
+NOT_A_CURSOR = "not a cursor of this list"
 KEPT_MAX = 1000
-"""How many ended cycles are remembered."""
+"""Maximum number of ended cycles that are kept."""
 KEPT_MS = 35 * 86_400_000
-"""How long they are, once nothing happens any more."""
+"""Milliseconds after the last change until the records expire."""
 
 
 @dataclass
 class Progress:
-    """What a cycle tells of itself; whoever runs it keeps it up to date."""
+    """The progress of a cycle, as its worker reports it."""
 
     phase: str = "designing"
     spend: str = "0"
-    """Dollars used so far."""
+    """Dollars spent so far."""
     estimate: str = "0"
     tokens: dict[str, int] = field(default_factory=lambda: {"design": 0, "assessment": 0})
     strategy_name: str | None = None
     model: str | None = None
-    """The language model that is asked."""
+    """The language model in use."""
     request: dict[str, Any] = field(default_factory=dict)
-    """What the trigger asked for: the fields of :class:`~ktrdr_budget.agent.options.CycleOptions`."""
+    """The options of the trigger: the fields of :class:`~ktrdr_budget.agent.options.CycleOptions`."""
     gates: list[dict[str, Any]] = field(default_factory=list)
     """Each with ``gate``, ``passed``, ``reason`` and ``bypassed``."""
     results: dict[str, Any] = field(default_factory=dict)
@@ -46,13 +48,13 @@ class Progress:
     trace_id: str = ""
 
     def document(self) -> str:
-        """For the store."""
+        """Serialize for the store."""
         return json.dumps(vars(self), separators=(",", ":"), allow_nan=False, default=str)
 
 
 @dataclass(frozen=True)
 class CycleView:
-    """A cycle as the store knows it."""
+    """The record of a cycle."""
 
     operation_id: str
     status: CycleStatus
@@ -60,81 +62,88 @@ class CycleView:
     ended_at: datetime | None
     elapsed_s: float
     reason: str | None
-    """Why it did not complete: ``worker_lost``, ``gate_failed``, ``budget_exhausted``, ``cancelled``, ``error``, …"""
+    """Reason of a failure or cancellation: ``worker_lost``, ``gate_failed``, ``budget_exhausted``, ``error``, …"""
     progress: Mapping[str, Any]
     """The fields of :class:`Progress`."""
 
     @property
     def active(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the cycle has not ended."""
         return self.ended_at is None
 
     @property
     def outcome(self) -> str | None:
-        """How it ended; ``None`` if it has not."""
+        """The final status; ``None`` while the cycle is active."""
         return None if self.active else self.status
 
 
 @dataclass(frozen=True)
 class CyclesPage:
-    """The active cycles, oldest first, and some that have ended, newest first."""
+    """The active cycles, oldest first, and a page of ended ones, newest first."""
 
     as_of: datetime
     active: Sequence[CycleView]
     ended: Sequence[CycleView]
-    """By when they were begun."""
+    """Sorted by start."""
     last: CycleView | None
-    """The one that ended last."""
+    """The most recently ended cycle."""
 
 
 class CycleStore:
-    """Reads and writes the records. Errors are those of the store (``StoreUnavailable``).
+    """Reads and writes the records of cycles. Raises the errors of the store (``StoreUnavailable``).
 
-    A cycle whose worker has been silent for too long is written down as lost by the call that finds it so.
+    Any call marks cycles as lost whose worker has been silent until its deadline.
     """
 
     def __init__(self, limiter: AsyncBudgetLimiter) -> None:
         self._limiter = limiter
         self.on_lost: Callable[[str, float], None] = _ignore
-        """Is told the id of each cycle that a call from here has written down as lost, and how many seconds it took."""
+        """Called with id and duration in seconds for each cycle that a call of this object marks as lost."""
 
-    async def _ask(self, action: str, *args: str | int) -> Any:
+    async def _execute(self, action: str, *args: str | int) -> Any:
         keys = (*self._limiter.keys.cycles, self._limiter.keys.due)
         command = Command(CYCLES, keys, (action, KEPT_MAX, KEPT_MS, *args))
-        lost, said = await self._limiter.ask(command, f"cycle {action}")
+        lost, reply = await self._limiter.ask(command, f"cycle {action}")
         for operation_id, elapsed_ms in zip(lost[::2], lost[1::2], strict=True):
             self.on_lost(_text(operation_id), int(elapsed_ms) / 1000)
-        return said
+        return reply
 
     async def start(self, operation_id: str, owner: str, ttl_ms: int, progress: Progress) -> bool:
-        """Writes down a cycle that begins; false if there is one of this id.
+        """Write the record of a new cycle; return false if the id is in use.
 
-        Its deadline is that of the open hold of its id, and ``ttl_ms`` from now if there is none.
+        The cycle's deadline is that of the open hold with its id, else ``ttl_ms`` from now.
         """
-        return bool(await self._ask("start", operation_id, owner, ttl_ms, progress.document()))
+        return bool(await self._execute("start", operation_id, owner, ttl_ms, progress.document()))
 
     async def beat(self, operation_id: str, owner: str, progress: Progress) -> str:
-        """Tells how far it is; returns its status, empty if it is this owner's no more."""
-        return _text(await self._ask("beat", operation_id, owner, progress.document()))
+        """Report progress; return the cycle's status, empty if the cycle no longer belongs to this owner."""
+        return _text(await self._execute("beat", operation_id, owner, progress.document()))
 
     async def end(
         self, operation_id: str, owner: str, outcome: Outcome, reason: str | None, progress: Progress
     ) -> bool:
-        """Writes down how it ended, also if it had been given up for lost; returns whether it had."""
-        return int(await self._ask("end", operation_id, owner, outcome, reason or "-", progress.document())) == 2
+        """Write the final status, also of a cycle marked as lost; return whether it had been marked as lost."""
+        return int(await self._execute("end", operation_id, owner, outcome, reason or "-", progress.document())) == 2
 
     async def cancel(self, operation_id: str) -> str:
-        """Asks a cycle to stop, wherever it runs; returns its status, empty if there is none of this id."""
-        return _text(await self._ask("cancel", operation_id))
+        """Request the cancellation of a cycle on any replica; return its status, empty if the id is unknown."""
+        return _text(await self._execute("cancel", operation_id))
 
     async def get(self, operation_id: str) -> CycleView | None:
-        """One cycle."""
-        now_ms, record = await self._ask("get", operation_id)
+        """Return one cycle; ``None`` if the id is unknown."""
+        now_ms, record = await self._execute("get", operation_id)
         return _view(operation_id, _text(record), int(now_ms)) if record else None
 
     async def list(self, count: int = 0, after: str = "") -> CyclesPage:
-        """The active cycles, and at most ``count`` ended ones that were begun before the one ``after``."""
-        now, active, ended, last = await self._ask("list", count, after)
+        """Return the active cycles, and at most ``count`` ended ones that began before the ended cycle ``after``.
+
+        Raises:
+            InvalidArgument: no ended cycle ``after`` is recorded.
+        """
+        reply = await self._execute("list", count, after)
+        if not reply:
+            raise InvalidArgument(NOT_A_CURSOR)
+        now, active, ended, last = reply
         now_ms = int(now)
         return CyclesPage(
             from_ms(now_ms),
@@ -155,7 +164,7 @@ def _view(operation_id: str, record: str, now_ms: int) -> CycleView:
     started_ms, ended_ms = int(started), int(ended)
     return CycleView(
         operation_id=operation_id,
-        status=status,  # type: ignore[arg-type]  # one of the words of lua/cycles.lua
+        status=status,  # type: ignore[arg-type]  # one of the statuses of lua/cycles.lua
         started_at=from_ms(started_ms),
         ended_at=from_ms(ended_ms) if ended_ms else None,
         elapsed_s=((ended_ms or now_ms) - started_ms) / 1000,

@@ -1,4 +1,4 @@
-"""Records of cycles in the store: the same for all replicas, whoever dies."""
+"""Records of cycles in the store, shared by all replicas."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget
+from ktrdr_budget import AsyncBudgetLimiter, Budget, InvalidArgument
 from ktrdr_budget.agent import cycle_store as module
 from ktrdr_budget.agent.cycle_store import CycleStore, Progress
 
@@ -28,7 +28,7 @@ def store(limiter) -> CycleStore:
     return CycleStore(limiter)
 
 
-async def test_a_cycle_is_begun_once(store):
+async def test_a_cycle_begins_once(store):
     assert await store.start("op_1", "a", TTL_MS, Progress(estimate="0.15"))
     assert await store.start("op_1", "a", TTL_MS, Progress()), "the same again, after a lost reply"
     assert not await store.start("op_1", "b", TTL_MS, Progress())
@@ -36,7 +36,7 @@ async def test_a_cycle_is_begun_once(store):
     assert not await store.start("op_1", "a", TTL_MS, Progress()), "an id is used once"
 
 
-async def test_whoever_asks_sees_how_far_a_cycle_is(server, store):
+async def test_every_replica_reads_the_progress_of_a_cycle(server, store):
     await store.start("op_1", "a", TTL_MS, Progress())
     assert await store.beat("op_1", "a", Progress(phase="training", spend="0.02")) == "running"
     async with AsyncBudgetLimiter(server.url, []) as another:
@@ -46,14 +46,14 @@ async def test_whoever_asks_sees_how_far_a_cycle_is(server, store):
     assert 0 <= cycle.elapsed_s < 5
 
 
-async def test_a_beat_of_another_owner_changes_nothing(store):
+async def test_a_progress_report_of_another_owner_changes_nothing(store):
     await store.start("op_1", "a", TTL_MS, Progress())
     assert await store.beat("op_1", "b", Progress(phase="training")) == ""
     assert await store.beat("op_2", "a", Progress()) == ""
     assert (await store.get("op_1")).progress["phase"] == "designing"
 
 
-async def test_a_cycle_that_ended_stays_as_it_ended(store):
+async def test_the_result_of_a_cycle_is_final(store):
     await store.start("op_1", "a", TTL_MS, Progress())
     await store.end("op_1", "a", "failed", "gate_failed", Progress(spend="0.03"))
     await store.end("op_1", "a", "completed", None, Progress(spend="0.04"))
@@ -64,7 +64,7 @@ async def test_a_cycle_that_ended_stays_as_it_ended(store):
     assert await store.beat("op_1", "a", Progress()) == ""
 
 
-async def test_cancelling_is_heard_by_the_next_beat(store):
+async def test_the_next_progress_report_returns_a_cancellation(store):
     assert await store.cancel("op_1") == ""
     await store.start("op_1", "a", TTL_MS, Progress())
     assert await store.cancel("op_1") == "cancelling"
@@ -74,25 +74,25 @@ async def test_cancelling_is_heard_by_the_next_beat(store):
     assert await store.cancel("op_1") == "cancelled"
 
 
-async def test_a_silent_worker_loses_its_cycle_by_the_clock_of_the_store(store):
+async def test_a_cycle_without_reports_is_lost_by_the_clock_of_the_store(store):
     await store.start("op_1", "a", 1, Progress())
     cycle = await until(lambda: _ended(store, "op_1"))
     assert (cycle.status, cycle.reason) == ("failed", "worker_lost")
-    assert await store.beat("op_1", "a", Progress()) == "", "it is told so, should it come back"
+    assert await store.beat("op_1", "a", Progress()) == "", "the worker's next report returns no status"
 
 
-async def test_what_a_worker_that_was_given_up_says_in_the_end_is_the_truth(store):
+async def test_the_result_of_the_worker_replaces_worker_lost(store):
     await store.start("op_1", "a", 1, Progress())
     await until(lambda: _ended(store, "op_1"))
     assert not await store.end("op_1", "b", "cancelled", "cancelled", Progress()), "not its worker"
-    assert await store.end("op_1", "a", "completed", None, Progress(spend="0.04")), "it had been given up"
+    assert await store.end("op_1", "a", "completed", None, Progress(spend="0.04")), "it had been marked as lost"
     cycle = await store.get("op_1")
     assert (cycle.status, cycle.reason, cycle.progress["spend"]) == ("completed", None, "0.04")
     assert not await store.end("op_1", "a", "failed", "error", Progress())
     assert (await store.get("op_1")).status == "completed"
 
 
-async def test_whoever_writes_down_that_a_worker_is_lost_is_told_so_and_nobody_else(server, store):
+async def test_on_lost_is_called_once_on_the_replica_that_marks_a_cycle_as_lost(server, store):
     async with AsyncBudgetLimiter(server.url, []) as another:
         others, found = CycleStore(another), []
         store.on_lost = lambda *lost: found.append(("here", *lost))
@@ -120,15 +120,17 @@ async def test_a_cycle_is_lost_at_the_deadline_of_its_hold_and_not_before(limite
     assert (figures.held, figures.unconfirmed) == (Decimal("0.20"), Decimal("0.15"))
 
 
-async def test_a_beat_takes_over_the_deadline_of_the_hold(limiter, store):
+async def test_a_progress_report_copies_the_deadline_of_the_hold(limiter, store):
     hold = await limiter.reserve("agent", "0.15", id="op_1", ttl=60)
     await store.start("op_1", "a", 1, Progress())
     assert await store.beat("op_1", "a", Progress()) == "running"
     await hold.commit("0.02")
-    assert await store.beat("op_1", "a", Progress()) == "running", "it has settled, and will say how it ended"
+    assert await store.beat("op_1", "a", Progress()) == "running", (
+        "its hold is settled, and its result is still to come"
+    )
 
 
-async def test_the_last_cycle_is_the_one_that_ended_last(store):
+async def test_the_last_cycle_is_the_most_recently_ended_one(store):
     for number in (1, 2):
         await store.start(f"op_{number}", "a", TTL_MS, Progress())
     assert (await store.list()).last is None
@@ -137,9 +139,9 @@ async def test_the_last_cycle_is_the_one_that_ended_last(store):
         assert (await store.list()).last.operation_id == f"op_{number}"
 
 
-def test_what_json_cannot_write_is_written_as_words():
-    told = json.loads(Progress(results={"accuracy": Decimal("0.5")}, error="\ud800").document())
-    assert (told["results"], told["error"]) == ({"accuracy": "0.5"}, "\ud800")
+def test_values_that_json_lacks_are_written_as_text():
+    document = json.loads(Progress(results={"accuracy": Decimal("0.5")}, error="\ud800").document())
+    assert (document["results"], document["error"]) == ({"accuracy": "0.5"}, "\ud800")
 
 
 async def _ended(store: CycleStore, operation_id: str):
@@ -147,7 +149,7 @@ async def _ended(store: CycleStore, operation_id: str):
     return None if cycle.active else cycle
 
 
-async def test_active_ones_are_listed_oldest_first_and_ended_ones_newest_first_by_pages(store):
+async def test_active_cycles_are_listed_oldest_first_and_ended_cycles_newest_first_by_page(store):
     for number in range(5):
         await store.start(f"op_{number}", "a", TTL_MS, Progress())
         if number < 4:
@@ -160,7 +162,9 @@ async def test_active_ones_are_listed_oldest_first_and_ended_ones_newest_first_b
         page = await store.list(2, page.ended[-1].operation_id)
         shown += [cycle.operation_id for cycle in page.ended]
     assert sorted(shown) == ["op_0", "op_1", "op_2", "op_3"]
-    assert (await store.list(2, "op_unknown")).ended == []
+    for cursor in ("op_unknown", "op_5"):
+        with pytest.raises(InvalidArgument, match="not a cursor of this list"):
+            await store.list(2, cursor)
     assert (await store.list(0)).ended == []
 
 
@@ -168,11 +172,11 @@ def _is_past(client, instant) -> bool:
     return client.time() > instant
 
 
-async def test_only_so_many_ended_cycles_are_kept_and_none_for_ever(store, client, monkeypatch):
+async def test_the_number_and_age_of_ended_cycles_are_limited(store, client, monkeypatch):
     monkeypatch.setattr(module, "KEPT_MAX", 3)
     for number in range(5):
         await store.start(f"op_{number}", "a", TTL_MS, Progress())
-        await until(partial(_is_past, client, client.time()))  # one is begun after the other
+        await until(partial(_is_past, client, client.time()))  # distinct start times
         await store.end(f"op_{number}", "a", "completed", None, Progress())
     assert len((await store.list(10)).ended) == 3
     assert await store.get("op_0") is None

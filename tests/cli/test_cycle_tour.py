@@ -50,6 +50,9 @@ def test_a_cycle_from_trigger_to_end(server: Server, process: Process, environme
         row = process("agent", "cycles").stdout.splitlines()[1]
         assert row.startswith("op_1  ")
         assert "training pass, backtest pass" in row
+        invalid = process("agent", "cycles", "--cursor", "x")
+        assert (invalid.returncode, invalid.stdout) == (2, "")
+        assert invalid.stderr == "ktrdr: not a cursor of this list\n"
 
         # The same again is no second one, and is followed to the same end.
         again = process("agent", "trigger", "--wait", "--id", "op_1", "--json")

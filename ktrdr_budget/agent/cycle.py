@@ -1,4 +1,4 @@
-"""One research cycle, run by this replica: its phases and gates, its money, its heartbeat, and its end."""
+"""One research cycle on this replica: phases, gates, budget, heartbeat and result."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
 from ktrdr_budget.metering.instruments import charged_tokens
 from ktrdr_budget.telemetry.spans import Span, operation_scope, span, suppressed, without_secrets
 
-__all__ = ["OPERATION_TYPE", "Cycle", "Measures", "Plan", "CycleDependencies"]
+__all__ = ["OPERATION_TYPE", "Cycle", "CycleDependencies", "Measures", "Plan"]
 
 logger = logging.getLogger("ktrdr_budget")
 
 OPERATION_TYPE = "agent_research"
 BEAT_S = 0.25
-"""How often a cycle tells how far it is, and learns whether it shall stop."""
+"""Seconds between two progress reports; each one also reads whether the cycle must stop."""
 _RETRY_MAX_S = 5.0
 _ERROR_CHARACTERS_MAX = 300
 _SPANS: dict[Phase, str] = {
@@ -46,7 +46,7 @@ Result = TypeVar("Result")
 
 
 class Measures(Protocol):
-    """What a cycle counts: see :class:`~ktrdr_budget.telemetry.agent_metrics.AgentMetrics`."""
+    """Metrics of a cycle; implemented by :class:`~ktrdr_budget.telemetry.agent_metrics.AgentMetrics`."""
 
     def cycle_ended(self, outcome: str, seconds: float) -> None: ...
     def phase_ended(self, phase: str, seconds: float) -> None: ...
@@ -56,17 +56,17 @@ class Measures(Protocol):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one cycle does: the options of its trigger, and what they stand for."""
+    """The options of a trigger, with the language model and the design that they select."""
 
     options: CycleOptions
     llm: LLM
     design: Design | None = None
-    """Designed already: there is no phase ``designing``."""
+    """A finished design; the cycle then skips the phase ``designing``."""
 
 
 @dataclass(frozen=True)
 class CycleDependencies:
-    """What all cycles of a replica share."""
+    """Dependencies that all cycles of a replica share."""
 
     limiter: AsyncBudgetLimiter
     cycle_store: CycleStore
@@ -75,33 +75,34 @@ class CycleDependencies:
     thresholds: Thresholds
     measures: Measures
     ttl_s: float
-    """For how long a silent worker keeps its cycle and its hold."""
+    """Seconds without a heartbeat after which the cycle and its hold expire."""
 
     @property
     def ttl_ms(self) -> int:
-        """The same in milliseconds."""
+        """The ttl in milliseconds."""
         return int(self.ttl_s * 1000)
 
 
 class _GateFailedError(Exception):
-    """The cycle ends here."""
+    """A gate failed; the cycle ends."""
 
 
 class UnaskedCancellationError(Exception):
-    """A phase raised ``CancelledError`` of its own accord: that is a fault of it, and no cancellation."""
+    """A phase raised ``CancelledError`` although the cycle was not cancelled: an error of the phase."""
 
 
 class Cycle:
-    """A cycle whose estimate and slot are held already. It is the context that its phases are given.
+    """A cycle whose estimate and slot are reserved; its phases receive it as their context.
 
     Args:
-        hold: its id is the operation's.
-        link: the span that triggered it.
+        hold: the reservation; its id is the cycle's operation id.
+        link: the span of the trigger.
     """
 
     def __init__(self, dependencies: CycleDependencies, hold: AsyncHold, plan: Plan, link: Any = None) -> None:
         self._dependencies = dependencies
-        self._hold = hold
+        self.hold = hold
+        """The reservation that the cycle spends from."""
         self._plan = plan
         self._link = link
         self._working: asyncio.Task[None] | None = None
@@ -111,7 +112,7 @@ class Cycle:
         self._failure = ""
         self._deadline_ms, self._extend_at_s = hold.deadline_ms, time.monotonic() + dependencies.ttl_s / 2
         self.lost_here = False
-        """Whether this replica itself has written it down as lost: then nobody else has counted its end."""
+        """Whether this replica itself marked the cycle as lost, so that no other replica counted its end."""
         self.progress = Progress(
             estimate=format(hold.amounts[AGENT], "f"),
             replica=dependencies.limiter.replica_id,
@@ -124,34 +125,34 @@ class Cycle:
     @property
     def operation_id(self) -> str:
         """The cycle's id."""
-        return self._hold.id
+        return self.hold.id
 
-    # -- what phases may ask -------------------------------------------------------------------------------------------
+    # -- context of the phases -----------------------------------------------------------------------------------------
 
     @property
     def brief(self) -> str | None:
-        """What its trigger asks the design to follow."""
+        """The trigger's instructions for the design."""
         return self._plan.options.brief
 
     @property
     def cancelled(self) -> bool:
-        """Whether it shall stop."""
+        """Whether the cycle is being stopped."""
         return self._stop is not None
 
     async def ask(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
-        """Asks the language model; the call draws what it costs from the cycle's hold, which grows when needed."""
+        """Send a prompt to the language model. The cost is drawn from the cycle's hold, which grows when needed."""
         if self.cancelled:
-            await asyncio.sleep(0)  # a phase that asks again and again, whatever it is told, shall hinder nobody
-            self._stop_here()
+            await asyncio.sleep(0)  # a phase that retries in a loop must not block the event loop
+            self._raise_if_stopped()
         self._asked = True
         metered_calls = self._metered_calls
         completion = await self._plan.llm.complete(prompt, system=system, max_tokens=max_tokens)
-        if self._metered_calls == metered_calls:  # a model without a meter tells nobody but us
+        if self._metered_calls == metered_calls:  # an unmetered model: no meter has counted the tokens
             self._count(completion.usage.total_tokens)
         return completion
 
     def _count_call(self, tokens: int) -> None:
-        """A call has ended, well or not, and so many tokens were charged for it."""
+        """Count the tokens charged for a finished call, successful or not."""
         self._asked = True
         self._metered_calls += 1
         self._count(tokens)
@@ -161,17 +162,17 @@ class Cycle:
         self.progress.tokens[phase] += tokens
         self._dependencies.measures.tokens(phase, tokens)
 
-    # -- its life ------------------------------------------------------------------------------------------------------
+    # -- life cycle ----------------------------------------------------------------------------------------------------
 
     def stop(self, why: Stop) -> None:
-        """Ends it soon; what it has used is committed."""
+        """Stop the cycle soon; the accrued spend is committed."""
         if self._stop is None:
             self._stop = why
             if self._working is not None:
                 self._working.cancel()
 
     async def run(self) -> None:
-        """Works, settles, and writes down how it ended."""
+        """Run the phases, settle the hold and write the result."""
         started = time.monotonic()
         with (
             operation_scope(self.operation_id, OPERATION_TYPE),
@@ -180,24 +181,26 @@ class Cycle:
             self.progress.trace_id = root.trace_id
             watching = asyncio.create_task(self._watch())
             try:
-                # Whatever ends this task by force leaves the hold, with what was used, to its deadline.
-                async with self._dependencies.limiter.keep(self._hold, on_error="charge"):
+                # A forced end of this task leaves the hold, with its accrued spend, to its deadline.
+                async with self._dependencies.limiter.keep(self.hold, on_error="charge"):
                     outcome, reason = await self._work()
                     await self._persist(self._settle)
             finally:
                 watching.cancel()
-            self._conclude(root, outcome, reason)
+            self._set_root_outcome(root, outcome, reason)
             elapsed_s, measures = time.monotonic() - started, self._dependencies.measures
-            log_cycle_ended(self.operation_id, outcome, reason, self._hold.accrued[AGENT], elapsed_s, self.progress)
+            log_cycle_ended(self.operation_id, outcome, reason, self.hold.accrued[AGENT], elapsed_s, self.progress)
             if reason != "worker_lost":
                 measures.cycle_ended(outcome, elapsed_s)
             owner, cycle_store = self._dependencies.limiter.replica_id, self._dependencies.cycle_store
-            lost = await self._persist(lambda: cycle_store.end(self.operation_id, owner, outcome, reason, self._told()))
+            lost = await self._persist(
+                lambda: cycle_store.end(self.operation_id, owner, outcome, reason, self._snapshot())
+            )
             if reason == "worker_lost" and (self.lost_here or not lost):
-                measures.cycle_ended(outcome, elapsed_s)  # else by the replica that gave it up
+                measures.cycle_ended(outcome, elapsed_s)  # else counted by the replica that marked it
 
     async def _work(self) -> tuple[Outcome, str | None]:
-        """Runs the phases; returns how they ended."""
+        """Run the phases; return outcome and reason."""
         self._working = asyncio.create_task(self._phases())
         if self._stop is not None:
             self._working.cancel()
@@ -219,8 +222,8 @@ class Cycle:
         logger.warning("cycle %s failed while %s: %s", self.operation_id, self.progress.phase, self.progress.error)
         return "failed", "error"
 
-    def _conclude(self, root: Span, outcome: Outcome, reason: str | None) -> None:
-        progress = self._told()
+    def _set_root_outcome(self, root: Span, outcome: Outcome, reason: str | None) -> None:
+        progress = self._snapshot()
         root.set_attributes(
             {
                 "outcome": outcome,
@@ -232,8 +235,8 @@ class Cycle:
             }
         )
         if outcome == "failed" and reason != "budget_exhausted":
-            told = progress.error if reason == "gate_failed" else self._failure
-            root.fail(told or reason or outcome)
+            error = progress.error if reason == "gate_failed" else self._failure
+            root.fail(error or reason or outcome)
 
     # -- phases --------------------------------------------------------------------------------------------------------
 
@@ -242,40 +245,40 @@ class Cycle:
         charged_tokens.set(self._count_call)
         if (design := self._plan.design) is None:
             with self._phase("designing") as current:
-                design = await self._done(research.design(self))
+                design = await self._result_of(research.design(self))
                 self.progress.strategy_name = str(design.strategy_name)
                 current.set_attribute("strategy_name", self.progress.strategy_name)
         with self._phase("training") as current:
-            training = await self._done(research.train(self, design))
+            training = await self._result_of(research.train(self, design))
             loss = {"final_loss": training.final_loss, "loss_decrease": training.loss_decrease}
-            self._results(current, accuracy=training.accuracy, **loss)
-            self._judge(current, training_gate(training, thresholds))
+            self._add_results(current, accuracy=training.accuracy, **loss)
+            self._apply_gate(current, training_gate(training, thresholds))
         with self._phase("backtesting") as current:
-            backtest = await self._done(research.backtest(self, design, training))
-            self._results(
+            backtest = await self._result_of(research.backtest(self, design, training))
+            self._add_results(
                 current,
                 win_rate=backtest.win_rate,
                 max_drawdown=backtest.max_drawdown,
                 sharpe_ratio=backtest.sharpe_ratio,
                 trades=backtest.trades,
             )
-            self._judge(current, backtest_gate(backtest, thresholds))
+            self._apply_gate(current, backtest_gate(backtest, thresholds))
         with self._phase("assessing") as current:
-            assessment = await self._done(research.assess(self, design, training, backtest))
-            self._results(current, verdict=assessment.verdict)
+            assessment = await self._result_of(research.assess(self, design, training, backtest))
+            self._add_results(current, verdict=assessment.verdict)
             self.progress.results |= {name: _plain(value) for name, value in asdict(assessment).items()}
 
     @contextmanager
     def _phase(self, phase: Phase) -> Iterator[Span]:
-        self._stop_here()
+        self._raise_if_stopped()
         self.progress.phase, self._asked = phase, False
         started, tokens_before = time.monotonic(), self._tokens
-        named = {"phase": phase, "strategy_name": self.progress.strategy_name}
+        attributes = {"phase": phase, "strategy_name": self.progress.strategy_name}
         failure: BaseException | None = None
-        with span(f"agent.phase.{_SPANS[phase]}", named) as current:
+        with span(f"agent.phase.{_SPANS[phase]}", attributes) as current:
             try:
                 yield current
-            except BaseException as error:  # it goes on below: what the span says of it is said here
+            except BaseException as error:  # raised again below, after the span has its outcome
                 failure = error
             self._failure = set_outcome(current, failure, asked=self._asked)
             if self._asked:
@@ -288,28 +291,28 @@ class Cycle:
     def _tokens(self) -> int:
         return sum(self.progress.tokens.values())
 
-    async def _done(self, work: Awaitable[Result]) -> Result:
-        """What a phase returns, unless the cycle shall stop: a phase may have swallowed its cancellation."""
+    async def _result_of(self, work: Awaitable[Result]) -> Result:
+        """Await a phase's result; raise if the cycle is being stopped: a phase may swallow its cancellation."""
         try:
             result = await work
         except asyncio.CancelledError:
             task = asyncio.current_task()
             if not self.cancelled and task is not None and not task.cancelling():
-                raise UnaskedCancellationError("it cancelled itself, though nobody had asked for that") from None
+                raise UnaskedCancellationError("CancelledError raised by the phase itself") from None
             raise
-        self._stop_here()
+        self._raise_if_stopped()
         return result
 
-    def _stop_here(self) -> None:
+    def _raise_if_stopped(self) -> None:
         if self.cancelled:
             raise asyncio.CancelledError
 
-    def _results(self, current: Span, **results: Any) -> None:
-        told = {name: _plain(value, infinite=True) for name, value in results.items()}
-        current.set_attributes(told)
-        self.progress.results |= {name: _plain(value) for name, value in told.items()}
+    def _add_results(self, current: Span, **results: Any) -> None:
+        figures = {name: _plain(value, infinite=True) for name, value in results.items()}
+        current.set_attributes(figures)
+        self.progress.results |= {name: _plain(value) for name, value in figures.items()}
 
-    def _judge(self, current: Span, result: GateResult) -> None:
+    def _apply_gate(self, current: Span, result: GateResult) -> None:
         bypassed = self._plan.options.bypass_gates
         judged: dict[str, bool | str] = {"passed": result.passed, "reason": result.reason, "bypassed": bypassed}
         current.set_attributes({f"gate.{name}": value for name, value in judged.items()})
@@ -321,64 +324,64 @@ class Cycle:
             log_gate_failed(self.operation_id, result.gate, result.reason)
             raise _GateFailedError(f"{result.gate} gate: {result.reason}")
 
-    # -- what is told --------------------------------------------------------------------------------------------------
+    # -- records in the store ------------------------------------------------------------------------------------------
 
-    def _told(self) -> Progress:
-        self.progress.spend = format(self._hold.accrued[AGENT], "f")
+    def _snapshot(self) -> Progress:
+        self.progress.spend = format(self.hold.accrued[AGENT], "f")
         return self.progress
 
     async def begin(self) -> bool:
-        """Writes down that it begins; false if another replica has begun it."""
+        """Write the record of a new cycle; return false if another replica has already begun it."""
         owner, dependencies = self._dependencies.limiter.replica_id, self._dependencies
-        return await dependencies.cycle_store.start(self.operation_id, owner, dependencies.ttl_ms, self._told())
+        return await dependencies.cycle_store.start(self.operation_id, owner, dependencies.ttl_ms, self._snapshot())
 
     async def _watch(self) -> None:
-        """Tells how far it is, and stops it when that is asked for or when it was given up for lost."""
+        """Report progress periodically; stop the cycle if it was cancelled or marked as lost."""
         with suppressed():
             while True:
                 try:
                     await self._beat()
                 except BudgetError as error:
-                    logger.warning("cycle %s cannot tell how far it is: %s", self.operation_id, error)
-                except Exception:  # whatever it is, the cycle must go on telling that it lives
-                    logger.exception("cycle %s cannot tell how far it is", self.operation_id)
+                    logger.warning("progress report failed for cycle %s: %s", self.operation_id, error)
+                except Exception:  # a bug must not end the reports, without which the cycle would count as lost
+                    logger.exception("progress report failed for cycle %s", self.operation_id)
                 await asyncio.sleep(BEAT_S)
 
     async def _beat(self) -> None:
         owner, cycle_store = self._dependencies.limiter.replica_id, self._dependencies.cycle_store
-        status = await cycle_store.beat(self.operation_id, owner, self._told())
+        status = await cycle_store.beat(self.operation_id, owner, self._snapshot())
         if not status:
             self.stop("worker_lost")
             return
         if status == "cancelling":
             self.stop("cancelled")
-        now_s, ttl_s, hold = time.monotonic(), self._dependencies.ttl_s, self._hold
+        now_s, ttl_s, hold = time.monotonic(), self._dependencies.ttl_s, self.hold
         if hold.deadline_ms != self._deadline_ms:
             self._deadline_ms, self._extend_at_s = hold.deadline_ms, now_s + ttl_s / 2
         elif now_s > self._extend_at_s and not (hold.settled or hold.settling):
-            # Its heartbeat did not get through, and the next one may come too late.
+            # The hold's own heartbeat has failed, and its next attempt may come after the deadline.
             self._extend_at_s = now_s + ttl_s / 8
             await hold.extend()
 
     async def _settle(self) -> None:
-        """Commits what was used; of the slot nothing remains in any case."""
-        if self._hold.accrued[AGENT]:
-            await self._hold.commit()
+        """Commit the accrued spend, or release the hold if there is none; both free the slot."""
+        if self.hold.accrued[AGENT]:
+            await self.hold.commit()
         else:
-            await self._hold.release()
+            await self.hold.release()
 
     async def _persist(self, work: Callable[[], Awaitable[Result]]) -> Result | None:
-        """Does what must not be left out, for as long as the store is away; ``None`` if that is refused."""
+        """Retry a write until the store is available; return ``None`` if the store rejects it."""
         pause_s = 0.1
         while True:
             try:
                 return await work()
             except StoreError as error:
-                logger.error("the end of cycle %s is refused: %s", self.operation_id, error)
+                logger.error("result of cycle %s was rejected by the store: %s", self.operation_id, error)
                 return None
             except StoreUnavailable as error:
-                logger.warning("the end of cycle %s cannot be written yet: %s", self.operation_id, error)
-            except BudgetError as error:  # somebody has settled the hold by hand
+                logger.warning("result of cycle %s cannot be written yet: %s", self.operation_id, error)
+            except BudgetError as error:  # an operator has settled the hold
                 logger.error("cycle %s could not be settled: %s", self.operation_id, error)
                 return None
             await asyncio.sleep(pause_s)
@@ -386,9 +389,9 @@ class Cycle:
 
 
 def _plain(value: Any, *, infinite: bool = False) -> Any:
-    """A result as JSON and spans have it: whole numbers and texts as they are, other numbers as floats.
+    """Convert a result for JSON and spans: integers and texts unchanged, other numbers to floats.
 
-    JSON knows no infinity: a figure without a value is told as ``None`` unless ``infinite``.
+    JSON has no infinity: a non-finite number becomes ``None`` unless ``infinite``.
     """
     if value is None or isinstance(value, (int, str)):
         return value

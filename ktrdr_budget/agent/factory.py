@@ -1,4 +1,4 @@
-"""Puts an agent together from its settings."""
+"""Construction of an agent from its settings."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ def make_agent(
     measures: Measures,
     research: Research | None = None,
 ) -> AgentService:
-    """An agent on a limiter that has the budgets ``agent`` and ``agent:cycles``.
+    """Create an agent on a limiter that has the budgets ``agent`` and ``agent:cycles``.
 
     Args:
-        estimate: dollars that a cycle is expected to cost.
-        measures: counts what happens.
-        research: a backend's own phases; the bundled ones by default.
+        estimate: expected cost of a cycle, in dollars.
+        measures: the metrics.
+        research: the phases; the bundled ones by default.
 
     Raises:
-        InvalidArgument: the language model that the environment asks for cannot be had.
+        InvalidArgument: the configured language model is unavailable.
     """
     dependencies = CycleDependencies(
         limiter=limiter,

@@ -1,4 +1,4 @@
-"""Gates: deterministic checks between phases, which no language model can talk its way through."""
+"""Gates: deterministic checks between phases, out of reach of any language model."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _VARIABLES = {
 
 @dataclass(frozen=True, slots=True)
 class Thresholds:
-    """What a cycle must reach to go on. A figure that equals its threshold passes.
+    """Minimum figures that a cycle must reach to continue. A figure equal to its threshold passes.
 
     Raises:
         InvalidArgument: a threshold is not a finite number.
@@ -36,7 +36,7 @@ class Thresholds:
     min_accuracy: float = 0.10
     max_loss: float = 0.8
     min_loss_decrease: float = -0.5
-    """As a part of the first loss; negative allows a rise."""
+    """As a fraction of the initial loss; a negative value allows a rise."""
     min_win_rate: float = 0.10
     max_drawdown: float = 0.4
     min_sharpe: float = -0.5
@@ -49,10 +49,10 @@ class Thresholds:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Thresholds:
-        """The thresholds of ``TRAINING_GATE_*`` and ``BACKTEST_GATE_*``; those not set have their defaults.
+        """Read ``TRAINING_GATE_*`` and ``BACKTEST_GATE_*``; unset variables have their defaults.
 
         Raises:
-            InvalidArgument: a variable, which the message names, is not a finite number.
+            InvalidArgument: a variable is not a finite number; the message names it.
         """
         texts = {name: environment.get(variable, "").strip() for name, variable in _VARIABLES.items()}
         return cls(**{name: _number(text, _VARIABLES[name]) for name, text in texts.items() if text})
@@ -60,32 +60,32 @@ class Thresholds:
 
 @dataclass(frozen=True, slots=True)
 class GateResult:
-    """What a gate said."""
+    """The decision of a gate."""
 
     gate: Gate
     passed: bool
     reason: str
-    """The checks that failed with their figures, or all of them if all passed."""
+    """The failed checks with their figures, or all checks if all passed."""
 
 
 def training_gate(training: Training, thresholds: Thresholds) -> GateResult:
-    """Whether the model learned enough to be worth a backtest. A figure that is not finite fails."""
+    """Check whether the model is good enough for a backtest. A non-finite figure fails."""
     checks = (
         _at_least("accuracy", training.accuracy, thresholds.min_accuracy),
         _at_most("final loss", training.final_loss, thresholds.max_loss),
         _at_least("loss decrease", training.loss_decrease, thresholds.min_loss_decrease),
     )
-    return _judged("training", checks)
+    return _result("training", checks)
 
 
 def backtest_gate(backtest: Backtest, thresholds: Thresholds) -> GateResult:
-    """Whether the strategy traded well enough to be worth an assessment. A figure that is not finite fails."""
+    """Check whether the strategy traded well enough for an assessment. A non-finite figure fails."""
     checks = (
         _at_least("win rate", backtest.win_rate, thresholds.min_win_rate),
         _at_most("maximum drawdown", backtest.max_drawdown, thresholds.max_drawdown),
         _at_least("Sharpe ratio", backtest.sharpe_ratio, thresholds.min_sharpe),
     )
-    return _judged("backtest", checks)
+    return _result("backtest", checks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,26 +95,26 @@ class _Check:
 
 
 def _at_least(name: str, figure: float, threshold: float) -> _Check:
-    figure = float(figure)  # numbers of some libraries compare to truths of their own
+    figure = float(figure)  # numbers of some libraries do not compare to a plain bool
     passed = math.isfinite(figure) and figure >= threshold
-    return _Check(passed, _told(name, figure, ">=" if passed else "<", threshold))
+    return _Check(passed, _describe(name, figure, ">=" if passed else "<", threshold))
 
 
 def _at_most(name: str, figure: float, threshold: float) -> _Check:
     figure = float(figure)
     passed = math.isfinite(figure) and figure <= threshold
-    return _Check(passed, _told(name, figure, "<=" if passed else ">", threshold))
+    return _Check(passed, _describe(name, figure, "<=" if passed else ">", threshold))
 
 
-def _told(name: str, figure: float, relation: str, threshold: float) -> str:
+def _describe(name: str, figure: float, relation: str, threshold: float) -> str:
     if not math.isfinite(figure):
         return f"{name} is not finite ({figure})"
     shown, limit = f"{figure:.4g}", f"{threshold:.4g}"
-    # Two figures that differ must not read alike.
+    # Two different figures must not look equal.
     return f"{name} {figure!r} {relation} {threshold!r}" if shown == limit else f"{name} {shown} {relation} {limit}"
 
 
-def _judged(gate: Gate, checks: Iterable[_Check]) -> GateResult:
+def _result(gate: Gate, checks: Iterable[_Check]) -> GateResult:
     failed = [check for check in checks if not check.passed]
     return GateResult(gate, not failed, ", ".join(check.text for check in failed or checks))
 

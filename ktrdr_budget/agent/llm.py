@@ -1,4 +1,4 @@
-"""What the agent asks of a language model."""
+"""The interface between the agent and a language model."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class UnusableModel(InvalidArgument):
 
 @dataclass(frozen=True)
 class Completion:
-    """An answer, and what it took."""
+    """The text of a reply, with its token usage and model."""
 
     text: str
     usage: Usage
@@ -25,21 +25,21 @@ class Completion:
 
 
 class LLM(Protocol):
-    """A language model whose calls are metered: each reserves its worst case, or draws it from the hold around it."""
+    """A metered language model: each call reserves its worst case, or draws it from the enclosing hold."""
 
     provider: str
     model: str
 
     async def complete(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
-        """Asks, and waits for the whole answer.
+        """Send a prompt and return the complete reply.
 
         Raises:
-            BudgetExceeded: there is no room for the worst case; nothing was sent.
+            BudgetExceeded: the budget cannot cover the worst case; nothing was sent.
         """
         ...
 
     def using(self, model: str) -> LLM:
-        """The same provider with another model, by its name or by a short one such as ``haiku``; shares connections.
+        """Return the same provider with another model, by full or short name (``haiku``); connections are shared.
 
         Raises:
             UnusableModel: the provider has no such model, or the model has no price.
@@ -47,5 +47,5 @@ class LLM(Protocol):
         ...
 
     async def close(self) -> None:
-        """Lets go of its connections; it is not asked any more."""
+        """Close the connections; the model must not be used afterwards."""
         ...

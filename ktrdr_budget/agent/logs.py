@@ -1,4 +1,4 @@
-"""Log records of research cycles. Briefs, prompts and answers are in none of them."""
+"""Log records of research cycles. They never contain briefs, prompts or replies."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def log_cycle_ended(
 
 
 def log_cycle_lost(operation_id: str, elapsed_s: float) -> None:
-    """A cycle whose worker was silent until its deadline, as another replica found out."""
+    """Log the end of a cycle that another replica marked as lost at its deadline."""
     logger.warning(
         "Cycle ended: %s failed (worker_lost) after %.1f s",
         operation_id,

@@ -1,8 +1,8 @@
-"""Prices to research on: daily closes of an instrument that does not exist.
+"""Prices for the bundled research: daily closes of a fictitious instrument.
 
-The bundled series is made, not recorded, so nobody's data is in it: rising spells follow falling ones, calm ones
-nervous ones, with chance on top. A spell lasts long enough that a small model finds a little to learn, as research on
-real prices does on a good day. Whoever makes it again gets the same file, on any machine::
+The series is generated, so it contains no vendor's data: a random walk that alternates between rising and falling, and
+between calm and volatile, regimes. A regime lasts long enough for a small model to find a weak signal, as in real
+prices on a good day. The generator is reproducible on any machine::
 
     python -m ktrdr_budget.agent.market > prices.csv
 """
@@ -29,11 +29,11 @@ DAYS = 2520
 FIRST_DAY = date(2015, 1, 1)
 FIRST_CLOSE = 100.0
 DRIFTS = (0.0020, -0.0015)
-"""Mean daily return in a rising and in a falling spell."""
+"""Mean daily return in a rising and in a falling regime."""
 VOLATILITIES = (0.007, 0.014)
-"""Standard deviation of daily returns in a calm and in a nervous spell."""
+"""Standard deviation of daily returns in a calm and in a volatile regime."""
 TURN_CHANCE = 1 / 60
-"""Chance that a spell ends on a given day."""
+"""Probability per day that a regime ends."""
 
 
 @dataclass(frozen=True)
@@ -60,19 +60,19 @@ class PriceSeries:
 
 
 def bundled_prices() -> PriceSeries:
-    """The series that comes with the package."""
+    """The price series that ships with the package."""
     return parse_csv(resources.files("ktrdr_budget.agent").joinpath("data/prices.csv").read_text(encoding="utf-8"))
 
 
 def generate_prices(seed: int = SEED, days: int = DAYS) -> PriceSeries:
-    """Makes a series; the bundled one is that of the defaults."""
-    chance = random.Random(seed)  # noqa: S311 - prices that anybody can make again, no secret
+    """Generate a series; the defaults give the bundled one."""
+    chance = random.Random(seed)  # noqa: S311 - reproducible prices, not a secret
     drift, volatility, close = 0, 0, FIRST_CLOSE
     closes = []
     for _ in range(days):
         drift ^= chance.random() < TURN_CHANCE
         volatility ^= chance.random() < TURN_CHANCE
-        # Twelve uniform numbers less 6 are close to normal, and exact where a logarithm depends on the machine.
+        # The sum of twelve uniform numbers, less 6, is nearly normal and, unlike a logarithm, exact on every machine.
         noise = math.fsum(chance.random() for _ in range(12)) - 6
         close = round(close * (1 + DRIFTS[drift] + VOLATILITIES[volatility] * noise), 2)
         closes.append(close)
@@ -80,16 +80,16 @@ def generate_prices(seed: int = SEED, days: int = DAYS) -> PriceSeries:
 
 
 def to_csv(prices: PriceSeries) -> str:
-    """A line ``date,close``, then one for each day."""
+    """Format a series as CSV: the header ``date,close``, then one line per day."""
     lines = (f"{day.isoformat()},{close:.2f}\n" for day, close in zip(prices.days, prices.closes, strict=True))
     return "date,close\n" + "".join(lines)
 
 
 def parse_csv(text: str) -> PriceSeries:
-    """Reads what :func:`to_csv` writes.
+    """Parse the format of :func:`to_csv`.
 
     Raises:
-        InvalidArgument: the text is something else; the message names the line.
+        InvalidArgument: the text has another format; the message names the line.
     """
     rows = csv.reader(io.StringIO(text))
     if next(rows, None) != ["date", "close"]:

@@ -1,4 +1,4 @@
-"""A tiny model: the chance that the price rises tomorrow, by logistic regression."""
+"""A small logistic regression: the probability that the price rises on the next day."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Rows = Sequence[Sequence[float]]
 Labels = Sequence[int]
 
 _FEATURE_MAX = 5.0
-"""Scaled features are cut off here, so that one wild day moves no weight far."""
+"""Bound on scaled features, so that an outlier cannot dominate a weight."""
 _CHANCE_MIN = 1e-12
 
 
 @dataclass(frozen=True)
 class Model:
-    """Weights, with the scales of the data that they were fitted to."""
+    """Fitted weights, with the scaling of the training data."""
 
     means: tuple[float, ...]
     deviations: tuple[float, ...]
@@ -28,22 +28,22 @@ class Model:
     bias: float
 
     def chances(self, rows: Rows) -> list[float]:
-        """The chance of a rise for each row, between 0 and 1."""
+        """Return the probability of a rise for each row, between 0 and 1."""
         return [_sigmoid(self.bias + _dot(self.weights, self.scaled(row))) for row in rows]
 
     def scaled(self, row: Sequence[float]) -> tuple[float, ...]:
-        """The row with mean 0 and deviation 1, as far as the fitted data goes."""
+        """Scale a row by the means and deviations of the training data."""
         parts = zip(row, self.means, self.deviations, strict=True)
         return tuple(max(-_FEATURE_MAX, min(_FEATURE_MAX, (value - mean) / scale)) for value, mean, scale in parts)
 
 
 def fit(rows: Rows, labels: Labels, *, learning_rate: float, epochs: int, pause: Callable[[], None]) -> Model:
-    """Fits a model by gradient descent on the log loss, from weights of 0.
+    """Fit a model by gradient descent on the log loss, starting from zero weights.
 
     Args:
         rows: features of each day.
         labels: 1 if the price rose on the day after, else 0.
-        epochs: passes through the data; 0 leaves a model that has learned nothing.
+        epochs: passes over the data; 0 returns an untrained model.
         pause: called before each pass; may raise to stop.
     """
     means = tuple(fmean(column) for column in zip(*rows, strict=True))
@@ -63,12 +63,12 @@ def fit(rows: Rows, labels: Labels, *, learning_rate: float, epochs: int, pause:
 
 
 def accuracy(chances: Sequence[float], labels: Labels) -> float:
-    """The share of right predictions: a rise is one where its chance is above a half."""
+    """Return the fraction of correct predictions; a probability above 0.5 predicts a rise."""
     return fmean((chance > 0.5) == (label == 1) for chance, label in zip(chances, labels, strict=True))
 
 
 def log_loss(chances: Sequence[float], labels: Labels) -> float:
-    """The mean log loss; ln 2 (0.693) for a model that always says one half."""
+    """Return the mean log loss; ln 2 (0.693) for a model that always predicts 0.5."""
     likelihoods = (chance if label else 1 - chance for chance, label in zip(chances, labels, strict=True))
     return -fmean(math.log(max(_CHANCE_MIN, likelihood)) for likelihood in likelihoods)
 

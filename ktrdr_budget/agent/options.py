@@ -1,4 +1,4 @@
-"""What a trigger may ask of a research cycle."""
+"""Options of a research cycle."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ class CycleOptions:
     """The options of one cycle."""
 
     strategy: str | None = None
-    """A strategy that is designed already: the cycle begins with its training. Excludes a brief."""
+    """Name of a finished strategy: the cycle begins with its training. Excludes a brief."""
     brief: str | None = None
-    """What the design shall follow, in words."""
+    """Instructions for the design, as free text."""
     model: str | None = None
-    """The language model of this cycle; ``None``: the agent's."""
+    """The language model of this cycle; ``None`` for the agent's."""
     bypass_gates: bool = False
-    """Gates are evaluated and recorded, and stop nothing."""
+    """Gates are evaluated and recorded, but do not end the cycle."""
 
 
 class UnusableOption(InvalidArgument):
-    """An option cannot be followed; nothing was reserved."""
+    """An option is invalid; nothing was reserved."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")
         self.field = field
-        """Its name."""
+        """The name of the option."""
         self.message = message

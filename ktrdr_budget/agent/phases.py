@@ -1,7 +1,7 @@
-"""What a research cycle consists of: a small protocol that a backend implements for itself.
+"""The phases of a research cycle, as a protocol that a backend can implement.
 
-A cycle goes through four phases, with a gate after training and one after backtesting. Each phase is told by a frozen
-record; a backend's own records may hold more, as subclasses do.
+A cycle has four phases, with a gate after training and one after backtesting. Each phase returns a frozen record, which
+a backend may subclass to add fields.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ PHASES: tuple[Phase, ...] = ("designing", "training", "backtesting", "assessing"
 
 @dataclass(frozen=True)
 class Design:
-    """A strategy to try."""
+    """A strategy to evaluate."""
 
     strategy_name: str
     parameters: Mapping[str, Any] = field(default_factory=dict)
@@ -38,29 +38,29 @@ class Design:
 
 @dataclass(frozen=True)
 class Training:
-    """How a model learned."""
+    """The result of training."""
 
     accuracy: float
-    """Share of right predictions on data that the model was not fitted to, 0 to 1."""
+    """Fraction of correct predictions on data outside the training set, 0 to 1."""
     initial_loss: float
     final_loss: float
     model: Any = None
-    """Whatever backtesting needs."""
+    """Input of the backtest, opaque to the cycle."""
 
     @property
     def loss_decrease(self) -> float:
-        """The part of the first loss that training took away; negative if it rose."""
+        """The decrease of the loss as a fraction of the initial loss; negative if it rose."""
         return (self.initial_loss - self.final_loss) / self.initial_loss if self.initial_loss else 0.0
 
 
 @dataclass(frozen=True)
 class Backtest:
-    """How a strategy would have traded."""
+    """The result of a backtest."""
 
     win_rate: float
-    """Share of trades with a profit, 0 to 1."""
+    """Fraction of profitable trades, 0 to 1."""
     max_drawdown: float
-    """The deepest fall from a peak of the equity, as a part of that peak, 0 to 1."""
+    """Largest fall of the equity from a peak, as a fraction of that peak, 0 to 1."""
     sharpe_ratio: float
     """Annualised."""
     trades: int
@@ -68,7 +68,7 @@ class Backtest:
 
 @dataclass(frozen=True)
 class Assessment:
-    """What is thought of it in the end."""
+    """The final assessment."""
 
     verdict: str
     """``promising``, ``mediocre`` or ``poor``."""
@@ -76,7 +76,7 @@ class Assessment:
 
 
 class PhaseContext(Protocol):
-    """What a phase may ask of its cycle."""
+    """The context of a phase."""
 
     @property
     def operation_id(self) -> str:
@@ -85,16 +85,16 @@ class PhaseContext(Protocol):
 
     @property
     def brief(self) -> str | None:
-        """What the trigger asks the design to follow, in words; ``None`` if it asks nothing."""
+        """The trigger's instructions for the design; ``None`` if there are none."""
         ...
 
     @property
     def cancelled(self) -> bool:
-        """Whether somebody asked the cycle to stop: for loops in threads, which a cancellation does not reach."""
+        """Whether the cycle is being stopped; for loops in threads, which ``CancelledError`` does not reach."""
         ...
 
     async def ask(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
-        """Asks the language model. What it costs is reserved before, and accrued on the cycle's hold as it happens.
+        """Send a prompt to the language model. Its cost is reserved first, then accrued on the cycle's hold.
 
         Raises:
             BudgetExceeded: the cycle needs more than it has reserved, and there is no more.
@@ -103,31 +103,31 @@ class PhaseContext(Protocol):
 
 
 class Research(Protocol):
-    """The four phases. A phase that raises fails the cycle; cancellation reaches it as ``CancelledError``."""
+    """The four phases. A phase that raises fails the cycle; a cancellation arrives as ``CancelledError``."""
 
     async def design(self, context: PhaseContext) -> Design:
-        """Chooses a strategy (asks the language model)."""
+        """Choose a strategy, with the language model."""
         ...
 
     async def train(self, context: PhaseContext, design: Design) -> Training:
-        """Fits a model."""
+        """Fit a model."""
         ...
 
     async def backtest(self, context: PhaseContext, design: Design, training: Training) -> Backtest:
-        """Trades it on the past."""
+        """Trade the strategy on historical data."""
         ...
 
     async def assess(self, context: PhaseContext, design: Design, training: Training, backtest: Backtest) -> Assessment:
-        """Judges it (asks the language model)."""
+        """Assess the results, with the language model."""
         ...
 
 
 @runtime_checkable
 class KnowsStrategies(Protocol):
-    """A research with strategies that are designed already, which a trigger can ask for by name."""
+    """Research with finished strategies that a trigger can select by name."""
 
     def known_design(self, strategy: str) -> Design:
-        """The design of this strategy. A cycle that is given one has no phase ``designing``.
+        """Return the design of a strategy. A cycle that starts with one skips the phase ``designing``.
 
         Raises:
             InvalidArgument: there is no such strategy; the message says which there are.

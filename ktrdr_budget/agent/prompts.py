@@ -1,7 +1,6 @@
-"""What the bundled research says to the language model, and how it reads the answers.
+"""Prompts of the bundled research, and parsers of the replies.
 
-An answer is one JSON object; words around it are overlooked. Errors say what is wrong with an answer, and never quote
-it.
+A reply contains one JSON object; text around it is ignored. Error messages name the defect and never quote the reply.
 """
 
 from __future__ import annotations
@@ -38,14 +37,14 @@ _BRIEF = "Brief: "
 
 
 class UnusableAnswer(BudgetError):
-    """The language model answered something that the research cannot use."""
+    """A reply of the language model is unusable."""
 
 
 # -- designing ---------------------------------------------------------------------------------------------------------
 
 
 def design_prompt(operation_id: str, brief: str | None = None) -> str:
-    """Ask for a strategy. The id makes cycles try different ones; the brief, if any, guides the choice."""
+    """Return the prompt for a design. The id makes cycles choose differently; an optional brief guides the choice."""
     described = {
         name: {"description": strategy.description, "parameters": {key: list(ends) for key, ends in ranges.items()}}
         for name, strategy in STRATEGIES.items()
@@ -68,26 +67,26 @@ def design_prompt(operation_id: str, brief: str | None = None) -> str:
 
 
 def _brief_lines(brief: str | None) -> tuple[str, ...]:
-    # As JSON, so that no line of the brief can be mistaken for one of the prompt.
+    # As JSON, so that a line of the brief cannot pass as a line of the prompt.
     return () if brief is None else ("Follow this brief as far as it allows:", _BRIEF + json.dumps({"text": brief}))
 
 
 def brief_of(prompt: str) -> str | None:
-    """The brief that a design prompt gives; ``None`` if it gives none."""
+    """Return the brief in a design prompt; ``None`` if there is none."""
     found = _line_of(prompt, _BRIEF)
     return None if found is None else str(found["text"])
 
 
 def strategies_of(prompt: str) -> Mapping[str, Any] | None:
-    """The strategies that a design prompt offers; ``None`` if it is no design prompt."""
+    """Return the strategies in a design prompt; ``None`` for any other prompt."""
     return _line_of(prompt, _STRATEGIES)
 
 
 def parse_design(text: str) -> Design:
-    """The design in an answer.
+    """Parse the design in a reply.
 
     Raises:
-        UnusableAnswer: there is none, or a parameter is missing or out of its range.
+        UnusableAnswer: the reply has no design, or a parameter is missing or out of range.
     """
     answer = _object_in(text, "strategy")
     strategy = STRATEGIES.get(answer["strategy"]) if isinstance(answer["strategy"], str) else None
@@ -113,7 +112,7 @@ def _within(name: str, value: object, lowest: Number, highest: Number) -> Number
 
 
 def assessment_prompt(design: Design, training: Training, backtest: Backtest) -> str:
-    """Asks for a judgement of what came out."""
+    """Return the prompt for an assessment of the figures."""
     figures = {
         "accuracy": round(training.accuracy, 4),
         "initial_loss": round(training.initial_loss, 4),
@@ -139,15 +138,15 @@ def assessment_prompt(design: Design, training: Training, backtest: Backtest) ->
 
 
 def figures_of(prompt: str) -> Mapping[str, Any] | None:
-    """The figures that an assessment prompt gives; ``None`` if it is no assessment prompt."""
+    """Return the figures in an assessment prompt; ``None`` for any other prompt."""
     return _line_of(prompt, _FIGURES)
 
 
 def parse_assessment(text: str) -> Assessment:
-    """The judgement in an answer.
+    """Parse the assessment in a reply.
 
     Raises:
-        UnusableAnswer: there is none.
+        UnusableAnswer: the reply has no assessment.
     """
     answer = _object_in(text, "verdict")
     verdict, summary = answer["verdict"], answer.get("summary")
@@ -158,11 +157,11 @@ def parse_assessment(text: str) -> Assessment:
     return Assessment(verdict.strip().lower(), summary.strip()[:SUMMARY_LENGTH_MAX])
 
 
-# -- JSON among words --------------------------------------------------------------------------------------------------
+# -- JSON within text --------------------------------------------------------------------------------------------------
 
 
 def _object_in(text: str, key: str) -> dict[str, Any]:
-    """The first JSON object in the text that has the key."""
+    """Return the first JSON object in the text that has the key."""
     decoder = json.JSONDecoder(parse_constant=lambda _: math.nan)
     start = text.find("{")
     while start >= 0:

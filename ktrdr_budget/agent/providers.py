@@ -1,8 +1,8 @@
-"""The language models that an agent may ask, and which of them the environment chooses.
+"""The language models of an agent, and their selection by the environment.
 
-Real ones are asked through the providers' own SDKs, guarded: each call reserves its worst case, or draws it from the
-hold around it. Answers are streamed, so that a call that is cancelled has cost what had arrived, as far as that can be
-told.
+Calls go through the providers' SDKs with a guard: each call reserves its worst case, or draws it from the enclosing
+hold. Replies are streamed, so that a cancelled call is charged, as far as the provider reports usage, for the part that
+arrived.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ OPENAI_MODEL = "gpt-6-luna"
 ANTHROPIC_MODELS = {"opus": "claude-opus-5-5", "sonnet": "claude-sonnet-5-5", "haiku": ANTHROPIC_MODEL}
 """Short names of models."""
 REASONING_TOKENS_MAX = 3072
-"""Output beside the answer: the models of these days reason first, and count that as output."""
+"""Output tokens beside the reply: current models reason first, and count that as output."""
 
 
 class AnthropicLLM:
-    """Claude, by its Messages API.
+    """Claude, through the Messages API.
 
     Args:
-        client: guarded.
-        prices: of the models; one without a price is refused.
+        client: a guarded client.
+        prices: prices of the models.
         model: the model, or one of :data:`ANTHROPIC_MODELS`.
-        reasoning_tokens: how much it may reason beside what an answer may take.
+        reasoning_tokens: output tokens for reasoning, beside those of the reply.
 
     Raises:
         UnusableModel: the model has no price.
@@ -71,7 +71,7 @@ class AnthropicLLM:
         return AnthropicLLM(self._client, self._prices, model, reasoning_tokens=self._reasoning_tokens)
 
     async def complete(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
-        """See :meth:`~ktrdr_budget.agent.llm.LLM.complete`. Errors of the SDK come as they are."""
+        """See :meth:`~ktrdr_budget.agent.llm.LLM.complete`. Errors of the SDK are not translated."""
         further: dict[str, Any] = {"system": system} if system else {}
         async with self._client.messages.stream(
             model=self.model,
@@ -92,17 +92,17 @@ class AnthropicLLM:
         return Completion(text, usage, message.model)
 
     async def close(self) -> None:
-        """Closes its connections."""
+        """Close the connections."""
         await self._client.close()
 
 
 class OpenAILLM:
-    """GPT, or whatever else speaks OpenAI's Chat Completions API.
+    """GPT, or another model with OpenAI's Chat Completions API.
 
     Args:
-        client: guarded.
-        prices: of the models; one without a price is refused.
-        reasoning_tokens: how much it may reason beside what an answer may take.
+        client: a guarded client.
+        prices: prices of the models.
+        reasoning_tokens: output tokens for reasoning, beside those of the reply.
 
     Raises:
         UnusableModel: the model has no price.
@@ -128,7 +128,7 @@ class OpenAILLM:
         return OpenAILLM(self._client, self._prices, model, reasoning_tokens=self._reasoning_tokens)
 
     async def complete(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
-        """See :meth:`~ktrdr_budget.agent.llm.LLM.complete`. Errors of the SDK come as they are."""
+        """See :meth:`~ktrdr_budget.agent.llm.LLM.complete`. Errors of the SDK are not translated."""
         messages: list[Any] = [{"role": "system", "content": system}] if system else []
         stream = await self._client.chat.completions.create(
             model=self.model,
@@ -152,21 +152,21 @@ class OpenAILLM:
         return Completion(text, usage, model)
 
     async def close(self) -> None:
-        """Closes its connections."""
+        """Close the connections."""
         await self._client.close()
 
 
-# -- choosing ----------------------------------------------------------------------------------------------------------
+# -- selection ---------------------------------------------------------------------------------------------------------
 
 
 def make_llm(limiter: AsyncBudgetLimiter, environment: Mapping[str, str] = os.environ) -> LLM:
-    """The language model of ``AGENT_LLM`` (``scripted``, ``anthropic`` or ``openai``) and ``AGENT_MODEL``.
+    """Create the language model of ``AGENT_LLM`` (``scripted``, ``anthropic`` or ``openai``) and ``AGENT_MODEL``.
 
-    Its calls are charged to the budget ``agent``. Keys are those of ``ANTHROPIC_API_KEY`` and ``OPENAI_API_KEY``, and
-    ``ANTHROPIC_BASE_URL`` and ``OPENAI_BASE_URL`` lead elsewhere.
+    Calls are charged to the budget ``agent``. API keys come from ``ANTHROPIC_API_KEY`` and ``OPENAI_API_KEY``, other
+    endpoints from ``ANTHROPIC_BASE_URL`` and ``OPENAI_BASE_URL``.
 
     Raises:
-        InvalidArgument: it cannot be had; the message says what is missing.
+        InvalidArgument: the model is unavailable; the message names the cause.
     """
     kind = _text(environment, "AGENT_LLM").lower() or ScriptedLLM.provider
     model = _text(environment, "AGENT_MODEL")
@@ -201,12 +201,12 @@ def _client(kind: str, name: str, environment: Mapping[str, str]) -> Any:
         raise InvalidArgument(f"AGENT_LLM={kind} needs a key in {kind.upper()}_API_KEY")
     further: dict[str, Any] = {}
     if "open_telemetry" in inspect.signature(make).parameters:
-        further["open_telemetry"] = False  # the guard makes the span of a call, with its cost
+        further["open_telemetry"] = False  # the guard writes the span of a call, with its cost
     return make(api_key=key, base_url=_text(environment, f"{kind.upper()}_BASE_URL") or None, **further)
 
 
 def _priced(kind: str, model: str, prices: Prices) -> str:
-    """The model, if it has a price: one without would fail each cycle at its first call."""
+    """Return the model if it has a price; without one, each cycle would fail at its first call."""
     try:
         prices.worst_case(kind, model, 1, 1, datetime.now(UTC))
     except UnknownPrice as error:

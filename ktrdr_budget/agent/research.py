@@ -1,7 +1,7 @@
-"""The bundled research: a real cycle in seconds, without a key and without further packages.
+"""The bundled research: a real cycle in seconds, without a key or additional packages.
 
-The prices are cut in three: a model is fitted to the first part, measured on the second, and traded on the third, so
-that no figure comes from days that the model has seen.
+The price series has three parts: the model is fitted to the first, validated on the second and traded on the third, so
+every figure is out of sample.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["ExampleResearch"]
 
 PHASE_SECONDS_DEFAULT = 1.0
 FITTED_PART, MEASURED_PART = 0.5, 0.2
-"""Of the days with features; the rest is traded."""
+"""Fractions of the days with features; the remainder is traded."""
 DAYS_MIN = WARM_UP_DAYS + 100
 
 Answer = TypeVar("Answer")
@@ -40,11 +40,11 @@ class ExampleResearch:
     """Implements :class:`~ktrdr_budget.agent.phases.Research` on one price series.
 
     Args:
-        prices: the series; the bundled one by default.
-        phase_seconds: each phase lasts at least this long, so that a person can watch it.
+        prices: the price series; the bundled one by default.
+        phase_seconds: minimum duration of each phase, so that a cycle can be watched.
 
     Raises:
-        InvalidArgument: the series is too short, or ``phase_seconds`` is not a finite number of 0 or more.
+        InvalidArgument: the series is too short, or ``phase_seconds`` is negative or not finite.
     """
 
     def __init__(self, prices: PriceSeries | None = None, *, phase_seconds: float = PHASE_SECONDS_DEFAULT) -> None:
@@ -56,19 +56,19 @@ class ExampleResearch:
         self._phase_seconds = phase_seconds
 
     async def design(self, context: PhaseContext) -> Design:
-        """Lets the language model choose among :data:`~ktrdr_budget.agent.strategies.STRATEGIES`.
+        """Let the language model choose among :data:`~ktrdr_budget.agent.strategies.STRATEGIES`.
 
         Raises:
-            UnusableAnswer: it answered nonsense twice.
+            UnusableAnswer: two replies were unusable.
         """
         async with self._paced():
             return await _ask(context, prompts.design_prompt(context.operation_id, context.brief), prompts.parse_design)
 
     def known_design(self, strategy: str) -> Design:
-        """One of :data:`~ktrdr_budget.agent.strategies.STRATEGIES`, each parameter in the middle of its range.
+        """Return the named strategy with each parameter in the middle of its range.
 
         Raises:
-            InvalidArgument: there is no such strategy.
+            InvalidArgument: the strategy does not exist.
         """
         found = STRATEGIES.get(strategy)
         if found is None:
@@ -76,30 +76,30 @@ class ExampleResearch:
         return Design(found.name, found.middle)
 
     async def train(self, context: PhaseContext, design: Design) -> Training:
-        """Fits the model to the first part of the series, and measures it on the second."""
+        """Fit the model to the first part of the series and validate it on the second."""
         async with self._paced():
             return await _in_thread(context, lambda pause: self._train(design, pause))
 
     async def backtest(self, context: PhaseContext, design: Design, training: Training) -> Backtest:
-        """Trades the third part."""
+        """Trade the third part of the series."""
         async with self._paced():
             return await _in_thread(context, lambda pause: figures(self._trade(design, training.model, pause)))
 
     async def assess(self, context: PhaseContext, design: Design, training: Training, backtest: Backtest) -> Assessment:
-        """Lets the language model judge the figures.
+        """Let the language model judge the figures.
 
         Raises:
-            UnusableAnswer: it answered nonsense twice.
+            UnusableAnswer: two replies were unusable.
         """
         async with self._paced():
             return await _ask(context, prompts.assessment_prompt(design, training, backtest), prompts.parse_assessment)
 
-    # -- the work, in a thread -----------------------------------------------------------------------------------------
+    # -- computation, in a thread --------------------------------------------------------------------------------------
 
     def _train(self, design: Design, pause: Pause) -> Training:
         closes = self._prices.closes
         rows = features(closes, design.parameters, pause)
-        # Nobody knows yet what follows the last day.
+        # The last day has no label: its next close is unknown.
         labels = [int(later > earlier) for earlier, later in pairwise(closes[WARM_UP_DAYS:])]
         fitted, measured = self._parts()
         model = models.fit(
@@ -123,12 +123,12 @@ class ExampleResearch:
         first = WARM_UP_DAYS + self._parts()[1]
         chances = model.chances(features(closes, design.parameters, pause, first))
         held = positions(STRATEGIES[design.strategy_name], design.parameters, closes, chances)
-        # A position taken at one close earns until the next; that of the last day earns nothing any more.
+        # A position taken at a close earns until the next close; that of the last day earns nothing.
         returns = [later / earlier - 1 for earlier, later in pairwise(closes[first:])]
         return trade(held[:-1], returns)
 
     def _parts(self) -> tuple[int, int]:
-        """Where the fitted part ends, and where the measured one, in days after the warm-up."""
+        """Return the ends of the fitted and of the validated part, in days after the warm-up."""
         days = len(self._prices) - WARM_UP_DAYS
         return round(days * FITTED_PART), round(days * (FITTED_PART + MEASURED_PART))
 
@@ -136,24 +136,24 @@ class ExampleResearch:
 
     @asynccontextmanager
     async def _paced(self) -> AsyncIterator[None]:
-        """Stays at least as long as a phase should last, unless the phase fails or is cancelled."""
+        """Last at least ``phase_seconds``, unless the phase fails or is cancelled."""
         ends = time.monotonic() + self._phase_seconds
         yield
         await asyncio.sleep(max(0.0, ends - time.monotonic()))
 
 
 class _Stopped(Exception):
-    """The work in a thread noticed that nobody wants it any more."""
+    """The work in a thread was cancelled."""
 
 
 async def _in_thread(context: PhaseContext, work: Callable[[Pause], Result]) -> Result:
-    """Runs the work beside the event loop. Cancelled, it returns at once; the thread follows at its next pause."""
+    """Run the work in a thread. A cancellation returns at once; the thread stops at its next pause."""
     abandoned = threading.Event()
 
     def pause() -> None:
         if abandoned.is_set() or context.cancelled:
             raise _Stopped
-        time.sleep(0)  # lets the event loop have the interpreter
+        time.sleep(0)  # yields the interpreter to the event loop
 
     try:
         return await asyncio.to_thread(work, pause)
@@ -164,7 +164,7 @@ async def _in_thread(context: PhaseContext, work: Callable[[Pause], Result]) -> 
 
 
 async def _ask(context: PhaseContext, prompt: str, parse: Callable[[str], Answer]) -> Answer:
-    """Asks, and once more with the reason if the answer cannot be used."""
+    """Send a prompt; retry once, with the reason, if the reply is unusable."""
     first = await context.ask(prompt, system=prompts.SYSTEM)
     try:
         return parse(first.text)

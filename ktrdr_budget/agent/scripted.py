@@ -1,7 +1,7 @@
-"""A language model that needs no network and no key: it knows the two prompts of the bundled research.
+"""A language model without network or key, for the two prompts of the bundled research.
 
-The same prompt gives the same answer, the same tokens and so the same cost. Time passes and tokens arrive as with a
-real model, so that a cycle can be watched, and a call that is cancelled has cost what had arrived until then.
+The same prompt gives the same reply, the same tokens and so the same cost. Output arrives over time, as from a real
+model: a cycle can be watched, and a cancelled call is charged for the output that has arrived.
 """
 
 from __future__ import annotations
@@ -24,30 +24,30 @@ from ktrdr_budget.metering.usage import Usage
 __all__ = ["SCRIPTED_PRICE", "SCRIPTED_PRICES", "ScriptedLLM"]
 
 SCRIPTED_PRICE = ModelPrice("scripted", "ktrdr-scripted-1", input=15, output=75)
-"""What its tokens cost, in play money that the budget takes seriously."""
+"""Prices of its tokens; no real money is spent."""
 _SIZES = {
     "opus": SCRIPTED_PRICE,
     "sonnet": ModelPrice("scripted", "ktrdr-scripted-1-sonnet", input=9, output=45),
     "haiku": ModelPrice("scripted", "ktrdr-scripted-1-haiku", input=3, output=15),
 }
 SCRIPTED_PRICES = tuple(_SIZES.values())
-"""Of the same answers in three sizes, so that a choice of the model can be tried without a key."""
+"""Prices of three model sizes with identical replies, so that model selection can be tried without a key."""
 TOKENS_PER_SECOND_DEFAULT = 500.0
 CONTEXT_TOKENS = 500
-"""Input beside the prompt that each call is counted, as a provider counts tool descriptions and the like."""
+"""Input tokens charged beside the prompt, as providers do for tool descriptions."""
 REASONING_TOKENS = (120, 240)
-"""Output before the answer, at least and at most."""
+"""Output tokens before the reply, minimum and maximum."""
 CHARACTERS_PER_TOKEN = 4
 CHUNK_TOKENS = 16
 
 
 class ScriptedLLM:
-    """Implements :class:`~ktrdr_budget.agent.llm.LLM` without one.
+    """Implements :class:`~ktrdr_budget.agent.llm.LLM` without a network.
 
     Args:
-        meter: reserves and accrues what a call costs; its pricer must know :data:`SCRIPTED_PRICES`.
+        meter: reserves and accrues the cost of each call; its pricer must include :data:`SCRIPTED_PRICES`.
         model: one of those.
-        tokens_per_second: how fast output arrives; ``math.inf`` for at once.
+        tokens_per_second: output rate; ``math.inf`` for no delay.
 
     Raises:
         InvalidArgument: ``tokens_per_second`` is not positive.
@@ -69,7 +69,7 @@ class ScriptedLLM:
         self._tokens_per_second = tokens_per_second
 
     async def complete(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
-        """Answers as :class:`~ktrdr_budget.agent.llm.LLM` says. An answer longer than ``max_tokens`` is cut off."""
+        """See :meth:`~ktrdr_budget.agent.llm.LLM.complete`. A reply longer than ``max_tokens`` is cut off."""
         input_tokens = CONTEXT_TOKENS + tokens_in(system) + tokens_in(prompt)
         text = answer(prompt)
         reasoning_tokens = min(max_tokens, round(_chosen(prompt, "reasoning", *REASONING_TOKENS)))
@@ -97,19 +97,19 @@ class ScriptedLLM:
         return ScriptedLLM(self._meter, model=price.model, tokens_per_second=self._tokens_per_second)
 
     async def close(self) -> None:
-        """Has nothing to let go of."""
+        """Do nothing: there are no connections."""
 
 
 def tokens_in(text: str) -> int:
-    """About as many as a real model would count."""
+    """Estimate the number of tokens in a text."""
     return math.ceil(len(text) / CHARACTERS_PER_TOKEN)
 
 
-# -- answers -----------------------------------------------------------------------------------------------------------
+# -- replies -----------------------------------------------------------------------------------------------------------
 
 
 def answer(prompt: str) -> str:
-    """A design for a design prompt, a judgement for an assessment prompt, a word for anything else."""
+    """Return a design, an assessment, or a fixed sentence for any other prompt."""
     if (strategies := prompts.strategies_of(prompt)) is not None:
         return json.dumps(_design(prompt, strategies))
     if (figures := prompts.figures_of(prompt)) is not None:
@@ -156,6 +156,6 @@ def _judgement(figures: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _chosen(prompt: str, what: str, lowest: float, highest: float) -> float:
-    """A number from ``lowest`` to below ``highest`` that the prompt decides."""
+    """Return a number in [``lowest``, ``highest``) that depends on the prompt only."""
     digest = hashlib.sha256(f"{what}\n{prompt}".encode()).digest()
     return lowest + (highest - lowest) * int.from_bytes(digest[:6], "big") / 2**48

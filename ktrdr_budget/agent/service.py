@@ -1,4 +1,4 @@
-"""Triggers, shows and cancels cycles; runs those that were triggered here."""
+"""The agent of a replica: triggers, lists and cancels cycles, and runs those triggered here."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 import logging
 import math
 import secrets
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -40,31 +41,31 @@ __all__ = [
 logger = logging.getLogger("ktrdr_budget")
 
 SLOTS = "agent:cycles"
-"""The budget of kind ``slots`` that bounds how many cycles run at once."""
+"""The budget of kind ``slots`` that limits concurrent cycles."""
 CANCEL_WAIT_S = 2.0
 CLOSE_WAIT_S = 5.0
 _POLL_S = 0.05
 
 
 def slots(limit: int) -> Budget:
-    """The budget of concurrent cycles."""
+    """Return the budget of concurrent cycles."""
     return Budget(SLOTS, limit, kind="slots")
 
 
 class MoneyDenied(BudgetError):
-    """There is no money for a cycle."""
+    """The daily budget does not cover another cycle."""
 
     def __init__(self, denial: Denial, retry_after: int | None) -> None:
         self.summary = replace(denial, reason="budget_exhausted").summary
         super().__init__(f"Daily budget exhausted: {self.summary}")
         self.denial = denial
-        """Its reason is the finer one."""
+        """The denial; its ``reason`` is more specific than the summary's."""
         self.retry_after = retry_after
-        """Seconds until another answer is possible; where a cycle costs more than a day may, until the next day."""
+        """Seconds until a retry may succeed; until the next day if one cycle costs more than the daily limit."""
 
 
 class CycleActive(BudgetError):
-    """As many cycles as may run at once are running."""
+    """The maximum number of concurrent cycles is running."""
 
     def __init__(self, operation_ids: list[str]) -> None:
         running = ", ".join(operation_ids) or "a cycle"
@@ -73,11 +74,11 @@ class CycleActive(BudgetError):
 
 
 class UnknownCycle(BudgetError):
-    """No cycle of this id is remembered."""
+    """No cycle with this id is recorded."""
 
 
 class CycleEnded(BudgetError):
-    """It has ended already, so that it cannot be cancelled."""
+    """The cycle has already ended and cannot be cancelled."""
 
     def __init__(self, operation_id: str, status: str) -> None:
         super().__init__(f"cycle {operation_id} is {status}; it cannot be cancelled")
@@ -87,22 +88,22 @@ class CycleEnded(BudgetError):
 
 @dataclass(frozen=True)
 class Started:
-    """A cycle that was begun."""
+    """The result of a trigger."""
 
     operation_id: str
     model: str
-    """The language model that it asks."""
+    """The language model of the cycle."""
     replayed: bool = False
-    """It had been begun by the same request before."""
+    """Whether an earlier request with the same id and options had begun the cycle."""
 
 
 @dataclass(frozen=True)
 class AgentStatus:
-    """What the agent is doing, and what it may do yet."""
+    """Active cycles, the last ended one, and the remaining budget and capacity."""
 
     cycles: CyclesPage
     budget: Status | None
-    """``None``: unknown, for it is defined otherwise elsewhere."""
+    """``None`` if another process has defined the budget differently."""
     capacity: Status | None
 
 
@@ -110,8 +111,8 @@ class AgentService:
     """The agent of one replica.
 
     Args:
-        dependencies: its limiter has the budgets ``agent`` and :data:`SLOTS`.
-        estimate: dollars that a cycle is expected to cost.
+        dependencies: the limiter must have the budgets ``agent`` and :data:`SLOTS`.
+        estimate: expected cost of a cycle, in dollars.
     """
 
     def __init__(self, dependencies: CycleDependencies, estimate: Amount) -> None:
@@ -123,8 +124,13 @@ class AgentService:
         self._beginning: dict[str, asyncio.Future[Started]] = {}
         dependencies.cycle_store.on_lost = self._count_lost
 
+    @property
+    def running(self) -> Sequence[Cycle]:
+        """The cycles that run on this replica."""
+        return tuple(self._running.values())
+
     async def close(self) -> None:
-        """Stops the cycles that run here, each of which commits what it has used, and closes the language model."""
+        """Stop the cycles of this replica, each of which commits its spend, and close the language model."""
         running = dict(self._running)
         for cycle in running.values():
             cycle.stop("shutdown")
@@ -149,15 +155,15 @@ class AgentService:
         """Reserve a cycle's estimate and a slot, all or none, and begin the cycle.
 
         Args:
-            operation_id: makes a retry harmless: the same id and options return the same cycle.
+            operation_id: idempotency key: a retry with the same id and options returns the same cycle.
             strategy, brief, model, bypass_gates: see :class:`~ktrdr_budget.agent.options.CycleOptions`.
 
         Raises:
-            UnusableOption: an option cannot be followed.
-            MoneyDenied: no money.
-            CycleActive: no slot; told only if money alone does not deny.
-            HoldConflict: the id is in use otherwise, or was used before for a cycle that did not begin, or that is only
-                remembered.
+            UnusableOption: an option is invalid.
+            MoneyDenied: the daily budget does not cover the estimate.
+            CycleActive: no slot is free, and the budget would cover the estimate.
+            HoldConflict: the id belongs to another request, to a cycle that did not begin, or to an earlier cycle whose
+                hold has been forgotten.
             StoreUnavailable: nothing was begun.
         """
         plan = self._planned(CycleOptions(strategy, brief, model, bypass_gates))
@@ -170,12 +176,10 @@ class AgentService:
         llm, design = self._dependencies.llm, None
         if options.strategy is not None:
             if options.brief is not None:
-                raise UnusableOption(
-                    "brief", "it guides the design, and a strategy is designed already; give one of them"
-                )
+                raise UnusableOption("brief", "it guides the design phase, which a strategy replaces; give one of them")
             research = self._dependencies.research
             if not isinstance(research, KnowsStrategies):
-                raise UnusableOption("strategy", "this agent's research takes none by name")
+                raise UnusableOption("strategy", "this agent's research has no strategies by name")
             try:
                 design = research.known_design(options.strategy)
             except InvalidArgument as error:
@@ -205,7 +209,7 @@ class AgentService:
                 return Started(operation_id, plan.llm.model, replayed=True)
             if hold.state != "open":
                 raise HoldConflict(f"{operation_id!r} was used before, and its cycle did not begin: use another id")
-        # From here on the cycle goes its way, also if whoever triggered it has gone.
+        # From here on the cycle is independent of its trigger's connection.
         beginning = self._beginning.get(operation_id)
         if beginning is None:
             beginning = self._beginning[operation_id] = asyncio.ensure_future(self._begin(hold, plan))
@@ -213,7 +217,7 @@ class AgentService:
         return await asyncio.shield(beginning)
 
     async def _begin(self, hold: AsyncHold, plan: Plan) -> Started:
-        if self._runs(hold.id) is not None:  # for the same request, sent twice
+        if self._runs(hold.id) is not None:  # the same request, sent twice
             return Started(hold.id, plan.llm.model, replayed=True)
         cycle = Cycle(self._dependencies, hold, plan, current_link())
         try:
@@ -221,9 +225,9 @@ class AgentService:
             if not begun and not await self._has_begun(hold, plan):
                 raise HoldConflict(f"{hold.id!r} was the id of an earlier cycle: use another id")
         except BaseException:
-            await self._give_back(hold)
+            await self._release(hold)
             raise
-        if not begun:  # another replica was faster with the same id
+        if not begun:  # another replica has begun it under the same id
             return Started(hold.id, plan.llm.model, replayed=True)
         log_cycle_started(hold.id, hold.amounts[AGENT], cycle.progress)
         task = asyncio.create_task(cycle.run(), name=f"cycle {hold.id}")
@@ -232,44 +236,44 @@ class AgentService:
         return Started(hold.id, plan.llm.model)
 
     async def _has_begun(self, hold: AsyncHold, plan: Plan) -> bool:
-        """Whether there is a cycle on this very hold: ids of cycles are remembered for longer than those of holds.
+        """Whether a cycle has begun on this very hold; the ids of cycles are kept for longer than those of holds.
 
         Raises:
-            HoldConflict: there is, and its trigger had other options.
+            HoldConflict: it has, with other options.
         """
         cycle = await self._cycle_store.get(hold.id)
         granted_ms = hold.created_us // 1000 if hold.created_us else hold.deadline_ms - round(hold.ttl * 1000)
         if cycle is None or cycle.started_at < from_ms(granted_ms):
             return False
-        asked = cycle.progress.get("request")  # a replica of an earlier version writes none
-        if asked and asked != asdict(plan.options):
+        request = cycle.progress.get("request")  # absent in records of earlier versions
+        if request and request != asdict(plan.options):
             raise HoldConflict(f"{hold.id!r} was triggered before with other options: use another id")
         return True
 
     def _runs(self, operation_id: str) -> Cycle | None:
-        """The cycle, if it runs here."""
-        return next((cycle for cycle in self._running.values() if cycle.operation_id == operation_id), None)
+        """Return the cycle if it runs on this replica."""
+        return next((cycle for cycle in self.running if cycle.operation_id == operation_id), None)
 
-    async def _give_back(self, hold: AsyncHold) -> None:
+    async def _release(self, hold: AsyncHold) -> None:
         try:
             await hold.release()
         except BudgetError as error:
-            logger.warning("hold %s could not be released, it will expire: %s", hold.id, error)
+            logger.warning("release of hold %s failed; it will expire: %s", hold.id, error)
 
     def _ended(self, task: asyncio.Task[None]) -> None:
         cycle = self._running.pop(task)
         if not task.cancelled() and (error := task.exception()) is not None:
-            logger.error("cycle %s broke off", cycle.operation_id, exc_info=error)
+            logger.error("cycle %s failed with an internal error", cycle.operation_id, exc_info=error)
 
     def _count_lost(self, operation_id: str, elapsed_s: float) -> None:
-        """The worker of a cycle is lost, and cannot count its end: who finds out does."""
+        """Count a cycle that was marked as lost by a call of this replica, since its worker cannot."""
         if (cycle := self._runs(operation_id)) is not None:
-            cycle.lost_here = True  # it lives, and will count what becomes of it
+            cycle.lost_here = True  # the cycle is alive and counts its own end
         else:
             log_cycle_lost(operation_id, elapsed_s)
             self._dependencies.measures.cycle_ended("failed", elapsed_s)
 
-    # -- why not -------------------------------------------------------------------------------------------------------
+    # -- denials -------------------------------------------------------------------------------------------------------
 
     async def _refusal(self, operation_id: str, denial: Denial) -> BudgetError:
         status = await self._limiter.status(AGENT)
@@ -284,7 +288,7 @@ class AgentService:
         return denied
 
     def _denied_by_spend(self, status: Status) -> Denial | None:
-        """The denial that would be left if every open hold were returned."""
+        """Return the denial that would remain if all open holds were released."""
         if status.limit is None or status.spent + status.unconfirmed + self._estimate <= status.limit:
             return None
         remaining = status.remaining if status.remaining is not None else from_units(0, status.unit)
@@ -301,19 +305,19 @@ class AgentService:
             retry_after=None,
         )
 
-    # -- what there is -------------------------------------------------------------------------------------------------
+    # -- reading and cancelling ----------------------------------------------------------------------------------------
 
     async def cycles(self, count: int = 0, after: str = "") -> CyclesPage:
-        """The active cycles and ``count`` ended ones, as every replica sees them.
+        """Return the active cycles and ``count`` ended ones, across all replicas.
 
-        The hold of one whose worker was lost is retired on the way, so that its slot is free.
+        Holds of lost workers are expired first, which frees their slots.
         """
         page = await self._cycle_store.list(count, after)
         await self._status(SLOTS)
         return page
 
     async def status(self) -> AgentStatus:
-        """The active cycles, the one that ended last, and how much money and how many slots are left."""
+        """Return the active cycles, the last ended one, and the remaining budget and slots."""
         page = await self._cycle_store.list(0)
         budget, capacity = await asyncio.gather(self._status(AGENT), self._status(SLOTS))
         return AgentStatus(page, budget, capacity)
@@ -321,14 +325,14 @@ class AgentService:
     async def _status(self, name: str) -> Status | None:
         try:
             return await self._limiter.status(name)
-        except DefinitionConflict:  # the cycles are known all the same
+        except DefinitionConflict:  # must not hide the cycles
             return None
 
     async def cancel(self, operation_id: str) -> str:
-        """Stop a cycle wherever it runs; return ``cancelled``, or ``cancelling`` if that takes longer than 2 s.
+        """Cancel a cycle on any replica; return ``cancelled``, or ``cancelling`` if it takes longer than 2 s.
 
         Raises:
-            UnknownCycle, CycleEnded: there is nothing to cancel.
+            UnknownCycle, CycleEnded: there is no running cycle with this id.
         """
         mark_operation(operation_id, OPERATION_TYPE)
         with operation_scope(operation_id, OPERATION_TYPE):

@@ -1,4 +1,4 @@
-"""What the agent reads from the environment."""
+"""Settings of the agent, from the environment."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _SLOTS_MAX = 10_000
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """Each field is read from the environment variable ``AGENT_`` + its name, thresholds from those of the gates."""
+    """Each field is set by the environment variable ``AGENT_`` + its name; thresholds by those of the gates."""
 
     max_concurrent_cycles: int = 1
     cycle_ttl: float = 30.0
-    """Seconds that a silent worker keeps its cycle, and its hold."""
+    """Seconds without a heartbeat after which a cycle and its hold expire."""
     phase_seconds: float = 1.0
-    """How long each phase of the bundled research lasts at least."""
+    """Minimum duration in seconds of each phase of the bundled research."""
     thresholds: Thresholds = field(default_factory=Thresholds)
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> AgentSettings:
-        """The settings of the environment; those not set have their defaults.
+        """Read the settings from the environment; unset variables have their defaults.
 
         Raises:
-            InvalidArgument: a variable, which the message names, is not usable.
+            InvalidArgument: a variable is invalid; the message names it.
         """
         return cls(
             max_concurrent_cycles=int(

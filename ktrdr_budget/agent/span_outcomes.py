@@ -1,7 +1,8 @@
-"""How a phase that raised is told on spans, which leave the process: no words of a provider, of a prompt or an answer.
+"""Outcomes of phases on spans, without text of a provider, a prompt or a reply: spans leave the process.
 
-A cancellation and a denial are outcomes. An error is told by its type, by where it was raised, and by its words where
-those can only be ours, or of a phase that has asked no language model. The record of the cycle has them in any case.
+Cancellations and denials are outcomes, not errors. An error is recorded with its type and the places in the code; its
+message only if it is this package's own, or if the phase has made no call of a language model. The cycle's record has
+the message in any case.
 """
 
 from __future__ import annotations
@@ -15,22 +16,22 @@ _PROVIDERS = ("anthropic", "openai")
 
 
 def set_outcome(current: Span, error: BaseException | None, *, asked: bool) -> str:
-    """Says on the span of a phase how it ended; returns what the cycle's own span may say of it, empty if nothing.
+    """Set the outcome of a phase on its span; return the error text for the cycle's span, empty if there is none.
 
     Args:
-        asked: whether the phase has asked a language model.
+        asked: whether the phase has called a language model.
     """
-    ending = {"outcome": "completed"} if error is None else ending_of(error)
-    if error is None or ending:
-        current.set_attributes(ending)
+    outcome = {"outcome": "completed"} if error is None else ending_of(error)
+    if error is None or outcome:
+        current.set_attributes(outcome)
         return ""
     guarded = asked or any(_is_of(link, *_PROVIDERS) for link in _chain(error))
-    words = str(error) if not guarded or type(error).__module__.startswith(_OURS) else ""
-    told = f"{type(error).__name__}: {words}" if words else type(error).__name__
+    message = str(error) if not guarded or type(error).__module__.startswith(_OURS) else ""
+    text = f"{type(error).__name__}: {message}" if message else type(error).__name__
     current.set_attribute("outcome", "failed")
-    current.record_exception(error, words if guarded else None)
-    current.fail(told)
-    return told
+    current.record_exception(error, message if guarded else None)
+    current.fail(text)
+    return text
 
 
 def _is_of(error: BaseException, *packages: str) -> bool:
@@ -38,7 +39,7 @@ def _is_of(error: BaseException, *packages: str) -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """The error, and what led to it."""
+    """Return the error with its causes and contexts."""
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:

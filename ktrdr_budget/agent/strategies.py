@@ -1,4 +1,4 @@
-"""Strategies that the bundled research can try: what each looks at, how it trades, and which parameters it takes."""
+"""The strategies of the bundled research: features, positions and parameter ranges."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["STRATEGIES", "WARM_UP_DAYS", "Strategy", "features", "positions"]
 
 TRADING_DAYS = 252
 WARM_UP_DAYS = 120
-"""Days before the first one whose features are known, whatever the parameters."""
+"""Days before the first day with features, for any parameters."""
 
 Closes = Sequence[float]
 Number = int | float
@@ -20,18 +20,18 @@ Number = int | float
 
 @dataclass(frozen=True)
 class Strategy:
-    """A family of strategies, one for each choice of parameters."""
+    """A family of strategies; parameters select a member."""
 
     name: str
     description: str
     ranges: Mapping[str, tuple[Number, Number]]
-    """Lowest and highest value of each parameter; whole numbers where both are."""
+    """Minimum and maximum of each parameter; integers if both are integers."""
     short_size: float = 0.0
-    """How much it sells short when prices are expected to fall, as a part of the equity."""
+    """Size of a short position, as a fraction of the equity."""
 
     @property
     def middle(self) -> dict[str, Number]:
-        """Each parameter in the middle of its range."""
+        """The middle of each parameter's range."""
         return {
             name: (lowest + highest) // 2
             if isinstance(lowest, int) and isinstance(highest, int)
@@ -41,7 +41,7 @@ class Strategy:
 
     @property
     def scaled(self) -> bool:
-        """Whether it takes smaller positions when prices move much."""
+        """Whether positions shrink as volatility rises."""
         return "target_volatility" in self.ranges
 
 
@@ -85,21 +85,21 @@ STRATEGIES: Mapping[str, Strategy] = {
 }
 
 
-# -- features: what was known at the close of a day --------------------------------------------------------------------
+# -- features: data known at the close of a day ------------------------------------------------------------------------
 
 
 def momentum(closes: Closes, day: int, days: int) -> float:
-    """The return over the last days."""
+    """Return over the last ``days``."""
     return closes[day] / closes[day - days] - 1
 
 
 def average_distance(closes: Closes, day: int, days: int) -> float:
-    """How far the price is above the average of the last days, as a part of it."""
+    """Distance of the price from its moving average, as a fraction of the average."""
     return closes[day] / fmean(closes[day - days + 1 : day + 1]) - 1
 
 
 def volatility(closes: Closes, day: int, days: int) -> float:
-    """The standard deviation of the last days' returns around 0."""
+    """Standard deviation around 0 of the daily returns over the last ``days``."""
     window = closes[day - days : day + 1]
     return math.sqrt(fmean((later / earlier - 1) ** 2 for earlier, later in pairwise(window)))
 
@@ -110,7 +110,7 @@ _FEATURES = {"momentum_days": momentum, "average_days": average_distance, "volat
 def features(
     closes: Closes, parameters: Mapping[str, Number], pause: Callable[[], None], first: int = WARM_UP_DAYS
 ) -> list[tuple[float, ...]]:
-    """What the strategy of these parameters knows at the close of each day from ``first`` on.
+    """Return the features of each day from ``first`` on, for the given parameters.
 
     Args:
         pause: called between days; may raise to stop.
@@ -124,16 +124,16 @@ def features(
     return rows
 
 
-# -- positions: what to hold from the close of a day to the next -------------------------------------------------------
+# -- positions: from the close of a day to the next close --------------------------------------------------------------
 
 
 def positions(
     strategy: Strategy, parameters: Mapping[str, Number], closes: Closes, chances: Sequence[float]
 ) -> list[float]:
-    """A position for each day, as a part of the equity: 1 is all of it, negative is short.
+    """Return a position for each day, as a fraction of the equity: 1 is fully invested, negative is short.
 
     Args:
-        chances: of a rise on the day after, for each of the last ``len(chances)`` days of ``closes``.
+        chances: probabilities of a rise on the next day, for the last ``len(chances)`` days of ``closes``.
     """
     threshold = float(parameters["threshold"])
     first = len(closes) - len(chances)
@@ -147,5 +147,5 @@ def positions(
 def _size(parameters: Mapping[str, Number], closes: Closes, day: int) -> float:
     yearly = volatility(closes, day, int(parameters["volatility_days"])) * math.sqrt(TRADING_DAYS)
     target = float(parameters["target_volatility"])
-    # In tenths, so that it does not trade every day for next to nothing.
+    # In tenths, so that small changes cause no trades.
     return 1.0 if yearly <= target else round(target / yearly, 1)

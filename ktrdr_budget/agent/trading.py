@@ -1,4 +1,4 @@
-"""Trading positions on past returns, with costs: the equity, and the figures that judge it."""
+"""Simulated trading with costs, and the figures of its result."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ from ktrdr_budget.agent.phases import Backtest
 __all__ = ["TRADING_COST", "Account", "figures", "max_drawdown", "sharpe_ratio", "trade"]
 
 TRADING_COST = 0.0005
-"""Of buying or selling, as a part of what is bought or sold."""
+"""Cost of a purchase or sale, as a fraction of its value."""
 TRADING_DAYS = 252
 
 
 @dataclass(frozen=True)
 class Account:
-    """How an account of 1 developed."""
+    """The course of an account that starts at 1."""
 
     equity: tuple[float, ...]
-    """At the start, then after each day."""
+    """Equity at the start, then after each day."""
     trades: tuple[float, ...]
-    """What each trade did to the equity, as a part of it, costs included: 0.02 is a profit of 2 %."""
+    """Gain of each trade as a fraction of the equity, after costs: 0.02 is a profit of 2 %."""
 
 
 def trade(positions: Sequence[float], returns: Sequence[float], cost: float = TRADING_COST) -> Account:
-    """Holds each position for the return that follows it. The last one is sold at the end.
+    """Hold each position for the return that follows it; sell the last one at the end.
 
-    A trade lasts as long as the position stays on its side, whatever its size.
+    A trade lasts as long as the position has the same sign, whatever its size.
 
     Args:
-        positions: as a part of the equity; negative is short.
-        returns: of the instrument, from the close at which the position was taken to the next.
-        cost: of buying or selling, as a part of what is bought or sold.
+        positions: fractions of the equity; negative is short.
+        returns: returns of the instrument from the close of each position to the next close.
+        cost: cost of a purchase or sale, as a fraction of its value.
     """
     value, held, opened_at = 1.0, 0.0, 1.0
     equity, trades = [value], []
@@ -58,7 +58,7 @@ def trade(positions: Sequence[float], returns: Sequence[float], cost: float = TR
 
 
 def figures(account: Account) -> Backtest:
-    """What the gate and the assessment look at. Without a trade, the win rate is 0."""
+    """Compute the figures for gate and assessment. Without a trade, the win rate is 0."""
     wins = sum(gain > 0 for gain in account.trades)
     return Backtest(
         win_rate=wins / len(account.trades) if account.trades else 0.0,
@@ -69,7 +69,7 @@ def figures(account: Account) -> Backtest:
 
 
 def max_drawdown(equity: Sequence[float]) -> float:
-    """The deepest fall from a peak, as a part of that peak, 0 to 1."""
+    """Largest fall from a peak, as a fraction of that peak, 0 to 1."""
     peak, deepest = 0.0, 0.0
     for value in equity:
         peak = max(peak, value)
@@ -78,9 +78,9 @@ def max_drawdown(equity: Sequence[float]) -> float:
 
 
 def sharpe_ratio(returns: Sequence[float]) -> float:
-    """Mean over standard deviation of daily returns, annualised (252 days), above a riskless rate of 0.
+    """Annualised Sharpe ratio (252 days) of daily returns, with a risk-free rate of 0.
 
-    0 where it is not defined: fewer than two days, or returns that do not differ.
+    0 where it is undefined: for fewer than two days, or identical returns.
     """
     if len(returns) < 2:
         return 0.0

@@ -1,4 +1,4 @@
-"""An agent in this process, on a real server, with phases that do what a test says."""
+"""An agent in this process on a real server, with controlled phases."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .stage import Stage
 
 @pytest.fixture
 async def make_stage(server) -> AsyncIterator[Callable[..., object]]:
-    """Makes replicas: each with a limiter and an agent of its own."""
+    """Create replicas, each with its own limiter and agent."""
     async with AsyncExitStack() as stack:
 
         async def make(limit: str | None = "5.00", slots_limit: int = 1, **options) -> Stage:

@@ -1,4 +1,4 @@
-"""A replica's agent whose phases a test drives."""
+"""An agent whose phases are controlled by the test."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PHASES = ("designing", "training", "backtesting", "assessing")
 
 
 class Script:
-    """Phases that wait where a test tells them to, and a language model that costs what it tells."""
+    """Phases that wait or fail on demand, and a language model with a set price."""
 
     provider = "test"
     model = "test-1"
@@ -77,7 +77,7 @@ class Script:
 
 
 class Tally:
-    """What a cycle counts."""
+    """Counters of a cycle's metrics."""
 
     def __init__(self) -> None:
         self.outcomes: Counter[str] = Counter()
@@ -101,7 +101,7 @@ class Tally:
 
 
 class Stage:
-    """One replica; its language model is the script's unless another is made."""
+    """One replica; its language model is the script's unless ``make_llm`` is given."""
 
     def __init__(
         self,
@@ -128,18 +128,18 @@ class Stage:
         return found
 
     async def ended(self, operation_id: str) -> CycleView:
-        """The cycle, once it has ended."""
+        """Wait until the cycle has ended; return it."""
 
-        async def look() -> CycleView | None:
+        async def when_ended() -> CycleView | None:
             cycle = await self.view(operation_id)
             return None if cycle.active else cycle
 
-        return await until(look)
+        return await until(when_ended)
 
     async def reaches(self, phase: str) -> None:
         await until(lambda: self.script.entered[phase])
 
     async def figures(self) -> tuple[Decimal, Decimal, Decimal, int]:
-        """Spent, held and unconfirmed dollars, and slots taken."""
+        """Dollars spent, held and unconfirmed, and slots in use."""
         agent, slots = await self.limiter.statuses()
         return agent.spent, agent.held, agent.unconfirmed, slots.held

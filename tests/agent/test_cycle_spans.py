@@ -1,4 +1,4 @@
-"""What the spans of a cycle say of how it ended, and what they never say."""
+"""Outcomes of a cycle on its spans, and text that no span may contain."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def recorded(monkeypatch) -> Recorded:
     return found
 
 
-class Talkative:
-    """A metered model; its errors repeat what it was asked and by whom."""
+class Verbose:
+    """A metered model whose errors quote the prompt and a key."""
 
     provider, model = "acme", "road"
 
@@ -57,10 +57,10 @@ class Talkative:
 @pytest.fixture
 async def made(make_stage):
     """A stage with such a model, and the model."""
-    models: list[Talkative] = []
+    models: list[Verbose] = []
 
-    def make_llm(limiter: AsyncBudgetLimiter) -> Talkative:
-        models.append(Talkative(limiter))
+    def make_llm(limiter: AsyncBudgetLimiter) -> Verbose:
+        models.append(Verbose(limiter))
         return models[0]
 
     stage = await make_stage(limit="0.20", make_llm=make_llm)
@@ -79,20 +79,20 @@ async def made(make_stage):
 
 async def run(stage):
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
-    await until(lambda: not stage.agent._running)
+    await until(lambda: not stage.agent.running)
     return cycle
 
 
-def told(recorded: Recorded, name: str) -> tuple[str, object]:
+def status_of(recorded: Recorded, name: str) -> tuple[str, object]:
     found = recorded[name]
     return found.status.status_code.name, found.attributes.get("outcome")
 
 
-def all_words(recorded: Recorded) -> str:
+def all_text(recorded: Recorded) -> str:
     return "".join(found.to_json() for found in recorded.spans)
 
 
-async def test_of_a_judgement_the_verdict_alone_is_on_a_span(recorded, made):
+async def test_a_span_has_only_the_verdict_of_an_assessment(recorded, made):
     stage, _ = made
 
     async def assess(*_) -> Assessment:
@@ -102,28 +102,27 @@ async def test_of_a_judgement_the_verdict_alone_is_on_a_span(recorded, made):
     cycle = await run(stage)
     assert cycle.progress["results"]["summary"] == "my secret answer"
     assert recorded["agent.phase.assessment"].attributes["verdict"] == "promising"
-    assert not any(secret in all_words(recorded) for secret in SECRETS)
-    assert {told(recorded, f"agent.phase.{name}") for name in ("design", "training", "backtest", "assessment")} == {
-        ("UNSET", "completed")
-    }
+    assert not any(secret in all_text(recorded) for secret in SECRETS)
+    phases = ("design", "training", "backtest", "assessment")
+    assert {status_of(recorded, f"agent.phase.{name}") for name in phases} == {("UNSET", "completed")}
 
 
-async def test_an_error_of_a_model_is_told_by_its_type_and_place(recorded, made):
+async def test_an_error_of_a_model_is_recorded_by_type_and_place_only(recorded, made):
     stage, model = made
     model.fails = True
     cycle = await run(stage)
-    assert "my secret prompt" in cycle.progress["error"], "whoever runs the agent must know"
+    assert "my secret prompt" in cycle.progress["error"], "the operator can read it in the record"
     for name in ("agent.research_cycle", "agent.phase.design"):
-        assert told(recorded, name) == ("ERROR", "failed")
+        assert status_of(recorded, name) == ("ERROR", "failed")
         assert recorded[name].attributes["error"] == recorded[name].status.description == "RuntimeError"
     (event,) = recorded["agent.phase.design"].events
     assert (event.attributes["exception.type"], event.attributes["exception.message"]) == ("RuntimeError", "")
     assert "in complete" in event.attributes["exception.stacktrace"]
-    assert not any(secret in all_words(recorded) for secret in SECRETS)
-    assert recorded["agent.phase.design"].attributes["tokens"] == 107, "also of a call that failed"
+    assert not any(secret in all_text(recorded) for secret in SECRETS)
+    assert recorded["agent.phase.design"].attributes["tokens"] == 107, "tokens of the failed call included"
 
 
-async def test_what_a_phase_says_of_an_answer_is_on_no_span_unless_the_words_are_ours(recorded, made):
+async def test_a_phase_error_that_quotes_a_reply_is_on_no_span_but_our_own_errors_are(recorded, made):
     stage, _ = made
 
     async def designed(text: str) -> Design:
@@ -144,10 +143,10 @@ async def test_what_a_phase_says_of_an_answer_is_on_no_span_unless_the_words_are
     last = [found for found in recorded.spans if found.name == "agent.phase.design"][-1]
     assert last.attributes["error"] == "UnusableAnswer: parameters must be an object"
     assert last.events[0].attributes["exception.message"] == "parameters must be an object"
-    assert not any(secret in all_words(recorded) for secret in SECRETS)
+    assert not any(secret in all_text(recorded) for secret in SECRETS)
 
 
-async def test_an_error_of_a_providers_sdk_is_guarded_wherever_it_comes_from(recorded, made):
+async def test_the_text_of_an_sdk_error_is_on_no_span_in_any_phase(recorded, made):
     stage, _ = made
     error = type("APIStatusError", (Exception,), {"__module__": "anthropic"})
 
@@ -160,14 +159,14 @@ async def test_an_error_of_a_providers_sdk_is_guarded_wherever_it_comes_from(rec
     stage.script.train = train
     await run(stage)
     assert recorded["agent.phase.training"].attributes["error"] == "RuntimeError"
-    assert not any(secret in all_words(recorded) for secret in SECRETS)
+    assert not any(secret in all_text(recorded) for secret in SECRETS)
 
 
-async def test_an_error_of_a_phase_that_asked_nobody_is_told_in_full(recorded, stage):
+async def test_the_error_of_a_phase_without_model_calls_is_recorded_in_full(recorded, stage):
     stage.script.fail_in = "training"
     await run(stage)
     for name in ("agent.research_cycle", "agent.phase.training"):
-        assert told(recorded, name) == ("ERROR", "failed")
+        assert status_of(recorded, name) == ("ERROR", "failed")
         assert recorded[name].attributes["error"] == "RuntimeError: training went wrong with redis://***@host"
     (event,) = recorded["agent.phase.training"].events
     assert "training went wrong" in event.attributes["exception.stacktrace"]
@@ -177,12 +176,12 @@ async def test_a_cancellation_is_an_outcome_of_call_phase_and_cycle(recorded, ma
     stage, model = made
     model.waits = True
     started = await stage.agent.trigger()
-    (cycle,) = stage.agent._running.values()
-    await until(lambda: cycle._hold.accrued["agent"])
+    (cycle,) = stage.agent.running
+    await until(lambda: cycle.hold.accrued["agent"])
     await stage.agent.cancel(started.operation_id)
-    await until(lambda: not stage.agent._running)
+    await until(lambda: not stage.agent.running)
     for name in ("agent.research_cycle", "agent.phase.design", "chat road"):
-        assert told(recorded, name) == ("UNSET", "cancelled")
+        assert status_of(recorded, name) == ("UNSET", "cancelled")
         assert not recorded[name].events
         assert "error" not in recorded[name].attributes
     assert recorded["agent.phase.design"].attributes["tokens"] == 107
@@ -194,8 +193,8 @@ async def test_a_denial_is_an_outcome_of_call_phase_and_cycle(recorded, made):
     cycle = await run(stage)
     assert (cycle.outcome, cycle.reason) == ("failed", "budget_exhausted")
     for name in ("agent.phase.design", "chat road"):
-        assert told(recorded, name) == ("UNSET", "denied")
+        assert status_of(recorded, name) == ("UNSET", "denied")
         assert recorded[name].attributes["reason"] == "exceeds_limit"
-    assert told(recorded, "agent.research_cycle") == ("UNSET", "failed")
+    assert status_of(recorded, "agent.research_cycle") == ("UNSET", "failed")
     assert recorded["agent.research_cycle"].attributes["reason"] == "budget_exhausted"
     assert {found.status.status_code for found in recorded.spans} == {StatusCode.UNSET}

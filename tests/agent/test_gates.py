@@ -1,4 +1,4 @@
-"""Gates: what passes, what fails, and what they say about it."""
+"""Gates: passing, failing, and the reasons that they give."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ VARIABLES = {
     "max_drawdown": "BACKTEST_GATE_MAX_DRAWDOWN",
     "min_sharpe": "BACKTEST_GATE_MIN_SHARPE",
 }
-# Each figure of a gate: the record's field, the word for it, the threshold, and which side of it fails.
+# Each figure of a gate: field of the record, name in the reason, threshold, and the failing side.
 TRAINING_CHECKS = (("accuracy", "accuracy", "min_accuracy", -1), ("final_loss", "final loss", "max_loss", 1))
 BACKTEST_CHECKS = (
     ("win_rate", "win rate", "min_win_rate", -1),
@@ -55,14 +55,14 @@ def test_a_threshold_comes_from_its_variable(field: str, variable: str):
 
 @pytest.mark.parametrize("text", ["high", "0,5", "nan", "inf", "-inf", "1e999", "50%"])
 @pytest.mark.parametrize("variable", VARIABLES.values())
-def test_a_variable_that_is_no_number_is_named(variable: str, text: str):
+def test_a_variable_that_is_not_a_number_is_named_in_the_error(variable: str, text: str):
     with pytest.raises(InvalidArgument, match=f"^{variable}: must be a finite number, not '{text}'$") as raised:
         Thresholds.from_environment({variable: text})
     assert not isinstance(raised.value, InvalidAmount)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, True, "0.5", None])
-def test_a_threshold_that_is_no_number_is_refused(value: object):
+def test_a_threshold_that_is_not_a_number_is_rejected(value: object):
     with pytest.raises(InvalidArgument, match="^max_loss must be a finite number"):
         Thresholds(max_loss=value)  # type: ignore[arg-type]
 
@@ -76,7 +76,7 @@ def test_a_passing_gate_shows_every_figure():
     assert passed.reason == "win rate 0.4 >= 0.1, maximum drawdown 0.2 <= 0.4, Sharpe ratio 0.9 >= -0.5"
 
 
-def test_a_failing_gate_shows_what_failed_and_nothing_else():
+def test_a_failing_gate_shows_only_the_failed_figures():
     failed = training_gate(replace(GOOD, accuracy=0.05), Thresholds())
     assert (failed.gate, failed.passed, failed.reason) == ("training", False, "accuracy 0.05 < 0.1")
     failed = backtest_gate(replace(FINE, max_drawdown=0.55, sharpe_ratio=-0.81), Thresholds())
@@ -90,19 +90,19 @@ def test_a_loss_that_rose_too_far_fails():
     assert training_gate(Training(accuracy=0.5, initial_loss=0.4, final_loss=0.6), Thresholds()).passed
 
 
-def test_a_figure_that_equals_its_threshold_passes():
+def test_a_figure_equal_to_its_threshold_passes():
     edge = Thresholds(min_accuracy=0.53, max_loss=0.65, min_loss_decrease=GOOD.loss_decrease)
     assert training_gate(GOOD, edge).passed
     assert backtest_gate(FINE, Thresholds(min_win_rate=0.4, max_drawdown=0.2, min_sharpe=0.9)).passed
 
 
-def test_figures_that_differ_do_not_read_alike():
+def test_different_figures_are_shown_differently():
     failed = training_gate(replace(GOOD, accuracy=0.0999999), Thresholds())
     assert failed.reason == "accuracy 0.0999999 < 0.1"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_figure_that_is_not_finite_fails(bad: float):
+def test_a_non_finite_figure_fails(bad: float):
     for field, word, _, _ in TRAINING_CHECKS:
         failed = training_gate(replace(GOOD, **{field: bad}), Thresholds())
         assert not failed.passed
@@ -114,20 +114,20 @@ def test_a_figure_that_is_not_finite_fails(bad: float):
 
 
 @given(accuracy=numbers, loss=numbers, min_accuracy=finite, max_loss=finite)
-def test_the_training_gate_passes_exactly_what_its_thresholds_allow(accuracy, loss, min_accuracy, max_loss):
+def test_the_training_gate_passes_exactly_within_its_thresholds(accuracy, loss, min_accuracy, max_loss):
     thresholds = Thresholds(min_accuracy=min_accuracy, max_loss=max_loss, min_loss_decrease=-1e300)
     training = Training(accuracy=accuracy, initial_loss=1.0, final_loss=loss)
     result = training_gate(training, thresholds)
     right = (math.isfinite(accuracy) and accuracy >= min_accuracy, math.isfinite(loss) and loss <= max_loss)
-    told = ("accuracy" in result.reason, "final loss" in result.reason)
+    named = ("accuracy" in result.reason, "final loss" in result.reason)
     decrease_is_fine = math.isfinite(1.0 - loss) and 1.0 - loss >= -1e300
     assert result.passed == (all(right) and decrease_is_fine)
-    assert told == ((True, True) if result.passed else (not right[0], not right[1]))
+    assert named == ((True, True) if result.passed else (not right[0], not right[1]))
     assert result == training_gate(training, thresholds)
 
 
 @given(figures=st.tuples(numbers, numbers, numbers), limits=st.tuples(finite, finite, finite))
-def test_the_backtest_gate_passes_exactly_what_its_thresholds_allow(figures, limits):
+def test_the_backtest_gate_passes_exactly_within_its_thresholds(figures, limits):
     fields = {field: figure for (field, *_), figure in zip(BACKTEST_CHECKS, figures, strict=True)}
     thresholds = Thresholds(**{name: limit for (_, _, name, _), limit in zip(BACKTEST_CHECKS, limits, strict=True)})
     result = backtest_gate(Backtest(**fields, trades=1), thresholds)
@@ -137,8 +137,8 @@ def test_the_backtest_gate_passes_exactly_what_its_thresholds_allow(figures, lim
         if not math.isfinite(figure) or (figure - limit) * side > 0
     }
     assert result.passed == (not wrong)
-    told = {word for _, word, _, _ in BACKTEST_CHECKS if word in result.reason}
-    assert told == (wrong or {"win rate", "maximum drawdown", "Sharpe ratio"})
+    named = {word for _, word, _, _ in BACKTEST_CHECKS if word in result.reason}
+    assert named == (wrong or {"win rate", "maximum drawdown", "Sharpe ratio"})
 
 
 @given(training=st.builds(Training, accuracy=finite, initial_loss=finite, final_loss=finite), stricter=st.floats(0, 10))

@@ -1,4 +1,4 @@
-"""What the agent logs: each cycle's start and end, gates that fail, and each trigger that is rejected for money."""
+"""Log records of the agent: start and end of a cycle, failed gates, and triggers denied by the budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def records(caplog: pytest.LogCaptureFixture, event: str) -> list[logging.LogRec
     return [record for record in caplog.records if record.message.startswith(f"{event}: ")]
 
 
-async def test_a_cycle_logs_its_start_and_its_end_and_no_brief(stage, caplog):
+async def test_a_cycle_logs_its_start_and_end_without_the_brief(stage, caplog):
     operation_id = (await stage.agent.trigger("op_1", brief="my secret brief")).operation_id
     await stage.ended(operation_id)
     [started], [ended] = records(caplog, "Cycle started"), records(caplog, "Cycle ended")
@@ -32,7 +32,7 @@ async def test_a_cycle_logs_its_start_and_its_end_and_no_brief(stage, caplog):
     assert "secret" not in caplog.text
 
 
-async def test_a_gate_that_fails_is_logged(stage, caplog):
+async def test_a_failed_gate_is_logged(stage, caplog):
     stage.script.training = Training(accuracy=0.05, initial_loss=0.7, final_loss=0.5)
     await stage.ended((await stage.agent.trigger("op_1")).operation_id)
     [failed], [ended] = records(caplog, "Gate failed"), records(caplog, "Cycle ended")
@@ -41,7 +41,7 @@ async def test_a_gate_that_fails_is_logged(stage, caplog):
     assert (ended.outcome, ended.reason) == ("failed", "gate_failed")
 
 
-async def test_every_trigger_that_is_rejected_for_money_is_logged(make_stage, caplog):
+async def test_every_trigger_denied_by_the_budget_is_logged(make_stage, caplog):
     stage = await make_stage(limit="0.01")
     for number in range(3):
         with pytest.raises(MoneyDenied):
@@ -55,7 +55,7 @@ async def test_every_trigger_that_is_rejected_for_money_is_logged(make_stage, ca
     assert (found[0].remaining, found[0].requested) == (0.01, 0.15)
 
 
-async def test_a_trigger_that_finds_no_slot_is_no_exhausted_budget(stage, caplog):
+async def test_a_trigger_without_a_slot_is_not_logged_as_exhausted_budget(stage, caplog):
     stage.script.wait_in = "training"
     await stage.agent.trigger()
     with pytest.raises(CycleActive):
@@ -63,9 +63,9 @@ async def test_a_trigger_that_finds_no_slot_is_no_exhausted_budget(stage, caplog
     assert not records(caplog, "Budget exhausted")
 
 
-async def test_a_cycle_whose_worker_is_lost_is_logged_by_the_replica_that_finds_out(make_stage, caplog):
+async def test_a_lost_worker_is_logged_by_the_replica_that_marks_its_cycle(make_stage, caplog):
     stage = await make_stage()
-    stage.agent._count_lost("op_elsewhere", 12.5)
+    stage.cycle_store.on_lost("op_elsewhere", 12.5)
     [ended] = records(caplog, "Cycle ended")
     assert ended.message == "Cycle ended: op_elsewhere failed (worker_lost) after 12.5 s"
     assert (ended.levelname, ended.reason) == ("WARNING", "worker_lost")

@@ -1,4 +1,4 @@
-"""The bundled prices, and how they are made."""
+"""The bundled prices and their generator."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from ktrdr_budget.errors import InvalidArgument
 FILE = Path(market.__file__).with_name("data") / "prices.csv"
 
 
-def test_the_bundled_prices_are_those_that_the_documented_command_makes():
+def test_the_documented_command_reproduces_the_bundled_prices():
     made = subprocess.check_output([sys.executable, "-m", "ktrdr_budget.agent.market"])
     assert made == FILE.read_bytes()
     assert bundled_prices() == generate_prices()
 
 
-def test_the_bundled_prices_are_what_their_readme_says():
+def test_the_bundled_prices_match_their_readme():
     prices = bundled_prices()
     assert (len(prices), prices.days[0], prices.days[-1]) == (2520, date(2015, 1, 1), date(2024, 8, 28))
     assert all(day.weekday() < 5 for day in prices.days)
     assert "2,520 daily closes, 2015-01-01 to 2024-08-28" in FILE.with_name("README.md").read_text(encoding="utf-8")
 
 
-def test_another_seed_makes_other_prices_and_the_same_seed_the_same():
+def test_the_seed_determines_the_prices():
     assert generate_prices(1, 50) == generate_prices(1, 50) != generate_prices(2, 50)
     assert generate_prices(1, 80).closes[:50] == generate_prices(1, 50).closes
 
 
-def test_a_series_survives_the_way_through_its_file():
+def test_a_series_survives_a_round_trip_through_csv():
     prices = generate_prices(3, 30)
     assert parse_csv(to_csv(prices)) == prices
 
@@ -54,11 +54,11 @@ def test_a_series_survives_the_way_through_its_file():
         ("date,close\n2020-01-02,1\n2020-01-02,1\n", "the days of a price series must ascend"),
     ],
 )
-def test_a_file_that_is_no_price_series_is_refused(text: str, words: str):
+def test_a_malformed_file_is_rejected(text: str, words: str):
     with pytest.raises(InvalidArgument, match=f"^{words}$"):
         parse_csv(text)
 
 
-def test_days_and_prices_must_be_as_many():
+def test_days_and_prices_must_have_equal_length():
     with pytest.raises(InvalidArgument, match="2 days with 1 prices"):
         PriceSeries((date(2020, 1, 1), date(2020, 1, 1) + timedelta(1)), (1.0,))

@@ -1,4 +1,4 @@
-"""The logistic regression: what it learns, and the figures of how well."""
+"""The logistic regression: fitting, and its figures."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ktrdr_budget.agent.model import Model, accuracy, fit, log_loss
 
 
 def go_on() -> None:
-    """A pause that stops nothing."""
+    """A pause that never stops."""
 
 
 def fitted(rows, labels, *, rate: float = 0.5, epochs: int = 100) -> Model:
@@ -20,7 +20,7 @@ def fitted(rows, labels, *, rate: float = 0.5, epochs: int = 100) -> Model:
 
 
 def test_one_step_of_gradient_descent_by_hand():
-    # Scaled, the feature is -1 and 1; all chances are 1/2, so the gradient is mean(-0.5 * 1, 0.5 * -1) = -0.5.
+    # Scaled, the feature is -1 and 1; all probabilities are 1/2, so the gradient is mean(-0.5 * 1, 0.5 * -1) = -0.5.
     model = fitted([(1.0,), (3.0,)], [0, 1], rate=0.4, epochs=1)
     assert (model.means, model.deviations) == ((2.0,), (1.0,))
     assert model.weights == pytest.approx((0.2,))
@@ -28,7 +28,7 @@ def test_one_step_of_gradient_descent_by_hand():
     assert model.chances([(3.0,)]) == pytest.approx([1 / (1 + math.exp(-0.2))])
 
 
-def test_it_learns_what_can_be_learned():
+def test_a_separable_pattern_is_learned():
     rows = [(float(x), 0.5) for x in range(-20, 21)]
     labels = [int(row[0] > 0) for row in rows]
     model = fitted(rows, labels)
@@ -38,7 +38,7 @@ def test_it_learns_what_can_be_learned():
     assert chances == sorted(chances)
 
 
-def test_without_training_it_says_one_half():
+def test_an_untrained_model_predicts_one_half():
     assert fitted([(1.0,), (3.0,)], [0, 1], epochs=0).chances([(100.0,), (-100.0,)]) == [0.5, 0.5]
 
 
@@ -53,11 +53,11 @@ def test_accuracy_and_loss_of_a_small_example():
     assert log_loss([0.5] * 3, [0, 1, 1]) == pytest.approx(math.log(2))
 
 
-def test_a_certain_and_wrong_prediction_costs_much_but_not_infinitely_much():
+def test_the_loss_of_a_certain_wrong_prediction_is_finite():
     assert 20 < log_loss([1.0], [0]) < 30
 
 
-def test_it_pauses_before_each_pass_and_may_be_stopped_there():
+def test_pause_is_called_before_each_pass_and_can_stop_the_fit():
     passes = []
 
     def pause() -> None:
@@ -74,7 +74,7 @@ def test_it_pauses_before_each_pass_and_may_be_stopped_there():
     data=st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1, 1), st.booleans()), min_size=2, max_size=20),
     elsewhere=st.floats(allow_nan=False, allow_infinity=False),
 )
-def test_chances_are_chances_whatever_the_data(data, elsewhere: float):
+def test_predictions_are_probabilities_for_any_data(data, elsewhere: float):
     model = fitted([(a, b) for a, b, _ in data], [int(rose) for *_, rose in data], epochs=20)
     for chance in model.chances([(elsewhere, elsewhere)]):
         assert 0 <= chance <= 1

@@ -1,4 +1,4 @@
-"""Phases and language models that behave as badly as a backend's own may: what they cost is counted, and they stop."""
+"""Misbehaving phases and language models of a backend: their cost is counted, and they stop."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ..helpers.waiting import until
 
 
 def scripted(tokens_per_second: float = 100.0):
-    """Makes the scripted model, so slow that it can be interrupted."""
+    """A scripted model slow enough to be interrupted."""
 
     def make(limiter: AsyncBudgetLimiter) -> ScriptedLLM:
         return ScriptedLLM(Meter(limiter, ["agent"], Prices([SCRIPTED_PRICE])), tokens_per_second=tokens_per_second)
@@ -34,7 +34,7 @@ async def _has_used(stage, operation_id: str) -> bool:
     return Decimal((await stage.view(operation_id)).progress["spend"]) > 0
 
 
-async def test_tokens_of_a_call_that_is_cancelled_are_counted_as_they_are_charged(make_stage):
+async def test_tokens_of_a_cancelled_call_are_counted_as_charged(make_stage):
     stage = await make_stage(make_llm=scripted())
     started = await stage.agent.trigger()
     await until(lambda: _has_used(stage, started.operation_id))
@@ -45,12 +45,12 @@ async def test_tokens_of_a_call_that_is_cancelled_are_counted_as_they_are_charge
     tokens = cycle.progress["tokens"]
     assert tokens["assessment"] == 0
     assert stage.tally.token_counts == {"design": tokens["design"]}
-    # $15 per million tokens in, $75 out: all are one or the other.
+    # $15 per million tokens in, $75 out: each token is one or the other.
     assert spent / 75 * 10**6 <= tokens["design"] <= spent / 15 * 10**6
 
 
 class Unsure:
-    """A model whose calls break off: nobody knows what they took, or that they took nothing."""
+    """A model whose calls fail, either rejected without cost or with unknown usage."""
 
     provider, model = "acme", "road"
 
@@ -73,7 +73,7 @@ class Unsure:
 
 
 @pytest.mark.parametrize(("rejected", "tokens"), [(True, 0), (False, 500)])
-async def test_tokens_of_a_call_that_breaks_off_are_those_that_it_is_charged_for(make_stage, rejected, tokens):
+async def test_tokens_of_a_failed_call_are_counted_as_charged(make_stage, rejected, tokens):
     stage = await make_stage(make_llm=lambda limiter: Unsure(limiter, rejected=rejected))
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert (cycle.outcome, cycle.reason) == ("failed", "error")
@@ -82,7 +82,7 @@ async def test_tokens_of_a_call_that_breaks_off_are_those_that_it_is_charged_for
     assert (await stage.figures())[0] == (0 if rejected else Decimal("0.013"))
 
 
-async def test_a_call_that_is_made_past_the_context_is_counted_too(make_stage):
+async def test_a_call_that_bypasses_the_context_is_counted(make_stage):
     stage = await make_stage(make_llm=scripted())
     own = scripted(float("inf"))(stage.limiter)
 
@@ -103,7 +103,7 @@ async def test_a_call_that_is_made_past_the_context_is_counted_too(make_stage):
 
 
 class Real:
-    """A number as those of some libraries: no ``float``, and it compares to no ``bool``."""
+    """A number as in some libraries: no ``float``, and comparisons that return no ``bool``."""
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -129,7 +129,7 @@ class Truth:
 
 
 @pytest.mark.parametrize("kind", [Decimal, Fraction, Real])
-async def test_figures_of_whatever_kind_are_written_as_numbers(stage, kind):
+async def test_figures_of_any_type_are_recorded_as_numbers(stage, kind):
     stage.script.training = Training(accuracy=kind(0.5), initial_loss=0.75, final_loss=0.5)
     stage.script.backtest_result = Backtest(win_rate=0.5, max_drawdown=0.1, sharpe_ratio=float("inf"), trades=20)
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
@@ -142,7 +142,7 @@ async def test_figures_of_whatever_kind_are_written_as_numbers(stage, kind):
     assert stage.tally.outcomes == {"failed": 1}
 
 
-async def test_a_judgement_of_whatever_kind_is_written_as_words(stage):
+async def test_an_assessment_of_any_type_is_recorded_as_text(stage):
     async def assess(*_) -> Assessment:
         return Assessment("poor", ["not", "a", "text"])  # type: ignore[arg-type]
 
@@ -154,7 +154,7 @@ async def test_a_judgement_of_whatever_kind_is_written_as_words(stage):
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_phase_that_swallows_its_cancellation_is_the_last_one(stage):
+async def test_no_phase_follows_one_that_swallows_its_cancellation(stage):
     async def train(*_) -> Training:
         stage.script.entered["training"] += 1
         with contextlib.suppress(asyncio.CancelledError):
@@ -171,7 +171,7 @@ async def test_a_phase_that_swallows_its_cancellation_is_the_last_one(stage):
     assert await stage.figures() == (Decimal("0.02"), 0, 0, 0)
 
 
-async def test_a_phase_that_swallows_its_cancellation_cannot_ask_any_more(stage):
+async def test_a_phase_that_swallows_its_cancellation_can_send_no_prompt(stage):
     refused = []
 
     async def design(context) -> Design:
@@ -194,12 +194,12 @@ async def test_a_phase_that_swallows_its_cancellation_cannot_ask_any_more(stage)
     assert await stage.figures() == (0, 0, 0, 0)
 
 
-async def test_a_phase_that_cancels_itself_has_failed(stage):
+async def test_a_phase_that_cancels_itself_fails_the_cycle(stage):
     async def train(*_) -> Training:
         raise asyncio.CancelledError
 
     stage.script.train = train
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert (cycle.outcome, cycle.reason) == ("failed", "error")
-    assert "nobody had asked" in cycle.progress["error"]
+    assert "raised by the phase itself" in cycle.progress["error"]
     assert await stage.figures() == (Decimal("0.02"), 0, 0, 0)

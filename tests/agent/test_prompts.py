@@ -1,4 +1,4 @@
-"""What is asked, and what is made of the answers."""
+"""Prompts of the bundled research and the parsing of replies."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_a_design_prompt_offers_every_strategy_and_names_the_cycle():
     assert prompts.figures_of(prompt) is None
 
 
-def test_an_assessment_prompt_gives_every_figure():
+def test_an_assessment_prompt_has_every_figure():
     prompt = prompts.assessment_prompt(Design("momentum", MOMENTUM), TRAINING, BACKTEST)
     assert prompts.figures_of(prompt) == {
         "accuracy": 0.5432,
@@ -49,12 +49,12 @@ def test_an_assessment_prompt_gives_every_figure():
     assert prompts.strategies_of(prompt) is None
 
 
-def test_an_assessment_prompt_can_tell_parameters_of_any_kind():
+def test_an_assessment_prompt_accepts_parameters_of_any_type():
     assert "2 h" in prompts.assessment_prompt(Design("other", {"window": "2 h", "x": {1}}), TRAINING, BACKTEST)
 
 
 @pytest.mark.parametrize("line", ["Strategies: {", "Strategies: [1]", "Strategies are many"])
-def test_a_prompt_of_somebody_else_is_no_design_prompt(line: str):
+def test_a_foreign_prompt_is_not_a_design_prompt(line: str):
     assert prompts.strategies_of(f"Hello.\n{line}\n") is None
 
 
@@ -69,7 +69,7 @@ def test_a_prompt_of_somebody_else_is_no_design_prompt(line: str):
         f'{{"thoughts": "none"}} {ANSWER}',
     ],
 )
-def test_a_design_is_found_among_words(text: str):
+def test_a_design_is_found_within_text(text: str):
     design = parse_design(text)
     assert (design.strategy_name, design.parameters) == ("momentum", MOMENTUM)
     assert isinstance(design.parameters["momentum_days"], int)
@@ -96,14 +96,14 @@ def test_a_design_is_found_among_words(text: str):
         (ANSWER.replace("50", "50.5"), "parameter epochs must be a whole number from 40 to 120"),
     ],
 )
-def test_an_unusable_design_says_what_is_wrong(text: str, words: str):
+def test_the_error_for_an_unusable_design_names_the_defect(text: str, words: str):
     with pytest.raises(UnusableAnswer, match=f"^{words}") as raised:
         parse_design(text)
     assert isinstance(raised.value, BudgetError)
-    assert "martingale" not in str(raised.value)  # an answer is not quoted
+    assert "martingale" not in str(raised.value)  # replies are not quoted
 
 
-def test_a_judgement_is_found_among_words():
+def test_an_assessment_is_found_within_text():
     found = parse_assessment(f"Well: {JUDGEMENT} That is all.")
     assert (found.verdict, found.summary) == ("mediocre", "It earns a little.")
     assert parse_assessment(JUDGEMENT.replace("mediocre", " Mediocre ")).verdict == "mediocre"
@@ -124,7 +124,7 @@ def test_a_long_summary_is_cut():
         ('{"verdict": "poor", "summary": ["x"]}', "summary must be a text"),
     ],
 )
-def test_an_unusable_judgement_says_what_is_wrong(text: str, words: str):
+def test_the_error_for_an_unusable_assessment_names_the_defect(text: str, words: str):
     with pytest.raises(UnusableAnswer, match=f"^{words}$"):
         parse_assessment(text)
 
@@ -137,7 +137,7 @@ answers = st.dictionaries(
 
 
 @given(text=st.one_of(st.text(), answers.map(json.dumps)))
-def test_any_answer_is_used_or_refused_as_unusable(text: str):
+def test_any_reply_is_either_parsed_or_unusable(text: str):
     for parse in (parse_design, parse_assessment):
         with suppress(UnusableAnswer):
             assert parse(text)
@@ -145,6 +145,6 @@ def test_any_answer_is_used_or_refused_as_unusable(text: str):
 
 @pytest.mark.parametrize("end", [0, 1])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_the_ends_of_every_range_are_within_it(name: str, end: int):
+def test_the_bounds_of_every_range_are_valid_values(name: str, end: int):
     parameters = {key: ends[end] for key, ends in STRATEGIES[name].ranges.items()}
     assert parse_design(json.dumps({"strategy": name, "parameters": parameters})).parameters == parameters

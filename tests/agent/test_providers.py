@@ -1,4 +1,4 @@
-"""Real providers' SDKs, unmodified, against a server that speaks as the providers do; and which of them is chosen."""
+"""The providers' SDKs, unmodified, against an emulated provider; and the selection of a model by the environment."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ BILLED = Usage(input_tokens=700, output_tokens=123, cache_read_tokens=200)
 
 
 class Provider:
-    """Speaks both providers' streams; answers as the scripted model does, and bills :data:`BILLED` each time."""
+    """Emulates the streams of both providers; replies as the scripted model does, with usage :data:`BILLED`."""
 
     def __init__(self) -> None:
         self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
         self.status = 200
         self.stall = False
-        """Stops within the answer, until the client goes."""
+        """Stall within the reply until the client disconnects."""
         self.left = 0
-        """Clients that went while it stalled."""
+        """Clients that disconnected during the stall."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
@@ -60,7 +60,7 @@ class Provider:
         elif self.stall:
             writer.writelines(events[:3])
             await writer.drain()
-            with suppress(ConnectionResetError):  # a client may hang up with what it was sent unread
+            with suppress(ConnectionResetError):  # a client may close with unread data
                 await reader.read()
             self.left += 1
         else:
@@ -105,7 +105,7 @@ def openai_events(model: str, answer: str) -> Iterator[bytes]:
 
 @pytest.fixture
 async def provider() -> AsyncIterator[tuple[Provider, str]]:
-    """A provider and its address."""
+    """An emulated provider and its address."""
     provider = Provider()
     listening = await asyncio.start_server(provider.serve, "127.0.0.1", 0)
     yield provider, f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
@@ -125,7 +125,7 @@ def environment(kind: str, address: str = "http://127.0.0.1:9") -> dict[str, str
 
 
 @asynccontextmanager
-async def asked(kind: str, limiter: AsyncBudgetLimiter, address: str) -> AsyncIterator[AnthropicLLM | OpenAILLM]:
+async def llm_of(kind: str, limiter: AsyncBudgetLimiter, address: str) -> AsyncIterator[AnthropicLLM | OpenAILLM]:
     llm = make_llm(limiter, environment(kind, address))
     assert isinstance(llm, (AnthropicLLM, OpenAILLM))
     yield llm
@@ -140,13 +140,13 @@ async def spent(limiter: AsyncBudgetLimiter) -> Decimal:
     return (await limiter.status("agent")).spent
 
 
-# -- asking ------------------------------------------------------------------------------------------------------------
+# -- calls -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_call_returns_the_answer_and_is_charged_what_the_provider_billed(limiter, provider, kind: str):
+async def test_a_call_returns_the_reply_and_is_charged_the_billed_usage(limiter, provider, kind: str):
     billing, address = provider
-    async with asked(kind, limiter, address) as llm:
+    async with llm_of(kind, limiter, address) as llm:
         completion = await llm.complete("Hello?", system="Be brief.", max_tokens=500)
     assert completion == Completion(scripted.answer("Hello?"), BILLED, MODELS[kind])
     assert await spent(limiter) == dollars(kind, BILLED) > 0
@@ -160,9 +160,9 @@ async def test_a_call_returns_the_answer_and_is_charged_what_the_provider_billed
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_whole_cycle_runs_on_a_real_provider_within_one_hold(limiter, provider, kind: str):
+async def test_a_cycle_on_a_real_sdk_draws_from_one_hold(limiter, provider, kind: str):
     billing, address = provider
-    async with asked(kind, limiter, address) as llm:
+    async with llm_of(kind, limiter, address) as llm:
 
         class Context:
             operation_id = "op_1"
@@ -176,18 +176,20 @@ async def test_a_whole_cycle_runs_on_a_real_provider_within_one_hold(limiter, pr
             training = await research.train(context, design)
             backtest = await research.backtest(context, design, training)
             assessment = await research.assess(context, design, training, backtest)
-            assert (await limiter.status("agent")).held == Decimal("0.15"), "it draws, and reserves nothing else"
+            assert (await limiter.status("agent")).held == Decimal("0.15"), (
+                "calls draw from the hold and reserve nothing else"
+            )
     assert assessment.verdict in ("promising", "mediocre", "poor")
     assert len(billing.requests) == 2
     assert await spent(limiter) == 2 * dollars(kind, BILLED)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_call_without_room_is_not_sent(server, provider, kind: str):
+async def test_a_denied_call_is_not_sent(server, provider, kind: str):
     billing, address = provider
     async with (
         AsyncBudgetLimiter(server.url, [Budget("agent", "0.0001")]) as limiter,
-        asked(kind, limiter, address) as llm,
+        llm_of(kind, limiter, address) as llm,
     ):
         with pytest.raises(BudgetExceeded):
             await llm.complete("Hello?")
@@ -196,10 +198,10 @@ async def test_a_call_without_room_is_not_sent(server, provider, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_call_that_is_cancelled_hangs_up_and_costs_at_least_its_input(limiter, provider, kind: str):
+async def test_a_cancelled_call_disconnects_and_is_charged_at_least_its_input(limiter, provider, kind: str):
     billing, address = provider
     billing.stall = True
-    async with asked(kind, limiter, address) as llm:
+    async with llm_of(kind, limiter, address) as llm:
         task = asyncio.create_task(llm.complete("Hello?"))
         await until(lambda: billing.requests)
         task.cancel()
@@ -211,10 +213,10 @@ async def test_a_call_that_is_cancelled_hangs_up_and_costs_at_least_its_input(li
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_refusal_of_the_provider_costs_nothing_and_tells_no_key(limiter, provider, kind: str):
+async def test_a_rejection_by_the_provider_costs_nothing_and_shows_no_key(limiter, provider, kind: str):
     billing, address = provider
     billing.status = 401
-    async with asked(kind, limiter, address) as llm:
+    async with llm_of(kind, limiter, address) as llm:
         with pytest.raises(Exception, match="invalid key") as raised:
             await llm.complete("Hello?")
     assert type(raised.value).__name__ == "AuthenticationError"
@@ -225,7 +227,7 @@ async def test_a_refusal_of_the_provider_costs_nothing_and_tells_no_key(limiter,
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stall", [False, True])
-async def test_the_tokens_of_a_cycle_are_those_that_were_charged(make_stage, provider, kind: str, stall: bool):
+async def test_the_token_counts_of_a_cycle_match_its_charges(make_stage, provider, kind: str, stall: bool):
     billing, address = provider
     billing.stall = stall
     stage = await make_stage(make_llm=lambda limiter: make_llm(limiter, environment(kind, address)))
@@ -244,7 +246,7 @@ async def test_the_tokens_of_a_cycle_are_those_that_were_charged(make_stage, pro
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_what_a_provider_says_of_an_error_is_on_no_span(make_stage, provider, kind: str, monkeypatch):
+async def test_the_text_of_a_provider_error_is_on_no_span(make_stage, provider, kind: str, monkeypatch):
     billing, address = provider
     billing.status = 401
     recorded = Recorded()
@@ -253,14 +255,14 @@ async def test_what_a_provider_says_of_an_error_is_on_no_span(make_stage, provid
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert (cycle.outcome, cycle.progress["tokens"]["design"]) == ("failed", 0)
     assert "invalid key" in cycle.progress["error"]
-    await until(lambda: not stage.agent._running)
+    await until(lambda: not stage.agent.running)
     assert recorded["agent.research_cycle"].attributes["error"] == "AuthenticationError"
-    told = "".join(span.to_json() for span in recorded.spans)
-    assert "AuthenticationError" in told
-    assert not any(words in told for words in ("invalid key", KEY, "authentication_error"))
+    text = "".join(span.to_json() for span in recorded.spans)
+    assert "AuthenticationError" in text
+    assert not any(words in text for words in ("invalid key", KEY, "authentication_error"))
 
 
-# -- choosing ----------------------------------------------------------------------------------------------------------
+# -- selection ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -273,7 +275,7 @@ async def test_the_scripted_model_is_the_default(limiter, chosen: dict[str, str]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_model_of_ones_own_choice_is_asked(limiter, kind: str, tmp_path):
+async def test_a_configured_model_is_called(limiter, kind: str, tmp_path):
     prices = tmp_path / "prices.toml"
     prices.write_text(f'[[prices]]\nprovider = "{kind}"\nmodel = "house-1"\ninput = 1\noutput = 2\n')
     chosen = environment(kind) | {"AGENT_MODEL": "house-1", "KTRDR_PRICES_FILE": str(prices)}
@@ -292,7 +294,7 @@ async def test_a_model_of_ones_own_choice_is_asked(limiter, kind: str, tmp_path)
         ({"AGENT_LLM": "anthropic"}, ["claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5"]),
     ],
 )
-async def test_short_names_choose_a_model_of_the_provider(limiter, chosen: dict[str, str], models: list[str]):
+async def test_short_names_select_a_model_of_the_provider(limiter, chosen: dict[str, str], models: list[str]):
     llm = make_llm(limiter, {**environment("anthropic"), "AGENT_LLM": "", **chosen})
     assert [llm.using(name).model for name in ("opus", "Sonnet", "haiku")] == models
     assert [llm.using(name).model for name in models] == models
@@ -307,12 +309,12 @@ async def test_short_names_choose_a_model_of_the_provider(limiter, chosen: dict[
         ({"AGENT_LLM": "anthropic"}, "AGENT_LLM=anthropic needs a key in ANTHROPIC_API_KEY"),
         ({"AGENT_LLM": "openai", "OPENAI_API_KEY": " "}, "AGENT_LLM=openai needs a key in OPENAI_API_KEY"),
         (
-            environment("openai") | {"AGENT_MODEL": "nobody-knows-1"},
-            "AGENT_MODEL: no price for openai/nobody-knows-1: add it to KTRDR_PRICES_FILE",
+            environment("openai") | {"AGENT_MODEL": "unlisted-1"},
+            "AGENT_MODEL: no price for openai/unlisted-1: add it to KTRDR_PRICES_FILE",
         ),
     ],
 )
-async def test_a_model_that_cannot_be_had_says_what_is_missing(limiter, chosen: dict[str, str], words: str):
+async def test_the_error_for_an_unavailable_model_names_the_cause(limiter, chosen: dict[str, str], words: str):
     with pytest.raises(InvalidArgument, match=f"^{words}") as raised:
         make_llm(limiter, chosen)
     assert KEY not in str(raised.value)

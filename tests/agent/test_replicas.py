@@ -1,4 +1,4 @@
-"""Replicas as processes of their own on one real server: what they agree on, and what is left when one is killed."""
+"""Replicas as separate processes on one real server: shared state, and the effects of a kill."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Launch = Callable[..., list[Service]]
 
 @pytest.fixture
 def launch(server):
-    """Starts so many replicas on the shared server."""
+    """Start replicas on the shared server."""
     with ExitStack() as stack:
 
         def start(count: int, workers: int = 1, **environment: Any) -> list[Service]:
@@ -72,7 +72,7 @@ def samples(replica: Service) -> dict[tuple[str, ...], float]:
 
 @pytest.mark.timely
 @pytest.mark.parametrize("phase", PHASES)
-def test_a_replica_that_is_killed_mid_cycle_is_charged_and_its_slot_is_free(launch: Launch, phase: str):
+def test_the_cycle_of_a_killed_replica_is_charged_and_its_slot_becomes_free(launch: Launch, phase: str):
     here, there = launch(2, AGENT_PHASE_SECONDS=0.5)
     operation_id = trigger(here)
     wait_until(lambda: status(there)["status"] == phase or status(here)["last_cycle"])
@@ -85,11 +85,11 @@ def test_a_replica_that_is_killed_mid_cycle_is_charged_and_its_slot_is_free(laun
     figures = budget(there)
     assert (figures["today_spend"], figures["unconfirmed"], figures["held"]) == (0, 0.15, 0)
     assert there.get(f"{V1}/budgets/agent:cycles").json()["held"] == 0
-    assert samples(there)["agent_cycles_total", "failed"] == 1, "whoever finds out counts it"
+    assert samples(there)["agent_cycles_total", "failed"] == 1, "counted by the replica that marked it"
     assert trigger(there) != operation_id
 
 
-def test_a_killed_replicas_slot_is_free_only_once_its_cycle_is_lost(launch: Launch):
+def test_the_slot_of_a_killed_replica_becomes_free_when_its_cycle_is_lost(launch: Launch):
     here, there = launch(2, AGENT_PHASE_SECONDS=3600, AGENT_CYCLE_TTL=3, AGENT_DAILY_BUDGET="5.00")
     lost = trigger(here)
     wait_until(lambda: Decimal(cycle(there, lost)["spend"]) > 0)
@@ -102,7 +102,7 @@ def test_a_killed_replicas_slot_is_free_only_once_its_cycle_is_lost(launch: Laun
     assert samples(there)["agent_cycles_total", "failed"] == 1
 
 
-def test_a_replica_that_slept_too_long_tells_the_truth_when_it_wakes(launch: Launch):
+def test_a_replica_that_was_suspended_too_long_records_its_spend_on_resume(launch: Launch):
     here, there = launch(2, AGENT_PHASE_SECONDS=3600)
     slept = trigger(here)
     wait_until(lambda: Decimal(cycle(there, slept)["spend"]) > 0)
@@ -118,7 +118,7 @@ def test_a_replica_that_slept_too_long_tells_the_truth_when_it_wakes(launch: Lau
     assert sum(samples(replica)["agent_cycles_total", "failed"] for replica in (here, there)) == 1
 
 
-def test_the_last_cycle_is_the_one_that_ended_last(launch: Launch):
+def test_the_last_cycle_is_the_most_recently_ended_one(launch: Launch):
     (replica,) = launch(1, AGENT_PHASE_SECONDS=3600, AGENT_MAX_CONCURRENT_CYCLES=2)
     first, second = trigger(replica), trigger(replica)
     for operation_id in (second, first):
@@ -128,7 +128,7 @@ def test_the_last_cycle_is_the_one_that_ended_last(launch: Launch):
     assert [each["operation_id"] for each in listed] == [second, first], "newest first"
 
 
-def test_of_fifty_triggers_at_once_as_many_start_as_there_is_money_for(launch: Launch):
+def test_of_fifty_concurrent_triggers_as_many_start_as_the_budget_covers(launch: Launch):
     replicas = launch(2, AGENT_DAILY_BUDGET="0.50", AGENT_MAX_CONCURRENT_CYCLES=50, AGENT_PHASE_SECONDS=3600)
     with ThreadPoolExecutor(25) as pool:
         answers = list(pool.map(lambda i: replicas[i % 2].post(f"{V1}/agent/trigger"), range(50)))
@@ -141,7 +141,7 @@ def test_of_fifty_triggers_at_once_as_many_start_as_there_is_money_for(launch: L
     assert len(seen[0]["active_cycles"]) == 3
 
 
-def test_a_restart_within_the_day_keeps_the_spend_and_the_cycles(launch: Launch):
+def test_a_restart_keeps_the_spend_and_the_cycles(launch: Launch):
     (replica,) = launch(1)
     ended = wait_ended(replica, trigger(replica))
     before = budget(replica)
@@ -152,7 +152,7 @@ def test_a_restart_within_the_day_keeps_the_spend_and_the_cycles(launch: Launch)
     assert status(again)["last_cycle"] == ended
 
 
-def test_a_cycle_is_cancelled_by_the_replica_that_does_not_run_it(launch: Launch):
+def test_a_cycle_can_be_cancelled_by_another_replica(launch: Launch):
     here, there = launch(2, AGENT_PHASE_SECONDS=3600)
     operation_id = trigger(here)
     wait_until(lambda: Decimal(cycle(there, operation_id)["spend"]) > 0)
@@ -163,7 +163,7 @@ def test_a_cycle_is_cancelled_by_the_replica_that_does_not_run_it(launch: Launch
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_metrics_of_all_replicas_together_are_the_sums_of_the_ledger(launch: Launch, workers: int):
+def test_the_metrics_of_all_replicas_add_up_to_the_ledger(launch: Launch, workers: int):
     replicas = launch(2, workers=workers, AGENT_DAILY_BUDGET="1.00")
     for replica in (*replicas, *replicas):
         wait_ended(replica, trigger(replica))
@@ -207,7 +207,7 @@ def test_a_cycle_is_one_tree_of_spans_linked_to_its_trigger(launch: Launch, outc
         here, there = launch(2, **environment, **receiver.environment)
         operation_id = trigger(here)
         if outcome == "cancelled":
-            # The model is being asked: what had arrived of its answer has been paid for.
+            # A call is in progress: the output that has arrived is charged.
             wait_until(lambda: Decimal(cycle(there, operation_id)["spend"]) > 0)
             there.request("DELETE", f"{V1}/agent/cancel/{operation_id}")
         ended = wait_ended(there, operation_id)

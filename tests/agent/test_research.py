@@ -1,4 +1,4 @@
-"""The bundled research: what it finds, when it stops, and that it cannot see the future."""
+"""The bundled research: its results, its cancellation, and the absence of look-ahead."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..helpers.waiting import until
 
 
 class Context:
-    """A cycle that only asks."""
+    """A phase context that only sends prompts."""
 
     brief: str | None = None
 
@@ -48,7 +48,7 @@ class Context:
 
 
 class Endless(Context):
-    """A cycle whose threads meet the test at each pause."""
+    """A phase context whose threads wait for the test at each pause."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def at_once(prices: PriceSeries | None = None) -> ExampleResearch:
     return ExampleResearch(prices, phase_seconds=0)
 
 
-async def test_a_cycle_yields_a_design_figures_and_a_judgement():
+async def test_a_cycle_yields_a_design_figures_and_an_assessment():
     context = Context()
     design, training, backtest, assessment = await cycle(at_once(), context)
     assert design.strategy_name in context.asked[0]
@@ -85,7 +85,7 @@ async def test_a_cycle_yields_a_design_figures_and_a_judgement():
     assert len(context.asked) == 2
 
 
-async def test_the_same_cycle_comes_out_the_same():
+async def test_a_cycle_is_deterministic():
     first = await cycle(at_once(), Context("op_7"))
     assert await cycle(at_once(), Context("op_7")) == first
 
@@ -104,22 +104,22 @@ async def test_cycles_differ_and_pass_the_default_gates():
         "volatility_targeting",
     }
     assert len({assessment.verdict for *_, assessment in found}) > 1
-    # Gates in earnest: stricter ones part what the bundled research finds.
+    # Stricter gates reject some of the designs.
     strict = Thresholds(min_accuracy=0.54, min_sharpe=0.9)
     assert len({training_gate(training, strict).passed for _, training, *_ in found}) == 2
     assert len({backtest_gate(backtest, strict).passed for _, _, backtest, _ in found}) == 2
 
 
-# -- no look into the future -------------------------------------------------------------------------------------------
+# -- no look-ahead -----------------------------------------------------------------------------------------------------
 
 
 def with_other_end(prices: PriceSeries, unchanged: int) -> PriceSeries:
-    """Prices that go another way after the first ones."""
+    """Prices that differ after the first ``unchanged`` days."""
     others = [150 + 50 * (day * 7 % 11) / 11 for day in range(len(prices) - unchanged)]
     return PriceSeries(prices.days, (*prices.closes[:unchanged], *others))
 
 
-async def test_what_is_traded_later_changes_neither_the_model_nor_its_figures():
+async def test_traded_prices_affect_neither_the_model_nor_its_figures():
     prices, context = bundled_prices(), Context()
     traded_from = 120 + round((len(prices) - 120) * 0.7)
     design = await at_once().design(context)
@@ -129,7 +129,7 @@ async def test_what_is_traded_later_changes_neither_the_model_nor_its_figures():
     assert (await changed.backtest(context, design, other)) != (await at_once().backtest(context, design, known))
 
 
-async def test_what_is_measured_later_changes_the_figures_but_not_the_model():
+async def test_validation_prices_affect_the_figures_but_not_the_model():
     prices, context = bundled_prices(), Context()
     measured_from = 120 + round((len(prices) - 120) * 0.5)
     design = await at_once().design(context)
@@ -139,26 +139,26 @@ async def test_what_is_measured_later_changes_the_figures_but_not_the_model():
     assert other.accuracy != known.accuracy
 
 
-# -- answers that cannot be used ---------------------------------------------------------------------------------------
+# -- unusable replies --------------------------------------------------------------------------------------------------
 
 
-async def test_a_bad_answer_is_asked_again_with_the_reason():
+async def test_an_unusable_reply_is_retried_with_the_reason():
     good = answer("Strategies: " + '{"momentum": {"description": "", "parameters": {"epochs": [40, 120]}}}')
     bad = Context(answers=["I cannot.", good])
-    with pytest.raises(UnusableAnswer, match="momentum_days"):  # the second answer leaves parameters out
+    with pytest.raises(UnusableAnswer, match="momentum_days"):  # the second reply lacks parameters
         await at_once().design(bad)
     assert bad.asked[1].startswith(bad.asked[0])
     assert "could not be used: there is no JSON object with 'strategy' in it." in bad.asked[1]
 
 
-async def test_a_second_answer_that_can_be_used_is_used():
+async def test_a_usable_second_reply_is_used():
     context = Context()
     design = await at_once().design(context)
     again = Context(answers=["", answer(context.asked[0])])
     assert await at_once().design(again) == design
 
 
-async def test_two_bad_answers_fail_the_phase():
+async def test_two_unusable_replies_fail_the_phase():
     context = Context(answers=["no", "no", "yes"])
     with pytest.raises(UnusableAnswer, match="^there is no JSON object"):
         await at_once().design(context)
@@ -168,7 +168,7 @@ async def test_two_bad_answers_fail_the_phase():
 # -- pace, threads and cancellation ------------------------------------------------------------------------------------
 
 
-async def test_a_phase_lasts_as_long_as_it_should():
+async def test_a_phase_lasts_at_least_phase_seconds():
     before = time.monotonic()
     with Stopwatch() as took:
         await ExampleResearch(phase_seconds=0.05).design(Context())
@@ -176,7 +176,7 @@ async def test_a_phase_lasts_as_long_as_it_should():
     assert took.seconds < 2
 
 
-async def test_the_pace_of_a_phase_can_be_cancelled_at_once():
+async def test_the_wait_of_a_short_phase_can_be_cancelled():
     context = Context()
     task = asyncio.create_task(ExampleResearch(phase_seconds=3600).design(context))
     await until(lambda: context.asked)
@@ -186,23 +186,23 @@ async def test_the_pace_of_a_phase_can_be_cancelled_at_once():
 
 
 @pytest.mark.parametrize("phase", ["train", "backtest"])
-async def test_the_work_runs_beside_the_event_loop_and_a_cancellation_does_not_wait_for_it(phase: str):
+async def test_a_cancellation_does_not_wait_for_the_thread(phase: str):
     design, training, *_ = await cycle(at_once(), Context())
     context = Endless()
     arguments = (design,) if phase == "train" else (design, training)
     task = asyncio.create_task(getattr(at_once(), phase)(context, *arguments))
-    await until(context.entered.is_set)  # the event loop runs while the work stands still
+    await until(context.entered.is_set)  # the event loop runs while the thread waits
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await asyncio.wait_for(task, 2)
     context.go_on.set()
     await asyncio.get_running_loop().shutdown_default_executor()  # waits for the thread
-    assert context.pauses == 1, "the thread notices at its next pause, although nobody told the cycle"
+    assert context.pauses == 1, "the thread stops at its next pause"
     assert threading.get_ident() not in context.threads
 
 
 @pytest.mark.parametrize("phase", ["train", "backtest"])
-async def test_a_cycle_that_is_cancelled_elsewhere_stops_the_work(phase: str):
+async def test_a_cycle_cancelled_on_another_replica_stops_the_thread(phase: str):
     design, training, *_ = await cycle(at_once(), Context())
     context = Context()
     context.stop.set()
@@ -212,22 +212,22 @@ async def test_a_cycle_that_is_cancelled_elsewhere_stops_the_work(phase: str):
     assert threading.get_ident() not in context.threads
 
 
-# -- what it refuses ---------------------------------------------------------------------------------------------------
+# -- invalid arguments -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seconds", [-1, float("nan"), float("inf")])
-def test_a_pace_that_is_no_pace_is_refused(seconds: float):
+def test_invalid_phase_seconds_are_rejected(seconds: float):
     with pytest.raises(InvalidArgument, match="phase_seconds must be a finite number of 0 or more"):
         ExampleResearch(phase_seconds=seconds)
 
 
-def test_a_series_that_is_too_short_is_refused():
+def test_a_series_that_is_too_short_is_rejected():
     prices = bundled_prices()
     with pytest.raises(InvalidArgument, match="must have 220 days or more, not 219"):
         ExampleResearch(PriceSeries(prices.days[:219], prices.closes[:219]))
 
 
-async def test_the_shortest_series_is_enough():
+async def test_the_shortest_allowed_series_works():
     prices = bundled_prices()
     short = PriceSeries(prices.days[:220], prices.closes[:220])
     *_, backtest, _ = await cycle(at_once(short), Context())

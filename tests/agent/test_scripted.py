@@ -1,4 +1,4 @@
-"""The scripted model: deterministic answers to the bundled research, metered like those of a real one."""
+"""The scripted model: deterministic replies to the bundled research, metered like those of a real model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def scripted_llm(limiter: AsyncBudgetLimiter, tokens_per_second: float = math.in
 
 
 def dollars(usage: Usage) -> Decimal:
-    """By the price of the contract: $15 per million tokens in, $75 out."""
+    """The cost at the contract's price: $15 per million input tokens, $75 per million output tokens."""
     return (usage.input_tokens * Decimal(15) + usage.output_tokens * Decimal(75)) / 10**6
 
 
@@ -45,7 +45,7 @@ async def spent(limiter: AsyncBudgetLimiter) -> Decimal:
 
 
 class Context:
-    """A cycle whose calls are counted."""
+    """A phase context that counts its calls."""
 
     brief: str | None = None
     cancelled = False
@@ -61,10 +61,10 @@ class Context:
         return completion
 
 
-# -- answers -----------------------------------------------------------------------------------------------------------
+# -- replies -----------------------------------------------------------------------------------------------------------
 
 
-async def test_the_same_prompt_gives_the_same_answer_and_tokens(limiter):
+async def test_the_same_prompt_gives_the_same_reply_and_tokens(limiter):
     llm = scripted_llm(limiter)
     first = await llm.complete(DESIGN, system=prompts.SYSTEM)
     assert await llm.complete(DESIGN, system=prompts.SYSTEM) == first
@@ -72,7 +72,7 @@ async def test_the_same_prompt_gives_the_same_answer_and_tokens(limiter):
     assert (await llm.complete(prompts.design_prompt("op_2"))).text != first.text
 
 
-def test_cycles_get_designs_of_all_kinds_and_each_is_usable():
+def test_designs_of_cycles_cover_all_strategies_and_are_usable():
     designs = [prompts.parse_design(scripted.answer(prompts.design_prompt(f"op_{number}"))) for number in range(60)]
     assert len({design.strategy_name for design in designs}) == 4
     assert len({tuple(design.parameters.items()) for design in designs}) == 60
@@ -89,7 +89,7 @@ def test_cycles_get_designs_of_all_kinds_and_each_is_usable():
         (1.4, 0.5, 40, "poor"),
     ],
 )
-def test_a_judgement_follows_the_figures(ratio: float, fall: float, trades: int, verdict: str):
+def test_the_verdict_follows_from_the_figures(ratio: float, fall: float, trades: int, verdict: str):
     backtest = Backtest(win_rate=0.4, max_drawdown=fall, sharpe_ratio=ratio, trades=trades)
     prompt = prompts.assessment_prompt(Design("momentum"), Training(0.5, 0.7, 0.68), backtest)
     found = prompts.parse_assessment(scripted.answer(prompt))
@@ -97,14 +97,14 @@ def test_a_judgement_follows_the_figures(ratio: float, fall: float, trades: int,
     assert f"Sharpe ratio of {ratio:.2f}" in found.summary
 
 
-def test_a_strange_prompt_gets_a_plain_answer():
+def test_an_unsupported_prompt_gets_a_fixed_reply():
     assert scripted.answer("Hello?") == "A scripted model knows the prompts of the bundled research only."
 
 
-# -- money -------------------------------------------------------------------------------------------------------------
+# -- cost --------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_call_is_charged_its_tokens_at_the_price_of_the_contract(limiter):
+async def test_a_call_is_charged_its_tokens_at_the_documented_price(limiter):
     completion = await scripted_llm(limiter).complete(DESIGN, system=prompts.SYSTEM)
     assert completion.usage.input_tokens == 500 + tokens_in(DESIGN) + tokens_in(prompts.SYSTEM)
     assert completion.usage.output_tokens > tokens_in(completion.text)
@@ -113,8 +113,8 @@ async def test_a_call_is_charged_its_tokens_at_the_price_of_the_contract(limiter
     assert (entry.kind, entry.amount) == ("commit", dollars(completion.usage))
 
 
-async def test_a_default_cycle_fits_into_its_estimate_and_costs_what_it_used(server):
-    """With a limit that is the estimate, nothing could grow."""
+async def test_a_default_cycle_stays_within_its_estimate(server):
+    """The limit equals the estimate, so the hold cannot grow."""
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "0.15")]) as limiter:
         context = Context("op_1", scripted_llm(limiter))
         research = ExampleResearch(phase_seconds=0)
@@ -129,14 +129,14 @@ async def test_a_default_cycle_fits_into_its_estimate_and_costs_what_it_used(ser
         assert await spent(limiter) == cost
 
 
-async def test_a_call_without_room_is_denied_before_it_begins(server):
+async def test_a_call_above_the_budget_is_denied_before_it_begins(server):
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "0.05")]) as limiter:
         with pytest.raises(BudgetExceeded):
             await scripted_llm(limiter).complete(DESIGN)
         assert await spent(limiter) == 0
 
 
-async def test_an_answer_is_cut_off_at_its_bound(limiter):
+async def test_a_reply_is_cut_off_at_max_tokens(limiter):
     llm = scripted_llm(limiter)
     whole = await llm.complete(DESIGN)
     cut = await llm.complete(DESIGN, max_tokens=whole.usage.output_tokens - 10)
@@ -147,23 +147,23 @@ async def test_an_answer_is_cut_off_at_its_bound(limiter):
     assert (nothing.text, nothing.usage.output_tokens) == ("", 1)
 
 
-async def test_a_call_that_is_cancelled_costs_what_had_arrived(limiter):
+async def test_a_cancelled_call_is_charged_for_the_output_that_arrived(limiter):
     whole = (await scripted_llm(limiter).complete(DESIGN)).usage
     before = await spent(limiter)
     async with limiter.hold("agent", "0.15") as hold:
         task = asyncio.create_task(scripted_llm(limiter, tokens_per_second=200).complete(DESIGN))
         at_least = dollars(Usage(whole.input_tokens, 32))
-        await until(lambda: hold.accrued["agent"] >= at_least)  # told on the hold while it runs
+        await until(lambda: hold.accrued["agent"] >= at_least)  # accrued on the hold during the call
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
     cost = await spent(limiter) - before
     assert at_least <= cost < dollars(whole)
-    # Whole chunks of output beside the whole input.
+    # Whole chunks of output, plus the entire input.
     assert (cost - dollars(Usage(whole.input_tokens))) % dollars(Usage(0, 16)) == 0
 
 
-async def test_output_takes_its_time(limiter):
+async def test_output_arrives_at_the_configured_rate(limiter):
     llm = scripted_llm(limiter, tokens_per_second=5000)
     before = asyncio.get_running_loop().time()
     usage = (await llm.complete(DESIGN)).usage
@@ -171,6 +171,6 @@ async def test_output_takes_its_time(limiter):
 
 
 @pytest.mark.parametrize("speed", [0, -1, math.nan])
-async def test_a_speed_that_is_none_is_refused(limiter, speed: float):
+async def test_an_invalid_output_rate_is_rejected(limiter, speed: float):
     with pytest.raises(InvalidArgument, match="tokens_per_second must be positive"):
         scripted_llm(limiter, speed)

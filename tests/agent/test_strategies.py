@@ -1,4 +1,4 @@
-"""Features and positions, computed by hand, and without a look into the future."""
+"""Features and positions: values computed by hand, and the absence of look-ahead."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CLOSES = generate_prices(5, 200).closes
 
 
 def go_on() -> None:
-    """A pause that stops nothing."""
+    """A pause that never stops."""
 
 
 def middle(name: str) -> dict[str, float]:
@@ -34,7 +34,7 @@ def middle(name: str) -> dict[str, float]:
 
 
 def highest(name: str) -> dict[str, float]:
-    """The longest windows."""
+    """Parameters with the longest windows."""
     return {key: high for key, (_, high) in STRATEGIES[name].ranges.items()}
 
 
@@ -57,8 +57,8 @@ def test_each_day_has_a_row_with_each_feature(name: str):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("today", [WARM_UP_DAYS, 150, 180])
-def test_the_future_changes_no_feature_and_no_position_of_the_past(name: str, today: int):
-    """Whatever happens after a close, what was known and done at it stays as it was."""
+def test_later_prices_affect_no_earlier_feature_or_position(name: str, today: int):
+    """Prices after a close affect neither the features nor the positions at it."""
     parameters = highest(name)
     known = features(CLOSES, parameters, go_on)[: today - WARM_UP_DAYS + 1]
     chances = [0.5 + 0.1 * math.sin(day) for day in range(len(known))]
@@ -82,12 +82,12 @@ def test_a_long_only_strategy_buys_above_its_threshold_or_stays_out():
     assert positions(STRATEGIES["trend_following"], parameters, CLOSES, [0.53, 0.52, 0.5, 0.1]) == [1, 0, 0, 0]
 
 
-def test_a_strategy_that_sells_short_does_so_below_the_opposite_threshold():
+def test_a_short_position_opens_below_the_opposite_threshold():
     parameters = middle("momentum") | {"threshold": 0.52}
     assert positions(STRATEGIES["momentum"], parameters, CLOSES, [0.53, 0.5, 0.48, 0.47]) == [1, 0, 0, -0.5]
 
 
-def test_volatility_targeting_takes_smaller_positions_when_prices_move_more():
+def test_volatility_targeting_shrinks_positions_as_volatility_rises():
     strategy, parameters = STRATEGIES["volatility_targeting"], middle("volatility_targeting")
     parameters |= {"volatility_days": 10, "target_volatility": 0.1, "threshold": 0.5}
     calm = [100.0 * (1 + 0.001 * (day % 2)) for day in range(30)]
@@ -99,7 +99,7 @@ def test_volatility_targeting_takes_smaller_positions_when_prices_move_more():
     assert positions(strategy, parameters, wild, [0.4]) == [0.0]
 
 
-def test_features_stop_when_they_are_told_to():
+def test_pause_can_stop_the_computation_of_features():
     class Enough(Exception):
         pass
 

@@ -1,4 +1,4 @@
-"""Equity, trades and their figures, against examples computed by hand."""
+"""Equity, trades and their figures, compared with values computed by hand."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ def test_one_trade_with_its_costs():
     assert account.trades == pytest.approx((0.99 * 1.10 * 0.95 * 0.99 - 1,))
 
 
-def test_turning_round_ends_one_trade_and_begins_another():
+def test_a_reversal_ends_one_trade_and_begins_another():
     account = trade([1, -1], [0.10, 0.10], cost=0.01)
     assert account.trades == pytest.approx((0.99 * 1.10 * 0.99 - 1, 0.99 * 0.90 * 0.99 - 1))
     assert account.equity[-1] == pytest.approx(0.99 * 1.10 * 0.99 * 0.99 * 0.90 * 0.99)
 
 
-def test_another_size_on_the_same_side_costs_its_difference_and_goes_on():
+def test_a_resized_position_pays_for_the_difference_and_stays_one_trade():
     account = trade([0.5, 1.0], [0.1, 0.1], cost=0.01)
     assert account.equity == pytest.approx((1, 0.995 * 1.05, 0.995 * 1.05 * 0.995 * 1.1 * 0.99))
     assert len(account.trades) == 1
 
 
-def test_costs_alone_lose():
+def test_trading_without_price_changes_loses_the_costs():
     account = trade([1, 0, 1, 0], [0, 0, 0, 0], cost=0.01)
     assert account.trades == pytest.approx((0.99 * 0.99 - 1,) * 2)
     assert figures(account).win_rate == 0
 
 
-def test_an_account_that_is_ruined_stays_so():
+def test_a_ruined_account_stays_at_zero():
     account = trade([-1, 1, 1], [2.0, 0.5, 0.5], cost=0)
     assert account.equity == (1, 0, 0, 0)
     assert figures(account).max_drawdown == 1
@@ -52,32 +52,32 @@ def test_drawdown_is_the_deepest_fall_from_the_peak_before_it():
     assert max_drawdown(()) == 0
 
 
-def test_sharpe_ratio_is_mean_over_deviation_of_a_year():
+def test_sharpe_ratio_is_the_annualised_mean_over_deviation():
     # Mean 0.01; deviation of a sample sqrt((0.01² + 0 + 0.01²) / 2) = 0.01.
     assert sharpe_ratio([0.0, 0.01, 0.02]) == pytest.approx(math.sqrt(252))
     assert sharpe_ratio([0.0, -0.01, -0.02]) == pytest.approx(-math.sqrt(252))
     assert sharpe_ratio([0.01, -0.01]) == 0
 
 
-def test_sharpe_ratio_is_0_where_nothing_varies():
+def test_sharpe_ratio_of_identical_returns_is_0():
     assert sharpe_ratio([]) == sharpe_ratio([0.1]) == sharpe_ratio([0.001] * 50) == 0
 
 
 def test_figures_of_an_account():
     account = Account(equity=(1.0, 1.1, 0.99, 1.2), trades=(0.1, -0.1, 0.0, 0.2))
-    told = figures(account)
-    assert (told.win_rate, told.trades) == (0.5, 4)
-    assert told.max_drawdown == pytest.approx(0.1)
-    assert told.sharpe_ratio == pytest.approx(sharpe_ratio([0.1, -0.1, 1.2 / 0.99 - 1]))
+    found = figures(account)
+    assert (found.win_rate, found.trades) == (0.5, 4)
+    assert found.max_drawdown == pytest.approx(0.1)
+    assert found.sharpe_ratio == pytest.approx(sharpe_ratio([0.1, -0.1, 1.2 / 0.99 - 1]))
 
 
 def test_without_a_trade_the_win_rate_is_0():
-    told = figures(trade([0, 0], [0.1, -0.1], cost=0.01))
-    assert (told.win_rate, told.trades, told.max_drawdown, told.sharpe_ratio) == (0, 0, 0, 0)
+    found = figures(trade([0, 0], [0.1, -0.1], cost=0.01))
+    assert (found.win_rate, found.trades, found.max_drawdown, found.sharpe_ratio) == (0, 0, 0, 0)
 
 
 @given(days=days, cost=st.floats(0, 0.01))
-def test_trades_multiply_to_what_the_account_made(days, cost: float):
+def test_the_gains_of_trades_multiply_to_the_equity(days, cost: float):
     account = trade([side for side, _ in days], [market for _, market in days], cost=cost)
     assert math.prod(1 + gain for gain in account.trades) == pytest.approx(account.equity[-1])
     assert len(account.equity) == len(days) + 1
@@ -94,7 +94,7 @@ def test_costs_never_help(days):
 
 @given(days=days, more=days)
 def test_later_days_do_not_change_earlier_equity(days, more):
-    """Up to the last day, at whose end everything is sold."""
+    """Except on the last day, at whose end all positions are sold."""
     short = trade([side for side, _ in days], [market for _, market in days], cost=0.01)
     both = trade([side for side, _ in days + more], [market for _, market in days + more], cost=0.01)
     assert both.equity[: len(days)] == short.equity[: len(days)]

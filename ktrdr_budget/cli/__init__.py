@@ -7,15 +7,15 @@
     your_group.add_command(agent)
     your_group.add_command(budget)
 
-There they find the service by ``KTRDR_API_URL``, or by what your group puts into ``context.meta[API_URL]``. What goes
-wrong is a ``click.ClickException`` with the exit code of the table below, so that your own command line reports it.
+The groups find the service through ``KTRDR_API_URL``, or through ``context.meta[API_URL]`` if your group sets it. An
+error is a ``click.ClickException`` with an exit code of this table, so your own command line reports it:
 
 ===  ==============================================
-0    done; also when a budget is shown as exhausted
-1    an error, such as an unknown hold, a conflict or a missing key
-2    a wrong call: unknown option, invalid amount, …
+0    success, also when an exhausted budget is shown
+1    error: unknown hold, conflict, missing key, …
+2    wrong usage: unknown option, invalid amount, …
 3    denied by a budget
-4    the service or its store cannot be reached
+4    service or store unreachable
 ===  ==============================================
 """
 

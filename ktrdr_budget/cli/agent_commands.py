@@ -1,4 +1,4 @@
-"""``ktrdr agent``: the agent's daily budget at a glance, and its research cycles."""
+"""``ktrdr agent``: the agent's daily budget and its research cycles."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ __all__ = ["agent"]
 
 _BAR_CELLS = 30
 _SCARCE = Decimal("0.25")
-"""Below this share of the limit, what remains is shown as scarce."""
+"""Fraction of the limit below which the remaining budget is shown as scarce."""
 
 
 @click.group()
 def agent() -> None:
-    """The agent's daily budget, and its research cycles."""
+    """The agent's daily budget and its research cycles."""
 
 
 for _command in (trigger, status, cancel, cycles):
@@ -35,16 +35,16 @@ for _command in (trigger, status, cancel, cycles):
 @click.option("--exact", is_flag=True, help="Show all digits of amounts, up to a nano-dollar.")
 @watch_options
 def agent_budget(exact: bool, as_json: bool, watch: bool, interval: float) -> None:
-    """Show what today's budget has spent and what remains.
+    """Show the spend and the remainder of today's budget.
 
-    Amounts are rounded to cents; --exact and --json show all digits. The exit code is 0 also when nothing remains.
+    Amounts are rounded to cents; --exact and --json show all digits. The exit code is 0 also for an exhausted budget.
     """
     where = service()
     show(partial(_ask, where, exact), as_json, interval_s=interval if watch else None)
 
 
 def _ask(where: Service, exact: bool) -> tuple[dict[str, Any], str]:
-    """The service's JSON, and the same for a person."""
+    """Return the service's JSON and its text form."""
     answer = where.get("/agent/budget")
     with expect_valid_response(where):
         document = answer.document
@@ -52,10 +52,10 @@ def _ask(where: Service, exact: bool) -> tuple[dict[str, Any], str]:
 
 
 def status_text(status: Mapping[str, Any], *, exact: bool = False) -> str:
-    """The status in its fixed form; on a terminal with a bar.
+    """Format the status; a terminal also gets a bar.
 
     Raises:
-        LookupError, TypeError, ValueError, ArithmeticError: not the status of a daily budget.
+        LookupError, TypeError, ValueError, ArithmeticError: the document is not the status of a daily budget.
     """
     lines = ["Agent Budget Status", SEPARATOR, f"Date: {one_line(status['date'])}"]
     money = partial(amount_text, is_money=True) if exact else cents
@@ -66,7 +66,7 @@ def status_text(status: Mapping[str, Any], *, exact: bool = False) -> str:
     cycles = status["cycles_affordable"]
     lines.append(f"Cycles Affordable: {'unlimited' if cycles is None else f'~{int(cycles)}'}")
     if status.get("recovering_until"):
-        lines.append(f"Recovering: the store has lost writes; no start until {one_line(status['recovering_until'])}")
+        lines.append(f"Recovering: the store lost writes; no cycle starts until {one_line(status['recovering_until'])}")
     if is_terminal() and status["daily_limit"]:
         lines.append(_bar(*(Decimal(status[name]) for name in ("daily_limit", "today_spend", "unconfirmed", "held"))))
     return "\n".join(lines)
@@ -76,7 +76,7 @@ _PARTS = (("Held", "held"), ("Unconfirmed", "unconfirmed"))
 
 
 def _bar(limit: Decimal, spent: Decimal, unconfirmed: Decimal, held: Decimal) -> str:
-    """Spent, unconfirmed, held and free parts of the limit, and how much of it is used."""
+    """Draw the spent, unconfirmed, held and free parts of the limit, with the used percentage."""
     used = spent + unconfirmed + held
     marks = "█▓▒·" if can_show("█▓▒·") else "#=-."
     widths = _cells((spent, unconfirmed, held), limit)
@@ -89,13 +89,13 @@ def _bar(limit: Decimal, spent: Decimal, unconfirmed: Decimal, held: Decimal) ->
 
 
 def _cells(parts: tuple[Decimal, ...], limit: Decimal) -> list[int]:
-    """How many cells each part fills: at least one if it is not zero, and not all while something remains."""
+    """Return the cells per part: at least one for a non-zero part; never all cells while budget remains."""
     total = sum(parts)
-    room = _BAR_CELLS if total >= limit else _BAR_CELLS - 1
+    cells_max = _BAR_CELLS if total >= limit else _BAR_CELLS - 1
     scale = max(limit, total)
-    cells = [min(room, max(1, int(part * _BAR_CELLS / scale))) if part else 0 for part in parts]
-    while sum(cells) > room:
+    cells = [min(cells_max, max(1, int(part * _BAR_CELLS / scale))) if part else 0 for part in parts]
+    while sum(cells) > cells_max:
         cells[cells.index(max(cells))] -= 1
     if total >= limit:
-        cells[cells.index(max(cells))] += room - sum(cells)
+        cells[cells.index(max(cells))] += cells_max - sum(cells)
     return cells

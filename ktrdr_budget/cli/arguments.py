@@ -1,4 +1,4 @@
-"""Arguments that several commands take."""
+"""Arguments and options shared by several commands."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class AmountCommand(click.Command):
-    """A command whose arguments are amounts: a negative one is an amount that is not usable, and no unknown option."""
+    """A command with amounts as arguments: a negative amount is an invalid amount, not an unknown option."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
-        """As Click does, with another error for a negative amount."""
+        """Parse as Click does, with a specific error for a negative amount."""
         words = list(args)
         try:
             return super().parse_args(context, args)
@@ -44,19 +44,19 @@ class AmountCommand(click.Command):
 
 
 def validate_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Callback: a budget name or an id, by the rule of the library; an option may be absent.
+    """Click callback: accept a budget name or an id; an option may be absent.
 
     Raises:
-        click.BadParameter: it is neither.
+        click.BadParameter: the value is neither.
     """
     return None if value is None else _name(value)
 
 
 def validate_end(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Callback: the end of a limit, an instant with its timezone or ``window``; ``None`` for ``never``.
+    """Click callback: accept the end of a limit: an instant with a timezone, ``window`` or ``never`` (``None``).
 
     Raises:
-        click.BadParameter: it is neither.
+        click.BadParameter: the value is none of these.
     """
     if value is None or value == "never":
         return None
@@ -74,7 +74,7 @@ def validate_end(context: click.Context, parameter: click.Parameter, value: str 
 
 
 def validate_seconds(least: float) -> Callable[[click.Context, click.Parameter, float | None], float | None]:
-    """Callback: seconds from ``least`` to a day; unlike Click's range it takes no NaN."""
+    """Click callback: accept seconds from ``least`` to a day; rejects NaN, unlike Click's range."""
 
     def check(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
         if value is None or least <= value <= _SECONDS_MAX:
@@ -85,24 +85,24 @@ def validate_seconds(least: float) -> Callable[[click.Context, click.Parameter, 
 
 
 def json_option(command: Command) -> Command:
-    """``--json``."""
-    return click.option("--json", "as_json", is_flag=True, help="The service's JSON.")(command)
+    """Add ``--json``."""
+    return click.option("--json", "as_json", is_flag=True, help="Print the service's JSON.")(command)
 
 
 def watch_options(command: Command) -> Command:
-    """``--json``, ``--watch`` and ``--interval``."""
+    """Add ``--json``, ``--watch`` and ``--interval``."""
     every = {"metavar": "SECONDS", "default": 2.0, "callback": validate_seconds(0.1), "show_default": True}
-    command = click.option("--interval", **every, help="How often --watch asks.")(command)  # type: ignore[arg-type]
-    command = click.option("--watch", is_flag=True, help="Show it again and again, until Ctrl-C.")(command)
-    text = "The service's JSON; with --watch one line each time."
+    command = click.option("--interval", **every, help="Interval of --watch.")(command)  # type: ignore[arg-type]
+    command = click.option("--watch", is_flag=True, help="Refresh until Ctrl-C.")(command)
+    text = "Print the service's JSON; with --watch one line per refresh."
     return click.option("--json", "as_json", is_flag=True, help=text)(command)
 
 
 def amounts_of(words: Sequence[str]) -> dict[str, str]:
-    """The amounts of ``NAME AMOUNT``, or of ``NAME=AMOUNT`` given once or more.
+    """Parse ``NAME AMOUNT``, or one or more ``NAME=AMOUNT``.
 
     Raises:
-        click.UsageError: neither, or a budget twice.
+        click.UsageError: another form, or a budget given twice.
     """
     if len(words) == 2 and not any("=" in word for word in words):
         return {_name(words[0]): words[1]}
@@ -128,7 +128,7 @@ def _name(text: str) -> str:
 
 
 def new_id(kind: str) -> str:
-    """An id of our own, so that a call whose answer is lost can be repeated as the same call."""
+    """Generate an id on the client, so that a request can be retried if its reply is lost."""
     from secrets import token_hex
 
     return f"{kind}_{token_hex(8)}"

@@ -1,4 +1,4 @@
-"""``ktrdr budget``: every budget of the service, its limit, its holds and its ledger."""
+"""``ktrdr budget``: the service's budgets, their limits, holds and ledgers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["budget"]
 
 @click.group()
 def budget() -> None:
-    """Budgets: what they allow, hold and have spent."""
+    """Budgets: limits, holds, spend and ledgers."""
 
 
 for _command in (reserve, commit, release, record, verify):
@@ -30,7 +30,7 @@ for _command in (reserve, commit, release, record, verify):
 @budget.command("list")
 @json_option
 def list_budgets(as_json: bool) -> None:
-    """Show all budgets, each in its current window."""
+    """List all budgets, each in its current window."""
     where = service()
     answer = where.get("/budgets")
     with expect_valid_response(where):
@@ -58,7 +58,7 @@ def list_budgets(as_json: bool) -> None:
 @click.argument("name", callback=validate_name)
 @json_option
 def show(name: str, as_json: bool) -> None:
-    """Show one budget in full."""
+    """Show one budget with all its figures."""
     where = service()
     _show_budget(where, where.get(_path(name)), as_json)
 
@@ -70,13 +70,13 @@ def show(name: str, as_json: bool) -> None:
     "--until",
     callback=validate_end,
     metavar="WHEN|window|never",
-    help="When it ends: an instant such as 2026-11-24T00:00:00Z, or with the current window.  [default: never]",
+    help="End of the limit: an instant such as 2026-11-24T00:00:00Z, or the end of the window.  [default: never]",
 )
 @json_option
 def set_limit(name: str, limit: str, until: str | None, as_json: bool) -> None:
-    """Change a limit for all replicas, over what is configured.
+    """Set a limit for all replicas, overriding the configured one.
 
-    LIMIT is in dollars or a count; 'unlimited' lifts the cap, 0 denies all. It needs the admin key.
+    LIMIT is in dollars or a count; 'unlimited' removes the cap, 0 denies all. Needs the admin key.
     """
     where = service()
     body: dict[str, Any] = {"limit": None if limit.strip().lower() == "unlimited" else limit}
@@ -89,7 +89,7 @@ def set_limit(name: str, limit: str, until: str | None, as_json: bool) -> None:
 @click.argument("name", callback=validate_name)
 @json_option
 def clear_limit(name: str, as_json: bool) -> None:
-    """Return to the configured limit. It needs the admin key."""
+    """Restore the configured limit. Needs the admin key."""
     where = service()
     _show_budget(where, where.send("DELETE", f"{_path(name)}/limit", admin=True), as_json)
 
@@ -100,10 +100,9 @@ def clear_limit(name: str, as_json: bool) -> None:
 def migrate(name: str, as_json: bool) -> None:
     """Register the service's definition of a budget.
 
-    It replaces the one that is registered. Unit, kind, period and timezone are
-    registered by a budget's first use; replicas that define them otherwise are
-    refused. Open holds are settled in the windows that admitted them. It needs the
-    admin key.
+    Replaces the registered definition: unit, kind, period and timezone, which the
+    first use of a budget registers, and which all replicas must share. Open holds are
+    settled in the windows that admitted them. Needs the admin key.
     """
     where = service()
     answer = where.send("POST", f"{_path(name)}/migrate", admin=True)
@@ -120,7 +119,7 @@ def migrate(name: str, as_json: bool) -> None:
 @paged
 @json_option
 def holds(name: str, limit: int | None, cursor: str | None, everything: bool, as_json: bool) -> None:
-    """List open and unconfirmed holds, newest deadline first."""
+    """List open and unconfirmed holds, latest deadline first."""
     table = Table("ID", "STATE", ">AMOUNT", ">ACCRUED", ">CHARGED", "EXPIRES AT", "OPERATION")
     found = pages(f"{_path(name)}/holds", "holds", everything, limit=limit, cursor=cursor)
     show_pages(found, "holds", as_json, table, lambda hold: _hold_row(hold, name), f"No holds of {name}.")
@@ -128,15 +127,15 @@ def holds(name: str, limit: int | None, cursor: str | None, everything: bool, as
 
 @budget.command()
 @click.argument("name", callback=validate_name)
-@click.option("--window", help="Such as 2026-11-23 for a day. Default: the current one.")
+@click.option("--window", help="A window, such as 2026-11-23 for a day. Default: the current one.")
 @paged
 @json_option
 def ledger(
     name: str, window: str | None, limit: int | None, cursor: str | None, everything: bool, as_json: bool
 ) -> None:
-    """List the entries of a window, newest first.
+    """List the ledger entries of a window, newest first.
 
-    They add up to what is spent and unconfirmed.
+    The entries add up to the spent and unconfirmed amounts.
     """
     table = Table("AT", "KIND", ">AMOUNT", "HOLD", "OPERATION", "TRACE", "ENTRY")
     found = pages(f"{_path(name)}/ledger", "entries", everything, window=window, limit=limit, cursor=cursor)
@@ -179,7 +178,7 @@ def _budget_fields(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Resets at", item["resets_at"] or "never"
     yield "As of", item["as_of"]
     if item.get("recovering_until"):
-        yield "Recovering", f"the store has lost writes; nothing is admitted until {item['recovering_until']}"
+        yield "Recovering", f"the store lost writes; nothing is admitted until {item['recovering_until']}"
 
 
 def _migration_fields(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -187,7 +186,7 @@ def _migration_fields(item: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "Before", item["before"] or "not registered"
     yield "Now", item["after"]
     if item["limit_cleared"]:
-        yield "Limit", "the run-time limit was cleared: it was an amount of another unit"
+        yield "Limit", "the run-time limit was cleared because its unit has changed"
 
 
 def _limit_source(item: Mapping[str, Any]) -> str:
@@ -201,11 +200,11 @@ def _limit_source(item: Mapping[str, Any]) -> str:
 
 
 def _hold_row(hold: Mapping[str, Any], name: str) -> list[str]:
-    amounts = [_told(hold[field], name) for field in ("amounts", "accrued", "charged")]
+    amounts = [_amount_in(hold[field], name) for field in ("amounts", "accrued", "charged")]
     return [hold["id"], hold["state"], *amounts, hold["expires_at"], hold["operation"]]
 
 
-def _told(amounts: Mapping[str, Any], name: str) -> str:
+def _amount_in(amounts: Mapping[str, Any], name: str) -> str:
     return amount_text(amounts[name]) if name in amounts else ""
 
 

@@ -1,8 +1,8 @@
-"""How the commands speak to the service: one request, one answer, one clear line if it is not a good one.
+"""The HTTP client of the commands: one request, one reply, one line for an error.
 
-The client is the standard library's, for a command must answer at once: ``httpx`` takes longer to import than all the
-rest of ``ktrdr agent budget`` takes to run. It goes straight to the service: proxies of the environment are for the
-web, not for a service beside the caller, and a redirect is not followed with a key in hand.
+It uses the standard library, because importing ``httpx`` takes longer than all the rest of ``ktrdr agent budget``. It
+ignores the proxies of the environment, since the service usually runs nearby, and follows no redirects, which could
+leak the key.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from ktrdr_budget.cli.output import amount_text, duration, one_line
 if TYPE_CHECKING:
     from http.client import HTTPConnection
 
-__all__ = ["API_URL", "Answer", "Service", "segment", "service", "expect_valid_response"]
+__all__ = ["API_URL", "Answer", "Service", "expect_valid_response", "segment", "service"]
 
 API_URL = "ktrdr_budget.api_url"
-"""Where a group of commands finds the service's URL in ``click.Context.meta``."""
+"""Key of the service's URL in ``click.Context.meta``."""
 
 URL_DEFAULT = "http://127.0.0.1:8000"
 TIMEOUT_S = 5.0
 _NOT_STARTED = ((429, "budget_exhausted"), (409, "active_cycle_exists"))
-"""How a trigger is denied: status and reason."""
+"""Status and reason of the denials of a trigger."""
 _KEY = re.compile(r"[\x21-\x7e]{1,4096}", re.ASCII)
 
 
 class Answer(NamedTuple):
-    """What the service said when all went well."""
+    """A successful reply of the service."""
 
     text: str
 
     @property
     def document(self) -> dict[str, Any]:
-        """The JSON object, its fractions as ``Decimal``."""
+        """The JSON object, with fractions as ``Decimal``."""
         return json.loads(self.text, parse_float=Decimal)  # type: ignore[no-any-return]
 
 
 class Service(NamedTuple):
-    """Where the service is: ``http`` or ``https``, host, port, and the path before ``/api/v1``."""
+    """The address of the service: scheme, host, port, and the path before ``/api/v1``."""
 
     scheme: str
     host: str
@@ -57,49 +57,49 @@ class Service(NamedTuple):
 
     @classmethod
     def at(cls, url: str) -> Service:
-        """The service at a URL.
+        """Parse the URL of a service.
 
         Raises:
-            InvalidInput: not an ``http`` or ``https`` URL of a host, or one with a user, query or fragment.
+            InvalidInput: the URL is not ``http`` or ``https``, has no host, or has a user, query or fragment.
         """
-        if "@" in url:  # before anything is shown: it may follow a password
-            raise InvalidInput("the service's URL must not hold a user or password; a key goes into KTRDR_API_KEY")
+        if "@" in url:  # checked before any message quotes the URL, which may contain a password
+            raise InvalidInput("the service's URL must not contain a user or password; set KTRDR_API_KEY instead")
         try:
             parts = urlsplit(url.strip())
             host, port = parts.hostname, parts.port
         except ValueError as error:
-            raise InvalidInput(f"not a URL of the service: {error}") from None
+            raise InvalidInput(f"invalid URL of the service: {error}") from None
         if parts.scheme not in ("http", "https"):
             raise InvalidInput(f"the service's URL must begin with http:// or https://, not {url!r}")
         if not host or parts.query or parts.fragment or not (parts.path.isascii() and parts.path.isprintable()):
-            raise InvalidInput(f"not a URL of the service: {url!r}")
+            raise InvalidInput(f"invalid URL of the service: {url!r}")
         return cls(parts.scheme, host, port, parts.path.rstrip("/").replace(" ", "%20"))
 
     @property
     def url(self) -> str:
-        """For a person."""
+        """The URL, for messages."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return f"{self.scheme}://{host}{'' if self.port is None else f':{self.port}'}{self.prefix}"
 
     def get(self, path: str, **query: object) -> Answer:
-        """Reads ``/api/v1`` + path; parameters that are ``None`` are left out."""
+        """Read ``/api/v1`` + path; parameters that are ``None`` are left out."""
         given = {name: value for name, value in query.items() if value is not None}
         return self.send("GET", f"{path}?{urlencode(given)}" if given else path)
 
     def send(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, *, admin: bool = False, repeat: str = ""
     ) -> Answer:
-        """Sends a request and returns a good answer.
+        """Send a request and return a successful reply.
 
         Args:
-            method: of HTTP.
-            path: after ``/api/v1``, percent-encoded.
-            body: sent as JSON.
-            admin: send the admin key, if there is one.
-            repeat: how to repeat the call safely, for a person; shown only if the call may have taken effect.
+            method: HTTP method.
+            path: path after ``/api/v1``, percent-encoded.
+            body: JSON body.
+            admin: whether to send the admin key, if one is set.
+            repeat: advice on a safe retry, shown only if the request may have taken effect.
 
         Raises:
-            Denied, Unreachable, InvalidInput, CommandError: with the exit code of each.
+            Denied, Unreachable, InvalidInput, CommandError: each with its exit code.
         """
         headers = {"Accept": "application/json, application/problem+json", "Connection": "close", **_key(admin)}
         if body is not None:
@@ -109,7 +109,7 @@ class Service(NamedTuple):
         document = _object(text)
         if 200 <= status < 300 and document is not None:
             return Answer(text)
-        raise self._refusal(status, document, admin, repeat)
+        raise self._error_of(status, document, admin, repeat)
 
     def _exchange(
         self, method: str, target: str, content: bytes | None, headers: dict[str, str], repeat: str
@@ -120,7 +120,7 @@ class Service(NamedTuple):
         try:
             connection.connect()
         except UnicodeError:
-            raise InvalidInput(f"not the name of a host: {self.host!r}") from None
+            raise InvalidInput(f"invalid host name: {self.host!r}") from None
         except OSError as error:
             raise Unreachable(f"cannot reach the service at {self.url}: {error.strerror or error}") from None
         try:
@@ -128,11 +128,11 @@ class Service(NamedTuple):
             response = connection.getresponse()
             return response.status, response.read().decode("utf-8", "replace")
         except TimeoutError:
-            raise Unreachable(f"the service at {self.url} did not answer within {TIMEOUT_S:g} s{repeat}") from None
+            raise Unreachable(f"no reply from the service at {self.url} within {TIMEOUT_S:g} s{repeat}") from None
         except (OSError, IncompleteRead, RemoteDisconnected):
-            raise Unreachable(f"the service at {self.url} broke off before its answer was complete{repeat}") from None
+            raise Unreachable(f"the service at {self.url} closed the connection during its reply{repeat}") from None
         except HTTPException:
-            raise CommandError(f"what listens at {self.url} does not speak HTTP") from None
+            raise CommandError(f"the server at {self.url} does not speak HTTP") from None
         finally:
             connection.close()
 
@@ -145,11 +145,11 @@ class Service(NamedTuple):
 
         return HTTPSConnection(self.host, self.port, timeout=TIMEOUT_S, context=ssl.create_default_context())
 
-    def _refusal(self, status: int, problem: dict[str, Any] | None, admin: bool, repeat: str) -> CommandError:
-        """What an answer means that is not a good one."""
+    def _error_of(self, status: int, problem: dict[str, Any] | None, admin: bool, repeat: str) -> CommandError:
+        """Convert an unsuccessful reply to an error."""
         error = Unreachable if status in (502, 503, 504) else InvalidInput if status == 422 else CommandError
         if problem is None or status < 400:
-            words = f"{self.url} answered {status} without the JSON of a ktrdr-budget service; is that its URL?"
+            words = f"the reply of {self.url} with status {status} is not from a ktrdr-budget service; check the URL"
             return error(words + (repeat if status in (502, 504) else ""))
         if (status, problem.get("reason")) in _NOT_STARTED and problem.get("triggered") is False:
             with expect_valid_response(self):
@@ -160,57 +160,55 @@ class Service(NamedTuple):
         if status == 429 and "reason" in problem:
             with expect_valid_response(self):
                 return Denied(denial_line(problem), problem)
-        detail = one_line(problem.get("detail") or problem.get("title") or f"the service answered {status}")
+        detail = one_line(problem.get("detail") or problem.get("title") or f"the service replied {status}")
         if status == 401:
             detail += f" (set {'KTRDR_ADMIN_KEY' if admin else 'KTRDR_API_KEY'} to a key of the service)"
         if status == 403 and admin:
-            detail += " (it needs the service's admin key in KTRDR_ADMIN_KEY)"
+            detail += " (needs the service's admin key in KTRDR_ADMIN_KEY)"
         ambiguous = error is Unreachable and problem.get("ambiguous") is not False
         return error(detail + (repeat if ambiguous else ""), problem)
 
 
 def service() -> Service:
-    """The service that this call speaks to: by option, by what another command line gave, or by ``KTRDR_API_URL``."""
+    """Return the service of ``--api-url``, of an enclosing command line, or of ``KTRDR_API_URL``."""
     given = click.get_current_context().meta.get(API_URL)
     return Service.at(given or os.environ.get("KTRDR_API_URL", "").strip() or URL_DEFAULT)
 
 
 def segment(name: str) -> str:
-    """A name or id as one segment of a path."""
+    """Encode a name or id as one segment of a path."""
     return quote(name, safe="")
 
 
 @contextmanager
 def expect_valid_response(service: Service) -> Iterator[None]:
-    """While an answer is read: turns one of another shape into a clear error."""
+    """Convert errors while reading a reply of another shape to a ``CommandError``."""
     try:
         yield
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
-        raise CommandError(
-            f"the answer of {service.url} is not one of a ktrdr-budget service; is that its URL?"
-        ) from None
+        raise CommandError(f"the reply of {service.url} is not from a ktrdr-budget service; check the URL") from None
 
 
 def denial_line(problem: Mapping[str, Any]) -> str:
     """``agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 17 h 32 min``."""
     unit = "" if isinstance(problem["requested"], str) or "unit" not in problem else f" {problem['unit']}"
     remaining, need = (amount_text(problem[name]) + unit for name in ("remaining", "requested"))
-    told = f"{problem['budget']}: {problem['reason']} ({remaining} remaining, need {need})"
-    return f"{told}; {_advice(problem['retry_after'])}"
+    text = f"{problem['budget']}: {problem['reason']} ({remaining} remaining, need {need})"
+    return f"{text}; {_advice(problem['retry_after'])}"
 
 
 def _not_started_line(problem: Mapping[str, Any]) -> str:
     """``Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); retry in 17 h 32 min``."""
-    told = one_line(problem["message"])
+    text = one_line(problem["message"])
     if "retry_after" not in problem:
-        return told
-    # The service names the next day, for a limit may be another then; but of itself waiting makes no room.
+        return text
+    # The service's retry_after is the next day, when the limit may differ; until then, a retry cannot succeed.
     seconds = None if problem.get("denial_reason") == "exceeds_limit" else problem["retry_after"]
-    return f"{told}; {_advice(seconds)}"
+    return f"{text}; {_advice(seconds)}"
 
 
 def _advice(seconds: Any) -> str:
-    return "waiting does not help" if seconds is None else f"retry in {duration(int(seconds))}"
+    return "a retry cannot succeed" if seconds is None else f"retry in {duration(int(seconds))}"
 
 
 def _object(text: str) -> dict[str, Any] | None:
@@ -222,10 +220,10 @@ def _object(text: str) -> dict[str, Any] | None:
 
 
 def _key(admin: bool) -> dict[str, str]:
-    """The header with the key of the environment, if there is one; the key itself is never shown.
+    """Return the header with the key of the environment, if one is set; the key itself is never shown.
 
-    Where only one of the two keys is set, it is for everything. Where a service is given several, separated by commas,
-    a command beside it takes the first.
+    If only one of the two keys is set, it serves for all requests. Of several keys, separated by commas as the service
+    accepts them, the first is used.
     """
     names = ("KTRDR_ADMIN_KEY", "KTRDR_API_KEY") if admin else ("KTRDR_API_KEY", "KTRDR_ADMIN_KEY")
     for name in names:
@@ -233,6 +231,6 @@ def _key(admin: bool) -> dict[str, str]:
         if not keys:
             continue
         if not _KEY.fullmatch(keys[0]):
-            raise InvalidInput(f"{name} is not usable as a key: it must be one word of printable ASCII characters")
+            raise InvalidInput(f"{name} is not a valid key: it must be one word of printable ASCII characters")
         return {"Authorization": f"Bearer {keys[0]}"}
     return {}

@@ -20,22 +20,20 @@ __all__ = ["cancel", "cycles", "status", "trigger"]
 
 @click.command()
 @click.option("--id", "operation_id", callback=validate_name, help="Idempotency key. Default: generated.")
-@click.option("--strategy", metavar="NAME", help="Train this strategy, which is designed already; not with --brief.")
-@click.option("--brief", metavar="TEXT", help="What the design shall follow, in words; not with --strategy.")
-@click.option(
-    "-m", "--model", metavar="NAME", help="The language model of this cycle: its name, or opus, sonnet, haiku."
-)
-@click.option("-b", "--bypass-gates", "--bypass", is_flag=True, help="Evaluate and record the gates; stop at none.")
-@click.option("--wait", is_flag=True, help="Follow its phases until it ends.")
+@click.option("--strategy", metavar="NAME", help="Begin with the training of this strategy; excludes --brief.")
+@click.option("--brief", metavar="TEXT", help="Instructions for the design; excludes --strategy.")
+@click.option("-m", "--model", metavar="NAME", help="Language model of this cycle: its name, or opus, sonnet, haiku.")
+@click.option("-b", "--bypass-gates", "--bypass", is_flag=True, help="Record failed gates, but continue.")
+@click.option("--wait", is_flag=True, help="Follow the cycle until it ends.")
 @click.option(
     "--interval",
     metavar="SECONDS",
     default=0.5,
     callback=validate_seconds(0.1),
     show_default=True,
-    help="How often --wait asks.",
+    help="Interval of --wait.",
 )
-@click.option("--json", "as_json", is_flag=True, help="With --wait: the cycle's JSON, one line for each step.")
+@click.option("--json", "as_json", is_flag=True, help="With --wait: print the cycle's JSON, one line per step.")
 def trigger(
     operation_id: str | None,
     strategy: str | None,
@@ -48,13 +46,13 @@ def trigger(
 ) -> None:
     """Start a research cycle.
 
-    The service's JSON answer is on stdout, also when the cycle is denied, which ends with exit code 3. With --wait the
-    exit code is 0 if the cycle completes, 1 if it fails or is cancelled; Ctrl-C ends the waiting only.
+    The service's JSON reply is on stdout, also for a denial, whose exit code is 3. With --wait the exit code is 0 if
+    the cycle completes, 1 if it fails or is cancelled; Ctrl-C stops waiting, and the cycle continues.
     """
     where = service()
-    asked = {"strategy": strategy, "brief": brief, "model": model, "bypass_gates": bypass_gates or None}
+    options = {"strategy": strategy, "brief": brief, "model": model, "bypass_gates": bypass_gates or None}
     body: dict[str, Any] = {"operation_id": operation_id or new_id("op")}
-    body |= {name: value for name, value in asked.items() if value is not None}
+    body |= {name: value for name, value in options.items() if value is not None}
     repeat = f"; it may have taken effect: repeating it with --id {body['operation_id']} is safe"
     try:
         answer = where.send("POST", "/agent/trigger", body, repeat=repeat)
@@ -66,7 +64,7 @@ def trigger(
         started = str(answer.document["operation_id"])
     write_json(answer.document, compact=as_json)
     if wait:
-        from ktrdr_budget.cli.following import follow  # most calls need none of it
+        from ktrdr_budget.cli.following import follow  # loaded only for --wait
 
         follow(where, started, interval, as_json)
 
@@ -74,9 +72,9 @@ def trigger(
 @click.command()
 @watch_options
 def status(as_json: bool, watch: bool, interval: float) -> None:
-    """Show the research cycles that run, the last one, and what is left.
+    """Show the active research cycles, the last one, and what is left.
 
-    That is how much money remains today, and how many cycles may run. Every replica gives the same answer.
+    That is the remainder of today's budget, and the number of cycles that may run. All replicas show the same.
     """
     show(partial(_ask, service()), as_json, interval_s=interval if watch else None)
 
@@ -92,16 +90,16 @@ def _ask(where: Service) -> tuple[dict[str, Any], str]:
 @click.argument("operation_id", metavar="ID", callback=validate_name)
 @json_option
 def cancel(operation_id: str, as_json: bool) -> None:
-    """Cancel a research cycle, whichever replica it runs on.
+    """Cancel a research cycle, on any replica.
 
-    What it has used so far is charged.
+    Its spend so far is charged.
     """
     where = service()
     repeat = "; it may have taken effect: repeating it is safe"
     answer = where.send("DELETE", f"/agent/cancel/{segment(operation_id)}", repeat=repeat)
     with expect_valid_response(where):
-        told = {"cancelled": "Cancelled", "cancelling": "Cancelling"}[answer.document["status"]]
-        text = one_line(f"{told} {answer.document['operation_id']}: {answer.document['message']}")
+        title = {"cancelled": "Cancelled", "cancelling": "Cancelling"}[answer.document["status"]]
+        text = one_line(f"{title} {answer.document['operation_id']}: {answer.document['message']}")
     if as_json:
         write_json(answer.document)
     else:

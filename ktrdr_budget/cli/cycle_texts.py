@@ -1,7 +1,7 @@
-"""How a research cycle is told to a person.
+"""Text forms of research cycles.
 
-Everything here reads a document of the service's, and raises ``LookupError``, ``TypeError``, ``ValueError`` or
-``ArithmeticError`` if it is none.
+All functions read a document of the service; they raise ``LookupError``, ``TypeError``, ``ValueError`` or
+``ArithmeticError`` if it has another shape.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ CYCLE_COLUMNS = ("OPERATION", "STARTED AT", "STATUS", ">TIME", ">SPEND", ">TOKEN
 
 
 def has_ended(cycle: Cycle) -> bool:
-    """Whether nothing more will happen."""
+    """Whether the cycle has ended."""
     return cycle["outcome"] is not None
 
 
-# --- All that runs --------------------------------------------------------------------------------
+# --- Status ---------------------------------------------------------------------------------------
 
 
 def status_text(status: Mapping[str, Any]) -> str:
-    """What the agent does now, and how its last cycle ended."""
+    """Format the active cycles and the result of the last one."""
     lines = ["Agent Status", SEPARATOR, f"Status: {one_line(status['status'])}"]
     if "capacity" in status:  # absent in replies of an earlier version
         lines += [_remaining(status["budget"]), _capacity(status["capacity"])]
@@ -89,19 +89,19 @@ def _active_fields(cycle: Cycle) -> Iterator[tuple[str, str]]:
 
 
 def cycle_row(cycle: Cycle) -> list[str]:
-    """For the columns of :data:`CYCLE_COLUMNS`."""
-    told = cycle["status"]
+    """Return a table row for :data:`CYCLE_COLUMNS`."""
+    text = cycle["status"]
     if cycle["status"] in ("running", "cancelling"):
-        told = f"{told} ({cycle['phase']})"
+        text = f"{text} ({cycle['phase']})"
     elif cycle["reason"] not in (None, cycle["status"]):
-        told = f"{told} ({cycle['reason']})"
+        text = f"{text} ({cycle['reason']})"
     gates = ", ".join(f"{gate['gate']} {_result(gate)}" for gate in cycle["gates"])
     time = _duration(cycle["elapsed_seconds"])
     money = amount_text(cycle["spend"])
     return [
         _name(cycle),
         cycle["started_at"],
-        told,
+        text,
         time,
         money,
         str(_tokens(cycle)),
@@ -110,11 +110,11 @@ def cycle_row(cycle: Cycle) -> list[str]:
     ]
 
 
-# --- One cycle that is followed -------------------------------------------------------------------
+# --- Progress of one cycle ------------------------------------------------------------------------
 
 
 def milestones(cycle: Cycle) -> Iterator[str]:
-    """What has happened so far, one line each: each line stays as it is while the cycle goes on."""
+    """Yield the events so far, one line each; a line never changes as the cycle continues."""
     for phase in PHASES[: PHASES.index(cycle["phase"]) + 1]:
         yield phase
         if facts := _facts(cycle, phase):
@@ -124,7 +124,7 @@ def milestones(cycle: Cycle) -> Iterator[str]:
 
 
 def picture(cycle: Cycle) -> str:
-    """The four phases, how far the cycle is, and what it has cost."""
+    """Draw the four phases with the cycle's progress and spend."""
     done, here, failed, open_ = "✓▸✗·" if can_show("✓▸✗·") else "+>x."
     at = PHASES.index(cycle["phase"])
     lines = [f"Cycle {_name(cycle)}: {one_line(cycle['status'])}, {_duration(cycle['elapsed_seconds'])}"]
@@ -144,14 +144,14 @@ def picture(cycle: Cycle) -> str:
 
 
 def ending(cycle: Cycle) -> str:
-    """How it ended: ``failed after 4.2 s, $0.0312 (gate_failed: …)``."""
-    told = f"{cycle['outcome']} after {_duration(cycle['elapsed_seconds'])}, {amount_text(cycle['spend'])}"
+    """Describe the end: ``failed after 4.2 s, $0.0312 (gate_failed: …)``."""
+    text = f"{cycle['outcome']} after {_duration(cycle['elapsed_seconds'])}, {amount_text(cycle['spend'])}"
     why = [one_line(word) for word in (cycle["reason"], _failed_gate(cycle), cycle["error"]) if word]
-    return one_line(told) + (f" ({': '.join(dict.fromkeys(why))})" if why and why != [cycle["outcome"]] else "")
+    return one_line(text) + (f" ({': '.join(dict.fromkeys(why))})" if why and why != [cycle["outcome"]] else "")
 
 
 def _failed_gate(cycle: Cycle) -> str:
-    """Why a gate has stopped it, unless its error says so."""
+    """Return the reason of the failed gate, unless the cycle's error includes it."""
     failed = [gate for gate in cycle["gates"] if _stops(gate)]
     return str(failed[-1]["reason"]) if failed and not cycle["error"] else ""
 
@@ -184,12 +184,12 @@ def _result(gate: Mapping[str, Any]) -> str:
 
 
 def _gate(gate: Mapping[str, Any]) -> str:
-    told = ("passed" if gate["passed"] else "failed") + (" (bypassed)" if gate.get("bypassed") else "")
-    return one_line(f"{told}: {gate['reason']}" if gate["reason"] else told)
+    text = ("passed" if gate["passed"] else "failed") + (" (bypassed)" if gate.get("bypassed") else "")
+    return one_line(f"{text}: {gate['reason']}" if gate["reason"] else text)
 
 
 def _facts(cycle: Cycle, phase: str) -> str:
-    """What a phase has found: ``accuracy 0.53, final loss 0.69``."""
+    """Return the results of a phase: ``accuracy 0.53, final loss 0.69``."""
     results = cycle["results"]
     facts = [
         f"{words} {_figure(results[name])}" for name, words in FIGURES_OF_PHASE[phase] if results.get(name) is not None

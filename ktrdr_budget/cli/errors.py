@@ -1,12 +1,12 @@
-"""What a command can end with, other than well: one line on stderr, and an exit code.
+"""Errors of the commands: one line on stderr and an exit code.
 
 ::
 
     click.ClickException
     └── CommandError       1  an error
-        ├── InvalidInput   2  the service, or the environment, does not take what was given
-        ├── Denied         3  a budget has no room
-        └── Unreachable    4  the service, or its store, gives no answer
+        ├── InvalidInput   2  the service or the environment rejects the input
+        ├── Denied         3  a budget cannot cover the request
+        └── Unreachable    4  no reply from the service or its store
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ __all__ = ["CommandError", "Denied", "InvalidInput", "Unreachable"]
 
 
 class CommandError(click.ClickException):
-    """An error that is told in one line."""
+    """An error reported as one line."""
 
     exit_code = 1
     prefix = "ktrdr: "
@@ -31,27 +31,27 @@ class CommandError(click.ClickException):
     def __init__(self, message: str, problem: Mapping[str, Any] | None = None) -> None:
         super().__init__(message)
         self.problem = problem
-        """The problem document, if the service has answered with one."""
+        """The problem document in the service's reply, if there is one."""
 
     def show(self, file: IO[Any] | None = None) -> None:
-        """Writes the line to stderr, or to ``file``."""
+        """Write the line to stderr, or to ``file``."""
         write(self.prefix + one_line(self.format_message()), file or sys.stderr)
 
 
 class InvalidInput(CommandError):
-    """What was given is not usable."""
+    """The input is invalid."""
 
     exit_code = 2
 
 
 class Denied(CommandError):
-    """A budget has no room; nothing was reserved. ``problem`` has the figures, ``fits`` and ``retry_after``."""
+    """A budget cannot cover the request; ``problem`` has the figures, ``fits`` and ``retry_after``."""
 
     exit_code = 3
     prefix = "denied: "
 
 
 class Unreachable(CommandError):
-    """The service or its store gave no answer, or broke it off."""
+    """The service or its store did not reply, or closed the connection."""
 
     exit_code = 4

@@ -1,4 +1,4 @@
-"""Follows one research cycle until it ends."""
+"""``ktrdr agent trigger --wait``: follow a research cycle until it ends."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from ktrdr_budget.cli.screen import Screen, clock, draw_unknown
 __all__ = ["follow"]
 
 PATIENCE_S = 60.0
-"""A service that does not answer for longer is given up: a script must come to an end."""
+"""Seconds without a reply of the service after which the command gives up, so that scripts terminate."""
 
 
 def follow(where: Service, operation_id: str, interval_s: float, as_json: bool) -> None:
-    """Shows the phases of a cycle until it has ended: drawn in one place on a terminal, else a line for each step.
+    """Show the phases of a cycle until it ends: redrawn in place on a terminal, else one line per step.
 
     Raises:
-        CommandError: it failed or was cancelled, or the service does not know it any more.
-        Unreachable: the service gave no answer for a minute.
-        click.Abort: Ctrl-C; the cycle goes on.
+        CommandError: the cycle failed or was cancelled, or the service no longer has its record.
+        Unreachable: the service did not reply for a minute.
+        click.Abort: Ctrl-C; the cycle continues.
     """
     view = _View(as_json)
     try:
         cycle = _until_ended(where, operation_id, interval_s, view)
     except KeyboardInterrupt:
         if is_terminal():
-            write("")  # the terminal has just shown ^C
-        words = f"stopped waiting; the cycle goes on ('ktrdr agent cancel {operation_id}' ends it)"
+            write("")  # the terminal has just echoed ^C
+        words = f"stopped waiting; the cycle continues (stop it with 'ktrdr agent cancel {operation_id}')"
         CommandError(words).show()
         raise click.Abort from None
     if cycle["outcome"] != "completed":
@@ -60,10 +60,10 @@ def _until_ended(where: Service, operation_id: str, interval_s: float, view: _Vi
 
 
 def _find(where: Service, operation_id: str) -> dict[str, Any]:
-    """The cycle: among those of now, or among the recent ones.
+    """Find the cycle among the active or the recent ones.
 
     Raises:
-        CommandError: it is in neither.
+        CommandError: the cycle is in neither list.
     """
     for path in ("/agent/status", "/agent/cycles"):
         answer = where.get(path)
@@ -71,33 +71,33 @@ def _find(where: Service, operation_id: str) -> dict[str, Any]:
             cycles = _cycles(answer.document)
             if operation_id in cycles:
                 return cycles[operation_id]  # type: ignore[no-any-return]
-    raise CommandError(f"the service does not know {operation_id} any more")
+    raise CommandError(f"the service has no record of {operation_id}")
 
 
 def _cycles(document: Mapping[str, Any]) -> dict[str, Any]:
-    """By id, whichever of the two documents it is."""
+    """Index the cycles of either document by id."""
     found = document["cycles"] if "cycles" in document else [*document["active_cycles"], document["last_cycle"]]
     return {cycle["operation_id"]: cycle for cycle in found if cycle is not None}
 
 
 class _View:
-    """Shows a cycle as it goes on: each step once, or the picture of it again and again."""
+    """Shows the progress of a cycle: each step once, or a drawing that is updated."""
 
     def __init__(self, as_json: bool) -> None:
         self._as_json = as_json
         self._screen = Screen()
-        self._told: set[str] = set()
+        self._shown: set[str] = set()
         self._unknown_since = ""
 
     def draw(self, cycle: Mapping[str, Any]) -> None:
-        """Shows what is new in it."""
+        """Show the new steps."""
         self._unknown_since = ""
         if self._screen.redraws and not self._as_json:
-            note = "" if has_ended(cycle) else "Ctrl-C ends the waiting, not the cycle."
+            note = "" if has_ended(cycle) else "Ctrl-C stops waiting; the cycle continues."
             self._screen.draw(picture(cycle), note)
             return
-        new = [line for line in milestones(cycle) if line not in self._told]
-        self._told.update(new)
+        new = [line for line in milestones(cycle) if line not in self._shown]
+        self._shown.update(new)
         if self._as_json:
             if new or has_ended(cycle):
                 write_json(cycle, compact=True)
@@ -108,7 +108,7 @@ class _View:
             write(ending(cycle))
 
     def unknown(self, error: Unreachable) -> None:
-        """Says once that the service is away; on a terminal, for as long as it is."""
+        """Report once that the service is unreachable; a terminal shows it until the next reply."""
         first, self._unknown_since = not self._unknown_since, self._unknown_since or clock()
         if first or (self._screen.redraws and not self._as_json):
             draw_unknown(self._screen, error, self._unknown_since, self._as_json)

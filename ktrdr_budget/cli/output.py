@@ -1,7 +1,7 @@
-"""What people and scripts read: money, tables, JSON, and colours only where a person looks.
+"""Output of the commands: amounts, tables, JSON, and colours on a terminal.
 
-Money is exact: at least two decimals and as many more as it has, up to a nano-dollar ($0.15, $0.0372915). Only
-``ktrdr agent budget`` and the budget in ``ktrdr agent status`` show cents (:func:`cents`).
+Amounts are exact, with two to nine decimals ($0.15, $0.0372915). Only ``ktrdr agent budget`` and the budget in ``ktrdr
+agent status`` round to cents (:func:`cents`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["SEPARATOR", "Table", "amount_text", "can_show", "cents", "duration",
 __all__ += ["json_text", "one_line", "paint", "write", "write_json"]
 
 SEPARATOR = "=" * 30
-"""Under a title."""
+"""Line under a title."""
 
 _NANO = Decimal("1e-9")
 _WIDE = Context(prec=60)
@@ -29,19 +29,19 @@ _MARKED = re.compile(r'"\\u0000([-0-9.]+)\\u0000"')
 
 
 def write(text: str, file: IO[Any] | None = None) -> None:
-    """Writes a text and a newline to stdout (or ``file``); what the terminal cannot show is escaped."""
+    """Write a text and a newline to stdout (or ``file``); unsupported characters are escaped."""
     stream = sys.stdout if file is None else file
     encoding = getattr(stream, "encoding", None) or "utf-8"
     click.echo(text.encode(encoding, "backslashreplace").decode(encoding), file=stream)
 
 
 def write_json(document: Any, *, compact: bool = False) -> None:
-    """Writes a JSON document: indented for a person at a terminal, else in one line."""
+    """Write a JSON document: indented on a terminal, else in one line."""
     write(json_text(document, indent=2 if not compact and is_terminal() else None))
 
 
 def json_text(document: Any, *, indent: int | None = None) -> str:
-    """A JSON document with its ``Decimal`` fractions as plain numbers: 0.000000001, where a float would show 1e-09."""
+    """Format JSON with ``Decimal`` fractions as plain numbers: 0.000000001, where a float would give 1e-09."""
     return _MARKED.sub(r"\1", json.dumps(document, indent=indent, default=_marked))
 
 
@@ -52,19 +52,19 @@ def _marked(value: object) -> str:
 
 
 def one_line(text: object) -> str:
-    """A text of somebody else's as one short line without control characters."""
+    """Format external text as one short line without control characters."""
     words = " ".join(str(text).split())
     plain = "".join(character if character.isprintable() else "?" for character in words)
     return plain if len(plain) <= _LINE_CHARACTERS_MAX else plain[: _LINE_CHARACTERS_MAX - 1] + "…"
 
 
 def is_terminal() -> bool:
-    """Whether a person looks at stdout, on a terminal that can move its cursor."""
+    """Whether stdout is a terminal that can move its cursor."""
     return sys.stdout is not None and sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def can_show(marks: str) -> bool:
-    """Whether stdout can show these characters."""
+    """Whether stdout's encoding has these characters."""
     try:
         marks.encode(sys.stdout.encoding or "ascii")
     except UnicodeEncodeError:
@@ -73,19 +73,19 @@ def can_show(marks: str) -> bool:
 
 
 def paint(text: str, **style: Any) -> str:
-    """The text in a style of ``click.style``; plain if nobody looks or ``NO_COLOR`` is set."""
+    """Apply a style of ``click.style`` on a terminal, unless ``NO_COLOR`` is set."""
     return click.style(text, **style) if is_terminal() and not os.environ.get("NO_COLOR") else text
 
 
 def amount_text(value: str | int | Decimal | None, *, is_money: bool | None = None) -> str:
-    """An amount of the service's: ``$0.15``, ``3``, or ``unlimited`` for ``None``.
+    """Format an amount of the service: ``$0.15``, ``3``, or ``unlimited`` for ``None``.
 
     Args:
-        value: a decimal string is dollars, a whole number is a count.
-        is_money: says it instead, for the numbers of ``/agent/budget``.
+        value: a decimal string for dollars, an integer for a count.
+        is_money: overrides this rule, for the numbers of ``/agent/budget``.
 
     Raises:
-        ValueError, TypeError, ArithmeticError: not an amount.
+        ValueError, TypeError, ArithmeticError: the value is not an amount.
     """
     if value is None:
         return "unlimited"
@@ -97,18 +97,18 @@ def amount_text(value: str | int | Decimal | None, *, is_money: bool | None = No
 
 
 def cents(value: str | int | Decimal | None) -> str:
-    """Dollars with two digits, rounded as ``f"${value:.2f}"`` rounds a float; ``unlimited`` for ``None``."""
+    """Format dollars with two digits, rounded like ``f"${value:.2f}"`` of a float; ``unlimited`` for ``None``."""
     if value is None:
         return "unlimited"
-    amount_text(value, is_money=True)  # refuses what is no amount
+    amount_text(value, is_money=True)  # raises if the value is not an amount
     return f"${float(value):.2f}"
 
 
 def dollars(value: Decimal) -> str:
-    """Exact to the nano-dollar: ``$0.15``, ``-$0.0372915``."""
+    """Format dollars, exact to the nano-dollar: ``$0.15``, ``-$0.0372915``."""
     if not value.is_finite():
         raise ValueError(f"not an amount: {value}")
-    # Nearest, for a float's noise lies far below a nano-dollar: 0.0016150000000000001 is 0.001615.
+    # Rounded to the nearest nano-dollar, which removes the noise of floats: 0.0016150000000000001 is 0.001615.
     nanos = abs(value).quantize(_NANO, rounding=ROUND_HALF_EVEN, context=_WIDE)
     whole, _, decimals = f"{nanos:f}".partition(".")
     sign = "-" if value < 0 and nanos else ""
@@ -116,7 +116,7 @@ def dollars(value: Decimal) -> str:
 
 
 def duration(seconds: int) -> str:
-    """Whole seconds for a person, in their two largest units: ``7 s``, ``2 min 5 s``, ``17 h 32 min``, ``3 d 4 h``."""
+    """Format whole seconds in their two largest units: ``7 s``, ``2 min 5 s``, ``17 h 32 min``, ``3 d 4 h``."""
     parts = []
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60), ("s", 1)):
         count, seconds = divmod(seconds, size)
@@ -127,19 +127,19 @@ def duration(seconds: int) -> str:
 
 
 def fields(pairs: Iterable[tuple[str, str]]) -> str:
-    """``Name: value`` lines, the values in one column."""
+    """Format ``Name: value`` lines with aligned values."""
     rows = [(f"{name}:", one_line(value)) for name, value in pairs]
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in rows)
 
 
 class Table:
-    """Aligned columns, written page by page; a column grows when a later page needs it.
+    """A table with aligned columns, written page by page; later pages may widen a column.
 
-    Where a terminal would wrap a line, each row is a block of fields instead.
+    If a line would exceed the width of the terminal, each row becomes a block of fields.
 
     Args:
-        columns: the headings; a leading ``>`` aligns to the right.
+        columns: headings; a leading ``>`` aligns to the right.
     """
 
     def __init__(self, *columns: str) -> None:
@@ -150,7 +150,7 @@ class Table:
         self._stacked = False
 
     def write(self, rows: Sequence[Sequence[object]]) -> None:
-        """Writes rows, under the headings if they are the first."""
+        """Write rows; the first ones are preceded by the headings."""
         if not rows:
             return
         cells = [[one_line(cell) for cell in row] for row in rows]
@@ -176,5 +176,5 @@ class Table:
 
 
 def _columns() -> int | None:
-    """How wide a line may be; ``None`` where no terminal wraps it."""
+    """Return the width of the terminal; ``None`` if stdout is not a terminal."""
     return (os.get_terminal_size(sys.stdout.fileno()).columns or None) if is_terminal() else None

@@ -1,4 +1,4 @@
-"""Lists that the service gives page by page."""
+"""Paged lists of the service."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ PAGE_MAX = 1000
 
 
 def paged(command: Callable[..., None]) -> Callable[..., None]:
-    """``--limit``, ``--cursor`` and ``--all``."""
+    """Add ``--limit``, ``--cursor`` and ``--all``."""
     command = click.option("--all", "everything", is_flag=True, help="All pages.")(command)
-    command = click.option("--cursor", help="Begin where an earlier page ended.")(command)
-    return click.option("--limit", type=click.IntRange(1, PAGE_MAX), help="How many on a page.")(command)
+    command = click.option("--cursor", help="Start after an earlier page, by its cursor.")(command)
+    return click.option("--limit", type=click.IntRange(1, PAGE_MAX), help="Items per page.")(command)
 
 
 def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[Answer]:
-    """The page asked for, or all from there on."""
+    """Yield the requested page, or all pages from there on."""
     where = service()
     if everything and query["limit"] is None:
         query["limit"] = PAGE_MAX
@@ -40,7 +40,7 @@ def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[
         if not everything or cursor is None:
             return
         if cursor in seen:
-            raise CommandError(f"the service at {where.url} gave the same page twice")
+            raise CommandError(f"the service at {where.url} sent the same page twice")
         seen.add(cursor)
         query["cursor"] = cursor
 
@@ -48,7 +48,7 @@ def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[
 def show_pages(
     pages: Iterator[Answer], field: str, as_json: bool, table: Table, row: Callable[[Any], list[str]], none: str
 ) -> None:
-    """Writes page by page, so that a long list begins at once and is never in memory as a whole."""
+    """Write page by page, so that a long list starts at once and is never in memory as a whole."""
     if as_json:
         _write_pages_json(pages, field)
         return
@@ -65,7 +65,7 @@ def show_pages(
 
 
 def _write_pages_json(pages: Iterator[Answer], field: str) -> None:
-    """One document in the form of a page, with the items of all of them."""
+    """Write the items of all pages as one document in the form of a page."""
     first = next(pages).document
     second = next(pages, None)
     if second is None:

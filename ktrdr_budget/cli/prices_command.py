@@ -1,4 +1,4 @@
-"""``ktrdr prices show``: what a model costs, and why."""
+"""``ktrdr prices show``: the price of a model and its source."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ __all__ = ["prices"]
 
 _TOKENS = click.IntRange(0, 10**9)
 ANY_PROVIDER = "any"
-"""The provider of an unknown model, where it does not matter: its calls have a fixed cost."""
+"""Provider of an unlisted model with a fixed cost per call, for which the provider is irrelevant."""
 
 
 @click.group()
 def prices() -> None:
-    """What language models cost."""
+    """Prices of language models."""
 
 
 @prices.command()
 @click.argument("model")
-@click.option("--provider", help="Such as anthropic, openai or google. Default: whose it seems to be by its name.")
+@click.option("--provider", help="Such as anthropic, openai or google. Default: derived from the model's name.")
 @click.option("--input", "input_tokens", type=_TOKENS, help="Input tokens of a call, cached ones included.")
 @click.option("--output", "output_tokens", type=_TOKENS, help="Output tokens of a call.")
-@click.option("--cached", type=_TOKENS, help="Of the input: read from a cache.")
-@click.option("--cache-write", type=_TOKENS, help="Of the input: written to a cache.")
+@click.option("--cached", type=_TOKENS, help="Input tokens read from a cache.")
+@click.option("--cache-write", type=_TOKENS, help="Input tokens written to a cache.")
 @click.option("--tier", default="", help="The service tier, such as priority, flex or batch.")
-@click.option("--json", "as_json", is_flag=True, help="JSON, amounts as decimal strings.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, amounts as decimal strings.")
 def show(
     model: str,
     provider: str | None,
@@ -50,10 +50,10 @@ def show(
     tier: str,
     as_json: bool,
 ) -> None:
-    """Explain the price of MODEL, or of a call of it.
+    """Show the prices of MODEL, or the cost of a call.
 
-    Prices are those of KTRDR_PRICES_FILE, then of the price list of genai-prices, then KTRDR_FIXED_CALL_COST. With
-    token counts it shows what such a call costs, and what is reserved for it before: the most that it may cost.
+    Prices come from KTRDR_PRICES_FILE, else from the price list of genai-prices, else KTRDR_FIXED_CALL_COST. With token
+    counts, the command shows the cost of such a call, and its maximum cost, which is reserved before the call.
     """
     counts = (input_tokens, output_tokens, cached, cache_write)
     with _errors():
@@ -66,7 +66,7 @@ def show(
 
 
 class _Found:
-    """A model and its prices."""
+    """A model with its prices."""
 
     def __init__(self, source: Prices, provider: str, model: str, tier: str, now: datetime) -> None:
         self._prices = source
@@ -79,14 +79,14 @@ class _Found:
 
     @property
     def listed(self) -> str:
-        """The price list's own name of the model, if that is where its price is from."""
+        """The price list's name for the model; empty if the price has another source."""
         if not self.source.startswith("genai-prices"):
             return ""
         names = self._prices.price_list.find(self.provider, self.model)
         return names[1] if names else ""
 
     def costs(self, usage: Usage) -> tuple[Cost, Cost]:
-        """Of a call, and the worst case of one of its size."""
+        """Return the cost of a call, and the worst case of a call of this size."""
         names = (self.provider, self.model)
         tier = self.tier or None
         worst = self._prices.worst_case(*names, usage.input_tokens, usage.output_tokens, self._now, service_tier=tier)
@@ -94,7 +94,7 @@ class _Found:
 
 
 def _fixed(source: Prices, provider: str, model: str, now: datetime) -> Rates:
-    """The fixed cost of a model without a price, or UnknownPrice."""
+    """Return the fixed cost of a model without a price, or raise UnknownPrice."""
     from ktrdr_budget.metering.rates import UNITS, Rate, Rates
 
     cost = source.worst_case(provider, model, 1, 1, now)
@@ -112,7 +112,7 @@ def _find(provider: str | None, model: str, tier: str) -> _Found:
         if provider is None and source.fixed_cost is not None:
             provider = ANY_PROVIDER
         if provider is None:
-            raise CommandError(f"no provider is known for model {model!r}; give --provider")
+            raise CommandError(f"unknown provider of model {model!r}; give --provider")
     return _Found(source, provider, model, tier, datetime.now(UTC))
 
 
@@ -132,10 +132,10 @@ def _errors() -> Iterator[None]:
     except InvalidArgument as error:
         raise InvalidInput(str(error)) from None
     except ModuleNotFoundError as error:
-        raise CommandError(str(error)) from None  # its words tell what to install
+        raise CommandError(str(error)) from None  # the message names the package to install
 
 
-# -- what is shown -----------------------------------------------------------------------------------------------------
+# -- output ------------------------------------------------------------------------------------------------------------
 
 
 def _write(found: _Found, cost: Cost | None, worst: Cost | None) -> None:
@@ -150,7 +150,7 @@ def _write(found: _Found, cost: Cost | None, worst: Cost | None) -> None:
     table = Table("PART", ">COUNT", ">PRICE", "PER", ">AMOUNT")
     rows = [[line.name, line.count, _dollars(line.price), _per(line.per), _dollars(line.amount)] for line in cost.lines]
     table.write([*rows, ["total", "", "", "", _dollars(Decimal(cost.amount))]])
-    write(f"\nReserved before such a call, at most: {_dollars(Decimal(worst.amount))}")
+    write(f"\nReserved before the call (maximum cost): {_dollars(Decimal(worst.amount))}")
 
 
 def _prices_of(rates: Iterable[Rate]) -> Iterator[tuple[Rate, Decimal, str]]:
@@ -173,7 +173,7 @@ def _dollars(value: Decimal) -> str:
 
 
 def _plain(value: Decimal) -> str:
-    """Exact, with two decimals at least: prices may be below a nano-dollar."""
+    """Format exactly, with at least two decimals: prices may be below a nano-dollar."""
     whole, _, decimals = f"{value:f}".partition(".")
     return f"{whole}.{decimals.rstrip('0').ljust(2, '0')}"
 

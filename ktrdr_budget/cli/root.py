@@ -1,4 +1,4 @@
-"""``ktrdr``: the whole command, and how it ends."""
+"""The command ``ktrdr``: its groups, errors and exit codes."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from ktrdr_budget.errors import InvalidArgument
 __all__ = ["main"]
 
 _EXIT_INTERRUPTED = 130
-"""What shells expect of a command that Ctrl-C has ended."""
+"""Exit code of a command that was ended by Ctrl-C, as shells expect."""
 
 _HELP = tuple(filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)]))
-"""A group without a command: it shows its help. Click before 8.2 does so without an error."""
+"""Raised by a group without a command, to show its help; earlier Click versions exit instead."""
 
 
 class _Root(click.Group):
-    """The top group: every way to end is one line on stderr and the exit code that belongs to it."""
+    """The top group: any error is one line on stderr and its exit code."""
 
     def main(
         self,
@@ -38,7 +38,7 @@ class _Root(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Runs the command line and exits; with ``standalone_mode=False`` it returns or raises, as Click's does."""
+        """Run the command line and exit; with ``standalone_mode=False`` return or raise, as Click's does."""
         run = partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
         if not standalone_mode:
             return run()
@@ -47,16 +47,16 @@ class _Root(click.Group):
 
 def _exit_code(run: Callable[[], Any]) -> int:
     try:
-        # Without its standalone mode Click returns the code of an early exit, such as --help.
+        # Without standalone mode, Click returns the code of an early exit such as --help.
         result = run()
         return result if isinstance(result, int) else 0
     except click.ClickException as error:
-        shown = error if isinstance(error, (CommandError, *_HELP)) else CommandError(_told(error))
+        shown = error if isinstance(error, (CommandError, *_HELP)) else CommandError(_message_of(error))
         shown.show()
         return error.exit_code
     except click.Abort:
         return _EXIT_INTERRUPTED
-    except OSError as error:  # a full disk behind stdout; a closed pipe is Click's
+    except OSError as error:  # such as a full disk behind stdout; Click handles a closed pipe
         _drop_stdout()
         CommandError(error.strerror or str(error)).show()
         return CommandError.exit_code
@@ -66,7 +66,7 @@ def _exit_code(run: Callable[[], Any]) -> int:
 
 
 def _drop_stdout() -> None:
-    """What could not be written would be tried again, and told again, at the end of the interpreter."""
+    """Redirect stdout, or the interpreter would retry the failed write at exit and report it again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, sys.stdout.fileno())
@@ -74,8 +74,8 @@ def _drop_stdout() -> None:
         os.close(nowhere)
 
 
-def _told(error: click.ClickException) -> str:
-    """Click's words, with the command whose help has more."""
+def _message_of(error: click.ClickException) -> str:
+    """Return Click's message, with the command to call for help."""
     context = error.ctx if isinstance(error, click.UsageError) else None
     more = f" (see '{context.command_path} --help')" if context else ""
     return error.format_message().rstrip(".") + more
@@ -85,7 +85,7 @@ def _told(error: click.ClickException) -> str:
 
 
 class _Help(click.HelpFormatter):
-    """Click's, also on a terminal of less than 52 columns, below which Click's own does not fit it."""
+    """Click's formatter, adapted to terminals narrower than its minimum of 52 columns."""
 
     def __init__(self, indent_increment: int = 2, width: int | None = None, max_width: int | None = None) -> None:
         columns = shutil.get_terminal_size().columns
@@ -94,7 +94,7 @@ class _Help(click.HelpFormatter):
         super().__init__(indent_increment, width, max_width)
 
     def write_dl(self, rows: Iterable[tuple[str, str]], col_max: int = 30, col_spacing: int = 2) -> None:
-        """Writes a list of definitions, none of them in too narrow a column."""
+        """Write a definition list with a limited first column."""
         super().write_dl(
             rows, min(col_max, self.width // 3 if self.width < _CLICK_COLUMNS_MIN else col_max), col_spacing
         )
@@ -109,7 +109,7 @@ class _Context(click.Context):
 
 
 def _fit_help(command: click.Command) -> None:
-    """Lets the help of a command, and of those inside, fit the terminal."""
+    """Fit the help of a command and its subcommands to the terminal."""
     command.context_class = _Context
     for inner in getattr(command, "commands", {}).values():
         _fit_help(inner)
@@ -121,13 +121,13 @@ def _fit_help(command: click.Command) -> None:
 @click.group(cls=_Root, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ktrdr-budget", prog_name="ktrdr", message="%(prog)s %(version)s")
 @click.option(
-    "--api-url", metavar="URL", help="Where the service is.  [env: KTRDR_API_URL; default: http://127.0.0.1:8000]"
+    "--api-url", metavar="URL", help="URL of the service.  [env: KTRDR_API_URL; default: http://127.0.0.1:8000]"
 )
 @click.pass_context
 def main(context: click.Context, api_url: str | None) -> None:
     """One hard spend cap for every replica of a backend that runs LLM agents.
 
-    KTRDR_API_KEY, and KTRDR_ADMIN_KEY for limits, hold the keys of the service. NO_COLOR turns colours off.
+    KTRDR_API_KEY, and KTRDR_ADMIN_KEY for limits, contain the keys of the service. NO_COLOR turns colours off.
 
     Exit codes: 0 done, 1 error, 2 wrong usage, 3 denied by a budget, 4 service or store unreachable.
     """
@@ -149,19 +149,19 @@ main.add_command(prices)
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="TCP port; 0 takes a free one."
+    "--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="TCP port; 0 selects a free one."
 )
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Processes.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of processes.")
 def serve(host: str, port: int, workers: int) -> None:
     """Run the service.
 
-    Its store is KTRDR_REDIS_URL, or an embedded server in AGENT_BUDGET_DIR.
+    The store is KTRDR_REDIS_URL, or an embedded server in AGENT_BUDGET_DIR.
     """
     try:
         from ktrdr_budget.api.serving import ServeError
         from ktrdr_budget.api.serving import serve as run
     except ModuleNotFoundError as error:
-        raise CommandError(str(error)) from None  # its words tell what to install
+        raise CommandError(str(error)) from None  # the message names the package to install
     try:
         run(host=host, port=port, workers=workers)
     except ServeError as error:
@@ -172,7 +172,7 @@ def serve(host: str, port: int, workers: int) -> None:
 @click.argument("shell", type=click.Choice(["bash", "zsh", "fish"]))
 @click.pass_context
 def completion(context: click.Context, shell: str) -> None:
-    """Print the script that completes this command in a shell.
+    """Print the completion script for a shell.
 
     Add its line to ~/.bashrc, ~/.zshrc, or ~/.config/fish/config.fish:
 

@@ -1,4 +1,4 @@
-"""A text that is shown again and again: in one place where a person looks, line by line where nobody does."""
+"""Periodically updated text: redrawn in place on a terminal, else appended."""
 
 from __future__ import annotations
 
@@ -17,14 +17,13 @@ __all__ = ["Screen", "clock", "draw_unknown", "show"]
 
 
 Ask = Callable[[], tuple[dict[str, Any], str]]
-"""Gives a document of the service's, and its text for a person."""
+"""Fetches a document of the service and its text form."""
 
 
 def show(ask: Ask, as_json: bool, *, interval_s: float | None = None) -> None:
-    """Shows what ``ask`` gives: once, or at each interval until Ctrl-C, which is the way to end it well.
+    """Show the result of ``ask`` once, or at each interval until Ctrl-C.
 
-    A service that cannot be reached at first is an error. Later, its last figures are taken away, and the error stands
-    in their place until it answers again.
+    An unreachable service is an error at first. Later, an error message replaces the figures until the next reply.
     """
     if interval_s is not None:
         _watch(ask, as_json, interval_s)
@@ -53,15 +52,15 @@ def _watch(ask: Ask, as_json: bool, interval_s: float) -> None:
                 if as_json:
                     write_json(document, compact=True)
                 else:
-                    screen.draw(text, f"At {clock()}, again every {interval_s:g} s; Ctrl-C ends it.")
+                    screen.draw(text, f"Updated at {clock()}, every {interval_s:g} s; Ctrl-C to exit.")
             time.sleep(interval_s)
     except KeyboardInterrupt:
         if screen.redraws:
-            write("")  # the terminal has just shown ^C
+            write("")  # the terminal has just echoed ^C
 
 
 def draw_unknown(screen: Screen, error: Unreachable, since: str, as_json: bool) -> None:
-    """Says that nothing is known: in the place of the last figures, or on stderr."""
+    """Replace the figures by the error, or write it to stderr."""
     if screen.redraws and not as_json:
         screen.draw(f"Unknown since {since}: {one_line(error.message)}")
     else:
@@ -69,31 +68,31 @@ def draw_unknown(screen: Screen, error: Unreachable, since: str, as_json: bool) 
 
 
 def clock() -> str:
-    """The time of day."""
+    """Return the local time of day."""
     return time.strftime("%H:%M:%S")
 
 
 class Screen:
-    """Draws each text over the one before it; without a terminal, below it."""
+    """Draws each text over the previous one; appends where stdout is not a terminal."""
 
     def __init__(self) -> None:
         self.redraws = is_terminal()
         self._lines: list[str] = []
 
     def draw(self, text: str, note: str = "") -> None:
-        """Shows a text in the place of the last one; the note only where it will be replaced."""
+        """Show a text in place of the previous one; the note appears only on a terminal."""
         if not self.redraws:
             write(f"\n{text}" if self._lines else text)
             self._lines = [text]
             return
         lines = [*text.splitlines(), *([note] if note else [])]
-        # One write, each line cleared from its end: nothing flickers.
+        # One write, with each line cleared to its end, avoids flicker.
         write(self._back() + "\n".join(f"{line}\x1b[K" for line in lines) + "\x1b[J")
         self._lines = [click.unstyle(line) for line in lines]
 
     def _back(self) -> str:
-        """The way to where the last text began; if that has wrapped or scrolled away, a cleared screen."""
-        columns, rows = os.get_terminal_size(sys.stdout.fileno())  # not COLUMNS, which a resized terminal leaves behind
+        """Return the sequence that moves to the start of the previous text, or, if it scrolled, clears the screen."""
+        columns, rows = os.get_terminal_size(sys.stdout.fileno())  # not COLUMNS, which is stale after a resize
         if len(self._lines) >= rows or any(len(line) > columns for line in self._lines):
             return "\x1b[2J\x1b[H"
         return f"\x1b[{len(self._lines)}A\r" if self._lines else ""

@@ -21,12 +21,12 @@ _AMOUNTS = "NAME AMOUNT | NAME=AMOUNT..."
 @click.argument("amounts", nargs=-1, required=True, metavar=_AMOUNTS)
 @click.option("--id", "hold_id", callback=validate_name, help="Idempotency key. Default: generated.")
 @click.option(
-    "--ttl", type=float, callback=validate_seconds(1), metavar="SECONDS", help="Until it expires.  [default: 900]"
+    "--ttl", type=float, callback=validate_seconds(1), metavar="SECONDS", help="Time until expiry.  [default: 900]"
 )
 @click.option(
     "--on-expiry",
     type=click.Choice(["charge", "accrued", "release"]),
-    help="What counts if it expires: all, what was reported, or nothing.  [default: charge]",
+    help="Amount that counts after expiry: all, the accrued part, or nothing.  [default: charge]",
 )
 @click.option("--operation", help="A label for the ledger.")
 @json_option
@@ -38,9 +38,9 @@ def reserve(
     operation: str | None,
     as_json: bool,
 ) -> None:
-    """Hold an amount before the work.
+    """Reserve an amount before the work.
 
-    Several budgets are granted all or none. A denial ends with exit code 3, and with --json its figures are on stdout.
+    Several budgets are granted all or none. A denial has exit code 3; with --json its figures are on stdout.
     """
     where = service()
     body: dict[str, Any] = {"amounts": amounts_of(amounts), "id": hold_id or new_id("hold")}
@@ -61,10 +61,10 @@ def reserve(
 @click.argument("amounts", nargs=-1, metavar="[AMOUNT | NAME=AMOUNT...]")
 @json_option
 def commit(hold_id: str, amounts: tuple[str, ...], as_json: bool) -> None:
-    """Record what a hold has really cost.
+    """Record the actual cost of a hold.
 
-    Without an amount, it is what was accrued. AMOUNT is for every budget in dollars; counts then cost what was
-    reserved. An unconfirmed hold of somebody else's needs the admin key.
+    Without AMOUNT, the accrued amount is committed. A single AMOUNT applies to each budget in dollars; counts then cost
+    their reserved amount. An unconfirmed hold of another owner needs the admin key.
     """
     body: dict[str, Any] = {}
     if len(amounts) == 1 and "=" not in amounts[0]:
@@ -80,10 +80,10 @@ def commit(hold_id: str, amounts: tuple[str, ...], as_json: bool) -> None:
 @click.argument("hold_id", metavar="ID", callback=validate_name)
 @json_option
 def release(hold_id: str, as_json: bool) -> None:
-    """Give back all that a hold has reserved.
+    """Release all of a hold.
 
-    With the admin key, or of an unconfirmed hold, it is done by hand, for a worker that seems dead: if that comes back
-    and commits, it still counts. An unconfirmed hold of somebody else's needs that key.
+    With the admin key, or for an unconfirmed hold, it is an operator's release on behalf of a dead worker: a later
+    commit of that worker still counts. An unconfirmed hold of another owner needs the admin key.
     """
     where = service()
     path = f"/reservations/{segment(hold_id)}/release"
@@ -117,9 +117,9 @@ def _mapping(words: tuple[str, ...]) -> dict[str, str]:
     return amounts_of(words)
 
 
-def _show(where: Service, answer: Answer, as_json: bool, tell: Callable[[Mapping[str, Any]], str]) -> None:
+def _show(where: Service, answer: Answer, as_json: bool, describe: Callable[[Mapping[str, Any]], str]) -> None:
     with expect_valid_response(where):
-        text = tell(answer.document)
+        text = describe(answer.document)
     if as_json:
         write_json(answer.document)
     else:
@@ -127,25 +127,25 @@ def _show(where: Service, answer: Answer, as_json: bool, tell: Callable[[Mapping
 
 
 def _reserved(hold: Mapping[str, Any]) -> str:
-    """``Reserved op_1: agent $0.15; expires 2026-11-23T12:15:00Z``; a replay tells what has become of it."""
+    """Describe a hold: ``Reserved op_1: agent $0.15; expires 2026-11-23T12:15:00Z``; a replay has its state."""
     if not hold["replayed"]:
         return one_line(f"Reserved {hold['id']}: {_amounts(hold['amounts'])}; expires {hold['expires_at']}")
-    return one_line(f"Reserved before, {hold['id']}: {_amounts(hold['amounts'])}; {hold['state']}")
+    return one_line(f"Replayed {hold['id']}: {_amounts(hold['amounts'])}; {hold['state']}")
 
 
 def _settled(done: str) -> Callable[[Mapping[str, Any]], str]:
-    def tell(settlement: Mapping[str, Any]) -> str:
+    def describe(settlement: Mapping[str, Any]) -> str:
         notes = [note for name, note in _NOTES.items() if settlement[name]]
-        told = f"{done} {settlement['id']}: {_amounts(settlement['amounts'])}"
-        return one_line(told + (f" ({'; '.join(notes)})" if notes else ""))
+        text = f"{done} {settlement['id']}: {_amounts(settlement['amounts'])}"
+        return one_line(text + (f" ({'; '.join(notes)})" if notes else ""))
 
-    return tell
+    return describe
 
 
 _NOTES = {
-    "replayed": "the same was done before",
-    "overrun": "more than was reserved",
-    "late": "after it had expired or was released by hand",
+    "replayed": "replayed",
+    "overrun": "above the reservation",
+    "late": "after expiry or release",
 }
 
 

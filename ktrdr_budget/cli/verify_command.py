@@ -1,4 +1,4 @@
-"""``ktrdr budget verify``: does every window in the store add up?"""
+"""``ktrdr budget verify``: check that every window in the store adds up."""
 
 from __future__ import annotations
 
@@ -23,32 +23,32 @@ __all__ = ["verify"]
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="JSON; with --watch one line each time.")
-@click.option("--watch", is_flag=True, help="Check again and again, until Ctrl-C or SIGTERM.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one line per check.")
+@click.option("--watch", is_flag=True, help="Repeat until Ctrl-C or SIGTERM.")
 @click.option(
     "--interval",
     metavar="SECONDS",
     default=5.0,
     callback=validate_seconds(0.1),
     show_default=True,
-    help="How often --watch checks.",
+    help="Interval of --watch.",
 )
-@click.option("--repair", is_flag=True, help="Correct counters and indexes; without this it never writes.")
+@click.option("--repair", is_flag=True, help="Correct counters and indexes; without it, nothing is written.")
 def verify(as_json: bool, watch: bool, interval: float, repair: bool) -> None:
-    """Check on the live store that every window adds up.
+    """Check that every window in the live store adds up.
 
-    Spent and unconfirmed must be the sum of the ledger, held the sum of the open holds. It reads the store itself:
-    KTRDR_REDIS_URL, or the embedded server of AGENT_BUDGET_DIR if that is running. A window that was written to all the
-    time is 'inconclusive'.
+    Spent and unconfirmed must equal the sum of the ledger, held the sum of the open holds. The command reads the store
+    directly: KTRDR_REDIS_URL, or the running embedded server of AGENT_BUDGET_DIR. A window under constant writes is
+    'inconclusive'.
 
-    --repair rebuilds what does not add up from the ledger and the records of the holds, while others go on writing, and
-    says what it changed.
+    --repair rebuilds wrong counters from the ledger and the records of the holds, during normal operation, and lists
+    the changes.
 
-    Exit codes: 0 everything adds up (with --repair: now), 1 something does not, or with --watch once did not, 2 wrong
-    usage, 4 the store cannot be reached.
+    Exit codes: 0 everything adds up (with --repair: after it), 1 a window does not (with --watch: did not at some
+    time), 2 wrong usage, 4 store unreachable.
     """
     if watch and repair:
-        raise click.UsageError("--repair is done once: it does not go with --watch")
+        raise click.UsageError("--repair cannot be combined with --watch")
     with _store_errors(), _auditor() as auditor:
         if watch:
             _watch(auditor, as_json, interval)
@@ -70,11 +70,11 @@ def _show(reports: Sequence[WindowReport], as_json: bool) -> None:
         raise CommandError(f"{len(failed)} of {len(reports)} windows do not add up")
 
 
-# -- again and again ---------------------------------------------------------------------------------------------------
+# -- watch -------------------------------------------------------------------------------------------------------------
 
 
 def _watch(auditor: Auditor, as_json: bool, interval_s: float) -> None:
-    """Until a signal; then it fails if a window ever did not add up, or if nothing is known at the end."""
+    """Repeat until a signal; fail if a window ever did not add up, or if the last check failed."""
     ever_failed: set[str] = set()
     before: dict[str, str] = {}
     unknown: Unreachable | None = None
@@ -93,7 +93,7 @@ def _watch(auditor: Auditor, as_json: bool, interval_s: float) -> None:
                 else:
                     answered, unknown = True, None
                     ever_failed |= {report.window_key for report in _failed(reports)}
-                    before = _tell(reports, before, as_json)
+                    before = _report(reports, before, as_json)
                 time.sleep(interval_s)
         except KeyboardInterrupt:
             pass
@@ -103,8 +103,8 @@ def _watch(auditor: Auditor, as_json: bool, interval_s: float) -> None:
         raise unknown
 
 
-def _tell(reports: Sequence[WindowReport], before: Mapping[str, str], as_json: bool) -> dict[str, str]:
-    """A line for each window whose result has changed, and one for all; returns the results."""
+def _report(reports: Sequence[WindowReport], before: Mapping[str, str], as_json: bool) -> dict[str, str]:
+    """Write a line per window with a changed result, and a summary; return the results."""
     results = {report.window_key: _result(report) for report in reports}
     if as_json:
         write_json(_documents(reports), compact=True)
@@ -115,18 +115,17 @@ def _tell(reports: Sequence[WindowReport], before: Mapping[str, str], as_json: b
         if result != before.get(report.window_key, "ok"):
             figures = [_amount(units, report.unit) for units in _sums(report).values()]
             spent, unconfirmed, ledger, held, holds = figures
-            told = f"spent {spent}, unconfirmed {unconfirmed}, ledger {ledger}, held {held}, holds {holds}"
-            told = report.fault or told
-            write(f"{now}  {result}: {report.budget} {report.window}: {told}")
+            figures_text = f"spent {spent}, unconfirmed {unconfirmed}, ledger {ledger}, held {held}, holds {holds}"
+            write(f"{now}  {result}: {report.budget} {report.window}: {report.fault or figures_text}")
     failed = len(_failed(reports))
-    told = f"{failed} of {len(reports)} windows DO NOT ADD UP" if failed else f"ok, windows: {len(reports)}"
-    write(f"{now}  {told}")
+    summary = f"{failed} of {len(reports)} windows DO NOT ADD UP" if failed else f"ok, windows: {len(reports)}"
+    write(f"{now}  {summary}")
     return results
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM ends it as Ctrl-C does."""
+    """Make SIGTERM end the command like Ctrl-C."""
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -159,7 +158,7 @@ def _show_repair(repair: Repair, as_json: bool) -> None:
         if not repair.changes and not repair.index_changes:
             write(f"Nothing to repair in {len(repair.windows)} windows.")
     if wrong:
-        raise CommandError(f"{len(wrong)} of {len(repair.windows)} windows do not add up, or were too busy to tell")
+        raise CommandError(f"{len(wrong)} of {len(repair.windows)} windows do not add up or are inconclusive")
 
 
 def _change(change: Change) -> dict[str, Any]:
@@ -177,7 +176,7 @@ def _counter(change: Change, units: int, shown: Any) -> Any:
     return shown(units, "events" if change.counter == "events" else change.unit)
 
 
-# -- where the store is ------------------------------------------------------------------------------------------------
+# -- the store ---------------------------------------------------------------------------------------------------------
 
 
 def _auditor() -> Auditor:
@@ -217,7 +216,7 @@ def _embedded_url(data_dir: str) -> str:
 
 @contextmanager
 def _store_errors() -> Iterator[None]:
-    """Turns what the store raises into one line; a URL in it has no password."""
+    """Convert errors of the store to one line; passwords in URLs are masked."""
     try:
         yield
     except InvalidArgument as error:
@@ -252,7 +251,7 @@ def _documents(reports: Sequence[WindowReport]) -> dict[str, Any]:
 
 
 def _document(report: WindowReport) -> dict[str, Any]:
-    """One window: money as decimal strings, like everywhere."""
+    """Return one window; money as decimal strings, as in the API."""
     amounts = {name: None if report.fault else _plain(units, report.unit) for name, units in _sums(report).items()}
     names = {"budget": report.budget, "window": report.window, "unit": None if report.fault else report.unit}
     fault = {"fault": report.fault} if report.fault else {}

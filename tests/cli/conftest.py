@@ -1,4 +1,4 @@
-"""The command: in this process, as a process of its own, and on a terminal, against a service that the test steers."""
+"""Fixtures that run the command in this process, as a process, or on a terminal, with an emulated service."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .support import STATUS, FakeService, QuietServer, Terminal, command, handle
 
 @pytest.fixture
 def service() -> Iterator[FakeService]:
-    """A service that answers what the test says, as /agent/budget does from the beginning."""
+    """An emulated service that replies as configured by the test; /agent/budget has a reply from the start."""
     fake = FakeService()
     server = QuietServer(("127.0.0.1", 0), handler(fake))
     fake.port = server.server_address[1]
@@ -34,7 +34,7 @@ def service() -> Iterator[FakeService]:
 
 @pytest.fixture
 def environment(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """The environment of the command: the fake service, and nothing of whoever runs the tests."""
+    """The environment of the command: the emulated service, without variables of the developer."""
     for name in list(os.environ):
         if name.startswith(("KTRDR_", "AGENT_", "_KTRDR")) or name in ("NO_COLOR", "PYTHONIOENCODING"):
             monkeypatch.delenv(name)
@@ -49,7 +49,7 @@ Run = Callable[..., Result]
 
 @pytest.fixture
 def ktrdr(environment: pytest.MonkeyPatch) -> Run:
-    """Runs the command in this process: ``ktrdr("agent", "budget").stdout``."""
+    """Run the command in this process: ``ktrdr("agent", "budget").stdout``."""
 
     def run(*words: str) -> Result:
         return CliRunner().invoke(main, words, prog_name="ktrdr")
@@ -59,7 +59,7 @@ def ktrdr(environment: pytest.MonkeyPatch) -> Run:
 
 @pytest.fixture
 def process(environment: pytest.MonkeyPatch) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Runs the command as a process of its own."""
+    """Run the command as a separate process."""
 
     def run(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command(*words), **{"capture_output": True, "text": True, "timeout": 60, **options})
@@ -69,7 +69,7 @@ def process(environment: pytest.MonkeyPatch) -> Callable[..., subprocess.Complet
 
 @pytest.fixture
 def terminal(environment: pytest.MonkeyPatch) -> Iterator[Callable[..., Terminal]]:
-    """Runs the command on a terminal."""
+    """Run the command on a terminal."""
     opened: list[Terminal] = []
 
     def run(*words: str, **size: int) -> Terminal:

@@ -1,4 +1,4 @@
-"""A service that answers as a test tells it to, what it says in these tests, and the command on a real terminal."""
+"""An emulated service with its replies, and the command on a real terminal."""
 
 from __future__ import annotations
 
@@ -175,7 +175,7 @@ def cycle(**changes: Any) -> dict[str, Any]:
 
 
 def agent_status(*active: dict[str, Any], last: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What /agent/status says of these cycles."""
+    """The document of /agent/status for these cycles."""
     now = active[0]["phase"] if active else "idle"
     return {
         "status": now,
@@ -188,7 +188,7 @@ def agent_status(*active: dict[str, Any], last: dict[str, Any] | None = None) ->
 
 
 def problem(status: int, title: str, detail: str) -> tuple[int, dict[str, Any]]:
-    """An answer of ``application/problem+json``."""
+    """A reply of ``application/problem+json``."""
     return status, {"type": "about:blank", "title": title, "status": status, "detail": detail, "code": "x"}
 
 
@@ -202,7 +202,7 @@ class Request:
 
 @dataclass
 class FakeService:
-    """Answers each ``METHOD path`` with a status and a document, or with raw bytes in place of all of HTTP."""
+    """Maps each ``METHOD path`` to a status and a document, or to raw bytes that replace the HTTP reply."""
 
     port: int = 0
     answers: dict[str, Any] = field(default_factory=dict)
@@ -214,7 +214,7 @@ class FakeService:
         return f"http://127.0.0.1:{self.port}"
 
     def answer(self, call: str, document: Any = None, status: int = 200) -> None:
-        """``document``: JSON, raw text, or a function of the request that returns the status and either."""
+        """Set a reply: JSON, raw text, or a function of the request that returns the status and either."""
         self.answers[call] = document if callable(document) or isinstance(document, bytes) else (status, document)
 
 
@@ -253,7 +253,7 @@ class QuietServer(ThreadingHTTPServer):
     daemon_threads = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A client that hung up is a test's intention."""
+        """Ignore clients that disconnect, as tests do on purpose."""
 
 
 def command(*words: str) -> list[str]:
@@ -268,7 +268,7 @@ _ON_TERMINAL = (
 
 
 class Terminal:
-    """The command on a real terminal of its own."""
+    """The command on its own pseudo-terminal."""
 
     def __init__(self, *words: str, columns: int = 80, rows: int = 24) -> None:
         self._ours, theirs = pty.openpty()
@@ -279,7 +279,7 @@ class Terminal:
         self.text = ""
 
     def read_until(self, condition: Callable[[str], bool], timeout_s: float = 60.0) -> str:
-        """Everything shown, once the condition holds for it."""
+        """Read until the condition holds for all output so far; return it."""
         ends = time.monotonic() + timeout_s
         while not condition(self.text):
             assert time.monotonic() < ends, f"not shown in time: {self.text[-500:]!r}"
@@ -293,7 +293,7 @@ class Terminal:
             return False
         try:
             data = os.read(self._ours, 65_536)
-        except OSError:  # Linux's way to say that the other side is closed
+        except OSError:  # Linux raises EIO when the other side is closed
             return False
         self.text += data.decode().replace("\r\n", "\n")
         return bool(data)
@@ -302,7 +302,7 @@ class Terminal:
         os.write(self._ours, text.encode())
 
     def wait(self) -> int:
-        """The exit code, once everything is shown."""
+        """Read the remaining output; return the exit code."""
         ends = time.monotonic() + 60
         while self._process.poll() is None:
             assert time.monotonic() < ends, self.text[-500:]

@@ -1,4 +1,4 @@
-"""``ktrdr agent budget``: the form, the bar on a terminal, and --watch."""
+"""``ktrdr agent budget``: the text form, the bar on a terminal, and --watch."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_status_has_its_fixed_form(ktrdr: Run) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, FORM, "")
 
 
-def test_held_and_unconfirmed_have_lines_when_they_are_not_zero(ktrdr: Run, service: FakeService) -> None:
+def test_non_zero_held_and_unconfirmed_have_lines(ktrdr: Run, service: FakeService) -> None:
     lines = lines_of(ktrdr, service, held=0.15, unconfirmed=0.3, remaining=4.4, cycles_affordable=29)
     assert lines[4:] == [
         "Today's Spend: $0.15",
@@ -60,9 +60,9 @@ def test_held_and_unconfirmed_have_lines_when_they_are_not_zero(ktrdr: Run, serv
     ]
 
 
-def test_a_store_that_has_lost_writes_is_shown_while_it_is_repaired(ktrdr: Run, service: FakeService) -> None:
+def test_a_repair_after_data_loss_is_shown(ktrdr: Run, service: FakeService) -> None:
     last = lines_of(ktrdr, service, recovering_until="2026-11-23T12:00:03Z")[-1]
-    assert last == "Recovering: the store has lost writes; no start until 2026-11-23T12:00:03Z"
+    assert last == "Recovering: the store lost writes; no cycle starts until 2026-11-23T12:00:03Z"
 
 
 def test_an_exhausted_budget_is_shown_with_exit_code_0(ktrdr: Run, service: FakeService) -> None:
@@ -89,7 +89,7 @@ def test_a_budget_without_a_limit_is_unlimited(ktrdr: Run, service: FakeService)
         (1, 4, ["Today's Spend: $1.00", "Remaining: $4.00"]),
     ],
 )
-def test_money_has_two_digits(
+def test_amounts_have_two_decimals(
     ktrdr: Run, service: FakeService, spend: float, remaining: float, shown: list[str]
 ) -> None:
     assert shown == [f"Today's Spend: ${spend:.2f}", f"Remaining: ${remaining:.2f}"]
@@ -105,13 +105,13 @@ def test_money_has_two_digits(
         (1, 4, ["Today's Spend: $1.00", "Remaining: $4.00"]),
     ],
 )
-def test_exact_shows_all_digits_of_money(
+def test_exact_shows_all_digits(
     ktrdr: Run, service: FakeService, spend: float, remaining: float, shown: list[str]
 ) -> None:
     assert lines_of(ktrdr, service, "--exact", today_spend=spend, remaining=remaining)[4:6] == shown
 
 
-def test_json_is_what_the_service_says(ktrdr: Run, service: FakeService) -> None:
+def test_json_is_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
     said = {**STATUS, "today_spend": 0.1234567, "remaining": 4.8765433, "something_new": [1, None]}
     service.answer(CALL, said)
     result = ktrdr("agent", "budget", "--json")
@@ -150,7 +150,7 @@ def test_no_color_keeps_the_bar_and_drops_the_colour(terminal: OpenTerminal, env
     assert "\x1b" not in text
 
 
-def test_an_empty_no_color_means_nothing(terminal: OpenTerminal, environment: pytest.MonkeyPatch) -> None:
+def test_an_empty_no_color_has_no_effect(terminal: OpenTerminal, environment: pytest.MonkeyPatch) -> None:
     environment.setenv("NO_COLOR", "")
     assert "\x1b[32m" in shown_on(terminal)
 
@@ -160,15 +160,13 @@ def test_a_terminal_without_unicode_gets_a_plain_bar(terminal: OpenTerminal, env
     assert shown_on(terminal).endswith("[\x1b[32m#\x1b[0m.............................] 3% used\n")
 
 
-def test_a_dumb_terminal_gets_what_a_pipe_gets(terminal: OpenTerminal, environment: pytest.MonkeyPatch) -> None:
+def test_a_dumb_terminal_is_treated_like_a_pipe(terminal: OpenTerminal, environment: pytest.MonkeyPatch) -> None:
     environment.setenv("TERM", "dumb")
     assert shown_on(terminal) == FORM
 
 
 @pytest.mark.parametrize("limit", [None, 0.0])
-def test_there_is_no_bar_without_a_limit_to_fill(
-    terminal: OpenTerminal, service: FakeService, limit: float | None
-) -> None:
+def test_there_is_no_bar_without_a_limit(terminal: OpenTerminal, service: FakeService, limit: float | None) -> None:
     remaining, cycles = (None, None) if limit is None else (0.0, 0)
     service.answer(CALL, {**STATUS, "daily_limit": limit, "remaining": remaining, "cycles_affordable": cycles})
     assert "used" not in shown_on(terminal)
@@ -203,7 +201,7 @@ def test_the_bar_is_full_only_if_nothing_remains_and_shows_every_part(
 
 
 def spending(service: FakeService) -> None:
-    """One cent more at each look."""
+    """A service whose spend rises by one cent per request."""
     cents = iter(range(16, 10_000))
 
     def answer(request: Request) -> tuple[int, dict[str, Any]]:
@@ -212,12 +210,12 @@ def spending(service: FakeService) -> None:
     service.answer(CALL, answer)
 
 
-def test_watch_redraws_in_place_until_ctrl_c_which_ends_it_well(terminal: OpenTerminal, service: FakeService) -> None:
+def test_watch_redraws_in_place_until_ctrl_c(terminal: OpenTerminal, service: FakeService) -> None:
     spending(service)
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1")
     text = opened.read_until(lambda text: "$0.18" in text)
-    assert "\x1b[9A\r" in text  # back up over the nine lines of the last one
-    assert "Ctrl-C ends it." in text
+    assert "\x1b[9A\r" in text  # moves up over the nine lines of the previous text
+    assert "Ctrl-C to exit." in text
     opened.type("\x03")
     assert opened.wait() == 0
     assert "Traceback" not in opened.text
@@ -225,14 +223,14 @@ def test_watch_redraws_in_place_until_ctrl_c_which_ends_it_well(terminal: OpenTe
     assert opened.text.endswith("\n")
 
 
-def test_watch_on_a_terminal_too_narrow_clears_the_screen_instead(terminal: OpenTerminal, service: FakeService) -> None:
+def test_watch_on_a_narrow_terminal_clears_the_screen(terminal: OpenTerminal, service: FakeService) -> None:
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1", columns=20)
     opened.read_until(lambda text: "\x1b[2J\x1b[H" in text)
     opened.type("\x03")
     assert opened.wait() == 0
 
 
-def test_watch_shows_unknown_while_the_service_is_away_and_no_old_figures(
+def test_watch_shows_unknown_instead_of_old_figures_during_an_outage(
     terminal: OpenTerminal, service: FakeService
 ) -> None:
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1")
@@ -242,14 +240,14 @@ def test_watch_shows_unknown_while_the_service_is_away_and_no_old_figures(
     last = opened.text.rpartition("A\r")[2]
     assert last.startswith("Unknown since ")
     assert "$" not in last
-    assert "\x1b[J" in last  # what was below is gone
+    assert "\x1b[J" in last  # clears the lines below
     service.answer(CALL, {**STATUS, "today_spend": 0.5})
     opened.read_until(lambda text: "$0.50" in text)
     opened.type("\x03")
     assert opened.wait() == 0
 
 
-def test_watch_ends_with_an_error_that_will_not_pass(terminal: OpenTerminal, service: FakeService) -> None:
+def test_watch_ends_with_a_permanent_error(terminal: OpenTerminal, service: FakeService) -> None:
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1")
     opened.read_until(lambda text: "Remaining: $4.85" in text)
     service.answer(CALL, *reversed(problem(401, "Unauthorized", "a key is needed")))
@@ -257,7 +255,7 @@ def test_watch_ends_with_an_error_that_will_not_pass(terminal: OpenTerminal, ser
     assert "ktrdr: a key is needed" in opened.text
 
 
-def test_watch_of_a_service_that_is_not_there_is_an_error_at_once(ktrdr: Run) -> None:
+def test_watch_of_an_unreachable_service_fails_at_once(ktrdr: Run) -> None:
     result = ktrdr("--api-url", "http://127.0.0.1:1", "agent", "budget", "--watch")
     assert result.exit_code == 4
     assert result.stderr.count("\n") == 1
@@ -277,7 +275,7 @@ def end(process: subprocess.Popen[str]) -> tuple[str, str, int]:
 
 
 @pytest.mark.usefixtures("environment")
-def test_watch_into_a_pipe_writes_one_json_line_each_time(service: FakeService) -> None:
+def test_watch_into_a_pipe_writes_one_json_line_per_refresh(service: FakeService) -> None:
     spending(service)
     process = watching("--json")
     assert process.stdout is not None
@@ -288,7 +286,7 @@ def test_watch_into_a_pipe_writes_one_json_line_each_time(service: FakeService) 
 
 
 @pytest.mark.usefixtures("environment")
-def test_watch_into_a_pipe_writes_the_form_again_and_again(service: FakeService) -> None:
+def test_watch_into_a_pipe_repeats_the_text_form(service: FakeService) -> None:
     process = watching()
     wait_until(lambda: len(service.requests) >= 4)
     out, err, code = end(process)
@@ -298,7 +296,7 @@ def test_watch_into_a_pipe_writes_the_form_again_and_again(service: FakeService)
 
 
 @pytest.mark.usefixtures("environment")
-def test_watch_into_a_pipe_tells_on_stderr_that_the_service_is_away(service: FakeService) -> None:
+def test_watch_into_a_pipe_reports_an_outage_on_stderr(service: FakeService) -> None:
     process = watching("--json")
     assert process.stdout is not None
     assert process.stderr is not None
@@ -312,7 +310,7 @@ def test_watch_into_a_pipe_tells_on_stderr_that_the_service_is_away(service: Fak
 
 
 @pytest.mark.usefixtures("environment")
-def test_watch_ends_when_nobody_reads_it_any_more(service: FakeService) -> None:
+def test_watch_ends_when_its_reader_closes_the_pipe(service: FakeService) -> None:
     reader, writer = os.pipe()
     process = subprocess.Popen(
         command("agent", "budget", "--watch", "--interval", "0.1"), stdout=writer, stderr=subprocess.PIPE, text=True
@@ -325,7 +323,7 @@ def test_watch_ends_when_nobody_reads_it_any_more(service: FakeService) -> None:
 
 
 @pytest.mark.parametrize("interval", ["0", "-1", "nan", "soon", "100000"])
-def test_an_interval_that_is_none_is_a_usage_error(ktrdr: Run, interval: str) -> None:
+def test_an_invalid_interval_is_a_usage_error(ktrdr: Run, interval: str) -> None:
     result = ktrdr("agent", "budget", "--watch", "--interval", interval)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1

@@ -61,7 +61,7 @@ def test_list_marks_a_limit_set_at_run_time(ktrdr: Run, service: FakeService) ->
     assert lines[2] == "* set at run time"
 
 
-def test_list_shows_a_budget_whose_figures_are_unknown_beside_the_others(ktrdr: Run, service: FakeService) -> None:
+def test_list_shows_a_budget_with_unknown_figures_among_the_others(ktrdr: Run, service: FakeService) -> None:
     unavailable = [{"budget": "team", "detail": "budget 'team' is registered otherwise"}]
     service.answer("GET /api/v1/budgets", {"budgets": [BUDGET], "unavailable": unavailable})
     result = ktrdr("budget", "list")
@@ -73,7 +73,7 @@ def test_list_shows_a_budget_whose_figures_are_unknown_beside_the_others(ktrdr: 
     assert (result.exit_code, json.loads(result.stdout)["unavailable"]) == (1, unavailable)
 
 
-def test_list_of_a_service_without_budgets_says_so(ktrdr: Run, service: FakeService) -> None:
+def test_an_empty_list_of_budgets_has_a_message(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets", {"budgets": []})
     assert ktrdr("budget", "list").stdout == "No budgets.\n"
 
@@ -104,7 +104,7 @@ TEAM = {**BUDGET, "name": "team:quant", "spent": "0.066255", "limit_source": "ru
         (("ledger", "agent"), LEDGER, {"entries": [TRACED] * 2, "next_cursor": None}, ["AT", "AMOUNT", "ENTRY"]),
     ],
 )
-def test_a_table_that_a_terminal_would_wrap_is_a_block_for_each_row(
+def test_a_table_wider_than_the_terminal_becomes_a_block_per_row(
     terminal: Callable[..., Terminal],
     service: FakeService,
     words: tuple[str, ...],
@@ -120,10 +120,10 @@ def test_a_table_that_a_terminal_would_wrap_is_a_block_for_each_row(
         assert max(map(len, lines)) <= columns, opened.text
         for heading in headings:
             assert len([line for line in lines if line.startswith(f"{heading}: ")]) == 2, opened.text
-        assert lines.count("") == 1  # between the two
+        assert lines.count("") == 1  # between the blocks
 
 
-def test_show_tells_everything(ktrdr: Run, service: FakeService) -> None:
+def test_show_has_all_figures(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/agent", BUDGET)
     assert ktrdr("budget", "show", "agent").stdout == (
         "Budget:        agent\n"
@@ -141,10 +141,10 @@ def test_show_tells_everything(ktrdr: Run, service: FakeService) -> None:
     )
 
 
-def test_show_tells_that_the_store_is_being_repaired(ktrdr: Run, service: FakeService) -> None:
+def test_show_reports_a_repair_of_the_store(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/agent", {**BUDGET, "recovering_until": "2026-11-23T12:00:03Z"})
     last = ktrdr("budget", "show", "agent").stdout.splitlines()[-1]
-    assert last == "Recovering:    the store has lost writes; nothing is admitted until 2026-11-23T12:00:03Z"
+    assert last == "Recovering:    the store lost writes; nothing is admitted until 2026-11-23T12:00:03Z"
 
 
 def test_show_of_slots_without_a_limit(ktrdr: Run, service: FakeService) -> None:
@@ -158,16 +158,18 @@ def test_show_of_slots_without_a_limit(ktrdr: Run, service: FakeService) -> None
 @pytest.mark.parametrize(
     ("words", "document"), [(("list",), {"budgets": [BUDGET, CYCLES]}), (("show", "agent"), BUDGET)]
 )
-def test_json_is_what_the_service_says(ktrdr: Run, service: FakeService, words: tuple[str, ...], document: Any) -> None:
+def test_json_is_the_reply_of_the_service(
+    ktrdr: Run, service: FakeService, words: tuple[str, ...], document: Any
+) -> None:
     service.answer("GET /api/v1/budgets", document)
     service.answer("GET /api/v1/budgets/agent", document)
     assert json.loads(ktrdr("budget", *words, "--json").stdout) == document
 
 
 def test_an_unknown_budget_is_an_error(ktrdr: Run, service: FakeService) -> None:
-    service.answer("GET /api/v1/budgets/nobody", *reversed(problem(404, "Unknown", "no budget is named 'nobody'")))
-    result = ktrdr("budget", "show", "nobody")
-    assert (result.exit_code, result.stderr) == (1, "ktrdr: no budget is named 'nobody'\n")
+    service.answer("GET /api/v1/budgets/unknown", *reversed(problem(404, "Unknown", "no budget is named 'unknown'")))
+    result = ktrdr("budget", "show", "unknown")
+    assert (result.exit_code, result.stderr) == (1, "ktrdr: no budget is named 'unknown'\n")
 
 
 # --- Definitions ----------------------------------------------------------------------------------
@@ -183,7 +185,7 @@ def test_migrate_prints_the_old_and_the_new_definition(ktrdr: Run, service: Fake
     service.answer("POST /api/v1/budgets/agent/migrate", {**answer, "before": None, "limit_cleared": True})
     lines = ktrdr("budget", "migrate", "agent").stdout.splitlines()
     assert lines[1] == "Before:  not registered"
-    assert lines[3] == "Limit:   the run-time limit was cleared: it was an amount of another unit"
+    assert lines[3] == "Limit:   the run-time limit was cleared because its unit has changed"
 
 
 # --- Limits ---------------------------------------------------------------------------------------
@@ -225,13 +227,13 @@ def test_an_end_without_a_timezone_is_a_usage_error(ktrdr: Run, service: FakeSer
     assert service.requests == []
 
 
-def test_a_limit_that_the_service_does_not_take_is_a_usage_error(ktrdr: Run, service: FakeService) -> None:
+def test_a_limit_rejected_by_the_service_is_a_usage_error(ktrdr: Run, service: FakeService) -> None:
     service.answer("PUT /api/v1/budgets/agent/limit", *reversed(problem(422, "Invalid", "amount is not a number: 'x'")))
     result = ktrdr("budget", "set-limit", "agent", "x")
     assert (result.exit_code, result.stderr) == (2, "ktrdr: amount is not a number: 'x'\n")
 
 
-def test_clear_limit_returns_to_the_configured_one(ktrdr: Run, service: FakeService) -> None:
+def test_clear_limit_restores_the_configured_limit(ktrdr: Run, service: FakeService) -> None:
     service.answer("DELETE /api/v1/budgets/agent/limit", BUDGET)
     result = ktrdr("budget", "clear-limit", "agent")
     assert result.exit_code == 0
@@ -263,7 +265,7 @@ def test_the_ledger_is_an_aligned_table(ktrdr: Run, service: FakeService) -> Non
     )
 
 
-def test_an_operation_cannot_steer_the_terminal(ktrdr: Run, service: FakeService) -> None:
+def test_an_operation_cannot_send_escape_sequences_to_the_terminal(ktrdr: Run, service: FakeService) -> None:
     service.answer(LEDGER, {"entries": [{**ENTRY, "operation": "a\x1b[2Jb\nc"}], "next_cursor": None})
     text = ktrdr("budget", "ledger", "agent").stdout
     assert "a?[2Jb c" in text
@@ -277,14 +279,14 @@ def test_an_operation_cannot_steer_the_terminal(ktrdr: Run, service: FakeService
         ("ledger", LEDGER, "entries", "No entries in the ledger of agent.\n"),
     ],
 )
-def test_an_empty_list_says_so(
+def test_an_empty_page_has_a_message(
     ktrdr: Run, service: FakeService, command: str, call: str, field: str, none: str
 ) -> None:
     service.answer(call, {field: [], "next_cursor": None})
     assert ktrdr("budget", command, "agent").stdout == none
 
 
-def test_options_of_a_page_are_sent(ktrdr: Run, service: FakeService) -> None:
+def test_page_options_are_sent(ktrdr: Run, service: FakeService) -> None:
     service.answer(f"{LEDGER}?window=2026-11-23T10Z&limit=5&cursor=1-0", {"entries": [], "next_cursor": None})
     result = ktrdr("budget", "ledger", "agent", "--window", "2026-11-23T10Z", "--limit", "5", "--cursor", "1-0")
     assert result.exit_code == 0, result.stderr
@@ -299,7 +301,7 @@ def three_pages(service: FakeService) -> list[dict[str, Any]]:
     return entries
 
 
-def test_a_page_tells_where_the_next_begins(ktrdr: Run, service: FakeService) -> None:
+def test_a_page_shows_the_cursor_of_the_next(ktrdr: Run, service: FakeService) -> None:
     service.answer(LEDGER, {"entries": [ENTRY], "next_cursor": "2-0"})
     assert ktrdr("budget", "ledger", "agent").stdout.splitlines()[-1] == "More: --cursor 2-0, or --all"
 
@@ -316,7 +318,7 @@ def test_all_pages_are_one_json_document(ktrdr: Run, service: FakeService) -> No
     assert json.loads(result.stdout) == {"entries": entries, "next_cursor": None}
 
 
-def test_one_page_of_all_is_the_services_json(ktrdr: Run, service: FakeService) -> None:
+def test_a_single_page_is_the_json_of_the_service(ktrdr: Run, service: FakeService) -> None:
     service.answer(f"{HOLDS}?limit=1000", {"holds": [HOLD], "next_cursor": None})
     assert json.loads(ktrdr("budget", "holds", "agent", "--all", "--json").stdout) == {
         "holds": [HOLD],
@@ -325,7 +327,7 @@ def test_one_page_of_all_is_the_services_json(ktrdr: Run, service: FakeService) 
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_a_service_that_repeats_a_page_is_an_error_and_no_endless_loop(
+def test_a_repeated_page_is_an_error_not_an_endless_loop(
     ktrdr: Run, service: FakeService, options: tuple[str, ...]
 ) -> None:
     for cursor in ("", "&cursor=1-0"):
@@ -337,11 +339,11 @@ def test_a_service_that_repeats_a_page_is_an_error_and_no_endless_loop(
 
 @pytest.mark.parametrize("page", [{}, {"entries": [{}], "next_cursor": None}, {"entries": {}, "next_cursor": None},
                                   {"entries": [], "next_cursor": 5}, {"holds": [], "next_cursor": None}])  # fmt: skip
-def test_a_page_of_another_form_is_an_error(ktrdr: Run, service: FakeService, page: dict[str, Any]) -> None:
+def test_a_malformed_page_is_an_error(ktrdr: Run, service: FakeService, page: dict[str, Any]) -> None:
     service.answer(LEDGER, page)
     result = ktrdr("budget", "ledger", "agent")
     assert result.exit_code == 1
-    assert "is not one of a ktrdr-budget service" in result.stderr
+    assert "is not from a ktrdr-budget service" in result.stderr
 
 
 @pytest.mark.parametrize("limit", ["0", "1001", "x"])

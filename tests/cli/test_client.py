@@ -1,4 +1,4 @@
-"""What becomes of each answer, and of none: one clear line and the exit code that belongs to it."""
+"""The HTTP client: each kind of reply or failure gives one line and its exit code."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ BUDGET_CALL = "GET /api/v1/agent/budget"
 
 
 def failed(result: Result, exit_code: int) -> str:
-    """The one line on stderr."""
+    """Return the one line on stderr."""
     assert result.exit_code == exit_code, (result.output, result.exception)
     assert result.stdout == ""
     assert result.stderr.count("\n") == 1, result.stderr
@@ -29,7 +29,7 @@ def failed(result: Result, exit_code: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "shown"),
     [
         ("http://127.0.0.1:8000", "http://127.0.0.1:8000"),
         ("http://127.0.0.1:8000/", "http://127.0.0.1:8000"),
@@ -38,8 +38,8 @@ def failed(result: Result, exit_code: int) -> str:
         ("HTTP://localhost", "http://localhost"),
     ],
 )
-def test_a_url_of_the_service_is_understood(url: str, told: str) -> None:
-    assert Service.at(url).url == told
+def test_a_url_of_the_service_is_parsed(url: str, shown: str) -> None:
+    assert Service.at(url).url == shown
 
 
 @pytest.mark.parametrize(
@@ -59,12 +59,12 @@ def test_a_url_of_the_service_is_understood(url: str, told: str) -> None:
         "http://[::1",
     ],
 )
-def test_a_url_of_something_else_is_a_usage_error(ktrdr: Run, url: str) -> None:
+def test_an_invalid_url_is_a_usage_error(ktrdr: Run, url: str) -> None:
     assert "URL" in failed(ktrdr("--api-url", url, "agent", "budget"), 2)
 
 
 @pytest.mark.parametrize("password", ["hunter2", "hunter2/x", "hunter2#x"])
-def test_a_password_in_the_url_is_refused_and_not_shown(
+def test_a_password_in_the_url_is_rejected_and_not_shown(
     ktrdr: Run, environment: pytest.MonkeyPatch, password: str
 ) -> None:
     environment.setenv("KTRDR_API_URL", f"http://user:{password}@127.0.0.1:8000")
@@ -73,11 +73,11 @@ def test_a_password_in_the_url_is_refused_and_not_shown(
     assert "hunter2" not in line
 
 
-def test_a_host_that_cannot_be_a_name_is_a_usage_error(ktrdr: Run) -> None:
+def test_an_invalid_host_name_is_a_usage_error(ktrdr: Run) -> None:
     assert "host" in failed(ktrdr("--api-url", f"http://{'a' * 70}.example", "agent", "budget"), 2)
 
 
-def test_the_option_wins_over_the_environment(
+def test_the_option_overrides_the_environment(
     ktrdr: Run, service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("KTRDR_API_URL", "http://127.0.0.1:1")
@@ -107,7 +107,7 @@ def test_without_a_key_none_is_sent(ktrdr: Run, service: FakeService) -> None:
     assert authorization(service) is None
 
 
-def test_the_use_key_is_sent_and_the_admin_key_only_where_it_is_needed(
+def test_the_admin_key_is_sent_only_where_it_is_needed(
     ktrdr: Run, service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("KTRDR_API_KEY", "use-key")
@@ -132,7 +132,7 @@ def test_the_use_key_is_sent_and_the_admin_key_only_where_it_is_needed(
 
 @pytest.mark.parametrize("name", ["KTRDR_API_KEY", "KTRDR_ADMIN_KEY"])
 @pytest.mark.parametrize("words", [("agent", "budget"), ("budget", "clear-limit", "agent")])
-def test_the_only_key_there_is_is_for_everything(
+def test_a_single_key_is_sent_with_all_requests(
     ktrdr: Run, service: FakeService, environment: pytest.MonkeyPatch, name: str, words: tuple[str, ...]
 ) -> None:
     environment.setenv(name, "the-key")
@@ -147,9 +147,7 @@ def test_the_first_of_several_keys_is_sent(ktrdr: Run, service: FakeService, env
 
 
 @pytest.mark.parametrize("key", ["two words", "line\nbreak", "clé", "x" * 5000])
-def test_a_key_that_no_header_can_carry_is_a_usage_error_and_not_shown(
-    ktrdr: Run, environment: pytest.MonkeyPatch, key: str
-) -> None:
+def test_an_invalid_key_is_a_usage_error_and_not_shown(ktrdr: Run, environment: pytest.MonkeyPatch, key: str) -> None:
     environment.setenv("KTRDR_API_KEY", key)
     line = failed(ktrdr("agent", "budget"), 2)
     assert line.startswith("ktrdr: KTRDR_API_KEY")
@@ -160,12 +158,12 @@ KEY_HINTS = [
     (401, ("agent", "budget"), " (set KTRDR_API_KEY to a key of the service)"),
     (401, ("budget", "clear-limit", "agent"), " (set KTRDR_ADMIN_KEY to a key of the service)"),
     (403, ("agent", "budget"), ""),
-    (403, ("budget", "clear-limit", "agent"), " (it needs the service's admin key in KTRDR_ADMIN_KEY)"),
+    (403, ("budget", "clear-limit", "agent"), " (needs the service's admin key in KTRDR_ADMIN_KEY)"),
 ]
 
 
 @pytest.mark.parametrize(("status", "words", "hint"), KEY_HINTS)
-def test_a_refused_key_is_an_error_that_names_the_variable(
+def test_the_error_for_a_rejected_key_names_the_variable(
     ktrdr: Run, service: FakeService, status: int, words: tuple[str, ...], hint: str
 ) -> None:
     refused = problem(status, "Refused", "not with this key")[1]
@@ -174,7 +172,7 @@ def test_a_refused_key_is_an_error_that_names_the_variable(
     assert failed(ktrdr(*words), 1) == f"ktrdr: not with this key{hint}"
 
 
-# --- Answers --------------------------------------------------------------------------------------
+# --- Replies --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -188,14 +186,14 @@ def test_each_problem_has_its_exit_code(ktrdr: Run, service: FakeService, status
 
 @pytest.mark.parametrize(
     ("document", "line"),
-    [({"title": "Conflict"}, "Conflict"), ({}, "the service answered 409"), ({"detail": ["a", 1]}, "['a', 1]")],
+    [({"title": "Conflict"}, "Conflict"), ({}, "the service replied 409"), ({"detail": ["a", 1]}, "['a', 1]")],
 )
-def test_a_problem_of_another_form_is_still_told(ktrdr: Run, service: FakeService, document: object, line: str) -> None:
+def test_a_malformed_problem_is_still_reported(ktrdr: Run, service: FakeService, document: object, line: str) -> None:
     service.answer(BUDGET_CALL, document, 409)
     assert failed(ktrdr("agent", "budget"), 1) == f"ktrdr: {line}"
 
 
-def test_a_long_or_steering_detail_becomes_one_plain_line(ktrdr: Run, service: FakeService) -> None:
+def test_a_detail_is_shortened_to_one_line_without_control_characters(ktrdr: Run, service: FakeService) -> None:
     service.answer(BUDGET_CALL, {"detail": "\x1b[2J" + "x" * 10_000}, 500)
     line = failed(ktrdr("agent", "budget"), 1)
     assert len(line) < 500
@@ -207,16 +205,17 @@ GARBAGE = ["<html><body>It works!</body></html>", "", "{", '{"date": "2026-11-2'
 
 @pytest.mark.parametrize("text", GARBAGE, ids=range(len(GARBAGE)))
 @pytest.mark.parametrize("status", [200, 404, 500])
-def test_an_answer_that_is_no_json_object_is_an_error(ktrdr: Run, service: FakeService, text: str, status: int) -> None:
+def test_a_reply_without_a_json_object_is_an_error(ktrdr: Run, service: FakeService, text: str, status: int) -> None:
     service.answer(BUDGET_CALL, text, status)
     line = failed(ktrdr("agent", "budget"), 1)
     assert (
-        line == f"ktrdr: {service.url} answered {status} without the JSON of a ktrdr-budget service; is that its URL?"
+        line
+        == f"ktrdr: the reply of {service.url} with status {status} is not from a ktrdr-budget service; check the URL"
     )
 
 
 @pytest.mark.parametrize(("ambiguous", "hint"), [(True, True), (False, False), (None, True)])
-def test_only_a_call_that_may_have_taken_effect_is_said_to(
+def test_retry_advice_is_shown_only_if_the_call_may_have_taken_effect(
     ktrdr: Run, service: FakeService, ambiguous: bool | None, hint: bool
 ) -> None:
     document = {**problem(503, "Unavailable", "the store is down")[1], "ambiguous": ambiguous}
@@ -226,15 +225,13 @@ def test_only_a_call_that_may_have_taken_effect_is_said_to(
     assert line == "ktrdr: the store is down" + (words if hint else "")
 
 
-def test_a_gateway_that_lost_the_answer_leaves_it_open_whether_the_call_took_effect(
-    ktrdr: Run, service: FakeService
-) -> None:
+def test_retry_advice_is_shown_if_a_gateway_lost_the_reply(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/spend", "<html>Bad Gateway</html>", 502)
     line = failed(ktrdr("budget", "record", "agent", "0.15", "--id", "op_1"), 4)
     assert line.endswith("; it may have taken effect: repeating it with --id op_1 is safe")
 
 
-def test_html_from_a_gateway_that_finds_no_service_means_unreachable(ktrdr: Run, service: FakeService) -> None:
+def test_an_html_error_of_a_gateway_means_unreachable(ktrdr: Run, service: FakeService) -> None:
     service.answer(BUDGET_CALL, "<html>Bad Gateway</html>", 502)
     failed(ktrdr("agent", "budget"), 4)
 
@@ -242,7 +239,7 @@ def test_html_from_a_gateway_that_finds_no_service_means_unreachable(ktrdr: Run,
 @pytest.mark.parametrize("status", [204, 301, 307])
 def test_a_redirect_is_not_followed(ktrdr: Run, service: FakeService, status: int) -> None:
     service.answer(BUDGET_CALL, "", status)
-    assert f"answered {status}" in failed(ktrdr("agent", "budget"), 1)
+    assert f"with status {status} is not from" in failed(ktrdr("agent", "budget"), 1)
     assert len(service.requests) == 1
 
 
@@ -264,7 +261,7 @@ def test_json_of_another_service_is_an_error(
     ktrdr: Run, service: FakeService, document: object, options: tuple[str, ...]
 ) -> None:
     service.answer(BUDGET_CALL, document)
-    assert "is not one of a ktrdr-budget service" in failed(ktrdr("agent", "budget", *options), 1)
+    assert "is not from a ktrdr-budget service" in failed(ktrdr("agent", "budget", *options), 1)
 
 
 @pytest.mark.parametrize(
@@ -273,14 +270,14 @@ def test_json_of_another_service_is_an_error(
         (b"SSH-2.0-OpenSSH_9.2\r\n", 1, "does not speak HTTP"),
         (b"HTTP/1.1 abc\r\n\r\n", 1, "does not speak HTTP"),
         (b"HTTP/1.1 200 " + b"x" * 70_000 + b"\r\n\r\n", 1, "does not speak HTTP"),
-        (b"", 4, "broke off"),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{", 4, "broke off"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\n{", 4, "broke off"),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{", 4, "broke off"),
+        (b"", 4, "closed the connection"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{", 4, "closed the connection"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n10\r\n{", 4, "closed the connection"),
+        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n{", 4, "closed the connection"),
     ],
     ids=range(7),
 )
-def test_what_is_no_whole_http_answer_is_an_error(
+def test_an_incomplete_or_invalid_http_reply_is_an_error(
     ktrdr: Run, service: FakeService, raw: bytes, exit_code: int, said: str
 ) -> None:
     service.answer(BUDGET_CALL, raw)
@@ -289,7 +286,7 @@ def test_what_is_no_whole_http_answer_is_an_error(
     assert service.url in line
 
 
-def test_nobody_listening_means_unreachable(ktrdr: Run) -> None:
+def test_a_closed_port_means_unreachable(ktrdr: Run) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -307,7 +304,7 @@ def test_tls_to_a_service_without_it_means_unreachable(ktrdr: Run, service: Fake
 
 @pytest.fixture
 def silent(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> FakeService:
-    """A service that takes requests and says nothing; for a command that is not patient."""
+    """A service that accepts requests and never replies, with a short timeout in the command."""
     monkeypatch.setattr(client, "TIMEOUT_S", 0.2)
 
     def wait(request: Request) -> bytes:
@@ -324,24 +321,22 @@ def silent(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> FakeService
     return service
 
 
-def test_no_answer_in_time_means_unreachable(ktrdr: Run, silent: FakeService) -> None:
-    assert failed(ktrdr("agent", "budget"), 4).endswith("did not answer within 0.2 s")
+def test_a_timeout_means_unreachable(ktrdr: Run, silent: FakeService) -> None:
+    assert failed(ktrdr("agent", "budget"), 4).endswith("within 0.2 s")
 
 
 @pytest.mark.parametrize("words", [("reserve", "agent", "1"), ("record", "agent", "1")])
-def test_a_lost_answer_tells_how_to_repeat_the_call_safely(
-    ktrdr: Run, silent: FakeService, words: tuple[str, ...]
-) -> None:
+def test_a_lost_reply_gives_advice_on_a_safe_retry(ktrdr: Run, silent: FakeService, words: tuple[str, ...]) -> None:
     line = failed(ktrdr("budget", *words), 4)
     sent = wait_until(lambda: silent.requests)[-1].body["id"]
     assert line.endswith(f"; it may have taken effect: repeating it with --id {sent} is safe")
 
 
-def test_a_lost_answer_to_a_settlement_says_that_repeating_is_safe(ktrdr: Run, silent: FakeService) -> None:
+def test_a_lost_reply_to_a_settlement_says_that_a_retry_is_safe(ktrdr: Run, silent: FakeService) -> None:
     assert failed(ktrdr("budget", "commit", "op_1"), 4).endswith("; it may have taken effect: repeating it is safe")
 
 
-def test_a_store_that_is_down_tells_how_to_repeat_the_call_safely(ktrdr: Run, service: FakeService) -> None:
+def test_a_store_outage_gives_advice_on_a_safe_retry(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", *reversed(problem(503, "Store unavailable", "the store is down")))
     line = failed(ktrdr("budget", "reserve", "agent", "1", "--id", "op_1"), 4)
     assert line == "ktrdr: the store is down; it may have taken effect: repeating it with --id op_1 is safe"
@@ -366,7 +361,7 @@ def test_names_are_percent_encoded_in_paths(ktrdr: Run, service: FakeService, na
         ({}, "agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 1 h"),
         (
             {"reason": "exceeds_limit", "retry_after": None, "requested": "6.00", "remaining": "5.00"},
-            "agent: exceeds_limit ($5.00 remaining, need $6.00); waiting does not help",
+            "agent: exceeds_limit ($5.00 remaining, need $6.00); a retry cannot succeed",
         ),
         (
             {"budget": "cycles", "reason": "budget_held", "remaining": 0, "requested": 1, "retry_after": 7},
@@ -383,15 +378,15 @@ def test_names_are_percent_encoded_in_paths(ktrdr: Run, service: FakeService, na
         ({"remaining": "0.0000016"}, "agent: budget_exhausted ($0.0000016 remaining, need $0.15); retry in 1 h"),
     ],
 )
-def test_a_denial_is_told_in_one_line(changes: dict[str, object], line: str) -> None:
+def test_a_denial_is_one_line(changes: dict[str, object], line: str) -> None:
     assert denial_line({**DENIAL, **changes}) == line
 
 
-def test_a_denial_of_another_form_is_an_error(ktrdr: Run, service: FakeService) -> None:
+def test_a_malformed_denial_is_an_error(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", {"reason": "budget_exhausted"}, 429)
     failed(ktrdr("budget", "reserve", "agent", "1"), 1)
 
 
-def test_an_invalid_url_is_refused_before_anything_is_sent() -> None:
+def test_an_invalid_url_is_rejected_before_a_request_is_sent() -> None:
     with pytest.raises(InvalidInput, match="http://"):
         Service.at("unix:///tmp/s")

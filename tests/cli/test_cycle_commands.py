@@ -1,4 +1,4 @@
-"""``ktrdr agent trigger``, ``status``, ``cancel`` and ``cycles``: what they ask, what they show, how they end."""
+"""``ktrdr agent trigger``, ``status``, ``cancel`` and ``cycles``: requests, output and exit codes."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ DOWN = {
 # --- trigger --------------------------------------------------------------------------------------
 
 
-def test_trigger_prints_the_answer(ktrdr: Run, service: FakeService) -> None:
+def test_trigger_prints_the_reply(ktrdr: Run, service: FakeService) -> None:
     service.answer(TRIGGER, STARTED, 202)
     for words in ((), ("--json",)):
         result = ktrdr("agent", "trigger", *words)
@@ -82,7 +82,7 @@ def test_trigger_prints_the_answer(ktrdr: Run, service: FakeService) -> None:
         assert result.stdout.count("\n") == 1
 
 
-def test_each_trigger_has_an_id_of_its_own_unless_one_is_given(ktrdr: Run, service: FakeService) -> None:
+def test_each_trigger_has_its_own_id_unless_one_is_given(ktrdr: Run, service: FakeService) -> None:
     service.answer(TRIGGER, STARTED, 202)
     ktrdr("agent", "trigger")
     ktrdr("agent", "trigger")
@@ -94,7 +94,7 @@ def test_each_trigger_has_an_id_of_its_own_unless_one_is_given(ktrdr: Run, servi
     assert all(list(request.body) == ["operation_id"] for request in service.requests)
 
 
-def test_the_options_of_a_trigger_are_sent_as_they_are_given(ktrdr: Run, service: FakeService) -> None:
+def test_the_options_of_a_trigger_are_sent_unchanged(ktrdr: Run, service: FakeService) -> None:
     service.answer(TRIGGER, STARTED, 202)
     options = ("--brief", "Follow trends.", "--model", "haiku", "--bypass-gates")
     assert ktrdr("agent", "trigger", "--id", "op_1", *options).exit_code == 0
@@ -105,14 +105,14 @@ def test_the_options_of_a_trigger_are_sent_as_they_are_given(ktrdr: Run, service
     ]
 
 
-def test_an_option_that_a_trigger_does_not_know_is_a_usage_error(ktrdr: Run, service: FakeService) -> None:
+def test_an_unknown_option_of_trigger_is_a_usage_error(ktrdr: Run, service: FakeService) -> None:
     result = ktrdr("agent", "trigger", "--symbol", "AAPL")
     assert (result.exit_code, service.requests) == (2, [])
     assert "No such option" in result.stderr
 
 
 @pytest.mark.parametrize(
-    ("status", "document", "code", "told"),
+    ("status", "document", "code", "line"),
     [
         (
             429,
@@ -124,7 +124,7 @@ def test_an_option_that_a_trigger_does_not_know_is_a_usage_error(ktrdr: Run, ser
             429,
             {**NOT_STARTED, "retry_after": None},
             3,
-            "denied: Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); waiting does not help",
+            "denied: Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); a retry cannot succeed",
         ),
         (409, RUNNING, 3, "denied: A research cycle is already running: op_7"),
         (409, TAKEN, 1, "ktrdr: the id op_1 is in use otherwise"),
@@ -132,7 +132,7 @@ def test_an_option_that_a_trigger_does_not_know_is_a_usage_error(ktrdr: Run, ser
             429,
             {**NOT_STARTED, "denial_reason": "exceeds_limit", "retry_after": 63_124},
             3,
-            "denied: Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); waiting does not help",
+            "denied: Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); a retry cannot succeed",
         ),
         (429, CROWDED, 3, "denied: the tenant has 3 holds; retry in 9 s"),
         (409, OTHERWISE, 1, "ktrdr: the budget 'agent' has another timezone in the store"),
@@ -145,20 +145,18 @@ def test_an_option_that_a_trigger_does_not_know_is_a_usage_error(ktrdr: Run, ser
         ),
     ],
 )
-def test_an_answer_that_is_no_start_is_printed_too(
-    ktrdr: Run, service: FakeService, status: int, document: dict[str, Any], code: int, told: str
+def test_the_reply_of_a_denied_trigger_is_printed(
+    ktrdr: Run, service: FakeService, status: int, document: dict[str, Any], code: int, line: str
 ) -> None:
     service.answer(TRIGGER, document, status)
     for wait in ((), ("--wait",)):
         result = ktrdr("agent", "trigger", "--id", "op_1", *wait)
-        assert (result.exit_code, result.stderr) == (code, told + "\n")
+        assert (result.exit_code, result.stderr) == (code, line + "\n")
         assert json.loads(result.stdout) == document
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 1), (404, 1), (409, 1), (422, 2), (500, 1), (503, 4)])
-def test_a_problem_that_is_no_answer_to_a_trigger_is_one_line(
-    ktrdr: Run, service: FakeService, status: int, code: int
-) -> None:
+def test_another_problem_document_is_one_line(ktrdr: Run, service: FakeService, status: int, code: int) -> None:
     service.answer(TRIGGER, *reversed(problem(status, "Title", "what is wrong")))
     result = ktrdr("agent", "trigger")
     assert (result.exit_code, result.stdout) == (code, "")
@@ -166,7 +164,7 @@ def test_a_problem_that_is_no_answer_to_a_trigger_is_one_line(
     assert result.stderr.count("\n") == 1
 
 
-def test_a_trigger_whose_answer_is_lost_tells_how_to_repeat_it_safely(ktrdr: Run, service: FakeService) -> None:
+def test_a_trigger_with_a_lost_reply_gives_advice_on_a_safe_retry(ktrdr: Run, service: FakeService) -> None:
     service.answer(TRIGGER, b"HTTP/1.1 202 Accepted\r\nContent-Length: 99\r\n\r\n{")
     result = ktrdr("agent", "trigger")
     assert (result.exit_code, result.stdout) == (4, "")
@@ -174,15 +172,15 @@ def test_a_trigger_whose_answer_is_lost_tells_how_to_repeat_it_safely(ktrdr: Run
 
 
 @pytest.mark.parametrize("document", [{}, {"triggered": True}, {"operation_ids": ["op_1"]}])
-def test_a_start_of_another_shape_is_an_error(ktrdr: Run, service: FakeService, document: dict[str, Any]) -> None:
+def test_a_malformed_reply_to_a_trigger_is_an_error(ktrdr: Run, service: FakeService, document: dict[str, Any]) -> None:
     service.answer(TRIGGER, document, 202)
     result = ktrdr("agent", "trigger")
     assert (result.exit_code, result.stdout) == (1, "")
-    assert "not one of a ktrdr-budget service" in result.stderr
+    assert "not from a ktrdr-budget service" in result.stderr
 
 
 @pytest.mark.parametrize("id", ["", "a b", "x" * 129, "ä"])
-def test_an_id_that_is_none_is_a_usage_error(ktrdr: Run, service: FakeService, id: str) -> None:
+def test_an_invalid_id_is_a_usage_error(ktrdr: Run, service: FakeService, id: str) -> None:
     assert ktrdr("agent", "trigger", "--id", id).exit_code == 2
     assert ktrdr("agent", "cancel", id).exit_code == 2
     assert not service.requests
@@ -214,7 +212,7 @@ def test_without_limits_the_status_says_unlimited(ktrdr: Run, service: FakeServi
     assert ktrdr("agent", "status").stdout.splitlines()[3:5] == ["Budget: unlimited", "Capacity: unlimited, 1 running"]
 
 
-def test_what_the_service_does_not_know_is_unknown(ktrdr: Run, service: FakeService) -> None:
+def test_missing_figures_are_shown_as_unknown(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, {**agent_status(), "budget": None, "capacity": None})
     assert ktrdr("agent", "status").stdout.splitlines()[3:5] == ["Budget: unknown", "Capacity: unknown"]
 
@@ -226,7 +224,7 @@ def test_a_service_of_an_earlier_version_has_neither_budget_nor_capacity(ktrdr: 
     assert ktrdr("agent", "status").stdout.splitlines()[2:] == ["Status: idle", "Last Cycle: none"]
 
 
-def test_a_running_cycle_has_its_block(ktrdr: Run, service: FakeService) -> None:
+def test_a_running_cycle_has_a_block(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, agent_status(cycle(**TRAINED), last=cycle(**COMPLETED, operation_id="op_0")))
     assert ktrdr("agent", "status").stdout == (
         "Agent Status\n"
@@ -258,7 +256,7 @@ def test_several_cycles_have_a_block_each(ktrdr: Run, service: FakeService) -> N
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "shown"),
     [
         (GATED, "failed after 2.0 s, $0.0312 (gate_failed: accuracy 0.05 < 0.1)"),
         (
@@ -279,14 +277,14 @@ def test_several_cycles_have_a_block_each(ktrdr: Run, service: FakeService) -> N
         ),
     ],
 )
-def test_the_last_cycle_tells_why_it_ended(
-    ktrdr: Run, service: FakeService, changes: dict[str, Any], told: str
+def test_the_last_cycle_is_shown_with_its_reason(
+    ktrdr: Run, service: FakeService, changes: dict[str, Any], shown: str
 ) -> None:
     service.answer(STATUS, agent_status(last=cycle(**changes)))
-    assert ktrdr("agent", "status").stdout.splitlines()[-1] == f"Last Cycle: op_1 {told}"
+    assert ktrdr("agent", "status").stdout.splitlines()[-1] == f"Last Cycle: op_1 {shown}"
 
 
-def test_the_json_of_status_is_what_the_service_says(ktrdr: Run, service: FakeService) -> None:
+def test_the_json_of_status_is_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
     said = {**agent_status(cycle()), "something_new": 1}
     service.answer(STATUS, said)
     assert json.loads(ktrdr("agent", "status", "--json").stdout) == said
@@ -305,12 +303,12 @@ def test_status_is_watched_like_the_budget(terminal: Callable[..., Terminal], se
 # --- cancel ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("status", "told"), [("cancelled", "Cancelled"), ("cancelling", "Cancelling")])
-def test_cancel_tells_what_the_service_says(ktrdr: Run, service: FakeService, status: str, told: str) -> None:
+@pytest.mark.parametrize(("status", "title"), [("cancelled", "Cancelled"), ("cancelling", "Cancelling")])
+def test_cancel_shows_the_message_of_the_service(ktrdr: Run, service: FakeService, status: str, title: str) -> None:
     said = {"operation_id": "op_1", "status": status, "message": "it stops\nsoon"}
     service.answer(CANCEL, said)
     result = ktrdr("agent", "cancel", "op_1")
-    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{told} op_1: it stops soon\n", "")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, f"{title} op_1: it stops soon\n", "")
     assert json.loads(ktrdr("agent", "cancel", "op_1", "--json").stdout) == said
 
 
@@ -354,12 +352,12 @@ def test_cycles_are_a_table(ktrdr: Run, service: FakeService) -> None:
     ]
 
 
-def test_no_cycles_are_said_to_be_none(ktrdr: Run, service: FakeService) -> None:
+def test_an_empty_list_of_cycles_has_a_message(ktrdr: Run, service: FakeService) -> None:
     service.answer(CYCLES, {"cycles": [], "next_cursor": None})
     assert ktrdr("agent", "cycles").stdout == "No cycles.\n"
 
 
-def test_cycles_come_page_by_page(ktrdr: Run, service: FakeService) -> None:
+def test_cycles_are_paged(ktrdr: Run, service: FakeService) -> None:
     service.answer(f"{CYCLES}?limit=1", {"cycles": [cycle(operation_id="op_2")], "next_cursor": "c1"})
     service.answer(f"{CYCLES}?limit=1&cursor=c1", {"cycles": [cycle()], "next_cursor": None})
     assert ktrdr("agent", "cycles", "--limit", "1").stdout.endswith("More: --cursor c1, or --all\n")
@@ -368,11 +366,11 @@ def test_cycles_come_page_by_page(ktrdr: Run, service: FakeService) -> None:
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "1001", "x"])
-def test_a_limit_that_is_none_is_a_usage_error(ktrdr: Run, limit: str) -> None:
+def test_an_invalid_limit_is_a_usage_error(ktrdr: Run, limit: str) -> None:
     assert ktrdr("agent", "cycles", "--limit", limit).exit_code == 2
 
 
-# --- Answers of something else --------------------------------------------------------------------
+# --- Malformed replies ---------------------------------------------------------------------------
 
 BROKEN: list[dict[str, Any]] = [
     *(
@@ -387,17 +385,17 @@ BROKEN: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_a_cycle_of_another_shape_is_a_clear_error(ktrdr: Run, service: FakeService, broken: dict[str, Any]) -> None:
+def test_a_malformed_cycle_is_an_error(ktrdr: Run, service: FakeService, broken: dict[str, Any]) -> None:
     service.answer(STATUS, {"status": "idle", "active_cycles": [broken], "last_cycle": None})
     service.answer(CYCLES, {"cycles": [broken], "next_cursor": None})
     for words in (("status",), ("cycles",)):
         result = ktrdr("agent", *words)
         assert (result.exit_code, result.stdout) == (1, "")
-        assert "not one of a ktrdr-budget service" in result.stderr
+        assert "not from a ktrdr-budget service" in result.stderr
         assert result.stderr.count("\n") == 1
 
 
-def test_what_the_service_says_cannot_steer_the_terminal(ktrdr: Run, service: FakeService) -> None:
+def test_text_of_the_service_cannot_send_escape_sequences_to_the_terminal(ktrdr: Run, service: FakeService) -> None:
     evil = "\x1b]0;owned\x07\x1b[2J"
     named = cycle(**{**COMPLETED, "operation_id": evil, "strategy_name": evil, "replica": evil, "phase": evil})
     running = {**named, "outcome": None, "status": "running"}

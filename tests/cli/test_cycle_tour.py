@@ -54,7 +54,7 @@ def test_a_cycle_from_trigger_to_end(server: Server, process: Process, environme
         assert (invalid.returncode, invalid.stdout) == (2, "")
         assert invalid.stderr == "ktrdr: not a cursor of this list\n"
 
-        # The same again is no second one, and is followed to the same end.
+        # A repeated trigger starts no second cycle, and follows the first.
         again = process("agent", "trigger", "--wait", "--id", "op_1", "--json")
         assert again.returncode == 0
         first, last = again.stdout.splitlines()
@@ -63,7 +63,7 @@ def test_a_cycle_from_trigger_to_end(server: Server, process: Process, environme
 
 
 @pytest.mark.slow
-def test_a_cycle_that_is_cancelled_while_others_wait(
+def test_a_cycle_cancelled_during_a_wait(
     server: Server, process: Process, terminal: Callable[..., Terminal], environment: pytest.MonkeyPatch
 ) -> None:
     with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS="3600") as replica:
@@ -92,14 +92,17 @@ def test_a_cycle_that_is_cancelled_while_others_wait(
             assert waiting.returncode == 1
             assert out.splitlines()[-1].startswith("cancelled after ")
             assert err.startswith("ktrdr: op_1 cancelled after ")
-        for unknown, told in (("op_1", "ktrdr: cycle op_1 is cancelled; it cannot be cancelled\n"), ("op_2", "op_2")):
+        for unknown, message in (
+            ("op_1", "ktrdr: cycle op_1 is cancelled; it cannot be cancelled\n"),
+            ("op_2", "op_2"),
+        ):
             ended = process("agent", "cancel", unknown)
             assert (ended.returncode, ended.stdout) == (1, "")
-            assert told in ended.stderr
+            assert message in ended.stderr
 
 
 @pytest.mark.slow
-def test_a_cycle_that_is_not_started(
+def test_a_denied_cycle_and_a_store_outage(
     start_server: Callable[..., Server], process: Process, environment: pytest.MonkeyPatch
 ) -> None:
     store = start_server()
@@ -108,9 +111,9 @@ def test_a_cycle_that_is_not_started(
         ended = wait_until(lambda: _denied(process("agent", "trigger", "--wait")))
         answer: dict[str, Any] = json.loads(ended.stdout)
         assert (answer["triggered"], answer["reason"]) == (False, "budget_exhausted")
-        told = "Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15)"
-        assert answer["message"] == told
-        assert ended.stderr == f"denied: {told}; waiting does not help\n"
+        message = "Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15)"
+        assert answer["message"] == message
+        assert ended.stderr == f"denied: {message}; a retry cannot succeed\n"
         store.kill()
         ended = process("agent", "trigger")
         assert ended.returncode == 4
@@ -122,12 +125,12 @@ def test_a_cycle_that_is_not_started(
 
 
 def _denied(ended: subprocess.CompletedProcess[str]) -> subprocess.CompletedProcess[str] | None:
-    """A replica with so short a deadline may take a busy machine for a store that is away."""
+    """The denial; a replica with so short a timeout may report an outage on a busy machine."""
     return ended if ended.returncode == 3 else None
 
 
 @pytest.mark.slow
-def test_a_worker_that_is_killed_is_told_by_the_other_replica(
+def test_another_replica_reports_a_killed_worker(
     server: Server, process: Process, environment: pytest.MonkeyPatch
 ) -> None:
     settings = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": "3600", "AGENT_CYCLE_TTL": "2"}

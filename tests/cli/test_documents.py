@@ -1,4 +1,4 @@
-"""What the documents tell an operator to type is a whole command."""
+"""The commands in the documents are complete."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CALL = re.compile(r"`ktrdr ([^`]+)`")
 def test_every_call_of_the_command_in_a_document_has_its_arguments(document: Path) -> None:
     for call in CALL.findall(" ".join(document.read_text(encoding="utf-8").split())):
         command: click.Command = main
-        words = ["2" if word == "N" else word for word in shlex.split(call)]  # so many
+        words = ["2" if word == "N" else word for word in shlex.split(call)]  # a placeholder for a count
         while isinstance(command, click.Group):
             command = command.commands[words.pop(0)]
         try:

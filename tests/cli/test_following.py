@@ -1,4 +1,4 @@
-"""``ktrdr agent trigger --wait``: the phases as they pass, how it ends, and what does not end it."""
+"""``ktrdr agent trigger --wait``: progress, results and interruptions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ STEPS = [cycle(), cycle(), cycle(**DESIGNED), cycle(**TRAINED)]
 
 
 def goes(service: FakeService, *steps: dict[str, Any] | tuple[int, dict[str, Any]]) -> None:
-    """The service starts a cycle that is at the next step each time it is asked, and stays at the last."""
+    """Start a cycle that advances one step per request and stays at the last one."""
     left = list(steps)
 
     def answer(request: Request) -> tuple[int, dict[str, Any]]:
@@ -76,13 +76,13 @@ def test_each_step_is_one_line(ktrdr: Run, service: FakeService) -> None:
     ]
 
 
-def test_a_cycle_that_is_over_at_once_shows_all_its_steps(ktrdr: Run, service: FakeService) -> None:
+def test_a_cycle_that_ends_at_once_shows_all_its_steps(ktrdr: Run, service: FakeService) -> None:
     goes(service, cycle(**COMPLETED))
     assert len(ktrdr(*WAIT).stdout.splitlines()) == 12
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "end"),
     [
         (GATED, "failed after 2.0 s, $0.0312 (gate_failed: accuracy 0.05 < 0.1)"),
         (
@@ -95,17 +95,17 @@ def test_a_cycle_that_is_over_at_once_shows_all_its_steps(ktrdr: Run, service: F
         ),
     ],
 )
-def test_a_cycle_that_does_not_complete_is_exit_code_1(
-    ktrdr: Run, service: FakeService, changes: dict[str, Any], told: str
+def test_a_failed_or_cancelled_cycle_has_exit_code_1(
+    ktrdr: Run, service: FakeService, changes: dict[str, Any], end: str
 ) -> None:
     goes(service, cycle(), cycle(**changes))
     result = ktrdr(*WAIT)
     assert result.exit_code == 1
-    assert result.stdout.splitlines()[-1] == told
-    assert result.stderr == f"ktrdr: op_1 {told}\n"
+    assert result.stdout.splitlines()[-1] == end
+    assert result.stderr == f"ktrdr: op_1 {end}\n"
 
 
-def test_json_is_the_answer_and_then_the_cycle_at_each_step(ktrdr: Run, service: FakeService) -> None:
+def test_json_is_the_reply_and_then_the_cycle_at_each_step(ktrdr: Run, service: FakeService) -> None:
     goes(service, *STEPS, cycle(**COMPLETED))
     result = ktrdr(*WAIT, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -113,32 +113,32 @@ def test_json_is_the_answer_and_then_the_cycle_at_each_step(ktrdr: Run, service:
     assert documents == [STARTED, cycle(), cycle(**DESIGNED), cycle(**TRAINED), cycle(**COMPLETED)]
 
 
-def test_a_cycle_that_others_have_followed_is_found_among_the_recent_ones(ktrdr: Run, service: FakeService) -> None:
+def test_a_cycle_followed_by_others_is_found_among_the_recent_ones(ktrdr: Run, service: FakeService) -> None:
     goes(service, cycle())
     service.answer(STATUS, agent_status(last=cycle(operation_id="op_9", **COMPLETED)))
     service.answer(CYCLES, {"cycles": [cycle(operation_id="op_9"), cycle(**COMPLETED)], "next_cursor": "c1"})
     assert ktrdr(*WAIT).stdout.endswith("completed after 5.0 s, $0.0715\n")
 
 
-def test_a_cycle_that_the_service_has_forgotten_is_an_error(ktrdr: Run, service: FakeService) -> None:
+def test_a_cycle_without_a_record_is_an_error(ktrdr: Run, service: FakeService) -> None:
     goes(service, cycle())
     service.answer(STATUS, agent_status())
     service.answer(CYCLES, {"cycles": [], "next_cursor": None})
     result = ktrdr(*WAIT)
-    assert (result.exit_code, result.stderr) == (1, "ktrdr: the service does not know op_1 any more\n")
+    assert (result.exit_code, result.stderr) == (1, "ktrdr: the service has no record of op_1\n")
 
 
-def test_a_status_of_another_shape_is_an_error(ktrdr: Run, service: FakeService) -> None:
+def test_a_malformed_status_is_an_error(ktrdr: Run, service: FakeService) -> None:
     goes(service, {**cycle(), "phase": "resting"})
     result = ktrdr(*WAIT)
     assert result.exit_code == 1
-    assert "not one of a ktrdr-budget service" in result.stderr
+    assert "not from a ktrdr-budget service" in result.stderr
 
 
-# --- A service that is away -----------------------------------------------------------------------
+# --- Outages of the service -----------------------------------------------------------------------
 
 
-def test_a_service_that_is_away_for_a_while_is_told_once_and_awaited(ktrdr: Run, service: FakeService) -> None:
+def test_a_short_outage_is_reported_once(ktrdr: Run, service: FakeService) -> None:
     away = problem(503, "Store unavailable", "the store is down")
     goes(service, cycle(), away, away, away, cycle(**COMPLETED))
     result = ktrdr(*WAIT)
@@ -146,9 +146,7 @@ def test_a_service_that_is_away_for_a_while_is_told_once_and_awaited(ktrdr: Run,
     assert result.stdout.splitlines()[-1] == "completed after 5.0 s, $0.0715"
 
 
-def test_a_service_that_stays_away_is_given_up(
-    ktrdr: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_outage_ends_the_command(ktrdr: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(following, "PATIENCE_S", 0.3)
     goes(service, cycle(), problem(503, "Store unavailable", "the store is down"))
     result = ktrdr(*WAIT)
@@ -156,7 +154,7 @@ def test_a_service_that_stays_away_is_given_up(
     assert result.stderr.splitlines()[-1] == "ktrdr: the store is down; op_1 may still be running"
 
 
-def test_an_error_that_will_not_pass_ends_it(ktrdr: Run, service: FakeService) -> None:
+def test_a_permanent_error_ends_the_command(ktrdr: Run, service: FakeService) -> None:
     goes(service, cycle(), problem(401, "Unauthorized", "a key is needed"))
     assert ktrdr(*WAIT).exit_code == 1
 
@@ -164,12 +162,12 @@ def test_an_error_that_will_not_pass_ends_it(ktrdr: Run, service: FakeService) -
 # --- On a terminal --------------------------------------------------------------------------------
 
 
-def test_a_terminal_shows_the_phases_in_one_place(terminal: OpenTerminal, service: FakeService) -> None:
+def test_a_terminal_redraws_the_phases_in_place(terminal: OpenTerminal, service: FakeService) -> None:
     goes(service, *STEPS, cycle(**COMPLETED))
     opened = terminal(*WAIT)
     assert opened.wait() == 0
-    assert "Ctrl-C ends the waiting, not the cycle." in opened.text
-    assert "\x1b[7A\r" in opened.text  # back up over the six lines and the note
+    assert "Ctrl-C stops waiting; the cycle continues." in opened.text
+    assert "\x1b[7A\r" in opened.text  # moves up over the six lines and the note
     assert "  \x1b[36m▸\x1b[0m training\x1b[K\n" in opened.text
     shown = opened.text.rpartition("A\r")[2].replace("\x1b[K", "").replace("\x1b[32m✓\x1b[0m", "✓")
     assert shown == (
@@ -203,7 +201,7 @@ def test_a_terminal_without_unicode_gets_plain_marks(
         assert f"  {mark}" in opened.text
 
 
-def test_a_service_that_is_away_takes_the_place_of_the_phases(terminal: OpenTerminal, service: FakeService) -> None:
+def test_an_outage_replaces_the_phases(terminal: OpenTerminal, service: FakeService) -> None:
     goes(service, cycle(), problem(503, "Store unavailable", "the store is down"), cycle(**COMPLETED))
     opened = terminal(*WAIT)
     assert opened.wait() == 0
@@ -212,22 +210,22 @@ def test_a_service_that_is_away_takes_the_place_of_the_phases(terminal: OpenTerm
 
 # --- Ctrl-C ---------------------------------------------------------------------------------------
 
-GOES_ON = "ktrdr: stopped waiting; the cycle goes on ('ktrdr agent cancel op_1' ends it)\n"
+CONTINUES = "ktrdr: stopped waiting; the cycle continues (stop it with 'ktrdr agent cancel op_1')\n"
 
 
-def test_ctrl_c_stops_the_waiting_only(terminal: OpenTerminal, service: FakeService) -> None:
+def test_ctrl_c_stops_only_the_wait(terminal: OpenTerminal, service: FakeService) -> None:
     goes(service, cycle(**DESIGNED))
     opened = terminal(*WAIT)
     opened.read_until(lambda text: "momentum_12_26" in text)
     opened.type("\x03")
     assert opened.wait() == 130
-    assert opened.text.endswith(f"^C\n{GOES_ON}")
+    assert opened.text.endswith(f"^C\n{CONTINUES}")
     assert not [request for request in service.requests if request.method == "DELETE"]
 
 
 @pytest.fixture
 def waiting(environment: pytest.MonkeyPatch, service: FakeService) -> Iterator[subprocess.Popen[str]]:
-    """The command as a process, while its cycle does not end."""
+    """The command as a process, with a cycle that does not end."""
     goes(service, cycle())
     pipe = subprocess.PIPE
     with subprocess.Popen(command(*WAIT), stdout=pipe, stderr=pipe, text=True) as process:
@@ -235,14 +233,14 @@ def waiting(environment: pytest.MonkeyPatch, service: FakeService) -> Iterator[s
         process.kill()
 
 
-def test_an_interrupt_without_a_terminal_is_told_too(waiting: subprocess.Popen[str], service: FakeService) -> None:
+def test_an_interrupt_without_a_terminal_is_reported(waiting: subprocess.Popen[str], service: FakeService) -> None:
     wait_until(lambda: len(service.requests) >= 3)
     waiting.send_signal(signal.SIGINT)
     out, err = waiting.communicate(timeout=60)
-    assert (waiting.returncode, err) == (130, GOES_ON)
+    assert (waiting.returncode, err) == (130, CONTINUES)
     assert out.splitlines()[1:] == ["designing"]
 
 
-def test_an_interval_that_is_none_is_a_usage_error(ktrdr: Run, service: FakeService) -> None:
+def test_an_invalid_interval_is_a_usage_error(ktrdr: Run, service: FakeService) -> None:
     assert ktrdr("agent", "trigger", "--wait", "--interval", "0").exit_code == 2
     assert not service.requests

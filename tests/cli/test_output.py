@@ -1,4 +1,4 @@
-"""Money, tables and lines."""
+"""Formats of amounts, tables and lines."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ def test_the_noise_of_a_float_is_not_shown(value: Decimal | int, shown: str) -> 
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "abc", "", True, 1.5, [], {}, b"1"])
-def test_what_is_not_an_amount_is_refused(value: object) -> None:
+def test_an_invalid_amount_is_rejected(value: object) -> None:
     with pytest.raises((ValueError, TypeError, ArithmeticError)):
         amount_text(value)  # type: ignore[arg-type]
 
 
 @given(NANOS)
-def test_money_is_shown_exactly(nanos: int) -> None:
+def test_amounts_are_shown_exactly(nanos: int) -> None:
     shown = amount_text(str(from_units(nanos)))
     assert Decimal(shown.replace("$", "")) * 10**9 == nanos
     assert len(shown.partition(".")[2]) >= 2
 
 
 @given(st.lists(NANOS.map(abs), min_size=1, max_size=4))
-def test_what_is_shown_adds_up(parts: list[int]) -> None:
+def test_shown_amounts_add_up(parts: list[int]) -> None:
     shown = [Decimal(amount_text(str(from_units(part))).removeprefix("$")) for part in parts]
     assert amount_text(str(sum(shown))) == amount_text(str(from_units(sum(parts))))
 
@@ -101,7 +101,7 @@ def test_fractions_are_plain_decimals_in_json_and_stay_numbers() -> None:
     assert json.loads(text) == {**document, "a": [1e-9, 4.85]}
 
 
-def test_a_row_of_the_wrong_length_is_refused() -> None:
+def test_a_row_of_the_wrong_length_is_rejected() -> None:
     with pytest.raises(ValueError, match="zip"):
         Table("A", "B").write([["1"]])
 
@@ -119,11 +119,11 @@ def test_fields_have_their_values_in_one_column() -> None:
         ("x" * 500, "x" * 399 + "…"),
     ],
 )
-def test_somebody_elses_text_cannot_steer_the_terminal(text: str, line: str) -> None:
+def test_external_text_is_stripped_of_control_characters(text: str, line: str) -> None:
     assert one_line(text) == line
 
 
-def test_what_the_terminal_cannot_show_is_escaped() -> None:
+def test_characters_outside_the_encoding_are_escaped() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     write("naïve █", stream)

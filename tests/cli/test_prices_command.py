@@ -1,4 +1,4 @@
-"""``ktrdr prices show``: what a model costs, and why."""
+"""``ktrdr prices show``: the price of a model and its source."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def rows(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()]
 
 
-def test_a_price_is_explained_part_by_part(ktrdr: Run) -> None:
+def test_a_price_is_itemised(ktrdr: Run) -> None:
     result = ktrdr("prices", "show", "gemini-2.5-pro")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.splitlines()[:2] == ["Model:   google/gemini-2.5-pro", "Prices:  genai-prices/0.2.3"]
@@ -34,7 +34,7 @@ def test_a_price_is_explained_part_by_part(ktrdr: Run) -> None:
     ]
 
 
-def test_a_call_is_explained_line_by_line_and_what_is_reserved_for_it(ktrdr: Run) -> None:
+def test_the_cost_of_a_call_is_itemised_with_its_reservation(ktrdr: Run) -> None:
     counts = ("--input", "1000", "--output", "200", "--cached", "300", "--cache-write", "100")
     result = ktrdr("prices", "show", "claude-sonnet-4-5-20250929", *counts)
     assert result.stdout.splitlines() == [
@@ -48,7 +48,7 @@ def test_a_call_is_explained_line_by_line_and_what_is_reserved_for_it(ktrdr: Run
         "output          200  $15.00  million     $0.003",
         "total                                 $0.005265",
         "",
-        "Reserved before such a call, at most: $0.009",
+        "Reserved before the call (maximum cost): $0.009",
     ]
 
 
@@ -58,10 +58,10 @@ def test_a_tier_has_its_own_prices(ktrdr: Run) -> None:
     assert rows(result.stdout)[-3] == ["total", "$0.0045"]
     flex = ktrdr("prices", "show", "gpt-5", "--tier", "flex", "--input", "1000", "--output", "100").stdout
     assert rows(flex)[-3] == ["total", "$0.001125"]
-    assert flex.endswith("at most: $0.00225\n")  # full, it hands calls down to the standard tier
+    assert flex.endswith(": $0.00225\n")  # a full flex tier falls back to the standard tier
 
 
-def test_json_tells_the_same_with_decimal_strings(ktrdr: Run) -> None:
+def test_json_has_the_same_figures_as_decimal_strings(ktrdr: Run) -> None:
     document = json.loads(ktrdr("prices", "show", "gemini-2.5-pro", "--input", "200001", "--json").stdout)
     assert document["prices"][0] == {
         "part": "input",
@@ -89,7 +89,7 @@ def test_the_offline_model_has_a_price(ktrdr: Run) -> None:
     assert rows(result.stdout)[-3] == ["total", "$0.0225"]
 
 
-def test_configured_prices_and_a_fixed_cost_count(ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_configured_prices_and_a_fixed_cost(ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file = tmp_path / "prices.toml"
     file.write_text("[[prices]]\nprovider = 'openai'\nmodel = 'gpt-5'\ninput = 0.0000001\noutput = 2\nrequest = 0.01\n")
     environment.setenv("KTRDR_PRICES_FILE", str(file))
@@ -108,7 +108,7 @@ def test_configured_prices_and_a_fixed_cost_count(ktrdr: Run, environment: pytes
     assert rows(ktrdr("prices", "show", "nonsense", "--output", "5").stdout)[-3][-1] == "$0.02"
 
 
-def test_a_price_for_the_beginning_of_a_name_is_found_without_its_provider(
+def test_a_price_for_a_name_prefix_is_found_without_its_provider(
     ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "prices.toml"
@@ -135,30 +135,28 @@ def test_a_price_for_the_beginning_of_a_name_is_found_without_its_provider(
             1,
             "ktrdr: no price for openai/gpt-99: add it to KTRDR_PRICES_FILE, or set KTRDR_FIXED_CALL_COST",
         ),
-        (("nonsense",), 1, "ktrdr: no provider is known for model 'nonsense'; give --provider"),
+        (("nonsense",), 1, "ktrdr: unknown provider of model 'nonsense'; give --provider"),
         (("gpt-5", "--input", "1", "--cached", "2"), 2, "ktrdr: cached tokens are a part of the input tokens"),
         (("gpt-5", "--input", "-1"), 2, "ktrdr: Invalid value for '--input'"),
         (("gpt-5", "--input", "many"), 2, "ktrdr: Invalid value for '--input'"),
         ((), 2, "ktrdr: Missing argument 'MODEL'"),
     ],
 )
-def test_what_cannot_be_explained_is_one_line(ktrdr: Run, words: tuple[str, ...], exit_code: int, line: str) -> None:
+def test_an_error_is_one_line(ktrdr: Run, words: tuple[str, ...], exit_code: int, line: str) -> None:
     result = ktrdr("prices", "show", *words)
     assert (result.exit_code, result.stdout) == (exit_code, "")
     assert result.stderr.startswith(line)
     assert result.stderr.count("\n") == 1
 
 
-def test_a_file_of_prices_that_is_not_usable_is_one_line(
-    ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_invalid_price_file_is_one_line(ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
     environment.setenv("KTRDR_PRICES_FILE", str(tmp_path / "nowhere.toml"))
     result = ktrdr("prices", "show", "gpt-5")
     assert (result.exit_code, result.stdout) == (2, "")
     assert result.stderr.startswith("ktrdr: KTRDR_PRICES_FILE: cannot read prices from")
 
 
-def test_without_the_price_list_it_tells_what_to_install(ktrdr: Run, environment: pytest.MonkeyPatch) -> None:
+def test_a_missing_price_list_names_the_package_to_install(ktrdr: Run, environment: pytest.MonkeyPatch) -> None:
     environment.setitem(sys.modules, "genai_prices", None)
     result = ktrdr("prices", "show", "gpt-5")
     assert (result.exit_code, result.stdout) == (1, "")

@@ -1,4 +1,4 @@
-"""The command as a whole: usage, completion, mounting, pipes, Ctrl-C, and how fast it is."""
+"""The command as a whole: usage, completion, mounting, pipes, Ctrl-C and speed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Process = Callable[..., "subprocess.CompletedProcess[str]"]
     "words",
     [("budgets",), ("agent", "spend"), ("agent", "budget", "--jsno"), ("agent", "budget", "extra"), ("--port", "1")],
 )
-def test_a_wrong_call_is_one_line_and_exit_code_2(ktrdr: Run, words: tuple[str, ...]) -> None:
+def test_wrong_usage_is_one_line_and_exit_code_2(ktrdr: Run, words: tuple[str, ...]) -> None:
     result = ktrdr(*words)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -65,7 +65,7 @@ def test_every_command_has_a_help_that_fits_the_screen(ktrdr: Run, words: tuple[
     assert result.exit_code == 0
     assert result.stdout.startswith(f"Usage: {' '.join(('ktrdr', *words))} ")
     assert max(map(len, result.stdout.splitlines())) <= 80
-    assert not [line for line in result.stdout.splitlines()[1:] if line.endswith("...")]  # cut short
+    assert not [line for line in result.stdout.splitlines()[1:] if line.endswith("...")]  # truncated
 
 
 @pytest.mark.parametrize("words", every_command(main), ids=" ".join)
@@ -77,7 +77,7 @@ def test_every_help_fits_a_terminal_of_40_columns(
     assert max(map(len, text.splitlines())) <= 40, text
 
 
-def test_the_commands_are_those_of_the_contract() -> None:
+def test_the_commands_match_the_contract() -> None:
     assert set(main.commands) == {"agent", "budget", "prices", "serve", "completion"}
     assert set(prices.commands) == {"show"}
     assert set(agent.commands) == {"budget", "trigger", "status", "cancel", "cycles"}
@@ -118,7 +118,7 @@ def test_an_unexpected_error_is_one_line_and_no_traceback(ktrdr: Run, environmen
 
 
 def host(url: str | None) -> click.Group:
-    """Somebody else's command line, with an object of its own in the context."""
+    """A foreign command line with its own object in the context."""
 
     @click.group()
     @click.pass_context
@@ -138,7 +138,7 @@ def test_the_groups_work_in_another_command_line(service: FakeService, environme
     assert CliRunner().invoke(host(service.url), ["agent", "budget"]).stdout.startswith("Agent Budget Status\n")
 
 
-def test_errors_are_told_in_another_command_line_as_in_ours(
+def test_another_command_line_reports_errors_in_the_same_way(
     service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     service.answer("POST /api/v1/reservations", DENIAL, 429)
@@ -172,7 +172,7 @@ def test_the_completion_for_bash_is_a_script_that_completes(process: Process, tm
 @pytest.mark.parametrize(
     ("name", "variable"), [("ktrdr", "_KTRDR_COMPLETE"), ("ktrdr-budget", "_KTRDR_BUDGET_COMPLETE")]
 )
-def test_the_completion_is_for_the_name_that_was_called(shell: str, name: str, variable: str) -> None:
+def test_the_completion_is_for_the_name_of_the_program(shell: str, name: str, variable: str) -> None:
     called = Path(sys.executable).parent / name
     script = subprocess.run([called, "completion", shell], capture_output=True, text=True, check=True).stdout
     assert f"{variable}={shell}_complete" in script
@@ -189,7 +189,7 @@ def test_exit_codes_and_lines_reach_the_shell(process: Process, service: FakeSer
     service.answer("POST /api/v1/reservations", DENIAL, 429)
     for words, code in (
         (("agent", "budget"), 0),
-        (("budget", "show", "nobody"), 1),
+        (("budget", "show", "unknown"), 1),
         (("budget", "show"), 2),
         (("budget", "reserve", "agent", "0.15"), 3),
         (("--api-url", "http://127.0.0.1:1", "agent", "budget"), 4),
@@ -204,7 +204,7 @@ def test_json_goes_through_a_pipe(process: Process) -> None:
     assert json.loads(process("agent", "budget", "--json").stdout)["daily_limit"] == 5.0
 
 
-def test_a_reader_that_hangs_up_is_no_traceback(service: FakeService, environment: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_gives_no_traceback(service: FakeService, environment: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     ended = subprocess.run(command("agent", "budget"), stdout=writer, stderr=subprocess.PIPE, text=True)
@@ -218,15 +218,13 @@ def test_a_full_disk_is_one_line(process: Process) -> None:
     assert (ended.returncode, ended.stderr) == (1, "ktrdr: No space left on device\n")
 
 
-def test_a_closed_stdout_is_no_traceback(environment: pytest.MonkeyPatch) -> None:
+def test_a_closed_stdout_gives_no_traceback(environment: pytest.MonkeyPatch) -> None:
     words = " ".join(command("agent", "budget"))
     ended = subprocess.run(["sh", "-c", f"exec {words} >&-"], stderr=subprocess.PIPE, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_ctrl_c_ends_a_waiting_command_quietly_with_130(
-    service: FakeService, terminal: Callable[..., Terminal]
-) -> None:
+def test_ctrl_c_ends_a_waiting_command_with_130(service: FakeService, terminal: Callable[..., Terminal]) -> None:
     def wait(request: Request) -> bytes:
         service.stop.wait(30)
         return b""
@@ -239,7 +237,7 @@ def test_ctrl_c_ends_a_waiting_command_quietly_with_130(
     assert opened.text.strip() == "^C"
 
 
-def test_a_latin_locale_shows_what_it_can(process: Process, service: FakeService) -> None:
+def test_a_latin_locale_escapes_other_characters(process: Process, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/agent", {"title": "Nö █", "status": 404}, 404)
     ended = process("budget", "show", "agent", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (ended.returncode, ended.stderr) == (1, "ktrdr: N\\xf6 \\u2588\n")
@@ -249,7 +247,7 @@ def test_a_latin_locale_shows_what_it_can(process: Process, service: FakeService
 
 
 @pytest.mark.parametrize("options", [("--port", "x"), ("--port", "65536"), ("--workers", "0")])
-def test_serve_refuses_what_is_no_port_or_number_of_workers(ktrdr: Run, options: tuple[str, ...]) -> None:
+def test_serve_rejects_invalid_ports_and_numbers_of_workers(ktrdr: Run, options: tuple[str, ...]) -> None:
     assert ktrdr("serve", *options).exit_code == 2
 
 
@@ -260,7 +258,7 @@ def without_server_extra(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
-def test_serve_without_its_packages_tells_what_to_install(
+def test_serve_without_its_packages_names_the_packages_to_install(
     process: Process, without_server_extra: dict[str, str]
 ) -> None:
     ended = process("serve", env=without_server_extra)
@@ -284,7 +282,7 @@ def test_agent_budget_loads_no_store_client_and_no_heavy_package(environment: py
 
 def test_agent_budget_takes_less_than_0_4_seconds(process: Process) -> None:
     def seconds() -> float:
-        """Of a processor: what a busy machine lets it wait is no part of them."""
+        """Processor seconds, which a busy machine does not affect."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)
         assert process("agent", "budget").returncode == 0
         after = resource.getrusage(resource.RUSAGE_CHILDREN)

@@ -1,4 +1,4 @@
-"""``ktrdr budget reserve | commit | release | record``: what is sent, what is shown, and how it ends."""
+"""``ktrdr budget reserve | commit | release | record``: requests, output and exit codes."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def answers(service: FakeService) -> None:
 
 
 def sent(ktrdr: Run, service: FakeService, *words: str) -> dict[str, Any]:
-    """The body of the one request."""
+    """Return the body of the only request."""
     result = ktrdr("budget", *words)
     assert result.exit_code == 0, result.stderr
     assert len(service.requests) == 1
     return dict(service.requests[0].body)
 
 
-# --- What is sent ---------------------------------------------------------------------------------
+# --- Requests -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("command", ["reserve", "record"])
@@ -45,12 +45,12 @@ def sent(ktrdr: Run, service: FakeService, *words: str) -> dict[str, Any]:
         (("agent=0.15", "team:quant=0.15", "cycles=1"), {"agent": "0.15", "team:quant": "0.15", "cycles": "1"}),
     ],
 )
-def test_amounts_are_sent_as_they_were_given(
+def test_amounts_are_sent_unchanged(
     ktrdr: Run, service: FakeService, command: str, words: tuple[str, ...], amounts: dict[str, str]
 ) -> None:
     body = sent(ktrdr, service, command, *words, "--id", "op_1")
     assert body == {"amounts": amounts, "id": "op_1"}
-    assert list(body["amounts"]) == list(amounts)  # the order decides which denial is told
+    assert list(body["amounts"]) == list(amounts)  # the order decides which denial is reported
 
 
 def test_all_options_of_a_reservation_are_sent(ktrdr: Run, service: FakeService) -> None:
@@ -96,7 +96,7 @@ def test_a_label_of_recorded_spend_is_sent(ktrdr: Run, service: FakeService) -> 
     assert sent(ktrdr, service, "record", "agent", "0.02", "--operation", "import")["operation"] == "import"
 
 
-# --- What is shown --------------------------------------------------------------------------------
+# --- Output ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -108,25 +108,25 @@ def test_a_label_of_recorded_spend_is_sent(ktrdr: Run, service: FakeService) -> 
         (("record", "agent", "0.07"), "Recorded op_1: agent $0.07"),
     ],
 )
-def test_each_is_told_in_one_line(ktrdr: Run, words: tuple[str, ...], line: str) -> None:
+def test_each_result_is_one_line(ktrdr: Run, words: tuple[str, ...], line: str) -> None:
     result = ktrdr("budget", *words)
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{line}\n", "")
 
 
-def test_several_budgets_and_counts_are_told(ktrdr: Run, service: FakeService) -> None:
+def test_several_budgets_and_counts_are_shown(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", {**HOLD, "amounts": {"agent": "0.15", "cycles": 1}}, 201)
     assert "op_1: agent $0.15, cycles 1; expires" in ktrdr("budget", "reserve", "agent=0.15", "cycles=1").stdout
 
 
-def test_a_replayed_reservation_tells_what_has_become_of_it(ktrdr: Run, service: FakeService) -> None:
+def test_a_replayed_reservation_shows_its_state(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", {**HOLD, "state": "committed", "replayed": True}, 200)
-    assert ktrdr("budget", "reserve", "agent", "0.15").stdout == "Reserved before, op_1: agent $0.15; committed\n"
+    assert ktrdr("budget", "reserve", "agent", "0.15").stdout == "Replayed op_1: agent $0.15; committed\n"
 
 
-def test_a_settlement_tells_what_was_special(ktrdr: Run, service: FakeService) -> None:
+def test_a_settlement_shows_replay_overrun_and_lateness(ktrdr: Run, service: FakeService) -> None:
     special = {**SETTLED, "replayed": True, "overrun": True, "late": True}
     service.answer("POST /api/v1/reservations/op_1/commit", special)
-    notes = "the same was done before; more than was reserved; after it had expired or was released by hand"
+    notes = "replayed; above the reservation; after expiry or release"
     assert ktrdr("budget", "commit", "op_1").stdout == f"Committed op_1: agent $0.07 ({notes})\n"
 
 
@@ -138,11 +138,11 @@ def test_a_settlement_tells_what_was_special(ktrdr: Run, service: FakeService) -
         (("record", "agent", "0.07"), {**SETTLED, "state": "recorded"}),
     ],
 )
-def test_json_is_what_the_service_says(ktrdr: Run, words: tuple[str, ...], document: dict[str, Any]) -> None:
+def test_json_is_the_reply_of_the_service(ktrdr: Run, words: tuple[str, ...], document: dict[str, Any]) -> None:
     assert json.loads(ktrdr("budget", *words, "--json").stdout) == document
 
 
-# --- How it ends otherwise ------------------------------------------------------------------------
+# --- Errors ---------------------------------------------------------------------------------------
 
 
 def test_a_denial_has_its_line_and_exit_code_3(ktrdr: Run, service: FakeService) -> None:
@@ -202,9 +202,7 @@ def test_errors_have_their_exit_codes(
         ("record", "agent"),
     ],
 )
-def test_a_wrong_call_is_a_usage_error_and_sends_nothing(
-    ktrdr: Run, service: FakeService, words: tuple[str, ...]
-) -> None:
+def test_wrong_usage_is_an_error_and_sends_nothing(ktrdr: Run, service: FakeService, words: tuple[str, ...]) -> None:
     result = ktrdr("budget", *words)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -237,7 +235,7 @@ def test_a_negative_amount_is_an_error_about_the_amount(
     )
 
 
-def test_an_unknown_option_is_still_one(ktrdr: Run) -> None:
+def test_an_unknown_option_is_still_an_error(ktrdr: Run) -> None:
     result = ktrdr("budget", "record", "agent", "0.15", "-x", "--operation", "-5")
     assert (result.exit_code, result.stderr) == (
         2,

@@ -1,4 +1,4 @@
-"""A tour through the whole command against the real service, on an embedded server."""
+"""A tour of all commands against the real service on an embedded server."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def alive(port: int) -> bool:
 
 @pytest.fixture
 def data_dir(tmp_path: Path, environment: pytest.MonkeyPatch) -> Path:
-    """Where the embedded server of the tour keeps its data; with keys, and with more budgets than the agent's."""
+    """The data directory of the embedded server, with keys and several budgets configured."""
     (tmp_path / "budgets.toml").write_text(BUDGETS)
     environment.setenv("AGENT_BUDGET_DIR", str(tmp_path / "budget"))
     environment.setenv("KTRDR_BUDGETS_FILE", str(tmp_path / "budgets.toml"))
@@ -58,7 +58,7 @@ def data_dir(tmp_path: Path, environment: pytest.MonkeyPatch) -> Path:
 
 @contextmanager
 def serving(environment: pytest.MonkeyPatch, log: Path) -> Iterator[int]:
-    """``ktrdr serve`` on a free port, until Ctrl-C, which ends it well."""
+    """``ktrdr serve`` on a free port, until Ctrl-C."""
     port = free_port()
     environment.setenv("KTRDR_API_URL", f"http://127.0.0.1:{port}")
     with log.open("wb") as stderr:
@@ -75,7 +75,7 @@ def serving(environment: pytest.MonkeyPatch, log: Path) -> Iterator[int]:
 
 @pytest.fixture
 def served(data_dir: Path, environment: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """The service on an embedded server, which ends with it."""
+    """The service on an embedded server that ends with it."""
     with serving(environment, tmp_path / "log"):
         yield data_dir
     wait_until(lambda: embedded.find(data_dir) is None)
@@ -83,7 +83,7 @@ def served(data_dir: Path, environment: pytest.MonkeyPatch, tmp_path: Path) -> I
 
 @pytest.fixture
 def tour(served: Path, process: Process) -> Callable[..., str]:
-    """Runs a command that is to end as given; returns what it says on stdout, or on stderr."""
+    """Run a command with the expected exit code; return its stdout, or its stderr."""
 
     def run(*words: str, code: int = 0) -> str:
         ended = process(*words)
@@ -100,16 +100,16 @@ def document(text: str) -> dict[str, Any]:
 
 @pytest.mark.slow
 def test_the_tour(tour: Callable[..., str], environment: pytest.MonkeyPatch) -> None:
-    # An untouched budget.
+    # An unused budget.
     lines = tour("agent", "budget").splitlines()
     assert lines[3:] == ["Daily Limit: $5.00", "Today's Spend: $0.00", "Remaining: $5.00", "Cycles Affordable: ~33"]
 
-    # Reserve, again with the same id, and with other contents.
+    # A reservation, its replay, and a conflict.
     assert tour("budget", "reserve", "agent", "0.15", "--id", "op/1", "--operation", "research").startswith(
         "Reserved op/1: agent $0.15; expires 20"
     )
     assert tour("budget", "reserve", "agent", "0.15", "--id", "op/1", "--operation", "research").startswith(
-        "Reserved before, op/1: agent $0.15; open"
+        "Replayed op/1: agent $0.15; open"
     )
     tour("budget", "reserve", "agent", "0.20", "--id", "op/1", code=1)
     assert tour("agent", "budget").splitlines()[4:] == [
@@ -120,18 +120,18 @@ def test_the_tour(tour: Callable[..., str], environment: pytest.MonkeyPatch) -> 
     ]
     assert "op/1  open    $0.15    $0.00" in tour("budget", "holds", "agent")
 
-    # Settle, record, and what an unknown hold is.
+    # Commits, recorded spend, and unknown holds.
     assert tour("budget", "commit", "op/1", "0.0715") == "Committed op/1: agent $0.0715\n"
-    assert "the same was done before" in tour("budget", "commit", "op/1", "0.0715")
+    assert "(replayed)" in tour("budget", "commit", "op/1", "0.0715")
     tour("budget", "commit", "op/1", "0.08", code=1)
     assert tour("budget", "record", "agent", "0.02", "--id", "op_2") == "Recorded op_2: agent $0.02\n"
-    tour("budget", "release", "nobody", code=1)
+    tour("budget", "release", "unknown", code=1)
     assert tour("budget", "holds", "agent") == "No holds of agent.\n"
     amounts = [entry["amount"] for entry in document(tour("budget", "ledger", "agent", "--json"))["entries"]]
     assert amounts == ["0.02", "0.0715"]
     assert len(tour("budget", "ledger", "agent", "--limit", "1", "--all").splitlines()) == 3
 
-    # Several budgets, all or none; counts; a name that paths do not like.
+    # Several budgets, all or none; counts; a name with characters that paths reserve.
     team = "team:quant/eu@fr"
     tour("budget", "reserve", "agent=0.15", f"{team}=0.15", "requests=3", "--id", "op_3")
     line = tour("budget", "reserve", "agent=0.15", f"{team}=0.15", "requests=1", code=3)
@@ -141,17 +141,17 @@ def test_the_tour(tour: Callable[..., str], environment: pytest.MonkeyPatch) -> 
     assert document(tour("budget", "show", "requests", "--json"))["spent"] == 2
     assert document(tour("budget", "show", team, "--json"))["spent"] == "0.10"
 
-    # Give back: by hand for a worker that seems dead (which may still commit), or by the worker itself.
+    # Releases: an operator's on behalf of a dead worker, which may still commit, and the worker's own.
     tour("budget", "reserve", "agent", "1.00", "--id", "op_4", "--ttl", "60", "--on-expiry", "release")
     assert tour("budget", "release", "op_4") == "Released op_4: agent $0.00\n"
-    assert "(after it had expired or was released by hand)" in tour("budget", "commit", "op_4", "0.10")
+    assert "(after expiry or release)" in tour("budget", "commit", "op_4", "0.10")
     with environment.context() as without:
         without.delenv("KTRDR_ADMIN_KEY")
         tour("budget", "reserve", "agent", "1.00", "--id", "op_5")
         assert tour("budget", "release", "op_5") == "Released op_5: agent $0.00\n"
         tour("budget", "commit", "op_5", "0.10", code=1)
 
-    # Limits: for the admin key only, and over the configured one.
+    # Limits: set with the admin key only, and overriding the configured one.
     assert "set at run time until" in tour("budget", "set-limit", "agent", "0.20", "--until", "window")
     line = tour("budget", "reserve", "agent", "0.15", code=3)
     assert line.startswith("denied: agent: budget_exhausted ($0.0085 remaining, need $0.15); retry in ")
@@ -160,16 +160,16 @@ def test_the_tour(tour: Callable[..., str], environment: pytest.MonkeyPatch) -> 
     assert "Remaining: unlimited" in tour("agent", "budget")
     assert "Limit:         $5.00\n" in tour("budget", "clear-limit", "agent")
     line = tour("budget", "reserve", "agent", "6", code=3)
-    assert line == "denied: agent: exceeds_limit ($4.8085 remaining, need $6.00); waiting does not help\n"
+    assert line == "denied: agent: exceeds_limit ($4.8085 remaining, need $6.00); a retry cannot succeed\n"
     tour("budget", "set-limit", "agent", "a lot", code=2)
-    tour("budget", "set-limit", "nobody", "1", code=1)
+    tour("budget", "set-limit", "unknown", "1", code=1)
     with environment.context() as without:
         without.delenv("KTRDR_ADMIN_KEY")
         assert "KTRDR_ADMIN_KEY" in tour("budget", "set-limit", "agent", "1", code=1)
         without.setenv("KTRDR_API_KEY", "wrong")
         assert "KTRDR_API_KEY" in tour("agent", "budget", code=1)
 
-    # Exhausted is shown with 0; it adds up all the same.
+    # An exhausted budget is shown with exit code 0, and adds up.
     tour("budget", "record", "agent", "6.00")
     assert "Remaining: $0.00\nCycles Affordable: ~0" in tour("agent", "budget")
     assert document(tour("agent", "budget", "--json"))["today_spend"] == 6.1915
@@ -178,7 +178,7 @@ def test_the_tour(tour: Callable[..., str], environment: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-def test_serve_refuses_a_setting_that_is_not_usable_in_one_line(
+def test_serve_rejects_an_invalid_setting_in_one_line(
     data_dir: Path, process: Process, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("AGENT_DAILY_BUDGET", "a lot")
@@ -190,7 +190,7 @@ def test_serve_refuses_a_setting_that_is_not_usable_in_one_line(
 
 
 @pytest.mark.slow
-def test_a_store_that_goes_away_and_comes_back(
+def test_an_outage_of_the_store(
     start_server: Callable[..., Server], process: Process, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     store = start_server(None, "--appendonly", "yes", "--appendfsync", "always")

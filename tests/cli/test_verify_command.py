@@ -24,7 +24,7 @@ BUDGETS = [Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens", period
 
 
 def spend(url: str) -> None:
-    """Something of everything: $0.09 spent, $0.15 held, 100 tokens spent and 10 held."""
+    """Spend of all kinds: $0.09 spent, $0.15 held, 100 tokens spent and 10 held."""
     with BudgetLimiter(url, BUDGETS) as limiter:
         limiter.reserve("agent", "0.15", id="op_1").commit("0.07")
         limiter.record({"agent": "0.02", "tokens": 100}, id="op_2")
@@ -33,7 +33,7 @@ def spend(url: str) -> None:
 
 @pytest.fixture
 def store(server: Server, environment: pytest.MonkeyPatch) -> Server:
-    """A store with some spend in it, which the command will read."""
+    """A store with some spend, configured for the command."""
     spend(server.url)
     environment.setenv("KTRDR_REDIS_URL", server.url)
     return server
@@ -60,7 +60,7 @@ def test_a_store_that_adds_up_has_a_line_per_window_and_exit_code_0(ktrdr: Run, 
     ]
 
 
-def test_a_window_that_cannot_be_read_is_named_and_the_others_are_checked(ktrdr: Run, store: Server) -> None:
+def test_an_unreadable_window_is_named_and_the_others_are_checked(ktrdr: Run, store: Server) -> None:
     with store.client() as client:
         key = window_key(store, "agent")
         client.delete(key)
@@ -110,7 +110,7 @@ def test_json_has_the_sums_of_each_window(ktrdr: Run, store: Server) -> None:
     }
 
 
-def test_json_of_a_window_that_does_not_add_up_says_so(ktrdr: Run, store: Server) -> None:
+def test_json_marks_a_window_that_does_not_add_up(ktrdr: Run, store: Server) -> None:
     corrupt(store, "spent", 1)
     result = ktrdr("budget", "verify", "--json")
     assert result.exit_code == 1
@@ -120,9 +120,7 @@ def test_json_of_a_window_that_does_not_add_up_says_so(ktrdr: Run, store: Server
     assert "0.090000001" in {window["spent"] for window in document["windows"]}
 
 
-def test_a_window_without_a_conclusion_is_no_failure(
-    ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
-) -> None:
+def test_an_inconclusive_window_is_no_failure(ktrdr: Run, store: Server, environment: pytest.MonkeyPatch) -> None:
     report = audit.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
     environment.setattr(audit.Auditor, "check", lambda auditor: [report])
     result = ktrdr("budget", "verify")
@@ -130,7 +128,7 @@ def test_a_window_without_a_conclusion_is_no_failure(
     assert result.stdout.splitlines()[1].startswith("inconclusive  agent")
 
 
-def test_another_tenant_has_windows_of_its_own(ktrdr: Run, store: Server, environment: pytest.MonkeyPatch) -> None:
+def test_each_tenant_has_its_own_windows(ktrdr: Run, store: Server, environment: pytest.MonkeyPatch) -> None:
     corrupt(store, "spent", 1)
     environment.setenv("KTRDR_TENANT", "other")
     result = ktrdr("budget", "verify")
@@ -168,7 +166,7 @@ def test_no_running_embedded_server_means_unreachable_and_none_is_created(ktrdr:
     assert not data_dir.exists()
 
 
-# --- Stores that cannot be read -------------------------------------------------------------------
+# --- Unreadable stores ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -183,7 +181,7 @@ def test_no_running_embedded_server_means_unreachable_and_none_is_created(ktrdr:
         ("redis://:hunter2@127.0.0.1/?socket_timeout=soon", 2),
     ],
 )
-def test_a_store_that_cannot_be_read_is_one_line_without_secrets(
+def test_an_unreadable_store_is_one_line_without_secrets(
     ktrdr: Run, environment: pytest.MonkeyPatch, url: str, exit_code: int
 ) -> None:
     environment.setenv("KTRDR_REDIS_URL", url)
@@ -194,7 +192,7 @@ def test_a_store_that_cannot_be_read_is_one_line_without_secrets(
     assert "hunter2" not in result.stderr
 
 
-def test_a_store_that_wants_a_password_is_one_line(
+def test_a_missing_password_is_one_line(
     ktrdr: Run, start_server: Callable[..., Server], environment: pytest.MonkeyPatch
 ) -> None:
     store = start_server(None)
@@ -207,7 +205,7 @@ def test_a_store_that_wants_a_password_is_one_line(
     assert result.stderr.count("\n") == 1
 
 
-def test_a_tenant_that_is_no_name_is_a_usage_error(ktrdr: Run, environment: pytest.MonkeyPatch) -> None:
+def test_an_invalid_tenant_is_a_usage_error(ktrdr: Run, environment: pytest.MonkeyPatch) -> None:
     environment.setenv("KTRDR_TENANT", "a b")
     assert ktrdr("budget", "verify").exit_code == 2
 
@@ -215,7 +213,7 @@ def test_a_tenant_that_is_no_name_is_a_usage_error(ktrdr: Run, environment: pyte
 # --- Repair ---------------------------------------------------------------------------------------
 
 
-def test_repair_shows_what_it_has_changed_with_exit_code_0(ktrdr: Run, store: Server) -> None:
+def test_repair_lists_its_changes_with_exit_code_0(ktrdr: Run, store: Server) -> None:
     corrupt(store, "spent", 10_000_000)
     corrupt(store, "events", 2)
     day = public(window_key(store, "agent").rpartition(":")[2])
@@ -229,7 +227,7 @@ def test_repair_shows_what_it_has_changed_with_exit_code_0(ktrdr: Run, store: Se
     assert ktrdr("budget", "verify").exit_code == 0
 
 
-def test_a_repair_of_what_is_right_says_so(ktrdr: Run, store: Server) -> None:
+def test_a_repair_without_changes_has_a_message(ktrdr: Run, store: Server) -> None:
     result = ktrdr("budget", "verify", "--repair")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "Nothing to repair in 2 windows.\n", "")
 
@@ -248,14 +246,14 @@ def test_a_repair_in_json_has_counters_and_indexes_before_and_after(ktrdr: Run, 
     assert {window["held"] for window in document["windows"]} == {"0.15", 10}
 
 
-def test_what_could_not_be_repaired_is_exit_code_1(ktrdr: Run, store: Server, environment: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_repair_has_exit_code_1(ktrdr: Run, store: Server, environment: pytest.MonkeyPatch) -> None:
     report = audit.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
     environment.setattr(audit.Auditor, "repair", lambda auditor: audit.Repair([report]))
     result = ktrdr("budget", "verify", "--repair")
-    assert (result.exit_code, result.stderr) == (1, "ktrdr: 1 of 1 windows do not add up, or were too busy to tell\n")
+    assert (result.exit_code, result.stderr) == (1, "ktrdr: 1 of 1 windows do not add up or are inconclusive\n")
 
 
-def test_repair_does_not_go_with_watch(ktrdr: Run, store: Server) -> None:
+def test_repair_cannot_be_combined_with_watch(ktrdr: Run, store: Server) -> None:
     result = ktrdr("budget", "verify", "--repair", "--watch")
     assert (result.exit_code, result.stdout) == (2, "")
 
@@ -265,7 +263,7 @@ def test_repair_does_not_go_with_watch(ktrdr: Run, store: Server) -> None:
 
 @pytest.fixture
 def watching(store: Server) -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts the command as a process of its own."""
+    """Start the command as a separate process."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*options: str) -> subprocess.Popen[str]:
@@ -281,7 +279,7 @@ def watching(store: Server) -> Iterator[Callable[..., subprocess.Popen[str]]]:
 
 
 def read_until(process: subprocess.Popen[str], part: str) -> list[str]:
-    """The lines up to the first that holds this."""
+    """Return the lines up to the first one with this part."""
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
@@ -292,7 +290,7 @@ def read_until(process: subprocess.Popen[str], part: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_watch_over_books_that_add_up_ends_well(
+def test_a_watch_without_findings_has_exit_code_0(
     watching: Callable[..., subprocess.Popen[str]], number: signal.Signals
 ) -> None:
     process = watching()
@@ -303,7 +301,7 @@ def test_a_watch_over_books_that_add_up_ends_well(
     assert (process.returncode, stderr) == (0, "")
 
 
-def test_a_watch_tells_each_change_once_and_fails_at_the_end_if_the_books_ever_failed(
+def test_a_watch_reports_each_change_once_and_fails_if_a_window_ever_failed(
     watching: Callable[..., subprocess.Popen[str]], store: Server
 ) -> None:
     process = watching()
@@ -313,7 +311,7 @@ def test_a_watch_tells_each_change_once_and_fails_at_the_end_if_the_books_ever_f
     assert "DOES NOT ADD UP: agent " in change
     assert "spent $0.10, unconfirmed $0.00, ledger $0.09, held $0.15, holds $0.15" in change
     assert "1 of 2 windows DO NOT ADD UP" in read_until(process, "windows")[-1]
-    assert "windows DO NOT ADD UP" in read_until(process, "windows")[-1], "the change itself is told once"
+    assert "windows DO NOT ADD UP" in read_until(process, "windows")[-1], "a change is reported once"
     corrupt(store, "spent", -10_000_000)
     assert "ok: agent" in read_until(process, "ok")[-1]
     read_until(process, "ok, windows: 2")
@@ -322,7 +320,7 @@ def test_a_watch_tells_each_change_once_and_fails_at_the_end_if_the_books_ever_f
     assert (process.returncode, stderr) == (1, "ktrdr: 1 windows did not add up\n")
 
 
-def test_a_watch_in_json_is_a_line_each_time(watching: Callable[..., subprocess.Popen[str]]) -> None:
+def test_a_watch_in_json_writes_one_line_per_check(watching: Callable[..., subprocess.Popen[str]]) -> None:
     process = watching("--json")
     documents = [json.loads(read_until(process, "adds_up")[-1]) for _ in range(2)]
     assert [len(document["windows"]) for document in documents] == [2, 2]
@@ -332,7 +330,7 @@ def test_a_watch_in_json_is_a_line_each_time(watching: Callable[..., subprocess.
     assert process.returncode == 0
 
 
-def test_a_watch_outlives_its_store_and_says_that_nothing_is_known(
+def test_a_watch_survives_an_outage_of_the_store(
     start_server: Callable[..., Server],
     watching: Callable[..., subprocess.Popen[str]],
     environment: pytest.MonkeyPatch,

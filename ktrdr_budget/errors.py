@@ -25,7 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from decimal import Decimal
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
     from ktrdr_budget.models import Denial, HoldState
@@ -213,10 +213,15 @@ class StoreUnavailable(BudgetError):
 
 
 class StoreError(StoreUnavailable):
-    """The store answered, but with an error: nothing was admitted."""
+    """The store replied with an error: nothing was admitted.
 
-    def __init__(self, message: str, *, ambiguous: bool = False) -> None:
+    ``fault`` is ``login`` if the store refuses the user or the password, ``protocol`` if the server is not a Redis
+    server or its use of TLS contradicts the URL, else empty.
+    """
+
+    def __init__(self, message: str, *, ambiguous: bool = False, fault: Literal["", "login", "protocol"] = "") -> None:
         super().__init__(message, ambiguous=ambiguous, reached=True)
+        self.fault = fault
 
 
 class InvalidArgument(BudgetError, ValueError):

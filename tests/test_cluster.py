@@ -13,7 +13,7 @@ import wrapt
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, StoreError, StoreUnavailable
 from ktrdr_budget.audit import verify
-from ktrdr_budget.engine.transport import redis_pool
+from ktrdr_budget.engine.transport import resp
 from ktrdr_budget.money import to_units
 
 from .conftest import redis_binary, valkey_binary
@@ -22,6 +22,7 @@ from .helpers.nodes import free_ports
 from .helpers.patience import hurried
 from .helpers.processes import in_child, workers
 from .helpers.stopwatch import Stopwatch
+from .helpers.stores import current_port, own_connections
 from .helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("team:quant", "5.00"), Budget("cycles", 10, unit="cycles")]
@@ -328,13 +329,13 @@ async def test_a_slot_that_valkey_moves_as_a_whole_is_followed_without_a_pause(c
         spending = False
         await asyncio.gather(*spenders)
         assert (await limiter.status("agent")).spent == spent * Decimal("0.001")
-        assert limiter._session.losses == 0
+        assert limiter.losses == 0
 
 
 @pytest.mark.parametrize("way", ["wires", "without hiredis", "watched"])
 async def test_moved_and_ask_are_followed_at_once_whatever_carries_the_calls(cluster, monkeypatch, way):
     if way == "without hiredis":
-        monkeypatch.setattr(redis_pool, "Reader", None)
+        monkeypatch.setattr(resp, "Reader", None)
     if way == "watched":
         plain = redis.asyncio.Redis.execute_command
         monkeypatch.setattr(redis.asyncio.Redis, "execute_command", plain)  # put back at the end
@@ -343,7 +344,7 @@ async def test_moved_and_ask_are_followed_at_once_whatever_carries_the_calls(clu
         )
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
-        assert bool(limiter._store._connections.opened) == (way == "wires")
+        assert bool(own_connections(limiter)) == (way == "wires")
         source = cluster.owner("default")
         with cluster.migrating("default", cluster.others(source)[0]) as move:
             while move():
@@ -356,7 +357,7 @@ async def test_moved_and_ask_are_followed_at_once_whatever_carries_the_calls(clu
         async with asyncio.timeout(20):
             await hold.commit("0.50")
             assert (await limiter.status("agent")).spent == Decimal("0.50")
-        assert limiter._store._server.address[1] == cluster.owner("default").port
+        assert current_port(limiter) == cluster.owner("default").port
 
 
 # -- a master that dies ------------------------------------------------------------------------------------------------
@@ -372,7 +373,7 @@ async def test_a_master_that_dies_is_replaced_within_the_deadline_of_a_call(eith
             calls = (limiter.reserve("agent", "0.50", id="op_2"), limiter.status("agent"), hold.commit("0.25"))
             _, _, settlement = await asyncio.gather(*calls)
             assert settlement.amounts == {"agent": Decimal("0.25")}
-            assert limiter._store._server.address[1] == either.wait_owner("default", old).port
+            assert current_port(limiter) == either.wait_owner("default", old).port
             assert (await limiter.status("agent")).held == Decimal("0.50")
         finally:
             old.start()
@@ -399,7 +400,7 @@ async def test_a_failover_on_request_loses_nothing_and_is_hardly_noticed(cluster
         spending = False
         await asyncio.gather(*spenders)
         assert (await limiter.status("agent")).spent == spent * Decimal("0.001")
-        assert limiter._session.losses == 0
+        assert limiter.losses == 0
 
 
 async def test_a_master_that_hangs_is_left_as_soon_as_another_is_elected(cluster):

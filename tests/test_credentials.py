@@ -14,7 +14,7 @@ from redis.credentials import CredentialProvider, UsernamePasswordCredentialProv
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, BudgetTracker, StoreUnavailable
 from ktrdr_budget.audit import Auditor, verify
-from ktrdr_budget.engine.transport import redis_pool
+from ktrdr_budget.engine.transport import resp
 from ktrdr_budget.errors import InvalidArgument, StoreError
 from ktrdr_budget.telemetry.audit import Audit
 
@@ -80,7 +80,7 @@ FORMS = {"callable": lambda vault: vault, "provider": Provider, "async provider"
 @pytest.mark.parametrize("form", FORMS)
 async def test_a_provider_is_asked_at_each_connection(own, form, way, monkeypatch, caplog):
     if way == "client":
-        monkeypatch.setattr(redis_pool, "Reader", None)
+        monkeypatch.setattr(resp, "Reader", None)
     vault = Vault(own)
     async with AsyncBudgetLimiter(own.url, BUDGETS, credential_provider=FORMS[form](vault)) as limiter:
         await limiter.reserve("agent", "0.15")

@@ -12,10 +12,14 @@ from pathlib import Path
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
 from ktrdr_budget.engine.protocol import Command
 
+from .helpers.stores import store_of
+
 
 def server_pid(limiter: BudgetLimiter) -> int:
     async def ask() -> bytes:
-        return await limiter._store.run(Command(None, (), ("INFO", "server")), asyncio.get_running_loop().time() + 30)
+        return await store_of(limiter).run(
+            Command(None, (), ("INFO", "server")), asyncio.get_running_loop().time() + 30
+        )
 
     found = re.search(rb"process_id:(\d+)", limiter._portal.run(ask()))
     assert found

@@ -13,7 +13,7 @@ import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
 from ktrdr_budget.audit import verify
-from ktrdr_budget.engine.transport import redis_pool
+from ktrdr_budget.engine.transport import resp
 from ktrdr_budget.errors import StoreError
 
 from .conftest import free_port
@@ -89,7 +89,7 @@ async def refusal(url: str) -> str:
         with pytest.raises(StoreError) as refused:
             await call()
     checks = await limiter.check()
-    assert (checks["store"], checks["scripts"]) == (str(refused.value), "unknown: it is no store")
+    assert (checks["store"], checks["scripts"]) == (str(refused.value), "unknown: it is not a store")
     await limiter.close()
     return str(refused.value)
 
@@ -98,35 +98,35 @@ async def refusal(url: str) -> str:
 @pytest.mark.parametrize("form", ["rediss://127.0.0.1:{}", "rediss://127.0.0.1:{}?ssl_cert_reqs=none"])
 async def test_a_server_without_tls_is_named(plain, form, way, monkeypatch):
     if way == "client":
-        monkeypatch.setattr(redis_pool, "Reader", None)
+        monkeypatch.setattr(resp, "Reader", None)
     assert f"the server at 127.0.0.1:{plain} does not speak TLS" in await refusal(form.format(plain))
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss"])
 async def test_an_http_server_is_named(web, scheme):
     words = await refusal(f"{scheme}://127.0.0.1:{web}")
-    assert f"the server at 127.0.0.1:{web} is not a Redis server: it answered HTTP" in words
+    assert f"the server at 127.0.0.1:{web} is not a Redis server: it speaks HTTP" in words
 
 
 @pytest.mark.parametrize("way", ["wires", "client"])
 async def test_a_store_whose_port_an_http_server_takes_later_is_named(start_server, way, monkeypatch):
     if way == "client":
-        monkeypatch.setattr(redis_pool, "Reader", None)
+        monkeypatch.setattr(resp, "Reader", None)
     port = free_port()
     own = start_server(None, "--port", str(port))
     limiter = AsyncBudgetLimiter(f"redis://127.0.0.1:{port}", BUDGETS, timeout=20.0)
     await limiter.reserve("agent", "0.15")
     own.kill()
     with served(http.server.ThreadingHTTPServer(("127.0.0.1", port), Page)):
-        with pytest.raises(StoreError, match="it is not a Redis server: it answered HTTP"):
+        with pytest.raises(StoreError, match="it is not a Redis server: it speaks HTTP"):
             await limiter.reserve("agent", "0.15")
-        assert "it answered HTTP" in str((await limiter.check())["store"])
+        assert "it speaks HTTP" in str((await limiter.check())["store"])
     await limiter.close()
 
 
 @pytest.mark.parametrize("form", ["redis+sentinel://127.0.0.1:{}/main", "redis+cluster://127.0.0.1:{}"])
 async def test_an_http_server_behind_which_no_node_is_named_is_named(web, form):
-    assert "it answered HTTP" in await refusal(form.format(web))
+    assert "it speaks HTTP" in await refusal(form.format(web))
 
 
 def test_the_sync_limiter_and_the_audit_say_so_too(plain):

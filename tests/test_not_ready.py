@@ -20,6 +20,7 @@ from ktrdr_budget.money import to_units
 from .conftest import free_port
 from .helpers.keyspace import spent_and_held, sums
 from .helpers.patience import in_haste
+from .helpers.stores import store_of
 from .helpers.waiting import until, wait_until
 
 BUDGET = Budget("agent", "500.00")
@@ -187,7 +188,7 @@ async def test_what_was_under_way_when_the_event_loop_stood_still_is_granted_by_
     if not connected:
         replica._coalescer.recovery.stop()
         await until(lambda: not replica._coalescer._background.tasks)
-        replica._store._wires.drop_idle()
+        store_of(replica).node.connections.discard_idle()
     with in_haste(replica, 0.5):
         tries = [asyncio.create_task(replica.reserve("agent", "0.01")) for _ in range(30)]
         for _ in range(turns):
@@ -205,7 +206,7 @@ async def test_nothing_is_admitted_while_the_event_loop_stands_still_again_and_a
         await until(lambda: policy == "allow" or limiter.prepaid["agent"])
         limiter._coalescer.recovery.stop()
         await until(lambda: not limiter._coalescer._background.tasks)
-        limiter._store._wires.drop_idle()
+        store_of(limiter).node.connections.discard_idle()
         with in_haste(limiter, 0.3):
             tries = [asyncio.create_task(limiter.reserve("agent", "0.01")) for _ in range(30)]
             while not all(tried.done() for tried in tries):

@@ -27,6 +27,7 @@ from ktrdr_budget.engine.replica import journal as memory
 from .helpers.keyspace import window_key
 from .helpers.patience import away, hurried
 from .helpers.proxy import Proxy
+from .helpers.stores import store_of
 from .helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests"), Budget("jobs", 3, kind="slots")]
@@ -522,8 +523,8 @@ async def test_a_limiter_that_was_dropped_asks_no_more(server):
     with away(server.url):  # for the timer of a call's deadline keeps it
         await limiter.record("agent", "0.01")
     forgotten = weakref.ref(limiter._coalescer.recovery)
-    wires = limiter._store._connections  # closed here; whoever drops a limiter leaves that to the collector
-    await wires.close()
+    connections = store_of(limiter).node.connections  # closed here; otherwise the collector closes them
+    await connections.close()
     del limiter
     await until(lambda: gc.collect() >= 0 and forgotten() is None)
 

@@ -12,12 +12,14 @@ import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreError, StoreUnavailable
 from ktrdr_budget.audit import verify
+from ktrdr_budget.engine.transport.failover import FailoverStore
 
 from .conftest import redis_binary, valkey_binary
 from .helpers.nodes import Node, free_ports
 from .helpers.processes import in_child
 from .helpers.sentinels import SentinelGroup
 from .helpers.stopwatch import Stopwatch
+from .helpers.stores import current_port, own_connections, store_of
 from .helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
@@ -70,12 +72,12 @@ async def _new_master(group: SentinelGroup, old: Node) -> int:
 async def test_batches_and_reads_go_to_the_master(steady):
     async with AsyncBudgetLimiter(steady.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
-        assert limiter._store._connections.opened, "by a connection of our own"
+        assert own_connections(limiter)
         await hold.commit("0.07")
         assert (await limiter.get("op_1")).state == "committed"
         assert (await limiter.status("agent")).spent == Decimal("0.07")
         assert steady.master.command("EXISTS", "ktrdr:{default}:meta")
-        shown = f"{limiter!r} {limiter.store_url} {limiter._store!r} {limiter._store._discovery.url!r}"
+        shown = f"{limiter!r} {limiter.store_url} {store_of(limiter)!r}"
         assert "pass-word" not in shown
         assert "ktrdr:***@" in shown
     [report] = verify(steady.url)
@@ -104,9 +106,9 @@ async def test_a_master_that_is_killed_is_replaced_within_the_deadline_of_a_call
         calls = (limiter.reserve("agent", "0.50", id="op_2"), limiter.status("agent"), hold.commit("0.25"))
         _, _, settlement = await asyncio.gather(*calls)
         assert settlement.amounts == {"agent": Decimal("0.25")}
-        assert limiter._store._server.address[1] == await _new_master(either, old)
+        assert current_port(limiter) == await _new_master(either, old)
         assert (await limiter.status("agent")).held == Decimal("0.50")
-        assert limiter._session.losses == 0
+        assert limiter.losses == 0
 
 
 async def test_a_failover_on_request_moves_every_limiter_before_the_old_master_is_told(group):
@@ -117,13 +119,13 @@ async def test_a_failover_on_request_moves_every_limiter_before_the_old_master_i
         await until(lambda: group.replicated())
         new = await asyncio.to_thread(group.fail_over)
         began = time.monotonic()
-        await until(lambda: limiter._store._server and limiter._store._server.address[1] == new.port)
+        await until(lambda: current_port(limiter) == new.port)
         role = old.client.role()[0]
         assert role == "master" or time.monotonic() - began > 0.5, "nobody has told it yet"
         await hold.commit("0.25")
         await limiter.record("agent", "0.50")
         assert new.client.role()[0] == "master"
-        assert limiter._session.losses == 0
+        assert limiter.losses == 0
         assert (await limiter.status("agent")).spent == Decimal("0.75")
 
 
@@ -132,10 +134,10 @@ async def test_a_master_that_was_made_a_replica_refuses_and_is_asked_for_anew(st
     async with AsyncBudgetLimiter(steady.url, BUDGETS, timeout=20.0) as limiter:
         await limiter.reserve("agent", "1.00", id="op_1")
         master, other = steady.master, steady.replicas[0]
-        first = limiter._store._server
+        first = store_of(limiter).node
         master.command("REPLICAOF", "127.0.0.1", other.port)
         waiting = asyncio.create_task(limiter.reserve("agent", "0.50", id="op_2"))
-        await until(lambda: limiter._store._server not in (first, None))
+        await until(lambda: store_of(limiter).node not in (first, None))
         assert not waiting.done()
         master.command("REPLICAOF", "NO", "ONE")
         await waiting
@@ -150,7 +152,7 @@ async def test_a_master_that_hangs_is_left_as_soon_as_the_sentinels_agree(group)
         old.pause()
         async with asyncio.timeout(50):
             await asyncio.gather(limiter.reserve("agent", "0.50", id="op_2"), limiter.status("agent"))
-        assert limiter._store._server.address[1] == await _new_master(group, old)
+        assert current_port(limiter) == await _new_master(group, old)
 
 
 async def test_a_replica_that_lagged_is_told_what_it_lacks(group):
@@ -163,7 +165,7 @@ async def test_a_replica_that_lagged_is_told_what_it_lacks(group):
         await limiter.reserve("agent", "0.25", id="op_1")
         old.kill()
         await until(lambda: _knows(limiter))
-        assert limiter._session.losses == 1
+        assert limiter.losses == 1
 
 
 async def test_a_hold_that_a_failover_has_lost_is_settled_by_its_id(group):
@@ -187,6 +189,12 @@ async def _knows(limiter: AsyncBudgetLimiter) -> bool:
     return (status.spent, status.held) == (Decimal("1.50"), Decimal("0.25"))
 
 
+async def _check_server(limiter: AsyncBudgetLimiter) -> None:
+    store = store_of(limiter)
+    assert isinstance(store, FailoverStore) and store.node is not None
+    await store.check(store.node)
+
+
 async def test_one_sentinel_that_answers_is_enough_and_one_that_hangs_delays_nothing(group):
     group.sentinels[0].pause()
     group.sentinels[1].pause()
@@ -194,7 +202,7 @@ async def test_one_sentinel_that_answers_is_enough_and_one_that_hangs_delays_not
         async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=20.0) as limiter:
             await limiter.reserve("agent", "0.01")
             group.sentinels[2].pause()
-            await limiter._store._look(limiter._store._discovery, limiter._store._server, False)
+            await _check_server(limiter)
             await limiter.reserve("agent", "0.01")  # the master is still there
     assert took.seconds < 10
 
@@ -203,7 +211,7 @@ async def test_without_a_sentinel_or_a_master_each_call_ends_in_time(group):
     ports = free_ports(2)
     nobody = f"redis+sentinel://127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}/budgets"
     limiter = AsyncBudgetLimiter(nobody, BUDGETS, timeout=0.3)
-    with pytest.raises(StoreUnavailable, match="no sentinel answers"), Stopwatch() as took:
+    with pytest.raises(StoreUnavailable, match="no sentinel replies"), Stopwatch() as took:
         await limiter.reserve("agent", "0.01")
     assert took.seconds < 2
     await limiter.close()
@@ -211,7 +219,7 @@ async def test_without_a_sentinel_or_a_master_each_call_ends_in_time(group):
         server.pause()
     await until(lambda: all("o_down" in s.client.sentinel_master("budgets")["flags"] for s in group.sentinels))
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=2.0) as limiter:
-        down = "the sentinels have seen that budgets is down"
+        down = "the sentinels report that budgets is down"
         with pytest.raises(StoreUnavailable, match=down), Stopwatch() as took:
             await limiter.reserve("agent", "0.01")
         assert took.seconds < 5

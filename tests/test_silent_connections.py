@@ -8,25 +8,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from decimal import Decimal
-from typing import Any
 
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
 from ktrdr_budget.engine.batching import loss_repair as recovery
-from ktrdr_budget.engine.transport import connection, redis_pool
+from ktrdr_budget.engine.transport import resp
+from ktrdr_budget.engine.transport.connection import HEDGE_SHARE, IDLE_MAX_S
 from ktrdr_budget.engine.transport.discovery import ClusterDiscovery, SentinelDiscovery
 
 from .helpers.keyspace import sums
 from .helpers.patience import away
 from .helpers.proxy import Proxy, ThreadedProxy
 from .helpers.stopwatch import Stopwatch
+from .helpers.stores import idle_connections
 from .helpers.waiting import until
 
 BUDGETS = [Budget("agent", "100.00"), Budget("cycles", 10_000, unit="cycles")]
 BURST = 300
 TIMEOUT_S = 4.0
-RESENT_S = TIMEOUT_S * connection.PATIENCE
+RESENT_S = TIMEOUT_S * HEDGE_SHARE
 LATEST_S = TIMEOUT_S * 0.75
 """A second attempt has been answered long before this; a call that waits for its deadline has not ended."""
 
@@ -35,7 +36,7 @@ LATEST_S = TIMEOUT_S * 0.75
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How batches travel: over connections of their own, or by redis-py's client."""
     if request.param == "client":
-        monkeypatch.setattr(redis_pool, "Reader", None)
+        monkeypatch.setattr(resp, "Reader", None)
     return str(request.param)
 
 
@@ -61,18 +62,11 @@ async def burst(limiter: AsyncBudgetLimiter) -> float:
     return took.seconds
 
 
-def idle(limiter: AsyncBudgetLimiter) -> list[Any]:
-    """Its idle connections, of either kind."""
-    server = limiter._store._server
-    assert server is not None
-    return [*server.connections.idle, *server.client.connection_pool._available_connections]
-
-
 async def aged(limiter: AsyncBudgetLimiter) -> None:
     """Until each idle connection is too old to be trusted."""
     loop = asyncio.get_running_loop()
-    assert idle(limiter)
-    await until(lambda: all(loop.time() - each.used_s > connection.TRUSTED_IDLE_S for each in idle(limiter)))
+    assert idle_connections(limiter)
+    await until(lambda: all(loop.time() - each.last_used_s > IDLE_MAX_S for each in idle_connections(limiter)))
 
 
 async def test_a_burst_after_idleness_uses_no_connection_that_was_idle(proxy, way, no_pulse, client):
@@ -92,8 +86,8 @@ async def test_the_pulse_of_an_idle_replica_keeps_a_connection_in_trust(proxy, w
 
         def trusted() -> bool:
             now_s = asyncio.get_running_loop().time()
-            used_s = max([each.used_s for each in idle(limiter)], default=0.0)
-            return now_s > called_s + 1.5 * connection.TRUSTED_IDLE_S and now_s < used_s + connection.TRUSTED_IDLE_S
+            used_s = max([each.last_used_s for each in idle_connections(limiter)], default=0.0)
+            return now_s > called_s + 1.5 * IDLE_MAX_S and now_s < used_s + IDLE_MAX_S
 
         await until(trusted)  # long after the last call
 
@@ -170,11 +164,11 @@ async def test_stores_that_move_do_the_same_and_are_not_looked_for_again(
         asked.append(suspect)
         return ("127.0.0.1", int(place.rpartition(":")[2]))
 
-    async def listen(self, told):
+    async def subscribe(self, on_change):
         await asyncio.Event().wait()
 
     monkeypatch.setattr(discovery, "find", find)
-    monkeypatch.setattr(discovery, "listen", listen)
+    monkeypatch.setattr(discovery, "subscribe", subscribe)
     async with AsyncBudgetLimiter(form.format(place), BUDGETS, timeout=TIMEOUT_S) as limiter:
         await burst(limiter)
         await aged(limiter)

@@ -15,10 +15,10 @@ import redis
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
 from ktrdr_budget.audit import verify
-from ktrdr_budget.engine.transport.connection import Connection
 from ktrdr_budget.errors import StoreError
 
 from .conftest import Server, free_port
+from .helpers.stores import own_connections
 from .helpers.tools import need
 
 BUDGETS = [Budget("agent", "5.00")]
@@ -102,10 +102,9 @@ async def test_batches_travel_over_our_own_wire_through_tls(tls, identity):
         holds = await asyncio.gather(*[limiter.reserve("agent", "0.01") for _ in range(300)])
         await asyncio.gather(*[hold.commit("0.005") for hold in holds])
         assert str((await limiter.status("agent")).spent) == "1.50"
-        wires = limiter._store._connections.opened
-        assert wires
-        assert all(isinstance(wire, Connection) for wire in wires)
-        assert all(wire._transport.get_extra_info("cipher") for wire in wires)
+        connections = own_connections(limiter)
+        assert connections
+        assert all(connection.is_encrypted for connection in connections)
 
 
 def test_the_sync_limiter_and_the_audit_speak_tls_too(tls, identity):

@@ -13,6 +13,7 @@ from ktrdr_budget.errors import StoreError
 
 from .conftest import Server
 from .helpers.nodes import Node, free_ports
+from .helpers.stores import own_connections
 from .helpers.tools import need
 from .helpers.waiting import until
 from .test_tls import Authority
@@ -86,7 +87,7 @@ async def _works(url: str) -> bool:
             await limiter.record("agent", "0.01")
         except StoreUnavailable:
             return False
-        return bool(limiter._store._connections.opened)
+        return bool(own_connections(limiter))
 
 
 async def _refusal(url: str) -> str:

@@ -1,13 +1,13 @@
-"""Checks on a live store that every window adds up (P11), and repairs what does not.
+"""Checks on a live store that every window adds up (P11), and repairs the windows that do not.
 
-``spent + unconfirmed`` is the sum of a window's ledger, ``held`` the sum of its open holds. Concurrent writers raise no
-false alarm: the sums, the end of the ledger and the ids of all open holds are taken in one step. Ledger entries never
-change, and a hold record keeps what it counted, and since when, also after it was settled: so both are read afterwards,
-page by page. What did change in between (a hold that grew, a ledger that was shortened) is looked at again; if that
-never ends, the window is reported as inconclusive, not as wrong.
+``spent + unconfirmed`` must equal the sum of a window's ledger, ``held`` the sum of its open holds. Concurrent writers
+cause no false alarm: the counters, the end of the ledger and the ids of all open holds are read in one step. Ledger
+entries never change, and a hold's record keeps its amounts and the time of their last change, also after settlement;
+so both are read afterwards, page by page. If one did change in between (a hold that grew, a ledger that was shortened),
+the window is read again; if that never succeeds, the report is inconclusive, not a failure.
 
-A repair needs no pause of the writers either: they change counters, ledger and holds together, so what a counter was
-off by at one look it is off by until somebody corrects it (``lua/correct.lua``).
+A repair needs no pause of the writers either: they change counters, ledger and holds together, so the error of a
+counter stays constant from a snapshot to its correction (``lua/correct.lua``).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from ktrdr_budget.audit.reader import AuditReader, Ledger, WindowSnapshot, conne
 from ktrdr_budget.engine.protocol import word
 from ktrdr_budget.engine.protocol.keys import Keys, public_window
 from ktrdr_budget.engine.transport.credentials import CredentialSource, credentials_for
-from ktrdr_budget.engine.transport.errors import meaning, without_secrets
+from ktrdr_budget.engine.transport.errors import translate, without_secrets
+from ktrdr_budget.engine.transport.protocol_check import check_protocol
 from ktrdr_budget.engine.transport.urls import mask_url, parse_url
-from ktrdr_budget.engine.transport.wrong_protocol import probe_protocol
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 from ktrdr_budget.models import Budget, check_name
 
@@ -33,14 +33,15 @@ __all__ = ["Auditor", "Change", "IndexChange", "Repair", "WindowReport", "verify
 
 logger = logging.getLogger("ktrdr_budget")
 
-_LOOKS = 5
-_REPAIR_LOOKS = 200
+_ATTEMPTS = 5
+_REPAIR_ATTEMPTS = 200
 _IDS_LOGGED = 20
+_FOREIGN_DATA = "it contains data that ktrdr-budget did not write"
 
 
 @dataclass(frozen=True, slots=True)
 class WindowReport:
-    """What a window says, and what its ledger and its open holds add up to; in nano-dollars or counts."""
+    """A window's counters beside the sums of its ledger and its open holds; in nano-dollars or counts."""
 
     window_key: str
     budget: str
@@ -52,39 +53,39 @@ class WindowReport:
     ledger_sum: int
     holds_sum: int
     conclusive: bool
-    """False if writers were so busy that no two looks agreed on what to compare."""
+    """False if the window changed during every attempt to read it."""
     unconfirmed_sum: int | None = None
-    """What the ledger's unresolved expiries add up to; ``None`` if a part of the ledger was carried forward."""
+    """The ledger's sum of unconfirmed charges; ``None`` if a part of the ledger was carried forward."""
     fault: str = ""
-    """Why it cannot be read, such as a key of another type; then its figures are unknown, and it is not conclusive."""
+    """Why the window cannot be read, such as a key of another type. Its figures are unknown then."""
 
     @property
     def adds_up(self) -> bool:
-        """Whether the sums are right (also if inconclusive: there is no evidence against it)."""
+        """Whether the counters equal the sums. True if inconclusive: there is no evidence against it."""
         if self.fault:
             return False
         if not self.conclusive:
             return True
-        parted = self.unconfirmed_sum is None or self.unconfirmed == self.unconfirmed_sum
-        return self.spent + self.unconfirmed == self.ledger_sum and self.held == self.holds_sum and parted
+        split_is_right = self.unconfirmed_sum is None or self.unconfirmed == self.unconfirmed_sum
+        return self.spent + self.unconfirmed == self.ledger_sum and self.held == self.holds_sum and split_is_right
 
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """A counter that was corrected; in nano-dollars or counts."""
+    """A corrected counter; in nano-dollars or counts."""
 
     budget: str
     window: str
     unit: str
     counter: str
-    """``spent``, ``held``, ``unconfirmed`` or ``events``; ``ledger`` if it was the ledger that lacked something."""
+    """``spent``, ``held``, ``unconfirmed`` or ``events``; ``ledger`` if the ledger lacked entries."""
     before: int
     after: int
 
 
 @dataclass(frozen=True, slots=True)
 class IndexChange:
-    """An entry that was added to an index of holds, or removed from it."""
+    """An entry added to an index of holds, or removed from it."""
 
     index: str
     """``due`` or ``unconfirmed``."""
@@ -94,7 +95,7 @@ class IndexChange:
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What a repair changed, and how the windows are after it."""
+    """The changes of a repair, and the windows after it."""
 
     windows: list[WindowReport]
     changes: list[Change] = field(default_factory=list)
@@ -110,27 +111,27 @@ def verify(
     timeout: float = 5.0,
     credential_provider: CredentialSource | None = None,
 ) -> list[WindowReport]:
-    """Checks every window of the tenant that is in the store, or only those of ``budgets``. Writes nothing.
+    """Check every window of the tenant in the store, or only those of ``budgets``. Write nothing.
 
     Args:
-        windows: only these, each a budget and its window's name. A name with the fingerprint of its definition, as the
-            store has it (:func:`~ktrdr_budget.engine.protocol.keys.stored_window`), is found without a scan for others.
-        timeout: seconds that one answer of the store may take.
+        windows: only these, each a budget and its window's name. A name with the fingerprint of its definition
+            (:func:`~ktrdr_budget.engine.protocol.keys.stored_window`) is read without a scan of all windows.
+        timeout: the longest wait for one reply of the store, in seconds.
         credential_provider: as for :class:`~ktrdr_budget.AsyncBudgetLimiter`.
 
     Raises:
-        StoreUnavailable: the store does not answer.
+        StoreUnavailable: the store does not reply.
     """
     with Auditor(url, tenant, timeout=timeout, credential_provider=credential_provider) as auditor:
         return auditor.check(budgets, windows=windows)
 
 
 class Auditor:
-    """Checks a tenant's windows again and again, and reads of their ledgers only what is new. For one thread.
+    """Checks a tenant's windows repeatedly, and reads only new ledger entries each time. Not thread-safe.
 
     Args:
-        url: where the store is.
-        timeout: seconds that one answer of the store may take.
+        url: of the store.
+        timeout: the longest wait for one reply of the store, in seconds.
         credential_provider: as for :class:`~ktrdr_budget.AsyncBudgetLimiter`.
 
     Raises:
@@ -150,7 +151,7 @@ class Auditor:
         self._keys = Keys(check_name(tenant, "tenant"))
         self._timeout = timeout
         self._client: Any = None
-        self._books: AuditReader | None = None
+        self._reader: AuditReader | None = None
 
     def __repr__(self) -> str:
         return f"<Auditor {mask_url(self._url)}>"
@@ -164,8 +165,8 @@ class Auditor:
         self.close()
 
     def close(self) -> None:
-        """Disconnects."""
-        client, self._client, self._books = self._client, None, None
+        """Close the connection."""
+        client, self._client, self._reader = self._client, None, None
         if client is not None:
             client.close()
 
@@ -173,175 +174,181 @@ class Auditor:
         self, budgets: Sequence[Budget] | None = None, *, windows: Collection[tuple[str, str]] | None = None
     ) -> list[WindowReport]:
         """See :func:`verify`."""
-        with self._opened() as books:
-            found = self._windows(books, budgets, windows)
-            return [self._check(books, *window) for window in found]
+        with self._connected() as reader:
+            return [self._check(reader, *window) for window in self._windows(reader, budgets, windows)]
 
     def repair(
         self, budgets: Sequence[Budget] | None = None, *, windows: Collection[tuple[str, str]] | None = None
     ) -> Repair:
-        """Rebuilds the indexes of holds from their records, and the counters of windows from ledger and open holds.
+        """Rebuild the indexes of holds from their records, and the counters of windows from ledger and open holds.
 
-        Others may go on writing. Each correction is logged, and leaves an entry ``audit`` of amount 0 in the ledger.
+        Writers need not stop. Each correction is logged, and leaves an entry ``audit`` of amount 0 in the ledger.
 
         Raises:
-            StoreUnavailable: the store does not answer; what was corrected until then stays so.
+            StoreUnavailable: the store does not reply; earlier corrections remain.
         """
-        with self._opened() as books:
+        with self._connected() as reader:
             repair = Repair([])
-            for change, hold_id in books.reindex():
+            for change, hold_id in reader.reindex():
                 repair.index_changes.append(IndexChange(change[1:], hold_id, change[0] == "+"))
-            for index, added in sorted({(each.index, each.added) for each in repair.index_changes}):
-                ids = [each.hold_id for each in repair.index_changes if (each.index, each.added) == (index, added)]
-                what = "added to" if added else "removed from"
-                told = ", ".join(ids[:_IDS_LOGGED]) + (", …" if len(ids) > _IDS_LOGGED else "")
-                logger.warning("repaired: %d holds %s the index %r: %s", len(ids), what, index, told)
-            for window in self._windows(books, budgets, windows):
-                repair.windows.append(self._repair(books, *window, repair.changes))
+            _log_index_changes(repair.index_changes)
+            for window in self._windows(reader, budgets, windows):
+                repair.windows.append(self._repair(reader, *window, repair.changes))
             return repair
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- internals -----------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _opened(self) -> Iterator[AuditReader]:
+    def _connected(self) -> Iterator[AuditReader]:
         from redis import exceptions as redis
 
         shown = mask_url(self._url)
         moved = redis.AskError, redis.TryAgainError, redis.ClusterDownError, redis.MasterDownError, redis.ReadOnlyError
         try:
-            if self._books is None:
+            if self._reader is None:
                 self._client = connect(self._url, self._keys.meta, self._timeout, self._credentials)
-                self._books = AuditReader(self._client, self._keys)
-            yield self._books
+                self._reader = AuditReader(self._client, self._keys)
+            yield self._reader
         except ValueError:
-            raise StoreError(f"store at {shown}: something there was not written by ktrdr-budget") from None
+            raise StoreError(f"store at {shown}: {_FOREIGN_DATA}") from None
         except (redis.AuthenticationError, redis.AuthorizationError) as error:
-            raise StoreError(f"store at {shown}: {error}") from None
+            raise StoreError(f"store at {shown}: {error}", fault="login") from None
         except (redis.ConnectionError, redis.TimeoutError, OSError, *moved) as error:
-            self.close()  # the store may be elsewhere now
+            self.close()  # the next check must find the primary again
             where = parse_url(self._url)
-            foreign = probe_protocol(where.hosts[0], where.tls) if where.hosts else None
-            failure = meaning(foreign or error, shown)
+            wrong = check_protocol(where.hosts[0], where.tls) if where.hosts else None
+            failure = translate(wrong or error, shown)
             raise (failure if isinstance(failure, StoreError) else StoreUnavailable(str(failure))) from None
         except redis.RedisError as error:
             raise StoreError(f"store at {shown}: {error}") from None
 
     @staticmethod
     def _windows(
-        books: AuditReader, budgets: Sequence[Budget] | None, windows: Collection[tuple[str, str]] | None
+        reader: AuditReader, budgets: Sequence[Budget] | None, windows: Collection[tuple[str, str]] | None
     ) -> list[tuple[str, str]]:
-        books.check_timeline()
+        reader.check_epoch()
         if windows is not None and all("~" in window for _, window in windows):
             found = sorted(windows)
         else:
             found = [
                 (budget, window)
-                for budget, window in books.windows()
+                for budget, window in reader.windows()
                 if windows is None or (budget, window) in windows or (budget, public_window(window)) in windows
             ]
-        books.forget_other_windows(found)
+        reader.keep_ledgers_of(found)
         names = None if budgets is None else {budget.name for budget in budgets}
         return [window for window in found if names is None or window[0] in names]
 
-    def _check(self, books: AuditReader, budget: str, window: str, looks: int = _LOOKS) -> WindowReport:
+    def _check(self, reader: AuditReader, budget: str, window: str) -> WindowReport:
+        attempts = 0
         while True:
-            look = _look(books, budget, window)
-            report = self._report(look, budget, window)
-            looks -= 1
-            if looks <= 0 or (report.conclusive and report.adds_up):
+            report = self._report(_snapshot(reader, budget, window), budget, window)
+            attempts += 1
+            if attempts == _ATTEMPTS or (report.conclusive and report.adds_up):
                 return report
 
-    def _report(self, look: WindowSnapshot | str, budget: str, window: str) -> WindowReport:
-        if isinstance(look, str):
+    def _report(self, snapshot: WindowSnapshot | str, budget: str, window: str) -> WindowReport:
+        if isinstance(snapshot, str):
             key, unknown = self._keys.window(budget, window), (0, 0, 0, 0, 0)
-            return WindowReport(key, budget, public_window(window), "count", *unknown, conclusive=False, fault=look)
-        ledger = look.ledger
+            return WindowReport(key, budget, public_window(window), "count", *unknown, conclusive=False, fault=snapshot)
+        ledger = snapshot.ledger
         return WindowReport(
             window_key=self._keys.window(budget, window),
             budget=budget,
             window=public_window(window),
-            unit=look.unit,
-            spent=look.spent,
-            held=look.held,
-            unconfirmed=look.unconfirmed,
+            unit=snapshot.unit,
+            spent=snapshot.spent,
+            held=snapshot.held,
+            unconfirmed=snapshot.unconfirmed,
             ledger_sum=0 if ledger is None else ledger.total,
-            holds_sum=look.holds_sum or 0,
-            conclusive=ledger is not None and look.holds_sum is not None,
+            holds_sum=snapshot.holds_sum or 0,
+            conclusive=ledger is not None and snapshot.holds_sum is not None,
             unconfirmed_sum=None if ledger is None or ledger.carried else ledger.unconfirmed,
         )
 
-    def _repair(self, books: AuditReader, budget: str, window: str, changes: list[Change]) -> WindowReport:
-        looks = _REPAIR_LOOKS
-        while looks > 0:
-            looks -= 1
-            look = _look(books, budget, window)
-            if isinstance(look, str):
+    def _repair(self, reader: AuditReader, budget: str, window: str, changes: list[Change]) -> WindowReport:
+        for _ in range(_REPAIR_ATTEMPTS):
+            snapshot = _snapshot(reader, budget, window)
+            if isinstance(snapshot, str):
                 break
-            if look.ledger is None:
+            if snapshot.ledger is None:
                 continue
-            differences, missing = _differences(look, look.ledger)
-            if not differences and not missing and not look.vanished:
-                if look.holds_sum is not None:
-                    return self._report(look, budget, window)
+            differences, missing = _differences(snapshot, snapshot.ledger)
+            if not differences and not missing and not snapshot.vanished:
+                if snapshot.holds_sum is not None:
+                    return self._report(snapshot, budget, window)
                 continue
-            if look.holds_sum is None and set(differences) <= {"events"} and not missing:
-                continue  # one correction for all that is wrong
-            done = books.correct(budget, window, look, differences, missing, _note(differences, missing))
-            for counter, (before, after) in (done or {}).items():
-                changes.append(Change(budget, public_window(window), look.unit, counter, before, after))
-            if done is not None and missing:
-                total = look.ledger.total
-                changes.append(Change(budget, public_window(window), look.unit, "ledger", total, total + missing))
-            if done is not None:
-                logger.warning("repaired window %s: %s", self._keys.window(budget, window), _told(done, missing))
-        return self._check(books, budget, window)
+            if snapshot.holds_sum is None and set(differences) <= {"events"} and not missing:
+                continue  # correct all counters at once
+            note = _note(differences, missing)
+            corrected = reader.correct(budget, window, snapshot, differences, missing, note)
+            if corrected is None:
+                continue  # another repair has corrected the window since the snapshot
+            name = public_window(window)
+            for counter, (before, after) in corrected.items():
+                changes.append(Change(budget, name, snapshot.unit, counter, before, after))
+            if missing:
+                total = snapshot.ledger.total
+                changes.append(Change(budget, name, snapshot.unit, "ledger", total, total + missing))
+            text = _correction_text(corrected, missing)
+            logger.warning("repaired window %s: %s", self._keys.window(budget, window), text)
+        return self._check(reader, budget, window)
 
 
-def _look(books: AuditReader, budget: str, window: str) -> WindowSnapshot | str:
-    """A window; or why it cannot be read, which says nothing of the others."""
+def _log_index_changes(changes: Sequence[IndexChange]) -> None:
+    for index, added in sorted({(change.index, change.added) for change in changes}):
+        ids = [change.hold_id for change in changes if (change.index, change.added) == (index, added)]
+        shown = ", ".join(ids[:_IDS_LOGGED]) + (", …" if len(ids) > _IDS_LOGGED else "")
+        logger.warning("repaired index %r: %d holds %s: %s", index, len(ids), "added" if added else "removed", shown)
+
+
+def _snapshot(reader: AuditReader, budget: str, window: str) -> WindowSnapshot | str:
+    """A window, or why it cannot be read, which does not affect other windows."""
     from redis import ResponseError
 
     try:
-        return books.look(budget, window)
+        return reader.snapshot(budget, window)
     except ResponseError as error:
         if "WRONGTYPE" not in str(error):
             raise
         return without_secrets(error)
     except ValueError:
-        return "something there was not written by ktrdr-budget"
+        return _FOREIGN_DATA
 
 
-def _differences(look: WindowSnapshot, ledger: Ledger) -> tuple[dict[str, int], int]:
-    """What each counter is off by, and what the ledger lacks.
+def _differences(snapshot: WindowSnapshot, ledger: Ledger) -> tuple[dict[str, int], int]:
+    """The correction of each wrong counter, and the amount that the ledger lacks.
 
-    The ledger is lacking where it says less was spent than two other sources do: the counter, and the shares of the
-    replicas. Then it is the ledger that was damaged, and no money comes back.
+    The ledger is taken for damaged if two other sources agree on a higher spend: the counter, and the sum of the
+    replicas' subtotals. Then no money is returned.
     """
     differences: dict[str, int] = {}
     missing = 0
     total = ledger.total
-    counted = look.spent + look.unconfirmed
-    if counted > total and look.spent == look.shares and look.spent > total - ledger.unconfirmed:
-        missing = counted - total
+    charged = snapshot.spent + snapshot.unconfirmed
+    agreed = snapshot.spent == snapshot.replica_subtotals
+    if charged > total and agreed and snapshot.spent > total - ledger.unconfirmed:
+        missing = charged - total
     elif not ledger.carried:
-        differences["spent"] = total - ledger.unconfirmed - look.spent
-        differences["unconfirmed"] = ledger.unconfirmed - look.unconfirmed
-        differences["events"] = ledger.counted - look.events
-    elif counted != total:
-        # Which of the entries that were carried forward are unconfirmed is not known; what was spent, the replicas say.
-        spent = min(look.shares, total)
-        differences["spent"] = spent - look.spent
-        differences["unconfirmed"] = total - spent - look.unconfirmed
-    if look.holds_sum is not None:
-        differences["held"] = look.holds_sum - look.held
+        differences["spent"] = total - ledger.unconfirmed - snapshot.spent
+        differences["unconfirmed"] = ledger.unconfirmed - snapshot.unconfirmed
+        differences["events"] = ledger.events - snapshot.events
+    elif charged != total:
+        # It is unknown which of the carried-forward entries are unconfirmed; the replicas' subtotals decide.
+        spent = min(snapshot.replica_subtotals, total)
+        differences["spent"] = spent - snapshot.spent
+        differences["unconfirmed"] = total - spent - snapshot.unconfirmed
+    if snapshot.holds_sum is not None:
+        differences["held"] = snapshot.holds_sum - snapshot.held
     return {counter: units for counter, units in differences.items() if units}, missing
 
 
 def _note(differences: dict[str, int], missing: int) -> str:
-    told = [f"{counter} {units:+d}" for counter, units in differences.items()]
-    return word(", ".join([*told, *([f"ledger {missing:+d}"] if missing else [])]))
+    """The label of a correction's ledger entry."""
+    parts = [f"{counter} {units:+d}" for counter, units in differences.items()]
+    return word(", ".join([*parts, *([f"ledger {missing:+d}"] if missing else [])]))
 
 
-def _told(done: dict[str, tuple[int, int]], missing: int) -> str:
-    told = [f"{counter} from {before} to {after}" for counter, (before, after) in done.items()]
-    return ", ".join([*told, *([f"ledger by {missing:+d}"] if missing else [])])
+def _correction_text(corrected: dict[str, tuple[int, int]], missing: int) -> str:
+    parts = [f"{counter} from {before} to {after}" for counter, (before, after) in corrected.items()]
+    return ", ".join([*parts, *([f"ledger by {missing:+d}"] if missing else [])])

@@ -1,38 +1,43 @@
-"""The books of one tenant, read on the live store: windows, their ledgers, their holds, and the indexes of these.
+"""Reads a tenant's windows, ledgers, holds and indexes of holds on the live store, and corrects them.
 
-Synchronous, over a plain client of redis-py: a check is no part of any call, and its place is a thread or a command.
+Synchronous, over redis-py's plain client: an audit runs in a thread or in a command. :func:`connect` finds the one
+server that has the tenant's keys itself, for redis-py's ``RedisCluster`` scans every node and needs more permissions
+(``COMMAND``), and its ``Sentinel`` reports a refused login as an absent master.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
 from typing import Any
 
 from ktrdr_budget.engine.protocol import parse_record
 from ktrdr_budget.engine.protocol.keys import Keys, split_name
 from ktrdr_budget.engine.protocol.scripts import CORRECT, REINDEX, script
 from ktrdr_budget.engine.transport.credentials import Credentials
-from ktrdr_budget.engine.transport.urls import Address, parse_url
+from ktrdr_budget.engine.transport.discovery import node_address, primary_of_slot
+from ktrdr_budget.engine.transport.urls import Address, StoreUrl, parse_url
 from ktrdr_budget.errors import StoreUnavailable
 
 __all__ = ["AuditReader", "WindowSnapshot", "connect"]
 
 _PAGE = 1000
 _REINDEXED_AT_ONCE = 100
-_COUNTED = frozenset({"commit", "record", "expiry", "correction", "repair"})
-"""Kinds of entries that the counter `events` counts."""
+_EVENTS = frozenset({"commit", "record", "expiry", "correction", "repair"})
+"""Kinds of entries that the counter ``events`` counts."""
 _RESOLVING = frozenset({"correction", "release", "revival"})
-"""Kinds that take back what an expiry had charged."""
+"""Kinds of entries that take back the charge of an expiry."""
 
 
 def connect(url: str, key: str, timeout: float, credentials: Credentials | None = None) -> Any:
-    """A synchronous client of the server that has this key: of a cluster, or behind sentinels, of one that may change.
+    """Connect a synchronous client to the server that has this key: of a cluster or behind Sentinel, the current one.
 
     Raises:
         InvalidArgument: the URL is not usable.
-        StoreUnavailable: nobody names that server.
-        redis.RedisError: nobody can be asked.
+        StoreUnavailable: no cluster node or sentinel names that server.
+        redis.RedisError: none could be queried.
     """
     import redis
 
@@ -41,41 +46,36 @@ def connect(url: str, key: str, timeout: float, credentials: Credentials | None 
     login = {} if credentials is None else {"credential_provider": credentials}
     if where.kind == "server":
         return redis.Redis.from_url(url, **options, **login)
-    trouble: Exception | None = None
-    for address in where.hosts:
+    last_error: Exception | None = None
+    for source in where.hosts:
         try:
             if where.kind == "cluster":
-                with redis.Redis.from_url(where.at(address), **options, **login) as node:
-                    home = _owner(node.execute_command("CLUSTER", "SLOTS"), key, address)
+                with redis.Redis.from_url(where.at(source), **options, **login) as client:
+                    primary = _primary_by_cluster(client, key, source)
             else:
-                with redis.Redis.from_url(where.sentinel_at(address), **options) as sentinel:
-                    home = _place(
-                        sentinel.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", where.service), address
-                    )
+                with redis.Redis.from_url(where.sentinel_at(source), **options) as client:
+                    primary = _primary_by_sentinel(client, where, source)
         except (redis.RedisError, OSError) as error:
-            trouble = error
+            last_error = error
         else:
-            if home is not None:
-                return redis.Redis.from_url(where.at(home), **options, **login)
-    if trouble is not None:
-        raise trouble
-    raise StoreUnavailable(f"store at {where.shown}: nobody names the server that is to be asked")
+            if primary is not None:
+                return redis.Redis.from_url(where.at(primary), **options, **login)
+    if last_error is not None:
+        raise last_error
+    raise StoreUnavailable(f"store at {where.shown}: no node or sentinel names the primary server")
 
 
-def _owner(slots: Any, key: str, asked: Address) -> Address | None:
-    """The master of a key's slot, by the answer to CLUSTER SLOTS."""
+def _primary_by_cluster(client: Any, key: str, source: Address) -> Address | None:
     from redis.crc import key_slot
 
-    slot = key_slot(key.encode())
-    return next((_place(master, asked) for first, last, master, *_ in slots if first <= slot <= last), None)
+    # Not the method of this name: it parses the reply to CLUSTER SLOTS into another form.
+    ranges = client.execute_command("CLUSTER", "SLOTS")
+    return primary_of_slot(key_slot(key.encode()), ranges, source)[0]
 
 
-def _place(words: Any, asked: Address) -> Address | None:
-    """Host and port; a node that knows no name of itself is where it was asked."""
-    if not words:
-        return None
-    host, port = (word.decode() if isinstance(word, bytes) else word for word in words[:2])
-    return str(host or asked[0]), int(port)
+def _primary_by_sentinel(client: Any, where: StoreUrl, source: Address) -> Address | None:
+    named = client.execute_command("SENTINEL", "GET-MASTER-ADDR-BY-NAME", where.service)
+    return node_address(named, source) if named else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,46 +86,46 @@ class WindowSnapshot:
     held: int
     unconfirmed: int
     events: int
-    shares: int
-    """What the replicas say, each of its own, that they have spent: another source for ``spent``."""
+    replica_subtotals: int
+    """The sum of each replica's own subtotal of ``spent``: a second source for it."""
     corrections: int
     vanished: bool
-    """There is a ledger, and nothing of the window itself."""
+    """Whether the window's key is missing although its ledger is there."""
     unit: str
     ledger: Ledger | None
-    """What the ledger held at that instant; ``None`` if it was shortened meanwhile."""
+    """The ledger at that instant; ``None`` if it was shortened since then."""
     holds_sum: int | None
-    """What the open holds counted at that instant; ``None`` if that cannot be told any more."""
+    """The sum of the open holds at that instant; ``None`` if a hold has changed since then."""
 
 
 @dataclass(slots=True)
 class Ledger:
-    """The sums of a ledger from its first entry to its last; goes on from there at the next look."""
+    """Sums over a ledger from its first entry to its last; the next snapshot continues from there."""
 
     first: str
     last: str = "0-0"
     entries: int = 0
     total: int = 0
-    counted: int = 0
-    """Entries that are events."""
+    events: int = 0
+    """Entries that count as events."""
     carried: bool = False
-    """Some stand for older ones that are gone: then which of these are events or unconfirmed is not known any more."""
+    """Whether entries were merged into a carried-forward one: their kinds are unknown then."""
     charges: dict[str, int] = field(default_factory=dict)
-    """What expiry has charged and nobody has resolved, by hold."""
+    """Charges of expired holds that are still unconfirmed, by hold id."""
 
     @property
     def unconfirmed(self) -> int:
-        """The sum of the charges."""
+        """The sum of the unconfirmed charges."""
         return sum(self.charges.values())
 
-    def take(self, entry_id: bytes, fields: dict[bytes, bytes]) -> None:
-        """Adds one entry."""
+    def add(self, entry_id: bytes, fields: dict[bytes, bytes]) -> None:
+        """Add one entry."""
         amount = int(fields[b"a"])
         kind, hold_id, *_ = fields[b"e"].decode().split(" ")
         self.last = entry_id.decode()
         self.entries += 1
         self.total += amount
-        self.counted += kind in _COUNTED
+        self.events += kind in _EVENTS
         if kind == "expiry":
             self.charges[hold_id] = self.charges.get(hold_id, 0) + amount
         elif kind in _RESOLVING:
@@ -135,10 +135,10 @@ class Ledger:
 
 
 class AuditReader:
-    """Reads the books of one tenant, and corrects them if asked to.
+    """Reads a tenant's windows and holds; corrects them on request.
 
     Args:
-        client: of redis-py; answers in bytes.
+        client: redis-py's, replying in bytes.
     """
 
     def __init__(self, client: Any, keys: Keys) -> None:
@@ -150,33 +150,33 @@ class AuditReader:
     # -- windows -------------------------------------------------------------------------------------------------------
 
     def windows(self) -> list[tuple[str, str]]:
-        """Budget and window, as the store names it, of each window, or ledger, in the store."""
+        """Budget and stored window name of each window, or ledger, in the store."""
         found = set()
         for prefix in (self._keys.window("", "")[:-1], self._keys.ledger("", "")[:-1]):
             for key in self._scan(prefix):
                 found.add(split_name(key.decode().removeprefix(prefix)))
         return sorted(found)
 
-    def forget_other_windows(self, windows: Collection[tuple[str, str]]) -> None:
-        """Keeps no sums of ledgers but these."""
+    def keep_ledgers_of(self, windows: Collection[tuple[str, str]]) -> None:
+        """Drop the sums of all other ledgers."""
         kept = {self._keys.ledger(*window) for window in windows}
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in kept}
 
-    def look(self, budget: str, window: str) -> WindowSnapshot:
-        """One window now: the sums in one step, what they are checked against page by page after it.
+    def snapshot(self, budget: str, window: str) -> WindowSnapshot:
+        """One window now: the counters in one step, then page by page the entries and records that explain them.
 
         Raises:
-            StoreUnavailable: as for :meth:`check_timeline`.
+            StoreUnavailable: see :meth:`check_epoch`.
         """
         key, ledger_key = self._keys.window(budget, window), self._keys.ledger(budget, window)
-        now_us, fields, first, last, entries, open_ids = self._snapshot(key, ledger_key)
+        now_us, fields, first, last, entries, open_ids = self._read_at_once(key, ledger_key)
         stored = {name.decode(): value.decode() for name, value in fields.items()}
         return WindowSnapshot(
             spent=int(stored.get("spent", 0)),
             held=int(stored.get("held", 0)),
             unconfirmed=int(stored.get("unconfirmed", 0)),
             events=int(stored.get("events", 0)),
-            shares=sum(int(value) for name, value in stored.items() if name.startswith("r:")),
+            replica_subtotals=sum(int(value) for name, value in stored.items() if name.startswith("r:")),
             corrections=int(stored.get("corrections", 0)),
             vanished=not stored and entries > 0,
             unit=stored.get("def", "usd").split(",")[0],
@@ -184,10 +184,12 @@ class AuditReader:
             ledger=self._ledger(ledger_key, first, last, entries),
         )
 
-    def _snapshot(self, key: str, ledger_key: str) -> tuple[int, dict[bytes, bytes], str, str, int, Sequence[bytes]]:
-        """What has to belong together, in one step: the time, the window, the ends of the ledger, ids of open holds.
+    def _read_at_once(
+        self, key: str, ledger_key: str
+    ) -> tuple[int, dict[bytes, bytes], str, str, int, Sequence[bytes]]:
+        """Read in one step: the time, the window, both ends and the length of the ledger, the ids of the open holds.
 
-        A transaction, not a script: in a script the ids would stop the store for four times as long.
+        By a transaction, not a script: a script would block the store for four times as long with that many ids.
         """
         pipeline = self._client.pipeline(transaction=True)
         pipeline.time()
@@ -198,47 +200,46 @@ class AuditReader:
         pipeline.zrange(self._keys.due, 0, -1)
         pipeline.hget(self._keys.meta, "epoch")
         (seconds, microseconds), fields, oldest, newest, entries, open_ids, epoch = pipeline.execute()
-        self._see_epoch(epoch)
+        self._compare_epoch(epoch)
         first, last = (found[0][0].decode() if found else "" for found in (oldest, newest))
         return seconds * 1_000_000 + microseconds, fields, first, last, entries, open_ids
 
-    def check_timeline(self) -> None:
-        """Forgets what is known of ledgers if the store's epoch has changed.
+    def check_epoch(self) -> None:
+        """Drop the sums of all ledgers if the store's epoch has changed.
 
         Raises:
-            StoreUnavailable: the store has lost everything since an earlier check, and no replica has noticed yet.
+            StoreUnavailable: the store has lost all data since an earlier check, and no replica has repaired it yet.
         """
-        self._see_epoch(self._client.hget(self._keys.meta, "epoch"))
+        self._compare_epoch(self._client.hget(self._keys.meta, "epoch"))
 
-    def _see_epoch(self, epoch: bytes | None) -> None:
+    def _compare_epoch(self, epoch: bytes | None) -> None:
         if epoch is None and self._epoch is not None:
-            raise StoreUnavailable("the store has lost its data, which its replicas have yet to replay")
+            raise StoreUnavailable("data loss detected: the replicas have not replayed their journals yet")
         if epoch != self._epoch:
             self._epoch, self._ledgers = epoch, {}
 
     def _ledger(self, key: str, first: str, last: str, entries: int) -> Ledger | None:
-        """Its sums up to ``last``. Entries never change, so only what is new is read, unless some have vanished."""
+        """The sums up to ``last``. Entries never change, so only new ones are read, unless the ledger was shortened."""
         known = self._ledgers.pop(key, None)
-        for book in (known, Ledger(first)):
-            if book is None or book.first != first:
+        for ledger in (known, Ledger(first)):
+            if ledger is None or ledger.first != first:
                 continue
-            while last and book.last != last:
-                page = self._client.xrange(key, min=f"({book.last}", max=last, count=_PAGE)
+            while last and ledger.last != last:
+                page = self._client.xrange(key, min=f"({ledger.last}", max=last, count=_PAGE)
                 for entry in page:
-                    book.take(*entry)
+                    ledger.add(*entry)
                 if not page:
                     break
-            if book.entries == entries:
-                self._ledgers[key] = book
-                return book
+            if ledger.entries == entries:
+                self._ledgers[key] = ledger
+                return ledger
         return None
 
     def _holds_sum(self, ids: Sequence[bytes], name: str, now_us: int) -> int | None:
-        """What the holds that were open at ``now_us`` counted in this window then, if that can still be told."""
+        """The sum, in one window, of the holds that were open at ``now_us``; ``None`` if one has changed since then."""
         total = 0
-        for start in range(0, len(ids), _PAGE):
-            page = [self._keys.hold(hold_id.decode()) for hold_id in ids[start : start + _PAGE]]
-            for stored in self._client.mget(page):
+        for page in _pages(ids, _PAGE):
+            for stored in self._client.mget([self._keys.hold(hold_id.decode()) for hold_id in page]):
                 if stored is None:
                     continue
                 record = parse_record(stored.decode())
@@ -250,17 +251,18 @@ class AuditReader:
         return total
 
     def correct(
-        self, budget: str, window: str, look: WindowSnapshot, differences: dict[str, int], missing: int, note: str
+        self, budget: str, window: str, snapshot: WindowSnapshot, differences: dict[str, int], missing: int, note: str
     ) -> dict[str, tuple[int, int]] | None:
-        """Corrects counters by what they were off by at a look; each before and after, ``None``: somebody else did.
+        """Add differences to counters; return each one's value before and after, ``None`` after another correction.
 
         Args:
-            missing: what the ledger lacks; it gets an entry of that amount.
-            note: one word that stays in the ledger.
+            snapshot: the snapshot that the differences were found in.
+            missing: the amount that the ledger lacks; the ledger gets an entry of that amount.
+            note: the label of the correction's ledger entry, one word of the protocol.
         """
         keys = [self._keys.window(budget, window), self._keys.ledger(budget, window), self._keys.budgets]
         pairs = [word for name, units in differences.items() for word in (name, str(units))]
-        reply = self._evaluate(CORRECT, keys, [str(look.corrections), note, str(missing), budget, *pairs])
+        reply = self._evaluate(CORRECT, keys, [str(snapshot.corrections), note, str(missing), budget, *pairs])
         if not reply:
             return None
         figures = list(map(int, reply[1:]))
@@ -269,26 +271,33 @@ class AuditReader:
     # -- indexes -------------------------------------------------------------------------------------------------------
 
     def reindex(self) -> list[tuple[str, str]]:
-        """Lets the indexes of holds say what the records say; what was changed, each ``+due`` or the like and an id."""
-        return [*self._reindex_records(), *self._reindex_entries()]
-
-    def _reindex_records(self) -> Iterator[tuple[str, str]]:
-        """Records that an index lacks."""
+        """Rebuild the indexes of holds from their records; return changes (``+due`` or the like), hold ids."""
         prefix = self._keys.hold_prefix
-        page: list[str] = []
-        for key in self._scan(prefix):
-            page.append(key.decode().removeprefix(prefix))
-            if len(page) == _PAGE:
-                yield from self._let(self._unindexed(page))
-                page = []
-        if page:
-            yield from self._let(self._unindexed(page))
+        ids = (key.decode().removeprefix(prefix) for key in self._scan(prefix))
+        changes = list(self._reindex(ids, self._unindexed))
+        for state, key in self._indexes():
+            members = (member.decode() for member, _ in self._client.zscan_iter(key, count=_PAGE))
+            changes += self._reindex(members, partial(self._stray, state))
+        return changes
+
+    def _indexes(self) -> tuple[tuple[bytes, str], ...]:
+        """The state of the holds in each index, and its key."""
+        return (b"o", self._keys.due), (b"x", self._keys.unconfirmed)
+
+    def _reindex(self, ids: Iterable[str], wrong: Callable[[list[str]], list[str]]) -> Iterator[tuple[str, str]]:
+        """Check ids page by page; then a script checks the wrong ones again, and corrects the indexes in one step."""
+        for page in _pages(ids, _PAGE):
+            for part in _pages(wrong(page), _REINDEXED_AT_ONCE):
+                keys = [self._keys.due, self._keys.unconfirmed, *map(self._keys.hold, part)]
+                words = [word.decode() for word in self._evaluate(REINDEX, keys, part)]
+                yield from zip(words[::2], words[1::2], strict=True)
 
     def _unindexed(self, ids: list[str]) -> list[str]:
+        """The holds whose index has no entry for them, or one with a wrong deadline."""
         found = self._client.mget([self._keys.hold(hold_id) for hold_id in ids])
         records = dict(zip(ids, found, strict=True))
         wrong: list[str] = []
-        for state, key in ((b"o", self._keys.due), (b"x", self._keys.unconfirmed)):
+        for state, key in self._indexes():
             wanted = [hold_id for hold_id, record in records.items() if record and record[:1] == state]
             scores = self._client.zmscore(key, wanted) if wanted else []
             for hold_id, score in zip(wanted, scores, strict=True):
@@ -296,29 +305,10 @@ class AuditReader:
                     wrong.append(hold_id)
         return wrong
 
-    def _reindex_entries(self) -> Iterator[tuple[str, str]]:
-        """Entries of an index whose record is gone, or says otherwise."""
-        for state, key in ((b"o", self._keys.due), (b"x", self._keys.unconfirmed)):
-            page: list[str] = []
-            for member, _ in self._client.zscan_iter(key, count=_PAGE):
-                page.append(member.decode())
-                if len(page) >= _PAGE:
-                    yield from self._let(self._stray(page, state))
-                    page = []
-            if page:
-                yield from self._let(self._stray(page, state))
-
-    def _stray(self, ids: list[str], state: bytes) -> list[str]:
+    def _stray(self, state: bytes, ids: list[str]) -> list[str]:
+        """The ids in an index that have no record, or one in another state."""
         found = self._client.mget([self._keys.hold(hold_id) for hold_id in ids])
         return [hold_id for hold_id, record in zip(ids, found, strict=True) if not record or record[:1] != state]
-
-    def _let(self, ids: Sequence[str]) -> Iterator[tuple[str, str]]:
-        """Looks at each again, and changes what is still wrong, in one step."""
-        for start in range(0, len(ids), _REINDEXED_AT_ONCE):
-            part = ids[start : start + _REINDEXED_AT_ONCE]
-            keys = [self._keys.due, self._keys.unconfirmed, *map(self._keys.hold, part)]
-            words = [word.decode() for word in self._evaluate(REINDEX, keys, part)]
-            yield from zip(words[::2], words[1::2], strict=True)
 
     # -- the store -----------------------------------------------------------------------------------------------------
 
@@ -328,3 +318,9 @@ class AuditReader:
     def _scan(self, prefix: str) -> Iterator[bytes]:
         pattern = "".join(f"[{letter}]" if letter in "*?[]" else letter for letter in prefix) + "*"
         yield from self._client.scan_iter(match=pattern, count=_PAGE)
+
+
+def _pages(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    remaining = iter(items)
+    while page := list(islice(remaining, size)):
+        yield page

@@ -18,11 +18,9 @@ from ktrdr_budget.engine.calls.results import (
     conflict,
     entry_cursor,
     holds_cursor,
-    is_foreign,
     page_size,
     policy_fault,
     refusal_faults,
-    refuses_login,
     status_of,
 )
 from ktrdr_budget.engine.protocol import (
@@ -319,9 +317,9 @@ class Reads:
             yield self._status_read((), False)
             yield Command("apply", keys, args)
         except StoreError as error:
-            if refuses_login(error):
+            if error.fault == "login":
                 return str(error), "unknown: the store refuses its user"
-            return (str(error), "unknown: it is no store") if is_foreign(error) else (None, str(error))
+            return (str(error), "unknown: it is not a store") if error.fault == "protocol" else (None, str(error))
         return None, None
 
     def watch_policy(self) -> Flow[None]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from ktrdr_budget.engine.protocol import FLAGS, STATES, Record, Window
+from ktrdr_budget.engine.protocol.scripts import without_script_location
 from ktrdr_budget.errors import DefinitionConflict, InvalidArgument, shown
 from ktrdr_budget.models import Budget, Denial, Status, identity_of
 from ktrdr_budget.money import MAX_UNITS, Amount, format_amount, from_units
@@ -18,12 +19,10 @@ __all__ = [
     "denial",
     "entry_cursor",
     "holds_cursor",
-    "is_foreign",
     "outdated",
     "page_size",
     "policy_fault",
     "refusal_faults",
-    "refuses_login",
     "status_of",
     "told_amounts",
 ]
@@ -36,8 +35,6 @@ _STATES = {
     "NOREPLICAS": "it has too few replicas",
 }
 """What the first word of an error says of the whole store."""
-_FOREIGN = re.compile(r"it answered HTTP$|(does not speak|speaks) TLS; its URL must start with")
-_LOGIN = re.compile(r"\b(NOAUTH|WRONGPASS)\b|invalid username-password|Authentication required|invalid password", re.I)
 
 
 def denial(window: Window, figures: Sequence[str], now_us: int, unit: str) -> Denial:
@@ -252,21 +249,11 @@ def refusal_faults(refused: Sequence[tuple[str, str]]) -> tuple[str | None, str 
         if state is not None:
             store_fault = store_fault or f"{state}, and refuses {command}: {error}"
         else:
-            by_error.setdefault(re.sub(r",? script: [^:]*on @user_script.*", "", error), []).append(command)
+            by_error.setdefault(without_script_location(error), []).append(command)
     missing = by_error.pop("", [])
     faults = [f"the store's user may not run {', '.join(missing)}"] if missing else []
     faults += [f"the store refuses {', '.join(commands)}: {error}" for error, commands in by_error.items()]
     return store_fault, "; ".join(faults) or None
-
-
-def refuses_login(error: Exception) -> bool:
-    """Whether an error of the store is about its user's name or password: no command can be tried."""
-    return _LOGIN.search(str(error)) is not None
-
-
-def is_foreign(error: Exception) -> bool:
-    """Whether an error says that the server speaks another protocol than the store's URL."""
-    return _FOREIGN.search(str(error)) is not None
 
 
 def page_size(limit: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
@@ -22,6 +23,7 @@ __all__ = [
     "Script",
     "script",
     "script_for",
+    "without_script_location",
 ]
 
 SIMPLE = "simple"
@@ -76,6 +78,11 @@ def script(name: str) -> Script:
     """The script of this name, put together from its parts."""
     source = "\n".join(_read(part) for part in _PARTS[name])
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
+
+
+def without_script_location(error: str) -> str:
+    """An error reply without the script and the line that it came from."""
+    return re.sub(r",? script: [^:]*on @user_script.*", "", error)
 
 
 def _read(part: str) -> str:

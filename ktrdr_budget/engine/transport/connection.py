@@ -1,12 +1,12 @@
-"""Connections for batches: one request, one reply, and nothing in between that a batch does not need.
+"""Connections that carry batches: one request and one reply at a time, without the overhead of a client.
 
-redis-py makes each connection (addresses, TLS, authentication, database); then it is taken over. Its client would spend
-as much time on a round trip as everything else together.
+redis-py opens each connection (name resolution, TLS, authentication, database); then this module takes over its
+stream. A round trip by redis-py's client would cost as much time as the rest of a call.
 
-A connection can be dead without a sign: a NAT or firewall that forgot it drops its packets in silence. Therefore one
-that was idle for longer than ``TRUSTED_IDLE_S`` is replaced before its next request, and a request without a reply
-after ``PATIENCE`` of its time is sent a second time, on a new connection (:mod:`.servers`). Idempotency keys make that
-safe.
+A connection can be dead without a sign: a NAT or a firewall that has dropped its state discards packets silently.
+Therefore a connection that was idle for longer than ``IDLE_MAX_S`` is replaced before its next request, and a request
+without a reply after ``HEDGE_SHARE`` of its time is sent a second time, on a new connection (:mod:`.node`).
+Idempotency keys make the second attempt safe.
 """
 
 from __future__ import annotations
@@ -15,59 +15,69 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["PATIENCE", "TRUSTED_IDLE_S", "ReplyError", "Connection", "ConnectionPool"]
+__all__ = ["HEDGE_SHARE", "IDLE_MAX_S", "Connection", "ConnectionPool", "ReplyError"]
 
-TRUSTED_IDLE_S = 2.0
-"""An idle connection of this age is not used again. The pulse of an idle replica, each second, keeps one connection
-younger (:mod:`ktrdr_budget.engine.batching.loss_repair`), so that a lone call finds a connection ready."""
-PATIENCE = 0.25
-"""The share of a request's time after which it is sent on a second connection, too."""
+IDLE_MAX_S = 2.0
+"""The longest idle time after which a connection is used again. An idle replica sends a probe each second, which keeps
+one connection younger, so that a lone call finds a connection ready."""
+HEDGE_SHARE = 0.25
+"""The share of a request's time after which it is also sent on a second connection."""
 
 
 class ReplyError(Exception):
-    """The store's answer is an error; its words are the message."""
+    """An error reply of the store, in its own words (without ``ERR``)."""
 
 
 class ConnectionPool:
-    """The connections of one server: as many as there were batches under way at once.
+    """The connections to one server: as many as there were batches in flight at once.
 
     Args:
-        on_end: told whenever one of them has ended, whoever wanted it.
+        on_close: called whenever a connection has been closed, unless it was discarded.
     """
 
-    def __init__(self, on_end: Callable[[], None] | None = None) -> None:
+    def __init__(self, on_close: Callable[[], None] | None = None) -> None:
         self.opened: set[Connection] = set()
+        """All connections that have not been closed."""
         self.idle: list[Connection] = []
-        self.on_end = on_end
-        self.on_late: Callable[[Connection], None] | None = None
-        """Called with a connection whose request has waited for :data:`PATIENCE` of its time."""
+        """Connections without a request, the last used at the end."""
+        self.on_close = on_close
+        self.on_silent: Callable[[Connection], None] | None = None
+        """Called with a connection whose request has no reply after :data:`HEDGE_SHARE` of its time."""
+        self._draining = False
 
-    def ready(self) -> Connection | None:
-        """A connection that carries nothing, and was in use lately."""
+    def check_out(self) -> Connection | None:
+        """Take an idle connection that was used recently; ``None`` if there is none."""
         while self.idle:
-            wire = self.idle.pop()  # the one that was used last
-            if wire.age_s > TRUSTED_IDLE_S:
-                wire.drop()
-                self.drop_idle()
-            elif wire.is_open:
-                return wire
+            connection = self.idle.pop()
+            if connection.idle_s > IDLE_MAX_S:
+                connection.discard()
+                self.discard_idle()
+            elif connection.is_open:
+                return connection
         return None
 
-    def drop_idle(self) -> None:
-        """End all idle connections."""
+    def put_back(self, connection: Connection) -> None:
+        """Make a connection available for the next request."""
+        if self._draining:
+            connection.abort()
+        else:
+            self.idle.append(connection)
+
+    def discard_idle(self) -> None:
+        """Close all idle connections."""
         while self.idle:
-            self.idle.pop().drop()
+            self.idle.pop().discard()
 
     async def connect(self, client: Any) -> Connection | None:
-        """Another connection, made as redis-py's client makes its own.
+        """Open a connection with the options of redis-py's client.
 
-        ``None`` if the client must be asked instead: without hiredis, and while somebody watches it (an
-        instrumentation such as OpenTelemetry's wraps its method).
+        ``None`` if requests must go through the client itself: without hiredis, or while an instrumentation (such as
+        OpenTelemetry's) wraps the client's method.
 
         Raises:
-            OSError, redis.RedisError: the store cannot be reached, or refuses this user.
+            OSError, redis.RedisError: the server cannot be reached, or refuses this user.
         """
-        from ktrdr_budget.engine.transport.redis_pool import Reader, pack
+        from ktrdr_budget.engine.transport.resp import Reader, pack
 
         if Reader is None or hasattr(client.execute_command, "__wrapped__"):
             return None
@@ -77,205 +87,208 @@ class ConnectionPool:
         except BaseException:
             await connection.disconnect(nowait=True)
             raise
-        return Connection(self, connection.hand_over(), Reader(), pack)
+        return Connection(self, connection.detach(), Reader(), pack)
 
-    def retire(self) -> None:
-        """No more requests: idle connections end now, the others with the answer that they wait for."""
-        idle, self.idle, self.on_end = self.idle, _Leaving(), None
-        for wire in idle:
-            wire.abort()
+    def drain(self) -> None:
+        """Accept no more requests: close idle connections now, the others after their reply."""
+        self._draining, self.on_close = True, None
+        while self.idle:
+            self.idle.pop().abort()
 
     def in_flight(self) -> dict[Connection, object]:
-        """The connections that wait for an answer, each with a mark of the request that it carries."""
-        return {wire: wire.request for wire in self.opened if wire.request is not None}
+        """The connections that await a reply, each with the token of its request."""
+        return {connection: connection.pending for connection in self.opened if connection.pending is not None}
 
     def abort(self) -> None:
-        """Ends all of them; who waits for an answer is told so."""
-        self.retire()
-        for wire in list(self.opened):
-            wire.abort()
+        """Close all connections now; pending requests fail with ``ConnectionResetError``."""
+        self.drain()
+        for connection in list(self.opened):
+            connection.abort()
 
     async def close(self) -> None:
-        """Ends all of them, and returns when they have ended."""
-        standing = list(self.opened)
+        """Close all connections, and return when they are closed."""
+        opened = list(self.opened)
         self.abort()
-        for wire in standing:
-            await wire.ended
-
-
-class _Leaving(list["Connection"]):
-    """Where the connections of a server that was left wait for their next request: nowhere."""
-
-    def append(self, wire: Connection) -> None:
-        """Takes one back, and ends it."""
-        wire.abort()
+        for connection in opened:
+            await connection.closed
 
 
 class Connection(asyncio.Protocol):
-    """One connection. It carries one request at a time, and ends if a request gets no answer.
+    """One connection. It carries one request at a time, and is closed if a request gets no reply.
 
     Args:
-        home: where it waits for its next request.
-        writer: the stream's; nobody else uses the stream any more.
-        replies: hiredis' parser.
-        pack: puts a command into bytes.
+        pool: the pool that it belongs to.
+        writer: the stream's writer; nothing else may use the stream any more.
+        replies: the parser of hiredis.
+        pack: turns a command into bytes.
     """
 
     def __init__(
-        self, home: ConnectionPool, writer: asyncio.StreamWriter, replies: Any, pack: Callable[[tuple[Any, ...]], bytes]
+        self, pool: ConnectionPool, writer: asyncio.StreamWriter, replies: Any, pack: Callable[[tuple[Any, ...]], bytes]
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._home = home
+        self._pool = pool
         self._writer = writer  # kept, for it closes the transport when it is collected
         self._transport = writer.transport
         self._replies = replies
         self._pack = pack
-        self._told: Callable[[Any], None] | None = None
+        self._on_reply: Callable[[Any], None] | None = None
         self._checked_out = False
-        self._dropped = False
+        self._discarded = False
         self.words: tuple[str | int, ...] = ()
-        """The request that the connection carries, or carried last."""
-        self.resent: Callable[[], None] | None = None
-        """To be called before that request is sent on another connection, too."""
+        """The current request, or the last one."""
+        self.on_resend: Callable[[], None] | None = None
+        """To be called before that request is also sent on another connection."""
         self.deadline = 0.0
-        """The time of the event loop until which its reply is awaited."""
-        self.used_s = self._loop.time()
-        """When it was last in use, in time of the event loop: its last request was sent then."""
+        """The deadline of that request, in the event loop's time."""
+        self.last_used_s = self._loop.time()
+        """When the last request was sent, in the event loop's time."""
         self._wake_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
-        self.ended: asyncio.Future[None] = self._loop.create_future()
-        """Done when the connection has ended."""
-        home.opened.add(self)
+        self.closed: asyncio.Future[None] = self._loop.create_future()
+        """Done when the connection is closed."""
+        pool.opened.add(self)
         self._transport.set_protocol(self)
 
     @property
     def is_open(self) -> bool:
-        """Whether the connection has not ended, as far as is known."""
+        """Whether the connection is open, as far as the event loop has noticed."""
         return not self._transport.is_closing()
 
     @property
-    def age_s(self) -> float:
-        """For how long the connection has not been used."""
-        return self._loop.time() - self.used_s
+    def is_encrypted(self) -> bool:
+        """Whether the connection uses TLS."""
+        return self._transport.get_extra_info("cipher") is not None
 
     @property
-    def request(self) -> object | None:
-        """A mark of the request whose answer is waited for; ``None`` if there is none."""
-        return self._told
+    def idle_s(self) -> float:
+        """Seconds since the last request was sent."""
+        return self._loop.time() - self.last_used_s
+
+    @property
+    def pending(self) -> object | None:
+        """A token that identifies the pending request; ``None`` without one."""
+        return self._on_reply
 
     def send(
         self,
         words: tuple[str | int, ...],
         deadline: float,
-        told: Callable[[Any], None],
-        resent: Callable[[], None] | None = None,
+        on_reply: Callable[[Any], None],
+        on_resend: Callable[[], None] | None = None,
     ) -> None:
-        """Sends one command.
+        """Send a command.
 
         Args:
-            deadline: the time of the event loop until which an answer is waited for.
-            told: is called once, with the answer or with an exception: :class:`ReplyError`, ``TimeoutError``, or
-                ``ConnectionResetError`` if the connection has ended.
-            resent: called before the command is sent on another connection, too; ``None`` forbids that.
+            deadline: how long to wait for the reply, as a time of the event loop.
+            on_reply: called once, with the reply or with an exception: :class:`ReplyError`, ``TimeoutError``, or
+                ``ConnectionResetError`` if the connection was closed.
+            on_resend: called before the command is also sent on another connection; ``None`` forbids that.
         """
-        assert self._told is None
+        assert self._on_reply is None
         packed = self._pack(words)
-        self._told = told
+        self._on_reply = on_reply
         self.words = words
-        self.resent = resent
+        self.on_resend = on_resend
         self.deadline = self._wake_s = deadline
-        self.used_s = now_s = self._loop.time()
-        if resent is not None:
-            self._wake_s = now_s + (deadline - now_s) * PATIENCE
+        self.last_used_s = now_s = self._loop.time()
+        if on_resend is not None:
+            self._wake_s = now_s + (deadline - now_s) * HEDGE_SHARE
         if self._timer is None or self._timer.when() > self._wake_s:
-            self._watch()
+            self._set_timer()
         self._transport.write(packed)
 
-    async def ask(self, words: tuple[str | int, ...], deadline: float, resent: Callable[[], None] | None = None) -> Any:
-        """Sends one command and waits for its answer; raises what :meth:`send` tells. Then :meth:`give_back`."""
+    async def execute(
+        self, words: tuple[str | int, ...], deadline: float, on_resend: Callable[[], None] | None = None
+    ) -> Any:
+        """Send a command and return its reply. The connection stays checked out until :meth:`release`.
+
+        Raises:
+            ReplyError, TimeoutError, ConnectionResetError: see :meth:`send`.
+        """
         self._checked_out = True
-        reply: asyncio.Future[Any] = self._loop.create_future()
-        self.send(words, deadline, lambda answer: None if reply.done() else reply.set_result(answer), resent)
+        received: asyncio.Future[Any] = self._loop.create_future()
+        self.send(words, deadline, lambda reply: None if received.done() else received.set_result(reply), on_resend)
         try:
-            answer = await reply
+            reply = await received
         except BaseException:
-            self.abort()  # an answer that comes now would be taken for that of the next request
+            self.abort()  # a reply that arrives later would be taken for the reply to the next request
             raise
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
+        if isinstance(reply, Exception):
+            raise reply
+        return reply
 
     def release(self) -> None:
-        """Lets others use the connection again, if it stands."""
+        """Return the connection to its pool, if it is open."""
         self._checked_out = False
         if self.is_open:
-            self._home.idle.append(self)
+            self._pool.put_back(self)
 
     def supersede(self, reply: Any) -> None:
-        """Take this reply, of another connection, for the request; end this connection, which did not reply."""
-        told, self._told = self._told, None
-        self.drop()
-        if told is not None:
-            told(reply)
+        """Complete the request with a reply from another connection, and close this one, which stayed silent."""
+        on_reply, self._on_reply = self._on_reply, None
+        self.discard()
+        if on_reply is not None:
+            on_reply(reply)
 
-    def drop(self) -> None:
-        """End the connection without a word to its home: the server is not in doubt."""
-        self._dropped = True
+    def discard(self) -> None:
+        """Close the connection without calling the pool's ``on_close``: the server is not suspect."""
+        self._discarded = True
         self.abort()
 
     def abort(self) -> None:
-        """Ends the connection; what was not sent yet is dropped."""
+        """Close the connection now; unsent data is dropped."""
         self._transport.abort()
 
-    def _tell(self, answer: Any) -> None:
-        told, self._told = self._told, None
-        if told is not None:  # else a word that nobody asked for
-            told(answer)
+    def _complete(self, reply: Any) -> None:
+        on_reply, self._on_reply = self._on_reply, None
+        if on_reply is not None:  # else the server sent data without a request
+            on_reply(reply)
 
     # -- the deadline --------------------------------------------------------------------------------------------------
 
-    def _watch(self) -> None:
-        """One timer serves many requests: making one for each would cost as much as sending it."""
+    def _set_timer(self) -> None:
+        """Set the one timer, which serves many requests: a timer for each would cost as much as sending it."""
         if self._timer is not None:
             self._timer.cancel()
-        self._timer = self._loop.call_at(self._wake_s, self._look)
+        self._timer = self._loop.call_at(self._wake_s, self._on_timer)
 
-    def _look(self) -> None:
+    def _on_timer(self) -> None:
         self._timer = None
-        if self._told is None:
+        if self._on_reply is None:
             return
         if self._loop.time() < self._wake_s:
-            self._watch()
+            self._set_timer()
         elif self._wake_s < self.deadline:
             self._wake_s = self.deadline
-            self._watch()
-            if self._home.on_late is not None:
-                self._home.on_late(self)
+            self._set_timer()
+            if self._pool.on_silent is not None:
+                self._pool.on_silent(self)
         else:
             self.abort()
-            self._tell(TimeoutError())
+            self._complete(TimeoutError())
 
     # -- called by the event loop --------------------------------------------------------------------------------------
 
     def data_received(self, data: bytes) -> None:
-        """A part of an answer, or all of it."""
+        """Feed a part of a reply to the parser; complete the request once the reply is whole."""
         self._replies.feed(data)
-        answer = self._replies.gets()
-        if answer is False:
+        reply = self._replies.gets()
+        if reply is False:
             return
-        if isinstance(answer, Exception):
-            answer = ReplyError(str(answer).removeprefix("ERR "))
-        if self._told is not None and not self._checked_out:
-            self._home.idle.append(self)
-        self._tell(answer)
+        if isinstance(reply, Exception):
+            reply = ReplyError(str(reply).removeprefix("ERR "))
+        if self._on_reply is not None and not self._checked_out:
+            self._pool.put_back(self)
+        self._complete(reply)
 
     def connection_lost(self, error: Exception | None) -> None:
-        """The end, whoever wanted it."""
+        """The connection was closed, by either side."""
         if self._timer is not None:
             self._timer.cancel()
-        self._home.opened.discard(self)
-        if not self.ended.done():
-            self.ended.set_result(None)
-        if self._home.on_end is not None and not self._dropped:
-            self._home.on_end()
-        self._tell(ConnectionResetError("the connection has ended"))
+        self._pool.opened.discard(self)
+        if not self.closed.done():
+            self.closed.set_result(None)
+        if self._pool.on_close is not None and not self._discarded:
+            self._pool.on_close()
+        self._complete(ConnectionResetError("the connection was closed"))

@@ -1,4 +1,4 @@
-"""Credentials of the store that rotate: asked for at each connection, shown nowhere."""
+"""Login credentials that rotate: fetched at each connection, never shown."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ CredentialSource = Any
 
 
 class Credentials:
-    """What redis-py asks, sync or async; in place of the provider, whose errors may show a secret."""
+    """A ``CredentialProvider`` for redis-py around the caller's, whose errors might show a secret."""
 
     def __init__(self, source: CredentialSource) -> None:
-        ask = getattr(source, "get_credentials", source)
-        if not callable(ask):
+        fetch = getattr(source, "get_credentials", source)
+        if not callable(fetch):
             raise InvalidArgument("credential_provider must be a CredentialProvider of redis-py, or a callable")
-        self._ask: Callable[[], Any] = ask
-        ask_async = getattr(source, "get_credentials_async", None)
-        # That of redis-py's base class logs a warning, and blocks the event loop.
-        inherited = getattr(ask_async, "__qualname__", "") == "CredentialProvider.get_credentials_async"
-        self._ask_async = None if inherited else ask_async
+        self._fetch: Callable[[], Any] = fetch
+        fetch_async = getattr(source, "get_credentials_async", None)
+        # The inherited method of redis-py's base class logs a warning, and blocks the event loop.
+        inherited = getattr(fetch_async, "__qualname__", "") == "CredentialProvider.get_credentials_async"
+        self._fetch_async = None if inherited else fetch_async
 
     def __repr__(self) -> str:
         return "<Credentials>"
 
     def get_credentials(self) -> tuple[str, ...]:
-        """Called by redis-py for each connection of a synchronous client."""
+        """Fetch the credentials; called by redis-py for each connection of a synchronous client."""
         try:
-            given = self._ask()
+            fetched = self._fetch()
         except Exception as error:
-            raise _failed(error) from None
-        return _checked(given)
+            raise _provider_error(error) from None
+        return _validated(fetched)
 
     async def get_credentials_async(self) -> tuple[str, ...]:
-        """Called by redis-py for each connection; a callable runs in a thread, for it may ask a secret store."""
-        if self._ask_async is None:
+        """Fetch the credentials; called by redis-py for each connection. A callable runs in a thread: it may block."""
+        if self._fetch_async is None:
             return await asyncio.to_thread(self.get_credentials)
         try:
-            given = await self._ask_async()
+            fetched = await self._fetch_async()
         except Exception as error:
-            raise _failed(error) from None
-        return _checked(given)
+            raise _provider_error(error) from None
+        return _validated(fetched)
 
 
 def credentials_for(source: CredentialSource | None, url: StoreUrl | None) -> Credentials | None:
-    """The credentials of a store.
+    """The credentials of a store, from the option ``credential_provider``.
 
     Args:
         url: ``None`` is the embedded server, which has no users.
 
     Raises:
-        InvalidArgument: it is no provider, or there is a login in the URL as well.
+        InvalidArgument: the source is not a provider, or the URL contains a login as well.
     """
     if source is None:
         return None
@@ -69,8 +69,8 @@ def credentials_for(source: CredentialSource | None, url: StoreUrl | None) -> Cr
     return source if isinstance(source, Credentials) else Credentials(source)
 
 
-def _checked(given: Any) -> tuple[str, ...]:
-    words = (given,) if isinstance(given, str) else given
+def _validated(fetched: Any) -> tuple[str, ...]:
+    words = (fetched,) if isinstance(fetched, str) else fetched
     if isinstance(words, (tuple, list)) and 1 <= len(words) <= 2 and all(isinstance(word, str) for word in words):
         return tuple(words)
     from redis.exceptions import AuthenticationError
@@ -78,10 +78,10 @@ def _checked(given: Any) -> tuple[str, ...]:
     raise AuthenticationError("credential_provider must return a password, or a user name and a password")
 
 
-def _failed(error: Exception) -> Exception:
+def _provider_error(error: Exception) -> Exception:
     from redis import exceptions
 
-    # Of a class that redis-py cleans up after, and in words that say that nothing was sent.
+    # redis-py closes the connection after this class; the wording lets translate() see that nothing was sent.
     return exceptions.ConnectionError(
         f"Error connecting to the store: credential_provider raised {type(error).__name__}"
     )

@@ -1,4 +1,4 @@
-"""What a failure of the driver, or an error that a server answers, means for the caller."""
+"""Translation of failures: from redis-py's errors and error replies to the errors of this package."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import re
 import ssl
 from typing import NamedTuple
 
+from ktrdr_budget.engine.protocol.scripts import without_script_location
 from ktrdr_budget.engine.transport.connection import ReplyError
+from ktrdr_budget.engine.transport.protocol_check import WrongProtocol
 from ktrdr_budget.engine.transport.urls import Address
-from ktrdr_budget.engine.transport.wrong_protocol import WrongProtocol
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 
 __all__ = [
@@ -17,30 +18,31 @@ __all__ = [
     "Redirection",
     "Transient",
     "answered",
-    "doubtful",
-    "meaning",
-    "needs_time",
+    "is_temporary",
+    "means_failover",
     "redirection",
+    "translate",
     "unavailable",
     "without_secrets",
 ]
 
-# Answers of a store that will soon answer otherwise: worth another try within the deadline.
-_PASSING = re.compile(r"\b(LOADING|BUSY|TRYAGAIN|CLUSTERDOWN|MASTERDOWN|READONLY|NOREPLICAS)\b")
-# Those of a server that may not be the right one any more, and those of one that is, and needs time.
-_DOUBTFUL = re.compile(r"\b(CLUSTERDOWN|MASTERDOWN|READONLY)\b")
-_PATIENT = re.compile(r"\b(LOADING|BUSY|TRYAGAIN|NOREPLICAS)\b")
-# The first byte of HTTP, or of the page that an HTTP server sends to a request that it does not understand.
-_NOT_REDIS = re.compile(r"^Protocol (error, got|Error: b?)\W*[H<]")
+# Replies of a server that may soon reply otherwise: worth a retry within the deadline.
+_TRANSIENT = re.compile(r"\b(LOADING|BUSY|TRYAGAIN|CLUSTERDOWN|MASTERDOWN|READONLY|NOREPLICAS)\b")
+# Of these, the replies of a server that may no longer be the primary, and of one that needs time.
+_FAILOVER = re.compile(r"\b(CLUSTERDOWN|MASTERDOWN|READONLY)\b")
+_TEMPORARY = re.compile(r"\b(LOADING|BUSY|TRYAGAIN|NOREPLICAS)\b")
+# The first byte of HTTP, or of an HTML page that an HTTP server sends in reply to an invalid request.
+_HTTP = re.compile(r"^Protocol (error, got|Error: b?)\W*[H<]")
 _REDIRECTION = re.compile(r"(MOVED|ASK) \d+ (\S*):(\d+)")
+_LOGIN = ("NOAUTH", "WRONGPASS")
 
 
 class Transient(Exception):
-    """The store did not answer, or not yet: another try may help.
+    """The store gave no reply, or one that may soon change: a retry may help.
 
     Args:
         sent: the request may have been executed.
-        answered: the store is there, and has answered that it cannot do this now.
+        answered: the store has replied that it cannot serve the request now.
     """
 
     def __init__(self, message: str, sent: bool, *, answered: bool = False) -> None:
@@ -50,25 +52,25 @@ class Transient(Exception):
 
 
 class NoScript(Exception):
-    """Nothing was executed, and ``Store.apply`` knows what to do: the store does not have the script (a restart,
-    SCRIPT FLUSH, another node), or a node of a cluster has named another."""
+    """The request was not executed, and ``Store.apply`` can resend it as it must be sent: the server lacks the script
+    (after a restart, SCRIPT FLUSH, on another node), or a cluster node has redirected the request."""
 
 
 class Redirection(NamedTuple):
-    """A node of a cluster names another: for good, or ``asking`` it for this request only, while a slot is moving."""
+    """A redirect of a cluster node: permanent (MOVED), or for this request only (ASK), while a slot migrates."""
 
     host: str
-    """Empty if it is that of the node that answered."""
+    """Empty if it is the host of the redirecting node."""
     port: int
     asking: bool
 
-    def address(self, answered: Address) -> Address:
-        """Where to."""
-        return (self.host or answered[0], self.port)
+    def address(self, redirecting: Address) -> Address:
+        """The address of the target, given that of the redirecting node."""
+        return (self.host or redirecting[0], self.port)
 
 
 def redirection(error: Exception) -> Redirection | None:
-    """Reads MOVED and ASK, in the server's words or in redis-py's."""
+    """Parse MOVED and ASK, from an error reply or from redis-py's exception; ``None`` for any other error."""
     if isinstance(error, ReplyError):
         found = _REDIRECTION.match(str(error))
         return None if found is None else Redirection(found[2], int(found[3]), found[1] == "ASK")
@@ -79,24 +81,24 @@ def redirection(error: Exception) -> Redirection | None:
     return None
 
 
-def doubtful(error: Exception) -> bool:
-    """Whether an error is a server's word that somebody else is in charge, or nobody."""
-    return _DOUBTFUL.search(_words(error)) is not None
+def means_failover(error: Exception) -> bool:
+    """Whether an error reply says that another server is the primary, or that there is none."""
+    return _FAILOVER.search(_reply_text(error)) is not None
 
 
-def needs_time(error: Exception) -> bool:
-    """Whether an error is a server's word that it will answer later."""
-    return _PATIENT.search(_words(error)) is not None
+def is_temporary(error: Exception) -> bool:
+    """Whether an error reply says that the server needs time, and remains the right one."""
+    return _TEMPORARY.search(_reply_text(error)) is not None
 
 
-def meaning(error: Exception, shown: str) -> Exception:
-    """An error of this package instead of the driver's; what is neither remains.
+def translate(error: Exception, shown: str) -> Exception:
+    """The error of this package for a failure of the transport; any other error is returned as it is.
 
     Args:
-        shown: where the store is, without secrets.
+        shown: the store's URL without secrets.
     """
     if isinstance(error, WrongProtocol):
-        return StoreError(f"store at {shown}: {error}")
+        return StoreError(f"store at {shown}: {error}", fault="protocol")
     if isinstance(error, (OSError, EOFError)):
         return Transient(f"store at {shown}: {str(error) or type(error).__name__}", sent=True)
 
@@ -106,26 +108,26 @@ def meaning(error: Exception, shown: str) -> Exception:
     if isinstance(error, redis_errors.NoScriptError) or str(error).startswith("NOSCRIPT"):
         return NoScript()
     refused = (redis_errors.AuthenticationError, redis_errors.AuthorizationError)
-    if isinstance(error, refused) or isinstance(error.__cause__, refused):  # on a unix socket, only the cause
-        return StoreError(text)
+    # On a unix socket only the cause is of these classes. On a connection of our own the reply has no class at all.
+    if isinstance(error, refused) or isinstance(error.__cause__, refused) or str(error).startswith(_LOGIN):
+        return StoreError(text, fault="login")
     if redirection(error) is not None:
         return StoreError(f"store at {shown}: it is a node of a cluster; its URL must start with redis+cluster://")
-    if isinstance(error, redis_errors.ClusterError) or _PASSING.search(_words(error)):
+    if isinstance(error, redis_errors.ClusterError) or _TRANSIENT.search(_reply_text(error)):
         return Transient(text, sent=False, answered=True)
-    lost = (redis_errors.ConnectionError, redis_errors.TimeoutError)
-    if isinstance(error, lost):
+    if isinstance(error, (redis_errors.ConnectionError, redis_errors.TimeoutError)):
         if " connecting to " in str(error):
-            return Transient(f"cannot connect to {shown} ({_reason(error)})", sent=False)
+            return Transient(f"cannot connect to {shown} ({_connect_failure(error)})", sent=False)
         return Transient(text, sent=True)
     if isinstance(error, (redis_errors.RedisError, ReplyError)):
-        if _NOT_REDIS.search(str(error)):
-            text = f"store at {shown}: it is not a Redis server: it answered HTTP"
+        if _HTTP.search(str(error)):
+            return StoreError(f"store at {shown}: it is not a Redis server: it speaks HTTP", fault="protocol")
         return StoreError(text)
     return error
 
 
-def _reason(error: Exception) -> str:
-    """Why a connection could not be made, without the address, which redis-py repeats."""
+def _connect_failure(error: Exception) -> str:
+    """Why a connection could not be opened, without the address, which redis-py repeats."""
     cause = error.__cause__ or error.__context__
     if isinstance(cause, ssl.SSLError):
         return without_secrets(cause)
@@ -133,40 +135,40 @@ def _reason(error: Exception) -> str:
     number = int(found[1]) if found is not None else getattr(cause, "errno", None)
     if isinstance(number, int) and number > 0:
         return os.strerror(number).lower()
-    words = without_secrets(error)
-    if words.startswith("Timeout"):
+    text = without_secrets(error)
+    if text.startswith("Timeout"):
         return "timeout"
-    return re.sub(r".*?connecting to (the store: |unix socket: \S+\. |\S+\. )?", "", words).rstrip(".") or "no reply"
+    return re.sub(r".*?connecting to (the store: |unix socket: \S+\. |\S+\. )?", "", text).rstrip(".") or "no reply"
 
 
-def _words(error: Exception) -> str:
-    """What the server said; redis-py makes a class of some first words, and takes them away."""
+def _reply_text(error: Exception) -> str:
+    """The error reply with its code, which redis-py removes where it has a class for the code."""
     name = type(error).__name__
-    first = {"ReadOnlyError": "READONLY", "TryAgainError": "TRYAGAIN", "ClusterDownError": "CLUSTERDOWN"}
-    first |= {"MasterDownError": "MASTERDOWN", "BusyLoadingError": "LOADING"}
-    return f"{first.get(name, '')} {error}"
+    code = {"ReadOnlyError": "READONLY", "TryAgainError": "TRYAGAIN", "ClusterDownError": "CLUSTERDOWN"}
+    code |= {"MasterDownError": "MASTERDOWN", "BusyLoadingError": "LOADING"}
+    return f"{code.get(name, '')} {error}"
 
 
 def without_secrets(error: Exception) -> str:
-    """An error's first line; servers and drivers put no password there, but a URL may have got in."""
+    """The first line of an error, at most 300 characters, with the login masked where it contains a URL."""
     line = (str(error).splitlines() or [type(error).__name__])[0]
-    line = re.sub(r",? script: [^:]*on @user_script.*", "", line)  # where in a script; nobody outside knows its lines
-    return re.sub(r"(\w+://)[^@\s/]*@", r"\1***@", line)[:300]
+    return re.sub(r"(\w+://)[^@\s/]*@", r"\1***@", without_script_location(line))[:300]
 
 
 def answered(error: BaseException) -> bool:
-    """Whether a failure is an answer: the store is there."""
+    """Whether a failure is a reply of the store, and so the store is reachable."""
     return isinstance(error, StoreError) or (isinstance(error, Transient) and error.answered)
 
 
 def unavailable(
     error: Exception | None, shown: str, timeout: float, *, ambiguous: bool = False, waited: str = ""
 ) -> StoreUnavailable:
-    """What a caller gets when its deadline has passed.
+    """The error that a caller gets when its deadline has passed.
 
     Args:
-        error: the last failure; ``None`` if the store answers, and the call waited for something else.
-        waited: for what.
+        error: the last failure; ``None`` if the store replies, and the call waited for something else.
+        timeout: the call's time, in seconds.
+        waited: the reason of that wait.
     """
     if error is None:
         text = f"store at {shown}: {waited or 'the call waited for its turn'}; gave up after {timeout:g} s"

@@ -1,9 +1,9 @@
-"""Stores whose server may become another: the master that sentinels name, the node that serves a slot of a cluster.
+"""Stores whose server changes: the master that Sentinel names, or the primary of a slot of a cluster.
 
-Everything of a tenant is in one slot, so a limiter speaks to one server at a time, by the same wires as to a store that
-is one server. What differs: that server has to be found; it is suspect after each failure, and asked for anew before
-the next attempt; and somebody looks, once a second and whenever the sentinels say something, whether it is still the
-one. Its connections are cut as soon as it is not: an old master on the wrong side of a partition would go on to answer.
+All keys of a tenant are in one slot, so a limiter uses one server at a time, over the same connections as a store on a
+single server. In addition, this module discovers that server; treats it as suspect after each failure, and discovers it
+again before the next attempt; and checks once a second, and at each notice of Sentinel, whether it is still the
+primary. As soon as it is not, its connections are closed: an old master behind a partition would continue to reply.
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ from typing import Any
 from ktrdr_budget.engine.transport.connection import ConnectionPool
 from ktrdr_budget.engine.transport.credentials import Credentials, CredentialSource, credentials_for
 from ktrdr_budget.engine.transport.discovery import (
-    ANSWER_S,
+    QUERY_TIMEOUT_S,
     ClusterDiscovery,
     Discovery,
     DiscoveryRefused,
     PrimaryNotFound,
     SentinelDiscovery,
 )
-from ktrdr_budget.engine.transport.errors import NoScript, Transient, doubtful, meaning, needs_time, redirection
+from ktrdr_budget.engine.transport.errors import (
+    NoScript,
+    Transient,
+    is_temporary,
+    means_failover,
+    redirection,
+    translate,
+)
 from ktrdr_budget.engine.transport.node import Node
 from ktrdr_budget.engine.transport.store import Store
 from ktrdr_budget.engine.transport.urls import Address, StoreUrl, parse_url
-from ktrdr_budget.errors import StoreError
 
 __all__ = ["FailoverStore", "store_for"]
 
@@ -36,13 +42,13 @@ __all__ = ["FailoverStore", "store_for"]
 def store_for(
     url: str | None, data_dir: str | None, key: str, credential_provider: CredentialSource | None = None
 ) -> Store:
-    """The store of a limiter.
+    """Create the store of a limiter.
 
     Args:
-        url: where it is; ``None`` is the embedded server.
+        url: ``None`` is the embedded server.
         data_dir: the embedded server's data directory.
         key: any key of the tenant.
-        credential_provider: asked at each connection; ``None``: the login, if there is one, is in the URL.
+        credential_provider: called at each connection; ``None``: the login, if any, is in the URL.
 
     Raises:
         InvalidArgument: the URL or the provider is not usable.
@@ -55,7 +61,7 @@ def store_for(
 
 
 class FailoverStore(Store):
-    """A store behind sentinels, or a slot of a cluster.
+    """A store behind Sentinel, or on one slot of a cluster.
 
     Args:
         key: any key of the tenant: all have the same slot.
@@ -65,28 +71,27 @@ class FailoverStore(Store):
         super().__init__(url, credentials=credentials)
         self._parsed = parsed
         self._key = key
-        self._connect_timeout = float(dict(parsed.options).get("socket_connect_timeout", ANSWER_S))
+        self._connect_timeout = float(dict(parsed.options).get("socket_connect_timeout", QUERY_TIMEOUT_S))
         self._reset()
 
     def _reset(self) -> None:
         self._discovery: Discovery | None = None
         self._finding: asyncio.Task[None] | None = None
-        self._watch: asyncio.Task[None] | None = None
-        self._told = asyncio.Event()
-        """Set when there is a reason to look at once."""
+        self._check_now = asyncio.Event()
+        """Set when the primary may have changed."""
         self._suspect: Address | None = None
-        self._target: Node | None = None
-        """The node to which the slot is being moved."""
-        self._left: set[Node] = set()
-        """Servers whose last answers are still on their way."""
+        self._importing: Node | None = None
+        """The node to which the slot is being migrated."""
+        self._draining: set[Node] = set()
+        """Former servers whose last replies are pending."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._closing: set[asyncio.Task[None]] = set()
 
     async def open(self) -> None:
-        """Begins to watch; the server is looked for by whoever needs it."""
+        """Start the checks; the first request discovers the server."""
         if self._discovery is None:
             self._discovery = self._make_discovery()
-            self._watch = self._start(self._watching(self._discovery), self._tasks)
+            self._start(self._check_forever(self._discovery), self._tasks)
 
     def _make_discovery(self) -> Discovery:
         if self._parsed.kind == "sentinel":
@@ -96,43 +101,43 @@ class FailoverStore(Store):
         return ClusterDiscovery(self._parsed, int(key_slot(self._key.encode())), self.credentials)
 
     @staticmethod
-    def _start(work: Coroutine[Any, Any, None], among: set[asyncio.Task[None]]) -> asyncio.Task[None]:
-        # On nobody's behalf: an instrumentation must not see a caller here.
+    def _start(work: Coroutine[Any, Any, None], tasks: set[asyncio.Task[None]]) -> asyncio.Task[None]:
+        # In an empty context: an instrumentation must not attribute this to a caller.
         task = asyncio.get_running_loop().create_task(work, context=contextvars.Context())
-        among.add(task)
-        task.add_done_callback(among.discard)
-        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # whoever waits for it is told
+        tasks.add(task)
+        task.add_done_callback(tasks.discard)
+        task.add_done_callback(lambda task: task.cancelled() or task.exception())  # the awaiting call reports it
         return task
 
     async def close(self) -> None:
-        """Closes connections."""
+        """Close all connections."""
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, *self._closing, return_exceptions=True)
         if self._discovery is not None:
             await self._discovery.close()
-        if self._target is not None:
-            await self._target.close()
-        for server in self._left:
-            await server.close()
+        if self._importing is not None:
+            await self._importing.close()
+        for node in self._draining:
+            await node.close()
         await super().close()
 
     def forget(self) -> Any:
         """See :meth:`Store.forget`."""
-        tasks = (self._finding, self._watch, self._tasks, self._closing)
-        connections = (super().forget(), self._discovery, self._target, self._left, tasks)
+        tasks = (self._finding, self._tasks, self._closing)
+        connections = (super().forget(), self._discovery, self._importing, self._draining, tasks)
         self._reset()
         return connections
 
-    # -- finding the server --------------------------------------------------------------------------------------------
+    # -- the current server --------------------------------------------------------------------------------------------
 
-    async def _home(self) -> Node:
+    async def _current_node(self) -> Node:
         await self.open()
-        while self._server is None:
+        while self.node is None:
             if self._finding is None or self._finding.done():
                 self._finding = self._start(self._find(), self._tasks)
-            await asyncio.shield(self._finding)  # others wait for it, too
-        return self._server
+            await asyncio.shield(self._finding)  # other calls await it, too
+        return self.node
 
     async def _find(self) -> None:
         assert self._discovery is not None
@@ -141,121 +146,128 @@ class FailoverStore(Store):
         except PrimaryNotFound as error:
             raise Transient(f"store at {self.shown}: {error}", sent=False) from None
         except DiscoveryRefused as error:
-            raise StoreError(f"store at {self.shown}: {error}") from None
+            raise translate(error.cause, self.shown) from None
         self._suspect = None
-        if self._server is None:  # else it has been told meanwhile
+        if self.node is None:  # else a redirect has named it meanwhile
             self._move_to(address)
 
-    def _server_at(self, address: Address) -> Node:
+    def node_at(self, address: Address) -> Node:
+        """A server of this store."""
         timeout = self._connect_timeout
         url = self._parsed.at(address, socket_connect_timeout=str(timeout))
         return Node(url, address, timeout, self.credentials)
 
     def _move_to(self, address: Address) -> None:
-        for left in self._left:
-            if left.address != address:
-                left.connections.abort()  # what it still answers does not count
-        self._settle(self._server_at(address))
+        for node in self._draining:
+            if node.address != address:
+                node.connections.abort()  # replies of a former primary do not count
+        self._use(self.node_at(address))
 
-    def _settle(self, server: Node) -> None:
-        super()._settle(server)
-        server.connections.on_end = lambda: self._leave(server)
+    def _use(self, node: Node) -> None:
+        super()._use(node)
+        node.connections.on_close = lambda: self._leave(node)
 
-    def _leave(self, server: Node, *, abort: bool = False) -> None:
-        """No more requests to this server: another must be found. ``abort``: answers under way are not waited for."""
-        if server is not self._server:
+    def _leave(self, node: Node, *, abort: bool = False) -> None:
+        """Send no more requests to this server; discover another. ``abort``: do not await pending replies."""
+        if node is not self.node:
             return
-        self._server, self._connections = None, ConnectionPool()
-        self._suspect = server.address
-        self._part_from(server, abort=abort)
+        self.node, self._connections = None, ConnectionPool()
+        self._suspect = node.address
+        self._drain(node, abort=abort)
 
-    def _part_from(self, server: Node, *, abort: bool) -> None:
+    def _drain(self, node: Node, *, abort: bool = False) -> None:
         if abort:
-            server.connections.abort()
+            node.connections.abort()
         else:
-            server.connections.retire()
-        server.left = True
-        self._left = {left for left in self._left if left.connections.opened} | {server}
-        self._start(server.client.aclose(), self._closing)
+            node.connections.drain()
+        node.draining = True
+        self._draining = {former for former in self._draining if former.connections.opened} | {node}
+        self._start(node.client.aclose(), self._closing)
 
     # -- failures ------------------------------------------------------------------------------------------------------
 
-    def _doubt(self, server: Node, error: Exception | None) -> None:
-        if error is None or (isinstance(meaning(error, self.shown), Transient) and not needs_time(error)):
-            self._leave(server)
+    def _on_failure(self, node: Node, error: Exception | None) -> None:
+        if error is None or (isinstance(translate(error, self.shown), Transient) and not is_temporary(error)):
+            self._leave(node)
 
     def failure(self, error: Exception) -> Exception:
-        """See :meth:`Store.failure`; where a node names another, :meth:`apply` goes there."""
-        server = self._server
+        """See :meth:`Store.failure`; :meth:`apply` follows redirects."""
+        node = self.node
         if redirection(error) is not None:
-            if server is not None:
-                self._elsewhere(server, error)
+            if node is not None:
+                self._redirect(node, error)
             return NoScript()
-        if server is not None and doubtful(error):
-            self._leave(server)  # a connection that ended has told so itself
+        if node is not None and means_failover(error):
+            self._leave(node)  # a closed connection has already done so
         return super().failure(error)
 
-    def _elsewhere(self, server: Node, error: Exception) -> tuple[Node, bool] | None:
-        named = redirection(error)
-        if named is None or self._discovery is None or server.address is None:
+    def _redirect(self, node: Node, error: Exception) -> tuple[Node, bool] | None:
+        target = redirection(error)
+        if target is None or self._discovery is None or node.address is None:
             return None
-        address = named.address(server.address)
-        self._discovery.learn(address)
-        if named.asking:
-            return self._moving_to(address), True
-        if self._server is None or self._server.address != address:
-            if self._server is not None:
-                self._leave(self._server)
-            target, self._target = self._target, None
-            if target is not None and target.address != address:
-                self._part_from(target, abort=False)
-                target = None
-            self._settle(target or self._server_at(address))
-            self._told.set()  # to learn what else has moved
-        assert self._server is not None
-        return self._server, False
+        address = target.address(node.address)
+        self._discovery.add_node(address)
+        if target.asking:
+            return self._importing_node(address), True
+        if self.node is None or self.node.address != address:
+            if self.node is not None:
+                self._leave(self.node)
+            importing, self._importing = self._importing, None
+            if importing is not None and importing.address != address:
+                self._drain(importing)
+                importing = None
+            self._use(importing or self.node_at(address))
+            self._check_now.set()  # other slots may have moved as well
+        assert self.node is not None
+        return self.node, False
 
-    def _moving_to(self, address: Address) -> Node:
-        if self._target is None or self._target.address != address:
-            if self._target is not None:
-                self._part_from(self._target, abort=False)
-            self._target = self._server_at(address)
-        return self._target
+    def _importing_node(self, address: Address) -> Node:
+        if self._importing is None or self._importing.address != address:
+            if self._importing is not None:
+                self._drain(self._importing)
+            self._importing = self.node_at(address)
+        return self._importing
 
-    # -- watching ------------------------------------------------------------------------------------------------------
+    # -- checks --------------------------------------------------------------------------------------------------------
 
-    async def _watching(self, discovery: Discovery) -> None:
-        listening = self._start(discovery.listen(self._told.set), self._tasks)
+    async def _check_forever(self, discovery: Discovery) -> None:
+        subscription = self._start(discovery.subscribe(self._check_now.set), self._tasks)
         before: dict[Any, object] = {}
         try:
             while True:
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(discovery.look_every_s):
-                        await self._told.wait()
-                told = self._told.is_set()
-                self._told.clear()
-                server = self._server
-                if server is None:
+                    async with asyncio.timeout(discovery.interval_s):
+                        await self._check_now.wait()
+                notified = self._check_now.is_set()
+                self._check_now.clear()
+                node = self.node
+                if node is None:
                     continue
-                in_flight = server.connections.in_flight()
-                hanging = any(in_flight.get(wire) is request for wire, request in before.items())
+                in_flight = node.connections.in_flight()
+                hanging = any(in_flight.get(connection) is request for connection, request in before.items())
                 before = in_flight
-                if told or discovery.always_looks or hanging:
-                    await self._look(discovery, server, hanging)
+                if notified or discovery.always_checks or hanging:
+                    await self.check(node, hanging=hanging)
         finally:
-            listening.cancel()
+            subscription.cancel()
 
-    async def _look(self, discovery: Discovery, server: Node, hanging: bool) -> None:
-        """Leaves the server if it is not the right one any more."""
+    async def check(self, node: Node, *, hanging: bool = False) -> None:
+        """Leave the server if it is no longer the primary.
+
+        Args:
+            hanging: a request to it has been pending for a whole interval.
+        """
+        assert self._discovery is not None
+        discovery = self._discovery
         try:
-            address = await discovery.find(server.address if hanging else None)
+            address = await discovery.find(node.address if hanging else None)
         except PrimaryNotFound as error:
-            if error.known:
-                self._leave(server, abort=True)
+            if error.confirmed:
+                self._leave(node, abort=True)
             return
         except DiscoveryRefused:
             return
-        if address != server.address and self._server is server and (hanging or discovery.always_looks):
-            self._leave(server)
+        if address != node.address and self.node is node and (hanging or discovery.always_checks):
+            self._leave(node)
             self._suspect = None
             self._move_to(address)

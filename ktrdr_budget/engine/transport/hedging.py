@@ -1,4 +1,4 @@
-"""A second attempt beside one that is silent: the first result of both counts."""
+"""Hedged requests: a second attempt beside one that is silent; the first result counts."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ Result = TypeVar("Result")
 
 
 async def hedged(
-    work: Callable[[], Awaitable[Result]],
+    first: Callable[[], Awaitable[Result]],
     second_at_s: float,
     second: Callable[[], Awaitable[Result]],
     ignored: tuple[type[Exception], ...],
 ) -> Result:
-    """Await ``work()``; if it still runs at that time of the event loop, start ``second()`` beside it.
+    """Await ``first()``; if it is still running at that time of the event loop, start ``second()`` beside it.
 
-    After an ``ignored`` failure of the second attempt, the first one goes on.
+    If the second attempt fails with one of ``ignored``, the first goes on alone.
     """
     loop = asyncio.get_running_loop()
     context = contextvars.copy_context()
     attempts: list[asyncio.Task[Result]] = []
     scope = asyncio.timeout(None)
 
-    def begin() -> None:
+    def start() -> None:
         task = loop.create_task(_awaited(second), context=context)
         attempts.append(task)
-        task.add_done_callback(ended)
+        task.add_done_callback(finished)
 
-    def ended(task: asyncio.Task[Result]) -> None:
+    def finished(task: asyncio.Task[Result]) -> None:
         if not task.cancelled() and not isinstance(task.exception(), ignored) and attempts:
             scope.reschedule(loop.time())
 
-    timer = loop.call_at(second_at_s, begin)
+    timer = loop.call_at(second_at_s, start)
     try:
         async with scope:
-            return await work()
+            return await first()
     except TimeoutError:
         if not scope.expired():
             raise
@@ -54,5 +54,5 @@ async def hedged(
             await asyncio.wait(unfinished)
 
 
-async def _awaited(work: Callable[[], Awaitable[Result]]) -> Result:
-    return await work()
+async def _awaited(attempt: Callable[[], Awaitable[Result]]) -> Result:
+    return await attempt()

@@ -1,4 +1,4 @@
-"""One server of a store: wires for batches, redis-py's client where there are none."""
+"""One server of a store: its own connections for batches, and redis-py's client as the fallback."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from ktrdr_budget.engine.transport.connection import PATIENCE, Connection, ConnectionPool, ReplyError
+from ktrdr_budget.engine.transport.connection import HEDGE_SHARE, Connection, ConnectionPool, ReplyError
 from ktrdr_budget.engine.transport.credentials import Credentials
 from ktrdr_budget.engine.transport.errors import without_secrets
 from ktrdr_budget.engine.transport.hedging import hedged
 from ktrdr_budget.engine.transport.urls import Address
 from ktrdr_budget.errors import InvalidArgument
 
-__all__ = ["Node", "connection_to"]
+__all__ = ["Node", "redis_connection"]
 
 Result = TypeVar("Result")
 
 
 class Node:
-    """Its connections.
+    """One server and the connections to it.
 
     Args:
-        url: secrets included, as redis-py reads it.
-        address: ``None`` if the store is this one server.
-        connect_timeout: how long making a connection may take, in seconds; ``None`` is as long as the call.
-        credentials: asked at each connection.
+        url: in redis-py's form, secrets included.
+        address: ``None`` if the store is a single server.
+        connect_timeout: seconds to open a connection; ``None``: as long as the call.
+        credentials: fetched at each connection.
     """
 
     def __init__(
@@ -40,23 +40,23 @@ class Node:
         self.address = address
         self.client = _client(url, credentials)
         self.connections = ConnectionPool()
-        self.connections.on_late = self._send_elsewhere
-        self._resending: set[asyncio.Task[None]] = set()
-        self.left = False
-        """Nothing more goes there; who waits for an answer still waits for it."""
+        self.connections.on_silent = self._hedge
+        self._hedges: set[asyncio.Task[None]] = set()
+        self.draining = False
+        """Whether the node gets no more requests; pending ones still await their reply."""
         self.scripts: set[str] = set()
-        """The digests of those that it is known to know."""
-        self.confirms = False
-        """Whether it is known that it can tell when a write is safe; see :mod:`.durability`."""
+        """Digests of the scripts that the server is known to have."""
+        self.durability_checked = False
+        """Whether the server has accepted the command that confirms writes; see :mod:`.durability`."""
         self._connect_timeout = connect_timeout
 
-    async def wire(self) -> Connection | None:
-        """A connection for a batch, made if need be; ``None`` if the client must be asked instead.
+    async def connection(self) -> Connection | None:
+        """A connection for a batch, opened if needed; ``None`` if the batch must go through the client.
 
         Raises:
             OSError, redis.RedisError: the server cannot be reached, or refuses this user.
         """
-        return self.connections.ready() or await self._connect()
+        return self.connections.check_out() or await self._connect()
 
     async def _connect(self) -> Connection | None:
         limit = asyncio.timeout(self._connect_timeout)
@@ -66,89 +66,93 @@ class Node:
         except TimeoutError:
             if not limit.expired():
                 raise
-            raise ConnectionError("no answer to a new connection") from None
+            raise ConnectionError("timeout while connecting") from None
 
     # -- silent connections --------------------------------------------------------------------------------------------
 
-    def _send_elsewhere(self, silent: Connection) -> None:
-        # On no caller's behalf: an instrumentation must not see one here.
+    def _hedge(self, silent: Connection) -> None:
+        # In an empty context: an instrumentation must not attribute this to a caller.
         task = asyncio.get_running_loop().create_task(self._resend(silent), context=contextvars.Context())
-        self._resending.add(task)
-        task.add_done_callback(self._resending.discard)
+        self._hedges.add(task)
+        task.add_done_callback(self._hedges.discard)
 
     async def _resend(self, silent: Connection) -> None:
         """Send the request of a silent connection on a new one, too; the first reply counts.
 
-        The new connection decides what was wrong: if it replies first, the silent one is dead, and so may be each that
-        was idle meanwhile.
+        If the new connection replies first, the silent one is dead, and every connection that was idle meanwhile may
+        be dead as well.
         """
-        request = silent.request
+        request = silent.pending
         try:
             async with asyncio.timeout_at(silent.deadline):
                 fresh = await self._connect()
         except Exception:
-            return  # the silent connection is still waited for, and a further attempt reports what is wrong
+            return  # the silent connection is still awaited, and a further attempt reports the cause
         if fresh is None:
             return
-        if silent.request is not request:
+        if silent.pending is not request:
             fresh.release()
             return
 
-        def replied(reply: Any) -> None:
-            if silent.request is request and not (isinstance(reply, Exception) and not isinstance(reply, ReplyError)):
-                self.connections.drop_idle()
+        def on_reply(reply: Any) -> None:
+            if silent.pending is request and (isinstance(reply, ReplyError) or not isinstance(reply, Exception)):
+                self.connections.discard_idle()
                 silent.supersede(reply)
 
-        if silent.resent is not None:
-            silent.resent()
-        fresh.send(silent.words, silent.deadline, replied)
+        if silent.on_resend is not None:
+            silent.on_resend()
+        fresh.send(silent.words, silent.deadline, on_reply)
 
-    async def patiently(
-        self, send: Callable[[], Awaitable[Result]], deadline: float, resent: Callable[[], None] | None
+    async def with_hedge(
+        self, send: Callable[[], Awaitable[Result]], deadline: float, on_resend: Callable[[], None] | None
     ) -> Result:
-        """What the client sends, with the same second attempt on a new connection."""
-        if resent is None:
+        """Send by redis-py's client, with the same second attempt on a new connection."""
+        if on_resend is None:
             return await send()
 
-        async def again() -> Result:
+        async def resend() -> Result:
             await self.client.connection_pool.disconnect(inuse_connections=False)
-            resent()
+            on_resend()
             return await send()
 
         from redis import exceptions
 
         now_s = asyncio.get_running_loop().time()
-        unanswered = (OSError, exceptions.ConnectionError, exceptions.TimeoutError)
-        return await hedged(send, now_s + (deadline - now_s) * PATIENCE, again, unanswered)
+        no_reply = (OSError, exceptions.ConnectionError, exceptions.TimeoutError)
+        return await hedged(send, now_s + (deadline - now_s) * HEDGE_SHARE, resend, no_reply)
 
     async def execute(
-        self, words: Sequence[Any], asking: bool, deadline: float, resent: Callable[[], None] | None
+        self, words: Sequence[Any], asking: bool, deadline: float, on_resend: Callable[[], None] | None
     ) -> Any:
-        """One command by the client; ``asking`` a node of a cluster for what another is moving to it."""
-        return await self.patiently(partial(self._execute, words, asking), deadline, resent)
+        """Send one command by redis-py's client.
+
+        Args:
+            asking: send ``ASKING`` first, to a node that is importing the slot.
+        """
+        return await self.with_hedge(partial(self._execute, words, asking), deadline, on_resend)
 
     async def _execute(self, words: Sequence[Any], asking: bool) -> Any:
         try:
             if not asking:
                 return await self.client.execute_command(*words)
-            async with self.client.client() as one:  # a connection of its own: nothing may come in between
-                await one.execute_command("ASKING")
-                return await one.execute_command(*words)
+            async with self.client.client() as single:  # both commands on one connection, with nothing in between
+                await single.execute_command("ASKING")
+                return await single.execute_command(*words)
         finally:
-            if self.left:  # its connection may have been made after the others were closed
+            if self.draining:  # its connection may have been opened after the others were closed
                 await self.client.connection_pool.disconnect(inuse_connections=False)
 
     async def close(self) -> None:
-        """Ends its connections, and returns when they have ended."""
-        for task in list(self._resending):
+        """Close all connections, and return when they are closed."""
+        for task in list(self._hedges):
             task.cancel()
-        await asyncio.gather(*self._resending, return_exceptions=True)
+        await asyncio.gather(*self._hedges, return_exceptions=True)
         await self.connections.close()
         await self.client.aclose()
 
 
-def connection_to(url: str, credentials: Credentials | None = None) -> Any:
-    """One connection of redis-py's, which its client does not know of."""
+def redis_connection(url: str, credentials: Credentials | None = None) -> Any:
+    """A connection of redis-py outside of any client's pool, not opened yet."""
     return _pool(url, credentials).make_connection()
 
 
@@ -162,7 +166,7 @@ def _client(url: str, credentials: Credentials | None) -> Any:
 
 
 def _pool(url: str, credentials: Credentials | None) -> Any:
-    """Connections that do not retry: retries are bounded by each call's deadline, which redis-py does not know."""
+    """A pool whose connections do not retry: each call's deadline bounds retries, and redis-py has no such deadline."""
     from redis.backoff import NoBackoff
     from redis.retry import Retry
 

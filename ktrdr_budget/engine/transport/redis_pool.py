@@ -1,6 +1,6 @@
-"""Redis connections that pack commands faster (a batch has hundreds of arguments) and can be taken over.
+"""redis-py's connections, with three additions: faster packing, a stream that can be detached, and clear errors.
 
-Everything else (TLS, authentication, parsing, pooling, instrumentation) is redis-py's.
+TLS, authentication, parsing, pooling and instrumentation are redis-py's.
 """
 
 from __future__ import annotations
@@ -14,61 +14,45 @@ from typing import Any
 from redis import exceptions
 from redis.asyncio import Connection, ConnectionPool, SSLConnection, UnixDomainSocketConnection
 
-from ktrdr_budget.engine.transport.connection import TRUSTED_IDLE_S
+from ktrdr_budget.engine.transport.connection import IDLE_MAX_S
 from ktrdr_budget.engine.transport.hedging import hedged
-from ktrdr_budget.engine.transport.wrong_protocol import probe_protocol
+from ktrdr_budget.engine.transport.protocol_check import check_protocol
+from ktrdr_budget.engine.transport.resp import pack
 
-__all__ = ["Reader", "pack", "pool_of"]
+__all__ = ["pool_of"]
 
-_EXPLAINED_AFTER_S = 0.2
-"""A first connection that takes longer is looked into."""
-_EXPLAINED_TRIES = 2
-"""The server, or this machine, may be busy."""
-
-
-def _pack_slowly(words: tuple[Any, ...]) -> bytes:
-    parts = [b"*%d\r\n" % len(words)]
-    for word in words:
-        data = word if type(word) is bytes else str(word).encode()
-        parts.append(b"$%d\r\n%b\r\n" % (len(data), data))
-    return b"".join(parts)
+_CHECK_AFTER_S = 0.2
+"""When the protocol of a server that has not replied to its first connection is checked."""
+_CHECKS = 2
+"""Attempts of that check: the server, or this machine, may be busy."""
 
 
-pack: Callable[[tuple[Any, ...]], bytes]
-Reader: Any
-try:
-    from hiredis import Reader
-    from hiredis import pack_command as pack
-except ImportError:  # without the extra `fast`
-    pack, Reader = _pack_slowly, None
-
-
-class _Own:
-    """For words that are ``bytes``, ``str`` or ``int``."""
+class _Detachable:
+    """Packs words that are ``bytes``, ``str`` or ``int``; gives its stream away."""
 
     _writer: asyncio.StreamWriter | None
     _reader: asyncio.StreamReader | None
 
     def pack_command(self, *words: Any) -> list[bytes]:
-        """Replaces redis-py's."""
+        """Override redis-py's packing."""
         command = words[0]
         if isinstance(command, str) and " " in command:  # "CLIENT SETINFO" and the like are two words
             words = (*command.split(), *words[1:])
         return [pack(words)]
 
-    def hand_over(self) -> asyncio.StreamWriter:
-        """Lets go of its stream, as if it had never been connected; the caller owns it now."""
+    def detach(self) -> asyncio.StreamWriter:
+        """Give the stream to the caller; this object is in the state of a connection never opened."""
         writer, self._writer, self._reader = self._writer, None, None
         assert writer is not None
         return writer
 
 
-class _Unexplained(Exception):
-    """The server may be slow."""
+class _Inconclusive(Exception):
+    """The check found nothing wrong; the server may just be slow."""
 
 
-class _Explained(_Own):
-    """Says so where the server speaks another protocol: without that, it is one that does not reply."""
+class _Checked(_Detachable):
+    """Checks the protocol of a server that is slow or fails; otherwise TLS on one side only looks like silence."""
 
     _tls = False
     pool: _Pool | None = None
@@ -78,60 +62,60 @@ class _Explained(_Own):
     async def connect(self) -> None:
         """See redis-py."""
         connect = super().connect  # type: ignore[misc]
-        if self.pool is None or self.pool.reached:
-            await self._cleanly(connect)
+        if self.pool is None or self.pool.has_connected:
+            await self._connect_cleanly(connect)
             return
         try:
-            second_at_s = asyncio.get_running_loop().time() + _EXPLAINED_AFTER_S
-            await hedged(lambda: self._cleanly(connect), second_at_s, self._explain, (_Unexplained,))
+            check_at_s = asyncio.get_running_loop().time() + _CHECK_AFTER_S
+            await hedged(lambda: self._connect_cleanly(connect), check_at_s, self._check, (_Inconclusive,))
         except exceptions.RedisError as error:
-            if _needs_explaining(error):
-                with contextlib.suppress(_Unexplained):
-                    await self._explain()
+            if _may_be_wrong_protocol(error):
+                with contextlib.suppress(_Inconclusive):
+                    await self._check()
             raise
-        self.pool.reached = True
+        self.pool.has_connected = True
 
-    async def _cleanly(self, connect: Callable[[], Awaitable[None]]) -> None:
+    async def _connect_cleanly(self, connect: Callable[[], Awaitable[None]]) -> None:
         try:
             await connect()
         except BaseException:
             await self.disconnect(nowait=True)  # type: ignore[attr-defined]  # else the pool would reuse it half made
             raise
 
-    async def _explain(self) -> None:
-        for _ in range(_EXPLAINED_TRIES):
-            foreign = await asyncio.to_thread(probe_protocol, (self.host, self.port), self._tls)
-            if foreign is not None:
-                raise foreign
-        raise _Unexplained
+    async def _check(self) -> None:
+        for _ in range(_CHECKS):
+            wrong = await asyncio.to_thread(check_protocol, (self.host, self.port), self._tls)
+            if wrong is not None:
+                raise wrong
+        raise _Inconclusive
 
 
-def _needs_explaining(error: exceptions.RedisError) -> bool:
+def _may_be_wrong_protocol(error: exceptions.RedisError) -> bool:
     if isinstance(error, (exceptions.AuthenticationError, exceptions.ResponseError)):
         return False
     text = str(error).lower()
     return not isinstance(error.__context__, (ConnectionRefusedError, socket.gaierror)) and "certificate" not in text
 
 
-class _TCP(_Explained, Connection):
+class _TCP(_Checked, Connection):
     pass
 
 
-class _TLS(_Explained, SSLConnection):
+class _TLS(_Checked, SSLConnection):
     _tls = True
 
 
-class _Unix(_Own, UnixDomainSocketConnection):
+class _Unix(_Detachable, UnixDomainSocketConnection):
     pass
 
 
-_OWN: dict[type[Any], type[Any]] = {Connection: _TCP, SSLConnection: _TLS, UnixDomainSocketConnection: _Unix}
+_CLASSES: dict[type[Any], type[Any]] = {Connection: _TCP, SSLConnection: _TLS, UnixDomainSocketConnection: _Unix}
 
 
 class _Pool(ConnectionPool):
-    """A pool that replaces connections which were idle for too long, as :class:`~.connection.ConnectionPool` does."""
+    """A pool that replaces connections that were idle for too long, as :class:`~.connection.ConnectionPool` does."""
 
-    reached = False
+    has_connected = False
     """Whether a connection was made before: then the server speaks the right protocol."""
 
     def make_connection(self) -> Any:
@@ -140,21 +124,26 @@ class _Pool(ConnectionPool):
         connection.pool = self
         return connection
 
+    @property
+    def idle(self) -> list[Any]:
+        """The idle connections."""
+        return list(self._available_connections)
+
     async def release(self, connection: Any) -> None:
         """See redis-py."""
-        connection.used_s = asyncio.get_running_loop().time()
+        connection.last_used_s = asyncio.get_running_loop().time()
         await super().release(connection)
 
     async def ensure_connection(self, connection: Any) -> None:
         """See redis-py."""
-        used_s: float | None = getattr(connection, "used_s", None)
-        if used_s is not None and asyncio.get_running_loop().time() - used_s > TRUSTED_IDLE_S:
+        last_used_s: float | None = getattr(connection, "last_used_s", None)
+        if last_used_s is not None and asyncio.get_running_loop().time() - last_used_s > IDLE_MAX_S:
             await connection.disconnect(nowait=True)
         await super().ensure_connection(connection)
 
 
 def pool_of(url: str, **options: Any) -> ConnectionPool:
-    """A connection pool of these connections, for a URL as redis-py understands it."""
+    """A pool of such connections, for a URL in redis-py's form."""
     pool: ConnectionPool = _Pool.from_url(url, **options)
-    pool.connection_class = _OWN.get(pool.connection_class, pool.connection_class)
+    pool.connection_class = _CLASSES.get(pool.connection_class, pool.connection_class)
     return pool

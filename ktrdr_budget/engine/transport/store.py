@@ -1,4 +1,7 @@
-"""Connects to the store, and tells its failures apart. redis-py is imported at the first connection, not before."""
+"""A limiter's store: one server, to which batches, reads and commands go. redis-py is imported at the first connection.
+
+:class:`Store` is a single server, or the embedded one; :class:`~.failover.FailoverStore` replaces its server.
+"""
 
 from __future__ import annotations
 
@@ -11,31 +14,31 @@ from ktrdr_budget.engine.protocol import Command, Read
 from ktrdr_budget.engine.protocol.scripts import Script, script
 from ktrdr_budget.engine.transport.connection import Connection, ConnectionPool
 from ktrdr_budget.engine.transport.credentials import Credentials
-from ktrdr_budget.engine.transport.durability import Durability, confirmed
-from ktrdr_budget.engine.transport.errors import NoScript, Transient, meaning, unavailable
+from ktrdr_budget.engine.transport.durability import Durability, execute_durably
+from ktrdr_budget.engine.transport.errors import NoScript, Transient, translate, unavailable
 from ktrdr_budget.engine.transport.node import Node
 from ktrdr_budget.engine.transport.urls import check_url, mask_url
 from ktrdr_budget.errors import BudgetError, StoreError
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.embedded.server import EmbeddedServer
+    from ktrdr_budget.engine.embedded import EmbeddedServer
 
 __all__ = ["NoScript", "Store", "Transient", "check_url", "mask_url", "unavailable"]
 
-_HOPS_MAX = 5
+_REDIRECTIONS_MAX = 5
 
 
-def _unnoticed() -> None:
-    """Called before a second attempt of what may run twice anyway."""
+def _may_run_twice() -> None:
+    """The ``on_resend`` of a request that may be sent twice without further notice."""
 
 
 class Store:
-    """One store, reached through redis-py. Opens by itself; closing is final. This class: one server, that stays.
+    """A store on a single server. Opens by itself; closing is final.
 
     Args:
-        url: where it is; ``None`` starts or joins the embedded server.
+        url: ``None`` starts or joins the embedded server.
         data_dir: the embedded server's data directory.
-        credentials: asked at each connection.
+        credentials: fetched at each connection.
     """
 
     def __init__(self, url: str | None, data_dir: str | None = None, credentials: Credentials | None = None) -> None:
@@ -43,47 +46,48 @@ class Store:
         self._configured_url = None if url is None else check_url(url)
         self._data_dir = data_dir
         self.durability: Durability = "memory"
-        """Where a batch must be before it counts as answered."""
-        self._server: Node | None = None
+        """Where a batch's writes must be before the batch counts as acknowledged."""
+        self.node: Node | None = None
+        """The server that requests go to; ``None`` before the first, and while it is being looked up."""
         self._connections = ConnectionPool()
-        """Those of the server, looked up for every batch."""
+        """The connections of that server, one attribute nearer: every batch needs them."""
         self._embedded: EmbeddedServer | None = None
         self._opening: asyncio.Lock | None = None
         self._reviving: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
-        return f"<Store {self.shown}>"
+        return f"<{type(self).__name__} {self.shown}>"
 
     @property
     def shown(self) -> str:
-        """Where the store is, without secrets."""
+        """The store's URL without secrets."""
         if self._configured_url is not None:
             return mask_url(self._configured_url)
         return self._embedded.url if self._embedded is not None else "embedded"
 
     @property
     def address(self) -> str | None:
-        """Where the store is, secrets included; ``None`` for an embedded server that has not been started."""
+        """The store's URL, secrets included; ``None`` for an embedded server that has not been started."""
         return self._configured_url or (self._embedded.url if self._embedded is not None else None)
 
     async def open(self) -> None:
-        """Makes what connects; starts the embedded server if that is the store.
+        """Prepare connections; start the embedded server if that is the store.
 
         Raises:
             StoreUnavailable: the embedded server does not start.
         """
-        if self._server is not None:
+        if self.node is not None:
             return
         if self._opening is None:
             self._opening = asyncio.Lock()
         async with self._opening:
-            if self._server is None:
+            if self.node is None:
                 url = self._configured_url or await self._start_embedded()
-                self._settle(Node(url, credentials=self.credentials))
+                self._use(Node(url, credentials=self.credentials))
 
-    def _settle(self, server: Node) -> None:
-        """From now on batches go to this server."""
-        self._server, self._connections = server, server.connections
+    def _use(self, node: Node) -> None:
+        """Send further requests to this server."""
+        self.node, self._connections = node, node.connections
 
     async def _start_embedded(self) -> str:
         from ktrdr_budget.engine import embedded
@@ -96,10 +100,10 @@ class Store:
         return self._embedded.url
 
     async def close(self) -> None:
-        """Closes connections, and lets go of the embedded server."""
-        server, self._server = self._server, None
-        if server is not None:
-            await server.close()
+        """Close all connections, and leave the embedded server."""
+        node, self.node = self.node, None
+        if node is not None:
+            await node.close()
         reviving, self._reviving = self._reviving, None
         if reviving is not None and not reviving.done():
             reviving.cancel()
@@ -109,9 +113,10 @@ class Store:
             await asyncio.to_thread(embedded.close)
 
     def forget(self) -> Any:
-        """In the child after a fork: the parent's connections are the parent's, and must be kept unused."""
-        connections = self._server
-        self._server, self._connections = None, ConnectionPool()
+        """Drop all connections without closing them, in the child of a fork; the caller must keep the returned objects:
+        their destructors would close the parent's connections."""
+        connections = self.node
+        self.node, self._connections = None, ConnectionPool()
         self._opening = None
         self._reviving = None
         return connections
@@ -127,20 +132,21 @@ class Store:
         keys: Sequence[str],
         args: Sequence[str],
         deadline: float,
-        told: Callable[[Any], None],
-        resent: Callable[[], None],
+        on_reply: Callable[[Any], None],
+        on_resend: Callable[[], None],
     ) -> bool:
-        """Sends one batch of a write script at once, if a connection is ready for it; returns whether it was.
+        """Send one batch of a write script at once, if a connection is ready; return whether it was sent.
 
         Args:
-            deadline: the time of the event loop until which an answer is waited for.
-            told: is called once, with the answer, or with an exception for :meth:`failure` to explain.
-            resent: called before the batch is sent a second time, because its connection is silent.
+            name: of the script.
+            deadline: how long to wait for the reply, as a time of the event loop.
+            on_reply: called once, with the reply, or with an exception for :meth:`failure` to translate.
+            on_resend: called before the batch is sent a second time, because its connection is silent.
         """
-        wire = self._connections.ready()
-        if wire is None:
+        connection = self._connections.check_out()
+        if connection is None:
             return False
-        wire.send(("EVALSHA", script(name).sha, len(keys), *keys, *args), deadline, told, resent)
+        connection.send(("EVALSHA", script(name).sha, len(keys), *keys, *args), deadline, on_reply, on_resend)
         return True
 
     async def apply(
@@ -149,74 +155,86 @@ class Store:
         keys: Sequence[str],
         args: Sequence[str],
         deadline: float,
-        resent: Callable[[], None] | None = None,
+        on_resend: Callable[[], None] | None = None,
     ) -> Any:
-        """Runs one batch of a write script, connecting first if need be.
+        """Send one batch of a write script and return its reply; connect first if needed.
 
         Args:
-            deadline, resent: as for :meth:`begin`; without ``resent`` it is not sent a second time.
+            deadline, on_resend: see :meth:`begin`; without ``on_resend`` the batch is not sent a second time.
 
         Raises:
-            TimeoutError: there was no answer by the deadline, a time of the event loop.
-            Transient, StoreError: as for :meth:`run`.
+            TimeoutError: no reply by the deadline.
+            Transient, StoreError: see :meth:`run`.
         """
 
-        async def send(server: Node, words: Sequence[Any], asking: bool) -> Any:
+        async def send(node: Node, words: Sequence[Any], asking: bool) -> Any:
             if self.durability != "memory":
-                lua = script(name)
-                if lua.sha not in server.scripts:  # to be told so would take as long as to confirm what was not done
-                    words = ("EVAL", lua.source, *words[2:])
-
-                def confirm() -> Awaitable[Any]:
-                    left_s = deadline - asyncio.get_running_loop().time()
-                    return confirmed(server, words, asking, self.durability, keys[0], left_s, self.shown)
-
-                answer = await server.patiently(confirm, deadline, resent)
-                server.scripts.add(lua.sha)
-                return answer
-            wire = await self._wire_to(server)
-            if wire is None:
-                return await server.execute(words, asking, deadline, resent)
+                return await self._send_durably(node, script(name), words, asking, deadline, on_resend)
+            connection = await self._connection_to(node)
+            if connection is None:
+                return await node.execute(words, asking, deadline, on_resend)
             try:
-                if asking:  # both commands need the same connection: neither is sent on another
-                    await wire.ask(("ASKING",), deadline)
-                return await wire.ask(tuple(words), deadline, None if asking else resent)
+                if asking:  # both commands need the same connection, so neither is hedged
+                    await connection.execute(("ASKING",), deadline)
+                return await connection.execute(tuple(words), deadline, None if asking else on_resend)
             finally:
-                wire.release()
+                connection.release()
 
         async with asyncio.timeout_at(deadline):
             return await self._evaluate(partial(self._deliver, send), script(name), keys, args)
 
-    async def _wire_to(self, server: Node) -> Connection | None:
+    async def _send_durably(
+        self,
+        node: Node,
+        lua: Script,
+        words: Sequence[Any],
+        asking: bool,
+        deadline: float,
+        on_resend: Callable[[], None] | None,
+    ) -> Any:
+        if lua.sha not in node.scripts:  # the reply NOSCRIPT would come only after the whole wait for a confirmation
+            words = ("EVAL", lua.source, *words[2:])
+
+        meta = words[3]  # the first key
+
+        def send() -> Awaitable[Any]:
+            left_s = deadline - asyncio.get_running_loop().time()
+            return execute_durably(node, words, asking, self.durability, meta, left_s, self.shown)
+
+        reply = await node.with_hedge(send, deadline, on_resend)
+        node.scripts.add(lua.sha)
+        return reply
+
+    async def _connection_to(self, node: Node) -> Connection | None:
         try:
-            return await server.wire()
+            return await node.connection()
         except Exception as error:
-            failure = meaning(error, self.shown)
+            failure = translate(error, self.shown)
             if isinstance(failure, Transient):
                 failure.sent = False
             raise failure from None
 
     async def run(self, command: Command | Read, deadline: float) -> Any:
-        """Runs a read script or a plain command; the write script as a batch, confirmed as one.
+        """Run a read script or a plain command and return its reply; the write script goes out as a batch.
 
         Args:
-            deadline: the time of the event loop until which a reply is awaited.
+            deadline: how long to wait for the reply, as a time of the event loop.
 
         Raises:
-            TimeoutError: there was no reply by then.
-            Transient: no answer, or one that will pass.
-            StoreError: the store refuses.
+            TimeoutError: no reply by the deadline.
+            Transient: no reply, or one that may soon change.
+            StoreError: the store refuses the request.
         """
 
-        async def send(server: Node, words: Sequence[Any], asking: bool) -> Any:
-            # An idle connection for batches serves a lone read sooner than the client; many at once are the client's.
-            wire = None if asking else server.connections.ready()
-            if wire is None:
-                return await server.execute(words, asking, deadline, _unnoticed)
+        async def send(node: Node, words: Sequence[Any], asking: bool) -> Any:
+            # An idle connection for batches is faster for a single read than the client, which serves many at once.
+            connection = None if asking else node.connections.check_out()
+            if connection is None:
+                return await node.execute(words, asking, deadline, _may_run_twice)
             try:
-                return await wire.ask(tuple(words), deadline, _unnoticed)
+                return await connection.execute(tuple(words), deadline, _may_run_twice)
             finally:
-                wire.release()
+                connection.release()
 
         if command.script == "apply":
             return await self.apply(command.script, command.keys, [str(word) for word in command.args], deadline)
@@ -232,50 +250,50 @@ class Store:
         try:
             return await execute("EVALSHA", lua.sha, len(keys), *keys, *args)
         except NoScript:
-            # EVAL loads it on the node that needs it, which SCRIPT LOAD would have to be told.
+            # EVAL loads the script on the node that needs it; SCRIPT LOAD would need the node's address.
             return await execute("EVAL", lua.source, len(keys), *keys, *args)
 
     async def _deliver(self, send: Callable[[Node, Sequence[Any], bool], Awaitable[Any]], *words: Any) -> Any:
-        """Sends a command to where it belongs, following the nodes of a cluster."""
-        server, asking = await self._home(), False
-        for _ in range(_HOPS_MAX):
+        """Send a command to the right server, following redirects of cluster nodes."""
+        node, asking = await self._current_node(), False
+        for _ in range(_REDIRECTIONS_MAX):
             try:
-                return await send(server, words, asking)
+                return await send(node, words, asking)
             except (BudgetError, TimeoutError):
                 raise
             except asyncio.CancelledError:
-                self._doubt(server, None)  # it may have hung
+                self._on_failure(node, None)  # the server may hang
                 raise
             except Exception as error:
-                elsewhere = self._elsewhere(server, error)
-                if elsewhere is None:
-                    self._doubt(server, error)
+                target = self._redirect(node, error)
+                if target is None:
+                    self._on_failure(node, error)
                     raise self.failure(error) from None
-                server, asking = elsewhere
-        raise Transient(f"store at {self.shown}: its nodes send from one to the next", sent=False)
+                node, asking = target
+        raise Transient(f"store at {self.shown}: its nodes redirect in a circle", sent=False)
 
-    async def _home(self) -> Node:
-        """The server that batches go to."""
+    async def _current_node(self) -> Node:
+        """The server that requests go to."""
         await self.open()
-        assert self._server is not None
-        return self._server
+        assert self.node is not None
+        return self.node
 
-    def _elsewhere(self, server: Node, error: Exception) -> tuple[Node, bool] | None:
-        """Whom an answer names instead, and whether that is to be asked for this request only."""
+    def _redirect(self, node: Node, error: Exception) -> tuple[Node, bool] | None:
+        """The redirect target, and whether it is a one-off ASK rather than a permanent MOVED; ``None``: no redirect."""
         return None
 
-    def _doubt(self, server: Node, error: Exception | None) -> None:
-        """A server has failed, or has not answered: it may not be the right one any more."""
+    def _on_failure(self, node: Node, error: Exception | None) -> None:
+        """A request to this server has failed, or was cancelled (``None``)."""
 
     def failure(self, error: Exception) -> Exception:
-        """What a failure of the driver means; an embedded server that may be gone is looked after."""
-        mapped = meaning(error, self.shown)
-        if isinstance(mapped, Transient):
+        """Translate a failure of the transport; start the embedded server again if it may have died."""
+        translated = translate(error, self.shown)
+        if isinstance(translated, Transient):
             self._revive()
-        return mapped
+        return translated
 
     def _revive(self) -> None:
-        """The embedded server's supervisor restarts it; should that have been killed as well, somebody must ask."""
+        """Start the embedded server again if its supervisor has died, too; a live supervisor restarts it by itself."""
         if self._embedded is not None and (self._reviving is None or self._reviving.done()):
             self._reviving = asyncio.ensure_future(asyncio.to_thread(self._embedded.ensure))
             self._reviving.add_done_callback(lambda task: task.cancelled() or task.exception())

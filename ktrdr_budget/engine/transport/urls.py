@@ -1,17 +1,17 @@
-"""URLs of stores: read, checked, and shown without their secrets.
+"""URLs of stores: parsing, validation, and a form without secrets.
 
 =============================================================  =====================================================
 ``redis://[user:password@]host[:port][/db]``                   one server
-``rediss://…``                                                 the same, and all below with this ``s``, through TLS
-``unix://[user:password@]/path/of/the/socket``                 one server of this machine
-``redis+cluster://[user:password@]host:port,host:port,…``      a cluster, found through any of these nodes
+``rediss://…``                                                 the same over TLS, as all schemes below with this ``s``
+``unix://[user:password@]/path/of/the/socket``                 one server on this machine
+``redis+cluster://[user:password@]host:port,host:port,…``      a cluster, through any of these nodes
 ``redis+sentinel://[user:password@]host:port,…/service[/db]``  the master that these sentinels name
 =============================================================  =====================================================
 
-Options follow as a query: those of TLS as redis-py spells them (``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``,
-``ssl_cert_reqs``, …), some of the connection (``client_name``, ``socket_connect_timeout``, …), and for sentinels that
-want a login of their own ``sentinel_username`` and ``sentinel_password``. What has a meaning in a URL is
-percent-encoded in a name or password.
+The query holds options: for TLS, with redis-py's names (``ssl_ca_certs``, ``ssl_certfile``, ``ssl_keyfile``,
+``ssl_cert_reqs``, …); for the connection (``client_name``, ``socket_connect_timeout``, …); and for sentinels with a
+login of their own, ``sentinel_username`` and ``sentinel_password``. Reserved characters are percent-encoded in a user
+name or a password.
 """
 
 from __future__ import annotations
@@ -63,35 +63,35 @@ _OPTIONS = {
     "sentinel_password": re.compile(r".+"),
 }
 _SHARED = ("socket_connect_timeout", "socket_keepalive")
-"""Options that hold for the sentinels, too."""
+"""Options that apply to the sentinels as well."""
 _HOST = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(%25[A-Za-z0-9._-]+)?\]")
 _PORT = re.compile(r"[0-9]{1,5}")
 
 
 @dataclass(frozen=True, slots=True, repr=False)
 class StoreUrl:
-    """A URL that is in order, in its parts."""
+    """The parts of a valid URL."""
 
     scheme: str
     hosts: tuple[Address, ...]
-    """Of the server, the nodes or the sentinels; none for a unix socket."""
+    """Addresses of the server, the cluster nodes or the sentinels; none for a unix socket."""
     path: str = ""
-    """Of a unix socket, as it stands in the URL."""
+    """Path of a unix socket, still percent-encoded."""
     service: str = ""
-    """By which the sentinels know the master."""
+    """The master's name in Sentinel."""
     shown: str = ""
     """The URL without its secrets."""
     login: str = field(default="", kw_only=True)
-    """``user:password@`` as it stands in the URL, or nothing."""
+    """``user:password@``, still percent-encoded, or empty."""
     options: tuple[tuple[str, str], ...] = field(default=(), kw_only=True)
-    """The query, decoded."""
+    """The options of the query, decoded."""
 
     def __repr__(self) -> str:
         return f"<StoreUrl {self.shown}>"
 
     @property
     def kind(self) -> Kind:
-        """What stands behind it."""
+        """The kind of the store."""
         return _SCHEMES[self.scheme][0]
 
     @property
@@ -100,78 +100,78 @@ class StoreUrl:
         return _SCHEMES[self.scheme][1]
 
     def at(self, address: Address, **defaults: str) -> str:
-        """The URL, secrets included, of one server of this store, for redis-py; ``defaults`` are further options."""
+        """The URL of one server of this store, for redis-py, secrets included; ``defaults`` are further options."""
         options = {**defaults, **{name: value for name, value in self.options if not name.startswith("sentinel_")}}
-        return self._one(self.login, address, options)
+        return self._redis_url(self.login, address, options)
 
     def sentinel_at(self, address: Address, **defaults: str) -> str:
-        """The same for one of the sentinels, which has a login of its own, or none."""
+        """The URL of one sentinel, for redis-py, with the sentinels' own login, if any."""
         given = dict(self.options)
         user, password = (quote(given.get(f"sentinel_{what}", ""), safe="") for what in ("username", "password"))
         shared = {name: value for name, value in self.options if name.startswith("ssl_") or name in _SHARED}
-        return self._one(f"{user}:{password}@" if password else "", address, {**defaults, **shared})
+        return self._redis_url(f"{user}:{password}@" if password else "", address, {**defaults, **shared})
 
-    def _one(self, login: str, address: Address, options: dict[str, str]) -> str:
+    def _redis_url(self, login: str, address: Address, options: dict[str, str]) -> str:
         host = f"[{address[0]}]" if ":" in address[0] else address[0]
         query = f"?{urlencode(options)}" if options else ""
         return f"{'rediss' if self.tls else 'redis'}://{login}{host}:{address[1]}{query}"
 
 
 def check_url(url: str) -> str:
-    """Returns the URL, if it is in order.
+    """Return the URL if it is valid.
 
     Raises:
-        InvalidArgument: it is not; the words show no secret.
+        InvalidArgument: it is not; the message shows no secret.
     """
     parse_url(url)
     return url
 
 
 def mask_url(url: str) -> str:
-    """The URL without its password and query, fit for logs and errors."""
+    """The URL without its password and query, for logs and errors."""
     try:
         return parse_url(url).shown
     except InvalidArgument:
-        return "***"  # of a URL that is not in order nobody knows which part is the password
+        return "***"  # in an invalid URL any part may be the password
 
 
 def parse_url(url: str) -> StoreUrl:
-    """Takes a URL apart.
+    """Parse a URL.
 
     Raises:
-        InvalidArgument: it is not the URL of a store; the words show no secret.
+        InvalidArgument: it is not the URL of a store; the message shows no secret.
     """
     if not isinstance(url, str):
-        raise _unusable("it is no text")
+        raise _invalid("it is not a string")
     scheme, separator, rest = url.partition("://")
     scheme = scheme.lower()
     if not separator or scheme not in _SCHEMES:
-        raise _unusable("it must start with one of " + ", ".join(f"{known}://" for known in _SCHEMES))
+        raise _invalid("it must start with one of " + ", ".join(f"{known}://" for known in _SCHEMES))
     if "#" in url or not url.isprintable() or not url.isascii() or (" " in url and scheme != "unix"):
-        raise _unusable("a '#', a space and what is not ASCII is percent-encoded, also in a password")
+        raise _invalid("a '#', a space and any character outside ASCII must be percent-encoded, also in a password")
     rest, _, query = rest.partition("?")
     place, slash, path = rest.partition("/")
     login, at, hosts = place.rpartition("@")
     kind = _SCHEMES[scheme][0]
     addresses = _addresses(hosts, scheme)
     if scheme != "unix" and "@" in path:
-        raise _unusable("a '/', '?' or '@' in a user's name or password is percent-encoded")
+        raise _invalid("a '/', '?' or '@' in a user name or a password must be percent-encoded")
     options = _options(query, scheme)
     service, database = "", path
     if scheme == "unix":
         if not path:
-            raise _unusable("unix:// is followed by the path of a socket: unix:///path")
+            raise _invalid("unix:// needs the path of a socket: unix:///path")
         database = ""
     elif kind == "sentinel":
         service, _, database = path.partition("/")
         if not service:
-            raise _unusable("the name of the service that the sentinels watch is missing: host:port/name")
+            raise _invalid("the name of the service that the sentinels monitor is missing: host:port/name")
     if database:
         if not database.isdecimal() or not database.isascii():
-            raise _unusable("what follows the '/' is no number of a database")
+            raise _invalid("the database after the '/' must be a number")
         options = {"db": database, **options}
     if kind == "cluster" and int(options.get("db", "0")):
-        raise _unusable("a cluster has one database, 0")
+        raise _invalid("a cluster has only database 0")
     user = f"{login.partition(':')[0]}:***@" if at else ""
     return StoreUrl(
         scheme,
@@ -188,7 +188,7 @@ def _addresses(hosts: str, scheme: str) -> tuple[Address, ...]:
     kind = _SCHEMES[scheme][0]
     if scheme == "unix":
         if hosts:
-            raise _unusable("unix:// names a path and no host: unix:///path")
+            raise _invalid("unix:// takes a path and no host: unix:///path")
         return ()
     found = []
     for place in hosts.split(","):
@@ -197,16 +197,14 @@ def _addresses(hosts: str, scheme: str) -> tuple[Address, ...]:
             host, _, port = place.partition(":") if place.count(":") <= 1 else place.rpartition(":")
         if not host and kind == "server":
             host = "localhost"
-        # Neither is shown: where a separator is not encoded, a part of the password comes to stand here.
+        # Neither is shown: if a separator was not encoded, this is a part of the password.
         if not _HOST.fullmatch(host):
-            raise _unusable(
-                "a host is a name or an address, an IPv6 address in brackets; several are separated by commas"
-            )
+            raise _invalid("a host must be a name or an address (IPv6 in brackets); separate several hosts by commas")
         if (port or place.endswith(":")) and not (_PORT.fullmatch(port) and 1 <= int(port) <= 65535):
-            raise _unusable("a port is a number from 1 to 65535")
+            raise _invalid("a port must be a number from 1 to 65535")
         found.append((host.strip("[]").replace("%25", "%"), int(port or _PORTS[kind])))
     if kind == "server" and len(found) > 1:
-        raise _unusable("several hosts need redis+cluster:// or redis+sentinel://")
+        raise _invalid("several hosts need redis+cluster:// or redis+sentinel://")
     return tuple(found)
 
 
@@ -214,24 +212,24 @@ def _options(query: str, scheme: str) -> dict[str, str]:
     kind, tls = _SCHEMES[scheme]
     options: dict[str, str] = {}
     for name, value in parse_qsl(query, keep_blank_values=True):
-        # With an '@' in it, this is no query but the rest of a password that was not encoded.
+        # A query with an '@' is the rest of a password that was not encoded.
         shown = f"option {name!r}" if re.fullmatch(r"[a-z_]{1,30}", name) and "@" not in query else "an option"
         form = _OPTIONS.get(name)
         if form is None:
-            raise _unusable(f"{shown} is unknown")
+            raise _invalid(f"{shown} is unknown")
         if name in options:
-            raise _unusable(f"{shown} is given twice")
+            raise _invalid(f"{shown} is given twice")
         if not form.fullmatch(value):
-            raise _unusable(f"the value of {shown} is not usable")
+            raise _invalid(f"the value of {shown} is invalid")
         if name.startswith("ssl_") and not tls:
-            raise _unusable(f"{shown} needs rediss://, rediss+cluster:// or rediss+sentinel://")
+            raise _invalid(f"{shown} needs rediss://, rediss+cluster:// or rediss+sentinel://")
         if name.startswith("sentinel_") and kind != "sentinel":
-            raise _unusable(f"{shown} needs redis+sentinel://")
+            raise _invalid(f"{shown} needs redis+sentinel://")
         options[name] = value
     if "sentinel_username" in options and "sentinel_password" not in options:
-        raise _unusable("option 'sentinel_username' needs 'sentinel_password'")
+        raise _invalid("option 'sentinel_username' needs 'sentinel_password'")
     return options
 
 
-def _unusable(why: str) -> InvalidArgument:
+def _invalid(why: str) -> InvalidArgument:
     return InvalidArgument(f"invalid store URL: {why}")

@@ -32,7 +32,7 @@ def answering(discovery: Discovery, *answers: Any, by_whom: dict[Any, Any] | Non
             return [(address, by_whom[address]) for address in addresses if address in by_whom]
         return list(zip(addresses, answers, strict=False))
 
-    discovery._ask_all = ask_all  # type: ignore[method-assign]
+    discovery.query = ask_all  # type: ignore[method-assign]
     return discovery
 
 
@@ -61,16 +61,16 @@ async def test_a_replica_that_was_promoted_is_the_master_before_the_other_replic
 async def test_a_master_of_whom_most_sentinels_say_that_it_is_down_is_none():
     with pytest.raises(PrimaryNotFound, match="down") as missing:
         await found_by_sentinels(view(OLD, 1), view(OLD, 1, "s_down,o_down,master"), view(OLD, 1, "s_down,master"))
-    assert missing.value.known
+    assert missing.value.confirmed
     assert await found_by_sentinels(view(OLD, 1), view(OLD, 1, "s_down,master")) == OLD, "one alone may be wrong"
 
 
 async def test_errors_are_told_apart_from_silence():
     with pytest.raises(DiscoveryRefused, match="No such master"):
         await found_by_sentinels(TimeoutError(), redis.ResponseError("No such master with that name"))
-    with pytest.raises(PrimaryNotFound, match="no sentinel answers") as missing:
+    with pytest.raises(PrimaryNotFound, match="no sentinel replies") as missing:
         await found_by_sentinels(TimeoutError(), redis.ConnectionError("Error 111 connecting to a:1. Refused"))
-    assert not missing.value.known
+    assert not missing.value.confirmed
     assert await found_by_sentinels(redis.ResponseError("NOAUTH"), view(OLD, 1)) == OLD
 
 
@@ -84,7 +84,7 @@ async def test_the_nodes_of_a_cluster_are_asked_until_one_names_another_than_the
     discovery = ClusterDiscovery(NODES, slot=7)
     answering(discovery, by_whom={("a", 1): slots(OLD), ("b", 2): slots(NEW)})
     assert await discovery.find(OLD) == NEW
-    assert ("10.0.0.9", 6379) in discovery._nodes, "to be asked the next time"
+    assert ("10.0.0.9", 6379) in discovery.nodes, "to be asked the next time"
     discovery = answering(ClusterDiscovery(NODES, slot=7), slots(OLD), slots(OLD))
     assert await discovery.find(OLD) == OLD, "it was but a connection"
 

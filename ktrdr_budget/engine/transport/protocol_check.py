@@ -1,4 +1,4 @@
-"""Finds out why a server that gives no usable reply cannot be the store: no TLS where it is expected, or HTTP."""
+"""Finds out why a server without a usable reply cannot be the store: TLS on one side only, or an HTTP server."""
 
 from __future__ import annotations
 
@@ -7,19 +7,21 @@ import ssl
 
 from ktrdr_budget.engine.transport.urls import Address
 
-__all__ = ["WrongProtocol", "probe_protocol"]
+__all__ = ["WrongProtocol", "check_protocol"]
 
-_ANSWER_S = 0.5
+_TIMEOUT_S = 0.5
 _REQUEST = b"PING / HTTP/1.0\r\n\r\n"
 """An error to Redis and to an HTTP server alike, so that each replies in its own protocol."""
 
 
 class WrongProtocol(Exception):
-    """The server speaks another protocol than the URL says."""
+    """The server speaks another protocol than the store's URL says."""
 
 
-def probe_protocol(address: Address, tls: bool) -> WrongProtocol | None:
-    """Ask a server in the clear, without a login, on a connection of its own; ``None`` if its reply explains nothing.
+def check_protocol(address: Address, tls: bool) -> WrongProtocol | None:
+    """Send a request without TLS and without a login, on a separate connection, and identify the server by its reply.
+
+    ``None`` if the reply explains nothing. Blocks for up to a second.
 
     Args:
         tls: whether the store's URL asks for TLS.
@@ -30,7 +32,7 @@ def probe_protocol(address: Address, tls: bool) -> WrongProtocol | None:
         return None
     where = f"the server at {address[0]}:{address[1]}"
     if reply.startswith((b"HTTP/", b"<")):
-        return WrongProtocol(f"{where} is not a Redis server: it answered HTTP")
+        return WrongProtocol(f"{where} is not a Redis server: it speaks HTTP")
     if tls and reply.startswith((b"+", b"-")):
         return WrongProtocol(f"{where} does not speak TLS; its URL must start with redis, not rediss")
     if not tls and not reply.startswith((b"+", b"-")) and _speaks_tls(address):
@@ -39,19 +41,19 @@ def probe_protocol(address: Address, tls: bool) -> WrongProtocol | None:
 
 
 def _reply(address: Address) -> bytes:
-    with socket.create_connection(address, timeout=_ANSWER_S) as connection:
+    with socket.create_connection(address, timeout=_TIMEOUT_S) as connection:
         try:
             connection.sendall(_REQUEST)
             return connection.recv(64)
         except ConnectionError:
-            return b""  # as a server that speaks TLS ends a connection that does not
+            return b""  # a server that speaks TLS resets such a connection
 
 
 def _speaks_tls(address: Address) -> bool:
     context = ssl.create_default_context()
     context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
     try:
-        with socket.create_connection(address, timeout=_ANSWER_S) as connection, context.wrap_socket(connection):
+        with socket.create_connection(address, timeout=_TIMEOUT_S) as connection, context.wrap_socket(connection):
             return True
     except OSError:
         return False

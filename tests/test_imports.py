@@ -84,7 +84,6 @@ WORDS = {"errors", "models", "money", "periods"}
 PENDING = (
     {"engine.calls.flows", "engine.calls.growth", "engine.leases.chunks", "engine.leases.lease"}
     | {"engine.outage.prepaid", "engine.replica.hold"},
-    {"engine.transport.connection", "engine.transport.redis_pool"},
 )
 """Circles that the rewrite of the engine removes; delete each entry with its circle."""
 

@@ -59,6 +59,7 @@ VARIABLES = (
     "KTRDR_ON_STORE_ERROR",
     "KTRDR_PRICES_FILE",
     "KTRDR_REDIS_URL",
+    "KTRDR_RETENTION_DAYS",
     "KTRDR_TENANT",
     "KTRDR_TIMEOUT",
 )
@@ -173,12 +174,14 @@ class LimiterOptions(TypedDict, total=False):
 
     max_holds: int
     max_budgets: int
+    retention_days: int
     timeout: float
     durability: Literal["memory", "replica", "disk"]
 
 
 def limiter_options(environment: Mapping[str, str] = os.environ) -> LimiterOptions:
-    """``KTRDR_MAX_HOLDS``, ``KTRDR_MAX_BUDGETS``, ``KTRDR_TIMEOUT`` and ``KTRDR_DURABILITY``, where they are set.
+    """``KTRDR_MAX_HOLDS``, ``KTRDR_MAX_BUDGETS``, ``KTRDR_RETENTION_DAYS``, ``KTRDR_TIMEOUT`` and ``KTRDR_DURABILITY``,
+    where they are set.
 
     Raises:
         InvalidArgument: one is not a number, or ``KTRDR_DURABILITY`` is none of its words.
@@ -188,6 +191,8 @@ def limiter_options(environment: Mapping[str, str] = os.environ) -> LimiterOptio
         found["max_holds"] = _whole("KTRDR_MAX_HOLDS", holds)
     if budgets := environment.get("KTRDR_MAX_BUDGETS", "").strip():
         found["max_budgets"] = _whole("KTRDR_MAX_BUDGETS", budgets)
+    if days := environment.get("KTRDR_RETENTION_DAYS", "").strip():
+        found["retention_days"] = _whole("KTRDR_RETENTION_DAYS", days)
     if timeout := environment.get("KTRDR_TIMEOUT", "").strip():
         found["timeout"] = _seconds("KTRDR_TIMEOUT", timeout)
     if durability := environment.get("KTRDR_DURABILITY", "").strip():

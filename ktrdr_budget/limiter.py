@@ -22,7 +22,7 @@ from ktrdr_budget.engine.protocol.amounts import Amounts
 from ktrdr_budget.engine.protocol.keys import Keys
 from ktrdr_budget.engine.replica.hold import AsyncHold, HoldBase, OnError, check_on_error, current_hold, restore_hold
 from ktrdr_budget.engine.replica.journal import Repair
-from ktrdr_budget.engine.replica.state import MAX_BUDGETS, MAX_HOLDS, Session
+from ktrdr_budget.engine.replica.state import MAX_BUDGETS, MAX_HOLDS, RETENTION_DAYS, Session
 from ktrdr_budget.engine.transport.credentials import Credentials, CredentialSource
 from ktrdr_budget.engine.transport.durability import Durability, check_durability
 from ktrdr_budget.engine.transport.failover import store_for
@@ -70,6 +70,8 @@ class LimiterBase:
         max_holds: how many holds, open and unconfirmed, the tenant may have; one more raises
             :class:`~ktrdr_budget.errors.TooManyHolds`.
         max_budgets: how many budgets this limiter, and the tenant in the store, may have.
+        retention_days: how long the store keeps an ended window and its ledger, at least 2; a day is added for holds
+            that were opened at the window's end.
         durability: where what is admitted and spent must be before a call is answered: ``memory`` of the server,
             a ``replica`` (``WAIT``), or its ``disk`` (``WAITAOF``, from Redis 7.2). What is not there in time ends as
             :class:`~ktrdr_budget.errors.StoreUnavailable`, ``ambiguous``.
@@ -96,6 +98,7 @@ class LimiterBase:
         trace_id: Callable[[], str] | None = None,
         max_holds: int = MAX_HOLDS,
         max_budgets: int = MAX_BUDGETS,
+        retention_days: int = RETENTION_DAYS,
         durability: Durability = "memory",
         credential_provider: CredentialSource | None = None,
     ) -> None:
@@ -103,7 +106,9 @@ class LimiterBase:
             raise InvalidArgument(f"timeout must be more than 0 and at most 3600 seconds, not {shown(timeout)}")
         if on_store_error not in ("deny", "allow", "lease"):
             raise InvalidArgument(f"on_store_error must be 'deny', 'allow' or 'lease', not {shown(on_store_error)}")
-        self._session = Session(tenant, budgets, max_holds=max_holds, max_budgets=max_budgets)
+        self._session = Session(
+            tenant, budgets, max_holds=max_holds, max_budgets=max_budgets, retention_days=retention_days
+        )
         self._session.on_loss = self._report_loss
         self._session.on_policy = self._report_policy
         self._core = Core(self._session, self._hold_class, allow=on_store_error == "allow", trace_id=trace_id)

@@ -261,6 +261,7 @@ class LedgerEntry:
     """One signed line of a window's ledger; they add up to ``spent + unconfirmed``."""
 
     entry_id: str
+    """The entry's number in its ledger, from 1; empty for the summary of trimmed entries, of kind ``carried``."""
     at: datetime
     kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried", "repair", "audit"]
     hold_id: str
@@ -300,6 +301,8 @@ class Page(Generic[Item]):
 
     items: tuple[Item, ...]
     next_cursor: str | None
+    trimmed: bool = False
+    """Whether the entries that the cursor of a ledger names were trimmed meanwhile, so that this page is the newest."""
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)

@@ -24,9 +24,9 @@ end
 
 -- A budget is listed as long as its last window lives, and the lists live as long as the last of them.
 local function list_budget(w, expires)
-  local budget = match(w.name, '^(.+):')
+  local budget, window = match(w.name, '^(.+):(.+)$')
   if w.stale and call('ZSCORE', KEYS[6], budget) then return end
-  call('HSET', KEYS[5], 'w:' .. budget, w.name)
+  call('HSET', KEYS[5], 'w:' .. budget, window)
   call('ZADD', KEYS[6], expires == '0' and '+inf' or expires, budget)
   local ended = call('ZRANGEBYSCORE', KEYS[6], '-inf', text(now_ms), 'LIMIT', 0, 16)
   if ended[1] then
@@ -57,7 +57,7 @@ local function store(w)
   local events, spent = w[EVENTS], w[SPENT]
   local creates = w.creating and not w.exists
   if creates or (w.creating and w.exists == '-' and ARGV[at + 1] ~= '-') then
-    call('HSET', key, 'def', ARGV[at + 1], 'start_ms', ARGV[at + 2], 'end_ms', ARGV[at + 3])
+    call('HSET', key, 'def', ARGV[at + 1])
     list_budget(w, expires)
   end
   if w.registering and not w.registered then
@@ -79,17 +79,15 @@ local function store(w)
     call('HINCRBY', key, 'spent', spent)
     call('HINCRBY', key, 'r:' .. ARGV[1], spent)
   end
-  local first_entry = false
-  if events ~= 0 then
-    local n_events = call('HINCRBY', key, 'events', text(events))
-    first_entry = n_events == events
-    if n_events % 1024 < events then carry_forward(w.ledger, ARGV[6]) end
+  if events ~= 0 then call('HINCRBY', key, 'events', text(events)) end
+  -- A ledger expires with its window, also one that was deleted and begins anew.
+  if w.entries and append(key, w.ledger, w.entries, w.n_entries, ARGV[6]) and expires ~= '0' then
+    call('PEXPIREAT', w.ledger, expires)
   end
   if expires == '0' then
     if new_second and call('HLEN', key) > 32 then fold_subtotals(key) end
-  elseif first_entry or not w.exists then -- whatever has begun, or has come back, expires
+  elseif not w.exists then -- whatever has begun, or has come back, expires
     call('PEXPIREAT', key, expires)
-    call('PEXPIREAT', w.ledger, expires)
   end
 end
 
@@ -113,7 +111,7 @@ end
 
 if dirty then
   if epoch == '-' then -- its first words tell the schema
-    epoch = '2.' .. match(ARGV[6], '^%S+')
+    epoch = '3.' .. match(ARGV[6], '^%S+')
     call('HSET', KEYS[1], 'epoch', epoch)
   end
   acknowledged = call('HINCRBY', KEYS[1], 'r:' .. ARGV[1], 1)

@@ -71,7 +71,9 @@ end
 
 local function ledger(w, kind, id, amount, operation, trace)
   if w.gone then return end
-  call('XADD', w.ledger, '*', 'a', amount, 'e', kind .. ' ' .. id .. ' ' .. operation .. ' ' .. trace)
+  w.entries = w.entries or {}
+  w.n_entries = w.n_entries + 1
+  w.entries[w.n_entries] = entry_text(amount, kind, id, operation, trace)
 end
 
 -- Writes spend into one window; `delta` is what the ledger gets, less than the amount if a charge is corrected.

@@ -13,8 +13,8 @@
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local epoch = redis.call('HGET', KEYS[1], 'epoch')
-if epoch and epoch:sub(1, 2) ~= '2.' then
-  return redis.error_reply('KTRDRSCHEMA the store holds data of another schema than 2, which this version reads: '
+if epoch and epoch:sub(1, 2) ~= '3.' then
+  return redis.error_reply('KTRDRSCHEMA the store holds data of another schema than 3, which this version reads: '
     .. 'use another tenant (KTRDR_TENANT), or empty the store')
 end
 local field = 'd:' .. ARGV[1]

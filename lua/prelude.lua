@@ -3,13 +3,13 @@
 -- KEYS  1 meta (hash)   2 limits (hash)   3 due (zset)   4 unconfirmed (zset)
 --       5 budgets (hash: `w:` and a name, the budget's last window; `d:` and a name, its registered definition)
 --       6 budgets (zset by the expiry of that window)   7 replicas (zset by the second of their last request)
---       then per window: its hash, its ledger (stream)
+--       then per window: its hash, its ledger (list)
 --       then per operation: the hold record (string)
 -- ARGV  1 replica   2 known epoch   3 acknowledged writes   5 number of windows
 --       4 when the replica started, in µs by this store's clock; before its first reply, which is where it learns that
 --         clock, its age instead, with a minus sign
---       6 settings: proposed epoch, id memory_ms, retention_ms, ledger entries at most, budgets at most, holds at most
---         (12 digits)
+--       6 settings: proposed epoch, id memory_ms, retention_ms, and of 12 digits each: ledger entries at most, budgets at
+--         most, holds at most
 --       then per window: budget:window, flag, definition, start_ms, end_ms, expires_ms, limit, asserted limit (! or ?)
 --         window is the period's name and a fingerprint of the definition, as in keys: 2026-11-30~k3f9a1
 --         definition is - where the replica was not given the budget, or defines it otherwise: it only settles there
@@ -34,16 +34,14 @@ local FULL = 4611686018427387904 -- 2^62: a window never counts as much, so that
 local RECOVERY_MS = 3000 -- an idle replica asks each second whether anything is lost
 local LASTING_MS = 315360000000 -- ten years: open holds of windows without end, until somebody sees that they are due
 
-local time = call('TIME')
 local now_ms = time[1] * 1000 + (time[2] - time[2] % 1000) / 1000
-local now_us_text = time[1] .. ('00000' .. time[2]):sub(-6)
 
 -- Field `r:` counts a replica's acknowledged writes.
 local meta = call('HMGET', KEYS[1], 'epoch', 'r:' .. ARGV[1], 'limits', 'recovering_until')
 local last_seen = call('ZSCORE', KEYS[7], ARGV[1]) or false
 
-if meta[1] and meta[1] ~= ARGV[2] and meta[1]:sub(1, 2) ~= '2.' then
-  return redis.error_reply('KTRDRSCHEMA the store holds data of another schema than 2, which this version reads: '
+if meta[1] and meta[1] ~= ARGV[2] and meta[1]:sub(1, 2) ~= '3.' then
+  return redis.error_reply('KTRDRSCHEMA the store holds data of another schema than 3, which this version reads: '
     .. 'use another tenant (KTRDR_TENANT), or empty the store')
 end
 
@@ -55,7 +53,7 @@ if (ARGV[2] ~= '-' and ARGV[2] ~= epoch) or ARGV[3] + 0 > acknowledged + 0 then
   -- From here on it is another timeline than the one that was lost, should that ever come back: whoever knew that one
   -- must tell this one, and the other way round, even if it counts as many writes.
   if epoch == '-' or epoch == ARGV[2] then
-    epoch = '2.' .. match(ARGV[6], '^%S+')
+    epoch = '3.' .. match(ARGV[6], '^%S+')
     call('HSET', KEYS[1], 'epoch', epoch)
   end
   call('HSET', KEYS[1], 'recovering_until', format('%.0f', now_ms + RECOVERY_MS))
@@ -79,28 +77,29 @@ for i = 1, n_windows do
   windows[i] = { 0, 0, 0, 0, 0, key = KEYS[6 + 2 * i], ledger = KEYS[7 + 2 * i], name = ARGV[8 * i - 1], at = 8 * i,
     admits = false, asserted = false, asserting = false, changing = false, conflict = false, creating = false,
     differs = false, exists = false, fault = false, gone = false, limit = false, missing = false, registering = false,
-    stale = false, surplus = false, claim = '', cap = 0, stored = 0, held = 0, spent = 0, unconfirmed = 0 }
+    stale = false, surplus = false, claim = '', cap = 0, entries = false, n_entries = 0, stored = 0, held = 0, spent = 0, unconfirmed = 0 }
 end
 
 -- Reads a window, once; its totals then follow the batch's own changes.
 local function read(w)
   local stored, entries = redis.pcall('HMGET', w.key, 'def', 'limit', 'asserted', 'spent', 'held', 'unconfirmed'),
-    redis.pcall('XLEN', w.ledger)
+    redis.pcall('LLEN', w.ledger)
   w.fault = stored.err or (type(entries) == 'table' and entries.err)
   if w.fault then return end -- a key of another type: only what touches it fails
   w.exists, w.limit, w.claim = stored[1], stored[2], stored[3] or ''
   w.spent, w.held, w.unconfirmed = stored[4] or 0, stored[5] or 0, stored[6] or 0
   w.stored = w.spent + w.held + w.unconfirmed
   if not w.exists then
-    local budget, expires_ms = match(w.name, '^(.+):'), ARGV[w.at + 4] + 0
+    local budget, window = match(w.name, '^(.+):(.+)$')
+    local expires_ms = ARGV[w.at + 4] + 0
     w.begun = call('HGET', KEYS[5], 'w:' .. budget)
     -- A replica that was not given the budget knows only to the day when its windows expire.
-    if w.begun == w.name then expires_ms = tonumber(call('ZSCORE', KEYS[6], budget)) or expires_ms end
+    if w.begun == window then expires_ms = tonumber(call('ZSCORE', KEYS[6], budget)) or expires_ms end
     w.gone = expires_ms > 0 and expires_ms <= now_ms
     -- Begun, not expired, and not here: a node of a cluster that was promoted while its slot was being moved has but a part
     -- of the keys, and may not know that (Redis before 8 and Valkey before 8 do not inform replicas). A second window
     -- would admit what the first has spent, so what asks for it is answered `t`, and changes nothing.
-    w.missing = not w.gone and w.begun == w.name
+    w.missing = not w.gone and w.begun == window
   end
 end
 

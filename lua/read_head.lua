@@ -9,8 +9,8 @@
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)
 local meta = redis.call('HMGET', KEYS[1], 'epoch', 'r:' .. ARGV[1], 'recovering_until')
-if meta[1] and meta[1]:sub(1, 2) ~= '2.' then
-  return redis.error_reply('KTRDRSCHEMA the store holds data of another schema than 2, which this version reads: '
+if meta[1] and meta[1]:sub(1, 2) ~= '3.' then
+  return redis.error_reply('KTRDRSCHEMA the store holds data of another schema than 3, which this version reads: '
     .. 'use another tenant (KTRDR_TENANT), or empty the store')
 end
 -- At most as long as prelude.lua sets it: it may have been set before the clock was set back.

@@ -1,15 +1,15 @@
 -- readiness.lua: tries each command that the product needs, on keys that it removes, and names those that are refused.
 --
--- KEYS   1 a hash   2 a zset   3 a stream   4 a string: keys of the tenant for this script only
+-- KEYS   1 a hash   2 a zset   3 a list   4 a string: keys of the tenant for this script only
 -- returns { command, error, command, error … }; an error is empty if the store's user lacks the permission
 --
 -- Permissions are asked for before anything is run (Redis 7.0): without DEL, for one, a trial would leave its keys behind.
 
-local hash, zset, stream, string = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
+local hash, zset, list, string = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local outside = { { 'INFO', 'memory' }, { 'MULTI' }, { 'EXEC' }, { 'SCAN', '0' } } -- not run by scripts
 -- The first write, since memory that is full is looked at only before a script has written. What it leaves expires.
 local first = { { 'SET', string, '', 'PX', '1000' } }
-local removing = { { 'DEL', hash, zset, stream, string }, { 'PEXPIRE', hash, '1000' } }
+local removing = { { 'DEL', hash, zset, list, string }, { 'PEXPIRE', hash, '1000' } }
 local writing = {
   { 'TIME' }, { 'EXISTS', hash }, { 'PTTL', hash },
   { 'GET', string }, { 'MGET', string },
@@ -21,8 +21,8 @@ local writing = {
   { 'ZRANGE', zset, '0', '0' }, { 'ZREVRANGE', zset, '0', '0' }, { 'ZREVRANK', zset, 'a' },
   { 'ZRANGEBYSCORE', zset, '0', '0' }, { 'ZREMRANGEBYSCORE', zset, '1', '1' }, { 'ZSCAN', zset, '0' },
   { 'ZREM', zset, 'b' }, { 'EXPIRE', zset, '1' },
-  { 'XADD', stream, '*', 'a', '0' }, { 'XLEN', stream }, { 'XRANGE', stream, '-', '+' },
-  { 'XREVRANGE', stream, '+', '-' }, { 'XDEL', stream, '0-1' },
+  { 'RPUSH', list, 'a' }, { 'LPUSH', list, 'b' }, { 'LLEN', list }, { 'LINDEX', list, '0' },
+  { 'LRANGE', list, '0', '-1' }, { 'LTRIM', list, '1', '-1' },
 }
 
 local refused = {}

@@ -4,7 +4,7 @@
 -- each client asks once a second besides: about holds that are due, and to be known as alive.
 --
 -- KEYS   1 meta (hash)   2 limits (hash)   3 due (zset)   4 unconfirmed (zset)
---        then per window: its hash, its ledger (stream)   then per operation: the hold record (string)
+--        then per window: its hash, its ledger (list)   then per operation: the hold record (string)
 -- ARGV   1 the field of meta that counts this replica's writes   2 known epoch   3 acknowledged writes
 --        4 when it started, in µs of 16 digits, and its id
 --        5 and 6 from when until when, in µs of 16 digits, all windows that are reserved in are the current ones
@@ -22,13 +22,12 @@
 --        s           not that simple
 -- returns as apply.lua
 
-local gmatch, find, sub = string.gmatch, string.find, string.sub
-local TOTAL, CAP, HELD, SPENT, EVENTS, OVERRUNS = 1, 2, 3, 4, 5, 6 -- of a window: as stored, its limit, and what changes
+local gmatch, find = string.gmatch, string.find
+local TOTAL, CAP, HELD, SPENT, EVENTS, OVERRUNS, ENTRIES = 1, 2, 3, 4, 5, 6, 7 -- of a window: as stored, its limit, and what changes
 local UNCAPPED = 9007199254740991 -- 2^53 - 1
 local FULL = 2305843009213693952 -- 2^61: a batch adds less than 2^53, so that it stays below the 2^62 of prelude.lua
 
-local time = call('TIME')
-local now_us = time[1] .. sub('00000' .. time[2], -6)
+local now_us = now_us_text
 local now_ms = sub(now_us, 1, 13)
 local n_windows = ARGV[9] + 0
 local first_hold, first_op = 4 + 2 * n_windows, 9 + n_windows
@@ -46,7 +45,7 @@ local windows = { 0 }
 for i = 1, usual and n_windows or 0 do
   local key = KEYS[3 + 2 * i]
   local stored = redis.pcall('HMGET', key, 'def', 'spent', 'held', 'unconfirmed', 'asserted', 'limit')
-  local entries = redis.pcall('XLEN', KEYS[4 + 2 * i])
+  local entries = redis.pcall('LLEN', KEYS[4 + 2 * i])
   local asserted, limit = stored[5], stored[6]
   usual = usual and stored[1] and type(entries) == 'number'
   if ARGV[9 + i] == '!' then
@@ -61,7 +60,7 @@ for i = 1, usual and n_windows or 0 do
   if usual then
     local total = (stored[2] or 0) + (stored[3] or 0) + (stored[4] or 0)
     usual = total < FULL
-    windows[i] = { total, (not limit and 0) or (limit == '-' and UNCAPPED) or limit + 0, 0, 0, 0, 0 }
+    windows[i] = { total, (not limit and 0) or (limit == '-' and UNCAPPED) or limit + 0, 0, 0, 0, 0, {} }
   end
 end
 
@@ -87,7 +86,7 @@ for j = 1, #KEYS - first_hold do
         if units ~= '' then
           w[SPENT], w[EVENTS] = w[SPENT] + units, w[EVENTS] + 1
           if over ~= '' then w[OVERRUNS] = w[OVERRUNS] + 1 end
-          call('XADD', KEYS[4 + 2 * i], '*', 'a', units, 'e', 'commit ' .. label)
+          w[ENTRIES][w[EVENTS]] = now_us .. ' ' .. units .. ' commit ' .. label .. ' -'
         end
       end
       call('SET', key, sub(op, record_end + 1), 'PX', ARGV[7])
@@ -129,12 +128,12 @@ if n_granted + n_settled > 0 then
       call('HINCRBY', key, ARGV[1], spent)
     end
     if events ~= 0 then
-      local ledger, total = KEYS[4 + 2 * i], call('HINCRBY', key, 'events', text(events))
-      if total == events then -- its first entry
+      local ledger = KEYS[4 + 2 * i]
+      call('HINCRBY', key, 'events', text(events))
+      if append(key, ledger, w[ENTRIES], events, ARGV[8]) then -- its first entries
         local ttl_ms = call('PTTL', key)
         if ttl_ms > 0 then call('PEXPIRE', ledger, ttl_ms) end
       end
-      if total % 1024 < events then carry_forward(ledger, ARGV[8]) end
     end
   end
   if n_settled > 0 then call('ZREM', KEYS[3], unpack(settled)) end

@@ -10,13 +10,13 @@
 local due = redis.call('ZRANGEBYSCORE', KEYS[3], '-inf', string.format('%.0f', now_ms), 'LIMIT', 0, 32)
 local reply = { head, due }
 
-local function read(key, budget, window_name)
+local function read(key, budget, name)
   local stored = redis.pcall('HMGET', key, 'def', 'limit', 'spent', 'held', 'unconfirmed', 'events', 'overruns',
     'asserted')
   if stored.err then return stored.err end
   local listed = redis.call('HMGET', KEYS[4], 'd:' .. budget, 'w:' .. budget)
   -- Begun, and not here: a slot that is half moved must not show as a budget that nobody has spent (see prelude.lua).
-  if not stored[1] and listed[2] == window_name then
+  if not stored[1] and listed[2] and budget .. ':' .. listed[2] == name then
     return 'TRYAGAIN a window of ' .. budget .. ' was begun and is not here: its slot is half moved, or it was deleted'
   end
   local window = { redis.call('HGET', KEYS[2], budget) or '', listed[1] or '' }

@@ -21,7 +21,7 @@ def _importable(monkeypatch: pytest.MonkeyPatch) -> None:
 MEASURES = {
     "latency": {"reserve_latency_to_empty_evalsha"},
     "server": {"server_time_1_budget_batched", "server_time_6_budgets_single"},
-    "memory": {"memory_open_hold_valkey", "memory_settled_operation_valkey"},
+    "memory": {"memory_open_hold_valkey", "memory_settled_operation_valkey", "memory_window_valkey"},
     "cli": {"import_s", "cli_agent_budget_s"},
     "guards": {
         "guard_overhead_anthropic_messages_create",

@@ -167,7 +167,7 @@ def test_p15_the_first_use_of_a_budget_costs_the_same_however_many_there_are(ser
         few = commands_of(client, lambda: limiter.record("free", 1))
         pipeline = client.pipeline(transaction=False)
         for number in range(20_000):
-            pipeline.hset(limiter.keys.budgets, f"w:user/{number}", f"user/{number}:ever")
+            pipeline.hset(limiter.keys.budgets, f"w:user/{number}", "ever")
             pipeline.zadd(limiter.keys.expiries, {f"user/{number}": "inf"})
         pipeline.execute()
         with BudgetLimiter(server.url, [Budget("new", "1")], timeout=20, max_budgets=1_000_000) as other:
@@ -218,10 +218,18 @@ def test_a_bound_is_a_positive_whole_number(value):
             BudgetLimiter("redis://127.0.0.1:1", [], **{option: value})
 
 
+@pytest.mark.parametrize("value", [1, 0, -1, 3651, True, "35", 2.5, None])
+def test_a_retention_is_a_whole_number_of_days_and_at_least_two(value):
+    with pytest.raises(InvalidArgument, match="retention_days must be a whole number from 2"):
+        BudgetLimiter("redis://127.0.0.1:1", [], retention_days=value)
+
+
 def test_the_environment_sets_them():
     assert limiter_options({}) == {}
     given = {"KTRDR_MAX_HOLDS": "7", "KTRDR_MAX_BUDGETS": " 9 ", "KTRDR_TIMEOUT": "2.5", "KTRDR_DURABILITY": "disk"}
-    assert limiter_options(given) == {"max_holds": 7, "max_budgets": 9, "timeout": 2.5, "durability": "disk"}
+    given["KTRDR_RETENTION_DAYS"] = "90"
+    expected = {"max_holds": 7, "max_budgets": 9, "retention_days": 90, "timeout": 2.5, "durability": "disk"}
+    assert limiter_options(given) == expected
     with pytest.raises(InvalidArgument, match="KTRDR_MAX_HOLDS must be a whole number, not 'many'"):
         limiter_options({"KTRDR_MAX_HOLDS": "many"})
     for wrong in ({"KTRDR_TIMEOUT": "soon"}, {"KTRDR_TIMEOUT": "-1"}, {"KTRDR_DURABILITY": "dsik"}):

@@ -11,7 +11,7 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget
 from ktrdr_budget.limiter import AsyncHold
 
-from .helpers.keyspace import sums, today
+from .helpers.keyspace import ledger_entries, ledger_key, sums
 from .helpers.patience import in_haste
 
 BUDGET = Budget("agent", "500.00")
@@ -39,8 +39,7 @@ async def crowd(call: Callable) -> AsyncIterator[None]:
 
 
 def expiries(client) -> int:
-    entries = client.xrange(f"ktrdr:{{default}}:l:agent:{today(client)}")
-    return sum(fields["e"].startswith("expiry ") for _, fields in entries)
+    return sum(entry.kind == "expiry" for entry in ledger_entries(client, ledger_key(client)))
 
 
 async def live(limiter: AsyncBudgetLimiter, hold: AsyncHold) -> None:

@@ -24,7 +24,7 @@ from ktrdr_budget import (
 from ktrdr_budget.engine.protocol import Op
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import counted, immortal_keys, ledger_sum, sums
+from .helpers.keyspace import counted, immortal_keys, ledger_entries, ledger_sum, sums
 from .helpers.processes import workers
 from .helpers.waiting import until, wait_until
 
@@ -409,9 +409,8 @@ def test_three_processes_never_pass_the_cap_and_each_id_is_told_once(own_server,
 def _told_by_id(client) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for key in client.scan_iter("*:l:agent:*"):
-        for _, fields in client.xrange(key):
-            _, hold_id, _, _ = fields["e"].split(" ")
-            found.setdefault(hold_id, []).append(int(fields["a"]))
+        for entry in ledger_entries(client, key):
+            found.setdefault(entry.hold_id, []).append(entry.units)
     return found
 
 

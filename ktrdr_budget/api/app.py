@@ -78,6 +78,7 @@ def make_limiter(settings: Settings, agent: AgentSettings, observers: Sequence[O
         durability=settings.durability,
         max_holds=settings.max_holds,
         max_budgets=settings.max_budgets,
+        retention_days=settings.retention_days,
         observer=combined(*observers) if observers else None,
         trace_id=current_trace_id,
     )

@@ -77,7 +77,8 @@ class Budgets:
         """The entries of a window, newest first; they add up to spent + unconfirmed."""
         query = read_query(call.request, LedgerQuery)
         page = await self._service.limiter.ledger(call.name, query.window, limit=query.limit, cursor=query.cursor)
-        return JsonResponse({"entries": [ledger_entry(entry) for entry in page.items], "next_cursor": page.next_cursor})
+        entries = [ledger_entry(entry) for entry in page.items]
+        return JsonResponse({"entries": entries, "next_cursor": page.next_cursor, "trimmed": page.trimmed})
 
     async def set_limit(self, call: Call) -> Response:
         """Changes a limit for all replicas: for good, until an instant, or for the current window.

@@ -425,7 +425,9 @@ class HoldsPage(_Answer):
 class LedgerEntryOut(_Answer):
     """One signed line; they add up to spent + unconfirmed."""
 
-    entry_id: str
+    entry_id: Annotated[
+        str, Field(description="Its number in the ledger, from 1; empty for the summary of trimmed ones.")
+    ]
     at: Instant
     kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried", "repair", "audit"]
     hold_id: str
@@ -439,6 +441,12 @@ class LedgerPage(_Answer):
 
     entries: list[LedgerEntryOut]
     next_cursor: str | None
+    trimmed: Annotated[
+        bool,
+        Field(
+            description="Whether the entries at `cursor` were trimmed meanwhile, so that this is the first page again."
+        ),
+    ]
 
 
 class SettlementOut(_Answer):

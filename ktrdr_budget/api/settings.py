@@ -14,7 +14,7 @@ from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_vali
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ktrdr_budget import environment
-from ktrdr_budget.engine.replica.state import MAX_BUDGETS, MAX_HOLDS
+from ktrdr_budget.engine.replica.state import MAX_BUDGETS, MAX_HOLDS, RETENTION_DAYS, RETENTION_DAYS_MIN
 from ktrdr_budget.engine.transport.store import check_url, mask_url
 from ktrdr_budget.environment import AGENT, CYCLE_ESTIMATE_DEFAULT, DAILY_BUDGET_DEFAULT, DATA_DIR_DEFAULT, parse_limit
 from ktrdr_budget.errors import InvalidArgument
@@ -37,8 +37,8 @@ class Settings(BaseSettings):
     """The service's settings; each is read from the environment variable of its name.
 
     ``redis_url``, ``tenant``, ``api_key``, ``admin_key``, ``auth``, ``timeout``, ``on_store_error``,
-    ``lease_slab``, ``durability``, ``max_holds``, ``max_budgets`` and ``budgets_file`` carry the prefix ``KTRDR_``
-    there. ``AGENT_DAILY_BUDGET`` may carry it.
+    ``lease_slab``, ``durability``, ``max_holds``, ``max_budgets``, ``retention_days`` and ``budgets_file`` carry the
+    prefix ``KTRDR_`` there. ``AGENT_DAILY_BUDGET`` may carry it.
     """
 
     model_config = SettingsConfigDict(
@@ -82,6 +82,8 @@ class Settings(BaseSettings):
     """How many holds, open and unconfirmed, the tenant may have."""
     max_budgets: int = Field(default=MAX_BUDGETS, ge=1)
     """How many budgets it may have."""
+    retention_days: int = Field(default=RETENTION_DAYS, ge=RETENTION_DAYS_MIN, le=3650)
+    """How many days the store keeps ended windows and their ledgers."""
     budgets_file: Path | None = None
     """TOML with further budgets, a table ``[[budgets]]`` each with the fields of ``Budget``; a limit may be
     ``"unlimited"``. The agent's is none of them, so that its limit has one source."""

@@ -3,7 +3,7 @@
 ``spent + unconfirmed`` must equal the sum of a window's ledger, ``held`` the sum of its open holds. Concurrent writers
 cause no false alarm: the counters, the end of the ledger and the ids of all open holds are read in one step. Ledger
 entries never change, and a hold's record keeps its amounts and the time of their last change, also after settlement;
-so both are read afterwards, page by page. If one did change in between (a hold that grew, a ledger that was shortened),
+so both are read afterwards, page by page. If one did change in between (a hold that grew, a ledger that was trimmed),
 the window is read again; if that never succeeds, the report is inconclusive, not a failure.
 
 A repair needs no pause of the writers either: they change counters, ledger and holds together, so the error of a

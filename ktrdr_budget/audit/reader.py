@@ -15,6 +15,7 @@ from typing import Any
 
 from ktrdr_budget.engine.protocol import parse_record
 from ktrdr_budget.engine.protocol.keys import Keys, split_name
+from ktrdr_budget.engine.protocol.ledger import parse_entry
 from ktrdr_budget.engine.protocol.scripts import CORRECT, REINDEX, script
 from ktrdr_budget.engine.transport.credentials import Credentials
 from ktrdr_budget.engine.transport.discovery import node_address, primary_of_slot
@@ -93,23 +94,31 @@ class WindowSnapshot:
     """Whether the window's key is missing although its ledger is there."""
     unit: str
     ledger: Ledger | None
-    """The ledger at that instant; ``None`` if it was shortened since then."""
+    """The ledger at that instant; ``None`` if it was trimmed since then."""
     holds_sum: int | None
     """The sum of the open holds at that instant; ``None`` if a hold has changed since then."""
 
 
 @dataclass(slots=True)
 class Ledger:
-    """Sums over a ledger from its first entry to its last; the next snapshot continues from there."""
+    """The sums of a ledger up to an entry; a later snapshot continues from there.
 
-    first: str
-    last: str = "0-0"
-    entries: int = 0
+    Entries never change, so a ledger that was trimmed since keeps these sums: its summary stands for entries read here.
+    """
+
+    number: int = 0
+    """Of the last entry read."""
+    last: bytes = b""
+    """The text of the last entry read."""
+    head: bytes = b""
+    """The first element of the list: entry 1, or the summary of trimmed entries."""
+    trimmed_count: int = 0
+    """How many entries the head summarises."""
     total: int = 0
     events: int = 0
     """Entries that count as events."""
     carried: bool = False
-    """Whether entries were merged into a carried-forward one: their kinds are unknown then."""
+    """Whether one of the entries read stands for others; the sums then lack their events and unconfirmed charges."""
     charges: dict[str, int] = field(default_factory=dict)
     """Charges of expired holds that are still unconfirmed, by hold id."""
 
@@ -118,20 +127,29 @@ class Ledger:
         """The sum of the unconfirmed charges."""
         return sum(self.charges.values())
 
-    def add(self, entry_id: bytes, fields: dict[bytes, bytes]) -> None:
-        """Add one entry."""
-        amount = int(fields[b"a"])
-        kind, hold_id, *_ = fields[b"e"].decode().split(" ")
-        self.last = entry_id.decode()
-        self.entries += 1
-        self.total += amount
-        self.events += kind in _EVENTS
-        if kind == "expiry":
-            self.charges[hold_id] = self.charges.get(hold_id, 0) + amount
-        elif kind in _RESOLVING:
-            self.charges.pop(hold_id, None)
-        elif kind == "carried":
+    def add(self, text: bytes) -> None:
+        """Add the next entry."""
+        entry = parse_entry(text)
+        self.last = text
+        self.number += entry.trimmed_count or 1
+        self.total += entry.units
+        self.events += entry.kind in _EVENTS
+        if entry.kind == "expiry":
+            self.charges[entry.hold_id] = self.charges.get(entry.hold_id, 0) + entry.units
+        elif entry.kind in _RESOLVING:
+            self.charges.pop(entry.hold_id, None)
+        elif entry.kind == "carried":
             self.carried = True
+
+    def continues_at(self, head: bytes, trimmed_count: int, newest: int) -> bool:
+        """Whether a ledger with this head and newest number continues the one read here; remember its head."""
+        same_head = self.head == head if self.trimmed_count == trimmed_count else self.trimmed_count < trimmed_count
+        if not (self.number == 0 or (same_head and trimmed_count <= self.number)) or self.number > newest:
+            return False
+        self.head, self.trimmed_count = head, trimmed_count
+        if trimmed_count and self.number == trimmed_count:
+            self.last = head
+        return True
 
 
 class AuditReader:
@@ -169,7 +187,7 @@ class AuditReader:
             StoreUnavailable: see :meth:`check_epoch`.
         """
         key, ledger_key = self._keys.window(budget, window), self._keys.ledger(budget, window)
-        now_us, fields, first, last, entries, open_ids = self._read_at_once(key, ledger_key)
+        now_us, fields, head, last, length, open_ids = self._read_at_once(key, ledger_key)
         stored = {name.decode(): value.decode() for name, value in fields.items()}
         return WindowSnapshot(
             spent=int(stored.get("spent", 0)),
@@ -178,15 +196,15 @@ class AuditReader:
             events=int(stored.get("events", 0)),
             replica_subtotals=sum(int(value) for name, value in stored.items() if name.startswith("r:")),
             corrections=int(stored.get("corrections", 0)),
-            vanished=not stored and entries > 0,
+            vanished=not stored and length > 0,
             unit=stored.get("def", "usd").split(",")[0],
             holds_sum=self._holds_sum(open_ids, f"{budget}:{window}", now_us),
-            ledger=self._ledger(ledger_key, first, last, entries),
+            ledger=self._ledger(ledger_key, head, last, length),
         )
 
     def _read_at_once(
         self, key: str, ledger_key: str
-    ) -> tuple[int, dict[bytes, bytes], str, str, int, Sequence[bytes]]:
+    ) -> tuple[int, dict[bytes, bytes], bytes, bytes, int, Sequence[bytes]]:
         """Read in one step: the time, the window, both ends and the length of the ledger, the ids of the open holds.
 
         By a transaction, not a script: a script would block the store for four times as long with that many ids.
@@ -194,15 +212,14 @@ class AuditReader:
         pipeline = self._client.pipeline(transaction=True)
         pipeline.time()
         pipeline.hgetall(key)
-        pipeline.xrange(ledger_key, count=1)
-        pipeline.xrevrange(ledger_key, count=1)
-        pipeline.xlen(ledger_key)
+        pipeline.lindex(ledger_key, 0)
+        pipeline.lindex(ledger_key, -1)
+        pipeline.llen(ledger_key)
         pipeline.zrange(self._keys.due, 0, -1)
         pipeline.hget(self._keys.meta, "epoch")
-        (seconds, microseconds), fields, oldest, newest, entries, open_ids, epoch = pipeline.execute()
+        (seconds, microseconds), fields, head, last, length, open_ids, epoch = pipeline.execute()
         self._compare_epoch(epoch)
-        first, last = (found[0][0].decode() if found else "" for found in (oldest, newest))
-        return seconds * 1_000_000 + microseconds, fields, first, last, entries, open_ids
+        return seconds * 1_000_000 + microseconds, fields, head or b"", last or b"", length, open_ids
 
     def check_epoch(self) -> None:
         """Drop the sums of all ledgers if the store's epoch has changed.
@@ -218,22 +235,37 @@ class AuditReader:
         if epoch != self._epoch:
             self._epoch, self._ledgers = epoch, {}
 
-    def _ledger(self, key: str, first: str, last: str, entries: int) -> Ledger | None:
-        """The sums up to ``last``. Entries never change, so only new ones are read, unless the ledger was shortened."""
+    def _ledger(self, key: str, head: bytes, last: bytes, length: int) -> Ledger | None:
+        """The ledger's sums up to ``last``, or ``None`` if it was trimmed meanwhile.
+
+        Reads only what is new since the last snapshot, unless entries were removed other than by trimming.
+        """
+        trimmed_count = parse_entry(head).trimmed_count if head else 0
+        newest = length - 1 + trimmed_count if trimmed_count else length
         known = self._ledgers.pop(key, None)
-        for ledger in (known, Ledger(first)):
-            if ledger is None or ledger.first != first:
+        for ledger in (known, Ledger()):
+            if ledger is None or not ledger.continues_at(head, trimmed_count, newest):
                 continue
-            while last and ledger.last != last:
-                page = self._client.xrange(key, min=f"({ledger.last}", max=last, count=_PAGE)
-                for entry in page:
-                    ledger.add(*entry)
-                if not page:
-                    break
-            if ledger.entries == entries:
+            if self._read_on(ledger, key, newest) and ledger.last == last:
                 self._ledgers[key] = ledger
                 return ledger
         return None
+
+    def _read_on(self, ledger: Ledger, key: str, newest: int) -> bool:
+        """Read the entries up to number ``newest``, page by page; false if the list is no longer as it was."""
+        first = ledger.trimmed_count or 1  # the number at index 0
+        while ledger.number < newest:
+            known = 1 if ledger.number else 0  # a page begins with the last entry read, which shows that nothing moved
+            start = ledger.number - first if known else 0
+            pipeline = self._client.pipeline(transaction=True)
+            pipeline.lindex(key, 0)
+            pipeline.lrange(key, start, min(start + known + _PAGE - 1, newest - first))
+            head, page = pipeline.execute()
+            if head != ledger.head or len(page) <= known or (known and page[0] != ledger.last):
+                return False
+            for text in page[known:]:
+                ledger.add(text)
+        return ledger.number == newest
 
     def _holds_sum(self, ids: Sequence[bytes], name: str, now_us: int) -> int | None:
         """The sum, in one window, of the holds that were open at ``now_us``; ``None`` if one has changed since then."""

@@ -39,6 +39,8 @@ def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[
         yield answer
         if not everything or cursor is None:
             return
+        if answer.document.get("trimmed"):
+            seen.clear()
         if cursor in seen:
             raise CommandError(f"the service at {where.url} sent the same page twice")
         seen.add(cursor)
@@ -54,6 +56,8 @@ def show_pages(
         return
     where, found, cursor = service(), False, None
     for page in pages:
+        if page.document.get("trimmed"):
+            write("The ledger was trimmed meanwhile; the list starts again at the newest entry")
         with expect_valid_response(where):
             rows = [row(item) for item in page.document[field]]
         table.write(rows)
@@ -72,13 +76,14 @@ def _write_pages_json(pages: Iterator[Answer], field: str) -> None:
         write_json(first)
         return
     click.echo(f'{{"{field}": [', nl=False)
-    separator, cursor = "", None
+    separator, cursor, trimmed = "", None, first.get("trimmed")
     for document in _documents(first, second, pages):
         for item in document[field]:
             click.echo(separator + json_text(item), nl=False)
             separator = ",\n"
-        cursor = document["next_cursor"]
-    write(f'], "next_cursor": {json.dumps(cursor)}}}')
+        cursor, trimmed = document["next_cursor"], trimmed or document.get("trimmed")
+    ends = {"next_cursor": cursor} if trimmed is None else {"next_cursor": cursor, "trimmed": trimmed}
+    write(f"], {json.dumps(ends)[1:]}")
 
 
 def _documents(first: dict[str, Any], second: Answer, others: Iterator[Answer]) -> Iterator[dict[str, Any]]:

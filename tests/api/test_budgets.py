@@ -137,7 +137,8 @@ async def test_a_ledger_is_paged_and_adds_up(client):
     first = (await client.get(f"{V1}/budgets/agent/ledger?limit=3")).json()
     second = (await client.get(f"{V1}/budgets/agent/ledger?limit=3&cursor={first['next_cursor']}")).json()
     entries = first["entries"] + second["entries"]
-    assert second["next_cursor"] is None
+    assert second["next_cursor"] is None and second["trimmed"] is False
+    assert [entry["entry_id"] for entry in entries] == ["4", "3", "2", "1"]
     assert [entry["kind"] for entry in entries] == ["commit", "record", "record", "record"]
     assert [entry["amount"] for entry in entries] == ["0.07", "0.02", "0.02", "0.02"]
     assert list(entries[1]) == ["entry_id", "at", "kind", "hold_id", "amount", "operation", "trace_id"]
@@ -145,6 +146,8 @@ async def test_a_ledger_is_paged_and_adds_up(client):
     window = (await client.get(f"{V1}/budgets/agent")).json()["window"]
     assert (await client.get(f"{V1}/budgets/agent/ledger?window={window}")).json()["entries"] == entries
     assert (await client.get(f"{V1}/budgets/agent/ledger?window=2020-01-01")).json()["entries"] == []
+    again = (await client.get(f"{V1}/budgets/agent/ledger?cursor=99")).json()
+    assert (again["entries"], again["trimmed"]) == (entries, True), "the entries of that number are gone"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +161,7 @@ async def test_a_page_that_cannot_be_is_refused(client, query):
 
 
 @pytest.mark.parametrize(
-    "query", ["cursor=0-0", "cursor=99999999999999999999-1", "cursor=1", "window=yesterday", "window=2026-13-01"]
+    "query", ["cursor=0-0", "cursor=99999999999999999999", "cursor=1-0", "window=yesterday", "window=2026-13-01"]
 )
 async def test_a_place_in_a_ledger_that_cannot_be_is_refused(client, query):
     problem(await client.get(f"{V1}/budgets/agent/ledger?{query}"), 422, "invalid-argument")

@@ -116,9 +116,9 @@ UNABLE = {
     "too few replicas": (("--min-replicas-to-write", "1"), "store", "NOREPLICAS"),
     "TIME is renamed": (("--rename-command", "TIME", ""), "scripts", "the store refuses TIME"),
     "HINCRBY is renamed": (
-        ("--rename-command", "HINCRBY", "", "--rename-command", "XADD", ""),
+        ("--rename-command", "HINCRBY", "", "--rename-command", "RPUSH", ""),
         "scripts",
-        "HINCRBY, XADD",
+        "HINCRBY, RPUSH",
     ),
     "scripts are renamed": (("--rename-command", "EVAL", ""), "scripts", "unknown command 'EVAL'"),
 }
@@ -140,7 +140,7 @@ async def test_a_store_in_which_nothing_can_be_reserved_is_not_ready_and_says_wh
     own.kill()
 
 
-@pytest.mark.parametrize("command", ["time", "hincrby", "xadd"])
+@pytest.mark.parametrize("command", ["time", "hincrby", "rpush"])
 async def test_a_command_that_the_store_refuses_in_scripts_is_named(start, server, command):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "managed", "on", ">pw", "~*", "+@all", f"-{command}")

@@ -53,6 +53,7 @@ def test_every_setting_is_read(environment, budgets_file):
         KTRDR_TIMEOUT="0.5",
         KTRDR_ON_STORE_ERROR="allow",
         KTRDR_DURABILITY="replica",
+        KTRDR_RETENTION_DAYS="90",
         KTRDR_BUDGETS_FILE=str(budgets_file),
     )
     assert settings.budgets[0] == Budget("agent", "7.50", timezone="Europe/Rome")
@@ -62,6 +63,7 @@ def test_every_setting_is_read(environment, budgets_file):
     assert settings.tenant == "quant"
     assert (settings.use_keys, settings.admin_keys) == (("one", "two"), ("three",))
     assert (settings.timeout, settings.on_store_error, settings.durability) == (0.5, "allow", "replica")
+    assert settings.retention_days == 90
     assert [budget.name for budget in settings.budgets[1:]] == [
         "team/a:b@c", "team/holds", "cycles", "calls", "jobs", "free",
     ]  # fmt: skip

@@ -158,8 +158,7 @@ def test_a_ledger_that_lost_entries_gives_no_money_back(server, client, auditor,
     """The counter and the shares of the replicas agree: the ledger is what was damaged."""
     fill(limiter)
     right = figures(limiter)
-    newest = client.xrevrange(ledger(client))
-    client.xdel(ledger(client), newest[-1][0])
+    client.lpop(ledger(client))
     assert not all(report.adds_up for report in verify(server.url))
     assert [(change.counter, change.before, change.after) for change in auditor.repair().changes] == [
         ("ledger", 50_000_000, 250_000_000)
@@ -233,7 +232,7 @@ def test_a_ledger_that_was_carried_forward_is_repaired_by_the_shares_of_the_repl
     )
     with BudgetLimiter(server.url, BUDGETS, timeout=20) as limiter:
         lapse(limiter, "0.03")
-        while not any(b"carried" in fields[b"e"] for _, fields in raw_entries(server, client)):
+        while not any(b" carried " in entry for entry in raw_entries(server, client)):
             for _ in range(256):
                 limiter.record("agent", "0.01")
         limiter.record("agent", "0.01")
@@ -247,7 +246,7 @@ def test_a_ledger_that_was_carried_forward_is_repaired_by_the_shares_of_the_repl
 
 def raw_entries(server, client: redis.Redis) -> list:
     with redis.Redis(unix_socket_path=str(server.socket_path)) as raw:
-        return raw.xrevrange(ledger(client), count=3)
+        return raw.lrange(ledger(client), 0, 2)
 
 
 def test_a_slab_that_shrinks_once_it_is_unconfirmed_is_followed(server, client, auditor, limiter):
@@ -364,7 +363,7 @@ def test_books_that_are_damaged_while_four_processes_spend_add_up_again_and_tell
     with workers("bookkeeper.py", 4, {"url": server.url, "callers": 12}) as keepers, Auditor(server.url) as auditor:
         for keeper in keepers:
             keeper.tell(go=True)
-        wait_until(lambda: client.xlen(ledger(client)) > 500)
+        wait_until(lambda: client.llen(ledger(client)) > 500)
         wait_until(lambda: client.zcard(UNCONFIRMED))
         damaged = changed = 0
         for _ in range(6):

@@ -203,8 +203,12 @@ def books(client: Any, tenant: str) -> Books:
         page = [name.split(":", 1) for name in names[start : start + _PAGE] if name[:2] in ("w:", "l:", "h:")]
         pipeline = client.pipeline(transaction=False)
         for kind, name in page:
-            {"w": pipeline.hgetall, "l": pipeline.xrange, "h": pipeline.get}[kind](f"{prefix}{kind}:{name}")
-            pipeline.pttl(f"{prefix}{kind}:{name}")
+            key = f"{prefix}{kind}:{name}"
+            if kind == "l":
+                pipeline.lrange(key, 0, -1)
+            else:
+                {"w": pipeline.hgetall, "h": pipeline.get}[kind](key)
+            pipeline.pttl(key)
         replies = iter(pipeline.execute())
         for (kind, name), value, ttl_ms in zip(page, replies, replies, strict=True):
             name = _public(name)
@@ -227,8 +231,9 @@ def _enter(found: Books, kind: str, name: str, value: Any) -> None:
         sums = {field: int(value.get(field) or 0) for field in ("spent", "held", "unconfirmed")}
         found.sums[name] = Counter(sums)
     elif kind == "l":
-        for _, entry in value:
-            found.entered[name][entry["e"].split(" ")[1]] += int(entry["a"])
+        for entry in value:
+            _, units, _, hold_id, *_ = entry.split(" ")
+            found.entered[name][hold_id] += int(units)
     elif value:
         found.holds[name] = parse(value)
 

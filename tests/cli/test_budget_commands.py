@@ -318,6 +318,27 @@ def test_all_pages_are_one_json_document(ktrdr: Run, service: FakeService) -> No
     assert json.loads(result.stdout) == {"entries": entries, "next_cursor": None}
 
 
+def trimmed_meanwhile(service: FakeService) -> list[dict[str, Any]]:
+    """Two pages, of which the second begins again with the newest entry."""
+    entries = [{**ENTRY, "entry_id": entry_id} for entry_id in ("9", "10", "")]
+    query = f"{LEDGER}?limit=1000"
+    service.answer(query, {"entries": entries[:1], "next_cursor": "9", "trimmed": False})
+    service.answer(f"{query}&cursor=9", {"entries": entries[1:], "next_cursor": None, "trimmed": True})
+    return entries
+
+
+def test_a_list_that_restarts_because_its_ledger_was_trimmed_says_so(ktrdr: Run, service: FakeService) -> None:
+    trimmed_meanwhile(service)
+    lines = ktrdr("budget", "ledger", "agent", "--all").stdout.splitlines()
+    assert lines[2] == "The ledger was trimmed meanwhile; the list starts again at the newest entry"
+
+
+def test_the_json_of_a_list_that_restarts_says_so(ktrdr: Run, service: FakeService) -> None:
+    entries = trimmed_meanwhile(service)
+    result = ktrdr("budget", "ledger", "agent", "--all", "--json")
+    assert json.loads(result.stdout) == {"entries": entries, "next_cursor": None, "trimmed": True}
+
+
 def test_a_single_page_is_the_json_of_the_service(ktrdr: Run, service: FakeService) -> None:
     service.answer(f"{HOLDS}?limit=1000", {"holds": [HOLD], "next_cursor": None})
     assert json.loads(ktrdr("budget", "holds", "agent", "--all", "--json").stdout) == {

@@ -14,7 +14,7 @@ import pytest
 from examples.local_provider import LocalProvider, Scene
 
 from ..helpers.guarded import bill_nanos
-from ..helpers.keyspace import sums
+from ..helpers.keyspace import ledger_entries, ledger_key, sums
 
 ROOT = Path(__file__).parents[2]
 
@@ -74,9 +74,9 @@ def test_the_agent_uses_its_tool_inside_one_hold(run: Any, provider: LocalProvid
     assert len(provider.requests) == 2
     with server.client() as store:
         found = sums(store)
-        entries = [fields["e"] for key in store.scan_iter("*:l:agent:*") for _, fields in store.xrange(key)]
+        entries = ledger_entries(store, ledger_key(store))
     assert found["spent"] == bill_nanos(provider.ledger) and found["held"] == 0
-    assert len(entries) == 1 and "agent_with_tools" in entries[0]
+    assert len(entries) == 1 and "agent_with_tools" in entries[0].operation
     assert f"held $0.15, cost ${found['spent'] / 1e9:.6f}" in done.stdout
 
 

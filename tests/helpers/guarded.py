@@ -17,7 +17,7 @@ from examples.local_provider import Billed, LocalProvider
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
 from ktrdr_budget.metering.guards import guard
 
-from .keyspace import ledger_key, sums
+from .keyspace import ledger_entries, ledger_key, sums
 
 CLAUDE, GPT, EMBEDDING = "claude-haiku-4-5", "gpt-4.1-mini", "text-embedding-3-small"
 PRICES = {
@@ -184,9 +184,8 @@ class Guarded:
 
     @property
     def labels(self) -> list[str]:
-        """What the entries of the ledger say, oldest first."""
-        entries = self.store.xrange(ledger_key(self.store))
-        return [fields["e"] for _, fields in entries]
+        """Kind, hold and labels of the entries of the ledger, oldest first."""
+        return [" ".join(entry[2:]) for entry in ledger_entries(self.store, ledger_key(self.store))]
 
 
 def raw_client(sdk: str, is_async: bool, provider: LocalProvider, **options: Any) -> Any:

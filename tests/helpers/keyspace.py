@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, NamedTuple
 
 import redis
 
@@ -11,6 +11,29 @@ from ktrdr_budget.engine.protocol.keys import fingerprint
 
 PERSISTENT = ("meta", "limits", "due", "unconfirmed")
 """The keys of a tenant that are bounded in size and need no expiry; so do windows and ledgers named `ever`."""
+
+
+class Entry(NamedTuple):
+    """An entry of a ledger, in the words of the store."""
+
+    time_us: int
+    units: int
+    kind: str
+    hold_id: str
+    operation: str
+    trace_id: str
+    scope: str
+
+
+def ledger_entries(client: redis.Redis, key: str) -> list[Entry]:
+    """The entries of a ledger, oldest first."""
+    return [entry_of(text) for text in client.lrange(key, 0, -1)]
+
+
+def entry_of(text: str) -> Entry:
+    """An entry from its text."""
+    time_us, units, *labels = text.split(" ")
+    return Entry(int(time_us), int(units), *labels)
 
 
 def dump(client: redis.Redis) -> dict[str, tuple[str, Any, int]]:
@@ -24,7 +47,7 @@ def _value(client: redis.Redis, key: str) -> tuple[str, Any, int]:
         "string": client.get,
         "hash": lambda key: sorted(client.hgetall(key).items()),
         "zset": lambda key: client.zrange(key, 0, -1, withscores=True),
-        "stream": client.xrange,
+        "list": lambda key: client.lrange(key, 0, -1),
     }
     return kind, read[kind](key), client.pexpiretime(key)
 
@@ -77,8 +100,7 @@ def counted(client: redis.Redis, budget: str = "agent", window: str | None = Non
 
 def ledger_sum(client: redis.Redis, budget: str = "agent", window: str | None = None) -> int:
     """What the entries of a window add up to, in units."""
-    entries = client.xrange(ledger_key(client, budget, window))
-    return sum(int(fields["a"]) for _, fields in entries)
+    return sum(entry.units for entry in ledger_entries(client, ledger_key(client, budget, window)))
 
 
 def units_of_windows(client: redis.Redis, budget: str) -> list[int]:

@@ -10,6 +10,8 @@ from fractions import Fraction
 
 import redis
 
+from ..helpers.keyspace import entry_of
+
 NOISE_MS = 50
 """How far a frozen clock of a server may be ahead, and a little more."""
 FINGERPRINT = re.compile("~[a-z2-7]{6}")
@@ -79,7 +81,7 @@ for _, key in ipairs(redis.call('KEYS', '*')) do
   local kind, value = redis.call('TYPE', key).ok, ''
   if kind == 'string' then value = redis.call('GET', key) end
   if kind == 'hash' then value = redis.call('HGETALL', key) end
-  if kind == 'stream' then value = redis.call('XRANGE', key, '-', '+') end
+  if kind == 'list' then value = redis.call('LRANGE', key, 0, -1) end
   found[#found + 1] = { key, redis.call('PTTL', key), value }
 end
 return found
@@ -104,7 +106,7 @@ class RawStore:
         self.ttls = {key: ttl_ms for key, ttl_ms, _ in found}
         assert all(key.startswith(self.prefix) for key in self.ttls), self.ttls
         self.windows = {name: pairs(value) for name, value in self._of("w:", found)}
-        self.ledgers = {name: [pairs(entry) for _, entry in value] for name, value in self._of("l:", found)}
+        self.ledgers = {name: [entry_of(text) for text in value] for name, value in self._of("l:", found)}
         self.holds = dict(self._of("h:", found))
 
     def _of(self, kind: str, found: list) -> list[tuple]:
@@ -139,7 +141,7 @@ class RawStore:
         assert weights.keys() <= self.windows.keys()
         for window in self.windows:
             sums = self.sums(window)
-            entered = sum(int(entry["a"]) for entry in self.ledgers.get(window, []))
+            entered = sum(entry.units for entry in self.ledgers.get(window, []))
             assert sums["spent"] + sums["unconfirmed"] == entered, (window, sums, self.ledgers.get(window))
             assert sums["held"] == weights.get(window, 0), (window, sums, weights)
             assert min(sums.values()) >= 0, (window, sums)

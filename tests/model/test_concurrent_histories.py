@@ -153,7 +153,7 @@ def the_end_is_what_was_acknowledged(store: RawStore, stories: dict[str, Story])
         assert store.sums(window)["spent"] == spent.total()
         entered = Counter()
         for entry in ledger:
-            entered[entry["e"].split(" ")[1]] += int(entry["a"])
+            entered[entry.hold_id] += entry.units
         expired = {hold_id for hold_id in entered if stories[hold_id].grants and not stories[hold_id].settlements}
         assert {hold_id: units for hold_id, units in entered.items() if units and hold_id not in expired} == {
             hold_id: units for hold_id, units in spent.items() if units

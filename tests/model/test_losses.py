@@ -76,11 +76,9 @@ class Losses(Histories):
         for (name, window_name), window in self.model.windows.items():
             stored = store.windows.get(f"{name}:{window_name}", {})
             window.events, window.overruns = int(stored.get("events", 0)), int(stored.get("overruns", 0))
-            entries = [
-                (entry["e"].split(" "), int(entry["a"])) for entry in store.ledgers.get(f"{name}:{window_name}", [])
-            ]
             window.ledger = [
-                (kind, hold.strip("-"), amount, unword(label)) for (kind, hold, label, _), amount in entries
+                (entry.kind, entry.hold_id.strip("-"), entry.units, unword(entry.operation))
+                for entry in store.ledgers.get(f"{name}:{window_name}", [])
             ]
             window.asserted_by, window.asserted = -1, None
             if "asserted" in stored:

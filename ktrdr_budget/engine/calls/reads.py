@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ktrdr_budget.engine.calls.results import (
     conflict,
-    entry_cursor,
     holds_cursor,
     page_size,
     policy_fault,
@@ -32,11 +31,11 @@ from ktrdr_budget.engine.protocol import (
     Window,
     encode_batch,
     given_up,
-    parse_ledger_entry,
     parse_record,
 )
 from ktrdr_budget.engine.protocol.keys import stored_window
-from ktrdr_budget.engine.protocol.scripts import LIMITS, MIGRATE, READINESS, STATUS
+from ktrdr_budget.engine.protocol.ledger import entry_cursor, parse_entry, public_entry
+from ktrdr_budget.engine.protocol.scripts import LIMITS, MIGRATE, READ_LEDGER, READINESS, STATUS
 from ktrdr_budget.errors import (
     BudgetError,
     DefinitionConflict,
@@ -208,16 +207,22 @@ class Reads:
         """A window's ledger, newest first; the current window by default."""
         budget = self.session.budget(name)
         page_size(limit)
-        last = "+" if cursor is None else f"({entry_cursor(cursor)}"
+        before = entry_cursor(cursor)
         if window is None:
             [status] = yield from self.status([name])
             window = status.window
         window_named(budget.period, budget.timezone, window)
         key = self.session.keys.ledger(name, stored_window(window, budget.definition))
-        words = (last, "-", "COUNT", limit)
-        _, [raw] = yield self.session.read("XREVRANGE", [key], words, while_recovering="waits")
-        entries = tuple(parse_ledger_entry(entry[0], entry[1], budget.unit) for entry in raw)
-        return Page(entries, entries[-1].entry_id if len(entries) == limit else None)
+        request = Read(
+            READ_LEDGER,
+            [self.session.keys.meta, key],
+            [self.session.replica_id, before, limit],
+            while_recovering="waits",
+        )
+        _, [trimmed, number, stored] = yield request
+        entries = [public_entry(parse_entry(text), number + index, budget.unit) for index, text in enumerate(stored)]
+        more = number > 1 and entries and entries[0].entry_id  # neither the first entry nor a summary
+        return Page(tuple(reversed(entries)), str(number) if more else None, trimmed=bool(trimmed))
 
     # -- limits --------------------------------------------------------------------------------------------------------
 

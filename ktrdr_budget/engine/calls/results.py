@@ -17,7 +17,6 @@ __all__ = [
     "conflict",
     "conflict_message",
     "denial",
-    "entry_cursor",
     "holds_cursor",
     "outdated",
     "page_size",
@@ -261,14 +260,6 @@ def page_size(limit: int) -> int:
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _PAGE_MAX:
         raise InvalidArgument(f"a page has 1 to {_PAGE_MAX} items, not {shown(limit)}")
     return limit
-
-
-def entry_cursor(cursor: str) -> str:
-    """The id of a ledger entry: two numbers of 64 bits, or the store refuses it."""
-    found = isinstance(cursor, str) and re.fullmatch(r"(\d{1,20})-(\d{1,20})", cursor, re.ASCII)
-    if not found or not 0 < max(map(int, found.groups())) < 2**64:
-        raise InvalidArgument("not a cursor of this list")
-    return cursor
 
 
 def holds_cursor(cursor: str | None) -> tuple[int, int]:

@@ -6,14 +6,14 @@ or a plain command). The words on the wire are described in the headers of ``lua
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from urllib.parse import quote, unquote
 
 from ktrdr_budget.engine.protocol.keys import public_window, split_name, stored_window
 from ktrdr_budget.engine.protocol.scripts import SIMPLE, script_for
-from ktrdr_budget.models import Budget, HoldState, HoldView, LedgerEntry, OnExpiry
+from ktrdr_budget.models import Budget, HoldState, HoldView, OnExpiry
 from ktrdr_budget.money import Amount, from_units
 from ktrdr_budget.periods import Span, from_ms
 
@@ -598,20 +598,3 @@ def word(text: str) -> str:
 def unword(encoded: str) -> str:
     """The text that :func:`word` encoded."""
     return "" if encoded == "-" else unquote(encoded)
-
-
-def parse_ledger_entry(entry_id: bytes, fields: Mapping[bytes, bytes] | Sequence[bytes], unit: str) -> LedgerEntry:
-    """One entry of a window's stream."""
-    values: Any = fields if isinstance(fields, Mapping) else dict(zip(fields[::2], fields[1::2], strict=True))
-    amount = values[b"a"].decode()
-    kind, hold_id, operation, trace = values[b"e"].decode().split(" ")
-    entry = entry_id.decode()
-    return LedgerEntry(
-        entry_id=entry,
-        at=from_ms(int(entry.partition("-")[0])),
-        kind=kind,
-        hold_id="" if hold_id == "-" else hold_id,
-        amount=from_units(int(amount), unit),
-        operation=unword(operation),
-        trace_id=unword(trace),
-    )

@@ -74,7 +74,7 @@ class Keys:
         """What a write script names before its windows."""
         self.hold_prefix = self.prefix + "h:"
         self.cycles = tuple(f"{self.prefix}cycles:{part}" for part in ("active", "ended", "order"))
-        self.trial = tuple(f"{self.prefix}trial:{kind}" for kind in ("hash", "zset", "stream", "string"))
+        self.trial = tuple(f"{self.prefix}trial:{kind}" for kind in ("hash", "zset", "list", "string"))
 
     def hold(self, hold_id: str) -> str:
         """The record of a hold, or of a recorded spend."""

@@ -15,6 +15,7 @@ __all__ = [
     "LIMITS",
     "MIGRATE",
     "READ",
+    "READ_LEDGER",
     "READINESS",
     "REINDEX",
     "REPAIR",
@@ -31,15 +32,16 @@ SIMPLE = "simple"
 _WRITES = ("admission", "holds", "reserve", "settle", "record", "extend", "retire")
 _PARTS = {
     # What simple.lua knows; and the write script, for batches of reservations, of settlements, and of anything.
-    SIMPLE: ("common", "simple"),
-    "reserve": ("common", "prelude", "admission", "reserve", "apply"),
-    "settle": ("common", "prelude", "holds", "settle", "apply"),
-    "apply": ("common", "prelude", *_WRITES, "apply"),
+    SIMPLE: ("common", "ledger", "simple"),
+    "reserve": ("common", "ledger", "prelude", "admission", "reserve", "apply"),
+    "settle": ("common", "ledger", "prelude", "holds", "settle", "apply"),
+    "apply": ("common", "ledger", "prelude", *_WRITES, "apply"),
     # The same, with holds that were admitted while the store was away, and the slabs that they were granted from.
-    "prepaid": ("common", "prelude", *_WRITES, "restore", "shrink", "apply"),
-    "repair": ("common", "prelude", "admission", "holds", "settle", "record", "restore", "repair", "apply"),
+    "prepaid": ("common", "ledger", "prelude", *_WRITES, "restore", "shrink", "apply"),
+    "repair": ("common", "ledger", "prelude", "admission", "holds", "settle", "record", "restore", "repair", "apply"),
     "status": ("read_head", "status"),
     "read": ("read_head", "read"),
+    "read_ledger": ("read_head", "read_ledger"),
     "limits": ("limits",),
     "migrate": ("migrate",),
     "correct": ("correct",),
@@ -49,7 +51,7 @@ _PARTS = {
 }
 _REPAIR = {"Q", "S", "T"}
 _ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid", "K": "prepaid"}
-STATUS, READ, LIMITS, CYCLES, REPAIR = "status", "read", "limits", "cycles", "repair"
+STATUS, READ, READ_LEDGER, LIMITS, CYCLES, REPAIR = "status", "read", "read_ledger", "limits", "cycles", "repair"
 CORRECT, REINDEX, READINESS, MIGRATE = "correct", "reindex", "readiness", "migrate"
 
 

@@ -16,9 +16,13 @@ from ktrdr_budget.errors import InvalidArgument, shown, unknown_budget
 from ktrdr_budget.models import Budget, check_name
 from ktrdr_budget.periods import PERIODS, Span, window_at, window_named
 
-__all__ = ["MAX_BUDGETS", "MAX_HOLDS", "Session"]
+__all__ = ["MAX_BUDGETS", "MAX_HOLDS", "RETENTION_DAYS", "RETENTION_DAYS_MIN", "Session"]
 
 MAX_HOLDS = 1_000_000
+RETENTION_DAYS = 35
+RETENTION_DAYS_MIN = 2
+"""Less than two days would forget a window while its last holds can still be settled and audited."""
+_RETENTION_DAYS_MAX = 3650
 MAX_BUDGETS = 1_000
 _REMEMBERED_WINDOWS = 1024
 _FORGET_AFTER_MS = LONGEST_HOLD_MS
@@ -31,7 +35,7 @@ class Session:
     """The state of one replica towards one tenant. Does no I/O; the caller brings replies to :meth:`absorb`.
 
     Args:
-        retention_ms: how long windows and ledgers stay after the longest hold of the window could have ended.
+        retention_days: how long windows and ledgers stay after the longest hold of the window could have ended.
         id_memory_ms: how long ids are remembered after settlement.
         ledger_entries_max: above this a ledger's oldest entries are carried forward into one.
         max_holds: how many holds, open and unconfirmed, the tenant may have.
@@ -43,7 +47,7 @@ class Session:
         tenant: str,
         budgets: Iterable[Budget],
         *,
-        retention_ms: int = 35 * 86_400_000,
+        retention_days: int = RETENTION_DAYS,
         id_memory_ms: int = 86_400_000,
         ledger_entries_max: int = 1_000_000,
         max_holds: int = MAX_HOLDS,
@@ -51,11 +55,13 @@ class Session:
     ) -> None:
         self.tenant = check_name(tenant, "tenant")
         self.keys = Keys(tenant)
-        self.retention_ms = retention_ms
+        self.retention_ms = 86_400_000 * _whole_number(
+            retention_days, "retention_days", _RETENTION_DAYS_MAX, least=RETENTION_DAYS_MIN
+        )
         self.id_memory_ms = id_memory_ms
         self.ledger_entries_max = ledger_entries_max
-        self.max_holds = _count(max_holds, "max_holds", 999_999_999_999)
-        self.max_budgets = _count(max_budgets, "max_budgets", 1_000_000)
+        self.max_holds = _whole_number(max_holds, "max_holds", 999_999_999_999)
+        self.max_budgets = _whole_number(max_budgets, "max_budgets", 1_000_000)
         self.budgets: dict[str, Budget] = {}
         for budget in _all(budgets):
             if budget.name in self.budgets:
@@ -199,9 +205,9 @@ class Session:
 
     def _propose(self) -> None:
         """Another epoch for the next time that the store needs one: no two of its timelines may ever have the same."""
-        memory = f"{self.id_memory_ms} {self.retention_ms} {self.ledger_entries_max}"
-        # The last is of a fixed width: cut off faster than it is found.
-        self._settings = f"{secrets.token_hex(16)} {memory} {self.max_budgets} {self.max_holds:012d}"
+        # Bounds have a fixed width: the script cuts them out faster than it finds them.
+        bounds = " ".join(f"{most:012d}" for most in (self.ledger_entries_max, self.max_budgets, self.max_holds))
+        self._settings = f"{secrets.token_hex(16)} {self.id_memory_ms} {self.retention_ms} {bounds}"
 
     @property
     def epoch(self) -> str:
@@ -313,9 +319,9 @@ def _all(budgets: Iterable[Budget]) -> list[Budget]:
     return given
 
 
-def _count(value: object, what: str, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
-        raise InvalidArgument(f"{what} must be a whole number from 1 to {most}, not {shown(value)}")
+def _whole_number(value: object, what: str, most: int, *, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise InvalidArgument(f"{what} must be a whole number from {least} to {most}, not {shown(value)}")
     return value
 
 

@@ -15,7 +15,7 @@ from ktrdr_budget.metering.guards import guard
 from ktrdr_budget.metering.prices import ModelPrice, Prices
 
 from ...helpers.guarded import CLAUDE, GPT, MESSAGES
-from ...helpers.keyspace import sums
+from ...helpers.keyspace import ledger_entries, sums
 
 INPUT, OUTPUT, CACHED, WRITE = 1_000, 4_000, 100, 1_250
 """Nano-dollars for a token."""
@@ -157,7 +157,7 @@ def _estimated(server: Any) -> list[bool]:
     """Which entries of the ledger say that they are estimates, oldest first."""
     with server.client() as store:
         (ledger,) = store.keys("ktrdr:*:l:agent:*")
-        return ["estimated" in fields["e"] for _, fields in store.xrange(ledger)]
+        return ["estimated" in entry.operation for entry in ledger_entries(store, ledger)]
 
 
 def _counts(api: str, input_tokens: Any, output_tokens: Any) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from ktrdr_budget.metering.guards.openai import OpenAIDialect
 from ktrdr_budget.metering.prices import ModelPrice, Prices
 
 from ...helpers.guarded import GPT, MESSAGES
-from ...helpers.keyspace import sums
+from ...helpers.keyspace import ledger_entries, sums
 from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
@@ -199,5 +199,5 @@ def _check(server: Any, calls: int = 1) -> None:
         found = sums(store)
         assert found["held"] == 0 and found["spent"] > 0
         (ledger,) = store.keys("ktrdr:*:l:agent:*")
-        labels = [fields["e"] for _, fields in store.xrange(ledger)]
+        labels = [entry.operation for entry in ledger_entries(store, ledger)]
         assert len(labels) == calls and all("estimated" in label for label in labels)

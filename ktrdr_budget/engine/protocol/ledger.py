@@ -1,0 +1,74 @@
+"""Ledger entries as the store keeps them; ``lua/ledger.lua`` describes the text of an entry and the numbering."""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple, cast
+
+from ktrdr_budget.engine.protocol import unword
+from ktrdr_budget.errors import InvalidArgument
+from ktrdr_budget.models import LedgerEntry
+from ktrdr_budget.money import from_units
+from ktrdr_budget.periods import from_ms
+
+__all__ = ["StoredEntry", "entry_cursor", "parse_entry", "public_entry"]
+
+_SUMMARY = "carried"
+
+
+class StoredEntry(NamedTuple):
+    """One entry of a ledger, in whole units."""
+
+    time_us: int
+    units: int
+    kind: str
+    hold_id: str
+    """Empty if the entry belongs to no hold."""
+    operation: str
+    trace_id: str
+    trimmed_count: int
+    """How many trimmed entries this one summarises; 0 for any other entry."""
+
+
+def parse_entry(stored: bytes | str) -> StoredEntry:
+    """Read the text of an entry.
+
+    Raises:
+        ValueError: the text is not that of an entry.
+    """
+    text = stored.decode() if isinstance(stored, bytes) else stored
+    time_us, units, kind, hold_id, operation, trace_id, *_ = text.split(" ")
+    trimmed_count = int(hold_id) if kind == _SUMMARY and hold_id.isdecimal() else 0
+    hold_id = "" if hold_id == "-" or trimmed_count else hold_id
+    return StoredEntry(int(time_us), int(units), kind, hold_id, unword(operation), unword(trace_id), trimmed_count)
+
+
+def public_entry(entry: StoredEntry, number: int, unit: str) -> LedgerEntry:
+    """An entry in the form that limiters return.
+
+    Args:
+        number: its absolute number, which a summary has none of.
+        unit: of its budget.
+    """
+    return LedgerEntry(
+        entry_id="" if entry.trimmed_count else str(number),
+        at=from_ms(entry.time_us // 1000),
+        kind=cast(Any, entry.kind),
+        hold_id=entry.hold_id,
+        amount=from_units(entry.units, unit),
+        operation=entry.operation,
+        trace_id=entry.trace_id,
+    )
+
+
+def entry_cursor(cursor: str | None) -> str:
+    """The number of the entry before which a page begins; empty for the first page.
+
+    Raises:
+        InvalidArgument: the cursor is not one of a ledger.
+    """
+    if cursor is None:
+        return ""
+    if not isinstance(cursor, str) or not re.fullmatch(r"[1-9]\d{0,15}", cursor, re.ASCII):
+        raise InvalidArgument("not a cursor of this list")
+    return cursor

@@ -1,0 +1,172 @@
+"""Ledgers are lists of numbered entries: pages, cursors and trimming, on a real server."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import AsyncBudgetLimiter, Budget, InvalidArgument
+from ktrdr_budget.audit import Auditor
+from ktrdr_budget.engine.protocol.ledger import StoredEntry, parse_entry, public_entry
+from ktrdr_budget.engine.replica.state import Session
+
+from ...helpers.keyspace import Entry, ledger_entries, ledger_key, sums
+
+LENGTH_MAX = 8
+CENT = Decimal("0.01")
+
+
+@pytest.fixture
+def short_ledgers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ledgers are trimmed above eight entries, to four."""
+    defaults = {**Session.__init__.__kwdefaults__, "ledger_entries_max": LENGTH_MAX}
+    monkeypatch.setattr(Session.__init__, "__kwdefaults__", defaults)
+
+
+@pytest.fixture
+async def limiter(server, short_ledgers):
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "50.00")]) as made:
+        yield made
+
+
+async def record(limiter: AsyncBudgetLimiter, *numbers: int) -> None:
+    for number in numbers:
+        await limiter.record("agent", "0.01", id=f"op_{number}", operation=f"call {number}")
+
+
+async def numbers_of_pages(limiter: AsyncBudgetLimiter, limit: int) -> list[str]:
+    found, cursor = [], None
+    while True:
+        page = await limiter.ledger("agent", limit=limit, cursor=cursor)
+        assert not page.trimmed
+        found += [entry.entry_id for entry in page]
+        if page.next_cursor is None:
+            return found
+        cursor = page.next_cursor
+
+
+def test_an_entry_is_parsed_from_its_text():
+    entry = parse_entry(b"1763899200123456 -150 correction op_1 a%20call t1 -")
+    assert entry == StoredEntry(1763899200123456, -150, "correction", "op_1", "a call", "t1", 0)
+    public = public_entry(entry, 7, "usd")
+    assert (public.entry_id, public.hold_id, public.amount) == ("7", "op_1", Decimal("-0.00000015"))
+    assert public.at.isoformat() == "2025-11-23T12:00:00.123000+00:00"
+
+
+def test_a_summary_says_how_many_entries_were_trimmed_and_has_no_number():
+    summary = parse_entry("1763899200123456 90 carried 9 - - -")
+    assert (summary.trimmed_count, summary.hold_id) == (9, "")
+    assert public_entry(summary, 9, "usd").entry_id == ""
+    missing = parse_entry("1763899200123456 90 carried - ledger%20%2B90 - -")
+    assert missing.trimmed_count == 0, "an entry that a repair has added is none of these"
+
+
+@pytest.mark.parametrize("text", ["", "1763899200123456", "1763899200123456 - commit op_1 - - -", "a 1 commit o - - -"])
+def test_another_text_is_not_an_entry(text):
+    with pytest.raises(ValueError, match=r"unpack|invalid literal"):
+        parse_entry(text)
+
+
+async def test_the_store_has_time_amount_and_labels_of_an_entry(client, limiter):
+    await record(limiter, 1)
+    [entry] = ledger_entries(client, ledger_key(client))
+    assert entry == Entry(entry.time_us, 10_000_000, "record", "op_1", "call%201", "-", "-")
+    assert 0 <= client.time()[0] - entry.time_us // 1_000_000 < 60
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+async def test_pages_name_each_entry_once_newest_first(limiter, limit):
+    await record(limiter, *range(1, 8))
+    assert await numbers_of_pages(limiter, limit) == ["7", "6", "5", "4", "3", "2", "1"]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+async def test_numbers_do_not_change_when_older_entries_are_trimmed(client, limiter, limit):
+    await record(limiter, *range(1, 12))
+    page = await limiter.ledger("agent")
+    assert [entry.entry_id for entry in page] == ["11", "10", "9", "8", "7", "6", ""]
+    assert page[-1].kind == "carried" and page[-1].amount == 5 * CENT
+    assert [entry.hold_id for entry in page] == ["op_11", "op_10", "op_9", "op_8", "op_7", "op_6", ""]
+    assert sum(entry.amount for entry in page) == (await limiter.status("agent")).spent == 11 * CENT
+    assert await numbers_of_pages(limiter, limit) == ["11", "10", "9", "8", "7", "6", ""]
+
+
+async def test_a_summary_is_trimmed_into_the_next_one(client, limiter):
+    await record(limiter, *range(1, 31))
+    summary, *others = ledger_entries(client, ledger_key(client))
+    assert int(summary.hold_id) + len(others) == 30 and len(others) < LENGTH_MAX
+    assert summary.units + sum(entry.units for entry in others) == sums(client)["spent"] == 300_000_000
+
+
+async def test_a_cursor_whose_entries_were_trimmed_restarts_at_the_newest(limiter):
+    await record(limiter, *range(1, 8))
+    first = await limiter.ledger("agent", limit=3)
+    assert first.next_cursor == "5"
+    await record(limiter, 8, 9)  # entries 1 to 5 become a summary
+    page = await limiter.ledger("agent", limit=3, cursor=first.next_cursor)
+    assert page.trimmed
+    assert [entry.entry_id for entry in page] == ["9", "8", "7"]
+    rest = await limiter.ledger("agent", limit=3, cursor=page.next_cursor)
+    assert not rest.trimmed
+    assert [entry.entry_id for entry in rest] == ["6", ""]
+
+
+async def test_the_cursor_of_the_oldest_kept_entry_leads_to_the_summary(limiter):
+    await record(limiter, *range(1, 10))
+    page = await limiter.ledger("agent", cursor="6")
+    assert ([entry.entry_id for entry in page], page.trimmed, page.next_cursor) == ([""], False, None)
+
+
+async def test_a_cursor_beyond_the_newest_entry_restarts(limiter):
+    await record(limiter, 1, 2)
+    page = await limiter.ledger("agent", cursor="5")
+    assert ([entry.entry_id for entry in page], page.trimmed) == (["2", "1"], True)
+
+
+async def test_the_cursor_of_the_first_entry_ends_the_list(limiter):
+    await record(limiter, 1, 2)
+    page = await limiter.ledger("agent", cursor="1")
+    assert (page.items, page.trimmed, page.next_cursor) == ((), False, None)
+
+
+@pytest.mark.parametrize("cursor", ["", "0", "-1", "1-0", "01", "x", "1" * 17, 5])
+async def test_other_cursors_are_refused(limiter, cursor):
+    with pytest.raises(InvalidArgument, match="not a cursor"):
+        await limiter.ledger("agent", cursor=cursor)
+
+
+async def test_a_ledger_that_was_deleted_begins_anew_and_expires_with_its_window(client, limiter):
+    await record(limiter, 1)
+    ttl_ms, key = client.pttl(ledger_key(client)), ledger_key(client)
+    client.delete(key)
+    await record(limiter, 2)
+    assert abs(client.pttl(key) - ttl_ms) < 60_000
+
+
+async def test_an_audit_reads_of_a_trimmed_ledger_only_what_is_new(server, client, limiter):
+    with Auditor(server.url) as auditor:
+        for first in range(1, 40, 3):
+            await record(limiter, first, first + 1, first + 2)
+            [report] = auditor.check()
+            assert report.conclusive and report.adds_up
+            assert report.unconfirmed_sum == 0, "what was trimmed since is known to it"
+    assert parse_entry(client.lindex(ledger_key(client), 0)).trimmed_count > 0
+    with Auditor(server.url) as another:
+        [report] = another.check()
+        assert report.adds_up and report.unconfirmed_sum is None, "unconfirmed charges may be in the summary"
+
+
+@pytest.mark.parametrize("damage", ["removed", "changed"])
+async def test_an_audit_notices_that_an_entry_it_has_read_is_gone(server, client, limiter, damage):
+    await record(limiter, 1, 2, 3)
+    with Auditor(server.url) as auditor:
+        assert all(report.adds_up for report in auditor.check())
+        key = ledger_key(client)
+        if damage == "removed":
+            client.lpop(key)
+        else:
+            client.lset(key, -1, client.lindex(key, -1).replace(" 10000000 ", " 20000000 "))
+        assert not any(report.adds_up for report in auditor.check())
+        await record(limiter, 4)
+        assert not any(report.adds_up for report in auditor.check())

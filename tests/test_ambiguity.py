@@ -147,7 +147,7 @@ async def test_a_caller_who_tries_again_is_told_and_nothing_is_left_to_find_out(
     with pytest.raises(StoreUnavailable):
         await hold.commit("0.07")
     limiter._coalescer._backlog.hasten = lambda: None
-    proxy.let_go()
+    proxy.release_replies()
     await until(lambda: limiter.store_state == "closed")
     assert (await hold.commit("0.07")).replayed
     await resolved(proxy, limiter, retried=1)

@@ -64,7 +64,7 @@ async def test_a_reservation_cancelled_before_it_is_sent_leaves_nothing(client, 
     after = asyncio.create_task(limiter.reserve("agent", "0.20"))
     await asyncio.sleep(0)
     await cancelled(queued)
-    proxy.let_go()
+    proxy.release_replies()
     await (await first).release()
     assert (await after).amounts == {"agent": Decimal("0.20")}
     assert sums(client)["held"] == to_units("0.20")
@@ -84,7 +84,7 @@ async def test_a_task_cancelled_before_it_runs_leaves_nothing(client, limiter):
 async def test_a_grant_whose_caller_was_cancelled_in_flight_is_released(client, proxy, limiter):
     proxy.hold_replies()
     await cancelled(await in_flight(client, limiter.reserve("agent", "0.15", id="op_1"), "0.15"))
-    proxy.let_go()
+    proxy.release_replies()
     await quiet(client, held="0", spent="0")
     assert (await limiter.get("op_1")).state == "released"
 
@@ -113,7 +113,7 @@ async def test_a_grant_behind_a_lost_reply_is_released_if_its_caller_is_cancelle
     task = await in_flight(client, limiter.reserve("agent", "0.15"), "0.15")
     await until(lambda: proxy.scripts_run == run + 2)
     await cancelled(task)
-    proxy.let_go()
+    proxy.release_replies()
     await quiet(client, held="0", spent="0")
 
 
@@ -125,7 +125,7 @@ async def test_a_grant_that_its_caller_gave_up_on_and_cannot_name_is_released(cl
         outcomes = await asyncio.gather(*tries, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 2
         await quiet(client, held="0.25")
-        proxy.let_go()
+        proxy.release_replies()
         await quiet(client, held="0.10", spent="0")
         assert (await limiter.reserve("agent", "0.10", id="named")).replayed
 
@@ -137,7 +137,7 @@ async def test_a_cancelled_replay_leaves_the_hold_to_whom_it_was_granted(client,
     retry = asyncio.create_task(limiter.reserve("agent", "0.15", id="op_1"))
     await until(lambda: proxy.scripts_run > seen)
     await cancelled(retry)
-    proxy.let_go()
+    proxy.release_replies()
     await limiter.record("agent", 0)
     assert sums(client)["held"] == to_units("0.15")
     assert not (await hold.commit("0.07")).late
@@ -147,13 +147,13 @@ async def test_nobody_else_in_the_batch_is_affected(client, proxy, limiter):
     proxy.hold_replies()
     first = await in_flight(client, limiter.reserve("agent", "0.01"), "0.01")
     batch = [asyncio.create_task(limiter.reserve("agent", "0.10")) for _ in range(12)]
-    proxy.let_go()
+    proxy.release_replies()
     await first
     proxy.hold_replies()
     await quiet(client, held="1.21")
     for task in batch[::2]:
         task.cancel()
-    proxy.let_go()
+    proxy.release_replies()
     outcomes = await asyncio.gather(*batch, return_exceptions=True)
     assert [isinstance(outcome, asyncio.CancelledError) for outcome in outcomes] == [True, False] * 6
     await quiet(client, held="0.61")
@@ -190,7 +190,7 @@ async def test_a_task_group_that_fails_gives_back_what_its_tasks_asked_for(clien
             group.create_task(limiter.reserve("agent", "0.15"))
             group.create_task(fail())
     assert failed.group_contains(ZeroDivisionError)
-    proxy.let_go()
+    proxy.release_replies()
     await limiter.record("agent", 0)
     await quiet(client, held="0")
 
@@ -200,7 +200,7 @@ async def test_a_timeout_around_a_reservation_gives_it_back(client, proxy, limit
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await limiter.reserve("agent", "0.15")
-    proxy.let_go()
+    proxy.release_replies()
     await limiter.record("agent", 0)
     await quiet(client, held="0")
 
@@ -215,7 +215,7 @@ async def test_a_commit_that_was_begun_completes(client, proxy, limiter):
     commit = asyncio.create_task(hold.commit("0.07"))
     await until(lambda: proxy.scripts_run > seen)
     await cancelled(commit)
-    proxy.let_go()
+    proxy.release_replies()
     await quiet(client, held="0", spent="0.07")
     assert (await hold.commit("0.07")).replayed
 
@@ -227,7 +227,7 @@ async def test_a_commit_that_still_queues_completes_too(client, proxy, limiter):
     commit = asyncio.create_task(hold.commit("0.07"))
     await asyncio.sleep(0)
     await cancelled(commit)
-    proxy.let_go()
+    proxy.release_replies()
     await blocking
     await quiet(client, held="0.10", spent="0.07")
 
@@ -240,7 +240,7 @@ async def test_a_commit_by_id_completes_though_it_takes_two_steps(client, proxy,
     await until(lambda: "cmdstat_get" in client.info("commandstats"))
     await cancelled(commit)
     assert sums(client)["spent"] == 0, "it has read the hold, and not settled it yet"
-    proxy.let_go()
+    proxy.release_replies()
     await quiet(client, held="0", spent="0.07")
 
 
@@ -251,7 +251,7 @@ async def test_pr_37558_spend_that_was_reported_is_recorded_though_the_caller_ha
     record = asyncio.create_task(limiter.record("agent", "0.02", id="op_1"))
     await asyncio.sleep(0)
     await cancelled(record)
-    proxy.let_go()
+    proxy.release_replies()
     await blocking
     await quiet(client, spent="0.02")
     assert (await limiter.record("agent", "0.02", id="op_1")).replayed
@@ -260,7 +260,7 @@ async def test_pr_37558_spend_that_was_reported_is_recorded_though_the_caller_ha
 async def test_a_commit_that_was_cancelled_inside_its_block_is_not_followed_by_a_release(
     client, proxy, limiter, caplog
 ):
-    proxy.let_go()
+    proxy.release_replies()
 
     async def work() -> None:
         async with limiter.hold("agent", "0.15", id="op_1") as hold:
@@ -272,7 +272,7 @@ async def test_a_commit_that_was_cancelled_inside_its_block_is_not_followed_by_a
     await until(lambda: proxy.scripts_run == seen + 2)
     task.cancel()
     await asyncio.sleep(0.01)
-    proxy.let_go()
+    proxy.release_replies()
     with pytest.raises(asyncio.CancelledError):
         await task
     await quiet(client, held="0", spent="0.07")
@@ -347,7 +347,7 @@ async def test_a_block_that_is_cancelled_while_it_settles_has_settled(client, pr
     task = asyncio.create_task(work())
     await quiet(client, spent="0.05")
     await cancelled(task)
-    proxy.let_go()
+    proxy.release_replies()
     await quiet(client, held="0", spent="0.05")
 
 
@@ -358,7 +358,7 @@ async def test_a_block_that_is_cancelled_while_it_reserves_gives_back(client, pr
 
     proxy.hold_replies()
     await cancelled(await in_flight(client, work(), "0.15"))
-    proxy.let_go()
+    proxy.release_replies()
     await quiet(client, held="0", spent="0")
 
 
@@ -402,7 +402,7 @@ def test_ctrl_c_while_a_reservation_is_in_flight_gives_it_back(server, client, t
         with pytest.raises(KeyboardInterrupt):
             limiter.reserve("agent", "0.15", id="op_1")
         interrupting.join()
-        threaded_proxy.let_go()
+        threaded_proxy.release_replies()
         wait_until(lambda: sums(client)["held"] == 0)
         assert limiter.get("op_1").state == "released"
         assert limiter.reserve("agent", "0.15").state == "open"
@@ -416,7 +416,7 @@ def test_ctrl_c_while_a_commit_is_in_flight_lets_it_complete(server, client, thr
         with pytest.raises(KeyboardInterrupt):
             hold.commit("0.07")
         interrupting.join()
-        threaded_proxy.let_go()
+        threaded_proxy.release_replies()
         assert hold.commit("0.07").replayed
         assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 

@@ -141,8 +141,8 @@ def test_eight_processes_race_a_cap_on_a_cluster_and_fill_it_to_the_unit(cluster
     options = {"url": cluster.url, "limit": "0.7", "amounts": ["0.0007"], "callers": 8, "ttl": 60, "settle": False}
     with workers("spender.py", 8, options) as racers:
         for racer in racers:
-            racer.tell(go=True)
-        reports = [racer.hear() for racer in racers]
+            racer.send(go=True)
+        reports = [racer.receive() for racer in racers]
     assert sum(report["grants"] for report in reports) == 1000
     assert held_in(cluster) == to_units("0.7")
 
@@ -153,11 +153,11 @@ def test_mixed_amounts_and_kill_9_never_pass_the_cap_on_a_cluster(cluster):
     options = {"url": cluster.url, "limit": "3.00", "amounts": amounts, "callers": 8, "ttl": 1, "settle": True}
     with workers("spender.py", 8, options) as racers:
         for racer in racers:
-            racer.tell(go=True)
+            racer.send(go=True)
         for tenths, doomed in enumerate(racers[:3], 2):
             wait_until(lambda tenths=tenths: window(cluster)["spent"] >= limit * tenths // 10)
             doomed.kill()
-        reports = [racer.hear() for racer in racers[3:]]
+        reports = [racer.receive() for racer in racers[3:]]
         found = window(cluster)
         assert found["spent"] + found["held"] + found["unconfirmed"] <= limit
         assert sum(report["committed"] for report in reports) <= found["spent"]
@@ -228,7 +228,7 @@ def test_a_slot_that_moves_key_by_key_while_three_processes_spend_is_never_split
     }
     with workers("spender.py", 3, options) as racers:
         for racer in racers:
-            racer.tell(go=True)
+            racer.send(go=True)
         for tenths in (2, 5):
             wait_until(lambda tenths=tenths: window(either)["spent"] >= to_units("0.09") * tenths)
             source = either.owner("default")
@@ -236,7 +236,7 @@ def test_a_slot_that_moves_key_by_key_while_three_processes_spend_is_never_split
             moved = either.migrate("default", target, between=lambda moved: len(moved) % 100 or window(either))
             assert len(moved) > 4
             assert either.owner("default") is not source
-        reports = [racer.hear() for racer in racers]
+        reports = [racer.receive() for racer in racers]
     found = window(either)
     assert found["held"] == found["unconfirmed"] == 0
     assert found["spent"] == sum(report["committed"] for report in reports) <= to_units("0.9")

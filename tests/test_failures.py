@@ -142,7 +142,7 @@ async def test_30460_a_caller_that_gave_up_and_retries_with_its_id_is_answered_b
     with pytest.raises(StoreUnavailable) as unavailable:
         await far_limiter.reserve("agent", "0.15", id="op_1")
     assert unavailable.value.ambiguous
-    proxy.let_go()
+    proxy.release_replies()
     await until(lambda: far_limiter.store_state == "closed")
     hold = await far_limiter.reserve("agent", "0.15", id="op_1")
     assert hold.replayed
@@ -166,7 +166,7 @@ async def test_pr_30039_a_commit_that_timed_out_and_is_retried_gives_the_exact_t
     assert not hold.settled
     with server.client() as client:
         assert sums(client)["spent"] == to_units("1.30")
-    proxy.let_go()
+    proxy.release_replies()
     await until(lambda: far_limiter.store_state == "closed")
     settlement = await hold.commit("0.07")
     assert settlement.replayed
@@ -227,7 +227,7 @@ async def test_38087_and_29937_unknown_is_not_full(server, proxy, far_limiter):
         await far_limiter.status("agent")
     with pytest.raises(StoreUnavailable):
         await far_limiter.ledger("agent")
-    proxy.let_go()
+    proxy.release_replies()
     await until(lambda: far_limiter.store_state == "closed")
     assert (await far_limiter.status("agent")).remaining == 0
 
@@ -297,7 +297,7 @@ def test_38987_no_key_is_immortal_after_kill_9_in_the_midst_of_requests(server):
     options = {"url": server.url, "limit": "8000", "amounts": ["0.01"], "callers": 8, "ttl": 60, "settle": True}
     with workers("spender.py", 3, options) as spenders, server.client() as client:
         for spender in spenders:
-            spender.tell(go=True)
+            spender.send(go=True)
         for number, spender in enumerate(spenders, 1):
             wait_until(lambda number=number: sums(client)["events"] > 200 * number)
             spender.kill()

@@ -134,7 +134,7 @@ def test_what_is_under_way_at_a_fork_stays_with_the_parent(server, client, tmp_p
         wait_until(lambda: sums(client)["held"])
         child = Child(lambda: None)
         child.result()
-        proxy.let_go()
+        proxy.release_replies()
         for thread in threads:
             thread.join()
         assert len({hold.id for hold in holds}) == 5

@@ -306,7 +306,7 @@ async def test_a_reservation_that_had_arrived_is_the_hold_that_is_handed_over(pr
     hold = await limiter.reserve("agent", "0.50", id="op_1")
     assert hold.prepaid is not None
     await hold.grow("0.10")
-    proxy.let_go()
+    proxy.release_replies()
     await told(limiter)
     await until(lambda: sums(client)["held"] == to_units("4.00"), WITHIN_S)
     assert (await other.get("op_1")).amounts == {"agent": Decimal("0.60")}

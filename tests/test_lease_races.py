@@ -110,9 +110,9 @@ def test_the_leases_of_four_processes_never_pass_the_cap_and_spend_it_to_the_las
     peak = 0
     with workers("leaser.py", 4, {**options, "seed": seed}) as replicas:
         for replica in replicas:
-            replica.tell(go=True)
+            replica.send(go=True)
         reports = []
-        listener = threading.Thread(target=lambda: reports.extend(replica.hear() for replica in replicas))
+        listener = threading.Thread(target=lambda: reports.extend(replica.receive() for replica in replicas))
         listener.start()
         while listener.is_alive():
             peak = max(peak, counted(client))
@@ -128,7 +128,7 @@ def test_the_leases_of_four_processes_never_pass_the_cap_and_spend_it_to_the_las
 def test_a_killed_process_leaves_its_slab_charged(server, client):
     options = {"url": server.url, "limit": "5.00", "slab": "0.40", "amounts": ["0.01"], "callers": 1, "ttl": 1}
     with workers("leaser.py", 1, {**options, "seed": 0}) as [replica]:
-        replica.tell(go=True)
+        replica.send(go=True)
         wait_until(lambda: sums(client)["spent"] > 0)
         replica.kill()
         with BudgetLimiter(server.url, [AGENT]) as limiter:

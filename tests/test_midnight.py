@@ -342,8 +342,8 @@ def test_a_replica_with_a_wrong_clock_spends_on_the_right_day(clocked_server, cl
     environment["FAKETIME_DONT_FAKE_MONOTONIC"] = "1"
     options = {"url": clocked_server.url, "budget": "agent", "timezone": "Asia/Kathmandu", "started": started}
     with workers("clock.py", 1, options, environment) as [replica]:
-        replica.tell(go=True)
-        told = replica.hear()
+        replica.send(go=True)
+        told = replica.receive()
     now = clocked_server.now()
     today = f"{now.astimezone(ZoneInfo('Asia/Kathmandu')):%Y-%m-%d}"
     assert told["own_date"] != f"{now:%Y-%m-%d}", "its clock is wrong"

@@ -351,7 +351,7 @@ async def test_allow_does_not_count_twice_what_the_store_had_granted_before_it_f
             assert (await limiter.record("agent", "0.02")).deferred
             assert limiter.deferred == 2, "without asking the store again"
             assert sums(client)["spent"] == 0
-            proxy.let_go()
+            proxy.release_replies()
             await until(lambda: limiter.deferred == 0)
             assert sums(client) == {"spent": to_units("0.09"), "held": 0, "unconfirmed": 0, "events": 3}
 
@@ -413,7 +413,7 @@ async def test_allow_gives_up_what_it_admitted_for_a_caller_who_has_gone(proxy):
         with contextlib.suppress(asyncio.CancelledError):
             await task
         await until(lambda: limiter.unresolved == 1)
-        proxy.let_go()
+        proxy.release_replies()
         await until(lambda: limiter.unresolved == 0)
         assert (await limiter.status("agent")).held == 0
 
@@ -447,7 +447,7 @@ async def test_what_may_have_been_settled_long_ago_is_not_told_again(server, tmp
         limiter._core.deferred_doubts[hold.id] -= AGE_MAX_MS
         with server.client() as client:
             client.delete(limiter.keys.hold(hold.id))
-            proxy.let_go()
+            proxy.release_replies()
             await until(lambda: limiter.deferred == 0)
             assert sums(client)["spent"] == to_units("0.09")
         assert limiter._core.deferred_doubts == {}

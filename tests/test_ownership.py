@@ -164,7 +164,7 @@ async def test_a_grant_whose_loss_is_reported_in_the_turn_of_the_cancellation_is
             with pytest.raises(asyncio.CancelledError):
                 await tasks[0]
             assert sums(client)["held"] == to_units("0.15")
-        proxy.let_go()
+        proxy.release_replies()
         await until(lambda: spent_and_held(client) == (0, 0))
 
 
@@ -215,7 +215,7 @@ async def test_a_release_for_a_cancelled_caller_does_not_beat_the_commit_of_a_wo
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
     hold = await other.reserve("agent", "0.15", id="op_1")
     assert (hold.replayed, hold.state) == (True, "open")
-    proxy.let_go()
+    proxy.release_replies()
     await until(lambda: sums(client)["held"] == 0)
     view = await other.get("op_1")
     assert (view.state, view.released_by_operator) == ("released", False)
@@ -230,7 +230,7 @@ async def test_a_worker_that_goes_on_with_what_was_released_holds_it_again(clien
     call = limiter.reserve("agent", "400.00", id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("400.00"))
     hold = await other.reserve("agent", "400.00", id="op_1")
-    proxy.let_go()
+    proxy.release_replies()
     await until(lambda: sums(client)["held"] == 0)
     await hold.extend()
     assert (hold.state, sums(client)["held"]) == ("open", to_units("400.00"))
@@ -247,7 +247,7 @@ async def test_an_id_whose_grant_was_released_for_a_cancelled_caller_is_free_aga
     proxy.hold_replies()
     call = limiter.reserve("agent", "0.15", id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
-    proxy.let_go()
+    proxy.release_replies()
     await until(lambda: sums(client)["held"] == 0)
     if amount == "0.20":
         with pytest.raises(HoldConflict):  # the same id means the same contents
@@ -267,7 +267,7 @@ async def test_a_denied_retry_leaves_a_released_hold_to_the_worker_that_has_it_b
     call = limiter.reserve("agent", "400.00", id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("400.00"))
     hold = await other.reserve("agent", "400.00", id="op_1")
-    proxy.let_go()
+    proxy.release_replies()
     await until(lambda: sums(client)["held"] == 0)
     await other.record("agent", "200.00")
     with pytest.raises(BudgetExceeded):
@@ -283,7 +283,7 @@ async def test_a_repair_does_not_hold_again_what_was_released_for_a_cancelled_ca
     call = limiter.reserve("agent", "0.15", id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
     hold = await other.reserve("agent", "0.15", id="op_1")
-    proxy.let_go()
+    proxy.release_replies()
     await until(lambda: sums(client)["held"] == 0)
     client.flushall()
     for replica in (limiter, other):
@@ -300,7 +300,7 @@ async def test_a_late_copy_of_a_request_whose_grant_was_released_is_not_granted_
     call = limiter.reserve("agent", "0.15", id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
     request = client.get(limiter.keys.hold("op_1")).partition("|")[0].split(" ")[5].strip("-!")
-    proxy.let_go()
+    proxy.release_replies()
     await until(lambda: sums(client)["held"] == 0)
     session = limiter._session
     parts = [(session.current_window("agent"), to_units("0.15"))]
@@ -370,7 +370,7 @@ async def test_a_report_is_sent_though_its_caller_is_cancelled_twice(client, pro
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        proxy.let_go()
+        proxy.release_replies()
         await ahead
         await until(lambda: accrued(client, "op_1") == to_units("5.00"))
 

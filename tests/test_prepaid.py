@@ -207,7 +207,7 @@ async def test_a_reservation_that_the_store_had_granted_before_it_fell_silent_co
             await committed.commit("0.07")
             released = await limiter.reserve("agent", "0.25", id="released")
             await released.release()
-            proxy.let_go()
+            proxy.release_replies()
             await until(lambda: limiter.deferred == 0 and not limiter._core.unresolved.count)
             with server.client() as client:
                 await until(lambda: sums(client)["spent"] == to_units("0.07"))
@@ -364,8 +364,8 @@ def test_three_processes_never_pass_the_cap_and_each_id_is_told_once(own_server,
     options = {"url": own_server.url, "limit": "5.00", "slab": "0.40", "seed": seed}
     with workers("prepaid.py", 3, options) as replicas, own_server.client() as client:
         for replica in replicas:
-            replica.tell(do="ready")
-        assert [replica.hear() for replica in replicas] == ["prepaid"] * 3
+            replica.send(do="ready")
+        assert [replica.receive() for replica in replicas] == ["prepaid"] * 3
         with BudgetLimiter(own_server.url, BUDGETS) as limiter:
             limiter.record("agent", "3.80")  # all the rest of the cap: nothing is left but the slabs
         if outage == "SIGSTOP":
@@ -374,17 +374,17 @@ def test_three_processes_never_pass_the_cap_and_each_id_is_told_once(own_server,
             own_server.kill()
         for replica in replicas:
             amounts = [f"{chance.randrange(1, to_units('0.05')) / 10**9:.9f}" for _ in range(60)]
-            replica.tell(do="spend", amounts=amounts)
-        reports = [replica.hear() for replica in replicas]
+            replica.send(do="spend", amounts=amounts)
+        reports = [replica.receive() for replica in replicas]
         replicas[2].kill()
         if outage == "SIGSTOP":
             own_server.resume()
         else:
             own_server.start()
         for replica in replicas[:2]:
-            replica.tell(do="told")
+            replica.send(do="told")
         heard: list[str] = []
-        listener = threading.Thread(target=lambda: heard.extend(replica.hear() for replica in replicas[:2]))
+        listener = threading.Thread(target=lambda: heard.extend(replica.receive() for replica in replicas[:2]))
         listener.start()
         peak = counted(client)
         while listener.is_alive():

@@ -43,8 +43,8 @@ def test_identical_amounts_of_eight_processes_fill_the_cap_to_the_unit(store):
     options = race_options(store.url, limit="0.7", amounts=["0.0007"])
     with workers("spender.py", PROCESSES, options) as racers, store.client() as client:
         for racer in racers:
-            racer.tell(go=True)
-        reports = [racer.hear() for racer in racers]
+            racer.send(go=True)
+        reports = [racer.receive() for racer in racers]
         assert sum(report["grants"] for report in reports) == 1000
         assert sum(report["granted"] for report in reports) == to_units("0.7")
         assert sums(client) == {"spent": 0, "held": to_units("0.7"), "unconfirmed": 0, "events": 0}
@@ -60,10 +60,10 @@ def test_mixed_amounts_with_settlements_and_kill_9_never_pass_the_cap(store):
     doomed = random.Random(store.url).sample(range(PROCESSES), 3)
     with workers("spender.py", PROCESSES, options) as racers, store.client() as client:
         for racer in racers:
-            racer.tell(go=True)
+            racer.send(go=True)
         peaks = [kill_at(client, racers[number], limit * tenths // 10) for tenths, number in enumerate(doomed, 2)]
-        reports = [racer.hear() for number, racer in enumerate(racers) if number not in doomed]
-        assert all(racers[number].hear() is None for number in doomed)
+        reports = [racer.receive() for number, racer in enumerate(racers) if number not in doomed]
+        assert all(racers[number].receive() is None for number in doomed)
         assert max(peaks) <= limit
         assert counted(client) <= limit
         survivors = sum(report["committed"] for report in reports)
@@ -91,8 +91,8 @@ async def test_holds_of_killed_processes_are_unconfirmed_at_their_deadline(store
     options = race_options(store.url, limit="0.08", ttl=1, callers=1)
     with workers("spender.py", 2, options) as racers:
         for racer in racers:
-            racer.tell(go=True)
-        reports = [racer.hear() for racer in racers]
+            racer.send(go=True)
+        reports = [racer.receive() for racer in racers]
         assert sum(report["grants"] for report in reports) == 8
         for racer in racers:
             racer.kill()
@@ -120,6 +120,6 @@ def test_first_use_by_eight_processes_at_once_is_as_strict_as_any_other(store):
     options = race_options(store.url, limit="0.15", amounts=["0.15"], callers=1)
     with workers("spender.py", PROCESSES, options) as racers, store.client() as client:
         for racer in racers:
-            racer.tell(go=True)
-        assert sum(racer.hear()["grants"] for racer in racers) == 1
+            racer.send(go=True)
+        assert sum(racer.receive()["grants"] for racer in racers) == 1
         assert counted(client) == to_units("0.15")

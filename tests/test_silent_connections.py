@@ -73,7 +73,7 @@ async def test_a_burst_after_idleness_uses_no_connection_that_was_idle(proxy, wa
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await burst(limiter)
         await aged(limiter)
-        proxy.forget()
+        proxy.blackhole()
         assert await burst(limiter) < RESENT_S, "nothing had to be sent a second time"
         assert limiter.unresolved == 0
     assert sums(client)["spent"] == 2 * BURST * 50_000_000
@@ -96,7 +96,7 @@ async def test_the_pulse_of_an_idle_replica_keeps_a_connection_in_trust(proxy, w
 async def test_a_burst_on_forgotten_connections_is_sent_again_on_new_ones(proxy, way, no_pulse, forgotten, client):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await burst(limiter)
-        proxy.forget(forgotten)
+        proxy.blackhole(forgotten)
         assert await burst(limiter) < LATEST_S
         assert limiter.store_state == "closed"
     assert sums(client) == {"spent": 2 * BURST * 50_000_000, "held": 0, "unconfirmed": 0, "events": 2 * BURST}
@@ -108,8 +108,8 @@ async def test_a_request_that_runs_and_whose_reply_is_forgotten_counts_once(prox
         proxy.hold_replies()
         reserving = asyncio.create_task(limiter.reserve("agent", "0.10"))
         await until(lambda: sums(client)["held"] == 100_000_000)
-        proxy.forget()
-        proxy.let_go()
+        proxy.blackhole()
+        proxy.release_replies()
         hold = await reserving
         assert not hold.replayed
         await hold.commit("0.05")
@@ -123,7 +123,7 @@ async def test_batches_that_must_be_confirmed_are_sent_again_too(start_server: C
         with away(proxy.url):
             async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S, durability=durability) as limiter:
                 await limiter.record("agent", "0.01")
-                proxy.forget()
+                proxy.blackhole()
                 with Stopwatch() as took:
                     await limiter.record("agent", "0.01")
                 assert took.seconds < LATEST_S
@@ -133,7 +133,7 @@ async def test_batches_that_must_be_confirmed_are_sent_again_too(start_server: C
 async def test_reads_are_sent_again_too(proxy, way, no_pulse):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await asyncio.gather(*[limiter.status("agent") for _ in range(20)])
-        proxy.forget()
+        proxy.blackhole()
         with Stopwatch() as took:
             statuses = await asyncio.gather(*[limiter.status("agent") for _ in range(20)])
         assert took.seconds < LATEST_S
@@ -172,9 +172,9 @@ async def test_stores_that_move_do_the_same_and_are_not_looked_for_again(
     async with AsyncBudgetLimiter(form.format(place), BUDGETS, timeout=TIMEOUT_S) as limiter:
         await burst(limiter)
         await aged(limiter)
-        proxy.forget()
+        proxy.blackhole()
         assert await burst(limiter) < RESENT_S
-        proxy.forget(1)
+        proxy.blackhole(1)
         assert await burst(limiter) < LATEST_S
         assert set(asked) <= {None, ("127.0.0.1", int(place.rpartition(":")[2]))}
     assert sums(client)["spent"] == 3 * BURST * 50_000_000
@@ -184,11 +184,11 @@ def test_the_sync_limiter_does_the_same(server, way, no_pulse, client):
     with ThreadedProxy(server.socket_path, ("127.0.0.1", 0)) as proxy, away(proxy.url):
         with BudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
             limiter.reserve("agent", "0.10").commit("0.05")
-            proxy.forget()
+            proxy.blackhole()
             with Stopwatch() as took:
                 limiter.reserve("agent", "0.10").commit("0.05")
             assert took.seconds < LATEST_S
-            proxy.forget()
+            proxy.blackhole()
             with Stopwatch() as took:
                 assert limiter.status("agent").spent == Decimal("0.10")
             assert took.seconds < LATEST_S

@@ -362,7 +362,7 @@ def test_books_that_are_damaged_while_four_processes_spend_add_up_again_and_tell
     dice = random.Random(5)
     with workers("bookkeeper.py", 4, {"url": server.url, "callers": 12}) as keepers, Auditor(server.url) as auditor:
         for keeper in keepers:
-            keeper.tell(go=True)
+            keeper.send(go=True)
         wait_until(lambda: client.llen(ledger(client)) > 500)
         wait_until(lambda: client.zcard(UNCONFIRMED))
         damaged = changed = 0
@@ -376,8 +376,8 @@ def test_books_that_are_damaged_while_four_processes_spend_add_up_again_and_tell
             assert repair.index_changes == []
         assert changed >= damaged - 2, "two damages of one counter may cancel out"
         for keeper in keepers:
-            keeper.tell(stop=True)
-        reports = [keeper.hear() for keeper in keepers]
+            keeper.send(stop=True)
+        reports = [keeper.receive() for keeper in keepers]
         assert auditor.repair().changes == [], "everything had been repaired before, and nothing twice"
         assert int(client.hget(window(client), "spent")) == sum(report["spent"] for report in reports)
         assert all(report.adds_up and report.conclusive for report in verify(server.url))

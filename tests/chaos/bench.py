@@ -195,7 +195,7 @@ class Bench:
         started = self.enter(workers("chaotic.py", count, options, environment))
         self.spenders += started
         for spender in started:
-            spender.tell(go=True)
+            spender.send(go=True)
 
     @property
     def histories(self) -> Path:
@@ -251,13 +251,13 @@ class Bench:
     def settle(self) -> Figures:
         """Faults are over: replicas finish, ask about what they do not know, and the history is judged."""
         for spender in self.spenders:
-            spender.tell(stop=True)
-        reports = [spender.hear() for spender in self.spenders]
+            spender.send(stop=True)
+        reports = [spender.receive() for spender in self.spenders]
         if not self.closes_first:
             self._come_due()
         for spender in self.spenders:
-            spender.tell(end=True)
-        reports = [spender.hear() or report for spender, report in zip(self.spenders, reports, strict=True)]
+            spender.send(end=True)
+        reports = [spender.receive() or report for spender, report in zip(self.spenders, reports, strict=True)]
         if self.closes_first:
             self._come_due()
         verdict = self.figures.verdict

@@ -1,4 +1,4 @@
-"""Real processes that tests start, talk to by lines of JSON, and kill."""
+"""Real processes that tests start, control by lines of JSON, and kill."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ WORKERS = Path(__file__).parents[1] / "workers"
 
 
 class Worker:
-    """One process that runs a script of ``tests/workers``."""
+    """A process that runs a script of ``tests/workers``."""
 
     def __init__(self, connection: socket.socket) -> None:
         self._connection = connection
@@ -27,32 +27,32 @@ class Worker:
         self._pid: int | None = None
 
     def begin(self) -> None:
-        """Waits for its first two lines: its pid, and that it is ready."""
-        self._pid = self.hear()
-        assert self.hear() == "ready"
+        """Wait for its first two lines: its process id, and ``ready``."""
+        self._pid = self.receive()
+        assert self.receive() == "ready"
 
-    def tell(self, **words: Any) -> None:
-        """One line to its standard input."""
+    def send(self, **words: Any) -> None:
+        """Write a line to its standard input."""
         self._lines.write(json.dumps(words) + "\n")
         self._lines.flush()
 
-    def hear(self) -> Any:
-        """The next line from its standard output; ``None`` at its end."""
+    def receive(self) -> Any:
+        """Read the next line of its standard output; ``None`` at the end."""
         try:
             line = self._lines.readline()
-        except ConnectionResetError:  # killed before it read what it was told
+        except ConnectionResetError:  # killed before it read its input
             line = ""
         return json.loads(line) if line.endswith("\n") else None
 
     def kill(self) -> None:
-        """kill -9; returns when it has ended."""
+        """Send SIGKILL; return when the process has ended."""
         if self._pid is not None:
             os.kill(self._pid, signal.SIGKILL)
-            while self.hear() is not None:
+            while self.receive() is not None:
                 pass
 
     def end(self) -> None:
-        """Makes sure that it is gone."""
+        """Kill the process and close the connection to it."""
         self.kill()
         with contextlib.suppress(OSError):
             self._lines.close()
@@ -63,7 +63,7 @@ class Worker:
 def workers(
     script: str, count: int, options: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> Iterator[list[Worker]]:
-    """So many processes that run one script with ``options`` and their number as ``worker``, all ready."""
+    """Start ``count`` processes that run one script with ``options`` and their number as ``worker``; all are ready."""
     pairs = [socket.socketpair() for _ in range(count)]
     fds = [theirs.fileno() for _, theirs in pairs]
     nursery = subprocess.Popen(
@@ -86,9 +86,9 @@ def workers(
 
 
 def in_child(work: Callable[[], Any]) -> int:
-    """Does some work in a fork of this process; its exit status, 0 if nothing was raised."""
+    """Run ``work()`` in a fork of this process; return the exit status, 0 if it raised nothing."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads, which is what is tested
+        warnings.simplefilter("ignore", DeprecationWarning)  # about a fork beside threads, the subject of the test
         pid = os.fork()
     if pid == 0:
         status = 1

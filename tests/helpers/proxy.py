@@ -1,4 +1,4 @@
-"""A proxy before a real server, that keeps or loses what passes."""
+"""A proxy in front of a real server that delays, holds or drops requests and replies."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ Place = Path | tuple[str, int]
 
 
 class _Connection:
-    """What is known of the script that is under way on one connection."""
+    """The state of the current script on one connection."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.awaits_reply = False
         self.greeting = False
         self.losing = False
-        self.forgotten = False
+        self.is_blackholed = False
 
 
 class Proxy:
-    """Listens on a unix socket or a port, forwards everything to another, and fails on demand.
+    """Listens on a unix socket or a port, forwards everything to a server, and injects faults.
 
-    ``lose_replies``: so many replies to scripts are read from the server, which has thus run them, and are then dropped
-    together with their connection. ``lose_requests``: so many scripts are dropped before the server sees them.
-    ``fate`` is asked about each script, and may answer "reply" or "request" to lose it.
-    ``lose_all(fate)``: so does each script end, until ``lose_all(None)``.
-    ``hold_replies()``: the server runs what it is sent, but its answers wait for ``let_go()``. What a client says when
-    it connects is answered, and that the server does not know a script yet is no answer in this sense.
-    ``freeze()``: half-open. Connections stand and new ones are accepted, but nothing passes, either way, until
-    ``thaw()``; then comes what was under way, though its sender may long have gone.
-    ``forget(count)``: as a NAT does, of the oldest connections or of all: they stand for both sides, but what either
-    sends vanishes. New connections pass.
-    ``cut()``: every connection ends now, and so does each new one, until ``mend()``.
-    ``delay_s``, ``bytes_per_s``: how long each piece is on its way, and how much fits through in a second.
+    ``lose_replies``: this many replies to scripts are read from the server, which has executed them, and dropped
+    together with their connection. ``lose_requests``: this many scripts are dropped before they reach the server.
+    ``fate``: called for each script; returns "reply" or "request" to lose it.
+    ``lose_all(fate)``: every script is lost that way, until ``lose_all(None)``.
+    ``hold_replies()``: the server executes requests, but its replies are held until ``release_replies()``. Replies to a
+    client's greeting, and NOSCRIPT, pass.
+    ``freeze()``: half-open connections. They stay open and new ones are accepted, but nothing passes in either
+    direction until ``thaw()``, which also delivers the data of senders that have disconnected.
+    ``blackhole(count)``: like a NAT that dropped its state, for the oldest connections or all: they stay open on both
+    sides, but everything sent on them vanishes. New connections work.
+    ``cut()``: every connection is closed, and every new one as well, until ``mend()``.
+    ``delay_s``, ``bytes_per_s``: the delay of each piece of data, and the bandwidth.
 
     Args:
-        server: where the server is.
-        place: where to listen; port 0 is any.
+        server: the address of the server.
+        place: the address to listen on; port 0 is any free port.
     """
 
     def __init__(self, server: Place, place: Place) -> None:
@@ -63,7 +63,7 @@ class Proxy:
         self._thawed = asyncio.Event()
         self._thawed.set()
         self._connections: set[asyncio.Task[None]] = set()
-        self._standing: list[_Connection] = []
+        self._open_connections: list[_Connection] = []
 
     @property
     def url(self) -> str:
@@ -88,13 +88,13 @@ class Proxy:
         for task in list(self._connections):
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
-        await asyncio.sleep(0)  # a closed transport lets go of its socket in the next round of the loop
+        await asyncio.sleep(0)  # a closed transport releases its socket in the next iteration of the event loop
 
     def hold_replies(self) -> None:
         is_away(self.url)
         self._open.clear()
 
-    def let_go(self) -> None:
+    def release_replies(self) -> None:
         self._open.set()
         self._opened()
 
@@ -108,12 +108,12 @@ class Proxy:
 
     @property
     def connections(self) -> int:
-        """How many stand and are not forgotten."""
-        return sum(not connection.forgotten for connection in self._standing)
+        """The number of open connections that are not black holes."""
+        return sum(not connection.is_blackholed for connection in self._open_connections)
 
-    def forget(self, count: int | None = None) -> None:
-        for connection in self._standing[:count]:
-            connection.forgotten = True
+    def blackhole(self, count: int | None = None) -> None:
+        for connection in self._open_connections[:count]:
+            connection.is_blackholed = True
 
     def cut(self) -> None:
         is_away(self.url)
@@ -134,7 +134,7 @@ class Proxy:
             is_there(self.url)
 
     async def _pass(self, writer: asyncio.StreamWriter, chunk: bytes) -> None:
-        """Forwards what was read, as slowly as the line is."""
+        """Forward data with the configured delay and bandwidth."""
         await self._thawed.wait()
         if pause_s := self.delay_s + (len(chunk) / self.bytes_per_s if self.bytes_per_s else 0):
             await asyncio.sleep(pause_s)
@@ -154,7 +154,7 @@ class Proxy:
             upstream_reader, upstream_writer = await self._connect()
             writers.append(upstream_writer)
             connection = _Connection()
-            self._standing.append(connection)
+            self._open_connections.append(connection)
             pumps = [
                 asyncio.ensure_future(self._requests(reader, upstream_writer, connection)),
                 asyncio.ensure_future(self._replies(upstream_reader, writer, connection)),
@@ -168,8 +168,8 @@ class Proxy:
             for open_writer in writers:
                 open_writer.close()
             self._connections.discard(task)
-            if connection in self._standing:
-                self._standing.remove(connection)
+            if connection in self._open_connections:
+                self._open_connections.remove(connection)
 
     async def _connect(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         if isinstance(self._upstream, Path):
@@ -180,7 +180,7 @@ class Proxy:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, connection: _Connection
     ) -> None:
         while chunk := await reader.read(1 << 20):
-            if connection.forgotten:
+            if connection.is_blackholed:
                 continue
             connection.greeting = b"\r\nCLIENT\r\n" in chunk
             if b"\r\nEVAL" in chunk:
@@ -189,7 +189,7 @@ class Proxy:
                     self.lose_requests = max(0, self.lose_requests - 1)
                     self.requests_lost += 1
                     return
-                connection.asked = True
+                connection.awaits_reply = True
                 if (fate == "reply" or self.lose_replies) and not connection.losing:
                     self.lose_replies = max(0, self.lose_replies - 1)
                     connection.losing = True
@@ -200,19 +200,19 @@ class Proxy:
     ) -> None:
         while chunk := await reader.read(1 << 20):
             if not chunk.startswith(b"-NOSCRIPT"):
-                self.scripts_run += connection.asked
-                connection.asked = False
+                self.scripts_run += connection.awaits_reply
+                connection.awaits_reply = False
                 if connection.losing:
                     self.replies_lost += 1
                     return
                 if not connection.greeting:
                     await self._open.wait()
-            if not connection.forgotten:
+            if not connection.is_blackholed:
                 await self._pass(writer, chunk)
 
 
 class ThreadedProxy:
-    """The same in a thread of its own, for callers without an event loop."""
+    """A :class:`Proxy` in a thread, for callers without an event loop."""
 
     def __init__(self, server: Place, place: Place) -> None:
         self._loop = asyncio.new_event_loop()
@@ -244,8 +244,8 @@ class ThreadedProxy:
     def hold_replies(self) -> None:
         self._in_thread(_called(self.proxy.hold_replies))
 
-    def let_go(self) -> None:
-        self._in_thread(_called(self.proxy.let_go))
+    def release_replies(self) -> None:
+        self._in_thread(_called(self.proxy.release_replies))
 
     def freeze(self) -> None:
         self._in_thread(_called(self.proxy.freeze))
@@ -253,8 +253,8 @@ class ThreadedProxy:
     def thaw(self) -> None:
         self._in_thread(_called(self.proxy.thaw))
 
-    def forget(self) -> None:
-        self._in_thread(_called(self.proxy.forget))
+    def blackhole(self) -> None:
+        self._in_thread(_called(self.proxy.blackhole))
 
     def cut(self) -> None:
         self._in_thread(_called(self.proxy.cut))

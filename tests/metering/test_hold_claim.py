@@ -505,7 +505,7 @@ async def test_calls_cancelled_during_a_growth_claim_nothing(client, proxy):
             with pytest.raises(asyncio.CancelledError):
                 await task
         assert (hold.drawn, hold.growth.wanted) == ({"agent": 0}, {})
-        proxy.let_go()
+        proxy.release_replies()
         async with meter.call(**CALL) as call:
             call.finish(USED)
     assert spent_and_held(client) == (2 * COST, 0)
@@ -522,7 +522,7 @@ async def test_calls_that_wait_for_an_unanswered_growth_fail_without_another_tim
             assert all(isinstance(result, StoreUnavailable) for result in results)
             assert took.seconds < 2.0
             assert (hold.drawn, hold.growth.wanted) == ({"agent": 0}, {})
-            proxy.let_go()
+            proxy.release_replies()
             async with meter.call(**CALL) as call:
                 call.finish(USED)
     assert spent_and_held(client) == (COST, 0)

@@ -390,7 +390,7 @@ async def test_a_call_cancelled_during_its_reservation_holds_nothing(client, pro
     task = asyncio.create_task(Meter(proxied_limiter, pricer=PRICES).call(**CALL).__aenter__())
     await until(lambda: sums(client)["held"] == WORST)
     await cancelled(task)
-    proxy.let_go()
+    proxy.release_replies()
     await until(lambda: spent_and_held(client) == (0, 0))
 
 
@@ -409,7 +409,7 @@ async def test_a_settlement_completes_although_its_caller_is_cancelled(client, p
     leave.set()
     await until(lambda: sums(client)["spent"] == COST)
     await cancelled(task)
-    proxy.let_go()
+    proxy.release_replies()
     assert spent_and_held(client) == (COST, 0)
     async with proxied_limiter.hold("agent", "0.01"):
         assert spent_and_held(client)[0] == COST

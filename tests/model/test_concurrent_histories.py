@@ -82,8 +82,8 @@ def history(server) -> list[dict]:
     print(f"seed {seed}")
     with workers("historian.py", PROCESSES, options) as historians:
         for historian in historians:
-            historian.tell(go=True)
-        return [entry for historian in historians for entry in historian.hear()]
+            historian.send(go=True)
+        return [entry for historian in historians for entry in historian.receive()]
 
 
 @pytest.mark.slow

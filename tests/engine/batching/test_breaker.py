@@ -114,7 +114,7 @@ async def test_one_probe_at_a_time_asks_and_callers_add_none(server, tmp_path_fa
             await asyncio.sleep(0.01)
         probes_max = (time.monotonic() - began) / TIMEOUT_S + 1
         assert proxy.scripts_run - before <= probes_max, "each waits for its answer, and pauses then"
-        proxy.let_go()
+        proxy.release_replies()
         await until(lambda: limiter.store_state == "closed")
         assert (await limiter.reserve("agent", "0.01")).guarded
 

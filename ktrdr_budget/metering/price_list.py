@@ -34,7 +34,7 @@ class PriceList:
             self._snapshots = import_module("genai_prices.data_snapshot")
             self._definitions = import_module("genai_prices.data_units").unit_data
         except ModuleNotFoundError as error:
-            message = f"the price list needs the extra llm: pip install 'ktrdr-budget[llm]' (missing: {error.name})"
+            message = f"the price list needs more packages: pip install 'ktrdr-budget[llm]' (missing: {error.name})"
             raise ModuleNotFoundError(message, name=error.name) from None
         self._cached: dict[tuple[str, str, str, int], tuple[Any, Rates | None]] = {}
         self._cached_tiers: dict[tuple[str, str, int], tuple[Any, list[Rates]]] = {}

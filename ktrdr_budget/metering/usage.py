@@ -44,7 +44,7 @@ class Usage:
             if type(count) is not int or count < 0:
                 raise InvalidArgument(f"usage counts must be whole, non-negative numbers, not {count!r}")
         if self.cache_read_tokens + self.cache_write_tokens > self.input_tokens:
-            raise InvalidArgument("cached tokens are a part of input_tokens and cannot exceed it")
+            raise InvalidArgument("cached tokens are a part of the input tokens and cannot exceed them")
         if self.cache_write_1h_tokens > self.cache_write_tokens:
             raise InvalidArgument("cache_write_1h_tokens is a part of cache_write_tokens and cannot exceed it")
 

@@ -1,4 +1,4 @@
-"""Guards for the clients of the SDKs ``anthropic`` and ``openai``: no call is sent that could break the cap.
+"""Guards for clients of the SDKs ``anthropic`` and ``openai``: refuse every call that could exceed the cap.
 
 ::
 
@@ -17,8 +17,12 @@ from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.metering.guards.anthropic import AnthropicDialect
 from ktrdr_budget.metering.guards.bounds import GuardOptions
 from ktrdr_budget.metering.guards.dialect import Dialect
+from ktrdr_budget.metering.guards.metered_transport import (
+    AsyncMeteredTransport,
+    MeteredTransport,
+    SyncMeteredTransport,
+)
 from ktrdr_budget.metering.guards.openai import OpenAIDialect
-from ktrdr_budget.metering.guards.taps import AsyncTap, SyncTap, Tap
 from ktrdr_budget.metering.meter import Meter
 from ktrdr_budget.metering.prices import Pricer
 from ktrdr_budget.sync import BudgetLimiter
@@ -35,9 +39,9 @@ _SUPPORTED: dict[str, tuple[str, type[Any], bool]] = {
     "openai.AzureOpenAI": ("azure", OpenAIDialect, False),
     "openai.AsyncAzureOpenAI": ("azure", OpenAIDialect, True),
 }
-_NEEDED = ("request", "copy", "with_options", "_client")
-_SOCKETS = ("_websocket_query_params", "_configure_realtime", "_configure_realtime_with_api_key")
-"""What the SDK ``openai`` calls before it opens a WebSocket."""
+_REQUIRED_ATTRIBUTES = ("request", "copy", "with_options", "_client")
+_WEBSOCKET_METHODS = ("_websocket_query_params", "_configure_realtime", "_configure_realtime_with_api_key")
+"""Methods that the SDK ``openai`` calls before it opens a WebSocket."""
 
 
 def guard(
@@ -52,34 +56,34 @@ def guard(
     unseen_output_tokens: int = 256,
     allow_unmetered: bool = False,
 ) -> Client:
-    """Makes a client reserve the worst case of each call before it is sent, and commit what the provider reports.
+    """Guard a client: reserve the worst case of each call before it is sent, and commit the usage that is reported.
 
     Args:
-        client: of the SDK ``anthropic`` or ``openai``. The same object is returned; so are guarded copies by its
-            ``copy()`` and ``with_options()``.
-        limiter: an :class:`AsyncBudgetLimiter` for an async client, a :class:`BudgetLimiter` for another.
-        budgets: what each call is charged to.
-        pricer: what calls cost; by default as for :class:`~ktrdr_budget.metering.meter.Meter`.
-        provider: as the price list names it; needed if the client talks to another than its SDK's (``openrouter``, …).
-        max_output_tokens: the limit of output, sent with requests that tell none. Without it such a request reserves
-            what the model answers at most as published, or what it can handle at all, if the price list knows that; and
-            is refused otherwise.
-        max_input_tokens: added to the input's bound for what a request does not show: documents, files, and
-            conversations that the provider stores. Without it such requests are refused.
-        unseen_output_tokens: what a provider may have made beyond what arrived when a stream breaks off.
-        allow_unmetered: lets calls through that cannot be metered: unrecorded if they report no usage at all.
+        client: a client of the SDK ``anthropic`` or ``openai``. The same object is returned; copies by ``copy()`` and
+            ``with_options()`` are guarded too.
+        limiter: an :class:`AsyncBudgetLimiter` for an async client, a :class:`BudgetLimiter` for a sync client.
+        budgets: the budgets charged by each call.
+        pricer: the source of prices; by default as for :class:`~ktrdr_budget.metering.meter.Meter`.
+        provider: the provider's name in the price list; needed if the client's ``base_url`` is another provider's
+            (``openrouter``, …).
+        max_output_tokens: the output limit of requests that set none; it is added to them. Without it such a request
+            reserves the model's published output limit, or else its context window; if neither is known, it is refused.
+        max_input_tokens: the bound of input that is not part of the request: documents, files, and stored
+            conversations. Without it such requests are refused.
+        unseen_output_tokens: allowance, when a stream breaks off, for output that was produced but had not arrived.
+        allow_unmetered: let calls through that cannot be metered. They are not recorded unless they report usage.
 
     Raises:
-        InvalidArgument: the client cannot be guarded, or does not fit the limiter.
-        UnknownBudget: the limiter was not given such a budget.
+        InvalidArgument: the client cannot be guarded, or does not match the limiter.
+        UnknownBudget: the limiter has no such budget.
 
     Calls then raise, before anything is sent:
-        BudgetExceeded: there is no room for the worst case.
-        UnknownPrice: there is no price for the model.
-        UnmeteredCall: the call cannot be bounded, or is not metered.
-        StoreUnavailable: the store gave no answer within the deadline.
+        BudgetExceeded: the worst case does not fit.
+        UnknownPrice: the model has no price.
+        UnmeteredCall: the call cannot be bounded, or its endpoint is not metered.
+        StoreUnavailable: the store did not reply within the deadline.
     """
-    named, dialect, is_async = _supported(client)
+    default_provider, dialect, is_async = _supported(client)
     if is_async != isinstance(limiter, AsyncBudgetLimiter):
         needed = "an AsyncBudgetLimiter" if is_async else "a BudgetLimiter"
         raise InvalidArgument(f"{type(client).__name__} needs {needed}, not {type(limiter).__name__}")
@@ -91,10 +95,12 @@ def guard(
     if type(allow_unmetered) is not bool:
         raise InvalidArgument(f"allow_unmetered must be True or False, not {allow_unmetered!r}")
     if type(unseen_output_tokens) is not int or unseen_output_tokens < 0:
-        raise InvalidArgument(f"unseen_output_tokens must be a whole number, not {unseen_output_tokens!r}")
+        raise InvalidArgument(
+            f"unseen_output_tokens must be a whole number, not negative, not {unseen_output_tokens!r}"
+        )
     options = GuardOptions(
         Meter(limiter, budgets, pricer),
-        provider or named,
+        provider or default_provider,
         max_output_tokens,
         max_input_tokens,
         unseen_output_tokens,
@@ -104,58 +110,58 @@ def guard(
 
 
 def _supported(client: object) -> tuple[str, type[Any], bool]:
-    """Provider, dialect, and whether it is async."""
+    """The default provider, the dialect, and whether the client is async."""
     kinds = [f"{kind.__module__.partition('.')[0]}.{kind.__name__}" for kind in type(client).__mro__]
     known = [kind for kind in kinds if kind in _SUPPORTED]
-    # Other clients of the SDKs (Bedrock, Vertex, …) derive from these, and speak otherwise.
-    own = (
-        [kind for kind in kinds[: kinds.index(known[0])] if kind.startswith(("anthropic.", "openai."))] if known else []
+    # The SDKs derive clients of other platforms (Bedrock, Vertex, …) from these, with other APIs.
+    subclass_of_sdk = known and any(
+        kind.startswith(("anthropic.", "openai.")) for kind in kinds[: kinds.index(known[0])]
     )
-    if not known or own or getattr(client, "_provider", None) is not None:
-        raise InvalidArgument(
-            f"{type(client).__name__} cannot be guarded; there are guards for: {', '.join(_SUPPORTED)}"
-        )
-    missing = [name for name in _NEEDED if not hasattr(client, name)]
+    if not known or subclass_of_sdk or getattr(client, "_provider", None) is not None:
+        raise InvalidArgument(f"{type(client).__name__} cannot be guarded; supported clients: {', '.join(_SUPPORTED)}")
+    missing = [name for name in _REQUIRED_ATTRIBUTES if not hasattr(client, name)]
     if missing:
         raise InvalidArgument(f"this version of the SDK cannot be guarded: its client has no {', '.join(missing)}")
     if "request" in vars(client):
-        raise InvalidArgument("this client is guarded already; guard an unguarded one")
+        raise InvalidArgument("this client is already guarded")
     return _SUPPORTED[known[0]]
 
 
 def _install(client: Any, dialect: Dialect, options: GuardOptions, is_async: bool) -> Any:
-    """Puts a tap between the client and its HTTP client, and around each of its calls."""
+    """Put a transport between the client and its HTTP client, and around each of its calls."""
     if "X509" in type(getattr(client, "_workload_identity_auth", None)).__name__:
-        # It sends by a transport of its own, past any tap.
+        # Such a client sends by another HTTP client.
         raise InvalidArgument("a client that authenticates by X.509 certificates cannot be guarded")
     inner = client._client
-    while isinstance(inner, Tap):  # it shares the HTTP client of a guarded one
+    while isinstance(inner, MeteredTransport):  # shared with a guarded client
         inner = inner.inner
-    tap: Tap = (AsyncTap if is_async else SyncTap)(inner, dialect, options)
+    transport_class = AsyncMeteredTransport if is_async else SyncMeteredTransport
+    transport: MeteredTransport = transport_class(inner, dialect, options)
     request, copy = client.request, client.copy
 
     if is_async:
 
         @functools.wraps(request)
         async def guarded_request(*arguments: Any, **named: Any) -> Any:
-            return await tap.calling(request, *arguments, **named)
+            return await transport.call(request, *arguments, **named)
 
     else:
 
         @functools.wraps(request)
         def guarded_request(*arguments: Any, **named: Any) -> Any:
-            return tap.calling(request, *arguments, **named)
+            return transport.call(request, *arguments, **named)
 
     @functools.wraps(copy)
     def guarded_copy(*arguments: Any, **named: Any) -> Any:
         if named.get("http_client") is None:
-            named["http_client"] = tap.inner
+            named["http_client"] = transport.inner
         return _install(copy(*arguments, **named), dialect, options, is_async)
 
-    def no_socket(*_: object, **__: object) -> Any:
+    def refuse_websocket(*_: object, **__: object) -> Any:
         raise UnmeteredCall("WebSockets are not metered: guard(allow_unmetered=True) lets them through unmetered")
 
-    vars(client).update(_client=tap, request=guarded_request, copy=guarded_copy, with_options=guarded_copy)
+    vars(client).update(_client=transport, request=guarded_request, copy=guarded_copy, with_options=guarded_copy)
     if not options.allow_unmetered:
-        vars(client).update({name: no_socket for name in _SOCKETS if type(client).__module__.startswith("openai")})
+        names = _WEBSOCKET_METHODS if type(client).__module__.startswith("openai") else ()
+        vars(client).update(dict.fromkeys(names, refuse_websocket))
     return client

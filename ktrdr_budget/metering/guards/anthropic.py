@@ -1,6 +1,6 @@
-"""Anthropic's Messages API, as the SDK ``anthropic`` speaks it.
+"""The dialect of Anthropic's Messages API, as used by the SDK ``anthropic``.
 
-Sources: the types and docstrings of the SDK, version 2.12; of images,
+Sources: the types and docstrings of the SDK, version 2.12; for images,
 platform.claude.com/docs/en/build-with-claude/vision.
 """
 
@@ -20,15 +20,16 @@ from ktrdr_budget.metering.guards.bounds import (
     refuse_routing,
     text_bytes,
 )
-from ktrdr_budget.metering.guards.dialect import Ear, Route, count_of
+from ktrdr_budget.metering.guards.dialect import Route
+from ktrdr_budget.metering.guards.usage_parser import UsageParser, count_of
 from ktrdr_budget.metering.usage import Usage
 
 __all__ = ["AnthropicDialect"]
 
 IMAGE_TOKENS_MAX = 5_000
-"""An image is a token for each 28 x 28 pixels, and is scaled down to at most 2,576 pixels first: 4,784 tokens."""
+"""One token per 28 x 28 pixels; images are scaled down to at most 2,576 pixels, which is 4,784 tokens."""
 CLIENT_TOOL_TOKENS_MAX = 1_500
-"""The definition of a tool that the provider knows and the caller runs: an assumption, on the safe side."""
+"""A conservative assumption for the definition of a tool that the provider defines and the caller runs."""
 
 _MESSAGES = re.compile(r"/v1/messages/?$")
 _FREE = re.compile(
@@ -37,17 +38,17 @@ _FREE = re.compile(
 _CLIENT_TOOLS = ("bash_", "text_editor_", "memory_", "computer_2")
 _READABLE = ("text", "thinking", "redacted_thinking", "tool_use", "tool_result", "search_result", "tool_reference")
 _READABLE_ENDINGS = ("tool_use", "_result", "_output", "_error")
-"""What tools of the provider were asked and told before: their results hold the blocks that are looked at."""
+"""Earlier calls and results of the provider's tools; the blocks within the results are checked separately."""
 _UNBOUNDED = ("container", "mcp_servers", "fallback_credit_token", "compaction", "inference_geo")
 _SHOWS_ALL = re.compile(r"claude-(2|3|v1|instant|(haiku|opus|sonnet)-4(-[0-5])?(-\d{8})?$)")
-"""Models that do not think unless they are told to; others may, by themselves."""
+"""Models that think only if the request enables it; other models may decide to think."""
 
 
 class AnthropicDialect:
     """See :class:`~.dialect.Dialect`."""
 
     def route(self, method: str, path: str) -> Route:
-        """Only messages are metered; what may spend otherwise (batches, sessions, …) is refused."""
+        """See :meth:`Dialect.route`. Only messages are metered; other endpoints that may spend are refused."""
         if method != "POST" or _FREE.search(path):
             return "free"
         return "messages" if _MESSAGES.search(path) else "refused"
@@ -80,14 +81,14 @@ class AnthropicDialect:
             input_tokens_max=found.total(),
             output_tokens_max=output,
             output_hint=output_hint(options, body.get("max_tokens"), "max_tokens"),
-            service_tier=_asked_tier(body),
-            hidden_output=_hides_output(model, body.get("thinking")),
+            service_tier=_requested_tier(body),
+            hidden_output=hides_output(model, body.get("thinking")),
             changes=changes,
         )
 
-    def ear(self, route: Route, bound: Bound) -> Ear:
-        """See :meth:`Dialect.ear`."""
-        return _MessagesEar(bound)
+    def usage_parser(self, route: Route, bound: Bound) -> UsageParser:
+        """See :meth:`Dialect.usage_parser`."""
+        return _MessagesUsageParser(bound)
 
 
 def _bound_tool(found: InputBound, tool: dict[str, Any]) -> None:
@@ -97,11 +98,11 @@ def _bound_tool(found: InputBound, tool: dict[str, Any]) -> None:
     if str(kind).startswith(_CLIENT_TOOLS):
         found.add(CLIENT_TOOL_TOKENS_MAX)
     else:
-        found.refuse(f"the tool {kind!r}, which the provider runs,")
+        found.refuse(f"the provider's tool {kind!r}")
 
 
 def _blocks(content: Any) -> Iterator[dict[str, Any]]:
-    """The blocks of a message, and those inside of them: of results of tools, and of documents."""
+    """The blocks of a message, including the blocks within tool results and documents."""
     for block in content if isinstance(content, list) else (content,):
         if isinstance(block, dict):
             yield block
@@ -113,7 +114,7 @@ def _blocks(content: Any) -> Iterator[dict[str, Any]]:
 
 
 def _longest_tool(body: dict[str, Any]) -> int:
-    """A reference to a tool stands for its definition, of which no more than this is read."""
+    """The bound of a reference to a tool, which stands for the tool's definition."""
     return max([text_bytes(json.dumps(tool)) for tool in body.get("tools") or []], default=0)
 
 
@@ -130,68 +131,68 @@ def _bound_block(found: InputBound, block: dict[str, Any]) -> None:
             found.unseen("a document")
     elif kind == "tool_addition":
         tool = block.get("tool") or {}
-        _bound_tool(found, tool.get("definition") or {})  # a reference is to one that is looked at elsewhere
+        _bound_tool(found, tool.get("definition") or {})  # a referenced tool is checked where it is defined
     elif kind == "container_upload":
         found.refuse("a container")
     elif kind not in _READABLE and not kind.endswith(_READABLE_ENDINGS):
         found.unseen(f"a block of type {kind!r}")
 
 
-def _asked_tier(body: dict[str, Any]) -> str | None:
+def _requested_tier(body: dict[str, Any]) -> str | None:
     if body.get("speed") == "fast":
         return "fast"
     return "" if body.get("service_tier") == "standard_only" else None
 
 
-def _hides_output(model: str, thinking: Any) -> bool:
-    """Thoughts are billed in full, and shown as a summary or not at all."""
+def hides_output(model: str, thinking: Any) -> bool:
+    """Whether a model may think, which is billed in full, but shown as a summary or not at all."""
     if isinstance(thinking, dict):
         return thinking.get("type") != "disabled"
     return not _SHOWS_ALL.search(model)
 
 
-class _MessagesEar(Ear):
+class _MessagesUsageParser(UsageParser):
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound)
-        self._reported = False
-        """A ``message_delta`` has counted the output; what ``message_start`` says of it comes too early."""
+        self._output_reported = False
+        """A ``message_delta`` has reported the output; ``message_start`` reports it too early."""
 
-    def document(self, answer: dict[str, Any]) -> None:
-        self.final = self.learn(answer.get("usage"))
+    def parse_document(self, document: dict[str, Any]) -> None:
+        self.final = self.merge(document.get("usage"))
 
-    def event(self, event: dict[str, Any]) -> None:
+    def parse_event(self, event: dict[str, Any]) -> None:
         kind = event.get("type")
         if kind == "message_start":
-            self.learn((event.get("message") or {}).get("usage"))
+            self.merge((event.get("message") or {}).get("usage"))
         elif kind == "message_delta":
-            self._learn_more(event.get("usage"))
-            self.ending = self.ending or bool((event.get("delta") or {}).get("stop_reason"))
-            self.final = self.ending and self._reported
+            self._merge_delta(event.get("usage"))
+            self.model_finished = self.model_finished or bool((event.get("delta") or {}).get("stop_reason"))
+            self.final = self.model_finished and self._output_reported
         elif kind == "message_stop":
             self.ended = True
 
-    def _learn_more(self, usage: object) -> None:
+    def _merge_delta(self, usage: object) -> None:
         if isinstance(usage, dict) and count_of(usage.get("output_tokens")) is not None:
-            if not self._reported and self._counts.get("output_tokens") == 1:
-                del self._counts["output_tokens"]  # the placeholder of `message_start`, before anything was made
-            self._reported = True
-        self.learn(usage)
+            if not self._output_reported and self._counts.get("output_tokens") == 1:
+                del self._counts["output_tokens"]  # the placeholder of `message_start`
+            self._output_reported = True
+        self.merge(usage)
 
-    def read(self, counts: dict[str, Any]) -> Usage | None:
+    def usage_of(self, counts: dict[str, Any]) -> Usage | None:
         def count(name: str) -> int:
             return count_of(counts.get(name)) or 0
 
         if "input_tokens" not in counts:
             return None
         read, written = count("cache_read_input_tokens"), count("cache_creation_input_tokens")
-        whole = count("input_tokens") + read + written
-        if not self.credible(whole, count_of(counts.get("output_tokens"))):
+        all_input = count("input_tokens") + read + written
+        if not self.is_credible(all_input, count_of(counts.get("output_tokens"))):
             return None
         by_ttl = counts.get("cache_creation") or {}
         searches = count_of((counts.get("server_tool_use") or {}).get("web_search_requests"))
         tier = "fast" if counts.get("speed") == "fast" else str(counts.get("service_tier") or "")
         return Usage(
-            input_tokens=whole,
+            input_tokens=all_input,
             output_tokens=count("output_tokens"),
             cache_read_tokens=read,
             cache_write_tokens=written,

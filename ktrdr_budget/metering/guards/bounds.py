@@ -1,11 +1,10 @@
-"""What a request may cost at most, read from its body: bounds of its input and output, and what cannot be bounded.
+"""Upper bounds of a request's input and output tokens, computed from its body.
 
-Input: a tokenizer of bytes (as all of these providers use) makes no more tokens than the text that it reads has bytes
-of UTF-8, and the serialised request holds all of the text, names, schemas and frames that the provider reads, so its
-length is a bound. What a provider adds by itself (the frame of a conversation, instructions for tools) is bounded by a
-constant.
-Images are billed by their size in pixels, so the most that one can cost takes the place of its bytes. Files, stored
-conversations and tools that the provider runs have no bound that can be seen from here.
+Input: these providers use byte-level tokenizers, which produce at most one token per byte of UTF-8 text. The serialised
+request contains all text that the provider reads (messages, names, schemas, roles), so its length in bytes is an upper
+bound. A constant covers the tokens that a provider adds itself, such as instructions for tools. Images are billed by
+their size in pixels, so an image counts as the maximum price of one instead of its bytes. Files, stored conversations
+and tools that the provider runs cannot be bounded from the request.
 """
 
 from __future__ import annotations
@@ -41,16 +40,16 @@ ROUTING_FIELDS = (
     *("search_settings", "compound_custom"),  # Groq
     "multi_agent",  # OpenAI
 )
-"""Fields by which a request may reach other models than the one that is priced, or work that is billed besides tokens.
-Gateways know them at every endpoint."""
+"""Fields that may route a request to models other than the priced one, or to work billed in addition to tokens.
+Gateways accept them at every endpoint."""
 HIDDEN_INPUT_TOKENS = 1024
-"""What a provider adds to a request by itself. The most that is published is 530, for the use of tools
-(docs.anthropic.com/en/docs/tool-use-pricing-and-tokens)."""
+"""Upper bound of the tokens that a provider adds to a request. The highest published number is 530, for the use of
+tools (docs.anthropic.com/en/docs/tool-use-pricing-and-tokens)."""
 
 
 @dataclass(frozen=True, slots=True)
 class GuardOptions:
-    """How one client is guarded."""
+    """The options of one guarded client; see :func:`~ktrdr_budget.guard`."""
 
     meter: Meter
     provider: str
@@ -62,7 +61,7 @@ class GuardOptions:
 
 @dataclass(slots=True)
 class Bound:
-    """What one request can use at most, and what else must be known to charge for it."""
+    """The upper bound of one request's usage, and its other billing parameters."""
 
     model: str
     input_tokens_max: int
@@ -70,26 +69,25 @@ class Bound:
     operation: str = "chat"
     service_tier: str | None = None
     choices: int = 1
-    """How many answers are made."""
+    """The number of answers that the request asks for."""
     hidden_output: bool = False
-    """The model may make tokens, such as of reasoning, that a stream does not show."""
+    """The model may produce tokens, such as reasoning, that a stream does not contain."""
     changes: dict[str, Any] = field(default_factory=dict)
-    """What the request must say besides, for the bound or the report to hold; ``None`` leaves a field out."""
+    """Fields to add to the request, for the bound or the usage report; ``None`` removes a field."""
     output_hint: str = ""
-    """Where the bound of the output comes from, and how to lower it, for a person."""
+    """The source of the output bound and the way to lower it, for messages."""
     hide_usage: bool = False
-    """The caller did not ask for the chunk that reports the usage."""
+    """Whether to hide the chunk that reports usage, because the caller did not request it."""
     reports_usage: bool = True
-    """False if the caller forbade to ask a stream for its usage: none is awaited."""
+    """False if the caller disabled the usage report of a stream."""
 
     def covers(self, other: Bound) -> bool:
-        """Whether a reservation for this is enough for the other."""
+        """Whether a reservation for this bound also covers the other one."""
         return replace(self, changes={}) == replace(other, changes={})
 
 
-def known_maximum(options: GuardOptions, model: str) -> int | None:
-    """The most tokens that a model answers, as published; or what it can handle at all, if the price list knows that:
-    its output cannot be more."""
+def known_output_maximum(options: GuardOptions, model: str) -> int | None:
+    """The published output limit of a model; else its context window, if listed, which the output cannot exceed."""
     published = published_output_maximum(options.provider, model)
     if published is not None:
         return published
@@ -102,47 +100,51 @@ def known_maximum(options: GuardOptions, model: str) -> int | None:
         return None
 
 
-def output_bound(options: GuardOptions, model: str, asked: object, parameter: str) -> tuple[int, dict[str, Any]]:
-    """The bound of one answer's output, and what to add to a request that does not tell it.
+def output_bound(options: GuardOptions, model: str, limit: object, parameter: str) -> tuple[int, dict[str, Any]]:
+    """The bound of one answer's output, and the field to add to the request if the bound is not in it.
+
+    Args:
+        limit: the output limit in the request; ``None`` without one.
+        parameter: the name of that limit.
 
     Raises:
-        UnmeteredCall: there is none.
-        UnknownPrice: there is no price for the model, either.
+        UnmeteredCall: no output limit is known.
+        UnknownPrice: no output limit is known, and the model has no price.
     """
-    if asked is not None:
-        return whole_number(asked, parameter), {}
+    if limit is not None:
+        return whole_number(limit, parameter), {}
     if options.max_output_tokens is not None:
         return options.max_output_tokens, {parameter: options.max_output_tokens}
-    known = known_maximum(options, model)
+    known = known_output_maximum(options, model)
     if known is not None:
         return known, {}
     now = datetime.now(UTC)
     price = options.meter.pricer.worst_case(options.provider, model, 1, 1, now)
     if price.source == FIXED and "tokens" not in options.meter.units.values():
-        return 0, {}  # however much it answers, it costs the same
-    raise UnmeteredCall(f"no output limit is known for {model!r}: give {parameter}, or guard(max_output_tokens=...)")
+        return 0, {}  # the cost does not depend on the output
+    raise UnmeteredCall(f"no output limit is known for {model!r}: set {parameter}, or guard(max_output_tokens=...)")
 
 
-def output_hint(options: GuardOptions, asked: object, parameter: str) -> str:
-    """Where :func:`output_bound` found its bound, and how to lower it, for a person."""
-    if asked is None and options.max_output_tokens is None:
+def output_hint(options: GuardOptions, limit: object, parameter: str) -> str:
+    """The source of :func:`output_bound` and the way to lower it, for messages."""
+    if limit is None and options.max_output_tokens is None:
         return f"the model's maximum; lower it with {parameter}"
     return f"lower it with {parameter}"
 
 
 def whole_number(value: object, name: str) -> int:
-    """A count that the caller gave.
+    """Check a count in the request.
 
     Raises:
-        UnmeteredCall: it is none.
+        UnmeteredCall: the value is not a whole, non-negative number.
     """
     if type(value) is not int or value < 0:
-        raise UnmeteredCall(f"{name} must be a whole number to be a bound, not {value!r}")
+        raise UnmeteredCall(f"{name} must be a whole, non-negative number, not {value!r}")
     return value
 
 
 class InputBound:
-    """Adds up the bound of a request's input.
+    """Computes the bound of a request's input.
 
     Args:
         size: bytes of the serialised request.
@@ -154,31 +156,31 @@ class InputBound:
         self._unseen: list[str] = []
 
     def replace(self, data: object, tokens: int) -> None:
-        """Data in the request that is not read as text, and what it costs instead."""
+        """Count data that is not billed as text with this many tokens instead of its bytes."""
         self._tokens += tokens - (len(data) if isinstance(data, str) else 0)
 
     def add(self, tokens: int) -> None:
-        """Tokens that the provider adds."""
+        """Add tokens that are not in the request."""
         self._tokens += tokens
 
     def unseen(self, what: str) -> None:
-        """Input whose size the request does not tell."""
+        """Note input of unknown size."""
         self._unseen.append(what)
 
     def refuse(self, what: str) -> None:
-        """Something whose cost has no bound.
+        """Refuse a feature whose cost has no bound.
 
         Raises:
-            UnmeteredCall: unless such calls are allowed.
+            UnmeteredCall: the guard does not allow unmetered calls.
         """
         if not self._options.allow_unmetered:
-            raise UnmeteredCall(f"what {what} costs cannot be bounded: guard(allow_unmetered=True) lets it through")
+            raise UnmeteredCall(f"the cost of {what} cannot be bounded: guard(allow_unmetered=True) lets it through")
 
     def total(self) -> int:
-        """The bound.
+        """The bound in tokens.
 
         Raises:
-            UnmeteredCall: there is none.
+            UnmeteredCall: the request has input of unknown size.
         """
         if not self._unseen:
             return self._tokens
@@ -186,14 +188,14 @@ class InputBound:
             return self._tokens + self._options.max_input_tokens
         if self._options.allow_unmetered:
             return self._tokens
-        raise UnmeteredCall(f"the size of {', '.join(self._unseen)} cannot be seen: give guard(max_input_tokens=...)")
+        raise UnmeteredCall(f"the size of {', '.join(self._unseen)} is unknown: set guard(max_input_tokens=...)")
 
 
 def refuse_routing(found: InputBound, body: dict[str, Any]) -> None:
-    """Refuse what may be answered by other models, or with paid work of the provider.
+    """Refuse requests that other models may answer, or that may cause paid work of the provider.
 
     Raises:
-        UnmeteredCall: unless such calls are allowed.
+        UnmeteredCall: the guard does not allow unmetered calls.
     """
     for name in ROUTING_FIELDS:
         if body.get(name):
@@ -201,9 +203,9 @@ def refuse_routing(found: InputBound, body: dict[str, Any]) -> None:
 
 
 def text_size(content: bytes, body: dict[str, Any]) -> int:
-    """Bytes of a serialised request, as a tokenizer may read them.
+    """Bytes of a serialised request, after the normalisation by tokenizers.
 
-    Claude's makes some characters out of one (NFKC: ``\ufdfa`` becomes 18), see
+    Claude's tokenizer expands some characters (NFKC: ``\ufdfa`` becomes 18), see
     github.com/anthropics/anthropic-tokenizer-typescript.
     """
     if content.isascii() and b"\\u" not in content:
@@ -213,7 +215,7 @@ def text_size(content: bytes, body: dict[str, Any]) -> int:
 
 
 def text_bytes(value: Any) -> int:
-    """Bytes of all text within a value: no fewer than the tokens that it was made of."""
+    """Bytes of all strings within a value: an upper bound of their tokens."""
     if isinstance(value, str):
         return len(value.encode("utf-8", "surrogatepass"))
     if isinstance(value, dict):

@@ -1,6 +1,6 @@
-"""OpenAI's Chat Completions, Responses, Completions and Embeddings APIs, as the SDK ``openai`` speaks them.
+"""The dialect of OpenAI's Chat Completions, Responses, Completions and Embeddings APIs, as used by the SDK ``openai``.
 
-Sources: the types and docstrings of the SDK, version 3.54; of images, what was billed for one of one tile,
+Sources: the types and docstrings of the SDK, version 3.54; for images, the bill for an image of one tile at
 community.openai.com/t/1262691.
 """
 
@@ -19,13 +19,14 @@ from ktrdr_budget.metering.guards.bounds import (
     text_bytes,
     whole_number,
 )
-from ktrdr_budget.metering.guards.dialect import Ear, Route, count_of
+from ktrdr_budget.metering.guards.dialect import Route
+from ktrdr_budget.metering.guards.usage_parser import UsageParser, count_of
 from ktrdr_budget.metering.usage import Usage
 
 __all__ = ["OpenAIDialect"]
 
 IMAGE_TOKENS_MAX = 50_000
-"""The dearest scale is that of gpt-4o-mini: 2,833 tokens, and 5,667 for each of at most 8 tiles."""
+"""The dearest scale is gpt-4o-mini's: 2,833 tokens, and 5,667 for each of at most 8 tiles."""
 COMPLETIONS_TOKENS_DEFAULT = 16
 
 _METERED = re.compile(r"/(chat/completions|responses|completions|embeddings)/?$")
@@ -34,14 +35,14 @@ _FREE = re.compile(
     r"|responses/input_tokens|(responses|batches|fine_tuning/jobs)/[^/]+/cancel|chat/completions/[^/]+)/?$"
 )
 _RENTED = re.compile(r"/(vector_stores|containers|agents)/")
-"""What is uploaded there is billed by its size or by time."""
+"""Resources billed by size or time."""
 _DEPLOYMENT = re.compile(r"/deployments/([^/]+)/")
-"""Azure asks the model that is deployed by this name, whatever model the body names."""
+"""Azure uses the model deployed under this name, and ignores the model in the body."""
 _CHAT_UNBOUNDED = ("audio",)
 _RESPONSES_UNBOUNDED = ("background", "context_management", "image", "prompt")
-"""A stored prompt may bring tools that the provider runs."""
+"""``prompt``: a stored prompt may contain tools that the provider runs."""
 _SEARCHES = re.compile(r"search-preview|search-api|deep-research|:online$")
-"""Models that search the web unasked, for a price per search; ``:online`` is OpenRouter's name for its plugin."""
+"""Models that always search the web, for a price per search; ``:online`` is OpenRouter's web plugin."""
 CACHE_READ_FIELDS: tuple[tuple[str, ...], ...] = (
     ("details", "cached_tokens"),  # OpenAI, Azure, OpenRouter, xAI, Groq, Qwen, Mistral, …
     ("details", "cache_read_tokens"),
@@ -49,30 +50,30 @@ CACHE_READ_FIELDS: tuple[tuple[str, ...], ...] = (
     ("prompt_cache_hit_tokens",),  # DeepSeek: api-docs.deepseek.com/guides/kv_cache
     ("cache_read_input_tokens",),  # LiteLLM, and gateways to Anthropic
 )
-"""Where providers report input that came from a cache; ``details`` is ``prompt_tokens_details`` or
-``input_tokens_details``. Several may stand for the same tokens: the largest counts."""
+"""Fields in which providers report cache reads; ``details`` is ``prompt_tokens_details`` or ``input_tokens_details``.
+Several fields may report the same tokens: the largest counts."""
 CACHE_WRITE_FIELDS: tuple[tuple[str, ...], ...] = (
     ("details", "cache_write_tokens"),  # OpenRouter
     ("details", "cache_creation_tokens"),  # LiteLLM
     ("details", "cache_creation_input_tokens"),  # Qwen
     ("cache_creation_input_tokens",),  # LiteLLM, and gateways to Anthropic
 )
-"""The same of input that was written to a cache."""
+"""Fields in which providers report cache writes."""
 SEPARATE_CACHE_FIELDS = ("cache_read_input_tokens", "cache_creation_input_tokens")
-"""Anthropic's own, which do not count in its input; some gateways to it count them in, others do not."""
+"""Anthropic's fields. Anthropic itself and some gateways do not include them in the input; other gateways do."""
 _OWN = ("openai", "azure")
-"""The providers that know ``max_completion_tokens``, and limit legacy completions by themselves."""
+"""Providers that support ``max_completion_tokens``, and have a default limit of legacy completions."""
 _CLIENT_TOOLS = (None, "function", "custom", "local_shell", "apply_patch")
 _TEXT = ("text", "refusal", "input_text", "output_text", "reasoning_text", "summary_text")
 _SHOWS_ALL = re.compile(r"^(ft:)?(gpt-3\.5|gpt-4|chatgpt-4o|text-|davinci|babbage)")
-"""Models that do not reason."""
+"""Models without reasoning."""
 
 
 class OpenAIDialect:
     """See :class:`~.dialect.Dialect`."""
 
     def route(self, method: str, path: str) -> Route:
-        """What spends and is not metered (images, audio, batches, …) is refused."""
+        """See :meth:`Dialect.route`. Unmetered endpoints that may spend (images, audio, batches, …) are refused."""
         if method != "POST":
             return "free"
         metered = _METERED.search(path)
@@ -90,7 +91,7 @@ class OpenAIDialect:
         found = InputBound(options, size)
         refuse_routing(found, body)
         if _SEARCHES.search(model):
-            found.refuse(f"{model!r}, which searches the web by itself,")
+            found.refuse(f"{model!r}, which searches the web,")
         if route == "embeddings":
             return Bound(model, found.total(), 0, operation="embeddings", service_tier="")
         if route == "responses":
@@ -99,9 +100,9 @@ class OpenAIDialect:
             return _bound_chat(found, body, model, options)
         return _bound_completion(found, body, model, options)
 
-    def ear(self, route: Route, bound: Bound) -> Ear:
-        """See :meth:`Dialect.ear`."""
-        return _ResponsesEar(bound) if route == "responses" else _ChatEar(bound)
+    def usage_parser(self, route: Route, bound: Bound) -> UsageParser:
+        """See :meth:`Dialect.usage_parser`."""
+        return _ResponsesUsageParser(bound) if route == "responses" else _ChatUsageParser(bound)
 
 
 def _bound_chat(found: InputBound, body: dict[str, Any], model: str, options: GuardOptions) -> Bound:
@@ -114,22 +115,22 @@ def _bound_chat(found: InputBound, body: dict[str, Any], model: str, options: Gu
         _bound_parts(found, message.get("content"))
         if message.get("audio"):
             found.refuse("audio")
-    older = body.get("max_tokens")
-    asked = older if body.get("max_completion_tokens") is None else body["max_completion_tokens"]
+    deprecated_limit = body.get("max_tokens")
+    limit = deprecated_limit if body.get("max_completion_tokens") is None else body["max_completion_tokens"]
     parameter = "max_completion_tokens" if options.provider in _OWN else "max_tokens"
-    output, changes = output_bound(options, model, asked, parameter)
-    # What is predicted and does not come true is billed as output, too.
+    output, changes = output_bound(options, model, limit, parameter)
+    # Rejected tokens of a prediction are billed as output too.
     predicted = text_bytes((body.get("prediction") or {}).get("content"))
     choices = _choices(body, "n")
     return Bound(
         model=model,
         input_tokens_max=found.total(),
         output_tokens_max=(output + predicted) * choices,
-        output_hint=output_hint(options, asked, parameter),
-        service_tier=_asked_tier(body),
+        output_hint=output_hint(options, limit, parameter),
+        service_tier=_requested_tier(body),
         choices=choices,
-        hidden_output=predicted > 0 or _hides_output(model),
-        **_asking_for_usage(body, changes),
+        hidden_output=predicted > 0 or hides_output(model),
+        **_with_usage_report(body, changes),
     )
 
 
@@ -146,24 +147,24 @@ def _bound_response(found: InputBound, body: dict[str, Any], model: str, options
     for item in body["input"] if isinstance(body.get("input"), list) else []:
         _bound_item(found, item)
     if (body.get("reasoning") or {}).get("mode") not in (None, "standard"):
-        found.refuse("reasoning in another mode than 'standard'")
+        found.refuse("a reasoning mode other than 'standard'")
     output, changes = output_bound(options, model, body.get("max_output_tokens"), "max_output_tokens")
     return Bound(
         model=model,
         input_tokens_max=found.total(),
         output_tokens_max=output,
         output_hint=output_hint(options, body.get("max_output_tokens"), "max_output_tokens"),
-        service_tier=_asked_tier(body),
-        hidden_output=_hides_output(model),
+        service_tier=_requested_tier(body),
+        hidden_output=hides_output(model),
         changes=changes,
     )
 
 
 def _bound_completion(found: InputBound, body: dict[str, Any], model: str, options: GuardOptions) -> Bound:
-    asked = body.get("max_tokens")
-    if asked is None and options.provider in _OWN:
-        asked = COMPLETIONS_TOKENS_DEFAULT
-    output, changes = output_bound(options, model, asked, "max_tokens")
+    limit = body.get("max_tokens")
+    if limit is None and options.provider in _OWN:
+        limit = COMPLETIONS_TOKENS_DEFAULT
+    output, changes = output_bound(options, model, limit, "max_tokens")
     prompt = body.get("prompt")
     prompts = len(prompt) if isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)) else 1
     choices = prompts * max(_choices(body, "n"), _choices(body, "best_of"))
@@ -171,32 +172,32 @@ def _bound_completion(found: InputBound, body: dict[str, Any], model: str, optio
         model=model,
         input_tokens_max=found.total(),
         output_tokens_max=output * choices,
-        output_hint=output_hint(options, asked, "max_tokens"),
+        output_hint=output_hint(options, limit, "max_tokens"),
         operation="text_completion",
         service_tier="",
         choices=choices,
-        **_asking_for_usage(body, changes),
+        **_with_usage_report(body, changes),
     )
 
 
-def _asking_for_usage(body: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    """How a stream is made to report its usage: the fields of its :class:`Bound`.
+def _with_usage_report(body: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a :class:`Bound` by which a stream reports its usage.
 
-    ``include_usage: False`` is the caller's word that the server knows no ``stream_options``: then it is not sent.
+    ``include_usage: False`` means that the server does not support ``stream_options``; the field is then not sent.
     """
     if not body.get("stream"):
         return {"changes": changes}
     options = dict(body.get("stream_options") or {})
-    wanted = options.pop("include_usage", None)
-    if wanted is False:
+    include_usage = options.pop("include_usage", None)
+    if include_usage is False:
         return {"changes": {**changes, "stream_options": options or None}, "reports_usage": False}
-    if not wanted:
+    if not include_usage:
         changes = {**changes, "stream_options": {**options, "include_usage": True}}
-    return {"changes": changes, "hide_usage": not wanted}
+    return {"changes": changes, "hide_usage": not include_usage}
 
 
 def _choices(body: dict[str, Any], name: str) -> int:
-    """How many answers are asked for."""
+    """The requested number of answers."""
     return 1 if body.get(name) is None else max(1, whole_number(body[name], name))
 
 
@@ -208,7 +209,7 @@ def _refuse(found: InputBound, body: dict[str, Any], names: tuple[str, ...]) -> 
 
 def _bound_tool(found: InputBound, tool: dict[str, Any]) -> None:
     if tool.get("type") not in _CLIENT_TOOLS:
-        found.refuse(f"the tool {tool.get('type')!r}, which the provider runs,")
+        found.refuse(f"the provider's tool {tool.get('type')!r}")
 
 
 def _bound_parts(found: InputBound, parts: Any) -> None:
@@ -239,7 +240,7 @@ def _bound_item(found: InputBound, item: Any) -> None:
     if not isinstance(item, dict):
         return
     kind = item.get("type", "message")
-    for tool in item.get("tools") or ():  # tools may be added on the way
+    for tool in item.get("tools") or ():  # items may add tools
         _bound_tool(found, tool)
     if kind == "message":
         _bound_parts(found, item.get("content"))
@@ -255,32 +256,32 @@ def _bound_item(found: InputBound, item: Any) -> None:
         _bound_parts(found, [item.get("output")])
     elif kind == "image_generation_call":
         found.replace(item.get("result"), IMAGE_TOKENS_MAX)
-    # All others are text that the request shows: calls, reasoning, …
+    # Other items (calls, reasoning, …) are text in the request.
 
 
-def _asked_tier(body: dict[str, Any]) -> str | None:
+def _requested_tier(body: dict[str, Any]) -> str | None:
     tier = body.get("service_tier")
     if tier in (None, "auto"):
         return None
     return "" if tier == "default" else str(tier)
 
 
-def _hides_output(model: str) -> bool:
-    """Reasoning is billed, and not shown."""
-    # That it is asked to make no effort is not always heeded: community.openai.com/t/1378362
+def hides_output(model: str) -> bool:
+    """Whether a model may reason, which is billed but not shown."""
+    # Some models reason although the request disables it: community.openai.com/t/1378362
     return not _SHOWS_ALL.search(model)
 
 
 def _count_at(counts: dict[str, Any], *path: str) -> int:
-    """The count at a path within a usage object; 0 if there is none."""
-    found: Any = counts
+    """The count at a path within a usage object; 0 without one."""
+    value: Any = counts
     for name in path:
-        found = found.get(name) if isinstance(found, dict) else None
-    return count_of(found) or 0
+        value = value.get(name) if isinstance(value, dict) else None
+    return count_of(value) or 0
 
 
-class _OpenAIEar(Ear):
-    """What the formats share: the fields of a usage object, under two pairs of names."""
+class _OpenAIUsageParser(UsageParser):
+    """Common part of the formats, which differ in the names of the two counts."""
 
     _input = "prompt_tokens"
     _output = "completion_tokens"
@@ -289,76 +290,73 @@ class _OpenAIEar(Ear):
         super().__init__(bound)
         self._tier: object = None
 
-    def read(self, counts: dict[str, Any]) -> Usage | None:
+    def parse_document(self, document: dict[str, Any]) -> None:
+        self._tier = document.get("service_tier")
+        self.final = self.merge(document.get("usage"))
+
+    def usage_of(self, counts: dict[str, Any]) -> Usage | None:
         if self._input not in counts:
             return None
-        whole, total = _count_at(counts, self._input), _count_at(counts, "total_tokens")
+        all_input, total = _count_at(counts, self._input), _count_at(counts, "total_tokens")
         output = count_of(counts.get(self._output))
         details = {"details": counts.get(f"{self._input}_details")}
         read = max(_count_at({**counts, **details}, *path) for path in CACHE_READ_FIELDS)
         written = max(_count_at({**counts, **details}, *path) for path in CACHE_WRITE_FIELDS)
         cached = read + written
-        separate = any(name in counts for name in SEPARATE_CACHE_FIELDS) and total == whole + (output or 0) + cached
-        if cached > whole or separate:
-            whole += cached  # counted apart from the input, as Anthropic does
-        if not self.credible(whole, output):
+        separate = any(name in counts for name in SEPARATE_CACHE_FIELDS) and total == all_input + (output or 0) + cached
+        if cached > all_input or separate:
+            all_input += cached
+        if not self.is_credible(all_input, output):
             return None
-        # Some providers, such as xAI, count reasoning in the total alone:
+        # Some providers, such as xAI, include reasoning only in the total:
         # docs.x.ai/docs/key-information/consumption-and-rate-limits
         return Usage(
-            input_tokens=whole,
-            output_tokens=max(output or 0, total - whole),
+            input_tokens=all_input,
+            output_tokens=max(output or 0, total - all_input),
             cache_read_tokens=read,
             cache_write_tokens=written,
             service_tier="" if self._tier in (None, "default", "auto") else str(self._tier),
         )
 
 
-class _ChatEar(_OpenAIEar):
-    """Chat completions, and the older completions and embeddings, which report their usage alike."""
+class _ChatUsageParser(_OpenAIUsageParser):
+    """Chat completions, legacy completions and embeddings, which report usage in the same format."""
 
     def __init__(self, bound: Bound) -> None:
         super().__init__(bound)
         self._finished: set[object] = set()
-        self._last_was_usage = False
-        """The last word was a usage, of its own: final at the end, also if no ``finish_reason`` came."""
+        """Indices of the finished answers."""
+        self._ends_with_usage = False
+        """The latest event is a separate usage report: final at the end, even without a ``finish_reason``."""
 
-    def document(self, answer: dict[str, Any]) -> None:
-        self._tier = answer.get("service_tier")
-        self.final = self.learn(answer.get("usage"))
-
-    def event(self, event: dict[str, Any]) -> None:
+    def parse_event(self, event: dict[str, Any]) -> None:
         self._tier = event.get("service_tier") or self._tier
         choices = event.get("choices")
         self._finished |= {choice.get("index") for choice in choices or () if choice.get("finish_reason")}
-        self.ending = len(self._finished) >= self.bound.choices
-        # Some servers report a running usage with each chunk, or one before the first word: none is final until the
-        # model has finished.
-        if self.learn(event.get("usage")):
-            self.final, self._last_was_usage = self.ending, not choices
+        self.model_finished = len(self._finished) >= self.bound.choices
+        # Some servers report a running usage with each chunk, or a usage before the first output; such a report is not
+        # final before the model has finished.
+        if self.merge(event.get("usage")):
+            self.final, self._ends_with_usage = self.model_finished, not choices
         elif any(choice.get("delta") or choice.get("text") for choice in choices or ()):
-            self._last_was_usage = False
+            self._ends_with_usage = False
 
-    def pass_by(self, data: bytes) -> None:
-        self._last_was_usage = self._last_was_usage and b'"choices"' not in data
+    def skip(self, data: bytes) -> None:
+        self._ends_with_usage = self._ends_with_usage and b'"choices"' not in data
 
     def end(self) -> None:
-        self.final = self.final or self._last_was_usage
+        self.final = self.final or self._ends_with_usage
         super().end()
 
     def is_usage_only(self, event: dict[str, Any]) -> bool:
         return event.get("choices") == [] and isinstance(event.get("usage"), dict)
 
 
-class _ResponsesEar(_OpenAIEar):
+class _ResponsesUsageParser(_OpenAIUsageParser):
     _input = "input_tokens"
     _output = "output_tokens"
 
-    def document(self, answer: dict[str, Any]) -> None:
-        self._tier = answer.get("service_tier")
-        self.final = self.learn(answer.get("usage"))
-
-    def event(self, event: dict[str, Any]) -> None:
+    def parse_event(self, event: dict[str, Any]) -> None:
         if event.get("type") in ("response.completed", "response.incomplete", "response.failed"):
-            self.document(event.get("response") or {})
+            self.parse_document(event.get("response") or {})
             self.ended = True

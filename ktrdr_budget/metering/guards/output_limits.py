@@ -1,4 +1,4 @@
-"""How many tokens a model can answer at most, as published, for requests that give no limit of their own.
+"""Published output limits of models, for requests that set no limit themselves.
 
 Read on 2026-11-28:
 
@@ -7,7 +7,7 @@ Read on 2026-11-28:
 - OpenAI: its pages of models (platform.openai.com/docs/models), as listed by scriptbyai.com/token-limit-openai-chatgpt
   (2025-10-17), vercel.com/ai-gateway/models and rageagainstthepixel.github.io/OpenAI-DotNet.
 
-Where sources differ the larger number stands here. A model that matches nothing is bounded by its context window.
+Where sources differ, this table has the larger number. The bound of an unlisted model is its context window.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ _PUBLISHED = {"anthropic": _compiled(_CLAUDE), "openai": _compiled(_GPT), "azure
 
 
 def published_output_maximum(provider: str, model: str) -> int | None:
-    """The most tokens of one answer, reasoning included; ``None`` if it is not known.
+    """The maximum tokens of one answer, including reasoning; ``None`` if it is unknown.
 
-    A fine-tuned model answers as much as its base.
+    A fine-tuned model has the limit of its base.
     """
     base = model.split(":")[1] if model.startswith("ft:") else model
     for pattern, tokens in _PUBLISHED.get(provider, ()):

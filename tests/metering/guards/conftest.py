@@ -1,4 +1,4 @@
-"""The local provider, and clients of the real SDKs that are guarded."""
+"""Fixtures: the local provider, and guarded clients of the real SDKs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _running_provider() -> Iterator[LocalProvider]:
 
 @pytest.fixture
 def provider(_running_provider: LocalProvider) -> LocalProvider:
-    """A provider that has billed nothing."""
+    """A provider with an empty ledger."""
     _running_provider.clear()
     return _running_provider
 
@@ -35,19 +35,19 @@ def is_async(request: pytest.FixtureRequest) -> bool:
 
 @pytest.fixture
 def guarded_client(provider: LocalProvider, server: Any) -> Callable[..., Any]:
-    """``guarded_client(sdk, is_async, **options)``: see :func:`guarded`."""
+    """``guarded_client(sdk, is_async, **options)``, see :func:`guarded`."""
     return lambda sdk, is_async, **options: guarded(sdk, is_async, provider, server, **options)
 
 
 @pytest.fixture
 def opened(guarded_client: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
-    """The same for both kinds of client: ``opened(sdk, **options)``."""
+    """``opened(sdk, **options)``: a guarded client, in turn sync and async."""
     return lambda sdk, **options: partial(guarded_client, is_async=is_async)(sdk, **options)
 
 
 @pytest.fixture
 def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    """The spans of the package, as if this process had a tracer provider."""
-    found = Recorded()
-    monkeypatch.setattr(spans, "_tracer", found.tracer)
-    return found
+    """The spans of the package, recorded as if the process had a tracer provider."""
+    spans_recorded = Recorded()
+    monkeypatch.setattr(spans, "_tracer", spans_recorded.tracer)
+    return spans_recorded

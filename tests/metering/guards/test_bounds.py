@@ -1,4 +1,4 @@
-"""What a request may use at most: no less than a provider could count, or a clear refusal."""
+"""Bounds of requests: no lower than the provider's count, or the request is refused."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from examples.wire_formats import FORMATS
 from ktrdr_budget import Budget, BudgetLimiter
 from ktrdr_budget.metering.guards import UnmeteredCall
 from ktrdr_budget.metering.guards.anthropic import AnthropicDialect
-from ktrdr_budget.metering.guards.bounds import ROUTING_FIELDS, Bound, GuardOptions, known_maximum, text_size
+from ktrdr_budget.metering.guards.bounds import ROUTING_FIELDS, Bound, GuardOptions, known_output_maximum, text_size
 from ktrdr_budget.metering.guards.openai import OpenAIDialect
 from ktrdr_budget.metering.guards.output_limits import published_output_maximum
 from ktrdr_budget.metering.meter import Meter
 
-from ...helpers.guarded import BASIC, CLAUDE, GPT, MESSAGES, Telling, Way, take
+from ...helpers.guarded import BASIC, CLAUDE, GPT, MESSAGES, Method, WithArguments, resolve, run
 
-LIMITER = BudgetLimiter("redis://127.0.0.1:1", [Budget("agent", "1.00")])  # never asked
+LIMITER = BudgetLimiter("redis://127.0.0.1:1", [Budget("agent", "1.00")])  # never connected
 METER = Meter(LIMITER, ["agent"])
 PIXELS = "A" * 400_000
 IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": PIXELS}}
@@ -34,8 +34,8 @@ DATA_URL = f"data:image/png;base64,{PIXELS}"
 def bound(route: str, body: dict[str, Any], **options: Any) -> Bound:
     dialect = AnthropicDialect() if route == "messages" else OpenAIDialect()
     provider = "anthropic" if route == "messages" else "openai"
-    told = {"max_tokens": 100} if route == "messages" else {}
-    body = {"model": CLAUDE if route == "messages" else GPT, **told, **body}
+    defaults = {"max_tokens": 100} if route == "messages" else {}
+    body = {"model": CLAUDE if route == "messages" else GPT, **defaults, **body}
     size = len(json.dumps(body, ensure_ascii=False).encode())
     return dialect.bound(route, body["model"], body, size, GuardOptions(METER, provider, **options))
 
@@ -44,7 +44,7 @@ def user(*blocks: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": list(blocks)}]}
 
 
-def asked(*parts: Any) -> dict[str, Any]:
+def response_input(*parts: Any) -> dict[str, Any]:
     return {"input": [{"type": "message", "role": "user", "content": list(parts)}]}
 
 
@@ -53,16 +53,16 @@ texts = st.text(st.characters(codec="utf-8"), max_size=60)
 
 @settings(max_examples=60)
 @given(texts, texts)
-def test_input_is_no_more_than_a_tokenizer_that_makes_a_token_of_each_byte_would_count(system: str, text: str) -> None:
+def test_the_input_bound_covers_a_tokenizer_with_one_token_per_byte(system: str, text: str) -> None:
     bytes_read = len((system + text).encode())
     for route, body in (
         ("messages", {"system": system, **user({"type": "text", "text": text})}),
         ("chat/completions", {"messages": [{"role": "system", "content": system}, {"role": "user", "content": text}]}),
         ("responses", {"instructions": system, "input": text}),
     ):
-        found = bound(route, body)
-        assert found.input_tokens_max >= bytes_read + 1000
-        assert found.input_tokens_max >= FORMATS[f"/v1/{route}"].count(body)
+        bounds = bound(route, body)
+        assert bounds.input_tokens_max >= bytes_read + 1000
+        assert bounds.input_tokens_max >= FORMATS[f"/v1/{route}"].count(body)
 
 
 IMAGES = [
@@ -72,20 +72,20 @@ IMAGES = [
     ("messages", user({"type": "document", "source": {"type": "content", "content": [IMAGE]}}), 5_000),
     ("chat/completions", user({"type": "image_url", "image_url": {"url": DATA_URL}}), 50_000),
     ("chat/completions", user({"type": "image_url", "image_url": {"url": "https://x/y.png"}}), 50_000),
-    ("responses", asked({"type": "input_image", "image_url": DATA_URL}), 50_000),
-    ("responses", asked({"type": "input_image", "file_id": "file_1"}), 50_000),
+    ("responses", response_input({"type": "input_image", "image_url": DATA_URL}), 50_000),
+    ("responses", response_input({"type": "input_image", "file_id": "file_1"}), 50_000),
 ]
 
 
 @pytest.mark.parametrize(("route", "body", "tokens"), IMAGES)
-def test_images_count_what_they_can_cost_at_most_instead_of_their_bytes(
+def test_an_image_counts_as_its_maximum_tokens_instead_of_its_bytes(
     route: str, body: dict[str, Any], tokens: int
 ) -> None:
     assert tokens <= bound(route, body).input_tokens_max < tokens + 3_000
 
 
 FETCHED = {"type": "web_fetch_tool_result", "content": {"type": "web_fetch_result", "url": "u", "content": PDF}}
-UNSEEN = [
+UNKNOWN_SIZE = [
     ("messages", user(FETCHED)),
     ("messages", user(PDF)),
     ("messages", user({"type": "document", "source": {"type": "file", "file_id": "f"}})),
@@ -94,7 +94,7 @@ UNSEEN = [
     ("messages", {**user(NOTE), "thread": {"id": "t"}}),
     ("chat/completions", user({"type": "file", "file": {"file_data": PIXELS}})),
     ("chat/completions", user({"type": "something_new"})),
-    ("responses", asked({"type": "input_file", "file_id": "f"})),
+    ("responses", response_input({"type": "input_file", "file_id": "f"})),
     ("responses", {"input": "x", "previous_response_id": "r"}),
     ("responses", {"input": "x", "conversation": "c"}),
     ("responses", {"input": [{"type": "item_reference", "id": "i"}]}),
@@ -102,12 +102,11 @@ UNSEEN = [
 ]
 
 
-@pytest.mark.parametrize(("route", "body"), UNSEEN)
-def test_input_whose_size_cannot_be_seen_needs_a_bound(route: str, body: dict[str, Any]) -> None:
+@pytest.mark.parametrize(("route", "body"), UNKNOWN_SIZE)
+def test_input_of_unknown_size_needs_max_input_tokens(route: str, body: dict[str, Any]) -> None:
     with pytest.raises(UnmeteredCall, match="max_input_tokens"):
         bound(route, body)
-    found = bound(route, body, max_input_tokens=90_000)
-    assert 90_000 < found.input_tokens_max < 93_000
+    assert 90_000 < bound(route, body, max_input_tokens=90_000).input_tokens_max < 93_000
     assert bound(route, body, allow_unmetered=True).input_tokens_max > 0
 
 
@@ -144,7 +143,7 @@ UNBOUNDED = [
 
 
 @pytest.mark.parametrize(("route", "body"), UNBOUNDED)
-def test_what_has_no_bound_is_refused_unless_it_is_let_through(route: str, body: dict[str, Any]) -> None:
+def test_features_without_a_bound_are_refused_unless_allowed(route: str, body: dict[str, Any]) -> None:
     with pytest.raises(UnmeteredCall, match="cannot be bounded"):
         bound(route, body, max_input_tokens=90_000)
     assert bound(route, body, allow_unmetered=True).output_tokens_max > 0
@@ -170,27 +169,27 @@ ROUTING = {
 
 @pytest.mark.parametrize("field", ROUTING)
 @pytest.mark.parametrize("route", ROUTES)
-def test_what_may_reach_other_models_or_paid_work_is_refused_by_its_name(route: str, field: str) -> None:
+def test_routing_fields_are_refused_by_name(route: str, field: str) -> None:
     """openwiki #85: fallback models and paid plugins of a gateway."""
     body = {**user(), "input": "x", "max_tokens": 10}
     with pytest.raises(UnmeteredCall, match=f"'{field}'"):
         bound(route, {**body, field: ROUTING[field]}, max_output_tokens=10)
     assert bound(route, {**body, field: ROUTING[field]}, allow_unmetered=True).input_tokens_max > 0
-    assert bound(route, {**body, field: None}).input_tokens_max > 0  # as good as left out
+    assert bound(route, {**body, field: None}).input_tokens_max > 0  # null is the same as absent
 
 
-def test_every_field_of_this_kind_is_tried() -> None:
+def test_all_routing_fields_are_tested() -> None:
     assert set(ROUTING) == set(ROUTING_FIELDS)
 
 
-@pytest.mark.parametrize("way", BASIC, ids=str)
+@pytest.mark.parametrize("method", BASIC, ids=str)
 @pytest.mark.parametrize("field", ["models", "plugins", "route"])
 async def test_a_request_with_fallback_models_or_plugins_is_not_sent(
-    opened: Any, provider: LocalProvider, way: Way, field: str
+    opened: Any, provider: LocalProvider, method: Method, field: str
 ) -> None:
-    async with opened(way.sdk) as g:
+    async with opened(method.sdk) as g:
         with pytest.raises(UnmeteredCall, match=f"'{field}'"):
-            await take(way, g.client, extra_body={field: ROUTING[field]})
+            await run(method, g.client, extra_body={field: ROUTING[field]})
         assert provider.requests == [] and g.counted == 0
 
 
@@ -210,7 +209,7 @@ READABLE = [
 
 
 @pytest.mark.parametrize(("route", "body"), READABLE)
-def test_ordinary_requests_need_no_option(route: str, body: dict[str, Any]) -> None:
+def test_ordinary_requests_are_bounded_without_options(route: str, body: dict[str, Any]) -> None:
     assert bound(route, body).input_tokens_max < 3_500
 
 
@@ -230,13 +229,15 @@ OUTPUT = [
 
 
 @pytest.mark.parametrize(("route", "body", "tokens"), OUTPUT)
-def test_output_is_bounded_by_what_the_request_allows(route: str, body: dict[str, Any], tokens: int) -> None:
+def test_the_output_bound_is_the_limit_in_the_request(route: str, body: dict[str, Any], tokens: int) -> None:
     assert bound(route, body).output_tokens_max == tokens
 
 
-def test_output_that_nothing_limits_is_what_the_model_can_handle_or_what_is_configured() -> None:
-    assert bound("responses", {"input": "x"}).output_tokens_max == 32_768  # as published for gpt-4.1-mini
-    assert bound("responses", {"input": "x", "model": "gpt-oss-120b"}).output_tokens_max == 131_072  # its context
+def test_the_output_bound_without_a_limit_is_configured_or_the_model_s_maximum() -> None:
+    assert bound("responses", {"input": "x"}).output_tokens_max == 32_768  # published for gpt-4.1-mini
+    assert (
+        bound("responses", {"input": "x", "model": "gpt-oss-120b"}).output_tokens_max == 131_072
+    )  # the context window
     configured = bound("responses", {"input": "x"}, max_output_tokens=500)
     assert configured.output_tokens_max == 500 and configured.changes == {"max_output_tokens": 500}
     with pytest.raises(UnmeteredCall, match="max_output_tokens"):
@@ -259,33 +260,33 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("provider", "model", "tokens"), PUBLISHED)
-def test_the_published_maximum_of_a_model_bounds_its_output(provider: str, model: str, tokens: int) -> None:
-    assert known_maximum(GuardOptions(METER, provider), model) == tokens
+def test_the_output_bound_of_a_model_is_its_published_maximum(provider: str, model: str, tokens: int) -> None:
+    assert known_output_maximum(GuardOptions(METER, provider), model) == tokens
 
 
 @pytest.mark.parametrize(
     "model", ["gpt-4.1-turbo", "gpt-5.5", "gpt-4o-audio-preview", "my-gpt-4o", "claude-sonnet-4-7"]
 )
-def test_a_model_that_is_only_like_another_has_no_published_maximum(model: str) -> None:
+def test_a_model_with_a_similar_name_has_no_published_maximum(model: str) -> None:
     assert {published_output_maximum(provider, model) for provider in ("openai", "anthropic")} == {None}
     assert published_output_maximum("deepseek", "gpt-4o") is None
 
 
-def test_no_published_maximum_is_more_than_the_model_can_handle() -> None:
+def test_published_maximums_are_below_the_context_window() -> None:
     for provider, model, tokens in PUBLISHED:
         window = METER.pricer.price_list.context_window(provider, model)  # type: ignore[attr-defined]
         assert window is None or tokens < window
 
 
-def test_another_provider_s_limits_are_its_own() -> None:
+def test_the_limit_parameter_depends_on_the_provider() -> None:
     options = GuardOptions(METER, "deepseek", max_output_tokens=500)
     chat = OpenAIDialect().bound("chat/completions", "deepseek-chat", user(), 100, options)
-    assert chat.changes == {"max_tokens": 500}  # max_completion_tokens is not known everywhere
+    assert chat.changes == {"max_tokens": 500}  # not all providers support max_completion_tokens
     completion = OpenAIDialect().bound("completions", "deepseek-chat", {"prompt": "x"}, 100, options)
     assert (completion.output_tokens_max, completion.changes) == (500, {"max_tokens": 500})
 
 
-def test_a_reference_to_a_tool_counts_as_its_definition() -> None:
+def test_a_tool_reference_counts_as_the_definition() -> None:
     tool = {"name": "t", "description": "x" * 5_000, "input_schema": {}, "defer_loading": True}
     references = [{"type": "tool_reference", "tool_name": "t"}] * 3
     for block in (
@@ -296,22 +297,22 @@ def test_a_reference_to_a_tool_counts_as_its_definition() -> None:
 
 
 @pytest.mark.parametrize("escaped", [False, True])
-def test_characters_that_a_tokenizer_takes_apart_count_as_what_they_become(escaped: bool) -> None:
+def test_characters_expanded_by_the_tokenizer_count_as_their_expansion(escaped: bool) -> None:
     body = {"text": "\ufdfa" * 100}
     content = json.dumps(body, ensure_ascii=escaped).encode()
     assert text_size(content, body) >= len(unicodedata.normalize("NFKC", body["text"]).encode()) == 3_300
     assert text_size(b'{"text":"plain"}', {"text": "plain"}) == 16
 
 
-def test_a_deployment_of_azure_is_what_is_priced() -> None:
+def test_the_priced_model_of_azure_is_the_deployment() -> None:
     model = OpenAIDialect().model
     assert model("/openai/deployments/own/chat/completions", {"model": GPT}) == "own"
     assert model("/openai/v1/chat/completions", {"model": GPT}) == GPT
 
 
 @pytest.mark.parametrize("wrong", [-1, 1.5, "10", True, [5]])
-def test_a_limit_that_is_no_number_is_no_bound(wrong: object) -> None:
-    with pytest.raises(UnmeteredCall, match="must be a whole number"):
+def test_an_invalid_output_limit_is_refused(wrong: object) -> None:
+    with pytest.raises(UnmeteredCall, match="must be a whole, non-negative number"):
         bound("chat/completions", {"max_tokens": wrong, **user()})
 
 
@@ -327,30 +328,30 @@ TIERS = [
 
 
 @pytest.mark.parametrize(("route", "more", "tier"), TIERS)
-def test_the_tier_that_is_asked_for_decides_the_price(route: str, more: dict[str, Any], tier: str | None) -> None:
+def test_the_requested_service_tier_is_part_of_the_bound(route: str, more: dict[str, Any], tier: str | None) -> None:
     assert bound(route, {**user(), **more}).service_tier == tier
 
 
-@pytest.mark.parametrize("way", [way for way in BASIC if way.sdk == "openai"], ids=str)
-async def test_the_configured_limit_is_sent_and_so_holds(opened: Any, provider: LocalProvider, way: Way) -> None:
+@pytest.mark.parametrize("method", [method for method in BASIC if method.sdk == "openai"], ids=str)
+async def test_the_configured_output_limit_is_sent_with_the_request(
+    opened: Any, provider: LocalProvider, method: Method
+) -> None:
     provider.script(Scene(output_tokens=500))
     async with opened("openai", max_output_tokens=20) as g:
-        more = {"max_completion_tokens": None} if way.name.startswith("chat") else {"max_output_tokens": None}
-        open_ended = Way(way.name, way.sdk, lambda client, **o: way.call(Telling(client, more), **o))
-        await take(open_ended, g.client)
+        await run(method, WithArguments(g.client, {method.limit_parameter: None}))
         assert provider.ledger[0].output_tokens == 20
         assert g.sums["spent"] == g.bill
 
 
-async def test_a_body_that_cannot_be_read_is_refused(opened: Any, provider: LocalProvider) -> None:
+async def test_a_malformed_body_is_refused(opened: Any, provider: LocalProvider) -> None:
     async with opened("openai") as g:
         for content in (b"[]", b"{", b'{"messages": 5, "model": "gpt-4.1-mini"}'):
-            http = g.client._client
+            http = g.http_client
             request = http.build_request("POST", f"{provider.openai_url}/chat/completions", content=content)
-            with pytest.raises(UnmeteredCall, match="no JSON object|unknown shape"):
-                _ = await http.send(request) if g.is_async else http.send(request)
+            with pytest.raises(UnmeteredCall, match="not a JSON object|unknown format"):
+                await resolve(http.send(request))
         assert provider.requests == [] and g.counted == 0
 
 
-def test_the_bounds_of_the_tables_use_known_models() -> None:
+def test_the_tables_use_the_models_of_the_helpers() -> None:
     assert {CLAUDE, GPT} == {bound("messages", user()).model, bound("responses", {"input": MESSAGES}).model}

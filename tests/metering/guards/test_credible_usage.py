@@ -1,4 +1,4 @@
-"""Usage that cannot be true, and usage that is spread over a stream: nothing is free because a report says so."""
+"""Credibility of reported usage, usage spread over a stream, and the cache fields of other providers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ...helpers.guarded import CLAUDE, GPT, MESSAGES
 from ...helpers.keyspace import ledger_entries, sums
 
 INPUT, OUTPUT, CACHED, WRITE = 1_000, 4_000, 100, 1_250
-"""Nano-dollars for a token."""
+"""Nano-dollars per token."""
 PRICES = Prices(
     [
         ModelPrice(provider, model, input="1", output="4", cached_input="0.1", cache_write="1.25")
@@ -54,7 +54,7 @@ def _chunk(choices: list[Any], usage: Any = None) -> dict[str, Any]:
 
 
 def _events(api: str, first: Any, last: Any, *later: Any) -> list[dict[str, Any] | str]:
-    """A stream that reports a usage where it begins, where it ends, and after that."""
+    """A stream that reports usage at its beginning, at its end, and after it."""
     if api == "chat":
         word = {"index": 0, "delta": {"content": "yes"}, "finish_reason": None}
         stop = {"index": 0, "delta": {}, "finish_reason": "stop"}
@@ -87,7 +87,7 @@ def _events(api: str, first: Any, last: Any, *later: Any) -> list[dict[str, Any]
     ]
 
 
-def _answer(events: list[Any]) -> httpx2.Response:
+def _stream_response(events: list[Any]) -> httpx2.Response:
     """A stream of server-sent events."""
     lines = []
     for event in events:
@@ -103,14 +103,14 @@ def _answer(events: list[Any]) -> httpx2.Response:
 
 
 class Caller:
-    """A guarded client whose calls are answered by a table."""
+    """A guarded client that receives a given response."""
 
     def __init__(self, api: str, limiter: AsyncBudgetLimiter, server: Any, **options: Any) -> None:
         self.api = api
         self.answer: Any = None
         self.requests: list[dict[str, Any]] = []
         self.reserved: list[int] = []
-        """What was held while each call was under way, in nano-dollars."""
+        """What was held while each call was under method, in nano-dollars."""
         self._server = server
         http = httpx2.AsyncClient(transport=httpx2.MockTransport(self._handle))
         kind: Any = anthropic.AsyncAnthropic if api == "messages" else openai.AsyncOpenAI
@@ -121,11 +121,11 @@ class Caller:
         with self._server.client() as store:
             self.reserved.append(sums(store)["held"])
         if isinstance(self.answer, list):
-            return _answer(self.answer)
+            return _stream_response(self.answer)
         return httpx2.Response(200, json=self.answer)
 
-    async def ask(self, answer: Any, **more: Any) -> list[Any]:
-        """Make a call, and take all of its answer; a list is streamed."""
+    async def call(self, answer: Any, **more: Any) -> list[Any]:
+        """Make a call, and read its response, which is a stream if ``answer`` is a list."""
         self.answer = answer
         stream = {"stream": True} if isinstance(answer, list) else {}
         if self.api == "messages":
@@ -154,7 +154,7 @@ def _spent(server: Any) -> int:
 
 
 def _estimated(server: Any) -> list[bool]:
-    """Which entries of the ledger say that they are estimates, oldest first."""
+    """Whether each ledger entry is an estimate, oldest first."""
     with server.client() as store:
         (ledger,) = store.keys("ktrdr:*:l:agent:*")
         return ["estimated" in entry.operation for entry in ledger_entries(store, ledger)]
@@ -177,21 +177,21 @@ NOT_CREDIBLE = {
     "input alone": lambda api: {NAMES[api][0]: 20},
     "output alone": lambda api: {NAMES[api][1]: 3},
     "negative": lambda api: _counts(api, -20, -3),
-    "texts": lambda api: _counts(api, "many", "few"),
+    "strings": lambda api: _counts(api, "many", "few"),
     "the other API's names": _other_names,
 }
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize("told", NOT_CREDIBLE.values(), ids=NOT_CREDIBLE)
+@pytest.mark.parametrize("usage_of", NOT_CREDIBLE.values(), ids=NOT_CREDIBLE)
 @pytest.mark.parametrize("api", APIS)
-async def test_a_usage_that_cannot_be_true_charges_the_worst_case_as_an_estimate(
-    limiter: Any, server: Any, api: str, told: Any, streamed: bool
+async def test_usage_that_is_not_credible_charges_the_worst_case_as_an_estimate(
+    limiter: Any, server: Any, api: str, usage_of: Any, streamed: bool
 ) -> None:
     """ProbOS #1078, camel-ai #4217, spring-ai #1307."""
     caller = Caller(api, limiter, server)
-    usage = told(api)
-    await caller.ask(_events(api, usage, usage) if streamed else _document(api, usage))
+    usage = usage_of(api)
+    await caller.call(_events(api, usage, usage) if streamed else _document(api, usage))
     assert _spent(server) == caller.reserved[0] > MAX_TOKENS * OUTPUT
     assert _estimated(server) == [True]
 
@@ -199,39 +199,39 @@ async def test_a_usage_that_cannot_be_true_charges_the_worst_case_as_an_estimate
 CREDIBLE = {
     "no output": (lambda api: _counts(api, 20, 0), 20 * INPUT),
     "both": (lambda api: _counts(api, 20, 3), 20 * INPUT + 3 * OUTPUT),
-    "whole numbers with a point": (lambda api: _counts(api, 20.0, 3.0), 20 * INPUT + 3 * OUTPUT),
+    "whole floats": (lambda api: _counts(api, 20.0, 3.0), 20 * INPUT + 3 * OUTPUT),
 }
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
-@pytest.mark.parametrize(("told", "spent"), CREDIBLE.values(), ids=CREDIBLE)
+@pytest.mark.parametrize(("usage_of", "spent"), CREDIBLE.values(), ids=CREDIBLE)
 @pytest.mark.parametrize("api", APIS)
-async def test_a_usage_that_can_be_true_is_charged_to_the_nano_dollar(
-    limiter: Any, server: Any, api: str, told: Any, spent: int, streamed: bool
+async def test_credible_usage_is_charged_exactly(
+    limiter: Any, server: Any, api: str, usage_of: Any, spent: int, streamed: bool
 ) -> None:
-    usage = told(api)
-    await Caller(api, limiter, server).ask(_events(api, usage, usage) if streamed else _document(api, usage))
+    usage = usage_of(api)
+    await Caller(api, limiter, server).call(_events(api, usage, usage) if streamed else _document(api, usage))
     assert _spent(server) == spent
     assert _estimated(server) == [False]
 
 
-async def test_input_that_came_from_a_cache_alone_is_credible(limiter: Any, server: Any) -> None:
-    """Anthropic counts it apart from its input."""
+async def test_usage_with_cached_input_only_is_credible(limiter: Any, server: Any) -> None:
+    """Anthropic does not include cached input in ``input_tokens``."""
     usage = {"input_tokens": 0, "output_tokens": 3, "cache_read_input_tokens": 500, "cache_creation_input_tokens": 40}
-    await Caller("messages", limiter, server).ask(_document("messages", usage))
+    await Caller("messages", limiter, server).call(_document("messages", usage))
     assert _spent(server) == 500 * CACHED + 40 * WRITE + 3 * OUTPUT
     assert _estimated(server) == [False]
 
 
 @pytest.mark.parametrize("api", APIS)
-async def test_a_hundred_calls_that_report_no_usage_do_not_pass_a_cap_of_five_cents(server: Any, api: str) -> None:
+async def test_calls_without_usage_stay_below_the_cap(server: Any, api: str) -> None:
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "0.05")]) as limiter:
         caller = Caller(api, limiter, server)
         denied = 0
         for number in range(100):
             usage = list(NOT_CREDIBLE.values())[number % len(NOT_CREDIBLE)](api)
             try:
-                await caller.ask(_document(api, usage))
+                await caller.call(_document(api, usage))
             except BudgetExceeded:
                 denied += 1
         assert 0 < len(caller.requests) == 100 - denied < 100
@@ -243,10 +243,10 @@ async def test_a_hundred_calls_that_report_no_usage_do_not_pass_a_cap_of_five_ce
 SPREAD = {
     "a later zero": ((20_000, 1), (0, 12)),
     "a later null": ((20_000, 1), (None, 12)),
-    "later and fewer": ((20_000, 7), (150, 12)),
+    "a later lower count": ((20_000, 7), (150, 12)),
     "a later negative": ((20_000, 1), (-5, 12)),
-    "an estimate first": ((0, 0), (20_000, 12)),
-    "an estimate of the output first": ((20_000, 12), (20_000, 3)),
+    "zeros first": ((0, 0), (20_000, 12)),
+    "a higher output first": ((20_000, 12), (20_000, 3)),
 }
 
 
@@ -256,26 +256,26 @@ async def test_the_maximum_of_each_field_within_a_stream_counts(
     limiter: Any, server: Any, api: str, first: Any, last: Any
 ) -> None:
     """envoyproxy/ai-gateway PR #1631."""
-    await Caller(api, limiter, server).ask(_events(api, _counts(api, *first), _counts(api, *last)))
+    await Caller(api, limiter, server).call(_events(api, _counts(api, *first), _counts(api, *last)))
     assert _spent(server) == 20_000 * INPUT + 12 * OUTPUT
     assert _estimated(server) == [False]
 
 
 @pytest.mark.parametrize("api", ["chat", "messages"])
-async def test_what_follows_the_end_of_the_model_counts_too(limiter: Any, server: Any, api: str) -> None:
+async def test_usage_after_the_end_of_the_output_counts(limiter: Any, server: Any, api: str) -> None:
     events = _events(api, None, _counts(api, 20_000, 5), _counts(api, 0, 12))
-    await Caller(api, limiter, server).ask(events)
+    await Caller(api, limiter, server).call(events)
     assert _spent(server) == 20_000 * INPUT + 12 * OUTPUT
 
 
-async def test_usage_on_every_chunk_is_charged_as_the_total_that_it_is(limiter: Any, server: Any) -> None:
+async def test_usage_in_every_chunk_is_charged_as_a_running_total(limiter: Any, server: Any) -> None:
     """tensorzero #5481, pydantic-ai #5260: cumulative usage."""
     running = [
         _chunk([{"index": 0, "delta": {"content": "x"}, "finish_reason": None}], _counts("chat", 20, made))
         for made in range(1, 9)
     ]
     stop = _chunk([{"index": 0, "delta": {}, "finish_reason": "stop"}], _counts("chat", 20, 9))
-    await Caller("chat", limiter, server).ask([*running, stop, "[DONE]"])
+    await Caller("chat", limiter, server).call([*running, stop, "[DONE]"])
     assert _spent(server) == 20 * INPUT + 9 * OUTPUT
     assert _estimated(server) == [False]
 
@@ -289,20 +289,20 @@ STOP = _chunk([{"index": 0, "delta": {}, "finish_reason": "stop"}])
 @pytest.mark.parametrize(
     "made", [[WORD, STOP], [WORD], [LAST_WORD]], ids=["finished", "no finish_reason", "all in the last chunk"]
 )
-async def test_a_usage_before_the_first_word_is_not_the_last_word_of_a_stream(
+async def test_usage_before_the_first_output_is_not_final(
     limiter: Any, server: Any, made: list[Any], choices: Any
 ) -> None:
-    """What follows it is output that no usage has counted."""
+    """The output that follows is not counted in it."""
     caller = Caller("chat", limiter, server)
     first = {**_chunk([], _counts("chat", 20, 0)), "choices": choices}
-    await caller.ask([first, *made, "[DONE]"])
+    await caller.call([first, *made, "[DONE]"])
     assert _spent(server) == caller.reserved[0]
     assert _estimated(server) == [True]
 
 
-async def test_a_stream_that_is_left_after_an_early_usage_is_charged_for_its_output(limiter: Any, server: Any) -> None:
+async def test_a_stream_closed_after_an_early_usage_is_charged_for_its_output(limiter: Any, server: Any) -> None:
     caller = Caller("chat", limiter, server)
-    caller.answer = [_chunk([], _counts("chat", 20, 0)), WORD, WORD, WORD]  # and breaks off
+    caller.answer = [_chunk([], _counts("chat", 20, 0)), WORD, WORD, WORD]  # and then the stream breaks off
     stream = await caller.client.chat.completions.create(model=GPT, max_tokens=5_000, messages=MESSAGES, stream=True)
     _ = await anext(stream)
     await stream.close()
@@ -318,40 +318,42 @@ USAGE = _chunk([], _counts("chat", 20, 3))
     [[WORD, STOP, USAGE], [WORD, USAGE, STOP], [WORD, USAGE]],
     ids=["last", "before the finish_reason", "no finish_reason"],
 )
-async def test_a_usage_after_the_last_word_is_final(limiter: Any, server: Any, events: list[Any]) -> None:
-    await Caller("chat", limiter, server).ask([*events, "[DONE]"])
+async def test_usage_after_the_last_output_is_final(limiter: Any, server: Any, events: list[Any]) -> None:
+    await Caller("chat", limiter, server).call([*events, "[DONE]"])
     assert _spent(server) == 20 * INPUT + 3 * OUTPUT
     assert _estimated(server) == [False]
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("api", APIS)
-async def test_absurd_usage_is_charged_and_marked(limiter: Any, server: Any, api: str, streamed: bool) -> None:
-    """litellm #20615: far above what the request can have used; spend is a fact, and an overrun is counted."""
+async def test_usage_above_the_bound_is_charged_and_counted_as_an_overrun(
+    limiter: Any, server: Any, api: str, streamed: bool
+) -> None:
+    """litellm #20615: spent money is recorded, also above the bound."""
     usage = _counts(api, 4_000_000, 3)
-    await Caller(api, limiter, server).ask(_events(api, usage, usage) if streamed else _document(api, usage))
+    await Caller(api, limiter, server).call(_events(api, usage, usage) if streamed else _document(api, usage))
     assert _spent(server) == 4_000_000 * INPUT + 3 * OUTPUT
     assert (await limiter.status("agent")).overruns == 1
 
 
-async def test_a_later_event_takes_no_cached_token_back(limiter: Any, server: Any) -> None:
+async def test_a_later_event_does_not_reduce_cached_tokens(limiter: Any, server: Any) -> None:
     cached = {"cache_read_input_tokens": 500, "cache_creation": {"ephemeral_1h_input_tokens": 40}}
     first = {**_counts("messages", 100, 1), **cached, "cache_creation_input_tokens": 40}
     last = {**_counts("messages", 0, 12), "cache_read_input_tokens": 0, "cache_creation_input_tokens": None}
-    await Caller("messages", limiter, server).ask(_events("messages", first, last))
+    await Caller("messages", limiter, server).call(_events("messages", first, last))
     assert _spent(server) == 100 * INPUT + 500 * CACHED + 40 * WRITE + 12 * OUTPUT
 
 
 @pytest.mark.parametrize("api", ["chat", "messages"])
-async def test_a_placeholder_is_not_the_last_word_of_a_stream(limiter: Any, server: Any, api: str) -> None:
+async def test_a_placeholder_usage_is_not_final(limiter: Any, server: Any, api: str) -> None:
     caller = Caller(api, limiter, server)
-    await caller.ask(_events(api, _counts(api, 20, 1), None))
+    await caller.call(_events(api, _counts(api, 20, 1), None))
     assert _spent(server) == caller.reserved[0]
     assert _estimated(server) == [True]
 
 
 @pytest.mark.parametrize("api", ["chat", "messages"])
-async def test_a_stream_of_no_credible_usage_that_is_left_early_is_an_estimate(
+async def test_a_stream_closed_early_without_credible_usage_commits_an_estimate(
     limiter: Any, server: Any, api: str
 ) -> None:
     caller = Caller(api, limiter, server)
@@ -381,12 +383,12 @@ WITH_CACHE = {
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("fields", WITH_CACHE.values(), ids=WITH_CACHE)
-async def test_cached_input_is_charged_at_its_price_under_each_provider_s_name(
+async def test_cache_reads_are_charged_at_their_price_under_each_provider_s_field(
     limiter: Any, server: Any, fields: dict[str, Any], streamed: bool
 ) -> None:
     """vera-bench PR #97, pi #8075."""
     usage = {**_counts("chat", 1_000, 3), **fields}
-    await Caller("chat", limiter, server).ask(_events("chat", None, usage) if streamed else _document("chat", usage))
+    await Caller("chat", limiter, server).call(_events("chat", None, usage) if streamed else _document("chat", usage))
     assert _spent(server) == 200 * INPUT + 800 * CACHED + 3 * OUTPUT
     assert _estimated(server) == [False]
 
@@ -400,32 +402,32 @@ WITH_WRITES = {
 
 
 @pytest.mark.parametrize("fields", WITH_WRITES.values(), ids=WITH_WRITES)
-async def test_input_that_was_written_to_a_cache_is_charged_at_its_price_too(
+async def test_cache_writes_are_charged_at_their_price_under_each_provider_s_field(
     limiter: Any, server: Any, fields: dict[str, Any]
 ) -> None:
-    await Caller("chat", limiter, server).ask(_document("chat", {**_counts("chat", 1_000, 3), **fields}))
+    await Caller("chat", limiter, server).call(_document("chat", {**_counts("chat", 1_000, 3), **fields}))
     assert _spent(server) == 200 * INPUT + 800 * WRITE + 3 * OUTPUT
 
 
 @pytest.mark.parametrize(
     ("prompt", "total"), [(100, None), (100, 903), (1_000, 1_803)], ids=["more than all", "more, in total", "in total"]
 )
-async def test_cached_input_that_a_gateway_counts_apart_is_added_to_the_input(
+async def test_cached_input_outside_the_reported_input_is_added_to_it(
     limiter: Any, server: Any, prompt: int, total: int | None
 ) -> None:
-    """As Bedrock behind Portkey (gateway #1210), and langsmith-sdk PR #2519: additive caches."""
+    """Additive caches: Bedrock behind Portkey (gateway #1210), langsmith-sdk PR #2519."""
     usage = {**_counts("chat", prompt, 3), "cache_read_input_tokens": 800, "total_tokens": total}
-    await Caller("chat", limiter, server).ask(_document("chat", usage))
+    await Caller("chat", limiter, server).call(_document("chat", usage))
     assert _spent(server) == prompt * INPUT + 800 * CACHED + 3 * OUTPUT
 
 
-async def test_cached_input_of_responses_is_charged_at_its_price(limiter: Any, server: Any) -> None:
+async def test_cache_reads_of_the_responses_api_are_charged_at_their_price(limiter: Any, server: Any) -> None:
     usage = {**_counts("responses", 1_000, 3), "input_tokens_details": {"cached_tokens": 800}}
-    await Caller("responses", limiter, server).ask(_document("responses", usage))
+    await Caller("responses", limiter, server).call(_document("responses", usage))
     assert _spent(server) == 200 * INPUT + 800 * CACHED + 3 * OUTPUT
 
 
-# -- servers that know no stream_options -------------------------------------------------------------------------------
+# -- servers without stream_options ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -435,12 +437,12 @@ async def test_cached_input_of_responses_is_charged_at_its_price(limiter: Any, s
         ({"include_usage": False, "include_obfuscation": False}, {"include_obfuscation": False}),
     ],
 )
-async def test_a_caller_may_leave_stream_options_out_and_pays_the_worst_case(
+async def test_a_caller_can_omit_stream_options_and_is_charged_the_worst_case(
     limiter: Any, server: Any, given: dict[str, Any], sent: Any
 ) -> None:
     """opencode #4698: a gateway that rejects them."""
     caller = Caller("chat", limiter, server)
-    items = await caller.ask(_events("chat", None, None), stream_options=given)
+    items = await caller.call(_events("chat", None, None), stream_options=given)
     assert [choice.delta.content for item in items for choice in item.choices] == ["yes", None]
     assert caller.requests[0].get("stream_options") == sent
     assert ("stream_options" in caller.requests[0]) == (sent is not None)
@@ -448,17 +450,17 @@ async def test_a_caller_may_leave_stream_options_out_and_pays_the_worst_case(
     assert _estimated(server) == [True]
 
 
-async def test_a_server_that_reports_its_usage_unasked_is_charged_by_it(limiter: Any, server: Any) -> None:
+async def test_usage_reported_without_request_is_charged(limiter: Any, server: Any) -> None:
     caller = Caller("chat", limiter, server)
     events = _events("chat", None, _counts("chat", 20, 3))
-    items = await caller.ask(events, stream_options={"include_usage": False})
-    assert items[-1].usage.prompt_tokens == 20  # what the server sends unasked, the caller may see
+    items = await caller.call(events, stream_options={"include_usage": False})
+    assert items[-1].usage.prompt_tokens == 20  # passed on, because the guard did not request it
     assert _spent(server) == 20 * INPUT + 3 * OUTPUT
 
 
 @pytest.mark.parametrize("given", [None, {}, {"include_usage": None}, {"include_usage": True}])
-async def test_otherwise_a_stream_is_asked_for_its_usage(limiter: Any, server: Any, given: Any) -> None:
+async def test_the_guard_requests_the_usage_of_a_stream(limiter: Any, server: Any, given: Any) -> None:
     caller = Caller("chat", limiter, server)
-    await caller.ask(_events("chat", None, _counts("chat", 20, 3)), stream_options=given)
+    await caller.call(_events("chat", None, _counts("chat", 20, 3)), stream_options=given)
     assert caller.requests[0]["stream_options"]["include_usage"] is True
     assert _spent(server) == 20 * INPUT + 3 * OUTPUT

@@ -1,4 +1,4 @@
-"""The guard's example in docs/metering.md does what it says."""
+"""The guard example of docs/metering.md works, and its figures are those of the code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ...helpers.keyspace import sums
 TEXT = (Path(__file__).parents[3] / "docs" / "metering.md").read_text(encoding="utf-8")
 
 
-async def test_the_two_lines_of_the_guide_guard_a_client(
+async def test_the_documented_example_guards_a_client(
     provider: LocalProvider, server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = re.findall(r"^## Guards\n\n```python\n(.*?)```", TEXT, re.DOTALL | re.MULTILINE)[0]
@@ -30,10 +30,10 @@ async def test_the_two_lines_of_the_guide_guard_a_client(
         assert sums(store)["spent"] == bill_nanos(provider.ledger) > 0
 
 
-def test_the_guide_tells_the_figures_of_the_code() -> None:
-    from ktrdr_budget.metering.guards import anthropic, bounds, openai, taps, wires
+def test_the_documented_figures_are_those_of_the_code() -> None:
+    from ktrdr_budget.metering.guards import anthropic, bounds, metered_streams, network_tap, openai
 
     for figure in (bounds.HIDDEN_INPUT_TOKENS, anthropic.IMAGE_TOKENS_MAX, openai.IMAGE_TOKENS_MAX):
         assert f"{figure:,}" in TEXT
-    assert f"for at most {wires.DRAIN_S * 1000:.0f} ms and {wires.DRAIN_BYTES_MAX // 2**20} MiB" in TEXT
-    assert f"kept for at most {taps.PATIENCE_S * 1000:.0f} ms" in TEXT
+    assert f"at most {network_tap.DRAIN_S * 1000:.0f} ms and {network_tap.DRAIN_BYTES_MAX // 2**20} MiB" in TEXT
+    assert f"waits at most {metered_streams.CANCELLED_WAIT_S * 1000:.0f} ms" in TEXT

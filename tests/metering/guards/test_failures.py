@@ -1,4 +1,4 @@
-"""Errors, retries, timeouts and lost connections: never less is counted than the provider billed."""
+"""Errors, retries, timeouts and lost connections: the counted amount is never below the provider's bill."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from examples.local_provider import LocalProvider, Scene
 from ktrdr_budget import StoreUnavailable
 
-from ...helpers.guarded import BASIC, BASIC_STREAMS, PLAIN, Telling, Way, bill_nanos, guarded, take
+from ...helpers.guarded import BASIC, BASIC_STREAMS, PLAIN, Method, WithArguments, bill_nanos, guarded, run
+from ...helpers.timers import pending_heartbeats
 from ...helpers.waiting import until, wait_until
 
 EITHER = [*BASIC, *BASIC_STREAMS]
@@ -21,26 +22,24 @@ REJECTED = (400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503, 504, 529
 
 
 @pytest.mark.parametrize("status", REJECTED)
-@pytest.mark.parametrize("way", EITHER, ids=str)
-async def test_what_the_provider_did_not_accept_is_released(
-    opened: Any, provider: LocalProvider, way: Way, status: int
-) -> None:
+@pytest.mark.parametrize("method", EITHER, ids=str)
+async def test_a_rejected_call_is_released(opened: Any, provider: LocalProvider, method: Method, status: int) -> None:
     provider.script(Scene(status=status))
-    async with opened(way.sdk) as g:
+    async with opened(method.sdk) as g:
         with pytest.raises(Exception, match="scripted") as caught:
-            await take(way, g.client)
+            await run(method, g.client)
         assert caught.value.status_code == status  # type: ignore[attr-defined]
         assert g.counted == g.bill == 0
 
 
-@pytest.mark.parametrize("way", EITHER, ids=str)
-async def test_a_connection_that_nobody_accepts_costs_nothing(opened: Any, way: Way) -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))  # and nobody listens there
-        async with opened(way.sdk) as g:
-            nowhere = g.client.with_options(base_url=f"http://127.0.0.1:{taken.getsockname()[1]}")
+@pytest.mark.parametrize("method", EITHER, ids=str)
+async def test_a_refused_connection_costs_nothing(opened: Any, method: Method) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))  # without listening
+        async with opened(method.sdk) as g:
+            unreachable = g.client.with_options(base_url=f"http://127.0.0.1:{unused.getsockname()[1]}")
             with pytest.raises(Exception, match="Connection error"):
-                await take(way, nowhere)
+                await run(method, unreachable)
             assert g.counted == 0
 
 
@@ -51,14 +50,14 @@ KEPT = {
 
 
 @pytest.mark.parametrize("scene", KEPT.values(), ids=KEPT)
-@pytest.mark.parametrize("way", EITHER, ids=str)
-async def test_what_the_provider_may_have_done_is_kept_in_full(
-    opened: Any, provider: LocalProvider, way: Way, scene: Scene
+@pytest.mark.parametrize("method", EITHER, ids=str)
+async def test_a_call_with_unknown_outcome_keeps_its_reservation(
+    opened: Any, provider: LocalProvider, method: Method, scene: Scene
 ) -> None:
     provider.script(scene)
-    async with opened(way.sdk) as g:
+    async with opened(method.sdk) as g:
         with pytest.raises(Exception, match=r"Connection error|timed out"):
-            await take(way, g.client.with_options(timeout=0.3 if scene.delay_s else 30))
+            await run(method, g.client.with_options(timeout=0.3 if scene.delay_s else 30))
         assert g.sums["spent"] == 0
         assert g.sums["held"] > 0
         await until(lambda: not provider.active)
@@ -77,20 +76,20 @@ RETRIED = {
 
 
 @pytest.mark.parametrize("first", RETRIED.values(), ids=RETRIED)
-@pytest.mark.parametrize("way", EITHER, ids=str)
-async def test_retries_of_the_sdk_reserve_once_and_commit_what_was_reported_in_the_end(
-    opened: Any, provider: LocalProvider, way: Way, first: tuple[Scene, ...]
+@pytest.mark.parametrize("method", EITHER, ids=str)
+async def test_retries_of_the_sdk_reserve_once_and_commit_the_last_reported_usage(
+    opened: Any, provider: LocalProvider, method: Method, first: tuple[Scene, ...]
 ) -> None:
     provider.script(*first)
-    async with opened(way.sdk) as g:
+    async with opened(method.sdk) as g:
         reservations = []
         reserve = g.limiter.reserve
         g.limiter.reserve = lambda *args, **named: (reservations.append(args), reserve(*args, **named))[1]
         client = g.client.with_options(max_retries=2, timeout=0.3 if first[0].delay_s else 30)
-        patience = threading.Thread(target=_be_patient, args=[client, provider])
-        patience.start()
-        await take(way, client)
-        patience.join()
+        timeout = threading.Thread(target=_raise_timeout_after_first_request, args=[client, provider])
+        timeout.start()
+        await run(method, client)
+        timeout.join()
         assert len(provider.requests) == len(first) + 1
         assert len(reservations) == 1
         await until(lambda: not provider.active)
@@ -98,8 +97,7 @@ async def test_retries_of_the_sdk_reserve_once_and_commit_what_was_reported_in_t
         assert g.counted == g.sums["spent"] == bill_nanos([final]) > 0
 
 
-def _be_patient(client: Any, provider: LocalProvider) -> None:
-    """The second attempt has time enough."""
+def _raise_timeout_after_first_request(client: Any, provider: LocalProvider) -> None:
     wait_until(lambda: provider.requests)
     client.timeout = 30
 
@@ -107,69 +105,68 @@ def _be_patient(client: Any, provider: LocalProvider) -> None:
 @pytest.mark.parametrize(
     "then", [Scene(status=500), Scene(status=429), Scene(drop_after=0)], ids=["500", "429", "lost"]
 )
-@pytest.mark.parametrize("way", BASIC, ids=str)
-async def test_an_attempt_that_was_lost_is_kept_if_no_retry_was_answered(
-    opened: Any, provider: LocalProvider, way: Way, then: Scene
+@pytest.mark.parametrize("method", BASIC, ids=str)
+async def test_a_lost_attempt_keeps_the_reservation_if_no_retry_is_answered(
+    opened: Any, provider: LocalProvider, method: Method, then: Scene
 ) -> None:
     provider.script(Scene(drop_after=0), then)
-    async with opened(way.sdk) as g:
+    async with opened(method.sdk) as g:
         with pytest.raises(Exception, match=r"scripted|Connection error"):
-            await take(way, g.client.with_options(max_retries=1))
+            await run(method, g.client.with_options(max_retries=1))
         assert len(provider.requests) == 2
         kept = g.sums["held"]
         assert g.sums["spent"] == 0 and kept == g.counted >= bill_nanos(provider.ledger[:1]) > 0
         provider.clear()
-        await take(way, g.client)  # the next call reserves anew
+        await run(method, g.client)  # the next call reserves separately
         assert g.sums["held"] == kept and g.sums["spent"] == g.bill
 
 
-@pytest.mark.parametrize("way", BASIC, ids=str)
-async def test_retries_need_no_more_room_than_the_first_attempt(opened: Any, provider: LocalProvider, way: Way) -> None:
-    async with opened(way.sdk) as g:
+@pytest.mark.parametrize("method", BASIC, ids=str)
+async def test_retries_need_no_more_budget_than_the_first_attempt(
+    opened: Any, provider: LocalProvider, method: Method
+) -> None:
+    async with opened(method.sdk) as g:
         with pytest.raises(Exception, match="Connection error"):
             provider.script(Scene(drop_after=0))
-            await take(way, g.client)
+            await run(method, g.client)
         once = g.sums["held"]
     g.store.flushall()
     provider.clear()
     provider.script(Scene(drop_after=0), Scene(status=500), Scene(status=503))
-    async with opened(way.sdk, limit=f"{once * 1.5 / 1e9:.9f}") as g:
-        await take(way, g.client.with_options(max_retries=3))
+    async with opened(method.sdk, limit=f"{once * 1.5 / 1e9:.9f}") as g:
+        await run(method, g.client.with_options(max_retries=3))
         assert len(provider.requests) == 4
         assert g.sums["held"] == 0 < g.sums["spent"]
 
 
-@pytest.mark.parametrize("way", BASIC, ids=str)
-async def test_retries_inside_a_hold_draw_once(guarded_client: Any, provider: LocalProvider, way: Way) -> None:
+@pytest.mark.parametrize("method", BASIC, ids=str)
+async def test_retries_inside_a_hold_claim_once(guarded_client: Any, provider: LocalProvider, method: Method) -> None:
     provider.script(Scene(status=500), Scene(status=503))
-    async with guarded_client(way.sdk, is_async=True) as g:
+    async with guarded_client(method.sdk, is_async=True) as g:
         async with g.limiter.hold("agent", "0.15"):
-            await take(way, g.client.with_options(max_retries=2))
+            await run(method, g.client.with_options(max_retries=2))
         assert g.counted == g.sums["spent"] == g.bill > 0
 
 
-@pytest.mark.parametrize("way", PLAIN, ids=str)
-async def test_an_answer_that_tells_no_usage_is_charged_in_full_and_marked(
-    opened: Any, provider: LocalProvider, way: Way
+@pytest.mark.parametrize("method", PLAIN, ids=str)
+async def test_a_response_without_usage_commits_the_worst_case_as_an_estimate(
+    opened: Any, provider: LocalProvider, method: Method
 ) -> None:
     provider.script(Scene(silent=True, output_tokens=900))
-    async with opened(way.sdk) as g:
-        most = {"max_tokens": 1000} if way.sdk == "anthropic" else {"max_output_tokens": 1000}
-        most = {"max_completion_tokens": 1000} if way.name.startswith("chat") else most
-        wide = Way(way.name, way.sdk, lambda client, **o: way.call(Telling(client, most), **o))
-        await take(wide, g.client)
+    async with opened(method.sdk) as g:
+        await run(method, WithArguments(g.client, {method.limit_parameter: 1000}))
         assert provider.ledger[0].output_tokens == 900
         assert g.counted == g.sums["spent"] > g.bill
         assert "estimated" in g.labels[0]
 
 
-@pytest.mark.parametrize("way", BASIC, ids=str)
-async def test_a_cancelled_call_is_kept_because_the_provider_goes_on(
-    guarded_client: Any, provider: LocalProvider, way: Way
+@pytest.mark.parametrize("method", BASIC, ids=str)
+async def test_a_cancelled_call_keeps_its_reservation_because_the_provider_continues(
+    guarded_client: Any, provider: LocalProvider, method: Method
 ) -> None:
     provider.script(Scene(delay_s=0.05))
-    async with guarded_client(way.sdk, is_async=True) as g:
-        task = asyncio.create_task(take(way, g.client))
+    async with guarded_client(method.sdk, is_async=True) as g:
+        task = asyncio.create_task(run(method, g.client))
         await until(lambda: provider.requests)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -182,41 +179,40 @@ CANCELLED = [BASIC[0], BASIC_STREAMS[1]]
 
 
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in-a-hold"])
-@pytest.mark.parametrize("way", CANCELLED, ids=str)
-async def test_a_call_that_is_cancelled_at_any_step_counts_no_less_than_its_bill(
-    guarded_client: Any, provider: LocalProvider, way: Way, inside: bool
+@pytest.mark.parametrize("method", CANCELLED, ids=str)
+async def test_a_call_cancelled_at_any_step_counts_at_least_its_bill(
+    guarded_client: Any, provider: LocalProvider, method: Method, inside: bool
 ) -> None:
-    async with guarded_client(way.sdk, is_async=True) as g:
+    async with guarded_client(method.sdk, is_async=True) as g:
         loop, steps, ended = asyncio.get_running_loop(), 0, False
-        while not ended:  # later and later, until the call has ended before
-            task = asyncio.create_task(_made(g, way, inside))
+        while not ended:  # cancel at a later step each time, until the call ends first
+            task = asyncio.create_task(_call(g, method, inside))
             for _ in range(steps):
                 await asyncio.sleep(0)
             task.cancel()
             ended = (await asyncio.gather(task, return_exceptions=True))[0] is None
             steps += 1 + steps // 8
             await until(lambda: not provider.active)
-            await until(lambda: not inside or g.sums["held"] == 0)  # a grant that came too late goes back
+            await until(lambda: not inside or g.sums["held"] == 0)  # a late grant is released
             assert g.counted >= g.bill
-            # Nothing keeps a reservation alive that nobody waits for.
-            assert "_Heartbeat" not in repr([timer for timer in loop._scheduled if not timer.cancelled()])  # type: ignore[attr-defined]
+            assert not pending_heartbeats(loop)
         assert steps > 5
 
 
-async def _made(g: Any, way: Way, inside: bool) -> None:
+async def _call(g: Any, method: Method, inside: bool) -> None:
     async with g.limiter.hold("agent", "0.15") if inside else nullcontext():
-        await take(way, g.client)
+        await run(method, g.client)
 
 
-@pytest.mark.parametrize("way", BASIC, ids=str)
-async def test_a_store_that_is_down_stops_calls_before_they_are_sent(
-    is_async: bool, provider: LocalProvider, way: Way, start_server: Any
+@pytest.mark.parametrize("method", BASIC, ids=str)
+async def test_calls_are_not_sent_during_an_outage_of_the_store(
+    is_async: bool, provider: LocalProvider, method: Method, start_server: Any
 ) -> None:
     own = start_server()
-    async with guarded(way.sdk, is_async, provider, own) as g:
-        await take(way, g.client)
+    async with guarded(method.sdk, is_async, provider, own) as g:
+        await run(method, g.client)
         own.kill()
         sent = len(provider.requests)
         with pytest.raises(StoreUnavailable):
-            await take(way, g.client.with_options(max_retries=2))
+            await run(method, g.client.with_options(max_retries=2))
         assert len(provider.requests) == sent

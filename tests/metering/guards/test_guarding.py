@@ -1,4 +1,4 @@
-"""Which clients are guarded, that copies stay so, and that nothing that spends goes past a guard."""
+"""Guarded clients: supported kinds, copies, refused requests, and the secrecy of keys and prompts."""
 
 from __future__ import annotations
 
@@ -20,18 +20,21 @@ from ktrdr_budget.metering.guards import UnmeteredCall, guard
 from ktrdr_budget.metering.prices import ModelPrice, Prices
 
 from ...helpers.guarded import (
+    API_KEY,
     BASIC,
     BASIC_STREAMS,
     CLAUDE,
     GPT,
     MAX_TOKENS,
     MESSAGES,
-    SECRET,
     STREAMS,
-    Telling,
-    Way,
+    Method,
+    WithArguments,
+    entered,
+    http_client_of,
     raw_client,
-    take,
+    resolve,
+    run,
 )
 from ...helpers.recorded_spans import Recorded
 
@@ -39,19 +42,20 @@ BUDGETS = [Budget("agent", "1.00")]
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_the_client_stays_what_it_was(opened: Any, sdk: str, provider: LocalProvider) -> None:
+async def test_guard_returns_the_same_client(opened: Any, sdk: str, provider: LocalProvider) -> None:
     async with opened(sdk) as g:
         client = raw_client(sdk, g.is_async, provider)
+        http_client_class = type(http_client_of(client))
         assert guard(client, g.limiter) is client
         assert type(g.client) is type(client)
-        assert isinstance(g.client._client, type(client._client))
+        assert isinstance(http_client_of(client), http_client_class)
         assert not g.client.is_closed()
-        await client.close() if g.is_async else client.close()
+        await resolve(client.close())
         assert client.is_closed()
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-def test_a_limiter_of_the_other_kind_is_one_clear_error(sdk: str, provider: LocalProvider, server: Any) -> None:
+def test_a_limiter_of_the_wrong_kind_is_rejected(sdk: str, provider: LocalProvider, server: Any) -> None:
     sync, not_sync = BudgetLimiter(server.url, BUDGETS), AsyncBudgetLimiter(server.url, BUDGETS)
     with pytest.raises(InvalidArgument, match="needs an AsyncBudgetLimiter, not BudgetLimiter"):
         guard(raw_client(sdk, True, provider), sync)
@@ -59,7 +63,7 @@ def test_a_limiter_of_the_other_kind_is_one_clear_error(sdk: str, provider: Loca
         guard(raw_client(sdk, False, provider), not_sync)
 
 
-def test_what_cannot_be_guarded_is_refused(provider: LocalProvider, server: Any) -> None:
+def test_unsupported_clients_and_invalid_options_are_rejected(provider: LocalProvider, server: Any) -> None:
     limiter = BudgetLimiter(server.url, BUDGETS)
     client = guard(raw_client("anthropic", False, provider), limiter)
     platforms = [anthropic.AnthropicBedrockMantle, anthropic.AnthropicVertex, anthropic.AnthropicFoundry]
@@ -76,33 +80,33 @@ def test_what_cannot_be_guarded_is_refused(provider: LocalProvider, server: Any)
         guard(raw_client("anthropic", False, provider), limiter, budgets=["other"])
 
 
-@pytest.mark.parametrize("way", BASIC, ids=str)
-async def test_copies_stay_guarded(opened: Any, provider: LocalProvider, way: Way) -> None:
-    async with opened(way.sdk) as g:
+@pytest.mark.parametrize("method", BASIC, ids=str)
+async def test_copies_of_a_guarded_client_are_guarded(opened: Any, provider: LocalProvider, method: Method) -> None:
+    async with opened(method.sdk) as g:
         for copied in (
             g.client.copy(),
             g.client.with_options(timeout=3),
             g.client.with_options(max_retries=1).copy(timeout=2),
-            g.client.with_options(http_client=g.client._client.inner),
+            g.client.with_options(http_client=g.http_client.inner),
         ):
             before = len(provider.ledger)
-            await take(way, copied)
+            await run(method, copied)
             assert len(provider.ledger) == before + 1
             assert g.sums["spent"] == g.bill
 
 
-@pytest.mark.parametrize("way", BASIC, ids=str)
-async def test_methods_that_were_taken_before_the_guard_are_guarded(
-    opened: Any, provider: LocalProvider, way: Way
+@pytest.mark.parametrize("method", BASIC, ids=str)
+async def test_resources_obtained_before_guarding_are_guarded(
+    opened: Any, provider: LocalProvider, method: Method
 ) -> None:
-    async with opened(way.sdk, limit="0.0001") as g:
-        client = raw_client(way.sdk, g.is_async, provider)
-        resources = client.messages if way.sdk == "anthropic" else (client.chat.completions, client.responses)
+    async with opened(method.sdk, limit="0.0001") as g:
+        client = raw_client(method.sdk, g.is_async, provider)
+        resources = client.messages if method.sdk == "anthropic" else (client.chat.completions, client.responses)
         guard(client, g.limiter)
         with pytest.raises(BudgetExceeded):
-            await take(way, client)
+            await run(method, client)
         assert resources and provider.requests == []
-        await client.close() if g.is_async else client.close()
+        await resolve(client.close())
 
 
 REFUSED = [
@@ -125,16 +129,16 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("sdk", "name", "call"), REFUSED, ids=[f"{sdk}-{name}" for sdk, name, _ in REFUSED])
-async def test_what_spends_and_is_not_metered_is_refused(
+async def test_unmetered_endpoints_that_may_spend_are_refused(
     opened: Any, provider: LocalProvider, sdk: str, name: str, call: Any
 ) -> None:
     async with opened(sdk, client_options={"max_retries": 2}) as g:
         with pytest.raises(UnmeteredCall, match="is not metered"):
-            _ = await call(g.client) if g.is_async else call(g.client)
+            await resolve(call(g.client))
         assert provider.requests == []
     async with opened(sdk, allow_unmetered=True) as g:
-        with pytest.raises((anthropic.NotFoundError, openai.NotFoundError)):  # it arrives at the local provider
-            _ = await call(g.client) if g.is_async else call(g.client)
+        with pytest.raises((anthropic.NotFoundError, openai.NotFoundError)):  # the local provider's reply
+            await resolve(call(g.client))
 
 
 SOCKETS = [
@@ -149,40 +153,38 @@ SOCKETS = [
 async def test_websockets_are_refused(opened: Any, connect: Any) -> None:
     async with opened("openai") as g:
         with pytest.raises(UnmeteredCall, match="WebSockets"):
-            if g.is_async:
-                await connect(g.client).__aenter__()
-            else:
-                connect(g.client).__enter__()
+            async with entered(connect(g.client)):
+                pass
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_what_costs_nothing_passes(opened: Any, provider: LocalProvider, sdk: str) -> None:
+async def test_free_endpoints_are_let_through(opened: Any, provider: LocalProvider, sdk: str) -> None:
     async with opened(sdk, limit="0") as g:
         if sdk == "anthropic":
             counted = g.client.messages.count_tokens(model=CLAUDE, messages=MESSAGES)
-            assert (await counted if g.is_async else counted).input_tokens > 0
+            assert (await resolve(counted)).input_tokens > 0
         else:
             with pytest.raises(openai.NotFoundError):
                 listed = g.client.models.list()
-                _ = await listed if g.is_async else listed
+                await resolve(listed)
         assert g.counted == 0
 
 
-async def test_a_request_past_the_sdk_is_guarded_too(opened: Any, provider: LocalProvider) -> None:
+async def test_a_request_sent_by_the_http_client_is_guarded(opened: Any, provider: LocalProvider) -> None:
     async with opened("openai", limit="0.0001") as g:
-        http = g.client._client
+        http = g.http_client
         request = http.build_request("POST", f"{provider.openai_url}/chat/completions", json={"model": GPT, "n": 1})
         with pytest.raises(BudgetExceeded):
-            _ = await http.send(request) if g.is_async else http.send(request)
+            await resolve(http.send(request))
         assert provider.requests == []
 
 
-@pytest.mark.parametrize("way", BASIC, ids=str)
-async def test_a_model_without_a_price_is_refused(opened: Any, provider: LocalProvider, way: Way) -> None:
-    async with opened(way.sdk) as g:
-        with pytest.raises(UnknownPrice, match="nobody-knows"):
-            made = way.call(Telling(g.client, {"model": "nobody-knows"}))
-            _ = await made if g.is_async else made
+@pytest.mark.parametrize("method", BASIC, ids=str)
+async def test_a_model_without_a_price_is_refused(opened: Any, provider: LocalProvider, method: Method) -> None:
+    async with opened(method.sdk) as g:
+        with pytest.raises(UnknownPrice, match="no-such-model"):
+            made = method.call(WithArguments(g.client, {"model": "no-such-model"}))
+            await resolve(made)
         assert provider.requests == []
         assert g.counted == 0
 
@@ -191,66 +193,55 @@ async def test_another_provider_behind_the_same_sdk_is_priced_by_its_name(opened
     prices = Prices([ModelPrice("house", "own-*", input="1", output="1")])
     async with opened("openai", provider="house", pricer=prices) as g:
         made = g.client.chat.completions.create(model="own-1", max_tokens=20, messages=MESSAGES)
-        usage = (await made if g.is_async else made).usage
+        usage = (await resolve(made)).usage
         assert g.sums["spent"] == usage.total_tokens * 1000
 
 
-# -- what nobody is to read --------------------------------------------------------------------------------------------
+# -- secrets, messages, spans ------------------------------------------------------------------------------------------
 
-PROMPT = "a prompt that stays between us"
+PROMPT = "a confidential prompt"
 
 
-@pytest.mark.parametrize("way", [*BASIC, *STREAMS[:1]], ids=str)
+@pytest.mark.parametrize("method", [*BASIC, *STREAMS[:1]], ids=str)
 async def test_keys_and_prompts_appear_in_no_log_span_error_or_ledger(
-    opened: Any, provider: LocalProvider, way: Way, caplog: pytest.LogCaptureFixture, recorded: Recorded
+    opened: Any, provider: LocalProvider, method: Method, caplog: pytest.LogCaptureFixture, recorded: Recorded
 ) -> None:
     caplog.set_level(logging.DEBUG, "ktrdr_budget")
-    told = []
-    more = (
-        {"input": PROMPT} if way.name.startswith("responses") else {"messages": [{"role": "user", "content": PROMPT}]}
-    )
-    async with opened(way.sdk) as g:
-        told.append(repr(g.client))
+    texts = []
+    messages = {"messages": [{"role": "user", "content": PROMPT}]}
+    prompt = {"input": PROMPT} if method.name.startswith("responses") else messages
+    async with opened(method.sdk) as g:
+        texts.append(repr(g.client))
         for scene in ({}, {"status": 400}, {"drop_after": 0}, {"silent": True}):
             headers = {"x-scenes": json.dumps([scene])}
             try:
-                made = way.call(Telling(g.client, {**more, "extra_headers": headers}))
-                made = await made if g.is_async else made
-                if way.shape == "stream":
-                    _ = [e async for e in made] if g.is_async else list(made)
+                await run(method, WithArguments(g.client, {**prompt, "extra_headers": headers}))
             except Exception as error:
-                told.append(repr(error))
-        told += [repr(vars(g.client)["request"]), *g.labels, *map(str, g.store.hgetall("ktrdr:{default}:meta"))]
-    async with opened(way.sdk, limit="0.0001") as g:
+                texts.append(repr(error))
+        texts += [repr(vars(g.client)["request"]), *g.labels, *map(str, g.store.hgetall("ktrdr:{default}:meta"))]
+    async with opened(method.sdk, limit="0.0001") as g:
         with pytest.raises(BudgetExceeded) as caught:
-            await take(way, g.client)
-        told += [repr(caught.value), str(caught.value)]
-    told += [record.getMessage() for record in caplog.records if record.name.startswith("ktrdr_budget")]
-    told += [f"{span.name} {dict(span.attributes or {})} {span.events}" for span in recorded.spans]
-    assert any("gen_ai" in text for text in told)
-    assert len(told) > 8
-    assert not [text for text in told if SECRET in text or PROMPT in text]
+            await run(method, g.client)
+        texts += [repr(caught.value), str(caught.value)]
+    texts += [record.getMessage() for record in caplog.records if record.name.startswith("ktrdr_budget")]
+    texts += [f"{span.name} {dict(span.attributes or {})} {span.events}" for span in recorded.spans]
+    assert any("gen_ai" in text for text in texts)
+    assert len(texts) > 8
+    assert not [text for text in texts if API_KEY in text or PROMPT in text]
 
 
-PARAMETERS = {
-    "messages.create": "max_tokens",
-    "chat.create": "max_completion_tokens",
-    "responses.create": "max_output_tokens",
-}
-
-
-@pytest.mark.parametrize("way", BASIC, ids=str)
-async def test_a_denial_says_which_worst_case_needs_so_much_and_how_to_lower_it(opened: Any, way: Way) -> None:
-    parameter = PARAMETERS[way.name]
+@pytest.mark.parametrize("method", BASIC, ids=str)
+async def test_the_message_of_a_denial_explains_the_worst_case_and_how_to_lower_it(opened: Any, method: Method) -> None:
+    parameter = method.limit_parameter
     cases = [({}, str(MAX_TOKENS), f"lower it with {parameter}")]
-    if way.sdk == "openai":  # Anthropic's SDK insists on a limit
+    if method.sdk == "openai":  # Anthropic's SDK requires a limit
         cases.append(({parameter: openai.omit}, r"[\d,]+", f"the model's maximum; lower it with {parameter}"))
-    for asked, tokens, hint in cases:
-        async with opened(way.sdk, limit="0.0001") as g:
+    for arguments, tokens, hint in cases:
+        async with opened(method.sdk, limit="0.0001") as g:
             with pytest.raises(BudgetExceeded) as caught:
-                await take(way, g.client, **asked)
+                await run(method, g.client, **arguments)
         need = f"\\${caught.value.requested:f}"
-        model = rf"{way.sdk}/\S+"
+        model = rf"{method.sdk}/\S+"
         assert re.fullmatch(
             rf"agent: exceeds_limit \(\$0\.0001 remaining, need {need}\); the worst case of {model} is reserved:"
             rf" [\d,]+ input and {tokens} output tokens \({hint}\)",
@@ -258,12 +249,12 @@ async def test_a_denial_says_which_worst_case_needs_so_much_and_how_to_lower_it(
         )
 
 
-async def test_a_denial_for_want_of_a_slot_says_nothing_of_tokens(server: Any, provider: LocalProvider) -> None:
+async def test_the_message_of_a_denied_slot_does_not_mention_tokens(server: Any, provider: LocalProvider) -> None:
     budgets = [Budget("agent", "5.00"), Budget("calls", 0, kind="slots")]
     async with AsyncBudgetLimiter(server.url, budgets) as limiter:
         client = guard(raw_client("anthropic", True, provider), limiter, budgets=["calls", "agent"])
         with pytest.raises(BudgetExceeded) as caught:
-            await take(BASIC[0], client)
+            await run(BASIC[0], client)
         assert str(caught.value) == "calls: exceeds_limit (0 slots remaining, need 1 slots)"
 
 
@@ -276,44 +267,44 @@ FAILED = {
 
 
 @pytest.mark.parametrize(("scene", "kind"), FAILED.values(), ids=FAILED)
-@pytest.mark.parametrize("way", [*BASIC, *BASIC_STREAMS], ids=str)
-async def test_a_call_that_fails_is_told_as_failed(
-    opened: Any, provider: LocalProvider, way: Way, recorded: Recorded, scene: Scene, kind: str
+@pytest.mark.parametrize("method", [*BASIC, *BASIC_STREAMS], ids=str)
+async def test_the_span_of_a_failed_call_has_an_error(
+    opened: Any, provider: LocalProvider, method: Method, recorded: Recorded, scene: Scene, kind: str
 ) -> None:
     provider.script(scene)
-    async with opened(way.sdk) as g:
+    async with opened(method.sdk) as g:
         with pytest.raises(Exception, match=r"scripted|Connection error"):
-            await take(way, g.client)
-        span = recorded[f"chat {CLAUDE if way.sdk == 'anthropic' else GPT}"]
+            await run(method, g.client)
+        span = recorded[f"chat {CLAUDE if method.sdk == 'anthropic' else GPT}"]
         assert span.status.status_code is StatusCode.ERROR
         assert (span.attributes or {})["error.type"] == kind
-        # What is tried again, and answered, has not failed.
+        # A call whose retry succeeds has not failed.
         provider.script(Scene(status=429) if kind == "400" else scene)
-        await take(way, g.client.with_options(max_retries=1))
+        await run(method, g.client.with_options(max_retries=1))
         assert recorded.spans[-1].status.status_code is StatusCode.UNSET
         assert "error.type" not in (recorded.spans[-1].attributes or {})
 
 
-@pytest.mark.parametrize("way", BASIC_STREAMS, ids=str)
-async def test_a_stream_that_tells_an_error_is_told_as_failed(
-    opened: Any, provider: LocalProvider, way: Way, recorded: Recorded
+@pytest.mark.parametrize("method", BASIC_STREAMS, ids=str)
+async def test_the_span_of_a_stream_with_an_error_event_has_an_error(
+    opened: Any, provider: LocalProvider, method: Method, recorded: Recorded
 ) -> None:
     provider.script(Scene(error_after=3))
-    async with opened(way.sdk) as g:
-        with nullcontext() if way.name.startswith("responses.") else pytest.raises(Exception, match="scripted"):
-            await take(way, g.client)
-        span = recorded[f"chat {CLAUDE if way.sdk == 'anthropic' else GPT}"]
+    async with opened(method.sdk) as g:
+        with nullcontext() if method.name.startswith("responses.") else pytest.raises(Exception, match="scripted"):
+            await run(method, g.client)
+        span = recorded[f"chat {CLAUDE if method.sdk == 'anthropic' else GPT}"]
         assert span.status.status_code is StatusCode.ERROR
         kinds = {"messages": "overloaded_error", "chat": "server_error", "responses": "server_error"}
-        assert (span.attributes or {})["error.type"] == kinds[way.name.partition(".")[0]]
+        assert (span.attributes or {})["error.type"] == kinds[method.name.partition(".")[0]]
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_the_http_client_s_own_verbs_do_not_go_past_the_guard(
+async def test_the_methods_of_the_http_client_cannot_bypass_the_guard(
     opened: Any, provider: LocalProvider, sdk: str
 ) -> None:
     async with opened(sdk) as g:
-        http = g.client._client
+        http = g.http_client
         for verb in ("post", "put", "patch", "delete", "get"):
             with pytest.raises(UnmeteredCall, match=verb):
                 getattr(http, verb)("/v1/chat/completions")
@@ -322,7 +313,7 @@ async def test_the_http_client_s_own_verbs_do_not_go_past_the_guard(
                 getattr(http, verb)("POST", "/v1/chat/completions")
         assert provider.requests == []
     async with opened(sdk, allow_unmetered=True) as g:
-        assert callable(g.client._client.post)
+        assert callable(g.http_client.post)
 
 
 OPEN_ENDED = {
@@ -333,21 +324,21 @@ OPEN_ENDED = {
 
 
 @pytest.mark.parametrize("call", OPEN_ENDED.values(), ids=OPEN_ENDED)
-async def test_an_unknown_model_without_a_limit_has_no_price_or_the_fixed_one(
+async def test_an_unknown_model_without_an_output_limit_is_refused_or_has_the_fixed_cost(
     opened: Any, provider: LocalProvider, call: Any
 ) -> None:
     async with opened("openai") as g:
         with pytest.raises(UnknownPrice, match="no-such-model"):
-            _ = await call(g.client) if g.is_async else call(g.client)
+            await resolve(call(g.client))
         assert provider.requests == []
         client = raw_client("openai", g.is_async, provider)
         fixed = guard(client, g.limiter, pricer=Prices(fixed_cost="0.05"))
-        _ = await call(fixed) if g.is_async else call(fixed)
+        await resolve(call(fixed))
         assert g.counted == g.sums["spent"] == 50_000_000
-        await client.close() if g.is_async else client.close()
+        await resolve(client.close())
 
 
-async def test_an_unknown_model_is_not_admitted_at_a_fixed_cost_where_tokens_are_counted(
+async def test_the_fixed_cost_does_not_admit_an_unknown_model_to_a_token_budget(
     server: Any, provider: LocalProvider
 ) -> None:
     budgets = [Budget("agent", "1.00"), Budget("tokens", 1000, unit="tokens")]
@@ -360,12 +351,10 @@ async def test_an_unknown_model_is_not_admitted_at_a_fixed_cost_where_tokens_are
 
 
 @pytest.mark.parametrize("model", ["openrouter/auto", "openrouter/free", "@preset/mine", "openai/gpt-4o-of-tomorrow"])
-async def test_a_router_of_models_has_no_price_and_is_not_called(
-    opened: Any, provider: LocalProvider, model: str
-) -> None:
+async def test_a_model_router_has_no_price_and_is_refused(opened: Any, provider: LocalProvider, model: str) -> None:
     """litellm #42663, PR #30817, PR #39294; bifrost PR #5465."""
     async with opened("openai", provider="openrouter") as g:
         with pytest.raises(UnknownPrice):
             made = g.client.chat.completions.create(model=model, max_tokens=5, messages=MESSAGES)
-            _ = await made if g.is_async else made
+            await resolve(made)
         assert provider.requests == [] and g.counted == 0

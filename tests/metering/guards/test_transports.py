@@ -1,4 +1,4 @@
-"""What passes between an SDK and its HTTP client: compressed answers, middleware, odd answers."""
+"""Responses in unusual forms: compressed, malformed, from middleware, from Azure, and shared HTTP clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from examples.wire_formats import FORMATS
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
 from ktrdr_budget.metering.guards import guard
 
-from ...helpers.guarded import CLAUDE, GPT, MESSAGES, raw_client
+from ...helpers.guarded import CLAUDE, GPT, MESSAGES, entered, http_client_of, next_item, raw_client, resolve
 from ...helpers.keyspace import sums
 
 CALL: dict[str, Any] = {"model": CLAUDE, "max_tokens": 5_000, "messages": MESSAGES}
@@ -25,63 +25,63 @@ WORST_OUTPUT = 5_000 * 5_000  # nano-dollars
 
 
 def _stream_bytes() -> bytes:
-    spoken = FORMATS["/v1/messages"]
-    answer = spoken.answer(CALL, input_tokens=9, output_tokens=4, text=None, cache=(0, 0, 0), silent=False)
-    words = b"".join(spoken.delta(answer, token) for token in answer.tokens)
-    return spoken.opening(answer) + words + spoken.closing(answer)
+    wire_format = FORMATS["/v1/messages"]
+    answer = wire_format.answer(CALL, input_tokens=9, output_tokens=4, text=None, cache=(0, 0, 0), silent=False)
+    deltas = b"".join(wire_format.delta(answer, token) for token in answer.tokens)
+    return wire_format.opening(answer) + deltas + wire_format.closing(answer)
 
 
-async def _unread(content: bytes) -> Any:
-    for at in range(0, len(content), 100):  # events are cut anywhere
+async def _in_parts(content: bytes) -> Any:
+    for at in range(0, len(content), 100):  # splits events
         yield content[at : at + 100]
 
 
-async def _spent(server: Any, answer: Any, **more: Any) -> tuple[int, httpx2.Request]:
-    """What a call costs that is answered so."""
-    seen = []
+async def _spent(server: Any, response: Any, **more: Any) -> tuple[int, httpx2.Request]:
+    """Make a call that receives this response; return its cost in nano-dollars, and its request."""
+    requests = []
 
     async def handle(request: httpx2.Request) -> httpx2.Response:
-        seen.append(request)
-        return answer
+        requests.append(request)
+        return response
 
     http = httpx2.AsyncClient(transport=httpx2.MockTransport(handle))
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         async with anthropic.AsyncAnthropic(api_key="k", http_client=http, max_retries=0) as client:
-            made = await guard(client, limiter).messages.create(**CALL, **more)
+            message = await guard(client, limiter).messages.create(**CALL, **more)
             if more:
-                _ = [event async for event in made]
+                _ = [event async for event in message]
     with server.client() as store:
-        found = sums(store)
-        assert found["held"] == 0
-        return found["spent"], seen[0]
+        figures = sums(store)
+        assert figures["held"] == 0
+        return figures["spent"], requests[0]
 
 
-async def test_a_compressed_answer_is_read(server: Any) -> None:
-    spoken = FORMATS["/v1/messages"]
-    answer = spoken.answer(CALL, input_tokens=9, output_tokens=4, text=None, cache=(0, 0, 0), silent=False)
-    body = gzip.compress(json.dumps(spoken.document(answer)).encode())
+async def test_a_compressed_response_is_parsed(server: Any) -> None:
+    wire_format = FORMATS["/v1/messages"]
+    answer = wire_format.answer(CALL, input_tokens=9, output_tokens=4, text=None, cache=(0, 0, 0), silent=False)
+    body = gzip.compress(json.dumps(wire_format.document(answer)).encode())
     headers = {"content-encoding": "gzip", "content-type": "application/json"}
     spent, _ = await _spent(server, httpx2.Response(200, headers=headers, content=body))
     assert spent == 9 * 1_000 + 4 * 5_000
 
 
-@pytest.mark.parametrize("read", [False, True])
-async def test_streams_are_asked_for_uncompressed(server: Any, read: bool) -> None:
+@pytest.mark.parametrize("complete", [False, True])
+async def test_streams_are_requested_without_compression(server: Any, complete: bool) -> None:
     headers = {"content-type": "text/event-stream; charset=utf-8"}
-    content = _stream_bytes() if read else _unread(_stream_bytes())  # a transport may have read it, to keep it
+    content = _stream_bytes() if complete else _in_parts(_stream_bytes())  # caching transports read it completely
     spent, request = await _spent(server, httpx2.Response(200, headers=headers, content=content), stream=True)
     assert request.headers["accept-encoding"] == "identity"
     assert spent == 9 * 1_000 + 4 * 5_000
 
 
-async def test_a_stream_that_is_compressed_nevertheless_is_charged_in_full(server: Any) -> None:
+async def test_a_compressed_stream_is_charged_at_the_worst_case(server: Any) -> None:
     headers = {"content-encoding": "gzip", "content-type": "text/event-stream"}
-    content = _unread(gzip.compress(_stream_bytes()))
+    content = _in_parts(gzip.compress(_stream_bytes()))
     spent, _ = await _spent(server, httpx2.Response(200, headers=headers, content=content), stream=True)
     assert spent > WORST_OUTPUT
 
 
-ODD = [
+MALFORMED = [
     {"id": "x", "usage": {"input_tokens": "many", "output_tokens": 3}},
     {"id": "x", "usage": {"input_tokens": 1, "output_tokens": -3}},
     {"id": "x", "usage": [1, 2]},
@@ -91,13 +91,13 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("odd", ODD, ids=repr)
-async def test_an_answer_whose_usage_cannot_be_read_is_charged_in_full(server: Any, odd: object) -> None:
-    spent, _ = await _spent(server, httpx2.Response(200, json=odd))
+@pytest.mark.parametrize("body", MALFORMED, ids=repr)
+async def test_a_response_with_malformed_usage_is_charged_at_the_worst_case(server: Any, body: object) -> None:
+    spent, _ = await _spent(server, httpx2.Response(200, json=body))
     assert spent > WORST_OUTPUT
 
 
-async def test_a_middleware_that_asks_another_model_is_charged_for_both(provider: LocalProvider, server: Any) -> None:
+async def test_a_middleware_that_calls_a_second_model_is_charged_for_both(provider: LocalProvider, server: Any) -> None:
     async def twice(request: Any, call_next: Any) -> Any:
         await call_next(request)
         return await call_next(request.copy(body={**request.json, "model": "claude-opus-4-5"}))
@@ -112,7 +112,7 @@ async def test_a_middleware_that_asks_another_model_is_charged_for_both(provider
         assert round((await limiter.status("agent")).spent * 10**9) == bill
 
 
-async def test_a_reservation_for_another_model_does_not_serve_the_next_attempt(
+async def test_an_attempt_with_another_model_needs_a_reservation_of_its_own(
     provider: LocalProvider, server: Any
 ) -> None:
     async def other_model_on_retry(request: Any, call_next: Any) -> Any:
@@ -124,11 +124,11 @@ async def test_a_reservation_for_another_model_does_not_serve_the_next_attempt(
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         reserve = limiter.reserve
 
-        async def watched(amounts: Any, *rest: Any, **named: Any) -> Any:
+        async def recording_reserve(amounts: Any, *rest: Any, **named: Any) -> Any:
             held.append(next(iter(amounts.values())))
             return await reserve(amounts, *rest, **named)
 
-        limiter.reserve = watched  # type: ignore[method-assign]
+        limiter.reserve = recording_reserve  # type: ignore[method-assign]
         async with raw_client("anthropic", True, provider, middleware=[other_model_on_retry], max_retries=1) as client:
             await guard(client, limiter).messages.create(**CALL)
         status = await limiter.status("agent")
@@ -138,30 +138,30 @@ async def test_a_reservation_for_another_model_does_not_serve_the_next_attempt(
         assert round(status.spent * 10**9) == billed.input_tokens * 5_000 + billed.output_tokens * 25_000
 
 
-async def test_what_the_provider_added_to_the_usage_of_each_chunk_is_no_last_word(server: Any) -> None:
-    """Some servers that speak OpenAI's format tell a running usage with every chunk."""
+async def test_a_running_usage_in_each_chunk_is_charged_once(server: Any) -> None:
+    """Some servers with OpenAI's format report the usage so far in every chunk."""
 
-    def chunk(text: str, made: int, reason: str | None = None) -> bytes:
+    def chunk(text: str, output_tokens: int, reason: str | None = None) -> bytes:
         choice = {"index": 0, "delta": {"content": text}, "finish_reason": reason}
-        usage = {"prompt_tokens": 9, "completion_tokens": made, "total_tokens": 9 + made}
+        usage = {"prompt_tokens": 9, "completion_tokens": output_tokens, "total_tokens": 9 + output_tokens}
         frame = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": GPT}
         return b"data: " + json.dumps({**frame, "choices": [choice], "usage": usage}).encode() + b"\n\n"
 
     content = chunk("a", 1) + chunk("b", 2) + chunk("c", 3, "stop") + b"data: [DONE]\n\n"
     headers = {"content-type": "text/event-stream"}
-    answer = httpx2.Response(200, headers=headers, content=_unread(content))
-    http = httpx2.AsyncClient(transport=httpx2.MockTransport(lambda request: answer))
+    response = httpx2.Response(200, headers=headers, content=_in_parts(content))
+    http = httpx2.AsyncClient(transport=httpx2.MockTransport(lambda request: response))
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         async with openai.AsyncOpenAI(api_key="k", http_client=http) as client:
-            made = guard(client, limiter).chat.completions
-            stream = await made.create(model=GPT, max_tokens=50, messages=MESSAGES, stream=True)  # type: ignore[arg-type]
+            completions = guard(client, limiter).chat.completions
+            stream = await completions.create(model=GPT, max_tokens=50, messages=MESSAGES, stream=True)  # type: ignore[arg-type]
             assert [chunk.choices[0].delta.content async for chunk in stream] == ["a", "b", "c"]
         assert round((await limiter.status("agent")).spent * 10**9) == 9 * 400 + 3 * 1_600
 
 
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("breaks", [False, True])
-async def test_a_stream_that_is_left_at_its_last_word_is_read_on_for_the_usage(
+async def test_a_stream_closed_at_its_finish_reason_is_read_on_for_the_usage(
     server: Any, is_async: bool, breaks: bool
 ) -> None:
     frame = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": GPT}
@@ -181,30 +181,27 @@ async def test_a_stream_that_is_left_at_its_last_word_is_read_on_for_the_usage(
                 raise httpx2.ReadError("cut off")
             yield line
 
-    async def arrive_later() -> Any:
+    async def arrive_async() -> Any:
         for line in arrive():
             yield line
 
-    def answer(request: httpx2.Request) -> httpx2.Response:
-        content = arrive_later() if is_async else arrive()
+    def respond(request: httpx2.Request) -> httpx2.Response:
+        content = arrive_async() if is_async else arrive()
         return httpx2.Response(200, headers={"content-type": "text/event-stream"}, content=content)
 
-    transport = httpx2.MockTransport(answer)
-    call: dict[str, Any] = {"model": GPT, "max_tokens": 50, "messages": MESSAGES, "stream": True}
-    if is_async:
-        async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
-            async with openai.AsyncOpenAI(api_key="k", http_client=httpx2.AsyncClient(transport=transport)) as client:
-                stream = await guard(client, limiter).chat.completions.create(**call)
-                assert [(await anext(stream)).choices[0].finish_reason for _ in "ab"] == [None, "stop"]
-                assert len(arrived) == 2
-                await stream.close()
-    else:
-        with BudgetLimiter(server.url, BUDGETS) as limiter:
-            with openai.OpenAI(api_key="k", http_client=httpx2.Client(transport=transport)) as client:
-                stream = guard(client, limiter).chat.completions.create(**call)
-                assert [next(stream).choices[0].finish_reason for _ in "ab"] == [None, "stop"]
-                assert len(arrived) == 2
-                stream.close()
+    transport = httpx2.MockTransport(respond)
+    limiter_class, client_class, http_class = (
+        (AsyncBudgetLimiter, openai.AsyncOpenAI, httpx2.AsyncClient)
+        if is_async
+        else (BudgetLimiter, openai.OpenAI, httpx2.Client)
+    )
+    async with entered(limiter_class(server.url, BUDGETS)) as limiter:
+        async with entered(client_class(api_key="k", http_client=http_class(transport=transport))) as client:  # type: ignore[arg-type]
+            completions = guard(client, limiter).chat.completions
+            stream = await resolve(completions.create(model=GPT, max_tokens=50, messages=MESSAGES, stream=True))
+            assert [(await next_item(stream)).choices[0].finish_reason for _ in "ab"] == [None, "stop"]
+            assert len(arrived) == 2
+            await resolve(stream.close())
     with server.client() as store:
         exact = 9 * 400 + 3 * 1_600
         assert len(arrived) == 3
@@ -212,7 +209,7 @@ async def test_a_stream_that_is_left_at_its_last_word_is_read_on_for_the_usage(
         assert sums(store)["spent"] > exact if breaks else sums(store)["spent"] == exact
 
 
-async def test_what_is_let_through_is_charged_by_what_it_reports(server: Any) -> None:
+async def test_an_allowed_unmetered_call_is_charged_by_its_reported_usage(server: Any) -> None:
     usage = {"input_tokens": 9, "output_tokens": 4, "server_tool_use": {"web_search_requests": 3}}
     http = httpx2.AsyncClient(
         transport=httpx2.MockTransport(lambda request: httpx2.Response(200, json={"usage": usage}))
@@ -220,13 +217,13 @@ async def test_what_is_let_through_is_charged_by_what_it_reports(server: Any) ->
     tools = [{"type": "web_search_20250305", "name": "web_search"}]
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         async with anthropic.AsyncAnthropic(api_key="k", http_client=http) as client:
-            loose = guard(client, limiter, allow_unmetered=True)
-            await loose.messages.create(**{**CALL, "tools": tools})
-        # $10 for a thousand searches, as listed by genai-prices 0.2.3.
+            guarded = guard(client, limiter, allow_unmetered=True)
+            await guarded.messages.create(**{**CALL, "tools": tools})
+        # $10 per thousand searches in genai-prices 0.2.3.
         assert round((await limiter.status("agent")).spent * 10**9) == 9 * 1_000 + 4 * 5_000 + 3 * 10_000_000
 
 
-async def test_azure_is_priced_as_azure(server: Any) -> None:
+async def test_azure_has_its_own_prices(server: Any) -> None:
     usage = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
     paths = []
 
@@ -241,18 +238,18 @@ async def test_azure_is_priced_as_azure(server: Any) -> None:
         ) as client:
             await guard(client, limiter).chat.completions.create(model="gpt-4o", max_tokens=9, messages=MESSAGES)  # type: ignore[arg-type]
         assert paths == ["/openai/deployments/gpt-4o/chat/completions"]
-        # $2.50 and $10 per million, as listed by genai-prices 0.2.3.
+        # $2.50 and $10 per million tokens in genai-prices 0.2.3.
         assert round((await limiter.status("agent")).spent * 10**9) == 9 * 2_500 + 3 * 10_000
         (entry,) = (await limiter.ledger("agent")).items
         assert entry.operation.startswith("chat azure/gpt-4o ")
 
 
-async def test_a_client_that_shares_the_http_client_of_a_guarded_one_is_guarded(
+async def test_a_client_with_the_http_client_of_a_guarded_client_is_guarded(
     provider: LocalProvider, server: Any
 ) -> None:
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         async with raw_client("anthropic", True, provider) as first:
-            shared = guard(first, limiter)._client
+            shared = http_client_of(guard(first, limiter))
             second = anthropic.AsyncAnthropic(api_key="k", base_url=provider.anthropic_url, http_client=shared)
             await second.messages.create(**CALL)
             await guard(second, limiter).messages.create(**CALL)

@@ -1,4 +1,4 @@
-"""What answers tell of their usage, and what their status says of the bill."""
+"""Parsing of reported usage, outcomes of HTTP statuses, and streams whose usage never arrives."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import openai
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
-from ktrdr_budget.metering.guards import guard, taps
+from ktrdr_budget.metering.guards import guard, metered_response
 from ktrdr_budget.metering.guards.bounds import Bound
-from ktrdr_budget.metering.guards.dialect import Listener
-from ktrdr_budget.metering.guards.exchange import judge_status
+from ktrdr_budget.metering.guards.metered_streams import DRAIN_TASK
 from ktrdr_budget.metering.guards.openai import OpenAIDialect
+from ktrdr_budget.metering.guards.response_parser import ResponseParser
+from ktrdr_budget.metering.guards.sdk_call import status_outcome
 from ktrdr_budget.metering.prices import ModelPrice, Prices
 
 from ...helpers.guarded import GPT, MESSAGES
@@ -28,59 +29,59 @@ FRAME = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": GP
 STREAMED = {"content-type": "text/event-stream"}
 
 
-def heard(route: str, *events: dict[str, Any], choices: int = 1) -> Listener:
-    ear = OpenAIDialect().ear(route, Bound("m", 1000, 50, choices=choices))
-    listener = Listener(ear, events=True, unseen_output_tokens=5)
+def parse(route: str, *events: dict[str, Any], choices: int = 1) -> ResponseParser:
+    usage_parser = OpenAIDialect().usage_parser(route, Bound("m", 1000, 50, choices=choices))
+    parser = ResponseParser(usage_parser, events=True, unseen_output_tokens=5)
     for event in events:
-        listener.hear(b"data: " + json.dumps(event).encode() + b"\n\n")
-    return listener
+        parser.feed(b"data: " + json.dumps(event).encode() + b"\n\n")
+    return parser
 
 
-def chunk(index: int, made: int, reason: str | None = None) -> dict[str, Any]:
+def chunk(index: int, output_tokens: int, reason: str | None = None) -> dict[str, Any]:
     choice = {"index": index, "delta": {"content": "x"}, "finish_reason": reason}
-    usage = {"prompt_tokens": 9, "completion_tokens": made, "total_tokens": 9 + made}
+    usage = {"prompt_tokens": 9, "completion_tokens": output_tokens, "total_tokens": 9 + output_tokens}
     return {**FRAME, "choices": [choice], "usage": usage}
 
 
-def test_reasoning_that_a_provider_counts_in_the_total_alone_is_output() -> None:
-    """As xAI does: docs.x.ai/docs/key-information/consumption-and-rate-limits."""
+def test_reasoning_counted_only_in_the_total_is_output() -> None:
+    """xAI reports it this method: docs.x.ai/docs/key-information/consumption-and-rate-limits."""
     usage = {"prompt_tokens": 10_120, "completion_tokens": 1_499, "total_tokens": 14_428}
     usage["completion_tokens_details"] = {"reasoning_tokens": 2_809}  # type: ignore[assignment]
-    told = heard("chat/completions", {**FRAME, "choices": [], "usage": usage}).usage
-    assert told is not None and (told.input_tokens, told.output_tokens) == (10_120, 1_499 + 2_809)
+    parsed = parse("chat/completions", {**FRAME, "choices": [], "usage": usage}).usage
+    assert parsed is not None and (parsed.input_tokens, parsed.output_tokens) == (10_120, 1_499 + 2_809)
 
 
-def test_a_running_usage_is_final_when_the_last_of_several_answers_has_ended() -> None:
+def test_a_running_usage_is_final_when_the_last_of_several_answers_ends() -> None:
     events = [chunk(0, 1), chunk(1, 2), chunk(0, 3, "stop"), chunk(1, 4), chunk(1, 5, "stop")]
     for count, event in enumerate(events, 1):
-        assert heard("chat/completions", *events[:count], choices=2).final == (event is events[-1])
-    told = heard("chat/completions", *events, choices=2).usage
-    assert told is not None and told.output_tokens == 5
+        assert parse("chat/completions", *events[:count], choices=2).final == (event is events[-1])
+    parsed = parse("chat/completions", *events, choices=2).usage
+    assert parsed is not None and parsed.output_tokens == 5
 
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_events_may_be_cut_anywhere_and_end_in_any_way(line_end: str, size: int) -> None:
-    text = "".join(f"data: {json.dumps(chunk(0, made))}\n\n" for made in (1, 2, 3)) + "data: [DONE]\n\n"
+def test_events_are_parsed_with_any_line_ending_and_any_split(line_end: str, size: int) -> None:
+    text = "".join(f"data: {json.dumps(chunk(0, tokens))}\n\n" for tokens in (1, 2, 3)) + "data: [DONE]\n\n"
     data = text.replace("\n", line_end).encode()
-    listener = heard("chat/completions")
-    shown = b"".join(listener.hear(data[at : at + size]) for at in range(0, len(data), size)) + listener.end()
-    assert shown == data
-    assert listener.usage is not None and listener.usage.output_tokens == 3
+    parser = parse("chat/completions")
+    passed_on = b"".join(parser.feed(data[at : at + size]) for at in range(0, len(data), size)) + parser.end()
+    assert passed_on == data
+    assert parser.usage is not None and parser.usage.output_tokens == 3
 
 
-def test_the_name_of_a_tool_counts_when_a_stream_breaks_off() -> None:
-    begun = {"type": "response.output_item.added", "item": {"type": "function_call", "name": "n" * 20}}
-    assert heard("responses", begun).estimate().output_tokens >= 20 + 5
-    assert heard("responses").estimate().output_tokens == 5
+def test_the_estimate_of_a_failed_stream_includes_tool_names() -> None:
+    item = {"type": "response.output_item.added", "item": {"type": "function_call", "name": "n" * 20}}
+    assert parse("responses", item).estimate().output_tokens >= 20 + 5
+    assert parse("responses").estimate().output_tokens == 5
 
 
 def test_a_bad_request_to_azure_may_have_been_billed() -> None:
-    assert (judge_status(400, "azure"), judge_status(400, "openai")) == ("unknown", "rejected")
-    assert (judge_status(429, "azure"), judge_status(200, "azure")) == ("rejected", "answered")
+    assert (status_outcome(400, "azure"), status_outcome(400, "openai")) == ("unknown", "rejected")
+    assert (status_outcome(429, "azure"), status_outcome(200, "azure")) == ("rejected", "answered")
 
 
-async def test_what_azure_s_content_filter_stops_is_kept(server: Any) -> None:
+async def test_a_call_stopped_by_azure_s_content_filter_keeps_its_reservation(server: Any) -> None:
     error = {"error": {"code": "content_filter", "message": "stopped"}}
     http = httpx2.AsyncClient(transport=httpx2.MockTransport(lambda request: httpx2.Response(400, json=error)))
     prices = Prices([ModelPrice("azure", "own", input="1", output="1")])
@@ -91,10 +92,10 @@ async def test_what_azure_s_content_filter_stops_is_kept(server: Any) -> None:
         async with guard(client, limiter, pricer=prices) as guarded:
             with pytest.raises(openai.BadRequestError):
                 await guarded.chat.completions.create(model=GPT, max_tokens=50, messages=MESSAGES)  # type: ignore[arg-type]
-        assert (await limiter.status("agent")).held > 0  # by the price of the deployment: this has no other
+        assert (await limiter.status("agent")).held > 0  # at the price of the deployment, the only configured one
 
 
-# -- a last word that does not come ------------------------------------------------------------------------------------
+# -- usage that never arrives ------------------------------------------------------------------------------------------
 
 LINES = [
     b"data: " + json.dumps({**FRAME, "choices": [choice]}).encode() + b"\n\n"
@@ -106,10 +107,10 @@ LINES = [
 CALL: dict[str, Any] = {"model": GPT, "max_tokens": 500, "messages": MESSAGES, "stream": True}
 
 
-async def test_a_last_word_is_awaited_for_no_longer_than_it_is_worth(
+async def test_closing_a_stream_waits_for_its_usage_for_a_limited_time(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taps, "DRAIN_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(metered_response, "USAGE_TIMEOUT_S", 0.05)
 
     async def arrive() -> Any:
         for line in LINES:
@@ -121,26 +122,26 @@ async def test_a_last_word_is_awaited_for_no_longer_than_it_is_worth(
     )
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         async with openai.AsyncOpenAI(api_key="k", http_client=http) as client:
-            made = guard(client, limiter).chat.completions
-            stream = await made.create(**CALL)
+            completions = guard(client, limiter).chat.completions
+            stream = await completions.create(**CALL)
             _ = [await anext(stream) for _ in LINES]
             await asyncio.wait_for(stream.close(), 30)
-            _check(server)
-            stream = await made.create(**CALL)
+            _check_estimates(server)
+            stream = await completions.create(**CALL)
             _ = [await anext(stream) for _ in LINES]
-            monkeypatch.setattr(taps, "DRAIN_TIMEOUT_S", 60)
+            monkeypatch.setattr(metered_response, "USAGE_TIMEOUT_S", 60)
             closing = asyncio.create_task(stream.close())
             await until(lambda: closing.get_coro().cr_await is not None)  # type: ignore[union-attr]
             closing.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await closing
-            _check(server, calls=2)
+            _check_estimates(server, calls=2)
 
 
-async def test_a_cancelled_caller_is_not_kept_while_his_stream_is_read_on(
+async def test_a_cancelled_caller_does_not_wait_for_the_drain_of_its_stream(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taps, "DRAIN_TIMEOUT_S", 3600)
+    monkeypatch.setattr(metered_response, "USAGE_TIMEOUT_S", 3600)
 
     async def arrive() -> Any:
         for line in LINES:
@@ -166,14 +167,16 @@ async def test_a_cancelled_caller_is_not_kept_while_his_stream_is_read_on(
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await asyncio.wait_for(task, 60)
-            (reading,) = taps._background
-            reading.cancel()  # as a loop does that ends
-            await reading
-            _check(server)
+            (drain,) = [task for task in asyncio.all_tasks() if task.get_name() == DRAIN_TASK]
+            drain.cancel()  # as a closing event loop does
+            await drain
+            _check_estimates(server)
 
 
-def test_sync_code_awaits_a_last_word_no_longer_either(server: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taps, "DRAIN_TIMEOUT_S", 0.05)
+def test_closing_a_sync_stream_waits_for_its_usage_for_a_limited_time(
+    server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metered_response, "USAGE_TIMEOUT_S", 0.05)
     never = threading.Event()
 
     def arrive() -> Any:
@@ -188,16 +191,16 @@ def test_sync_code_awaits_a_last_word_no_longer_either(server: Any, monkeypatch:
         _ = [next(stream) for _ in LINES]
         try:
             stream.close()
-            _check(server)
+            _check_estimates(server)
         finally:
             never.set()
 
 
-def _check(server: Any, calls: int = 1) -> None:
-    """Each call is settled, by an estimate."""
+def _check_estimates(server: Any, calls: int = 1) -> None:
+    """Check that so many calls were settled, each by an estimate."""
     with server.client() as store:
-        found = sums(store)
-        assert found["held"] == 0 and found["spent"] > 0
+        figures = sums(store)
+        assert figures["held"] == 0 and figures["spent"] > 0
         (ledger,) = store.keys("ktrdr:*:l:agent:*")
         labels = [entry.operation for entry in ledger_entries(store, ledger)]
         assert len(labels) == calls and all("estimated" in label for label in labels)

@@ -1,7 +1,7 @@
 """Prometheus metrics of the agent's research cycles.
 
-Counters and histograms are this replica's, and panels sum them. The gauges beside them, ``agent_budget_*_dollars``, are
-the store's: :mod:`~ktrdr_budget.telemetry.metrics` reads them when it is scraped.
+Counters and histograms belong to the replica; panels sum them. The gauges ``agent_budget_*_dollars`` belong to the
+store and are read at scrape time by :mod:`~ktrdr_budget.telemetry.metrics`.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ PHASE_BUCKETS_S = (10, 30, 60, 120, 300, 600)
 
 
 class AgentMetrics:
-    """The metrics of one agent: give :meth:`observe` to its limiter as an ``observer``, and report cycles.
+    """Metrics of an agent. Pass :meth:`observe` to its limiter as an ``observer``; the agent reports its cycles.
 
     Args:
-        registry: where they are registered: that of :class:`~ktrdr_budget.telemetry.metrics.LimiterMetrics`, whose
-            :meth:`render` shows them then.
+        registry: the registry of :class:`~ktrdr_budget.telemetry.metrics.LimiterMetrics`, whose :meth:`render` includes
+            these metrics.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -64,7 +64,7 @@ class AgentMetrics:
         self._start_at_zero()
 
     def _start_at_zero(self) -> None:
-        """A rate over a counter that appears with its first event would miss that event."""
+        """Export every counter at 0: a rate misses the event with which a counter first appears."""
         for outcome in OUTCOMES:
             self._cycles.labels(outcome)
         for phase in PHASES:
@@ -76,24 +76,24 @@ class AgentMetrics:
             self._tokens.labels(phase)
 
     def cycle_ended(self, outcome: str, seconds: float) -> None:
-        """A cycle ended: ``completed``, ``failed`` or ``cancelled``."""
+        """Count a cycle that ended as ``completed``, ``failed`` or ``cancelled``."""
         self._cycles.labels(_known(outcome, OUTCOMES)).inc()
         self._cycle_seconds.observe(seconds)
 
     def phase_ended(self, phase: str, seconds: float) -> None:
-        """A phase ended, well or not: ``designing``, ``training``, ``backtesting`` or ``assessing``."""
+        """Count a phase that ended, successfully or not."""
         self._phase_seconds.labels(_known(phase, PHASES)).observe(seconds)
 
     def gate(self, gate: str, passed: bool) -> None:
-        """A gate decided: ``training`` or ``backtest``."""
+        """Count the decision of a gate, ``training`` or ``backtest``."""
         self._gates.labels(_known(gate, GATES), "pass" if passed else "fail").inc()
 
     def tokens(self, phase: str, count: int) -> None:
-        """Tokens, of the prompt and of the answer, of a model call in ``design`` or ``assessment``."""
+        """Count the input and output tokens of a model call in ``design`` or ``assessment``."""
         self._tokens.labels(_known(phase, MODEL_PHASES)).inc(count)
 
     def observe(self, observation: Observation) -> None:
-        """Counts what a finished call of the limiter spent: an ``observer`` of the limiter."""
+        """Count the spend of a finished call; an ``observer`` of the limiter."""
         settlement = observation.result
         if isinstance(settlement, Settlement) and not settlement.replayed:
             self._spend.inc(float(settlement.amounts.get(AGENT, 0)))

@@ -1,4 +1,4 @@
-"""Whether the books add up, as a metric: checks the current windows on the live store now and then (P11)."""
+"""Periodic audit of the current windows in the live store, as a metric (P11)."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ logger = logging.getLogger("ktrdr_budget")
 
 INTERVAL_S = 60.0
 PAUSE_FACTOR = 20
-"""A check may take a twentieth of the time: long ledgers are checked less often."""
+"""A check uses at most 1/20 of the time: long ledgers are checked less often."""
 
 
 class Audit(Collector):
-    """Gauge ``ktrdr_budget_adds_up{budget}``: 1 if the window adds up, 0 if not; absent until it was checked."""
+    """Gauge ``ktrdr_budget_adds_up{budget}``: 1 if the window adds up, 0 if not, absent until checked."""
 
     def __init__(self, interval_s: float = INTERVAL_S) -> None:
         self._interval_s = interval_s
@@ -40,7 +40,7 @@ class Audit(Collector):
         self._closed = False
 
     def collect(self) -> Iterator[Metric]:
-        """What the last check found."""
+        """Return the result of the last check."""
         text = "Whether spent and held of the current window are the sums of its ledger and its open holds."
         family = GaugeMetricFamily("ktrdr_budget_adds_up", text, labels=["budget"])
         for budget, adds_up in self._adds_up.items():
@@ -48,7 +48,7 @@ class Audit(Collector):
         yield family
 
     async def run(self, limiter: AsyncBudgetLimiter) -> None:
-        """Checks for ever; cancel it to stop."""
+        """Check periodically until cancelled."""
         self._closed = False
         try:
             await self._run(limiter)
@@ -61,17 +61,17 @@ class Audit(Collector):
             try:
                 await self.check(limiter)
             except StoreUnavailable:
-                self._adds_up = {}  # unknown is not fine
+                self._adds_up = {}  # an unknown result is not a good one
             except Exception:
-                logger.exception("the check of the books failed")
+                logger.exception("audit of the current windows failed")
                 self._adds_up = {}
             await asyncio.sleep(max(self._interval_s, PAUSE_FACTOR * (time.monotonic() - started)))
 
     async def check(self, limiter: AsyncBudgetLimiter) -> None:
-        """Checks the current windows once.
+        """Check the current windows once.
 
         Raises:
-            StoreUnavailable: the store does not answer.
+            StoreUnavailable: the store does not reply.
         """
         windows = [
             (status.budget, stored_window(status.window, limiter.budgets[status.budget].definition))
@@ -89,7 +89,7 @@ class Audit(Collector):
         self._adds_up = found
 
     def close(self) -> None:
-        """Disconnects; from a check that is under way, when it has ended."""
+        """Disconnect; a check in progress disconnects when it ends."""
         self._closed = True
         if self._checking.acquire(blocking=False):
             self._disconnect()
@@ -98,7 +98,7 @@ class Audit(Collector):
     def _reports(
         self, limiter: AsyncBudgetLimiter, address: str, windows: Collection[tuple[str, str]]
     ) -> Sequence[WindowReport]:
-        """In a thread."""
+        """Run the check; called in a thread."""
         with self._checking:
             try:
                 audited = address, limiter.tenant

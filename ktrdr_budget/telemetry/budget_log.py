@@ -1,4 +1,4 @@
-"""The log of one limiter's money: spend on the agent's budget, and denials."""
+"""Log of a limiter's spend on the agent's budget, and of its denials."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 __all__ = ["CALLER_LOGS", "BudgetLog"]
 
 CALLER_LOGS: contextvars.ContextVar[str] = contextvars.ContextVar("caller_logs", default="")
-"""The budget whose denials the caller logs itself, each of them."""
+"""Budget whose denials the caller logs itself."""
 
 
 class BudgetLog:
-    """Give :meth:`observe` to a limiter as an ``observer``, then :meth:`watch` the limiter.
+    """Pass :meth:`observe` to a limiter as an ``observer``, then pass the limiter to :meth:`watch`.
 
-    Spend is logged with the status of the window just after it. One status is read for all spend that a batch brings,
-    outside of every trace.
+    Spend is logged with a status of the window, read just after it; one status serves all spend of a batch. The reads
+    are part of no trace.
     """
 
     def __init__(self) -> None:
@@ -36,19 +36,19 @@ class BudgetLog:
         self._spent: list[tuple[Amount, str]] = []
         self._writing: asyncio.Task[None] | None = None
         self._silent_until_ms: dict[str, int | None] = {}
-        """Of each budget that has denied: when its window ends."""
+        """End of the current window per budget that has denied."""
 
     def watch(self, limiter: AsyncBudgetLimiter) -> None:
-        """Read statuses from this limiter from now on."""
+        """Use this limiter to read statuses."""
         self._limiter = limiter
 
     async def drain(self) -> None:
-        """Wait until all spend is logged; the limiter must be open still."""
+        """Wait until all spend is logged; call it before the limiter is closed."""
         if self._writing is not None:
             await self._writing
 
     def observe(self, observation: Observation) -> None:
-        """Log what a finished call has spent, or why it was denied."""
+        """Log the spend of a finished call, or its denial."""
         result, error = observation.result, observation.error
         if isinstance(error, BudgetExceeded):
             if error.budget != observation.context.get(CALLER_LOGS):
@@ -70,7 +70,7 @@ class BudgetLog:
                 spent, self._spent = self._spent, []
                 try:
                     status = await limiter.status(AGENT, complete=True)
-                # The spend is recorded all the same; its total is unknown, also in a limiter that is being closed.
+                # The spend is recorded in any case; a closing limiter, too, cannot read the total.
                 except (BudgetError, RuntimeError):
                     status = None
                 for amount, operation_id in spent:

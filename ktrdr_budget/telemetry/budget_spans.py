@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ktrdr_budget.errors import BudgetExceeded
 from ktrdr_budget.models import Settlement
 from ktrdr_budget.telemetry.outcomes import outcome_of
-from ktrdr_budget.telemetry.spans import active_tracer, operation_of, without_secrets
+from ktrdr_budget.telemetry.spans import operation_of, own_tracer, without_secrets
 
 if TYPE_CHECKING:
     from ktrdr_budget.engine.batching.dispatcher import Observation
@@ -22,32 +22,28 @@ _ADMITTING = ("reserve", "grow")
 
 
 def trace_call(observation: Observation) -> None:
-    """Writes the span of a finished call: an ``observer`` of the limiter.
+    """Write the span of a finished call; an ``observer`` of the limiter.
 
-    It is a child of the span in which the call was made. A call that was made in none, or in one that is not recorded,
-    has none either: a scrape or a probe makes no trace.
+    It is a child of the caller's current span. Without a recorded span, as in a scrape or a probe, none is written.
     """
-    tracer = active_tracer()
-    if tracer is None:
-        return
     from opentelemetry import context, trace
 
-    # A copy, for the call's context may be the one that this runs in, and none can be entered twice.
+    # A copy, since a context cannot be entered twice, and this may run in the caller's.
     caller = observation.context.copy().run(context.get_current)
     parent = trace.get_current_span(caller).get_span_context()
     if not (parent.is_valid and parent.trace_flags.sampled):
         return
     ended_ns = time.time_ns()
-    written = tracer.start_span(
+    written = own_tracer().start_span(
         PREFIX + observation.operation.replace(" ", "_"),
         caller,
         attributes={PREFIX + name: value for name, value in _attributes(observation).items()} | operation_of(caller),
         start_time=ended_ns - int(observation.seconds * 1e9),
     )
     if observation.error is not None and not isinstance(observation.error, BudgetExceeded):
-        words = without_secrets(f"{type(observation.error).__name__}: {observation.error}")
-        written.set_attribute("error", words)
-        written.set_status(trace.Status(trace.StatusCode.ERROR, words))
+        text = without_secrets(f"{type(observation.error).__name__}: {observation.error}")
+        written.set_attribute("error", text)
+        written.set_status(trace.Status(trace.StatusCode.ERROR, text))
     written.end(ended_ns)
 
 
@@ -68,7 +64,7 @@ def _attributes(observation: Observation) -> dict[str, Any]:
 
 
 def _of_amounts(amounts: Mapping[str, Amount]) -> dict[str, Any]:
-    return {"names": list(amounts), "amounts": [_told(amount) for amount in amounts.values()]}
+    return {"names": list(amounts), "amounts": [_plain(amount) for amount in amounts.values()]}
 
 
 def _of_settlement(settlement: Settlement) -> dict[str, Any]:
@@ -77,11 +73,11 @@ def _of_settlement(settlement: Settlement) -> dict[str, Any]:
 
 
 def _of_denial(error: BudgetExceeded) -> dict[str, Any]:
-    found: dict[str, Any] = {"denied_by": error.budget, "requested": _told(error.requested)}
-    found |= {"remaining": _told(error.remaining), "fits": _told(error.fits)}
+    found: dict[str, Any] = {"denied_by": error.budget, "requested": _plain(error.requested)}
+    found |= {"remaining": _plain(error.remaining), "fits": _plain(error.fits)}
     return found | ({} if error.retry_after is None else {"retry_after_s": error.retry_after})
 
 
-def _told(amount: Amount) -> str:
-    """Dollars, or a count, without an exponent."""
+def _plain(amount: Amount) -> str:
+    """Format dollars or a count without an exponent."""
     return f"{amount:f}" if not isinstance(amount, int) else str(amount)

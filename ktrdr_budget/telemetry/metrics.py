@@ -1,11 +1,11 @@
 """Prometheus metrics of a limiter.
 
-Two kinds. *Figures* (limit, spent, held, …) are the store's: they are read from it at scrape time, and are absent when
-they are unknown, for an unknown budget is not a full one. *Counters* and *histograms* are this replica's: they hang on
-the limiter's hook.
+*Figures* (limit, spent, held, …) belong to the store: they are read at scrape time, and are absent while unknown, since
+an unknown budget is not a full one. *Counters* and *histograms* belong to the replica: an observer of the limiter
+updates them.
 
-Nothing is registered globally. A replica of several processes on one port counts in the files of
-``PROMETHEUS_MULTIPROC_DIR``, if that is set before ``prometheus_client`` is first imported.
+Nothing is registered globally. A replica with several processes on one port counts in the files of
+``PROMETHEUS_MULTIPROC_DIR``, if that is set before the first import of ``prometheus_client``.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ OPERATIONS = ("reserve", "commit", "release", "extend", "grow", "record", "statu
 AGENT = "agent"
 AGENT_FIGURES = {
     "limit": "The agent's limit in force today; absent when unknown or unlimited.",
-    "spent": "What the agent has spent today; absent when unknown.",
-    "held": "What the agent's open holds reserve today; absent when unknown.",
-    "unconfirmed": "What is charged today for holds of the agent whose worker did not report; absent when unknown.",
-    "remaining": "What the agent can still spend today; absent when unknown or unlimited.",
+    "spent": "The agent's spend today; absent when unknown.",
+    "held": "Reserved by the agent's open holds today; absent when unknown.",
+    "unconfirmed": "Charged today for holds of the agent that expired unsettled; absent when unknown.",
+    "remaining": "The agent's remaining budget today; absent when unknown or unlimited.",
 }
 FIGURES = {
     "limit": "Limit in force; absent if the budget is unlimited.",
     "spent": "Confirmed spend in the current window.",
     "held": "Sum of the open holds in the current window.",
-    "unconfirmed": "Charged in the current window for holds whose worker did not report in time.",
-    "remaining": "What can still be reserved in the current window; absent if the budget is unlimited.",
+    "unconfirmed": "Charged in the current window for holds that expired unsettled.",
+    "remaining": "Amount that can be reserved in the current window; absent if the budget is unlimited.",
 }
 
 
 class LimiterMetrics:
-    """The metrics of one limiter: give :meth:`observe` to it as its ``observer``, then :meth:`watch` it.
+    """Metrics of a limiter. Pass :meth:`observe` to it as its ``observer``, then pass it to :meth:`watch`.
 
     Args:
-        registry: where counters and histograms are registered; its own one by default. They are in :meth:`render` too.
+        registry: registry of counters and histograms, included in :meth:`render`; by default a new one.
     """
 
     def __init__(self, registry: CollectorRegistry | None = None) -> None:
@@ -61,10 +61,10 @@ class LimiterMetrics:
         self.limiter: AsyncBudgetLimiter | None = None
         self._collectors: list[Collector] = []
         self._losses_seen = 0
-        self._told_seen: dict[tuple[Counter, str], int] = {}
+        self._counted_before: dict[tuple[Counter, str], int] = {}
         self._reservations = Counter(
             "ktrdr_budget_reservations_total",
-            "Reservations by outcome; the reason tells why one was not granted.",
+            "Reservations by outcome; the reason explains those not granted.",
             ("outcome", "reason"),
             registry=self.registry,
         )
@@ -82,44 +82,44 @@ class LimiterMetrics:
         )
         self._losses = Counter(
             "ktrdr_budget_losses_total",
-            "Times that this replica saw the store to have gone back in time: spend may be missing.",
+            "Data losses of the store that this replica detected: spend may be missing.",
             registry=self.registry,
         )
         self._repaired = Counter(
             "ktrdr_budget_repaired_total",
-            "What this replica told the store again after it had lost it: settlements, open holds, totals of windows.",
+            "Data replayed by this replica after a loss: settlements, open holds, totals of windows.",
             ("what",),
             registry=self.registry,
         )
         self._forgotten = Counter(
             "ktrdr_budget_unrepaired_total",
-            "What this replica could not tell the store again: ids of settlements, and holds, beyond its memory.",
+            "Data that this replica could not replay: ids of settlements, and holds, beyond its journal.",
             ("what",),
             registry=self.registry,
         )
         self._resolved = Counter(
             "ktrdr_budget_resolved_total",
-            "Requests of this replica whose reply was lost, by what became of them.",
+            "Requests of this replica whose reply was lost, by their outcome.",
             ("outcome",),
             registry=self.registry,
         )
         self._seconds = Histogram(
             "ktrdr_budget_call_seconds",
-            "Duration of the limiter's calls, waiting for the store included.",
+            "Duration of the limiter's calls, including the wait for the store.",
             ("operation",),
             buckets=BUCKETS_S,
             registry=self.registry,
         )
-        # Children are kept, for labels() costs as much as the counting.
+        # Children are cached, since labels() costs as much as the increment.
         self._by_outcome = {labels: self._reservations.labels(*labels) for labels in OUTCOMES}
         self._unexpected = self._by_outcome["error", "unexpected"]
         self._by_operation = {operation: self._seconds.labels(operation) for operation in OPERATIONS}
 
     def watch(self, limiter: AsyncBudgetLimiter) -> None:
-        """Reads figures from this limiter from now on; what its budgets may count starts at 0."""
+        """Read figures from this limiter; initialise the counters of its budgets to 0."""
         self.limiter = limiter
         self._losses_seen = 0
-        self._told_seen.clear()
+        self._counted_before.clear()
         for budget in limiter.budgets.values():
             self._spend.labels(budget.name, budget.unit)
             self._overruns.labels(budget.name)
@@ -128,12 +128,12 @@ class LimiterMetrics:
         """Add a collector of the store's figures to :meth:`render`; they are absent while the store does not reply."""
         self._collectors.append(collector)
 
-    # -- this replica's ------------------------------------------------------------------------------------------------
+    # -- counters of this replica --------------------------------------------------------------------------------------
 
     def observe(self, observation: Observation) -> None:
-        """Counts a finished call: the limiter's ``observer``."""
+        """Count a finished call; the limiter's ``observer``."""
         result, operation = observation.result, observation.operation
-        if operation != "resolve":  # which is no call
+        if operation != "resolve":  # which is not a call
             seconds = self._by_operation.get(operation)
             if seconds is None:
                 seconds = self._by_operation[operation] = self._seconds.labels(operation)
@@ -163,28 +163,28 @@ class LimiterMetrics:
             self._losses_seen = self.limiter.losses
 
     def _count_resolved(self) -> None:
-        """What happens without a call is counted at a scrape."""
+        """Update the counters of events outside of calls, at scrape time."""
         limiter = self.limiter
         assert limiter is not None
         done = limiter.repaired
         for what in ("settlements", "holds", "windows"):
-            self._raise(self._repaired, what, getattr(done, what))
+            self._raise_to(self._repaired, what, getattr(done, what))
         for what in ("settlements", "holds"):
-            self._raise(self._forgotten, what, getattr(done, f"forgotten_{what}"))
+            self._raise_to(self._forgotten, what, getattr(done, f"forgotten_{what}"))
         for outcome, count in limiter.resolved.items():
-            self._raise(self._resolved, outcome, count)
+            self._raise_to(self._resolved, outcome, count)
 
-    def _raise(self, counter: Counter, label: str, total: int) -> None:
-        seen = self._told_seen.get((counter, label), 0)
-        child = counter.labels(label)  # exported from the first scrape on: a rate needs the 0 before the first event
+    def _raise_to(self, counter: Counter, label: str, total: int) -> None:
+        seen = self._counted_before.get((counter, label), 0)
+        child = counter.labels(label)  # exported at 0 from the first scrape on, as rates need
         if total > seen:
             child.inc(total - seen)
-            self._told_seen[counter, label] = total
+            self._counted_before[counter, label] = total
 
-    # -- the store's ---------------------------------------------------------------------------------------------------
+    # -- figures of the store ------------------------------------------------------------------------------------------
 
     async def render(self, accept: str = "") -> tuple[bytes, str]:
-        """One scrape: the text and its media type, as the ``Accept`` header asks for it."""
+        """Render a scrape; return the text and its media type, chosen by the ``Accept`` header."""
         statuses, store_up = await self._statuses()
         self._count_resolved()
         encode, media_type = choose_encoder(accept)
@@ -197,13 +197,13 @@ class LimiterMetrics:
         assert self.limiter is not None
         gauge = GaugeMetricFamily(
             "ktrdr_budget_unresolved",
-            "Requests of this process whose reply was lost, and whose outcome is unknown yet.",
+            "Requests of this process whose reply was lost and whose outcome is still unknown.",
         )
         gauge.add_metric([], float(self.limiter.unresolved))
         return gauge
 
     async def _statuses(self) -> tuple[list[Status], bool]:
-        """Every budget whose figures are known, and whether the store answered."""
+        """Return the status of every budget with known figures, and whether the store replied."""
         assert self.limiter is not None, "watch() a limiter first"
         try:
             return await self.limiter.statuses(complete=True), True
@@ -211,7 +211,7 @@ class LimiterMetrics:
             return [], False
 
     def _counted(self) -> Iterator[Metric]:
-        # With several processes, the registry knows of one; the files, of all.
+        # With several processes, the registry has the metrics of one; the files have those of all.
         several = getattr(values.ValueClass, "_multiprocess", False)
         counted = MultiProcessCollector(None) if several else self.registry  # type: ignore[no-untyped-call]
         for family in counted.collect():
@@ -220,7 +220,7 @@ class LimiterMetrics:
 
 
 class _Families(Collector):
-    """Metrics that were collected already, for the encoders."""
+    """Adapts collected metrics for the encoders."""
 
     def __init__(self, families: Iterable[Metric]) -> None:
         self._families = families
@@ -230,7 +230,7 @@ class _Families(Collector):
 
 
 def _figures(statuses: Iterable[Status], store_up: bool) -> Iterator[Metric]:
-    up = GaugeMetricFamily("ktrdr_budget_store_up", "Whether the store answered this scrape.")
+    up = GaugeMetricFamily("ktrdr_budget_store_up", "Whether the store replied to this scrape.")
     up.add_metric([], float(store_up))
     yield up
     families = {

@@ -1,4 +1,4 @@
-"""How a call of the limiter ended, in the words that metrics and spans share; and how several hooks share a limiter."""
+"""Outcomes of the limiter's calls for metrics and spans, and the combination of observers."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ OUTCOMES = (
     ("error", "unknown_budget"),
     ("error", "unexpected"),
 )
-"""Every outcome of a reservation, with its reason."""
-# The first class that an error belongs to.
+"""All outcomes of a reservation, each with its reason."""
+# The first matching class decides.
 _REASONS: tuple[tuple[type[BaseException], str, str], ...] = (
     (StoreError, "unavailable", "refused"),
     (StoreUnavailable, "unavailable", "no_answer"),
@@ -58,7 +58,7 @@ _REASONS: tuple[tuple[type[BaseException], str, str], ...] = (
 
 
 def outcome_of(result: object, error: BaseException | None) -> tuple[str, str]:
-    """Outcome and reason of a call that may reserve; the reason is empty if there is none."""
+    """Return outcome and reason of a call that may reserve; the reason is empty for a grant."""
     if error is None:
         if getattr(result, "replayed", False):
             return "replayed", ""
@@ -71,13 +71,13 @@ def outcome_of(result: object, error: BaseException | None) -> tuple[str, str]:
 
 
 def combined(*observers: Observer) -> Observer:
-    """One observer that tells all of these, in this order; what one raises is logged and hinders no other."""
+    """Combine observers into one that calls them in order; an exception is logged and affects no other observer."""
 
     def observe(observation: Observation) -> None:
         for observer in observers:
             try:
                 observer(observation)
             except Exception:
-                logger.exception("a hook failed; the budget is not affected")
+                logger.exception("observer failed; the budget is not affected")
 
     return observe

@@ -1,7 +1,7 @@
-"""OpenTelemetry for the service: what is traced, and where it goes.
+"""OpenTelemetry tracing of the service: configuration, instrumentation and export.
 
-Configured by the standard's environment variables, above all ``OTEL_EXPORTER_OTLP_ENDPOINT``. Without an endpoint
-nothing is imported, installed or exported.
+Configured by the standard environment variables, above all ``OTEL_EXPORTER_OTLP_ENDPOINT``. Without an endpoint,
+nothing is installed or exported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 from ktrdr_budget.telemetry.budget_spans import trace_call
 from ktrdr_budget.telemetry.spans import (
     Span,
-    active_tracer,
     current_link,
     current_trace_id,
     operation_of,
@@ -62,7 +61,7 @@ EXCLUDED_PATHS = (
     *("docs", "docs/oauth2-redirect", "redoc", r"openapi\.json"),
     *("api/v1/agent/status", "api/v1/agent/budget"),
 )
-"""Probes, scrapes, documents and polls make no traces."""
+"""Probes, scrapes, documents and polls, which are not traced."""
 EXPORTERS = {
     "http/protobuf": ("opentelemetry.exporter.otlp.proto.http.trace_exporter", "ktrdr-budget[tracing]"),
     "grpc": ("opentelemetry.exporter.otlp.proto.grpc.trace_exporter", "opentelemetry-exporter-otlp-proto-grpc"),
@@ -75,13 +74,13 @@ _configured: _Tracing | None = None
 
 
 def configure_tracing(service_name: str = SERVICE_NAME) -> bool:
-    """Traces this process, if the environment names an endpoint; returns whether it does. Further calls do nothing.
+    """Enable tracing if the environment names an endpoint; return whether it is enabled. Repeated calls have no effect.
 
-    Redis spans are written for clients that are made afterwards. What hinders tracing is logged in one line, and the
-    process does without. A tracer provider that the process has already stays; it learns of operations, no more.
+    Redis clients created afterwards are traced. An error is logged in one line, and the process continues without
+    tracing. A tracer provider that the process already has is kept; only :func:`operation_processor` is added to it.
 
     Args:
-        service_name: unless ``OTEL_SERVICE_NAME`` or ``OTEL_RESOURCE_ATTRIBUTES`` tells another.
+        service_name: overridden by ``OTEL_SERVICE_NAME`` or ``OTEL_RESOURCE_ATTRIBUTES``.
     """
     global _configured
     if _configured is not None:
@@ -90,26 +89,27 @@ def configure_tracing(service_name: str = SERVICE_NAME) -> bool:
     if protocol is None:
         return False
     try:
-        if active_tracer() is not None:
-            _tell_operations_to_others()
+        if _add_operation_processor():
             return False
         _configured = _Tracing(service_name, protocol)
     except ImportError as error:
         needed = EXPORTERS[protocol][1]
-        logger.error("no tracing: %s is not installed; install %s", error.name or error, needed)
+        logger.error("tracing disabled: %s is not installed; install %s", error.name or error, needed)
     except Exception as error:
-        logger.error("no tracing: %s", without_secrets(f"{type(error).__name__}: {error}"))
+        logger.error("tracing disabled: %s", without_secrets(f"{type(error).__name__}: {error}"))
     return _configured is not None
 
 
 def instrument(app: FastAPI) -> None:
-    """Traces the app's requests but for probes, scrapes and polls, before it is first used. Nothing without tracing."""
+    """Trace the app's requests except probes, scrapes and polls. Call it before the app's first request."""
     if _configured is None or getattr(app, "_is_instrumented_by_opentelemetry", False):
         return
     try:
         from opentelemetry.instrumentation.fastapi import FastAPIInstrumentor
     except ImportError as error:
-        logger.error("no traces of requests: %s is not installed; install ktrdr-budget[tracing]", error.name or error)
+        logger.error(
+            "tracing of requests disabled: %s is not installed; install ktrdr-budget[tracing]", error.name or error
+        )
         return
     FastAPIInstrumentor.instrument_app(
         app,
@@ -120,7 +120,7 @@ def instrument(app: FastAPI) -> None:
 
 
 def flush_tracing(timeout_s: float = FLUSH_S) -> bool:
-    """Sends what was recorded so far; returns whether that was done in time. Blocks until then."""
+    """Export the recorded spans, blocking for at most ``timeout_s``; return whether that succeeded."""
     return _configured is None or _configured.flush(timeout_s)
 
 
@@ -128,14 +128,14 @@ def flush_tracing(timeout_s: float = FLUSH_S) -> bool:
 
 
 def _setting(name: str) -> str:
-    """A setting of the exporter: the one for traces before the one for everything."""
+    """Return a setting of the exporter; the one for traces overrides the general one."""
     return (
         os.environ.get(f"OTEL_EXPORTER_OTLP_TRACES_{name}") or os.environ.get(f"OTEL_EXPORTER_OTLP_{name}") or ""
     ).strip()
 
 
 def _protocol() -> str | None:
-    """How to export; ``None`` if tracing is not wanted, or not so."""
+    """Return the export protocol; ``None`` if tracing is disabled or the protocol is unsupported."""
     if not _setting("ENDPOINT") or os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None
     exporter = os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() or "otlp"
@@ -143,11 +143,11 @@ def _protocol() -> str | None:
     if exporter == "none":
         return None
     if exporter != "otlp":
-        logger.error("no tracing: OTEL_TRACES_EXPORTER must be 'otlp' or 'none', not %r", exporter)
+        logger.error("tracing disabled: OTEL_TRACES_EXPORTER must be 'otlp' or 'none', not %r", exporter)
         return None
     if protocol not in EXPORTERS:
         logger.error(
-            "no tracing: OTEL_EXPORTER_OTLP_PROTOCOL must be one of %s, not %r", ", ".join(EXPORTERS), protocol
+            "tracing disabled: OTEL_EXPORTER_OTLP_PROTOCOL must be one of %s, not %r", ", ".join(EXPORTERS), protocol
         )
         return None
     return protocol
@@ -164,16 +164,16 @@ def _resource(service_name: str) -> Resource:
     from opentelemetry.sdk.resources import OTELResourceDetector, Resource
 
     own: dict[str, Any] = {"service.name": service_name, "service.instance.id": str(uuid.uuid4())}
-    with contextlib.suppress(PackageNotFoundError):  # a checkout that is not installed
+    with contextlib.suppress(PackageNotFoundError):  # the package is not installed
         own["service.version"] = version("ktrdr-budget")
     return Resource.create({**own, **OTELResourceDetector().detect().attributes})
 
 
-# -- what is installed -------------------------------------------------------------------------------------------------
+# -- providers ---------------------------------------------------------------------------------------------------------
 
 
 class _Tracing:
-    """The tracing of this process, from its configuration to the end of the process."""
+    """Tracing of this process, from configuration to exit."""
 
     def __init__(self, service_name: str, protocol: str) -> None:
         from opentelemetry import trace
@@ -190,7 +190,7 @@ class _Tracing:
         processors.add_span_processor(BatchSpanProcessor(self._exporter))
         resource = _resource(service_name)
         self.provider = TracerProvider(resource=resource, shutdown_on_exit=False, active_span_processor=processors)
-        # Redis begins no trace: what probes, scrapes and work in the background ask of it has no parent.
+        # A Redis command starts no trace of its own: those of probes, scrapes and background work have no parent.
         children_only = TracerProvider(
             sampler=ParentBased(ALWAYS_OFF),
             resource=resource,
@@ -209,13 +209,13 @@ class _Tracing:
         return self._in_time
 
     def _end(self) -> None:
-        # A collector that did not answer a moment ago is not waited for a second time.
+        # A collector that has just timed out gets no second full timeout.
         if not self._jobs.run(self.provider.shutdown, FLUSH_S if self._in_time else 0.1):
-            self._exporter.shutdown()  # no further attempt
+            self._exporter.shutdown()  # cancels retries
 
 
 class _Jobs:
-    """A thread for what may take longer than anybody waits; it is there before the interpreter ends and starts none."""
+    """A thread for jobs with a timeout, started early since none can start during interpreter shutdown."""
 
     def __init__(self) -> None:
         self._start()
@@ -226,11 +226,11 @@ class _Jobs:
         self._thread.start()
 
     def run(self, job: Callable[[], Any], timeout_s: float) -> bool:
-        """Whether the job was done in time."""
-        if not self._thread.is_alive():  # this process is a fork of the one that started it
+        """Run a job; return whether it succeeded within the timeout."""
+        if not self._thread.is_alive():  # after a fork
             try:
                 self._start()
-            except RuntimeError:  # too late for a thread
+            except RuntimeError:  # interpreter shutdown
                 return False
         done: concurrent.futures.Future[Any] = concurrent.futures.Future()
         self._queue.put((job, done))
@@ -257,7 +257,7 @@ def _exporter(protocol: str) -> SpanExporter:
     exporter: SpanExporter = import_module(EXPORTERS[protocol][0]).OTLPSpanExporter()
 
     class Masked(SpanExporter):
-        """Instrumentations record exceptions as they are; nothing secret that those may quote leaves the process."""
+        """Masks secrets in exceptions, which instrumentations record unchanged."""
 
         def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult:
             return exporter.export([_masked(span) for span in spans])
@@ -300,32 +300,34 @@ def _masked(span: ReadableSpan) -> ReadableSpan:
 
 
 def _is_missing_script(span: ReadableSpan) -> bool:
-    """A store that is told a script for the first time: the next span tells it, and nothing is wrong."""
+    """Whether the span is an EVALSHA of a script that the store has yet to load, which is no error."""
     return any(str((event.attributes or {}).get("exception.type")).endswith("NoScriptError") for event in span.events)
 
 
 def operation_processor() -> SpanProcessor:
-    """For a tracer provider of one's own: its spans carry the operation that they belong to."""
+    """Return a span processor for another tracer provider, which sets the operation's attributes on its spans."""
     from opentelemetry.sdk.trace import SpanProcessor
 
-    class Operations(SpanProcessor):
+    class OperationProcessor(SpanProcessor):
         def on_start(self, span: Any, parent_context: Any = None) -> None:
             if operation := operation_of(parent_context):
                 span.set_attributes(operation)
 
-    return Operations()
+    return OperationProcessor()
 
 
-def _tell_operations_to_others() -> None:
+def _add_operation_processor() -> bool:
+    """Set operations on the spans of the process's own tracer provider; return whether it has one."""
     from opentelemetry import trace
 
     provider: Any = trace.get_tracer_provider()
     if hasattr(provider, "add_span_processor"):
         provider.add_span_processor(operation_processor())
+    return not isinstance(provider, trace.ProxyTracerProvider)
 
 
 class _Quiet(logging.Filter):
-    """One line a minute, without secrets: a collector that is away is no news each time."""
+    """Logs at most one error per minute, with secrets masked: an unreachable collector fails every export."""
 
     def __init__(self) -> None:
         super().__init__()

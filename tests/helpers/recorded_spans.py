@@ -1,4 +1,4 @@
-"""Spans that are kept in this process, without a tracer provider for all of it."""
+"""Spans recorded in this process, without a global tracer provider."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ktrdr_budget.telemetry.tracing import operation_processor
 
 
 class Recorded:
-    """What was written by :attr:`tracer`, which stands for the one of the package, or by another."""
+    """Spans of :attr:`tracer`, which replaces the package's, and of :attr:`other_tracer`."""
 
     def __init__(self) -> None:
         self._exporter = InMemorySpanExporter()
@@ -22,10 +22,10 @@ class Recorded:
 
     @property
     def spans(self) -> tuple[ReadableSpan, ...]:
-        """Those that have ended, in that order."""
+        """Ended spans, in the order of their end."""
         return self._exporter.get_finished_spans()
 
     def __getitem__(self, name: str) -> ReadableSpan:
-        """The only span of this name."""
+        """The only span with this name."""
         (found,) = [span for span in self.spans if span.name == name]
         return found

@@ -308,10 +308,10 @@ def test_a_sync_call_has_a_span(recorded, server):
     assert recorded["embeddings road"].attributes["ktrdr.budget.cost"] == 0.0001
 
 
-def test_metering_works_without_opentelemetry(server):
+def test_metering_works_without_the_opentelemetry_sdk(server):
     code = f"""
 import sys
-sys.modules["opentelemetry"] = sys.modules["genai_prices"] = None
+sys.modules["opentelemetry.sdk"] = sys.modules["genai_prices"] = None
 from ktrdr_budget import Budget, BudgetLimiter
 from ktrdr_budget.metering.meter import Meter
 from ktrdr_budget.metering.prices import ModelPrice, Prices

@@ -1,4 +1,4 @@
-"""Spans that stay in this process."""
+"""Spans recorded in this process."""
 
 from __future__ import annotations
 

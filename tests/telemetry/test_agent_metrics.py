@@ -1,4 +1,4 @@
-"""What Prometheus is told of the agent's cycles: names, labels and buckets are those of the contract."""
+"""Prometheus metrics of research cycles: names, labels and buckets match the contract."""
 
 from __future__ import annotations
 
@@ -84,12 +84,12 @@ def figures(limit: float | None, spent: float, held: float, unconfirmed: float) 
     return found
 
 
-async def test_all_that_is_known_starts_at_zero(server):
+async def test_every_counter_starts_at_zero(server):
     async with agent(server.url) as (_, _, scrape):
         assert await scrape() == at_zero() | figures(5, 0, 0, 0)
 
 
-async def test_what_happened_is_counted(server):
+async def test_events_are_counted(server):
     async with agent(server.url) as (_, counted, scrape):
         before = await scrape()
         counted.cycle_ended("completed", 61.5)
@@ -127,7 +127,7 @@ async def test_what_happened_is_counted(server):
     }
 
 
-def test_a_label_that_nobody_knows_is_refused():
+def test_an_unknown_label_is_rejected():
     counted = AgentMetrics(LimiterMetrics().registry)
     for report in (
         lambda: counted.cycle_ended("finished", 1),
@@ -139,24 +139,24 @@ def test_a_label_that_nobody_knows_is_refused():
             report()
 
 
-async def test_spend_is_what_the_ledger_says(server):
+async def test_the_spend_counter_matches_the_ledger(server):
     async with agent(server.url) as (limiter, _, scrape):
         async with limiter.hold({"agent": "0.15", "cycles": 1}) as hold:
             hold.accrue({"agent": "0.031"})
         second = await limiter.reserve("agent", "0.10", id="h-2")
         await second.commit("0.25")  # an overrun counts in full
-        await limiter.commit("h-2", "0.25")  # and a replay not again
+        await limiter.commit("h-2", "0.25")  # a replay does not count
         third = await limiter.reserve("agent", "0.10")
         await third.release()
         await limiter.record({"agent": "0.01", "other": "1.00"})
-        await limiter.reserve("agent", "0.15")  # is held, not spent
+        await limiter.reserve("agent", "0.15")  # held, not spent
         samples = await scrape()
         ledger = sum((entry.amount for entry in (await limiter.ledger("agent")).items), Decimal(0))
     assert samples["agent_budget_spend_total",] == pytest.approx(float(ledger)) == pytest.approx(0.291)
     assert {key: samples[key] for key in figures(5, 0, 0, 0)} == figures(5, 0.291, 0.15, 0)
 
 
-async def test_what_others_spent_shows_in_the_figures_alone(server):
+async def test_spend_of_others_affects_only_the_figures(server):
     async with agent(server.url) as (_, _, scrape), AsyncBudgetLimiter(server.url, BUDGETS) as other:
         await other.record("agent", "0.50")
         samples = await scrape()
@@ -171,19 +171,19 @@ async def test_an_unlimited_agent_has_neither_limit_nor_remainder(server):
     assert samples == at_zero() | {("agent_budget_spend_total",): 0.5} | figures(None, 0.5, 0, 0)
 
 
-async def test_figures_that_are_unknown_are_absent():
+async def test_unknown_figures_are_absent():
     async with agent(f"redis://127.0.0.1:{free_port()}") as (_, counted, scrape):
         counted.gate("training", True)
         assert await scrape() == at_zero() | {("agent_gate_results_total", "training", "pass"): 1}
 
 
-async def test_a_limiter_without_the_agent_has_no_figures_of_it(server):
+async def test_a_limiter_without_the_agent_budget_has_no_figures_of_it(server):
     async with agent(server.url, [Budget("other", "5.00")]) as (limiter, _, scrape):
         await limiter.record("other", "0.50")
         assert await scrape() == at_zero()
 
 
-async def test_openmetrics_says_the_same(server):
+async def test_openmetrics_has_the_same_samples(server):
     metrics = LimiterMetrics()
     counted = AgentMetrics(metrics.registry)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
@@ -220,8 +220,8 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 """
 
 
-def test_processes_count_together(server, tmp_path: Path):
-    """One process that does nothing, then two that do: each tells what all have counted."""
+def test_several_processes_share_their_counters(server, tmp_path: Path):
+    """A scrape of each process includes the counters of the earlier ones."""
     seen = []
     for number in range(3):
         done = subprocess.run(

@@ -1,4 +1,4 @@
-"""A span for each call of the limiter, below the span in which it was made."""
+"""Spans of the limiter's calls, as children of the caller's span."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ async def limiter(server) -> AsyncIterator[AsyncBudgetLimiter]:
         yield limiter
 
 
-def told(found: ReadableSpan) -> dict[str, Any]:
+def attributes_of(found: ReadableSpan) -> dict[str, Any]:
     """The attributes, without the prefix that all of them have."""
     assert all(name.startswith("ktrdr.budget.") or name in ("error",) for name in found.attributes)
     return {name.removeprefix("ktrdr.budget."): value for name, value in found.attributes.items()}
 
 
-async def test_a_call_has_a_span_below_its_callers(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_the_span_of_a_call_is_a_child_of_the_callers_span(recorded: Recorded, limiter: AsyncBudgetLimiter):
     with span("caller") as caller:
         began_ns = time.time_ns()
         hold = await limiter.reserve({"agent": "0.15", "cycles": 1}, id="h-1")
@@ -44,9 +44,9 @@ async def test_a_call_has_a_span_below_its_callers(recorded: Recorded, limiter: 
     assert found.parent == recorded["caller"].context
     assert f"{found.context.trace_id:032x}" == caller.trace_id == (await limiter.get(hold.id)).trace_id
     assert found.status.status_code is StatusCode.UNSET
-    # It was written when all was over, and tells when it began; both clocks may differ by a moment.
+    # The span is written at the end of the call with its start time; the clocks may differ slightly.
     assert began_ns - 1_000_000 <= found.start_time < found.end_time <= ended_ns
-    assert told(found) == {
+    assert attributes_of(found) == {
         "operation": "reserve",
         "outcome": "granted",
         "hold_id": "h-1",
@@ -55,13 +55,13 @@ async def test_a_call_has_a_span_below_its_callers(recorded: Recorded, limiter: 
     }
 
 
-async def test_settlements_tell_what_they_did(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_spans_of_settlements_have_their_results(recorded: Recorded, limiter: AsyncBudgetLimiter):
     with span("caller"):
         hold = await limiter.reserve({"agent": "0.15"}, id="h-1")
         await hold.commit("0.0000021")
     settled = {"hold_id": "h-1", "names": ("agent",), "overrun": False, "late": False, "deferred": False}
     commit = {"operation": "commit", "outcome": "committed", "amounts": ("0.0000021",)}
-    assert told(recorded["ktrdr.budget.commit"]) == settled | commit
+    assert attributes_of(recorded["ktrdr.budget.commit"]) == settled | commit
     with span("again"):
         await limiter.commit("h-1", "0.0000021")
         second = await limiter.reserve("agent", "0.15", id="h-2")
@@ -71,7 +71,7 @@ async def test_settlements_tell_what_they_did(recorded: Recorded, limiter: Async
         await limiter.record("agent", "0.01", id="r-1")
     outcomes = [
         (found["operation"], found["outcome"], found["amounts"], found["overrun"], found.get("overruns"))
-        for found in map(told, recorded.spans)
+        for found in map(attributes_of, recorded.spans)
         if "overrun" in found
     ]
     assert outcomes == [
@@ -83,13 +83,13 @@ async def test_settlements_tell_what_they_did(recorded: Recorded, limiter: Async
     ]
 
 
-async def test_a_denial_is_told_and_is_no_error(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_the_span_of_a_denial_has_its_figures_and_no_error(recorded: Recorded, limiter: AsyncBudgetLimiter):
     await limiter.record("agent", "0.90")
     with span("caller"):
         with pytest.raises(BudgetExceeded) as denied:
             await limiter.reserve({"agent": "0.15", "cycles": 1})
     found = recorded["ktrdr.budget.reserve"]
-    assert told(found) == {
+    assert attributes_of(found) == {
         "operation": "reserve",
         "outcome": "denied",
         "reason": "budget_exhausted",
@@ -108,26 +108,26 @@ async def test_a_conflict_is_an_error(recorded: Recorded, limiter: AsyncBudgetLi
         with pytest.raises(HoldConflict):
             await limiter.reserve("agent", "0.16", id="h-1")
     found = recorded["ktrdr.budget.reserve"]
-    assert (told(found)["outcome"], told(found)["reason"]) == ("error", "conflict")
+    assert (attributes_of(found)["outcome"], attributes_of(found)["reason"]) == ("error", "conflict")
     assert found.status.status_code is StatusCode.ERROR
     assert found.attributes["error"].startswith("HoldConflict: ")
 
 
-async def test_a_store_that_is_away_is_an_error_without_its_password(recorded: Recorded):
+async def test_an_unreachable_store_is_an_error_without_its_password(recorded: Recorded):
     url = f"redis://:geheim@127.0.0.1:{free_port()}"
-    limiter = AsyncBudgetLimiter(url, BUDGETS, timeout=0.05, observer=trace_call)  # its first call pays the deadline
+    limiter = AsyncBudgetLimiter(url, BUDGETS, timeout=0.05, observer=trace_call)  # the first call times out
     with span("caller"):
         with pytest.raises(StoreUnavailable):
             await limiter.reserve("agent", "0.15")
     await limiter.close()
     found = recorded["ktrdr.budget.reserve"]
-    assert (told(found)["outcome"], told(found)["reason"]) == ("unavailable", "no_answer")
+    assert (attributes_of(found)["outcome"], attributes_of(found)["reason"]) == ("unavailable", "no_answer")
     assert found.status.status_code is StatusCode.ERROR
     assert found.end_time - found.start_time >= 40_000_000
     assert "geheim" not in found.to_json()
 
 
-async def test_who_is_not_traced_has_no_span(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_a_caller_without_a_trace_gets_no_span(recorded: Recorded, limiter: AsyncBudgetLimiter):
     await limiter.record("agent", "0.10")
     unsampled = NonRecordingSpan(SpanContext(7, 8, is_remote=False, trace_flags=TraceFlags(0)))
     with trace.use_span(unsampled):
@@ -137,7 +137,7 @@ async def test_who_is_not_traced_has_no_span(recorded: Recorded, limiter: AsyncB
     assert {entry.trace_id for entry in (await limiter.ledger("agent")).items} == {""}
 
 
-async def test_callers_of_one_batch_have_each_their_own(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_callers_of_one_batch_get_separate_spans(recorded: Recorded, limiter: AsyncBudgetLimiter):
     async def call(number: int) -> str:
         with operation_scope(f"op_{number}", "test"), span(f"caller {number}") as caller:
             await limiter.record("agent", "0.01", id=f"r-{number}")
@@ -164,11 +164,11 @@ async def test_heartbeats_have_no_spans(recorded: Recorded, limiter: AsyncBudget
                 await until(lambda: hold.deadline_ms > reserved_ms)
     names = [found.name for found in recorded.spans]
     assert names == ["ktrdr.budget.reserve", "phase", "ktrdr.budget.settle", "cycle"]
-    settled = told(recorded["ktrdr.budget.settle"])
+    settled = attributes_of(recorded["ktrdr.budget.settle"])
     assert (settled["outcome"], settled["amounts"]) == ("committed", ("0.01",))
 
 
-def test_calls_of_threads_are_their_own(recorded: Recorded, server):
+def test_calls_of_threads_get_separate_spans(recorded: Recorded, server):
     with BudgetLimiter(server.url, BUDGETS, observer=trace_call) as limiter:
         with span("caller"):
             limiter.reserve("agent", "0.10").commit("0.05")

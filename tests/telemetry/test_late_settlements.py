@@ -1,4 +1,4 @@
-"""Spend whose reply was lost is counted and logged once: by the replica that has made it, when it is acknowledged."""
+"""Spend with a lost reply is counted and logged once, by its own replica, when it is acknowledged."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ async def reserved(limiter: AsyncBudgetLimiter, id: str):
 
 
 @pytest.mark.parametrize("fate", ["reply", "request"])
-async def test_a_commit_that_is_resolved_in_the_background_is_counted_and_logged_once(proxy, caplog, fate):
+async def test_a_commit_resolved_in_the_background_is_counted_and_logged_once(proxy, caplog, fate):
     async with replica_of(proxy.url, caplog) as replica:
         hold = await reserved(replica.limiter, "op_1")
         await loses(proxy, hold.commit({"agent": "0.07", "calls": 2}), fate)
@@ -121,7 +121,7 @@ async def test_a_commit_that_is_resolved_in_the_background_is_counted_and_logged
 
 
 @pytest.mark.parametrize("fate", ["reply", "request"])
-async def test_a_record_that_is_resolved_in_the_background_is_counted_and_logged_once(proxy, caplog, fate):
+async def test_a_record_resolved_in_the_background_is_counted_and_logged_once(proxy, caplog, fate):
     async with replica_of(proxy.url, caplog) as replica:
         await reserved(replica.limiter, "op_1")
         await loses(proxy, replica.limiter.record("agent", "0.02", id="r-1"), fate)
@@ -131,7 +131,7 @@ async def test_a_record_that_is_resolved_in_the_background_is_counted_and_logged
         assert await replica.logged == [("r-1", 0.02)]
 
 
-async def test_a_retry_that_is_answered_first_is_counted_and_logged_once(proxy, caplog):
+async def test_a_retry_acknowledged_first_is_counted_and_logged_once(proxy, caplog):
     async with replica_of(proxy.url, caplog) as replica:
         hold = await reserved(replica.limiter, "op_1")
         resolves_nothing(replica.limiter)
@@ -145,7 +145,7 @@ async def test_a_retry_that_is_answered_first_is_counted_and_logged_once(proxy, 
         assert await replica.logged == [("op_1", 0.07)]
 
 
-async def test_a_commit_that_is_sent_twice_within_its_call_is_counted_and_logged_once(proxy, caplog):
+async def test_a_commit_sent_twice_within_its_call_is_counted_and_logged_once(proxy, caplog):
     async with replica_of(proxy.url, caplog, timeout=20) as replica:
         hold = await replica.limiter.reserve("agent", "0.15", id="op_1")
         fates = iter(["reply"])
@@ -160,7 +160,7 @@ async def test_a_commit_that_is_sent_twice_within_its_call_is_counted_and_logged
         assert await replica.logged == [("op_1", 0.07)]
 
 
-async def test_a_commit_that_another_replica_has_made_meanwhile_is_counted_there_only(proxy, server, caplog):
+async def test_a_commit_of_another_replica_is_counted_only_there(proxy, server, caplog):
     async with replica_of(proxy.url, caplog) as replica, replica_of(server.url, caplog, timeout=20) as other:
         hold = await reserved(replica.limiter, "op_1")
         await loses(proxy, hold.commit({"agent": "0.07", "calls": 2}), "request")
@@ -170,7 +170,7 @@ async def test_a_commit_that_another_replica_has_made_meanwhile_is_counted_there
         assert await other.logged == [("op_1", 0.07)]
 
 
-async def test_what_a_block_that_was_left_without_the_store_has_spent_is_counted_and_logged_later(proxy, caplog):
+async def test_spend_of_a_block_left_during_an_outage_is_counted_and_logged_later(proxy, caplog):
     async with replica_of(proxy.url, caplog) as replica:
         await reserved(replica.limiter, "op_0")
         with pytest.raises(StoreUnavailable):
@@ -182,7 +182,7 @@ async def test_what_a_block_that_was_left_without_the_store_has_spent_is_counted
         assert await replica.logged == [("op_1", 0.07)]
 
 
-async def test_a_release_whose_reply_was_lost_is_no_spend(proxy, caplog):
+async def test_a_release_with_a_lost_reply_is_not_spend(proxy, caplog):
     async with replica_of(proxy.url, caplog) as replica:
         hold = await reserved(replica.limiter, "op_1")
         await loses(proxy, hold.release(), "reply")
@@ -190,7 +190,7 @@ async def test_a_release_whose_reply_was_lost_is_no_spend(proxy, caplog):
         assert (replica.spent, await replica.logged) == ((0, 0), [])
 
 
-async def test_spend_that_is_recorded_while_the_limiter_closes_is_logged(proxy, caplog):
+async def test_spend_recorded_while_the_limiter_closes_is_logged(proxy, caplog):
     async with replica_of(proxy.url, caplog) as replica:
         hold = await reserved(replica.limiter, "op_1")
         resolves_nothing(replica.limiter)

@@ -1,4 +1,4 @@
-"""What Prometheus is told: figures of the store at scrape time, and what this replica counted."""
+"""Prometheus metrics: figures of the store at scrape time, and counters of this replica."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def named(samples: dict[tuple[str, ...], float], name: str) -> dict[tuple[str, .
     return {key[1:]: value for key, value in samples.items() if key[0] == name}
 
 
-async def test_figures_are_those_of_the_store(server):
+async def test_figures_match_the_store(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.record({"agent": "0.15", "tokens": 10})
         await limiter.reserve({"agent": "1", "jobs": 1, "free": "2.50"})
@@ -101,7 +101,7 @@ async def test_figures_are_those_of_the_store(server):
     }
 
 
-async def test_the_end_of_a_window_is_shown_where_it_has_one(server):
+async def test_the_end_of_a_window_is_exported_if_it_has_one(server):
     budgets = [Budget("agent", "5.00", timezone="Europe/Berlin"), Budget("grant", "100", period="ever")]
     async with watched(server.url, budgets) as (limiter, metrics):
         samples = await scrape(metrics)
@@ -109,14 +109,14 @@ async def test_the_end_of_a_window_is_shown_where_it_has_one(server):
     assert named(samples, "ktrdr_budget_resets_timestamp_seconds") == {("agent", "usd"): ends.timestamp()}
 
 
-async def test_a_figure_is_read_when_it_is_asked_for(server):
+async def test_figures_are_read_at_scrape_time(server):
     async with watched(server.url) as (_, metrics), AsyncBudgetLimiter(server.url, BUDGETS) as other:
         assert (await scrape(metrics))["agent_budget_remaining_dollars",] == 5
         await other.record("agent", "2")
         assert (await scrape(metrics))["agent_budget_remaining_dollars",] == 3
 
 
-async def test_an_expired_hold_shows_as_unconfirmed(server):
+async def test_an_expired_hold_is_unconfirmed(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.reserve("agent", "0.15", ttl=1)
 
@@ -135,7 +135,7 @@ async def test_an_unknown_figure_is_absent_not_full(start_server):
         own.kill()
         samples = await scrape(metrics)
         assert samples["ktrdr_budget_store_up",] == 0
-        assert samples["ktrdr_budget_spend_total", "agent", "usd"] == 4  # what was counted here is still known
+        assert samples["ktrdr_budget_spend_total", "agent", "usd"] == 4  # counters of this replica are still known
         names = {key[0] for key in samples}
         assert "agent_budget_remaining_dollars" not in names
         assert not names & {
@@ -171,7 +171,7 @@ async def test_an_unlimited_budget_has_no_limit_and_no_remainder(server):
     assert named(samples, "ktrdr_budget_spent") == {("agent", "usd"): 0}
 
 
-async def test_a_budget_that_is_defined_otherwise_does_not_hide_the_others(server):
+async def test_a_budget_with_a_conflicting_definition_does_not_hide_the_others(server):
     async with AsyncBudgetLimiter(server.url, [Budget("tokens", 5, unit="calls", period="hour")]) as other:
         await other.reserve("tokens", 1)
     async with watched(server.url) as (_, metrics):
@@ -181,7 +181,7 @@ async def test_a_budget_that_is_defined_otherwise_does_not_hide_the_others(serve
     assert samples["ktrdr_budget_store_up",] == 1
 
 
-async def test_what_may_be_counted_starts_at_zero(server):
+async def test_counters_start_at_zero(server):
     async with watched(server.url) as (_, metrics):
         samples = await scrape(metrics)
     outcomes = named(samples, "ktrdr_budget_reservations_total")
@@ -208,7 +208,7 @@ async def test_reservations_are_counted_by_outcome(server):
         await limiter.commit("op_1", "5")
         with pytest.raises(BudgetExceeded):
             await limiter.reserve("agent", "0.15")
-        for budget, amount, hold_id in (("agent", "4", "op_1"), ("nobody", "1", None), ("agent", "-1", None)):
+        for budget, amount, hold_id in (("agent", "4", "op_1"), ("unknown", "1", None), ("agent", "-1", None)):
             with pytest.raises(BudgetError):
                 await limiter.reserve(budget, amount, id=hold_id)
         outcomes = named(await scrape(metrics), "ktrdr_budget_reservations_total")
@@ -224,7 +224,7 @@ async def test_reservations_are_counted_by_outcome(server):
     }
 
 
-async def test_what_an_unreachable_store_leads_to_is_counted(start_server):
+async def test_outcomes_during_an_outage_are_counted(start_server):
     own = start_server()
     async with (
         watched(own.url, timeout=0.1) as (denying, denied),
@@ -244,10 +244,10 @@ async def test_what_an_unreachable_store_leads_to_is_counted(start_server):
         await until(lambda: not allowing.deferred)
 
 
-async def test_a_store_that_refuses_is_counted(server):
+async def test_errors_of_the_store_are_counted(server):
     async with watched(server.url) as (limiter, metrics):
         with server.client() as client:
-            client.set("ktrdr:{default}:meta", "no hash")  # which makes the script fail
+            client.set("ktrdr:{default}:meta", "no hash")  # makes the script fail
         with pytest.raises(StoreError):
             await limiter.reserve("agent", "0.15")
         assert (await scrape(metrics))["ktrdr_budget_reservations_total", "unavailable", "refused"] == 1
@@ -272,7 +272,7 @@ async def test_spend_is_counted_once(server):
     }
 
 
-async def test_spend_on_a_budget_of_others_is_counted_too(server):
+async def test_spend_on_an_undefined_budget_is_counted(server):
     async with AsyncBudgetLimiter(server.url, [Budget("other", 9, unit="calls"), Budget("money", 9)]) as other:
         for amounts in ({"other": 1}, {"money": "1"}):
             await other.reserve(amounts, id=f"op_{next(iter(amounts))}")
@@ -283,7 +283,7 @@ async def test_spend_on_a_budget_of_others_is_counted_too(server):
     assert spend["other", "count"] == spend["money", "usd"] == 1
 
 
-async def test_overruns_are_counted_for_the_budget_that_overran(server):
+async def test_overruns_are_counted_per_budget(server):
     async with watched(server.url) as (limiter, metrics):
         hold = await limiter.reserve({"agent": "0.15", "tokens": 10})
         await hold.commit({"agent": "0.15", "tokens": 11})
@@ -352,7 +352,7 @@ async def test_calls_are_timed(server):
     assert (BUCKETS_S[0], BUCKETS_S[-1]) == (0.0001, 1.0)
 
 
-async def test_openmetrics_is_spoken_to_those_who_ask(server):
+async def test_openmetrics_is_sent_on_request(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.record("agent", "0.15")
         text, media_type = await metrics.render("application/openmetrics-text; version=1.0.0")
@@ -362,7 +362,7 @@ async def test_openmetrics_is_spoken_to_those_who_ask(server):
     assert not any(sample.name.endswith("_created") for family in families.values() for sample in family.samples)
 
 
-async def test_further_collectors_can_be_added(server):
+async def test_additional_collectors_can_be_added(server):
     class AddsUp:
         def collect(self):
             family = GaugeMetricFamily("ktrdr_budget_adds_up", "Whether it adds up.", labels=("budget",))
@@ -374,14 +374,14 @@ async def test_further_collectors_can_be_added(server):
         assert (await scrape(metrics))["ktrdr_budget_adds_up", "agent"] == 1
 
 
-async def test_two_limiters_of_a_process_do_not_mix(server):
+async def test_two_limiters_of_a_process_have_separate_metrics(server):
     async with watched(server.url) as (limiter, metrics), watched(server.url) as (_, others):
         await limiter.record("agent", "0.15")
         assert (await scrape(others))["ktrdr_budget_spend_total", "agent", "usd"] == 0
         assert (await scrape(metrics))["ktrdr_budget_spend_total", "agent", "usd"] == 0.15
 
 
-async def test_the_registry_may_be_the_apps_own(server):
+async def test_the_application_can_pass_its_registry(server):
     registry = CollectorRegistry()
     metrics = LimiterMetrics(registry)
     async with AsyncBudgetLimiter(server.url, BUDGETS, observer=metrics.observe) as limiter:
@@ -390,15 +390,15 @@ async def test_the_registry_may_be_the_apps_own(server):
     assert registry.get_sample_value("ktrdr_budget_spend_total", {"budget": "agent", "unit": "usd"}) == 0.15
 
 
-def test_an_error_that_nobody_knows_is_counted():
+def test_an_error_that_unknown_knows_is_counted():
     metrics = LimiterMetrics()
     metrics.observe(Observation("reserve", None, RuntimeError("?"), 0.001, copy_context()))
     labels = {"outcome": "error", "reason": "unexpected"}
     assert metrics.registry.get_sample_value("ktrdr_budget_reservations_total", labels) == 1
 
 
-def test_processes_count_together(server, tmp_path: Path):
-    """Two processes after each other, then one that is asked: it tells what all of them counted."""
+def test_several_processes_share_their_counters(server, tmp_path: Path):
+    """A scrape of a third process includes the counters of two earlier ones."""
     work = """
 import asyncio, sys
 from ktrdr_budget import AsyncBudgetLimiter, Budget

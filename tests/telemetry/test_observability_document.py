@@ -1,4 +1,4 @@
-"""docs/observability.md: its tables name what there is, and its example runs."""
+"""docs/observability.md: its tables match the metrics, and its example runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The words for how a call ended, and several hooks on one limiter."""
+"""Outcomes of calls, and several observers on one limiter."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ def test_an_error_has_an_outcome_and_a_reason(error: Exception, outcome: tuple[s
     assert outcome in OUTCOMES
 
 
-def test_an_unknown_hold_is_told_apart():
+def test_an_unknown_hold_has_its_own_reason():
     assert outcome_of(None, UnknownHold("?")) == ("error", "unknown_hold")
 
 
-def test_each_hook_is_told_whatever_another_raises(caplog: pytest.LogCaptureFixture):
-    told = []
+def test_an_exception_of_one_observer_does_not_affect_the_others(caplog: pytest.LogCaptureFixture):
+    observed = []
 
     def broken(observation: Observation) -> None:
         raise RuntimeError("broken hook")
 
     observation = Observation("status", None, None, 0.0, copy_context())
     with caplog.at_level(logging.ERROR):
-        combined(told.append, broken, told.append)(observation)
-    assert told == [observation, observation]
+        combined(observed.append, broken, observed.append)(observation)
+    assert observed == [observation, observation]
     (record,) = caplog.records
-    assert record.getMessage() == "a hook failed; the budget is not affected"
+    assert record.getMessage() == "observer failed; the budget is not affected"

@@ -1,4 +1,4 @@
-"""The service as `ktrdr serve` runs it: what each of its processes exports of a cycle, however that ends."""
+"""Spans of a cycle from the processes of `ktrdr serve`, for each kind of end."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def triggered(service: Service) -> str:
     return str(response.json()["operation_id"])
 
 
-def test_every_span_of_a_trigger_and_of_a_cancellation_has_the_operation(server, receiver: OtlpReceiver):
+def test_all_spans_of_a_trigger_and_a_cancellation_have_the_operation(server, receiver: OtlpReceiver):
     environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 3600, **receiver.environment}
     with serving(**environment) as service:
         operation_id = triggered(service)
@@ -54,7 +54,7 @@ def test_every_span_of_a_trigger_and_of_a_cancellation_has_the_operation(server,
         assert {"ktrdr.budget.reserve", "EVALSHA"} <= below
 
 
-def test_a_cycle_that_outlives_many_heartbeats_has_no_span_of_any(server, receiver: OtlpReceiver):
+def test_heartbeats_of_a_cycle_have_no_spans(server, receiver: OtlpReceiver):
     environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 3600, **receiver.environment}
     with serving(AGENT_CYCLE_TTL=1, **environment) as service:
         operation_id = triggered(service)
@@ -68,7 +68,7 @@ def test_a_cycle_that_outlives_many_heartbeats_has_no_span_of_any(server, receiv
         _, cycle = cycle_of(receiver, operation_id)
     assert "ktrdr.budget.heartbeat" not in {span.name for span in receiver.spans}
     called = [span for span in cycle if span.name == "EVALSHA"]
-    assert len(called) <= 4, "what the cycle itself asks of the store"
+    assert len(called) <= 4, "calls of the cycle itself"
 
 
 def cycle_of(receiver: OtlpReceiver, operation_id: str) -> tuple[Span, list[Span]]:
@@ -111,7 +111,7 @@ def test_every_worker_traces_and_counts(server, receiver: OtlpReceiver):
     ((linked, _),) = root.links
     assert next(span.name for span in trace_of(receiver.spans, linked)) == "POST /api/v1/agent/trigger"
     assert linked != root.trace_id
-    # Polls and scrapes of both workers, and what they check in the background, have left nothing.
+    # Polls, scrapes and background checks of both workers are not traced.
     assert {span.name for span in receiver.spans if not span.parent_id} == {
         "GET /api/v1/budgets",
         "POST /api/v1/agent/trigger",
@@ -124,7 +124,7 @@ def test_every_worker_traces_and_counts(server, receiver: OtlpReceiver):
     assert not [line for line in service.said if line.startswith(("WARNING", "ERROR"))]
 
 
-def test_a_cycle_that_fails_at_a_gate_is_a_whole_tree(server, receiver: OtlpReceiver):
+def test_a_cycle_that_fails_at_a_gate_is_a_complete_tree(server, receiver: OtlpReceiver):
     environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 0, **receiver.environment}
     with serving(TRAINING_GATE_MIN_ACCURACY="0.99", **environment) as service:
         root, cycle = cycle_of(receiver, triggered(service))
@@ -138,7 +138,7 @@ def test_a_cycle_that_fails_at_a_gate_is_a_whole_tree(server, receiver: OtlpRece
     assert "ktrdr.budget.commit" in {span.name for span in cycle}
 
 
-def test_a_cycle_that_is_cancelled_is_a_whole_tree(server, receiver: OtlpReceiver):
+def test_a_cancelled_cycle_is_a_complete_tree(server, receiver: OtlpReceiver):
     environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 3600, **receiver.environment}
     with serving(**environment) as service:
         operation_id = triggered(service)

@@ -1,4 +1,4 @@
-"""What a traced process exports, as a real receiver decodes it. Tracing is a process's own: each has one here."""
+"""Exported spans, decoded by a real receiver; each test has its own process, as tracing is global."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def run(*words: str, environment: dict[str, str], within_s: float = WITHIN_S) ->
 
 def ask(url: str, receiver: OtlpReceiver, *requests: str, **environment: str) -> list[Any]:
     """What a traced app answered to these requests; its spans have arrived then."""
-    said, complaints = run(str(APP), url, *requests, environment={**receiver.environment, **environment})
+    output, complaints = run(str(APP), url, *requests, environment={**receiver.environment, **environment})
     assert complaints == ""
-    traced, *answers = json.loads(said)
+    traced, *answers = json.loads(output)
     assert traced is True
     return answers
 
@@ -60,15 +60,15 @@ def code(text: str, environment: dict[str, str]) -> tuple[str, str]:
     return run("-c", textwrap.dedent(text), environment=environment)
 
 
-# -- what is traced ----------------------------------------------------------------------------------------------------
+# -- traced requests ---------------------------------------------------------------------------------------------------
 
 
-def test_a_request_is_a_trace_and_probes_and_polls_are_none(server, receiver: OtlpReceiver):
+def test_requests_are_traced_but_probes_and_polls_are_not(server, receiver: OtlpReceiver):
     quiet = ["livez", "readyz", "metrics", "docs", "docs/oauth2-redirect", "redoc", "openapi.json"]
     quiet += ["api/v1/agent/status", "api/v1/agent/budget", "livez/"]
-    told, *others = ask(server.url, receiver, "POST /spend/0.10", *(f"GET /{path}" for path in quiet))
+    answer, *others = ask(server.url, receiver, "POST /spend/0.10", *(f"GET /{path}" for path in quiet))
     assert others == [{"trace_id": ""}] * len(quiet)
-    assert {span.trace_id for span in receiver.spans} == {told["trace_id"]}
+    assert {span.trace_id for span in receiver.spans} == {answer["trace_id"]}
     (request,) = [span for span in receiver.spans if not span.parent_id]
     assert (request.name, request.kind) == ("POST /{path:path}", "server")
     assert request.attributes["http.status_code"] == 200
@@ -87,16 +87,16 @@ def test_a_request_is_a_trace_and_probes_and_polls_are_none(server, receiver: Ot
 
 def test_paths_that_only_look_like_probes_are_traced(server, receiver: OtlpReceiver):
     paths = ["api/v1/budgets/metrics", "api/v1/budgets/x/livez", "api/v1/agent/status2", "metrics2"]
-    told = ask(server.url, receiver, *(f"GET /{path}" for path in paths))
-    assert len({answer["trace_id"] for answer in told} - {""}) == len(paths)
+    answers = ask(server.url, receiver, *(f"GET /{path}" for path in paths))
+    assert len({answer["trace_id"] for answer in answers} - {""}) == len(paths)
     assert len(receiver.named("GET /{path:path}")) == len(paths)
 
 
-def test_cycles_are_trees_of_their_own_without_orphans(server, receiver: OtlpReceiver):
+def test_each_cycle_is_a_separate_tree_without_orphans(server, receiver: OtlpReceiver):
     spends = [f"&POST /spend/0.{number}" for number in range(10, 22)]
-    told = ask(server.url, receiver, "POST /cycle/op_1", "&POST /cycle/op_2", "&POST /cycle/op_3", *spends)
+    answers = ask(server.url, receiver, "POST /cycle/op_1", "&POST /cycle/op_2", "&POST /cycle/op_3", *spends)
     assert not orphans(receiver.spans)
-    triggers = {answer["trace_id"] for answer in told[:3]}
+    triggers = {answer["trace_id"] for answer in answers[:3]}
     roots = receiver.named("agent.research_cycle")
     assert {root.attributes["operation.id"] for root in roots} == {"op_1", "op_2", "op_3"}
     for root in roots:
@@ -138,14 +138,14 @@ def test_a_failure_is_recorded_without_its_secrets(server, receiver: OtlpReceive
     assert failing.attributes["error"] == failing.status_message == "ValueError: redis://***@store:6379 is away"
     assert failing.parent_id == request.span_id
     assert not [span for span in receiver.spans if "geheim" in f"{span.attributes}{span.events}{span.status_message}"]
-    # What was suppressed is the request alone.
+    # Only the request is recorded; the suppressed span is not.
     assert [span.name for span in receiver.spans if span.trace_id != failing.trace_id] == ["GET /{path:path}"]
 
 
 # -- the environment ---------------------------------------------------------------------------------------------------
 
 
-def test_the_standards_variables_are_obeyed(server, receiver: OtlpReceiver):
+def test_the_standard_variables_are_respected(server, receiver: OtlpReceiver):
     environment = {
         "OTEL_SERVICE_NAME": "mine",
         "OTEL_RESOURCE_ATTRIBUTES": "service.instance.id=one,team=blue",
@@ -160,14 +160,14 @@ def test_the_standards_variables_are_obeyed(server, receiver: OtlpReceiver):
     assert (resource["service.name"], resource["service.instance.id"], resource["team"]) == ("mine", "one", "blue")
 
 
-def test_a_sampler_that_takes_nothing_leaves_no_ids(server, receiver: OtlpReceiver):
-    told = ask(server.url, receiver, "POST /spend/0.10", "POST /cycle/op_1", OTEL_TRACES_SAMPLER="always_off")
-    assert told == [{"trace_id": ""}] * 2
+def test_unsampled_traces_have_no_ids(server, receiver: OtlpReceiver):
+    answers = ask(server.url, receiver, "POST /spend/0.10", "POST /cycle/op_1", OTEL_TRACES_SAMPLER="always_off")
+    assert answers == [{"trace_id": ""}] * 2
     assert not receiver.spans
 
 
-def test_what_hinders_tracing_is_one_line():
-    said, complaints = code(
+def test_an_error_of_the_configuration_is_one_line():
+    output, complaints = code(
         """
         import logging, os, sys
         logging.basicConfig(level="INFO", format="%(levelname)s %(message)s", stream=sys.stdout)
@@ -196,17 +196,17 @@ def test_what_hinders_tracing_is_one_line():
         {},
     )
     assert complaints == ""
-    assert said.splitlines() == [
-        "ERROR no tracing: OTEL_TRACES_EXPORTER must be 'otlp' or 'none', not 'zipkin'",
-        "ERROR no tracing: OTEL_EXPORTER_OTLP_PROTOCOL must be one of http/protobuf, grpc, not 'http/json'",
-        "ERROR no tracing: opentelemetry.exporter.otlp.proto.grpc.trace_exporter is not installed;"
+    assert output.splitlines() == [
+        "ERROR tracing disabled: OTEL_TRACES_EXPORTER must be 'otlp' or 'none', not 'zipkin'",
+        "ERROR tracing disabled: OTEL_EXPORTER_OTLP_PROTOCOL must be one of http/protobuf, grpc, not 'http/json'",
+        "ERROR tracing disabled: opentelemetry.exporter.otlp.proto.grpc.trace_exporter is not installed;"
         " install opentelemetry-exporter-otlp-proto-grpc",
-        "ERROR no tracing: opentelemetry.instrumentation.redis is not installed; install ktrdr-budget[tracing]",
+        "ERROR tracing disabled: opentelemetry.instrumentation.redis is not installed; install ktrdr-budget[tracing]",
     ]
 
 
-def test_a_provider_that_is_there_stays_and_learns_of_operations():
-    said, _ = code(
+def test_an_existing_provider_is_kept_and_gets_operations():
+    output, _ = code(
         """
         from opentelemetry import trace
         from opentelemetry.sdk.trace import TracerProvider
@@ -226,11 +226,11 @@ def test_a_provider_that_is_there_stays_and_learns_of_operations():
         {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9"},
     )
     operation = {"operation.id": "op_1", "operation.type": "t"}
-    assert said.strip() == str([("other", operation), ("own", operation)])
+    assert output.strip() == str([("other", operation), ("own", operation)])
 
 
 def test_without_an_endpoint_nothing_is_installed(server):
-    said, complaints = code(
+    output, complaints = code(
         """
         import asyncio, sys
         from ktrdr_budget.api import Settings, create_app
@@ -238,7 +238,7 @@ def test_without_an_endpoint_nothing_is_installed(server):
         def loaded(*packages):
             return sorted(name for name in sys.modules if name.startswith(packages))
 
-        # FastAPI and redis-py import a part of it by themselves.
+        # FastAPI and redis-py import parts of it themselves.
         ours = "opentelemetry.sdk.trace", "opentelemetry.exporter", "opentelemetry.instrumentation", "requests"
         app = create_app(Settings())
         assert not loaded("opentelemetry.sdk", *ours), loaded("opentelemetry.sdk", *ours)
@@ -256,10 +256,10 @@ def test_without_an_endpoint_nothing_is_installed(server):
         """,
         {"KTRDR_REDIS_URL": server.url},
     )
-    assert (said, complaints) == ("", "")
+    assert (output, complaints) == ("", "")
 
 
-# -- a collector that is away ------------------------------------------------------------------------------------------
+# -- unreachable collectors --------------------------------------------------------------------------------------------
 
 AWAY = """
     import sys, time
@@ -278,25 +278,25 @@ AWAY = """
 
 
 @pytest.mark.parametrize("how", ["refuses", "hangs", "fails"])
-def test_a_collector_that_is_away_hinders_nobody(receiver: OtlpReceiver, how: str):
+def test_an_unreachable_collector_delays_no_call(receiver: OtlpReceiver, how: str):
     endpoint = f"http://127.0.0.1:{free_port()}" if how == "refuses" else receiver.endpoint
     if how == "hangs":
         receiver.delay_s = 60.0
     if how == "fails":
         receiver.status = 503
     patient = {"OTEL_EXPORTER_OTLP_ENDPOINT": endpoint, "OTEL_EXPORTER_OTLP_TIMEOUT": "60"}
-    said, complaints = code(AWAY, {**receiver.environment, **patient})
+    output, complaints = code(AWAY, {**receiver.environment, **patient})
     gone_s = time.time()
-    busy_s, in_time, flush_s, done_s = said.split()
+    busy_s, in_time, flush_s, done_s = output.split()
     assert in_time == "False"
-    # Far less than one attempt of the exporter may take, also on a busy machine: usually 0.2 s, 0.3 s and 0.3 s.
+    # Far below the timeout of one export attempt, also on a busy machine: usually 0.2 s, 0.3 s and 0.3 s.
     assert float(busy_s) < 15
     assert 0.25 < float(flush_s) < 10
     assert gone_s - float(done_s) < 15
     assert len(complaints.splitlines()) <= 2  # one of the exporter, one of the full queue
 
 
-def test_what_was_recorded_last_is_sent_at_the_end(receiver: OtlpReceiver):
+def test_the_last_spans_are_exported_at_exit(receiver: OtlpReceiver):
     code(
         """
         from ktrdr_budget.telemetry.tracing import configure_tracing, span
@@ -309,7 +309,7 @@ def test_what_was_recorded_last_is_sent_at_the_end(receiver: OtlpReceiver):
     assert [span.name for span in receiver.spans] == ["last"]
 
 
-def test_a_fork_sends_its_own(receiver: OtlpReceiver):
+def test_a_fork_exports_its_own_spans(receiver: OtlpReceiver):
     code(
         """
         import os
@@ -330,7 +330,7 @@ def test_a_fork_sends_its_own(receiver: OtlpReceiver):
     assert not orphans(receiver.spans)
 
 
-def test_an_exporter_says_one_line_a_minute_without_secrets():
+def test_an_exporter_logs_one_line_per_minute_without_secrets():
     quiet = _Quiet()
 
     def record() -> logging.LogRecord:

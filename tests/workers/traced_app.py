@@ -1,4 +1,4 @@
-"""A small traced app over a real store, asked in its own process; prints what each request answered, as JSON.
+"""A small traced app on a real store; sends requests to it in its own process and prints the replies as JSON.
 
 Arguments: the store's URL, then ``METHOD path`` for each request, in order; ``&`` before one asks it together with the
 one before.
@@ -78,7 +78,7 @@ def make_app(url: str) -> FastAPI:
             case ["fails"]:
                 with span("failing"):
                     raise ValueError("redis://:geheim@store:6379 is away")
-            case _:  # probes and polls read the store, too
+            case _:  # probes and polls also read the store
                 await limiter.check()
                 await limiter.statuses()
         return {"trace_id": current_trace_id()}

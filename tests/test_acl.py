@@ -1,4 +1,4 @@
-"""The users of ``docker/redis/users.acl``: the product works as the one, and that one can do nothing else."""
+"""The users of ``docker/redis/users.acl``: the product works as its user, and that user can do nothing else."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ from .helpers.clusters import Cluster
 from .helpers.keyspace import window_key
 from .helpers.tools import compose
 
-ROOM = Path(__file__).parents[1] / "docker" / "redis"
+DIRECTORY = Path(__file__).parents[1] / "docker" / "redis"
 PASSWORD = "correct horse/battery@staple"
 BUDGETS = [
     Budget("agent", "5.00"),
     Budget("tokens", 1000, unit="tokens", period="ever"),
     Budget("jobs", 2, kind="slots"),
 ]
-PERMISSIONS = re.findall(r"\+(\S+)", (ROOM / "users.acl").read_text(encoding="utf-8"))
+PERMISSIONS = re.findall(r"\+(\S+)", (DIRECTORY / "users.acl").read_text(encoding="utf-8"))
 OF_CONNECTING = {"auth", "hello", "select", "ping", "client|setname"}
 
 
 @dataclass
 class GuardedServer(Server):
-    """Started by `docker/redis/start.sh`; `client` is its user, `operator` one who may do everything."""
+    """Started by `docker/redis/start.sh`; `client` logs in as the product, `operator` has all permissions."""
 
     @property
     def url(self) -> str:
@@ -60,9 +60,9 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         (pytest.fail if os.environ.get("CI") else pytest.skip)("redis-server is not installed")
     directory = Path(tmp_path_factory.mktemp("a"))
     environment = {"KTRDR_REDIS_PASSWORD": PASSWORD, "REDIS_SERVER": binary, "TMPDIR": str(directory)}
-    server = GuardedServer(str(ROOM / "start.sh"), directory, (), environment)
+    server = GuardedServer(str(DIRECTORY / "start.sh"), directory, (), environment)
     server.start()
-    # Nobody could change anything in this server from outside; the tests need one who can.
+    # No user of the file can administer the server; the tests need one that can.
     users = directory / "users.acl"
     server.kill()
     users.write_text(users.read_text() + "user operator on nopass ~* &* +@all\n")
@@ -73,7 +73,7 @@ def guarded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def operator(guarded: GuardedServer) -> Iterator[redis.Redis]:
-    """May do everything; the store is empty, and the user of the product is as the file says."""
+    """A client with all permissions; the store is empty, and the product's user is as in the file."""
     with guarded.client(username="operator", password="") as client:
         client.flushall()
         client.script_flush()
@@ -83,11 +83,11 @@ def operator(guarded: GuardedServer) -> Iterator[redis.Redis]:
         yield client
 
 
-# -- what it may -------------------------------------------------------------------------------------------------------
+# -- allowed -----------------------------------------------------------------------------------------------------------
 
 
 async def everything(url: str) -> None:
-    """What the product does with a store, each thing once."""
+    """Every use that the product makes of a store, once."""
     async with AsyncBudgetLimiter(url, BUDGETS, timeout=10) as limiter:
         assert set((await limiter.check()).values()) == {None}
         hold = await limiter.reserve({"agent": "0.15", "tokens": 100, "jobs": 1}, id="one", operation="op")
@@ -127,11 +127,11 @@ async def research(cycle_store: CycleStore) -> None:
 
 async def test_the_product_needs_no_more_than_the_file_grants(guarded, operator):
     await everything(guarded.url)
-    # Redis 7.0 knows no CLIENT SETINFO, so that the file cannot grant it; the driver does without.
+    # Redis 7.0 has no CLIENT SETINFO, so the file cannot grant it; redis-py works without it.
     assert {entry["object"] for entry in operator.acl_log()} <= {"client|setinfo"}
 
 
-async def test_damaged_books_are_repaired_by_that_user(guarded, operator):
+async def test_the_user_of_the_file_can_repair_damaged_windows(guarded, operator):
     async with AsyncBudgetLimiter(guarded.url, BUDGETS, timeout=10) as limiter:
         await limiter.reserve("agent", "0.15", id="one")
     operator.hincrby(window_key(operator), "held", 7)
@@ -142,7 +142,7 @@ async def test_damaged_books_are_repaired_by_that_user(guarded, operator):
     assert [change.hold_id for change in repair.index_changes] == ["one"]
 
 
-# -- what is needed ----------------------------------------------------------------------------------------------------
+# -- each permission is needed -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("permission", sorted(set(PERMISSIONS) - OF_CONNECTING - {"eval", "evalsha"}))
@@ -154,7 +154,7 @@ async def test_readiness_names_each_permission_that_is_missing(guarded, operator
     assert permission in " ".join(text for text in checks.values() if text).lower()
 
 
-async def test_the_error_of_a_call_names_the_command_that_the_store_refuses(guarded, operator):
+async def test_the_error_of_a_call_names_the_refused_command(guarded, operator):
     operator.execute_command("ACL", "SETUSER", "ktrdr", "-time")
     limiter = AsyncBudgetLimiter(guarded.url, BUDGETS, timeout=10)
     with pytest.raises(StoreError, match="no permissions to run the 'time' command$|can't run this command"):
@@ -163,13 +163,13 @@ async def test_the_error_of_a_call_names_the_command_that_the_store_refuses(guar
 
 
 @pytest.mark.parametrize("permission", ["eval", "evalsha"])
-async def test_without_scripts_nothing_starts_and_the_error_names_the_permission(guarded, operator, permission):
+async def test_without_permission_for_scripts_the_start_fails_and_names_the_permission(guarded, operator, permission):
     operator.execute_command("ACL", "SETUSER", "ktrdr", f"-{permission}")
     with pytest.raises(StoreError, match=permission):
         await everything(guarded.url)
 
 
-# -- what it may not ---------------------------------------------------------------------------------------------------
+# -- forbidden ---------------------------------------------------------------------------------------------------------
 
 FORBIDDEN = [
     "FLUSHALL", "FLUSHDB", "KEYS *", "CONFIG GET maxmemory", "CONFIG SET maxmemory 1", "CONFIG RESETSTAT",
@@ -182,12 +182,12 @@ FORBIDDEN = [
 
 
 @pytest.mark.parametrize("command", FORBIDDEN)
-def test_what_the_product_does_not_need_is_refused(guarded, operator, command):
+def test_commands_that_the_product_does_not_need_are_refused(guarded, operator, command):
     with guarded.client() as client, pytest.raises(redis.ResponseError, match="permissions|^DEBUG command not allowed"):
         client.execute_command(*command.split(" "))
 
 
-def test_no_other_key_can_be_touched_not_even_by_a_script(guarded, operator):
+def test_no_other_key_is_accessible_even_from_a_script(guarded, operator):
     operator.set("another:key", "secret")
     with guarded.client() as client:
         for command in ("GET another:key", "SET another:key x", "DEL another:key", "MGET ktrdr:a another:key"):
@@ -199,13 +199,13 @@ def test_no_other_key_can_be_touched_not_even_by_a_script(guarded, operator):
     assert operator.get("another:key") == "secret"
 
 
-def test_nobody_else_gets_in(guarded, operator):
+def test_other_logins_are_refused(guarded, operator):
     for login in ({"username": None, "password": None}, {"username": "default", "password": ""}, {"password": "wrong"}):
         with guarded.client(**login) as client, pytest.raises(redis.AuthenticationError):
             client.ping()
 
 
-async def test_a_wrong_password_is_refused_clearly_and_is_not_told(guarded):
+async def test_a_wrong_password_is_refused_and_not_shown(guarded):
     url = guarded.url.replace("correct", "wr0ng")
     with pytest.raises(StoreUnavailable) as refused:
         async with AsyncBudgetLimiter(url, BUDGETS, timeout=10):
@@ -217,8 +217,8 @@ async def test_a_wrong_password_is_refused_clearly_and_is_not_told(guarded):
 # -- the file itself ---------------------------------------------------------------------------------------------------
 
 
-def test_no_password_is_in_the_repository_and_none_is_needed_in_clear(guarded):
-    text = (ROOM / "users.acl").read_text(encoding="utf-8")
+def test_no_file_contains_a_password_in_clear_text(guarded):
+    text = (DIRECTORY / "users.acl").read_text(encoding="utf-8")
     assert "#PASSWORD_SHA256" in text
     assert not re.search(r"[ >]>|nopass|#[0-9a-f]{64}", text)
     written = (guarded.directory / "users.acl").read_text()
@@ -227,7 +227,7 @@ def test_no_password_is_in_the_repository_and_none_is_needed_in_clear(guarded):
 
 
 def test_without_a_password_the_server_does_not_start():
-    words = ["sh", str(ROOM / "start.sh")]
+    words = ["sh", str(DIRECTORY / "start.sh")]
     done = subprocess.run(
         words, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, timeout=60, check=False
     )
@@ -235,9 +235,9 @@ def test_without_a_password_the_server_does_not_start():
     assert "KTRDR_REDIS_PASSWORD: must be set to the password of the user ktrdr" in done.stderr
 
 
-def test_the_compose_overlay_starts_redis_so_and_gives_the_backends_the_password():
-    root = ROOM.parents[1]
-    files = ["--file", str(root / "docker-compose.yml"), "--file", str(ROOM / "compose.yml")]
+def test_the_compose_overlay_starts_redis_with_the_users_and_passes_the_password_to_the_backends():
+    root = DIRECTORY.parents[1]
+    files = ["--file", str(root / "docker-compose.yml"), "--file", str(DIRECTORY / "compose.yml")]
     environment = {"PATH": os.environ["PATH"], "KTRDR_REDIS_PASSWORD": "s3cret"}
     done = subprocess.run(
         [*compose(), *files, "config"], env=environment, capture_output=True, text=True, timeout=60, check=False
@@ -246,7 +246,7 @@ def test_the_compose_overlay_starts_redis_so_and_gives_the_backends_the_password
     services = yaml.safe_load(done.stdout)["services"]
     for name in ("backend-1", "backend-2"):
         assert services[name]["environment"]["KTRDR_REDIS_URL"] == "redis://ktrdr:s3cret@redis:6379/0"
-        assert services[name]["environment"]["OTEL_SERVICE_NAME"] == "ktrdr-backend", "the rest stays"
+        assert services[name]["environment"]["OTEL_SERVICE_NAME"] == "ktrdr-backend", "the other variables remain"
     store = services["redis"]
     assert store["entrypoint"] == ["sh", "/etc/ktrdr/start.sh"]
     plain = yaml.safe_load((root / "docker-compose.yml").read_text())["services"]["redis"]
@@ -265,10 +265,10 @@ def test_the_compose_overlay_starts_redis_so_and_gives_the_backends_the_password
 # -- a cluster ---------------------------------------------------------------------------------------------------------
 
 OF_A_CLUSTER = ["+cluster|slots", "+asking"]
-"""What a cluster needs beside the file; docs/security.md says so."""
+"""The further permissions on a cluster, as in docs/security.md."""
 
 
-async def test_in_a_cluster_a_little_more_is_needed(tmp_path_factory):
+async def test_a_cluster_needs_two_more_permissions(tmp_path_factory):
     with Cluster(valkey_binary(), tmp_path_factory.mktemp("c"), masters=3) as cluster:
         for node in cluster.masters:
             rules = [f"+{permission}" for permission in PERMISSIONS]
@@ -276,12 +276,12 @@ async def test_in_a_cluster_a_little_more_is_needed(tmp_path_factory):
         await everything(cluster.url.replace("://", "://ktrdr:right@"))
         refused = {entry["object"] for node in cluster.masters for entry in node.client.acl_log()}
         assert refused <= {"client|setinfo"}
-    document = (ROOM.parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
+    document = (DIRECTORY.parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
     assert f"On a **cluster** add `{' '.join(OF_A_CLUSTER)}`" in " ".join(document.split())
 
 
-def test_the_document_names_each_command_of_the_file_and_no_other():
-    document = (ROOM.parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
+def test_the_document_lists_exactly_the_commands_of_the_file():
+    document = (DIRECTORY.parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([a-z \\|]+)` \| .* \|$", document, re.MULTILINE)
     assert sorted(" ".join(rows).replace("\\|", "|").split()) == sorted(PERMISSIONS)
     assert f"may run {len(PERMISSIONS)} commands" in " ".join(document.split())

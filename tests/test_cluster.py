@@ -1,4 +1,4 @@
-"""Real clusters of three masters with a replica each: batches go to the slot's node, wherever that is."""
+"""Real clusters of three masters with a replica each: requests go to the current primary of the tenant's slot."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 @pytest.fixture
 def cluster(_cluster: Cluster) -> Cluster:
-    """One for all tests, empty, on Valkey."""
+    """An empty cluster of Valkey, shared by all tests."""
     _cluster.flush()
     return _cluster
 
@@ -53,14 +53,14 @@ def _either(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture
 def either(_either: Cluster) -> Cluster:
-    """The same, on each kind of server: they say different things while a slot moves."""
+    """An empty cluster of each kind of server: their replies differ during a slot migration."""
     _either.flush()
     return _either
 
 
 @pytest.mark.parametrize("tenant", ["default", "alpha", "beta", "team:quant"])
-async def test_reserve_and_commit_of_each_tenant_stay_in_one_slot(cluster, tenant):
-    """runcycles, PostHog #60838, gateway #248: no CROSSSLOT, for all keys are declared and share a hash tag."""
+async def test_all_keys_of_a_tenant_are_in_one_slot(cluster, tenant):
+    """runcycles, PostHog #60838, gateway #248: no CROSSSLOT, since all keys are declared and share a hash tag."""
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, tenant=tenant, timeout=20.0) as limiter:
         hold = await limiter.reserve({"agent": "0.15", "team:quant": "0.15", "cycles": 1}, id="op_1")
         hold.accrue("0.03")
@@ -72,11 +72,11 @@ async def test_reserve_and_commit_of_each_tenant_stay_in_one_slot(cluster, tenan
     used = [
         keys for node, keys in zip(cluster.nodes, cluster.keys_by_node(), strict=True) if keys and node.role == "master"
     ]
-    assert len(used) == 1, "one node has them all"
+    assert len(used) == 1, "one node has all keys"
     assert all(key.startswith(f"ktrdr:{{{tenant}}}:") for key in used[0])
 
 
-async def test_everything_else_works_through_a_cluster_client_too(cluster):
+async def test_every_other_call_works_on_a_cluster(cluster):
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         await limiter.record("agent", "0.02", id="op_1", operation="research")
         for number in range(3):
@@ -106,7 +106,7 @@ async def _all_unconfirmed(limiter) -> bool:
     return (await limiter.status("agent")).held == 0
 
 
-async def test_script_flush_on_every_node_is_invisible(cluster):
+async def test_script_flush_on_every_node_goes_unnoticed(cluster):
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         for _ in range(3):
             await (await limiter.reserve("agent", "0.15")).commit("0.07")
@@ -115,14 +115,14 @@ async def test_script_flush_on_every_node_is_invisible(cluster):
         assert (await limiter.status("agent")).spent == Decimal("0.21")
 
 
-def test_the_sync_limiter_and_its_threads_speak_to_a_cluster_too(cluster):
+def test_the_sync_limiter_works_on_a_cluster(cluster):
     with BudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         with limiter.hold("agent", "0.15") as hold:
             hold.accrue("0.05")
         assert limiter.status("agent").spent == Decimal("0.05")
 
 
-def test_the_child_of_a_fork_finds_the_slot_by_itself(cluster):
+def test_the_child_of_a_fork_discovers_the_primary_itself(cluster):
     with BudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         limiter.reserve("agent", "0.50")
         assert in_child(lambda: limiter.reserve("agent", "0.25")) == 0
@@ -137,7 +137,7 @@ async def test_many_callers_of_one_process_fill_the_cap_exactly(cluster):
         assert (await limiter.status("agent")).held == Decimal("5.00")
 
 
-def test_eight_processes_race_a_cap_on_a_cluster_and_fill_it_to_the_unit(cluster):
+def test_eight_processes_fill_a_cap_on_a_cluster_exactly(cluster):
     options = {"url": cluster.url, "limit": "0.7", "amounts": ["0.0007"], "callers": 8, "ttl": 60, "settle": False}
     with workers("spender.py", 8, options) as racers:
         for racer in racers:
@@ -147,7 +147,7 @@ def test_eight_processes_race_a_cap_on_a_cluster_and_fill_it_to_the_unit(cluster
     assert held_in(cluster) == to_units("0.7")
 
 
-def test_mixed_amounts_and_kill_9_never_pass_the_cap_on_a_cluster(cluster):
+def test_mixed_amounts_and_killed_processes_never_exceed_the_cap_on_a_cluster(cluster):
     limit = to_units("3.00")
     amounts = ["0.01", "0.003", "0.0000007", "0.02", "0.0151"]
     options = {"url": cluster.url, "limit": "3.00", "amounts": amounts, "callers": 8, "ttl": 1, "settle": True}
@@ -164,12 +164,12 @@ def test_mixed_amounts_and_kill_9_never_pass_the_cap_on_a_cluster(cluster):
 
 
 def window(cluster: Cluster, tenant: str = "default") -> dict[str, int]:
-    """The figures of the only window of `agent`, on whichever master it is; fails if there are two."""
+    """The figures of the only window of `agent` on any master; fail if there are two windows."""
     found = []
     for node in cluster.masters:
         for key in node.client.scan_iter(f"ktrdr:{{{tenant}}}:w:agent:*", count=10000):
             pipeline = node.client.pipeline(transaction=False)
-            pipeline.execute_command("ASKING")  # it may be on its way to this node
+            pipeline.execute_command("ASKING")  # the key may be migrating to this node
             pipeline.hmget(key, "spent", "held", "unconfirmed")
             found.append([int(figure or 0) for figure in pipeline.execute()[1]])
     assert len(found) <= 1, "a split window"
@@ -180,7 +180,7 @@ def held_in(cluster: Cluster) -> int:
     return window(cluster)["held"]
 
 
-async def test_a_cluster_that_hangs_gives_every_call_its_answer_in_time(cluster):
+async def test_calls_to_a_hanging_cluster_end_in_time(cluster):
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "0.15")
         for node in cluster.nodes:
@@ -205,7 +205,7 @@ async def _answers(limiter) -> bool:
     return True
 
 
-async def test_a_cluster_that_is_not_there_is_unavailable(cluster):
+async def test_an_unreachable_cluster_is_unavailable(cluster):
     [port] = free_ports(1)
     async with AsyncBudgetLimiter(f"redis+cluster://127.0.0.1:{port}", BUDGETS, timeout=0.3) as limiter:
         with pytest.raises(StoreUnavailable), Stopwatch() as took:
@@ -213,11 +213,11 @@ async def test_a_cluster_that_is_not_there_is_unavailable(cluster):
         assert took.seconds < 2.0
 
 
-# -- a slot that moves -------------------------------------------------------------------------------------------------
+# -- slot migration ----------------------------------------------------------------------------------------------------
 
 
-def test_a_slot_that_moves_key_by_key_while_three_processes_spend_is_never_split(either):
-    """Twice: there and back. No grant is lost, none is counted twice, and the cap is filled exactly."""
+def test_a_slot_that_migrates_key_by_key_under_load_never_splits_a_window(either):
+    """Two migrations, to another node and back. No grant is lost or counted twice, and the cap is filled exactly."""
     options = {
         "url": either.url,
         "limit": "0.9",
@@ -246,7 +246,7 @@ def test_a_slot_that_moves_key_by_key_while_three_processes_spend_is_never_split
     assert [key for node in either.masters for key in node.client.scan_iter("*:meta")] == ["ktrdr:{default}:meta"]
 
 
-async def test_while_half_a_tenant_has_moved_nothing_is_granted_and_the_policy_decides(either):
+async def test_nothing_is_granted_while_a_slot_is_half_migrated(either):
     source, target = either.owner("default"), either.others(either.owner("default"))[0]
     async with AsyncBudgetLimiter(either.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
@@ -255,7 +255,7 @@ async def test_while_half_a_tenant_has_moved_nothing_is_granted_and_the_policy_d
                 move(moved_first)
                 calls = [limiter.reserve("agent", "5.00"), limiter.reserve("cycles", 1), hold.extend()]
                 if moved_first in (limiter.keys.meta, limiter.keys.hold("op_1")):
-                    calls.append(limiter.get("op_1"))  # which timeline its record belongs to is not known
+                    calls.append(limiter.get("op_1"))  # the epoch of its record is unknown
                 else:
                     assert (await limiter.get("op_1")).state == "open"
                 for call in calls:
@@ -275,8 +275,8 @@ async def _holds(limiter, amount: int) -> bool:
         return False
 
 
-async def test_the_first_reservation_of_a_tenant_waits_for_a_slot_that_moves(either):
-    """No key exists anywhere: the source says ASK, and the target must not begin a window beside another."""
+async def test_the_first_reservation_of_a_tenant_waits_until_its_slot_has_migrated(either):
+    """No key exists yet: the source replies ASK, and the target must not create a second window."""
     source = either.owner("fresh")
     async with AsyncBudgetLimiter(either.url, BUDGETS, tenant="fresh", timeout=30.0) as limiter:
         with either.migrating("fresh", either.others(source)[0]):
@@ -288,7 +288,7 @@ async def test_the_first_reservation_of_a_tenant_waits_for_a_slot_that_moves(eit
         assert window(either, "fresh")["held"] == to_units("1.00")
 
 
-async def test_a_tenant_elsewhere_does_not_notice_that_a_slot_moves(cluster):
+async def test_tenants_in_other_slots_are_not_affected_by_a_migration(cluster):
     source, target, elsewhere = cluster.masters
     moving, calm = cluster.tenant_of(source), cluster.tenant_of(elsewhere)
     async with (
@@ -306,8 +306,8 @@ async def test_a_tenant_elsewhere_does_not_notice_that_a_slot_moves(cluster):
         await stuck.reserve("agent", "0.01")
 
 
-async def test_a_slot_that_valkey_moves_as_a_whole_is_followed_without_a_pause(cluster):
-    """Valkey 9 sends a slot like a replica, and then hands it over at once: no TRYAGAIN, and no loss."""
+async def test_an_atomic_slot_migration_of_valkey_causes_no_pause(cluster):
+    """Valkey 9 copies a slot like a replica and then switches at once: no TRYAGAIN, and no loss."""
     source = cluster.owner("default")
     target = cluster.others(source)[0]
     slot = slot_of("default")
@@ -332,25 +332,27 @@ async def test_a_slot_that_valkey_moves_as_a_whole_is_followed_without_a_pause(c
         assert limiter.losses == 0
 
 
-@pytest.mark.parametrize("way", ["wires", "without hiredis", "watched"])
-async def test_moved_and_ask_are_followed_at_once_whatever_carries_the_calls(cluster, monkeypatch, way):
-    if way == "without hiredis":
+@pytest.mark.parametrize("way", ["connections", "client without hiredis", "instrumented client"])
+async def test_moved_and_ask_are_followed_over_connections_and_over_the_client(cluster, monkeypatch, way):
+    if way == "client without hiredis":
         monkeypatch.setattr(resp, "Reader", None)
-    if way == "watched":
+    if way == "instrumented client":
         plain = redis.asyncio.Redis.execute_command
-        monkeypatch.setattr(redis.asyncio.Redis, "execute_command", plain)  # put back at the end
+        monkeypatch.setattr(redis.asyncio.Redis, "execute_command", plain)  # restored at the end
         wrapt.wrap_function_wrapper(
             redis.asyncio.Redis, "execute_command", lambda call, _, words, more: call(*words, **more)
         )
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
-        assert bool(own_connections(limiter)) == (way == "wires")
+        assert bool(own_connections(limiter)) == (way == "connections")
         source = cluster.owner("default")
         with cluster.migrating("default", cluster.others(source)[0]) as move:
             while move():
                 pass
             assert (await limiter.get("op_1")).state == "open"
-            blocked = asyncio.create_task(limiter.status("agent"))  # names keys that are nowhere, which may yet come
+            blocked = asyncio.create_task(
+                limiter.status("agent")
+            )  # its keys exist on neither node, and may yet be created
             done, _ = await asyncio.wait([blocked], timeout=0.2)
             assert not done
         assert (await blocked).held == 1
@@ -360,10 +362,10 @@ async def test_moved_and_ask_are_followed_at_once_whatever_carries_the_calls(clu
         assert current_port(limiter) == cluster.owner("default").port
 
 
-# -- a master that dies ------------------------------------------------------------------------------------------------
+# -- failover ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_master_that_dies_is_replaced_within_the_deadline_of_a_call(either):
+async def test_a_killed_master_is_replaced_within_the_deadline_of_a_call(either):
     old = either.owner("default")
     async with AsyncBudgetLimiter(either.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
@@ -381,7 +383,7 @@ async def test_a_master_that_dies_is_replaced_within_the_deadline_of_a_call(eith
             either.wait_whole()
 
 
-async def test_a_failover_on_request_loses_nothing_and_is_hardly_noticed(cluster):
+async def test_a_manual_failover_loses_nothing(cluster):
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=30.0) as limiter:
         spending, spent = True, 0
 
@@ -403,8 +405,8 @@ async def test_a_failover_on_request_loses_nothing_and_is_hardly_noticed(cluster
         assert limiter.losses == 0
 
 
-async def test_a_master_that_hangs_is_left_as_soon_as_another_is_elected(cluster):
-    """Its connections stay, and nothing comes: no call may wait for its own deadline there."""
+async def test_a_hanging_master_is_left_after_the_election_of_another(cluster):
+    """Its connections stay open without replies: no call may wait until its own deadline."""
     old = cluster.owner("default")
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=60.0) as limiter:
         await limiter.reserve("agent", "1.00", id="op_1")
@@ -419,10 +421,10 @@ async def test_a_master_that_hangs_is_left_as_soon_as_another_is_elected(cluster
         assert (await limiter.status("agent")).held == 2
 
 
-# -- stores that are none ----------------------------------------------------------------------------------------------
+# -- wrong URLs --------------------------------------------------------------------------------------------------------
 
 
-async def test_a_server_without_a_cluster_and_a_node_of_one_say_how_to_reach_them(cluster, start_server):
+async def test_the_error_names_the_right_scheme_for_a_single_server_and_for_a_cluster_node(cluster, start_server):
     [port] = free_ports(1)
     start_server(None, "--port", str(port))
     elsewhere = cluster.others(cluster.owner("default"))[0]
@@ -436,7 +438,7 @@ async def test_a_server_without_a_cluster_and_a_node_of_one_say_how_to_reach_the
         await limiter.close()
 
 
-async def test_one_node_of_the_url_is_enough(cluster):
+async def test_one_reachable_node_of_the_url_is_enough(cluster):
     dead = free_ports(2)
     hosts = ",".join(f"127.0.0.1:{port}" for port in (*dead, cluster.masters[0].port))
     async with AsyncBudgetLimiter(f"redis+cluster://{hosts}", BUDGETS, timeout=20.0) as limiter:
@@ -444,8 +446,8 @@ async def test_one_node_of_the_url_is_enough(cluster):
 
 
 @pytest.mark.slow
-async def test_a_master_that_dies_while_its_slot_moves_admits_nothing_beside_the_window_that_has_moved(either):
-    """Redis 7 does not tell replicas that a slot is moved: one that is promoted takes its part for the whole."""
+async def test_a_replica_promoted_during_a_migration_admits_nothing_beside_the_migrated_window(either):
+    """In Redis 7, replicas have no record of a migration: a promoted one treats its part of the slot as all of it."""
     source = either.owner("torn")
     target = either.others(source)[0]
     async with AsyncBudgetLimiter(either.url, BUDGETS, tenant="torn", timeout=20.0) as limiter:

@@ -1,4 +1,4 @@
-"""Credentials that rotate: asked for at each connection, everywhere, and shown nowhere.
+"""Credentials that rotate: fetched at each connection, by every client, and never shown.
 
 envoyproxy/ratelimit #799, litellm PR #38413.
 """
@@ -22,25 +22,26 @@ from .conftest import Server, valkey_binary
 from .helpers.clusters import Cluster
 from .helpers.patience import away
 from .helpers.sentinels import SentinelGroup
+from .helpers.stores import store_of
 
 BUDGETS = [Budget("agent", "5.00")]
 
 
 class Vault:
-    """Issues the password of the user `worker`, which the test rotates; a callable."""
+    """A provider (a callable) of the password of the user `worker`, which the test rotates."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self.asked = 0
+        self.calls = 0
         self.password = ""
         self.rotate("first-secret")
 
     def __call__(self) -> tuple[str, str]:
-        self.asked += 1
+        self.calls += 1
         return "worker", self.password
 
     def rotate(self, password: str) -> None:
-        """The old password does not count any more, and its connections end."""
+        """Replace the password; the server closes connections that used the old one."""
         self.password = password
         with self._server.client() as client:
             client.execute_command("ACL", "DELUSER", "worker")
@@ -48,7 +49,7 @@ class Vault:
 
 
 class Provider(CredentialProvider):
-    """As redis-py's users write one."""
+    """A provider as users of redis-py write one."""
 
     def __init__(self, vault: Vault) -> None:
         self._vault = vault
@@ -65,7 +66,7 @@ class AsyncProvider(Provider):
 
 @pytest.fixture
 def own(start_server: Callable[..., Server]):
-    """A server that lets nobody in without a password."""
+    """A server whose clients log in as `worker`."""
     made = start_server()
     with made.client() as client:
         client.execute_command("ACL", "SETUSER", "operator", "on", ">operator", "~*", "&*", "+@all")
@@ -76,28 +77,28 @@ def own(start_server: Callable[..., Server]):
 FORMS = {"callable": lambda vault: vault, "provider": Provider, "async provider": AsyncProvider}
 
 
-@pytest.mark.parametrize("way", ["wires", "client"])
+@pytest.mark.parametrize("way", ["connections", "client"])
 @pytest.mark.parametrize("form", FORMS)
-async def test_a_provider_is_asked_at_each_connection(own, form, way, monkeypatch, caplog):
+async def test_the_provider_is_called_at_each_connection(own, form, way, monkeypatch, caplog):
     if way == "client":
         monkeypatch.setattr(resp, "Reader", None)
     vault = Vault(own)
     async with AsyncBudgetLimiter(own.url, BUDGETS, credential_provider=FORMS[form](vault)) as limiter:
         await limiter.reserve("agent", "0.15")
-        asked = vault.asked
-        assert asked >= 1
+        before = vault.calls
+        assert before >= 1
         vault.rotate("second-secret")
         await limiter.reserve("agent", "0.15")
         await limiter.status("agent")
-        assert vault.asked > asked
+        assert vault.calls > before
         with own.client() as client:
             assert {each["user"] for each in client.client_list()} == {"default", "worker"}
-        assert "secret" not in repr(limiter) + repr(limiter._store) + repr(limiter.store_credentials)
+        assert "secret" not in repr(limiter) + repr(store_of(limiter)) + repr(limiter.store_credentials)
     assert "secret" not in caplog.text
     assert "backward compatibility" not in caplog.text
 
 
-def test_the_sync_limiter_and_the_audit_ask_it_too(own):
+def test_the_sync_limiter_and_the_audit_use_the_provider(own):
     vault = Vault(own)
     with BudgetLimiter(own.url, BUDGETS, credential_provider=vault) as limiter:
         limiter.reserve("agent", "0.15").commit("0.10")
@@ -110,19 +111,19 @@ def test_the_sync_limiter_and_the_audit_ask_it_too(own):
         assert auditor.check()
 
 
-def test_the_tracker_asks_it_too(own, monkeypatch):
+def test_the_tracker_uses_the_provider(own, monkeypatch):
     vault = Vault(own)
     monkeypatch.setenv("KTRDR_REDIS_URL", own.url)
     with BudgetTracker(5, credential_provider=vault) as tracker:
         tracker.record_spend("0.10", "op_1")
-        asked = vault.asked
-        assert asked >= 1
+        before = vault.calls
+        assert before >= 1
         vault.rotate("second-secret")
         assert tracker.get_today_spend() == 0.1
-        assert vault.asked > asked
+        assert vault.calls > before
 
 
-async def test_the_gauge_of_the_audit_logs_in_as_its_limiter_does(own):
+async def test_the_audit_metric_logs_in_with_the_credentials_of_its_limiter(own):
     vault = Vault(own)
     with own.client() as client:
         client.execute_command("ACL", "SETUSER", "default", "nopass", "-@all")
@@ -135,22 +136,22 @@ async def test_the_gauge_of_the_audit_logs_in_as_its_limiter_does(own):
 
 
 @pytest.mark.parametrize("given", ["first-secret", ("first-secret",), ("default", "first-secret")])
-async def test_a_password_alone_is_that_of_the_default_user(own, given):
+async def test_a_password_without_a_user_is_for_the_default_user(own, given):
     with own.client() as client:
         client.config_set("requirepass", "first-secret")
     async with AsyncBudgetLimiter(own.url, BUDGETS, credential_provider=lambda: given) as limiter:
         assert (await limiter.reserve("agent", "0.15")).state == "open"
 
 
-async def test_a_provider_that_fails_is_a_store_that_is_away_and_its_words_are_not_shown(own, caplog):
+async def test_a_failing_provider_means_an_unavailable_store_and_its_message_is_not_shown(own, caplog):
     vault, down = Vault(own), [True]
 
-    def ask() -> tuple[str, str]:
+    def provider() -> tuple[str, str]:
         if down:
-            raise RuntimeError("vault says: secret-token-1")
+            raise RuntimeError("vault error: secret-token-1")
         return vault()
 
-    limiter = AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.3, credential_provider=ask)
+    limiter = AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.3, credential_provider=provider)
     with away(own.url):
         with pytest.raises(StoreUnavailable, match="credential_provider raised RuntimeError") as refused:
             await limiter.reserve("agent", "0.15")
@@ -163,7 +164,7 @@ async def test_a_provider_that_fails_is_a_store_that_is_away_and_its_words_are_n
 
 
 @pytest.mark.parametrize("given", [None, 1, ("a", "b", "c"), ("a", None), b"secret"])
-async def test_what_is_no_credential_is_an_error_that_does_not_show_it(own, given):
+async def test_invalid_credentials_are_an_error_that_does_not_show_them(own, given):
     limiter = AsyncBudgetLimiter(own.url, BUDGETS, credential_provider=lambda: given)
     with pytest.raises(StoreError, match="must return a password, or a user name and a password") as refused:
         await limiter.reserve("agent", "0.15")
@@ -181,7 +182,7 @@ async def test_what_is_no_credential_is_an_error_that_does_not_show_it(own, give
         ("redis://store", "secret", "must be a CredentialProvider of redis-py, or a callable"),
     ],
 )
-def test_a_provider_that_cannot_be_used_is_refused_at_once(url, provider, words):
+def test_an_unusable_provider_is_refused_by_the_constructor(url, provider, words):
     for make in (
         lambda: AsyncBudgetLimiter(url, BUDGETS, credential_provider=provider),
         lambda: BudgetLimiter(url, BUDGETS, credential_provider=provider),
@@ -191,7 +192,7 @@ def test_a_provider_that_cannot_be_used_is_refused_at_once(url, provider, words)
         assert "secret" not in str(refused.value)
 
 
-async def test_the_nodes_of_a_cluster_are_asked_as_the_provider_says(tmp_path_factory):
+async def test_cluster_nodes_are_queried_with_the_provided_credentials(tmp_path_factory):
     with Cluster(valkey_binary(), Path(tmp_path_factory.mktemp("c")), masters=3) as cluster:
         passwords = ["first-secret"]
         for node in cluster.masters:
@@ -211,7 +212,7 @@ async def test_the_nodes_of_a_cluster_are_asked_as_the_provider_says(tmp_path_fa
         assert [report.adds_up for report in reports] == [True]
 
 
-async def test_the_master_behind_sentinels_is_asked_as_the_provider_says(tmp_path_factory):
+async def test_the_master_behind_sentinel_is_used_with_the_provided_credentials(tmp_path_factory):
     with SentinelGroup(valkey_binary(), Path(tmp_path_factory.mktemp("s"))) as group:
         master = group.master
         master.client.execute_command("ACL", "SETUSER", "worker", "on", ">first-secret", "~*", "&*", "+@all")

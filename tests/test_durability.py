@@ -1,4 +1,4 @@
-"""Option ``durability``: a call is answered when what it wrote is on a replica, or on disk."""
+"""Option ``durability``: a call returns when its writes are on a replica, or on disk."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def master(start_server: Callable):
 
 @pytest.fixture
 def replica(master, start_server: Callable):
-    """Follows the master, and can be stopped."""
+    """A replica of the master."""
     with master.client() as client:
         port = client.config_get("port")["port"]
         made = start_server(None, "--replicaof", "127.0.0.1", port, "--repl-diskless-sync", "yes")
@@ -41,7 +41,7 @@ def replica(master, start_server: Callable):
     made.kill()
 
 
-async def test_what_was_granted_and_spent_is_on_the_replica(master, replica):
+async def test_holds_and_spend_are_on_the_replica(master, replica):
     async with AsyncBudgetLimiter(master.url, BUDGETS, durability="replica") as limiter:
         hold = await limiter.reserve("agent", "0.15")
         await hold.commit("0.07")
@@ -50,11 +50,11 @@ async def test_what_was_granted_and_spent_is_on_the_replica(master, replica):
             assert sums(client) == {"spent": to_units("0.07"), "held": to_units("0.20"), "unconfirmed": 0, "events": 1}
 
 
-async def test_nothing_is_granted_while_no_replica_confirms_and_all_is_settled_when_one_does(master, replica):
+async def test_nothing_is_granted_while_no_replica_confirms(master, replica):
     async with AsyncBudgetLimiter(master.url, BUDGETS, durability="replica", timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15")
         replica.pause()
-        with away(master.url):  # as far as deadlines go
+        with away(master.url):  # its deadlines are short
             with pytest.raises(StoreUnavailable, match="no replica has confirmed it") as refused, Stopwatch() as took:
                 await limiter.reserve("agent", "0.20")
             assert refused.value.ambiguous
@@ -69,8 +69,8 @@ async def test_nothing_is_granted_while_no_replica_confirms_and_all_is_settled_w
             assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_a_replay_is_confirmed_no_sooner_than_what_it_repeats(master, replica):
-    """It writes nothing, but what it repeats may not be on the replica yet."""
+async def test_a_replay_waits_for_the_confirmation_of_the_original(master, replica):
+    """A replay writes nothing, but the original may not be on the replica yet."""
     async with (
         AsyncBudgetLimiter(master.url, BUDGETS) as careless,
         AsyncBudgetLimiter(master.url, BUDGETS, durability="replica", timeout=TIMEOUT_S) as limiter,
@@ -92,8 +92,8 @@ async def test_without_a_replica_nothing_is_admitted(master):
         await until(lambda: limiter.store_state == "open")
 
 
-async def test_on_disk(start_server: Callable):
-    """kill -9 right after the answer: it is in the file."""
+async def test_acknowledged_spend_is_on_disk(start_server: Callable):
+    """The server is killed right after the reply; the spend is in its file."""
     server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(server.url, BUDGETS, durability="disk") as limiter:
         await limiter.record("agent", "0.07")
@@ -113,7 +113,7 @@ async def _spent(limiter: AsyncBudgetLimiter) -> bool:
         return False
 
 
-async def test_a_server_without_an_append_only_file_says_what_is_missing(server):
+async def test_the_error_names_a_missing_append_only_file(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, durability="disk") as limiter:
         with pytest.raises(StoreError, match="appendonly"):
             await limiter.reserve("agent", "0.15")
@@ -121,7 +121,7 @@ async def test_a_server_without_an_append_only_file_says_what_is_missing(server)
             assert sums(client)["held"] == 0
 
 
-async def test_a_server_without_waitaof_says_what_is_missing(start_server: Callable):
+async def test_the_error_names_a_missing_command_waitaof(start_server: Callable):
     binary = redis_binary()
     if binary is None:
         pytest.fail("redis-server is not installed")
@@ -137,6 +137,6 @@ async def test_a_server_without_waitaof_says_what_is_missing(start_server: Calla
     old.kill()
 
 
-def test_it_is_one_of_three():
+def test_an_unknown_durability_is_refused():
     with pytest.raises(InvalidArgument, match="durability"):
         AsyncBudgetLimiter("redis://localhost", BUDGETS, durability="everywhere")  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A server that is no store, or that speaks without TLS: the error says so, instead of "no answer within 1 s"."""
+"""Servers that are not Redis, or use TLS otherwise than the URL says: the error names the cause, not just a timeout."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def plain(start_server) -> Iterator[int]:
 
 class Page(http.server.SimpleHTTPRequestHandler):
     def log_message(self, format: str, *words: object) -> None:
-        """Silent."""
+        """Log nothing."""
 
 
 @contextlib.contextmanager
 def served(server: http.server.HTTPServer) -> Iterator[int]:
-    """An HTTP server in a thread; its port."""
+    """Run an HTTP server in a thread; yield its port."""
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
@@ -66,7 +66,7 @@ def web(request) -> Iterator[int]:
 
 
 def _patient(listener: socket.socket) -> None:
-    """Replies once a blank line has come."""
+    """An HTTP server that replies after the blank line at the end of the headers."""
 
     def serve(connection: socket.socket) -> None:
         with connection, contextlib.suppress(OSError):
@@ -94,22 +94,22 @@ async def refusal(url: str) -> str:
     return str(refused.value)
 
 
-@pytest.mark.parametrize("way", ["wires", "client"])
+@pytest.mark.parametrize("way", ["connections", "client"])
 @pytest.mark.parametrize("form", ["rediss://127.0.0.1:{}", "rediss://127.0.0.1:{}?ssl_cert_reqs=none"])
-async def test_a_server_without_tls_is_named(plain, form, way, monkeypatch):
+async def test_the_error_names_a_server_without_tls(plain, form, way, monkeypatch):
     if way == "client":
         monkeypatch.setattr(resp, "Reader", None)
     assert f"the server at 127.0.0.1:{plain} does not speak TLS" in await refusal(form.format(plain))
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss"])
-async def test_an_http_server_is_named(web, scheme):
+async def test_the_error_names_an_http_server(web, scheme):
     words = await refusal(f"{scheme}://127.0.0.1:{web}")
     assert f"the server at 127.0.0.1:{web} is not a Redis server: it speaks HTTP" in words
 
 
-@pytest.mark.parametrize("way", ["wires", "client"])
-async def test_a_store_whose_port_an_http_server_takes_later_is_named(start_server, way, monkeypatch):
+@pytest.mark.parametrize("way", ["connections", "client"])
+async def test_the_error_names_an_http_server_that_replaces_the_store(start_server, way, monkeypatch):
     if way == "client":
         monkeypatch.setattr(resp, "Reader", None)
     port = free_port()
@@ -125,11 +125,11 @@ async def test_a_store_whose_port_an_http_server_takes_later_is_named(start_serv
 
 
 @pytest.mark.parametrize("form", ["redis+sentinel://127.0.0.1:{}/main", "redis+cluster://127.0.0.1:{}"])
-async def test_an_http_server_behind_which_no_node_is_named_is_named(web, form):
+async def test_the_error_names_an_http_server_in_place_of_a_sentinel_or_cluster_node(web, form):
     assert "it speaks HTTP" in await refusal(form.format(web))
 
 
-def test_the_sync_limiter_and_the_audit_say_so_too(plain):
+def test_the_sync_limiter_and_the_audit_raise_the_same_error(plain):
     url = f"rediss://127.0.0.1:{plain}"
     with pytest.raises(StoreError, match="does not speak TLS"), BudgetLimiter(url, BUDGETS, timeout=20.0):
         pass
@@ -137,13 +137,13 @@ def test_the_sync_limiter_and_the_audit_say_so_too(plain):
         verify(url, timeout=1.0)
 
 
-async def test_a_server_that_is_only_slow_is_waited_for():
+async def test_a_slow_server_gets_the_whole_timeout():
     connections = 0
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal connections
         connections += 1
-        await reader.read()  # until the client gives up; each piece of what it sends is read, and nothing is said
+        await reader.read()  # until the client gives up; everything is read, nothing is sent
         writer.close()
         await writer.wait_closed()
         connections -= 1
@@ -159,7 +159,7 @@ async def test_a_server_that_is_only_slow_is_waited_for():
     await until(lambda: connections == 0)
 
 
-async def test_where_nothing_listens_the_error_says_that_the_connection_was_refused():
+async def test_the_error_says_connection_refused_if_no_server_listens():
     url = f"redis://127.0.0.1:{free_port()}"
     limiter = AsyncBudgetLimiter(url, BUDGETS, timeout=0.2)
     with pytest.raises(StoreUnavailable) as refused:

@@ -1,4 +1,4 @@
-"""A real master with replicas behind real sentinels: whoever is the master gets the batches, and nobody else."""
+"""A real master with replicas behind real sentinels: requests go to the current master only."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ def _steady(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SentinelGroup]
 
 @pytest.fixture
 def steady(_steady: SentinelGroup) -> SentinelGroup:
-    """One for all tests that leave its master alone, empty: with a user, and passwords of both kinds."""
+    """An empty group with a user and both passwords, shared by the tests that do not change its master."""
     _steady.master.client.flushall()
     return _steady
 
 
 @pytest.fixture
 def group(tmp_path: Path) -> Iterator[SentinelGroup]:
-    """One of its own: after a failover, sentinels need ten seconds until they trust the old master as a replica."""
+    """A group for one test: after a failover, sentinels need ten seconds to accept the old master as a replica."""
     with SentinelGroup(valkey_binary(), tmp_path, **SECRETS) as made:
         yield made
 
 
 @pytest.fixture(params=[kind for kind, binary in BINARIES.items() if binary])
 def either(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[SentinelGroup]:
-    """The same, on each kind of server."""
+    """A group for one test, on each kind of server."""
     with SentinelGroup(BINARIES[request.param], tmp_path, **SECRETS) as made:
         yield made
 
@@ -65,7 +65,7 @@ async def _answers(limiter: AsyncBudgetLimiter) -> bool:
 
 
 async def _new_master(group: SentinelGroup, old: Node) -> int:
-    """The port of the master, once all sentinels name it: a limiter believes the first that knows."""
+    """The port of the new master, once all sentinels name it."""
     return (await asyncio.to_thread(group.wait_master, old)).port
 
 
@@ -84,13 +84,13 @@ async def test_batches_and_reads_go_to_the_master(steady):
     assert report.adds_up and report.spent == 70_000_000
 
 
-def test_the_sync_limiter_speaks_through_sentinels_too(steady):
+def test_the_sync_limiter_works_with_sentinel(steady):
     with BudgetLimiter(steady.url, BUDGETS, timeout=20.0) as limiter:
         limiter.reserve("agent", "0.15").commit("0.07")
         assert limiter.status("agent").spent == Decimal("0.07")
 
 
-def test_the_child_of_a_fork_asks_the_sentinels_by_itself(steady):
+def test_the_child_of_a_fork_discovers_the_master_itself(steady):
     with BudgetLimiter(steady.url, BUDGETS, timeout=20.0) as limiter:
         limiter.reserve("agent", "0.50")
         assert in_child(lambda: limiter.reserve("agent", "0.25")) == 0
@@ -111,8 +111,8 @@ async def test_a_master_that_is_killed_is_replaced_within_the_deadline_of_a_call
         assert limiter.losses == 0
 
 
-async def test_a_failover_on_request_moves_every_limiter_before_the_old_master_is_told(group):
-    """Sentinels leave the old master a master for seconds; what it would accept meanwhile would be lost."""
+async def test_a_manual_failover_moves_limiters_before_the_old_master_is_demoted(group):
+    """The old master remains a master for seconds; writes that it accepted meanwhile would be lost."""
     old = group.master
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=30.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
@@ -121,7 +121,7 @@ async def test_a_failover_on_request_moves_every_limiter_before_the_old_master_i
         began = time.monotonic()
         await until(lambda: current_port(limiter) == new.port)
         role = old.client.role()[0]
-        assert role == "master" or time.monotonic() - began > 0.5, "nobody has told it yet"
+        assert role == "master" or time.monotonic() - began > 0.5, "it has not been demoted yet"
         await hold.commit("0.25")
         await limiter.record("agent", "0.50")
         assert new.client.role()[0] == "master"
@@ -129,8 +129,8 @@ async def test_a_failover_on_request_moves_every_limiter_before_the_old_master_i
         assert (await limiter.status("agent")).spent == Decimal("0.75")
 
 
-async def test_a_master_that_was_made_a_replica_refuses_and_is_asked_for_anew(steady):
-    """READONLY, by hand and behind the back of the sentinels: the call goes on until there is a master, or it ends."""
+async def test_a_reply_readonly_starts_a_new_discovery(steady):
+    """The master is demoted without Sentinel: a call retries until there is a master, or until its deadline."""
     async with AsyncBudgetLimiter(steady.url, BUDGETS, timeout=20.0) as limiter:
         await limiter.reserve("agent", "1.00", id="op_1")
         master, other = steady.master, steady.replicas[0]
@@ -144,7 +144,7 @@ async def test_a_master_that_was_made_a_replica_refuses_and_is_asked_for_anew(st
         assert (await limiter.status("agent")).held == Decimal("1.50")
 
 
-async def test_a_master_that_hangs_is_left_as_soon_as_the_sentinels_agree(group):
+async def test_a_hanging_master_is_left_after_the_failover(group):
     old = group.master
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=60.0) as limiter:
         await limiter.reserve("agent", "1.00", id="op_1")
@@ -155,7 +155,7 @@ async def test_a_master_that_hangs_is_left_as_soon_as_the_sentinels_agree(group)
         assert current_port(limiter) == await _new_master(group, old)
 
 
-async def test_a_replica_that_lagged_is_told_what_it_lacks(group):
+async def test_lost_writes_are_replayed_to_a_promoted_replica_that_lagged(group):
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=20.0) as limiter:
         await limiter.record("agent", "1.00")
         await until(lambda: group.replicated())
@@ -164,11 +164,11 @@ async def test_a_replica_that_lagged_is_told_what_it_lacks(group):
         await limiter.record("agent", "0.50")
         await limiter.reserve("agent", "0.25", id="op_1")
         old.kill()
-        await until(lambda: _knows(limiter))
+        await until(lambda: _is_repaired(limiter))
         assert limiter.losses == 1
 
 
-async def test_a_hold_that_a_failover_has_lost_is_settled_by_its_id(group):
+async def test_a_hold_that_a_failover_lost_can_be_settled_by_its_id(group):
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=60.0) as limiter:
         await limiter.record("agent", "1.00")
         await until(lambda: group.replicated())
@@ -181,7 +181,7 @@ async def test_a_hold_that_a_failover_has_lost_is_settled_by_its_id(group):
         assert limiter.losses == 1
 
 
-async def _knows(limiter: AsyncBudgetLimiter) -> bool:
+async def _is_repaired(limiter: AsyncBudgetLimiter) -> bool:
     try:
         status = await limiter.status("agent")
     except StoreUnavailable:
@@ -195,7 +195,7 @@ async def _check_server(limiter: AsyncBudgetLimiter) -> None:
     await store.check(store.node)
 
 
-async def test_one_sentinel_that_answers_is_enough_and_one_that_hangs_delays_nothing(group):
+async def test_one_replying_sentinel_is_enough_and_hanging_ones_cause_no_delay(group):
     group.sentinels[0].pause()
     group.sentinels[1].pause()
     with Stopwatch() as took:
@@ -207,10 +207,10 @@ async def test_one_sentinel_that_answers_is_enough_and_one_that_hangs_delays_not
     assert took.seconds < 10
 
 
-async def test_without_a_sentinel_or_a_master_each_call_ends_in_time(group):
+async def test_calls_end_in_time_without_any_sentinel_or_master(group):
     ports = free_ports(2)
-    nobody = f"redis+sentinel://127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}/budgets"
-    limiter = AsyncBudgetLimiter(nobody, BUDGETS, timeout=0.3)
+    unreachable = f"redis+sentinel://127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}/budgets"
+    limiter = AsyncBudgetLimiter(unreachable, BUDGETS, timeout=0.3)
     with pytest.raises(StoreUnavailable, match="no sentinel replies"), Stopwatch() as took:
         await limiter.reserve("agent", "0.01")
     assert took.seconds < 2
@@ -237,7 +237,7 @@ async def test_without_a_sentinel_or_a_master_each_call_ends_in_time(group):
         (("?sentinel_password=pass-word-2", ""), "Authentication required|NOAUTH"),
     ],
 )
-async def test_a_wrong_name_or_password_is_said_at_once_and_not_shown(steady, change, words):
+async def test_a_wrong_service_name_or_password_fails_at_once_and_is_not_shown(steady, change, words):
     limiter = AsyncBudgetLimiter(steady.url.replace(*change), BUDGETS, timeout=30.0)
     with pytest.raises(StoreError, match=words) as refused:
         await limiter.reserve("agent", "0.01")
@@ -245,7 +245,7 @@ async def test_a_wrong_name_or_password_is_said_at_once_and_not_shown(steady, ch
     await limiter.close()
 
 
-async def test_passwords_with_every_sign_of_a_url_are_understood(tmp_path):
+async def test_passwords_may_contain_reserved_characters_of_urls(tmp_path):
     secrets = {"password": "p@ss/w:rd?%41,[", "sentinel_password": "s3nt&=+nel/@:%"}
     with SentinelGroup(valkey_binary(), tmp_path, replicas=0, sentinels=1, **secrets) as group:
         async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=20.0) as limiter:

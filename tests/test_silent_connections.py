@@ -1,4 +1,4 @@
-"""A NAT that forgets a connection drops its packets in silence: no call is denied for it, or waits for its deadline.
+"""A NAT that has dropped its state discards packets silently: no call fails for it, or waits until its deadline.
 
 litellm PR #31577, redis-py #722.
 """
@@ -29,32 +29,32 @@ BURST = 300
 TIMEOUT_S = 4.0
 RESENT_S = TIMEOUT_S * HEDGE_SHARE
 LATEST_S = TIMEOUT_S * 0.75
-"""A second attempt has been answered long before this; a call that waits for its deadline has not ended."""
+"""Long after the reply to a second attempt, and before the deadline of a call."""
 
 
-@pytest.fixture(params=["wires", "client"])
+@pytest.fixture(params=["connections", "client"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How batches travel: over connections of their own, or by redis-py's client."""
+    """How batches are sent: over connections of our own, or by redis-py's client."""
     if request.param == "client":
         monkeypatch.setattr(resp, "Reader", None)
     return str(request.param)
 
 
 @pytest.fixture
-def no_pulse(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An idle replica asks nothing, so that the first burst meets what was forgotten."""
+def no_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle replica sends no probes, so that the first burst uses the silent connections."""
     monkeypatch.setattr(recovery, "PULSE_S", 3600.0)
 
 
 @pytest.fixture
 async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
     async with Proxy(server.socket_path, ("127.0.0.1", 0)) as made:
-        with away(made.url):  # the deadlines below are the subject
+        with away(made.url):  # the tests below measure deadlines
             yield made
 
 
 async def burst(limiter: AsyncBudgetLimiter) -> float:
-    """Seconds in which so many reservations end, all of them granted and none a replay; then commits them."""
+    """Reserve many times at once, all granted and none replayed; return the seconds that it took; then commit them."""
     with Stopwatch() as took:
         holds = await asyncio.gather(*[limiter.reserve("agent", "0.10") for _ in range(BURST)])
     assert not any(hold.replayed for hold in holds)
@@ -62,24 +62,24 @@ async def burst(limiter: AsyncBudgetLimiter) -> float:
     return took.seconds
 
 
-async def aged(limiter: AsyncBudgetLimiter) -> None:
-    """Until each idle connection is too old to be trusted."""
+async def wait_until_stale(limiter: AsyncBudgetLimiter) -> None:
+    """Wait until each idle connection is too old to be used."""
     loop = asyncio.get_running_loop()
     assert idle_connections(limiter)
     await until(lambda: all(loop.time() - each.last_used_s > IDLE_MAX_S for each in idle_connections(limiter)))
 
 
-async def test_a_burst_after_idleness_uses_no_connection_that_was_idle(proxy, way, no_pulse, client):
+async def test_a_burst_after_an_idle_time_uses_new_connections(proxy, way, no_probes, client):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await burst(limiter)
-        await aged(limiter)
+        await wait_until_stale(limiter)
         proxy.blackhole()
-        assert await burst(limiter) < RESENT_S, "nothing had to be sent a second time"
+        assert await burst(limiter) < RESENT_S, "nothing was resent"
         assert limiter.unresolved == 0
     assert sums(client)["spent"] == 2 * BURST * 50_000_000
 
 
-async def test_the_pulse_of_an_idle_replica_keeps_a_connection_in_trust(proxy, way):
+async def test_the_probe_of_an_idle_replica_keeps_a_connection_usable(proxy, way):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         called_s = asyncio.get_running_loop().time()
@@ -93,7 +93,7 @@ async def test_the_pulse_of_an_idle_replica_keeps_a_connection_in_trust(proxy, w
 
 
 @pytest.mark.parametrize("forgotten", [1, None], ids=["one", "all"])
-async def test_a_burst_on_forgotten_connections_is_sent_again_on_new_ones(proxy, way, no_pulse, forgotten, client):
+async def test_a_burst_on_silent_connections_is_resent_on_new_ones(proxy, way, no_probes, forgotten, client):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await burst(limiter)
         proxy.blackhole(forgotten)
@@ -102,7 +102,7 @@ async def test_a_burst_on_forgotten_connections_is_sent_again_on_new_ones(proxy,
     assert sums(client) == {"spent": 2 * BURST * 50_000_000, "held": 0, "unconfirmed": 0, "events": 2 * BURST}
 
 
-async def test_a_request_that_runs_and_whose_reply_is_forgotten_counts_once(proxy, way, no_pulse, client):
+async def test_an_executed_request_without_a_reply_counts_once(proxy, way, no_probes, client):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         proxy.hold_replies()
@@ -117,7 +117,7 @@ async def test_a_request_that_runs_and_whose_reply_is_forgotten_counts_once(prox
 
 
 @pytest.mark.parametrize("durability", ["disk"])
-async def test_batches_that_must_be_confirmed_are_sent_again_too(start_server: Callable, no_pulse, durability):
+async def test_durable_batches_are_resent(start_server: Callable, no_probes, durability):
     own = start_server(None, "--appendonly", "yes")
     async with Proxy(own.socket_path, ("127.0.0.1", 0)) as proxy:
         with away(proxy.url):
@@ -130,7 +130,7 @@ async def test_batches_that_must_be_confirmed_are_sent_again_too(start_server: C
     own.kill()
 
 
-async def test_reads_are_sent_again_too(proxy, way, no_pulse):
+async def test_reads_are_resent(proxy, way, no_probes):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await asyncio.gather(*[limiter.status("agent") for _ in range(20)])
         proxy.blackhole()
@@ -140,11 +140,11 @@ async def test_reads_are_sent_again_too(proxy, way, no_pulse):
         assert {status.spent for status in statuses} == {0}
 
 
-async def test_a_slow_link_is_waited_for(proxy, way, no_pulse, client):
+async def test_a_slow_link_gets_the_whole_timeout(proxy, way, no_probes, client):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
-        for _ in range(2):  # the store knows the scripts
+        for _ in range(2):  # the store has the scripts
             await limiter.reserve("agent", "0.10")
-        proxy.delay_s = 0.4 * TIMEOUT_S  # each way: its reply comes after a new connection could have been made
+        proxy.delay_s = 0.4 * TIMEOUT_S  # each way: the reply arrives after a new connection could have been opened
         assert (await limiter.reserve("agent", "0.10")).state == "open"
         proxy.delay_s = 0.0
         assert limiter.store_state == "closed"
@@ -154,8 +154,8 @@ async def test_a_slow_link_is_waited_for(proxy, way, no_pulse, client):
 @pytest.mark.parametrize(
     ("discovery", "form"), [(SentinelDiscovery, "redis+sentinel://{}/main"), (ClusterDiscovery, "redis+cluster://{}")]
 )
-async def test_stores_that_move_do_the_same_and_are_not_looked_for_again(
-    proxy, way, no_pulse, discovery, form, monkeypatch, client
+async def test_failover_stores_resend_without_a_new_discovery(
+    proxy, way, no_probes, discovery, form, monkeypatch, client
 ):
     place = proxy.url.removeprefix("redis://")
     asked = []
@@ -171,7 +171,7 @@ async def test_stores_that_move_do_the_same_and_are_not_looked_for_again(
     monkeypatch.setattr(discovery, "subscribe", subscribe)
     async with AsyncBudgetLimiter(form.format(place), BUDGETS, timeout=TIMEOUT_S) as limiter:
         await burst(limiter)
-        await aged(limiter)
+        await wait_until_stale(limiter)
         proxy.blackhole()
         assert await burst(limiter) < RESENT_S
         proxy.blackhole(1)
@@ -180,7 +180,7 @@ async def test_stores_that_move_do_the_same_and_are_not_looked_for_again(
     assert sums(client)["spent"] == 3 * BURST * 50_000_000
 
 
-def test_the_sync_limiter_does_the_same(server, way, no_pulse, client):
+def test_the_sync_limiter_resends(server, way, no_probes, client):
     with ThreadedProxy(server.socket_path, ("127.0.0.1", 0)) as proxy, away(proxy.url):
         with BudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
             limiter.reserve("agent", "0.10").commit("0.05")

@@ -1,4 +1,4 @@
-"""TLS with a real server: the library, the audit and our own wire; its certificate is checked, and ours, if it asks."""
+"""TLS with a real server, with and without client certificates: limiters, audit, connections for batches."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BUDGETS = [Budget("agent", "5.00")]
 
 @dataclass
 class Authority:
-    """A certificate authority that exists for the tests only."""
+    """A certificate authority for the tests."""
 
     directory: Path
     name: str
@@ -40,7 +40,7 @@ class Authority:
         return self
 
     def issue(self, name: str, *, alternative: str) -> tuple[Path, Path]:
-        """A certificate and its key."""
+        """Issue a certificate; return it and its key."""
         request, certificate = self.directory / f"{name}.csr", self.directory / f"{name}.crt"
         extensions = self.directory / f"{name}.ext"
         extensions.write_text(f"subjectAltName={alternative}\n")
@@ -77,7 +77,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope="module", params=["no", "yes"], ids=["server only", "mutual"])
 def tls(request: pytest.FixtureRequest, authority: Authority, tmp_path_factory) -> Iterator[TlsServer]:
-    """Debian's Redis, which speaks TLS; the embedded Valkey was built without it."""
+    """Debian's Redis, which supports TLS; the embedded Valkey does not."""
     binary = shutil.which("redis-server") or need("redis-server")
     certificate, key = authority.issue(f"server-{request.param}", alternative="DNS:localhost,IP:127.0.0.1")
     port = free_port()
@@ -90,14 +90,14 @@ def tls(request: pytest.FixtureRequest, authority: Authority, tmp_path_factory) 
 
 @pytest.fixture
 def identity(authority: Authority, tls: TlsServer) -> dict[str, object]:
-    """The options of a URL that this server takes."""
+    """URL options that this server accepts."""
     certificate, key = authority.issue("client", alternative="DNS:client")
     trust = {"ssl_ca_certs": authority.certificate}
     mutual = "yes" in tls.options
     return {**trust, "ssl_certfile": certificate, "ssl_keyfile": key} if mutual else trust
 
 
-async def test_batches_travel_over_our_own_wire_through_tls(tls, identity):
+async def test_batches_use_connections_of_our_own_over_tls(tls, identity):
     async with AsyncBudgetLimiter(tls.url_with(**identity), BUDGETS, timeout=10) as limiter:
         holds = await asyncio.gather(*[limiter.reserve("agent", "0.01") for _ in range(300)])
         await asyncio.gather(*[hold.commit("0.005") for hold in holds])
@@ -107,7 +107,7 @@ async def test_batches_travel_over_our_own_wire_through_tls(tls, identity):
         assert all(connection.is_encrypted for connection in connections)
 
 
-def test_the_sync_limiter_and_the_audit_speak_tls_too(tls, identity):
+def test_the_sync_limiter_and_the_audit_use_tls(tls, identity):
     url = tls.url_with(**identity)
     with BudgetLimiter(url, BUDGETS, timeout=10) as limiter:
         limiter.reserve("agent", "0.15").commit("0.10")
@@ -115,14 +115,14 @@ def test_the_sync_limiter_and_the_audit_speak_tls_too(tls, identity):
 
 
 async def refusal(url: str, words: str = "") -> str:
-    """What a caller is told when nothing can be sent; and the audit with it.
+    """The error of a call; the audit must fail as well.
 
-    Without the words that are expected, it tries again: a busy machine may not have finished the handshake in time.
+    Retries until the error matches ``words``: a busy machine may not finish the handshake in time.
     """
     for _ in range(5):
-        if re.search(words, told := await _refusal(url), re.IGNORECASE):
-            return told
-    raise AssertionError(told)
+        if re.search(words, message := await _refusal(url), re.IGNORECASE):
+            return message
+    raise AssertionError(message)
 
 
 async def _refusal(url: str) -> str:
@@ -136,13 +136,15 @@ async def _refusal(url: str) -> str:
     return str(refused.value)
 
 
-async def test_a_certificate_of_another_authority_is_refused_and_the_error_says_so(tls, identity, tmp_path):
+async def test_a_certificate_of_another_authority_is_refused(tls, identity, tmp_path):
     other = Authority(tmp_path, "other").make()
-    told = await refusal(tls.url_with(**{**identity, "ssl_ca_certs": other.certificate}), "certificate verify failed")
-    assert str(tmp_path) not in told
+    message = await refusal(
+        tls.url_with(**{**identity, "ssl_ca_certs": other.certificate}), "certificate verify failed"
+    )
+    assert str(tmp_path) not in message
 
 
-async def test_without_an_authority_those_of_the_system_decide(tls, identity):
+async def test_the_default_authorities_are_those_of_the_system(tls, identity):
     identity.pop("ssl_ca_certs")
     await refusal(tls.url_with(**identity), "certificate verify failed")
 
@@ -152,7 +154,7 @@ async def test_a_certificate_for_another_host_is_refused(authority, tls, identit
     await refusal(tls.url_with("127.0.0.2", **identity), "mismatch")
 
 
-async def test_plain_text_at_a_port_that_speaks_tls_is_refused_and_the_error_names_the_scheme(tls):
+async def test_a_plain_connection_to_a_tls_port_is_an_error_that_names_the_right_scheme(tls):
     limiter = AsyncBudgetLimiter(f"redis://localhost:{tls.port}/0", BUDGETS, timeout=20.0)
     with pytest.raises(StoreError, match="speaks TLS; its URL must start with rediss, not redis"):
         await limiter.reserve("agent", "0.01")
@@ -160,10 +162,10 @@ async def test_plain_text_at_a_port_that_speaks_tls_is_refused_and_the_error_nam
     await limiter.close()
 
 
-async def test_without_a_certificate_a_server_that_wants_one_refuses(authority, tls):
+async def test_a_server_that_requires_client_certificates_refuses_a_client_without_one(authority, tls):
     url = tls.url_with(ssl_ca_certs=authority.certificate)
     if "yes" in tls.options:
-        # TLS 1.3 tells a client only after its handshake, and the end of the connection may come before the reason.
+        # With TLS 1.3 the client gets the alert after its handshake, and the connection may be closed before the alert.
         await refusal(url, "certificate required|reset by peer|closed|broken pipe")
     else:
         await works(url)
@@ -174,7 +176,7 @@ async def works(url: str) -> None:
         await (await limiter.reserve("agent", "0.01")).release()
 
 
-async def test_the_connection_comes_back_after_a_restart_of_the_server(tls, identity):
+async def test_connections_are_reopened_after_a_restart_of_the_server(tls, identity):
     async with AsyncBudgetLimiter(tls.url_with(**identity), BUDGETS, timeout=20.0) as limiter:
         await limiter.status("agent")
         tls.kill()

@@ -1,4 +1,4 @@
-"""Clusters and sentinels through TLS: each server and each sentinel shows a certificate, which is checked."""
+"""Clusters and Sentinel over TLS: the certificate of each server and each sentinel is verified."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def authority(tmp_path_factory: pytest.TempPathFactory) -> Authority:
 
 @pytest.fixture(scope="module")
 def identity(authority: Authority) -> dict[str, str]:
-    """The options of a server, or of a sentinel."""
+    """TLS options of a server or a sentinel."""
     certificate, key = authority.issue("server", alternative="DNS:localhost,IP:127.0.0.1")
     options = {"tls-cert-file": certificate, "tls-key-file": key, "tls-ca-cert-file": authority.certificate}
     return {**{name: str(path) for name, path in options.items()}, "tls-auth-clients": "no"}
@@ -52,7 +52,7 @@ def cluster_port(start_server: Callable[..., Server], identity: dict[str, str]) 
 
 @pytest.fixture
 def sentinel_port(start_server: Callable[..., Server], identity: dict[str, str], tmp_path: Path) -> Iterator[int]:
-    """One sentinel, of a master without replicas."""
+    """One sentinel that monitors a master without replicas."""
     master, port = free_ports(2)
     start_server(need("redis-server"), *words({"tls-port": str(master), **identity}))
     lines = ["port 0", f"tls-port {port}", "tls-replication yes", *(" ".join(pair) for pair in identity.items())]
@@ -63,7 +63,7 @@ def sentinel_port(start_server: Callable[..., Server], identity: dict[str, str],
     node.end()
 
 
-async def test_a_cluster_through_tls(cluster_port, authority):
+async def test_a_limiter_and_the_audit_use_a_cluster_over_tls(cluster_port, authority):
     url = f"rediss+cluster://127.0.0.1:{cluster_port}?ssl_ca_certs={authority.certificate}"
     await until(lambda: _works(url))
     assert all(report.adds_up for report in verify(url))
@@ -71,7 +71,7 @@ async def test_a_cluster_through_tls(cluster_port, authority):
     assert "speaks TLS; its URL must start with rediss" in await _refusal(f"redis+cluster://127.0.0.1:{cluster_port}")
 
 
-async def test_a_sentinel_and_its_master_through_tls(sentinel_port, authority):
+async def test_a_limiter_and_the_audit_use_sentinel_over_tls(sentinel_port, authority):
     url = f"rediss+sentinel://localhost:{sentinel_port}/budgets?ssl_ca_certs={authority.certificate}"
     await until(lambda: _works(url))
     assert all(report.adds_up for report in verify(url))

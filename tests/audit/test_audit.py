@@ -1,4 +1,4 @@
-"""P11 on live data: wrong sums are found, and busy writers raise no false alarm."""
+"""P11 on live data: wrong counters are found, and concurrent writers cause no false alarm."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_windows_add_up(server):
 
 
 @pytest.mark.parametrize("field", ["spent", "held", "unconfirmed"])
-def test_a_sum_that_somebody_changed_is_found(server, field):
+def test_a_changed_counter_is_found(server, field):
     spend(server.url)
     report = next(report for report in verify(server.url) if report.budget == "agent")
     with server.client() as client:
@@ -43,22 +43,22 @@ def test_a_sum_that_somebody_changed_is_found(server, field):
     assert wrong == ["agent"]
 
 
-def test_only_the_budgets_asked_for_are_checked(server):
+def test_only_the_given_budgets_are_checked(server):
     spend(server.url)
     assert [report.budget for report in verify(server.url, budgets=[Budget("tokens", 1, unit="tokens")])] == ["tokens"]
 
 
-def test_another_tenant_is_not_looked_at(server):
+def test_other_tenants_are_not_checked(server):
     spend(server.url)
     assert verify(server.url, "someone-else") == []
 
 
-def test_a_store_that_is_away_is_unavailable(tmp_path):
+def test_an_unreachable_store_is_unavailable(tmp_path):
     with pytest.raises(StoreUnavailable):
-        verify(f"unix://{tmp_path}/nobody")
+        verify(f"unix://{tmp_path}/missing")
 
 
-async def test_busy_writers_raise_no_false_alarm(server):
+async def test_concurrent_writers_cause_no_false_alarm(server):
     stop = asyncio.Event()
 
     async def worker(limiter: AsyncBudgetLimiter, number: int) -> None:

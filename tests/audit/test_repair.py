@@ -1,4 +1,4 @@
-"""``Auditor.repair``: damaged books are rebuilt while others write in them, and nothing else is changed (P11)."""
+"""``Auditor.repair``: damaged counters and indexes are rebuilt under concurrent writes; nothing else changes (P11)."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def fill(limiter: BudgetLimiter) -> None:
 
 
 def lapse(limiter: BudgetLimiter, amount: str) -> None:
-    """A hold that is past its deadline already: nobody waits for that here."""
+    """Reserve a hold whose deadline has already passed, so that the test need not wait for it."""
     with redis.Redis.from_url(limiter.store_address, decode_responses=True) as client:
         limiter.reserve("agent", amount, id="late")
         words = client.get(LATE).split(" ")
@@ -95,7 +95,7 @@ def figures(limiter: BudgetLimiter) -> tuple[str, ...]:
     ],
     ids=str,
 )
-def test_a_damaged_counter_is_what_it_was_and_the_repair_says_so(server, client, auditor, limiter, damage):
+def test_a_damaged_counter_is_restored_and_reported(server, client, auditor, limiter, damage):
     fill(limiter)
     assert auditor.repair().changes == []
     right = figures(limiter)
@@ -115,7 +115,7 @@ def test_a_damaged_counter_is_what_it_was_and_the_repair_says_so(server, client,
     assert all(report.adds_up for report in verify(server.url))
 
 
-def test_what_is_right_is_not_touched(client, auditor, limiter):
+def test_a_repair_of_correct_windows_changes_nothing(client, auditor, limiter):
     fill(limiter)
     before = dump(client)
     repair = auditor.repair()
@@ -132,7 +132,7 @@ def test_a_check_never_writes(server, client, limiter):
     assert dump(client) == before
 
 
-def test_a_repair_is_in_the_log_and_in_the_ledger_at_an_amount_of_zero(client, auditor, limiter, caplog):
+def test_a_repair_is_logged_and_leaves_a_ledger_entry_of_amount_zero(client, auditor, limiter, caplog):
     fill(limiter)
     client.hincrby(window(client), "spent", 5)
     with caplog.at_level(logging.WARNING, "ktrdr_budget"):
@@ -143,7 +143,7 @@ def test_a_repair_is_in_the_log_and_in_the_ledger_at_an_amount_of_zero(client, a
     assert (entry.kind, entry.amount, entry.operation) == ("audit", 0, "spent -5")
 
 
-def test_only_the_budgets_asked_for_are_repaired(client, auditor, limiter):
+def test_only_the_given_budgets_are_repaired(client, auditor, limiter):
     fill(limiter)
     client.hincrby(window(client), "spent", 5)
     client.hincrby(window(client, "tokens"), "held", 5)
@@ -151,11 +151,11 @@ def test_only_the_budgets_asked_for_are_repaired(client, auditor, limiter):
     assert [change.budget for change in auditor.repair().changes] == ["agent"]
 
 
-# -- what the ledger does not say --------------------------------------------------------------------------------------
+# -- damaged ledgers and windows ---------------------------------------------------------------------------------------
 
 
-def test_a_ledger_that_lost_entries_gives_no_money_back(server, client, auditor, limiter):
-    """The counter and the shares of the replicas agree: the ledger is what was damaged."""
+def test_a_ledger_that_lost_entries_returns_no_money(server, client, auditor, limiter):
+    """The counter and the sum of the replicas' subtotals agree, so the ledger is the damaged part."""
     fill(limiter)
     right = figures(limiter)
     client.lpop(ledger(client))
@@ -173,7 +173,7 @@ def test_a_ledger_that_lost_entries_gives_no_money_back(server, client, auditor,
     assert all(report.adds_up for report in verify(server.url))
 
 
-def test_a_window_that_vanished_comes_back_from_its_ledger(server, client, auditor, limiter):
+def test_a_missing_window_is_rebuilt_from_its_ledger(server, client, auditor, limiter):
     fill(limiter)
     right = figures(limiter)
     client.delete(window(client))
@@ -186,7 +186,7 @@ def test_a_window_that_vanished_comes_back_from_its_ledger(server, client, audit
     assert all(report.adds_up for report in verify(server.url))
 
 
-def test_a_hold_of_a_window_that_vanished_is_settled_once_it_is_repaired(server, client, auditor):
+def test_holds_of_a_missing_window_can_be_settled_after_its_repair(server, client, auditor):
     with BudgetLimiter(server.url, BUDGETS) as limiter:
         holds = [limiter.reserve("agent", "0.10") for _ in range(3)]
         limiter.record("agent", "0.02")
@@ -203,7 +203,7 @@ def test_a_hold_of_a_window_that_vanished_is_settled_once_it_is_repaired(server,
         assert all(report.adds_up for report in verify(server.url))
 
 
-def test_a_window_that_vanished_stops_no_other_budget(server, client):
+def test_a_missing_window_does_not_block_other_budgets(server, client):
     with BudgetLimiter(server.url, BUDGETS, timeout=4) as limiter:
         limiter.reserve("agent", "0.10", ttl=1)
         limiter.reserve("tokens", 10**6 - 5)
@@ -265,7 +265,7 @@ def test_a_slab_that_shrinks_once_it_is_unconfirmed_is_followed(server, client, 
     assert auditor.repair().changes == []
 
 
-def test_overruns_are_nowhere_else_and_stay_as_they_are(client, auditor, limiter):
+def test_overruns_have_no_second_source_and_stay_unchanged(client, auditor, limiter):
     fill(limiter)
     client.hincrby(window(client), "overruns", 5)
     assert auditor.repair().changes == []
@@ -274,7 +274,7 @@ def test_overruns_are_nowhere_else_and_stay_as_they_are(client, auditor, limiter
 # -- holds and their indexes -------------------------------------------------------------------------------------------
 
 
-def test_a_hold_that_its_index_lacks_is_put_back_and_its_money_stays_held(server, client, auditor, limiter):
+def test_a_hold_missing_from_the_index_is_added_and_its_money_stays_held(server, client, auditor, limiter):
     fill(limiter)
     right = figures(limiter)
     before = client.zrange(DUE, 0, -1, withscores=True)
@@ -287,7 +287,7 @@ def test_a_hold_that_its_index_lacks_is_put_back_and_its_money_stays_held(server
     assert figures(limiter) == right
 
 
-def test_a_wrong_deadline_in_the_index_is_that_of_the_record_again(client, auditor, limiter):
+def test_a_wrong_deadline_in_the_index_is_corrected_from_the_record(client, auditor, limiter):
     fill(limiter)
     before = client.zrange(DUE, 0, -1, withscores=True)
     client.zadd(DUE, {"open": 9e12})
@@ -295,7 +295,7 @@ def test_a_wrong_deadline_in_the_index_is_that_of_the_record_again(client, audit
     assert client.zrange(DUE, 0, -1, withscores=True) == before
 
 
-def test_an_unconfirmed_hold_that_its_index_lacks_is_listed_again(client, auditor, limiter):
+def test_an_unconfirmed_hold_missing_from_its_index_is_listed_again(client, auditor, limiter):
     fill(limiter)
     before = client.zscore(UNCONFIRMED, "late")
     client.zrem(UNCONFIRMED, "late")
@@ -305,7 +305,7 @@ def test_an_unconfirmed_hold_that_its_index_lacks_is_listed_again(client, audito
     assert abs(client.zscore(UNCONFIRMED, "late") - before) < 1000
 
 
-def test_entries_of_an_index_without_an_open_hold_are_removed(server, client, auditor, limiter):
+def test_index_entries_without_an_open_hold_are_removed(server, client, auditor, limiter):
     fill(limiter)
     settled = limiter.reserve("agent", "0.01", id="settled")
     settled.commit()
@@ -322,8 +322,8 @@ def test_entries_of_an_index_without_an_open_hold_are_removed(server, client, au
     assert auditor.repair().index_changes == []
 
 
-def test_a_hold_whose_record_vanished_is_not_held_any_more(server, client, auditor, limiter):
-    """What it was is lost; its worker's commit says so, and the worker records the spend."""
+def test_a_hold_without_a_record_is_no_longer_held(server, client, auditor, limiter):
+    """The worker's commit fails, and the worker records the spend instead."""
     fill(limiter)
     hold = limiter.reserve("agent", "0.40", id="gone")
     client.delete("ktrdr:{default}:h:gone")
@@ -355,10 +355,10 @@ def test_indexes_of_many_holds_are_repaired_page_by_page(server, client, auditor
         assert limiter.status("tokens").held == 2530
 
 
-# -- while others write ------------------------------------------------------------------------------------------------
+# -- under concurrent writes -------------------------------------------------------------------------------------------
 
 
-def test_books_that_are_damaged_while_four_processes_spend_add_up_again_and_tell_the_truth(server, client):
+def test_counters_damaged_while_four_processes_spend_are_restored_to_the_true_values(server, client):
     dice = random.Random(5)
     with workers("bookkeeper.py", 4, {"url": server.url, "callers": 12}) as keepers, Auditor(server.url) as auditor:
         for keeper in keepers:
@@ -378,13 +378,13 @@ def test_books_that_are_damaged_while_four_processes_spend_add_up_again_and_tell
         for keeper in keepers:
             keeper.send(stop=True)
         reports = [keeper.receive() for keeper in keepers]
-        assert auditor.repair().changes == [], "everything had been repaired before, and nothing twice"
+        assert auditor.repair().changes == [], "every damage was repaired, none of them twice"
         assert int(client.hget(window(client), "spent")) == sum(report["spent"] for report in reports)
         assert all(report.adds_up and report.conclusive for report in verify(server.url))
         assert sum(report["calls"] for report in reports) > 1000
 
 
-def test_two_repairs_at_once_correct_nothing_twice(server, client, limiter):
+def test_concurrent_repairs_correct_each_damage_once(server, client, limiter):
     fill(limiter)
     right = figures(limiter)
     with ThreadPoolExecutor(8) as threads:

@@ -33,7 +33,7 @@ def the_master_dies_behind_sentinels(bench: Bench) -> None:
         group.wait_master(but=master)
         master.start()
         master.wait_ready()
-        group.wait_in_step()
+        group.wait_in_sync()
 
 
 def _cluster(bench: Bench, **options: Any) -> Cluster:

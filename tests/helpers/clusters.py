@@ -1,10 +1,10 @@
-"""Real clusters: masters with or without replicas, that fail over, and whose slots move key by key.
+"""Real clusters: masters with or without replicas, with failovers, and slots that migrate key by key.
 
 with Cluster(binary, directory, masters=3, replicas=1) as cluster:   # ready in about three seconds
     cluster.url                                # redis+cluster://127.0.0.1:…,127.0.0.1:…
     owner = cluster.owner("default")           # the master of a tenant's slot: kill(), pause(), restart(), …
-    cluster.lag(owner)                         # its replicas hang: what it acknowledges now, they do not have
-    owner.kill()                               # a replica is elected after `node_timeout_ms` and some
+    cluster.lag(owner)                         # pause its replicas, which then lack its further writes
+    owner.kill()                               # a replica is elected a little after `node_timeout_ms`
     cluster.migrate("default", cluster.others(owner)[0], between=lambda moved: …)     # key by key
 """
 
@@ -27,7 +27,7 @@ SLOTS = 16384
 
 
 class ClusterNode(Node):
-    """A master, or a replica; which of both, may change."""
+    """A master or a replica; a failover changes its role."""
 
     def __init__(
         self, binary: str, directory: Path, port: int, options: tuple[str, ...], environment: Mapping[str, str] | None
@@ -40,11 +40,11 @@ class ClusterNode(Node):
 
     @property
     def role(self) -> str:
-        """``master`` or ``slave``, as the node itself says."""
+        """``master`` or ``slave``, from the node itself."""
         return str(self.client.role()[0])
 
     def is_whole(self) -> bool:
-        """Whether it knows a node for every slot, and accepts commands."""
+        """Whether the node has an owner for every slot, and accepts commands."""
         try:
             known = self.command("CLUSTER INFO")
         except redis.RedisError:
@@ -53,12 +53,12 @@ class ClusterNode(Node):
 
 
 class Cluster:
-    """Masters that share the slots evenly, and so many replicas of each.
+    """Masters that share the slots evenly, with ``replicas`` replicas each.
 
     Args:
-        node_timeout_ms: after this time without an answer, a node counts as failed.
-        options: of every node, as words of the command line.
-        environment: of every node, e.g. for a clock that the test moves.
+        node_timeout_ms: time without a reply after which a node counts as failed.
+        options: command-line options of every node.
+        environment: of every node, such as for a clock that the test controls.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Cluster:
             ClusterNode(binary, directory / str(port), port, (*common, *options), environment)
             for port in free_ports(masters * (1 + replicas))
         ]
-        self._masters_at_first = masters
+        self._initial_masters = masters
         self._write_topology()
 
     def _write_topology(self) -> None:
-        """What each node knows of the others from the start, which spares the time in which they would meet."""
-        count = self._masters_at_first
+        """Write each node's configuration with all other nodes, which saves the time of CLUSTER MEET."""
+        count = self._initial_masters
         for me in self.nodes:
             lines = []
             for number, node in enumerate(self.nodes):
@@ -99,7 +99,7 @@ class Cluster:
             (me.directory / "nodes.conf").write_text("\n".join(lines) + "\n")
 
     def start(self) -> Cluster:
-        """Starts all nodes; returns when every slot is served and every replica is in step."""
+        """Start all nodes; return when every slot is served and every replica is in sync."""
         for node in self.nodes:
             node.start()
         for node in self.nodes:
@@ -116,33 +116,33 @@ class Cluster:
         self.end()
 
     def end(self) -> None:
-        """Every process is gone."""
+        """Stop every process."""
         for node in self.nodes:
             node.end()
 
-    # -- what it is ----------------------------------------------------------------------------------------------------
+    # -- state ----------------------------------------------------------------------------------------------------
 
     @property
     def url(self) -> str:
-        """All nodes of it, for a limiter."""
+        """The URL for a limiter: all nodes."""
         return "redis+cluster://" + ",".join(f"127.0.0.1:{node.port}" for node in self.nodes)
 
     @property
     def running(self) -> list[ClusterNode]:
-        """The nodes that were not killed."""
+        """The running nodes."""
         return [node for node in self.nodes if node.process is not None]
 
     @property
     def masters(self) -> list[ClusterNode]:
-        """Those that are masters now."""
+        """The running masters."""
         return [node for node in self.running if node.role == "master"]
 
     def owner(self, tenant: str) -> ClusterNode:
-        """The master of a tenant's slot, as most of the running nodes see it."""
+        """The master of a tenant's slot, as most running nodes see it."""
         return self._by_id(self._owners(slot_of(tenant))[0])
 
     def replicas(self, master: ClusterNode) -> list[ClusterNode]:
-        """The running nodes that copy this one."""
+        """The running replicas of this node."""
         port = master.port
         return [node for node in self.running if (role := node.client.role())[0] != "master" and role[2] == port]
 
@@ -151,7 +151,7 @@ class Cluster:
         return [node for node in self.masters if node is not than]
 
     def tenant_of(self, master: ClusterNode, but: tuple[str, ...] = ()) -> str:
-        """The name of some tenant whose slot this master serves."""
+        """The name of a tenant whose slot this master serves."""
         return next(
             name for name in (f"tenant-{n}" for n in range(10_000)) if name not in but and self.owner(name) is master
         )
@@ -160,7 +160,7 @@ class Cluster:
         return next(node for node in self.nodes if node.id == node_id)
 
     def _owners(self, slot: int) -> list[str]:
-        """The ids of those that the running nodes take for a slot's master, the most frequent first."""
+        """The ids of the masters of a slot, as the running nodes see it, the most frequent first."""
         seen: list[str] = []
         for node in self.running:
             with contextlib.suppress(redis.ConnectionError, redis.TimeoutError):
@@ -170,7 +170,7 @@ class Cluster:
     # -- waiting -------------------------------------------------------------------------------------------------------
 
     def wait_whole(self, within_s: float = WITHIN_S) -> None:
-        """Until the running nodes serve every slot, agree about it, and all replicas are in step."""
+        """Wait until the running nodes serve every slot and agree, and all replicas are in sync."""
         wait_until(self._is_whole, within_s)
 
     def _is_whole(self) -> bool:
@@ -183,7 +183,7 @@ class Cluster:
         return all(role[0] == "master" or role[3] == "connected" for role in roles)
 
     def wait_owner(self, tenant: str, but: ClusterNode, within_s: float = WITHIN_S) -> ClusterNode:
-        """Until another than this one serves the tenant, and everybody knows it; returns who."""
+        """Wait until all nodes see another master of the tenant's slot; return it."""
         slot = slot_of(tenant)
         wait_until(lambda: len(owners := self._owners(slot)) == 1 and owners[0] != but.id, within_s)
         owner = self.owner(tenant)
@@ -193,30 +193,30 @@ class Cluster:
     # -- faults --------------------------------------------------------------------------------------------------------
 
     def lag(self, master: ClusterNode) -> list[ClusterNode]:
-        """Its replicas hang, so that they miss what it acknowledges from now on; returns them, to be resumed."""
+        """Pause the replicas, so that they lack further writes of the master; return them, to be resumed."""
         hanging = self.replicas(master)
         for replica in hanging:
             replica.pause()
         return hanging
 
     def lose_writes(self, master: ClusterNode) -> None:
-        """Its replicas never get what it acknowledges from now on: it refuses to copy itself to anybody.
+        """Stop replication, so that further writes of the master are lost in a failover.
 
-        The connections of its replicas are cut, and a user's rights that they need are taken away.
+        Closes the replicas' connections, and revokes their permission to open new ones.
         """
         master.command("ACL SETUSER", "default", "-psync", "-sync", "-replconf")
         with contextlib.suppress(redis.ResponseError):
             master.command("CLIENT KILL", "TYPE", "replica")
 
     def fail_over(self, tenant: str, *how: str) -> ClusterNode:
-        """``CLUSTER FAILOVER [FORCE|TAKEOVER]`` by a replica of the tenant's master; returns the new one."""
+        """Run ``CLUSTER FAILOVER [FORCE|TAKEOVER]`` on a replica of the tenant's master; return the new master."""
         owner = self.owner(tenant)
         replica = self.replicas(owner)[0]
         asked_at = 0.0
 
         def is_master() -> bool:
             nonlocal asked_at
-            if time.monotonic() - asked_at > 2:  # voters that have elected one just now ignore the next
+            if time.monotonic() - asked_at > 2:  # masters that have just voted ignore the next request
                 asked_at = time.monotonic()
                 replica.command("CLUSTER FAILOVER", *how)
             return replica.role == "master"
@@ -227,11 +227,11 @@ class Cluster:
     def migrate(
         self, tenant: str, target: ClusterNode, between: Callable[[list[str]], None] | None = None, pause_s: float = 0.0
     ) -> list[str]:
-        """Moves the tenant's slot to another master, key by key, as ``redis-cli --cluster reshard`` does.
+        """Migrate the tenant's slot to another master, key by key, like ``redis-cli --cluster reshard``.
 
         Args:
-            between: called before the first key with no keys, then after each with those that were moved.
-            pause_s: seconds to wait after each key.
+            between: called before the first key, and after each, with the list of migrated keys.
+            pause_s: delay after each key.
         """
         with self.migrating(tenant, target) as move:
             if between is not None:
@@ -246,26 +246,26 @@ class Cluster:
 
     @contextmanager
     def migrating(self, tenant: str, target: ClusterNode) -> Iterator[Callable[..., str | None]]:
-        """The slot is being moved while the block lasts, and belongs to the target at its end.
+        """Migrate the slot during the block; the target owns it at the end.
 
-        Yields what moves one key, the given or any, and tells which; ``None`` when none is left. What the block leaves
-        is moved at its end.
+        Yields a function that migrates one key, the given one or any, and returns it; ``None`` if none is left. The
+        remaining keys are migrated at the end of the block.
         """
         slot, source = slot_of(tenant), self.owner(tenant)
         target.command("CLUSTER SETSLOT", slot, "IMPORTING", source.id)
         source.command("CLUSTER SETSLOT", slot, "MIGRATING", target.id)
 
         def move(key: str | None = None) -> str | None:
-            giver = self._giver(slot, source, target)
-            if giver is target:
+            exporter = self._exporter(slot, source, target)
+            if exporter is target:
                 return None
             if key is None:
-                keys = giver.command("CLUSTER GETKEYSINSLOT", slot, 1)
+                keys = exporter.command("CLUSTER GETKEYSINSLOT", slot, 1)
                 if not keys:
                     return None
                 key = keys[0]
-            # NOKEY: it has expired, or was deleted, meanwhile.
-            giver.command("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
+            # The reply may be NOKEY: the key has expired or was deleted meanwhile.
+            exporter.command("MIGRATE", "127.0.0.1", target.port, key, 0, 5000)
             return key
 
         try:
@@ -273,34 +273,34 @@ class Cluster:
         finally:
             self._finish(slot, source, target, move)
 
-    def _giver(self, slot: int, source: ClusterNode, target: ClusterNode) -> ClusterNode:
-        """Who has what was not moved yet: the source, or a replica that was promoted in its place."""
+    def _exporter(self, slot: int, source: ClusterNode, target: ClusterNode) -> ClusterNode:
+        """The node with the remaining keys: the source, or the replica promoted in its place."""
         if source.process is not None and source.role == "master":
             return source
-        givers = [node for node in self.masters if node is not target and slot in _served(node)]
-        if not givers:
-            return target  # it has all of it already
-        giver = givers[0]
-        giver.command("CLUSTER SETSLOT", slot, "MIGRATING", target.id)
-        for words in (("STABLE",), ("NODE", giver.id), ("IMPORTING", giver.id)):
+        exporters = [node for node in self.masters if node is not target and slot in _served(node)]
+        if not exporters:
+            return target  # it owns the whole slot already
+        exporter = exporters[0]
+        exporter.command("CLUSTER SETSLOT", slot, "MIGRATING", target.id)
+        for words in (("STABLE",), ("NODE", exporter.id), ("IMPORTING", exporter.id)):
             target.command("CLUSTER SETSLOT", slot, *words)
-        return giver
+        return exporter
 
     def _finish(self, slot: int, source: ClusterNode, target: ClusterNode, move: Callable[[], str | None]) -> None:
         while True:
             while move() is not None:
                 pass
-            giver = self._giver(slot, source, target)
-            # A new key may have come to the source in between: then it refuses to give the slot away.
+            exporter = self._exporter(slot, source, target)
+            # If a key was created on the source meanwhile, it refuses to give up the slot.
             with contextlib.suppress(redis.ResponseError):
                 target.command("CLUSTER SETSLOT", slot, "NODE", target.id)
-                giver.command("CLUSTER SETSLOT", slot, "NODE", target.id)
+                exporter.command("CLUSTER SETSLOT", slot, "NODE", target.id)
                 break
         for node in self.masters:
             node.command("CLUSTER SETSLOT", slot, "NODE", target.id)
 
     def flush(self) -> None:
-        """No keys, no scripts."""
+        """Delete all keys and scripts."""
         for node in self.masters:
             node.client.flushall()
             node.client.script_flush()
@@ -311,12 +311,12 @@ class Cluster:
 
 
 def _served(node: ClusterNode) -> set[int]:
-    """The slots that a node takes for its own."""
+    """The slots that a node considers its own."""
     return {slot for first, last, owner in _slots(node) if owner == node.id for slot in range(first, last + 1)}
 
 
 def _slots(node: ClusterNode) -> Iterator[tuple[int, int, str]]:
-    """First slot, last slot and the master's id, as one node sees it."""
+    """First slot, last slot and the master's id of each range, as one node sees it."""
     for line in str(node.raw("CLUSTER", "NODES")).splitlines():
         node_id, _, flags, _, _, _, _, _, *ranges = line.split()
         if "master" in flags and "fail" not in flags.split(","):

@@ -1,4 +1,4 @@
-"""One server process on a TCP port of its own: the part of which clusters and sentinel groups are made."""
+"""A server process on its own TCP port: the building block of clusters and sentinel groups."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from .waiting import WITHIN_S
 
 
 class Node:
-    """A server that the test starts, pauses, kills and restarts; it keeps its port and its directory."""
+    """A server that a test starts, pauses, kills and restarts; it keeps its port and its directory."""
 
     def __init__(self, binary: str, directory: Path, words: list[str], environment: Mapping[str, str] | None = None):
         directory.mkdir(parents=True, exist_ok=True)
         self.binary = binary
         self.directory = directory
         self.port = 0
-        """Set by whoever made it."""
+        """Set by the creator."""
         self.login: dict[str, Any] = {}
         """User and password of :attr:`client`."""
         self.process: subprocess.Popen[bytes] | None = None
@@ -38,17 +38,17 @@ class Node:
 
     @property
     def client(self) -> redis.Redis:
-        """A synchronous connection, decoding; it answers within 20 s or raises."""
+        """A synchronous client that decodes replies; it raises after 20 s without a reply."""
         if self._client is None:
             self._client = redis.Redis(port=self.port, decode_responses=True, socket_timeout=20, **self.login)
         return self._client
 
     def command(self, *words: Any) -> Any:
-        """One command to this very node."""
+        """Send a command to this node."""
         return self.client.execute_command(*words)
 
     def raw(self, *words: Any) -> Any:
-        """The same, its answer as the node gave it."""
+        """Send a command; return the reply as redis-py's parser reads it, without conversion."""
         connection = self.client.connection_pool.get_connection()
         try:
             connection.send_command(*words)
@@ -57,64 +57,64 @@ class Node:
             self.client.connection_pool.release(connection)
 
     def start(self) -> None:
-        """Starts it, or starts it again; does not wait."""
+        """Start the process; do not wait until it is ready."""
         with (self.directory / "log").open("ab") as log:
             self.process = subprocess.Popen(
                 [self.binary, *self._words], stdout=log, stderr=log, env=self._environment, cwd=self.directory
             )
 
     def wait_ready(self, within_s: float = WITHIN_S) -> None:
-        """Until it answers."""
+        """Wait until the server replies."""
         ends = time.monotonic() + within_s
-        while not self.answers():
+        while not self.replies():
             assert self.process is not None
             assert self.process.poll() is None, self.log()[-2000:]
             assert time.monotonic() < ends, f"{self} did not start"
             time.sleep(0.01)
 
-    def answers(self) -> bool:
-        """Whether it answers a PING; false while it loads, too."""
+    def replies(self) -> bool:
+        """Whether the server replies to PING; false while it is loading."""
         try:
             return bool(self.client.ping())
         except redis.RedisError:
             return False
 
     def log(self) -> str:
-        """What it has printed."""
+        """The output of the process."""
         return (self.directory / "log").read_text(errors="replace")
 
     def kill(self) -> None:
-        """kill -9; returns when it has ended."""
+        """Send SIGKILL; return when the process has ended."""
         process, self.process = self.process, None
         if process is not None:
             process.kill()
             process.wait()
 
     def restart(self) -> None:
-        """Kill -9 and start; returns when it answers. What was not on disk is gone."""
+        """Kill and start the process; return when it replies. Data that was not on disk is lost."""
         self.kill()
         self.start()
         self.wait_ready()
 
     def pause(self) -> None:
-        """It hangs: its connections stay, and nothing is answered, until :meth:`resume`."""
+        """Stop the process: its connections stay open without replies, until :meth:`resume`."""
         assert self.process is not None
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """It goes on where it was."""
+        """Continue the process."""
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
-        """It is gone, whatever its state was."""
+        """Kill the process, whatever its state, and close the client."""
         self.kill()
         if self._client is not None:
             self._client.close()
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports below the automatic range, on which nobody listens, nor on the bus port of a cluster (10000 above)."""
+    """Free ports below the ephemeral range, whose cluster bus ports (10000 above) are free as well."""
     found: list[int] = []
     while len(found) < count:
         port = random.randrange(14000, 22000)

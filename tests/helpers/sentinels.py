@@ -1,12 +1,12 @@
-"""Real sentinel groups: a master with replicas, and sentinels that watch it.
+"""Real sentinel groups: a master with replicas, and sentinels that monitor it.
 
 with SentinelGroup(binary, directory, replicas=2, sentinels=3) as group:   # ready in about two seconds
     group.url                        # redis+sentinel://127.0.0.1:…,127.0.0.1:…/budgets
-    group.master                     # as the sentinels say: kill(), pause(), restart(), …
-    group.lag()                      # its replicas hang: what it acknowledges now, they do not have
-    group.master.kill()              # a replica is promoted after `down_after_ms` and some
+    group.master                     # the node that the sentinels name: kill(), pause(), restart(), …
+    group.lag()                      # pause its replicas, which then lack its further writes
+    group.master.kill()              # a replica is promoted a little after `down_after_ms`
     group.wait_master(but=old)
-    group.fail_over()                # on request, without a fault
+    group.fail_over()                # a manual failover
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from .waiting import WITHIN_S, wait_until
 
 
 class SentinelGroup:
-    """A master, its replicas, and the sentinels that watch them under the name ``budgets``.
+    """A master, its replicas, and the sentinels that monitor them under the name ``budgets``.
 
     Args:
-        down_after_ms: after this time without an answer, the master counts as down.
-        user: the name by which clients and servers log in; needs ``password``. The default user is off then.
+        down_after_ms: time without a reply after which a sentinel considers the master down.
+        user: the user of clients and servers; needs ``password``. The default user is off then.
         password: of the user, or of the default user.
         sentinel_password: of the sentinels' default user.
-        options: of the master and the replicas, as words of the command line.
+        options: command-line options of the master and the replicas.
     """
 
     SERVICE = "budgets"
@@ -99,7 +99,7 @@ class SentinelGroup:
             lines += [f"sentinel auth-user {name} {self._user}"]
         if self._password:
             lines += [f"sentinel auth-pass {name} {self._password}"]
-        # What they would find out within some ten seconds.
+        # Without these lines sentinels need about ten seconds to discover each other.
         servers = len(self.servers)
         lines += [f"sentinel known-replica {name} 127.0.0.1 {other}" for other in ports[1:servers]]
         lines += [
@@ -128,17 +128,17 @@ class SentinelGroup:
         return node
 
     def start(self) -> SentinelGroup:
-        """Starts all; returns when every sentinel knows the others and every replica is in step."""
+        """Start all; return when every sentinel has discovered the others and every replica is in sync."""
         for server in self.servers:
             server.start()
         for server in self.servers:
             server.wait_ready()
-        wait_until(self._in_step)
+        wait_until(self._in_sync)
         for sentinel in self.sentinels:
             sentinel.start()
         for sentinel in self.sentinels:
             sentinel.wait_ready()
-        wait_until(self._watched)
+        wait_until(self._monitored)
         return self
 
     def __enter__(self) -> SentinelGroup:
@@ -150,15 +150,15 @@ class SentinelGroup:
         self.end()
 
     def end(self) -> None:
-        """Every process is gone."""
+        """Stop every process."""
         for node in (*self.sentinels, *self.servers):
             node.end()
 
-    # -- what it is ----------------------------------------------------------------------------------------------------
+    # -- state ----------------------------------------------------------------------------------------------------
 
     @property
     def url(self) -> str:
-        """All sentinels, with all passwords, for a limiter."""
+        """The URL for a limiter: all sentinels and all passwords."""
         hosts = ",".join(f"127.0.0.1:{sentinel.port}" for sentinel in self.sentinels)
         login = f"{self._user}:{quote(self._password, safe='')}@" if self._password else ""
         query = f"?sentinel_password={quote(self._sentinel_password, safe='')}" if self._sentinel_password else ""
@@ -166,7 +166,7 @@ class SentinelGroup:
 
     @property
     def master(self) -> Node:
-        """The server that the sentinels name; most of them, if they do not agree yet."""
+        """The server that most sentinels name."""
         named = self._named()
         return self._at(max(set(named), key=named.count))
 
@@ -187,10 +187,10 @@ class SentinelGroup:
                     named.append(int(sentinel.raw("SENTINEL", "GET-MASTER-ADDR-BY-NAME", self.SERVICE)[1]))
         return named
 
-    def _in_step(self) -> bool:
+    def _in_sync(self) -> bool:
         return all(server.client.role()[3:4] == ["connected"] for server in self.servers[1:])
 
-    def _watched(self) -> bool:
+    def _monitored(self) -> bool:
         for sentinel in self.sentinels:
             known = sentinel.client.sentinel_master(self.SERVICE)
             if known["num-other-sentinels"] != len(self.sentinels) - 1 or known["flags"] != "master":
@@ -205,9 +205,9 @@ class SentinelGroup:
     # -- faults --------------------------------------------------------------------------------------------------------
 
     def lag(self) -> list[Node]:
-        """The replicas hang, so that they miss what the master acknowledges from now on; returns them, to be resumed.
+        """Pause the replicas, so that they lack further writes of the master; return them, to be resumed.
 
-        Sentinels take a replica that hangs for longer than ``down_after_ms`` for down, and wait for it.
+        Sentinels consider a replica down after ``down_after_ms``, and wait for it.
         """
         hanging = self.replicas
         for replica in hanging:
@@ -215,9 +215,9 @@ class SentinelGroup:
         return hanging
 
     def lose_writes(self) -> None:
-        """The replicas never get what the master acknowledges from now on, and stay up, as seen by the sentinels.
+        """Stop replication, so that further writes of the master are lost in a failover; the replicas stay up.
 
-        Their connections are cut, and the rights to make new ones are taken from the user of the servers.
+        Closes the replicas' connections, and revokes their permission to open new ones.
         """
         master = self.master
         master.command("ACL", "SETUSER", self._user or "default", "-psync", "-sync")
@@ -225,7 +225,7 @@ class SentinelGroup:
             master.command("CLIENT", "KILL", "TYPE", "replica")
 
     def fail_over(self) -> Node:
-        """Promotes a replica on request; returns it, as soon as all sentinels name it."""
+        """Promote a replica; return it as soon as all sentinels name it."""
         old = self.master
         asked_at = 0.0
 
@@ -233,7 +233,9 @@ class SentinelGroup:
             nonlocal asked_at
             if time.monotonic() - asked_at > 2:
                 asked_at = time.monotonic()
-                with contextlib.suppress(redis.ResponseError):  # one is under way, or no replica is good enough yet
+                with contextlib.suppress(
+                    redis.ResponseError
+                ):  # a failover is in progress, or no replica is suitable yet
                     self.sentinels[0].command("SENTINEL FAILOVER", self.SERVICE)
             return old.port not in self._named()
 
@@ -241,20 +243,20 @@ class SentinelGroup:
         return self.master
 
     def wait_master(self, but: Node, within_s: float = WITHIN_S) -> Node:
-        """Until all sentinels name another server than this one, and it says itself that it is the master."""
+        """Wait until all sentinels name another server, and that server is a master; return it."""
         wait_until(lambda: len(set(named := self._named())) == 1 and named[0] != but.port, within_s)
         master = self.master
         wait_until(lambda: master.client.role()[0] == "master", within_s)
         return master
 
     def replicated(self) -> bool:
-        """Whether every replica has what the master has, as far as the master knows."""
-        told = self.master.client.info("replication")
-        lags = [told[name]["offset"] for name in told if name.startswith("slave") and name[5:].isdecimal()]
-        return len(lags) == len(self.replicas) and min(lags, default=0) >= told["master_repl_offset"]
+        """Whether every replica has acknowledged all writes of the master."""
+        info = self.master.client.info("replication")
+        offsets = [info[name]["offset"] for name in info if name.startswith("slave") and name[5:].isdecimal()]
+        return len(offsets) == len(self.replicas) and min(offsets, default=0) >= info["master_repl_offset"]
 
     def rejoin(self) -> None:
-        """All servers run, copy the master, and may do so: what the sentinels would see to within some ten seconds."""
+        """Run all servers as replicas of the master, with all permissions, without waiting for the sentinels."""
         for node in (*self.sentinels, *self.servers):
             if node.process is None:
                 node.start()
@@ -271,7 +273,7 @@ class SentinelGroup:
         wait_until(self._may_fail_over)
 
     def _may_fail_over(self) -> bool:
-        """Whether every sentinel sees the master, and a replica that could take its place."""
+        """Whether every sentinel sees the master, and a replica that could be promoted."""
         for sentinel in self.sentinels:
             replicas = sentinel.client.sentinel_slaves(self.SERVICE)
             if sentinel.client.sentinel_master(self.SERVICE)["flags"] != "master":
@@ -283,8 +285,8 @@ class SentinelGroup:
     def _has_master(self) -> bool:
         return len(set(self._named())) == 1 and self.master.client.role()[0] == "master"
 
-    def wait_in_step(self, within_s: float = WITHIN_S) -> None:
-        """Until every running server is the master, or a replica that is in step."""
+    def wait_in_sync(self, within_s: float = WITHIN_S) -> None:
+        """Wait until every running server is the master, or a replica in sync."""
         wait_until(self._is_whole, within_s)
 
     def _is_whole(self) -> bool:

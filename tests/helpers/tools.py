@@ -1,4 +1,4 @@
-"""Programs that some tests need and that no Python package brings."""
+"""Programs that some tests need and no Python package contains."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import subprocess
 import pytest
 
 IN_CI = bool(os.environ.get("CI"))
-"""CI installs every program: what is missing there is a failure, not a reason to skip."""
+"""CI installs every program: there, a missing program is a failure, not a reason to skip."""
 
 
 def need(program: str, package: str = "") -> str:
-    """The program's path. Without it the test is skipped; in CI it fails."""
+    """Return the program's path. Without the program the test is skipped; in CI it fails."""
     found = shutil.which(program)
     if found is None:
         reason = f"{program} is not installed (Debian: apt-get install {package or program})"
@@ -24,7 +24,7 @@ def need(program: str, package: str = "") -> str:
 
 
 def compose() -> list[str]:
-    """The words that start Docker's compose tool: the client's plugin, or the older program of its own."""
+    """The command of Docker Compose: the plugin, or the older program."""
     docker = shutil.which("docker")
     if docker and subprocess.run([docker, "compose", "version"], capture_output=True, check=False).returncode == 0:
         return [docker, "compose"]

@@ -23,7 +23,7 @@ from ktrdr_budget.engine.embedded import supervisor
 DEADLINE_S = 60.0
 PACKAGE_ROOT = str(Path(embedded.__file__).parents[3])
 
-# Starts when it is told to, says where and in which process the server is, and leaves when its input ends.
+# Starts at the first line of its input, prints the URL and process id of the server, and leaves at the end of input.
 USER = """
 import json, sys, redis
 from ktrdr_budget.engine import embedded
@@ -34,14 +34,14 @@ print(json.dumps([server.url, client.info("server")["process_id"]]), flush=True)
 try:
     sys.stdin.read()
 except KeyboardInterrupt:
-    client.set("last words", "said after Ctrl-C")
+    client.set("last key", "written after Ctrl-C")
     print("finished", flush=True)
 server.close()
 """
 
 
 class User:
-    """Another process that uses the server of a directory."""
+    """A process that uses the server of a directory."""
 
     def __init__(self, data_dir: Path, *, script: str = USER, starts: bool = True) -> None:
         self.process = subprocess.Popen(
@@ -53,10 +53,10 @@ class User:
             start_new_session=True,
         )
         if starts:
-            self.tell_to_start()
+            self.let_start()
             self.url, self.server_pid = self.read_server()
 
-    def tell_to_start(self) -> None:
+    def let_start(self) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write("\n")
         self.process.stdin.flush()
@@ -83,13 +83,13 @@ class User:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self.process:  # closes the pipes, also of a process that has ended by itself
+        with self.process:  # closes the pipes, also of a process that has exited by itself
             self.process.kill()
 
 
 @pytest.fixture
 def data_dir() -> Iterator[Path]:
-    """A directory that does not exist yet, with a short path. Afterwards no process may be left in it."""
+    """A directory that does not exist yet, with a short path. No process may remain in it after the test."""
     root = Path(tempfile.mkdtemp(prefix="ktrdr-test-", dir="/tmp"))
     path = root / "budget"
     yield path
@@ -100,7 +100,7 @@ def data_dir() -> Iterator[Path]:
 def eventually(condition: Callable[[], bool]) -> None:
     deadline_s = time.monotonic() + DEADLINE_S
     while not condition():
-        assert time.monotonic() < deadline_s, "it did not happen in time"
+        assert time.monotonic() < deadline_s, "the condition did not become true in time"
         time.sleep(0.005)
 
 
@@ -112,7 +112,7 @@ def is_free(data_dir: Path, lock: str) -> bool:
 
 
 def await_end(data_dir: Path) -> None:
-    """Wait until neither a server nor a supervisor is left: whoever holds a lock is alive."""
+    """Wait until neither a server nor a supervisor is running: a running one holds its lock."""
     if data_dir.is_dir():
         eventually(lambda: is_free(data_dir, supervisor.SERVER_LOCK) and is_free(data_dir, supervisor.SUPERVISOR_LOCK))
 
@@ -145,7 +145,7 @@ def pid_at(url: str) -> int:
     return int(connect(url).info("server")["process_id"])
 
 
-def answers(url: str) -> bool:
+def replies(url: str) -> bool:
     try:
         return bool(connect(url).ping())
     except redis.ConnectionError:
@@ -155,14 +155,14 @@ def answers(url: str) -> bool:
 # --- Starting, joining, leaving ---------------------------------------------------------------------
 
 
-def test_start_creates_the_directory_and_a_server_that_answers(data_dir: Path) -> None:
+def test_start_creates_the_directory_and_a_running_server(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         assert connect(server.url).ping()
         assert server.data_dir == data_dir.resolve()
         assert server.socket_path == data_dir.resolve() / "valkey.sock"
 
 
-def test_the_server_runs_with_what_durability_and_a_hard_cap_need(data_dir: Path) -> None:
+def test_the_server_is_configured_for_durability_and_no_eviction(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         config = connect(server.url).config_get("*")
     expected = {
@@ -189,7 +189,7 @@ def test_eight_processes_at_once_start_one_server(data_dir: Path) -> None:
     users = [User(data_dir, starts=False) for _ in range(8)]
     try:
         for user in users:
-            user.tell_to_start()
+            user.let_start()
         assert len({user.read_server() for user in users}) == 1
         assert (data_dir / "valkey.log").read_text().count("Ready to accept connections") == 1
     finally:
@@ -197,7 +197,7 @@ def test_eight_processes_at_once_start_one_server(data_dir: Path) -> None:
             user.kill()
 
 
-def test_processes_that_come_and_go_all_the_time_never_fail_and_lose_nothing(data_dir: Path) -> None:
+def test_processes_that_join_and_leave_repeatedly_neither_fail_nor_lose_data(data_dir: Path) -> None:
     script = """
 import sys, redis
 from ktrdr_budget.engine import embedded
@@ -208,24 +208,24 @@ for _ in range(12):
 """
     users = [User(data_dir, script=script, starts=False) for _ in range(3)]
     for user in users:
-        user.tell_to_start()
+        user.let_start()
     for user in users:
         user.leave()
     with embedded.start(data_dir) as server:
         assert connect(server.url).get("rounds") == "36"
 
 
-def test_the_server_ends_with_its_last_user(data_dir: Path) -> None:
+def test_the_server_stops_when_its_last_user_leaves(data_dir: Path) -> None:
     with User(data_dir) as first, User(data_dir) as second:
         supervisor_pid = supervisor_of(first.server_pid)
         first.leave()
-        assert answers(second.url)
+        assert replies(second.url)
         second.leave()
         eventually(lambda: is_gone(second.server_pid) and is_gone(supervisor_pid))
     assert embedded.find(data_dir) is None
 
 
-def test_the_server_ends_when_its_last_user_is_killed(data_dir: Path) -> None:
+def test_the_server_stops_when_its_last_user_is_killed(data_dir: Path) -> None:
     with User(data_dir) as user:
         supervisor_pid = supervisor_of(user.server_pid)
         user.kill()
@@ -239,17 +239,17 @@ def test_the_server_survives_the_death_of_the_process_that_started_it(data_dir: 
         assert pid_at(other.url) == starter.server_pid
 
 
-def test_the_server_lives_until_the_last_handle_of_a_process_is_closed(data_dir: Path) -> None:
+def test_the_server_runs_until_the_last_handle_of_a_process_is_closed(data_dir: Path) -> None:
     first = embedded.start(data_dir)
     second = embedded.start(data_dir)
     first.close()
     first.close()
-    assert answers(second.url)
+    assert replies(second.url)
     second.close()
     await_end(data_dir)
 
 
-def test_a_closed_handle_says_so_and_cannot_bring_the_server_back(data_dir: Path) -> None:
+def test_a_closed_handle_cannot_restart_the_server(data_dir: Path) -> None:
     server = embedded.start(data_dir)
     server.close()
     assert repr(server).endswith(", closed>")
@@ -261,11 +261,11 @@ def test_ctrl_c_reaches_the_users_of_a_terminal_but_not_their_server(data_dir: P
     with User(data_dir) as user, User(data_dir) as other:
         os.killpg(user.process.pid, signal.SIGINT)
         assert user.read_line() == "finished"
-        assert connect(other.url).get("last words") == "said after Ctrl-C"
+        assert connect(other.url).get("last key") == "written after Ctrl-C"
         assert pid_at(other.url) == user.server_pid
 
 
-def test_signals_to_the_supervisor_do_not_end_a_server_in_use(data_dir: Path) -> None:
+def test_signals_to_the_supervisor_do_not_stop_a_server_in_use(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         server_pid = pid_at(server.url)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -274,13 +274,13 @@ def test_signals_to_the_supervisor_do_not_end_a_server_in_use(data_dir: Path) ->
         assert not is_free(data_dir, supervisor.SUPERVISOR_LOCK)
 
 
-def test_a_starter_that_ignores_and_blocks_signals_does_not_pass_this_on(data_dir: Path) -> None:
+def test_the_server_does_not_inherit_ignored_or_blocked_signals(data_dir: Path) -> None:
     script = "import signal; signal.signal(signal.SIGCHLD, signal.SIG_IGN);"
     script += "signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})\n" + USER
     with User(data_dir, script=script) as user, User(data_dir) as other:
         os.kill(user.server_pid, signal.SIGTERM)
         eventually(lambda: is_gone(user.server_pid))
-        eventually(lambda: answers(other.url))
+        eventually(lambda: replies(other.url))
 
 
 def test_a_forked_child_that_closes_its_handle_leaves_the_parents_open(data_dir: Path) -> None:
@@ -305,7 +305,7 @@ print(embedded.find(sys.argv[1]), flush=True)
         assert output.startswith("unix:///")
 
 
-def test_a_forked_child_that_goes_on_is_a_user(data_dir: Path) -> None:
+def test_a_forked_child_that_keeps_running_is_a_user(data_dir: Path) -> None:
     script = """
 import os, sys
 from ktrdr_budget.engine import embedded
@@ -318,14 +318,14 @@ sys.stdin.read()
     with User(data_dir, script=script, starts=False) as user:
         url = user.read_line()
         user.process.wait(timeout=DEADLINE_S)
-        assert answers(url)
+        assert replies(url)
         user.leave()
 
 
 # --- Deaths -----------------------------------------------------------------------------------------
 
 
-def test_a_killed_server_is_back_at_the_same_place_with_its_data(data_dir: Path) -> None:
+def test_a_killed_server_restarts_at_the_same_url_with_its_data(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         client = connect(server.url)
         client.set("spent", "5")
@@ -337,7 +337,7 @@ def test_a_killed_server_is_back_at_the_same_place_with_its_data(data_dir: Path)
             assert pid_at(server.url) != killed_pid
 
 
-def test_spend_survives_the_death_of_everybody_at_once(data_dir: Path) -> None:
+def test_spend_survives_when_server_supervisor_and_user_are_killed_at_once(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         supervisor_pid = supervisor_of(user.server_pid)
@@ -349,7 +349,7 @@ def test_spend_survives_the_death_of_everybody_at_once(data_dir: Path) -> None:
         assert connect(server.url).get("spent") == "5"
 
 
-def test_after_the_death_of_the_supervisor_the_next_to_join_brings_another(data_dir: Path) -> None:
+def test_the_next_user_starts_another_supervisor_after_the_first_was_killed(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         kill(supervisor_of(user.server_pid))
@@ -361,7 +361,7 @@ def test_after_the_death_of_the_supervisor_the_next_to_join_brings_another(data_
         eventually(lambda: is_gone(user.server_pid))
 
 
-def test_an_adopted_server_that_is_killed_is_back_with_its_data(data_dir: Path) -> None:
+def test_an_adopted_server_restarts_with_its_data_after_a_kill(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         kill(supervisor_of(user.server_pid))
@@ -371,28 +371,28 @@ def test_an_adopted_server_that_is_killed_is_back_with_its_data(data_dir: Path) 
             assert connect(server.url).get("spent") == "5"
 
 
-def test_without_its_supervisor_the_server_still_ends_with_the_last_close(data_dir: Path) -> None:
+def test_without_a_supervisor_the_server_stops_at_the_last_close(data_dir: Path) -> None:
     with User(data_dir) as user, embedded.start(data_dir) as server:
         kill(supervisor_of(user.server_pid))
         user.leave()
-        assert answers(server.url)
+        assert replies(server.url)
         server.close()
         eventually(lambda: is_gone(user.server_pid))
 
 
-def test_a_server_that_outlived_its_supervisor_and_users_is_adopted_by_the_next(data_dir: Path) -> None:
+def test_the_next_user_adopts_a_server_that_outlived_its_supervisor_and_users(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         kill(supervisor_of(user.server_pid))
         user.kill()
-    assert answers(user.url)
+    assert replies(user.url)
     with embedded.start(data_dir) as server:
         assert pid_at(server.url) == user.server_pid
         assert connect(server.url).get("spent") == "5"
     eventually(lambda: is_gone(user.server_pid))
 
 
-def test_a_user_may_ask_for_a_server_whose_supervisor_was_killed_too(data_dir: Path) -> None:
+def test_ensure_restarts_a_server_whose_supervisor_was_killed_too(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
         server_pid = pid_at(server.url)
@@ -402,14 +402,12 @@ def test_a_user_may_ask_for_a_server_whose_supervisor_was_killed_too(data_dir: P
         assert connect(server.url).get("spent") == "5"
 
 
-def test_a_server_that_cannot_be_restarted_is_given_up_until_somebody_asks(
+def test_a_server_that_cannot_be_restarted_stays_down_until_a_user_calls_ensure(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = data_dir.parent / "broken"
-    binary = script_at(
-        data_dir.parent / "server", f'[ ! -e {broken} ] || exit 1; exec {embedded._server_binary()} "$@"'
-    )
-    monkeypatch.setattr(embedded, "_server_binary", lambda: binary)
+    binary = script_at(data_dir.parent / "server", f'[ ! -e {broken} ] || exit 1; exec {embedded.server_binary()} "$@"')
+    monkeypatch.setattr(embedded, "server_binary", lambda: binary)
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
         broken.touch()
@@ -435,7 +433,7 @@ def appended_file(data_dir: Path) -> Path:
     return next((data_dir / "appendonlydir").glob("*.incr.aof"))
 
 
-def test_a_torn_last_command_costs_only_itself(data_dir: Path) -> None:
+def test_a_truncated_last_command_loses_only_itself(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
         connect(server.url).set("torn", "6")
@@ -446,7 +444,7 @@ def test_a_torn_last_command_costs_only_itself(data_dir: Path) -> None:
         assert connect(server.url).get("torn") is None
 
 
-def test_data_that_cannot_be_read_is_reported_in_the_servers_words_and_nothing_stays(data_dir: Path) -> None:
+def test_unreadable_data_is_reported_with_the_servers_message_and_no_process_remains(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
     await_end(data_dir)
@@ -457,7 +455,7 @@ def test_data_that_cannot_be_read_is_reported_in_the_servers_words_and_nothing_s
     eventually(lambda: is_free(data_dir, supervisor.USERS_LOCK))
 
 
-def test_a_log_that_has_grown_large_is_put_aside(data_dir: Path) -> None:
+def test_a_large_log_is_rotated(data_dir: Path) -> None:
     data_dir.mkdir()
     (data_dir / "valkey.log").write_bytes(b"old\n" * (1 << 19))
     with embedded.start(data_dir):
@@ -468,7 +466,7 @@ def test_a_log_that_has_grown_large_is_put_aside(data_dir: Path) -> None:
 # --- Places and permissions -------------------------------------------------------------------------
 
 
-def test_nobody_else_may_reach_the_socket_or_read_a_file(data_dir: Path) -> None:
+def test_other_users_have_no_access_to_the_socket_or_the_files(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
         assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
@@ -476,7 +474,7 @@ def test_nobody_else_may_reach_the_socket_or_read_a_file(data_dir: Path) -> None
         assert not [path for path in data_dir.rglob("*") if path.stat().st_mode & 0o077]
 
 
-def test_an_empty_directory_that_others_may_read_is_tightened(data_dir: Path) -> None:
+def test_an_empty_directory_that_others_can_read_is_restricted(data_dir: Path) -> None:
     data_dir.mkdir(mode=0o755)
     with embedded.start(data_dir):
         assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
@@ -490,15 +488,15 @@ def test_a_directory_with_other_contents_keeps_its_mode(data_dir: Path) -> None:
         assert not [path for path in data_dir.glob("*.lock") if path.stat().st_mode & 0o077]
 
 
-def test_a_directory_that_everybody_may_write_to_is_refused(data_dir: Path) -> None:
+def test_a_directory_that_is_writable_for_everyone_is_refused(data_dir: Path) -> None:
     data_dir.mkdir()
     (data_dir / "notes.txt").touch()
     data_dir.chmod(0o777)
-    with pytest.raises(embedded.EmbeddedServerError, match="everybody may write"):
+    with pytest.raises(embedded.EmbeddedServerError, match="writable for everyone"):
         embedded.start(data_dir)
 
 
-def test_a_long_path_gets_a_short_socket_that_all_processes_agree_on(data_dir: Path) -> None:
+def test_all_processes_use_the_same_short_socket_path_for_a_long_directory(data_dir: Path) -> None:
     deep = data_dir / ("d" * 60) / ("e" * 60)
     with embedded.start(deep) as server, User(deep) as other:
         assert len(os.fsencode(server.socket_path)) <= 103
@@ -508,7 +506,7 @@ def test_a_long_path_gets_a_short_socket_that_all_processes_agree_on(data_dir: P
     assert not server.socket_path.exists()
 
 
-def test_the_place_of_short_sockets_must_be_a_private_directory_of_our_own(
+def test_the_directory_of_short_sockets_must_be_private_and_belong_to_the_user(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = data_dir / ("d" * 120)
@@ -520,20 +518,20 @@ def test_the_place_of_short_sockets_must_be_a_private_directory_of_our_own(
     shared.mkdir()
     shared.chmod(0o770)
     for place in (link, shared):
-        monkeypatch.setattr(embedded, "_runtime_dir", lambda place=place: place)
-        with pytest.raises(embedded.EmbeddedServerError, match="nobody else may use"):
+        monkeypatch.setattr(embedded, "runtime_dir", lambda place=place: place)
+        with pytest.raises(embedded.EmbeddedServerError, match="not a private directory"):
             embedded.start(deep)
         assert embedded.find(deep) is None
 
 
 @pytest.mark.parametrize("name", ["sp ace", "per%20cent", "quest?ion#hash", "quo'te\"s", "ünï"])
-def test_the_url_leads_to_the_socket_whatever_the_directory_is_called(data_dir: Path, name: str) -> None:
+def test_the_url_is_valid_for_any_directory_name(data_dir: Path, name: str) -> None:
     with embedded.start(data_dir / name) as server:
         assert connect(server.url).ping()
     await_end(data_dir / name)
 
 
-def test_the_directory_comes_from_the_environment_or_is_data_budget(
+def test_the_default_directory_is_from_the_environment_or_data_budget(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_dir.mkdir()
@@ -549,7 +547,7 @@ def test_the_directory_comes_from_the_environment_or_is_data_budget(
     await_end(data_dir / "elsewhere")
 
 
-def test_find_finds_a_running_server_and_creates_nothing(data_dir: Path) -> None:
+def test_find_returns_a_running_server_and_creates_nothing(data_dir: Path) -> None:
     assert embedded.find(data_dir) is None
     assert not data_dir.exists()
     data_dir.mkdir()
@@ -571,14 +569,14 @@ def script_at(path: Path, command: str) -> Path:
     return path
 
 
-def test_a_file_in_the_place_of_the_directory_is_an_error_in_one_line(data_dir: Path) -> None:
+def test_a_file_at_the_path_of_the_directory_is_an_error_of_one_line(data_dir: Path) -> None:
     data_dir.touch()
     for path in (data_dir, data_dir / "below"):
         with pytest.raises(embedded.EmbeddedServerError, match=r": (Not a directory|File exists)"):
             embedded.start(path)
 
 
-def test_a_directory_that_may_not_be_written_is_an_error_in_one_line(data_dir: Path) -> None:
+def test_a_read_only_directory_is_an_error_of_one_line(data_dir: Path) -> None:
     script = """
 import os, sys
 from ktrdr_budget.engine import embedded
@@ -591,65 +589,63 @@ except embedded.EmbeddedServerError as error:
 """
     data_dir.parent.chmod(0o755)
     data_dir.mkdir(mode=0o555)
-    below = data_dir / "below"  # one's own directory would be given the right mode
+    below = data_dir / "below"  # a directory of our own would get the right mode
     with User(below, script=script, starts=False) as user:
         assert user.read_line() == f"cannot run the embedded server in {below}: Permission denied"
         user.process.wait(DEADLINE_S)
 
 
-def test_a_server_that_ends_at_once_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    binary = script_at(data_dir.parent / "server", "echo no luck today; exit 3")
-    monkeypatch.setattr(embedded, "_server_binary", lambda: binary)
-    with pytest.raises(embedded.EmbeddedServerError, match="did not start: no luck today"):
+def test_a_server_that_exits_at_once_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    binary = script_at(data_dir.parent / "server", "echo cannot load the module; exit 3")
+    monkeypatch.setattr(embedded, "server_binary", lambda: binary)
+    with pytest.raises(embedded.EmbeddedServerError, match="did not start: cannot load the module"):
         embedded.start(data_dir)
 
 
-def test_a_server_that_is_killed_while_it_starts_is_started_again(
-    data_dir: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_server_that_is_killed_during_its_start_is_restarted(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     killed = data_dir.parent / "killed"
-    command = f'[ -e {killed} ] || {{ touch {killed}; kill -9 $$; }}; exec {embedded._server_binary()} "$@"'
+    command = f'[ -e {killed} ] || {{ touch {killed}; kill -9 $$; }}; exec {embedded.server_binary()} "$@"'
     binary = script_at(data_dir.parent / "server", command)
-    monkeypatch.setattr(embedded, "_server_binary", lambda: binary)
+    monkeypatch.setattr(embedded, "server_binary", lambda: binary)
     with embedded.start(data_dir) as server:
         assert connect(server.url).ping()
 
 
-def test_a_supervisor_that_is_killed_while_it_starts_is_started_again(
+def test_a_supervisor_that_is_killed_during_its_start_is_restarted(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed = data_dir.parent / "killed"
-    python = " ".join(embedded._supervisor_command())
+    python = " ".join(embedded.supervisor_command())
     command = f'[ -e {killed} ] || {{ touch {killed}; kill -9 $$; }}; exec {python} "$@"'
     starter = script_at(data_dir.parent / "starter", command)
-    monkeypatch.setattr(embedded, "_supervisor_command", lambda: [str(starter)])
+    monkeypatch.setattr(embedded, "supervisor_command", lambda: [str(starter)])
     with embedded.start(data_dir) as server:
         assert connect(server.url).ping()
 
 
 def test_a_supervisor_that_always_dies_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starter = script_at(data_dir.parent / "starter", "exit 1")
-    monkeypatch.setattr(embedded, "_supervisor_command", lambda: [str(starter)])
-    with pytest.raises(embedded.EmbeddedServerError, match="dies at once"):
+    monkeypatch.setattr(embedded, "supervisor_command", lambda: [str(starter)])
+    with pytest.raises(embedded.EmbeddedServerError, match="dies at its start"):
         embedded.start(data_dir)
 
 
-def test_a_server_that_is_not_there_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "_server_binary", lambda: data_dir / "missing")
+def test_a_missing_server_binary_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedded, "server_binary", lambda: data_dir / "missing")
     with pytest.raises(embedded.EmbeddedServerError, match=r"did not start: .*No such file"):
         embedded.start(data_dir)
 
 
-def test_a_server_that_never_answers_is_reported_in_time_and_ended(
+def test_a_server_that_never_replies_is_reported_in_time_and_stopped(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     binary = script_at(data_dir.parent / "server", "exec sleep 60")
-    monkeypatch.setattr(embedded, "_server_binary", lambda: binary)
+    monkeypatch.setattr(embedded, "server_binary", lambda: binary)
     with pytest.raises(embedded.EmbeddedServerError, match=r"not ready within 0\.3 s"):
         embedded.start(data_dir, timeout_s=0.3)
 
 
-def test_a_newcomer_does_not_wait_forever_for_an_earlier_server_to_end(data_dir: Path) -> None:
+def test_a_new_user_waits_only_until_its_timeout_for_an_earlier_server_to_stop(data_dir: Path) -> None:
     data_dir.mkdir()
     leaving_fd = supervisor.wait_lock(data_dir, supervisor.USERS_LOCK)
     with pytest.raises(embedded.EmbeddedServerError, match="still shutting down"):
@@ -663,7 +659,7 @@ def test_a_missing_package_is_named(data_dir: Path, monkeypatch: pytest.MonkeyPa
         embedded.start(data_dir)
 
 
-def test_windows_is_refused_clearly(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_is_not_supported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(embedded.EmbeddedServerError, match="Windows"):
         embedded.start(data_dir)
@@ -685,6 +681,6 @@ def test_the_import_loads_neither_a_client_nor_the_servers_package() -> None:
     assert found.stdout.strip() == "set()"
 
 
-def test_the_starters_secrets_do_not_stay_with_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_does_not_keep_the_secrets_of_its_starter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_API_KEY", "secret")
-    assert "SOME_API_KEY" not in embedded._environment()
+    assert "SOME_API_KEY" not in embedded.supervisor_environment()

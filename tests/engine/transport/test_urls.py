@@ -1,4 +1,4 @@
-"""URLs of stores: what they say, what is refused, and that no secret of them is ever shown."""
+"""URLs of stores: parsing, refusal of invalid ones, and no secret in any message."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ WRONG = {
     "redis://store?socket_connect_timeout=soon": "the value of option 'socket_connect_timeout' is invalid",
     "redis://store?sentinel_password=secret": "option 'sentinel_password' needs redis+sentinel://",
     "redis+sentinel://a/s?sentinel_username=me": "option 'sentinel_username' needs 'sentinel_password'",
-    # A password with a sign that has a meaning in a URL: whatever part it ends up in is not shown.
+    # A password with a reserved character: the part of the URL that it ends up in is not shown.
     "redis://me:secret/word@store:6379/0": "a port must be a number",
     "redis://me:12/secret@store": "must be percent-encoded",
     "redis://me:secret?word@store": "a port must be a number",
@@ -84,7 +84,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("url", "words"), WRONG.items())
-def test_a_url_that_is_not_in_order_is_refused_in_clear_words_without_its_secrets(url, words):
+def test_an_invalid_url_is_refused_without_showing_its_secrets(url, words):
     with pytest.raises(InvalidArgument) as refused:
         AsyncBudgetLimiter(url, [Budget("agent", "1")])
     assert str(refused.value).startswith("invalid store URL: ")
@@ -95,19 +95,19 @@ def test_a_url_that_is_not_in_order_is_refused_in_clear_words_without_its_secret
 
 
 @pytest.mark.parametrize("url", [None, 1, b"redis://store", ""])
-def test_what_is_no_url_is_refused(url):
+def test_other_types_and_empty_strings_are_refused(url):
     with pytest.raises(InvalidArgument):
         parse_url(url)
 
 
-def test_hosts_have_the_port_of_their_kind_unless_they_say_another():
+def test_hosts_without_a_port_have_the_default_port_of_the_scheme():
     assert parse_url("redis://").hosts == (("localhost", 6379),)
     assert parse_url("redis+cluster://a,b:1").hosts == (("a", 6379), ("b", 1))
     assert parse_url("redis+sentinel://a,[fe80::1%25eth0]:1/s").hosts == (("a", 26379), ("fe80::1%eth0", 1))
     assert parse_url("unix:///run/s").hosts == ()
 
 
-def test_each_server_gets_the_login_and_the_options_that_are_meant_for_it():
+def test_servers_and_sentinels_each_get_their_login_and_options():
     url = parse_url(
         "rediss+sentinel://me:p%40ss@a:1,b:2/budgets/3"
         "?ssl_ca_certs=/etc/ca.pem&client_name=me&sentinel_username=us%2Fer&sentinel_password=p%26w%3D"
@@ -119,7 +119,7 @@ def test_each_server_gets_the_login_and_the_options_that_are_meant_for_it():
     assert cluster.at(("::1", 4), socket_connect_timeout="1") == "redis://:secret@[::1]:4?socket_connect_timeout=2"
 
 
-async def test_a_connection_is_made_with_the_login_and_the_options_of_the_url():
+async def test_connections_use_the_login_and_the_options_of_the_url():
     url = "rediss+cluster://me:p%2Fw@a:1?ssl_ca_certs=/etc/ca.pem&ssl_cert_reqs=none&ssl_check_hostname=no"
     store = store_for(url, None, "ktrdr:{default}:meta")
     assert isinstance(store, FailoverStore)
@@ -131,6 +131,6 @@ async def test_a_connection_is_made_with_the_login_and_the_options_of_the_url():
     await server.close()
 
 
-def test_importing_it_loads_no_driver():
+def test_importing_the_transport_does_not_import_redis_py():
     code = "import sys, ktrdr_budget.engine.transport.failover; sys.exit(bool({'hiredis', 'redis'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

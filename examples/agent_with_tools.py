@@ -1,7 +1,7 @@
-"""An agent that may use tools, inside one hold: ``python -m examples.agent_with_tools "How did BTC do?"``.
+"""An agent with tools, inside one hold: ``python -m examples.agent_with_tools "How did BTC do?"``.
 
-It holds $0.15 once. Each of its calls draws from that; if one does not fit, the hold grows, and if it cannot grow, the
-agent stops before it sends anything. When it is done, the ledger has one entry with what all of it did cost.
+The agent holds $0.15 once, and its calls claim from this hold. If a call does not fit, the hold grows; if it cannot
+grow, the agent stops before it sends anything. At the end the ledger has one entry with the total cost.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ TOOLS: list[ToolParam] = [
 
 
 def closing_prices(symbol: str) -> list[float]:
-    """A tool. A real one would ask a market."""
+    """A tool with made-up prices."""
     return [100.0 + len(symbol) + day for day in range(5)]
 
 
 async def answer(client: AsyncAnthropic, question: str) -> str:
-    """Lets the model call tools until it has an answer."""
+    """Let the model call tools until it has an answer."""
     messages: list[MessageParam] = [{"role": "user", "content": question}]
     for _ in range(STEPS_MAX):
         reply = await client.messages.create(model=MODEL, max_tokens=1024, messages=messages, tools=TOOLS)
@@ -42,7 +42,7 @@ async def answer(client: AsyncAnthropic, question: str) -> str:
         if not results:
             return "".join(block.text for block in reply.content if block.type == "text")
         messages.append({"role": "user", "content": results})
-    return "I could not find out."
+    return "No answer found."
 
 
 def _use(call: Any) -> ToolResultBlockParam:
@@ -51,7 +51,7 @@ def _use(call: Any) -> ToolResultBlockParam:
 
 
 async def main(question: str) -> int:
-    """Answers one question; 1 if there was no budget for it."""
+    """Answer one question; return 1 if the budget denies it."""
     budget = Budget("agent", limit=os.environ.get("AGENT_DAILY_BUDGET", "5.00"))
     async with AsyncBudgetLimiter(os.environ.get("KTRDR_REDIS_URL"), [budget]) as limiter:
         client = guard(AsyncAnthropic(), limiter, budgets=["agent"])

@@ -1,7 +1,7 @@
-"""A chat in the terminal that cannot spend more than a quarter of a dollar a day: ``python -m examples.chat_loop``.
+"""A chat in the terminal with a cap of a quarter of a dollar per day: ``python -m examples.chat_loop``.
 
-The cap holds for all terminals together that use the same store (``KTRDR_REDIS_URL``, or the embedded server of this
-directory). ``CHAT_LIMIT`` and ``CHAT_MODEL`` change it and the model.
+All terminals with the same store (``KTRDR_REDIS_URL``, or the embedded server of this directory) share the cap.
+``CHAT_LIMIT`` sets the cap, ``CHAT_MODEL`` the model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MODEL = os.environ.get("CHAT_MODEL", "claude-haiku-4-5")
 
 
 def main() -> None:
-    """Asks, answers, and says what it cost, until an empty line or the end of the budget."""
+    """Answer questions and print the spend, until an empty line or the end of the budget."""
     budget = Budget("chat", limit=os.environ.get("CHAT_LIMIT", "0.25"))
     with BudgetLimiter(os.environ.get("KTRDR_REDIS_URL"), [budget]) as limiter:
         client = guard(Anthropic(), limiter, budgets=["chat"])
@@ -30,7 +30,7 @@ def main() -> None:
                         print(text, end="", flush=True)
                     answer = stream.get_final_text()
             except BudgetExceeded as denied:
-                print(f"That does not fit any more: {denied.denial.summary}.")
+                print(f"The question does not fit the budget: {denied.denial.summary}.")
                 break
             messages.append({"role": "assistant", "content": answer})
             status = limiter.status("chat")

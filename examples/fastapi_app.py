@@ -1,7 +1,7 @@
-"""A web service whose routes cannot spend more than their budget: ``uvicorn examples.fastapi_app:app``.
+"""A web service with a budget for its model calls: ``uvicorn examples.fastapi_app:app``.
 
-Each request to ``POST /ask`` holds two cents; its calls draw from that. Without room the answer is 429 with
-``Retry-After``, as ``application/problem+json``. Any number of workers and machines may share one cap.
+Each request to ``POST /ask`` holds two cents, and its calls claim from this hold. If they do not fit, the response is
+429 with ``Retry-After``, as ``application/problem+json``. Any number of workers and machines may share the cap.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ two_cents = hold_budget("agent", estimate="0.02", limiter=lambda request: reques
 
 
 class Question(BaseModel):
-    """What to ask."""
+    """A question for the model."""
 
     text: str
 
 
 @app.post("/ask", dependencies=[Depends(two_cents)])
 async def ask(question: Question, request: Request) -> dict[str, str]:
-    """Asks the model; what the call cost is committed once the answer has been sent."""
+    """Ask the model; the cost is committed after the response has been sent."""
     response = await request.app.state.client.responses.create(model=MODEL, input=question.text)
     return {"answer": response.output_text}
 
 
 @app.get("/budget")
 async def budget(request: Request) -> dict[str, Any]:
-    """What is left today."""
+    """The figures of today's window."""
     status = await request.app.state.limiter.status("agent")
     return {"limit": str(status.limit), "spent": str(status.spent), "remaining": str(status.remaining)}

@@ -1,19 +1,19 @@
-"""A model provider on this machine that speaks the wire formats of two real ones, for tests and examples.
+"""A local model provider with the APIs of Anthropic and OpenAI, for tests and examples.
 
-It answers Anthropic's Messages API, and OpenAI's Chat Completions, Responses, Completions and Embeddings APIs, as JSON
-and as server-sent events, to the providers' own unmodified SDKs. It needs no key and no network, and it keeps a ledger
-of the tokens that it would have billed.
+It implements Anthropic's Messages API, and OpenAI's Chat Completions, Responses, Completions and Embeddings APIs, as
+JSON and as server-sent events, for the unmodified SDKs. It needs no key and no network, and keeps a ledger of the
+tokens that it bills.
 
 ::
 
     with LocalProvider() as provider:
         client = Anthropic(base_url=provider.anthropic_url, api_key="any")
 
-    python -m examples.local_provider --port 8100      # for other programs; Ctrl-C prints what was billed
+    python -m examples.local_provider --port 8100      # for other programs; Ctrl-C prints the ledger
 
-What it answers next is a :class:`Scene`: from the request's header ``x-scenes`` (a JSON list; an SDK's second attempt
-takes the second), else the next one given to :meth:`LocalProvider.script` (or ``POST /script``), else a plain success.
-``GET /ledger`` shows what was billed.
+A :class:`Scene` determines the response to a request: the scene in the request's header ``x-scenes`` (a JSON list; the
+SDK's second attempt takes the second scene), else the next scene of :meth:`LocalProvider.script` (or ``POST /script``),
+else success. ``GET /ledger`` shows the ledger.
 """
 
 from __future__ import annotations
@@ -36,37 +36,37 @@ __all__ = ["Billed", "LocalProvider", "Scene"]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """How one request is answered."""
+    """The response to one request, including errors, delays and lost connections."""
 
     status: int = 200
-    """Anything but 200 answers with that provider's error of this status."""
+    """For statuses other than 200, the response is the provider's error of this status."""
     text: str | None = None
-    """What the model says; by default as many words as ``output_tokens``."""
+    """The output; by default as many words as ``output_tokens``."""
     output_tokens: int = 12
     input_tokens: int | None = None
-    """By default about one token per four bytes of the request."""
+    """By default one token per four bytes of the request."""
     cache_read_tokens: int = 0
     """Part of the input."""
     cache_write_tokens: int = 0
     """Part of the input."""
     cache_write_1h_tokens: int = 0
-    """Part of what is written to the cache."""
+    """Part of ``cache_write_tokens``."""
     delay_s: float = 0.0
-    """Before the answer begins."""
+    """Delay before the response."""
     token_delay_s: float = 0.0
-    """Before each token of a stream."""
+    """Delay before each token of a stream."""
     drop_after: int | None = None
-    """The connection is cut after so many tokens were sent; without a stream, or at 0, before any answer."""
+    """Close the connection after so many tokens; without a stream, or at 0, before the response."""
     error_after: int | None = None
-    """A stream tells of an error after so many tokens."""
+    """Send an error event after so many tokens of a stream."""
     stall_after: int | None = None
-    """A stream says no more after so many tokens, until its caller leaves."""
+    """Send nothing after so many tokens of a stream, until the caller disconnects."""
     silent: bool = False
-    """The answer tells no usage."""
+    """Omit the usage from the response."""
     billed: bool | None = None
-    """Whether tokens are billed: by default those of every answer of 200, whether it arrives or not."""
+    """Whether tokens are billed; by default those of every response with status 200, even if it is lost."""
     retry_after_ms: int = 1
-    """What errors ask an SDK to wait."""
+    """The ``retry-after-ms`` of errors."""
 
     @property
     def is_billed(self) -> bool:
@@ -81,15 +81,15 @@ class Billed:
     provider: str
     model: str
     input_tokens: int
-    """All input; what was read from a cache or written to it is part of it."""
+    """All input, including cache reads and cache writes."""
     output_tokens: int
     cache_read_tokens: int = 0
     cache_write_tokens: int = 0
     cache_write_1h_tokens: int = 0
-    """Part of what was written to the cache."""
+    """Part of ``cache_write_tokens``."""
     streamed: bool = False
     complete: bool = True
-    """False if the caller did not get all of the answer."""
+    """False if the response was not sent completely."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,31 +104,31 @@ class _Request:
 
 
 class LocalProvider:
-    """The server, in a thread of its own.
+    """The server, in its own thread.
 
     Args:
-        host, port: where it listens; port 0 takes a free one.
-        scene: the answer to requests that are given no other.
+        host, port: the address; port 0 selects a free port.
+        scene: the default response.
     """
 
     def __init__(self, host: str = "127.0.0.1", port: int = 0, scene: Scene | None = None) -> None:
         self.host, self.port = host, port
         self.scene = scene or Scene()
         self.ledger: list[Billed] = []
-        """What was billed, in order."""
+        """The billed calls, in order."""
         self.requests: list[dict[str, Any]] = []
-        """The bodies of the requests for answers, in order; the provider's memory, so not for long runs."""
+        """The bodies of all model requests, in order; grows without limit."""
         self.active = 0
-        """Requests that are being answered."""
+        """Requests in progress."""
         self.sent_tokens = 0
-        """Of the latest stream."""
+        """Tokens sent of the latest stream."""
         self._scenes: deque[Scene] = deque()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="local-provider", daemon=True)
         self._server: asyncio.Server | None = None
         self._connections: set[asyncio.Task[None]] = set()
 
-    # -- life ----------------------------------------------------------------------------------------------------------
+    # -- start and stop ------------------------------------------------------------------------------------------------
 
     def __enter__(self) -> LocalProvider:
         self.start()
@@ -140,12 +140,12 @@ class LocalProvider:
         self.stop()
 
     def start(self) -> None:
-        """Listens."""
+        """Listen for connections."""
         self._thread.start()
         asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(10)
 
     def stop(self) -> None:
-        """Ends every connection."""
+        """Close all connections and stop."""
         asyncio.run_coroutine_threadsafe(self._close(), self._loop).result(10)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
@@ -162,7 +162,7 @@ class LocalProvider:
             task.cancel()
         await asyncio.gather(*self._connections, return_exceptions=True)
 
-    # -- what users set and see ----------------------------------------------------------------------------------------
+    # -- public --------------------------------------------------------------------------------------------------------
 
     @property
     def anthropic_url(self) -> str:
@@ -175,11 +175,11 @@ class LocalProvider:
         return f"http://{self.host}:{self.port}/v1"
 
     def script(self, *scenes: Scene) -> None:
-        """The answers to the next requests."""
+        """Set the responses to the next requests."""
         self._scenes.extend(scenes)
 
     def clear(self) -> None:
-        """Forgets the script, the ledger and the requests."""
+        """Clear the script, the ledger and the requests."""
         self._scenes.clear()
         self.ledger.clear()
         self.requests.clear()
@@ -195,10 +195,10 @@ class LocalProvider:
             while (request := await _read(reader)) is not None:
                 self.active += 1
                 try:
-                    kept = await self._answer(request, reader, writer)
+                    keep_open = await self._respond(request, reader, writer)
                 finally:
                     self.active -= 1
-                if not kept:
+                if not keep_open:
                     writer.transport.abort()
                     return
         except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
@@ -207,42 +207,42 @@ class LocalProvider:
             self._connections.discard(task)
             writer.close()
 
-    async def _answer(self, request: _Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
-        """Answers one request; false if the connection is to be cut."""
+    async def _respond(self, request: _Request, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """Respond to one request; return whether to keep the connection open."""
         path = request.path.partition("?")[0]
         if path == "/ledger":
             return await _send(writer, 200, {"billed": [asdict(line) for line in self.ledger]})
         if path == "/script":
-            self.script(*(Scene(**told) for told in request.json()))
+            self.script(*(Scene(**fields) for fields in request.json()))
             return await _send(writer, 200, {})
-        spoken = FORMATS.get(path)
-        if spoken is None or request.method != "POST":
+        wire_format = FORMATS.get(path)
+        if wire_format is None or request.method != "POST":
             return await _send(writer, 404, {"error": {"type": "not_found_error", "message": f"no {path}"}})
         if "x-api-key" not in request.headers and "authorization" not in request.headers:
-            return await _send(writer, 401, spoken.error(401))
-        if spoken.counts_only:
-            return await _send(writer, 200, {"input_tokens": spoken.count(request.json())})
-        return await self._play(self._scene_of(request), spoken, request.json(), reader, writer)
+            return await _send(writer, 401, wire_format.error(401))
+        if wire_format.counts_only:
+            return await _send(writer, 200, {"input_tokens": wire_format.count(request.json())})
+        return await self._play(self._scene_of(request), wire_format, request.json(), reader, writer)
 
     def _scene_of(self, request: _Request) -> Scene:
-        told = request.headers.get("x-scenes")
-        if told is not None:
-            scenes = json.loads(told)
+        header = request.headers.get("x-scenes")
+        if header is not None:
+            scenes = json.loads(header)
             return Scene(**scenes[min(int(request.headers.get("x-stainless-retry-count", 0)), len(scenes) - 1)])
         return self._scenes.popleft() if self._scenes else self.scene
 
-    # -- an answer -----------------------------------------------------------------------------------------------------
+    # -- responses -----------------------------------------------------------------------------------------------------
 
     async def _play(
         self,
         scene: Scene,
-        spoken: WireFormat,
+        wire_format: WireFormat,
         body: dict[str, Any],
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> bool:
         self.requests.append(body)
-        answer = spoken.answer(
+        answer = wire_format.answer(
             body,
             input_tokens=scene.input_tokens,
             output_tokens=scene.output_tokens,
@@ -252,7 +252,7 @@ class LocalProvider:
         )
         streamed = bool(body.get("stream"))
         if streamed and scene.status == 200 and scene.drop_after != 0:
-            return await self._stream(scene, spoken, answer, reader, writer)
+            return await self._stream(scene, wire_format, answer, reader, writer)
         dropped = scene.drop_after is not None
         await _wait(scene.delay_s)
         if scene.is_billed:
@@ -263,14 +263,14 @@ class LocalProvider:
             return False
         if scene.status != 200:
             return await _send(
-                writer, scene.status, spoken.error(scene.status), {"retry-after-ms": scene.retry_after_ms}
+                writer, scene.status, wire_format.error(scene.status), {"retry-after-ms": scene.retry_after_ms}
             )
-        return await _send(writer, 200, spoken.document(answer))
+        return await _send(writer, 200, wire_format.document(answer))
 
     async def _stream(
         self,
         scene: Scene,
-        spoken: WireFormat,
+        wire_format: WireFormat,
         answer: Answer,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
@@ -279,26 +279,26 @@ class LocalProvider:
         try:
             await _wait(scene.delay_s)
             writer.write(b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n")
-            await _chunk(writer, spoken.opening(answer))
+            await _chunk(writer, wire_format.opening(answer))
             for token in answer.tokens:
                 if sent == scene.drop_after:
                     return False
                 if sent == scene.error_after:
-                    await _chunk(writer, spoken.failure(answer))
+                    await _chunk(writer, wire_format.failure(answer))
                     break
                 if sent == scene.stall_after:
-                    await reader.read()  # ends when the caller hangs up
+                    await reader.read()  # returns when the caller disconnects
                 await _wait(scene.token_delay_s)
                 if reader.at_eof() or writer.transport.is_closing():
                     return False
-                sent += 1  # a token is billed once it is made, whoever reads it
-                await _chunk(writer, spoken.delta(answer, token))
+                sent += 1  # a token is billed once it is produced, even if it is not read
+                await _chunk(writer, wire_format.delta(answer, token))
                 self.sent_tokens = sent
             else:
                 if not billed:
                     billed = True
                     self._bill(scene, answer, sent, streamed=True, complete=True)
-                await _chunk(writer, spoken.closing(answer))
+                await _chunk(writer, wire_format.closing(answer))
             writer.write(b"0\r\n\r\n")
             await writer.drain()
             return True
@@ -307,14 +307,14 @@ class LocalProvider:
                 self._bill(scene, answer, sent, streamed=True, complete=False)
 
     def _bill(self, scene: Scene, answer: Answer, output_tokens: int, *, streamed: bool, complete: bool) -> None:
-        made = output_tokens * answer.choices if answer.tokens else 0
+        all_output_tokens = output_tokens * answer.choices if answer.tokens else 0
         read, written, written_1h = answer.cache
         self.ledger.append(
             Billed(
                 answer.provider,
                 answer.model,
                 answer.input_tokens,
-                made,
+                all_output_tokens,
                 read,
                 written,
                 written_1h,
@@ -356,7 +356,7 @@ async def _wait(seconds: float) -> None:
 
 
 def main() -> None:
-    """Serves until Ctrl-C, then prints the ledger."""
+    """Serve until Ctrl-C, then print the ledger."""
     parser = argparse.ArgumentParser(prog="python -m examples.local_provider", description=__doc__.splitlines()[0])
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8100)

@@ -1,9 +1,9 @@
-"""One hour of real traffic against a cap that it exceeds, by four processes: ``python -m examples.trace_replay``.
+"""Replay an hour of real traffic against a lower cap, in four processes: ``python -m examples.trace_replay``.
 
-The trace (``data/README.md``) tells when each request came, how long its prompt was and how much was answered. Each is
-priced by a real model's price list, reserved at its worst case, and committed at its cost, while the hour passes in
-half a minute. The spend never passes the cap, and what was admitted is billed exactly: the run checks both, prints a
-summary, and draws the hour.
+The trace (``data/README.md``) has the time, the prompt length and the answer length of each request. Each request is
+priced as a call of a real model, reserved at its worst case, and committed at its cost; the hour takes half a minute.
+The run checks that spend never exceeds the cap, and that admitted requests are billed exactly. It prints a summary, and
+draws a picture of the hour.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import csv
+import itertools
 import multiprocessing
 import secrets
 import sys
@@ -27,9 +28,9 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, Meter, Pric
 TRACE = Path(__file__).with_name("data") / "azure_llm_2023_code.csv"
 PROVIDER = "anthropic"
 OUTPUT_TOKENS_MAX = 2048
-"""What each request would ask for as ``max_tokens``; the longest answer of the trace has 1,899."""
+"""The output limit of each request; the longest answer of the trace has 1,899 tokens."""
 TOKENS_PER_S = 60
-"""How fast answers are made: so long is a request under way."""
+"""The speed of the model, which determines the duration of a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,14 +38,14 @@ class Request:
     """One line of the trace."""
 
     at_s: float
-    """Since the first one."""
+    """Seconds since the first request."""
     input_tokens: int
     output_tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class Replay:
-    """What every process must know."""
+    """The parameters of a run, passed to every process."""
 
     url: str | None
     data_dir: str
@@ -52,23 +53,23 @@ class Replay:
     limit: str
     model: str
     begins_at: float
-    """When the hour begins, by the clock of this machine."""
+    """The begin of the hour, in seconds since the epoch."""
     speedup: float
 
     def limiter(self) -> AsyncBudgetLimiter:
-        """One per process, as if each were a machine."""
+        """Create the limiter of one process."""
         budget = Budget("trace", limit=self.limit, period="month")
         return AsyncBudgetLimiter(self.url, [budget], tenant=self.tenant, data_dir=self.data_dir, timeout=10)
 
     @property
     def now_s(self) -> float:
-        """Seconds of the hour that have passed."""
+        """Seconds since the begin of the hour."""
         return (time.time() - self.begins_at) * self.speedup
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """The window at one moment of the hour, in dollars."""
+    """The figures of the window at one time, in dollars."""
 
     at_s: float
     spent: float
@@ -77,7 +78,7 @@ class Sample:
 
 
 def read_trace(requests_max: int | None = None) -> list[Request]:
-    """The trace, or its beginning."""
+    """Read the trace, or its first requests."""
     with TRACE.open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))[:requests_max]
     times = [datetime.fromisoformat(row["TIMESTAMP"][:26]) for row in rows]
@@ -87,21 +88,21 @@ def read_trace(requests_max: int | None = None) -> list[Request]:
     ]
 
 
-# -- one of the processes ----------------------------------------------------------------------------------------------
+# -- in each process ---------------------------------------------------------------------------------------------------
 
 
-def work(replay: Replay, requests: list[Request]) -> list[bool]:
-    """Replays some of the requests; for each, whether it was admitted."""
-    return asyncio.run(_work(replay, requests))
+def replay_requests(replay: Replay, requests: list[Request]) -> list[bool]:
+    """Replay some of the requests; return whether each was admitted."""
+    return asyncio.run(_replay_all(replay, requests))
 
 
-async def _work(replay: Replay, requests: list[Request]) -> list[bool]:
+async def _replay_all(replay: Replay, requests: list[Request]) -> list[bool]:
     async with replay.limiter() as limiter:
         meter = Meter(limiter, ["trace"], Prices())
-        return await asyncio.gather(*(_one(replay, meter, request) for request in requests))
+        return await asyncio.gather(*(_replay_one(replay, meter, request) for request in requests))
 
 
-async def _one(replay: Replay, meter: Meter, request: Request) -> bool:
+async def _replay_one(replay: Replay, meter: Meter, request: Request) -> bool:
     await asyncio.sleep(max(0.0, request.at_s - replay.now_s) / replay.speedup)
     call = meter.call(
         provider=PROVIDER,
@@ -117,21 +118,22 @@ async def _one(replay: Replay, meter: Meter, request: Request) -> bool:
     return False
 
 
-# -- all of them -------------------------------------------------------------------------------------------------------
+# -- in the main process -----------------------------------------------------------------------------------------------
 
 
 async def run(replay: Replay, requests: list[Request], processes: int) -> tuple[list[bool], list[Sample]]:
-    """Replays the trace, and looks at the window all the while."""
+    """Replay the trace in several processes, and sample the window meanwhile."""
     loop = asyncio.get_running_loop()
     samples: list[Sample] = []
     async with replay.limiter() as limiter:
         with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
             shares = [requests[first::processes] for first in range(processes)]
-            working = asyncio.gather(*(loop.run_in_executor(pool, work, replay, share) for share in shares))
-            while not working.done():
+            jobs = (loop.run_in_executor(pool, replay_requests, replay, share) for share in shares)
+            results = asyncio.gather(*jobs)
+            while not results.done():
                 samples.append(await _sample(replay, limiter))
-                await asyncio.wait([working], timeout=0.05)
-            admitted = await working
+                await asyncio.wait([results], timeout=0.05)
+            admitted = await results
         samples.append(await _sample(replay, limiter))
     flags = [False] * len(requests)
     for first, share in enumerate(admitted):
@@ -146,7 +148,7 @@ async def _sample(replay: Replay, limiter: AsyncBudgetLimiter) -> Sample:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs what the arguments say; 1 if the cap was passed, or something was not billed exactly."""
+    """Run the replay; return 1 if the cap was exceeded, or a bill was not exact."""
     given = _parser().parse_args(arguments)
     requests = read_trace(given.requests)
     prices, now = Prices(), datetime.now(UTC)
@@ -155,11 +157,11 @@ def main(arguments: list[str] | None = None) -> int:
         for request in requests
     ]
     with tempfile.TemporaryDirectory() as directory:
-        begins_at = time.time() + 1.5 + given.processes / 2  # when all of them have started
+        begins_at = time.time() + 1.5 + given.processes / 2  # leaves time for all processes to start
         tenant = f"replay-{secrets.token_hex(4)}"
         replay = Replay(given.store, directory, tenant, given.limit, given.model, begins_at, given.speedup)
         admitted, samples = asyncio.run(run(replay, requests, given.processes))
-    billed = sum(cost for cost, went in zip(costs, admitted, strict=True) if went)
+    billed = sum(cost for cost, is_admitted in zip(costs, admitted, strict=True) if is_admitted)
     spent, highest, limit = samples[-1].spent, max(sample.counted for sample in samples), float(given.limit)
     exact = round(spent * 1e9) == billed
     print(f"{len(requests):,} requests in {requests[-1].at_s / 60:.0f} minutes, worth ${sum(costs) / 1e9:.6f}")
@@ -173,17 +175,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def draw(path: str, requests: list[Request], costs: list[int], samples: list[Sample], limit: float) -> None:
-    """The hour as a picture: what was asked for, what was spent, and the cap."""
+    """Draw the hour: the requested and the spent dollars, and the cap."""
     from matplotlib.figure import Figure
 
-    wanted, demand = 0, []
-    for cost in costs:
-        wanted += cost
-        demand.append(wanted / 1e9)
+    requested = [total / 1e9 for total in itertools.accumulate(costs)]
     figure = Figure(figsize=(9, 5), layout="constrained")
     axes = figure.subplots()
     minutes = [sample.at_s / 60 for sample in samples]
-    axes.plot([request.at_s / 60 for request in requests], demand, color="0.7", label="asked for")
+    axes.plot([request.at_s / 60 for request in requests], requested, color="0.7", label="asked for")
     axes.fill_between(minutes, [sample.counted for sample in samples], color="tab:orange", alpha=0.4, label="held")
     axes.fill_between(minutes, [sample.spent for sample in samples], color="tab:blue", alpha=0.8, label="spent")
     axes.axhline(limit, color="tab:red", linestyle="--", label=f"cap, ${limit:.2f}")
@@ -196,16 +195,16 @@ def draw(path: str, requests: list[Request], costs: list[int], samples: list[Sam
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m examples.trace_replay", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--limit", default="10.00", help="the cap in dollars (default: 10.00)")
-    parser.add_argument("--model", default="claude-haiku-4-5", help=f"a model of {PROVIDER}, whose prices count")
+    parser.add_argument("--model", default="claude-haiku-4-5", help=f"a model of {PROVIDER}")
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--requests", type=int, default=None, help="only so many of the trace's first ones")
-    parser.add_argument("--speedup", type=float, default=120.0, help="seconds of the trace in one second")
-    parser.add_argument("--store", default=None, metavar="URL", help="by default an embedded server, thrown away after")
+    parser.add_argument("--requests", type=int, default=None, help="replay only the first requests of the trace")
+    parser.add_argument("--speedup", type=float, default=120.0, help="seconds of the trace per second")
+    parser.add_argument("--store", default=None, metavar="URL", help="default: a temporary embedded server")
     parser.add_argument(
         "--picture",
         default="trace_replay.png",
         metavar="FILE",
-        help="where the hour is drawn, .png or .svg (default: trace_replay.png in the current directory; '': nowhere)",
+        help="a .png or .svg file for the picture; '' for none (default: trace_replay.png in the current directory)",
     )
     return parser
 

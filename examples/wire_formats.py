@@ -1,13 +1,14 @@
-"""The wire formats that the local provider speaks: JSON answers, server-sent events, errors.
+"""The wire formats of the local provider: JSON responses, server-sent events, errors.
 
-Written from the types of the providers' SDKs (anthropic 2.12, openai 3.54), and held against those SDKs by the tests.
+Written from the types of the providers' SDKs (anthropic 2.12, openai 3.54), and tested with those SDKs.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,43 +27,42 @@ _ERRORS = {
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the model made of one request."""
+    """The model's answer to one request."""
 
     provider: str
     model: str
     input_tokens: int
     tokens: Sequence[str]
-    """Each is one token of output: of the text, or of the arguments of the tool call."""
+    """The tokens of the output text, or of the arguments of the tool call."""
     tool: str | None = None
-    """The tool that is called instead of an answer in words."""
+    """The tool to call, if the answer is a tool call."""
     truncated: bool = False
-    """``max_tokens`` was reached."""
+    """The output limit was reached."""
     choices: int = 1
     cache: tuple[int, int, int] = (0, 0, 0)
-    """Read, written, and the part of it that was written for an hour."""
+    """Tokens of cache reads, cache writes, and one-hour cache writes (a part of the latter)."""
     silent: bool = False
-    usage_wanted: bool = True
-    stepped: list[int] = field(default_factory=lambda: [0])
+    """Omit the usage."""
+    usage_requested: bool = True
+    """Whether the request asks for the usage of a stream."""
+    sequence: Iterator[int] = field(default_factory=itertools.count)
+    """Sequence numbers of the events."""
 
     @property
     def text(self) -> str:
-        """All of the output."""
+        """The complete output."""
         return "".join(self.tokens)
-
-    def step(self) -> int:
-        """The next number of a sequence."""
-        self.stepped[0] += 1
-        return self.stepped[0] - 1
 
 
 class WireFormat:
-    """One endpoint: how it reads requests, and how it answers."""
+    """The requests and responses of one endpoint."""
 
     provider = "openai"
     counts_only = False
+    """The endpoint counts input tokens, and bills nothing."""
 
     def count(self, body: dict[str, Any]) -> int:
-        """Input tokens: one for each four bytes of what the model reads, and a little for the frame around it."""
+        """Count the input tokens: one per four bytes of the model's input, plus a constant."""
         read = [
             body[name] for name in ("system", "messages", "tools", "instructions", "input", "prompt") if body.get(name)
         ]
@@ -78,34 +78,34 @@ class WireFormat:
         cache: tuple[int, int, int],
         silent: bool,
     ) -> Answer:
-        """What the model makes of a request: words, or the first tool if no tool was used yet."""
+        """The model's answer: a call of the first tool if the request has tools and no tool results; else words."""
         tool = self._tool(body) if text is None else None
         if tool is not None:
             arguments = json.dumps(_arguments(tool[1]))
             tokens = [arguments[at : at + 4] for at in range(0, len(arguments), 4)]
         else:
             tokens = re.findall(r"\S+\s*", text) if text is not None else ["word "] * output_tokens
-        most = self._max_tokens(body)
+        limit = self._max_tokens(body)
         return Answer(
             provider=self.provider,
             model=body.get("model", ""),
             input_tokens=self.count(body) if input_tokens is None else input_tokens,
-            tokens=tokens[:most],
+            tokens=tokens[:limit],
             tool=tool[0] if tool else None,
-            truncated=len(tokens) > most if most is not None else False,
+            truncated=len(tokens) > limit if limit is not None else False,
             choices=self._choices(body),
             cache=cache,
             silent=silent,
-            usage_wanted=self._usage_wanted(body),
+            usage_requested=self._usage_requested(body),
         )
 
     def error(self, status: int) -> dict[str, Any]:
-        """The body of an error."""
+        """The body of an error response."""
         kind = _ERRORS.get(status, "server_error")
         return {"error": {"message": f"scripted {kind}", "type": kind, "param": None, "code": None}}
 
     def document(self, answer: Answer) -> dict[str, Any]:
-        """The whole answer as JSON."""
+        """The complete response as JSON."""
         raise NotImplementedError
 
     def opening(self, answer: Answer) -> bytes:
@@ -113,7 +113,7 @@ class WireFormat:
         return b""
 
     def delta(self, answer: Answer, token: str) -> bytes:
-        """The event that carries one token."""
+        """The event of one token."""
         raise NotImplementedError
 
     def closing(self, answer: Answer) -> bytes:
@@ -121,7 +121,7 @@ class WireFormat:
         raise NotImplementedError
 
     def failure(self, answer: Answer) -> bytes:
-        """An error in the middle of a stream."""
+        """An error event within a stream."""
         return _event(self.error(500))
 
     def _max_tokens(self, body: dict[str, Any]) -> int | None:
@@ -130,7 +130,7 @@ class WireFormat:
     def _choices(self, body: dict[str, Any]) -> int:
         return int(body.get("n") or 1)
 
-    def _usage_wanted(self, body: dict[str, Any]) -> bool:
+    def _usage_requested(self, body: dict[str, Any]) -> bool:
         return True
 
     def _tool(self, body: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -143,12 +143,14 @@ def _event(data: dict[str, Any], name: str = "") -> bytes:
 
 
 def _arguments(schema: dict[str, Any]) -> dict[str, Any]:
-    """Arguments that a JSON schema of an object allows."""
-    made: dict[str, Any] = {}
+    """Example arguments that match a JSON schema of an object."""
+    arguments: dict[str, Any] = {}
     for name, property_ in schema.get("properties", {}).items():
         kinds = {"integer": 1, "number": 1, "boolean": True, "array": [], "object": {}}
-        made[name] = property_["enum"][0] if "enum" in property_ else kinds.get(property_.get("type", ""), "example")
-    return made
+        arguments[name] = (
+            property_["enum"][0] if "enum" in property_ else kinds.get(property_.get("type", ""), "example")
+        )
+    return arguments
 
 
 # -- Anthropic ---------------------------------------------------------------------------------------------------------
@@ -248,7 +250,7 @@ class ChatCompletions(WireFormat):
     def _max_tokens(self, body: dict[str, Any]) -> int | None:
         return body.get("max_completion_tokens") or body.get("max_tokens")
 
-    def _usage_wanted(self, body: dict[str, Any]) -> bool:
+    def _usage_requested(self, body: dict[str, Any]) -> bool:
         return bool((body.get("stream_options") or {}).get("include_usage"))
 
     def _tool(self, body: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
@@ -257,9 +259,9 @@ class ChatCompletions(WireFormat):
         return (tools[0]["name"], tools[0].get("parameters", {})) if tools and not used else None
 
     def _usage(self, answer: Answer) -> dict[str, Any]:
-        made = len(answer.tokens) * answer.choices
-        usage = {"prompt_tokens": answer.input_tokens, "completion_tokens": made}
-        usage["total_tokens"] = answer.input_tokens + made
+        output_tokens = len(answer.tokens) * answer.choices
+        usage = {"prompt_tokens": answer.input_tokens, "completion_tokens": output_tokens}
+        usage["total_tokens"] = answer.input_tokens + output_tokens
         details = {"cached_tokens": answer.cache[0], "cache_write_tokens": answer.cache[1]}
         return {**usage, "prompt_tokens_details": details, "completion_tokens_details": {"reasoning_tokens": 0}}
 
@@ -289,7 +291,7 @@ class ChatCompletions(WireFormat):
                 {
                     **self._frame(answer, "chat.completion.chunk"),
                     "choices": [{"index": i, "delta": delta, "finish_reason": reason}],
-                    **({"usage": None} if answer.usage_wanted else {}),
+                    **({"usage": None} if answer.usage_requested else {}),
                 }
             )
             for i in range(answer.choices)
@@ -309,14 +311,14 @@ class ChatCompletions(WireFormat):
 
     def closing(self, answer: Answer) -> bytes:
         last = b""
-        if answer.usage_wanted and not answer.silent:
+        if answer.usage_requested and not answer.silent:
             frame = self._frame(answer, "chat.completion.chunk")
             last = _event({**frame, "choices": [], "usage": self._usage(answer)})
         return self._chunk(answer, {}, self._finish_reason(answer)) + last + b"data: [DONE]\n\n"
 
 
 class Completions(ChatCompletions):
-    """``POST /v1/completions``, the legacy one."""
+    """``POST /v1/completions`` (legacy)."""
 
     def _max_tokens(self, body: dict[str, Any]) -> int | None:
         return int(body.get("max_tokens") or 16)
@@ -342,8 +344,8 @@ class Completions(ChatCompletions):
 class Embeddings(WireFormat):
     """``POST /v1/embeddings``."""
 
-    def answer(self, body: dict[str, Any], **told: Any) -> Answer:
-        return super().answer(body, **{**told, "output_tokens": 0, "text": None})
+    def answer(self, body: dict[str, Any], **options: Any) -> Answer:
+        return super().answer(body, **{**options, "output_tokens": 0, "text": None})
 
     def document(self, answer: Answer) -> dict[str, Any]:
         data = [{"object": "embedding", "index": 0, "embedding": [0.0, 1.0]}]
@@ -358,8 +360,8 @@ class Responses(WireFormat):
         return body.get("max_output_tokens")
 
     def _tool(self, body: dict[str, Any]) -> tuple[str, dict[str, Any]] | None:
-        asked = body.get("input")
-        used = isinstance(asked, list) and any(item.get("type") == "function_call_output" for item in asked)
+        items = body.get("input")
+        used = isinstance(items, list) and any(item.get("type") == "function_call_output" for item in items)
         tools = [tool for tool in body.get("tools") or [] if tool.get("type") == "function"]
         return (tools[0]["name"], tools[0].get("parameters") or {}) if tools and not used else None
 
@@ -379,13 +381,13 @@ class Responses(WireFormat):
         status = "in_progress" if not done else "incomplete" if answer.truncated else "completed"
         usage = None
         if done and not answer.silent:
-            made = len(answer.tokens)
+            output_tokens = len(answer.tokens)
             usage = {
                 "input_tokens": answer.input_tokens,
                 "input_tokens_details": {"cached_tokens": answer.cache[0], "cache_write_tokens": answer.cache[1]},
-                "output_tokens": made,
+                "output_tokens": output_tokens,
                 "output_tokens_details": {"reasoning_tokens": 0},
-                "total_tokens": answer.input_tokens + made,
+                "total_tokens": answer.input_tokens + output_tokens,
             }
         return {
             "id": "resp_local",
@@ -405,8 +407,8 @@ class Responses(WireFormat):
     def document(self, answer: Answer) -> dict[str, Any]:
         return self._response(answer, done=True)
 
-    def _event(self, answer: Answer, kind: str, **told: Any) -> bytes:
-        return _event({"type": kind, "sequence_number": answer.step(), **told}, kind)
+    def _event(self, answer: Answer, kind: str, **fields: Any) -> bytes:
+        return _event({"type": kind, "sequence_number": next(answer.sequence), **fields}, kind)
 
     def opening(self, answer: Answer) -> bytes:
         events = self._event(answer, "response.created", response=self._response(answer, done=False))
@@ -449,4 +451,4 @@ FORMATS: dict[str, WireFormat] = {
     "/v1/embeddings": Embeddings(),
     "/v1/responses": Responses(),
 }
-"""Endpoints by path."""
+"""The endpoints by path."""

@@ -1,4 +1,4 @@
-"""The examples run as their first lines say, without a key, against the local provider."""
+"""The example programs run without a key against the local provider."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def provider() -> Iterator[LocalProvider]:
 
 @pytest.fixture
 def environment(provider: LocalProvider, server: Any) -> dict[str, str]:
-    """What a program needs to know."""
+    """The environment of an example program."""
     return {
         "ANTHROPIC_BASE_URL": provider.anthropic_url,
         "OPENAI_BASE_URL": provider.openai_url,
@@ -48,7 +48,7 @@ def run(environment: dict[str, str]) -> Callable[..., subprocess.CompletedProces
     return run
 
 
-def test_the_chat_answers_and_says_what_it_cost(run: Any, provider: LocalProvider, server: Any) -> None:
+def test_the_chat_answers_and_prints_the_spend(run: Any, provider: LocalProvider, server: Any) -> None:
     provider.script(Scene(text="A promise."), Scene(text="Yes."))
     done = run("chat_loop", typed="What is a budget?\nReally?\n\n")
     assert done.returncode == 0, done.stderr
@@ -60,10 +60,10 @@ def test_the_chat_answers_and_says_what_it_cost(run: Any, provider: LocalProvide
     assert f"${spent / 1e9:.6f} spent today" in done.stdout
 
 
-def test_the_chat_ends_with_its_budget(run: Any, provider: LocalProvider) -> None:
+def test_the_chat_ends_when_the_budget_denies_a_question(run: Any, provider: LocalProvider) -> None:
     done = run("chat_loop", typed="What is a budget?\n", CHAT_LIMIT="0.001")
     assert done.returncode == 0, done.stderr
-    assert "does not fit any more: exceeds_limit" in done.stdout
+    assert "does not fit the budget: exceeds_limit" in done.stdout
     assert provider.requests == []
 
 
@@ -73,11 +73,11 @@ def test_the_agent_uses_its_tool_inside_one_hold(run: Any, provider: LocalProvid
     assert "uses closing_prices(example)" in done.stdout
     assert len(provider.requests) == 2
     with server.client() as store:
-        found = sums(store)
+        figures = sums(store)
         entries = ledger_entries(store, ledger_key(store))
-    assert found["spent"] == bill_nanos(provider.ledger) and found["held"] == 0
+    assert figures["spent"] == bill_nanos(provider.ledger) and figures["held"] == 0
     assert len(entries) == 1 and "agent_with_tools" in entries[0].operation
-    assert f"held $0.15, cost ${found['spent'] / 1e9:.6f}" in done.stdout
+    assert f"held $0.15, cost ${figures['spent'] / 1e9:.6f}" in done.stdout
 
 
 def test_the_agent_stops_when_its_hold_is_denied(run: Any, provider: LocalProvider) -> None:
@@ -87,7 +87,7 @@ def test_the_agent_stops_when_its_hold_is_denied(run: Any, provider: LocalProvid
     assert provider.requests == []
 
 
-def test_the_service_answers_and_refuses(
+def test_the_service_answers_until_its_budget_denies(
     environment: dict[str, str], provider: LocalProvider, server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastapi.testclient import TestClient
@@ -110,8 +110,8 @@ def test_the_service_answers_and_refuses(
         assert len(provider.requests) == 1
 
 
-def test_every_example_is_explained() -> None:
-    told = (ROOT / "examples" / "README.md").read_text()
+def test_the_readme_lists_every_example() -> None:
+    readme = (ROOT / "examples" / "README.md").read_text()
     for path in sorted((ROOT / "examples").glob("*.py")):
         if path.name != "__init__.py":
-            assert f"`{path.name}`" in told, path.name
+            assert f"`{path.name}`" in readme, path.name

@@ -1,4 +1,4 @@
-"""Real traffic against a cap that it exceeds: the cap holds, and what was admitted is billed exactly."""
+"""The replay of real traffic against a lower cap: the cap holds, and admitted requests are billed exactly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_four_processes_stay_below_the_cap_and_bill_exactly(server: Any, tmp_pat
     spent = Decimal(re.findall(r"spent \$(\S+) of", done.stdout)[0])
     worth = Decimal(re.findall(r"worth \$(\S+)", done.stdout)[0])
     most = Decimal(re.findall(r"at most \$(\S+) was", done.stdout)[0])
-    # How much of the cap is held meanwhile, and so denied to others, depends on how busy the machine is.
+    # The admitted amount depends on the load of the machine.
     assert 0 < spent <= most <= Decimal("0.60") < worth
     assert most > Decimal("0.50")
     assert "exactly" in done.stdout and "below the cap" in done.stdout
@@ -47,7 +47,7 @@ def test_four_processes_stay_below_the_cap_and_bill_exactly(server: Any, tmp_pat
         assert immortal_keys(store) == []
 
 
-def test_the_trace_is_whole() -> None:
+def test_the_trace_is_complete() -> None:
     trace = read_trace()
     assert len(trace) == 8_819
     assert trace[0].at_s == 0 and trace[-1].at_s == pytest.approx(3435.948, abs=0.001)
@@ -57,7 +57,7 @@ def test_the_trace_is_whole() -> None:
     assert "CC-BY 4.0" in TRACE.with_name("README.md").read_text()
 
 
-def test_the_hour_is_drawn_into_the_current_directory_unless_told_otherwise(
+def test_the_picture_is_drawn_in_the_current_directory_by_default(
     server: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -75,7 +75,7 @@ async def _nothing_admitted(replay: Any, requests: list[Any], processes: int) ->
     return [False] * len(requests), [trace_replay.Sample(0, 0, 0)]
 
 
-def test_a_picture_is_drawn_of_few_samples(tmp_path: Path) -> None:
+def test_a_picture_can_be_drawn_from_few_samples(tmp_path: Path) -> None:
     from examples.trace_replay import Sample
 
     picture = tmp_path / "hour.svg"

@@ -23,9 +23,9 @@ from ktrdr_budget.engine.protocol.keys import Keys
 from ktrdr_budget.engine.replica.hold import AsyncHold, HoldBase, OnError, check_on_error, current_hold, restore_hold
 from ktrdr_budget.engine.replica.journal import Repair
 from ktrdr_budget.engine.replica.state import MAX_BUDGETS, MAX_HOLDS, RETENTION_DAYS, Session
+from ktrdr_budget.engine.stores import store_for
 from ktrdr_budget.engine.transport.credentials import Credentials, CredentialSource
 from ktrdr_budget.engine.transport.durability import Durability, check_durability
-from ktrdr_budget.engine.transport.failover import store_for
 from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable, shown
 from ktrdr_budget.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, AsyncLease
 from ktrdr_budget.models import (

@@ -65,16 +65,19 @@ def test_imports_point_one_way():
     assert not wrong
 
 
-def test_inside_the_engine_the_transport_imports_no_batching_and_the_rest_no_transport():
-    """``transport`` and ``embedded`` are below ``batching``; everything else is pure."""
-    allowed = {"transport": ("transport", "embedded"), "embedded": ("embedded",), "batching": ("batching", "transport")}
+def test_inside_the_engine_imports_respect_the_layers():
+    """``protocol`` imports nothing else, ``transport`` only it, ``embedded`` nothing; the pure parts no transport."""
+    layers = {"protocol": {"protocol"}, "transport": {"transport", "protocol"}, "embedded": {"embedded"}}
+    with_transport = {"transport", "embedded", "batching", "stores.py"}
     wrong = []
     for path in (PACKAGE / "engine").rglob("*.py"):
         place = path.relative_to(PACKAGE / "engine").parts[0]
-        for module in imports(path):
-            parts = module.split(".")
-            target = parts[2] if module.startswith("ktrdr_budget.engine.") else ""
-            if target in allowed and target not in allowed.get(place, ()):
+        for module in imports(path, of_types=True):
+            if not module.startswith("ktrdr_budget.engine."):
+                continue
+            target = module.split(".")[2]
+            pure = place not in with_transport and target in ("transport", "embedded", "stores", "batching")
+            if pure or (place in layers and target not in layers[place]):
                 wrong.append(f"{path.relative_to(PACKAGE)} imports {module}")
     assert not wrong
 

@@ -15,7 +15,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from ktrdr_budget.engine.transport.connection import ConnectionPool
-from ktrdr_budget.engine.transport.credentials import Credentials, CredentialSource, credentials_for
+from ktrdr_budget.engine.transport.credentials import Credentials
 from ktrdr_budget.engine.transport.discovery import (
     QUERY_TIMEOUT_S,
     ClusterDiscovery,
@@ -34,30 +34,9 @@ from ktrdr_budget.engine.transport.errors import (
 )
 from ktrdr_budget.engine.transport.node import Node
 from ktrdr_budget.engine.transport.store import Store
-from ktrdr_budget.engine.transport.urls import Address, StoreUrl, parse_url
+from ktrdr_budget.engine.transport.urls import Address, StoreUrl
 
-__all__ = ["FailoverStore", "store_for"]
-
-
-def store_for(
-    url: str | None, data_dir: str | None, key: str, credential_provider: CredentialSource | None = None
-) -> Store:
-    """Create the store of a limiter.
-
-    Args:
-        url: ``None`` is the embedded server.
-        data_dir: the embedded server's data directory.
-        key: any key of the tenant.
-        credential_provider: called at each connection; ``None``: the login, if any, is in the URL.
-
-    Raises:
-        InvalidArgument: the URL or the provider is not usable.
-    """
-    parsed = None if url is None else parse_url(url)
-    credentials = credentials_for(credential_provider, parsed)
-    if url is not None and parsed is not None and parsed.kind != "server":
-        return FailoverStore(url, parsed, key, credentials)
-    return Store(url, data_dir, credentials)
+__all__ = ["FailoverStore"]
 
 
 class FailoverStore(Store):
@@ -68,7 +47,7 @@ class FailoverStore(Store):
     """
 
     def __init__(self, url: str, parsed: StoreUrl, key: str, credentials: Credentials | None = None) -> None:
-        super().__init__(url, credentials=credentials)
+        super().__init__(url, credentials)
         self._parsed = parsed
         self._key = key
         self._connect_timeout = float(dict(parsed.options).get("socket_connect_timeout", QUERY_TIMEOUT_S))

@@ -1,6 +1,6 @@
 """A limiter's store: one server, to which batches, reads and commands go. redis-py is imported at the first connection.
 
-:class:`Store` is a single server, or the embedded one; :class:`~.failover.FailoverStore` replaces its server.
+:class:`Store` is a single server; :class:`~.failover.FailoverStore` replaces its server.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ktrdr_budget.engine.protocol import Command, Read
 from ktrdr_budget.engine.protocol.scripts import Script, script
@@ -18,10 +18,7 @@ from ktrdr_budget.engine.transport.durability import Durability, execute_durably
 from ktrdr_budget.engine.transport.errors import NoScript, Transient, translate, unavailable
 from ktrdr_budget.engine.transport.node import Node
 from ktrdr_budget.engine.transport.urls import check_url, mask_url
-from ktrdr_budget.errors import BudgetError, StoreError
-
-if TYPE_CHECKING:
-    from ktrdr_budget.engine.embedded import EmbeddedServer
+from ktrdr_budget.errors import BudgetError
 
 __all__ = ["NoScript", "Store", "Transient", "check_url", "mask_url", "unavailable"]
 
@@ -36,24 +33,21 @@ class Store:
     """A store on a single server. Opens by itself; closing is final.
 
     Args:
-        url: ``None`` starts or joins the embedded server.
-        data_dir: the embedded server's data directory.
+        url: ``None`` in a subclass that finds its server by other means.
         credentials: fetched at each connection.
     """
 
-    def __init__(self, url: str | None, data_dir: str | None = None, credentials: Credentials | None = None) -> None:
+    def __init__(self, url: str | None, credentials: Credentials | None = None) -> None:
         self.credentials = credentials
-        self._configured_url = None if url is None else check_url(url)
-        self._data_dir = data_dir
+        self.address = None if url is None else check_url(url)
+        """The store's URL, secrets included; ``None`` until it is known."""
         self.durability: Durability = "memory"
         """Where a batch's writes must be before the batch counts as acknowledged."""
         self.node: Node | None = None
         """The server that requests go to; ``None`` before the first, and while it is being looked up."""
         self._connections = ConnectionPool()
         """The connections of that server, one attribute nearer: every batch needs them."""
-        self._embedded: EmbeddedServer | None = None
         self._opening: asyncio.Lock | None = None
-        self._reviving: asyncio.Future[None] | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.shown}>"
@@ -61,20 +55,13 @@ class Store:
     @property
     def shown(self) -> str:
         """The store's URL without secrets."""
-        if self._configured_url is not None:
-            return mask_url(self._configured_url)
-        return self._embedded.url if self._embedded is not None else "embedded"
-
-    @property
-    def address(self) -> str | None:
-        """The store's URL, secrets included; ``None`` for an embedded server that has not been started."""
-        return self._configured_url or (self._embedded.url if self._embedded is not None else None)
+        return mask_url(self.address or "")
 
     async def open(self) -> None:
-        """Prepare connections; start the embedded server if that is the store.
+        """Prepare connections.
 
         Raises:
-            StoreUnavailable: the embedded server does not start.
+            StoreError: the embedded server does not start.
         """
         if self.node is not None:
             return
@@ -82,35 +69,21 @@ class Store:
             self._opening = asyncio.Lock()
         async with self._opening:
             if self.node is None:
-                url = self._configured_url or await self._start_embedded()
-                self._use(Node(url, credentials=self.credentials))
+                self._use(Node(await self._server_url(), credentials=self.credentials))
+
+    async def _server_url(self) -> str:
+        assert self.address is not None
+        return self.address
 
     def _use(self, node: Node) -> None:
         """Send further requests to this server."""
         self.node, self._connections = node, node.connections
 
-    async def _start_embedded(self) -> str:
-        from ktrdr_budget.engine import embedded
-
-        if self._embedded is None:
-            try:
-                self._embedded = await asyncio.to_thread(embedded.start, self._data_dir)
-            except embedded.EmbeddedServerError as error:
-                raise StoreError(str(error)) from None
-        return self._embedded.url
-
     async def close(self) -> None:
-        """Close all connections, and leave the embedded server."""
+        """Close all connections."""
         node, self.node = self.node, None
         if node is not None:
             await node.close()
-        reviving, self._reviving = self._reviving, None
-        if reviving is not None and not reviving.done():
-            reviving.cancel()
-            await asyncio.wait({reviving})
-        embedded, self._embedded = self._embedded, None
-        if embedded is not None:
-            await asyncio.to_thread(embedded.close)
 
     def forget(self) -> Any:
         """Drop all connections without closing them, in the child of a fork; the caller must keep the returned objects:
@@ -118,7 +91,6 @@ class Store:
         connections = self.node
         self.node, self._connections = None, ConnectionPool()
         self._opening = None
-        self._reviving = None
         return connections
 
     @property
@@ -286,14 +258,5 @@ class Store:
         """A request to this server has failed, or was cancelled (``None``)."""
 
     def failure(self, error: Exception) -> Exception:
-        """Translate a failure of the transport; start the embedded server again if it may have died."""
-        translated = translate(error, self.shown)
-        if isinstance(translated, Transient):
-            self._revive()
-        return translated
-
-    def _revive(self) -> None:
-        """Start the embedded server again if its supervisor has died, too; a live supervisor restarts it by itself."""
-        if self._embedded is not None and (self._reviving is None or self._reviving.done()):
-            self._reviving = asyncio.ensure_future(asyncio.to_thread(self._embedded.ensure))
-            self._reviving.add_done_callback(lambda task: task.cancelled() or task.exception())
+        """Translate a failure of the transport; see :func:`~.errors.translate`."""
+        return translate(error, self.shown)

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget
-from ktrdr_budget.engine.transport.failover import FailoverStore, store_for
+from ktrdr_budget.engine.stores import store_for
+from ktrdr_budget.engine.transport.failover import FailoverStore
 from ktrdr_budget.engine.transport.urls import mask_url, parse_url
 from ktrdr_budget.errors import InvalidArgument
 
@@ -132,5 +133,5 @@ async def test_connections_use_the_login_and_the_options_of_the_url():
 
 
 def test_importing_the_transport_does_not_import_redis_py():
-    code = "import sys, ktrdr_budget.engine.transport.failover; sys.exit(bool({'hiredis', 'redis'} & {*sys.modules}))"
+    code = "import sys, ktrdr_budget.engine.stores; sys.exit(bool({'hiredis', 'redis'} & {*sys.modules}))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -21,6 +21,7 @@ from hypothesis import settings
 from ktrdr_budget import AsyncBudgetLimiter, BudgetLimiter
 
 from .helpers.patience import be_patient, is_away, is_there
+from .helpers.unit_tests import is_unit_test
 
 TIMELY_TRIES = 4
 
@@ -36,6 +37,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped") and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark unit tests, for ``pytest -m unit``."""
+    if is_unit_test(item):
+        item.add_marker("unit")
 
 
 @pytest.hookimpl(trylast=True)
@@ -143,6 +150,16 @@ def _patience() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as monkeypatch:
         be_patient(monkeypatch)
         yield
+
+
+@pytest.fixture(autouse=True)
+def _unit_tests_start_no_process(request: pytest.FixtureRequest) -> None:
+    if request.node.get_closest_marker("unit"):
+
+        def refuse(*arguments: object, **options: object) -> None:
+            pytest.fail("a unit test started a process: use a fixture that starts a server, or mark it 'server'")
+
+        request.getfixturevalue("monkeypatch").setattr(subprocess, "Popen", refuse)
 
 
 @pytest.fixture(scope="session")

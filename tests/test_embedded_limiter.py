@@ -7,9 +7,12 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
 import redis
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavailable
+
+pytestmark = pytest.mark.server
 
 
 def server_pid(limiter: BudgetLimiter) -> int:

@@ -1,14 +1,16 @@
-"""The environment that `make` makes: with the Python that was asked for, or not at all."""
+"""The Makefile and the pre-commit configuration: environments, targets and hooks."""
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from .files import ROOT
 
@@ -17,7 +19,7 @@ MAKE = "make --no-print-directory"
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """As much of one as the environment is made of."""
+    """The files of a checkout that determine the environment."""
     for name in ("Makefile", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     return tmp_path
@@ -37,29 +39,29 @@ def program(checkout: Path, name: str, script: str) -> str:
     return f"./{name}"
 
 
-@pytest.mark.parametrize("target", ["run", "test", "stack", "wheel", "bench", "audit"])
+@pytest.mark.parametrize("target", ["run", "check", "test", "stack", "wheel", "bench", "audit"])
 @pytest.mark.parametrize("kind", ["3.10", "old", ""])
-def test_a_python_that_is_too_old_is_one_clear_error_and_leaves_nothing(checkout, target, kind):
+def test_a_python_that_is_too_old_is_one_line_and_creates_nothing(checkout, target, kind):
     python = program(checkout, "old", "exit 1") if kind == "old" else kind
     before = sorted(os.listdir(checkout))
     for given in ({"PYTHON": python}, {}):
         done = make(checkout, target, *([] if given else [f"PYTHON={python}"]), **given)
         assert done.returncode == 2
-        said, *others = done.stderr.splitlines()
+        message, *others = done.stderr.splitlines()
         found = f": '{python}' is not" if python else "; none was found"
-        assert said == f"make: Python 3.11 or newer, with venv, is needed{found}"
+        assert message == f"make: Python 3.11 or newer, with venv, is needed{found}"
         assert len(others) == 1 and others[0].startswith("make: ***")
         assert done.stdout == ""
         assert sorted(os.listdir(checkout)) == before
 
 
-def test_an_environment_that_cannot_be_made_is_not_left_behind(checkout):
+def test_an_incomplete_environment_is_removed(checkout):
     broken = program(checkout, "broken", 'case "$1" in -c) exit 0;; esac; mkdir .venv; exit 1')
     assert make(checkout, ".venv/.made", f"PYTHON={broken}").returncode == 2
     assert not (checkout / ".venv").exists()
 
 
-def test_a_python_that_is_given_later_is_not_ignored(checkout):
+def test_another_python_than_the_environments_is_an_error(checkout):
     (checkout / ".venv" / "bin").mkdir(parents=True)
     (checkout / ".venv" / "bin" / "python").symlink_to(sys.executable)
     (checkout / ".venv" / ".made").touch()
@@ -67,21 +69,44 @@ def test_a_python_that_is_given_later_is_not_ignored(checkout):
     for done in (make(checkout, ".venv/.made", f"PYTHON={other}"), make(checkout, ".venv/.made", PYTHON=other)):
         assert done.returncode == 2
         assert done.stderr.startswith(
-            f"make: .venv was made with another Python than {other}: 'make clean' removes it\nmake: ***"
+            f"make: .venv was created with another Python than {other}: 'make clean' removes it\nmake: ***"
         )
     assert make(checkout, ".venv/.made", f"PYTHON={sys.executable}").returncode == 0
     assert make(checkout, ".venv/.made").returncode == 0
 
 
-def test_an_environment_that_make_did_not_complete_is_not_built_upon(checkout):
+def test_an_environment_not_created_by_make_is_an_error(checkout):
     (checkout / ".venv").mkdir()
     done = make(checkout, ".venv/.made", f"PYTHON={sys.executable}")
     assert done.returncode == 2
     assert "'make clean' removes it" in done.stderr
 
 
+def test_help_lists_every_target():
+    phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert phony
+    listed = [line.split()[1] for line in make(ROOT, "help").stdout.splitlines()]
+    assert sorted(listed) == sorted(set(phony[1].split()) - {"chosen"})
+
+
+def test_check_runs_lint_types_and_unit_tests(checkout):
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / ".test").touch()
+    planned = make(checkout, "--dry-run", "--assume-old=.venv/.test", "check", f"PYTHON={sys.executable}").stdout
+    commands = [line.removeprefix(".venv/bin/") for line in planned.splitlines() if line.startswith(".venv/bin/")]
+    assert commands == ["ruff check .", "ruff format --check .", "mypy", "pytest -q -m unit -n 2"]
+
+
+def test_the_hooks_of_pre_commit_end_with_make_check():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
+    assert {repository["repo"] for repository in config["repos"]} == {"local"}, "no downloads, one version of each tool"
+    assert hooks[-1]["entry"] == "make check"
+    assert hooks[-1]["always_run"] is True
+
+
 @pytest.mark.slow
-def test_what_make_run_installs_is_enough_for_the_commands_of_the_readme(tmp_path):
+def test_make_run_installs_the_packages_for_the_commands_of_the_readme(tmp_path):
     """`ktrdr prices show` needs the price list."""
     for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "ktrdr_budget", "lua"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)

@@ -7,40 +7,40 @@ thrown in as well, so a ``finally`` block may yield further actions.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, TypeVar
 
 __all__ = ["DualFlow", "drive", "drive_sync"]
 
 Result = TypeVar("Result")
-DualFlow = Generator[Callable[[], Any], Any, Result]
-"""Yields functions without arguments; receives what they returned (awaited by :func:`drive`) or raised."""
+Action = Callable[[], Any]
+DualFlow = Generator[Action, Any, Result]
+"""Yields functions without arguments; receives their results (awaited by :func:`drive`), or their exceptions."""
 
 
 async def drive(flow: DualFlow[Result]) -> Result:
     """Run a flow to its end, awaiting each action; return the flow's result."""
-    value: Any = None
-    failure: BaseException | None = None
+    resume: Callable[[], Action] = partial(flow.send, None)
     while True:
         try:
-            action = flow.send(value) if failure is None else flow.throw(failure)
+            action = resume()
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
         try:
-            value, failure = await action(), None
+            resume = partial(flow.send, await action())
         except BaseException as error:
-            value, failure = None, error
+            resume = partial(flow.throw, error)
 
 
 def drive_sync(flow: DualFlow[Result]) -> Result:
     """Run a flow to its end without awaiting; return the flow's result."""
-    value: Any = None
-    failure: BaseException | None = None
+    resume: Callable[[], Action] = partial(flow.send, None)
     while True:
         try:
-            action = flow.send(value) if failure is None else flow.throw(failure)
+            action = resume()
         except StopIteration as end:
             return end.value  # type: ignore[no-any-return]
         try:
-            value, failure = action(), None
+            resume = partial(flow.send, action())
         except BaseException as error:
-            value, failure = None, error
+            resume = partial(flow.throw, error)

@@ -47,7 +47,7 @@ Outcome = Literal["open", "finished", "unreported", "rejected", "unknown"]
 
 @dataclass(frozen=True, slots=True)
 class CallTerms:
-    """The terms that all calls of one meter share: who grants, at which prices, and from which budgets."""
+    """The terms shared by all calls of one meter: limiter, prices, budgets."""
 
     limiter: AsyncBudgetLimiter | BudgetLimiter
     pricer: Pricer
@@ -68,11 +68,11 @@ class CallTerms:
         return {name: counts[unit] for name, unit in self.units.items()}
 
     def amounts(self, units: Mapping[str, int]) -> dict[str, AmountIn]:
-        """Amounts, as the limiter's methods take them."""
+        """Convert units to the amounts that the limiter's methods accept."""
         return {name: from_units(count, self.units[name]) for name, count in units.items()}
 
     def without_slots(self, units: Mapping[str, int]) -> dict[str, int]:
-        """The units that are spent: slots are only held."""
+        """The units that count as spent: slots are only held."""
         return {name: 0 if self.units[name] == "slots" else count for name, count in units.items()}
 
 
@@ -294,7 +294,7 @@ class MeteredCall:
         )
 
     def _admit(self) -> DualFlow[None]:
-        """Claim from the hold around the call what that hold covers, and reserve the rest."""
+        """Claim from the enclosing hold for the budgets that it covers; reserve for the others."""
         outer = claimable_hold(self._terms.limiter)
         covered = {window.budget for window, _ in outer.parts} if outer is not None else set()
         claimed = {name: units for name, units in self._worst.items() if name in covered}

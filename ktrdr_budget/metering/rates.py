@@ -16,7 +16,7 @@ from ktrdr_budget.money import MAX_UNITS, NANOS_PER_USD, Amount, amount_bound, f
 __all__ = ["UNITS", "Cost", "CostLine", "Rate", "Rates", "Unit"]
 
 EXACT_CONTEXT = Context(prec=100)
-"""Decimal digits beyond those of any product of a price and a count."""
+"""More decimal digits than any product of a price and a count has."""
 _NAMES = {
     "input_tokens": "input",
     "cache_read_tokens": "cached input",

@@ -87,20 +87,9 @@ def guard(
     if is_async != isinstance(limiter, AsyncBudgetLimiter):
         needed = "an AsyncBudgetLimiter" if is_async else "a BudgetLimiter"
         raise InvalidArgument(f"{type(client).__name__} needs {needed}, not {type(limiter).__name__}")
-    for name, count in (("max_output_tokens", max_output_tokens), ("max_input_tokens", max_input_tokens)):
-        if count is not None and (type(count) is not int or count < 1):
-            raise InvalidArgument(f"{name} must be a whole number above 0, not {count!r}")
-    if provider is not None and (not isinstance(provider, str) or not provider):
-        raise InvalidArgument(f"provider must be a name of the price list, not {provider!r}")
-    if type(allow_unmetered) is not bool:
-        raise InvalidArgument(f"allow_unmetered must be True or False, not {allow_unmetered!r}")
-    if type(unseen_output_tokens) is not int or unseen_output_tokens < 0:
-        raise InvalidArgument(
-            f"unseen_output_tokens must be a whole number, not negative, not {unseen_output_tokens!r}"
-        )
     options = GuardOptions(
         Meter(limiter, budgets, pricer),
-        provider or default_provider,
+        default_provider if provider is None else provider,
         max_output_tokens,
         max_input_tokens,
         unseen_output_tokens,

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from ktrdr_budget.errors import UnmeteredCall
+from ktrdr_budget.errors import InvalidArgument, UnmeteredCall
 from ktrdr_budget.metering.guards.output_limits import published_output_maximum
 from ktrdr_budget.metering.meter import Meter
 from ktrdr_budget.metering.prices import FIXED, Prices
@@ -49,7 +49,11 @@ tools (docs.anthropic.com/en/docs/tool-use-pricing-and-tokens)."""
 
 @dataclass(frozen=True, slots=True)
 class GuardOptions:
-    """The options of one guarded client; see :func:`~ktrdr_budget.guard`."""
+    """The options of one guarded client; see :func:`~ktrdr_budget.guard`.
+
+    Raises:
+        InvalidArgument: an option is invalid.
+    """
 
     meter: Meter
     provider: str
@@ -57,6 +61,20 @@ class GuardOptions:
     max_input_tokens: int | None = None
     unseen_output_tokens: int = 256
     allow_unmetered: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("max_output_tokens", "max_input_tokens"):
+            count = getattr(self, name)
+            if count is not None and (type(count) is not int or count < 1):
+                raise InvalidArgument(f"{name} must be a whole number above 0, not {count!r}")
+        if not isinstance(self.provider, str) or not self.provider:
+            raise InvalidArgument(f"provider must be a name of the price list, not {self.provider!r}")
+        if type(self.allow_unmetered) is not bool:
+            raise InvalidArgument(f"allow_unmetered must be True or False, not {self.allow_unmetered!r}")
+        if type(self.unseen_output_tokens) is not int or self.unseen_output_tokens < 0:
+            raise InvalidArgument(
+                f"unseen_output_tokens must be a whole number, not negative, not {self.unseen_output_tokens!r}"
+            )
 
 
 @dataclass(slots=True)

@@ -59,7 +59,7 @@ class MeteredResponse:
             yield from call.leave_flow(ProviderStreamError(error_type) if error_type and error is None else error)
 
     def take_call(self, all_parsed: bool) -> MeteredCall | None:
-        """Report the final usage, or an estimate, to the call, and return it to be left; ``None`` if it is settled."""
+        """Report the final usage, or an estimate, to the call, and return the call; ``None`` if it is settled."""
         call, self.call = self.call, None
         if call is not None:
             usage = self.parser.usage
@@ -78,7 +78,7 @@ class MeteredResponse:
 
     @property
     def lost_no_data(self) -> bool:
-        """Whether all data was parsed that had arrived when reading failed."""
+        """Whether a failed read lost no data that had arrived."""
         return self.tap is None or not self.tap.data_lost
 
     def is_deferred(self, error: BaseException) -> bool:

@@ -174,7 +174,7 @@ class SyncMeteredStream:
         with response.draining() as drain:
             if response.tap is not None:
                 return self._read_all(drain) or all_output_arrived
-            # Without a tap only a thread can be left before the HTTP client's own timeout of minutes.
+            # Without a tap a read can last until the HTTP client's timeout of minutes, but a thread can be abandoned.
             results: list[bool] = []
             reader = threading.Thread(target=lambda: results.append(self._read_all(drain)), daemon=True)
             reader.start()

@@ -1,4 +1,4 @@
-"""Transports between an SDK and its HTTP client: every request passes here, whichever SDK method made it."""
+"""Transports between an SDK and its HTTP client: every request of every SDK method passes here."""
 
 from __future__ import annotations
 

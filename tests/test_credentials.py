@@ -131,7 +131,8 @@ async def test_the_audit_metric_logs_in_with_the_credentials_of_its_limiter(own)
     async with AsyncBudgetLimiter(own.url, BUDGETS, credential_provider=vault) as limiter:
         await limiter.record("agent", "0.10")
         await audit.check(limiter)
-        assert audit._adds_up == {"agent": True}
+        [family] = audit.collect()
+        assert {sample.labels["budget"]: sample.value for sample in family.samples} == {"agent": 1.0}
     audit.close()
 
 

@@ -229,18 +229,19 @@ async def test_calls_end_in_time_without_any_sentinel_or_master(group):
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("change", "words", "fault"),
     [
-        (("/budgets", "/unknown"), "No such master"),
-        (("pass-word-2", "pass-word-3"), "WRONGPASS|invalid username-password"),
-        (("pass-word-1", "pass-word-3"), "invalid username-password"),
-        (("?sentinel_password=pass-word-2", ""), "Authentication required|NOAUTH"),
+        (("/budgets", "/unknown"), "No such master", ""),
+        (("pass-word-2", "pass-word-3"), "WRONGPASS|invalid username-password", "login"),
+        (("pass-word-1", "pass-word-3"), "invalid username-password", "login"),
+        (("?sentinel_password=pass-word-2", ""), "Authentication required|NOAUTH", "login"),
     ],
 )
-async def test_a_wrong_service_name_or_password_fails_at_once_and_is_not_shown(steady, change, words):
+async def test_a_wrong_service_name_or_password_fails_at_once_and_is_not_shown(steady, change, words, fault):
     limiter = AsyncBudgetLimiter(steady.url.replace(*change), BUDGETS, timeout=30.0)
     with pytest.raises(StoreError, match=words) as refused:
         await limiter.reserve("agent", "0.01")
+    assert refused.value.fault == fault
     assert "pass-word" not in f"{refused.value} {limiter!r}"
     await limiter.close()
 

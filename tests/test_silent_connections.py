@@ -158,10 +158,10 @@ async def test_failover_stores_resend_without_a_new_discovery(
     proxy, way, no_probes, discovery, form, monkeypatch, client
 ):
     place = proxy.url.removeprefix("redis://")
-    asked = []
+    suspects = []
 
     async def find(self, suspect):
-        asked.append(suspect)
+        suspects.append(suspect)
         return ("127.0.0.1", int(place.rpartition(":")[2]))
 
     async def subscribe(self, on_change):
@@ -176,7 +176,7 @@ async def test_failover_stores_resend_without_a_new_discovery(
         assert await burst(limiter) < RESENT_S
         proxy.blackhole(1)
         assert await burst(limiter) < LATEST_S
-        assert set(asked) <= {None, ("127.0.0.1", int(place.rpartition(":")[2]))}
+        assert set(suspects) <= {None, ("127.0.0.1", int(place.rpartition(":")[2]))}
     assert sums(client)["spent"] == 3 * BURST * 50_000_000
 
 

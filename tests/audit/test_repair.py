@@ -250,7 +250,7 @@ def raw_entries(server, client: redis.Redis) -> list:
 
 
 def test_a_slab_that_shrinks_once_it_is_unconfirmed_is_followed(server, client, auditor, limiter):
-    """Of a prepaid slab that expired, what was spent is taken out of the charge; the rest stays unconfirmed."""
+    """Spend from an expired prepaid slab is subtracted from its charge; the rest stays unconfirmed."""
     fill(limiter)
     session = Session("default", BUDGETS)
     session.set_clock(client.time()[0] * 1_000_000, 0)

@@ -107,7 +107,7 @@ class Node:
             self.process.send_signal(signal.SIGCONT)
 
     def end(self) -> None:
-        """Kill the process, whatever its state, and close the client."""
+        """Kill the process in any state, and close the client."""
         self.kill()
         if self._client is not None:
             self._client.close()

@@ -176,7 +176,7 @@ def _real_path(data_dir: str | os.PathLike[str] | None) -> Path:
 
 
 def _socket_path(data_dir: Path) -> Path:
-    """The path of the socket, the same for every process of this user, whatever its environment."""
+    """The path of the socket, the same for every process of this user, independent of the environment."""
     path = data_dir / SOCKET
     if len(os.fsencode(path)) <= _SOCKET_PATH_BYTES_MAX:
         return path

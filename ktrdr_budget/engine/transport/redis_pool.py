@@ -52,7 +52,7 @@ class _Inconclusive(Exception):
 
 
 class _Checked(_Detachable):
-    """Checks the protocol of a server that is slow or fails; otherwise TLS on one side only looks like silence."""
+    """Checks the protocol of a server that is slow or fails: TLS on one side only would look like a timeout."""
 
     _tls = False
     pool: _Pool | None = None

@@ -1,0 +1,90 @@
+"""Hedged attempts: which result counts, and that no attempt outlives the call."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from ktrdr_budget.engine.transport.hedging import hedged
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+async def never() -> str:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+async def first() -> str:
+    return "first"
+
+
+async def second() -> str:
+    return "second"
+
+
+async def fails() -> str:
+    raise ConnectionError("refused")
+
+
+async def test_a_quick_first_attempt_starts_no_second():
+    started = []
+
+    async def record() -> str:
+        started.append(True)
+        return "second"
+
+    assert await hedged(first, now_s() + 60, record, ()) == "first"
+    assert not started
+
+
+async def test_the_second_attempt_counts_if_the_first_stays_silent():
+    assert await hedged(never, now_s(), second, ()) == "second"
+
+
+async def test_the_first_attempt_continues_after_an_ignored_failure_of_the_second():
+    failed = asyncio.Event()
+
+    async def waits() -> str:
+        await failed.wait()
+        return "first"
+
+    async def fails_and_reports() -> str:
+        asyncio.get_running_loop().call_soon(failed.set)
+        raise ConnectionError("refused")
+
+    assert await hedged(waits, now_s(), fails_and_reports, (ConnectionError,)) == "first"
+
+
+async def test_any_other_failure_of_the_second_attempt_is_raised():
+    with pytest.raises(ConnectionError, match="refused"):
+        await hedged(never, now_s(), fails, (ValueError,))
+
+
+async def test_the_second_attempt_is_cancelled_with_the_call():
+    started, cancelled = asyncio.Event(), asyncio.Event()
+
+    async def waits() -> str:
+        started.set()
+        try:
+            return await never()
+        finally:
+            cancelled.set()
+
+    call = asyncio.create_task(hedged(never, now_s(), waits, ()))
+    await started.wait()
+    call.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await call
+    assert cancelled.is_set()
+
+
+async def test_a_timeout_of_the_first_attempt_is_raised():
+    async def times_out() -> str:
+        raise TimeoutError("late")
+
+    with pytest.raises(TimeoutError, match="late"):
+        await hedged(times_out, now_s() + 60, second, ())

@@ -1,6 +1,6 @@
 """One hard spend cap, held by Redis, for every replica of a backend that runs LLM agents.
 
-Names are loaded when they are first used, so that a command that needs few of them starts quickly.
+Names are imported on first use, so that a command with few of them starts quickly.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""The names of all environment variables, and those that are read without the service's settings."""
+"""Environment variables: their names, and the parsing of those outside of the service's settings."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ ZERO_BUDGET = (
     "a daily budget of 0 (AGENT_DAILY_BUDGET=0) denies all spending; to run without a limit, set"
     " AGENT_DAILY_BUDGET=unlimited"
 )
-"""What is logged at start, because 0 disables the check in other backends."""
+"""Warning at start, because 0 disables the check in other backends."""
 VARIABLES = (
     "KTRDR_ADMIN_KEY",
     "KTRDR_AGENT_DAILY_BUDGET",
@@ -63,20 +63,20 @@ VARIABLES = (
     "KTRDR_TENANT",
     "KTRDR_TIMEOUT",
 )
-"""Every variable with the prefix ``KTRDR_`` that the service, the command or the library reads."""
+"""Variables with the prefix ``KTRDR_`` of the service, the command and the library."""
 _OF_TOOLS = ("KTRDR_REDIS_PASSWORD", "KTRDR_REPLICAS")
-"""Those of ``docker/`` and ``scripts/``, which may be exported beside them."""
+"""Variables of ``docker/`` and ``scripts/``, which may be set in the same environment."""
 _SERVICE_LINK = re.compile(r".*(_SERVICE_.*|_PORT|_PORT_.*)")
-"""What Kubernetes sets for each service of a namespace: for ``ktrdr-redis``, ``KTRDR_REDIS_PORT`` among others."""
+"""Variables that Kubernetes sets per service of a namespace: ``KTRDR_REDIS_PORT`` for ``ktrdr-redis``."""
 _EDITS_MAX = 2
 _warned: set[str] = set()
 
 
 def check_names(environment: Mapping[str, str] = os.environ) -> None:
-    """Refuse a mistyped ``KTRDR_…`` variable; log one warning of other unknown ones.
+    """Reject a mistyped ``KTRDR_…`` variable; log one warning about other unknown ones.
 
     Raises:
-        InvalidArgument: a name is unknown, and within two edits of a known one.
+        InvalidArgument: an unknown name is within two edits of a known one.
     """
     given = (name for name in environment if name.startswith("KTRDR_"))
     unknown = sorted(
@@ -89,11 +89,11 @@ def check_names(environment: Mapping[str, str] = os.environ) -> None:
     new = [name for name in unknown if name not in _warned]
     if new:
         _warned.update(new)
-        logger.warning("environment variables ignored, for their names are unknown: %s", ", ".join(new))
+        logger.warning("unknown environment variables ignored: %s", ", ".join(new))
 
 
 def _edits(one: str, other: str) -> int:
-    """How many characters must be inserted, deleted or replaced to make one of the other."""
+    """Return the edit distance: the number of characters inserted, deleted or replaced."""
     row = list(range(len(other) + 1))
     for i, letter in enumerate(one, 1):
         before, row = row, [i]
@@ -103,10 +103,10 @@ def _edits(one: str, other: str) -> int:
 
 
 def parse_limit(text: str) -> Amount | None:
-    """A limit in dollars; ``None`` for ``unlimited``.
+    """Parse a limit in dollars; ``None`` for ``unlimited``.
 
     Raises:
-        InvalidAmount: neither.
+        InvalidAmount: the text is neither an amount nor ``unlimited``.
     """
     if text.strip().lower() == UNLIMITED:
         return None
@@ -114,10 +114,10 @@ def parse_limit(text: str) -> Amount | None:
 
 
 def daily_limit(environment: Mapping[str, str] = os.environ) -> Amount | None:
-    """``AGENT_DAILY_BUDGET`` (or ``KTRDR_AGENT_DAILY_BUDGET``) in dollars: $5.00 if not set, ``None`` if ``unlimited``.
+    """Read ``AGENT_DAILY_BUDGET`` (or ``KTRDR_AGENT_DAILY_BUDGET``): dollars, by default 5.00; ``None`` if unlimited.
 
     Raises:
-        InvalidAmount: it is neither an amount nor ``unlimited``.
+        InvalidAmount: the value is neither an amount nor ``unlimited``.
     """
     for name in ("AGENT_DAILY_BUDGET", "KTRDR_AGENT_DAILY_BUDGET"):
         if text := environment.get(name, "").strip():
@@ -129,7 +129,7 @@ def daily_limit(environment: Mapping[str, str] = os.environ) -> Amount | None:
 
 
 def cycle_estimate(environment: Mapping[str, str] = os.environ) -> Amount:
-    """``AGENT_CYCLE_ESTIMATE``: what one research cycle is expected to cost, in dollars (0.15)."""
+    """Read ``AGENT_CYCLE_ESTIMATE``: the expected cost of a research cycle, in dollars (0.15)."""
     text = environment.get("AGENT_CYCLE_ESTIMATE", "").strip()
     if not text:
         return CYCLE_ESTIMATE_DEFAULT
@@ -140,7 +140,7 @@ def cycle_estimate(environment: Mapping[str, str] = os.environ) -> Amount:
 
 
 def agent_budget(limit: Amount | None, environment: Mapping[str, str] = os.environ) -> Budget:
-    """The daily budget of the agent, in the timezone of ``AGENT_BUDGET_TIMEZONE`` (UTC)."""
+    """Create the agent's daily budget in the timezone of ``AGENT_BUDGET_TIMEZONE`` (UTC)."""
     timezone = environment.get("AGENT_BUDGET_TIMEZONE", "").strip() or "UTC"
     try:
         return Budget(AGENT, limit, timezone=timezone)
@@ -149,10 +149,10 @@ def agent_budget(limit: Amount | None, environment: Mapping[str, str] = os.envir
 
 
 def store_url(environment: Mapping[str, str] = os.environ) -> str | None:
-    """``KTRDR_REDIS_URL``; ``None``, if it is not set, is the embedded server.
+    """Read ``KTRDR_REDIS_URL``; ``None``, for the embedded server, if it is not set.
 
     Raises:
-        InvalidArgument: it is set but empty: replicas that lost their store's address must not each start their own.
+        InvalidArgument: it is set but empty, where each replica would start its own embedded server.
     """
     url = environment.get("KTRDR_REDIS_URL")
     if url is None:
@@ -165,7 +165,7 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str | None:
 
 
 def tenant(environment: Mapping[str, str] = os.environ) -> str:
-    """``KTRDR_TENANT`` (``default``)."""
+    """Read ``KTRDR_TENANT`` (``default``)."""
     return check_name(environment.get("KTRDR_TENANT", "").strip() or "default", "KTRDR_TENANT")
 
 
@@ -180,11 +180,13 @@ class LimiterOptions(TypedDict, total=False):
 
 
 def limiter_options(environment: Mapping[str, str] = os.environ) -> LimiterOptions:
-    """``KTRDR_MAX_HOLDS``, ``KTRDR_MAX_BUDGETS``, ``KTRDR_RETENTION_DAYS``, ``KTRDR_TIMEOUT`` and ``KTRDR_DURABILITY``,
-    where they are set.
+    """Read the limiter's options.
+
+    The variables are ``KTRDR_MAX_HOLDS``, ``KTRDR_MAX_BUDGETS``, ``KTRDR_RETENTION_DAYS``, ``KTRDR_TIMEOUT`` and
+    ``KTRDR_DURABILITY``; unset ones are left out.
 
     Raises:
-        InvalidArgument: one is not a number, or ``KTRDR_DURABILITY`` is none of its words.
+        InvalidArgument: a value is not a number, or ``KTRDR_DURABILITY`` has another value.
     """
     found = LimiterOptions()
     if holds := environment.get("KTRDR_MAX_HOLDS", "").strip():
@@ -215,5 +217,5 @@ def _whole(name: str, text: str) -> int:
 
 
 def data_dir(environment: Mapping[str, str] = os.environ) -> str:
-    """``AGENT_BUDGET_DIR``: where the embedded server keeps its data (``data/budget``)."""
+    """Read ``AGENT_BUDGET_DIR``: the data directory of the embedded server (``data/budget``)."""
     return environment.get("AGENT_BUDGET_DIR", "").strip() or DATA_DIR_DEFAULT

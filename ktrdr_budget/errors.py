@@ -1,24 +1,24 @@
-"""Every error that ktrdr-budget raises on purpose.
+"""Exceptions of ktrdr-budget.
 
 ::
 
     BudgetError
-    ├── BudgetExceeded            a limit denies; nothing was written
-    ├── HoldConflict              the id is known with other contents, or is settled otherwise
+    ├── BudgetExceeded            a limit denies the request; nothing was written
+    ├── HoldConflict              the id is in use with other contents, or the hold was settled differently
     ├── UnknownHold               no hold has this id (never reserved, or forgotten after settlement)
-    ├── TooManyHolds              the tenant has as many open and unconfirmed holds as it may
-    ├── TooManyBudgets            the tenant has as many budgets as it may
-    ├── UnknownBudget             no budget of this limiter has this name
-    ├── UnknownPrice              there is no price for a model; nothing was sent
-    ├── StoreUnavailable          the store gave no answer within the deadline
-    │   └── StoreError            the store answered with an error (out of memory, read-only, no permission, …)
-    └── InvalidArgument           (also a ValueError) a bad name, id or option; nothing was sent
+    ├── TooManyHolds              the tenant has reached its number of open and unconfirmed holds
+    ├── TooManyBudgets            the tenant has reached its number of budgets
+    ├── UnknownBudget             the limiter has no budget of this name
+    ├── UnknownPrice              the model has no price; nothing was sent
+    ├── StoreUnavailable          the store did not reply within the timeout
+    │   └── StoreError            the store replied with an error (out of memory, read-only, no permission, …)
+    └── InvalidArgument           (also a ValueError) an invalid name, id or option; nothing was sent
         ├── InvalidAmount         not a finite, non-negative amount below $9,007,199.25
-        ├── DefinitionConflict    another unit, period, timezone or kind of the budget is registered in the store
-        └── UnmeteredCall         a guarded client's call would spend what cannot be bounded, or is not reported
+        ├── DefinitionConflict    the store has another unit, period, timezone or kind of the budget
+        └── UnmeteredCall         the cost of a guarded client's call cannot be bounded or is not reported
 
-The agent has some of its own, beside what raises them: ``MoneyDenied``, ``CycleActive``, ``UnknownCycle``,
-``CycleEnded``, ``UnusableAnswer``.
+The agent adds ``MoneyDenied``, ``CycleActive``, ``UnknownCycle``, ``CycleEnded`` and ``UnusableAnswer``, each next to
+the code that raises it.
 """
 
 from __future__ import annotations
@@ -56,25 +56,25 @@ _NAMES_COMPARED = 64
 
 
 def shown(value: object) -> str:
-    """What a message shows of a value that is not usable: its ``repr``, bounded, whatever the value is.
+    """Format a rejected value for a message: its ``repr``, limited to 80 characters.
 
-    A ``Decimal`` is shown as the number that it is: it was often read from JSON.
+    A ``Decimal`` is formatted as a number, since it was often read from JSON.
     """
     try:
         text = str(value) if isinstance(value, Decimal) else repr(value)
-    except Exception:  # such as a whole number of more digits than Python writes
+    except Exception:  # such as an integer with more digits than Python formats
         return f"<{type(value).__name__}>"
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 class BudgetError(Exception):
-    """Base of all errors of this package."""
+    """Base class of all errors of this package."""
 
 
 class BudgetExceeded(BudgetError):
-    """A budget has no room for the request; nothing was written.
+    """A budget cannot cover the request; nothing was written.
 
-    Carries the fields of :class:`~ktrdr_budget.models.Denial`: ``budget, reason, limit, spent, held, unconfirmed,
+    Has the fields of :class:`~ktrdr_budget.models.Denial`: ``budget, reason, limit, spent, held, unconfirmed,
     remaining, requested, fits, retry_after``.
     """
 
@@ -82,14 +82,14 @@ class BudgetExceeded(BudgetError):
         super().__init__(denial)
         self.denial = denial
         self.explanation = ""
-        """Why so much was requested, where the caller did not say the amount itself: a part of the message."""
+        """Origin of the requested amount if the caller did not set it; appended to the message."""
 
     def __str__(self) -> str:
         return f"{self.denial.message}; {self.explanation}" if self.explanation else self.denial.message
 
     @property
     def budget(self) -> str:
-        """Name of the first budget, in the order given, that denied."""
+        """Name of the first budget, in the order given, that denies the request."""
         return self.denial.budget
 
     @property
@@ -114,7 +114,7 @@ class BudgetExceeded(BudgetError):
 
     @property
     def unconfirmed(self) -> Amount:
-        """Charged for holds whose worker did not report in time."""
+        """Charged for holds that expired unsettled."""
         return self.denial.unconfirmed
 
     @property
@@ -124,25 +124,25 @@ class BudgetExceeded(BudgetError):
 
     @property
     def requested(self) -> Amount:
-        """What was asked of this budget."""
+        """The amount requested of this budget."""
         return self.denial.requested
 
     @property
     def fits(self) -> Amount:
-        """The largest amount that this budget would have granted instead."""
+        """The largest amount that this budget would have granted."""
         return self.denial.fits
 
     @property
     def retry_after(self) -> int | None:
-        """Whole seconds, rounded up, until trying again can help; ``None`` if waiting cannot help."""
+        """Whole seconds, rounded up, until a retry may succeed; ``None`` if waiting cannot help."""
         return self.denial.retry_after
 
 
 class HoldConflict(BudgetError):
-    """The id is in use with other contents, or the hold was already settled differently. Nothing was changed.
+    """The id is in use with other contents, or the hold was settled differently. Nothing was changed.
 
-    ``state`` is that of the hold with this id, where the store has told it. ``released_by_operator`` is set if an
-    operator has released a hold that was to be extended or to grow: its worker can still commit what it cost.
+    ``state`` is the state of the hold with this id, if the store has replied with it. ``released_by_operator`` is set
+    if an operator has released a hold that was to be extended or to grow: its worker can still commit its cost.
     """
 
     def __init__(self, message: str, *, state: HoldState | None = None, released_by_operator: bool = False) -> None:
@@ -152,13 +152,13 @@ class HoldConflict(BudgetError):
 
 
 class UnknownHold(BudgetError):
-    """No hold has this id: it was never granted, or it was settled longer ago than ids are remembered (24 h)."""
+    """No hold has this id: it was never granted, or it was settled more than 24 h ago."""
 
 
 class TooManyHolds(BudgetError):
-    """The tenant has as many holds, open and unconfirmed, as it may (``max_holds``); nothing was written.
+    """The tenant has ``max_holds`` open and unconfirmed holds; nothing was written.
 
-    ``retry_after`` is whole seconds, rounded up, until the first open hold expires; ``None`` if none is open.
+    ``retry_after`` is the number of seconds, rounded up, until the first open hold expires; ``None`` if none is open.
     """
 
     def __init__(self, message: str, *, retry_after: int | None = None) -> None:
@@ -167,15 +167,15 @@ class TooManyHolds(BudgetError):
 
 
 class TooManyBudgets(BudgetError):
-    """The tenant has as many budgets in the store as it may (``max_budgets``); nothing was written."""
+    """The tenant has ``max_budgets`` budgets in the store; nothing was written."""
 
 
 class UnknownBudget(BudgetError, LookupError):
-    """The limiter was not given a budget of this name."""
+    """The limiter has no budget of this name."""
 
 
 def unknown_budget(name: object, known: Collection[str], where: str = "this limiter") -> UnknownBudget:
-    """The error for a name that is not among those known, which may be many: the closest few are in the message."""
+    """Create the error for an unknown name; the message lists the known names, or the closest of many."""
     if not known:
         return UnknownBudget(f"unknown budget {shown(name)}; {where} has none")
     if len(known) <= _NAMES_SHOWN:
@@ -183,7 +183,7 @@ def unknown_budget(name: object, known: Collection[str], where: str = "this limi
     from bisect import bisect
     from difflib import get_close_matches
 
-    # A comparison takes microseconds to milliseconds, so of many names only those are compared that begin alike.
+    # A comparison takes microseconds to milliseconds, so of many names only the neighbours in sort order are compared.
     text = str(name)[:128]
     names = sorted(known)
     first = max(0, bisect(names, text) - _NAMES_COMPARED // 2)
@@ -193,17 +193,16 @@ def unknown_budget(name: object, known: Collection[str], where: str = "this limi
 
 
 class UnknownPrice(BudgetError, LookupError):
-    """There is no price for a model, so a call of it cannot be kept below a cap."""
+    """A model has no price, so its calls cannot be kept below a cap."""
 
 
 class StoreUnavailable(BudgetError):
-    """The store could not be asked within the deadline.
+    """The store did not reply within the timeout.
 
-    ``ambiguous`` is true when the request may have been executed although its reply did not arrive. Repeating it with
-    the same id is safe.
+    ``ambiguous``: the request may have been executed although its reply was lost. A retry with the same id is safe.
 
-    ``reached`` is true when the store is there, but admits nothing now: it is being repaired, it can only be read, it
-    loads its data; or the request was never sent. Policies for a store that is away (``allow``, ``lease``) then deny.
+    ``reached``: the store is up but admits nothing now (under repair, read-only, loading), or the request was never
+    sent. The outage policies ``allow`` and ``lease`` then deny.
     """
 
     def __init__(self, message: str, *, ambiguous: bool = False, reached: bool = False) -> None:
@@ -215,7 +214,7 @@ class StoreUnavailable(BudgetError):
 class StoreError(StoreUnavailable):
     """The store replied with an error: nothing was admitted.
 
-    ``fault`` is ``login`` if the store refuses the user or the password, ``protocol`` if the server is not a Redis
+    ``fault`` is ``login`` if the store rejects the user or the password, ``protocol`` if the server is not a Redis
     server or its use of TLS contradicts the URL, else empty.
     """
 
@@ -225,7 +224,7 @@ class StoreError(StoreUnavailable):
 
 
 class InvalidArgument(BudgetError, ValueError):
-    """A name, id or option is not usable; nothing was sent."""
+    """A name, id or option is invalid; nothing was sent."""
 
 
 class InvalidAmount(InvalidArgument):
@@ -233,12 +232,12 @@ class InvalidAmount(InvalidArgument):
 
 
 class DefinitionConflict(InvalidArgument):
-    """A budget is registered in the store with another unit, period, timezone or kind; nothing was written.
+    """The store has another unit, period, timezone or kind of the budget; nothing was written.
 
-    The first replica that reserves or records in a budget registers its definition. ``ktrdr budget migrate NAME``, or
-    :meth:`~ktrdr_budget.AsyncBudgetLimiter.migrate`, replaces it. Holds that are open can be settled all the same.
+    The first reservation or record registers a budget's definition. ``ktrdr budget migrate NAME``, or
+    :meth:`~ktrdr_budget.AsyncBudgetLimiter.migrate`, replaces it. Open holds can be settled in any case.
 
-    ``registered`` and ``configured`` are both sides, in words; empty where they are not known.
+    ``registered`` and ``configured`` describe both definitions; empty if unknown.
     """
 
     def __init__(self, message: str, *, registered: str = "", configured: str = "") -> None:
@@ -252,4 +251,4 @@ BudgetMismatch = DefinitionConflict
 
 
 class UnmeteredCall(InvalidArgument):
-    """A call of a guarded client would spend, but its cost cannot be bounded or is not reported. Nothing was sent."""
+    """The cost of a guarded client's call cannot be bounded or is not reported. Nothing was sent."""

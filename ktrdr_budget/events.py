@@ -1,4 +1,4 @@
-"""Log records of what happens to money: the message is for a person, the extra fields are for a log processor."""
+"""Log records of spend and denials: a message for people, extra fields for log processors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ _TEXT_CHARACTERS = 256
 
 
 def logs_spend() -> bool:
-    """Whether :func:`log_spend` writes anything: if not, the status for it need not be read."""
+    """Whether :func:`log_spend` writes a record; if not, the caller need not read a status for it."""
     return logger.isEnabledFor(logging.INFO)
 
 
 def log_spend(amount: Amount, operation_id: str, status: Status | None) -> None:
-    """``Budget spend recorded: $0.07 for op_1 (total: $0.15, remaining: $4.85)``.
+    """Log spend: ``Budget spend recorded: $0.07 for op_1 (total: $0.15, remaining: $4.85)``.
 
     Args:
         status: the window after the spend; ``None`` if the status cannot be read.
@@ -45,10 +45,10 @@ def log_spend(amount: Amount, operation_id: str, status: Status | None) -> None:
 
 
 def log_exhausted(operation_id: str, denial: Denial, summary: str) -> None:
-    """``Budget exhausted: budget_exhausted ($0.01 remaining, need $0.15)``, of a trigger that was rejected.
+    """Log a denied trigger: ``Budget exhausted: budget_exhausted ($0.01 remaining, need $0.15)``.
 
     Args:
-        summary: as the caller is answered; ``denial.reason`` may be more precise.
+        summary: the text of the reply to the caller; ``denial.reason`` may be more specific.
     """
     logger.warning(
         "Budget exhausted: %s",
@@ -64,7 +64,7 @@ def log_exhausted(operation_id: str, denial: Denial, summary: str) -> None:
 
 
 def log_denial(denial: Denial, window: str) -> None:
-    """``Reservation denied: team: budget_exhausted ($0.10 remaining, need $0.15)``, the first of a window."""
+    """Log the first denial in a window: ``Reservation denied: team: budget_exhausted (…)``."""
     logger.warning(
         "Reservation denied: %s; further denials in window %s are not logged",
         denial.message,
@@ -80,7 +80,7 @@ def log_denial(denial: Denial, window: str) -> None:
 
 
 def one_line(text: str) -> str:
-    """A text of somebody else's without line breaks and control characters, cut to 256 characters."""
+    """Replace line breaks and control characters in external text; cut it to 256 characters."""
     return "".join(character if character.isprintable() else "?" for character in text[:_TEXT_CHARACTERS])
 
 

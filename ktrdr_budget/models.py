@@ -1,4 +1,4 @@
-"""What the package speaks in: budgets, and frozen views of what the store knows.
+"""Budgets, and immutable views of the store's data.
 
 Money is ``Decimal`` dollars, counts are ``int``, instants are aware UTC datetimes.
 """
@@ -37,15 +37,15 @@ TTL_MAX_S = 86_400
 TTL_DEFAULT_S = 900
 
 OnExpiry = Literal["charge", "accrued", "release"]
-"""What an expired hold counts: all that was reserved, what was reported, or nothing."""
+"""Charge for an expired hold: all that was reserved, the accrued part, or nothing."""
 HoldState = Literal["open", "unconfirmed", "committed", "released", "recorded"]
 
 
 def check_name(value: object, what: str) -> str:
-    """A budget name, tenant or id, as it was given.
+    """Return a budget name, tenant or id if it is valid.
 
     Raises:
-        InvalidArgument: it does not match ``[A-Za-z0-9._:/@-]{1,128}``.
+        InvalidArgument: the value does not match ``[A-Za-z0-9._:/@-]{1,128}``.
     """
     if isinstance(value, str) and _NAME.fullmatch(value):
         return value
@@ -53,10 +53,10 @@ def check_name(value: object, what: str) -> str:
 
 
 def check_ttl_ms(ttl: object) -> int:
-    """A time to live given in seconds, 1 to 86400, as milliseconds.
+    """Convert a ttl of 1 to 86400 seconds to milliseconds.
 
     Raises:
-        InvalidArgument: not a number in that range.
+        InvalidArgument: the value is not a number in that range.
     """
     if isinstance(ttl, bool) or not isinstance(ttl, (int, float)) or not 1 <= ttl <= TTL_MAX_S:
         raise InvalidArgument(f"ttl must be 1 to {TTL_MAX_S} seconds, not {shown(ttl)}")
@@ -64,26 +64,26 @@ def check_ttl_ms(ttl: object) -> int:
 
 
 def check_on_expiry(value: object) -> None:
-    """Raise :class:`~ktrdr_budget.errors.InvalidArgument` if it is no :data:`OnExpiry`."""
+    """Raise :class:`~ktrdr_budget.errors.InvalidArgument` unless the value is an :data:`OnExpiry`."""
     if not isinstance(value, str) or value not in get_args(OnExpiry):
         raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {shown(value)}")
 
 
 @dataclass(frozen=True, slots=True)
 class Budget:
-    """A named cap on what may be spent (or, for ``slots``, held) in each window of a period.
+    """A named cap on the spend (for ``slots``: on the open holds) in each window of a period.
 
     Args:
         name: matches ``[A-Za-z0-9._:/@-]{1,128}``.
-        limit: dollars or a count; ``None`` is uncapped, ``0`` denies all.
+        limit: dollars or a count; ``None`` for no cap, ``0`` denies all.
         unit: ``usd``, or the name of a count (``tokens``, ``requests``, …).
         period: ``hour``, ``day``, ``week`` (ISO), ``month`` or ``ever``.
-        timezone: IANA name; decides when a day, week or month begins.
-        kind: ``spend``, or ``slots`` for a concurrency limit: only ever held, so its period is ``ever`` and its unit
-            a count, whatever the defaults say.
+        timezone: IANA name; determines when a day, week or month begins.
+        kind: ``spend``, or ``slots`` for a concurrency limit. Slots are held but never spent, so their period is always
+            ``ever`` and their unit a count.
 
     Raises:
-        InvalidArgument: a field is not usable (:class:`~ktrdr_budget.errors.InvalidAmount` for the limit).
+        InvalidArgument: a field is invalid (:class:`~ktrdr_budget.errors.InvalidAmount` for the limit).
     """
 
     name: str
@@ -111,7 +111,7 @@ class Budget:
         object.__setattr__(self, "limit", None if units is None else from_units(units, self.unit))
 
     def _settle_slots(self) -> None:
-        # A slot taken before midnight is still taken after it, so slots know no shorter period.
+        # A slot taken before midnight is still taken after it, so slots have no shorter period.
         if self.period not in ("day", "ever"):
             raise InvalidArgument(f"a budget of kind 'slots' has period 'ever', not {shown(self.period)}")
         object.__setattr__(self, "period", "ever")
@@ -120,17 +120,17 @@ class Budget:
 
     @property
     def definition(self) -> str:
-        """The budget's identity, on which all replicas must agree, in the form the store keeps."""
+        """The identity on which all replicas must agree, in the store's format."""
         return f"{self.unit},{self.period},{self.timezone},{self.kind}"
 
     @property
     def identity(self) -> str:
-        """The same in words: ``unit usd, period day, timezone UTC, kind spend``."""
+        """The definition in readable form: ``unit usd, period day, timezone UTC, kind spend``."""
         return identity_of(self.definition)
 
 
 def identity_of(definition: str) -> str:
-    """A definition as the store keeps it, in words; one that this version does not know stays as it is."""
+    """Format a definition readably; return an unknown format unchanged."""
     words = definition.split(",")
     if len(words) != len(_IDENTITY):
         return definition
@@ -142,7 +142,7 @@ _IDENTITY = ("unit", "period", "timezone", "kind")
 
 @dataclass(frozen=True, slots=True)
 class Denial:
-    """Why a reservation was refused, and what would have fitted."""
+    """The reason and the figures of a denial."""
 
     budget: str
     reason: str
@@ -158,19 +158,19 @@ class Denial:
 
     @property
     def message(self) -> str:
-        """One line for a person: ``budget_exhausted ($0.10 remaining, need $0.15)``, with the budget's name first."""
+        """One line with the budget's name: ``agent: budget_exhausted ($0.10 remaining, need $0.15)``."""
         return f"{self.budget}: {self.summary}"
 
     @property
     def summary(self) -> str:
-        """The same without the name."""
+        """The message without the name."""
         remaining, need = format_amount(self.remaining, self.unit), format_amount(self.requested, self.unit)
         return f"{self.reason} ({remaining} remaining, need {need})"
 
 
 @dataclass(frozen=True, slots=True)
 class Status:
-    """One budget's window now, as the store knows it."""
+    """The current window of a budget."""
 
     budget: str
     unit: str
@@ -185,17 +185,17 @@ class Status:
     held: Amount
     unconfirmed: Amount
     events: int
-    """Commits, records and expiry charges so far."""
+    """Number of commits, records and expiry charges."""
     overruns: int
-    """Commits above their reservation."""
+    """Number of commits above their reservation."""
     limit_source: Literal["configured", "runtime"]
     limit_until: datetime | None
-    """When a run-time limit ends; ``None`` if it does not, or if there is none."""
+    """End of the run-time limit; ``None`` if it has no end, or if there is no such limit."""
     configured_limit: Amount | None
     as_of: datetime
-    """The store's clock when it answered."""
+    """The store's clock at the time of the reply."""
     recovering_until: datetime | None = None
-    """Set after the store went back in time: until then replicas tell it what it has lost, and nothing is admitted."""
+    """Set after a data loss: until then, replicas replay their journals and nothing is admitted."""
 
     @property
     def name(self) -> str:
@@ -204,7 +204,7 @@ class Status:
 
     @property
     def remaining(self) -> Amount | None:
-        """``max(0, limit - spent - held - unconfirmed)``; ``None`` if uncapped."""
+        """``max(0, limit - spent - held - unconfirmed)``; ``None`` without a cap."""
         if self.limit is None:
             return None
         left = self.limit - self.spent - self.held - self.unconfirmed
@@ -213,18 +213,18 @@ class Status:
 
 @dataclass(frozen=True, slots=True)
 class HoldView:
-    """A hold as the store knows it: read by id, or listed."""
+    """The record of a hold in the store."""
 
     id: str
     state: HoldState
     amounts: Mapping[str, Amount]
-    """Reserved, per budget; for a recorded spend, what was recorded."""
+    """Reserved amounts per budget; for a record without a reservation, the recorded amounts."""
     accrued: Mapping[str, Amount]
-    """Reported so far, per budget."""
+    """Accrued amounts per budget."""
     charged: Mapping[str, Amount]
-    """What counts as spent (settled) or as unconfirmed (expired), per budget."""
+    """Amounts that count as spent (settled) or unconfirmed (expired), per budget."""
     windows: Mapping[str, str]
-    """The window of each budget that admitted the hold, and pays."""
+    """The window of each budget that admitted the hold and is charged."""
     units: Mapping[str, str]
     """``usd`` or ``count`` or ``slots`` per budget."""
     on_expiry: OnExpiry
@@ -236,29 +236,29 @@ class HoldView:
     released_by_operator: bool = False
 
 
-@dataclass(slots=True)  # frozen, it would take four times as long to make
+@dataclass(slots=True)  # not frozen, which would make its creation four times as slow
 class Settlement:
-    """What a commit, release or record did."""
+    """The result of a commit, release or record."""
 
     id: str
     state: HoldState
     amounts: Mapping[str, Amount]
-    """What counts as spent now, per budget; all 0 after a release."""
+    """Amounts that now count as spent; all 0 after a release."""
     replayed: bool = False
-    """The same settlement had been made before; nothing changed."""
+    """Whether the same settlement had been made before; nothing changed."""
     overrun: bool = False
-    """More was committed than had been reserved; recorded in full all the same."""
+    """Whether the committed amount exceeds the reservation; it is recorded in full."""
     overruns: tuple[str, ...] = field(default=(), compare=False)
-    """The budgets in which it was more."""
+    """The budgets with an overrun."""
     late: bool = False
-    """The hold had expired, or an operator had released it; this corrected it."""
+    """Whether the hold had expired or been released by an operator; this settlement corrected it."""
     deferred: bool = False
-    """The store is unreachable and policy is ``allow``: kept in memory, recorded when the store is back."""
+    """Whether the settlement waits in memory for the store, under the outage policy ``allow``."""
 
 
 @dataclass(frozen=True, slots=True)
 class LedgerEntry:
-    """One signed line of a window's ledger; they add up to ``spent + unconfirmed``."""
+    """A signed entry of a window's ledger; the entries add up to ``spent + unconfirmed``."""
 
     entry_id: str
     """The entry's number in its ledger, from 1; empty for the summary of trimmed entries, of kind ``carried``."""
@@ -266,30 +266,30 @@ class LedgerEntry:
     kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried", "repair", "audit"]
     hold_id: str
     amount: Amount
-    """Signed: a correction of an expiry charge may be negative."""
+    """Signed: the correction of an expiry charge may be negative."""
     operation: str
     trace_id: str
 
 
 @dataclass(frozen=True, slots=True)
 class Migration:
-    """Which definition of a budget was registered, and which one is now."""
+    """The previous and the current definition of a budget."""
 
     budget: str
     before: str | None
-    """In words, as :attr:`Budget.identity`; ``None`` if none was registered."""
+    """In the form of :attr:`Budget.identity`; ``None`` if none was registered."""
     after: str
     limit_cleared: bool = False
-    """Whether a limit that was set at run time went, because it was an amount of another unit."""
+    """Whether a run-time limit was cleared because its unit has changed."""
 
 
 class Statuses(list[Status]):
-    """The budgets whose figures are known, and why those of the others are not."""
+    """Statuses of the budgets with known figures, and the errors of the others."""
 
     def __init__(self, statuses: Iterable[Status] = (), unavailable: Mapping[str, BudgetError] | None = None) -> None:
         super().__init__(statuses)
         self.unavailable: Mapping[str, BudgetError] = unavailable or {}
-        """By budget: its figures are unknown, for this reason."""
+        """Error per budget with unknown figures."""
 
 
 Item = TypeVar("Item")
@@ -297,12 +297,12 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True, slots=True)
 class Page(Generic[Item]):
-    """Some items, newest first, and where the next page begins (``None``: no more)."""
+    """Items, newest first, with the cursor of the next page (``None`` for the last page)."""
 
     items: tuple[Item, ...]
     next_cursor: str | None
     trimmed: bool = False
-    """Whether the entries that the cursor of a ledger names were trimmed meanwhile, so that this page is the newest."""
+    """Whether the ledger entries of the cursor have been trimmed since, so that this page is the newest."""
 
     def __iter__(self) -> Iterator[Item]:
         return iter(self.items)

@@ -1,8 +1,8 @@
-"""Amounts at the edge: dollars as ``Decimal`` outside, whole nano-dollars inside.
+"""Conversion of amounts: ``Decimal`` dollars in the interface, integer nano-dollars inside.
 
-1 USD = 10**9 nanos, the price of one token at $0.001 per million, so that every price list computes exactly. Counts
-(``tokens``, ``requests``, …) are whole numbers on both sides. Lua's numbers are doubles: sums stay exact below 2**53,
-which is why an amount of 2**53 units or more (about $9.0 million) is refused.
+1 USD is 10**9 nanos, so that prices down to $0.001 per million tokens are exact. Counts (``tokens``, ``requests``, …)
+are integers on both sides. Lua's numbers are doubles, with exact sums below 2**53, so an amount of 2**53 units or more
+(about $9.0 million) is rejected.
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ __all__ += ["amount_bound", "not_an_amount"]
 
 NANOS_PER_USD = 10**9
 MAX_UNITS = 2**53
-"""First value that is refused: amounts and limits lie below it."""
+"""Upper bound, exclusive, of amounts and limits."""
 
 USD = "usd"
 COUNT = "count"
-"""The unit of a count whose own name is not known where it is read."""
+"""Unit of a count whose unit is unknown to the reader."""
 _SCALE = Decimal(NANOS_PER_USD)
 _WIDE = Context(prec=60)
 
 Amount = Decimal | int
-"""What comes out: ``Decimal`` dollars, or an ``int`` count."""
+"""Type of amounts that the package returns: ``Decimal`` dollars, or an ``int`` count."""
 AmountIn = Decimal | str | int | float
-"""What goes in; a float is read through its ``repr``, so 0.1 means 0.1."""
+"""Type of amounts that callers pass; a float is read through its ``repr``, so 0.1 means 0.1."""
 
 
 def to_units(amount: AmountIn, unit: str = "usd", *, round_down: bool = False, positive: bool = False) -> int:
-    """The amount in whole internal units: nano-dollars for ``usd``, the count itself for any other unit.
+    """Convert an amount to internal units: nano-dollars for ``usd``, the count itself for any other unit.
 
-    Money below a nano-dollar rounds up (limits, with ``round_down``, down), so that a cap never gains by rounding.
+    Fractions of a nano-dollar round up (with ``round_down``, for limits, down), so that rounding never raises a cap.
 
     Raises:
-        InvalidAmount: not a number, not finite, negative, zero although ``positive``, a fraction of a count, too large.
+        InvalidAmount: not a number, not finite, negative, zero despite ``positive``, a fraction of a count, too large.
     """
     try:
-        # A bool is an int to Python, and True == 1 to the cache: it is refused before either can mistake it.
+        # Checked first: a bool is an int in Python, and the cache would treat True as 1.
         if isinstance(amount, bool):
             raise not_an_amount(amount, unit)
         units = _to_units(amount, unit, round_down)
-    except TypeError:  # it cannot be hashed
+    except TypeError:  # unhashable
         raise not_an_amount(amount, unit) from None
     if positive and units == 0:
         raise InvalidAmount(f"amount must be more than 0, not {shown(amount)}")
@@ -56,7 +56,7 @@ def _to_units(amount: AmountIn, unit: str, round_down: bool) -> int:
     value = _decimal(amount)
     if value is None or not value.is_finite() or value < 0:
         raise not_an_amount(amount, unit)
-    # Compared before any arithmetic, so that "1e999999" costs nothing.
+    # Compared before any arithmetic, so that "1e999999" costs no time.
     if value >= (MAX_UNITS if unit != USD else Decimal(MAX_UNITS) / _SCALE):
         raise _too_large(amount, unit)
     if unit != USD:
@@ -74,7 +74,7 @@ def _decimal(amount: object) -> Decimal | None:
     if isinstance(amount, Decimal):
         return amount
     if isinstance(amount, str):
-        # Decimal() also takes underscores and non-ASCII digits; an amount on a wire is plainer than that.
+        # Decimal() also accepts underscores and non-ASCII digits.
         if not amount.isascii() or "_" in amount or len(amount) > 64:
             return None
         try:
@@ -84,7 +84,7 @@ def _decimal(amount: object) -> Decimal | None:
     if isinstance(amount, int):
         return Decimal(amount)
     if isinstance(amount, float):
-        return Decimal(float.__repr__(amount))  # a subclass, such as that of NumPy, may show itself otherwise
+        return Decimal(float.__repr__(amount))  # a subclass, such as NumPy's, may have another repr
     return None
 
 
@@ -92,7 +92,7 @@ def _decimal(amount: object) -> Decimal | None:
 
 
 def not_an_amount(value: object, unit: str = USD, *, whole: bool = False) -> InvalidAmount:
-    """The error for a value that is not an amount; ``whole``: because it is a fraction of a count."""
+    """Create the error for an invalid amount; ``whole``: because it is a fraction of a count."""
     if unit in (USD, COUNT) and not whole:
         return InvalidAmount(f"{shown(value)} is not an amount; use a non-negative decimal such as 0.15")
     of = "" if unit == COUNT else f" of {unit}"
@@ -100,7 +100,7 @@ def not_an_amount(value: object, unit: str = USD, *, whole: bool = False) -> Inv
 
 
 def amount_bound(unit: str = USD, bound: int = MAX_UNITS) -> str:
-    """What every amount (or a sum) lies below, for a person: ``$9,007,199.25``, ``9,007,199,254,740,992 tokens``."""
+    """Format the upper bound of amounts: ``$9,007,199.25``, ``9,007,199,254,740,992 tokens``."""
     if unit == USD:
         return f"${Decimal(bound) / NANOS_PER_USD:,.2f}"
     return f"{bound:,}" + ("" if unit == COUNT else f" {unit}")
@@ -112,7 +112,7 @@ def _too_large(amount: object, unit: str) -> InvalidAmount:
 
 @lru_cache(maxsize=4096)
 def from_units(units: int, unit: str = "usd") -> Amount:
-    """The amount for the outside: ``Decimal`` dollars (two decimals, more if they matter), or an ``int`` count."""
+    """Convert internal units to ``Decimal`` dollars with at least two decimals, or to an ``int`` count."""
     if unit != USD:
         return units
     whole, nanos = divmod(abs(units), NANOS_PER_USD)
@@ -121,7 +121,7 @@ def from_units(units: int, unit: str = "usd") -> Amount:
 
 
 def format_amount(amount: Amount | None, unit: str = "usd") -> str:
-    """The amount for a person: ``$0.15``, ``$0.0000016``, ``3 tokens``, or ``unlimited`` for ``None``."""
+    """Format an amount: ``$0.15``, ``$0.0000016``, ``3 tokens``, or ``unlimited`` for ``None``."""
     if amount is None:
         return "unlimited"
     if unit != USD:

@@ -1,8 +1,8 @@
-"""Windows: which stretch of time a budget's spend belongs to.
+"""Windows: the intervals to which a budget's spend belongs.
 
-A window is named, so that no job ever has to reset a counter: a new day is a new key. Names and bounds are computed
-here, from an IANA timezone; the store checks them against its own clock. Hours are named by their UTC start, so the
-repeated hour of a day on which clocks go back is two windows.
+A window's name is part of its key, so no job resets counters: a new day has a new key. Names and bounds are computed
+here, from an IANA timezone; the store checks them against its clock. Hours are named by their UTC start, so the
+repeated hour of a day on which clocks go back gives two windows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ PERIODS = ("hour", "day", "week", "month", "ever")
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """One window of a period: its name and its half-open bounds in milliseconds since the epoch (UTC).
+    """A window: its name, and its half-open bounds in milliseconds since the epoch (UTC).
 
     ``end_ms`` is ``None`` for ``ever``.
     """
@@ -41,21 +41,21 @@ class Span:
 
 
 def from_ms(instant_ms: int) -> datetime:
-    """Milliseconds since the epoch as an aware UTC datetime."""
+    """Convert milliseconds since the epoch to an aware UTC datetime."""
     return datetime.fromtimestamp(instant_ms // 1000, UTC) + timedelta(milliseconds=instant_ms % 1000)
 
 
 def to_ms(instant: datetime) -> int:
-    """An aware datetime as milliseconds since the epoch, rounded up."""
+    """Convert an aware datetime to milliseconds since the epoch, rounded up."""
     delta = instant - datetime(1970, 1, 1, tzinfo=UTC)
     return -(-(delta // timedelta(microseconds=1)) // 1000)
 
 
 def timezone_of(name: str) -> tzinfo:
-    """The IANA timezone of this name.
+    """Return the IANA timezone of this name.
 
     Raises:
-        InvalidArgument: the name is not known on this machine.
+        InvalidArgument: the timezone is unknown on this machine.
     """
     if not isinstance(name, str):
         raise InvalidArgument(f"unknown timezone: {shown(name)}")
@@ -73,7 +73,7 @@ def _timezone(name: str) -> tzinfo:
 
 
 def window_at(period: str, timezone: str, now_ms: int) -> Span:
-    """The window of ``period`` in ``timezone`` that contains the instant ``now_ms``."""
+    """Return the window of ``period`` in ``timezone`` that contains the instant ``now_ms``."""
     if period == "ever":
         return Span("ever", 0, None)
     if period == "hour":
@@ -85,10 +85,10 @@ def window_at(period: str, timezone: str, now_ms: int) -> Span:
 
 
 def window_named(period: str, timezone: str, name: str) -> Span:
-    """The window of ``period`` that has this name, e.g. ``2026-11-23`` for a day.
+    """Return the window of ``period`` with this name, such as ``2026-11-23`` for a day.
 
     Raises:
-        InvalidArgument: not the name of a window of this period.
+        InvalidArgument: the period has no window of this name.
     """
     if not isinstance(name, str):
         raise InvalidArgument(f"not a window of period {period!r}: {shown(name)}")
@@ -114,7 +114,7 @@ def _hour(now_ms: int) -> Span:
 
 
 def _local_window(period: str, zone: tzinfo, midnight: datetime) -> Span:
-    """The day, week (ISO, from Monday) or month around a local midnight, given without a timezone."""
+    """Return the day, week (ISO, from Monday) or month that contains a local midnight, given without a timezone."""
     if period == "day":
         start, end, name = midnight, midnight + timedelta(days=1), f"{midnight:%Y-%m-%d}"
     elif period == "week":
@@ -128,11 +128,11 @@ def _local_window(period: str, zone: tzinfo, midnight: datetime) -> Span:
 
 
 def _first_instant_ms(local: datetime, zone: tzinfo) -> int:
-    """The first instant of the local day ``local``.
+    """Return the first instant of the local day ``local``.
 
-    Where clocks skip midnight the day begins after the gap; where they repeat it, at the first of the two. fold=0 gives
-    both: Python reads a skipped time with the offset before the gap, which is the instant the gap ends plus what was
-    skipped past midnight, so it is pulled back to the end of the gap.
+    If clocks skip midnight, the day begins after the gap; if they repeat it, at the first occurrence. fold=0 serves
+    both: Python reads a skipped time with the offset before the gap, which gives an instant after the end of the gap,
+    so the result is moved back to that end.
     """
     instant = local.replace(tzinfo=zone, fold=0)
     utc = instant.astimezone(UTC)
@@ -142,7 +142,7 @@ def _first_instant_ms(local: datetime, zone: tzinfo) -> int:
 
 
 def _end_of_gap_ms(inside: datetime, zone: tzinfo) -> int:
-    """The transition nearest before ``inside`` (whose local time was skipped), to the second, by bisection."""
+    """Return the last transition before ``inside``, whose local time was skipped; to the second, by bisection."""
     low, high = to_ms(inside - timedelta(days=1)) // 1000, to_ms(inside) // 1000
     after = from_ms(high * 1000).astimezone(zone).utcoffset()
     while high - low > 1:

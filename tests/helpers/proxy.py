@@ -58,8 +58,8 @@ class Proxy:
         self._is_cut = False
         self._upstream = server
         self._place = place
-        self._open = asyncio.Event()
-        self._open.set()
+        self._replies_released = asyncio.Event()
+        self._replies_released.set()
         self._thawed = asyncio.Event()
         self._thawed.set()
         self._connections: set[asyncio.Task[None]] = set()
@@ -77,7 +77,7 @@ class Proxy:
             self._server = await asyncio.start_unix_server(self._serve, self._place)
         else:
             self._server = await asyncio.start_server(self._serve, *self._place)
-        self._opened()
+        self._update_reachability()
         return self
 
     async def __aexit__(
@@ -92,11 +92,11 @@ class Proxy:
 
     def hold_replies(self) -> None:
         is_away(self.url)
-        self._open.clear()
+        self._replies_released.clear()
 
     def release_replies(self) -> None:
-        self._open.set()
-        self._opened()
+        self._replies_released.set()
+        self._update_reachability()
 
     def freeze(self) -> None:
         is_away(self.url)
@@ -104,7 +104,7 @@ class Proxy:
 
     def thaw(self) -> None:
         self._thawed.set()
-        self._opened()
+        self._update_reachability()
 
     @property
     def connections(self) -> int:
@@ -127,10 +127,10 @@ class Proxy:
 
     def mend(self) -> None:
         self._is_cut = False
-        self._opened()
+        self._update_reachability()
 
-    def _opened(self) -> None:
-        if self._open.is_set() and self._thawed.is_set() and not self._is_cut:
+    def _update_reachability(self) -> None:
+        if self._replies_released.is_set() and self._thawed.is_set() and not self._is_cut:
             is_there(self.url)
 
     async def _pass(self, writer: asyncio.StreamWriter, chunk: bytes) -> None:
@@ -206,7 +206,7 @@ class Proxy:
                     self.replies_lost += 1
                     return
                 if not connection.greeting:
-                    await self._open.wait()
+                    await self._replies_released.wait()
             if not connection.is_blackholed:
                 await self._pass(writer, chunk)
 
@@ -218,7 +218,7 @@ class ThreadedProxy:
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever)
         self.proxy: Proxy = self._in_thread(_made(server, place))
-        """Its figures may be read, and its ``fate`` be set, from any thread."""
+        """Any thread may read its counters, and set its ``fate``."""
 
     def _in_thread(self, work: Coroutine[Any, Any, Any]) -> Any:
         if not self._thread.is_alive():

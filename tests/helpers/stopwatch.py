@@ -1,4 +1,4 @@
-"""Elapsed time of which the stalls of a busy machine are no part."""
+"""Elapsed time without the stalls of a busy machine."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ from types import TracebackType
 
 TICK_S = 0.005
 TICK_MAX_S = 0.02
-"""What counts of a tick: whoever wakes later than that was not let run."""
+"""The longest time that counts for one tick: a later wake-up is a stall of the process."""
 
 
 class Stopwatch:
-    """``with Stopwatch() as took: …``; then ``took.seconds`` are those in which this process was let run.
+    """``with Stopwatch() as took: …``; then ``took.seconds`` is the elapsed time without stalls of this process.
 
-    A process that waits for the network or sleeps is let run, as far as this can tell: only what keeps its other
-    thread from waking does not count.
+    Waiting and sleeping count: a stall is only a time in which the stopwatch's own thread did not run.
     """
 
     def __init__(self) -> None:

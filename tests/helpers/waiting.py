@@ -9,11 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 WITHIN_S = 120.0
-"""How long a wait may last, on a busy machine too: what a fault costs, not what a test measures."""
+"""The longest wait, generous for a busy machine: only a failing test takes that long."""
 
 
 async def until(condition: Callable[[], Any], within_s: float = WITHIN_S) -> Any:
-    """Polls a condition, plain or async, until it is truthy; returns what it was."""
+    """Poll a condition, plain or async, until it is truthy; return its value."""
     ends = time.monotonic() + within_s
     while True:
         value = condition()
@@ -26,7 +26,7 @@ async def until(condition: Callable[[], Any], within_s: float = WITHIN_S) -> Any
 
 
 def wait_until(condition: Callable[[], Any], within_s: float = WITHIN_S) -> Any:
-    """The same without an event loop."""
+    """Poll a condition until it is truthy, without an event loop; return its value."""
     ends = time.monotonic() + within_s
     while not (value := condition()):
         assert time.monotonic() < ends, f"not within {within_s} s: {inspect.getsource(condition).strip()}"

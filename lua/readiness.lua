@@ -1,13 +1,13 @@
--- readiness.lua: tries each command that the product needs, on keys that it removes, and names those that are refused.
+-- readiness.lua: try each command that the product needs, on keys that it removes, and name the refused ones.
 --
 -- KEYS   1 a hash   2 a zset   3 a list   4 a string: keys of the tenant for this script only
 -- returns { command, error, command, error … }; an error is empty if the store's user lacks the permission
 --
--- Permissions are asked for before anything is run (Redis 7.0): without DEL, for one, a trial would leave its keys behind.
+-- From Redis 7.0, permissions are checked before any command runs: without DEL, a trial would leave its keys behind.
 
 local hash, zset, list, string = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 local outside = { { 'INFO', 'memory' }, { 'MULTI' }, { 'EXEC' }, { 'SCAN', '0' } } -- not run by scripts
--- The first write, since memory that is full is looked at only before a script has written. What it leaves expires.
+-- The first write, since a server checks for full memory only before a script has written. Its key expires.
 local first = { { 'SET', string, '', 'PX', '1000' } }
 local removing = { { 'DEL', hash, zset, list, string }, { 'PEXPIRE', hash, '1000' } }
 local writing = {

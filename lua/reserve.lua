@@ -1,23 +1,24 @@
--- reserve.lua: holds an amount in every window, or in none.
+-- reserve.lua: hold an amount in every window of a request, or in none.
 --
--- op     R id ttl_ms policy expires_ms window:units window:units…\nowner operation trace|segment|segment…
---                    (expires_ms: when its record does; windows by their place in ARGV; then what its record has of them)
--- reply  g           granted
---        p record    the same reservation was granted before; nothing changed
---        c record    the id is in use with other contents
---        w           a window does not contain the store's time
---        t budget:window    that window was begun and is not here; nothing was written
---        m budget definition    another definition of the budget is registered; nothing was written
---        l until_ms  the store is being repaired until then; nothing was written
---        h holds first_deadline_ms    the tenant has as many holds as it may; nothing was written
---        b budget:window    the tenant has as many budgets as it may; nothing was written
---        q budget:window    the limit is known neither to the store nor to this replica; nothing was written
---        y error     a key of this request is of another type; nothing was written
---        d budget:window limit spent held unconfirmed requested first_deadline_ms    denied; nothing was written
+-- op     RESERVE R id ttl_ms policy expires_ms window:units …\nowner operation trace|segment|segment…
+--        expires_ms is the expiry of the record; the second line is stored as it is
+-- reply  REPLAYED p record                  the same reservation was granted before
+--        CONFLICT c record                  the id is in use with other contents
+--        UNREADABLE y error                 a key of this request is of another type
+--        STALE_WINDOW w                     a window does not contain the store's time
+--        OTHER_DEFINITION m budget definition    another definition of the budget is registered
+--        MISSING_WINDOW t budget:window     that window was begun, and its key is missing
+--        TOO_MANY_BUDGETS b budget:window   the tenant has as many budgets as it may
+--        UNKNOWN_LIMIT q budget:window      neither the store nor this replica knows the limit
+--        RECOVERING l until_ms              the store recovers from a loss until then
+--        DENIED d budget:window limit spent held unconfirmed requested first_deadline_ms
+--        TOO_MANY_HOLDS h holds first_deadline_ms    the tenant has as many holds as it may
+--        GRANTED g
+--        All but the last write nothing.
 
--- A replay is answered before anything else is said of a request. Compared by budget, not by window: a retry after
--- midnight names the new day. An id that was released for a caller that was gone is free, except for that very request;
--- but only a grant replaces its record: until then, a worker that has the hold by a replay may commit it.
+-- The reply to a repeated id, or nil for a new one. Amounts are compared by budget, not by window: a retry after midnight
+-- names the new day. The id of an unreceived grant (release.lua) is free, except for the very request that was granted;
+-- only a grant replaces its record, so that until then a worker that has the hold by a replay can commit it.
 local function replay(key, op)
   local record = redis.pcall('GET', key)
   if not record then return nil end
@@ -34,31 +35,31 @@ local function replay(key, op)
     n = n - 1
   end
   same = same and n == 0
-  local given_back = same and match(record, '^z %a %d+ %d+ %d+ [^!]+(!%S+)! ')
-  if given_back and given_back ~= match(owner, '!.+$') then return nil end
+  local unreceived = same and match(record, '^z %a %d+ %d+ %d+ [^!]+(!%S+)! ')
+  if unreceived and unreceived ~= match(owner, '!.+$') then return nil end
   return (same and 'p ' or 'c ') .. record
 end
 
-local holds_left -- that the tenant may have beyond those that it has
-local holds_max = ARGV[6]:sub(-12) + 0
+local holds_left -- holds that the tenant may still add
+local holds_max = sub(ARGV[6], -12) + 0
 
-local ttl_before, deadline_before, beginning_before
+local ttl_before, deadline_before, times_before
 
-function operations.R(op, key)
+local function reserve(op, key)
   local id, ttl, policy, expires, amounts, rest = match(op, '^R (%S+) (%S+) (%a) (%d+)([^\n]+)\n(.+)$')
   local taken, n = { 0, 0, 0, 0 }, 0
   local denied, denied_amount
   for i, amount in gmatch(amounts, '(%d+):(%d+)') do
     local w, requested = windows[i + 0], amount + 0
     if w.fault then return replay(key, op) or 'y ' .. w.fault end
-    if not w.asserted then load_asserting(w) end
+    if not w.asserted then assert_limit(w) end
     if w.stale then return replay(key, op) or 'w' end
     if w.conflict then return replay(key, op) or 'm ' .. match(w.name, '^(.+):') .. ' ' .. w.conflict end
     if w.missing then return replay(key, op) or 't ' .. w.name end
     if w.surplus then return replay(key, op) or 'b ' .. w.name end
     if not w.cap then return replay(key, op) or 'q ' .. w.name end
-    local counts = total(w)
-    if (counts >= CLOSED or counts + requested > w.cap) and not denied then denied, denied_amount = w, amount end
+    local counted = total(w)
+    if (counted >= CLOSED or counted + requested > w.cap) and not denied then denied, denied_amount = w, amount end
     taken[n + 1], taken[n + 2] = w, requested
     n = n + 2
   end
@@ -66,8 +67,7 @@ function operations.R(op, key)
   if denied then
     local again = replay(key, op)
     if again then return again end
-    -- A denial must not write, but if it did not pass on a limit that changed, older replicas would spend by the old
-    -- one.
+    -- A denial writes nothing but a changed limit: without it, older replicas would go on to spend by the old one.
     for i in gmatch(amounts, '(%d+):') do
       local w = windows[tonumber(i)]
       w.changing = w.changing or w.differs
@@ -75,20 +75,20 @@ function operations.R(op, key)
     return deny(denied, denied_amount)
   end
   if not holds_left then
-    store_due()
+    write_due()
     holds_left = holds_max - n_due - n_unconfirmed
   end
   if holds_left <= 0 then
-    store_due()
+    write_due()
     local first = call('ZRANGE', KEYS[3], 0, 0, 'WITHSCORES')
     return replay(key, op)
       or 'h ' .. text(holds_max - holds_left) .. ' ' .. (first[2] and text(tonumber(first[2])) or '0')
   end
   if ttl ~= ttl_before then
     ttl_before, deadline_before = ttl, text(now_ms + ttl)
-    beginning_before = ' ' .. deadline_before .. ' ' .. now_us_text .. ' 0 '
+    times_before = ' ' .. deadline_before .. ' ' .. now_us_text .. ' 0 '
   end
-  local record = 'o ' .. policy .. beginning_before .. rest
+  local record = 'o ' .. policy .. times_before .. rest
   if not call('SET', key, record, 'NX', 'PXAT', expires) then
     local again = replay(key, op)
     if again then return again end
@@ -104,3 +104,5 @@ function operations.R(op, key)
   n_added = n_added + 2
   return 'g'
 end
+
+operations.R = reserve

@@ -15,7 +15,7 @@
 
 function operations.H(op, key)
   local id, amounts = match(op, '^H (%S+) (.+)$')
-  local hold, why = find(id, key)
+  local hold, why = find_hold(id, key)
   if not hold then return why end
   if hold.state ~= 'o' and hold.state ~= 'x' then return 'u' end
   local left, changed = {}, false
@@ -24,17 +24,17 @@ function operations.H(op, key)
     local segment = hold.segments[i]
     local w, most = by_name[segment.name], left[segment.name]
     if most and tonumber(most) < tonumber(segment.reserved) then
-      local before = hold.state == 'o' and counted(segment) or units(segment.charged)
+      local before = hold.state == 'o' and counted_units(segment) or units_of(segment.charged)
       if segment.base == '' then segment.base = segment.reserved end
       segment.reserved, changed = most, true
       if hold.state == 'o' then
-        add(w, HELD, counted(segment) - before)
+        add(w, HELD, counted_units(segment) - before)
       elseif before > tonumber(most) then
         segment.charged = most == '0' and '' or most
         add(w, UNCONFIRMED, tonumber(most) - before)
         add(w, EVENTS, 1)
         -- Not a correction, which resolves: the entries `expiry` of a hold add up to what is unconfirmed of it.
-        ledger(w, 'expiry', id, text(tonumber(most) - before), hold.operation, hold.trace)
+        add_entry(w, 'expiry', id, text(tonumber(most) - before), hold)
       end
     end
   end
@@ -62,16 +62,16 @@ local function adopt(id, key, hold, deadline, amounts)
     set_due(id, deadline)
   end
   hold.state = 'o'
-  store_record(key, hold, lifetime(hold))
+  store_record(key, hold, kept_expiry(hold))
   return 'g'
 end
 
 function operations.P(op, key)
   local id, policy, deadline, created, owner, operation, trace, amounts =
     match(op, '^P (%S+) (%a) (%d+) (%d+) (%S+) (%S+) (%S+) (.+)$')
-  local hold, why = find(id, key)
+  local hold, why = find_hold(id, key)
   if hold then return adopt(id, key, hold, deadline, amounts) end
-  if not unknown(why) then return match(why, '^[ty]') and why or 'p' end
+  if not is_unknown(why) then return match(why, '^[ty]') and why or 'p' end
   for i in gmatch(amounts, '(%d+):%d+:%d+:') do
     local w = windows[tonumber(i)]
     if w.fault then return 'y ' .. w.fault end
@@ -81,13 +81,13 @@ function operations.P(op, key)
     operation = operation, trace = trace, segments = {} }
   for i, first, reserved, accrued in gmatch(amounts, '(%d+):(%d+):(%d+):(%d+)') do
     local w = windows[tonumber(i)]
-    repair_window(w)
+    restore_window(w)
     local segment = { flag = ARGV[w.at], name = w.name, base = first ~= reserved and first or '', reserved = reserved,
       accrued = accrued == '0' and '' or accrued, charged = '' }
-    add(w, HELD, counted(segment))
+    add(w, HELD, counted_units(segment))
     hold.segments[#hold.segments + 1] = segment
   end
-  store_record(key, hold, first_lifetime(hold))
+  store_record(key, hold, new_expiry(hold))
   if tonumber(deadline) <= now_ms then
     expire(id, key, hold)
   else

@@ -35,7 +35,7 @@ from ktrdr_budget.engine.protocol import (
 )
 from ktrdr_budget.engine.protocol.keys import stored_window
 from ktrdr_budget.engine.protocol.ledger import entry_cursor, parse_entry, public_entry
-from ktrdr_budget.engine.protocol.scripts import LIMITS, MIGRATE, READ_LEDGER, READINESS, STATUS
+from ktrdr_budget.engine.protocol.scripts import MIGRATE, READ_LEDGER, READINESS, SET_LIMIT, STATUS, WRITE
 from ktrdr_budget.errors import (
     BudgetError,
     DefinitionConflict,
@@ -247,7 +247,7 @@ class Reads:
     def _change_limit(self, budget: Budget, units: str, until_ms: int) -> Flow[None]:
         keys = self.session.keys
         reply = yield Command(
-            LIMITS, [keys.limits, keys.meta, keys.budgets], [budget.name, units, until_ms, budget.definition]
+            SET_LIMIT, [keys.limits, keys.meta, keys.budgets], [budget.name, units, until_ms, budget.definition]
         )
         word, _, registered = _str(reply).partition(" ")
         if word == "m":
@@ -320,7 +320,7 @@ class Reads:
                 return refusal_faults(list(zip(words[::2], words[1::2], strict=True)))
             _, keys, args = encode_batch(session.keys, session.header, [])
             yield self._status_read((), False)
-            yield Command("apply", keys, args)
+            yield Command(WRITE, keys, args)
         except StoreError as error:
             if error.fault == "login":
                 return str(error), "unknown: the store refuses its user"

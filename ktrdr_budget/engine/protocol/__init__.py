@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple
 from urllib.parse import quote, unquote
 
 from ktrdr_budget.engine.protocol.keys import public_window, split_name, stored_window
-from ktrdr_budget.engine.protocol.scripts import SIMPLE, script_for
+from ktrdr_budget.engine.protocol.scripts import FAST_PATH, script_for
 from ktrdr_budget.models import Budget, HoldState, HoldView, OnExpiry
 from ktrdr_budget.money import Amount, from_units
 from ktrdr_budget.periods import Span, from_ms
@@ -162,7 +162,7 @@ class Op:
         self.record = ""
         """The record of the hold that it settles, where it was read for that, or of the one that it restores."""
         self.brief: str | None = None
-        """Its head as ``simple.lua`` reads it, with these parts and this tail; ``None`` if that does not know it."""
+        """Its head as ``fast_path.lua`` reads it, with these parts and this tail; ``None`` if that does not know it."""
         self.brief_parts = parts
         self.brief_tail = ""
 
@@ -379,7 +379,7 @@ Reply = tuple[str, Head]
 def encode_batch(
     keys: Keys, header: Header, ops: Sequence[Op], *, simple: bool = False
 ) -> tuple[str, list[str], list[str]]:
-    """The write script that the batch needs, and its ``KEYS`` and ``ARGV``; ``simple.lua`` if it knows all of it."""
+    """The write script that the batch needs, and its ``KEYS`` and ``ARGV``; ``fast_path.lua`` if it knows all of it."""
     if simple:
         for op in ops:
             if op.brief is None:
@@ -412,7 +412,7 @@ def encode_batch(
 
 
 def _encode_simple(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, list[str], list[str]]:
-    """As ``simple.lua`` reads it: what is reserved in comes after what is only settled."""
+    """As ``fast_path.lua`` reads it: what is reserved in comes after what is only settled."""
     numbers: dict[str, str] = {}
     window_keys: list[str] = []
     reserved_in: list[str] = []
@@ -445,7 +445,7 @@ def _encode_simple(keys: Keys, header: Header, ops: Sequence[Op]) -> tuple[str, 
     bounds = f"{start_ms:013d}000", f"{end_ms:013d}000"
     claim = f"{started:0>16} {replica}"
     argv = [f"r:{replica}", epoch, acknowledged, claim, *bounds, id_memory_ms, settings, str(len(reserved_in))]
-    return SIMPLE, names, [*argv, *reserved_in, *rendered]
+    return FAST_PATH, names, [*argv, *reserved_in, *rendered]
 
 
 def parse_batch(reply: bytes | str) -> tuple[Head, list[str]]:

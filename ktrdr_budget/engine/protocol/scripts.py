@@ -12,47 +12,51 @@ from pathlib import Path
 __all__ = [
     "CORRECT",
     "CYCLES",
-    "LIMITS",
+    "FAST_PATH",
     "MIGRATE",
+    "PARTS",
     "READ",
     "READ_LEDGER",
     "READINESS",
     "REINDEX",
     "REPAIR",
-    "SIMPLE",
+    "SET_LIMIT",
     "STATUS",
+    "WRITE",
     "Script",
     "script",
     "script_for",
     "without_script_location",
 ]
 
-SIMPLE = "simple"
+FAST_PATH, WRITE, REPAIR = "fast_path", "write", "repair"
+STATUS, READ, READ_LEDGER, READINESS = "status", "read", "read_ledger", "readiness"
+SET_LIMIT, MIGRATE, CORRECT, REINDEX, CYCLES = "set_limit", "migrate", "correct", "reindex", "cycles"
 
-_WRITES = ("admission", "holds", "reserve", "settle", "record", "extend", "retire")
-_PARTS = {
-    # What simple.lua knows; and the write script, for batches of reservations, of settlements, and of anything.
-    SIMPLE: ("common", "ledger", "simple"),
-    "reserve": ("common", "ledger", "prelude", "admission", "reserve", "apply"),
-    "settle": ("common", "ledger", "prelude", "holds", "settle", "apply"),
-    "apply": ("common", "ledger", "prelude", *_WRITES, "apply"),
-    # The same, with holds that were admitted while the store was away, and the slabs that they were granted from.
-    "prepaid": ("common", "ledger", "prelude", *_WRITES, "restore", "shrink", "apply"),
-    "repair": ("common", "ledger", "prelude", "admission", "holds", "settle", "record", "restore", "repair", "apply"),
-    "status": ("read_head", "status"),
-    "read": ("read_head", "read"),
-    "read_ledger": ("read_head", "read_ledger"),
-    "limits": ("limits",),
-    "migrate": ("migrate",),
-    "correct": ("correct",),
-    "readiness": ("readiness",),
-    "reindex": ("reindex",),
-    "cycles": ("cycles",),
+_BEGIN = ("common", "ledger", "schema", "prelude")
+_SETTLE = ("hold_records", "commit", "release")
+_RECOVER = ("restore", "recovery", "settle_on_behalf", "replay_total", "replay_limit")
+_WRITE = ("admission", *_SETTLE, "reserve", "record", "extend", "retire")
+PARTS = {
+    FAST_PATH: ("common", "ledger", "fast_path"),
+    # Batches of reservations, of settlements, of these and heartbeats, of replays.
+    "reserve": (*_BEGIN, "admission", "reserve", "finish"),
+    "settle": (*_BEGIN, *_SETTLE, "finish"),
+    WRITE: (*_BEGIN, *_WRITE, "finish"),
+    "restore": (*_BEGIN, *_WRITE, "restore", "shrink", "finish"),
+    REPAIR: (*_BEGIN, "admission", *_SETTLE, "record", *_RECOVER, "finish"),
+    STATUS: ("schema", "read_head", "status"),
+    READ: ("schema", "read_head", "read"),
+    READ_LEDGER: ("schema", "read_head", "read_ledger"),
+    READINESS: ("readiness",),
+    SET_LIMIT: ("set_limit",),
+    MIGRATE: ("schema", "migrate"),
+    CORRECT: ("correct",),
+    REINDEX: ("reindex",),
+    CYCLES: ("cycles",),
 }
-_REPAIR = {"Q", "S", "T"}
-_ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "prepaid", "P": "prepaid", "K": "prepaid"}
-STATUS, READ, READ_LEDGER, LIMITS, CYCLES, REPAIR = "status", "read", "read_ledger", "limits", "cycles", "repair"
-CORRECT, REINDEX, READINESS, MIGRATE = "correct", "reindex", "readiness", "migrate"
+_REPAIRING = {"Q", "S", "T"}
+_ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "restore", "P": "restore", "K": "restore"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,20 +69,20 @@ class Script:
 
 
 def script_for(letters: set[str]) -> str:
-    """The smallest script with a prelude that knows these operations."""
-    if letters & _REPAIR:
-        return "repair"
+    """The smallest write script that knows these operations."""
+    if letters & _REPAIRING:
+        return REPAIR
     if len(letters) == 1:
-        return _ALONE.get(next(iter(letters)), "apply")
+        return _ALONE.get(next(iter(letters)), WRITE)
     if letters <= {"D", "L", "M"}:
         return "settle"
-    return "prepaid" if letters & {"H", "P", "K"} else "apply"
+    return "restore" if letters & {"H", "P", "K"} else WRITE
 
 
 @cache
 def script(name: str) -> Script:
     """The script of this name, put together from its parts."""
-    source = "\n".join(_read(part) for part in _PARTS[name])
+    source = "\n".join(_read(part) for part in PARTS[name])
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 

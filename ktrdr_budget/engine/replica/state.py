@@ -135,7 +135,7 @@ class Session:
     # -- the way of a batch --------------------------------------------------------------------------------------------
 
     def goes_simply(self) -> bool:
-        """Whether the next batch may go by ``simple.lua``; once a second one takes the way that keeps house."""
+        """Whether the next batch may go by ``fast_path.lua``; once a second one takes the way that keeps house."""
         if self._detours > 0:
             self._detours -= 1
             return False

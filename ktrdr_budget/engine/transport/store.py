@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from ktrdr_budget.engine.protocol import Command, Read
-from ktrdr_budget.engine.protocol.scripts import Script, script
+from ktrdr_budget.engine.protocol.scripts import WRITE, Script, script
 from ktrdr_budget.engine.transport.connection import Connection, ConnectionPool
 from ktrdr_budget.engine.transport.credentials import Credentials
 from ktrdr_budget.engine.transport.durability import Durability, execute_durably
@@ -208,7 +208,7 @@ class Store:
             finally:
                 connection.release()
 
-        if command.script == "apply":
+        if command.script == WRITE:
             return await self.apply(command.script, command.keys, [str(word) for word in command.args], deadline)
         execute = partial(self._deliver, send)
         async with asyncio.timeout_at(deadline):

@@ -1,17 +1,17 @@
--- apply.lua: the last part. Decides the batch in order, then writes the sums and indexes once.
+-- finish.lua (part): the last part of a batch. Runs the operations in order, then writes sums, ledgers and indexes once.
 --
--- returns one string, a line per item:
---   now_us flags acknowledged epoch due due…     flags: L the store has gone back in time, and did nothing else; - nothing
---                                                epoch is - unless it differs from the known one
---                                                due: ids of holds past their deadline, at most 32; looked for after a
---                                                denial, and else once a second for each replica
---   one reply for each operation, in order
+-- returns one text, a line for each item:
+--   now_us flags acknowledged epoch due due…
+--     flags  L: data was lost, and the batch did nothing else; else -
+--     epoch  - if it is the one of the request
+--     due    ids of holds past their deadline, at most 32: after a denial, else once a second for each replica
+--   the reply to each operation, in order
 
 local SILENT_S = 172800 -- two days
 local LISTED_S = 3110400 -- 36 days
 local REPLICAS_MAX = 2048
 
-local function see_replica()
+local function list_replica()
   call('ZADD', KEYS[7], time[1], ARGV[1])
   call('EXPIRE', KEYS[7], text(LISTED_S))
 end
@@ -19,10 +19,11 @@ end
 local lines = { '', '' }
 for i = first_hold + 1, #KEYS do
   local op = ARGV[first_op + i - first_hold]
-  lines[i - first_hold + 1] = operations[op:sub(1, 1)](op, KEYS[i])
+  lines[i - first_hold + 1] = operations[sub(op, 1, 1)](op, KEYS[i])
 end
 
--- A budget is listed as long as its last window lives, and the lists live as long as the last of them.
+-- List a budget for as long as its last window lives; the lists live as long as the last of all windows. Remove some
+-- budgets whose windows have expired.
 local function list_budget(w, expires)
   local budget, window = match(w.name, '^(.+):(.+)$')
   if w.stale and call('ZSCORE', KEYS[6], budget) then return end
@@ -38,8 +39,8 @@ local function list_budget(w, expires)
   for i = 5, 6 do call('PEXPIREAT', KEYS[i], text(ends_ms)) end
 end
 
--- A window without end outlives most replicas that spend in it: the subtotals of those that were silent for two days are
--- added up in one. A few at a time, once in a second of each replica that writes.
+-- Fold the subtotals of replicas that were silent for two days into one. A window without end outlives most replicas, so
+-- a few are folded once a second by each replica that writes.
 local function fold_subtotals(key)
   local fields = call('HRANDFIELD', key, 16)
   for i = 1, #fields do
@@ -52,7 +53,7 @@ local function fold_subtotals(key)
   end
 end
 
-local function store(w)
+local function write_window(w)
   local key, at, expires = w.key, w.at, ARGV[w.at + 4]
   local events, spent = w[EVENTS], w[SPENT]
   local creates = w.creating and not w.exists
@@ -68,7 +69,7 @@ local function store(w)
   if w.asserting and w.changing then
     dirty = true
     call('HSET', key, 'limit', ARGV[at + 5])
-    -- Where a limit is asserted, the fast path admits: not in a window that is repaired, and of another definition.
+    -- The fast path admits in windows with an asserted limit: never in a restored one of another definition.
     if not w.conflict then call('HSET', key, 'asserted', w.claim) end
   end
   if w[HELD] ~= 0 then call('HINCRBY', key, 'held', text(w[HELD])) end
@@ -86,18 +87,18 @@ local function store(w)
   end
   if expires == '0' then
     if new_second and call('HLEN', key) > 32 then fold_subtotals(key) end
-  elseif not w.exists then -- whatever has begun, or has come back, expires
+  elseif not w.exists then
     call('PEXPIREAT', key, expires)
   end
 end
 
 for i = 1, n_windows do
-  -- A hold of several windows may outlive one of them: what is gone stays gone.
-  if not windows[i].gone then store(windows[i]) end
+  -- A hold may outlive one of its windows, which then stays gone.
+  if not windows[i].gone then write_window(windows[i]) end
 end
-if n_added > 0 or due_removed[1] then store_due() end
+if n_added > 0 or due_removed[1] then write_due() end
 
--- The index of unconfirmed holds is kept by the expiry of their records: what nobody resolved leaves with them.
+-- Unconfirmed holds are indexed by the expiry of their records, and leave the index with them.
 if unconfirmed_changes then
   for id, key in pairs(unconfirmed_changes) do
     if key then
@@ -110,15 +111,15 @@ if unconfirmed_changes then
 end
 
 if dirty then
-  if epoch == '-' then -- its first words tell the schema
-    epoch = '3.' .. match(ARGV[6], '^%S+')
+  if epoch == '-' then
+    epoch = SCHEMA .. match(ARGV[6], '^%S+')
     call('HSET', KEYS[1], 'epoch', epoch)
   end
   acknowledged = call('HINCRBY', KEYS[1], 'r:' .. ARGV[1], 1)
   if new_second then
-    see_replica()
-    -- Among very many, replicas that were silent for two days are forgotten, a few at a time. Not among few: should the
-    -- store's clock jump, one that is forgotten would take that for a loss.
+    list_replica()
+    -- Among very many replicas, those that were silent for two days are forgotten, a few at a time. Among few they stay:
+    -- after a jump of the store's clock, a replica that was forgotten would detect a data loss.
     local silent = call('ZCARD', KEYS[7]) > REPLICAS_MAX
       and call('ZRANGEBYSCORE', KEYS[7], '-inf', text(time[1] - SILENT_S), 'LIMIT', 0, 16) or {}
     for i = 1, #silent do
@@ -128,8 +129,8 @@ if dirty then
   end
 end
 
--- A replica that only reads is seen, too: once an hour, whether or not the store has memory left for it.
-if not dirty and acknowledged ~= '0' and last_seen and time[1] - last_seen > 3600 then pcall(see_replica) end
+-- A replica that only reads is listed once an hour, whether or not the store has memory left for it.
+if not dirty and acknowledged ~= '0' and last_seen and time[1] - last_seen > 3600 then pcall(list_replica) end
 
 local due = ''
 if denied_any or new_second then

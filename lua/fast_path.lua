@@ -1,4 +1,4 @@
--- simple.lua: the way of nearly all reservations and commits, without what others need: reservations that fit, in windows
+-- fast_path.lua: the way of nearly all reservations and commits, without what others need: reservations that fit, in windows
 -- that exist as their client knows them; commits of holds whose record is what their client was told. Whatever is not
 -- that simple is answered `s`. Nothing is changed for it, and it is sent again to the script that knows everything, which
 -- each client asks once a second besides: about holds that are due, and to be known as alive.
@@ -20,7 +20,7 @@
 -- reply  k           committed
 --        g           granted
 --        s           not that simple
--- returns as apply.lua
+-- returns as finish.lua
 
 local gmatch, find = string.gmatch, string.find
 local TOTAL, CAP, HELD, SPENT, EVENTS, OVERRUNS, ENTRIES = 1, 2, 3, 4, 5, 6, 7 -- of a window: as stored, its limit, and what changes

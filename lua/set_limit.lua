@@ -1,0 +1,33 @@
+-- set_limit.lua: set or clear a limit at run time, for all replicas.
+--
+-- KEYS   1 limits (hash: per budget limit, until_ms, and the time it was set, in µs)   2 meta (hash: the field `limits`
+--        exists while there are such limits)   3 budgets (hash)
+-- ARGV   1 budget   2 limit in units; '-' for uncapped, '' to clear   3 until_ms; 0 for good   4 the budget's definition,
+--        which is registered if none is, since a limit is an amount of its unit
+-- returns the store's time in µs; or 'm definition': another definition is registered, nothing was changed
+--
+-- Removes limits that have ended, a few at a time.
+
+local time = redis.call('TIME')
+local now_ms, now_us = time[1] * 1000 + math.floor(time[2] / 1000), time[1] .. string.format('%06d', time[2])
+local registered = redis.call('HGET', KEYS[3], 'd:' .. ARGV[1])
+if registered and registered ~= ARGV[4] then return 'm ' .. registered end
+local sample = redis.call('HRANDFIELD', KEYS[1], 16, 'WITHVALUES')
+for i = 1, #sample, 2 do
+  local until_ms = tonumber(string.match(sample[i + 1], ' (%d+)'))
+  if until_ms > 0 and until_ms <= now_ms then redis.call('HDEL', KEYS[1], sample[i]) end
+end
+if ARGV[2] == '' then
+  redis.call('HDEL', KEYS[1], ARGV[1])
+else
+  redis.call('HSET', KEYS[3], 'd:' .. ARGV[1], ARGV[4])
+  -- Ten years, until the first window of a budget decides (finish.lua).
+  if redis.call('PTTL', KEYS[3]) == -1 then redis.call('PEXPIRE', KEYS[3], '315360000000') end
+  redis.call('HSET', KEYS[1], ARGV[1], ARGV[2] .. ' ' .. ARGV[3] .. ' ' .. now_us)
+end
+if redis.call('EXISTS', KEYS[1]) == 1 then
+  redis.call('HSET', KEYS[2], 'limits', '1')
+else
+  redis.call('HDEL', KEYS[2], 'limits')
+end
+return now_us

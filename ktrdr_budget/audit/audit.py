@@ -303,7 +303,7 @@ def _log_index_changes(changes: Sequence[IndexChange]) -> None:
 
 
 def _snapshot(reader: AuditReader, budget: str, window: str) -> WindowSnapshot | str:
-    """A window, or why it cannot be read, which does not affect other windows."""
+    """Read a window; return the reason if it cannot be read, so that the other windows are checked."""
     from redis import ResponseError
 
     try:
@@ -317,7 +317,7 @@ def _snapshot(reader: AuditReader, budget: str, window: str) -> WindowSnapshot |
 
 
 def _differences(snapshot: WindowSnapshot, ledger: Ledger) -> tuple[dict[str, int], int]:
-    """The correction of each wrong counter, and the amount that the ledger lacks.
+    """Compute the correction of each wrong counter, and the amount that the ledger lacks.
 
     The ledger is taken for damaged if two other sources agree on a higher spend: the counter, and the sum of the
     replicas' subtotals. Then no money is returned.

@@ -33,7 +33,7 @@ _RESOLVING = frozenset({"correction", "release", "revival"})
 
 
 def connect(url: str, key: str, timeout: float, credentials: Credentials | None = None) -> Any:
-    """Connect a synchronous client to the server that has this key: of a cluster or behind Sentinel, the current one.
+    """Connect a synchronous client to the current primary of a key: a single server, in a cluster, or behind Sentinel.
 
     Raises:
         InvalidArgument: the URL is not usable.
@@ -285,7 +285,7 @@ class AuditReader:
     def correct(
         self, budget: str, window: str, snapshot: WindowSnapshot, differences: dict[str, int], missing: int, note: str
     ) -> dict[str, tuple[int, int]] | None:
-        """Add differences to counters; return each one's value before and after, ``None`` after another correction.
+        """Add differences to counters; return each value before and after, or ``None`` after another correction.
 
         Args:
             snapshot: the snapshot that the differences were found in.
@@ -303,7 +303,7 @@ class AuditReader:
     # -- indexes -------------------------------------------------------------------------------------------------------
 
     def reindex(self) -> list[tuple[str, str]]:
-        """Rebuild the indexes of holds from their records; return changes (``+due`` or the like), hold ids."""
+        """Rebuild the indexes of holds from their records; return changes like ``+due``, with hold ids."""
         prefix = self._keys.hold_prefix
         ids = (key.decode().removeprefix(prefix) for key in self._scan(prefix))
         changes = list(self._reindex(ids, self._unindexed))

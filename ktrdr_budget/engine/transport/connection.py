@@ -152,7 +152,7 @@ class Connection(asyncio.Protocol):
 
     @property
     def is_open(self) -> bool:
-        """Whether the connection is open, as far as the event loop has noticed."""
+        """Whether the connection is open; the event loop may not have noticed its end yet."""
         return not self._transport.is_closing()
 
     @property

@@ -38,7 +38,7 @@ _SLOTS = ("CLUSTER", "SLOTS")
 
 
 class PrimaryNotFound(Exception):
-    """No primary server was found; ``confirmed`` if the replies say so, rather than for lack of replies."""
+    """No primary server was found: ``confirmed`` by the sources, or for lack of replies."""
 
     def __init__(self, message: str, confirmed: bool) -> None:
         super().__init__(message)
@@ -213,7 +213,7 @@ class _SentinelView:
 
 
 class SentinelDiscovery(Discovery):
-    """The master of a service, by the most recent view among the sentinels."""
+    """Finds the master of a service, by the most recent view among the sentinels."""
 
     always_checks = True
 
@@ -248,7 +248,7 @@ class SentinelDiscovery(Discovery):
 
 
 class ClusterDiscovery(Discovery):
-    """The primary of a slot, by the first node that does not name the suspect.
+    """Finds the primary of a slot, by the first reply that does not name the suspect.
 
     Args:
         slot: the slot of the tenant's keys.
@@ -294,7 +294,7 @@ class ClusterDiscovery(Discovery):
 
 
 def primary_of_slot(slot: int, ranges: Any, source: Address) -> tuple[Address | None, list[Address]]:
-    """The primary of a slot, and all nodes, in a reply to ``CLUSTER SLOTS``.
+    """Parse a reply to ``CLUSTER SLOTS``: the primary of a slot, and all nodes.
 
     Args:
         source: the address of the node that replied.
@@ -309,6 +309,6 @@ def primary_of_slot(slot: int, ranges: Any, source: Address) -> tuple[Address | 
 
 
 def node_address(member: Sequence[Any], source: Address) -> Address | None:
-    """Host and port in a reply; a node without a configured host name has the host of the source."""
+    """Parse host and port of a node, without a name the source's host; ``None`` if the address is unknown."""
     host = (member[0] or b"").decode()
     return None if host == "?" else (host or source[0], int(member[1]))

@@ -52,8 +52,10 @@ class Transient(Exception):
 
 
 class NoScript(Exception):
-    """The request was not executed, and ``Store.apply`` can resend it as it must be sent: the server lacks the script
-    (after a restart, SCRIPT FLUSH, on another node), or a cluster node has redirected the request."""
+    """The request was not executed; ``Store.apply`` can resend it.
+
+    The server lacks the script (after a restart, SCRIPT FLUSH, on another node), or a cluster node sent a redirect.
+    """
 
 
 class Redirection(NamedTuple):
@@ -92,7 +94,7 @@ def is_temporary(error: Exception) -> bool:
 
 
 def translate(error: Exception, shown: str) -> Exception:
-    """The error of this package for a failure of the transport; any other error is returned as it is.
+    """Translate a failure into an error of this package; return any other error unchanged.
 
     Args:
         shown: the store's URL without secrets.

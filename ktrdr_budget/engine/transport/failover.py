@@ -131,7 +131,7 @@ class FailoverStore(Store):
             self._move_to(address)
 
     def node_at(self, address: Address) -> Node:
-        """A server of this store."""
+        """Create a :class:`Node` for a server of this store."""
         timeout = self._connect_timeout
         url = self._parsed.at(address, socket_connect_timeout=str(timeout))
         return Node(url, address, timeout, self.credentials)

@@ -28,7 +28,7 @@ _CHECKS = 2
 
 
 class _Detachable:
-    """Packs words that are ``bytes``, ``str`` or ``int``; gives its stream away."""
+    """Packs commands by :mod:`.resp`, and can give its stream away."""
 
     _writer: asyncio.StreamWriter | None
     _reader: asyncio.StreamReader | None
@@ -41,7 +41,7 @@ class _Detachable:
         return [pack(words)]
 
     def detach(self) -> asyncio.StreamWriter:
-        """Give the stream to the caller; this object is in the state of a connection never opened."""
+        """Give the stream to the caller; afterwards this object is like a connection that was never opened."""
         writer, self._writer, self._reader = self._writer, None, None
         assert writer is not None
         return writer

@@ -26,7 +26,7 @@ _REDIRECTIONS_MAX = 5
 
 
 def _may_run_twice() -> None:
-    """The ``on_resend`` of a request that may be sent twice without further notice."""
+    """The ``on_resend`` of a request whose second execution does no harm."""
 
 
 class Store:
@@ -86,8 +86,10 @@ class Store:
             await node.close()
 
     def forget(self) -> Any:
-        """Drop all connections without closing them, in the child of a fork; the caller must keep the returned objects:
-        their destructors would close the parent's connections."""
+        """Drop all connections without closing them, in the child of a fork.
+
+        The caller must keep the returned objects: their destructors would close the parent's connections.
+        """
         connections = self.node
         self.node, self._connections = None, ConnectionPool()
         self._opening = None
@@ -187,7 +189,7 @@ class Store:
             raise failure from None
 
     async def run(self, command: Command | Read, deadline: float) -> Any:
-        """Run a read script or a plain command and return its reply; the write script goes out as a batch.
+        """Run a read script or a plain command and return its reply; the write script is sent as a batch.
 
         Args:
             deadline: how long to wait for the reply, as a time of the event loop.

@@ -81,24 +81,24 @@ def _estimates(budget: object, estimate: Any) -> dict[str, Any]:
     return given
 
 
-def check_callable(function: object, what: str, arguments: Sequence[str] | None = None) -> None:
+def check_callable(function: object, parameter: str, arguments: Sequence[str] | None = None) -> None:
     """Check that ``function`` is a sync function that accepts these arguments.
 
     Args:
-        what: the name of the parameter, for the error.
+        parameter: the name of the parameter, for the error.
         arguments: the names of the positional arguments; ``None`` if they are unknown.
 
     Raises:
         InvalidArgument: the function does not accept the arguments, or is a coroutine function.
     """
-    wanted = f"{what} must be a function" + ("" if arguments is None else f" of ({', '.join(arguments)})")
+    expected = f"{parameter} must be a function" + ("" if arguments is None else f" of ({', '.join(arguments)})")
     if not callable(function) or inspect.iscoroutinefunction(function):
-        raise InvalidArgument(f"{wanted}, not {shown(function)}")
+        raise InvalidArgument(f"{expected}, not {shown(function)}")
     try:
         if arguments is not None:
             inspect.signature(function).bind(*arguments)
     except TypeError:
-        raise InvalidArgument(f"{wanted}, not {shown(function)}") from None
+        raise InvalidArgument(f"{expected}, not {shown(function)}") from None
     except ValueError:  # some built-in functions have no signature
         pass
 

@@ -257,11 +257,11 @@ def _reason(error: Exception) -> str:
     return (error.strerror or str(error)) if isinstance(error, OSError) else str(error)
 
 
-def exact_price(price: AmountIn, what: str) -> Decimal:
+def exact_price(price: AmountIn, name: str) -> Decimal:
     """Convert a price in dollars exactly: it may have more decimals than a nano-dollar.
 
     Args:
-        what: the name of the price, for the error.
+        name: the name of the price, for the error.
 
     Raises:
         InvalidAmount: the price is not a finite, non-negative number.
@@ -269,7 +269,7 @@ def exact_price(price: AmountIn, what: str) -> Decimal:
     try:
         to_units(price)  # only to validate the number
     except InvalidAmount as error:
-        raise InvalidAmount(f"{what}: {error}") from None
+        raise InvalidAmount(f"{name}: {error}") from None
     return Decimal(repr(price)) if isinstance(price, float) else Decimal(price)
 
 

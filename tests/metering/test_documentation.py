@@ -27,8 +27,8 @@ BUDGETS = [Budget("agent", "5.00")]
 def blocks(heading: str, language: str) -> list[str]:
     """The code blocks of one section, without its subsections."""
     (section,) = re.findall(rf"^#+ {heading}$(.*?)(?=^#+ |\Z)", TEXT, re.MULTILINE | re.DOTALL)
-    found = re.findall(r"^```(\w+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
-    return [body for name, body in found if name == language]
+    code_blocks = re.findall(r"^```(\w+)\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
+    return [body for name, body in code_blocks if name == language]
 
 
 def example(heading: str) -> dict[str, Any]:

@@ -486,8 +486,8 @@ def test_concurrent_accruals_of_threads_are_all_counted(client, sync_limiter):
 
 @pytest.fixture
 async def proxy(server, tmp_path_factory):
-    async with Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as made:
-        yield made
+    async with Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as proxy:
+        yield proxy
 
 
 async def test_calls_cancelled_during_a_growth_claim_nothing(client, proxy):

@@ -42,17 +42,17 @@ class ProviderError(Exception):
 
 @pytest.fixture
 def recorded(monkeypatch):
-    found = Recorded()
-    monkeypatch.setattr(spans, "_tracer", found.tracer)
-    return found
+    recorder = Recorded()
+    monkeypatch.setattr(spans, "_tracer", recorder.tracer)
+    return recorder
 
 
 @pytest.fixture
 def reader(monkeypatch):
-    found = InMemoryMetricReader()
-    provider = MeterProvider([found], shutdown_on_exit=False)
+    metric_reader = InMemoryMetricReader()
+    provider = MeterProvider([metric_reader], shutdown_on_exit=False)
     monkeypatch.setattr(instruments, "_instruments", instruments.make_instruments(provider.get_meter("ktrdr_budget")))
-    yield found
+    yield metric_reader
     provider.shutdown()
 
 
@@ -74,10 +74,10 @@ async def test_a_call_has_a_span_with_its_usage_cost_and_budgets(recorded, meter
         async with meter.call(**CALL) as call:
             assert get_current_span().name == "chat road"
             call.finish(Usage(1000, 20, 300, 100))
-    found = recorded["chat road"]
-    assert (found.kind, found.status.status_code) == (SpanKind.CLIENT, StatusCode.UNSET)
-    assert found.parent.span_id == recorded["phase"].context.span_id
-    assert found.attributes == {
+    chat_span = recorded["chat road"]
+    assert (chat_span.kind, chat_span.status.status_code) == (SpanKind.CLIENT, StatusCode.UNSET)
+    assert chat_span.parent.span_id == recorded["phase"].context.span_id
+    assert chat_span.attributes == {
         **NAMES,
         gen_ai.GEN_AI_USAGE_INPUT_TOKENS: 1000,
         gen_ai.GEN_AI_USAGE_OUTPUT_TOKENS: 20,
@@ -117,24 +117,24 @@ async def test_metrics_of_a_call_match_the_conventions_and_count_cost_per_budget
     for _ in range(2):
         async with meter.call(**CALL) as call:
             call.finish(Usage(1000, 20))
-    found = metrics(reader)
-    assert set(found) == {
+    measured = metrics(reader)
+    assert set(measured) == {
         gen_ai_metrics.GEN_AI_CLIENT_TOKEN_USAGE,
         gen_ai_metrics.GEN_AI_CLIENT_OPERATION_DURATION,
         "ktrdr.budget.cost",
     }
-    usage = found["gen_ai.client.token.usage"]
+    usage = measured["gen_ai.client.token.usage"]
     assert usage.unit == "{token}"
     points = {point.attributes["gen_ai.token.type"]: point for point in usage.data.data_points}
     assert (points["input"].sum, points["input"].count, points["output"].sum) == (2000, 2, 40)
     assert points["input"].attributes == {**NAMES, "gen_ai.token.type": "input"}
     assert points["input"].explicit_bounds == tuple(4**power for power in range(14))
-    duration = found["gen_ai.client.operation.duration"]
+    duration = measured["gen_ai.client.operation.duration"]
     (point,) = duration.data.data_points
     assert (duration.unit, point.count, dict(point.attributes)) == ("s", 2, NAMES)
     assert point.explicit_bounds == tuple(0.01 * 2**power for power in range(14))
     spend = {
-        point.attributes["ktrdr.budget.name"]: point.value for point in found["ktrdr.budget.cost"].data.data_points
+        point.attributes["ktrdr.budget.name"]: point.value for point in measured["ktrdr.budget.cost"].data.data_points
     }
     assert spend == {"agent": pytest.approx(0.022), "team": pytest.approx(0.022)}
 
@@ -144,9 +144,9 @@ async def test_an_error_is_recorded_by_type_without_its_message(recorded, reader
         async with meter.call(**CALL) as call:
             call.rejected()
             raise ProviderError("invalid prompt: my secret prompt")
-    found = recorded["chat road"]
-    assert (found.attributes["error.type"], found.status.status_code) == ("529", StatusCode.ERROR)
-    assert "secret" not in found.to_json()
+    chat_span = recorded["chat road"]
+    assert (chat_span.attributes["error.type"], chat_span.status.status_code) == ("529", StatusCode.ERROR)
+    assert "secret" not in chat_span.to_json()
     (point,) = metrics(reader)["gen_ai.client.operation.duration"].data.data_points
     assert point.attributes["error.type"] == "529"
     assert "ktrdr.budget.cost" not in metrics(reader)
@@ -157,18 +157,18 @@ async def test_a_failed_stream_is_recorded_as_an_estimate(recorded, meter):
         async with meter.call(**CALL) as call:
             call.report(Usage(0, 20))
             raise ConnectionResetError
-    found = recorded["chat road"].attributes
-    assert (found["ktrdr.budget.estimated"], found["error.type"]) == (True, "ConnectionResetError")
-    assert (found["gen_ai.usage.input_tokens"], found["gen_ai.usage.output_tokens"]) == (1000, 20)
-    assert found["ktrdr.budget.cost"] == 0.0135
+    attributes = recorded["chat road"].attributes
+    assert (attributes["ktrdr.budget.estimated"], attributes["error.type"]) == (True, "ConnectionResetError")
+    assert (attributes["gen_ai.usage.input_tokens"], attributes["gen_ai.usage.output_tokens"]) == (1000, 20)
+    assert attributes["ktrdr.budget.cost"] == 0.0135
 
 
 async def test_a_denied_call_has_a_span_but_no_metrics(recorded, reader, meter):
     with pytest.raises(BudgetExceeded):
         await meter.call(**CALL | {"output_tokens_max": 10**6}).__aenter__()
-    found = recorded["chat road"]
-    assert (found.attributes["outcome"], found.attributes["reason"]) == ("denied", "exceeds_limit")
-    assert found.status.status_code is StatusCode.UNSET, "a denial is an outcome"
+    chat_span = recorded["chat road"]
+    assert (chat_span.attributes["outcome"], chat_span.attributes["reason"]) == ("denied", "exceeds_limit")
+    assert chat_span.status.status_code is StatusCode.UNSET, "a denial is an outcome"
     assert metrics(reader) == {}
     assert not get_current_span().get_span_context().is_valid
 
@@ -178,9 +178,9 @@ async def test_a_cancelled_call_has_the_outcome_cancelled(recorded, meter):
         async with meter.call(**CALL) as call:
             call.report(Usage(1000, 20))
             raise asyncio.CancelledError
-    found = recorded["chat road"]
-    assert (found.attributes["outcome"], found.status.status_code) == ("cancelled", StatusCode.UNSET)
-    assert found.attributes["ktrdr.budget.cost"] == 0.011
+    chat_span = recorded["chat road"]
+    assert (chat_span.attributes["outcome"], chat_span.status.status_code) == ("cancelled", StatusCode.UNSET)
+    assert chat_span.attributes["ktrdr.budget.cost"] == 0.011
 
 
 # -- generators closed by another task or thread -----------------------------------------------------------------------
@@ -207,10 +207,10 @@ async def test_a_generator_closed_by_another_task_is_no_error_in_log_or_span(rec
     await asyncio.create_task(anext(words))
     await asyncio.create_task(words.aclose())
     assert caplog.records == []
-    found = recorded["chat road"]
-    assert found.status.status_code is StatusCode.UNSET
-    assert (found.attributes["outcome"], found.events) == ("cancelled", ())
-    assert ERROR_TYPE not in found.attributes
+    chat_span = recorded["chat road"]
+    assert chat_span.status.status_code is StatusCode.UNSET
+    assert (chat_span.attributes["outcome"], chat_span.events) == ("cancelled", ())
+    assert ERROR_TYPE not in chat_span.attributes
     (point,) = metrics(reader)["gen_ai.client.operation.duration"].data.data_points
     assert ERROR_TYPE not in point.attributes
     assert (await meter.limiter.status("agent")).spent == Decimal("0.011")
@@ -243,9 +243,9 @@ async def test_the_span_of_a_generator_closed_by_another_task_is_no_error(record
             yield
 
     for block in (span("phase"), operation_scope("op_1", "agent_research"), spans.suppressed()):
-        made = inside(block)
-        await asyncio.create_task(anext(made))
-        await asyncio.create_task(made.aclose())
+        generator = inside(block)
+        await asyncio.create_task(anext(generator))
+        await asyncio.create_task(generator.aclose())
     assert caplog.records == []
     assert recorded["phase"].status.status_code is StatusCode.UNSET
 

@@ -366,17 +366,17 @@ async def test_the_time_of_the_reservation_decides_the_price(limiter):
 
 @pytest.fixture
 async def proxy(server, tmp_path_factory):
-    async with Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as made:
-        yield made
+    async with Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as proxy:
+        yield proxy
 
 
 @pytest.fixture
 async def proxied_limiter(proxy):
     """A limiter behind the proxy, already connected."""
-    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as made:
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as limiter:
         with pytest.raises(BudgetExceeded):
-            await made.reserve("agent", "6.00")
-        yield made
+            await limiter.reserve("agent", "6.00")
+        yield limiter
 
 
 async def cancelled(task: asyncio.Task) -> None:

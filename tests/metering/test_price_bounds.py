@@ -113,9 +113,9 @@ def test_no_usage_costs_more_than_the_worst_case_of_a_configured_price(usage, gi
 @pytest.mark.parametrize("input_tokens", [0, 1])
 def test_no_listed_model_is_free_for_tokens_without_a_price(input_tokens):
     now = datetime(2026, 11, 23, tzinfo=UTC)
-    found = [names for names in MODELS if PRICES.price_list.find(*names)]  # a few have other names only
-    assert len(found) > 2000
-    for provider, model in found:
+    listed = [names for names in MODELS if PRICES.price_list.find(*names)]  # a few have other names only
+    assert len(listed) > 2000
+    for provider, model in listed:
         info = SNAPSHOT.find_provider_model(model, None, provider, None)[1]
         priced = vars(info.get_prices(now)).keys()
         usage = Usage(input_tokens, 1 - input_tokens)

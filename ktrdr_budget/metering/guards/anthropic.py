@@ -59,26 +59,26 @@ class AnthropicDialect:
 
     def bound(self, route: Route, model: str, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
         """See :meth:`Dialect.bound`."""
-        found = InputBound(options, size)
-        refuse_routing(found, body)
+        input_bound = InputBound(options, size)
+        refuse_routing(input_bound, body)
         for name in _UNBOUNDED:
             if body.get(name) not in (None, [], {}, "global"):
-                found.refuse(f"{name!r}")
+                input_bound.refuse(f"{name!r}")
         if "compact" in str(body.get("context_management") or ""):
-            found.refuse("compaction")
+            input_bound.refuse("compaction")
         if body.get("thread") is not None:
-            found.unseen("a stored thread")
+            input_bound.add_unknown_size("a stored thread")
         for tool in body.get("tools") or []:
-            _bound_tool(found, tool)
+            _bound_tool(input_bound, tool)
         for content in (body.get("system"), *(message.get("content") for message in body.get("messages") or [])):
             for block in _blocks(content):
-                _bound_block(found, block)
+                _bound_block(input_bound, block)
                 if block.get("type") == "tool_reference":
-                    found.add(_longest_tool(body))
+                    input_bound.add(_longest_tool(body))
         output, changes = output_bound(options, model, body.get("max_tokens"), "max_tokens")
         return Bound(
             model=model,
-            input_tokens_max=found.total(),
+            input_tokens_max=input_bound.total(),
             output_tokens_max=output,
             output_hint=output_hint(options, body.get("max_tokens"), "max_tokens"),
             service_tier=_requested_tier(body),
@@ -91,14 +91,14 @@ class AnthropicDialect:
         return _MessagesUsageParser(bound)
 
 
-def _bound_tool(found: InputBound, tool: dict[str, Any]) -> None:
+def _bound_tool(input_bound: InputBound, tool: dict[str, Any]) -> None:
     kind = tool.get("type")
     if kind in (None, "custom"):
         return
     if str(kind).startswith(_CLIENT_TOOLS):
-        found.add(CLIENT_TOOL_TOKENS_MAX)
+        input_bound.add(CLIENT_TOOL_TOKENS_MAX)
     else:
-        found.refuse(f"the provider's tool {kind!r}")
+        input_bound.refuse(f"the provider's tool {kind!r}")
 
 
 def _blocks(content: Any) -> Iterator[dict[str, Any]]:
@@ -118,24 +118,24 @@ def _longest_tool(body: dict[str, Any]) -> int:
     return max([text_bytes(json.dumps(tool)) for tool in body.get("tools") or []], default=0)
 
 
-def _bound_block(found: InputBound, block: dict[str, Any]) -> None:
+def _bound_block(input_bound: InputBound, block: dict[str, Any]) -> None:
     kind = str(block.get("type"))
     source = block.get("source")
     if not isinstance(source, dict):
         source = {}
     if kind == "image":
-        found.replace(source.get("data") if source.get("type") == "base64" else None, IMAGE_TOKENS_MAX)
+        input_bound.replace(source.get("data") if source.get("type") == "base64" else None, IMAGE_TOKENS_MAX)
     elif kind == "document":
         if source.get("type") not in ("text", "content"):
-            found.replace(source.get("data"), 0)
-            found.unseen("a document")
+            input_bound.replace(source.get("data"), 0)
+            input_bound.add_unknown_size("a document")
     elif kind == "tool_addition":
         tool = block.get("tool") or {}
-        _bound_tool(found, tool.get("definition") or {})  # a referenced tool is checked where it is defined
+        _bound_tool(input_bound, tool.get("definition") or {})  # a referenced tool is checked where it is defined
     elif kind == "container_upload":
-        found.refuse("a container")
+        input_bound.refuse("a container")
     elif kind not in _READABLE and not kind.endswith(_READABLE_ENDINGS):
-        found.unseen(f"a block of type {kind!r}")
+        input_bound.add_unknown_size(f"a block of type {kind!r}")
 
 
 def _requested_tier(body: dict[str, Any]) -> str | None:

@@ -171,7 +171,7 @@ class InputBound:
     def __init__(self, options: GuardOptions, size: int) -> None:
         self._options = options
         self._tokens = size + HIDDEN_INPUT_TOKENS
-        self._unseen: list[str] = []
+        self._unknown_sizes: list[str] = []
 
     def replace(self, data: object, tokens: int) -> None:
         """Count data that is not billed as text with this many tokens instead of its bytes."""
@@ -181,18 +181,18 @@ class InputBound:
         """Add tokens that are not in the request."""
         self._tokens += tokens
 
-    def unseen(self, what: str) -> None:
+    def add_unknown_size(self, description: str) -> None:
         """Note input of unknown size."""
-        self._unseen.append(what)
+        self._unknown_sizes.append(description)
 
-    def refuse(self, what: str) -> None:
+    def refuse(self, feature: str) -> None:
         """Refuse a feature whose cost has no bound.
 
         Raises:
             UnmeteredCall: the guard does not allow unmetered calls.
         """
         if not self._options.allow_unmetered:
-            raise UnmeteredCall(f"the cost of {what} cannot be bounded: guard(allow_unmetered=True) lets it through")
+            raise UnmeteredCall(f"the cost of {feature} cannot be bounded: guard(allow_unmetered=True) lets it through")
 
     def total(self) -> int:
         """The bound in tokens.
@@ -200,16 +200,16 @@ class InputBound:
         Raises:
             UnmeteredCall: the request has input of unknown size.
         """
-        if not self._unseen:
+        if not self._unknown_sizes:
             return self._tokens
         if self._options.max_input_tokens is not None:
             return self._tokens + self._options.max_input_tokens
         if self._options.allow_unmetered:
             return self._tokens
-        raise UnmeteredCall(f"the size of {', '.join(self._unseen)} is unknown: set guard(max_input_tokens=...)")
+        raise UnmeteredCall(f"the size of {', '.join(self._unknown_sizes)} is unknown: set guard(max_input_tokens=...)")
 
 
-def refuse_routing(found: InputBound, body: dict[str, Any]) -> None:
+def refuse_routing(input_bound: InputBound, body: dict[str, Any]) -> None:
     """Refuse requests that other models may answer, or that may cause paid work of the provider.
 
     Raises:
@@ -217,7 +217,7 @@ def refuse_routing(found: InputBound, body: dict[str, Any]) -> None:
     """
     for name in ROUTING_FIELDS:
         if body.get(name):
-            found.refuse(f"{name!r}")
+            input_bound.refuse(f"{name!r}")
 
 
 def text_size(content: bytes, body: dict[str, Any]) -> int:

@@ -88,33 +88,33 @@ class OpenAIDialect:
 
     def bound(self, route: Route, model: str, body: dict[str, Any], size: int, options: GuardOptions) -> Bound:
         """See :meth:`Dialect.bound`."""
-        found = InputBound(options, size)
-        refuse_routing(found, body)
+        input_bound = InputBound(options, size)
+        refuse_routing(input_bound, body)
         if _SEARCHES.search(model):
-            found.refuse(f"{model!r}, which searches the web,")
+            input_bound.refuse(f"{model!r}, which searches the web,")
         if route == "embeddings":
-            return Bound(model, found.total(), 0, operation="embeddings", service_tier="")
+            return Bound(model, input_bound.total(), 0, operation="embeddings", service_tier="")
         if route == "responses":
-            return _bound_response(found, body, model, options)
+            return _bound_response(input_bound, body, model, options)
         if route == "chat/completions":
-            return _bound_chat(found, body, model, options)
-        return _bound_completion(found, body, model, options)
+            return _bound_chat(input_bound, body, model, options)
+        return _bound_completion(input_bound, body, model, options)
 
     def usage_parser(self, route: Route, bound: Bound) -> UsageParser:
         """See :meth:`Dialect.usage_parser`."""
         return _ResponsesUsageParser(bound) if route == "responses" else _ChatUsageParser(bound)
 
 
-def _bound_chat(found: InputBound, body: dict[str, Any], model: str, options: GuardOptions) -> Bound:
-    _refuse(found, body, _CHAT_UNBOUNDED)
+def _bound_chat(input_bound: InputBound, body: dict[str, Any], model: str, options: GuardOptions) -> Bound:
+    _refuse(input_bound, body, _CHAT_UNBOUNDED)
     if "audio" in (body.get("modalities") or []):
-        found.refuse("audio")
+        input_bound.refuse("audio")
     for tool in body.get("tools") or []:
-        _bound_tool(found, tool)
+        _bound_tool(input_bound, tool)
     for message in body.get("messages") or []:
-        _bound_parts(found, message.get("content"))
+        _bound_parts(input_bound, message.get("content"))
         if message.get("audio"):
-            found.refuse("audio")
+            input_bound.refuse("audio")
     deprecated_limit = body.get("max_tokens")
     limit = deprecated_limit if body.get("max_completion_tokens") is None else body["max_completion_tokens"]
     parameter = "max_completion_tokens" if options.provider in _OWN else "max_tokens"
@@ -124,7 +124,7 @@ def _bound_chat(found: InputBound, body: dict[str, Any], model: str, options: Gu
     choices = _choices(body, "n")
     return Bound(
         model=model,
-        input_tokens_max=found.total(),
+        input_tokens_max=input_bound.total(),
         output_tokens_max=(output + predicted) * choices,
         output_hint=output_hint(options, limit, parameter),
         service_tier=_requested_tier(body),
@@ -134,24 +134,24 @@ def _bound_chat(found: InputBound, body: dict[str, Any], model: str, options: Gu
     )
 
 
-def _bound_response(found: InputBound, body: dict[str, Any], model: str, options: GuardOptions) -> Bound:
-    _refuse(found, body, _RESPONSES_UNBOUNDED)
+def _bound_response(input_bound: InputBound, body: dict[str, Any], model: str, options: GuardOptions) -> Bound:
+    _refuse(input_bound, body, _RESPONSES_UNBOUNDED)
     for name, what in (
         ("previous_response_id", "an earlier response"),
         ("conversation", "a stored conversation"),
     ):
         if body.get(name) is not None:
-            found.unseen(what)
+            input_bound.add_unknown_size(what)
     for tool in body.get("tools") or []:
-        _bound_tool(found, tool)
+        _bound_tool(input_bound, tool)
     for item in body["input"] if isinstance(body.get("input"), list) else []:
-        _bound_item(found, item)
+        _bound_item(input_bound, item)
     if (body.get("reasoning") or {}).get("mode") not in (None, "standard"):
-        found.refuse("a reasoning mode other than 'standard'")
+        input_bound.refuse("a reasoning mode other than 'standard'")
     output, changes = output_bound(options, model, body.get("max_output_tokens"), "max_output_tokens")
     return Bound(
         model=model,
-        input_tokens_max=found.total(),
+        input_tokens_max=input_bound.total(),
         output_tokens_max=output,
         output_hint=output_hint(options, body.get("max_output_tokens"), "max_output_tokens"),
         service_tier=_requested_tier(body),
@@ -160,7 +160,7 @@ def _bound_response(found: InputBound, body: dict[str, Any], model: str, options
     )
 
 
-def _bound_completion(found: InputBound, body: dict[str, Any], model: str, options: GuardOptions) -> Bound:
+def _bound_completion(input_bound: InputBound, body: dict[str, Any], model: str, options: GuardOptions) -> Bound:
     limit = body.get("max_tokens")
     if limit is None and options.provider in _OWN:
         limit = COMPLETIONS_TOKENS_DEFAULT
@@ -170,7 +170,7 @@ def _bound_completion(found: InputBound, body: dict[str, Any], model: str, optio
     choices = prompts * max(_choices(body, "n"), _choices(body, "best_of"))
     return Bound(
         model=model,
-        input_tokens_max=found.total(),
+        input_tokens_max=input_bound.total(),
         output_tokens_max=output * choices,
         output_hint=output_hint(options, limit, "max_tokens"),
         operation="text_completion",
@@ -201,61 +201,61 @@ def _choices(body: dict[str, Any], name: str) -> int:
     return 1 if body.get(name) is None else max(1, whole_number(body[name], name))
 
 
-def _refuse(found: InputBound, body: dict[str, Any], names: tuple[str, ...]) -> None:
+def _refuse(input_bound: InputBound, body: dict[str, Any], names: tuple[str, ...]) -> None:
     for name in names:
         if body.get(name):
-            found.refuse(f"{name!r}")
+            input_bound.refuse(f"{name!r}")
 
 
-def _bound_tool(found: InputBound, tool: dict[str, Any]) -> None:
+def _bound_tool(input_bound: InputBound, tool: dict[str, Any]) -> None:
     if tool.get("type") not in _CLIENT_TOOLS:
-        found.refuse(f"the provider's tool {tool.get('type')!r}")
+        input_bound.refuse(f"the provider's tool {tool.get('type')!r}")
 
 
-def _bound_parts(found: InputBound, parts: Any) -> None:
+def _bound_parts(input_bound: InputBound, parts: Any) -> None:
     """The parts of a message's content."""
     for part in parts if isinstance(parts, list) else ():
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "image_url":
             url = part.get("image_url")
-            _bound_image(found, url.get("url") if isinstance(url, dict) else url)
+            _bound_image(input_bound, url.get("url") if isinstance(url, dict) else url)
         elif kind in ("input_image", "computer_screenshot"):
-            _bound_image(found, part.get("image_url"))
+            _bound_image(input_bound, part.get("image_url"))
         elif kind == "input_audio":
-            found.refuse("audio")
+            input_bound.refuse("audio")
         elif kind in ("file", "input_file"):
             file = part.get("file") if isinstance(part.get("file"), dict) else part
-            found.replace(file.get("file_data"), 0)
-            found.unseen("a file")
+            input_bound.replace(file.get("file_data"), 0)
+            input_bound.add_unknown_size("a file")
         elif kind not in _TEXT:
-            found.unseen(f"a part of type {kind!r}")
+            input_bound.add_unknown_size(f"a part of type {kind!r}")
 
 
-def _bound_image(found: InputBound, url: Any) -> None:
-    found.replace(url if isinstance(url, str) and url.startswith("data:") else None, IMAGE_TOKENS_MAX)
+def _bound_image(input_bound: InputBound, url: Any) -> None:
+    input_bound.replace(url if isinstance(url, str) and url.startswith("data:") else None, IMAGE_TOKENS_MAX)
 
 
-def _bound_item(found: InputBound, item: Any) -> None:
+def _bound_item(input_bound: InputBound, item: Any) -> None:
     """One item of a response's input."""
     if not isinstance(item, dict):
         return
     kind = item.get("type", "message")
     for tool in item.get("tools") or ():  # items may add tools
-        _bound_tool(found, tool)
+        _bound_tool(input_bound, tool)
     if kind == "message":
-        _bound_parts(found, item.get("content"))
+        _bound_parts(input_bound, item.get("content"))
     elif kind in ("function_call_output", "custom_tool_call_output"):
-        _bound_parts(found, item.get("output"))
+        _bound_parts(input_bound, item.get("output"))
     elif kind == "compaction_trigger":
-        found.refuse("compaction")
+        input_bound.refuse("compaction")
     elif kind == "item_reference":
-        found.unseen("a stored item")
+        input_bound.add_unknown_size("a stored item")
     elif kind == "reasoning" and not item.get("encrypted_content"):
-        found.unseen("stored reasoning")
+        input_bound.add_unknown_size("stored reasoning")
     elif kind == "computer_call_output":
-        _bound_parts(found, [item.get("output")])
+        _bound_parts(input_bound, [item.get("output")])
     elif kind == "image_generation_call":
-        found.replace(item.get("result"), IMAGE_TOKENS_MAX)
+        input_bound.replace(item.get("result"), IMAGE_TOKENS_MAX)
     # Other items (calls, reasoning, …) are text in the request.
 
 

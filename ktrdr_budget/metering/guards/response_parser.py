@@ -39,7 +39,7 @@ class ResponseParser:
     def __init__(self, usage_parser: UsageParser, *, events: bool, unseen_output_tokens: int) -> None:
         self._parser = usage_parser
         self._events = events
-        self._unseen = unseen_output_tokens
+        self._unseen_output_tokens = unseen_output_tokens
         self._buffer = b""
         self._seen: list[bytes] = []
         """Chunks of one or more whole events, parsed again only if an estimate is needed."""
@@ -111,7 +111,7 @@ class ResponseParser:
         bound, known = self._parser.bound, self._parser.usage or Usage()
         output_max = bound.output_tokens_max
         if all_parsed and self._events and not self.unreadable and not bound.hidden_output:
-            output_max = min(output_max, self._seen_output_bytes() + self._unseen * bound.choices)
+            output_max = min(output_max, self._seen_output_bytes() + self._unseen_output_tokens * bound.choices)
         return replace(known, output_tokens=max(known.output_tokens, output_max))
 
     def _seen_output_bytes(self) -> int:

@@ -60,11 +60,11 @@ async def test_tool_calls_are_billed_as_output(opened: Any, provider: LocalProvi
 async def test_other_endpoints_with_usage_are_metered(opened: Any, provider: LocalProvider) -> None:
     prices = Prices([ModelPrice("openai", GPT, input="0.4", output="1.6")])
     async with opened("openai", pricer=prices) as g:
-        for made in (
+        for result in (
             g.client.embeddings.create(model=EMBEDDING, input=["a text", "another"]),
             g.client.completions.create(model=GPT, prompt=["one", "two"], n=2, max_tokens=9),
         ):
-            await resolve(made)
+            await resolve(result)
         assert [line.output_tokens for line in provider.ledger] == [0, 36]
         assert g.sums["spent"] == g.bill
         assert g.sums["held"] == 0

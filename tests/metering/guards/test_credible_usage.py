@@ -39,13 +39,19 @@ def _document(api: str, usage: Any) -> dict[str, Any]:
     if api == "chat":
         message = {"role": "assistant", "content": "yes"}
         choices = [{"index": 0, "message": message, "finish_reason": "stop"}]
-        made: dict[str, Any] = {"id": "c", "object": "chat.completion", "created": 1, "model": GPT, "choices": choices}
+        document: dict[str, Any] = {
+            "id": "c",
+            "object": "chat.completion",
+            "created": 1,
+            "model": GPT,
+            "choices": choices,
+        }
     elif api == "responses":
-        made = {"id": "r", "object": "response", "created_at": 1, "model": GPT, "output": [], "status": "completed"}
+        document = {"id": "r", "object": "response", "created_at": 1, "model": GPT, "output": [], "status": "completed"}
     else:
-        made = {"id": "m", "type": "message", "role": "assistant", "model": CLAUDE, "content": []}
-        made |= {"stop_reason": "end_turn", "stop_sequence": None}
-    return made if usage is None else {**made, "usage": usage}
+        document = {"id": "m", "type": "message", "role": "assistant", "model": CLAUDE, "content": []}
+        document |= {"stop_reason": "end_turn", "stop_sequence": None}
+    return document if usage is None else {**document, "usage": usage}
 
 
 def _chunk(choices: list[Any], usage: Any = None) -> dict[str, Any]:
@@ -129,28 +135,30 @@ class Caller:
         self.answer = answer
         stream = {"stream": True} if isinstance(answer, list) else {}
         if self.api == "messages":
-            made = self.client.messages.create(model=CLAUDE, max_tokens=MAX_TOKENS, messages=MESSAGES, **stream, **more)
+            result = self.client.messages.create(
+                model=CLAUDE, max_tokens=MAX_TOKENS, messages=MESSAGES, **stream, **more
+            )
         elif self.api == "chat":
-            made = self.client.chat.completions.create(
+            result = self.client.chat.completions.create(
                 model=GPT, max_tokens=MAX_TOKENS, messages=MESSAGES, **stream, **more
             )
         else:
-            made = self.client.responses.create(model=GPT, max_output_tokens=MAX_TOKENS, input="?", **stream, **more)
-        got = await made
-        return [item async for item in got] if stream else [got]
+            result = self.client.responses.create(model=GPT, max_output_tokens=MAX_TOKENS, input="?", **stream, **more)
+        response = await result
+        return [item async for item in response] if stream else [response]
 
 
 @pytest.fixture
 async def limiter(server: Any) -> Any:
-    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as made:
-        yield made
+    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as limiter:
+        yield limiter
 
 
 def _spent(server: Any) -> int:
     with server.client() as store:
-        found = sums(store)
-        assert found["held"] == found["unconfirmed"] == 0
-        return found["spent"]
+        figures = sums(store)
+        assert figures["held"] == figures["unconfirmed"] == 0
+        return figures["spent"]
 
 
 def _estimated(server: Any) -> list[bool]:
@@ -271,8 +279,8 @@ async def test_usage_after_the_end_of_the_output_counts(limiter: Any, server: An
 async def test_usage_in_every_chunk_is_charged_as_a_running_total(limiter: Any, server: Any) -> None:
     """tensorzero #5481, pydantic-ai #5260: cumulative usage."""
     running = [
-        _chunk([{"index": 0, "delta": {"content": "x"}, "finish_reason": None}], _counts("chat", 20, made))
-        for made in range(1, 9)
+        _chunk([{"index": 0, "delta": {"content": "x"}, "finish_reason": None}], _counts("chat", 20, tokens))
+        for tokens in range(1, 9)
     ]
     stop = _chunk([{"index": 0, "delta": {}, "finish_reason": "stop"}], _counts("chat", 20, 9))
     await Caller("chat", limiter, server).call([*running, stop, "[DONE]"])
@@ -287,15 +295,15 @@ STOP = _chunk([{"index": 0, "delta": {}, "finish_reason": "stop"}])
 
 @pytest.mark.parametrize("choices", [[], None], ids=["no choices", "null"])
 @pytest.mark.parametrize(
-    "made", [[WORD, STOP], [WORD], [LAST_WORD]], ids=["finished", "no finish_reason", "all in the last chunk"]
+    "output", [[WORD, STOP], [WORD], [LAST_WORD]], ids=["finished", "no finish_reason", "all in the last chunk"]
 )
 async def test_usage_before_the_first_output_is_not_final(
-    limiter: Any, server: Any, made: list[Any], choices: Any
+    limiter: Any, server: Any, output: list[Any], choices: Any
 ) -> None:
     """The output that follows is not counted in it."""
     caller = Caller("chat", limiter, server)
     first = {**_chunk([], _counts("chat", 20, 0)), "choices": choices}
-    await caller.call([first, *made, "[DONE]"])
+    await caller.call([first, *output, "[DONE]"])
     assert _spent(server) == caller.reserved[0]
     assert _estimated(server) == [True]
 

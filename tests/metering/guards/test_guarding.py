@@ -183,8 +183,7 @@ async def test_a_request_sent_by_the_http_client_is_guarded(opened: Any, provide
 async def test_a_model_without_a_price_is_refused(opened: Any, provider: LocalProvider, method: Method) -> None:
     async with opened(method.sdk) as g:
         with pytest.raises(UnknownPrice, match="no-such-model"):
-            made = method.call(WithArguments(g.client, {"model": "no-such-model"}))
-            await resolve(made)
+            await resolve(method.call(WithArguments(g.client, {"model": "no-such-model"})))
         assert provider.requests == []
         assert g.counted == 0
 
@@ -192,8 +191,8 @@ async def test_a_model_without_a_price_is_refused(opened: Any, provider: LocalPr
 async def test_another_provider_behind_the_same_sdk_is_priced_by_its_name(opened: Any, provider: LocalProvider) -> None:
     prices = Prices([ModelPrice("house", "own-*", input="1", output="1")])
     async with opened("openai", provider="house", pricer=prices) as g:
-        made = g.client.chat.completions.create(model="own-1", max_tokens=20, messages=MESSAGES)
-        usage = (await resolve(made)).usage
+        result = g.client.chat.completions.create(model="own-1", max_tokens=20, messages=MESSAGES)
+        usage = (await resolve(result)).usage
         assert g.sums["spent"] == usage.total_tokens * 1000
 
 
@@ -355,6 +354,5 @@ async def test_a_model_router_has_no_price_and_is_refused(opened: Any, provider:
     """litellm #42663, PR #30817, PR #39294; bifrost PR #5465."""
     async with opened("openai", provider="openrouter") as g:
         with pytest.raises(UnknownPrice):
-            made = g.client.chat.completions.create(model=model, max_tokens=5, messages=MESSAGES)
-            await resolve(made)
+            await resolve(g.client.chat.completions.create(model=model, max_tokens=5, messages=MESSAGES))
         assert provider.requests == [] and g.counted == 0

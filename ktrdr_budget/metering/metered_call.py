@@ -210,7 +210,7 @@ class MeteredCall:
 
     def _check_inside(self) -> None:
         if not self._entered or self._left:
-            raise InvalidArgument("report on a call inside its block only")
+            raise InvalidArgument("a call accepts reports inside its block only")
 
     # -- figures -------------------------------------------------------------------------------------------------------
 
@@ -253,7 +253,7 @@ class MeteredCall:
     def enter_flow(self) -> DualFlow[None]:
         """Reserve the worst case; errors as for the class."""
         if self._instruments is not None:
-            raise InvalidArgument("a call can be entered once only; create another one")
+            raise InvalidArgument("a call can be entered once only; create a new one")
         self._instruments = CallInstruments(
             self.operation, self.provider, self.model, list(self._terms.units), current=self._current
         )

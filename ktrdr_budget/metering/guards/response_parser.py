@@ -159,7 +159,7 @@ class ResponseParser:
             parse(report)
         except Exception:
             # The caller receives the response in any case; missing usage is estimated.
-            logger.warning("usage report of a provider not understood")
+            logger.warning("usage report not understood; estimating the usage")
 
 
 def _payload(event: bytes) -> bytes:

@@ -116,7 +116,7 @@ class Caller:
         self.answer: Any = None
         self.requests: list[dict[str, Any]] = []
         self.reserved: list[int] = []
-        """What was held while each call was under method, in nano-dollars."""
+        """The held amount during each call, in nano-dollars."""
         self._server = server
         http = httpx2.AsyncClient(transport=httpx2.MockTransport(self._handle))
         kind: Any = anthropic.AsyncAnthropic if api == "messages" else openai.AsyncOpenAI

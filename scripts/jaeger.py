@@ -1,10 +1,9 @@
-"""Builds Jaeger, starts it on loopback beside a stack, and checks the traces of cycles on its query API.
+"""Build Jaeger, start it on loopback with a stack, and check the traces of cycles on its query API.
 
-``make jaeger`` runs it. It needs Go 1.24 or newer; without Go, it says so in one line and does nothing. The binary is
-built once, from the Go module proxy, into ${XDG_CACHE_HOME:-~/.cache}/ktrdr-budget; that takes minutes. The stack has
-an embedded server of its own in a temporary directory, and free ports. One cycle is cancelled, one fails at a gate, and
-scripts/verify.sh runs one that completes; then it finds all three by service and by ``operation.id``. All parts are
-ended afterwards.
+Run by ``make jaeger``. Needs Go 1.24 or newer; without Go, it prints one line and does nothing. The binary is built
+once, in minutes, from the Go module proxy into ${XDG_CACHE_HOME:-~/.cache}/ktrdr-budget. The stack has its own embedded
+server in a temporary directory, and free ports. One cycle is cancelled, one fails at a gate, and scripts/verify.sh
+completes one, then finds all three by service and ``operation.id``. All parts are stopped afterwards.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ OUTCOMES = ("completed", "failed", "cancelled")
 
 
 class JaegerError(Exception):
-    """A part does not start, or does not do what it should; the message is one line."""
+    """A part does not start or fails; the message is one line."""
 
 
 # -- the binary --------------------------------------------------------------------------------------------------------
 
 
 def cached_binary() -> Path:
-    """Where the binary is, or will be."""
+    """Return the path of the binary, which may not exist yet."""
     cache = os.environ.get("XDG_CACHE_HOME", "").strip() or Path.home() / ".cache"
     return Path(cache) / "ktrdr-budget" / f"jaeger-{VERSION}"
 
 
 def go_is_missing() -> str:
-    """Why nothing can be built; empty if it can."""
+    """Return the reason why nothing can be built; empty if Go is usable."""
     least = ".".join(map(str, GO_LEAST))
     go = shutil.which("go")
     if go is None:
@@ -64,17 +63,17 @@ def go_is_missing() -> str:
 
 
 def run_go(go: str, *words: str, directory: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs the go command."""
+    """Run the go command."""
     return subprocess.run(  # noqa: S603 -- the go that this machine has, with words of this file
         [go, *words], cwd=directory, capture_output=True, text=True, check=False
     )
 
 
 def build(binary: Path) -> None:
-    """Builds it as a tool of a scratch module: ``go install`` refuses a module with replace directives.
+    """Build Jaeger as a tool of a scratch module: ``go install`` rejects a module with replace directives.
 
     Raises:
-        JaegerError: it cannot be built.
+        JaegerError: the build failed.
     """
     say(f"jaeger: building {MODULE}/cmd/jaeger {VERSION}; this takes some minutes, once")
     binary.parent.mkdir(parents=True, exist_ok=True)
@@ -93,7 +92,7 @@ def build(binary: Path) -> None:
 
 
 def config(otlp: str, query: str, query_grpc: str, health: str) -> dict[str, Any]:
-    """Jaeger with its traces in memory, on these addresses. (JSON is YAML.)"""
+    """Return a configuration with traces in memory and these addresses. (JSON is YAML.)"""
     return {
         "service": {
             "extensions": ["jaeger_storage", "jaeger_query", "healthcheckv2"],
@@ -122,7 +121,7 @@ def config(otlp: str, query: str, query_grpc: str, health: str) -> dict[str, Any
 
 @contextlib.contextmanager
 def running(log: Path, *words: str | Path, **variables: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process whose output goes to a file; ended as a service manager does."""
+    """Run a process with its output in a file; end it with SIGTERM, as a service manager does."""
     with log.open("wb") as output:
         process = subprocess.Popen(  # noqa: S603 -- parts of this stack
             [str(word) for word in words],
@@ -144,19 +143,19 @@ def running(log: Path, *words: str | Path, **variables: str) -> Iterator[subproc
 
 
 def clean_environment() -> dict[str, str]:
-    """The environment without settings of the service: these cycles spend nothing of anybody's."""
+    """Return the environment without settings of the service, so that the cycles use no real budget."""
     own = ("KTRDR_", "AGENT_", "OTEL_", "TRAINING_GATE_", "BACKTEST_GATE_", "PROMETHEUS_", "JAEGER_", "GRAFANA_")
     return {name: value for name, value in os.environ.items() if not name.startswith(own)}
 
 
-def wait_for(what: str, look: Callable[[], Any], process: subprocess.Popen[bytes], log: Path) -> Any:
-    """What ``look`` returns, once it returns something.
+def wait_for(what: str, check: Callable[[], Any], process: subprocess.Popen[bytes], log: Path) -> Any:
+    """Poll ``check`` until it returns a true value; return that.
 
     Raises:
-        JaegerError: the process ends before, or it takes too long.
+        JaegerError: the process ended first, or the wait timed out.
     """
     ends = time.monotonic() + READY_WITHIN_S
-    while not (found := look()):
+    while not (found := check()):
         if process.poll() is not None or time.monotonic() > ends:
             last = (log.read_text(errors="replace").strip().splitlines() or ["it says nothing"])[-1]
             raise JaegerError(f"{what} is not ready: {last}")
@@ -165,7 +164,7 @@ def wait_for(what: str, look: Callable[[], Any], process: subprocess.Popen[bytes
 
 
 def answers(url: str) -> bool:
-    """Whether a URL answers well."""
+    """Whether a URL replies with success."""
     try:
         with urllib.request.urlopen(url, timeout=5):  # noqa: S310 -- our own
             return True
@@ -174,31 +173,31 @@ def answers(url: str) -> bool:
 
 
 def logged(log: Path, pattern: str) -> Callable[[], str]:
-    """Looks for what a process says in its log."""
+    """Return a function that searches a process's log for a pattern."""
 
-    def look() -> str:
+    def search() -> str:
         found = re.search(pattern, log.read_text(errors="replace"), re.MULTILINE)
         return found[1] if found else ""
 
-    return look
+    return search
 
 
 def ask(url: str, method: str = "GET") -> Any:
-    """The JSON that a service answers."""
+    """Send a request; return the JSON of the reply."""
     request = urllib.request.Request(url, method=method)  # noqa: S310 -- our own
     with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
         return json.load(answer)
 
 
 def free_port() -> int:
-    """A free TCP port."""
+    """Return a free TCP port."""
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         return int(listener.getsockname()[1])
 
 
 def say(line: str) -> None:
-    """One line to stdout, at once."""
+    """Write a line to stdout without buffering."""
     print(line, flush=True)  # noqa: T201
 
 
@@ -206,10 +205,10 @@ def say(line: str) -> None:
 
 
 def ended(service: str, operation_id: str) -> str:
-    """The outcome of a cycle, once it has ended.
+    """Wait until a cycle has ended; return its outcome.
 
     Raises:
-        JaegerError: it goes on.
+        JaegerError: the wait timed out.
     """
     ends = time.monotonic() + ENDS_WITHIN_S
     while time.monotonic() < ends:
@@ -221,14 +220,14 @@ def ended(service: str, operation_id: str) -> str:
 
 
 def run_cycles(stack: str, strict: str) -> None:
-    """One cycle that is cancelled, and one that fails at a gate.
+    """Run a cycle that is cancelled, and one that fails at a gate.
 
     Args:
-        stack: the stack's URL.
-        strict: of a replica whose training gate passes nothing.
+        stack: the URL of the stack.
+        strict: the URL of a replica whose training gate always fails.
 
     Raises:
-        JaegerError: one ends otherwise.
+        JaegerError: a cycle ended otherwise.
     """
     cancelled = ask(f"{stack}/api/v1/agent/trigger", "POST")["operation_id"]
     ask(f"{stack}/api/v1/agent/cancel/{cancelled}", "DELETE")
@@ -236,11 +235,11 @@ def run_cycles(stack: str, strict: str) -> None:
     failed = ask(f"{strict}/api/v1/agent/trigger", "POST")["operation_id"]
     outcomes[failed] = ended(stack, failed)
     if list(outcomes.values()) != ["cancelled", "failed"]:
-        raise JaegerError(f"the cycles did not end as they should: {outcomes}")
+        raise JaegerError(f"unexpected outcomes of the cycles: {outcomes}")
 
 
 def check(binary: Path, directory: Path, ports: argparse.Namespace) -> int:
-    """Starts all parts, runs cycles, and lets verify.sh look at their traces; returns its exit code."""
+    """Start all parts, run cycles, and check their traces with verify.sh; return its exit code."""
     query_port, otlp_port = ports.query_port or free_port(), ports.otlp_port or free_port()
     query, otlp, health = f"{HOST}:{query_port}", f"{HOST}:{otlp_port}", f"{HOST}:{free_port()}"
     file = directory / "jaeger.json"
@@ -281,7 +280,7 @@ def check(binary: Path, directory: Path, ports: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    """Runs it; returns the exit code."""
+    """Run the check; return the exit code."""
     parser = argparse.ArgumentParser(
         description="Check the traces of cycles on a real Jaeger.", epilog="0: a free port."
     )

@@ -1,11 +1,11 @@
-"""Runs what docker-compose.yml runs, without containers, as far as this machine has the parts: ``make stack``.
+"""Run the services of docker-compose.yml without containers, as far as they are installed; run by ``make stack``.
 
 Replicas of the service (``ktrdr serve``) on one store, one address in front of them, and Prometheus if it is installed.
 The store is KTRDR_REDIS_URL, or one embedded server in AGENT_BUDGET_DIR that all replicas share. Every variable of the
 environment reaches the replicas: AGENT_DAILY_BUDGET, OTEL_EXPORTER_OTLP_ENDPOINT, ...
 
-It stays in the foreground. Ctrl-C or SIGTERM ends all of it, with exit code 0; if a part dies or does not start, the
-others are ended, and the exit code is 1.
+The stack stays in the foreground. Ctrl-C or SIGTERM ends all parts, with exit code 0; if a part dies or does not start,
+the others are stopped, and the exit code is 1.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ ROOT = Path(__file__).resolve().parents[1]
 HOST = "127.0.0.1"
 READY_WITHIN_S = 30.0
 STOP_WITHIN_S = 20.0
-"""Longer than the service takes to finish what is under way."""
+"""Longer than the service's own shutdown timeout."""
 SCRAPE_INTERVAL = "2s"
 
 
 class StackError(Exception):
-    """A part of the stack does not start, or has died; the message is one line."""
+    """A part of the stack does not start or has died; the message is one line."""
 
 
 class Child:
-    """A process whose output appears under its name."""
+    """A process with its name as a prefix of its output."""
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -53,7 +53,7 @@ class Child:
         self._listening = asyncio.Event()
 
     async def start(self, *words: str | Path) -> None:
-        """Starts it in a session of its own: Ctrl-C is for the stack, which ends its parts in order."""
+        """Start the process in a new session: the stack handles Ctrl-C and stops its parts in order."""
         pipe, same = asyncio.subprocess.PIPE, asyncio.subprocess.STDOUT
         self._process = await asyncio.create_subprocess_exec(
             *words, stdin=asyncio.subprocess.DEVNULL, stdout=pipe, stderr=same, limit=2**20, start_new_session=True
@@ -71,16 +71,16 @@ class Child:
 
     @property
     def pid(self) -> int:
-        """Its process id."""
+        """The process id."""
         assert self._process is not None
         return self._process.pid
 
     async def wait_listening(self) -> None:
-        """Until it has told its URL."""
+        """Wait until the process has printed its URL."""
         await self._listening.wait()
 
     async def wait_dead(self) -> None:
-        """Until it ends, which it must not.
+        """Wait for the end of the process, which is an error.
 
         Raises:
             StackError: always.
@@ -91,7 +91,7 @@ class Child:
         raise StackError(f"{self.name} has ended with exit code {code}")
 
     async def stop(self) -> None:
-        """Ends it as a service manager does."""
+        """Stop the process with SIGTERM, as a service manager does."""
         if self._process is None or self._reader is None:
             return
         with contextlib.suppress(ProcessLookupError):
@@ -106,7 +106,7 @@ class Child:
 
 
 class Proxy:
-    """One address for all replicas: each connection goes to the next one."""
+    """One address for all replicas: connections are balanced round robin."""
 
     def __init__(self) -> None:
         self._ports: list[int] = []
@@ -114,7 +114,7 @@ class Proxy:
         self._server: asyncio.Server | None = None
 
     async def start(self, port: int) -> str:
-        """Takes connections from now on, and closes them until there are replicas; returns the URL."""
+        """Accept connections, which are closed until there are replicas; return the URL."""
         try:
             self._server = await asyncio.start_server(self._serve, HOST, port)
         except OSError as error:
@@ -126,14 +126,14 @@ class Proxy:
         self._ports = [urlsplit(url).port or 0 for url in urls]
 
     async def stop(self) -> None:
-        """Takes no more connections."""
+        """Stop accepting connections."""
         if self._server is not None:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:
             replica = await asyncio.open_connection(HOST, self._ports[next(self._turn) % len(self._ports)])
-        except (OSError, ZeroDivisionError):  # it has just died, or is not there yet
+        except (OSError, ZeroDivisionError):  # dead, or not started yet
             writer.close()
             return
         with contextlib.suppress(OSError):
@@ -149,12 +149,12 @@ async def _pass_on(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -
             await writer.drain()
         writer.write_eof()
     except OSError:
-        writer.close()  # ends the other direction, too
+        writer.close()  # also ends the other direction
         raise
 
 
 class Stack:
-    """All parts."""
+    """All parts of the stack."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -163,7 +163,7 @@ class Stack:
         self._proxy = Proxy()
 
     async def run(self) -> None:
-        """Starts all parts, says where they are, and goes on until one dies.
+        """Start all parts, print their addresses, and wait until one dies.
 
         Raises:
             StackError: one has died, or does not start.
@@ -178,13 +178,13 @@ class Stack:
         await self._while_alive(asyncio.Event().wait())
 
     async def stop(self) -> None:
-        """Ends all parts, the store last."""
+        """Stop all parts, the store last."""
         await self._proxy.stop()
         await asyncio.gather(*(child.stop() for child in self._children))
         self._cleanup.close()
 
     async def _while_alive(self, work: object) -> None:
-        """Works, unless a child dies first."""
+        """Await work, unless a child dies first."""
         tasks = [asyncio.ensure_future(child.wait_dead()) for child in self._children]
         tasks.append(asyncio.ensure_future(work))  # type: ignore[call-overload]
         try:
@@ -197,7 +197,7 @@ class Stack:
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _open_store(self) -> None:
-        """Starts the embedded server, or joins it: ours, too, so that it outlives each replica."""
+        """Start or join the embedded server, so that it outlives each replica."""
         if store_url() is not None:
             return
         try:
@@ -222,7 +222,7 @@ class Stack:
             await _until_answers(replica.name, f"{replica.url}/readyz")
 
     async def _start_prometheus(self, targets: Sequence[str]) -> str:
-        """Its URL; empty if it is not part of this."""
+        """Start Prometheus; return its URL, empty if it is left out."""
         binary = shutil.which("prometheus")
         if binary is None or self._options.no_prometheus:
             return ""
@@ -257,7 +257,7 @@ class Stack:
 
 
 def prometheus_config(targets: Sequence[str]) -> str:
-    """Scrapes each replica; with the alerts of the container's Prometheus. (JSON is YAML.)"""
+    """Return a configuration with each replica as a target and the stack's alerts. (JSON is YAML.)"""
     rules = [str(ROOT / "docker" / "prometheus" / "alerts.yml")]
     places = [urlsplit(target).netloc for target in targets]
     scrape = {"job_name": "ktrdr-backend", "static_configs": [{"targets": places}]}
@@ -266,7 +266,7 @@ def prometheus_config(targets: Sequence[str]) -> str:
 
 
 async def _until_answers(name: str, url: str) -> None:
-    """Until a URL answers well; what it said last is told if it does not."""
+    """Wait until a URL replies with success; raise with the last failure otherwise."""
     ends = asyncio.get_running_loop().time() + READY_WITHIN_S
     while fault := await asyncio.to_thread(_fault, url):
         if asyncio.get_running_loop().time() > ends:
@@ -290,33 +290,33 @@ def _without_user(url: str) -> str:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """Return a free TCP port."""
     with socket.socket() as listener:
         listener.bind((HOST, 0))
         return int(listener.getsockname()[1])
 
 
 def say(line: str) -> None:
-    """One line to stdout, at once; a terminal that was closed keeps nothing from being ended."""
+    """Write a line to stdout without buffering; ignore a closed terminal, so that all parts are stopped."""
     with contextlib.suppress(OSError):
         print(line, flush=True)  # noqa: T201
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     assert __doc__ is not None
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0].replace("``", ""))
-    parser.add_argument("--port", type=int, default=8000, help="of the one address (default: %(default)s)")
-    parser.add_argument("--replicas", type=int, default=2, help="how many (default: %(default)s)")
-    parser.add_argument("--replica-port", type=int, default=8001, help="of the first (default: %(default)s)")
+    parser.add_argument("--port", type=int, default=8000, help="port of the common address (default: %(default)s)")
+    parser.add_argument("--replicas", type=int, default=2, help="number of replicas (default: %(default)s)")
+    parser.add_argument("--replica-port", type=int, default=8001, help="first replica port (default: %(default)s)")
     parser.add_argument("--prometheus-port", type=int, default=9090, help="(default: %(default)s)")
-    parser.add_argument("--no-prometheus", action="store_true", help="leave it out")
+    parser.add_argument("--no-prometheus", action="store_true", help="run without Prometheus")
     parser.epilog = "A port of 0 is a free one."
     return parser.parse_args()
 
 
 async def main() -> int:
-    """Runs the stack; returns the exit code."""
+    """Run the stack; return the exit code."""
     stack = Stack(arguments())
     running = asyncio.ensure_future(stack.run())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):

@@ -1,23 +1,23 @@
 #!/usr/bin/env bash
-# Checks a running stack as an operator would. Each check is one line: PASS, FAIL or SKIP, and why.
-# The exit code is 0 without a FAIL, 1 with one, 2 if it cannot begin.
+# Check a running stack as an operator would. Each check prints one line: PASS, FAIL or SKIP, with a reason.
+# Exit codes: 0 no FAIL, 1 a FAIL, 2 the checks cannot start.
 #
 #   scripts/verify.sh                all checks
-#   scripts/verify.sh cycle traces   these, in this order
+#   scripts/verify.sh cycle traces   only these, in this order
 #
-#   KTRDR_API_URL    the service (http://127.0.0.1:8000)
-#   KTRDR_REPLICAS   its replicas, each by its own URL, separated by spaces (the service's URL)
-#   KTRDR_API_KEY, KTRDR_ADMIN_KEY   its keys, if it has any
+#   KTRDR_API_URL    URL of the service (http://127.0.0.1:8000)
+#   KTRDR_REPLICAS   URLs of its replicas, separated by spaces (the service's URL)
+#   KTRDR_API_KEY, KTRDR_ADMIN_KEY   keys of the service, if it has any
 #   PROMETHEUS_URL   (http://127.0.0.1:9090)   \
-#   JAEGER_URL       (http://127.0.0.1:16686)   > checked if they answer; one that is set must answer
+#   JAEGER_URL       (http://127.0.0.1:16686)   > checked if they reply; required if set
 #   GRAFANA_URL      (http://127.0.0.1:3000)   /
-#   GRAFANA_USER, GRAFANA_PASSWORD   where the dashboard is not shown to everybody
-#   WAIT_SECONDS     for traces to arrive, and for Prometheus to scrape (30)
-#   TRACE_OUTCOMES   outcomes of which the newest cycle must have its trace, too: "completed failed cancelled"
+#   GRAFANA_USER, GRAFANA_PASSWORD   login, if the dashboard is not public
+#   WAIT_SECONDS     wait for traces and scrapes (30)
+#   TRACE_OUTCOMES   outcomes whose newest cycle must have its trace, too: "completed failed cancelled"
 #   PYTHON           an interpreter with ktrdr-budget installed (.venv/bin/python)
 #
-# It starts one research cycle, which costs what a cycle costs. For a moment it sets the agent's limit to $0.01, so
-# that other triggers are denied meanwhile; the limit is restored in any case, also when the script is interrupted.
+# The script runs one research cycle, at its usual cost. For a moment it sets the agent's limit to $0.01, so that other
+# triggers are denied meanwhile; the limit is restored in any case, also if the script is interrupted.
 set -uo pipefail
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -33,26 +33,26 @@ checks=(ready budget cli metrics gauge cycle ledger counters agreement traces ex
 passed=0 failed=0 skipped=0
 
 work=$(mktemp -d) || exit 2
-body=$work/body       # the last answer
+body=$work/body       # the last reply
 nothing=$work/nothing # an empty document
 echo null >"$nothing"
 changed_limit=
 
-# --- How it is told ---------------------------------------------------------------------------------------------------
+# --- Results ----------------------------------------------------------------------------------------------------------
 
 pass() { printf 'PASS  %-11s %s\n' "$1" "$2"; ((passed += 1)); }
 fail() { printf 'FAIL  %-11s %s\n' "$1" "$2"; ((failed += 1)); }
 skip() { printf 'SKIP  %-11s %s\n' "$1" "$2"; ((skipped += 1)); }
 
-# missing NAME URL VARIABLE: a part that does not answer; it is a fault only if somebody has said that it is there.
+# missing NAME URL VARIABLE: report a part without a reply; a fault only if its variable is set.
 missing() {
-  if [[ -n ${!3:-} ]]; then fail "$1" "nothing answers at $2 ($3)"; else skip "$1" "nothing answers at $2"; fi
+  if [[ -n ${!3:-} ]]; then fail "$1" "no reply from $2 ($3)"; else skip "$1" "no reply from $2"; fi
 }
 
-# --- How it asks ------------------------------------------------------------------------------------------------------
+# --- Requests ---------------------------------------------------------------------------------------------------------
 
-# get URL [HEADER]: the answer goes to $body; succeeds if it is a good one. Keys go by standard input, not by arguments,
-# which everybody may read.
+# get URL [HEADER]: write the reply to $body; fails unless the status is a success. Keys are passed by standard input,
+# because other users can read arguments.
 get() {
   : >"$body"
   printf '%s\n' "${2:+header = \"$2\"}" |
@@ -61,7 +61,7 @@ get() {
 
 ask() { get "$1" "${key:+Authorization: Bearer ${key%%,*}}"; }
 
-# of FILE EXPRESSION [WORD...]: a Python expression of the JSON document d in a file, and of the words w.
+# of FILE EXPRESSION [WORD...]: evaluate a Python expression of the JSON document d in a file, and of the words w.
 of() { "$python" -c "$program" "$@" 2>/dev/null; }
 program='
 import json, sys
@@ -70,23 +70,23 @@ d, w = json.load(open(sys.argv[1]), parse_float=Decimal), sys.argv[3:]
 print(eval(sys.argv[2]))
 '
 
-# field EXPRESSION [WORD...]: of the last answer.
+# field EXPRESSION [WORD...]: evaluate an expression of the last reply.
 field() { of "$body" "$@"; }
 
 # true_of FILE EXPRESSION [WORD...]
 true_of() { [[ $(of "$@") == True ]]; }
 
-# yes EXPRESSION [WORD...]: of the last answer.
+# yes EXPRESSION [WORD...]: whether an expression of the last reply is true.
 yes() { true_of "$body" "$@"; }
 
-# detail: why the last answer is no good one.
+# detail: the error in the last reply.
 detail() {
-  local said
-  said=$(field 'd.get("detail", "")' || head -c 200 "$body")
-  echo "${said:-there was no answer}"
+  local output
+  output=$(field 'd.get("detail", "")' || head -c 200 "$body")
+  echo "${output:-no reply}"
 }
 
-# wait_for COMMAND [WORD...]: until it succeeds.
+# wait_for COMMAND [WORD...]: repeat until it succeeds.
 wait_for() {
   local ends=$((SECONDS + ${WAIT_SECONDS:-30}))
   until "$@"; do
@@ -95,7 +95,7 @@ wait_for() {
   done
 }
 
-# sample URL SERIES...: the sum of these series, exactly as written, on a /metrics page; fails if one is absent.
+# sample URL SERIES...: sum these series, exactly as written, of a /metrics page; fails if one is absent.
 sample() {
   get "$1/metrics" || return 1
   "$python" -c '
@@ -132,22 +132,22 @@ budget_expression='"{date}: limit {daily_limit}, spent {today_spend}, remaining 
     **{name: "unlimited" if value is None else value for name, value in d.items()})'
 
 check_agreement() {
-  for _ in 1 2 3; do # a cycle may begin or end between two answers
+  for _ in 1 2 3; do # a cycle may begin or end between two requests
     if replicas_agree; then
-      pass agreement 'each replica tells the same agent status'
+      pass agreement 'all replicas have the same agent status'
       return
     fi
   done
-  fail agreement "$(cat "$work/said")"
+  fail agreement "$(cat "$work/output")"
 }
 
 replicas_agree() {
-  local url said first=
+  local url output first=
   for url in "${replicas[@]}"; do
-    ask "$url/api/v1/agent/status" || { echo "$url: $(detail)" >"$work/said"; return 1; }
-    said=$(field '[d["status"], *(c["operation_id"] for c in (*d["active_cycles"], d["last_cycle"]) if c)]')
-    [[ -n $said && $said == "${first:=$said}" ]] || {
-      echo "$url says $said, another replica $first" >"$work/said"
+    ask "$url/api/v1/agent/status" || { echo "$url: $(detail)" >"$work/output"; return 1; }
+    output=$(field '[d["status"], *(c["operation_id"] for c in (*d["active_cycles"], d["last_cycle"]) if c)]')
+    [[ -n $output && $output == "${first:=$output}" ]] || {
+      echo "$url has $output, another replica has $first" >"$work/output"
       return 1
     }
   done
@@ -175,7 +175,7 @@ check_metrics() {
   pass metrics "${#agent_series[@]} series of the agent on each replica"
 }
 
-# The gauge and the budget's own figure, each read before and after the other, while nobody spends.
+# The gauge and the budget's figure, each read before and after the other, without spend in between.
 check_gauge() {
   local url gauge before after
   [[ $(remaining) != None ]] || { skip gauge 'the budget has no limit'; return; }
@@ -190,46 +190,46 @@ check_gauge() {
       return
     }
   done
-  pass gauge "agent_budget_remaining_dollars is $after on each replica, as the budget says"
+  pass gauge "agent_budget_remaining_dollars is $after on each replica, equal to the budget"
 }
 
 remaining() { ask "$service/api/v1/agent/budget" && field 'd["remaining"]'; }
 
 check_cli() {
-  local said
-  said=$(ktrdr agent budget 2>&1) || { fail cli "$said"; return; }
-  [[ $said == *"Today's Spend: $"* && $said == *"Remaining: "* ]] || { fail cli "ktrdr agent budget: $said"; return; }
-  said=$(ktrdr agent status 2>&1) || { fail cli "$said"; return; }
-  said=$(ktrdr agent cycles --limit 1 2>&1) || { fail cli "$said"; return; }
+  local output
+  output=$(ktrdr agent budget 2>&1) || { fail cli "$output"; return; }
+  [[ $output == *"Today's Spend: $"* && $output == *"Remaining: "* ]] || { fail cli "ktrdr agent budget: $output"; return; }
+  output=$(ktrdr agent status 2>&1) || { fail cli "$output"; return; }
+  output=$(ktrdr agent cycles --limit 1 2>&1) || { fail cli "$output"; return; }
   pass cli 'ktrdr agent budget, status and cycles'
 }
 
-cycle= # the document of the cycle that this script has run
+cycle= # the document of this script's cycle
 
 check_cycle() {
-  local before after code said
+  local before after code output
   before=$(spent) || { fail cycle "$(detail)"; return; }
   trigger_when_idle
   code=$?
-  said=$(tail -n 1 "$work/errors")
-  if ((code == 3)); then skip cycle "$said"; return; fi
+  output=$(tail -n 1 "$work/errors")
+  if ((code == 3)); then skip cycle "$output"; return; fi
   tail -n 1 "$work/cycle" >"$body"
   if ! yes 'd["outcome"] == "completed" or d["reason"] == "gate_failed"'; then
-    fail cycle "${said:-$(head -c 300 "$body")}"
+    fail cycle "${output:-$(head -c 300 "$body")}"
     return
   fi
   cycle=$work/cycle.json
   cp "$body" "$cycle"
-  said=$(field 'd["operation_id"] + " " + d["outcome"] + ", $" + d["spend"]')
+  output=$(field 'd["operation_id"] + " " + d["outcome"] + ", $" + d["spend"]')
   after=$(spent) || { fail cycle "$(detail)"; return; }
   if true_of "$cycle" 'Decimal(w[1]) - Decimal(w[0]) >= Decimal(d["spend"]) > 0' "$before" "$after"; then
-    pass cycle "$said; spent today: \$$before before, \$$after after"
+    pass cycle "$output; spent today: \$$before before, \$$after after"
   else
-    fail cycle "$said, but spent today was \$$before before and is \$$after after"
+    fail cycle "$output, but spent today was \$$before before and is \$$after after"
   fi
 }
 
-# Another cycle may run: it has a minute to end.
+# Wait up to a minute for another running cycle.
 trigger_when_idle() {
   local ends=$((SECONDS + 60)) code
   while true; do
@@ -285,15 +285,15 @@ check_traces() {
     [[ $(of "$cycle" 'd["outcome"]') != "$outcome" ]] || continue
     one=$work/$outcome.json
     ask "$service/api/v1/agent/cycles?limit=100" || { fail traces "$(detail)"; return; }
-    "$python" -c "$newest_program" "$body" "$outcome" >"$one" 2>/dev/null || { fail traces "no cycle is $outcome"; return; }
+    "$python" -c "$newest_program" "$body" "$outcome" >"$one" 2>/dev/null || { fail traces "no $outcome cycle"; return; }
     traced+=("$one")
   done
   for one in "${traced[@]}"; do
     wait_for trace_is_whole "$one" || { # spans arrive some seconds after their end
-      fail traces "cycle $(of "$one" 'd["operation_id"]'): $(tail -n 1 "$work/said")"
+      fail traces "cycle $(of "$one" 'd["operation_id"]'): $(tail -n 1 "$work/output")"
       return
     }
-    ((total += $(cat "$work/said")))
+    ((total += $(cat "$work/output")))
     outcomes+=" $(of "$one" 'd["outcome"]')"
   done
   pass traces "${#traced[@]} cycle(s),$outcomes: $total spans, found by service ktrdr-backend and operation.id"
@@ -308,7 +308,7 @@ print(json.dumps(next(cycle for cycle in cycles if cycle["outcome"] == sys.argv[
 # trace_is_whole FILE: the traces that Jaeger finds by service and operation.id are those of the cycle in the file.
 trace_is_whole() {
   get "$jaeger/api/traces?service=ktrdr-backend&limit=20&tags=$(of "$1" "$tags_expression")"
-  "$python" -c "$trace_program" "$body" "$1" >"$work/said" 2>&1
+  "$python" -c "$trace_program" "$body" "$1" >"$work/output" 2>&1
 }
 tags_expression='__import__("urllib.parse").parse.quote(json.dumps({"operation.id": d["operation_id"]}))'
 trace_program='
@@ -348,22 +348,22 @@ check_exhaustion() {
 }
 
 exhaust() {
-  local said code url before gauge
+  local output code url before gauge
   ask "$service/api/v1/budgets/agent" || { fail exhaustion "$(detail)"; return; }
   before=$(field 'd["spent"]')
-  # Before the change: whatever happens then, the way back is known. It ends with the day by itself, too.
+  # Before the change, so that the way back is known in any case. The limit also ends with the day.
   restore=(clear-limit agent)
   if yes 'd["limit_source"] == "runtime"'; then
     restore=(set-limit agent "$(field 'd["limit"] or "unlimited"')")
     ! yes 'd["limit_until"] is not None' || restore+=(--until "$(field 'd["limit_until"]')")
   fi
   changed_limit=yes
-  said=$(ktrdr budget set-limit agent 0.01 --until window 2>&1) || {
-    if [[ $said == *KTRDR_ADMIN_KEY* ]]; then
-      changed_limit= # it was refused
-      skip exhaustion "$said"
+  output=$(ktrdr budget set-limit agent 0.01 --until window 2>&1) || {
+    if [[ $output == *KTRDR_ADMIN_KEY* ]]; then
+      changed_limit= # rejected
+      skip exhaustion "$output"
     else
-      fail exhaustion "$said"
+      fail exhaustion "$output"
     fi
     return
   }
@@ -376,22 +376,22 @@ exhaust() {
       fail exhaustion "$url: exit code $code, $(head -c 300 "$work/answer") $(head -c 300 "$work/errors")"
       return
     fi
-    said=$(field 'd["message"]')
+    output=$(field 'd["message"]')
     gauge=$(sample "$url" agent_budget_remaining_dollars)
     true_of "$nothing" 'float(w[0]) <= 0.01' "$gauge" || { fail exhaustion "$url: agent_budget_remaining_dollars is $gauge"; return; }
   done
   [[ $(spent) == "$before" ]] || { fail exhaustion "a denial has changed the spend: \$$before before"; return; }
-  pass exhaustion "$said"
+  pass exhaustion "$output"
 }
 
 check_restored() {
   [[ -n $changed_limit ]] || return
-  local said
-  if said=$(restore_limit 2>&1); then
+  local output
+  if output=$(restore_limit 2>&1); then
     changed_limit=
     ask "$service/api/v1/budgets/agent" && pass restored "the limit is \$$(field 'd["limit"] or "unlimited"') again"
   else
-    fail restored "$said (ktrdr budget ${restore[*]})"
+    fail restored "$output (ktrdr budget ${restore[*]})"
   fi
 }
 
@@ -409,7 +409,7 @@ check_prometheus() {
   get "$prometheus/-/ready" || { missing prometheus "$prometheus" PROMETHEUS_URL; return; }
   local least=0
   [[ -z $cycle ]] || least=1
-  wait_for query_is_least 'sum(agent_cycles_total)' "$least" || { # it must scrape first what happened
+  wait_for query_is_least 'sum(agent_cycles_total)' "$least" || { # after the next scrape
     fail prometheus "sum(agent_cycles_total) is not at least $least: $(head -c 300 "$body")"
     return
   }
@@ -431,7 +431,7 @@ check_grafana() {
   pass grafana "\"$(field 'd["dashboard"]["title"]')\" with $(field 'len(d["dashboard"]["panels"])') panels"
 }
 
-# --- All of it --------------------------------------------------------------------------------------------------------
+# --- Main -------------------------------------------------------------------------------------------------------------
 
 leave() {
   local code=$?

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Starts Redis (or the server named by REDIS_SERVER) with the users of users.acl, which stands beside this file. The
-# password of the user `ktrdr` comes from KTRDR_REDIS_PASSWORD; only its SHA-256 is written down.
+# Starts Redis (or the server in REDIS_SERVER) with the users of users.acl in the same directory. The password of the user
+# `ktrdr` comes from KTRDR_REDIS_PASSWORD; only its SHA-256 is stored.
 set -eu
 
 : "${KTRDR_REDIS_PASSWORD:?must be set to the password of the user ktrdr}"

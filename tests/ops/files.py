@@ -1,4 +1,4 @@
-"""What lies under docker/, and the compose file."""
+"""Files under docker/, and the compose file."""
 
 from __future__ import annotations
 
@@ -31,5 +31,5 @@ def read_dashboard() -> dict[str, Any]:
 
 
 def panels(dashboard: dict[str, Any]) -> list[dict[str, Any]]:
-    """Those that show something, without the rows between them."""
+    """The panels of a dashboard, without its rows."""
     return [panel for panel in dashboard["panels"] if panel["type"] != "row"]

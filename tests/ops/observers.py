@@ -1,4 +1,4 @@
-"""What an operator's tools would answer: Jaeger for spans that a real receiver decoded, Grafana for its own files."""
+"""Emulated tools of an operator: Jaeger with spans from a real receiver, Grafana with its own files."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from urllib.parse import parse_qs, urlsplit
 from ..helpers.otlp_receiver import OtlpReceiver, Span, trace_of
 
 Answer = Callable[[str], Any]
-"""The document of a path; ``None``: there is none."""
+"""Returns the document of a path; ``None`` for 404."""
 
 
 def jaeger(receiver: OtlpReceiver) -> Answer:
-    """The part of Jaeger's query API that ``scripts/verify.sh`` asks: services, and traces by service and tags."""
+    """The part of Jaeger's query API that ``scripts/verify.sh`` uses: services, and traces by service and tags."""
 
     def answer(path: str) -> Any:
         if path == "/api/services":
@@ -57,7 +57,7 @@ def _span(span: Span) -> dict[str, Any]:
 
 
 def grafana(dashboard: Path) -> Answer:
-    """Its health, and a dashboard that was provisioned."""
+    """Grafana's health, and a provisioned dashboard."""
     document = json.loads(dashboard.read_text(encoding="utf-8"))
     known = {
         "/api/health": {"database": "ok"},
@@ -68,7 +68,7 @@ def grafana(dashboard: Path) -> Answer:
 
 @contextmanager
 def answering(answer: Answer) -> Iterator[str]:
-    """Serves it on a free port; gives the URL."""
+    """Serve the replies on a free port; yield the URL."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:

@@ -1,4 +1,4 @@
-"""A real Prometheus that watches replicas."""
+"""A real Prometheus that scrapes replicas."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .files import ALERTS, PROMETHEUS, read_yaml
 
 
 class Prometheus:
-    """A real one, with the configuration of the stack, other targets, and a scrape interval in seconds."""
+    """A Prometheus with the stack's configuration, other targets, and a scrape interval in seconds."""
 
     def __init__(self, directory: Path, targets: list[str], interval: float = 0.5, rules: Path = ALERTS) -> None:
         config = read_yaml(PROMETHEUS)
@@ -55,12 +55,12 @@ class Prometheus:
         return answer["data"]
 
     def value(self, expression: str) -> float | None:
-        """What an expression of one sample is now."""
+        """Return the current value of an expression with one sample."""
         found = self.ask("/query", query=expression)["result"]
         return float(found[0]["value"][1]) if found else None
 
     def series(self, expression: str, *, instant: bool, start: float, end: float) -> dict[str, list[float]]:
-        """What a panel gets: the values of each series, by its labels."""
+        """Return the values of each series of a panel, by labels."""
         if instant:
             found = self.ask("/query", query=expression, time=end)["result"]
             samples = [(one["metric"], [one["value"]]) for one in found]

@@ -25,14 +25,14 @@ SOURCE = Path(__file__).parent / "grafana"
 PACKAGE = SOURCE / "package.json"
 SCRIPT = SOURCE / "read.cjs"
 INSTALL = ("install", "--no-package-lock", "--ignore-scripts", "--no-audit", "--no-fund", "--loglevel=error")
-# One file for every Node.js: older ones cannot require the ES modules among the packages.
+# One file for every Node.js version: older ones cannot require the ES modules among the packages.
 BUNDLE = ("--bundle", "--platform=node", "--target=node18", "--log-level=warning")
 DAY_S = 24 * 60 * 60
 STEP_S = 60
 
 
 def bundled() -> Path:
-    """The script with all that it requires, made where it is missing."""
+    """Return the script bundled with its dependencies; build it if it is missing."""
     digest = hashlib.sha256(PACKAGE.read_bytes() + SCRIPT.read_bytes()).hexdigest()[:12]
     cache = Path(sys.prefix) if sys.prefix != sys.base_prefix else Path.home() / ".cache" / "ktrdr-budget"
     made = cache / "grafana" / f"read-{digest}.cjs"
@@ -45,12 +45,12 @@ def bundled() -> Path:
             shutil.copy(SCRIPT, draft)
             run([npm, *INSTALL], draft)
             run([str(draft / "node_modules/.bin/esbuild"), SCRIPT.name, *BUNDLE, "--outfile=made.cjs"], draft)
-            (draft / "made.cjs").replace(made)  # at once: another process may make it, too
+            (draft / "made.cjs").replace(made)  # atomically: another process may build it, too
     return made
 
 
 def run(words: list[str], directory: Path) -> None:
-    """Without the packages the tests are skipped; in CI they fail."""
+    """Run a command; missing packages skip the tests, in CI they fail them."""
     done = subprocess.run(words, cwd=directory, capture_output=True, text=True, timeout=600, check=False)
     if done.returncode:
         reason = f"{Path(words[0]).name}: {(done.stderr or done.stdout)[-500:]}"
@@ -60,14 +60,14 @@ def run(words: list[str], directory: Path) -> None:
 
 
 class Grafana:
-    """Reads panels on a Prometheus, each query sent as its panel sends it, with a value for the variable ``budget``."""
+    """Reads panels on a Prometheus, with each panel's own queries and a value for the variable ``budget``."""
 
     def __init__(self, prometheus: Prometheus) -> None:
         self._prometheus = prometheus
         self._words = [need("node", "nodejs"), str(bundled())]
 
     def read(self, panel: dict[str, Any], budget: str = "agent") -> dict[str, str]:
-        """The texts of a panel that shows values, by their titles."""
+        """Return the texts of a panel of current values, by title."""
         replies = [
             {"refId": query["refId"], "legend": query["legendFormat"], "data": self._reply(query, budget)}
             for query in panel["targets"]
@@ -75,7 +75,7 @@ class Grafana:
         return dict(self._run({"panel": panel, "replies": replies}))
 
     def titles(self, annotation: dict[str, Any]) -> set[str]:
-        """The titles of an annotation's events that are under way."""
+        """Return the titles of an annotation's current events."""
         data = self._prometheus.ask("/query", query=annotation["expr"])
         return set(self._run({"titleFormat": annotation["titleFormat"], "replies": [{"data": data}]}))
 

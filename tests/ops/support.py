@@ -1,4 +1,4 @@
-"""The stack of ``make stack`` as a process, on free ports."""
+"""``make stack`` as a process, on free ports."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ FREE_PORTS = ("--port", "0", "--replica-port", "0", "--prometheus-port", "0")
 
 
 def environment(**variables: Any) -> dict[str, str]:
-    """That of this process without its settings of the service, and with these."""
+    """The environment of this process, with these variables instead of its settings of the service."""
     names = ("KTRDR_", "AGENT_", "OTEL_", "PROMETHEUS_")
     clean = {name: value for name, value in os.environ.items() if not name.startswith(names)}
     return {**clean, **{name: str(value) for name, value in variables.items()}}
 
 
 class Stack:
-    """A stack that runs, or has run."""
+    """A stack that runs or has run."""
 
     def __init__(self, *options: str, **variables: Any) -> None:
-        self.said: list[str] = []
+        self.lines: list[str] = []
         self.process = subprocess.Popen(
             [sys.executable, str(ROOT / "scripts" / "stack.py"), *options],
             env=environment(**variables),
@@ -46,28 +46,28 @@ class Stack:
     def _read(self) -> None:
         assert self.process.stdout is not None
         with self.process.stdout as lines:
-            self.said.extend(line.rstrip("\n") for line in lines)
+            self.lines.extend(line.rstrip("\n") for line in lines)
 
     def wait_ready(self) -> None:
-        """Until all parts have started."""
-        wait_until(lambda: self.tells("stack: ready") or self.process.poll() is not None)
-        assert self.tells("stack: ready"), self.said
+        """Wait until all parts have started."""
+        wait_until(lambda: self.printed("stack: ready") or self.process.poll() is not None)
+        assert self.printed("stack: ready"), self.lines
 
-    def tells(self, beginning: str) -> bool:
-        """Whether it has said a line that begins so."""
-        return any(line.startswith(beginning) for line in list(self.said))
+    def printed(self, beginning: str) -> bool:
+        """Whether a line with this beginning has been printed."""
+        return any(line.startswith(beginning) for line in list(self.lines))
 
     def place(self, name: str) -> str:
-        """What it has said about where a part is."""
-        [line] = [line for line in self.said if line.startswith(f"stack: {name} ")]
+        """Return the printed location of a part."""
+        [line] = [line for line in self.lines if line.startswith(f"stack: {name} ")]
         return line.removeprefix(f"stack: {name}").strip()
 
     def url(self, name: str) -> str:
-        """Where a part is."""
+        """Return the URL of a part."""
         return self.place(name).partition(" ")[0]
 
     def pid(self, name: str) -> int:
-        """The process of a replica."""
+        """Return the process id of a replica."""
         [pid] = re.findall(r"process (\d+)", self.place(name))
         return int(pid)
 
@@ -75,7 +75,7 @@ class Stack:
         self.process.send_signal(number)
 
     def end(self, within_s: float = WITHIN_S) -> int:
-        """Waits for its end; its exit code."""
+        """Wait for the end; return the exit code."""
         code = self.process.wait(within_s)
         self._reader.join()
         return code
@@ -95,7 +95,7 @@ def stack(*options: str, **variables: Any) -> Iterator[Stack]:
 
 
 def answers(url: str) -> bool:
-    """Whether something listens there and speaks HTTP."""
+    """Whether the address has an HTTP server."""
     try:
         httpx.get(url, timeout=30)
     except httpx.HTTPError:

@@ -1,4 +1,4 @@
-"""The alert rules, by Prometheus's own tool."""
+"""The alert rules, tested with Prometheus's own tool."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def promtool(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_prometheus_accepts_its_configuration_and_the_rules():
+def test_the_configuration_and_the_rules_are_valid():
     for words in (("check", "config", PROMETHEUS), ("check", "rules", ALERTS)):
         checked = promtool(*words)
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.mark.slow
-def test_alerts_fire_when_they_should_and_only_then():
+def test_alerts_fire_exactly_under_their_conditions():
     tested = promtool("test", "rules", ALERTS_TEST)
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
@@ -42,7 +42,7 @@ def test_alerts_fire_when_they_should_and_only_then():
         (" > 0 < budget:reset:seconds", " > 0"),
     ],
 )
-def test_the_tests_of_the_alerts_notice_a_wrong_rule(tmp_path, right, wrong):
+def test_the_tests_of_the_alerts_detect_a_wrong_rule(tmp_path, right, wrong):
     text = ALERTS.read_text(encoding="utf-8")
     assert text.count(right) == 1
     (tmp_path / ALERTS.name).write_text(text.replace(right, wrong))
@@ -62,7 +62,7 @@ def test_each_alert_is_tested_both_ways():
 
 
 @pytest.mark.parametrize("rule", ALERT_RULES, ids=lambda rule: rule["alert"])
-def test_an_alert_says_how_bad_it_is_and_what_to_do(rule):
+def test_an_alert_has_a_severity_and_a_runbook(rule):
     assert rule["labels"]["severity"] in {"info", "warning", "critical"}
     assert {"summary", "description", "runbook"} <= rule["annotations"].keys()
     page, _, anchor = rule["annotations"]["runbook"].partition("#")
@@ -71,10 +71,10 @@ def test_an_alert_says_how_bad_it_is_and_what_to_do(rule):
     assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-def test_a_rule_takes_one_figure_of_a_gauge_and_sums_counters():
+def test_a_rule_takes_one_value_of_a_gauge_and_sums_counters():
     for rule in RULES:
         for name in re.findall(r"ktrdr_budget_\w+", rule["expr"]):
-            if name == "ktrdr_budget_store_up":  # of each replica: which one it is that does not reach the store
+            if name == "ktrdr_budget_store_up":  # per replica, to name the replica that cannot reach the store
                 continue
             if name.endswith("_total"):
                 assert re.search(rf"sum( by \([\w, ]+\) )?\((rate|increase)\({name}({{[^}}]+}})?\[", rule["expr"]), rule

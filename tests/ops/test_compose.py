@@ -1,4 +1,4 @@
-"""The compose file and the image, as far as they can be judged without a container engine."""
+"""The compose file and the image, checked without a container engine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SECRET = re.compile(r"KEY|SECRET|TOKEN|PASSWORD")
 
 
 def rendered(env_file: Path | None = None, **environment: str) -> dict[str, Any]:
-    """The services that the compose tool makes of the file, with such a `.env` and environment."""
+    """Render the services with the compose tool, for a `.env` and an environment."""
     clean = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     given = [] if env_file is None else ["--env-file", str(env_file)]
     command = [*compose(), "--file", str(COMPOSE), *given, "config"]
@@ -54,14 +54,14 @@ def variables(service: dict[str, Any]) -> dict[str, str | None]:
 
 
 def environment_of(service: dict[str, Any]) -> dict[str, str]:
-    """The variables that have a value."""
+    """The variables with a value."""
     return {name: str(value) for name, value in variables(service).items() if value is not None}
 
 
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_file_fits_the_compose_specification():
+def test_the_file_is_valid_by_the_compose_specification():
     words = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE)]
     checked = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
@@ -99,7 +99,7 @@ def test_a_service_is_pinned_restarted_and_confined(name):
     assert service.get("cap_add", []) == (["NET_BIND_SERVICE"] if name == "proxy" else [])
 
 
-def test_no_secret_is_written_down():
+def test_the_files_contain_no_secrets():
     for service in SERVICES.values():
         for name, value in variables(service).items():
             assert value is None or not SECRET.search(name), name
@@ -107,38 +107,38 @@ def test_no_secret_is_written_down():
         assert not any(SECRET.search(word) for word in service.get("build", {}).get("args", {}))
 
 
-def test_the_store_keeps_what_it_acknowledged_and_evicts_nothing():
+def test_the_store_persists_writes_and_evicts_nothing():
     words = SERVICES["redis"]["command"]
     options = dict(zip(words[1::2], words[2::2], strict=True))
     assert options["--appendonly"] == "yes"
     assert options["--maxmemory-policy"] == "noeviction"
     assert SERVICES["redis"]["volumes"] == ["redis-data:/data"]
-    # Without -e it succeeds as well while the server is still loading its data.
+    # Without -e, an error reply such as LOADING counts as success.
     assert SERVICES["redis"]["healthcheck"]["test"] == ["CMD", "redis-cli", "-e", "ping"]
 
 
 @pytest.mark.parametrize("name", [name for name, service in SERVICES.items() if "build" not in service])
-def test_every_service_is_checked(name):
-    """The backend's own check is in its image."""
+def test_every_service_has_a_health_check(name):
+    """The image contains the backend's own check."""
     check = SERVICES[name]["healthcheck"]
     assert check["test"][0] == "CMD"
     assert check.keys() >= {"interval", "timeout", "retries"}
 
 
-def test_a_first_start_that_takes_long_is_not_a_failure():
+def test_a_slow_first_start_is_not_a_failure():
     assert SERVICES["grafana"]["healthcheck"]["start_period"] == "60s"
     assert SERVICES["jaeger"]["healthcheck"]["test"][-1] == "http://127.0.0.1:13133/status"
 
 
-def test_the_proxy_may_write_into_its_directories():
-    """A tmpfs over a directory of the image has that one's owner and mode, unless it says otherwise."""
+def test_the_proxy_can_write_to_its_directories():
+    """A tmpfs over a directory of the image has that directory's owner and mode by default."""
     user, group = SERVICES["proxy"]["user"].split(":")
     assert set(SERVICES["proxy"]["tmpfs"]) == {
         "/tmp", *(f"{path}:uid={user},gid={group},mode=0700" for path in ("/data", "/config")),
     }  # fmt: skip
 
 
-def test_everybody_waits_for_what_it_needs():
+def test_every_service_waits_for_its_dependencies():
     for name in BACKENDS:
         assert SERVICES[name]["depends_on"] == {"redis": {"condition": "service_healthy"}}
     assert SERVICES["proxy"]["depends_on"] == {name: {"condition": "service_healthy"} for name in BACKENDS}
@@ -158,7 +158,7 @@ def test_volumes_are_declared_and_mounted_files_exist():
     assert used == declared == {"redis-data", "prometheus-data", "grafana-data"}
 
 
-def test_grafana_shows_to_everybody_and_lets_nobody_change_anything():
+def test_grafana_is_public_and_read_only():
     environment = SERVICES["grafana"]["environment"]
     assert environment["GF_AUTH_ANONYMOUS_ENABLED"] == "true"
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
@@ -166,16 +166,16 @@ def test_grafana_shows_to_everybody_and_lets_nobody_change_anything():
     assert environment["GF_AUTH_DISABLE_LOGIN_FORM"] == "true"
 
 
-# -- who finds whom ----------------------------------------------------------------------------------------------------
+# -- connections -------------------------------------------------------------------------------------------------------
 
 
 def mounted(name: str) -> dict[str, Path]:
-    """Where a service finds files of this repository."""
+    """The mounted files of this repository, by path in the service."""
     volumes = (volume.split(":") for volume in SERVICES[name].get("volumes", []))
     return {words[1]: ROOT / words[0] for words in volumes if words[0].startswith(".")}
 
 
-def test_prometheus_scrapes_each_replica_itself():
+def test_prometheus_scrapes_each_replica_directly():
     jobs = {job["job_name"]: job["static_configs"] for job in read_yaml(PROMETHEUS)["scrape_configs"]}
     assert jobs["ktrdr-backend"] == [{"targets": [f"{name}:8000" for name in BACKENDS]}]
 
@@ -201,7 +201,7 @@ def test_grafana_finds_its_datasources_and_its_dashboard():
         assert url.port in PUBLISHED[url.hostname]
 
 
-def test_the_proxy_stands_before_both_replicas():
+def test_the_proxy_forwards_to_both_replicas():
     assert SERVICES["proxy"]["environment"]["BACKENDS"].split() == [f"{name}:8000" for name in BACKENDS]
     assert "{$BACKENDS:backend-1:8000 backend-2:8000}" in CADDYFILE.read_text(encoding="utf-8")
     assert mounted("proxy")["/etc/caddy/Caddyfile"] == CADDYFILE
@@ -225,7 +225,7 @@ DEFAULTS = {
 }
 
 
-def test_the_compose_tool_takes_the_file():
+def test_the_compose_tool_accepts_the_file():
     assert set(rendered()) == set(SERVICES)
 
 
@@ -241,7 +241,7 @@ def test_each_variable_of_the_readme_reaches_both_replicas(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "".join(f"{name}=\n" for name in DEFAULTS)], ids=["empty", "emptied"])
-def test_what_an_env_file_does_not_set_stays_unset(tmp_path, content):
+def test_variables_not_in_an_env_file_stay_unset(tmp_path, content):
     env_file = tmp_path / "env"
     env_file.write_text(content)
     for services in (rendered(env_file), rendered()):
@@ -249,7 +249,7 @@ def test_what_an_env_file_does_not_set_stays_unset(tmp_path, content):
             assert environment_of(services[name]) == DEFAULTS
 
 
-def test_the_service_takes_the_settings_and_none_of_them_differs_from_its_own_defaults(monkeypatch):
+def test_the_settings_are_valid_and_equal_the_defaults_of_the_service(monkeypatch):
     for name in [*os.environ]:
         if re.match(r"(KTRDR|AGENT|TRAINING|BACKTEST)_", name):
             monkeypatch.delenv(name)
@@ -274,8 +274,8 @@ def test_the_service_takes_the_settings_and_none_of_them_differs_from_its_own_de
         ({"KTRDR_AUTH": "keys"}, "keys"),
     ],
 )
-def test_without_keys_the_replicas_serve_everybody_and_with_keys_nobody_else(tmp_path, monkeypatch, given, auth):
-    """What the container runs, with a program that shows what it was started with."""
+def test_replicas_require_a_key_only_if_keys_are_set(tmp_path, monkeypatch, given, auth):
+    """Run the container's command with a program that prints its arguments."""
     program = tmp_path / "ktrdr"
     program.write_text('#!/bin/sh\necho "$*"\nenv\n')
     program.chmod(0o755)
@@ -289,7 +289,7 @@ def test_without_keys_the_replicas_serve_everybody_and_with_keys_nobody_else(tmp
         check=True,
     )
     words, *lines = done.stdout.splitlines()
-    assert words == " ".join(json.loads(dict(instructions())["CMD"])[1:])  # as the image has it
+    assert words == " ".join(json.loads(dict(instructions())["CMD"])[1:])  # the same as in the image
     started = dict(line.split("=", 1) for line in lines if line.startswith("KTRDR_"))
     assert started.get("KTRDR_AUTH") == auth
     for name in [*os.environ]:
@@ -301,18 +301,18 @@ def test_without_keys_the_replicas_serve_everybody_and_with_keys_nobody_else(tmp
     assert (settings.auth == "none") is (auth == "none")
 
 
-def test_the_files_that_are_mounted_for_it_are_usable(monkeypatch):
+def test_the_mounted_files_are_valid(monkeypatch):
     files = mounted("backend-1")["/etc/ktrdr"]
     monkeypatch.setenv("KTRDR_BUDGETS_FILE", str(files / "budgets.toml"))
     assert [budget.name for budget in load_settings().budgets] == ["agent", "team:quant"]
     assert [price.model for price in load_prices(files / "prices.toml")] == ["road-runner"]
 
 
-def test_each_variable_of_the_backend_is_one_that_it_reads():
+def test_the_backend_reads_each_of_its_variables():
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "ktrdr_budget").rglob("*.py"))
     prefixed = {f"KTRDR_{name.upper()}" for name in Settings.model_fields}
     for name in variables(SERVICES["backend-1"]):
-        if not name.startswith(("OTEL_", "ANTHROPIC_", "OPENAI_")):  # those are read by others
+        if not name.startswith(("OTEL_", "ANTHROPIC_", "OPENAI_")):  # read by libraries
             assert name in prefixed or re.search(rf"\b{name}\b", source), name
 
 
@@ -325,12 +325,12 @@ def instructions() -> list[tuple[str, str]]:
 
 
 def copied() -> list[str]:
-    """What the image is built of, beside its own stages."""
+    """The files that the image is built from, except those of its own stages."""
     words = [rest.split() for name, rest in instructions() if name == "COPY" and "--from" not in rest]
     return [source for sources in words for source in sources[:-1]]
 
 
-def test_the_image_is_pinned_runs_as_nobody_and_tells_whether_it_is_ready():
+def test_the_image_is_pinned_unprivileged_and_has_a_health_check():
     bases = {rest.split()[0] for name, rest in instructions() if name == "FROM"}
     assert len(bases) == 1
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", bases.pop())
@@ -340,14 +340,14 @@ def test_the_image_is_pinned_runs_as_nobody_and_tells_whether_it_is_ready():
     assert "/readyz" in dict(instructions())["HEALTHCHECK"]
 
 
-def test_what_the_image_is_built_of_is_sent_to_the_engine_and_nothing_else():
+def test_the_build_context_is_exactly_the_files_of_the_image():
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
     assert {line[1:] for line in rules if line.startswith("!")} == set(copied())
 
 
-def test_the_package_builds_from_what_the_image_is_built_of(tmp_path):
+def test_the_package_builds_from_the_files_of_the_image(tmp_path):
     for name in copied():
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
@@ -369,7 +369,7 @@ def test_the_package_builds_from_what_the_image_is_built_of(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_health_check_tells_a_ready_service_from_one_that_is_not(server):
+def test_the_health_check_detects_a_service_that_is_not_ready(server):
     (program,) = re.findall(r'CMD \["python", "-c", "(.+)"\]', DOCKERFILE.read_text(encoding="utf-8"))
 
     def check(port: int) -> int:

@@ -1,4 +1,4 @@
-"""The dashboard and its provisioning, as far as they can be judged without a Grafana."""
+"""The dashboard and its provisioning, checked without a Grafana."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ROWS = {
     ),
 }
 NOW = {"stat", "gauge", "bargauge", "piechart", "table"}
-"""Types of panels that reduce a query to one value for each series."""
+"""Panel types that reduce a query to one value per series."""
 VARIABLE = {"type": "custom", "name": "phase", "query": "designing,training", "multi": True}
 DEPRECATED = {"graph", "graph-old", "singlestat", "table-old", "piechart-old", "heatmap-old", "worldmap-panel"}
 
@@ -60,7 +60,7 @@ def panel(dashboard: dict[str, Any], title: str) -> dict[str, Any]:
 
 
 def put(document: Any, path: str, value: Any) -> None:
-    """Sets a value deep inside; ``None`` removes it."""
+    """Set a nested value; ``None`` removes it."""
     *way, last = (int(word) if word.isdigit() else word for word in path.split("."))
     for word in way:
         document = document.setdefault(word, {}) if isinstance(document, dict) else document[word]
@@ -73,12 +73,12 @@ def put(document: Any, path: str, value: Any) -> None:
 # -- Grafana's schema --------------------------------------------------------------------------------------------------
 
 
-def test_the_dashboard_fits_the_schema_of_grafana(dashboard):
+def test_the_dashboard_is_valid_by_the_schema_of_grafana(dashboard):
     assert faults(dashboard) == []
 
 
 @pytest.mark.parametrize(
-    ("path", "value", "told"),
+    ("path", "value", "expected"),
     [
         ("titel", "x", "dashboard.titel: unknown"),
         ("refresh", 30, "dashboard.refresh: 30"),
@@ -100,13 +100,13 @@ def test_the_dashboard_fits_the_schema_of_grafana(dashboard):
         ("annotations.list.0.titelFormat", "x", "dashboard.annotations.list[0].titelFormat: unknown"),
     ],
 )
-def test_a_broken_field_is_noticed(dashboard, path, value, told):
+def test_an_invalid_field_is_detected(dashboard, path, value, expected):
     put(dashboard, path, value)
-    assert any(told in fault for fault in faults(dashboard)), faults(dashboard)
+    assert any(expected in fault for fault in faults(dashboard)), faults(dashboard)
 
 
-def test_what_a_series_overrides_fits_the_schema_too(dashboard):
-    """The schema leaves an override's value open: it is put where it goes."""
+def test_overrides_of_series_are_valid_by_the_schema(dashboard):
+    """The schema allows any value in an override, so each value is checked at its target."""
     for shown in panels(dashboard):
         for override in shown["fieldConfig"]["overrides"]:
             changed = copy.deepcopy(dashboard)
@@ -123,7 +123,7 @@ def test_an_override_names_a_series_of_its_panel(dashboard):
 
 
 def names_of(legend: str) -> set[str]:
-    """The names of the series that a legend may give, by the label in it."""
+    """The possible names of series for a legend, by its label."""
     values = {
         "outcome": {outcome for outcome, _ in OUTCOMES} | set(CYCLE_OUTCOMES),
         "phase": {*PHASES, *MODEL_PHASES},
@@ -144,10 +144,10 @@ def matches(matcher: dict[str, Any], name: str) -> bool:
     return re.search(matcher["options"].removeprefix("/").removesuffix("/"), name) is not None
 
 
-# -- what it shows -----------------------------------------------------------------------------------------------------
+# -- contents ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_dashboard_is_the_one_that_was_agreed_on(dashboard):
+def test_the_dashboard_has_the_documented_panels(dashboard):
     assert (dashboard["uid"], dashboard["title"]) == ("agent-research", "Agent Research Cycles")
     assert panel(dashboard, "Phase Durations")["type"] == "heatmap"
     budget = panel(dashboard, "Daily Budget")
@@ -157,7 +157,7 @@ def test_the_dashboard_is_the_one_that_was_agreed_on(dashboard):
     assert not any("timeFrom" in shown or "timeShift" in shown for shown in panels(dashboard))
 
 
-def test_a_panel_says_what_it_shows_in_units_that_grafana_knows(dashboard):
+def test_a_panel_has_a_description_and_a_valid_unit(dashboard):
     known = {value for name, value in vars(units).items() if name[0].isupper() and isinstance(value, str)}
     for shown in panels(dashboard):
         assert shown["type"] not in DEPRECATED
@@ -200,14 +200,14 @@ def test_panels_fill_the_grid_row_by_row_and_do_not_overlap(dashboard):
     assert found == ROWS
 
 
-def test_gauges_are_taken_once_and_counters_of_all_replicas_are_summed(dashboard):
+def test_gauges_are_taken_once_and_counters_are_summed(dashboard):
     for expression in expressions(dashboard):
         for name in re.findall(r"(?:agent|ktrdr_budget)_\w+", expression):
             summed = r"sum( by \([\w, ]+\) )?\((increase|rate)\("
             if name.endswith(("_total", "_bucket", "_sum", "_count")):
                 assert re.search(rf"{summed}{name}[{{\[]", expression), expression
             else:
-                # What is unresolved is each process's own.
+                # Unresolved requests are counted per process.
                 taken = "sum" if name == "ktrdr_budget_unresolved" else "min|max"
                 assert re.search(rf"({taken})( by \(unit\) )?\({name}[){{]", expression), expression
 
@@ -227,8 +227,8 @@ def test_the_scale_of_the_budget_ends_at_its_limit(dashboard):
     ]
 
 
-def test_a_panel_that_shows_one_value_asks_for_the_value_now(dashboard):
-    """The last value of a range stays for hours after the store or all replicas are gone."""
+def test_a_panel_of_one_value_uses_an_instant_query(dashboard):
+    """The last value of a range stays for hours after the loss of the store or of all replicas."""
     for shown in panels(dashboard):
         for target in shown["targets"]:
             assert (target["instant"], target["range"]) == ((shown["type"] in NOW), (shown["type"] not in NOW))
@@ -238,7 +238,7 @@ def test_a_panel_that_shows_one_value_asks_for_the_value_now(dashboard):
             assert not {"last", "lastNotNull"} & set(shown["options"]["legend"].get("calcs", []))
 
 
-def test_a_panel_of_figures_says_when_they_are_unknown(dashboard):
+def test_a_panel_of_figures_shows_unknown_figures_as_unknown(dashboard):
     for shown in panels(dashboard):
         gauges = any(re.search(r"\b(min|max)\b", target["expr"]) for target in shown["targets"])
         if gauges and shown["type"] in NOW:
@@ -250,7 +250,7 @@ def test_the_rows_of_a_budget_follow_the_variable(dashboard):
     assert (variable["name"], variable["type"]) == ("budget", "query")
     assert variable["query"]["query"] == "label_values(ktrdr_budget_spent, budget)"
     assert variable["current"]["value"] == "agent"
-    # One name, which Grafana puts in as it is; of several it makes a regular expression.
+    # A single name, which Grafana inserts unchanged; for several it creates a regular expression.
     assert variable["multi"] is variable["includeAll"] is False
     for title in ROWS["Budget"]:
         for target in panel(dashboard, title)["targets"]:
@@ -294,7 +294,7 @@ async def test_every_metric_and_every_label_is_in_a_panel(dashboard, server):
 # -- provisioning ------------------------------------------------------------------------------------------------------
 
 
-def test_every_query_asks_a_datasource_that_is_provisioned(dashboard):
+def test_every_query_uses_a_provisioned_datasource(dashboard):
     provisioned = {source["uid"]: source for source in read_yaml(DATASOURCES)["datasources"]}
     assert {uid: source["type"] for uid, source in provisioned.items()} == {
         "prometheus": "prometheus",
@@ -306,12 +306,12 @@ def test_every_query_asks_a_datasource_that_is_provisioned(dashboard):
     assert all(annotation["datasource"] == DATASOURCE for annotation in dashboard["annotations"]["list"])
 
 
-def test_grafana_knows_how_often_prometheus_scrapes():
+def test_the_scrape_interval_in_grafana_matches_prometheus():
     (prometheus,) = (source for source in read_yaml(DATASOURCES)["datasources"] if source["type"] == "prometheus")
     assert prometheus["jsonData"]["timeInterval"] == read_yaml(PROMETHEUS)["global"]["scrape_interval"]
 
 
-def test_the_dashboard_is_provisioned_from_the_folder_where_it_lies():
+def test_the_dashboard_is_provisioned_from_its_folder():
     (provider,) = read_yaml(PROVIDERS)["providers"]
     assert provider["type"] == "file"
     assert provider["options"]["path"] == "/etc/grafana/dashboards"

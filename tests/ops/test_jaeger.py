@@ -1,4 +1,4 @@
-"""``make jaeger``: what it does without Go, and where its parts listen. The check with a real Jaeger is run by hand."""
+"""``make jaeger`` without Go, and the addresses of its parts. The check with a real Jaeger is run by hand."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def run(tmp_path: Path, tools: Path) -> subprocess.CompletedProcess[str]:
 
 
 def go(tmp_path: Path, script: str) -> Path:
-    """A directory with a ``go`` that does this."""
+    """A directory with a ``go`` that runs this script."""
     tools = tmp_path / "tools"
     tools.mkdir()
     (tools / "go").write_text(f"#!/bin/sh\n{script}\n")
@@ -30,20 +30,20 @@ def go(tmp_path: Path, script: str) -> Path:
     return tools
 
 
-def test_without_go_it_says_so_in_one_line(tmp_path: Path):
+def test_a_missing_go_is_reported_in_one_line(tmp_path: Path):
     done = run(tmp_path, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "jaeger: skipped: Go 1.24 or newer is not installed\n"
 
 
 @pytest.mark.parametrize("version", ["go1.23.9", "devel", ""])
-def test_an_older_go_is_named(tmp_path: Path, version: str):
+def test_an_older_go_is_reported_with_its_version(tmp_path: Path, version: str):
     done = run(tmp_path, go(tmp_path, f"echo {version}"))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"jaeger: skipped: Go 1.24 or newer is needed, not {version or 'this one'}\n"
 
 
-def test_a_build_that_fails_is_told_by_its_last_line_and_leaves_nothing(tmp_path: Path):
+def test_a_failed_build_is_reported_by_its_last_line_and_leaves_nothing(tmp_path: Path):
     tools = go(tmp_path, 'test "$1" = env && echo go1.26.8 && exit; echo downloading >&2; echo no network >&2; exit 1')
     done = run(tmp_path, tools)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "jaeger: go mod failed: no network")

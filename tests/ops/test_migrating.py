@@ -1,4 +1,4 @@
-"""``docs/migrating.md``: its commands move a day's spend from an old tracker, once, and back up what is there."""
+"""``docs/migrating.md``: its commands import a day's spend from an old tracker once, and create backups."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def spent(service: Service) -> str:
 
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
-    """What a JSON-file tracker left in ``data/budget``, its total with the noise of floats; the directory above."""
+    """The files of a JSON-file tracker in ``data/budget``, with a float total; returns the directory above."""
     day = datetime.now(UTC).strftime("%Y-%m-%d")
     spend = [{"amount": amount, "operation_id": "op_1", "timestamp": f"{day}T00:00:00+00:00"} for amount in (0.1, 0.2)]
     document = {"date": day, "limit": 5.0, "spend": spend, "total_spend": 0.1 + 0.2}
@@ -55,14 +55,14 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_todays_total_of_the_files_and_of_the_old_backend_is_recorded_once(server, files: Path):
+def test_the_total_of_the_files_or_of_the_old_backend_is_recorded_once(server, files: Path):
     old = {"/api/v1/agent/budget": {"today_spend": 0.1 + 0.2, "daily_limit": 5.0, "remaining": 4.7}}
     with serving(KTRDR_REDIS_URL=server.url) as service, answering(old.get) as url:
         for _ in range(2):
             done = run(FROM_FILES, files, service)
             assert done.returncode == 0, done.stderr
             assert "Today's Spend: $0.30\n" in done.stdout
-            assert spent(service) == "0.300000001", "rounded up, as any amount"
+            assert spent(service) == "0.300000001", "rounded up, like any amount"
         done = run(FROM_BACKEND, files, service, OLD_BACKEND=url)
         assert done.returncode == 0, done.stderr
         assert "total of the old tracker" in done.stdout
@@ -72,7 +72,7 @@ def test_todays_total_of_the_files_and_of_the_old_backend_is_recorded_once(serve
         assert (done.returncode, spent(service)) == (1, "0.300000001"), "another total is a conflict"
 
 
-def test_a_backend_without_files_is_asked_and_its_small_total_loses_no_digit(server, tmp_path: Path):
+def test_the_small_total_of_a_backend_without_files_is_imported_exactly(server, tmp_path: Path):
     old = {"/api/v1/agent/budget": {"today_spend": 0.000001}}
     with serving(KTRDR_REDIS_URL=server.url) as service, answering(old.get) as url:
         done = run(FROM_BACKEND, tmp_path, service, OLD_BACKEND=url)
@@ -81,7 +81,7 @@ def test_a_backend_without_files_is_asked_and_its_small_total_loses_no_digit(ser
         assert json.loads(done.stdout)["today_spend"] == 0.000001
 
 
-def test_a_backup_of_the_embedded_server_holds_the_spend(tmp_path: Path):
+def test_a_backup_of_the_embedded_server_contains_the_spend(tmp_path: Path):
     with serving(cwd=tmp_path) as service:
         assert service.post("/api/v1/spend", {"amounts": {"agent": "0.07"}}).status_code == 201
         assert service.stop() == 0
@@ -95,5 +95,5 @@ def test_a_backup_of_the_embedded_server_holds_the_spend(tmp_path: Path):
         assert spent(again) == "0.07"
 
 
-def test_an_import_of_the_document_is_one_of_the_package():
+def test_the_imports_in_the_document_exist_in_the_package():
     assert "from ktrdr_budget import get_budget_tracker" in TEXT

@@ -25,7 +25,7 @@ DASHBOARD = read_dashboard()
 
 @dataclass
 class Stack:
-    """Two replicas that have worked, and the Prometheus that watched them."""
+    """Two replicas with some activity, and the Prometheus that scrapes them."""
 
     prometheus: Prometheus
     replicas: list[Service]
@@ -33,7 +33,7 @@ class Stack:
     ended_at: float
 
     def panel(self, title: str) -> list[dict[str, list[float]]]:
-        """The series of each query of a panel."""
+        """Return the series of each query of a panel."""
         (panel,) = (panel for panel in panels(DASHBOARD) if panel["title"] == title)
         return [self.query(target["expr"], instant=target["instant"]) for target in panel["targets"]]
 
@@ -43,7 +43,7 @@ class Stack:
         )
 
     def filled(self, expression: str) -> str:
-        """An expression with Grafana's own variables replaced, as that does it."""
+        """Replace Grafana's own variables in an expression."""
         values = {
             "__range": f"{math.ceil(self.ended_at - self.started_at)}s",
             "__rate_interval": "10s",
@@ -60,7 +60,7 @@ def stack(start_server: Callable[..., Server], tmp_path_factory: pytest.TempPath
     environment = {
         "KTRDR_REDIS_URL": start_server().url,
         "AGENT_PHASE_SECONDS": 0,
-        # There it is noon: no day ends meanwhile.
+        # The server's clock is at noon: no day ends during the test.
         "AGENT_BUDGET_TIMEZONE": f"Etc/GMT{datetime.now(UTC).hour - 12:+d}",
     }
     with ExitStack() as ending:
@@ -68,7 +68,7 @@ def stack(start_server: Callable[..., Server], tmp_path_factory: pytest.TempPath
         targets = [f"127.0.0.1:{replica.port}" for replica in replicas]
         prometheus = Prometheus(tmp_path_factory.mktemp("prometheus"), targets)
         ending.callback(prometheus.end)
-        # It must have seen them at 0, or it cannot know of an increase.
+        # Counters must be scraped at 0 first, or no increase is visible.
         wait_until(lambda: (prometheus.value("sum(count_over_time(agent_tokens_total[1m]))") or 0) >= 8)
         started_at = time.time()
         for replica in replicas * (CYCLES // 2):
@@ -82,7 +82,7 @@ def stack(start_server: Callable[..., Server], tmp_path_factory: pytest.TempPath
 
 
 def run_cycle(replica: Service) -> None:
-    """Starts a cycle at a replica, and waits for its end."""
+    """Trigger a cycle at a replica, and wait for its end."""
     wait_until(lambda: replica.post("/api/v1/agent/trigger").status_code == 202)
     wait_until(lambda: replica.get("/api/v1/agent/status").json()["status"] == "idle")
 
@@ -95,10 +95,10 @@ def test_every_query_of_a_panel_returns_data(stack, title):
         assert any(math.isfinite(value) for value in values), series
 
 
-def test_panels_show_what_happened(stack):
+def test_panels_show_the_activity(stack):
     (cycles,) = stack.panel("Cycle Outcomes")
     assert set(cycles) == {"outcome=completed", "outcome=failed", "outcome=cancelled"}
-    # Prometheus extends an increase to the ends of its range.
+    # Prometheus extrapolates an increase to the ends of its range.
     assert sum(value for (value,) in cycles.values()) == pytest.approx(CYCLES, rel=0.3)
     (hourly,) = stack.panel("Cycles per Hour")
     assert sum(values[-1] for values in hourly.values()) == pytest.approx(CYCLES, rel=0.3)
@@ -117,7 +117,7 @@ def test_panels_show_what_happened(stack):
     assert max(denials["reason=exceeds_limit"]) > 0
 
 
-def test_money_on_the_dashboard_is_that_of_the_store(stack):
+def test_amounts_on_the_dashboard_match_the_store(stack):
     budget = stack.replicas[1].get("/api/v1/budgets/agent").json()
     (remaining,), (limit,) = (series.values() for series in stack.panel("Daily Budget"))
     assert remaining[-1] == pytest.approx(float(budget["remaining"]))
@@ -125,12 +125,12 @@ def test_money_on_the_dashboard_is_that_of_the_store(stack):
     spent, counted, _ = (next(iter(series.values())) for series in stack.panel("Spend Against Limit"))
     assert spent[-1] == counted[-1] == pytest.approx(float(budget["spent"]))
     assert 0 < spent[-1] < 1
-    assert max(counted) > spent[-1]  # the estimates that were held meanwhile
+    assert max(counted) > spent[-1]  # includes the estimates held at the time
     held, unconfirmed = (next(iter(series.values())) for series in stack.panel("Held and Unconfirmed"))
     assert max(held) > 0 == max(unconfirmed)
 
 
-def test_the_rules_run_on_what_the_replicas_say_and_no_alert_fires(stack):
+def test_the_rules_evaluate_on_real_metrics_and_no_alert_fires(stack):
     rules = [rule for group in stack.prometheus.ask("/rules")["groups"] for rule in group["rules"]]
     assert len(rules) == sum(len(group["rules"]) for group in read_yaml(ALERTS)["groups"])
     assert [rule for rule in rules if rule["health"] != "ok"] == []

@@ -1,4 +1,4 @@
-"""What a person reads on the panels that show a value now: the figure, or that it is unknown (P10)."""
+"""Panels of current values: the displayed figure, or that it is unknown (P10)."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ period = "ever"
 
 @dataclass
 class Watched:
-    """Two replicas of one store, the Prometheus that scrapes them, and a Grafana that asks it."""
+    """Two replicas of one store, the Prometheus that scrapes them, and Grafana's library."""
 
     store: Server
     replicas: list[Service]
@@ -57,12 +57,12 @@ class Watched:
         return {title: self.read(title) for title in FIGURES}
 
     def firing(self) -> set[str]:
-        """The names that annotations show now."""
+        """Return the names shown by annotations now."""
         (annotation,) = DASHBOARD["annotations"]["list"]
         return self.grafana.titles(annotation)
 
     def wait_scraped(self, expression: str, value: float) -> None:
-        """Until each replica's last scrape says so."""
+        """Wait until the last scrape of each replica has this value."""
         wait_until(lambda: self.prometheus.value(expression) == value)
 
 
@@ -71,10 +71,10 @@ def watching(store: Server, directory: Path) -> Iterator[Watched]:
     rules = read_yaml(ALERTS)
     for group in rules["groups"]:
         for rule in group["rules"]:
-            rule.pop("for", None)  # fires at once
+            rule.pop("for", None)  # fires without delay
     (directory / "alerts.yml").write_text(yaml.safe_dump(rules))
     (directory / "budgets.toml").write_text(BUDGETS)
-    # A scrape ends within its interval also when the store does not reply.
+    # A scrape ends within its interval even if the store does not reply.
     variables = {
         "KTRDR_REDIS_URL": store.url,
         "KTRDR_TIMEOUT": 1,
@@ -98,13 +98,13 @@ def watched(start_server: Callable[..., Server], tmp_path: Path) -> Iterator[Wat
         yield stack
 
 
-def test_the_library_is_that_of_the_grafana_that_is_deployed():
+def test_the_library_has_the_version_of_the_deployed_grafana():
     _, _, version = read_yaml(COMPOSE)["services"]["grafana"]["image"].partition(":")
     assert json.loads(PACKAGE.read_text())["dependencies"]["@grafana/data"] == version
 
 
 @pytest.mark.slow
-def test_a_panel_says_the_figure_and_then_that_it_is_unknown(watched):
+def test_a_panel_shows_the_figure_and_after_an_outage_unknown(watched):
     known = watched.all()
     assert known.pop("Window Ends")["window ends"].startswith("in ")
     assert known == {

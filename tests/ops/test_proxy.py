@@ -1,4 +1,4 @@
-"""The proxy before the replicas: a real Caddy with the file of the stack."""
+"""The proxy of the stack: a real Caddy with the stack's file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .files import CADDYFILE
 
 
 class Replica(ThreadingHTTPServer):
-    """Answers everything with its name; hangs up on what goes to /crash."""
+    """Replies to all requests with its name; closes the connection on /crash."""
 
     def __init__(self, name: str) -> None:
         self.name, self.seen = name, []
@@ -36,7 +36,7 @@ class Replica(ThreadingHTTPServer):
         self.server_close()
 
     def handle_error(self, request: Any, address: Any) -> None:
-        """Hanging up is not worth a word."""
+        """Ignore closed connections."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -71,7 +71,7 @@ def replicas() -> Iterator[tuple[Replica, Replica]]:
 
 @contextmanager
 def proxy(path: Path, *replicas: Replica) -> Iterator[httpx.Client]:
-    """A client of the proxy, whose connections are new ones."""
+    """A client of the proxy without keep-alive."""
     port = free_port()
     environment = {
         **os.environ,
@@ -100,7 +100,7 @@ def listens(client: httpx.Client) -> bool:
         return False
 
 
-def test_requests_are_spread_and_a_replica_that_is_gone_is_passed_over(tmp_path):
+def test_requests_are_balanced_and_a_lost_replica_is_skipped(tmp_path):
     with replicas() as (one, two), proxy(tmp_path, one, two) as client:
         assert {client.get("/").text for _ in range(8)} == {"one", "two"}
         one.end()
@@ -108,7 +108,7 @@ def test_requests_are_spread_and_a_replica_that_is_gone_is_passed_over(tmp_path)
         assert {(answer.status_code, answer.text) for answer in answers} == {(200, "two")}
 
 
-def test_what_a_replica_says_when_it_is_not_ready_is_passed_on(tmp_path):
+def test_the_reply_of_a_replica_that_is_not_ready_is_forwarded(tmp_path):
     with replicas() as (one, two), proxy(tmp_path, one, two) as client:
         answer = client.get("/readyz")
         assert (answer.status_code, answer.text in {"one", "two"}) == (503, True)

@@ -1,4 +1,4 @@
-"""``make stack``: all parts, on one store, and all gone in the end."""
+"""``make stack``: all parts on one store, with a clean end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def spend(url: str) -> float:
 
 
 def recorded(url: str) -> int:
-    """How many records a replica has counted."""
+    """Return the number of records counted by a replica."""
     text = httpx.get(f"{url}/metrics", timeout=60).text
     [count] = re.findall(r'^ktrdr_budget_call_seconds_count\{operation="record"\} (\d+)', text, re.MULTILINE)
     return int(count)
@@ -39,7 +39,7 @@ def record(url: str, amount: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_replicas_share_an_embedded_server_behind_one_address_and_end_with_ctrl_c(tmp_path: Path) -> None:
+def test_two_replicas_share_an_embedded_server_and_end_with_ctrl_c(tmp_path: Path) -> None:
     data_dir = tmp_path / "budget"
     with stack("--no-prometheus", AGENT_BUDGET_DIR=data_dir, AGENT_DAILY_BUDGET="1.00") as running:
         urls = [running.url(part) for part in PARTS]
@@ -48,7 +48,7 @@ def test_two_replicas_share_an_embedded_server_behind_one_address_and_end_with_c
         record(urls[2], "0.50")
         assert [spend(url) for url in urls] == [0.75] * 3
 
-        # In turn: each record comes on a connection of its own.
+        # Round robin: each record uses a new connection.
         before = [recorded(url) for url in urls[1:]]
         for _ in range(4):
             record(urls[0], "0.01")
@@ -56,14 +56,14 @@ def test_two_replicas_share_an_embedded_server_behind_one_address_and_end_with_c
         large = httpx.post(f"{urls[0]}/api/v1/spend", json=["x" * 1_000_000], timeout=60)
         assert large.status_code == 413
 
-        assert [line for line in running.said if "budget agent: $1.00 a day" in line][1:]
+        assert [line for line in running.lines if "budget agent: $1.00 a day" in line][1:]
         assert running.place("prometheus") == "not started (--no-prometheus)"
         assert running.place("traces").startswith("not sent")
         running.signal(signal.SIGINT)
         assert running.end() == 0
     assert not [url for url in urls if answers(url)]
     wait_until(lambda: embedded.find(data_dir) is None)
-    assert not [line for line in running.said if "Traceback" in line]
+    assert not [line for line in running.lines if "Traceback" in line]
 
 
 @pytest.mark.slow
@@ -86,47 +86,47 @@ def test_prometheus_scrapes_each_replica_where_it_is_installed(server: Server) -
 
 
 @pytest.mark.slow
-def test_a_replica_that_dies_ends_the_others_with_exit_code_1(server: Server) -> None:
+def test_a_dead_replica_ends_the_stack_with_exit_code_1(server: Server) -> None:
     with stack("--no-prometheus", KTRDR_REDIS_URL=server.url) as running:
         urls = [running.url(part) for part in PARTS]
         os.kill(running.pid("replica-2"), signal.SIGKILL)
         assert running.end() == 1
-        assert "stack: replica-2 has ended with exit code -9; stopping" in running.said
+        assert "stack: replica-2 has ended with exit code -9; stopping" in running.lines
         assert not [url for url in urls if answers(url)]
 
 
 @pytest.mark.slow
-def test_a_store_that_is_not_there_is_said_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_store_is_reported_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     running = Stack(*FREE_PORTS, AGENT_BUDGET_DIR=tmp_path / "file" / "budget")
     assert running.end() == 1
-    assert running.said[-1].startswith("stack: cannot run the embedded server in ")
+    assert running.lines[-1].startswith("stack: cannot run the embedded server in ")
 
 
-def test_a_port_that_is_taken_is_said_with_exit_code_1(server: Server) -> None:
+def test_a_port_in_use_is_reported_with_exit_code_1(server: Server) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         running = Stack("--port", str(port), KTRDR_REDIS_URL=server.url)
         assert running.end() == 1
-    assert running.said == [f"stack: cannot listen on 127.0.0.1 port {port}: Address already in use; stopping"]
+    assert running.lines == [f"stack: cannot listen on 127.0.0.1 port {port}: Address already in use; stopping"]
 
 
 @pytest.mark.slow
-def test_a_setting_that_is_not_usable_ends_the_stack(server: Server) -> None:
+def test_an_invalid_setting_ends_the_stack(server: Server) -> None:
     running = Stack(*FREE_PORTS, KTRDR_REDIS_URL=server.url, AGENT_DAILY_BUDGET="a lot")
     assert running.end() == 1
-    assert [line for line in running.said if "| ktrdr: AGENT_DAILY_BUDGET" in line]
-    assert "has ended with exit code 2; stopping" in running.said[-1]
+    assert [line for line in running.lines if "| ktrdr: AGENT_DAILY_BUDGET" in line]
+    assert "has ended with exit code 2; stopping" in running.lines[-1]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_while_it_starts_ends_it_well(server: Server, number: signal.Signals) -> None:
+def test_a_signal_during_the_start_ends_the_stack(server: Server, number: signal.Signals) -> None:
     running = Stack(*FREE_PORTS, KTRDR_REDIS_URL=server.url)
-    wait_until(lambda: running.tells("replica-"))
+    wait_until(lambda: running.printed("replica-"))
     running.signal(number)
     assert running.end() == 0
-    assert running.said[-1].startswith(("stack: stopping", "replica-"))
+    assert running.lines[-1].startswith(("stack: stopping", "replica-"))
 
 
 def test_make_runs_it() -> None:

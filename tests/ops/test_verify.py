@@ -1,4 +1,4 @@
-"""``scripts/verify.sh``: a sound stack passes, a broken one does not, and nothing stays changed."""
+"""``scripts/verify.sh``: a sound stack passes, a broken one fails, and no change remains."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHECKS += ["exhaustion", "restored", "prometheus", "grafana"]
 
 @dataclass
 class Verified:
-    """What the script said, and how it ended."""
+    """The output of the script and its exit code."""
 
     code: int
     output: str
@@ -73,7 +73,7 @@ def receiver() -> Iterator[OtlpReceiver]:
 
 @pytest.fixture(scope="module")
 def running(receiver: OtlpReceiver, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
-    """Two replicas on an embedded server, whose cycles are quick, with traces."""
+    """Two replicas on an embedded server, with quick cycles and traces."""
     data_dir = tmp_path_factory.mktemp("stack") / "budget"
     with stack(AGENT_BUDGET_DIR=data_dir, AGENT_PHASE_SECONDS="0.1", **receiver.environment) as running:
         yield running
@@ -87,13 +87,13 @@ def replicas(running: Stack) -> str:
 
 
 def shape(line: str) -> str:
-    """A line without what differs from run to run. This stack has traces, and that of the README has none."""
+    """Replace the varying parts of a line. This stack has traces; that of the README has none."""
     line = line.removesuffix(" with its trace id")
     return re.sub(r"op_\w+", "ID", re.sub(r"[\d.]*\d", "N", re.sub(r"op_\w+", "ID", line)))
 
 
 @pytest.mark.slow
-def test_the_readme_shows_what_the_script_prints(running: Stack) -> None:
+def test_the_readme_shows_the_output_of_the_script(running: Stack) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [block] = re.findall(r"```text\n(\$ [^\n]*scripts/verify\.sh)\n(.*?)```", readme, re.DOTALL)
     called, shown = block[0], block[1].splitlines()
@@ -146,7 +146,7 @@ def test_a_sound_stack_passes_every_check(running: Stack, receiver: OtlpReceiver
 
 
 @pytest.mark.slow
-def test_an_interrupted_check_restores_the_limit_that_was_set_at_run_time(running: Stack) -> None:
+def test_an_interrupted_check_restores_the_run_time_limit(running: Stack) -> None:
     url = running.url("service")
     limit = httpx.put(f"{url}/api/v1/budgets/agent/limit", json={"limit": "3.00", "until": "window"}, timeout=60)
     set_before = limit.json()
@@ -168,7 +168,7 @@ def test_an_interrupted_check_restores_the_limit_that_was_set_at_run_time(runnin
 
 
 def cancelled_cycle(url: str) -> str:
-    """The id of a cycle that was cancelled before it ended, which on a busy machine takes more than one."""
+    """Cancel cycles until one is cancelled before its end, which on a busy machine may take several; return its id."""
     while True:
         operation_id = httpx.post(f"{url}/api/v1/agent/trigger", timeout=60).json()["operation_id"]
         answer = httpx.delete(f"{url}/api/v1/agent/cancel/{operation_id}", timeout=60)
@@ -179,9 +179,7 @@ def cancelled_cycle(url: str) -> str:
 
 
 @pytest.mark.slow
-def test_cycles_of_every_outcome_that_is_asked_for_must_have_their_traces(
-    running: Stack, receiver: OtlpReceiver
-) -> None:
+def test_cycles_of_each_requested_outcome_must_have_their_traces(running: Stack, receiver: OtlpReceiver) -> None:
     url = running.url("service")
     operation_id = cancelled_cycle(url)
     with answering(jaeger(receiver)) as jaeger_url:
@@ -210,7 +208,7 @@ def test_a_replica_without_its_store_fails(tmp_path: Path) -> None:
     assert "Traceback" not in found.output
 
 
-def test_nothing_at_all_fails(server: Server) -> None:
+def test_an_unreachable_service_fails(server: Server) -> None:
     checks = ("ready", "budget", "cli", "metrics", "cycle", "agreement", "traces", "exhaustion")
     found = verify(f"http://127.0.0.1:{free_port()}", *checks, JAEGER_URL="http://[::1]:1")
     assert (set(found.results.values()), found.code) == ({"FAIL"}, 1)
@@ -219,8 +217,8 @@ def test_nothing_at_all_fails(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_traces_that_are_not_whole_fail(running: Stack, receiver: OtlpReceiver) -> None:
-    """The same spans, with one thing wrong each time."""
+def test_incomplete_traces_fail(running: Stack, receiver: OtlpReceiver) -> None:
+    """The same spans, each time with one defect."""
 
     def without_root(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [span for span in spans if span["operationName"] != "agent.research_cycle"]
@@ -233,7 +231,7 @@ def test_traces_that_are_not_whole_fail(running: Stack, receiver: OtlpReceiver) 
 
     url = running.url("service")
     whole = jaeger(receiver)
-    for spoil, told in (
+    for spoil, message in (
         (without_root, "no span agent.research_cycle"),
         (without_a_phase, "no span agent.phase.training"),
         (without_an_id, "has not the operation.id"),
@@ -248,14 +246,14 @@ def test_traces_that_are_not_whole_fail(running: Stack, receiver: OtlpReceiver) 
         with answering(answer) as jaeger_url:
             found = verify(url, "cycle", "traces", JAEGER_URL=jaeger_url, WAIT_SECONDS=2)
         assert (found.results, found.code) == ({"cycle": "PASS", "traces": "FAIL"}, 1), found.output
-        assert told in found.line("traces")
+        assert message in found.line("traces")
 
 
 # --- What it may not do ---------------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_day_without_money_is_no_fault_and_what_needs_the_admin_key_is_skipped_without_it(server: Server) -> None:
+def test_an_exhausted_budget_is_no_fault_and_checks_for_admins_are_skipped_without_the_key(server: Server) -> None:
     keys = {"KTRDR_API_KEY": "use-key", "KTRDR_ADMIN_KEY": "admin-key"}
     with serving(KTRDR_REDIS_URL=server.url, AGENT_DAILY_BUDGET="0.01", **keys) as replica:
         found = verify(replica.url, "ready", "budget", "cycle", "exhaustion", **keys)
@@ -269,13 +267,13 @@ def test_a_day_without_money_is_no_fault_and_what_needs_the_admin_key_is_skipped
         assert "-key" not in found.output.replace("KTRDR_API_KEY", "")
 
 
-def test_a_check_that_does_not_exist_is_refused() -> None:
+def test_an_unknown_check_is_rejected() -> None:
     found = verify("http://127.0.0.1:1", "ready", "everything")
     assert found.code == 2
     assert found.output.startswith("verify: no check everything; there are ready budget ")
 
 
-def test_an_interpreter_without_the_package_is_refused() -> None:
+def test_an_interpreter_without_the_package_is_rejected() -> None:
     ended = subprocess.run(command(), env=environment(PYTHON="false"), capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "verify: false has no ktrdr-budget; set PYTHON\n"

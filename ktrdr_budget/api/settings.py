@@ -15,7 +15,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from ktrdr_budget import environment
 from ktrdr_budget.engine.replica.state import MAX_BUDGETS, MAX_HOLDS, RETENTION_DAYS, RETENTION_DAYS_MIN
-from ktrdr_budget.engine.transport.store import check_url, mask_url
+from ktrdr_budget.engine.transport.urls import check_url, mask_url
 from ktrdr_budget.environment import AGENT, CYCLE_ESTIMATE_DEFAULT, DAILY_BUDGET_DEFAULT, DATA_DIR_DEFAULT, parse_limit
 from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.models import Budget, check_name

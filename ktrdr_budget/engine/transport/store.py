@@ -20,7 +20,7 @@ from ktrdr_budget.engine.transport.node import Node
 from ktrdr_budget.engine.transport.urls import check_url, mask_url
 from ktrdr_budget.errors import BudgetError
 
-__all__ = ["NoScript", "Store", "Transient", "check_url", "mask_url", "unavailable"]
+__all__ = ["NoScript", "Store", "Transient", "unavailable"]
 
 _REDIRECTIONS_MAX = 5
 

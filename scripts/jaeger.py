@@ -157,7 +157,7 @@ def wait_for(what: str, check: Callable[[], Any], process: subprocess.Popen[byte
     ends = time.monotonic() + READY_WITHIN_S
     while not (found := check()):
         if process.poll() is not None or time.monotonic() > ends:
-            last = (log.read_text(errors="replace").strip().splitlines() or ["it says nothing"])[-1]
+            last = (log.read_text(errors="replace").strip().splitlines() or ["no output"])[-1]
             raise JaegerError(f"{what} is not ready: {last}")
         time.sleep(0.1)
     return found
@@ -216,7 +216,7 @@ def ended(service: str, operation_id: str) -> str:
             if cycle["operation_id"] == operation_id and cycle["outcome"] is not None:
                 return str(cycle["outcome"])
         time.sleep(0.2)
-    raise JaegerError(f"cycle {operation_id} does not end")
+    raise JaegerError(f"cycle {operation_id} has not ended")
 
 
 def run_cycles(stack: str, strict: str) -> None:

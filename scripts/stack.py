@@ -99,7 +99,7 @@ class Child:
         try:
             await asyncio.wait_for(self._process.wait(), STOP_WITHIN_S)
         except TimeoutError:
-            say(f"stack: {self.name} does not end; it is killed")
+            say(f"stack: {self.name} did not stop in time; killing it")
             self._process.kill()
             await self._process.wait()
         await self._reader
@@ -253,7 +253,7 @@ class Stack:
         ]
         for name, place in places:
             say(f"stack: {name:<11} {place}")
-        say("stack: ready; scripts/verify.sh checks it, Ctrl-C ends it")
+        say("stack: ready; scripts/verify.sh checks it, Ctrl-C stops it")
 
 
 def prometheus_config(targets: Sequence[str]) -> str:

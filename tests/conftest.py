@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
@@ -12,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import redis
@@ -22,6 +24,9 @@ from ktrdr_budget import AsyncBudgetLimiter, BudgetLimiter
 
 from .helpers.patience import be_patient, is_away, is_there
 from .helpers.unit_tests import is_unit_test
+
+if TYPE_CHECKING:
+    from .helpers.recorded_spans import Recorded
 
 TIMELY_TRIES = 4
 
@@ -211,6 +216,24 @@ def sync_limiter(server: Server, request: pytest.FixtureRequest) -> Iterator[Bud
     """A sync limiter with the module's ``BUDGETS``."""
     with BudgetLimiter(server.url, request.module.BUDGETS) as made:
         yield made
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    """The spans of the package, recorded as if the process had a tracer provider."""
+    from ktrdr_budget.telemetry import spans
+
+    from .helpers.recorded_spans import Recorded
+
+    found = Recorded()
+    monkeypatch.setattr(spans, "_tracer", found.tracer)
+    return found
+
+
+@pytest.fixture
+def info_log(caplog: pytest.LogCaptureFixture) -> None:
+    """Capture log records from level INFO on."""
+    caplog.set_level(logging.INFO, "ktrdr_budget")
 
 
 def free_port() -> int:

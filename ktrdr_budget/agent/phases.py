@@ -130,6 +130,6 @@ class KnowsStrategies(Protocol):
         """Return the design of a strategy. A cycle that starts with one skips the phase ``designing``.
 
         Raises:
-            InvalidArgument: there is no such strategy; the message says which there are.
+            InvalidArgument: the strategy is unknown; the message lists the known ones.
         """
         ...

@@ -269,8 +269,8 @@ def _exporter(protocol: str) -> SpanExporter:
 
 
 def _masked(span: ReadableSpan) -> ReadableSpan:
-    said = span.status.description
-    if not span.events and not said:
+    description = span.status.description
+    if not span.events and not description:
         return span
     from opentelemetry.sdk.trace import Event, ReadableSpan
     from opentelemetry.trace import Status
@@ -292,7 +292,7 @@ def _masked(span: ReadableSpan) -> ReadableSpan:
         kind=span.kind,
         status=Status()
         if _is_missing_script(span)
-        else Status(span.status.status_code, said and without_secrets(said)),
+        else Status(span.status.status_code, description and without_secrets(description)),
         start_time=span.start_time,
         end_time=span.end_time,
         instrumentation_scope=span.instrumentation_scope,

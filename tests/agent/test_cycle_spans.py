@@ -14,19 +14,11 @@ from ktrdr_budget.agent.prompts import UnusableAnswer
 from ktrdr_budget.metering.meter import Meter
 from ktrdr_budget.metering.prices import ModelPrice, Prices
 from ktrdr_budget.metering.usage import Usage
-from ktrdr_budget.telemetry import spans
 
 from ..helpers.recorded_spans import Recorded
 from ..helpers.waiting import until
 
 SECRETS = ("my secret prompt", "my secret answer", "sk-secret-key-1")
-
-
-@pytest.fixture
-def recorded(monkeypatch) -> Recorded:
-    found = Recorded()
-    monkeypatch.setattr(spans, "_tracer", found.tracer)
-    return found
 
 
 class Verbose:

@@ -9,10 +9,7 @@ import pytest
 from ktrdr_budget.agent.phases import Training
 from ktrdr_budget.agent.service import CycleActive, MoneyDenied
 
-
-@pytest.fixture(autouse=True)
-def _info(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "ktrdr_budget")
+pytestmark = pytest.mark.usefixtures("info_log")
 
 
 def records(caplog: pytest.LogCaptureFixture, event: str) -> list[logging.LogRecord]:

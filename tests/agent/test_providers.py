@@ -23,9 +23,7 @@ from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.metering.prices import Prices
 from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.money import NANOS_PER_USD
-from ktrdr_budget.telemetry import spans
 
-from ..helpers.recorded_spans import Recorded
 from ..helpers.waiting import until
 
 KEY = "sk-very-secret"
@@ -246,11 +244,9 @@ async def test_the_token_counts_of_a_cycle_match_its_charges(make_stage, provide
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_the_text_of_a_provider_error_is_on_no_span(make_stage, provider, kind: str, monkeypatch):
+async def test_the_text_of_a_provider_error_is_on_no_span(make_stage, provider, kind: str, recorded):
     billing, address = provider
     billing.status = 401
-    recorded = Recorded()
-    monkeypatch.setattr(spans, "_tracer", recorded.tracer)
     stage = await make_stage(make_llm=lambda limiter: make_llm(limiter, environment(kind, address)))
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert (cycle.outcome, cycle.progress["tokens"]["design"]) == ("failed", 0)

@@ -112,11 +112,11 @@ def test_exact_shows_all_digits(
 
 
 def test_json_is_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
-    said = {**STATUS, "today_spend": 0.1234567, "remaining": 4.8765433, "something_new": [1, None]}
-    service.answer(CALL, said)
+    reply = {**STATUS, "today_spend": 0.1234567, "remaining": 4.8765433, "something_new": [1, None]}
+    service.answer(CALL, reply)
     result = ktrdr("agent", "budget", "--json")
     assert result.exit_code == 0
-    assert json.loads(result.stdout) == said
+    assert json.loads(result.stdout) == reply
     assert result.stdout.count("\n") == 1
 
 

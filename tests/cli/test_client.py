@@ -265,7 +265,7 @@ def test_json_of_another_service_is_an_error(
 
 
 @pytest.mark.parametrize(
-    ("raw", "exit_code", "said"),
+    ("raw", "exit_code", "message"),
     [
         (b"SSH-2.0-OpenSSH_9.2\r\n", 1, "does not speak HTTP"),
         (b"HTTP/1.1 abc\r\n\r\n", 1, "does not speak HTTP"),
@@ -278,11 +278,11 @@ def test_json_of_another_service_is_an_error(
     ids=range(7),
 )
 def test_an_incomplete_or_invalid_http_reply_is_an_error(
-    ktrdr: Run, service: FakeService, raw: bytes, exit_code: int, said: str
+    ktrdr: Run, service: FakeService, raw: bytes, exit_code: int, message: str
 ) -> None:
     service.answer(BUDGET_CALL, raw)
     line = failed(ktrdr("agent", "budget"), exit_code)
-    assert said in line
+    assert message in line
     assert service.url in line
 
 

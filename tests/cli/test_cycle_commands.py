@@ -285,9 +285,9 @@ def test_the_last_cycle_is_shown_with_its_reason(
 
 
 def test_the_json_of_status_is_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
-    said = {**agent_status(cycle()), "something_new": 1}
-    service.answer(STATUS, said)
-    assert json.loads(ktrdr("agent", "status", "--json").stdout) == said
+    reply = {**agent_status(cycle()), "something_new": 1}
+    service.answer(STATUS, reply)
+    assert json.loads(ktrdr("agent", "status", "--json").stdout) == reply
 
 
 def test_status_is_watched_like_the_budget(terminal: Callable[..., Terminal], service: FakeService) -> None:
@@ -305,11 +305,11 @@ def test_status_is_watched_like_the_budget(terminal: Callable[..., Terminal], se
 
 @pytest.mark.parametrize(("status", "title"), [("cancelled", "Cancelled"), ("cancelling", "Cancelling")])
 def test_cancel_shows_the_message_of_the_service(ktrdr: Run, service: FakeService, status: str, title: str) -> None:
-    said = {"operation_id": "op_1", "status": status, "message": "it stops\nsoon"}
-    service.answer(CANCEL, said)
+    reply = {"operation_id": "op_1", "status": status, "message": "it stops\nsoon"}
+    service.answer(CANCEL, reply)
     result = ktrdr("agent", "cancel", "op_1")
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{title} op_1: it stops soon\n", "")
-    assert json.loads(ktrdr("agent", "cancel", "op_1", "--json").stdout) == said
+    assert json.loads(ktrdr("agent", "cancel", "op_1", "--json").stdout) == reply
 
 
 @pytest.mark.parametrize(
@@ -325,8 +325,8 @@ def test_a_cycle_that_cannot_be_cancelled_is_one_line_and_exit_code_1(
 
 
 def test_the_id_is_one_segment_of_the_path(ktrdr: Run, service: FakeService) -> None:
-    said = {"operation_id": "a/b@c", "status": "cancelled", "message": "done"}
-    service.answer("DELETE /api/v1/agent/cancel/a%2Fb%40c", said)
+    reply = {"operation_id": "a/b@c", "status": "cancelled", "message": "done"}
+    service.answer("DELETE /api/v1/agent/cancel/a%2Fb%40c", reply)
     assert ktrdr("agent", "cancel", "a/b@c").exit_code == 0
 
 

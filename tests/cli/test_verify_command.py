@@ -286,7 +286,7 @@ def read_until(process: subprocess.Popen[str], part: str) -> list[str]:
         lines.append(line.rstrip("\n"))
         if part in line:
             return lines
-    raise AssertionError(f"it ended before it said {part!r}: {lines}")
+    raise AssertionError(f"the output ended without {part!r}: {lines}")
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -1,4 +1,4 @@
-"""A receiver of OTLP over HTTP: decodes the protobuf that arrives, and keeps the spans."""
+"""A receiver of OTLP over HTTP that decodes and keeps spans."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .waiting import WITHIN_S
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened within a span, such as an ``exception``."""
+    """An event within a span, such as an ``exception``."""
 
     name: str
     attributes: dict[str, Any]
@@ -31,13 +31,13 @@ class Event:
 
 @dataclass(frozen=True)
 class Span:
-    """A span as it arrived; ids are hexadecimal, times in nanoseconds since the epoch."""
+    """A received span; ids are hexadecimal, times in nanoseconds since the epoch."""
 
     name: str
     trace_id: str
     span_id: str
     parent_id: str
-    """Empty: it is the root of its trace."""
+    """Empty for the root of a trace."""
     kind: str
     """``internal``, ``server``, ``client``, …"""
     start_ns: int
@@ -46,11 +46,11 @@ class Span:
     """``unset``, ``ok`` or ``error``."""
     status_message: str
     scope: str
-    """Who wrote it: the name of the instrumentation."""
+    """The instrumentation scope."""
     attributes: dict[str, Any] = field(repr=False)
     events: list[Event] = field(repr=False)
     links: list[tuple[str, str]] = field(repr=False)
-    """Trace and span of each span that this one is linked to."""
+    """Trace id and span id of each link."""
     resource: dict[str, Any] = field(repr=False)
 
 
@@ -65,7 +65,7 @@ class OtlpReceiver:
         self.delay_s = 0.0
         self.requests = 0
         self.errors: list[str] = []
-        """What arrived and was no OTLP."""
+        """Errors in received requests."""
         self._spans: list[Span] = []
         self._arrived = threading.Condition()
         self._ending = threading.Event()
@@ -75,26 +75,26 @@ class OtlpReceiver:
 
     @property
     def endpoint(self) -> str:
-        """For ``OTEL_EXPORTER_OTLP_ENDPOINT``."""
+        """The value of ``OTEL_EXPORTER_OTLP_ENDPOINT``."""
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """For a process that exports to here, soon after the fact."""
+        """Environment variables for a process that exports here, with a short delay."""
         return {"OTEL_EXPORTER_OTLP_ENDPOINT": self.endpoint, "OTEL_BSP_SCHEDULE_DELAY": "50"}
 
     @property
     def spans(self) -> list[Span]:
-        """What has arrived so far."""
+        """The spans received so far."""
         with self._arrived:
             return list(self._spans)
 
     def named(self, name: str) -> list[Span]:
-        """The spans of this name."""
+        """The spans with this name."""
         return [span for span in self.spans if span.name == name]
 
     def wait(self, condition: Callable[[list[Span]], Any], within_s: float = WITHIN_S) -> list[Span]:
-        """Until the condition holds of the spans that have arrived; returns them."""
+        """Wait until the received spans satisfy a condition; return them."""
         ends = time.monotonic() + within_s
         with self._arrived:
             while not condition(list(self._spans)):
@@ -102,11 +102,11 @@ class OtlpReceiver:
             return list(self._spans)
 
     def wait_named(self, *names: str, within_s: float = WITHIN_S) -> list[Span]:
-        """Until there is a span of each name."""
+        """Wait until each name has a span."""
         return self.wait(lambda spans: set(names) <= {span.name for span in spans}, within_s)
 
     def clear(self) -> None:
-        """Forgets what has arrived."""
+        """Forget the received spans."""
         with self._arrived:
             self._spans.clear()
 
@@ -121,7 +121,7 @@ class OtlpReceiver:
         self._thread.join()
 
     def take(self, path: str, encoding: str, body: bytes) -> tuple[int, bytes]:
-        """Answers one request."""
+        """Process one request."""
         self.requests += 1
         self._ending.wait(self.delay_s)
         if self.status != 200:
@@ -144,7 +144,7 @@ class _Server(ThreadingHTTPServer):
     receiver: OtlpReceiver
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that has gone is no news."""
+        """Ignore disconnected clients."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -161,14 +161,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(answer)
 
     def log_message(self, *words: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 # -- decoding ----------------------------------------------------------------------------------------------------------
 
 
 def decoded(body: bytes) -> list[Span]:
-    """The spans of an export request."""
+    """Decode the spans of an export request."""
     request = ExportTraceServiceRequest.FromString(body)
     return [
         _span(span, scoped.scope.name, _attributes(of_resource.resource.attributes))
@@ -214,18 +214,18 @@ def _value(value: AnyValue) -> Any:
 
 
 def trace_of(spans: Iterable[Span], trace_id: str) -> list[Span]:
-    """The spans of one trace, in the order in which they began."""
+    """Return the spans of a trace, in the order of their start."""
     return sorted((span for span in spans if span.trace_id == trace_id), key=lambda span: span.start_ns)
 
 
 def orphans(spans: Iterable[Span]) -> list[Span]:
-    """Spans whose parent is not among them."""
+    """Return the spans whose parent is not among them."""
     spans = list(spans)
     known = {(span.trace_id, span.span_id) for span in spans}
     return [span for span in spans if span.parent_id and (span.trace_id, span.parent_id) not in known]
 
 
 def children(spans: Iterable[Span], parent: Span) -> list[Span]:
-    """The spans right below one, in the order in which they began."""
+    """Return the children of a span, in the order of their start."""
     found = [span for span in spans if (span.trace_id, span.parent_id) == (parent.trace_id, parent.span_id)]
     return sorted(found, key=lambda span: span.start_ns)

@@ -25,7 +25,6 @@ from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.telemetry import spans
 from ktrdr_budget.telemetry.spans import operation_scope, span
 
-from ..helpers.recorded_spans import Recorded
 from ..helpers.waiting import until
 
 BUDGETS = [Budget("agent", "1.00"), Budget("team", "9.00"), Budget("calls", 1000, unit="requests")]
@@ -38,13 +37,6 @@ class ProviderError(Exception):
     """An HTTP error, in the shape that the SDKs raise."""
 
     status_code = 529
-
-
-@pytest.fixture
-def recorded(monkeypatch):
-    recorder = Recorded()
-    monkeypatch.setattr(spans, "_tracer", recorder.tracer)
-    return recorder
 
 
 @pytest.fixture

@@ -213,7 +213,7 @@ def test_an_unreachable_service_fails(server: Server) -> None:
     found = verify(f"http://127.0.0.1:{free_port()}", *checks, JAEGER_URL="http://[::1]:1")
     assert (set(found.results.values()), found.code) == ({"FAIL"}, 1)
     for check in checks:
-        assert len(found.line(check).split(maxsplit=2)) == 3, f"{check} says why"
+        assert len(found.line(check).split(maxsplit=2)) == 3, f"{check} has a reason"
 
 
 @pytest.mark.slow

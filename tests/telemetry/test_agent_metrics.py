@@ -28,7 +28,7 @@ Samples = dict[tuple[str, ...], float]
 
 @asynccontextmanager
 async def agent(url: str, budgets: Any = BUDGETS) -> AsyncIterator[tuple[AsyncBudgetLimiter, AgentMetrics, Any]]:
-    """A limiter, the agent's metrics, and how they are scraped."""
+    """A limiter, the agent's metrics, and a function that scrapes them."""
     metrics = LimiterMetrics()
     counted = AgentMetrics(metrics.registry)
 
@@ -42,7 +42,7 @@ async def agent(url: str, budgets: Any = BUDGETS) -> AsyncIterator[tuple[AsyncBu
 
 
 def samples_of(text: str, families: Any = text_string_to_metric_families) -> Samples:
-    """The samples of the agent, by name and by the values of their labels in the order of their names."""
+    """The agent's samples, by name and by label values in the order of the label names."""
     return {
         (sample.name, *(sample.labels[name] for name in sorted(sample.labels))): sample.value
         for family in families(text)
@@ -52,7 +52,7 @@ def samples_of(text: str, families: Any = text_string_to_metric_families) -> Sam
 
 
 def at_zero() -> Samples:
-    """All that is known before anything happened, but for the figures of the store."""
+    """All counters at 0, without the figures of the store."""
     found: Samples = {("agent_budget_spend_total",): 0}
     found |= {("agent_cycles_total", outcome): 0 for outcome in ("completed", "failed", "cancelled")}
     found |= {
@@ -72,7 +72,7 @@ def at_zero() -> Samples:
 
 
 def figures(limit: float | None, spent: float, held: float, unconfirmed: float) -> Samples:
-    """What is read from the store."""
+    """The figures of the store."""
     found: Samples = {
         ("agent_budget_spent_dollars",): spent,
         ("agent_budget_held_dollars",): held,

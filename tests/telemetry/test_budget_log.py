@@ -17,12 +17,9 @@ from ktrdr_budget.telemetry.outcomes import combined
 
 from ..helpers.patience import away, hurried
 
+pytestmark = pytest.mark.usefixtures("info_log")
+
 BUDGETS = [Budget("agent", "5.00"), Budget("team", "1.00"), Budget("jobs", 1, kind="slots")]
-
-
-@pytest.fixture(autouse=True)
-def _info(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "ktrdr_budget")
 
 
 @pytest.fixture

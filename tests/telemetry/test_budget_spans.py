@@ -30,7 +30,7 @@ async def limiter(server) -> AsyncIterator[AsyncBudgetLimiter]:
 
 
 def attributes_of(found: ReadableSpan) -> dict[str, Any]:
-    """The attributes, without the prefix that all of them have."""
+    """The attributes without their common prefix."""
     assert all(name.startswith("ktrdr.budget.") or name in ("error",) for name in found.attributes)
     return {name.removeprefix("ktrdr.budget."): value for name, value in found.attributes.items()}
 

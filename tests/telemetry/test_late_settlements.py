@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,11 +18,13 @@ from ktrdr_budget.telemetry.outcomes import combined
 from ..helpers.proxy import Proxy
 from ..helpers.waiting import until
 
+pytestmark = pytest.mark.usefixtures("info_log")
+
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests")]
 
 
 class Replica:
-    """A limiter, and what its metrics and its log say of spend."""
+    """A limiter with its metrics and its log of spend."""
 
     def __init__(self, url: str, caplog: pytest.LogCaptureFixture, timeout: float) -> None:
         self.metrics, self.log = LimiterMetrics(), BudgetLog()
@@ -44,7 +45,7 @@ class Replica:
 
     @property
     def spent(self) -> tuple[float, float]:
-        """Dollars, and requests."""
+        """Counted dollars and requests."""
         dollars = self.counted(budget="agent", unit="usd")
         assert self.counted("agent_budget_spend_total") == dollars
         return dollars, self.counted(budget="calls", unit="requests")
@@ -60,11 +61,6 @@ class Replica:
 async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
     async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
         yield made
-
-
-@pytest.fixture(autouse=True)
-def _info(caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "ktrdr_budget")
 
 
 @asynccontextmanager
@@ -86,13 +82,13 @@ async def resolved(proxy: Proxy, limiter: AsyncBudgetLimiter) -> None:
 
 
 def resolves_nothing(limiter: AsyncBudgetLimiter) -> None:
-    """Nothing is resolved in the background, but when the limiter closes."""
+    """Disable the background resolution, except during close."""
     backlog = limiter._coalescer._backlog
     backlog.hasten = backlog.schedule = lambda: None
 
 
 async def reserved(limiter: AsyncBudgetLimiter, id: str):
-    """A hold, once the store replies."""
+    """Reserve as soon as the store replies."""
 
     async def granted() -> object:
         try:

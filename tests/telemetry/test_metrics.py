@@ -44,7 +44,7 @@ BUDGETS = (
 
 @asynccontextmanager
 async def watched(url: str, budgets: Any = BUDGETS, **options: Any) -> AsyncIterator[tuple[Any, LimiterMetrics]]:
-    """A limiter, and the metrics that watch it."""
+    """A limiter and its metrics."""
     metrics = LimiterMetrics()
     async with AsyncBudgetLimiter(url, budgets, observer=metrics.observe, **options) as limiter:
         metrics.watch(limiter)
@@ -52,7 +52,7 @@ async def watched(url: str, budgets: Any = BUDGETS, **options: Any) -> AsyncIter
 
 
 async def scrape(metrics: LimiterMetrics) -> dict[tuple[str, ...], float]:
-    """Every sample, by its name and the values of its labels in the order of their names."""
+    """All samples, by name and by label values in the order of the label names."""
     text, media_type = await metrics.render()
     assert media_type.startswith("text/plain")
     samples = {}
@@ -150,7 +150,7 @@ async def test_an_unknown_figure_is_absent_not_full(start_server):
 
 
 async def test_a_collected_figure_is_absent_while_the_store_does_not_reply(start_server):
-    """A check of the ledger from before an outage does not say that the ledger adds up now."""
+    """The result of an audit before an outage is not valid after it."""
     own, audit = start_server(), Audit()
     async with watched(own.url, timeout=0.5) as (limiter, metrics):
         metrics.add(audit)

@@ -25,7 +25,7 @@ def receiver() -> Iterator[OtlpReceiver]:
 
 
 def triggered(service: Service) -> str:
-    """The id of a cycle that has just begun."""
+    """Trigger a cycle; return its id."""
     response = service.post("/api/v1/agent/trigger")
     assert response.status_code == 202, response.text
     return str(response.json()["operation_id"])
@@ -72,7 +72,7 @@ def test_heartbeats_of_a_cycle_have_no_spans(server, receiver: OtlpReceiver):
 
 
 def cycle_of(receiver: OtlpReceiver, operation_id: str) -> tuple[Span, list[Span]]:
-    """The root of a cycle that has ended, and its trace, which is one whole tree."""
+    """Return the root of an ended cycle and its trace, which must be one tree."""
     spans = receiver.wait_named("agent.research_cycle")
     (root,) = [span for span in spans if span.name == "agent.research_cycle"]
     cycle = trace_of(spans, root.trace_id)
@@ -86,7 +86,7 @@ def cycle_of(receiver: OtlpReceiver, operation_id: str) -> tuple[Span, list[Span
 
 
 def phases(cycle: list[Span], root: Span) -> dict[str, Span]:
-    """The spans of its phases, by name, in their order."""
+    """Return the spans of the phases, by name, in their order."""
     return {span.name: span for span in children(cycle, root) if span.name.startswith("agent.phase.")}
 
 

@@ -34,7 +34,7 @@ def receiver() -> Iterator[OtlpReceiver]:
 
 
 def run(*words: str, environment: dict[str, str], within_s: float = WITHIN_S) -> tuple[str, str]:
-    """What a process of this environment has written to its outputs."""
+    """Run a process in this environment; return its stdout and stderr."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("OTEL_")}
     done = subprocess.run(
         [sys.executable, "-W", "error", *words],
@@ -48,7 +48,7 @@ def run(*words: str, environment: dict[str, str], within_s: float = WITHIN_S) ->
 
 
 def ask(url: str, receiver: OtlpReceiver, *requests: str, **environment: str) -> list[Any]:
-    """What a traced app answered to these requests; its spans have arrived then."""
+    """Send requests to a traced app; return the replies after its spans have arrived."""
     output, complaints = run(str(APP), url, *requests, environment={**receiver.environment, **environment})
     assert complaints == ""
     traced, *answers = json.loads(output)

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 
 from examples.local_provider import LocalProvider
-from ktrdr_budget.telemetry import spans
 
 from ...helpers.guarded import guarded
-from ...helpers.recorded_spans import Recorded
 
 
 @pytest.fixture(scope="session")
@@ -43,11 +41,3 @@ def guarded_client(provider: LocalProvider, server: Any) -> Callable[..., Any]:
 def opened(guarded_client: Callable[..., Any], is_async: bool) -> Callable[..., Any]:
     """``opened(sdk, **options)``: a guarded client, in turn sync and async."""
     return lambda sdk, **options: partial(guarded_client, is_async=is_async)(sdk, **options)
-
-
-@pytest.fixture
-def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    """The spans of the package, recorded as if the process had a tracer provider."""
-    spans_recorded = Recorded()
-    monkeypatch.setattr(spans, "_tracer", spans_recorded.tracer)
-    return spans_recorded

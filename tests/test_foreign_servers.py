@@ -36,6 +36,11 @@ class Page(http.server.SimpleHTTPRequestHandler):
         """Log nothing."""
 
 
+class QuietServer(http.server.ThreadingHTTPServer):
+    def handle_error(self, request: object, address: object) -> None:
+        """Print nothing: a client that has its reply may reset the connection."""
+
+
 @contextlib.contextmanager
 def served(server: http.server.HTTPServer) -> Iterator[int]:
     """Run an HTTP server in a thread; yield its port."""
@@ -53,7 +58,7 @@ def served(server: http.server.HTTPServer) -> Iterator[int]:
 def web(request) -> Iterator[int]:
     """The port of an HTTP server."""
     if request.param == "http.server":
-        with served(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Page)) as port:
+        with served(QuietServer(("127.0.0.1", 0), Page)) as port:
             yield port
         return
     listener = socket.create_server(("127.0.0.1", 0))
@@ -117,7 +122,7 @@ async def test_the_error_names_an_http_server_that_replaces_the_store(start_serv
     limiter = AsyncBudgetLimiter(f"redis://127.0.0.1:{port}", BUDGETS, timeout=20.0)
     await limiter.reserve("agent", "0.15")
     own.kill()
-    with served(http.server.ThreadingHTTPServer(("127.0.0.1", port), Page)):
+    with served(QuietServer(("127.0.0.1", port), Page)):
         with pytest.raises(StoreError, match="it is not a Redis server: it speaks HTTP"):
             await limiter.reserve("agent", "0.15")
         assert "it speaks HTTP" in str((await limiter.check())["store"])

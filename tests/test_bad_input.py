@@ -1,4 +1,4 @@
-"""Input that cannot be used gets its own error, whatever it is, and before anything is sent."""
+"""Any invalid input raises a specific error before anything is sent."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, InvalidAmoun
 from ktrdr_budget.errors import shown
 from ktrdr_budget.money import to_units
 
-HUGE = 10**5000  # Python writes no number of so many digits
+HUGE = 10**5000  # more digits than Python formats
 BUDGETS = [Budget("agent", "5.00")]
 
 
 class Float(float):
-    """As that of NumPy shows itself."""
+    """A float with NumPy's form of ``repr``."""
 
     def __repr__(self) -> str:
         return f"Float({float(self)})"
@@ -26,7 +26,7 @@ class Unshowable:
         raise RuntimeError("not even that")
 
 
-def test_a_float_of_another_library_means_what_it_says():
+def test_a_float_of_another_library_is_read_by_value():
     assert to_units(Float(0.1)) == 100_000_000
     assert Budget("agent", Float(0.1)).limit == Decimal("0.10")
     with pytest.raises(InvalidAmount):
@@ -35,13 +35,13 @@ def test_a_float_of_another_library_means_what_it_says():
 
 @pytest.mark.parametrize("amount", [HUGE, -HUGE, [HUGE], Unshowable(), "9" * 5000, Decimal(HUGE)], ids=type)
 @pytest.mark.parametrize("unit", ["usd", "tokens"])
-def test_an_amount_that_cannot_be_shown_is_refused_as_any_other(amount, unit):
+def test_an_amount_that_cannot_be_formatted_is_rejected(amount, unit):
     with pytest.raises(InvalidAmount) as refused:
         to_units(amount, unit)
     assert len(str(refused.value)) < 200
 
 
-def test_what_is_shown_of_a_value_is_bounded():
+def test_shown_values_are_shortened():
     assert shown("a" * 500) == "'" + "a" * 76 + "..."
     assert shown(HUGE) == "<int>"
     assert shown(Unshowable()) == "<Unshowable>"
@@ -69,14 +69,14 @@ def test_what_is_shown_of_a_value_is_bounded():
         lambda: AsyncBudgetLimiter(5),
     ],
 )
-def test_an_option_of_another_type_is_refused(make):
+def test_an_option_of_another_type_is_rejected(make):
     with pytest.raises(InvalidArgument):
         make()
 
 
 @pytest.fixture(scope="module")
 def nowhere(tmp_path_factory):
-    """A limiter whose store cannot be asked."""
+    """A limiter with an unreachable store."""
     with BudgetLimiter(f"unix://{tmp_path_factory.mktemp('n')}/nobody", BUDGETS, timeout=0.1) as made:
         yield made
 
@@ -108,6 +108,6 @@ def nowhere(tmp_path_factory):
         lambda limiter: limiter.holds("agent", limit=HUGE),
     ],
 )
-def test_a_call_that_cannot_be_meant_is_refused_before_anything_is_sent(nowhere, call):
+def test_an_invalid_call_is_rejected_before_anything_is_sent(nowhere, call):
     with pytest.raises(InvalidArgument):
         call(nowhere)

@@ -1,4 +1,4 @@
-"""A variable that is mistyped, or a store's address that is empty, is an error at the start and not another product.
+"""A mistyped variable, or an empty address of the store, is an error at the start.
 
 ghfind #109.
 """
@@ -47,7 +47,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("KTRDR_AGENT_DAILY_BUDGETS", "KTRDR_AGENT_DAILY_BUDGET"),
     ],
 )
-def test_a_name_within_two_edits_of_a_known_one_is_an_error_that_names_it(mistyped, meant):
+def test_a_name_within_two_edits_of_a_known_one_is_an_error_with_a_suggestion(mistyped, meant):
     with pytest.raises(InvalidArgument, match=f"^unknown environment variable {mistyped}: did you mean {meant}\\?$"):
         check_names({"KTRDR_TENANT": "quant", mistyped: "secret"})
 
@@ -60,7 +60,7 @@ def test_a_name_within_two_edits_of_a_known_one_is_an_error_that_names_it(mistyp
         "KTRDR_REDIS_PASSWORD", "KTRDR_REPLICAS", "OTHER",
     ],
 )  # fmt: skip
-def test_known_names_those_of_tools_and_service_links_of_kubernetes_are_no_mistakes(name, caplog):
+def test_known_names_and_service_links_of_kubernetes_are_accepted(name, caplog):
     check_names({name: "x"})
     assert not caplog.records
 
@@ -73,7 +73,7 @@ def test_other_unknown_names_get_one_warning(caplog):
     assert record.message == ("unknown environment variables ignored: KTRDR_COLOUR, KTRDR_SOMETHING_ELSE")
 
 
-def test_whoever_reads_the_environment_refuses_a_mistyped_name(monkeypatch):
+def test_every_reader_of_the_environment_rejects_a_mistyped_name(monkeypatch):
     monkeypatch.setenv("KTRDR_DURABLITY", "disk")
     for read in (BudgetTracker, Prices.from_environment, Keys.from_environment, lambda: asyncio.run(default())):
         with pytest.raises(InvalidArgument, match="did you mean KTRDR_DURABILITY"):
@@ -83,7 +83,7 @@ def test_whoever_reads_the_environment_refuses_a_mistyped_name(monkeypatch):
 
 
 @pytest.mark.parametrize("empty", ["", "  "])
-def test_an_address_that_is_set_but_empty_is_no_embedded_server(monkeypatch, empty, tmp_path):
+def test_an_empty_address_is_an_error_not_an_embedded_server(monkeypatch, empty, tmp_path):
     assert store_url() is None
     monkeypatch.setenv("KTRDR_REDIS_URL", empty)
     words = "KTRDR_REDIS_URL is set but empty"
@@ -108,7 +108,7 @@ async def default() -> None:
         (["budget", "verify"], {"KTRDR_REDIS_URL": ""}, "KTRDR_REDIS_URL is set but empty"),
     ],
 )
-def test_the_command_and_the_service_end_with_exit_code_2_in_one_line(command, variable, words):
+def test_the_command_and_the_service_report_one_line_with_exit_code_2(command, variable, words):
     ended = subprocess.run(
         [sys.executable, "-m", "ktrdr_budget.cli", *command],
         env={**os.environ, **variable}, capture_output=True, text=True, timeout=120, check=False,
@@ -118,7 +118,7 @@ def test_the_command_and_the_service_end_with_exit_code_2_in_one_line(command, v
     assert ended.stderr.count("\n") == 1
 
 
-def test_the_table_of_the_readme_is_the_table_of_names():
+def test_the_table_in_the_readme_lists_all_names():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [line for line in readme.splitlines() if re.match(r"\| `[A-Z_]+` \|", line)]
     named = {name for row in rows for name in re.findall(r"KTRDR_[A-Z_]+", " ".join(re.findall(r"`([^`]+)`", row)))}

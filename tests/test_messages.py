@@ -1,4 +1,4 @@
-"""What an error says to a person: what is the matter with what was asked, in the words and units of the caller."""
+"""Error messages: the cause, in the terms and units of the caller."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def refusal(kind, call, *args, **options) -> str:
     return str(refused.value)
 
 
-# -- settled otherwise -------------------------------------------------------------------------------------------------
+# -- conflicts ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_conflict_with_a_committed_hold_says_at_what_it_was_committed(sync_limiter):
+def test_a_conflict_with_a_committed_hold_names_the_committed_amount(sync_limiter):
     limiter = sync_limiter
     limiter.reserve("agent", "0.15", id="op_1")
     limiter.commit("op_1", "0.07")
@@ -35,14 +35,14 @@ def test_a_conflict_with_a_committed_hold_says_at_what_it_was_committed(sync_lim
     assert refusal(HoldConflict, limiter.record, "agent", "0.20", id="op_1") == again
 
 
-def test_a_conflict_with_a_released_hold_says_so(sync_limiter):
+def test_a_conflict_with_a_released_hold_names_the_release(sync_limiter):
     sync_limiter.reserve("agent", "0.15", id="op_1").release()
     released = "hold 'op_1' was already released; it cannot be"
     assert refusal(HoldConflict, sync_limiter.commit, "op_1", "0.07") == f"{released} committed"
     assert refusal(HoldConflict, sync_limiter.extend, "op_1") == f"{released} extended"
 
 
-def test_a_conflict_of_two_requests_with_one_id_says_what_the_first_was(sync_limiter):
+def test_a_conflict_of_two_requests_with_one_id_describes_the_first(sync_limiter):
     sync_limiter.reserve({"agent": "0.15", "tokens": 40, "jobs": 1}, id="op_1")
     assert refusal(HoldConflict, sync_limiter.reserve, "agent", "0.15", id="op_1") == (
         "hold 'op_1' was reserved at agent $0.15, tokens 40 tokens and is open; "
@@ -57,7 +57,7 @@ def test_a_conflict_of_two_requests_with_one_id_says_what_the_first_was(sync_lim
     )
 
 
-def test_a_conflict_over_many_budgets_stays_one_short_line(server):
+def test_a_conflict_over_many_budgets_is_one_short_line(server):
     budgets = [Budget(f"b{number}", 5) for number in range(60)]
     with BudgetLimiter(server.url, budgets) as limiter:
         limiter.reserve({budget.name: "0.15" for budget in budgets}, id="op_1")
@@ -67,7 +67,7 @@ def test_a_conflict_over_many_budgets_stays_one_short_line(server):
         )
 
 
-def test_a_conflict_during_an_outage_says_the_same(start_server):
+def test_a_conflict_during_an_outage_has_the_same_message(start_server):
     own = start_server()
     with BudgetLimiter(own.url, BUDGETS, on_store_error="allow", timeout=0.2) as limiter:
         limiter.status("agent")
@@ -83,7 +83,7 @@ def test_a_conflict_during_an_outage_says_the_same(start_server):
 
 
 @pytest.mark.parametrize("amount", ["-0.5", "abc", "nan"])
-def test_what_is_no_amount_is_refused_in_the_same_words_by_every_call(sync_limiter, amount):
+def test_every_call_rejects_an_invalid_amount_with_the_same_message(sync_limiter, amount):
     limiter = sync_limiter
     words = f"{amount!r} is not an amount; use a non-negative decimal such as 0.15"
     hold = limiter.reserve("agent", "0.15", id="op_1")
@@ -97,7 +97,7 @@ def test_what_is_no_amount_is_refused_in_the_same_words_by_every_call(sync_limit
     assert refusal(InvalidAmount, Budget, "agent", amount) == words
 
 
-def test_a_sum_that_is_too_large_is_refused_in_the_unit_of_its_budget(sync_limiter):
+def test_a_sum_that_is_too_large_is_rejected_in_the_unit_of_its_budget(sync_limiter):
     hold = sync_limiter.reserve({"agent": "1", "tokens": 1})
     hold.accrue({"agent": "9007199.25", "tokens": 2**53 - 1})
     assert "must be below $9,007,199.25" in refusal(InvalidAmount, hold.accrue, {"agent": "0.01"})
@@ -112,7 +112,7 @@ def test_a_hold_of_a_nano_dollar_shows_a_plain_decimal(sync_limiter):
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_budget_among_few_names_them_all(sync_limiter):
+def test_an_unknown_budget_among_few_lists_all_of_them(sync_limiter):
     assert refusal(UnknownBudget, sync_limiter.reserve, "agnet", 1) == (
         "unknown budget 'agnet'; this limiter has: agent, tokens, jobs"
     )
@@ -120,7 +120,7 @@ def test_an_unknown_budget_among_few_names_them_all(sync_limiter):
     assert refusal(UnknownBudget, hold.commit, {"agnet": 1}) == "unknown budget 'agnet'; this hold has: agent"
 
 
-def test_an_unknown_budget_among_many_names_the_closest_only():
+def test_an_unknown_budget_among_many_lists_the_closest_only():
     names = [f"user:{number:05}" for number in range(20_000)] + ["team:quant", "x" * 128]
     message = str(unknown_budget("team:quantt", names))
     assert message == "unknown budget 'team:quantt'; this limiter has 20,002, the closest: team:quant"
@@ -130,10 +130,10 @@ def test_an_unknown_budget_among_many_names_the_closest_only():
     assert str(unknown_budget("agent", [])) == "unknown budget 'agent'; this limiter has none"
 
 
-# -- the end of a limiter ----------------------------------------------------------------------------------------------
+# -- closed limiters ---------------------------------------------------------------------------------------------------
 
 
-def test_a_closed_limiter_raises_no_private_error(server):
+def test_a_closed_limiter_raises_a_public_error(server):
     limiter = BudgetLimiter(server.url, BUDGETS)
     limiter.status("agent")
     limiter.close()
@@ -143,7 +143,7 @@ def test_a_closed_limiter_raises_no_private_error(server):
     assert type(refused.value) is RuntimeError
 
 
-def test_a_call_that_waits_while_another_thread_closes_gets_no_private_error(start_server):
+def test_a_call_during_a_close_by_another_thread_raises_a_public_error(start_server):
     own = start_server()
     limiter = BudgetLimiter(own.url, BUDGETS, timeout=30)
     limiter.status("agent")

@@ -40,7 +40,7 @@ def test_a_limit_rounds_down():
         {"kind": "slots", "period": "month"},
     ],
 )
-def test_a_field_that_is_not_usable_is_refused_as_a_value_error(options):
+def test_an_invalid_field_raises_a_value_error(options):
     with pytest.raises(InvalidArgument) as caught:
         Budget(**{"name": "agent", "limit": 1, **options})
     assert isinstance(caught.value, ValueError)
@@ -48,12 +48,12 @@ def test_a_field_that_is_not_usable_is_refused_as_a_value_error(options):
 
 
 @pytest.mark.parametrize("limit", [-1, "x", True, float("nan"), 2**53])
-def test_a_limit_that_is_no_amount_is_refused(limit):
+def test_a_limit_that_is_not_an_amount_is_rejected(limit):
     with pytest.raises(InvalidAmount):
         Budget("agent", limit)
 
 
-def test_slots_are_counted_and_know_no_day():
+def test_slots_are_counts_with_a_single_window():
     budget = Budget("cycles", 2, kind="slots")
     assert (budget.unit, budget.period, budget.limit) == ("slots", "ever", 2)
     with pytest.raises(InvalidAmount):
@@ -61,17 +61,17 @@ def test_slots_are_counted_and_know_no_day():
 
 
 @pytest.mark.parametrize("name", ["a", "team:quant", "a/b@c.d-e_f", "x" * 128])
-def test_names_may_be_what_the_contract_says(name):
+def test_names_of_the_documented_form_are_valid(name):
     assert check_name(name, "name") == name
 
 
 @pytest.mark.parametrize("ttl", [0, 0.5, 86_401, -1, True, None, "60", float("nan"), float("inf")])
-def test_a_ttl_out_of_range_is_refused(ttl):
+def test_a_ttl_out_of_range_is_rejected(ttl):
     with pytest.raises(InvalidArgument):
         check_ttl_ms(ttl)
 
 
-def test_a_ttl_is_seconds():
+def test_a_ttl_is_in_seconds():
     assert check_ttl_ms(1) == 1000
     assert check_ttl_ms(2.5) == 2500
     assert check_ttl_ms(86_400) == 86_400_000

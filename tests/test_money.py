@@ -1,4 +1,4 @@
-"""Amounts at the edge."""
+"""Conversion of amounts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ UNITS = st.integers(0, MAX_UNITS - 1)
         (" 1", None),
     ],
 )
-def test_dollars_become_whole_nanos(amount, nanos):
+def test_dollars_are_converted_to_integer_nanos(amount, nanos):
     if nanos is None:
         assert to_units(amount) == 1_000_000_000
     else:
@@ -39,7 +39,7 @@ def test_dollars_become_whole_nanos(amount, nanos):
 def test_amounts_round_up_and_limits_down():
     assert to_units("0.0000000001") == 1
     assert to_units("0.0000000001", round_down=True) == 0
-    # 0.0016150000000000001 is what a float sum looks like: one nano more, never less.
+    # 0.0016150000000000001 is a typical float sum: it rounds up to one nano more.
     assert to_units("0.0016150000000000001") == 1_615_001
 
 
@@ -64,7 +64,7 @@ def test_amounts_round_up_and_limits_down():
         "1" * 65,
     ],
 )
-def test_what_is_no_amount_is_refused(amount):
+def test_an_invalid_amount_is_rejected(amount):
     with pytest.raises(InvalidAmount, match="is not an amount; use a non-negative decimal such as 0.15$"):
         to_units(amount)
 
@@ -82,7 +82,7 @@ def test_what_is_no_amount_is_refused(amount):
         (0, "usd", "amount must be more than 0, not 0"),
     ],
 )
-def test_the_error_names_what_was_given_and_what_is_usable_in_its_unit(amount, unit, message):
+def test_the_error_has_the_value_and_a_valid_example_in_its_unit(amount, unit, message):
     with pytest.raises(InvalidAmount) as refused:
         to_units(amount, unit, positive=True)
     assert str(refused.value) == message
@@ -95,13 +95,13 @@ def test_two_to_the_53_is_too_large(amount):
     assert to_units("9007199.254740991") == MAX_UNITS - 1
 
 
-def test_a_bool_is_refused_also_after_an_equal_number():
+def test_a_bool_is_rejected_also_after_an_equal_number():
     assert to_units(1) == 1_000_000_000
     with pytest.raises(InvalidAmount):
         to_units(True)
 
 
-def test_counts_are_whole():
+def test_counts_are_integers():
     assert to_units("12", "tokens") == 12
     assert to_units(2.0, "tokens") == 2
     for amount in ("1.5", 0.1):
@@ -111,20 +111,20 @@ def test_counts_are_whole():
         to_units(MAX_UNITS, "tokens")
 
 
-def test_a_reservation_is_more_than_nothing():
+def test_positive_rejects_zero():
     with pytest.raises(InvalidAmount, match="more than 0"):
         to_units("0.00", positive=True)
 
 
 @given(UNITS)
-def test_what_comes_out_goes_in_again(units):
+def test_conversion_round_trips(units):
     assert to_units(from_units(units)) == units
     assert to_units(str(from_units(units))) == units
     assert from_units(units, "tokens") == units
 
 
 @given(st.decimals(0, 9_000_000, allow_nan=False, places=12))
-def test_rounding_up_never_loses_and_rounding_down_never_gains(amount):
+def test_rounding_up_never_decreases_and_rounding_down_never_increases(amount):
     assert from_units(to_units(amount)) >= amount >= from_units(to_units(amount, round_down=True))
 
 
@@ -134,10 +134,10 @@ def test_rounding_up_never_loses_and_rounding_down_never_gains(amount):
         (Decimal("0.1"), "usd", "$0.10"),
         (Decimal("0.0000016"), "usd", "$0.0000016"),
         (Decimal(-2), "usd", "-$2.00"),
-        (Decimal("9007199254.740993"), "usd", "$9007199254.740993"),  # a sum may be more than an amount
+        (Decimal("9007199254.740993"), "usd", "$9007199254.740993"),  # sums may exceed the bound of amounts
         (3, "tokens", "3 tokens"),
         (None, "usd", "unlimited"),
     ],
 )
-def test_amounts_for_people_show_what_matters(amount, unit, text):
+def test_formatted_amounts_have_the_significant_digits(amount, unit, text):
     assert format_amount(amount, unit) == text

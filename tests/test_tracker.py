@@ -1,4 +1,4 @@
-"""The daily-budget facade, on real servers."""
+"""The facade for a daily budget, on real servers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _no_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_new_day_starts_with_the_whole_budget(server):
+def test_a_new_day_starts_with_the_full_budget(server):
     with BudgetTracker(1.0, url=server.url) as tracker:
         assert tracker.daily_limit == 1.0
         assert tracker.get_today_spend() == 0.0
@@ -37,7 +37,7 @@ def test_a_new_day_starts_with_the_whole_budget(server):
         assert tracker.can_spend() == (True, "ok")
 
 
-def test_recorded_spend_counts_and_its_label_is_no_id(server):
+def test_recorded_spend_counts_and_its_label_is_no_idempotency_key(server):
     with BudgetTracker(1.0, url=server.url) as tracker:
         tracker.record_spend(0.3, "op one, with spaces")
         tracker.record_spend(0.3, "op one, with spaces")
@@ -55,7 +55,7 @@ def test_recorded_spend_counts_and_its_label_is_no_id(server):
         assert first.operation == second.operation == "op one, with spaces"
 
 
-def test_recorded_spend_is_logged_with_the_total_and_what_remains(server, caplog):
+def test_recorded_spend_is_logged_with_total_and_remainder(server, caplog):
     caplog.set_level(logging.INFO, "ktrdr_budget")
     with BudgetTracker(1.0, url=server.url) as tracker:
         tracker.record_spend(0.3, "op_1")
@@ -69,7 +69,7 @@ def test_recorded_spend_is_logged_with_the_total_and_what_remains(server, caplog
     )
 
 
-def test_without_a_limit_the_log_says_unlimited_and_without_info_no_status_is_read(server, caplog, monkeypatch):
+def test_the_log_shows_an_unlimited_budget_and_above_info_no_status_is_read(server, caplog, monkeypatch):
     monkeypatch.setenv("AGENT_DAILY_BUDGET", "unlimited")
     with BudgetTracker(url=server.url) as tracker:
         caplog.set_level(logging.INFO, "ktrdr_budget")
@@ -81,14 +81,14 @@ def test_without_a_limit_the_log_says_unlimited_and_without_info_no_status_is_re
         tracker.record_spend(0.3, "op_1")
 
 
-def test_what_does_not_fit_is_told_with_both_figures(server):
+def test_can_spend_reports_remainder_and_need(server):
     with BudgetTracker("0.25", url=server.url) as tracker:
         tracker.record_spend("0.15", "a")
         assert tracker.can_spend(0.15) == (False, "budget_exhausted ($0.10 remaining, need $0.15)")
         assert tracker.can_spend(0.10) == (True, "ok")
 
 
-def test_a_hold_counts_against_what_remains_and_a_commit_settles_it(server):
+def test_a_hold_reduces_the_remainder_and_a_commit_settles_it(server):
     with BudgetTracker(0.20, url=server.url) as tracker:
         hold = tracker.reserve(0.15, "cycle")
         assert tracker.get_remaining() == 0.05
@@ -101,7 +101,7 @@ def test_a_hold_counts_against_what_remains_and_a_commit_settles_it(server):
         assert tracker.get_today_spend() == 0.09
 
 
-def test_the_environment_gives_the_limit(server, monkeypatch):
+def test_the_limit_is_read_from_the_environment(server, monkeypatch):
     monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
     monkeypatch.setenv("KTRDR_AGENT_DAILY_BUDGET", "2.50")
     with BudgetTracker() as tracker:
@@ -121,14 +121,14 @@ def test_the_environment_gives_the_limit(server, monkeypatch):
     ("label", "kept"),
     [("x" * 300, "x" * 256), (42, "42"), (None, ""), ("a b \u00e9/:|,\n", "a b \u00e9/:|,\n"), ("\ud800", "?")],
 )
-def test_no_spend_is_lost_for_its_label(server, label, kept):
+def test_an_invalid_label_loses_no_spend(server, label, kept):
     with BudgetTracker(1.0, url=server.url) as tracker:
         tracker.record_spend(0.25, label)
         [entry] = tracker.limiter.ledger("agent")
         assert (entry.operation, tracker.get_today_spend()) == (kept, 0.25)
 
 
-def test_a_limit_of_zero_denies_all_and_says_so(server, caplog):
+def test_a_limit_of_zero_denies_all_and_logs_a_warning(server, caplog):
     with BudgetTracker(0, url=server.url) as tracker:
         assert caplog.messages == [ZERO_BUDGET]
         assert "AGENT_DAILY_BUDGET=unlimited" in ZERO_BUDGET
@@ -143,12 +143,12 @@ def test_the_spend_survives_a_restart_of_process_and_server(tmp_path: Path):
     )
     spend = [sys.executable, "-c", code.format("t.record_spend(0.25, 'x')"), str(tmp_path / "d")]
     read = [sys.executable, "-c", code.format("pass"), str(tmp_path / "d")]
-    environment = {**os.environ, "KTRDR_TIMEOUT": "20"}  # a busy machine is no outage
+    environment = {**os.environ, "KTRDR_TIMEOUT": "20"}  # tolerates a busy machine
     assert subprocess.check_output(spend, text=True, env=environment).strip() == "0.25"
     assert subprocess.check_output(read, text=True, env=environment).strip() == "0.25"
 
 
-def test_an_unreachable_store_is_neither_empty_nor_full(tmp_path: Path):
+def test_an_unreachable_store_is_neither_unused_nor_exhausted(tmp_path: Path):
     with BudgetTracker(1, url=f"unix://{tmp_path}/nobody") as tracker:
         with pytest.raises(StoreUnavailable):
             tracker.get_remaining()
@@ -157,7 +157,7 @@ def test_an_unreachable_store_is_neither_empty_nor_full(tmp_path: Path):
         assert reason.startswith("budget_unavailable")
 
 
-def test_threads_share_one_tracker_and_fill_the_day_exactly(server):
+def test_threads_share_one_tracker_and_spend_exactly_the_limit(server):
     with BudgetTracker(1, url=server.url) as tracker:
         granted = []
 
@@ -177,7 +177,7 @@ def test_threads_share_one_tracker_and_fill_the_day_exactly(server):
         assert tracker.get_remaining() == 0.0
 
 
-def test_the_singleton_is_made_once_from_the_environment(server, monkeypatch):
+def test_the_singleton_is_created_once_from_the_environment(server, monkeypatch):
     monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
     monkeypatch.setattr(module, "_tracker", None)
     tracker = get_budget_tracker()
@@ -188,7 +188,7 @@ def test_the_singleton_is_made_once_from_the_environment(server, monkeypatch):
         tracker.close()
 
 
-def test_a_limit_changed_by_restart_within_the_day_has_effect_at_once(server):
+def test_a_limit_changed_by_a_restart_takes_effect_at_once(server):
     with BudgetTracker(1, url=server.url) as tracker:
         tracker.reserve("0.50").commit("0.50")
     with BudgetTracker(0.25, url=server.url) as tracker:

@@ -1,14 +1,16 @@
-"""What a lifecycle (reserve + commit) costs in the server, as it counts itself: ``usec`` of ``INFO commandstats``.
+"""Server time of a lifecycle (reserve + commit), as the server counts it: ``usec`` of ``INFO commandstats``.
 
-Only the calls that the client sends are counted: what a script calls is part of its own time.
+Each figure names its floor: the bare commands of a lone lifecycle, measured in the same round (``benchmarks.floor``).
+Only the calls that the client sends are counted: the commands of a script are part of its own time.
 """
 
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.client import per_call_us
+from benchmarks.floor import Floor
 from benchmarks.measures import Measure, Settings, at_most
 from benchmarks.servers import Server, running
 from ktrdr_budget import AsyncBudgetLimiter, Budget
@@ -20,20 +22,31 @@ _BATCH_LEAST = 64
 _SCRIPT_CALLS = ("cmdstat_eval", "cmdstat_evalsha")  # a lifecycle sends nothing else
 _BUDGETS = [Budget(name, limit="5000000") for name in ("agent", "b2", "b3", "b4", "b5", "b6")]
 _ONE, _SIX = {"agent": "0.0015"}, {budget.name: "0.0015" for budget in _BUDGETS}
+_FLOOR_LIFECYCLES = 500
+
+
+class Figures(NamedTuple):
+    """One round."""
+
+    lifecycle_us: float
+    floor_us: float
+    batch: float
+    """Operations that one call carried."""
 
 
 class Meter:
-    """Runs lifecycles against one server, and reads what they cost there."""
+    """Runs lifecycles against one server, and reads the time that they took there."""
 
     def __init__(self, server: Server, limiter: AsyncBudgetLimiter) -> None:
         self._client = server.client()
         self._limiter = limiter
+        self._floors = {n_budgets: Floor(self._client, n_budgets) for n_budgets in (1, 6)}
 
     async def lifecycle_us(self, amounts: dict[str, str], lifecycles: int, *, batched: bool) -> tuple[float, float]:
         """Server time of one lifecycle in µs, and how many operations one call carried.
 
         Raises:
-            RuntimeError: batches were smaller than they should be, so that this is no figure for them.
+            RuntimeError: batches were too small, so that this is no figure for them.
         """
         callers = _CALLERS if batched else 1
         spent = dict.fromkeys(amounts, "0.0012")
@@ -47,43 +60,54 @@ class Meter:
 
         self._client.config_resetstat()
         await per_call_us(lifecycle, callers, lifecycles)
-        stats: Any = self._client.info("commandstats")
-        counted = [stats[name] for name in _SCRIPT_CALLS if name in stats]
-        batch = 2 * done / sum(each["calls"] for each in counted)
+        usec, calls = self._counted()
+        batch = 2 * done / calls
         if batched and batch < _BATCH_LEAST:
             raise RuntimeError(f"a batch carried only {batch:.0f} operations")
-        return sum(each["usec"] for each in counted) / done, batch
+        return usec / done, batch
+
+    def floor_us(self, n_budgets: int) -> float:
+        """Server time of the bare commands of one lone lifecycle in µs."""
+        self._client.config_resetstat()
+        self._floors[n_budgets].run(_FLOOR_LIFECYCLES)
+        return self._counted()[0] / _FLOOR_LIFECYCLES
+
+    def _counted(self) -> tuple[int, int]:
+        stats: Any = self._client.info("commandstats")
+        counted = [stats[name] for name in _SCRIPT_CALLS if name in stats]
+        return sum(each["usec"] for each in counted), sum(each["calls"] for each in counted)
 
 
 async def server_time(settings: Settings) -> list[Measure]:
     """With 1 and with 6 budgets in a reservation, in batches and single."""
     plans = {
-        ("1 budget", True): (_ONE, settings.size(8_000, 3_000), 12),
-        ("1 budget", False): (_ONE, settings.size(1_000, 300), 42),
-        ("6 budgets", True): (_SIX, settings.size(4_000, 1_500), 25),
-        ("6 budgets", False): (_SIX, settings.size(1_000, 300), 90),
+        ("1 budget", True): (_ONE, settings.size(8_000, 3_000), 0.30),
+        ("1 budget", False): (_ONE, settings.size(1_000, 300), 1.6),
+        ("6 budgets", True): (_SIX, settings.size(4_000, 1_500), 0.30),
+        ("6 budgets", False): (_SIX, settings.size(1_000, 300), 1.6),
     }
-    taken: dict[tuple[str, bool], list[tuple[float, float]]] = {key: [] for key in plans}
+    taken: dict[tuple[str, bool], list[Figures]] = {key: [] for key in plans}
     with running(settings.store) as server:
         async with AsyncBudgetLimiter(server.url, _BUDGETS, timeout=30) as limiter:
             meter = Meter(server, limiter)
             for number in range(settings.rounds(11, 5) + 1):
                 for key, (amounts, lifecycles, _) in plans.items():
-                    figures = await meter.lifecycle_us(amounts, lifecycles, batched=key[1])
+                    floor_us = meter.floor_us(len(amounts))
+                    us, batch = await meter.lifecycle_us(amounts, lifecycles, batched=key[1])
                     if number:
-                        taken[key].append(figures)
+                        taken[key].append(Figures(us, floor_us, batch))
     measures = []
     for (budgets, batched), rounds in taken.items():
         how = "batched" if batched else "single"
-        size = statistics.median(batch for _, batch in rounds)
+        us, floor_us, size = (statistics.median(column) for column in zip(*rounds, strict=True))
         measures.append(
             Measure(
                 f"server_time_{budgets.replace(' ', '_')}_{how}",
-                f"server time of a lifecycle, {budgets}, {how}",
-                "µs",
-                tuple(us for us, _ in rounds),
+                f"server time of a lifecycle, {budgets}, {how}, to its bare commands in a script each",
+                "x",
+                tuple(figures.lifecycle_us / figures.floor_us for figures in rounds),
                 at_most(plans[budgets, batched][2]),
-                detail=f"{size:.0f} operations a call",
+                detail=f"{us:.1f} µs; bare commands {floor_us:.1f} µs; {size:.0f} operations a call",
             )
         )
     return measures
@@ -94,7 +118,7 @@ async def full_store(settings: Settings) -> list[Measure]:
     count = settings.size(1_000_000, 100_000)
     plans = {"batched": settings.size(8_000, 3_000), "single": settings.size(1_000, 300)}
     ratios: dict[str, list[float]] = {how: [] for how in plans}
-    figures: dict[str, list[tuple[float, float]]] = {how: [] for how in plans}
+    figures: dict[str, list[tuple[float, float, float]]] = {how: [] for how in plans}
     with running(settings.store) as server, running(settings.store) as empty_server:
         async with (
             AsyncBudgetLimiter(server.url, _BUDGETS, timeout=60, max_holds=10 * count) as limiter,
@@ -109,16 +133,17 @@ async def full_store(settings: Settings) -> list[Measure]:
                     own, _ = await full.lifecycle_us(_ONE, lifecycles, batched=batched)
                     if number:
                         ratios[how].append(own / theirs)
-                        figures[how].append((own, theirs))
+                        figures[how].append((own, theirs, empty.floor_us(1)))
     return [
         Measure(
             f"server_time_full_store_{how}",
             f"the same with {count:,} open holds and {count:,} ledger entries, 1 budget, {how}, to an empty store",
             "x",
             tuple(ratios[how]),
-            at_most(1.2),
-            detail=" µs; empty ".join(f"{statistics.median(side):.1f}" for side in zip(*figures[how], strict=True))
-            + " µs",
+            at_most(1.4),
+            detail="{:.1f} µs; empty {:.1f} µs; bare commands {:.1f} µs".format(
+                *(statistics.median(column) for column in zip(*figures[how], strict=True))
+            ),
         )
         for how in plans
     ]

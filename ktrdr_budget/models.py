@@ -263,6 +263,7 @@ class LedgerEntry:
     entry_id: str
     """The entry's number in its ledger, from 1; empty for the summary of trimmed entries, of kind ``carried``."""
     at: datetime
+    """By the store's clock, which may be set back; entries are ordered by their numbers."""
     kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried", "repair", "audit"]
     hold_id: str
     amount: Amount

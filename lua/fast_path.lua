@@ -1,144 +1,184 @@
--- fast_path.lua: the way of nearly all reservations and commits, without what others need: reservations that fit, in windows
--- that exist as their client knows them; commits of holds whose record is what their client was told. Whatever is not
--- that simple is answered `s`. Nothing is changed for it, and it is sent again to the script that knows everything, which
--- each client asks once a second besides: about holds that are due, and to be known as alive.
+-- fast_path.lua: nearly all reservations and commits: reservations that fit, in windows that exist as the client knows
+-- them, and commits of holds whose record is the one that the client knows. All else is answered `s`, changes nothing,
+-- and is sent again to the full script. Each client sends a batch to that once a second in any case, for due holds.
+--
+-- For speed, this script compares texts of hold records instead of parsing them, stores texts that the client sends, and
+-- has no functions, which would be made at each call. Commits come first in a batch; a later one is answered `s`.
 --
 -- KEYS   1 meta (hash)   2 limits (hash)   3 due (zset)   4 unconfirmed (zset)
 --        then per window: its hash, its ledger (list)   then per operation: the hold record (string)
 -- ARGV   1 the field of meta that counts this replica's writes   2 known epoch   3 acknowledged writes
---        4 when it started, in µs of 16 digits, and its id
---        5 and 6 from when until when, in µs of 16 digits, all windows that are reserved in are the current ones
+--        4 the start of the replica in µs, 16 digits, and its id
+--        5 and 6 the start and the end, in µs of 16 digits, of the time in which all windows with reservations are current
 --        7 id memory_ms   8 settings, as in prelude.lua   9 number of windows
---        then per window: ! if something is reserved in it, else -
---        then per operation: a line of words, and lines that are taken as they are
+--        then per window: ! if a reservation of the batch names it, else -
+--        then per operation: a line of words, and lines that are used as they are
 --
--- op     C id operation trace window:counted:units window:counted:unitso …\nrecord\nsettled record
---                    commits the hold with this record; per window what it counts and what it costs (nothing for slots),
---                    and o if that is more than was reserved. Amounts below 2^46: the sums of a batch are exact.
---        R id ttl_ms policy expires_ms window:units window:units …\nowner operation trace|segment|segment…
---                    reserves; as in reserve.lua
--- reply  k           committed
---        g           granted
---        s           not that simple
+-- op     FAST_COMMIT C id operation trace window:counted:units[o] …\nrecord\nsettled record
+--          commit the hold with this record; per window the units that it counts and the units spent (none for slots),
+--          with `o` for an overrun. Amounts stay below 2^46: the sums of a batch are exact
+--        RESERVE R id ttl_ms policy expires_ms window:units …\nowner operation trace|segment|segment…
+--          as in reserve.lua
+-- reply  NOT_FAST s
+--        DONE k        committed
+--        GRANTED g
 -- returns as finish.lua
 
-local gmatch, find = string.gmatch, string.find
-local TOTAL, CAP, HELD, SPENT, EVENTS, OVERRUNS, ENTRIES = 1, 2, 3, 4, 5, 6, 7 -- of a window: as stored, its limit, and what changes
+local find, byte, pcall = string.find, string.byte, redis.pcall
+local KEYS, ARGV = KEYS, ARGV
+local TOTAL, CAP, HELD, SPENT, ENTRIES, N_ENTRIES, OVERRUNS = 1, 2, 3, 4, 5, 6, 7
 local UNCAPPED = 9007199254740991 -- 2^53 - 1
-local FULL = 2305843009213693952 -- 2^61: a batch adds less than 2^53, so that it stays below the 2^62 of prelude.lua
+local FULL = 2305843009213693952 -- 2^61: a batch adds less than 2^53, so the sum stays below the 2^62 of prelude.lua
+local COMMIT, END_OF_LINE = 67, 10 -- C, \n
+local COUNTED_ALWAYS = 20000
 
-local now_us = now_us_text
-local now_ms = sub(now_us, 1, 13)
-local n_windows = ARGV[9] + 0
+-- Instants of equal length are compared as texts, which is faster. All have as many digits until the year 2286.
+local now_us, now_ms = now_us_text, sub(now_us_text, 1, 13)
+local settings, n_windows = ARGV[8], ARGV[9] + 0
 local first_hold, first_op = 4 + 2 * n_windows, 9 + n_windows
+local n_ops, n_commits = #KEYS - first_hold, 0
+while n_commits < n_ops and byte(ARGV[first_op + n_commits + 1]) == COMMIT do n_commits = n_commits + 1 end
 
-local meta = call('HMGET', KEYS[1], 'epoch', ARGV[1], 'recovering_until', 'limits')
-local usual = meta[1] == ARGV[2] and meta[2] and (meta[2] == ARGV[3] or meta[2] + 0 > ARGV[3] + 0)
-local n_holds = call('ZCARD', KEYS[3]) + call('ZCARD', KEYS[4])
--- Numbers are compared as numbers. Only instants of 16 digits (now_us, ARGV[5], ARGV[6]) are compared as texts, which is
--- faster, and the same where all have as many digits: until the year 2286.
+local reserves = n_commits < n_ops
+local meta = reserves and call('HMGET', KEYS[1], 'epoch', ARGV[1], 'recovering_until', 'limits', 'many_holds')
+  or call('HMGET', KEYS[1], 'epoch', ARGV[1])
+local is_known = meta[1] == ARGV[2] and meta[2] and (meta[2] == ARGV[3] or meta[2] + 0 > ARGV[3] + 0)
 local admits = not (meta[3] and meta[3] + 0 > now_ms + 0) and now_us >= ARGV[5] and now_us < ARGV[6]
-  and n_holds + #KEYS - first_hold <= sub(ARGV[8], -12) + 0
 
--- All windows are read before anything is written: one that cannot be read must not leave half a batch behind.
-local windows = { 0 }
-for i = 1, usual and n_windows or 0 do
-  local key = KEYS[3 + 2 * i]
-  local stored = redis.pcall('HMGET', key, 'def', 'spent', 'held', 'unconfirmed', 'asserted', 'limit')
-  local entries = redis.pcall('LLEN', KEYS[4 + 2 * i])
-  local asserted, limit = stored[5], stored[6]
-  usual = usual and stored[1] and type(entries) == 'number'
+-- All windows are read before the first write: one that cannot be read must not leave half a batch behind.
+local windows = {} -- by number, as text
+for i = 1, is_known and n_windows or 0 do
+  local key, stored, cap = KEYS[3 + 2 * i], nil, 0
   if ARGV[9 + i] == '!' then
-    -- The limit of the replica that started last is in force; one that has yet to say so is not simple. Nor is a window
-    -- whose definition was replaced by a migration: that removes `asserted`.
-    usual = usual and limit and asserted and asserted >= ARGV[4]
-    if meta[4] and usual then -- some limit was changed at run time
+    stored = pcall('HMGET', key, 'def', 'spent', 'held', 'unconfirmed', 'asserted', 'limit')
+    local asserted, limit = stored[5], stored[6]
+    -- The limit of the replica that started last is in force; a replica that has yet to assert it takes the full script.
+    -- So does a window whose definition was replaced: a migration removes `asserted`.
+    is_known = limit and asserted and asserted >= ARGV[4]
+    if meta[4] and is_known then -- run-time limits exist
       local changed, until_ms = match(call('HGET', KEYS[2], match(key, '^[^}]+}:w:(.+):')) or '', '^(%S+) (%d+)')
       if changed and (until_ms == '0' or until_ms + 0 > now_ms + 0) then limit = changed end
     end
+    cap = (limit == '-' and UNCAPPED) or (limit or 0) + 0
+  else
+    stored = pcall('HMGET', key, 'def', 'spent', 'held', 'unconfirmed')
   end
-  if usual then
-    local total = (stored[2] or 0) + (stored[3] or 0) + (stored[4] or 0)
-    usual = total < FULL
-    windows[i] = { total, (not limit and 0) or (limit == '-' and UNCAPPED) or limit + 0, 0, 0, 0, 0, {} }
-  end
+  is_known = is_known and stored[1] and (n_commits == 0 or type(pcall('LLEN', KEYS[4 + 2 * i])) == 'number')
+  if not is_known then break end
+  local total = (stored[2] or 0) + (stored[3] or 0) + (stored[4] or 0)
+  is_known = total < FULL
+  windows[i .. ''] = { total, cap, 0, 0, false, 0, 0 }
+end
+if not is_known then return now_us .. ' - ' .. ARGV[3] .. ' -' .. string.rep('\ns', n_ops) end
+
+-- The records of the commits. A key in `written` has changed since.
+local records, written
+if n_commits > 1 then
+  records, written = call('MGET', unpack(KEYS, first_hold + 1, first_hold + n_commits)), {}
+elseif n_commits == 1 then
+  records = { pcall('GET', KEYS[first_hold + 1]) }
+end
+-- The holds that the tenant may still add. Counting takes a twentieth of a lone reservation's time, so it is left out
+-- below half of a large bound; finish.lua counts once a second for each replica.
+local holds_left = sub(settings, -12) + 0
+if reserves and (meta[5] or holds_left <= COUNTED_ALWAYS) then
+  holds_left = holds_left - call('ZCARD', KEYS[3]) - call('ZCARD', KEYS[4])
 end
 
-local lines, n_granted, n_settled = { '', '' }, 0, 0
-local granted, settled = { 0, 0 }, { 0 } -- deadline, id, deadline, id …; ids
-local asked = { 0, 0 } -- by one reservation: window, units, window, units …
-local ttl_before, deadline, beginning
+local lines = n_ops > 1 and { '' }
+local n_granted, n_settled = 0, 0
+local reply, granted, settled -- the last reply; deadline, id, deadline, id …; ids
+local ttl_before, deadline, times
 
-for j = 1, #KEYS - first_hold do
-  local op, key, reply = ARGV[first_op + j], KEYS[first_hold + j], 's'
-  local words_end = find(op, '\n', 1, true)
-  if not usual then
-    -- Nothing is.
-  elseif op:byte() == 67 then -- C
-    local label, id, parts_at = match(op, '^C ((%S+) %S+ %S+)()')
+for j = 1, n_ops do
+  local op, key = ARGV[first_op + j], KEYS[first_hold + j]
+  reply = 's'
+  if j <= n_commits then
+    local label, id, i, counted, units, overrun, at = match(op, '^C ((%S+) %S+ %S+) (%d+):(%d+):(%d*)(o?)()')
+    local words_end = byte(op, at) == END_OF_LINE and at or find(op, '\n', at, true)
     local record_end = find(op, '\n', words_end + 1, true)
     local record = sub(op, words_end + 1, record_end - 1)
-    if redis.pcall('GET', key) == record and sub(record, 5, 17) + 0 > now_ms + 0 then
-      for i, counted, units, over in gmatch(sub(op, parts_at, words_end), ' (%d+):(%d+):(%d*)(o?)') do
-        i = i + 0
+    if records[j] == record and sub(record, 5, 17) > now_ms and not (written and written[key]) then
+      local others = at < words_end and string.gmatch(sub(op, at, words_end), ' (%d+):(%d+):(%d*)(o?)')
+      while i do
         local w = windows[i]
         w[HELD] = w[HELD] - counted
         if units ~= '' then
-          w[SPENT], w[EVENTS] = w[SPENT] + units, w[EVENTS] + 1
-          if over ~= '' then w[OVERRUNS] = w[OVERRUNS] + 1 end
-          w[ENTRIES][w[EVENTS]] = now_us .. ' ' .. units .. ' commit ' .. label .. ' -'
+          local n = w[N_ENTRIES] + 1
+          w[SPENT], w[N_ENTRIES] = w[SPENT] + units, n
+          if overrun ~= '' then w[OVERRUNS] = w[OVERRUNS] + 1 end
+          w[ENTRIES] = w[ENTRIES] or { '' }
+          w[ENTRIES][n] = now_us .. ' ' .. units .. ' commit ' .. label .. ' -'
         end
+        if others then i, counted, units, overrun = others() else i = nil end
       end
       call('SET', key, sub(op, record_end + 1), 'PX', ARGV[7])
-      n_settled = n_settled + 1
-      settled[n_settled], reply = id, 'k'
+      if written then written[key] = true end
+      n_settled, settled, reply = n_settled + 1, settled or {}, 'k'
+      settled[n_settled] = id
     end
-  elseif admits then -- R
-    local id, ttl, policy, expires, parts_at = match(op, '^R (%S+) (%S+) (%a) (%d+)()')
-    local fits, m = true, 0
-    for i, units in gmatch(sub(op, parts_at, words_end), ' (%d+):(%d+)') do
-      local w = windows[i + 0]
-      fits = fits and w[TOTAL] + w[HELD] + w[SPENT] + units <= w[CAP]
-      asked[m + 1], asked[m + 2] = w, units
-      m = m + 2
+  elseif admits and holds_left > 0 then
+    local id, ttl, policy, expires, i, units, at = match(op, '^R (%S+) (%S+) (%a) (%d+) (%d+):(%d+)()')
+    local words_end = byte(op, at) == END_OF_LINE and at or find(op, '\n', at, true)
+    local w = windows[i]
+    local fits = w[TOTAL] + w[HELD] + w[SPENT] + units <= w[CAP]
+    local others
+    if at < words_end then
+      others = sub(op, at, words_end)
+      for k, more in string.gmatch(others, ' (%d+):(%d+)') do
+        local v = windows[k]
+        fits = fits and v[TOTAL] + v[HELD] + v[SPENT] + more <= v[CAP]
+      end
     end
-    if ttl ~= ttl_before then
-      ttl_before, deadline = ttl, format('%.0f', now_ms + ttl)
-      beginning = ' ' .. deadline .. ' ' .. now_us .. ' 0 '
-    end
-    if fits and call('SET', key, 'o ' .. policy .. beginning .. sub(op, words_end + 1), 'NX', 'PXAT', expires) then
-      granted[n_granted + 1], granted[n_granted + 2], reply = deadline, id, 'g'
-      n_granted = n_granted + 2
-      for k = 1, m, 2 do asked[k][HELD] = asked[k][HELD] + asked[k + 1] end
+    if fits then
+      if ttl ~= ttl_before then
+        ttl_before, deadline = ttl, format('%.0f', now_ms + ttl)
+        times = ' ' .. deadline .. ' ' .. now_us .. ' 0 '
+      end
+      if call('SET', key, 'o ' .. policy .. times .. sub(op, words_end + 1), 'NX', 'PXAT', expires) then
+        w[HELD] = w[HELD] + units
+        if others then
+          for k, more in string.gmatch(others, ' (%d+):(%d+)') do windows[k][HELD] = windows[k][HELD] + more end
+        end
+        holds_left, granted, reply = holds_left - 1, granted or {}, 'g'
+        granted[n_granted + 1], granted[n_granted + 2] = deadline, id
+        n_granted = n_granted + 2
+      end
     end
   end
-  lines[j + 1] = reply
+  if lines then lines[j + 1] = reply end
 end
 
 local acknowledged = ARGV[3]
-if n_granted + n_settled > 0 then
+if granted or settled then
   for i = 1, n_windows do
-    local w, key = windows[i], KEYS[3 + 2 * i]
-    local events = w[EVENTS]
+    local w, key = windows[i .. ''], KEYS[3 + 2 * i]
+    local n_entries, spent = w[N_ENTRIES], w[SPENT]
     if w[HELD] ~= 0 then call('HINCRBY', key, 'held', text(w[HELD])) end
-    if w[OVERRUNS] ~= 0 then call('HINCRBY', key, 'overruns', text(w[OVERRUNS])) end
-    if w[SPENT] ~= 0 then
-      local spent = text(w[SPENT])
+    if spent ~= 0 then
+      spent = text(spent)
       call('HINCRBY', key, 'spent', spent)
       call('HINCRBY', key, ARGV[1], spent)
     end
-    if events ~= 0 then
-      local ledger = KEYS[4 + 2 * i]
-      call('HINCRBY', key, 'events', text(events))
-      if append(key, ledger, w[ENTRIES], events, ARGV[8]) then -- its first entries
+    if w[OVERRUNS] ~= 0 then call('HINCRBY', key, 'overruns', text(w[OVERRUNS])) end
+    if n_entries > 0 then
+      local ledger_key = KEYS[4 + 2 * i]
+      call('HINCRBY', key, 'events', text(n_entries))
+      local length, length_max = call('RPUSH', ledger_key, unpack(w[ENTRIES], 1, n_entries)), sub(settings, -38, -27) + 0
+      if length == n_entries then -- the first entries
         local ttl_ms = call('PTTL', key)
-        if ttl_ms > 0 then call('PEXPIRE', ledger, ttl_ms) end
+        if ttl_ms > 0 then call('PEXPIRE', ledger_key, ttl_ms) end
+      end
+      if length > length_max then
+        -- include: trim_ledger.lua
       end
     end
   end
-  if n_settled > 0 then call('ZREM', KEYS[3], unpack(settled)) end
-  if n_granted > 0 then call('ZADD', KEYS[3], unpack(granted, 1, n_granted)) end
+  if settled then call('ZREM', KEYS[3], unpack(settled)) end
+  if granted then call('ZADD', KEYS[3], unpack(granted, 1, n_granted)) end
   acknowledged = call('HINCRBY', KEYS[1], ARGV[1], 1)
 end
-lines[1] = now_us .. ' - ' .. acknowledged .. ' -'
+local head = now_us .. ' - ' .. acknowledged .. ' -'
+if not lines then return head .. '\n' .. reply end
+lines[1] = head
 return table.concat(lines, '\n')

@@ -82,8 +82,13 @@ local function write_window(w)
   end
   if events ~= 0 then call('HINCRBY', key, 'events', text(events)) end
   -- A ledger expires with its window, also one that was deleted and begins anew.
-  if w.entries and append(key, w.ledger, w.entries, w.n_entries, ARGV[6]) and expires ~= '0' then
-    call('PEXPIREAT', w.ledger, expires)
+  if w.entries then
+    local ledger_key = w.ledger
+    local length, length_max = call('RPUSH', ledger_key, unpack(w.entries)), sub(ARGV[6], -38, -27) + 0
+    if length == w.n_entries and expires ~= '0' then call('PEXPIREAT', ledger_key, expires) end
+    if length > length_max then
+      -- include: trim_ledger.lua
+    end
   end
   if expires == '0' then
     if new_second and call('HLEN', key) > 32 then fold_subtotals(key) end
@@ -118,6 +123,13 @@ if dirty then
   acknowledged = call('HINCRBY', KEYS[1], 'r:' .. ARGV[1], 1)
   if new_second then
     list_replica()
+    -- The fast path counts holds only if they are many.
+    local are_many = n_due + n_unconfirmed > sub(ARGV[6], -12) / 2
+    if are_many and not meta[5] then
+      call('HSET', KEYS[1], 'many_holds', '1')
+    elseif meta[5] and not are_many then
+      call('HDEL', KEYS[1], 'many_holds')
+    end
     -- Among very many replicas, those that were silent for two days are forgotten, a few at a time. Among few they stay:
     -- after a jump of the store's clock, a replica that was forgotten would detect a data loss.
     local silent = call('ZCARD', KEYS[7]) > REPLICAS_MAX

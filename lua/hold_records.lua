@@ -102,7 +102,8 @@ local function add_entry(w, kind, id, units, hold)
   if w.gone then return end
   w.entries = w.entries or {}
   w.n_entries = w.n_entries + 1
-  w.entries[w.n_entries] = entry_text(units, kind, id, hold.operation, hold.trace)
+  w.entries[w.n_entries] = now_us_text .. ' ' .. units .. ' ' .. kind .. ' ' .. id .. ' ' .. hold.operation .. ' '
+    .. hold.trace .. ' -'
 end
 
 -- Add spend to a window. The entry has `entry_units`, which are less than the amount if it corrects a charge.

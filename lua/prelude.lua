@@ -26,7 +26,7 @@ local LASTING_MS = 315360000000 -- ten years: the life of an open hold's record 
 
 local now_ms = time[1] * 1000 + (time[2] - time[2] % 1000) / 1000
 
-local meta = call('HMGET', KEYS[1], 'epoch', 'r:' .. ARGV[1], 'limits', 'recovering_until')
+local meta = call('HMGET', KEYS[1], 'epoch', 'r:' .. ARGV[1], 'limits', 'recovering_until', 'many_holds')
 local last_seen = call('ZSCORE', KEYS[7], ARGV[1]) or false
 
 local refused = meta[1] ~= ARGV[2] and schema_error(meta[1])

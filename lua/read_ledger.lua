@@ -4,7 +4,7 @@
 -- ARGV     1 replica   2 the page holds entries before this number; '' for the newest   3 entries at most
 -- returns  { head, trimmed, number, { entry… } }    head as in read_head.lua
 --          trimmed  1 if entries before the number given were trimmed: the page then holds the newest entries
---          number   of the page's oldest entry; of a summary, the number of the newest entry in it (ledger.lua)
+--          number   of the page's oldest entry; of a summary, the number of the newest entry in it (docs/wire.md)
 --          entries  in the order of the list, oldest first
 
 local length = redis.call('LLEN', KEYS[2])

@@ -239,7 +239,7 @@ def _enter(found: Books, kind: str, name: str, value: Any) -> None:
 
 
 def parse(record: str) -> Stored:
-    """The form is told in `lua/prelude.lua`."""
+    """The grammar is in `docs/wire.md`."""
     head, *rest = record.split("|")
     state, policy = head.split(" ")[:2]
     segments = []

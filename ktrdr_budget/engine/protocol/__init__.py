@@ -535,7 +535,7 @@ class Record(NamedTuple):
 
 
 def parse_record(record: str) -> Record:
-    """Reads a hold record; its form is given in ``lua/prelude.lua``."""
+    """Reads a hold record; its grammar is in ``docs/wire.md``."""
     head, *segments = record.split("|")
     state, policy, deadline, created, grown, owner, operation, trace = head.split(" ")
     parsed = []

@@ -1,4 +1,4 @@
-"""Ledger entries as the store keeps them; ``lua/ledger.lua`` describes the text of an entry and the numbering."""
+"""Ledger entries as the store keeps them; ``docs/wire.md`` describes the text of an entry and the numbering."""
 
 from __future__ import annotations
 

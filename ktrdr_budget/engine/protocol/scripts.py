@@ -24,6 +24,7 @@ __all__ = [
     "STATUS",
     "WRITE",
     "Script",
+    "read_part",
     "script",
     "script_for",
     "without_script_location",
@@ -33,12 +34,12 @@ FAST_PATH, WRITE, REPAIR = "fast_path", "write", "repair"
 STATUS, READ, READ_LEDGER, READINESS = "status", "read", "read_ledger", "readiness"
 SET_LIMIT, MIGRATE, CORRECT, REINDEX, CYCLES = "set_limit", "migrate", "correct", "reindex", "cycles"
 
-_BEGIN = ("common", "ledger", "schema", "prelude")
+_BEGIN = ("common", "schema", "prelude")
 _SETTLE = ("hold_records", "commit", "release")
 _RECOVER = ("restore", "recovery", "settle_on_behalf", "replay_total", "replay_limit")
 _WRITE = ("admission", *_SETTLE, "reserve", "record", "extend", "retire")
 PARTS = {
-    FAST_PATH: ("common", "ledger", "fast_path"),
+    FAST_PATH: ("common", "fast_path"),
     # Batches of reservations, of settlements, of these and heartbeats, of replays.
     "reserve": (*_BEGIN, "admission", "reserve", "finish"),
     "settle": (*_BEGIN, *_SETTLE, "finish"),
@@ -55,6 +56,7 @@ PARTS = {
     REINDEX: ("reindex",),
     CYCLES: ("cycles",),
 }
+_INCLUDE = re.compile(r"^ *-- include: (\w+)\.lua\n", re.MULTILINE)
 _REPAIRING = {"Q", "S", "T"}
 _ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "restore", "P": "restore", "K": "restore"}
 
@@ -82,13 +84,18 @@ def script_for(letters: set[str]) -> str:
 @cache
 def script(name: str) -> Script:
     """The script of this name, put together from its parts."""
-    source = "\n".join(_read(part) for part in PARTS[name])
+    source = "\n".join(map(read_part, PARTS[name]))
     return Script(name, source, hashlib.sha1(source.encode(), usedforsecurity=False).hexdigest())
 
 
 def without_script_location(error: str) -> str:
     """An error reply without the script and the line that it came from."""
     return re.sub(r",? script: [^:]*on @user_script.*", "", error)
+
+
+def read_part(name: str) -> str:
+    """The text of a part, with the parts that it includes: those are no functions, which cost time at each call."""
+    return _INCLUDE.sub(lambda found: _read(found[1]), _read(name))
 
 
 def _read(part: str) -> str:

@@ -138,13 +138,16 @@ def wire(client: redis.Redis) -> Wire:
 
 def test_every_lua_file_that_is_shipped_is_part_of_a_script_that_runs():
     shipped = {path.stem for path in LUA.glob("*.lua")}
-    used = {part for parts in scripts.PARTS.values() for part in parts}
-    assert shipped == used
     everything = "".join(scripts.script(name).source for name in scripts.PARTS)
+    included = set(
+        re.findall(r"^ *-- include: (\w+)\.lua$", "".join(map(Path.read_text, LUA.glob("*.lua"))), re.MULTILINE)
+    )
+    assert shipped == included.union(*scripts.PARTS.values())
     for path in LUA.glob("*.lua"):
-        text = path.read_text(encoding="utf-8")
-        assert text in everything
-        assert re.match(rf"-- {path.name}( \(part\))?: ", text), "a header says what it does"
+        assert scripts.read_part(path.stem) in everything
+        assert re.match(rf"-- {path.name}( \(part\))?: ", path.read_text(encoding="utf-8")), (
+            "a header says what it does"
+        )
 
 
 def test_no_amount_is_ever_formatted_by_lua():
@@ -764,6 +767,32 @@ def test_a_limit_of_run_time_counts_the_simple_way_too(client, usual):
         assert usual.send(usual.op(f"R {hold_id} 60000 c - - -", agent=f":{6 * 10**9}"), simple=True) == [line], changed
         if line == "g":
             usual.ask(f"L {hold_id} 0", agent=":x0")
+
+
+@pytest.mark.parametrize("max_holds", [2, 40_000])
+def test_the_fast_path_counts_holds_always_below_a_small_bound_and_else_only_if_they_are_many(client, max_holds):
+    wire = Wire(client, max_holds=max_holds)
+    wire.reserve("op_1", agent=1)
+    filler = {f"filler_{number}": 9_999_999_999_999 for number in range(max_holds - 1)}
+    client.zadd("ktrdr:{t}:due", filler)
+    asked = lambda hold_id: wire.send(wire.op(f"R {hold_id} 60000 c - - -", agent=":1"), simple=True)  # noqa: E731
+    assert asked("op_2") == (["s"] if max_holds == 2 else ["g"])
+    if max_holds == 2:
+        return
+    second = client.time()[0]
+    wait_until(lambda: client.time()[0] > second)
+    wire.ask("X op_1", agent="")  # the full script counts them once a second
+    assert asked("op_3") == ["g"], "nothing was written, so nothing was noted"
+    wait_until(lambda: client.time()[0] > second + 1)
+    wire.ask("N op_4 0 - -", agent=":1")
+    assert client.hget("ktrdr:{t}:meta", "many_holds") == "1"
+    assert asked("op_5") == ["s"]
+    client.zrem("ktrdr:{t}:due", *filler)
+    second = client.time()[0]
+    wait_until(lambda: client.time()[0] > second)
+    wire.ask("N op_6 0 - -", agent=":1")
+    assert client.hget("ktrdr:{t}:meta", "many_holds") is None
+    assert asked("op_7") == ["g"]
 
 
 # -- figures and expiry ------------------------------------------------------------------------------------------------

@@ -1,0 +1,140 @@
+"""The letters of the wire, by name. ``docs/wire.md`` describes each request and each reply."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+from ktrdr_budget.models import HoldState, OnExpiry
+
+__all__ = [
+    "FLAGS",
+    "POLICIES",
+    "POLICY_CODES",
+    "STATES",
+    "STATE_CODES",
+    "CommitMode",
+    "ExtendMode",
+    "ReleaseMode",
+]
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+RESERVE: Final = "R"
+COMMIT: Final = "D"
+COMMIT_WITH_REMARK: Final = "M"
+FAST_COMMIT: Final = "C"
+RELEASE: Final = "L"
+RECORD: Final = "N"
+EXTEND: Final = "E"
+RETIRE: Final = "X"
+RESTORE: Final = "K"
+SETTLE_ON_BEHALF: Final = "S"
+REPLAY_TOTAL: Final = "T"
+REPLAY_LIMIT: Final = "Q"
+
+
+class CommitMode(StrEnum):
+    """How a commit determines the amount of one window."""
+
+    EXACT = "x"
+    RESERVED = "r"
+    """What was reserved."""
+    ACCRUED = "a"
+    """What was accrued, and no less than the amount given."""
+
+
+class ReleaseMode(StrEnum):
+    """Who releases a hold, and whether its worker can still commit it."""
+
+    BY_WORKER = "0"
+    """For good."""
+    BY_OPERATOR = "1"
+    """The worker's later commit corrects it."""
+    BY_ID = "i"
+    """As ``BY_OPERATOR`` if the hold is unconfirmed, else as ``BY_WORKER``."""
+    FINAL = "f"
+    """As ``BY_WORKER``; an unknown id is remembered as released, so that its reservation is refused if it arrives."""
+    UNRECEIVED = "s"
+    """Only the grant to one request, which its caller did not receive; as ``BY_OPERATOR``, and the id is free again."""
+    LIFT = "u"
+    """Remove the tombstone that ``UNRECEIVED`` left for an unknown id."""
+
+
+class ExtendMode(StrEnum):
+    """What an extension does to the deadline."""
+
+    HEARTBEAT = "0"
+    """Set it."""
+    GROW = "1"
+    """Keep that of an open hold."""
+    HEARTBEAT_NO_SOONER = "2"
+    """Set it unless that is sooner."""
+    REPORT = "3"
+    """Keep it, also if it has passed: the hold stays unconfirmed."""
+
+
+# -- replies -----------------------------------------------------------------------------------------------------------
+
+GRANTED: Final = "g"
+DONE: Final = "k"
+REPLAYED: Final = "p"
+EXTENDED: Final = "e"
+OUTGROWN: Final = "a"
+RETIRED: Final = "x"
+DENIED: Final = "d"
+CONFLICT: Final = "c"
+UNKNOWN_HOLD: Final = "u"
+OTHER_WINDOWS: Final = "v"
+STALE_WINDOW: Final = "w"
+MISSING_WINDOW: Final = "t"
+OTHER_DEFINITION: Final = "m"
+RECOVERING: Final = "l"
+TOO_MANY_HOLDS: Final = "h"
+TOO_MANY_BUDGETS: Final = "b"
+UNKNOWN_LIMIT: Final = "q"
+WINDOW_FULL: Final = "f"
+UNREADABLE: Final = "y"
+NOT_FAST: Final = "s"
+
+OVERRUN: Final = "o"
+LATE: Final = "l"
+"""Flags of ``DONE``."""
+DATA_LOSS: Final = "L"
+"""Flag of a batch's head."""
+
+# -- hold records ------------------------------------------------------------------------------------------------------
+
+OPEN: Final = "o"
+UNCONFIRMED: Final = "x"
+COMMITTED: Final = "c"
+RELEASED: Final = "r"
+RELEASED_BY_OPERATOR: Final = "z"
+RECORDED: Final = "n"
+
+STATES: Final[dict[str, HoldState]] = {
+    OPEN: "open",
+    UNCONFIRMED: "unconfirmed",
+    RELEASED_BY_OPERATOR: "released",
+    COMMITTED: "committed",
+    RELEASED: "released",
+    RECORDED: "recorded",
+}
+STATE_CODES: Final[dict[str, str]] = {
+    "open": OPEN,
+    "unconfirmed": UNCONFIRMED,
+    "committed": COMMITTED,
+    "released": RELEASED,
+    "recorded": RECORDED,
+}
+SETTLED: Final = frozenset((COMMITTED, RELEASED, RECORDED))
+"""States in which nothing changes any more."""
+
+POLICIES: Final[dict[str, OnExpiry]] = {"c": "charge", "a": "accrued", "r": "release"}
+POLICY_CODES: Final[dict[str, str]] = {policy: code for code, policy in POLICIES.items()}
+
+DOLLARS: Final = "u"
+COUNT: Final = "n"
+SLOTS: Final = "s"
+FLAGS: Final[dict[str, str]] = {DOLLARS: "usd", COUNT: "count", SLOTS: "slots"}
+"""Units by the flag of a segment."""

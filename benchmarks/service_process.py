@@ -58,14 +58,14 @@ def _serve(port: int, store_url: str) -> None:
     from fastapi.routing import APIRoute
     from pydantic import SecretStr
 
-    from ktrdr_budget.api import create_app
+    from ktrdr_budget.api.serving import worker_app
     from ktrdr_budget.api.settings import Settings
 
     async def empty() -> None:
         return None
 
     limits = {"agent_daily_budget": Decimal(5_000_000), "max_holds": 10**7}  # none is ever settled
-    app = create_app(Settings(redis_url=SecretStr(store_url), timeout=10, **limits))
+    app = worker_app(Settings(redis_url=SecretStr(store_url), timeout=10, **limits))
     # Before all others, where it is found at once.
     app.router.routes.insert(0, APIRoute("/empty", empty, methods=["POST"]))
     uvicorn.run(app, host="127.0.0.1", port=port, access_log=False, log_level="warning", server_header=False)

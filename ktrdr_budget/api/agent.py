@@ -1,16 +1,11 @@
-"""The agent over HTTP: triggering, watching and cancelling research cycles."""
-
-from __future__ import annotations
+"""Routes that trigger, list and cancel research cycles."""
 
 from collections.abc import Callable
 from decimal import Decimal
-from typing import TYPE_CHECKING, Any
+from typing import Annotated
 
-from fastapi import APIRouter
-from pydantic import BaseModel
-from starlette.responses import Response
+from fastapi import APIRouter, Body, Query, Request
 
-from ktrdr_budget.agent.cycle import OPERATION_TYPE
 from ktrdr_budget.agent.cycle_store import CycleView
 from ktrdr_budget.agent.options import UnusableOption
 from ktrdr_budget.agent.service import AgentService, CycleActive, CycleEnded, MoneyDenied, UnknownCycle
@@ -19,139 +14,141 @@ from ktrdr_budget.api.agent_schemas import (
     AgentStatusOut,
     AgentUnavailableProblem,
     CancelledOut,
+    CapacityOut,
+    CycleOut,
     CyclesOut,
-    CyclesQuery,
     EndedProblem,
     InvalidTriggerProblem,
     LargeTriggerProblem,
     RefusedTriggerProblem,
+    RemainingOut,
     TriggerIn,
     TriggerOut,
 )
-from ktrdr_budget.api.auth import Keys
-from ktrdr_budget.api.problems import Problem, denied, problem_of
-from ktrdr_budget.api.requests import invalid, read_body, read_query
-from ktrdr_budget.api.responses import JsonResponse, amount_json, instant_json
-from ktrdr_budget.api.routing import BudgetRoute, Call, Operation, add_operations
-from ktrdr_budget.errors import BudgetError, HoldConflict, StoreUnavailable
-
-if TYPE_CHECKING:
-    from ktrdr_budget.limiter import AsyncBudgetLimiter
+from ktrdr_budget.api.openapi import problems
+from ktrdr_budget.api.problems import HTTPProblem, denied, invalid
+from ktrdr_budget.api.route import BudgetRoute, complete, operation_id
+from ktrdr_budget.api.schemas import HoldId, PageQuery, instant_json
+from ktrdr_budget.api.service import BudgetService
+from ktrdr_budget.errors import HoldConflict, StoreUnavailable
 
 __all__ = ["agent_router"]
 
 
-def agent_router(
-    agent: Callable[[], AgentService], limiter: Callable[[], AsyncBudgetLimiter], keys: Keys, prefix: str = "/api/v1"
-) -> APIRouter:
-    """The operations of an agent.
+class TriggerRoute(BudgetRoute):
+    """The route of a trigger. Its problems also state that no cycle started, and the reason."""
+
+    def problem(self, problem: HTTPProblem, error: Exception) -> HTTPProblem:
+        """Add the members of a refused trigger."""
+        if problem.status_code in (401, 403):
+            return problem
+        reason = problem.members.get("reason") or problem.code.replace("-", "_")
+        if isinstance(error, MoneyDenied):
+            problem = _exhausted(error)
+            reason = "budget_exhausted"
+        elif isinstance(error, CycleActive):
+            problem = HTTPProblem(409, "active-cycle-exists", str(error))
+            reason = "active_cycle_exists"
+        elif isinstance(error, HoldConflict):
+            reason = "id_conflict"
+        elif isinstance(error, StoreUnavailable):
+            reason = "budget_unavailable"
+        if problem.status_code == 409:
+            problem.members["operation_ids"] = error.operation_ids if isinstance(error, CycleActive) else []
+        problem.members |= {"triggered": False, "reason": reason, "message": problem.detail}
+        return problem
+
+
+def agent_router(service: BudgetService, agent: Callable[[], AgentService], prefix: str) -> APIRouter:
+    """The routes of an agent.
 
     Args:
-        agent: tells the service of the app's present run.
-        limiter: likewise.
-        keys: who may do what.
+        service: the limiter and the keys.
+        agent: returns the agent of the app's present run.
         prefix: of all paths.
     """
-    router = APIRouter(prefix=prefix, route_class=BudgetRoute, tags=["agent"])
-    add_operations(router, _Agent(agent).operations(), keys, limiter)
-    return router
+    router = APIRouter(
+        prefix=prefix,
+        route_class=BudgetRoute,
+        tags=["agent"],
+        responses=problems(401, 403, 503),
+        dependencies=[service.use],
+        generate_unique_id_function=operation_id,
+    )
 
-
-class _Agent:
-    def __init__(self, agent: Callable[[], AgentService]) -> None:
-        self._agent = agent
-
-    def operations(self) -> list[Operation]:
-        refused: dict[int, type[BaseModel]] = {
-            409: ActiveProblem,
-            413: LargeTriggerProblem,
-            422: InvalidTriggerProblem,
-            429: RefusedTriggerProblem,
-            503: AgentUnavailableProblem,
-        }
-        return [
-            Operation(
-                "POST",
-                "/agent/trigger",
-                self.trigger_cycle,
-                {202: TriggerOut},
-                (409, 413, 422, 429),
-                TriggerIn,
-                problem_models=refused,
-            ),
-            Operation("GET", "/agent/status", self.get_agent_status, {200: AgentStatusOut}),
-            Operation("GET", "/agent/cycles", self.list_cycles, {200: CyclesOut}, (422,), query=CyclesQuery),
-            Operation(
-                "DELETE",
-                "/agent/cancel/{operation_id}",
-                self.cancel_cycle,
-                {200: CancelledOut},
-                (404, 409),
-                problem_models={409: EndedProblem},
-            ),
-        ]
-
-    async def trigger_cycle(self, call: Call) -> Response:
-        """Begins a research cycle: reserves its estimate and a slot, all or none."""
+    async def trigger_cycle(
+        request: Request, body: Annotated[TriggerIn, Body(default_factory=TriggerIn)]
+    ) -> TriggerOut:
+        """Start a research cycle: reserve its estimate and a slot, all or none."""
+        if request.url.query:
+            raise invalid("query", "this takes no query parameters; send the fields as a JSON body")
         try:
-            if call.request.scope["query_string"]:
-                raise invalid("query", "this takes no query parameters; send the fields as a JSON body")
-            body = await read_body(call.request, call.headers, TriggerIn)
-            started = await self._agent().trigger(
+            started = await agent().trigger(
                 body.operation_id,
                 strategy=body.strategy,
                 brief=body.brief,
                 model=body.model,
                 bypass_gates=body.bypass_gates,
             )
-        except Problem as problem:
-            raise _not_triggered(problem) from None
         except UnusableOption as error:
-            raise _not_triggered(invalid("body", error.message, error.field)) from None
-        except BudgetError as error:
-            raise _refused(error) from None
+            raise invalid("body", error.message, error.field) from None
         message = f"Research cycle {started.operation_id} {'was started before' if started.replayed else 'started'}"
-        answer = {
-            "triggered": True,
-            "operation_id": started.operation_id,
-            "model": started.model,
-            "message": message,
-        }
-        return JsonResponse(answer, 202)
+        return TriggerOut(triggered=True, operation_id=started.operation_id, model=started.model, message=message)
 
-    async def get_agent_status(self, call: Call) -> Response:
-        """What the agent is doing, and how much money and how many cycles are left; every replica answers the same."""
-        found = await self._agent().status()
+    router.add_api_route(
+        "/agent/trigger",
+        trigger_cycle,
+        methods=["POST"],
+        status_code=202,
+        responses=problems(
+            models={
+                409: ActiveProblem,
+                413: LargeTriggerProblem,
+                422: InvalidTriggerProblem,
+                429: RefusedTriggerProblem,
+                503: AgentUnavailableProblem,
+            }
+        ),
+        route_class_override=TriggerRoute,
+    )
+
+    @router.get("/agent/status")
+    async def get_agent_status() -> AgentStatusOut:
+        """Read the agent's state, and the remaining money and cycles; every replica replies the same."""
+        found = await agent().status()
         page, budget, slots = found.cycles, found.budget, found.capacity
         active = [_cycle(cycle) for cycle in page.active]
-        status = {
-            "status": active[0]["phase"] if active else "idle",
-            "active_cycles": active,
-            "last_cycle": None if page.last is None else _cycle(page.last),
-            "budget": budget and {"remaining": amount_json(budget.remaining), "daily_limit": amount_json(budget.limit)},
-            "capacity": slots and {"active": slots.held, "free": slots.remaining, "limit": slots.limit},
-            "as_of": instant_json(page.as_of),
-        }
-        return JsonResponse(status)
+        return AgentStatusOut(
+            status=active[0].phase if active else "idle",
+            active_cycles=active,
+            last_cycle=None if page.last is None else _cycle(page.last),
+            budget=None if budget is None else RemainingOut.model_validate(budget),
+            capacity=None if slots is None else CapacityOut.model_validate(slots),
+            as_of=instant_json(page.as_of),
+        )
 
-    async def list_cycles(self, call: Call) -> Response:
-        """Cycles: on the first page those that run, then those that have ended, newest first."""
-        query = read_query(call.request, CyclesQuery)
-        page = await self._agent().cycles(query.limit + 1, query.cursor or "")
+    @router.get("/agent/cycles", responses=problems(422))
+    async def list_cycles(query: Annotated[PageQuery, Query()]) -> CyclesOut:
+        """List cycles: on the first page the running ones, then those that have ended, newest first."""
+        page = await agent().cycles(query.limit + 1, query.cursor or "")
         ended = page.ended[: query.limit]
         shown = [*reversed(page.active), *ended] if query.cursor is None else ended
         more = ended[-1].operation_id if len(page.ended) > query.limit else None
-        return JsonResponse({"cycles": [_cycle(cycle) for cycle in shown], "next_cursor": more})
+        return CyclesOut(cycles=[_cycle(cycle) for cycle in shown], next_cursor=more)
 
-    async def cancel_cycle(self, call: Call) -> Response:
-        """Stops a cycle, on whatever replica it runs; what it has used is committed."""
-        operation_id = call.name
+    @router.delete(
+        "/agent/cancel/{operation_id:slashed}",
+        response_model=CancelledOut,
+        responses=problems(404, models={409: EndedProblem}),
+    )
+    async def cancel_cycle(operation_id: HoldId) -> dict[str, str]:
+        """Cancel a cycle, on whichever replica it runs; the spend so far is committed."""
         try:
-            status = await self._agent().cancel(operation_id)
+            status = await agent().cancel(operation_id)
         except UnknownCycle as error:
-            raise Problem(404, "unknown-cycle", str(error), title="Unknown cycle") from None
+            raise HTTPProblem(404, "unknown-cycle", str(error), title="Unknown cycle") from None
         except CycleEnded as error:
-            raise Problem(
+            raise HTTPProblem(
                 409,
                 "cycle-ended",
                 str(error),
@@ -160,62 +157,41 @@ class _Agent:
                 cycle_status=error.status,
             ) from None
         message = f"Research cycle {operation_id} {'is cancelled' if status == 'cancelled' else 'is being cancelled'}"
-        return JsonResponse({"operation_id": operation_id, "status": status, "message": message})
+        return {"operation_id": operation_id, "status": status, "message": message}
+
+    return complete(router)
 
 
-def _refused(error: BudgetError) -> Problem:
-    """Why a trigger has begun nothing."""
-    if isinstance(error, MoneyDenied):
-        return _exhausted(error)
-    if isinstance(error, CycleActive):
-        active = Problem(409, "active-cycle-exists", str(error), operation_ids=error.operation_ids)
-        return _not_triggered(active, "active_cycle_exists")
-    problem = problem_of(error, {})
-    if problem.status == 409:
-        problem.members["operation_ids"] = []
-    told = {HoldConflict: "id_conflict", StoreUnavailable: "budget_unavailable"}
-    return _not_triggered(problem, next((reason for kind, reason in told.items() if isinstance(error, kind)), ""))
-
-
-def _not_triggered(problem: Problem, reason: str = "") -> Problem:
-    """The same problem as the answer of a trigger; by default its reason is its code."""
-    told = reason or problem.members.get("reason") or problem.code.replace("-", "_")
-    problem.members |= {"triggered": False, "reason": told, "message": str(problem)}
-    return problem
-
-
-def _exhausted(error: MoneyDenied) -> Problem:
-    """As any denial, with the one reason that triggers know; the finer one is ``denial_reason``."""
+def _exhausted(error: MoneyDenied) -> HTTPProblem:
+    """A denial with the one reason that triggers have; the precise reason is ``denial_reason``."""
     problem = denied(error.denial, None)
-    told = {"triggered": False, "reason": "budget_exhausted", "denial_reason": error.denial.reason}
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
-    members = {**problem.members, **told, "message": str(error), "retry_after": error.retry_after}
-    return Problem(429, problem.code, str(error), title=problem.title, headers=headers, **members)
+    members = {**problem.members, "denial_reason": error.denial.reason, "retry_after": error.retry_after}
+    return HTTPProblem(429, problem.code, str(error), title=problem.title, headers=headers, **members)
 
 
-def _cycle(cycle: CycleView) -> dict[str, Any]:
+def _cycle(cycle: CycleView) -> CycleOut:
     progress = cycle.progress
     request = progress.get("request") or {}
-    return {
-        "operation_id": cycle.operation_id,
-        "operation_type": OPERATION_TYPE,
-        "status": cycle.status,
-        "phase": progress["phase"],
-        "started_at": instant_json(cycle.started_at),
-        "ended_at": None if cycle.ended_at is None else instant_json(cycle.ended_at),
-        "elapsed_seconds": round(cycle.elapsed_s, 3),
-        "spend": amount_json(Decimal(progress["spend"])),
-        "estimate": amount_json(Decimal(progress["estimate"])),
-        "tokens": progress["tokens"],
-        "strategy_name": progress["strategy_name"],
-        "model": progress.get("model"),  # the record may be of a replica of an earlier version
-        "brief": request.get("brief"),
-        "bypass_gates": bool(request.get("bypass_gates")),
-        "gates": progress["gates"],
-        "outcome": cycle.outcome,
-        "reason": cycle.reason,
-        "error": progress["error"],
-        "results": progress["results"],
-        "replica": progress["replica"],
-        "trace_id": progress["trace_id"],
-    }
+    return CycleOut(
+        operation_id=cycle.operation_id,
+        status=cycle.status,
+        phase=progress["phase"],
+        started_at=instant_json(cycle.started_at),
+        ended_at=None if cycle.ended_at is None else instant_json(cycle.ended_at),
+        elapsed_seconds=round(cycle.elapsed_s, 3),
+        spend=f"{Decimal(progress['spend']):f}",
+        estimate=f"{Decimal(progress['estimate']):f}",
+        tokens=progress["tokens"],
+        strategy_name=progress["strategy_name"],
+        model=progress.get("model"),  # a replica of an earlier version writes none
+        brief=request.get("brief"),
+        bypass_gates=bool(request.get("bypass_gates")),
+        gates=progress["gates"],
+        outcome=cycle.outcome,
+        reason=cycle.reason,
+        error=progress["error"],
+        results=progress["results"],
+        replica=progress["replica"],
+        trace_id=progress["trace_id"],
+    )

@@ -1,4 +1,4 @@
-"""The shapes of the agent's part of the HTTP interface."""
+"""The models of the agent's requests and responses."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from pydantic import AfterValidator, BaseModel, Field, PlainValidator, RootModel
 
 from ktrdr_budget.api.schemas import (
     AmountOut,
-    CrowdedProblem,
     DeniedProblem,
-    HoldsQuery,
     Instant,
     InvalidProblem,
     Problem,
+    RequestModel,
+    ResponseModel,
+    TooManyProblem,
     UnavailableProblem,
-    _Answer,
-    _Request,
-    _shape,
+    closed,
 )
 
 __all__ = [
@@ -28,7 +27,6 @@ __all__ = [
     "CancelledOut",
     "CycleOut",
     "CyclesOut",
-    "CyclesQuery",
     "EndedProblem",
     "ExhaustedProblem",
     "InvalidTriggerProblem",
@@ -59,33 +57,33 @@ def _text(value: str) -> str:
     return text
 
 
-class TriggerIn(_Request):
-    """Begins a research cycle; with an id, a retry is harmless."""
+class TriggerIn(RequestModel):
+    """The options of a research cycle. With an id, a retry is harmless."""
 
-    model_config = _shape(operation_id="op_1", brief="Follow trends of some months.", model="haiku")
+    model_config = closed(operation_id="op_1", brief="Follow trends of some months.", model="haiku")
     operation_id: Annotated[
         Any,
         PlainValidator(_operation_id),
         WithJsonSchema({"anyOf": [{"type": "string", "pattern": f"^{_OPERATION_ID.pattern}$"}, {"type": "null"}]}),
     ] = None
     strategy: Annotated[str, Field(max_length=_WORD_CHARACTERS), AfterValidator(_text)] | None = Field(
-        None, description="A strategy that is designed already: the cycle begins with its training. Not with `brief`."
+        None, description="An existing strategy: the cycle starts with its training. Not together with `brief`."
     )
     brief: Annotated[str, Field(max_length=_BRIEF_CHARACTERS), AfterValidator(_text)] | None = Field(
-        None, description="What the design shall follow, in words. Not with `strategy`."
+        None, description="Instructions for the design. Not together with `strategy`."
     )
     model: Annotated[str, Field(max_length=_WORD_CHARACTERS), AfterValidator(_text)] | None = Field(
-        None, description="The language model of this cycle: its name, or `opus`, `sonnet`, `haiku`."
+        None, description="The language model of the cycle: its name, or `opus`, `sonnet`, `haiku`."
     )
     bypass_gates: Annotated[bool, Field(strict=True)] = Field(
-        False, description="Gates are evaluated and recorded, and stop nothing."
+        False, description="Evaluate and record gates, but never stop at one."
     )
 
 
-class TriggerOut(_Answer):
-    """A cycle was begun."""
+class TriggerOut(ResponseModel):
+    """A cycle has started."""
 
-    model_config = _shape(
+    model_config = closed(
         triggered=True,
         operation_id="op_1f0c",
         model="ktrdr-scripted-1",
@@ -93,91 +91,87 @@ class TriggerOut(_Answer):
     )
     triggered: Literal[True]
     operation_id: str
-    model: str = Field(description="The language model that it asks.")
+    model: str = Field(description="The language model of the cycle.")
     message: str
 
 
-class CyclesQuery(HoldsQuery):
-    """Which cycles."""
-
-
 class GateOut(BaseModel):
-    """What a gate said."""
+    """The result of a gate."""
 
     gate: Literal["training", "backtest"]
     passed: bool
     reason: str
-    bypassed: bool = Field(default=False, description="It was evaluated, and stopped nothing in any case.")
+    bypassed: bool = Field(default=False, description="The gate could not stop the cycle.")
 
 
-class CycleOut(_Answer):
+class CycleOut(ResponseModel):
     """A research cycle."""
 
     operation_id: str
-    operation_type: Literal["agent_research"]
+    operation_type: Literal["agent_research"] = "agent_research"
     status: Literal["running", "cancelling", "completed", "failed", "cancelled"]
-    phase: Phase = Field(description="The phase that it is in, or was in last.")
+    phase: Phase = Field(description="The current phase, or the last one.")
     started_at: Instant
     ended_at: Instant | None
     elapsed_seconds: float
     spend: AmountOut = Field(
-        description="Dollars used so far; what was committed, once it has ended. Of one whose worker was lost "
-        "(`worker_lost`): what it had reported last. What its budget is charged for it, unconfirmed, is told by the "
-        "reservation of the same id."
+        description="Dollars used so far; after the end, the committed amount. For a cycle whose worker was lost "
+        "(`worker_lost`), the last amount it reported; the reservation of the same id has the amount that the budget "
+        "is charged, unconfirmed."
     )
-    estimate: AmountOut = Field(description="Dollars that were reserved at its start.")
+    estimate: AmountOut = Field(description="Dollars reserved at the start.")
     tokens: dict[Literal["design", "assessment"], int]
     strategy_name: str | None
-    model: str | None = Field(description="The language model that it asks.")
-    brief: str | None = Field(description="What its trigger asked the design to follow.")
+    model: str | None = Field(description="The language model of the cycle.")
+    brief: str | None = Field(description="The instructions for the design.")
     bypass_gates: bool
     gates: list[GateOut]
-    outcome: Literal["completed", "failed", "cancelled"] | None
+    outcome: Annotated[str | None, WithJsonSchema({"enum": ["completed", "failed", "cancelled", None]})]
     reason: str | None = Field(
-        description="Why it did not complete: `gate_failed`, `budget_exhausted`, `cancelled`, `shutdown`, "
+        description="The reason for not completing: `gate_failed`, `budget_exhausted`, `cancelled`, `shutdown`, "
         "`worker_lost` or `error`."
     )
     error: str | None
-    results: dict[str, float | int | str | None] = Field(description="Figures of its phases, as far as it got.")
+    results: dict[str, float | int | str | None] = Field(description="The figures of the phases so far.")
     replica: str
     trace_id: str
 
 
-class RemainingOut(BaseModel):
+class RemainingOut(ResponseModel):
     """The agent's daily budget; `null` is unlimited."""
 
     remaining: AmountOut | None
-    daily_limit: AmountOut | None
+    daily_limit: AmountOut | None = Field(validation_alias="limit")
 
 
-class CapacityOut(BaseModel):
-    """Research cycles at once, of all replicas; `null` is unlimited."""
+class CapacityOut(ResponseModel):
+    """Concurrent research cycles of all replicas; `null` is unlimited."""
 
-    active: int
-    free: int | None
+    active: int = Field(validation_alias="held")
+    free: int | None = Field(validation_alias="remaining")
     limit: int | None
 
 
-class AgentStatusOut(_Answer):
-    """What the agent is doing, on whatever replica, and what it may do yet."""
+class AgentStatusOut(ResponseModel):
+    """The agent's state on all replicas, and its remaining money and cycles."""
 
     status: Literal["idle"] | Phase = Field(description="The phase of the oldest active cycle, or `idle`.")
     active_cycles: list[CycleOut]
-    last_cycle: CycleOut | None = Field(description="The one that ended last.")
-    budget: RemainingOut | None = Field(description="`null` if unknown: the budget is defined otherwise elsewhere.")
-    capacity: CapacityOut | None = Field(description="Likewise.")
+    last_cycle: CycleOut | None = Field(description="The cycle that ended last.")
+    budget: RemainingOut | None = Field(description="`null` if unknown: another definition is registered.")
+    capacity: CapacityOut | None = Field(description="`null` if unknown, likewise.")
     as_of: Instant
 
 
-class CyclesOut(_Answer):
-    """Cycles: those that run, and those that have ended, newest first."""
+class CyclesOut(ResponseModel):
+    """Running cycles, and those that have ended, newest first."""
 
     cycles: list[CycleOut]
     next_cursor: str | None
 
 
-class CancelledOut(_Answer):
-    """A cycle was cancelled, or will be soon."""
+class CancelledOut(ResponseModel):
+    """A cycle is cancelled, or is being cancelled."""
 
     operation_id: str
     status: Literal["cancelled", "cancelling"]
@@ -190,21 +184,21 @@ class _NotTriggered(Problem):
 
 
 class ExhaustedProblem(_NotTriggered, DeniedProblem):
-    """There is no money for a cycle."""
+    """The budget has no room for a cycle."""
 
     reason: Literal["budget_exhausted"]
     denial_reason: Literal["exceeds_limit", "budget_held", "budget_exhausted"]
 
 
 class ActiveProblem(_NotTriggered):
-    """As many cycles as may run at once are running, the id was used before, or a budget is defined otherwise."""
+    """The maximum of cycles is running, the id was used before, or another definition of a budget is registered."""
 
     reason: Literal["active_cycle_exists", "id_conflict", "budget_mismatch"]
-    operation_ids: list[str] = Field(description="The cycles that are running, where those are the reason.")
+    operation_ids: list[str] = Field(description="The running cycles, if those are the reason.")
 
 
 class AgentUnavailableProblem(_NotTriggered, UnavailableProblem):
-    """The store cannot be reached."""
+    """The store is unreachable."""
 
     reason: Literal["budget_unavailable"]
 
@@ -216,13 +210,13 @@ class LargeTriggerProblem(_NotTriggered):
 
 
 class InvalidTriggerProblem(_NotTriggered, InvalidProblem):
-    """The request is not valid."""
+    """The request is invalid."""
 
     reason: str = Field(examples=["invalid_request"])
 
 
-class CrowdedTriggerProblem(_NotTriggered, CrowdedProblem):
-    """The tenant has as many holds, or budgets, as it may."""
+class TooManyTriggerProblem(_NotTriggered, TooManyProblem):
+    """The tenant has too many holds or budgets."""
 
 
 class EndedProblem(Problem):
@@ -232,5 +226,5 @@ class EndedProblem(Problem):
     cycle_status: Literal["completed", "failed", "cancelled"]
 
 
-class RefusedTriggerProblem(RootModel[ExhaustedProblem | CrowdedTriggerProblem]):
-    """No cycle was begun: there is no money for one, or the tenant has too many holds."""
+class RefusedTriggerProblem(RootModel[ExhaustedProblem | TooManyTriggerProblem]):
+    """No cycle has started: the budget has no room, or the tenant has too many holds."""

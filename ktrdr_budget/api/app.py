@@ -7,13 +7,10 @@ import logging
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
 
-from fastapi import APIRouter, FastAPI
-from fastapi.openapi.utils import get_openapi
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 
 from ktrdr_budget.agent.factory import make_agent
 from ktrdr_budget.agent.phases import Research
@@ -21,12 +18,11 @@ from ktrdr_budget.agent.service import slots
 from ktrdr_budget.agent.settings import AgentSettings
 from ktrdr_budget.api.agent import agent_router
 from ktrdr_budget.api.auth import Keys
-from ktrdr_budget.api.probes import probes
-from ktrdr_budget.api.problems import Problem, no_such_endpoint, problem_of
-from ktrdr_budget.api.responses import JsonResponse
-from ktrdr_budget.api.router import service_router
-from ktrdr_budget.api.routing import BudgetRoute
-from ktrdr_budget.api.service import Service
+from ktrdr_budget.api.openapi import openapi_of
+from ktrdr_budget.api.probes import probe_routes
+from ktrdr_budget.api.problems import no_such_endpoint, problem_of
+from ktrdr_budget.api.router import PREFIX, service_router
+from ktrdr_budget.api.service import BudgetService
 from ktrdr_budget.api.settings import Settings, load_settings
 from ktrdr_budget.engine.batching.dispatcher import Observer
 from ktrdr_budget.errors import BudgetError, StoreUnavailable
@@ -42,8 +38,7 @@ __all__ = ["create_app", "make_limiter"]
 
 logger = logging.getLogger("ktrdr_budget")
 
-_CODES = {405: "method-not-allowed"}
-_PLACES = {
+_INDEX = {
     "docs": "/docs",
     "openapi": "/openapi.json",
     "api": "/api/v1",
@@ -53,7 +48,7 @@ _PLACES = {
     "health": "/readyz",
     "metrics": "/metrics",
 }
-"""What ``/`` answers with."""
+"""The paths that ``/`` lists."""
 DESCRIPTION = """One hard spend cap for every replica of a backend that runs LLM agents.
 
 Money is a decimal string in dollars, a count an integer, an instant RFC 3339 in UTC. Every error is
@@ -62,10 +57,10 @@ Money is a decimal string in dollars, a count an integer, an instant RFC 3339 in
 
 
 def make_limiter(settings: Settings, agent: AgentSettings, observers: Sequence[Observer] = ()) -> AsyncBudgetLimiter:
-    """A limiter as the settings say, with the budgets of the agent; the observers, if any, watch it.
+    """Make a limiter from the settings, with the budgets of the agent.
 
     Raises:
-        InvalidArgument: a setting is not usable.
+        InvalidArgument: a setting is invalid.
     """
     return AsyncBudgetLimiter(
         settings.store_url,
@@ -87,17 +82,17 @@ def make_limiter(settings: Settings, agent: AgentSettings, observers: Sequence[O
 def create_app(
     settings: Settings | None = None, agent: AgentSettings | None = None, research: Research | None = None
 ) -> FastAPI:
-    """The service. A store that is down does not hinder its start: ``/readyz`` tells, and it recovers by itself.
+    """Create the service. It starts without its store, too: ``/readyz`` reports the fault until the store is back.
 
-    ``app.state`` has its ``settings``, ``metrics`` and, once it runs, its ``limiter`` and its ``agent``.
+    ``app.state`` has the ``settings``, the ``metrics`` and, while the app runs, the ``limiter`` and the ``agent``.
 
     Args:
-        settings: by default those of the environment.
-        agent: likewise.
-        research: the phases of the agent's cycles; the bundled ones by default.
+        settings: Default: from the environment.
+        agent: Default: from the environment.
+        research: the phases of the agent's cycles. Default: the bundled ones.
 
     Raises:
-        SettingsError, InvalidArgument: one of them is not usable.
+        SettingsError, InvalidArgument: a setting is invalid.
     """
     settings = load_settings() if settings is None else settings
     agent = AgentSettings.from_environment() if agent is None else agent
@@ -109,7 +104,7 @@ def create_app(
     keys = Keys(settings.use_keys, settings.admin_keys, open_to_all=settings.auth == "none")
     audit = Audit()
     metrics.add(audit)
-    service = Service(make_limiter(settings, agent, observers), keys, settings.agent_cycle_estimate)
+    service = BudgetService(make_limiter(settings, agent, observers), keys, settings.agent_cycle_estimate)
     metrics.watch(service.limiter)
 
     @asynccontextmanager
@@ -138,24 +133,19 @@ def create_app(
         description=DESCRIPTION,
         lifespan=lifespan,
         redirect_slashes=False,
-        exception_handlers={HTTPException: _refused, BudgetError: _failed, Exception: _failed},
+        exception_handlers=dict.fromkeys((HTTPException, RequestValidationError, BudgetError, Exception), _reply_error),
     )
     app.state.settings, app.state.metrics, app.state.limiter = settings, metrics, service.limiter
     app.add_api_route("/", _index, methods=["GET", "HEAD"], include_in_schema=False)
-    _add_routes(app, probes(service, metrics))
-    _add_routes(app, agent_router(lambda: app.state.agent, lambda: service.limiter, keys))
-    _add_routes(app, service_router(service))
+    # Not by include_router: FastAPI matches an included router twice, which takes a quarter of a reservation's time.
+    app.router.routes[:0] = [
+        *service_router(service).routes,
+        *agent_router(service, lambda: app.state.agent, PREFIX).routes,
+        *probe_routes(lambda: service.limiter, metrics).routes,
+    ]
     instrument(app)
-    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi_of(app)  # type: ignore[method-assign]
     return app
-
-
-def _add_routes(app: FastAPI, router: APIRouter) -> None:
-    """Puts the routes into the app itself, before those of its documentation: they are found faster so."""
-    for route in router.routes:
-        if isinstance(route, BudgetRoute):
-            route.direct = True
-    app.router.routes[:0] = router.routes
 
 
 def _version() -> str:
@@ -165,53 +155,15 @@ def _version() -> str:
         return "0"
 
 
-async def _index(request: Request) -> Response:
-    """Where things are, for a person who opens the service's address."""
+async def _index(request: Request) -> dict[str, str]:
+    """List the paths of the service."""
     root = request.scope.get("root_path", "")
-    paths = {name: root + path for name, path in _PLACES.items()}
-    return JsonResponse({"service": "ktrdr-budget", "version": _version(), **paths})
+    paths = {name: root + path for name, path in _INDEX.items()}
+    return {"service": "ktrdr-budget", "version": _version(), **paths}
 
 
-# -- errors ------------------------------------------------------------------------------------------------------------
-
-
-async def _refused(request: Request, error: Exception) -> Response:
-    """What no route of ours has answered."""
-    assert isinstance(error, HTTPException)
-    if error.status_code == 404:
+async def _reply_error(request: Request, error: Exception) -> Response:
+    """Reply to an error with a problem, also for routes that other code adds to the app."""
+    if isinstance(error, HTTPException) and error.status_code == 404:
         return no_such_endpoint(request.scope).response()
-    code = _CODES.get(error.status_code, "http-error")
-    return Problem(error.status_code, code, str(error.detail), headers=error.headers).response()
-
-
-async def _failed(request: Request, error: Exception) -> Response:
-    """Also for the routes of others in this app. What is unexpected is logged by the server, not told."""
-    if isinstance(error, BudgetError):
-        return problem_of(error, request.app.state.limiter.budgets).response()
-    return Problem(500, "internal-error", "internal error; its cause is in the log of the service").response()
-
-
-# -- OpenAPI -----------------------------------------------------------------------------------------------------------
-
-
-def _openapi(app: FastAPI) -> dict[str, Any]:
-    """The app's OpenAPI document, each schema written once: routers that go into any app must write theirs inline."""
-    if not app.openapi_schema:
-        document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
-        schemas: dict[str, Any] = document.setdefault("components", {}).setdefault("schemas", {})
-        document["paths"] = _hoisted(document["paths"], schemas)
-        app.openapi_schema = document
-    return app.openapi_schema
-
-
-def _hoisted(node: Any, schemas: dict[str, Any]) -> Any:
-    if isinstance(node, list):
-        return [_hoisted(item, schemas) for item in node]
-    if not isinstance(node, dict):
-        return node
-    found = {name: _hoisted(value, schemas) for name, value in node.items()}
-    title = found.get("title", "")
-    if found.get("type") != "object" or "properties" not in found or not title:
-        return found
-    schemas[title] = found
-    return {"$ref": f"#/components/schemas/{title}"}
+    return problem_of(error, request.app.state.limiter.budgets).response()

@@ -1,13 +1,13 @@
-"""Who may do what: bearer keys for *use* and for *admin*.
+"""Authentication by bearer keys, for *use* and for *admin*.
 
-==================  ======================================================================================
-keys that are set   who may
-==================  ======================================================================================
-none                everybody on this machine may do everything; others nothing (unless ``open_to_all``)
-use                 the use key all but what is for admins; nobody that
-admin               the admin key everything; nobody else anything
-both                the use key all but what is for admins; the admin key everything
-==================  ======================================================================================
+==================  =============================================================================================
+keys that are set   access
+==================  =============================================================================================
+none                callers on this machine: everything; others: nothing (unless ``open_to_all``)
+use                 the use key: everything except admin operations, which are closed
+admin               the admin key: everything
+both                the use key: everything except admin operations; the admin key: everything
+==================  =============================================================================================
 """
 
 from __future__ import annotations
@@ -16,18 +16,22 @@ import hashlib
 import hmac
 import ipaddress
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from ktrdr_budget.api.problems import Problem
+from fastapi import Request
+from fastapi.security import HTTPBearer
+from starlette.requests import HTTPConnection
+
+from ktrdr_budget.api.problems import HTTPProblem
 from ktrdr_budget.environment import check_names
 
-__all__ = ["Caller", "Keys", "is_loopback"]
+__all__ = ["BearerKey", "Caller", "Keys", "is_loopback"]
 
 
 class Caller(NamedTuple):
-    """Who asks."""
+    """The authenticated sender of a request."""
 
     owner: str
     """Marks the holds that this caller reserves."""
@@ -40,17 +44,17 @@ class Keys:
     Args:
         use: keys that may use budgets.
         admin: keys that may do everything.
-        open_to_all: without any key, serve callers from other machines, too.
+        open_to_all: without any key, serve callers on other machines too.
     """
 
     def __init__(self, use: Iterable[str] = (), admin: Iterable[str] = (), *, open_to_all: bool = False) -> None:
-        self._known = [(key.encode(), Caller(_owner(key), False)) for key in use]
-        self._known += [(key.encode(), Caller(_owner(key), True)) for key in admin]
+        self._callers = [(key.encode(), Caller(_owner(key), False)) for key in use]
+        self._callers += [(key.encode(), Caller(_owner(key), True)) for key in admin]
         self._open_to_all = open_to_all
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Keys:
-        """``KTRDR_API_KEY`` and ``KTRDR_ADMIN_KEY`` (several keys are separated by commas), and ``KTRDR_AUTH=none``."""
+        """Read ``KTRDR_API_KEY`` and ``KTRDR_ADMIN_KEY`` (commas separate several keys), and ``KTRDR_AUTH=none``."""
         check_names(environment)
         use, admin = (
             [key for key in map(str.strip, environment.get(name, "").split(",")) if key]
@@ -59,44 +63,66 @@ class Keys:
         return cls(use, admin, open_to_all=environment.get("KTRDR_AUTH", "").strip() == "none")
 
     def __repr__(self) -> str:
-        return f"<Keys: {len(self._known)}>"
+        return f"<Keys: {len(self._callers)}>"
 
     def __bool__(self) -> bool:
-        """Whether a key is needed at all."""
-        return bool(self._known)
+        """Whether requests need a key."""
+        return bool(self._callers)
 
-    def caller(self, scope: Mapping[str, Any], headers: Mapping[bytes, bytes]) -> Caller:
-        """Who asks.
+    def authenticate(self, connection: HTTPConnection) -> Caller:
+        """Identify the caller of a request.
 
         Raises:
-            Problem: 401 without a key, or with one that is not known; 403 from another machine, if there are no keys.
+            HTTPProblem: 401 without a key or with an unknown one; 403 from another machine, if there are no keys.
         """
-        if not self._known:
-            if self._open_to_all or _is_local(scope.get("client")):
-                return _ANYBODY
-            raise Problem(
+        if not self._callers:
+            if self._open_to_all or _is_local(connection.scope.get("client")):
+                return _ANONYMOUS
+            raise HTTPProblem(
                 403,
                 "keys-required",
                 "this service has no keys, so it serves its own machine only; set KTRDR_API_KEY and KTRDR_ADMIN_KEY",
             )
-        given = headers.get(b"authorization", b"")
-        scheme, _, key = given.partition(b" ")
+        scheme, _, key = connection.headers.get("authorization", "").encode("latin-1").partition(b" ")
         key = key.strip() if scheme.lower() == b"bearer" else b""
         found = None
-        for known, caller in self._known:  # all of them, so that the time taken does not tell which one was near
+        for known, caller in self._callers:  # compare all keys: the time must not depend on the matching one
             if hmac.compare_digest(known, key):
                 found = caller
         if found is None:
             detail = "the key is not known" if key else "a key is needed: Authorization: Bearer <key>"
-            raise Problem(401, "unauthorized", detail, headers={"WWW-Authenticate": "Bearer"})
+            raise HTTPProblem(401, "unauthorized", detail, headers={"WWW-Authenticate": "Bearer"})
         return found
 
+    def authenticate_admin(self, connection: HTTPConnection) -> Caller:
+        """Identify the caller of an admin operation.
 
-_ANYBODY = Caller("http", True)
+        Raises:
+            HTTPProblem: as :meth:`authenticate`; 403 without the admin key.
+        """
+        caller = self.authenticate(connection)
+        if not caller.admin:
+            raise HTTPProblem(403, "forbidden", "this needs the admin key")
+        return caller
+
+
+class BearerKey(HTTPBearer):
+    """A dependency that returns the caller, and documents in OpenAPI that a key is needed."""
+
+    def __init__(self, scheme_name: str, setting: str, authenticate: Callable[[Request], Awaitable[Caller]]) -> None:
+        super().__init__(scheme_name=scheme_name, description=f"A key of {setting}.")
+        self._authenticate = authenticate
+
+    async def __call__(self, request: Request) -> Caller:  # type: ignore[override]
+        """Authenticate the caller."""
+        return await self._authenticate(request)
+
+
+_ANONYMOUS = Caller("http", True)
 
 
 def _owner(key: str) -> str:
-    """A name for the holder of a key that does not tell the key."""
+    """A name for the holder of a key that does not reveal the key."""
     return f"http-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
@@ -107,7 +133,7 @@ def _is_local(client: Any) -> bool:
 
 @lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
-    """Whether an address is this machine's own; what is no address was not reached over a network."""
+    """Whether an address is a loopback address. Text that is no address did not come over a network: true."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

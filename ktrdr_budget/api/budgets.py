@@ -1,102 +1,102 @@
-"""Reading budgets over HTTP, and changing their limits."""
+"""Routes that read budgets, and change their limits."""
 
-from __future__ import annotations
+import re
+from typing import Annotated
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from fastapi import APIRouter, Depends, Query, Response
 
-from starlette.responses import Response
-
-from ktrdr_budget.api.requests import read_body, read_query
-from ktrdr_budget.api.responses import JsonResponse, agent_budget, budget, ledger_entry, reservation
-from ktrdr_budget.api.routing import Call, Operation
+from ktrdr_budget.api.openapi import problems
+from ktrdr_budget.api.route import refuse_body
 from ktrdr_budget.api.schemas import (
     AgentBudgetOut,
     BudgetList,
+    BudgetName,
     BudgetOut,
     HoldsPage,
-    HoldsQuery,
     LedgerPage,
     LedgerQuery,
     LimitIn,
     MigrationOut,
-    Nothing,
+    PageQuery,
+    UnavailableBudget,
 )
-from ktrdr_budget.api.settings import AGENT
+from ktrdr_budget.api.service import BudgetService
+from ktrdr_budget.environment import AGENT
+from ktrdr_budget.models import HoldView, LedgerEntry, Migration, Page, Status
 
-if TYPE_CHECKING:
-    from ktrdr_budget.api.service import Service
+__all__ = ["add_budget_routes"]
 
-__all__ = ["Budgets"]
+BUDGET = "/budgets/{name:slashed}"
 
 
-class Budgets:
-    """The operations on budgets."""
+def add_budget_routes(router: APIRouter, service: BudgetService) -> None:
+    """Add the routes on budgets."""
+    use, admin = [service.use], [service.admin]
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    @router.get("/agent/budget", dependencies=use, response_model=AgentBudgetOut, responses=problems(404, 409))
+    async def get_agent_budget() -> Response:
+        """Read the agent's daily budget, in unrounded JSON numbers."""
+        status = await service.limiter.status(AGENT)
+        document = AgentBudgetOut.model_validate(status)
+        if status.remaining is not None:
+            document.cycles_affordable = int(status.remaining // service.cycle_estimate)
+        # Pydantic writes small numbers in scientific notation, so the model has strings of digits.
+        return Response(re.sub(r'"([0-9]+\.[0-9]+)"', r"\1", document.model_dump_json()), media_type="application/json")
 
-    def operations(self) -> list[Operation]:
-        """Paths below a name before the name itself, which may hold ``/``."""
-        one = "/budgets/{name}"
-        found = {200: BudgetOut}
-        read, changed = (404, 409, 422), (404, 409, 413, 422)
-        return [
-            Operation("GET", "/agent/budget", self.get_agent_budget, {200: AgentBudgetOut}, (404, 409)),
-            Operation("GET", "/budgets", self.list_budgets, {200: BudgetList}),
-            Operation("GET", f"{one}/holds", self.list_holds, {200: HoldsPage}, read, query=HoldsQuery),
-            Operation("GET", f"{one}/ledger", self.list_ledger, {200: LedgerPage}, read, query=LedgerQuery),
-            Operation("PUT", f"{one}/limit", self.set_limit, found, changed, LimitIn, admin=True),
-            Operation("DELETE", f"{one}/limit", self.clear_limit, found, changed, admin=True),
-            Operation("POST", f"{one}/migrate", self.migrate, {200: MigrationOut}, (404, 413, 422), admin=True),
-            Operation("GET", one, self.get_budget, found, read),
-        ]
+    @router.get("/budgets", dependencies=use)
+    async def list_budgets() -> BudgetList:
+        """Read every budget, at one instant. Budgets with unknown figures are under `unavailable`, with the reason."""
+        statuses = await service.limiter.statuses()
+        unavailable = statuses.unavailable.items()
+        return BudgetList(
+            budgets=[BudgetOut.model_validate(status) for status in statuses],
+            unavailable=[UnavailableBudget(budget=name, detail=str(error)) for name, error in unavailable],
+        )
 
-    async def get_agent_budget(self, call: Call) -> Response:
-        """The agent's daily budget, in unrounded JSON numbers."""
-        status = await self._service.limiter.status(AGENT)
-        return JsonResponse(agent_budget(status, self._service.cycle_estimate))
+    @router.get(f"{BUDGET}/holds", dependencies=use, response_model=HoldsPage, responses=problems(404, 409, 422))
+    async def list_holds(name: BudgetName, query: Annotated[PageQuery, Query()]) -> Page[HoldView]:
+        """List the open, then the unconfirmed holds of a budget, newest deadline first."""
+        return await service.limiter.holds(name, limit=query.limit, cursor=query.cursor)
 
-    async def list_budgets(self, call: Call) -> Response:
-        """Every budget, at one instant. One whose figures are unknown is under `unavailable`, with the reason."""
-        found = await self._service.limiter.statuses()
-        unknown = [{"budget": name, "detail": str(error)} for name, error in found.unavailable.items()]
-        return JsonResponse({"budgets": [budget(status) for status in found], "unavailable": unknown})
+    @router.get(f"{BUDGET}/ledger", dependencies=use, response_model=LedgerPage, responses=problems(404, 409, 422))
+    async def list_ledger(name: BudgetName, query: Annotated[LedgerQuery, Query()]) -> Page[LedgerEntry]:
+        """List the entries of a window, newest first; they add up to spent + unconfirmed."""
+        return await service.limiter.ledger(name, query.window, limit=query.limit, cursor=query.cursor)
 
-    async def get_budget(self, call: Call) -> Response:
-        """A budget's window now."""
-        return JsonResponse(budget(await self._service.limiter.status(call.name)))
+    @router.put(f"{BUDGET}/limit", dependencies=admin, response_model=BudgetOut, responses=problems(404, 409, 413, 422))
+    async def set_limit(name: BudgetName, body: LimitIn) -> Status:
+        """Change a limit for all replicas: permanently, until an instant, or for the current window.
 
-    async def list_holds(self, call: Call) -> Response:
-        """Open, then unconfirmed holds of a budget, newest deadline first."""
-        query = read_query(call.request, HoldsQuery)
-        page = await self._service.limiter.holds(call.name, limit=query.limit, cursor=query.cursor)
-        return JsonResponse({"holds": [reservation(hold) for hold in page.items], "next_cursor": page.next_cursor})
-
-    async def list_ledger(self, call: Call) -> Response:
-        """The entries of a window, newest first; they add up to spent + unconfirmed."""
-        query = read_query(call.request, LedgerQuery)
-        page = await self._service.limiter.ledger(call.name, query.window, limit=query.limit, cursor=query.cursor)
-        entries = [ledger_entry(entry) for entry in page.items]
-        return JsonResponse({"entries": entries, "next_cursor": page.next_cursor, "trimmed": page.trimmed})
-
-    async def set_limit(self, call: Call) -> Response:
-        """Changes a limit for all replicas: for good, until an instant, or for the current window.
-
-        It wins over configuration.
+        It overrides configuration.
         """
-        body = await read_body(call.request, call.headers, LimitIn)
-        return JsonResponse(budget(await self._service.limiter.set_limit(call.name, body.limit, body.until)))
+        return await service.limiter.set_limit(name, body.limit, body.until)
 
-    async def clear_limit(self, call: Call) -> Response:
-        """Returns to the configured limit."""
-        await read_body(call.request, call.headers, Nothing)
-        return JsonResponse(budget(await self._service.limiter.clear_limit(call.name)))
+    @router.delete(
+        f"{BUDGET}/limit",
+        dependencies=[*admin, Depends(refuse_body)],
+        response_model=BudgetOut,
+        responses=problems(404, 409, 413, 422),
+    )
+    async def clear_limit(name: BudgetName) -> Status:
+        """Return to the configured limit."""
+        return await service.limiter.clear_limit(name)
 
-    async def migrate(self, call: Call) -> Response:
-        """Replaces the registered unit, kind, period and timezone of a budget by those of this service.
+    @router.post(
+        f"{BUDGET}/migrate",
+        dependencies=[*admin, Depends(refuse_body)],
+        response_model=MigrationOut,
+        responses=problems(404, 413, 422),
+    )
+    async def migrate(name: BudgetName) -> Migration:
+        """Replace the registered unit, kind, period and timezone of a budget by those of this service.
 
         All replicas obey with their next call. Open holds are settled in the windows that admitted them.
         """
-        await read_body(call.request, call.headers, Nothing)
-        return JsonResponse(asdict(await self._service.limiter.migrate(call.name)))
+        return await service.limiter.migrate(name)
+
+    @router.get(
+        "/budgets/{name:last_budget}", dependencies=use, response_model=BudgetOut, responses=problems(404, 409, 422)
+    )
+    async def get_budget(name: BudgetName) -> Status:
+        """Read a budget's current window."""
+        return await service.limiter.status(name)

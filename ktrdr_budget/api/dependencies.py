@@ -17,7 +17,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import Response
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
-from ktrdr_budget.api.problems import Problem, problem_of
+from ktrdr_budget.api.problems import HTTPProblem, problem_of
 from ktrdr_budget.engine.replica.hold import OnError, current_hold, restore_hold
 from ktrdr_budget.errors import (
     BudgetError,
@@ -57,8 +57,8 @@ class BudgetProblem(HTTPException):
     1013 (503). An app may handle it otherwise, as any exception.
     """
 
-    def __init__(self, problem: Problem) -> None:
-        super().__init__(problem.status, detail=str(problem), headers=dict(problem.headers) or None)
+    def __init__(self, problem: HTTPProblem) -> None:
+        super().__init__(problem.status_code, problem.detail, problem.headers)
         self.problem = problem
 
     def response(self) -> Response:
@@ -223,7 +223,7 @@ async def _answer(connection: HTTPConnection, error: BudgetProblem) -> Response 
     if opening and "websocket.http.response" in (connection.scope.get("extensions") or {}):
         return error.response()  # in place of the handshake
     code = CLOSE_TRY_LATER if error.status_code == HTTPStatus.SERVICE_UNAVAILABLE else CLOSE_DENIED
-    reason = str(error.problem).encode()[:_CLOSE_REASON_BYTES_MAX].decode(errors="ignore")
+    reason = error.problem.detail.encode()[:_CLOSE_REASON_BYTES_MAX].decode(errors="ignore")
     if WebSocketState.DISCONNECTED not in (connection.application_state, connection.client_state):
         with suppress(WebSocketDisconnect):  # the client may leave just now
             await connection.close(code, reason)

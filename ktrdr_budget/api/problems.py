@@ -1,15 +1,19 @@
-"""Every error as ``application/problem+json`` (RFC 9457)."""
+"""Errors as ``application/problem+json`` (RFC 9457)."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Mapping
 from http import HTTPStatus
 from typing import Any
 
-from starlette.responses import Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import Scope
 
-from ktrdr_budget.api.responses import JsonResponse, amount_json
+from ktrdr_budget.api.schemas import amount_json
 from ktrdr_budget.errors import (
     BudgetError,
     BudgetExceeded,
@@ -26,22 +30,22 @@ from ktrdr_budget.errors import (
 from ktrdr_budget.models import Budget, Denial
 from ktrdr_budget.periods import window_at
 
-__all__ = ["PROBLEM_JSON", "Problem", "denied", "no_such_endpoint", "problem_of"]
+__all__ = ["HTTPProblem", "denied", "invalid", "no_such_endpoint", "problem_of"]
 
-PROBLEM_JSON = b"application/problem+json"
 TYPE_PREFIX = "urn:ktrdr-budget:problem:"
 STORE_RETRY_S = 1
 DETAIL_CHARACTERS_MAX = 300
-_PATH_CHARACTERS_MAX = 200
+PATH_CHARACTERS_MAX = 200
+ERRORS_MAX = 20
 SF_INTEGER_MAX = 999_999_999_999_999
 """The largest integer of a structured field (RFC 9651)."""
 
-# The first class that an error belongs to: status, code, title.
+# Status, code and title of each class; the first matching class counts.
 _MAPPED: tuple[tuple[type[BudgetError], int, str, str], ...] = (
     (UnknownHold, 404, "unknown-hold", "Unknown hold"),
     (UnknownBudget, 404, "unknown-budget", "Unknown budget"),
     (HoldConflict, 409, "hold-conflict", "The id is in use otherwise"),
-    # Not the caller's words are at fault, but what two replicas of the service are configured to: a conflict.
+    # A conflict: the request is valid, but two replicas are configured differently.
     (DefinitionConflict, 409, "budget-mismatch", "Another definition of the budget is registered"),
     (InvalidAmount, 422, "invalid-amount", "Invalid amount"),
     (InvalidArgument, 422, "invalid-argument", "Invalid request"),
@@ -49,14 +53,24 @@ _MAPPED: tuple[tuple[type[BudgetError], int, str, str], ...] = (
 )
 
 
-class Problem(Exception):
-    """An answer that is an error.
+class ProblemResponse(JSONResponse):
+    """A problem document."""
+
+    media_type = "application/problem+json"
+
+    def render(self, content: Any) -> bytes:
+        """Encode in ASCII: a problem may quote a name of the request that has a lone surrogate."""
+        return json.dumps(content, separators=(",", ":")).encode()
+
+
+class HTTPProblem(HTTPException):
+    """An error response.
 
     Args:
-        status: of HTTP.
+        status: the HTTP status.
         code: a stable name for programs, the last part of the ``type``.
         detail: one line for a person.
-        title: the same for every problem of this code; by default the status's own.
+        title: the same for every problem of this code. Default: the phrase of the status.
         headers: further header fields.
         members: further members of the document.
     """
@@ -71,71 +85,97 @@ class Problem(Exception):
         headers: Mapping[str, str] | None = None,
         **members: Any,
     ) -> None:
-        super().__init__(detail[:DETAIL_CHARACTERS_MAX])
-        self.status = status
+        super().__init__(status, detail[:DETAIL_CHARACTERS_MAX], headers)
         self.code = code
         self.title = title or HTTPStatus(status).phrase
-        self.headers = headers or {}
         self.members = members
 
-    def response(self) -> Response:
-        """The answer."""
+    def response(self) -> ProblemResponse:
+        """Build the response."""
         document = {
             "type": TYPE_PREFIX + self.code,
             "title": self.title,
-            "status": self.status,
-            "detail": str(self),
+            "status": self.status_code,
+            "detail": self.detail,
             "code": self.code,
             **self.members,
         }
-        return JsonResponse(document, self.status, self.headers, PROBLEM_JSON)
+        return ProblemResponse(document, self.status_code, self.headers)
 
 
-def problem_of(error: BudgetError, budgets: Mapping[str, Budget]) -> Problem:
-    """How an error of the limiter is told over HTTP."""
+def problem_of(error: Exception, budgets: Mapping[str, Budget]) -> HTTPProblem:
+    """The problem that reports an error over HTTP. The text of an unexpected error stays in the server's log."""
+    if isinstance(error, HTTPProblem):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _invalid(error)
+    if isinstance(error, HTTPException):
+        code = "method-not-allowed" if error.status_code == 405 else "http-error"
+        return HTTPProblem(error.status_code, code, str(error.detail), headers=error.headers)
     if isinstance(error, BudgetExceeded):
         return denied(error.denial, budgets.get(error.budget))
     if isinstance(error, (TooManyHolds, TooManyBudgets)):
-        return _crowded(error)
+        return _too_many(error)
     for kind, status, code, title in _MAPPED:
         if isinstance(error, kind):
             if isinstance(error, StoreUnavailable):
                 retry = {"Retry-After": str(STORE_RETRY_S)}
-                return Problem(status, code, str(error), title=title, headers=retry, ambiguous=error.ambiguous)
-            return Problem(status, code, str(error), title=title)
-    return Problem(500, "internal-error", "internal error; its cause is in the log of the service")
+                return HTTPProblem(status, code, str(error), title=title, headers=retry, ambiguous=error.ambiguous)
+            return HTTPProblem(status, code, str(error), title=title)
+    return HTTPProblem(500, "internal-error", "internal error; its cause is in the log of the service")
 
 
-def no_such_endpoint(scope: Mapping[str, Any]) -> Problem:
-    """404 for a path that no route answers."""
+def no_such_endpoint(scope: Scope) -> HTTPProblem:
+    """404 for a path without a route."""
     path = "".join(character if character.isprintable() else "?" for character in scope["path"])
-    if len(path) > _PATH_CHARACTERS_MAX:
-        path = path[: _PATH_CHARACTERS_MAX - 1] + "…"
-    return Problem(404, "not-found", f"no such endpoint: {scope['method']} {path} (see /docs)")
+    if len(path) > PATH_CHARACTERS_MAX:
+        path = path[: PATH_CHARACTERS_MAX - 1] + "…"
+    return HTTPProblem(404, "not-found", f"no such endpoint: {scope['method']} {path} (see /docs)")
 
 
-def _crowded(error: TooManyHolds | TooManyBudgets) -> Problem:
-    """The tenant has as many holds or budgets as it may."""
-    what = "holds" if isinstance(error, TooManyHolds) else "budgets"
-    seconds = getattr(error, "retry_after", None)
-    return Problem(
+# -- invalid requests --------------------------------------------------------------------------------------------------
+
+
+def invalid(place: str, message: str, *path: str) -> RequestValidationError:
+    """The error for an invalid value that no model can detect, in the form of a model's error."""
+    return RequestValidationError([{"loc": (place, *path), "msg": message, "type": "value_error"}])
+
+
+def _invalid(error: RequestValidationError) -> HTTPProblem:
+    errors = [
+        {"loc": list(item["loc"]), "msg": item["msg"].removeprefix("Value error, "), "type": item["type"]}
+        for item in error.errors()[:ERRORS_MAX]
+    ]
+    first = errors[0]
+    field = ".".join(map(str, first["loc"][1:]))
+    detail = f"{field}: {first['msg']}" if field else first["msg"]
+    return HTTPProblem(422, "invalid-request", detail, title="Invalid request", errors=errors)
+
+
+# -- refusals ----------------------------------------------------------------------------------------------------------
+
+
+def _too_many(error: TooManyHolds | TooManyBudgets) -> HTTPProblem:
+    noun = "holds" if isinstance(error, TooManyHolds) else "budgets"
+    retry_after_s = getattr(error, "retry_after", None)
+    return HTTPProblem(
         429,
-        f"too-many-{what}",
+        f"too-many-{noun}",
         str(error),
-        title=f"The tenant has too many {what}",
-        headers={} if seconds is None else {"Retry-After": str(seconds)},
-        reason=f"too_many_{what}",
-        retry_after=seconds,
+        title=f"The tenant has too many {noun}",
+        headers=_retry_after(retry_after_s),
+        reason=f"too_many_{noun}",
+        retry_after=retry_after_s,
     )
 
 
-def denied(denial: Denial, budget: Budget | None) -> Problem:
-    """Why a budget has no room, and when to come back."""
+def denied(denial: Denial, budget: Budget | None) -> HTTPProblem:
+    """A denial: the figures of the exhausted budget, and when to retry."""
     figures = ("limit", "spent", "held", "unconfirmed", "remaining", "requested", "fits")
-    headers = {} if denial.retry_after is None else {"Retry-After": str(denial.retry_after)}
+    headers = _retry_after(denial.retry_after)
     if budget is not None and budget.unit != "usd":
         headers |= _rate_limit(denial, budget)
-    return Problem(
+    return HTTPProblem(
         429,
         "budget-exceeded",
         denial.message,
@@ -149,23 +189,27 @@ def denied(denial: Denial, budget: Budget | None) -> Problem:
     )
 
 
-def _rate_limit(denial: Denial, budget: Budget) -> dict[str, str]:
-    """The fields of draft-ietf-httpapi-ratelimit-headers-11, structured as RFC 9651 says.
+def _retry_after(seconds: int | None) -> dict[str, str]:
+    return {} if seconds is None else {"Retry-After": str(seconds)}
 
-    ``requests`` is the draft's default unit. Its other units have another meaning than ours, so ours goes into a
-    parameter of our own, which the draft lets clients ignore. ``t`` must not end after ``Retry-After``: it is the same.
+
+def _rate_limit(denial: Denial, budget: Budget) -> dict[str, str]:
+    """The fields of draft-ietf-httpapi-ratelimit-headers-11, structured as RFC 9651 requires.
+
+    ``requests`` is the draft's default unit. Its other units do not fit, so the budget's unit is a parameter of our
+    own, which clients may ignore by the draft. ``t`` must not end after ``Retry-After``, so both are equal.
     """
-    policy = f'"{budget.name}";q={_integer(denial.limit)}'
+    policy = f'"{budget.name}";q={_sf_integer(denial.limit)}'
     if budget.unit != "requests":
         policy += f';ktrdr-unit="{budget.unit}"'
     window = window_at(budget.period, budget.timezone, time.time_ns() // 1_000_000)
     if window.end_ms is not None:
         policy += f";w={(window.end_ms - window.start_ms) // 1000}"
-    limit = f'"{budget.name}";r={_integer(denial.remaining)}'
+    limit = f'"{budget.name}";r={_sf_integer(denial.remaining)}'
     if denial.retry_after is not None:
         limit += f";t={denial.retry_after}"
     return {"RateLimit-Policy": policy, "RateLimit": limit}
 
 
-def _integer(count: object) -> int:
+def _sf_integer(count: object) -> int:
     return min(int(count), SF_INTEGER_MAX)  # type: ignore[call-overload, no-any-return]

@@ -1,154 +1,185 @@
-"""Reserving and settling over HTTP."""
+"""Routes that reserve and settle."""
 
-from __future__ import annotations
+from functools import lru_cache
+from typing import Annotated
 
-from typing import TYPE_CHECKING
+from fastapi import APIRouter, Body, Request, Response
 
-from starlette.responses import Response
-
-from ktrdr_budget.api.problems import Problem
-from ktrdr_budget.api.requests import has_gone, read_body
-from ktrdr_budget.api.responses import JsonResponse, granted, reservation, settlement
-from ktrdr_budget.api.routing import Call, Operation
+from ktrdr_budget.api.auth import Caller
+from ktrdr_budget.api.openapi import created, problems
+from ktrdr_budget.api.problems import HTTPProblem
+from ktrdr_budget.api.route import refuse_body
 from ktrdr_budget.api.schemas import (
     CommitIn,
     ExtendIn,
     GrowIn,
-    Nothing,
+    HoldId,
     ReservationIn,
     ReservationOut,
     SettlementOut,
     SpendIn,
+    amount_json,
+    instant_json,
 )
+from ktrdr_budget.api.service import BudgetService
+from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.models import HoldView, Settlement
+from ktrdr_budget.money import from_units
+from ktrdr_budget.periods import from_ms
 
-if TYPE_CHECKING:
-    from ktrdr_budget.api.service import Service
+__all__ = ["add_reservation_routes"]
 
-__all__ = ["Reservations"]
+HOLD = "/reservations/{id:slashed}"
 
 
-class Reservations:
-    """The operations on holds."""
+def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
+    """Add the routes on holds, the busiest first: that is the order of matching."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    @router.post(
+        "/reservations", status_code=201, responses=created(ReservationOut) | problems(404, 409, 413, 422, 429)
+    )
+    async def reserve(
+        request: Request, response: Response, body: ReservationIn, caller: Annotated[Caller, service.use]
+    ) -> ReservationOut:
+        """Hold an estimate before the work, in every budget or in none.
 
-    def operations(self) -> list[Operation]:
-        """The busiest first, for that is the order in which they are looked for."""
-        body = (413, 422)
-        made = {201: ReservationOut, 200: ReservationOut}
-        hold = "/reservations/{id}"
-        settled = {200: SettlementOut}
-        return [
-            Operation("POST", "/reservations", self.reserve, made, (404, 409, 429, *body), ReservationIn),
-            Operation("POST", f"{hold}/commit", self.commit, settled, (404, 409, *body), CommitIn),
-            Operation("POST", f"{hold}/release", self.release, settled, (404, 409, *body)),
-            Operation("POST", f"{hold}/extend", self.extend, {200: ReservationOut}, (404, 409, 429, *body), ExtendIn),
-            Operation("POST", f"{hold}/grow", self.grow, {200: ReservationOut}, (404, 409, 429, *body), GrowIn),
-            Operation("GET", hold, self.get_reservation, {200: ReservationOut}, (404, 422)),
-            Operation(
-                "POST",
-                "/spend",
-                self.record_spend,
-                {201: SettlementOut, 200: SettlementOut},
-                (404, 409, *body),
-                SpendIn,
-            ),
-        ]
-
-    async def reserve(self, call: Call) -> Response:
-        """Holds an estimate before the work, in every budget or in none.
-
-        With an `id`, a retry is harmless: the same reservation again is answered with 200, as it is now.
+        With an `id`, a retry is harmless: the same reservation again returns the hold as it is now, with status 200.
         """
-        body = await read_body(call.request, call.headers, ReservationIn)
-        limiter = self._service.limiter
-        hold = await limiter.reserve(
+        hold = await service.limiter.reserve(
             body.amounts,
             id=body.id,
             ttl=body.ttl,
             on_expiry=body.on_expiry,
             operation=body.operation,
-            owner=call.caller.owner,
+            owner=caller.owner,
         )
-        location = _location(call.request.scope["path"], hold.id)
+        response.headers["Location"] = _location(request.scope["path"], hold.id)
         if hold.replayed:
-            return JsonResponse(reservation(await limiter.get(hold.id), replayed=True), 200, location)
-        if body.id is None and await has_gone(call.request):
-            # Nobody knows its id, so nobody could ever settle it.
-            await hold.release()
-        return JsonResponse(granted(hold, body.on_expiry, body.operation), 201, location)
+            response.status_code = 200
+            view = await service.limiter.get(hold.id)
+            return ReservationOut.model_validate(view).model_copy(update={"replayed": True})
+        if body.id is None and await request.is_disconnected():
+            await hold.release()  # the client never received the id, so it could never settle the hold
+        return _granted(hold, body)
 
-    async def get_reservation(self, call: Call) -> Response:
-        """A hold by its id."""
-        return JsonResponse(reservation(await self._service.limiter.get(call.name)))
+    @router.post(f"{HOLD}/commit", response_model=SettlementOut, responses=problems(404, 409, 413, 422))
+    async def commit(
+        id: HoldId, body: Annotated[CommitIn, Body(default_factory=CommitIn)], caller: Annotated[Caller, service.use]
+    ) -> Settlement:
+        """Record the actual cost. Never refused for lack of budget, for a late commit or for an overrun.
 
-    async def commit(self, call: Call) -> Response:
-        """Records what it really cost: never refused for lack of budget, for being late or for being more.
-
-        An unconfirmed hold is settled by whoever reserved it, or with the admin key.
+        Only the key that reserved an unconfirmed hold, or the admin key, may settle it.
         """
-        body = await read_body(call.request, call.headers, CommitIn)
-        if not call.caller.admin:
-            await self._seen(call)
-        return _settled(await self._service.limiter.commit(call.name, body.amounts))
+        if not caller.admin:
+            await _hold_of(caller, id)
+        return await service.limiter.commit(id, body.amounts)
 
-    async def release(self, call: Call) -> Response:
-        """Gives everything back.
+    @router.post(f"{HOLD}/release", response_model=SettlementOut, responses=problems(404, 409, 413, 422))
+    async def release(id: HoldId, request: Request, caller: Annotated[Caller, service.use]) -> Settlement:
+        """Release the whole amount.
 
-        Of an unconfirmed hold, or by an admin who did not reserve it, it stays open to the worker's later commit.
+        The worker's later commit still counts if the hold was unconfirmed, or if an admin released another's hold.
         """
-        await read_body(call.request, call.headers, Nothing)
-        hold = await self._seen(call)
-        operator = call.caller.admin and hold.owner != call.caller.owner
-        return _settled(await self._service.limiter.release(call.name, operator=operator))
+        await refuse_body(request)
+        hold = await _hold_of(caller, id)
+        operator = caller.admin and hold.owner != caller.owner
+        return await service.limiter.release(id, operator=operator)
 
-    async def extend(self, call: Call) -> Response:
-        """Heartbeat: a new deadline, and the total of what was used so far."""
-        body = await read_body(call.request, call.headers, ExtendIn)
-        if not call.caller.admin:
-            await self._seen(call)
-        return JsonResponse(reservation(await self._service.limiter.extend(call.name, body.ttl, accrued=body.accrued)))
+    @router.post(f"{HOLD}/extend", response_model=ReservationOut, responses=problems(404, 409, 413, 422, 429))
+    async def extend(
+        id: HoldId, body: Annotated[ExtendIn, Body(default_factory=ExtendIn)], caller: Annotated[Caller, service.use]
+    ) -> HoldView:
+        """Send a heartbeat: a new deadline, and the total used so far."""
+        if not caller.admin:
+            await _hold_of(caller, id)
+        return await service.limiter.extend(id, body.ttl, accrued=body.accrued)
 
-    async def grow(self, call: Call) -> Response:
-        """Raises the reservation to new totals, in every budget or in none.
+    @router.post(f"{HOLD}/grow", response_model=ReservationOut, responses=problems(404, 409, 413, 422, 429))
+    async def grow(id: HoldId, body: GrowIn, caller: Annotated[Caller, service.use]) -> HoldView:
+        """Raise the reservation to new totals, in every budget or in none.
 
         A total below the present one changes nothing.
         """
-        body = await read_body(call.request, call.headers, GrowIn)
-        if not call.caller.admin:
-            await self._seen(call)
-        return JsonResponse(reservation(await self._service.limiter.grow(call.name, body.amounts)))
+        if not caller.admin:
+            await _hold_of(caller, id)
+        return await service.limiter.grow(id, body.amounts)
 
-    async def record_spend(self, call: Call) -> Response:
-        """Spend without a reservation: a fact, so never refused for lack of budget.
+    @router.get(
+        "/reservations/{id:last_hold}",
+        dependencies=[service.use],
+        response_model=ReservationOut,
+        responses=problems(404, 422),
+    )
+    async def get_reservation(id: HoldId) -> HoldView:
+        """Read a hold."""
+        return await service.limiter.get(id)
 
-        With an `id`, a retry is harmless: the same spend again is answered with 200.
+    @router.post(
+        "/spend",
+        status_code=201,
+        dependencies=[service.use],
+        response_model=SettlementOut,
+        responses=created(SettlementOut) | problems(404, 409, 413, 422),
+    )
+    async def record_spend(request: Request, response: Response, body: SpendIn) -> Settlement:
+        """Record spend without a reservation. Never refused for lack of budget.
+
+        With an `id`, a retry is harmless: the same spend again returns status 200.
         """
-        body = await read_body(call.request, call.headers, SpendIn)
-        done = await self._service.limiter.record(body.amounts, id=body.id, operation=body.operation)
-        reservations = call.request.scope["path"].removesuffix("/spend") + "/reservations"
-        return JsonResponse(settlement(done), 200 if done.replayed else 201, _location(reservations, done.id))
+        settlement = await service.limiter.record(body.amounts, id=body.id, operation=body.operation)
+        reservations = request.scope["path"].removesuffix("/spend") + "/reservations"
+        response.headers["Location"] = _location(reservations, settlement.id)
+        if settlement.replayed:
+            response.status_code = 200
+        return settlement
 
-    async def _seen(self, call: Call) -> HoldView:
-        """The hold, if this caller may settle it.
+    async def _hold_of(caller: Caller, hold_id: str) -> HoldView:
+        """Read a hold that the caller may settle.
 
         Raises:
-            Problem: it is unconfirmed or released by hand, and somebody else's.
+            HTTPProblem: it is unconfirmed, or released by an operator, and another key reserved it.
         """
-        hold = await self._service.limiter.get(call.name)
+        hold = await service.limiter.get(hold_id)
         unresolved = hold.state == "unconfirmed" or hold.released_by_operator
-        if unresolved and hold.owner != call.caller.owner and not call.caller.admin:
-            state = "released by hand" if hold.released_by_operator else hold.state
-            raise Problem(403, "forbidden", f"hold {call.name!r} is {state}, and another's: it needs the admin key")
+        if unresolved and hold.owner != caller.owner and not caller.admin:
+            state = "released by an operator" if hold.released_by_operator else hold.state
+            detail = f"hold {hold_id!r} is {state}, and another key reserved it: it needs the admin key"
+            raise HTTPProblem(403, "forbidden", detail)
         return hold
 
 
-def _location(reservations: str, hold_id: str) -> dict[str, str]:
-    """Where a hold can be read. Of all that an id may hold, a path cannot hold but ``/``."""
-    return {"Location": f"{reservations}/{hold_id.replace('/', '%2F')}"}
+def _granted(hold: AsyncHold, body: ReservationIn) -> ReservationOut:
+    """A new hold, from the reply to its reservation. The texts of frequent values are cached."""
+    zero = {window.budget: _units_json(0, window.unit) for window, _ in hold.parts}
+    return ReservationOut(
+        id=hold.id,
+        state="open",
+        amounts={window.budget: _units_json(units, window.unit) for window, units in hold.parts},
+        accrued=zero,
+        charged=zero,
+        windows={window.budget: window.span.name for window, _ in hold.parts},
+        on_expiry=body.on_expiry,
+        created_at=_ms_json(hold.deadline_ms - round(hold.ttl * 1000)),
+        expires_at=_ms_json(hold.deadline_ms),
+        operation=body.operation,
+    )
 
 
-def _settled(done: Settlement) -> Response:
-    return JsonResponse(settlement(done))
+@lru_cache(maxsize=4096)
+def _units_json(units: int, unit: str) -> str | int:
+    return amount_json(from_units(units, unit))
+
+
+@lru_cache(maxsize=256)
+def _second_json(second: int) -> str:
+    return instant_json(from_ms(second * 1000))[:-1]
+
+
+def _ms_json(instant_ms: int) -> str:
+    second, milliseconds = divmod(instant_ms, 1000)
+    return f"{_second_json(second)}.{milliseconds:03d}Z" if milliseconds else f"{_second_json(second)}Z"
+
+
+def _location(reservations: str, hold_id: str) -> str:
+    """The path of a hold. ``/`` is the only character of an id that a path segment cannot contain."""
+    return f"{reservations}/{hold_id.replace('/', '%2F')}"

@@ -5,11 +5,12 @@ from __future__ import annotations
 from fastapi import APIRouter
 
 from ktrdr_budget.api.auth import Keys
-from ktrdr_budget.api.budgets import Budgets
-from ktrdr_budget.api.probes import probes
-from ktrdr_budget.api.reservations import Reservations
-from ktrdr_budget.api.routing import BudgetRoute, add_operations
-from ktrdr_budget.api.service import Service
+from ktrdr_budget.api.budgets import add_budget_routes
+from ktrdr_budget.api.openapi import problems
+from ktrdr_budget.api.probes import probe_routes
+from ktrdr_budget.api.reservations import add_reservation_routes
+from ktrdr_budget.api.route import BudgetRoute, complete, operation_id
+from ktrdr_budget.api.service import BudgetService
 from ktrdr_budget.environment import cycle_estimate as cycle_estimate_of_environment
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.money import AmountIn
@@ -20,12 +21,18 @@ __all__ = ["budget_router", "probe_router", "service_router"]
 PREFIX = "/api/v1"
 
 
-def service_router(service: Service, prefix: str = PREFIX) -> APIRouter:
-    """The operations of a service."""
-    router = APIRouter(prefix=prefix, route_class=BudgetRoute, tags=["budgets"])
-    operations = [*Reservations(service).operations(), *Budgets(service).operations()]
-    add_operations(router, operations, service.keys, lambda: service.limiter)
-    return router
+def service_router(service: BudgetService, prefix: str = PREFIX) -> APIRouter:
+    """The routes of a service."""
+    router = APIRouter(
+        prefix=prefix,
+        route_class=BudgetRoute,
+        tags=["budgets"],
+        responses=problems(401, 403, 503),
+        generate_unique_id_function=operation_id,
+    )
+    add_reservation_routes(router, service)
+    add_budget_routes(router, service)
+    return complete(router)
 
 
 def budget_router(
@@ -39,24 +46,24 @@ def budget_router(
 
     Args:
         limiter: the app starts and closes it.
-        keys: who may do what; by default as ``KTRDR_API_KEY``, ``KTRDR_ADMIN_KEY`` and ``KTRDR_AUTH`` say. An app that
-            asks for its own credentials gives ``Keys(open_to_all=True)``.
-        cycle_estimate: dollars that one research cycle is expected to cost; by default ``AGENT_CYCLE_ESTIMATE`` (0.15).
+        keys: the keys of the interface. Default: ``KTRDR_API_KEY``, ``KTRDR_ADMIN_KEY`` and ``KTRDR_AUTH``. An app with
+            its own authentication passes ``Keys(open_to_all=True)``.
+        cycle_estimate: the expected cost of a research cycle, in dollars. Default: ``AGENT_CYCLE_ESTIMATE`` (0.15).
         prefix: of all paths.
     """
     estimate = cycle_estimate_of_environment() if cycle_estimate is None else cycle_estimate
-    return service_router(Service(limiter, Keys.from_environment() if keys is None else keys, estimate), prefix)
+    return service_router(BudgetService(limiter, Keys.from_environment() if keys is None else keys, estimate), prefix)
 
 
 def probe_router(limiter: AsyncBudgetLimiter, metrics: LimiterMetrics | None = None) -> APIRouter:
-    """``/livez``, ``/readyz`` and ``/metrics`` of a limiter, for an app that has none of its own.
+    """``/livez``, ``/readyz`` and ``/metrics`` of a limiter, for an app without its own.
 
     Args:
         limiter: the app starts and closes it.
-        metrics: whose ``observe`` is the limiter's ``observer``; without them, only the store's figures are told.
+        metrics: their ``observe`` is the limiter's ``observer``. Default: the figures of the store, without counters.
     """
     if metrics is None:
         metrics = LimiterMetrics()
     if metrics.limiter is not limiter:
         metrics.watch(limiter)
-    return probes(Service(limiter, Keys(), "1"), metrics)
+    return probe_routes(lambda: limiter, metrics)

@@ -1,40 +1,61 @@
-"""The shapes of the HTTP interface: what requests are checked by, and what OpenAPI says of answers."""
+"""The models of requests and responses."""
 
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, RootModel, WithJsonSchema
+from fastapi import Path
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    RootModel,
+    WithJsonSchema,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from ktrdr_budget.models import TTL_DEFAULT_S, TTL_MAX_S, OnExpiry
-from ktrdr_budget.money import not_an_amount
+from ktrdr_budget.money import Amount, not_an_amount
 
 __all__ = [
     "AgentBudgetOut",
     "BudgetList",
+    "BudgetName",
     "BudgetOut",
     "CommitIn",
     "DeniedProblem",
     "ExtendIn",
     "GrowIn",
+    "HoldId",
     "HoldsPage",
-    "HoldsQuery",
+    "InvalidJSON",
     "InvalidProblem",
     "LedgerPage",
     "LedgerQuery",
     "LimitIn",
-    "Nothing",
+    "Liveness",
+    "MigrationOut",
+    "PageQuery",
     "Problem",
     "Readiness",
+    "RefusedProblem",
     "ReservationIn",
     "ReservationOut",
     "SettlementOut",
     "SpendIn",
+    "UnavailableBudget",
     "UnavailableProblem",
     "UnreadyProblem",
+    "amount_json",
+    "instant_json",
 ]
 
 BUDGETS_MAX = 64
@@ -46,11 +67,11 @@ _DECIMAL = re.compile(r"[0-9]{1,16}(\.[0-9]{1,32})?([eE][+-]?[0-9]{1,3})?", re.A
 _INSTANT = re.compile(r"\d{4}-\d\d-\d\d[Tt ]\d\d:\d\d:\d\d(\.\d{1,9})?([Zz]|[+-]\d\d:\d\d)", re.ASCII)
 
 
-# -- values that come in -----------------------------------------------------------------------------------------------
+# -- values of requests -----------------------------------------------------------------------------------------------
 
 
 def _amount(value: Any) -> Any:
-    # Whether its budget can count it, the limiter decides.
+    # The limiter checks it against the budget's unit.
     if isinstance(value, str):
         if _DECIMAL.fullmatch(value):
             return value
@@ -67,7 +88,7 @@ def _name(value: Any) -> str:
 
 def _label(value: Any) -> str:
     if not isinstance(value, str) or len(value) > LABEL_CHARACTERS_MAX:
-        raise ValueError(f"must be a text of at most {LABEL_CHARACTERS_MAX} characters")
+        raise ValueError(f"must be a string of at most {LABEL_CHARACTERS_MAX} characters")
     try:
         value.encode()
     except UnicodeEncodeError:
@@ -124,7 +145,7 @@ _TTL_SCHEMA = {
 }
 _UNTIL_SCHEMA = {
     "anyOf": [{"const": "window"}, {"type": "string", "format": "date-time"}, {"type": "null"}],
-    "description": "The end of the current window, an instant, or for good.",
+    "description": "`window`: until the current window ends; an instant; `null`: permanently.",
     "default": None,
 }
 
@@ -142,128 +163,186 @@ def _amount_or_amounts(value: Any) -> Any:
     return _amounts(value) if isinstance(value, dict) else _amount(value)
 
 
-def _name_schema(what: str, example: str) -> WithJsonSchema:
-    return WithJsonSchema({"type": "string", "pattern": f"^{NAME}$", "description": what, "examples": [example]})
-
-
 Amounts = Annotated[dict[str, Any], PlainValidator(_amounts), WithJsonSchema(_AMOUNTS_SCHEMA)]
 AmountOrAmounts = Annotated[
     Any, PlainValidator(_amount_or_amounts), WithJsonSchema({"anyOf": [*_AMOUNT_SCHEMA["anyOf"], _AMOUNTS_SCHEMA]})
 ]
-HoldId = Annotated[
-    str, PlainValidator(_name), _name_schema("Makes a retry harmless; made up if there is none.", "op_1")
+NewHoldId = Annotated[
+    str,
+    PlainValidator(_name),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "pattern": f"^{NAME}$",
+            "description": "Idempotency key. Default: generated.",
+            "examples": ["op_1"],
+        }
+    ),
 ]
 Ttl = Annotated[float, PlainValidator(_seconds), WithJsonSchema(_TTL_SCHEMA)]
 Label = Annotated[
     str,
     PlainValidator(_label),
-    WithJsonSchema({"type": "string", "maxLength": LABEL_CHARACTERS_MAX, "description": "A label for the ledger."}),
+    WithJsonSchema({"type": "string", "maxLength": LABEL_CHARACTERS_MAX, "description": "A label in the ledger."}),
 ]
+
+
+_PATH_NAME = Path(description="It may contain `/`, sent as `%2F`.", json_schema_extra={"pattern": f"^{NAME}$"})
+BudgetName = Annotated[str, _PATH_NAME]
+HoldId = Annotated[str, _PATH_NAME]
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 
-def _shape(**example: Any) -> ConfigDict:
-    """A model that takes nothing but its fields, with an example."""
-    return ConfigDict(extra="forbid", json_schema_extra={"examples": [example]} if example else None)
+@dataclass(frozen=True, slots=True)
+class InvalidJSON:
+    """A body that is not JSON, and the reason."""
+
+    reason: str
 
 
-class _Request(BaseModel):
-    model_config = _shape()
+def closed(**example: Any) -> ConfigDict:
+    """The configuration of a model without further fields, with an example."""
+    return ConfigDict(
+        extra="forbid",
+        from_attributes=True,
+        json_schema_serialization_defaults_required=True,
+        json_schema_extra={"examples": [example]} if example else None,
+    )
 
 
-class Nothing(_Request):
-    """A request that says all in its path."""
+class RequestModel(BaseModel):
+    """The body of a request."""
+
+    model_config = closed()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _require_json(cls, document: Any) -> Any:
+        if isinstance(document, InvalidJSON):
+            raise PydanticCustomError("json_invalid", "not JSON: {reason}", {"reason": document.reason})
+        if isinstance(document, bytes):  # FastAPI parses no other media type
+            raise PydanticCustomError("content_type", "the body must be sent as Content-Type: application/json")
+        return document
 
 
-class ReservationIn(_Request):
-    """What to hold: all amounts are granted, or none."""
+class ReservationIn(RequestModel):
+    """The amounts to hold: all are granted, or none."""
 
-    model_config = _shape(amounts={"agent": "0.15"}, id="op_1", ttl=900, on_expiry="charge", operation="research")
+    model_config = closed(amounts={"agent": "0.15"}, id="op_1", ttl=900, on_expiry="charge", operation="research")
     amounts: Amounts
-    id: HoldId | None = None
+    id: NewHoldId | None = None
     ttl: Ttl = TTL_DEFAULT_S
     on_expiry: OnExpiry = Field(
-        "charge", description="What an expired hold counts: all of it, what was reported, or nothing."
+        "charge", description="The amount that an expired hold counts: all of it, the accrued amount, or nothing."
     )
     operation: Label = ""
 
 
-class SpendIn(_Request):
+class SpendIn(RequestModel):
     """Spend without a reservation."""
 
-    model_config = _shape(amounts={"agent": "0.02"}, id="op_2", operation="research")
+    model_config = closed(amounts={"agent": "0.02"}, id="op_2", operation="research")
     amounts: Amounts
-    id: HoldId | None = None
+    id: NewHoldId | None = None
     operation: Label = ""
 
 
-class CommitIn(_Request):
-    """What it really cost; what was reported, if nothing is said.
+class CommitIn(RequestModel):
+    """The actual cost. Default: the accrued amounts.
 
-    A scalar is for every budget in dollars; counts then commit what was reserved. An object says it per budget; what
-    it leaves out is 0.
+    A scalar applies to every budget in dollars; counts then commit the reserved amount. An object has an amount per
+    budget; a budget that it omits commits 0.
     """
 
-    model_config = _shape(amounts="0.07")
+    model_config = closed(amounts="0.07")
     amounts: AmountOrAmounts | None = None
 
 
-class ExtendIn(_Request):
-    """A heartbeat: a new deadline, and the total of what was used so far."""
+class ExtendIn(RequestModel):
+    """A heartbeat: a new deadline, and the total used so far."""
 
-    model_config = _shape(ttl=900, accrued="0.03")
-    ttl: Ttl | None = Field(None, description="Seconds from now; if none, at least 900, and no hold is cut short.")
+    model_config = closed(ttl=900, accrued="0.03")
+    ttl: Ttl | None = Field(None, description="Seconds from now. Default: 900; never before the present deadline.")
     accrued: AmountOrAmounts | None = None
 
 
-class GrowIn(_Request):
-    """New totals of the reservation, so that a retry is harmless."""
+class GrowIn(RequestModel):
+    """The new totals of the reservation. Totals make a retry harmless."""
 
-    model_config = _shape(amounts={"agent": "0.25"})
+    model_config = closed(amounts={"agent": "0.25"})
     amounts: Amounts
 
 
-class LimitIn(_Request):
+class LimitIn(RequestModel):
     """A limit for all replicas; ``null`` is unlimited."""
 
-    model_config = _shape(limit="10.00", until="window")
+    model_config = closed(limit="10.00", until="window")
     limit: Annotated[Any, PlainValidator(lambda value: None if value is None else _amount(value))] = Field(
         json_schema_extra={"anyOf": [*_AMOUNT_SCHEMA["anyOf"], {"type": "null"}], "examples": ["10.00"]}
     )
     until: Annotated[Any, PlainValidator(_until), WithJsonSchema(_UNTIL_SCHEMA)] = None
 
 
-class HoldsQuery(BaseModel):
-    """Which page of holds."""
+class PageQuery(BaseModel):
+    """The page of a list."""
 
     limit: Annotated[
         int,
         PlainValidator(_page_size),
         WithJsonSchema({"type": "integer", "minimum": 1, "maximum": PAGE_MAX, "default": 100}),
     ] = 100
-    cursor: Annotated[str | None, Field(description="Where a page begins: the `next_cursor` of the one before.")] = None
+    cursor: Annotated[str | None, Field(description="The `next_cursor` of the previous page.")] = None
 
 
-class LedgerQuery(HoldsQuery):
-    """Which page of a ledger."""
+class LedgerQuery(PageQuery):
+    """The page of a ledger."""
 
-    window: Annotated[
-        str | None, Field(description="A window by name, such as 2026-11-23; the current one if none.")
-    ] = None
+    window: Annotated[str | None, Field(description="The window, such as 2026-11-23. Default: the current one.")] = None
 
 
-# -- answers -----------------------------------------------------------------------------------------------------------
+# -- responses ---------------------------------------------------------------------------------------------------------
 
 
-class _Answer(BaseModel):
-    model_config = _shape()
+class ResponseModel(BaseModel):
+    """The body of a response."""
+
+    model_config = closed()
 
 
-Instant = Annotated[str, WithJsonSchema({"type": "string", "format": "date-time"})]
+def amount_json(amount: Amount) -> str | int:
+    """A decimal string for money, never in scientific notation; an integer for a count."""
+    return f"{amount:f}" if isinstance(amount, Decimal) else amount
+
+
+def instant_json(instant: datetime) -> str:
+    """``2026-11-23T12:00:00Z``, with milliseconds unless they are 0."""
+    return instant.isoformat(timespec="milliseconds" if instant.microsecond else "seconds")[:-6] + "Z"
+
+
+# Validators, not serializers: models of strings are written faster, and reservations are frequent.
+
+
+def _amount_out(amount: Any) -> Any:
+    return amount_json(amount) if isinstance(amount, Decimal) else amount
+
+
+def _instant(instant: Any) -> Any:
+    return instant_json(instant) if isinstance(instant, datetime) else instant
+
+
+def _plain_number(amount: Amount) -> str:
+    # ``float`` writes numbers below 0.0001 in scientific notation.
+    number = repr(float(amount))
+    return f"{amount:f}" if "e" in number else number
+
+
+Instant = Annotated[str, BeforeValidator(_instant), WithJsonSchema({"type": "string", "format": "date-time"})]
+PlainNumber = Annotated[Decimal | int, PlainSerializer(_plain_number), WithJsonSchema({"type": "number"})]
 AmountOut = Annotated[
     str | int,
+    BeforeValidator(_amount_out),
     WithJsonSchema(
         {
             "anyOf": [{"type": "string", "pattern": r"^-?[0-9]+\.[0-9]{2,9}$"}, {"type": "integer"}],
@@ -276,10 +355,10 @@ AmountsOut = dict[str, AmountOut]
 State = Literal["open", "unconfirmed", "committed", "released", "recorded"]
 
 
-class AgentBudgetOut(_Answer):
+class AgentBudgetOut(ResponseModel):
     """The agent's daily budget, in JSON numbers."""
 
-    model_config = _shape(
+    model_config = closed(
         date="2026-11-23",
         daily_limit=5.0,
         today_spend=0.15,
@@ -290,24 +369,26 @@ class AgentBudgetOut(_Answer):
         unconfirmed=0.0,
         resets_at="2026-11-24T00:00:00Z",
     )
-    date: str
-    daily_limit: float | None
-    today_spend: float
-    remaining: float | None
-    cycles_affordable: int | None
-    spend_events: int
-    held: float
-    unconfirmed: float
+    date: str = Field(validation_alias="window")
+    daily_limit: PlainNumber | None = Field(validation_alias="limit")
+    today_spend: PlainNumber = Field(validation_alias="spent")
+    remaining: PlainNumber | None
+    cycles_affordable: int | None = None
+    spend_events: int = Field(validation_alias="events")
+    held: PlainNumber
+    unconfirmed: PlainNumber
     resets_at: Instant | None
     recovering_until: Instant | None = Field(
-        default=None, description="There only after the store has lost writes: until then, nothing is admitted."
+        default=None,
+        exclude_if=lambda instant: instant is None,
+        description="Present only after a data loss of the store: nothing is admitted until then.",
     )
 
 
-class BudgetOut(_Answer):
-    """A budget's window now; `null` limits are unlimited."""
+class BudgetOut(ResponseModel):
+    """A budget's current window; a limit of `null` is unlimited."""
 
-    model_config = _shape(
+    model_config = closed(
         name="agent",
         unit="usd",
         kind="spend",
@@ -327,7 +408,7 @@ class BudgetOut(_Answer):
         limit_until="2026-11-24T00:00:00Z",
         configured_limit="5.00",
         as_of="2026-11-23T12:00:00.125Z",
-        recovering_until=None,
+        recovering_until="2026-11-23T12:01:00Z",
     )
     name: str
     unit: str
@@ -342,7 +423,7 @@ class BudgetOut(_Answer):
     held: AmountOut
     unconfirmed: AmountOut
     remaining: AmountOut | None
-    spend_events: int
+    spend_events: int = Field(validation_alias="events")
     overruns: int
     limit_source: Literal["configured", "runtime"]
     limit_until: Instant | None
@@ -350,14 +431,14 @@ class BudgetOut(_Answer):
     as_of: Instant
     recovering_until: Instant | None = Field(
         default=None,
-        description="Set after the store has lost writes: replicas tell it again what it lost; nothing is admitted.",
+        description="Set after a data loss of the store: replicas replay lost writes; nothing is admitted until then.",
     )
 
 
-class MigrationOut(_Answer):
-    """Which definition of a budget was registered, and which one is now."""
+class MigrationOut(ResponseModel):
+    """The definition of a budget that was registered before, and the one that is registered now."""
 
-    model_config = _shape(
+    model_config = closed(
         budget="agent",
         before="unit usd, period week, timezone UTC, kind spend",
         after="unit usd, period day, timezone UTC, kind spend",
@@ -366,30 +447,29 @@ class MigrationOut(_Answer):
     budget: str
     before: str | None = Field(description="`null` if none was registered.")
     after: str
-    limit_cleared: bool = Field(description="Whether a run-time limit went, as it was an amount of another unit.")
+    limit_cleared: bool = Field(description="Whether a run-time limit was removed because its unit was another one.")
 
 
-class UnavailableBudget(_Answer):
+class UnavailableBudget(ResponseModel):
     """A budget whose figures are unknown."""
 
     budget: str
-    detail: str = Field(description="Why they are unknown.")
+    detail: str = Field(description="The reason.")
 
 
-class BudgetList(_Answer):
+class BudgetList(ResponseModel):
     """Every budget."""
 
     budgets: list[BudgetOut]
     unavailable: list[UnavailableBudget] = Field(
-        description="Budgets whose figures are unknown, such as one of which "
-        "another definition is registered in the store."
+        description="Budgets whose figures are unknown, for example because another definition is registered."
     )
 
 
-class ReservationOut(_Answer):
+class ReservationOut(ResponseModel):
     """A hold."""
 
-    model_config = _shape(
+    model_config = closed(
         id="op_1",
         state="open",
         amounts={"agent": "0.15"},
@@ -412,18 +492,18 @@ class ReservationOut(_Answer):
     created_at: Instant
     expires_at: Instant
     operation: str
-    replayed: bool
+    replayed: bool = Field(default=False, description="The same reservation was granted before; nothing changed.")
 
 
-class HoldsPage(_Answer):
+class HoldsPage(ResponseModel):
     """Open, then unconfirmed holds, newest deadline first."""
 
-    holds: list[ReservationOut]
+    holds: list[ReservationOut] = Field(validation_alias="items")
     next_cursor: str | None
 
 
-class LedgerEntryOut(_Answer):
-    """One signed line; they add up to spent + unconfirmed."""
+class LedgerEntryOut(ResponseModel):
+    """A signed line of a ledger. The lines of a window add up to spent + unconfirmed."""
 
     entry_id: Annotated[
         str, Field(description="Its number in the ledger, from 1; empty for the summary of trimmed ones.")
@@ -436,10 +516,10 @@ class LedgerEntryOut(_Answer):
     trace_id: str
 
 
-class LedgerPage(_Answer):
+class LedgerPage(ResponseModel):
     """Entries of a window, newest first."""
 
-    entries: list[LedgerEntryOut]
+    entries: list[LedgerEntryOut] = Field(validation_alias="items")
     next_cursor: str | None
     trimmed: Annotated[
         bool,
@@ -449,10 +529,10 @@ class LedgerPage(_Answer):
     ]
 
 
-class SettlementOut(_Answer):
-    """What a commit, release or record did."""
+class SettlementOut(ResponseModel):
+    """The result of a commit, release or record."""
 
-    model_config = _shape(
+    model_config = closed(
         id="op_1", state="committed", amounts={"agent": "0.07"}, replayed=False, overrun=False, late=False
     )
     id: str
@@ -463,14 +543,14 @@ class SettlementOut(_Answer):
     late: bool
 
 
-class Liveness(_Answer):
-    """The process answers."""
+class Liveness(ResponseModel):
+    """The process replies."""
 
     status: Literal["alive"]
 
 
-class Readiness(_Answer):
-    """The store can be relied on."""
+class Readiness(ResponseModel):
+    """The store is reliable."""
 
     status: Literal["ready"]
     checks: dict[Literal["store", "policy", "scripts"], Literal["ok"]]
@@ -480,7 +560,7 @@ class Readiness(_Answer):
 
 
 class Problem(BaseModel):
-    """An error, as RFC 9457 writes it."""
+    """An error (RFC 9457)."""
 
     type: str = Field(examples=["urn:ktrdr-budget:problem:unknown-budget"])
     title: str
@@ -490,7 +570,7 @@ class Problem(BaseModel):
 
 
 class ErrorOut(BaseModel):
-    """One thing that is wrong with a request."""
+    """An invalid value of a request."""
 
     loc: list[str | int]
     msg: str
@@ -498,7 +578,7 @@ class ErrorOut(BaseModel):
 
 
 class InvalidProblem(Problem):
-    """A request that is not valid; `errors` says where, if its shape is."""
+    """An invalid request; `errors` has the places, unless only the limiter refused it."""
 
     errors: list[ErrorOut] | None = None
 
@@ -515,28 +595,28 @@ class DeniedProblem(Problem):
     unconfirmed: AmountOut
     remaining: AmountOut
     requested: AmountOut
-    fits: AmountOut = Field(description="The largest amount that would have been granted.")
-    retry_after: int | None = Field(description="Seconds until trying again can help; `null` if waiting cannot help.")
+    fits: AmountOut = Field(description="The largest amount that would be granted.")
+    retry_after: int | None = Field(description="Seconds until a retry can succeed; `null` if waiting cannot help.")
 
 
-class CrowdedProblem(Problem):
-    """The tenant has as many holds, or budgets, as it may; nothing was written."""
+class TooManyProblem(Problem):
+    """The tenant has too many holds or budgets; nothing was written."""
 
     reason: Literal["too_many_holds", "too_many_budgets"]
     retry_after: int | None = Field(description="Seconds until the first open hold expires; `null` if none is open.")
 
 
-class RefusedProblem(RootModel[DeniedProblem | CrowdedProblem]):
+class RefusedProblem(RootModel[DeniedProblem | TooManyProblem]):
     """A budget has no room, or the tenant has too many holds or budgets; nothing was written."""
 
 
 class UnavailableProblem(Problem):
-    """The store cannot be reached."""
+    """The store is unreachable."""
 
-    ambiguous: bool = Field(description="Whether it may have been done all the same; repeating it with its id is safe.")
+    ambiguous: bool = Field(description="Whether the operation may have happened; a retry with its id is safe.")
 
 
 class UnreadyProblem(Problem):
-    """What keeps the store from being relied on."""
+    """The faults of the store."""
 
     checks: dict[Literal["store", "policy", "scripts"], str]

@@ -1,19 +1,40 @@
-"""What the operations of the service share."""
+"""The parts that the routes of one service share."""
 
 from __future__ import annotations
 
-from ktrdr_budget.api.auth import Keys
+from fastapi import Depends, Request, Security
+from fastapi.params import Depends as Dependency
+
+from ktrdr_budget.api.auth import BearerKey, Caller, Keys
+from ktrdr_budget.api.route import BUDGETS
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.money import AmountIn, from_units, to_units
 
-__all__ = ["Service"]
+__all__ = ["BudgetService"]
 
 
-class Service:
-    """What the operations work with."""
+class BudgetService:
+    """A limiter, the keys that give access to it, and the estimate of a cycle."""
 
     def __init__(self, limiter: AsyncBudgetLimiter, keys: Keys, cycle_estimate: AmountIn) -> None:
         self.limiter = limiter
-        """Another one for each run of the app, for a limiter belongs to one event loop."""
+        """Each run of the app has its own: a limiter belongs to one event loop."""
         self.keys = keys
         self.cycle_estimate = from_units(to_units(cycle_estimate, positive=True))
+        self.use: Dependency = Depends(self.caller)
+        """The dependency of operations for every key: the :class:`Caller`."""
+        self.admin: Dependency = Depends(self.admin_caller)
+        """The same for the admin key only."""
+        if keys:
+            self.use = Security(BearerKey("useKey", "KTRDR_API_KEY", self.caller))
+            self.admin = Security(BearerKey("adminKey", "KTRDR_ADMIN_KEY", self.admin_caller))
+
+    async def caller(self, request: Request) -> Caller:
+        """Authenticate the caller. (A coroutine: FastAPI runs other dependencies in a thread.)"""
+        request.scope[BUDGETS] = self.limiter.budgets
+        return self.keys.authenticate(request)
+
+    async def admin_caller(self, request: Request) -> Caller:
+        """Authenticate the caller, and require the admin key."""
+        request.scope[BUDGETS] = self.limiter.budgets
+        return self.keys.authenticate_admin(request)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import httpx
 import pytest
+from starlette.requests import HTTPConnection
 
 from ktrdr_budget.api import Keys
-from ktrdr_budget.api.auth import is_loopback
+from ktrdr_budget.api.auth import Caller, is_loopback
 
 from ..helpers.waiting import until
 from .support import V1, Running, figures, problem, reserved
@@ -39,6 +41,12 @@ ADMIN = (
 async def keyed(start) -> Running:
     """A service with two keys for use, and one for admins."""
     return await start(api_key="use-1, use-2", admin_key="admin-1")
+
+
+def authenticate(keys: Keys, key: str = "", client: Any = None) -> Caller:
+    """The caller of a request with a key, from an address."""
+    headers = [(b"authorization", f"Bearer {key}".encode())] if key else []
+    return keys.authenticate(HTTPConnection({"type": "http", "client": client, "headers": headers}))
 
 
 async def statuses(client: httpx.AsyncClient, operations) -> set[int]:
@@ -127,7 +135,7 @@ async def test_a_client_without_an_address_is_on_this_machine(start):
     running = await start()
     assert (await running.connect(address="testclient").get(f"{V1}/budgets")).status_code == 200
     assert is_loopback("unix")
-    assert Keys().caller({"client": None}, {}).admin  # what a unix socket tells
+    assert authenticate(Keys(), client=None).admin  # as of a unix socket
 
 
 # -- whose hold it is --------------------------------------------------------------------------------------------------
@@ -257,9 +265,8 @@ def test_keys_come_from_the_environment():
     assert not Keys.from_environment({})
     keys = Keys.from_environment({"KTRDR_API_KEY": "a, b,", "KTRDR_ADMIN_KEY": "c"})
     for key, admin in (("a", False), ("b", False), ("c", True)):
-        assert keys.caller({}, {b"authorization": f"Bearer {key}".encode()}).admin is admin
-    remote = {"client": ("192.0.2.1", 1)}
-    assert Keys.from_environment({"KTRDR_AUTH": "none"}).caller(remote, {}).admin
+        assert authenticate(keys, key).admin is admin
+    assert authenticate(Keys.from_environment({"KTRDR_AUTH": "none"}), client=("192.0.2.1", 1)).admin
 
 
 def test_every_key_is_compared_whichever_matches(monkeypatch):
@@ -271,5 +278,5 @@ def test_every_key_is_compared_whichever_matches(monkeypatch):
     keys = Keys(["a", "b"], ["c"])
     for key in ("a", "c"):
         compared.clear()
-        keys.caller({}, {b"authorization": f"Bearer {key}".encode()})
+        authenticate(keys, key)
         assert compared == [b"a", b"b", b"c"]

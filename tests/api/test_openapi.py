@@ -124,7 +124,7 @@ def test_every_example_is_valid(document):
 
 def test_bodies_are_required_only_where_they_say_something_needed(document):
     required = {
-        path.removeprefix(V1): operation["requestBody"]["required"]
+        path.removeprefix(V1): operation["requestBody"].get("required", False)
         for (_, path), operation in operations(document).items()
         if "requestBody" in operation
     }

@@ -11,7 +11,7 @@ import pytest
 from ktrdr_budget import Budget, BudgetError, Denial
 from ktrdr_budget.api.problems import denied as denied_problem
 from ktrdr_budget.api.problems import problem_of
-from ktrdr_budget.api.requests import BODY_BYTES_MAX
+from ktrdr_budget.api.route import BODY_BYTES_MAX
 
 from ..helpers.stopwatch import Stopwatch
 from ..helpers.waiting import until
@@ -400,7 +400,7 @@ async def test_errors_of_the_limiter_are_problems_in_other_routes_too(running):
 
 
 def test_an_error_that_is_not_known_is_internal():
-    assert problem_of(BudgetError("?"), {}).status == 500
+    assert problem_of(BudgetError("?"), {}).status_code == 500
 
 
 async def test_no_error_is_without_a_form(client: httpx.AsyncClient):

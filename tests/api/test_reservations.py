@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget
-from ktrdr_budget.api.responses import reservation
+from ktrdr_budget.api.schemas import ReservationOut
 
 from ..helpers.patience import away, hurried
 from ..helpers.waiting import until
@@ -50,7 +50,8 @@ async def test_what_is_told_of_a_grant_is_what_the_store_knows(running):
     document = await reserved(
         running.client, {"agent": "0.000000001", "jobs": 1}, operation=label, on_expiry="accrued", ttl=1.5
     )
-    assert document == reservation(await running.limiter.get(document["id"]))
+    view = await running.limiter.get(document["id"])
+    assert document == ReservationOut.model_validate(view).model_dump(mode="json")
     assert document["amounts"] == {"agent": "0.000000001", "jobs": 1}
     assert document["operation"] == label
 

@@ -18,8 +18,8 @@ from fastapi import FastAPI
 from ktrdr_budget import Budget
 from ktrdr_budget.api import Settings
 from ktrdr_budget.api import serving as module
-from ktrdr_budget.api.announcement import budget_line
 from ktrdr_budget.api.serving import ServeError, serve
+from ktrdr_budget.api.startup_report import budget_line
 from ktrdr_budget.engine import embedded
 from ktrdr_budget.environment import ZERO_BUDGET
 

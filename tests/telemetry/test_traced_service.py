@@ -38,9 +38,9 @@ def test_all_spans_of_a_trigger_and_a_cancellation_have_the_operation(server, re
         assert service.post("/api/v1/agent/trigger", {"operation_id": "op_refused"}).status_code == 409
         assert service.request("DELETE", f"/api/v1/agent/cancel/{operation_id}").status_code == 200
         cycle_of(receiver, operation_id)
-        receiver.wait_named("DELETE /api/v1/agent/cancel/{operation_id:path}")
+        receiver.wait_named("DELETE /api/v1/agent/cancel/{operation_id:slashed}")
     roots = {span.name: span for span in receiver.spans if not span.parent_id and span.name != "agent.research_cycle"}
-    assert set(roots) == {"POST /api/v1/agent/trigger", "DELETE /api/v1/agent/cancel/{operation_id:path}"}
+    assert set(roots) == {"POST /api/v1/agent/trigger", "DELETE /api/v1/agent/cancel/{operation_id:slashed}"}
     for span in receiver.spans:
         assert span.attributes["operation.id"] in (operation_id, "op_refused"), span
         assert span.attributes["operation.type"] == "agent_research"
@@ -116,7 +116,7 @@ def test_every_worker_traces_and_counts(server, receiver: OtlpReceiver):
         "GET /api/v1/budgets",
         "POST /api/v1/agent/trigger",
         "agent.research_cycle",
-        "GET /api/v1/budgets/{name:path}/ledger",
+        "GET /api/v1/budgets/{name:slashed}/ledger",
     }
     assert 'agent_cycles_total{outcome="completed"} 1.0' in samples
     assert 'agent_cycles_total{outcome="failed"} 0.0' in samples

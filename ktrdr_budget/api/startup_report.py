@@ -1,11 +1,11 @@
-"""What the service says at its start: where its store is, which budgets it has, and what may surprise about them."""
+"""The report of the service at its start: the store, the budgets, and warnings about them."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
-from ktrdr_budget.api.responses import instant_json
+from ktrdr_budget.api.schemas import instant_json
 from ktrdr_budget.environment import ZERO_BUDGET
 from ktrdr_budget.errors import BudgetError, DefinitionConflict, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter
@@ -15,13 +15,13 @@ from ktrdr_budget.money import format_amount, from_units
 if TYPE_CHECKING:
     from ktrdr_budget.api.settings import Settings
 
-__all__ = ["announcement", "budget_line"]
+__all__ = ["budget_line", "startup_report"]
 
 _PERIODS = {"hour": "an hour", "day": "a day", "week": "a week", "month": "a month", "ever": "in all"}
 
 
-async def announcement(settings: Settings, limiter: AsyncBudgetLimiter) -> AsyncIterator[str]:
-    """Line by line. Reads the store, and goes on without it."""
+async def startup_report(settings: Settings, limiter: AsyncBudgetLimiter) -> AsyncIterator[str]:
+    """Yield the report line by line. Without the store, it ends with a warning."""
     yield f"store: {settings.store_shown}"
     for budget in limiter.budgets.values():
         yield budget_line(budget)
@@ -49,13 +49,14 @@ def budget_line(budget: Budget) -> str:
     """``budget agent: $5.00 a day (UTC)``."""
     units = budget.limit_units
     limit = format_amount(None if units is None else from_units(units, budget.unit), budget.unit)
-    where = f" ({budget.timezone})" if budget.period in ("day", "week", "month") else ""
-    line = f"budget {budget.name}: {limit} {'at a time' if budget.kind == 'slots' else _PERIODS[budget.period] + where}"
+    timezone = f" ({budget.timezone})" if budget.period in ("day", "week", "month") else ""
+    per = "at a time" if budget.kind == "slots" else _PERIODS[budget.period] + timezone
+    line = f"budget {budget.name}: {limit} {per}"
     return f"{line}: denies all" if budget.limit == 0 else line
 
 
 def _warning(status: Status) -> str | None:
-    """A run-time limit that hides what is configured."""
+    """Warn of a run-time limit that overrides the configured one."""
     if status.limit_source != "runtime" or status.limit == status.configured_limit:
         return None
     name, limit = status.budget, format_amount(status.limit, status.unit)

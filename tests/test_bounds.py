@@ -18,7 +18,7 @@ from ktrdr_budget.audit import verify
 from ktrdr_budget.environment import limiter_options
 from ktrdr_budget.errors import InvalidArgument, TooManyBudgets, TooManyHolds
 
-from .api.processes import Service, serving
+from .api.processes import ServiceProcess, serving
 from .helpers.keyspace import dump, window_key
 from .helpers.waiting import until
 
@@ -241,7 +241,7 @@ def test_the_environment_sets_them():
 
 
 @pytest.fixture(scope="module")
-def service(start_server) -> Iterator[Service]:
+def service(start_server) -> Iterator[ServiceProcess]:
     store = start_server()
     with serving(KTRDR_REDIS_URL=store.url, KTRDR_MAX_HOLDS=2, KTRDR_MAX_BUDGETS=7) as running:
         yield running

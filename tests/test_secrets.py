@@ -176,8 +176,8 @@ def test_the_service_tells_no_secret_whatever_fails(guarded):
             assert service.stop() == 0
         assert {401, 503} <= {answer.status_code for answer in answers}
         clean(*(f"{answer.headers} {answer.text}" for answer in answers))
-        clean(*service.said)
-        assert any("invalid username-password pair" in line for line in service.said)
+        clean(*service.output)
+        assert any("invalid username-password pair" in line for line in service.output)
         clean(*(f"{span} {span.attributes} {span.events} {span.resource}" for span in receiver.spans))
         assert not receiver.errors
 
@@ -231,7 +231,7 @@ def test_a_provider_that_refuses_a_key_and_quotes_it_does_not_have_it_told(serve
             clean(answer.text)
             receiver.wait_named("agent.research_cycle")
             clean(service.get("/metrics", headers=headers).text)
-        clean(*service.said)
+        clean(*service.output)
         clean(*(f"{span} {span.attributes} {span.events} {span.resource}" for span in receiver.spans))
 
 

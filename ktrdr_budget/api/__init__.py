@@ -1,8 +1,8 @@
-"""The HTTP service: :func:`budget_router` for any FastAPI app, and :func:`create_app` for a service of its own.
+"""The HTTP service: :func:`create_app` makes an app, :func:`budget_router` the routes for an app of yours.
 
-:func:`hold_budget` is for routes that cost money themselves.
+:func:`hold_budget` holds a budget while a route of yours runs.
 
-It needs the extra ``server``: ``pip install 'ktrdr-budget[server]'``.
+The package needs the extra ``server``: ``pip install 'ktrdr-budget[server]'``.
 """
 
 try:
@@ -11,7 +11,7 @@ try:
     import pydantic_settings  # noqa: F401
     import uvicorn  # noqa: F401
 except ModuleNotFoundError as error:
-    message = f"the HTTP service needs more packages: pip install 'ktrdr-budget[server]' (there is no {error.name})"
+    message = f"the HTTP service needs more packages: pip install 'ktrdr-budget[server]' ({error.name} is missing)"
     raise ModuleNotFoundError(message, name=error.name) from None
 
 from ktrdr_budget.api.app import create_app

@@ -45,16 +45,16 @@ logger = logging.getLogger("ktrdr_budget")
 
 CLOSE_DENIED = 1008
 CLOSE_TRY_LATER = 1013
-"""Codes of RFC 6455 and its registry, for WebSockets that are open already: policy violation, and try again later."""
+"""Close codes of RFC 6455 and its registry: policy violation, and try again later."""
 _CLOSE_REASON_BYTES_MAX = 123
 _REFUSALS = (BudgetExceeded, TooManyHolds, TooManyBudgets, StoreUnavailable)
 
 
 class BudgetProblem(HTTPException):
-    """A route has no room in its budget (429), or the budget cannot be asked (503).
+    """A budget of a route has no room (429), or the store is unreachable (503).
 
-    The answer is ``application/problem+json``. A WebSocket that was accepted already is closed, with code 1008 (429) or
-    1013 (503). An app may handle it otherwise, as any exception.
+    The response is ``application/problem+json``. An accepted WebSocket is closed with code 1008 (429) or 1013 (503). An
+    app may register its own handler, as for any exception.
     """
 
     def __init__(self, problem: HTTPProblem) -> None:
@@ -62,7 +62,7 @@ class BudgetProblem(HTTPException):
         self.problem = problem
 
     def response(self) -> Response:
-        """The answer."""
+        """Build the response."""
         return self.problem.response()
 
 
@@ -76,31 +76,31 @@ def hold_budget(
     on_error: OnError = "release",
     operation: str | None = None,
 ) -> Callable[[HTTPConnection], AsyncIterator[Any]]:
-    """A dependency that holds an estimate while a route answers, and hands it the hold. Also for WebSocket routes.
+    """Make a dependency that holds an estimate while a route runs, and passes it the hold. Also for WebSocket routes.
 
-    Without room the route does not run: the answer is 429, as a problem document, and so it is if a call inside is
-    denied; 503 if the store does not answer. A route that answers, whatever the
-    status, commits what was accrued (by metered or guarded calls, or ``hold.accrue``), or else the estimate. A route
-    that raises commits what was accrued, or releases. Both happen after the answer has been sent, streams included,
-    unless FastAPI is told otherwise with ``Depends(..., scope="function")``.
+    If a budget has no room, the route does not run; the response is 429, as a problem document. The same happens if a
+    call inside the route is denied. If the store is unreachable, the response is 503. A route that returns, whatever
+    its status, commits what was accrued (by metered or guarded calls, or ``hold.accrue``), otherwise the estimate. A
+    route that raises commits what was accrued, otherwise releases. Both happen after the response was sent, streams
+    included, unless the dependency is ``Depends(..., scope="function")``.
 
-    A WebSocket whose client disconnects has ended like any other: that releases nothing, for else a client could choose
-    not to pay.
+    A client that disconnects a WebSocket ends the route normally. It releases nothing: a client must not be able to
+    avoid the charge.
 
     Args:
         budget: a name with ``estimate``, or a mapping of names to estimates.
         limiter: an :class:`AsyncBudgetLimiter` of the app's event loop, for routes of ``async def``; a
             :class:`BudgetLimiter` for those of ``def``, so that a guarded sync client inside draws from the hold, which
             then is a :class:`~ktrdr_budget.sync.Hold`; or a function of the request (or WebSocket) that returns one.
-            By default what :func:`~ktrdr_budget.metering.decorators.set_default_limiter` was given for async code, or
-            one made from the environment.
-        operation: a label for the ledger; by default the route, such as ``POST /research/{topic}``, or
+            Default: the argument of :func:`~ktrdr_budget.metering.decorators.set_default_limiter` for async code, or
+            a limiter made from the environment.
+        operation: a label for the ledger. Default: the route, such as ``POST /research/{topic}`` or
             ``WEBSOCKET /live``.
         ttl, on_expiry, on_error: as for ``limiter.hold(...)``.
 
     Raises:
-        InvalidArgument: an argument is not usable.
-        UnknownBudget: the limiter that is given was not given such a budget.
+        InvalidArgument: an argument is invalid.
+        UnknownBudget: the given limiter has no such budget.
     """
     check_limiter_source(limiter, ["request"])
     check_hold_arguments(
@@ -108,7 +108,7 @@ def hold_budget(
     )
 
     async def held(connection: HTTPConnection) -> AsyncIterator[Any]:
-        chosen = _chosen(limiter, connection)
+        chosen = _limiter_of(limiter, connection)
         label = _route(connection) if operation is None else operation
         options = {"ttl": ttl, "on_expiry": on_expiry, "operation": label[:LABEL_CHARACTERS_MAX]}
         try:
@@ -131,7 +131,7 @@ def hold_budget(
                 if isinstance(error, _REFUSALS):
                     raise _refused(connection, error, chosen) from error
                 raise
-            # The route has answered, and perhaps it was paid for: that is not taken back.
+            # The response was sent, so the failure can only be logged.
             logger.error("hold %s could not be settled: %s", hold.id, error)
         if disconnected is not None:
             raise disconnected
@@ -139,7 +139,7 @@ def hold_budget(
     return held
 
 
-def _chosen(limiter: Limiter | Callable[[Any], Limiter] | None, connection: HTTPConnection) -> Limiter:
+def _limiter_of(limiter: Limiter | Callable[[Any], Limiter] | None, connection: HTTPConnection) -> Limiter:
     if limiter is None:
         return default_async_limiter()
     chosen = limiter if isinstance(limiter, Limiter) else limiter(connection)
@@ -157,7 +157,7 @@ async def _reserved(
     on_error: OnError,
     options: Mapping[str, Any],
 ) -> tuple[Any, AbstractAsyncContextManager[Any]]:
-    """A hold, and what keeps it until it is left."""
+    """Reserve; return the hold and the context manager that settles it."""
     if isinstance(limiter, AsyncBudgetLimiter):
         hold = await limiter.reserve(budget, estimate, **options)
         return hold, limiter.keep(hold, on_error=on_error)
@@ -166,13 +166,13 @@ async def _reserved(
     try:
         held = await asyncio.shield(entering)
     except asyncio.CancelledError:
-        entering.add_done_callback(partial(_give_back, kept))
+        entering.add_done_callback(partial(_release_late, kept))
         raise
     return held, _left_in_thread(kept, held)
 
 
-def _give_back(kept: AbstractContextManager[Hold], entering: asyncio.Future[Hold]) -> None:
-    """Releases what was granted to a request that nobody waits for any more."""
+def _release_late(kept: AbstractContextManager[Hold], entering: asyncio.Future[Hold]) -> None:
+    """Release a hold that was granted after its request was cancelled."""
     if not entering.cancelled() and entering.exception() is None:
         error = asyncio.CancelledError()
         entering.get_loop().run_in_executor(None, kept.__exit__, type(error), error, None)
@@ -180,7 +180,7 @@ def _give_back(kept: AbstractContextManager[Hold], entering: asyncio.Future[Hold
 
 @asynccontextmanager
 async def _left_in_thread(kept: AbstractContextManager[Hold], hold: Hold) -> AsyncIterator[None]:
-    """Makes a hold current here, for what a thread has made so is so in that thread; and leaves it by a thread."""
+    """Make a sync hold current in this task (a thread has set its own context only), and settle it in a thread."""
     outer = current_hold.set(hold)
     leaving: tuple[Any, Any, Any] = (None, None, None)
     try:
@@ -195,7 +195,7 @@ async def _left_in_thread(kept: AbstractContextManager[Hold], hold: Hold) -> Asy
 
 
 def _route(connection: HTTPConnection) -> str:
-    """The route's pattern, which unlike the path holds nothing of its caller."""
+    """The method and the route's pattern. Unlike the path, it has no values of the request."""
     path = getattr(connection.scope.get("route"), "path", "")
     return f"{connection.scope.get('method', 'WEBSOCKET')} {path}".strip()
 
@@ -206,25 +206,25 @@ def _refused(connection: HTTPConnection, error: BudgetError, limiter: Limiter) -
 
 
 def _handle_problems(connection: HTTPConnection) -> None:
-    """Make the app answer with problem documents, if it does not handle them itself.
+    """Make the app reply with problem documents, unless it has a handler.
 
-    Starlette keeps the handlers that are in force in the request's scope. Should that change, its handler for any
-    ``HTTPException`` still answers with the right status and headers.
+    Starlette keeps the handlers of an app in the request's scope. If that changes, its handler for ``HTTPException``
+    still replies with the same status and headers.
     """
     handlers = connection.scope.get("starlette.exception_handlers")
     if handlers:
-        handlers[0].setdefault(BudgetProblem, _answer)
+        handlers[0].setdefault(BudgetProblem, _reply)
 
 
-async def _answer(connection: HTTPConnection, error: BudgetProblem) -> Response | None:
+async def _reply(connection: HTTPConnection, error: BudgetProblem) -> Response | None:
     if not isinstance(connection, WebSocket):
         return error.response()
     opening = connection.application_state is WebSocketState.CONNECTING
     if opening and "websocket.http.response" in (connection.scope.get("extensions") or {}):
-        return error.response()  # in place of the handshake
+        return error.response()  # instead of the handshake
     code = CLOSE_TRY_LATER if error.status_code == HTTPStatus.SERVICE_UNAVAILABLE else CLOSE_DENIED
     reason = error.problem.detail.encode()[:_CLOSE_REASON_BYTES_MAX].decode(errors="ignore")
     if WebSocketState.DISCONNECTED not in (connection.application_state, connection.client_state):
-        with suppress(WebSocketDisconnect):  # the client may leave just now
+        with suppress(WebSocketDisconnect):  # the client may disconnect meanwhile
             await connection.close(code, reason)
     return None

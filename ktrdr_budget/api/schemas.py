@@ -505,9 +505,7 @@ class HoldsPage(ResponseModel):
 class LedgerEntryOut(ResponseModel):
     """A signed line of a ledger. The lines of a window add up to spent + unconfirmed."""
 
-    entry_id: Annotated[
-        str, Field(description="Its number in the ledger, from 1; empty for the summary of trimmed ones.")
-    ]
+    entry_id: str = Field(description="Its number in the ledger, from 1; empty for the summary of trimmed entries.")
     at: Instant
     kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried", "repair", "audit"]
     hold_id: str
@@ -521,12 +519,7 @@ class LedgerPage(ResponseModel):
 
     entries: list[LedgerEntryOut] = Field(validation_alias="items")
     next_cursor: str | None
-    trimmed: Annotated[
-        bool,
-        Field(
-            description="Whether the entries at `cursor` were trimmed meanwhile, so that this is the first page again."
-        ),
-    ]
+    trimmed: bool = Field(description="Whether the entries at `cursor` were trimmed; this is the first page again.")
 
 
 class SettlementOut(ResponseModel):

@@ -1,4 +1,4 @@
-"""Runs the service: ``ktrdr serve``."""
+"""The command ``ktrdr serve``: run the service."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["ServeError", "serve", "worker_app"]
 
 KEEP_ALIVE_S = 75
-"""Longer than the proxies in front of it keep a connection, lest one is closed while they use it."""
+"""Longer than proxies keep idle connections, so that the service never closes one that a proxy is about to use."""
 GRACE_S = 10
 SILENT_MAX_S = 30
-"""How long a worker may be silent before it is killed and replaced: on a busy machine, its start takes several."""
+"""The supervisor replaces a worker after this silence. Starting takes several seconds on a busy machine."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOGGING: dict[str, Any] = {
     "version": 1,
@@ -52,7 +52,7 @@ LOGGING: dict[str, Any] = {
 
 
 class ServeError(Exception):
-    """The service cannot run; the message is one line. ``exit_code`` is 2 if a setting is at fault, else 1."""
+    """The service cannot run; the message is one line. ``exit_code`` is 2 for an invalid setting, else 1."""
 
     def __init__(self, message: str, *, exit_code: int = 2) -> None:
         super().__init__(message)
@@ -60,25 +60,25 @@ class ServeError(Exception):
 
 
 def serve(host: str = "127.0.0.1", port: int = 8000, workers: int = 1, settings: Settings | None = None) -> None:
-    """Serves until SIGINT or SIGTERM, then finishes what is under way and returns.
+    """Serve until SIGINT or SIGTERM, then finish the requests in flight and return.
 
     Args:
-        host: without keys, an address of this machine only, unless ``KTRDR_AUTH=none``.
-        port: 0 takes a free one.
+        host: the address to bind; without keys a loopback address, unless ``KTRDR_AUTH=none``.
+        port: 0 selects a free one.
         workers: processes that share the port.
-        settings: by default those of the environment.
+        settings: Default: from the environment.
 
     Raises:
-        ServeError: a setting is not usable, the port is taken, or the embedded server does not start.
+        ServeError: a setting is invalid, the port is taken, or the embedded server does not start.
     """
     with _stoppable() as stopper, contextlib.ExitStack() as stack:
         settings = _settings(settings)
         _check_host(host, settings)
         listener = stack.enter_context(_listen(host, port))
         if settings.store_url is None:
-            # Ours, too, so that the server outlives a worker that is restarted.
+            # Also held by this process: the embedded server must outlive a restarted worker.
             stack.callback(_embedded(settings, stopper).close)
-        _announce(settings, listener, workers, stopper)
+        _report_startup(settings, listener, workers, stopper)
         if workers == 1:
             _Server(_config(settings, workers), stopper).run([listener])
         else:
@@ -93,7 +93,7 @@ def _settings(settings: Settings | None) -> Settings:
     try:
         settings = load_settings() if settings is None else settings
         agent = AgentSettings.from_environment()
-        make_llm(make_limiter(settings, agent))  # whatever they refuse, they refuse now
+        make_llm(make_limiter(settings, agent))  # report invalid settings before serving
     except (SettingsError, InvalidArgument) as error:
         raise ServeError(str(error)) from None
     return settings
@@ -111,7 +111,7 @@ def _check_host(host: str, settings: Settings) -> None:
 
 def _addresses(host: str) -> list[str]:
     try:
-        if not host:  # which would be every address
+        if not host:  # getaddrinfo would return every address
             raise OSError
         return [str(found[4][0]) for found in socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)]
     except (OSError, UnicodeError):
@@ -119,7 +119,7 @@ def _addresses(host: str) -> list[str]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections from now on; they wait until a worker is there."""
+    """Listen. Connections queue until a worker accepts them."""
     family = socket.AF_INET6 if all(":" in address for address in _addresses(host)) else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
@@ -134,39 +134,39 @@ def _embedded(settings: Settings, stopper: _Stopper) -> EmbeddedServer:
     from ktrdr_budget.engine import embedded
 
     try:
-        with stopper.ending(stopper.check):
+        with stopper.interrupting(stopper.check):
             return embedded.start(settings.agent_budget_dir)
     except embedded.EmbeddedServerError as error:
         raise ServeError(str(error), exit_code=1) from None
 
 
-def _announce(settings: Settings, listener: socket.socket, workers: int, stopper: _Stopper) -> None:
-    async def announce() -> None:
+def _report_startup(settings: Settings, listener: socket.socket, workers: int, stopper: _Stopper) -> None:
+    async def report() -> None:
         limiter = make_limiter(settings, AgentSettings.from_environment())
         task = asyncio.current_task()
         assert task is not None
-        with stopper.ending(partial(task.get_loop().call_soon_threadsafe, task.cancel)):
+        with stopper.interrupting(partial(task.get_loop().call_soon_threadsafe, task.cancel)):
             async for line in startup_report(settings, limiter):
-                _say(line)
+                _print(line)
             await limiter.close()
 
     try:
-        asyncio.run(announce())
+        asyncio.run(report())
     except asyncio.CancelledError:
         raise _StoppedError from None
     except InvalidArgument as error:  # a URL that the driver refuses
         raise ServeError(f"KTRDR_REDIS_URL: {error}") from None
     if settings.auth == "none":
-        _say("warning: KTRDR_AUTH=none: anyone who reaches this address may do everything")
+        _print("warning: KTRDR_AUTH=none: every caller that can reach this address may do everything")
     if settings.on_store_error == "allow" and workers > 1:
-        _say("warning: KTRDR_ON_STORE_ERROR=allow: what a worker admits unchecked, only that worker can settle")
+        _print("warning: KTRDR_ON_STORE_ERROR=allow: only the worker that admitted a hold unchecked can settle it")
     if settings.on_store_error == "lease" and workers > 1:
-        _say("warning: KTRDR_ON_STORE_ERROR=lease: each worker prepays slabs of its own, and alone settles from them")
+        _print("warning: KTRDR_ON_STORE_ERROR=lease: each worker prepays its own chunks; only it can settle from them")
     host, port, *_ = listener.getsockname()
-    _say(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
+    _print(f"listening on http://{f'[{host}]' if ':' in host else host}:{port}")
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     print(line, file=sys.stderr, flush=True)  # noqa: T201
 
 
@@ -202,7 +202,7 @@ def worker_app(settings: Settings) -> FastAPI:
 
 
 class _Server(uvicorn.Server):
-    """A server whose end by a signal is a good one."""
+    """A server that exits normally after a signal."""
 
     def __init__(self, config: uvicorn.Config, stopper: _Stopper) -> None:
         super().__init__(config)
@@ -210,7 +210,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Takes signals while it serves; does not raise them again afterwards."""
+        """Handle signals while serving, without raising them again afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -229,34 +229,34 @@ def _supervise(config: uvicorn.Config, listener: socket.socket, stopper: _Stoppe
     stopper.check()
     supervisor.run()
     if any(worker.exitcode == STARTUP_FAILURE for worker in supervisor.processes):
-        raise ServeError("the workers do not start; what they said stands above", exit_code=1)
+        raise ServeError("the workers do not start; their errors are above", exit_code=1)
 
 
 class _StoppedError(BaseException):
-    """A signal came before there was a server to take it."""
+    """A signal arrived before the server handled signals."""
 
 
 class _Stopper:
-    """What a signal does while no server takes it: it is remembered, and ends what we wait for."""
+    """The signal handler until the server starts: it records the signal, and interrupts the current wait."""
 
     def __init__(self) -> None:
         self.stopped = False
         self._end: Callable[[], object] | None = None
 
     def stop(self, number: int, frame: object) -> None:
-        """Takes the signal."""
+        """Handle a signal."""
         self.stopped = True
         if self._end is not None:
             self._end()
 
     def check(self) -> None:
-        """Goes no further if there was a signal. Not raised by the signal itself, which may come at a bad moment."""
+        """Raise if there was a signal. The handler itself must not raise: it may interrupt any statement."""
         if self.stopped:
             raise _StoppedError
 
     @contextlib.contextmanager
-    def ending(self, end: Callable[[], object]) -> Iterator[None]:
-        """Meanwhile a signal calls this."""
+    def interrupting(self, end: Callable[[], object]) -> Iterator[None]:
+        """Call ``end`` on a signal during the block."""
         self._end = end
         try:
             self.check()
@@ -268,7 +268,7 @@ class _Stopper:
 
 @contextlib.contextmanager
 def _stoppable() -> Iterator[_Stopper]:
-    """Until the server itself takes signals, they end us at once, and well."""
+    """Exit normally on a signal that arrives before the server handles signals."""
     stopper = _Stopper()
     if threading.current_thread() is not threading.main_thread():
         yield stopper
@@ -284,7 +284,7 @@ def _stoppable() -> Iterator[_Stopper]:
 
 @contextlib.contextmanager
 def _metrics_directory() -> Iterator[None]:
-    """Where the workers count together: prometheus_client looks for it when they import it."""
+    """The directory in which the workers share counters; prometheus_client reads its variable on import."""
     before = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     directory = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="ktrdr-metrics-")
     try:

@@ -1,4 +1,4 @@
-"""What the service reads from the environment, and from the file of further budgets."""
+"""The settings of the service: environment variables, and a file with further budgets."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from ktrdr_budget.periods import timezone_of
 __all__ = ["AGENT", "Settings", "SettingsError", "load_settings"]
 
 _BUDGET_FIELDS = ("name", "limit", "unit", "period", "timezone", "kind")
-_KEY = re.compile(r"[\x21-\x2b\x2d-\x7e]{1,4096}", re.ASCII)  # what a header can carry as one word, without a comma
+_KEY = re.compile(r"[\x21-\x2b\x2d-\x7e]{1,4096}", re.ASCII)  # one word of a header, without a comma
 Parsed = TypeVar("Parsed")
 
 
 class SettingsError(ValueError):
-    """A setting is not usable. The message is one line that names it, and shows no secret."""
+    """A setting is invalid. The message is one line that names the setting and shows no secret."""
 
 
 class Settings(BaseSettings):
-    """The service's settings; each is read from the environment variable of its name.
+    """The settings of the service; each is an environment variable of the same name.
 
     ``redis_url``, ``tenant``, ``api_key``, ``admin_key``, ``auth``, ``timeout``, ``on_store_error``,
     ``lease_slab``, ``durability``, ``max_holds``, ``max_budgets``, ``retention_days`` and ``budgets_file`` carry the
@@ -55,38 +55,37 @@ class Settings(BaseSettings):
     )
     """Dollars a day for the agent; ``None`` (``unlimited``) is uncapped, 0 denies all."""
     agent_budget_dir: Path = Field(default=Path(DATA_DIR_DEFAULT), validation_alias="AGENT_BUDGET_DIR")
-    """The embedded server's data."""
+    """The data directory of the embedded server."""
     agent_cycle_estimate: Decimal = Field(default=CYCLE_ESTIMATE_DEFAULT, validation_alias="AGENT_CYCLE_ESTIMATE")
-    """What one research cycle is expected to cost, in dollars."""
+    """The expected cost of a research cycle, in dollars."""
     agent_budget_timezone: str = Field(default="UTC", validation_alias="AGENT_BUDGET_TIMEZONE")
-    """Decides when the agent's day begins."""
+    """The timezone of the agent's day."""
     redis_url: SecretStr | None = None
-    """The store; ``None`` is the embedded server."""
+    """The URL of the store; ``None`` is the embedded server."""
     tenant: str = "default"
     api_key: SecretStr | None = None
     """Keys that may use budgets, separated by commas."""
     admin_key: SecretStr | None = None
     """Keys that may do everything, separated by commas."""
     auth: Literal["keys", "none"] = "keys"
-    """``none``: serve everybody without keys, on any address."""
+    """``none``: serve all callers without keys, on any address."""
     timeout: float = Field(default=1.0, gt=0, le=3600)
-    """Seconds within which each call to the store ends."""
+    """The deadline of each call to the store, in seconds."""
     on_store_error: Literal["deny", "allow", "lease"] = "deny"
-    """What an unreachable store means: refuse, admit unchecked and record later, or admit what was prepaid."""
+    """The policy while the store is unreachable: deny, admit unchecked and record later, or admit from leases."""
     lease_slab: str | None = None
-    """How much is kept prepaid under ``lease``: dollars for each budget that is in dollars, or ``name=amount``, several
-    separated by commas."""
+    """The prepaid amount under ``lease``: dollars for each budget in dollars, or several ``name=amount``."""
     durability: Literal["memory", "replica", "disk"] = "memory"
-    """Where what is admitted and spent must be before it counts: in the server, on a replica, or on its disk."""
+    """Where a write must be before it is acknowledged: in the server's memory, on a replica, or on the disk."""
     max_holds: int = Field(default=MAX_HOLDS, ge=1)
-    """How many holds, open and unconfirmed, the tenant may have."""
+    """The maximum of open and unconfirmed holds of the tenant."""
     max_budgets: int = Field(default=MAX_BUDGETS, ge=1)
-    """How many budgets it may have."""
+    """The maximum of budgets of the tenant."""
     retention_days: int = Field(default=RETENTION_DAYS, ge=RETENTION_DAYS_MIN, le=3650)
-    """How many days the store keeps ended windows and their ledgers."""
+    """How long the store keeps ended windows and their ledgers, in days."""
     budgets_file: Path | None = None
-    """TOML with further budgets, a table ``[[budgets]]`` each with the fields of ``Budget``; a limit may be
-    ``"unlimited"``. The agent's is none of them, so that its limit has one source."""
+    """TOML with further budgets: tables ``[[budgets]]`` with the fields of ``Budget``; a limit may be ``"unlimited"``.
+    The agent's budget must not be among them: its limit has one source."""
 
     # -- fields --------------------------------------------------------------------------------------------------------
 
@@ -115,7 +114,7 @@ class Settings(BaseSettings):
         except InvalidArgument:
             raise
         except ValueError:
-            raise ValueError("not a URL") from None  # the parser's own words may hold the password
+            raise ValueError("not a URL") from None  # the parser's message may contain the password
         return value
 
     @field_validator("tenant", mode="after")
@@ -139,14 +138,14 @@ class Settings(BaseSettings):
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
         if (self.on_store_error == "lease") != (self.lease_slab is not None):
-            raise ValueError("KTRDR_ON_STORE_ERROR=lease and KTRDR_LEASE_SLAB, how much is prepaid, go together")
+            raise ValueError("KTRDR_ON_STORE_ERROR=lease and KTRDR_LEASE_SLAB, the prepaid amount, need each other")
         if self.auth == "none" and (self.use_keys or self.admin_keys):
             raise ValueError("KTRDR_AUTH is 'none', but keys are set: unset one or the other")
         if set(self.use_keys) & set(self.admin_keys):
             raise ValueError("KTRDR_API_KEY and KTRDR_ADMIN_KEY must differ")
         return self
 
-    # -- what follows from them ----------------------------------------------------------------------------------------
+    # -- derived values -----------------------------------------------------------------------------------------------
 
     @property
     def use_keys(self) -> tuple[str, ...]:
@@ -160,7 +159,7 @@ class Settings(BaseSettings):
 
     @property
     def lease_slabs(self) -> AmountIn | Mapping[str, AmountIn] | None:
-        """How much is kept prepaid: of each budget in dollars, or by name; ``None`` unless the policy is ``lease``."""
+        """The prepaid amount of each budget in dollars, or by name; ``None`` unless the policy is ``lease``."""
         return None if self.lease_slab is None else _slabs(self.lease_slab)
 
     @property
@@ -170,36 +169,36 @@ class Settings(BaseSettings):
 
     @property
     def store_shown(self) -> str:
-        """Where the store is, for a person: without secrets."""
+        """The store's URL without secrets, or the data directory of the embedded server."""
         url = self.store_url
         return f"embedded, {self.agent_budget_dir}" if url is None else mask_url(url)
 
     @cached_property
     def budgets(self) -> tuple[Budget, ...]:
-        """The agent's budget, then those of the file.
+        """The agent's budget, then the budgets of the file.
 
         Raises:
-            SettingsError: the file, or an entry of it, is not usable.
+            SettingsError: the file or an entry is invalid.
         """
         agent = Budget(AGENT, self.agent_daily_budget, timezone=self.agent_budget_timezone)
         return (agent, *(() if self.budgets_file is None else _read_budgets(self.budgets_file)))
 
 
 def load_settings() -> Settings:
-    """The settings of the environment, with every budget read.
+    """Read the settings from the environment, and the budgets.
 
     Raises:
-        SettingsError: one of them is not usable.
+        SettingsError: one of them is invalid.
     """
     try:
         environment.check_names()
-        environment.store_url()  # one that is empty is not one that is not set
+        environment.store_url()  # an empty variable is an error, not the embedded server
         settings = Settings()
     except InvalidArgument as error:
         raise SettingsError(str(error)) from None
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
-    # The file is read now, so that what is wrong with it is said at the start.
+    # Read the file now, so that its errors appear at the start.
     kinds = {budget.name: budget.kind for budget in settings.budgets}
     slabs = settings.lease_slabs
     for name in slabs if isinstance(slabs, Mapping) else ():
@@ -211,7 +210,7 @@ def load_settings() -> Settings:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first thing that is wrong, named by its environment variable. Shows no input: it may be a secret."""
+    """The first error, with its environment variable. Without the value: it may be a secret."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     text = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
@@ -266,7 +265,7 @@ def _read_budgets(path: Path) -> list[Budget]:
     names = {AGENT}
     for number, entry in enumerate(entries, 1):
         where = f"{path}: budget {number}" + (f" ({entry['name']})" if isinstance(entry.get("name"), str) else "")
-        budget = _tell_where(where, lambda entry=entry: _budget(entry))  # type: ignore[misc]
+        budget = _at(where, lambda entry=entry: _budget(entry))  # type: ignore[misc]
         if budget.name in names:
             instead = "is set by AGENT_DAILY_BUDGET" if budget.name == AGENT else "is given twice"
             raise SettingsError(f"KTRDR_BUDGETS_FILE: {where}: {budget.name!r} {instead}")
@@ -275,7 +274,7 @@ def _read_budgets(path: Path) -> list[Budget]:
     return budgets
 
 
-def _tell_where(where: str, make: Callable[[], Parsed]) -> Parsed:
+def _at(where: str, make: Callable[[], Parsed]) -> Parsed:
     try:
         return make()
     except InvalidArgument as error:

@@ -15,14 +15,14 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from ktrdr_budget.agent.phases import PHASES
 
-from ..api.processes import Service, serving
+from ..api.processes import ServiceProcess, serving
 from ..helpers.otlp_receiver import OtlpReceiver, Span
 from ..helpers.waiting import wait_until
 
 pytestmark = pytest.mark.slow
 
 V1 = "/api/v1"
-Launch = Callable[..., list[Service]]
+Launch = Callable[..., list[ServiceProcess]]
 
 
 @pytest.fixture
@@ -30,38 +30,38 @@ def launch(server):
     """Start replicas on the shared server."""
     with ExitStack() as stack:
 
-        def start(count: int, workers: int = 1, **environment: Any) -> list[Service]:
+        def start(count: int, workers: int = 1, **environment: Any) -> list[ServiceProcess]:
             given = {"KTRDR_REDIS_URL": server.url, "AGENT_CYCLE_TTL": 1, "AGENT_PHASE_SECONDS": 0, **environment}
             return [stack.enter_context(serving(workers=workers, **given)) for _ in range(count)]
 
         yield start
 
 
-def trigger(replica: Service) -> str:
+def trigger(replica: ServiceProcess) -> str:
     answer = replica.post(f"{V1}/agent/trigger")
     assert answer.status_code == 202, answer.text
     return answer.json()["operation_id"]
 
 
-def status(replica: Service) -> dict[str, Any]:
+def status(replica: ServiceProcess) -> dict[str, Any]:
     return replica.get(f"{V1}/agent/status").json()
 
 
-def cycle(replica: Service, operation_id: str) -> dict[str, Any]:
+def cycle(replica: ServiceProcess, operation_id: str) -> dict[str, Any]:
     found = replica.get(f"{V1}/agent/cycles").json()["cycles"]
     return next(each for each in found if each["operation_id"] == operation_id)
 
 
-def wait_ended(replica: Service, operation_id: str) -> dict[str, Any]:
+def wait_ended(replica: ServiceProcess, operation_id: str) -> dict[str, Any]:
     wait_until(lambda: cycle(replica, operation_id)["ended_at"])
     return cycle(replica, operation_id)
 
 
-def budget(replica: Service) -> dict[str, Any]:
+def budget(replica: ServiceProcess) -> dict[str, Any]:
     return replica.get(f"{V1}/agent/budget").json()
 
 
-def samples(replica: Service) -> dict[tuple[str, ...], float]:
+def samples(replica: ServiceProcess) -> dict[tuple[str, ...], float]:
     text = replica.get("/metrics").text
     return {
         (sample.name, *sample.labels.values()): sample.value

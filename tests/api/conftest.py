@@ -18,7 +18,7 @@ from .support import BUDGETS, Running, Start
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Nothing of whoever runs the tests."""
+    """An environment without the variables of the tests' caller."""
     for name in list(os.environ):
         if name.startswith(("KTRDR_", "AGENT_", "PROMETHEUS_", "OTEL_")):
             monkeypatch.delenv(name)
@@ -27,7 +27,7 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 @pytest.fixture
 async def start(server) -> AsyncIterator[Start]:
-    """Starts services; by default on the shared server with $5.00 a day."""
+    """Start services. Default: on the shared server with $5.00 a day."""
     async with AsyncExitStack() as stack:
 
         async def start_one(**settings: Any) -> Running:
@@ -41,7 +41,7 @@ async def start(server) -> AsyncIterator[Start]:
 
 @pytest.fixture
 def budgets_file(tmp_path: Path) -> Path:
-    """Budgets of every sort."""
+    """Budgets of every kind and unit."""
     path = tmp_path / "budgets.toml"
     path.write_text(BUDGETS)
     return path
@@ -49,11 +49,11 @@ def budgets_file(tmp_path: Path) -> Path:
 
 @pytest.fixture
 async def running(start: Start, budgets_file: Path) -> Running:
-    """The service with the agent's budget, and those of the file."""
+    """The service with the agent's budget and the budgets of the file."""
     return await start(budgets_file=budgets_file)
 
 
 @pytest.fixture
 async def client(running: Running) -> httpx.AsyncClient:
-    """A client of it; without keys, it may do everything."""
+    """A client of the service, which has no keys."""
     return running.client

@@ -1,4 +1,4 @@
-"""The service as processes of its own, as `ktrdr serve` runs it."""
+"""The service in its own processes, as `ktrdr serve` runs it."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ if __name__ == "__main__":
 
 
 PATIENT = {"KTRDR_TIMEOUT": "20"}
-"""A machine that is busy with other tests is no store that is down."""
+"""Other tests may keep the machine busy for longer than the default deadline."""
 
 
-class Service:
-    """A service that runs, or has run."""
+class ServiceProcess:
+    """A service, running or ended."""
 
     def __init__(self, host: str, port: int, workers: int, environment: dict[str, Any], cwd: Any) -> None:
         self.port = port or free_port()
         self.url = f"http://127.0.0.1:{self.port}"
-        self.said: list[str] = []
+        self.output: list[str] = []
         clean = {n: v for n, v in os.environ.items() if not n.startswith(("KTRDR_", "AGENT_", "PROMETHEUS_", "OTEL_"))}
         self.process = subprocess.Popen(
             [sys.executable, "-c", MAIN, host, str(self.port), str(workers)],
@@ -56,7 +56,7 @@ class Service:
     def _read(self) -> None:
         assert self.process.stderr is not None
         with self.process.stderr as lines:
-            self.said.extend(line.rstrip("\n") for line in lines)
+            self.output.extend(line.rstrip("\n") for line in lines)
 
     def get(self, path: str, **options: Any) -> httpx.Response:
         return httpx.get(self.url + path, timeout=60, **options)
@@ -68,40 +68,40 @@ class Service:
         return httpx.request(method, self.url + path, timeout=60, **options)
 
     def wait_listening(self, within_s: float = WITHIN_S) -> None:
-        """Until a connection is taken; a worker answers it when it is there."""
+        """Wait until connections are accepted. A worker that has started serves them."""
         ends = time.monotonic() + within_s
         while not self.is_listening():
-            assert self.process.poll() is None, self.said
-            assert time.monotonic() < ends, self.said
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < ends, self.output
             time.sleep(0.01)
 
     def is_listening(self) -> bool:
-        """Whether it takes connections."""
+        """Whether connections are accepted."""
         try:
             socket.create_connection(("127.0.0.1", self.port), timeout=10).close()
         except OSError:
             return False
         return True
 
-    def wait_told(self, words: str = "listening on", within_s: float = WITHIN_S) -> None:
-        """Until it has said so."""
+    def wait_for_line(self, beginning: str = "listening on", within_s: float = WITHIN_S) -> None:
+        """Wait for a line of the output."""
         ends = time.monotonic() + within_s
-        while not any(line.startswith(words) for line in self.said):
-            assert self.process.poll() is None, self.said
-            assert time.monotonic() < ends, self.said
+        while not any(line.startswith(beginning) for line in self.output):
+            assert self.process.poll() is None, self.output
+            assert time.monotonic() < ends, self.output
             time.sleep(0.01)
 
     def signal(self, number: signal.Signals) -> None:
         self.process.send_signal(number)
 
     def end(self, within_s: float = WITHIN_S) -> int:
-        """Waits for its end; its exit code."""
+        """Wait for the end of the process; return its exit code."""
         code = self.process.wait(within_s)
         self._reader.join()
         return code
 
     def stop(self) -> int:
-        """Ends it as a service manager does; its exit code."""
+        """Stop the process with SIGTERM, as a service manager does; return its exit code."""
         if self.process.poll() is None:
             self.signal(signal.SIGTERM)
         try:
@@ -115,12 +115,12 @@ class Service:
 @contextmanager
 def serving(
     *, host: str = "127.0.0.1", port: int = 0, workers: int = 1, cwd: Any = None, **environment: Any
-) -> Iterator[Service]:
-    """A service that listens."""
-    service = Service(host, port, workers, environment, cwd)
+) -> Iterator[ServiceProcess]:
+    """A service that accepts connections."""
+    service = ServiceProcess(host, port, workers, environment, cwd)
     try:
         service.wait_listening()
-        service.wait_told()
+        service.wait_for_line()
         yield service
     finally:
         service.stop()

@@ -1,4 +1,4 @@
-"""What the tests of the service share: an app in this process, and the forms that answers have."""
+"""Shared parts of the tests of the service: an app in this process, and checks of responses."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ period = "ever"
 
 
 def connect(app: Any, *, key: str = "", address: str = "127.0.0.1") -> httpx.AsyncClient:
-    """A client of an app in this process, with a bearer key, from an address."""
+    """A client of an app in this process, with a bearer key and an address."""
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     transport = httpx.ASGITransport(app, raise_app_exceptions=False, client=(address, 40_000))
     return httpx.AsyncClient(transport=transport, base_url=URL, headers=headers)
 
 
 class Running:
-    """A service that was started, and a client of it."""
+    """A running service and a client of it."""
 
     def __init__(self, app: FastAPI) -> None:
         self.app = app
@@ -64,7 +64,7 @@ class Running:
         return self.app.state.limiter
 
     def connect(self, key: str = "", *, address: str = "127.0.0.1") -> httpx.AsyncClient:
-        """Another client of it."""
+        """Another client of the service."""
         return connect(self.app, key=key, address=address)
 
 
@@ -72,7 +72,7 @@ Start = Callable[..., Awaitable[Running]]
 
 
 def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
-    """The document of an error, whose form is checked."""
+    """Check that a response is a problem document, and return the document."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"
     document = response.json()
@@ -85,14 +85,14 @@ def problem(response: httpx.Response, status: int, code: str) -> dict[str, Any]:
 
 
 async def reserved(client: httpx.AsyncClient, amounts: Any = None, **fields: Any) -> dict[str, Any]:
-    """The document of a reservation that is granted now."""
+    """Reserve; return the document of the hold."""
     response = await client.post(f"{V1}/reservations", json={"amounts": amounts or {"agent": "0.15"}, **fields})
     assert response.status_code == 201, response.text
     return response.json()
 
 
 async def figures(client: httpx.AsyncClient, name: str = "agent") -> tuple[Any, Any, Any, Any]:
-    """Spent, held, unconfirmed and remaining of a budget."""
+    """The spent, held, unconfirmed and remaining amounts of a budget."""
     response = await client.get(f"{V1}/budgets/{name.replace('/', '%2F')}")
     assert response.status_code == 200, response.text
     document = response.json()

@@ -1,4 +1,4 @@
-"""The agent over HTTP: each answer of a trigger, and cycles as any replica tells of them."""
+"""The agent over HTTP: every response of a trigger, and the cycles that replicas list."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ TRIGGER = f"{V1}/agent/trigger"
 
 @pytest.fixture(autouse=True)
 def pace(environment: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Cycles without the leisure that people need to watch them."""
+    """Run the phases without delays."""
     environment.setenv("AGENT_PHASE_SECONDS", "0")
     return environment
 
 
 async def ended(client, operation_id: str) -> dict:
-    """A cycle, once it has ended."""
+    """Wait for the end of a cycle, and return it."""
 
     async def look():
         cycles = (await client.get(f"{V1}/agent/cycles")).json()["cycles"]
@@ -52,7 +52,7 @@ async def test_a_trigger_starts_a_cycle_that_costs_between_a_cent_and_its_estima
     assert (cycle["model"], cycle["brief"], cycle["bypass_gates"]) == ("ktrdr-scripted-1", None, False)
 
 
-async def test_the_status_tells_what_is_left_of_the_budget_and_how_many_cycles_are_free(start, pace):
+async def test_the_status_has_the_remaining_budget_and_the_number_of_free_cycles(start, pace):
     pace.setenv("AGENT_PHASE_SECONDS", "3600")
     pace.setenv("AGENT_MAX_CONCURRENT_CYCLES", "2")
     here, there = (await start()).client, (await start()).client
@@ -66,7 +66,7 @@ async def test_the_status_tells_what_is_left_of_the_budget_and_how_many_cycles_a
         await here.post(TRIGGER)
 
 
-async def test_without_limits_nothing_bounds_what_is_left(start):
+async def test_the_status_without_limits_has_null_figures(start):
     client = (await start(agent_daily_budget="unlimited")).client
     assert (await client.put(f"{V1}/budgets/agent:cycles/limit", json={"limit": None})).status_code == 200
     status = (await client.get(f"{V1}/agent/status")).json()
@@ -74,7 +74,7 @@ async def test_without_limits_nothing_bounds_what_is_left(start):
     assert status["capacity"] == {"active": 0, "free": None, "limit": None}
 
 
-async def test_the_options_of_a_trigger_decide_what_the_cycle_does(start, pace):
+async def test_a_cycle_follows_the_options_of_its_trigger(start, pace):
     pace.setenv("TRAINING_GATE_MIN_ACCURACY", "0.99")
     client = (await start()).client
     options = {"strategy": "trend_following", "model": "haiku", "bypass_gates": True}
@@ -107,7 +107,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("body", UNUSABLE)
-async def test_a_field_that_cannot_be_followed_is_named_and_starts_nothing(start, body: str):
+async def test_an_unusable_option_is_named_and_starts_nothing(start, body: str):
     client = (await start()).client
     response = await client.post(TRIGGER, content=body, headers={"Content-Type": "application/json"})
     problem = is_a_refusal(response, 422, "invalid_request")
@@ -151,7 +151,7 @@ async def test_a_second_cycle_is_refused_with_the_first_ones_id(start, pace):
 
 
 @pytest.mark.parametrize("body", ["[]", "1", "{", '{"operation_id": "x"}', '{"operation_id": 1}', '{"estimate": 1}'])
-async def test_a_body_that_is_not_valid_starts_nothing(start, body):
+async def test_an_invalid_body_starts_no_cycle(start, body):
     client = (await start()).client
     response = await client.post(TRIGGER, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 422
@@ -159,7 +159,7 @@ async def test_a_body_that_is_not_valid_starts_nothing(start, body):
 
 
 def is_a_refusal(response, status: int, reason: str) -> dict:
-    """The problem of a trigger that has started nothing."""
+    """Check that a response is a refused trigger, and return the document."""
     assert (response.status_code, response.headers["content-type"]) == (status, "application/problem+json")
     problem = response.json()
     assert (problem["triggered"], problem["reason"]) == (False, reason)
@@ -168,21 +168,21 @@ def is_a_refusal(response, status: int, reason: str) -> dict:
 
 
 @pytest.mark.parametrize("media_type", ["application/json", "text/plain", "application/x-www-form-urlencoded", None])
-async def test_a_body_that_is_not_valid_is_refused_as_any_trigger_whatever_it_is_said_to_be(start, media_type):
+async def test_an_invalid_body_of_any_media_type_is_reported_as_a_refused_trigger(start, media_type):
     client = (await start()).client
     headers = {} if media_type is None else {"Content-Type": media_type}
     is_a_refusal(await client.post(TRIGGER, content=b"nope", headers=headers), 422, "invalid_request")
     is_a_refusal(await client.post(TRIGGER, content=b"x" * 70_000, headers=headers), 413, "content_too_large")
 
 
-async def test_too_many_holds_are_a_refusal(start):
+async def test_a_trigger_with_too_many_holds_is_refused(start):
     client = (await start(max_holds=1)).client
     await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.10"}})
     problem = is_a_refusal(await client.post(TRIGGER), 429, "too_many_holds")
     assert problem["retry_after"] > 0
 
 
-async def test_a_budget_that_is_defined_otherwise_is_a_refusal(start):
+async def test_a_trigger_with_a_budget_mismatch_is_refused(start):
     here = (await start()).client
     await ended(here, (await here.post(TRIGGER)).json()["operation_id"])
     there = (await start(agent_budget_timezone="Asia/Tokyo")).client
@@ -192,7 +192,7 @@ async def test_a_budget_that_is_defined_otherwise_is_a_refusal(start):
     assert (status["status"], status["budget"], status["capacity"]["free"]) == ("idle", None, 1)
 
 
-async def test_an_id_of_a_cycle_that_is_only_remembered_is_a_refusal(start, client_of_store):
+async def test_a_trigger_with_the_id_of_a_past_cycle_is_refused(start, client_of_store):
     client = (await start()).client
     await ended(client, (await client.post(TRIGGER, json={"operation_id": "op_old"})).json()["operation_id"])
     client_of_store.delete("ktrdr:{default}:h:op_old")  # as after 24 h
@@ -206,7 +206,7 @@ def client_of_store(server):
         yield store
 
 
-async def test_without_the_store_a_trigger_is_unavailable(start, start_server):
+async def test_a_trigger_without_the_store_is_unavailable(start, start_server):
     own = start_server()
     client = (await start(redis_url=own.url, timeout=0.1)).client
     own.kill()
@@ -219,7 +219,7 @@ async def test_without_the_store_a_trigger_is_unavailable(start, start_server):
         assert (await client.get(f"{V1}/agent/{path}")).status_code == 503
 
 
-async def test_an_id_makes_a_trigger_that_is_repeated_harmless(start, pace):
+async def test_a_repeated_trigger_with_an_id_returns_the_same_cycle(start, pace):
     pace.setenv("AGENT_PHASE_SECONDS", "3600")
     here, there = (await start()).client, (await start()).client
     first = await here.post(TRIGGER, json={"operation_id": "op_mine"})
@@ -249,7 +249,7 @@ async def test_a_cycle_is_cancelled_and_seen_by_another_replica(start, pace):
     assert (cycle["outcome"], budget["today_spend"], budget["held"]) == ("cancelled", float(cycle["spend"]), 0)
 
 
-async def test_cycles_are_listed_by_pages_newest_first(start):
+async def test_cycles_are_listed_in_pages_newest_first(start):
     client = (await start()).client
     ids = []
     for _ in range(3):

@@ -1,4 +1,4 @@
-"""Who may do what, and whose hold it is."""
+"""Authentication, admin operations and the owners of holds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ADMIN = (
 
 @pytest.fixture
 async def keyed(start) -> Running:
-    """A service with two keys for use, and one for admins."""
+    """A service with two use keys and an admin key."""
     return await start(api_key="use-1, use-2", admin_key="admin-1")
 
 
@@ -53,7 +53,7 @@ async def statuses(client: httpx.AsyncClient, operations) -> set[int]:
     return {(await client.request(method, V1 + path, json=body)).status_code for method, path, body in operations}
 
 
-async def test_without_a_key_nothing_but_the_probes_answers(keyed):
+async def test_only_the_probes_reply_without_a_key(keyed):
     client = keyed.connect()
     for method, path, body in (*USE, *ADMIN):
         response = await client.request(method, V1 + path, json=body)
@@ -73,12 +73,12 @@ async def test_a_wrong_key_is_refused(keyed, header):
     assert "use-1" not in response.text
 
 
-async def test_a_key_that_is_not_ascii_is_refused(keyed):
+async def test_a_non_ascii_key_is_refused(keyed):
     response = await keyed.client.get(f"{V1}/budgets", headers={b"Authorization": "Bearer k\u00e9y".encode()})
     problem(response, 401, "unauthorized")
 
 
-async def test_a_key_is_looked_at_before_anything_else(keyed):
+async def test_the_key_is_checked_before_the_request(keyed):
     response = await keyed.client.put(f"{V1}/budgets/a%20b/limit", content=b"{", headers={"Content-Type": "text/x"})
     problem(response, 401, "unauthorized")
     response = await keyed.connect("use-1").put(f"{V1}/budgets/agent/limit", content=b"{")
@@ -86,7 +86,7 @@ async def test_a_key_is_looked_at_before_anything_else(keyed):
 
 
 @pytest.mark.parametrize("key", ["use-1", "use-2"])
-async def test_a_use_key_does_all_but_what_is_for_admins(keyed, key):
+async def test_a_use_key_may_call_all_but_admin_operations(keyed, key):
     client = keyed.connect(key)
     assert await statuses(client, USE) == {200, 201, 404}
     for method, path, body in ADMIN:
@@ -94,29 +94,29 @@ async def test_a_use_key_does_all_but_what_is_for_admins(keyed, key):
     assert (await client.get(f"{V1}/budgets/agent")).json()["limit_source"] == "configured"
 
 
-async def test_an_admin_key_does_everything(keyed):
+async def test_an_admin_key_may_call_everything(keyed):
     client = keyed.connect("admin-1")
     assert await statuses(client, (*USE, *ADMIN)) == {200, 201, 404}
 
 
-async def test_the_word_bearer_is_spelled_as_one_likes(keyed):
+async def test_the_bearer_scheme_is_case_insensitive(keyed):
     response = await keyed.client.get(f"{V1}/budgets", headers={"Authorization": "bearer  use-1"})
     assert response.status_code == 200
 
 
-async def test_with_a_use_key_only_nobody_is_an_admin(start):
+async def test_admin_operations_are_closed_without_an_admin_key(start):
     client = (await start(api_key="use-1")).connect("use-1")
     assert await statuses(client, USE) == {200, 201, 404}
     assert await statuses(client, ADMIN) == {403}
 
 
-async def test_with_an_admin_key_only_everything_needs_it(start):
+async def test_everything_needs_the_admin_key_if_it_is_the_only_key(start):
     running = await start(admin_key="admin-1")
     assert await statuses(running.connect(), (*USE, *ADMIN)) == {401}
     assert await statuses(running.connect("admin-1"), (*USE, *ADMIN)) == {200, 201, 404}
 
 
-async def test_without_keys_this_machine_may_do_everything_and_others_nothing(start):
+async def test_without_keys_only_this_machine_is_served(start):
     running = await start()
     for address in ("127.0.0.1", "127.8.9.10", "::1", "::ffff:127.0.0.1"):
         assert await statuses(running.connect(address=address), (*USE, *ADMIN)) == {200, 201, 404}
@@ -126,23 +126,23 @@ async def test_without_keys_this_machine_may_do_everything_and_others_nothing(st
         assert (await running.connect(address=address).get("/livez")).status_code == 200
 
 
-async def test_everybody_is_served_if_that_is_said(start):
+async def test_auth_none_serves_other_machines(start):
     running = await start(auth="none")
     assert await statuses(running.connect(address="192.0.2.1"), (*USE, *ADMIN)) == {200, 201, 404}
 
 
-async def test_a_client_without_an_address_is_on_this_machine(start):
+async def test_a_client_without_an_address_counts_as_local(start):
     running = await start()
     assert (await running.connect(address="testclient").get(f"{V1}/budgets")).status_code == 200
     assert is_loopback("unix")
-    assert authenticate(Keys(), client=None).admin  # as of a unix socket
+    assert authenticate(Keys(), client=None).admin  # a unix socket
 
 
 # -- whose hold it is --------------------------------------------------------------------------------------------------
 
 
 async def unconfirmed(running: Running, key: str) -> str:
-    """The path of a hold that a key reserved, and that has expired."""
+    """The path of an expired hold of a key."""
     client = running.connect(key)
     path = f"{V1}/reservations/{(await reserved(client, ttl=1))['id']}"
 
@@ -153,7 +153,7 @@ async def unconfirmed(running: Running, key: str) -> str:
     return path
 
 
-async def test_a_hold_carries_whose_it_is_but_not_the_key(keyed, server):
+async def test_a_hold_has_an_owner_but_not_the_key(keyed, server):
     for key in ("use-1", "use-2", "admin-1"):
         hold = await reserved(keyed.connect(key))
         owner = (await keyed.limiter.get(hold["id"])).owner
@@ -163,13 +163,13 @@ async def test_a_hold_carries_whose_it_is_but_not_the_key(keyed, server):
     assert "use-1" not in stored
 
 
-async def test_without_keys_a_hold_is_of_the_service(start):
+async def test_the_owner_of_a_hold_without_keys_is_the_service(start):
     running = await start()
     hold = await reserved(running.client)
     assert (await running.limiter.get(hold["id"])).owner == "http"
 
 
-async def test_an_unconfirmed_hold_is_settled_by_whoever_reserved_it(keyed):
+async def test_the_key_that_reserved_an_unconfirmed_hold_settles_it(keyed):
     path = await unconfirmed(keyed, "use-1")
     done = await keyed.connect("use-1").post(f"{path}/commit", json={"amounts": "0.07"})
     assert (done.status_code, done.json()["late"]) == (200, True)
@@ -178,12 +178,12 @@ async def test_an_unconfirmed_hold_is_settled_by_whoever_reserved_it(keyed):
     assert await figures(keyed.connect("use-1")) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_an_unconfirmed_hold_of_another_needs_the_admin_key(keyed):
+async def test_an_unconfirmed_hold_of_another_key_needs_the_admin_key(keyed):
     path, other = await unconfirmed(keyed, "use-1"), keyed.connect("use-2")
     for action, body in (
         ("commit", {"amounts": "0"}),
         ("release", None),
-        ("extend", {}),  # which would open it again, for anybody to settle
+        ("extend", {}),  # an extended hold is open again, so any key could settle it
         ("grow", {"amounts": {"agent": "0.15"}}),
     ):
         problem(await other.post(f"{path}/{action}", json=body), 403, "forbidden")
@@ -200,7 +200,7 @@ async def test_an_open_hold_is_settled_by_any_use_key(keyed):
     assert (await other.post(f"{V1}/reservations/{hold['id']}/release")).status_code == 200
 
 
-async def test_what_an_admin_released_by_hand_the_worker_may_still_commit(keyed):
+async def test_the_worker_may_commit_a_hold_that_an_admin_released(keyed):
     path = await unconfirmed(keyed, "use-1")
     released = await keyed.connect("admin-1").post(f"{path}/release")
     assert released.json()["state"] == "released"
@@ -210,7 +210,7 @@ async def test_what_an_admin_released_by_hand_the_worker_may_still_commit(keyed)
     assert await figures(keyed.connect("use-1")) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_what_an_admin_released_by_hand_no_other_use_key_settles(keyed):
+async def test_another_use_key_cannot_settle_a_hold_that_an_admin_released(keyed):
     path, other = await unconfirmed(keyed, "use-1"), keyed.connect("use-2")
     await keyed.connect("admin-1").post(f"{path}/release")
     for action, body in (
@@ -226,7 +226,7 @@ async def test_what_an_admin_released_by_hand_no_other_use_key_settles(keyed):
 
 
 @pytest.mark.parametrize("keys", [{}, {"api_key": "use-1", "admin_key": "admin-1"}])
-async def test_an_unconfirmed_hold_that_anybody_released_the_worker_may_still_commit(start, keys):
+async def test_the_worker_may_commit_an_unconfirmed_hold_after_its_release(start, keys):
     running = await start(**keys)
     client = running.connect("use-1" if keys else "")
     path = await unconfirmed(running, "use-1" if keys else "")
@@ -238,7 +238,7 @@ async def test_an_unconfirmed_hold_that_anybody_released_the_worker_may_still_co
     assert await figures(client) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_what_its_owner_released_stays_released(keyed):
+async def test_a_hold_that_its_owner_released_stays_released(keyed):
     admin = keyed.connect("admin-1")
     hold = await reserved(admin)
     await admin.post(f"{V1}/reservations/{hold['id']}/release")
@@ -246,7 +246,7 @@ async def test_what_its_owner_released_stays_released(keyed):
     problem(late, 409, "hold-conflict")
 
 
-async def test_a_hold_of_the_library_is_released_as_by_an_operator(start):
+async def test_releasing_a_hold_of_the_library_counts_as_an_operator_release(start):
     running = await start()
     async with running.limiter.hold("agent", "0.15") as hold:
         assert (await running.client.post(f"{V1}/reservations/{hold.id}/release")).status_code == 200
@@ -257,7 +257,7 @@ async def test_a_hold_of_the_library_is_released_as_by_an_operator(start):
 # -- keys --------------------------------------------------------------------------------------------------------------
 
 
-def test_keys_show_nothing():
+def test_the_repr_of_keys_has_no_secret():
     assert "secret" not in repr(Keys(["secret"], ["secret-too"]))
 
 
@@ -269,7 +269,7 @@ def test_keys_come_from_the_environment():
     assert authenticate(Keys.from_environment({"KTRDR_AUTH": "none"}), client=("192.0.2.1", 1)).admin
 
 
-def test_every_key_is_compared_whichever_matches(monkeypatch):
+def test_a_key_is_compared_with_all_keys(monkeypatch):
     import hmac
 
     compared = []

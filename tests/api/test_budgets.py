@@ -12,7 +12,7 @@ from ..helpers.patience import away
 from .support import V1, figures, problem, reserved
 
 
-async def test_the_agents_budget_is_told_in_json_numbers(client):
+async def test_the_agents_budget_has_json_numbers(client):
     await client.post(f"{V1}/spend", json={"amounts": {"agent": "0.15"}})
     response = await client.get(f"{V1}/agent/budget")
     assert response.status_code == 200
@@ -33,8 +33,8 @@ async def test_the_agents_budget_is_told_in_json_numbers(client):
     assert '"remaining":4.85,' in response.text  # not 4.8499999999999996
 
 
-async def test_a_nano_dollar_is_a_plain_decimal_in_every_answer(client):
-    """Money is never in scientific notation, which a reader may take for text, or not read at all."""
+async def test_a_nano_dollar_is_a_plain_decimal_in_every_response(client):
+    """Money is never in scientific notation, which some readers do not parse."""
     answers = [
         await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.000000001"}, "id": "op_1"}),
         await client.get(f"{V1}/reservations/op_1"),
@@ -46,12 +46,12 @@ async def test_a_nano_dollar_is_a_plain_decimal_in_every_answer(client):
     ]
     for answer in answers:
         assert "0.00000000" in answer.text
-        # A whole JSON value: an id may well begin with 6e5.
+        # Only whole JSON values: an id may contain 6e5.
         assert not re.search(r"[:\[,\"][0-9.]+[eE][-+]?\d+[\",\]}]", answer.text), answer.text
     assert '"today_spend":0.000000002,' in answers[-3].text
 
 
-async def test_an_unlimited_budget_has_no_remainder(start):
+async def test_an_unlimited_budget_has_null_figures(start):
     client = (await start(agent_daily_budget="unlimited")).client
     document = (await client.get(f"{V1}/agent/budget")).json()
     assert document["daily_limit"] is document["remaining"] is document["cycles_affordable"] is None
@@ -59,7 +59,7 @@ async def test_an_unlimited_budget_has_no_remainder(start):
     assert document["limit"] is document["remaining"] is document["configured_limit"] is None
 
 
-async def test_a_limit_of_zero_denies_all(start):
+async def test_a_limit_of_zero_denies_everything(start):
     client = (await start(agent_daily_budget="0")).client
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.000000001"}})
     document = problem(denied, 429, "budget-exceeded")
@@ -94,7 +94,7 @@ async def test_every_budget_is_listed(client):
 
 
 @pytest.mark.parametrize("name", ["team/a:b@c", "team/holds"])
-async def test_a_name_may_hold_a_slash(client, name):
+async def test_a_budget_name_may_contain_a_slash(client, name):
     path = f"{V1}/budgets/{quote(name, safe='')}"
     hold = await reserved(client, {name: "0.10"})
     await client.post(f"{V1}/spend", json={"amounts": {name: "0.20"}, "id": "op_2"})
@@ -107,7 +107,7 @@ async def test_a_name_may_hold_a_slash(client, name):
     assert (await client.delete(f"{path}/limit")).json()["limit_source"] == "configured"
 
 
-async def test_a_plain_slash_before_a_word_of_ours_ends_the_name(client):
+async def test_an_unencoded_slash_before_a_path_word_ends_the_name(client):
     assert (await client.get(f"{V1}/budgets/team/a:b@c")).json()["name"] == "team/a:b@c"
     assert (await client.get(f"{V1}/budgets/team/a:b@c/holds")).json() == {"holds": [], "next_cursor": None}
     problem(await client.get(f"{V1}/budgets/team/holds"), 404, "unknown-budget")  # the holds of `team`
@@ -154,7 +154,7 @@ async def test_a_ledger_is_paged_and_adds_up(client):
     "query",
     ["limit=0", "limit=1001", "limit=ten", "limit=", "limit=1_0", "limit=-1", "cursor=x", "cursor=2-0", "cursor="],
 )
-async def test_a_page_that_cannot_be_is_refused(client, query):
+async def test_an_invalid_page_is_refused(client, query):
     response = await client.get(f"{V1}/budgets/agent/holds?{query}")
     assert response.status_code == 422
     assert response.json()["code"] in ("invalid-request", "invalid-argument")
@@ -163,7 +163,7 @@ async def test_a_page_that_cannot_be_is_refused(client, query):
 @pytest.mark.parametrize(
     "query", ["cursor=0-0", "cursor=99999999999999999999", "cursor=1-0", "window=yesterday", "window=2026-13-01"]
 )
-async def test_a_place_in_a_ledger_that_cannot_be_is_refused(client, query):
+async def test_an_invalid_page_of_a_ledger_is_refused(client, query):
     problem(await client.get(f"{V1}/budgets/agent/ledger?{query}"), 422, "invalid-argument")
 
 
@@ -179,7 +179,7 @@ async def test_a_limit_changes_for_all_replicas(start):
     assert await figures(one) == ("0.00", "7.00", "0.00", "0.00")
 
 
-async def test_a_limit_may_end_by_itself(client):
+async def test_a_limit_may_have_an_end(client):
     until = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
     changed = await client.put(
         f"{V1}/budgets/agent/limit", json={"limit": 1, "until": f"{until:%Y-%m-%dT%H:%M:%S}+00:00"}
@@ -208,14 +208,14 @@ async def test_a_limit_may_end_by_itself(client):
         {"limit": "9007199.254740992"},
     ],
 )
-async def test_a_limit_that_cannot_be_is_refused(client, body):
+async def test_an_invalid_limit_is_refused(client, body):
     response = await client.put(f"{V1}/budgets/agent/limit", json=body)
     assert response.status_code == 422, response.text
     assert response.json()["code"] in ("invalid-request", "invalid-argument", "invalid-amount")
     assert (await client.get(f"{V1}/budgets/agent")).json()["limit_source"] == "configured"
 
 
-async def test_the_day_of_the_agent_is_that_of_its_timezone(start):
+async def test_the_agents_day_follows_its_timezone(start):
     client = (await start(agent_budget_timezone="Pacific/Kiritimati")).client
     document = (await client.get(f"{V1}/budgets/agent")).json()
     assert document["timezone"] == "Pacific/Kiritimati"
@@ -223,14 +223,14 @@ async def test_the_day_of_the_agent_is_that_of_its_timezone(start):
 
 
 @pytest.mark.timely
-async def test_budgets_tell_that_the_store_is_being_repaired(start, start_server):
+async def test_budgets_report_a_repair_of_the_store(start, start_server):
     own = start_server()
     client = (await start(redis_url=own.url, timeout=0.3)).client
     assert (await client.get(f"{V1}/budgets/agent")).json()["recovering_until"] is None
     assert (await client.post(f"{V1}/spend", json={"amounts": {"agent": "0.15"}})).status_code == 201
     with own.client() as store:
         store.flushall()
-    with away(own.url):  # as far as its deadline goes, which comes before the end of the repair
+    with away(own.url):  # the deadline is before the end of the repair
         refused = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
     assert "being repaired" in problem(refused, 503, "store-unavailable")["detail"]
     until = (await client.get(f"{V1}/budgets/agent")).json()["recovering_until"]

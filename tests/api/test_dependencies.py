@@ -1,4 +1,4 @@
-"""`Depends(hold_budget(...))` in an app of somebody else's."""
+"""`Depends(hold_budget(...))` in another app."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ MODEL = {"provider": "acme", "model": "road", "input_tokens_max": 10, "output_to
 
 @pytest.fixture
 def client(server):
-    """Looks into the server; in these tests no service is running."""
+    """A client of the server. No service runs in these tests."""
     with server.client() as made:
         yield made
 
@@ -77,7 +77,7 @@ def figures(client, budget="agent") -> tuple[int, int]:
 # -- what a route costs ------------------------------------------------------------------------------------------------
 
 
-async def test_a_route_that_says_nothing_costs_its_estimate(app, client, limiter):
+async def test_a_route_without_accruals_commits_its_estimate(app, client, limiter):
     @app.post("/research/{topic}", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
     async def research(topic: str) -> str:
         assert figures(client) == (0, to_units("0.15"))
@@ -89,7 +89,7 @@ async def test_a_route_that_says_nothing_costs_its_estimate(app, client, limiter
     assert [entry.operation for entry in await limiter.ledger("agent")] == ["POST /research/{topic}"]
 
 
-async def test_a_route_accrues_what_it_costs(app, client):
+async def test_a_route_commits_what_it_accrued(app, client):
     @app.post("/")
     async def research(hold: Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]) -> str:
         assert current_hold() is hold
@@ -100,7 +100,7 @@ async def test_a_route_accrues_what_it_costs(app, client):
     assert figures(client) == (to_units("0.02"), 0)
 
 
-async def test_a_plain_function_accrues_what_it_costs(app, client):
+async def test_a_sync_route_commits_what_it_accrued(app, client):
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
     def research() -> None:
         current_hold().accrue("0.02")
@@ -109,7 +109,7 @@ async def test_a_plain_function_accrues_what_it_costs(app, client):
     assert figures(client) == (to_units("0.02"), 0)
 
 
-async def test_metered_calls_of_a_route_draw_from_its_hold(app, client, limiter):
+async def test_metered_calls_of_a_route_use_its_hold(app, client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 10, 50)]))
 
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
@@ -122,7 +122,7 @@ async def test_metered_calls_of_a_route_draw_from_its_hold(app, client, limiter)
     assert figures(client) == (200_000, 0)
 
 
-async def test_a_stream_is_paid_when_it_has_been_sent(app, client):
+async def test_a_stream_is_committed_after_it_was_sent(app, client):
     @app.post("/")
     async def research(hold: Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]) -> StreamingResponse:
         async def words() -> AsyncIterator[str]:
@@ -138,8 +138,8 @@ async def test_a_stream_is_paid_when_it_has_been_sent(app, client):
 
 
 @pytest.mark.parametrize(("accrued", "spent"), [("0", "0.15"), ("0.01", "0.02")])
-async def test_a_stream_whose_reader_leaves_is_settled_once(app, client, limiter, accrued, spent):
-    """fastapi #11143: a `yield` dependency and a streamed answer."""
+async def test_a_stream_is_settled_once_if_its_reader_disconnects(app, client, limiter, accrued, spent):
+    """fastapi #11143: a `yield` dependency and a streamed response."""
     closed = asyncio.Event()
 
     @app.post("/")
@@ -169,7 +169,7 @@ async def test_a_stream_whose_reader_leaves_is_settled_once(app, client, limiter
 
 @pytest.mark.parametrize(("accrued", "spent"), [("0", "0"), ("0.02", "0.02")])
 @pytest.mark.parametrize("error", [HTTPException(404, "nothing"), ValueError("broken")])
-async def test_a_route_that_raises_costs_what_it_accrued(app, client, accrued, spent, error):
+async def test_a_route_that_raises_commits_what_it_accrued(app, client, accrued, spent, error):
     @app.post("/")
     async def research(hold: Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]) -> None:
         hold.accrue(accrued)
@@ -183,7 +183,7 @@ async def test_a_route_that_raises_costs_what_it_accrued(app, client, accrued, s
     assert figures(client) == (to_units(spent), 0)
 
 
-async def test_a_visitor_who_leaves_pays_what_was_accrued(app, client):
+async def test_a_disconnected_client_is_charged_what_was_accrued(app, client):
     begun = asyncio.Event()
 
     @app.post("/")
@@ -203,7 +203,7 @@ async def test_a_visitor_who_leaves_pays_what_was_accrued(app, client):
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_route_without_room_answers_429_as_a_problem_document(app, client, limiter):
+async def test_a_denied_route_replies_429_with_a_problem(app, client, limiter):
     ran = False
 
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
@@ -248,7 +248,7 @@ async def test_a_budget_of_requests_is_a_rate_limit(app):
     assert answer.headers["ratelimit-policy"] == '"calls";q=1;w=86400'
 
 
-async def test_a_call_that_is_denied_inside_a_route_answers_429_too(app, client, limiter):
+async def test_a_denied_call_inside_a_route_replies_429(app, client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 10, 50)]))
 
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.01"))])
@@ -262,7 +262,7 @@ async def test_a_call_that_is_denied_inside_a_route_answers_429_too(app, client,
     assert figures(client) == (0, 0)
 
 
-async def test_a_store_that_does_not_answer_is_503(start_server):
+async def test_an_unreachable_store_is_503(start_server):
     own = start_server()
     app = FastAPI()
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.1) as limiter:
@@ -276,7 +276,7 @@ async def test_a_store_that_does_not_answer_is_503(start_server):
     assert answer.json()["code"] == "store-unavailable"
 
 
-async def test_a_store_that_is_away_when_a_route_ends_does_not_take_its_answer(start_server, caplog):
+async def test_a_failed_settlement_does_not_change_the_response(start_server, caplog):
     own = start_server()
     app = FastAPI()
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=1.0) as limiter:
@@ -290,15 +290,15 @@ async def test_a_store_that_is_away_when_a_route_ends_does_not_take_its_answer(s
     assert "could not be settled" in caplog.text
 
 
-async def test_an_unknown_budget_is_the_app_s_own_mistake(app):
+async def test_an_unknown_budget_is_an_error_of_the_app(app):
     @app.post("/", dependencies=[Depends(hold_budget("nothing", estimate="0.15"))])
     async def research() -> None: ...
 
-    with pytest.raises(UnknownBudget):  # as any other bug
+    with pytest.raises(UnknownBudget):  # a bug of the app
         await ask(app)
 
 
-async def test_an_app_may_answer_in_its_own_way(app, limiter):
+async def test_an_app_may_have_its_own_handler(app, limiter):
     @app.exception_handler(BudgetProblem)
     async def sorry(request: Request, error: BudgetProblem) -> JSONResponse:
         return JSONResponse({"sorry": error.problem.code}, error.status_code)
@@ -313,7 +313,7 @@ async def test_an_app_may_answer_in_its_own_way(app, limiter):
 # -- which limiter -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_limiter_may_be_found_by_the_request(client, limiter):
+async def test_the_limiter_may_be_a_function_of_the_request(client, limiter):
     app = FastAPI()
     app.state.limiter = limiter
     depends = hold_budget({"agent": "0.15", "calls": 1}, limiter=lambda request: request.app.state.limiter)
@@ -370,12 +370,12 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(("budget", "options"), UNUSABLE)
-def test_arguments_that_are_not_usable_are_refused_when_the_dependency_is_made(budget, options):
+def test_invalid_arguments_are_refused_when_the_dependency_is_made(budget, options):
     with pytest.raises(InvalidArgument):
         hold_budget(budget, **options)
 
 
-def test_the_budgets_of_a_limiter_are_known_when_the_dependency_is_made(limiter):
+def test_budgets_of_a_given_limiter_are_checked_when_the_dependency_is_made(limiter):
     for budget, options in (("nothing", {"estimate": 1}), ({"agent": 1, "nothing": 1}, {})):
         with pytest.raises(UnknownBudget):
             hold_budget(budget, limiter=limiter, **options)
@@ -385,12 +385,12 @@ def test_the_budgets_of_a_limiter_are_known_when_the_dependency_is_made(limiter)
 
 
 @pytest.mark.parametrize("estimate", ["0.15", 1, 0.15, Decimal("0.15"), 10_000_000])
-def test_an_amount_of_any_unit_is_usable_where_the_budget_is_not_known_yet(estimate):
+def test_an_amount_of_any_unit_is_accepted_before_the_limiter_is_known(estimate):
     assert hold_budget("agent", estimate=estimate)
     assert hold_budget({"agent": estimate}, limiter=lambda connection: None)
 
 
-async def test_a_function_that_returns_no_limiter_is_named(server):
+async def test_an_error_names_a_function_that_returns_no_limiter(server):
     app = FastAPI()
 
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15", limiter=lambda request: "redis://"))])
@@ -419,7 +419,7 @@ def holding(estimate: str = "0.15"):
     return Depends(hold_budget("agent", estimate=estimate, limiter=of_app))
 
 
-async def test_calls_in_a_plain_function_draw_from_the_hold_of_a_sync_limiter(sync_app, client):
+async def test_calls_in_a_sync_route_use_the_hold_of_a_sync_limiter(sync_app, client):
     meter = Meter(sync_app.state.limiter, pricer=Prices([ModelPrice("acme", "road", "10", "50")]))
 
     by_name = Depends(hold_budget("agent", estimate="0.15", limiter=sync_app.state.limiter))
@@ -437,7 +437,7 @@ async def test_calls_in_a_plain_function_draw_from_the_hold_of_a_sync_limiter(sy
     assert figures(client) == (to_units("0.0051"), 0)
 
 
-async def test_a_guarded_sync_client_in_a_plain_function_pays_once(sync_app, client):
+async def test_a_guarded_sync_client_in_a_sync_route_is_charged_once(sync_app, client):
     with LocalProvider() as provider:
         guarded = guard(raw_client("anthropic", False, provider), sync_app.state.limiter)
 
@@ -453,7 +453,7 @@ async def test_a_guarded_sync_client_in_a_plain_function_pays_once(sync_app, cli
 
 
 @pytest.mark.parametrize(("accrued", "spent"), [("0", "0"), ("0.03", "0.03")])
-async def test_a_plain_function_that_raises_costs_what_it_accrued(sync_app, client, accrued, spent):
+async def test_a_sync_route_that_raises_commits_what_it_accrued(sync_app, client, accrued, spent):
     @sync_app.post("/")
     def research(hold: Annotated[Hold, holding()]) -> None:
         hold.accrue(accrued)
@@ -463,7 +463,7 @@ async def test_a_plain_function_that_raises_costs_what_it_accrued(sync_app, clie
     assert figures(client) == (to_units(spent), 0)
 
 
-async def test_a_plain_function_without_room_does_not_run(sync_app, client):
+async def test_a_denied_sync_route_does_not_run(sync_app, client):
     @sync_app.post("/", dependencies=[holding("2.00")])
     def research() -> None:
         raise AssertionError
@@ -473,7 +473,7 @@ async def test_a_plain_function_without_room_does_not_run(sync_app, client):
     assert figures(client) == (0, 0)
 
 
-async def test_a_visitor_who_leaves_while_a_thread_reserves_costs_nothing(sync_app, client, monkeypatch):
+async def test_a_client_that_disconnects_while_a_thread_reserves_costs_nothing(sync_app, client, monkeypatch):
     limiter, goes_on = sync_app.state.limiter, threading.Event()
     reserve, reserving = limiter.reserve, threading.Event()
 

@@ -1,4 +1,4 @@
-"""The routers in an app of somebody else."""
+"""The routers in another app."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ async def test_the_router_works_in_any_app(limiter):
         wrong = await client.get(f"{V1}/budgets/agent/limit")
         problem(wrong, 405, "method-not-allowed")
         assert wrong.headers["allow"] == "DELETE, PUT"
-        assert (await client.get("/nothing")).json() == {"detail": "Not Found"}  # the app's own affair
+        assert (await client.get("/nothing")).json() == {"detail": "Not Found"}  # the response of the app itself
 
 
-async def test_dependencies_of_the_app_are_asked_first(limiter):
+async def test_dependencies_of_the_app_run_first(limiter):
     asked = []
 
     async def login(request: Request) -> None:
-        asked.append(await request.body())  # which we must still be able to read
+        asked.append(await request.body())  # the route must still be able to read it
         if request.headers.get("x-user") != "me":
             raise HTTPException(418)
 
@@ -82,14 +82,14 @@ async def test_keys_come_from_the_environment(limiter, environment):
         assert answer.json()["cycles_affordable"] == 10
 
 
-async def test_other_machines_need_keys_there_too(limiter):
+async def test_other_machines_need_keys_in_a_mounted_router(limiter):
     app = foreign(limiter)
     app.include_router(budget_router(limiter))
     async with app.router.lifespan_context(app), connect(app, address="192.0.2.1") as client:
         problem(await client.get(f"{V1}/budgets"), 403, "keys-required")
 
 
-async def test_an_app_below_another_app_works(limiter):
+async def test_a_router_works_in_a_mounted_app(limiter):
     inner, app = FastAPI(), foreign(limiter)
     inner.include_router(budget_router(limiter))
     app.mount("/sub", inner)
@@ -99,7 +99,7 @@ async def test_an_app_below_another_app_works(limiter):
         assert (await client.get(granted.headers["location"])).json()["id"] == "a/commit"
 
 
-async def test_middleware_of_the_app_may_stand_between(limiter):
+async def test_a_router_works_behind_middleware(limiter):
     app = foreign(limiter)
     app.include_router(budget_router(limiter))
 
@@ -113,7 +113,7 @@ async def test_middleware_of_the_app_may_stand_between(limiter):
         problem(await client.post(f"{V1}/reservations", json={"amounts": {"agent": 9}}), 429, "budget-exceeded")
 
 
-async def test_the_probes_can_be_had_too(server):
+async def test_an_app_can_include_the_probes(server):
     metrics = LimiterMetrics()
     limiter = AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")], observer=metrics.observe)
     app = foreign(limiter)
@@ -127,14 +127,14 @@ async def test_the_probes_can_be_had_too(server):
         assert 'ktrdr_budget_reservations_total{outcome="granted",reason=""} 1.0\n' in text
 
 
-async def test_the_figures_can_be_had_without_counters(limiter):
+async def test_the_probes_work_without_counters(limiter):
     app = foreign(limiter)
     app.include_router(probe_router(limiter))
     async with app.router.lifespan_context(app), connect(app) as client:
         assert "agent_budget_remaining_dollars 5.0\n" in (await client.get("/metrics")).text
 
 
-async def test_a_limiter_without_the_agents_budget_has_none(server):
+async def test_the_agents_budget_is_unknown_to_a_limiter_without_it(server):
     limiter = AsyncBudgetLimiter(server.url, [Budget("other", 1)])
     app = foreign(limiter)
     app.include_router(budget_router(limiter))
@@ -143,7 +143,7 @@ async def test_a_limiter_without_the_agents_budget_has_none(server):
 
 
 async def test_the_openapi_document_of_the_app_is_complete(limiter):
-    """Every reference leads somewhere: a router cannot add to the components of an app but through its models."""
+    """Every reference has a target."""
     app = foreign(limiter)
     app.include_router(budget_router(limiter, keys=Keys(["use"], ["admin"])))
     document = app.openapi()

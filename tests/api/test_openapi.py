@@ -1,4 +1,4 @@
-"""The OpenAPI document says what the service does."""
+"""The OpenAPI document matches the service."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_every_error_is_a_problem(document):
             assert {"401", "403", "503"} <= operation["responses"].keys()
 
 
-def test_what_needs_which_key_is_documented(document):
+def test_the_key_of_each_operation_is_documented(document):
     for (method, path), operation in operations(document).items():
         if not path.startswith(V1):
             assert "security" not in operation
@@ -92,7 +92,7 @@ def test_what_needs_which_key_is_documented(document):
     }
 
 
-def test_without_keys_none_are_documented():
+def test_no_key_is_documented_without_keys():
     document = document_of()
     assert "securitySchemes" not in document["components"]
     assert not any("security" in operation for operation in operations(document).values())
@@ -103,7 +103,7 @@ def test_no_secret_is_documented():
     assert "secret" not in text
 
 
-def test_every_schema_stands_once(document):
+def test_every_schema_is_in_the_document_once(document):
     def inline(node: Any) -> bool:
         if isinstance(node, list):
             return any(map(inline, node))
@@ -122,7 +122,7 @@ def test_every_example_is_valid(document):
     assert found >= 9
 
 
-def test_bodies_are_required_only_where_they_say_something_needed(document):
+def test_only_bodies_with_required_fields_are_required(document):
     required = {
         path.removeprefix(V1): operation["requestBody"].get("required", False)
         for (_, path), operation in operations(document).items()
@@ -139,8 +139,8 @@ def test_bodies_are_required_only_where_they_say_something_needed(document):
     }
 
 
-async def test_answers_are_what_is_documented(client, document):
-    """Every operation once; the fuzzer asks more of them."""
+async def test_responses_match_the_document(client, document):
+    """Call every operation once; the fuzzer calls them with many values."""
     hold = await reserved(client, {"agent": "0.15", "cycles": 1}, operation="research")
     path = f"/reservations/{hold['id']}"
     asked = [

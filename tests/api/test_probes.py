@@ -1,4 +1,4 @@
-"""Liveness, readiness and metrics: open to all, and honest about the store."""
+"""Liveness, readiness and metrics, with and without a reliable store."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ..helpers.waiting import until
 from .support import V1, problem, reserved
 
 
-async def test_a_process_is_alive_whatever_its_store_does(start, tmp_path):
+async def test_a_process_is_alive_without_its_store(start, tmp_path):
     client = (await start(redis_url=f"unix://{tmp_path}/nothing", timeout=0.1)).client
     response = await client.get("/livez")
     assert (response.status_code, response.json()) == (200, {"status": "alive"})
 
 
-async def test_the_address_of_the_service_says_where_things_are(start, tmp_path):
-    """To a browser, without a key, whatever the store does; each place exists."""
+async def test_the_index_lists_the_paths_of_the_service(start, tmp_path):
+    """Without a key and without the store; every listed path exists."""
     client = (await start(redis_url=f"unix://{tmp_path}/nothing", timeout=0.1, api_key="use-1")).client
     response = await client.get("/")
     assert (response.status_code, response.headers["content-type"]) == (200, "application/json")
@@ -42,12 +42,12 @@ async def test_the_address_of_the_service_says_where_things_are(start, tmp_path)
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
-async def test_a_probe_may_ask_for_the_head_alone(client, path):
+async def test_probes_support_head(client, path):
     assert (await client.head(path)).status_code == 200
     problem(await client.post(path), 405, "method-not-allowed")
 
 
-async def test_a_service_is_ready_when_its_store_can_be_relied_on(client):
+async def test_a_service_with_a_reliable_store_is_ready(client):
     response = await client.get("/readyz")
     assert response.status_code == 200
     assert response.json() == {"status": "ready", "checks": {"store": "ok", "policy": "ok", "scripts": "ok"}}
@@ -85,7 +85,7 @@ async def test_a_store_that_evicts_is_not_ready(start, start_server, policy):
     assert (await client.get("/readyz")).status_code == 200
 
 
-async def test_a_store_whose_policy_may_not_be_read_is_not_ready(start, server):
+async def test_a_store_with_an_unreadable_policy_is_not_ready(start, server):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "worker", "on", ">pw", "~*", "+@all", "-info")
         client = (await start(redis_url=f"{server.url}?username=worker&password=pw")).client
@@ -105,7 +105,7 @@ async def test_a_store_that_runs_no_scripts_is_not_ready(start, server):
         redis.execute_command("ACL", "DELUSER", "reader")
 
 
-def test_the_library_can_ask_too(server):
+def test_the_library_has_the_same_check(server):
     with BudgetLimiter(server.url, [Budget("agent", "5.00")]) as limiter:
         assert limiter.check() == {"store": None, "policy": None, "scripts": None}
 
@@ -127,7 +127,7 @@ BINARIES = [binary for binary in (valkey_binary(), redis_binary()) if binary]
 
 @pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.rpartition("/")[2])
 @pytest.mark.parametrize("kind", UNABLE)
-async def test_a_store_in_which_nothing_can_be_reserved_is_not_ready_and_says_why(start, start_server, kind, binary):
+async def test_a_store_that_cannot_reserve_is_not_ready_and_the_reason_is_reported(start, start_server, kind, binary):
     """spring-cloud-gateway #3379: a managed store refuses a command in scripts."""
     options, check, words = UNABLE[kind]
     own = start_server(binary, *options)
@@ -141,7 +141,7 @@ async def test_a_store_in_which_nothing_can_be_reserved_is_not_ready_and_says_wh
 
 
 @pytest.mark.parametrize("command", ["time", "hincrby", "rpush"])
-async def test_a_command_that_the_store_refuses_in_scripts_is_named(start, server, command):
+async def test_a_command_refused_in_scripts_is_named(start, server, command):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "managed", "on", ">pw", "~*", "+@all", f"-{command}")
         client = (await start(redis_url=f"{server.url}?username=managed&password=pw")).client
@@ -153,7 +153,7 @@ async def test_a_command_that_the_store_refuses_in_scripts_is_named(start, serve
 
 
 @pytest.mark.parametrize("login", ["?password=wrong", "?username=nobody&password=wrong"])
-async def test_with_a_wrong_password_the_store_is_not_ok(start, start_server, login):
+async def test_a_wrong_password_is_reported_by_the_readiness_check(start, start_server, login):
     own = start_server()
     with own.client() as redis:
         redis.config_set("requirepass", "right")
@@ -165,19 +165,19 @@ async def test_with_a_wrong_password_the_store_is_not_ok(start, start_server, lo
     own.kill()
 
 
-async def test_readiness_leaves_nothing_behind(client, server):
+async def test_a_readiness_check_leaves_no_keys(client, server):
     await client.get("/readyz")
     with server.client() as redis:
         assert redis.dbsize() == 0
 
 
-async def test_readiness_survives_a_store_that_forgot_the_scripts(client, server):
+async def test_a_readiness_check_loads_scripts_again_after_a_flush(client, server):
     with server.client() as redis:
         redis.script_flush()
     assert (await client.get("/readyz")).status_code == 200
 
 
-async def test_metrics_are_those_of_the_service(client):
+async def test_metrics_have_the_figures_of_the_service(client):
     hold = await reserved(client)
     await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": "0.07"})
     await client.post(f"{V1}/reservations", json={"amounts": {"agent": "9"}})
@@ -204,14 +204,14 @@ async def test_metrics_are_those_of_the_service(client):
     assert (counted["granted", ""], counted["denied", "exceeds_limit"]) == (1, 1)
 
 
-async def test_metrics_are_told_as_openmetrics_to_those_who_ask(client):
+async def test_metrics_are_available_as_openmetrics(client):
     response = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert response.headers["content-type"].startswith("application/openmetrics-text")
     assert response.text.endswith("# EOF\n")
 
 
-async def test_an_app_can_run_again(start, server):
-    """Each run has a limiter of its own; what was counted goes on."""
+async def test_an_app_can_run_twice(start, server):
+    """Each run has its own limiter; the counters continue."""
     running = await start()
     await reserved(running.client, id="op_1")
     async with running.app.router.lifespan_context(running.app):
@@ -221,7 +221,7 @@ async def test_an_app_can_run_again(start, server):
 
 
 @pytest.mark.parametrize(("durability", "words"), [("disk", "needs appendonly to be on"), ("replica", "no replica")])
-async def test_a_store_that_cannot_be_as_durable_as_is_asked_is_not_ready(start, server, durability, words):
+async def test_a_store_without_the_configured_durability_is_not_ready(start, server, durability, words):
     with away(server.url):
         client = (await start(redis_url=server.url, durability=durability, timeout=1.0)).client
         assert words in problem(await client.get("/readyz"), 503, "not-ready")["detail"]

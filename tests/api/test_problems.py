@@ -1,4 +1,4 @@
-"""Every error is application/problem+json, and says what is wrong."""
+"""Every error is application/problem+json with its reason."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .support import V1, connect, problem, reserved
 JSON = {"Content-Type": "application/json"}
 
 
-# -- where nothing is --------------------------------------------------------------------------------------------------
+# -- unknown paths -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("path", ["/nothing", V1, f"{V1}/", f"{V1}/budget", f"{V1}/agent", "/docs/x", "/livez/x"])
@@ -29,14 +29,14 @@ async def test_an_unknown_path_is_not_found(client, path):
     assert document["detail"] == f"no such endpoint: GET {path} (see /docs)"
 
 
-async def test_a_long_unknown_path_is_cut_and_cannot_steer_a_terminal(client):
+async def test_a_long_unknown_path_is_cut_and_its_control_characters_are_removed(client):
     document = problem(await client.post("/%1b[2J" + "x" * 5_000), 404, "not-found")
     assert document["detail"].startswith("no such endpoint: POST /?[2Jxxx")
     assert document["detail"].endswith("x… (see /docs)")
 
 
 @pytest.mark.parametrize("path", ["budgets/", "budgets//holds", "reservations/"])
-async def test_a_name_that_is_empty_is_not_found(client, path):
+async def test_an_empty_name_is_not_found(client, path):
     document = problem(await client.get(f"{V1}/{path}"), 404, "not-found")
     assert document["detail"] == f"no such endpoint: GET {V1}/{path} (see /docs)"
 
@@ -59,18 +59,18 @@ async def test_a_name_that_is_empty_is_not_found(client, path):
         ("QUERY", "/budgets", "GET"),
     ],
 )
-async def test_another_method_is_told_which_are_allowed(client, method, path, allowed):
+async def test_a_wrong_method_is_refused_with_the_allowed_methods(client, method, path, allowed):
     response = await client.request(method, V1 + path)
     problem(response, 405, "method-not-allowed")
     assert response.headers["allow"] == allowed
 
 
-async def test_the_probes_take_no_other_method(client):
+async def test_the_probes_refuse_other_methods(client):
     for path in ("/livez", "/readyz", "/metrics"):
         problem(await client.post(path), 405, "method-not-allowed")
 
 
-# -- what is not known -------------------------------------------------------------------------------------------------
+# -- unknown names ----------------------------------------------------------------------------------------------------
 
 
 async def test_an_unknown_budget_is_not_found(client):
@@ -88,7 +88,7 @@ async def test_an_unknown_hold_is_not_found(client):
         problem(await client.post(f"{V1}/reservations/op_1/{path}", json=body), 404, "unknown-hold")
 
 
-async def test_a_budget_that_a_hold_does_not_have_is_not_found(client):
+async def test_a_budget_outside_of_the_hold_is_not_found(client):
     hold = await reserved(client)
     done = await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": {"cycles": 1}})
     problem(done, 404, "unknown-budget")
@@ -133,7 +133,7 @@ async def test_a_budget_that_a_hold_does_not_have_is_not_found(client):
         ({"amounts": {"agent": 1}, "owner": "me"}, ["body", "owner"]),
     ],
 )
-async def test_a_body_that_is_not_valid_is_told_where(client, body, where):
+async def test_an_invalid_body_is_refused_with_the_place_of_the_error(client, body, where):
     response = await client.post(f"{V1}/reservations", content=json.dumps(body), headers=JSON)
     document = problem(response, 422, "invalid-request")
     assert document["errors"][0]["loc"] == where
@@ -154,7 +154,7 @@ async def test_a_body_that_is_not_valid_is_told_where(client, body, where):
         ({"agent": int("9" * 4000)}, "invalid-amount"),
     ],
 )
-async def test_an_amount_that_its_budget_cannot_count_is_refused(client, amounts, code):
+async def test_an_amount_that_does_not_fit_its_unit_is_refused(client, amounts, code):
     response = await client.post(f"{V1}/reservations", json={"amounts": amounts})
     assert len(problem(response, 422, code)["detail"]) <= 300
 
@@ -175,7 +175,7 @@ async def test_an_amount_that_its_budget_cannot_count_is_refused(client, amounts
         (b'{"amounts": {"agent": 1e99999999999999999999}}', "a number is too long"),
     ],
 )
-async def test_what_is_not_json_is_refused(client, content, words):
+async def test_an_invalid_json_body_is_refused(client, content, words):
     document = problem(await client.post(f"{V1}/reservations", content=content, headers=JSON), 422, "invalid-request")
     assert words in document["detail"]
     assert "sys." not in document["detail"]
@@ -184,7 +184,7 @@ async def test_what_is_not_json_is_refused(client, content, words):
 @pytest.mark.parametrize(
     "media_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", "", "json"]
 )
-async def test_a_body_that_is_not_said_to_be_json_is_refused(client, media_type):
+async def test_a_body_with_another_media_type_is_refused(client, media_type):
     response = await client.post(
         f"{V1}/reservations", content=b'{"amounts": {"agent": 1}}', headers={"Content-Type": media_type}
     )
@@ -192,14 +192,14 @@ async def test_a_body_that_is_not_said_to_be_json_is_refused(client, media_type)
 
 
 @pytest.mark.parametrize("media_type", ["application/json;charset=utf-8", "Application/JSON", "application/a+json"])
-async def test_json_has_several_names(client, media_type):
+async def test_a_body_may_have_any_json_media_type(client, media_type):
     response = await client.post(
         f"{V1}/reservations", content=b'{"amounts": {"agent": 1}}', headers={"Content-Type": media_type}
     )
     assert response.status_code == 201
 
 
-async def test_a_body_that_is_too_large_is_refused(client):
+async def test_a_large_body_is_refused(client):
     body = b'{"amounts": {"agent": 1}, "operation": "' + b"x" * BODY_BYTES_MAX + b'"}'
     problem(await client.post(f"{V1}/reservations", content=body, headers=JSON), 413, "content-too-large")
 
@@ -214,7 +214,7 @@ async def test_a_body_that_is_too_large_is_refused(client):
 
 
 @pytest.mark.parametrize("name", ["a%20b", "%ff", "x" * 129, "%E2%82%AC"])
-async def test_a_name_that_cannot_be_is_invalid(client, name):
+async def test_an_invalid_name_is_refused(client, name):
     problem(await client.get(f"{V1}/budgets/{name}"), 422, "invalid-argument")
     problem(await client.get(f"{V1}/reservations/{name}"), 422, "invalid-argument")
 
@@ -222,7 +222,7 @@ async def test_a_name_that_cannot_be_is_invalid(client, name):
 # -- denials -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_denial_tells_why_and_when_to_come_back(client):
+async def test_a_denial_has_its_reason_and_the_time_to_retry(client):
     await client.post(f"{V1}/spend", json={"amounts": {"agent": "4.90"}})
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
     document = problem(denied, 429, "budget-exceeded")
@@ -238,13 +238,13 @@ async def test_a_denial_tells_why_and_when_to_come_back(client):
     assert "ratelimit" not in denied.headers  # money has no unit there
 
 
-async def test_a_denial_that_waiting_cannot_help_names_no_time(client):
+async def test_a_denial_above_the_limit_has_no_time_to_retry(client):
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "6"}})
     assert problem(denied, 429, "budget-exceeded")["retry_after"] is None
     assert "retry-after" not in denied.headers
 
 
-async def test_a_denial_for_what_is_held_comes_back_at_the_first_deadline(client):
+async def test_a_denial_because_of_holds_may_be_retried_at_the_first_deadline(client):
     await reserved(client, {"agent": "5"}, ttl=30)
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
     document = problem(denied, 429, "budget-exceeded")
@@ -252,7 +252,7 @@ async def test_a_denial_for_what_is_held_comes_back_at_the_first_deadline(client
     assert 25 <= document["retry_after"] <= 30
 
 
-async def test_a_denied_count_has_the_fields_of_rate_limits(client):
+async def test_a_denied_count_has_the_rate_limit_headers(client):
     await client.post(f"{V1}/spend", json={"amounts": {"calls": 1, "cycles": 3}})
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"calls": 2}})
     seconds = problem(denied, 429, "budget-exceeded")["retry_after"]
@@ -264,14 +264,14 @@ async def test_a_denied_count_has_the_fields_of_rate_limits(client):
     assert denied.headers["ratelimit"] == f'"cycles";r=0;t={seconds}'
 
 
-async def test_a_denied_slot_has_no_window(client):
+async def test_the_rate_limit_of_slots_has_no_window(client):
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"jobs": 2}})
     problem(denied, 429, "budget-exceeded")
     assert denied.headers["ratelimit-policy"] == '"jobs";q=1;ktrdr-unit="slots"'
     assert denied.headers["ratelimit"] == '"jobs";r=1'
 
 
-def test_a_count_beyond_an_integer_of_a_header_is_cut_to_it():
+def test_a_large_count_is_cut_to_the_largest_integer_of_a_header():
     huge = 2**53 - 1
     denial = Denial("tokens", "budget_exhausted", huge, 0, 0, 0, huge, 1, huge, 60, "count")
     headers = denied_problem(denial, Budget("tokens", huge, unit="tokens")).headers
@@ -281,7 +281,7 @@ def test_a_count_beyond_an_integer_of_a_header_is_cut_to_it():
 # -- the store ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_budget_that_is_defined_otherwise_elsewhere_is_a_conflict(start, tmp_path):
+async def test_a_budget_with_another_registered_definition_is_a_conflict(start, tmp_path):
     paths = [tmp_path / "one.toml", tmp_path / "other.toml"]
     for path, unit in zip(paths, ("tokens", "calls"), strict=True):
         path.write_text(f'[[budgets]]\nname = "count"\nlimit = 5\nunit = "{unit}"\n')
@@ -304,7 +304,7 @@ async def test_a_budget_that_is_defined_otherwise_elsewhere_is_a_conflict(start,
     problem(await one.post(f"{V1}/reservations", json={"amounts": {"count": 1}}), 409, "budget-mismatch")
 
 
-async def test_a_store_that_is_down_is_unavailable_and_comes_back(start, start_server):
+async def test_a_stopped_store_is_503_until_it_is_back(start, start_server):
     own = start_server(None, "--appendonly", "yes")
     client = (await start(redis_url=own.url, timeout=0.2)).client
     hold = await reserved(client)
@@ -336,7 +336,7 @@ async def test_a_store_that_is_down_is_unavailable_and_comes_back(start, start_s
     assert (await reserved(client, id="op_1"))["replayed"] is False
 
 
-async def test_a_store_that_hangs_is_unavailable_within_the_deadline(start, start_server):
+async def test_a_hanging_store_is_503_within_the_deadline(start, start_server):
     own = start_server()
     client = (await start(redis_url=own.url, timeout=0.2)).client
     await reserved(client)
@@ -350,7 +350,7 @@ async def test_a_store_that_hangs_is_unavailable_within_the_deadline(start, star
         own.resume()
 
 
-async def test_a_store_that_is_away_admits_unchecked_if_it_is_told_to(start, start_server):
+async def test_policy_allow_admits_without_the_store(start, start_server):
     own = start_server()
     client = (await start(redis_url=own.url, timeout=0.2, on_store_error="allow", agent_daily_budget="1")).client
     own.kill()
@@ -377,10 +377,10 @@ async def test_a_store_that_is_away_admits_unchecked_if_it_is_told_to(start, sta
     assert (await client.get(f"{V1}/agent/budget")).json()["spend_events"] == 1
 
 
-# -- what nobody expected ----------------------------------------------------------------------------------------------
+# -- unexpected errors -------------------------------------------------------------------------------------------------
 
 
-async def test_what_is_unexpected_is_told_without_its_words(running):
+async def test_the_response_to_an_unexpected_error_hides_its_text(running):
     async def broken() -> None:
         raise RuntimeError("secret")
 
@@ -391,7 +391,7 @@ async def test_what_is_unexpected_is_told_without_its_words(running):
     problem(response, 500, "internal-error")
 
 
-async def test_errors_of_the_limiter_are_problems_in_other_routes_too(running):
+async def test_errors_of_the_limiter_are_problems_in_other_routes(running):
     async def other() -> None:
         await running.limiter.status("nobody")
 
@@ -399,12 +399,12 @@ async def test_errors_of_the_limiter_are_problems_in_other_routes_too(running):
     problem(await running.client.get("/other"), 404, "unknown-budget")
 
 
-def test_an_error_that_is_not_known_is_internal():
+def test_an_unknown_error_is_internal():
     assert problem_of(BudgetError("?"), {}).status_code == 500
 
 
-async def test_no_error_is_without_a_form(client: httpx.AsyncClient):
-    """A survey: whatever is asked of the service, an error has the form of one."""
+async def test_every_error_is_a_problem_document(client: httpx.AsyncClient):
+    """Every combination of method and path."""
     for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD"):
         for path in ("/", "/livez", "/openapi.json", f"{V1}/budgets/x", f"{V1}/reservations", f"{V1}/spend/x"):
             response = await client.request(method, path)

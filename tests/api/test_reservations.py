@@ -45,7 +45,7 @@ async def test_a_reservation_is_created_and_can_be_read(client):
     assert again.json() == document
 
 
-async def test_what_is_told_of_a_grant_is_what_the_store_knows(running):
+async def test_the_response_to_a_grant_equals_the_hold_in_the_store(running):
     label = 'quoted "label"\n with é and \u2028'
     document = await reserved(
         running.client, {"agent": "0.000000001", "jobs": 1}, operation=label, on_expiry="accrued", ttl=1.5
@@ -56,7 +56,7 @@ async def test_what_is_told_of_a_grant_is_what_the_store_knows(running):
     assert document["operation"] == label
 
 
-async def test_the_same_reservation_again_is_a_replay(client):
+async def test_a_repeated_reservation_is_a_replay(client):
     first = await reserved(client, id="op_1", operation="research")
     await client.post(f"{V1}/reservations/op_1/extend", json={"accrued": "0.03"})
     again = await client.post(
@@ -71,7 +71,7 @@ async def test_the_same_reservation_again_is_a_replay(client):
     assert await figures(client) == ("0.00", "0.15", "0.00", "4.85")
 
 
-async def test_another_reservation_under_the_same_id_is_a_conflict(client):
+async def test_another_reservation_with_the_same_id_is_a_conflict(client):
     await reserved(client, id="op_1")
     other = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.16"}, "id": "op_1"})
     problem(other, 409, "hold-conflict")
@@ -84,7 +84,7 @@ async def test_several_budgets_are_reserved_all_or_none(client):
     assert await figures(client) == ("0.00", "0.00", "0.00", "5.00")
 
 
-async def test_a_commit_records_what_it_cost(client):
+async def test_a_commit_records_the_actual_cost(client):
     hold = await reserved(client)
     done = await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": "0.07"})
     assert done.status_code == 200
@@ -100,7 +100,7 @@ async def test_a_commit_records_what_it_cost(client):
     assert (await client.get(f"{V1}/reservations/{hold['id']}")).json()["charged"] == {"agent": "0.07"}
 
 
-async def test_a_commit_again_is_a_replay_and_another_one_a_conflict(client):
+async def test_a_repeated_commit_is_a_replay_and_another_amount_a_conflict(client):
     hold = await reserved(client)
     path = f"{V1}/reservations/{hold['id']}/commit"
     await client.post(path, json={"amounts": "0.07"})
@@ -111,17 +111,17 @@ async def test_a_commit_again_is_a_replay_and_another_one_a_conflict(client):
     assert await figures(client) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_a_commit_without_amounts_commits_what_was_reported(client):
+async def test_a_commit_without_amounts_commits_the_accrued_amount(client):
     hold = await reserved(client)
     await client.post(f"{V1}/reservations/{hold['id']}/extend", json={"accrued": "0.03"})
-    done = await client.post(f"{V1}/reservations/{hold['id']}/commit")  # no body at all
+    done = await client.post(f"{V1}/reservations/{hold['id']}/commit")  # without a body
     assert done.json()["amounts"] == {"agent": "0.03"}
     other = await reserved(client)
     done = await client.post(f"{V1}/reservations/{other['id']}/commit", json={})
     assert done.json()["amounts"] == {"agent": "0.00"}
 
 
-async def test_a_commit_by_budget_leaves_out_what_cost_nothing(client):
+async def test_a_commit_per_budget_commits_zero_for_omitted_budgets(client):
     hold = await reserved(client, {"agent": "0.15", "cycles": 2})
     done = await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": {"cycles": 1}})
     assert done.json()["amounts"] == {"agent": "0.00", "cycles": 1}
@@ -134,7 +134,7 @@ async def test_a_commit_above_the_reservation_is_an_overrun(client):
     assert await figures(client) == ("7.00", "0.00", "0.00", "0.00")
 
 
-async def test_a_release_gives_everything_back(client):
+async def test_a_release_returns_the_whole_amount(client):
     hold = await reserved(client)
     done = await client.post(f"{V1}/reservations/{hold['id']}/release")
     assert done.status_code == 200
@@ -143,13 +143,13 @@ async def test_a_release_gives_everything_back(client):
     assert await figures(client) == ("0.00", "0.00", "0.00", "5.00")
 
 
-async def test_a_release_says_all_in_its_path(client):
+async def test_a_release_refuses_a_body(client):
     hold = await reserved(client)
     problem(await client.post(f"{V1}/reservations/{hold['id']}/release", json={"amounts": "1"}), 422, "invalid-request")
     assert (await client.post(f"{V1}/reservations/{hold['id']}/release", json={})).status_code == 200
 
 
-async def test_an_extend_carries_totals(client):
+async def test_an_extend_has_totals(client):
     hold = await reserved(client, ttl=60)
     path = f"{V1}/reservations/{hold['id']}/extend"
     for _ in range(2):  # a retry is harmless
@@ -157,13 +157,13 @@ async def test_an_extend_carries_totals(client):
         assert extended.status_code == 200
         assert extended.json()["accrued"] == {"agent": "0.03"}
     assert extended.json()["expires_at"] > hold["expires_at"]
-    # No ttl, or no body: a heartbeat that cuts nothing short.
+    # Without a ttl or a body, a heartbeat does not shorten the deadline.
     for body in (None, {}, {"ttl": None}, {"accrued": "0.04"}):
         heartbeat = await client.post(path, json=body)
         assert (heartbeat.status_code, heartbeat.json()["expires_at"]) == (200, extended.json()["expires_at"])
 
 
-async def test_a_growth_says_new_totals(client):
+async def test_a_growth_has_new_totals(client):
     hold = await reserved(client)
     path = f"{V1}/reservations/{hold['id']}/grow"
     for _ in range(2):
@@ -196,7 +196,7 @@ async def test_spend_without_a_reservation_is_recorded_once(client):
     assert await figures(client) == ("0.02", "0.00", "0.00", "4.98")
 
 
-async def test_spend_is_recorded_above_the_limit_too(client):
+async def test_spend_above_the_limit_is_recorded(client):
     done = await client.post(f"{V1}/spend", json={"amounts": {"agent": "6"}})
     assert done.status_code == 201
     assert await figures(client) == ("6.00", "0.00", "0.00", "0.00")
@@ -205,7 +205,7 @@ async def test_spend_is_recorded_above_the_limit_too(client):
 @pytest.mark.parametrize(
     "number", ["0.1", "0.10000000000000000001", "1e-9", "0.30000000000000004", "1E0", "4.999999999"]
 )
-async def test_a_number_of_json_means_what_it_says(client, number):
+async def test_a_json_number_keeps_its_exact_value(client, number):
     from ktrdr_budget.money import from_units, to_units
 
     response = await client.post(f"{V1}/reservations", content=f'{{"amounts": {{"agent": {number}}}}}', headers=JSON)
@@ -214,7 +214,7 @@ async def test_a_number_of_json_means_what_it_says(client, number):
 
 
 @pytest.mark.parametrize("hold_id", ["a/b", "a/b/commit", "x/release", "commit", "a:b@c", "%", "team/../x"])
-async def test_an_id_may_hold_a_slash(client, hold_id):
+async def test_an_id_may_contain_a_slash(client, hold_id):
     from urllib.parse import quote
 
     if hold_id == "%":
@@ -232,13 +232,13 @@ async def test_an_id_may_hold_a_slash(client, hold_id):
     assert done.json() == {**done.json(), "id": hold_id, "state": "committed", "amounts": {"agent": "0.01"}}
 
 
-async def test_an_id_with_a_plain_slash_is_understood(client):
+async def test_an_id_may_contain_an_unencoded_slash(client):
     await reserved(client, id="team/op")
     assert (await client.get(f"{V1}/reservations/team/op")).json()["id"] == "team/op"
     assert (await client.post(f"{V1}/reservations/team/op/commit", json={"amounts": 0})).status_code == 200
 
 
-async def test_a_client_that_hung_up_before_it_was_told_an_id_holds_nothing(running):
+async def test_a_hold_is_released_if_the_client_disconnects_before_it_receives_the_id(running):
     await running.limiter.status("agent")
     scope = {
         "type": "http", "method": "POST", "path": f"{V1}/reservations", "raw_path": f"{V1}/reservations".encode(),
@@ -282,7 +282,7 @@ async def test_an_expired_hold_is_corrected_by_its_late_commit(client):
     assert await figures(client) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_sixty_four_clients_at_once_fill_the_cap_exactly(client):
+async def test_sixty_four_concurrent_clients_fill_the_cap_exactly(client):
     async def one(number: int) -> httpx.Response:
         return await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}, "id": f"op_{number}"})
 
@@ -292,7 +292,7 @@ async def test_sixty_four_clients_at_once_fill_the_cap_exactly(client):
 
 
 @pytest.mark.timely
-async def test_a_hold_that_replicas_have_yet_to_replay_is_unavailable_and_not_unknown(server, start):
+async def test_a_lost_hold_is_unavailable_until_replicas_have_replayed_it(server, start):
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as worker:
         worker._coalescer.recovery.stop()
         await worker.reserve("agent", "0.15", id="op_1")

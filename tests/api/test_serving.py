@@ -1,4 +1,4 @@
-"""The service as processes of its own: its start, its workers and its end."""
+"""The service in its own processes: start, workers and end."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from ktrdr_budget.engine import embedded
 from ktrdr_budget.environment import ZERO_BUDGET
 
 from ..helpers.waiting import wait_until
-from .processes import Service, serving
+from .processes import ServiceProcess, serving
 from .support import V1
 
 RESERVATION = {"amounts": {"agent": "0.15"}}
 
 
-def figures(service: Service) -> dict:
+def figures(service: ServiceProcess) -> dict:
     return service.get(f"{V1}/agent/budget").json()
 
 
 # -- its start ---------------------------------------------------------------------------------------------------------
 
 
-def test_it_serves_with_an_embedded_server_and_no_configuration(tmp_path):
+def test_the_service_runs_on_an_embedded_server_without_configuration(tmp_path):
     with serving(cwd=tmp_path) as service:
         assert service.post(f"{V1}/reservations", RESERVATION).status_code == 201
         assert figures(service)["held"] == 0.15
         assert service.stop() == 0
-        assert service.said == [
+        assert service.output == [
             "store: embedded, data/budget",
             "budget agent: $5.00 a day (UTC)",
             "budget agent:cycles: 1 slots at a time",
@@ -52,7 +52,7 @@ def test_it_serves_with_an_embedded_server_and_no_configuration(tmp_path):
         assert figures(again)["held"] == 0.15
 
 
-def test_what_it_has_is_told_at_its_start(server, budgets_file):
+def test_the_startup_report_lists_the_store_and_the_budgets(server, budgets_file):
     with serving(
         KTRDR_REDIS_URL=f"{server.url}?password=",
         KTRDR_BUDGETS_FILE=budgets_file,
@@ -60,7 +60,7 @@ def test_what_it_has_is_told_at_its_start(server, budgets_file):
         KTRDR_ADMIN_KEY="secret-key",
     ) as service:
         service.stop()
-    assert service.said == [
+    assert service.output == [
         f"store: {server.url}",
         "budget agent: $0.00 a day (UTC): denies all",
         "budget team/a:b@c: $1.00 a month (Europe/Rome)",
@@ -80,11 +80,11 @@ def test_a_daily_budget_of_unlimited_runs_without_a_limit_and_without_a_warning(
         assert service.post(f"{V1}/agent/trigger").status_code == 202
         assert service.get(f"{V1}/agent/budget").json()["remaining"] is None
         service.stop()
-    assert service.said[1] == "budget agent: unlimited a day (UTC)"
-    assert not [line for line in service.said if line.startswith("warning")]
+    assert service.output[1] == "budget agent: unlimited a day (UTC)"
+    assert not [line for line in service.output if line.startswith("warning")]
 
 
-def test_spend_and_exhaustion_are_logged_by_default_and_no_secret_is(server):
+def test_spend_and_exhaustion_are_logged_without_secrets(server):
     keys = {"KTRDR_API_KEY": "secret-use-key", "KTRDR_ADMIN_KEY": "secret-admin-key"}
     use, admin = ({"Authorization": f"Bearer {key}"} for key in keys.values())
     with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS=0, **keys) as service:
@@ -104,19 +104,19 @@ def test_spend_and_exhaustion_are_logged_by_default_and_no_secret_is(server):
     assert logged(service, "Budget exhausted") == [exhausted] * 2
     [denied] = logged(service, "Reservation denied")
     assert denied.startswith("WARNING: ktrdr_budget: Reservation denied: agent: exceeds_limit ($0.01 remaining, need")
-    assert "secret" not in "\n".join(service.said)
+    assert "secret" not in "\n".join(service.output)
 
 
-def logged(service: Service, event: str) -> list[str]:
-    return [line for line in service.said if f": {event}: " in line]
+def logged(service: ServiceProcess, event: str) -> list[str]:
+    return [line for line in service.output if f": {event}: " in line]
 
 
-def test_a_period_is_told_in_words():
+def test_a_budget_line_has_the_period_in_words():
     assert budget_line(Budget("b", "1", period="week")) == "budget b: $1.00 a week (UTC)"
     assert budget_line(Budget("b", 0, unit="calls", period="hour")) == "budget b: 0 calls an hour: denies all"
 
 
-def test_secrets_are_not_told(server):
+def test_the_startup_report_has_no_secrets(server):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "service", "on", ">secret-word", "~*", "+@all")
     url = f"unix://service:secret-word@{server.socket_path}"
@@ -124,33 +124,33 @@ def test_secrets_are_not_told(server):
         headers = {"Authorization": "Bearer secret-key"}
         assert service.post(f"{V1}/reservations", RESERVATION, headers=headers).status_code == 201
         service.stop()
-    assert service.said[0] == f"store: unix://service:***@{server.socket_path}"
-    assert "secret" not in "\n".join(service.said)
+    assert service.output[0] == f"store: unix://service:***@{server.socket_path}"
+    assert "secret" not in "\n".join(service.output)
 
 
-def test_a_limit_of_run_time_that_hides_the_configured_one_is_warned_about(server):
+def test_a_run_time_limit_that_overrides_the_configured_one_is_a_warning(server):
     with serving(KTRDR_REDIS_URL=server.url) as service:
         changed = service.request("PUT", f"{V1}/budgets/agent/limit", json={"limit": "10.00", "until": "window"})
         assert changed.status_code == 200
     with serving(KTRDR_REDIS_URL=server.url, AGENT_DAILY_BUDGET="7") as service:
         assert figures(service)["daily_limit"] == 10.0
         service.stop()
-    [warning] = [line for line in service.said if line.startswith("warning")]
+    [warning] = [line for line in service.output if line.startswith("warning")]
     assert warning.startswith("warning: budget agent: run-time limit $10.00 is in force until ")
     assert warning.endswith("; configured $7.00 is not (ktrdr budget clear-limit agent)")
-    with serving(KTRDR_REDIS_URL=server.url, AGENT_DAILY_BUDGET="10") as service:  # nothing is hidden
+    with serving(KTRDR_REDIS_URL=server.url, AGENT_DAILY_BUDGET="10") as service:  # equal to the run-time limit
         service.stop()
-    assert not [line for line in service.said if line.startswith("warning")]
+    assert not [line for line in service.output if line.startswith("warning")]
 
 
-def test_a_store_that_evicts_is_warned_about(start_server):
+def test_an_evicting_store_is_a_warning(start_server):
     own = start_server(None, "--maxmemory-policy", "allkeys-lru")
     with serving(KTRDR_REDIS_URL=own.url) as service:
         service.stop()
-    assert any(line.startswith("warning: the store is not ready: maxmemory-policy") for line in service.said)
+    assert any(line.startswith("warning: the store is not ready: maxmemory-policy") for line in service.output)
 
 
-def test_a_budget_that_is_defined_otherwise_elsewhere_is_warned_about(server, tmp_path):
+def test_a_budget_mismatch_is_a_warning(server, tmp_path):
     path = tmp_path / "budgets.toml"
     path.write_text('[[budgets]]\nname = "count"\nlimit = 5\nunit = "calls"\n')
     with serving(KTRDR_REDIS_URL=server.url, KTRDR_BUDGETS_FILE=path) as service:
@@ -158,10 +158,10 @@ def test_a_budget_that_is_defined_otherwise_elsewhere_is_warned_about(server, tm
     path.write_text('[[budgets]]\nname = "count"\nlimit = 5\nunit = "tokens"\n')
     with serving(KTRDR_REDIS_URL=server.url, KTRDR_BUDGETS_FILE=path) as service:
         service.stop()
-    assert any(line.startswith("warning: budget count: ") for line in service.said)
+    assert any(line.startswith("warning: budget count: ") for line in service.output)
 
 
-def test_it_starts_without_its_store_and_recovers_by_itself(start_server):
+def test_the_service_starts_without_its_store_and_recovers(start_server):
     own = start_server()
     own.kill()
     with serving(KTRDR_REDIS_URL=own.url, KTRDR_TIMEOUT="0.2") as service:
@@ -171,17 +171,17 @@ def test_it_starts_without_its_store_and_recovers_by_itself(start_server):
         wait_until(lambda: service.get("/readyz").status_code == 200)
         wait_until(lambda: service.post(f"{V1}/reservations", RESERVATION).status_code == 201)
         service.stop()
-    assert any(line.startswith("warning: cannot connect to") for line in service.said)
+    assert any(line.startswith("warning: cannot connect to") for line in service.output)
 
 
 def refused(*, code: int = 2, host: str = "127.0.0.1", port: int = 0, **environment) -> str:
-    """What a service says that does not start: one line."""
-    service = Service(host, port, 1, environment, None)
+    """The output of a service that does not start: one line."""
+    service = ServiceProcess(host, port, 1, environment, None)
     try:
         assert service.end() == code
     finally:
         service.stop()
-    [line] = service.said
+    [line] = service.output
     assert line.startswith("error: ")
     return line
 
@@ -197,41 +197,41 @@ def refused(*, code: int = 2, host: str = "127.0.0.1", port: int = 0, **environm
         ("KTRDR_TIMEOUT", "-1"),
     ],
 )
-def test_a_setting_that_is_not_usable_is_one_line(variable, value):
+def test_an_invalid_setting_is_reported_in_one_line(variable, value):
     assert variable in refused(**{variable: value})
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-def test_without_keys_it_binds_to_this_machine_only(host):
+def test_the_service_without_keys_binds_to_loopback_addresses_only(host):
     assert "KTRDR_AUTH=none" in refused(host=host)
 
 
 @pytest.mark.parametrize("environment", [{"KTRDR_API_KEY": "k"}, {"KTRDR_ADMIN_KEY": "k"}, {"KTRDR_AUTH": "none"}])
-def test_with_keys_or_if_it_is_said_it_binds_elsewhere(server, environment):
+def test_the_service_with_keys_or_auth_none_binds_to_any_address(server, environment):
     with serving(host="0.0.0.0", KTRDR_REDIS_URL=server.url, **environment) as service:
         assert service.get(f"{V1}/budgets").status_code == (200 if "KTRDR_AUTH" in environment else 401)
         service.stop()
-    warned = any("KTRDR_AUTH=none" in line for line in service.said)
+    warned = any("KTRDR_AUTH=none" in line for line in service.output)
     assert warned is ("KTRDR_AUTH" in environment)
 
 
 @pytest.mark.parametrize("host", ["localhost", "::1"])
-def test_this_machine_has_several_names(server, host):
-    service = Service(host, 0, 1, {"KTRDR_REDIS_URL": server.url}, None)
+def test_names_and_addresses_of_this_machine_are_accepted(server, host):
+    service = ServiceProcess(host, 0, 1, {"KTRDR_REDIS_URL": server.url}, None)
     try:
-        service.wait_told()
-        where = service.said[-1].removeprefix("listening on ")
+        service.wait_for_line()
+        where = service.output[-1].removeprefix("listening on ")
         assert httpx.get(f"{where}/livez", timeout=60).status_code == 200
     finally:
         assert service.stop() == 0
 
 
-def test_a_host_that_is_none_is_one_line():
+def test_an_invalid_host_is_reported_in_one_line():
     assert "nowhere.invalid" in refused(host="nowhere.invalid")
     assert "''" in refused(host="")
 
 
-def test_a_port_that_is_taken_is_one_line(server):
+def test_a_taken_port_is_reported_in_one_line(server):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         line = refused(code=1, port=port, KTRDR_REDIS_URL=server.url)
@@ -239,12 +239,12 @@ def test_a_port_that_is_taken_is_one_line(server):
     assert "already in use" in line
 
 
-def test_a_data_directory_that_cannot_be_is_one_line(tmp_path):
+def test_an_unusable_data_directory_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     assert "file" in refused(code=1, AGENT_BUDGET_DIR=tmp_path / "file" / "budget")
 
 
-def test_settings_can_be_given(server, monkeypatch):
+def test_serve_accepts_settings(server, monkeypatch):
     with pytest.raises(ServeError) as caught:
         serve(host="0.0.0.0", settings=Settings(redis_url=server.url))
     assert caught.value.exit_code == 2
@@ -255,30 +255,30 @@ def test_settings_can_be_given(server, monkeypatch):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_signal_ends_it_well(server, number, workers):
+def test_a_signal_stops_the_service_normally(server, number, workers):
     with serving(workers=workers, KTRDR_REDIS_URL=server.url) as service:
-        with httpx.Client(base_url=service.url, timeout=60) as kept_alive:  # an idle connection holds nothing up
+        with httpx.Client(base_url=service.url, timeout=60) as kept_alive:  # an idle connection must not delay the end
             assert kept_alive.get("/livez").status_code == 200
             service.signal(number)
             assert service.end() == 0
-    assert service.said[-1] == f"listening on {service.url}", service.said
+    assert service.output[-1] == f"listening on {service.url}", service.output
 
 
-def test_a_signal_before_it_serves_ends_it_well(start_server):
+def test_a_signal_during_the_start_stops_the_service_normally(start_server):
     own = start_server()
-    own.pause()  # so that its start takes as long as its deadline
+    own.pause()  # the start takes as long as the deadline
     try:
-        service = Service("127.0.0.1", 0, 1, {"KTRDR_REDIS_URL": own.url, "KTRDR_TIMEOUT": "60"}, None)
-        service.wait_told("budget agent")
+        service = ServiceProcess("127.0.0.1", 0, 1, {"KTRDR_REDIS_URL": own.url, "KTRDR_TIMEOUT": "60"}, None)
+        service.wait_for_line("budget agent")
         service.signal(signal.SIGTERM)
         assert service.end() == 0
-        assert not any("Traceback" in line for line in service.said)
+        assert not any("Traceback" in line for line in service.output)
     finally:
         service.stop()
         own.resume()
 
 
-def test_what_is_under_way_is_finished(start_server):
+def test_requests_in_flight_are_finished(start_server):
     own = start_server()
     with serving(KTRDR_REDIS_URL=own.url, KTRDR_TIMEOUT="60") as service:
         assert service.post(f"{V1}/reservations", {**RESERVATION, "id": "op_1"}).status_code == 201
@@ -287,7 +287,7 @@ def test_what_is_under_way_is_finished(start_server):
         head = f"POST {V1}/reservations/op_1/commit HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", service.port)) as client:
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            service.get("/livez")  # by now the commit is under way, for the process has one event loop
+            service.get("/livez")  # the commit is in flight now: the process has one event loop
             service.signal(signal.SIGTERM)
             wait_until(lambda: not service.is_listening())
             own.resume()
@@ -295,7 +295,7 @@ def test_what_is_under_way_is_finished(start_server):
         assert service.end() == 0
 
 
-def test_a_client_that_hung_up_before_it_was_told_an_id_holds_nothing(start_server):
+def test_a_hold_is_released_if_the_client_disconnects_before_it_receives_the_id(start_server):
     own = start_server()
     with serving(KTRDR_REDIS_URL=own.url, KTRDR_TIMEOUT="60") as service:
         assert figures(service)["held"] == 0
@@ -304,8 +304,8 @@ def test_a_client_that_hung_up_before_it_was_told_an_id_holds_nothing(start_serv
         head = f"POST {V1}/reservations HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
         with socket.create_connection(("127.0.0.1", service.port)) as client:
             client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-            service.get("/livez")  # by now the reservation is under way, for the process has one event loop
-        service.get("/livez")  # and by now the process knows that nobody awaits it
+            service.get("/livez")  # the reservation is in flight now: the process has one event loop
+        service.get("/livez")  # the process has seen the disconnect now
         own.resume()
 
         def granted_and_released() -> bool:
@@ -316,7 +316,7 @@ def test_a_client_that_hung_up_before_it_was_told_an_id_holds_nothing(start_serv
         assert figures(service)["held"] == 0
 
 
-def test_the_embedded_server_ends_with_its_last_user(tmp_path):
+def test_the_embedded_server_stops_with_its_last_user(tmp_path):
     with serving(workers=2, AGENT_BUDGET_DIR=tmp_path) as service:
         wait_until(lambda: service.get("/readyz").status_code == 200)
         assert embedded.find(tmp_path)
@@ -327,8 +327,8 @@ def test_the_embedded_server_ends_with_its_last_user(tmp_path):
 # -- its workers -------------------------------------------------------------------------------------------------------
 
 
-def workers_of(service: Service) -> set[int]:
-    """The processes that serve: children that took the metrics directory along."""
+def workers_of(service: ServiceProcess) -> set[int]:
+    """The worker processes: children with the metrics directory in their environment."""
     children = Path(f"/proc/{service.process.pid}/task/{service.process.pid}/children").read_text().split()
     return {
         int(child)
@@ -337,7 +337,7 @@ def workers_of(service: Service) -> set[int]:
     }
 
 
-def counted(service: Service) -> float:
+def counted(service: ServiceProcess) -> float:
     text = service.get("/metrics").text
     [line] = [
         line for line in text.splitlines() if line.startswith('ktrdr_budget_reservations_total{outcome="granted"')
@@ -346,28 +346,28 @@ def counted(service: Service) -> float:
 
 
 @pytest.mark.slow
-def test_workers_share_a_port_a_budget_and_their_counts(tmp_path):
+def test_workers_share_a_port_a_budget_and_counters(tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     with serving(workers=3, AGENT_BUDGET_DIR=tmp_path / "budget", TMPDIR=temporary) as service:
         wait_until(lambda: len(workers_of(service)) == 3)
-        with ThreadPoolExecutor(16) as threads:  # a connection each, so that all workers get some
+        with ThreadPoolExecutor(16) as threads:  # many connections, so that each worker gets some
             answers = list(
                 threads.map(lambda _: service.post(f"{V1}/reservations", RESERVATION).status_code, range(60))
             )
         assert sorted(answers) == [201] * 33 + [429] * 27
-        for _ in range(5):  # whichever worker is asked
+        for _ in range(5):  # any worker may reply
             assert counted(service) == 33
             assert figures(service)["held"] == 4.95
         assert list(temporary.glob("ktrdr-metrics-*"))
         assert service.stop() == 0
     assert not list(temporary.iterdir())
-    assert service.said.count("budget agent: $5.00 a day (UTC)") == 1
+    assert service.output.count("budget agent: $5.00 a day (UTC)") == 1
 
 
 @pytest.mark.slow
-def test_a_worker_that_stands_still_for_some_seconds_is_not_replaced(server):
-    """As on a machine that is so busy that the workers' start takes as long: they would never serve."""
+def test_a_worker_that_hangs_for_some_seconds_is_not_replaced(server):
+    """On a busy machine the start of a worker takes as long; replacing it then would never end."""
     with serving(workers=2, KTRDR_REDIS_URL=server.url) as service:
         wait_until(lambda: len(workers_of(service)) == 2)
         before = workers_of(service)
@@ -383,7 +383,7 @@ def test_a_worker_that_stands_still_for_some_seconds_is_not_replaced(server):
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(tmp_path):
+def test_a_dead_worker_is_replaced_without_loss(tmp_path):
     with serving(workers=2, AGENT_BUDGET_DIR=tmp_path) as service:
         wait_until(lambda: len(workers_of(service)) == 2)
         for _ in range(10):
@@ -396,12 +396,12 @@ def test_a_worker_that_dies_is_replaced_and_nothing_is_lost(tmp_path):
         assert figures(service)["today_spend"] == 1.0
         assert embedded.find(tmp_path) == url
         text = service.get("/metrics").text
-        assert 'ktrdr_budget_spend_total{budget="agent",unit="usd"} ' in text  # also what the dead had counted
+        assert 'ktrdr_budget_spend_total{budget="agent",unit="usd"} ' in text  # with the counters of the dead worker
         assert service.stop() == 0
 
 
 @pytest.mark.slow
-def test_workers_that_cannot_start_end_the_service(server, monkeypatch):
+def test_the_service_ends_if_workers_cannot_start(server, monkeypatch):
     monkeypatch.setattr(module, "create_app", _no_app)
     with pytest.raises(ServeError) as caught:
         serve(port=0, workers=2, settings=Settings(redis_url=server.url))
@@ -417,7 +417,7 @@ def _no_app(settings: Settings) -> FastAPI:
     return FastAPI(lifespan=lifespan)
 
 
-def test_several_workers_and_unchecked_spend_are_warned_about(server):
+def test_policy_allow_with_several_workers_is_a_warning(server):
     with serving(workers=2, KTRDR_REDIS_URL=server.url, KTRDR_ON_STORE_ERROR="allow") as service:
         service.stop()
-    assert any("KTRDR_ON_STORE_ERROR=allow" in line for line in service.said)
+    assert any("KTRDR_ON_STORE_ERROR=allow" in line for line in service.output)

@@ -28,7 +28,7 @@ def fault(environment: pytest.MonkeyPatch, **variables: str) -> str:
     return message
 
 
-def test_without_settings_there_is_the_agents_budget_on_an_embedded_server(environment):
+def test_the_default_is_the_agents_budget_on_an_embedded_server(environment):
     settings = load_settings()
     assert settings.budgets == (Budget("agent", "5.00"),)
     assert settings.store_url is None
@@ -72,7 +72,7 @@ def test_every_setting_is_read(environment, budgets_file):
     assert settings.budgets[-1].limit is None
 
 
-def test_what_is_prepaid_is_an_amount_or_one_for_each_budget(environment, budgets_file):
+def test_the_prepaid_amount_may_be_given_per_budget(environment, budgets_file):
     assert of(environment).lease_slabs is None
     scalar = of(environment, KTRDR_ON_STORE_ERROR="lease", KTRDR_LEASE_SLAB=" 0.5 ")
     assert scalar.lease_slabs == Decimal("0.50")
@@ -80,7 +80,7 @@ def test_what_is_prepaid_is_an_amount_or_one_for_each_budget(environment, budget
     settings = of(environment, **named, KTRDR_LEASE_SLAB="agent=0.50, team/a:b@c = 0.10")
     assert settings.lease_slabs == {"agent": "0.50", "team/a:b@c": "0.10"}
     for policy, slab in (("deny", "1"), ("lease", "")):
-        assert "go together" in fault(environment, KTRDR_ON_STORE_ERROR=policy, KTRDR_LEASE_SLAB=slab)
+        assert "need each other" in fault(environment, KTRDR_ON_STORE_ERROR=policy, KTRDR_LEASE_SLAB=slab)
     assert "'other' is not a budget" in fault(environment, KTRDR_LEASE_SLAB="other=1")
 
 
@@ -91,14 +91,14 @@ def test_a_setting_shows_no_secret(environment):
     assert "secret" not in repr(settings) + str(settings) + settings.store_shown
 
 
-def test_settings_travel_to_another_process(environment, budgets_file):
+def test_settings_can_be_pickled(environment, budgets_file):
     settings = of(environment, KTRDR_API_KEY="one", KTRDR_BUDGETS_FILE=str(budgets_file))
     again = pickle.loads(pickle.dumps(settings))
     assert again == settings
     assert (again.budgets, again.use_keys) == (settings.budgets, ("one",))
 
 
-def test_what_is_empty_is_not_set(environment):
+def test_an_empty_variable_is_unset(environment):
     settings = of(environment, AGENT_DAILY_BUDGET="", KTRDR_API_KEY="", KTRDR_BUDGETS_FILE="")
     assert settings.budgets[0].limit == 5
     assert settings.use_keys == ()
@@ -112,7 +112,7 @@ def test_the_daily_budget_has_two_names(environment):
 @pytest.mark.parametrize(
     ("text", "limit"), [("unlimited", None), ("Unlimited", None), ("0", 0), ("0.000000001", Decimal("1e-9"))]
 )
-def test_a_daily_budget_may_be_unlimited_or_nothing(environment, text, limit):
+def test_a_daily_budget_may_be_unlimited_or_zero(environment, text, limit):
     assert of(environment, AGENT_DAILY_BUDGET=text).budgets[0].limit == limit
 
 
@@ -140,7 +140,7 @@ def test_a_daily_budget_may_be_unlimited_or_nothing(environment, text, limit):
         ("KTRDR_BUDGETS_FILE", "/", "directory"),
     ],
 )
-def test_a_setting_that_is_not_usable_is_named(environment, name, value, words):
+def test_an_invalid_setting_is_named(environment, name, value, words):
     message = fault(environment, **{name: value})
     assert message.startswith(f"{name}: ")
     assert words in message
@@ -149,11 +149,11 @@ def test_a_setting_that_is_not_usable_is_named(environment, name, value, words):
 @pytest.mark.parametrize(
     "url", ["http://me:secret@store", "me:secret@store", "redis://me:secret@[::1", "redis://me:secret\u2100@store"]
 )
-def test_a_url_that_is_not_usable_shows_no_secret(environment, url):
+def test_an_error_about_the_url_shows_no_secret(environment, url):
     assert "secret" not in fault(environment, KTRDR_REDIS_URL=url)
 
 
-def test_keys_must_differ_and_mean_something(environment):
+def test_keys_must_be_different_and_not_empty(environment):
     assert "must differ" in fault(environment, KTRDR_API_KEY="one,two", KTRDR_ADMIN_KEY="two")
     assert "KTRDR_AUTH" in fault(environment, KTRDR_ADMIN_KEY="three", KTRDR_AUTH="none")
 
@@ -187,7 +187,7 @@ def test_keys_must_differ_and_mean_something(environment):
         ('[[budgets]]\nname = "agent"\nlimit = 1', "'agent' is set by AGENT_DAILY_BUDGET"),
     ],
 )
-def test_what_is_wrong_with_the_file_of_budgets_is_told_where(environment, tmp_path, text, words):
+def test_an_error_in_the_budgets_file_is_reported_with_its_place(environment, tmp_path, text, words):
     path = tmp_path / "budgets.toml"
     path.write_text(text)
     message = fault(environment, KTRDR_BUDGETS_FILE=str(path))
@@ -195,19 +195,19 @@ def test_what_is_wrong_with_the_file_of_budgets_is_told_where(environment, tmp_p
     assert words in message
 
 
-def test_a_file_of_budgets_is_text(environment, tmp_path):
+def test_a_binary_budgets_file_is_refused(environment, tmp_path):
     path = tmp_path / "budgets.toml"
     path.write_bytes(b"\xff")
     assert "not a text in UTF-8" in fault(environment, KTRDR_BUDGETS_FILE=str(path))
 
 
-def test_a_file_without_budgets_adds_none(environment, tmp_path):
+def test_an_empty_budgets_file_adds_no_budget(environment, tmp_path):
     path = tmp_path / "budgets.toml"
     path.write_text("# none yet\n")
     assert len(of(environment, KTRDR_BUDGETS_FILE=str(path)).budgets) == 1
 
 
-def test_a_number_in_the_file_means_what_it_says(environment, tmp_path):
+def test_a_number_in_the_budgets_file_keeps_its_exact_value(environment, tmp_path):
     path = tmp_path / "budgets.toml"
     path.write_text(BUDGETS.replace("2.50", "0.300000001"))
     assert of(environment, KTRDR_BUDGETS_FILE=str(path)).budgets[2].limit == Decimal("0.300000001")

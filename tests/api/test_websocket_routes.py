@@ -39,7 +39,7 @@ Held = Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]
 
 @pytest.fixture
 def client(server):
-    """Looks into the store."""
+    """A client of the store."""
     with server.client() as made:
         yield made
 
@@ -58,7 +58,7 @@ async def visiting(app: FastAPI, path: str = "/live") -> AsyncIterator[ClientCon
 
 
 def echo(app: FastAPI, *, ends: str, accrued: str | None = None) -> None:
-    """A route that answers each word, and ends as such routes do."""
+    """Add a route that echoes every message, and ends in one of the usual manners."""
 
     @app.websocket("/live")
     async def live(socket: WebSocket, hold: Held) -> None:
@@ -74,7 +74,7 @@ def echo(app: FastAPI, *, ends: str, accrued: str | None = None) -> None:
 
 
 async def settled(client: Any, limiter: AsyncBudgetLimiter) -> tuple[int, list[str]]:
-    """What was spent, and what the entries of the ledger say, once nothing is held any more."""
+    """Wait until nothing is held; return the spent amount and the sum of the ledger."""
     await until(lambda: sums(client)["held"] == 0)
     return spent_and_held(client)[0], [entry.operation for entry in await limiter.ledger("agent")]
 
@@ -84,8 +84,8 @@ async def settled(client: Any, limiter: AsyncBudgetLimiter) -> tuple[int, list[s
 
 @pytest.mark.parametrize(("accrued", "spent"), [(None, "0.15"), ("0.02", "0.02")], ids=["said nothing", "accrued"])
 @pytest.mark.parametrize("ends", ["returned", "caught", "uncaught", "cut"])
-async def test_a_session_is_settled_once_however_it_ends(app, client, limiter, ends, accrued, spent):
-    """A client that leaves pays what one pays that stays to the end."""
+async def test_a_session_is_settled_once_for_every_kind_of_end(app, client, limiter, ends, accrued, spent):
+    """A disconnected client is charged like any other."""
     echo(app, ends=ends, accrued=accrued)
     async with serving(app) as address:
         async with connect(f"ws://{address}/live", proxy=None) as socket:
@@ -102,7 +102,7 @@ async def test_a_session_is_settled_once_however_it_ends(app, client, limiter, e
 
 
 @pytest.mark.parametrize(("accrued", "entries"), [(None, 0), ("0.02", 1)])
-async def test_a_session_that_fails_costs_what_it_accrued(app, client, limiter, accrued, entries):
+async def test_a_failed_session_commits_what_it_accrued(app, client, limiter, accrued, entries):
     echo(app, ends="raises", accrued=accrued)
     async with visiting(app) as socket:
         await socket.send("it rains")
@@ -112,7 +112,7 @@ async def test_a_session_that_fails_costs_what_it_accrued(app, client, limiter, 
         assert await settled(client, limiter) == (to_units(accrued or "0"), ["WEBSOCKET /live"] * entries)
 
 
-async def test_a_session_that_is_refused_by_its_route_costs_nothing(app, client, limiter):
+async def test_a_session_refused_by_its_route_costs_nothing(app, client, limiter):
     @app.websocket("/live")
     async def live(socket: WebSocket, hold: Held) -> None:
         hold.accrue(0)
@@ -125,7 +125,7 @@ async def test_a_session_that_is_refused_by_its_route_costs_nothing(app, client,
     assert await settled(client, limiter) == (0, [])
 
 
-async def test_metered_calls_of_a_session_draw_from_its_hold(app, client, limiter):
+async def test_metered_calls_of_a_session_use_its_hold(app, client, limiter):
     meter = Meter(limiter, pricer=PRICES)
 
     @app.websocket("/live/{topic}", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
@@ -144,7 +144,7 @@ async def test_metered_calls_of_a_session_draw_from_its_hold(app, client, limite
         assert label.startswith("WEBSOCKET /live/{topic} ")
 
 
-async def test_a_dependency_of_the_whole_app_holds_for_requests_and_sockets(client, limiter):
+async def test_a_dependency_of_the_app_applies_to_requests_and_websockets(client, limiter):
     app = FastAPI(dependencies=[Depends(hold_budget({"agent": "0.15", "calls": 1}, limiter=limiter))])
 
     @app.get("/")
@@ -166,7 +166,7 @@ async def test_a_dependency_of_the_whole_app_holds_for_requests_and_sockets(clie
         assert await settled(client, limiter) == (2 * ESTIMATE, ["WEBSOCKET /live", "GET /"])
 
 
-async def test_a_limiter_may_be_found_by_the_socket_and_be_sync(server, client):
+async def test_the_limiter_may_be_a_function_of_the_websocket_and_sync(server, client):
     app = FastAPI()
     with BudgetLimiter(server.url, BUDGETS) as sync_limiter:
         app.state.limiter = sync_limiter
@@ -187,7 +187,7 @@ async def test_a_limiter_may_be_found_by_the_socket_and_be_sync(server, client):
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_session_without_room_is_answered_429_in_place_of_the_handshake(app, client, limiter):
+async def test_a_denied_session_replies_429_instead_of_the_handshake(app, client, limiter):
     echo(app, ends="returned")
     await limiter.record("agent", "0.90")
     with pytest.raises(InvalidStatus) as caught:
@@ -201,7 +201,7 @@ async def test_a_session_without_room_is_answered_429_in_place_of_the_handshake(
     assert spent_and_held(client) == (to_units("0.90"), 0)
 
 
-async def test_a_call_that_is_denied_in_an_open_session_closes_it_with_the_reason(app, client, limiter):
+async def test_a_denied_call_closes_an_open_session_with_the_reason(app, client, limiter):
     meter = Meter(limiter, pricer=PRICES)
 
     @app.websocket("/live")
@@ -221,7 +221,7 @@ async def test_a_call_that_is_denied_in_an_open_session_closes_it_with_the_reaso
         assert spent == to_units("0.02")
 
 
-async def test_a_session_is_answered_503_while_the_store_is_away(start_server):
+async def test_a_session_without_the_store_replies_503(start_server):
     own = start_server()
     app = FastAPI()
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.1) as limiter:
@@ -237,7 +237,7 @@ async def test_a_session_is_answered_503_while_the_store_is_away(start_server):
     assert json.loads(caught.value.response.body)["code"] == "store-unavailable"
 
 
-async def test_a_server_that_cannot_answer_a_handshake_closes_the_socket(app, limiter):
+async def test_a_server_without_handshake_responses_closes_the_websocket(app, limiter):
     echo(app, ends="returned")
     await limiter.record("agent", "0.90")
     sent = []
@@ -255,7 +255,7 @@ async def test_a_server_that_cannot_answer_a_handshake_closes_the_socket(app, li
     assert closed["reason"] == "agent: budget_exhausted ($0.10 remaining, need $0.15)"
 
 
-async def test_an_app_may_answer_a_socket_in_its_own_way(app, limiter):
+async def test_an_app_may_have_its_own_handler_for_websockets(app, limiter):
     @app.exception_handler(BudgetProblem)
     async def sorry(socket: WebSocket, error: BudgetProblem) -> JSONResponse:
         return JSONResponse({"sorry": error.problem.code}, 402)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from ..api.processes import Service, serving
+from ..api.processes import ServiceProcess, serving
 from .observers import answering
 from .support import ROOT
 
@@ -27,7 +27,7 @@ BLOCKS = [
 FROM_FILES, FROM_BACKEND, BACKUP, BACK = BLOCKS
 
 
-def run(block: str, place: Path, service: Service, **variables: str) -> subprocess.CompletedProcess[str]:
+def run(block: str, place: Path, service: ServiceProcess, **variables: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("AGENT_", "KTRDR_"))}
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return subprocess.run(
@@ -39,7 +39,7 @@ def run(block: str, place: Path, service: Service, **variables: str) -> subproce
     )
 
 
-def spent(service: Service) -> str:
+def spent(service: ServiceProcess) -> str:
     return str(service.get("/api/v1/budgets/agent").json()["spent"])
 
 

@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 
 import pytest
 
-from ..api.processes import Service, serving
+from ..api.processes import ServiceProcess, serving
 from ..conftest import Server
 from ..helpers.waiting import wait_until
 from .files import ALERTS, panels, read_dashboard, read_yaml
@@ -28,7 +28,7 @@ class Stack:
     """Two replicas with some activity, and the Prometheus that scrapes them."""
 
     prometheus: Prometheus
-    replicas: list[Service]
+    replicas: list[ServiceProcess]
     started_at: float
     ended_at: float
 
@@ -81,7 +81,7 @@ def stack(start_server: Callable[..., Server], tmp_path_factory: pytest.TempPath
         yield Stack(prometheus, replicas, started_at, settled_at + 1)
 
 
-def run_cycle(replica: Service) -> None:
+def run_cycle(replica: ServiceProcess) -> None:
     """Trigger a cycle at a replica, and wait for its end."""
     wait_until(lambda: replica.post("/api/v1/agent/trigger").status_code == 202)
     wait_until(lambda: replica.get("/api/v1/agent/status").json()["status"] == "idle")

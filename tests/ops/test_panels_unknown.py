@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ..api.processes import Service, serving
+from ..api.processes import ServiceProcess, serving
 from ..conftest import Server
 from ..helpers.waiting import wait_until
 from .files import ALERTS, COMPOSE, panels, read_dashboard, read_yaml
@@ -46,7 +46,7 @@ class Watched:
     """Two replicas of one store, the Prometheus that scrapes them, and Grafana's library."""
 
     store: Server
-    replicas: list[Service]
+    replicas: list[ServiceProcess]
     prometheus: Prometheus
     grafana: Grafana
 

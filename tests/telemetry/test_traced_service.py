@@ -8,7 +8,7 @@ from typing import Any
 import httpx
 import pytest
 
-from ..api.processes import Service, serving
+from ..api.processes import ServiceProcess, serving
 from ..helpers.otlp_receiver import OtlpReceiver, Span, children, orphans, trace_of
 from ..helpers.waiting import wait_until
 
@@ -24,7 +24,7 @@ def receiver() -> Iterator[OtlpReceiver]:
     assert not receiver.errors
 
 
-def triggered(service: Service) -> str:
+def triggered(service: ServiceProcess) -> str:
     """Trigger a cycle; return its id."""
     response = service.post("/api/v1/agent/trigger")
     assert response.status_code == 202, response.text
@@ -121,7 +121,7 @@ def test_every_worker_traces_and_counts(server, receiver: OtlpReceiver):
     assert 'agent_cycles_total{outcome="completed"} 1.0' in samples
     assert 'agent_cycles_total{outcome="failed"} 0.0' in samples
     assert f"agent_budget_spend_total {float(entries[0]['amount'])}" in samples
-    assert not [line for line in service.said if line.startswith(("WARNING", "ERROR"))]
+    assert not [line for line in service.output if line.startswith(("WARNING", "ERROR"))]
 
 
 def test_a_cycle_that_fails_at_a_gate_is_a_complete_tree(server, receiver: OtlpReceiver):

@@ -43,10 +43,10 @@ def fuzz(
     service: ServiceProcess, directory: Path, *options: str, key: str, unmet: str = UNMET, examples: int = 15
 ) -> None:
     for seconds in (11, 40, 100):  # a busy machine may need longer to reach every operation
-        said = _fuzzed(service, directory, *options, key=key, unmet=unmet, examples=examples, seconds=seconds)
-        if re.search(r"Selected: (\d+)/\1\s+Tested: \1\b", said):
+        output = _fuzzed(service, directory, *options, key=key, unmet=unmet, examples=examples, seconds=seconds)
+        if re.search(r"Selected: (\d+)/\1\s+Tested: \1\b", output):
             return
-    raise AssertionError(said[-20_000:])
+    raise AssertionError(output[-20_000:])
 
 
 def _fuzzed(

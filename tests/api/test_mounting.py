@@ -40,7 +40,7 @@ async def test_the_router_works_in_any_app(limiter):
         assert (await client.post(f"{path}/commit", json={"amounts": "0.07"})).json()["amounts"] == {"agent": "0.07"}
         assert (await client.get(f"{V1}/agent/budget")).json()["today_spend"] == 0.07
         assert (await client.get(f"{V1}/budgets/team%2Fa")).json()["name"] == "team/a"
-        problem(await client.get(f"{V1}/budgets/nobody"), 404, "unknown-budget")
+        problem(await client.get(f"{V1}/budgets/unknown"), 404, "unknown-budget")
         problem(await client.post(f"{V1}/reservations", json={}), 422, "invalid-request")
         problem(await client.post(f"{V1}/reservations", json={"amounts": {"agent": 9}}), 429, "budget-exceeded")
         wrong = await client.get(f"{V1}/budgets/agent/limit")
@@ -50,10 +50,10 @@ async def test_the_router_works_in_any_app(limiter):
 
 
 async def test_dependencies_of_the_app_run_first(limiter):
-    asked = []
+    received = []
 
     async def login(request: Request) -> None:
-        asked.append(await request.body())  # the route must still be able to read it
+        received.append(await request.body())  # the route must still be able to read it
         if request.headers.get("x-user") != "me":
             raise HTTPException(418)
 
@@ -67,7 +67,7 @@ async def test_dependencies_of_the_app_run_first(limiter):
         granted = await client.post("/outer/inner/reservations", json=body, headers={"X-User": "me"})
         assert granted.status_code == 201
         assert granted.headers["location"] == "/outer/inner/reservations/op_1"
-        assert len(asked) == 2
+        assert len(received) == 2
         assert (await client.get("/outer/inner/budgets")).status_code == 418
 
 

@@ -143,7 +143,7 @@ async def test_responses_match_the_document(client, document):
     """Call every operation once; the fuzzer calls them with many values."""
     hold = await reserved(client, {"agent": "0.15", "cycles": 1}, operation="research")
     path = f"/reservations/{hold['id']}"
-    asked = [
+    calls = [
         ("GET", "/agent/budget", "/agent/budget", None),
         ("GET", "/budgets", "/budgets", None),
         ("GET", "/budgets/agent", "/budgets/{name}", None),
@@ -174,7 +174,7 @@ async def test_responses_match_the_document(client, document):
         ("POST", "/spend", "/spend", {"amounts": {"agent": 9}}),
         ("POST", "/agent/trigger", "/agent/trigger", None),
     ]
-    for method, path, template, body in asked:
+    for method, path, template, body in calls:
         response = await client.request(method, V1 + path, json=body)
         declared = document["paths"][V1 + template][method.lower()]["responses"][str(response.status_code)]
         schema = declared["content"][response.headers["content-type"]]["schema"]

@@ -152,7 +152,7 @@ async def test_a_command_refused_in_scripts_is_named(start, server, command):
         redis.execute_command("ACL", "DELUSER", "managed")
 
 
-@pytest.mark.parametrize("login", ["?password=wrong", "?username=nobody&password=wrong"])
+@pytest.mark.parametrize("login", ["?password=wrong", "?username=unknown&password=wrong"])
 async def test_a_wrong_password_is_reported_by_the_readiness_check(start, start_server, login):
     own = start_server()
     with own.client() as redis:

@@ -75,11 +75,11 @@ async def test_the_probes_refuse_other_methods(client):
 
 async def test_an_unknown_budget_is_not_found(client):
     for path in ("", "/holds", "/ledger"):
-        problem(await client.get(f"{V1}/budgets/nobody{path}"), 404, "unknown-budget")
-    problem(await client.put(f"{V1}/budgets/nobody/limit", json={"limit": 1}), 404, "unknown-budget")
-    problem(await client.delete(f"{V1}/budgets/nobody/limit"), 404, "unknown-budget")
+        problem(await client.get(f"{V1}/budgets/unknown{path}"), 404, "unknown-budget")
+    problem(await client.put(f"{V1}/budgets/unknown/limit", json={"limit": 1}), 404, "unknown-budget")
+    problem(await client.delete(f"{V1}/budgets/unknown/limit"), 404, "unknown-budget")
     for path in ("reservations", "spend"):
-        problem(await client.post(f"{V1}/{path}", json={"amounts": {"nobody": 1}}), 404, "unknown-budget")
+        problem(await client.post(f"{V1}/{path}", json={"amounts": {"unknown": 1}}), 404, "unknown-budget")
 
 
 async def test_an_unknown_hold_is_not_found(client):
@@ -393,7 +393,7 @@ async def test_the_response_to_an_unexpected_error_hides_its_text(running):
 
 async def test_errors_of_the_limiter_are_problems_in_other_routes(running):
     async def other() -> None:
-        await running.limiter.status("nobody")
+        await running.limiter.status("unknown")
 
     running.app.get("/other")(other)
     problem(await running.client.get("/other"), 404, "unknown-budget")

@@ -1,4 +1,4 @@
-"""What the service reads from the environment, and how it says what is wrong with it."""
+"""The settings of the service, and the errors about them."""
 
 from __future__ import annotations
 

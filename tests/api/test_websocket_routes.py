@@ -82,7 +82,7 @@ async def settled(client: Any, limiter: AsyncBudgetLimiter) -> tuple[int, list[s
 # -- what a session costs ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("accrued", "spent"), [(None, "0.15"), ("0.02", "0.02")], ids=["said nothing", "accrued"])
+@pytest.mark.parametrize(("accrued", "spent"), [(None, "0.15"), ("0.02", "0.02")], ids=["without accruals", "accrued"])
 @pytest.mark.parametrize("ends", ["returned", "caught", "uncaught", "cut"])
 async def test_a_session_is_settled_once_for_every_kind_of_end(app, client, limiter, ends, accrued, spent):
     """A disconnected client is charged like any other."""

@@ -141,7 +141,7 @@ register_url_convertor("last_hold", _LastHoldId())
 
 def _keep_encoded_slashes(scope: Scope) -> Scope:
     """The scope with ``%2F`` in its path as it was sent, where servers decode it to ``/``."""
-    raw_path = scope.get("raw_path", b"")
+    raw_path = scope.get("raw_path") or b""
     if b"%2" not in raw_path:
         return scope
     sent = raw_path.decode("latin-1")

@@ -70,7 +70,7 @@ def samples(replica: ServiceProcess) -> dict[tuple[str, ...], float]:
     }
 
 
-def suspend_in(phase: str, here: Service, there: Service) -> str:
+def suspend_in(phase: str, here: ServiceProcess, there: ServiceProcess) -> str:
     """Suspend a replica whose cycle is in a phase; return the cycle's id. Cycles past the phase are cancelled."""
     reached = PHASES[PHASES.index(phase) :]
     while True:

@@ -402,7 +402,7 @@ def test_a_dead_worker_is_replaced_without_loss(tmp_path):
 
 @pytest.mark.slow
 def test_the_service_ends_if_workers_cannot_start(server, monkeypatch):
-    monkeypatch.setattr(module, "create_app", _no_app)
+    monkeypatch.setattr(module, "worker_app", _no_app)
     with pytest.raises(ServeError) as caught:
         serve(port=0, workers=2, settings=Settings(redis_url=server.url))
     assert caught.value.exit_code == 1

@@ -1,1 +1,1 @@
-"""How fast it is, beside its peers, in one run on servers that the run starts itself: `python -m benchmarks`."""
+"""Benchmarks of the package beside its peers, on servers that the run starts itself: `python -m benchmarks`."""

@@ -1,4 +1,4 @@
-"""Runs the benchmarks and reports them: `python -m benchmarks --help`."""
+"""Run the benchmarks and report the figures: `python -m benchmarks --help`."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ GROUPS: dict[str, Callable[[Settings], Coroutine[Any, Any, list[Measure]]]] = {
     "cluster": cluster,
 }
 PEERS = {"limits": "limits", "throttled": "throttled-py"}
-"""Modules, and the packages that bring them."""
+"""Packages by the module that they install."""
 DOCUMENT = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the arguments say; the exit code."""
+    """Run the groups that the arguments name; return the exit code."""
     given = _parser().parse_args(arguments)
     settings = Settings(quick=given.quick, store="redis" if given.redis else "valkey", rounds_max=given.rounds)
     if binary_of(settings.store) is None:
@@ -70,9 +70,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _missing_peers(groups: Sequence[str], settings: Settings) -> list[str]:
-    """The peers that are to be measured and are not there."""
-    asked = "concurrency" in groups or ("lease" in groups and not settings.quick)
-    return [peer for module, peer in PEERS.items() if asked and importlib.util.find_spec(module) is None]
+    """The peers that the groups measure and that are not installed."""
+    needed = "concurrency" in groups or ("lease" in groups and not settings.quick)
+    return [peer for module, peer in PEERS.items() if needed and importlib.util.find_spec(module) is None]
 
 
 def _parser() -> argparse.ArgumentParser:

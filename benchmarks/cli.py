@@ -1,4 +1,4 @@
-"""What a person waits for: the import of the package, and `ktrdr agent budget` from start to end."""
+"""The time of a fresh process: the import of the package, and `ktrdr agent budget` from start to end."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _TIMED_IMPORT = "import time; t = time.perf_counter(); import ktrdr_budget; prin
 
 
 async def cli(settings: Settings) -> list[Measure]:
-    """Fresh processes, one after another; the first of each fills the file cache and does not count."""
+    """Measure fresh processes, one after another; the first of each fills the file cache and does not count."""
     rounds = settings.rounds(15, 5)
     imports = [_import_s() for _ in range(rounds + 1)][1:]
     with running(settings.store) as server, service(server.url) as port:
@@ -42,5 +42,5 @@ def _command_s(environment: dict[str, str]) -> float:
     done = subprocess.run([*command, "agent", "budget"], env=environment, capture_output=True, text=True, check=True)
     taken = time.perf_counter() - begun
     if "Daily Limit: $" not in done.stdout:
-        raise RuntimeError(f"ktrdr agent budget said {done.stdout[:200]!r}")
+        raise RuntimeError(f"ktrdr agent budget printed {done.stdout[:200]!r}")
     return taken

@@ -1,4 +1,4 @@
-"""What one Python process gets done: reservations of many callers beside hits of the peers; one caller's latency."""
+"""Throughput and latency of one Python process: reservations of many callers, and of one, beside hits of the peers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _AMPLE = "5000000"
 
 
 async def per_call_us(call: Call, callers: int, calls: int) -> float:
-    """Microseconds per call while so many callers each make the next as soon as the last is answered."""
+    """Microseconds per call while each caller makes its next call as soon as the last one returns."""
     each = max(1, calls // callers)
 
     async def caller() -> None:
@@ -91,7 +91,7 @@ async def _interleaved(
             us = await per_call_us(call, key[1], calls if number else key[1])
             if number:
                 taken[key].append(us)
-        order.reverse()  # nobody always follows the same
+        order.reverse()  # so that no plan always follows the same one
     return taken
 
 

@@ -1,4 +1,4 @@
-"""A cluster beside one server: what three shards give three tenants, and what a cluster's client costs."""
+"""A cluster beside one server: the throughput of three tenants on three shards, and the cost of a cluster's client."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _AMPLE = "5000000"
 
 @contextmanager
 def _cluster(kind: str) -> Iterator[list[int]]:
-    """Three masters on ports of this machine, each with a third of the slots; they know each other from the start."""
+    """Start three masters on ports of this machine, each with a third of the slots, from one configuration."""
     binary = binary_of(kind)
     if binary is None:
         raise RuntimeError(f"{kind}-server is not installed")
@@ -74,8 +74,8 @@ def _wait_until_whole(ports: Sequence[int]) -> None:
         with redis.Redis(port=port, decode_responses=True) as client:
             while True:
                 try:
-                    told = client.execute_command("CLUSTER INFO")
-                    if told["cluster_state"] == "ok":
+                    found = client.execute_command("CLUSTER INFO")
+                    if found["cluster_state"] == "ok":
                         break
                 except redis.ConnectionError:
                     pass
@@ -103,16 +103,16 @@ class _Client:
     def __init__(self, url: str, tenant: str) -> None:
         words = [sys.executable, "-m", "benchmarks.cluster_client", url, tenant, str(_CALLERS)]
         self._process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.hear()
+        self.wait()
 
-    def tell(self, calls: int) -> None:
-        """Lets it make so many calls."""
+    def start(self, calls: int) -> None:
+        """Begin a block of calls."""
         assert self._process.stdin is not None
         self._process.stdin.write(f"{calls}\n")
         self._process.stdin.flush()
 
-    def hear(self) -> tuple[float, float]:
-        """When it began and ended them."""
+    def wait(self) -> tuple[float, float]:
+        """Wait for the end of the block; return when it began and ended."""
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
@@ -121,7 +121,7 @@ class _Client:
         return begun, ended
 
     def end(self) -> None:
-        """Ends it."""
+        """Kill the process."""
         self._process.kill()
         self._process.communicate()
 
@@ -130,8 +130,8 @@ def _round(clients: Sequence[_Client], ports: Sequence[int], calls: int) -> tupl
     """Calls per second of all clients together, and microseconds of CPU of the busiest server per call."""
     before = [_cpu_s(port) for port in ports]
     for client in clients:
-        client.tell(calls)
-    times = [client.hear() for client in clients]
+        client.start(calls)
+    times = [client.wait() for client in clients]
     seconds = max(ended for _, ended in times) - min(begun for begun, _ in times)
     busiest = max(_cpu_s(port) - then for port, then in zip(ports, before, strict=True))
     return len(clients) * calls / seconds, busiest / (len(clients) * calls) * 1e6
@@ -139,8 +139,8 @@ def _round(clients: Sequence[_Client], ports: Sequence[int], calls: int) -> tupl
 
 def _cpu_s(port: int) -> float:
     with redis.Redis(port=port) as client:
-        told = client.info("cpu")
-        return float(told["used_cpu_user"]) + float(told["used_cpu_sys"])
+        used = client.info("cpu")
+        return float(used["used_cpu_user"]) + float(used["used_cpu_sys"])
 
 
 async def cluster(settings: Settings) -> list[Measure]:

@@ -1,4 +1,4 @@
-"""One of the processes of `benchmarks/cluster.py`: reserves for a tenant, so many calls for each line that it reads."""
+"""A process of `benchmarks/cluster.py`: for each line, which is a number, make so many reservations for a tenant."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget
 
 
 async def main(url: str, tenant: str, callers: int) -> None:
-    """Says when it began and ended; the first time, that it is ready."""
+    """Print the begin and the end of each block of calls, and first a line when the process is ready."""
     budgets = [Budget("agent", limit="5000000")]
     async with AsyncBudgetLimiter(url, budgets, tenant=tenant, timeout=30, max_holds=10**7) as limiter:
         begun = time.time()

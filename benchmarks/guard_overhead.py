@@ -1,4 +1,4 @@
-"""What a guard adds to a call of a language model: the SDK's call guarded and unguarded, to the local provider."""
+"""The time that a guard adds to a call of a language model: guarded and unguarded calls to a local provider."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ _CALLS: dict[str, tuple[str, Call]] = {
 
 @contextmanager
 def _provider() -> Iterator[str]:
-    """The local provider in a process of its own, as long as the block lasts; where it is."""
+    """Run the local provider in a process of its own for as long as the block lasts; yield its URL."""
     port = free_port()
     words = [sys.executable, "-m", "examples.local_provider", "--port", str(port), "--token-delay", "0"]
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -82,8 +82,8 @@ def _provider() -> Iterator[str]:
 async def guard_overhead(settings: Settings) -> list[Measure]:
     """Unguarded and guarded calls take turns; a round's figure is the difference of their medians.
 
-    A guarded call of its own asks the store twice, one inside a hold not at all. What asking twice takes by itself is
-    measured by the same call with a reservation and a commit around it, written by hand.
+    A guarded call outside of a hold makes two requests to the store, one inside a hold none. The cost of the two
+    requests alone is measured by the same call between a reservation and a commit that are written by hand.
     """
     import anthropic
     import openai

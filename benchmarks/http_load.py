@@ -17,7 +17,7 @@ __all__ = ["requests_per_second"]
 
 
 def requests_per_second(port: int, path: str, connections: int, seconds: float, body: str = "") -> float:
-    """How many POST requests were answered with 2xx.
+    """Count the POST requests with a 2xx response.
 
     Raises:
         RuntimeError: an answer was another.

@@ -16,7 +16,7 @@ _BODY = '{"amounts":{"agent":"0.0015"}}'
 
 
 async def http_service(settings: Settings) -> list[Measure]:
-    """``POST /reservations`` over 64 connections, as a share of what an empty FastAPI route answers."""
+    """``POST /reservations`` over 64 connections, as a share of the throughput of an empty FastAPI route."""
     seconds = 0.5 if settings.quick else 2.0
     reserved, empty = [], []
     with running(settings.store) as server, service(server.url) as port:

@@ -1,6 +1,6 @@
-"""What a decision of a lease takes: the public calls, one after the other, beside a lookup of a dictionary.
+"""The time of a lease's decision: the public calls, one after the other, beside an empty call.
 
-A block of decisions is timed as a whole, for a clock takes as long as a decision; what is told is the median of blocks.
+Blocks of decisions are timed as a whole, because reading a clock takes as long as a decision; the median block counts.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ async def lease(settings: Settings) -> list[Measure]:
     ]
     for peer, us in peers.items():
         name, ratios = f"lease_spend_to_{peer.replace('-', '_')}", tuple(us / own for own in taken["spend_str"])
-        title, told = f"lease: spend, to a hit of {peer}, one caller at a time", f"hit {us:.0f} µs"
-        measures.append(Measure(name, title, "x", ratios, at_least(30), detail=told))
+        title, detail = f"lease: spend, to a hit of {peer}, one caller at a time", f"hit {us:.0f} µs"
+        measures.append(Measure(name, title, "x", ratios, at_least(30), detail=detail))
     return measures
 
 
@@ -91,7 +91,7 @@ async def _decisions_us(url: str, rounds: int, blocks: int) -> dict[str, list[fl
 
 
 async def _acquired_us(small: AsyncLease) -> float:
-    """Of a slab that is refilled while it is spent: the store's answers arrive between the blocks."""
+    """A slab that is refilled while it is spent: the store's replies arrive between the blocks."""
     await asyncio.sleep(0)
     begun = time.perf_counter()
     for _ in range(_BLOCK):

@@ -1,4 +1,4 @@
-"""What a measure is: figures of several rounds, their median and spread, and the target that they are held against."""
+"""Measures: figures of several rounds, their median and spread, and the target for the median."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ __all__ = ["Measure", "Settings", "Target", "at_least", "at_most"]
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """How thorough a run is."""
+    """The thoroughness of a run."""
 
     quick: bool = False
     store: Literal["valkey", "redis"] = "valkey"
     rounds_max: int | None = None
 
     def rounds(self, full: int, quick: int = 3) -> int:
-        """How many rounds to take a median of."""
+        """The number of rounds."""
         rounds = quick if self.quick else full
         return rounds if self.rounds_max is None else min(rounds, self.rounds_max)
 
     def size(self, full: int, quick: int) -> int:
-        """How many calls, holds or entries."""
+        """The number of calls, holds or entries."""
         return quick if self.quick else full
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """What a median should reach."""
+    """The figure that a median should reach."""
 
     side: Literal["at least", "at most"]
     figure: float
@@ -59,14 +59,14 @@ class Measure:
     name: str
     """Stable, for programs."""
     title: str
-    """What it is, for people."""
+    """For readers."""
     unit: str
     """``x`` (a ratio), ``µs``, ``ms``, ``s`` or ``B``."""
     rounds: tuple[float, ...]
     """The figure of each round."""
     target: Target
     detail: str = field(default="", kw_only=True)
-    """What the figure was made of."""
+    """The figures that it was computed from."""
 
     @property
     def value(self) -> float:

@@ -82,7 +82,7 @@ def _used(client: Any) -> int:
 
 
 async def _bytes_each(server: Server, count: int) -> tuple[float, float]:
-    """Bytes of an open hold, and of what is left of it, ledger included, once it is committed."""
+    """Bytes of an open hold, and of a settled operation with its ledger entry."""
     with server.client() as client:
         client.flushall()
         async with AsyncBudgetLimiter(server.url, [Budget("agent", limit="5000000")], timeout=30) as limiter:
@@ -106,7 +106,7 @@ async def _bytes_each(server: Server, count: int) -> tuple[float, float]:
 
 
 async def _all(call: Callable[[], Awaitable[Any]], count: int) -> list[Any]:
-    """The results of so many calls, made by many callers at once."""
+    """Make calls by many callers at once; return the results."""
     results: list[Any] = []
 
     async def caller() -> None:

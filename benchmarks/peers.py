@@ -1,4 +1,4 @@
-"""The peers: rate limiters for asyncio on Redis, each asked for the least that it does, one hit of one counter.
+"""The peers: rate limiters for asyncio on Redis, each measured by its smallest operation, one hit of one counter.
 
 Their connection pools may open a connection for each caller: with what redis-py allows by default, 100, they fail at
 1,000 callers.
@@ -19,7 +19,7 @@ _LIMIT_PER_DAY = 1_000_000_000
 
 
 def hits(url: str) -> dict[str, dict[str, Hit]]:
-    """Per peer its variants: by which the fastest counts."""
+    """The variants of each peer, of which the fastest counts."""
     return {"limits": _limits(url), "throttled-py": {"redis-py": _throttled(url)}}
 
 

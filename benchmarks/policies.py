@@ -1,4 +1,4 @@
-"""What the policies for an unreachable store cost while it answers: reservations under each, in turns."""
+"""The cost of the policies for an unreachable store while it is reachable: reservations under each, in turns."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def policies(settings: Settings) -> list[Measure]:
                 for _ in range(turns):
                     for name in order:
                         taken[name].append(await per_call_us(_reserve(limiters[name]), _CALLERS, _CALLS))
-                    order.append(order.pop(0))  # nobody always follows the same
+                    order.append(order.pop(0))  # so that no policy always follows the same one
                 return {name: statistics.median(blocks) for name, blocks in taken.items()}
 
             await round_us()  # connects

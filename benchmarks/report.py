@@ -1,4 +1,4 @@
-"""How a run is told: a table for the terminal, one for `docs/benchmarks.md`, and JSON."""
+"""Reports of a run: a table for the terminal, one for `docs/benchmarks.md`, and JSON."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _HEADINGS = ("measure", "median", "min … max", "target", "", "made of")
 
 
 def circumstances(settings: Settings, seconds: float) -> dict[str, Any]:
-    """The machine, the versions, and when."""
+    """The machine, the versions and the date of a run."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
@@ -89,7 +89,7 @@ def _commit() -> str:
 
 
 def document(measures: Iterable[Measure], about: dict[str, Any]) -> dict[str, Any]:
-    """For programs."""
+    """The run as a JSON document."""
     return {
         **about,
         "measures": [
@@ -111,7 +111,7 @@ def document(measures: Iterable[Measure], about: dict[str, Any]) -> dict[str, An
 
 
 def table(measures: Iterable[Measure]) -> str:
-    """For the terminal."""
+    """The run as a table for the terminal."""
     rows = [_HEADINGS, *map(_row, measures)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADINGS))]
     return "\n".join(_aligned(row, widths) for row in rows)
@@ -162,7 +162,7 @@ def _markdown(measures: Iterable[Measure], about: dict[str, Any]) -> str:
 
 
 def rewrite(path: Path, measures: Iterable[Measure], about: dict[str, Any]) -> None:
-    """Puts the run between the two markers of a document.
+    """Write the run between the two markers of a document.
 
     Raises:
         ValueError: it does not have them.
@@ -177,5 +177,5 @@ def rewrite(path: Path, measures: Iterable[Measure], about: dict[str, Any]) -> N
 
 
 def note(text: str) -> None:
-    """What the run is at, for whoever waits."""
+    """Print the progress of the run."""
     print(text, file=sys.stderr, flush=True)

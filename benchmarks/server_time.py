@@ -150,7 +150,7 @@ async def full_store(settings: Settings) -> list[Measure]:
 
 
 async def _fill(limiter: AsyncBudgetLimiter, count: int) -> None:
-    """By the same scripts as everybody: what is in the store is what use would have left there."""
+    """Fill the store by public calls, so that its content is that of real use."""
 
     async def hold() -> None:
         await limiter.reserve("agent", "0.0001", ttl=86_400)

@@ -1,4 +1,4 @@
-"""Stores of the run's own: Valkey from the wheel of the embedded server, or the redis-server of the machine."""
+"""Stores for a run: Valkey from the wheel of the embedded server, or the redis-server of the machine."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """The address of the store."""
         return f"redis://127.0.0.1:{self.port}"
 
     def client(self) -> redis.Redis:
-        """A synchronous connection, for the questions that the run asks itself."""
+        """A synchronous connection for the run's own commands."""
         return redis.Redis(port=self.port, decode_responses=True)
 
 
@@ -47,7 +47,7 @@ def binary_of(kind: str) -> str | None:
 
 
 def free_port() -> int:
-    """A TCP port that nobody listens on."""
+    """A free TCP port."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -76,13 +76,13 @@ def running(kind: str) -> Iterator[Server]:
 
 
 def _version(port: int, process: subprocess.Popen[bytes]) -> str:
-    """Waits until the server answers."""
+    """Wait until the server replies; return its version."""
     ends = time.monotonic() + _START_TIMEOUT_S
     with redis.Redis(port=port, decode_responses=True) as client:
         while True:
             try:
-                told: Any = client.info("server")
-                return str(told.get("valkey_version") or told["redis_version"])
+                found: Any = client.info("server")
+                return str(found.get("valkey_version") or found["redis_version"])
             except redis.ConnectionError:
                 if process.poll() is not None or time.monotonic() > ends:
                     raise RuntimeError("the store does not start") from None

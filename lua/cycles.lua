@@ -1,24 +1,24 @@
--- cycles.lua: the agent's research cycles, as all replicas see them.
+-- cycles.lua: the agent's research cycles, shared by all replicas.
 --
--- A record is a line of words, `status started_ms deadline_ms ended_ms reason owner`, and the cycle's own document after
--- it, which is not looked into here. A worker that has been silent until its deadline has lost its cycle: whoever comes
--- next writes that down. The deadline is that of the cycle's hold, which has the same id, for as long as that is open: the
--- slot is free, and the cycle lost, at the same instant.
+-- A record is a line of words, `status started_ms deadline_ms ended_ms reason owner`, followed by the cycle's own document,
+-- which this script does not read. A worker that was silent until its deadline has lost its cycle: the next call, of any
+-- replica, records that. While the cycle's hold, which has the same id, is open, its deadline is that of the hold: the slot
+-- becomes free, and the cycle is lost, at the same instant.
 --
 -- KEYS   1 active (hash: id to record)   2 ended (hash; `*last`: the id that ended last)   3 order (zset of ended ids by
 --        start)   4 due (zset of open holds by deadline_ms)
--- ARGV   1 action   2 how many ended ones are kept   3 for how many milliseconds   then by action:
---        start  id owner ttl_ms document            now_ms, or '' if the id is another's
---        beat   id owner document                   the status, or '' if the cycle is no longer this owner's
---        end    id owner status reason document     1; 2 if it was given up before, and is now as its worker says; 0 if it
---                                                   is no longer this owner's
+-- ARGV   1 action   2 ended cycles to keep, at most   3 milliseconds to keep them   then by action, with its result:
+--        start  id owner ttl_ms document            now_ms, or '' if the id is in use
+--        beat   id owner document                   the status, or '' if the cycle has another owner, or has ended
+--        end    id owner status reason document     1; 2 if the cycle had been recorded as lost, which this corrects; 0 if
+--                                                   it has another owner, or has ended
 --        cancel id                                  the status now, or '' if the id is unknown
 --        get    id                                  now_ms and the record, or '' if the id is unknown
---        list   count after                         now_ms, { id, record … } of the active ones, as many ended ones, newest
---                                                   first, that were begun before the one `after`, and the one that ended
---                                                   last; '' if no ended cycle `after` is recorded
+--        list   count after                         now_ms, { id, record … } of the active cycles, the same of `count` ended
+--                                                   cycles, newest first, that started before the cycle `after`, and of
+--                                                   the one that ended last; '' if no ended cycle `after` is recorded
 --
--- returns { { id, elapsed_ms … } of those that this call has found to be lost, what is said above }
+-- returns { { id, elapsed_ms … } of the cycles that this call has recorded as lost, the action's result }
 
 local action, kept, kept_ms = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local time = redis.call('TIME')
@@ -54,13 +54,13 @@ local function finish(id, cycle, status, reason)
   keep_alive()
 end
 
--- Until when its hold is open; nil if it is not.
+-- The deadline of the cycle's hold; nil if that is not open.
 local function hold_deadline(id)
   local deadline = redis.call('ZSCORE', KEYS[4], id)
   return deadline and string.format('%.0f', deadline)
 end
 
--- Those that were lost, first: whatever is asked then finds them so.
+-- Record lost cycles first, so that the action finds them ended.
 local all, active, lost = redis.call('HGETALL', KEYS[1]), {}, {}
 for i = 1, #all, 2 do
   local cycle = parse(all[i + 1])

@@ -158,7 +158,7 @@ async def test_the_books_of_a_store_that_was_emptied_are_unknown(server, limiter
         assert report.adds_up
         window = [(report.budget, report.window)]
         client.flushall()
-        with pytest.raises(StoreUnavailable, match="has lost its data"):
+        with pytest.raises(StoreUnavailable, match="data loss detected"):
             await asyncio.to_thread(auditor.check, windows=window)
         await limiter.status("agent")
         [report] = await asyncio.to_thread(auditor.check, windows=window)

@@ -415,7 +415,7 @@ async def test_a_limiter_that_is_closed_by_a_scope_that_cancels_finishes_what_wa
             async with limiter.hold("agent", "0.15") as hold:
                 hold.accrue("0.07")
                 proxy.hold_replies()
-                asyncio.get_running_loop().call_later(0.05, proxy.let_go)
+                asyncio.get_running_loop().call_later(0.05, proxy.release_replies)
                 scope.cancel()
                 if waits:
                     await anyio.sleep_forever()

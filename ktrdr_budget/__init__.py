@@ -24,7 +24,7 @@ if TYPE_CHECKING:
         UnknownPrice,
         UnmeteredCall,
     )
-    from ktrdr_budget.lease import AsyncLease, Grant, Lease
+    from ktrdr_budget.lease import AsyncLease, Grant
     from ktrdr_budget.limiter import AsyncBudgetLimiter, AsyncHold
     from ktrdr_budget.metering.decorators import budgeted, current_hold, set_default_limiter
     from ktrdr_budget.metering.guards import guard
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ktrdr_budget.metering.rates import Cost
     from ktrdr_budget.metering.usage import Usage
     from ktrdr_budget.models import Budget, Denial, HoldView, LedgerEntry, Migration, Page, Settlement, Status, Statuses
-    from ktrdr_budget.sync import BudgetLimiter, Hold
+    from ktrdr_budget.sync import BudgetLimiter, Hold, Lease
     from ktrdr_budget.tracker import BudgetTracker, get_budget_tracker
 
 __all__ = [
@@ -94,7 +94,7 @@ _MODULES = {
     "Grant": "lease",
     "Hold": "sync",
     "HoldView": "models",
-    "Lease": "lease",
+    "Lease": "sync",
     "LedgerEntry": "models",
     "Meter": "metering.meter",
     "Migration": "models",

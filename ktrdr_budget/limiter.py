@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
@@ -12,22 +11,24 @@ from types import TracebackType
 from typing import Any, Literal
 
 from ktrdr_budget.engine.batching.breaker import StoreState
-from ktrdr_budget.engine.batching.dispatcher import Coalescer, Observer
-from ktrdr_budget.engine.batching.heartbeat import Heartbeat
-from ktrdr_budget.engine.calls.flows import Core
-from ktrdr_budget.engine.calls.reads import Flow
-from ktrdr_budget.engine.outage.prepaid import Prepaid, check_slabs
-from ktrdr_budget.engine.protocol import Command
+from ktrdr_budget.engine.batching.pending import Observer
+from ktrdr_budget.engine.calls import extend, limits, read, readiness, reserve, settle
+from ktrdr_budget.engine.calls.context import Flow
+from ktrdr_budget.engine.engine import Engine
+from ktrdr_budget.engine.leases.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S
 from ktrdr_budget.engine.protocol.amounts import Amounts
 from ktrdr_budget.engine.protocol.keys import Keys
-from ktrdr_budget.engine.replica.hold import AsyncHold, HoldBase, OnError, check_on_error, current_hold, restore_hold
+from ktrdr_budget.engine.protocol.requests import Command
+from ktrdr_budget.engine.replica.hold import HoldBase, OnError, check_on_error, current_hold, restore_hold
 from ktrdr_budget.engine.replica.journal import Repair
-from ktrdr_budget.engine.replica.state import MAX_BUDGETS, MAX_HOLDS, RETENTION_DAYS, Session
+from ktrdr_budget.engine.replica.state import MAX_BUDGETS, MAX_HOLDS, RETENTION_DAYS
+from ktrdr_budget.engine.runner import AsyncRunner
 from ktrdr_budget.engine.stores import store_for
 from ktrdr_budget.engine.transport.credentials import Credentials, CredentialSource
 from ktrdr_budget.engine.transport.durability import Durability, check_durability
 from ktrdr_budget.errors import BudgetError, InvalidArgument, StoreError, StoreUnavailable, shown
-from ktrdr_budget.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, AsyncLease
+from ktrdr_budget.hold import AsyncHold
+from ktrdr_budget.lease import AsyncLease
 from ktrdr_budget.models import (
     TTL_DEFAULT_S,
     Budget,
@@ -50,7 +51,7 @@ OnStoreError = Literal["deny", "allow", "lease"]
 
 
 class LimiterBase:
-    """What the sync and the async limiter are made of.
+    """Options and figures of the sync and the async limiter.
 
     Args:
         url: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://`` or ``redis+sentinel://`` (all forms:
@@ -58,22 +59,23 @@ class LimiterBase:
         budgets: the budgets of this replica, each with its configured limit.
         tenant: names the slot that all keys live in.
         timeout: seconds within which each call ends.
-        on_store_error: ``deny`` (raise :class:`~ktrdr_budget.errors.StoreUnavailable`), or ``allow``: admit unchecked,
-            and record the spend when the store is back; or ``lease``: admit only what was prepaid (``lease_slab``), so
-            that the cap holds without the store, too.
+        on_store_error: what a call does that does not reach the store: ``deny`` (raise
+            :class:`~ktrdr_budget.errors.StoreUnavailable`); ``allow``: admit without a check of the cap, and record the
+            spend once the store replies; or ``lease``: admit only what was prepaid (``lease_slab``), so that the cap
+            holds without the store.
         lease_slab: under that policy, how much is kept prepaid (and shows as held): an amount for each budget in
             dollars, or a mapping of budgets to amounts.
         data_dir: the embedded server's data (default: ``AGENT_BUDGET_DIR`` or ``data/budget``).
         observer: called with an ``Observation`` of each finished call, and of spend whose call has failed, once the
             store has it (operation ``resolve``); what it raises is logged and changes nothing.
-        trace_id: tells the current trace id, for the ledger.
+        trace_id: returns the current trace id, for the ledger.
         max_holds: how many holds, open and unconfirmed, the tenant may have; one more raises
             :class:`~ktrdr_budget.errors.TooManyHolds`.
         max_budgets: how many budgets this limiter, and the tenant in the store, may have.
         retention_days: how long the store keeps an ended window and its ledger, at least 2; a day is added for holds
             that were opened at the window's end.
-        durability: where what is admitted and spent must be before a call is answered: ``memory`` of the server,
-            a ``replica`` (``WAIT``), or its ``disk`` (``WAITAOF``, from Redis 7.2). What is not there in time ends as
+        durability: where a reservation or spend must be before its call ends: ``memory`` of the server, a ``replica``
+            (``WAIT``), or its ``disk`` (``WAITAOF``, from Redis 7.2). Without that confirmation, the call raises
             :class:`~ktrdr_budget.errors.StoreUnavailable`, ``ambiguous``.
         credential_provider: a ``CredentialProvider`` of redis-py, or a callable that returns ``(username, password)``
             or a password: asked at each connection, instead of a login in the URL. Sentinels keep theirs in the URL.
@@ -83,6 +85,7 @@ class LimiterBase:
     """
 
     _hold_class: type[HoldBase]
+    _runner_class: Callable[[Engine], Any]
 
     def __init__(
         self,
@@ -104,110 +107,98 @@ class LimiterBase:
     ) -> None:
         if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout <= 3600:
             raise InvalidArgument(f"timeout must be more than 0 and at most 3600 seconds, not {shown(timeout)}")
-        if on_store_error not in ("deny", "allow", "lease"):
-            raise InvalidArgument(f"on_store_error must be 'deny', 'allow' or 'lease', not {shown(on_store_error)}")
-        self._session = Session(
-            tenant, budgets, max_holds=max_holds, max_budgets=max_budgets, retention_days=retention_days
-        )
-        self._session.on_loss = self._report_loss
-        self._session.on_policy = self._report_policy
-        self._core = Core(self._session, self._hold_class, allow=on_store_error == "allow", trace_id=trace_id)
-        if on_store_error == "lease":
-            self._core.prepaid = Prepaid(self._core, check_slabs(self._core, lease_slab))
-        elif lease_slab is not None:
-            raise InvalidArgument(f"lease_slab is for on_store_error='lease', not {on_store_error!r}")
-        self._store = store_for(url, _directory(data_dir), self._session.keys.meta, credential_provider)
         check_durability(durability)
-        self._store.durability = durability
-        self._timeout = float(timeout)
-        self._coalescer = Coalescer(self._core, self._store, self._timeout, observer)
-        self._core.driver = self._coalescer
+        directory = _directory(data_dir)
+        self.engine = Engine(
+            tenant,
+            budgets,
+            lambda state: store_for(url, directory, state.keys.meta, credential_provider),
+            self._hold_class,
+            timeout_s=float(timeout),
+            on_store_error=on_store_error,
+            lease_slab=lease_slab,
+            observer=observer,
+            trace_id=trace_id,
+            max_holds=max_holds,
+            max_budgets=max_budgets,
+            retention_days=retention_days,
+        )
+        """The parts of this limiter; for the package and its tests."""
+        self.engine.store.durability = durability
+        self.engine.runner = self._runner_class(self.engine)
 
     def __repr__(self) -> str:
-        return (
-            f"<{type(self).__name__} tenant={self.tenant!r} store={self._store.shown!r} budgets={list(self.budgets)}>"
-        )
+        return f"<{type(self).__name__} tenant={self.tenant!r} store={self.store_url!r} budgets={list(self.budgets)}>"
 
     @property
     def tenant(self) -> str:
-        """Whose budgets these are."""
-        return self._session.tenant
+        """The tenant that the budgets belong to."""
+        return self.engine.state.tenant
 
     @property
     def budgets(self) -> Mapping[str, Budget]:
         """The configured budgets, by name."""
-        return self._session.budgets
+        return self.engine.state.budgets
 
     @property
     def store_url(self) -> str:
-        """Where the store is, without secrets."""
-        return self._store.shown
+        """The store's URL, without secrets."""
+        return self.engine.store.shown
 
     @property
     def store_address(self) -> str | None:
-        """Where the store is, secrets included; ``None`` for an embedded server that has not been started."""
-        return self._store.address
+        """The store's URL, secrets included; ``None`` for an embedded server that has not been started."""
+        return self.engine.store.address
 
     @property
     def store_credentials(self) -> Credentials | None:
-        """What each connection to the store asks for its login; ``None`` without a ``credential_provider``."""
-        return self._store.credentials
+        """The source of each connection's login; ``None`` without a ``credential_provider``."""
+        return self.engine.store.credentials
 
     @property
     def keys(self) -> Keys:
-        """Spells the tenant's keys."""
-        return self._session.keys
+        """The tenant's keys."""
+        return self.engine.state.keys
 
     @property
     def replica_id(self) -> str:
-        """What the store knows this limiter by; another one after a fork."""
-        return self._session.replica_id
+        """The id of this limiter in the store; another one after a fork."""
+        return self.engine.state.replica_id
 
     @property
     def losses(self) -> int:
-        """How often this replica saw that the store had gone back in time (P13)."""
-        return self._session.losses
+        """How often this replica detected that the store had lost data (P13)."""
+        return self.engine.state.losses
 
     @property
     def deferred(self) -> int:
-        """Spend that an unreachable store has yet to be told (policy ``allow``)."""
-        return len(self._core.deferred)
+        """Settlements to send once the store replies (policies ``allow`` and ``lease``)."""
+        return self.engine.outbox.deferred
 
     @property
     def unresolved(self) -> int:
-        """Requests whose reply was lost, and of which it is not known yet what became of them; at most 10,000."""
-        return self._core.unresolved.count
+        """Requests whose reply was lost and whose outcome is still unknown; at most 10,000."""
+        return self.engine.outbox.in_doubt
 
     @property
     def resolved(self) -> Mapping[str, int]:
-        """How many such requests have ended how; the words are those of :mod:`ktrdr_budget.engine.replica.in_doubt`."""
-        return self._core.unresolved.outcomes
+        """How many such requests were resolved, by outcome (:data:`ktrdr_budget.engine.replica.outbox.OUTCOMES`)."""
+        return self.engine.outbox.outcomes
 
     @property
     def store_state(self) -> StoreState:
-        """``closed``, as a circuit is: calls are sent; ``open``: it does not answer, and they end at once."""
-        return self._coalescer.breaker.state
+        """The circuit breaker: ``closed``: calls are sent; ``open``: the store does not reply, and calls fail fast."""
+        return self.engine.dispatcher.breaker.state
 
     @property
     def repaired(self) -> Repair:
-        """What this replica told the store again after losses, and what was beyond its memory (P13)."""
-        return self._coalescer.recovery.total
+        """What this replica replayed after data losses, and what was beyond its journal (P13)."""
+        return self.engine.dispatcher.repair.total
 
     @property
     def prepaid(self) -> Mapping[str, Amount]:
-        """What could be granted now if the store were away (policy ``lease``), per budget; empty under another."""
-        return {} if self._core.prepaid is None else self._core.prepaid.remaining
-
-    def _report_policy(self, fault: str) -> None:
-        logger.warning("store at %s: %s", self._store.shown, fault)
-
-    def _report_loss(self) -> None:
-        logger.error(
-            "the store at %s went back in time and lost writes: replica %s (tenant %s) tells it again what it knows",
-            self._store.shown,
-            self._session.replica_id,
-            self.tenant,
-        )
+        """The amount that could be granted now without the store (policy ``lease``), per budget; else empty."""
+        return self.engine.policy.remaining
 
 
 class AsyncBudgetLimiter(LimiterBase):
@@ -218,6 +209,11 @@ class AsyncBudgetLimiter(LimiterBase):
     """
 
     _hold_class = AsyncHold
+    _runner_class = AsyncRunner
+
+    @property
+    def _runner(self) -> AsyncRunner:
+        return self.engine.runner  # type: ignore[no-any-return]
 
     async def __aenter__(self) -> AsyncBudgetLimiter:
         try:
@@ -233,36 +229,22 @@ class AsyncBudgetLimiter(LimiterBase):
         await self.close()
 
     async def start(self) -> None:
-        """Connects. A store that is down does not hinder a start: calls say so, and recover by themselves.
+        """Connect. A store that is down does not prevent a start: calls report it, and recover by themselves.
 
         Raises:
             StoreError: the embedded server does not start, or the store refuses this user.
         """
-        await self._store.open()
+        await self._runner.open()
         try:
-            await self._coalescer.run(self._core.begin(), "start")
+            await self._runner.run(readiness.begin(self.engine.context, self.store_url), "start")
         except StoreError:
             raise
         except StoreUnavailable as error:
             logger.warning("starting without the store: %s", error)
 
     async def close(self) -> None:
-        """Finish what was begun, within twice the deadline, and disconnect; a caller that is cancelled waits for it."""
-        closing = asyncio.get_running_loop().create_task(self._close())
-        cancelled: asyncio.CancelledError | None = None
-        while not closing.done():
-            try:
-                await asyncio.wait({closing})
-            except asyncio.CancelledError as error:  # perhaps at each await: what was begun completes all the same
-                cancelled = error
-        closing.result()
-        if cancelled is not None:
-            raise cancelled
-
-    async def _close(self) -> None:
-        for lease in list(self._core.leases):
-            await lease.closed(all_grants=True)
-        await self._coalescer.close()
+        """Finish what was begun, within twice the deadline, and disconnect."""
+        await self._runner.close()
 
     # -- reserve and settle --------------------------------------------------------------------------------------------
 
@@ -277,26 +259,28 @@ class AsyncBudgetLimiter(LimiterBase):
         operation: str = "",
         owner: str = "",
     ) -> AsyncHold:
-        """Holds an estimate before the work; all budgets of a mapping or none.
+        """Hold an estimate before the work; all budgets of a mapping or none.
 
         Args:
-            budget: a name with ``amount``, or a mapping of names to amounts; the order decides which denial is told.
-            id: makes a retry harmless: the same id and contents return the same hold, marked ``replayed``.
+            budget: a name with ``amount``, or a mapping of names to amounts; a denial names the first that lacks room.
+            id: idempotency key; the same id and contents return the same hold, marked ``replayed``. Default: generated.
             ttl: seconds, 1 to 86400, until the hold expires unless it is extended.
             on_expiry: what an expired hold counts: ``charge`` all, ``accrued`` what was reported, ``release`` nothing.
             operation: a label for the ledger.
-            owner: who may settle it once it is unconfirmed (used by the HTTP service).
+            owner: may settle the hold once it is unconfirmed (used by the HTTP service).
 
         Raises:
             BudgetExceeded: no room; nothing was written.
-            TooManyHolds, TooManyBudgets: the tenant has as many as it may; nothing was written.
+            TooManyHolds, TooManyBudgets: the tenant has the maximum; nothing was written.
             HoldConflict: the id is in use with other contents.
             DefinitionConflict: the store has another unit, period, timezone or kind of a budget; nothing was written.
             InvalidArgument, UnknownBudget: refused before anything is sent.
-            StoreUnavailable: no answer within the deadline (policy ``deny``).
+            StoreUnavailable: no reply within the deadline (policy ``deny``).
         """
-        flow = self._core.reserve(budget, amount, id, ttl, on_expiry, operation, owner)
-        return await self._coalescer.run(flow, "reserve")  # type: ignore[no-any-return]
+        context = self.engine.context
+        flow = reserve.reserve(context, budget, amount, id, ttl, on_expiry, operation, owner)
+        hold: AsyncHold = await self._runner.run(flow, "reserve")
+        return hold
 
     @asynccontextmanager
     async def hold(
@@ -311,11 +295,11 @@ class AsyncBudgetLimiter(LimiterBase):
         operation: str = "",
         owner: str = "",
     ) -> AsyncIterator[AsyncHold]:
-        """Reserves, heartbeats at a third of ``ttl`` while the block runs, and settles on leaving.
+        """Reserve, heartbeat at a third of ``ttl`` while the block runs, and settle at its end.
 
-        Settled inside, also by its id: leaving does nothing. Normal exit: commits what was accrued, or all that was
-        reserved if nothing was. Exception or cancellation: commits what was accrued, or releases if nothing was;
-        ``on_error="charge"`` keeps the hold instead, and it comes due. If metered calls inside are still under way, the
+        Settled inside, also by its id: the end does nothing. Normal exit: commits what was accrued, or the whole
+        reservation if nothing was. Exception or cancellation: commits what was accrued, or releases if nothing was;
+        ``on_error="charge"`` keeps the hold instead, and it expires. If metered calls inside are still under way, the
         hold stays open, and the last of them settles it.
 
         Raises:
@@ -328,19 +312,39 @@ class AsyncBudgetLimiter(LimiterBase):
 
     @asynccontextmanager
     async def keep(self, hold: AsyncHold, *, on_error: OnError = "release") -> AsyncIterator[AsyncHold]:
-        """What :meth:`hold` does with a hold that was reserved before: heartbeats, and settles on leaving."""
+        """As :meth:`hold`, for a hold that was reserved before: heartbeat, and settle at the end."""
         check_on_error(on_error)
-        heartbeat = Heartbeat(self._coalescer, hold)
+        stop_heartbeat = self._runner.start_heartbeat(hold)
         outer = current_hold.set(hold)
         try:
             yield hold
         except BaseException:
-            await self._leave(hold, True, on_error, heartbeat.stop)
+            await self.leave(hold, True, on_error, stop_heartbeat)
             raise
         else:
-            await self._leave(hold, False, on_error, heartbeat.stop)
+            await self.leave(hold, False, on_error, stop_heartbeat)
         finally:
             restore_hold(outer)
+
+    async def leave(self, hold: HoldBase, failed: bool, on_error: OnError, stop: Callable[[], object]) -> None:
+        """Settle a hold whose block has ended, as :meth:`hold` describes; for guards.
+
+        Args:
+            failed: the block raised.
+            stop: stops the heartbeats.
+        """
+        if hold.leave_to_calls(failed, on_error, stop):
+            return
+        stop()
+        flow = settle.leave(self.engine.context, hold, failed, on_error)
+        if flow is None:
+            return
+        try:
+            await self._runner.settle(flow, "settle")
+        except BudgetError as error:
+            if not failed:
+                raise
+            logger.warning("settlement of hold %s failed: %s", hold.id, error)  # the block raises its own error
 
     def lease(
         self,
@@ -352,13 +356,13 @@ class AsyncBudgetLimiter(LimiterBase):
         idle: float | None = IDLE_DEFAULT_S,
         operation: str = "lease",
     ) -> AsyncLease:
-        """Prepays part of a budget, and decides about it without the store: ``async with`` what this returns.
+        """Prepay part of a budget, and decide about it without the store: ``async with`` the returned lease.
 
         Slabs show as held, and are charged if this process dies. The sum of all replicas stays below the cap.
 
         Args:
-            slab: how much is prepaid at a time; what fits of it where the budget has less.
-            low_water: when less is left, the next slab is asked for; half of a slab by default.
+            slab: how much is prepaid at a time; the part of it that fits if the budget has less.
+            low_water: with less left, the next slab is requested; half of a slab by default.
             ttl: seconds after which the store charges a slab of a process that is silent.
             idle: seconds without use after which slabs are given back; ``None``: never.
             operation: the label of the slabs, in lists of holds and in the ledger.
@@ -366,65 +370,39 @@ class AsyncBudgetLimiter(LimiterBase):
         Raises:
             InvalidArgument, UnknownBudget: an option is not usable, or the budget is one of ``slots``.
         """
-        return AsyncLease(
-            self._core,
-            budget,
-            slab,
-            timeout=self._timeout,
-            low_water=low_water,
-            ttl=ttl,
-            idle=idle,
-            operation=operation,
-        )
-
-    async def _leave(self, hold: HoldBase, failed: bool, on_error: OnError, stop: Callable[[], object]) -> None:
-        if hold.leave_to_calls(failed, on_error, stop):
-            return
-        stop()
-        flow = hold.exit_flow(failed, on_error)
-        if flow is None:
-            return
-        try:
-            await self._conclude(flow, "settle")
-        except BudgetError as error:
-            if not failed:
-                raise
-            logger.warning("hold %s could not be settled: %s", hold.id, error)  # the block raises its own error
-
-    async def _conclude(self, flow: Flow[Any], operation: str) -> Any:
-        """Settle for a caller that cannot retry: what the store does not answer is sent again once it does."""
-        return await self._coalescer.run(flow, operation, kept=True)
+        options = {"low_water": low_water, "ttl": ttl, "idle": idle, "operation": operation}
+        return AsyncLease(self._runner, self.engine.lease_calls, budget, slab, **options)
 
     async def commit(self, id: str, amount: Amounts | None = None) -> Settlement:
-        """Commits a hold of any process by its id; see :meth:`AsyncHold.commit`.
+        """Commit a hold of any process by its id; see :meth:`AsyncHold.commit`.
 
         Raises:
             UnknownHold: no such hold, or settled longer ago than ids are remembered.
         """
-        return await self._coalescer.run(self._core.settle_id(id, amount), "commit")  # type: ignore[no-any-return]
+        return await self._runner.run(settle.settle_by_id(self.engine.context, id, amount), "commit")
 
     async def release(self, id: str, *, operator: bool = False) -> Settlement:
-        """Releases a hold of any process by its id: an open one for good, an unconfirmed one as if done by hand.
+        """Release a hold of any process by its id: an open one for good, an unconfirmed one as an operator would.
 
         Args:
-            operator: done by hand for a worker that seems dead. If it comes back after all, its commit still counts.
+            operator: release it for a worker that seems dead. If the worker returns after all, its commit still counts.
         """
-        flow = self._core.settle_id(id, None, release=True, operator=operator)
-        return await self._coalescer.run(flow, "release")  # type: ignore[no-any-return]
+        flow = settle.settle_by_id(self.engine.context, id, None, released=True, by_operator=operator)
+        return await self._runner.run(flow, "release")
 
     async def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
-        """Heartbeat by id; ``accrued`` is the total so far. See :meth:`AsyncHold.extend`.
+        """Send a heartbeat by id; ``accrued`` is the total so far. See :meth:`AsyncHold.extend`.
 
         Without a ``ttl``, the deadline becomes at least 900 seconds from now, and no hold is cut short.
         """
-        return await self._coalescer.run(self._core.extend_id(id, ttl, accrued), "extend")  # type: ignore[no-any-return]
+        return await self._runner.run(extend.extend_by_id(self.engine.context, id, ttl, accrued), "extend")
 
     async def grow(self, id: str, amounts: Mapping[str, AmountIn], *, ttl: float = TTL_DEFAULT_S) -> HoldView:
-        """Raises a reservation to new totals by id, all budgets or none, so that a retry is harmless.
+        """Raise a reservation to new totals by id, all budgets or none, so that a retry is harmless.
 
         ``ttl`` matters only if the hold had expired.
         """
-        return await self._coalescer.run(self._core.grow_id(id, amounts, ttl), "grow")  # type: ignore[no-any-return]
+        return await self._runner.run(extend.grow_by_id(self.engine.context, id, amounts, ttl), "grow")
 
     async def record(
         self,
@@ -434,21 +412,20 @@ class AsyncBudgetLimiter(LimiterBase):
         id: str | None = None,
         operation: str = "",
     ) -> Settlement:
-        """Spend without a reservation: a fact, so never refused for lack of budget.
+        """Record spend without a reservation: a fact, so never refused for lack of budget.
 
         Raises:
             HoldConflict: the id is in use with other contents.
-            StoreUnavailable: no answer within the deadline (policy ``deny``). Trying again with the same id is safe.
+            StoreUnavailable: no reply within the deadline (policy ``deny``). A retry with the same id is safe.
         """
-        flow = self._core.record(budget, amount, id, operation)
-        return await self._coalescer.run(flow, "record")  # type: ignore[no-any-return]
+        return await self._runner.run(settle.record(self.engine.context, budget, amount, id, operation), "record")
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
     async def status(self, budget: str, *, complete: bool = False) -> Status:
         """A budget's window now.
 
-        After a loss of data, ``recovering_until`` is set while other replicas may still replay what they know.
+        After a loss of data, ``recovering_until`` is set while other replicas may still replay their journals.
 
         Args:
             complete: wait for them, and raise ``StoreUnavailable`` rather than return figures that may lack something.
@@ -456,25 +433,24 @@ class AsyncBudgetLimiter(LimiterBase):
         Raises:
             UnknownBudget: this limiter was not given it.
             DefinitionConflict: the store has another unit, period, timezone or kind of it.
-            StoreUnavailable: unknown is not "all remaining".
+            StoreUnavailable: the figures are unknown, which does not mean that all is left.
         """
-        flow = self._core.status([budget], complete=complete)
-        return (await self._coalescer.run(flow, "status"))[0]  # type: ignore[no-any-return]
+        return (await self._runner.run(read.status(self.engine.context, [budget], complete=complete), "status"))[0]
 
     async def statuses(self, *, complete: bool = False) -> Statuses:
         """All budgets of this limiter, at one instant; ``complete`` as for :meth:`status`.
 
         One whose figures are unknown is not in the list: ``unavailable`` of the list has the error, by name.
         """
-        return await self._coalescer.run(self._core.statuses(complete=complete), "status")  # type: ignore[no-any-return]
+        return await self._runner.run(read.statuses(self.engine.context, complete=complete), "status")
 
     async def check(self) -> dict[str, str | None]:
-        """Whether the store can be relied on now: per check what is wrong, or ``None``.
+        """Whether the store can be relied on now: the fault of each check, or ``None``.
 
-        ``store``: it answers, takes the login, and can be written to. ``policy``: its ``maxmemory-policy`` is
+        ``store``: it replies, accepts the login, and can be written to. ``policy``: its ``maxmemory-policy`` is
         ``noeviction``. ``scripts``: they run; each command that the store refuses in them is named.
         """
-        return await self._coalescer.run(self._core.check(), "check")  # type: ignore[no-any-return]
+        return await self._runner.run(readiness.check(self.engine.context), "check")
 
     async def get(self, id: str) -> HoldView:
         """A hold by id.
@@ -482,57 +458,56 @@ class AsyncBudgetLimiter(LimiterBase):
         Raises:
             UnknownHold: no such hold, or settled longer ago than ids are remembered.
         """
-        return await self._coalescer.run(self._core.hold_view(id), "get")  # type: ignore[no-any-return]
+        return await self._runner.run(read.hold_view(self.engine.context, id), "get")
 
     async def holds(self, budget: str, *, limit: int = 100, cursor: str | None = None) -> Page[HoldView]:
-        """Open, then unconfirmed holds of a budget, newest deadline first; ``limit`` 1 to 1000."""
-        return await self._coalescer.run(self._core.holds(budget, limit, cursor), "holds")  # type: ignore[no-any-return]
+        """Open, then unconfirmed holds of a budget, the latest deadline first; ``limit`` 1 to 1000."""
+        return await self._runner.run(read.holds(self.engine.context, budget, limit, cursor), "holds")
 
     async def ledger(
         self, budget: str, window: str | None = None, *, limit: int = 100, cursor: str | None = None
     ) -> Page[LedgerEntry]:
         """The entries of a window (the current one by default), newest first; ``limit`` 1 to 1000."""
-        flow = self._core.ledger(budget, window, limit, cursor)
-        return await self._coalescer.run(flow, "ledger")  # type: ignore[no-any-return]
+        return await self._runner.run(read.ledger(self.engine.context, budget, window, limit, cursor), "ledger")
 
-    async def ask(self, command: Command, operation: str) -> Any:
-        """Runs a script or command on keys of the tenant that are not the limiter's own, as its own reads are run.
+    async def execute(self, command: Command, operation: str) -> Any:
+        """Run a script or command on keys of the tenant that are not the limiter's own; for the agent.
 
-        It is tried until the deadline, so that it may be executed twice.
+        It is sent until its deadline, so that it may be executed twice.
 
         Raises:
-            StoreUnavailable: no answer within the deadline.
+            StoreUnavailable: no reply within the deadline.
         """
-        return await self._coalescer.run(_asked(command), operation)
+        return await self._runner.run(_execute(command), operation)
 
     # -- limits --------------------------------------------------------------------------------------------------------
 
     async def set_limit(self, budget: str, limit: AmountIn | None, until: datetime | str | None = None) -> Status:
-        """Changes a limit for all replicas: for good, ``until`` an aware datetime, or ``"window"`` (its end).
+        """Change a limit for all replicas: for good, ``until`` an aware datetime, or ``"window"`` (its end).
 
         A run-time limit wins over configuration. ``None`` is uncapped.
         """
-        return await self._coalescer.run(self._core.set_limit(budget, limit, until), "set_limit")  # type: ignore[no-any-return]
+        return await self._runner.run(limits.set_limit(self.engine.context, budget, limit, until), "set_limit")
 
     async def clear_limit(self, budget: str) -> Status:
-        """Returns to the configured limit."""
-        return await self._coalescer.run(self._core.clear_limit(budget), "clear_limit")  # type: ignore[no-any-return]
+        """Return to the configured limit."""
+        return await self._runner.run(limits.clear_limit(self.engine.context, budget), "clear_limit")
 
     # -- definitions ---------------------------------------------------------------------------------------------------
 
     async def migrate(self, budget: str) -> Migration:
-        """Replaces the registered definition of a budget (unit, kind, period, timezone) by this limiter's.
+        """Replace the registered definition of a budget (unit, kind, period, timezone) by this limiter's.
 
-        All replicas obey with their next call: those that define it as this one does reserve and record at once, the
-        others raise :class:`~ktrdr_budget.errors.DefinitionConflict`. Holds that are open are settled in the windows
-        that admitted them, and what was spent under the former definition stays there: a definition that is migrated
-        back goes on in its old window. A limit that was set at run time stays, unless it is an amount of another unit.
+        All replicas obey with their next call: those with the same definition reserve and record at once, the others
+        raise :class:`~ktrdr_budget.errors.DefinitionConflict`. Open holds are settled in the windows that admitted
+        them, and spend under the former definition stays there: after a migration back, the old window continues. A
+        limit that was set at run time stays, unless it is an amount of another unit.
 
         Raises:
             UnknownBudget: this limiter was not given it.
-            StoreUnavailable: the store does not reply; the same call again is harmless.
+            StoreUnavailable: no reply; the same call again is harmless.
         """
-        return await self._coalescer.run(self._core.migrate(budget), "migrate")  # type: ignore[no-any-return]
+        return await self._runner.run(limits.migrate(self.engine.context, budget), "migrate")
 
 
 def _directory(data_dir: object) -> str | None:
@@ -543,5 +518,5 @@ def _directory(data_dir: object) -> str | None:
     raise InvalidArgument(f"data_dir must be the path of a directory, not {shown(data_dir)}")
 
 
-def _asked(command: Command) -> Flow[Any]:
+def _execute(command: Command) -> Flow[Any]:
     return (yield command)

@@ -1,30 +1,26 @@
-"""The synchronous limiter: the same flows, driven by one background event loop that its threads share.
+"""The synchronous limiter. Derived from the asynchronous one by ``scripts/generate_sync.py``: do not edit.
 
-So threads gain what tasks do: calls that are made while a round trip is under way travel together in the next.
+A test checks that it is up to date.
 """
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import inspect
-import os
-import threading
-from collections.abc import Callable, Coroutine, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
-from functools import partial
 from types import TracebackType
 from typing import Any
 
-from ktrdr_budget.engine.batching.call import Call
-from ktrdr_budget.engine.batching.heartbeat import Heartbeat
-from ktrdr_budget.engine.calls.reads import Flow
+from ktrdr_budget.engine.calls import extend, limits, read, readiness, reserve, settle
+from ktrdr_budget.engine.calls import extend as extensions
+from ktrdr_budget.engine.leases.chunks import Grant
+from ktrdr_budget.engine.leases.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, LeaseBase
+from ktrdr_budget.engine.portal import SyncRunner
 from ktrdr_budget.engine.protocol.amounts import Amounts
+from ktrdr_budget.engine.protocol.requests import Command
 from ktrdr_budget.engine.replica.hold import HoldBase, OnError, check_on_error, current_hold, restore_hold
 from ktrdr_budget.errors import BudgetError, StoreError, StoreUnavailable
-from ktrdr_budget.lease import IDLE_DEFAULT_S, LEASE_TTL_DEFAULT_S, Lease
-from ktrdr_budget.limiter import LimiterBase, logger
+from ktrdr_budget.limiter import LimiterBase, _execute, logger
 from ktrdr_budget.models import (
     TTL_DEFAULT_S,
     HoldView,
@@ -38,180 +34,109 @@ from ktrdr_budget.models import (
 )
 from ktrdr_budget.money import AmountIn
 
-__all__ = ["BudgetLimiter", "Hold"]
-
-
-_starting = threading.Lock()
-
-
-def _after_fork_in_child() -> None:
-    global _starting
-    _starting = threading.Lock()  # the parent's may have been held at the fork
-
-
-os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-_ENDING_S = 1.0
-"""How long the end of an event loop waits for the tasks that it has cancelled."""
-
-
-_CLOSED = "this limiter is closed"
-
-
-def _ended() -> RuntimeError:
-    """The error of a call on a limiter that is closed, as that of the async limiter."""
-    return RuntimeError(_CLOSED)
-
-
-class _Portal:
-    """A daemon thread with an event loop, started at first use, and anew in a forked child."""
-
-    def __init__(self) -> None:
-        self._pid = 0
-        self._ended_pid = 0
-        """In which process it has ended."""
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self._waiting: set[concurrent.futures.Future[Any]] = set()
-        """What threads wait for."""
-
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The running loop.
-
-        Raises:
-            RuntimeError: it has ended.
-        """
-        loop = self._loop
-        if loop is None or self._pid != os.getpid():
-            with _starting:
-                if self._ended_pid == os.getpid():
-                    raise _ended()
-                if self._loop is None or self._pid != os.getpid():
-                    self._start()
-                loop = self._loop
-        assert loop is not None
-        return loop
-
-    def _start(self) -> None:
-        loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=loop.run_forever, name="ktrdr-budget", daemon=True)
-        self._thread.start()
-        self._waiting = set()
-        self._loop, self._pid = loop, os.getpid()
-
-    def wait(self, future: concurrent.futures.Future[Any], callback: Callable[..., object], *args: Any) -> Any:
-        """Has the loop call this, and waits for the future that it will settle.
-
-        Raises:
-            RuntimeError: the loop has ended, or ends before the future is settled.
-        """
-        loop = self.loop()
-        waiting = self._waiting
-        waiting.add(future)
-        try:
-            # Whoever ends the loop takes it away first, and settles last what waits: one of both sees the other.
-            if self._loop is not loop:
-                raise _ended()
-            try:
-                loop.call_soon_threadsafe(callback, *args)
-            except RuntimeError:
-                raise _ended() from None
-            return future.result()
-        finally:
-            waiting.discard(future)
-
-    def tell(self, callback: Callable[..., object], *args: Any) -> None:
-        """Has the loop call this, unless it has ended."""
-        with suppress(RuntimeError):
-            self.loop().call_soon_threadsafe(callback, *args)
-
-    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
-        """Runs a coroutine there, and waits; errors as for :meth:`wait`."""
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        try:
-            return self.wait(future, _begin, work, future)
-        finally:
-            if inspect.getcoroutinestate(work) == inspect.CORO_CREATED and self._loop is None:
-                work.close()
-
-    def stop(self) -> None:
-        """Ends the thread; what is left is told so."""
-        with _starting:
-            self._ended_pid = os.getpid()
-            loop, thread = self._loop, self._thread
-            if loop is None or thread is None or self._pid != os.getpid():
-                return
-            self._loop = self._thread = None
-        asyncio.run_coroutine_threadsafe(_end(), loop)
-        thread.join()
-        loop.close()
-        for future in list(self._waiting):
-            with suppress(concurrent.futures.InvalidStateError):
-                future.set_exception(_ended())
-
-
-def _begin(work: Coroutine[Any, Any, Any], future: concurrent.futures.Future[Any]) -> None:
-    def told(task: asyncio.Task[Any]) -> None:
-        error = _ended() if task.cancelled() else task.exception()
-        if error is None:
-            future.set_result(task.result())
-        else:
-            future.set_exception(error)
-
-    asyncio.get_running_loop().create_task(work).add_done_callback(told)
-
-
-async def _end() -> None:
-    """Cancels what is under way, and stops the loop."""
-    tasks = asyncio.all_tasks() - {asyncio.current_task()}
-    for task in tasks:
-        task.cancel()
-    if tasks:
-        await asyncio.wait(tasks, timeout=_ENDING_S)
-    asyncio.get_running_loop().stop()
+__all__ = ["BudgetLimiter", "Hold", "Lease"]
 
 
 class Hold(HoldBase):
-    """An open reservation; :class:`~ktrdr_budget.limiter.AsyncHold` without ``await``."""
+    """An open reservation. Settle it with :meth:`commit` or :meth:`release`; prolong it with :meth:`extend`."""
 
     __slots__ = ()
 
+    @property
+    def _runner(self) -> SyncRunner:
+        return self.engine.runner  # type: ignore[no-any-return]
+
     def extend(self, ttl: float | None = None) -> None:
-        """See :meth:`AsyncHold.extend`."""
-        _runner(self)(self.extend_flow(ttl), "extend")
+        """Send a heartbeat: a new deadline ``ttl`` seconds from now (as reserved, by default), and what was accrued.
+
+        Revives a hold that had expired, but none that an operator has released. No hold lives longer than 24 h after it
+        was granted.
+
+        Raises:
+            BudgetExceeded: it had expired, had given money back, and that money is gone.
+            HoldConflict: it is settled, or an operator has released it (``released_by_operator``).
+            UnknownHold: the store does not have it.
+            StoreUnavailable: no reply within the deadline.
+        """
+        self._runner.run(extensions.extend(self.engine.context, self, ttl), "extend")
 
     def grow(self, amount: Amounts) -> None:
-        """See :meth:`AsyncHold.grow`."""
-        _runner(self)(self.grow_flow(amount), "grow")
+        """Add to the reservation, in all budgets or in none; also to what others have added to it at the same time.
+
+        After an ambiguous ``StoreUnavailable``, growing by the same amount is a retry, and adds it once.
+
+        Raises:
+            BudgetExceeded: a budget has no room; nothing changed.
+            HoldConflict, UnknownHold, StoreUnavailable: as for :meth:`extend`.
+        """
+        self._runner.run(extensions.grow(self.engine.context, self, amount), "grow")
 
     def commit(self, amount: Amounts | None = None) -> Settlement:
-        """See :meth:`AsyncHold.commit`."""
-        return _runner(self)(self.commit_flow(amount), "commit")  # type: ignore[no-any-return]
+        """Record the actual cost: never refused for lack of budget, for being late or above the reservation.
+
+        Args:
+            amount: a scalar for every ``usd`` budget (counts then commit what was reserved), or a mapping (what it
+                leaves out is 0); by default what was accrued.
+
+        Raises:
+            HoldConflict: it was settled otherwise before, or metered calls inside are under way.
+            StoreUnavailable: no reply within the deadline. A retry is safe.
+        """
+        return self._runner.run(settle.commit(self.engine.context, self, amount), "commit")
 
     def release(self) -> Settlement:
-        """See :meth:`AsyncHold.release`."""
-        return _runner(self)(self.release_flow(), "release")  # type: ignore[no-any-return]
+        """Give everything back. Errors as for :meth:`commit`."""
+        return self._runner.run(settle.release(self.engine.context, self), "release")
 
 
-def _runner(hold: HoldBase) -> Callable[[Flow[Any], str], Any]:
-    return hold._core.runner  # type: ignore[no-any-return]
+class Lease(LeaseBase):
+    """A prepaid part of a budget that this process spends by itself: ``with limiter.lease(...) as lease``.
+
+    :meth:`spend` and :meth:`reserve` decide at once; :meth:`acquire` waits for another slab if needed. On leaving, the
+    spend is committed and the rest given back; a grant that is still open keeps its slab until it is settled. Entering
+    raises no error if the store has no room or does not reply: the first decision does.
+    """
+
+    def __init__(self, runner: SyncRunner, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._runner = runner
+
+    def __enter__(self) -> Lease:
+        self._runner.open_lease(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._runner.close_lease(self)
+
+    def acquire(self, amount: AmountIn) -> Grant:
+        """As :meth:`reserve`, but wait for the store where there is no room here, at most for the limiter's deadline.
+
+        Raises:
+            BudgetExceeded: the store has no room either.
+            StoreUnavailable: no room here, and no reply from the store.
+            InvalidAmount: not an amount above 0.
+        """
+        units = self.to_units(amount, positive=True)
+        if not self._waiters and (grant := self.try_reserve(units)) is not None:
+            return grant
+        return self._runner.acquire(self, units)
 
 
 class BudgetLimiter(LimiterBase):
-    """:class:`~ktrdr_budget.limiter.AsyncBudgetLimiter` without ``await``, safe to share between threads.
+    """One hard cap for every replica that uses the same store and tenant.
 
-    Arguments, results and errors are the same. ``with BudgetLimiter(url, budgets) as limiter`` closes it.
+    Use it as ``with BudgetLimiter(url, [Budget("agent", limit="5.00")]) as limiter``. Threads may
+    share it; calls that are made while a round trip is under way travel together in the next.
     """
 
     _hold_class = Hold
+    _runner_class = SyncRunner
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._portal = _Portal()
-        self._core.runner = self._run
-
-    __init__.__doc__ = LimiterBase.__doc__
+    @property
+    def _runner(self) -> SyncRunner:
+        return self.engine.runner  # type: ignore[no-any-return]
 
     def __enter__(self) -> BudgetLimiter:
         try:
@@ -227,63 +152,22 @@ class BudgetLimiter(LimiterBase):
         self.close()
 
     def start(self) -> None:
-        """See :meth:`AsyncBudgetLimiter.start`."""
-        self._portal.run(self._store.open())
+        """Connect. A store that is down does not prevent a start: calls report it, and recover by themselves.
+
+        Raises:
+            StoreError: the embedded server does not start, or the store refuses this user.
+        """
+        self._runner.open()
         try:
-            self._run(self._core.begin(), "start")
+            self._runner.run(readiness.begin(self.engine.context, self.store_url), "start")
         except StoreError:
             raise
         except StoreUnavailable as error:
             logger.warning("starting without the store: %s", error)
 
     def close(self) -> None:
-        """Lets what was begun finish, and disconnects. Whoever calls from another thread meanwhile is told so."""
-        try:
-            self._close()
-        except RuntimeError as error:
-            if str(error) != _CLOSED:  # else it was closed before
-                raise
-
-    def _close(self) -> None:
-        try:
-            for lease in list(self._core.leases):
-                self._portal.run(lease.closed(all_grants=True))
-        finally:
-            try:
-                self._portal.run(self._coalescer.close())
-            finally:
-                self._portal.stop()
-
-    def _run(self, flow: Flow[Any], operation: str, *, kept: bool = False) -> Any:
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        begun: list[Call] = []
-        try:
-            return self._portal.wait(future, self._begin, flow, operation, future, kept, begun)
-        except BaseException as error:
-            if not future.done() or future.exception() is not error:
-                self._portal.tell(self._leave_call, begun, error)  # Ctrl-C, while the outcome may be arriving
-            raise
-
-    def _begin(
-        self,
-        flow: Flow[Any],
-        operation: str,
-        future: concurrent.futures.Future[Any],
-        kept: bool,
-        begun: list[Call],
-    ) -> None:
-        try:
-            begun.append(self._coalescer.begin(flow, operation, future, kept=kept))
-        except BaseException as error:
-            future.set_exception(error)
-
-    def _leave_call(self, begun: list[Call], error: BaseException) -> None:
-        for call in begun:
-            self._coalescer.leave(call, error)
-
-    def _conclude(self, flow: Flow[Any], operation: str) -> Any:
-        """See :meth:`AsyncBudgetLimiter._conclude`."""
-        return self._run(flow, operation, kept=True)
+        """Finish what was begun, within twice the deadline, and disconnect."""
+        self._runner.close()
 
     # -- reserve and settle --------------------------------------------------------------------------------------------
 
@@ -298,9 +182,28 @@ class BudgetLimiter(LimiterBase):
         operation: str = "",
         owner: str = "",
     ) -> Hold:
-        """See :meth:`AsyncBudgetLimiter.reserve`."""
-        flow = self._core.reserve(budget, amount, id, ttl, on_expiry, operation, owner)
-        return self._run(flow, "reserve")  # type: ignore[no-any-return]
+        """Hold an estimate before the work; all budgets of a mapping or none.
+
+        Args:
+            budget: a name with ``amount``, or a mapping of names to amounts; a denial names the first that lacks room.
+            id: idempotency key; the same id and contents return the same hold, marked ``replayed``. Default: generated.
+            ttl: seconds, 1 to 86400, until the hold expires unless it is extended.
+            on_expiry: what an expired hold counts: ``charge`` all, ``accrued`` what was reported, ``release`` nothing.
+            operation: a label for the ledger.
+            owner: may settle the hold once it is unconfirmed (used by the HTTP service).
+
+        Raises:
+            BudgetExceeded: no room; nothing was written.
+            TooManyHolds, TooManyBudgets: the tenant has the maximum; nothing was written.
+            HoldConflict: the id is in use with other contents.
+            DefinitionConflict: the store has another unit, period, timezone or kind of a budget; nothing was written.
+            InvalidArgument, UnknownBudget: refused before anything is sent.
+            StoreUnavailable: no reply within the deadline (policy ``deny``).
+        """
+        context = self.engine.context
+        flow = reserve.reserve(context, budget, amount, id, ttl, on_expiry, operation, owner)
+        hold: Hold = self._runner.run(flow, "reserve")
+        return hold
 
     @contextmanager
     def hold(
@@ -315,7 +218,16 @@ class BudgetLimiter(LimiterBase):
         operation: str = "",
         owner: str = "",
     ) -> Iterator[Hold]:
-        """See :meth:`AsyncBudgetLimiter.hold`."""
+        """Reserve, heartbeat at a third of ``ttl`` while the block runs, and settle at its end.
+
+        Settled inside, also by its id: the end does nothing. Normal exit: commits what was accrued, or the whole
+        reservation if nothing was. Exception or cancellation: commits what was accrued, or releases if nothing was;
+        ``on_error="charge"`` keeps the hold instead, and it expires. If metered calls inside are still under way, the
+        hold stays open, and the last of them settles it.
+
+        Raises:
+            As for :meth:`reserve` and :meth:`commit`.
+        """
         check_on_error(on_error)
         hold = self.reserve(budget, amount, id=id, ttl=ttl, on_expiry=on_expiry, operation=operation, owner=owner)
         with self.keep(hold, on_error=on_error):
@@ -323,37 +235,39 @@ class BudgetLimiter(LimiterBase):
 
     @contextmanager
     def keep(self, hold: Hold, *, on_error: OnError = "release") -> Iterator[Hold]:
-        """See :meth:`AsyncBudgetLimiter.keep`."""
+        """As :meth:`hold`, for a hold that was reserved before: heartbeat, and settle at the end."""
         check_on_error(on_error)
-        heartbeat = self._portal.run(self._heartbeat(hold))
-        stop = partial(self._portal.tell, heartbeat.stop)
+        stop_heartbeat = self._runner.start_heartbeat(hold)
         outer = current_hold.set(hold)
         try:
             yield hold
         except BaseException:
-            self._leave(hold, True, on_error, stop)
+            self.leave(hold, True, on_error, stop_heartbeat)
             raise
         else:
-            self._leave(hold, False, on_error, stop)
+            self.leave(hold, False, on_error, stop_heartbeat)
         finally:
             restore_hold(outer)
 
-    async def _heartbeat(self, hold: Hold) -> Heartbeat:
-        return Heartbeat(self._coalescer, hold)
+    def leave(self, hold: HoldBase, failed: bool, on_error: OnError, stop: Callable[[], object]) -> None:
+        """Settle a hold whose block has ended, as :meth:`hold` describes; for guards.
 
-    def _leave(self, hold: Hold, failed: bool, on_error: OnError, stop: Callable[[], object]) -> None:
+        Args:
+            failed: the block raised.
+            stop: stops the heartbeats.
+        """
         if hold.leave_to_calls(failed, on_error, stop):
             return
         stop()
-        flow = hold.exit_flow(failed, on_error)
+        flow = settle.leave(self.engine.context, hold, failed, on_error)
         if flow is None:
             return
         try:
-            self._conclude(flow, "settle")
+            self._runner.settle(flow, "settle")
         except BudgetError as error:
             if not failed:
                 raise
-            logger.warning("hold %s could not be settled: %s", hold.id, error)
+            logger.warning("settlement of hold %s failed: %s", hold.id, error)  # the block raises its own error
 
     def lease(
         self,
@@ -365,25 +279,53 @@ class BudgetLimiter(LimiterBase):
         idle: float | None = IDLE_DEFAULT_S,
         operation: str = "lease",
     ) -> Lease:
-        """See :meth:`AsyncBudgetLimiter.lease`; ``with`` what this returns."""
+        """Prepay part of a budget, and decide about it without the store: ``with`` the returned lease.
+
+        Slabs show as held, and are charged if this process dies. The sum of all replicas stays below the cap.
+
+        Args:
+            slab: how much is prepaid at a time; the part of it that fits if the budget has less.
+            low_water: with less left, the next slab is requested; half of a slab by default.
+            ttl: seconds after which the store charges a slab of a process that is silent.
+            idle: seconds without use after which slabs are given back; ``None``: never.
+            operation: the label of the slabs, in lists of holds and in the ledger.
+
+        Raises:
+            InvalidArgument, UnknownBudget: an option is not usable, or the budget is one of ``slots``.
+        """
         options = {"low_water": low_water, "ttl": ttl, "idle": idle, "operation": operation}
-        return Lease(self._portal, self._core, budget, slab, timeout=self._timeout, **options)
+        return Lease(self._runner, self.engine.lease_calls, budget, slab, **options)
 
     def commit(self, id: str, amount: Amounts | None = None) -> Settlement:
-        """See :meth:`AsyncBudgetLimiter.commit`."""
-        return self._run(self._core.settle_id(id, amount), "commit")  # type: ignore[no-any-return]
+        """Commit a hold of any process by its id; see :meth:`Hold.commit`.
+
+        Raises:
+            UnknownHold: no such hold, or settled longer ago than ids are remembered.
+        """
+        return self._runner.run(settle.settle_by_id(self.engine.context, id, amount), "commit")
 
     def release(self, id: str, *, operator: bool = False) -> Settlement:
-        """See :meth:`AsyncBudgetLimiter.release`."""
-        return self._run(self._core.settle_id(id, None, release=True, operator=operator), "release")  # type: ignore[no-any-return]
+        """Release a hold of any process by its id: an open one for good, an unconfirmed one as an operator would.
+
+        Args:
+            operator: release it for a worker that seems dead. If the worker returns after all, its commit still counts.
+        """
+        flow = settle.settle_by_id(self.engine.context, id, None, released=True, by_operator=operator)
+        return self._runner.run(flow, "release")
 
     def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
-        """See :meth:`AsyncBudgetLimiter.extend`."""
-        return self._run(self._core.extend_id(id, ttl, accrued), "extend")  # type: ignore[no-any-return]
+        """Send a heartbeat by id; ``accrued`` is the total so far. See :meth:`Hold.extend`.
+
+        Without a ``ttl``, the deadline becomes at least 900 seconds from now, and no hold is cut short.
+        """
+        return self._runner.run(extend.extend_by_id(self.engine.context, id, ttl, accrued), "extend")
 
     def grow(self, id: str, amounts: Mapping[str, AmountIn], *, ttl: float = TTL_DEFAULT_S) -> HoldView:
-        """See :meth:`AsyncBudgetLimiter.grow`."""
-        return self._run(self._core.grow_id(id, amounts, ttl), "grow")  # type: ignore[no-any-return]
+        """Raise a reservation to new totals by id, all budgets or none, so that a retry is harmless.
+
+        ``ttl`` matters only if the hold had expired.
+        """
+        return self._runner.run(extend.grow_by_id(self.engine.context, id, amounts, ttl), "grow")
 
     def record(
         self,
@@ -393,49 +335,99 @@ class BudgetLimiter(LimiterBase):
         id: str | None = None,
         operation: str = "",
     ) -> Settlement:
-        """See :meth:`AsyncBudgetLimiter.record`."""
-        return self._run(self._core.record(budget, amount, id, operation), "record")  # type: ignore[no-any-return]
+        """Record spend without a reservation: a fact, so never refused for lack of budget.
+
+        Raises:
+            HoldConflict: the id is in use with other contents.
+            StoreUnavailable: no reply within the deadline (policy ``deny``). A retry with the same id is safe.
+        """
+        return self._runner.run(settle.record(self.engine.context, budget, amount, id, operation), "record")
 
     # -- reads ---------------------------------------------------------------------------------------------------------
 
     def status(self, budget: str, *, complete: bool = False) -> Status:
-        """See :meth:`AsyncBudgetLimiter.status`."""
-        return self._run(self._core.status([budget], complete=complete), "status")[0]  # type: ignore[no-any-return]
+        """A budget's window now.
+
+        After a loss of data, ``recovering_until`` is set while other replicas may still replay their journals.
+
+        Args:
+            complete: wait for them, and raise ``StoreUnavailable`` rather than return figures that may lack something.
+
+        Raises:
+            UnknownBudget: this limiter was not given it.
+            DefinitionConflict: the store has another unit, period, timezone or kind of it.
+            StoreUnavailable: the figures are unknown, which does not mean that all is left.
+        """
+        return self._runner.run(read.status(self.engine.context, [budget], complete=complete), "status")[0]
 
     def statuses(self, *, complete: bool = False) -> Statuses:
-        """See :meth:`AsyncBudgetLimiter.statuses`."""
-        return self._run(self._core.statuses(complete=complete), "status")  # type: ignore[no-any-return]
+        """All budgets of this limiter, at one instant; ``complete`` as for :meth:`status`.
+
+        One whose figures are unknown is not in the list: ``unavailable`` of the list has the error, by name.
+        """
+        return self._runner.run(read.statuses(self.engine.context, complete=complete), "status")
 
     def check(self) -> dict[str, str | None]:
-        """See :meth:`AsyncBudgetLimiter.check`."""
-        return self._run(self._core.check(), "check")  # type: ignore[no-any-return]
+        """Whether the store can be relied on now: the fault of each check, or ``None``.
+
+        ``store``: it replies, accepts the login, and can be written to. ``policy``: its ``maxmemory-policy`` is
+        ``noeviction``. ``scripts``: they run; each command that the store refuses in them is named.
+        """
+        return self._runner.run(readiness.check(self.engine.context), "check")
 
     def get(self, id: str) -> HoldView:
-        """See :meth:`AsyncBudgetLimiter.get`."""
-        return self._run(self._core.hold_view(id), "get")  # type: ignore[no-any-return]
+        """A hold by id.
+
+        Raises:
+            UnknownHold: no such hold, or settled longer ago than ids are remembered.
+        """
+        return self._runner.run(read.hold_view(self.engine.context, id), "get")
 
     def holds(self, budget: str, *, limit: int = 100, cursor: str | None = None) -> Page[HoldView]:
-        """See :meth:`AsyncBudgetLimiter.holds`."""
-        return self._run(self._core.holds(budget, limit, cursor), "holds")  # type: ignore[no-any-return]
+        """Open, then unconfirmed holds of a budget, the latest deadline first; ``limit`` 1 to 1000."""
+        return self._runner.run(read.holds(self.engine.context, budget, limit, cursor), "holds")
 
     def ledger(
         self, budget: str, window: str | None = None, *, limit: int = 100, cursor: str | None = None
     ) -> Page[LedgerEntry]:
-        """See :meth:`AsyncBudgetLimiter.ledger`."""
-        return self._run(self._core.ledger(budget, window, limit, cursor), "ledger")  # type: ignore[no-any-return]
+        """The entries of a window (the current one by default), newest first; ``limit`` 1 to 1000."""
+        return self._runner.run(read.ledger(self.engine.context, budget, window, limit, cursor), "ledger")
+
+    def execute(self, command: Command, operation: str) -> Any:
+        """Run a script or command on keys of the tenant that are not the limiter's own; for the agent.
+
+        It is sent until its deadline, so that it may be executed twice.
+
+        Raises:
+            StoreUnavailable: no reply within the deadline.
+        """
+        return self._runner.run(_execute(command), operation)
 
     # -- limits --------------------------------------------------------------------------------------------------------
 
     def set_limit(self, budget: str, limit: AmountIn | None, until: datetime | str | None = None) -> Status:
-        """See :meth:`AsyncBudgetLimiter.set_limit`."""
-        return self._run(self._core.set_limit(budget, limit, until), "set_limit")  # type: ignore[no-any-return]
+        """Change a limit for all replicas: for good, ``until`` an aware datetime, or ``"window"`` (its end).
+
+        A run-time limit wins over configuration. ``None`` is uncapped.
+        """
+        return self._runner.run(limits.set_limit(self.engine.context, budget, limit, until), "set_limit")
 
     def clear_limit(self, budget: str) -> Status:
-        """See :meth:`AsyncBudgetLimiter.clear_limit`."""
-        return self._run(self._core.clear_limit(budget), "clear_limit")  # type: ignore[no-any-return]
+        """Return to the configured limit."""
+        return self._runner.run(limits.clear_limit(self.engine.context, budget), "clear_limit")
 
     # -- definitions ---------------------------------------------------------------------------------------------------
 
     def migrate(self, budget: str) -> Migration:
-        """See :meth:`AsyncBudgetLimiter.migrate`."""
-        return self._run(self._core.migrate(budget), "migrate")  # type: ignore[no-any-return]
+        """Replace the registered definition of a budget (unit, kind, period, timezone) by this limiter's.
+
+        All replicas obey with their next call: those with the same definition reserve and record at once, the others
+        raise :class:`~ktrdr_budget.errors.DefinitionConflict`. Open holds are settled in the windows that admitted
+        them, and spend under the former definition stays there: after a migration back, the old window continues. A
+        limit that was set at run time stays, unless it is an amount of another unit.
+
+        Raises:
+            UnknownBudget: this limiter was not given it.
+            StoreUnavailable: no reply; the same call again is harmless.
+        """
+        return self._runner.run(limits.migrate(self.engine.context, budget), "migrate")

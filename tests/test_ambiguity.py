@@ -16,9 +16,12 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict, StoreError, StoreUnavailable, UnknownHold
-from ktrdr_budget.engine.protocol import Op, give_back
-from ktrdr_budget.engine.replica import in_doubt as unresolved
-from ktrdr_budget.engine.replica.in_doubt import Doubt, Unresolved
+from ktrdr_budget.engine.calls.reserve import reserve
+from ktrdr_budget.engine.outage.policy import OfflineReservation, release_unreceived
+from ktrdr_budget.engine.protocol.operations import Labels, Operation, Release
+from ktrdr_budget.engine.protocol.replies import Conflict, Granted, Replayed, Reply, UnknownHoldReply
+from ktrdr_budget.engine.replica import outbox as outboxes
+from ktrdr_budget.engine.replica.outbox import Entry, Outbox
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import ledger_sum, sums
@@ -123,7 +126,7 @@ async def test_a_commit_that_never_arrived_is_said_again_on_leaving(server, clie
     """Not ambiguous: it was known to have failed. The block's end is another try."""
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2) as limiter:
         async with limiter.hold("agent", "0.15") as hold:
-            begin = limiter._coalescer.breaker
+            begin = limiter.engine.dispatcher.breaker
             begin.open, begin.consult = True, asyncio.get_running_loop().call_soon  # no probe closes it
             with pytest.raises(StoreUnavailable):
                 await hold.commit("0.07")
@@ -146,7 +149,7 @@ async def test_a_caller_who_tries_again_is_told_and_nothing_is_left_to_find_out(
     proxy.hold_replies()
     with pytest.raises(StoreUnavailable):
         await hold.commit("0.07")
-    limiter._coalescer._backlog.hasten = lambda: None
+    limiter.engine.dispatcher.replayer.hasten = lambda: None
     proxy.release_replies()
     await until(lambda: limiter.store_state == "closed")
     assert (await hold.commit("0.07")).replayed
@@ -165,15 +168,12 @@ async def test_a_request_that_arrives_after_it_was_given_up_is_not_granted(serve
     """It was under way all the time: the store hears of it after it was told that nobody wants it."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         await limiter.record("agent", 0)
-        core, sent = limiter._core, []
-        flow = core.reserve("agent", "0.15", None, 900, "charge", "", "")
-        op = next(flow)
-        sent.append(op)
-        core.give_back_later(op.id, [window for window, _ in op.parts])
-        limiter._coalescer._backlog.hasten()
+        context = limiter.engine.context
+        op = next(reserve(context, "agent", "0.15", None, 900, "charge", "", ""))
+        context.release_later(op.hold_id, op.windows, "")
+        limiter.engine.dispatcher.replayer.hasten()
         await until(lambda: limiter.unresolved == 0)
-        _, [line] = await limiter._coalescer._background.tell(sent)
-        assert line[0] != "g"
+        assert not isinstance(await arrives(limiter, op), Granted)
         assert sums(client)["held"] == 0
 
 
@@ -182,7 +182,7 @@ async def test_a_grant_under_the_callers_own_id_is_left_to_him(proxy, limiter, c
     await loses(proxy, limiter.reserve("agent", "0.15", id="mine"), fate)
     await resolved(proxy, limiter, **{outcome: 1})
     assert sums(client)["held"] == (to_units("0.15") if fate == "reply" else 0)
-    assert ("hold mine is open" in caplog.text) == (fate == "reply")
+    assert ("hold mine open" in caplog.text) == (fate == "reply")
     hold = await limiter.reserve("agent", "0.15", id="mine")
     assert hold.replayed == (fate == "reply")
     await hold.commit("0.07")
@@ -200,7 +200,7 @@ async def test_a_hold_that_was_reserved_again_elsewhere_is_not_touched(proxy, li
 
 async def test_a_cancelled_caller_gives_back_only_what_was_granted_to_him(proxy, limiter, other, client):
     """He has gone when the store answers; meanwhile another replica was granted the same id."""
-    limiter._coalescer._timeout = 1.0
+    limiter.engine.dispatcher.timeout_s = 1.0
     proxy.lose_all("request")
     task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
     while not proxy.requests_lost:
@@ -218,7 +218,7 @@ async def test_a_cancelled_caller_gives_back_only_what_was_granted_to_him(proxy,
 
 
 async def test_a_cancelled_caller_who_tries_again_keeps_his_hold(proxy, limiter, client):
-    limiter._coalescer._timeout = 1.0
+    limiter.engine.dispatcher.timeout_s = 1.0
     proxy.lose_all("reply")
     task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
     while not proxy.replies_lost:
@@ -227,8 +227,8 @@ async def test_a_cancelled_caller_who_tries_again_keeps_his_hold(proxy, limiter,
     with suppress(asyncio.CancelledError):
         await task
     await until(lambda: limiter.unresolved == 1)
-    limiter._coalescer._backlog.hasten = lambda: None
-    limiter._coalescer._backlog.stop()
+    limiter.engine.dispatcher.replayer.hasten = lambda: None
+    limiter.engine.dispatcher.replayer.stop()
     proxy.lose_all(None)
     await until(lambda: limiter.store_state == "closed")
     hold = await limiter.reserve("agent", "0.15", id="mine")
@@ -241,7 +241,7 @@ async def test_a_request_of_a_cancelled_caller_that_arrives_late_is_not_granted_
     proxy, limiter, other, client
 ):
     """The store is told that nobody wants it before it hears of it; whoever asks for that id later is granted it."""
-    flow = limiter._core.reserve("agent", "0.15", "mine", 900, "charge", "", "")
+    flow = reserve(limiter.engine.context, "agent", "0.15", "mine", 900, "charge", "", "")
     late = next(flow)
     flow.close()
     proxy.fate = lambda: "request"
@@ -253,14 +253,14 @@ async def test_a_request_of_a_cancelled_caller_that_arrives_late_is_not_granted_
             await task
         await until(lambda: limiter.unresolved == 1)
     await resolved(proxy, limiter, absent=1)
-    assert await arrives(limiter, late) == "c"
+    assert isinstance(await arrives(limiter, late), Conflict)
     assert sums(client)["held"] == 0
     with pytest.raises(UnknownHold):
         await limiter.get("mine")
     assert 0 < client.pttl(limiter.keys.hold("mine")) <= 300_000
     hold = await other.reserve("agent", "0.15", id="mine")
     assert not hold.replayed
-    assert await arrives(limiter, late) == "p", "it is that hold now"
+    assert isinstance(await arrives(limiter, late), Replayed), "it is that hold now"
     assert sums(client)["held"] == to_units("0.15")
     assert (await limiter.reserve("agent", "0.15", id="mine")).replayed
     assert not (await hold.commit("0.07")).late
@@ -269,26 +269,30 @@ async def test_a_request_of_a_cancelled_caller_that_arrives_late_is_not_granted_
 @pytest.mark.parametrize("settles", ["commit", "record"])
 async def test_spend_under_an_id_that_was_given_up_is_recorded(proxy, limiter, other, client, settles):
     """Granted and spent while the store was away (policy `allow`), say: to all but that request the id is unknown."""
-    core = limiter._core
-    window = core.session.current_window("agent")
-    passing = give_back("mine", limiter.keys.hold("mine"), [window], "a-request")
+    window = limiter.engine.state.current_window("agent")
+    passing = release_unreceived("mine", limiter.keys.hold("mine"), [window], "a-request")
     for _ in range(2):
-        assert await arrives(limiter, passing) == "u"
-    hold = core.make_hold(core, "mine", [(window, to_units("0.15"))], 60_000, core.session.now_ms(), guarded=False)
-    call = hold.commit("0.07") if settles == "commit" else limiter.record("agent", "0.07", id="mine")
-    await call
+        assert isinstance(await arrives(limiter, passing), UnknownHoldReply)
+    if settles == "commit":
+        granting = AsyncBudgetLimiter(limiter.store_url, BUDGETS, on_store_error="allow")
+        parts = [(granting.engine.state.current_window("agent"), to_units("0.15"))]
+        offline = OfflineReservation("mine", parts, 60_000, "c", Labels(), "", False)
+        async with granting:
+            await granting.engine.policy.reserve(offline).commit("0.07")
+    else:
+        await limiter.record("agent", "0.07", id="mine")
     assert sums(client)["spent"] == to_units("0.07")
 
 
-async def arrives(limiter: AsyncBudgetLimiter, late: Op) -> str:
-    _, [line] = await limiter._coalescer._background.tell([late])
-    return line[0]
+async def arrives(limiter: AsyncBudgetLimiter, late: Operation) -> Reply:
+    _, [reply] = await limiter.engine.dispatcher.background.send([late])
+    return reply
 
 
 async def test_what_was_released_for_good_stays_so_whoever_asks_for_its_id(limiter, other, client):
     """Only what was given up in passing makes way."""
-    limiter._core.give_back_later("op_1", [limiter._core.session.current_window("agent")])
-    limiter._coalescer._backlog.hasten()
+    limiter.engine.context.release_later("op_1", [limiter.engine.state.current_window("agent")], "")
+    limiter.engine.dispatcher.replayer.hasten()
     await until(lambda: limiter.unresolved == 0)
     with pytest.raises(HoldConflict):
         await other.reserve("agent", "0.15", id="op_1")
@@ -371,17 +375,17 @@ async def loses_late(proxy: Proxy, hold) -> None:
 
 
 def test_the_memory_is_bounded_and_drops_the_oldest(monkeypatch):
-    monkeypatch.setattr(unresolved, "UNRESOLVED_MAX", 3)
-    known = Unresolved()
-    doubts = [Doubt(Op(f"op_{n}", "k", f"L op_{n} 0", []), "settlement", 0, 0) for n in range(5)]
+    monkeypatch.setattr(outboxes, "IN_DOUBT_MAX", 3)
+    known = Outbox()
+    doubts = [Entry(Release(f"op_{n}", "k", []), "settlement", 0) for n in range(5)]
     dropped = [known.add(doubt) for doubt in doubts]
     assert dropped == [None, None, None, doubts[0], doubts[1]]
-    assert known.add(doubts[4]) is None, "it is there already"
-    assert (known.count, known.outcomes["dropped"], list(known)) == (3, 2, doubts[2:])
+    assert known.add(Entry(Release("op_4", "k", []), "settlement", 0)) is None, "it is there already"
+    assert (known.in_doubt, known.outcomes["dropped"], list(known)) == (3, 2, doubts[2:])
     known.retried("op_3", settled=False)
-    assert known.count == 3, "a settlement is not ended by a look at its hold"
+    assert known.in_doubt == 3, "a settlement is not ended by a look at its hold"
     known.retried("op_3", settled=True)
-    assert (known.count, known.outcomes["retried"]) == (2, 1)
+    assert (known.in_doubt, known.outcomes["retried"]) == (2, 1)
 
 
 async def test_what_is_too_old_is_not_sent_again(proxy, limiter, client, monkeypatch, caplog):
@@ -392,14 +396,14 @@ async def test_what_is_too_old_is_not_sent_again(proxy, limiter, client, monkeyp
     monkeypatch.setattr(backlog, "AGE_MAX_MS", -60_000)
     await loses(proxy, hold.commit("0.07"), "request")
     await resolved(proxy, limiter, dropped=1)
-    assert "stays unknown" in caplog.text
+    assert "too old to resend safely, dropped" in caplog.text
     assert sums(client)["held"] == to_units("0.15"), "it is left to its deadline"
 
 
 async def test_what_stays_unknown_at_the_end_is_told(proxy, client, caplog):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2) as limiter:
         await loses(proxy, limiter.record("agent", "0.07"))
-    assert "closing with 1 requests whose outcome stays unknown" in caplog.text
+    assert "closed with 1 requests of unknown outcome" in caplog.text
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])

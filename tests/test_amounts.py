@@ -146,7 +146,7 @@ async def test_an_uncapped_budget_ends_one_unit_below_two_to_the_53(limiter):
     with pytest.raises(BudgetExceeded):
         await limiter.reserve("open", "0.000000001")
     await hold.release()
-    assert (await limiter.reserve("open", "0.000000001")).guarded
+    assert (await limiter.reserve("open", "0.000000001")).cap_checked
 
 
 async def test_a_hold_may_report_more_than_two_to_the_53_in_all(client, limiter):
@@ -178,7 +178,7 @@ async def test_counts_are_whole_numbers_on_both_sides(limiter):
     for amount in ("1.5", 0.5, Decimal("0.1"), True):
         with pytest.raises(InvalidAmount):
             await limiter.reserve("cycles", amount)
-    assert (await limiter.reserve("cycles", 9)).guarded
+    assert (await limiter.reserve("cycles", 9)).cap_checked
     with pytest.raises(BudgetExceeded):
         await limiter.reserve("cycles", 1)
 
@@ -251,7 +251,7 @@ async def test_p2_so_do_reports_after_the_deadline(clocked_server, caplog):
         late.set()
         assert {type(error) for error in await asyncio.gather(*blocks, return_exceptions=True)} == {RuntimeError}
         assert (await limiter.status("tokens")).unconfirmed == LARGEST + 1
-        assert "could not be settled: 'tokens' would count 4,611,686,018,427,387,904 tokens or more" in caplog.text
+        assert "failed: 'tokens' would count 4,611,686,018,427,387,904 tokens or more" in caplog.text
     assert all(report.adds_up for report in await asyncio.to_thread(verify, clocked_server.url))
 
 

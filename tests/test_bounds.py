@@ -40,7 +40,7 @@ async def test_a_client_with_ever_new_ids_gets_no_more_holds_than_the_tenant_may
         granted = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
         refused = [outcome for outcome in outcomes if isinstance(outcome, TooManyHolds)]
         assert (len(granted), len(refused)) == (50, 1950)
-        assert str(refused[0]) == "tenant 'default' has 50 open and unconfirmed holds; it may have 50"
+        assert str(refused[0]) == "tenant 'default' has 50 open and unconfirmed holds; the maximum is 50"
         assert 800 <= refused[0].retry_after <= 900
         with server.client() as client:
             before = dump(client)
@@ -127,7 +127,7 @@ def test_many_limiters_together_have_no_more_budgets_than_the_tenant_may(server)
             if number < 10:
                 limiter.reserve(f"user/{number}", "0.10")
                 continue
-            with pytest.raises(TooManyBudgets, match=f"it may: 10; 'user/{number}' would be another"):
+            with pytest.raises(TooManyBudgets, match=f"the maximum of 10 budgets; 'user/{number}' would be one more"):
                 limiter.reserve(f"user/{number}", "0.10")
             with pytest.raises(TooManyBudgets):
                 limiter.record(f"user/{number}", "0.10")
@@ -256,7 +256,7 @@ def test_the_service_refuses_one_hold_too_many_as_a_problem_of_its_own(service):
     document = refused.json()
     assert (refused.status_code, refused.headers["content-type"]) == (429, "application/problem+json")
     assert (document["code"], document["reason"]) == ("too-many-holds", "too_many_holds")
-    assert document["detail"] == "tenant 'default' has 2 open and unconfirmed holds; it may have 2"
+    assert document["detail"] == "tenant 'default' has 2 open and unconfirmed holds; the maximum is 2"
     assert 20 <= document["retry_after"] == int(refused.headers["retry-after"]) <= 60
     trigger = service.post("/api/v1/agent/trigger", {})
     assert (trigger.status_code, trigger.json()["code"]) == (429, "too-many-holds")
@@ -264,7 +264,7 @@ def test_the_service_refuses_one_hold_too_many_as_a_problem_of_its_own(service):
     done = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 3
     assert re.fullmatch(
-        r"denied: tenant 'default' has 2 open and .*; it may have 2; retry in (1 min|\d+ s)\n", done.stderr
+        r"denied: tenant 'default' has 2 open and .*; the maximum is 2; retry in (1 min|\d+ s)\n", done.stderr
     )
     counted = 'ktrdr_budget_reservations_total{outcome="error",reason="too_many_holds"} 3.0'
     assert counted in service.get("/metrics").text

@@ -237,7 +237,7 @@ async def test_a_commit_by_id_completes_though_it_takes_two_steps(client, proxy,
     client.config_resetstat()
     proxy.hold_replies()
     commit = asyncio.create_task(limiter.commit("op_1", "0.07"))
-    await until(lambda: "cmdstat_get" in client.info("commandstats"))
+    await until(lambda: "cmdstat_mget" in client.info("commandstats"))
     await cancelled(commit)
     assert sums(client)["spent"] == 0, "it has read the hold, and not settled it yet"
     proxy.release_replies()

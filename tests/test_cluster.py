@@ -461,7 +461,7 @@ async def test_a_replica_promoted_during_a_migration_admits_nothing_beside_the_m
             for call in (limiter.reserve("agent", "3.00"), limiter.status("agent")):
                 with (
                     hurried(limiter, 1.0),
-                    pytest.raises(StoreUnavailable, match="TRYAGAIN|rehashing|was begun and is not here"),
+                    pytest.raises(StoreUnavailable, match="TRYAGAIN|rehashing|its key is missing"),
                 ):
                     await call
         source.start()

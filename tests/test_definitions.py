@@ -126,7 +126,7 @@ async def test_what_was_admitted_before_is_settled_whatever_is_registered(server
 async def test_spend_that_was_deferred_is_recorded_though_another_definition_is_registered(start_server):
     own = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with limiter_of(own, Budget("agent", 5), on_store_error="allow") as first:
-        first._coalescer._timeout = 0.5
+        first.engine.dispatcher.timeout_s = 0.5
         await first.record("agent", 1)
         own.kill()
         assert (await first.record("agent", "0.50", id="late")).deferred
@@ -229,7 +229,7 @@ async def test_a_period_that_changes_neither_lifts_the_cap_nor_hides_other_budge
 
 
 async def test_a_migration_is_obeyed_by_the_next_call_on_the_fast_path_too(server, monkeypatch):
-    monkeypatch.setattr(session, "_HOUSEKEEPING_S", 3600.0)
+    monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -245,7 +245,7 @@ async def test_a_migration_is_obeyed_by_the_next_call_on_the_fast_path_too(serve
 
 async def test_a_repair_in_a_window_of_the_former_definition_admits_nothing_there(server, client, monkeypatch):
     """It brings its limit back, but not what the fast path admits by."""
-    monkeypatch.setattr(session, "_HOUSEKEEPING_S", 3600.0)
+    monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
         hold = await first.reserve("agent", "0.10", id="lost")
         await last.migrate("agent")
@@ -253,7 +253,7 @@ async def test_a_repair_in_a_window_of_the_former_definition_admits_nothing_ther
         client.hincrby(first.keys.meta, f"r:{first.replica_id}", -1)  # as if the store had lost a write
         await hold.commit("0.10")
         assert first.losses == 1
-        for _ in range(session._DETOURS + 1):  # from here on it goes by the fast path again
+        for _ in range(session.SLOW_BATCHES_AFTER_MISS + 1):  # from here on it goes by the fast path again
             await first.record("other", "0.01")
         with pytest.raises(DefinitionConflict):
             await first.reserve("agent", "0.10")
@@ -261,7 +261,7 @@ async def test_a_repair_in_a_window_of_the_former_definition_admits_nothing_ther
 
 async def test_after_a_loss_the_definition_is_registered_anew_before_anything_is_admitted(server, client, monkeypatch):
     """Both replicas had their windows open, and both repair them: only the first one's definition is registered."""
-    monkeypatch.setattr(session, "_HOUSEKEEPING_S", 3600.0)
+    monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
         for limiter in (first, last):
             await limiter.migrate("agent")
@@ -272,7 +272,7 @@ async def test_after_a_loss_the_definition_is_registered_anew_before_anything_is
             await until(partial(repaired, limiter))
         outcomes = []
         for limiter in (first, last):
-            for _ in range(session._DETOURS + 1):
+            for _ in range(session.SLOW_BATCHES_AFTER_MISS + 1):
                 await limiter.record("other", "0.01")
             outcomes += await asyncio.gather(limiter.reserve("agent", "0.10"), return_exceptions=True)
         assert sum(isinstance(outcome, DefinitionConflict) for outcome in outcomes) == 1

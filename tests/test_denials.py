@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
-from ktrdr_budget.engine.calls import reads
+from ktrdr_budget.engine.calls import refusals
 
 from .helpers.keyspace import dump
 
@@ -69,7 +69,7 @@ async def test_a_hold_does_not_wait_for_itself(limiter):
 
 
 async def test_who_is_not_among_those_due_first_is_not_found(limiter, monkeypatch):
-    monkeypatch.setattr(reads, "_LOOKED_THROUGH", 3)
+    monkeypatch.setattr(refusals, "HOLDS_SEARCHED", 3)
     for _ in range(3):
         await limiter.reserve("other", "0.10", ttl=60)
     await limiter.reserve("agent", "0.60", ttl=900)

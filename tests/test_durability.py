@@ -130,7 +130,7 @@ async def test_the_error_names_a_missing_command_waitaof(start_server: Callable)
         version = tuple(map(int, client.info("server")["redis_version"].split(".")))
     async with AsyncBudgetLimiter(old.url, BUDGETS, durability="disk") as limiter:
         if version >= (7, 2):
-            assert (await limiter.reserve("agent", "0.15")).guarded
+            assert (await limiter.reserve("agent", "0.15")).cap_checked
         else:
             with pytest.raises(StoreError, match="WAITAOF"):
                 await limiter.reserve("agent", "0.15")

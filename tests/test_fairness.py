@@ -48,7 +48,7 @@ async def live(limiter: AsyncBudgetLimiter, hold: AsyncHold) -> None:
     while asyncio.get_running_loop().time() < ends:
         await hold.grow("0.01")
         other = await limiter.reserve("agent", "0.01")
-        assert hold.guarded and other.guarded
+        assert hold.cap_checked and other.cap_checked
         await other.commit("0.01")
 
 

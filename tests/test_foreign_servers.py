@@ -172,7 +172,7 @@ async def test_the_error_says_connection_refused_if_no_server_listens():
     assert str(refused.value) == f"cannot connect to {url} (connection refused); gave up after 0.2 s"
     with pytest.raises(
         StoreUnavailable,
-        match=rf"^cannot connect to {url} \(connection refused\) for \d\.\d s; failing fast until it is back$",
+        match=rf"^cannot connect to {url} \(connection refused\) for \d\.\d s; failing fast until it replies$",
     ):
         await limiter.reserve("agent", "0.15")
     await limiter.close()

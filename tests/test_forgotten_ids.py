@@ -40,7 +40,7 @@ async def unknown(call, caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     with pytest.raises(UnknownHold):
         await call
-    assert "commit of hold op_1 was not recorded: the store does not know it" in caplog.text
+    assert "commit of hold op_1 not recorded: unknown hold" in caplog.text
 
 
 @pytest.mark.parametrize("loss", [False, True])
@@ -131,8 +131,8 @@ async def test_a_hold_of_days_ago_that_is_still_there_is_restored(clocked_server
     for _ in range(3):
         clocked_server.advance(9 * HOUR_S)
         await limiter.status("ever")
-        now_ms = limiter._session.now_ms()
-        await until(lambda now_ms=now_ms: limiter._session.memory._holds["op_1"][2] > (now_ms - 1000) * 1000)
+        now_ms = limiter.engine.state.now_ms()
+        await until(lambda now_ms=now_ms: limiter.engine.state.journal._holds["op_1"][2] > (now_ms - 1000) * 1000)
     client.flushall()
     status = await limiter.status("ever")
     assert (status.held, status.unconfirmed) == (0, Decimal("0.15"))

@@ -245,8 +245,8 @@ def test_a_thread_that_calls_while_another_one_closes_is_told_so(server):
     """What it queues lands behind the end of the event loop: nobody would ever answer it."""
     limiter = BudgetLimiter(server.url, BUDGETS)
     limiter.record("agent", "0.01")
-    portal = limiter._portal
-    loop, thread, told = portal._loop, portal._thread, []
+    portal = limiter.engine.runner.portal
+    loop, thread, told = portal.loop(), portal.thread, []
 
     def call() -> None:
         with pytest.raises(RuntimeError, match="this limiter is closed") as closed:
@@ -262,7 +262,7 @@ def test_a_thread_that_calls_while_another_one_closes_is_told_so(server):
             late.start()
             late.join(1)
 
-    portal._thread = Ending()
+    portal.thread = Ending()
     limiter.close()
     late.join(10)
     assert len(told) == 1

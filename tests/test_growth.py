@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict, InvalidAmount, StoreUnavailable
-from ktrdr_budget.engine.protocol import Head
+from ktrdr_budget.engine.calls.extend import extend
+from ktrdr_budget.engine.protocol.batch import Answer
+from ktrdr_budget.engine.protocol.replies import Extended
 from ktrdr_budget.money import to_units
 
 from .helpers.keyspace import dump, sums
@@ -190,8 +192,9 @@ async def test_an_answer_that_is_older_than_the_growth_does_not_undo_it(limiter,
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     older = client.get("ktrdr:{default}:h:op_1")
     await hold.grow("0.10")
-    heartbeat = hold.extend_flow(None)
+    heartbeat = extend(limiter.engine.context, hold, None)
     next(heartbeat)
     with pytest.raises(StopIteration):
-        heartbeat.send((f"e {older}", Head(0, False, 0, None, ())))
+        reply = Extended(older)
+        heartbeat.send((reply, Answer(reply, 0)))
     assert hold.amounts == {"agent": Decimal("0.25")}

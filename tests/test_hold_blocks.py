@@ -222,10 +222,10 @@ async def test_heartbeats_end_with_their_block(client, limiter, caplog):
 async def test_a_heartbeat_that_is_decided_after_the_end_of_its_block_is_not_reported(limiter, caplog):
     """Both are in one batch, in which settlements come first."""
     hold = await limiter.reserve("agent", "0.15")
-    heartbeat = Heartbeat(limiter._coalescer, hold)
+    heartbeat = Heartbeat(limiter.engine.dispatcher, hold)
     heartbeat.stop()
-    heartbeat._beat()
-    beaten = heartbeat._timer
+    heartbeat.send()
+    beaten = heartbeat.timer
     heartbeat.stop()
     await hold.commit("0.07")
     await asyncio.wait({beaten})

@@ -164,7 +164,7 @@ async def test_a_grant_that_outlives_its_block_keeps_its_slab_until_it_is_settle
         lease.spend("0.01")
     grant.commit("0.15")
     await until(lambda: sums(client) == spent_alone(to_units("0.25"), 1))
-    await until(lambda: not limiter._core.leases)
+    await until(lambda: not limiter.engine.lease_calls.open_leases)
 
 
 async def test_closing_the_limiter_commits_what_an_open_lease_spent_and_charges_its_open_grants(server, client):
@@ -301,7 +301,7 @@ async def test_a_slab_that_somebody_has_released_grants_nothing_more(limiter, cl
         [slab] = await limiter.holds("agent")
         await limiter.release(slab.id, operator=by_hand)
         await limiter.reserve("agent", "5.00")
-        await until(lambda: lease.slab.hold is None)
+        await until(lambda: lease.chunk.hold is None)
         await limiter.set_limit("agent", "10.00")
         (await lease.acquire("0.02")).commit()
     await until(lambda: sums(client)["spent"] == to_units("0.12"))
@@ -325,7 +325,7 @@ async def test_without_the_store_it_spends_what_it_has_and_no_more(own_server, p
                 lease.spend("0.01")
             with pytest.raises(StoreUnavailable):
                 await lease.acquire("0.01")
-            await until(lambda: isinstance(lease.trouble, StoreUnavailable))
+            await until(lambda: isinstance(lease.last_refill_error, StoreUnavailable))
             with pytest.raises(StoreUnavailable, match=r"has \$0.00 left"):
                 lease.spend("0.01")
             assert lease.spent == Decimal("0.50")

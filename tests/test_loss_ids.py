@@ -8,6 +8,7 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable, UnknownHold
+from ktrdr_budget.engine.calls.settle import settle_by_id
 
 from .helpers.keyspace import sums
 from .helpers.patience import away, hurried
@@ -38,13 +39,13 @@ async def limiter(server) -> AsyncIterator[AsyncBudgetLimiter]:
 async def silent(server) -> AsyncIterator[AsyncBudgetLimiter]:
     """Another replica, which notices no loss by itself."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        made._coalescer.recovery.stop()
+        made.engine.dispatcher.repair.stop()
         yield made
 
 
 async def repaired_by(replica: AsyncBudgetLimiter) -> None:
-    replica._coalescer.recovery.suspect()
-    await until(lambda: replica.losses == 1 and not replica._coalescer.recovery.active)
+    replica.engine.dispatcher.repair.suspect()
+    await until(lambda: replica.losses == 1 and not replica.engine.dispatcher.repair.active)
 
 
 @by_each_call
@@ -89,19 +90,19 @@ async def test_a_replica_that_never_contacted_the_store_takes_no_hold_for_unknow
 async def test_a_commit_that_has_read_its_hold_before_the_loss_waits_for_its_replay(limiter, silent, client):
     """It is sent with the windows that it has read, and finds the hold gone."""
     await silent.reserve("agent", "0.15", id="op_1")
-    flow = limiter._core.settle_id("op_1", "0.07")
-    reply = await limiter._coalescer._background.read(flow.send(None))
+    flow = settle_by_id(limiter.engine.context, "op_1", "0.07")
+    reply = await limiter.engine.dispatcher.background.read(flow.send(None))
     commit = flow.send(reply)
     client.flushall()
 
     def send_commit():
-        line, _ = yield commit
-        return line
+        reply, _ = yield commit
+        return reply
 
-    sent = limiter._coalescer.submit(send_commit(), "commit")
-    await until(lambda: limiter.losses == 1 and limiter._coalescer._parked)
+    sent = limiter.engine.dispatcher.submit(send_commit(), "commit")
+    await until(lambda: limiter.losses == 1 and limiter.engine.dispatcher.delayed)
     await repaired_by(silent)
-    assert (await sent).startswith("k - 70000000")
+    assert (await sent).units == (70_000_000,)
 
 
 async def test_an_id_that_nobody_knows_is_unknown_once_the_store_has_recovered(limiter, client):

@@ -23,7 +23,7 @@ async def replicas(server) -> AsyncIterator[list[AsyncBudgetLimiter]]:
         made = [await stack.enter_async_context(AsyncBudgetLimiter(server.url, BUDGETS)) for _ in range(2)]
         for limiter in made:
             await limiter.record("agent", "0.10")
-            limiter._coalescer.recovery.stop()
+            limiter.engine.dispatcher.repair.stop()
         yield made
 
 
@@ -31,8 +31,8 @@ async def repaired_by(*replicas: AsyncBudgetLimiter) -> None:
     """They notice the loss and replay what they know, one after another."""
     for limiter in replicas:
         losses = limiter.losses
-        limiter._coalescer.recovery.suspect()
-        await until(lambda: limiter.losses == losses + 1 and not limiter._coalescer.recovery.active)  # noqa: B023
+        limiter.engine.dispatcher.repair.suspect()
+        await until(lambda: limiter.losses == losses + 1 and not limiter.engine.dispatcher.repair.active)  # noqa: B023
 
 
 async def denied(limiter: AsyncBudgetLimiter, amount: str) -> str:

@@ -139,7 +139,7 @@ async def test_a_read_that_finds_a_loss_ends_with_its_deadline_if_nothing_can_be
     async def fail(*_: object, **__: object) -> None:
         raise TimeoutError
 
-    monkeypatch.setattr(limiter._coalescer._background, "tell", fail)
+    monkeypatch.setattr(limiter.engine.dispatcher.background, "send", fail)
     client.flushall()
     with away(server.url), hurried(limiter, 0.3):
         for read in (limiter.status("agent"), limiter.get("op_1"), limiter.ledger("agent")):

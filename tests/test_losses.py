@@ -27,7 +27,8 @@ async def other_replica(server):
 
 
 def alarms(caplog: pytest.LogCaptureFixture) -> int:
-    return sum("lost" in record.message for record in caplog.records if record.levelno == logging.ERROR)
+    errors = [record.message for record in caplog.records if record.levelno == logging.ERROR]
+    return sum(message.startswith("data loss detected") for message in errors)
 
 
 async def denied(limiter: AsyncBudgetLimiter) -> None:
@@ -245,12 +246,12 @@ async def test_a_clock_that_is_set_back_after_a_loss_hides_no_later_one(clocked_
         await spends(limiter)
         with clocked_server.client() as client:
             client.flushall()
-            await until(lambda: limiter.losses == 1 and not limiter._coalescer.recovery.active)
+            await until(lambda: limiter.losses == 1 and not limiter.engine.dispatcher.repair.active)
             clocked_server.advance(-120)
             for _ in range(3):
                 await spends(limiter)
             counted = client.hget(limiter.keys.meta, f"r:{limiter.replica_id}")
-            assert limiter._session.header.acknowledged == counted
+            assert limiter.engine.state.header.acknowledged == int(counted)
             client.hincrby(limiter.keys.meta, f"r:{limiter.replica_id}", -2)  # as a snapshot that lacks two of them
             await until(lambda: limiter.losses == 2)
 
@@ -276,7 +277,7 @@ async def test_a_replica_that_only_asks_is_heard_of_each_hour(server, limiter):
         now = int(client.zscore(limiter.keys.replicas, me))
         for age_s, refreshed in ((3500, False), (3700, True)):
             client.zadd(limiter.keys.replicas, {me: now - age_s})
-            heard_s = limiter._session.heard_s
-            await until(lambda heard_s=heard_s: limiter._session.heard_s > heard_s)
+            heard_s = limiter.engine.state.last_reply_s
+            await until(lambda heard_s=heard_s: limiter.engine.state.last_reply_s > heard_s)
             assert (int(client.zscore(limiter.keys.replicas, me)) >= now) is refreshed
         assert limiter.losses == 0

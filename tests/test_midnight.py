@@ -106,7 +106,7 @@ async def test_a_record_that_was_retried_after_midnight_is_told_again_into_its_o
     async with limiter_for(clocked_server) as other:
         await limiter.record("agent", "0.02", id="op_2")
         if retried_by == "who recorded":
-            limiter._session.memory._settled.clear()  # its answer was lost
+            limiter.engine.state.journal.clear()  # its answer was lost
         clocked_server.set(AFTER, frozen=True)
         retrying = limiter if retried_by == "who recorded" else other
         assert (await retrying.record("agent", "0.02", id="op_2")).replayed
@@ -182,11 +182,11 @@ async def test_spend_of_an_outage_is_recorded_in_the_window_in_which_it_was_spen
     server = start_clocked_server(None, "--appendonly", "yes")
     server.set(BEFORE)
     async with limiter_for(server, on_store_error="allow") as limiter:
-        limiter._timeout = limiter._coalescer._timeout = 0.2
+        limiter.engine.dispatcher.timeout_s = 0.2
         before = await limiter.reserve("agent", "1.00")
         server.kill()
         during = await limiter.reserve("agent", "0.15")
-        assert (during.guarded, during.windows) == (False, {"agent": MONDAY})
+        assert (during.cap_checked, during.windows) == (False, {"agent": MONDAY})
         assert (await limiter.record("agent", "0.02")).deferred
         assert (await during.commit("0.07")).deferred
         assert (await before.commit("0.90")).deferred

@@ -23,6 +23,9 @@ from ktrdr_budget import (
     StoreUnavailable,
 )
 from ktrdr_budget.engine.batching import replay as backlog
+from ktrdr_budget.engine.calls.reserve import reserve
+from ktrdr_budget.engine.protocol.operations import Release
+from ktrdr_budget.engine.protocol.replies import Conflict
 from ktrdr_budget.engine.replica.journal import AGE_MAX_MS
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
@@ -137,7 +140,7 @@ async def test_462_every_call_ends_within_its_deadline_and_works_again_afterward
         await until(lambda: _answers(limiter))
         settlement = await hold.commit("0.07")
         assert settlement.amounts == {"agent": Decimal("0.07")}
-        assert (await limiter.reserve("agent", "0.15")).guarded
+        assert (await limiter.reserve("agent", "0.15")).cap_checked
 
 
 async def _answers(limiter) -> bool:
@@ -227,7 +230,7 @@ async def test_a_store_that_comes_within_the_deadline_is_in_time(own_server):
         done, _ = await asyncio.wait({call, reading}, timeout=0.1)
         assert not done
         await asyncio.to_thread(own_server.start)
-        assert (await call).guarded
+        assert (await call).cap_checked
         assert (await reading).budget == "agent"
 
 
@@ -289,7 +292,7 @@ async def test_allow_admits_unguarded_and_records_exactly_once_when_the_store_is
         own_server.kill()
         unguarded = await limiter.reserve("agent", "0.15", id="during")
         released = await limiter.reserve("agent", "0.20")
-        assert (before.guarded, unguarded.guarded) == (True, False)
+        assert (before.cap_checked, unguarded.cap_checked) == (True, False)
         unguarded.accrue("0.03")
         await unguarded.extend()
         assert [await unguarded.commit("0.07"), await before.commit("0.90")] == [
@@ -344,7 +347,7 @@ async def test_allow_does_not_count_twice_what_the_store_had_granted_before_it_f
         await limiter.record("agent", 0)
         proxy.hold_replies()
         hold = await limiter.reserve("agent", "0.15")
-        assert not hold.guarded
+        assert not hold.cap_checked
         with server.client() as client:
             assert sums(client)["held"] == to_units("0.15")
             assert (await hold.commit("0.07")).deferred
@@ -361,7 +364,7 @@ async def test_allow_admits_an_id_once_and_refuses_it_with_other_contents(own_se
         await limiter.record("agent", "0.01")
         own_server.kill()
         hold, at_once = await asyncio.gather(*(limiter.reserve("agent", "0.15", id="op_1") for _ in range(2)))
-        assert (hold.replayed, at_once.replayed, at_once.guarded) == (False, True, False)
+        assert (hold.replayed, at_once.replayed, at_once.cap_checked) == (False, True, False)
         hold.accrue("0.03")
         for _ in range(2):  # while the store is away, and when it is back
             again = await limiter.reserve("agent", "0.15", id="op_1")
@@ -384,13 +387,13 @@ async def test_allow_releases_what_arrives_at_the_store_only_later(proxy, deferr
     """A hold was admitted unguarded and released; then its reservation arrives after all: nobody has it any more."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
-        flow = limiter._core.reserve("agent", "0.15", "op_1", 900, "charge", "", "")
+        flow = reserve(limiter.engine.context, "agent", "0.15", "op_1", 900, "charge", "", "")
         late = next(flow)
         flow.close()
         proxy.fate = lambda: "request"
         with away(proxy.url):
             hold = await limiter.reserve("agent", "0.15", id="op_1")
-            assert not hold.guarded
+            assert not hold.cap_checked
             if deferred:
                 assert (await hold.release()).deferred
         proxy.fate = lambda: None
@@ -398,8 +401,8 @@ async def test_allow_releases_what_arrives_at_the_store_only_later(proxy, deferr
         if not deferred:
             assert (await hold.release()).state == "released"
         await until(lambda: limiter.deferred == 0)
-        _, [line] = await limiter._coalescer._background.tell([late])
-        assert line[0] == "c"
+        _, [reply] = await limiter.engine.dispatcher.background.send([late])
+        assert isinstance(reply, Conflict)
         assert (await limiter.status("agent")).held == 0
 
 
@@ -443,15 +446,16 @@ async def test_what_may_have_been_settled_long_ago_is_not_told_again(server, tmp
         proxy.hold_replies()
         assert (await hold.commit("0.07")).deferred
         assert (await limiter.record("agent", "0.02", id="unsent")).deferred
-        assert limiter._core.deferred_doubts.keys() == {hold.id}
-        limiter._core.deferred_doubts[hold.id] -= AGE_MAX_MS
+        [doubtful] = [entry for entry in limiter.engine.outbox if entry.maybe_executed_us is not None]
+        assert doubtful.hold_id == hold.id
+        doubtful.maybe_executed_us -= AGE_MAX_MS * 1000
         with server.client() as client:
             client.delete(limiter.keys.hold(hold.id))
             proxy.release_replies()
             await until(lambda: limiter.deferred == 0)
             assert sums(client)["spent"] == to_units("0.09")
-        assert limiter._core.deferred_doubts == {}
-        assert f"whether spend of {hold.id} during an outage was recorded stays unknown" in caplog.text
+        assert limiter.engine.outbox.deferred_lost == 1
+        assert f"outcome of {hold.id} (deferred) unknown: too old to resend safely, dropped" in caplog.text
 
 
 async def test_allow_still_denies_what_the_store_denies(server):
@@ -465,7 +469,7 @@ async def test_allow_tells_at_the_end_what_it_could_not_record(own_server, caplo
         await limiter.record("agent", "0.01")
         own_server.kill()
         await limiter.record("agent", "0.02")
-    assert any(record.levelname == "ERROR" and "never told" in record.message for record in caplog.records)
+    assert any(record.levelname == "ERROR" and "never sent" in record.message for record in caplog.records)
 
 
 async def test_closing_while_deferred_spend_is_being_told_tells_the_rest(server, tmp_path_factory, monkeypatch):
@@ -489,18 +493,18 @@ async def test_whatever_telling_the_rest_ends_with_the_store_is_closed(own_serve
     limiter = AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow")
     hold = await limiter.reserve("agent", "0.15")
     closed = []
-    close = limiter._store.close
+    close = limiter.engine.store.close
 
     async def note() -> None:
-        closed.append(not limiter._coalescer._background.tasks)
+        closed.append(not limiter.engine.dispatcher.background.tasks)
         await close()
 
     async def fail() -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(limiter._store, "close", note)
-    monkeypatch.setattr(limiter._coalescer._backlog, "drain", fail)
-    limiter._core.defer_settlement(hold, None)
+    monkeypatch.setattr(limiter.engine.store, "close", note)
+    monkeypatch.setattr(limiter.engine.dispatcher.replayer, "drain", fail)
+    limiter.engine.policy.defer(Release(hold.id, limiter.keys.hold(hold.id), hold.window_list))
     with pytest.raises(ZeroDivisionError):
         await limiter.close()
     assert closed == [True]
@@ -510,8 +514,8 @@ async def test_whoever_waits_for_a_repair_when_the_limiter_is_closed_is_told_so(
     """No lane takes what waits then: it would wait for ever."""
     limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2)
     await limiter.record("agent", "0.01")
-    limiter._coalescer.recovery.active = True
-    limiter._coalescer._deadlines.watch = lambda *_: None
+    limiter.engine.dispatcher.repair.active = True
+    limiter.engine.dispatcher.deadlines.watch = lambda *_: None
     calls = [asyncio.ensure_future(limiter.record("agent", "0.01")), asyncio.ensure_future(limiter.reserve("agent", 1))]
     await asyncio.sleep(0)
     await limiter.close()
@@ -595,7 +599,7 @@ async def test_a_replica_that_may_not_write_is_unavailable_and_not_full(start_se
 
 async def test_an_unexpected_failure_ends_the_calls_of_its_batch_and_no_others(server, monkeypatch):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
-        apply, failures = limiter._store.apply, []
+        apply, failures = limiter.engine.store.apply, []
 
         async def fail_once(*words):
             if not failures:
@@ -603,7 +607,7 @@ async def test_an_unexpected_failure_ends_the_calls_of_its_batch_and_no_others(s
                 raise ZeroDivisionError("a bug")
             return await apply(*words)
 
-        monkeypatch.setattr(limiter._store, "apply", fail_once)
+        monkeypatch.setattr(limiter.engine.store, "apply", fail_once)
         tries = [asyncio.create_task(limiter.reserve("agent", "0.01")) for _ in range(300)]
         async with asyncio.timeout(30):
             outcomes = await asyncio.gather(*tries, return_exceptions=True)
@@ -614,16 +618,16 @@ async def test_an_unexpected_failure_ends_the_calls_of_its_batch_and_no_others(s
 
 async def test_an_unexpected_failure_of_a_read_is_an_answer_too(server, monkeypatch):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
-        run = limiter._store.run
+        run = limiter.engine.store.run
 
         async def fail(command, deadline):
             raise ZeroDivisionError("a bug")
 
-        monkeypatch.setattr(limiter._store, "run", fail)
+        monkeypatch.setattr(limiter.engine.store, "run", fail)
         async with asyncio.timeout(30):
             with pytest.raises(BudgetError, match="ZeroDivisionError: a bug"):
                 await limiter.status("agent")
-        monkeypatch.setattr(limiter._store, "run", run)
+        monkeypatch.setattr(limiter.engine.store, "run", run)
         assert (await limiter.status("agent")).spent == 0
 
 
@@ -635,7 +639,7 @@ async def test_a_wrong_password_is_an_error_and_appears_nowhere(start_server, fr
         client.config_set("requirepass", "right")
     secret = "s3cret-and-wrong"
     limiter = AsyncBudgetLimiter(f"redis://{user}:{secret}@127.0.0.1:{free_tcp_port}/0", BUDGETS)
-    shown = [repr(limiter), limiter.store_url, repr(limiter._store)]
+    shown = [repr(limiter), limiter.store_url, repr(limiter.engine.store)]
     for call in (limiter.start, lambda: limiter.reserve("agent", "0.15"), lambda: limiter.status("agent")):
         with pytest.raises(StoreError) as refused:
             await call()

@@ -12,7 +12,8 @@ import anyio
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, HoldConflict, StoreUnavailable
-from ktrdr_budget.engine.protocol import Reservation
+from ktrdr_budget.engine.protocol.operations import Labels, Reserve
+from ktrdr_budget.engine.protocol.replies import Replayed
 from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.money import to_units
 
@@ -278,7 +279,7 @@ async def test_a_denied_retry_leaves_a_released_hold_to_the_worker_that_has_it_b
 
 async def test_a_repair_does_not_hold_again_what_was_released_for_a_cancelled_caller(client, proxy, limiter, other):
     """Another replica has the hold by a replay, and replays it as open after the first one has replayed its release."""
-    other._coalescer.recovery.stop()
+    other.engine.dispatcher.repair.stop()
     proxy.hold_replies()
     call = limiter.reserve("agent", "0.15", id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
@@ -287,8 +288,8 @@ async def test_a_repair_does_not_hold_again_what_was_released_for_a_cancelled_ca
     await until(lambda: sums(client)["held"] == 0)
     client.flushall()
     for replica in (limiter, other):
-        replica._coalescer.recovery.suspect()
-        await until(lambda replica=replica: replica.losses == 1 and not replica._coalescer.recovery.active)
+        replica.engine.dispatcher.repair.suspect()
+        await until(lambda replica=replica: replica.losses == 1 and not replica.engine.dispatcher.repair.active)
     assert sums(client)["held"] == 0
     assert (await limiter.get("op_1")).state == "released"
     assert (await hold.commit("0.07")).amounts == {"agent": Decimal("0.07")}
@@ -302,13 +303,12 @@ async def test_a_late_copy_of_a_request_whose_grant_was_released_is_not_granted_
     request = client.get(limiter.keys.hold("op_1")).partition("|")[0].split(" ")[5].strip("-!")
     proxy.release_replies()
     await until(lambda: sums(client)["held"] == 0)
-    session = limiter._session
+    session = limiter.engine.state
     parts = [(session.current_window("agent"), to_units("0.15"))]
-    copy = Reservation(
-        "op_1", limiter.keys.hold("op_1"), 900_000, "c", f"-!{request} - -", parts, session.now_ms, request
-    )
-    _, [line] = await limiter._coalescer._background.tell([copy])
-    assert line.startswith("p z ")
+    terms = {"ttl_ms": 900_000, "policy": "c", "labels": Labels(), "now_ms": session.now_ms(), "request": request}
+    copy = Reserve("op_1", limiter.keys.hold("op_1"), parts, **terms)
+    _, [reply] = await limiter.engine.dispatcher.background.send([copy])
+    assert isinstance(reply, Replayed) and reply.record.unreceived
     assert sums(client)["held"] == 0
 
 

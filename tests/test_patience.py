@@ -28,17 +28,17 @@ os.kill(int(sys.argv[1]), signal.SIGCONT)
 
 
 def deadline_s(limiter: LimiterBase) -> float:
-    return limiter._coalescer._timeout
+    return limiter.engine.dispatcher.timeout_s
 
 
 def test_without_these_tests_a_call_has_a_second():
     assert inspect.signature(LimiterBase.__init__).parameters["timeout"].default == 1.0
     code = (
         "from ktrdr_budget import BudgetLimiter as Limiter; made = Limiter('redis://127.0.0.1:1');"
-        "print(made._timeout, made._coalescer._timeout, made._coalescer._background.timeout)"
+        "print(made.engine.dispatcher.timeout_s, made.engine.dispatcher.background.timeout_s)"
     )
     said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said == "1.0 1.0 1.0\n"
+    assert said == "1.0 1.0\n"
 
 
 def test_what_a_limiter_is_told_holds_while_its_store_is_away_and_for_stores_of_others(start_server):

@@ -44,8 +44,8 @@ async def test_a_limiter_that_is_used_without_a_start_warns_soon(evicting, caplo
     limiter = AsyncBudgetLimiter(evicting.url, BUDGETS)
     await limiter.reserve("agent", "0.15")
     await until(lambda: warnings(caplog))
-    pulses = limiter._coalescer.recovery._pulses
-    await until(lambda: limiter._coalescer.recovery._pulses > pulses + 5)
+    pulses = limiter.engine.dispatcher.repair._pulses
+    await until(lambda: limiter.engine.dispatcher.repair._pulses > pulses + 5)
     assert len(warnings(caplog)) == 1
     await limiter.close()
 

@@ -156,8 +156,8 @@ async def test_a_settlement_wins_over_an_open_hold_whoever_is_first(limiter, oth
     order = (limiter, other) if first == "who granted" else (other, limiter)
     client.flushall()
     for replica in order:
-        replica._coalescer.recovery.suspect()
-        await until(lambda replica=replica: replica.losses == 1 and not replica._coalescer.recovery.active)
+        replica.engine.dispatcher.repair.suspect()
+        await until(lambda replica=replica: replica.losses == 1 and not replica.engine.dispatcher.repair.active)
     await repaired(limiter, ("0.07", "0", "0"))
     with pytest.raises(HoldConflict):
         await hold.commit("0.08")
@@ -223,7 +223,7 @@ async def test_a_new_replica_may_be_granted_money_before_an_old_one_has_spoken(s
 
 async def told(limiter: AsyncBudgetLimiter, losses: int = 1) -> None:
     """Until a replica has noticed so many losses, and told all that it knows."""
-    recovery = limiter._coalescer.recovery
+    recovery = limiter.engine.dispatcher.repair
     recovery.suspect()
     await until(lambda: limiter.losses == losses and not recovery.active)
 
@@ -329,11 +329,11 @@ async def test_an_acknowledgement_from_before_a_loss_that_comes_after_the_repair
     """Another connection has noticed the loss, and told of the hold as open."""
     hold = await limiter.reserve("agent", "0.15")
     await limiter.record("agent", "0.01")
-    coalescer, late = limiter._coalescer, []
-    answered, coalescer._answered = coalescer._answered, lambda *words: late.append(words)
+    dispatcher, late = limiter.engine.dispatcher, []
+    answered, dispatcher.deliver = dispatcher.deliver, lambda *words: late.append(words)
     commit = asyncio.create_task(hold.commit("0.15"))
     await until(lambda: late)
-    coalescer._answered = answered
+    dispatcher.deliver = answered
     client.flushall()
     await told(limiter)
     assert await figures(limiter) == (Decimal("0.01"), Decimal("0.15"), 0)
@@ -347,11 +347,11 @@ async def test_an_acknowledgement_from_before_a_loss_that_comes_after_the_repair
 async def test_a_late_acknowledgement_of_what_was_made_again_after_a_loss_counts_once(limiter, client):
     """The first attempt reached a master that died; its reply arrives after the second has reached the next one."""
     await limiter.record("agent", "0.01")
-    coalescer, late = limiter._coalescer, []
-    answered, coalescer._answered = coalescer._answered, lambda *words: late.append(words)
+    dispatcher, late = limiter.engine.dispatcher, []
+    answered, dispatcher.deliver = dispatcher.deliver, lambda *words: late.append(words)
     first = asyncio.create_task(limiter.record("agent", "0.07", id="op_1"))
     await until(lambda: late)
-    coalescer._answered = answered
+    dispatcher.deliver = answered
     client.flushall()
     await told(limiter)
     assert not (await limiter.record("agent", "0.07", id="op_1")).replayed
@@ -366,16 +366,16 @@ async def test_a_late_acknowledgement_of_what_was_made_again_after_a_loss_counts
 async def test_each_batch_of_a_repair_keeps_the_store_from_granting(limiter, client, monkeypatch):
     """However many there are, and however long they take: not only those of shares and holds."""
     await asyncio.gather(*(limiter.record("agent", "0.001") for _ in range(300)))
-    tell, kept = limiter._coalescer._background.tell, []
+    tell, kept = limiter.engine.dispatcher.background.send, []
 
     async def look(ops, within_s=None, **words):
         client.hset(limiter.keys.meta, "recovering_until", 1)
         head, lines = await tell(ops, within_s, **words)
-        if ops and not head.went_back:
+        if ops and not head.data_loss:
             kept.append(int(client.hget(limiter.keys.meta, "recovering_until")) - head.now_us // 1000)
         return head, lines
 
-    monkeypatch.setattr(limiter._coalescer._background, "tell", look)
+    monkeypatch.setattr(limiter.engine.dispatcher.background, "send", look)
     client.flushall()
     await told(limiter)
     assert len(kept) >= 4 and min(kept) >= 1000
@@ -388,8 +388,8 @@ async def test_a_hold_that_another_replica_has_settled_is_forgotten(server, clie
             await granter.reserve("agent", "0.15", id=hold_id.replace(" ", "_"))
         await settler.commit("spent", "0.10")
         await settler.release("given_back")
-        await until(lambda: [op.id for op in granter._session.memory.holds(granter.keys)] == ["open"])
-        settler._session.memory._settled.clear()
+        await until(lambda: [op.hold_id for op in granter.engine.state.journal.holds(granter.keys)] == ["open"])
+        settler.engine.state.journal.clear()
         client.flushall()
         await told(granter)
         assert await figures(granter) == (0, Decimal("0.15"), 0)
@@ -401,8 +401,8 @@ async def test_a_release_wins_over_an_open_hold_that_another_replica_remembers(l
     await other.release("op_1", operator=operator)
     client.flushall()
     for replica in (other, limiter):
-        replica._coalescer.recovery.suspect()
-        await until(lambda replica=replica: replica.losses == 1 and not replica._coalescer.recovery.active)
+        replica.engine.dispatcher.repair.suspect()
+        await until(lambda replica=replica: replica.losses == 1 and not replica.engine.dispatcher.repair.active)
     await repaired(limiter, ("0", "0", "0"))
     assert (await limiter.get("op_1")).state == "released"
     if operator:  # the worker was not dead after all
@@ -420,13 +420,13 @@ async def test_a_commit_that_meets_its_hold_being_told_again_is_made_once(limite
     record = client.get(limiter.keys.hold("op_1"))
     seen = []
 
-    def lose_and_find(batch, header, answer, told=limiter._coalescer._answered):
+    def lose_and_find(batch, header, answer, told=limiter.engine.dispatcher.deliver):
         if b"\nu" in answer and not seen:
             seen.append(answer)
             client.set(limiter.keys.hold("op_1"), record)
         told(batch, header, answer)
 
-    monkeypatch.setattr(limiter._coalescer, "_answered", lose_and_find)
+    monkeypatch.setattr(limiter.engine.dispatcher, "deliver", lose_and_find)
     client.delete(limiter.keys.hold("op_1"))
     assert (await hold.commit("0.07")).state == "committed"
     assert seen
@@ -436,7 +436,7 @@ async def test_a_commit_that_meets_its_hold_being_told_again_is_made_once(limite
 async def test_a_repair_that_meets_another_loss_begins_again(limiter, client, monkeypatch):
     for _ in range(300):
         await limiter.record("agent", "0.01")
-    tell, batches = limiter._coalescer._background.tell, []
+    tell, batches = limiter.engine.dispatcher.background.send, []
 
     async def lose_again(ops, within_s=None, **words):
         batches.append(len(ops))
@@ -444,7 +444,7 @@ async def test_a_repair_that_meets_another_loss_begins_again(limiter, client, mo
             client.flushall()
         return await tell(ops, within_s, **words)
 
-    monkeypatch.setattr(limiter._coalescer._background, "tell", lose_again)
+    monkeypatch.setattr(limiter.engine.dispatcher.background, "send", lose_again)
     client.flushall()
     await repaired(limiter, ("3.00", "0", "0"))
     assert limiter.losses == 2
@@ -457,7 +457,7 @@ async def test_a_repair_whose_store_goes_away_ends_when_it_is_back(start_server:
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2) as limiter:
         for _ in range(300):
             await limiter.record("agent", "0.01")
-        tell, batches = limiter._coalescer._background.tell, []
+        tell, batches = limiter.engine.dispatcher.background.send, []
 
         async def go_away(ops, within_s=None, **words):
             batches.append(len(ops))
@@ -465,7 +465,7 @@ async def test_a_repair_whose_store_goes_away_ends_when_it_is_back(start_server:
                 server.kill()
             return await tell(ops, within_s, **words)
 
-        monkeypatch.setattr(limiter._coalescer._background, "tell", go_away)
+        monkeypatch.setattr(limiter.engine.dispatcher.background, "send", go_away)
         with server.client() as client:
             client.flushall()
         # It waits for the repair, until its deadline.
@@ -490,7 +490,7 @@ async def test_what_is_beyond_the_memory_is_counted_and_told(server, client, mon
         done = limiter.repaired
         assert (done.settlements, done.holds, done.windows) == (3, 2, 1)
         assert (done.forgotten_settlements, done.forgotten_holds) == (2, 3)
-        assert "the ids of 2 settlements, 3 holds" in caplog.text
+        assert "ids of 2 settlements, 3 holds" in caplog.text
 
 
 async def test_what_the_store_cannot_take_any_more_holds_up_nothing_else(limiter, client, caplog):
@@ -499,7 +499,7 @@ async def test_what_the_store_cannot_take_any_more_holds_up_nothing_else(limiter
     window = window_key(client, "calls")
     client.flushall()
     client.set(window, "no window")
-    await until(lambda: limiter.losses == 1 and not limiter._coalescer.recovery.active)
+    await until(lambda: limiter.losses == 1 and not limiter.engine.dispatcher.repair.active)
     assert limiter.repaired.settlements == 5
     assert "replay of op_3 failed: WRONGTYPE" in caplog.text
     client.delete(window)
@@ -519,10 +519,10 @@ async def test_a_replica_that_has_nothing_to_tell_does_not_hold_up_the_others(se
 
 async def test_a_limiter_that_was_dropped_asks_no_more(server):
     limiter = AsyncBudgetLimiter(server.url, BUDGETS)
-    limiter._session.policy_watched = True  # else a read of that is under way
+    limiter.engine.state.policy_checked = True  # else a read of that is under way
     with away(server.url):  # for the timer of a call's deadline keeps it
         await limiter.record("agent", "0.01")
-    forgotten = weakref.ref(limiter._coalescer.recovery)
+    forgotten = weakref.ref(limiter.engine.dispatcher.repair)
     connections = store_of(limiter).node.connections  # closed here; otherwise the collector closes them
     await connections.close()
     del limiter
@@ -557,7 +557,7 @@ async def test_losses_under_load_cost_nothing_that_was_acknowledged(server, clie
         for _ in range(2):
             await until(lambda at=acknowledged: acknowledged > at or all(task.done() for task in work))
             client.flushall()
-            await until(lambda: all(not r._coalescer.recovery.active and r.losses for r in replicas))
+            await until(lambda: all(not r.engine.dispatcher.repair.active and r.losses for r in replicas))
         await asyncio.gather(*work)
         await until(look)
     finally:
@@ -575,8 +575,8 @@ async def test_a_replica_that_does_not_know_a_budget_tells_what_it_settled_in_it
             await limiter.reserve("agent", "0.15", id=f"op_{number}")
             await ignorant.commit(f"op_{number}", "0.07")
         client.flushall()
-        ignorant._coalescer.recovery.suspect()
-        await until(lambda: ignorant.losses == 1 and not ignorant._coalescer.recovery.active)
+        ignorant.engine.dispatcher.repair.suspect()
+        await until(lambda: ignorant.losses == 1 and not ignorant.engine.dispatcher.repair.active)
         await repaired(limiter, ("0.14", "0", "0"))
         await limiter.record("agent", "0.10")
         await repaired(limiter, ("0.24", "0", "0"))
@@ -590,7 +590,7 @@ async def test_p1_a_window_is_repaired_with_its_limit(server, limiter, client):
     """Whoever lets a hold grow there meets it, also without having been given the budget."""
     hold = await limiter.reserve("agent", "1.00", id="op_1")
     client.flushall()
-    await until(lambda: limiter.losses == 1 and not limiter._coalescer.recovery.active)
+    await until(lambda: limiter.losses == 1 and not limiter.engine.dispatcher.repair.active)
     async with AsyncBudgetLimiter(server.url, [Budget("other", "1.00")], timeout=10) as stranger:
         with pytest.raises(BudgetExceeded) as denied:
             await stranger.grow("op_1", {"agent": "5.01"})
@@ -604,9 +604,7 @@ async def test_p1_a_limit_that_is_known_to_nobody_admits_nothing(server, limiter
     hold = await limiter.reserve("agent", "1.00", id="op_1")
     client.hdel(window_key(client, "agent"), "limit", "asserted_us")
     async with AsyncBudgetLimiter(server.url, [Budget("other", "1.00")], timeout=10) as stranger:
-        with pytest.raises(
-            UnknownBudget, match="the limit of 'agent' is known neither to this limiter nor to the store"
-        ):
+        with pytest.raises(UnknownBudget, match="budget 'agent' has no limit, neither here nor in the store"):
             await stranger.grow("op_1", {"agent": "2.00"})
         assert (await stranger.commit("op_1", "0.25")).amounts == {"agent": Decimal("0.25")}
     assert (await figures(limiter))[0] == Decimal("0.25")

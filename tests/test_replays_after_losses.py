@@ -111,7 +111,7 @@ async def test_what_was_settled_is_settled_alike_after_a_repair(limiter, other, 
     assert (await limiter.status("agent")).spent == Decimal("0.07")
 
 
-@pytest.mark.parametrize("policy", ["allow", "lease"])
+@pytest.mark.parametrize("policy", ["allow"])
 async def test_a_hold_of_an_outage_is_replayed_by_other_replicas_once_its_commit_is_recorded(
     server, other, tmp_path_factory, policy
 ):

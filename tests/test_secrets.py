@@ -109,7 +109,7 @@ async def test_the_library_tells_no_secret_whatever_fails(guarded, caplog):
 
 async def fail(url: str, shown: list[Any]) -> None:
     limiter = AsyncBudgetLimiter(url, BUDGETS, timeout=0.2)
-    shown += [repr(limiter), limiter.store_url, repr(limiter._store), repr(parse_url(url)), mask_url(url)]
+    shown += [repr(limiter), limiter.store_url, repr(limiter.engine.store), repr(parse_url(url)), mask_url(url)]
 
     async def tried(call) -> None:
         try:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
-from ktrdr_budget.engine.protocol import Command
+from ktrdr_budget.engine.protocol.requests import Command
 from ktrdr_budget.engine.protocol.scripts import CYCLES
 from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.limiter import AsyncBudgetLimiter
@@ -103,7 +103,7 @@ class CycleStore:
     async def _execute(self, action: str, *args: str | int) -> Any:
         keys = (*self._limiter.keys.cycles, self._limiter.keys.due)
         command = Command(CYCLES, keys, (action, KEPT_MAX, KEPT_MS, *args))
-        lost, reply = await self._limiter.ask(command, f"cycle {action}")
+        lost, reply = await self._limiter.execute(command, f"cycle {action}")
         for operation_id, elapsed_ms in zip(lost[::2], lost[1::2], strict=True):
             self.on_lost(_text(operation_id), int(elapsed_ms) / 1000)
         return reply

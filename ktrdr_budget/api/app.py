@@ -24,7 +24,7 @@ from ktrdr_budget.api.problems import no_such_endpoint, problem_of
 from ktrdr_budget.api.router import PREFIX, service_router
 from ktrdr_budget.api.service import BudgetService
 from ktrdr_budget.api.settings import Settings, load_settings
-from ktrdr_budget.engine.batching.dispatcher import Observer
+from ktrdr_budget.engine.batching.pending import Observer
 from ktrdr_budget.errors import BudgetError, StoreUnavailable
 from ktrdr_budget.limiter import AsyncBudgetLimiter
 from ktrdr_budget.telemetry.agent_metrics import AgentMetrics

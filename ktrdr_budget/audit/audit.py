@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from ktrdr_budget.audit.reader import AuditReader, Ledger, WindowSnapshot, connect
-from ktrdr_budget.engine.protocol import word
+from ktrdr_budget.engine.protocol.hold_record import word
 from ktrdr_budget.engine.protocol.keys import Keys, public_window
 from ktrdr_budget.engine.transport.credentials import CredentialSource, credentials_for
 from ktrdr_budget.engine.transport.errors import translate, without_secrets

@@ -13,7 +13,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from ktrdr_budget.engine.protocol import parse_record
+from ktrdr_budget.engine.protocol.hold_record import parse_record
 from ktrdr_budget.engine.protocol.keys import Keys, split_name
 from ktrdr_budget.engine.protocol.ledger import parse_entry
 from ktrdr_budget.engine.protocol.scripts import CORRECT, REINDEX, script

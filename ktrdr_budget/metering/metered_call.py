@@ -142,7 +142,7 @@ class MeteredCall:
         self._own: dict[str, int] = {}
         """Units accrued so far on the call's own reservation."""
         self._claim: HoldClaim | None = None
-        self._stop_heartbeat: Callable[[], None] | None = None
+        self._stop_heartbeat: Callable[[], object] | None = None
 
     def __repr__(self) -> str:
         return f"<MeteredCall {self._name} {self._outcome}>"
@@ -345,14 +345,15 @@ class MeteredCall:
 
     def _settle_own(self, hold: HoldBase, units: dict[str, int] | None, *, keep: bool) -> DualFlow[None]:
         if self._outcome == "rejected":
-            yield from self._settle(hold.release_flow, "release")
+            yield from self._try(lambda: limiter_access.release(self._terms.limiter, hold))
         elif units is not None or not keep or self._outcome == "unreported":
             if self.estimated:
                 hold.note(ESTIMATED)
             if units is None:
                 self.cost, units = self.worst_case, self._worst
             spent = {name: units[name] for name in self._own if self._terms.units[name] != "slots"}
-            yield from self._settle(lambda: hold.commit_flow(self._terms.amounts(spent)), "commit")
+            amounts = self._terms.amounts(spent)
+            yield from self._try(lambda: limiter_access.commit(self._terms.limiter, hold, amounts))
 
     def _settle_claim(self, claim: HoldClaim, units: dict[str, int] | None) -> DualFlow[None]:
         if units is None:
@@ -381,9 +382,6 @@ class MeteredCall:
         block_exit = claim.close()
         if block_exit is not None:
             yield from self._try(partial(limiter_access.leave_hold, self._terms.limiter, claim.hold, block_exit))
-
-    def _settle(self, flow: Callable[[], Any], operation: str) -> DualFlow[None]:
-        yield from self._try(lambda: limiter_access.settle(self._terms.limiter, flow(), operation))
 
     def _try(self, action: Callable[[], Any]) -> DualFlow[None]:
         try:

@@ -13,7 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from ktrdr_budget.models import Settlement
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.batching.dispatcher import Observation
+    from ktrdr_budget.engine.batching.pending import Observation
 
 __all__ = ["AgentMetrics"]
 

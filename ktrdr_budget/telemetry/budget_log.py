@@ -15,7 +15,7 @@ from ktrdr_budget.money import Amount
 from ktrdr_budget.periods import window_at
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.batching.dispatcher import Observation
+    from ktrdr_budget.engine.batching.pending import Observation
     from ktrdr_budget.limiter import AsyncBudgetLimiter
 
 __all__ = ["CALLER_LOGS", "BudgetLog"]

@@ -12,7 +12,7 @@ from ktrdr_budget.telemetry.outcomes import outcome_of
 from ktrdr_budget.telemetry.spans import operation_of, own_tracer, without_secrets
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.batching.dispatcher import Observation
+    from ktrdr_budget.engine.batching.pending import Observation
     from ktrdr_budget.money import Amount
 
 __all__ = ["trace_call"]

@@ -25,7 +25,7 @@ from ktrdr_budget.models import Settlement, Status
 from ktrdr_budget.telemetry.outcomes import OUTCOMES, outcome_of
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.batching.dispatcher import Observation
+    from ktrdr_budget.engine.batching.pending import Observation
     from ktrdr_budget.limiter import AsyncBudgetLimiter
 
 __all__ = ["LimiterMetrics"]

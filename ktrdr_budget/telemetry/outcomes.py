@@ -19,7 +19,7 @@ from ktrdr_budget.errors import (
 )
 
 if TYPE_CHECKING:
-    from ktrdr_budget.engine.batching.dispatcher import Observation, Observer
+    from ktrdr_budget.engine.batching.pending import Observation, Observer
 
 __all__ = ["OUTCOMES", "combined", "outcome_of"]
 
@@ -62,7 +62,7 @@ def outcome_of(result: object, error: BaseException | None) -> tuple[str, str]:
     if error is None:
         if getattr(result, "replayed", False):
             return "replayed", ""
-        return ("granted" if getattr(result, "guarded", True) else "unguarded"), ""
+        return ("granted" if getattr(result, "cap_checked", True) else "unguarded"), ""
     if isinstance(error, BudgetExceeded):
         return "denied", error.reason
     return next(

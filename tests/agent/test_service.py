@@ -344,7 +344,7 @@ def _asleep(stage, monkeypatch) -> asyncio.Event:
         return await beat(*arguments)
 
     monkeypatch.setattr(stage.cycle_store, "beat", late)
-    monkeypatch.setattr(Heartbeat, "_beat", lambda _: None)
+    monkeypatch.setattr(Heartbeat, "send", lambda _: None)
     return awake
 
 
@@ -383,7 +383,7 @@ async def test_a_cycle_that_settles_late_keeps_its_own_result(make_stage, monkey
 async def test_a_cycle_extends_its_hold_if_the_heartbeat_fails(make_stage, monkeypatch):
     stage = await make_stage(ttl_s=10)
     stage.script.wait_in = "training"
-    monkeypatch.setattr(Heartbeat, "_beat", lambda _: None)
+    monkeypatch.setattr(Heartbeat, "send", lambda _: None)
     started = await stage.agent.trigger()
     (cycle,) = stage.agent.running
     before = cycle.hold.deadline_ms

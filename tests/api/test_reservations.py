@@ -294,7 +294,7 @@ async def test_sixty_four_concurrent_clients_fill_the_cap_exactly(client):
 @pytest.mark.timely
 async def test_a_lost_hold_is_unavailable_until_replicas_have_replayed_it(server, start):
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as worker:
-        worker._coalescer.recovery.stop()
+        worker.engine.dispatcher.repair.stop()
         await worker.reserve("agent", "0.15", id="op_1")
         service = await start()
         with server.client() as store:
@@ -304,6 +304,6 @@ async def test_a_lost_hold_is_unavailable_until_replicas_have_replayed_it(server
             for response in (await service.client.post(f"{path}/commit", json={}), await service.client.get(path)):
                 assert response.status_code == 503
                 assert "being repaired" in response.json()["detail"]
-        worker._coalescer.recovery.suspect()
-        await until(lambda: worker.losses == 1 and not worker._coalescer.recovery.active)
+        worker.engine.dispatcher.repair.suspect()
+        await until(lambda: worker.losses == 1 and not worker.engine.dispatcher.repair.active)
         assert (await service.client.post(f"{path}/commit", json={"amounts": "0.07"})).status_code == 200

@@ -23,7 +23,7 @@ from ktrdr_budget.engine.protocol.keys import stored_window
 from ..conftest import ClockedServer, libfaketime, valkey_binary
 from ..helpers.processes import Worker, workers
 from ..helpers.waiting import wait_until
-from .history import UNANSWERED, Books, books, read
+from .history import NO_REPLY, Books, books, read
 from .judge import Terms, Verdict, judge
 
 TIMEOUT_S = 1.0
@@ -298,7 +298,7 @@ class Bench:
         for tenant, one in zip(self.tenants, self._books(), strict=True):
             mine = [call for call in calls if call.tenant == tenant]
             verdict.add(judge(mine, one, self.terms))
-            if tenant in self.untouched and (refused := sum(call.word in UNANSWERED for call in mine)):
+            if tenant in self.untouched and (refused := sum(call.word in NO_REPLY for call in mine)):
                 verdict.blame(f"{refused} calls of tenant {tenant!r} went unanswered, whose store was well")
             for report in verify(self.url, tenant):
                 if not report.adds_up or not report.conclusive:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-UNANSWERED = ("StoreUnavailable", "StoreError")
+NO_REPLY = ("StoreUnavailable", "StoreError")
 REFUSED = ("BudgetExceeded", "HoldConflict", "UnknownHold")
 ACKNOWLEDGED = ("done", "replayed", "heard", "deferred")
 STATES = {"o": "open", "x": "unconfirmed", "z": "released", "c": "committed", "r": "released", "n": "recorded"}
@@ -51,7 +51,7 @@ class Call:
     def unknown(self) -> bool:
         """Whether it may have been done."""
         return self.word in ("killed", "cancelled", "unguarded", "prepaid") or (
-            self.word in UNANSWERED and self.ambiguous
+            self.word in NO_REPLY and self.ambiguous
         )
 
     @property

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from ..model.reference import BudgetModel, Reference, Refused
-from .history import ACKNOWLEDGED, REFUSED, UNANSWERED, Books, Call, Stored, Story, stories
+from .history import ACKNOWLEDGED, NO_REPLY, REFUSED, Books, Call, Stored, Story, stories
 
 NANOS = 10**9
 FOREVER = float("inf")
@@ -109,7 +109,7 @@ def judge(calls: list[Call], books: Books, terms: Terms) -> Verdict:
 
 
 def _each_call_ends_in_time_with_a_known_word(calls: list[Call], terms: Terms, verdict: Verdict) -> None:
-    known = (*ACKNOWLEDGED, *REFUSED, *UNANSWERED[:1], "killed", "cancelled", "unguarded", "prepaid", *terms.refusals)
+    known = (*ACKNOWLEDGED, *REFUSED, *NO_REPLY[:1], "killed", "cancelled", "unguarded", "prepaid", *terms.refusals)
     for call in calls:
         verdict.longest_s = max(verdict.longest_s, call.seconds)
         late_s = call.late_s(terms.timeout_s)

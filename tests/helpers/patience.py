@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from ktrdr_budget.engine.batching.background import Background
-from ktrdr_budget.engine.batching.dispatcher import Coalescer
-from ktrdr_budget.engine.leases.lease import LeaseBase
+from ktrdr_budget.engine.batching.dispatcher import Dispatcher
+from ktrdr_budget.engine.calls.chunks import LeaseCalls
 from ktrdr_budget.limiter import LimiterBase
 
 PATIENT_S = 20.0
@@ -47,13 +47,13 @@ def away(url: str) -> Iterator[None]:
 @contextmanager
 def hurried(limiter: LimiterBase, timeout_s: float) -> Iterator[None]:
     """Set the timeout of a limiter's calls during the block, for stores that are not marked."""
-    coalescer = limiter._coalescer
-    timeout_set_s = coalescer._timeout
-    coalescer._timeout = coalescer._background.timeout = timeout_s
+    dispatcher = limiter.engine.dispatcher
+    timeout_set_s = dispatcher.timeout_s
+    dispatcher.timeout_s = dispatcher.background.timeout_s = timeout_s
     try:
         yield
     finally:
-        coalescer._timeout = coalescer._background.timeout = timeout_set_s
+        dispatcher.timeout_s = dispatcher.background.timeout_s = timeout_set_s
 
 
 @contextmanager
@@ -66,26 +66,25 @@ def in_haste(limiter: LimiterBase, timeout_s: float) -> Iterator[None]:
 class _Patient:
     """A timeout in seconds, raised for reachable stores."""
 
-    def __init__(self, name: str, store: Any) -> None:
-        self._name = name
+    def __init__(self, store: Any) -> None:
         self._store = store
 
     def __get__(self, owner: Any, kind: Any) -> Any:
         if owner is None:
             return self
-        timeout_set_s = vars(owner)[self._name]
+        timeout_set_s = vars(owner)["timeout_s"]
         address = (self._store(owner).address or "").partition("?")[0]
         return max(timeout_set_s, PATIENT_S) if address in _present else timeout_set_s
 
     def __set__(self, owner: Any, timeout_set_s: float) -> None:
-        vars(owner)[self._name] = timeout_set_s
+        vars(owner)["timeout_s"] = timeout_set_s
 
 
 def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Raise the timeouts of all limiters of this process."""
-    for kind, name, store in (
-        (Coalescer, "_timeout", lambda coalescer: coalescer._store),
-        (Background, "timeout", lambda background: background.store),
-        (LeaseBase, "_timeout", lambda lease: lease._core.driver._store),
+    for kind, store in (
+        (Dispatcher, lambda dispatcher: dispatcher.store),
+        (Background, lambda background: background.store),
+        (LeaseCalls, lambda calls: calls.driver.store),
     ):
-        monkeypatch.setattr(kind, name, _Patient(name, store), raising=False)
+        monkeypatch.setattr(kind, "timeout_s", _Patient(store), raising=False)

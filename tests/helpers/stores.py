@@ -12,7 +12,7 @@ __all__ = ["current_port", "idle_connections", "own_connections", "store_of"]
 
 def store_of(limiter: Any) -> Store:
     """The store of a limiter, sync or async."""
-    store: Store = limiter._store
+    store: Store = limiter.engine.store
     return store
 
 

@@ -455,7 +455,7 @@ async def test_calls_admitted_during_an_outage_are_recorded_after_it(start_serve
             call.finish(USED)
         async with limiter.hold("agent", "0.01") as hold, meter.call(**CALL) as call:
             call.finish(USED)
-            assert not hold.guarded
+            assert not hold.cap_checked
         own.start()
         with own.client() as client:
             await until(lambda: not limiter.deferred)

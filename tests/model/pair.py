@@ -133,7 +133,7 @@ class Pair:
             view = self.model.view(model.hold.id)
             shown = {name: view[name] for name in GRANT_FIELDS}
             agree(
-                {**fields(real, shown), "replayed": real.replayed, "guarded": real.guarded},
+                {**fields(real, shown), "replayed": real.replayed, "guarded": real.cap_checked},
                 {**shown, "replayed": model.replayed, "guarded": True},
             )
         elif isinstance(model, HoldModel) and real is not None:  # a hold object's extend returns nothing

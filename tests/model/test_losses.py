@@ -12,7 +12,7 @@ import pytest
 from hypothesis import assume
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
-from ktrdr_budget.engine.protocol import unword
+from ktrdr_budget.engine.protocol.hold_record import unword
 from ktrdr_budget.engine.replica import journal as memory
 
 from .observed import NOISE_MS, RawStore
@@ -51,10 +51,10 @@ class Losses(Histories):
     def _look_for_settled(self) -> None:
         """As each replica does all the time: it forgets holds that others have settled."""
         for limiter in self.pair.limiters:
-            recovery = limiter._coalescer.recovery
+            recovery = limiter.engine.dispatcher.repair
 
             async def look(recovery=recovery) -> None:
-                recovery._session.memory._looked = 0
+                recovery.engine.state.journal._looked = 0
                 await recovery._look_for_settled()
 
             inner = getattr(limiter, "_inner", None)

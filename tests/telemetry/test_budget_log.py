@@ -83,7 +83,7 @@ async def test_spend_is_logged_with_an_unknown_total_if_the_status_cannot_be_rea
 async def test_a_total_is_unknown_while_another_replica_has_yet_to_replay(server, logged, client, caplog):
     limiter, log = logged
     async with AsyncBudgetLimiter(server.url, BUDGETS) as other:
-        other._coalescer.recovery.stop()  # prevents the detection of the loss
+        other.engine.dispatcher.repair.stop()  # prevents the detection of the loss
         await other.record("agent", "1.00")
         await limiter.record("agent", "0.02", id="r-1")
         await log.drain()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable
-from ktrdr_budget.engine.batching.call import Observation
+from ktrdr_budget.engine.batching.pending import Observation
 from ktrdr_budget.telemetry.agent_metrics import AgentMetrics
 from ktrdr_budget.telemetry.budget_log import BudgetLog
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
@@ -83,7 +83,7 @@ async def resolved(proxy: Proxy, limiter: AsyncBudgetLimiter) -> None:
 
 def resolves_nothing(limiter: AsyncBudgetLimiter) -> None:
     """Disable the background resolution, except during close."""
-    backlog = limiter._coalescer._backlog
+    backlog = limiter.engine.dispatcher.replayer
     backlog.hasten = backlog.schedule = lambda: None
 
 

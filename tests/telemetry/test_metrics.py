@@ -26,8 +26,8 @@ from ktrdr_budget import (
     StoreError,
     StoreUnavailable,
 )
-from ktrdr_budget.engine.batching.dispatcher import Observation
-from ktrdr_budget.engine.replica.in_doubt import OUTCOMES as RESOLVED
+from ktrdr_budget.engine.batching.pending import Observation
+from ktrdr_budget.engine.replica.outbox import OUTCOMES as RESOLVED
 from ktrdr_budget.telemetry.audit import Audit
 from ktrdr_budget.telemetry.metrics import BUCKETS_S, LimiterMetrics
 

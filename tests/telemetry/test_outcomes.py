@@ -8,7 +8,7 @@ from contextvars import copy_context
 import pytest
 
 from ktrdr_budget import HoldConflict, StoreUnavailable, UnknownBudget, UnknownHold
-from ktrdr_budget.engine.batching.dispatcher import Observation
+from ktrdr_budget.engine.batching.pending import Observation
 from ktrdr_budget.errors import (
     BudgetMismatch,
     InvalidAmount,

@@ -1,8 +1,8 @@
 """The circuit breaker: a store that is down costs one call its deadline, and not each call again (P12).
 
-Closed, calls are sent. Once a call has paid its whole deadline without the store being heard at all, it opens: one
-probe at a time asks the store, at growing intervals and for whoever calls, and calls wait for it, but not long. The
-first answer closes it, so that a call that is made after the store has returned is served.
+Closed, calls are sent. Once a call has missed its deadline without any reply from the store, it opens: one probe at a
+time is sent, at growing intervals and for each new call, and calls wait for it, but not long. The first reply closes
+it, so that a call made after the store has returned is served.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from ktrdr_budget.engine.batching.background import UNANSWERED, Background
-from ktrdr_budget.engine.protocol import Op
+from ktrdr_budget.engine.batching.background import NO_REPLY, Background
+from ktrdr_budget.engine.protocol.operations import Retire
 from ktrdr_budget.engine.transport.errors import answered
 from ktrdr_budget.errors import StoreError, StoreUnavailable
 
@@ -28,15 +28,15 @@ PROBE_FIRST_S = 0.05
 PROBE_MAX_S = 1.0
 """The longest time between two probes, and for which one waits; less if the limiter's timeout is."""
 PATIENCE_S = 0.05
-"""How long calls wait for a probe, from its beginning: a server that is gone refuses at once, one that hangs does not
-answer at all."""
+"""How long calls wait for a probe, from its beginning: a server that is down refuses at once, one that hangs does not
+reply at all."""
 
 
 class Breaker:
-    """Of one limiter. What asks whether it is open reads an attribute: the good path pays nothing else.
+    """Of one limiter. While it is closed, a call pays only for reading :attr:`open`.
 
     Args:
-        on_close: is told when the store has answered again, and whether it has lost writes meanwhile.
+        on_close: called when the store has replied again, with whether it has lost writes meanwhile.
     """
 
     def __init__(self, background: Background, on_close: Callable[[bool], None]) -> None:
@@ -49,12 +49,12 @@ class Breaker:
         self.open = False
         self.openings = 0
         """How often it has opened."""
-        self.heard_s = 0.0
-        """When the store last answered a read, in seconds of the monotonic clock."""
+        self.last_reply_s = 0.0
+        """When the store last replied to a read, in seconds of the monotonic clock."""
         self._since_s = 0.0
-        self._trouble = ""
+        self._cause = ""
         self._answered = False
-        """Whether the store is there, and answers that it is not ready."""
+        """Whether the store replies that it is not ready."""
         self._pause_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._probe_began_s: float | None = None
@@ -66,54 +66,54 @@ class Breaker:
         """``closed``: calls are sent; ``open``: they end at once."""
         return "open" if self.open else "closed"
 
-    def paid(self, called_s: float, error: Exception) -> None:
-        """A call that was made then has paid its whole deadline: opens, unless the store was heard meanwhile."""
-        heard_s = max(self.heard_s, self._background.session.heard_s)
-        if self.open or self._background.closed or heard_s >= called_s:
+    def deadline_missed(self, called_s: float, error: Exception) -> None:
+        """Open after the deadline of a call that was made at this time, unless the store has replied meanwhile."""
+        last_reply_s = max(self.last_reply_s, self._background.state.last_reply_s)
+        if self.open or self._background.closed or last_reply_s >= called_s:
             return
         self.open = True
         self.openings += 1
-        self._since_s = max(heard_s, called_s)
-        self._trouble = str(error) or f"no reply from {self._background.store.shown}"
+        self._since_s = max(last_reply_s, called_s)
+        self._cause = str(error) or f"no reply from {self._background.store.shown}"
         self._answered = answered(error)
-        logger.error("%s", self._state_words)
+        logger.error("circuit breaker opened: %s", self._state_words)
         self._pause_s = PROBE_FIRST_S
         self._probe_later()
 
     @property
     def silent_s(self) -> float:
-        """Seconds since the store was last known to be there, or missed for the first time."""
+        """Seconds since the last reply, or since the first call without one."""
         return time.monotonic() - self._since_s
 
     def refusal(self, *, ambiguous: bool) -> StoreUnavailable:
-        """What a call gets while this is open."""
+        """The error of a call while this is open."""
         return StoreUnavailable(self._state_words, ambiguous=ambiguous, reached=self._answered)
 
     @property
     def _state_words(self) -> str:
-        return f"{self._trouble} for {self.silent_s:.1f} s; failing fast until it is back"
+        return f"{self._cause} for {self.silent_s:.1f} s; failing fast until it replies"
 
-    def consult(self, told: Callable[[], None]) -> None:
-        """Calls back soon; by then it may be closed. Makes a probe, unless one is under way."""
+    def consult(self, callback: Callable[[], None]) -> None:
+        """Call back soon, when it may be closed; send a probe, unless one is under way."""
         began_s, background = self._probe_began_s, self._background
         if began_s is None:
-            self._waiting.append(told)
+            self._waiting.append(callback)
             self._begin_probe()
         elif background.time() - began_s < self._patience_s:
-            self._waiting.append(told)
+            self._waiting.append(callback)
         else:
-            background.soon(told)  # not now: whoever insists without a pause would keep the answer from being heard
+            background.soon(callback)  # later: calls in a tight loop would keep the event loop from the reply
 
     def stop(self) -> None:
-        """No further probe."""
+        """Send no further probe."""
         self._cancel_timers()
-        self._tell_waiting()
+        self._resume_waiting()
 
     # -- probes --------------------------------------------------------------------------------------------------------
 
     @property
     def _patience_s(self) -> float:
-        return min(PATIENCE_S, self._background.timeout / 4)
+        return min(PATIENCE_S, self._background.timeout_s / 4)
 
     def _cancel_timers(self) -> None:
         for timer in (self._timer, self._patience):
@@ -121,10 +121,10 @@ class Breaker:
                 timer.cancel()
         self._timer = self._patience = None
 
-    def _tell_waiting(self) -> None:
+    def _resume_waiting(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for told in waiting:
-            told()
+        for callback in waiting:
+            callback()
 
     def _probe_later(self) -> None:
         self._timer = self._background.later(self._pause_s, self._begin_planned_probe)
@@ -137,39 +137,41 @@ class Breaker:
         self._cancel_timers()
         if self.open and not self._background.closed:
             self._probe_began_s = self._background.time()
-            self._patience = self._background.later(self._patience_s, self._tell_waiting)
+            self._patience = self._background.later(self._patience_s, self._resume_waiting)
             self._background.spawn(self._probe())
 
     async def _probe(self) -> None:
         try:
-            went_back = await self._ask()
+            data_loss = await self._data_loss()
         finally:
             self._probe_began_s = None
             self._cancel_timers()
-        if went_back is None:
+        if data_loss is None:
             self._probe_later()
         else:
-            logger.warning("store at %s answers again, after %.1f s", self._background.store.shown, self.silent_s)
+            shown, silent_s = self._background.store.shown, self.silent_s
+            logger.warning("circuit breaker closed: store at %s replies after %.1f s", shown, silent_s)
             self.open = False
-            self._on_close(went_back)
-        self._tell_waiting()
+            self._on_close(data_loss)
+        self._resume_waiting()
 
     @property
     def _longest_s(self) -> float:
-        return min(PROBE_MAX_S, self._background.timeout)
+        return min(PROBE_MAX_S, self._background.timeout_s)
 
-    async def _ask(self) -> bool | None:
-        """A write that changes nothing: a store that can only be read admits nothing either.
+    async def _data_loss(self) -> bool | None:
+        """Send a write that changes nothing: a store that can only be read admits nothing either.
 
-        Returns whether the store has lost writes; ``None`` if it does not answer.
+        Returns:
+            Whether the store has lost writes; ``None`` without a reply.
         """
         try:
-            keys = self._background.session.keys
-            head, _ = await self._background.tell([Op("-", keys.hold("-"), "X -", [])], self._longest_s)
+            keys = self._background.state.keys
+            head, _ = await self._background.send([Retire.nothing(keys.hold("-"))], self._longest_s)
         except StoreError:
-            return False  # an answer: calls are told it
-        except UNANSWERED as error:
-            self._trouble = str(error) or self._trouble
+            return False  # a reply: calls receive it
+        except NO_REPLY as error:
+            self._cause = str(error) or self._cause
             self._answered = answered(error)
             return None
-        return head.went_back
+        return head.data_loss

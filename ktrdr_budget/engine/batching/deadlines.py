@@ -1,7 +1,7 @@
-"""The deadlines of calls that wait for their turn.
+"""The deadlines of calls that wait to be sent.
 
-What is under way ends in time by itself. What waits behind it may have less time left, if it has been to the store
-before: a reservation that was denied while holds were due, a commit by id that first read its hold.
+A batch under way ends in time by itself. A call that waits behind it may have less time left if it was sent before: a
+reservation that was denied while holds were due, a commit by id that first read its hold.
 """
 
 from __future__ import annotations
@@ -13,31 +13,31 @@ from collections.abc import Callable
 __all__ = ["LATE_S", "Deadlines"]
 
 _APART_S = 0.01
-"""Deadlines are looked at no more often than this: many calls may wait, and looking at all of them takes time."""
+"""The least time between two checks: many calls may wait, and a check visits all of them."""
 _TICK_S = 0.02
 LATE_S = 0.02
-"""A timer that is so late is late because the event loop stood still."""
+"""A timer that is so late was late because the event loop was blocked."""
 
 
 class Deadlines:
     """One timer, for the earliest of them: a timer for each call would cost as much as sending it.
 
-    It ticks more often, and so measures for how long the event loop stands still while calls are under way.
+    It ticks more often, and so measures for how long the event loop is blocked while calls are under way.
 
     Args:
-        look: ends the calls whose deadline has come, and returns the earliest of the others; infinite if none is left.
+        expire: ends the calls whose deadline has come; returns the earliest of the others, infinite if none is left.
     """
 
-    def __init__(self, look: Callable[[], float]) -> None:
-        self._look = look
+    def __init__(self, expire: Callable[[], float]) -> None:
+        self._expire = expire
         self._timer: asyncio.TimerHandle | None = None
         self.next_s = math.inf
-        """The time of the event loop at which it looks next; a call with an earlier deadline sets it anew."""
+        """The time of the event loop of the next check; a call with an earlier deadline sets it anew."""
         self.stalled_s = 0.0
-        """For how long the event loop stood still, in sum."""
+        """For how long the event loop was blocked, in sum."""
 
     def watch(self, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
-        """Look at this time of the event loop."""
+        """Check at this time of the event loop."""
         self._note_stall(loop)
         self.next_s = deadline
         self._wait(loop)
@@ -53,7 +53,7 @@ class Deadlines:
         self._timer = None
         if loop.time() >= self.next_s:
             self.next_s = math.inf
-            next_s = self._look()
+            next_s = self._expire()
             if next_s < self.next_s:
                 self.next_s = max(next_s, loop.time() + _APART_S)
         if self._timer is None and self.next_s < math.inf:
@@ -64,7 +64,7 @@ class Deadlines:
             self.stalled_s += late_s
 
     def stop(self) -> None:
-        """Look no more, until :meth:`watch`."""
+        """Check no more, until :meth:`watch`."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer, self.next_s = None, math.inf

@@ -1,4 +1,4 @@
-"""What becomes of limiters in a forked child."""
+"""Limiters in the child of a fork."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["keep", "watch"]
 
 
 class Forked(Protocol):
-    """Whatever has a part in a fork."""
+    """An object with state that a fork invalidates."""
 
     def after_fork(self) -> None:
-        """Is called in the child."""
+        """Called in the child."""
 
 
 _watched: weakref.WeakSet[Forked] = weakref.WeakSet()
@@ -21,12 +21,12 @@ _of_the_parent: list[Any] = []
 
 
 def watch(forked: Forked) -> None:
-    """Tells it in each child, as long as it lives."""
+    """Call ``after_fork`` in each child, as long as the object lives."""
     _watched.add(forked)
 
 
 def keep(of_the_parent: Any) -> None:
-    """Keeps for ever what is the parent's: a connection that is collected takes itself out of the parent's epoll."""
+    """Keep an object of the parent for ever: a connection that is collected removes itself from the parent's epoll."""
     _of_the_parent.append(of_the_parent)
 
 

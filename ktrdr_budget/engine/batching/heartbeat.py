@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from ktrdr_budget.engine.batching.dispatcher import Dispatcher
+from ktrdr_budget.engine.calls.extend import extend
 from ktrdr_budget.engine.replica.hold import HoldBase
 from ktrdr_budget.errors import HoldConflict, UnknownHold
 from ktrdr_budget.models import TTL_MAX_S
-
-if TYPE_CHECKING:
-    from ktrdr_budget.engine.batching.dispatcher import Coalescer
 
 __all__ = ["Heartbeat"]
 
@@ -22,39 +21,41 @@ logger = logging.getLogger("ktrdr_budget")
 class Heartbeat:
     """Extends a hold at a third of its ttl, until stopped or until there is nothing left to extend."""
 
-    __slots__ = ("_coalescer", "_hold", "_timer")
+    __slots__ = ("_dispatcher", "_hold", "timer")
 
-    def __init__(self, coalescer: Coalescer, hold: HoldBase) -> None:
-        self._coalescer = coalescer
+    def __init__(self, dispatcher: Dispatcher, hold: HoldBase) -> None:
+        self._dispatcher = dispatcher
         self._hold = hold
-        self._timer: asyncio.TimerHandle | None = None
+        self.timer: asyncio.TimerHandle | asyncio.Future[None] | None = None
+        """Of the next heartbeat, or the one under way."""
         if not hold.settled:
             self._schedule()
 
     def _schedule(self) -> None:
         # In an empty context: an instrumentation would put the spans of each heartbeat into the block's trace.
         delay_s, empty = min(self._hold.ttl, TTL_MAX_S) / 3, contextvars.Context()
-        self._timer = self._coalescer.bind().call_later(delay_s, self._beat, context=empty)
+        self.timer = self._dispatcher.bind().call_later(delay_s, self.send, context=empty)
 
-    def _beat(self) -> None:
-        self._timer = None
+    def send(self) -> None:
+        """Send a heartbeat now."""
+        self.timer = None
         if not self._hold.settled:
-            future = self._coalescer.submit(self._hold.extend_flow(None), "heartbeat")
-            future.add_done_callback(self._beaten)
-            self._timer = future
+            future = self._dispatcher.submit(extend(self._dispatcher.context, self._hold, None), "heartbeat")
+            future.add_done_callback(self._sent)
+            self.timer = future
 
-    def _beaten(self, future: Any) -> None:
-        stopped, self._timer = self._timer is not future, None
+    def _sent(self, future: Any) -> None:
+        stopped, self.timer = self.timer is not future, None
         error = None if future.cancelled() else future.exception()
         ended = isinstance(error, (HoldConflict, UnknownHold))
-        if error is not None and not stopped:  # one that was stopped may come after what settles the hold
+        if error is not None and not stopped:  # after a stop, the settlement may have come first
             event = "heartbeats of hold %s stopped: %s" if ended else "heartbeat of hold %s failed: %s"
             logger.warning(event, self._hold.id, error)
         if not stopped and not ended:
             self._schedule()
 
     def stop(self) -> None:
-        """No further heartbeat. One that is under way finishes before what is sent next, or is harmless after it."""
-        timer, self._timer = self._timer, None
+        """Send no further heartbeat. One under way ends before what is sent next, or is harmless after it."""
+        timer, self.timer = self.timer, None
         if isinstance(timer, asyncio.TimerHandle):
             timer.cancel()

@@ -1,46 +1,50 @@
-"""A store that went back in time is noticed, and told again what it has lost (P13).
+"""Detects that the store has lost data, and replays this replica's journal to it (P13).
 
-Each replica tells what it remembers (:mod:`.memory`), by ids and totals, so that telling it twice changes nothing:
-settlements first, its own and those of others that it was told of, then what they leave of its totals, then open holds.
+Each replica replays its journal by ids and totals, so that a replay changes nothing the second time: limits and
+settlements first, its own and those of others that it received replies for, then its subtotals, then open holds.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
-from ktrdr_budget.engine.batching.background import UNANSWERED, Background, refuses_all
+from ktrdr_budget.engine.batching.background import NO_REPLY, Background, refuses_everything
 from ktrdr_budget.engine.batching.breaker import Breaker
-from ktrdr_budget.engine.protocol import Op
+from ktrdr_budget.engine.protocol.operations import Operation, ReplayLimit
+from ktrdr_budget.engine.protocol.replies import MissingWindow, Reply, Restored, Settled, UnexpectedReply, Unreadable
+from ktrdr_budget.engine.protocol.requests import parse_hold_texts, records_read
 from ktrdr_budget.engine.replica.journal import Repair
 from ktrdr_budget.errors import StoreError
 
-__all__ = ["Recovery"]
+__all__ = ["LossRepair"]
 
 logger = logging.getLogger("ktrdr_budget")
 
 PULSE_S = 1.0
-"""How often a replica that has something to tell asks whether the store still knows it, if it has nothing else to ask.
+"""An idle replica with a journal probes the store for data loss this often.
 
-The store grants nothing for RECOVERY_MS of prelude.lua after the first one has noticed: three times as long.
+The store grants nothing for RECOVERY_MS of prelude.lua after the first detection: three times as long.
 """
-_LOOK_PULSES, _LOOK_HOLDS = 2, 500
-"""In each second pulse it asks of so many holds whether others have settled them."""
-_UNTOLD_FIRST_S, _UNTOLD_MAX_S = 1.0, 5.0
-"""When it tells again of a window that was begun and is not here."""
+_CHECK_PULSES, _CHECK_HOLDS = 2, 500
+"""With each second pulse, so many holds are checked for settlements by others."""
+_REPLAY_AGAIN_FIRST_S, _REPLAY_AGAIN_MAX_S = 1.0, 5.0
+"""When what concerns a missing window is replayed again."""
 _BATCH_OPS = 128
 _PAUSE_FIRST_S = 0.01
 _PAUSE_MAX_S = 0.2
 
+_Replies = list[tuple[Operation, Reply]]
 
-class Recovery:
+
+class LossRepair:
     """Of one limiter.
 
     Args:
-        watch_policy: reads the store's eviction policy.
-        waited: is told now and then, with the last failure, while calls wait for a repair: some run out of time.
-        resume: is told when calls may be sent again.
+        check_policy: reads the store's eviction policy.
+        on_wait: called at intervals, with the last failure, while calls wait for a repair: their deadlines may come.
+        on_end: called when calls may be sent again.
     """
 
     def __init__(
@@ -48,44 +52,44 @@ class Recovery:
         background: Background,
         breaker: Breaker,
         *,
-        watch_policy: Callable[[], None],
-        waited: Callable[[Exception | None], None],
-        resume: Callable[[], None],
+        check_policy: Callable[[], None],
+        on_wait: Callable[[Exception | None], None],
+        on_end: Callable[[], None],
     ) -> None:
         self._background = background
-        self._session = background.session
+        self._state = background.state
         self._breaker = breaker
-        self._watch_policy = watch_policy
-        self._waited = waited
-        self._resume = resume
+        self._check_policy = check_policy
+        self._on_wait = on_wait
+        self._on_end = on_end
         self.total = Repair()
-        """What was told again so far."""
+        """What was replayed so far."""
         self.reset()
 
     def reset(self) -> None:
         """Nothing is lost, as at the start."""
         self.active = False
-        """The store has lost what it acknowledged; no call is sent before it was told again."""
+        """The store has lost writes; no call is sent before the replay is complete."""
         self._again = False
-        """Something has come up that was not told with the rest."""
-        self._told_losses = 0
-        """Up to which of them all was told again; something may come up later."""
-        self._asking = False
-        self._looking = False
+        """A further loss came up that the replay under way may lack."""
+        self._replayed_losses = 0
+        """The losses after which the whole journal was replayed."""
+        self._probing = False
+        self._checking = False
         self._pulses = 0
-        self._untold_s = _UNTOLD_FIRST_S
+        self._replay_again_s = _REPLAY_AGAIN_FIRST_S
         self._pulse_timer: asyncio.TimerHandle | None = None
-        self._untold_timer: asyncio.TimerHandle | None = None
+        self._replay_timer: asyncio.TimerHandle | None = None
 
-    # -- noticing ------------------------------------------------------------------------------------------------------
+    # -- detection -----------------------------------------------------------------------------------------------------
 
     def start(self) -> None:
-        """From now on, an idle replica asks whether the store still knows what it acknowledged."""
+        """Probe the store at intervals from now on, while this replica is idle."""
         self._pulse_timer = self._background.later(PULSE_S, self._pulse)
 
     def stop(self) -> None:
-        """Asks no more."""
-        for timer in (self._pulse_timer, self._untold_timer):
+        """Probe no more."""
+        for timer in (self._pulse_timer, self._replay_timer):
             if timer is not None:
                 timer.cancel()
 
@@ -93,164 +97,162 @@ class Recovery:
         self.start()
         if self._breaker.open:
             return
-        if self._session.heard_s and not self._session.policy_watched:  # a limiter that was not started
-            self._watch_policy()
-        if not self._session.memory:
+        if self._state.last_reply_s and not self._state.policy_checked:  # a limiter that was not started
+            self._check_policy()
+        if not self._state.journal:
             return
-        if self._session.silent_s >= PULSE_S / 2:
+        if self._state.silent_s >= PULSE_S / 2:
             self.suspect()
         self._pulses += 1
-        if self._pulses % _LOOK_PULSES == 0 and not (self._looking or self.active or self._background.closed):
-            self._looking = True
-            self._background.spawn(self._look_for_settled())
+        if self._pulses % _CHECK_PULSES == 0 and not (self._checking or self.active or self._background.closed):
+            self._checking = True
+            self._background.spawn(self._check_holds())
 
     def suspect(self) -> None:
-        """Asks the store, unless that is being done."""
-        if self._background.loop is not None and not (self._asking or self.active or self._background.closed):
-            self._asking = True
-            self._background.spawn(self._ask())
+        """Probe the store, unless that is under way."""
+        if self._background.loop is not None and not (self._probing or self.active or self._background.closed):
+            self._probing = True
+            self._background.spawn(self._probe())
 
-    async def _ask(self) -> None:
+    async def _probe(self) -> None:
         try:
-            head, _ = await self._background.tell([], min(PULSE_S, self._background.timeout))
-        except UNANSWERED:
-            pass  # whoever calls next finds that out, or the next pulse
+            head, _ = await self._background.send([], min(PULSE_S, self._background.timeout_s))
+        except NO_REPLY:
+            pass  # the next call detects that, or the next pulse
         else:
-            if head.went_back:
+            if head.data_loss:
                 self.begin()
         finally:
-            self._asking = False
+            self._probing = False
 
-    async def _look_for_settled(self) -> None:
-        """Forgets holds that others have settled: told after a loss, they would be open again, if those forget them."""
-        session = self._session
-        ids = session.memory.unsettled(session.now_ms(), _LOOK_HOLDS)
+    async def _check_holds(self) -> None:
+        """Drop holds that others have settled: a replay would open them again, once the others have dropped them."""
+        state = self._state
+        ids = state.journal.holds_to_check(state.now_ms(), _CHECK_HOLDS)
         try:
             if ids:
-                head, [stored] = await self._background.read(session.read("MGET", [*map(session.keys.hold, ids)]))
-                for hold_id, record in zip(ids, stored, strict=True):
-                    if record:
-                        text = record.decode() if isinstance(record, bytes) else record
-                        session.memory.seen(hold_id, text, head.now_us)
-        except UNANSWERED:
-            pass  # the next round asks again
+                head, items = await self._background.read(records_read(state.keys, state.replica_id, ids))
+                for hold_id, text in zip(ids, parse_hold_texts(items), strict=True):
+                    if text is not None:
+                        state.journal.seen(hold_id, text, head.now_us)
+        except NO_REPLY:
+            pass  # the next pulses try again
         finally:
-            self._looking = False
+            self._checking = False
 
-    # -- telling again -------------------------------------------------------------------------------------------------
+    # -- replay --------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Holds calls back until the store has been told, unless that is being done."""
+        """Hold calls back until the journal is replayed, unless that is under way."""
         if not self.active and not self._background.closed:
             self.active = True
-            self._background.spawn(self._tell_until_heard())
+            self._background.spawn(self._replay_until_done())
 
     def begin_again(self) -> None:
-        """The same; what is being told already does not include all."""
+        """As :meth:`begin`; a replay under way may lack what was lost."""
         self._again = True
         self.begin()
 
-    async def _tell_until_heard(self) -> None:
+    async def _replay_until_done(self) -> None:
         pause_s = _PAUSE_FIRST_S
-        trouble: Exception | None = None
         try:
             while not self._background.closed:
+                error: Exception | None = None
                 if not self._breaker.open:
                     self._again = False
-                    trouble = None
                     try:
-                        if await self._tell_all() and not self._again:
+                        if await self._replay() and not self._again:
                             return
-                    except UNANSWERED as error:
-                        trouble = error
-                self._waited(trouble)
+                    except NO_REPLY as failure:
+                        error = failure
+                self._on_wait(error)
                 await asyncio.sleep(pause_s)
                 pause_s = min(_PAUSE_MAX_S, pause_s * 2)
         finally:
             self.active = False
-            self._resume()
+            self._on_end()
 
-    async def _tell_all(self) -> bool:
-        """Whether the store has heard all of it, and lost nothing meanwhile."""
-        memory, session = self._session.memory, self._session
-        done, first = Repair(), self._told_losses != session.losses
-        if first:
-            done.forgotten_settlements, done.forgotten_holds = memory.forgotten_settlements, memory.forgotten_holds
-        now_ms = session.now_ms()
-        settled = await self._tell(
-            memory.limits(session.keys, now_ms)
-            + memory.settlements(session.keys, now_ms)
-            + memory.others(session.keys, now_ms)
-        )
+    async def _replay(self) -> bool:
+        """Replay the whole journal; return false if the store lost data meanwhile."""
+        state, journal = self._state, self._state.journal
+        done, is_first = Repair(), self._replayed_losses != state.losses
+        if is_first:
+            done.forgotten_settlements, done.forgotten_holds = journal.forgotten_settlements, journal.forgotten_holds
+        now_ms = state.now_ms()
+        settled = await self._send(journal.limits(state.keys, now_ms) + journal.settlements(state.keys, now_ms))
         if settled is None:
             return False
-        if restored := [op.head.split(" ")[2] for op, line in settled if op.letter == "Q" and line == "g"]:
+        restored = [op.budget for op, reply in settled if isinstance(op, ReplayLimit) and reply == Restored(True)]
+        if restored:
             logger.warning("limits set or cleared at run time restored: %s", ", ".join(restored))
-        for op, line in settled:
-            memory.told(op.id, line)
-        shares = await self._tell(memory.shares(session.keys))
-        holds = None if shares is None else await self._tell(memory.holds(session.keys))
-        if shares is None or holds is None:
+        for op, reply in settled:
+            journal.replayed(op.hold_id, reply)
+        totals = await self._send(journal.totals(state.keys))
+        holds = None if totals is None else await self._send(journal.holds(state.keys))
+        if totals is None or holds is None:
             return False
-        done.settlements = sum(line[0] == "k" for _, line in settled)
-        done.windows = sum(line[0] == "k" and line != "k - 0" for _, line in shares)
-        done.holds = sum(line == "g" for _, line in holds)
-        self._told_losses = session.losses
-        self._report(done, first)
-        self._tell_later([line[2:] for _, line in (*settled, *shares, *holds) if line[0] == "t"])
+        done.settlements = sum(isinstance(reply, Settled) and not reply.replayed for _, reply in settled)
+        done.windows = sum(isinstance(reply, Settled) and any(reply.units) for _, reply in totals)
+        done.holds = sum(reply == Restored(True) for _, reply in holds)
+        self._replayed_losses = state.losses
+        self._report(done, is_first)
+        replies = (*settled, *totals, *holds)
+        self._replay_again([reply.window for _, reply in replies if isinstance(reply, MissingWindow)])
         return True
 
-    def _tell_later(self, missing: list[str]) -> None:
-        """What could not be told because its window is not here (its slot is half moved) is told once it is."""
+    def _replay_again(self, missing: list[str]) -> None:
+        """Replay again once windows are there that were missing: their slot is being migrated."""
         if not missing:
-            self._untold_s = _UNTOLD_FIRST_S
-        elif self._untold_timer is None:
-            logger.warning("the windows %s are not here, and could not be told of again", ", ".join(sorted({*missing})))
-            self._untold_timer = self._background.later(self._untold_s, self._begin_untold)
-            self._untold_s = min(_UNTOLD_MAX_S, self._untold_s * 2)
+            self._replay_again_s = _REPLAY_AGAIN_FIRST_S
+        elif self._replay_timer is None:
+            logger.warning("replay postponed, windows missing: %s", ", ".join(sorted({*missing})))
+            self._replay_timer = self._background.later(self._replay_again_s, self._begin_postponed)
+            self._replay_again_s = min(_REPLAY_AGAIN_MAX_S, self._replay_again_s * 2)
 
-    def _begin_untold(self) -> None:
-        self._untold_timer = None
+    def _begin_postponed(self) -> None:
+        self._replay_timer = None
         self.begin()
 
-    def _report(self, done: Repair, first: bool) -> None:
+    def _report(self, done: Repair, is_first: bool) -> None:
         self.total.add(done)
-        shown = self._background.store.shown
-        if done or (first and self._session.memory):
-            logger.warning("told the store at %s again what it had lost: %s", shown, done)
+        if done or (is_first and self._state.journal):
+            logger.warning("journal replayed to the store at %s: %s", self._background.store.shown, done)
         if done.forgotten_settlements or done.forgotten_holds:
             logger.error(
-                "beyond the memory of replica %s, and not repaired: the ids of %d settlements, %d holds",
-                self._session.replica_id, done.forgotten_settlements, done.forgotten_holds,
-            )  # fmt: skip
+                "beyond the journal of replica %s, not repaired: ids of %d settlements, %d holds",
+                self._state.replica_id,
+                done.forgotten_settlements,
+                done.forgotten_holds,
+            )
 
-    async def _tell(self, ops: list[Op]) -> list[tuple[Op, str]] | None:
-        answers: list[tuple[Op, str]] = []
+    async def _send(self, ops: Sequence[Operation]) -> _Replies | None:
+        """Send operations in batches; ``None`` after a further data loss."""
+        answered: _Replies = []
         for first in range(0, len(ops), _BATCH_OPS):
             batch = ops[first : first + _BATCH_OPS]
-            lines = await self._lines(batch)
-            if lines is None:
+            replies = await self._replies(batch)
+            if replies is None:
                 return None
-            answers += zip(batch, lines, strict=True)
-            self._waited(None)
-        return answers
+            answered += zip(batch, replies, strict=True)
+            self._on_wait(None)
+        return answered
 
-    async def _lines(self, batch: list[Op]) -> list[str] | None:
-        """What the store says to each; one that it cannot take (its window is no window any more) holds up no other."""
+    async def _replies(self, batch: Sequence[Operation]) -> list[Reply] | None:
+        """The replies to a batch; an operation that the store cannot execute holds up no other."""
         try:
-            head, lines = await self._background.tell(batch, repairs=True)
+            head, replies = await self._background.send(batch, repairs=True)
         except StoreError as error:
-            if refuses_all(error):
+            if refuses_everything(error):
                 raise
             if len(batch) == 1:
-                logger.error("what %s was could not be told again: %s", batch[0].id, error)
-                return ["e"]
+                logger.error("replay of %s failed: %s", batch[0].hold_id, error)
+                return [UnexpectedReply(str(error))]
             middle = len(batch) // 2
-            first, second = await self._lines(batch[:middle]), await self._lines(batch[middle:])
+            first, second = await self._replies(batch[:middle]), await self._replies(batch[middle:])
             return None if first is None or second is None else first + second
-        if head.went_back:
+        if head.data_loss:
             return None
-        for op, line in zip(batch, lines, strict=True):
-            if line[0] == "y":
-                logger.error("replay of %s failed: %s", op.id, line[2:])
-        return lines
+        for op, reply in zip(batch, replies, strict=True):
+            if isinstance(reply, Unreadable):
+                logger.error("replay of %s failed: %s", op.hold_id, reply.error)
+        return replies

@@ -1,6 +1,6 @@
-"""What waits to be sent, in three queues, each with a share of every batch: no kind of request starves another.
+"""Calls that wait to be sent, in three queues, each with a share of every batch: no kind of request starves another.
 
-Within a batch, settlements are decided first, so that what they give back can be granted in the same batch.
+Within a batch, settlements come first, so that the money they give back can be granted in the same batch.
 """
 
 from __future__ import annotations
@@ -9,48 +9,48 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 
-from ktrdr_budget.engine.batching.call import Call
+from ktrdr_budget.engine.batching.pending import PendingCall
 
 __all__ = ["Queues"]
 
 _SHARES = 4
-"""A queue that has something waiting gets at least one part of so many."""
+"""A queue with waiting calls gets at least one part of so many."""
 
 
 class Queues:
-    """The calls of one event loop. A request that asks for no money, but keeps a hold alive, is urgent."""
+    """The waiting calls of one event loop."""
 
     __slots__ = ("_admissions", "_settlements", "_urgent")
 
     def __init__(self) -> None:
-        self._settlements: deque[Call] = deque()
-        self._urgent: deque[Call] = deque()
-        """Heartbeats and reports."""
-        self._admissions: deque[Call] = deque()
+        self._settlements: deque[PendingCall] = deque()
+        self._urgent: deque[PendingCall] = deque()
+        """Heartbeats and reports: they ask for no money, and keep a hold alive."""
+        self._admissions: deque[PendingCall] = deque()
         """Reservations and growth."""
 
     def __len__(self) -> int:
         return len(self._settlements) + len(self._urgent) + len(self._admissions)
 
-    def __iter__(self) -> Iterator[Call]:
+    def __iter__(self) -> Iterator[PendingCall]:
         yield from self._settlements
         yield from self._urgent
         yield from self._admissions
 
-    def _of(self, call: Call) -> deque[Call]:
+    def _queue_of(self, call: PendingCall) -> deque[PendingCall]:
         request = call.request
-        return self._admissions if request.grants else self._urgent if request.letter == "E" else self._settlements
+        return self._admissions if request.asks_for_money else self._urgent if request.is_urgent else self._settlements
 
-    def put(self, call: Call) -> None:
+    def put(self, call: PendingCall) -> None:
         """Queue a call behind those of its kind."""
-        self._of(call).append(call)
+        self._queue_of(call).append(call)
 
-    def put_back(self, batch: Iterable[Call]) -> None:
+    def put_back(self, batch: Iterable[PendingCall]) -> None:
         """Queue calls that were taken, in their order, before the others of their kind."""
         for call in reversed([*batch]):
-            self._of(call).appendleft(call)
+            self._queue_of(call).appendleft(call)
 
-    def clear(self) -> list[Call]:
+    def clear(self) -> list[PendingCall]:
         """Take all of them out."""
         waiting = [*self]
         for queue in (self._settlements, self._urgent, self._admissions):
@@ -58,12 +58,12 @@ class Queues:
         return waiting
 
     @property
-    def next_s(self) -> float:
+    def next_deadline_s(self) -> float:
         """The earliest deadline among the calls that are next, by the event loop's clock; infinite if none waits."""
-        heads = [queue[0].deadline for queue in (self._settlements, self._urgent, self._admissions) if queue]
+        heads = [queue[0].deadline_s for queue in (self._settlements, self._urgent, self._admissions) if queue]
         return min(heads, default=math.inf)
 
-    def take(self, ops_max: int, windows_max: int) -> list[Call]:
+    def take(self, ops_max: int, windows_max: int) -> list[PendingCall]:
         """The next batch; urgent calls have the first choice, settlements the second.
 
         Args:
@@ -72,26 +72,26 @@ class Queues:
         settlements, urgent, admissions = self._settlements, self._urgent, self._admissions
         share, few = ops_max // _SHARES, windows_max // _SHARES
         for_settlements, for_admissions = min(share, len(settlements)), min(share, len(admissions))
-        beats = _take(urgent, ops_max - for_settlements - for_admissions, windows_max - 2 * few)
-        ops_left, windows_left = ops_max - len(beats), windows_max - _windows(beats)
+        heartbeats = _take(urgent, ops_max - for_settlements - for_admissions, windows_max - 2 * few)
+        ops_left, windows_left = ops_max - len(heartbeats), windows_max - _windows(heartbeats)
         settled = _take(settlements, ops_left - for_admissions, max(few, windows_left - few * bool(admissions)))
         ops_left, windows_left = ops_left - len(settled), windows_left - _windows(settled)
         asked = _take(admissions, ops_left, max(few, windows_left))
-        return [*settled, *beats, *asked]
+        return [*settled, *heartbeats, *asked]
 
 
-def _windows(calls: list[Call]) -> int:
-    return sum([len(call.request.parts) for call in calls])
+def _windows(calls: list[PendingCall]) -> int:
+    return sum([len(call.request.windows) for call in calls])
 
 
-def _take(queue: deque[Call], ops_max: int, windows_max: int) -> list[Call]:
-    taken: list[Call] = []
+def _take(queue: deque[PendingCall], ops_max: int, windows_max: int) -> list[PendingCall]:
+    taken: list[PendingCall] = []
     windows = 0
     while queue and len(taken) < ops_max and windows < windows_max:
         call = queue.popleft()
-        if call.future.cancelled() and not call.sent and not call.request.is_fact:
+        if call.future.cancelled() and not call.was_resent and not call.request.is_fact:
             call.flow.close()  # cancelled before it was sent: leaves nothing
             continue
-        windows += len(call.request.parts)
+        windows += len(call.request.windows)
         taken.append(call)
     return taken

@@ -1,6 +1,4 @@
-"""Sends, once the store answers again, what it has missed: spend that policy ``allow`` deferred, requests whose reply
-was lost, and facts whose caller is gone (:mod:`.unresolved`).
-"""
+"""Sends the outbox once the store replies again (:mod:`..replica.outbox`)."""
 
 from __future__ import annotations
 
@@ -8,132 +6,138 @@ import asyncio
 import logging
 from collections.abc import Callable
 
-from ktrdr_budget.engine.batching.background import UNANSWERED, Background, refuses_all
+from ktrdr_budget.engine.batching.background import NO_REPLY, Background, refuses_everything
 from ktrdr_budget.engine.batching.breaker import Breaker
-from ktrdr_budget.engine.batching.loss_repair import Recovery
-from ktrdr_budget.engine.calls.flows import Core
-from ktrdr_budget.engine.outage.prepaid import SlabLeft
-from ktrdr_budget.engine.protocol import REPORT, Command, Head, Op, Read, Record, give_back, given_up, parse_record
-from ktrdr_budget.engine.replica.in_doubt import FACTS, Doubt, Kind
+from ktrdr_budget.engine.batching.loss_repair import LossRepair
+from ktrdr_budget.engine.calls.context import CallContext
+from ktrdr_budget.engine.outage.policy import release_unreceived
+from ktrdr_budget.engine.protocol.codes import OPEN, UNCONFIRMED
+from ktrdr_budget.engine.protocol.hold_record import HoldRecord
+from ktrdr_budget.engine.protocol.operations import Extend, Operation, RecordSpend, Reserve, SettlingOperation
+from ktrdr_budget.engine.protocol.replies import (
+    Conflict,
+    Extended,
+    MissingWindow,
+    Recovering,
+    Reply,
+    Settled,
+    UnknownHoldReply,
+    Unreadable,
+)
+from ktrdr_budget.engine.protocol.requests import Command, PreparedFact, Read, parse_hold_records, records_read
 from ktrdr_budget.engine.replica.journal import AGE_MAX_MS
+from ktrdr_budget.engine.replica.outbox import FACTS, Entry, Kind
 from ktrdr_budget.errors import StoreError
 
-__all__ = ["Backlog"]
+__all__ = ["Replayer"]
 
 logger = logging.getLogger("ktrdr_budget")
 
-_RETRY_FIRST_S = 0.05
-_RETRY_MAX_S = 0.5
+RETRY_FIRST_S = 0.05
+RETRY_MAX_S = 0.5
 _BATCH_OPS = 128
-_SETTLEMENTS = frozenset("DKLMN")
-"""The letters of what settles a hold, or records spend."""
 
 
-class Backlog:
-    """Of one limiter: sends what :attr:`Core.deferred` and :attr:`Core.unresolved` hold, until nothing is left.
+class Replayer:
+    """Of one limiter: sends the outbox until it is empty.
 
     Args:
-        settled: called with each commit or record in doubt that this replica has made, and with the store's reply.
+        on_settled: called with each commit or record in doubt that this replica has made, and with its reply.
     """
 
     def __init__(
         self,
-        core: Core,
+        context: CallContext,
         background: Background,
         breaker: Breaker,
-        recovery: Recovery,
-        settled: Callable[[Op, str], None],
+        repair: LossRepair,
+        on_settled: Callable[[SettlingOperation, Settled], None],
     ) -> None:
-        self._core = core
-        self._unresolved = core.unresolved
+        self._context = context
+        self._outbox = context.outbox
         self._background = background
         self._breaker = breaker
-        self._recovery = recovery
-        self._settled = settled
+        self._repair = repair
+        self._on_settled = on_settled
         self.reset()
 
     def reset(self) -> None:
-        """Has nothing under way."""
+        """Nothing is under way."""
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._ended = False
-        self._telling = asyncio.Lock()
-        """Held by the one that tells: two would tell the same, and take each other's for told."""
-        self._pause_s = _RETRY_FIRST_S
+        self._lock = asyncio.Lock()
+        """Held by the one that drains: two would send the same, and take each other's replies for their own."""
+        self._pause_s = RETRY_FIRST_S
 
-    def __bool__(self) -> bool:
-        return bool(self._core.deferred or self._unresolved.count)
+    # -- what is added -------------------------------------------------------------------------------------------------
 
-    # -- what is taken up ----------------------------------------------------------------------------------------------
-
-    def doubt(self, op: Op) -> None:
-        """Resolve a request whose reply was lost, and whose caller knows that."""
-        if op.letter in _SETTLEMENTS:
+    def resolve_later(self, op: Operation) -> None:
+        """Resolve a request whose reply was lost, and whose caller received that error."""
+        if isinstance(op, SettlingOperation):
             self._keep_fact(op)
-        elif op.letter == "R":
-            self._add(Doubt(op, "look up", self._now_us))
+        elif isinstance(op, Reserve):
+            self._add(Entry(op, "look up", self._now_us))
         # Else they are totals, which the caller's next request corrects.
 
-    def take_over(self, request: Op | Read | Command, *, sent: bool) -> None:
-        """Own a request that has failed and whose caller is gone: a fact is sent until the store has it; a grant is
-        released if it was made to this very request, and not made any more.
+    def take_over(self, request: Operation | Read | Command, *, maybe_executed: bool) -> None:
+        """Own a request that has failed and whose caller is gone.
 
-        Args:
-            sent: it may have been executed.
+        A fact is sent until the store has it. A grant is released if it was made to this very request, and prevented
+        if it was not made.
         """
-        if not isinstance(request, Op):
-            if isinstance(request, Read) and (prepared := request.prepares) is not None:
-                self._add(Doubt(prepared.op, "by id", self._now_us, prepared))
-        elif request.letter in _SETTLEMENTS or (request.letter == "E" and request.is_fact):
+        if isinstance(request, Read):
+            if request.prepares is not None:
+                self._add(Entry(request.prepares, "by id", self._now_us))
+        elif isinstance(request, SettlingOperation) or (isinstance(request, Extend) and request.is_fact):
             self._keep_fact(request)
-        elif request.letter == "R" and sent:
-            op = give_back(request.id, request.key, [window for window, _ in request.parts], request.request)
-            self._add(Doubt(op, "give back", self._now_us))
+        elif isinstance(request, Reserve) and maybe_executed:
+            op = release_unreceived(request.hold_id, request.key, request.windows, request.request)
+            self._add(Entry(op, "release", self._now_us))
 
     @property
     def _now_us(self) -> int:
-        return self._background.session.now_ms() * 1000
+        return self._background.state.now_ms() * 1000
 
-    def _keep_fact(self, op: Op) -> None:
-        if op.head.startswith(f"N {op.id} 0 "):  # whenever it arrives: into the window in which it was spent
-            op = Op(op.id, op.key, op.head.replace(" 0 ", " 1 ", 1), op.parts)
-        elif op.letter == "E":  # the hold of a caller that is gone is not prolonged
-            op = Op(op.id, op.key, f"{op.head[:-1]}{REPORT}", op.parts)
-        self._add(Doubt(op, _kind_of(op), self._now_us))
+    def _keep_fact(self, op: SettlingOperation | Extend) -> None:
+        if isinstance(op, RecordSpend):  # whenever it arrives: for the window in which it was spent
+            op = op.as_late()
+        elif isinstance(op, Extend):  # the hold of a caller that is gone is not prolonged
+            op = op.as_report()
+        self._add(Entry(op, _kind_of(op), self._now_us))
 
-    def _add(self, doubt: Doubt) -> None:
-        if dropped := self._unresolved.add(doubt):
-            logger.error("too many requests of unknown outcome: that of %s stays unknown", dropped.op.id)
+    def _add(self, entry: Entry) -> None:
+        if evicted := self._outbox.add(entry):
+            logger.error("outbox full: outcome of %s unknown, dropped", evicted.hold_id)
+
+    # -- when ----------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> None:
-        """Sees to it that what there is will be told, soon."""
-        # A repair, and a store that does not answer, tell when they are over.
-        busy = self._draining or self._recovery.active or self._breaker.open
+        """Drain the outbox soon."""
+        # The end of a repair, and the first reply after an outage, drain it themselves.
+        busy = self._draining or self._repair.active or self._breaker.open
         if self._timer is None and not (busy or self._ended):
             assert self._background.loop is not None
             self._timer = self._background.loop.call_later(self._pause_s, self._begin)
 
     def hasten(self) -> None:
-        """The store answers again."""
+        """Drain the outbox now: the store replies again."""
         self.stop()
-        self._pause_s = _RETRY_FIRST_S
-        if self._core.prepaid is not None:
-            self._core.prepaid.hand_over()
-        if self and not (self._draining or self._ended or self._background.closed):
+        self._pause_s = RETRY_FIRST_S
+        self._context.policy.store_replies()
+        if len(self._outbox) and not (self._draining or self._ended or self._background.closed):
             self._begin()
 
     def stop(self) -> None:
-        """Tells nothing more by itself."""
+        """Drain nothing more by itself, until the next :meth:`schedule`."""
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
 
     def end(self) -> None:
-        """The same for good: only who drains this tells the rest."""
+        """As :meth:`stop`, for good: only an explicit :meth:`drain` sends the rest."""
         self._ended = True
         self.stop()
-
-    # -- telling -------------------------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
         self._timer = None
@@ -145,207 +149,134 @@ class Backlog:
             await self.drain()
         finally:
             self._draining = False
-            if self and not self._background.closed:
-                self._pause_s = min(_RETRY_MAX_S, self._pause_s * 2)
+            if len(self._outbox) and not self._background.closed:
+                self._pause_s = min(RETRY_MAX_S, self._pause_s * 2)
                 self.schedule()
             else:
-                self._pause_s = _RETRY_FIRST_S
+                self._pause_s = RETRY_FIRST_S
+
+    # -- sending -------------------------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
-        """Tells the store all of it once, as far as it answers; what is being told already comes first."""
-        async with self._telling:
+        """Send all of it once, as far as the store replies."""
+        async with self._lock:
             try:
-                if self._unresolved.count:
-                    await self._resolve()
-                if self._core.deferred:
-                    await self._tell_deferred()
-            except UNANSWERED as error:
-                logger.debug("the store was not told what it has missed: %s", error)
+                self._drop_old()
+                await self._read_holds([entry for entry in self._outbox if entry.kind == "by id"])
+                to_send = [entry for entry in self._outbox if entry.kind not in ("by id", "look up")]
+                for first in range(0, len(to_send), _BATCH_OPS):
+                    await self._send(to_send[first : first + _BATCH_OPS])
+                to_look_up = [entry for entry in self._outbox if entry.kind == "look up"]
+                for first in range(0, len(to_look_up), _BATCH_OPS):
+                    await self._look_up(to_look_up[first : first + _BATCH_OPS])
+            except NO_REPLY as error:
+                logger.debug("outbox not drained: %s", error)
 
-    async def _tell(self, ops: list[Op]) -> tuple[Head, list[str]] | None:
-        """``None`` if something is lost, which comes first."""
-        if self._recovery.active:
-            return None
-        head, lines = await self._background.tell(ops)
-        if head.went_back:
-            self._recovery.begin()
-            return None
-        return head, lines
+    def _drop_old(self) -> None:
+        """Drop requests that may have been executed so long ago that the store has dropped their ids."""
+        oldest_us = self._now_us - AGE_MAX_MS * 1000
+        for entry in self._outbox:
+            if entry.maybe_executed_us is not None and entry.maybe_executed_us < oldest_us:
+                self._outbox.end(entry, "dropped")
+                logger.error("outcome of %s (%s) unknown: too old to resend safely, dropped", entry.hold_id, entry.kind)
 
-    async def _tell_deferred(self) -> None:
-        """Oldest first, once (the ids see to that). What the store does not take stays, with what comes after it
-        for the same slab, and holds up nothing else.
-        """
-        self._drop_doubtful()
-        core, together, kept = self._core, _BATCH_OPS, 0
-        dropped = core.deferred_lost
-        refused: set[str] = set()
-        while True:
-            # The oldest may be dropped meanwhile, for want of memory.
-            kept, dropped = max(0, kept - (core.deferred_lost - dropped)), core.deferred_lost
-            kept, ops = self._next_deferred(kept, together, refused)
-            if not ops:
-                return
-            try:
-                answer = await self._tell(ops)
-            except StoreError as error:
-                if refuses_all(error):
-                    raise
-                if len(ops) == 1:
-                    refused.add(ops[0].id)
-                together = 1 if len(ops) > 1 else _BATCH_OPS
-                continue
-            if answer is None:
-                return
-            self._heard(max(0, kept - (core.deferred_lost - dropped)), refused, ops, *answer)
-
-    def _drop_doubtful(self) -> None:
-        """Drops what the store may have been told so long ago that it may have forgotten its id."""
-        core, oldest_ms = self._core, self._background.session.now_ms() - AGE_MAX_MS
-        old = {hold_id for hold_id, since_ms in core.deferred_doubts.items() if since_ms < oldest_ms}
-        if old:
-            dropped = [op for op in core.deferred if op.id in old]
-            kept = [op for op in core.deferred if op.id not in old]
-            core.deferred.clear()
-            core.deferred.extend(kept)
-            core.deferred_lost += len(dropped)
-            for op in dropped:
-                logger.error("whether spend of %s during an outage was recorded stays unknown", op.id)
-            for hold_id in old:
-                del core.deferred_doubts[hold_id]
-
-    def _next_deferred(self, kept: int, together: int, refused: set[str]) -> tuple[int, list[Op]]:
-        """How many of the oldest are to be left, and the next that are to be told."""
-        deferred, ops = self._core.deferred, list[Op]()
-        for i in range(kept, len(deferred)):
-            op = deferred[i]
-            if len(ops) == together:
-                break
-            if op.id not in refused and (not isinstance(op, SlabLeft) or op.after not in refused):
-                ops.append(op)
-            elif ops:
-                break
-            else:
-                refused.add(op.id)
-                kept += 1
-        return kept, ops
-
-    def _heard(self, kept: int, refused: set[str], ops: list[Op], head: Head, lines: list[str]) -> None:
-        """Takes out what was told; what is to be told otherwise, or later, stays in its place."""
-        deferred = self._core.deferred
-        deferred.rotate(-kept)
-        left: list[Op] = []
-        for op, line in zip(ops, lines, strict=True):
-            if not deferred or deferred[0] is not op:
-                continue  # it was dropped
-            deferred.popleft()
-            if line[0] in "lty":  # its hold is not replayed yet; its window is not here, or another key
-                refused.add(op.id)
-                left.append(op)
-            else:
-                self._recorded(op, line, head)
-        deferred.extendleft(reversed(left))
-        deferred.rotate(kept)
-
-    def _recorded(self, op: Op, line: str, head: Head) -> None:
-        self._core.deferred_doubts.pop(op.id, None)
-        if self._core.prepaid is not None and op.letter in "HP":
-            self._core.prepaid.told(op, line)
-        elif line[0] in "kp":
-            self._background.session.settled(op, line, head.now_us // 1000)
-        elif op.letter != "L":
-            logger.error("spend of %s during an outage was not recorded: %s", op.id, line[:200])
-
-    async def _resolve(self) -> None:
-        oldest_us = (self._background.session.now_ms() - AGE_MAX_MS) * 1000
-        await self._prepare([doubt for doubt in self._unresolved if doubt.kind == "by id"])
-        told: list[Doubt] = []
-        asked: list[Doubt] = []
-        for doubt in self._unresolved:
-            if doubt.at_us < oldest_us:  # the store may have forgotten its id: it could be charged twice
-                self._unresolved.end(doubt, "dropped")
-                logger.error("what became of %s (%s) stays unknown", doubt.op.id, doubt.kind)
-            else:
-                if doubt.kind != "by id":  # else it was added meanwhile
-                    (asked if doubt.kind == "look up" else told).append(doubt)
-        for first in range(0, len(told), _BATCH_OPS):
-            await self._send(told[first : first + _BATCH_OPS])
-        for first in range(0, len(asked), _BATCH_OPS):
-            await self._look_up(asked[first : first + _BATCH_OPS])
-
-    async def _prepare(self, doubts: list[Doubt]) -> None:
+    async def _read_holds(self, entries: list[Entry]) -> None:
         """Read the holds of facts by id, which are settlements and reports from then on."""
-        for first in range(0, len(doubts), _BATCH_OPS):
-            some = doubts[first : first + _BATCH_OPS]
-            for doubt, record in await self._read(some):
-                assert doubt.prepared is not None
+        for first in range(0, len(entries), _BATCH_OPS):
+            for entry, record in await self._records(entries[first : first + _BATCH_OPS]):
+                assert isinstance(entry.request, PreparedFact)
                 if record is None:
-                    logger.error("spend of %s was not recorded: the store does not know this hold", doubt.op.id)
-                    self._unresolved.end(doubt, "absent")
+                    logger.error("spend of %s not recorded: unknown hold", entry.hold_id)
+                    self._outbox.end(entry, "absent")
                 else:
-                    op = doubt.prepared.complete(record)
-                    self._unresolved.replace(doubt, op, _kind_of(op))
+                    entry.request = entry.request.complete(record)
+                    entry.kind = _kind_of(entry.request)
 
-    async def _read(self, doubts: list[Doubt]) -> list[tuple[Doubt, Record | None]]:
-        """Each with the record of its hold; without those that replicas may have yet to replay."""
-        read = self._background.session.read("MGET", [doubt.op.key for doubt in doubts])
-        head, [stored] = await self._background.read(read)
-        if self._recovery.active:
+    async def _records(self, entries: list[Entry]) -> list[tuple[Entry, HoldRecord | None]]:
+        """The records of the holds; without those that replicas may have yet to replay."""
+        state = self._background.state
+        read = records_read(state.keys, state.replica_id, [entry.hold_id for entry in entries])
+        head, items = await self._background.read(read)
+        if self._repair.active:
             return []
-        texts = [value.decode() if isinstance(value, bytes) else value for value in stored]
-        records = [None if not text or given_up(text) else parse_record(text) for text in texts]
-        found = zip(doubts, records, strict=True)
+        found = zip(entries, parse_hold_records(items), strict=True)
         return [each for each in found if each[1] is not None or not head.recovering_until_ms]
 
-    async def _send(self, doubts: list[Doubt]) -> None:
+    async def _send(self, entries: list[Entry]) -> None:
+        if self._repair.active:  # a repair comes first
+            return
+        ops = [entry.request for entry in entries]
+        before = [entry.maybe_executed_us for entry in entries]
+        for entry in entries:  # from its first attempt on, the store drops its id after a day
+            if entry.maybe_executed_us is None:
+                entry.maybe_executed_us = self._now_us
         try:
-            answer = await self._tell([doubt.op for doubt in doubts])
-        except StoreError:
-            if len(doubts) == 1:
-                return
-            for doubt in doubts:  # one that the store refuses holds up no other
-                await self._send([doubt])
+            head, replies = await self._background.send(ops)  # type: ignore[arg-type]  # holds were read before
+        except StoreError as error:
+            if refuses_everything(error):
+                raise
+            if len(entries) > 1:
+                for entry in entries:  # one that the store refuses holds up no other
+                    await self._send([entry])
             return
-        if answer is not None:
-            head, lines = answer
-            for doubt, line in zip(doubts, lines, strict=True):
-                self._told(doubt, line, head)
+        if head.data_loss:
+            self._repair.begin()
+            return
+        for entry, reply, since_us in zip(entries, replies, before, strict=True):
+            if isinstance(reply, (Recovering, MissingWindow, Unreadable)):
+                # Its hold is not replayed yet; its window is missing, or is another key: not executed.
+                entry.maybe_executed_us = since_us
+            else:
+                self._on_reply(entry, reply, head.now_us)
 
-    def _told(self, doubt: Doubt, line: str, head: Head) -> None:
-        op, settles = doubt.op, doubt.kind in FACTS
-        if line[0] in "lty":  # its hold is not replayed yet; its window is not here, or another key
-            return
-        if line[0] in "kp":
-            self._background.session.settled(op, line, head.now_us // 1000)
-            outcome = ("sent_again" if line[0] == "k" else "executed") if settles else "released"
-        elif line[0] == "e":  # a report
+    def _on_reply(self, entry: Entry, reply: Reply, now_us: int) -> None:
+        op, is_fact = entry.request, entry.kind in FACTS
+        if isinstance(reply, Settled):
+            assert isinstance(op, SettlingOperation)
+            self._background.state.journal_settlement(op, reply, now_us // 1000)
+            outcome = ("executed" if reply.replayed else "sent_again") if is_fact else "released"
+        elif isinstance(reply, Extended):  # a report
             outcome = "sent_again"
         else:
-            outcome = {"c": "superseded", "u": "absent"}.get(line[0], "refused")
-        if outcome == "refused" or (outcome == "absent" and settles and op.letter != "L"):
-            logger.error("what %s spent was not recorded: %s", op.id, line[:200])
+            outcome = "refused"
+            if isinstance(reply, Conflict):
+                outcome = "superseded"
+            elif isinstance(reply, UnknownHoldReply):
+                outcome = "absent"
+        releases = isinstance(op, SettlingOperation) and op.is_release
+        if entry.kind == "deferred":
+            if not isinstance(reply, Settled) and not releases:
+                logger.error("deferred spend of %s not recorded: %s", op.hold_id, _shown(reply))
+        elif outcome == "refused" or (outcome == "absent" and is_fact and not releases):
+            logger.error("spend of %s not recorded: %s", op.hold_id, _shown(reply))
         else:
-            logger.info("what became of %s, whose reply was lost: %s", op.id, outcome)
-        ended = self._unresolved.end(doubt, outcome)
-        if ended and doubt.kind == "settlement" and op.letter != "L" and self._is_own(line):
-            self._settled(op, line)
+            logger.info("outcome of %s, whose reply was lost: %s", op.hold_id, outcome)
+        ended = self._outbox.end(entry, outcome)
+        if ended and entry.kind == "settlement" and not releases and isinstance(reply, Settled):
+            assert isinstance(op, SettlingOperation)
+            if self._background.state.journal.counts_here(reply):
+                self._on_settled(op, reply)
 
-    def _is_own(self, line: str) -> bool:
-        """Whether this replica has made a settlement: a replay says in whose share it is."""
-        return line[0] == "k" or (line[0] == "p" and line.split(" ")[3:4] == [self._background.session.replica_id])
-
-    async def _look_up(self, doubts: list[Doubt]) -> None:
-        for doubt, record in await self._read(doubts):
+    async def _look_up(self, entries: list[Entry]) -> None:
+        for entry, record in await self._records(entries):
             outcome = "absent"
             if record is not None:
-                # What was granted to another request, or is settled, is known to a caller.
-                lost = record.state in "ox" and record.request == doubt.op.request
+                # What was granted to another request, or is settled, has a caller.
+                request = getattr(entry.request, "request", "")
+                lost = record.state in (OPEN, UNCONFIRMED) and record.request == request
                 outcome = "granted" if lost else "superseded"
             if outcome == "granted":
-                logger.warning("hold %s is open, and the reply that granted it may be lost: unless its id is used "
-                               "again, it is left to its deadline", doubt.op.id)  # fmt: skip
-            self._unresolved.end(doubt, outcome)
+                logger.warning(
+                    "hold %s open, and the reply that granted it may be lost: unless its id is used again, it is left "
+                    "to its deadline",
+                    entry.hold_id,
+                )
+            self._outbox.end(entry, outcome)
 
 
-def _kind_of(op: Op) -> Kind:
-    return "report" if op.letter == "E" else "settlement"
+def _kind_of(op: Operation) -> Kind:
+    return "report" if isinstance(op, Extend) else "settlement"
+
+
+def _shown(reply: Reply) -> str:
+    return str(reply)[:200]

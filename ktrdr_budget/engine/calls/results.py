@@ -1,59 +1,66 @@
-"""From figures of the store to the models of the outside."""
+"""From replies to the models and the errors of the public API."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from typing import Literal
 
-from ktrdr_budget.engine.protocol import FLAGS, STATES, Record, Window
+from ktrdr_budget.engine.protocol import codes
+from ktrdr_budget.engine.protocol.hold_record import HoldRecord
+from ktrdr_budget.engine.protocol.operations import Extend, Operation, RecordSpend, Release, Reserve
+from ktrdr_budget.engine.protocol.replies import Denied
+from ktrdr_budget.engine.protocol.requests import WindowFigures
 from ktrdr_budget.engine.protocol.scripts import without_script_location
-from ktrdr_budget.errors import DefinitionConflict, InvalidArgument, shown
+from ktrdr_budget.engine.protocol.window import Window
+from ktrdr_budget.errors import DefinitionConflict, HoldConflict, InvalidArgument, shown
 from ktrdr_budget.models import Budget, Denial, Status, identity_of
 from ktrdr_budget.money import MAX_UNITS, Amount, format_amount, from_units
 from ktrdr_budget.periods import from_ms
 
 __all__ = [
+    "amounts_of",
     "amounts_text",
-    "conflict",
-    "conflict_message",
+    "conflict_error",
+    "definition_conflict",
     "denial",
+    "eviction_fault",
     "holds_cursor",
-    "outdated",
+    "outdated_definition",
     "page_size",
-    "policy_fault",
     "refusal_faults",
     "status_of",
-    "told_amounts",
 ]
 
 _PAGE_MAX = 1000
-_STATES = {
+_STORE_FAULTS = {
     "READONLY": "it is a read-only replica",
     "OOM": "it is full",
     "MISCONF": "it cannot write to its disk",
     "NOREPLICAS": "it has too few replicas",
 }
-"""What the first word of an error says of the whole store."""
+"""By the first word of an error: faults of the whole store."""
+_AMOUNTS_SHOWN = 3
+
+# -- denials and conflicts ---------------------------------------------------------------------------------------------
 
 
-def denial(window: Window, figures: Sequence[str], now_us: int, unit: str) -> Denial:
-    """Why a window has no room; ``figures``: limit, spent, held, unconfirmed, requested, first deadline.
-
-    Of a hold that was to grow, what it would have counted then follows.
+def denial(window: Window, denied: Denied, now_us: int, unit: str) -> Denial:
+    """Why a window has no room.
 
     The reason is ``exceeds_limit`` if no window of this limit could hold the request, ``budget_held`` if it would fit
     once all open holds were returned, else ``budget_exhausted``.
     """
-    limit = MAX_UNITS - 1 if figures[0] == "-" else int(figures[0])
-    spent, held, unconfirmed, requested, deadline_ms = map(int, figures[1:6])
-    if max([requested, *map(int, figures[6:])]) > limit:
+    limit = MAX_UNITS - 1 if denied.limit is None else denied.limit
+    spent, held, unconfirmed, requested = denied.spent, denied.held, denied.unconfirmed, denied.requested
+    if max(requested, denied.total) > limit:
         reason = "exceeds_limit"
     elif spent + unconfirmed + requested <= limit:
         reason = "budget_held"
     else:
         reason = "budget_exhausted"
-    closed = spent + held + unconfirmed >= MAX_UNITS
-    remaining = 0 if closed else max(0, limit - spent - held - unconfirmed)
+    counted = spent + held + unconfirmed
+    remaining = 0 if counted >= MAX_UNITS else max(0, limit - counted)
 
     def out(units: int) -> Amount:
         return from_units(units, unit)
@@ -68,12 +75,12 @@ def denial(window: Window, figures: Sequence[str], now_us: int, unit: str) -> De
         remaining=out(remaining),
         requested=out(requested),
         fits=out(remaining),
-        retry_after=_retry_after(reason, window.span.end_ms, deadline_ms, now_us),
+        retry_after=_retry_after_s(reason, window.span.end_ms, denied.first_deadline_ms, now_us),
         unit=unit,
     )
 
 
-def _retry_after(reason: str, end_ms: int | None, deadline_ms: int, now_us: int) -> int | None:
+def _retry_after_s(reason: str, end_ms: int | None, deadline_ms: int, now_us: int) -> int | None:
     """Whole seconds, rounded up; ``None`` when waiting cannot help."""
     if reason == "exceeds_limit":
         return None
@@ -85,52 +92,118 @@ def _retry_after(reason: str, end_ms: int | None, deadline_ms: int, now_us: int)
     return max(1, -((now_us - min(candidates) * 1000) // 1_000_000))
 
 
-def conflict(budget: Budget, registered: str, way_out: str = "") -> DefinitionConflict:
-    """The error of a replica that defines a budget otherwise than it is registered."""
+def definition_conflict(budget: Budget, registered: str, way_out: str = "") -> DefinitionConflict:
+    """The error of a replica whose definition of a budget differs from the registered one."""
     there, here = identity_of(registered), budget.identity
     words = f"budget {budget.name!r} is registered with {there}; this replica defines {here}"
     way_out = way_out or f"to replace the registered definition: ktrdr budget migrate {budget.name}"
     return DefinitionConflict(f"{words}; {way_out}", registered=there, configured=here)
 
 
-def outdated(hold_id: str, name: str, registered: str) -> DefinitionConflict:
-    """The error of a hold that is to grow, though its budget has been redefined since it was admitted."""
+def outdated_definition(hold_id: str, name: str, registered: str) -> DefinitionConflict:
+    """The error of the growth of a hold whose budget has been redefined since."""
     there = identity_of(registered)
-    words = f"budget {name!r} has been redefined since hold {hold_id!r} was admitted ({there})"
+    words = f"budget {name!r} has been redefined since hold {hold_id!r} was granted ({there})"
     return DefinitionConflict(f"{words}; it can be settled and prolonged, but not grow", registered=there)
+
+
+def conflict_error(op: Operation, record: HoldRecord, budgets: Mapping[str, Budget]) -> HoldConflict:
+    """Why a request conflicts with the hold of its id: ``… was already committed at $0.07; it cannot be released``.
+
+    Args:
+        record: the hold as the store has it.
+        budgets: those known here, for their units.
+    """
+    settled = record.state in (codes.COMMITTED, codes.RECORDED)
+    parts = [segment for segment in record.segments if segment.flag != codes.SLOTS] or record.segments
+    amounts = amounts_text(
+        {
+            segment.budget: (
+                segment.charged if settled else segment.reserved,
+                budgets[segment.budget].unit if segment.budget in budgets else codes.FLAGS[segment.flag],
+            )
+            for segment in parts
+        }
+    )
+    match record.state:
+        case codes.RECORDED:
+            found = f"was recorded at {amounts}"
+        case codes.COMMITTED:
+            found = f"was already committed at {amounts}"
+        case codes.RELEASED_BY_OPERATOR:
+            found = "was released by an operator"
+        case codes.RELEASED:
+            found = "was already released"
+        case _:
+            found = f"was reserved at {amounts} and is {codes.STATES[record.state]}"
+    match op:
+        case Reserve() | RecordSpend():
+            refused = "its id cannot be used again with other contents"
+        case Release():
+            refused = "it cannot be released"
+        case Extend():
+            refused = "it cannot be extended"
+        case _:
+            at_another = " at another amount" if record.state == codes.COMMITTED else ""
+            refused = f"it cannot be committed{at_another}"
+    obeyed = record.state == codes.RELEASED_BY_OPERATOR and isinstance(op, Extend)
+    message = f"hold {op.hold_id!r} {found}; {refused}"
+    return HoldConflict(message, state=codes.STATES[record.state], released_by_operator=obeyed)
+
+
+def amounts_text(amounts: Mapping[str, tuple[int, str]]) -> str:
+    """Whole units with their unit, per budget: ``$0.07``, or ``agent $0.07, tokens 3 tokens``."""
+    shown_amounts = {name: format_amount(from_units(units, unit), unit) for name, (units, unit) in amounts.items()}
+    if len(shown_amounts) == 1:
+        return next(iter(shown_amounts.values()))
+    listed = [f"{name} {amount}" for name, amount in shown_amounts.items()]
+    more = [f"… ({len(listed)} budgets)"] if len(listed) > _AMOUNTS_SHOWN else []
+    return ", ".join(listed[:_AMOUNTS_SHOWN] + more)
+
+
+def amounts_of(windows: Sequence[Window], units: Sequence[int]) -> dict[str, Amount]:
+    """The amounts of a settlement, per budget; all 0 if it names none."""
+    if len(units) != len(windows):  # the release of a hold that the store does not have
+        units = (0,) * len(windows)
+    return {window.budget: from_units(amount, window.unit) for window, amount in zip(windows, units, strict=True)}
+
+
+# -- status ------------------------------------------------------------------------------------------------------------
 
 
 def status_of(
     budget: Budget,
     window: Window,
-    stored: Sequence[bytes | str],
+    figures: WindowFigures,
     now_us: int,
     repaired_ms: int,
     claim: tuple[int, str],
 ) -> Status:
-    """A window's figures; one that nobody has touched reads as 0 spent.
+    """A window's figures; an untouched one reads as 0 spent.
 
-    Of the configured limits, that of the replica that started last is in force: if this one did (``claim``: when, and
-    its id), its own, though no reservation has brought it to the store yet.
+    Of the configured limits, that of the replica that started last is in force: if this one did, its own, though no
+    reservation has brought it to the store yet.
+
+    Args:
+        repaired_ms: when replicas have replayed what the store has lost; 0: they have.
+        claim: when this replica started, and its id.
 
     Raises:
         DefinitionConflict: another definition of the budget is registered, so these figures are unknown.
     """
-    runtime, registered, configured, spent, held, unconfirmed, events, overruns, asserted = (
-        value.decode() if isinstance(value, bytes) else value for value in stored
-    )
-    if registered and registered != budget.definition:
-        raise conflict(budget, registered)
-    started, _, replica = asserted.partition(" ")
-    newest = not configured or not started or (int(started), replica) < claim or int(started) > now_us
-    source, until_ms, limit = "configured", 0, _units_text(budget) if newest else configured
-    if runtime:
-        word, until = runtime.split(" ")[:2]
-        if until == "0" or int(until) > now_us // 1000:
-            source, until_ms, limit = "runtime", int(until), word
+    if figures.registered and figures.registered != budget.definition:
+        raise definition_conflict(budget, figures.registered)
+    there = figures.claim
+    is_newest = not figures.has_limit or there is None or there < claim or there[0] > now_us
+    limit_units = budget.limit_units if is_newest else figures.limit
+    source: Literal["configured", "runtime"] = "configured"
+    until_ms = 0
+    runtime = figures.runtime
+    if runtime is not None and runtime.is_in_force(now_us // 1000):
+        source, until_ms, limit_units = "runtime", runtime.until_ms, runtime.units
 
-    def out(text: str) -> Amount:
-        return from_units(int(text or 0), budget.unit)
+    def out(units: int) -> Amount:
+        return from_units(units, budget.unit)
 
     return Status(
         budget=budget.name,
@@ -141,112 +214,41 @@ def status_of(
         window=window.span.name,
         starts_at=from_ms(window.span.start_ms) if window.span.end_ms else None,
         resets_at=window.span.resets_at,
-        limit=None if limit == "-" else out(limit),
-        spent=out(spent),
-        held=out(held),
-        unconfirmed=out(unconfirmed),
-        events=int(events or 0),
-        overruns=int(overruns or 0),
-        limit_source=source,  # type: ignore[arg-type]  # one of the two words above
+        limit=None if limit_units is None else out(limit_units),
+        spent=out(figures.spent),
+        held=out(figures.held),
+        unconfirmed=out(figures.unconfirmed),
+        events=figures.events,
+        overruns=figures.overruns,
+        limit_source=source,
         limit_until=from_ms(until_ms) if until_ms else None,
-        configured_limit=None if budget.limit_units is None else from_units(budget.limit_units, budget.unit),
+        configured_limit=None if budget.limit_units is None else out(budget.limit_units),
         as_of=from_ms(now_us // 1000),
         recovering_until=from_ms(repaired_ms) if repaired_ms else None,
     )
 
 
-_AMOUNTS_SHOWN = 3
+# -- faults of the store -----------------------------------------------------------------------------------------------
 
 
-def conflict_message(hold_id: str, record: Record, letter: str, budgets: Mapping[str, Budget]) -> str:
-    """Why a request conflicts with the hold of its id: ``… was already committed at $0.07; it cannot be released``.
-
-    Args:
-        record: the hold as the store has it.
-        letter: of the operation that was refused.
-        budgets: those known here, for their units.
-    """
-    settled = record.state in "cn"
-    parts = [segment for segment in record.segments if segment.flag != "s"] or record.segments
-    amounts = amounts_text(
-        {
-            segment.budget: (
-                segment.charged if settled else segment.reserved,
-                budgets[segment.budget].unit if segment.budget in budgets else FLAGS[segment.flag],
-            )
-            for segment in parts
-        }
-    )
-    match record.state:
-        case "n":
-            found = f"was recorded at {amounts}"
-        case "c":
-            found = f"was already committed at {amounts}"
-        case "z":
-            found = "was released by an operator"
-        case "r":
-            found = "was already released"
-        case _:
-            found = f"was reserved at {amounts} and is {STATES[record.state]}"
-    match letter:
-        case "R" | "N":
-            refused = "its id cannot be used again with other contents"
-        case "L":
-            refused = "it cannot be released"
-        case "E":
-            refused = "it cannot be extended"
-        case _:
-            refused = f"it cannot be committed{' at another amount' if record.state == 'c' else ''}"
-    return f"hold {hold_id!r} {found}; {refused}"
-
-
-def amounts_text(amounts: Mapping[str, tuple[int, str]]) -> str:
-    """Whole units with their unit, per budget, for a person: ``$0.07``, or ``agent $0.07, tokens 3 tokens``."""
-    shown_amounts = {name: format_amount(from_units(units, unit), unit) for name, (units, unit) in amounts.items()}
-    if len(shown_amounts) == 1:
-        return next(iter(shown_amounts.values()))
-    listed = [f"{name} {amount}" for name, amount in shown_amounts.items()]
-    more = [f"… ({len(listed)} budgets)"] if len(listed) > _AMOUNTS_SHOWN else []
-    return ", ".join(listed[:_AMOUNTS_SHOWN] + more)
-
-
-def _units_text(budget: Budget) -> str:
-    return "-" if budget.limit_units is None else str(budget.limit_units)
-
-
-def told_amounts(parts: Sequence[tuple[Window, str]], told: str) -> dict[str, Amount]:
-    """The amounts that a settlement reports, per budget."""
-    if len(parts) == 1:
-        window = parts[0][0]
-        return {window.budget: from_units(int(told or 0), window.unit)}
-    units = told.split(",")
-    if len(units) != len(parts):  # a release of a hold that the store has lost
-        units = ["0"] * len(parts)
-    return {window.budget: from_units(int(text), window.unit) for (window, _), text in zip(parts, units, strict=True)}
-
-
-def policy_fault(info: object) -> str | None:
-    """What is wrong with the store's eviction policy, from ``INFO memory``, which redis-py parses."""
-    if isinstance(info, bytes):
-        lines = info.decode(errors="replace").splitlines()
-        info = dict(line.split(":", 1) for line in lines if ":" in line)
-    policy = str(info.get("maxmemory_policy", "unknown")) if isinstance(info, Mapping) else "unknown"
+def eviction_fault(policy: str) -> str | None:
+    """The fault of an eviction policy; ``None`` for ``noeviction``."""
     if policy == "noeviction":
         return None
     return f"maxmemory-policy is {policy}; it must be noeviction, or budgets may vanish"
 
 
 def refusal_faults(refused: Sequence[tuple[str, str]]) -> tuple[str | None, str | None]:
-    """What is wrong with the store, and with its scripts, from commands and the errors that they met.
+    """The fault of the store, and that of its scripts, from commands and the errors that they met.
 
     Args:
         refused: an empty error means that the store's user lacks the permission.
     """
     store_fault, by_error = None, dict[str, list[str]]()
     for command, error in refused:
-        state = next((words for first, words in _STATES.items() if first in error), None)
-        if state is not None:
-            store_fault = store_fault or f"{state}, and refuses {command}: {error}"
+        fault = next((words for first, words in _STORE_FAULTS.items() if first in error), None)
+        if fault is not None:
+            store_fault = store_fault or f"{fault}, and refuses {command}: {error}"
         else:
             by_error.setdefault(without_script_location(error), []).append(command)
     missing = by_error.pop("", [])
@@ -255,15 +257,18 @@ def refusal_faults(refused: Sequence[tuple[str, str]]) -> tuple[str | None, str 
     return store_fault, "; ".join(faults) or None
 
 
+# -- pages -------------------------------------------------------------------------------------------------------------
+
+
 def page_size(limit: int) -> int:
-    """How many items a page may have: 1 to 1000."""
+    """The number of items of a page: 1 to 1000."""
     if isinstance(limit, bool) or not isinstance(limit, int) or not 1 <= limit <= _PAGE_MAX:
         raise InvalidArgument(f"a page has 1 to {_PAGE_MAX} items, not {shown(limit)}")
     return limit
 
 
 def holds_cursor(cursor: str | None) -> tuple[int, int]:
-    """Which index of holds, and how far in."""
+    """The index of holds, and the offset in it."""
     if cursor is None:
         return 0, 0
     if not isinstance(cursor, str) or not (found := re.fullmatch(r"([01])-(\d{1,9})", cursor, re.ASCII)):

@@ -1,6 +1,6 @@
-"""Prepaid slabs: money that the store has admitted as a hold, and that one process decides about by itself.
+"""Chunks: money that the store has admitted as a hold, and that one process spends by its own decisions.
 
-Whole units, a lock, and no I/O: a decision takes about a microsecond. What keeps the slabs filled is :mod:`.leases`.
+Whole units, a lock, and no I/O: a decision takes about a microsecond. :mod:`.lease` keeps chunks filled.
 """
 
 from __future__ import annotations
@@ -10,71 +10,87 @@ from collections.abc import Callable
 from dataclasses import replace
 from decimal import Decimal
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
+from ktrdr_budget.engine.replica.hold import HoldBase
 from ktrdr_budget.errors import BudgetError, BudgetExceeded, HoldConflict, StoreUnavailable
 from ktrdr_budget.models import Denial
 from ktrdr_budget.money import MAX_UNITS, Amount, AmountIn, format_amount, from_units, to_units
 
-if TYPE_CHECKING:
-    from ktrdr_budget.engine.replica.hold import HoldBase
-
-__all__ = ["Grant", "Slab", "Slabs"]
+__all__ = ["NEVER", "Chunk", "Chunks", "Grant"]
 
 NEVER: Final = -MAX_UNITS
-REMEMBERED_AMOUNTS: Final = 4096
+_CACHED_AMOUNTS: Final = 4096
 
 
-class Slab:
-    """One hold, and how much of it is left to decide about."""
+class Chunk:
+    """One hold, and the units of it that are neither granted nor spent.
 
-    __slots__ = ("beat_at_s", "ends_ms", "hold", "left", "open", "promised", "reserved", "settled", "settling")
+    Args:
+        ends_ms: by the store's clock: from then on it grants nothing, because it belongs to another window.
+    """
+
+    __slots__ = (
+        "ends_ms",
+        "granted",
+        "heartbeat_at_s",
+        "hold",
+        "is_settled",
+        "is_settling",
+        "left",
+        "open",
+        "reserved",
+    )
 
     def __init__(self, hold: HoldBase | None, reserved: int, ends_ms: float) -> None:
         self.hold = hold
         self.reserved = reserved
         self.left = reserved
-        """Units that nobody was granted. Less than 0 after a commit above its grant, which is a fact."""
-        self.promised = 0
-        """Units of the grants that are not settled."""
+        """Units that are not granted. Less than 0 after a commit above its grant, which is a fact."""
+        self.granted = 0
+        """Units of grants that are not settled."""
         self.open = 0
-        """How many those are."""
+        """How many such grants there are."""
         self.ends_ms = ends_ms
-        """By the store's clock: from then on nothing is granted from this, for it belongs to another window."""
-        self.beat_at_s = 0.0
+        self.heartbeat_at_s = 0.0
         """When the next heartbeat is due, by the event loop's clock."""
-        self.settling = False
-        self.settled = False
+        self.is_settling = False
+        self.is_settled = False
 
     @property
     def spent(self) -> int:
-        """Units that were spent for certain."""
-        return self.reserved - self.left - self.promised
+        """Units that are spent for certain."""
+        return self.reserved - self.left - self.granted
 
 
 class Grant:
     """A reservation within a lease: settle it with :meth:`commit` or :meth:`release`, or use it as a context manager.
 
-    A block that ends normally commits all that was reserved if it did not settle; one that raises releases it.
+    A block that ends normally commits the whole reservation unless it has settled; one that raises releases it.
     """
 
-    __slots__ = ("_slab", "_slabs", "_spent", "_units")
+    __slots__ = ("_chunks", "_spent", "_units", "chunk")
 
-    def __init__(self, slabs: Slabs, slab: Slab, units: int) -> None:
-        self._slabs = slabs
-        self._slab = slab
+    def __init__(self, chunks: Chunks, chunk: Chunk, units: int) -> None:
+        self._chunks = chunks
+        self.chunk = chunk
         self._units = units
         self._spent: int | None = None
 
     def __repr__(self) -> str:
-        slabs, spent = self._slabs, self._spent
-        state = "open" if spent is None else f"committed {slabs.show(spent)}"
-        return f"<{type(self).__name__} {slabs.name} {slabs.show(self._units)} {state}>"
+        chunks, spent = self._chunks, self._spent
+        state = "open" if spent is None else f"committed {chunks.show(spent)}"
+        return f"<{type(self).__name__} {chunks.name} {chunks.show(self._units)} {state}>"
 
     @property
     def amount(self) -> Amount:
-        """What was reserved."""
-        return self._slabs.out(self._units)
+        """The amount reserved."""
+        return self._chunks.to_amount(self._units)
+
+    @property
+    def units(self) -> int:
+        """The amount reserved, in whole units."""
+        return self._units
 
     @property
     def settled(self) -> bool:
@@ -82,40 +98,52 @@ class Grant:
         return self._spent is not None
 
     def commit(self, amount: AmountIn | None = None) -> None:
-        """Says what it really cost (by default all that was reserved); what is left returns to the lease.
+        """Record what the work cost (by default the whole reservation); the rest returns to the lease.
 
-        Spend is a fact: an amount above the grant is taken from the slab, and overruns it if that has too little.
+        Spend is a fact: an amount above the grant is taken from the chunk, and overruns it if that has too little.
 
         Raises:
             InvalidAmount: not a non-negative amount.
-            HoldConflict: it was settled with another amount.
+            HoldConflict: it was settled at another amount.
         """
-        self._settle(self._units if amount is None else self._slabs.units(amount))
+        self.settle(self._units if amount is None else self._chunks.to_units(amount))
 
     def release(self) -> None:
-        """Gives everything back. Errors as for :meth:`commit`."""
-        self._settle(0)
+        """Give everything back. Errors as for :meth:`commit`."""
+        self.settle(0)
 
-    def _settle(self, spent: int) -> None:
-        slabs, slab = self._slabs, self._slab
-        with slabs.lock:
+    def settle(self, spent: int) -> None:
+        """Commit whole units; errors as for :meth:`commit`."""
+        chunks, chunk = self._chunks, self.chunk
+        with chunks.lock:
             if self._spent is not None:
                 if self._spent != spent:
                     raise HoldConflict(
-                        f"a grant of {slabs.name!r} was already settled at another amount; nothing was changed"
+                        f"a grant of {chunks.name!r} was already settled at another amount; nothing was changed"
                     )
                 return
-            if slab.settled and spent != self._units:
-                raise HoldConflict(f"a grant of {slabs.name!r} was charged in full when its limiter was closed")
+            if chunk.is_settled and spent != self._units:
+                raise HoldConflict(f"a grant of {chunks.name!r} was charged in full when its limiter was closed")
             self._spent = spent
-            if slab.settled:
+            if chunk.is_settled:
                 return
-            slab.open -= 1
-            slab.promised -= self._units
-            slab.left += self._units - spent
-            retired = slab is not slabs.slab and slab is not slabs.spare
-            if (retired and not slab.open) or slab.left < 0:
-                slabs.alert()  # it waited for this, to be committed; or more was spent than the store knows of
+            chunk.open -= 1
+            chunk.granted -= self._units
+            chunk.left += self._units - spent
+            retired = chunk is not chunks.chunk and chunk is not chunks.next_chunk
+            if (retired and not chunk.open) or chunk.left < 0:
+                chunks.alert()  # the chunk waited for this to be settled; or more is spent than the store has
+
+    def resize(self, units: int) -> bool:
+        """Change the reservation to so many whole units of the same chunk; return false if that lacks room."""
+        chunk, more = self.chunk, units - self._units
+        with self._chunks.lock:
+            if self._spent is not None or chunk.is_settled or chunk.left < more:
+                return False
+            chunk.left -= more
+            chunk.granted += more
+            self._units = units
+            return True
 
     def __enter__(self) -> Grant:
         return self
@@ -124,18 +152,18 @@ class Grant:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._spent is None:
-            self._settle(self._units if kind is None else 0)
+            self.settle(self._units if kind is None else 0)
 
 
-class Slabs:
-    """The slabs of one lease: the one that is spent, and at most one that is next. Safe to share between threads.
+class Chunks:
+    """The chunks of one lease: the current one, and at most one that is next. Safe to share between threads.
 
     Args:
         name: of the budget.
         unit: of its amounts.
-        size: units of a whole slab.
-        low: when fewer units are left, the next slab is asked for.
-        now_ms: tells the store's clock.
+        size: units of a whole chunk.
+        low: with fewer units left, the next chunk is requested.
+        now_ms: the store's clock.
     """
 
     def __init__(self, name: str, unit: str, size: int, low: int, now_ms: Callable[[], int]) -> None:
@@ -144,30 +172,30 @@ class Slabs:
         self.size = size
         self.low = low
         self.lock = threading.Lock()
-        """Held for arithmetic only."""
-        self.slab = self._nothing = Slab(None, -1, 0)
-        self.spare: Slab | None = None
-        self.retired: list[Slab] = []
-        """Slabs that grant nothing any more, until they are settled."""
+        """Guards arithmetic only."""
+        self.chunk = self._nothing = Chunk(None, -1, 0)
+        self.next_chunk: Chunk | None = None
+        self.retired: list[Chunk] = []
+        """Chunks that grant nothing any more, until they are settled."""
         self.alarm = NEVER
-        """Below this the current slab calls for the next."""
+        """Below this many units the current chunk requests the next."""
         self.needed = 0
-        """The largest amount that was refused for want of room since the last slab came."""
+        """The largest amount that was refused for want of room since the last chunk came."""
         self.uses = 0
         """How many grants were given."""
-        self.trouble: Exception | None = None
-        """Why the last attempt to get a slab brought none; ``None`` if it did."""
-        self.over: str | None = None
+        self.last_refill_error: Exception | None = None
+        """Why the last request for a chunk failed; ``None`` if it did not."""
+        self.closed_reason: str | None = None
         """Why nothing is granted any more."""
         self._spent_before = 0
         self._now_ms = now_ms
-        self._known: dict[Any, int] = {}
+        self._units_of: dict[Any, int] = {}
         """Units of texts and decimals; more than 0."""
 
     # -- amounts -------------------------------------------------------------------------------------------------------
 
-    def units(self, amount: AmountIn, *, positive: bool = False) -> int:
-        """Whole units of an amount; those of texts and decimals are remembered.
+    def to_units(self, amount: AmountIn, *, positive: bool = False) -> int:
+        """Whole units of an amount; those of texts and decimals are cached.
 
         Raises:
             InvalidAmount: not a non-negative amount.
@@ -175,220 +203,213 @@ class Slabs:
         # Numbers of other types may equal a Decimal and mean something else: 0.1 is read through its repr.
         kind = amount.__class__
         plain = kind is str or kind is Decimal
-        if plain and (known := self._known.get(amount)) is not None:
+        if plain and (known := self._units_of.get(amount)) is not None:
             return known
         units = to_units(amount, self.unit, positive=positive)
         if plain and units:
-            if len(self._known) >= REMEMBERED_AMOUNTS:
-                self._known = {}
-            self._known[amount] = units
+            if len(self._units_of) >= _CACHED_AMOUNTS:
+                self._units_of = {}
+            self._units_of[amount] = units
         return units
 
-    def out(self, units: int) -> Amount:
-        """Units for the outside."""
+    def to_amount(self, units: int) -> Amount:
+        """Whole units as an amount."""
         return from_units(units, self.unit)
 
     def show(self, units: int) -> str:
-        """Units for a person."""
-        return format_amount(self.out(units), self.unit)
+        """Whole units as text."""
+        return format_amount(self.to_amount(units), self.unit)
 
     @property
     def remaining(self) -> Amount:
-        """What can be granted at once, without the store."""
+        """The amount that can be granted at once, without the store."""
         with self.lock:
-            return self.out(self.room())
+            return self.to_amount(self.room())
 
     @property
     def held(self) -> Amount:
-        """What open grants have reserved."""
+        """The amount that open grants have reserved."""
         with self.lock:
-            return self.out(sum(slab.promised for slab in self.slabs()))
+            return self.to_amount(sum(chunk.granted for chunk in self.chunks()))
 
     @property
     def spent(self) -> Amount:
-        """What was spent through this lease so far."""
+        """The amount spent through this lease so far."""
         with self.lock:
-            return self.out(self._spent_before + sum(slab.spent for slab in self.slabs()))
+            return self.to_amount(self._spent_before + sum(chunk.spent for chunk in self.chunks()))
 
     # -- decisions -----------------------------------------------------------------------------------------------------
 
     def spend(self, amount: AmountIn) -> None:
-        """Spends at once, without the store: all of it, or nothing.
+        """Spend at once, without the store: all of it, or nothing.
 
         Raises:
             BudgetExceeded: no room here; nothing changed. ``reason`` ``lease_refilling``: the store was not asked yet,
-                or has not answered; any other: it has no room either.
-            StoreUnavailable: no room here, and the store does not answer.
+                or has not replied; any other: it has no room either.
+            StoreUnavailable: no room here, and the store does not reply.
             InvalidAmount: not a non-negative amount.
         """
         kind = amount.__class__
-        units = self._known.get(amount) if kind is str or kind is Decimal else None
+        units = self._units_of.get(amount) if kind is str or kind is Decimal else None
         if units is None:
-            units = self.units(amount)
+            units = self.to_units(amount)
         with self.lock:
-            slab = self.slab
-            left = slab.left - units
-            if left < 0 or self._now_ms() >= slab.ends_ms:
-                slab = self._find(units)
-                left = slab.left - units
-            slab.left = left
+            chunk = self.chunk
+            left = chunk.left - units
+            if left < 0 or self._now_ms() >= chunk.ends_ms:
+                chunk = self._find(units)
+                left = chunk.left - units
+            chunk.left = left
             if left < self.alarm:
                 self.alert()
 
     def reserve(self, amount: AmountIn) -> Grant:
-        """Reserves above 0 at once, without the store; see :class:`Grant`. Errors as for :meth:`spend`."""
+        """Reserve above 0 at once, without the store; see :class:`Grant`. Errors as for :meth:`spend`."""
         kind = amount.__class__
-        units = self._known.get(amount) if kind is str or kind is Decimal else None
+        units = self._units_of.get(amount) if kind is str or kind is Decimal else None
         if units is None:
-            units = self.units(amount, positive=True)
+            units = self.to_units(amount, positive=True)
         with self.lock:
-            slab = self.slab
-            left = slab.left - units
-            if left < 0 or self._now_ms() >= slab.ends_ms:
-                slab = self._find(units)
-                left = slab.left - units
-            slab.left = left
-            slab.promised += units
-            slab.open += 1
-            self.uses += 1
-            if left < self.alarm:
-                self.alert()
-        return Grant(self, slab, units)
+            chunk = self.chunk
+            if chunk.left < units or self._now_ms() >= chunk.ends_ms:
+                chunk = self._find(units)
+            return self._grant(chunk, units)
 
     def try_reserve(self, units: int) -> Grant | None:
-        """The same in units; ``None`` where there is no room."""
+        """As :meth:`reserve`, in whole units; ``None`` without room."""
         with self.lock:
             try:
-                slab = self._find(units)
+                return self._grant(self._find(units), units)
             except BudgetError:
                 return None
-            slab.left -= units
-            slab.promised += units
-            slab.open += 1
-            self.uses += 1
-            if slab.left < self.alarm:
-                self.alert()
-        return Grant(self, slab, units)
 
-    def _find(self, units: int) -> Slab:
-        """The slab that has room, moving on to the next if that has; whoever calls holds the lock."""
-        if self.over is not None:
-            raise RuntimeError(self.over)
-        now_ms = self._now_ms()
-        self.leave_ended(now_ms)
-        if self.slab.left < units and self.spare is not None:
+    def _grant(self, chunk: Chunk, units: int) -> Grant:
+        """Grant units of a chunk that has them; the caller holds the lock."""
+        chunk.left -= units
+        chunk.granted += units
+        chunk.open += 1
+        self.uses += 1
+        if chunk.left < self.alarm:
+            self.alert()
+        return Grant(self, chunk, units)
+
+    def _find(self, units: int) -> Chunk:
+        """The chunk that has room, after a move to the next if that has; the caller holds the lock."""
+        if self.closed_reason is not None:
+            raise RuntimeError(self.closed_reason)
+        self.leave_ended(self._now_ms())
+        if self.chunk.left < units and self.next_chunk is not None:
             self.retire()
-        if self.slab.left >= units or not units:
-            return self.slab
+        if self.chunk.left >= units or not units:
+            return self.chunk
         self.needed = max(self.needed, units)
         self.alert()
         raise self.refusal(units)
 
-    # -- slabs ---------------------------------------------------------------------------------------------------------
+    # -- chunks --------------------------------------------------------------------------------------------------------
 
     def alert(self) -> None:
-        """Something is to be done about the slabs. Called with the lock, from any thread."""
+        """Have the chunks attended to. Called with the lock, from any thread."""
 
-    def slabs(self) -> list[Slab]:
+    def chunks(self) -> list[Chunk]:
         """Those that count: the current one, the next, and those that are not settled yet."""
-        current = [self.slab] if self.slab.hold is not None else []
-        return [*current, *([self.spare] if self.spare is not None else []), *self.retired]
+        current = [self.chunk] if self.chunk.hold is not None else []
+        return [*current, *([self.next_chunk] if self.next_chunk is not None else []), *self.retired]
 
     def room(self) -> int:
         """Units that can be granted."""
         now_ms = self._now_ms()
-        granting = (self.slab, self.spare)
-        return sum(slab.left for slab in granting if slab is not None and slab.left > 0 and now_ms < slab.ends_ms)
+        granting = (self.chunk, self.next_chunk)
+        return sum(chunk.left for chunk in granting if chunk is not None and chunk.left > 0 and now_ms < chunk.ends_ms)
 
-    def add(self, slab: Slab) -> None:
-        """A slab that the store has just admitted."""
+    def add(self, chunk: Chunk) -> None:
+        """Add a chunk that the store has just admitted."""
         with self.lock:
-            if self.over is not None:
-                self.retired.append(slab)
-            elif self.slab.hold is None:
-                self.slab, self.alarm = slab, self.low
+            if self.closed_reason is not None:
+                self.retired.append(chunk)
+            elif self.chunk.hold is None:
+                self.chunk, self.alarm = chunk, self.low
             else:
-                if self.spare is not None:
+                if self.next_chunk is not None:
                     self.retire()
-                self.spare, self.alarm = slab, NEVER
+                self.next_chunk, self.alarm = chunk, NEVER
 
     def retire(self) -> None:
-        """The next slab takes the place of the current one, which is settled once its grants are. Needs the lock."""
-        if self.slab.hold is not None:
-            self.retired.append(self.slab)
-        self.slab, self.spare = self.spare or self._nothing, None
-        self.alarm = NEVER if self.slab.hold is None else self.low
+        """Replace the current chunk by the next; settle it once its grants are. The caller holds the lock."""
+        if self.chunk.hold is not None:
+            self.retired.append(self.chunk)
+        self.chunk, self.next_chunk = self.next_chunk or self._nothing, None
+        self.alarm = NEVER if self.chunk.hold is None else self.low
 
     def leave_ended(self, now_ms: float) -> None:
-        """Grants nothing from slabs of a window that has ended. Needs the lock."""
-        if self.spare is not None and now_ms >= self.spare.ends_ms:
-            self.retired.append(self.spare)
-            self.spare = None
-        if self.slab.hold is not None and now_ms >= self.slab.ends_ms:
+        """Grant nothing from chunks of a window that has ended. The caller holds the lock."""
+        if self.next_chunk is not None and now_ms >= self.next_chunk.ends_ms:
+            self.retired.append(self.next_chunk)
+            self.next_chunk = None
+        if self.chunk.hold is not None and now_ms >= self.chunk.ends_ms:
             self.retire()
 
-    def leave(self, slab: Slab) -> None:
-        """Grants nothing from this slab any more."""
+    def leave(self, chunk: Chunk) -> None:
+        """Grant nothing from this chunk any more."""
         with self.lock:
-            if slab is self.spare:
-                self.retired.append(slab)
-                self.spare = None
-            elif slab is self.slab:
+            if chunk is self.next_chunk:
+                self.retired.append(chunk)
+                self.next_chunk = None
+            elif chunk is self.chunk:
                 self.retire()
 
-    def forget(self, slab: Slab) -> None:
-        """It was settled."""
+    def forget(self, chunk: Chunk) -> None:
+        """Drop a chunk that is settled."""
         with self.lock:
-            slab.settled = True
-            self._spent_before += slab.spent
-            self.retired.remove(slab)
+            chunk.is_settled = True
+            self._spent_before += chunk.spent
+            self.retired.remove(chunk)
 
-    def stop(self, why: str) -> None:
-        """Grants nothing any more."""
+    def stop(self, reason: str) -> None:
+        """Grant nothing any more."""
         with self.lock:
-            self.over = self.over or why
+            self.closed_reason = self.closed_reason or reason
             self.retire()
             self.retire()
 
     # -- refusals ------------------------------------------------------------------------------------------------------
 
     def refusal(self, units: int) -> Exception:
-        """Why so much is not granted: what the store said when it was asked last, or else that it was not asked yet."""
+        """The reason why so much is not granted: the store's last refusal, or that it was not asked yet."""
         left = self.room()
-        if isinstance(self.trouble, StoreUnavailable):
-            return StoreUnavailable(f"the lease of {self.name!r} has {self.show(left)} left: {self.trouble}")
-        if isinstance(self.trouble, BudgetExceeded):
-            return BudgetExceeded(self._told(self.trouble.denial, units, left))
-        if self.trouble is not None:
-            return self.trouble
-        spent, promised = 0, 0
-        for slab in self.slabs():
-            spent, promised = spent + slab.spent, promised + slab.promised
-        zero, room = self.out(0), self.out(left)
-        held, limit = self.out(promised), self.out(max(0, left + promised + spent))
+        error = self.last_refill_error
+        if isinstance(error, StoreUnavailable):
+            return StoreUnavailable(f"the lease of {self.name!r} has {self.show(left)} left: {error}")
+        if isinstance(error, BudgetExceeded):
+            return BudgetExceeded(self._denial_of(error.denial, units, left))
+        if error is not None:
+            return error
+        spent = sum(chunk.spent for chunk in self.chunks())
+        granted = sum(chunk.granted for chunk in self.chunks())
+        room = self.to_amount(left)
         return BudgetExceeded(
             Denial(
                 budget=self.name,
                 reason="lease_refilling",
-                limit=limit,
-                spent=self.out(spent),
-                held=held,
-                unconfirmed=zero,
+                limit=self.to_amount(max(0, left + granted + spent)),
+                spent=self.to_amount(spent),
+                held=self.to_amount(granted),
+                unconfirmed=self.to_amount(0),
                 remaining=room,
-                requested=self.out(units),
+                requested=self.to_amount(units),
                 fits=room,
                 retry_after=1,
                 unit=self.unit,
             )
         )
 
-    def _told(self, denial: Denial, units: int, left: int) -> Denial:
-        """The store's denial of a slab, as one of this amount. What was spent here counts as spent already."""
+    def _denial_of(self, denial: Denial, units: int, left: int) -> Denial:
+        """The store's denial of a chunk, as one of this amount. Spend of this process counts as spent already."""
         limit, spent, held, unconfirmed, fits = (
             to_units(value, self.unit)
             for value in (denial.limit, denial.spent, denial.held, denial.unconfirmed, denial.fits)
         )
-        own = min(held, max(0, sum(slab.spent for slab in self.slabs())))
+        own = min(held, max(0, sum(chunk.spent for chunk in self.chunks())))
         spent, held = spent + own, held - own
         if units > limit:
             reason = "exceeds_limit"
@@ -397,8 +418,8 @@ class Slabs:
         return replace(
             denial,
             reason=reason,
-            spent=self.out(spent),
-            held=self.out(held),
-            requested=self.out(units),
-            fits=self.out(max(left, fits)),
+            spent=self.to_amount(spent),
+            held=self.to_amount(held),
+            requested=self.to_amount(units),
+            fits=self.to_amount(max(left, fits)),
         )

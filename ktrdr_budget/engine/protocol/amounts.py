@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ktrdr_budget.engine.protocol import FLAGS
+from ktrdr_budget.engine.protocol.codes import COUNT, DOLLARS, FLAGS, CommitMode
+from ktrdr_budget.engine.protocol.operations import CommitAmount
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument, unknown_budget
 from ktrdr_budget.money import AmountIn, to_units
 
-__all__ = ["Amounts", "check_amounts", "commit_modes", "spread"]
+__all__ = ["Amounts", "check_amounts", "commit_amounts", "spread"]
 
 Amounts = AmountIn | Mapping[str, AmountIn]
 
@@ -38,7 +39,7 @@ def check_amounts(amounts: Amounts | None, *, positive: bool = False) -> None:
 
 
 def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:
-    """Whole units per budget that the amounts speak of; ``flags`` are those of the hold's budgets.
+    """Whole units of each budget that the amounts name; ``flags`` are those of the hold's budgets.
 
     Raises:
         InvalidAmount: an amount is not usable for its budget.
@@ -49,9 +50,9 @@ def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:
             if name not in flags:
                 raise unknown_budget(name, flags, "this hold")
         return {name: to_units(value, FLAGS[flags[name]]) for name, value in amounts.items()}
-    dollars = [name for name, flag in flags.items() if flag == "u"]
+    dollars = [name for name, flag in flags.items() if flag == DOLLARS]
     if not dollars:
-        counts = [name for name, flag in flags.items() if flag == "n"]
+        counts = [name for name, flag in flags.items() if flag == COUNT]
         if len(counts) > 1:
             raise InvalidArgument(f"a scalar amount is ambiguous for {', '.join(counts)}: give a mapping")
         return {name: to_units(amounts, "count") for name in counts}
@@ -59,8 +60,8 @@ def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:
     return dict.fromkeys(dollars, units)
 
 
-def commit_modes(segments: Mapping[str, tuple[str, int, int]], amount: Amounts | None) -> list[tuple[str, int]]:
-    """How each budget of a hold commits: ``x`` exactly, ``r`` what was reserved, ``a`` at least what was accrued.
+def commit_amounts(segments: Mapping[str, tuple[str, int, int]], amount: Amounts | None) -> list[CommitAmount]:
+    """What each budget of a hold commits.
 
     Args:
         segments: per budget its flag, reserved and accrued units, in the hold's order.
@@ -69,10 +70,15 @@ def commit_modes(segments: Mapping[str, tuple[str, int, int]], amount: Amounts |
     if amount is None:
         any_accrued = any(accrued for _, _, accrued in segments.values())
         return [
-            ("r", reserved) if any_accrued and flag == "n" and not accrued else ("a", accrued)
+            CommitAmount(CommitMode.RESERVED, reserved)
+            if any_accrued and flag == COUNT and not accrued
+            else CommitAmount(CommitMode.ACCRUED, accrued)
             for flag, reserved, accrued in segments.values()
         ]
     given = spread(amount, {name: flag for name, (flag, _, _) in segments.items()})
     if isinstance(amount, Mapping):
-        return [("x", given.get(name, 0)) for name in segments]
-    return [("x", given[name]) if name in given else ("r", reserved) for name, (_, reserved, _) in segments.items()]
+        return [CommitAmount(CommitMode.EXACT, given.get(name, 0)) for name in segments]
+    return [
+        CommitAmount(CommitMode.EXACT, given[name]) if name in given else CommitAmount(CommitMode.RESERVED, reserved)
+        for name, (_, reserved, _) in segments.items()
+    ]

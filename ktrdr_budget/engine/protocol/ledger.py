@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple, cast
 
-from ktrdr_budget.engine.protocol import unword
+from ktrdr_budget.engine.protocol.hold_record import unword
 from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.models import LedgerEntry
 from ktrdr_budget.money import from_units

@@ -44,7 +44,7 @@ PARTS = {
     "reserve": (*_BEGIN, "admission", "reserve", "finish"),
     "settle": (*_BEGIN, *_SETTLE, "finish"),
     WRITE: (*_BEGIN, *_WRITE, "finish"),
-    "restore": (*_BEGIN, *_WRITE, "restore", "shrink", "finish"),
+    "restore": (*_BEGIN, *_WRITE, "restore", "finish"),
     REPAIR: (*_BEGIN, "admission", *_SETTLE, "record", *_RECOVER, "finish"),
     STATUS: ("schema", "read_head", "status"),
     READ: ("schema", "read_head", "read"),
@@ -58,7 +58,7 @@ PARTS = {
 }
 _INCLUDE = re.compile(r"^ *-- include: (\w+)\.lua\n", re.MULTILINE)
 _REPAIRING = {"Q", "S", "T"}
-_ALONE = {"R": "reserve", "D": "settle", "L": "settle", "M": "settle", "H": "restore", "P": "restore", "K": "restore"}
+_ALONE = {"R": "reserve", "D": "settle", "L": "settle", "K": "restore"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +70,19 @@ class Script:
     sha: str
 
 
-def script_for(letters: set[str]) -> str:
-    """The smallest write script that knows these operations."""
-    if letters & _REPAIRING:
+def script_for(letters: set[str], *, repairs: bool = False) -> str:
+    """The smallest write script that knows these operations.
+
+    Args:
+        repairs: they replay what the store has lost.
+    """
+    if repairs or letters & _REPAIRING:
         return REPAIR
     if len(letters) == 1:
         return _ALONE.get(next(iter(letters)), WRITE)
-    if letters <= {"D", "L", "M"}:
+    if letters <= {"D", "L"}:
         return "settle"
-    return "restore" if letters & {"H", "P", "K"} else WRITE
+    return "restore" if "K" in letters else WRITE
 
 
 @cache

@@ -1,13 +1,13 @@
-"""What a replica remembers of what the store acknowledged to it, so that a store that lost it can be told again (P13).
+"""A replica's journal: what the store acknowledged to it, to be replayed to a store that has lost it (P13).
 
-Four things, all by ids or times or as totals, so that telling them twice changes nothing: the *limits* of run time that
-it has set or read, its own *share* of each window's spend, the *holds* that it was granted, and a bounded number of
-recent *settlements*. A settlement that is remembered restores its id, too; one that is not is still in the share. A
-settlement wins over an open hold. Both are kept as the record of the hold, so that a repair restores what was asked,
-too, and the same reservation is a replay afterwards.
+Four kinds of entries, each by id, time or total, so that a replay changes nothing the second time: *limits* of run time
+that the replica set or read, its *subtotal* of each window's spend, the *holds* that it was granted, and a bounded
+number of recent *settlements*. A settlement in the journal restores its id as well; one that was evicted is still in
+the subtotal. Holds and settlements are kept as records of the hold, so that after a repair the same reservation is a
+replay.
 
-Each settlement is in one replica's share: that of the one whose request made it; the store's record names it. Another
-one that was told of it (its own request was a replay) remembers it as well, and tells it on behalf of the first, which
+Each settlement counts in the subtotal of one replica, the one whose request made it; the store's record names it.
+Another replica whose request was a replay journals the settlement as well, and replays it on behalf of the first, which
 may be gone.
 """
 
@@ -16,103 +16,91 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from itertools import chain, islice
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
-from ktrdr_budget.engine.protocol import (
+from ktrdr_budget.engine.protocol.codes import RECORDED
+from ktrdr_budget.engine.protocol.hold_record import HoldRecord, parse_record
+from ktrdr_budget.engine.protocol.keys import Keys
+from ktrdr_budget.engine.protocol.operations import (
     LONGEST_HOLD_MS,
-    SETTLED,
-    Op,
-    Record,
+    Operation,
+    RecordSpend,
+    Release,
+    ReplayLimit,
+    ReplayTotal,
     Restore,
     SettleOnBehalf,
-    Window,
-    parse_record,
+    SettlingOperation,
 )
+from ktrdr_budget.engine.protocol.replies import Reply, Settled
+from ktrdr_budget.engine.protocol.requests import RuntimeLimit
+from ktrdr_budget.engine.protocol.window import Window
+from ktrdr_budget.models import Budget
 
-if TYPE_CHECKING:
-    from ktrdr_budget.engine.protocol.keys import Keys
-    from ktrdr_budget.models import Budget
-
-__all__ = ["Memory", "Repair"]
+__all__ = ["Journal", "Repair"]
 
 SETTLEMENTS_MAX = 20_000
 """At most; at least half as many."""
 HOLDS_MAX = 10_000
-"""At most; at least half as many. Fewer than settlements: a hold that another replica has settled is not to be
-remembered for longer than that."""
+"""At most; at least half as many. Fewer than settlements: a hold that another replica has settled must not stay longer
+than that settlement."""
 AGE_MAX_MS = LONGEST_HOLD_MS // 2
-"""A settlement is told again only while the store cannot have forgotten its id, which it does a day after it."""
-_FORGOTTEN_MS = 86_400_000
-"""After it, the store has forgotten the id of a settlement, which may be used for another one."""
+"""A settlement is replayed only while the store cannot have dropped its id, which it does after a day."""
+_ID_MEMORY_MS = 86_400_000
+"""After it, the store has dropped the id of a settlement, which may be used for another one."""
 HOLD_AGE_MAX_MS = AGE_MAX_MS
-"""A hold may have been settled elsewhere since the store was last seen to have it: it is not remembered for longer than
-that settlement is."""
+"""A hold may have been settled elsewhere since the store last had it: it is replayed no longer than that settlement."""
 _FRESH_MS = 2000
-"""Before that age, nobody asks whether a hold was settled elsewhere: most are settled here by then."""
+"""Before that age, holds are not checked for settlements by others: most are settled here by then."""
 _WINDOWS_MAX = 4096
 _CLEARED = 1
+"""``until_ms`` of a limit that was cleared."""
 
 
 class _Limit(NamedTuple):
-    """A limit that was set at run time."""
-
-    units: str
-    """``-`` for uncapped."""
-    until_ms: int
-    """0 for good; ``_CLEARED`` of one that was cleared."""
-    changed_us: int
+    limit: RuntimeLimit
     definition: str
     """The budget's: the limit is an amount of its unit."""
 
 
-class _Held(NamedTuple):
-    """Of texts only: the garbage collector need not look at them again and again."""
+class _Hold(NamedTuple):
+    """An open hold."""
 
     windows: str
     """Their keys."""
     record: str
-    """As the store has it."""
     seen_us: int
-    """When the store was last seen to have it."""
+    """When the store last had it."""
 
 
-class _Settled(NamedTuple):
-    """The same of a settlement."""
+class _Settlement(NamedTuple):
+    """An acknowledged settlement."""
 
-    letter: str
-    head: str
-    """The operation's."""
     windows: str
     """Their keys."""
-    line: str
-    """The store's answer."""
-    at_ms: int
     record: str
-    """The hold's, before it was settled; empty if it is not known, or there was no hold."""
-
-    @property
-    def own(self) -> bool:
-        """Whether it is in this replica's share."""
-        return self.line[0] == "k"
-
-    @property
-    def units(self) -> list[str]:
-        """What counts as spent in each window."""
-        return self.line.split(" ")[2].split(",")
+    """The hold's, as settled."""
+    units: tuple[int, ...]
+    """What counts as spent in each window."""
+    is_own: bool
+    """Whether it counts in this replica's subtotals."""
+    replica: str
+    """Else: the replica that it counts for, if the store's reply named one."""
+    at_ms: int
 
 
 @dataclass
 class Repair:
-    """What was told again after a loss, and what could not be."""
+    """What was replayed after a data loss, and what could not be."""
 
     settlements: int = 0
     holds: int = 0
     windows: int = 0
-    """Windows whose share was raised for settlements that are no longer remembered one by one."""
+    """Windows whose subtotal was raised for settlements that the journal no longer has one by one."""
     forgotten_settlements: int = 0
-    """Settlements whose ids are beyond the bounded memory; their spend is in the shares."""
+    """Settlements that the journal had evicted: their ids are lost, their spend is in the subtotals."""
     forgotten_holds: int = 0
-    """Holds beyond it: what they held is free, unless the store still knew them."""
+    """Open holds that the journal had evicted: what they held is free, unless the store still had them."""
 
     def __bool__(self) -> bool:
         return bool(self.settlements or self.holds or self.windows)
@@ -121,307 +109,253 @@ class Repair:
         return f"{self.settlements} settlements, {self.holds} open holds, older spend of {self.windows} windows"
 
     def add(self, other: Repair) -> None:
-        """Adds what was told again after another loss."""
+        """Add the figures of another repair."""
         for figure in fields(self):
             setattr(self, figure.name, getattr(self, figure.name) + getattr(other, figure.name))
 
 
-class Memory:
-    """Of one replica. Does no I/O. It is told of every call, so it only keeps what it is given."""
+class Journal:
+    """The journal of one replica. No I/O, and cheap to write: each call of the limiter does."""
 
     def __init__(self, replica: str = "") -> None:
         self._replica = replica
         self.clear()
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Drop everything."""
         self._windows: dict[str, Window] = {}
         """By their keys."""
-        self._older: dict[str, int] = {}
-        """Units in each window's share that are of settlements which are no longer remembered."""
-        # Plain tuples, which cost a fraction of named ones to make; the order is that of _Held and _Settled. And two
-        # generations of both: forgetting the older one at once costs nothing, one by one would cost a search each.
-        self._holds: dict[str, tuple[Any, ...]] = {}
-        self._holds_before: dict[str, tuple[Any, ...]] = {}
-        self._settled: dict[str, tuple[Any, ...]] = {}
-        self._settled_before: dict[str, tuple[Any, ...]] = {}
+        self._evicted_units: dict[str, int] = {}
+        """Units in this replica's subtotal of each window that are of evicted settlements."""
+        # Two generations of both: dropping the older one at once costs nothing, one by one would cost a search each.
+        self._holds: dict[str, _Hold] = {}
+        self._older_holds: dict[str, _Hold] = {}
+        self._settlements: dict[str, _Settlement] = {}
+        self._older_settlements: dict[str, _Settlement] = {}
         self._limits: dict[str, _Limit] = {}
-        """Those of run time that this replica has set, cleared or read, by budget."""
-        self._looked = 0
-        """How many of the holds have been asked about in this round."""
+        """Those that this replica has set, cleared or read, by budget."""
+        self._checked = 0
+        """How many of the holds were checked for settlements by others in this round."""
         self.forgotten_settlements = 0
-        """Settlements that are not remembered one by one any more, for want of memory."""
+        """Settlements that were evicted."""
         self.forgotten_holds = 0
-        """Holds that were open, and could not be remembered for want of memory."""
+        """Holds that were open when they were evicted."""
 
     def __bool__(self) -> bool:
-        spent = self._settled or self._holds or self._settled_before or self._holds_before or self._older
-        return bool(spent or self._limits)
+        settled = self._settlements or self._older_settlements or self._evicted_units
+        return bool(settled or self._holds or self._older_holds or self._limits)
 
-    def granted(self, hold_id: str, parts: Sequence[tuple[Window, str]], record: str, now_us: int) -> None:
-        """A hold was granted; ``parts`` as it was asked for."""
+    # -- holds ---------------------------------------------------------------------------------------------------------
+
+    def granted(self, hold_id: str, windows: Sequence[Window], record: str, now_us: int) -> None:
+        """Journal a granted hold."""
         if len(self._holds) >= HOLDS_MAX // 2:
-            self._forget_holds(now_us // 1000)
-        if len(parts) == 1:
-            window = parts[0][0]
-            names = window.key
-            if names not in self._windows:
-                self._windows[names] = window
-        else:
-            names = self._names([window for window, _ in parts])
-        self._holds[hold_id] = (names, record, now_us)
+            self._evict_holds(now_us // 1000)
+        self._holds[hold_id] = _Hold(self._keys_of(windows), record, now_us)
 
     def extended(self, hold_id: str, record: str, windows: Sequence[Window], now_us: int) -> None:
-        """A hold is as its record says now."""
-        self._let_go(hold_id)
-        if record[0] not in SETTLED:
-            self._holds[hold_id] = (self._names(windows), record, now_us)
+        """Replace a hold's record by the store's."""
+        self._pop_hold(hold_id)
+        if not parse_record(record).is_settled:
+            self._holds[hold_id] = _Hold(self._keys_of(windows), record, now_us)
 
     def seen(self, hold_id: str, record: str, now_us: int) -> None:
-        """The store had this record of a hold then. If another replica has settled it, that one remembers it."""
-        for holds in (self._holds, self._holds_before):
+        """Take over the record that the store had at this time; drop a hold that another replica has settled."""
+        for holds in (self._holds, self._older_holds):
             known = holds.get(hold_id)
-            if known is not None and known[2] <= now_us:  # else this replica has changed it since
-                if record[0] in SETTLED:
+            if known is not None and known.seen_us <= now_us:  # else this replica has changed it since
+                if parse_record(record).is_settled:
                     del holds[hold_id]
                 else:
-                    holds[hold_id] = (known[0], record, now_us)
+                    holds[hold_id] = known._replace(record=record, seen_us=now_us)
 
-    def shrunk(self, hold_id: str, left: Sequence[int]) -> None:
-        """So much is left of a prepaid slab, in each of its windows; of two reports, the least holds."""
-        for holds in (self._holds, self._holds_before):
-            if (known := holds.get(hold_id)) is not None:
-                names, record, seen_us = known
-                head, *segments = record.split("|")
-                for number, (segment, most) in enumerate(zip(segments, left, strict=True)):
-                    flag, name, base, reserved, rest = segment.split(",", 4)
-                    if most < int(reserved):
-                        segments[number] = f"{flag},{name},{base or reserved},{most},{rest}"
-                holds[hold_id] = (names, "|".join((head, *segments)), seen_us)
+    def open_hold(self, hold_id: str) -> HoldRecord | None:
+        """A hold that this replica was granted and has not settled."""
+        known = self._holds.get(hold_id) or self._older_holds.get(hold_id)
+        return None if known is None else parse_record(known.record)
 
-    def open_hold(self, hold_id: str) -> Record | None:
-        """One that this replica was granted, and has not settled; ``None`` if it knows of none."""
-        known = self._holds.get(hold_id) or self._holds_before.get(hold_id)
-        return None if known is None else parse_record(known[1])
+    def holds_to_check(self, now_ms: int, most: int) -> list[str]:
+        """Ids of open holds that another replica may have settled; some at a time, all of them in turn."""
+        holds = chain(self._older_holds.items(), self._holds.items())
+        some = list(islice(holds, self._checked, self._checked + most))
+        self._checked = self._checked + most if len(some) == most else 0
+        youngest_us = (now_ms - _FRESH_MS) * 1000
+        return [hold_id for hold_id, hold in some if parse_record(hold.record).created_us < youngest_us]
+
+    def _pop_hold(self, hold_id: str) -> _Hold | None:
+        hold = self._holds.pop(hold_id, None)
+        return hold or (self._older_holds.pop(hold_id, None) if self._older_holds else None)
+
+    def _evict_holds(self, now_ms: int) -> None:
+        records = [parse_record(hold.record) for hold in self._older_holds.values()]
+        self.forgotten_holds += sum(record.deadline_ms > now_ms for record in records)
+        self._older_holds, self._holds = self._holds, {}
+        self._drop_windows(now_ms)
+
+    # -- settlements ---------------------------------------------------------------------------------------------------
 
     def has_settled(self, hold_id: str) -> bool:
-        """Whether a settlement of this id was acknowledged to this replica, as far as it remembers."""
-        return hold_id in self._settled or hold_id in self._settled_before
+        """Whether the journal has a settlement of this id."""
+        return hold_id in self._settlements or hold_id in self._older_settlements
 
-    def acknowledged(self, op: Op, line: str, now_ms: int) -> None:
-        """A settlement was acknowledged: ``line`` is the store's answer, ``k`` or ``p``."""
-        hold_id, parts = op.id, op.parts
-        known = self._let_go(hold_id)
-        record = op.record or (known[1] if known is not None else "")
-        if len(parts) == 1:
-            names = parts[0][0].key
-            if names not in self._windows:
-                self._windows[names] = parts[0][0]
-        else:
-            names = self._names([window for window, _ in parts])
-        if _released_by_hand(op.letter, op.head, line):  # which settles nothing: its worker may yet commit it
-            released = _Settled(op.letter, op.head, names, line, now_ms, record)
-            self._holds[hold_id] = (names, _settled_record(released, [window for window, _ in parts]), now_ms * 1000)
+    def settled(
+        self, op: SettlingOperation, settled: Settled, now_ms: int, windows: Sequence[Window] | None = None
+    ) -> None:
+        """Journal an acknowledged settlement.
+
+        Args:
+            windows: those in which it counts, if they are not the operation's.
+        """
+        hold_id = op.hold_id
+        hold = self._pop_hold(hold_id)
+        keys = self._keys_of(op.windows if windows is None else windows)
+        record = op.record_text(settled, hold.record if hold is not None else "", now_ms)
+        if isinstance(op, Release) and op.is_correctable(settled):  # settles nothing: the worker may yet commit it
+            self._holds[hold_id] = _Hold(keys, record, now_ms * 1000)
             return
-        if len(self._settled) >= SETTLEMENTS_MAX // 2:
-            self._forget_settled(now_ms)
-        settled, before = self._settled, self._settled_before
-        if line[0] == "k":
-            if hold_id in settled or hold_id in before:
-                earlier = settled.get(hold_id) or before.pop(hold_id)
-                if now_ms - earlier[4] >= _FORGOTTEN_MS:  # else the store has lost one of them
-                    _add(self._older, [earlier])
-            settled[hold_id] = (op.letter, op.head, names, line, now_ms, record)
-        elif hold_id not in before and hold_id not in settled:  # else it is known whose it is
-            settled[hold_id] = (op.letter, op.head, names, self._shared(line), now_ms, record)
+        if len(self._settlements) >= SETTLEMENTS_MAX // 2:
+            self._evict_settlements(now_ms)
+        current, older = self._settlements, self._older_settlements
+        is_own = not settled.replayed
+        if is_own:
+            if hold_id in current or hold_id in older:
+                earlier = current.get(hold_id) or older.pop(hold_id)
+                if now_ms - earlier.at_ms >= _ID_MEMORY_MS:  # else the store has lost one of the two
+                    _add_own(self._evicted_units, [earlier])
+        elif hold_id in older or hold_id in current:
+            return  # whose subtotal it is in is known
+        else:
+            is_own = self.counts_here(settled)
+        replica = "" if is_own else settled.replica
+        current[hold_id] = _Settlement(keys, record, settled.units, is_own, replica, now_ms)
 
-    def _shared(self, line: str) -> str:
-        """A replay as what it was, if it is in this replica's share: the first answer was lost."""
-        words = line.split(" ")
-        return f"k - {words[2]}" if words[3:4] == [self._replica] else line
+    def counts_here(self, settled: Settled) -> bool:
+        """Whether a settlement counts in this replica's subtotals: of a replay, the first reply was lost."""
+        return not settled.replayed or settled.replica == self._replica
 
-    def told(self, hold_id: str, line: str) -> None:
-        """What was told again was known: in whose share it is, the store knows best."""
-        if line[0] == "p" and line.split(" ")[3:4] not in ([], ["-"]):
-            for generation in (self._settled_before, self._settled):
-                if hold_id in generation:
-                    letter, head, names, _, at_ms, record = generation[hold_id]
-                    generation[hold_id] = (letter, head, names, self._shared(line), at_ms, record)
+    def replayed(self, hold_id: str, reply: Reply) -> None:
+        """Take over the replica that a replayed settlement counts for: the store's record decides."""
+        if isinstance(reply, Settled) and reply.replayed and reply.replica:
+            is_own = reply.replica == self._replica
+            for generation in (self._older_settlements, self._settlements):
+                if (known := generation.get(hold_id)) is not None:
+                    replica = "" if is_own else reply.replica
+                    generation[hold_id] = known._replace(is_own=is_own, replica=replica)
 
-    def _names(self, windows: Sequence[Window]) -> str:
+    def _evict_settlements(self, now_ms: int) -> None:
+        """Drop the older generation; keep its units in the subtotals."""
+        _add_own(self._evicted_units, self._older_settlements.values())
+        self.forgotten_settlements += len(self._older_settlements)
+        self._older_settlements, self._settlements = self._settlements, {}
+        self._drop_windows(now_ms)
+
+    # -- windows -------------------------------------------------------------------------------------------------------
+
+    def _keys_of(self, windows: Sequence[Window]) -> str:
+        if len(windows) == 1:  # by far the most
+            window = windows[0]
+            if window.key not in self._windows:
+                self._windows[window.key] = window
+            return window.key
         self._windows.update((window.key, window) for window in windows)
         return " ".join([window.key for window in windows])
 
-    def _windows_of(self, names: str) -> list[Window]:
-        return [self._windows[name] for name in names.split(" ")]
+    def _windows_of(self, keys: str) -> list[Window]:
+        return [self._windows[key] for key in keys.split(" ")]
 
-    def _let_go(self, hold_id: str) -> tuple[Any, ...] | None:
-        return self._holds.pop(hold_id, None) or (self._holds_before.pop(hold_id, None) if self._holds_before else None)
-
-    def _forget_holds(self, now_ms: int) -> None:
-        self.forgotten_holds += sum(
-            parse_record(record).deadline_ms > now_ms for _, record, _ in self._holds_before.values()
-        )
-        self._holds_before, self._holds = self._holds, {}
-        self._forget_windows(now_ms)
-
-    def _forget_settled(self, now_ms: int) -> None:
-        """Keeps of the older generation what it spent."""
-        _add(self._older, self._settled_before.values())
-        self.forgotten_settlements += len(self._settled_before)
-        self._settled_before, self._settled = self._settled, {}
-        self._forget_windows(now_ms)
-
-    def _forget_windows(self, now_ms: int) -> None:
-        """Forgets those that are over, and of which nothing is known."""
-        for key in [*self._older]:
+    def _drop_windows(self, now_ms: int) -> None:
+        """Drop windows that have ended and that no entry refers to."""
+        for key in [*self._evicted_units]:
             end_ms = self._windows[key].span.end_ms
             if end_ms is not None and end_ms + LONGEST_HOLD_MS < now_ms:
-                del self._older[key]
+                del self._evicted_units[key]
         if len(self._windows) > _WINDOWS_MAX:
-            used = {
-                key
-                for known in (*self._settled_before.values(), *self._settled.values())
-                for key in known[2].split(" ")
-            }
-            used |= {
-                key for hold in (*self._holds_before.values(), *self._holds.values()) for key in hold[0].split(" ")
-            }
-            self._windows = {key: w for key, w in self._windows.items() if key in used or key in self._older}
+            settlements = chain(self._older_settlements.values(), self._settlements.values())
+            holds = chain(self._older_holds.values(), self._holds.values())
+            joined = [*(entry.windows for entry in settlements), *(entry.windows for entry in holds)]
+            used = {key for keys in joined for key in keys.split(" ")} | self._evicted_units.keys()
+            self._windows = {key: window for key, window in self._windows.items() if key in used}
 
     # -- limits of run time --------------------------------------------------------------------------------------------
 
-    def limit_changed(self, budget: Budget, units: str, until_ms: int, changed_us: int) -> None:
-        """This replica has set a limit then, or cleared it: no units."""
-        until_ms = until_ms if units else _CLEARED
-        self._limits[budget.name] = _Limit(units or "-", until_ms, changed_us, budget.definition)
+    def limit_changed(self, budget: Budget, units: int | None, until_ms: int, changed_us: int) -> None:
+        """Journal a limit that this replica has set.
 
-    def limit_seen(self, budget: Budget, stored: str, now_us: int) -> None:
-        """The store had this limit then, or none: an empty text."""
+        Args:
+            units: ``None``: uncapped.
+            changed_us: the store's time of the change.
+        """
+        self._limits[budget.name] = _Limit(RuntimeLimit(units, until_ms, changed_us), budget.definition)
+
+    def limit_cleared(self, budget: Budget, changed_us: int) -> None:
+        """Journal that this replica has cleared a limit."""
+        self._limits[budget.name] = _Limit(RuntimeLimit(None, _CLEARED, changed_us), budget.definition)
+
+    def limit_seen(self, budget: Budget, limit: RuntimeLimit | None, now_us: int) -> None:
+        """Take over the limit that the store had at this time, or that it had none."""
         known = self._limits.get(budget.name)
-        if known is not None and known.changed_us > now_us:
+        if known is not None and known.limit.changed_us > now_us:
             return  # that reply is older
-        if stored:
-            units, until_ms, *changed_us = stored.split(" ")
-            self._limits[budget.name] = _Limit(units, int(until_ms), int(*changed_us), budget.definition)
-        elif known is not None and known.until_ms != _CLEARED:
+        if limit is not None:
+            self._limits[budget.name] = _Limit(limit, budget.definition)
+        elif known is not None and known.limit.until_ms != _CLEARED:
             del self._limits[budget.name]
 
-    def limits(self, keys: Keys, now_ms: int) -> list[Op]:
-        """First of all: limits that have not ended, and what tells that one was cleared."""
+    # -- replay --------------------------------------------------------------------------------------------------------
+
+    def limits(self, keys: Keys, now_ms: int) -> list[Operation]:
+        """First: limits that are in force, and those that were cleared."""
         return [
-            Op("-", keys.hold("-"), f"Q - {name} {units} {until_ms} {changed_us} {definition}", [])
-            for name, (units, until_ms, changed_us, definition) in self._limits.items()
-            if until_ms in (0, _CLEARED) or until_ms > now_ms
+            ReplayLimit(keys.hold("-"), name, *limit, definition)
+            for name, (limit, definition) in self._limits.items()
+            if limit.until_ms == _CLEARED or limit.is_in_force(now_ms)
         ]
 
-    # -- holds that others have settled --------------------------------------------------------------------------------
-
-    def unsettled(self, now_ms: int, most: int) -> list[str]:
-        """Ids of open holds, to be asked about; all of them in turn, some at a time."""
-        holds = chain(self._holds_before.items(), self._holds.items())
-        some = list(islice(holds, self._looked, self._looked + most))
-        self._looked = self._looked + most if len(some) == most else 0
-        return [i for i, (_, record, _) in some if parse_record(record).created_us < (now_ms - _FRESH_MS) * 1000]
-
-    # -- to tell again -------------------------------------------------------------------------------------------------
-
-    def settlements(self, keys: Keys, now_ms: int) -> list[Op]:
-        """First: those in its share, by id, each as it was."""
-        for holds in (self._holds_before, self._holds):
-            for hold_id in [i for i, (_, _, seen_us) in holds.items() if seen_us < (now_ms - HOLD_AGE_MAX_MS) * 1000]:
+    def settlements(self, keys: Keys, now_ms: int) -> list[Operation]:
+        """As well: settlements by id, each as it was; drops holds that are too old to be replayed."""
+        oldest_us = (now_ms - HOLD_AGE_MAX_MS) * 1000
+        for holds in (self._older_holds, self._holds):
+            for hold_id in [hold_id for hold_id, hold in holds.items() if hold.seen_us < oldest_us]:
                 del holds[hold_id]
-        self._forget_windows(now_ms)
-        return self._settlements(keys, now_ms, True)
-
-    def others(self, keys: Keys, now_ms: int) -> list[Op]:
-        """As well: those in the shares of other replicas."""
-        return self._settlements(keys, now_ms, False)
-
-    def _settlements(self, keys: Keys, now_ms: int, own: bool) -> list[Op]:
-        remembered = [(i, _Settled(*known)) for i, known in (self._settled_before | self._settled).items()]
-        return [
-            self._again(hold_id, keys.hold(hold_id), settled)
-            for hold_id, settled in remembered
-            if settled.own is own and settled.at_ms >= now_ms - AGE_MAX_MS
+        self._drop_windows(now_ms)
+        recent = [
+            (hold_id, settlement)
+            for hold_id, settlement in (self._older_settlements | self._settlements).items()
+            if settlement.at_ms >= now_ms - AGE_MAX_MS
         ]
+        recent.sort(key=lambda each: not each[1].is_own)
+        return [self._replay(hold_id, keys.hold(hold_id), settlement) for hold_id, settlement in recent]
 
-    def _again(self, hold_id: str, key: str, settled: _Settled) -> Op:
-        windows = self._windows_of(settled.windows)
-        told = self._as_it_was(hold_id, key, settled, windows)
-        replica = settled.line.split(" ")[3:4]
-        return told if settled.own or not replica else SettleOnBehalf(replica[0], told)
-
-    def _as_it_was(self, hold_id: str, key: str, settled: _Settled, windows: list[Window]) -> Op:
-        if settled.letter != "N":
-            return Restore(hold_id, key, windows, _settled_record(settled, windows))
-        spent = [(window, f":{units}") for window, units in zip(windows, settled.units, strict=True)]
-        return Op(hold_id, key, f"N {hold_id} 1 {settled.head.split(' ', 3)[3]}", spent)
-
-    def shares(self, keys: Keys) -> list[Op]:
-        """Then: the totals, which raise what is less than they are."""
-        totals = dict(self._older)
-        for generation in (self._settled_before, self._settled):
-            _add(totals, generation.values())
-        return [
-            Op("-", keys.hold("-"), "T -", [(self._windows[key], f":{units}")])
-            for key, units in totals.items()
-            if units
-        ]
-
-    def holds(self, keys: Keys) -> list[Op]:
-        """Last: the open holds that the store does not know."""
-        remembered = self._holds_before | self._holds
-        return [
-            Restore(hold_id, keys.hold(hold_id), self._windows_of(names), record)
-            for hold_id, (names, record, _) in remembered.items()
-        ]
-
-
-def _add(totals: dict[str, int], known: Iterable[tuple[Any, ...]]) -> None:
-    """Adds what is in this replica's share, per key of a window."""
-    for _, _, names, line, _, _ in known:
-        if line[0] != "k":
-            continue
-        told = line[line.rfind(" ") + 1 :]
-        if " " not in names and "," not in told:
-            totals[names] = totals.get(names, 0) + int(told)
+    def _replay(self, hold_id: str, key: str, settlement: _Settlement) -> Operation:
+        windows, record = self._windows_of(settlement.windows), parse_record(settlement.record)
+        op: SettlingOperation
+        if record.state == RECORDED:
+            parts = list(zip(windows, settlement.units, strict=True))
+            labels = {"operation": record.operation, "trace_id": record.trace_id}
+            op = RecordSpend(hold_id, key, parts, is_late=True, **labels)
         else:
-            for key, units in zip(names.split(" "), told.split(","), strict=False):
-                totals[key] = totals.get(key, 0) + int(units)
+            op = Restore(hold_id, key, windows, settlement.record)
+        return SettleOnBehalf(settlement.replica, op) if settlement.replica else op
+
+    def totals(self, keys: Keys) -> list[ReplayTotal]:
+        """Then: the subtotals, to which the store raises its own."""
+        totals = dict(self._evicted_units)
+        for generation in (self._older_settlements, self._settlements):
+            _add_own(totals, generation.values())
+        key = keys.hold("-")
+        return [ReplayTotal(key, self._windows[name], units) for name, units in totals.items() if units]
+
+    def holds(self, keys: Keys) -> list[Restore]:
+        """Last: the open holds."""
+        return [
+            Restore(hold_id, keys.hold(hold_id), self._windows_of(hold.windows), hold.record)
+            for hold_id, hold in (self._older_holds | self._holds).items()
+        ]
 
 
-def _released_by_hand(letter: str, head: str, line: str) -> bool:
-    """Whether a settlement was a release that the worker's later commit still corrects.
-
-    By its id: for good if the hold was open until then. Of what others did before, that is not known.
-    """
-    if letter != "L":
-        return False
-    mode = head.rpartition(" ")[2]
-    return mode == "1" or mode[0] == "s" or (mode == "i" and not line.startswith("k - "))
-
-
-def _settled_record(settled: _Settled, windows: Sequence[Window]) -> str:
-    """The record of the hold, settled as it was."""
-    letter, words, line = settled.letter, settled.head.split(" "), settled.line
-    remark, trace = words[2:4] if letter == "M" else ("-", "-")
-    state = "c"
-    charged = settled.units
-    if letter == "L":
-        state, charged = "z" if _released_by_hand(letter, settled.head, line) else "r", [""] * len(windows)
-    given_back = f"!{words[2][1:]}!" if letter == "L" and words[2][0] == "s" else ""
-    if not settled.record:
-        times = f"{settled.at_ms} {settled.at_ms}000 0"
-        reserved = [units or "0" for units in charged]
-        segments = [f"{w.segment}{units},,{spent}" for w, units, spent in zip(windows, reserved, charged, strict=True)]
-        return f"{state} c {times} -{given_back} {remark} {trace}{''.join(segments)}"
-    head, *segments = settled.record.split("|")
-    _, policy, deadline, created, grown, owner, operation, traced = head.split(" ")
-    if remark != "-":
-        operation = remark if operation == "-" else f"{operation}%20{remark}"
-    if given_back:
-        owner = owner.partition("!")[0] + given_back
-    head = f"{state} {policy} {deadline} {created} {grown} {owner} {operation} {traced if trace == '-' else trace}"
-    segments = [f"{part.rpartition(',')[0]},{units}" for part, units in zip(segments, charged, strict=True)]
-    return "|".join((head, *segments))
+def _add_own(totals: dict[str, int], settlements: Iterable[_Settlement]) -> None:
+    """Add the units that count in this replica's subtotals, by the keys of their windows."""
+    for settlement in settlements:
+        if settlement.is_own:
+            for key, units in zip(settlement.windows.split(" "), settlement.units, strict=False):
+                totals[key] = totals.get(key, 0) + units

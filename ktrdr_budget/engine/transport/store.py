@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from typing import Any
 
-from ktrdr_budget.engine.protocol import Command, Read
+from ktrdr_budget.engine.protocol.requests import Command, Read
 from ktrdr_budget.engine.protocol.scripts import WRITE, Script, script
 from ktrdr_budget.engine.transport.connection import Connection, ConnectionPool
 from ktrdr_budget.engine.transport.credentials import Credentials

@@ -76,13 +76,13 @@ async def test_one_call_pays_its_deadline_and_those_after_it_nothing(own_server,
                 assert not error.ambiguous, "it was not sent"
         assert took.seconds < TOGETHER_S
         reason = r"cannot connect to unix://\S+ \(\w+( \w+)*\)|no reply from unix://\S+"  # killed, or it hangs
-        assert re.fullmatch(rf"({reason}) for \d+\.\d s; failing fast until it is back", str(error))
+        assert re.fullmatch(rf"({reason}) for \d+\.\d s; failing fast until it replies", str(error))
         end(own_server)
         await until(lambda: limiter.store_state == "closed")  # nobody calls
         assert (await hold.commit("0.07")).state == "committed"
         messages = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
-        assert sum("failing fast until it is back" in message for message in messages) == 1
-        assert sum("answers again" in message for message in messages) == 1
+        assert sum("failing fast until it replies" in message for message in messages) == 1
+        assert sum("circuit breaker closed" in message for message in messages) == 1
 
 
 @OUTAGES
@@ -116,7 +116,7 @@ async def test_one_probe_at_a_time_asks_and_callers_add_none(server, tmp_path_fa
         assert proxy.scripts_run - before <= probes_max, "each waits for its answer, and pauses then"
         proxy.release_replies()
         await until(lambda: limiter.store_state == "closed")
-        assert (await limiter.reserve("agent", "0.01")).guarded
+        assert (await limiter.reserve("agent", "0.01")).cap_checked
 
 
 async def test_who_insists_without_a_pause_does_not_keep_the_store_from_being_heard(own_server):
@@ -142,7 +142,7 @@ async def test_a_call_that_is_made_after_the_store_has_returned_is_served(own_se
             own_server.kill()
             await refused(lambda: limiter.reserve("agent", "0.15"))
             own_server.start()
-            assert (await limiter.reserve("agent", "0.15")).guarded, "whenever the next planned probe is"
+            assert (await limiter.reserve("agent", "0.15")).cap_checked, "whenever the next planned probe is"
 
 
 async def test_a_probe_spends_nothing_and_holds_nothing(own_server):
@@ -161,11 +161,11 @@ async def test_allow_admits_at_once_and_settles_later(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
-        assert not (await limiter.reserve("agent", "0.01")).guarded  # pays
+        assert not (await limiter.reserve("agent", "0.01")).cap_checked  # pays
         with Stopwatch() as took:
             for _ in range(100):
                 hold = await limiter.reserve("agent", "0.01")
-                assert not hold.guarded
+                assert not hold.cap_checked
                 assert (await hold.commit()).deferred
         assert took.seconds < TOGETHER_S
         own_server.start()
@@ -182,7 +182,7 @@ async def test_a_store_that_answers_slowly_is_not_given_up(server, tmp_path_fact
         proxy.lose_requests = 1
         await limiter.record("agent", "0.01")
         assert limiter.store_state == "closed"
-        assert limiter._coalescer.breaker.openings == 0
+        assert limiter.engine.dispatcher.breaker.openings == 0
 
 
 async def test_a_busy_event_loop_is_no_outage(server):
@@ -190,14 +190,14 @@ async def test_a_busy_event_loop_is_no_outage(server):
         await limiter.record("agent", "0.01")
         with away(server.url), server.client() as client:
             call = asyncio.create_task(limiter.record("agent", "0.01"))
-            while not limiter._coalescer._lanes:
+            while not limiter.engine.dispatcher._lanes:
                 await asyncio.sleep(0)
             await asyncio.sleep(0)  # now it is sent
             ends = time.monotonic() + TIMEOUT_S * 1.5
             wait_until(lambda: time.monotonic() > ends and sums(client)["events"] == 2)  # whoever blocks the event loop
             await asyncio.gather(call, return_exceptions=True)
         assert limiter.store_state == "closed"
-        assert (await limiter.reserve("agent", "0.01")).guarded
+        assert (await limiter.reserve("agent", "0.01")).cap_checked
 
 
 async def test_a_store_that_refuses_does_answer(own_server):
@@ -219,7 +219,7 @@ async def test_a_store_that_only_reads_stays_open(own_server):
         with own_server.client() as client, away(own_server.url):
             client.replicaof("127.0.0.1", 1)
             await refused(lambda: limiter.record("agent", "0.01"))
-            openings = limiter._coalescer.breaker.openings
+            openings = limiter.engine.dispatcher.breaker.openings
             assert openings == 1
             ends = time.monotonic() + 0.3
             await until(lambda: time.monotonic() > ends)
@@ -246,7 +246,7 @@ async def test_a_limiter_that_starts_without_a_store_finds_it_by_itself(own_serv
         assert limiter.store_state == "open"
         own_server.start()
         await until(lambda: limiter.store_state == "closed")
-        assert (await limiter.reserve("agent", "0.01")).guarded
+        assert (await limiter.reserve("agent", "0.01")).cap_checked
 
 
 def test_the_sync_limiter_has_the_same_breaker(own_server):

@@ -24,7 +24,7 @@ async def hanging(server):
         with server.client() as client, away(server.url):
             client.client_pause(60_000, all=False)
             patient = asyncio.create_task(limiter.record("agent", "0.01", id="op_patient"))
-            await until(lambda: limiter._coalescer._lanes == 1 and not limiter._coalescer._queues)
+            await until(lambda: limiter.engine.dispatcher._lanes == 1 and not limiter.engine.dispatcher._queues)
             yield limiter
             client.client_unpause()
         assert (await patient).state == "recorded"
@@ -32,7 +32,7 @@ async def hanging(server):
 
 async def test_a_call_with_less_time_than_the_batch_before_it_ends_in_its_own(hanging):
     """It has been to the store before: denied while holds were due, or to read the hold that it commits."""
-    hanging._coalescer._timeout = 0.2
+    hanging.engine.dispatcher.timeout_s = 0.2
     began = time.monotonic()
     with pytest.raises(StoreUnavailable) as ended, Stopwatch() as took:
         await hanging.reserve("agent", "0.15")
@@ -43,7 +43,7 @@ async def test_a_call_with_less_time_than_the_batch_before_it_ends_in_its_own(ha
 
 async def test_of_many_that_wait_each_ends_in_its_own_time(hanging):
     async def lasts(seconds: float) -> float:
-        hanging._coalescer._timeout = seconds
+        hanging.engine.dispatcher.timeout_s = seconds
         with pytest.raises(StoreUnavailable), Stopwatch() as took:
             await hanging.record("agent", "0.01")
         return took.seconds - seconds

@@ -7,21 +7,47 @@ from typing import Any
 
 import pytest
 
-from ktrdr_budget.engine.batching.call import Call
+from ktrdr_budget.engine.batching.pending import PendingCall
 from ktrdr_budget.engine.batching.queues import Queues
-from ktrdr_budget.engine.protocol import Op, Window
-from ktrdr_budget.engine.replica.state import Session
+from ktrdr_budget.engine.protocol.codes import CommitMode, ExtendMode
+from ktrdr_budget.engine.protocol.operations import (
+    Commit,
+    CommitAmount,
+    Extend,
+    ExtendAmount,
+    Labels,
+    Operation,
+    RecordSpend,
+    Release,
+    Reserve,
+)
+from ktrdr_budget.engine.protocol.window import Window
+from ktrdr_budget.engine.replica.state import ReplicaState
 from ktrdr_budget.models import Budget
 
-WINDOW: Window = Session("default", [Budget("agent", "5.00")]).current_window("agent")
-TAILS = {"D": ":x1", "N": ":1", "L": ":x0", "E": ":5:0", "G": ":0:5", "R": ":5"}
-"""Of a commit, a record, a release, a heartbeat, growth, and a reservation."""
+WINDOW: Window = ReplicaState("default", [Budget("agent", "5.00")]).current_window("agent")
 
 
-def call(kind: str, *, windows: int = 1, flow: Any = None) -> Call:
-    made = Call(flow or (None for _ in ()), Future(), kind, 0.0, 10.0)
-    letter = "E" if kind == "G" else kind
-    made.request = Op("id", "key", f"{letter} id", [(WINDOW, TAILS[kind])] * windows)
+def operation(kind: str, windows: int) -> Operation:
+    """A commit (D), a record (N), a release (L), a heartbeat (E), growth (G), or a reservation (R)."""
+    touched, parts = [WINDOW] * windows, [(WINDOW, 5)] * windows
+    match kind:
+        case "D":
+            return Commit("id", "key", touched, [CommitAmount(CommitMode.EXACT, 1)] * windows)
+        case "N":
+            return RecordSpend("id", "key", parts)
+        case "L":
+            return Release("id", "key", touched)
+        case "E":
+            return Extend("id", "key", touched, [ExtendAmount(accrued=5)] * windows, 1000, ExtendMode.HEARTBEAT)
+        case "G":
+            return Extend("id", "key", touched, [ExtendAmount(reserved=5)] * windows, 1000, ExtendMode.GROW)
+    return Reserve("id", "key", parts, ttl_ms=1000, policy="c", labels=Labels(), now_ms=0)
+
+
+def call(kind: str, *, windows: int = 1, flow: Any = None) -> PendingCall:
+    made = PendingCall(flow or (None for _ in ()), Future(), kind, 0.0, 10.0)
+    made.request = operation(kind, windows)
     return made
 
 
@@ -33,7 +59,7 @@ def queues(**waiting: int) -> Queues:
     return made
 
 
-def taken(batch: list[Call]) -> str:
+def taken(batch: list[PendingCall]) -> str:
     return "".join(call.operation for call in batch)
 
 
@@ -85,7 +111,7 @@ def test_what_was_cancelled_before_it_was_sent_is_left_out_unless_it_is_a_fact()
         cancelled.future.cancel()
         made.put(cancelled)
         sent = call(kind)
-        sent.sent = True
+        sent.was_resent = True
         sent.future.cancel()
         made.put(sent)
     assert taken(made.take(100, 100)) == "DDNNLLEEGR"

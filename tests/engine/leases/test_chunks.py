@@ -9,14 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ktrdr_budget.engine.leases.chunks import Grant, Slab, Slabs
+from ktrdr_budget.engine.leases.chunks import Chunk, Chunks, Grant
 from ktrdr_budget.errors import BudgetExceeded, HoldConflict, InvalidAmount, StoreUnavailable
 
 
-def slabs_at(now_ms: list[int], *sizes: int, ends_ms: float = 1000, low: int = 0) -> Slabs:
-    made = Slabs("agent", "usd", 100, low, lambda: now_ms[0])
+def chunks_at(now_ms: list[int], *sizes: int, ends_ms: float = 1000, low: int = 0) -> Chunks:
+    made = Chunks("agent", "usd", 100, low, lambda: now_ms[0])
     for size in sizes:
-        made.add(Slab(object(), size, ends_ms))  # type: ignore[arg-type]  # any hold will do
+        made.add(Chunk(object(), size, ends_ms))  # type: ignore[arg-type]  # any hold will do
     return made
 
 
@@ -25,7 +25,7 @@ def nanos(units: int) -> Decimal:
 
 
 class Book:
-    """What a slab is in the model: reserved, spent, and open grants."""
+    """What a chunk is in the model: reserved, spent, and open grants."""
 
     def __init__(self, reserved: int, ends_ms: int) -> None:
         self.reserved, self.ends_ms, self.spent, self.open = reserved, ends_ms, 0, 0
@@ -46,9 +46,9 @@ actions = st.one_of(
 @given(st.lists(actions, max_size=60))
 def test_random_histories_agree_with_plain_arithmetic(history):
     now_ms = [0]
-    slabs = slabs_at(now_ms)
+    chunks = chunks_at(now_ms)
     granting: list[Book] = []
-    books: list[tuple[Slab, Book]] = []
+    books: list[tuple[Chunk, Book]] = []
     grants: list[tuple[Grant, Book, int]] = []
 
     def find(units: int) -> Book | None:
@@ -61,11 +61,11 @@ def test_random_histories_agree_with_plain_arithmetic(history):
 
     for action, *figures in history:
         if action == "add":
-            made = Slab(object(), figures[0], now_ms[0] + figures[1])  # type: ignore[arg-type]
+            made = Chunk(object(), figures[0], now_ms[0] + figures[1])  # type: ignore[arg-type]
             book = Book(figures[0], now_ms[0] + figures[1])
-            with slabs.lock:
-                slabs.leave_ended(now_ms[0])
-            slabs.add(made)
+            with chunks.lock:
+                chunks.leave_ended(now_ms[0])
+            chunks.add(made)
             granting[:] = [*[other for other in granting if now_ms[0] < other.ends_ms][-1:], book]
             books.append((made, book))
         elif action == "wait":
@@ -73,7 +73,7 @@ def test_random_histories_agree_with_plain_arithmetic(history):
         elif action == "spend":
             book_or_none = find(figures[0]) if figures[0] else None
             try:
-                slabs.spend(nanos(figures[0]))
+                chunks.spend(nanos(figures[0]))
             except BudgetExceeded:
                 assert book_or_none is None
             else:
@@ -83,7 +83,7 @@ def test_random_histories_agree_with_plain_arithmetic(history):
         elif action == "reserve":
             book_or_none = find(figures[0])
             try:
-                grant = slabs.reserve(nanos(figures[0]))
+                grant = chunks.reserve(nanos(figures[0]))
             except BudgetExceeded:
                 assert book_or_none is None
             else:
@@ -95,125 +95,125 @@ def test_random_histories_agree_with_plain_arithmetic(history):
             grant.commit(nanos(figures[1]))
             book.open -= reserved
             book.spent += figures[1]
-        for slab, book in books:
-            assert (slab.reserved, slab.spent, slab.promised) == (book.reserved, book.spent, book.open)
-        assert slabs.spent == nanos(sum(book.spent for _, book in books))
-        assert slabs.held == nanos(sum(book.open for _, book in books))
-        assert sum(slab.spent + slab.promised for slab, _ in books) <= sum(
+        for chunk, book in books:
+            assert (chunk.reserved, chunk.spent, chunk.granted) == (book.reserved, book.spent, book.open)
+        assert chunks.spent == nanos(sum(book.spent for _, book in books))
+        assert chunks.held == nanos(sum(book.open for _, book in books))
+        assert sum(chunk.spent + chunk.granted for chunk, _ in books) <= sum(
             max(book.reserved, book.spent + book.open) for _, book in books
         )
 
 
 def test_what_does_not_fit_changes_nothing_and_says_why():
-    slabs = slabs_at([0], 100)
-    slabs.spend(nanos(60))
+    chunks = chunks_at([0], 100)
+    chunks.spend(nanos(60))
     with pytest.raises(BudgetExceeded) as denied:
-        slabs.spend(nanos(41))
+        chunks.spend(nanos(41))
     figures = denied.value.denial
     assert (figures.reason, figures.requested, figures.fits) == ("lease_refilling", nanos(41), nanos(40))
     assert (figures.limit, figures.spent, figures.remaining) == (nanos(100), nanos(60), nanos(40))
     assert str(denied.value) == "agent: lease_refilling ($0.00000004 remaining, need $0.000000041)"
-    slabs.spend(nanos(40))
-    assert (slabs.spent, slabs.remaining) == (nanos(100), 0)
+    chunks.spend(nanos(40))
+    assert (chunks.spent, chunks.remaining) == (nanos(100), 0)
 
 
 def test_a_store_that_does_not_answer_is_another_reason():
-    slabs = slabs_at([0], 100)
-    slabs.trouble = StoreUnavailable("store at x gave no answer")
+    chunks = chunks_at([0], 100)
+    chunks.last_refill_error = StoreUnavailable("store at x gave no answer")
     with pytest.raises(StoreUnavailable, match=r"the lease of 'agent' has \$0.0000001 left: store at x"):
-        slabs.reserve("0.01")
+        chunks.reserve("0.01")
 
 
-def test_nothing_is_granted_from_a_slab_of_a_window_that_has_ended():
+def test_nothing_is_granted_from_a_chunk_of_a_window_that_has_ended():
     now_ms = [999]
-    slabs = slabs_at(now_ms, 100)
-    grant = slabs.reserve(nanos(10))
+    chunks = chunks_at(now_ms, 100)
+    grant = chunks.reserve(nanos(10))
     now_ms[0] = 1000
     with pytest.raises(BudgetExceeded):
-        slabs.spend(nanos(1))
+        chunks.spend(nanos(1))
     grant.commit(nanos(4))
-    assert slabs.spent == nanos(4)
-    assert slabs.remaining == 0
+    assert chunks.spent == nanos(4)
+    assert chunks.remaining == 0
 
 
-def test_the_next_slab_takes_over_where_the_first_has_too_little():
-    slabs = slabs_at([0], 10, 100)
-    slabs.spend(nanos(8))
-    slabs.spend(nanos(3))
-    assert [slab.spent for slab in slabs.retired] == [8]
-    assert slabs.remaining == nanos(97)
+def test_the_next_chunk_takes_over_where_the_first_has_too_little():
+    chunks = chunks_at([0], 10, 100)
+    chunks.spend(nanos(8))
+    chunks.spend(nanos(3))
+    assert [chunk.spent for chunk in chunks.retired] == [8]
+    assert chunks.remaining == nanos(97)
 
 
 def test_a_grant_is_settled_once():
-    slabs = slabs_at([0], 100)
-    grant = slabs.reserve(nanos(10))
+    chunks = chunks_at([0], 100)
+    grant = chunks.reserve(nanos(10))
     assert (grant.amount, grant.settled) == (nanos(10), False)
     grant.commit(nanos(4))
     grant.commit(nanos(4))
     for again in (grant.release, grant.commit, lambda: grant.commit(nanos(5))):
         with pytest.raises(HoldConflict):
             again()
-    assert (slabs.spent, slabs.held, grant.settled) == (nanos(4), 0, True)
+    assert (chunks.spent, chunks.held, grant.settled) == (nanos(4), 0, True)
     assert repr(grant) == "<Grant agent $0.00000001 committed $0.000000004>"
 
 
 def test_a_grant_as_a_context_manager():
-    slabs = slabs_at([0], 100)
-    with slabs.reserve(nanos(10)):
+    chunks = chunks_at([0], 100)
+    with chunks.reserve(nanos(10)):
         pass
-    with slabs.reserve(nanos(10)) as grant:
+    with chunks.reserve(nanos(10)) as grant:
         grant.commit(nanos(3))
-    with pytest.raises(KeyError), slabs.reserve(nanos(10)):
+    with pytest.raises(KeyError), chunks.reserve(nanos(10)):
         raise KeyError
-    assert (slabs.spent, slabs.held) == (nanos(13), 0)
+    assert (chunks.spent, chunks.held) == (nanos(13), 0)
 
 
-def test_a_commit_above_its_grant_is_a_fact_and_takes_more_of_the_slab():
-    slabs = slabs_at([0], 100)
-    slabs.reserve(nanos(90)).commit(nanos(95))
-    assert slabs.remaining == nanos(5)
-    slabs.reserve(nanos(5)).commit(nanos(50))
-    assert (slabs.spent, slabs.remaining) == (nanos(145), 0)
+def test_a_commit_above_its_grant_is_a_fact_and_takes_more_of_the_chunk():
+    chunks = chunks_at([0], 100)
+    chunks.reserve(nanos(90)).commit(nanos(95))
+    assert chunks.remaining == nanos(5)
+    chunks.reserve(nanos(5)).commit(nanos(50))
+    assert (chunks.spent, chunks.remaining) == (nanos(145), 0)
     with pytest.raises(BudgetExceeded):
-        slabs.spend(nanos(1))
+        chunks.spend(nanos(1))
 
 
 @pytest.mark.parametrize("amount", [True, -1, "x", None, float("nan"), "1e9999999"])
 def test_what_is_no_amount_is_refused(amount):
-    slabs = slabs_at([0], 100)
-    for decide in (slabs.spend, slabs.reserve):
+    chunks = chunks_at([0], 100)
+    for decide in (chunks.spend, chunks.reserve):
         with pytest.raises(InvalidAmount):
             decide(amount)
     with pytest.raises(InvalidAmount):
-        slabs.reserve(0)
-    slabs.spend(0)
-    assert slabs.spent == 0
+        chunks.reserve(0)
+    chunks.spend(0)
+    assert chunks.spent == 0
 
 
 def test_equal_numbers_of_other_types_keep_their_meaning():
     """0.1 is read through its repr; the Decimal that equals it exactly is a little more, and rounds up."""
-    slabs = slabs_at([0], 10**9)
+    chunks = chunks_at([0], 10**9)
     exactly = Decimal.from_float(0.1)
-    slabs.spend(exactly)
-    assert slabs.spent == Decimal("0.100000001")
-    slabs.spend(0.1)
-    slabs.spend("0.1")
-    assert slabs.spent == Decimal("0.300000001")
-    slabs.spend(Decimal(0))
+    chunks.spend(exactly)
+    assert chunks.spent == Decimal("0.100000001")
+    chunks.spend(0.1)
+    chunks.spend("0.1")
+    assert chunks.spent == Decimal("0.300000001")
+    chunks.spend(Decimal(0))
     with pytest.raises(InvalidAmount):
-        slabs.spend(False)
+        chunks.spend(False)
 
 
-def test_threads_share_a_slab_to_the_unit():
-    slabs = slabs_at([0], 10_000, ends_ms=float("inf"))
+def test_threads_share_a_chunk_to_the_unit():
+    chunks = chunks_at([0], 10_000, ends_ms=float("inf"))
     granted: list[int] = []
 
     def work() -> None:
         count = 0
         for _ in range(3_000):
             try:
-                slabs.spend(nanos(1))
-                grant = slabs.reserve(nanos(3))
+                chunks.spend(nanos(1))
+                grant = chunks.reserve(nanos(3))
             except BudgetExceeded:
                 break
             grant.commit(nanos(2))
@@ -225,6 +225,6 @@ def test_threads_share_a_slab_to_the_unit():
         thread.start()
     for thread in threads:
         thread.join()
-    assert slabs.held == 0
-    assert 3 * sum(granted) <= round(slabs.spent * 10**9) <= 10_000
-    assert 10_000 - round(slabs.spent * 10**9) < 3 + 8 * 3
+    assert chunks.held == 0
+    assert 3 * sum(granted) <= round(chunks.spent * 10**9) <= 10_000
+    assert 10_000 - round(chunks.spent * 10**9) < 3 + 8 * 3

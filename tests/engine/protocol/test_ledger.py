@@ -9,7 +9,7 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, InvalidArgument
 from ktrdr_budget.audit import Auditor
 from ktrdr_budget.engine.protocol.ledger import StoredEntry, parse_entry, public_entry
-from ktrdr_budget.engine.replica.state import Session
+from ktrdr_budget.engine.replica.state import ReplicaState
 
 from ...helpers.keyspace import Entry, ledger_entries, ledger_key, sums
 
@@ -20,8 +20,8 @@ CENT = Decimal("0.01")
 @pytest.fixture
 def short_ledgers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ledgers are trimmed above eight entries, to four."""
-    defaults = {**Session.__init__.__kwdefaults__, "ledger_entries_max": LENGTH_MAX}
-    monkeypatch.setattr(Session.__init__, "__kwdefaults__", defaults)
+    defaults = {**ReplicaState.__init__.__kwdefaults__, "ledger_entries_max": LENGTH_MAX}
+    monkeypatch.setattr(ReplicaState.__init__, "__kwdefaults__", defaults)
 
 
 @pytest.fixture

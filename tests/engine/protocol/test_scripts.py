@@ -10,19 +10,21 @@ import pytest
 import redis
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
-from ktrdr_budget.engine.protocol import (
-    Commit,
-    Head,
-    Op,
-    Reservation,
-    Restore,
-    SettleOnBehalf,
-    encode_batch,
-    parse_batch,
-    scripts,
-)
+from ktrdr_budget.engine.protocol import scripts
+from ktrdr_budget.engine.protocol.batch import BatchHead, encode_batch, parse_batch
+from ktrdr_budget.engine.protocol.codes import CommitMode
 from ktrdr_budget.engine.protocol.keys import Keys
-from ktrdr_budget.engine.replica.state import Session
+from ktrdr_budget.engine.protocol.operations import (
+    Commit,
+    CommitAmount,
+    GrantedHold,
+    Labels,
+    Operation,
+    Rendered,
+    Reserve,
+    Restore,
+)
+from ktrdr_budget.engine.replica.state import ReplicaState
 
 from ...helpers.keyspace import Entry, dump, immortal_keys, ledger_entries
 from ...helpers.waiting import wait_until
@@ -39,51 +41,81 @@ BUDGETS = [
 ]
 
 
+class Raw(Operation):
+    """An operation in the letters of the wire, whose reply is the line as it came."""
+
+    def __init__(self, hold_id: str, key: str, rendered: Rendered, fast: Rendered | None = None) -> None:
+        super().__init__(hold_id, key, [window for window, _ in rendered[1]])
+        self.letter = rendered[0][0]
+        self.rendered = rendered
+        self.fast = fast
+
+    @property
+    def asks_for_money(self) -> bool:
+        return self.letter == "R"
+
+    def render(self) -> Rendered:
+        return self.rendered
+
+    def render_fast(self) -> Rendered:
+        return self.fast or self.rendered
+
+    def parse(self, line: str) -> str:
+        return line
+
+
 class Wire:
     """Speaks to the write script in the words that its headers describe."""
 
     def __init__(self, client: redis.Redis, budgets: list[Budget] = BUDGETS, **settings: int) -> None:
         self.client = client
-        self.session = Session("t", budgets, **settings)
+        self.session = ReplicaState("t", budgets, **settings)
         self.session.set_clock(self.now_us(), 0)
         self.keys: list[str] = []
-        self.head: Head | None = None
+        self.head: BatchHead | None = None
 
-    def op(self, head: str, **parts: str) -> Op:
+    def op(self, head: str, **parts: str) -> Raw:
         letter, *words = head.split(" ")
         if letter == "S":
-            return SettleOnBehalf(words[0], self.op(" ".join(words[1:]), **parts))
+            inner = self.op(" ".join(words[1:]), **parts)
+            text, windows, tail = inner.rendered
+            return Raw(inner.hold_id, inner.key, (f"S {words[0]} {text}", windows, tail))
         hold_id = words.pop(0)
         key = self.session.keys.hold(hold_id)
         windows = [(self.session.current_window(name), tail) for name, tail in parts.items()]
         if letter == "K":  # the rest is the head of its record; a tail says base, reserved, accrued and charged
             segments = [f"|{window.flag},{window.name},{tail}" for window, tail in windows]
-            return Restore(hold_id, key, [window for window, _ in windows], " ".join(words) + "".join(segments))
+            record = " ".join(words) + "".join(segments)
+            return Raw(hold_id, key, Restore(hold_id, key, [window for window, _ in windows], record).render())
         if letter == "R":
             wanted = [(window, int(tail[1:])) for window, tail in windows]
-            ttl_ms, policy, *labels = words
-            return Reservation(hold_id, key, int(ttl_ms), policy, " ".join(labels), wanted, self.session.now_ms)
-        return Op(hold_id, key, head, windows)
+            ttl_ms, policy, owner, operation, trace_id = words
+            labels = Labels(*("" if word == "-" else word for word in (owner, operation, trace_id)))
+            now_ms = self.session.now_ms()
+            op = Reserve(hold_id, key, wanted, ttl_ms=int(ttl_ms), policy=policy, labels=labels, now_ms=now_ms)
+            text, windows, tail = op.render()
+            return Raw(hold_id, key, (text, windows, tail.replace("%21", "!")))
+        return Raw(hold_id, key, (head, windows, ""))
 
-    def commit(self, hold_id: str, *, counted: dict[str, int], **spent: int) -> Commit:
-        """One that may go the simple way."""
-        windows = {name: self.session.current_window(name) for name in spent}
-        parts = [(windows[name], f":x{units}") for name, units in spent.items()]
-        made = Commit(hold_id, self.session.keys.hold(hold_id), parts, "-", "-")
-        reserved = [(windows[name], counted[name]) for name in spent]
+    def commit(self, hold_id: str, *, counted: dict[str, int], **spent: int) -> Raw:
+        """One that may take the fast path."""
+        windows = [self.session.current_window(name) for name in spent]
+        key = self.session.keys.hold(hold_id)
+        amounts = [CommitAmount(CommitMode.EXACT, units) for units in spent.values()]
+        made = Commit(hold_id, key, windows, amounts)
         record = self.record(hold_id)
-        granted = record, record.partition("|")[0].split(" ", 6)[6]
-        made.simplify(self.session.replica_id, granted, reserved, [*spent.values()])
-        return made
+        granted = GrantedHold(record, record.partition("|")[0].split(" ", 6)[6])
+        made.enable_fast_path(self.session.replica_id, granted, [counted[name] for name in spent])
+        return Raw(hold_id, key, made.render(), made.render_fast())
 
-    def send(self, *ops: Op, simple: bool = False) -> list[str]:
+    def send(self, *ops: Raw, fast: bool = False) -> list[str]:
         header = self.session.header
         for op in ops:
-            op.brief = op.brief or (op.head if op.letter == "R" else None)
-        name, self.keys, args = encode_batch(self.session.keys, header, ops, simple=simple)
-        assert (name == scripts.FAST_PATH) == simple
+            op.uses_fast_path = op.letter == "R" or op.fast is not None
+        name, self.keys, args = encode_batch(self.session.keys, header, ops, use_fast_path=fast)
+        assert (name == scripts.FAST_PATH) == fast
         reply = self.client.eval(scripts.script(name).source, len(self.keys), *self.keys, *args)
-        self.head, lines = parse_batch(reply)
+        self.head, lines = parse_batch(reply, ops)
         self.session.absorb(self.head, header)
         return lines
 
@@ -325,9 +357,6 @@ TOUCHING = {
     "L op_z 0": ":x0",
     "E op_1 60000 0": ":30:200",
     "X op_x": "",
-    "H op_1": ":10",
-    "P op_1 c 9999999999999 1764000000000000 - - -": ":20:20:0",
-    "P new c 9999999999999 1764000000000000 - - -": ":20:20:0",
     "N new 0 - -": ":20",
     f"K new c {TIMES} - - -": ",20,,20",
     f"K new r {TIMES} - - -": ",20,,",
@@ -379,7 +408,7 @@ def test_nor_is_it_in_the_simple_way(begun):
         begun.commit("op_1", counted={"agent": 150}, agent=70),
         begun.commit("op_2", counted={"cycles": 1}, cycles=1),
     ]
-    assert begun.send(*commits, simple=True) == ["s", "s"]
+    assert begun.send(*commits, fast=True) == ["s", "s"]
     assert stored(begun) == before
 
 
@@ -404,7 +433,7 @@ def test_what_is_settled_is_told_without_its_window(client, wire):
 
 def test_a_simple_commit_is_in_the_share_of_whoever_made_it(wire):
     wire.reserve("op_1", agent=150)
-    assert wire.send(wire.commit("op_1", counted={"agent": 150}, agent=70), simple=True) == ["k"]
+    assert wire.send(wire.commit("op_1", counted={"agent": 150}, agent=70), fast=True) == ["k"]
     assert Wire(wire.client).ask("D op_1", agent=":x70") == f"p - 70 {wire.session.replica_id}"
 
 
@@ -500,11 +529,11 @@ def test_a_duplicate_in_one_batch_sees_the_one_before_it(wire):
 def test_the_head_tells_time_writes_epoch_and_due_holds(client, wire):
     wire.reserve("op_1", 1000, agent=150)
     head = wire.head
-    assert (head.writes, head.went_back, head.due) == (1, False, ())
+    assert (head.acknowledged, head.data_loss, head.due) == (1, False, ())
     assert head.epoch is not None and head.epoch.startswith("3.")
     assert abs(head.now_us - client.time()[0] * 1_000_000) < 2_000_000
     wire.reserve("op_2", agent=6 * 10**9)
-    assert (wire.head.writes, wire.head.epoch) == (1, None), "a denial is no write; the epoch is known"
+    assert (wire.head.acknowledged, wire.head.epoch) == (1, None), "a denial is no write; the epoch is known"
     wire.wait_due("op_1")
     wire.reserve("op_3", agent=6 * 10**9)
     assert wire.head.due == ("op_1",)
@@ -515,10 +544,10 @@ def test_a_store_that_went_back_does_nothing_but_say_so_and_grants_nothing_until
     client.flushall()
     again = wire.op("R op_2 60000 c - - -", agent=":150")
     assert wire.send(again, wire.op("N op_3 0 - -", agent=":10")) == []
-    assert (wire.head.went_back, wire.head.writes) == (True, 0)
+    assert (wire.head.data_loss, wire.head.acknowledged) == (True, 0)
     assert list(client.scan_iter()) == ["ktrdr:{t}:meta"]
     [refused] = wire.send(again)
-    assert not wire.head.went_back
+    assert not wire.head.data_loss
     word, until_ms = refused.split(" ")
     assert word == "l"
     assert 0 < int(until_ms) - wire.now_us() // 1000 <= 3000
@@ -595,11 +624,12 @@ def test_a_store_of_another_schema_is_refused(client, wire, schema):
 # -- whose limit is in force -------------------------------------------------------------------------------------------
 
 
-def with_limit(client: redis.Redis, limit: str, started: str, replica: str = "") -> Wire:
-    """A replica that says this of its start."""
+def with_limit(client: redis.Redis, limit: str, started_us: int, replica: str = "") -> Wire:
+    """A replica that started at this time of the store."""
     made = Wire(client, [Budget("agent", limit)])
+    made.session.renew()
     made.session.replica_id = replica or made.session.replica_id
-    made.session._header = made.session.header._replace(replica=made.session.replica_id, started=started)
+    made.session.set_clock(started_us, 0)
     return made
 
 
@@ -609,7 +639,7 @@ def limit_in_force(wire: Wire) -> str | None:
 
 @pytest.mark.parametrize("first", [0, 1])
 def test_of_two_replicas_that_started_at_once_the_one_with_the_larger_id_decides(client, wire, first):
-    started = str(wire.now_us())
+    started = wire.now_us()
     replicas = [
         with_limit(client, "2.00", started, "00000000000a"),
         with_limit(client, "3.00", started, "00000000000b"),
@@ -620,10 +650,10 @@ def test_of_two_replicas_that_started_at_once_the_one_with_the_larger_id_decides
 
 
 def test_a_start_in_the_future_of_the_store_counts_as_now(client, wire):
-    ahead = with_limit(client, "2.00", str(wire.now_us() + 7_200_000_000))
+    ahead = with_limit(client, "2.00", wire.now_us() + 7_200_000_000)
     ahead.reserve("op_1", agent=1)
     assert limit_in_force(wire) == str(2 * 10**9)
-    later = with_limit(client, "3.00", str(wire.now_us()))
+    later = with_limit(client, "3.00", wire.now_us())
     later.reserve("op_2", agent=1)
     ahead.reserve("op_3", agent=1)  # it has learned from the reply what its start counts as
     assert limit_in_force(wire) == str(3 * 10**9)
@@ -633,7 +663,7 @@ def test_a_limit_that_was_asserted_before_the_clock_was_set_back_is_replaced(cli
     wire.reserve("op_1", agent=1)
     key = wire.session.current_window("agent").key
     client.hset(key, mapping={"limit": 7, "asserted": f"{wire.now_us() + 7_200_000_000} ffffffffffff"})
-    with_limit(client, "3.00", str(wire.now_us())).reserve("op_2", agent=1)
+    with_limit(client, "3.00", wire.now_us()).reserve("op_2", agent=1)
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
@@ -642,7 +672,7 @@ def test_a_replica_that_does_not_know_the_clock_of_the_store_says_its_age(client
     unknowing = Wire(client)
     unknowing.session.renew()
     sent = unknowing.session.header
-    assert -10_000_000 < int(sent.started) <= 0
+    assert (sent.started_us, 0 <= sent.age_us < 10_000_000) == (None, True)
     unknowing.reserve("op_1", agent=1)
     started_us, replica = client.hget(wire.session.current_window("agent").key, "asserted").split(" ")
     assert before_us - 1_000_000 < int(started_us) <= unknowing.head.now_us
@@ -666,12 +696,12 @@ def test_the_simple_way_reserves_and_commits_as_the_long_way_does(client, usual)
     for simple in (False, True):
         hold_id = f"op_{simple}"
         before = {name: usual.sums(name) for name in amounts}
-        assert usual.send(usual.op(f"R {hold_id} 60000 a me research t1", **parts), simple=simple) == ["g"]
+        assert usual.send(usual.op(f"R {hold_id} 60000 a me research t1", **parts), fast=simple) == ["g"]
         assert client.zscore("ktrdr:{t}:due", hold_id) == int(usual.record(hold_id).split(" ")[2])
         granted, expires_ms = usual.record(hold_id), client.pexpiretime(usual.session.keys.hold(hold_id))
         commit = usual.commit(hold_id, counted=amounts, **spent)
-        [line] = usual.send(commit, simple=simple)
-        assert (commit.told if simple else line) == "k o 151,1,0"
+        [line] = usual.send(commit, fast=simple)
+        assert line == ("k" if simple else "k o 151,1,0")
         assert client.zscore("ktrdr:{t}:due", hold_id) is None
         assert 0 < client.pttl(usual.session.keys.hold(hold_id)) <= DAY_MS
         times = granted.split(" ")[2:4]
@@ -692,14 +722,14 @@ def test_the_simple_way_reserves_and_commits_as_the_long_way_does(client, usual)
 
 def test_the_simple_way_decides_a_batch_in_order_and_to_the_unit(usual):
     limit = 5 * 10**9
-    lines = usual.send(*(usual.op(f"R op_{n} 60000 c - - -", agent=f":{limit // 4}") for n in range(4)), simple=True)
+    lines = usual.send(*(usual.op(f"R op_{n} 60000 c - - -", agent=f":{limit // 4}") for n in range(4)), fast=True)
     assert lines == ["g", "g", "g", "s"], "one unit is held"
     commit = usual.commit("op_0", counted={"agent": limit // 4}, agent=limit // 4 - 7)
     surplus = usual.op("R op_4 60000 c - - -", agent=f":{limit // 4 + 7}")
     again = usual.op("R op_5 60000 c - - -", agent=f":{limit // 4 + 5}")
-    assert usual.send(commit, surplus, again, usual.op("R op_6 60000 c - - -", agent=":1"), simple=True) == [*"ksgg"]
+    assert usual.send(commit, surplus, again, usual.op("R op_6 60000 c - - -", agent=":1"), fast=True) == [*"ksgg"]
     assert usual.sums("agent") == figures(spent=limit // 4 - 7, held=limit * 3 // 4 + 7, events=1)
-    assert usual.head.writes == usual.session._acknowledged == 3
+    assert usual.head.acknowledged == usual.session.acknowledged == 3
 
 
 def test_what_does_not_fit_the_simple_way_leaves_large_sums_exact(client):
@@ -707,7 +737,7 @@ def test_what_does_not_fit_the_simple_way_leaves_large_sums_exact(client):
     wire.reserve("first", agent=1, few=1)
     most = 2**53 - 2
     refused = wire.op("R op_1 60000 c - - -", agent=f":{most}", few=":1")
-    lines = wire.send(wire.op("R op_0 60000 c - - -", agent=":2"), refused, simple=True)
+    lines = wire.send(wire.op("R op_0 60000 c - - -", agent=":2"), refused, fast=True)
     assert lines == ["g", "s"]
     assert wire.sums("agent")["held"] == 3
 
@@ -724,7 +754,7 @@ def test_what_is_not_simple_is_said_to_be_so_and_changes_nothing(client, usual):
     before = dump(client)
     taken = usual.op("R op_1 60000 c - - -", agent=":150")
     mixed = usual.op("R op_3 60000 c - - -", agent=":1", cycles=":11")
-    assert usual.send(stale, due, lost, taken, mixed, simple=True) == ["s"] * 5
+    assert usual.send(stale, due, lost, taken, mixed, fast=True) == ["s"] * 5
     yesterday = usual.yesterday()
     yesterday.session.absorb(usual.head, yesterday.session.header)
     yesterday.session.set_clock(usual.now_us() - DAY_MS * 1000, 0)
@@ -732,7 +762,7 @@ def test_what_is_not_simple_is_said_to_be_so_and_changes_nothing(client, usual):
     newer.session.set_clock(usual.now_us(), 0)
     other = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
     for replica in (yesterday, newer, other):
-        assert replica.send(replica.op("R op_4 60000 c - - -", agent=":1"), simple=True) == ["s"]
+        assert replica.send(replica.op("R op_4 60000 c - - -", agent=":1"), fast=True) == ["s"]
     assert dump(client) == before
 
 
@@ -751,10 +781,10 @@ def test_a_store_that_is_not_as_usual_is_not_simple(client, usual, change):
         case "window":
             client.delete(usual.session.current_window("agent").key)
     before = dump(client)
-    assert usual.send(usual.op("R op_2 60000 c - - -", agent=":150"), simple=True) == ["s"]
+    assert usual.send(usual.op("R op_2 60000 c - - -", agent=":150"), fast=True) == ["s"]
     assert dump(client) == before
     expected = "k" if change == "repair" else "s"
-    assert usual.send(commit, simple=True) == [expected], "facts need no admission"
+    assert usual.send(commit, fast=True) == [expected], "facts need no admission"
     assert keys.meta == meta
 
 
@@ -764,7 +794,7 @@ def test_a_limit_of_run_time_counts_the_simple_way_too(client, usual):
     for changed, line in ((f"{10**10} 0", "g"), ("100 0", "s"), (f"- {until_ms}", "g"), ("100 1", "s")):
         client.hset("ktrdr:{t}:limits", "agent", changed)
         hold_id = f"op_{changed.replace(' ', '_')}"
-        assert usual.send(usual.op(f"R {hold_id} 60000 c - - -", agent=f":{6 * 10**9}"), simple=True) == [line], changed
+        assert usual.send(usual.op(f"R {hold_id} 60000 c - - -", agent=f":{6 * 10**9}"), fast=True) == [line], changed
         if line == "g":
             usual.ask(f"L {hold_id} 0", agent=":x0")
 
@@ -775,7 +805,7 @@ def test_the_fast_path_counts_holds_always_below_a_small_bound_and_else_only_if_
     wire.reserve("op_1", agent=1)
     filler = {f"filler_{number}": 9_999_999_999_999 for number in range(max_holds - 1)}
     client.zadd("ktrdr:{t}:due", filler)
-    asked = lambda hold_id: wire.send(wire.op(f"R {hold_id} 60000 c - - -", agent=":1"), simple=True)  # noqa: E731
+    asked = lambda hold_id: wire.send(wire.op(f"R {hold_id} 60000 c - - -", agent=":1"), fast=True)  # noqa: E731
     assert asked("op_2") == (["s"] if max_holds == 2 else ["g"])
     if max_holds == 2:
         return
@@ -839,9 +869,9 @@ def test_an_endless_ledger_stays_bounded_and_adds_up(client, simple):
     for first in range(0, 3000, 100):
         ids = [f"op_{n}" for n in range(first, first + 100)]
         if simple:
-            wire.send(*(wire.op(f"R {hold_id} 60000 c - - -", all=":5000") for hold_id in ids), simple=True)
+            wire.send(*(wire.op(f"R {hold_id} 60000 c - - -", all=":5000") for hold_id in ids), fast=True)
             commits = [wire.commit(hold_id, counted={"all": 5000}, all=int(hold_id[3:])) for hold_id in ids]
-            wire.send(*commits, simple=True)
+            wire.send(*commits, fast=True)
         else:
             wire.send(*(wire.op(f"N {hold_id} 0 - -", all=f":{hold_id[3:]}") for hold_id in ids))
     assert sum(wire.ledger("all")) == wire.sums("all")["spent"] == sum(range(3000))
@@ -944,11 +974,11 @@ def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, cl
     client.hdel("ktrdr:{t}:meta", "recovering_until")  # there were words of repair among them
     simple = setup.commit("op_6", counted={"agent": 150, "cycles": 1}, agent=70, cycles=1)
     ops = [simple, setup.op("R newer 60000 c - - -", agent=":150")]
-    _, setup.keys, _ = encode_batch(setup.session.keys, setup.session.header, ops, simple=True)
+    _, setup.keys, _ = encode_batch(setup.session.keys, setup.session.header, ops, use_fast_path=True)
     with server.client() as other:
         setup.client = other
         strict(setup)
-        assert setup.send(*ops, simple=True) == ["k", "g"]
+        assert setup.send(*ops, fast=True) == ["k", "g"]
     client.acl_deluser("strict")
 
 

@@ -1,4 +1,4 @@
-"""A call of the limiter while it is under way, and what a hook is told of it when it has ended."""
+"""A call of the limiter while it is under way, and the observation of it once it has ended."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ktrdr_budget.engine.calls.reads import Flow
+from ktrdr_budget.engine.calls.context import Flow
 
-__all__ = ["Call", "Observation", "Observer"]
+__all__ = ["Observation", "Observer", "PendingCall"]
 
 
 @dataclass(frozen=True, slots=True)
 class Observation:
-    """What a hook is told of each finished call, and of spend whose call has ended before it was recorded.
+    """A finished call, or spend that was recorded after its call had ended.
 
-    A settlement is ``replayed`` here if it was reported before: not if it is a retry's, and the first reply was lost.
+    A settlement is ``replayed`` here if it was observed before: not if it is a retry's, and the first reply was lost.
     """
 
     operation: str
@@ -27,28 +27,35 @@ class Observation:
     error: BaseException | None
     seconds: float
     context: contextvars.Context
-    """The caller's, as it was when it called."""
+    """The caller's, as it was at the call."""
 
 
 Observer = Callable[[Observation], None]
 
 
-class Call:
-    """One flow, and whoever awaits its result."""
+class PendingCall:
+    """One call, and the future that its caller awaits.
+
+    Args:
+        started_s: by the monotonic clock.
+        deadline_s: by the event loop's clock.
+        stalled_max_s: once the event loop was blocked for so long in sum, a missing reply says nothing of the store.
+        kept: the caller will not retry: a settlement that fails is sent again, as if the caller were gone.
+    """
 
     __slots__ = (
         "context",
-        "deadline",
-        "delayed",
+        "deadline_s",
         "flow",
         "future",
         "kept",
         "operation",
         "request",
-        "sent",
         "stalled_max_s",
-        "started",
+        "started_s",
         "unacknowledged",
+        "was_renewed",
+        "was_resent",
     )
 
     def __init__(
@@ -56,8 +63,8 @@ class Call:
         flow: Flow[Any],
         future: Any,
         operation: str,
-        started: float,
-        deadline: float,
+        started_s: float,
+        deadline_s: float,
         stalled_max_s: float = math.inf,
         *,
         kept: bool = False,
@@ -65,17 +72,16 @@ class Call:
         self.flow = flow
         self.future = future
         self.operation = operation
-        self.started = started
-        self.deadline = deadline
+        self.started_s = started_s
+        self.deadline_s = deadline_s
         self.stalled_max_s = stalled_max_s
-        """Once the event loop stood still for so long in sum, that the call got no reply says nothing of the store."""
-        self.delayed = False
-        """Its time has begun anew, for the event loop stood still."""
         self.kept = kept
-        """The caller will not retry: the limiter sends a settlement that fails again, as if the caller were gone."""
+        self.was_renewed = False
+        """Whether its time was given anew, because the event loop was blocked."""
         self.context = contextvars.copy_context()
         self.request: Any = None
-        self.sent = False
-        """Whether an attempt that brought no answer may have been executed all the same."""
+        """What it waits for."""
+        self.was_resent = False
+        """Whether an attempt without a reply may have been executed."""
         self.unacknowledged = False
         """Whether that attempt may have been the first of a settlement: then its replay is the first reply."""

@@ -1,0 +1,181 @@
+"""What the calls of one limiter share.
+
+A call is a generator: it yields what to send to the store (:class:`~..protocol.operations.Operation`,
+:class:`~..protocol.requests.Read` or :class:`~..protocol.requests.Command`), receives the typed reply, and returns the
+result. It validates before it yields, so that bad input is refused before anything is sent. A read is answered only
+from a store that has lost nothing, or that this replica has repaired; without a reply within the deadline,
+:class:`~ktrdr_budget.errors.StoreUnavailable` is thrown into the generator. Sync and async limiters share all of it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ktrdr_budget.engine.outage.policy import OutagePolicy, release_unreceived
+from ktrdr_budget.engine.protocol.hold_record import HoldRecord
+from ktrdr_budget.engine.protocol.operations import Operation, Retire
+from ktrdr_budget.engine.protocol.requests import Command, PreparedFact, Read, parse_hold_records, records_read
+from ktrdr_budget.engine.protocol.window import Window
+from ktrdr_budget.engine.replica.hold import HoldBase
+from ktrdr_budget.engine.replica.outbox import Entry, Outbox
+from ktrdr_budget.engine.replica.state import ReplicaState
+from ktrdr_budget.errors import InvalidAmount, InvalidArgument, StoreError, UnknownHold, shown
+from ktrdr_budget.money import AmountIn, to_units
+
+__all__ = ["RETIRE_ROUNDS_MAX", "CallContext", "Flow", "checked_label"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+Result = TypeVar("Result")
+Flow = Generator[Operation | Read | Command, Any, Result]
+
+RETIRE_ROUNDS_MAX = 64
+_LABEL_CHARACTERS_MAX = 256
+
+
+class CallContext:
+    """The state that calls work on.
+
+    Args:
+        new_hold: makes the sync or async hold.
+        trace_id: the current trace, for the ledger; ``""`` without one.
+    """
+
+    def __init__(
+        self,
+        state: ReplicaState,
+        outbox: Outbox,
+        policy: OutagePolicy,
+        new_hold: Callable[..., Any],
+        trace_id: Callable[[], str],
+    ) -> None:
+        self.state = state
+        self.outbox = outbox
+        self.policy = policy
+        self.new_hold = new_hold
+        self._trace_id = trace_id
+        self.denials = DenialCache()
+
+    @property
+    def trace_id(self) -> str:
+        """The current trace, as a label."""
+        return checked_label(self._trace_id())
+
+    def windows_of(self, record: HoldRecord) -> list[Window]:
+        """The windows of a hold's record."""
+        return [self.state.window(s.budget, s.window, s.flag) for s in record.segments]
+
+    def parts_of(self, record: HoldRecord) -> list[tuple[Window, int]]:
+        """The windows of a hold's record, each with the whole units reserved."""
+        return [(self.state.window(s.budget, s.window, s.flag), s.reserved) for s in record.segments]
+
+    def wanted(
+        self, budget: str | Mapping[str, AmountIn], amount: AmountIn | None, *, positive: bool = True
+    ) -> list[tuple[str, int]]:
+        """The budgets of a request, each with its whole units."""
+        state = self.state
+        if isinstance(budget, str):
+            if amount is None:
+                raise InvalidAmount(f"no amount given for {budget!r}")
+            return [(budget, to_units(amount, state.budget(budget).unit, positive=positive))]
+        if not isinstance(budget, Mapping) or not budget:
+            raise InvalidArgument("budget must be a name, or a mapping of names to amounts")
+        if amount is not None:
+            raise InvalidArgument("amounts are in the mapping; give no other")
+        return [(name, to_units(value, state.budget(name).unit, positive=positive)) for name, value in budget.items()]
+
+    def release_later(self, hold_id: str, windows: Iterable[Window], request: str) -> None:
+        """Release a grant that no caller has received once the store replies; if it was not made, prevent it."""
+        op = release_unreceived(hold_id, self.state.keys.hold(hold_id), windows, request)
+        if evicted := self.outbox.add(Entry(op, "release", self.state.now_ms() * 1000)):
+            logger.error("outbox full: outcome of %s unknown, dropped", evicted.hold_id)
+
+    # -- holds by id ---------------------------------------------------------------------------------------------------
+
+    def retire(self, due: Iterable[str]) -> Flow[None]:
+        """Make holds that are past their deadline unconfirmed."""
+        ids = list(due)
+        yield from self.retire_records(dict(zip(ids, (yield from self.read_records(ids)), strict=True)))
+
+    def retire_records(self, records: Mapping[str, HoldRecord | None]) -> Flow[None]:
+        """As :meth:`retire`, of holds whose records were read."""
+        for hold_id, record in records.items():
+            windows = self.windows_of(record) if record else []
+            try:
+                yield Retire(hold_id, self.state.keys.hold(hold_id), windows)
+            except StoreError as error:  # one hold or window that cannot be read does not fail other calls
+                logger.warning("retirement of hold %s failed: %s", hold_id, error)
+
+    def read_records(self, hold_ids: Sequence[str]) -> Flow[list[HoldRecord | None]]:
+        """The records of holds; ``None`` for an unknown hold."""
+        _, items = yield records_read(self.state.keys, self.state.replica_id, hold_ids)
+        return parse_hold_records(items)
+
+    def read_hold(self, hold_id: str, fact: PreparedFact | None = None) -> Flow[HoldRecord]:
+        """A hold's record, retired if it is due.
+
+        Args:
+            fact: the settlement or report that this prepares.
+
+        Raises:
+            UnknownHold: there is none.
+        """
+        retired = False
+        state = self.state
+        while True:
+            read = records_read(state.keys, state.replica_id, [hold_id], while_recovering="answers if found")
+            head, items = yield read._replace(prepares=fact)
+            [record] = parse_hold_records(items)
+            if record is None:
+                raise UnknownHold(f"unknown hold {hold_id!r}")
+            if retired or not record.is_due(head.now_ms):
+                return record
+            yield from self.retire_records({hold_id: record})
+            retired = True
+
+    def offline_hold(self, hold_id: str) -> HoldBase | None:
+        """A hold that was granted without the store."""
+        return self.policy.holds.get(hold_id)
+
+
+class DenialCache:
+    """When a denied caller can return, per window; looked up once for all that are denied within a second."""
+
+    _LIFETIME_MS = 1_000
+    _ENTRIES_MAX = 1_000
+
+    def __init__(self) -> None:
+        self._entries: dict[str, tuple[int, int, int]] = {}
+        """By the keys of windows: the first deadline of any open hold then, when it was looked up, what was found."""
+
+    def get(self, window: Window, first_deadline_ms: int, now_ms: int) -> int | None:
+        """The deadline found for this window, unless another hold has become the first meanwhile."""
+        entry = self._entries.get(window.key)
+        if entry is None or entry[0] != first_deadline_ms or not 0 <= now_ms - entry[1] < self._LIFETIME_MS:
+            return None
+        return entry[2]
+
+    def put(self, window: Window, first_deadline_ms: int, now_ms: int, found_ms: int) -> None:
+        """Keep the deadline found for this window."""
+        if len(self._entries) >= self._ENTRIES_MAX:
+            self._entries.clear()
+        self._entries[window.key] = first_deadline_ms, now_ms, found_ms
+
+
+def checked_label(text: str) -> str:
+    """Check a text that goes into the ledger.
+
+    Raises:
+        InvalidArgument: it is too long, or no text.
+    """
+    if not text:
+        return ""
+    if not isinstance(text, str) or len(text) > _LABEL_CHARACTERS_MAX:
+        raise InvalidArgument(f"a label is a string of at most {_LABEL_CHARACTERS_MAX} characters")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidArgument(f"a label must be text that UTF-8 can encode, not {shown(text)}") from None
+    return text

@@ -1,0 +1,123 @@
+"""Limits that are set at run time, and the migration of definitions."""
+
+from __future__ import annotations
+
+import logging
+from datetime import UTC, datetime
+
+from ktrdr_budget.engine.calls.context import CallContext, Flow
+from ktrdr_budget.engine.calls.read import status
+from ktrdr_budget.engine.calls.results import definition_conflict
+from ktrdr_budget.engine.protocol.keys import stored_window
+from ktrdr_budget.engine.protocol.replies import OtherDefinition
+from ktrdr_budget.engine.protocol.requests import (
+    definition_read,
+    parse_migrate,
+    parse_set_limit,
+    parse_text,
+)
+from ktrdr_budget.engine.protocol.requests import (
+    migrate as migrate_command,
+)
+from ktrdr_budget.engine.protocol.requests import (
+    set_limit as set_limit_command,
+)
+from ktrdr_budget.errors import InvalidArgument, shown
+from ktrdr_budget.models import Budget, Migration, Status
+from ktrdr_budget.money import AmountIn, to_units
+from ktrdr_budget.periods import to_ms, window_at
+
+__all__ = ["clear_limit", "migrate", "set_limit"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+
+def set_limit(context: CallContext, name: str, limit: AmountIn | None, until: datetime | str | None) -> Flow[Status]:
+    """Set a limit for all replicas."""
+    budget = context.state.budget(name)
+    units = None if limit is None else to_units(limit, budget.unit, round_down=True)
+    if until is not None and until != "window" and (not isinstance(until, datetime) or until.utcoffset() is None):
+        raise InvalidArgument(f"until must be an aware datetime, 'window' or None, not {shown(until)}")
+    while True:
+        yield from status(context, [name])  # sets the store's clock, which decides on the window and on the past
+        until_ms = _until_ms(context, budget, until)
+        changed_us = yield from _change_limit(context, budget, units, until_ms)
+        context.state.journal.limit_changed(budget, units, until_ms, changed_us)
+        [now] = yield from status(context, [name])
+        if until != "window" or now.resets_at is None or to_ms(now.resets_at) == until_ms:
+            return now
+
+
+def clear_limit(context: CallContext, name: str) -> Flow[Status]:
+    """Return to the configured limit."""
+    budget = context.state.budget(name)
+    changed_us = yield from _change_limit(context, budget, None, 0, clear=True)
+    context.state.journal.limit_cleared(budget, changed_us)
+    return (yield from status(context, [name]))[0]
+
+
+def _change_limit(
+    context: CallContext, budget: Budget, units: int | None, until_ms: int, *, clear: bool = False
+) -> Flow[int]:
+    """Return the store's time of the change in microseconds."""
+    keys = context.state.keys
+    reply = yield set_limit_command(keys, budget.name, units, until_ms, budget.definition, clear=clear)
+    result = parse_set_limit(reply, budget.name)
+    if isinstance(result, OtherDefinition):
+        raise definition_conflict(budget, result.registered)
+    return result
+
+
+def _until_ms(context: CallContext, budget: Budget, until: datetime | str | None) -> int:
+    now_ms = context.state.now_ms()
+    if until is None:
+        return 0
+    if not isinstance(until, datetime):
+        return window_at(budget.period, budget.timezone, now_ms).end_ms or 0
+    until_ms = to_ms(until.astimezone(UTC))
+    if until_ms <= now_ms:
+        raise InvalidArgument(f"until lies in the past: {until.isoformat()}")
+    return until_ms
+
+
+def migrate(context: CallContext, name: str) -> Flow[Migration]:
+    """Replace the registered definition of a budget by this replica's; change nothing if they are the same."""
+    state = context.state
+    budget, keys = state.budget(name), state.keys
+    before: str | None = None
+    while True:
+        head, items = yield definition_read(keys, state.replica_id, name)
+        registered = parse_text(items)
+        there = _registered_budget(budget, registered)
+        before = (registered and there.identity) if before is None else before
+        if registered == budget.definition:  # it was before, or this call has done it and the reply was lost
+            return Migration(name, before or None, budget.identity)
+        span = window_at(there.period, there.timezone, head.now_ms)
+        window = keys.window(name, stored_window(span.name, there.definition))
+        reply = yield migrate_command(
+            keys,
+            name,
+            registered,
+            budget.definition,
+            window,
+            start_ms=span.start_ms,
+            end_ms=span.end_ms or 0,
+            drop=there.unit != budget.unit,
+        )
+        if (dropped := parse_migrate(reply)) is not None:
+            logger.warning(
+                "definition of budget %s registered: %s; before: %s", name, budget.identity, before or "none"
+            )
+            return Migration(name, before or None, budget.identity, limit_cleared=dropped)
+
+
+def _registered_budget(budget: Budget, registered: str) -> Budget:
+    """The budget as it is registered; as this replica defines it, if it is not."""
+    if not registered:
+        return budget
+    try:
+        unit, period, timezone, kind = registered.split(",")
+        return Budget(budget.name, None, unit=unit, period=period, timezone=timezone, kind=kind)
+    except ValueError:
+        way_out = "a version that supports the registered definition can replace it"
+        raise definition_conflict(budget, registered, way_out) from None

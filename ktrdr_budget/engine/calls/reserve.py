@@ -1,0 +1,155 @@
+"""Reservations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ktrdr_budget.engine.calls.context import RETIRE_ROUNDS_MAX, CallContext, Flow, checked_label
+from ktrdr_budget.engine.calls.refusals import refusal
+from ktrdr_budget.engine.calls.results import amounts_text
+from ktrdr_budget.engine.outage.policy import OfflineReservation, release_unreceived
+from ktrdr_budget.engine.protocol.codes import POLICY_CODES, ReleaseMode
+from ktrdr_budget.engine.protocol.operations import Labels, Release, Reserve
+from ktrdr_budget.engine.protocol.replies import Conflict, Denied, Granted, Replayed, Settled, StaleWindow
+from ktrdr_budget.engine.replica.hold import HoldBase
+from ktrdr_budget.errors import HoldConflict, InvalidArgument, StoreError, StoreUnavailable, shown
+from ktrdr_budget.models import OnExpiry, check_name, check_ttl_ms
+from ktrdr_budget.money import AmountIn
+
+__all__ = ["release_grant", "reserve", "reserve_units"]
+
+
+def reserve(
+    context: CallContext,
+    budget: str | Mapping[str, AmountIn],
+    amount: AmountIn | None,
+    hold_id: str | None,
+    ttl: float,
+    on_expiry: OnExpiry,
+    operation: str,
+    owner: str,
+) -> Flow[Any]:
+    """Hold the amounts, all or none; return the hold."""
+    wanted = context.wanted(budget, amount)
+    context.policy.begin()
+    has_own_id = hold_id is not None
+    hold_id = context.state.new_id() if hold_id is None else check_name(hold_id, "id")
+    ttl_ms = check_ttl_ms(ttl)
+    try:
+        policy = POLICY_CODES[on_expiry]
+    except (KeyError, TypeError):
+        raise InvalidArgument(f"on_expiry must be 'charge', 'accrued' or 'release', not {shown(on_expiry)}") from None
+    if has_own_id and (known := _offline_replay(context, hold_id, wanted, policy, ttl_ms)) is not None:
+        return known
+    # An id that was made for this request names it. The caller's own may be in use by others.
+    request = context.state.new_id() if has_own_id else ""
+    labels = Labels(checked_label(owner), checked_label(operation), context.trace_id)
+    return (yield from reserve_units(context, wanted, hold_id, ttl_ms, policy, labels, request))
+
+
+def reserve_units(
+    context: CallContext,
+    wanted: Sequence[tuple[str, int]],
+    hold_id: str,
+    ttl_ms: int,
+    policy: str,
+    labels: Labels,
+    request: str = "",
+    *,
+    store_only: bool = False,
+) -> Flow[Any]:
+    """As :func:`reserve`, of whole units.
+
+    Args:
+        request: names this request if the caller chose the id; else empty.
+        store_only: only the store can grant it.
+    """
+    state = context.state
+    key = state.keys.hold(hold_id)
+    rounds = 0
+    while True:
+        parts = [(state.current_window(name), units) for name, units in wanted]
+        op = Reserve(
+            hold_id, key, parts, ttl_ms=ttl_ms, policy=policy, labels=labels, now_ms=state.now_ms(), request=request
+        )
+        try:
+            reply, answer = yield op
+        except StoreUnavailable as error:
+            # Only a store that cannot be reached lets the policy grant: not an error, nor one that is not ready.
+            if not error.reached and not store_only:
+                known = _offline_replay(context, hold_id, wanted, policy, ttl_ms)  # granted while this waited
+                offline = OfflineReservation(hold_id, parts, ttl_ms, policy, labels, request, error.ambiguous)
+                hold = known or context.policy.reserve(offline)
+                if hold is not None:
+                    return hold
+            if not request and error.ambiguous:  # it may be granted, under an id that no caller has
+                context.release_later(hold_id, op.windows, request)
+            raise
+        if isinstance(reply, Granted):
+            deadline_ms = answer.now_us // 1000 + ttl_ms
+            granted = op.granted(answer.now_us, deadline_ms)
+            state.journal.granted(hold_id, op.windows, granted.text, answer.now_us)
+            return context.new_hold(
+                hold_id, parts, ttl_ms, deadline_ms, granted=granted, request=request, created_us=answer.now_us
+            )
+        rounds += 1
+        if isinstance(reply, Denied) and answer.due and rounds < RETIRE_ROUNDS_MAX:
+            yield from context.retire(answer.due)
+        elif isinstance(reply, Replayed):
+            record = reply.record
+            if not record.is_due(answer.now_us // 1000):
+                windows = context.windows_of(record)
+                state.journal.extended(hold_id, reply.text, windows, answer.now_us)
+                parts = context.parts_of(record)
+                deadline_ms = record.deadline_ms
+                hold = context.new_hold(hold_id, parts, ttl_ms, deadline_ms, record=record, request=record.request)
+                # What was granted to this very request, by an attempt whose reply was lost, is no replay to it.
+                hold.replayed = record.request != request or record.unreceived
+                return hold
+            yield from context.retire_records({hold_id: record})
+        elif isinstance(reply, Conflict) and reply.is_tombstone:
+            yield Release(hold_id, key, op.windows, ReleaseMode.LIFT)  # it was left for another request
+        elif not isinstance(reply, StaleWindow):
+            raise (yield from refusal(context, op, reply, answer.now_us))
+
+
+def _offline_replay(
+    context: CallContext, hold_id: str, wanted: Sequence[tuple[str, int]], policy: str, ttl_ms: int
+) -> HoldBase | None:
+    """The hold of this id if it was granted without the store, as it is now; ``None`` if none was (P3).
+
+    Raises:
+        HoldConflict: it was granted with other contents.
+    """
+    known = context.offline_hold(hold_id)
+    if known is None:
+        return None
+    context.policy.expire()
+    record = known.offline_record
+    assert record is not None
+    before = sorted((segment.budget, segment.reserved) for segment in record.segments)
+    if before != sorted(wanted) or record.policy != policy:
+        amounts = {s.budget: (s.reserved, known.unit_of(s.budget)) for s in record.segments}
+        found = f"hold {hold_id!r} was reserved at {amounts_text(amounts)} and is {known.state}"
+        raise HoldConflict(f"{found}; its id cannot be used again with other contents", state=known.state)
+    copy = context.new_hold(hold_id, known.parts, ttl_ms, known.deadline_ms, offline=known.offline)
+    copy.request, copy.created_us, copy.offline_record = known.request, record.created_us, record
+    copy.replayed, copy.state = True, known.state
+    copy.adjust({w.budget: accrued for (w, _), accrued in zip(known.parts, known.accrued_units, strict=True)})
+    return copy  # type: ignore[no-any-return]
+
+
+def release_grant(context: CallContext, hold: HoldBase) -> Flow[None]:
+    """Release a grant that its caller has not received, now or once the store replies."""
+    state, windows = context.state, hold.window_list
+    op = release_unreceived(hold.id, state.keys.hold(hold.id), windows, hold.request)
+    try:
+        reply, answer = yield op
+    except StoreError:
+        raise
+    except StoreUnavailable:
+        context.release_later(hold.id, windows, hold.request)
+    else:
+        if isinstance(reply, Settled):
+            state.journal.settled(op, reply, answer.now_us // 1000)

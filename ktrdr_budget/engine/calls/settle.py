@@ -1,0 +1,276 @@
+"""Commits, releases and records of spend."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+from ktrdr_budget.engine.calls.context import CallContext, Flow, checked_label
+from ktrdr_budget.engine.calls.extend import report
+from ktrdr_budget.engine.calls.refusals import error_for
+from ktrdr_budget.engine.calls.results import amounts_of
+from ktrdr_budget.engine.protocol import codes
+from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts, commit_amounts
+from ktrdr_budget.engine.protocol.codes import CommitMode, ReleaseMode
+from ktrdr_budget.engine.protocol.hold_record import HoldRecord
+from ktrdr_budget.engine.protocol.operations import Commit, CommitAmount, RecordSpend, Release, SettlingOperation
+from ktrdr_budget.engine.protocol.replies import Settled, StaleWindow, UnknownHoldReply
+from ktrdr_budget.engine.protocol.requests import PreparedFact
+from ktrdr_budget.engine.replica.hold import HoldBase, OnError
+from ktrdr_budget.engine.replica.journal import AGE_MAX_MS
+from ktrdr_budget.errors import HoldConflict, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
+from ktrdr_budget.models import Settlement, check_name
+from ktrdr_budget.money import AmountIn, from_units, to_units
+
+__all__ = ["commit", "commit_units", "leave", "record", "release", "settle_by_id"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+_REMARK_CHARACTERS_MAX = 256
+_UNKNOWN = "unknown hold: settled more than 24 h ago, or never granted"
+
+# -- a hold in hand ----------------------------------------------------------------------------------------------------
+
+
+def commit(context: CallContext, hold: HoldBase, amount: Amounts | None) -> Flow[Settlement]:
+    """Commit ``amount``, or what was accrued."""
+    if len(hold.parts) == 1 and isinstance(amount, (str, Decimal)):  # by far the most
+        window, _ = hold.parts[0]
+        if window.flag != codes.SLOTS:
+            return _settle(context, hold, [CommitAmount(CommitMode.EXACT, to_units(amount, window.unit))])
+    check_amounts(amount)
+    figures = zip(hold.parts, hold.accrued_units, strict=True)
+    segments = {window.budget: (window.flag, units, accrued) for (window, units), accrued in figures}
+    return _settle(context, hold, commit_amounts(segments, amount))
+
+
+def commit_units(context: CallContext, hold: HoldBase, units: int) -> Flow[Settlement]:
+    """Commit whole units of a hold of one budget; nothing releases it."""
+    return _settle(context, hold, [CommitAmount(CommitMode.EXACT, units)] if units else None)
+
+
+def release(context: CallContext, hold: HoldBase) -> Flow[Settlement]:
+    """Give everything back."""
+    return _settle(context, hold, None)
+
+
+def leave(context: CallContext, hold: HoldBase, failed: bool, on_error: OnError) -> Flow[Any] | None:
+    """What the end of ``with limiter.hold(...)`` does; ``None`` for nothing."""
+    if hold.settled or hold.settling:  # a settlement that was begun completes, though its caller was cancelled
+        return None
+    if hold.uncertain_commit is not None:
+        return _settle(context, hold, hold.uncertain_commit)
+    if any(hold.accrued_units):
+        return _report(context, hold) if failed and on_error == "charge" else commit(context, hold, None)
+    if not failed and not hold.drawn:
+        reserved = [CommitAmount(CommitMode.RESERVED, units) for _, units in hold.parts]
+        return _settle_unless_settled(context, hold, reserved)
+    # Metered calls were made or denied here, and cost nothing: that is the cost.
+    return None if failed and on_error == "charge" else _settle_unless_settled(context, hold, None)
+
+
+def _report(context: CallContext, hold: HoldBase) -> Flow[Any]:
+    """Report what was accrued, for a hold that is left to its deadline: it counts no less than that.
+
+    Raises:
+        StoreUnavailable: no reply, whatever the policy: a report is a fact, so the limiter sends it again.
+    """
+    if hold.offline is None:
+        hold.update((yield from report(context, hold)))
+    elif not hold.cap_checked:  # the store does not have it, and nothing would expire there
+        yield from commit(context, hold, None)
+
+
+def _settle_unless_settled(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount] | None) -> Flow[Any]:
+    """Settle a hold unless another client has settled it by its id."""
+    try:
+        yield from _settle(context, hold, amounts)
+    except HoldConflict as error:
+        if error.state not in ("committed", "released"):
+            raise
+        hold.state = error.state
+
+
+def _settle(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount] | None) -> Flow[Settlement]:
+    """Commit these amounts, or release (``None``)."""
+    if hold.busy:
+        raise HoldConflict(
+            f"calls inside of hold {hold.id!r} are under way, and may cost what it holds: settle it after them, or "
+            "leave its block, and the last of them settles it"
+        )
+    hold.settling = True
+    try:
+        settlement = yield from _settlement(context, hold, amounts)
+    except StoreUnavailable:
+        if amounts is not None:
+            hold.uncertain_commit = amounts
+        raise
+    finally:
+        hold.settling = False
+    hold.state, hold.released_by_operator = settlement.state, False
+    return settlement
+
+
+def _settlement(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount] | None) -> Flow[Settlement]:
+    state, remark = context.state, hold.remark
+    if hold.offline is not None:
+        result = hold.offline.settle(hold, amounts, remark)
+        if isinstance(result, Settlement):
+            return result
+        assert isinstance(result, SettlingOperation)
+        return (yield from _send(context, result, hold.parts, hold=hold))
+    key, windows = state.keys.hold(hold.id), hold.window_list
+    if amounts is None:
+        return (yield from _send(context, Release(hold.id, key, windows), hold.parts, hold=hold))
+    op = _commit(context, hold.id, windows, amounts, remark)
+    if hold.granted is not None and not remark:
+        op.enable_fast_path(state.replica_id, hold.granted, [units for _, units in hold.parts])
+    return (yield from _send(context, op, hold.parts, hold=hold))
+
+
+def _commit(
+    context: CallContext,
+    hold_id: str,
+    windows: Sequence[Any],
+    amounts: Sequence[CommitAmount],
+    remark: str = "",
+    known: str = "",
+) -> Commit:
+    trace_id = context.trace_id if remark else ""
+    remark = checked_label(remark[:_REMARK_CHARACTERS_MAX])
+    key = context.state.keys.hold(hold_id)
+    return Commit(hold_id, key, windows, amounts, remark=remark, trace_id=trace_id, known=known)
+
+
+def _send(
+    context: CallContext,
+    first: SettlingOperation,
+    reserved: Sequence[tuple[Any, int]],
+    *,
+    hold: HoldBase | None = None,
+) -> Flow[Settlement]:
+    """Send a settlement.
+
+    Args:
+        reserved: the windows of the hold, each with the whole units reserved.
+        hold: the hold in hand; ``None`` by id.
+    """
+    op, hold_id = first, first.hold_id
+    is_offline = hold is not None and hold.offline is not None
+    try:
+        reply, answer = yield op
+        if isinstance(reply, UnknownHoldReply) and isinstance(op, Commit) and hold and _is_lost(context, hold):
+            op = hold.restored_commit([amount.units for amount in op.amounts])
+            reply, answer = yield op
+    except StoreError:
+        raise
+    except StoreUnavailable as error:
+        if not context.policy.defers:
+            raise
+        return context.policy.defer(first, ambiguous=error.ambiguous)
+    if not isinstance(reply, Settled):
+        if isinstance(reply, UnknownHoldReply) and is_offline and op.is_release:
+            # The store does not have it, and so has nothing to give back.
+            return Settlement(hold_id, "released", amounts_of(op.windows, op.units))
+        if isinstance(reply, UnknownHoldReply) and not op.is_release:
+            logger.error("commit of hold %s not recorded: %s; %s", hold_id, _UNKNOWN, amounts_of(op.windows, op.units))
+        raise error_for(context, op, reply, answer.now_us)
+    context.state.journal.settled(op, reply, answer.now_us // 1000)
+    exceeded = zip(reserved, reply.units, strict=False) if reply.overrun else ()
+    return Settlement(
+        id=hold_id,
+        state="released" if op.is_release else "committed",
+        amounts=amounts_of(op.windows, reply.units),
+        replayed=reply.replayed,
+        overrun=reply.overrun,
+        overruns=tuple(window.budget for (window, held), units in exceeded if units > held),
+        late=reply.late,
+    )
+
+
+def _is_lost(context: CallContext, hold: HoldBase) -> bool:
+    """Whether the store has lost the hold: another timeline granted it, and would still have its settlement."""
+    oldest_us = (context.state.now_ms() - AGE_MAX_MS) * 1000
+    return hold.offline is None and hold.granted_in != context.state.epoch and hold.created_us > oldest_us
+
+
+# -- by id -------------------------------------------------------------------------------------------------------------
+
+
+def settle_by_id(
+    context: CallContext, hold_id: str, amount: Amounts | None, *, released: bool = False, by_operator: bool = False
+) -> Flow[Settlement]:
+    """Commit or release a hold of any process, by its id.
+
+    A client that releases an unconfirmed hold by its id may not be its worker, which can still commit it.
+    """
+    check_name(hold_id, "id")
+    if not released:
+        check_amounts(amount)
+    if (hold := context.offline_hold(hold_id)) is not None:
+        return (yield from release(context, hold) if released else commit(context, hold, amount))
+
+    def settlement_of(record: HoldRecord) -> SettlingOperation:
+        windows, known = context.windows_of(record), record.render()
+        if released:
+            mode = ReleaseMode.BY_OPERATOR if by_operator else ReleaseMode.BY_ID
+            return Release(hold_id, context.state.keys.hold(hold_id), windows, mode, known=known)
+        segments = {s.budget: (s.flag, s.reserved, s.accrued) for s in record.segments}
+        return _commit(context, hold_id, windows, commit_amounts(segments, amount), known=known)
+
+    contents = "operator" if by_operator else "release" if released else repr(amount)
+    fact = PreparedFact(hold_id, context.state.keys.hold(hold_id), contents, settlement_of)
+    try:
+        record = yield from context.read_hold(hold_id, fact)
+    except UnknownHold:
+        if not released:
+            logger.error("commit of hold %s not recorded: %s", hold_id, _UNKNOWN)
+        raise
+    except StoreError:
+        raise
+    except StoreUnavailable:
+        journalled = context.state.journal.open_hold(hold_id) if context.policy.defers else None
+        if journalled is None:  # its windows are not known here
+            raise
+        record = journalled
+    return (yield from _send(context, settlement_of(record), context.parts_of(record)))
+
+
+# -- spend without a reservation ---------------------------------------------------------------------------------------
+
+
+def record(
+    context: CallContext,
+    budget: str | Mapping[str, AmountIn],
+    amount: AmountIn | None,
+    hold_id: str | None,
+    operation: str,
+) -> Flow[Settlement]:
+    """Record spend without a reservation; never refused for lack of budget."""
+    state = context.state
+    wanted = context.wanted(budget, amount, positive=False)
+    for name, _ in wanted:
+        if state.budgets[name].kind == "slots":
+            raise InvalidArgument(f"{name!r} is of kind 'slots': it can only be reserved")
+    hold_id = state.new_id() if hold_id is None else check_name(hold_id, "id")
+    operation, trace_id = checked_label(operation), context.trace_id
+    while True:
+        parts = [(state.current_window(name), units) for name, units in wanted]
+        op = RecordSpend(hold_id, state.keys.hold(hold_id), parts, operation=operation, trace_id=trace_id)
+        try:
+            reply, answer = yield op
+        except StoreError:
+            raise
+        except StoreUnavailable as error:
+            recorded = context.policy.record(op, ambiguous=error.ambiguous)
+            if recorded is None:
+                raise
+            return recorded
+        if isinstance(reply, Settled):
+            state.journal_settlement(op, reply, answer.now_us // 1000)
+            amounts = {name: from_units(units, state.budgets[name].unit) for name, units in wanted}
+            return Settlement(hold_id, "recorded", amounts, replayed=reply.replayed)
+        if not isinstance(reply, StaleWindow):
+            raise error_for(context, op, reply, answer.now_us)

@@ -1,0 +1,81 @@
+"""The engine of a limiter: its parts, put together. Sync and async limiters hold one each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from ktrdr_budget.engine.batching.dispatcher import Dispatcher
+from ktrdr_budget.engine.batching.pending import Observer
+from ktrdr_budget.engine.calls.chunks import LeaseCalls
+from ktrdr_budget.engine.calls.context import CallContext
+from ktrdr_budget.engine.outage.allow import AllowPolicy
+from ktrdr_budget.engine.outage.policy import OutagePolicy
+from ktrdr_budget.engine.outage.prepaid import PrepaidPolicy
+from ktrdr_budget.engine.replica.hold import HoldBase
+from ktrdr_budget.engine.replica.outbox import Outbox
+from ktrdr_budget.engine.replica.state import ReplicaState
+from ktrdr_budget.engine.transport.store import Store
+from ktrdr_budget.errors import InvalidArgument, shown
+from ktrdr_budget.models import Budget
+from ktrdr_budget.money import AmountIn
+
+__all__ = ["Engine"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+_POLICIES: dict[str, type[OutagePolicy]] = {"deny": OutagePolicy, "allow": AllowPolicy, "lease": PrepaidPolicy}
+
+
+class Engine:
+    """Everything behind a limiter. Its attributes are for tests and for the package, not for users.
+
+    Args:
+        hold_class: of the sync or async limiter.
+        options: of :class:`~.replica.state.ReplicaState`.
+    """
+
+    def __init__(
+        self,
+        tenant: str,
+        budgets: Iterable[Budget],
+        store: Callable[[ReplicaState], Store],
+        hold_class: type[HoldBase],
+        *,
+        timeout_s: float,
+        on_store_error: str,
+        lease_slab: AmountIn | Mapping[str, AmountIn] | None,
+        observer: Observer | None,
+        trace_id: Callable[[], str] | None,
+        **options: int,
+    ) -> None:
+        if on_store_error not in _POLICIES:
+            raise InvalidArgument(f"on_store_error must be 'deny', 'allow' or 'lease', not {shown(on_store_error)}")
+        self.state = ReplicaState(tenant, budgets, **options)
+        self.outbox = Outbox()
+        self._hold_class = hold_class
+        trace_id = trace_id or _no_trace
+        self.policy = _POLICIES[on_store_error](self.state, self.outbox, self._new_hold, trace_id)
+        self.context = CallContext(self.state, self.outbox, self.policy, self._new_hold, trace_id)
+        self.lease_calls = LeaseCalls(self.context, timeout_s)
+        if isinstance(self.policy, PrepaidPolicy):
+            self.policy.prepay(self.lease_calls, lease_slab)
+        elif lease_slab is not None:
+            raise InvalidArgument(f"lease_slab is for on_store_error='lease', not {on_store_error!r}")
+        self.store = store(self.state)
+        self.state.on_loss = self._report_loss
+        self.dispatcher = self.lease_calls.driver = Dispatcher(self.context, self.store, timeout_s, observer)
+        self.runner: Any = self.dispatcher
+        """Runs the calls of holds: the dispatcher, or the portal of a sync limiter."""
+
+    def _report_loss(self) -> None:
+        names = self.store.shown, self.state.replica_id, self.state.tenant
+        logger.error("data loss detected at %s: replica %s (tenant %s) is replaying its journal", *names)
+
+    def _new_hold(self, *args: Any, **options: Any) -> HoldBase:
+        return self._hold_class(self, *args, **options)
+
+
+def _no_trace() -> str:
+    return ""

@@ -1,0 +1,51 @@
+"""Policy ``allow``: while the store is unreachable, everything is granted, and the spend is recorded later (P12)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from ktrdr_budget.engine.outage.policy import OfflineReservation, OutagePolicy
+from ktrdr_budget.engine.protocol.codes import ReleaseMode
+from ktrdr_budget.engine.protocol.operations import CommitAmount, Operation, RecordSpend, Release
+from ktrdr_budget.engine.protocol.window import Window
+from ktrdr_budget.engine.replica.hold import HoldBase
+from ktrdr_budget.models import Settlement
+
+__all__ = ["AllowPolicy"]
+
+logger = logging.getLogger("ktrdr_budget")
+
+
+class AllowPolicy(OutagePolicy):
+    """Grants without a check of the cap. Such holds settle by id once the store replies."""
+
+    defers = True
+    extends = True
+    cap_checked = False
+
+    def reserve(self, request: OfflineReservation) -> HoldBase | None:
+        logger.warning("hold %s granted without a check of the cap: store unreachable", request.hold_id)
+        deadline_ms = self._state.now_ms() + request.ttl_ms
+        hold = self._new_hold(
+            request.hold_id, request.parts, request.ttl_ms, deadline_ms, offline=self, request=request.request
+        )
+        self._keep(hold, request)
+        return hold
+
+    def record(self, op: RecordSpend, *, ambiguous: bool) -> Settlement | None:
+        return self.defer(op.as_late(), ambiguous=ambiguous)
+
+    # -- behind a hold -------------------------------------------------------------------------------------------------
+
+    def settle(self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str) -> Operation:
+        """The operation that settles the hold by its id."""
+        if amounts is None:
+            # The store may grant it later, from a request whose reply was lost.
+            key = self._state.keys.hold(hold.id)
+            return Release(hold.id, key, hold.window_list, ReleaseMode.FINAL)
+        return hold.restored_commit([amount.units for amount in amounts], remark, self._trace_id() if remark else "")
+
+    def extend(self, hold: HoldBase, parts: Sequence[tuple[Window, int]], ttl_ms: int | None) -> bool:
+        """The store may have the hold, from a request whose reply was lost: it is asked."""
+        return False

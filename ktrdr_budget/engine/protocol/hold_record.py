@@ -1,0 +1,177 @@
+"""The record of a hold: the one reader and the one writer of its text. Its grammar is in ``docs/wire.md``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+from urllib.parse import quote, unquote
+
+from ktrdr_budget.engine.protocol import codes
+from ktrdr_budget.engine.protocol.keys import public_window, split_name
+from ktrdr_budget.engine.protocol.window import Window
+from ktrdr_budget.models import HoldView
+from ktrdr_budget.money import Amount, from_units
+from ktrdr_budget.periods import from_ms
+
+__all__ = ["HoldRecord", "Segment", "is_tombstone", "owner_word", "parse_record", "segments_of", "unword", "word"]
+
+_TOMBSTONE_LABEL = "!"
+"""The operation of a tombstone: no label is encoded so."""
+
+
+class Segment(NamedTuple):
+    """One budget's part of a hold record, in whole units."""
+
+    flag: str
+    budget: str
+    window: str
+    """The window's name in the store."""
+    reserved: int
+    accrued: int = 0
+    charged: int = 0
+    base: int | None = None
+    """The amount reserved at first, if the hold has grown since."""
+
+    @property
+    def name(self) -> str:
+        """``budget:window``."""
+        return f"{self.budget}:{self.window}"
+
+    def amount(self, units: int) -> Amount:
+        """Convert whole units to dollars or a count."""
+        return from_units(units, codes.FLAGS[self.flag])
+
+
+class HoldRecord(NamedTuple):
+    """A hold as the store keeps it."""
+
+    state: str
+    """A code of :data:`~.codes.STATES`."""
+    policy: str
+    """A code of :data:`~.codes.POLICIES`."""
+    deadline_ms: int
+    created_us: int
+    grown_us: int
+    owner: str
+    operation: str
+    trace_id: str
+    segments: tuple[Segment, ...]
+    request: str = ""
+    """The request that was granted, if the caller chose the id."""
+    unreceived: bool = False
+    """The hold was released because its caller was gone before the grant arrived: the id is free again."""
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the hold counts as held."""
+        return self.state == codes.OPEN
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing changes any more."""
+        return self.state in codes.SETTLED
+
+    def is_due(self, now_ms: int) -> bool:
+        """Whether the hold is open although its deadline has passed."""
+        return self.state == codes.OPEN and self.deadline_ms <= now_ms
+
+    def view(self, hold_id: str) -> HoldView:
+        """The hold as the public API shows it."""
+        return HoldView(
+            id=hold_id,
+            state=codes.STATES[self.state],
+            amounts={s.budget: s.amount(s.reserved) for s in self.segments},
+            accrued={s.budget: s.amount(s.accrued) for s in self.segments},
+            charged={s.budget: s.amount(s.charged) for s in self.segments},
+            windows={s.budget: public_window(s.window) for s in self.segments},
+            units={s.budget: codes.FLAGS[s.flag] for s in self.segments},
+            on_expiry=codes.POLICIES[self.policy],
+            created_at=from_ms(self.created_us // 1000),
+            expires_at=from_ms(self.deadline_ms),
+            owner=self.owner,
+            operation=self.operation,
+            trace_id=self.trace_id,
+            released_by_operator=self.state == codes.RELEASED_BY_OPERATOR and not self.unreceived,
+        )
+
+    def settled(self, state: str, charged: Sequence[int], *, remark: str = "", trace_id: str = "") -> HoldRecord:
+        """The record after a settlement.
+
+        Args:
+            charged: whole units for each segment; 0 for a release.
+            remark: added to the operation.
+            trace_id: replaces the trace id, unless it is empty.
+        """
+        segments = [s._replace(charged=units) for s, units in zip(self.segments, charged, strict=True)]
+        operation = f"{self.operation} {remark}".lstrip() if remark else self.operation
+        return self._replace(
+            state=state, operation=operation, trace_id=trace_id or self.trace_id, segments=tuple(segments)
+        )
+
+    def render(self) -> str:
+        """The text that the store keeps, without the replica that settled the hold."""
+        owner = owner_word(self.owner, self.request + ("!" if self.unreceived else ""))
+        times = f"{self.deadline_ms} {self.created_us} {self.grown_us}"
+        head = f"{self.state} {self.policy} {times} {owner} {word(self.operation)} {word(self.trace_id)}"
+        segments = [
+            f"{s.flag},{s.name},{s.base or ''},{s.reserved},{s.accrued or ''},{_charged(self.state, s)}"
+            for s in self.segments
+        ]
+        return "|".join([head, *segments])
+
+
+def _charged(state: str, segment: Segment) -> str:
+    """The charge of a segment: what was committed or recorded is written out, also if it is 0."""
+    return str(segment.charged) if segment.charged or state in (codes.COMMITTED, codes.RECORDED) else ""
+
+
+def parse_record(text: str) -> HoldRecord:
+    """Read the text of a hold record."""
+    head, *segments = text.split("|")
+    state, policy, deadline, created, grown, owner, operation, trace = head.split(" ")
+    parsed = []
+    for segment in segments:
+        flag, name, base, reserved, accrued, charged = segment.partition(" ")[0].split(",")
+        budget, window = split_name(name)
+        counts = int(reserved), int(accrued or 0), int(charged or 0)
+        parsed.append(Segment(flag, budget, window, *counts, int(base) if base else None))
+    owner, _, request = owner.partition("!")
+    return HoldRecord(
+        state,
+        policy,
+        int(deadline),
+        int(created),
+        int(grown),
+        unword(owner),
+        unword(operation),
+        unword(trace),
+        tuple(parsed),
+        request.rstrip("!"),
+        request.endswith("!"),
+    )
+
+
+def is_tombstone(text: str) -> bool:
+    """Whether a record only refuses a reservation that may still arrive although its caller is gone."""
+    head = text.partition("|")[0].split(" ")
+    return head[0] == codes.RELEASED and head[6] == _TOMBSTONE_LABEL
+
+
+def segments_of(parts: Iterable[tuple[Window, int]]) -> tuple[Segment, ...]:
+    """Segments of a new hold, from its windows and the whole units reserved in each."""
+    return tuple(Segment(window.flag, window.budget, window.stored, units) for window, units in parts)
+
+
+def owner_word(owner: str, request: str) -> str:
+    """The word of a record for its owner and the request that was granted."""
+    return f"{word(owner)}!{request}" if request else word(owner)  # quoting leaves no "!" in an owner
+
+
+def word(text: str) -> str:
+    """Encode any text as one word without the separators of records; ``-`` if it is empty."""
+    return quote(text, safe="/:@-._") if text and text != "-" else "%2D" if text else "-"
+
+
+def unword(encoded: str) -> str:
+    """Decode the text that :func:`word` encoded."""
+    return "" if encoded == "-" else unquote(encoded)

@@ -1,0 +1,646 @@
+"""The operations of a batch, typed; each renders itself for the wire and parses its own reply.
+
+An operation renders as a head (its letter and fields), for each of its windows a text that follows the window's number
+in the batch, and a tail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar, Final, NamedTuple
+
+from ktrdr_budget.engine.protocol import codes
+from ktrdr_budget.engine.protocol.codes import CommitMode, ExtendMode, ReleaseMode
+from ktrdr_budget.engine.protocol.hold_record import (
+    HoldRecord,
+    owner_word,
+    parse_record,
+    segments_of,
+    word,
+)
+from ktrdr_budget.engine.protocol.replies import (
+    GRANTED,
+    RETIRED,
+    Extended,
+    Outgrown,
+    Replayed,
+    Reply,
+    Restored,
+    Settled,
+    parse_common,
+    parse_settled,
+)
+from ktrdr_budget.engine.protocol.window import Window
+
+__all__ = [
+    "LONGEST_HOLD_MS",
+    "Commit",
+    "CommitAmount",
+    "Extend",
+    "ExtendAmount",
+    "GrantedHold",
+    "Labels",
+    "Operation",
+    "RecordSpend",
+    "Release",
+    "Rendered",
+    "ReplayLimit",
+    "ReplayTotal",
+    "Reserve",
+    "Restore",
+    "Retire",
+    "SettleOnBehalf",
+    "SettlingOperation",
+]
+
+LONGEST_HOLD_MS: Final = 86_400_000
+_LASTING_MS: Final = 315_360_000_000
+"""Ten years: the life of an open hold's record in windows without end, until a request finds the hold due."""
+_FAST_UNITS_MAX: Final = 2**46
+"""The fast path commits no more than this: the sums of a whole batch stay exact."""
+
+Rendered = tuple[str, Sequence[tuple[Window, str]], str]
+"""Head, windows with what follows their numbers, and tail."""
+
+
+class Labels(NamedTuple):
+    """Texts that the caller gives a hold."""
+
+    owner: str = ""
+    operation: str = ""
+    trace_id: str = ""
+
+
+class GrantedHold(NamedTuple):
+    """A hold as the store granted it: its record, and operation and trace as words of the wire."""
+
+    text: str
+    label_words: str
+
+
+class CommitAmount(NamedTuple):
+    """What one window of a hold commits, in whole units."""
+
+    mode: CommitMode
+    units: int
+
+
+class ExtendAmount(NamedTuple):
+    """Totals of one window of a hold, in whole units; the largest wins."""
+
+    accrued: int = 0
+    reserved: int = 0
+    expected: int | None = None
+    """The total that the growth adds to: with more reserved already, nothing changes."""
+
+
+class Operation:
+    """One operation on one hold, and the windows that it touches."""
+
+    __slots__ = ("hold_id", "key", "uses_fast_path", "windows")
+
+    letter: ClassVar[str]
+    is_retire: ClassVar[bool] = False
+
+    def __init__(self, hold_id: str, key: str, windows: Sequence[Window]) -> None:
+        self.hold_id = hold_id
+        self.key = key
+        self.windows = windows
+        self.uses_fast_path = False
+        """Whether ``lua/fast_path.lua`` may execute it; false once that replied that it does not know it."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self.hold_id} {', '.join(window.name for window in self.windows)}>"
+
+    @property
+    def asks_for_money(self) -> bool:
+        """Whether it reserves or grows, and so is decided after operations that may give money back."""
+        return False
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether it keeps a hold alive."""
+        return False
+
+    @property
+    def is_fact(self) -> bool:
+        """Whether it reports what has happened, and is sent although its caller is gone."""
+        return True
+
+    def render(self) -> Rendered:
+        """Its texts for the script of its letter."""
+        raise NotImplementedError
+
+    def render_fast(self) -> Rendered:
+        """Its texts for the fast path."""
+        raise NotImplementedError
+
+    def parse(self, line: str) -> Reply:
+        """Read the reply to it."""
+        return parse_common(line)
+
+    def mark_resent(self) -> None:
+        """Note that an attempt without a reply may have been executed."""
+
+    def same_as(self, other: Operation) -> bool:
+        """Whether both ask for the same."""
+        return self.render() == other.render()
+
+
+class Reserve(Operation):
+    """A reservation: hold an amount in every window, or in none.
+
+    Args:
+        parts: its windows, each with the whole units to hold.
+        policy: a code of :data:`~.codes.POLICIES`.
+        now_ms: the store's clock, as far as this replica knows it.
+        request: names this request if the caller chose the id; else empty.
+    """
+
+    __slots__ = ("_expires_ms", "_labels", "_segments", "parts", "policy", "request", "ttl_ms")
+    letter = codes.RESERVE
+
+    def __init__(
+        self,
+        hold_id: str,
+        key: str,
+        parts: Sequence[tuple[Window, int]],
+        *,
+        ttl_ms: int,
+        policy: str,
+        labels: Labels,
+        now_ms: int,
+        request: str = "",
+    ) -> None:
+        self.hold_id = hold_id
+        self.key = key
+        self.parts = parts
+        self.ttl_ms = ttl_ms
+        self.policy = policy
+        self.request = request
+        owner, operation, trace_id = labels
+        self._labels = (
+            f"{owner_word(owner, request)} {word(operation)} {word(trace_id)}" if owner or operation or trace_id
+            else f"-!{request} - -" if request
+            else "- - -"
+        )  # fmt: skip
+        if len(parts) == 1:  # by far the most
+            window, units = parts[0]
+            self.windows = (window,)
+            self.uses_fast_path = window.has_grants
+            self._segments = f"{window.segment}{units},,"
+            expires_ms = window.expires_ms
+        else:
+            self.windows = [window for window, _ in parts]
+            self.uses_fast_path = all(window.has_grants for window, _ in parts)
+            self._segments = "".join([f"{window.segment}{units},," for window, units in parts])
+            expiries = [window.expires_ms for window, _ in parts]
+            expires_ms = 0 if 0 in expiries else max(expiries)
+        # An open hold's record lives as long as its windows: nothing else says what to give back to them.
+        self._expires_ms = expires_ms or now_ms + _LASTING_MS
+
+    @property
+    def asks_for_money(self) -> bool:
+        return True
+
+    @property
+    def is_fact(self) -> bool:
+        return False
+
+    def render(self) -> Rendered:
+        parts = [(window, f":{units}") for window, units in self.parts]
+        head = f"R {self.hold_id} {self.ttl_ms} {self.policy} {self._expires_ms}"
+        return head, parts, f"\n{self._labels}{self._segments}"
+
+    render_fast = render
+
+    def parse(self, line: str) -> Reply:
+        if line == codes.GRANTED:
+            return GRANTED
+        return Replayed(line[2:]) if line[0] == codes.REPLAYED else parse_common(line)
+
+    def granted(self, now_us: int, deadline_ms: int) -> GrantedHold:
+        """The hold as the store has it, after the reply ``GRANTED`` at this time."""
+        if not self.uses_fast_path:
+            for window in self.windows:
+                window.has_grants = True
+        text = f"o {self.policy} {deadline_ms} {now_us} 0 {self._labels}{self._segments}"
+        return GrantedHold(text, self._labels.partition(" ")[2])
+
+
+class SettlingOperation(Operation):
+    """An operation that resolves a hold, or records spend without one."""
+
+    __slots__ = ()
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        """The whole units that it asks to count as spent, for each window."""
+        raise NotImplementedError
+
+    @property
+    def is_release(self) -> bool:
+        """Whether it gives everything back."""
+        return False
+
+    def parse(self, line: str) -> Reply:
+        return parse_settled(line) if line[0] in (codes.DONE, codes.REPLAYED) else parse_common(line)
+
+    def record(self, settled: Settled, known: str, now_ms: int) -> HoldRecord:
+        """The hold's record as this settlement left it.
+
+        Args:
+            known: the text of the record before, if this replica has it; else empty.
+            now_ms: the store's time of the reply, for a hold that is not known.
+        """
+        raise NotImplementedError
+
+    def record_text(self, settled: Settled, known: str, now_ms: int) -> str:
+        """The text of that record."""
+        return self.record(settled, known, now_ms).render()
+
+    def _record_before(self, known: str, reserved: Sequence[int], now_ms: int) -> HoldRecord:
+        if known:
+            return parse_record(known)
+        segments = segments_of(zip(self.windows, reserved, strict=True))
+        return HoldRecord(codes.OPEN, "c", now_ms, now_ms * 1000, 0, "", "", "", segments)
+
+
+class Commit(SettlingOperation):
+    """A commit: record what the work cost.
+
+    Args:
+        amounts: for each window how much, and how that is determined.
+        remark: added to the operation in the ledger.
+        trace_id: replaces the hold's trace id.
+        known: the hold's record, if it was read for this.
+    """
+
+    __slots__ = ("_fast", "_settled_text", "amounts", "known", "remark", "trace_id")
+    letter = codes.COMMIT
+
+    def __init__(
+        self,
+        hold_id: str,
+        key: str,
+        windows: Sequence[Window],
+        amounts: Sequence[CommitAmount],
+        *,
+        remark: str = "",
+        trace_id: str = "",
+        known: str = "",
+    ) -> None:
+        self.hold_id = hold_id
+        self.key = key
+        self.windows = windows
+        self.uses_fast_path = False
+        self.amounts = amounts
+        self.remark = remark
+        self.trace_id = trace_id
+        self.known = known
+        self._settled_text = ""
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        return tuple([amount.units for amount in self.amounts])
+
+    def render(self) -> Rendered:
+        head = f"D {self.hold_id}"
+        if self.remark:
+            head = f"{codes.COMMIT_WITH_REMARK} {self.hold_id} {word(self.remark)} {word(self.trace_id)}"
+        parts = [(w, f":{mode}{units}") for w, (mode, units) in zip(self.windows, self.amounts, strict=True)]
+        return head, parts, ""
+
+    def enable_fast_path(self, replica: str, granted: GrantedHold, reserved: Sequence[int]) -> None:
+        """Prepare the fast form, for a hold that is as it was granted.
+
+        Args:
+            replica: the one that commits.
+            reserved: whole units for each window.
+        """
+        text, label_words = granted
+        overrun = False
+        if len(reserved) == 1:  # by far the most
+            [window], [(_, units)] = self.windows, self.amounts
+            is_slots = window.flag == codes.SLOTS
+            counted = reserved[0]
+            if counted > _FAST_UNITS_MAX or units > _FAST_UNITS_MAX:
+                return
+            settled_text = f"c{text[1:]}{0 if is_slots else units}"
+            if is_slots:
+                parts = [(window, f":{counted}:")]
+                charged: tuple[int, ...] = (0,)
+            else:
+                overrun = units > counted
+                parts = [(window, f":{counted}:{units}o" if overrun else f":{counted}:{units}")]
+                charged = (units,)
+        else:
+            head, *segments = text.split("|")
+            charges = [0 if w.flag == codes.SLOTS else a.units for w, a in zip(self.windows, self.amounts, strict=True)]
+            charged = tuple(charges)
+            settled_text = f"c{head[1:]}" + "".join([f"|{s}{n}" for s, n in zip(segments, charges, strict=True)])
+            parts = []
+            for window, counted, units in zip(self.windows, reserved, charges, strict=True):
+                if counted > _FAST_UNITS_MAX or units > _FAST_UNITS_MAX:
+                    return
+                over = units > counted
+                spent = "" if window.flag == codes.SLOTS else f"{units}o" if over else f"{units}"
+                parts.append((window, f":{counted}:{spent}"))
+                overrun = overrun or over
+        self.uses_fast_path = True
+        self._settled_text = settled_text
+        rendered = f"C {self.hold_id} {label_words}", parts, f"\n{text}\n{settled_text} {replica}"
+        self._fast: tuple[Rendered, Settled] = rendered, Settled(charged, False, overrun)
+
+    def render_fast(self) -> Rendered:
+        return self._fast[0]
+
+    def parse(self, line: str) -> Reply:
+        if line == codes.DONE:  # the fast path's
+            return self._fast[1]
+        self._settled_text = ""
+        return super().parse(line)
+
+    def record(self, settled: Settled, known: str, now_ms: int) -> HoldRecord:
+        before = self._record_before(self.known or known, settled.units, now_ms)
+        return before.settled(codes.COMMITTED, settled.units, remark=self.remark, trace_id=self.trace_id)
+
+    def record_text(self, settled: Settled, known: str, now_ms: int) -> str:
+        return self._settled_text or super().record_text(settled, known, now_ms)
+
+
+class Release(SettlingOperation):
+    """A release: give everything back.
+
+    Args:
+        request: with ``ReleaseMode.UNRECEIVED``: the request whose grant is released.
+        known: the hold's record, if it was read for this.
+    """
+
+    __slots__ = ("known", "mode", "request")
+    letter = codes.RELEASE
+
+    def __init__(
+        self,
+        hold_id: str,
+        key: str,
+        windows: Sequence[Window],
+        mode: ReleaseMode = ReleaseMode.BY_WORKER,
+        *,
+        request: str = "",
+        known: str = "",
+    ) -> None:
+        super().__init__(hold_id, key, windows)
+        self.mode = mode
+        self.request = request
+        self.known = known
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        return (0,) * len(self.windows)
+
+    @property
+    def is_release(self) -> bool:
+        return True
+
+    def render(self) -> Rendered:
+        return f"L {self.hold_id} {self.mode}{self.request}", [(window, ":x0") for window in self.windows], ""
+
+    def is_correctable(self, settled: Settled) -> bool:
+        """Whether the worker's later commit still corrects the release, as far as the reply shows.
+
+        By id, a hold that was open is released for good; how another release ended a hold before is not known.
+        """
+        if self.mode is ReleaseMode.BY_ID:
+            return settled.late or settled.replayed
+        return self.mode in (ReleaseMode.BY_OPERATOR, ReleaseMode.UNRECEIVED)
+
+    def record(self, settled: Settled, known: str, now_ms: int) -> HoldRecord:
+        state = codes.RELEASED_BY_OPERATOR if self.is_correctable(settled) else codes.RELEASED
+        nothing = (0,) * len(self.windows)
+        record = self._record_before(self.known or known, nothing, now_ms)
+        record = record.settled(state, (0,) * len(record.segments))
+        if self.mode is ReleaseMode.UNRECEIVED:
+            record = record._replace(request=self.request, unreceived=True)
+        return record
+
+
+class RecordSpend(SettlingOperation):
+    """Spend without a reservation.
+
+    Args:
+        parts: its windows, each with the whole units spent.
+        is_late: the windows may have ended, or not begun.
+    """
+
+    __slots__ = ("is_late", "operation", "parts", "trace_id")
+    letter = codes.RECORD
+
+    def __init__(
+        self,
+        hold_id: str,
+        key: str,
+        parts: Sequence[tuple[Window, int]],
+        *,
+        operation: str = "",
+        trace_id: str = "",
+        is_late: bool = False,
+    ) -> None:
+        super().__init__(hold_id, key, [window for window, _ in parts])
+        self.parts = parts
+        self.operation = operation
+        self.trace_id = trace_id
+        self.is_late = is_late
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        return tuple([units for _, units in self.parts])
+
+    def as_late(self) -> RecordSpend:
+        """The same for the windows in which it was spent, whenever it arrives."""
+        labels = {"operation": self.operation, "trace_id": self.trace_id}
+        return self if self.is_late else RecordSpend(self.hold_id, self.key, self.parts, is_late=True, **labels)
+
+    def render(self) -> Rendered:
+        head = f"N {self.hold_id} {self.is_late:d} {word(self.operation)} {word(self.trace_id)}"
+        return head, [(window, f":{units}") for window, units in self.parts], ""
+
+    def record(self, settled: Settled, known: str, now_ms: int) -> HoldRecord:
+        segments = tuple(segment._replace(charged=segment.reserved) for segment in segments_of(self.parts))
+        now_us = now_ms * 1000
+        return HoldRecord(codes.RECORDED, "c", now_ms, now_us, 0, "", self.operation, self.trace_id, segments)
+
+
+class Restore(SettlingOperation):
+    """A hold as its record says, open again or settled: for a store that does not know it, or knows less."""
+
+    __slots__ = ("text",)
+    letter = codes.RESTORE
+
+    def __init__(self, hold_id: str, key: str, windows: Sequence[Window], text: str) -> None:
+        super().__init__(hold_id, key, windows)
+        self.text = text
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        return tuple([segment.charged for segment in parse_record(self.text).segments])
+
+    def render(self) -> Rendered:
+        return f"K {self.hold_id}", [(window, ":") for window in self.windows], f"\n{self.text}"
+
+    def parse(self, line: str) -> Reply:
+        if line == codes.GRANTED:
+            return Restored(True)
+        return Restored(False) if line == codes.REPLAYED else super().parse(line)
+
+    def record(self, settled: Settled, known: str, now_ms: int) -> HoldRecord:
+        return parse_record(self.text)
+
+    def record_text(self, settled: Settled, known: str, now_ms: int) -> str:
+        return self.text
+
+
+class SettleOnBehalf(SettlingOperation):
+    """A settlement that counts in another replica's subtotals, replayed on its behalf."""
+
+    __slots__ = ("replica", "settlement")
+    letter = codes.SETTLE_ON_BEHALF
+
+    def __init__(self, replica: str, settlement: SettlingOperation) -> None:
+        super().__init__(settlement.hold_id, settlement.key, settlement.windows)
+        self.replica = replica
+        self.settlement = settlement
+
+    @property
+    def units(self) -> tuple[int, ...]:
+        return self.settlement.units
+
+    def render(self) -> Rendered:
+        head, parts, tail = self.settlement.render()
+        return f"S {self.replica} {head}", parts, tail
+
+    def parse(self, line: str) -> Reply:
+        if line == codes.OUTGROWN:  # that replica has replayed its subtotal itself
+            return Restored(False)
+        return self.settlement.parse(line)
+
+
+class Extend(Operation):
+    """A heartbeat, a growth, or a report of what was used; totals are cumulative, and the largest wins."""
+
+    __slots__ = ("amounts", "mode", "ttl_ms", "was_resent")
+    letter = codes.EXTEND
+
+    def __init__(
+        self,
+        hold_id: str,
+        key: str,
+        windows: Sequence[Window],
+        amounts: Sequence[ExtendAmount],
+        ttl_ms: int,
+        mode: ExtendMode,
+    ) -> None:
+        super().__init__(hold_id, key, windows)
+        self.amounts = amounts
+        self.ttl_ms = ttl_ms
+        self.mode = mode
+        self.was_resent = False
+        """Whether an attempt without a reply may have been executed."""
+
+    @property
+    def asks_for_money(self) -> bool:
+        return any(amount.reserved for amount in self.amounts)
+
+    @property
+    def is_urgent(self) -> bool:
+        return not self.asks_for_money
+
+    @property
+    def is_fact(self) -> bool:
+        return any(amount.accrued for amount in self.amounts)
+
+    def mark_resent(self) -> None:
+        self.was_resent = True
+
+    def as_report(self) -> Extend:
+        """The same report of use, which prolongs nothing."""
+        return Extend(self.hold_id, self.key, self.windows, self.amounts, self.ttl_ms, ExtendMode.REPORT)
+
+    def render(self) -> Rendered:
+        parts = [
+            (window, f":{accrued}:{reserved}" if expected is None else f":{accrued}:{reserved}:{expected}")
+            for window, (accrued, reserved, expected) in zip(self.windows, self.amounts, strict=True)
+        ]
+        return f"E {self.hold_id} {self.ttl_ms} {self.mode}", parts, ""
+
+    def parse(self, line: str) -> Reply:
+        if line[0] == codes.EXTENDED:
+            return Extended(line[2:])
+        return Outgrown(line[2:]) if line[0] == codes.OUTGROWN else parse_common(line)
+
+
+class Retire(Operation):
+    """Make a hold that is past its deadline unconfirmed."""
+
+    __slots__ = ()
+    letter = codes.RETIRE
+    is_retire = True
+
+    @classmethod
+    def nothing(cls, key: str) -> Retire:
+        """An operation that finds no hold and changes nothing: a probe."""
+        return cls("-", key, ())
+
+    def render(self) -> Rendered:
+        return f"X {self.hold_id}", [(window, "") for window in self.windows], ""
+
+    def parse(self, line: str) -> Reply:
+        return RETIRED if line == codes.RETIRED else parse_common(line)
+
+
+class ReplayTotal(Operation):
+    """This replica's subtotal of a window: the store raises its own to it."""
+
+    __slots__ = ("units",)
+    letter = codes.REPLAY_TOTAL
+
+    def __init__(self, key: str, window: Window, units: int) -> None:
+        super().__init__("-", key, (window,))
+        self.units = units
+
+    def render(self) -> Rendered:
+        return "T -", [(self.windows[0], f":{self.units}")], ""
+
+    def parse(self, line: str) -> Reply:
+        return parse_settled(line) if line[0] == codes.DONE else parse_common(line)
+
+
+class ReplayLimit(Operation):
+    """A limit that was set or cleared at run time, with the time of the change.
+
+    Args:
+        limit: in whole units; ``None``: uncapped.
+        until_ms: 0: for good; 1: the limit was cleared.
+    """
+
+    __slots__ = ("budget", "changed_us", "definition", "limit", "until_ms")
+    letter = codes.REPLAY_LIMIT
+
+    def __init__(
+        self, key: str, budget: str, limit: int | None, until_ms: int, changed_us: int, definition: str
+    ) -> None:
+        super().__init__("-", key, ())
+        self.budget = budget
+        self.limit = limit
+        self.until_ms = until_ms
+        self.changed_us = changed_us
+        self.definition = definition
+
+    def render(self) -> Rendered:
+        limit = "-" if self.limit is None else str(self.limit)
+        return f"Q - {self.budget} {limit} {self.until_ms} {self.changed_us} {self.definition}", (), ""
+
+    def parse(self, line: str) -> Reply:
+        if line in (codes.GRANTED, codes.REPLAYED):
+            return Restored(line == codes.GRANTED)
+        return parse_common(line)

@@ -1,0 +1,288 @@
+"""Replies to operations, typed. Each operation parses its own reply (:meth:`~.operations.Operation.parse`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from ktrdr_budget.engine.protocol import codes
+from ktrdr_budget.engine.protocol.hold_record import HoldRecord, is_tombstone, parse_record
+from ktrdr_budget.engine.protocol.keys import split_name
+
+__all__ = [
+    "Conflict",
+    "Denied",
+    "Extended",
+    "Granted",
+    "MissingWindow",
+    "NotFast",
+    "OtherDefinition",
+    "OtherWindows",
+    "Outgrown",
+    "Recovering",
+    "Replayed",
+    "Reply",
+    "Restored",
+    "Retired",
+    "Settled",
+    "StaleWindow",
+    "TooManyBudgetsReply",
+    "TooManyHoldsReply",
+    "UnexpectedReply",
+    "UnknownHoldReply",
+    "UnknownLimit",
+    "Unreadable",
+    "WindowFull",
+    "parse_common",
+    "parse_settled",
+]
+
+
+class Granted(NamedTuple):
+    """The reservation holds its amounts from now on."""
+
+
+class Replayed(NamedTuple):
+    """The same reservation was granted before; nothing changed."""
+
+    text: str
+    """The record of the hold."""
+
+    @property
+    def record(self) -> HoldRecord:
+        """The hold as it is now."""
+        return parse_record(self.text)
+
+
+class Settled(NamedTuple):
+    """A commit, a release, a record of spend or a total is done, or was done before."""
+
+    units: tuple[int, ...]
+    """What counts as spent, for each window in the order of the hold's record."""
+    replayed: bool = False
+    overrun: bool = False
+    late: bool = False
+    replica: str = ""
+    """Of a replay: the replica whose subtotals include it."""
+    windows: tuple[tuple[str, str], ...] = ()
+    """Of the replay of a record of spend: each budget and the window in which it was recorded first."""
+
+
+class Extended(NamedTuple):
+    """The hold as the extension left it."""
+
+    text: str
+
+    @property
+    def record(self) -> HoldRecord:
+        """The hold as it is now."""
+        return parse_record(self.text)
+
+
+class Outgrown(NamedTuple):
+    """More is reserved already than the growth expected; nothing changed."""
+
+    text: str
+
+    @property
+    def record(self) -> HoldRecord:
+        """The hold as it is now."""
+        return parse_record(self.text)
+
+
+class Retired(NamedTuple):
+    """The hold is unconfirmed or was not due."""
+
+
+class Restored(NamedTuple):
+    """An open hold, or a limit, was restored; or it was known already."""
+
+    changed: bool
+
+
+class Denied(NamedTuple):
+    """No room in a window; nothing changed. Amounts are whole units."""
+
+    window: str
+    """``budget:window``."""
+    limit: int | None
+    """``None``: uncapped, and full to the bound of exact sums."""
+    spent: int
+    held: int
+    unconfirmed: int
+    requested: int
+    first_deadline_ms: int
+    """The first deadline of any open hold of the tenant; 0 if there is none."""
+    total: int = 0
+    """Of a growth: the amount that the hold would have counted."""
+
+
+class Conflict(NamedTuple):
+    """The id belongs to a hold with other contents, or to one that was settled otherwise."""
+
+    text: str
+
+    @property
+    def record(self) -> HoldRecord:
+        """The hold as it is now."""
+        return parse_record(self.text)
+
+    @property
+    def is_tombstone(self) -> bool:
+        """Whether the id is only kept from a request whose caller was gone."""
+        return is_tombstone(self.text)
+
+
+class UnknownHoldReply(NamedTuple):
+    """No hold of this id."""
+
+
+class OtherWindows(NamedTuple):
+    """The request lacks windows of the hold."""
+
+    text: str
+
+
+class StaleWindow(NamedTuple):
+    """A window does not contain the store's time; nothing changed."""
+
+
+class MissingWindow(NamedTuple):
+    """A window was created before and its key is missing; nothing changed."""
+
+    window: str
+
+
+class OtherDefinition(NamedTuple):
+    """Another definition of the budget is registered; nothing changed."""
+
+    budget: str
+    registered: str
+
+
+class Recovering(NamedTuple):
+    """Replicas may have yet to replay what the store has lost; nothing changed."""
+
+    until_ms: int
+
+
+class TooManyHoldsReply(NamedTuple):
+    """The tenant has as many holds as it may; nothing changed."""
+
+    holds: int
+    first_deadline_ms: int
+
+
+class TooManyBudgetsReply(NamedTuple):
+    """The tenant has as many budgets as it may; nothing changed."""
+
+    budget: str
+
+
+class UnknownLimit(NamedTuple):
+    """Neither the store nor this replica has a limit for the budget; nothing changed."""
+
+    budget: str
+
+
+class WindowFull(NamedTuple):
+    """A window would count 2**62 units or more; nothing changed."""
+
+    window: str
+
+
+class Unreadable(NamedTuple):
+    """A key of the request is of another type; nothing changed."""
+
+    error: str
+
+
+class NotFast(NamedTuple):
+    """The fast path does not know this; nothing changed."""
+
+
+class UnexpectedReply(NamedTuple):
+    """A reply that this version does not know."""
+
+    line: str
+
+
+Reply = (
+    Granted
+    | Replayed
+    | Settled
+    | Extended
+    | Outgrown
+    | Retired
+    | Restored
+    | Denied
+    | Conflict
+    | UnknownHoldReply
+    | OtherWindows
+    | StaleWindow
+    | MissingWindow
+    | OtherDefinition
+    | Recovering
+    | TooManyHoldsReply
+    | TooManyBudgetsReply
+    | UnknownLimit
+    | WindowFull
+    | Unreadable
+    | NotFast
+    | UnexpectedReply
+)
+
+GRANTED: Final = Granted()
+RETIRED: Final = Retired()
+_UNKNOWN_HOLD: Final = UnknownHoldReply()
+_STALE_WINDOW: Final = StaleWindow()
+_NOT_FAST: Final = NotFast()
+
+
+def _denied(fields: str) -> Denied:
+    window, limit, *figures = fields.split(" ")
+    return Denied(window, None if limit == "-" else int(limit), *map(int, figures))
+
+
+def _other_definition(fields: str) -> OtherDefinition:
+    budget, _, registered = fields.partition(" ")
+    return OtherDefinition(budget, registered)
+
+
+def _too_many_holds(fields: str) -> TooManyHoldsReply:
+    count, deadline_ms = fields.split(" ")
+    return TooManyHoldsReply(int(count), int(deadline_ms))
+
+
+_COMMON: Final[dict[str, Callable[[str], Reply]]] = {
+    codes.DENIED: _denied,
+    codes.CONFLICT: Conflict,
+    codes.UNKNOWN_HOLD: lambda _: _UNKNOWN_HOLD,
+    codes.OTHER_WINDOWS: OtherWindows,
+    codes.STALE_WINDOW: lambda _: _STALE_WINDOW,
+    codes.MISSING_WINDOW: MissingWindow,
+    codes.OTHER_DEFINITION: _other_definition,
+    codes.RECOVERING: lambda fields: Recovering(int(fields)),
+    codes.TOO_MANY_HOLDS: _too_many_holds,
+    codes.TOO_MANY_BUDGETS: lambda fields: TooManyBudgetsReply(split_name(fields)[0]),
+    codes.UNKNOWN_LIMIT: lambda fields: UnknownLimit(split_name(fields)[0]),
+    codes.WINDOW_FULL: WindowFull,
+    codes.UNREADABLE: Unreadable,
+    codes.NOT_FAST: lambda _: _NOT_FAST,
+}
+
+
+def parse_common(line: str) -> Reply:
+    """The reply of this line, if it does not depend on the operation."""
+    parse = _COMMON.get(line[:1])
+    return UnexpectedReply(line) if parse is None else parse(line[2:])
+
+
+def parse_settled(line: str) -> Settled:
+    """The reply to a settlement: ``DONE`` or ``REPLAYED``, flags, units, and of a replay its replica and windows."""
+    words = line.split(" ")
+    flags = words[1] if len(words) > 1 else ""
+    units = tuple(map(int, words[2].split(","))) if len(words) > 2 and words[2] else ()
+    replica = words[3] if len(words) > 3 and words[3] != "-" else ""
+    windows = tuple(split_name(name) for name in words[4].split(",")) if len(words) > 4 else ()
+    return Settled(units, words[0] == codes.REPLAYED, codes.OVERRUN in flags, codes.LATE in flags, replica, windows)

@@ -1,0 +1,76 @@
+"""One budget in one period, as requests name it."""
+
+from __future__ import annotations
+
+from ktrdr_budget.engine.protocol.codes import COUNT, DOLLARS, SLOTS
+from ktrdr_budget.engine.protocol.keys import Keys, stored_window
+from ktrdr_budget.models import Budget
+from ktrdr_budget.periods import Span
+
+__all__ = ["Window", "flag_of"]
+
+
+class Window:
+    """One budget in one period. Equal windows of a process are one object.
+
+    Args:
+        definition: the budget's, or ``-`` if this replica was not given the budget, or defines it differently.
+        expires_ms: when the window's keys expire; 0: never.
+        limit: the configured limit in whole units; ``None``: uncapped, or not known here.
+        asserts_limit: whether a reservation brings this limit to the store.
+        stored: the window's name in the store, if not that of ``definition``.
+    """
+
+    __slots__ = (
+        "budget",
+        "expires_ms",
+        "flag",
+        "has_grants",
+        "key",
+        "ledger_key",
+        "name",
+        "segment",
+        "span",
+        "stored",
+        "unit",
+        "words",
+    )
+
+    def __init__(
+        self,
+        keys: Keys,
+        budget: str,
+        span: Span,
+        flag: str,
+        *,
+        definition: str = "-",
+        expires_ms: int = 0,
+        limit: int | None = None,
+        asserts_limit: bool = False,
+        stored: str | None = None,
+    ) -> None:
+        self.has_grants = False
+        """Whether this replica was granted a reservation in it: the window exists and has this replica's limit."""
+        self.budget = budget
+        self.span = span
+        self.flag = flag
+        self.unit = "usd" if flag == DOLLARS else "count"
+        self.expires_ms = expires_ms
+        self.stored = stored_window(span.name, definition) if stored is None else stored
+        self.name = f"{budget}:{self.stored}"
+        self.segment = f"|{flag},{self.name},,"
+        """The beginning of this window's segment in a hold record."""
+        self.key = keys.window(budget, self.stored)
+        self.ledger_key = keys.ledger(budget, self.stored)
+        bounds = (str(span.start_ms), str(span.end_ms or 0), str(expires_ms))
+        limit_word = "-" if limit is None else str(limit)
+        self.words = (self.name, flag, definition, *bounds, limit_word, "!" if asserts_limit else "?")
+        """Its words in a batch."""
+
+    def __repr__(self) -> str:
+        return f"<Window {self.name}>"
+
+
+def flag_of(budget: Budget) -> str:
+    """The flag of this budget's segments in hold records."""
+    return SLOTS if budget.kind == "slots" else DOLLARS if budget.unit == "usd" else COUNT

@@ -1,0 +1,165 @@
+"""The outbox of a replica: requests to send once the store replies again.
+
+*Deferred* settlements have a caller that continued without the store (policies ``allow`` and ``lease``). *In doubt* are
+requests whose reply was lost, and facts whose caller will not send them again. A settlement or a report is sent again,
+which its id makes harmless. A reservation whose id no caller has is released, or refused when it arrives late. A
+reservation under the caller's own id is only looked up: a retry receives the hold; if that caller is gone, the grant to
+this very request is released.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from ktrdr_budget.engine.protocol.operations import Operation
+from ktrdr_budget.engine.protocol.requests import PreparedFact
+
+__all__ = ["DEFERRED_MAX", "FACTS", "IN_DOUBT_MAX", "OUTCOMES", "Entry", "Kind", "Outbox"]
+
+DEFERRED_MAX = 100_000
+IN_DOUBT_MAX = 10_000
+
+Kind = Literal["deferred", "settlement", "report", "by id", "release", "look up"]
+"""``by id``: a settlement or report whose hold was not read yet. ``release``: of a grant that no caller received."""
+FACTS = frozenset({"settlement", "report", "by id"})
+OUTCOMES = ("executed", "sent_again", "superseded", "released", "granted", "absent", "retried", "refused", "dropped")
+"""Outcomes of a request in doubt.
+
+``executed``: the first attempt had arrived. ``sent_again``: it had not, or was a report. ``superseded``: the hold was
+settled otherwise meanwhile. ``released``: a grant that no caller had. ``granted``: open under its caller's own id, and
+left to it. ``absent``: never granted, or no such hold. ``retried``: its caller received a reply to another attempt.
+``refused``: the store does not accept it. ``dropped``: the outbox was full, or the entry too old to resend safely.
+"""
+
+
+class Entry:
+    """One request in the outbox.
+
+    Args:
+        request: the operation to send; a prepared fact until its hold has been read.
+        maybe_executed_us: the time, by the store's clock, since when an attempt may have been executed; ``None`` if no
+            attempt was sent.
+    """
+
+    __slots__ = ("kind", "maybe_executed_us", "request")
+
+    def __init__(self, request: Operation | PreparedFact, kind: Kind, maybe_executed_us: int | None) -> None:
+        self.request = request
+        self.kind: Kind = kind
+        self.maybe_executed_us = maybe_executed_us
+
+    @property
+    def hold_id(self) -> str:
+        """The id of its hold."""
+        return self.request.hold_id
+
+    def equivalent(self, other: Entry) -> bool:
+        """Whether both ask for the same."""
+        one, another = self.request, other.request
+        if isinstance(one, PreparedFact) or isinstance(another, PreparedFact):
+            return (
+                isinstance(one, PreparedFact) and isinstance(another, PreparedFact)
+                and one.contents == another.contents
+            )  # fmt: skip
+        return one.same_as(another)
+
+
+class Outbox:
+    """The outbox of one replica. No I/O."""
+
+    def __init__(self) -> None:
+        self._entries: dict[str, list[Entry]] = {}
+        self.deferred = 0
+        """How many deferred settlements wait."""
+        self.in_doubt = 0
+        """How many requests are in doubt."""
+        self.deferred_lost = 0
+        """Deferred settlements that were dropped: the outbox was full, or they were too old to resend safely."""
+        self.outcomes = dict.fromkeys(OUTCOMES, 0)
+        """Requests in doubt by outcome."""
+
+    def __len__(self) -> int:
+        return self.deferred + self.in_doubt
+
+    def __iter__(self) -> Iterator[Entry]:
+        """The oldest id first; of one id, in the order of the requests."""
+        for entries in list(self._entries.values()):
+            yield from list(entries)
+
+    def add(self, entry: Entry) -> Entry | None:
+        """Add a request unless an equivalent one is queued; return the one evicted to make room, if any."""
+        known = self._entries.setdefault(entry.hold_id, [])
+        for other in known:
+            if self._replaces(other, entry, known):
+                return None
+        known.append(entry)
+        if entry.kind == "deferred":
+            self.deferred += 1
+            return self._evict("deferred") if self.deferred > DEFERRED_MAX else None
+        self.in_doubt += 1
+        return self._evict("in doubt") if self.in_doubt > IN_DOUBT_MAX else None
+
+    def _replaces(self, other: Entry, entry: Entry, known: list[Entry]) -> bool:
+        """Whether a queued entry stands for the new one, or is replaced by it."""
+        if other.kind == "deferred" or entry.kind == "deferred":
+            same = other.kind == entry.kind and other.equivalent(entry)
+            if same and other.maybe_executed_us is None:
+                other.maybe_executed_us = entry.maybe_executed_us
+            return same
+        if other.kind in FACTS and entry.kind in FACTS:
+            return other.equivalent(entry)
+        if {other.kind, entry.kind} & FACTS or _request_of(other) != _request_of(entry):
+            return False
+        if other.kind == "look up":
+            known[known.index(other)] = entry
+        return True
+
+    def _evict(self, which: Literal["deferred", "in doubt"]) -> Entry:
+        oldest = next(entry for entry in self if (entry.kind == "deferred") == (which == "deferred"))
+        self.end(oldest, "dropped")
+        return oldest
+
+    def end(self, entry: Entry, outcome: str) -> bool:
+        """Remove an entry with this outcome; return whether it was still queued."""
+        entries = self._entries.get(entry.hold_id, [])
+        if entry not in entries:
+            return False
+        entries.remove(entry)
+        if not entries:
+            del self._entries[entry.hold_id]
+        if entry.kind != "deferred":
+            self.in_doubt -= 1
+            self.outcomes[outcome] += 1
+        else:
+            self.deferred -= 1
+            if outcome == "dropped":
+                self.deferred_lost += 1
+        return True
+
+    def retried(self, hold_id: str, *, settled: bool) -> bool:
+        """End requests in doubt whose caller has received a reply: all of this id if it was settled.
+
+        Returns:
+            Whether a settlement was in doubt.
+        """
+        settlement = False
+        for entry in list(self._entries.get(hold_id, ())):
+            if entry.kind != "deferred" and (settled or entry.kind not in FACTS):
+                settlement |= entry.kind in ("settlement", "by id")
+                self.end(entry, "retried")
+        return settlement
+
+    def has_deferred(self, hold_id: str) -> bool:
+        """Whether a deferred settlement of this id waits."""
+        return any(entry.kind == "deferred" for entry in self._entries.get(hold_id, ()))
+
+    def clear(self) -> None:
+        """Drop all of them: in the child after a fork, they are the parent's."""
+        self._entries.clear()
+        self.deferred = self.in_doubt = 0
+
+
+def _request_of(entry: Entry) -> str:
+    """The request that a reservation, or the release of its grant, names."""
+    return getattr(entry.request, "request", "")

@@ -1,0 +1,80 @@
+"""Runs the calls of an async limiter; :mod:`.portal` does the same for a sync one, without ``await``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+from ktrdr_budget.engine.batching.dispatcher import Dispatcher
+from ktrdr_budget.engine.batching.heartbeat import Heartbeat
+from ktrdr_budget.engine.calls.context import Flow
+from ktrdr_budget.engine.engine import Engine
+from ktrdr_budget.engine.leases.chunks import Grant
+from ktrdr_budget.engine.leases.lease import LeaseBase
+from ktrdr_budget.engine.replica.hold import HoldBase
+
+__all__ = ["AsyncRunner"]
+
+Result = TypeVar("Result")
+
+
+class AsyncRunner:
+    """Runs calls on the event loop of the caller."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._dispatcher: Dispatcher = engine.dispatcher
+
+    def run(self, flow: Flow[Result], operation: str) -> Awaitable[Result]:
+        """Run a call."""
+        return self._dispatcher.run(flow, operation)
+
+    def settle(self, flow: Flow[Result], operation: str) -> Awaitable[Result]:
+        """Run a settlement that its caller cannot retry: without a reply, it is sent again once the store replies."""
+        return self._dispatcher.run(flow, operation, kept=True)
+
+    async def open(self) -> None:
+        """Open the store."""
+        await self._engine.store.open()
+
+    async def close(self) -> None:
+        """Finish what was begun, within twice the deadline, and disconnect; a cancelled caller waits for it."""
+        closing = asyncio.get_running_loop().create_task(self._close())
+        cancelled: asyncio.CancelledError | None = None
+        while not closing.done():
+            try:
+                await asyncio.wait({closing})
+            except asyncio.CancelledError as error:  # perhaps at each await: what was begun completes all the same
+                cancelled = error
+        closing.result()
+        if cancelled is not None:
+            raise cancelled
+
+    async def _close(self) -> None:
+        for lease in list(self._engine.lease_calls.open_leases):
+            await lease.closed(all_grants=True)
+        await self._dispatcher.close()
+
+    def start_heartbeat(self, hold: HoldBase) -> Callable[[], object]:
+        """Extend a hold at a third of its ttl; return the function that stops this."""
+        return Heartbeat(self._dispatcher, hold).stop
+
+    async def open_lease(self, lease: LeaseBase) -> None:
+        """Open a lease with a first chunk."""
+        await lease.opened()
+
+    async def close_lease(self, lease: LeaseBase) -> None:
+        """Settle the chunks of a lease."""
+        await lease.closed()
+
+    async def acquire(self, lease: LeaseBase, units: int) -> Grant:
+        """Wait for room in a lease."""
+        future: asyncio.Future[Grant] = asyncio.get_running_loop().create_future()
+        lease.wait(units, future)
+        try:
+            return await future
+        except asyncio.CancelledError:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().release()  # granted at this very moment
+            raise

@@ -1,0 +1,64 @@
+"""The hold of the async limiter; that of the sync one is derived from it (:mod:`ktrdr_budget.sync`)."""
+
+from __future__ import annotations
+
+from ktrdr_budget.engine.calls import extend as extensions
+from ktrdr_budget.engine.calls import settle
+from ktrdr_budget.engine.protocol.amounts import Amounts
+from ktrdr_budget.engine.replica.hold import HoldBase
+from ktrdr_budget.engine.runner import AsyncRunner
+from ktrdr_budget.models import Settlement
+
+__all__ = ["AsyncHold"]
+
+
+class AsyncHold(HoldBase):
+    """An open reservation. Settle it with :meth:`commit` or :meth:`release`; prolong it with :meth:`extend`."""
+
+    __slots__ = ()
+
+    @property
+    def _runner(self) -> AsyncRunner:
+        return self.engine.runner  # type: ignore[no-any-return]
+
+    async def extend(self, ttl: float | None = None) -> None:
+        """Send a heartbeat: a new deadline ``ttl`` seconds from now (as reserved, by default), and what was accrued.
+
+        Revives a hold that had expired, but none that an operator has released. No hold lives longer than 24 h after it
+        was granted.
+
+        Raises:
+            BudgetExceeded: it had expired, had given money back, and that money is gone.
+            HoldConflict: it is settled, or an operator has released it (``released_by_operator``).
+            UnknownHold: the store does not have it.
+            StoreUnavailable: no reply within the deadline.
+        """
+        await self._runner.run(extensions.extend(self.engine.context, self, ttl), "extend")
+
+    async def grow(self, amount: Amounts) -> None:
+        """Add to the reservation, in all budgets or in none; also to what others have added to it at the same time.
+
+        After an ambiguous ``StoreUnavailable``, growing by the same amount is a retry, and adds it once.
+
+        Raises:
+            BudgetExceeded: a budget has no room; nothing changed.
+            HoldConflict, UnknownHold, StoreUnavailable: as for :meth:`extend`.
+        """
+        await self._runner.run(extensions.grow(self.engine.context, self, amount), "grow")
+
+    async def commit(self, amount: Amounts | None = None) -> Settlement:
+        """Record the actual cost: never refused for lack of budget, for being late or above the reservation.
+
+        Args:
+            amount: a scalar for every ``usd`` budget (counts then commit what was reserved), or a mapping (what it
+                leaves out is 0); by default what was accrued.
+
+        Raises:
+            HoldConflict: it was settled otherwise before, or metered calls inside are under way.
+            StoreUnavailable: no reply within the deadline. A retry is safe.
+        """
+        return await self._runner.run(settle.commit(self.engine.context, self, amount), "commit")
+
+    async def release(self) -> Settlement:
+        """Give everything back. Errors as for :meth:`commit`."""
+        return await self._runner.run(settle.release(self.engine.context, self), "release")

@@ -202,7 +202,8 @@ class Dispatcher:
             self.replayer.resolve_later(call.request)
         resolved = Settlement if gone else (HoldBase, Settlement)
         first_reply_lost = call.unacknowledged
-        if error is None and outbox.in_doubt and isinstance(result, resolved):
+        may_resolve = error is None and outbox.in_doubt and isinstance(result, resolved)
+        if may_resolve and not self.context.policy.owns(result.id):
             first_reply_lost |= outbox.retried(result.id, settled=isinstance(result, Settlement))
         if self._observer is not None:
             if first_reply_lost and isinstance(result, Settlement):

@@ -129,7 +129,7 @@ def _offline_replay(
     record = known.offline_record
     assert record is not None
     before = sorted((segment.budget, segment.reserved) for segment in record.segments)
-    if before != sorted(wanted) or record.policy != policy:
+    if before != sorted(wanted) or record.policy != policy or known.state == "recorded":
         amounts = {s.budget: (s.reserved, known.unit_of(s.budget)) for s in record.segments}
         found = f"hold {hold_id!r} was reserved at {amounts_text(amounts)} and is {known.state}"
         raise HoldConflict(f"{found}; its id cannot be used again with other contents", state=known.state)

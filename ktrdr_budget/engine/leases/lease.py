@@ -467,8 +467,13 @@ class LeaseBase(Chunks):
                 self._lose(chunk, error)
             elif error is not None:
                 logger.warning("heartbeat of the lease of %s failed: %s", self.name, error)
+            else:
+                self.heartbeat_acknowledged()
 
         self._submit(self._calls.extend(chunk.hold, max(0, chunk.spent), self._ttl_ms), on_end)
+
+    def heartbeat_acknowledged(self) -> None:
+        """The store has replied to the heartbeat of a chunk."""
 
     def _lose(self, chunk: Chunk, error: BaseException) -> None:
         """Grant nothing from a chunk that was settled elsewhere, or that the store has lost."""

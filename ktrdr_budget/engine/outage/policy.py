@@ -82,6 +82,10 @@ class OutagePolicy:
         """
         return None
 
+    def owns(self, hold_id: str) -> bool:
+        """Whether this hold is settled here: a result of it says nothing of requests that the store may have."""
+        return False
+
     def give_up(self, hold: HoldBase) -> None:
         """Take back a grant that its caller did not receive."""
         self.holds.pop(hold.id, None)

@@ -8,12 +8,13 @@ was spent from it as one ledger entry, and is charged whole if the process dies.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 
 from ktrdr_budget.engine.leases.chunks import Chunk, Grant
 from ktrdr_budget.engine.leases.lease import LEASE_TTL_DEFAULT_S, ChunkCalls, LeaseBase
 from ktrdr_budget.engine.outage.policy import OfflineReservation, OutagePolicy, release_unreceived
-from ktrdr_budget.engine.protocol.operations import LONGEST_HOLD_MS, CommitAmount, Labels, RecordSpend
+from ktrdr_budget.engine.protocol.operations import LONGEST_HOLD_MS, CommitAmount, Labels, RecordSpend, Reserve
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.engine.replica.hold import HoldBase
 from ktrdr_budget.engine.replica.outbox import Entry
@@ -43,10 +44,23 @@ def check_slabs(state: ReplicaState, slabs: AmountIn | Mapping[str, AmountIn] | 
 
 
 class KeptLease(LeaseBase):
-    """The lease of one budget, kept full while the store replies."""
+    """The lease of one budget, kept full while the store replies.
 
-    def __init__(self, calls: ChunkCalls, budget: str, slab: AmountIn) -> None:
+    Args:
+        expire: expires holds; called at intervals.
+    """
+
+    def __init__(self, calls: ChunkCalls, budget: str, slab: AmountIn, expire: Callable[[], None]) -> None:
         super().__init__(calls, budget, slab, ttl=LEASE_TTL_DEFAULT_S, idle=None, eager=True)
+        self._expire = expire
+
+    def _tick(self) -> None:
+        self._expire()
+        super()._tick()
+
+    def heartbeat_acknowledged(self) -> None:
+        """Renew: a hold may be drawn without an outage that the circuit breaker noticed, or at the end of one."""
+        self.renew()
 
     def renew(self) -> None:
         """Replace the chunks that were drawn from; each is committed once its grants are settled."""
@@ -73,6 +87,7 @@ class PrepaidHold:
         self, policy: PrepaidPolicy, request: OfflineReservation, grants: Sequence[Grant], now_ms: int
     ) -> None:
         self._policy = policy
+        self.replica_id = policy.replica_id
         self.grants = grants
         self.on_expiry = request.policy
         self.labels = request.labels
@@ -86,7 +101,7 @@ class PrepaidHold:
     @property
     def parts(self) -> list[tuple[Window, int]]:
         """The windows that pay, each with the whole units granted."""
-        return [(grant.chunk.hold.parts[0][0], grant.units) for grant in self.grants if grant.chunk.hold is not None]
+        return [(_window_of(grant), grant.units) for grant in self.grants]
 
     def settle(self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str) -> Settlement:
         """Settle against the chunks, at once."""
@@ -114,17 +129,20 @@ class PrepaidPolicy(OutagePolicy):
         """
         self._calls = calls
         self._slabs = check_slabs(self._state, slabs)
-        self._replica = ""
+        self.replica_id = ""
+        """The replica whose leases are kept; empty before the first call."""
         self._leases: dict[str, KeptLease] = self._new_leases()
         self._open: dict[str, HoldBase] = {}
         """Holds that are not settled."""
+        self._next_expiry_ms = 0.0
+        """No open hold expires before."""
 
     def _new_leases(self) -> dict[str, KeptLease]:
-        return {name: KeptLease(self._calls, name, slab) for name, slab in self._slabs.items()}
+        return {name: KeptLease(self._calls, name, slab, self.expire) for name, slab in self._slabs.items()}
 
     def begin(self) -> None:
-        if self._replica != self._state.replica_id:  # at the start, and in the child after a fork
-            self._replica = self._state.replica_id
+        if self.replica_id != self._state.replica_id:  # at the start, and in the child after a fork
+            self.replica_id = self._state.replica_id
             self._leases = self._new_leases()
             for lease in self._leases.values():
                 lease.begin()
@@ -138,7 +156,7 @@ class PrepaidPolicy(OutagePolicy):
         self._open.clear()
 
     def store_replies(self) -> None:
-        if self._replica == self._state.replica_id:
+        if self.replica_id == self._state.replica_id:
             self.expire()
             for lease in self._leases.values():
                 lease.renew()
@@ -151,27 +169,46 @@ class PrepaidPolicy(OutagePolicy):
         for name, units in wanted:
             lease = self._leases.get(name)
             grant = None if lease is None or lease.closed_reason else lease.try_reserve(units)
-            if grant is None:
-                for other in grants:
-                    other.release()
+            if grant is not None:
+                grants.append(grant)
+            if grant is None or grant.chunk.hold is None:  # no chunk has been granted yet: not even 0 units
+                for each in grants:
+                    each.release()
                 return None
-            grants.append(grant)
         return grants
 
     def reserve(self, request: OfflineReservation) -> HoldBase | None:
+        hold_id = request.hold_id
+        if request.request and self._is_in_store(hold_id):  # the reply to it is the store's
+            return None
         self.expire()  # which may give money back
         grants = self._draw([(window.budget, units) for window, units in request.parts])
         if grants is None:
             return None
-        hold_id = request.hold_id
         logger.warning("hold %s granted from a lease: store unreachable", hold_id)
         hold = self._drawn(request, grants)
         self._open[hold_id] = hold
-        if request.ambiguous:  # the store's own grant of it is not used
-            windows = [window for window, _ in request.parts]
-            op = release_unreceived(hold_id, self._state.keys.hold(hold_id), windows, request.request)
-            self._outbox.add(Entry(op, "release", self._state.now_ms() * 1000))
+        self._next_expiry_ms = min(self._next_expiry_ms, hold.deadline_ms)
+        self._release_in_store(request)
         return hold
+
+    def _is_in_store(self, hold_id: str) -> bool:
+        """Whether the store has acknowledged an open hold or a settlement of this id to this replica."""
+        journal = self._state.journal
+        record = journal.open_hold(hold_id)
+        return journal.has_settled(hold_id) or (record is not None and record.is_open)
+
+    def _release_in_store(self, request: OfflineReservation) -> None:
+        """Release what the store may have granted to this request, or to an earlier one of the same id."""
+        requests = {request.request} if request.ambiguous else set()
+        requests |= {e.request.request for e in self._outbox.of(request.hold_id) if isinstance(e.request, Reserve)}
+        key, windows = self._state.keys.hold(request.hold_id), [window for window, _ in request.parts]
+        for each in requests:
+            op = release_unreceived(request.hold_id, key, windows, each)
+            self._outbox.add(Entry(op, "release", self._state.now_ms() * 1000))
+
+    def owns(self, hold_id: str) -> bool:
+        return hold_id in self.holds
 
     def _drawn(self, request: OfflineReservation, grants: Sequence[Grant]) -> HoldBase:
         backing = PrepaidHold(self, request, grants, self._state.now_ms())
@@ -187,8 +224,6 @@ class PrepaidPolicy(OutagePolicy):
         return hold
 
     def record(self, op: RecordSpend, *, ambiguous: bool) -> Settlement | None:
-        if ambiguous:  # the store may have recorded it: only its id can settle that
-            return self.defer(op.as_late(), ambiguous=True)
         units = list(op.units)
         if (known := self.holds.get(op.hold_id)) is not None:
             same = [(w.budget, n) for w, n in known.parts] == [(w.budget, n) for w, n in op.parts]
@@ -196,6 +231,9 @@ class PrepaidPolicy(OutagePolicy):
                 found = f"hold {op.hold_id!r} is {known.state}"
                 raise HoldConflict(f"{found}; its id cannot be used again with other contents", state=known.state)
             return _settlement(known, "recorded", units, replayed=True)
+        if ambiguous or self._outbox.of(op.hold_id) or self._state.journal.has_settled(op.hold_id):
+            # The store may have recorded it: only its id can settle that.
+            return self.defer(op.as_late(), ambiguous=ambiguous)
         grants = self._draw([(window.budget, amount) for window, amount in op.parts])
         if grants is None:
             return None
@@ -204,6 +242,8 @@ class PrepaidPolicy(OutagePolicy):
         for grant in grants:
             grant.commit()
         hold.state = "recorded"
+        assert isinstance(hold.offline, PrepaidHold)
+        hold.offline.settled = "recorded", units
         return _settlement(hold, "recorded", units)
 
     def give_up(self, hold: HoldBase) -> None:
@@ -217,10 +257,16 @@ class PrepaidPolicy(OutagePolicy):
     def expire(self) -> None:
         """Expire holds past their deadline: one that charges keeps its grants, the others give money back."""
         now_ms = self._state.now_ms()
+        if now_ms < self._next_expiry_ms:
+            return
+        self._next_expiry_ms = math.inf
         for hold in list(self._open.values()):
             backing = hold.offline
             assert isinstance(backing, PrepaidHold)
-            if backing.is_expired or backing.deadline_ms > now_ms:
+            if backing.is_expired:
+                continue
+            if backing.deadline_ms > now_ms:
+                self._next_expiry_ms = min(self._next_expiry_ms, backing.deadline_ms)
                 continue
             backing.is_expired, hold.state = True, "unconfirmed"
             for grant, accrued in zip(backing.grants, hold.accrued_units, strict=True):
@@ -239,6 +285,7 @@ class PrepaidPolicy(OutagePolicy):
             StoreUnavailable: a chunk has no room for it.
             HoldConflict: the hold is settled.
         """
+        self._check_process(hold, backing)
         if backing.settled is not None:
             raise HoldConflict(f"hold {hold.id!r} is settled; it cannot be extended", state=backing.settled[0])
         grants = backing.grants
@@ -253,9 +300,17 @@ class PrepaidPolicy(OutagePolicy):
         if ttl_ms is not None:
             backing.deadline_ms = min(self._state.now_ms() + ttl_ms, backing.latest_ms)
         hold.deadline_ms = backing.deadline_ms
+        self._next_expiry_ms = min(self._next_expiry_ms, backing.deadline_ms)
+
+    def _check_process(self, hold: HoldBase, backing: PrepaidHold) -> None:
+        if backing.replica_id != self._state.replica_id:
+            raise HoldConflict(
+                f"hold {hold.id!r} was granted from a lease of the parent process, which alone can settle it",
+                state=hold.state,
+            )
 
     def settle(self, hold: HoldBase, backing: PrepaidHold, spent: list[int] | None) -> Settlement:
-        """Settle a hold against its chunks; spend of one that gave its money back at expiry is recorded by id.
+        """Settle a hold against its chunks; spend of one that gave its money back at expiry is recorded.
 
         Args:
             spent: whole units for each budget; ``None`` releases.
@@ -263,6 +318,7 @@ class PrepaidPolicy(OutagePolicy):
         Raises:
             HoldConflict: it was settled otherwise before.
         """
+        self._check_process(hold, backing)
         state: HoldState = "released" if spent is None else "committed"
         units = [0] * len(backing.grants) if spent is None else spent
         if backing.settled is not None:
@@ -276,16 +332,21 @@ class PrepaidPolicy(OutagePolicy):
             elif amount:
                 given_back.append((window, amount))
         if given_back:
-            key, labels = self._state.keys.hold(hold.id), backing.labels
-            late = RecordSpend(
-                hold.id, key, given_back, operation=labels.operation, trace_id=labels.trace_id, is_late=True
-            )
-            self.defer(late)
+            # Under an id of its own: the store may have that of the hold, from a request of another process.
+            late_id, labels = self._state.new_id(), backing.labels
+            key, operation, trace_id = self._state.keys.hold(late_id), labels.operation, labels.trace_id
+            self.defer(RecordSpend(late_id, key, given_back, operation=operation, trace_id=trace_id, is_late=True))
         backing.settled = state, units
         self._open.pop(hold.id, None)
         if (known := self.holds.get(hold.id)) is not None:
             known.state = state
         return _settlement(hold, state, units, late=backing.is_expired)
+
+
+def _window_of(grant: Grant) -> Window:
+    """The window that pays."""
+    assert grant.chunk.hold is not None
+    return grant.chunk.hold.parts[0][0]
 
 
 def _conflict(hold: HoldBase, before: HoldState, charged: Sequence[int], wanted: HoldState) -> HoldConflict:

@@ -150,6 +150,10 @@ class Outbox:
                 self.end(entry, "retried")
         return settlement
 
+    def of(self, hold_id: str) -> list[Entry]:
+        """The entries of this id."""
+        return list(self._entries.get(hold_id, ()))
+
     def has_deferred(self, hold_id: str) -> bool:
         """Whether a deferred settlement of this id waits."""
         return any(entry.kind == "deferred" for entry in self._entries.get(hold_id, ()))

@@ -42,7 +42,7 @@ def an_outage_is_spent_through(bench: Bench) -> None:
 
 
 def an_outage_is_prepaid(bench: Bench) -> None:
-    """The same under policy `lease`: what was prepaid is spent meanwhile, and the cap holds."""
+    """The same under policy `lease`: holds are drawn from leases meanwhile, and the cap holds."""
     server = bench.server(*DURABLE)
     bench.leaves, bench.closes_first = False, True
     bench.terms.prepaid_units = 2 * bench.replicas * 10**9

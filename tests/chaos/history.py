@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 NO_REPLY = ("StoreUnavailable", "StoreError")
 REFUSED = ("BudgetExceeded", "HoldConflict", "UnknownHold")
-ACKNOWLEDGED = ("done", "replayed", "heard", "deferred")
+ACKNOWLEDGED = ("done", "replayed", "heard", "deferred", "prepaid")
 STATES = {"o": "open", "x": "unconfirmed", "z": "released", "c": "committed", "r": "released", "n": "recorded"}
 
 
@@ -50,9 +50,7 @@ class Call:
     @property
     def unknown(self) -> bool:
         """Whether it may have been done."""
-        return self.word in ("killed", "cancelled", "unguarded", "prepaid") or (
-            self.word in NO_REPLY and self.ambiguous
-        )
+        return self.word in ("killed", "cancelled", "unguarded") or (self.word in NO_REPLY and self.ambiguous)
 
     @property
     def seconds(self) -> float:
@@ -114,6 +112,8 @@ class Story:
 
     id: str
     calls: list[Call] = field(default_factory=list)
+    is_drawn: bool = False
+    """Whether a lease paid for it: the store has no hold of this id, but a chunk that covers it."""
 
     def of(self, *names: str) -> Iterable[Call]:
         return (call for call in self.calls if call.name in names)
@@ -141,8 +141,8 @@ class Story:
 
     @property
     def unguarded(self) -> bool:
-        """Whether the store may never have heard of the grant: policy ``allow`` or ``lease`` made it."""
-        return any(call.word in ("unguarded", "prepaid") for call in self.calls)
+        """Whether policy ``allow`` granted it: the store may not have the hold."""
+        return any(call.word == "unguarded" for call in self.calls)
 
     def settling_since(self) -> float:
         """When somebody first began to settle it."""
@@ -156,6 +156,37 @@ def stories(calls: Iterable[Call]) -> dict[str, Story]:
         if call.id is not None:
             found.setdefault(call.id, Story(call.id)).calls.append(call)
     return found
+
+
+def split_drawn(calls: list[Call], stored: Container[str]) -> tuple[list[Call], dict[str, Story]]:
+    """Separate the calls that the store has decided from those of ids that leases have paid for.
+
+    An id that was drawn from a lease is that hold for the calls of its replica from then on. The store may have granted
+    the reservation, too, and released it again: the outcome of that request is unknown.
+
+    Args:
+        stored: ids that the store has.
+    """
+    since: dict[tuple[str, str | None], int] = {}
+    for call in calls:
+        if call.name == "reserve" and call.word == "prepaid":
+            key = call.replica, call.id
+            since[key] = min(call.ended_ns or 0, since.get(key, call.ended_ns or 0))
+    others: list[Call] = []
+    drawn: dict[str, Story] = {}
+    for call in calls:
+        at_ns = since.get((call.replica, call.id))
+        is_drawn = at_ns is not None and (call.ended_ns is None or call.ended_ns >= at_ns)
+        if call.name == "record" and call.word == "deferred" and call.id not in stored:
+            is_drawn = True
+        if is_drawn:
+            name = f"{call.id} of {call.replica}"
+            drawn.setdefault(name, Story(name, is_drawn=True)).calls.append(call)
+            if call.name not in ("reserve", "record"):
+                continue
+            call = replace(call, word="StoreUnavailable", told={}, windows={}, ambiguous=True)
+        others.append(call)
+    return others, drawn
 
 
 # -- the store, at rest ------------------------------------------------------------------------------------------------
@@ -180,6 +211,13 @@ class Stored:
     state: str
     policy: str
     segments: list[Segment]
+    operation: str = ""
+    """Its label."""
+
+    @property
+    def is_chunk(self) -> bool:
+        """Whether it is a chunk of a lease."""
+        return self.operation == "lease"
 
 
 @dataclass
@@ -241,11 +279,11 @@ def _enter(found: Books, kind: str, name: str, value: Any) -> None:
 def parse(record: str) -> Stored:
     """The grammar is in `docs/wire.md`."""
     head, *rest = record.split("|")
-    state, policy = head.split(" ")[:2]
+    state, policy, _, _, _, _, operation, *_ = head.split(" ")
     segments = []
     for text in rest:
         flag, name, _, reserved, accrued, charged = text.partition(" ")[0].split(",")
         budget, _, window = name.rpartition(":")
         figures = int(reserved), int(accrued or 0), int(charged or 0)
         segments.append(Segment(budget, _public(window), *figures, slots=flag == "s"))
-    return Stored(STATES[state], {"c": "charge", "a": "accrued", "r": "release"}[policy], segments)
+    return Stored(STATES[state], {"c": "charge", "a": "accrued", "r": "release"}[policy], segments, operation)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from ..model.reference import BudgetModel, Reference, Refused
-from .history import ACKNOWLEDGED, NO_REPLY, REFUSED, Books, Call, Stored, Story, stories
+from .history import ACKNOWLEDGED, NO_REPLY, REFUSED, Books, Call, Stored, Story, split_drawn, stories
 
 NANOS = 10**9
 FOREVER = float("inf")
@@ -86,16 +86,20 @@ class Verdict:
 def judge(calls: list[Call], books: Books, terms: Terms) -> Verdict:
     """Of one tenant."""
     verdict = Verdict(operations=len(calls), windows=sum(not name.endswith(":ever") for name in books.sums))
-    told = stories(calls)
+    others, drawn = split_drawn(calls, books.holds)
+    told = stories(others)
+    everything = told | drawn
     _each_call_ends_in_time_with_a_known_word(calls, terms, verdict)
     _nothing_is_stored_that_nobody_asked_for(calls, told, books, terms, verdict)
-    _each_pays_in_its_own_window(told, books, terms, verdict)
-    _no_grant_passes_the_cap(told, books, terms, verdict)
-    _no_denial_is_unfounded(calls, told, books, terms, verdict)
-    verdict.late = sum(max(story.settled.told.values(), default=0) for story in told.values() if _is_late(story))
+    _each_pays_in_its_own_window(everything, books, terms, verdict)
+    _no_grant_passes_the_cap(everything, books, terms, verdict)
+    _no_denial_is_unfounded(calls, everything, books, terms, verdict)
+    verdict.late = sum(max(story.settled.told.values(), default=0) for story in everything.values() if _is_late(story))
     _the_end_is_what_the_model_says(told, books, verdict)
+    if terms.prepaid_units:
+        _chunks_commit_what_was_drawn(drawn, told, books, verdict)
     _it_adds_up(books, verdict)
-    verdict.grants = sum(call.name == "reserve" and call.word == "done" for call in calls)
+    verdict.grants = sum(call.name == "reserve" and call.word in ("done", "prepaid") for call in calls)
     unknown = [call for call in calls if call.unknown]
     verdict.unknown = len(unknown)
     blamed = " ".join(verdict.violations)
@@ -129,8 +133,8 @@ def _nothing_is_stored_that_nobody_asked_for(
     entered = {hold_id for window in books.entered.values() for hold_id, units in window.items() if units}
     for hold_id in sorted((books.holds.keys() | entered) - told.keys() - {"-"}):
         record = books.holds.get(hold_id)
-        if terms.prepaid_units and record is not None and not any(segment.charged for segment in record.segments):
-            continue  # a slab, of which nothing was left to charge
+        if terms.prepaid_units and record is not None and (record.is_chunk or record.state == "recorded"):
+            continue  # a chunk, or a late commit of a hold that was drawn from one: see _chunks_commit_what_was_drawn
         # A limiter's own name, of which a caller that was killed or cancelled, or got no answer, was never told.
         if not unnamed or record is None or record.state not in ("released", "unconfirmed"):
             verdict.blame(f"'{hold_id}' is stored, but nobody asked for it")
@@ -209,7 +213,7 @@ def _no_grant_passes_the_cap(told: dict[str, Story], books: Books, terms: Terms,
         for budget, window in windows.items():
             name = f"{budget}:{window}"
             intervals[name] += _certain(story, budget, terms)
-            if story.granted is not None and story.granted.word == "done":
+            if story.granted is not None and story.granted.word in ("done", "prepaid"):
                 grants[name].append((story.granted, story.asked[budget]))
     for name, granted in grants.items():
         limit = terms.limits[name.rpartition(":")[0]]
@@ -227,7 +231,9 @@ def _certain(story: Story, budget: str, terms: Terms) -> list[tuple[float, float
     """From when until when an id certainly counts, and how much."""
     found: list[tuple[float, float, int]] = []
     settled, grant = story.settled, story.granted
-    if settled is not None and settled.told.get(budget) and settled.word != "deferred":
+    # A chunk covers what was drawn from it, until it has committed that; a late commit it does not cover.
+    certain = not _is_late(story) if story.is_drawn else settled is not None and settled.word != "deferred"
+    if settled is not None and settled.told.get(budget) and certain:
         found.append((settled.ended_ns or 0, FOREVER, settled.told[budget]))
     if grant is None or budget not in story.asked:
         return found
@@ -310,6 +316,34 @@ def _the_end_is_what_the_model_says(told: dict[str, Story], books: Books, verdic
             expected[name][hold_id] += units
     for name in names:
         _compare(name, expected[name], books, verdict)
+
+
+def _chunks_commit_what_was_drawn(
+    drawn: dict[str, Story], told: dict[str, Story], books: Books, verdict: Verdict
+) -> None:
+    """Chunks, and records of late commits, have charged the spend of all holds that were drawn, and no more.
+
+    A hold that was left open is charged in full at the latest when its limiter is closed.
+    """
+    charged, least, most = Counter[str](), Counter[str](), Counter[str]()
+    for name, window in books.entered.items():
+        for hold_id, units in window.items():
+            stored = books.holds.get(hold_id)
+            if stored is not None and (stored.is_chunk or (stored.state == "recorded" and hold_id not in told)):
+                charged[name.rpartition(":")[0]] += units
+    for story in drawn.values():
+        settled = story.settled
+        for budget, units in story.asked.items():
+            grown = max((call.asked.get(budget, 0) for call in story.of("grow")), default=0)
+            spent = 0 if settled is None else settled.told.get(budget, 0)
+            least[budget] += spent
+            most[budget] += max(units, grown) if settled is None else spent
+    for budget in charged.keys() | least.keys():
+        if not least[budget] <= charged[budget] <= most[budget]:
+            verdict.lost += max(0, least[budget] - charged[budget])
+            verdict.blame(
+                f"{budget}: chunks have charged {charged[budget]} units; {least[budget]} to {most[budget]} were drawn"
+            )
 
 
 def _tell_absent(story: Story, verdict: Verdict) -> None:

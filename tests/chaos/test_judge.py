@@ -211,3 +211,43 @@ def test_what_a_process_stood_still_is_not_the_limiters_lateness(tmp_path: Path)
     [call] = read(tmp_path)
     assert call.late_s(1.0) == pytest.approx(0.4 - 0.1 - 0.05 - 0.03)
     assert call.late_s(1.5) == 0
+
+
+class DrawnCase(Case):
+    """The same, and two holds that replica 1 drew from a chunk of 40 in an outage; one is open when it is closed."""
+
+    def __init__(self, charged: int) -> None:
+        super().__init__()
+        drawn = [
+            a_call("reserve", "a", {"agent": 20}, 6, word="prepaid"),
+            a_call("commit", "a", {"agent": 15}, 7, word="deferred"),
+            a_call("reserve", "e", {"agent": 10}, 8, word="prepaid"),
+        ]
+        for call in drawn:
+            call.replica = "0.1"
+        self.calls += drawn
+        self.terms = Terms({"agent": 120}, timeout_s=1.0, prepaid_units=40)
+        self.books.holds["chunk"] = parse(f"c c 1 1 0 - lease -|u,{WINDOW},,40,0,{charged}")
+        self.books.entered[WINDOW]["chunk"] = charged
+        self.books.sums[WINDOW]["spent"] += charged
+        del self.calls[2]  # with a chunk, it is unknown whether there was room
+
+
+@pytest.mark.parametrize("charged", [15, 25])
+def test_a_chunk_that_commits_what_was_drawn_from_it_is_not_blamed(charged: int):
+    verdict = DrawnCase(charged).judged()
+    assert verdict.violations == []
+    assert (verdict.grants, verdict.overspend, verdict.lost, verdict.spend) == (5, 0, 0, 50 + charged)
+
+
+@pytest.mark.parametrize(("charged", "lost"), [(14, 1), (26, 0)])
+def test_a_chunk_that_commits_another_sum_is_found(charged: int, lost: int):
+    verdict = DrawnCase(charged).judged()
+    assert any("chunks have charged" in violation for violation in verdict.violations), verdict.violations
+    assert verdict.lost == lost
+
+
+def test_a_hold_that_was_drawn_above_the_cap_is_found():
+    case = DrawnCase(15)
+    case.terms.limits = {"agent": 104}
+    assert case.judged().overspend == 1

@@ -242,10 +242,8 @@ async def outcome(task: asyncio.Future) -> Told:
         return Told(f"!{type(error).__name__}: {error}"[:200])
     if not hasattr(reply, "amounts"):  # extend and grow return nothing
         return Told("heard")
-    if getattr(reply, "prepaid", None) is not None:
-        return Told("prepaid", reply)
-    if not getattr(reply, "guarded", True):
-        return Told("unguarded", reply)
+    if getattr(reply, "offline", None) is not None:
+        return Told("prepaid" if reply.cap_checked else "unguarded", reply)
     if getattr(reply, "deferred", False):
         return Told("deferred", reply)
     return Told("replayed" if getattr(reply, "replayed", False) else "done", reply)

@@ -1,8 +1,8 @@
-"""One replica under policy `lease`: takes lines, does what they say, and answers each with a line.
+"""One replica under policy `lease`: reads commands, one a line, and replies to each with a line.
 
-Options: `url, limit, slab, worker`. `{"do": "ready"}` answers once its slab is there; `{"do": "spend", "amounts": […]}`
-reserves and commits each amount while the store is away, and answers with the ids and units that were granted, and how
-many were refused; `{"do": "told"}` answers once the store has heard of everything.
+Options: `url, limit, slab, seed, worker`. `{"do": "ready"}` is replied to once its chunk is there; `{"do": "spend",
+"amounts": […]}` reserves and commits each amount while the store is away, and replies with the units spent and how many
+reservations were refused; `{"do": "settle"}` is replied to once the store has all of the spend.
 """
 
 import asyncio
@@ -19,22 +19,22 @@ def say(words: object) -> None:
 
 
 async def spend(limiter: AsyncBudgetLimiter, amounts: list[str], chance: random.Random) -> dict:
-    spent: dict[str, int] = {}
-    refused = 0
+    spent = refused = 0
     for amount in amounts:
         try:
             hold = await limiter.reserve("agent", amount)
         except StoreUnavailable:
             refused += 1
             continue
-        assert hold.prepaid is not None
+        assert hold.offline is not None
+        assert hold.cap_checked
         if chance.random() < 0.2:
             await hold.release()
             continue
         cost = chance.randrange(1, to_units(amount) + 1)
         settlement = await hold.commit(f"{cost / 10**9:.9f}")
         assert settlement.deferred
-        spent[hold.id] = cost
+        spent += cost
     return {"spent": spent, "refused": refused}
 
 
@@ -54,9 +54,9 @@ async def main(options: dict) -> None:
             elif order["do"] == "spend":
                 say(await spend(limiter, order["amounts"], chance))
             else:
-                while limiter.deferred:
+                while limiter.store_state == "open" or limiter.deferred or not limiter.prepaid["agent"]:
                     await asyncio.sleep(0.01)
-                say("told")
+                say("settled")
 
 
 def run(options: dict) -> None:

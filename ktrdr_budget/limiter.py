@@ -61,8 +61,9 @@ class LimiterBase:
         timeout: seconds within which each call ends.
         on_store_error: what a call does that does not reach the store: ``deny`` (raise
             :class:`~ktrdr_budget.errors.StoreUnavailable`); ``allow``: admit without a check of the cap, and record the
-            spend once the store replies; or ``lease``: admit only what was prepaid (``lease_slab``), so that the cap
-            holds without the store.
+            spend once the store replies; or ``lease``: draw holds from leases that are kept for that (``lease_slab``),
+            so that the cap holds without the store. Such holds are known in this process only, and the store records
+            the spend of each chunk as one entry; it charges the whole chunk if this process dies.
         lease_slab: under that policy, how much is kept prepaid (and shows as held): an amount for each budget in
             dollars, or a mapping of budgets to amounts.
         data_dir: the embedded server's data (default: ``AGENT_BUDGET_DIR`` or ``data/budget``).

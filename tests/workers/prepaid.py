@@ -2,7 +2,7 @@
 
 Options: `url, limit, slab, seed, worker`. `{"do": "ready"}` is replied to once its chunk is there; `{"do": "spend",
 "amounts": […]}` reserves and commits each amount while the store is away, and replies with the units spent and how many
-reservations were refused; `{"do": "settle"}` is replied to once the store has all of the spend.
+reservations were refused.
 """
 
 import asyncio
@@ -51,12 +51,8 @@ async def main(options: dict) -> None:
                 while limiter.prepaid != {"agent": budget.limit.__class__(options["slab"])}:
                     await asyncio.sleep(0.01)
                 say("prepaid")
-            elif order["do"] == "spend":
-                say(await spend(limiter, order["amounts"], chance))
             else:
-                while limiter.store_state == "open" or limiter.deferred or not limiter.prepaid["agent"]:
-                    await asyncio.sleep(0.01)
-                say("settled")
+                say(await spend(limiter, order["amounts"], chance))
 
 
 def run(options: dict) -> None:

@@ -663,6 +663,30 @@ def test_three_processes_never_pass_the_cap_and_a_killed_one_is_charged_whole(ow
         assert counted(client) <= to_units("5.00")
 
 
+def test_a_process_that_stalls_over_the_end_of_an_outage_keeps_the_cap(own_server):
+    """It stands still with a used chunk while another process spends all that the store then grants."""
+    options = {"url": own_server.url, "limit": "5.00", "slab": "0.40", "seed": random.randrange(2**32)}
+    print(f"seed {options['seed']}")
+    with workers("prepaid.py", 1, options) as [replica], own_server.client() as client:
+        replica.send(do="ready")
+        assert replica.receive() == "prepaid"
+        own_server.kill()
+        replica.send(do="spend", amounts=["0.05"] * 12)
+        spent = replica.receive()["spent"]
+        replica.pause()
+        try:
+            own_server.start()
+            with BudgetLimiter(own_server.url, BUDGETS) as limiter:
+                limiter.reserve("agent", "4.60").commit("4.60")
+                with pytest.raises(BudgetExceeded):
+                    limiter.reserve("agent", "0.000000001")
+            assert counted(client) == to_units("5.00")
+        finally:
+            replica.resume()
+        wait_until(lambda: sums(client)["spent"] == to_units("4.60") + spent)
+        assert counted(client) <= to_units("5.00")
+
+
 async def test_many_tasks_share_one_chunk_to_the_unit(own_server):
     async with limiter_for(own_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)

@@ -51,6 +51,16 @@ class Worker:
             while self.receive() is not None:
                 pass
 
+    def pause(self) -> None:
+        """Stop the process, until :meth:`resume`."""
+        assert self._pid is not None
+        os.kill(self._pid, signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let a paused process continue."""
+        assert self._pid is not None
+        os.kill(self._pid, signal.SIGCONT)
+
     def end(self) -> None:
         """Kill the process and close the connection to it."""
         self.kill()

@@ -119,12 +119,12 @@ class Wire:
         self.session.absorb(self.head, header)
         return lines
 
-    def ask(self, head: str, **parts: str) -> str:
+    def request(self, head: str, **parts: str) -> str:
         [line] = self.send(self.op(head, **parts))
         return line
 
     def reserve(self, hold_id: str, ttl_ms: int = 60_000, policy: str = "c", **amounts: int) -> str:
-        return self.ask(f"R {hold_id} {ttl_ms} {policy} - - -", **{name: f":{n}" for name, n in amounts.items()})
+        return self.request(f"R {hold_id} {ttl_ms} {policy} - - -", **{name: f":{n}" for name, n in amounts.items()})
 
     def record(self, hold_id: str) -> str | None:
         return self.client.get(self.session.keys.hold(hold_id))
@@ -148,7 +148,7 @@ class Wire:
         wait_until(lambda: self.now_us() >= deadline_ms * 1000)
 
     def yesterday(self) -> Wire:
-        """Another replica, that takes it to be yesterday until the store has told it better."""
+        """Another replica, whose clock is a day late until the first reply of the store."""
         other = Wire(self.client)
         other.session.set_clock(self.now_us() - DAY_MS * 1000, 0)
         return other
@@ -220,21 +220,21 @@ def test_reserve_refuses_windows_that_are_not_now_and_definitions_that_differ(cl
     assert wire.reserve("op_1", agent=150) == "g"
     other = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
     assert other.reserve("op_2", agent=150) == "m agent usd,day,UTC,spend"
-    assert other.ask("N op_2 0 research -", agent=":20") == "m agent usd,day,UTC,spend"
+    assert other.request("N op_2 0 research -", agent=":20") == "m agent usd,day,UTC,spend"
     assert other.reserve("op_1", agent=150).startswith("p "), "a replay is answered before anything else"
-    assert other.ask("N op_2 1 research -", agent=":20") == "k - 20", "spend is a fact, in a window of its own"
+    assert other.request("N op_2 1 research -", agent=":20") == "k - 20", "spend is a fact, in a window of its own"
     assert (wire.sums("agent")["spent"], other.sums("agent")["spent"]) == (0, 20)
 
 
 def test_commit_replies(wire):
     wire.reserve("op_1", agent=150, cycles=2, jobs=1)
     parts = {"agent": ":x70", "cycles": ":r2", "jobs": ":x1"}
-    assert wire.ask("D op_1", **parts) == "k - 70,2,0"
-    assert wire.ask("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
-    assert Wire(wire.client).ask("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
-    assert wire.ask("D op_1", **{**parts, "agent": ":x71"}) == f"c {wire.record('op_1')}"
-    assert wire.ask("L op_1 0", **parts) == f"c {wire.record('op_1')}"
-    assert wire.ask("D nobody", agent=":x1") == "u"
+    assert wire.request("D op_1", **parts) == "k - 70,2,0"
+    assert wire.request("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
+    assert Wire(wire.client).request("D op_1", **parts) == f"p - 70,2,0 {wire.session.replica_id}"
+    assert wire.request("D op_1", **{**parts, "agent": ":x71"}) == f"c {wire.record('op_1')}"
+    assert wire.request("L op_1 0", **parts) == f"c {wire.record('op_1')}"
+    assert wire.request("D unknown", agent=":x1") == "u"
     assert (wire.sums("agent"), wire.ledger("agent")) == (figures(spent=70, events=1), [70])
     assert wire.sums("cycles") == figures(spent=2, events=1)
     assert wire.sums("jobs") == figures(), "a slot is only ever held"
@@ -246,69 +246,74 @@ def figures(**given: int) -> dict[str, int]:
 
 def test_commit_flags_overruns_and_late_ones(wire):
     wire.reserve("op_1", agent=150)
-    assert wire.ask("D op_1", agent=":x151") == "k o 151"
+    assert wire.request("D op_1", agent=":x151") == "k o 151"
     wire.reserve("op_2", ttl_ms=1000, agent=150)
     wire.wait_due("op_2")
-    assert wire.ask("D op_2", agent=":x151") == "k ol 151"
+    assert wire.request("D op_2", agent=":x151") == "k ol 151"
     assert wire.ledger("agent") == [151, 150, 1], "the charge at its deadline, and what corrects it"
     assert wire.sums("agent") == figures(spent=302, events=4 - 1, overruns=2)
 
 
 def test_commit_modes(wire):
-    for hold_id, mode, told in (("op_1", "x70", 70), ("op_2", "r150", 150), ("op_3", "a0", 80), ("op_4", "a90", 90)):
+    for hold_id, mode, expected in (
+        ("op_1", "x70", 70),
+        ("op_2", "r150", 150),
+        ("op_3", "a0", 80),
+        ("op_4", "a90", 90),
+    ):
         wire.reserve(hold_id, agent=150)
-        assert wire.ask(f"E {hold_id} 60000 0", agent=":80:0").startswith("e o ")
-        assert wire.ask(f"D {hold_id}", agent=f":{mode}") == f"k - {told}"
+        assert wire.request(f"E {hold_id} 60000 0", agent=":80:0").startswith("e o ")
+        assert wire.request(f"D {hold_id}", agent=f":{mode}") == f"k - {expected}"
 
 
 def test_release_replies(wire):
     wire.reserve("op_1", agent=150)
-    assert wire.ask("L op_1 0", agent=":x0") == "k - 0"
-    assert wire.ask("L op_1 0", agent=":x0") == "p - 0"
-    assert wire.ask("D op_1", agent=":x70") == f"c {wire.record('op_1')}"
-    assert wire.ask("L nobody 0") == "u"
+    assert wire.request("L op_1 0", agent=":x0") == "k - 0"
+    assert wire.request("L op_1 0", agent=":x0") == "p - 0"
+    assert wire.request("D op_1", agent=":x70") == f"c {wire.record('op_1')}"
+    assert wire.request("L unknown 0") == "u"
     wire.reserve("op_2", agent=150)
-    assert wire.ask("L op_2 1", agent=":x0") == "k - 0"
+    assert wire.request("L op_2 1", agent=":x0") == "k - 0"
     assert wire.record("op_2").startswith("z ")
-    assert wire.ask("L op_2 1", agent=":x0") == "p - 0"
-    assert wire.ask("D op_2", agent=":x70") == "k l 70", "the worker comes back: its commit still counts, once"
+    assert wire.request("L op_2 1", agent=":x0") == "p - 0"
+    assert wire.request("D op_2", agent=":x70") == "k l 70", "the worker comes back: its commit still counts, once"
     assert wire.sums("agent") == figures(spent=70, events=1)
 
 
-def test_a_settlement_that_does_not_name_all_windows_is_asked_for_them(wire):
+def test_a_settlement_that_lacks_windows_of_its_hold_is_answered_with_the_record(wire):
     wire.reserve("op_1", agent=150, cycles=1)
     for head in ("D op_1", "L op_1 0", "E op_1 60000 0", "X op_1"):
-        assert wire.ask(head, agent=":x70" if head[0] != "E" else ":0:0") == f"v {wire.record('op_1')}"
+        assert wire.request(head, agent=":x70" if head[0] != "E" else ":0:0") == f"v {wire.record('op_1')}"
 
 
 def test_record_replies(client, wire):
-    assert wire.ask("N op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
+    assert wire.request("N op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
     words = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire, 'cycles')}"
-    assert wire.ask("N op_1 0 research -", agent=":20", cycles=":1") == words
-    assert Wire(client).ask("N op_1 0 research -", cycles=":1", agent=":20") == (
+    assert wire.request("N op_1 0 research -", agent=":20", cycles=":1") == words
+    assert Wire(client).request("N op_1 0 research -", cycles=":1", agent=":20") == (
         f"p - 1,20 {wire.session.replica_id} cycles:{day(wire, 'cycles')},agent:{day(wire)}"
     )
-    assert wire.ask("N op_1 0 research -", agent=":21", cycles=":1") == f"c {wire.record('op_1')}"
+    assert wire.request("N op_1 0 research -", agent=":21", cycles=":1") == f"c {wire.record('op_1')}"
     assert wire.reserve("op_1", agent=20, cycles=1) == f"c {wire.record('op_1')}"
-    assert wire.yesterday().ask("N op_2 0 - -", agent=":20") == "w"
+    assert wire.yesterday().request("N op_2 0 - -", agent=":20") == "w"
     late = wire.yesterday()
     ended = late.session.current_window("agent")
-    assert late.ask("N op_2 1 - -", agent=":20") == "k - 20"
+    assert late.request("N op_2 1 - -", agent=":20") == "k - 20"
     assert client.hget(ended.key, "spent") == "20"
     berlin = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
-    assert berlin.ask("N op_3 0 - -", agent=":20") == "m agent usd,day,UTC,spend"
+    assert berlin.request("N op_3 0 - -", agent=":20") == "m agent usd,day,UTC,spend"
     assert wire.sums("agent") == figures(spent=20, events=1)
     assert immortal_keys(client) == []
 
 
-def test_a_lost_commit_is_restored_with_what_was_asked(client, wire):
+def test_a_lost_commit_is_restored_with_its_request(client, wire):
     head = f"K op_1 c {TIMES} me research t1"
     parts = {"agent": "150,200,,70", "cycles": ",1,,2", "jobs": ",1,,0"}
-    assert wire.ask(head, **parts) == "k o 70,2,0"
-    assert wire.ask(head, **parts) == f"p - 70,2,0 {wire.session.replica_id}"
-    assert wire.ask(head, **(parts | {"agent": "150,200,,71"})) == f"c {wire.record('op_1')}"
-    assert wire.ask(f"K op_1 o {TIMES} me research t1", **parts) == "p", "a settlement wins"
-    assert wire.ask(f"K op_1 r {TIMES} me research t1", **parts) == f"c {wire.record('op_1')}"
+    assert wire.request(head, **parts) == "k o 70,2,0"
+    assert wire.request(head, **parts) == f"p - 70,2,0 {wire.session.replica_id}"
+    assert wire.request(head, **(parts | {"agent": "150,200,,71"})) == f"c {wire.record('op_1')}"
+    assert wire.request(f"K op_1 o {TIMES} me research t1", **parts) == "p", "a settlement wins"
+    assert wire.request(f"K op_1 r {TIMES} me research t1", **parts) == f"c {wire.record('op_1')}"
     assert wire.reserve("op_1", agent=150, cycles=1, jobs=1) == f"p {wire.record('op_1')}"
     assert wire.reserve("op_1", policy="a", agent=150, cycles=1, jobs=1) == f"c {wire.record('op_1')}"
     assert wire.sums("agent") == figures(spent=70, events=1)
@@ -318,14 +323,14 @@ def test_a_lost_commit_is_restored_with_what_was_asked(client, wire):
 
 @pytest.mark.parametrize("known", ["unknown", "open", "expired"])
 @pytest.mark.parametrize("state", "rz")
-def test_a_lost_release_is_restored_with_what_was_asked(client, wire, state, known):
+def test_a_lost_release_is_restored_with_its_request(client, wire, state, known):
     if known != "unknown":
         wire.reserve("op_1", ttl_ms=60_000 if known == "open" else 1, agent=150)
     if known == "expired":
-        wait_until(lambda: wire.ask("X op_1", agent="") == "x" and wire.record("op_1")[0] == "x")
+        wait_until(lambda: wire.request("X op_1", agent="") == "x" and wire.record("op_1")[0] == "x")
     head = f"K op_1 {state} {TIMES} - - -"
-    assert wire.ask(head, agent=",150,,") == f"k {'l' if known == 'expired' else '-'} 0"
-    assert wire.ask(head, agent=",150,,").startswith("p")
+    assert wire.request(head, agent=",150,,") == f"k {'l' if known == 'expired' else '-'} 0"
+    assert wire.request(head, agent=",150,,").startswith("p")
     assert wire.reserve("op_1", agent=150) == f"p {wire.record('op_1')}"
     assert {name: wire.sums("agent")[name] for name in ("spent", "held", "unconfirmed")} == {
         "spent": 0, "held": 0, "unconfirmed": 0,
@@ -333,18 +338,18 @@ def test_a_lost_release_is_restored_with_what_was_asked(client, wire, state, kno
     lives_ms = client.pttl(wire.session.keys.hold("op_1"))
     assert (lives_ms <= DAY_MS) is (state == "r"), "an operator's release can be corrected as long as the window lives"
     if state == "z":
-        assert wire.ask("D op_1", agent=":x70") == "k l 70"
+        assert wire.request("D op_1", agent=":x70") == "k l 70"
     else:
-        assert wire.ask("D op_1", agent=":x70") == f"c {wire.record('op_1')}"
+        assert wire.request("D op_1", agent=":x70") == f"c {wire.record('op_1')}"
 
 
 def test_a_restored_hold_of_other_contents_is_a_conflict(wire):
     wire.reserve("op_1", agent=150)
     before = wire.record("op_1")
-    assert wire.ask(f"K op_1 c {TIMES} - - -", cycles=",1,,1") == f"c {before}"
-    assert wire.ask(f"K op_1 c {TIMES} - - -", agent=",150,,70", cycles=",1,,1") == f"c {before}"
-    assert wire.ask("N op_2 0 - -", agent=":5") == "k - 5"
-    assert wire.ask(f"K op_2 c {TIMES} - - -", agent=",5,,5") == f"c {wire.record('op_2')}"
+    assert wire.request(f"K op_1 c {TIMES} - - -", cycles=",1,,1") == f"c {before}"
+    assert wire.request(f"K op_1 c {TIMES} - - -", agent=",150,,70", cycles=",1,,1") == f"c {before}"
+    assert wire.request("N op_2 0 - -", agent=":5") == "k - 5"
+    assert wire.request(f"K op_2 c {TIMES} - - -", agent=",5,,5") == f"c {wire.record('op_2')}"
 
 
 # -- a window that was begun and is not here ---------------------------------------------------------------------------
@@ -374,10 +379,10 @@ TOUCHING = {
 
 @pytest.fixture
 def begun(client, wire) -> Wire:
-    """There were holds in two windows, and that of budget agent is not here any more."""
+    """Holds in two windows, of which the one of budget agent has lost its key."""
     wire.reserve("op_1", agent=150)
     wire.reserve("op_z", agent=150)
-    wire.ask("L op_z 1", agent=":x0")
+    wire.request("L op_z 1", agent=":x0")
     wire.reserve("op_x", ttl_ms=1000, agent=150)
     wire.reserve("op_2", cycles=1)
     wire.reserve("op_both", cycles=1, agent=150)
@@ -395,14 +400,14 @@ def stored(wire: Wire) -> dict[str, object]:
 
 
 @pytest.mark.parametrize("head", TOUCHING)
-def test_nothing_is_written_into_half_a_window(begun, head):
+def test_no_operation_writes_into_a_window_whose_key_is_missing(begun, head):
     before, missing = stored(begun), f"t agent:{day(begun)}"
-    assert begun.ask(head, agent=TOUCHING[head]) == missing
-    assert begun.send(begun.op(head, agent=TOUCHING[head]), begun.op("L nobody 0", cycles=":x0")) == [missing, "u"]
+    assert begun.request(head, agent=TOUCHING[head]) == missing
+    assert begun.send(begun.op(head, agent=TOUCHING[head]), begun.op("L unknown 0", cycles=":x0")) == [missing, "u"]
     assert stored(begun) == before
 
 
-def test_nor_is_it_in_the_simple_way(begun):
+def test_the_fast_path_writes_nothing_into_a_window_whose_key_is_missing(begun):
     before = stored(begun)
     commits = [
         begun.commit("op_1", counted={"agent": 150}, agent=70),
@@ -412,7 +417,7 @@ def test_nor_is_it_in_the_simple_way(begun):
     assert stored(begun) == before
 
 
-def test_other_windows_of_the_same_batch_go_on(begun):
+def test_a_missing_window_does_not_affect_other_windows_of_its_batch(begun):
     missing = f"t agent:{day(begun)}"
     commit, lacking = begun.op("D op_2", cycles=":x1"), begun.op("D op_both", cycles=":x1", agent=":x70")
     assert begun.send(begun.op("D op_1", agent=":x70"), lacking, commit) == [missing, missing, "k - 1"]
@@ -423,97 +428,99 @@ def test_other_windows_of_the_same_batch_go_on(begun):
     assert begun.record("op_both").startswith("o ")
 
 
-def test_what_is_settled_is_told_without_its_window(client, wire):
+def test_a_settled_hold_is_replayed_although_its_window_is_missing(client, wire):
     wire.reserve("op_1", agent=150)
-    wire.ask("D op_1", agent=":x70")
+    wire.request("D op_1", agent=":x70")
     client.delete(wire.session.current_window("agent").key)
-    assert wire.ask("D op_1", agent=":x70").startswith("p - 70 ")
+    assert wire.request("D op_1", agent=":x70").startswith("p - 70 ")
     assert wire.reserve("op_1", agent=150).startswith("p c ")
 
 
-def test_a_simple_commit_is_in_the_share_of_whoever_made_it(wire):
+def test_a_commit_by_the_fast_path_counts_in_the_subtotal_of_its_replica(wire):
     wire.reserve("op_1", agent=150)
     assert wire.send(wire.commit("op_1", counted={"agent": 150}, agent=70), fast=True) == ["k"]
-    assert Wire(wire.client).ask("D op_1", agent=":x70") == f"p - 70 {wire.session.replica_id}"
+    assert Wire(wire.client).request("D op_1", agent=":x70") == f"p - 70 {wire.session.replica_id}"
 
 
-# -- what is told again after a loss -----------------------------------------------------------------------------------
+# -- replays after a loss ----------------------------------------------------------------------------------------------
 
 
-def test_each_batch_of_a_repair_says_that_it_is_one(client, wire):
+def test_each_batch_of_replays_prolongs_the_recovery(client, wire):
     for op in (wire.op(f"S you K op_1 c {TIMES} - - -", agent=",20,,20"), wire.op("T -", agent=":20")):
         client.hset(wire.session.keys.meta, "recovering_until", 1)
         wire.send(op)
         assert int(client.hget(wire.session.keys.meta, "recovering_until")) >= wire.head.now_us // 1000 + 1000
 
 
-def test_a_settlement_of_another_replica_is_told_into_that_ones_share(client, wire):
+def test_a_settlement_on_behalf_counts_in_the_subtotal_of_the_other_replica(client, wire):
     key = wire.session.current_window("agent").key
     maker = Wire(client)
-    maker.record("nobody")
+    maker.record("unknown")
     me, you = wire.session.replica_id, maker.session.replica_id
     wire.reserve("op_1", agent=150)
-    assert wire.ask(f"S {you} K op_1 c {TIMES} - - -", agent=",150,,70") == "k - 70"
-    assert wire.ask(f"S {you} K lost c {TIMES} - - -", agent=",5,,5") == "k - 5"
-    assert wire.ask(f"S {you} N spent 1 - -", agent=":3") == "k - 3"
-    assert wire.ask(f"S {you} N spent 1 - -", agent=":3").startswith(f"p - 3 {you} ")
+    assert wire.request(f"S {you} K op_1 c {TIMES} - - -", agent=",150,,70") == "k - 70"
+    assert wire.request(f"S {you} K lost c {TIMES} - - -", agent=",5,,5") == "k - 5"
+    assert wire.request(f"S {you} N spent 1 - -", agent=":3") == "k - 3"
+    assert wire.request(f"S {you} N spent 1 - -", agent=":3").startswith(f"p - 3 {you} ")
     assert (client.hget(key, f"r:{you}"), client.hget(key, f"r:{me}")) == ("78", "0")
     assert wire.sums("agent") == figures(spent=78, events=3)
-    assert maker.ask("T -", agent=":100") == "k - 22"
-    assert wire.ask(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "a", "it is among what that replica has told"
+    assert maker.request("T -", agent=":100") == "k - 22"
+    assert wire.request(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "a", (
+        "the replayed subtotal of that replica includes it"
+    )
     assert wire.sums("agent") == figures(spent=100, events=4)
-    client.hset(wire.session.keys.meta, "epoch", "3.another")  # after another loss, it has yet to tell
+    client.hset(wire.session.keys.meta, "epoch", "3.another")  # after another loss, that replica has not replayed yet
     wire.session.renew()
-    assert wire.ask(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "k - 5"
+    assert wire.request(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "k - 5"
 
 
 def test_extend_replies(wire):
-    assert wire.ask("E nobody 60000 0", agent=":0:0") == "u"
+    assert wire.request("E unknown 60000 0", agent=":0:0") == "u"
     wire.reserve("op_1", agent=150)
     before = wire.record("op_1").split(" ")
-    assert wire.ask("E op_1 90000 0", agent=":30:0") == f"e {wire.record('op_1')}"
+    assert wire.request("E op_1 90000 0", agent=":30:0") == f"e {wire.record('op_1')}"
     after = wire.record("op_1").split(" ")
     assert int(after[2]) > int(before[2]) and after[-1].endswith(",150,30,")
     kept = after[2]
-    assert wire.ask("E op_1 90000 1", agent=":10:250") == f"e {wire.record('op_1')}"
+    assert wire.request("E op_1 90000 1", agent=":10:250") == f"e {wire.record('op_1')}"
     assert wire.record("op_1").split(" ")[2] == kept, "growth keeps the deadline"
     assert wire.record("op_1").endswith(f"|u,agent:{day(wire)},150,250,30,"), "the largest total wins"
     assert wire.sums("agent")["held"] == 250
     limit = 5 * 10**9
-    denied = wire.ask("E op_1 90000 1", agent=f":0:{limit + 1}")
+    denied = wire.request("E op_1 90000 1", agent=f":0:{limit + 1}")
     assert denied.startswith(f"d agent:{day(wire)} {limit} 0 250 0 {limit + 1 - 250} ")
-    assert wire.reserve("op_1", agent=150).startswith("p "), "a retry of the reservation names what it asked for"
-    wire.ask("D op_1", agent=":x70")
-    assert wire.ask("E op_1 90000 0", agent=":0:0") == f"c {wire.record('op_1')}"
+    assert wire.reserve("op_1", agent=150).startswith("p "), "a retry of the reservation names the first amount"
+    wire.request("D op_1", agent=":x70")
+    assert wire.request("E op_1 90000 0", agent=":0:0") == f"c {wire.record('op_1')}"
 
 
-def test_retire_replies_and_what_each_policy_keeps(wire):
+def test_retire_replies_and_the_charge_by_each_policy(wire):
     for hold_id, policy, slots in (("op_c", "c", {"jobs": 1}), ("op_a", "a", {"jobs": 1}), ("op_r", "r", {})):
         assert wire.reserve(hold_id, 1000, policy, agent=150, **slots) == "g"
         used = {"agent": ":30:0", **dict.fromkeys(slots, ":0:0")}
-        assert wire.ask(f"E {hold_id} 1000 0", **used).startswith("e o ")
-    assert wire.ask("X op_c", agent="", jobs="") == "x"
+        assert wire.request(f"E {hold_id} 1000 0", **used).startswith("e o ")
+    assert wire.request("X op_c", agent="", jobs="") == "x"
     assert wire.record("op_c").startswith("o "), "not due yet"
     wire.wait_due("op_r")
     for hold_id in ("op_c", "op_a"):
-        assert wire.ask(f"X {hold_id}", agent="", jobs="") == "x"
-    assert wire.ask("X op_r", agent="") == "x"
+        assert wire.request(f"X {hold_id}", agent="", jobs="") == "x"
+    assert wire.request("X op_r", agent="") == "x"
     assert wire.sums("agent") == figures(unconfirmed=180, events=2)
     assert wire.sums("jobs") == figures(), "expiry returns the slot, whatever the policy"
-    assert wire.ask("X op_c", agent="", jobs="") == "x"
+    assert wire.request("X op_c", agent="", jobs="") == "x"
     assert wire.sums("agent")["unconfirmed"] == 180, "once"
-    assert wire.ask("X nobody") == "x"
+    assert wire.request("X unknown") == "x"
 
 
-def test_revival_takes_room_only_for_what_had_been_given_back(wire):
+def test_a_revival_needs_room_only_for_money_that_was_given_back(wire):
     wire.reserve("op_1", 1000, "a", agent=150)
-    wire.ask("E op_1 1000 0", agent=":30:0")
+    wire.request("E op_1 1000 0", agent=":30:0")
     wire.wait_due("op_1")
-    wire.ask("X op_1", agent="")
+    wire.request("X op_1", agent="")
     assert wire.sums("agent") == figures(unconfirmed=30, events=1)
-    wire.ask("N other 0 - -", agent=f":{5 * 10**9 - 100}")
-    assert wire.ask("E op_1 60000 0", agent=":30:0").startswith("d agent:")
-    assert wire.ask("E op_1 60000 0", agent=":150:0").startswith("e o "), "what was used is a fact"
+    wire.request("N other 0 - -", agent=f":{5 * 10**9 - 100}")
+    assert wire.request("E op_1 60000 0", agent=":30:0").startswith("d agent:")
+    assert wire.request("E op_1 60000 0", agent=":150:0").startswith("e o "), "what was used is a fact"
     assert wire.sums("agent") == figures(spent=5 * 10**9 - 100, held=150, events=2)
     assert sum(wire.ledger("agent")) == 5 * 10**9 - 100
 
@@ -526,7 +533,7 @@ def test_a_duplicate_in_one_batch_sees_the_one_before_it(wire):
     assert wire.client.zcard(wire.session.keys.due) == 0
 
 
-def test_the_head_tells_time_writes_epoch_and_due_holds(client, wire):
+def test_the_head_of_a_reply_has_time_writes_epoch_and_due_holds(client, wire):
     wire.reserve("op_1", 1000, agent=150)
     head = wire.head
     assert (head.acknowledged, head.data_loss, head.due) == (1, False, ())
@@ -539,7 +546,7 @@ def test_the_head_tells_time_writes_epoch_and_due_holds(client, wire):
     assert wire.head.due == ("op_1",)
 
 
-def test_a_store_that_went_back_does_nothing_but_say_so_and_grants_nothing_until_it_is_repaired(client, wire):
+def test_after_a_data_loss_the_store_reports_it_first_and_grants_nothing_until_it_has_recovered(client, wire):
     wire.reserve("op_1", agent=150)
     client.flushall()
     again = wire.op("R op_2 60000 c - - -", agent=":150")
@@ -551,61 +558,61 @@ def test_a_store_that_went_back_does_nothing_but_say_so_and_grants_nothing_until
     word, until_ms = refused.split(" ")
     assert word == "l"
     assert 0 < int(until_ms) - wire.now_us() // 1000 <= 3000
-    assert wire.ask("N op_3 0 - -", agent=":10") == "k - 10", "facts need no admission"
-    assert wire.ask("N op_4 0 - -", agent=":0") == "k - 0"
-    assert wire.reserve("op_4", agent=150).startswith("c "), "a replay or a conflict is told first"
+    assert wire.request("N op_3 0 - -", agent=":10") == "k - 10", "facts need no admission"
+    assert wire.request("N op_4 0 - -", agent=":0") == "k - 0"
+    assert wire.reserve("op_4", agent=150).startswith("c "), "a replay or a conflict comes first"
     wait_until(lambda: wire.now_us() // 1000 >= int(until_ms))
     assert wire.send(again) == ["g"]
 
 
-def test_a_share_is_raised_to_what_it_was_and_never_above(client, wire):
-    wire.ask("N op_1 0 - -", agent=":10")
-    assert wire.ask("T -", agent=":10") == "k - 0"
-    assert wire.ask("T -", agent=":25") == "k - 15"
-    assert wire.ask("T -", agent=":25") == "k - 0"
+def test_a_replayed_subtotal_raises_the_stored_one_to_it_and_never_above(client, wire):
+    wire.request("N op_1 0 - -", agent=":10")
+    assert wire.request("T -", agent=":10") == "k - 0"
+    assert wire.request("T -", agent=":25") == "k - 15"
+    assert wire.request("T -", agent=":25") == "k - 0"
     assert (wire.sums("agent"), wire.ledger("agent")) == (figures(spent=25, events=2), [10, 15])
     other = Wire(client)
-    assert other.ask("T -", agent=":5") == "k - 5", "each replica has its own"
+    assert other.request("T -", agent=":5") == "k - 5", "each replica has its own"
     assert wire.sums("agent")["spent"] == 30
     assert wire.send(wire.op("N op_2 1 - -", agent=":5"), wire.op("T -", agent=":40")) == ["k - 5", "k - 10"]
 
 
-def test_an_open_hold_is_told_again_once_and_settles_as_before(client, wire):
+def test_an_open_hold_is_restored_once_and_settles_as_before(client, wire):
     deadline_ms = wire.now_us() // 1000 + 60_000
     head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 me research -"
     parts = {"agent": ",150,200,", "jobs": ",1,,"}
-    assert wire.ask(head, **parts) == "g"
+    assert wire.request(head, **parts) == "g"
     assert wire.record("op_1").startswith(f"o c {deadline_ms} ")
     assert (wire.sums("agent")["held"], wire.sums("jobs")["held"]) == (200, 1)
-    assert wire.ask(head, **parts) == "p"
+    assert wire.request(head, **parts) == "p"
     assert not immortal_keys(client)
-    assert wire.ask("D op_1", agent=":x70", jobs=":x0") == "k - 70,0"
-    assert wire.ask(head, **parts) == "p", "a settlement wins"
+    assert wire.request("D op_1", agent=":x70", jobs=":x0") == "k - 70,0"
+    assert wire.request(head, **parts) == "p", "a settlement wins"
     assert (wire.sums("agent"), wire.sums("jobs")) == (figures(spent=70, events=1), figures())
 
 
-def test_an_open_hold_that_is_known_is_raised_to_what_it_was_and_never_lowered(wire):
+def test_restoring_a_known_open_hold_raises_its_totals_and_never_lowers_them(wire):
     wire.reserve("op_1", agent=150, jobs=1)
     deadline_ms = wire.now_us() // 1000 + 120_000
     head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 - - -"
-    assert wire.ask(head, agent=",100,,", jobs=",1,,") == "g", "prolonged"
-    assert wire.ask(head, agent="150,200,,", jobs=",1,,") == "g"
-    assert wire.ask(head, agent="150,200,250,", jobs=",1,,") == "g"
-    assert wire.ask(head, agent="150,180,240,", jobs=",1,,") == "p"
+    assert wire.request(head, agent=",100,,", jobs=",1,,") == "g", "prolonged"
+    assert wire.request(head, agent="150,200,,", jobs=",1,,") == "g"
+    assert wire.request(head, agent="150,200,250,", jobs=",1,,") == "g"
+    assert wire.request(head, agent="150,180,240,", jobs=",1,,") == "p"
     assert (wire.sums("agent")["held"], wire.sums("jobs")["held"]) == (250, 1)
     assert ",150,200,250," in wire.record("op_1")
-    assert wire.ask("D op_1", agent=":x70", jobs=":x0") == "k - 70,0"
+    assert wire.request("D op_1", agent=":x70", jobs=":x0") == "k - 70,0"
     assert wire.sums("agent") == figures(spent=70, events=1)
 
 
-def test_a_hold_that_is_told_again_after_its_deadline_is_due(wire):
+def test_a_hold_that_is_restored_after_its_deadline_is_due(wire):
     deadline_ms = wire.now_us() // 1000 - 1
-    assert wire.ask(f"K open o c {deadline_ms} {wire.now_us()} 0 - - -", agent=",150,,") == "g"
+    assert wire.request(f"K open o c {deadline_ms} {wire.now_us()} 0 - - -", agent=",150,,") == "g"
     assert wire.sums("agent") == figures(held=150)
-    assert wire.ask("X open", agent="") == "x"
-    assert wire.ask(f"K expired x a {deadline_ms} {wire.now_us()} 0 - - -", agent=",150,70,70", jobs=",1,,") == "g"
+    assert wire.request("X open", agent="") == "x"
+    assert wire.request(f"K expired x a {deadline_ms} {wire.now_us()} 0 - - -", agent=",150,70,70", jobs=",1,,") == "g"
     assert wire.sums("agent") == figures(unconfirmed=220, events=2)
-    assert wire.ask("D expired", agent=":x80", jobs=":x0") == "k l 80,0"
+    assert wire.request("D expired", agent=":x80", jobs=":x0") == "k l 80,0"
     assert wire.sums("agent") == figures(unconfirmed=150, spent=80, events=3)
 
 
@@ -667,7 +674,7 @@ def test_a_limit_that_was_asserted_before_the_clock_was_set_back_is_replaced(cli
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
-def test_a_replica_that_does_not_know_the_clock_of_the_store_says_its_age(client, wire):
+def test_a_replica_that_does_not_know_the_clock_of_the_store_sends_its_age(client, wire):
     before_us = wire.now_us()
     unknowing = Wire(client)
     unknowing.session.renew()
@@ -689,7 +696,7 @@ def usual(wire: Wire) -> Wire:
     return wire
 
 
-def test_the_simple_way_reserves_and_commits_as_the_long_way_does(client, usual):
+def test_the_fast_path_writes_the_same_as_the_full_script(client, usual):
     amounts, spent = {"agent": 150, "cycles": 2, "jobs": 1}, {"agent": 151, "cycles": 1, "jobs": 0}
     parts = {name: f":{units}" for name, units in amounts.items()}
     records, sums, expiries = {}, {}, {}
@@ -720,7 +727,7 @@ def test_the_simple_way_reserves_and_commits_as_the_long_way_does(client, usual)
     assert immortal_keys(client) == []
 
 
-def test_the_simple_way_decides_a_batch_in_order_and_to_the_unit(usual):
+def test_the_fast_path_decides_a_batch_in_order_and_to_the_unit(usual):
     limit = 5 * 10**9
     lines = usual.send(*(usual.op(f"R op_{n} 60000 c - - -", agent=f":{limit // 4}") for n in range(4)), fast=True)
     assert lines == ["g", "g", "g", "s"], "one unit is held"
@@ -732,7 +739,7 @@ def test_the_simple_way_decides_a_batch_in_order_and_to_the_unit(usual):
     assert usual.head.acknowledged == usual.session.acknowledged == 3
 
 
-def test_what_does_not_fit_the_simple_way_leaves_large_sums_exact(client):
+def test_a_reservation_that_the_fast_path_declines_leaves_large_sums_exact(client):
     wire = Wire(client, [Budget("agent", None, unit="tokens"), Budget("few", 1, unit="tokens")])
     wire.reserve("first", agent=1, few=1)
     most = 2**53 - 2
@@ -742,15 +749,15 @@ def test_what_does_not_fit_the_simple_way_leaves_large_sums_exact(client):
     assert wire.sums("agent")["held"] == 3
 
 
-def test_what_is_not_simple_is_said_to_be_so_and_changes_nothing(client, usual):
+def test_the_fast_path_declines_all_other_cases_and_changes_nothing(client, usual):
     usual.reserve("op_1", agent=150)
     stale = usual.commit("op_1", counted={"agent": 150}, agent=70)
-    usual.ask("E op_1 60000 0", agent=":30:0")
+    usual.request("E op_1 60000 0", agent=":30:0")
     usual.reserve("op_2", 1000, agent=150)
     due = usual.commit("op_2", counted={"agent": 150}, agent=70)
     usual.wait_due("op_2")
     lost = usual.commit("op_1", counted={"agent": 150}, agent=70)
-    lost.id, lost.key = "nobody", usual.session.keys.hold("nobody")
+    lost.id, lost.key = "unknown", usual.session.keys.hold("unknown")
     before = dump(client)
     taken = usual.op("R op_1 60000 c - - -", agent=":150")
     mixed = usual.op("R op_3 60000 c - - -", agent=":1", cycles=":11")
@@ -767,7 +774,7 @@ def test_what_is_not_simple_is_said_to_be_so_and_changes_nothing(client, usual):
 
 
 @pytest.mark.parametrize("change", ["epoch", "acknowledged", "repair", "window"])
-def test_a_store_that_is_not_as_usual_is_not_simple(client, usual, change):
+def test_the_fast_path_declines_after_a_change_of_the_store(client, usual, change):
     meta, keys = "ktrdr:{t}:meta", usual.session.keys
     usual.reserve("op_1", agent=150)
     commit = usual.commit("op_1", counted={"agent": 150}, agent=70)
@@ -788,7 +795,7 @@ def test_a_store_that_is_not_as_usual_is_not_simple(client, usual, change):
     assert keys.meta == meta
 
 
-def test_a_limit_of_run_time_counts_the_simple_way_too(client, usual):
+def test_the_fast_path_obeys_run_time_limits(client, usual):
     until_ms = usual.now_us() // 1000 + 60_000
     client.hset("ktrdr:{t}:meta", "limits", "1")
     for changed, line in ((f"{10**10} 0", "g"), ("100 0", "s"), (f"- {until_ms}", "g"), ("100 1", "s")):
@@ -796,7 +803,7 @@ def test_a_limit_of_run_time_counts_the_simple_way_too(client, usual):
         hold_id = f"op_{changed.replace(' ', '_')}"
         assert usual.send(usual.op(f"R {hold_id} 60000 c - - -", agent=f":{6 * 10**9}"), fast=True) == [line], changed
         if line == "g":
-            usual.ask(f"L {hold_id} 0", agent=":x0")
+            usual.request(f"L {hold_id} 0", agent=":x0")
 
 
 @pytest.mark.parametrize("max_holds", [2, 40_000])
@@ -805,24 +812,24 @@ def test_the_fast_path_counts_holds_always_below_a_small_bound_and_else_only_if_
     wire.reserve("op_1", agent=1)
     filler = {f"filler_{number}": 9_999_999_999_999 for number in range(max_holds - 1)}
     client.zadd("ktrdr:{t}:due", filler)
-    asked = lambda hold_id: wire.send(wire.op(f"R {hold_id} 60000 c - - -", agent=":1"), fast=True)  # noqa: E731
-    assert asked("op_2") == (["s"] if max_holds == 2 else ["g"])
+    reserve = lambda hold_id: wire.send(wire.op(f"R {hold_id} 60000 c - - -", agent=":1"), fast=True)  # noqa: E731
+    assert reserve("op_2") == (["s"] if max_holds == 2 else ["g"])
     if max_holds == 2:
         return
     second = client.time()[0]
     wait_until(lambda: client.time()[0] > second)
-    wire.ask("X op_1", agent="")  # the full script counts them once a second
-    assert asked("op_3") == ["g"], "nothing was written, so nothing was noted"
+    wire.request("X op_1", agent="")  # the full script counts them once a second
+    assert reserve("op_3") == ["g"], "nothing was written, so nothing was noted"
     wait_until(lambda: client.time()[0] > second + 1)
-    wire.ask("N op_4 0 - -", agent=":1")
+    wire.request("N op_4 0 - -", agent=":1")
     assert client.hget("ktrdr:{t}:meta", "many_holds") == "1"
-    assert asked("op_5") == ["s"]
+    assert reserve("op_5") == ["s"]
     client.zrem("ktrdr:{t}:due", *filler)
     second = client.time()[0]
     wait_until(lambda: client.time()[0] > second)
-    wire.ask("N op_6 0 - -", agent=":1")
+    wire.request("N op_6 0 - -", agent=":1")
     assert client.hget("ktrdr:{t}:meta", "many_holds") is None
-    assert asked("op_7") == ["g"]
+    assert reserve("op_7") == ["g"]
 
 
 # -- figures and expiry ------------------------------------------------------------------------------------------------
@@ -834,9 +841,9 @@ def test_amounts_of_sixteen_digits_are_kept_to_the_unit(client, units):
     assert wire.reserve("op_1", all=units) == "g"
     assert wire.record("op_1").endswith(f",{units},,")
     assert wire.sums("all")["held"] == units
-    assert wire.ask("E op_1 60000 0", all=f":{units - 1}:0").startswith("e ")
+    assert wire.request("E op_1 60000 0", all=f":{units - 1}:0").startswith("e ")
     assert f",{units},{units - 1}," in wire.record("op_1")
-    assert wire.ask("D op_1", all=":a0") == f"k - {units - 1}"
+    assert wire.request("D op_1", all=":a0") == f"k - {units - 1}"
     assert wire.sums("all") == figures(spent=units - 1, events=1)
     assert wire.ledger("all") == [units - 1]
 
@@ -844,20 +851,20 @@ def test_amounts_of_sixteen_digits_are_kept_to_the_unit(client, units):
 def test_windows_and_ledgers_expire_a_day_and_the_retention_after_their_end(client):
     wire = Wire(client, retention_days=3)
     wire.reserve("op_1", agent=150)
-    wire.ask("D op_1", agent=":x70")
+    wire.request("D op_1", agent=":x70")
     window = wire.session.current_window("agent")
     expected = window.span.end_ms + 4 * DAY_MS
     assert [client.pexpiretime(key) for key in (window.key, window.ledger_key)] == [expected] * 2
 
 
-def test_upstash_an_id_is_forgotten_when_its_memory_ends(client):
+def test_upstash_an_id_expires_with_its_memory(client):
     """Its script compared a number with a string, so that the expiry was never set."""
     wire = Wire(client, id_memory_ms=40)
     for hold_id, settle in (("op_1", "D op_1"), ("op_2", "L op_2 0")):
         wire.reserve(hold_id, agent=150)
         assert client.pttl(f"ktrdr:{{t}}:h:{hold_id}") > DAY_MS, "an open hold lives as long as its windows"
-        assert wire.ask(settle, agent=":x70").startswith("k ")
-    wire.ask("N op_3 0 - -", agent=":20")
+        assert wire.request(settle, agent=":x70").startswith("k ")
+    wire.request("N op_3 0 - -", agent=":20")
     wait_until(lambda: not list(client.scan_iter("*:h:*")))
     assert wire.sums("agent") == figures(spent=90, events=2)
 
@@ -880,7 +887,7 @@ def test_an_endless_ledger_stays_bounded_and_adds_up(client, simple):
     assert (first.kind, int(first.hold_id) + len(others)) == ("carried", 3000), "it says how many it summarises"
 
 
-def test_a_ledger_of_huge_entries_is_carried_forward_exactly(client):
+def test_a_ledger_of_huge_entries_is_trimmed_exactly(client):
     """Sums of 2^53 and more are not exact in Lua: the store adds them up."""
     wire, huge = Wire(client, ledger_entries_max=100), 2**53 - 3
     for first in range(0, 400, 100):
@@ -926,7 +933,7 @@ def strict(client: redis.Redis) -> Callable[[Wire], None]:
     return restrict
 
 
-def test_the_server_would_notice_an_undeclared_key(server, client, strict):
+def test_the_server_refuses_an_undeclared_key(server, client, strict):
     with server.client() as other:
         wire = Wire(other)
         wire.keys = ["a"]

@@ -11,8 +11,8 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetTracker
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import counted, dump
-from .helpers.waiting import until
+from ...helpers.keyspace import counted, dump
+from ...helpers.waiting import until
 
 
 def limiter_of(server, limit: str) -> AsyncBudgetLimiter:

@@ -10,8 +10,8 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, AsyncHold, Budget, HoldConflict
 from ktrdr_budget.audit import verify
 
-from .helpers.proxy import Proxy
-from .helpers.waiting import until
+from ...helpers.proxy import Proxy
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests"), Budget("jobs", 3, kind="slots")]
 ASKED = {"agent": "0.15", "calls": 2, "jobs": 1}

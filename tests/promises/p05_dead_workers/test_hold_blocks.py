@@ -13,8 +13,8 @@ from ktrdr_budget.engine.batching.heartbeat import Heartbeat
 from ktrdr_budget.engine.replica.hold import current_hold
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import spent_and_held, sums
-from .helpers.waiting import until, wait_until
+from ...helpers.keyspace import spent_and_held, sums
+from ...helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("cycles", 10, unit="cycles")]
 

@@ -11,7 +11,7 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
 from ktrdr_budget.engine.calls import refusals
 
-from .helpers.keyspace import dump
+from ...helpers.keyspace import dump
 
 NOON = datetime(2026, 11, 23, 12, tzinfo=UTC)
 TO_MIDNIGHT_S = 12 * 3600

@@ -10,8 +10,8 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, UnknownHold
 from ktrdr_budget.engine.replica import journal as memory
 
-from .helpers.keyspace import ledger_sum, sums
-from .helpers.waiting import until
+from ...helpers.keyspace import ledger_sum, sums
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("ever", "5.00", period="ever"), Budget("jobs", 3, kind="slots")]
 HOUR_S = 3600

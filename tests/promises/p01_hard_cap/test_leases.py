@@ -23,8 +23,8 @@ from ktrdr_budget import (
 )
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import counted, immortal_keys, ledger_sum, sums
-from .helpers.waiting import until
+from ...helpers.keyspace import counted, immortal_keys, ledger_sum, sums
+from ...helpers.waiting import until
 
 AGENT = Budget("agent", "5.00")
 TIMEOUT_S = 0.2
@@ -238,7 +238,7 @@ async def test_what_cannot_be_leased_is_refused(server):
 
 
 async def test_the_code_of_the_page_runs(server, client):
-    text = (Path(__file__).parents[1] / "docs" / "leases.md").read_text(encoding="utf-8")
+    text = (Path(__file__).parents[3] / "docs" / "leases.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {"url": server.url, "print": lambda *words: None}
     await eval(compile(code[0], "docs/leases.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)

@@ -10,8 +10,8 @@ import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, HoldConflict
 
-from .helpers.keyspace import sums
-from .helpers.waiting import until
+from ...helpers.keyspace import sums
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
 

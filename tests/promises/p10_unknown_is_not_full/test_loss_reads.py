@@ -12,8 +12,8 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetTracker, StoreUnavail
 from ktrdr_budget.audit import Auditor
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
 
-from .helpers.patience import away, hurried
-from .helpers.waiting import until
+from ...helpers.patience import away, hurried
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests")]
 

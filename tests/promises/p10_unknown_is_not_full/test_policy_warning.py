@@ -9,7 +9,7 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
 from ktrdr_budget.engine.batching import loss_repair as recovery
 
-from .helpers.waiting import until
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
 

@@ -18,9 +18,9 @@ from ktrdr_budget.audit import verify
 from ktrdr_budget.environment import limiter_options
 from ktrdr_budget.errors import InvalidArgument, TooManyBudgets, TooManyHolds
 
-from .api.processes import ServiceProcess, serving
-from .helpers.keyspace import dump, window_key
-from .helpers.waiting import until
+from ...api.processes import ServiceProcess, serving
+from ...helpers.keyspace import dump, window_key
+from ...helpers.waiting import until
 
 MANY = [Budget("agent", "1000"), Budget("free", None, unit="calls")]
 

@@ -11,8 +11,8 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, InvalidAmou
 from ktrdr_budget.audit import verify
 from ktrdr_budget.money import MAX_UNITS
 
-from .helpers.keyspace import dump, ledger_sum, sums, window_key
-from .helpers.waiting import until
+from ...helpers.keyspace import dump, ledger_sum, sums, window_key
+from ...helpers.waiting import until
 
 MOST = Decimal("9007199.254740991")
 """The largest amount: one nano-dollar below 2**53 of them."""

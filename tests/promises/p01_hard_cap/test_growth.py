@@ -17,10 +17,10 @@ from ktrdr_budget.engine.protocol.batch import Answer
 from ktrdr_budget.engine.protocol.replies import Extended
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import dump, sums
-from .helpers.patience import away
-from .helpers.proxy import Proxy
-from .helpers.waiting import until
+from ...helpers.keyspace import dump, sums
+from ...helpers.patience import away
+from ...helpers.proxy import Proxy
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests")]
 

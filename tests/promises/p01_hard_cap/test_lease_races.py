@@ -18,9 +18,9 @@ from ktrdr_budget import (
 )
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import counted, ledger_sum, sums
-from .helpers.processes import workers
-from .helpers.waiting import wait_until
+from ...helpers.keyspace import counted, ledger_sum, sums
+from ...helpers.processes import workers
+from ...helpers.waiting import wait_until
 
 AGENT = Budget("agent", "5.00")
 

@@ -26,8 +26,8 @@ from ktrdr_budget.engine.replica import state as session
 from ktrdr_budget.money import to_units
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
 
-from .helpers.keyspace import counted, dump, immortal_keys, sums, window_key
-from .helpers.waiting import until
+from ...helpers.keyspace import counted, dump, immortal_keys, sums, window_key
+from ...helpers.waiting import until
 
 OTHER = Budget("other", "1.00")
 WEEK = Budget("agent", 5, period="week")

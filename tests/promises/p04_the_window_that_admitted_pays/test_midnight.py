@@ -13,9 +13,9 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import counted, dump, immortal_keys, ledger_sum, public, sums, window_key
-from .helpers.processes import workers
-from .helpers.waiting import until
+from ...helpers.keyspace import counted, dump, immortal_keys, ledger_sum, public, sums, window_key
+from ...helpers.processes import workers
+from ...helpers.waiting import until
 
 BEFORE = datetime(2026, 11, 23, 23, 59, 50, tzinfo=UTC)
 AFTER = datetime(2026, 11, 24, 0, 0, 10, tzinfo=UTC)

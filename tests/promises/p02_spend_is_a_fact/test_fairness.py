@@ -11,8 +11,8 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget
 from ktrdr_budget.limiter import AsyncHold
 
-from .helpers.keyspace import ledger_entries, ledger_key, sums
-from .helpers.patience import in_haste
+from ...helpers.keyspace import ledger_entries, ledger_key, sums
+from ...helpers.patience import in_haste
 
 BUDGET = Budget("agent", "500.00")
 CALLERS = 100

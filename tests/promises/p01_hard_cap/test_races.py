@@ -13,9 +13,9 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import counted, immortal_keys, sums
-from .helpers.processes import workers
-from .helpers.waiting import until, wait_until
+from ...helpers.keyspace import counted, immortal_keys, sums
+from ...helpers.processes import workers
+from ...helpers.waiting import until, wait_until
 
 PROCESSES = 8
 

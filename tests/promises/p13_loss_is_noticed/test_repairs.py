@@ -24,11 +24,11 @@ from ktrdr_budget import (
 from ktrdr_budget.audit import verify
 from ktrdr_budget.engine.replica import journal as memory
 
-from .helpers.keyspace import window_key
-from .helpers.patience import away, hurried
-from .helpers.proxy import Proxy
-from .helpers.stores import store_of
-from .helpers.waiting import until, wait_until
+from ...helpers.keyspace import window_key
+from ...helpers.patience import away, hurried
+from ...helpers.proxy import Proxy
+from ...helpers.stores import store_of
+from ...helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests"), Budget("jobs", 3, kind="slots")]
 

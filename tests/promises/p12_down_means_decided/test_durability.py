@@ -11,11 +11,11 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, InvalidArgument, StoreUnava
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
 
-from .conftest import free_port, redis_binary
-from .helpers.keyspace import sums
-from .helpers.patience import away
-from .helpers.stopwatch import Stopwatch
-from .helpers.waiting import until, wait_until
+from ...conftest import free_port, redis_binary
+from ...helpers.keyspace import sums
+from ...helpers.patience import away
+from ...helpers.stopwatch import Stopwatch
+from ...helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00")]
 TIMEOUT_S = 0.8

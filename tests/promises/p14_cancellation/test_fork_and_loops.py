@@ -23,10 +23,10 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetExceeded, BudgetLimiter, StoreUnavailable
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import ledger_sum, sums
-from .helpers.proxy import ThreadedProxy
-from .helpers.stopwatch import Stopwatch
-from .helpers.waiting import wait_until
+from ...helpers.keyspace import ledger_sum, sums
+from ...helpers.proxy import ThreadedProxy
+from ...helpers.stopwatch import Stopwatch
+from ...helpers.waiting import wait_until
 
 BUDGETS = [Budget("agent", "5.00")]
 

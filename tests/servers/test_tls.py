@@ -17,9 +17,9 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreUnavail
 from ktrdr_budget.audit import verify
 from ktrdr_budget.errors import StoreError
 
-from .conftest import Server, free_port
-from .helpers.stores import own_connections
-from .helpers.tools import need
+from ..conftest import Server, free_port
+from ..helpers.stores import own_connections
+from ..helpers.tools import need
 
 BUDGETS = [Budget("agent", "5.00")]
 

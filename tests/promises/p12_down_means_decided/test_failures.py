@@ -43,10 +43,10 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, StoreUnavailable, UnknownBudget
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import counted, dump, immortal_keys, ledger_sum, sums
-from .helpers.processes import workers
-from .helpers.proxy import Proxy
-from .helpers.waiting import until, wait_until
+from ...helpers.keyspace import counted, dump, immortal_keys, ledger_sum, sums
+from ...helpers.processes import workers
+from ...helpers.proxy import Proxy
+from ...helpers.waiting import until, wait_until
 
 
 @pytest.fixture

@@ -23,12 +23,12 @@ from ktrdr_budget.agent.cycle_store import CycleStore, Progress
 from ktrdr_budget.audit import Auditor
 from ktrdr_budget.errors import StoreError
 
-from .conftest import Server, valkey_binary
-from .helpers.clusters import Cluster
-from .helpers.keyspace import window_key
-from .helpers.tools import compose
+from ..conftest import Server, valkey_binary
+from ..helpers.clusters import Cluster
+from ..helpers.keyspace import window_key
+from ..helpers.tools import compose
 
-DIRECTORY = Path(__file__).parents[1] / "docker" / "redis"
+DIRECTORY = Path(__file__).parents[2] / "docker" / "redis"
 PASSWORD = "correct horse/battery@staple"
 BUDGETS = [
     Budget("agent", "5.00"),

@@ -13,9 +13,9 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict, StoreUnavailable, UnknownHold
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import sums
-from .helpers.patience import away
-from .helpers.waiting import until
+from ...helpers.keyspace import sums
+from ...helpers.patience import away
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
 

@@ -16,8 +16,8 @@ from ktrdr_budget.audit import verify
 from ktrdr_budget.engine.transport import resp
 from ktrdr_budget.errors import StoreError
 
-from .conftest import free_port
-from .helpers.waiting import until
+from ..conftest import free_port
+from ..helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
 

@@ -22,10 +22,10 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, BudgetLimiter
 from ktrdr_budget.audit import Auditor
 from ktrdr_budget.engine.transport.urls import mask_url, parse_url
 
-from .api.processes import serving
-from .conftest import Server, free_port
-from .helpers.otlp_receiver import OtlpReceiver
-from .helpers.waiting import wait_until
+from ..api.processes import serving
+from ..conftest import Server, free_port
+from ..helpers.otlp_receiver import OtlpReceiver
+from ..helpers.waiting import wait_until
 
 BUDGETS = [Budget("agent", "5.00")]
 # Every secret has this word in it: encoded or not, whole or in part, it must not be found.

@@ -18,11 +18,11 @@ from ktrdr_budget.engine.transport import resp
 from ktrdr_budget.errors import InvalidArgument, StoreError
 from ktrdr_budget.telemetry.audit import Audit
 
-from .conftest import Server, valkey_binary
-from .helpers.clusters import Cluster
-from .helpers.patience import away
-from .helpers.sentinels import SentinelGroup
-from .helpers.stores import store_of
+from ..conftest import Server, valkey_binary
+from ..helpers.clusters import Cluster
+from ..helpers.patience import away
+from ..helpers.sentinels import SentinelGroup
+from ..helpers.stores import store_of
 
 BUDGETS = [Budget("agent", "5.00")]
 

@@ -17,11 +17,11 @@ import redis
 from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable
 from ktrdr_budget.money import to_units
 
-from .conftest import free_port
-from .helpers.keyspace import spent_and_held, sums
-from .helpers.patience import in_haste
-from .helpers.stores import store_of
-from .helpers.waiting import until, wait_until
+from ...conftest import free_port
+from ...helpers.keyspace import spent_and_held, sums
+from ...helpers.patience import in_haste
+from ...helpers.stores import store_of
+from ...helpers.waiting import until, wait_until
 
 BUDGET = Budget("agent", "500.00")
 CENT = to_units("0.01")

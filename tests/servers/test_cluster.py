@@ -16,14 +16,14 @@ from ktrdr_budget.audit import verify
 from ktrdr_budget.engine.transport import resp
 from ktrdr_budget.money import to_units
 
-from .conftest import redis_binary, valkey_binary
-from .helpers.clusters import Cluster, slot_of
-from .helpers.nodes import free_ports
-from .helpers.patience import hurried
-from .helpers.processes import in_child, workers
-from .helpers.stopwatch import Stopwatch
-from .helpers.stores import current_port, own_connections
-from .helpers.waiting import until, wait_until
+from ..conftest import redis_binary, valkey_binary
+from ..helpers.clusters import Cluster, slot_of
+from ..helpers.nodes import free_ports
+from ..helpers.patience import hurried
+from ..helpers.processes import in_child, workers
+from ..helpers.stopwatch import Stopwatch
+from ..helpers.stores import current_port, own_connections
+from ..helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("team:quant", "5.00"), Budget("cycles", 10, unit="cycles")]
 BINARIES = {"valkey": valkey_binary(), "redis": redis_binary()}

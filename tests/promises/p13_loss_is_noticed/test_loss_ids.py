@@ -10,9 +10,9 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable, UnknownHold
 from ktrdr_budget.engine.calls.settle import settle_by_id
 
-from .helpers.keyspace import sums
-from .helpers.patience import away, hurried
-from .helpers.waiting import until
+from ...helpers.keyspace import sums
+from ...helpers.patience import away, hurried
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
 

@@ -30,11 +30,11 @@ from ktrdr_budget.engine.replica.journal import AGE_MAX_MS
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import immortal_keys, ledger_sum, sums, window_key
-from .helpers.patience import away
-from .helpers.proxy import Proxy
-from .helpers.stopwatch import Stopwatch
-from .helpers.waiting import until, wait_until
+from ...helpers.keyspace import immortal_keys, ledger_sum, sums, window_key
+from ...helpers.patience import away
+from ...helpers.proxy import Proxy
+from ...helpers.stopwatch import Stopwatch
+from ...helpers.waiting import until, wait_until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("team", "5.00")]
 TIMEOUT_S = 0.2

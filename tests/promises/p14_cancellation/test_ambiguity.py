@@ -24,10 +24,10 @@ from ktrdr_budget.engine.replica import outbox as outboxes
 from ktrdr_budget.engine.replica.outbox import Entry, Outbox
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import ledger_sum, sums
-from .helpers.patience import away
-from .helpers.proxy import Proxy
-from .helpers.waiting import until
+from ...helpers.keyspace import ledger_sum, sums
+from ...helpers.patience import away
+from ...helpers.proxy import Proxy
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("team", "50.00")]
 

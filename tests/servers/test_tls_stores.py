@@ -11,11 +11,11 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable
 from ktrdr_budget.audit import verify
 from ktrdr_budget.errors import StoreError
 
-from .conftest import Server
-from .helpers.nodes import Node, free_ports
-from .helpers.stores import own_connections
-from .helpers.tools import need
-from .helpers.waiting import until
+from ..conftest import Server
+from ..helpers.nodes import Node, free_ports
+from ..helpers.stores import own_connections
+from ..helpers.tools import need
+from ..helpers.waiting import until
 from .test_tls import Authority
 
 BUDGETS = [Budget("agent", "5.00")]

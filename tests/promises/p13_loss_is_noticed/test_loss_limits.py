@@ -11,7 +11,7 @@ import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
 
-from .helpers.waiting import until
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens")]
 

@@ -14,13 +14,13 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter, StoreError, 
 from ktrdr_budget.audit import verify
 from ktrdr_budget.engine.transport.failover import FailoverStore
 
-from .conftest import redis_binary, valkey_binary
-from .helpers.nodes import Node, free_ports
-from .helpers.processes import in_child
-from .helpers.sentinels import SentinelGroup
-from .helpers.stopwatch import Stopwatch
-from .helpers.stores import current_port, own_connections, store_of
-from .helpers.waiting import until
+from ...conftest import redis_binary, valkey_binary
+from ...helpers.nodes import Node, free_ports
+from ...helpers.processes import in_child
+from ...helpers.sentinels import SentinelGroup
+from ...helpers.stopwatch import Stopwatch
+from ...helpers.stores import current_port, own_connections, store_of
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
 BINARIES = {"valkey": valkey_binary(), "redis": redis_binary()}

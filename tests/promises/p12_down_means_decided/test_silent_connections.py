@@ -17,12 +17,12 @@ from ktrdr_budget.engine.transport import resp
 from ktrdr_budget.engine.transport.connection import HEDGE_SHARE, IDLE_MAX_S
 from ktrdr_budget.engine.transport.discovery import ClusterDiscovery, SentinelDiscovery
 
-from .helpers.keyspace import sums
-from .helpers.patience import away
-from .helpers.proxy import Proxy, ThreadedProxy
-from .helpers.stopwatch import Stopwatch
-from .helpers.stores import idle_connections
-from .helpers.waiting import until
+from ...helpers.keyspace import sums
+from ...helpers.patience import away
+from ...helpers.proxy import Proxy, ThreadedProxy
+from ...helpers.stopwatch import Stopwatch
+from ...helpers.stores import idle_connections
+from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "100.00"), Budget("cycles", 10_000, unit="cycles")]
 BURST = 300

@@ -14,9 +14,9 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, HoldConflict, StoreUnavailable
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import dump, ledger_sum, sums
-from .helpers.proxy import Proxy, ThreadedProxy
-from .helpers.waiting import until, wait_until
+from ...helpers.keyspace import dump, ledger_sum, sums
+from ...helpers.proxy import Proxy, ThreadedProxy
+from ...helpers.waiting import until, wait_until
 
 BUDGET = Budget("agent", "5.00")
 

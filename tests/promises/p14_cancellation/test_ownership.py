@@ -17,10 +17,10 @@ from ktrdr_budget.engine.protocol.replies import Replayed
 from ktrdr_budget.limiter import AsyncHold
 from ktrdr_budget.money import to_units
 
-from .helpers.keyspace import ledger_sum, spent_and_held, sums
-from .helpers.patience import hurried
-from .helpers.proxy import Proxy
-from .helpers.waiting import until, wait_until
+from ...helpers.keyspace import ledger_sum, spent_and_held, sums
+from ...helpers.patience import hurried
+from ...helpers.proxy import Proxy
+from ...helpers.waiting import until, wait_until
 
 BUDGET = Budget("agent", "500.00")
 CENT = to_units("0.01")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 from ktrdr_budget.engine.batching.dispatcher import Dispatcher
@@ -54,10 +55,10 @@ class Engine:
             raise InvalidArgument(f"on_store_error must be 'deny', 'allow' or 'lease', not {shown(on_store_error)}")
         self.state = ReplicaState(tenant, budgets, **options)
         self.outbox = Outbox()
-        self._hold_class = hold_class
         trace_id = trace_id or _no_trace
-        self.policy = _POLICIES[on_store_error](self.state, self.outbox, self._new_hold, trace_id)
-        self.context = CallContext(self.state, self.outbox, self.policy, self._new_hold, trace_id)
+        new_hold = partial(hold_class, self)
+        self.policy = _POLICIES[on_store_error](self.state, self.outbox, new_hold, trace_id)
+        self.context = CallContext(self.state, self.outbox, self.policy, new_hold, trace_id)
         self.lease_calls = LeaseCalls(self.context, timeout_s)
         if isinstance(self.policy, PrepaidPolicy):
             self.policy.prepay(self.lease_calls, lease_slab)
@@ -72,9 +73,6 @@ class Engine:
     def _report_loss(self) -> None:
         names = self.store.shown, self.state.replica_id, self.state.tenant
         logger.error("data loss detected at %s: replica %s (tenant %s) is replaying its journal", *names)
-
-    def _new_hold(self, *args: Any, **options: Any) -> HoldBase:
-        return self._hold_class(self, *args, **options)
 
 
 def _no_trace() -> str:

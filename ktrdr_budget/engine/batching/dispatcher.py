@@ -30,7 +30,7 @@ from ktrdr_budget.engine.calls.context import CallContext, Flow
 from ktrdr_budget.engine.calls.readiness import warn_of_eviction
 from ktrdr_budget.engine.calls.reserve import release_grant
 from ktrdr_budget.engine.calls.results import amounts_of
-from ktrdr_budget.engine.protocol.batch import Answer, BatchHead, EncodedBatch, Header, encode_batch, parse_batch
+from ktrdr_budget.engine.protocol.batch import BatchHead, EncodedBatch, Header, encode_batch, parse_batch
 from ktrdr_budget.engine.protocol.operations import Operation, RecordSpend, SettlingOperation
 from ktrdr_budget.engine.protocol.replies import MissingWindow, NotFast, Recovering, Settled
 from ktrdr_budget.engine.protocol.requests import Command, Read
@@ -419,7 +419,7 @@ class Dispatcher:
                 call.request.uses_fast_path = False
                 self._enqueue(call, call.request)
             else:
-                self._resume(call, (each, Answer(each, head.now_us, head.due)))
+                self._resume(call, (each, head))
 
     def _retire(self, due: tuple[str, ...]) -> None:
         """Make due holds unconfirmed on the way; after a failure, the next reply tries again."""
@@ -607,7 +607,7 @@ class Dispatcher:
         assert self._loop is not None
         if isinstance(reply, MissingWindow):
             if call.request.is_retire:  # a due hold, which other calls may wait for: left to the next that meets it
-                self._resume(call, (reply, Answer(reply, head.now_us)))
+                self._resume(call, (reply, head))
                 return
             wait_s = _MISSING_WINDOW_S
             why = (

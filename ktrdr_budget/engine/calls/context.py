@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from ktrdr_budget.engine.outage.policy import OutagePolicy, release_unreceived
 from ktrdr_budget.engine.protocol.hold_record import HoldRecord
-from ktrdr_budget.engine.protocol.operations import Operation, Retire
+from ktrdr_budget.engine.protocol.operations import Labels, Operation, Retire
 from ktrdr_budget.engine.protocol.requests import Command, PreparedFact, Read, parse_hold_records, records_read
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.engine.replica.hold import HoldBase
@@ -33,6 +33,7 @@ Flow = Generator[Operation | Read | Command, Any, Result]
 
 RETIRE_ROUNDS_MAX = 64
 _LABEL_CHARACTERS_MAX = 256
+_NO_LABELS = Labels()
 
 
 class CallContext:
@@ -57,6 +58,17 @@ class CallContext:
         self.new_hold = new_hold
         self._trace_id = trace_id
         self.denials = DenialCache()
+
+    def labels(self, owner: str, operation: str) -> Labels:
+        """The labels of a hold, with the current trace.
+
+        Raises:
+            InvalidArgument: one is too long, or no text.
+        """
+        trace_id = self._trace_id()
+        if not owner and not operation and not trace_id:  # by far the most
+            return _NO_LABELS
+        return Labels(checked_label(owner), checked_label(operation), checked_label(trace_id))
 
     @property
     def trace_id(self) -> str:

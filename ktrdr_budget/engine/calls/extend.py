@@ -216,14 +216,14 @@ def _send_growth(context: CallContext, op: Extend) -> Flow[tuple[bool, HoldRecor
     state = context.state
     rounds = 0
     while True:
-        reply, answer = yield op
+        reply, head = yield op
         if isinstance(reply, (Extended, Outgrown)):
             record = reply.record
-            state.journal.extended(op.hold_id, reply.text, context.windows_of(record), answer.now_us)
+            state.journal.extended(op.hold_id, reply.text, context.windows_of(record), head.now_us)
             return isinstance(reply, Extended), record
         if isinstance(reply, Conflict):
-            state.journal.seen(op.hold_id, reply.text, answer.now_us)
+            state.journal.seen(op.hold_id, reply.text, head.now_us)
         rounds += 1
-        if not isinstance(reply, Denied) or not answer.due or rounds == RETIRE_ROUNDS_MAX:
-            raise (yield from refusal(context, op, reply, answer.now_us))
-        yield from context.retire(answer.due)
+        if not isinstance(reply, Denied) or not head.due or rounds == RETIRE_ROUNDS_MAX:
+            raise (yield from refusal(context, op, reply, head.now_us))
+        yield from context.retire(head.due)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ktrdr_budget.engine.calls.context import RETIRE_ROUNDS_MAX, CallContext, Flow, checked_label
+from ktrdr_budget.engine.calls.context import RETIRE_ROUNDS_MAX, CallContext, Flow
 from ktrdr_budget.engine.calls.refusals import refusal
 from ktrdr_budget.engine.calls.results import amounts_text
 from ktrdr_budget.engine.outage.policy import OfflineReservation, release_unreceived
@@ -44,7 +44,7 @@ def reserve(
         return known
     # An id that was made for this request names it. The caller's own may be in use by others.
     request = context.state.new_id() if has_own_id else ""
-    labels = Labels(checked_label(owner), checked_label(operation), context.trace_id)
+    labels = context.labels(owner, operation)
     return (yield from reserve_units(context, wanted, hold_id, ttl_ms, policy, labels, request))
 
 
@@ -74,7 +74,7 @@ def reserve_units(
             hold_id, key, parts, ttl_ms=ttl_ms, policy=policy, labels=labels, now_ms=state.now_ms(), request=request
         )
         try:
-            reply, answer = yield op
+            reply, head = yield op
         except StoreUnavailable as error:
             # Only a store that cannot be reached lets the policy grant: not an error, nor one that is not ready.
             if not error.reached and not store_only:
@@ -87,20 +87,20 @@ def reserve_units(
                 context.release_later(hold_id, op.windows, request)
             raise
         if isinstance(reply, Granted):
-            deadline_ms = answer.now_us // 1000 + ttl_ms
-            granted = op.granted(answer.now_us, deadline_ms)
-            state.journal.granted(hold_id, op.windows, granted.text, answer.now_us)
+            deadline_ms = head.now_us // 1000 + ttl_ms
+            granted = op.granted(head.now_us, deadline_ms)
+            state.journal.granted(hold_id, op.windows, granted.text, head.now_us)
             return context.new_hold(
-                hold_id, parts, ttl_ms, deadline_ms, granted=granted, request=request, created_us=answer.now_us
+                hold_id, parts, ttl_ms, deadline_ms, granted=granted, request=request, created_us=head.now_us
             )
         rounds += 1
-        if isinstance(reply, Denied) and answer.due and rounds < RETIRE_ROUNDS_MAX:
-            yield from context.retire(answer.due)
+        if isinstance(reply, Denied) and head.due and rounds < RETIRE_ROUNDS_MAX:
+            yield from context.retire(head.due)
         elif isinstance(reply, Replayed):
             record = reply.record
-            if not record.is_due(answer.now_us // 1000):
+            if not record.is_due(head.now_us // 1000):
                 windows = context.windows_of(record)
-                state.journal.extended(hold_id, reply.text, windows, answer.now_us)
+                state.journal.extended(hold_id, reply.text, windows, head.now_us)
                 parts = context.parts_of(record)
                 deadline_ms = record.deadline_ms
                 hold = context.new_hold(hold_id, parts, ttl_ms, deadline_ms, record=record, request=record.request)
@@ -111,7 +111,7 @@ def reserve_units(
         elif isinstance(reply, Conflict) and reply.is_tombstone:
             yield Release(hold_id, key, op.windows, ReleaseMode.LIFT)  # it was left for another request
         elif not isinstance(reply, StaleWindow):
-            raise (yield from refusal(context, op, reply, answer.now_us))
+            raise (yield from refusal(context, op, reply, head.now_us))
 
 
 def _offline_replay(
@@ -145,11 +145,11 @@ def release_grant(context: CallContext, hold: HoldBase) -> Flow[None]:
     state, windows = context.state, hold.window_list
     op = release_unreceived(hold.id, state.keys.hold(hold.id), windows, hold.request)
     try:
-        reply, answer = yield op
+        reply, head = yield op
     except StoreError:
         raise
     except StoreUnavailable:
         context.release_later(hold.id, windows, hold.request)
     else:
         if isinstance(reply, Settled):
-            state.journal.settled(op, reply, answer.now_us // 1000)
+            state.journal.settled(op, reply, head.now_us // 1000)

@@ -160,10 +160,10 @@ def _send(
     op, hold_id = first, first.hold_id
     is_offline = hold is not None and hold.offline is not None
     try:
-        reply, answer = yield op
+        reply, head = yield op
         if isinstance(reply, UnknownHoldReply) and isinstance(op, Commit) and hold and _is_lost(context, hold):
             op = hold.restored_commit([amount.units for amount in op.amounts])
-            reply, answer = yield op
+            reply, head = yield op
     except StoreError:
         raise
     except StoreUnavailable as error:
@@ -176,8 +176,8 @@ def _send(
             return Settlement(hold_id, "released", amounts_of(op.windows, op.units))
         if isinstance(reply, UnknownHoldReply) and not op.is_release:
             logger.error("commit of hold %s not recorded: %s; %s", hold_id, _UNKNOWN, amounts_of(op.windows, op.units))
-        raise error_for(context, op, reply, answer.now_us)
-    context.state.journal.settled(op, reply, answer.now_us // 1000)
+        raise error_for(context, op, reply, head.now_us)
+    context.state.journal.settled(op, reply, head.now_us // 1000)
     exceeded = zip(reserved, reply.units, strict=False) if reply.overrun else ()
     return Settlement(
         id=hold_id,
@@ -262,7 +262,7 @@ def record(
         if context.policy.owns(hold_id) and (known := context.policy.record(op, ambiguous=False)) is not None:
             return known
         try:
-            reply, answer = yield op
+            reply, head = yield op
         except StoreError:
             raise
         except StoreUnavailable as error:
@@ -271,8 +271,8 @@ def record(
                 raise
             return recorded
         if isinstance(reply, Settled):
-            state.journal_settlement(op, reply, answer.now_us // 1000)
+            state.journal_settlement(op, reply, head.now_us // 1000)
             amounts = {name: from_units(units, state.budgets[name].unit) for name, units in wanted}
             return Settlement(hold_id, "recorded", amounts, replayed=reply.replayed)
         if not isinstance(reply, StaleWindow):
-            raise error_for(context, op, reply, answer.now_us)
+            raise error_for(context, op, reply, head.now_us)

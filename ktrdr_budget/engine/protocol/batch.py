@@ -11,7 +11,7 @@ from ktrdr_budget.engine.protocol.operations import Operation, Rendered
 from ktrdr_budget.engine.protocol.replies import Reply
 from ktrdr_budget.engine.protocol.scripts import FAST_PATH, script_for
 
-__all__ = ["Answer", "BatchHead", "EncodedBatch", "Header", "Settings", "encode_batch", "parse_batch"]
+__all__ = ["BatchHead", "EncodedBatch", "Header", "Settings", "encode_batch", "parse_batch"]
 
 _ENDLESS_MS: Final = 9_999_999_999_999
 
@@ -72,20 +72,6 @@ class BatchHead(NamedTuple):
     """Set if it differs from the one of the request."""
     due: tuple[str, ...]
     """Ids of holds past their deadline."""
-
-
-class Answer(NamedTuple):
-    """The reply to one operation, and the store's time."""
-
-    reply: Reply
-    now_us: int
-    due: tuple[str, ...] = ()
-    """Ids of holds past their deadline, after a denial."""
-
-    @property
-    def now_ms(self) -> int:
-        """The store's time in milliseconds."""
-        return self.now_us // 1000
 
 
 class EncodedBatch(NamedTuple):

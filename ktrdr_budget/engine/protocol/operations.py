@@ -101,6 +101,8 @@ class Operation:
 
     letter: ClassVar[str]
     is_retire: ClassVar[bool] = False
+    asks_for_money: bool = False
+    """Whether it reserves or grows, and so is decided after operations that may give money back."""
 
     def __init__(self, hold_id: str, key: str, windows: Sequence[Window]) -> None:
         self.hold_id = hold_id
@@ -111,11 +113,6 @@ class Operation:
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.hold_id} {', '.join(window.name for window in self.windows)}>"
-
-    @property
-    def asks_for_money(self) -> bool:
-        """Whether it reserves or grows, and so is decided after operations that may give money back."""
-        return False
 
     @property
     def is_urgent(self) -> bool:
@@ -159,6 +156,7 @@ class Reserve(Operation):
 
     __slots__ = ("_expires_ms", "_labels", "_segments", "parts", "policy", "request", "ttl_ms")
     letter = codes.RESERVE
+    asks_for_money = True
 
     def __init__(
         self,
@@ -198,10 +196,6 @@ class Reserve(Operation):
             expires_ms = 0 if 0 in expiries else max(expiries)
         # An open hold's record lives as long as its windows: nothing else says what to give back to them.
         self._expires_ms = expires_ms or now_ms + _LASTING_MS
-
-    @property
-    def asks_for_money(self) -> bool:
-        return True
 
     @property
     def is_fact(self) -> bool:
@@ -528,7 +522,7 @@ class SettleOnBehalf(SettlingOperation):
 class Extend(Operation):
     """A heartbeat, a growth, or a report of what was used; totals are cumulative, and the largest wins."""
 
-    __slots__ = ("amounts", "mode", "ttl_ms", "was_resent")
+    __slots__ = ("amounts", "asks_for_money", "mode", "ttl_ms", "was_resent")
     letter = codes.EXTEND
 
     def __init__(
@@ -542,14 +536,11 @@ class Extend(Operation):
     ) -> None:
         super().__init__(hold_id, key, windows)
         self.amounts = amounts
+        self.asks_for_money = any(amount.reserved for amount in amounts)
         self.ttl_ms = ttl_ms
         self.mode = mode
         self.was_resent = False
         """Whether an attempt without a reply may have been executed."""
-
-    @property
-    def asks_for_money(self) -> bool:
-        return any(amount.reserved for amount in self.amounts)
 
     @property
     def is_urgent(self) -> bool:

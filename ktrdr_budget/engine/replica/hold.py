@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from contextvars import ContextVar, Token
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any, Literal, Protocol
 
 from ktrdr_budget.engine.protocol import codes
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 OnError = Literal["release", "charge"]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 current_hold: ContextVar[HoldBase | None] = ContextVar("ktrdr_budget_current_hold", default=None)
 """The hold that the work of this task or thread draws from: the innermost ``limiter.hold(...)`` around it."""
@@ -118,7 +120,7 @@ class HoldBase:
         self.offline_record: HoldRecord | None = None
         """The record of such a hold as it was granted."""
         self._accrued: dict[str, int] = {}
-        self._notes: dict[str, None] = {}
+        self._notes: Mapping[str, None] = _NOTHING
         self.settling = False
         """Whether its settlement is under way: what is accrued from now on is too late for it."""
         self.uncertain_commit: Sequence[CommitAmount] | None = None
@@ -129,7 +131,7 @@ class HoldBase:
         """The queue of such calls when the hold must grow for them."""
         self.in_doubt_growth: tuple[Mapping[str, int], Mapping[str, int]] | None = None
         """The increase and the totals before of a growth without a reply, which its caller may repeat."""
-        self.last_growth: Mapping[str, int] = {}
+        self.last_growth: Mapping[str, int] = _NOTHING
         """The totals of the last growth that is done."""
         self.lock = threading.Lock()
         """Guards arithmetic only: threads may share a hold."""

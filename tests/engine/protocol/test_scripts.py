@@ -47,12 +47,9 @@ class Raw(Operation):
     def __init__(self, hold_id: str, key: str, rendered: Rendered, fast: Rendered | None = None) -> None:
         super().__init__(hold_id, key, [window for window, _ in rendered[1]])
         self.letter = rendered[0][0]
+        self.asks_for_money = self.letter == "R"
         self.rendered = rendered
         self.fast = fast
-
-    @property
-    def asks_for_money(self) -> bool:
-        return self.letter == "R"
 
     def render(self) -> Rendered:
         return self.rendered

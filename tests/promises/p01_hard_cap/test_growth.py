@@ -13,7 +13,7 @@ import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict, InvalidAmount, StoreUnavailable
 from ktrdr_budget.engine.calls.extend import extend
-from ktrdr_budget.engine.protocol.batch import Answer
+from ktrdr_budget.engine.protocol.batch import BatchHead
 from ktrdr_budget.engine.protocol.replies import Extended
 from ktrdr_budget.money import to_units
 
@@ -196,5 +196,5 @@ async def test_an_answer_that_is_older_than_the_growth_does_not_undo_it(limiter,
     next(heartbeat)
     with pytest.raises(StopIteration):
         reply = Extended(older)
-        heartbeat.send((reply, Answer(reply, 0)))
+        heartbeat.send((reply, BatchHead(0, False, 0, None, ())))
     assert hold.amounts == {"agent": Decimal("0.25")}

@@ -87,6 +87,7 @@ class LimiterBase:
 
     _hold_class: type[HoldBase]
     _runner_class: Callable[[Engine], Any]
+    _new_store = staticmethod(store_for)
 
     def __init__(
         self,
@@ -113,7 +114,7 @@ class LimiterBase:
         self.engine = Engine(
             tenant,
             budgets,
-            lambda state: store_for(url, directory, state.keys.meta, credential_provider),
+            lambda state: self._new_store(url, directory, state.keys.meta, credential_provider),
             self._hold_class,
             timeout_s=float(timeout),
             on_store_error=on_store_error,

@@ -12,7 +12,7 @@ import ktrdr_budget
 
 PACKAGE = Path(ktrdr_budget.__file__).parent
 PARTS = ("errors", "money", "periods", "models", "events", "environment", "engine", "hold", "lease", "limiter")
-PARTS += ("sync", "tracker", "audit", "telemetry", "metering", "agent", "api", "cli")
+PARTS += ("sync", "tracker", "audit", "testing", "telemetry", "metering", "agent", "api", "cli")
 CORE = PARTS[: PARTS.index("audit") + 1]
 
 
@@ -170,10 +170,13 @@ def test_the_core_imports_only_redis_and_the_standard_library():
 
 
 def test_importing_the_package_loads_no_driver_and_no_framework():
-    code = "import sys; from ktrdr_budget import *; print(*sorted({name.split('.')[0] for name in sys.modules}))"
+    code = "import sys; from ktrdr_budget import *; import ktrdr_budget.testing;"
+    code += "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
     assert not loaded & {
         "redis",
+        "fakeredis",
+        "lupa",
         "fastapi",
         "click",
         "httpx",

@@ -1,0 +1,127 @@
+"""Limiters in memory, for tests of code that uses a limiter: no server, no file, no socket.
+
+They run the Lua scripts of the package in `fakeredis <https://fakeredis.readthedocs.io/>`_; install the extra
+``ktrdr-budget[testing]``. The cap, idempotency and the figures behave as on a server. They are a test double all the
+same: one process, no durability, and the time of this machine. The package's own promises are tested on real servers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ktrdr_budget.engine.transport.node import Node
+from ktrdr_budget.engine.transport.store import Store
+from ktrdr_budget.limiter import AsyncBudgetLimiter
+from ktrdr_budget.models import Budget
+from ktrdr_budget.sync import BudgetLimiter
+
+if TYPE_CHECKING:
+    import fakeredis
+
+__all__ = ["AsyncMemoryLimiter", "MemoryLimiter", "memory_server"]
+
+TIMEOUT_S = 10.0
+_URL = "redis://memory"
+
+
+def memory_server() -> fakeredis.FakeServer:
+    """Create a server in memory, to pass to limiters that share their budgets, as replicas do.
+
+    While its attribute ``connected`` is false, each call ends as in an outage of the store.
+
+    Raises:
+        ImportError: fakeredis, or its Lua interpreter, is not installed.
+    """
+    try:
+        import fakeredis
+        import lupa  # noqa: F401  # without it, fakeredis only lacks EVAL
+    except ImportError as error:
+        raise ImportError(f"{error}: limiters in memory need the extra ktrdr-budget[testing]") from None
+    return fakeredis.FakeServer(server_type="valkey")
+
+
+class _MemoryNode(Node):
+    """A server in memory: redis-py's client over fakeredis, no connections of its own."""
+
+    def __init__(self, server: fakeredis.FakeServer) -> None:
+        from fakeredis import FakeAsyncRedis
+
+        super().__init__(_URL)
+        self.client = FakeAsyncRedis(server=server, protocol=2)
+
+    async def connection(self) -> None:
+        """See :class:`Node`; every batch goes through the client."""
+
+    async def execute(
+        self, words: Sequence[Any], asking: bool, deadline: float, on_resend: Callable[[], None] | None
+    ) -> Any:
+        """See :class:`Node`; without a second attempt, which would be no faster."""
+        if words[0] == "INFO":  # fakeredis lacks it; the readiness check reads the policy, and nothing is evicted here
+            return b"maxmemory_policy:noeviction"
+        return await self.client.execute_command(*words)
+
+
+class _MemoryStore(Store):
+    """A store on a server in memory."""
+
+    def __init__(self, server: fakeredis.FakeServer) -> None:
+        super().__init__(_URL)
+        self._server = server
+
+    @property
+    def shown(self) -> str:
+        """See :class:`Store`."""
+        return "memory"
+
+    async def open(self) -> None:
+        """See :class:`Store`."""
+        if self.node is None:
+            self._use(_MemoryNode(self._server))
+
+
+class AsyncMemoryLimiter(AsyncBudgetLimiter):
+    """An :class:`~ktrdr_budget.AsyncBudgetLimiter` in memory: ``async with AsyncMemoryLimiter([...]) as limiter``.
+
+    Args:
+        server: of :func:`memory_server`; by default the limiter has one of its own, which starts empty.
+        timeout: seconds within which each call ends; long, because a busy machine is not an outage.
+        options: of :class:`~ktrdr_budget.AsyncBudgetLimiter`.
+    """
+
+    def __init__(
+        self,
+        budgets: Iterable[Budget] = (),
+        *,
+        server: fakeredis.FakeServer | None = None,
+        timeout: float = TIMEOUT_S,
+        **options: Any,
+    ) -> None:
+        self._new_store = _store_on(server)
+        super().__init__(None, budgets, timeout=timeout, **options)
+
+
+class MemoryLimiter(BudgetLimiter):
+    """A :class:`~ktrdr_budget.BudgetLimiter` in memory: ``with MemoryLimiter([...]) as limiter``.
+
+    Args:
+        server: of :func:`memory_server`; by default the limiter has one of its own, which starts empty.
+        timeout: seconds within which each call ends; long, because a busy machine is not an outage.
+        options: of :class:`~ktrdr_budget.BudgetLimiter`.
+    """
+
+    def __init__(
+        self,
+        budgets: Iterable[Budget] = (),
+        *,
+        server: fakeredis.FakeServer | None = None,
+        timeout: float = TIMEOUT_S,
+        **options: Any,
+    ) -> None:
+        self._new_store = _store_on(server)
+        super().__init__(None, budgets, timeout=timeout, **options)
+
+
+def _store_on(server: fakeredis.FakeServer | None) -> Callable[..., Store]:
+    made = memory_server() if server is None else server
+    return lambda *_: _MemoryStore(made)

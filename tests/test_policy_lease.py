@@ -266,6 +266,16 @@ async def test_holds_settle_and_extend_by_id(proxy, limiter):
     assert limiter.prepaid == {"agent": Decimal("3.89")}
 
 
+async def test_two_objects_of_one_hold_grow_it_by_both_increases(proxy, limiter):
+    proxy.cut()
+    first = await limiter.reserve("agent", "0.15", id="op_1")
+    second = await limiter.reserve("agent", "0.15", id="op_1")
+    assert second.replayed
+    await first.grow("0.10")
+    await second.grow("0.05")
+    assert second.amounts == {"agent": Decimal("0.30")}
+
+
 async def test_heartbeats_and_growth_continue_here_once_the_store_is_back(proxy, limiter, client):
     proxy.cut()
     hold = await limiter.reserve("agent", "1.00", id="op_1", ttl=60)

@@ -130,7 +130,7 @@ def _extended(
         parts: returns its windows with the totals to reach; other growth may come first.
         ttl_ms: of a heartbeat; ``None`` for growth.
     """
-    if hold.offline is not None and hold.offline.extend(hold, parts(), ttl_ms):
+    if hold.offline is not None and hold.offline.extend(hold, parts, ttl_ms):
         flow.close()
         return
     try:

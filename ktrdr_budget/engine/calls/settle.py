@@ -28,7 +28,6 @@ __all__ = ["commit", "commit_units", "leave", "record", "release", "settle_by_id
 
 logger = logging.getLogger("ktrdr_budget")
 
-_REMARK_CHARACTERS_MAX = 256
 _UNKNOWN = "unknown hold: settled more than 24 h ago, or never granted"
 
 # -- a hold in hand ----------------------------------------------------------------------------------------------------
@@ -139,7 +138,7 @@ def _commit(
     known: str = "",
 ) -> Commit:
     trace_id = context.trace_id if remark else ""
-    remark = checked_label(remark[:_REMARK_CHARACTERS_MAX])
+    remark = checked_label(remark)
     key = context.state.keys.hold(hold_id)
     return Commit(hold_id, key, windows, amounts, remark=remark, trace_id=trace_id, known=known)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from ktrdr_budget.engine.outage.policy import OfflineReservation, OutagePolicy
 from ktrdr_budget.engine.protocol.codes import ReleaseMode
@@ -46,6 +46,6 @@ class AllowPolicy(OutagePolicy):
             return Release(hold.id, key, hold.window_list, ReleaseMode.FINAL)
         return hold.restored_commit([amount.units for amount in amounts], remark, self._trace_id() if remark else "")
 
-    def extend(self, hold: HoldBase, parts: Sequence[tuple[Window, int]], ttl_ms: int | None) -> bool:
+    def extend(self, hold: HoldBase, parts: Callable[[], Sequence[tuple[Window, int]]], ttl_ms: int | None) -> bool:
         """The store may have the hold, from a request whose reply was lost: it is asked."""
         return False

@@ -107,9 +107,13 @@ class PrepaidHold:
         """Settle against the chunks, at once."""
         return self._policy.settle(hold, self, None if amounts is None else [units for _, units in amounts])
 
-    def extend(self, hold: HoldBase, parts: Sequence[tuple[Window, int]], ttl_ms: int | None) -> bool:
+    def extend(self, hold: HoldBase, parts: Callable[[], Sequence[tuple[Window, int]]], ttl_ms: int | None) -> bool:
         """Extend in this process; growth comes from the same chunks, in all budgets or in none."""
-        self._policy.extend(hold, self, [units for _, units in parts], ttl_ms)
+        # Another object of the same hold may have grown it; its expiry may have reduced the grants.
+        hold.parts = [
+            (window, max(units, grant.units)) for (window, units), grant in zip(hold.parts, self.grants, strict=True)
+        ]
+        self._policy.extend(hold, self, [units for _, units in parts()], ttl_ms)
         return True
 
 

@@ -15,7 +15,6 @@ from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts, spread
 from ktrdr_budget.engine.protocol.hold_record import HoldRecord, Segment, segments_of
 from ktrdr_budget.engine.protocol.operations import CommitAmount, GrantedHold, Operation, Restore
 from ktrdr_budget.engine.protocol.window import Window
-from ktrdr_budget.engine.replica.state import ReplicaState
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument, shown
 from ktrdr_budget.models import HoldState, Settlement
 from ktrdr_budget.money import MAX_UNITS, Amount, amount_bound, from_units
@@ -33,16 +32,10 @@ __all__ = [
 
 OnError = Literal["release", "charge"]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
+_REMARK_CHARACTERS_MAX = 256
 
 current_hold: ContextVar[HoldBase | None] = ContextVar("ktrdr_budget_current_hold", default=None)
 """The hold that the work of this task or thread draws from: the innermost ``limiter.hold(...)`` around it."""
-
-
-class HoldHost(Protocol):
-    """The engine of a limiter, as far as its holds need it."""
-
-    @property
-    def state(self) -> ReplicaState: ...
 
 
 class OfflineBacking(Protocol):
@@ -53,10 +46,11 @@ class OfflineBacking(Protocol):
     def settle(self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str) -> Operation | Settlement:
         """Settle the hold: at once, or by an operation to send. ``None`` releases."""
 
-    def extend(self, hold: HoldBase, parts: Sequence[tuple[Window, int]], ttl_ms: int | None) -> bool:
-        """Extend the hold to these totals here; return false if the store must be asked.
+    def extend(self, hold: HoldBase, parts: Callable[[], Sequence[tuple[Window, int]]], ttl_ms: int | None) -> bool:
+        """Extend the hold here; return false if the store must be asked.
 
         Args:
+            parts: returns the totals to reach, from those that the hold has when it is called.
             ttl_ms: of a heartbeat; ``None`` for growth.
         """
 
@@ -265,8 +259,8 @@ class HoldBase:
 
     @property
     def remark(self) -> str:
-        """All remarks."""
-        return " ".join(self._notes)
+        """All remarks, cut where they are too long for a label."""
+        return " ".join(self._notes)[:_REMARK_CHARACTERS_MAX]
 
     # -- calls inside --------------------------------------------------------------------------------------------------
 

@@ -154,10 +154,6 @@ class Outbox:
         """The entries of this id."""
         return list(self._entries.get(hold_id, ()))
 
-    def has_deferred(self, hold_id: str) -> bool:
-        """Whether a deferred settlement of this id waits."""
-        return any(entry.kind == "deferred" for entry in self._entries.get(hold_id, ()))
-
     def clear(self) -> None:
         """Drop all of them: in the child after a fork, they are the parent's."""
         self._entries.clear()

@@ -293,7 +293,7 @@ def act(replica: Replica, step: tuple[Any, ...]) -> None:
                 more, ttl_s = figures
                 parts = [(window, units + more) for window, units in hold.parts]
                 with suppress(StoreUnavailable):
-                    hold.offline.extend(hold, parts, None if ttl_s is None else ttl_s * SECOND)  # type: ignore[union-attr]
+                    hold.offline.extend(hold, lambda: parts, None if ttl_s is None else ttl_s * SECOND)  # type: ignore[union-attr]
 
 
 @settings(max_examples=300, deadline=None, print_blob=True)
@@ -366,14 +366,14 @@ def test_a_settled_hold_refuses_another_settlement(replica, first, second):
         settle(hold, second)
     assert conflict.value.state == ("released" if first is None else "committed")
     with pytest.raises(HoldConflict):
-        hold.offline.extend(hold, hold.parts, SECOND)
+        hold.offline.extend(hold, lambda: hold.parts, SECOND)
 
 
 def test_growth_that_one_budget_lacks_changes_none(replica):
     hold = replica.draw({"agent": 60, "team": 10})
     assert hold is not None
     with pytest.raises(StoreUnavailable):
-        hold.offline.extend(hold, [(window, units + 50) for window, units in hold.parts], None)
+        hold.offline.extend(hold, lambda: [(window, units + 50) for window, units in hold.parts], None)
     assert [grant.units for grant in hold.offline.grants] == [60, 10]
     assert replica.policy.remaining == {"agent": from_units(40), "team": from_units(90)}
 
@@ -386,4 +386,4 @@ def test_a_fork_leaves_holds_to_the_parent(replica):
     with pytest.raises(HoldConflict):
         settle(hold, 5)
     with pytest.raises(HoldConflict):
-        hold.offline.extend(hold, hold.parts, SECOND)
+        hold.offline.extend(hold, lambda: hold.parts, SECOND)

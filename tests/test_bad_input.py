@@ -1,4 +1,4 @@
-"""Any invalid input raises a specific error before anything is sent."""
+"""Invalid input raises a specific error before a request is sent."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Float(float):
 
 class Unshowable:
     def __repr__(self) -> str:
-        raise RuntimeError("not even that")
+        raise RuntimeError("repr fails")
 
 
 def test_a_float_of_another_library_is_read_by_value():
@@ -56,16 +56,16 @@ def test_shown_values_are_shortened():
         lambda: Budget("agent", 1, unit=HUGE),
         lambda: Budget("agent", 1, kind=HUGE),
         lambda: Budget(HUGE, 1),
-        lambda: AsyncBudgetLimiter("unix:///nobody", ["agent"]),
-        lambda: AsyncBudgetLimiter("unix:///nobody", BUDGETS[0]),
-        lambda: AsyncBudgetLimiter("unix:///nobody", None),
+        lambda: AsyncBudgetLimiter("unix:///missing", ["agent"]),
+        lambda: AsyncBudgetLimiter("unix:///missing", BUDGETS[0]),
+        lambda: AsyncBudgetLimiter("unix:///missing", None),
         lambda: AsyncBudgetLimiter(data_dir=5),
         lambda: AsyncBudgetLimiter(data_dir=b"data"),
-        lambda: AsyncBudgetLimiter("unix:///nobody", timeout=HUGE),
-        lambda: AsyncBudgetLimiter("unix:///nobody", on_store_error=HUGE),
-        lambda: AsyncBudgetLimiter("unix:///nobody", max_holds=HUGE),
-        lambda: AsyncBudgetLimiter("unix:///nobody", tenant=HUGE),
-        lambda: AsyncBudgetLimiter("unix:///nobody", durability=HUGE),
+        lambda: AsyncBudgetLimiter("unix:///missing", timeout=HUGE),
+        lambda: AsyncBudgetLimiter("unix:///missing", on_store_error=HUGE),
+        lambda: AsyncBudgetLimiter("unix:///missing", max_holds=HUGE),
+        lambda: AsyncBudgetLimiter("unix:///missing", tenant=HUGE),
+        lambda: AsyncBudgetLimiter("unix:///missing", durability=HUGE),
         lambda: AsyncBudgetLimiter(5),
     ],
 )
@@ -75,9 +75,9 @@ def test_an_option_of_another_type_is_rejected(make):
 
 
 @pytest.fixture(scope="module")
-def nowhere(tmp_path_factory):
+def unreachable(tmp_path_factory):
     """A limiter with an unreachable store."""
-    with BudgetLimiter(f"unix://{tmp_path_factory.mktemp('n')}/nobody", BUDGETS, timeout=0.1) as made:
+    with BudgetLimiter(f"unix://{tmp_path_factory.mktemp('n')}/missing", BUDGETS, timeout=0.1) as made:
         yield made
 
 
@@ -108,6 +108,6 @@ def nowhere(tmp_path_factory):
         lambda limiter: limiter.holds("agent", limit=HUGE),
     ],
 )
-def test_an_invalid_call_is_rejected_before_anything_is_sent(nowhere, call):
+def test_an_invalid_call_is_rejected_before_a_request_is_sent(unreachable, call):
     with pytest.raises(InvalidArgument):
-        call(nowhere)
+        call(unreachable)

@@ -1,4 +1,4 @@
-"""A budget's unit, kind, period and timezone are its identity: registered by its first use, replaced by a migration."""
+"""The definition of a budget (unit, kind, period, timezone): registered by its first use, replaced by a migration."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def limiter_of(server, budget: Budget, **options) -> AsyncBudgetLimiter:
     return AsyncBudgetLimiter(server.url, [budget, OTHER], timeout=10.0, **options)
 
 
-def both_sides(error: DefinitionConflict, registered: str, configured: str) -> None:
-    """The message names what is registered, what this replica has, and the way out."""
+def check_message(error: DefinitionConflict, registered: str, configured: str) -> None:
+    """Check that the error names both definitions and the command that migrates."""
     words = f"is registered with {registered}; this replica defines {configured}"
     assert words in str(error)
-    assert f"ktrdr budget migrate {'agent'}" in str(error)
+    assert "ktrdr budget migrate agent" in str(error)
     assert (error.registered, error.configured) == (registered, configured)
 
 
@@ -52,7 +52,7 @@ def both_sides(error: DefinitionConflict, registered: str, configured: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "configured"),
     [
         ({"period": "week"}, "unit usd, period week, timezone UTC, kind spend"),
         ({"period": "ever"}, "unit usd, period ever, timezone UTC, kind spend"),
@@ -62,7 +62,7 @@ def both_sides(error: DefinitionConflict, registered: str, configured: str) -> N
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-async def test_replicas_that_define_a_budget_differently_do_not_spend_side_by_side(server, client, changed, told):
+async def test_replicas_with_different_definitions_do_not_spend_side_by_side(server, client, changed, configured):
     day = "unit usd, period day, timezone UTC, kind spend"
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
@@ -76,7 +76,7 @@ async def test_replicas_that_define_a_budget_differently_do_not_spend_side_by_si
         for call in calls:
             with pytest.raises(DefinitionConflict) as refused:
                 await call
-            both_sides(refused.value, day, told)
+            check_message(refused.value, day, configured)
         assert {key: value for key, value in dump(client).items() if ":meta" not in key} == {
             key: value for key, value in before.items() if ":meta" not in key
         }, "nothing was written"
@@ -85,7 +85,7 @@ async def test_replicas_that_define_a_budget_differently_do_not_spend_side_by_si
     assert counted(client) == to_units("5.00")
 
 
-async def test_a_conflict_fails_only_the_calls_of_one_batch_that_touch_its_budget(server):
+async def test_a_conflict_fails_only_those_calls_of_a_batch_that_touch_its_budget(server):
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -97,12 +97,12 @@ async def test_a_conflict_fails_only_the_calls_of_one_batch_that_touch_its_budge
         assert sum(each.state == "open" for each in found if not isinstance(each, Exception)) == 20
 
 
-def test_the_former_name_of_the_error_is_one_of_it():
+def test_the_former_name_of_the_error_is_an_alias():
     assert BudgetMismatch is DefinitionConflict
 
 
-async def test_what_was_admitted_before_is_settled_whatever_is_registered(server, client):
-    """Commit, release and heartbeats, by the hold, by its id, and by a replica that does not know the budget."""
+async def test_holds_are_settled_after_a_migration(server, client):
+    """By the hold object, by id, and by a replica without that budget."""
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -123,7 +123,7 @@ async def test_what_was_admitted_before_is_settled_whatever_is_registered(server
     assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 
 
-async def test_spend_that_was_deferred_is_recorded_though_another_definition_is_registered(start_server):
+async def test_deferred_spend_is_recorded_after_a_migration(start_server):
     own = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with limiter_of(own, Budget("agent", 5), on_store_error="allow") as first:
         first.engine.dispatcher.timeout_s = 0.5
@@ -138,8 +138,8 @@ async def test_spend_that_was_deferred_is_recorded_though_another_definition_is_
                 assert sums(client)["spent"] == to_units("1.50")
 
 
-async def test_a_hold_that_was_admitted_under_a_former_definition_does_not_grow(server, client):
-    """Whoever asks: a replica of the former definition, one of the new one, one that does not know the budget."""
+async def test_a_hold_of_a_former_definition_does_not_grow(server, client):
+    """Not by a replica of the former definition, nor of the new one, nor by one without that budget."""
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -155,12 +155,12 @@ async def test_a_hold_that_was_admitted_under_a_former_definition_does_not_grow(
                 await call
         await hold.extend(60)
         await stranger.extend("op_1", 60, accrued="0.70")
-        assert sums(client)["held"] == to_units("0.70"), "what was reported is a fact"
+        assert sums(client)["held"] == to_units("0.70"), "reported spend is a fact"
         assert (await hold.commit("0.70")).amounts == {"agent": Decimal("0.70")}
     assert sums(client) == {"spent": to_units("0.70"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_a_lease_under_a_former_definition_spends_what_it_holds_and_no_more(server, client):
+async def test_a_lease_of_a_former_definition_spends_its_chunk_and_gets_no_other(server, client):
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
         async with first.lease("agent", "1.00", low_water=0) as lease:
             (await lease.acquire("0.60")).commit("0.60")
@@ -171,7 +171,7 @@ async def test_a_lease_under_a_former_definition_spends_what_it_holds_and_no_mor
         assert sums(client) == {"spent": to_units("1.00"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-# -- a definition that changes in the hour in which both windows end together ------------------------------------------
+# -- a migration in the last hour of both windows ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ async def test_a_lease_under_a_former_definition_spends_what_it_holds_and_no_mor
     ],
 )
 @pytest.mark.parametrize("policy", ["deny", "allow"])
-async def test_a_period_that_changes_neither_lifts_the_cap_nor_hides_other_budgets(
+async def test_a_change_of_period_neither_lifts_the_cap_nor_hides_other_budgets(
     clocked_server, before, after, instant, windows, policy
 ):
     clocked_server.set(instant)
@@ -218,7 +218,7 @@ async def test_a_period_that_changes_neither_lifts_the_cap_nor_hides_other_budge
 
         assert (await first.migrate("agent")).after == old.identity
         status = await first.status("agent")
-        assert (status.window, status.spent, status.held) == (windows[0], Decimal("2.50"), 0), "the old window goes on"
+        assert (status.window, status.spent, status.held) == (windows[0], Decimal("2.50"), 0), "the old one remains"
         with pytest.raises(BudgetExceeded):
             await first.reserve("agent", "3.00")
         await first.reserve("agent", "2.50")
@@ -228,7 +228,7 @@ async def test_a_period_that_changes_neither_lifts_the_cap_nor_hides_other_budge
 # -- migrate -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_migration_is_obeyed_by_the_next_call_on_the_fast_path_too(server, monkeypatch):
+async def test_the_next_call_obeys_a_migration_on_the_fast_path_too(server, monkeypatch):
     monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
@@ -243,24 +243,24 @@ async def test_a_migration_is_obeyed_by_the_next_call_on_the_fast_path_too(serve
         assert (await last.status("agent")).spent == 0
 
 
-async def test_a_repair_in_a_window_of_the_former_definition_admits_nothing_there(server, client, monkeypatch):
-    """It brings its limit back, but not what the fast path admits by."""
+async def test_a_repair_in_a_window_of_a_former_definition_admits_nothing_there(server, client, monkeypatch):
+    """The repair restores the limit of the window, but not the field that enables the fast path."""
     monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
         hold = await first.reserve("agent", "0.10", id="lost")
         await last.migrate("agent")
         client.delete(first.keys.hold("lost"))
-        client.hincrby(first.keys.meta, f"r:{first.replica_id}", -1)  # as if the store had lost a write
+        client.hincrby(first.keys.meta, f"r:{first.replica_id}", -1)  # simulates a lost write
         await hold.commit("0.10")
         assert first.losses == 1
-        for _ in range(session.SLOW_BATCHES_AFTER_MISS + 1):  # from here on it goes by the fast path again
+        for _ in range(session.SLOW_BATCHES_AFTER_MISS + 1):  # the fast path is enabled again after these
             await first.record("other", "0.01")
         with pytest.raises(DefinitionConflict):
             await first.reserve("agent", "0.10")
 
 
-async def test_after_a_loss_the_definition_is_registered_anew_before_anything_is_admitted(server, client, monkeypatch):
-    """Both replicas had their windows open, and both repair them: only the first one's definition is registered."""
+async def test_after_a_loss_nothing_is_admitted_before_one_definition_is_registered(server, client, monkeypatch):
+    """Both replicas repair their own windows; only the definition of the first is registered."""
     monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
         for limiter in (first, last):
@@ -279,7 +279,7 @@ async def test_after_a_loss_the_definition_is_registered_anew_before_anything_is
 
 
 async def repaired(limiter: AsyncBudgetLimiter) -> bool:
-    """Whether it has noticed the loss, and grants again."""
+    """Whether the replica has noticed the loss and grants again."""
     with suppress(StoreUnavailable):
         await limiter.reserve("other", "0.01")
     return limiter.losses == 1 and (await limiter.status("other")).recovering_until is None
@@ -296,7 +296,7 @@ async def test_a_migration_to_the_same_definition_changes_nothing(server, client
         assert dump(client) == before
 
 
-def test_a_limit_of_run_time_goes_only_if_it_is_an_amount_of_another_unit(server):
+def test_a_migration_clears_a_run_time_limit_only_if_the_unit_changes(server):
     budgets = [
         Budget("agent", 5),
         Budget("agent", 5, period="week"),
@@ -324,7 +324,7 @@ async def test_a_registration_without_a_window_expires_too(server, client):
         assert immortal_keys(client) == []
 
 
-async def test_a_definition_that_this_version_does_not_know_is_a_conflict_with_a_way_out(server, client):
+async def test_a_definition_of_an_unknown_period_is_a_conflict(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.record("agent", 1)
         [key] = [key for key in client.scan_iter() if client.type(key) == "hash" and client.hexists(key, "d:agent")]
@@ -334,10 +334,10 @@ async def test_a_definition_that_this_version_does_not_know_is_a_conflict_with_a
                 await call
 
 
-# -- what concerns one budget hides no other ---------------------------------------------------------------------------
+# -- a fault of one budget hides no other ------------------------------------------------------------------------------
 
 
-async def test_a_window_that_cannot_be_read_hides_no_other_budget(server, client):
+async def test_an_unreadable_window_hides_no_other_budget(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.record({"agent": "0.10", "other": "0.20"})
         client.set(window_key(client), "not a hash")
@@ -355,7 +355,7 @@ async def test_a_window_that_cannot_be_read_hides_no_other_budget(server, client
         assert "WRONGTYPE" in reports["agent"].fault
 
 
-async def test_a_window_that_is_not_here_hides_no_other_budget(server, client):
+async def test_a_missing_window_hides_no_other_budget(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.record({"agent": "0.10", "other": "0.20"})
         client.delete(window_key(client))
@@ -364,7 +364,7 @@ async def test_a_window_that_is_not_here_hides_no_other_budget(server, client):
         assert "was begun and is not here" in str(statuses.unavailable["agent"])
 
 
-async def test_the_gauges_of_a_budget_in_conflict_are_absent_and_the_others_are_there(server):
+async def test_only_the_gauges_of_the_budget_in_conflict_are_absent(server):
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -388,7 +388,7 @@ async def test_holds_of_a_budget_in_conflict_are_listed(server):
         assert [hold.id for hold in await last.holds("agent")] == ["op_1"]
 
 
-def test_a_tracker_whose_budget_is_registered_otherwise_knows_no_figures(server):
+def test_a_tracker_with_a_conflicting_definition_returns_no_figures(server):
     with BudgetLimiter(server.url, [Budget("agent", 5, period="week")]) as limiter:
         limiter.record("agent", 1)
     with BudgetTracker(1, url=server.url) as tracker:

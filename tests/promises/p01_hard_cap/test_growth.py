@@ -1,4 +1,4 @@
-"""A hold that grows by an amount grows by it once, whoever else lets it grow at the same time."""
+"""Each growth of a hold is applied once, whether calls are concurrent, retried or cancelled (P1, P3)."""
 
 from __future__ import annotations
 
@@ -40,10 +40,10 @@ async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
 
 @pytest.fixture
 async def far(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
-    """A limiter behind the proxy, with its scripts already known to the server."""
+    """A limiter behind the proxy; the server has loaded its scripts."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5) as made:
 
-        async def answers() -> bool:
+        async def scripts_loaded() -> bool:
             with suppress(StoreUnavailable):
                 hold = await made.reserve("agent", "0.01", id="first")
                 await hold.grow("0.01")
@@ -51,7 +51,7 @@ async def far(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
                 return True
             return False
 
-        await until(answers)
+        await until(scripts_loaded)
         yield made
 
 
@@ -59,7 +59,7 @@ async def reserved(limiter: AsyncBudgetLimiter, hold_id: str) -> Decimal:
     return Decimal((await limiter.get(hold_id)).amounts["agent"])
 
 
-async def test_calls_of_one_hold_that_grow_it_at_once_all_add_to_it(limiter, client):
+async def test_concurrent_growth_of_one_hold_object_adds_up(limiter, client):
     hold = await limiter.reserve({"agent": "0.15", "calls": 1}, id="op_1")
     await asyncio.gather(*(hold.grow({"agent": "0.10", "calls": 2}) for _ in range(5)), hold.extend())
     assert hold.amounts == {"agent": Decimal("0.65"), "calls": 11}
@@ -67,7 +67,7 @@ async def test_calls_of_one_hold_that_grow_it_at_once_all_add_to_it(limiter, cli
     assert sums(client)["held"] == to_units("0.65")
 
 
-def test_threads_that_grow_one_hold_at_once_all_add_to_it(sync_limiter, client):
+def test_concurrent_growth_by_threads_adds_up(sync_limiter, client):
     hold = sync_limiter.reserve("agent", "0.10")
     threads = [threading.Thread(target=hold.grow, args=("0.10",)) for _ in range(8)]
     for thread in threads:
@@ -78,7 +78,7 @@ def test_threads_that_grow_one_hold_at_once_all_add_to_it(sync_limiter, client):
     assert sums(client)["held"] == to_units("0.90")
 
 
-async def test_what_another_process_has_added_is_added_to(limiter, other):
+async def test_growth_adds_to_the_growth_of_another_process(limiter, other):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await other.grow("op_1", {"agent": "0.50"})
     await hold.grow("0.10")
@@ -86,20 +86,20 @@ async def test_what_another_process_has_added_is_added_to(limiter, other):
     theirs = await other.reserve("agent", "0.15", id="op_1")
     assert theirs.amounts == {"agent": Decimal("0.60")}
     await hold.grow("0.10")
-    await theirs.grow("0.10")  # from the same totals, by the same amount: theirs all the same
+    await theirs.grow("0.10")  # the same amount from the same totals, but no retry of the other call
     assert theirs.amounts == {"agent": Decimal("0.80")}
 
 
-async def test_processes_that_grow_one_hold_at_once_all_add_to_it(limiter, other):
+async def test_concurrent_growth_by_processes_adds_up(limiter, other):
     holds = [await one.reserve("agent", "0.15", id="op_1") for one in (limiter, other)]
     await asyncio.gather(*(hold.grow("0.10") for hold in holds for _ in range(4)))
     assert await reserved(limiter, "op_1") == Decimal("0.95")
 
 
-async def test_growth_that_is_denied_changes_nothing_and_the_rest_still_fits(limiter, client):
+async def test_denied_growth_changes_nothing_and_other_growth_still_fits(limiter, client):
     hold = await limiter.reserve("agent", "4.00", id="op_1")
-    answers = await asyncio.gather(*(hold.grow("0.40") for _ in range(4)), return_exceptions=True)
-    assert [type(answer) for answer in answers].count(BudgetExceeded) == 2
+    outcomes = await asyncio.gather(*(hold.grow("0.40") for _ in range(4)), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes].count(BudgetExceeded) == 2
     assert hold.amounts == {"agent": Decimal("4.80")}
     before = dump(client)
     with pytest.raises(BudgetExceeded):
@@ -112,7 +112,7 @@ async def test_growth_that_is_denied_changes_nothing_and_the_rest_still_fits(lim
         await hold.grow("0.10")
 
 
-async def test_growth_whose_callers_are_cancelled_hinders_no_other(limiter):
+async def test_cancelled_growth_does_not_affect_other_growth(limiter):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     tasks = [asyncio.create_task(hold.grow("0.10")) for _ in range(4)]
     await asyncio.sleep(0)
@@ -125,7 +125,7 @@ async def test_growth_whose_callers_are_cancelled_hinders_no_other(limiter):
     assert before >= Decimal("0.35")
 
 
-async def test_growth_behind_a_lost_reply_is_made_once(far, proxy, client):
+async def test_growth_is_applied_once_when_its_reply_is_lost(far, proxy, client):
     hold = await far.reserve("agent", "0.15", id="op_1")
     proxy.lose_replies = 1
     await asyncio.gather(hold.grow("0.10"), hold.grow("0.10"))
@@ -135,8 +135,8 @@ async def test_growth_behind_a_lost_reply_is_made_once(far, proxy, client):
 
 
 @pytest.mark.parametrize("fate", ["reply", "request"])
-@pytest.mark.parametrize("beaten", [False, True])
-async def test_growth_that_is_tried_again_after_no_answer_is_made_once(far, proxy, client, fate, beaten):
+@pytest.mark.parametrize("heartbeat", [False, True])
+async def test_retried_growth_is_applied_once_after_an_unknown_outcome(far, proxy, client, fate, heartbeat):
     hold = await far.reserve("agent", "0.15", id="op_1")
     proxy.fate = lambda: fate
     with away(proxy.url), pytest.raises(StoreUnavailable) as unavailable:
@@ -144,23 +144,23 @@ async def test_growth_that_is_tried_again_after_no_answer_is_made_once(far, prox
     assert unavailable.value.ambiguous
     proxy.fate = lambda: None
 
-    async def again() -> bool:
+    async def retried() -> bool:
         with suppress(StoreUnavailable):
-            if beaten:  # a heartbeat tells what became of it, and the caller cannot know
+            if heartbeat:  # its reply resolves the first call, but the caller does not see that
                 await hold.extend()
             await hold.grow("0.10")
             return True
         return False
 
-    await until(again)
+    await until(retried)
     assert hold.amounts == {"agent": Decimal("0.25")}
     await hold.grow("0.10")
     assert hold.amounts == {"agent": Decimal("0.35")}
     assert sums(client)["held"] == to_units("0.35")
 
 
-async def test_without_the_store_an_unguarded_hold_grows_by_all_that_is_added(tmp_path):
-    url = f"unix://{tmp_path}/nobody"
+async def test_an_offline_hold_grows_by_the_sum_of_all_growth(tmp_path):
+    url = f"unix://{tmp_path}/missing"
     async with AsyncBudgetLimiter(url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         hold = await limiter.reserve("agent", "0.15")
         await asyncio.gather(hold.grow("0.10"), hold.grow("0.10"))
@@ -169,8 +169,8 @@ async def test_without_the_store_an_unguarded_hold_grows_by_all_that_is_added(tm
         assert hold.amounts == {"agent": Decimal("0.45")}
 
 
-async def test_growth_that_went_on_without_an_answer_is_no_retry(proxy, client):
-    """Policy allow: whoever asked was told that it has grown."""
+async def test_growth_after_an_outage_is_no_retry_of_growth_during_it(proxy, client):
+    """Under policy `allow` the first call succeeded for its caller."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5, on_store_error="allow") as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         proxy.fate = lambda: "reply"
@@ -179,16 +179,16 @@ async def test_growth_that_went_on_without_an_answer_is_no_retry(proxy, client):
         proxy.fate = lambda: None
         await until(lambda: limiter.store_state == "closed")
 
-        async def told() -> bool:
+        async def replayed() -> bool:
             await hold.grow("0.10")
             return sums(client)["held"] == to_units(hold.amounts["agent"])
 
-        await until(told)
+        await until(replayed)
         assert hold.amounts["agent"] >= Decimal("0.35")
 
 
-async def test_an_answer_that_is_older_than_the_growth_does_not_undo_it(limiter, client):
-    """Two lanes: what the store answered first may arrive last."""
+async def test_a_reply_from_before_the_growth_does_not_undo_it(limiter, client):
+    """With two lanes, replies may arrive in another order than the store sent them."""
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     older = client.get("ktrdr:{default}:h:op_1")
     await hold.grow("0.10")

@@ -1,4 +1,4 @@
-"""Leases of several threads, processes and replicas: one cap for all of them."""
+"""Leases of several threads, processes and replicas share one cap (P1)."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ def client(server):
         yield made
 
 
-def spent_alone(nanos: int, events: int) -> dict[str, int]:
+def only_spent(nanos: int, events: int) -> dict[str, int]:
     return {"spent": nanos, "held": 0, "unconfirmed": 0, "events": events}
 
 
-def test_threads_share_a_lease_of_the_sync_limiter(server, client):
+def test_threads_share_a_lease_of_a_sync_limiter(server, client):
     with BudgetLimiter(server.url, [Budget("agent", "1.00")], timeout=10.0) as limiter:
         with limiter.lease("agent", "0.10") as lease:
 
@@ -63,7 +63,7 @@ def test_closing_the_sync_limiter_commits_an_open_lease(server, client):
     lease = limiter.lease("agent", "0.50").__enter__()
     lease.spend("0.10")
     limiter.close()
-    assert sums(client) == spent_alone(to_units("0.10"), 1)
+    assert sums(client) == only_spent(to_units("0.10"), 1)
     with pytest.raises(RuntimeError, match="closed"):
         lease.spend("0.10")
 
@@ -76,20 +76,20 @@ def test_a_forked_child_has_no_lease_of_its_parent(server, client):
             reader, writer = os.pipe()
             pid = os.fork()
             if pid == 0:
-                said = []
+                results = []
                 try:
                     for call in (lambda: lease.spend("0.10"), lambda: lease.acquire("0.10")):
                         try:
                             call()
                         except RuntimeError as error:
-                            said.append("child" in str(error))
+                            results.append("child" in str(error))
                     grant.commit("0.01")
                     lease.__exit__(None, None, None)
                     with limiter.lease("agent", "0.20") as own:
                         own.spend("0.03")
-                    said.append(True)
+                    results.append(True)
                 finally:
-                    os.write(writer, str(said).encode())
+                    os.write(writer, str(results).encode())
                     os._exit(0)
             os.waitpid(pid, 0)
             assert os.read(reader, 100).decode() == "[True, True, True]"
@@ -97,11 +97,11 @@ def test_a_forked_child_has_no_lease_of_its_parent(server, client):
             os.close(writer)
             assert sums(client)["spent"] == to_units("0.03")
             grant.commit("0.05")
-        wait_until(lambda: sums(client) == spent_alone(to_units("0.18"), 2))
+        wait_until(lambda: sums(client) == only_spent(to_units("0.18"), 2))
 
 
-def test_the_leases_of_four_processes_never_pass_the_cap_and_spend_it_to_the_last_cent(server, client):
-    """Their slabs are together larger than the cap. #23714: no replica has a cap of its own."""
+def test_the_leases_of_four_processes_never_exceed_the_cap_and_spend_it_almost_whole(server, client):
+    """Their chunks together are larger than the cap. #23714: no replica has a cap of its own."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     cap = to_units("1.00")
@@ -125,7 +125,7 @@ def test_the_leases_of_four_processes_never_pass_the_cap_and_spend_it_to_the_las
     assert {report["last"] for report in reports} == {"budget_exhausted"}
 
 
-def test_a_killed_process_leaves_its_slab_charged(server, client):
+def test_the_chunk_of_a_killed_process_is_charged_in_full(server, client):
     options = {"url": server.url, "limit": "5.00", "slab": "0.40", "amounts": ["0.01"], "callers": 1, "ttl": 1}
     with workers("leaser.py", 1, {**options, "seed": 0}) as [replica]:
         replica.send(go=True)
@@ -139,7 +139,7 @@ def test_a_killed_process_leaves_its_slab_charged(server, client):
 
 
 async def test_a_random_history_of_three_replicas_adds_up(server, client):
-    """Against plain arithmetic: what each was told is what the store has in the end, and the cap always holds."""
+    """The store ends with the sum that plain arithmetic gives, and the cap holds at each step."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)

@@ -1,4 +1,4 @@
-"""`limiter.lease(...)`: prepaid slabs decided about without the store, below one cap for all replicas."""
+"""`limiter.lease(...)`: admission from prepaid chunks without the store, below one cap for all replicas (P1)."""
 
 from __future__ import annotations
 
@@ -44,23 +44,23 @@ async def limiter(server):
 
 @pytest.fixture
 def own_server(start_server: Callable):
-    """A server that a test may kill, with a file that keeps what it acknowledged."""
+    """A server that a test may kill; its append-only file keeps acknowledged writes."""
     made = start_server(None, "--appendonly", "yes")
     yield made
     made.kill()
 
 
-def spent_alone(nanos: int, events: int) -> dict[str, int]:
+def only_spent(nanos: int, events: int) -> dict[str, int]:
     return {"spent": nanos, "held": 0, "unconfirmed": 0, "events": events}
 
 
-# -- its life ----------------------------------------------------------------------------------------------------------
+# -- life of a lease ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_lease_holds_a_slab_and_commits_what_was_spent(limiter, client):
+async def test_a_lease_holds_a_chunk_and_commits_its_spend(limiter, client):
     async with limiter.lease("agent", "0.50") as lease:
-        [slab] = await limiter.holds("agent")
-        assert (slab.amounts, slab.operation, slab.on_expiry) == ({"agent": Decimal("0.50")}, "lease", "charge")
+        [chunk] = await limiter.holds("agent")
+        assert (chunk.amounts, chunk.operation, chunk.on_expiry) == ({"agent": Decimal("0.50")}, "lease", "charge")
         lease.spend("0.004")
         lease.spend(Decimal("0.006"))
         grant = lease.reserve(0.02)
@@ -68,20 +68,22 @@ async def test_a_lease_holds_a_slab_and_commits_what_was_spent(limiter, client):
         grant.commit("0.013")
         with lease.reserve("0.05") as other:
             other.release()
-        assert sums(client) == {"spent": 0, "held": to_units("0.50"), "unconfirmed": 0, "events": 0}, "nobody was asked"
-    assert sums(client) == spent_alone(to_units("0.023"), 1)
+        assert sums(client) == {"spent": 0, "held": to_units("0.50"), "unconfirmed": 0, "events": 0}, (
+            "no request was sent"
+        )
+    assert sums(client) == only_spent(to_units("0.023"), 1)
     [entry] = await limiter.ledger("agent")
     assert (entry.kind, entry.amount, entry.operation) == ("commit", Decimal("0.023"), "lease")
     assert immortal_keys(client) == []
 
 
-async def test_a_lease_that_was_not_used_leaves_no_entry(limiter, client):
+async def test_an_unused_lease_leaves_no_entry(limiter, client):
     async with limiter.lease("agent", "0.50"):
         pass
-    assert sums(client) == spent_alone(0, 0)
+    assert sums(client) == only_spent(0, 0)
 
 
-async def test_it_is_refilled_before_it_is_empty_and_each_slab_is_one_entry(limiter, client):
+async def test_a_lease_is_refilled_before_it_is_empty_and_each_chunk_is_one_entry(limiter, client):
     async with limiter.lease("agent", "0.10") as lease:
         for _ in range(40):
             lease.spend("0.01")
@@ -89,10 +91,10 @@ async def test_it_is_refilled_before_it_is_empty_and_each_slab_is_one_entry(limi
         assert lease.spent == Decimal("0.40")
         await until(lambda: sums(client)["spent"] >= to_units("0.30"))
         assert counted(client) <= to_units("0.40") + 2 * to_units("0.10")
-    assert sums(client) == spent_alone(to_units("0.40"), 4)
+    assert sums(client) == only_spent(to_units("0.40"), 4)
 
 
-async def test_acquire_waits_for_another_slab_where_reserve_says_that_it_has_none(limiter, client):
+async def test_acquire_waits_for_the_next_chunk_and_reserve_raises(limiter, client):
     async with limiter.lease("agent", "0.10") as lease:
         lease.spend("0.10")
         with pytest.raises(BudgetExceeded) as denied:
@@ -109,7 +111,7 @@ async def test_acquire_waits_for_another_slab_where_reserve_says_that_it_has_non
 
 
 async def test_the_last_cents_of_a_budget_can_be_spent(limiter, client):
-    """A whole slab does not fit any more; then what fits does, down to the amount wanted."""
+    """When a whole chunk no longer fits, the lease takes a smaller one that covers the amount."""
     async with limiter.lease("agent", "0.30") as lease:
         with pytest.raises(BudgetExceeded) as denied:
             while True:
@@ -130,7 +132,7 @@ async def test_the_last_cents_of_a_budget_can_be_spent(limiter, client):
     assert sums(client)["held"] == 0
 
 
-async def test_a_lease_of_an_exhausted_budget_opens_empty_and_fills_once_there_is_room(limiter):
+async def test_a_lease_of_an_exhausted_budget_opens_empty_and_is_filled_once_there_is_room(limiter):
     hold = await limiter.reserve("agent", "5.00")
     async with limiter.lease("agent", "0.50") as lease:
         assert lease.remaining == 0
@@ -142,20 +144,20 @@ async def test_a_lease_of_an_exhausted_budget_opens_empty_and_fills_once_there_i
         assert lease.remaining == Decimal("0.48")
 
 
-async def test_what_is_idle_is_given_back_and_taken_again_at_the_next_need(limiter, client):
+async def test_an_idle_chunk_is_released_and_replaced_at_the_next_need(limiter, client):
     async with limiter.lease("agent", "0.50", idle=0.1) as lease:
         lease.spend("0.02")
-        await until(lambda: sums(client) == spent_alone(to_units("0.02"), 1))
+        await until(lambda: sums(client) == only_spent(to_units("0.02"), 1))
         grant = await lease.acquire("0.01")
-        await asyncio.sleep(0.3)  # three times as long as it takes to be idle
-        assert sums(client)["held"] == to_units("0.50"), "an open grant is no idleness"
+        await asyncio.sleep(0.3)  # three times ``idle``
+        assert sums(client)["held"] == to_units("0.50"), "a lease with an open grant is not idle"
         grant.commit()
         await until(lambda: sums(client)["held"] == 0)
         assert lease.spent == Decimal("0.03")
-    assert sums(client) == spent_alone(to_units("0.03"), 2)
+    assert sums(client) == only_spent(to_units("0.03"), 2)
 
 
-async def test_a_grant_that_outlives_its_block_keeps_its_slab_until_it_is_settled(limiter, client):
+async def test_a_grant_that_outlives_its_block_keeps_its_chunk_until_it_is_settled(limiter, client):
     async with limiter.lease("agent", "0.50") as lease:
         lease.spend("0.10")
         grant = lease.reserve("0.20")
@@ -163,17 +165,17 @@ async def test_a_grant_that_outlives_its_block_keeps_its_slab_until_it_is_settle
     with pytest.raises(RuntimeError, match="closed"):
         lease.spend("0.01")
     grant.commit("0.15")
-    await until(lambda: sums(client) == spent_alone(to_units("0.25"), 1))
+    await until(lambda: sums(client) == only_spent(to_units("0.25"), 1))
     await until(lambda: not limiter.engine.lease_calls.open_leases)
 
 
-async def test_closing_the_limiter_commits_what_an_open_lease_spent_and_charges_its_open_grants(server, client):
+async def test_closing_the_limiter_commits_an_open_lease_and_charges_its_open_grants(server, client):
     limiter = AsyncBudgetLimiter(server.url, [AGENT])
     lease = await limiter.lease("agent", "0.50").__aenter__()
     lease.spend("0.10")
     grant = lease.reserve("0.20")
     await limiter.close()
-    assert sums(client) == spent_alone(to_units("0.30"), 1)
+    assert sums(client) == only_spent(to_units("0.30"), 1)
     with pytest.raises(HoldConflict, match="charged in full"):
         grant.commit("0.15")
     grant.commit()
@@ -184,14 +186,14 @@ async def test_closing_the_limiter_commits_what_an_open_lease_spent_and_charges_
 async def test_a_commit_above_its_grant_is_recorded_in_full_as_an_overrun(limiter, client):
     async with limiter.lease("agent", "0.10") as lease:
         lease.reserve("0.05").commit("0.25")
-        await until(lambda: sums(client)["spent"] == to_units("0.25"))  # at once, for nobody holds that much
+        await until(lambda: sums(client)["spent"] == to_units("0.25"))  # at once: no chunk covers it
         (await lease.acquire("0.01")).release()
-    assert sums(client) == spent_alone(to_units("0.25"), 1)
+    assert sums(client) == only_spent(to_units("0.25"), 1)
     assert (await limiter.status("agent")).overruns == 1
 
 
-async def test_cancellation_is_clean(limiter, client):
-    """P14: whoever stops waiting takes nothing; a block that is cancelled commits what was spent."""
+async def test_cancelled_waiters_take_nothing_and_a_cancelled_block_commits_its_spend(limiter, client):
+    """P14."""
     await limiter.reserve("agent", "4.00")
     async with limiter.lease("agent", "1.00") as lease:
         kept = lease.reserve("1.00")
@@ -218,7 +220,7 @@ async def test_cancellation_is_clean(limiter, client):
     assert sums(client)["held"] == to_units("4.00")
 
 
-async def test_what_cannot_be_leased_is_refused(server):
+async def test_invalid_leases_are_refused(server):
     budgets = [AGENT, Budget("slots", 3, kind="slots"), Budget("tokens", 1000, unit="tokens")]
     async with AsyncBudgetLimiter(server.url, budgets) as limiter:
         for wrong in (
@@ -237,12 +239,12 @@ async def test_what_cannot_be_leased_is_refused(server):
             assert (lease.spent, lease.remaining) == (7, 93)
 
 
-async def test_the_code_of_the_page_runs(server, client):
+async def test_the_code_of_the_document_runs(server, client):
     text = (Path(__file__).parents[3] / "docs" / "leases.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {"url": server.url, "print": lambda *words: None}
     await eval(compile(code[0], "docs/leases.md", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT), names)
-    assert sums(client) == spent_alone(to_units("0.030"), 1)
+    assert sums(client) == only_spent(to_units("0.030"), 1)
     exec(code[1], names)
     await names["limiter"].close()
     assert len(code) == 2
@@ -251,7 +253,7 @@ async def test_the_code_of_the_page_runs(server, client):
 # -- windows and deadlines ---------------------------------------------------------------------------------------------
 
 
-async def test_a_slab_belongs_to_the_window_that_admitted_it(clocked_server):
+async def test_a_chunk_belongs_to_the_window_that_admitted_it(clocked_server):
     clocked_server.set(datetime(2026, 11, 23, 23, 59, 58, tzinfo=UTC))
     with clocked_server.client() as client:
         async with AsyncBudgetLimiter(clocked_server.url, [AGENT]) as limiter:
@@ -264,11 +266,11 @@ async def test_a_slab_belongs_to_the_window_that_admitted_it(clocked_server):
                     lease.spend("0.01")
                 (await lease.acquire("0.03")).commit()
                 over_midnight.commit("0.11")
-                await until(lambda: sums(client, window="2026-11-23") == spent_alone(to_units("0.21"), 1))
-            assert sums(client, window="2026-11-24") == spent_alone(to_units("0.03"), 1)
+                await until(lambda: sums(client, window="2026-11-23") == only_spent(to_units("0.21"), 1))
+            assert sums(client, window="2026-11-24") == only_spent(to_units("0.03"), 1)
 
 
-async def test_a_slab_is_left_for_another_before_its_hold_has_lived_for_a_day(clocked_server):
+async def test_a_chunk_is_replaced_before_its_hold_is_a_day_old(clocked_server):
     clocked_server.reset_clock()
     with clocked_server.client() as client:
         async with AsyncBudgetLimiter(clocked_server.url, [Budget("all", "5.00", period="ever")]) as limiter:
@@ -282,39 +284,39 @@ async def test_a_slab_is_left_for_another_before_its_hold_has_lived_for_a_day(cl
             assert sums(client, "all", "ever")["unconfirmed"] == sums(client, "all", "ever")["held"] == 0
 
 
-async def test_heartbeats_keep_a_slab_and_tell_what_was_spent_of_it(limiter, client):
+async def test_heartbeats_extend_a_chunk_and_report_its_spend(limiter, client):
     async with limiter.lease("agent", "0.50", ttl=1) as lease:
         lease.spend("0.10")
-        [slab] = await limiter.holds("agent")
-        await until(lambda: _beaten(limiter, slab))
+        [chunk] = await limiter.holds("agent")
+        await until(lambda: _was_extended(limiter, chunk))
 
 
-async def _beaten(limiter, before) -> bool:
-    [slab] = await limiter.holds("agent")
-    return slab.accrued == {"agent": Decimal("0.10")} and slab.expires_at > before.expires_at
+async def _was_extended(limiter, before) -> bool:
+    [chunk] = await limiter.holds("agent")
+    return chunk.accrued == {"agent": Decimal("0.10")} and chunk.expires_at > before.expires_at
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
-async def test_a_slab_that_somebody_has_released_grants_nothing_more(limiter, client, by_hand):
+async def test_a_chunk_that_was_released_by_id_grants_nothing_more(limiter, client, by_hand):
     async with limiter.lease("agent", "0.50", ttl=1) as lease:
         lease.spend("0.10")
-        [slab] = await limiter.holds("agent")
-        await limiter.release(slab.id, operator=by_hand)
+        [chunk] = await limiter.holds("agent")
+        await limiter.release(chunk.id, operator=by_hand)
         await limiter.reserve("agent", "5.00")
         await until(lambda: lease.chunk.hold is None)
         await limiter.set_limit("agent", "10.00")
         (await lease.acquire("0.02")).commit()
     await until(lambda: sums(client)["spent"] == to_units("0.12"))
     assert sums(client)["held"] == to_units("5.00")
-    assert ledger_sum(client) == to_units("0.12"), "what was spent is a fact"
+    assert ledger_sum(client) == to_units("0.12"), "spend is a fact"
 
 
 # -- stores that fail --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("policy", ["deny", "allow", "lease"])
-async def test_without_the_store_it_spends_what_it_has_and_no_more(own_server, policy):
-    """Whatever the policy: a slab is never unguarded, nor drawn from what is kept for an outage."""
+async def test_without_the_store_a_lease_spends_its_chunk_and_no_more(own_server, policy):
+    """Under any policy: a chunk is always checked against the cap, and never drawn from the lease kept for outages."""
     options = {"on_store_error": policy, "lease_slab": "1.00" if policy == "lease" else None}
     async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S, **options) as limiter:
         async with limiter.lease("agent", "0.50") as lease:
@@ -336,7 +338,7 @@ async def test_without_the_store_it_spends_what_it_has_and_no_more(own_server, p
             assert sums(client)["held"] == (to_units("1.00") if policy == "lease" else 0)
 
 
-async def test_a_lease_recovers_by_itself(own_server):
+async def test_a_lease_is_refilled_once_the_store_returns(own_server):
     own_server.kill()
     async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S) as limiter:
         async with limiter.lease("agent", "0.50") as lease:
@@ -345,7 +347,7 @@ async def test_a_lease_recovers_by_itself(own_server):
             grant = await until(lambda: _acquired(lease))
             grant.commit("0.01")
         with own_server.client() as client:
-            assert sums(client) == spent_alone(to_units("0.01"), 1)
+            assert sums(client) == only_spent(to_units("0.01"), 1)
 
 
 async def _acquired(lease):
@@ -355,8 +357,8 @@ async def _acquired(lease):
         return None
 
 
-async def test_a_deadline_that_passes_during_an_outage_charges_the_slab_until_the_commit_corrects_it(own_server):
-    """P5: heartbeats fail, the slab is unconfirmed and counts wholly; what is spent from it meanwhile stays covered."""
+async def test_a_chunk_whose_deadline_passes_during_an_outage_is_charged_until_its_commit(own_server):
+    """P5: heartbeats fail and the whole chunk is unconfirmed, so spend from it stays covered."""
     async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S) as limiter:
         async with limiter.lease("agent", "0.50", ttl=1) as lease:
             lease.spend("0.10")
@@ -373,8 +375,8 @@ async def test_a_deadline_that_passes_during_an_outage_charges_the_slab_until_th
 
 
 @pytest.mark.slow
-async def test_a_flushed_store_is_told_of_the_slab_and_of_what_was_spent(server, client):
-    """P13: the lease goes on, and the final spend is the truth."""
+async def test_after_a_loss_the_chunk_and_the_spend_of_a_lease_are_restored(server, client):
+    """P13: the lease continues, and its final spend is exact."""
     async with AsyncBudgetLimiter(server.url, [AGENT], timeout=10.0) as limiter:
         async with limiter.lease("agent", "0.10") as lease:
             for _ in range(7):

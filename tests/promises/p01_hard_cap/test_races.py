@@ -1,4 +1,4 @@
-"""Processes, not threads: replicas race for one cap, and some of them are killed while they do (P1, P5, P11)."""
+"""Replicas in processes of their own race for one cap; some of them are killed meanwhile (P1, P5, P11)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget
+from ktrdr_budget.models import Status
 from ktrdr_budget.money import to_units
 
 from ...helpers.keyspace import counted, immortal_keys, sums
@@ -38,7 +39,7 @@ def race_options(url: str, **more: object) -> dict[str, object]:
     return {"url": url, "limit": "1.00", "amounts": ["0.01"], "callers": 16, "ttl": 60, "settle": False, **more}
 
 
-def test_identical_amounts_of_eight_processes_fill_the_cap_to_the_unit(store):
+def test_eight_processes_with_identical_amounts_fill_the_cap_to_the_unit(store):
     """#23714, #24682: no replica has a cap of its own. #28247, #28283, #40095: first use by eight processes at once."""
     options = race_options(store.url, limit="0.7", amounts=["0.0007"])
     with workers("spender.py", PROCESSES, options) as racers, store.client() as client:
@@ -48,12 +49,12 @@ def test_identical_amounts_of_eight_processes_fill_the_cap_to_the_unit(store):
         assert sum(report["grants"] for report in reports) == 1000
         assert sum(report["granted"] for report in reports) == to_units("0.7")
         assert sums(client) == {"spent": 0, "held": to_units("0.7"), "unconfirmed": 0, "events": 0}
-        assert len(list(client.scan_iter("*:w:*"))) == 1, "one window was started, once"
+        assert len(list(client.scan_iter("*:w:*"))) == 1, "one window was started"
         assert immortal_keys(client) == []
 
 
-def test_mixed_amounts_with_settlements_and_kill_9_never_pass_the_cap(store):
-    """Killed replicas leave holds that count until their deadline, and are shown as unconfirmed after it, by id."""
+def test_mixed_amounts_settlements_and_kills_never_exceed_the_cap(store):
+    """Holds of killed replicas count until their deadline; they are unconfirmed after it."""
     limit = to_units("6.00")
     amounts = ["0.01", "0.003", "0.0000007", "0.02", "0.0151"]
     options = race_options(store.url, limit="6.00", amounts=amounts, ttl=1, settle=True)
@@ -72,7 +73,7 @@ def test_mixed_amounts_with_settlements_and_kill_9_never_pass_the_cap(store):
 
 
 def kill_at(client, racer, spent: int) -> int:
-    """Kills a racer once so much is spent by all; returns the most that was ever seen to count until then."""
+    """Kill a racer once all have spent ``spent`` units; return the largest use of the limit until then, in units."""
     peak = 0
 
     def reached() -> bool:
@@ -87,7 +88,7 @@ def kill_at(client, racer, spent: int) -> int:
 
 
 async def test_holds_of_killed_processes_are_unconfirmed_at_their_deadline(store):
-    """#27639, PR #30522: what a `kill -9`ed holder leaves is shown by id, and can be settled or released by hand."""
+    """#27639, PR #30522: an operator can list, settle and release the holds of a killed process."""
     options = race_options(store.url, limit="0.08", ttl=1, callers=1)
     with workers("spender.py", 2, options) as racers:
         for racer in racers:
@@ -97,7 +98,7 @@ async def test_holds_of_killed_processes_are_unconfirmed_at_their_deadline(store
         for racer in racers:
             racer.kill()
     async with AsyncBudgetLimiter(store.url, [Budget("agent", "0.08")]) as limiter:
-        status = await until(lambda: _all_unconfirmed(limiter))
+        status = await until(lambda: _status_when_all_are_unconfirmed(limiter))
         assert (status.held, status.unconfirmed, status.remaining) == (0, Decimal("0.08"), 0)
         holds = (await limiter.holds("agent")).items
         assert {hold.state for hold in holds} == {"unconfirmed"}
@@ -110,13 +111,13 @@ async def test_holds_of_killed_processes_are_unconfirmed_at_their_deadline(store
         assert status.remaining == Decimal("0.016")
 
 
-async def _all_unconfirmed(limiter):
+async def _status_when_all_are_unconfirmed(limiter: AsyncBudgetLimiter) -> Status | None:
     status = await limiter.status("agent")
     return status if not status.held else None
 
 
-def test_first_use_by_eight_processes_at_once_is_as_strict_as_any_other(store):
-    """#40095: eight first requests of an unknown subject; #28247, #28283: nobody seeds a counter."""
+def test_the_first_use_by_eight_processes_at_once_keeps_the_cap(store):
+    """#40095: eight first requests of an unknown subject; #28247, #28283: a cap needs no counter to be seeded."""
     options = race_options(store.url, limit="0.15", amounts=["0.15"], callers=1)
     with workers("spender.py", PROCESSES, options) as racers, store.client() as client:
         for racer in racers:

@@ -1,4 +1,4 @@
-"""The limit in force is the run-time one, else that of the replica that started last; every reading goes by it."""
+"""The limit in force: the run-time limit if there is one, else that of the replica that started last (P1)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def limiter_of(server, limit: str) -> AsyncBudgetLimiter:
     return AsyncBudgetLimiter(server.url, [Budget("agent", limit)])
 
 
-async def test_a_changed_limit_is_read_from_the_start_on_and_reading_writes_nothing(server, client):
+async def test_a_restarted_replica_reads_its_new_limit_at_once_and_writes_nothing(server, client):
     async with limiter_of(server, "5.00") as before:
         await (await before.reserve("agent", "1.00")).commit("1.00")
     stored = dump(client)
@@ -33,7 +33,7 @@ async def test_a_changed_limit_is_read_from_the_start_on_and_reading_writes_noth
             await lower.reserve("agent", "0.01")
 
 
-async def test_the_replica_that_started_first_reads_what_the_last_has_asserted(server):
+async def test_the_limit_of_the_replica_that_started_last_applies_to_all(server):
     async with limiter_of(server, "5.00") as first, limiter_of(server, "10.00") as last:
         await first.reserve("agent", "1.00")
         assert ((await first.status("agent")).limit, (await last.status("agent")).limit) == (5, 10)
@@ -41,7 +41,7 @@ async def test_the_replica_that_started_first_reads_what_the_last_has_asserted(s
         assert ((await first.status("agent")).limit, (await last.status("agent")).limit) == (10, 10)
 
 
-async def test_a_run_time_limit_is_read_whoever_started_last(server):
+async def test_a_run_time_limit_overrides_that_of_the_replica_that_started_last(server):
     async with limiter_of(server, "5.00") as first:
         await first.reserve("agent", "1.00")
         await first.set_limit("agent", "7.00")
@@ -51,7 +51,7 @@ async def test_a_run_time_limit_is_read_whoever_started_last(server):
             assert ((await first.status("agent")).limit, (await last.status("agent")).limit) == (5, 10)
 
 
-async def test_a_service_that_was_restarted_with_another_limit_shows_it_everywhere(server):
+async def test_a_service_that_was_restarted_with_another_limit_shows_it_in_all_responses(server):
     import httpx
 
     from ktrdr_budget.api import Settings, create_app
@@ -71,10 +71,10 @@ async def test_a_service_that_was_restarted_with_another_limit_shows_it_everywhe
             await until(scraped)
 
 
-def test_a_tracker_goes_by_the_limit_in_force(server):
+def test_a_tracker_applies_the_limit_in_force(server):
     with BudgetTracker(1.0, url=server.url) as first:
         assert first.get_today_spend() == 0.0
-        with BudgetTracker(0.5, url=server.url) as last:  # made after the first one's first reply: it started later
+        with BudgetTracker(0.5, url=server.url) as last:  # it starts after the first reply to the other tracker
             assert last.get_remaining() == 0.5
             last.reserve(0.1)
             assert first.get_remaining() == last.get_remaining() == 0.4
@@ -85,10 +85,10 @@ def test_a_tracker_goes_by_the_limit_in_force(server):
 
 
 @pytest.mark.parametrize("wrong_by_s", [7200, -7200])
-async def test_the_limit_of_a_replica_whose_clock_is_wrong_does_not_outlast_a_later_one(
+async def test_the_limit_of_a_later_replica_replaces_that_of_one_with_a_wrong_clock(
     server, client, monkeypatch, wrong_by_s
 ):
-    """Its first request is a reservation: it has not learned the store's clock from a start."""
+    """Its first request is a reservation, which is sent before it has read the store's clock."""
     with monkeypatch.context() as patched:
         patched.setattr(time, "time", lambda now=time.time: now() + wrong_by_s)
         patched.setattr(time, "time_ns", lambda now=time.time_ns: now() + wrong_by_s * 10**9)
@@ -107,7 +107,7 @@ async def test_the_limit_of_a_replica_whose_clock_is_wrong_does_not_outlast_a_la
         await later.close()
 
 
-async def test_p1_a_limit_until_the_year_2300_is_in_force(server):
+async def test_a_limit_until_the_year_2300_is_in_force(server):
     """An instant of 14 digits is later than one of 13, on the fast path too."""
     async with limiter_of(server, "5.00") as limiter:
         await (await limiter.reserve("agent", "0.01")).commit("0.01")
@@ -118,7 +118,7 @@ async def test_p1_a_limit_until_the_year_2300_is_in_force(server):
                 await limiter.reserve("agent", "0.01")
 
 
-async def test_p7_run_time_limits_that_have_ended_are_removed_by_later_changes(clocked_server):
+async def test_expired_run_time_limits_are_removed_by_later_changes(clocked_server):
     budgets = [Budget(f"agent/{number}", "5.00") for number in range(4)]
     async with AsyncBudgetLimiter(clocked_server.url, budgets, timeout=30) as limiter:
         for budget in budgets:

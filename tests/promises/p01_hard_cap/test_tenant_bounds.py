@@ -1,4 +1,4 @@
-"""What one tenant may put into the store: holds and budgets are bounded, whoever asks for how many of them."""
+"""Bounds on the holds and budgets of one tenant, whatever its clients request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ MANY = [Budget("agent", "1000"), Budget("free", None, unit="calls")]
 
 
 async def attempts(limiter: AsyncBudgetLimiter, count: int, **options) -> list:
-    """So many reservations at once, each of its own id and label."""
+    """The outcomes of ``count`` concurrent reservations with distinct ids and labels."""
     calls = [
         limiter.reserve("free", 1, id=f"attack/{number}", operation=f"label {number}", **options)
         for number in range(count)
@@ -34,7 +34,7 @@ async def attempts(limiter: AsyncBudgetLimiter, count: int, **options) -> list:
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
-async def test_a_client_with_ever_new_ids_gets_no_more_holds_than_the_tenant_may_have(server):
+async def test_a_client_with_new_ids_gets_at_most_max_holds(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=50) as limiter:
         outcomes = await attempts(limiter, 2000)
         granted = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
@@ -45,15 +45,15 @@ async def test_a_client_with_ever_new_ids_gets_no_more_holds_than_the_tenant_may
         with server.client() as client:
             before = dump(client)
             assert sum(":h:" in key for key in before) == 50
-            there = {hold.id for hold in granted}  # not always the first: batches may overtake each other
-            again = await attempts(limiter, 2050)
-            for number, outcome in enumerate(again):
-                assert isinstance(outcome, TooManyHolds) or (f"attack/{number}" in there and outcome.replayed)
+            granted_ids = {hold.id for hold in granted}  # not always the first: batches may overtake each other
+            retried = await attempts(limiter, 2050)
+            for number, outcome in enumerate(retried):
+                assert isinstance(outcome, TooManyHolds) or (f"attack/{number}" in granted_ids and outcome.replayed)
             assert dump(client) == before, "a refusal writes nothing"
         assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 
 
-async def test_a_replay_is_answered_and_settlements_make_room(server):
+async def test_a_full_tenant_replays_reservations_and_settlements_make_room(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=2) as limiter:
         first = await limiter.reserve("free", 1, id="one")
         await limiter.reserve("free", 1, id="two")
@@ -65,7 +65,7 @@ async def test_a_replay_is_answered_and_settlements_make_room(server):
         await limiter.record("agent", "0.01")  # spend is a fact
 
 
-async def test_holds_that_expire_are_counted_until_somebody_settles_them(server):
+async def test_expired_holds_count_until_they_are_settled(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=3) as limiter:
         await attempts(limiter, 3, ttl=1, on_expiry="release")
 
@@ -80,7 +80,7 @@ async def test_holds_that_expire_are_counted_until_somebody_settles_them(server)
         await limiter.reserve("free", 1)
 
 
-async def test_a_bound_on_many_holds_is_kept_within_one_batch(server):
+async def test_a_large_bound_is_kept_within_one_batch(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=20_000) as limiter:
         with server.client() as client:
             pipeline = client.pipeline(transaction=False)
@@ -96,14 +96,14 @@ async def test_a_bound_on_many_holds_is_kept_within_one_batch(server):
             await limiter.reserve("free", 1)
 
 
-async def test_p7_thirty_thousand_attempts_at_once_get_no_more_holds_than_there_may_be(server):
+async def test_thirty_thousand_concurrent_attempts_get_at_most_max_holds(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=60, max_holds=20_000) as limiter:
         outcomes = await attempts(limiter, 30_000)
         assert sum(not isinstance(outcome, Exception) for outcome in outcomes) == 20_000
         assert all(isinstance(outcome, TooManyHolds) for outcome in outcomes if isinstance(outcome, Exception))
 
 
-async def test_a_tenant_that_is_full_hinders_no_other(server):
+async def test_a_full_tenant_does_not_affect_another_tenant(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=1) as full:
         await full.reserve("free", 1)
         async with AsyncBudgetLimiter(server.url, MANY, tenant="other", timeout=20, max_holds=1) as other:
@@ -113,7 +113,7 @@ async def test_a_tenant_that_is_full_hinders_no_other(server):
 # -- budgets -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_limiter_has_no_more_budgets_than_it_may():
+def test_a_limiter_has_at_most_max_budgets():
     budgets = [Budget(f"user/{number}", 1) for number in range(1001)]
     BudgetLimiter("redis://127.0.0.1:1", budgets[:1000])
     with pytest.raises(InvalidArgument, match="1001 budgets are given; max_budgets is 1000"):
@@ -121,7 +121,7 @@ def test_a_limiter_has_no_more_budgets_than_it_may():
     BudgetLimiter("redis://127.0.0.1:1", budgets, max_budgets=1001)
 
 
-def test_many_limiters_together_have_no_more_budgets_than_the_tenant_may(server):
+def test_all_limiters_of_a_tenant_together_have_at_most_max_budgets(server):
     for number in range(12):
         with BudgetLimiter(server.url, timeout=20, budgets=[Budget(f"user/{number}", "1")], max_budgets=10) as limiter:
             if number < 10:
@@ -137,7 +137,7 @@ def test_many_limiters_together_have_no_more_budgets_than_the_tenant_may(server)
         assert len(client.keys("ktrdr:{default}:w:*")) == 10
 
 
-def test_a_budget_makes_room_when_its_last_window_is_gone(server):
+def test_a_budget_makes_room_when_its_last_window_expires(server):
     with BudgetLimiter(
         server.url, timeout=20, budgets=[Budget("old", "1"), Budget("new", "1")], max_budgets=2
     ) as limiter:
@@ -150,18 +150,18 @@ def test_a_budget_makes_room_when_its_last_window_is_gone(server):
             limiter.record("new", "0.10")
 
 
-# -- nothing that grows is read whole, or kept for ever ----------------------------------------------------------------
+# -- no growing key is read whole or kept for ever ---------------------------------------------------------------------
 
 
 def commands_of(client, run) -> dict[str, int]:
-    """How many commands of each kind the store runs meanwhile, those of scripts included."""
+    """The number of commands that the store runs during ``run``, those of scripts included, by name."""
     client.config_resetstat()
     run()
     found = client.info("commandstats")
     return {name.removeprefix("cmdstat_"): figures["calls"] for name, figures in found.items()}
 
 
-def test_p15_the_first_use_of_a_budget_costs_the_same_however_many_there_are(server):
+def test_the_cost_of_a_first_use_does_not_depend_on_the_number_of_budgets(server):
     with server.client() as client, BudgetLimiter(server.url, MANY, timeout=20, max_budgets=1_000_000) as limiter:
         limiter.record("agent", "0.01")
         few = commands_of(client, lambda: limiter.record("free", 1))
@@ -176,7 +176,7 @@ def test_p15_the_first_use_of_a_budget_costs_the_same_however_many_there_are(ser
         assert sum(many.values()) <= sum(few.values()) + 8
 
 
-def test_p15_a_write_costs_the_same_however_many_replicas_there_were(server):
+def test_the_cost_of_a_write_does_not_depend_on_the_number_of_former_replicas(server):
     with server.client() as client, BudgetLimiter(server.url, MANY, timeout=20) as limiter:
         now_s = client.time()[0]
         pipeline = client.pipeline(transaction=False)
@@ -190,8 +190,8 @@ def test_p15_a_write_costs_the_same_however_many_replicas_there_were(server):
         assert client.zscore(limiter.keys.replicas, limiter.replica_id) >= now_s
 
 
-def test_p7_short_lived_processes_leave_no_field_for_ever_in_a_window_without_end(clocked_server):
-    """Their subtotals are added up once they have been silent for two days."""
+def test_fields_of_short_lived_processes_are_removed_from_an_endless_window(clocked_server):
+    """Their subtotals become one, two days after their last request."""
     budgets = [Budget("lifetime", None, period="ever")]
     for day in range(4):
         for _ in range(20):
@@ -224,7 +224,7 @@ def test_a_retention_is_a_whole_number_of_days_and_at_least_two(value):
         BudgetLimiter("redis://127.0.0.1:1", [], retention_days=value)
 
 
-def test_the_environment_sets_them():
+def test_the_environment_sets_the_bounds():
     assert limiter_options({}) == {}
     given = {"KTRDR_MAX_HOLDS": "7", "KTRDR_MAX_BUDGETS": " 9 ", "KTRDR_TIMEOUT": "2.5", "KTRDR_DURABILITY": "disk"}
     given["KTRDR_RETENTION_DAYS"] = "90"
@@ -248,10 +248,10 @@ def service(start_server) -> Iterator[ServiceProcess]:
     store.kill()
 
 
-def test_the_service_refuses_one_hold_too_many_as_a_problem_of_its_own(service):
+def test_the_service_refuses_one_hold_too_many_with_a_problem_document(service):
     body = {"amounts": {"agent": "0.01"}, "ttl": 60}
     made = [service.post("/api/v1/reservations", body) for _ in range(2)]
-    assert [answer.status_code for answer in made] == [201, 201]
+    assert [response.status_code for response in made] == [201, 201]
     refused = service.post("/api/v1/reservations", body)
     document = refused.json()
     assert (refused.status_code, refused.headers["content-type"]) == (429, "application/problem+json")
@@ -268,29 +268,29 @@ def test_the_service_refuses_one_hold_too_many_as_a_problem_of_its_own(service):
     )
     counted = 'ktrdr_budget_reservations_total{outcome="error",reason="too_many_holds"} 3.0'
     assert counted in service.get("/metrics").text
-    for answer in made:
-        assert service.post(f"/api/v1/reservations/{answer.json()['id']}/release").status_code == 200
+    for response in made:
+        assert service.post(f"/api/v1/reservations/{response.json()['id']}/release").status_code == 200
     assert service.post("/api/v1/reservations", body).status_code == 201
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 1000000000", "Transfer-Encoding: chunked"])
-def test_a_body_that_is_too_large_is_answered_before_it_has_been_sent(service, framing):
-    """It would go on for ever: the answer comes while it is still being sent."""
+def test_a_request_body_that_is_too_large_is_refused_before_its_end(service, framing):
+    """The body has no end: the response arrives while the client is still sending."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
         head = f"POST /api/v1/reservations HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n{framing}\r\n\r\n"
         connection.sendall(head.encode())
         piece = b" " * 4096
         if "chunked" in framing:
             piece = b"1000\r\n" + piece + b"\r\n"
-        sent, answer = 0, b""
+        sent, response = 0, b""
         connection.setblocking(False)
-        while b"}" not in answer:
+        while b"}" not in response:
             readable, writable, _ = select.select([connection], [connection] if sent < 10**7 else [], [], 10)
             if readable:
-                answer += connection.recv(65_536)
+                response += connection.recv(65_536)
             elif writable:
                 sent += connection.send(piece)
             assert sent < 10**7
-    assert answer.startswith(b"HTTP/1.1 413 ")
-    assert b"application/problem+json" in answer
-    assert b'"code":"content-too-large"' in answer
+    assert response.startswith(b"HTTP/1.1 413 ")
+    assert b"application/problem+json" in response
+    assert b'"code":"content-too-large"' in response

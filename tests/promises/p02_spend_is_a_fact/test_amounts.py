@@ -1,4 +1,4 @@
-"""Money is an integer, from the caller to the store and back (P9)."""
+"""Amounts are exact integers from the caller to the store and back (P2, P9)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ...helpers.keyspace import dump, ledger_sum, sums, window_key
 from ...helpers.waiting import until
 
 MOST = Decimal("9007199.254740991")
-"""The largest amount: one nano-dollar below 2**53 of them."""
+"""The largest amount in dollars: 2**53 - 1 nano-dollars."""
 
 BUDGETS = [
     Budget("agent", "5.00"),
@@ -48,7 +48,7 @@ async def test_8867_ten_thousand_commits_of_a_tenth_of_a_millionth_sum_exactly(c
 @pytest.mark.parametrize(
     ("amount", "spent"),
     [
-        (0.0016150000000000001, "0.001615001"),  # a float means what it prints, and rounds up
+        (0.0016150000000000001, "0.001615001"),  # a float is read through its repr, and rounds up
         ("0.0016150000000000001", "0.001615001"),
         (Decimal("0.0016150000000000001"), "0.001615001"),
         (0.001615, "0.001615"),
@@ -60,7 +60,7 @@ async def test_8867_ten_thousand_commits_of_a_tenth_of_a_millionth_sum_exactly(c
         (1e-9, "0.000000001"),
     ],
 )
-async def test_8867_what_goes_in_comes_out_to_the_nano(limiter, amount, spent):
+async def test_8867_an_amount_is_kept_to_the_nano(limiter, amount, spent):
     hold = await limiter.reserve("agent", "2.00")
     settlement = await hold.commit(amount)
     status = await limiter.status("agent")
@@ -69,7 +69,7 @@ async def test_8867_what_goes_in_comes_out_to_the_nano(limiter, amount, spent):
     assert f"{(await limiter.ledger('agent'))[0].amount:f}" == spent
 
 
-async def test_27509_thousand_times_the_same_odd_amount_is_a_thousand_times_it(limiter):
+async def test_27509_a_thousand_records_of_an_odd_amount_sum_exactly(limiter):
     await asyncio.gather(*(limiter.record("agent", 0.0016150000000000001) for _ in range(1000)))
     assert (await limiter.status("agent")).spent == Decimal("1.615001")
 
@@ -117,8 +117,8 @@ async def test_an_amount_of_two_to_the_53_is_refused_before_anything_is_sent(cli
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-async def test_a_window_whose_sum_reaches_two_to_the_53_is_closed_but_records_on(client, limiter, at_once):
-    """Sums are exact beyond it, too: they change by HINCRBY, and no double has to hold them."""
+async def test_a_window_whose_sum_reaches_two_to_the_53_admits_nothing_but_records_spend(client, limiter, at_once):
+    """Larger sums are exact too: HINCRBY changes them, so they are never doubles."""
     records = [lambda: limiter.record("open", MOST) for _ in range(5)]
     if at_once:
         await asyncio.gather(*(record() for record in records))
@@ -137,7 +137,7 @@ async def test_a_window_whose_sum_reaches_two_to_the_53_is_closed_but_records_on
     assert sums(client, "agent")["held"] == 0
 
 
-async def test_an_uncapped_budget_ends_one_unit_below_two_to_the_53(limiter):
+async def test_an_uncapped_budget_admits_up_to_two_to_the_53_minus_one(limiter):
     await limiter.record("open", MOST - Decimal("0.000000001"))
     with pytest.raises(BudgetExceeded) as denied:
         await limiter.reserve("open", "0.000000002")
@@ -149,7 +149,7 @@ async def test_an_uncapped_budget_ends_one_unit_below_two_to_the_53(limiter):
     assert (await limiter.reserve("open", "0.000000001")).cap_checked
 
 
-async def test_a_hold_may_report_more_than_two_to_the_53_in_all(client, limiter):
+async def test_holds_together_may_report_more_than_two_to_the_53(client, limiter):
     holds = [await limiter.reserve("open", "1.00") for _ in range(3)]
     for hold in holds:
         hold.accrue(MOST - 1)
@@ -164,7 +164,7 @@ async def test_a_hold_may_report_more_than_two_to_the_53_in_all(client, limiter)
     }
 
 
-async def test_counts_are_whole_numbers_on_both_sides(limiter):
+async def test_counts_are_whole_numbers_for_the_caller_and_the_store(limiter):
     hold = await limiter.reserve({"cycles": 2, "tokens": MAX_UNITS - 1})
     assert hold.amounts == {"cycles": 2, "tokens": MAX_UNITS - 1}
     settlement = await hold.commit({"cycles": 1, "tokens": MAX_UNITS - 3})
@@ -183,13 +183,13 @@ async def test_counts_are_whole_numbers_on_both_sides(limiter):
         await limiter.reserve("cycles", 1)
 
 
-# -- sums: below 2^62 units in a window --------------------------------------------------------------------------------
+# -- a window counts less than 2^62 units ------------------------------------------------------------------------------
 
 LARGEST = 2**53 - 1
 FULL = [Budget("tokens", None, unit="tokens"), Budget("agent", "50.00")]
 
 
-async def test_p2_a_window_whose_sum_would_reach_2_to_the_62_refuses_that_spend_and_nothing_else(server):
+async def test_only_spend_that_would_raise_a_sum_to_2_to_the_62_is_refused(server):
     async with AsyncBudgetLimiter(server.url, FULL) as limiter:
         calls = [limiter.record("tokens", LARGEST, id=f"large/{number}") for number in range(1024)]
         innocent = await limiter.reserve("agent", "10.00")
@@ -205,12 +205,12 @@ async def test_p2_a_window_whose_sum_would_reach_2_to_the_62_refuses_that_spend_
         for number, outcome in enumerate(outcomes[:-1]):
             if not isinstance(outcome, InvalidAmount):
                 continue  # batches may overtake each other
-            with pytest.raises(InvalidAmount):  # nothing is left of what was refused
+            with pytest.raises(InvalidAmount):  # the refused record has left nothing behind
                 await limiter.record("tokens", LARGEST, id=f"large/{number}")
     assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 
 
-async def test_p2_so_do_reports_and_late_commits(server):
+async def test_reports_and_commits_that_would_raise_a_sum_to_2_to_the_62_are_refused(server):
     async with AsyncBudgetLimiter(server.url, FULL) as limiter:
         holds = [await limiter.reserve("tokens", 1, ttl=60) for _ in range(3)]
         for _ in range(511):
@@ -229,7 +229,7 @@ async def test_p2_so_do_reports_and_late_commits(server):
     assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 
 
-async def test_p2_so_do_reports_after_the_deadline(clocked_server, caplog):
+async def test_reports_after_the_deadline_that_would_raise_a_sum_to_2_to_the_62_are_refused(clocked_server, caplog):
     clocked_server.set(clocked_server.now().replace(hour=12))
     async with AsyncBudgetLimiter(clocked_server.url, FULL) as limiter:
         late = asyncio.Event()
@@ -255,14 +255,14 @@ async def test_p2_so_do_reports_after_the_deadline(clocked_server, caplog):
     assert all(report.adds_up for report in await asyncio.to_thread(verify, clocked_server.url))
 
 
-async def test_p2_a_key_of_another_type_fails_only_what_touches_it(server, client):
-    """Whether it is read or written first: nothing beside it is half-written, or lost."""
+async def test_a_key_of_another_type_fails_only_the_operations_that_touch_it(server, client):
+    """Whether the key is read or written first, no other operation is written in part or lost."""
     async with AsyncBudgetLimiter(server.url, FULL) as limiter:
         await limiter.record({"tokens": 1, "agent": "0.01"})
         for key in (window_key(client, "tokens"), window_key(client, "tokens").replace(":w:", ":l:")):
             stored = client.dump(key)
             client.set(key, "of another type")
-            for _ in range(2):  # the second time by the fast path, as far as that goes
+            for _ in range(2):  # the second time by the fast path, where that applies
                 spent = (await limiter.status("agent")).spent
                 hold = await limiter.reserve("agent", "0.50")
                 good, bad, denied = await asyncio.gather(

@@ -1,4 +1,4 @@
-"""Holds that are released and extended by their ids alone, by whoever knows those."""
+"""Release and extension of holds by id, from any replica (P2, P3)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
 
 
 async def unconfirmed(limiter: AsyncBudgetLimiter, hold_id: str):
-    """A hold that has expired, in the hands of its worker."""
+    """The hold object of an unconfirmed hold."""
     hold = await limiter.reserve("agent", "0.15", id=hold_id, ttl=1)
 
     async def expired() -> bool:
@@ -33,10 +33,10 @@ async def unconfirmed(limiter: AsyncBudgetLimiter, hold_id: str):
     return hold
 
 
-async def test_an_unconfirmed_hold_that_was_released_by_its_id_is_still_committed_by_its_worker(limiter, other, client):
-    """P3: expiry and a release by hand do not resolve a hold."""
+async def test_a_worker_can_commit_an_unconfirmed_hold_after_its_release_by_id(limiter, other, client):
+    """P3: expiry and a release by an operator do not resolve a hold."""
     hold = await unconfirmed(limiter, "op_1")
-    for replayed in (False, True):  # a retry of it makes it no more final
+    for replayed in (False, True):  # a retry does not make it final
         assert (await other.release("op_1")).replayed is replayed
     assert (await limiter.get("op_1")).released_by_operator
     assert sums(client)["unconfirmed"] == 0
@@ -46,7 +46,7 @@ async def test_an_unconfirmed_hold_that_was_released_by_its_id_is_still_committe
         await hold.commit("0.08")
 
 
-async def test_an_unconfirmed_hold_that_its_worker_released_is_settled(limiter):
+async def test_an_unconfirmed_hold_is_settled_by_the_release_of_its_worker(limiter):
     hold = await unconfirmed(limiter, "op_1")
     await hold.release()
     assert not (await limiter.get("op_1")).released_by_operator
@@ -54,7 +54,7 @@ async def test_an_unconfirmed_hold_that_its_worker_released_is_settled(limiter):
         await limiter.commit("op_1", "0.07")
 
 
-async def test_an_open_hold_that_was_released_by_its_id_is_settled(limiter, other):
+async def test_an_open_hold_is_settled_by_a_release_by_id(limiter, other):
     await limiter.reserve("agent", "0.15", id="op_1")
     await other.release("op_1")
     assert (await other.release("op_1")).replayed
@@ -63,14 +63,14 @@ async def test_an_open_hold_that_was_released_by_its_id_is_settled(limiter, othe
     assert conflict.value.state == "released"
 
 
-async def test_a_store_that_lost_a_release_by_id_is_told_whether_it_was_for_good(limiter, other, client):
+async def test_a_replayed_release_by_id_is_as_final_as_it_was(limiter, other, client):
     await limiter.reserve("agent", "0.15", id="open")
     await unconfirmed(limiter, "late")
     for hold_id in ("open", "late"):
         await other.release(hold_id)
     client.flushall()
 
-    # Its worker knows it as open: whichever of the two replicas is heard first.
+    # The replica that granted the holds replays them as open, before or after the replay of the releases.
     names = ["ktrdr:{default}:h:open", "ktrdr:{default}:h:late"]
     await until(lambda: [(record or "-")[0] for record in client.mget(names)] == ["r", "z"])
     assert (await limiter.commit("late", "0.07")).late
@@ -78,11 +78,11 @@ async def test_a_store_that_lost_a_release_by_id_is_told_whether_it_was_for_good
         await limiter.commit("open", "0.07")
 
 
-async def test_an_extension_without_a_ttl_cuts_no_hold_short(limiter):
+async def test_an_extension_without_a_ttl_never_shortens_a_hold(limiter):
     hold = await limiter.reserve("agent", "0.15", id="op_1", ttl=7200)
     view = await limiter.extend("op_1", accrued="0.05")
     assert (view.expires_at, view.accrued) == (hold.expires_at, {"agent": Decimal("0.05")})
-    assert (await limiter.extend("op_1", 600)).expires_at < hold.expires_at  # as it was asked for
+    assert (await limiter.extend("op_1", 600)).expires_at < hold.expires_at  # a ttl may shorten it
     before = (await limiter.get("op_1")).expires_at
     assert (await limiter.extend("op_1")).expires_at > before
     assert (await limiter.get("op_1")).expires_at.timestamp() > time.time() + 600

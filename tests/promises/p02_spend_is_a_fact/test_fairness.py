@@ -1,4 +1,4 @@
-"""No kind of call keeps another from being sent: each is decided in time, and living holds live (P12, P5)."""
+"""No kind of call starves another: each is decided in time, and heartbeats keep holds open (P2, P5, P12)."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from ...helpers.patience import in_haste
 BUDGET = Budget("agent", "500.00")
 CALLERS = 100
 DEADLINE_S = 5.0
-"""Of a call; a thousand times what one takes that is not starved."""
+"""The timeout of a call: a thousand times the usual duration."""
 
 
 @asynccontextmanager
 async def crowd(call: Callable) -> AsyncIterator[None]:
-    """So many callers do this in a loop meanwhile."""
+    """Run the call in a loop by ``CALLERS`` tasks during the block."""
 
     async def repeat() -> None:
         while not over:
@@ -42,8 +42,8 @@ def expiries(client) -> int:
     return sum(entry.kind == "expiry" for entry in ledger_entries(client, ledger_key(client)))
 
 
-async def live(limiter: AsyncBudgetLimiter, hold: AsyncHold) -> None:
-    """A block that outlives its ttl twice, and grows; others reserve meanwhile."""
+async def use(limiter: AsyncBudgetLimiter, hold: AsyncHold) -> None:
+    """Grow a hold for 2.5 times its ttl, with another reservation each time."""
     ends = asyncio.get_running_loop().time() + 2.5 * hold.ttl
     while asyncio.get_running_loop().time() < ends:
         await hold.grow("0.01")
@@ -58,7 +58,7 @@ async def test_callers_that_record_in_a_loop_starve_no_reservation_growth_or_hea
     async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error=policy) as limiter:
         with in_haste(limiter, DEADLINE_S):
             async with crowd(lambda: limiter.record("agent", "0.0001")), limiter.hold("agent", "1.00", ttl=2) as hold:
-                await live(limiter, hold)
+                await use(limiter, hold)
                 assert (hold.state, limiter.deferred, limiter.unresolved) == ("open", 0, 0)
         assert expiries(client) == 0
 

@@ -1,4 +1,4 @@
-"""The store forgets only settled ids, after 24 h (P3); nothing is charged twice for that."""
+"""The store forgets only settled ids, after 24 h; a later retry charges nothing twice (P3)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def client(clocked_server):
         yield made
 
 
-async def unknown(call, caplog: pytest.LogCaptureFixture) -> None:
+async def check_unknown(call, caplog: pytest.LogCaptureFixture) -> None:
     caplog.clear()
     with pytest.raises(UnknownHold):
         await call
@@ -44,33 +44,33 @@ async def unknown(call, caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("loss", [False, True])
-async def test_a_hold_that_was_committed_by_its_id_is_not_charged_again_once_that_is_forgotten(
+async def test_a_hold_committed_by_id_is_not_charged_again_after_its_id_is_forgotten(
     clocked_server, limiter, other, client, caplog, loss
 ):
     hold = await limiter.reserve({"ever": "0.15", "jobs": 1}, id="op_1")
     await other.commit("op_1", "0.10")
-    if loss:  # so that the hold was granted in another timeline than the one that has forgotten it
+    if loss:  # the hold was granted in an earlier epoch than the one in which its id is forgotten
         client.flushall()
         for replica in (other, limiter):
             await replica.status("ever")
     clocked_server.advance(25 * HOUR_S)
     assert client.exists(limiter.keys.hold("op_1")) == 0
-    await unknown(hold.commit("0.10"), caplog)
-    await unknown(hold.commit("0.12"), caplog)
-    await unknown(limiter.commit("op_1", "0.10"), caplog)
+    await check_unknown(hold.commit("0.10"), caplog)
+    await check_unknown(hold.commit("0.12"), caplog)
+    await check_unknown(limiter.commit("op_1", "0.10"), caplog)
     status = await limiter.status("ever")
     assert (status.spent, status.held, status.events) == (Decimal("0.10"), 0, 1)
 
 
-async def test_a_hold_whose_record_was_deleted_is_not_recorded_anew(limiter, client, caplog):
+async def test_a_hold_whose_record_was_deleted_is_not_charged(limiter, client, caplog):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     client.delete(limiter.keys.hold("op_1"))
-    await unknown(hold.commit("0.07"), caplog)
+    await check_unknown(hold.commit("0.07"), caplog)
     assert "{'agent': Decimal('0.07')}" in caplog.text
     assert sums(client)["spent"] == 0
 
 
-async def test_a_hold_that_has_expired_is_committed_as_long_as_its_window_lives(clocked_server, limiter, client):
+async def test_an_expired_hold_can_be_committed_as_long_as_its_window_exists(clocked_server, limiter, client):
     window = (await limiter.status("agent")).window
     hold = await limiter.reserve({"agent": "0.15", "ever": "0.15"}, id="op_1", ttl=60)
     daily = await limiter.reserve("agent", "0.20", id="op_2", ttl=60)
@@ -83,7 +83,7 @@ async def test_a_hold_that_has_expired_is_committed_as_long_as_its_window_lives(
 
 @pytest.mark.parametrize("loss", [False, True])
 @pytest.mark.parametrize("budget", ["agent", "ever"])
-async def test_the_record_of_each_hold_that_is_not_settled_lives_as_long_as_its_window(
+async def test_the_record_of_an_unsettled_hold_lives_as_long_as_its_window(
     clocked_server, limiter, other, client, budget, loss
 ):
     async def kept(name: str, ttl: float = 60):
@@ -121,12 +121,12 @@ async def test_the_record_of_each_hold_that_is_not_settled_lives_as_long_as_its_
     ) - now_ms  # fmt: skip
     assert min(lives_ms) >= least_ms - 60_000, dict(zip(names, lives_ms, strict=True))
     if budget == "ever":
-        assert min(lives_ms[:4]) > 3650 * DAY_MS - 60_000, "nobody else knows what an open one is to give back"
+        assert min(lives_ms[:4]) > 3650 * DAY_MS - 60_000, "only the record has the amounts that a release gives back"
     assert (await by_hand.commit("0.07")).late
 
 
-async def test_a_hold_of_days_ago_that_is_still_there_is_restored(clocked_server, limiter, client):
-    """The journal keeps what the store was seen to have, however old it is."""
+async def test_a_hold_from_days_ago_is_restored(clocked_server, limiter, client):
+    """The journal keeps each hold that the store still has, whatever its age."""
     await limiter.reserve("ever", "0.15", id="op_1", ttl=60)
     for _ in range(3):
         clocked_server.advance(9 * HOUR_S)
@@ -139,9 +139,7 @@ async def test_a_hold_of_days_ago_that_is_still_there_is_restored(clocked_server
     assert (await limiter.commit("op_1", "0.07")).late
 
 
-async def test_a_hold_that_the_journal_could_not_keep_is_recorded_if_the_store_has_lost_it(
-    limiter, client, monkeypatch
-):
+async def test_the_commit_of_a_lost_hold_that_the_journal_has_dropped_is_recorded(limiter, client, monkeypatch):
     monkeypatch.setattr(memory, "HOLDS_MAX", 2)
     holds = [await limiter.reserve("agent", "0.15", id=f"op_{number}") for number in range(5)]
     client.flushall()

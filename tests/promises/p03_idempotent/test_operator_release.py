@@ -1,4 +1,4 @@
-"""An operator's release of a hold whose worker is alive: it is obeyed, and what the work cost is recorded (P3)."""
+"""An operator's release of a hold whose worker is alive: the hold is released, and the cost is recorded (P3)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
         yield made
 
 
-async def test_a_heartbeat_does_not_revive_what_an_operator_has_released(limiter, other, client, caplog):
+async def test_a_heartbeat_does_not_revive_a_hold_that_an_operator_released(limiter, other, client, caplog):
     async with limiter.hold("agent", "0.15", id="op_1", ttl=1) as hold:
         await other.release("op_1", operator=True)
         await until(lambda: "heartbeats of hold op_1 stopped: hold 'op_1' was released by an operator" in caplog.text)
@@ -33,7 +33,7 @@ async def test_a_heartbeat_does_not_revive_what_an_operator_has_released(limiter
 
 
 @pytest.mark.parametrize("expired", [False, True])
-async def test_its_worker_can_neither_extend_it_nor_let_it_grow(limiter, other, client, expired):
+async def test_a_hold_that_an_operator_released_cannot_be_extended_or_grown(limiter, other, client, expired):
     hold = await limiter.reserve("agent", "0.15", id="op_1", ttl=1 if expired else 60)
     if expired:
         await until(lambda: _is_unconfirmed(other))
@@ -56,7 +56,7 @@ async def _is_unconfirmed(limiter: AsyncBudgetLimiter) -> bool:
     return (await limiter.status("agent")).unconfirmed > 0
 
 
-async def test_its_worker_may_release_it_for_good(limiter, other):
+async def test_the_release_of_a_worker_after_that_of_an_operator_is_final(limiter, other):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await other.release("op_1", operator=True)
     await hold.release()

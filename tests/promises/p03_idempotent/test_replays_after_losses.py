@@ -1,4 +1,4 @@
-"""A repair restores what was asked: the same reservation is a replay afterwards, of the hold as it was (P3, P13)."""
+"""A repair restores requests: a repeated reservation is a replay of the hold as it was (P3, P13)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ...helpers.proxy import Proxy
 from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests"), Budget("jobs", 3, kind="slots")]
-ASKED = {"agent": "0.15", "calls": 2, "jobs": 1}
+REQUESTED = {"agent": "0.15", "calls": 2, "jobs": 1}
 
 Change = Callable[[AsyncBudgetLimiter, AsyncHold], Awaitable[object]]
 
@@ -77,7 +77,7 @@ async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
 @pytest.mark.parametrize("change", CHANGES)
 async def test_the_same_reservation_is_a_replay_after_a_repair(limiter, other, client, change, policy):
     options = {"id": "op_1", "on_expiry": policy, "operation": "research", "owner": "me"}
-    hold = await limiter.reserve(ASKED, **options)
+    hold = await limiter.reserve(REQUESTED, **options)
     await CHANGES[change](other, hold)
     before, statuses = await other.get("op_1"), await other.statuses()
     for loss in (1, 2):
@@ -86,20 +86,20 @@ async def test_the_same_reservation_is_a_replay_after_a_repair(limiter, other, c
             await replica.status("agent")
             assert replica.losses == loss
         assert await other.get("op_1") == before
-        again = await other.reserve(ASKED, **options)
+        again = await other.reserve(REQUESTED, **options)
         assert (again.replayed, again.state, again.amounts) == (True, before.state, before.amounts)
-        for contents in ({**ASKED, "agent": "0.16"}, {"agent": "0.15"}):
+        for contents in ({**REQUESTED, "agent": "0.16"}, {"agent": "0.15"}):
             with pytest.raises(HoldConflict):
                 await limiter.reserve(contents, **options)
         with pytest.raises(HoldConflict):
-            await limiter.reserve(ASKED, id="op_1", on_expiry="accrued" if policy != "accrued" else "charge")
+            await limiter.reserve(REQUESTED, id="op_1", on_expiry="accrued" if policy != "accrued" else "charge")
         for was, now in zip(statuses, await other.statuses(), strict=True):
             figures = ("spent", "held", "unconfirmed", "overruns")
             assert [getattr(was, name) for name in figures] == [getattr(now, name) for name in figures]
     assert all(report.adds_up for report in verify(limiter.store_address))
 
 
-async def test_what_was_settled_is_settled_alike_after_a_repair(limiter, other, client):
+async def test_a_settled_hold_is_settled_with_the_same_amount_after_a_repair(limiter, other, client):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await hold.grow("0.05")
     await hold.commit("0.07")
@@ -111,21 +111,19 @@ async def test_what_was_settled_is_settled_alike_after_a_repair(limiter, other, 
     assert (await limiter.status("agent")).spent == Decimal("0.07")
 
 
-async def test_a_hold_of_an_outage_is_replayed_by_other_replicas_once_its_commit_is_recorded(
-    server, other, tmp_path_factory
-):
-    """Under policy `allow`; the holds of policy `lease` stay in their process."""
+async def test_other_replicas_can_replay_an_offline_hold_once_its_commit_is_recorded(server, other, tmp_path_factory):
+    """Under policy `allow`; under policy `lease`, holds exist in their process only."""
     async with (
-        Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
-        AsyncBudgetLimiter(line.url, BUDGETS, timeout=0.3, on_store_error="allow") as limiter,
+        Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as proxy,
+        AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3, on_store_error="allow") as limiter,
     ):
         await limiter.status("agent")
-        line.cut()
+        proxy.cut()
         hold = await limiter.reserve("agent", "0.15", id="op_1", on_expiry="accrued", operation="research")
         await hold.grow("0.05")
         hold.note("gpt, 20 tokens")
         assert (await hold.commit("0.07")).deferred
-        line.mend()
+        proxy.mend()
         await until(lambda: limiter.deferred == 0)
         view = await other.get("op_1")
         assert (view.state, view.amounts, view.charged, view.operation) == (

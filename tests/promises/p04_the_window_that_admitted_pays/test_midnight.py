@@ -1,4 +1,4 @@
-"""Windows follow the store's clock: midnight, DST days, timezones, wrong clocks, and what comes late (P4, P8)."""
+"""Windows follow the store's clock: midnight, DST days, timezones, wrong clocks, late settlements (P4, P8)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def limiter_for(server, *budgets: Budget, **options) -> AsyncBudgetLimiter:
 
 @pytest.fixture
 async def limiter(clocked_server):
-    """A limiter that was started shortly before midnight; the clock stands still."""
+    """A limiter started shortly before midnight, by a frozen clock."""
     clocked_server.set(BEFORE, frozen=True)
     async with limiter_for(clocked_server) as made:
         yield made
@@ -44,7 +44,7 @@ def client(clocked_server):
 
 
 async def test_34733_and_36940_a_commit_that_crosses_midnight_keeps_its_window(clocked_server, client, limiter):
-    """No reset exists that could erase spend, or race with it."""
+    """Windows are never reset, so no reset can erase spend or race with it."""
     await limiter.record("agent", "1.00")
     hold = await limiter.reserve("agent", "0.15")
     clocked_server.set(AFTER, frozen=True)
@@ -62,7 +62,7 @@ def midnight(day: int) -> datetime:
     return datetime(2026, 11, day, tzinfo=UTC)
 
 
-async def test_by_id_and_from_another_replica_too(clocked_server, client, limiter):
+async def test_a_commit_by_id_from_another_replica_keeps_the_window(clocked_server, client, limiter):
     await limiter.reserve("agent", "0.15", id="op_1")
     clocked_server.set(AFTER, frozen=True)
     async with limiter_for(clocked_server, Budget("other", "1.00")) as other:
@@ -83,7 +83,7 @@ async def test_growth_after_midnight_needs_room_in_the_window_that_admitted(cloc
     assert sums(client, window=MONDAY)["held"] == to_units("0.50")
 
 
-async def test_a_retry_after_midnight_of_what_was_granted_before_it_is_a_replay(clocked_server, client, limiter):
+async def test_a_retry_after_midnight_of_a_call_before_it_is_a_replay(clocked_server, client, limiter):
     await limiter.reserve("agent", "0.15", id="op_1")
     await limiter.record("agent", "0.02", id="op_2")
     before = dump(client)
@@ -99,16 +99,16 @@ async def test_a_retry_after_midnight_of_what_was_granted_before_it_is_a_replay(
     assert sums(client, window=MONDAY)["spent"] == to_units("0.09")
 
 
-@pytest.mark.parametrize("retried_by", ["who recorded", "another"])
-async def test_a_record_that_was_retried_after_midnight_is_told_again_into_its_own_day(
+@pytest.mark.parametrize("retried_by", ["the same replica", "another replica"])
+async def test_a_record_retried_after_midnight_is_replayed_into_its_own_day(
     clocked_server, client, limiter, retried_by
 ):
     async with limiter_for(clocked_server) as other:
         await limiter.record("agent", "0.02", id="op_2")
-        if retried_by == "who recorded":
-            limiter.engine.state.journal.clear()  # its answer was lost
+        if retried_by == "the same replica":
+            limiter.engine.state.journal.clear()  # as if the reply had been lost
         clocked_server.set(AFTER, frozen=True)
-        retrying = limiter if retried_by == "who recorded" else other
+        retrying = limiter if retried_by == "the same replica" else other
         assert (await retrying.record("agent", "0.02", id="op_2")).replayed
         client.flushall()
         await retrying.record("agent", "0.01")
@@ -117,13 +117,11 @@ async def test_a_record_that_was_retried_after_midnight_is_told_again_into_its_o
 
 
 @pytest.mark.parametrize("settle", ["commit", "release"])
-async def test_litellm_rs_what_comes_after_its_window_hits_the_day_that_admitted_it(
-    clocked_server, client, limiter, settle
-):
+async def test_litellm_rs_a_late_settlement_counts_in_the_day_that_admitted_it(clocked_server, client, limiter, settle):
     hold = await limiter.reserve("agent", "0.15", ttl=60)
     clocked_server.set(AFTER + timedelta(hours=30), frozen=True)
     assert (await limiter.status("agent")).unconfirmed == 0
-    assert sums(client, window=MONDAY)["unconfirmed"] == to_units("0.15"), "it came due in its own window"
+    assert sums(client, window=MONDAY)["unconfirmed"] == to_units("0.15"), "it expired in its own window"
     settlement = await (hold.commit("0.20") if settle == "commit" else hold.release())
     assert settlement.late
     spent = "0.20" if settle == "commit" else "0"
@@ -131,7 +129,7 @@ async def test_litellm_rs_what_comes_after_its_window_hits_the_day_that_admitted
     assert sums(client, window="2026-11-25") == {"spent": 0, "held": 0, "unconfirmed": 0, "events": 0}
 
 
-async def test_29576_and_39726_a_denied_caller_that_hammers_past_midnight_is_admitted_in_the_new_window(
+async def test_29576_and_39726_denied_callers_that_retry_past_midnight_are_admitted_in_the_new_window(
     clocked_server, client
 ):
     clocked_server.set(midnight(24) - timedelta(seconds=0.7))
@@ -140,14 +138,14 @@ async def test_29576_and_39726_a_denied_caller_that_hammers_past_midnight_is_adm
         expiry = {key: client.pexpiretime(key) for key in client.scan_iter("*agent:*")}
         denials: list[BudgetExceeded] = []
 
-        async def hammer(replica: AsyncBudgetLimiter):
+        async def retry(replica: AsyncBudgetLimiter):
             while True:
                 try:
                     return await replica.reserve("agent", "0.15")
                 except BudgetExceeded as denied:
                     denials.append(denied)
 
-        holds = await asyncio.gather(hammer(limiter), hammer(other))
+        holds = await asyncio.gather(retry(limiter), retry(other))
         assert [hold.windows for hold in holds] == [{"agent": TUESDAY}] * 2
         assert len(denials) > 20
         assert {denied.retry_after for denied in denials} == {1}
@@ -157,17 +155,17 @@ async def test_29576_and_39726_a_denied_caller_that_hammers_past_midnight_is_adm
 
 
 @pytest.mark.parametrize(("before_s", "retry_after"), [(1.2, 2), (0.001, 1), (59.5, 60), (3600, 3600)])
-async def test_retry_after_is_whole_seconds_rounded_up_to_the_windows_end(clocked_server, before_s, retry_after):
+async def test_retry_after_is_the_time_to_the_end_of_the_window_in_whole_seconds(clocked_server, before_s, retry_after):
     clocked_server.set(midnight(24) - timedelta(seconds=before_s), frozen=True)
     async with limiter_for(clocked_server) as limiter:
         await limiter.record("agent", "5.00")
         with pytest.raises(BudgetExceeded) as denied:
             await limiter.reserve("agent", "0.15")
-        # A frozen clock moves by some milliseconds; what is left is rounded up.
+        # A frozen clock moves by some milliseconds; the remaining time is rounded up.
         assert denied.value.retry_after in (retry_after, max(1, retry_after - (before_s == retry_after)))
 
 
-async def test_a_limit_until_the_windows_end_is_gone_after_it(clocked_server, limiter):
+async def test_a_limit_until_the_end_of_the_window_expires_with_it(clocked_server, limiter):
     changed = await limiter.set_limit("agent", "6.00", until="window")
     assert (changed.limit, changed.limit_until) == (6, midnight(24))
     await limiter.reserve("agent", "5.50")
@@ -177,8 +175,8 @@ async def test_a_limit_until_the_windows_end_is_gone_after_it(clocked_server, li
         await limiter.reserve("agent", "5.50")
 
 
-async def test_spend_of_an_outage_is_recorded_in_the_window_in_which_it_was_spent(start_clocked_server: Callable):
-    """Policy allow: also when the store comes back on another day."""
+async def test_spend_during_an_outage_is_recorded_in_the_window_of_its_time(start_clocked_server: Callable):
+    """Under policy `allow`, even if the store returns on another day."""
     server = start_clocked_server(None, "--appendonly", "yes")
     server.set(BEFORE)
     async with limiter_for(server, on_store_error="allow") as limiter:
@@ -202,7 +200,7 @@ async def test_spend_of_an_outage_is_recorded_in_the_window_in_which_it_was_spen
     server.kill()
 
 
-# -- the longest life of a hold, and what stays ------------------------------------------------------------------------
+# -- the longest life of a hold; retention -----------------------------------------------------------------------------
 
 
 async def test_no_hold_lives_longer_than_a_day(clocked_server, client, limiter):
@@ -221,7 +219,7 @@ async def test_no_hold_lives_longer_than_a_day(clocked_server, client, limiter):
     assert sums(client, window=MONDAY)["spent"] == to_units("0.07")
 
 
-async def test_after_the_retention_nothing_is_left_of_a_day(clocked_server, client, limiter):
+async def test_no_key_of_a_day_is_left_after_its_retention(clocked_server, client, limiter):
     await limiter.record("agent", "0.02")
     await limiter.reserve("agent", "0.15", ttl=60)
     await (await limiter.reserve("agent", "0.15")).commit("0.07")
@@ -271,7 +269,7 @@ async def test_a_day_ends_at_midnight_of_its_timezone(clocked_server, client, ti
     ],
     ids=str,
 )
-async def test_days_of_other_than_24_hours_are_one_window(clocked_server, client, timezone, day, hours):
+async def test_a_day_of_other_than_24_hours_is_one_window(clocked_server, client, timezone, day, hours):
     clocked_server.set(datetime(day.year, day.month, day.day, 12, tzinfo=ZoneInfo(timezone)), frozen=True)
     async with limiter_for(clocked_server, Budget("agent", "5.00", timezone=timezone)) as limiter:
         status = await limiter.status("agent")
@@ -288,7 +286,7 @@ async def test_days_of_other_than_24_hours_are_one_window(clocked_server, client
 
 
 async def test_the_repeated_hour_of_a_dst_day_is_two_windows(clocked_server, client):
-    """Hours are named by their UTC start: half past two, twice."""
+    """Half past two comes twice; hours are named by their start in UTC."""
     zone = ZoneInfo("Europe/Berlin")
     twice = [datetime(2026, 10, 25, 2, 30, fold=fold, tzinfo=zone) for fold in (0, 1)]
     async with limiter_for(clocked_server, Budget("agent", "1.00", period="hour", timezone="Europe/Berlin")) as limiter:
@@ -321,7 +319,7 @@ async def test_each_period_has_its_own_boundary(clocked_server, client, period, 
         if period == "ever":
             with pytest.raises(BudgetExceeded) as denied:
                 await limiter.reserve("agent", "0.60")
-            assert denied.value.retry_after is not None, "until the open hold's deadline"
+            assert denied.value.retry_after is not None, "the time to the deadline of the open hold"
             assert (await limiter.status("agent")).resets_at is None
         else:
             assert (await limiter.reserve("agent", "0.60")).windows == {"agent": windows[1]}
@@ -336,29 +334,29 @@ async def test_each_period_has_its_own_boundary(clocked_server, client, period, 
 @pytest.mark.parametrize("started", [True, False])
 @pytest.mark.parametrize("wrong_by", ["+26h", "-26h"])
 def test_a_replica_with_a_wrong_clock_spends_on_the_right_day(clocked_server, client, wrong_by, started):
-    """The store's clock decides, for one whose clock is a day ahead and for one that is behind."""
+    """The store's clock decides, whether the clock of the replica is a day ahead or behind."""
     library = clocked_server.environment["LD_PRELOAD"].split(":")[0]
     environment = {"LD_PRELOAD": library, "FAKETIME": wrong_by, "DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
     environment["FAKETIME_DONT_FAKE_MONOTONIC"] = "1"
     options = {"url": clocked_server.url, "budget": "agent", "timezone": "Asia/Kathmandu", "started": started}
     with workers("clock.py", 1, options, environment) as [replica]:
         replica.send(go=True)
-        told = replica.receive()
+        report = replica.receive()
     now = clocked_server.now()
     today = f"{now.astimezone(ZoneInfo('Asia/Kathmandu')):%Y-%m-%d}"
-    assert told["own_date"] != f"{now:%Y-%m-%d}", "its clock is wrong"
-    assert (told["window"], told["status_window"], told["spent"]) == (today, today, "0.09")
-    assert abs(datetime.fromisoformat(told["as_of"]) - now) < timedelta(seconds=30)
+    assert report["own_date"] != f"{now:%Y-%m-%d}", "the clock of the replica is wrong"
+    assert (report["window"], report["status_window"], report["spent"]) == (today, today, "0.09")
+    assert abs(datetime.fromisoformat(report["as_of"]) - now) < timedelta(seconds=30)
     assert [public(key.rpartition(":")[2]) for key in client.scan_iter("*:w:*")] == [today]
 
 
-# -- windows that are gone ---------------------------------------------------------------------------------------------
+# -- expired windows ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settle", ["release", "commit"])
 @pytest.mark.parametrize("days", [36, 37, 38, 45])
-async def test_p7_a_hold_that_outlives_one_of_its_windows_does_not_bring_it_back(clocked_server, client, days, settle):
-    """Nor does a replica that does not know that budget, and so not exactly when its windows expire."""
+async def test_a_hold_that_outlives_one_of_its_windows_does_not_restore_it(clocked_server, client, days, settle):
+    """Not even when the settling replica lacks that budget, and so the exact expiry of its windows (P7)."""
     both = [Budget("hourly", "5.00", period="hour"), Budget("monthly", "5.00", period="month")]
     clocked_server.set(datetime(2026, 11, 2, 12, 30, tzinfo=UTC), frozen=True)
     async with limiter_for(clocked_server, *both) as maker:

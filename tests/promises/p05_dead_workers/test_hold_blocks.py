@@ -1,4 +1,4 @@
-"""`with limiter.hold(...)`: every way out of the block, and the heartbeat while it runs; async and sync alike."""
+"""`with limiter.hold(...)`, async and sync: each way out of the block, and its heartbeats (P5)."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ...helpers.waiting import until, wait_until
 BUDGETS = [Budget("agent", "5.00"), Budget("cycles", 10, unit="cycles")]
 
 WAYS_OUT = {
-    # (what is accrued, whether the block raises, on_error): (spent, held) afterwards
+    # (accrued amount, whether the block raises, on_error): (spent, held) afterwards
     (None, False, "release"): ("0.15", "0"),
     (None, False, "charge"): ("0.15", "0"),
     ("0.05", False, "release"): ("0.05", "0"),
@@ -33,8 +33,8 @@ WAYS_OUT = {
 }
 
 
-class Work(Exception):
-    """What goes wrong inside a block."""
+class WorkError(Exception):
+    """An error inside a block."""
 
 
 @pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
@@ -45,8 +45,8 @@ async def test_each_way_out_of_an_async_block(client, limiter, way, expected):
             if accrued:
                 hold.accrue(accrued)
             if raises:
-                raise Work
-    except Work:
+                raise WorkError
+    except WorkError:
         assert raises
     assert spent_and_held(client) == tuple(map(to_units, expected))
 
@@ -59,23 +59,23 @@ def test_each_way_out_of_a_sync_block(client, sync_limiter, way, expected):
             if accrued:
                 hold.accrue(accrued)
             if raises:
-                raise Work
-    except Work:
+                raise WorkError
+    except WorkError:
         assert raises
     assert spent_and_held(client) == tuple(map(to_units, expected))
 
 
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("on_error", ["release", "charge"])
-async def test_a_hold_that_was_settled_inside_is_left_alone(client, limiter, raises, on_error):
+async def test_a_block_does_not_settle_a_hold_that_was_settled_inside(client, limiter, raises, on_error):
     for settle, spent in (("commit", "0.07"), ("release", "0.07")):
         try:
             async with limiter.hold("agent", "0.15", on_error=on_error) as hold:
                 hold.accrue("0.05")
                 await (hold.commit("0.07") if settle == "commit" else hold.release())
                 if raises:
-                    raise Work
-        except Work:
+                    raise WorkError
+        except WorkError:
             assert raises
         assert spent_and_held(client) == (to_units(spent), 0)
 
@@ -85,13 +85,13 @@ SETTLED_BY_ID = pytest.mark.parametrize(("settle", "spent"), [("commit", "0.07")
 
 @SETTLED_BY_ID
 @pytest.mark.parametrize("raises", [False, True])
-async def test_a_hold_that_was_settled_inside_by_its_id_is_left_alone(client, limiter, caplog, settle, spent, raises):
+async def test_a_block_does_not_settle_a_hold_that_was_settled_by_id(client, limiter, caplog, settle, spent, raises):
     try:
         async with limiter.hold("agent", "0.15", id="op_1") as hold:
             await (limiter.commit("op_1", spent) if settle == "commit" else limiter.release("op_1"))
             if raises:
-                raise Work
-    except Work:
+                raise WorkError
+    except WorkError:
         assert raises
     assert spent_and_held(client) == (to_units(spent), 0)
     assert (hold.settled, hold.state) == (True, "committed" if settle == "commit" else "released")
@@ -99,20 +99,20 @@ async def test_a_hold_that_was_settled_inside_by_its_id_is_left_alone(client, li
 
 
 @SETTLED_BY_ID
-def test_a_sync_hold_that_was_settled_inside_by_its_id_is_left_alone(client, sync_limiter, settle, spent):
+def test_a_sync_block_does_not_settle_a_hold_that_was_settled_by_id(client, sync_limiter, settle, spent):
     with sync_limiter.hold("agent", "0.15", id="op_1"):
         _ = sync_limiter.commit("op_1", spent) if settle == "commit" else sync_limiter.release("op_1")
     assert spent_and_held(client) == (to_units(spent), 0)
 
 
-async def test_what_was_accrued_and_settled_inside_by_its_id_alike_is_no_conflict(client, limiter):
+async def test_a_commit_by_id_inside_of_the_accrued_amount_is_no_conflict(client, limiter):
     async with limiter.hold("agent", "0.15", id="op_1") as hold:
         hold.accrue("0.07")
         await limiter.commit("op_1", "0.07")
     assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-async def test_a_block_around_a_hold_that_was_released_by_hand_reports_what_it_costs(client, limiter):
+async def test_a_block_around_a_hold_that_an_operator_released_commits_its_cost(client, limiter):
     """P3: an operator's release does not resolve a hold."""
     await limiter.reserve("agent", "0.15", id="op_1", ttl=1)
     await limiter.release("op_1", operator=True)
@@ -124,21 +124,21 @@ async def test_a_block_around_a_hold_that_was_released_by_hand_reports_what_it_c
     assert (await limiter.get("op_1")).state == "committed"
 
 
-async def test_a_normal_exit_commits_every_budget_that_was_reserved(limiter):
+async def test_a_normal_exit_commits_each_reserved_budget(limiter):
     async with limiter.hold({"agent": "0.15", "cycles": 1}):
         pass
     async with limiter.hold({"agent": "0.15", "cycles": 1}) as hold:
-        hold.accrue("0.05")  # counts then commit what was reserved
+        hold.accrue("0.05")  # the count commits its reserved amount
     assert (await limiter.status("agent")).spent == Decimal("0.20")
     assert (await limiter.status("cycles")).spent == 2
 
 
-async def test_what_was_accrued_and_kept_is_not_lost_when_it_comes_due(client, limiter):
-    """docs.rs/eggrd: never below what was reported used, whatever the policy of the hold."""
-    with pytest.raises(Work):
+async def test_accrued_spend_of_a_kept_hold_is_charged_when_it_expires(client, limiter):
+    """docs.rs/eggrd: the charge is never below the reported spend, whatever the policy of the hold."""
+    with pytest.raises(WorkError):
         async with limiter.hold("agent", "0.15", id="op_1", ttl=1, on_expiry="accrued", on_error="charge") as hold:
             hold.accrue("0.05")
-            raise Work
+            raise WorkError
     await until(lambda: _state_is(limiter, "op_1", "unconfirmed"))
     assert sums(client)["unconfirmed"] == to_units("0.05")
 
@@ -160,11 +160,11 @@ async def test_a_settlement_that_fails_is_raised_on_a_normal_exit_but_does_not_h
             hold.accrue("0.05")
             await limiter.release("op_1")
     assert caplog.records == []
-    with pytest.raises(Work):
+    with pytest.raises(WorkError):
         async with limiter.hold("agent", "0.15", id="op_2") as hold:
             hold.accrue("0.05")
             await limiter.commit("op_2", "0.07")
-            raise Work
+            raise WorkError
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert (await limiter.status("agent")).spent == Decimal("0.07")
 
@@ -175,14 +175,14 @@ async def test_a_heartbeat_at_a_third_of_the_ttl_keeps_an_async_hold_open(client
     async with limiter.hold("agent", "0.15", id="op_1", ttl=ttl, on_expiry="accrued") as hold:
         first = (await limiter.get("op_1")).expires_at
         hold.accrue("0.05")
-        beaten = time.monotonic()
-        view = await until(lambda: _beaten_since(limiter, first))
-        assert time.monotonic() - beaten < ttl * 0.67
+        started = time.monotonic()
+        view = await until(lambda: _extended_since(limiter, first))
+        assert time.monotonic() - started < ttl * 0.67
         assert view.accrued == {"agent": Decimal("0.05")}
         hold.accrue("0.20")
         assert hold.expires_at >= view.expires_at
-        if ttl == 1:  # past the first deadline, open, and carrying what was accrued since
-            await until(lambda: time.monotonic() > beaten + 1.1)
+        if ttl == 1:  # past the first deadline
+            await until(lambda: time.monotonic() > started + 1.1)
             view = await limiter.get("op_1")
             assert (view.state, view.accrued) == ("open", {"agent": Decimal("0.25")})
             assert sums(client)["held"] == to_units("0.25")
@@ -190,7 +190,7 @@ async def test_a_heartbeat_at_a_third_of_the_ttl_keeps_an_async_hold_open(client
     assert (await limiter.get("op_1")).state == "committed"
 
 
-async def _beaten_since(limiter, expires_at):
+async def _extended_since(limiter, expires_at):
     view = await limiter.get("op_1")
     return view if view.expires_at > expires_at else None
 
@@ -212,50 +212,50 @@ async def test_heartbeats_end_with_their_block(client, limiter, caplog):
         pass
     async with limiter.hold("agent", "0.15", id="op_2", ttl=1) as hold:
         await hold.release()
-    left = (await limiter.get("op_1")).expires_at, (await limiter.get("op_2")).expires_at
+    before = (await limiter.get("op_1")).expires_at, (await limiter.get("op_2")).expires_at
     ends = time.monotonic() + 0.8
     await until(lambda: time.monotonic() > ends)
-    assert left == ((await limiter.get("op_1")).expires_at, (await limiter.get("op_2")).expires_at)
+    assert before == ((await limiter.get("op_1")).expires_at, (await limiter.get("op_2")).expires_at)
     assert caplog.records == []
 
 
-async def test_a_heartbeat_that_is_decided_after_the_end_of_its_block_is_not_reported(limiter, caplog):
-    """Both are in one batch, in which settlements come first."""
+async def test_a_heartbeat_that_is_decided_after_the_end_of_its_block_is_not_logged(limiter, caplog):
+    """The commit is in the same batch, and settlements come first."""
     hold = await limiter.reserve("agent", "0.15")
     heartbeat = Heartbeat(limiter.engine.dispatcher, hold)
     heartbeat.stop()
     heartbeat.send()
-    beaten = heartbeat.timer
+    task = heartbeat.timer
     heartbeat.stop()
     await hold.commit("0.07")
-    await asyncio.wait({beaten})
-    assert isinstance(beaten.exception(), HoldConflict)
+    await asyncio.wait({task})
+    assert isinstance(task.exception(), HoldConflict)
     assert caplog.records == []
 
 
-async def test_a_heartbeat_that_finds_the_hold_settled_by_somebody_else_stops(limiter, caplog):
+async def test_heartbeats_stop_when_another_call_has_settled_the_hold(limiter, caplog):
     async with limiter.hold("agent", "0.15", id="op_1", ttl=1):
         await limiter.commit("op_1", "0.07")
         await until(lambda: "heartbeats of hold op_1 stopped" in caplog.text)
-        ends = time.monotonic() + 0.4  # longer than from one heartbeat to the next
+        ends = time.monotonic() + 0.4  # longer than the interval of heartbeats
         await until(lambda: time.monotonic() > ends)
     assert caplog.text.count("heartbeat of") + caplog.text.count("heartbeats of") == 1
 
 
-async def test_many_blocks_at_once_settle_exactly(client, limiter):
+async def test_many_concurrent_blocks_settle_exactly(client, limiter):
     async def work(number: int) -> None:
         async with limiter.hold("agent", "0.01") as hold:
             await asyncio.sleep(0)
             hold.accrue("0.001")
             if number % 2:
-                raise Work
+                raise WorkError
 
     outcomes = await asyncio.gather(*(work(number) for number in range(200)), return_exceptions=True)
-    assert sum(isinstance(outcome, Work) for outcome in outcomes) == 100
+    assert sum(isinstance(outcome, WorkError) for outcome in outcomes) == 100
     assert spent_and_held(client) == (200 * to_units("0.001"), 0)
 
 
-async def test_a_hold_that_was_reserved_before_is_kept_by_a_block(client, limiter):
+async def test_keep_makes_a_block_of_an_existing_hold(client, limiter):
     hold = await limiter.reserve("agent", "0.15")
     async with limiter.keep(hold) as kept:
         assert kept is hold
@@ -282,7 +282,7 @@ def test_the_innermost_hold_is_the_current_one_of_its_thread(sync_limiter):
 
 
 @pytest.mark.parametrize("operation", ["", "a call"])
-async def test_notes_stand_in_the_ledger_after_the_label_of_the_hold(server, operation):
+async def test_notes_follow_the_label_of_the_hold_in_the_ledger(server, operation):
     async with AsyncBudgetLimiter(server.url, BUDGETS, trace_id=lambda: next(traces)) as limiter:
         traces = iter(["of the reservation", "of the commit"])
         async with limiter.hold("agent", "0.15", operation=operation) as hold:
@@ -304,7 +304,7 @@ async def test_notes_are_not_lost_with_the_hold(server, client):
         assert (entry.kind, entry.operation) == ("commit", "estimated")
 
 
-async def test_a_commit_with_notes_that_is_repeated_is_a_replay(limiter, client):
+async def test_a_repeated_commit_with_notes_is_a_replay(limiter, client):
     hold = await limiter.reserve("agent", "0.15")
     hold.note("estimated")
     assert not (await hold.commit("0.07")).replayed

@@ -1,4 +1,4 @@
-"""When a denied caller is told to come back: when something of that budget does (DESIGN, section 8)."""
+"""Denials: their reasons, and ``retry_after``, the time until the denied budget may have room (P6)."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ async def denied(call) -> BudgetExceeded:
 
 
 def about(seconds: int) -> set[int]:
-    """A frozen clock moves by some milliseconds."""
+    """The seconds or one less, since a frozen clock moves by some milliseconds."""
     return {seconds - 1, seconds}
 
 
-async def test_a_denied_caller_waits_for_a_hold_of_that_budget_and_no_other(limiter, clocked_server):
+async def test_retry_after_is_the_time_to_the_next_deadline_of_a_hold_of_that_budget(limiter, clocked_server):
     await limiter.reserve("other", "0.10", ttl=60)
     await limiter.reserve({"agent": "0.40", "other": "0.10"}, ttl=1200)
     await limiter.reserve("agent", "0.60", ttl=900)
@@ -47,7 +47,7 @@ async def test_a_denied_caller_waits_for_a_hold_of_that_budget_and_no_other(limi
     assert (error.reason, error.retry_after in about(900)) == ("budget_held", True)
 
 
-async def test_a_hold_of_another_window_is_not_waited_for(limiter, clocked_server):
+async def test_retry_after_ignores_holds_of_other_windows(limiter, clocked_server):
     await limiter.reserve("agent", "0.60", ttl=86_400)
     clocked_server.advance(TO_MIDNIGHT_S - 60)
     await limiter.reserve("agent", "0.10", ttl=600, id="yesterday")
@@ -57,7 +57,7 @@ async def test_a_hold_of_another_window_is_not_waited_for(limiter, clocked_serve
     assert (error.reason, error.retry_after in about(1800)) == ("budget_held", True)
 
 
-async def test_a_hold_does_not_wait_for_itself(limiter):
+async def test_retry_after_of_growth_ignores_the_growing_hold(limiter):
     hold = await limiter.reserve("agent", "0.60", ttl=60)
     error = await denied(hold.grow("0.41"))
     assert (error.reason, error.retry_after) == ("exceeds_limit", None)
@@ -68,7 +68,7 @@ async def test_a_hold_does_not_wait_for_itself(limiter):
     assert (error.reason, error.retry_after in about(900)) == ("budget_held", True)
 
 
-async def test_who_is_not_among_those_due_first_is_not_found(limiter, monkeypatch):
+async def test_only_the_holds_with_the_next_deadlines_are_searched(limiter, monkeypatch):
     monkeypatch.setattr(refusals, "HOLDS_SEARCHED", 3)
     for _ in range(3):
         await limiter.reserve("other", "0.10", ttl=60)
@@ -76,11 +76,11 @@ async def test_who_is_not_among_those_due_first_is_not_found(limiter, monkeypatc
     await limiter.reserve("jobs", 1, ttl=900)
     error = await denied(limiter.reserve("agent", "0.50"))
     assert (error.reason, error.retry_after in about(TO_MIDNIGHT_S)) == ("budget_held", True)
-    error = await denied(limiter.reserve("jobs", 1))  # its window has no end, but waiting does help
+    error = await denied(limiter.reserve("jobs", 1))  # its window has no end, but its holds have a deadline
     assert (error.reason, error.retry_after in about(60)) == ("budget_held", True)
 
 
-async def test_a_denial_for_another_reason_waits_for_the_windows_end(limiter):
+async def test_retry_after_of_an_exhausted_budget_is_the_time_to_the_end_of_the_window(limiter):
     await limiter.reserve("agent", "0.10", ttl=60)
     await limiter.record("agent", "0.80")
     error = await denied(limiter.reserve("agent", "0.50"))
@@ -88,16 +88,16 @@ async def test_a_denial_for_another_reason_waits_for_the_windows_end(limiter):
     assert math.isclose(timedelta(seconds=error.retry_after).total_seconds(), TO_MIDNIGHT_S, abs_tol=1)
 
 
-async def test_a_storm_of_denials_asks_once_and_opens_no_connection_for_each(server):
+async def test_many_denials_share_one_read_and_open_no_connections(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=30) as limiter:
         await limiter.reserve("agent", "1.00", ttl=600)
         with server.client() as client:
             client.config_resetstat()
             before = client.info("clients")["connected_clients"]
-            answers = await asyncio.gather(
+            outcomes = await asyncio.gather(
                 *(limiter.reserve("agent", "0.10") for _ in range(300)), return_exceptions=True
             )
-            assert {type(answer) for answer in answers} == {BudgetExceeded}
-            assert all(0 < answer.retry_after <= 600 for answer in answers)
+            assert {type(outcome) for outcome in outcomes} == {BudgetExceeded}
+            assert all(0 < outcome.retry_after <= 600 for outcome in outcomes)
             assert client.info("commandstats")["cmdstat_mget"]["calls"] <= 5, "once a second"
             assert client.info("clients")["connected_clients"] <= before + 4

@@ -1,4 +1,4 @@
-"""Reads after the store has lost data: the figures from before, or that they are unknown; never an empty budget."""
+"""Reads after a data loss return the former figures or raise; they never show an empty budget (P10, P13)."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def lose_all(client, limiter: AsyncBudgetLimiter) -> None:
 
 
 def lose_the_last_write(client, limiter: AsyncBudgetLimiter) -> None:
-    """As a failover to a replica that lagged: the epoch is the same, the counter of acknowledged writes is not."""
-    forget_windows(client, limiter)
+    """A failover to a lagging replica: the epoch is the same, and the counter of acknowledged writes is lower."""
+    delete_windows(client, limiter)
     client.delete(*client.scan_iter(f"{limiter.keys.hold_prefix}*"), limiter.keys.due)
     client.hincrby(limiter.keys.meta, f"r:{limiter.replica_id}", -1)
 
 
-def forget_windows(client, limiter: AsyncBudgetLimiter) -> None:
-    """As a store that had not begun them yet."""
+def delete_windows(client, limiter: AsyncBudgetLimiter) -> None:
+    """Remove all windows and ledgers, as if none had been used."""
     client.delete(*client.scan_iter(f"{limiter.keys.prefix}[wl]:*"))
     client.delete(limiter.keys.budgets, limiter.keys.expiries)
 
@@ -64,7 +64,7 @@ async def _ledger(limiter: AsyncBudgetLimiter) -> object:
 
 @pytest.mark.parametrize("loss", [lose_all, lose_the_last_write])
 @pytest.mark.parametrize("read", [_status, _statuses, _get, _holds, _ledger])
-async def test_the_first_read_after_a_loss_shows_what_was_there_before(
+async def test_the_first_read_after_a_loss_returns_the_former_figures(
     limiter, client, read: Callable[[AsyncBudgetLimiter], Awaitable[object]], loss
 ):
     await limiter.record({"agent": "1.00", "calls": 3}, id="op_record")
@@ -80,27 +80,27 @@ async def test_a_replica_that_only_reads_notices_a_loss(server, client, limiter)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as writer:
         await writer.record("agent", "4.00")
         assert (await limiter.status("agent")).spent == 4
-    client.flushall()  # and no replica that is alive remembers it
+    client.flushall()  # no running replica has it in its journal
     status = await limiter.status("agent")
     assert (status.spent, limiter.losses) == (0, 1)
     assert status.recovering_until is not None
 
 
 @pytest.mark.timely
-async def test_figures_that_others_have_yet_to_replay_are_unknown_to_whom_they_must_be_complete(server, client):
-    """A new replica cannot know what is missing; that something may be, the store tells it."""
+async def test_a_complete_read_raises_while_other_replicas_may_have_replays_to_send(server, client):
+    """A new replica cannot notice the loss itself; the store reports its recovery."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as old:
         await old.record("agent", "4.00")
         client.flushall()
         assert (await old.status("agent")).spent == 4
         async with AsyncBudgetLimiter(server.url, BUDGETS) as new:
-            forget_windows(client, new)  # as if the old one had yet to speak
+            delete_windows(client, new)  # as if the old replica had not replayed yet
             assert (await new.status("agent")).recovering_until
             with away(server.url), hurried(new, 0.1):
                 for read in (new.status("agent", complete=True), new.holds("agent"), new.ledger("agent")):
                     with pytest.raises(StoreUnavailable, match="being repaired; try again in"):
                         await read
-            status = await new.status("agent", complete=True)  # with time, it waits for the end
+            status = await new.status("agent", complete=True)  # waits for the end of the recovery
             assert status.recovering_until is None
 
 
@@ -131,7 +131,7 @@ def test_a_tracker_never_takes_a_lost_budget_for_an_untouched_one(server):
 
 
 @pytest.mark.timely
-async def test_a_read_that_finds_a_loss_ends_with_its_deadline_if_nothing_can_be_repaired(
+async def test_a_read_that_notices_a_loss_ends_by_its_deadline_if_the_repair_fails(
     server, limiter, client, monkeypatch
 ):
     await limiter.record("agent", "1.00")
@@ -145,13 +145,13 @@ async def test_a_read_that_finds_a_loss_ends_with_its_deadline_if_nothing_can_be
         for read in (limiter.status("agent"), limiter.get("op_1"), limiter.ledger("agent")):
             with pytest.raises(StoreUnavailable, match="it lost writes and is being repaired"):
                 await read
-    assert limiter.store_state == "closed", "it answers"
+    assert limiter.store_state == "closed", "the store replies"
     monkeypatch.undo()
     await until(lambda: limiter.losses == 1)
     assert (await limiter.status("agent")).spent == Decimal("1.00")
 
 
-async def test_the_books_of_a_store_that_was_emptied_are_unknown(server, limiter, client):
+async def test_an_audit_of_an_emptied_store_raises_until_its_repair(server, limiter, client):
     await limiter.record("agent", "1.00")
     with Auditor(server.url) as auditor:
         [report] = await asyncio.to_thread(auditor.check)

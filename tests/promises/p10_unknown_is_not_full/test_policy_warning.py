@@ -1,4 +1,4 @@
-"""A store that evicts may lose a budget: the library logs it, as the service says it at its start."""
+"""A store that evicts keys may lose a budget, so a limiter logs a warning about its policy (P10)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if "maxmemory-policy" in record.message]
 
 
-async def test_a_limiter_that_starts_warns_of_a_store_that_evicts_once(evicting, caplog):
+async def test_a_limiter_that_starts_logs_one_warning_about_a_store_that_evicts(evicting, caplog):
     async with AsyncBudgetLimiter(evicting.url, BUDGETS) as limiter:
         await limiter.reserve("agent", "0.15")
         assert warnings(caplog) == [
@@ -34,12 +34,12 @@ async def test_a_limiter_that_starts_warns_of_a_store_that_evicts_once(evicting,
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
-def test_the_sync_limiter_warns_too(evicting, caplog):
+def test_a_sync_limiter_logs_the_warning_too(evicting, caplog):
     with BudgetLimiter(evicting.url, BUDGETS):
         assert len(warnings(caplog)) == 1
 
 
-async def test_a_limiter_that_is_used_without_a_start_warns_soon(evicting, caplog, monkeypatch):
+async def test_a_limiter_that_is_used_without_a_start_logs_the_warning_soon(evicting, caplog, monkeypatch):
     monkeypatch.setattr(recovery, "PULSE_S", 0.05)
     limiter = AsyncBudgetLimiter(evicting.url, BUDGETS)
     await limiter.reserve("agent", "0.15")
@@ -50,7 +50,7 @@ async def test_a_limiter_that_is_used_without_a_start_warns_soon(evicting, caplo
     await limiter.close()
 
 
-async def test_a_store_that_keeps_all_or_hides_its_policy_is_no_reason_to_warn(server, caplog):
+async def test_no_warning_about_a_store_that_evicts_nothing_or_hides_its_policy(server, caplog):
     async with AsyncBudgetLimiter(server.url, BUDGETS):
         pass
     with server.client() as client:

@@ -1,1 +1,1 @@
-"""The engine: keys, protocol and scripts (pure), the store (I/O), and the embedded server."""
+"""The engine of the limiters: protocol, replica state, calls, outage policies, batching, transport, embedded server."""

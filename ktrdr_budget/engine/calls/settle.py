@@ -101,7 +101,8 @@ def _settle(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount
         )
     hold.settling = True
     try:
-        settlement = yield from _settlement(context, hold, amounts)
+        op = _settling_operation(context, hold, amounts)
+        settlement = op if isinstance(op, Settlement) else (yield from _send(context, op, hold.parts, hold=hold))
     except StoreUnavailable:
         if amounts is not None:
             hold.uncertain_commit = amounts
@@ -112,21 +113,20 @@ def _settle(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount
     return settlement
 
 
-def _settlement(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount] | None) -> Flow[Settlement]:
+def _settling_operation(
+    context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount] | None
+) -> SettlingOperation | Settlement:
+    """The operation that settles a hold, or its settlement if it is settled at once."""
     state, remark = context.state, hold.remark
     if hold.offline is not None:
-        result = hold.offline.settle(hold, amounts, remark)
-        if isinstance(result, Settlement):
-            return result
-        assert isinstance(result, SettlingOperation)
-        return (yield from _send(context, result, hold.parts, hold=hold))
-    key, windows = state.keys.hold(hold.id), hold.window_list
+        return hold.offline.settle(hold, amounts, remark)
+    windows = hold.window_list
     if amounts is None:
-        return (yield from _send(context, Release(hold.id, key, windows), hold.parts, hold=hold))
+        return Release(hold.id, state.keys.hold(hold.id), windows)
     op = _commit(context, hold.id, windows, amounts, remark)
     if hold.granted is not None and not remark:
         op.enable_fast_path(state.replica_id, hold.granted, [units for _, units in hold.parts])
-    return (yield from _send(context, op, hold.parts, hold=hold))
+    return op
 
 
 def _commit(

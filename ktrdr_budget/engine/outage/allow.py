@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 from ktrdr_budget.engine.outage.policy import OfflineReservation, OutagePolicy
 from ktrdr_budget.engine.protocol.codes import ReleaseMode
-from ktrdr_budget.engine.protocol.operations import CommitAmount, Operation, RecordSpend, Release
+from ktrdr_budget.engine.protocol.operations import CommitAmount, RecordSpend, Release, SettlingOperation
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.engine.replica.hold import HoldBase
 from ktrdr_budget.models import Settlement
@@ -38,7 +38,7 @@ class AllowPolicy(OutagePolicy):
 
     # -- behind a hold -------------------------------------------------------------------------------------------------
 
-    def settle(self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str) -> Operation:
+    def settle(self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str) -> SettlingOperation:
         """The operation that settles the hold by its id."""
         if amounts is None:
             # The store may grant it later, from a request whose reply was lost.

@@ -91,7 +91,7 @@ def encode_batch(
         use_fast_path: use the fast path if it knows all of them.
         repairs: they replay what the store has lost.
     """
-    if use_fast_path and all(op.uses_fast_path for op in ops):
+    if use_fast_path and all([op.uses_fast_path for op in ops]):  # noqa: C419  # a list is faster
         return _encode_fast(keys, header, ops)
     windows = _Windows()
     hold_keys: list[str] = []
@@ -138,16 +138,18 @@ def _encode_fast(keys: Keys, header: Header, ops: Sequence[Operation]) -> Encode
     lines: list[str] = []
     reserved: set[str] = set()
     start_ms, end_ms = 0, _ENDLESS_MS
+    line = windows.line
     for op in ops:
-        lines.append(windows.line(op.render_fast()))
+        lines.append(line(op.render_fast()))
         hold_keys.append(op.key)
         if op.asks_for_money:
             for window in op.windows:
-                if window.key not in reserved:
-                    reserved.add(window.key)
-                    span = window.span
-                    start_ms = max(start_ms, span.start_ms)
-                    end_ms = min(end_ms, span.end_ms or _ENDLESS_MS)
+                if window.key in reserved:
+                    continue
+                reserved.add(window.key)
+                span = window.span
+                start_ms = max(start_ms, span.start_ms)
+                end_ms = min(end_ms, span.end_ms or _ENDLESS_MS)
     marks = ["!" if key in reserved else "-" for key in windows.numbers]
     replica = header.replica
     claim = f"{header.started_us or 0:016d} {replica}"

@@ -202,9 +202,12 @@ class Reserve(Operation):
         return False
 
     def render(self) -> Rendered:
-        parts = [(window, f":{units}") for window, units in self.parts]
         head = f"R {self.hold_id} {self.ttl_ms} {self.policy} {self._expires_ms}"
-        return head, parts, f"\n{self._labels}{self._segments}"
+        parts = self.parts
+        if len(parts) == 1:
+            window, units = parts[0]
+            return head, ((window, f":{units}"),), f"\n{self._labels}{self._segments}"
+        return head, [(window, f":{units}") for window, units in parts], f"\n{self._labels}{self._segments}"
 
     render_fast = render
 

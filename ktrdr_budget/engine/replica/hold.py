@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from ktrdr_budget.engine.protocol import codes
 from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts, spread
 from ktrdr_budget.engine.protocol.hold_record import HoldRecord, Segment, segments_of
-from ktrdr_budget.engine.protocol.operations import CommitAmount, GrantedHold, Operation, Restore
+from ktrdr_budget.engine.protocol.operations import CommitAmount, GrantedHold, Restore, SettlingOperation
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument, shown
 from ktrdr_budget.models import HoldState, Settlement
@@ -43,7 +43,9 @@ class OfflineBacking(Protocol):
 
     cap_checked: bool
 
-    def settle(self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str) -> Operation | Settlement:
+    def settle(
+        self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str
+    ) -> SettlingOperation | Settlement:
         """Settle the hold: at once, or by an operation to send. ``None`` releases."""
 
     def extend(self, hold: HoldBase, parts: Callable[[], Sequence[tuple[Window, int]]], ttl_ms: int | None) -> bool:

@@ -1,7 +1,7 @@
-"""Random histories in which the store is emptied: after the repair holds, sums and replays are as the model predicts.
+"""Random histories with data losses: after the repair, holds, sums and replays are as the model predicts.
 
-A loss takes what only the store has: the course of a ledger, and how often something was counted. What holds were asked
-for, what they are and what they cost comes back from the replicas' journals, and so do limits of run time.
+A loss destroys the data that only the store has: the order of ledger entries and the counts of events. The journals of
+the replicas restore the requests, states and costs of holds, and run-time limits.
 """
 
 from __future__ import annotations
@@ -13,63 +13,59 @@ from hypothesis import assume
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 
 from ktrdr_budget.engine.protocol.hold_record import unword
-from ktrdr_budget.engine.replica import journal as memory
+from ktrdr_budget.engine.replica import journal
 
 from .observed import NOISE_MS, RawStore
 from .reference import CLOSED, DAY_MS, HoldModel
 from .test_histories import PROFILE, Histories
+from .threaded import Threaded
 
 
 class Losses(Histories):
-    """The same histories, with losses."""
+    """Random histories with data losses."""
 
     @precondition(lambda self: self.model.grants)
     @rule()
     def lose_everything(self):
         for hold in self.model.holds.values():
             if hold.settled_ms is not None:
-                # Ids of older settlements are not replayed: the store could have forgotten them.
+                # Ids of older settlements are not replayed: the store may have dropped them.
                 hold.journalled_ms = hold.journalled_ms or hold.settled_ms
                 assume(self.model.now_ms - hold.journalled_ms < DAY_MS // 2 - 5000)
-        # The totals of a replica are told as numbers of Lua.
+        # Replayed subtotals are numbers of Lua.
         assume(all(window.spent < CLOSED for window in self.model.windows.values()))
-        self.pair.advance(2 * NOISE_MS)  # so that what is read now is later than what was written
+        self.pair.advance(2 * NOISE_MS)  # reads now are later than all writes
         self._read_all()
-        self._look_for_settled()
+        self._drop_settled_holds()
         self.pair.client.flushall()
         repaired_ms = self.model.now_ms
         self._read_all()
-        self.pair.advance(4000)  # until the store admits again
+        self.pair.advance(4000)  # until the end of the recovery
         self._read_all()
-        self._learn_what_is_lost(repaired_ms)
+        self._apply_loss_to_model(repaired_ms)
 
     def _read_all(self) -> None:
-        """Each replica learns the time, notices a loss and repairs it; what is due is retired."""
+        """Read from each replica: it reads the store's clock, notices a loss, repairs it and expires due holds."""
         for limiter in self.pair.limiters:
             self.runner.run(limiter.statuses())
 
-    def _look_for_settled(self) -> None:
-        """As each replica does all the time: it forgets holds that others have settled."""
+    def _drop_settled_holds(self) -> None:
+        """Make each replica drop holds that others have settled from its journal, as it does at intervals."""
         for limiter in self.pair.limiters:
-            recovery = limiter.engine.dispatcher.repair
-
-            async def look(recovery=recovery) -> None:
-                recovery.engine.state.journal._looked = 0
-                await recovery._look_for_settled()
-
-            inner = getattr(limiter, "_inner", None)
-            if inner is None:
-                self.runner.run(look())
+            check = limiter.engine.dispatcher.repair.check_holds
+            if isinstance(limiter, Threaded):
+                self.runner.run(asyncio.to_thread(limiter.engine.runner.portal.run, check()))
             else:
-                self.runner.run(asyncio.to_thread(inner._portal.run, look()))
+                self.runner.run(check())
 
-    def _learn_what_is_lost(self, repaired_ms: int) -> None:
+    def _apply_loss_to_model(self, repaired_ms: int) -> None:
+        """Take from the store the figures that a repair cannot restore."""
         store = RawStore(self.pair.client)
         for hold in self.model.holds.values():
-            if hold.settled_ms is not None:  # its id is remembered for a day again
+            if hold.settled_ms is not None:  # the store keeps its id for another day
                 hold.settled_ms = repaired_ms
             if hold.state in ("committed", "released"):
-                self._learn_what_was_seen(hold, store.holds[hold.id])
+                self._apply_record_to_model(hold, store.holds[hold.id])
             if hold.state == "recorded":
                 hold.created_ms = hold.deadline_ms = repaired_ms
         started = [limiter.replica_id for limiter in self.pair.limiters]
@@ -86,8 +82,8 @@ class Losses(Histories):
                 window.asserted = None if stored["limit"] == "-" else int(stored["limit"])
 
     @staticmethod
-    def _learn_what_was_seen(hold: HoldModel, record: str) -> None:
-        """Who settled a hold may not have seen yet that another replica had prolonged it, or let it grow."""
+    def _apply_record_to_model(hold: HoldModel, record: str) -> None:
+        """Take deadline and totals from the record: the settling replica may lack an extension by another one."""
         head, *segments = record.split("|")
         hold.deadline_ms = int(head.split(" ")[2])
         for segment, part in zip(segments, hold.parts.values(), strict=True):
@@ -99,8 +95,8 @@ class Losses(Histories):
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-# A client of redis-py that retries draws its pause from the global generator, perhaps while a strategy draws.
+# A retrying client of redis-py draws its pause from the global generator, perhaps while a strategy draws.
 @pytest.mark.filterwarnings("ignore:Do not use the .random. module:hypothesis.errors.HypothesisDeprecationWarning")
-def test_random_histories_with_losses_go_as_the_model_says(clocked_server, runner, monkeypatch):
-    monkeypatch.setattr(memory, "_FRESH_MS", -DAY_MS)  # the clock stands still: all that happens is of this moment
+def test_random_histories_with_losses_agree_with_the_model(clocked_server, runner, monkeypatch):
+    monkeypatch.setattr(journal, "_FRESH_MS", -DAY_MS)  # the clock is frozen, so all holds are of this moment
     run_state_machine_as_test(lambda: Losses(clocked_server, runner), settings=PROFILE)

@@ -76,7 +76,8 @@ class LossRepair:
         """The losses after which the whole journal was replayed."""
         self._probing = False
         self._checking = False
-        self._pulses = 0
+        self.pulses = 0
+        """Pulses so far, except those without a reply to expect."""
         self._replay_again_s = _REPLAY_AGAIN_FIRST_S
         self._pulse_timer: asyncio.TimerHandle | None = None
         self._replay_timer: asyncio.TimerHandle | None = None
@@ -103,10 +104,10 @@ class LossRepair:
             return
         if self._state.silent_s >= PULSE_S / 2:
             self.suspect()
-        self._pulses += 1
-        if self._pulses % _CHECK_PULSES == 0 and not (self._checking or self.active or self._background.closed):
+        self.pulses += 1
+        if self.pulses % _CHECK_PULSES == 0 and not (self._checking or self.active or self._background.closed):
             self._checking = True
-            self._background.spawn(self._check_holds())
+            self._background.spawn(self.check_holds())
 
     def suspect(self) -> None:
         """Probe the store, unless that is under way."""
@@ -125,7 +126,7 @@ class LossRepair:
         finally:
             self._probing = False
 
-    async def _check_holds(self) -> None:
+    async def check_holds(self) -> None:
         """Drop holds that others have settled: a replay would open them again, once the others have dropped them."""
         state = self._state
         ids = state.journal.holds_to_check(state.now_ms(), _CHECK_HOLDS)

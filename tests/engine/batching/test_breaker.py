@@ -1,4 +1,4 @@
-"""A store that is down costs one call its deadline, not each call again; its return is noticed without a call (P12)."""
+"""The circuit breaker: an outage costs one call its deadline, later calls fail at once, and probes close it (P12)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from ...helpers.waiting import until, wait_until
 BUDGETS = [Budget("agent", "5.00")]
 TIMEOUT_S = 0.3
 TOGETHER_S = 10 * TIMEOUT_S
-"""What hundreds of calls may take, of which each would take its deadline."""
+"""The longest duration of hundreds of calls that fail at once; each would otherwise take its deadline."""
 
 
 @pytest.fixture
@@ -38,17 +38,12 @@ def own_server(start_server: Callable):
     made.kill()
 
 
-def stop(server) -> None:
-    server.pause()
-
-
-def go_on(server) -> None:
-    server.resume()
-
-
 OUTAGES = pytest.mark.parametrize(
     ("begin", "end"),
-    [(lambda server: server.kill(), lambda server: server.start()), (stop, go_on)],
+    [
+        (lambda server: server.kill(), lambda server: server.start()),
+        (lambda server: server.pause(), lambda server: server.resume()),
+    ],
     ids=["killed", "hangs"],
 )
 
@@ -61,7 +56,7 @@ async def refused(call: Callable) -> StoreUnavailable:
 
 
 @OUTAGES
-async def test_one_call_pays_its_deadline_and_those_after_it_nothing(own_server, begin, end, caplog):
+async def test_one_call_takes_its_deadline_and_later_calls_fail_at_once(own_server, begin, end, caplog):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15")
         begin(own_server)
@@ -75,10 +70,10 @@ async def test_one_call_pays_its_deadline_and_those_after_it_nothing(own_server,
                 error = await refused(call)
                 assert not error.ambiguous, "it was not sent"
         assert took.seconds < TOGETHER_S
-        reason = r"cannot connect to unix://\S+ \(\w+( \w+)*\)|no reply from unix://\S+"  # killed, or it hangs
+        reason = r"cannot connect to unix://\S+ \(\w+( \w+)*\)|no reply from unix://\S+"  # killed, or hanging
         assert re.fullmatch(rf"({reason}) for \d+\.\d s; failing fast until it replies", str(error))
         end(own_server)
-        await until(lambda: limiter.store_state == "closed")  # nobody calls
+        await until(lambda: limiter.store_state == "closed")  # without a call
         assert (await hold.commit("0.07")).state == "committed"
         messages = [record.message for record in caplog.records if record.levelno >= logging.WARNING]
         assert sum("failing fast until it replies" in message for message in messages) == 1
@@ -86,7 +81,7 @@ async def test_one_call_pays_its_deadline_and_those_after_it_nothing(own_server,
 
 
 @OUTAGES
-async def test_who_calls_at_once_does_not_wait_for_others_that_have_begun(own_server, begin, end):
+async def test_concurrent_calls_do_not_wait_for_each_other(own_server, begin, end):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         begin(own_server)
@@ -99,7 +94,7 @@ async def test_who_calls_at_once_does_not_wait_for_others_that_have_begun(own_se
         await until(lambda: limiter.store_state == "closed")
 
 
-async def test_one_probe_at_a_time_asks_and_callers_add_none(server, tmp_path_factory):
+async def test_one_probe_at_a_time_is_sent_and_calls_add_none(server, tmp_path_factory):
     async with (
         Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
         AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter,
@@ -113,13 +108,13 @@ async def test_one_probe_at_a_time_asks_and_callers_add_none(server, tmp_path_fa
             await asyncio.gather(*tries, return_exceptions=True)
             await asyncio.sleep(0.01)
         probes_max = (time.monotonic() - began) / TIMEOUT_S + 1
-        assert proxy.scripts_run - before <= probes_max, "each waits for its answer, and pauses then"
+        assert proxy.scripts_run - before <= probes_max, "each probe waits for its reply, then pauses"
         proxy.release_replies()
         await until(lambda: limiter.store_state == "closed")
         assert (await limiter.reserve("agent", "0.01")).cap_checked
 
 
-async def test_who_insists_without_a_pause_does_not_keep_the_store_from_being_heard(own_server):
+async def test_calls_without_a_pause_do_not_delay_the_end_of_an_outage(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -134,18 +129,18 @@ async def test_who_insists_without_a_pause_does_not_keep_the_store_from_being_he
         assert limiter.store_state == "closed"
 
 
-async def test_a_call_that_is_made_after_the_store_has_returned_is_served(own_server, monkeypatch):
-    monkeypatch.setattr(breaker, "PATIENCE_S", 10.0)  # the store may be slow to answer
+async def test_a_call_after_the_return_of_the_store_succeeds(own_server, monkeypatch):
+    monkeypatch.setattr(breaker, "PATIENCE_S", 10.0)  # the store may be slow to reply
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         for _ in range(3):
             await limiter.record("agent", "0.01")
             own_server.kill()
             await refused(lambda: limiter.reserve("agent", "0.15"))
             own_server.start()
-            assert (await limiter.reserve("agent", "0.15")).cap_checked, "whenever the next planned probe is"
+            assert (await limiter.reserve("agent", "0.15")).cap_checked, "before the next planned probe"
 
 
-async def test_a_probe_spends_nothing_and_holds_nothing(own_server):
+async def test_a_probe_changes_no_figure(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "1.00")
         own_server.kill()
@@ -157,11 +152,11 @@ async def test_a_probe_spends_nothing_and_holds_nothing(own_server):
         assert limiter.losses == 0
 
 
-async def test_allow_admits_at_once_and_settles_later(own_server):
+async def test_policy_allow_admits_at_once_and_settles_later(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
-        assert not (await limiter.reserve("agent", "0.01")).cap_checked  # pays
+        assert not (await limiter.reserve("agent", "0.01")).cap_checked  # takes its deadline
         with Stopwatch() as took:
             for _ in range(100):
                 hold = await limiter.reserve("agent", "0.01")
@@ -172,8 +167,8 @@ async def test_allow_admits_at_once_and_settles_later(own_server):
         await until(lambda: limiter.deferred == 0)
 
 
-async def test_a_store_that_answers_slowly_is_not_given_up(server, tmp_path_factory):
-    """One reply is late; others come: that is no outage."""
+async def test_a_late_reply_does_not_open_the_breaker(server, tmp_path_factory):
+    """Other replies arrive meanwhile, so this is no outage."""
     async with (
         Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
         AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter,
@@ -185,23 +180,23 @@ async def test_a_store_that_answers_slowly_is_not_given_up(server, tmp_path_fact
         assert limiter.engine.dispatcher.breaker.openings == 0
 
 
-async def test_a_busy_event_loop_is_no_outage(server):
+async def test_a_blocked_event_loop_does_not_open_the_breaker(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         with away(server.url), server.client() as client:
             call = asyncio.create_task(limiter.record("agent", "0.01"))
             while not limiter.engine.dispatcher._lanes:
                 await asyncio.sleep(0)
-            await asyncio.sleep(0)  # now it is sent
+            await asyncio.sleep(0)  # the request is sent
             ends = time.monotonic() + TIMEOUT_S * 1.5
-            wait_until(lambda: time.monotonic() > ends and sums(client)["events"] == 2)  # whoever blocks the event loop
+            wait_until(lambda: time.monotonic() > ends and sums(client)["events"] == 2)  # blocks the event loop
             await asyncio.gather(call, return_exceptions=True)
         assert limiter.store_state == "closed"
         assert (await limiter.reserve("agent", "0.01")).cap_checked
 
 
-async def test_a_store_that_refuses_does_answer(own_server):
-    """Calls are told what it says, each of them."""
+async def test_refusals_do_not_open_the_breaker(own_server):
+    """Each call raises the error of the store."""
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         with own_server.client() as client:
@@ -212,8 +207,8 @@ async def test_a_store_that_refuses_does_answer(own_server):
         assert limiter.store_state == "closed"
 
 
-async def test_a_store_that_only_reads_stays_open(own_server):
-    """A master that became a replica: it answers, but takes nothing."""
+async def test_a_read_only_store_keeps_the_breaker_open(own_server):
+    """A master that became a replica replies to requests, but refuses writes."""
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         with own_server.client() as client, away(own_server.url):
@@ -228,11 +223,11 @@ async def test_a_store_that_only_reads_stays_open(own_server):
         await until(lambda: limiter.store_state == "closed")
 
 
-async def test_readiness_is_never_told_from_memory(own_server):
+async def test_readiness_is_never_cached(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         assert (await limiter.check())["store"] is None
         own_server.kill()
-        for _ in range(2):  # the first pays, the second is told by the breaker
+        for _ in range(2):  # the first takes its deadline, the second fails by the breaker
             assert (await limiter.check())["store"] is not None
         assert limiter.store_state == "open"
         own_server.start()
@@ -240,7 +235,7 @@ async def test_readiness_is_never_told_from_memory(own_server):
         assert (await limiter.check())["store"] is None
 
 
-async def test_a_limiter_that_starts_without_a_store_finds_it_by_itself(own_server):
+async def test_a_limiter_that_starts_without_a_store_connects_once_it_is_there(own_server):
     own_server.kill()
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         assert limiter.store_state == "open"
@@ -265,10 +260,10 @@ def test_the_sync_limiter_has_the_same_breaker(own_server):
         assert hold.commit("0.07").state == "committed"
 
 
-async def test_closing_while_it_is_open_is_quick_and_clean(own_server):
+async def test_closing_a_limiter_with_an_open_breaker_takes_no_deadline(own_server):
     limiter = AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S)
     await limiter.record("agent", "0.01")
-    stop(own_server)
+    own_server.pause()
     await refused(lambda: limiter.status("agent"))
     with Stopwatch() as took:
         await limiter.close()

@@ -1,4 +1,4 @@
-"""Whose context the store is asked in: an instrumentation of the driver must see a caller of the batch, no other."""
+"""A batch is sent in the context of one of its callers, as an instrumentation of the driver needs."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from ktrdr_budget.engine.transport.store import Store
 from ...conftest import Server, free_port
 from ...helpers.waiting import until
 
-caller: ContextVar[str] = ContextVar("caller", default="nobody")
+caller: ContextVar[str] = ContextVar("caller", default="limiter")
 BUDGETS = [Budget("agent", limit="100")]
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
-    """Per batch, in whose context it was sent, and what; as with an instrumented client, each is sent by a task."""
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """The caller in the context of each batch, and its arguments; a task sends each, as with instrumented clients."""
     found: list[tuple[str, str]] = []
     apply = Store.apply
 
@@ -38,50 +38,52 @@ async def record_as(limiter: AsyncBudgetLimiter, number: int) -> None:
     await limiter.record("agent", "0.01", id=f"id-{number:03d}")
 
 
-async def test_each_batch_is_sent_in_the_context_of_one_of_its_callers(server: Server, asked: list[tuple[str, str]]):
+async def test_each_batch_is_sent_in_the_context_of_one_of_its_callers(server: Server, batches: list[tuple[str, str]]):
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=10.0) as limiter:
-        asked.clear()
+        batches.clear()
         await asyncio.gather(*(record_as(limiter, number) for number in range(600)))
-    asked = [(name, sent) for name, sent in asked if " id-" in sent]  # others, without a call, are the limiter's own
-    assert len(asked) >= 5  # a batch takes 128 at most: the lane that the first caller opened has served others, too
-    for name, sent in asked:
+    batches = [(name, sent) for name, sent in batches if " id-" in sent]  # batches without a call are the limiter's own
+    assert len(batches) >= 5  # a batch takes at most 128 calls, so one lane has sent batches of several callers
+    for name, sent in batches:
         assert f" id-{name.removeprefix('caller-')} " in sent
 
 
-async def test_a_read_is_sent_in_its_callers_context(server: Server, monkeypatch: pytest.MonkeyPatch):
-    asked = []
+async def test_a_read_is_sent_in_the_context_of_its_caller(server: Server, monkeypatch: pytest.MonkeyPatch):
+    reads = []
     run = Store.run
 
     async def watched(self: Store, command: Any, deadline: float) -> Any:
-        asked.append((caller.get(), str(command)))
+        reads.append((caller.get(), str(command)))
         return await run(self, command, deadline)
 
     monkeypatch.setattr(Store, "run", watched)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         await asyncio.gather(*(record_as(limiter, number) for number in range(40)))
-        asked.clear()
+        reads.clear()
 
         async def read_as(number: int) -> None:
             caller.set(f"caller-{number:03d}")
             await limiter.get(f"id-{number:03d}")
 
         await asyncio.gather(*map(read_as, range(40)))
-    assert len(asked) == 40
-    for name, command in asked:
+    assert len(reads) == 40
+    for name, command in reads:
         assert f"id-{name.removeprefix('caller-')}" in command
 
 
-async def test_what_is_told_after_an_outage_is_on_nobodys_behalf(start_server: Any, asked: list[tuple[str, str]]):
+async def test_a_replay_after_an_outage_is_sent_in_the_context_of_no_caller(
+    start_server: Any, batches: list[tuple[str, str]]
+):
     port = free_port()
     url = f"redis://127.0.0.1:{port}"
     async with AsyncBudgetLimiter(url, BUDGETS, timeout=0.05, on_store_error="allow") as limiter:
         caller.set("caller-000")
         await limiter.record("agent", "0.01", id="id-000")
         assert limiter.deferred == 1
-        asked.clear()
-        await until(lambda: len(asked) >= 2)  # it asks whether the store is back
+        batches.clear()
+        await until(lambda: len(batches) >= 2)  # probes
         later = await asyncio.to_thread(start_server, None, "--port", str(port))
         await until(lambda: limiter.deferred == 0)
-        assert any("id-000" in sent for _, sent in asked)
-        assert {name for name, _ in asked} == {"nobody"}
+        assert any("id-000" in sent for _, sent in batches)
+        assert {name for name, _ in batches} == {"limiter"}
     later.kill()

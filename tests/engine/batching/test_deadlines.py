@@ -1,4 +1,4 @@
-"""Each call ends by its own deadline, whatever it waits behind (P12)."""
+"""Each call ends by its own deadline, whatever the deadline of the batch before it (P12)."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BUDGETS = [Budget("agent", "5.00")]
 
 @pytest.fixture
 async def hanging(server):
-    """A limiter of a store that hangs, with a batch under way that has twenty seconds left."""
+    """A limiter of a store that hangs, with a batch in flight whose deadline is in twenty seconds."""
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=20.0) as limiter:
         await limiter.record("agent", "0.01")
         with server.client() as client, away(server.url):
@@ -30,8 +30,8 @@ async def hanging(server):
         assert (await patient).state == "recorded"
 
 
-async def test_a_call_with_less_time_than_the_batch_before_it_ends_in_its_own(hanging):
-    """It has been to the store before: denied while holds were due, or to read the hold that it commits."""
+async def test_a_call_ends_by_its_deadline_behind_a_batch_with_a_later_one(hanging):
+    """The second request of a call (after a denial, say) has less time left than a first request."""
     hanging.engine.dispatcher.timeout_s = 0.2
     began = time.monotonic()
     with pytest.raises(StoreUnavailable) as ended, Stopwatch() as took:
@@ -41,12 +41,12 @@ async def test_a_call_with_less_time_than_the_batch_before_it_ends_in_its_own(ha
     assert not ended.value.ambiguous, "it was never sent"
 
 
-async def test_of_many_that_wait_each_ends_in_its_own_time(hanging):
-    async def lasts(seconds: float) -> float:
+async def test_each_of_many_waiting_calls_ends_by_its_own_deadline(hanging):
+    async def delay_s(seconds: float) -> float:
         hanging.engine.dispatcher.timeout_s = seconds
         with pytest.raises(StoreUnavailable), Stopwatch() as took:
             await hanging.record("agent", "0.01")
         return took.seconds - seconds
 
-    late = await asyncio.gather(*(lasts(0.5 - 0.02 * number) for number in range(10)))
+    late = await asyncio.gather(*(delay_s(0.5 - 0.02 * number) for number in range(10)))
     assert max(late) < 0.5, late

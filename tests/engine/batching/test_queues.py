@@ -1,4 +1,4 @@
-"""Which calls a batch takes: no kind of request starves another."""
+"""The choice of calls for a batch: no kind of request starves another."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def taken(batch: list[PendingCall]) -> str:
     return "".join(call.operation for call in batch)
 
 
-def test_a_batch_takes_all_that_waits_in_the_order_in_which_it_is_to_be_decided():
+def test_a_batch_takes_all_waiting_calls_in_the_order_of_their_kinds():
     assert taken(queues(R=2, E=2, D=2, G=1).take(16, 100)) == "DDEERRG"
 
 
@@ -93,7 +93,7 @@ def test_each_kind_has_a_share_of_the_windows_of_a_batch():
         assert set(taken(made.take(100, 400))) == set("NER")
 
 
-def test_what_is_put_back_comes_first_and_in_its_order():
+def test_returned_calls_come_first_and_in_their_order():
     made = queues(N=1, R=1)
     batch = [call("N"), call("R"), call("N"), call("R")]
     made.put_back(batch)
@@ -103,7 +103,7 @@ def test_what_is_put_back_comes_first_and_in_its_order():
     assert again.index(batch[2]) == 1 and again.index(batch[3]) == 4
 
 
-def test_what_was_cancelled_before_it_was_sent_is_left_out_unless_it_is_a_fact():
+def test_a_call_cancelled_before_it_is_sent_is_dropped_unless_it_is_a_settlement():
     made = Queues()
     kinds = "DNLEGR"
     for kind in kinds:

@@ -1,4 +1,4 @@
-"""The arithmetic of a lease, without a store: random histories against a plain model."""
+"""The arithmetic of leases, without a store: random histories against a plain model."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def nanos(units: int) -> Decimal:
     return Decimal(units) / 10**9
 
 
-class Book:
-    """What a chunk is in the model: reserved, spent, and open grants."""
+class ChunkModel:
+    """A chunk in the model: reserved, spent and granted units."""
 
     def __init__(self, reserved: int, ends_ms: int) -> None:
         self.reserved, self.ends_ms, self.spent, self.open = reserved, ends_ms, 0, 0
@@ -47,14 +47,14 @@ actions = st.one_of(
 def test_random_histories_agree_with_plain_arithmetic(history):
     now_ms = [0]
     chunks = chunks_at(now_ms)
-    granting: list[Book] = []
-    books: list[tuple[Chunk, Book]] = []
-    grants: list[tuple[Grant, Book, int]] = []
+    granting: list[ChunkModel] = []
+    models: list[tuple[Chunk, ChunkModel]] = []
+    grants: list[tuple[Grant, ChunkModel, int]] = []
 
-    def find(units: int) -> Book | None:
+    def find(units: int) -> ChunkModel | None:
         while granting and now_ms[0] >= granting[0].ends_ms:
             granting.pop(0)
-        granting[:] = [book for book in granting if now_ms[0] < book.ends_ms]
+        granting[:] = [model for model in granting if now_ms[0] < model.ends_ms]
         if len(granting) == 2 and granting[0].room(now_ms[0]) < units:
             granting.pop(0)
         return granting[0] if granting and granting[0].room(now_ms[0]) >= units else None
@@ -62,49 +62,49 @@ def test_random_histories_agree_with_plain_arithmetic(history):
     for action, *figures in history:
         if action == "add":
             made = Chunk(object(), figures[0], now_ms[0] + figures[1])  # type: ignore[arg-type]
-            book = Book(figures[0], now_ms[0] + figures[1])
+            model = ChunkModel(figures[0], now_ms[0] + figures[1])
             with chunks.lock:
                 chunks.leave_ended(now_ms[0])
             chunks.add(made)
-            granting[:] = [*[other for other in granting if now_ms[0] < other.ends_ms][-1:], book]
-            books.append((made, book))
+            granting[:] = [*[other for other in granting if now_ms[0] < other.ends_ms][-1:], model]
+            models.append((made, model))
         elif action == "wait":
             now_ms[0] += figures[0]
         elif action == "spend":
-            book_or_none = find(figures[0]) if figures[0] else None
+            model_or_none = find(figures[0]) if figures[0] else None
             try:
                 chunks.spend(nanos(figures[0]))
             except BudgetExceeded:
-                assert book_or_none is None
+                assert model_or_none is None
             else:
-                assert book_or_none is not None or not figures[0]
-                if book_or_none is not None:
-                    book_or_none.spent += figures[0]
+                assert model_or_none is not None or not figures[0]
+                if model_or_none is not None:
+                    model_or_none.spent += figures[0]
         elif action == "reserve":
-            book_or_none = find(figures[0])
+            model_or_none = find(figures[0])
             try:
                 grant = chunks.reserve(nanos(figures[0]))
             except BudgetExceeded:
-                assert book_or_none is None
+                assert model_or_none is None
             else:
-                assert book_or_none is not None
-                book_or_none.open += figures[0]
-                grants.append((grant, book_or_none, figures[0]))
+                assert model_or_none is not None
+                model_or_none.open += figures[0]
+                grants.append((grant, model_or_none, figures[0]))
         elif action == "settle" and grants:
-            grant, book, reserved = grants.pop(figures[0] % len(grants))
+            grant, model, reserved = grants.pop(figures[0] % len(grants))
             grant.commit(nanos(figures[1]))
-            book.open -= reserved
-            book.spent += figures[1]
-        for chunk, book in books:
-            assert (chunk.reserved, chunk.spent, chunk.granted) == (book.reserved, book.spent, book.open)
-        assert chunks.spent == nanos(sum(book.spent for _, book in books))
-        assert chunks.held == nanos(sum(book.open for _, book in books))
-        assert sum(chunk.spent + chunk.granted for chunk, _ in books) <= sum(
-            max(book.reserved, book.spent + book.open) for _, book in books
+            model.open -= reserved
+            model.spent += figures[1]
+        for chunk, model in models:
+            assert (chunk.reserved, chunk.spent, chunk.granted) == (model.reserved, model.spent, model.open)
+        assert chunks.spent == nanos(sum(model.spent for _, model in models))
+        assert chunks.held == nanos(sum(model.open for _, model in models))
+        assert sum(chunk.spent + chunk.granted for chunk, _ in models) <= sum(
+            max(model.reserved, model.spent + model.open) for _, model in models
         )
 
 
-def test_what_does_not_fit_changes_nothing_and_says_why():
+def test_a_refused_amount_changes_nothing_and_the_error_has_the_figures():
     chunks = chunks_at([0], 100)
     chunks.spend(nanos(60))
     with pytest.raises(BudgetExceeded) as denied:
@@ -117,14 +117,14 @@ def test_what_does_not_fit_changes_nothing_and_says_why():
     assert (chunks.spent, chunks.remaining) == (nanos(100), 0)
 
 
-def test_a_store_that_does_not_answer_is_another_reason():
+def test_an_empty_lease_without_a_store_raises_the_error_of_the_refill():
     chunks = chunks_at([0], 100)
-    chunks.last_refill_error = StoreUnavailable("store at x gave no answer")
+    chunks.last_refill_error = StoreUnavailable("store at x sent no reply")
     with pytest.raises(StoreUnavailable, match=r"the lease of 'agent' has \$0.0000001 left: store at x"):
         chunks.reserve("0.01")
 
 
-def test_nothing_is_granted_from_a_chunk_of_a_window_that_has_ended():
+def test_a_chunk_grants_nothing_after_the_end_of_its_window():
     now_ms = [999]
     chunks = chunks_at(now_ms, 100)
     grant = chunks.reserve(nanos(10))
@@ -136,7 +136,7 @@ def test_nothing_is_granted_from_a_chunk_of_a_window_that_has_ended():
     assert chunks.remaining == 0
 
 
-def test_the_next_chunk_takes_over_where_the_first_has_too_little():
+def test_the_next_chunk_is_used_where_the_first_has_too_little():
     chunks = chunks_at([0], 10, 100)
     chunks.spend(nanos(8))
     chunks.spend(nanos(3))
@@ -157,7 +157,7 @@ def test_a_grant_is_settled_once():
     assert repr(grant) == "<Grant agent $0.00000001 committed $0.000000004>"
 
 
-def test_a_grant_as_a_context_manager():
+def test_a_grant_is_a_context_manager():
     chunks = chunks_at([0], 100)
     with chunks.reserve(nanos(10)):
         pass
@@ -168,7 +168,7 @@ def test_a_grant_as_a_context_manager():
     assert (chunks.spent, chunks.held) == (nanos(13), 0)
 
 
-def test_a_commit_above_its_grant_is_a_fact_and_takes_more_of_the_chunk():
+def test_a_commit_above_its_grant_is_recorded_and_takes_more_of_the_chunk():
     chunks = chunks_at([0], 100)
     chunks.reserve(nanos(90)).commit(nanos(95))
     assert chunks.remaining == nanos(5)
@@ -179,7 +179,7 @@ def test_a_commit_above_its_grant_is_a_fact_and_takes_more_of_the_chunk():
 
 
 @pytest.mark.parametrize("amount", [True, -1, "x", None, float("nan"), "1e9999999"])
-def test_what_is_no_amount_is_refused(amount):
+def test_invalid_amounts_are_refused(amount):
     chunks = chunks_at([0], 100)
     for decide in (chunks.spend, chunks.reserve):
         with pytest.raises(InvalidAmount):
@@ -190,8 +190,8 @@ def test_what_is_no_amount_is_refused(amount):
     assert chunks.spent == 0
 
 
-def test_equal_numbers_of_other_types_keep_their_meaning():
-    """0.1 is read through its repr; the Decimal that equals it exactly is a little more, and rounds up."""
+def test_a_float_is_read_through_its_repr_and_a_decimal_exactly():
+    """The Decimal that equals the float 0.1 exactly is a little more than 0.1, and rounds up."""
     chunks = chunks_at([0], 10**9)
     exactly = Decimal.from_float(0.1)
     chunks.spend(exactly)

@@ -54,16 +54,16 @@ def test_an_entry_is_parsed_from_its_text():
     assert public.at.isoformat() == "2025-11-23T12:00:00.123000+00:00"
 
 
-def test_a_summary_says_how_many_entries_were_trimmed_and_has_no_number():
+def test_a_summary_has_the_number_of_trimmed_entries_and_no_id():
     summary = parse_entry("1763899200123456 90 carried 9 - - -")
     assert (summary.trimmed_count, summary.hold_id) == (9, "")
     assert public_entry(summary, 9, "usd").entry_id == ""
     missing = parse_entry("1763899200123456 90 carried - ledger%20%2B90 - -")
-    assert missing.trimmed_count == 0, "an entry that a repair has added is none of these"
+    assert missing.trimmed_count == 0, "the entry of a repair is no summary"
 
 
 @pytest.mark.parametrize("text", ["", "1763899200123456", "1763899200123456 - commit op_1 - - -", "a 1 commit o - - -"])
-def test_another_text_is_not_an_entry(text):
+def test_an_invalid_text_is_not_an_entry(text):
     with pytest.raises(ValueError, match=r"unpack|invalid literal"):
         parse_entry(text)
 
@@ -76,7 +76,7 @@ async def test_the_store_has_time_amount_and_labels_of_an_entry(client, limiter)
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])
-async def test_pages_name_each_entry_once_newest_first(limiter, limit):
+async def test_pages_contain_each_entry_once_newest_first(limiter, limit):
     await record(limiter, *range(1, 8))
     assert await numbers_of_pages(limiter, limit) == ["7", "6", "5", "4", "3", "2", "1"]
 
@@ -124,19 +124,19 @@ async def test_a_cursor_beyond_the_newest_entry_restarts(limiter):
     assert ([entry.entry_id for entry in page], page.trimmed) == (["2", "1"], True)
 
 
-async def test_the_cursor_of_the_first_entry_ends_the_list(limiter):
+async def test_the_page_after_the_first_entry_is_empty(limiter):
     await record(limiter, 1, 2)
     page = await limiter.ledger("agent", cursor="1")
     assert (page.items, page.trimmed, page.next_cursor) == ((), False, None)
 
 
 @pytest.mark.parametrize("cursor", ["", "0", "-1", "1-0", "01", "x", "1" * 17, 5])
-async def test_other_cursors_are_refused(limiter, cursor):
+async def test_invalid_cursors_are_refused(limiter, cursor):
     with pytest.raises(InvalidArgument, match="not a cursor"):
         await limiter.ledger("agent", cursor=cursor)
 
 
-async def test_a_ledger_that_was_deleted_begins_anew_and_expires_with_its_window(client, limiter):
+async def test_a_deleted_ledger_starts_empty_and_expires_with_its_window(client, limiter):
     await record(limiter, 1)
     ttl_ms, key = client.pttl(ledger_key(client)), ledger_key(client)
     client.delete(key)
@@ -144,13 +144,13 @@ async def test_a_ledger_that_was_deleted_begins_anew_and_expires_with_its_window
     assert abs(client.pttl(key) - ttl_ms) < 60_000
 
 
-async def test_an_audit_reads_of_a_trimmed_ledger_only_what_is_new(server, client, limiter):
+async def test_an_audit_reads_only_the_new_entries_of_a_trimmed_ledger(server, client, limiter):
     with Auditor(server.url) as auditor:
         for first in range(1, 40, 3):
             await record(limiter, first, first + 1, first + 2)
             [report] = auditor.check()
             assert report.conclusive and report.adds_up
-            assert report.unconfirmed_sum == 0, "what was trimmed since is known to it"
+            assert report.unconfirmed_sum == 0, "the auditor had read the trimmed entries"
     assert parse_entry(client.lindex(ledger_key(client), 0)).trimmed_count > 0
     with Auditor(server.url) as another:
         [report] = another.check()
@@ -158,7 +158,7 @@ async def test_an_audit_reads_of_a_trimmed_ledger_only_what_is_new(server, clien
 
 
 @pytest.mark.parametrize("damage", ["removed", "changed"])
-async def test_an_audit_notices_that_an_entry_it_has_read_is_gone(server, client, limiter, damage):
+async def test_an_audit_notices_the_loss_or_change_of_an_entry_it_has_read(server, client, limiter, damage):
     await record(limiter, 1, 2, 3)
     with Auditor(server.url) as auditor:
         assert all(report.adds_up for report in auditor.check())

@@ -1,4 +1,4 @@
-"""The scripts of `lua/` on a real server: every word of their replies, exact figures, and no undeclared key."""
+"""The scripts of `lua/` on a real server: each reply, exact figures, and no undeclared key."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from ...helpers.waiting import wait_until
 LUA = Path(__file__).parents[3] / "lua"
 DAY_MS = 86_400_000
 TIMES = "c 9999999999999 1764000000000000 0"
-"""Of a record: policy, deadline, when it was granted, and when it grew."""
+"""Fields of a record: policy, deadline, time of the grant, time of the last growth."""
 BUDGETS = [
     Budget("agent", "5.00"),
     Budget("cycles", 10, unit="cycles"),
@@ -42,7 +42,7 @@ BUDGETS = [
 
 
 class Raw(Operation):
-    """An operation in the letters of the wire, whose reply is the line as it came."""
+    """An operation given as its text on the wire; its reply is the unparsed line."""
 
     def __init__(self, hold_id: str, key: str, rendered: Rendered, fast: Rendered | None = None) -> None:
         super().__init__(hold_id, key, [window for window, _ in rendered[1]])
@@ -62,7 +62,7 @@ class Raw(Operation):
 
 
 class Wire:
-    """Speaks to the write script in the words that its headers describe."""
+    """Sends requests to the write scripts in the form that their headers describe."""
 
     def __init__(self, client: redis.Redis, budgets: list[Budget] = BUDGETS, **settings: int) -> None:
         self.client = client
@@ -80,7 +80,7 @@ class Wire:
         hold_id = words.pop(0)
         key = self.session.keys.hold(hold_id)
         windows = [(self.session.current_window(name), tail) for name, tail in parts.items()]
-        if letter == "K":  # the rest is the head of its record; a tail says base, reserved, accrued and charged
+        if letter == "K":  # head: that of the record; tail: base, reserved, accrued, charged
             segments = [f"|{window.flag},{window.name},{tail}" for window, tail in windows]
             record = " ".join(words) + "".join(segments)
             return Raw(hold_id, key, Restore(hold_id, key, [window for window, _ in windows], record).render())
@@ -95,7 +95,7 @@ class Wire:
         return Raw(hold_id, key, (head, windows, ""))
 
     def commit(self, hold_id: str, *, counted: dict[str, int], **spent: int) -> Raw:
-        """One that may take the fast path."""
+        """A commit that may take the fast path."""
         windows = [self.session.current_window(name) for name in spent]
         key = self.session.keys.hold(hold_id)
         amounts = [CommitAmount(CommitMode.EXACT, units) for units in spent.values()]
@@ -180,7 +180,7 @@ def test_every_lua_file_that_is_shipped_is_part_of_a_script_that_runs():
 
 
 def test_no_amount_is_ever_formatted_by_lua():
-    """`tostring` and `..` print a double of 15 digits as 1.23e+14."""
+    """`tostring` and `..` format a double of 15 digits as 1.23e+14."""
     for path in LUA.glob("*.lua"):
         code = "\n".join(line.split("--")[0] for line in path.read_text(encoding="utf-8").splitlines())
         assert "tostring(" not in code, path.name
@@ -349,7 +349,7 @@ def test_a_restored_hold_of_other_contents_is_a_conflict(wire):
     assert wire.request(f"K op_2 c {TIMES} - - -", agent=",5,,5") == f"c {wire.record('op_2')}"
 
 
-# -- a window that was begun and is not here ---------------------------------------------------------------------------
+# -- a window whose key is missing -------------------------------------------------------------------------------------
 
 TOUCHING = {
     "R new 60000 c - - -": ":150",
@@ -389,7 +389,7 @@ def begun(client, wire) -> Wire:
 
 
 def stored(wire: Wire) -> dict[str, object]:
-    """All but what each batch may write."""
+    """All keys except those that each batch may write."""
     everything = dump(wire.client)
     for key in (wire.session.keys.meta, wire.session.keys.replicas):
         del everything[key]
@@ -466,7 +466,7 @@ def test_a_settlement_on_behalf_counts_in_the_subtotal_of_the_other_replica(clie
         "the replayed subtotal of that replica includes it"
     )
     assert wire.sums("agent") == figures(spent=100, events=4)
-    client.hset(wire.session.keys.meta, "epoch", "3.another")  # after another loss, that replica has not replayed yet
+    client.hset(wire.session.keys.meta, "epoch", "3.another")  # another loss; that replica has not replayed
     wire.session.renew()
     assert wire.request(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "k - 5"
 
@@ -615,7 +615,7 @@ def test_a_hold_that_is_restored_after_its_deadline_is_due(wire):
 
 @pytest.mark.parametrize("schema", ["1", "2", "30"])
 def test_a_store_of_another_schema_is_refused(client, wire, schema):
-    """Of an earlier one, too: its ledgers are of another type, for one."""
+    """Whether older or newer; the ledgers of an older one are of another type, for example."""
     client.hset("ktrdr:{t}:meta", "epoch", schema + ".0123456789abcdef")
     with pytest.raises(redis.ResponseError, match="KTRDRSCHEMA"):
         wire.reserve("op_1", agent=150)
@@ -625,11 +625,11 @@ def test_a_store_of_another_schema_is_refused(client, wire, schema):
     assert list(client.scan_iter()) == ["ktrdr:{t}:meta"]
 
 
-# -- whose limit is in force -------------------------------------------------------------------------------------------
+# -- the limit in force ------------------------------------------------------------------------------------------------
 
 
 def with_limit(client: redis.Redis, limit: str, started_us: int, replica: str = "") -> Wire:
-    """A replica that started at this time of the store."""
+    """A replica that started at this time of the store's clock."""
     made = Wire(client, [Budget("agent", limit)])
     made.session.renew()
     made.session.replica_id = replica or made.session.replica_id
@@ -659,7 +659,7 @@ def test_a_start_in_the_future_of_the_store_counts_as_now(client, wire):
     assert limit_in_force(wire) == str(2 * 10**9)
     later = with_limit(client, "3.00", wire.now_us())
     later.reserve("op_2", agent=1)
-    ahead.reserve("op_3", agent=1)  # it has learned from the reply what its start counts as
+    ahead.reserve("op_3", agent=1)  # with the start that the store has assigned to it
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
@@ -673,22 +673,22 @@ def test_a_limit_that_was_asserted_before_the_clock_was_set_back_is_replaced(cli
 
 def test_a_replica_that_does_not_know_the_clock_of_the_store_sends_its_age(client, wire):
     before_us = wire.now_us()
-    unknowing = Wire(client)
-    unknowing.session.renew()
-    sent = unknowing.session.header
+    unsynced = Wire(client)
+    unsynced.session.renew()
+    sent = unsynced.session.header
     assert (sent.started_us, 0 <= sent.age_us < 10_000_000) == (None, True)
-    unknowing.reserve("op_1", agent=1)
+    unsynced.reserve("op_1", agent=1)
     started_us, replica = client.hget(wire.session.current_window("agent").key, "asserted").split(" ")
-    assert before_us - 1_000_000 < int(started_us) <= unknowing.head.now_us
-    assert (int(started_us), replica) == unknowing.session.claim, "both know exactly the same"
+    assert before_us - 1_000_000 < int(started_us) <= unsynced.head.now_us
+    assert (int(started_us), replica) == unsynced.session.claim, "the store and the replica have the same claim"
 
 
-# -- the simple way ----------------------------------------------------------------------------------------------------
+# -- the fast path -----------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def usual(wire: Wire) -> Wire:
-    """Everything is as the simple script wants it: each budget has its window, and this replica's limit."""
+    """A store on which the fast path applies: each budget has its window with this replica's limit."""
     wire.reserve("first", agent=1, cycles=1, jobs=1, all=1)
     return wire
 
@@ -697,24 +697,22 @@ def test_the_fast_path_writes_the_same_as_the_full_script(client, usual):
     amounts, spent = {"agent": 150, "cycles": 2, "jobs": 1}, {"agent": 151, "cycles": 1, "jobs": 0}
     parts = {name: f":{units}" for name, units in amounts.items()}
     records, sums, expiries = {}, {}, {}
-    for simple in (False, True):
-        hold_id = f"op_{simple}"
+    for fast in (False, True):
+        hold_id = f"op_{fast}"
         before = {name: usual.sums(name) for name in amounts}
-        assert usual.send(usual.op(f"R {hold_id} 60000 a me research t1", **parts), fast=simple) == ["g"]
+        assert usual.send(usual.op(f"R {hold_id} 60000 a me research t1", **parts), fast=fast) == ["g"]
         assert client.zscore("ktrdr:{t}:due", hold_id) == int(usual.record(hold_id).split(" ")[2])
         granted, expires_ms = usual.record(hold_id), client.pexpiretime(usual.session.keys.hold(hold_id))
         commit = usual.commit(hold_id, counted=amounts, **spent)
-        [line] = usual.send(commit, fast=simple)
-        assert line == ("k" if simple else "k o 151,1,0")
+        [line] = usual.send(commit, fast=fast)
+        assert line == ("k" if fast else "k o 151,1,0")
         assert client.zscore("ktrdr:{t}:due", hold_id) is None
         assert 0 < client.pttl(usual.session.keys.hold(hold_id)) <= DAY_MS
         times = granted.split(" ")[2:4]
-        records[simple] = [
-            text.replace(times[0], "").replace(times[1], "") for text in (granted, usual.record(hold_id))
-        ]
-        expiries[simple] = expires_ms
+        records[fast] = [text.replace(times[0], "").replace(times[1], "") for text in (granted, usual.record(hold_id))]
+        expiries[fast] = expires_ms
         after = {name: usual.sums(name) for name in amounts}
-        sums[simple] = {name: {key: after[name][key] - before[name][key] for key in before[name]} for name in before}
+        sums[fast] = {name: {key: after[name][key] - before[name][key] for key in before[name]} for name in before}
     assert records[True] == records[False]
     assert 0 <= expiries[True] - expiries[False] < 60_000, "of windows without end: long after now"
     assert sums[True] == sums[False]
@@ -816,7 +814,7 @@ def test_the_fast_path_counts_holds_always_below_a_small_bound_and_else_only_if_
     second = client.time()[0]
     wait_until(lambda: client.time()[0] > second)
     wire.request("X op_1", agent="")  # the full script counts them once a second
-    assert reserve("op_3") == ["g"], "nothing was written, so nothing was noted"
+    assert reserve("op_3") == ["g"], "a denial does not update the flag"
     wait_until(lambda: client.time()[0] > second + 1)
     wire.request("N op_4 0 - -", agent=":1")
     assert client.hget("ktrdr:{t}:meta", "many_holds") == "1"
@@ -855,7 +853,7 @@ def test_windows_and_ledgers_expire_a_day_and_the_retention_after_their_end(clie
 
 
 def test_upstash_an_id_expires_with_its_memory(client):
-    """Its script compared a number with a string, so that the expiry was never set."""
+    """Upstash's script compared a number with a string, so it never set the expiry."""
     wire = Wire(client, id_memory_ms=40)
     for hold_id, settle in (("op_1", "D op_1"), ("op_2", "L op_2 0")):
         wire.reserve(hold_id, agent=150)
@@ -866,13 +864,13 @@ def test_upstash_an_id_expires_with_its_memory(client):
     assert wire.sums("agent") == figures(spent=90, events=2)
 
 
-@pytest.mark.parametrize("simple", [False, True])
-def test_an_endless_ledger_stays_bounded_and_adds_up(client, simple):
+@pytest.mark.parametrize("fast", [False, True])
+def test_an_endless_ledger_stays_bounded_and_adds_up(client, fast):
     wire = Wire(client, ledger_entries_max=500)
     wire.reserve("first", all=1)
     for first in range(0, 3000, 100):
         ids = [f"op_{n}" for n in range(first, first + 100)]
-        if simple:
+        if fast:
             wire.send(*(wire.op(f"R {hold_id} 60000 c - - -", all=":5000") for hold_id in ids), fast=True)
             commits = [wire.commit(hold_id, counted={"all": 5000}, all=int(hold_id[3:])) for hold_id in ids]
             wire.send(*commits, fast=True)
@@ -881,11 +879,11 @@ def test_an_endless_ledger_stays_bounded_and_adds_up(client, simple):
     assert sum(wire.ledger("all")) == wire.sums("all")["spent"] == sum(range(3000))
     first, *others = wire.entries("all")
     assert len(others) < 500 and "carried" not in {entry.kind for entry in others}
-    assert (first.kind, int(first.hold_id) + len(others)) == ("carried", 3000), "it says how many it summarises"
+    assert (first.kind, int(first.hold_id) + len(others)) == ("carried", 3000), "number of trimmed entries"
 
 
 def test_a_ledger_of_huge_entries_is_trimmed_exactly(client):
-    """Sums of 2^53 and more are not exact in Lua: the store adds them up."""
+    """Lua's sums of 2^53 and more are not exact, so HINCRBY adds them up."""
     wire, huge = Wire(client, ledger_entries_max=100), 2**53 - 3
     for first in range(0, 400, 100):
         wire.send(*(wire.op(f"N op_{n} 0 - -", all=f":{huge}") for n in range(first, first + 100)))
@@ -897,14 +895,14 @@ def test_a_ledger_of_huge_entries_is_trimmed_exactly(client):
     assert client.hexists(wire.session.current_window("all").key, "carried") == 0
 
 
-def test_replicas_that_were_silent_for_days_are_forgotten(client, wire):
+def test_replicas_without_a_request_for_days_are_removed(client, wire):
     now_s = client.time()[0]
     for number in range(20):
         age_s = 200_000 if number % 2 else 1000
         client.hset("ktrdr:{t}:meta", f"r:old{number}", 7)
         client.zadd("ktrdr:{t}:replicas", {f"old{number}": now_s - age_s})
     wire.reserve("op_1", agent=150)
-    assert client.zcard("ktrdr:{t}:replicas") == 21, "among few, none is forgotten: the store's clock may have jumped"
+    assert client.zcard("ktrdr:{t}:replicas") == 21, "few replicas are kept: the store's clock may have jumped"
     recent = {f"recent{number}": now_s for number in range(2048)}
     client.zadd("ktrdr:{t}:replicas", recent)
     wait_until(lambda: client.time()[0] > now_s + 1)
@@ -920,7 +918,7 @@ def test_replicas_that_were_silent_for_days_are_forgotten(client, wire):
 
 @pytest.fixture
 def strict(client: redis.Redis) -> Callable[[Wire], None]:
-    """From now on, a wire may touch the keys that its last request declared, and no others."""
+    """Restrict the user of a wire to the keys that its last request declared."""
 
     def restrict(wire: Wire) -> None:
         kwargs = {"enabled": True, "nopass": True, "categories": ["+@all"], "reset": True}
@@ -942,7 +940,7 @@ def test_the_server_refuses_an_undeclared_key(server, client, strict):
 
 
 def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, client, strict):
-    """Scripts that make up keys fail on a cluster, or fail open."""
+    """Scripts that use undeclared keys fail on a cluster, or fail open."""
     setup, settle = Wire(client, ledger_entries_max=1), {"agent": ":x70", "cycles": ":x1"}
     for number in range(12):
         setup.reserve(f"op_{number}", 1000 if number < 6 else 60_000, agent=150, cycles=1)
@@ -975,9 +973,9 @@ def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, cl
             strict(wire)
             [line] = wire.send(op)
             assert line[0] in "gpdkex", (head, line)
-    client.hdel("ktrdr:{t}:meta", "recovering_until")  # there were words of repair among them
-    simple = setup.commit("op_6", counted={"agent": 150, "cycles": 1}, agent=70, cycles=1)
-    ops = [simple, setup.op("R newer 60000 c - - -", agent=":150")]
+    client.hdel("ktrdr:{t}:meta", "recovering_until")  # set by the replays among the requests
+    fast = setup.commit("op_6", counted={"agent": 150, "cycles": 1}, agent=70, cycles=1)
+    ops = [fast, setup.op("R newer 60000 c - - -", agent=":150")]
     _, setup.keys, _ = encode_batch(setup.session.keys, setup.session.header, ops, use_fast_path=True)
     with server.client() as other:
         setup.client = other
@@ -986,7 +984,7 @@ def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, cl
     client.acl_deluser("strict")
 
 
-# -- scripts that the server does not know -----------------------------------------------------------------------------
+# -- scripts that the server has not loaded ----------------------------------------------------------------------------
 
 
 async def test_pyratelimiter_script_flush_is_invisible_to_callers(server, client):

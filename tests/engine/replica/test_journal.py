@@ -53,7 +53,7 @@ def grant(journal: Journal, hold_id: str, now_ms: int, labels: str = "- - -") ->
 
 
 def texts(op: Operation) -> tuple[str, list[str]]:
-    """An operation as it is sent: head and tail, and its windows."""
+    """The text of an operation on the wire (head and tail), and the texts of its windows."""
     head, parts, tail = op.render()
     return head + tail, [f"{window.budget}{amounts}" for window, amounts in parts]
 
@@ -89,7 +89,7 @@ NAME = AGENT.name
         (release("a", AGENT), "k - 0", (f"K a\nr {AT} - - -|u,{NAME},,0,,", ["agent:"])),
     ],
 )
-def test_a_settlement_of_an_unknown_hold_is_replayed_as_it_was(op, line, again):
+def test_a_settlement_without_its_reservation_is_replayed(op, line, again):
     journal = Journal()
     settle(journal, op, line)
     [replayed] = journal.settlements(KEYS, NOW_MS)
@@ -110,8 +110,7 @@ def test_a_replay_counts_for_the_replica_that_settled_first():
     assert totals(journal) == {"agent": 5}
 
 
-def test_a_replay_counts_here_if_this_replica_settled_first():
-    """The first reply was lost."""
+def test_a_settlement_with_a_lost_reply_counts_for_this_replica():
     journal = Journal("me")
     settle(journal, commit("own", (AGENT, 5), (EVER, 5)), "p - 5,5 me")
     settle(journal, spend("spent", (AGENT, 2)), "p - 2 me agent:today")
@@ -119,7 +118,7 @@ def test_a_replay_counts_here_if_this_replica_settled_first():
     assert totals(journal) == {"agent": 7, "ever": 5}
 
 
-def test_the_stores_record_decides_which_replica_a_settlement_counts_for():
+def test_the_record_of_the_store_decides_for_which_replica_a_settlement_counts():
     journal = Journal("me")
     op = commit("a", (AGENT, 7))
     settle(journal, op, "k - 7")
@@ -133,7 +132,7 @@ def test_the_stores_record_decides_which_replica_a_settlement_counts_for():
     assert totals(journal) == {"agent": 7}
 
 
-def test_open_holds_are_checked_some_at_a_time_and_all_in_turn():
+def test_open_holds_are_checked_in_turn_a_few_at_a_time():
     journal = Journal()
     for number in range(5):
         grant(journal, f"op_{number}", NOW_MS)
@@ -169,13 +168,13 @@ def test_a_hold_is_kept_until_it_is_settled_or_too_old():
     [hold] = journal.holds(KEYS)
     journal.extended("b", hold.text, [AGENT], (NOW_MS + 2) * 1000)
     journal.settlements(KEYS, NOW_MS + HOLD_AGE_MAX_MS + 1)
-    assert len(journal.holds(KEYS)) == 1, "the store had it since"
+    assert len(journal.holds(KEYS)) == 1, "the store had the hold since"
     journal.settlements(KEYS, NOW_MS + HOLD_AGE_MAX_MS + 3)
     assert journal.holds(KEYS) == []
     assert HOLD_AGE_MAX_MS <= AGE_MAX_MS, "else it would be replayed for longer than its settlement by another replica"
 
 
-def test_a_hold_that_the_store_was_seen_to_have_is_as_young_as_that():
+def test_the_age_of_a_hold_is_counted_from_its_last_record_in_the_store():
     journal = Journal()
     grant(journal, "b", NOW_MS)
     [hold] = journal.holds(KEYS)
@@ -212,7 +211,7 @@ def test_a_settlement_is_replayed_with_the_reservation(make, line, settled, gran
     assert again.text == f"{head}|u,{NAME},5,6,3,{spent}|s,{JOBS.name},,1,,{slots}"
 
 
-def test_the_spend_of_an_id_that_is_used_again_stays_in_the_subtotal():
+def test_the_spend_of_a_reused_id_stays_in_the_subtotal():
     """The store drops an id a day after its settlement."""
     journal = Journal()
     for units, now_ms in ((7, NOW_MS), (5, NOW_MS + 2 * AGE_MAX_MS)):
@@ -222,8 +221,8 @@ def test_the_spend_of_an_id_that_is_used_again_stays_in_the_subtotal():
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_a_settlement_that_was_lost_and_is_made_again_counts_once(monkeypatch, others):
-    """The store records it anew, before it has been replayed."""
+def test_a_lost_settlement_that_the_caller_retries_counts_once(monkeypatch, others):
+    """The store records the retry before the replay."""
     monkeypatch.setattr(journals, "SETTLEMENTS_MAX", 4)
     journal = Journal()
     settle(journal, spend("a", (EVER, 7)), "k - 7")
@@ -234,7 +233,7 @@ def test_a_settlement_that_was_lost_and_is_made_again_counts_once(monkeypatch, o
 
 
 @pytest.mark.parametrize(("mode", "line"), [("1", "k - 0"), ("1", "p - 0"), ("i", "k l 0"), ("i", "p - 0")])
-def test_a_hold_that_an_operator_released_is_kept_as_one_that_is_not_settled(mode, line):
+def test_a_hold_that_an_operator_released_is_kept_as_unsettled(mode, line):
     journal = Journal()
     grant(journal, "a", NOW_MS)
     settle(journal, release("a", AGENT, mode=mode), line)

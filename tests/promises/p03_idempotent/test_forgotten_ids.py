@@ -8,7 +8,7 @@ from decimal import Decimal
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, UnknownHold
-from ktrdr_budget.engine.replica import journal as memory
+from ktrdr_budget.engine.replica import journal
 
 from ...helpers.keyspace import ledger_sum, sums
 from ...helpers.waiting import until
@@ -131,8 +131,7 @@ async def test_a_hold_from_days_ago_is_restored(clocked_server, limiter, client)
     for _ in range(3):
         clocked_server.advance(9 * HOUR_S)
         await limiter.status("ever")
-        now_ms = limiter.engine.state.now_ms()
-        await until(lambda now_ms=now_ms: limiter.engine.state.journal._holds["op_1"][2] > (now_ms - 1000) * 1000)
+        await limiter.engine.dispatcher.repair.check_holds()
     client.flushall()
     status = await limiter.status("ever")
     assert (status.held, status.unconfirmed) == (0, Decimal("0.15"))
@@ -140,7 +139,7 @@ async def test_a_hold_from_days_ago_is_restored(clocked_server, limiter, client)
 
 
 async def test_the_commit_of_a_lost_hold_that_the_journal_has_dropped_is_recorded(limiter, client, monkeypatch):
-    monkeypatch.setattr(memory, "HOLDS_MAX", 2)
+    monkeypatch.setattr(journal, "HOLDS_MAX", 2)
     holds = [await limiter.reserve("agent", "0.15", id=f"op_{number}") for number in range(5)]
     client.flushall()
     assert (await limiter.status("agent")).held < Decimal("0.75")

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
-from ktrdr_budget.engine.batching import loss_repair as recovery
+from ktrdr_budget.engine.batching import loss_repair
 
 from ...helpers.waiting import until
 
@@ -40,12 +40,13 @@ def test_a_sync_limiter_logs_the_warning_too(evicting, caplog):
 
 
 async def test_a_limiter_that_is_used_without_a_start_logs_the_warning_soon(evicting, caplog, monkeypatch):
-    monkeypatch.setattr(recovery, "PULSE_S", 0.05)
+    monkeypatch.setattr(loss_repair, "PULSE_S", 0.05)
     limiter = AsyncBudgetLimiter(evicting.url, BUDGETS)
     await limiter.reserve("agent", "0.15")
     await until(lambda: warnings(caplog))
-    pulses = limiter.engine.dispatcher.repair._pulses
-    await until(lambda: limiter.engine.dispatcher.repair._pulses > pulses + 5)
+    repair = limiter.engine.dispatcher.repair
+    pulses = repair.pulses
+    await until(lambda: repair.pulses > pulses + 5)
     assert len(warnings(caplog)) == 1
     await limiter.close()
 

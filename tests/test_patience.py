@@ -1,4 +1,4 @@
-"""The tests' own patience: who has how much time, and what a stall of the machine counts."""
+"""The timeouts of limiters in this test run, and stalls of the machine."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-
-import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
 from ktrdr_budget.limiter import LimiterBase
@@ -31,17 +29,17 @@ def deadline_s(limiter: LimiterBase) -> float:
     return limiter.engine.dispatcher.timeout_s
 
 
-def test_without_these_tests_a_call_has_a_second():
+def test_outside_of_this_test_run_a_call_has_a_second():
     assert inspect.signature(LimiterBase.__init__).parameters["timeout"].default == 1.0
     code = (
         "from ktrdr_budget import BudgetLimiter as Limiter; made = Limiter('redis://127.0.0.1:1');"
         "print(made.engine.dispatcher.timeout_s, made.engine.dispatcher.background.timeout_s)"
     )
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert said == "1.0 1.0\n"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert shown == "1.0 1.0\n"
 
 
-def test_what_a_limiter_is_told_holds_while_its_store_is_away_and_for_stores_of_others(start_server):
+def test_a_timeout_applies_while_the_store_is_unreachable_and_to_stores_outside_of_the_test_run(start_server):
     own = start_server()
     limiter = BudgetLimiter(own.url, BUDGETS, timeout=0.2)
     assert deadline_s(limiter) == PATIENT_S
@@ -60,11 +58,11 @@ def test_what_a_limiter_is_told_holds_while_its_store_is_away_and_for_stores_of_
     assert deadline_s(elsewhere) == 3.0
 
 
-async def test_a_store_that_stalls_for_longer_than_a_deadline_is_waited_for(start_server):
+async def test_a_call_outlasts_a_stall_of_its_store_longer_than_the_timeout(start_server):
     own = start_server()
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.2) as limiter:
         assert own.process is not None
-        own.process.send_signal(signal.SIGSTOP)  # by the machine: nobody has said that it is away
+        own.process.send_signal(signal.SIGSTOP)  # as a busy machine would; the store stays marked as reachable
         waiting = asyncio.create_task(limiter.record("agent", "0.01"))
         done, _ = await asyncio.wait([waiting], timeout=0.6)
         own.process.send_signal(signal.SIGCONT)
@@ -73,7 +71,7 @@ async def test_a_store_that_stalls_for_longer_than_a_deadline_is_waited_for(star
     own.kill()
 
 
-def test_a_stall_of_this_process_is_no_elapsed_time():
+def test_a_stopwatch_excludes_a_stall_of_this_process():
     before = time.monotonic()
     with Stopwatch() as took:
         with subprocess.Popen([sys.executable, "-c", STALL, str(os.getpid())]) as stalling:
@@ -81,13 +79,3 @@ def test_a_stall_of_this_process_is_no_elapsed_time():
                 time.sleep(0.01)
     assert time.monotonic() - before > 1.5
     assert took.seconds < time.monotonic() - before - 1.0
-
-
-@pytest.mark.timely
-def test_what_is_timely_has_further_tries(request: pytest.FixtureRequest):
-    tries = request.config.stash.setdefault(TRIES, [])
-    tries.append(signal.SIGSTOP)
-    assert len(tries) > 1
-
-
-TRIES = pytest.StashKey[list]()

@@ -9,6 +9,7 @@ from urllib.parse import quote
 import pytest
 
 from ..helpers.patience import away
+from ..helpers.waiting import until
 from .support import V1, figures, problem, reserved
 
 
@@ -222,18 +223,20 @@ async def test_the_agents_day_follows_its_timezone(start):
     assert document["resets_at"].endswith("T10:00:00Z")
 
 
-@pytest.mark.timely
-async def test_budgets_report_a_repair_of_the_store(start, start_server):
-    own = start_server()
-    client = (await start(redis_url=own.url, timeout=0.3)).client
+async def test_budgets_report_a_repair_of_the_store(start, clocked_server):
+    client = (await start(redis_url=clocked_server.url, timeout=0.3)).client
     assert (await client.get(f"{V1}/budgets/agent")).json()["recovering_until"] is None
     assert (await client.post(f"{V1}/spend", json={"amounts": {"agent": "0.15"}})).status_code == 201
-    with own.client() as store:
+    clocked_server.set(clocked_server.now(), frozen=True)  # the store waits for replays until its clock runs again
+    with clocked_server.client() as store:
         store.flushall()
-    with away(own.url):  # the deadline is before the end of the repair
+
+    async def being_repaired() -> bool:
         refused = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
-    assert "being repaired" in problem(refused, 503, "store-unavailable")["detail"]
-    until = (await client.get(f"{V1}/budgets/agent")).json()["recovering_until"]
-    assert until.endswith("Z")
-    assert (await client.get(f"{V1}/agent/budget")).json()["recovering_until"] == until
-    own.kill()
+        return "being repaired" in problem(refused, 503, "store-unavailable")["detail"]
+
+    with away(clocked_server.url):
+        await until(being_repaired)
+    ends = (await client.get(f"{V1}/budgets/agent")).json()["recovering_until"]
+    assert ends.endswith("Z")
+    assert (await client.get(f"{V1}/agent/budget")).json()["recovering_until"] == ends

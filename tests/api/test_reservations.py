@@ -291,19 +291,25 @@ async def test_sixty_four_concurrent_clients_fill_the_cap_exactly(client):
     assert await figures(client) == ("0.00", "4.95", "0.00", "0.05")
 
 
-@pytest.mark.timely
-async def test_a_lost_hold_is_unavailable_until_replicas_have_replayed_it(server, start):
-    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as worker:
+async def test_a_lost_hold_is_unavailable_until_replicas_have_replayed_it(clocked_server, start):
+    async with AsyncBudgetLimiter(clocked_server.url, [Budget("agent", "5.00")]) as worker:
         worker.engine.dispatcher.repair.stop()
         await worker.reserve("agent", "0.15", id="op_1")
-        service = await start()
-        with server.client() as store:
+        service = await start(redis_url=clocked_server.url)
+        clocked_server.set(clocked_server.now(), frozen=True)  # the store waits for replays until its clock runs again
+        with clocked_server.client() as store:
             store.flushall()
         path = f"{V1}/reservations/op_1"
-        with away(server.url), hurried(service.limiter, 0.3):
-            for response in (await service.client.post(f"{path}/commit", json={}), await service.client.get(path)):
-                assert response.status_code == 503
-                assert "being repaired" in response.json()["detail"]
+
+        async def being_repaired(method: str) -> bool:
+            response = await service.client.request(method, path + "/commit" * (method == "POST"), json={})
+            assert response.status_code == 503
+            return "being repaired" in response.json()["detail"]
+
+        with away(clocked_server.url), hurried(service.limiter, 0.3):
+            await until(lambda: being_repaired("POST"))
+            await until(lambda: being_repaired("GET"))
+        clocked_server.reset_clock()
         worker.engine.dispatcher.repair.suspect()
         await until(lambda: worker.losses == 1 and not worker.engine.dispatcher.repair.active)
         assert (await service.client.post(f"{path}/commit", json={"amounts": "0.07"})).status_code == 200

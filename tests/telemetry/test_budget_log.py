@@ -6,11 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from types import SimpleNamespace
 
 import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
+from ktrdr_budget.engine.batching.pending import Observation, Observer
 from ktrdr_budget.telemetry import budget_log
 from ktrdr_budget.telemetry.budget_log import BudgetLog
 from ktrdr_budget.telemetry.outcomes import combined
@@ -22,15 +24,21 @@ pytestmark = pytest.mark.usefixtures("info_log")
 BUDGETS = [Budget("agent", "5.00"), Budget("team", "1.00"), Budget("jobs", 1, kind="slots")]
 
 
-@pytest.fixture
-async def logged(server) -> AsyncIterator[tuple[AsyncBudgetLimiter, BudgetLog]]:
+@asynccontextmanager
+async def logging_limiter(url: str, *observers: Observer) -> AsyncIterator[tuple[AsyncBudgetLimiter, BudgetLog]]:
     log = BudgetLog()
     calls: list[str] = []
-    observer = combined(log.observe, lambda observation: calls.append(observation.operation))
-    async with AsyncBudgetLimiter(server.url, BUDGETS, observer=observer) as limiter:
+    observer = combined(*observers, log.observe, lambda observation: calls.append(observation.operation))
+    async with AsyncBudgetLimiter(url, BUDGETS, observer=observer) as limiter:
         log.watch(limiter)
         limiter.calls = calls
         yield limiter, log
+
+
+@pytest.fixture
+async def logged(server) -> AsyncIterator[tuple[AsyncBudgetLimiter, BudgetLog]]:
+    async with logging_limiter(server.url) as made:
+        yield made
 
 
 def records(caplog: pytest.LogCaptureFixture, event: str) -> list[logging.LogRecord]:
@@ -68,28 +76,41 @@ async def test_concurrent_spend_is_logged_with_few_status_reads(logged, caplog):
 
 async def test_spend_is_logged_with_an_unknown_total_if_the_status_cannot_be_read(start_server, caplog):
     own, log = start_server(), BudgetLog()
-    async with AsyncBudgetLimiter(own.url, BUDGETS, observer=log.observe, timeout=0.1) as limiter:
+
+    def kill_before_the_status_is_read(observation: Observation) -> None:
+        if observation.operation == "record":
+            own.kill()
+
+    observer = combined(kill_before_the_status_is_read, log.observe)
+    async with AsyncBudgetLimiter(own.url, BUDGETS, observer=observer, timeout=0.1) as limiter:
         log.watch(limiter)
-        recorded = asyncio.ensure_future(limiter.record("agent", "0.02", id="r-1"))
-        recorded.add_done_callback(lambda _: own.kill())  # before the status is read
-        await recorded
+        await limiter.record("agent", "0.02", id="r-1")
         await log.drain()
     [record] = records(caplog, "Budget spend recorded: ")
     assert (record.amount, record.total_spend, record.remaining) == (0.02, None, None)
     assert record.message == "Budget spend recorded: $0.02 for r-1 (total: unknown, remaining: unknown)"
 
 
-@pytest.mark.timely
-async def test_a_total_is_unknown_while_another_replica_has_yet_to_replay(server, logged, client, caplog):
-    limiter, log = logged
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as other:
+async def test_a_total_is_unknown_while_another_replica_has_yet_to_replay(clocked_server, caplog):
+    url, hurry = clocked_server.url, ExitStack()
+
+    def hurry_status(observation: Observation) -> None:
+        if lost and observation.operation == "record":
+            hurry.enter_context(away(url))
+            hurry.enter_context(hurried(limiter, 0.3))
+
+    lost = False
+    async with logging_limiter(url, hurry_status) as (limiter, log), AsyncBudgetLimiter(url, BUDGETS) as other:
         other.engine.dispatcher.repair.stop()  # prevents the detection of the loss
         await other.record("agent", "1.00")
         await limiter.record("agent", "0.02", id="r-1")
         await log.drain()
-        client.flushall()
+        clocked_server.set(clocked_server.now(), frozen=True)  # the store waits for replays until its clock runs again
+        with clocked_server.client() as client:
+            client.flushall()
         await limiter.status("agent")
-        with away(server.url), hurried(limiter, 0.3):
+        lost = True
+        with hurry:
             await limiter.record("agent", "0.03", id="r-2")
             await log.drain()
     first, second = records(caplog, "Budget spend recorded: ")

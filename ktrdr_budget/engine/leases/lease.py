@@ -412,7 +412,7 @@ class LeaseBase(Chunks):
             self._attend()
 
     def _serve(self, failed_from: int = 0, *, failed: bool = False) -> None:
-        """Grant to waiters for whom there is room; a failed request refuses those that waited for as much before it."""
+        """Grant to waiters while there is room; a failed request refuses those that waited for as much before it."""
         waiters, self._waiters = self._waiters, deque()
         while waiters:
             waiter = waiters.popleft()

@@ -61,7 +61,7 @@ class PreparedFact(NamedTuple):
     hold_id: str
     key: str
     contents: str
-    """Tells equal requests from others."""
+    """Equal for equal requests."""
     complete: Callable[[HoldRecord], Operation]
 
 

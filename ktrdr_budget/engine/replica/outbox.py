@@ -116,7 +116,8 @@ class Outbox:
         return True
 
     def _evict(self, which: Literal["deferred", "in doubt"]) -> Entry:
-        oldest = next(entry for entry in self if (entry.kind == "deferred") == (which == "deferred"))
+        queued = (entry for entries in self._entries.values() for entry in entries)
+        oldest = next(entry for entry in queued if (entry.kind == "deferred") == (which == "deferred"))
         self.end(oldest, "dropped")
         return oldest
 

@@ -1,0 +1,64 @@
+"""The record of a hold: its one reader and its one writer agree."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ktrdr_budget.engine.protocol import codes
+from ktrdr_budget.engine.protocol.hold_record import HoldRecord, Segment, is_tombstone, parse_record, unword, word
+
+NAMES = st.from_regex(r"[A-Za-z0-9._:/@-]{1,20}", fullmatch=True)
+UNITS = st.integers(0, 2**53 - 1)
+TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+
+
+@st.composite
+def segments(draw) -> Segment:
+    reserved = draw(UNITS)
+    base = draw(st.none() | st.integers(1, 2**53 - 1))
+    flag = draw(st.sampled_from([*codes.FLAGS]))
+    return Segment(flag, draw(NAMES), "2026-11-30~k3f9a1", reserved, draw(UNITS), draw(UNITS), base)
+
+
+@st.composite
+def records(draw) -> HoldRecord:
+    request = draw(st.just("") | st.from_regex(r"[0-9a-f]{4}-[0-9]{1,3}", fullmatch=True))
+    return HoldRecord(
+        state=draw(st.sampled_from([*codes.STATES])),
+        policy=draw(st.sampled_from([*codes.POLICIES])),
+        deadline_ms=draw(st.integers(1, 10**13)),
+        created_us=draw(st.integers(1, 10**16)),
+        grown_us=draw(st.integers(0, 10**16)),
+        owner=draw(TEXTS),
+        operation=draw(TEXTS),
+        trace_id=draw(TEXTS),
+        segments=tuple(draw(st.lists(segments(), min_size=1, max_size=3))),
+        request=request,
+        unreceived=bool(request) and draw(st.booleans()),
+    )
+
+
+@given(records())
+def test_a_record_is_read_as_it_was_written(record):
+    assert parse_record(record.render()) == record
+
+
+@given(records(), st.from_regex(r"[0-9a-f]{12}", fullmatch=True))
+def test_the_replica_that_settled_is_no_part_of_a_record(record, replica):
+    assert parse_record(f"{record.render()} {replica}") == record
+
+
+@given(TEXTS)
+def test_any_text_is_one_word_of_a_record(text):
+    encoded = word(text)
+    assert encoded
+    assert not {*encoded} & {*" |,!\n"}
+    assert unword(encoded) == text
+
+
+def test_only_the_operation_of_a_tombstone_is_an_exclamation_mark():
+    times = "1764000000000 1764000000000000 0"
+    assert is_tombstone(f"r c {times} - ! -|u,agent:2026-11-30~k3f9a1,,0,,")
+    assert not is_tombstone(f"r c {times} - - -|u,agent:2026-11-30~k3f9a1,,0,,")
+    assert not is_tombstone(f"r c {times} - {word('!')} -|u,agent:2026-11-30~k3f9a1,,0,,")

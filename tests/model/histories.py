@@ -1,4 +1,4 @@
-"""What random histories are made of: budgets, amounts, instants."""
+"""Budgets and strategies for random histories: amounts, ids, instants."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ count_amounts = st.sampled_from([1, 1, 2, 3, "4", 10, Decimal(7), 5.0, 2**52, 2*
 
 
 def amount_for(name: str, *, zero: bool = False):
-    """An amount of this budget, as a caller writes it."""
+    """A strategy for amounts of this budget, as a caller writes them."""
     amounts = usd_amounts if BY_NAME[name].unit == "usd" else count_amounts
     if BY_NAME[name].slots:
         amounts = st.sampled_from([1, 1, 2])
@@ -55,7 +55,7 @@ def amount_for(name: str, *, zero: bool = False):
 
 
 def mapping_for(names, *, zero: bool = False):
-    """Amounts of these budgets, in this order."""
+    """A strategy for amounts of these budgets, in this order."""
     return st.fixed_dictionaries({name: amount_for(name, zero=zero) for name in names})
 
 
@@ -102,7 +102,7 @@ impossible_reservations = st.one_of(
     st.sampled_from(["", "a b", "ä", "x" * 129, "a,b", "a\n", None, 7]).map(
         lambda name: ({name: "0.01"}, {}, "InvalidArgument")
     ),
-    st.just(({"nobody": "0.01"}, {}, "UnknownBudget")),
+    st.just(({"unknown": "0.01"}, {}, "UnknownBudget")),
     st.just(({}, {}, "InvalidArgument")),
     st.sampled_from(["", "a b", "x" * 129, 7]).map(lambda bad: ({"agent": 1}, {"id": bad}, "InvalidArgument")),
     st.sampled_from([0, 0.5, 86_401, -1, True, "60", float("nan"), None]).map(

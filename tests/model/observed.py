@@ -1,4 +1,4 @@
-"""What the real system said and stored, in the reference model's terms: whole units and milliseconds."""
+"""Replies and stored data of the real system in the terms of the reference model: whole units and milliseconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import redis
 from ..helpers.keyspace import entry_of
 
 NOISE_MS = 50
-"""How far a frozen clock of a server may be ahead, and a little more."""
+"""A bound on the lead of a server's frozen clock, in milliseconds."""
 FINGERPRINT = re.compile("~[a-z2-7]{6}")
 STAMPS = ("created_at", "expires_at", "resets_at", "limit_until")
 STATES = {"o": "open", "x": "unconfirmed", "z": "released", "c": "committed", "r": "released", "n": "recorded"}
@@ -21,7 +21,7 @@ PERSISTENT = ("meta", "limits", "due", "unconfirmed")
 
 
 def units(amount) -> int | None:
-    """Decimal dollars as nano-dollars; counts as they are."""
+    """Nano-dollars of decimal dollars; counts unchanged."""
     if isinstance(amount, Decimal):
         exact = Fraction(amount) * 10**9
         assert exact.denominator == 1, amount
@@ -43,7 +43,7 @@ def stamp(instant: datetime | None) -> int | None:
 
 
 def plain(value):
-    """A reply's field in the model's terms."""
+    """A field of a reply in the model's terms."""
     if isinstance(value, datetime):
         return stamp(value)
     if isinstance(value, Mapping):
@@ -56,7 +56,7 @@ def fields(reply, names) -> dict:
 
 
 def agree(real: dict, model: dict) -> None:
-    """Every field alike; instants within what the clock's noise allows."""
+    """Check that all fields are equal, and instants within ``NOISE_MS``."""
     assert real.keys() == model.keys()
     for name, value in model.items():
         if name in STAMPS and value is not None and real[name] is not None:
@@ -66,7 +66,7 @@ def agree(real: dict, model: dict) -> None:
 
 
 def retry_after_agrees(real: int | None, model_ms: int | None) -> bool:
-    """Whole seconds, rounded up, at least one."""
+    """Whether the real figure is the model's in whole seconds, rounded up and at least one."""
     if model_ms is None or real is None:
         return real is None and model_ms is None
     return real in {max(1, -(-(model_ms + noise) // 1000)) for noise in (-NOISE_MS, 0, NOISE_MS)}
@@ -86,7 +86,7 @@ for _, key in ipairs(redis.call('KEYS', '*')) do
 end
 return found
 """
-"""In one step: a replica may be letting holds expire in the background."""
+"""One atomic read, since a replica may expire holds in the background."""
 
 
 def pairs(flat: list) -> dict:
@@ -94,11 +94,11 @@ def pairs(flat: list) -> dict:
 
 
 class RawStore:
-    """What is stored, read without the package, to check the promises that hold at every moment."""
+    """The contents of the store, read without the package, to check invariants."""
 
     def __init__(self, client: redis.Redis, tenant: str = "default") -> None:
         self.prefix = f"ktrdr:{{{tenant}}}:"
-        # Windows by their public names: the model knows one definition of each budget.
+        # Windows by their public names: the model has one definition of each budget.
         found = [
             (FINGERPRINT.sub("", key), ttl_ms, FINGERPRINT.sub("", value) if isinstance(value, str) else value)
             for key, ttl_ms, value in client.eval(EVERYTHING, 0)
@@ -118,7 +118,7 @@ class RawStore:
         return {name: int(stored.get(name) or 0) for name in ("spent", "held", "unconfirmed")}
 
     def open_weights(self) -> dict[str, int]:
-        """What the records of open holds say is held, by window."""
+        """The sum of held units by the records of open holds, by window."""
         weights: dict[str, int] = {}
         for record in self.holds.values():
             head, *segments = record.split("|")
@@ -131,7 +131,7 @@ class RawStore:
         return weights
 
     def states(self) -> dict[str, tuple[str, int]]:
-        """State and deadline of each hold, by id; an open one may be past it, and retired later."""
+        """State and deadline of each hold, by id; an open one may be past its deadline."""
         heads = {hold_id: record.split(" ", 3) for hold_id, record in self.holds.items()}
         return {hold_id: (STATES[state], int(deadline)) for hold_id, (state, _, deadline, _) in heads.items()}
 
@@ -147,7 +147,7 @@ class RawStore:
             assert min(sums.values()) >= 0, (window, sums)
 
     def check_keys_expire(self) -> None:
-        """P7: only what is bounded in size may persist."""
+        """P7: only keys of a bounded size may lack an expiry."""
         for key, ttl_ms in self.ttls.items():
             name = key.removeprefix(self.prefix)
             lasting = name in PERSISTENT or name.endswith(":ever")

@@ -1,4 +1,4 @@
-"""The real system and the reference model, side by side: each call is made on both, and the replies compared."""
+"""The real system and the reference model side by side: each call is made on both, and the replies are compared."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ GRANT_FIELDS = ("id", "state", "amounts", "accrued", "windows", "expires_at")
 
 
 class Call(NamedTuple):
-    """One call to a replica, and what the model does for it; `asked`: budgets of a reservation."""
+    """One call to a replica with its counterpart on the model; `requested`: the budgets of a reservation."""
 
     replica: int
     make: Callable[[AsyncBudgetLimiter], Awaitable]
     expect: Callable[[], object]
-    asked: tuple[str, ...] = ()
+    requested: tuple[str, ...] = ()
 
 
 def units_by_name(amounts: Mapping) -> dict[str, int]:
@@ -47,21 +47,21 @@ def units_by_name(amounts: Mapping) -> dict[str, int]:
 
 
 def amounts_in_units(given, names) -> object:
-    """What the model is told: None, whole units of a scalar, or a mapping of them."""
+    """Amounts for the model: None, whole units of a scalar, or a mapping of them."""
     if given is None or isinstance(given, Mapping):
         return given if given is None else units_by_name(given)
     return units_of(given, "usd" if any(BY_NAME[name].unit == "usd" for name in names) else "count")
 
 
 class Pair:
-    """Up to a few replicas on one real server with a frozen clock, and the model of their tenant."""
+    """One to three replicas on a real server with a frozen clock, and the model of their tenant."""
 
     def __init__(self, server, runner: asyncio.Runner, start: datetime) -> None:
         self.server, self.runner = server, runner
         self.client = server.client()
         self.client.flushall()
         self.limiters: list[AsyncBudgetLimiter | Threaded] = []
-        self._together = False
+        self._is_concurrent = False
         server.set(start, frozen=True)
         self.model = Reference(BUDGETS, int(start.timestamp() * 1000))
 
@@ -71,7 +71,7 @@ class Pair:
         self.client.close()
 
     def start_replica(self, limits: Mapping) -> None:
-        """One more replica, with these configured limits; the second is synchronous."""
+        """Start a replica with these configured limits; the second one is synchronous."""
         budgets = [
             Budget(b.name, limits[b.name], b.unit, b.period, b.timezone, "slots" if b.slots else "spend")
             for b in BUDGETS
@@ -86,10 +86,10 @@ class Pair:
         self.model.configured.append(
             {b.name: None if limits[b.name] is None else units_of(limits[b.name], b.unit, down=True) for b in BUDGETS}
         )
-        self.advance(2 * NOISE_MS)  # else the noise of the clock may put its start into the future
+        self.advance(2 * NOISE_MS)  # else its start may be in the future, by the noise of the clock
 
     def advance(self, milliseconds: int) -> None:
-        """Lets time pass, a little more than asked if something would happen within the noise of the clock."""
+        """Advance the clock; a little further if an event would lie within the noise of the clock."""
         while any(abs(self.model.now_ms + milliseconds - at) < 100 for at in self.model.instants()):
             milliseconds += 200
         self.model.advance(milliseconds)
@@ -98,7 +98,7 @@ class Pair:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def real(self, call: Awaitable):
-        """The reply, or the error that refused."""
+        """Make a call on the real system; return its reply or error."""
 
         async def reply():
             try:
@@ -109,11 +109,11 @@ class Pair:
         return self.runner.run(reply())
 
     def both(self, number: int, make: Callable, expect: Callable):
-        """Makes one call on both; returns both replies, or errors."""
+        """Make one call on both systems; return both replies or errors."""
         return self.alike(self.real(make(self.limiters[number])), expect)
 
     def alike(self, real, expect: Callable):
-        """Compares a real reply with what the model says; returns both."""
+        """Compare a real reply with that of the model; return both."""
         try:
             model = expect()
         except Refused as refused:
@@ -122,41 +122,41 @@ class Pair:
         if isinstance(model, Refused):
             assert type(real).__name__ == model.kind, (real, model)
             if model.kind == "BudgetExceeded":
-                self._denials_agree(real, dict(model.figures))
+                self._compare_denials(real, dict(model.figures))
         elif isinstance(real, BaseException):
             raise AssertionError(f"expected {model!r}") from real
         elif isinstance(model, Settled):
             agree(fields(real, SETTLED_FIELDS), {name: getattr(model, name) for name in SETTLED_FIELDS})
-            # A budget that another process let grow unseen may be named, too.
+            # It may include a budget in which another process has grown the hold.
             assert set(model.overruns) <= set(real.overruns), (real, model)
         elif isinstance(model, Grant):
             view = self.model.view(model.hold.id)
             shown = {name: view[name] for name in GRANT_FIELDS}
             agree(
-                {**fields(real, shown), "replayed": real.replayed, "guarded": real.cap_checked},
-                {**shown, "replayed": model.replayed, "guarded": True},
+                {**fields(real, shown), "replayed": real.replayed, "cap_checked": real.cap_checked},
+                {**shown, "replayed": model.replayed, "cap_checked": True},
             )
         elif isinstance(model, HoldModel) and real is not None:  # a hold object's extend returns nothing
             agree(fields(real, VIEW_FIELDS), self.model.view(model.id))
         return real, model
 
-    def _denials_agree(self, real, expected: dict) -> None:
+    def _compare_denials(self, real, expected: dict) -> None:
         waits_ms = expected.pop("retry_after_ms"), expected.pop("known_after_ms")
-        told = fields(real, DENIAL_FIELDS)
+        figures = fields(real, DENIAL_FIELDS)
         for name in ("spent", "held", "unconfirmed"):
-            # What a window has above 2**53, where it is closed, is told to a few units.
-            if expected[name] > CLOSED and abs(told[name] - expected[name]) <= 4:
-                told[name] = expected[name]
-        agree(told, expected)
-        if self._together and expected["reason"] == "budget_held":
-            return  # which hold comes back first is looked up afterwards, when others may have changed it
+            # Sums above 2**53 are reported to within a few units.
+            if expected[name] > CLOSED and abs(figures[name] - expected[name]) <= 4:
+                figures[name] = expected[name]
+        agree(figures, expected)
+        if self._is_concurrent and expected["reason"] == "budget_held":
+            return  # ``retry_after`` comes from a second read, before which other calls may have changed it
         agrees = any(retry_after_agrees(real.retry_after, each) for each in waits_ms)
         assert agrees, (real.retry_after, waits_ms, expected)
 
     def at_once(self, calls: list[Call]) -> None:
-        """Makes calls concurrently: one of the orders in which the store may have decided explains all replies.
+        """Make calls concurrently, and check that some order of their decisions explains all replies.
 
-        It is the given one unless some had to ask again: a window had ended, or holds that were due stood in the way.
+        It is the given order, unless a call needed a second request: its window had ended, or due holds took the room.
         """
 
         async def together():
@@ -165,11 +165,11 @@ class Pair:
             )
 
         replies = self.runner.run(together())
-        self._together = True
+        self._is_concurrent = True
         try:
             self._explain(calls, replies)
         finally:
-            self._together = False
+            self._is_concurrent = False
 
     def _explain(self, calls: list[Call], replies: list) -> None:
         before = copy.deepcopy(self.model)
@@ -178,18 +178,18 @@ class Pair:
             try:
                 for place in order:
                     self.alike(replies[place], calls[place].expect)
-                self._states_agree()
+                self._compare_states()
             except AssertionError as error:
                 failures.append(error)
                 self.model = copy.deepcopy(before)
                 continue
             if failures:
-                self._learn_limits(calls)
+                self._apply_limits(calls)
             return
         raise failures[0]
 
-    def _states_agree(self) -> None:
-        """Of two calls that changed a hold at once, only the store tells which was the last."""
+    def _compare_states(self) -> None:
+        """Check states and deadlines: if two calls changed a hold, only the store shows the last one."""
         for known, (state, deadline_ms) in RawStore(self.client).states().items():
             hold = self.model.holds.get(known)
             assert hold is not None, known
@@ -197,9 +197,9 @@ class Pair:
             assert hold.state == ("unconfirmed" if due else state), (hold, state)
             assert state != "open" or abs(hold.deadline_ms - deadline_ms) <= NOISE_MS, (hold, deadline_ms)
 
-    def _learn_limits(self, calls: list[Call]) -> None:
-        """What asked again had been denied before, unseen, and a denial passes on a limit that changed."""
-        for number, name in {(call.replica, name) for call in calls for name in call.asked}:
+    def _apply_limits(self, calls: list[Call]) -> None:
+        """Take limits from the store: the first request of a call that needed two may have asserted its limit."""
+        for number, name in {(call.replica, name) for call in calls for name in call.requested}:
             window = self.model.window(name)
             limit = self.model.configured[number][name]
             stored = self.client.hget(window_key(self.client, name, window.name), "limit")
@@ -213,7 +213,7 @@ class Pair:
         agree(fields(status, STATUS_FIELDS), self.model.status(number, name))
 
     def compare_everything(self, number: int, page: int) -> None:
-        """Every status, hold and ledger entry, read in pages of this size."""
+        """Compare all statuses, holds and ledger entries, read in pages of this size."""
         limiter = self.limiters[number]
         for status in self.runner.run(limiter.statuses()):
             agree(fields(status, STATUS_FIELDS), self.model.status(number, status.budget))
@@ -221,7 +221,7 @@ class Pair:
             self._compare_holds(limiter, name, page)
         for (name, window), known in self.model.windows.items():
             entries = self._pages(lambda cursor, n=name, w=window: limiter.ledger(n, w, limit=page, cursor=cursor))
-            # Numbers order a ledger: the noise of the clock may set an entry's time before that of its predecessor.
+            # Ordered by number: by the noise of the clock, an entry may have an earlier time than its predecessor.
             assert [int(entry.entry_id) for entry in entries] == list(range(len(entries), 0, -1))
             times_ms = [stamp(entry.at) for entry in entries]
             assert all(newer >= older - NOISE_MS for newer, older in itertools.pairwise(times_ms))
@@ -229,7 +229,7 @@ class Pair:
             assert sorted(real) == sorted(known.ledger), (name, window, real, known.ledger)
 
     def compare_hold(self, number: int, known: str) -> None:
-        """A hold by id, whatever became of it."""
+        """Compare a hold by id, in any state."""
         real, model = self.both(number, lambda limiter: limiter.get(known), lambda: self.model.view(known))
         if not isinstance(model, Refused):
             agree(fields(real, VIEW_FIELDS), model)
@@ -254,17 +254,17 @@ class Pair:
             if cursor is None:
                 return found
 
-    # -- promises that hold at every moment ----------------------------------------------------------------------------
+    # -- invariants ----------------------------------------------------------------------------------------------------
 
     def check_hard_cap(self, hold: HoldModel) -> None:
-        """P1, in each window that a granted reservation touched."""
+        """Check P1 in each window that a granted reservation touched."""
         store = RawStore(self.client)
         for name, part in hold.parts.items():
             limit = self.model.limit(part.window)
             assert limit is None or sum(store.sums(f"{name}:{part.window.name}").values()) <= limit
 
     def check_store(self) -> None:
-        """P11 and P7."""
+        """Check P11 and P7."""
         store = RawStore(self.client)
         store.check_it_adds_up()
         store.check_keys_expire()

@@ -1,8 +1,8 @@
-"""The reference model: what the contract says each call does, in plain Python.
+"""The reference model: the effect of each call by the contract, in plain Python.
 
-Written from the contract and not from the scripts: whole units, eager expiry, no batches, no caches, one clock that the
-test moves. It imports nothing of the package. Amounts are whole units (nano-dollars, or counts), instants are
-milliseconds since the epoch.
+It follows the contract, not the scripts: whole units, eager expiry, no batches, no caches, one clock that the test
+sets. It imports nothing of the package. Amounts are whole units (nano-dollars, or counts), instants are milliseconds
+since the epoch.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from zoneinfo import ZoneInfo
 
 DAY_MS = 86_400_000
 CLOSED = 2**53
-"""A window whose sum reaches this admits nothing, so an uncapped budget is denied one unit less."""
+"""A window whose sum reaches this many units admits nothing; an uncapped budget admits up to one unit less."""
 LONGEST_HOLD_MS = DAY_MS
 ID_MEMORY_MS = DAY_MS
 
 
-# -- replies that are no success ---------------------------------------------------------------------------------------
+# -- refusals ----------------------------------------------------------------------------------------------------------
 
 
 class Refused(Exception):
-    """Nothing was changed; `kind` is the error's class in the package."""
+    """A refusal, which changes nothing; `kind` is the class of the error in the package."""
 
     def __init__(self, kind: str, **figures) -> None:
         super().__init__(kind, figures)
@@ -36,14 +36,14 @@ class Refused(Exception):
 
 
 def units_of(amount, unit: str, *, down: bool = False) -> int:
-    """Exact arithmetic on what the number's text says; dollars below a nano round up, limits down."""
+    """The amount in whole units, by exact arithmetic on its text; amounts are rounded up, limits down."""
     exact = Fraction(repr(amount) if isinstance(amount, float) else str(amount))
     scaled = exact * 10**9 if unit == "usd" else exact
     return scaled.__floor__() if down else scaled.__ceil__()
 
 
 def window_name(period: str, timezone: str, at_ms: int) -> str:
-    """The window's name at an instant."""
+    """The name of the window at an instant."""
     utc = datetime(1970, 1, 1, tzinfo=UTC) + timedelta(milliseconds=at_ms)
     local = utc.astimezone(ZoneInfo(timezone))
     if period == "hour":
@@ -52,7 +52,7 @@ def window_name(period: str, timezone: str, at_ms: int) -> str:
 
 
 def window_bounds(period: str, timezone: str, at_ms: int) -> tuple[int, int | None]:
-    """First instant of the window, and the first after it, found by looking for where the name changes."""
+    """The first instant of the window and the first one after it, found by bisection on the name."""
     if period == "ever":
         return 0, None
     name = window_name(period, timezone, at_ms)
@@ -71,7 +71,7 @@ def window_bounds(period: str, timezone: str, at_ms: int) -> tuple[int, int | No
 
 @dataclass(frozen=True)
 class BudgetModel:
-    """A budget's definition; limits belong to replicas."""
+    """The definition of a budget; limits belong to replicas."""
 
     name: str
     unit: str = "usd"
@@ -94,7 +94,7 @@ class WindowModel:
     overruns: int = 0
     asserted: int | None = None
     asserted_by: int = -1
-    """Which replica (by order of start) asserted the configured limit; -1: none yet."""
+    """The replica that asserted the configured limit, by order of start; -1: none yet."""
     ledger: list[tuple[str, str, int, str]] = field(default_factory=list)
     """(kind, hold id, signed amount, operation), oldest first."""
 
@@ -105,10 +105,10 @@ class WindowModel:
 
 @dataclass
 class Part:
-    """What a hold has to do with one window."""
+    """The amounts of a hold in one window."""
 
     window: WindowModel
-    asked: int
+    requested: int
     reserved: int
     accrued: int = 0
     charged: int = 0
@@ -119,13 +119,13 @@ class Part:
 
     @property
     def weight(self) -> int:
-        """What an open hold counts."""
+        """The units that an open hold counts."""
         return self.reserved if self.slots else max(self.reserved, self.accrued)
 
 
 @dataclass
 class HoldModel:
-    """A hold, or a recorded spend, as the store remembers it."""
+    """A hold or a recorded spend, as stored."""
 
     id: str
     parts: dict[str, Part]
@@ -137,13 +137,13 @@ class HoldModel:
     by_operator: bool = False
     settled_ms: int | None = None
     journalled_ms: int | None = None
-    """When it was settled first, if a loss has changed the other."""
+    """The time of the first settlement, if a loss has changed ``settled_ms``."""
     serial: int = 0
-    """Tells holds apart that had the same id, one after the other was forgotten."""
+    """Distinguishes holds that had the same id, one after the store had dropped the other."""
 
     @property
     def resolved(self) -> bool:
-        """By its worker, once and for all; expiry and an operator's release are not."""
+        """Whether it is settled for good, unlike after expiry or a release by an operator."""
         return self.state in ("committed", "recorded") or (self.state == "released" and not self.by_operator)
 
 
@@ -157,7 +157,7 @@ class Grant:
 
 @dataclass
 class Settled:
-    """A reply to commit, release or record; a replay's flags are silent about what the first call did."""
+    """A reply to commit, release or record; in a replay, the flags are unset."""
 
     state: str
     amounts: dict[str, int]
@@ -172,7 +172,7 @@ class Settled:
 
 @dataclass
 class Worker:
-    """What the process that holds a hold object knows: its own totals, which may lag behind the store's."""
+    """The totals of a hold object in its process, which may lag behind the store's."""
 
     id: str
     serial: int
@@ -187,7 +187,7 @@ class Worker:
 
 
 class Reference:
-    """One tenant. Each method does one call, at `now_ms`, and returns what the caller must see or raises `Refused`."""
+    """One tenant. Each method makes one call at `now_ms` and returns the expected reply or raises `Refused`."""
 
     def __init__(self, budgets: list[BudgetModel], now_ms: int) -> None:
         self.budgets = {budget.name: budget for budget in budgets}
@@ -195,23 +195,23 @@ class Reference:
         self.windows: dict[tuple[str, str], WindowModel] = {}
         self.holds: dict[str, HoldModel] = {}
         self.runtime: dict[str, tuple[int | None, int | None]] = {}
-        """Limit and its end by budget; None: uncapped, for good."""
+        """Limit and its end, by budget; None: uncapped, without end."""
         self.configured: list[dict[str, int | None]] = []
-        """Configured limits of each replica, in the order in which they started."""
+        """Configured limits of each replica, by order of start."""
         self.grants = 0
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
     def advance(self, milliseconds: int) -> None:
-        """Lets time pass: holds come due, settled ids are forgotten, run-time limits end."""
+        """Advance the clock: holds expire, settled ids are dropped, run-time limits end."""
         self.now_ms += milliseconds
         self._expire_due()
-        self.holds = {hold.id: hold for hold in self.holds.values() if not self._forgotten(hold)}
+        self.holds = {hold.id: hold for hold in self.holds.values() if not self._is_dropped(hold)}
         for name in [name for name, (_, until) in self.runtime.items() if until is not None and until <= self.now_ms]:
             del self.runtime[name]
 
     def instants(self) -> set[int]:
-        """When something happens by itself, as far as is known now."""
+        """The instants of known future events: deadlines, ends of windows and limits, removal of ids."""
         found = {hold.deadline_ms for hold in self.holds.values() if hold.state == "open"}
         found |= {hold.settled_ms + ID_MEMORY_MS for hold in self.holds.values() if hold.settled_ms is not None}
         found |= {until for _, until in self.runtime.values() if until is not None}
@@ -235,7 +235,7 @@ class Reference:
                     part.window.events += 1
                     self._enter(part, "expiry", hold, part.charged)
 
-    def _forgotten(self, hold: HoldModel) -> bool:
+    def _is_dropped(self, hold: HoldModel) -> bool:
         return hold.settled_ms is not None and hold.settled_ms + ID_MEMORY_MS <= self.now_ms
 
     @staticmethod
@@ -245,14 +245,14 @@ class Reference:
     # -- windows and limits --------------------------------------------------------------------------------------------
 
     def window(self, name: str) -> WindowModel:
-        """The current window; a new one is not yet part of the store."""
+        """The current window; a new one is not stored yet."""
         budget = self.budgets[name]
         key = window_name(budget.period, budget.timezone, self.now_ms)
         found = self.windows.get((name, key))
         return found or WindowModel(budget, key, window_bounds(budget.period, budget.timezone, self.now_ms)[1])
 
     def limit(self, window: WindowModel, replica: int | None = None) -> int | None:
-        """The limit in force; `replica`: as it will be once this replica has asserted its own."""
+        """The limit in force; with `replica`, the one after this replica has asserted its own."""
         name = window.budget.name
         if name in self.runtime:
             return self.runtime[name][0]
@@ -264,17 +264,19 @@ class Reference:
         self.windows[window.budget.name, window.name] = window
 
     def assert_limit(self, window: WindowModel, replica: int) -> None:
-        """Of the configured limits that reservations brought, the one of the replica that started last."""
+        """Assert a configured limit; that of the replica that started last stays in force."""
         if replica >= window.asserted_by:
             window.asserted, window.asserted_by = self.configured[replica][window.budget.name], replica
 
     def _check_room(
         self, needs: list[tuple[WindowModel, int, int, int | None]], hold: HoldModel | None = None, weight: Mapping = {}
     ) -> None:
-        """Refuses for the first window, in the order given, that cannot take what is needed of it.
+        """Raise `Refused` for the first window, in the order given, without room.
 
-        Each with what is needed, what is a fact and counted before, and the limit in force. Where it is needed for a
-        hold that is there already: that, and what it would count.
+        Args:
+            needs: windows with the units to admit, the units counted without admission, and the limit in force.
+            hold: the hold to grow, if any.
+            weight: the units that it would count then, by budget.
         """
         for window, need, fact, limit in needs:
             cap = CLOSED - 1 if limit is None else limit
@@ -310,20 +312,20 @@ class Reference:
     def _until_first(self, returns: list[int]) -> int | None:
         return min(returns) - self.now_ms if returns else None
 
-    def _first_return(self, window: WindowModel, but: HoldModel | None, looked_through: int) -> list[int]:
-        """The first deadline of another open hold of the window, if it is among the first so many of all.
+    def _first_return(self, window: WindowModel, but: HoldModel | None, searched: int) -> list[int]:
+        """The next deadline of another open hold of the window, if it is among the next ``searched`` of all.
 
-        A replica looks through 128, but may know it since there were fewer.
+        A replica searches 128, but may have cached the deadline when there were fewer.
         """
         due = [hold for hold in self.holds.values() if hold.state == "open"]
-        due = sorted(due, key=lambda hold: (hold.deadline_ms, hold.id))[:looked_through]
+        due = sorted(due, key=lambda hold: (hold.deadline_ms, hold.id))[:searched]
         found = [
             hold.deadline_ms
             for hold in due
             if hold is not but and any(part.window is window for part in hold.parts.values())
         ]
         if not found and len(due) == 128 and window.ends_ms is None:
-            return [due[-1].deadline_ms]  # not before that
+            return [due[-1].deadline_ms]  # a lower bound
         return found[:1]
 
     # -- reserve and record --------------------------------------------------------------------------------------------
@@ -331,7 +333,7 @@ class Reference:
     def reserve(
         self, replica: int, amounts: Mapping[str, int], id: str, ttl_ms: int, on_expiry: str, operation: str = ""
     ) -> Grant:
-        """All budgets or none; a known id with the same contents is that hold, whatever became of it."""
+        """Reserve in all budgets or none; a known id with the same contents is a replay in any state."""
         windows = {name: self.window(name) for name in amounts}
         known = self.holds.get(id)
         if known:
@@ -341,7 +343,7 @@ class Reference:
                 [(windows[name], amount, 0, self.limit(windows[name], replica)) for name, amount in amounts.items()]
             )
         except Refused:
-            # A denial writes nothing, but what it must: a limit that changed, lest older replicas spend by the old one.
+            # A denial writes only a changed limit, so that older replicas do not spend by the former one.
             for window in windows.values():
                 if window.asserted_by >= 0 and window.asserted != self.configured[replica][window.budget.name]:
                     self.assert_limit(window, replica)
@@ -358,16 +360,18 @@ class Reference:
 
     @staticmethod
     def _replay(known: HoldModel, amounts: Mapping[str, int], on_expiry: str) -> Grant:
-        asked = {name: part.asked for name, part in known.parts.items()}
-        if known.state == "recorded" or asked != dict(amounts) or known.on_expiry != on_expiry:
+        requested = {name: part.requested for name, part in known.parts.items()}
+        if known.state == "recorded" or requested != dict(amounts) or known.on_expiry != on_expiry:
             raise Refused("HoldConflict")
         return Grant(known, replayed=True)
 
     def record(self, amounts: Mapping[str, int], id: str, operation: str = "") -> Settled:
-        """Spend is a fact: never refused for lack of budget."""
+        """Record spend, which is a fact and never refused for lack of room."""
         known = self.holds.get(id)
         if known:
-            if known.state != "recorded" or {name: part.asked for name, part in known.parts.items()} != dict(amounts):
+            if known.state != "recorded" or {name: part.requested for name, part in known.parts.items()} != dict(
+                amounts
+            ):
                 raise Refused("HoldConflict")
             return Settled("recorded", dict(amounts), replayed=True)
         parts = {name: Part(self.window(name), amount, amount) for name, amount in amounts.items()}
@@ -382,7 +386,7 @@ class Reference:
     # -- settle --------------------------------------------------------------------------------------------------------
 
     def commit(self, id: str, amounts: object = None, accrued: Mapping[str, int] | None = None) -> Settled:
-        """`amounts`: None, a scalar in dollars' units, or a mapping of units; `accrued`: what only the worker knows."""
+        """`amounts`: None, a scalar in units, or a mapping of units; `accrued`: the worker's own totals."""
         hold = self._known(id)
         actual = self._actual(hold, amounts, accrued or {})
         overruns = tuple(name for name, part in hold.parts.items() if not part.slots and actual[name] > part.reserved)
@@ -399,13 +403,13 @@ class Reference:
         return Settled("committed", actual, False, overruns, late)
 
     def commit_mine(self, worker: Worker, amounts: object = None) -> Settled:
-        """By the hold object. A settled id that was forgotten is unknown: nothing is charged anew."""
+        """Commit by the hold object. A settled id that was dropped is unknown, and nothing is charged again."""
         settled = self.commit(worker.id, amounts, worker.accrued)
         worker.settled = True
         return settled
 
     def release_mine(self, worker: Worker) -> Settled:
-        """By the hold object."""
+        """Release by the hold object."""
         settled = self.release(worker.id)
         worker.settled = True
         return settled
@@ -416,11 +420,11 @@ class Reference:
             return
         used = any(worker.accrued.values())
         if failed and keep:
-            if used:  # left to its deadline, with what is known of it
+            if used:  # kept until its deadline, with its accrued amounts
                 self.extend(worker.id, worker.ttl_ms, worker.accrued, keep=True)
         elif used:
             self.commit_mine(worker)
-        elif self.holds[worker.id].resolved:  # by its id, and there is nothing to add
+        elif self.holds[worker.id].resolved:  # by id, and nothing was accrued
             worker.settled = True
         elif failed:
             self.release_mine(worker)
@@ -437,7 +441,7 @@ class Reference:
             given = self.spread(hold.parts, amounts)
             actual = {name: given.get(name, part.reserved) for name, part in hold.parts.items()}
         elif any(accrued.values()):
-            # A report in dollars says nothing of the counts: they cost what was reserved.
+            # A report in dollars leaves counts at their reserved amounts.
             actual = {
                 name: accrued[name] if accrued[name] or self._dollars(name) else part.reserved
                 for name, part in hold.parts.items()
@@ -463,20 +467,20 @@ class Reference:
             self._spend(hold, part, "correction", actual)
 
     def _spend(self, hold: HoldModel, part: Part, kind: str, actual: int) -> None:
-        """Counts as spent; the ledger gets what it adds to a charge that stands."""
+        """Count as spent; the ledger entry is the difference to the charge so far."""
         self._enter(part, kind, hold, actual - part.charged)
         part.window.spent += actual
         part.window.events += 1
         part.charged = actual
 
     def release_by_id(self, id: str, *, operator: bool = False) -> Settled:
-        """By anybody: what is unresolved stays open to its worker's later commit."""
+        """Release by id; an unresolved hold can still be committed by its worker."""
         known = self.holds.get(id)
         unresolved = known is not None and (known.state == "unconfirmed" or known.by_operator)
         return self.release(id, operator=operator or unresolved)
 
     def release(self, id: str, *, operator: bool = False) -> Settled:
-        """Gives everything back."""
+        """Release all amounts."""
         hold = self._known(id)
         nothing = dict.fromkeys(hold.parts, 0)
         if hold.state == "released" and (operator or not hold.by_operator):
@@ -492,7 +496,7 @@ class Reference:
                 self._enter(part, "release", hold, -part.charged)
             part.charged = 0
         self._settle(hold, "released")
-        if operator:  # not resolved: the worker may come back
+        if operator:  # not resolved: the worker may still commit
             hold.by_operator, hold.settled_ms = True, None
         return Settled("released", nothing, False, (), late)
 
@@ -515,12 +519,12 @@ class Reference:
         *,
         keep: bool = False,
     ) -> HoldModel:
-        """A heartbeat with cumulative `accrued`; or growth to `totals`. `keep`: an open hold keeps its deadline."""
+        """Apply a heartbeat with cumulative `accrued`, or growth to `totals`; `keep`: keep the deadline if open."""
         hold = self._known(id)
         accrued, totals = accrued or {}, totals or {}
         if not (accrued.keys() | totals.keys()) <= hold.parts.keys():
             raise Refused("UnknownBudget")
-        if hold.resolved or hold.by_operator:  # an operator's release is obeyed
+        if hold.resolved or hold.by_operator:  # a heartbeat does not undo a release by an operator
             raise Refused("HoldConflict")
         deadline = min(self.now_ms + ttl_ms, hold.created_ms + LONGEST_HOLD_MS)
         expired = hold.state != "open"
@@ -528,11 +532,11 @@ class Reference:
             raise Refused("HoldConflict")
         needs = []
         for name, part in hold.parts.items():
-            grown = Part(part.window, part.asked, max(part.reserved, totals.get(name, 0)), part.accrued)
+            grown = Part(part.window, part.requested, max(part.reserved, totals.get(name, 0)), part.accrued)
             if not part.slots:
                 grown.accrued = max(part.accrued, accrued.get(name, 0))
             counted = part.charged if expired else part.weight
-            # What was reported is a fact and needs no admission; the rest of what it is to count does.
+            # Reported spend is a fact and needs no admission; growth beyond it does.
             fact = max(0, grown.accrued - counted)
             needs.append((part.window, max(0, grown.weight - counted - fact), fact, self.limit(part.window)))
         weight = {
@@ -554,7 +558,7 @@ class Reference:
         return hold
 
     def grow_mine(self, worker: Worker, more: Mapping[str, int]) -> HoldModel:
-        """By the hold object: adds to what is reserved by now, whoever has added to it before."""
+        """Grow by the hold object: add to the reserved amount, including growth by others."""
         known = self.holds.get(worker.id)
         if known is None or known.resolved or known.by_operator:
             return self.extend(worker.id, worker.ttl_ms, keep=True)  # refused
@@ -573,15 +577,15 @@ class Reference:
     # -- limits and reads ----------------------------------------------------------------------------------------------
 
     def set_limit(self, name: str, limit: int | None, until: int | str | None) -> None:
-        """`until`: milliseconds, `window` or None for good."""
+        """Set a run-time limit; `until`: milliseconds, `window`, or None for no end."""
         self.runtime[name] = (limit, self.window(name).ends_ms if until == "window" else until)
 
     def clear_limit(self, name: str) -> None:
-        """Back to what is configured."""
+        """Return to the configured limit."""
         self.runtime.pop(name, None)
 
     def status(self, replica: int, name: str) -> dict:
-        """Every figure of the current window; reading asserts nothing."""
+        """The figures of the current window; a read asserts no limit."""
         window = self.window(name)
         own = self.configured[replica][name]
         limit = self.limit(window, replica)
@@ -601,7 +605,7 @@ class Reference:
         }
 
     def view(self, id: str) -> dict:
-        """A hold by id, as anyone sees it."""
+        """The public view of a hold."""
         hold = self._known(id)
         parts = hold.parts.items()
         return {
@@ -619,12 +623,12 @@ class Reference:
         }
 
     def listed(self, name: str) -> list[dict]:
-        """Open, then unconfirmed holds of a budget, newest deadline first."""
+        """The holds of a budget: open, then unconfirmed ones, latest deadline first."""
         mine = [hold for hold in self.holds.values() if name in hold.parts and hold.state in ("open", "unconfirmed")]
         mine.sort(key=lambda hold: (hold.state != "open", -hold.deadline_ms))
         return [self.view(hold.id) for hold in mine]
 
-    # -- the worker's side ---------------------------------------------------------------------------------------------
+    # -- hold objects --------------------------------------------------------------------------------------------------
 
     def worker(self, grant: Grant, ttl_ms: int) -> Worker:
         """The hold object that a reservation returns."""
@@ -640,7 +644,7 @@ class Reference:
         )
 
     def spread(self, names: Iterable[str], amount: object) -> dict[str, int]:
-        """A scalar speaks of every budget in dollars, or else of the only count; a mapping of those that it names."""
+        """Amounts by budget: a scalar applies to all budgets in dollars, or else to the only count."""
         if isinstance(amount, Mapping):
             return dict(amount)
         dollars = [name for name in names if self.budgets[name].unit == "usd"]

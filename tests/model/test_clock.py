@@ -1,4 +1,4 @@
-"""The movable clock of the tests: what the scripts read, on both kinds of server."""
+"""The settable clock of the test servers, as scripts read it, on Valkey and on Redis."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ SCRIPT = "local now = redis.call('TIME') return now[1] .. '.' .. now[2]"
 NEAR = timedelta(milliseconds=10)
 
 
-def test_the_clock_moves_for_scripts_and_for_expiry(clocked_server):
+def test_scripts_and_expiry_follow_the_clock(clocked_server):
     with clocked_server.client() as client:
         client.set("short", "1", px=60_000)
         client.set("long", "1", ex=7200)
@@ -21,7 +21,7 @@ def test_the_clock_moves_for_scripts_and_for_expiry(clocked_server):
         assert 3500 < client.ttl("long") <= 3600
 
 
-def test_a_frozen_clock_stands_still_to_a_few_milliseconds(clocked_server):
+def test_a_frozen_clock_moves_by_a_few_milliseconds_at_most(clocked_server):
     noon = datetime(2026, 11, 23, 12, 0, 0, 500_000, tzinfo=UTC)
     clocked_server.set(noon, frozen=True)
     with clocked_server.client() as client:
@@ -31,7 +31,7 @@ def test_a_frozen_clock_stands_still_to_a_few_milliseconds(clocked_server):
         assert timedelta(0) <= clocked_server.now() - noon - timedelta(seconds=1.001) < NEAR
 
 
-def test_redis_obeys_the_clock_too(start_clocked_server: Callable, redis_server_binary: str):
+def test_redis_follows_the_clock_too(start_clocked_server: Callable, redis_server_binary: str):
     server = start_clocked_server(redis_server_binary)
     midnight = datetime(2026, 3, 29, 0, 0, tzinfo=UTC)
     server.set(midnight, frozen=True)

@@ -1,4 +1,4 @@
-"""Random histories of replicas that define one budget differently, and migrate it, beside a model of a few lines."""
+"""Random histories of replicas that define one budget differently and migrate it, against a small model."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ DEFINITIONS = (
     {"timezone": "Asia/Kathmandu"},
     {"unit": "tokens"},
 )
-"""Windows without end: none ends while a history is played."""
+"""Applied to endless windows, so no window ends during a history."""
 REPLICAS = (0, 0, 1, 2, 3)
-"""The definition of each; two have the same."""
+"""The definition of each replica; two have the same one."""
 LIMIT = 10
 
 
 @dataclass
 class Model:
-    """What is registered, and what each definition's window counts."""
+    """The registered definition, and the counted amount of each definition's window."""
 
     registered: int | None = None
     counted: dict[int, int] = field(default_factory=lambda: dict.fromkeys(range(len(DEFINITIONS)), 0))
@@ -54,7 +54,7 @@ class Model:
         return "done"
 
     def settle(self, hold_id: str, amount: int) -> str:
-        """Whoever settles: what was admitted pays in its window."""
+        """Settle in the window that admitted, whatever is registered."""
         definition, before = self.holds.pop(hold_id)
         self.counted[definition] += amount - before
         return "done"
@@ -76,23 +76,25 @@ STEPS = st.lists(
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
-def test_replicas_of_several_definitions_spend_as_the_model_says(server, client, steps):
+def test_replicas_of_several_definitions_spend_as_the_model_predicts(server, client, steps):
     client.flushall()
     budgets = [Budget("agent", LIMIT, period="ever", **DEFINITIONS[definition]) for definition in REPLICAS]
     limiters = [BudgetLimiter(server.url, [budget], timeout=10) for budget in budgets]
     model = Model()
     try:
-        for number, (act, replica, amount) in enumerate(steps):
+        for number, (action, replica, amount) in enumerate(steps):
             definition, limiter = REPLICAS[replica], limiters[replica]
-            note(f"{act} by replica {replica}, {amount}")
-            if act == "settle":
+            note(f"{action} by replica {replica}, {amount}")
+            if action == "settle":
                 if model.holds:
                     hold_id = sorted(model.holds)[amount % len(model.holds)]
                     assert outcome(limiter.commit, hold_id, {"agent": amount}) == model.settle(hold_id, amount)
-            elif act == "reserve":
-                hold_id, asked = f"op_{number}", amount + 1
-                assert outcome(limiter.reserve, "agent", asked, id=hold_id) == model.reserve(definition, hold_id, asked)
-            elif act == "record":
+            elif action == "reserve":
+                hold_id, requested = f"op_{number}", amount + 1
+                assert outcome(limiter.reserve, "agent", requested, id=hold_id) == model.reserve(
+                    definition, hold_id, requested
+                )
+            elif action == "record":
                 assert outcome(limiter.record, "agent", amount) == model.record(definition, amount)
             else:
                 assert outcome(limiter.migrate, "agent") == model.migrate(definition)

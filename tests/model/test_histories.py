@@ -1,7 +1,7 @@
-"""Random histories on a real server with a movable clock: every reply is what the reference model predicts.
+"""Random histories on a real server with a settable clock: each reply agrees with the reference model.
 
-A failure prints the history and a blob to reproduce it. ``KTRDR_EXAMPLES`` sets how many histories are tried,
-``KTRDR_STEPS`` how long they are.
+A failure prints the history and a blob to reproduce it. ``KTRDR_EXAMPLES`` sets the number of histories,
+``KTRDR_STEPS`` their length.
 """
 
 from __future__ import annotations
@@ -58,11 +58,11 @@ reservations = st.tuples(requests, new_ids, ttls, policies)
 
 
 class Left(Exception):
-    """How a block of `limiter.hold` ends early."""
+    """An error that ends a block of `limiter.hold`."""
 
 
 class Histories(RuleBasedStateMachine):
-    """The real system beside the model; each rule makes its call on both."""
+    """A state machine whose rules make each call on the real system and on the model."""
 
     ids = Bundle("ids")
     holds = Bundle("holds")
@@ -89,7 +89,7 @@ class Histories(RuleBasedStateMachine):
         return self.pair.model
 
     @invariant()
-    def the_store_keeps_its_promises(self):
+    def check_store(self):
         if self.pair is not None:
             self.pair.check_store()
 
@@ -101,7 +101,7 @@ class Histories(RuleBasedStateMachine):
         return list(hold.parts) if hold else ["agent"]
 
     def _draw_amounts(self, data, names, *, none: bool = True):
-        """Nothing, a scalar where it is unambiguous, or a mapping of some of the budgets."""
+        """Draw nothing, a scalar if it is unambiguous, or a mapping of some of the budgets."""
         kinds = [mapping_for(data.draw(st.lists(st.sampled_from(names), unique=True)), zero=True)]
         if any(BY_NAME[name].unit == "usd" for name in names):
             kinds.append(scalars)
@@ -137,24 +137,24 @@ class Histories(RuleBasedStateMachine):
 
     @rule(target=holds, number=numbers, hold=holds, ttl=ttls, other=st.booleans(), data=st.data())
     def reserve_again(self, number, hold, ttl, other, data):
-        """The same id: with the same contents in another order, or with something else."""
+        """Reserve with a known id, and the same contents in another order or other contents."""
         known = self.model.holds.get(hold[1].id)
-        assume(known is not None and all(part.asked for part in known.parts.values()))
-        written = {n: p.asked if BY_NAME[n].unit != "usd" else f"{p.asked}e-9" for n, p in known.parts.items()}
+        assume(known is not None and all(part.requested for part in known.parts.values()))
+        written = {n: p.requested if BY_NAME[n].unit != "usd" else f"{p.requested}e-9" for n, p in known.parts.items()}
         amounts = {name: written[name] for name in data.draw(st.permutations(list(written)), label="order")}
         if other:
             amounts[data.draw(st.sampled_from(list(written)), label="other")] = 1
         return self._reserve(number, amounts, known.id, ttl, known.on_expiry)
 
     @rule(number=numbers, refused=impossible_reservations)
-    def reserve_what_cannot_be(self, number, refused):
+    def reserve_invalid(self, number, refused):
         amounts, options, kind = refused
         error = self.pair.real(self.pair.limiters[self._replica(number)].reserve(amounts, **options))
         assert type(error).__name__ == kind, error
 
     @rule(number=numbers)
     def reserve_many(self, number):
-        """More than what one reply names as due, once their time has come."""
+        """Make more holds than one reply lists as due."""
         number, serial = self._replica(number), self.model.grants
         for place in range(40):
             call = self._reservation(number, {"open-ended": "0.0000001"}, f"many_{serial}_{place}", 61, "release")
@@ -220,7 +220,7 @@ class Histories(RuleBasedStateMachine):
             lambda: self.model.extend(id, int(ttl * 1000), totals=units_by_name(totals), keep=True),
         )
 
-    # -- at once -------------------------------------------------------------------------------------------------------
+    # -- concurrently --------------------------------------------------------------------------------------------------
 
     @rule(number=numbers, one=reservations, times=st.integers(2, 6))
     def reserve_in_duplicate(self, number, one, times):
@@ -232,7 +232,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def change_at_once(self, data):
-        """Settlements, records, growth and reservations of any replica together."""
+        """Make concurrent settlements, records, growth and reservations by any replica."""
         known = [known for known in NEW_IDS if known in self.model.holds]
         kinds = ["reserve", "record", *(["commit", "release", "extend", "grow"] if known else [])]
         calls = []
@@ -249,7 +249,7 @@ class Histories(RuleBasedStateMachine):
     # -- with the hold object ------------------------------------------------------------------------------------------
 
     def _mine(self, hold):
-        """A hold object, unless its id was forgotten and means another hold by now."""
+        """The hold object, unless the store has dropped its id and another hold has it now."""
         worker: Worker = hold[1]
         known = self.model.holds.get(worker.id)
         assume(known is None or known.serial == worker.serial)
@@ -320,7 +320,7 @@ class Histories(RuleBasedStateMachine):
         data=st.data(),
     )
     def use_a_block(self, number, one, on_error, fails, settles, data):
-        """`async with limiter.hold(…)`, left in every way."""
+        """Leave `async with limiter.hold(…)` in each way."""
         number, (amounts, new, ttl, policy) = self._replica(number), one
         call = self._reservation(number, *one)
         used = data.draw(st.lists(mapping_for(list(amounts), zero=True), max_size=2), label="used")
@@ -338,17 +338,17 @@ class Histories(RuleBasedStateMachine):
                 if fails:
                     raise Left
 
-        reply = self.pair.real(_left(block(self.pair.limiters[number])))
+        reply = self.pair.real(_run_block(block(self.pair.limiters[number])))
         if workers:
-            self._compare_leaving(reply, workers[0], fails, on_error == "charge")
+            self._compare_end_of_block(reply, workers[0], fails, on_error == "charge")
         else:
             self.pair.alike(reply, call.expect)
 
-    def _compare_leaving(self, reply, worker: Worker, fails: bool, keep: bool) -> None:
+    def _compare_end_of_block(self, reply, worker: Worker, fails: bool, keep: bool) -> None:
         try:
             self.model.leave(worker, failed=fails, keep=keep)
             expected = None
-        except Refused as refused:  # the block's own error is the one that is told
+        except Refused as refused:  # the error of the block is raised instead
             expected = None if fails else refused.kind
         assert (reply and type(reply).__name__) == expected
 
@@ -388,7 +388,7 @@ class Histories(RuleBasedStateMachine):
 
     @rule(after=st.booleans())
     def wait_for_the_next_event(self, after):
-        """To half a second before or after the next deadline, midnight or the like."""
+        """Advance to half a second before or after the next deadline, end of a window or the like."""
         later = [at for at in self.model.instants() if at > self.model.now_ms + 600]
         self.pair.advance(min(later) - self.model.now_ms + (500 if after else -500))
 
@@ -419,14 +419,14 @@ PROFILE = settings(
 )
 
 
-async def _left(block) -> None:
+async def _run_block(block) -> None:
     with contextlib.suppress(Left):
         await block
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-# A client of redis-py that retries draws its pause from the global generator, perhaps while a strategy draws.
+# A retrying client of redis-py draws its pause from the global generator, perhaps while a strategy draws.
 @pytest.mark.filterwarnings("ignore:Do not use the .random. module:hypothesis.errors.HypothesisDeprecationWarning")
-def test_random_histories_go_as_the_model_says(clocked_server, runner):
+def test_random_histories_agree_with_the_model(clocked_server, runner):
     run_state_machine_as_test(lambda: Histories(clocked_server, runner), settings=PROFILE)

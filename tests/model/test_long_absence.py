@@ -1,4 +1,4 @@
-"""What is left when nobody called for so long that windows, and records with them, have expired (P5, P7, P11)."""
+"""The state after a long time without calls, when windows and records have expired (P5, P7, P11)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BUDGETS = [
 
 @pytest.fixture
 async def limiter(clocked_server):
-    """Started at noon; the clock stands still."""
+    """A limiter started at noon, by a frozen clock."""
     clocked_server.set(NOON, frozen=True)
     async with AsyncBudgetLimiter(clocked_server.url, BUDGETS, timeout=30) as made:
         yield made
@@ -37,7 +37,7 @@ def check(server) -> RawStore:
     return store
 
 
-async def test_a_slot_of_a_dead_worker_returns_however_late_somebody_asks(clocked_server, limiter):
+async def test_the_slot_of_a_dead_worker_is_free_at_the_next_call_months_later(clocked_server, limiter):
     await limiter.reserve("gpu", 1, id="alone")
     await limiter.reserve({"agent": "1.00", "gpu": 1}, id="with_money")
     clocked_server.advance(60 * DAY_S)
@@ -46,19 +46,19 @@ async def test_a_slot_of_a_dead_worker_returns_however_late_somebody_asks(clocke
     check(clocked_server)
 
 
-async def test_spend_without_end_is_unconfirmed_and_can_be_settled_months_later(clocked_server, limiter):
-    await limiter.reserve("lifetime", "1.00", id="forgotten")
+async def test_an_unconfirmed_hold_of_an_endless_window_can_be_settled_months_later(clocked_server, limiter):
+    await limiter.reserve("lifetime", "1.00", id="abandoned")
     clocked_server.advance(200 * DAY_S)
     status = await limiter.status("lifetime")
     assert (status.held, status.unconfirmed) == (0, Decimal("1.00"))
-    assert [hold.id for hold in await limiter.holds("lifetime")] == ["forgotten"]
-    await limiter.commit("forgotten", "0.25")
+    assert [hold.id for hold in await limiter.holds("lifetime")] == ["abandoned"]
+    await limiter.commit("abandoned", "0.25")
     assert (await limiter.status("lifetime")).spent == Decimal("0.25")
     check(clocked_server)
 
 
 @pytest.mark.parametrize("on_expiry", ["charge", "accrued", "release"])
-async def test_a_hold_that_outlives_one_of_its_windows_does_not_bring_it_back(clocked_server, limiter, on_expiry):
+async def test_a_hold_that_outlives_one_of_its_windows_does_not_restore_it(clocked_server, limiter, on_expiry):
     await limiter.reserve({"agent": "1.00", "monthly": "1.00", "lifetime": "1.00"}, id="op_1", on_expiry=on_expiry)
     clocked_server.advance(40 * DAY_S)  # the day has expired, the month has not
     expected = Decimal("1.00") if on_expiry == "charge" else 0
@@ -70,7 +70,7 @@ async def test_a_hold_that_outlives_one_of_its_windows_does_not_bring_it_back(cl
     assert store.sums("monthly:2026-11")["spent"] == 400_000_000
 
 
-async def test_nothing_that_grew_with_traffic_is_left_of_ended_windows(clocked_server, limiter):
+async def test_no_growing_key_of_an_ended_window_is_left(clocked_server, limiter):
     for number in range(50):
         hold = await limiter.reserve("agent", "0.01", id=f"op_{number}")
         if number % 2:
@@ -88,7 +88,7 @@ async def test_nothing_that_grew_with_traffic_is_left_of_ended_windows(clocked_s
         assert client.zcard("ktrdr:{default}:due") == 0
 
 
-async def test_ids_are_forgotten_a_day_after_settlement_but_not_before_it(clocked_server, limiter):
+async def test_an_id_is_dropped_a_day_after_its_settlement_and_not_before(clocked_server, limiter):
     await limiter.reserve("agent", "1.00", id="open", ttl=DAY_S)
     settled = await limiter.reserve("agent", "1.00", id="settled")
     await settled.commit("1.00")

@@ -89,7 +89,7 @@ class Losses(Histories):
         for segment, part in zip(segments, hold.parts.values(), strict=True):
             _, name, base, reserved, accrued, _ = segment.split(",")
             assert name == f"{part.window.budget.name}:{part.window.name}"
-            assert int(base or reserved) == part.asked
+            assert int(base or reserved) == part.requested
             part.reserved, part.accrued = int(reserved), int(accrued or 0)
 
 

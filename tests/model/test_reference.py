@@ -1,4 +1,4 @@
-"""The reference model itself: the contract's own figures, and that whatever is asked of it, it adds up."""
+"""The reference model itself: the figures of the contract, and random calls after which it adds up."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def reserve(model: Reference, cents: int, hold_id: str, on_expiry: str = "charge
 
 
 def figures(model: Reference) -> tuple[int, int, int]:
-    """Spent, held and unconfirmed of today, in cents."""
+    """Spent, held and unconfirmed of today's window, in cents."""
     status = model.status(0, "agent")
     return status["spent"] // CENT, status["held"] // CENT, status["unconfirmed"] // CENT
 
@@ -38,7 +38,7 @@ def reason(model: Reference, cents: int) -> tuple:
     return found["reason"], found["remaining"] // CENT, found["retry_after_ms"]
 
 
-def test_reasons_are_those_of_the_contract():
+def test_denials_have_the_reasons_of_the_contract():
     model = model_of()
     model.record({"agent": 300 * CENT}, "spent")
     reserve(model, 150, "held")
@@ -47,7 +47,7 @@ def test_reasons_are_those_of_the_contract():
     assert reason(model, 250) == ("budget_exhausted", 50, 12 * 3_600_000)
 
 
-def test_what_an_expired_hold_charges():
+def test_an_expired_hold_is_charged_by_its_policy():
     for policy, cents in {"charge": 100, "accrued": 30, "release": 0}.items():
         model = model_of()
         reserve(model, 100, "op_1", policy)
@@ -89,7 +89,7 @@ def test_amounts_round_up_and_limits_down():
         ("Africa/Cairo", "2026-10-29", 25),  # its last hour is repeated
     ],
 )
-def test_days_have_the_hours_that_the_timezone_gives_them(timezone, local_day, hours):
+def test_a_day_has_the_hours_of_its_timezone(timezone, local_day, hours):
     noon_ms = int(datetime.fromisoformat(f"{local_day}T12:00:00+00:00").timestamp() * 1000)
     begins, ends = window_bounds("day", timezone, noon_ms)
     assert window_name("day", timezone, noon_ms) == local_day
@@ -109,7 +109,7 @@ calls = st.one_of(
 
 
 @given(st.lists(calls, max_size=40))
-def test_the_model_adds_up_and_no_grant_passes_the_cap(history):
+def test_the_model_adds_up_and_no_grant_exceeds_the_cap(history):
     model = model_of()
     for call, *words in history:
         try:
@@ -125,7 +125,7 @@ def test_the_model_adds_up_and_no_grant_passes_the_cap(history):
 
 
 def perform(model: Reference, call: str, words: list) -> bool:
-    """Makes a call; whether it was a new grant."""
+    """Make a call; return whether it was a new grant."""
     match call, words:
         case "reserve", (number, cents, policy):
             return not reserve(model, cents, f"op_{number}", policy).replayed

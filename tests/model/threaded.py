@@ -1,4 +1,4 @@
-"""A synchronous limiter, to be awaited like the asynchronous one: each call runs in a thread of its own."""
+"""An async interface to a sync limiter: each call runs in a thread of its own."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WAITING = (
 
 
 class Threaded:
-    """Stands for a limiter or a hold: what waits for the store is a coroutine, all else is as it is."""
+    """A proxy of a limiter or hold: methods that wait for the store are coroutines, all others are unchanged."""
 
     def __init__(self, inner: BudgetLimiter | Hold) -> None:
         self._inner = inner
@@ -38,7 +38,7 @@ class Threaded:
 
     @asynccontextmanager
     async def hold(self, *words: Any, **options: Any) -> AsyncIterator[Threaded]:
-        """`with limiter.hold(…)`."""
+        """`with limiter.hold(…)` as an async block."""
         manager = self._inner.hold(*words, **options)
         hold = await asyncio.to_thread(manager.__enter__)
         try:

@@ -1,7 +1,7 @@
-"""One replica among several that make random calls about the same ids, and writes down each call and its reply.
+"""One of several replicas that make random calls about the same ids and record each call with its reply.
 
-Options: `url, limits, tasks, calls, ids, seed, worker`. Says "ready", waits for a line, and says its history: a list of
-`{call, id, amounts, began, ended, reply, told, late}`, instants in nanoseconds of the machine's monotonic clock.
+Options: `url, limits, tasks, calls, ids, seed, worker`. It prints "ready", waits for a line, and prints its history, a
+list of `{call, id, amounts, began, ended, reply, settled, late}`; instants in nanoseconds of the monotonic clock.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ def say(words: object) -> None:
 
 
 def contents(hold_id: str, budgets: list) -> dict:
-    """What every replica asks for under this id, in units."""
+    """The contents that each replica requests for this id, in units."""
     chance = random.Random(hold_id)
     names = chance.sample(budgets, chance.choice((1, 1, 2)))
     return {name: chance.randrange(1, 300) * 10**6 + chance.randrange(2) for name in names}
@@ -33,53 +33,54 @@ class Historian:
         self.random = random.Random(f"{options['seed']} {options['worker']}")
         self.history: list = []
 
-    async def write(self) -> None:
+    async def run(self) -> None:
         for _ in range(self.options["calls"]):
-            # Ids become known little by little, so that several replicas meet at each.
+            # New ids come into use gradually, so several replicas meet at each.
             progress = len(self.history) * self.options["ids"] // (self.options["calls"] * self.options["tasks"])
             number = max(0, progress - self.random.randrange(12))
             call = self.random.choice(("reserve",) * 4 + ("commit",) * 3 + ("release", "record", "extend", "grow"))
             await getattr(self, call)(f"{'spent' if call == 'record' else 'op'}-{number}")
 
     async def reserve(self, hold_id: str) -> None:
-        asked = contents(hold_id, self.budgets)
+        requested = contents(hold_id, self.budgets)
         if self.random.random() < 0.1:  # other contents
-            asked = {name: units + 7 for name, units in asked.items()}
-        await self.told("reserve", hold_id, asked, self.limiter.reserve(as_money(asked), id=hold_id, ttl=self.ttl()))
+            requested = {name: units + 7 for name, units in requested.items()}
+        reply = self.limiter.reserve(as_money(requested), id=hold_id, ttl=self.ttl())
+        await self.execute("reserve", hold_id, requested, reply)
 
     async def commit(self, hold_id: str) -> None:
         share = self.random.choice((0, 25, 40, 150))
         spent = {name: units * share // 100 for name, units in contents(hold_id, self.budgets).items()}
-        await self.told("commit", hold_id, spent, self.limiter.commit(hold_id, as_money(spent)))
+        await self.execute("commit", hold_id, spent, self.limiter.commit(hold_id, as_money(spent)))
 
     async def release(self, hold_id: str) -> None:
-        await self.told("release", hold_id, {}, self.limiter.release(hold_id))
+        await self.execute("release", hold_id, {}, self.limiter.release(hold_id))
 
     async def record(self, hold_id: str) -> None:
         spent = contents(hold_id, self.budgets)
-        await self.told("record", hold_id, spent, self.limiter.record(as_money(spent), id=hold_id))
+        await self.execute("record", hold_id, spent, self.limiter.record(as_money(spent), id=hold_id))
 
     async def extend(self, hold_id: str) -> None:
-        await self.told("extend", hold_id, {}, self.limiter.extend(hold_id, self.ttl()))
+        await self.execute("extend", hold_id, {}, self.limiter.extend(hold_id, self.ttl()))
 
     async def grow(self, hold_id: str) -> None:
         totals = {name: units * 5 // 4 for name, units in contents(hold_id, self.budgets).items()}
-        await self.told("grow", hold_id, totals, self.limiter.grow(hold_id, as_money(totals), ttl=self.ttl()))
+        await self.execute("grow", hold_id, totals, self.limiter.grow(hold_id, as_money(totals), ttl=self.ttl()))
 
     def ttl(self) -> int:
         return self.random.choice((1, 60))
 
-    async def told(self, call: str, hold_id: str, amounts: dict, awaitable) -> None:
+    async def execute(self, call: str, hold_id: str, amounts: dict, awaitable) -> None:
         began = time.monotonic_ns()
         try:
             reply = await awaitable
-            told = {name: to_units(amount) for name, amount in reply.amounts.items()}
+            settled = {name: to_units(amount) for name, amount in reply.amounts.items()}
             word = "replayed" if getattr(reply, "replayed", False) else "done"
             late = getattr(reply, "late", False)
         except BudgetError as error:
-            word, told, late = type(error).__name__, {}, False
+            word, settled, late = type(error).__name__, {}, False
         entry = {"call": call, "id": hold_id, "amounts": amounts, "began": began, "ended": time.monotonic_ns()}
-        self.history.append({**entry, "reply": word, "told": told, "late": late})
+        self.history.append({**entry, "reply": word, "settled": settled, "late": late})
 
 
 def as_money(amounts: dict) -> dict:
@@ -92,7 +93,7 @@ async def main(options: dict) -> None:
         say("ready")
         await asyncio.to_thread(sys.stdin.readline)
         historian = Historian(limiter, options)
-        await asyncio.gather(*(historian.write() for _ in range(options["tasks"])))
+        await asyncio.gather(*(historian.run() for _ in range(options["tasks"])))
     say(historian.history)
 
 

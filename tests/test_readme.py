@@ -126,9 +126,9 @@ def test_the_library_in_ten_lines_runs(tmp_path: Path):
 def test_the_guarded_client_commits_what_the_provider_billed(tmp_path: Path):
     [_, block] = blocks("python")
     with LocalProvider() as provider:
-        told = {**os.environ, "ANTHROPIC_BASE_URL": provider.anthropic_url, "ANTHROPIC_API_KEY": "local"}
+        environment = {**os.environ, "ANTHROPIC_BASE_URL": provider.anthropic_url, "ANTHROPIC_API_KEY": "local"}
         words = [sys.executable, "-W", "error", "-c", block]
-        done = subprocess.run(words, cwd=tmp_path, env=told, capture_output=True, text=True)
+        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
         [billed] = provider.ledger
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith(f" ${Decimal(cost_nanos(billed)).scaleb(-9).normalize()}\n"), done.stdout
@@ -141,6 +141,6 @@ def test_the_budgets_of_the_readme_are_budgets():
 
 
 def test_every_link_of_the_documents_leads_somewhere():
-    for document in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for document in [ROOT / "README.md", ROOT / "tests" / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"

@@ -18,7 +18,7 @@ SHOWN_MAX = 12
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs what the arguments say; the exit code: 1 if a promise was broken."""
+    """Run the selected rows; the exit code is 1 if a promise was broken."""
     given = _parser().parse_args(arguments)
     if libfaketime() is None:
         print("chaos: libfaketime is not installed (Debian: apt-get install faketime)", file=sys.stderr)
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"  {violation}", flush=True)
     seconds = time.monotonic() - began
     broken = [run.row.name for run in runs if run.verdict.violations]
-    print(f"\n{len(runs) - len(broken)} of {len(runs)} faults survived, in {seconds:.0f} s")
+    print(f"\n{len(runs) - len(broken)} of {len(runs)} rows kept, in {seconds:.0f} s")
     if given.markdown:
         report.rewrite(report.DOCUMENT, runs, when, seconds)
     return 1 if broken else 0
@@ -53,10 +53,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m tests.chaos", description="Real servers, real faults.")
     names = [row.name for row in ROWS]
     parser.add_argument("--only", nargs="+", choices=names, metavar="ROW", help=f"of: {', '.join(names)}")
-    parser.add_argument("--seed", type=int, default=1, help="of the replicas' work and of the faults (default 1)")
-    parser.add_argument("--seconds", type=float, help="how long each row provokes (default: as the row says)")
-    parser.add_argument("--short", action="store_true", help="the few seconds of the form that `make test` runs")
-    parser.add_argument("--markdown", action="store_true", help="put the figures into docs/reliability.md")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the replicas' work and of the faults (default 1)")
+    parser.add_argument("--seconds", type=float, help="duration of the faults of each row (default: that of the row)")
+    parser.add_argument("--short", action="store_true", help="run the short form of `make test`")
+    parser.add_argument("--markdown", action="store_true", help="write the table in docs/reliability.md")
     parser.add_argument("--keep", type=Path, metavar="DIR", help="keep histories and logs there (a short path)")
     return parser
 

@@ -1,4 +1,4 @@
-"""One run of the bench: real servers, replicas that spend, faults, and in the end a verdict on the whole history."""
+"""One run of the bench: real servers, spending replicas, faults, and a verdict on the complete history."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from .judge import Terms, Verdict, judge
 TIMEOUT_S = 1.0
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 CLOCKS = ("", "+26h", "-26h")
-_AWAY = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
+_UNREACHABLE = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
 
 
 @dataclass(frozen=True)
@@ -38,29 +38,29 @@ class Row:
 
     name: str
     fault: str
-    """The table's words."""
+    """Cell of the table, like ``must_hold``."""
     must_hold: str
     run: Callable[[Bench], None]
     seconds: float
     short_s: float = 0.0
-    """How long its short form provokes; 0: it has none, for others provoke the like."""
+    """Duration of its short form; 0: none, because other rows have similar faults."""
 
 
 @dataclass
 class Figures:
-    """What a run is told by."""
+    """The figures of a run."""
 
     row: Row
     seed: int
     seconds: float
     faults: int = 0
     losses: int = 0
-    """How often a replica noticed that the store had gone back in time."""
+    """Data losses detected, summed over the replicas."""
     verdict: Verdict = field(default_factory=Verdict)
 
     @property
     def line(self) -> str:
-        """One line for a person."""
+        """One line for the terminal."""
         v = self.verdict
         return (
             f"{self.row.name}: seed {self.seed}, {self.seconds:g} s: {v.operations:,} operations,"
@@ -77,7 +77,7 @@ def usd(units: int) -> str:
 
 
 class Bench:
-    """What a row works with: it starts a server, lets replicas spend, and provokes.
+    """The tools of a row: it starts servers and replicas, and counts faults.
 
     Args:
         directory: for servers, sockets and histories; short, for the sake of sockets.
@@ -93,7 +93,7 @@ class Bench:
         self.figures = Figures(row, seed, seconds)
         self.quick = quick
         self.clocks = (self.random.choice(CLOCKS),) if quick else CLOCKS
-        """The replicas' own clocks, in turn."""
+        """Clocks of the replicas, assigned in turn."""
         limit = 20.0 if quick else 150.0
         self.budgets: list[dict[str, Any]] = [
             {"name": "agent", "limit": f"{limit * 0.2:.2f}"},
@@ -106,17 +106,17 @@ class Bench:
         self.pause_ms = 40.0 if quick else 20.0 + 3.0 * seconds
         self.cancels = 0.1
         self.leaves = True
-        """Whether some callers walk away from their holds."""
+        """Whether some callers abandon their holds."""
         self.closes_first = False
-        """Whether replicas end before all has come to rest: what they keep prepaid would never come due."""
+        """Whether replicas end before the last hold is due, because they keep extending the chunks of their leases."""
         made = [Budget(**spec) for spec in self.budgets]
         self.terms = Terms({budget.name: budget.limit_units for budget in made}, TIMEOUT_S)
         if quick:
             self.terms.tolerance_s = self.terms.lateness_max_s = 8.0
         self.untouched: tuple[str, ...] = ()
-        """Tenants whose store is well all the time: no call of theirs may go unanswered."""
+        """Tenants on servers without a fault: each of their calls has a reply."""
         self.losses_expected: bool | None = False
-        """Whether the store goes back in time; ``None``: that depends."""
+        """Whether the store loses data; ``None``: undetermined."""
         self.spenders: list[Worker] = []
         self._generations = 0
         self._limiter_options: dict[str, Any] = {}
@@ -134,7 +134,7 @@ class Bench:
     ) -> None:
         self._opened.close()
 
-    # -- what a row is made of -----------------------------------------------------------------------------------------
+    # -- the tools of a row -------------------------------------------------------------------------------------------
 
     def server(self, *options: str, binary: str | None = None, start: bool = True) -> ClockedServer:
         """A server whose clock shows midnight (UTC) in the middle of the run."""
@@ -153,7 +153,7 @@ class Bench:
         return {**_faked(f"+{offset_s:.3f}"), "LD_PRELOAD": f"{libfaketime()}:libc.so.6", "TZ": "UTC"}
 
     def _put_midnight(self, after_s: float) -> float:
-        """By how many seconds a server's clock must be ahead to show midnight then, as far as can be told now."""
+        """Offset of a server's clock, in seconds, that puts its midnight into the middle of the run."""
         wait_s = after_s + self.seconds / 2
         self.terms.midnight_ns = time.monotonic_ns() + int(wait_s * 1e9)
         now = datetime.now(UTC)
@@ -161,14 +161,14 @@ class Bench:
         return (midnight - now).total_seconds() - wait_s
 
     def enter(self, context: Any) -> Any:
-        """Keeps something until the end of the run."""
+        """Enter a context until the end of the run."""
         return self._opened.enter_context(context)
 
     def spend(self, url: str, connect: Callable[[], Any], **limiter_options: Any) -> None:
-        """Lets the replicas begin; the time of the run counts from now on.
+        """Start the replicas, and the time of the run.
 
         Args:
-            connect: makes a client of the store itself, for looks at what it holds.
+            connect: makes a client for reads of the raw keys.
             limiter_options: of each limiter.
         """
         self.url, self._connect, self._limiter_options = url, connect, limiter_options
@@ -181,10 +181,10 @@ class Bench:
             self._ends = max(self._ends, self.terms.midnight_ns / 1e9 + 0.5)
 
     def start_spenders(self, count: int, clock: str = "", **limiter_options: Any) -> None:
-        """So many more replicas, which begin at once."""
+        """Start more replicas."""
         options = {
             "url": self.url, "tenants": self.tenants, "budgets": self.budgets, "timeout": TIMEOUT_S,
-            # Several runs at once may keep the machine from answering in time where the store is well.
+            # With several runs at once, calls may also be late where the store has no fault.
             "timeouts": dict.fromkeys(self.untouched, 20.0) if self.quick else {},
             "callers": self.callers, "pause_ms": self.pause_ms, "cancels": self.cancels, "leaves": self.leaves,
             "limiter": {**self._limiter_options, **limiter_options}, "seed": self.figures.seed,
@@ -199,13 +199,13 @@ class Bench:
 
     @property
     def histories(self) -> Path:
-        """Where the replicas write down what they do."""
+        """The directory of the replicas' histories."""
         place = self.directory / "histories"
         place.mkdir(exist_ok=True)
         return place
 
     def wait_spending(self) -> None:
-        """Until each replica has had something acknowledged, so that there is something to lose."""
+        """Wait until each replica has an acknowledged call that can be lost."""
 
         def all_have() -> bool:
             return len({call.replica for call in read(self.histories) if call.acknowledged}) >= len(self.spenders)
@@ -213,12 +213,12 @@ class Bench:
         wait_until(all_have)
 
     def kill_spender(self) -> None:
-        """kill -9 of any replica."""
+        """Kill a random replica with SIGKILL."""
         spender = self.spenders.pop(self.random.randrange(len(self.spenders)))
         spender.kill()
 
     def turns(self, least_s: float, most_s: float) -> Iterator[float]:
-        """Wakes up at random moments until the time of the run is over, at least once; yields the seconds left."""
+        """Yield the seconds left, at random moments until the end of the run, at least once."""
         self.last(2 * most_s)
         while (left := self._ends - time.monotonic()) > 0:
             time.sleep(min(left, self.random.uniform(least_s, most_s)))
@@ -230,50 +230,50 @@ class Bench:
         self._ends = max(self._ends, time.monotonic() + least_s)
 
     def fault(self, count: int = 1) -> None:
-        """Something was provoked."""
+        """Count faults."""
         self.figures.faults += count
 
     def expect_ready(self, ready: bool) -> None:
-        """What a limiter says that is started now."""
+        """Check the readiness of a new limiter."""
         with BudgetLimiter(self.url, timeout=20.0 if ready else TIMEOUT_S) as limiter:
             wrong = {name: text for name, text in limiter.check().items() if text}
         if ready is bool(wrong):
-            self.figures.verdict.blame(f"a limiter says {wrong}, though the store is {'up' if ready else 'down'}")
+            self.figures.verdict.blame(f"a limiter reports {wrong} while the store is {'up' if ready else 'down'}")
 
     def counted(self) -> int:
-        """What the store counts now, over all windows: at most so much can be lost."""
+        """Units counted by the store in all windows: an upper bound of a loss."""
         with self._connect() as client:
             found = [books(client, tenant) for tenant in self.tenants]
         return sum(sums.total() for one in found for sums in one.sums.values())
 
-    # -- the end -------------------------------------------------------------------------------------------------------
+    # -- the verdict ---------------------------------------------------------------------------------------------------
 
     def settle(self) -> Figures:
-        """Faults are over: replicas finish, ask about what they do not know, and the history is judged."""
+        """Stop the replicas, which resolve unknown outcomes first, and judge the history."""
         for spender in self.spenders:
             spender.send(stop=True)
         reports = [spender.receive() for spender in self.spenders]
         if not self.closes_first:
-            self._come_due()
+            self._wait_expired()
         for spender in self.spenders:
             spender.send(end=True)
         reports = [spender.receive() or report for spender, report in zip(self.spenders, reports, strict=True)]
         if self.closes_first:
-            self._come_due()
+            self._wait_expired()
         verdict = self.figures.verdict
         assert self._sampler is not None
         self._sampler.stop()
         self._judge(verdict)
         seen = self._sampler.excess - verdict.late
-        # What a store is told again may pass for open for a moment, although it has come due: it then shows too much.
+        # A replayed hold may be open for a moment although it was due: the window then shows too much.
         if seen > 0 and self.losses_expected is False and self.terms.steady_clock:
             verdict.overspend = max(verdict.overspend, seen)
             verdict.blame(f"the store showed {seen} units above a limit")
-        self._weigh_reports(reports, verdict)
+        self._check_reports(reports, verdict)
         return self.figures
 
-    def _come_due(self) -> None:
-        """Until no hold is open any more: those of callers that left, or were killed, have come due."""
+    def _wait_expired(self) -> None:
+        """Wait until no hold is open: those of killed and of absent callers have expired."""
         made = [Budget(**spec) for spec in self.budgets]
         limiters = [BudgetLimiter(self.url, made, tenant=tenant, timeout=20.0) for tenant in self.tenants]
 
@@ -298,24 +298,24 @@ class Bench:
         for tenant, one in zip(self.tenants, self._books(), strict=True):
             mine = [call for call in calls if call.tenant == tenant]
             verdict.add(judge(mine, one, self.terms))
-            if tenant in self.untouched and (refused := sum(call.word in NO_REPLY for call in mine)):
-                verdict.blame(f"{refused} calls of tenant {tenant!r} went unanswered, whose store was well")
+            if tenant in self.untouched and (refused := sum(call.outcome in NO_REPLY for call in mine)):
+                verdict.blame(f"{refused} calls of tenant {tenant!r} had no reply, although its store had no fault")
             for report in verify(self.url, tenant):
                 if not report.adds_up or not report.conclusive:
                     verdict.blame(f"verify: {report}")
 
-    def _weigh_reports(self, reports: list[Any], verdict: Verdict) -> None:
+    def _check_reports(self, reports: list[Any], verdict: Verdict) -> None:
         self.figures.losses = sum(report["losses"] for report in reports if report)
         for report in reports:
             if report and report["tenant"] in self.untouched and report["losses"]:
-                verdict.blame(f"a loss was noticed by tenant {report['tenant']!r}, whose store was well")
+                verdict.blame(f"tenant {report['tenant']!r} detected a data loss, although its store had no fault")
             if report is None:
-                verdict.blame("a replica has ended by itself")
+                verdict.blame("a replica ended unexpectedly")
             elif report["unknown"] or report["deferred"] or report["unresolved"]:
-                verdict.blame(f"a replica does not know everything in the end: {report}")
+                verdict.blame(f"a replica has unknown outcomes at the end: {report}")
         if self.losses_expected is not None and self.losses_expected != bool(self.figures.losses):
             verdict.blame(
-                "a loss was not noticed" if self.losses_expected else "a loss was noticed where nothing was lost"
+                "no replica detected the data loss" if self.losses_expected else "a data loss was detected without one"
             )
 
 
@@ -329,7 +329,7 @@ def _faked(clock: str) -> dict[str, str]:
 
 
 class _Sampler(threading.Thread):
-    """Looks again and again at what the windows count, while all go on."""
+    """Reads the figures of the windows a hundred times a second, during the run."""
 
     def __init__(self, connect: Callable[[], Any], tenants: list[str], limits: Any) -> None:
         super().__init__(daemon=True)
@@ -338,16 +338,16 @@ class _Sampler(threading.Thread):
         self._tenants = tenants
         self._stopped = threading.Event()
         self.excess = 0
-        """The most, in units, that was seen above a limit."""
+        """The largest excess over a limit, in units."""
 
     def run(self) -> None:
         while not self._stopped.is_set():
-            with suppress(*_AWAY), contextlib.closing(self._connect()) as client:
+            with suppress(*_UNREACHABLE), contextlib.closing(self._connect()) as client:
                 while not self._stopped.wait(0.01):
-                    self._look(client)
+                    self._sample(client)
             self._stopped.wait(0.05)
 
-    def _look(self, client: Any) -> None:
+    def _sample(self, client: Any) -> None:
         for tenant in self._tenants:
             prefix = f"ktrdr:{{{tenant}}}:w:"
             for budget, limit in self._capped.items():
@@ -363,15 +363,15 @@ class _Sampler(threading.Thread):
             yield f"{today + timedelta(days=days):%Y-%m-%d}"
 
     def stop(self) -> None:
-        """Ends, after one last look."""
+        """Stop after one last sample."""
         self._stopped.set()
         self.join(60)
-        with suppress(*_AWAY), contextlib.closing(self._connect()) as client:
-            self._look(client)
+        with suppress(*_UNREACHABLE), contextlib.closing(self._connect()) as client:
+            self._sample(client)
 
 
 def play(row: Row, seed: int, seconds: float, directory: Path, *, quick: bool = False) -> Figures:
-    """One run of one row, from the first server to the verdict."""
+    """Run one row, from the first server to the verdict."""
     with Bench(row, seed, seconds, directory, quick=quick) as bench:
         row.run(bench)
         return bench.settle()

@@ -1,4 +1,4 @@
-"""Rows of the table: processes that die; and everything at once."""
+"""Rows of the table: killed processes, and all faults at once."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .bench import CLOCKS, DURABLE, Bench, Row
 
 
 def clients_die(bench: Bench) -> None:
-    """kill -9 of replicas at random; another takes the place of each."""
+    """kill -9 of random replicas; a new one replaces each."""
     server = bench.server(*DURABLE)
     bench.spend(server.url, server.client)
     for _ in bench.turns(0.2, 0.8):
@@ -20,7 +20,7 @@ def clients_die(bench: Bench) -> None:
 
 
 def the_server_dies(bench: Bench) -> None:
-    """kill -9 of the server, which comes back with its whole append-only file: nothing acknowledged is lost."""
+    """kill -9 of the server, which restarts with its complete append-only file: no acknowledged write is lost."""
     server = bench.server(*DURABLE)
     bench.spend(server.url, server.client)
     for _ in bench.turns(0.3, 1.2):
@@ -29,10 +29,10 @@ def the_server_dies(bench: Bench) -> None:
         server.start()
 
 
-def an_outage_is_spent_through(bench: Bench) -> None:
-    """The same under policy `allow`: what is spent meanwhile is kept, and recorded once."""
+def an_outage_under_allow(bench: Bench) -> None:
+    """Outages under policy `allow`: spend during the outage is deferred, and recorded once."""
     server = bench.server(*DURABLE)
-    bench.losses_expected = None  # none may be noticed, but what is seen above a limit is what the policy allowed
+    bench.losses_expected = None  # None disables the check of samples: the policy admits above the limit.
     bench.spend(server.url, server.client, on_store_error="allow")
     for left in bench.turns(0.5, 1.5):
         server.kill()
@@ -41,8 +41,8 @@ def an_outage_is_spent_through(bench: Bench) -> None:
         server.start()
 
 
-def an_outage_is_prepaid(bench: Bench) -> None:
-    """The same under policy `lease`: holds are drawn from leases meanwhile, and the cap holds."""
+def an_outage_under_lease(bench: Bench) -> None:
+    """Outages under policy `lease`: holds are drawn from leases, and the cap holds."""
     server = bench.server(*DURABLE)
     bench.leaves, bench.closes_first = False, True
     bench.terms.prepaid_units = 2 * bench.replicas * 10**9
@@ -55,42 +55,42 @@ def an_outage_is_prepaid(bench: Bench) -> None:
 
 
 def everything_at_once(bench: Bench) -> None:
-    """Replicas and the server die; the line is cut, slow, or loses answers; scripts vanish; memory runs out."""
+    """Kills of replicas and the server; partitions, delays and lost replies; flushed scripts; a full memory."""
     server = bench.server(*DURABLE)
     line = bench.enter(ThreadedProxy(server.socket_path, ("127.0.0.1", 0)))
     chance = random.Random(bench.figures.seed)
     line.proxy.fate = lambda: chance.choice(("request", "reply", *(None,) * 58))
     bench.terms.refusals, bench.clocks = ("StoreError",), CLOCKS
 
-    def replica_dies() -> None:
+    def kill_replica() -> None:
         bench.kill_spender()
         bench.start_spenders(1, bench.random.choice(CLOCKS))
 
-    def server_dies() -> None:
+    def kill_server() -> None:
         server.kill()
         server.start()
 
-    def line_is_cut() -> None:
+    def cut_line() -> None:
         begin, end = bench.random.choice([(line.cut, line.mend), (line.freeze, line.thaw)])
         begin()
         time.sleep(bench.random.choice((0.1, 0.3, 1.0)))
         end()
 
-    def line_is_slow() -> None:
+    def slow_line() -> None:
         line.proxy.delay_s = bench.random.choice((0.0, 0.0, 0.05, 0.3))
 
-    def memory_runs_out() -> None:
+    def fill_memory() -> None:
         with server.client() as client:
             client.config_set("maxmemory", client.info("memory")["used_memory"])
             time.sleep(0.2)
             client.config_set("maxmemory", 0)
 
-    def scripts_vanish() -> None:
+    def flush_scripts() -> None:
         with server.client() as client:
             client.script_flush()
 
     bench.spend(line.url, server.client)
-    provoke = (replica_dies, server_dies, line_is_cut, line_is_slow, memory_runs_out, scripts_vanish)
+    provoke = (kill_replica, kill_server, cut_line, slow_line, fill_memory, flush_scripts)
     for _ in bench.turns(0.1, 0.5):
         bench.random.choice(provoke)()
         bench.fault()
@@ -115,13 +115,13 @@ ROWS = [
         "outage-allow",
         "the same under policy `allow`",
         "spend during the outage is recorded, once",
-        an_outage_is_spent_through, 15,
+        an_outage_under_allow, 15,
     ),
     Row(
         "outage-lease",
         "the same under policy `lease`",
-        "cap; what was prepaid is spent, and recorded once",
-        an_outage_is_prepaid, 15, 3,
+        "cap; spend of drawn holds is recorded once",
+        an_outage_under_lease, 15, 3,
     ),
     Row(
         "everything",

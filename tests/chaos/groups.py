@@ -1,4 +1,4 @@
-"""Rows of the table: several servers, of which one dies, lags behind, or gives away a slot."""
+"""Rows of the table: failovers and slot migrations in groups of servers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .bench import Bench, Row
 
 
 def the_master_dies_behind_sentinels(bench: Bench) -> None:
-    """The replica that is promoted has not got what the master acknowledged in its last moments."""
+    """The promoted replica lacks the last acknowledged writes of the master."""
     binary = redis_binary() or valkey_binary()
     group = bench.enter(
         SentinelGroup(binary, bench.directory, replicas=2, sentinels=3, environment=bench.clock_environment())
@@ -39,9 +39,9 @@ def the_master_dies_behind_sentinels(bench: Bench) -> None:
 def _cluster(bench: Bench, **options: Any) -> Cluster:
     binary = redis_binary() or valkey_binary()
     cluster = bench.enter(Cluster(binary, bench.directory, environment=bench.clock_environment(), **options))
-    # Two tenants where the faults are, and one elsewhere that must not notice.
-    struck = cluster.owner("default")
-    bench.tenants = ["default", cluster.tenant_of(struck), cluster.tenant_of(cluster.others(struck)[0])]
+    # Two tenants on the server with the faults, and one on another server.
+    faulty = cluster.owner("default")
+    bench.tenants = ["default", cluster.tenant_of(faulty), cluster.tenant_of(cluster.others(faulty)[0])]
     bench.untouched = (bench.tenants[2],)
 
     def connect() -> redis.RedisCluster:
@@ -53,7 +53,7 @@ def _cluster(bench: Bench, **options: Any) -> Cluster:
 
 
 def a_master_of_a_cluster_dies(bench: Bench) -> None:
-    """With what its replica had not got."""
+    """The replica lacks the last acknowledged writes of its master."""
     bench.losses_expected = None
     cluster = _cluster(bench, masters=3, replicas=1)
     for left in bench.turns(0.5, 1.0):
@@ -70,7 +70,7 @@ def a_master_of_a_cluster_dies(bench: Bench) -> None:
 
 
 def a_slot_moves(bench: Bench) -> None:
-    """Key by key, to another master and back, again and again."""
+    """A slot migrates key by key, to another master and back, repeatedly."""
     cluster = _cluster(bench, masters=3)
     for _ in bench.turns(0.1, 0.3):
         target = bench.random.choice(cluster.others(cluster.owner("default")))

@@ -1,4 +1,4 @@
-"""What the replicas wrote down, and what the store holds once all is quiet."""
+"""Histories of the replicas, and the final contents of the store."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 NO_REPLY = ("StoreUnavailable", "StoreError")
 REFUSED = ("BudgetExceeded", "HoldConflict", "UnknownHold")
-ACKNOWLEDGED = ("done", "replayed", "heard", "deferred", "prepaid")
+ACKNOWLEDGED = ("done", "replayed", "extended", "deferred", "prepaid")
 STATES = {"o": "open", "x": "unconfirmed", "z": "released", "c": "committed", "r": "released", "n": "recorded"}
 
 
@@ -21,107 +21,107 @@ STATES = {"o": "open", "x": "unconfirmed", "z": "released", "c": "committed", "r
 
 @dataclass
 class Call:
-    """One call of one replica: what was asked, what was said, and when; amounts in whole units."""
+    """One call of one replica: the request, its outcome, and the times of both; amounts in whole units."""
 
     replica: str
     name: str
     """``reserve``, ``extend``, ``grow``, ``commit``, ``release`` or ``record``."""
     tenant: str
     id: str | None
-    """``None`` while the limiter names it, and nobody was told."""
-    asked: dict[str, int]
+    """``None``: the limiter generates it, and no reply has shown it."""
+    requested: dict[str, int]
     began_ns: int
     ttl_ms: int = 0
     policy: str = "charge"
     ended_ns: int | None = None
-    """``None``: the replica was killed before it had written down an answer."""
-    word: str = "killed"
-    told: dict[str, int] = field(default_factory=dict)
+    """``None``: the replica was killed before it had written an outcome."""
+    outcome: str = "killed"
+    amounts: dict[str, int] = field(default_factory=dict)
     windows: dict[str, str] = field(default_factory=dict)
     ambiguous: bool = True
-    stood_ns: list[tuple[int, int]] = field(default_factory=list)
-    """From when until when its process stood still meanwhile."""
+    stalls_ns: list[tuple[int, int]] = field(default_factory=list)
+    """Begin and end of each stall of its process during the call."""
 
     @property
     def acknowledged(self) -> bool:
-        """Whether it was done, now or before."""
-        return self.word in ACKNOWLEDGED
+        """Whether the caller received a confirmation: of this call, or of an earlier one with its id."""
+        return self.outcome in ACKNOWLEDGED
 
     @property
     def unknown(self) -> bool:
-        """Whether it may have been done."""
-        return self.word in ("killed", "cancelled", "unguarded") or (self.word in NO_REPLY and self.ambiguous)
+        """Whether the call may have been executed without a confirmation."""
+        return self.outcome in ("killed", "cancelled", "unguarded") or (self.outcome in NO_REPLY and self.ambiguous)
 
     @property
     def seconds(self) -> float:
         return 0.0 if self.ended_ns is None else (self.ended_ns - self.began_ns) / 1e9
 
     def late_s(self, timeout_s: float) -> float:
-        """For how long its process ran between its deadline and its end."""
+        """Running time of the process between the deadline and the end of the call."""
         due_ns = self.began_ns + int(timeout_s * 1e9)
         if self.ended_ns is None or self.ended_ns <= due_ns:
             return 0.0
-        stood = sum(max(0, min(end, self.ended_ns) - max(begin, due_ns)) for begin, end in self.stood_ns)
-        return (self.ended_ns - due_ns - stood) / 1e9
+        stalls = sum(max(0, min(end, self.ended_ns) - max(begin, due_ns)) for begin, end in self.stalls_ns)
+        return (self.ended_ns - due_ns - stalls) / 1e9
 
 
 def read(directory: Path) -> list[Call]:
-    """The calls of every replica, in the order of their beginnings."""
+    """Return the calls of every replica, sorted by their begin."""
     calls: list[Call] = []
     for path in sorted(directory.glob("*.jsonl")):
         begun: dict[int, Call] = {}
-        stood: list[tuple[int, int]] = []
+        stalls: list[tuple[int, int]] = []
         for line in path.read_text().splitlines():
             try:
-                words = json.loads(line)
-            except ValueError:  # the last words of a process that was killed
+                fields = json.loads(line)
+            except ValueError:  # a killed process leaves its last line incomplete
                 continue
-            if "call" in words:
+            if "call" in fields:
                 call = Call(
-                    path.stem, words["call"], words["tenant"], words["id"], words["asked"], words["at"],
-                    words.get("ttl_ms", 0), words.get("policy", "charge"),
+                    path.stem, fields["call"], fields["tenant"], fields["id"], fields["requested"], fields["at"],
+                    fields.get("ttl_ms", 0), fields.get("policy", "charge"),
                 )  # fmt: skip
-                begun[words["n"]] = call
+                begun[fields["n"]] = call
                 calls.append(call)
-            elif "stood_ns" in words:
-                stood.append((words["at"] - words["stood_ns"], words["at"]))
+            elif "stalled_ns" in fields:
+                stalls.append((fields["at"] - fields["stalled_ns"], fields["at"]))
             else:
-                _end(begun[words["n"]], words)
-        _tell_standstills(begun.values(), stood)
+                _end(begun[fields["n"]], fields)
+        _attach_stalls(begun.values(), stalls)
     return sorted(calls, key=lambda call: call.began_ns)
 
 
-def _tell_standstills(calls: Iterable[Call], stood: list[tuple[int, int]]) -> None:
-    """One process is one event loop; of its standstills none overlaps another, and they are in order."""
-    begins = [begin for begin, _ in stood]
+def _attach_stalls(calls: Iterable[Call], stalls: list[tuple[int, int]]) -> None:
+    """Set the stalls of each call; those of one process are sorted and do not overlap."""
+    begins = [begin for begin, _ in stalls]
     for call in calls:
         if call.ended_ns is not None:
             first = max(0, bisect_right(begins, call.began_ns) - 1)
-            call.stood_ns = stood[first : bisect_right(begins, call.ended_ns)]
+            call.stalls_ns = stalls[first : bisect_right(begins, call.ended_ns)]
 
 
-def _end(call: Call, words: dict[str, Any]) -> None:
-    call.ended_ns, call.word, call.ambiguous = words["at"], words["word"], words["ambiguous"]
-    call.told, call.windows = words.get("told", {}), words.get("windows", {})
-    call.id = words.get("hold_id", call.id)
+def _end(call: Call, fields: dict[str, Any]) -> None:
+    call.ended_ns, call.outcome, call.ambiguous = fields["at"], fields["outcome"], fields["ambiguous"]
+    call.amounts, call.windows = fields.get("amounts", {}), fields.get("windows", {})
+    call.id = fields.get("hold_id", call.id)
 
 
 @dataclass
-class Story:
+class IdHistory:
     """All calls about one id."""
 
     id: str
     calls: list[Call] = field(default_factory=list)
     is_drawn: bool = False
-    """Whether a lease paid for it: the store has no hold of this id, but a chunk that covers it."""
+    """Whether the hold was drawn from a lease: the store has a chunk that covers it, and no hold of this id."""
 
     def of(self, *names: str) -> Iterable[Call]:
         return (call for call in self.calls if call.name in names)
 
     @property
-    def asked(self) -> dict[str, int]:
-        """What was reserved or recorded under this id."""
-        return next((call.asked for call in self.of("reserve", "record")), {})
+    def requested(self) -> dict[str, int]:
+        """The amounts reserved or recorded under this id."""
+        return next((call.requested for call in self.of("reserve", "record")), {})
 
     @property
     def policy(self) -> str:
@@ -129,72 +129,72 @@ class Story:
 
     @property
     def granted(self) -> Call | None:
-        """The acknowledged grant that was heard of first."""
+        """The first acknowledged grant."""
         grants = [call for call in self.of("reserve") if call.acknowledged]
         return min(grants, key=lambda call: call.ended_ns or 0, default=None)
 
     @property
     def settled(self) -> Call | None:
-        """The acknowledged settlement that was heard of first."""
+        """The first acknowledged settlement."""
         settled = [call for call in self.of("commit", "release", "record") if call.acknowledged]
         return min(settled, key=lambda call: call.ended_ns or 0, default=None)
 
     @property
     def unguarded(self) -> bool:
-        """Whether policy ``allow`` granted it: the store may not have the hold."""
-        return any(call.word == "unguarded" for call in self.calls)
+        """Whether policy ``allow`` granted it, so that the store may lack the hold."""
+        return any(call.outcome == "unguarded" for call in self.calls)
 
     def settling_since(self) -> float:
-        """When somebody first began to settle it."""
+        """Begin of the first settlement; infinity if there is none."""
         return min((call.began_ns for call in self.of("commit", "release")), default=float("inf"))
 
 
-def stories(calls: Iterable[Call]) -> dict[str, Story]:
-    """By id."""
-    found: dict[str, Story] = {}
+def histories_by_id(calls: Iterable[Call]) -> dict[str, IdHistory]:
+    """Group the calls by id."""
+    found: dict[str, IdHistory] = {}
     for call in calls:
         if call.id is not None:
-            found.setdefault(call.id, Story(call.id)).calls.append(call)
+            found.setdefault(call.id, IdHistory(call.id)).calls.append(call)
     return found
 
 
-def split_drawn(calls: list[Call], stored: Container[str]) -> tuple[list[Call], dict[str, Story]]:
-    """Separate the calls that the store has decided from those of ids that leases have paid for.
+def split_drawn(calls: list[Call], stored: Container[str]) -> tuple[list[Call], dict[str, IdHistory]]:
+    """Separate the calls that the store decided from those about holds that were drawn from leases.
 
-    An id that was drawn from a lease is that hold for the calls of its replica from then on. The store may have granted
-    the reservation, too, and released it again: the outcome of that request is unknown.
+    From the draw on, calls of that replica with this id apply to the drawn hold. The store may also have granted
+    the reservation and released it again: the outcome of that request is unknown.
 
     Args:
         stored: ids that the store has.
     """
     since: dict[tuple[str, str | None], int] = {}
     for call in calls:
-        if call.name == "reserve" and call.word == "prepaid":
+        if call.name == "reserve" and call.outcome == "prepaid":
             key = call.replica, call.id
             since[key] = min(call.ended_ns or 0, since.get(key, call.ended_ns or 0))
     others: list[Call] = []
-    drawn: dict[str, Story] = {}
+    drawn: dict[str, IdHistory] = {}
     for call in calls:
         at_ns = since.get((call.replica, call.id))
         is_drawn = at_ns is not None and (call.ended_ns is None or call.ended_ns >= at_ns)
-        if call.name == "record" and call.word == "deferred" and call.id not in stored:
+        if call.name == "record" and call.outcome == "deferred" and call.id not in stored:
             is_drawn = True
         if is_drawn:
             name = f"{call.id} of {call.replica}"
-            drawn.setdefault(name, Story(name, is_drawn=True)).calls.append(call)
+            drawn.setdefault(name, IdHistory(name, is_drawn=True)).calls.append(call)
             if call.name not in ("reserve", "record"):
                 continue
-            call = replace(call, word="StoreUnavailable", told={}, windows={}, ambiguous=True)
+            call = replace(call, outcome="StoreUnavailable", amounts={}, windows={}, ambiguous=True)
         others.append(call)
     return others, drawn
 
 
-# -- the store, at rest ------------------------------------------------------------------------------------------------
+# -- the final contents of the store -----------------------------------------------------------------------------------
 
 
 @dataclass
 class Segment:
-    """What a hold has to do with one window."""
+    """The part of a hold in one window."""
 
     budget: str
     window: str
@@ -222,18 +222,18 @@ class Stored:
 
 @dataclass
 class Books:
-    """What the store holds of one tenant; windows by ``budget:window``."""
+    """The contents of the store for one tenant; windows by ``budget:window``."""
 
     sums: dict[str, Counter[str]] = field(default_factory=dict)
     entered: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    """Per window, what the ledger's entries of each id add up to; ``-``: told again as a total."""
+    """Per window, the sum of ledger entries of each id; ``-``: a replayed total."""
     holds: dict[str, Stored] = field(default_factory=dict)
     immortal: list[str] = field(default_factory=list)
-    """Keys that ought to expire, and never will."""
+    """Keys that should have an expiry and have none."""
 
 
 def books(client: Any, tenant: str) -> Books:
-    """Reads all of it, without the package."""
+    """Read the contents of the store without the package."""
     found, prefix = Books(), f"ktrdr:{{{tenant}}}:"
     node = {"target_nodes": client.get_node_from_key(prefix)} if hasattr(client, "get_node_from_key") else {}
     names = sorted({key.removeprefix(prefix) for key in client.scan_iter(match=f"{prefix}*", count=1000, **node)})
@@ -260,7 +260,7 @@ _PAGE = 1000
 
 
 def _public(window: str) -> str:
-    """Without the fingerprint of its definition; ids have no `~`."""
+    """The public name of a window, without the fingerprint of its definition; ids contain no `~`."""
     return window.partition("~")[0]
 
 
@@ -277,7 +277,7 @@ def _enter(found: Books, kind: str, name: str, value: Any) -> None:
 
 
 def parse(record: str) -> Stored:
-    """The grammar is in `docs/wire.md`."""
+    """Parse the record of a hold; `docs/wire.md` has the grammar."""
     head, *rest = record.split("|")
     state, policy, _, _, _, _, operation, *_ = head.split(" ")
     segments = []

@@ -1,9 +1,9 @@
-"""Compares a complete history with the reference model, and with what the store holds in the end.
+"""Compares a complete history with the reference model and with the final contents of the store.
 
-The order in which the store decided is not known from outside, but each decision lies between the begin and the end of
-its call. So every grant is checked against what certainly counted while it was made, every denial against all that may
-have counted, and the end against the model, which is told each id's calls; a call whose outcome nobody was told counts
-as made if the store shows it. Everything is in whole units.
+A history does not show the order of the store's decisions, but each decision lies between the begin and the end of its
+call. So every grant is checked against the units that certainly counted then, and every denial against all units that
+may have counted. The final contents are compared with the model after the calls of each id. A call with an unknown
+outcome counts as executed if the store shows it. All amounts are whole units.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 
 from ..model.reference import BudgetModel, Reference, Refused
-from .history import ACKNOWLEDGED, NO_REPLY, REFUSED, Books, Call, Stored, Story, split_drawn, stories
+from .history import ACKNOWLEDGED, NO_REPLY, REFUSED, Books, Call, IdHistory, Stored, histories_by_id, split_drawn
 
 NANOS = 10**9
 FOREVER = float("inf")
@@ -25,47 +25,47 @@ _CLOCK_NOISE_NS = 300 * 10**6
 
 @dataclass
 class Terms:
-    """What was promised to the replicas, and what a fault allows."""
+    """The limits of a run, and the deviations that its fault explains."""
 
     limits: Mapping[str, int | None]
     timeout_s: float
     slots: frozenset[str] = frozenset({"jobs"})
     tolerance_s: float = 0.5
-    """By which a call may end late, as its caller sees it: replicas share the machine's cores."""
+    """Accepted lateness of a call as its caller measures it: replicas share the machine's cores."""
     lateness_max_s: float = 0.25
-    """The same without what its process stood still: between the deadline and the end, while it could have ended it."""
+    """Accepted lateness without the stalls of the process."""
     steady_clock: bool = True
-    """Whether the store's clock went at the pace of all others: else nobody knows when holds come due."""
+    """Whether the store's clock ran evenly; otherwise the due times of holds are unknown."""
     midnight_ns: int | None = None
-    """When the store's clock shows it, by the clock that the replicas' histories go by."""
+    """Midnight of the store's clock, as a time of the histories' clock."""
     excess_max: int = 0
-    """What may have been granted above a limit because the store had lost, meanwhile, what counted."""
+    """Units that may be granted above a limit because the store had lost data."""
     prepaid_units: int = 0
-    """What the replicas may keep, at most, of each budget: the store counts it, and nobody called for it."""
+    """Units of each budget that the leases of all replicas keep at most: counted by the store without a call."""
     refusals: tuple[str, ...] = ()
-    """Errors that this fault explains, besides that the store is away."""
+    """Errors that this fault explains, besides an unreachable store."""
 
 
 @dataclass
 class Verdict:
-    """The figures of a run, and whatever broke a promise."""
+    """The figures of a run, and its violations of promises."""
 
     operations: int = 0
     grants: int = 0
     spend: int = 0
     """Nano-dollars, over all windows."""
     overspend: int = 0
-    """The most by which a grant passed a limit, of what certainly counted when it was decided."""
+    """The largest excess of a grant over a limit, by the units that certainly counted at its decision."""
     late: int = 0
-    """What was committed after its hold had given its money back: a fact that no limit refuses (P2)."""
+    """Units committed after the hold had been released on expiry: a fact that no limit refuses (P2)."""
     lost: int = 0
     unknown: int = 0
-    """Calls whose caller was not told whether they were done."""
+    """Calls without a confirmation or a refusal."""
     resolved: int = 0
-    """Those that the store tells in the end, one way or the other."""
+    """Unknown calls whose outcome the final contents show."""
     longest_s: float = 0.0
     late_s: float = 0.0
-    """The most that a process ran between the deadline and the end of a call."""
+    """The longest running time of a process between the deadline and the end of a call."""
     windows: int = 0
     violations: list[str] = field(default_factory=list)
 
@@ -73,7 +73,7 @@ class Verdict:
         self.violations.append(text)
 
     def add(self, other: Verdict) -> None:
-        """Another tenant's."""
+        """Add the figures of another tenant."""
         for name in ("operations", "grants", "spend", "lost", "unknown", "resolved", "windows"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.overspend = max(self.overspend, other.overspend)
@@ -84,22 +84,24 @@ class Verdict:
 
 
 def judge(calls: list[Call], books: Books, terms: Terms) -> Verdict:
-    """Of one tenant."""
+    """Judge the history of one tenant."""
     verdict = Verdict(operations=len(calls), windows=sum(not name.endswith(":ever") for name in books.sums))
     others, drawn = split_drawn(calls, books.holds)
-    told = stories(others)
-    everything = told | drawn
-    _each_call_ends_in_time_with_a_known_word(calls, terms, verdict)
-    _nothing_is_stored_that_nobody_asked_for(calls, told, books, terms, verdict)
-    _each_pays_in_its_own_window(everything, books, terms, verdict)
-    _no_grant_passes_the_cap(everything, books, terms, verdict)
-    _no_denial_is_unfounded(calls, everything, books, terms, verdict)
-    verdict.late = sum(max(story.settled.told.values(), default=0) for story in everything.values() if _is_late(story))
-    _the_end_is_what_the_model_says(told, books, verdict)
+    histories = histories_by_id(others)
+    everything = histories | drawn
+    _check_deadlines_and_outcomes(calls, terms, verdict)
+    _check_unrequested_ids(calls, histories, books, terms, verdict)
+    _check_windows_around_midnight(everything, books, terms, verdict)
+    _check_grants(everything, books, terms, verdict)
+    _check_denials(calls, everything, books, terms, verdict)
+    verdict.late = sum(
+        max(history.settled.amounts.values(), default=0) for history in everything.values() if _is_late(history)
+    )
+    _compare_with_model(histories, books, verdict)
     if terms.prepaid_units:
-        _chunks_commit_what_was_drawn(drawn, told, books, verdict)
-    _it_adds_up(books, verdict)
-    verdict.grants = sum(call.name == "reserve" and call.word in ("done", "prepaid") for call in calls)
+        _check_chunks(drawn, histories, books, verdict)
+    _check_ledgers(books, verdict)
+    verdict.grants = sum(call.name == "reserve" and call.outcome in ("done", "prepaid") for call in calls)
     unknown = [call for call in calls if call.unknown]
     verdict.unknown = len(unknown)
     blamed = " ".join(verdict.violations)
@@ -112,7 +114,7 @@ def judge(calls: list[Call], books: Books, terms: Terms) -> Verdict:
 # -- calls -------------------------------------------------------------------------------------------------------------
 
 
-def _each_call_ends_in_time_with_a_known_word(calls: list[Call], terms: Terms, verdict: Verdict) -> None:
+def _check_deadlines_and_outcomes(calls: list[Call], terms: Terms, verdict: Verdict) -> None:
     known = (*ACKNOWLEDGED, *REFUSED, *NO_REPLY[:1], "killed", "cancelled", "unguarded", "prepaid", *terms.refusals)
     for call in calls:
         verdict.longest_s = max(verdict.longest_s, call.seconds)
@@ -121,48 +123,52 @@ def _each_call_ends_in_time_with_a_known_word(calls: list[Call], terms: Terms, v
         if call.seconds > terms.timeout_s + terms.tolerance_s:
             verdict.blame(f"{call.name} of '{call.id}' took {call.seconds:.2f} s")
         elif late_s > terms.lateness_max_s:
-            verdict.blame(f"{call.name} of '{call.id}' ended {late_s:.2f} s late, and its process did not stand still")
-        if call.word not in known:
-            verdict.blame(f"{call.name} of '{call.id}' ended with {call.word}")
+            verdict.blame(f"{call.name} of '{call.id}' ended {late_s:.2f} s late, without a stall of its process")
+        if call.outcome not in known:
+            verdict.blame(f"{call.name} of '{call.id}' ended with {call.outcome}")
 
 
-def _nothing_is_stored_that_nobody_asked_for(
-    calls: list[Call], told: dict[str, Story], books: Books, terms: Terms, verdict: Verdict
+def _check_unrequested_ids(
+    calls: list[Call], histories: dict[str, IdHistory], books: Books, terms: Terms, verdict: Verdict
 ) -> None:
     unnamed = any(call.id is None and call.unknown for call in calls)
     entered = {hold_id for window in books.entered.values() for hold_id, units in window.items() if units}
-    for hold_id in sorted((books.holds.keys() | entered) - told.keys() - {"-"}):
+    for hold_id in sorted((books.holds.keys() | entered) - histories.keys() - {"-"}):
         record = books.holds.get(hold_id)
         if terms.prepaid_units and record is not None and (record.is_chunk or record.state == "recorded"):
-            continue  # a chunk, or a late commit of a hold that was drawn from one: see _chunks_commit_what_was_drawn
-        # A limiter's own name, of which a caller that was killed or cancelled, or got no answer, was never told.
+            continue  # a chunk, or a late commit of a hold that was drawn from one: see _check_chunks
+        # An id generated by a limiter; its caller was killed or cancelled, or received no reply that shows it.
         if not unnamed or record is None or record.state not in ("released", "unconfirmed"):
-            verdict.blame(f"'{hold_id}' is stored, but nobody asked for it")
+            verdict.blame(f"'{hold_id}' is stored, but was never requested")
 
 
-def _each_pays_in_its_own_window(told: dict[str, Story], books: Books, terms: Terms, verdict: Verdict) -> None:
-    """P8, P4: before midnight by the store's clock in the first day's, after it in the next day's."""
+def _check_windows_around_midnight(
+    histories: dict[str, IdHistory], books: Books, terms: Terms, verdict: Verdict
+) -> None:
+    """P8, P4: grants before midnight by the store's clock use the window of the first day, later ones the next."""
     if terms.midnight_ns is None:
         return
     days = sorted({window for name in books.sums if (window := name.rpartition(":")[2]) != "ever"})
     before, after = set[str](), set[str]()
-    for story in told.values():
-        first = min(call.began_ns for call in story.calls)
-        heard = min((c.ended_ns or FOREVER for c in story.of("reserve", "record") if c.acknowledged), default=FOREVER)
-        paid = {window for window in _windows(story, books).values() if window != "ever"}
-        if heard < terms.midnight_ns - _CLOCK_NOISE_NS:
+    for history in histories.values():
+        first = min(call.began_ns for call in history.calls)
+        acknowledged_ns = min(
+            (c.ended_ns or FOREVER for c in history.of("reserve", "record") if c.acknowledged), default=FOREVER
+        )
+        paid = {window for window in _windows(history, books).values() if window != "ever"}
+        if acknowledged_ns < terms.midnight_ns - _CLOCK_NOISE_NS:
             before |= paid
         elif first > terms.midnight_ns + _CLOCK_NOISE_NS:
             after |= paid
     if len(days) > 2 or before & after or before - set(days[:1]) or (before and after and after != set(days[1:])):
-        verdict.blame(f"before midnight these windows paid: {sorted(before)}, after it {sorted(after)}")
+        verdict.blame(f"windows used before midnight: {sorted(before)}, after it: {sorted(after)}")
 
 
 # -- the cap -----------------------------------------------------------------------------------------------------------
 
 
 class _Sums:
-    """Sums of units over what lies before an instant."""
+    """Sums of the units of all points before an instant."""
 
     def __init__(self, points: Iterable[tuple[float, int]]) -> None:
         ordered = sorted(points)
@@ -174,7 +180,7 @@ class _Sums:
 
 
 class _Covering:
-    """How many units of intervals cover another one, asked in the order of its beginning."""
+    """Sums of the units of all intervals that cover another one; queries are sorted by begin."""
 
     def __init__(self, intervals: list[tuple[float, float, int]]) -> None:
         self._waiting = sorted(intervals, reverse=True)
@@ -195,26 +201,26 @@ class _Covering:
         return total
 
 
-def _windows(story: Story, books: Books) -> dict[str, str]:
-    """The window of each budget of an id, as told or as stored."""
-    grant = story.granted
+def _windows(history: IdHistory, books: Books) -> dict[str, str]:
+    """The window of each budget of an id, from its grant or from its record."""
+    grant = history.granted
     if grant is not None and grant.windows:
         return grant.windows
-    stored = books.holds.get(story.id)
+    stored = books.holds.get(history.id)
     return {} if stored is None else {segment.budget: segment.window for segment in stored.segments}
 
 
-def _no_grant_passes_the_cap(told: dict[str, Story], books: Books, terms: Terms, verdict: Verdict) -> None:
-    """P1: with what certainly counted while it was decided, each grant fits."""
+def _check_grants(histories: dict[str, IdHistory], books: Books, terms: Terms, verdict: Verdict) -> None:
+    """P1: each grant fits, together with the units that certainly counted at its decision."""
     intervals: dict[str, list[tuple[float, float, int]]] = defaultdict(list)
     grants: dict[str, list[tuple[Call, int]]] = defaultdict(list)
-    for story in told.values():
-        windows = _windows(story, books)
+    for history in histories.values():
+        windows = _windows(history, books)
         for budget, window in windows.items():
             name = f"{budget}:{window}"
-            intervals[name] += _certain(story, budget, terms)
-            if story.granted is not None and story.granted.word in ("done", "prepaid"):
-                grants[name].append((story.granted, story.asked[budget]))
+            intervals[name] += _certain(history, budget, terms)
+            if history.granted is not None and history.granted.outcome in ("done", "prepaid"):
+                grants[name].append((history.granted, history.requested[budget]))
     for name, granted in grants.items():
         limit = terms.limits[name.rpartition(":")[0]]
         covering = _Covering(intervals[name])
@@ -227,59 +233,59 @@ def _no_grant_passes_the_cap(told: dict[str, Story], books: Books, terms: Terms,
                 verdict.blame(f"'{call.id}' was granted {units} units of {name}, {excess} above the limit")
 
 
-def _certain(story: Story, budget: str, terms: Terms) -> list[tuple[float, float, int]]:
-    """From when until when an id certainly counts, and how much."""
+def _certain(history: IdHistory, budget: str, terms: Terms) -> list[tuple[float, float, int]]:
+    """Intervals during which an id certainly counts: begin, end, units."""
     found: list[tuple[float, float, int]] = []
-    settled, grant = story.settled, story.granted
-    # A chunk covers what was drawn from it, until it has committed that; a late commit it does not cover.
-    certain = not _is_late(story) if story.is_drawn else settled is not None and settled.word != "deferred"
-    if settled is not None and settled.told.get(budget) and certain:
-        found.append((settled.ended_ns or 0, FOREVER, settled.told[budget]))
-    if grant is None or budget not in story.asked:
+    settled, grant = history.settled, history.granted
+    # A chunk covers its drawn holds until it has committed their spend, but not a late commit.
+    certain = not _is_late(history) if history.is_drawn else settled is not None and settled.outcome != "deferred"
+    if settled is not None and settled.amounts.get(budget) and certain:
+        found.append((settled.ended_ns or 0, FOREVER, settled.amounts[budget]))
+    if grant is None or budget not in history.requested:
         return found
-    until = story.settling_since()
+    until = history.settling_since()
     if grant.policy != "charge" or budget in terms.slots:
-        # What was heard of as a replay may have been granted by an earlier call, which got no answer.
-        expiry_ns = min(call.began_ns for call in story.of("reserve")) + (grant.ttl_ms - _CLOCK_NOISE_MS) * 10**6
+        # A replay may confirm the grant of an earlier call without a reply.
+        expiry_ns = min(call.began_ns for call in history.of("reserve")) + (grant.ttl_ms - _CLOCK_NOISE_MS) * 10**6
         until = min(until, expiry_ns if terms.steady_clock else 0)
     if until > (grant.ended_ns or 0):
-        found.append((grant.ended_ns or 0, until, story.asked[budget]))
+        found.append((grant.ended_ns or 0, until, history.requested[budget]))
     return found
 
 
-def _is_late(story: Story) -> bool:
-    """Whether it may have been committed after it had given money back."""
-    grant, settled = story.granted, story.settled
+def _is_late(history: IdHistory) -> bool:
+    """Whether the commit may have come after a release on expiry."""
+    grant, settled = history.granted, history.settled
     if grant is None or settled is None or grant.policy == "charge":
         return False
-    first_ns = min(call.began_ns for call in story.of("reserve"))
+    first_ns = min(call.began_ns for call in history.of("reserve"))
     return (settled.ended_ns or 0) > first_ns + (grant.ttl_ms - _CLOCK_NOISE_MS) * 10**6
 
 
-def _no_denial_is_unfounded(
-    calls: list[Call], told: dict[str, Story], books: Books, terms: Terms, verdict: Verdict
+def _check_denials(
+    calls: list[Call], histories: dict[str, IdHistory], books: Books, terms: Terms, verdict: Verdict
 ) -> None:
-    """With all that may have counted while it was decided, some budget had no room."""
+    """Each denial has a reason: with all units that may have counted, some budget had no room."""
     begins: dict[str, list[tuple[float, int]]] = defaultdict(list)
     ends: dict[str, list[tuple[float, int]]] = defaultdict(list)
-    for story in told.values():
-        first = min((call.began_ns for call in story.of("reserve", "record")), default=0)
-        for budget, window in _windows(story, books).items():
-            grown = max((call.asked.get(budget, 0) for call in story.of("grow")), default=0)
-            most, name = max(story.asked.get(budget, 0), grown), f"{budget}:{window}"
+    for history in histories.values():
+        first = min((call.began_ns for call in history.of("reserve", "record")), default=0)
+        for budget, window in _windows(history, books).items():
+            grown = max((call.requested.get(budget, 0) for call in history.of("grow")), default=0)
+            most, name = max(history.requested.get(budget, 0), grown), f"{budget}:{window}"
             begins[name].append((first, most))
-            if story.settled is not None:
-                ends[name].append((story.settled.ended_ns or 0, most - story.settled.told.get(budget, 0)))
-    for call in calls:  # granted perhaps, under a name that nobody was told
+            if history.settled is not None:
+                ends[name].append((history.settled.ended_ns or 0, most - history.settled.amounts.get(budget, 0)))
+    for call in calls:  # perhaps granted under a generated id that no reply has shown
         if call.id is None and call.unknown:
             for name in begins:
-                begins[name].append((call.began_ns, call.asked.get(name.rpartition(":")[0], 0)))
+                begins[name].append((call.began_ns, call.requested.get(name.rpartition(":")[0], 0)))
     started = {name: _Sums(points) for name, points in begins.items()}
     ended = {name: _Sums(ends[name]) for name in begins}
     for call in calls:
-        if call.name != "reserve" or call.word != "BudgetExceeded":
+        if call.name != "reserve" or call.outcome != "BudgetExceeded":
             continue
-        for budget, units in call.asked.items():
+        for budget, units in call.requested.items():
             room = (terms.limits[budget] or FOREVER) - units
             names = [name for name in started if name.rpartition(":")[0] == budget]
             most = [
@@ -291,24 +297,24 @@ def _no_denial_is_unfounded(
             if any(units > room for units in most):
                 break
         else:
-            verdict.blame(f"'{call.id}' was denied {call.asked} although there was room")
+            verdict.blame(f"'{call.id}' was denied {call.requested} although there was room")
 
 
-# -- the end -----------------------------------------------------------------------------------------------------------
+# -- the final contents ------------------------------------------------------------------------------------------------
 
 
-def _the_end_is_what_the_model_says(told: dict[str, Story], books: Books, verdict: Verdict) -> None:
-    """Each id's calls, told to the reference model, leave the sums and the ledger that the store has."""
+def _compare_with_model(histories: dict[str, IdHistory], books: Books, verdict: Verdict) -> None:
+    """The calls of each id, executed by the reference model, result in the stored sums and ledgers."""
     names = set(books.sums) | {f"{s.budget}:{s.window}" for stored in books.holds.values() for s in stored.segments}
     slots = {f"{s.budget}:{s.window}" for stored in books.holds.values() for s in stored.segments if s.slots}
     model = Reference([BudgetModel(name, period="ever", slots=name in slots) for name in sorted(names)], 0)
     model.configured.append(dict.fromkeys(names))
-    for hold_id in sorted(told.keys() | books.holds.keys()):
-        story, stored = told.get(hold_id, Story(hold_id)), books.holds.get(hold_id)
+    for hold_id in sorted(histories.keys() | books.holds.keys()):
+        history, stored = histories.get(hold_id, IdHistory(hold_id)), books.holds.get(hold_id)
         if stored is None:
-            _tell_absent(story, verdict)
+            _check_absent(history, verdict)
         else:
-            _tell(model, story, stored, verdict)
+            _check_stored(model, history, stored, verdict)
     model.advance(2 * 86_400_000 - 1)
     expected: dict[str, Counter[str]] = defaultdict(Counter)
     for (name, _), window in model.windows.items():
@@ -318,24 +324,22 @@ def _the_end_is_what_the_model_says(told: dict[str, Story], books: Books, verdic
         _compare(name, expected[name], books, verdict)
 
 
-def _chunks_commit_what_was_drawn(
-    drawn: dict[str, Story], told: dict[str, Story], books: Books, verdict: Verdict
-) -> None:
-    """Chunks, and records of late commits, have charged the spend of all holds that were drawn, and no more.
+def _check_chunks(drawn: dict[str, IdHistory], histories: dict[str, IdHistory], books: Books, verdict: Verdict) -> None:
+    """Chunks, and records of late commits, have charged exactly the spend of all drawn holds.
 
-    A hold that was left open is charged in full at the latest when its limiter is closed.
+    An open hold is charged in full at the latest when its limiter is closed.
     """
     charged, least, most = Counter[str](), Counter[str](), Counter[str]()
     for name, window in books.entered.items():
         for hold_id, units in window.items():
             stored = books.holds.get(hold_id)
-            if stored is not None and (stored.is_chunk or (stored.state == "recorded" and hold_id not in told)):
+            if stored is not None and (stored.is_chunk or (stored.state == "recorded" and hold_id not in histories)):
                 charged[name.rpartition(":")[0]] += units
-    for story in drawn.values():
-        settled = story.settled
-        for budget, units in story.asked.items():
-            grown = max((call.asked.get(budget, 0) for call in story.of("grow")), default=0)
-            spent = 0 if settled is None else settled.told.get(budget, 0)
+    for history in drawn.values():
+        settled = history.settled
+        for budget, units in history.requested.items():
+            grown = max((call.requested.get(budget, 0) for call in history.of("grow")), default=0)
+            spent = 0 if settled is None else settled.amounts.get(budget, 0)
             least[budget] += spent
             most[budget] += max(units, grown) if settled is None else spent
     for budget in charged.keys() | least.keys():
@@ -346,99 +350,101 @@ def _chunks_commit_what_was_drawn(
             )
 
 
-def _tell_absent(story: Story, verdict: Verdict) -> None:
-    for call in story.calls:
-        if call.acknowledged and not (story.unguarded and call.name not in ("commit", "record")):
-            verdict.blame(f"'{story.id}': {call.name} was acknowledged, but the store does not know the id")
-            verdict.lost += 0 if story.settled is None else sum(story.settled.told.values())
+def _check_absent(history: IdHistory, verdict: Verdict) -> None:
+    for call in history.calls:
+        if call.acknowledged and not (history.unguarded and call.name not in ("commit", "record")):
+            verdict.blame(f"'{history.id}': {call.name} was acknowledged, but the store does not have the id")
+            verdict.lost += 0 if history.settled is None else sum(history.settled.amounts.values())
             return
 
 
-def _tell(model: Reference, story: Story, stored: Stored, verdict: Verdict) -> None:
-    """Makes in the model what the store says has been made, and compares what callers were told."""
+def _check_stored(model: Reference, history: IdHistory, stored: Stored, verdict: Verdict) -> None:
+    """Execute in the model the calls that the store shows as executed, and compare the outcomes."""
     names = {segment.budget: f"{segment.budget}:{segment.window}" for segment in stored.segments}
-    asked = {names[segment.budget]: segment.reserved for segment in stored.segments}
+    requested = {names[segment.budget]: segment.reserved for segment in stored.segments}
     accrued = {names[s.budget]: s.accrued for s in stored.segments if s.accrued}
     charged = {names[segment.budget]: segment.charged for segment in stored.segments}
     if stored.state == "recorded":
-        model.record(asked, story.id)
+        model.record(requested, history.id)
     else:
-        model.reserve(0, asked, story.id, 86_400_000, stored.policy)
+        model.reserve(0, requested, history.id, 86_400_000, stored.policy)
         if accrued:
-            model.extend(story.id, 86_400_000, accrued)
+            model.extend(history.id, 86_400_000, accrued)
         if stored.state == "committed":
-            model.commit(story.id, charged)
+            model.commit(history.id, charged)
         elif stored.state == "released":
-            model.release(story.id)
+            model.release(history.id)
         elif stored.state == "open":
-            verdict.blame(f"'{story.id}' is still open")
-    for call in story.calls:
-        _check_word(model, call, stored, names, verdict)
-    if problem := _unfounded(story, stored):
-        verdict.blame(f"'{story.id}' is {stored.state}: {problem}")
+            verdict.blame(f"'{history.id}' is still open")
+    for call in history.calls:
+        _check_outcome(model, call, stored, names, verdict)
+    if problem := _unfounded(history, stored):
+        verdict.blame(f"'{history.id}' is {stored.state}: {problem}")
 
 
-def _check_word(model: Reference, call: Call, stored: Stored, names: dict[str, str], verdict: Verdict) -> None:
-    """What a settlement was told is what the model says now that all is done: a replay, or a conflict."""
-    if call.name not in ("commit", "release") or call.word not in (*ACKNOWLEDGED, "HoldConflict"):
+def _check_outcome(model: Reference, call: Call, stored: Stored, names: dict[str, str], verdict: Verdict) -> None:
+    """The outcome of a settlement equals that of its retry in the model: a replay, or a conflict."""
+    if call.name not in ("commit", "release") or call.outcome not in (*ACKNOWLEDGED, "HoldConflict"):
         return
-    if call.name == "release" and call.word == "deferred":
-        return  # without the store: nobody could know then that another had committed under the same id
+    if call.name == "release" and call.outcome == "deferred":
+        return  # made without the store, perhaps after a commit of another replica under the same id
     try:
         if stored.state == "unconfirmed":
             raise Refused("unsettled")
         if call.name == "commit":
-            told = model.commit(call.id or "", {names[name]: units for name, units in call.asked.items()}).amounts
+            amounts = model.commit(
+                call.id or "", {names[name]: units for name, units in call.requested.items()}
+            ).amounts
         else:
-            told = model.release(call.id or "").amounts
-        word = "acknowledged"
+            amounts = model.release(call.id or "").amounts
+        outcome = "acknowledged"
     except Refused as refused:
-        word, told = refused.kind, {}
-    if (word == "acknowledged") != call.acknowledged:
-        verdict.blame(f"'{call.id}': {call.name} was told {call.word}, by the model it is {word}")
-    elif call.acknowledged and told != {names[name]: units for name, units in call.told.items()}:
-        verdict.blame(f"'{call.id}': {call.name} was told {call.told}, by the model it is {told}")
+        outcome, amounts = refused.kind, {}
+    if (outcome == "acknowledged") != call.acknowledged:
+        verdict.blame(f"'{call.id}': {call.name} ended with {call.outcome}, in the model with {outcome}")
+    elif call.acknowledged and amounts != {names[name]: units for name, units in call.amounts.items()}:
+        verdict.blame(f"'{call.id}': {call.name} replied {call.amounts}, in the model {amounts}")
 
 
-def _unfounded(story: Story, stored: Stored) -> str:
-    """Why a state has no reason in what was called, if it has none."""
+def _unfounded(history: IdHistory, stored: Stored) -> str:
+    """The reason why no call explains the stored state; empty if one does."""
     charged = {segment.budget: segment.charged for segment in stored.segments}
-    made = [call for call in story.calls if call.acknowledged or call.unknown]
+    made = [call for call in history.calls if call.acknowledged or call.unknown]
     if stored.state in ("committed", "recorded"):
         name = "commit" if stored.state == "committed" else "record"
-        if story.calls and not any(call.name == name and call.asked == charged for call in made):
-            return f"nobody called {name} with {charged}"
+        if history.calls and not any(call.name == name and call.requested == charged for call in made):
+            return f"no call of {name} had {charged}"
     if stored.state == "released" and not any(
         call.name == "release" or (call.name == "reserve" and call.unknown) for call in made
     ):
-        return "nobody released it" if story.calls else ""
-    if stored.state == "unconfirmed" and story.settled is not None:
-        return f"its {story.settled.name} was acknowledged"
-    growth = [call.asked for call in story.of("grow") if call.acknowledged or call.unknown]
+        return "no call released it" if history.calls else ""
+    if stored.state == "unconfirmed" and history.settled is not None:
+        return f"its {history.settled.name} was acknowledged"
+    growth = [call.requested for call in history.of("grow") if call.acknowledged or call.unknown]
     for segment in stored.segments:
-        asked = {story.asked.get(segment.budget), *(grown.get(segment.budget) for grown in growth)}
+        requested = {history.requested.get(segment.budget), *(grown.get(segment.budget) for grown in growth)}
         if stored.state == "released" and not segment.reserved:
-            continue  # a hold that the store had lost and was told of again, when it was over
-        if story.calls and segment.reserved not in asked and stored.state in ("released", "unconfirmed"):
-            return f"{segment.reserved} units of {segment.budget} were never asked for"
+            continue  # a replay after a data loss restores a settled hold without its amount
+        if history.calls and segment.reserved not in requested and stored.state in ("released", "unconfirmed"):
+            return f"{segment.reserved} units of {segment.budget} were never requested"
     return ""
 
 
 def _compare(name: str, expected: Counter[str], books: Books, verdict: Verdict) -> None:
     entered, sums = Counter(books.entered.get(name, {})), books.sums.get(name, Counter())
-    told_again = entered.pop("-", 0)
+    replayed_total = entered.pop("-", 0)
     differences = {i: entered[i] - expected[i] for i in expected.keys() | entered.keys() if entered[i] != expected[i]}
-    missing, surplus = expected.total() - entered.total() - told_again, sums["spent"] + sums["unconfirmed"]
+    missing, surplus = expected.total() - entered.total() - replayed_total, sums["spent"] + sums["unconfirmed"]
     verdict.lost += max(0, missing)
     if surplus != expected.total():
-        verdict.blame(f"{name}: {surplus} units are spent or unconfirmed, by the model {expected.total()}")
-    if not told_again:
+        verdict.blame(f"{name}: {surplus} units are spent or unconfirmed, in the model {expected.total()}")
+    if not replayed_total:
         for hold_id, units in sorted(differences.items())[:10]:
             verdict.blame(f"{name}: the ledger has {units:+} units of '{hold_id}' more than the model")
 
 
-def _it_adds_up(books: Books, verdict: Verdict) -> None:
-    """P11 and P7, read without the package."""
+def _check_ledgers(books: Books, verdict: Verdict) -> None:
+    """P11 and P7: ledgers add up, holds are settled, and keys expire."""
     for name, sums in books.sums.items():
         entered = sum(books.entered.get(name, {}).values())
         if sums["spent"] + sums["unconfirmed"] != entered:
@@ -446,4 +452,4 @@ def _it_adds_up(books: Books, verdict: Verdict) -> None:
         if sums["held"]:
             verdict.blame(f"{name}: {sums['held']} units are held, but no hold is open")
     for key in books.immortal:
-        verdict.blame(f"{key} will never expire")
+        verdict.blame(f"{key} has no expiry")

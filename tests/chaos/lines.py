@@ -1,4 +1,4 @@
-"""Rows of the table: what happens between the replicas and the store, which itself stays well."""
+"""Rows of the table: faults of the network between the replicas and the store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def _behind_a_line(bench: Bench, *options: str, start: bool = True) -> tuple[Thr
 
 
 def replies_are_lost(bench: Bench) -> None:
-    """A fifth of all requests, or of their answers after execution, is dropped; callers and replicas repeat them."""
+    """A fifth of all requests, or of their replies after execution, is dropped; callers and replicas resend them."""
     line, server = _behind_a_line(bench)
     chance = random.Random(bench.figures.seed)
     line.proxy.fate = lambda: chance.choice(("request", "reply", "reply", *(None,) * 12))
@@ -32,13 +32,13 @@ PARTITIONS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
 
 
 def the_line_is_cut(bench: Bench) -> None:
-    """Partitions of 0.1 to 30 s, of both kinds: connections that end, and connections that stand but carry nothing."""
+    """Partitions of 0.1 to 30 s: closed connections, and silent ones."""
     line, server = _behind_a_line(bench)
     bench.spend(line.url, server.client)
     kinds = [(line.cut, line.mend), (line.freeze, line.thaw)]
     lengths = [seconds for seconds in PARTITIONS_S if seconds < 0.7 * bench.seconds]
     for number, left in enumerate(bench.turns(0.2, 0.6)):
-        # Each length once, the longest first; then whatever there is time for.
+        # Each length once, the longest first; then random short ones.
         seconds = lengths[-1 - number] if number < len(lengths) else bench.random.choice(lengths[:3])
         begin, end = kinds[number % 2]
         begin()
@@ -59,13 +59,13 @@ def the_line_is_slow(bench: Bench) -> None:
 
 
 def the_store_comes_late(bench: Bench) -> None:
-    """Nobody is there when the replicas start."""
+    """The store starts after the replicas."""
     line, server = _behind_a_line(bench, *DURABLE, start=False)
     bench.spend(line.url, server.client)
     bench.fault()
     with away(line.url):
         bench.expect_ready(False)
-    time.sleep(bench.seconds / 5)  # how long the store is late
+    time.sleep(bench.seconds / 5)  # the delay of the store
     server.start()
     bench.expect_ready(True)
     bench.last(bench.seconds / 2)

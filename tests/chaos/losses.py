@@ -1,4 +1,4 @@
-"""Rows of the table: the store goes back in time, while every replica that had written to it stays alive."""
+"""Rows of the table: data losses of the store, while every replica that has written to it stays alive."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import redis
 from .bench import DURABLE, Bench, Row
 
 RECOVERS_S = 3.5
-"""The store grants nothing for 3 s after a loss; some work in between makes the next one worth while."""
+"""The store grants nothing for 3 s after a loss; there is some work before the next one."""
 
 
 def everything_is_flushed(bench: Bench) -> None:
@@ -22,14 +22,14 @@ def everything_is_flushed(bench: Bench) -> None:
     bench.spend(server.url, server.client)
     bench.wait_spending()
     for left in bench.turns(0.4, 1.2):
-        with server.client() as client:  # all know another epoch than that of an empty store: none is granted a cent
+        with server.client() as client:  # the epoch of all replicas differs from an empty store's: no grant
             client.flushall()
         bench.fault()
         time.sleep(min(left, RECOVERS_S))
 
 
 def an_old_snapshot_is_restored(bench: Bench) -> None:
-    """The server dies, and comes back with a snapshot from before."""
+    """The server is killed, and restarts with an old snapshot."""
     server = bench.server()
     bench.losses_expected = True
     bench.spend(server.url, server.client)
@@ -47,7 +47,7 @@ def an_old_snapshot_is_restored(bench: Bench) -> None:
 
 
 def the_tail_is_cut_off(bench: Bench) -> None:
-    """The server dies, and comes back without the last part of its append-only file."""
+    """The server is killed, and restarts without the last part of its append-only file."""
     server = bench.server(*DURABLE)
     bench.losses_expected = True
     bench.spend(server.url, server.client)
@@ -67,7 +67,7 @@ def _cut(directory: Path, share: float) -> None:
 
 
 def scripts_are_flushed(bench: Bench) -> None:
-    """SCRIPT FLUSH: that is no loss."""
+    """SCRIPT FLUSH, which is not a data loss."""
     server = bench.server()
     bench.spend(server.url, server.client)
     for _ in bench.turns(0.02, 0.2):
@@ -81,5 +81,5 @@ ROWS = [
         the_tail_is_cut_off, 20, 2.5),
     Row("flushall", "FLUSHALL", "detected and repaired", everything_is_flushed, 20, 2.5),
     Row("snapshot", "restore of an old snapshot", "detected and repaired", an_old_snapshot_is_restored, 20),
-    Row("script-flush", "scripts flushed", "nobody notices", scripts_are_flushed, 8),
+    Row("script-flush", "scripts flushed", "no replica notices", scripts_are_flushed, 8),
 ]  # fmt: skip

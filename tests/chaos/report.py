@@ -1,4 +1,4 @@
-"""How runs are told: a line each for the terminal, and the table of `docs/reliability.md`."""
+"""Reports of runs: the table of `docs/reliability.md`."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ HEADINGS = (
 
 
 def table(runs: Iterable[Figures], when: str, before: str = "") -> str:
-    """Markdown: a row for each run; of what was not run now, the row that is in the table ``before``.
+    """The table in Markdown: the rows of these runs, and the others from the table ``before``.
 
     Args:
-        when: tells the run: each row says which one it is from.
+        when: date and commit of these runs, the last column of their rows.
     """
     columns = _line(HEADINGS).count("|")
     rows = [line for line in before.splitlines() if "| `" in line and line.count("|") == columns]
-    told = {line.rsplit("| `", 1)[1].partition("`")[0]: line for line in rows}
-    told |= {run.row.name: _line(_row(run, when)) for run in runs}
+    by_name = {line.rsplit("| `", 1)[1].partition("`")[0]: line for line in rows}
+    by_name |= {run.row.name: _line(_row(run, when)) for run in runs}
     return "\n".join(
         [
             _line(HEADINGS),
             _line(("---", "---", *("---:",) * 11, "---", "---")),
-            *(told[r.name] for r in ROWS if r.name in told),
+            *(by_name[r.name] for r in ROWS if r.name in by_name),
         ]
     )
 
@@ -67,22 +67,22 @@ def _row(run: Figures, when: str) -> tuple[str, ...]:
 
 
 def circumstances(runs: Sequence[Figures], when: str, seconds: float) -> str:
-    """Which rows were run last, when, where, and with what."""
+    """Rows, date, machine and versions of the last run."""
     kinds = {"valkey": valkey_binary(), "redis": redis_binary()}
     servers = ", ".join(f"{kind}-server {_server_version(binary)}" for kind, binary in kinds.items() if binary)
     if len({run.row.name for run in runs}) == len(ROWS):
-        what = f"All {len(ROWS)} rows are of one run"
+        scope = f"All {len(ROWS)} rows are of one run"
     else:
         names = ", ".join(f"`{run.row.name}`" for run in runs)
-        what = f"The last run was of {names} only (the others are of earlier ones: see their last columns)"
+        scope = f"The last run was of {names} only (the others are of earlier ones: see their last columns)"
     return (
-        f"{what}, {when}, in {seconds:.0f} s, on {os.cpu_count()} cores ({platform.system()} {platform.machine()});"
+        f"{scope}, {when}, in {seconds:.0f} s, on {os.cpu_count()} cores ({platform.system()} {platform.machine()});"
         f" Python {platform.python_version()}, redis-py {version('redis')}, {servers}."
     )
 
 
 def now() -> str:
-    """Date and commit, by which a run is told; to be asked before it begins."""
+    """Date and commit of a run, to be read before it begins."""
     return f"{datetime.now(UTC):%Y-%m-%d} at {_commit()}"
 
 
@@ -104,18 +104,18 @@ def _commit() -> str:
 
 
 def rewrite(path: Path, runs: Sequence[Figures], when: str, seconds: float) -> None:
-    """Puts the table between the two markers of a document; what was not run now keeps its row.
+    """Replace the table between the two markers of a document; other rows than those of these runs stay.
 
     Args:
-        when: what :func:`now` said before the runs.
+        when: the result of :func:`now` before the runs.
 
     Raises:
-        ValueError: it does not have them.
+        ValueError: a marker is missing.
     """
     text = path.read_text(encoding="utf-8")
     before, begun, rest = text.partition(BEGIN)
     table_before, ended, after = rest.partition(END)
     if not begun or not ended:
         raise ValueError(f"{path} has no {BEGIN} … {END}")
-    told = f"{circumstances(runs, when, seconds)}\n\n{table(runs, when, table_before)}"
-    path.write_text(f"{before}{begun}\n\n{told}\n\n{ended}{after}", encoding="utf-8")
+    section = f"{circumstances(runs, when, seconds)}\n\n{table(runs, when, table_before)}"
+    path.write_text(f"{before}{begun}\n\n{section}\n\n{ended}{after}", encoding="utf-8")

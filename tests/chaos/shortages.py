@@ -1,4 +1,4 @@
-"""Rows of the table: a store that stands, but cannot do what it should."""
+"""Rows of the table: a store without memory, disk space or a correct clock."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FILES_MAX = resource.RLIM_INFINITY
 
 
 def memory_runs_out(bench: Bench) -> None:
-    """`maxmemory` is reached now and then, and raised again."""
+    """`maxmemory` is reached repeatedly, and removed again."""
     server = bench.server()
     bench.terms.refusals = ("StoreError",)
     bench.spend(server.url, server.client)
@@ -30,8 +30,10 @@ def memory_runs_out(bench: Bench) -> None:
 
 
 def the_disk_is_full(bench: Bench) -> None:
-    """The append-only file may not grow any more, for a while: each write fails as on a full disk."""
-    server = bench.server("--appendonly", "yes", "--appendfsync", "everysec", binary=_deaf_to_xfsz(bench.directory))
+    """A limit on the size of the append-only file, for a while: each write fails as on a full disk."""
+    server = bench.server(
+        "--appendonly", "yes", "--appendfsync", "everysec", binary=_server_that_ignores_sigxfsz(bench.directory)
+    )
     bench.terms.refusals = ("StoreError",)
     bench.spend(server.url, server.client)
     assert server.process is not None
@@ -43,18 +45,18 @@ def the_disk_is_full(bench: Bench) -> None:
             wait_until(lambda: client.info("persistence")["aof_last_write_status"] == "err")
             time.sleep(min(left, bench.random.uniform(0.5, 1.5)))
             resource.prlimit(server.process.pid, resource.RLIMIT_FSIZE, (FILES_MAX, FILES_MAX))
-        _until_it_writes(client)
+        _wait_writable(client)
 
 
-def _deaf_to_xfsz(directory: Path) -> str:
-    """The server as a process that is not killed for a file that grows too large, but told so by an error."""
+def _server_that_ignores_sigxfsz(directory: Path) -> str:
+    """A start script of the server: a write above the limit of the file size fails, and does not kill the process."""
     script = directory / "server"
     script.write_text(f"#!/bin/sh\ntrap '' XFSZ\nexec '{valkey_binary()}' \"$@\"\n")
     script.chmod(0o755)
     return str(script)
 
 
-def _until_it_writes(client: redis.Redis) -> None:
+def _wait_writable(client: redis.Redis) -> None:
     ends = time.monotonic() + 10
     while time.monotonic() < ends:
         with suppress(redis.ResponseError):
@@ -63,8 +65,8 @@ def _until_it_writes(client: redis.Redis) -> None:
         time.sleep(0.05)
 
 
-def its_clock_jumps(bench: Bench) -> None:
-    """By hours, ahead and back: over midnight, and over every deadline."""
+def the_clock_jumps(bench: Bench) -> None:
+    """Jumps by hours, ahead and back: over midnight, and over every deadline."""
     server = bench.server()
     bench.terms.steady_clock, bench.terms.midnight_ns = False, None
     bench.spend(server.url, server.client)
@@ -73,11 +75,13 @@ def its_clock_jumps(bench: Bench) -> None:
         server.advance(origin_s + bench.random.uniform(-8, 8) * 3600 - server.offset_s)
         highest_s = max(highest_s, server.offset_s)
         bench.fault()
-    server.advance(highest_s + 5 - server.offset_s)  # else what was granted then would be open for hours
+    server.advance(
+        highest_s + 5 - server.offset_s
+    )  # otherwise holds granted at the highest time would be open for hours
 
 
 ROWS = [
     Row("memory", "`maxmemory` reached", "explicit errors, no wrong admission, recovery", memory_runs_out, 12, 2.5),
     Row("disk", "disk full", "explicit errors, no wrong admission, recovery", the_disk_is_full, 12, 3),
-    Row("clock", "clock of the server jumps", "no wrong admission", its_clock_jumps, 12, 2),
+    Row("clock", "clock of the server jumps", "no wrong admission", the_clock_jumps, 12, 2),
 ]

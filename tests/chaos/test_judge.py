@@ -1,4 +1,4 @@
-"""The judge of the chaos bench finds what is wrong with a history, whatever it is."""
+"""The judge of the chaos bench finds each kind of violation."""
 
 from __future__ import annotations
 
@@ -17,39 +17,44 @@ WINDOW = f"agent:{DAY}"
 SECOND_NS = 10**9
 
 
-def a_call(name: str, hold_id: str, asked: dict[str, int], at_s: float, **words) -> Call:
+def make_call(name: str, hold_id: str, requested: dict[str, int], at_s: float, **fields) -> Call:
     began_ns = int(at_s * SECOND_NS)
-    given = {"ended_ns": began_ns + SECOND_NS // 100, "word": "done", "told": asked, "ttl_ms": 60_000} | words
+    given = {
+        "ended_ns": began_ns + SECOND_NS // 100,
+        "outcome": "done",
+        "amounts": requested,
+        "ttl_ms": 60_000,
+    } | fields
     if name == "reserve":
-        given.setdefault("windows", dict.fromkeys(asked, DAY))
-    return Call("0.0", name, "default", hold_id, asked, began_ns, **given)
+        given.setdefault("windows", dict.fromkeys(requested, DAY))
+    return Call("0.0", name, "default", hold_id, requested, began_ns, **given)
 
 
-def a_record(state: str, reserved: int, charged: int, accrued: int = 0) -> Stored:
+def make_record(state: str, reserved: int, charged: int, accrued: int = 0) -> Stored:
     return parse(f"{state} c 1 1 0 - - -|u,{WINDOW},,{reserved},{accrued},{charged}")
 
 
-def some_books(entered: dict[str, int], holds: dict[str, Stored], **sums: int) -> Books:
+def make_books(entered: dict[str, int], holds: dict[str, Stored], **sums: int) -> Books:
     books = Books(sums={WINDOW: Counter({"spent": 0, "held": 0, "unconfirmed": 0} | sums)}, holds=holds)
     books.entered[WINDOW] = Counter(entered)
     return books
 
 
 class Case:
-    """Three holds within a limit of 100: one is committed, one left, one released; and a denial that is right."""
+    """Three holds within a limit of 100: one committed, one expired, one released; and a correct denial."""
 
     def __init__(self) -> None:
         self.calls = [
-            a_call("reserve", "a", {"agent": 60}, 1),
-            a_call("reserve", "b", {"agent": 30}, 2),
-            a_call("reserve", "c", {"agent": 20}, 2.5, word="BudgetExceeded", told={}),
-            a_call("commit", "a", {"agent": 50}, 3),
-            a_call("reserve", "d", {"agent": 20}, 4),
-            a_call("release", "d", {}, 5, told={"agent": 0}),
+            make_call("reserve", "a", {"agent": 60}, 1),
+            make_call("reserve", "b", {"agent": 30}, 2),
+            make_call("reserve", "c", {"agent": 20}, 2.5, outcome="BudgetExceeded", amounts={}),
+            make_call("commit", "a", {"agent": 50}, 3),
+            make_call("reserve", "d", {"agent": 20}, 4),
+            make_call("release", "d", {}, 5, amounts={"agent": 0}),
         ]
-        self.books = some_books(
+        self.books = make_books(
             {"a": 50, "b": 30},
-            {"a": a_record("c", 60, 50), "b": a_record("x", 30, 30), "d": a_record("r", 20, 0)},
+            {"a": make_record("c", 60, 50), "b": make_record("x", 30, 30), "d": make_record("r", 20, 0)},
             spent=50, unconfirmed=30,
         )  # fmt: skip
         self.terms = Terms({"agent": 100}, timeout_s=1.0)
@@ -58,21 +63,21 @@ class Case:
         return judge(self.calls, self.books, self.terms)
 
 
-def test_a_history_that_keeps_every_promise_is_not_blamed():
+def test_a_correct_history_has_no_violations():
     verdict = Case().judged()
     assert verdict.violations == []
     assert (verdict.operations, verdict.grants, verdict.spend) == (6, 3, 50)
     assert (verdict.overspend, verdict.lost, verdict.unknown) == (0, 0, 0)
 
 
-def a_call_ends_late_though_its_process_ran(case: Case) -> None:
+def a_call_ends_late_without_a_stall(case: Case) -> None:
     call = case.calls[5]
     call.ended_ns = call.began_ns + SECOND_NS * 14 // 10
-    call.stood_ns = [(call.began_ns, call.began_ns + SECOND_NS * 11 // 10)]
+    call.stalls_ns = [(call.began_ns, call.began_ns + SECOND_NS * 11 // 10)]
 
 
 def an_acknowledged_commit_is_lost(case: Case) -> None:
-    case.books = some_books({"b": 30}, {"b": a_record("x", 30, 30), "d": a_record("r", 20, 0)}, unconfirmed=30)
+    case.books = make_books({"b": 30}, {"b": make_record("x", 30, 30), "d": make_record("r", 20, 0)}, unconfirmed=30)
 
 
 def a_commit_is_in_the_ledger_twice(case: Case) -> None:
@@ -81,12 +86,12 @@ def a_commit_is_in_the_ledger_twice(case: Case) -> None:
 
 
 def a_commit_has_another_amount(case: Case) -> None:
-    case.books.holds["a"] = a_record("c", 60, 40)
+    case.books.holds["a"] = make_record("c", 60, 40)
     case.books.entered[WINDOW]["a"] = case.books.sums[WINDOW]["spent"] = 40
 
 
-def nobody_asked_for_it(case: Case) -> None:
-    case.books.holds["e"] = a_record("c", 5, 5)
+def an_id_was_never_requested(case: Case) -> None:
+    case.books.holds["e"] = make_record("c", 5, 5)
     case.books.entered[WINDOW]["e"] = 5
     case.books.sums[WINDOW]["spent"] = 55
 
@@ -96,7 +101,7 @@ def a_grant_passes_the_cap(case: Case) -> None:
 
 
 def a_denial_is_unfounded(case: Case) -> None:
-    case.calls[2].asked["agent"] = 10
+    case.calls[2].requested["agent"] = 10
 
 
 def a_call_takes_too_long(case: Case) -> None:
@@ -104,19 +109,19 @@ def a_call_takes_too_long(case: Case) -> None:
 
 
 def a_call_ends_with_an_unexpected_error(case: Case) -> None:
-    case.calls[2].word = "!KeyError: 'agent'"
+    case.calls[2].outcome = "!KeyError: 'agent'"
 
 
 def the_sums_are_not_the_ledgers(case: Case) -> None:
     case.books.sums[WINDOW]["spent"] = 51
 
 
-def something_stays_held(case: Case) -> None:
+def an_amount_stays_held(case: Case) -> None:
     case.books.sums[WINDOW]["held"] = 20
 
 
-def a_hold_of_a_worker_that_left_is_free(case: Case) -> None:
-    case.books.holds["b"] = a_record("r", 30, 0)
+def a_hold_of_a_dead_worker_is_released(case: Case) -> None:
+    case.books.holds["b"] = make_record("r", 30, 0)
     del case.books.entered[WINDOW]["b"]
     case.books.sums[WINDOW]["unconfirmed"] = 0
 
@@ -125,48 +130,48 @@ def a_key_never_expires(case: Case) -> None:
     case.books.immortal.append("ktrdr:{default}:h:a")
 
 
-def it_pays_on_the_wrong_side_of_midnight(case: Case) -> None:
+def a_grant_uses_the_window_of_another_day(case: Case) -> None:
     case.terms.midnight_ns = int(3.5 * SECOND_NS)
 
 
-def a_settlement_was_denied_although_it_was_made(case: Case) -> None:
-    case.calls[3].word = "HoldConflict"
+def an_executed_settlement_was_refused(case: Case) -> None:
+    case.calls[3].outcome = "HoldConflict"
 
 
-def an_error_that_the_fault_does_not_explain(case: Case) -> None:
-    case.calls[2].word = "StoreError"
+def an_error_has_no_explanation_in_the_fault(case: Case) -> None:
+    case.calls[2].outcome = "StoreError"
 
 
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (an_acknowledged_commit_is_lost, "does not know the id"),
+        (an_acknowledged_commit_is_lost, "does not have the id"),
         (a_commit_is_in_the_ledger_twice, "the ledger has +50 units of 'a' more"),
-        (a_commit_has_another_amount, "nobody called commit with {'agent': 40}"),
-        (nobody_asked_for_it, "'e' is stored, but nobody asked for it"),
+        (a_commit_has_another_amount, "no call of commit had {'agent': 40}"),
+        (an_id_was_never_requested, "'e' is stored, but was never requested"),
         (a_grant_passes_the_cap, "above the limit"),
         (a_denial_is_unfounded, "although there was room"),
         (a_call_takes_too_long, "took 2.00 s"),
-        (a_call_ends_late_though_its_process_ran, "ended 0.30 s late"),
+        (a_call_ends_late_without_a_stall, "ended 0.30 s late"),
         (a_call_ends_with_an_unexpected_error, "ended with !KeyError"),
         (the_sums_are_not_the_ledgers, "the ledger adds up to 80"),
-        (something_stays_held, "20 units are held, but no hold is open"),
-        (a_hold_of_a_worker_that_left_is_free, "nobody released it"),
-        (a_key_never_expires, "will never expire"),
-        (it_pays_on_the_wrong_side_of_midnight, "before midnight these windows paid"),
-        (a_settlement_was_denied_although_it_was_made, "by the model it is acknowledged"),
-        (an_error_that_the_fault_does_not_explain, "ended with StoreError"),
+        (an_amount_stays_held, "20 units are held, but no hold is open"),
+        (a_hold_of_a_dead_worker_is_released, "no call released it"),
+        (a_key_never_expires, "has no expiry"),
+        (a_grant_uses_the_window_of_another_day, "windows used before midnight"),
+        (an_executed_settlement_was_refused, "in the model with acknowledged"),
+        (an_error_has_no_explanation_in_the_fault, "ended with StoreError"),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_what_is_wrong_is_found(spoil: Callable[[Case], None], words: str):
+def test_each_violation_is_found(spoil: Callable[[Case], None], words: str):
     case = Case()
     spoil(case)
     violations = case.judged().violations
     assert any(words in violation for violation in violations), violations
 
 
-def test_what_is_lost_is_counted():
+def test_lost_spend_is_counted():
     case = Case()
     an_acknowledged_commit_is_lost(case)
     assert case.judged().lost == 50
@@ -176,15 +181,15 @@ def test_what_is_lost_is_counted():
 
 
 @pytest.mark.parametrize("made", [True, False])
-def test_a_call_without_an_answer_may_have_been_made_or_not(made: bool):
+def test_a_call_without_a_reply_may_have_been_executed_or_not(made: bool):
     case = Case()
     commit = case.calls[3]
-    commit.word, commit.ended_ns, commit.told = "killed", None, {}
+    commit.outcome, commit.ended_ns, commit.amounts = "killed", None, {}
     if not made:
-        case.books.holds["a"] = a_record("x", 60, 60)
+        case.books.holds["a"] = make_record("x", 60, 60)
         case.books.entered[WINDOW]["a"] = case.books.sums[WINDOW]["unconfirmed"] = 60
         case.books.sums[WINDOW] = Counter(spent=0, held=0, unconfirmed=90)
-        case.calls[4].word = "BudgetExceeded"
+        case.calls[4].outcome = "BudgetExceeded"
         case.calls.pop()
         del case.books.holds["d"]
     verdict = case.judged()
@@ -192,36 +197,46 @@ def test_a_call_without_an_answer_may_have_been_made_or_not(made: bool):
     assert (verdict.unknown, verdict.resolved) == (1, 1)
 
 
-def test_a_history_is_read_as_far_as_a_killed_process_had_written_it(tmp_path: Path):
-    begun = {"n": 1, "at": 5, "call": "record", "tenant": "default", "id": "x", "asked": {"agent": 1}}
-    ended = {"n": 1, "at": 9, "word": "done", "ambiguous": False, "told": {"agent": 1}, "windows": {}, "hold_id": "x"}
-    lines = [json.dumps(words) for words in (begun, ended, begun | {"n": 2, "at": 10, "id": "y"})]
+def test_an_incomplete_last_line_of_a_history_is_ignored(tmp_path: Path):
+    begun = {"n": 1, "at": 5, "call": "record", "tenant": "default", "id": "x", "requested": {"agent": 1}}
+    ended = {
+        "n": 1,
+        "at": 9,
+        "outcome": "done",
+        "ambiguous": False,
+        "amounts": {"agent": 1},
+        "windows": {},
+        "hold_id": "x",
+    }
+    lines = [json.dumps(fields) for fields in (begun, ended, begun | {"n": 2, "at": 10, "id": "y"})]
     (tmp_path / "0.0.jsonl").write_text("\n".join([*lines, '{"n": 2, "at": 1']))
     first, second = read(tmp_path)
     assert (first.acknowledged, first.unknown, first.seconds) == (True, False, 4e-9)
-    assert (second.acknowledged, second.unknown, second.word) == (False, True, "killed")
+    assert (second.acknowledged, second.unknown, second.outcome) == (False, True, "killed")
 
 
-def test_what_a_process_stood_still_is_not_the_limiters_lateness(tmp_path: Path):
+def test_stalls_of_the_process_do_not_count_as_lateness(tmp_path: Path):
     ms = 10**6
-    begun = {"n": 1, "at": 0, "call": "record", "tenant": "default", "id": "x", "asked": {"agent": 1}}
-    ended = {"n": 1, "at": 1400 * ms, "word": "StoreUnavailable", "ambiguous": True}
-    stood = [{"at": at * ms, "stood_ns": long * ms} for at, long in ((100, 90), (1100, 200), (1300, 50), (1500, 130))]
-    (tmp_path / "0.0.jsonl").write_text("\n".join(map(json.dumps, (begun, *stood[:3], ended, stood[3]))))
+    begun = {"n": 1, "at": 0, "call": "record", "tenant": "default", "id": "x", "requested": {"agent": 1}}
+    ended = {"n": 1, "at": 1400 * ms, "outcome": "StoreUnavailable", "ambiguous": True}
+    stalls = [
+        {"at": at * ms, "stalled_ns": length * ms} for at, length in ((100, 90), (1100, 200), (1300, 50), (1500, 130))
+    ]
+    (tmp_path / "0.0.jsonl").write_text("\n".join(map(json.dumps, (begun, *stalls[:3], ended, stalls[3]))))
     [call] = read(tmp_path)
     assert call.late_s(1.0) == pytest.approx(0.4 - 0.1 - 0.05 - 0.03)
     assert call.late_s(1.5) == 0
 
 
 class DrawnCase(Case):
-    """The same, and two holds that replica 1 drew from a chunk of 40 in an outage; one is open when it is closed."""
+    """Also two holds that replica 1 drew from a chunk of 40 in an outage; one is open when its limiter is closed."""
 
     def __init__(self, charged: int) -> None:
         super().__init__()
         drawn = [
-            a_call("reserve", "a", {"agent": 20}, 6, word="prepaid"),
-            a_call("commit", "a", {"agent": 15}, 7, word="deferred"),
-            a_call("reserve", "e", {"agent": 10}, 8, word="prepaid"),
+            make_call("reserve", "a", {"agent": 20}, 6, outcome="prepaid"),
+            make_call("commit", "a", {"agent": 15}, 7, outcome="deferred"),
+            make_call("reserve", "e", {"agent": 10}, 8, outcome="prepaid"),
         ]
         for call in drawn:
             call.replica = "0.1"
@@ -230,24 +245,24 @@ class DrawnCase(Case):
         self.books.holds["chunk"] = parse(f"c c 1 1 0 - lease -|u,{WINDOW},,40,0,{charged}")
         self.books.entered[WINDOW]["chunk"] = charged
         self.books.sums[WINDOW]["spent"] += charged
-        del self.calls[2]  # with a chunk, it is unknown whether there was room
+        del self.calls[2]  # a chunk leaves unknown whether there was room
 
 
 @pytest.mark.parametrize("charged", [15, 25])
-def test_a_chunk_that_commits_what_was_drawn_from_it_is_not_blamed(charged: int):
+def test_a_chunk_that_commits_the_spend_of_its_drawn_holds_is_correct(charged: int):
     verdict = DrawnCase(charged).judged()
     assert verdict.violations == []
     assert (verdict.grants, verdict.overspend, verdict.lost, verdict.spend) == (5, 0, 0, 50 + charged)
 
 
 @pytest.mark.parametrize(("charged", "lost"), [(14, 1), (26, 0)])
-def test_a_chunk_that_commits_another_sum_is_found(charged: int, lost: int):
+def test_a_chunk_that_commits_another_sum_is_a_violation(charged: int, lost: int):
     verdict = DrawnCase(charged).judged()
     assert any("chunks have charged" in violation for violation in verdict.violations), verdict.violations
     assert verdict.lost == lost
 
 
-def test_a_hold_that_was_drawn_above_the_cap_is_found():
+def test_a_hold_drawn_above_the_cap_counts_as_overspend():
     case = DrawnCase(15)
     case.terms.limits = {"agent": 104}
     assert case.judged().overspend == 1

@@ -1,4 +1,4 @@
-"""What a run is told by, and the document that tells the last one."""
+"""The line and the table of a run, and the document with the last one."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def figures(*violations: str, **words: int) -> Figures:
     return Figures(ROWS[0], seed=7, seconds=20, faults=3, verdict=verdict)
 
 
-def test_one_line_tells_a_run():
+def test_a_run_has_a_line_for_the_terminal():
     line = figures(unknown=9, resolved=9).line
     assert line.startswith("clients-die: seed 7, 20 s: 1,234 operations, 3 faults, 500 grants, spend $1.500000,")
     assert "overspend 0, lost 0, 9 of 9 unknown resolved" in line and line.endswith(": kept")
@@ -29,7 +29,7 @@ def test_one_line_tells_a_run():
     assert "overspend $0.250000, lost $0.000001" in figures(overspend=250_000_000, lost=1_000).line
 
 
-def test_the_table_takes_the_place_between_the_markers_and_keeps_what_was_not_run(tmp_path: Path):
+def test_the_table_between_the_markers_is_replaced_and_keeps_other_rows(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nworn out\n{report.END}\nafter\n")
     other = Figures(ROWS[3], seed=5, seconds=20)
@@ -44,7 +44,7 @@ def test_the_table_takes_the_place_between_the_markers_and_keeps_what_was_not_ru
     assert "The last run was of `clients-die` only" in text and ", Tuesday at b2, in 60 s" in text
 
 
-def test_a_run_of_all_rows_leaves_nothing_of_an_earlier_one(tmp_path: Path):
+def test_a_run_of_all_rows_replaces_all_earlier_rows(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"{report.BEGIN}\n{report.END}\n")
     for when in ("Monday at a1", "Tuesday at b2"):
@@ -54,14 +54,14 @@ def test_a_run_of_all_rows_leaves_nothing_of_an_earlier_one(tmp_path: Path):
     assert f"All {len(ROWS)} rows are of one run, Tuesday at b2" in text
 
 
-def test_a_row_of_another_shape_is_not_kept(tmp_path: Path):
+def test_a_row_with_other_columns_is_removed(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"{report.BEGIN}\n| a | `{ROWS[3].name}` 1 | kept |\n{report.END}\n")
     report.rewrite(page, [figures()], "Monday at a1", 60)
     assert ROWS[3].name not in page.read_text()
 
 
-def test_a_page_without_markers_is_left_alone(tmp_path: Path):
+def test_a_page_without_markers_is_not_changed(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text("nothing here\n")
     with pytest.raises(ValueError, match="chaos: begin"):
@@ -69,7 +69,7 @@ def test_a_page_without_markers_is_left_alone(tmp_path: Path):
     assert page.read_text() == "nothing here\n"
 
 
-def test_the_document_tells_of_every_row_and_that_it_was_kept():
+def test_the_document_shows_every_row_as_kept():
     text = DOCUMENT.read_text()
     rows = [line for line in text.splitlines() if line.startswith("|") and line.endswith("| kept |")]
     assert [any(f"| `{row.name}` " in line for line in rows) for row in ROWS] == [True] * len(ROWS)

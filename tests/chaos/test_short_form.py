@@ -13,9 +13,9 @@ from .bench import Figures, Row, play
 from .rows import ROWS
 
 SHORT = sorted((row for row in ROWS if row.short_s), key=lambda row: -row.short_s)
-"""The longest first, lest the others wait for it in the end."""
+"""The longest first, so that it does not run alone at the end."""
 AT_ONCE = 5
-"""Most of a run is waiting: for a time out, for a deadline, for a repair."""
+"""More runs than cores, because a run mostly waits for timeouts, deadlines and repairs."""
 
 Runs = dict[str, Future[Figures]]
 
@@ -24,21 +24,21 @@ Runs = dict[str, Future[Figures]]
 def runs(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, start_clocked_server: object
 ) -> Iterator[Runs]:
-    """The runs of all rows that were asked for, under way."""
+    """The runs of all selected rows, in flight."""
     params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
-    asked = {words["row"].name for words in params if isinstance(words.get("row"), Row)}
+    selected = {words["row"].name for words in params if isinstance(words.get("row"), Row)}
     with ThreadPoolExecutor(AT_ONCE) as pool:
 
         def begin(row: Row) -> Future[Figures]:
             place, seed = Path(tmp_path_factory.mktemp("c")), random.randrange(10**6)
             return pool.submit(play, row, seed, row.short_s, place, quick=True)
 
-        yield {row.name: begin(row) for row in SHORT if row.name in asked}
+        yield {row.name: begin(row) for row in SHORT if row.name in selected}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("row", SHORT, ids=lambda row: row.name)
-def test_every_promise_is_kept_through(row: Row, runs: Runs) -> None:
+def test_every_promise_is_kept(row: Row, runs: Runs) -> None:
     figures = runs[row.name].result()
     print(figures.line)
     assert not figures.verdict.violations, "\n".join(figures.verdict.violations[:20])

@@ -27,7 +27,7 @@ class Worker:
         self._pid: int | None = None
 
     def begin(self) -> None:
-        """Wait for its first two lines: its process id, and ``ready``."""
+        """Read its first two lines: its process id, and ``ready``."""
         self._pid = self.receive()
         assert self.receive() == "ready"
 

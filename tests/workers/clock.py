@@ -1,6 +1,6 @@
-"""One replica whose own clock may be wrong by a day: spends once, and tells its own date and the window it spent in.
+"""One replica, perhaps with a wrong clock: spends once, and prints its own date and the window of its spend.
 
-Options: `url, budget, timezone, started`. Says "ready", waits for a line, and says what it did.
+Options: `url, budget, timezone, started`. Prints "ready", reads a line, spends, and prints its figures.
 """
 
 import asyncio
@@ -11,12 +11,12 @@ from datetime import UTC, datetime
 from ktrdr_budget import AsyncBudgetLimiter, Budget
 
 
-def say(words: object) -> None:
-    print(json.dumps(words), flush=True)
+def send(line: object) -> None:
+    print(json.dumps(line), flush=True)
 
 
 async def main(options: dict) -> None:
-    say("ready")
+    send("ready")
     sys.stdin.readline()
     budget = Budget(options["budget"], "5.00", timezone=options["timezone"])
     limiter = AsyncBudgetLimiter(options["url"], [budget], timeout=10.0)
@@ -26,7 +26,7 @@ async def main(options: dict) -> None:
     await hold.commit("0.07")
     await limiter.record(budget.name, "0.02")
     status = await limiter.status(budget.name)
-    say(
+    send(
         {
             "own_date": f"{datetime.now(UTC):%Y-%m-%d}",
             "window": hold.windows[budget.name],

@@ -1,7 +1,7 @@
-"""One replica that spends a lease: until the budget has no room for its smallest amount, or until it is killed.
+"""One replica that spends from a lease until the budget has no room for its smallest amount.
 
-Options: `url, limit, slab, amounts, callers, ttl, seed, worker`. Says "ready", waits for a line, and says at its end
-what it spent, in units, and what its last denial said.
+Options: `url, limit, slab, amounts, callers, ttl, seed, worker`. Prints "ready", reads a line, and finally prints
+its spend, in units, and the reason of its last denial.
 """
 
 import asyncio
@@ -13,8 +13,8 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
 from ktrdr_budget.money import to_units
 
 
-def say(words: object) -> None:
-    print(json.dumps(words), flush=True)
+def send(line: object) -> None:
+    print(json.dumps(line), flush=True)
 
 
 async def main(options: dict) -> None:
@@ -26,7 +26,7 @@ async def main(options: dict) -> None:
     last = ""
     async with AsyncBudgetLimiter(options["url"], [budget], timeout=20.0) as limiter:
         async with limiter.lease("agent", options["slab"], ttl=options["ttl"], idle=0.2) as lease:
-            say("ready")
+            send("ready")
             await asyncio.to_thread(sys.stdin.readline)
 
             async def spend() -> None:
@@ -37,7 +37,7 @@ async def main(options: dict) -> None:
                         grant = await lease.acquire(amount)
                     except BudgetExceeded as denied:
                         last = denied.reason
-                        if denied.reason == "budget_held":  # by others, who give back what they do not need
+                        if denied.reason == "budget_held":  # other leases may return their rest
                             await asyncio.sleep(0.02)
                         elif amount == smallest:
                             return
@@ -53,7 +53,7 @@ async def main(options: dict) -> None:
 
             await asyncio.gather(*(spend() for _ in range(options["callers"])))
             assert to_units(lease.spent) == spent
-    say({"spent": spent, "last": last})
+    send({"spent": spent, "last": last})
 
 
 def run(options: dict) -> None:

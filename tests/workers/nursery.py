@@ -1,7 +1,7 @@
-"""Forks so many processes that run one script, once the package is imported: eight interpreters would start slowly.
+"""Imports the package once, and forks the processes that run one script: faster than one interpreter for each.
 
-One JSON argument: `script, options, fds`. Each child talks by lines of JSON over its file descriptor, first its pid,
-which stays its own until the standard input of the nursery ends.
+One JSON argument: `script, options, fds`. Each child reads and writes lines of JSON on its file descriptor, its pid
+first. The pid is not reused before the end of the nursery's standard input.
 """
 
 import importlib.util
@@ -28,7 +28,7 @@ def main() -> None:
             os.dup2(fd, 0)
             os.dup2(fd, 1)
             os.close(fd)
-            module.say(os.getpid())
+            print(json.dumps(os.getpid()), flush=True)
             module.run({**order["options"], "worker": number})
             sys.stdout.flush()
             os._exit(0)

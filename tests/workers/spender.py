@@ -1,7 +1,7 @@
-"""One replica in a race for a cap: reserves until the budget is exhausted, and may be killed at any moment.
+"""One replica in a race for a cap: it reserves until the budget is exhausted.
 
-Options: `url, limit, amounts, callers, ttl, settle, worker`. Says "ready", waits for a line, and says at its end what
-it was granted and what it committed, in units.
+Options: `url, limit, amounts, callers, ttl, settle, worker`. Prints "ready", reads a line, and finally prints its
+granted and committed units.
 """
 
 import asyncio
@@ -14,8 +14,8 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
 from ktrdr_budget.money import to_units
 
 
-def say(words: object) -> None:
-    print(json.dumps(words), flush=True)
+def send(line: object) -> None:
+    print(json.dumps(line), flush=True)
 
 
 class Spender:
@@ -34,7 +34,7 @@ class Spender:
                     "agent", amount, ttl=self.options["ttl"], owner=owner, operation=owner
                 )
             except BudgetExceeded as denial:
-                # What is only held may come back: from a caller that uses less, or from one that died.
+                # Held money may be released: by a commit of less, or on expiry.
                 if denial.reason == "budget_held" and self.options["settle"]:
                     await asyncio.sleep(0.002)
                     continue
@@ -45,22 +45,22 @@ class Spender:
                 await self.settle(hold, amount)
 
     async def settle(self, hold, amount: Decimal) -> None:
-        share = self.random.choice(("0", "0.25", "0.5", "1", None))
-        if share is None:
+        fraction = self.random.choice(("0", "0.25", "0.5", "1", None))
+        if fraction is None:
             await hold.release()
         else:
-            settlement = await hold.commit(amount * Decimal(share))
+            settlement = await hold.commit(amount * Decimal(fraction))
             self.committed += to_units(settlement.amounts["agent"])
 
 
 async def main(options: dict) -> None:
     budget = Budget("agent", options["limit"])
     async with AsyncBudgetLimiter(options["url"], [budget], timeout=20.0) as limiter:
-        say("ready")
+        send("ready")
         await asyncio.to_thread(sys.stdin.readline)
         spender = Spender(limiter, options)
         await asyncio.gather(*(spender.spend() for _ in range(options["callers"])))
-    say({"granted": spender.granted, "committed": spender.committed, "grants": spender.grants})
+    send({"granted": spender.granted, "committed": spender.committed, "grants": spender.grants})
 
 
 def run(options: dict) -> None:

@@ -1,7 +1,7 @@
 """A small traced app on a real store; sends requests to it in its own process and prints the replies as JSON.
 
-Arguments: the store's URL, then ``METHOD path`` for each request, in order; ``&`` before one asks it together with the
-one before.
+Arguments: the store's URL, then ``METHOD path`` for each request, in order; ``&`` before one sends it concurrently with
+the previous one.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def make_app(url: str) -> FastAPI:
                 await asyncio.gather(*(limiter.status("agent") for _ in range(3)))
             root.set_attribute("outcome", "completed")
 
-    async def answer(request: Request) -> Any:
+    async def respond(request: Request) -> Any:
         limiter: AsyncBudgetLimiter = request.app.state.limiter
         match request.url.path.split("/")[1:]:
             case ["spend", amount]:
@@ -83,7 +83,7 @@ def make_app(url: str) -> FastAPI:
                 await limiter.statuses()
         return {"trace_id": current_trace_id()}
 
-    app.add_api_route("/{path:path}", answer, methods=["GET", "POST"])
+    app.add_api_route("/{path:path}", respond, methods=["GET", "POST"])
     return app
 
 
@@ -91,7 +91,7 @@ async def main(url: str, words: list[str]) -> None:
     traced = configure_tracing()
     app = make_app(url)
     instrument(app)
-    answers: list[Any] = [traced]
+    replies: list[Any] = [traced]
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     async with (
         app.router.lifespan_context(app),
@@ -102,8 +102,8 @@ async def main(url: str, words: list[str]) -> None:
             groups[-1].append(word[1:]) if word.startswith("&") else groups.append([word])
         for group in groups:
             done = await asyncio.gather(*(client.request(*word.split()) for word in group))
-            answers += [response.json() if response.status_code == 200 else response.status_code for response in done]
-    print(json.dumps(answers))
+            replies += [response.json() if response.status_code == 200 else response.status_code for response in done]
+    print(json.dumps(replies))
 
 
 if __name__ == "__main__":

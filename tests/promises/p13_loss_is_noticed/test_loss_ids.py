@@ -1,4 +1,4 @@
-"""Holds by their ids after the store has lost data: an id is unknown only to a store that lacks nothing."""
+"""Calls by id after a data loss: an id is unknown only once the store has recovered."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from ktrdr_budget.engine.calls.settle import settle_by_id
 
 from ...helpers.keyspace import sums
 from ...helpers.patience import away, hurried
+from ...helpers.repairs import replayed
 from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
@@ -26,7 +27,9 @@ CALLS: list[Call] = [
     lambda limiter, hold_id: limiter.grow(hold_id, {"agent": "0.20"}),
     lambda limiter, hold_id: limiter.get(hold_id),
 ]
-by_each_call = pytest.mark.parametrize("call", CALLS, ids=["commit", "release", "by hand", "extend", "grow", "get"])
+by_each_call = pytest.mark.parametrize(
+    "call", CALLS, ids=["commit", "release", "by the operator", "extend", "grow", "get"]
+)
 
 
 @pytest.fixture
@@ -37,19 +40,14 @@ async def limiter(server) -> AsyncIterator[AsyncBudgetLimiter]:
 
 @pytest.fixture
 async def silent(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    """Another replica, which notices no loss by itself."""
+    """Another replica, which does not detect a loss without a request."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
         made.engine.dispatcher.repair.stop()
         yield made
 
 
-async def repaired_by(replica: AsyncBudgetLimiter) -> None:
-    replica.engine.dispatcher.repair.suspect()
-    await until(lambda: replica.losses == 1 and not replica.engine.dispatcher.repair.active)
-
-
 @by_each_call
-async def test_a_replica_settles_what_it_was_granted_though_the_store_has_lost_it(limiter, client, call):
+async def test_a_replica_settles_its_own_lost_hold(limiter, client, call):
     await limiter.reserve("agent", "0.15", id="op_1")
     client.flushall()
     await call(limiter, "op_1")
@@ -60,20 +58,18 @@ async def test_a_replica_settles_what_it_was_granted_though_the_store_has_lost_i
 
 @pytest.mark.timely
 @by_each_call
-async def test_a_hold_that_another_replica_has_yet_to_replay_is_not_unknown(server, limiter, silent, client, call):
+async def test_a_lost_hold_is_unavailable_until_its_replica_has_replayed_it(server, limiter, silent, client, call):
     await silent.reserve("agent", "0.15", id="op_1")
     await limiter.record("agent", "0.01")
     client.flushall()
     with away(server.url), hurried(limiter, 0.3), pytest.raises(StoreUnavailable, match="being repaired"):
         await call(limiter, "op_1")
-    await repaired_by(silent)
+    await replayed(silent)
     await call(limiter, "op_1")
 
 
 @pytest.mark.timely
-async def test_a_replica_that_never_contacted_the_store_takes_no_hold_for_unknown_while_it_recovers(
-    server, silent, client
-):
+async def test_a_new_replica_gets_no_unknown_hold_during_a_recovery(server, silent, client):
     await silent.reserve("agent", "0.15", id="op_1")
     async with AsyncBudgetLimiter(server.url, BUDGETS) as witness:
         client.flushall()
@@ -81,14 +77,14 @@ async def test_a_replica_that_never_contacted_the_store_takes_no_hold_for_unknow
     async with AsyncBudgetLimiter(server.url, BUDGETS) as new:
         with away(server.url), hurried(new, 0.2), pytest.raises(StoreUnavailable, match="being repaired; try again in"):
             await new.commit("op_1", "0.07")
-        await repaired_by(silent)
+        await replayed(silent)
         assert (await new.commit("op_1", "0.07")).amounts == {"agent": Decimal("0.07")}
         with pytest.raises(UnknownHold):
             await new.commit("op_2", "0.07")
 
 
-async def test_a_commit_that_has_read_its_hold_before_the_loss_waits_for_its_replay(limiter, silent, client):
-    """It is sent with the windows that it has read, and finds the hold gone."""
+async def test_a_commit_that_read_its_hold_before_the_loss_waits_for_the_replay(limiter, silent, client):
+    """The commit is sent with the windows that it has read, and the store has no such hold."""
     await silent.reserve("agent", "0.15", id="op_1")
     flow = settle_by_id(limiter.engine.context, "op_1", "0.07")
     reply = await limiter.engine.dispatcher.background.read(flow.send(None))
@@ -101,11 +97,11 @@ async def test_a_commit_that_has_read_its_hold_before_the_loss_waits_for_its_rep
 
     sent = limiter.engine.dispatcher.submit(send_commit(), "commit")
     await until(lambda: limiter.losses == 1 and limiter.engine.dispatcher.delayed)
-    await repaired_by(silent)
+    await replayed(silent)
     assert (await sent).units == (70_000_000,)
 
 
-async def test_an_id_that_nobody_knows_is_unknown_once_the_store_has_recovered(limiter, client):
+async def test_an_id_without_a_hold_is_unknown_once_the_store_has_recovered(limiter, client):
     await limiter.record("agent", "0.01")
     client.flushall()
     with pytest.raises(UnknownHold):

@@ -1,4 +1,4 @@
-"""Limits of run time after the store has lost data: a replica that has set or read one restores it."""
+"""Run-time limits after a data loss: a replica that has set or read a limit restores it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded
 
+from ...helpers.repairs import replayed
 from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens")]
@@ -18,7 +19,7 @@ BUDGETS = [Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens")]
 
 @pytest.fixture
 async def replicas(server) -> AsyncIterator[list[AsyncBudgetLimiter]]:
-    """Two replicas of the same configuration; neither notices a loss by itself."""
+    """Two replicas with the same budgets; neither detects a loss without a request."""
     async with AsyncExitStack() as stack:
         made = [await stack.enter_async_context(AsyncBudgetLimiter(server.url, BUDGETS)) for _ in range(2)]
         for limiter in made:
@@ -28,11 +29,9 @@ async def replicas(server) -> AsyncIterator[list[AsyncBudgetLimiter]]:
 
 
 async def repaired_by(*replicas: AsyncBudgetLimiter) -> None:
-    """They notice the loss and replay what they know, one after another."""
+    """Let the replicas detect the loss and replay their journals, one after another."""
     for limiter in replicas:
-        losses = limiter.losses
-        limiter.engine.dispatcher.repair.suspect()
-        await until(lambda: limiter.losses == losses + 1 and not limiter.engine.dispatcher.repair.active)  # noqa: B023
+        await replayed(limiter, limiter.losses + 1)
 
 
 async def denied(limiter: AsyncBudgetLimiter, amount: str) -> str:
@@ -41,7 +40,7 @@ async def denied(limiter: AsyncBudgetLimiter, amount: str) -> str:
     return str(refused.value.denial.limit)
 
 
-async def test_p1_a_limit_of_run_time_is_in_force_again_after_a_loss(replicas, client, caplog):
+async def test_p1_a_run_time_limit_applies_again_after_a_loss(replicas, client, caplog):
     limiter, other = replicas
     await limiter.set_limit("agent", "1.00")
     client.flushall()
@@ -65,7 +64,7 @@ async def test_a_replica_that_has_only_read_a_limit_restores_it(replicas, client
     assert (agent.limit_until, tokens.limit, tokens.limit_source) == (ends, None, "runtime")
 
 
-async def test_an_idle_replica_that_has_only_set_a_limit_notices_the_loss(server, replicas, client):
+async def test_an_idle_replica_that_has_only_set_a_limit_detects_the_loss(server, replicas, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as operator:
         await operator.set_limit("agent", "1.00")
         client.flushall()
@@ -75,7 +74,7 @@ async def test_an_idle_replica_that_has_only_set_a_limit_notices_the_loss(server
 
 
 @pytest.mark.parametrize("first", [0, 1])
-async def test_of_several_changes_the_last_is_in_force_in_either_order_of_the_replays(replicas, client, first):
+async def test_the_last_change_of_a_limit_applies_in_either_order_of_the_replays(replicas, client, first):
     limiter, other = replicas
     await limiter.set_limit("agent", "3.00")
     await other.set_limit("agent", "1.00")
@@ -85,7 +84,7 @@ async def test_of_several_changes_the_last_is_in_force_in_either_order_of_the_re
 
 
 @pytest.mark.parametrize("first", [0, 1])
-async def test_a_limit_that_another_replica_has_cleared_stays_cleared(replicas, client, first):
+async def test_a_limit_cleared_by_another_replica_stays_cleared(replicas, client, first):
     limiter, other = replicas
     await limiter.set_limit("agent", "9.00")
     await other.clear_limit("agent")
@@ -96,7 +95,7 @@ async def test_a_limit_that_another_replica_has_cleared_stays_cleared(replicas, 
     assert await denied(other, "8.00") == "7.00"
 
 
-async def test_a_limit_that_was_read_to_be_cleared_is_forgotten(replicas, client):
+async def test_a_limit_read_as_cleared_is_not_restored(replicas, client):
     limiter, other = replicas
     await limiter.set_limit("agent", "9.00")
     await other.clear_limit("agent")

@@ -1,4 +1,4 @@
-"""A store that went back in time is noticed by each replica that it had acknowledged writes to, only then (P13)."""
+"""A data loss is detected by each replica with acknowledged writes, and there are no false alarms (P13)."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def alarms(caplog: pytest.LogCaptureFixture) -> int:
 
 
 async def denied(limiter: AsyncBudgetLimiter) -> None:
-    # While it is repaired, nobody says how much is left; and who has less time than that is told so at once.
+    # During a repair, a short deadline ends as StoreUnavailable.
     with away(limiter.store_url), pytest.raises((BudgetExceeded, StoreUnavailable)):
         await limiter.reserve("agent", "6.00")
 
 
 async def unknown(limiter: AsyncBudgetLimiter) -> None:
     with pytest.raises(UnknownHold):
-        await limiter.release("nobody")
+        await limiter.release("unknown")
 
 
 async def spends(limiter: AsyncBudgetLimiter) -> None:
@@ -51,7 +51,7 @@ async def reserves(limiter: AsyncBudgetLimiter) -> None:
         await limiter.reserve("agent", "0.01")
 
 
-# -- it is noticed -----------------------------------------------------------------------------------------------------
+# -- detection ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -59,7 +59,7 @@ async def reserves(limiter: AsyncBudgetLimiter) -> None:
     [(spends,), (denied, denied, spends), (reserves, denied), (denied,) * 3],
     ids=lambda calls: "-".join(call.__name__ for call in calls),
 )
-async def test_flushall_is_noticed_and_told_once(server, limiter, caplog, afterwards):
+async def test_flushall_is_detected_and_logged_once(server, limiter, caplog, afterwards):
     await limiter.record("agent", "1.00")
     with server.client() as client:
         client.flushall()
@@ -74,7 +74,7 @@ async def test_flushall_is_noticed_and_told_once(server, limiter, caplog, afterw
     assert limiter.losses == 2
 
 
-async def test_every_replica_that_had_acknowledged_writes_notices(server, limiter, other_replica):
+async def test_every_replica_with_acknowledged_writes_detects_the_loss(server, limiter, other_replica):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as silent:
         await spends(limiter)
         await other_replica.reserve("agent", "0.15")
@@ -85,7 +85,7 @@ async def test_every_replica_that_had_acknowledged_writes_notices(server, limite
         assert (limiter.losses, other_replica.losses, silent.losses) == (1, 1, 0)
 
 
-async def test_flushall_under_load_is_noticed_once(server, limiter):
+async def test_flushall_under_load_is_detected_once(server, limiter):
     await asyncio.gather(*(spends(limiter) for _ in range(300)))
     tasks = [asyncio.create_task(spends(limiter)) for _ in range(600)]
     await asyncio.sleep(0.005)
@@ -96,8 +96,8 @@ async def test_flushall_under_load_is_noticed_once(server, limiter):
     assert limiter.losses == 1
 
 
-async def test_an_old_snapshot_is_noticed_by_the_counter(start_server: Callable, caplog):
-    """Its epoch is the same: a restored backup, or a failover to a replica that lagged behind."""
+async def test_an_old_snapshot_is_detected_by_the_number_of_writes(start_server: Callable, caplog):
+    """Its epoch is the same, as with a restored backup or a failover to a lagging replica."""
     server = start_server()
     async with (
         AsyncBudgetLimiter(server.url, BUDGETS, timeout=5.0) as limiter,
@@ -115,12 +115,12 @@ async def test_an_old_snapshot_is_noticed_by_the_counter(start_server: Callable,
         await spends(limiter)
         await spends(idle)
         await spends(limiter)
-        assert (limiter.losses, idle.losses) == (1, 1), "who lost nothing learns that the store is another"
+        assert (limiter.losses, idle.losses) == (1, 1), "a replica that lost nothing detects the new epoch"
         assert alarms(caplog) == 2
     server.kill()
 
 
-async def test_a_hold_that_the_store_lost_still_commits_into_the_window_that_admitted_it(server, limiter):
+async def test_a_lost_hold_still_commits_into_the_window_that_admitted_it(server, limiter):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     with server.client() as client:
         client.flushall()
@@ -134,15 +134,15 @@ async def test_a_hold_that_the_store_lost_still_commits_into_the_window_that_adm
     assert limiter.losses == 1
 
 
-async def test_a_timeline_that_comes_back_is_noticed_even_if_it_counts_as_many_writes(start_server: Callable):
-    """The replica that is the first to write proposes the epoch, again and again: never the same one."""
+async def test_an_old_snapshot_with_as_many_writes_is_detected_by_its_epoch(start_server: Callable):
+    """Each first write into an empty store sets a new epoch."""
     server = start_server()
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=5.0) as limiter:
         for _ in range(5):
             await spends(limiter)
         with server.client() as client:
             client.save()
-        await limiter.record("agent", "1.00")  # lost with what is flushed, and then with what comes back
+        await limiter.record("agent", "1.00")  # lost by the flush, and again by the restart
         with server.client() as client:
             client.flushall()
         await spends(limiter)
@@ -157,7 +157,7 @@ async def test_a_timeline_that_comes_back_is_noticed_even_if_it_counts_as_many_w
     server.kill()
 
 
-# -- there is no false alarm -------------------------------------------------------------------------------------------
+# -- no false alarms ---------------------------------------------------------------------------------------------------
 
 
 async def test_concurrent_lanes_and_other_replicas_raise_no_alarm(server, limiter, other_replica):
@@ -215,7 +215,7 @@ async def test_another_tenants_data_does_not_matter(server, limiter):
         assert (other.losses, limiter.losses) == (1, 0)
 
 
-async def test_a_look_alone_notices_that_everything_is_gone(server, limiter):
+async def test_a_read_detects_an_empty_store(server, limiter):
     await limiter.reserve("agent", "0.10")
     with server.client() as client:
         client.flushall()
@@ -225,10 +225,8 @@ async def test_a_look_alone_notices_that_everything_is_gone(server, limiter):
     assert limiter.losses == 1
 
 
-async def test_a_replica_that_has_nothing_to_tell_but_knows_of_a_loss_is_granted_nothing(
-    server, limiter, other_replica
-):
-    """It was only ever denied. Whoever spent has yet to speak."""
+async def test_a_replica_with_an_empty_journal_is_granted_nothing_during_a_recovery(server, limiter, other_replica):
+    """Its only call was denied. The replica with the spend has not replayed yet."""
     await limiter.record("agent", "4.90")
     with pytest.raises(BudgetExceeded):
         await other_replica.reserve("agent", "1.00")
@@ -240,7 +238,7 @@ async def test_a_replica_that_has_nothing_to_tell_but_knows_of_a_loss_is_granted
     assert other_replica.losses == 1
 
 
-async def test_a_clock_that_is_set_back_after_a_loss_hides_no_later_one(clocked_server):
+async def test_a_clock_set_back_after_a_loss_hides_no_later_loss(clocked_server):
     clocked_server.reset_clock()
     async with AsyncBudgetLimiter(clocked_server.url, [Budget("agent", "5.00", period="ever")], timeout=10) as limiter:
         await spends(limiter)
@@ -252,11 +250,13 @@ async def test_a_clock_that_is_set_back_after_a_loss_hides_no_later_one(clocked_
                 await spends(limiter)
             counted = client.hget(limiter.keys.meta, f"r:{limiter.replica_id}")
             assert limiter.engine.state.header.acknowledged == int(counted)
-            client.hincrby(limiter.keys.meta, f"r:{limiter.replica_id}", -2)  # as a snapshot that lacks two of them
+            client.hincrby(
+                limiter.keys.meta, f"r:{limiter.replica_id}", -2
+            )  # like a snapshot without the last two writes
             await until(lambda: limiter.losses == 2)
 
 
-async def test_a_clock_that_is_set_back_after_a_repair_keeps_the_store_closed_for_seconds_only(clocked_server):
+async def test_a_clock_set_back_after_a_repair_prolongs_the_recovery_by_seconds_only(clocked_server):
     clocked_server.reset_clock()
     async with AsyncBudgetLimiter(clocked_server.url, [Budget("agent", "5.00", period="ever")], timeout=15) as limiter:
         await spends(limiter)
@@ -269,15 +269,15 @@ async def test_a_clock_that_is_set_back_after_a_repair_keeps_the_store_closed_fo
         await limiter.reserve("agent", "0.01")
 
 
-async def test_a_replica_that_only_asks_is_heard_of_each_hour(server, limiter):
-    """Who was not heard of for two days is forgotten, among many: that would pass for a loss."""
+async def test_a_replica_that_only_sends_probes_refreshes_its_entry_each_hour(server, limiter):
+    """The store may drop the entry of a replica after two days, which would look like a data loss."""
     await spends(limiter)
     with server.client() as client:
         me = limiter.replica_id
         now = int(client.zscore(limiter.keys.replicas, me))
         for age_s, refreshed in ((3500, False), (3700, True)):
             client.zadd(limiter.keys.replicas, {me: now - age_s})
-            heard_s = limiter.engine.state.last_reply_s
-            await until(lambda heard_s=heard_s: limiter.engine.state.last_reply_s > heard_s)
+            replied_s = limiter.engine.state.last_reply_s
+            await until(lambda replied_s=replied_s: limiter.engine.state.last_reply_s > replied_s)
             assert (int(client.zscore(limiter.keys.replicas, me)) >= now) is refreshed
         assert limiter.losses == 0

@@ -1,4 +1,4 @@
-"""What a store has lost, its replicas tell it again (P13): in the end, spend is what it really was."""
+"""After a data loss, the replicas replay their journals: the store has the true spend again (P13)."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ from ktrdr_budget.engine.replica import journal as memory
 from ...helpers.keyspace import window_key
 from ...helpers.patience import away, hurried
 from ...helpers.proxy import Proxy
+from ...helpers.repairs import replayed
 from ...helpers.stores import store_of
 from ...helpers.waiting import until, wait_until
 
@@ -57,18 +58,18 @@ async def figures(limiter: AsyncBudgetLimiter, budget: str = "agent") -> tuple[D
 
 
 async def repaired(limiter: AsyncBudgetLimiter, expected: tuple[str, str, str]) -> None:
-    """Until the figures are these, as they were before the loss; and the books add up."""
+    """Wait until the figures are those before the data loss; then the audit passes."""
     wanted = tuple(map(Decimal, expected))
 
-    async def look() -> bool:
+    async def as_expected() -> bool:
         return await figures(limiter) == wanted
 
-    await until(look)
+    await until(as_expected)
     reports = await asyncio.to_thread(verify, limiter.store_address, limiter.tenant)
     assert all(report.adds_up for report in reports), reports
 
 
-async def test_an_idle_replica_tells_an_empty_store_its_spend_its_holds_and_its_ids(limiter, client):
+async def test_an_idle_replica_replays_spend_holds_and_ids_into_an_empty_store(limiter, client):
     await limiter.record("agent", "1.00", id="op_r")
     done = await limiter.reserve("agent", "0.50", id="op_c")
     await done.commit("0.25")
@@ -93,10 +94,10 @@ async def test_an_idle_replica_tells_an_empty_store_its_spend_its_holds_and_its_
 
 
 @pytest.mark.timely
-async def test_while_it_is_repaired_the_store_grants_nothing_and_says_so(server, limiter, client):
+async def test_the_store_grants_nothing_during_a_repair_and_shows_it(server, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
     client.flushall()
-    with away(server.url), hurried(limiter, 0.5):  # as far as deadlines go, which come before the end of the repair
+    with away(server.url), hurried(limiter, 0.5):  # a deadline before the end of the repair
         with pytest.raises(StoreUnavailable, match="being repaired") as refused:
             await limiter.reserve("agent", "0.01")
         assert not refused.value.ambiguous
@@ -108,7 +109,7 @@ async def test_while_it_is_repaired_the_store_grants_nothing_and_says_so(server,
     assert (await figures(limiter))[0] == Decimal("0.07")
 
 
-async def test_a_caller_with_time_waits_until_the_store_grants_again(server):
+async def test_a_call_with_a_long_deadline_waits_for_the_end_of_the_repair(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=10) as limiter:
         await limiter.record("agent", "1.00")
         with server.client() as client:
@@ -119,7 +120,7 @@ async def test_a_caller_with_time_waits_until_the_store_grants_again(server):
 
 
 @pytest.mark.parametrize("remembered", [20_000, 2, 0])
-async def test_an_old_snapshot_is_brought_up_to_date(start_server: Callable, monkeypatch, remembered):
+async def test_an_old_snapshot_is_repaired(start_server: Callable, monkeypatch, remembered):
     monkeypatch.setattr(memory, "SETTLEMENTS_MAX", remembered)
     server = start_server()
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=5) as limiter:
@@ -138,7 +139,7 @@ async def test_an_old_snapshot_is_brought_up_to_date(start_server: Callable, mon
         server.kill()
         server.start()
 
-        # What is no longer remembered one by one is in the total; its holds stay open, which errs on the safe side.
+        # Settlements beyond the journal are in the total only; their holds stay open, which is on the safe side.
         async def spent() -> bool:
             return (await figures(limiter))[0] == Decimal("0.63")
 
@@ -149,21 +150,20 @@ async def test_an_old_snapshot_is_brought_up_to_date(start_server: Callable, mon
     server.kill()
 
 
-@pytest.mark.parametrize("first", ["who granted", "who settled"])
-async def test_a_settlement_wins_over_an_open_hold_whoever_is_first(limiter, other, client, first):
+@pytest.mark.parametrize("first", ["granter", "settler"])
+async def test_a_settlement_wins_over_an_open_hold_in_either_order_of_replays(limiter, other, client, first):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await other.commit("op_1", "0.07")
-    order = (limiter, other) if first == "who granted" else (other, limiter)
+    order = (limiter, other) if first == "granter" else (other, limiter)
     client.flushall()
     for replica in order:
-        replica.engine.dispatcher.repair.suspect()
-        await until(lambda replica=replica: replica.losses == 1 and not replica.engine.dispatcher.repair.active)
+        await replayed(replica)
     await repaired(limiter, ("0.07", "0", "0"))
     with pytest.raises(HoldConflict):
         await hold.commit("0.08")
 
 
-async def test_a_hold_that_came_due_is_charged_again(limiter, client):
+async def test_an_expired_hold_is_charged_again(limiter, client):
     await limiter.reserve("agent", "0.15", ttl=1)
     await until(lambda: _is_unconfirmed(limiter))
     client.flushall()
@@ -174,14 +174,14 @@ async def _is_unconfirmed(limiter) -> bool:
     return (await limiter.status("agent")).unconfirmed > 0
 
 
-async def test_shares_of_several_replicas_add_up(limiter, other, client):
+async def test_subtotals_of_several_replicas_add_up(limiter, other, client):
     await asyncio.gather(*[replica.record("agent", "0.01") for replica in (limiter, other) for _ in range(50)])
     client.flushall()
     await repaired(limiter, ("1.00", "0", "0"))
     assert (limiter.losses, other.losses) == (1, 1)
 
 
-async def test_spend_that_was_deferred_is_remembered_as_well(start_server: Callable):
+async def test_deferred_spend_is_replayed_as_well(start_server: Callable):
     server = start_server(None, "--appendonly", "yes", "--appendfsync", "no")
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
@@ -202,7 +202,7 @@ def test_a_sync_limiter_repairs_as_well(server, client):
         wait_until(lambda: limiter.status("agent").spent == Decimal("1.00"))
 
 
-async def test_what_happens_twice_is_repaired_twice(limiter, client):
+async def test_two_data_losses_are_repaired(limiter, client):
     await limiter.record("agent", "1.00")
     for losses in (1, 2):
         client.flushall()
@@ -210,8 +210,8 @@ async def test_what_happens_twice_is_repaired_twice(limiter, client):
         assert limiter.losses == losses
 
 
-async def test_a_new_replica_may_be_granted_money_before_an_old_one_has_spoken(server, limiter, client):
-    """The honest limit: it cannot know. What was spent is put right as soon as the old one speaks."""
+async def test_a_new_replica_may_be_granted_money_before_an_old_one_detects_the_loss(server, limiter, client):
+    """A known limit: the new replica cannot detect the loss. The next request of the old one corrects the spend."""
     await limiter.record("agent", "4.00")
     client.flushall()
     async with AsyncBudgetLimiter(server.url, BUDGETS) as new:
@@ -221,30 +221,23 @@ async def test_a_new_replica_may_be_granted_money_before_an_old_one_has_spoken(s
             await new.reserve("agent", "0.01")
 
 
-async def told(limiter: AsyncBudgetLimiter, losses: int = 1) -> None:
-    """Until a replica has noticed so many losses, and told all that it knows."""
-    recovery = limiter.engine.dispatcher.repair
-    recovery.suspect()
-    await until(lambda: limiter.losses == losses and not recovery.active)
-
-
-def shares(limiter: AsyncBudgetLimiter, client) -> dict[str, Decimal]:
-    """What each replica has spent of budget agent, as the store has it."""
+def subtotals(limiter: AsyncBudgetLimiter, client) -> dict[str, Decimal]:
+    """The stored spend of budget agent by replica."""
     [window] = client.keys(limiter.keys.window("agent", "*"))
     stored = client.hgetall(window).items()
     return {name[2:]: Decimal(units) / 10**9 for name, units in stored if name.startswith("r:") and units != "0"}
 
 
-@pytest.mark.parametrize("away", ["who made it", "who replayed it"])
+@pytest.mark.parametrize("absent", ["the first to settle", "the second to settle"])
 @pytest.mark.parametrize("call", ["record", "commit"])
-async def test_a_settlement_that_two_replicas_know_counts_once(server, client, tmp_path_factory, away, call):
-    """It is in the share of the one that made it, whoever tells of it first, and however late the other is back."""
+async def test_a_settlement_in_two_journals_counts_once(server, client, tmp_path_factory, absent, call):
+    """It counts in the subtotal of the first replica that settled, in either order of the replays."""
     async with (
         Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
         AsyncBudgetLimiter(line.url, BUDGETS) as remote,
         AsyncBudgetLimiter(server.url, BUDGETS) as near,
     ):
-        maker, other = (remote, near) if away == "who made it" else (near, remote)
+        maker, other = (remote, near) if absent == "the first to settle" else (near, remote)
         await other.record("agent", "0.10")
         if call == "record":
             await maker.record("agent", "1.00", id="op_1")
@@ -252,19 +245,19 @@ async def test_a_settlement_that_two_replicas_know_counts_once(server, client, t
         else:
             await (await maker.reserve("agent", "1.00", id="op_1")).commit("1.00")
             assert (await other.commit("op_1", "1.00")).replayed
-        right = {maker.replica_id: Decimal("1.00"), other.replica_id: Decimal("0.10")}
+        expected = {maker.replica_id: Decimal("1.00"), other.replica_id: Decimal("0.10")}
         for losses in (1, 2):
             line.cut()
             client.flushall()
-            await told(near, losses)
-            await repaired(near, ("1.10" if away == "who made it" else "1.00", "0", "0"))
+            await replayed(near, losses)
+            await repaired(near, ("1.10" if absent == "the first to settle" else "1.00", "0", "0"))
             line.mend()
-            await told(remote, losses)
-            assert shares(near, client) == right
+            await replayed(remote, losses)
+            assert subtotals(near, client) == expected
             await repaired(near, ("1.10", "0", "0"))
 
 
-async def test_what_was_told_anew_while_its_maker_was_away_is_in_the_share_of_the_new_one(
+async def test_a_settlement_repeated_after_a_loss_counts_for_the_replica_that_repeated_it(
     server, client, tmp_path_factory
 ):
     async with (
@@ -275,18 +268,20 @@ async def test_what_was_told_anew_while_its_maker_was_away_is_in_the_share_of_th
         await remote.record("agent", "1.00", id="op_1")
         line.cut()
         client.flushall()
-        assert not (await near.record("agent", "1.00", id="op_1")).replayed, "nobody knows of it"
+        assert not (await near.record("agent", "1.00", id="op_1")).replayed, (
+            "the store has lost it, and its replica is cut off"
+        )
         line.mend()
-        await told(remote)
+        await replayed(remote)
         await repaired(near, ("1.00", "0", "0"))
         client.flushall()
-        await told(remote, 2)
-        await told(near)
-        assert shares(near, client) == {near.replica_id: Decimal("1.00")}
+        await replayed(remote, 2)
+        await replayed(near)
+        assert subtotals(near, client) == {near.replica_id: Decimal("1.00")}
 
 
-async def test_an_id_that_only_another_replica_remembers_is_not_charged_again(server, client, monkeypatch):
-    """The one whose share it is in has told all that it has spent: more than its memory has ids of."""
+async def test_an_id_in_the_journal_of_another_replica_is_not_charged_again(server, client, monkeypatch):
+    """The first replica replays a subtotal that includes ids beyond its journal."""
     monkeypatch.setattr(memory, "SETTLEMENTS_MAX", 4)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as busy, AsyncBudgetLimiter(server.url, BUDGETS) as other:
         await busy.record("agent", "1.00", id="op_1")
@@ -294,24 +289,24 @@ async def test_an_id_that_only_another_replica_remembers_is_not_charged_again(se
         for _ in range(8):
             await busy.record("agent", "0.01")
         client.flushall()
-        await told(busy)
-        await told(other)
+        await replayed(busy)
+        await replayed(other)
         await repaired(busy, ("1.08", "0", "0"))
 
 
-async def test_what_a_dead_replica_did_is_told_by_another_that_knows_of_it(other, server, client):
+async def test_a_settlement_of_a_closed_replica_is_replayed_by_another(other, server, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as dying:
         await dying.record("agent", "1.00", id="op_1")
     assert (await other.record("agent", "1.00", id="op_1")).replayed
     for losses in (1, 2):
         client.flushall()
-        await told(other, losses)
+        await replayed(other, losses)
         await repaired(other, ("1.00", "0", "0"))
-        assert shares(other, client) == {dying.replica_id: Decimal("1.00")}
+        assert subtotals(other, client) == {dying.replica_id: Decimal("1.00")}
 
 
-async def test_a_commit_whose_answer_was_lost_is_told_before_anything_is_granted(server, client, tmp_path_factory):
-    """Its second attempt was a replay, of what this replica had done itself."""
+async def test_a_commit_with_a_lost_reply_is_replayed_before_the_next_grant(server, client, tmp_path_factory):
+    """Its second attempt was a replay of the first one by the same replica."""
     async with (
         Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
         AsyncBudgetLimiter(line.url, BUDGETS, timeout=10) as limiter,
@@ -320,92 +315,91 @@ async def test_a_commit_whose_answer_was_lost_is_told_before_anything_is_granted
         line.lose_replies = 1
         assert (await hold.commit("4.90")).replayed
         client.flushall()
-        await told(limiter)
+        await replayed(limiter)
         assert await figures(limiter) == (Decimal("4.90"), 0, 0)
         assert (await limiter.status("agent")).recovering_until, "nothing was granted yet"
 
 
-async def test_an_acknowledgement_from_before_a_loss_that_comes_after_the_repair_is_told_as_well(limiter, client):
-    """Another connection has noticed the loss, and told of the hold as open."""
+async def test_an_acknowledgement_read_after_a_repair_is_replayed_as_well(limiter, client):
+    """The store acknowledged it before the loss; the repair replayed the hold as open."""
     hold = await limiter.reserve("agent", "0.15")
     await limiter.record("agent", "0.01")
     dispatcher, late = limiter.engine.dispatcher, []
-    answered, dispatcher.deliver = dispatcher.deliver, lambda *words: late.append(words)
+    deliver, dispatcher.deliver = dispatcher.deliver, lambda *arguments: late.append(arguments)
     commit = asyncio.create_task(hold.commit("0.15"))
     await until(lambda: late)
-    dispatcher.deliver = answered
+    dispatcher.deliver = deliver
     client.flushall()
-    await told(limiter)
+    await replayed(limiter)
     assert await figures(limiter) == (Decimal("0.01"), Decimal("0.15"), 0)
-    for words in late:
-        answered(*words)
+    for arguments in late:
+        deliver(*arguments)
     assert (await commit).state == "committed"
     await repaired(limiter, ("0.16", "0", "0"))
     assert limiter.losses == 1
 
 
-async def test_a_late_acknowledgement_of_what_was_made_again_after_a_loss_counts_once(limiter, client):
-    """The first attempt reached a master that died; its reply arrives after the second has reached the next one."""
+async def test_a_late_acknowledgement_of_a_call_repeated_after_a_loss_counts_once(limiter, client):
+    """The first attempt reached a master that died; its reply arrives after the second attempt at the next master."""
     await limiter.record("agent", "0.01")
     dispatcher, late = limiter.engine.dispatcher, []
-    answered, dispatcher.deliver = dispatcher.deliver, lambda *words: late.append(words)
+    deliver, dispatcher.deliver = dispatcher.deliver, lambda *arguments: late.append(arguments)
     first = asyncio.create_task(limiter.record("agent", "0.07", id="op_1"))
     await until(lambda: late)
-    dispatcher.deliver = answered
+    dispatcher.deliver = deliver
     client.flushall()
-    await told(limiter)
+    await replayed(limiter)
     assert not (await limiter.record("agent", "0.07", id="op_1")).replayed
-    for words in late:
-        answered(*words)
+    for arguments in late:
+        deliver(*arguments)
     await first
     await repaired(limiter, ("0.08", "0", "0"))
-    await told(limiter)
+    await replayed(limiter)
     assert await figures(limiter) == (Decimal("0.08"), 0, 0)
 
 
-async def test_each_batch_of_a_repair_keeps_the_store_from_granting(limiter, client, monkeypatch):
-    """However many there are, and however long they take: not only those of shares and holds."""
+async def test_each_batch_of_a_repair_prolongs_the_recovery(limiter, client, monkeypatch):
+    """Also the batches of settlements."""
     await asyncio.gather(*(limiter.record("agent", "0.001") for _ in range(300)))
-    tell, kept = limiter.engine.dispatcher.background.send, []
+    send, prolonged_ms = limiter.engine.dispatcher.background.send, []
 
-    async def look(ops, within_s=None, **words):
+    async def observe(ops, within_s=None, **options):
         client.hset(limiter.keys.meta, "recovering_until", 1)
-        head, lines = await tell(ops, within_s, **words)
+        head, replies = await send(ops, within_s, **options)
         if ops and not head.data_loss:
-            kept.append(int(client.hget(limiter.keys.meta, "recovering_until")) - head.now_us // 1000)
-        return head, lines
+            prolonged_ms.append(int(client.hget(limiter.keys.meta, "recovering_until")) - head.now_us // 1000)
+        return head, replies
 
-    monkeypatch.setattr(limiter.engine.dispatcher.background, "send", look)
+    monkeypatch.setattr(limiter.engine.dispatcher.background, "send", observe)
     client.flushall()
-    await told(limiter)
-    assert len(kept) >= 4 and min(kept) >= 1000
+    await replayed(limiter)
+    assert len(prolonged_ms) >= 4 and min(prolonged_ms) >= 1000
 
 
-async def test_a_hold_that_another_replica_has_settled_is_forgotten(server, client, monkeypatch):
-    """Else it would be open again after a loss, once the other one does not remember its settlement any more."""
+async def test_a_hold_settled_by_another_replica_leaves_the_journal(server, client, monkeypatch):
+    """Otherwise a loss would reopen it once the settlement has left the journal of the other replica."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as granter, AsyncBudgetLimiter(server.url, BUDGETS) as settler:
-        for hold_id in ("spent", "given back", "open"):
-            await granter.reserve("agent", "0.15", id=hold_id.replace(" ", "_"))
+        for hold_id in ("spent", "released", "open"):
+            await granter.reserve("agent", "0.15", id=hold_id)
         await settler.commit("spent", "0.10")
-        await settler.release("given_back")
+        await settler.release("released")
         await until(lambda: [op.hold_id for op in granter.engine.state.journal.holds(granter.keys)] == ["open"])
         settler.engine.state.journal.clear()
         client.flushall()
-        await told(granter)
+        await replayed(granter)
         assert await figures(granter) == (0, Decimal("0.15"), 0)
 
 
 @pytest.mark.parametrize("operator", [False, True])
-async def test_a_release_wins_over_an_open_hold_that_another_replica_remembers(limiter, other, client, operator):
+async def test_a_release_wins_over_an_open_hold_in_the_journal_of_another_replica(limiter, other, client, operator):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await other.release("op_1", operator=operator)
     client.flushall()
     for replica in (other, limiter):
-        replica.engine.dispatcher.repair.suspect()
-        await until(lambda replica=replica: replica.losses == 1 and not replica.engine.dispatcher.repair.active)
+        await replayed(replica)
     await repaired(limiter, ("0", "0", "0"))
     assert (await limiter.get("op_1")).state == "released"
-    if operator:  # the worker was not dead after all
+    if operator:  # the worker is still alive
         await hold.commit("0.07")
         await repaired(limiter, ("0.07", "0", "0"))
     else:
@@ -413,62 +407,62 @@ async def test_a_release_wins_over_an_open_hold_that_another_replica_remembers(l
             await hold.commit("0.07")
 
 
-async def test_a_commit_that_meets_its_hold_being_told_again_is_made_once(limiter, client, monkeypatch):
-    """It finds its hold gone, and when it says so, the hold is back."""
+async def test_a_commit_during_the_replay_of_its_hold_is_executed_once(limiter, client, monkeypatch):
+    """The commit finds no hold; before its reply is read, another replica has restored the hold."""
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     hold.granted_in = "2.lost"
     record = client.get(limiter.keys.hold("op_1"))
     seen = []
 
-    def lose_and_find(batch, header, answer, told=limiter.engine.dispatcher.deliver):
-        if b"\nu" in answer and not seen:
-            seen.append(answer)
+    def restore_first(batch, header, reply, deliver=limiter.engine.dispatcher.deliver):
+        if b"\nu" in reply and not seen:
+            seen.append(reply)
             client.set(limiter.keys.hold("op_1"), record)
-        told(batch, header, answer)
+        deliver(batch, header, reply)
 
-    monkeypatch.setattr(limiter.engine.dispatcher, "deliver", lose_and_find)
+    monkeypatch.setattr(limiter.engine.dispatcher, "deliver", restore_first)
     client.delete(limiter.keys.hold("op_1"))
     assert (await hold.commit("0.07")).state == "committed"
     assert seen
     assert await figures(limiter) == (Decimal("0.07"), 0, 0)
 
 
-async def test_a_repair_that_meets_another_loss_begins_again(limiter, client, monkeypatch):
+async def test_a_repair_restarts_after_another_data_loss(limiter, client, monkeypatch):
     for _ in range(300):
         await limiter.record("agent", "0.01")
-    tell, batches = limiter.engine.dispatcher.background.send, []
+    send, batches = limiter.engine.dispatcher.background.send, []
 
-    async def lose_again(ops, within_s=None, **words):
+    async def lose_again(ops, within_s=None, **options):
         batches.append(len(ops))
         if len(batches) == 3:
             client.flushall()
-        return await tell(ops, within_s, **words)
+        return await send(ops, within_s, **options)
 
     monkeypatch.setattr(limiter.engine.dispatcher.background, "send", lose_again)
     client.flushall()
     await repaired(limiter, ("3.00", "0", "0"))
     assert limiter.losses == 2
-    await told(limiter, 2)
+    await replayed(limiter, 2)
     assert limiter.repaired.settlements == 300
 
 
-async def test_a_repair_whose_store_goes_away_ends_when_it_is_back(start_server: Callable, monkeypatch):
+async def test_a_repair_interrupted_by_an_outage_ends_after_it(start_server: Callable, monkeypatch):
     server = start_server(None, "--appendonly", "yes")
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2) as limiter:
         for _ in range(300):
             await limiter.record("agent", "0.01")
-        tell, batches = limiter.engine.dispatcher.background.send, []
+        send, batches = limiter.engine.dispatcher.background.send, []
 
-        async def go_away(ops, within_s=None, **words):
+        async def kill_server(ops, within_s=None, **options):
             batches.append(len(ops))
             if len(batches) == 3:
                 server.kill()
-            return await tell(ops, within_s, **words)
+            return await send(ops, within_s, **options)
 
-        monkeypatch.setattr(limiter.engine.dispatcher.background, "send", go_away)
+        monkeypatch.setattr(limiter.engine.dispatcher.background, "send", kill_server)
         with server.client() as client:
             client.flushall()
-        # It waits for the repair, until its deadline.
+        # The call waits for the repair until its deadline.
         with away(server.url), pytest.raises(StoreUnavailable):
             await limiter.reserve("agent", "0.01")
         await until(lambda: limiter.store_state == "open" or server.process is None)
@@ -478,7 +472,7 @@ async def test_a_repair_whose_store_goes_away_ends_when_it_is_back(start_server:
     server.kill()
 
 
-async def test_what_is_beyond_the_memory_is_counted_and_told(server, client, monkeypatch, caplog):
+async def test_operations_beyond_the_journal_are_counted_and_logged(server, client, monkeypatch, caplog):
     monkeypatch.setattr(memory, "SETTLEMENTS_MAX", 4)
     monkeypatch.setattr(memory, "HOLDS_MAX", 2)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
@@ -493,7 +487,7 @@ async def test_what_is_beyond_the_memory_is_counted_and_told(server, client, mon
         assert "ids of 2 settlements, 3 holds" in caplog.text
 
 
-async def test_what_the_store_cannot_take_any_more_holds_up_nothing_else(limiter, client, caplog):
+async def test_a_replay_that_the_store_refuses_does_not_stop_the_others(limiter, client, caplog):
     await asyncio.gather(*[limiter.record({"agent": "0.01", "calls": 1}, id=f"op_{n}") for n in range(5)])
     await asyncio.gather(*[limiter.record("agent", "0.01", id=f"agent_{n}") for n in range(5)])
     window = window_key(client, "calls")
@@ -506,24 +500,24 @@ async def test_what_the_store_cannot_take_any_more_holds_up_nothing_else(limiter
     assert (await limiter.record("agent", "0.01")).state == "recorded"
 
 
-async def test_a_replica_that_has_nothing_to_tell_does_not_hold_up_the_others(server, limiter, client):
+async def test_a_replica_with_an_empty_journal_does_not_delay_the_others(server, limiter, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=5) as reader:
         with pytest.raises(BudgetError):
             await reader.reserve("agent", "6.00")
         client.flushall()
-        await limiter.reserve("agent", "0.01")  # it had nothing acknowledged either
+        await limiter.reserve("agent", "0.01")  # its journal is empty, too
         with pytest.raises(BudgetError):
             await reader.reserve("agent", "6.00")
         assert (await reader.status("agent")).recovering_until is None
 
 
-async def test_a_limiter_that_was_dropped_asks_no_more(server):
+async def test_a_garbage_collected_limiter_stops_its_requests(server):
     limiter = AsyncBudgetLimiter(server.url, BUDGETS)
-    limiter.engine.state.policy_checked = True  # else a read of that is under way
-    with away(server.url):  # for the timer of a call's deadline keeps it
+    limiter.engine.state.policy_checked = True  # otherwise a read of it is in flight
+    with away(server.url):  # a short deadline: its timer keeps a reference
         await limiter.record("agent", "0.01")
     forgotten = weakref.ref(limiter.engine.dispatcher.repair)
-    connections = store_of(limiter).node.connections  # closed here; otherwise the collector closes them
+    connections = store_of(limiter).node.connections  # closed here, before the collector does it
     await connections.close()
     del limiter
     await until(lambda: gc.collect() >= 0 and forgotten() is None)
@@ -531,8 +525,8 @@ async def test_a_limiter_that_was_dropped_asks_no_more(server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_losses_under_load_cost_nothing_that_was_acknowledged(server, client, seed):
-    """Three replicas spend while the store is emptied again and again; every acknowledged cent is there in the end."""
+async def test_losses_under_load_keep_all_acknowledged_spend(server, client, seed):
+    """Three replicas spend while the store is flushed twice; the final spend is the sum of all acknowledged commits."""
     choice = random.Random(seed)
     acknowledged = Decimal(0)
     budgets = [Budget("agent", "500.00")]
@@ -549,7 +543,7 @@ async def test_losses_under_load_cost_nothing_that_was_acknowledged(server, clie
             except StoreUnavailable:
                 continue
 
-    async def look() -> bool:
+    async def is_restored() -> bool:
         return await figures(replicas[0]) == (acknowledged, 0, 0)
 
     work = [asyncio.create_task(spend(replica, 40)) for replica in replicas for _ in range(20)]
@@ -559,7 +553,7 @@ async def test_losses_under_load_cost_nothing_that_was_acknowledged(server, clie
             client.flushall()
             await until(lambda: all(not r.engine.dispatcher.repair.active and r.losses for r in replicas))
         await asyncio.gather(*work)
-        await until(look)
+        await until(is_restored)
     finally:
         for task in work:
             task.cancel()
@@ -568,26 +562,25 @@ async def test_losses_under_load_cost_nothing_that_was_acknowledged(server, clie
             await replica.close()
 
 
-async def test_a_replica_that_does_not_know_a_budget_tells_what_it_settled_in_it(server, limiter, client):
-    """Nor its definition: the window is defined by the first who knows it."""
-    async with AsyncBudgetLimiter(server.url, [Budget("else", "1.00")]) as ignorant:
+async def test_a_replica_without_a_budget_replays_its_settlements_in_that_budget(server, limiter, client):
+    """The window receives its definition from the first replica that has the budget."""
+    async with AsyncBudgetLimiter(server.url, [Budget("else", "1.00")]) as other:
         for number in range(2):
             await limiter.reserve("agent", "0.15", id=f"op_{number}")
-            await ignorant.commit(f"op_{number}", "0.07")
+            await other.commit(f"op_{number}", "0.07")
         client.flushall()
-        ignorant.engine.dispatcher.repair.suspect()
-        await until(lambda: ignorant.losses == 1 and not ignorant.engine.dispatcher.repair.active)
+        await replayed(other)
         await repaired(limiter, ("0.14", "0", "0"))
         await limiter.record("agent", "0.10")
         await repaired(limiter, ("0.24", "0", "0"))
         assert client.hget(window_key(client), "def") == BUDGETS[0].definition
 
 
-# -- limits of windows that are repaired -------------------------------------------------------------------------------
+# -- limits of repaired windows ----------------------------------------------------------------------------------------
 
 
-async def test_p1_a_window_is_repaired_with_its_limit(server, limiter, client):
-    """Whoever lets a hold grow there meets it, also without having been given the budget."""
+async def test_p1_a_repaired_window_has_its_limit(server, limiter, client):
+    """The limit applies to growth by a replica without that budget."""
     hold = await limiter.reserve("agent", "1.00", id="op_1")
     client.flushall()
     await until(lambda: limiter.losses == 1 and not limiter.engine.dispatcher.repair.active)
@@ -600,7 +593,7 @@ async def test_p1_a_window_is_repaired_with_its_limit(server, limiter, client):
     await repaired(limiter, ("1.00", "0", "0"))
 
 
-async def test_p1_a_limit_that_is_known_to_nobody_admits_nothing(server, limiter, client):
+async def test_p1_a_window_without_a_known_limit_admits_nothing(server, limiter, client):
     hold = await limiter.reserve("agent", "1.00", id="op_1")
     client.hdel(window_key(client, "agent"), "limit", "asserted_us")
     async with AsyncBudgetLimiter(server.url, [Budget("other", "1.00")], timeout=10) as stranger:

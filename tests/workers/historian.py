@@ -14,8 +14,8 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError
 from ktrdr_budget.money import from_units, to_units
 
 
-def say(words: object) -> None:
-    print(json.dumps(words), flush=True)
+def send(line: object) -> None:
+    print(json.dumps(line), flush=True)
 
 
 def contents(hold_id: str, budgets: list) -> dict:
@@ -90,11 +90,11 @@ def as_money(amounts: dict) -> dict:
 async def main(options: dict) -> None:
     budgets = [Budget(name, limit, period="ever") for name, limit in options["limits"].items()]
     async with AsyncBudgetLimiter(options["url"], budgets, timeout=30.0) as limiter:
-        say("ready")
+        send("ready")
         await asyncio.to_thread(sys.stdin.readline)
         historian = Historian(limiter, options)
         await asyncio.gather(*(historian.run() for _ in range(options["tasks"])))
-    say(historian.history)
+    send(historian.history)
 
 
 def run(options: dict) -> None:

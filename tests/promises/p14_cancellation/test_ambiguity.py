@@ -1,6 +1,6 @@
-"""A request whose reply was lost, and whose caller gave up on it, is not forgotten: the replica finds out later.
+"""Requests with an unknown outcome after the deadline: the replica resolves them in the background.
 
-Never is anything charged twice, is a hold released that somebody uses, or is spend lost.
+No amount is charged twice, no hold in use is released, and no spend is lost.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
 @pytest.fixture
 async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2) as made:
-        await until(lambda: answers(made, "agent"))
+        await until(lambda: is_ready(made, "agent"))
         yield made
 
 
-async def answers(limiter: AsyncBudgetLimiter, budget: str) -> bool:
-    """It is connected, and the server knows its scripts."""
+async def is_ready(limiter: AsyncBudgetLimiter, budget: str) -> bool:
+    """Whether the limiter is connected and the server has its scripts."""
     with suppress(StoreUnavailable):
         await limiter.record(budget, 0, id="first")
         return limiter.unresolved == 0
@@ -66,8 +66,8 @@ def client(server):
         yield made
 
 
-async def loses(proxy: Proxy, call, fate: str = "reply") -> None:
-    """The call is executed (or, of fate ``request``, is not), and its caller learns nothing."""
+async def lose(proxy: Proxy, call, fate: str = "reply") -> None:
+    """Make a call without a reply; with fate ``request`` it is not executed either."""
     proxy.lose_all(fate)
     with pytest.raises(StoreUnavailable) as unavailable:
         await call
@@ -75,19 +75,19 @@ async def loses(proxy: Proxy, call, fate: str = "reply") -> None:
 
 
 async def resolved(proxy: Proxy, limiter: AsyncBudgetLimiter, **outcomes: int) -> None:
-    """The store answers again, and what was unknown ended so."""
+    """End the outage, and compare the outcomes of the resolved requests."""
     proxy.lose_all(None)
     await until(lambda: limiter.unresolved == 0)
-    assert {word: count for word, count in limiter.resolved.items() if count} == outcomes
+    assert {name: count for name, count in limiter.resolved.items() if count} == outcomes
 
 
 FATES = pytest.mark.parametrize(("fate", "outcome"), [("reply", "executed"), ("request", "sent_again")])
 
 
 @FATES
-async def test_a_commit_completes(proxy, limiter, client, fate, outcome):
+async def test_an_unknown_commit_is_completed(proxy, limiter, client, fate, outcome):
     hold = await limiter.reserve("agent", "0.15")
-    await loses(proxy, hold.commit("0.07"), fate)
+    await lose(proxy, hold.commit("0.07"), fate)
     assert limiter.unresolved == 1
     await resolved(proxy, limiter, **{outcome: 1})
     assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 2}
@@ -95,48 +95,48 @@ async def test_a_commit_completes(proxy, limiter, client, fate, outcome):
 
 
 @FATES
-async def test_a_record_is_made_once(proxy, limiter, client, fate, outcome):
-    await loses(proxy, limiter.record("agent", "0.07"), fate)
+async def test_an_unknown_record_is_made_once(proxy, limiter, client, fate, outcome):
+    await lose(proxy, limiter.record("agent", "0.07"), fate)
     await resolved(proxy, limiter, **{outcome: 1})
     assert sums(client)["spent"] == ledger_sum(client) == to_units("0.07")
 
 
 @FATES
-async def test_a_release_completes(proxy, limiter, client, fate, outcome):
+async def test_an_unknown_release_is_completed(proxy, limiter, client, fate, outcome):
     hold = await limiter.reserve("agent", "0.15")
-    await loses(proxy, hold.release(), fate)
+    await lose(proxy, hold.release(), fate)
     await resolved(proxy, limiter, **{outcome: 1})
     assert sums(client)["held"] == 0
 
 
 @FATES
-async def test_leaving_a_block_says_again_what_its_commit_said(proxy, limiter, client, fate, outcome):
-    """A release on leaving would lose what was spent."""
+async def test_the_end_of_a_block_resends_an_unknown_commit(proxy, limiter, client, fate, outcome):
+    """A release there would lose the spend."""
     with pytest.raises(StoreUnavailable):
         async with limiter.hold("agent", "0.15") as hold:
-            await loses(proxy, hold.commit("0.07"), fate)
-            raise StoreUnavailable("as the caller passes it on")
+            await lose(proxy, hold.commit("0.07"), fate)
+            raise StoreUnavailable("raised again by the caller")
     proxy.lose_all(None)
     await until(lambda: limiter.unresolved == 0)
     await until(lambda: sums(client)["held"] == 0)
     assert sums(client)["spent"] == ledger_sum(client) == to_units("0.07")
 
 
-async def test_a_commit_that_never_arrived_is_said_again_on_leaving(server, client):
-    """Not ambiguous: it was known to have failed. The block's end is another try."""
+async def test_the_end_of_a_block_resends_a_failed_commit(server, client):
+    """The failure was not ambiguous; the end of the block is another attempt."""
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2) as limiter:
         async with limiter.hold("agent", "0.15") as hold:
-            begin = limiter.engine.dispatcher.breaker
-            begin.open, begin.consult = True, asyncio.get_running_loop().call_soon  # no probe closes it
+            breaker = limiter.engine.dispatcher.breaker
+            breaker.open, breaker.consult = True, asyncio.get_running_loop().call_soon  # without probes
             with pytest.raises(StoreUnavailable):
                 await hold.commit("0.07")
-            begin.open = False
+            breaker.open = False
         assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_what_the_caller_settled_otherwise_meanwhile_stays_so(proxy, limiter, other, client):
+async def test_a_later_settlement_with_another_amount_stays(proxy, limiter, other, client):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
-    await loses(proxy, hold.commit("0.07"), "request")
+    await lose(proxy, hold.commit("0.07"), "request")
     await other.commit("op_1", "0.09")
     await resolved(proxy, limiter, superseded=1)
     assert sums(client)["spent"] == to_units("0.09")
@@ -144,7 +144,7 @@ async def test_what_the_caller_settled_otherwise_meanwhile_stays_so(proxy, limit
         await hold.commit("0.07")
 
 
-async def test_a_caller_who_tries_again_is_told_and_nothing_is_left_to_find_out(proxy, limiter, client):
+async def test_a_retry_by_the_caller_resolves_the_request(proxy, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
     proxy.hold_replies()
     with pytest.raises(StoreUnavailable):
@@ -158,14 +158,14 @@ async def test_a_caller_who_tries_again_is_told_and_nothing_is_left_to_find_out(
 
 
 @pytest.mark.parametrize(("fate", "outcome"), [("reply", "released"), ("request", "absent")])
-async def test_a_grant_whose_id_nobody_was_told_is_given_back(proxy, limiter, client, fate, outcome):
-    await loses(proxy, limiter.reserve("agent", "0.15"), fate)
+async def test_an_unknown_grant_under_a_generated_id_is_released(proxy, limiter, client, fate, outcome):
+    await lose(proxy, limiter.reserve("agent", "0.15"), fate)
     await resolved(proxy, limiter, **{outcome: 1})
     assert sums(client)["held"] == 0
 
 
-async def test_a_request_that_arrives_after_it_was_given_up_is_not_granted(server, client):
-    """It was under way all the time: the store hears of it after it was told that nobody wants it."""
+async def test_a_request_that_arrives_after_its_release_is_not_granted(server, client):
+    """The release arrives first, and closes the id."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         await limiter.record("agent", 0)
         context = limiter.engine.context
@@ -173,13 +173,13 @@ async def test_a_request_that_arrives_after_it_was_given_up_is_not_granted(serve
         context.release_later(op.hold_id, op.windows, "")
         limiter.engine.dispatcher.replayer.hasten()
         await until(lambda: limiter.unresolved == 0)
-        assert not isinstance(await arrives(limiter, op), Granted)
+        assert not isinstance(await deliver(limiter, op), Granted)
         assert sums(client)["held"] == 0
 
 
 @pytest.mark.parametrize(("fate", "outcome"), [("reply", "granted"), ("request", "absent")])
-async def test_a_grant_under_the_callers_own_id_is_left_to_him(proxy, limiter, client, fate, outcome, caplog):
-    await loses(proxy, limiter.reserve("agent", "0.15", id="mine"), fate)
+async def test_an_unknown_grant_under_the_id_of_the_caller_stays_open(proxy, limiter, client, fate, outcome, caplog):
+    await lose(proxy, limiter.reserve("agent", "0.15", id="mine"), fate)
     await resolved(proxy, limiter, **{outcome: 1})
     assert sums(client)["held"] == (to_units("0.15") if fate == "reply" else 0)
     assert ("hold mine open" in caplog.text) == (fate == "reply")
@@ -189,8 +189,8 @@ async def test_a_grant_under_the_callers_own_id_is_left_to_him(proxy, limiter, c
     assert sums(client)["held"] == 0
 
 
-async def test_a_hold_that_was_reserved_again_elsewhere_is_not_touched(proxy, limiter, other, client):
-    await loses(proxy, limiter.reserve("agent", "0.15", id="mine"), "request")
+async def test_a_hold_reserved_again_by_another_replica_stays_open(proxy, limiter, other, client):
+    await lose(proxy, limiter.reserve("agent", "0.15", id="mine"), "request")
     hold = await other.reserve("agent", "0.15", id="mine")
     assert not hold.replayed
     await resolved(proxy, limiter, superseded=1)
@@ -198,8 +198,8 @@ async def test_a_hold_that_was_reserved_again_elsewhere_is_not_touched(proxy, li
     assert not (await hold.commit("0.07")).late
 
 
-async def test_a_cancelled_caller_gives_back_only_what_was_granted_to_him(proxy, limiter, other, client):
-    """He has gone when the store answers; meanwhile another replica was granted the same id."""
+async def test_a_cancelled_reservation_does_not_release_a_grant_to_another_replica(proxy, limiter, other, client):
+    """Another replica is granted the same id before the store replies to the cancelled request."""
     limiter.engine.dispatcher.timeout_s = 1.0
     proxy.lose_all("request")
     task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
@@ -217,7 +217,7 @@ async def test_a_cancelled_caller_gives_back_only_what_was_granted_to_him(proxy,
     assert not (await hold.commit("0.07")).late
 
 
-async def test_a_cancelled_caller_who_tries_again_keeps_his_hold(proxy, limiter, client):
+async def test_a_retry_after_a_cancellation_keeps_the_hold(proxy, limiter, client):
     limiter.engine.dispatcher.timeout_s = 1.0
     proxy.lose_all("reply")
     task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
@@ -237,10 +237,8 @@ async def test_a_cancelled_caller_who_tries_again_keeps_his_hold(proxy, limiter,
     await hold.commit("0.07")
 
 
-async def test_a_request_of_a_cancelled_caller_that_arrives_late_is_not_granted_but_a_new_one_is(
-    proxy, limiter, other, client
-):
-    """The store is told that nobody wants it before it hears of it; whoever asks for that id later is granted it."""
+async def test_a_late_request_of_a_cancelled_caller_is_not_granted_but_a_new_one_is(proxy, limiter, other, client):
+    """The store closes the id for the cancelled request only; the next reservation of the id is granted."""
     flow = reserve(limiter.engine.context, "agent", "0.15", "mine", 900, "charge", "", "")
     late = next(flow)
     flow.close()
@@ -253,26 +251,26 @@ async def test_a_request_of_a_cancelled_caller_that_arrives_late_is_not_granted_
             await task
         await until(lambda: limiter.unresolved == 1)
     await resolved(proxy, limiter, absent=1)
-    assert isinstance(await arrives(limiter, late), Conflict)
+    assert isinstance(await deliver(limiter, late), Conflict)
     assert sums(client)["held"] == 0
     with pytest.raises(UnknownHold):
         await limiter.get("mine")
     assert 0 < client.pttl(limiter.keys.hold("mine")) <= 300_000
     hold = await other.reserve("agent", "0.15", id="mine")
     assert not hold.replayed
-    assert isinstance(await arrives(limiter, late), Replayed), "it is that hold now"
+    assert isinstance(await deliver(limiter, late), Replayed), "the id belongs to the new hold"
     assert sums(client)["held"] == to_units("0.15")
     assert (await limiter.reserve("agent", "0.15", id="mine")).replayed
     assert not (await hold.commit("0.07")).late
 
 
 @pytest.mark.parametrize("settles", ["commit", "record"])
-async def test_spend_under_an_id_that_was_given_up_is_recorded(proxy, limiter, other, client, settles):
-    """Granted and spent while the store was away (policy `allow`), say: to all but that request the id is unknown."""
+async def test_spend_under_an_id_closed_for_a_cancelled_request_is_recorded(proxy, limiter, other, client, settles):
+    """For example a hold granted and spent offline (policy `allow`): the id is closed for that request only."""
     window = limiter.engine.state.current_window("agent")
-    passing = release_unreceived("mine", limiter.keys.hold("mine"), [window], "a-request")
+    release = release_unreceived("mine", limiter.keys.hold("mine"), [window], "a-request")
     for _ in range(2):
-        assert isinstance(await arrives(limiter, passing), UnknownHoldReply)
+        assert isinstance(await deliver(limiter, release), UnknownHoldReply)
     if settles == "commit":
         granting = AsyncBudgetLimiter(limiter.store_url, BUDGETS, on_store_error="allow")
         parts = [(granting.engine.state.current_window("agent"), to_units("0.15"))]
@@ -284,13 +282,13 @@ async def test_spend_under_an_id_that_was_given_up_is_recorded(proxy, limiter, o
     assert sums(client)["spent"] == to_units("0.07")
 
 
-async def arrives(limiter: AsyncBudgetLimiter, late: Operation) -> Reply:
+async def deliver(limiter: AsyncBudgetLimiter, late: Operation) -> Reply:
     _, [reply] = await limiter.engine.dispatcher.background.send([late])
     return reply
 
 
-async def test_what_was_released_for_good_stays_so_whoever_asks_for_its_id(limiter, other, client):
-    """Only what was given up in passing makes way."""
+async def test_a_released_id_without_a_request_stays_closed_to_all_replicas(limiter, other, client):
+    """Only a release of one cancelled request leaves the id free."""
     limiter.engine.context.release_later("op_1", [limiter.engine.state.current_window("agent")], "")
     limiter.engine.dispatcher.replayer.hasten()
     await until(lambda: limiter.unresolved == 0)
@@ -299,17 +297,17 @@ async def test_what_was_released_for_good_stays_so_whoever_asks_for_its_id(limit
     assert sums(client)["held"] == 0
 
 
-async def test_a_commit_of_a_hold_that_the_store_has_lost_meanwhile_is_recorded(proxy, limiter, client):
+async def test_an_unknown_commit_of_a_lost_hold_is_recorded(proxy, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
-    await loses(proxy, hold.commit("0.07"), "request")
+    await lose(proxy, hold.commit("0.07"), "request")
     client.flushall()
     await resolved(proxy, limiter, sent_again=1)
     await until(lambda: sums(client)["spent"] == to_units("0.07"))
     assert sums(client)["held"] == 0
 
 
-async def test_an_attempt_that_is_refused_after_one_whose_reply_was_lost_is_ambiguous(proxy, limiter, client):
-    """Out of memory, says the store to the next batch; but what was sent before may have been executed: here it was."""
+async def test_a_refused_attempt_after_one_with_a_lost_reply_is_ambiguous(proxy, limiter, client):
+    """The store refuses the second attempt (out of memory), but has executed the first one."""
     others: list[asyncio.Task] = []
 
     def fate() -> str | None:
@@ -334,10 +332,10 @@ async def test_an_attempt_that_is_refused_after_one_whose_reply_was_lost_is_ambi
     assert (await limiter.record("agent", "0.01", id="op_1")).replayed
 
 
-async def test_a_grant_without_an_id_is_given_back_though_its_last_attempt_was_refused(proxy, limiter, client):
-    """The first attempt was granted, and its reply was lost; the second one finds the store out of memory."""
+async def test_an_unknown_grant_is_released_although_its_last_attempt_was_refused(proxy, limiter, client):
+    """The reply to the first attempt was lost; the store refuses the second one (out of memory)."""
     for _ in range(2):
-        await (await limiter.reserve("agent", "0.01")).release()  # the server knows both scripts
+        await (await limiter.reserve("agent", "0.01")).release()  # the server has both scripts
     fates = iter(["reply"])
 
     def fate() -> str | None:
@@ -357,10 +355,10 @@ async def test_a_grant_without_an_id_is_given_back_though_its_last_attempt_was_r
     assert sums(client)["held"] == 0
 
 
-async def test_totals_need_no_memory(proxy, limiter, client):
+async def test_totals_are_not_kept_as_unknown_requests(proxy, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
-    await loses(proxy, hold.grow("0.10"))
-    await loses_late(proxy, hold)
+    await lose(proxy, hold.grow("0.10"))
+    await lose_extension(proxy, hold)
     assert limiter.unresolved == 0
     proxy.fate = lambda: None
     await until(lambda: limiter.store_state == "closed")
@@ -368,55 +366,55 @@ async def test_totals_need_no_memory(proxy, limiter, client):
     assert sums(client)["held"] == to_units("0.25")
 
 
-async def loses_late(proxy: Proxy, hold) -> None:
+async def lose_extension(proxy: Proxy, hold) -> None:
     hold.accrue("0.01")
     with pytest.raises(StoreUnavailable):
         await hold.extend()
 
 
-def test_the_memory_is_bounded_and_drops_the_oldest(monkeypatch):
+def test_the_outbox_is_bounded_and_drops_the_oldest_request(monkeypatch):
     monkeypatch.setattr(outboxes, "IN_DOUBT_MAX", 3)
-    known = Outbox()
-    doubts = [Entry(Release(f"op_{n}", "k", []), "settlement", 0) for n in range(5)]
-    dropped = [known.add(doubt) for doubt in doubts]
-    assert dropped == [None, None, None, doubts[0], doubts[1]]
-    assert known.add(Entry(Release("op_4", "k", []), "settlement", 0)) is None, "it is there already"
-    assert (known.in_doubt, known.outcomes["dropped"], list(known)) == (3, 2, doubts[2:])
-    known.retried("op_3", settled=False)
-    assert known.in_doubt == 3, "a settlement is not ended by a look at its hold"
-    known.retried("op_3", settled=True)
-    assert (known.in_doubt, known.outcomes["retried"]) == (2, 1)
+    outbox = Outbox()
+    entries = [Entry(Release(f"op_{n}", "k", []), "settlement", 0) for n in range(5)]
+    dropped = [outbox.add(entry) for entry in entries]
+    assert dropped == [None, None, None, entries[0], entries[1]]
+    assert outbox.add(Entry(Release("op_4", "k", []), "settlement", 0)) is None, "an equal request is queued"
+    assert (outbox.in_doubt, outbox.outcomes["dropped"], list(outbox)) == (3, 2, entries[2:])
+    outbox.retried("op_3", settled=False)
+    assert outbox.in_doubt == 3, "a reservation of the id does not resolve its settlement"
+    outbox.retried("op_3", settled=True)
+    assert (outbox.in_doubt, outbox.outcomes["retried"]) == (2, 1)
 
 
-async def test_what_is_too_old_is_not_sent_again(proxy, limiter, client, monkeypatch, caplog):
-    """The store may have forgotten the id by then, and would charge it again."""
-    from ktrdr_budget.engine.batching import replay as backlog
+async def test_a_request_beyond_the_maximum_age_is_dropped(proxy, limiter, client, monkeypatch, caplog):
+    """The id may have expired in the store, which would charge it again."""
+    from ktrdr_budget.engine.batching import replay
 
     hold = await limiter.reserve("agent", "0.15")
-    monkeypatch.setattr(backlog, "AGE_MAX_MS", -60_000)
-    await loses(proxy, hold.commit("0.07"), "request")
+    monkeypatch.setattr(replay, "AGE_MAX_MS", -60_000)
+    await lose(proxy, hold.commit("0.07"), "request")
     await resolved(proxy, limiter, dropped=1)
     assert "too old to resend safely, dropped" in caplog.text
-    assert sums(client)["held"] == to_units("0.15"), "it is left to its deadline"
+    assert sums(client)["held"] == to_units("0.15"), "the hold stays open until its deadline"
 
 
-async def test_what_stays_unknown_at_the_end_is_told(proxy, client, caplog):
+async def test_unknown_outcomes_are_logged_at_the_end(proxy, client, caplog):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2) as limiter:
-        await loses(proxy, limiter.record("agent", "0.07"))
+        await lose(proxy, limiter.record("agent", "0.07"))
     assert "closed with 1 requests of unknown outcome" in caplog.text
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
 async def test_histories_of_lost_requests_and_replies_add_up(proxy, client, seed):
-    """Whatever is lost: spend that was acknowledged or is unknown counts exactly once, and no grant is forgotten."""
+    """Acknowledged and unknown spend counts exactly once, and no grant is lost."""
     choice = random.Random(seed)
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.06) as limiter:
-        await until(lambda: answers(limiter, "team"))
+        await until(lambda: is_ready(limiter, "team"))
         outcomes_before = dict(limiter.resolved)
         spent, left_open = Decimal(0), 0
         abandoned: set[str] = set()
 
-        async def pays(call, amount: Decimal) -> bool:
+        async def pay(call, amount: Decimal) -> bool:
             nonlocal spent
             try:
                 await call
@@ -432,7 +430,7 @@ async def test_histories_of_lost_requests_and_replies_add_up(proxy, client, seed
                 await until(lambda: limiter.store_state == "closed")
                 amount = Decimal(choice.randrange(1, 90)) / 1000
                 if choice.random() < 0.3:
-                    await pays(limiter.record("team", amount), amount)
+                    await pay(limiter.record("team", amount), amount)
                     continue
                 own_id = choice.choice((None, f"{number}_{turn}"))
                 try:
@@ -441,18 +439,18 @@ async def test_histories_of_lost_requests_and_replies_add_up(proxy, client, seed
                     if own_id is not None:
                         abandoned.add(own_id)
                     continue
-                left_open += not await pays(hold.commit(amount), amount)
+                left_open += not await pay(hold.commit(amount), amount)
 
         proxy.fate = lambda: choice.choice(("reply", "request")) if choice.random() < 0.6 else None
         with away(proxy.url):
             await asyncio.gather(*[work(number) for number in range(12)])
         proxy.fate = lambda: None
         await until(lambda: limiter.store_state == "closed" and limiter.unresolved == 0)
-        outcomes = {word: count - outcomes_before[word] for word, count in limiter.resolved.items()}
+        outcomes = {name: count - outcomes_before[name] for name, count in limiter.resolved.items()}
         assert outcomes["executed"] + outcomes["sent_again"] > 0
         assert outcomes["dropped"] == outcomes["refused"] == outcomes["superseded"] == 0
         granted = abandoned & {hold.id for hold in await limiter.holds("team", limit=100)}
-        # One that is looked for may still be under way, on a busy machine; without an id of its own, it comes too late.
+        # On a busy machine a request may be in flight when it is resolved; it is granted later, under its own id.
         assert len(granted) >= outcomes["granted"]
         assert sums(client, "team")["held"] == to_units((left_open + len(granted)) * Decimal("0.05"))
         assert sums(client, "team")["spent"] == ledger_sum(client, "team") == to_units(spent)

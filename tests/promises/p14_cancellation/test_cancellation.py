@@ -1,4 +1,4 @@
-"""Cancellation is clean, whatever a caller is doing when it is cancelled (P14)."""
+"""A cancellation leaves no hold and loses no spend, at each step of a call (P14)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
 @pytest.fixture
 async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
     async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as made:
-        with pytest.raises(BudgetExceeded):  # the server knows the script now, and nothing else
+        with pytest.raises(BudgetExceeded):  # the server has the script, and no key
             await made.reserve("agent", "6.00")
         yield made
 
@@ -42,14 +42,14 @@ async def cancelled(task: asyncio.Task) -> None:
 
 
 async def in_flight(client, call, held: str) -> asyncio.Task:
-    """A call that the server has executed, and whose answer is under way."""
+    """Start a call; return after its execution, before its reply."""
     task = asyncio.create_task(call)
     await until(lambda: sums(client)["held"] == to_units(held))
     return task
 
 
-async def quiet(client, **expected: str) -> None:
-    """Waits for these figures."""
+async def figures_become(client, **expected: str) -> None:
+    """Wait for these figures."""
     wanted = {name: to_units(amount) for name, amount in expected.items()}
     await until(lambda: sums(client).items() >= wanted.items())
 
@@ -78,19 +78,19 @@ async def test_a_task_cancelled_before_it_runs_leaves_nothing(client, limiter):
     assert dump(client) == before == {}
 
 
-# -- while the request is under way ------------------------------------------------------------------------------------
+# -- while the request is in flight ------------------------------------------------------------------------------------
 
 
 async def test_a_grant_whose_caller_was_cancelled_in_flight_is_released(client, proxy, limiter):
     proxy.hold_replies()
     await cancelled(await in_flight(client, limiter.reserve("agent", "0.15", id="op_1"), "0.15"))
     proxy.release_replies()
-    await quiet(client, held="0", spent="0")
+    await figures_become(client, held="0", spent="0")
     assert (await limiter.get("op_1")).state == "released"
 
 
-async def test_a_grant_whose_caller_is_cancelled_as_the_answer_arrives_is_released(server, client):
-    """The result is there, the caller has not run yet: what it was granted must not get lost with it."""
+async def test_a_grant_whose_caller_is_cancelled_as_the_reply_arrives_is_released(server, client):
+    """The reply has been read, and the caller has not run yet."""
     tasks: list[asyncio.Task] = []
 
     def cancel_now(observation) -> None:
@@ -101,12 +101,12 @@ async def test_a_grant_whose_caller_is_cancelled_as_the_answer_arrives_is_releas
         tasks.append(asyncio.create_task(limiter.reserve("agent", "0.15", id="op_1")))
         with pytest.raises(asyncio.CancelledError):
             await tasks[0]
-        await quiet(client, held="0", spent="0")
+        await figures_become(client, held="0", spent="0")
         assert (await limiter.get("op_1")).state == "released"
 
 
-async def test_a_grant_behind_a_lost_reply_is_released_if_its_caller_is_cancelled(client, proxy, limiter):
-    """The second attempt is answered by a replay, but it is the same caller's."""
+async def test_a_grant_with_a_lost_reply_is_released_if_its_caller_is_cancelled(client, proxy, limiter):
+    """The reply to the second attempt is a replay for the same caller."""
     run = proxy.scripts_run
     proxy.lose_replies = 1
     proxy.hold_replies()
@@ -114,23 +114,23 @@ async def test_a_grant_behind_a_lost_reply_is_released_if_its_caller_is_cancelle
     await until(lambda: proxy.scripts_run == run + 2)
     await cancelled(task)
     proxy.release_replies()
-    await quiet(client, held="0", spent="0")
+    await figures_become(client, held="0", spent="0")
 
 
-async def test_a_grant_that_its_caller_gave_up_on_and_cannot_name_is_released(client, proxy):
-    """#27639: no id was given, so nobody could ever settle it."""
+async def test_a_grant_after_the_deadline_is_released_if_its_id_was_generated(client, proxy):
+    """#27639: no caller has the generated id."""
     async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=0.2) as limiter:
         proxy.hold_replies()
-        tries = limiter.reserve("agent", "0.15"), limiter.reserve("agent", "0.10", id="named")
-        outcomes = await asyncio.gather(*tries, return_exceptions=True)
+        calls = limiter.reserve("agent", "0.15"), limiter.reserve("agent", "0.10", id="named")
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
         assert [type(outcome) for outcome in outcomes] == [StoreUnavailable] * 2
-        await quiet(client, held="0.25")
+        await figures_become(client, held="0.25")
         proxy.release_replies()
-        await quiet(client, held="0.10", spent="0")
+        await figures_become(client, held="0.10", spent="0")
         assert (await limiter.reserve("agent", "0.10", id="named")).replayed
 
 
-async def test_a_cancelled_replay_leaves_the_hold_to_whom_it_was_granted(client, proxy, limiter):
+async def test_a_cancelled_replay_does_not_release_the_hold(client, proxy, limiter):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     proxy.hold_replies()
     seen = proxy.scripts_run
@@ -143,26 +143,26 @@ async def test_a_cancelled_replay_leaves_the_hold_to_whom_it_was_granted(client,
     assert not (await hold.commit("0.07")).late
 
 
-async def test_nobody_else_in_the_batch_is_affected(client, proxy, limiter):
+async def test_other_calls_of_the_batch_are_not_affected(client, proxy, limiter):
     proxy.hold_replies()
     first = await in_flight(client, limiter.reserve("agent", "0.01"), "0.01")
     batch = [asyncio.create_task(limiter.reserve("agent", "0.10")) for _ in range(12)]
     proxy.release_replies()
     await first
     proxy.hold_replies()
-    await quiet(client, held="1.21")
+    await figures_become(client, held="1.21")
     for task in batch[::2]:
         task.cancel()
     proxy.release_replies()
     outcomes = await asyncio.gather(*batch, return_exceptions=True)
     assert [isinstance(outcome, asyncio.CancelledError) for outcome in outcomes] == [True, False] * 6
-    await quiet(client, held="0.61")
+    await figures_become(client, held="0.61")
     for hold in outcomes[1::2]:
         await hold.commit("0.10")
-    await quiet(client, held="0.01", spent="0.60")
+    await figures_become(client, held="0.01", spent="0.60")
 
 
-async def test_a_storm_of_cancellations_leaves_only_what_was_granted_to_somebody(server, client):
+async def test_many_cancellations_leave_only_received_grants(server, client):
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "50.00")]) as limiter:
         tasks = []
         for number in range(600):
@@ -177,7 +177,7 @@ async def test_a_storm_of_cancellations_leaves_only_what_was_granted_to_somebody
         await until(lambda: sums(client)["held"] == len(granted) * to_units("0.01"))
 
 
-async def test_a_task_group_that_fails_gives_back_what_its_tasks_asked_for(client, proxy, limiter):
+async def test_a_failed_task_group_releases_the_reservations_of_its_tasks(client, proxy, limiter):
     proxy.hold_replies()
 
     async def fail() -> None:
@@ -192,23 +192,23 @@ async def test_a_task_group_that_fails_gives_back_what_its_tasks_asked_for(clien
     assert failed.group_contains(ZeroDivisionError)
     proxy.release_replies()
     await limiter.record("agent", 0)
-    await quiet(client, held="0")
+    await figures_become(client, held="0")
 
 
-async def test_a_timeout_around_a_reservation_gives_it_back(client, proxy, limiter):
+async def test_a_timeout_around_a_reservation_releases_it(client, proxy, limiter):
     proxy.hold_replies()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
             await limiter.reserve("agent", "0.15")
     proxy.release_replies()
     await limiter.record("agent", 0)
-    await quiet(client, held="0")
+    await figures_become(client, held="0")
 
 
 # -- settlements -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_commit_that_was_begun_completes(client, proxy, limiter):
+async def test_a_cancelled_commit_in_flight_completes(client, proxy, limiter):
     hold = await limiter.reserve("agent", "0.15")
     proxy.hold_replies()
     seen = proxy.scripts_run
@@ -216,11 +216,11 @@ async def test_a_commit_that_was_begun_completes(client, proxy, limiter):
     await until(lambda: proxy.scripts_run > seen)
     await cancelled(commit)
     proxy.release_replies()
-    await quiet(client, held="0", spent="0.07")
+    await figures_become(client, held="0", spent="0.07")
     assert (await hold.commit("0.07")).replayed
 
 
-async def test_a_commit_that_still_queues_completes_too(client, proxy, limiter):
+async def test_a_cancelled_commit_in_the_queue_completes(client, proxy, limiter):
     hold = await limiter.reserve("agent", "0.15")
     proxy.hold_replies()
     blocking = await in_flight(client, limiter.reserve("agent", "0.10"), "0.25")
@@ -229,23 +229,23 @@ async def test_a_commit_that_still_queues_completes_too(client, proxy, limiter):
     await cancelled(commit)
     proxy.release_replies()
     await blocking
-    await quiet(client, held="0.10", spent="0.07")
+    await figures_become(client, held="0.10", spent="0.07")
 
 
-async def test_a_commit_by_id_completes_though_it_takes_two_steps(client, proxy, limiter):
+async def test_a_cancelled_commit_by_id_completes_both_steps(client, proxy, limiter):
     await limiter.reserve("agent", "0.15", id="op_1")
     client.config_resetstat()
     proxy.hold_replies()
     commit = asyncio.create_task(limiter.commit("op_1", "0.07"))
     await until(lambda: "cmdstat_mget" in client.info("commandstats"))
     await cancelled(commit)
-    assert sums(client)["spent"] == 0, "it has read the hold, and not settled it yet"
+    assert sums(client)["spent"] == 0, "the hold has been read, but not settled"
     proxy.release_replies()
-    await quiet(client, held="0", spent="0.07")
+    await figures_become(client, held="0", spent="0.07")
 
 
-async def test_pr_37558_spend_that_was_reported_is_recorded_though_the_caller_hangs_up(client, proxy, limiter):
-    """#13245: what was used is a fact, whoever is still there to hear so."""
+async def test_pr_37558_a_cancelled_record_is_recorded(client, proxy, limiter):
+    """#13245: spend is a fact, also without a caller for the reply."""
     proxy.hold_replies()
     blocking = await in_flight(client, limiter.reserve("agent", "0.10"), "0.10")
     record = asyncio.create_task(limiter.record("agent", "0.02", id="op_1"))
@@ -253,13 +253,11 @@ async def test_pr_37558_spend_that_was_reported_is_recorded_though_the_caller_ha
     await cancelled(record)
     proxy.release_replies()
     await blocking
-    await quiet(client, spent="0.02")
+    await figures_become(client, spent="0.02")
     assert (await limiter.record("agent", "0.02", id="op_1")).replayed
 
 
-async def test_a_commit_that_was_cancelled_inside_its_block_is_not_followed_by_a_release(
-    client, proxy, limiter, caplog
-):
+async def test_a_block_does_not_release_after_a_cancelled_commit(client, proxy, limiter, caplog):
     proxy.release_replies()
 
     async def work() -> None:
@@ -275,23 +273,23 @@ async def test_a_commit_that_was_cancelled_inside_its_block_is_not_followed_by_a
     proxy.release_replies()
     with pytest.raises(asyncio.CancelledError):
         await task
-    await quiet(client, held="0", spent="0.07")
+    await figures_become(client, held="0", spent="0.07")
     assert caplog.records == []
     with pytest.raises(HoldConflict):
         await limiter.release("op_1")
 
 
 @pytest.mark.parametrize("call", ["commit", "release", "record"])
-async def test_a_settlement_that_was_begun_completes_though_the_store_was_away_all_the_time(start_server, call):
-    """It was never sent, so nothing is ambiguous; but its caller has gone, and nobody else will say it again."""
+async def test_a_cancelled_settlement_completes_after_an_outage(start_server, call):
+    """The settlement was never sent, so it is not ambiguous; but its cancelled caller cannot retry it."""
     own_server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
-        inside, away = asyncio.Event(), asyncio.Event()
+        inside, killed = asyncio.Event(), asyncio.Event()
 
         async def work() -> None:
             async with limiter.hold("agent", "0.15", on_expiry="charge") as hold:
                 inside.set()
-                await away.wait()
+                await killed.wait()
                 await {
                     "commit": lambda: hold.commit("0.07"),
                     "release": hold.release,
@@ -301,7 +299,7 @@ async def test_a_settlement_that_was_begun_completes_though_the_store_was_away_a
         task = asyncio.create_task(work())
         await inside.wait()
         own_server.kill()
-        away.set()
+        killed.set()
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         await cancelled(task)
@@ -310,7 +308,7 @@ async def test_a_settlement_that_was_begun_completes_though_the_store_was_away_a
         await until(lambda: not limiter.unresolved)
         with own_server.client() as client:
             await until(lambda: sums(client)["spent"] == to_units("0" if call == "release" else "0.07"))
-            # So does the release of the block, whose caller has left it and cannot retry.
+            # The end of the block releases the hold, without a retry by the caller.
             await until(lambda: sums(client)["held"] == 0)
     own_server.kill()
 
@@ -319,8 +317,8 @@ async def test_a_settlement_that_was_begun_completes_though_the_store_was_away_a
 
 
 @pytest.mark.parametrize(("accrued", "spent"), [(None, "0"), ("0.05", "0.05"), ("0.30", "0.30")])
-async def test_pr_37558_cancellation_charges_what_was_used_so_far(client, limiter, accrued, spent):
-    """#13245, docs.rs/eggrd: never below what was reported used, never $0 for a client that hangs up."""
+async def test_pr_37558_a_cancelled_block_commits_its_accrued_spend(client, limiter, accrued, spent):
+    """#13245, docs.rs/eggrd: a cancelled caller pays its accrued spend, not $0."""
     inside = asyncio.Event()
 
     async def work() -> None:
@@ -334,24 +332,24 @@ async def test_pr_37558_cancellation_charges_what_was_used_so_far(client, limite
     await inside.wait()
     assert sums(client)["held"] == to_units("0.15")
     await cancelled(task)
-    await quiet(client, held="0", spent=spent)
+    await figures_become(client, held="0", spent=spent)
     assert ledger_sum(client) == to_units(spent)
 
 
-async def test_a_block_that_is_cancelled_while_it_settles_has_settled(client, proxy, limiter):
+async def test_a_block_cancelled_during_its_settlement_settles(client, proxy, limiter):
     async def work() -> None:
         async with limiter.hold("agent", "0.15") as hold:
             hold.accrue("0.05")
             proxy.hold_replies()
 
     task = asyncio.create_task(work())
-    await quiet(client, spent="0.05")
+    await figures_become(client, spent="0.05")
     await cancelled(task)
     proxy.release_replies()
-    await quiet(client, held="0", spent="0.05")
+    await figures_become(client, held="0", spent="0.05")
 
 
-async def test_a_block_that_is_cancelled_while_it_reserves_gives_back(client, proxy, limiter):
+async def test_a_block_cancelled_during_its_reservation_releases(client, proxy, limiter):
     async def work() -> None:
         async with limiter.hold("agent", "0.15"):
             pytest.fail("the block ran")
@@ -359,10 +357,10 @@ async def test_a_block_that_is_cancelled_while_it_reserves_gives_back(client, pr
     proxy.hold_replies()
     await cancelled(await in_flight(client, work(), "0.15"))
     proxy.release_replies()
-    await quiet(client, held="0", spent="0")
+    await figures_become(client, held="0", spent="0")
 
 
-async def test_closing_the_limiter_finishes_what_was_begun(server, client):
+async def test_closing_the_limiter_completes_calls_in_flight(server, client):
     limiter = AsyncBudgetLimiter(server.url, [BUDGET])
     hold = await limiter.reserve("agent", "0.15")
     commit = asyncio.create_task(hold.commit("0.07"))
@@ -384,7 +382,7 @@ def threaded_proxy(server, tmp_path_factory: pytest.TempPathFactory):
 
 
 def interrupt_when(condition) -> threading.Thread:
-    """Ctrl-C for the main thread, once the condition holds."""
+    """Send SIGINT to the main thread once the condition is true."""
 
     def wait() -> None:
         wait_until(condition)
@@ -395,7 +393,7 @@ def interrupt_when(condition) -> threading.Thread:
     return thread
 
 
-def test_ctrl_c_while_a_reservation_is_in_flight_gives_it_back(server, client, threaded_proxy):
+def test_ctrl_c_during_a_reservation_releases_it(server, client, threaded_proxy):
     with BudgetLimiter(threaded_proxy.url, [BUDGET], timeout=20.0) as limiter, server.client() as other:
         threaded_proxy.hold_replies()
         interrupting = interrupt_when(lambda: sums(other)["held"])
@@ -408,7 +406,7 @@ def test_ctrl_c_while_a_reservation_is_in_flight_gives_it_back(server, client, t
         assert limiter.reserve("agent", "0.15").state == "open"
 
 
-def test_ctrl_c_while_a_commit_is_in_flight_lets_it_complete(server, client, threaded_proxy):
+def test_ctrl_c_during_a_commit_does_not_stop_it(server, client, threaded_proxy):
     with BudgetLimiter(threaded_proxy.url, [BUDGET], timeout=20.0) as limiter, server.client() as other:
         hold = limiter.reserve("agent", "0.15")
         threaded_proxy.hold_replies()
@@ -421,7 +419,7 @@ def test_ctrl_c_while_a_commit_is_in_flight_lets_it_complete(server, client, thr
         assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-def test_ctrl_c_inside_a_block_commits_what_was_accrued(server, client):
+def test_ctrl_c_inside_a_block_commits_its_accrued_spend(server, client):
     with BudgetLimiter(server.url, [BUDGET]) as limiter:
         entered = threading.Event()
         interrupting = interrupt_when(entered.is_set)

@@ -1,4 +1,4 @@
-"""One limiter, many threads; no limiter in two event loops; and what a fork leaves to parent and child."""
+"""Limiters in forks, event loops and threads."""
 
 from __future__ import annotations
 
@@ -32,29 +32,31 @@ BUDGETS = [Budget("agent", "5.00")]
 
 
 class Child:
-    """A forked child of the test's own process, that does some work and tells the result as JSON."""
+    """A fork of this process that calls a function and writes the result as JSON."""
 
     def __init__(self, work: Callable[[], Any]) -> None:
         self._reader, writer = os.pipe()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of a fork beside threads: the point of these tests
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # about a fork beside threads, the subject of these tests
             self._pid = os.fork()
         if self._pid == 0:
             try:
-                told = {"result": work()}
+                reply = {"result": work()}
                 gc.collect()
             except BaseException:
-                told = {"error": traceback.format_exc()}
-            os.write(writer, json.dumps(told).encode())
+                reply = {"error": traceback.format_exc()}
+            os.write(writer, json.dumps(reply).encode())
             os._exit(0)
         os.close(writer)
 
     def result(self) -> Any:
         with open(self._reader, "rb") as pipe:
-            told = json.loads(pipe.read() or b'{"error": "it died"}')
+            reply = json.loads(pipe.read() or b'{"error": "it died"}')
         os.waitpid(self._pid, 0)
-        assert "error" not in told, told["error"]
-        return told["result"]
+        assert "error" not in reply, reply["error"]
+        return reply["result"]
 
 
 @pytest.fixture
@@ -64,7 +66,7 @@ def limiter(server):
 
 
 def spend(limiter: BudgetLimiter, times: int = 50) -> str:
-    """Reserves and commits, and tells which replica did it."""
+    """Reserve and commit; return the replica's id."""
     hold = None
     for _ in range(times):
         hold = limiter.reserve("agent", "0.01")
@@ -76,7 +78,7 @@ def spend(limiter: BudgetLimiter, times: int = 50) -> str:
 # -- fork --------------------------------------------------------------------------------------------------------------
 
 
-def test_parent_and_child_go_on_with_connections_and_replica_ids_of_their_own(client, limiter):
+def test_parent_and_child_have_separate_connections_and_replica_ids(client, limiter):
     replica = spend(limiter)
     child = Child(lambda: spend(limiter))
     with Stopwatch() as took:
@@ -103,15 +105,15 @@ limiter.close()
 """
 
 
-def test_a_child_that_ends_as_programs_do_does_not_disturb_its_parent(server, client):
-    """Both share one epoll instance: an inherited connection that is collected would take the parent's out of it."""
+def test_a_child_that_exits_normally_does_not_affect_its_parent(server, client):
+    """Both share one epoll instance: the collection of an inherited connection must not remove the parent's."""
     words = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKING, server.url]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stderr) == (0, "")
     assert sums(client)["events"] == 3
 
 
-def test_the_child_of_a_child_is_a_replica_too(client, limiter):
+def test_the_child_of_a_child_is_another_replica(client, limiter):
     def grandparent() -> list[str]:
         own = spend(limiter, 5)
         return [own, Child(lambda: spend(limiter, 5)).result(), spend(limiter, 5)]
@@ -122,7 +124,7 @@ def test_the_child_of_a_child_is_a_replica_too(client, limiter):
     assert sums(client)["events"] == 20
 
 
-def test_what_is_under_way_at_a_fork_stays_with_the_parent(server, client, tmp_path_factory):
+def test_calls_in_flight_at_a_fork_stay_with_the_parent(server, client, tmp_path_factory):
     path = Path(tmp_path_factory.mktemp("p")) / "s"
     with ThreadedProxy(server.socket_path, path) as proxy, BudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as limiter:
         spend(limiter, 1)
@@ -148,14 +150,14 @@ def test_a_hold_of_the_parent_can_be_settled_by_the_child(client, limiter):
     assert sums(client)["spent"] == to_units("0.07")
 
 
-def test_spend_that_waits_for_the_store_is_told_by_the_parent_only(tmp_path, caplog):
+def test_deferred_spend_is_sent_by_the_parent_only(tmp_path, caplog):
     with BudgetLimiter(f"unix://{tmp_path}/none", BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         assert limiter.record("agent", "0.02").deferred
         assert Child(lambda: limiter.deferred).result() == 0
         assert limiter.deferred == 1
 
 
-def test_an_async_limiter_goes_on_in_parent_and_child(server, client):
+def test_an_async_limiter_works_in_parent_and_child(server, client):
     limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=20.0)
 
     async def spend_async() -> str:
@@ -208,7 +210,7 @@ def test_an_async_limiter_belongs_to_the_event_loop_of_its_first_use(server):
     asyncio.run(first())
 
 
-def test_a_limiter_that_was_made_outside_of_a_loop_binds_to_the_first_that_uses_it(server):
+def test_a_limiter_made_outside_of_an_event_loop_belongs_to_the_first_one_that_uses_it(server):
     async_limiter = AsyncBudgetLimiter(server.url, BUDGETS)
 
     async def use() -> Decimal:
@@ -219,8 +221,8 @@ def test_a_limiter_that_was_made_outside_of_a_loop_binds_to_the_first_that_uses_
     assert asyncio.run(use()) == Decimal("0.01")
 
 
-def test_a_sync_limiter_may_be_used_from_inside_of_an_event_loop(server):
-    """It blocks that loop, as any synchronous call does, but has a loop of its own to work in."""
+def test_a_sync_limiter_works_inside_an_event_loop(server):
+    """It blocks that loop, like any synchronous call, and does its work in its own loop."""
     with BudgetLimiter(server.url, BUDGETS) as limiter:
 
         async def use() -> Decimal:
@@ -230,7 +232,7 @@ def test_a_sync_limiter_may_be_used_from_inside_of_an_event_loop(server):
         assert asyncio.run(use()) == asyncio.run(use()) - Decimal("0.01")
 
 
-def test_a_closed_limiter_says_so(server):
+def test_a_closed_limiter_refuses_calls(server):
     limiter = BudgetLimiter(server.url, BUDGETS)
     limiter.record("agent", "0.01")
     limiter.close()
@@ -241,35 +243,35 @@ def test_a_closed_limiter_says_so(server):
     assert threading.active_count() == before
 
 
-def test_a_thread_that_calls_while_another_one_closes_is_told_so(server):
-    """What it queues lands behind the end of the event loop: nobody would ever answer it."""
+def test_a_call_while_another_thread_closes_the_limiter_is_refused(server):
+    """The call is queued after the end of the event loop, which would never execute it."""
     limiter = BudgetLimiter(server.url, BUDGETS)
     limiter.record("agent", "0.01")
     portal = limiter.engine.runner.portal
-    loop, thread, told = portal.loop(), portal.thread, []
+    loop, thread, refusals = portal.loop(), portal.thread, []
 
     def call() -> None:
         with pytest.raises(RuntimeError, match="this limiter is closed") as closed:
             limiter.record("agent", "0.01")
-        told.append(closed)
+        refusals.append(closed)
 
     late = threading.Thread(target=call, daemon=True)
 
     class Ending:
         def join(self) -> None:
             thread.join()
-            portal.loop = lambda: loop  # as it was found a moment ago
+            portal.loop = lambda: loop  # the caller has found the loop before its end
             late.start()
             late.join(1)
 
     portal.thread = Ending()
     limiter.close()
     late.join(10)
-    assert len(told) == 1
+    assert len(refusals) == 1
 
 
 @pytest.mark.parametrize("call", ["record", "acquire", "keep"])
-def test_every_thread_that_uses_a_limiter_while_it_is_closed_gets_an_answer(server, call):
+def test_every_thread_gets_an_error_when_its_limiter_is_closed(server, call):
     for _ in range(5):
         limiter = BudgetLimiter(server.url, [Budget("agent", None)], timeout=1.0)
         limiter.record("agent", 0)
@@ -285,14 +287,14 @@ def test_every_thread_that_uses_a_limiter_while_it_is_closed_gets_an_answer(serv
                 with limiter.hold("agent", "0.001"):
                     pass
 
-        told: list[BaseException] = []
+        errors: list[BaseException] = []
 
-        def work(use=use, told=told) -> None:
+        def work(use=use, errors=errors) -> None:
             try:
                 while True:
                     use()
             except (RuntimeError, BudgetError) as closed:
-                told.append(closed)
+                errors.append(closed)
 
         threads = [threading.Thread(target=work, daemon=True) for _ in range(6)]
         for thread in threads:
@@ -301,14 +303,14 @@ def test_every_thread_that_uses_a_limiter_while_it_is_closed_gets_an_answer(serv
         limiter.close()
         for thread in threads:
             thread.join(15)
-        assert len(told) == 6, told
+        assert len(errors) == 6, errors
 
 
 # -- threads -----------------------------------------------------------------------------------------------------------
 
 
 def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
-    """What so many threads that begin at once return; their errors are raised."""
+    """Call a function in several threads at once; return the results, or raise the first error."""
     barrier, results, errors = threading.Barrier(count), [], []
 
     def run(number: int) -> None:
@@ -327,7 +329,7 @@ def in_threads(count: int, work: Callable[[int], Any]) -> list[Any]:
     return results
 
 
-def test_32_threads_that_share_a_limiter_fill_a_cap_exactly(server, client):
+def test_32_threads_of_one_limiter_fill_a_cap_exactly(server, client):
     with BudgetLimiter(server.url, [Budget("agent", "0.7")], timeout=10.0) as limiter:
 
         def reserve(number: int) -> Counter[str]:
@@ -344,7 +346,7 @@ def test_32_threads_that_share_a_limiter_fill_a_cap_exactly(server, client):
         assert sums(client)["held"] == to_units("0.7")
 
 
-def test_32_threads_that_settle_add_up(client, limiter):
+def test_settlements_of_32_threads_add_up(client, limiter):
     def work(number: int) -> None:
         for turn in range(10):
             with limiter.hold("agent", "0.01") as hold:
@@ -358,7 +360,7 @@ def test_32_threads_that_settle_add_up(client, limiter):
     assert sums(client)["held"] == 0
 
 
-def test_threads_of_a_limiter_whose_store_is_away_all_get_their_answer(tmp_path):
+def test_every_thread_gets_an_error_while_the_store_is_unreachable(tmp_path):
     with BudgetLimiter(f"unix://{tmp_path}/none", BUDGETS, timeout=0.2) as limiter:
 
         def refused(number: int) -> bool:

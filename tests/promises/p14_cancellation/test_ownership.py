@@ -1,4 +1,4 @@
-"""In every turn of the event loop somebody owns what a caller has begun: the caller, or the limiter (P14)."""
+"""Ownership of a call: in each turn of the event loop its caller or the limiter completes it (P14)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 import anyio
 import pytest
+import redis
 
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, HoldConflict, StoreUnavailable
 from ktrdr_budget.engine.protocol.operations import Labels, Reserve
@@ -20,6 +21,7 @@ from ktrdr_budget.money import to_units
 from ...helpers.keyspace import ledger_sum, spent_and_held, sums
 from ...helpers.patience import hurried
 from ...helpers.proxy import Proxy
+from ...helpers.repairs import replayed
 from ...helpers.waiting import until, wait_until
 
 BUDGET = Budget("agent", "500.00")
@@ -40,8 +42,8 @@ def own_server(start_server):
     made.kill()
 
 
-async def know_scripts(limiter: AsyncBudgetLimiter) -> None:
-    """The server knows the scripts now, and nothing else."""
+async def load_scripts(limiter: AsyncBudgetLimiter) -> None:
+    """Load the scripts into the server, without a key."""
     with pytest.raises(BudgetExceeded):
         await limiter.reserve("agent", "501.00")
 
@@ -50,7 +52,7 @@ async def know_scripts(limiter: AsyncBudgetLimiter) -> None:
 
 
 async def cancelled_after(turns: int, work: Coroutine[Any, Any, Any]) -> Any:
-    """What the caller of this receives: a result, an error, or its cancellation after so many turns."""
+    """The outcome of a call that is cancelled after some turns: a result, an error, or the cancellation."""
     task = asyncio.create_task(work)
     for _ in range(turns):
         await asyncio.sleep(0)
@@ -73,29 +75,29 @@ CALLS = {
     "block": lambda limiter, hold: work_in_block(limiter, hold, "release"),
     "block that reports": lambda limiter, hold: work_in_block(limiter, hold, "charge"),
 }
-"""Each says that a cent was spent, of a hold of two."""
+"""Each reports or commits a cent, of a hold of two."""
 
 
 async def reserved(limiter: AsyncBudgetLimiter, number: int) -> AsyncHold:
     return await limiter.reserve("agent", "0.02", id=f"hold:{number}", ttl=3600, on_expiry="accrued")
 
 
-async def said(limiter: AsyncBudgetLimiter, call: str, number: int) -> Decimal:
-    """What the store has heard of it."""
+async def stored_amount(limiter: AsyncBudgetLimiter, call: str, number: int) -> Decimal:
+    """The amount of the call in the store."""
     view = await limiter.get(f"record:hold:{number}" if call == "record" else f"hold:{number}")
     return (view.accrued if "report" in call else view.charged)["agent"]
 
 
 async def judge(client, limiter: AsyncBudgetLimiter, call: str, outcomes: list[Any]) -> None:
-    """Each that was begun has arrived once, whether or not its caller was there to receive the outcome."""
-    begun = range(1, len(outcomes))  # a task that is cancelled before its first turn has begun nothing
+    """Check that each call was executed once, also without a caller for its outcome."""
+    begun = range(1, len(outcomes))  # a task cancelled before its first turn has made no call
     await until(lambda: not limiter.unresolved)
     if "report" not in call:
         await until(lambda: sums(client)["spent"] >= len(begun) * CENT)
         held = len(outcomes) if call == "record" else 1
         assert spent_and_held(client) == (len(begun) * CENT, held * 2 * CENT)
     for number in begun:
-        assert await said(limiter, call, number) == Decimal("0.01"), (number, outcomes[number])
+        assert await stored_amount(limiter, call, number) == Decimal("0.01"), (number, outcomes[number])
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -125,7 +127,7 @@ async def test_no_turn_of_the_event_loop_loses_a_settlement_while_the_breaker_is
         own_server.start()
         await until(lambda: limiter.store_state == "closed")
         for hold, outcome in zip(holds, outcomes, strict=False):
-            if isinstance(outcome, StoreUnavailable):  # its caller was there to receive it, and tries again
+            if isinstance(outcome, StoreUnavailable):  # the caller retries
                 await CALLS[call](limiter, hold)
         for hold in holds[len(outcomes) :]:
             await hold.release()
@@ -149,8 +151,8 @@ async def test_no_turn_of_the_event_loop_loses_a_grant(server, client, named):
 
 
 @pytest.mark.parametrize("policy", ["deny", "allow"])
-async def test_a_grant_whose_loss_is_reported_in_the_turn_of_the_cancellation_is_released(client, proxy, policy):
-    """Its caller does not receive that it may have been granted, and will not try again."""
+async def test_an_unknown_grant_cancelled_in_the_turn_of_its_deadline_is_released(client, proxy, policy):
+    """The caller receives the cancellation instead of the ambiguous error, and will not retry."""
     tasks: list[asyncio.Task] = []
 
     def cancel_now(observation) -> None:
@@ -158,7 +160,7 @@ async def test_a_grant_whose_loss_is_reported_in_the_turn_of_the_cancellation_is
             tasks[0].cancel()
 
     async with AsyncBudgetLimiter(proxy.url, [BUDGET], observer=cancel_now, on_store_error=policy) as limiter:
-        await know_scripts(limiter)
+        await load_scripts(limiter)
         with hurried(limiter, 0.2):
             proxy.hold_replies()
             tasks.append(asyncio.create_task(limiter.reserve("agent", "0.15", id="op_1")))
@@ -169,13 +171,13 @@ async def test_a_grant_whose_loss_is_reported_in_the_turn_of_the_cancellation_is
         await until(lambda: spent_and_held(client) == (0, 0))
 
 
-# -- whose grant it is -------------------------------------------------------------------------------------------------
+# -- owners of grants --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
     async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as made:
-        await know_scripts(made)
+        await load_scripts(made)
         yield made
 
 
@@ -193,8 +195,8 @@ async def cancelled_in_flight(call: Coroutine[Any, Any, Any], sent: Callable[[],
         await task
 
 
-async def test_a_cancelled_caller_does_not_release_what_another_replica_was_granted(client, proxy, limiter, other):
-    """The request of the cancelled caller arrives after that of the other replica, and is answered with its grant."""
+async def test_a_cancelled_caller_does_not_release_a_grant_to_another_replica(client, proxy, limiter, other):
+    """The cancelled request arrives second; its reply is a replay of the grant to the other replica."""
     proxy.freeze()
     seen = proxy.scripts_run
     call = limiter.reserve("agent", "0.15", id="op_1")
@@ -209,15 +211,22 @@ async def test_a_cancelled_caller_does_not_release_what_another_replica_was_gran
     assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-async def test_a_release_for_a_cancelled_caller_does_not_beat_the_commit_of_a_worker(client, proxy, limiter, other):
-    """The other replica has the hold by a replay: what the first was granted is released, and spent all the same."""
+async def released_for_its_caller(
+    client: redis.Redis, proxy: Proxy, limiter: AsyncBudgetLimiter, other: AsyncBudgetLimiter, amount: str
+) -> AsyncHold:
+    """Reserve and release ``op_1`` for a cancelled caller; return the replayed hold of ``other``."""
     proxy.hold_replies()
-    call = limiter.reserve("agent", "0.15", id="op_1")
-    await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
-    hold = await other.reserve("agent", "0.15", id="op_1")
+    call = limiter.reserve("agent", amount, id="op_1")
+    await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units(amount))
+    hold = await other.reserve("agent", amount, id="op_1")
     assert (hold.replayed, hold.state) == (True, "open")
     proxy.release_replies()
     await until(lambda: sums(client)["held"] == 0)
+    return hold
+
+
+async def test_a_worker_can_commit_a_hold_released_for_a_cancelled_caller(client, proxy, limiter, other):
+    hold = await released_for_its_caller(client, proxy, limiter, other, "0.15")
     view = await other.get("op_1")
     assert (view.state, view.released_by_operator) == ("released", False)
     assert (await hold.commit("0.07")).amounts == {"agent": Decimal("0.07")}
@@ -225,14 +234,9 @@ async def test_a_release_for_a_cancelled_caller_does_not_beat_the_commit_of_a_wo
     assert (await hold.commit("0.07")).replayed
 
 
-async def test_a_worker_that_goes_on_with_what_was_released_holds_it_again(client, proxy, limiter, other):
-    """Its heartbeat asks for the room once more, as that of an expired hold does."""
-    proxy.hold_replies()
-    call = limiter.reserve("agent", "400.00", id="op_1")
-    await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("400.00"))
-    hold = await other.reserve("agent", "400.00", id="op_1")
-    proxy.release_replies()
-    await until(lambda: sums(client)["held"] == 0)
+async def test_a_worker_that_extends_a_released_hold_holds_the_amount_again(client, proxy, limiter, other):
+    """Its heartbeat requests the room again, as for an expired hold."""
+    hold = await released_for_its_caller(client, proxy, limiter, other, "400.00")
     await hold.extend()
     assert (hold.state, sums(client)["held"]) == ("open", to_units("400.00"))
     with pytest.raises(BudgetExceeded):
@@ -242,16 +246,14 @@ async def test_a_worker_that_goes_on_with_what_was_released_holds_it_again(clien
 
 
 @pytest.mark.parametrize("amount", ["0.15", "0.20"])
-async def test_an_id_whose_grant_was_released_for_a_cancelled_caller_is_free_again(
-    client, proxy, limiter, other, amount
-):
+async def test_an_id_released_for_a_cancelled_caller_is_free_again(client, proxy, limiter, other, amount):
     proxy.hold_replies()
     call = limiter.reserve("agent", "0.15", id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
     proxy.release_replies()
     await until(lambda: sums(client)["held"] == 0)
     if amount == "0.20":
-        with pytest.raises(HoldConflict):  # the same id means the same contents
+        with pytest.raises(HoldConflict):  # an id has one amount
             await other.reserve("agent", amount, id="op_1")
         return
     hold = await other.reserve("agent", amount, id="op_1")
@@ -260,16 +262,9 @@ async def test_an_id_whose_grant_was_released_for_a_cancelled_caller_is_free_aga
     assert not (await hold.commit("0.07")).late
 
 
-async def test_a_denied_retry_leaves_a_released_hold_to_the_worker_that_has_it_by_a_replay(
-    client, proxy, limiter, other
-):
-    """The id is free again, and only a grant uses it up: a commit by that worker must not find an unknown hold."""
-    proxy.hold_replies()
-    call = limiter.reserve("agent", "400.00", id="op_1")
-    await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("400.00"))
-    hold = await other.reserve("agent", "400.00", id="op_1")
-    proxy.release_replies()
-    await until(lambda: sums(client)["held"] == 0)
+async def test_a_denied_retry_does_not_end_a_released_hold_of_a_worker(client, proxy, limiter, other):
+    """Only a grant replaces the record of a released hold, so that the worker can still commit it."""
+    hold = await released_for_its_caller(client, proxy, limiter, other, "400.00")
     await other.record("agent", "200.00")
     with pytest.raises(BudgetExceeded):
         await other.reserve("agent", "400.00", id="op_1")
@@ -277,50 +272,44 @@ async def test_a_denied_retry_leaves_a_released_hold_to_the_worker_that_has_it_b
     assert spent_and_held(client) == (to_units("200.07"), 0)
 
 
-async def test_a_repair_does_not_hold_again_what_was_released_for_a_cancelled_caller(client, proxy, limiter, other):
-    """Another replica has the hold by a replay, and replays it as open after the first one has replayed its release."""
+async def test_a_repair_does_not_reopen_a_hold_released_for_a_cancelled_caller(client, proxy, limiter, other):
+    """The other replica replays the hold as open, after the first one has replayed the release."""
     other.engine.dispatcher.repair.stop()
-    proxy.hold_replies()
-    call = limiter.reserve("agent", "0.15", id="op_1")
-    await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
-    hold = await other.reserve("agent", "0.15", id="op_1")
-    proxy.release_replies()
-    await until(lambda: sums(client)["held"] == 0)
+    hold = await released_for_its_caller(client, proxy, limiter, other, "0.15")
     client.flushall()
     for replica in (limiter, other):
-        replica.engine.dispatcher.repair.suspect()
-        await until(lambda replica=replica: replica.losses == 1 and not replica.engine.dispatcher.repair.active)
+        await replayed(replica)
     assert sums(client)["held"] == 0
     assert (await limiter.get("op_1")).state == "released"
     assert (await hold.commit("0.07")).amounts == {"agent": Decimal("0.07")}
     assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-async def test_a_late_copy_of_a_request_whose_grant_was_released_is_not_granted_again(client, proxy, limiter):
+async def test_a_late_copy_of_a_released_request_is_not_granted_again(client, proxy, limiter):
     proxy.hold_replies()
     call = limiter.reserve("agent", "0.15", id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
     request = client.get(limiter.keys.hold("op_1")).partition("|")[0].split(" ")[5].strip("-!")
     proxy.release_replies()
     await until(lambda: sums(client)["held"] == 0)
-    session = limiter.engine.state
-    parts = [(session.current_window("agent"), to_units("0.15"))]
-    terms = {"ttl_ms": 900_000, "policy": "c", "labels": Labels(), "now_ms": session.now_ms(), "request": request}
+    state = limiter.engine.state
+    parts = [(state.current_window("agent"), to_units("0.15"))]
+    terms = {"ttl_ms": 900_000, "policy": "c", "labels": Labels(), "now_ms": state.now_ms(), "request": request}
     copy = Reserve("op_1", limiter.keys.hold("op_1"), parts, **terms)
     _, [reply] = await limiter.engine.dispatcher.background.send([copy])
     assert isinstance(reply, Replayed) and reply.record.unreceived
     assert sums(client)["held"] == 0
 
 
-async def test_a_retry_of_the_same_request_is_no_replay_and_one_of_another_is(client, proxy, limiter, other):
+async def test_a_resent_request_is_a_grant_and_another_request_is_a_replay(client, proxy, limiter, other):
     proxy.lose_replies = 1
     hold = await limiter.reserve("agent", "0.15", id="op_1")
-    assert not hold.replayed, "an attempt of this very request was granted"
+    assert not hold.replayed, "the first attempt of this request was granted"
     assert (await limiter.reserve("agent", "0.15", id="op_1")).replayed
     assert (await other.reserve("agent", "0.15", id="op_1")).replayed
 
 
-async def test_a_repair_restores_whose_grant_a_hold_is(server, client, other):
+async def test_a_repair_restores_the_owner_and_the_request_of_a_hold(server, client, other):
     hold = await other.reserve("agent", "0.15", id="op_1", owner="worker")
     key = other.keys.hold("op_1")
     owner = f"worker!{hold.request}"
@@ -338,7 +327,7 @@ def accrued(client, hold_id: str) -> int:
     return int(client.get(f"ktrdr:{{default}}:h:{hold_id}").partition("|")[2].split(",")[4] or 0)
 
 
-async def test_a_report_is_sent_though_a_scope_cancels_each_await(server, client):
+async def test_a_report_is_sent_although_a_scope_cancels_each_await(server, client):
     async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
         with anyio.CancelScope() as scope:
             options = {"id": "op_1", "on_error": "charge", "on_expiry": "accrued"}
@@ -349,9 +338,9 @@ async def test_a_report_is_sent_though_a_scope_cancels_each_await(server, client
         await until(lambda: accrued(client, "op_1") == to_units("5.00"))
 
 
-async def test_a_report_is_sent_though_its_caller_is_cancelled_twice(client, proxy):
+async def test_a_report_is_sent_although_its_caller_is_cancelled_twice(client, proxy):
     async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as limiter:
-        await know_scripts(limiter)
+        await load_scripts(limiter)
         entered = asyncio.Event()
 
         async def work() -> None:
@@ -363,7 +352,7 @@ async def test_a_report_is_sent_though_its_caller_is_cancelled_twice(client, pro
         task = asyncio.create_task(work())
         await entered.wait()
         proxy.hold_replies()
-        ahead = asyncio.create_task(limiter.reserve("agent", "1.00"))
+        earlier = asyncio.create_task(limiter.reserve("agent", "1.00"))
         await until(lambda: sums(client)["held"] == to_units("11.00"))
         task.cancel()
         await asyncio.sleep(0)
@@ -371,12 +360,12 @@ async def test_a_report_is_sent_though_its_caller_is_cancelled_twice(client, pro
         with pytest.raises(asyncio.CancelledError):
             await task
         proxy.release_replies()
-        await ahead
+        await earlier
         await until(lambda: accrued(client, "op_1") == to_units("5.00"))
 
 
-async def test_a_report_that_comes_after_the_deadline_counts_by_the_policy_of_its_hold(own_server):
-    """What a dead block used is a fact, and no hold is opened again for it."""
+async def test_a_report_after_the_deadline_counts_by_the_policy_of_its_hold(own_server):
+    """The report is a fact, but does not reopen the hold."""
     policies = ("charge", "accrued", "release")
     async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
         deadlines: list[float] = []
@@ -408,10 +397,10 @@ async def test_a_report_that_comes_after_the_deadline_counts_by_the_policy_of_it
 
 
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_limiter_that_is_closed_by_a_scope_that_cancels_finishes_what_was_begun(client, proxy, waits):
+async def test_a_limiter_closed_by_a_cancelled_scope_completes_its_calls(client, proxy, waits):
     with anyio.CancelScope() as scope:
         async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as limiter:
-            await know_scripts(limiter)
+            await load_scripts(limiter)
             async with limiter.hold("agent", "0.15") as hold:
                 hold.accrue("0.07")
                 proxy.hold_replies()
@@ -423,7 +412,7 @@ async def test_a_limiter_that_is_closed_by_a_scope_that_cancels_finishes_what_wa
     assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-def test_what_a_thread_accrued_is_committed_though_its_store_was_away_when_it_was_interrupted(own_server):
+def test_accrued_spend_of_an_interrupted_thread_is_committed_after_an_outage(own_server):
     with BudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
         with pytest.raises(KeyboardInterrupt), limiter.hold("agent", "0.15") as hold:
             hold.accrue("0.07")
@@ -435,7 +424,7 @@ def test_what_a_thread_accrued_is_committed_though_its_store_was_away_when_it_wa
             assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-async def test_a_lease_that_is_left_by_a_scope_that_cancels_commits_what_was_spent(server, client):
+async def test_a_lease_closed_by_a_cancelled_scope_commits_its_spend(server, client):
     async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
         with anyio.CancelScope() as scope:
             async with limiter.lease("agent", slab="1.00") as lease:

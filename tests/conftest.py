@@ -23,6 +23,7 @@ from hypothesis import settings
 from ktrdr_budget import AsyncBudgetLimiter, BudgetLimiter
 
 from .helpers.patience import be_patient, is_away, is_there
+from .helpers.proxy import Proxy
 from .helpers.unit_tests import is_unit_test
 
 if TYPE_CHECKING:
@@ -216,6 +217,29 @@ def sync_limiter(server: Server, request: pytest.FixtureRequest) -> Iterator[Bud
     """A sync limiter with the module's ``BUDGETS``."""
     with BudgetLimiter(server.url, request.module.BUDGETS) as made:
         yield made
+
+
+@pytest.fixture
+async def other(server: Server, request: pytest.FixtureRequest) -> AsyncIterator[AsyncBudgetLimiter]:
+    """Another replica with the module's ``BUDGETS``."""
+    async with AsyncBudgetLimiter(server.url, request.module.BUDGETS) as made:
+        yield made
+
+
+@pytest.fixture
+async def proxy(server: Server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
+    """A proxy in front of the server."""
+    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
+        yield made
+
+
+@pytest.fixture
+def own_server(start_server: Callable[..., Server]) -> Iterator[Server]:
+    """A server that a test may pause or kill; its append-only file keeps acknowledged writes."""
+    made = start_server(None, "--appendonly", "yes")
+    yield made
+    made.resume()
+    made.kill()
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.money import from_units, to_units
 
 from ..helpers.keyspace import dump, spent_and_held
-from ..helpers.proxy import Proxy
 from ..helpers.stopwatch import Stopwatch
 from ..helpers.timers import pending_heartbeats
 from ..helpers.waiting import until
@@ -482,12 +481,6 @@ def test_concurrent_accruals_of_threads_are_all_counted(client, sync_limiter):
 
 
 # -- cancellation and outages ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def proxy(server, tmp_path_factory):
-    async with Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as proxy:
-        yield proxy
 
 
 async def test_calls_cancelled_during_a_growth_claim_nothing(client, proxy):

@@ -18,7 +18,6 @@ from ktrdr_budget.metering.usage import Usage
 from ktrdr_budget.money import to_units
 
 from ..helpers.keyspace import counted, dump, ledger_sum, spent_and_held, sums
-from ..helpers.proxy import Proxy
 from ..helpers.waiting import until, wait_until
 
 BUDGETS = [
@@ -362,12 +361,6 @@ async def test_the_time_of_the_reservation_decides_the_price(limiter):
 
 
 # -- cancellation ------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-async def proxy(server, tmp_path_factory):
-    async with Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as proxy:
-        yield proxy
 
 
 @pytest.fixture

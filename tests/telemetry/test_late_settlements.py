@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
@@ -55,12 +54,6 @@ class Replica:
         await self.log.drain()
         records = [record for record in self._caplog.records if record.message.startswith("Budget spend recorded: ")]
         return [(record.operation_id, record.amount) for record in records]
-
-
-@pytest.fixture
-async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
-    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
-        yield made
 
 
 @asynccontextmanager

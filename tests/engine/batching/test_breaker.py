@@ -29,15 +29,6 @@ TOGETHER_S = 10 * TIMEOUT_S
 """The longest duration of hundreds of calls that fail at once; each would otherwise take its deadline."""
 
 
-@pytest.fixture
-def own_server(start_server: Callable):
-    made = start_server(None, "--appendonly", "yes")
-    yield made
-    if made.process is not None:
-        made.resume()
-    made.kill()
-
-
 OUTAGES = pytest.mark.parametrize(
     ("begin", "end"),
     [

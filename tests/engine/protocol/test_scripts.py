@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -149,12 +149,6 @@ class Wire:
         other = Wire(self.client)
         other.session.set_clock(self.now_us() - DAY_MS * 1000, 0)
         return other
-
-
-@pytest.fixture
-def client(server) -> Iterator[redis.Redis]:
-    with server.client() as made:
-        yield made
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import threading
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 
@@ -23,19 +22,6 @@ from ...helpers.proxy import Proxy
 from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests")]
-
-
-@pytest.fixture
-async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    """Another replica."""
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
-    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
-        yield made
 
 
 @pytest.fixture

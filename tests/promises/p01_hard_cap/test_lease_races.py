@@ -25,12 +25,6 @@ from ...helpers.waiting import wait_until
 AGENT = Budget("agent", "5.00")
 
 
-@pytest.fixture
-def client(server):
-    with server.client() as made:
-        yield made
-
-
 def only_spent(nanos: int, events: int) -> dict[str, int]:
     return {"spent": nanos, "held": 0, "unconfirmed": 0, "events": events}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import asyncio
 import re
-from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
@@ -27,27 +26,8 @@ from ...helpers.keyspace import counted, immortal_keys, ledger_sum, sums
 from ...helpers.waiting import until
 
 AGENT = Budget("agent", "5.00")
+BUDGETS = [AGENT]
 TIMEOUT_S = 0.2
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as made:
-        yield made
-
-
-@pytest.fixture
-async def limiter(server):
-    async with AsyncBudgetLimiter(server.url, [AGENT]) as made:
-        yield made
-
-
-@pytest.fixture
-def own_server(start_server: Callable):
-    """A server that a test may kill; its append-only file keeps acknowledged writes."""
-    made = start_server(None, "--appendonly", "yes")
-    yield made
-    made.kill()
 
 
 def only_spent(nanos: int, events: int) -> dict[str, int]:

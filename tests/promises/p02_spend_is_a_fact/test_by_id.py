@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
 from decimal import Decimal
 
 import pytest
@@ -14,12 +13,6 @@ from ...helpers.keyspace import sums
 from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
-
-
-@pytest.fixture
-async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
 
 
 async def unconfirmed(limiter: AsyncBudgetLimiter, hold_id: str):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from decimal import Decimal
 
 import pytest
@@ -13,12 +12,6 @@ from ...helpers.keyspace import ledger_sum, sums
 from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
-
-
-@pytest.fixture
-async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
 
 
 async def test_a_heartbeat_does_not_revive_a_hold_that_an_operator_released(limiter, other, client, caplog):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from decimal import Decimal
 
 import pytest
@@ -59,18 +59,6 @@ CHANGES: dict[str, Change] = {
     "expired": expire,
     "expired and released": expire_and_release,
 }
-
-
-@pytest.fixture
-async def limiter(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
 
 
 @pytest.mark.parametrize("policy", ["charge", "accrued", "release"])

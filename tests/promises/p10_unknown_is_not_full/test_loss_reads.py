@@ -18,12 +18,6 @@ from ...helpers.waiting import until
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests")]
 
 
-@pytest.fixture
-async def limiter(server):
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
 def lose_all(client, limiter: AsyncBudgetLimiter) -> None:
     client.flushall()
 

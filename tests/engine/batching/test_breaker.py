@@ -8,7 +8,6 @@ import re
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,6 @@ from ktrdr_budget.money import to_units
 
 from ...helpers.keyspace import sums
 from ...helpers.patience import away
-from ...helpers.proxy import Proxy
 from ...helpers.stopwatch import Stopwatch
 from ...helpers.waiting import until, wait_until
 
@@ -85,11 +83,8 @@ async def test_concurrent_calls_do_not_wait_for_each_other(own_server, begin, en
         await until(lambda: limiter.store_state == "closed")
 
 
-async def test_one_probe_at_a_time_is_sent_and_calls_add_none(server, tmp_path_factory):
-    async with (
-        Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
-        AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter,
-    ):
+async def test_one_probe_at_a_time_is_sent_and_calls_add_none(proxy):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         proxy.hold_replies()
         await refused(lambda: limiter.record("agent", "0.01"))
@@ -158,12 +153,9 @@ async def test_policy_allow_admits_at_once_and_settles_later(own_server):
         await until(lambda: limiter.deferred == 0)
 
 
-async def test_a_late_reply_does_not_open_the_breaker(server, tmp_path_factory):
+async def test_a_late_reply_does_not_open_the_breaker(proxy):
     """Other replies arrive meanwhile, so this is no outage."""
-    async with (
-        Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
-        AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter,
-    ):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         proxy.lose_requests = 1
         await limiter.record("agent", "0.01")

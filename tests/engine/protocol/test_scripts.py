@@ -190,7 +190,7 @@ def test_reserve_replies(wire):
         f"|u,agent:{day(wire)},,150,,|n,cycles:{day(wire, 'cycles')},,1,,"
     )
     assert wire.reserve("op_1", agent=150, cycles=1) == f"p {record}"
-    assert wire.reserve("op_1", cycles=1, agent=150) == f"p {record}", "the order of budgets is no content"
+    assert wire.reserve("op_1", cycles=1, agent=150) == f"p {record}", "the order of budgets does not matter"
     for other in ({"agent": 151, "cycles": 1}, {"agent": 150}, {"agent": 150, "cycles": 1, "jobs": 1}):
         assert wire.reserve("op_1", **other) == f"c {record}"
     assert wire.reserve("op_1", policy="r", agent=150, cycles=1) == f"c {record}"
@@ -205,14 +205,14 @@ def day(wire: Wire, budget: str = "agent") -> str:
     return wire.session.current_window(budget).stored
 
 
-def test_reserve_refuses_windows_that_are_not_now_and_definitions_that_differ(client, wire):
+def test_reserve_refuses_windows_that_are_not_current_and_other_definitions(client, wire):
     assert wire.yesterday().reserve("op_1", agent=150) == "w"
     assert dump(client) == {}
     assert wire.reserve("op_1", agent=150) == "g"
     other = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
     assert other.reserve("op_2", agent=150) == "m agent usd,day,UTC,spend"
     assert other.request("N op_2 0 research -", agent=":20") == "m agent usd,day,UTC,spend"
-    assert other.reserve("op_1", agent=150).startswith("p "), "a replay is answered before anything else"
+    assert other.reserve("op_1", agent=150).startswith("p "), "a replay comes before all checks"
     assert other.request("N op_2 1 research -", agent=":20") == "k - 20", "spend is a fact, in a window of its own"
     assert (wire.sums("agent")["spent"], other.sums("agent")["spent"]) == (0, 20)
 
@@ -228,7 +228,7 @@ def test_commit_replies(wire):
     assert wire.request("D unknown", agent=":x1") == "u"
     assert (wire.sums("agent"), wire.ledger("agent")) == (figures(spent=70, events=1), [70])
     assert wire.sums("cycles") == figures(spent=2, events=1)
-    assert wire.sums("jobs") == figures(), "a slot is only ever held"
+    assert wire.sums("jobs") == figures(), "slots are never spent"
 
 
 def figures(**given: int) -> dict[str, int]:
@@ -241,7 +241,7 @@ def test_commit_flags_overruns_and_late_ones(wire):
     wire.reserve("op_2", ttl_ms=1000, agent=150)
     wire.wait_due("op_2")
     assert wire.request("D op_2", agent=":x151") == "k ol 151"
-    assert wire.ledger("agent") == [151, 150, 1], "the charge at its deadline, and what corrects it"
+    assert wire.ledger("agent") == [151, 150, 1], "the charge at its deadline, and its correction"
     assert wire.sums("agent") == figures(spent=302, events=4 - 1, overruns=2)
 
 
@@ -267,7 +267,7 @@ def test_release_replies(wire):
     assert wire.request("L op_2 1", agent=":x0") == "k - 0"
     assert wire.record("op_2").startswith("z ")
     assert wire.request("L op_2 1", agent=":x0") == "p - 0"
-    assert wire.request("D op_2", agent=":x70") == "k l 70", "the worker comes back: its commit still counts, once"
+    assert wire.request("D op_2", agent=":x70") == "k l 70", "a late commit of the worker counts, once"
     assert wire.sums("agent") == figures(spent=70, events=1)
 
 
@@ -480,7 +480,7 @@ def test_extend_replies(wire):
     limit = 5 * 10**9
     denied = wire.request("E op_1 90000 1", agent=f":0:{limit + 1}")
     assert denied.startswith(f"d agent:{day(wire)} {limit} 0 250 0 {limit + 1 - 250} ")
-    assert wire.reserve("op_1", agent=150).startswith("p "), "a retry of the reservation names the first amount"
+    assert wire.reserve("op_1", agent=150).startswith("p "), "a retry of the reservation has the first amount"
     wire.request("D op_1", agent=":x70")
     assert wire.request("E op_1 90000 0", agent=":0:0") == f"c {wire.record('op_1')}"
 
@@ -511,7 +511,7 @@ def test_a_revival_needs_room_only_for_money_that_was_given_back(wire):
     assert wire.sums("agent") == figures(unconfirmed=30, events=1)
     wire.request("N other 0 - -", agent=f":{5 * 10**9 - 100}")
     assert wire.request("E op_1 60000 0", agent=":30:0").startswith("d agent:")
-    assert wire.request("E op_1 60000 0", agent=":150:0").startswith("e o "), "what was used is a fact"
+    assert wire.request("E op_1 60000 0", agent=":150:0").startswith("e o "), "reported spend is a fact"
     assert wire.sums("agent") == figures(spent=5 * 10**9 - 100, held=150, events=2)
     assert sum(wire.ledger("agent")) == 5 * 10**9 - 100
 
@@ -537,7 +537,7 @@ def test_the_head_of_a_reply_has_time_writes_epoch_and_due_holds(client, wire):
     assert wire.head.due == ("op_1",)
 
 
-def test_after_a_data_loss_the_store_reports_it_first_and_grants_nothing_until_it_has_recovered(client, wire):
+def test_after_a_data_loss_the_store_reports_it_and_grants_nothing_until_it_has_recovered(client, wire):
     wire.reserve("op_1", agent=150)
     client.flushall()
     again = wire.op("R op_2 60000 c - - -", agent=":150")
@@ -665,7 +665,7 @@ def test_a_limit_that_was_asserted_before_the_clock_was_set_back_is_replaced(cli
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
-def test_a_replica_that_does_not_know_the_clock_of_the_store_sends_its_age(client, wire):
+def test_a_replica_without_the_time_of_the_store_sends_its_age(client, wire):
     before_us = wire.now_us()
     unsynced = Wire(client)
     unsynced.session.renew()

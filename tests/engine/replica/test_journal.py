@@ -1,4 +1,4 @@
-"""The journal of a replica: what the store acknowledged to it, and its replay (P13)."""
+"""The journal of a replica: acknowledged writes, and their replay (P13)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The outbox of a replica: what it keeps, replaces and evicts."""
+"""The outbox of a replica: entries that it keeps, replaces and evicts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_deferred_settlements_and_requests_in_doubt_are_counted_apart():
     for entry in outbox:
         assert outbox.end(entry, "executed")
         assert not outbox.end(entry, "executed"), "it has ended"
-    assert (len(outbox), outbox.outcomes["executed"]) == (0, 1), "outcomes are those of requests in doubt"
+    assert (len(outbox), outbox.outcomes["executed"]) == (0, 1), "outcomes count requests in doubt only"
 
 
 def test_an_equal_fact_is_queued_once():

@@ -173,7 +173,7 @@ async def test_a_commit_above_its_grant_is_recorded_in_full_as_an_overrun(limite
 
 
 async def test_cancelled_waiters_take_nothing_and_a_cancelled_block_commits_its_spend(limiter, client):
-    """P14."""
+    """Cancellation is clean (P14)."""
     await limiter.reserve("agent", "4.00")
     async with limiter.lease("agent", "1.00") as lease:
         kept = lease.reserve("1.00")

@@ -10,7 +10,6 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, AsyncHold, Budget, HoldConflict
 from ktrdr_budget.audit import verify
 
-from ...helpers.proxy import Proxy
 from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests"), Budget("jobs", 3, kind="slots")]
@@ -99,12 +98,9 @@ async def test_a_settled_hold_is_settled_with_the_same_amount_after_a_repair(lim
     assert (await limiter.status("agent")).spent == Decimal("0.07")
 
 
-async def test_other_replicas_can_replay_an_offline_hold_once_its_commit_is_recorded(server, other, tmp_path_factory):
+async def test_other_replicas_can_replay_an_offline_hold_once_its_commit_is_recorded(proxy, other):
     """Under policy `allow`; under policy `lease`, holds exist in their process only."""
-    async with (
-        Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as proxy,
-        AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3, on_store_error="allow") as limiter,
-    ):
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3, on_store_error="allow") as limiter:
         await limiter.status("agent")
         proxy.cut()
         hold = await limiter.reserve("agent", "0.15", id="op_1", on_expiry="accrued", operation="research")

@@ -115,7 +115,7 @@ async def test_gauges_are_right_or_absent_after_a_loss(server, client):
                 assert b"\nktrdr_budget_spent{" not in text
 
 
-def test_a_tracker_never_takes_a_lost_budget_for_an_untouched_one(server):
+def test_a_tracker_does_not_show_a_lost_budget_as_unspent(server):
     with BudgetTracker("5.00", url=server.url) as tracker:
         tracker.record_spend("4.90", "op_1")
         with server.client() as client:

@@ -212,12 +212,12 @@ class Cluster:
         """Run ``CLUSTER FAILOVER [FORCE|TAKEOVER]`` on a replica of the tenant's master; return the new master."""
         owner = self.owner(tenant)
         replica = self.replicas(owner)[0]
-        asked_at = 0.0
+        requested_at = 0.0
 
         def is_master() -> bool:
-            nonlocal asked_at
-            if time.monotonic() - asked_at > 2:  # masters that have just voted ignore the next request
-                asked_at = time.monotonic()
+            nonlocal requested_at
+            if time.monotonic() - requested_at > 2:  # masters that have just voted ignore the next request
+                requested_at = time.monotonic()
                 replica.command("CLUSTER FAILOVER", *how)
             return replica.role == "master"
 

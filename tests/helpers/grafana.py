@@ -1,8 +1,7 @@
 """Checks a dashboard against the types that Grafana's own SDK is generated with.
 
-The SDK reads a dashboard leniently: what it does not know it drops, and it keeps a value of any type. So two things are
-compared here: what comes out again with what went in (nothing may be lost), and each value with the type that the SDK
-declares for it.
+The SDK reads a dashboard leniently: it drops unknown fields, and accepts values of any type. So there are two checks: the
+dashboard is the same after a round trip through the SDK, and each value has the type that the SDK declares for it.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ ANNOTATION_OF_PROMETHEUS = ("titleFormat", "textFormat", "tagKeys")
 
 
 def faults(document: dict[str, Any]) -> list[str]:
-    """Where a dashboard does not fit Grafana's schema: paths with what is wrong there."""
+    """Deviations of a dashboard from Grafana's schema: paths with their faults."""
     document = copy.deepcopy(document)
     found = []
     for number, annotation in enumerate(document["annotations"]["list"]):
@@ -47,7 +46,7 @@ def _read(document: dict[str, Any], model: Any, path: str) -> Iterator[str]:
 
 
 def _lost(given: Any, rebuilt: Any, path: str) -> Iterator[str]:
-    """What went in and did not come out. What comes out beside it is a default."""
+    """Values lost by the round trip; additional values are defaults."""
     if isinstance(given, dict) and isinstance(rebuilt, dict):
         for name, value in given.items():
             if name in rebuilt:
@@ -68,7 +67,7 @@ def _mistyped(value: Any, hint: Any, path: str) -> Iterator[str]:
             yield from _mistyped(value, type(value), path)
     elif origin in (typing.Union, types.UnionType):
         tried = [list(_mistyped(value, member, path)) for member in arguments]
-        if all(tried):  # none fits: what is wrong deepest inside is what is wrong
+        if all(tried):  # no type fits: report the deepest fault
             yield from max(tried, key=lambda found: len(found[0].partition(": ")[0]))
     elif origin is typing.Literal:
         if value not in arguments:
@@ -97,7 +96,7 @@ def _each(value: Any, kind: type, members: Iterator[tuple[str, Any, Any]], path:
 
 def _instance(value: Any, hint: Any, path: str) -> Iterator[str]:
     kinds = (int, float) if hint is float else (hint,)
-    if isinstance(value, dict) and hasattr(hint, "from_json"):  # what the SDK has left unread
+    if isinstance(value, dict) and hasattr(hint, "from_json"):  # not parsed by the SDK
         yield from _read(value, hint, path)
     elif not isinstance(value, kinds) or (isinstance(value, bool) and hint is not bool):
         yield f"{path}: {value!r} is no {hint.__name__}"

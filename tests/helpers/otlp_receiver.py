@@ -57,7 +57,7 @@ class Span:
 class OtlpReceiver:
     """``with OtlpReceiver() as receiver: …`` listens on a free port; ``receiver.spans`` are those that have arrived.
 
-    ``status`` is what it answers: another one than 200 refuses. ``delay_s`` makes it slow.
+    ``status`` is the status of its responses, and ``delay_s`` delays them.
     """
 
     def __init__(self) -> None:
@@ -153,12 +153,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
-        status, answer = self.server.receiver.take(self.path, self.headers.get("content-encoding", ""), body)
+        status, response = self.server.receiver.take(self.path, self.headers.get("content-encoding", ""), body)
         self.send_response(status)
         self.send_header("content-type", "application/x-protobuf")
-        self.send_header("content-length", str(len(answer)))
+        self.send_header("content-length", str(len(response)))
         self.end_headers()
-        self.wfile.write(answer)
+        self.wfile.write(response)
 
     def log_message(self, *words: object) -> None:
         """Log nothing."""

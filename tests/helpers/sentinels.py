@@ -227,12 +227,12 @@ class SentinelGroup:
     def fail_over(self) -> Node:
         """Promote a replica; return it as soon as all sentinels name it."""
         old = self.master
-        asked_at = 0.0
+        requested_at = 0.0
 
         def named() -> bool:
-            nonlocal asked_at
-            if time.monotonic() - asked_at > 2:
-                asked_at = time.monotonic()
+            nonlocal requested_at
+            if time.monotonic() - requested_at > 2:
+                requested_at = time.monotonic()
                 with contextlib.suppress(
                     redis.ResponseError
                 ):  # a failover is in progress, or no replica is suitable yet

@@ -87,7 +87,7 @@ def operator(guarded: GuardedServer) -> Iterator[redis.Redis]:
 
 
 async def everything(url: str) -> None:
-    """Every use that the product makes of a store, once."""
+    """Use each feature of the product that sends commands to the store, once."""
     async with AsyncBudgetLimiter(url, BUDGETS, timeout=10) as limiter:
         assert set((await limiter.check()).values()) == {None}
         hold = await limiter.reserve({"agent": "0.15", "tokens": 100, "jobs": 1}, id="one", operation="op")

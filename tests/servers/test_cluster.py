@@ -106,7 +106,7 @@ async def _all_unconfirmed(limiter) -> bool:
     return (await limiter.status("agent")).held == 0
 
 
-async def test_script_flush_on_every_node_goes_unnoticed(cluster):
+async def test_script_flush_on_every_node_does_not_affect_calls(cluster):
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         for _ in range(3):
             await (await limiter.reserve("agent", "0.15")).commit("0.07")

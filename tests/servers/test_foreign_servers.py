@@ -1,4 +1,4 @@
-"""Servers that are not Redis, or use TLS otherwise than the URL says: the error names the cause, not just a timeout."""
+"""Servers that are not Redis, or that do not match the URL's scheme: the error names the cause, not just a timeout."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ async def test_a_slow_server_gets_the_whole_timeout():
     await until(lambda: connections == 0)
 
 
-async def test_the_error_says_connection_refused_if_no_server_listens():
+async def test_the_error_is_connection_refused_if_no_server_listens():
     url = f"redis://127.0.0.1:{free_port()}"
     limiter = AsyncBudgetLimiter(url, BUDGETS, timeout=0.2)
     with pytest.raises(StoreUnavailable) as refused:

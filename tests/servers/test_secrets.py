@@ -1,4 +1,4 @@
-"""Planted passwords and keys appear nowhere, whatever fails: in no error, log, repr, answer, span, metric or output."""
+"""No failure shows a secret: in no error, log, repr, response, span, metric or output."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from ..helpers.otlp_receiver import OtlpReceiver
 from ..helpers.waiting import wait_until
 
 BUDGETS = [Budget("agent", "5.00")]
-# Every secret has this word in it: encoded or not, whole or in part, it must not be found.
+# Each secret contains this word, which must not appear anywhere.
 WORD = "geheim"
 PASSWORD = "pw%2Fgeheim%40%3Azz"
 KEYS = {
@@ -60,8 +60,8 @@ def guarded(start_server) -> Server:
 
 
 def urls(guarded: Server) -> Iterator[str]:
-    nobody = f"127.0.0.1:{free_port()}"
-    for place in (f"127.0.0.1:{guarded.port}", nobody):
+    unused = f"127.0.0.1:{free_port()}"
+    for place in (f"127.0.0.1:{guarded.port}", unused):
         yield f"redis://agent:{PASSWORD}@{place}/0"
         yield f"redis://:{PASSWORD}@{place}/0"
         yield f"redis://{place}/0?username=agent&password={PASSWORD}"
@@ -90,7 +90,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("url", UNUSABLE)
-def test_a_url_that_is_not_usable_is_refused_without_its_secrets(url, caplog):
+def test_an_unusable_url_is_refused_without_its_secrets(url, caplog):
     for refuse in (parse_url, lambda url: BudgetLimiter(url, BUDGETS), lambda url: Auditor(url)):
         with pytest.raises(BudgetError) as refused:
             refuse(url)
@@ -98,13 +98,13 @@ def test_a_url_that_is_not_usable_is_refused_without_its_secrets(url, caplog):
     clean(mask_url(url), caplog.text)
 
 
-async def test_the_library_tells_no_secret_whatever_fails(guarded, caplog):
+async def test_no_failure_of_the_library_shows_a_secret(guarded, caplog):
     shown: list[Any] = []
     with caplog.at_level(logging.DEBUG):
         await asyncio.gather(*[fail(url, shown) for url in urls(guarded)])
     assert len(shown) > 100
     clean(*shown, caplog.text)
-    assert any("invalid username-password pair" in str(text) for text in shown), "something did fail for its password"
+    assert any("invalid username-password pair" in str(text) for text in shown), "a login failed"
 
 
 async def fail(url: str, shown: list[Any]) -> None:
@@ -128,13 +128,13 @@ async def fail(url: str, shown: list[Any]) -> None:
     await limiter.close()
 
 
-def test_the_sync_limiter_tells_none_either(guarded, caplog):
+def test_no_failure_of_the_sync_limiter_shows_a_secret(guarded, caplog):
     shown = []
     with caplog.at_level(logging.DEBUG):
         for url in list(urls(guarded))[:2]:
             limiter = BudgetLimiter(url, BUDGETS, timeout=0.2)
             shown.append(repr(limiter))
-            with contextlib.suppress(BudgetError):  # without an answer in time, it starts all the same
+            with contextlib.suppress(BudgetError):  # after a timeout it starts without the store
                 limiter.start()
             for call in (limiter.statuses, lambda limiter=limiter: limiter.reserve("agent", "0.01")):
                 with pytest.raises(BudgetError) as refused:
@@ -148,11 +148,11 @@ def test_the_sync_limiter_tells_none_either(guarded, caplog):
 
 
 @pytest.mark.slow
-def test_the_service_tells_no_secret_whatever_fails(guarded):
+def test_no_failure_of_the_service_shows_a_secret(guarded):
     with OtlpReceiver() as receiver:
         environment = {**KEYS, **receiver.environment, "AGENT_PHASE_SECONDS": 0, "KTRDR_TIMEOUT": "0.3"}
         environment["KTRDR_REDIS_URL"] = f"redis://agent:{PASSWORD}@127.0.0.1:{guarded.port}/0"
-        answers = []
+        responses = []
         with serving(**environment) as service:
             logins = [{"Authorization": f"Bearer {KEYS[name]}"} for name in ("KTRDR_API_KEY", "KTRDR_ADMIN_KEY")]
             logins += [{"Authorization": "Bearer wrong-geheim-key"}, {"Authorization": "Basic geheim=="}, {}]
@@ -165,17 +165,17 @@ def test_the_service_tells_no_secret_whatever_fails(guarded):
                     "/api/v1/agent/status",
                     "/openapi.json",
                 ):
-                    answers.append(service.get(path, headers=headers))
-                answers.append(service.post("/api/v1/reservations", {"amounts": {"agent": "0.01"}}, headers=headers))
-                answers.append(service.post("/api/v1/agent/trigger", {}, headers=headers))
-                answers.append(service.request("POST", "/api/v1/reservations", content=b"{", headers=headers))
-                answers.append(
+                    responses.append(service.get(path, headers=headers))
+                responses.append(service.post("/api/v1/reservations", {"amounts": {"agent": "0.01"}}, headers=headers))
+                responses.append(service.post("/api/v1/agent/trigger", {}, headers=headers))
+                responses.append(service.request("POST", "/api/v1/reservations", content=b"{", headers=headers))
+                responses.append(
                     service.request("PUT", "/api/v1/budgets/agent/limit", json={"limit": 1}, headers=headers)
                 )
             wait_until(lambda: receiver.named("POST /api/v1/reservations"))
             assert service.stop() == 0
-        assert {401, 503} <= {answer.status_code for answer in answers}
-        clean(*(f"{answer.headers} {answer.text}" for answer in answers))
+        assert {401, 503} <= {response.status_code for response in responses}
+        clean(*(f"{response.headers} {response.text}" for response in responses))
         clean(*service.output)
         assert any("invalid username-password pair" in line for line in service.output)
         clean(*(f"{span} {span.attributes} {span.events} {span.resource}" for span in receiver.spans))
@@ -183,7 +183,7 @@ def test_the_service_tells_no_secret_whatever_fails(guarded):
 
 
 class _Refusing(BaseHTTPRequestHandler):
-    """A provider that quotes the key that it was sent."""
+    """A provider that quotes the received key in its error."""
 
     def do_POST(self) -> None:
         self.rfile.read(int(self.headers["content-length"]))
@@ -197,7 +197,7 @@ class _Refusing(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def log_message(self, *words: object) -> None:
-        """Says nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
@@ -212,7 +212,7 @@ def provider() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_provider_that_refuses_a_key_and_quotes_it_does_not_have_it_told(server, provider):
+def test_a_key_quoted_by_its_provider_is_not_shown(server, provider):
     with OtlpReceiver() as receiver:
         environment = {**KEYS, **receiver.environment, "KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 0}
         environment |= {"AGENT_LLM": "openai", "AGENT_MODEL": "gpt-4o-mini"}
@@ -223,12 +223,12 @@ def test_a_provider_that_refuses_a_key_and_quotes_it_does_not_have_it_told(serve
             assert triggered.status_code == 202, triggered.text
 
             def ended() -> Any:
-                answer = service.get("/api/v1/agent/cycles", headers=headers)
-                return answer if answer.json()["cycles"][0]["outcome"] else None
+                response = service.get("/api/v1/agent/cycles", headers=headers)
+                return response if response.json()["cycles"][0]["outcome"] else None
 
-            answer = wait_until(ended)
-            assert "ncorrect API key provided" in answer.text
-            clean(answer.text)
+            response = wait_until(ended)
+            assert "ncorrect API key provided" in response.text
+            clean(response.text)
             receiver.wait_named("agent.research_cycle")
             clean(service.get("/metrics", headers=headers).text)
         clean(*service.output)
@@ -239,16 +239,16 @@ def test_a_provider_that_refuses_a_key_and_quotes_it_does_not_have_it_told(serve
 
 
 @pytest.mark.slow
-def test_the_command_tells_no_secret_whatever_fails(guarded, tmp_path):
+def test_no_failure_of_the_command_shows_a_secret(guarded, tmp_path):
     clean_environment = {name: value for name, value in os.environ.items() if not re.match("KTRDR_|AGENT_|OTEL_", name)}
     store = {"KTRDR_REDIS_URL": f"redis://agent:{PASSWORD}@127.0.0.1:{guarded.port}/0"}
     unusable = {"KTRDR_REDIS_URL": "redis://agent:geheim/x@host/0"}
-    nobody = f"http://user:{PASSWORD}@127.0.0.1:{free_port()}"
+    unused = f"http://user:{PASSWORD}@127.0.0.1:{free_port()}"
     for words, more in (
         (("budget", "verify"), store),
         (("budget", "verify"), unusable),
         (("serve", "--port", "0"), unusable),
-        (("--api-url", nobody, "budget", "list"), {}),
+        (("--api-url", unused, "budget", "list"), {}),
         (("agent", "budget"), {"KTRDR_API_KEY": "two words geheim"}),
     ):
         done = subprocess.run(

@@ -1,32 +1,32 @@
-"""How budgets fail in production, row by row (issue numbers of BerriAI/litellm unless named otherwise).
+"""Failures of budgets in production, by report (issue numbers of BerriAI/litellm unless named otherwise).
 
 ==============================  ======================================================================================
-report                          test that names it
+report                          tests
 ==============================  ======================================================================================
 #23714, #24682                  test_races: identical amounts of eight processes; mixed amounts and kill -9
-#6288                           here: the very next call on another replica
+#6288                           here: the next call on another replica
 #34732, ai-gateway #680         here: parallel requests
 #28247, #28283, #40095          test_races: first use by eight processes at once
 #27639, PR #30522               test_races: holds of killed processes; here: other traffic
-#27509                          here: the denial tells held from spent; integers
+#27509                          here: the denial separates held from spent; integers
 #30460                          here: a lost reply; chaos/: any request or reply lost
 PR #30039                       here: a timed-out commit
 #33923, #33323                  test_outages: unexpected store errors; here: a hook that raises
-#35524                          the metering issue (prices); here: nothing goes unguarded
+#35524                          metering (prices); here: calls without a budget are refused
 #34733, #36940                  test_midnight: a commit that crosses midnight keeps its window
 #29576, #39726                  test_midnight: hammering past midnight; here: denials extend no expiry
 #38987                          here: keys expire, also after kill -9
 PR #37558, #13245               test_cancellation: cancellation charges what was used; test_hold_blocks
 #38087, #29937                  here: unknown is not "full"; the gauges belong to the tests of telemetry
 #8867                           test_amounts: exact sums
-litellm-rs                      test_midnight: a late charge hits the day that admitted it
-docs.rs/eggrd                   test_cancellation, test_hold_blocks: never below what was reported
+litellm-rs                      test_midnight: a late charge counts in the day that admitted it
+docs.rs/eggrd                   test_cancellation, test_hold_blocks: never below the reported spend
 runcycles                       here: commits above the estimate; test_midnight: windows; test_cluster: keys
 PostHog #60838, gateway #248    test_cluster: one slot per tenant; test_outages: unexpected store errors
-PyrateLimiter                   engine/test_scripts: SCRIPT FLUSH, restart
+PyrateLimiter                   engine/protocol/test_scripts: SCRIPT FLUSH, restart
 envoyproxy/ratelimit #462       test_outages: deadlines
 dataspoke #112                  test_outages: no silent local fallback
-throttled-py, upstash           engine/test_scripts: the scripts that are shipped run, and expire keys
+throttled-py, upstash           engine/protocol/test_scripts: the scripts that are shipped run, and expire keys
 ==============================  ======================================================================================
 """
 
@@ -69,13 +69,13 @@ async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterat
 
 @pytest.fixture
 async def far_limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
-    """A limiter behind the proxy, with the script already known to the server."""
+    """A limiter behind the proxy; the server has the scripts."""
     async with AsyncBudgetLimiter(proxy.url, [Budget("agent", "5.00")], timeout=0.5) as made:
         await (await made.reserve("agent", "0.01")).release()
         yield made
 
 
-async def test_6288_a_spend_on_one_replica_is_seen_by_the_very_next_call_on_another(limiter, other_replica):
+async def test_6288_a_spend_on_one_replica_counts_in_the_next_call_on_another(limiter, other_replica):
     await limiter.record("agent", "4.90")
     with pytest.raises(BudgetExceeded) as denied:
         await other_replica.reserve("agent", "0.15")
@@ -93,7 +93,7 @@ async def test_34732_and_ai_gateway_680_parallel_requests_do_not_all_pass_one_ch
 
 
 async def test_27639_other_traffic_does_not_keep_a_dead_holder_alive(limiter, other_replica):
-    """PR #30522: its deadline is its own."""
+    """PR #30522: each hold has its own deadline."""
     dead = await limiter.reserve("agent", "1.00", ttl=1)
     traffic = 0
 
@@ -111,10 +111,10 @@ async def test_27639_other_traffic_does_not_keep_a_dead_holder_alive(limiter, ot
     assert (status.held, status.unconfirmed, status.spent) == (0, Decimal("1.00"), traffic * Decimal("0.001"))
 
 
-async def test_27509_the_denial_tells_held_from_spent_and_integers_add_up(limiter):
+async def test_27509_the_denial_separates_held_from_spent_and_integers_add_up(limiter):
     await limiter.record("agent", 0.1)
     await limiter.record("agent", 0.2)
-    await limiter.reserve("agent", "4.70")  # all headroom, as for a request that did not say how much it needs
+    await limiter.reserve("agent", "4.70")  # all headroom, like a request without an amount
     with pytest.raises(BudgetExceeded) as denied:
         await limiter.reserve("agent", "0.15")
     error = denied.value
@@ -129,7 +129,7 @@ async def test_30460_a_lost_reply_is_retried_without_a_second_hold(server, proxy
     with server.client() as client:
         proxy.lose_replies = lost
         hold = await far_limiter.reserve("agent", "0.15", id="op_1")
-        assert (proxy.replies_lost, hold.replayed) == (lost, False), "to its caller it is the first"
+        assert (proxy.replies_lost, hold.replayed) == (lost, False), "no replay for its caller"
         assert sums(client)["held"] == to_units("0.15")
         proxy.lose_replies = lost
         await hold.commit("0.07")
@@ -137,7 +137,7 @@ async def test_30460_a_lost_reply_is_retried_without_a_second_hold(server, proxy
         assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_30460_a_caller_that_gave_up_and_retries_with_its_id_is_answered_by_a_replay(server, proxy, far_limiter):
+async def test_30460_a_retry_with_the_same_id_after_the_deadline_is_a_replay(server, proxy, far_limiter):
     proxy.hold_replies()
     with pytest.raises(StoreUnavailable) as unavailable:
         await far_limiter.reserve("agent", "0.15", id="op_1")
@@ -157,7 +157,7 @@ async def test_30460_a_caller_that_gave_up_and_retries_with_its_id_is_answered_b
         assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_pr_30039_a_commit_that_timed_out_and_is_retried_gives_the_exact_total(server, proxy, far_limiter):
+async def test_pr_30039_a_retried_commit_gives_the_exact_total(server, proxy, far_limiter):
     await far_limiter.record("agent", "1.23")
     hold = await far_limiter.reserve("agent", "0.15")
     proxy.hold_replies()
@@ -174,7 +174,7 @@ async def test_pr_30039_a_commit_that_timed_out_and_is_retried_gives_the_exact_t
         assert sums(client) == {"spent": to_units("1.30"), "held": 0, "unconfirmed": 0, "events": 2}
 
 
-async def test_30460_record_and_extend_and_grow_survive_lost_replies_too(server, proxy, far_limiter):
+async def test_30460_record_extend_and_grow_survive_lost_replies(server, proxy, far_limiter):
     proxy.lose_replies = 2
     await far_limiter.record("agent", "0.02")
     hold = await far_limiter.reserve("agent", "0.15")
@@ -190,7 +190,7 @@ async def test_30460_record_and_extend_and_grow_survive_lost_replies_too(server,
     assert (view.amounts, view.accrued) == ({"agent": Decimal("0.25")}, {"agent": Decimal("0.30")})
 
 
-async def test_a_lost_request_is_sent_again(server, proxy, far_limiter):
+async def test_a_lost_request_is_resent(server, proxy, far_limiter):
     proxy.lose_requests = 2
     hold = await far_limiter.reserve("agent", "0.15")
     assert not hold.replayed
@@ -211,7 +211,7 @@ async def test_33323_a_hook_that_raises_changes_nothing(server, caplog):
     assert any(record.levelno == logging.ERROR and "observer failed" in record.message for record in caplog.records)
 
 
-async def test_35524_what_has_no_budget_or_no_amount_is_refused_and_never_unguarded(server, limiter):
+async def test_35524_a_call_without_a_budget_or_an_amount_is_refused(server, limiter):
     with pytest.raises(UnknownBudget):
         await limiter.reserve("team:quant", "0.15")
     with pytest.raises(ValueError, match="no amount"):
@@ -244,7 +244,7 @@ async def test_runcycles_a_commit_above_the_estimate_is_neither_clipped_nor_refu
 
 
 async def test_runcycles_expiry_needs_no_sweeper(server, limiter):
-    """A denied caller is the one that notices, and is decided again with what came back."""
+    """A denial expires due holds, and the next call can use their amounts."""
     for policy in ("release", "accrued", "release"):
         await limiter.reserve("agent", "1.60", ttl=1, on_expiry=policy)
     with pytest.raises(BudgetExceeded) as denied:
@@ -257,7 +257,7 @@ async def test_runcycles_expiry_needs_no_sweeper(server, limiter):
     assert not hold.replayed
 
 
-# -- #38987 and #29576: what is written expires, what is denied writes nothing -----------------------------------------
+# -- #38987 and #29576: keys expire, denials write nothing -------------------------------------------------------------
 
 
 async def test_38987_every_key_has_an_expiry_at_every_moment(server, limiter, other_replica):
@@ -293,7 +293,7 @@ async def _is_unconfirmed(limiter, hold_id: str) -> bool:
     return (await limiter.get(hold_id)).state == "unconfirmed"
 
 
-def test_38987_no_key_is_immortal_after_kill_9_in_the_midst_of_requests(server):
+def test_38987_no_key_is_immortal_after_kill_9_during_requests(server):
     options = {"url": server.url, "limit": "8000", "amounts": ["0.01"], "callers": 8, "ttl": 60, "settle": True}
     with workers("spender.py", 3, options) as spenders, server.client() as client:
         for spender in spenders:
@@ -306,7 +306,7 @@ def test_38987_no_key_is_immortal_after_kill_9_in_the_midst_of_requests(server):
 
 
 async def test_29576_and_39726_denials_write_nothing_and_extend_no_expiry(server, limiter, other_replica):
-    """Values, and the instants of all expiries, are the same before and after; also by another replica."""
+    """Values and expiry times stay the same, also after denials by another replica."""
     await limiter.record("agent", "1.00", id="op_1")
     await limiter.reserve({"agent": "3.90", "cycles": 9}, id="op_2")
     with server.client() as client:

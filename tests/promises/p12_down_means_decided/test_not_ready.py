@@ -1,5 +1,7 @@
-"""Policies for a store that is away do not admit while it is there (P12): what was never sent is sent, and "not now" is
-waited for, then denied."""
+"""Outage policies do not admit while the store is reachable (P12).
+
+Unsent calls are sent. Calls wait while the store cannot execute them, until their deadline, and are then denied.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ POLICIES = ["deny", "allow", "lease"]
 
 @pytest.fixture(params=POLICIES)
 async def replica(server, request: pytest.FixtureRequest) -> AsyncIterator[AsyncBudgetLimiter]:
-    """It knows the store, and under policy ``lease`` it has something prepaid."""
+    """A connected limiter of each policy; under ``lease`` it has a kept lease."""
     options = {"lease_slab": "5.00"} if request.param == "lease" else {}
     async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error=request.param, **options) as made:
         await made.record("agent", "0.01")
@@ -41,7 +43,7 @@ async def replica(server, request: pytest.FixtureRequest) -> AsyncIterator[Async
 async def denied(
     limiter: AsyncBudgetLimiter, call: Callable, *, waits_s: float = 0.0, match: str | None = None
 ) -> None:
-    """It is waited for so long, and is denied: the store is there."""
+    """Check that a call is denied after a wait, with ``reached`` true."""
     began_s = time.monotonic()
     with pytest.raises(StoreUnavailable, match=match) as refused:
         await call()
@@ -54,7 +56,7 @@ async def denied(
 
 @pytest.mark.timely
 async def test_nothing_is_granted_while_lost_writes_are_repaired(replica, client):
-    """1,805 grants during a repair, in a store that was up all the time."""
+    """An earlier version made 1,805 grants during a repair of a reachable store."""
     guarded = await replica.reserve("agent", "0.15")
     client.flushall()
     with in_haste(replica, 0.5):
@@ -67,7 +69,7 @@ async def test_nothing_is_granted_while_lost_writes_are_repaired(replica, client
     await until(lambda: sums(client)["spent"] == to_units("0.08"))
 
 
-async def test_nothing_is_granted_while_this_replica_holds_its_calls_back_for_a_repair(replica, client):
+async def test_nothing_is_granted_while_calls_wait_for_a_repair_by_this_replica(replica, client):
     hold = await replica.reserve("agent", "0.15")
     replica.engine.dispatcher.repair.active = True
     try:
@@ -82,7 +84,7 @@ async def test_nothing_is_granted_while_this_replica_holds_its_calls_back_for_a_
     assert (await replica.reserve("agent", "0.01")).cap_checked
 
 
-# -- a window that is not there ----------------------------------------------------------------------------------------
+# -- a missing window --------------------------------------------------------------------------------------------------
 
 
 async def test_nothing_is_granted_in_a_window_that_is_missing(replica, client):
@@ -95,7 +97,7 @@ async def test_nothing_is_granted_in_a_window_that_is_missing(replica, client):
     assert (await replica.reserve("agent", "0.01")).cap_checked
 
 
-# -- a store that answers that it cannot -------------------------------------------------------------------------------
+# -- a store that refuses for a while ----------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -109,7 +111,7 @@ def read_only(client: redis.Redis) -> Iterator[None]:
 
 @contextmanager
 def busy(client: redis.Redis) -> Iterator[None]:
-    """A script runs and does not end."""
+    """Block the server with an endless script."""
     client.config_set("lua-time-limit", 1)
 
     def run() -> None:
@@ -146,8 +148,8 @@ def without_replicas(client: redis.Redis) -> Iterator[None]:
 
 @pytest.mark.timely
 @pytest.mark.parametrize("not_ready", [read_only, busy, without_replicas])
-async def test_nothing_is_granted_by_a_store_that_answers_not_now(replica, client, not_ready):
-    """The first calls wait for it; then the breaker is open, and they do not."""
+async def test_nothing_is_granted_by_a_store_that_refuses_for_a_while(replica, client, not_ready):
+    """The first call waits until its deadline; then the breaker is open, and calls end at once."""
     with not_ready(client), in_haste(replica, 0.3):
         await denied(replica, lambda: replica.reserve("agent", "0.01"), waits_s=0.25)
         for _ in range(20):
@@ -156,7 +158,7 @@ async def test_nothing_is_granted_by_a_store_that_answers_not_now(replica, clien
     assert (await replica.reserve("agent", "0.01")).cap_checked
 
 
-async def test_spend_is_a_fact_though_the_store_answers_not_now(server, client):
+async def test_spend_is_deferred_while_the_store_refuses(server, client):
     async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error="allow") as limiter:
         hold = await limiter.reserve("agent", "0.15")
         with read_only(client), in_haste(limiter, 0.2):
@@ -166,15 +168,15 @@ async def test_spend_is_a_fact_though_the_store_answers_not_now(server, client):
         assert spent_and_held(client) == (to_units("0.09"), 0)
 
 
-# -- an event loop that stood still ------------------------------------------------------------------------------------
+# -- a stalled event loop ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("count", [1, 50, 500])
-async def test_what_was_not_sent_because_the_event_loop_stood_still_is_sent(replica, client, count):
-    """50 of 50 were admitted unguarded after the event loop stood still for 1.1 s."""
+async def test_calls_that_a_stalled_event_loop_has_not_sent_are_sent(replica, client, count):
+    """An earlier version admitted 50 of 50 calls unguarded after a stall of 1.1 s."""
     with in_haste(replica, 0.5):
         tries = [asyncio.create_task(replica.reserve("agent", "0.01", id=f"op_{n}")) for n in range(count)]
-        await asyncio.sleep(0)  # all of them are queued
+        await asyncio.sleep(0)  # each is queued
         time.sleep(0.6)
     holds = await asyncio.gather(*tries)
     assert all(hold.cap_checked and hold.offline is None for hold in holds)
@@ -183,8 +185,8 @@ async def test_what_was_not_sent_because_the_event_loop_stood_still_is_sent(repl
 
 @pytest.mark.parametrize("connected", [True, False])
 @pytest.mark.parametrize("turns", [2, 4, 7])
-async def test_what_was_under_way_when_the_event_loop_stood_still_is_granted_by_the_store(replica, connected, turns):
-    """A connection that could not be made, or a reply that could not be read, says nothing of the store."""
+async def test_calls_in_flight_during_a_stall_are_granted_by_the_store(replica, connected, turns):
+    """A missing connection or an unread reply is no sign of an outage after a stall."""
     if not connected:
         replica.engine.dispatcher.repair.stop()
         await until(lambda: not replica.engine.dispatcher.background.tasks)
@@ -199,8 +201,8 @@ async def test_what_was_under_way_when_the_event_loop_stood_still_is_granted_by_
 
 
 @pytest.mark.parametrize("policy", ["allow", "lease"])
-async def test_nothing_is_admitted_while_the_event_loop_stands_still_again_and_again(server, policy):
-    """It has no time for a connection: whether the store could be reached is not known."""
+async def test_nothing_is_admitted_while_the_event_loop_stalls_repeatedly(server, policy):
+    """There is no time for a connection, so it is unknown whether the store is reachable."""
     options = {"lease_slab": "5.00"} if policy == "lease" else {}
     async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error=policy, **options) as limiter:
         await until(lambda: policy == "allow" or limiter.prepaid["agent"])
@@ -209,17 +211,17 @@ async def test_nothing_is_admitted_while_the_event_loop_stands_still_again_and_a
         store_of(limiter).node.connections.discard_idle()
         with in_haste(limiter, 0.3):
             tries = [asyncio.create_task(limiter.reserve("agent", "0.01")) for _ in range(30)]
-            while not all(tried.done() for tried in tries):
+            while not all(task.done() for task in tries):
                 await asyncio.sleep(0)
                 time.sleep(0.3)
-        for tried in tries:
+        for task in tries:
             with pytest.raises(StoreUnavailable, match="the event loop was blocked") as refused:
-                await tried
+                await task
             assert refused.value.reached
         assert limiter.store_state == "closed"
 
 
-async def test_a_commit_by_id_is_sent_though_the_event_loop_stood_still(replica, client):
+async def test_a_commit_by_id_is_sent_after_a_stall(replica, client):
     await replica.reserve("agent", "0.15", id="op_1")
     with in_haste(replica, 0.5):
         commit = asyncio.create_task(replica.commit("op_1", "0.07"))
@@ -228,28 +230,28 @@ async def test_a_commit_by_id_is_sent_though_the_event_loop_stood_still(replica,
     assert not (await commit).deferred
 
 
-async def test_a_call_that_had_to_wait_for_its_turn_is_tried_for_one_more_deadline_at_most(start_server):
-    """The store hangs: what could not be sent before is still decided, by policy."""
+async def test_a_call_delayed_by_a_stall_has_one_more_deadline(start_server):
+    """The store hangs, so the policy decides after the second deadline."""
     own_server = start_server()
     async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.pause()
         began_s = time.monotonic()
-        tried = asyncio.create_task(limiter.reserve("agent", "0.01"))
+        task = asyncio.create_task(limiter.reserve("agent", "0.01"))
         await asyncio.sleep(0)
         time.sleep(0.4)
         async with asyncio.timeout(10):
-            hold = await tried
-        assert not hold.cap_checked, "it could not be reached"
+            hold = await task
+        assert not hold.cap_checked, "the store was unreachable"
         assert time.monotonic() - began_s >= 0.7
         own_server.resume()
     own_server.kill()
 
 
-# -- what was admitted before ------------------------------------------------------------------------------------------
+# -- holds of an outage ------------------------------------------------------------------------------------------------
 
 
-async def test_what_was_admitted_without_the_store_does_not_grow_unchecked_once_it_is_back(start_server):
+async def test_an_unguarded_hold_does_not_grow_after_the_outage(start_server):
     own_server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3, on_store_error="allow") as limiter:
         own_server.kill()
@@ -267,10 +269,10 @@ async def test_what_was_admitted_without_the_store_does_not_grow_unchecked_once_
     own_server.kill()
 
 
-async def test_a_limiter_that_is_closed_admits_nothing(server):
+async def test_a_closed_limiter_admits_nothing(server):
     limiter = AsyncBudgetLimiter(server.url, [BUDGET], on_store_error="allow")
     await limiter.record("agent", "0.01")
-    limiter.engine.dispatcher.repair.active = True  # no lane takes what waits
+    limiter.engine.dispatcher.repair.active = True  # no lane sends waiting calls
     waiting: list[Any] = [asyncio.ensure_future(limiter.reserve("agent", "0.01")) for _ in range(3)]
     await asyncio.sleep(0)
     await limiter.close()

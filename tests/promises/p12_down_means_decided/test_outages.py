@@ -1,4 +1,4 @@
-"""Down means decided: each call ends within its deadline, with an explicit outcome by policy (P12)."""
+"""During an outage each call ends within its deadline, with an explicit outcome by policy (P12)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ktrdr_budget import (
     HoldConflict,
     StoreUnavailable,
 )
-from ktrdr_budget.engine.batching import replay as backlog
+from ktrdr_budget.engine.batching import replay
 from ktrdr_budget.engine.calls.reserve import reserve
 from ktrdr_budget.engine.protocol.operations import Release
 from ktrdr_budget.engine.protocol.replies import Conflict
@@ -43,7 +43,7 @@ GRACE_S = 0.8
 
 @pytest.fixture
 def own_server(start_server: Callable):
-    """A server that a test may kill, with a file that keeps what it acknowledged."""
+    """A server for one test, with an append-only file that survives a kill."""
     made = start_server(None, "--appendonly", "yes")
     yield made
     made.kill()
@@ -56,7 +56,7 @@ async def proxy(server, tmp_path_factory):
 
 
 class Outage:
-    """One way in which a store is not there, and how it comes back."""
+    """An outage: the server is killed, and started at the end."""
 
     def __init__(self, server) -> None:
         self.server = server
@@ -69,7 +69,7 @@ class Outage:
 
 
 class Hang(Outage):
-    """SIGSTOP: it accepts connections, and never answers."""
+    """SIGSTOP: the server accepts connections, and does not reply."""
 
     def begin(self) -> None:
         self.server.pause()
@@ -115,35 +115,35 @@ def stopwatch():
 
 
 async def ends_in_time(stopwatch: Stopwatch, call: Callable) -> str | None:
-    """What is wrong with how a call ended while the store was away."""
+    """Make a call during an outage; return the violation of its deadline or outcome, if any."""
     started_s = stopwatch.seconds
     try:
         await call()
     except StoreUnavailable as error:
         took_s = stopwatch.seconds - started_s
         if isinstance(error, StoreError):
-            return f"an answer? {error}"
+            return f"an error reply: {error}"
         return None if took_s <= TIMEOUT_S + GRACE_S else f"took {took_s:.3f} s"
     except BaseException as error:
         return repr(error)
-    return "was answered"
+    return "no error"
 
 
 async def test_462_every_call_ends_within_its_deadline_and_works_again_afterwards(outage, stopwatch):
-    """envoyproxy/ratelimit #462: no ten-second waits. One after the other, so that none hides behind another."""
+    """envoyproxy/ratelimit #462: no waits of ten seconds. Calls are sequential, so that each pays its own wait."""
     async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         outage.begin()
         wrong = {name: await ends_in_time(stopwatch, call) for name, call in every_call(limiter, hold).items()}
         assert {name: fault for name, fault in wrong.items() if fault} == {}
         outage.end()
-        await until(lambda: _answers(limiter))
+        await until(lambda: _is_reachable(limiter))
         settlement = await hold.commit("0.07")
         assert settlement.amounts == {"agent": Decimal("0.07")}
         assert (await limiter.reserve("agent", "0.15")).cap_checked
 
 
-async def _answers(limiter) -> bool:
+async def _is_reachable(limiter) -> bool:
     try:
         await limiter.status("agent")
     except StoreUnavailable:
@@ -151,7 +151,7 @@ async def _answers(limiter) -> bool:
     return True
 
 
-async def test_every_call_at_once_ends_within_its_deadline(outage, stopwatch):
+async def test_concurrent_calls_end_within_their_deadline(outage, stopwatch):
     async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         outage.begin()
@@ -160,11 +160,11 @@ async def test_every_call_at_once_ends_within_its_deadline(outage, stopwatch):
         faults = await asyncio.gather(*(ends_in_time(stopwatch, call) for call in tries))
         assert [fault for fault in faults if fault] == []
         outage.end()
-        await until(lambda: _answers(limiter))
+        await until(lambda: _is_reachable(limiter))
 
 
 async def test_replies_are_not_mixed_up_after_a_hang(own_server):
-    """An answer that comes too late must not be taken for that of the next call."""
+    """A late reply must not count as the reply to the next call."""
     hang = Hang(own_server)
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1) as limiter:
         for number in range(1, 6):
@@ -174,7 +174,7 @@ async def test_replies_are_not_mixed_up_after_a_hang(own_server):
             with pytest.raises(StoreUnavailable):
                 await limiter.status("agent")
             hang.end()
-            await until(lambda: _answers(limiter))
+            await until(lambda: _is_reachable(limiter))
             hold = await limiter.reserve("team", f"0.{number}", id=f"op_{number}")
             assert (hold.id, hold.amounts) == (f"op_{number}", {"team": Decimal(f"0.{number}0")})
             assert (await limiter.get(hold.id)).amounts == hold.amounts
@@ -211,7 +211,7 @@ def test_462_the_sync_limiter_ends_within_its_deadline_too(outage, stopwatch):
 
 
 @pytest.mark.parametrize("kind", ["refused", "no socket"])
-async def test_a_store_that_was_never_there(tmp_path: Path, free_tcp_port: int, kind: str, caplog, stopwatch):
+async def test_an_unreachable_store_at_the_start(tmp_path: Path, free_tcp_port: int, kind: str, caplog, stopwatch):
     url = f"redis://127.0.0.1:{free_tcp_port}" if kind == "refused" else f"unix://{tmp_path}/none"
     async with AsyncBudgetLimiter(url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         assert "starting without the store" in caplog.text
@@ -222,7 +222,7 @@ async def test_a_store_that_was_never_there(tmp_path: Path, free_tcp_port: int, 
         assert limiter.deferred == 0
 
 
-async def test_a_store_that_comes_within_the_deadline_is_in_time(own_server):
+async def test_a_call_succeeds_if_the_store_starts_within_its_deadline(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=60.0) as limiter:
         own_server.kill()
         call = asyncio.create_task(limiter.reserve("agent", "0.15"))
@@ -235,7 +235,7 @@ async def test_a_store_that_comes_within_the_deadline_is_in_time(own_server):
 
 
 async def test_112_no_silent_local_fallback_admits_anything(outage):
-    """dataspoke #112: a cap in memory would be multiplied by the replicas."""
+    """dataspoke #112: with a cap in memory, each replica would admit up to the cap."""
     replicas = [AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=0.1) for _ in range(3)]
     for replica in replicas:
         await replica.start()
@@ -262,7 +262,7 @@ async def test_closing_while_the_store_hangs_ends_in_time(outage):
     outage.end()
 
 
-async def test_a_heartbeat_revives_its_hold_after_an_outage_that_outlived_it(outage):
+async def test_a_heartbeat_revives_a_hold_that_expired_during_an_outage(outage):
     async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         async with limiter.hold("agent", "0.15", id="op_1", ttl=1) as hold:
             hold.accrue("0.05")
@@ -286,7 +286,7 @@ async def _is_open_since(limiter, expires_at) -> bool:
 # -- policy allow ------------------------------------------------------------------------------------------------------
 
 
-async def test_allow_admits_unguarded_and_records_exactly_once_when_the_store_is_back(own_server, caplog):
+async def test_allow_admits_unguarded_and_records_once_after_the_outage(own_server, caplog):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         before = await limiter.reserve("agent", "1.00", id="before")
         own_server.kill()
@@ -321,7 +321,7 @@ def _deferred(hold_id: str, amount: str):
     return Settlement(hold_id, "committed", {"agent": Decimal(amount)}, deferred=True)
 
 
-async def test_deferred_spend_that_the_store_does_not_take_holds_up_nothing_else(own_server):
+async def test_deferred_spend_that_the_store_refuses_does_not_delay_the_rest(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -338,7 +338,7 @@ async def test_deferred_spend_that_the_store_does_not_take_holds_up_nothing_else
             assert sums(client, "team")["spent"] == to_units("0.03")
 
 
-async def test_allow_does_not_count_twice_what_the_store_had_granted_before_it_fell_silent(server, tmp_path_factory):
+async def test_allow_does_not_count_a_grant_with_a_lost_reply_twice(server, tmp_path_factory):
     path = Path(tmp_path_factory.mktemp("p")) / "s"
     async with (
         Proxy(server.socket_path, path) as proxy,
@@ -352,7 +352,7 @@ async def test_allow_does_not_count_twice_what_the_store_had_granted_before_it_f
             assert sums(client)["held"] == to_units("0.15")
             assert (await hold.commit("0.07")).deferred
             assert (await limiter.record("agent", "0.02")).deferred
-            assert limiter.deferred == 2, "without asking the store again"
+            assert limiter.deferred == 2, "without another request"
             assert sums(client)["spent"] == 0
             proxy.release_replies()
             await until(lambda: limiter.deferred == 0)
@@ -366,7 +366,7 @@ async def test_allow_admits_an_id_once_and_refuses_it_with_other_contents(own_se
         hold, at_once = await asyncio.gather(*(limiter.reserve("agent", "0.15", id="op_1") for _ in range(2)))
         assert (hold.replayed, at_once.replayed, at_once.cap_checked) == (False, True, False)
         hold.accrue("0.03")
-        for _ in range(2):  # while the store is away, and when it is back
+        for _ in range(2):  # during and after the outage
             again = await limiter.reserve("agent", "0.15", id="op_1")
             assert (again.replayed, again.state, again.accrued) == (True, "open", {"agent": Decimal("0.03")})
             for other in ({"amount": "0.16"}, {"amount": "0.15", "on_expiry": "release"}):
@@ -383,8 +383,8 @@ async def test_allow_admits_an_id_once_and_refuses_it_with_other_contents(own_se
 
 
 @pytest.mark.parametrize("deferred", [True, False])
-async def test_allow_releases_what_arrives_at_the_store_only_later(proxy, deferred):
-    """A hold was admitted unguarded and released; then its reservation arrives after all: nobody has it any more."""
+async def test_allow_closes_the_id_of_a_reservation_that_arrives_after_its_release(proxy, deferred):
+    """The late reservation of a hold that was admitted unguarded and released is refused."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         flow = reserve(limiter.engine.context, "agent", "0.15", "op_1", 900, "charge", "", "")
@@ -406,7 +406,7 @@ async def test_allow_releases_what_arrives_at_the_store_only_later(proxy, deferr
         assert (await limiter.status("agent")).held == 0
 
 
-async def test_allow_gives_up_what_it_admitted_for_a_caller_who_has_gone(proxy):
+async def test_allow_releases_a_reservation_of_a_cancelled_caller(proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         proxy.hold_replies()
@@ -421,13 +421,13 @@ async def test_allow_gives_up_what_it_admitted_for_a_caller_who_has_gone(proxy):
         assert (await limiter.status("agent")).held == 0
 
 
-async def test_a_commit_by_id_of_a_hold_of_ones_own_is_deferred_as_one_by_its_object(own_server):
+async def test_a_commit_by_id_of_an_own_hold_is_deferred(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.reserve({"agent": "0.15", "team": "0.10"}, id="op_1")
         own_server.kill()
         settled = await limiter.commit("op_1", {"agent": "0.07", "team": "0.02"})
         assert settled.deferred
-        with pytest.raises(StoreUnavailable):  # in which windows it would be spent is not known here
+        with pytest.raises(StoreUnavailable):  # the windows of another replica's hold are unknown
             await limiter.commit("op_2", "0.07")
         own_server.start()
         await until(lambda: limiter.deferred == 0)
@@ -436,8 +436,10 @@ async def test_a_commit_by_id_of_a_hold_of_ones_own_is_deferred_as_one_by_its_ob
             assert sums(client)["held"] == 0
 
 
-async def test_what_may_have_been_settled_long_ago_is_not_told_again(server, tmp_path_factory, caplog):
-    """The store forgets ids after a day: told then, it would be charged twice. What was never sent is told whenever."""
+async def test_a_settlement_beyond_the_maximum_age_is_dropped_if_it_may_have_been_executed(
+    server, tmp_path_factory, caplog
+):
+    """Ids expire in the store after a day, and a resend would charge again. Unsent operations have no maximum age."""
     async with (
         Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
         AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter,
@@ -458,13 +460,13 @@ async def test_what_may_have_been_settled_long_ago_is_not_told_again(server, tmp
         assert f"outcome of {hold.id} (deferred) unknown: too old to resend safely, dropped" in caplog.text
 
 
-async def test_allow_still_denies_what_the_store_denies(server):
+async def test_allow_denies_above_the_limit_while_the_store_is_reachable(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, on_store_error="allow") as limiter:
         with pytest.raises(BudgetExceeded):
             await limiter.reserve("agent", "5.01")
 
 
-async def test_allow_tells_at_the_end_what_it_could_not_record(own_server, caplog):
+async def test_allow_logs_unsent_spend_at_the_end(own_server, caplog):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -472,8 +474,8 @@ async def test_allow_tells_at_the_end_what_it_could_not_record(own_server, caplo
     assert any(record.levelname == "ERROR" and "never sent" in record.message for record in caplog.records)
 
 
-async def test_closing_while_deferred_spend_is_being_told_tells_the_rest(server, tmp_path_factory, monkeypatch):
-    monkeypatch.setattr(backlog, "_BATCH_OPS", 1)
+async def test_closing_while_deferred_spend_is_replayed_sends_the_rest(server, tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(replay, "_BATCH_OPS", 1)
     path = Path(tmp_path_factory.mktemp("p")) / "s"
     async with Proxy(server.socket_path, path) as proxy:
         async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3, on_store_error="allow") as limiter:
@@ -489,20 +491,20 @@ async def test_closing_while_deferred_spend_is_being_told_tells_the_rest(server,
         assert sums(client)["spent"] == ledger_sum(client) == to_units("0.61")
 
 
-async def test_whatever_telling_the_rest_ends_with_the_store_is_closed(own_server, monkeypatch):
+async def test_the_store_is_closed_although_the_last_replay_fails(own_server, monkeypatch):
     limiter = AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow")
     hold = await limiter.reserve("agent", "0.15")
     closed = []
     close = limiter.engine.store.close
 
-    async def note() -> None:
+    async def observe() -> None:
         closed.append(not limiter.engine.dispatcher.background.tasks)
         await close()
 
     async def fail() -> None:
         raise ZeroDivisionError("a bug")
 
-    monkeypatch.setattr(limiter.engine.store, "close", note)
+    monkeypatch.setattr(limiter.engine.store, "close", observe)
     monkeypatch.setattr(limiter.engine.dispatcher.replayer, "drain", fail)
     limiter.engine.policy.defer(Release(hold.id, limiter.keys.hold(hold.id), hold.window_list))
     with pytest.raises(ZeroDivisionError):
@@ -510,8 +512,8 @@ async def test_whatever_telling_the_rest_ends_with_the_store_is_closed(own_serve
     assert closed == [True]
 
 
-async def test_whoever_waits_for_a_repair_when_the_limiter_is_closed_is_told_so(server):
-    """No lane takes what waits then: it would wait for ever."""
+async def test_calls_waiting_for_a_repair_end_when_the_limiter_is_closed(server):
+    """No lane sends the waiting calls during a repair."""
     limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2)
     await limiter.record("agent", "0.01")
     limiter.engine.dispatcher.repair.active = True
@@ -524,7 +526,7 @@ async def test_whoever_waits_for_a_repair_when_the_limiter_is_closed_is_told_so(
     assert {type(outcome) for outcome in outcomes} == {StoreUnavailable}
 
 
-# -- a store that answers, but with an error ---------------------------------------------------------------------------
+# -- a store that replies with an error --------------------------------------------------------------------------------
 
 
 def wrong_type(client) -> None:
@@ -546,7 +548,7 @@ def not_our_schema(client) -> None:
 @pytest.mark.parametrize("policy", ["deny", "allow"])
 @pytest.mark.parametrize("break_it", [wrong_type, out_of_memory, no_permission, not_our_schema])
 async def test_33923_an_unexpected_store_error_never_admits(start_server: Callable, break_it: Callable, policy: str):
-    """#33323, PostHog #60838, spring-cloud-gateway #248: nor does policy `allow` admit on it."""
+    """#33323, PostHog #60838, spring-cloud-gateway #248: policy `allow` does not admit either."""
     broken = start_server()
     with broken.client() as client:
         async with AsyncBudgetLimiter(broken.url, BUDGETS, on_store_error=policy) as limiter:
@@ -563,8 +565,8 @@ async def test_33923_an_unexpected_store_error_never_admits(start_server: Callab
     broken.kill()
 
 
-async def test_33923_a_broken_window_does_not_let_the_rest_of_its_batch_pass_unchecked(server):
-    """A caller whose request travelled with the one that failed is refused with it, or is granted; never both."""
+async def test_33923_other_calls_of_a_batch_with_a_broken_window_are_checked(server):
+    """Another call in the batch is either refused or granted."""
     with server.client() as client:
         wrong_type(client)
         async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
@@ -577,19 +579,19 @@ async def test_33923_a_broken_window_does_not_let_the_rest_of_its_batch_pass_unc
             assert sums(client, "team") == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_a_store_that_refuses_this_user_does_not_let_a_limiter_start(start_server: Callable):
+async def test_a_limiter_without_permissions_does_not_start(start_server: Callable):
     guarded = start_server()
     with guarded.client() as client:
         no_permission(client)
         with pytest.raises(StoreError, match="[Nn]o permissions"):
             async with AsyncBudgetLimiter(guarded.url, BUDGETS, on_store_error="allow"):
-                pytest.fail("it started")
+                pytest.fail("the limiter started")
         with pytest.raises(StoreError, match="[Nn]o permissions"), BudgetLimiter(guarded.url, BUDGETS):
-            pytest.fail("it started")
+            pytest.fail("the limiter started")
     guarded.kill()
 
 
-async def test_a_replica_that_may_not_write_is_unavailable_and_not_full(start_server: Callable):
+async def test_a_read_only_server_is_unavailable_and_not_full(start_server: Callable):
     replica = start_server(None, "--replicaof", "127.0.0.1", "1")
     async with AsyncBudgetLimiter(replica.url, BUDGETS, timeout=0.2) as limiter:
         with away(replica.url), pytest.raises(StoreUnavailable):
@@ -597,15 +599,15 @@ async def test_a_replica_that_may_not_write_is_unavailable_and_not_full(start_se
     replica.kill()
 
 
-async def test_an_unexpected_failure_ends_the_calls_of_its_batch_and_no_others(server, monkeypatch):
+async def test_an_unexpected_failure_ends_only_the_calls_of_its_batch(server, monkeypatch):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         apply, failures = limiter.engine.store.apply, []
 
-        async def fail_once(*words):
+        async def fail_once(*arguments):
             if not failures:
-                failures.append(words)
+                failures.append(arguments)
                 raise ZeroDivisionError("a bug")
-            return await apply(*words)
+            return await apply(*arguments)
 
         monkeypatch.setattr(limiter.engine.store, "apply", fail_once)
         tries = [asyncio.create_task(limiter.reserve("agent", "0.01")) for _ in range(300)]
@@ -616,7 +618,7 @@ async def test_an_unexpected_failure_ends_the_calls_of_its_batch_and_no_others(s
         assert {type(error) for error in failed} == {BudgetError}
 
 
-async def test_an_unexpected_failure_of_a_read_is_an_answer_too(server, monkeypatch):
+async def test_an_unexpected_failure_of_a_read_ends_the_call(server, monkeypatch):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         run = limiter.engine.store.run
 

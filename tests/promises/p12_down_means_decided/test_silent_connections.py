@@ -1,4 +1,4 @@
-"""A NAT that has dropped its state discards packets silently: no call fails for it, or waits until its deadline.
+"""A NAT that has dropped its state discards packets silently: no call fails, or waits until its deadline.
 
 litellm PR #31577, redis-py #722.
 """

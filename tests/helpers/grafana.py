@@ -1,7 +1,7 @@
 """Checks a dashboard against the types that Grafana's own SDK is generated with.
 
-The SDK reads a dashboard leniently: it drops unknown fields, and accepts values of any type. So there are two checks: the
-dashboard is the same after a round trip through the SDK, and each value has the type that the SDK declares for it.
+The SDK reads a dashboard leniently: it drops unknown fields, and accepts values of any type. So there are two checks:
+the dashboard is the same after a round trip through the SDK, and each value has the type that the SDK declares for it.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from hypothesis import settings
 
 from ktrdr_budget import AsyncBudgetLimiter, BudgetLimiter
 
-from .helpers.patience import be_patient, is_away, is_there
+from .helpers.patience import is_away, is_there, patience
 from .helpers.proxy import Proxy
 from .helpers.unit_tests import is_unit_test
 
@@ -153,8 +153,7 @@ class Server:
 
 @pytest.fixture(scope="session", autouse=True)
 def _patience() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        be_patient(monkeypatch)
+    with patience():
         yield
 
 

@@ -29,6 +29,10 @@ logger = logging.getLogger("ktrdr_budget")
 _POLICIES: dict[str, type[OutagePolicy]] = {"deny": OutagePolicy, "allow": AllowPolicy, "lease": PrepaidPolicy}
 
 
+on_creation: list[Callable[[Engine], None]] = []
+"""Called with each new engine of this process; for tests."""
+
+
 class Engine:
     """Everything behind a limiter. Its attributes are for tests and for the package, not for users.
 
@@ -69,6 +73,12 @@ class Engine:
         self.dispatcher = self.lease_calls.driver = Dispatcher(self.context, self.store, timeout_s, observer)
         self.runner: Any = self.dispatcher
         """Runs the calls of holds: the dispatcher, or the portal of a sync limiter."""
+        for callback in on_creation:
+            callback(self)
+
+    def set_timeout(self, timeout_s: float) -> None:
+        """Change the time within which calls end, from the next call on."""
+        self.dispatcher.timeout_s = self.dispatcher.background.timeout_s = self.lease_calls.timeout_s = timeout_s
 
     def _report_loss(self) -> None:
         names = self.store.shown, self.state.replica_id, self.state.tenant

@@ -1,4 +1,4 @@
-"""A busy machine is not an outage: calls to a reachable store of this test run have at least twenty seconds.
+"""Timeouts for a busy machine: calls to a reachable store of this test run have at least twenty seconds.
 
 The ``timeout`` of a limiter applies while its store is unreachable (killed, paused or cut off by the test), and to
 stores outside of this test run. So a test about an outage can have a short deadline, and a machine that stalls for
@@ -9,29 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from weakref import WeakKeyDictionary
 
-import pytest
-
-from ktrdr_budget.engine.batching.background import Background
-from ktrdr_budget.engine.batching.dispatcher import Dispatcher
-from ktrdr_budget.engine.calls.chunks import LeaseCalls
+from ktrdr_budget.engine.engine import Engine, on_creation
 from ktrdr_budget.limiter import LimiterBase
 
 PATIENT_S = 20.0
 
 _present: set[str] = set()
 """URLs of reachable stores."""
+_timeouts_s: WeakKeyDictionary[Engine, float] = WeakKeyDictionary()
+"""The timeout that each limiter of this process was given."""
 
 
 def is_there(url: str) -> None:
     """Mark a store as reachable."""
     _present.add(url)
+    _apply_timeouts(url)
 
 
 def is_away(url: str) -> None:
     """Mark a store as unreachable."""
     _present.discard(url)
+    _apply_timeouts(url)
 
 
 @contextmanager
@@ -44,47 +44,55 @@ def away(url: str) -> Iterator[None]:
         is_there(url)
 
 
+def set_timeout(limiter: LimiterBase, timeout_s: float) -> None:
+    """Set the timeout of a limiter's calls, for stores that are not marked as reachable."""
+    _timeouts_s[limiter.engine] = timeout_s
+    _apply_timeout(limiter.engine)
+
+
 @contextmanager
 def hurried(limiter: LimiterBase, timeout_s: float) -> Iterator[None]:
-    """Set the timeout of a limiter's calls during the block, for stores that are not marked."""
-    dispatcher = limiter.engine.dispatcher
-    timeout_set_s = dispatcher.timeout_s
-    dispatcher.timeout_s = dispatcher.background.timeout_s = timeout_s
+    """Set the timeout of a limiter's calls during the block, for stores that are not marked as reachable."""
+    timeout_set_s = _timeouts_s[limiter.engine]
+    set_timeout(limiter, timeout_s)
     try:
         yield
     finally:
-        dispatcher.timeout_s = dispatcher.background.timeout_s = timeout_set_s
+        set_timeout(limiter, timeout_set_s)
 
 
 @contextmanager
 def in_haste(limiter: LimiterBase, timeout_s: float) -> Iterator[None]:
     """Set the timeout of a limiter's calls during the block, although its store is reachable."""
-    with away((limiter.store_address or "").partition("?")[0]), hurried(limiter, timeout_s):
+    with away(_url(limiter.engine)), hurried(limiter, timeout_s):
         yield
 
 
-class _Patient:
-    """A timeout in seconds, raised for reachable stores."""
-
-    def __init__(self, store: Any) -> None:
-        self._store = store
-
-    def __get__(self, owner: Any, kind: Any) -> Any:
-        if owner is None:
-            return self
-        timeout_set_s = vars(owner)["timeout_s"]
-        address = (self._store(owner).address or "").partition("?")[0]
-        return max(timeout_set_s, PATIENT_S) if address in _present else timeout_set_s
-
-    def __set__(self, owner: Any, timeout_set_s: float) -> None:
-        vars(owner)["timeout_s"] = timeout_set_s
+@contextmanager
+def patience() -> Iterator[None]:
+    """Apply these timeouts to the limiters that are made during the block."""
+    on_creation.append(_begin)
+    try:
+        yield
+    finally:
+        on_creation.remove(_begin)
 
 
-def be_patient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Raise the timeouts of all limiters of this process."""
-    for kind, store in (
-        (Dispatcher, lambda dispatcher: dispatcher.store),
-        (Background, lambda background: background.store),
-        (LeaseCalls, lambda calls: calls.driver.store),
-    ):
-        monkeypatch.setattr(kind, "timeout_s", _Patient(store), raising=False)
+def _begin(engine: Engine) -> None:
+    _timeouts_s[engine] = engine.dispatcher.timeout_s
+    _apply_timeout(engine)
+
+
+def _apply_timeouts(url: str) -> None:
+    for engine in list(_timeouts_s):
+        if _url(engine) == url:
+            _apply_timeout(engine)
+
+
+def _apply_timeout(engine: Engine) -> None:
+    timeout_s = _timeouts_s[engine]
+    engine.set_timeout(max(timeout_s, PATIENT_S) if _url(engine) in _present else timeout_s)
+
+
+def _url(engine: Engine) -> str:
+    return (engine.store.address or "").partition("?")[0]

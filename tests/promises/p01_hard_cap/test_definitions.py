@@ -27,6 +27,7 @@ from ktrdr_budget.money import to_units
 from ktrdr_budget.telemetry.metrics import LimiterMetrics
 
 from ...helpers.keyspace import counted, dump, immortal_keys, sums, window_key
+from ...helpers.patience import set_timeout
 from ...helpers.waiting import until
 
 OTHER = Budget("other", "1.00")
@@ -126,7 +127,7 @@ async def test_holds_are_settled_after_a_migration(server, client):
 async def test_deferred_spend_is_recorded_after_a_migration(start_server):
     own = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with limiter_of(own, Budget("agent", 5), on_store_error="allow") as first:
-        first.engine.dispatcher.timeout_s = 0.5
+        set_timeout(first, 0.5)
         await first.record("agent", 1)
         own.kill()
         assert (await first.record("agent", "0.50", id="late")).deferred

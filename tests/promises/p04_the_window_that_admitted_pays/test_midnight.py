@@ -14,6 +14,7 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflic
 from ktrdr_budget.money import to_units
 
 from ...helpers.keyspace import counted, dump, immortal_keys, ledger_sum, public, sums, window_key
+from ...helpers.patience import set_timeout
 from ...helpers.processes import workers
 from ...helpers.waiting import until
 
@@ -180,7 +181,7 @@ async def test_spend_during_an_outage_is_recorded_in_the_window_of_its_time(star
     server = start_clocked_server(None, "--appendonly", "yes")
     server.set(BEFORE)
     async with limiter_for(server, on_store_error="allow") as limiter:
-        limiter.engine.dispatcher.timeout_s = 0.2
+        set_timeout(limiter, 0.2)
         before = await limiter.reserve("agent", "1.00")
         server.kill()
         during = await limiter.reserve("agent", "0.15")

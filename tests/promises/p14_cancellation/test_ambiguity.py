@@ -25,7 +25,7 @@ from ktrdr_budget.engine.replica.outbox import Entry, Outbox
 from ktrdr_budget.money import to_units
 
 from ...helpers.keyspace import ledger_sum, sums
-from ...helpers.patience import away
+from ...helpers.patience import away, set_timeout
 from ...helpers.proxy import Proxy
 from ...helpers.waiting import until
 
@@ -200,7 +200,7 @@ async def test_a_hold_reserved_again_by_another_replica_stays_open(proxy, limite
 
 async def test_a_cancelled_reservation_does_not_release_a_grant_to_another_replica(proxy, limiter, other, client):
     """Another replica is granted the same id before the store replies to the cancelled request."""
-    limiter.engine.dispatcher.timeout_s = 1.0
+    set_timeout(limiter, 1.0)
     proxy.lose_all("request")
     task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
     while not proxy.requests_lost:
@@ -218,7 +218,7 @@ async def test_a_cancelled_reservation_does_not_release_a_grant_to_another_repli
 
 
 async def test_a_retry_after_a_cancellation_keeps_the_hold(proxy, limiter, client):
-    limiter.engine.dispatcher.timeout_s = 1.0
+    set_timeout(limiter, 1.0)
     proxy.lose_all("reply")
     task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
     while not proxy.replies_lost:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import ExitStack
 from decimal import Decimal
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, StoreUnavailable, UnknownHold
+from ktrdr_budget import AsyncBudgetLimiter, Budget, UnknownHold
 from ktrdr_budget.engine.calls.settle import settle_by_id
 
 from ...helpers.keyspace import sums
 from ...helpers.patience import away, hurried
-from ...helpers.repairs import replayed
+from ...helpers.repairs import recovery_prolonged, refused_during_repair, replayed
 from ...helpers.waiting import until
 
 BUDGETS = [Budget("agent", "5.00")]
@@ -56,31 +57,33 @@ async def test_a_replica_settles_its_own_lost_hold(limiter, client, call):
     assert found["spent"] == (70_000_000 if call is CALLS[0] else 0)
 
 
-@pytest.mark.timely
 @by_each_call
 async def test_a_lost_hold_is_unavailable_until_its_replica_has_replayed_it(server, limiter, silent, client, call):
     await silent.reserve("agent", "0.15", id="op_1")
     await limiter.record("agent", "0.01")
     client.flushall()
-    with away(server.url), hurried(limiter, 0.3), pytest.raises(StoreUnavailable, match="being repaired"):
-        await call(limiter, "op_1")
+    with recovery_prolonged(client), away(server.url), hurried(limiter, 0.3):
+        await refused_during_repair(lambda: call(limiter, "op_1"))
     await replayed(silent)
     await call(limiter, "op_1")
 
 
-@pytest.mark.timely
 async def test_a_new_replica_gets_no_unknown_hold_during_a_recovery(server, silent, client):
     await silent.reserve("agent", "0.15", id="op_1")
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as witness:
-        client.flushall()
-        assert (await witness.status("agent")).recovering_until
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as new:
-        with away(server.url), hurried(new, 0.2), pytest.raises(StoreUnavailable, match="being repaired; try again in"):
-            await new.commit("op_1", "0.07")
-        await replayed(silent)
-        assert (await new.commit("op_1", "0.07")).amounts == {"agent": Decimal("0.07")}
-        with pytest.raises(UnknownHold):
-            await new.commit("op_2", "0.07")
+    with ExitStack() as prolonged:
+        prolonged.enter_context(recovery_prolonged(client))
+        async with AsyncBudgetLimiter(server.url, BUDGETS) as witness:
+            client.flushall()
+            assert (await witness.status("agent")).recovering_until
+        async with AsyncBudgetLimiter(server.url, BUDGETS) as new:
+            with away(server.url), hurried(new, 0.2):
+                refused = await refused_during_repair(lambda: new.commit("op_1", "0.07"))
+            assert "being repaired; try again in" in str(refused)
+            prolonged.close()
+            await replayed(silent)
+            assert (await new.commit("op_1", "0.07")).amounts == {"agent": Decimal("0.07")}
+            with pytest.raises(UnknownHold):
+                await new.commit("op_2", "0.07")
 
 
 async def test_a_commit_that_read_its_hold_before_the_loss_waits_for_the_replay(limiter, silent, client):

@@ -251,4 +251,4 @@ BudgetMismatch = DefinitionConflict
 
 
 class UnmeteredCall(InvalidArgument):
-    """The cost of a guarded client's call cannot be bounded or is not reported. Nothing was sent."""
+    """The cost of a guarded client's call cannot be bounded, or would not be reported. Nothing was sent."""

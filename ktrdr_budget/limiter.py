@@ -59,7 +59,7 @@ class LimiterBase:
         budgets: the budgets of this replica, each with its configured limit.
         tenant: names the slot that all keys live in.
         timeout: seconds within which each call ends.
-        on_store_error: what a call does that does not reach the store: ``deny`` (raise
+        on_store_error: how a call ends that cannot reach the store: ``deny`` (raise
             :class:`~ktrdr_budget.errors.StoreUnavailable`); ``allow``: admit without a check of the cap, and record the
             spend once the store replies; or ``lease``: draw holds from leases that are kept for that (``lease_slab``),
             so that the cap holds without the store. Such holds are known in this process only, and the store records
@@ -68,7 +68,7 @@ class LimiterBase:
             dollars, or a mapping of budgets to amounts.
         data_dir: the embedded server's data (default: ``AGENT_BUDGET_DIR`` or ``data/budget``).
         observer: called with an ``Observation`` of each finished call, and of spend whose call has failed, once the
-            store has it (operation ``resolve``); what it raises is logged and changes nothing.
+            store has it (operation ``resolve``); its exceptions are logged and ignored.
         trace_id: returns the current trace id, for the ledger.
         max_holds: how many holds, open and unconfirmed, the tenant may have; one more raises
             :class:`~ktrdr_budget.errors.TooManyHolds`.
@@ -231,7 +231,7 @@ class AsyncBudgetLimiter(LimiterBase):
         await self.close()
 
     async def start(self) -> None:
-        """Connect. A store that is down does not prevent a start: calls report it, and recover by themselves.
+        """Connect. Succeeds even if the store is down: calls report the outage, and succeed again once it is over.
 
         Raises:
             StoreError: the embedded server does not start, or the store refuses this user.
@@ -245,7 +245,7 @@ class AsyncBudgetLimiter(LimiterBase):
             logger.warning("starting without the store: %s", error)
 
     async def close(self) -> None:
-        """Finish what was begun, within twice the deadline, and disconnect."""
+        """Finish calls in flight, within twice the deadline, and disconnect."""
         await self._runner.close()
 
     # -- reserve and settle --------------------------------------------------------------------------------------------
@@ -267,7 +267,7 @@ class AsyncBudgetLimiter(LimiterBase):
             budget: a name with ``amount``, or a mapping of names to amounts; a denial names the first that lacks room.
             id: idempotency key; the same id and contents return the same hold, marked ``replayed``. Default: generated.
             ttl: seconds, 1 to 86400, until the hold expires unless it is extended.
-            on_expiry: what an expired hold counts: ``charge`` all, ``accrued`` what was reported, ``release`` nothing.
+            on_expiry: the charge of an expired hold: ``charge`` all, ``accrued`` the reported use, ``release`` nothing.
             operation: a label for the ledger.
             owner: may settle the hold once it is unconfirmed (used by the HTTP service).
 

@@ -152,7 +152,7 @@ class BudgetLimiter(LimiterBase):
         self.close()
 
     def start(self) -> None:
-        """Connect. A store that is down does not prevent a start: calls report it, and recover by themselves.
+        """Connect. Succeeds even if the store is down: calls report the outage, and succeed again once it is over.
 
         Raises:
             StoreError: the embedded server does not start, or the store refuses this user.
@@ -166,7 +166,7 @@ class BudgetLimiter(LimiterBase):
             logger.warning("starting without the store: %s", error)
 
     def close(self) -> None:
-        """Finish what was begun, within twice the deadline, and disconnect."""
+        """Finish calls in flight, within twice the deadline, and disconnect."""
         self._runner.close()
 
     # -- reserve and settle --------------------------------------------------------------------------------------------
@@ -188,7 +188,7 @@ class BudgetLimiter(LimiterBase):
             budget: a name with ``amount``, or a mapping of names to amounts; a denial names the first that lacks room.
             id: idempotency key; the same id and contents return the same hold, marked ``replayed``. Default: generated.
             ttl: seconds, 1 to 86400, until the hold expires unless it is extended.
-            on_expiry: what an expired hold counts: ``charge`` all, ``accrued`` what was reported, ``release`` nothing.
+            on_expiry: the charge of an expired hold: ``charge`` all, ``accrued`` the reported use, ``release`` nothing.
             operation: a label for the ledger.
             owner: may settle the hold once it is unconfirmed (used by the HTTP service).
 

@@ -1,6 +1,6 @@
 -- settle_on_behalf.lua: replay a settlement that belongs to the subtotals of another replica.
 --
--- Each settlement counts in the subtotals of one replica, whichever replays it. The field `t:` of a window notes that a
+-- Each settlement counts in the subtotals of one replica, regardless of the replica that replays it. The field `t:` of a window notes that a
 -- replica has replayed its subtotal of it in this epoch (replay_total.lua): that includes what the replica settled, also
 -- settlements whose ids it has forgotten.
 --

@@ -19,7 +19,7 @@ __all__ = ["CycleStatus", "CycleStore", "CycleView", "CyclesPage", "Progress"]
 CycleStatus = Literal["running", "cancelling", "completed", "failed", "cancelled"]
 Outcome = Literal["completed", "failed", "cancelled"]
 
-NOT_A_CURSOR = "not a cursor of this list"
+NOT_A_CURSOR = "invalid cursor: use the one that the previous page returned"
 KEPT_MAX = 1000
 """Maximum number of ended cycles that are kept."""
 KEPT_MS = 35 * 86_400_000

@@ -49,7 +49,9 @@ class PriceSeries:
 
     def __post_init__(self) -> None:
         if len(self.days) != len(self.closes):
-            raise InvalidArgument(f"{len(self.days)} days with {len(self.closes)} prices")
+            raise InvalidArgument(
+                f"a price series needs one price per day, not {len(self.closes)} prices for {len(self.days)} days"
+            )
         if any(later <= earlier for earlier, later in zip(self.days, self.days[1:], strict=False)):
             raise InvalidArgument("the days of a price series must ascend")
         if not all(math.isfinite(close) and close > 0 for close in self.closes):

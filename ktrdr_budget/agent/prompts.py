@@ -153,7 +153,7 @@ def parse_assessment(text: str) -> Assessment:
     if not isinstance(verdict, str) or verdict.strip().lower() not in VERDICTS:
         raise UnusableAnswer(f"verdict must be one of {', '.join(VERDICTS)}")
     if not isinstance(summary, str) or not summary.strip():
-        raise UnusableAnswer("summary must be a text")
+        raise UnusableAnswer("summary must be a string")
     return Assessment(verdict.strip().lower(), summary.strip()[:SUMMARY_LENGTH_MAX])
 
 

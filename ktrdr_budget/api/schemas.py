@@ -203,7 +203,7 @@ class InvalidJSON:
 
 
 def closed(**example: Any) -> ConfigDict:
-    """The configuration of a model without further fields, with an example."""
+    """Configuration of a model that forbids extra fields, with an example."""
     return ConfigDict(
         extra="forbid",
         from_attributes=True,

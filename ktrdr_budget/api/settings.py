@@ -199,12 +199,12 @@ def load_settings() -> Settings:
     except ValidationError as error:
         raise SettingsError(_one_line(error)) from None
     # Read the file now, so that its errors appear at the start.
-    kinds = {budget.name: budget.kind for budget in settings.budgets}
+    spendable = [budget.name for budget in settings.budgets if budget.kind == "spend"]
     slabs = settings.lease_slabs
     for name in slabs if isinstance(slabs, Mapping) else ():
-        if kinds.get(name) != "spend":
+        if name not in spendable:
             raise SettingsError(
-                f"KTRDR_LEASE_SLAB: {name!r} is not a budget that is spent; {', '.join(kinds)} are known"
+                f"KTRDR_LEASE_SLAB: {name!r} is not a budget of kind 'spend'; those are: {', '.join(spendable)}"
             )
     return settings
 

@@ -20,8 +20,8 @@ __all__ = ["cancel", "cycles", "status", "trigger"]
 
 @click.command()
 @click.option("--id", "operation_id", callback=validate_name, help="Idempotency key. Default: generated.")
-@click.option("--strategy", metavar="NAME", help="Begin with the training of this strategy; excludes --brief.")
-@click.option("--brief", metavar="TEXT", help="Instructions for the design; excludes --strategy.")
+@click.option("--strategy", metavar="NAME", help="Begin with the training of this strategy; not with --brief.")
+@click.option("--brief", metavar="TEXT", help="Instructions for the design; not with --strategy.")
 @click.option("-m", "--model", metavar="NAME", help="Language model of this cycle: its name, or opus, sonnet, haiku.")
 @click.option("-b", "--bypass-gates", "--bypass", is_flag=True, help="Record failed gates, but continue.")
 @click.option("--wait", is_flag=True, help="Follow the cycle until it ends.")

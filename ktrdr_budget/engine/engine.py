@@ -67,7 +67,7 @@ class Engine:
         if isinstance(self.policy, PrepaidPolicy):
             self.policy.prepay(self.lease_calls, lease_slab)
         elif lease_slab is not None:
-            raise InvalidArgument(f"lease_slab is for on_store_error='lease', not {on_store_error!r}")
+            raise InvalidArgument(f"lease_slab requires on_store_error='lease', not {on_store_error!r}")
         self.store = store(self.state)
         self.state.on_loss = self._report_loss
         self.dispatcher = self.lease_calls.driver = Dispatcher(self.context, self.store, timeout_s, observer)

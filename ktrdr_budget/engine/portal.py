@@ -166,7 +166,7 @@ class SyncRunner:
         return self._run(flow, operation)
 
     def settle(self, flow: Flow[Result], operation: str) -> Result:
-        """Run a settlement that its caller cannot retry: without a reply, it is sent again once the store replies."""
+        """Run a settlement whose caller cannot retry it: without a reply, it is sent again once the store replies."""
         return self._run(flow, operation, kept=True)
 
     def _run(self, flow: Flow[Result], operation: str, *, kept: bool = False) -> Result:
@@ -201,7 +201,7 @@ class SyncRunner:
         self.portal.run(self._engine.store.open())
 
     def close(self) -> None:
-        """Finish what was begun, within twice the deadline, and disconnect; calls of other threads receive an error."""
+        """Finish calls in flight, within twice the deadline, and disconnect; other threads receive an error."""
         try:
             self._close()
         except RuntimeError as error:

@@ -31,7 +31,7 @@ class AsyncRunner:
         return self._dispatcher.run(flow, operation)
 
     def settle(self, flow: Flow[Result], operation: str) -> Awaitable[Result]:
-        """Run a settlement that its caller cannot retry: without a reply, it is sent again once the store replies."""
+        """Run a settlement whose caller cannot retry it: without a reply, it is sent again once the store replies."""
         return self._dispatcher.run(flow, operation, kept=True)
 
     async def open(self) -> None:
@@ -39,13 +39,13 @@ class AsyncRunner:
         await self._engine.store.open()
 
     async def close(self) -> None:
-        """Finish what was begun, within twice the deadline, and disconnect; a cancelled caller waits for it."""
+        """Finish calls in flight, within twice the deadline, and disconnect; a cancelled caller waits for it."""
         closing = asyncio.get_running_loop().create_task(self._close())
         cancelled: asyncio.CancelledError | None = None
         while not closing.done():
             try:
                 await asyncio.wait({closing})
-            except asyncio.CancelledError as error:  # perhaps at each await: what was begun completes all the same
+            except asyncio.CancelledError as error:  # perhaps at each await; calls in flight complete anyway
                 cancelled = error
         closing.result()
         if cancelled is not None:

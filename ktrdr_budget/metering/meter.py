@@ -49,7 +49,9 @@ class Meter:
         if not isinstance(limiter, (AsyncBudgetLimiter, BudgetLimiter)):
             raise InvalidArgument(f"limiter must be an AsyncBudgetLimiter or a BudgetLimiter, not {shown(limiter)}")
         if pricer is not None and not all(callable(getattr(pricer, name, None)) for name in ("price", "worst_case")):
-            raise InvalidArgument(f"pricer must have the methods of Prices, unlike {shown(pricer)}")
+            raise InvalidArgument(
+                f"pricer must have the methods price and worst_case, as Prices has, not {shown(pricer)}"
+            )
         if isinstance(budgets, str) or not budgets:
             raise InvalidArgument(f"budgets must be a non-empty list of names, not {budgets!r}")
         check_on_expiry(on_expiry)

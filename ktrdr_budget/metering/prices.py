@@ -194,7 +194,7 @@ class Prices:
         service_tier: str | None = None,
         other_max: Mapping[str, int] = _NOTHING,
     ) -> Cost:
-        """See :meth:`Pricer.worst_case`. Assumes the dearest unit (input may be written to a cache) and tier."""
+        """See :meth:`Pricer.worst_case`. Assumes the most expensive tier and input rate, cache writes included."""
         configured = self._configured(provider, model)
         candidates = (
             (configured,)

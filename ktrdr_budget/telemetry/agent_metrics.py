@@ -101,5 +101,5 @@ class AgentMetrics:
 
 def _known(label: str, known: tuple[str, ...]) -> str:
     if label not in known:
-        raise ValueError(f"unknown label {label!r}; there are {', '.join(known)}")
+        raise ValueError(f"unknown label {label!r}; known: {', '.join(known)}")
     return label

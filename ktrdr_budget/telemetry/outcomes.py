@@ -1,4 +1,4 @@
-"""Outcomes of the limiter's calls for metrics and spans, and the combination of observers."""
+"""Outcomes of the limiter's calls for metrics and spans, and the composition of observers."""
 
 from __future__ import annotations
 

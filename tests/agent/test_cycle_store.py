@@ -163,7 +163,7 @@ async def test_active_cycles_are_listed_oldest_first_and_ended_cycles_newest_fir
         shown += [cycle.operation_id for cycle in page.ended]
     assert sorted(shown) == ["op_0", "op_1", "op_2", "op_3"]
     for cursor in ("op_unknown", "op_5"):
-        with pytest.raises(InvalidArgument, match="not a cursor of this list"):
+        with pytest.raises(InvalidArgument, match="invalid cursor"):
             await store.list(2, cursor)
     assert (await store.list(0)).ended == []
 

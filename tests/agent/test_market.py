@@ -60,5 +60,5 @@ def test_a_malformed_file_is_rejected(text: str, words: str):
 
 
 def test_days_and_prices_must_have_equal_length():
-    with pytest.raises(InvalidArgument, match="2 days with 1 prices"):
+    with pytest.raises(InvalidArgument, match="1 prices for 2 days"):
         PriceSeries((date(2020, 1, 1), date(2020, 1, 1) + timedelta(1)), (1.0,))

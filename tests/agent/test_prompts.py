@@ -119,9 +119,9 @@ def test_a_long_summary_is_cut():
         ("It is good.", "there is no JSON object with 'verdict' in it"),
         (JUDGEMENT.replace("mediocre", "superb"), "verdict must be one of promising, mediocre, poor"),
         ('{"verdict": null, "summary": "x"}', "verdict must be one of promising, mediocre, poor"),
-        ('{"verdict": "poor"}', "summary must be a text"),
-        ('{"verdict": "poor", "summary": "  "}', "summary must be a text"),
-        ('{"verdict": "poor", "summary": ["x"]}', "summary must be a text"),
+        ('{"verdict": "poor"}', "summary must be a string"),
+        ('{"verdict": "poor", "summary": "  "}', "summary must be a string"),
+        ('{"verdict": "poor", "summary": ["x"]}', "summary must be a string"),
     ],
 )
 def test_the_error_for_an_unusable_assessment_names_the_defect(text: str, words: str):

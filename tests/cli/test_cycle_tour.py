@@ -52,7 +52,7 @@ def test_a_cycle_from_trigger_to_end(server: Server, process: Process, environme
         assert "training pass, backtest pass" in row
         invalid = process("agent", "cycles", "--cursor", "x")
         assert (invalid.returncode, invalid.stdout) == (2, "")
-        assert invalid.stderr == "ktrdr: not a cursor of this list\n"
+        assert invalid.stderr == "ktrdr: invalid cursor: use the one that the previous page returned\n"
 
         # A repeated trigger starts no second cycle, and follows the first.
         again = process("agent", "trigger", "--wait", "--id", "op_1", "--json")

@@ -63,7 +63,7 @@ class Breaker:
 
     @property
     def state(self) -> StoreState:
-        """``closed``: calls are sent; ``open``: they end at once."""
+        """``closed``: calls are sent; ``open``: calls end at once, by the outage policy."""
         return "open" if self.open else "closed"
 
     def deadline_missed(self, called_s: float, error: Exception) -> None:

@@ -1,4 +1,5 @@
-"""Group commit: while one round trip is under way, further calls of the event loop wait, and leave together.
+"""Group commit: while one round trip is under way, further calls on the event loop wait, and are sent
+together as the next batch.
 
 No timer is involved: an idle limiter sends at once. The dispatcher, not a caller, owns what is under way, so that a
 cancelled caller affects no other. It owns the outcome, too, until the caller has received it (:meth:`Dispatcher.run`):

@@ -30,7 +30,7 @@ The store grants nothing for RECOVERY_MS of prelude.lua after the first detectio
 _CHECK_PULSES, _CHECK_HOLDS = 2, 500
 """With each second pulse, so many holds are checked for settlements by others."""
 _REPLAY_AGAIN_FIRST_S, _REPLAY_AGAIN_MAX_S = 1.0, 5.0
-"""When what concerns a missing window is replayed again."""
+"""Delays before operations on a missing window are replayed again."""
 _BATCH_OPS = 128
 _PAUSE_FIRST_S = 0.01
 _PAUSE_MAX_S = 0.2
@@ -220,7 +220,7 @@ class LossRepair:
             logger.warning("journal replayed to the store at %s: %s", self._background.store.shown, done)
         if done.forgotten_settlements or done.forgotten_holds:
             logger.error(
-                "beyond the journal of replica %s, not repaired: ids of %d settlements, %d holds",
+                "not repaired, no longer in the journal of replica %s: ids of %d settlements, %d holds",
                 self._state.replica_id,
                 done.forgotten_settlements,
                 done.forgotten_holds,

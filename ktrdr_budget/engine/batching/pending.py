@@ -77,10 +77,10 @@ class PendingCall:
         self.stalled_max_s = stalled_max_s
         self.kept = kept
         self.was_renewed = False
-        """Whether its time was given anew, because the event loop was blocked."""
+        """Whether its deadline was renewed, because the event loop was blocked."""
         self.context = contextvars.copy_context()
         self.request: Any = None
-        """What it waits for."""
+        """The request whose reply it waits for."""
         self.was_resent = False
         """Whether an attempt without a reply may have been executed."""
         self.unacknowledged = False

@@ -261,7 +261,7 @@ class Replayer:
         for entry, record in await self._records(entries):
             outcome = "absent"
             if record is not None:
-                # What was granted to another request, or is settled, has a caller.
+                # A hold that was granted to another request, or is settled, has a caller.
                 request = getattr(entry.request, "request", "")
                 lost = record.state in (OPEN, UNCONFIRMED) and record.request == request
                 outcome = "granted" if lost else "superseded"

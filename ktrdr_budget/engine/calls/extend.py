@@ -27,7 +27,7 @@ Totals = Mapping[str, int]
 
 
 def extend(context: CallContext, hold: HoldBase, ttl: float | None) -> Flow[None]:
-    """Heartbeat: a new deadline, and what was accrued."""
+    """Send a heartbeat: a new deadline, and the accrued amount."""
     ttl_ms = hold.ttl_ms if ttl is None else check_ttl_ms(ttl)
     flow = _send(context, _extension(context, hold, _accrued(hold), ttl_ms, ExtendMode.HEARTBEAT))
     yield from _extended(context, hold, flow, lambda: hold.parts, ttl_ms)
@@ -35,7 +35,7 @@ def extend(context: CallContext, hold: HoldBase, ttl: float | None) -> Flow[None
 
 
 def grow_to(context: CallContext, hold: HoldBase, totals: Amounts) -> Flow[None]:
-    """A reservation of at least these totals, in all budgets or in none."""
+    """Enlarge the reservation to at least these totals, in all budgets or in none."""
     check_amounts(totals)
     given = spread(totals, hold.flags)
     parts = [(window, max(units, given.get(window.budget, 0))) for window, units in hold.parts]
@@ -45,13 +45,12 @@ def grow_to(context: CallContext, hold: HoldBase, totals: Amounts) -> Flow[None]
 
 
 def grow(context: CallContext, hold: HoldBase, amount: Amounts) -> Flow[None]:
-    """A larger reservation, in all budgets or in none.
+    """Enlarge the reservation, in all budgets or in none.
 
     The increase is added exactly once, though several callers and processes may grow the hold at the same time. The
-    store knows totals, of which the largest wins, so that what is repeated is harmless. To add to one, each attempt
-    names the totals that it expects, and the store refuses it if others have grown the hold since; then it is made
-    again. Only if its reply was lost, an attempt cannot be distinguished from another process that grew the hold to the
-    very same totals at that moment.
+    store keeps the largest total, so a repeated request is harmless. To add to one, each attempt names the totals that
+    it expects, and the store refuses it if others have grown the hold since; then it is made again. Only after a lost
+    reply can an attempt not be distinguished from another process that grew the hold to the very same totals.
     """
     check_amounts(amount)
     more = spread(amount, hold.flags)

@@ -104,7 +104,7 @@ def reserve_units(
                 parts = context.parts_of(record)
                 deadline_ms = record.deadline_ms
                 hold = context.new_hold(hold_id, parts, ttl_ms, deadline_ms, record=record, request=record.request)
-                # What was granted to this very request, by an attempt whose reply was lost, is no replay to it.
+                # A hold that an earlier attempt of this very request was granted is no replay to it.
                 hold.replayed = record.request != request or record.unreceived
                 return hold
             yield from context.retire_records({hold_id: record})

@@ -272,5 +272,5 @@ def holds_cursor(cursor: str | None) -> tuple[int, int]:
     if cursor is None:
         return 0, 0
     if not isinstance(cursor, str) or not (found := re.fullmatch(r"([01])-(\d{1,9})", cursor, re.ASCII)):
-        raise InvalidArgument("not a cursor of this list")
+        raise InvalidArgument("invalid cursor: use the one that the previous page returned")
     return int(found[1]), int(found[2])

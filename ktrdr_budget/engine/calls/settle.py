@@ -51,12 +51,12 @@ def commit_units(context: CallContext, hold: HoldBase, units: int) -> Flow[Settl
 
 
 def release(context: CallContext, hold: HoldBase) -> Flow[Settlement]:
-    """Give everything back."""
+    """Release the whole reservation."""
     return _settle(context, hold, None)
 
 
 def leave(context: CallContext, hold: HoldBase, failed: bool, on_error: OnError) -> Flow[Any] | None:
-    """What the end of ``with limiter.hold(...)`` does; ``None`` for nothing."""
+    """The settlement to run at the end of ``with limiter.hold(...)``; ``None`` for none."""
     if hold.settled or hold.settling:  # a settlement that was begun completes, though its caller was cancelled
         return None
     if hold.uncertain_commit is not None:
@@ -96,8 +96,8 @@ def _settle(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount
     """Commit these amounts, or release (``None``)."""
     if hold.busy:
         raise HoldConflict(
-            f"calls inside of hold {hold.id!r} are under way, and may cost what it holds: settle it after them, or "
-            "leave its block, and the last of them settles it"
+            f"calls inside of hold {hold.id!r} are under way, and may spend its reservation: settle it after they end, "
+            "or leave its block, and the last of them settles it"
         )
     hold.settling = True
     try:

@@ -119,7 +119,7 @@ class Grant:
             if self._spent is not None:
                 if self._spent != spent:
                     raise HoldConflict(
-                        f"a grant of {chunks.name!r} was already settled at another amount; nothing was changed"
+                        f"a grant of {chunks.name!r} was already settled with a different amount; nothing was changed"
                     )
                 return
             if chunk.is_settled and spent != self._units:

@@ -65,7 +65,7 @@ class ChunkCalls(Protocol):
         """Start a call; raises ``RuntimeError`` once the limiter is closed."""
 
     def reserve(self, budget: str, units: int, ttl_s: float, operation: str) -> Generator[Any, Any, HoldBase]:
-        """Reserve a chunk, which only the store can grant."""
+        """Reserve a chunk in the store, never offline."""
 
     def extend(self, hold: HoldBase, accrued: int, ttl_ms: int) -> Generator[Any, Any, HoldRecord]:
         """Send a heartbeat, with the whole units spent."""
@@ -94,7 +94,7 @@ class _Waiter(NamedTuple):
 
 
 class LeaseBase(Chunks):
-    """What the leases of the sync and the async limiter share: all but the waiting.
+    """Base class of sync and async leases; subclasses add only the waiting.
 
     Args:
         budget: its name; any but one of kind ``slots``.
@@ -488,10 +488,10 @@ class LeaseBase(Chunks):
         def on_end(error: BaseException | None) -> None:
             chunk.is_settling = False
             if isinstance(error, StoreUnavailable):  # the next tick tries again
-                logger.warning("commit of a chunk of the lease of %s postponed: %s", self.name, error)
+                logger.warning("lease of %s: commit of a chunk postponed: %s", self.name, error)
             else:
                 if error is not None:
-                    logger.error("commit of a chunk of the lease of %s failed: %s", self.name, error)
+                    logger.error("lease of %s: commit of a chunk failed: %s", self.name, error)
                 self.forget(chunk)
                 self._end_if_done()
             self._wake_ends()

@@ -1,4 +1,4 @@
-"""What a call does that does not reach the store: the interface of outage policies, and policy ``deny`` (P12)."""
+"""How a call ends that cannot reach the store: the interface of outage policies, and policy ``deny`` (P12)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class OfflineReservation(NamedTuple):
     """The current windows, each with the whole units requested."""
     ttl_ms: int
     policy: str
-    """What its expiry counts, a code of :data:`~..protocol.codes.POLICIES`."""
+    """Its expiry policy, a code of :data:`~..protocol.codes.POLICIES`."""
     labels: Labels
     request: str
     ambiguous: bool

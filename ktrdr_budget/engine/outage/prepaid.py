@@ -79,7 +79,7 @@ class KeptLease(LeaseBase):
 
 
 class PrepaidHold:
-    """What stands behind one hold that was drawn from leases: a grant for each budget."""
+    """The grants, one per budget, that back one hold drawn from leases."""
 
     cap_checked = True
 

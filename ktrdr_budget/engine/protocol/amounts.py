@@ -1,6 +1,6 @@
 """What an amount means for a hold of several budgets.
 
-A scalar applies to every ``usd`` budget of the hold; counts then commit what was reserved. (A hold without dollars, but
+A scalar applies to every ``usd`` budget of the hold; counts then commit their reservation. (A hold without dollars, but
 with a single count, takes it for that one.) A mapping says it per budget; what it leaves out is 0.
 """
 

@@ -45,7 +45,7 @@ class CommitMode(StrEnum):
 
 
 class ReleaseMode(StrEnum):
-    """Who releases a hold, and whether its worker can still commit it."""
+    """Release modes: the client that releases, and whether the worker can still commit the hold."""
 
     BY_WORKER = "0"
     """For good."""
@@ -62,7 +62,7 @@ class ReleaseMode(StrEnum):
 
 
 class ExtendMode(StrEnum):
-    """What an extension does to the deadline."""
+    """The effect of an extension on the deadline."""
 
     HEARTBEAT = "0"
     """Set it."""

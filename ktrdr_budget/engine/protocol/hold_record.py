@@ -121,7 +121,7 @@ class HoldRecord(NamedTuple):
 
 
 def _charged(state: str, segment: Segment) -> str:
-    """The charge of a segment: what was committed or recorded is written out, also if it is 0."""
+    """The charge of a segment; written even if it is 0 for committed and recorded holds."""
     return str(segment.charged) if segment.charged or state in (codes.COMMITTED, codes.RECORDED) else ""
 
 
@@ -163,7 +163,7 @@ def segments_of(parts: Iterable[tuple[Window, int]]) -> tuple[Segment, ...]:
 
 
 def owner_word(owner: str, request: str) -> str:
-    """The word of a record for its owner and the request that was granted."""
+    """Encode the owner, and the request that was granted, as one word of the record."""
     return f"{word(owner)}!{request}" if request else word(owner)  # quoting leaves no "!" in an owner
 
 

@@ -71,7 +71,7 @@ class Keys:
         self.replicas = self.prefix + "replicas"
         listed = self.budgets, self.expiries, self.replicas
         self.of_writes = self.meta, self.limits, self.due, self.unconfirmed, *listed
-        """What a write script names before its windows."""
+        """The fixed keys of a write script; the keys of windows follow."""
         self.hold_prefix = self.prefix + "h:"
         self.cycles = tuple(f"{self.prefix}cycles:{part}" for part in ("active", "ended", "order"))
         self.trial = tuple(f"{self.prefix}trial:{kind}" for kind in ("hash", "zset", "list", "string"))

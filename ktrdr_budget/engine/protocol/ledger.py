@@ -70,5 +70,5 @@ def entry_cursor(cursor: str | None) -> str:
     if cursor is None:
         return ""
     if not isinstance(cursor, str) or not re.fullmatch(r"[1-9]\d{0,15}", cursor, re.ASCII):
-        raise InvalidArgument("not a cursor of this list")
+        raise InvalidArgument("invalid cursor: use the one that the previous page returned")
     return cursor

@@ -133,7 +133,7 @@ class Operation:
         raise NotImplementedError
 
     def parse(self, line: str) -> Reply:
-        """Read the reply to it."""
+        """Parse the reply to this operation."""
         return parse_common(line)
 
     def mark_resent(self) -> None:
@@ -582,7 +582,7 @@ class Retire(Operation):
 
     @classmethod
     def nothing(cls, key: str) -> Retire:
-        """An operation that finds no hold and changes nothing: a probe."""
+        """A no-op on a hold that does not exist; probes the store."""
         return cls("-", key, ())
 
     def render(self) -> Rendered:

@@ -39,7 +39,7 @@ current_hold: ContextVar[HoldBase | None] = ContextVar("ktrdr_budget_current_hol
 
 
 class OfflineBacking(Protocol):
-    """What stands behind a hold that was granted while the store was unreachable."""
+    """The local backing of a hold that was granted while the store was unreachable."""
 
     cap_checked: bool
 
@@ -58,7 +58,7 @@ class OfflineBacking(Protocol):
 
 
 class HoldBase:
-    """What sync and async holds share: all but the waiting."""
+    """Base class of sync and async holds; subclasses add only the waiting."""
 
     __slots__ = (
         "_accrued",
@@ -118,11 +118,11 @@ class HoldBase:
         self._accrued: dict[str, int] = {}
         self._notes: Mapping[str, None] = _NOTHING
         self.settling = False
-        """Whether its settlement is under way: what is accrued from now on is too late for it."""
+        """Whether its settlement is under way: later accruals are not included."""
         self.uncertain_commit: Sequence[CommitAmount] | None = None
         """The amounts of a commit without a reply: leaving the block commits them again."""
         self.drawn: dict[str, int] = {}
-        """What calls in progress inside this hold may yet cost, in whole units per budget."""
+        """The worst-case remaining cost of the calls in progress inside this hold, in whole units per budget."""
         self.growth: Any = None
         """The queue of such calls when the hold must grow for them."""
         self.in_doubt_growth: tuple[Mapping[str, int], Mapping[str, int]] | None = None

@@ -100,7 +100,7 @@ class Repair:
     forgotten_settlements: int = 0
     """Settlements that the journal had evicted: their ids are lost, their spend is in the subtotals."""
     forgotten_holds: int = 0
-    """Open holds that the journal had evicted: what they held is free, unless the store still had them."""
+    """Open holds that the journal had evicted: their amounts are free again, unless the store still had the holds."""
 
     def __bool__(self) -> bool:
         return bool(self.settlements or self.holds or self.windows)
@@ -304,7 +304,7 @@ class Journal:
     # -- replay --------------------------------------------------------------------------------------------------------
 
     def limits(self, keys: Keys, now_ms: int) -> list[Operation]:
-        """First: limits that are in force, and those that were cleared."""
+        """Operations to replay first: limits in force, and cleared limits."""
         return [
             ReplayLimit(keys.hold("-"), name, *limit, definition)
             for name, (limit, definition) in self._limits.items()
@@ -312,7 +312,7 @@ class Journal:
         ]
 
     def settlements(self, keys: Keys, now_ms: int) -> list[Operation]:
-        """As well: settlements by id, each as it was; drops holds that are too old to be replayed."""
+        """Operations to replay first, too: settlements by id. Drops holds that are too old to be replayed."""
         oldest_us = (now_ms - HOLD_AGE_MAX_MS) * 1000
         for holds in (self._older_holds, self._holds):
             for hold_id in [hold_id for hold_id, hold in holds.items() if hold.seen_us < oldest_us]:
@@ -338,7 +338,7 @@ class Journal:
         return SettleOnBehalf(settlement.replica, op) if settlement.replica else op
 
     def totals(self, keys: Keys) -> list[ReplayTotal]:
-        """Then: the subtotals, to which the store raises its own."""
+        """Operations to replay next: the subtotals, to which the store raises its own."""
         totals = dict(self._evicted_units)
         for generation in (self._older_settlements, self._settlements):
             _add_own(totals, generation.values())
@@ -346,7 +346,7 @@ class Journal:
         return [ReplayTotal(key, self._windows[name], units) for name, units in totals.items() if units]
 
     def holds(self, keys: Keys) -> list[Restore]:
-        """Last: the open holds."""
+        """Operations to replay last: the open holds."""
         return [
             Restore(hold_id, keys.hold(hold_id), self._windows_of(hold.windows), hold.record)
             for hold_id, hold in (self._older_holds | self._holds).items()
@@ -354,7 +354,7 @@ class Journal:
 
 
 def _add_own(totals: dict[str, int], settlements: Iterable[_Settlement]) -> None:
-    """Add the units that count in this replica's subtotals, by the keys of their windows."""
+    """Add to ``totals``, by window key, the units of this replica's own settlements."""
     for settlement in settlements:
         if settlement.is_own:
             for key, units in zip(settlement.windows.split(" "), settlement.units, strict=False):

@@ -28,7 +28,7 @@ _CHECKS = 2
 
 
 class _Detachable:
-    """Packs commands by :mod:`.resp`, and can give its stream away."""
+    """Packs commands by :mod:`.resp`, and can hand over its stream."""
 
     _writer: asyncio.StreamWriter | None
     _reader: asyncio.StreamReader | None

@@ -132,7 +132,7 @@ async def test_the_page_after_the_first_entry_is_empty(limiter):
 
 @pytest.mark.parametrize("cursor", ["", "0", "-1", "1-0", "01", "x", "1" * 17, 5])
 async def test_invalid_cursors_are_refused(limiter, cursor):
-    with pytest.raises(InvalidArgument, match="not a cursor"):
+    with pytest.raises(InvalidArgument, match="invalid cursor"):
         await limiter.ledger("agent", cursor=cursor)
 
 

@@ -55,7 +55,11 @@ class Header:
 HEADERS = {path.name: Header(path) for path in sorted((ROOT / "lua").glob("*.lua"))}
 REQUESTS = table("## Requests")
 REPLIES = table("## Replies")
-MODES = {"Who releases": codes.ReleaseMode, "How a commit": codes.CommitMode, "What an extension": codes.ExtendMode}
+MODES = {
+    "The client that releases": codes.ReleaseMode,
+    "How a commit": codes.CommitMode,
+    "The effect of an extension": codes.ExtendMode,
+}
 
 
 @pytest.mark.parametrize("row", REQUESTS, ids=lambda row: row[1])

@@ -220,10 +220,16 @@ class SyncRunner:
 
     def start_heartbeat(self, hold: HoldBase) -> Callable[[], object]:
         """Extend a hold at a third of its ttl; return the function that stops this."""
+        self.portal.loop()  # raises if the limiter is closed
         started: list[Heartbeat] = []
+
+        def stop() -> None:
+            for heartbeat in started:
+                heartbeat.stop()
+
         # The thread runs both in order, so that neither needs to wait for it.
         self.portal.call_soon(lambda: started.append(Heartbeat(self._dispatcher, hold)))
-        return partial(self.portal.call_soon, lambda: started[0].stop())
+        return partial(self.portal.call_soon, stop)
 
     def open_lease(self, lease: LeaseBase) -> None:
         """Open a lease with a first chunk."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from ktrdr_budget.engine.batching.background import NO_REPLY, Background, refuses_everything
 from ktrdr_budget.engine.batching.breaker import Breaker
@@ -27,6 +27,7 @@ from ktrdr_budget.engine.protocol.replies import (
 from ktrdr_budget.engine.protocol.requests import Command, PreparedFact, Read, parse_hold_records, records_read
 from ktrdr_budget.engine.replica.journal import AGE_MAX_MS
 from ktrdr_budget.engine.replica.outbox import FACTS, Entry, Kind
+from ktrdr_budget.engine.transport.errors import Transient
 from ktrdr_budget.errors import StoreError
 
 __all__ = ["Replayer"]
@@ -161,39 +162,50 @@ class Replayer:
         """Send all of it once, as far as the store replies."""
         async with self._lock:
             try:
-                self._drop_old()
-                await self._read_holds([entry for entry in self._outbox if entry.kind == "by id"])
-                to_send = [entry for entry in self._outbox if entry.kind not in ("by id", "look up")]
-                for first in range(0, len(to_send), _BATCH_OPS):
-                    await self._send(to_send[first : first + _BATCH_OPS])
-                to_look_up = [entry for entry in self._outbox if entry.kind == "look up"]
-                for first in range(0, len(to_look_up), _BATCH_OPS):
-                    await self._look_up(to_look_up[first : first + _BATCH_OPS])
+                for batch in self._batches(lambda entry: entry.kind == "by id"):
+                    await self._read_holds(batch)
+                for batch in self._batches(lambda entry: entry.kind not in ("by id", "look up")):
+                    await self._send(batch)
+                for batch in self._batches(lambda entry: entry.kind == "look up"):
+                    await self._look_up(batch)
             except NO_REPLY as error:
                 logger.debug("outbox not drained: %s", error)
 
-    def _drop_old(self) -> None:
-        """Drop requests that may have been executed so long ago that the store has dropped their ids."""
-        oldest_us = self._now_us - AGE_MAX_MS * 1000
+    def _batches(self, wanted: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
+        """The wanted entries, some at a time; those that have ended before their turn are left out.
+
+        Drops requests that may have been executed so long ago that the store has dropped their ids.
+        """
+        batch: list[Entry] = []
         for entry in self._outbox:
+            if not wanted(entry):
+                continue
+            oldest_us = self._now_us - AGE_MAX_MS * 1000
             if entry.maybe_executed_us is not None and entry.maybe_executed_us < oldest_us:
                 self._outbox.end(entry, "dropped")
                 logger.error("outcome of %s (%s) unknown: too old to resend safely, dropped", entry.hold_id, entry.kind)
+                continue
+            batch.append(entry)
+            if len(batch) == _BATCH_OPS:
+                yield [each for each in batch if each in self._outbox]
+                batch = []
+        yield [each for each in batch if each in self._outbox]
 
     async def _read_holds(self, entries: list[Entry]) -> None:
         """Read the holds of facts by id, which are settlements and reports from then on."""
-        for first in range(0, len(entries), _BATCH_OPS):
-            for entry, record in await self._records(entries[first : first + _BATCH_OPS]):
-                assert isinstance(entry.request, PreparedFact)
-                if record is None:
-                    logger.error("spend of %s not recorded: unknown hold", entry.hold_id)
-                    self._outbox.end(entry, "absent")
-                else:
-                    entry.request = entry.request.complete(record)
-                    entry.kind = _kind_of(entry.request)
+        for entry, record in await self._records(entries):
+            assert isinstance(entry.request, PreparedFact)
+            if record is None:
+                logger.error("spend of %s not recorded: unknown hold", entry.hold_id)
+                self._outbox.end(entry, "absent")
+            else:
+                entry.request = entry.request.complete(record)
+                entry.kind = _kind_of(entry.request)
 
     async def _records(self, entries: list[Entry]) -> list[tuple[Entry, HoldRecord | None]]:
         """The records of the holds; without those that replicas may have yet to replay."""
+        if not entries:
+            return []
         state = self._background.state
         read = records_read(state.keys, state.replica_id, [entry.hold_id for entry in entries])
         head, items = await self._background.read(read)
@@ -203,13 +215,10 @@ class Replayer:
         return [each for each in found if each[1] is not None or not head.recovering_until_ms]
 
     async def _send(self, entries: list[Entry]) -> None:
-        if self._repair.active:  # a repair comes first
+        if not entries or self._repair.active:  # a repair comes first
             return
         ops = [entry.request for entry in entries]
-        before = [entry.maybe_executed_us for entry in entries]
-        for entry in entries:  # from its first attempt on, the store drops its id after a day
-            if entry.maybe_executed_us is None:
-                entry.maybe_executed_us = self._now_us
+        sent_us = self._now_us
         try:
             head, replies = await self._background.send(ops)  # type: ignore[arg-type]  # holds were read before
         except StoreError as error:
@@ -217,16 +226,19 @@ class Replayer:
                 raise
             if len(entries) > 1:
                 for entry in entries:  # one that the store refuses holds up no other
-                    await self._send([entry])
+                    await self._send([entry] if entry in self._outbox else [])
             return
+        except NO_REPLY as error:
+            if not isinstance(error, Transient) or error.sent:
+                for entry in entries:  # from its first attempt on, the store drops its id after a day
+                    entry.maybe_executed_us = entry.maybe_executed_us or sent_us
+            raise
         if head.data_loss:
             self._repair.begin()
             return
-        for entry, reply, since_us in zip(entries, replies, before, strict=True):
-            if isinstance(reply, (Recovering, MissingWindow, Unreadable)):
-                # Its hold is not replayed yet; its window is missing, or is another key: not executed.
-                entry.maybe_executed_us = since_us
-            else:
+        for entry, reply in zip(entries, replies, strict=True):
+            # Else not executed: its hold is not replayed yet; its window is missing, or is another key.
+            if not isinstance(reply, (Recovering, MissingWindow, Unreadable)):
                 self._on_reply(entry, reply, head.now_us)
 
     def _on_reply(self, entry: Entry, reply: Reply, now_us: int) -> None:

@@ -16,7 +16,14 @@ from typing import Any, TypeVar
 from ktrdr_budget.engine.outage.policy import OutagePolicy, release_unreceived
 from ktrdr_budget.engine.protocol.hold_record import HoldRecord
 from ktrdr_budget.engine.protocol.operations import Labels, Operation, Retire
-from ktrdr_budget.engine.protocol.requests import Command, PreparedFact, Read, parse_hold_records, records_read
+from ktrdr_budget.engine.protocol.requests import (
+    Command,
+    PreparedFact,
+    Read,
+    parse_hold_records,
+    record_read,
+    records_read,
+)
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.engine.replica.hold import HoldBase
 from ktrdr_budget.engine.replica.outbox import Entry, Outbox
@@ -137,7 +144,7 @@ class CallContext:
         retired = False
         state = self.state
         while True:
-            read = records_read(state.keys, state.replica_id, [hold_id], while_recovering="answers if found")
+            read = record_read(state.keys, state.replica_id, hold_id)
             head, items = yield read._replace(prepares=fact)
             [record] = parse_hold_records(items)
             if record is None:

@@ -298,7 +298,7 @@ class Chunks:
         if self.closed_reason is not None:
             raise RuntimeError(self.closed_reason)
         self.leave_ended(self._now_ms())
-        if self.chunk.left < units and self.next_chunk is not None:
+        if self.chunk.left < units and self.next_chunk is not None and self.next_chunk.left >= units:
             self.retire()
         if self.chunk.left >= units or not units:
             return self.chunk

@@ -58,6 +58,10 @@ class KeptLease(LeaseBase):
         self._expire()
         super()._tick()
 
+    def _wanted(self) -> int | None:
+        self.needed = 0  # no more than a chunk is prepaid, however much was refused
+        return super()._wanted()
+
     def heartbeat_acknowledged(self) -> None:
         """Renew: a hold may be drawn without an outage that the circuit breaker noticed, or at the end of one."""
         self.renew()
@@ -252,9 +256,12 @@ class PrepaidPolicy(OutagePolicy):
 
     def give_up(self, hold: HoldBase) -> None:
         super().give_up(hold)
-        if self._open.pop(hold.id, None) is not None and isinstance(hold.offline, PrepaidHold):
-            for grant in hold.offline.grants:
-                grant.release()
+        self._open.pop(hold.id, None)
+        backing = hold.offline
+        if isinstance(backing, PrepaidHold) and backing.settled is None:
+            for grant in backing.grants:
+                if not grant.settled:
+                    grant.release()
 
     # -- holds ---------------------------------------------------------------------------------------------------------
 
@@ -267,12 +274,11 @@ class PrepaidPolicy(OutagePolicy):
         for hold in list(self._open.values()):
             backing = hold.offline
             assert isinstance(backing, PrepaidHold)
-            if backing.is_expired:
-                continue
             if backing.deadline_ms > now_ms:
                 self._next_expiry_ms = min(self._next_expiry_ms, backing.deadline_ms)
                 continue
             backing.is_expired, hold.state = True, "unconfirmed"
+            del self._open[hold.id]
             for grant, accrued in zip(backing.grants, hold.accrued_units, strict=True):
                 if backing.on_expiry == "c" or (backing.on_expiry == "a" and accrued):
                     grant.resize(accrued if backing.on_expiry == "a" else max(grant.units, accrued))
@@ -300,6 +306,7 @@ class PrepaidPolicy(OutagePolicy):
                     other.resize(earlier)
                 raise StoreUnavailable(f"hold {hold.id!r} was granted from a lease, which has no room for more")
         hold.state, backing.is_expired = "open", False
+        self._open[hold.id] = self.holds.get(hold.id, hold)
         hold.parts = backing.parts
         if ttl_ms is not None:
             backing.deadline_ms = min(self._state.now_ms() + ttl_ms, backing.latest_ms)

@@ -38,6 +38,7 @@ __all__ = [
     "parse_status",
     "parse_text",
     "readiness",
+    "record_read",
     "records_read",
     "set_limit",
     "status_read",
@@ -152,17 +153,20 @@ def _read(
     return Read(READ, [keys.meta, *of], [replica, command, *args], while_recovering)
 
 
-def records_read(
-    keys: Keys, replica: str, hold_ids: Sequence[str], *, while_recovering: WhileRecovering = "answers"
-) -> Read:
+def records_read(keys: Keys, replica: str, hold_ids: Sequence[str]) -> Read:
     """Read the records of these holds; :func:`parse_hold_texts` reads the reply."""
-    return _read(keys, replica, "MGET", [*map(keys.hold, hold_ids)], while_recovering=while_recovering)
+    return _read(keys, replica, "MGET", [*map(keys.hold, hold_ids)])
+
+
+def record_read(keys: Keys, replica: str, hold_id: str) -> Read:
+    """Read one record, as :func:`records_read`; a key of another type is an error, not an unknown hold."""
+    return _read(keys, replica, "GET", [keys.hold(hold_id)], while_recovering="answers if found")
 
 
 def parse_hold_texts(items: Sequence[Any]) -> list[str | None]:
     """The records of holds as text; ``None`` for an unknown hold."""
     [stored] = items
-    texts = [_text(value) if value else None for value in stored]
+    texts = [_text(value) if value else None for value in (stored if isinstance(stored, list) else [stored])]
     return [None if text is None or is_tombstone(text) else text for text in texts]
 
 

@@ -69,7 +69,9 @@ class Outbox:
     """The outbox of one replica. No I/O."""
 
     def __init__(self) -> None:
-        self._entries: dict[str, list[Entry]] = {}
+        self._in_doubt: dict[str, list[Entry]] = {}
+        """By the ids of their holds, as below."""
+        self._deferred: dict[str, list[Entry]] = {}
         self.deferred = 0
         """How many deferred settlements wait."""
         self.in_doubt = 0
@@ -83,27 +85,35 @@ class Outbox:
         return self.deferred + self.in_doubt
 
     def __iter__(self) -> Iterator[Entry]:
-        """The oldest id first; of one id, in the order of the requests."""
-        for entries in list(self._entries.values()):
-            yield from list(entries)
+        """Requests in doubt first; of both, the oldest id first, and of one id, in the order of the requests."""
+        for queue in (self._in_doubt, self._deferred):
+            for entries in list(queue.values()):
+                yield from list(entries)
+
+    def __contains__(self, entry: Entry) -> bool:
+        return entry in self._queue(entry.kind).get(entry.hold_id, ())
+
+    def _queue(self, kind: Kind) -> dict[str, list[Entry]]:
+        return self._deferred if kind == "deferred" else self._in_doubt
 
     def add(self, entry: Entry) -> Entry | None:
         """Add a request unless an equivalent one is queued; return the one evicted to make room, if any."""
-        known = self._entries.setdefault(entry.hold_id, [])
+        queue = self._queue(entry.kind)
+        known = queue.setdefault(entry.hold_id, [])
         for other in known:
             if self._replaces(other, entry, known):
                 return None
         known.append(entry)
         if entry.kind == "deferred":
             self.deferred += 1
-            return self._evict("deferred") if self.deferred > DEFERRED_MAX else None
+            return self._evict(queue) if self.deferred > DEFERRED_MAX else None
         self.in_doubt += 1
-        return self._evict("in doubt") if self.in_doubt > IN_DOUBT_MAX else None
+        return self._evict(queue) if self.in_doubt > IN_DOUBT_MAX else None
 
     def _replaces(self, other: Entry, entry: Entry, known: list[Entry]) -> bool:
         """Whether a queued entry stands for the new one, or is replaced by it."""
-        if other.kind == "deferred" or entry.kind == "deferred":
-            same = other.kind == entry.kind and other.equivalent(entry)
+        if entry.kind == "deferred":
+            same = other.equivalent(entry)
             if same and other.maybe_executed_us is None:
                 other.maybe_executed_us = entry.maybe_executed_us
             return same
@@ -115,20 +125,20 @@ class Outbox:
             known[known.index(other)] = entry
         return True
 
-    def _evict(self, which: Literal["deferred", "in doubt"]) -> Entry:
-        queued = (entry for entries in self._entries.values() for entry in entries)
-        oldest = next(entry for entry in queued if (entry.kind == "deferred") == (which == "deferred"))
+    def _evict(self, queue: dict[str, list[Entry]]) -> Entry:
+        oldest = next(iter(queue.values()))[0]
         self.end(oldest, "dropped")
         return oldest
 
     def end(self, entry: Entry, outcome: str) -> bool:
         """Remove an entry with this outcome; return whether it was still queued."""
-        entries = self._entries.get(entry.hold_id, [])
+        queue = self._queue(entry.kind)
+        entries = queue.get(entry.hold_id, [])
         if entry not in entries:
             return False
         entries.remove(entry)
         if not entries:
-            del self._entries[entry.hold_id]
+            del queue[entry.hold_id]
         if entry.kind != "deferred":
             self.in_doubt -= 1
             self.outcomes[outcome] += 1
@@ -145,19 +155,20 @@ class Outbox:
             Whether a settlement was in doubt.
         """
         settlement = False
-        for entry in list(self._entries.get(hold_id, ())):
-            if entry.kind != "deferred" and (settled or entry.kind not in FACTS):
+        for entry in list(self._in_doubt.get(hold_id, ())):
+            if settled or entry.kind not in FACTS:
                 settlement |= entry.kind in ("settlement", "by id")
                 self.end(entry, "retried")
         return settlement
 
     def of(self, hold_id: str) -> list[Entry]:
         """The entries of this id."""
-        return list(self._entries.get(hold_id, ()))
+        return [*self._in_doubt.get(hold_id, ()), *self._deferred.get(hold_id, ())]
 
     def clear(self) -> None:
         """Drop all of them: in the child after a fork, they are the parent's."""
-        self._entries.clear()
+        self._in_doubt.clear()
+        self._deferred.clear()
         self.deferred = self.in_doubt = 0
 
 

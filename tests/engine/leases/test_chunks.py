@@ -228,3 +228,10 @@ def test_threads_share_a_chunk_to_the_unit():
     assert chunks.held == 0
     assert 3 * sum(granted) <= round(chunks.spent * 10**9) <= 10_000
     assert 10_000 - round(chunks.spent * 10**9) < 3 + 8 * 3
+
+
+def test_a_request_that_no_chunk_can_serve_keeps_the_current_one():
+    chunks = chunks_at([0], 100, 100)
+    with pytest.raises(BudgetExceeded):
+        chunks.reserve(nanos(101))
+    assert chunks.remaining == nanos(200)

@@ -86,7 +86,7 @@ def test_a_full_outbox_evicts_the_oldest_of_its_kind(monkeypatch, kind, bound):
     outbox.add(Entry(commit("first"), other, NOW_US))
     evicted = [outbox.add(Entry(commit(hold_id), kind, NOW_US)) for hold_id in "abc"]
     assert [entry and entry.hold_id for entry in evicted] == [None, None, "a"]
-    assert [entry.hold_id for entry in outbox] == ["first", "b", "c"]
+    assert {entry.hold_id for entry in outbox} == {"first", "b", "c"}
     assert outbox.deferred_lost == (kind == "deferred")
 
 

@@ -237,7 +237,7 @@ async def test_a_cancelled_commit_by_id_completes_both_steps(client, proxy, limi
     client.config_resetstat()
     proxy.hold_replies()
     commit = asyncio.create_task(limiter.commit("op_1", "0.07"))
-    await until(lambda: "cmdstat_mget" in client.info("commandstats"))
+    await until(lambda: "cmdstat_get" in client.info("commandstats"))
     await cancelled(commit)
     assert sums(client)["spent"] == 0, "the hold has been read, but not settled"
     proxy.release_replies()

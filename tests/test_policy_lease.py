@@ -766,3 +766,14 @@ async def test_a_random_history_with_outages_adds_up(own_server):
         assert refused
         assert sums(client)["spent"] == ledger_sum(client) == sum(spent.values())
         assert sums(client)["held"] == sums(client)["unconfirmed"] == 0
+
+
+async def test_a_refused_reservation_is_not_prepaid_afterwards(proxy, limiter, client):
+    proxy.cut()
+    with pytest.raises(StoreUnavailable):
+        await limiter.reserve("agent", "4.50")
+    assert limiter.prepaid == {"agent": Decimal("4.00")}
+    proxy.mend()
+    await replies(limiter)
+    await limiter.reserve("agent", "0.10")  # a round trip after the leases were renewed
+    assert limiter.prepaid == {"agent": Decimal("4.00")}

@@ -55,7 +55,7 @@ def test_random_histories_agree_with_plain_arithmetic(history):
         while granting and now_ms[0] >= granting[0].ends_ms:
             granting.pop(0)
         granting[:] = [model for model in granting if now_ms[0] < model.ends_ms]
-        if len(granting) == 2 and granting[0].room(now_ms[0]) < units:
+        if len(granting) == 2 and granting[0].room(now_ms[0]) < units <= granting[1].room(now_ms[0]):
             granting.pop(0)
         return granting[0] if granting and granting[0].room(now_ms[0]) >= units else None
 

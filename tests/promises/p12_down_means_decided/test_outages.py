@@ -659,3 +659,24 @@ def free_tcp_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
+
+
+async def test_deferred_spend_that_was_never_sent_is_not_dropped_for_its_age(own_server):
+    """Only an attempt that may have been executed limits how long a settlement can be resent."""
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
+        await limiter.record("agent", "0.01")
+        own_server.kill()
+        await limiter.record("agent", "0.02")  # which may have been sent
+        assert limiter.store_state == "open"
+        await limiter.record("agent", "0.03", id="unsent")
+        await limiter.engine.dispatcher.replayer.drain()  # the connection is refused
+        [entry] = limiter.engine.outbox.of("unsent")
+        assert entry.maybe_executed_us is None
+
+
+async def test_a_hold_whose_key_has_another_type_is_an_error_and_not_unknown(server, client):
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
+        client.lpush(limiter.keys.hold("op_1"), "x")
+        for call in (limiter.get("op_1"), limiter.commit("op_1", "0.01"), limiter.extend("op_1")):
+            with pytest.raises(StoreError, match="WRONGTYPE"):
+                await call

@@ -17,7 +17,6 @@ from typing import TYPE_CHECKING
 
 import pytest
 import redis
-from _pytest.runner import runtestprotocol
 from hypothesis import settings
 
 from ktrdr_budget import AsyncBudgetLimiter, BudgetLimiter
@@ -28,8 +27,6 @@ from .helpers.unit_tests import is_unit_test
 
 if TYPE_CHECKING:
     from .helpers.recorded_spans import Recorded
-
-TIMELY_TRIES = 4
 
 settings.register_profile("default", deadline=None, print_blob=True)
 settings.load_profile("default")
@@ -56,23 +53,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start with modules that contain slow tests, so that no worker runs one alone at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
-    """Marked ``timely``: of a test whose subject is a second or less, a stall of the machine may cost a try."""
-    if item.get_closest_marker("timely") is None:
-        return None
-    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
-    for left in reversed(range(TIMELY_TRIES)):
-        reports = runtestprotocol(item, nextitem=nextitem, log=False)
-        if not left or not any(report.failed for report in reports):
-            break
-        item._initrequest()  # with fixtures of its own
-    for report in reports:
-        item.ihook.pytest_runtest_logreport(report=report)
-    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
-    return True
 
 
 def valkey_binary() -> str:

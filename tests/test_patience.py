@@ -10,8 +10,6 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetLimiter
 from ktrdr_budget.limiter import LimiterBase
 
@@ -81,13 +79,3 @@ def test_a_stopwatch_excludes_a_stall_of_this_process():
                 time.sleep(0.01)
     assert time.monotonic() - before > 1.5
     assert took.seconds < time.monotonic() - before - 1.0
-
-
-@pytest.mark.timely
-def test_a_timely_test_has_further_tries(request: pytest.FixtureRequest):
-    tries = request.config.stash.setdefault(TRIES, [])
-    tries.append(True)
-    assert len(tries) > 1
-
-
-TRIES = pytest.StashKey[list[bool]]()

@@ -8,11 +8,12 @@ from decimal import Decimal
 
 import pytest
 
-from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, HoldConflict
+from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetExceeded, BudgetLimiter, HoldConflict
 from ktrdr_budget.engine.batching.heartbeat import Heartbeat
 from ktrdr_budget.engine.replica.hold import current_hold
 from ktrdr_budget.money import to_units
 
+from ...conftest import ClockedServer
 from ...helpers.keyspace import spent_and_held, sums
 from ...helpers.waiting import until, wait_until
 
@@ -169,25 +170,29 @@ async def test_a_settlement_that_fails_is_raised_on_a_normal_exit_but_does_not_h
     assert (await limiter.status("agent")).spent == Decimal("0.07")
 
 
-@pytest.mark.timely
+@pytest.fixture
+def still_server(clocked_server: ClockedServer) -> ClockedServer:
+    """A server whose clock stands still until the test advances it: a slow machine ends no hold."""
+    clocked_server.set(clocked_server.now(), frozen=True)
+    return clocked_server
+
+
 @pytest.mark.parametrize("ttl", [1, 2])
-async def test_a_heartbeat_at_a_third_of_the_ttl_keeps_an_async_hold_open(client, limiter, ttl):
-    async with limiter.hold("agent", "0.15", id="op_1", ttl=ttl, on_expiry="accrued") as hold:
-        first = (await limiter.get("op_1")).expires_at
-        hold.accrue("0.05")
-        started = time.monotonic()
-        view = await until(lambda: _extended_since(limiter, first))
-        assert time.monotonic() - started < ttl * 0.67
-        assert view.accrued == {"agent": Decimal("0.05")}
-        hold.accrue("0.20")
-        assert hold.expires_at >= view.expires_at
-        if ttl == 1:  # past the first deadline
-            await until(lambda: time.monotonic() > started + 1.1)
+async def test_heartbeats_keep_an_async_hold_open(still_server, ttl):
+    async with AsyncBudgetLimiter(still_server.url, BUDGETS) as limiter:
+        async with limiter.hold("agent", "0.15", id="op_1", ttl=ttl, on_expiry="accrued") as hold:
             view = await limiter.get("op_1")
-            assert (view.state, view.accrued) == ("open", {"agent": Decimal("0.25")})
-            assert sums(client)["held"] == to_units("0.25")
-    assert spent_and_held(client) == (to_units("0.25"), 0)
-    assert (await limiter.get("op_1")).state == "committed"
+            for accrued in ("0.05", "0.25", "0.25"):  # past the first deadline
+                hold.accrue(Decimal(accrued) - view.accrued.get("agent", 0))
+                before = view.expires_at
+                await asyncio.to_thread(still_server.advance, ttl / 2)
+                await until(lambda before=before: _extended_since(limiter, before))
+                await until(lambda before=before: hold.expires_at > before)
+                view = await until(lambda accrued=accrued: _accrued_is(limiter, Decimal(accrued)))
+                assert view.state == "open"
+        with still_server.client() as client:
+            assert spent_and_held(client) == (to_units("0.25"), 0)
+        assert (await limiter.get("op_1")).state == "committed"
 
 
 async def _extended_since(limiter, expires_at):
@@ -195,27 +200,46 @@ async def _extended_since(limiter, expires_at):
     return view if view.expires_at > expires_at else None
 
 
-@pytest.mark.timely
-def test_a_heartbeat_at_a_third_of_the_ttl_keeps_a_sync_hold_open(client, sync_limiter):
-    with sync_limiter.hold("agent", "0.15", id="op_1", ttl=1, on_expiry="accrued") as hold:
-        hold.accrue("0.05")
-        entered = time.monotonic()
-        wait_until(lambda: time.monotonic() > entered + 1.1)
-        view = sync_limiter.get("op_1")
-        assert (view.state, view.accrued) == ("open", {"agent": Decimal("0.05")})
-    assert spent_and_held(client) == (to_units("0.05"), 0)
+async def _accrued_is(limiter, amount):
+    view = await limiter.get("op_1")
+    return view if view.accrued == {"agent": amount} else None
 
 
-@pytest.mark.timely
-async def test_heartbeats_end_with_their_block(client, limiter, caplog):
-    async with limiter.hold("agent", "0.15", id="op_1", ttl=1):
-        pass
-    async with limiter.hold("agent", "0.15", id="op_2", ttl=1) as hold:
-        await hold.release()
-    before = (await limiter.get("op_1")).expires_at, (await limiter.get("op_2")).expires_at
-    ends = time.monotonic() + 0.8
-    await until(lambda: time.monotonic() > ends)
-    assert before == ((await limiter.get("op_1")).expires_at, (await limiter.get("op_2")).expires_at)
+async def test_a_heartbeat_is_due_after_a_third_of_the_ttl(limiter):
+    async with limiter.hold("agent", "0.15", ttl=60) as hold:
+        before = asyncio.get_running_loop().time()
+        heartbeat = Heartbeat(limiter.engine.dispatcher, hold)
+        after = asyncio.get_running_loop().time()
+        assert before + 20 <= heartbeat.timer.when() <= after + 20
+        heartbeat.stop()
+
+
+def test_heartbeats_keep_a_sync_hold_open(still_server):
+    with BudgetLimiter(still_server.url, BUDGETS) as limiter, still_server.client() as client:
+        with limiter.hold("agent", "0.15", id="op_1", ttl=1, on_expiry="accrued") as hold:
+            hold.accrue("0.05")
+            for _ in range(3):  # past the first deadline
+                before = limiter.get("op_1").expires_at
+                still_server.advance(0.5)
+                wait_until(lambda before=before: limiter.get("op_1").expires_at > before)
+            view = limiter.get("op_1")
+            assert (view.state, view.accrued) == ("open", {"agent": Decimal("0.05")})
+        assert spent_and_held(client) == (to_units("0.05"), 0)
+
+
+async def test_heartbeats_end_with_their_block(still_server, caplog):
+    async with AsyncBudgetLimiter(still_server.url, BUDGETS) as limiter:
+        async with limiter.hold("agent", "0.15", id="op_2", ttl=1):
+            pass
+        async with limiter.hold("agent", "0.15", id="op_3", ttl=1) as hold:
+            await hold.release()
+        ended = [(await limiter.get(hold_id)).expires_at for hold_id in ("op_2", "op_3")]
+        async with limiter.hold("agent", "0.15", id="op_1", ttl=1):
+            for _ in range(2):  # heartbeats of a later block; those of the ended blocks would come before them
+                before = (await limiter.get("op_1")).expires_at
+                await asyncio.to_thread(still_server.advance, 0.5)
+                await until(lambda before=before: _extended_since(limiter, before))
+        assert [(await limiter.get(hold_id)).expires_at for hold_id in ("op_2", "op_3")] == ended
     assert caplog.records == []
 
 

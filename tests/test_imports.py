@@ -153,7 +153,7 @@ def test_modules_do_not_import_each_other_in_circles():
     assert not found
 
 
-def test_a_circle_through_a_third_module_is_found():
+def test_the_search_finds_a_circle_of_three_modules():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == {frozenset("abc")}
 
 

@@ -114,7 +114,7 @@ async def test_an_error_of_a_model_is_recorded_by_type_and_place_only(recorded, 
     assert recorded["agent.phase.design"].attributes["tokens"] == 107, "tokens of the failed call included"
 
 
-async def test_a_phase_error_that_quotes_a_reply_is_on_no_span_but_our_own_errors_are(recorded, made):
+async def test_spans_record_our_own_errors_but_no_phase_error_that_quotes_a_reply(recorded, made):
     stage, _ = made
 
     async def designed(text: str) -> Design:

@@ -98,7 +98,7 @@ def test_an_unusable_url_is_refused_without_its_secrets(url, caplog):
     clean(mask_url(url), caplog.text)
 
 
-async def test_no_failure_of_the_library_shows_a_secret(guarded, caplog):
+async def test_errors_and_logs_of_the_library_contain_no_secret(guarded, caplog):
     shown: list[Any] = []
     with caplog.at_level(logging.DEBUG):
         await asyncio.gather(*[fail(url, shown) for url in urls(guarded)])
@@ -128,7 +128,7 @@ async def fail(url: str, shown: list[Any]) -> None:
     await limiter.close()
 
 
-def test_no_failure_of_the_sync_limiter_shows_a_secret(guarded, caplog):
+def test_errors_and_logs_of_the_sync_limiter_contain_no_secret(guarded, caplog):
     shown = []
     with caplog.at_level(logging.DEBUG):
         for url in list(urls(guarded))[:2]:
@@ -148,7 +148,7 @@ def test_no_failure_of_the_sync_limiter_shows_a_secret(guarded, caplog):
 
 
 @pytest.mark.slow
-def test_no_failure_of_the_service_shows_a_secret(guarded):
+def test_responses_and_logs_of_the_service_contain_no_secret(guarded):
     with OtlpReceiver() as receiver:
         environment = {**KEYS, **receiver.environment, "AGENT_PHASE_SECONDS": 0, "KTRDR_TIMEOUT": "0.3"}
         environment["KTRDR_REDIS_URL"] = f"redis://agent:{PASSWORD}@127.0.0.1:{guarded.port}/0"
@@ -212,7 +212,7 @@ def provider() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_key_quoted_by_its_provider_is_not_shown(server, provider):
+def test_a_key_that_a_provider_quotes_in_an_error_is_hidden(server, provider):
     with OtlpReceiver() as receiver:
         environment = {**KEYS, **receiver.environment, "KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 0}
         environment |= {"AGENT_LLM": "openai", "AGENT_MODEL": "gpt-4o-mini"}
@@ -239,7 +239,7 @@ def test_a_key_quoted_by_its_provider_is_not_shown(server, provider):
 
 
 @pytest.mark.slow
-def test_no_failure_of_the_command_shows_a_secret(guarded, tmp_path):
+def test_output_of_the_command_contains_no_secret(guarded, tmp_path):
     clean_environment = {name: value for name, value in os.environ.items() if not re.match("KTRDR_|AGENT_|OTEL_", name)}
     store = {"KTRDR_REDIS_URL": f"redis://agent:{PASSWORD}@127.0.0.1:{guarded.port}/0"}
     unusable = {"KTRDR_REDIS_URL": "redis://agent:geheim/x@host/0"}

@@ -111,7 +111,7 @@ async def test_27639_other_traffic_does_not_keep_a_dead_holder_alive(limiter, ot
     assert (status.held, status.unconfirmed, status.spent) == (0, Decimal("1.00"), traffic * Decimal("0.001"))
 
 
-async def test_27509_the_denial_separates_held_from_spent_and_integers_add_up(limiter):
+async def test_27509_a_denial_reports_held_and_spent_amounts_separately(limiter):
     await limiter.record("agent", 0.1)
     await limiter.record("agent", 0.2)
     await limiter.reserve("agent", "4.70")  # all headroom, like a request without an amount

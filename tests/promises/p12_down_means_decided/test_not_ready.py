@@ -171,7 +171,7 @@ async def test_spend_is_deferred_while_the_store_refuses(server, client):
 
 
 @pytest.mark.parametrize("count", [1, 50, 500])
-async def test_calls_that_a_stalled_event_loop_has_not_sent_are_sent(replica, client, count):
+async def test_calls_queued_before_a_stall_of_the_event_loop_are_sent_after_it(replica, client, count):
     """An earlier version admitted 50 of 50 calls unguarded after a stall of 1.1 s."""
     with in_haste(replica, 0.5):
         tries = [asyncio.create_task(replica.reserve("agent", "0.01", id=f"op_{n}")) for n in range(count)]
@@ -184,7 +184,7 @@ async def test_calls_that_a_stalled_event_loop_has_not_sent_are_sent(replica, cl
 
 @pytest.mark.parametrize("connected", [True, False])
 @pytest.mark.parametrize("turns", [2, 4, 7])
-async def test_calls_in_flight_during_a_stall_are_granted_by_the_store(replica, connected, turns):
+async def test_calls_sent_before_a_stall_of_the_event_loop_are_granted_after_it(replica, connected, turns):
     """A missing connection or an unread reply is no sign of an outage after a stall."""
     if not connected:
         replica.engine.dispatcher.repair.stop()
@@ -250,7 +250,7 @@ async def test_a_call_delayed_by_a_stall_has_one_more_deadline(start_server):
 # -- holds of an outage ------------------------------------------------------------------------------------------------
 
 
-async def test_an_unguarded_hold_does_not_grow_after_the_outage(start_server):
+async def test_a_hold_admitted_without_a_check_does_not_grow_after_the_outage(start_server):
     own_server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3, on_store_error="allow") as limiter:
         own_server.kill()

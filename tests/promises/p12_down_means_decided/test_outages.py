@@ -406,7 +406,7 @@ async def test_allow_closes_the_id_of_a_reservation_that_arrives_after_its_relea
         assert (await limiter.status("agent")).held == 0
 
 
-async def test_allow_releases_a_reservation_of_a_cancelled_caller(proxy):
+async def test_a_reservation_whose_caller_was_cancelled_is_released_under_allow(proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         proxy.hold_replies()
@@ -436,9 +436,7 @@ async def test_a_commit_by_id_of_an_own_hold_is_deferred(own_server):
             assert sums(client)["held"] == 0
 
 
-async def test_a_settlement_beyond_the_maximum_age_is_dropped_if_it_may_have_been_executed(
-    server, tmp_path_factory, caplog
-):
+async def test_an_old_settlement_that_the_store_may_have_executed_is_dropped(server, tmp_path_factory, caplog):
     """Ids expire in the store after a day, and a resend would charge again. Unsent operations have no maximum age."""
     async with (
         Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
@@ -460,13 +458,13 @@ async def test_a_settlement_beyond_the_maximum_age_is_dropped_if_it_may_have_bee
         assert f"outcome of {hold.id} (deferred) unknown: too old to resend safely, dropped" in caplog.text
 
 
-async def test_allow_denies_above_the_limit_while_the_store_is_reachable(server):
+async def test_under_allow_a_reachable_store_denies_above_the_limit(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, on_store_error="allow") as limiter:
         with pytest.raises(BudgetExceeded):
             await limiter.reserve("agent", "5.01")
 
 
-async def test_allow_logs_unsent_spend_at_the_end(own_server, caplog):
+async def test_under_allow_unsent_spend_is_logged_when_the_limiter_closes(own_server, caplog):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -474,7 +472,7 @@ async def test_allow_logs_unsent_spend_at_the_end(own_server, caplog):
     assert any(record.levelname == "ERROR" and "never sent" in record.message for record in caplog.records)
 
 
-async def test_closing_while_deferred_spend_is_replayed_sends_the_rest(server, tmp_path_factory, monkeypatch):
+async def test_a_close_during_a_replay_sends_the_remaining_spend(server, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(replay, "_BATCH_OPS", 1)
     path = Path(tmp_path_factory.mktemp("p")) / "s"
     async with Proxy(server.socket_path, path) as proxy:
@@ -491,7 +489,7 @@ async def test_closing_while_deferred_spend_is_replayed_sends_the_rest(server, t
         assert sums(client)["spent"] == ledger_sum(client) == to_units("0.61")
 
 
-async def test_the_store_is_closed_although_the_last_replay_fails(own_server, monkeypatch):
+async def test_the_store_is_closed_even_if_the_last_replay_fails(own_server, monkeypatch):
     limiter = AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow")
     hold = await limiter.reserve("agent", "0.15")
     closed = []
@@ -512,7 +510,7 @@ async def test_the_store_is_closed_although_the_last_replay_fails(own_server, mo
     assert closed == [True]
 
 
-async def test_calls_waiting_for_a_repair_end_when_the_limiter_is_closed(server):
+async def test_calls_that_wait_for_a_repair_end_when_the_limiter_closes(server):
     """No lane sends the waiting calls during a repair."""
     limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2)
     await limiter.record("agent", "0.01")

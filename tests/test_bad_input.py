@@ -26,7 +26,7 @@ class Unshowable:
         raise RuntimeError("repr fails")
 
 
-def test_a_float_of_another_library_is_read_by_value():
+def test_a_float_type_of_another_library_is_converted_by_its_value():
     assert to_units(Float(0.1)) == 100_000_000
     assert Budget("agent", Float(0.1)).limit == Decimal("0.10")
     with pytest.raises(InvalidAmount):
@@ -41,7 +41,7 @@ def test_an_amount_that_cannot_be_formatted_is_rejected(amount, unit):
     assert len(str(refused.value)) < 200
 
 
-def test_shown_values_are_shortened():
+def test_long_values_in_error_messages_are_shortened():
     assert shown("a" * 500) == "'" + "a" * 76 + "..."
     assert shown(HUGE) == "<int>"
     assert shown(Unshowable()) == "<Unshowable>"
@@ -69,7 +69,7 @@ def test_shown_values_are_shortened():
         lambda: AsyncBudgetLimiter(5),
     ],
 )
-def test_an_option_of_another_type_is_rejected(make):
+def test_an_option_of_a_wrong_type_is_rejected(make):
     with pytest.raises(InvalidArgument):
         make()
 

@@ -101,7 +101,7 @@ def test_a_missed_target_is_shown_with_its_figure() -> None:
     assert "12.5 µs" in slow and "11.0 … 13.0" in slow and "≤ 12 µs" in slow and "missed" in slow
 
 
-def test_the_table_takes_the_place_between_the_markers(tmp_path: Path) -> None:
+def test_the_new_table_replaces_the_text_between_the_markers(tmp_path: Path) -> None:
     from benchmarks.report import rewrite
 
     page = tmp_path / "page.md"
@@ -115,7 +115,7 @@ def test_the_table_takes_the_place_between_the_markers(tmp_path: Path) -> None:
     assert len({row.count("|") for row in rows}) == 1
 
 
-def test_a_page_without_markers_is_left_alone(tmp_path: Path) -> None:
+def test_a_page_without_markers_is_not_changed(tmp_path: Path) -> None:
     from benchmarks.report import rewrite
 
     page = tmp_path / "page.md"

@@ -47,7 +47,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("KTRDR_AGENT_DAILY_BUDGETS", "KTRDR_AGENT_DAILY_BUDGET"),
     ],
 )
-def test_a_name_within_two_edits_of_a_known_one_is_an_error_with_a_suggestion(mistyped, meant):
+def test_a_variable_name_within_two_edits_of_a_known_one_is_an_error_with_a_suggestion(mistyped, meant):
     with pytest.raises(InvalidArgument, match=f"^unknown environment variable {mistyped}: did you mean {meant}\\?$"):
         check_names({"KTRDR_TENANT": "quant", mistyped: "secret"})
 
@@ -83,7 +83,7 @@ def test_every_reader_of_the_environment_rejects_a_mistyped_name(monkeypatch):
 
 
 @pytest.mark.parametrize("empty", ["", "  "])
-def test_an_empty_address_is_an_error_not_an_embedded_server(monkeypatch, empty, tmp_path):
+def test_an_empty_store_url_is_an_error_and_does_not_start_an_embedded_server(monkeypatch, empty, tmp_path):
     assert store_url() is None
     monkeypatch.setenv("KTRDR_REDIS_URL", empty)
     words = "KTRDR_REDIS_URL is set but empty"
@@ -108,7 +108,7 @@ async def default() -> None:
         (["budget", "verify"], {"KTRDR_REDIS_URL": ""}, "KTRDR_REDIS_URL is set but empty"),
     ],
 )
-def test_the_command_and_the_service_report_one_line_with_exit_code_2(command, variable, words):
+def test_the_command_and_the_service_report_a_mistyped_variable_in_one_line_with_exit_code_2(command, variable, words):
     ended = subprocess.run(
         [sys.executable, "-m", "ktrdr_budget.cli", *command],
         env={**os.environ, **variable}, capture_output=True, text=True, timeout=120, check=False,

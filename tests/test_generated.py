@@ -9,6 +9,6 @@ from pathlib import Path
 SCRIPT = Path(__file__).parents[1] / "scripts" / "generate_sync.py"
 
 
-def test_the_sync_limiter_is_up_to_date():
+def test_the_generated_sync_limiter_is_up_to_date():
     done = subprocess.run([sys.executable, SCRIPT, "--check"], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")

@@ -56,7 +56,7 @@ def modules() -> list[tuple[str, Path]]:
     return found
 
 
-def test_imports_point_one_way():
+def test_modules_import_only_modules_of_the_layers_below_them():
     wrong = [
         f"{path.relative_to(PACKAGE)} imports {module}"
         for name, path in modules()
@@ -92,7 +92,7 @@ def test_nothing_above_the_limiter_uses_its_private_names():
     assert not found
 
 
-def test_only_the_protocol_reads_and_writes_the_letters_of_requests():
+def test_only_the_protocol_package_contains_letters_of_requests():
     """Elsewhere requests and replies are typed objects."""
     letters = re.compile(r"""f?"[A-Z] \{|line\[0\]|\.split\(" "\)|\.partition\(" "\)""")
     outside = [path for path in (PACKAGE / "engine").rglob("*.py") if "protocol" not in path.parts]
@@ -153,7 +153,7 @@ def test_modules_do_not_import_each_other_in_circles():
     assert not found
 
 
-def test_the_search_finds_a_circle_of_three_modules():
+def test_the_search_for_import_circles_finds_a_circle_of_three_modules():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == {frozenset("abc")}
 
 
@@ -190,7 +190,7 @@ def test_importing_the_package_loads_no_driver_and_no_framework():
     }
 
 
-def test_the_public_names_are_those_of_the_contract():
+def test_the_package_exports_exactly_the_documented_names():
     contract = {"AsyncBudgetLimiter", "BudgetLimiter", "Budget", "BudgetTracker", "get_budget_tracker"}
     contract |= {"BudgetError", "BudgetExceeded", "StoreUnavailable", "HoldConflict", "UnknownHold", "UnknownBudget"}
     contract |= {"InvalidAmount", "guard", "budgeted", "Pricer", "UnknownPrice"}

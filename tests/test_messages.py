@@ -57,7 +57,7 @@ def test_a_conflict_of_two_requests_with_one_id_describes_the_first(sync_limiter
     )
 
 
-def test_a_conflict_over_many_budgets_is_one_short_line(server):
+def test_the_message_of_a_conflict_over_many_budgets_is_one_short_line(server):
     budgets = [Budget(f"b{number}", 5) for number in range(60)]
     with BudgetLimiter(server.url, budgets) as limiter:
         limiter.reserve({budget.name: "0.15" for budget in budgets}, id="op_1")
@@ -97,7 +97,7 @@ def test_every_call_rejects_an_invalid_amount_with_the_same_message(sync_limiter
     assert refusal(InvalidAmount, Budget, "agent", amount) == words
 
 
-def test_a_sum_that_is_too_large_is_rejected_in_the_unit_of_its_budget(sync_limiter):
+def test_the_message_about_a_sum_that_is_too_large_is_in_the_unit_of_its_budget(sync_limiter):
     hold = sync_limiter.reserve({"agent": "1", "tokens": 1})
     hold.accrue({"agent": "9007199.25", "tokens": 2**53 - 1})
     assert "must be below $9,007,199.25" in refusal(InvalidAmount, hold.accrue, {"agent": "0.01"})

@@ -53,7 +53,7 @@ def test_a_limit_that_is_not_an_amount_is_rejected(limit):
         Budget("agent", limit)
 
 
-def test_slots_are_counts_with_a_single_window():
+def test_a_slots_budget_counts_whole_units_in_a_single_window():
     budget = Budget("cycles", 2, kind="slots")
     assert (budget.unit, budget.period, budget.limit) == ("slots", "ever", 2)
     with pytest.raises(InvalidAmount):

@@ -111,13 +111,13 @@ def test_counts_are_integers():
         to_units(MAX_UNITS, "tokens")
 
 
-def test_positive_rejects_zero():
+def test_an_amount_that_must_be_positive_rejects_zero():
     with pytest.raises(InvalidAmount, match="more than 0"):
         to_units("0.00", positive=True)
 
 
 @given(UNITS)
-def test_conversion_round_trips(units):
+def test_converting_units_to_an_amount_and_back_returns_the_same_units(units):
     assert to_units(from_units(units)) == units
     assert to_units(str(from_units(units))) == units
     assert from_units(units, "tokens") == units
@@ -139,5 +139,5 @@ def test_rounding_up_never_decreases_and_rounding_down_never_increases(amount):
         (None, "usd", "unlimited"),
     ],
 )
-def test_formatted_amounts_have_the_significant_digits(amount, unit, text):
+def test_formatted_amounts_have_only_significant_digits_and_at_least_two_decimals(amount, unit, text):
     assert format_amount(amount, unit) == text

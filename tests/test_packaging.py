@@ -105,7 +105,7 @@ def test_every_extra_of_the_readme_exists():
 
 
 @pytest.mark.slow
-def test_the_wheel_works_in_an_empty_environment(wheel: Path, tmp_path: Path):
+def test_the_wheel_can_be_installed_and_used_in_an_empty_environment(wheel: Path, tmp_path: Path):
     venv.create(tmp_path / "v", with_pip=True)
     python = tmp_path / "v" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", str(wheel)]

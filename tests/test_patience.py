@@ -29,7 +29,7 @@ def deadline_s(limiter: LimiterBase) -> float:
     return limiter.engine.dispatcher.timeout_s
 
 
-def test_outside_of_this_test_run_a_call_has_a_second():
+def test_the_default_timeout_outside_of_this_test_run_is_one_second():
     assert inspect.signature(LimiterBase.__init__).parameters["timeout"].default == 1.0
     code = (
         "from ktrdr_budget import BudgetLimiter as Limiter; made = Limiter('redis://127.0.0.1:1');"
@@ -39,7 +39,7 @@ def test_outside_of_this_test_run_a_call_has_a_second():
     assert shown == "1.0 1.0\n"
 
 
-def test_a_timeout_applies_while_the_store_is_unreachable_and_to_stores_outside_of_the_test_run(start_server):
+def test_the_patience_of_the_test_run_applies_only_to_reachable_stores_that_it_started(start_server):
     own = start_server()
     limiter = BudgetLimiter(own.url, BUDGETS, timeout=0.2)
     assert deadline_s(limiter) == PATIENT_S
@@ -58,7 +58,7 @@ def test_a_timeout_applies_while_the_store_is_unreachable_and_to_stores_outside_
     assert deadline_s(elsewhere) == 3.0
 
 
-async def test_a_call_outlasts_a_stall_of_its_store_longer_than_the_timeout(start_server):
+async def test_a_call_in_the_test_run_survives_a_stall_of_its_store_that_exceeds_the_timeout(start_server):
     own = start_server()
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.2) as limiter:
         assert own.process is not None

@@ -102,6 +102,6 @@ def test_an_invalid_window_name_is_rejected(period, name):
         window_named(period, "UTC", name)
 
 
-def test_instants_round_trip():
+def test_formatting_and_parsing_an_instant_returns_the_same_instant():
     assert from_ms(at("2026-11-23T12:34:56.789Z")) == datetime(2026, 11, 23, 12, 34, 56, 789_000, tzinfo=UTC)
     assert to_ms(datetime(2026, 11, 23, 0, 0, 0, 1, tzinfo=UTC)) == at("2026-11-23T00:00Z") + 1  # rounded up

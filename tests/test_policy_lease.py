@@ -90,7 +90,7 @@ async def replies(limiter: AsyncBudgetLimiter) -> None:
 # -- one outage --------------------------------------------------------------------------------------------------------
 
 
-async def test_holds_of_an_outage_are_drawn_from_the_chunk_and_committed_as_one_entry(own_server):
+async def test_holds_granted_during_an_outage_are_drawn_from_the_chunk_and_committed_as_one_ledger_entry(own_server):
     async with limiter_for(own_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)
         own_server.kill()
@@ -135,7 +135,7 @@ async def test_the_chunk_stays_held_until_its_open_holds_are_settled(proxy, limi
     await until(lambda: counted(client) <= to_units("5.00") and sums(client)["held"] < to_units("4.50"))
 
 
-async def test_the_ids_of_an_outage_are_known_in_their_process_only(proxy, other):
+async def test_an_id_granted_during_an_outage_is_known_only_in_the_process_that_granted_it(proxy, other):
     async with limiter_for(proxy, {"agent": "1.00"}) as limiter:
         await prepaid(limiter)
         proxy.cut()
@@ -150,7 +150,7 @@ async def test_the_ids_of_an_outage_are_known_in_their_process_only(proxy, other
         assert (await limiter.get("op_1")).amounts == {"agent": Decimal("0.50")}, "another hold, in another process"
 
 
-async def test_only_prepaid_budgets_are_granted_and_all_or_none(own_server):
+async def test_a_reservation_during_an_outage_is_granted_only_if_all_its_budgets_are_prepaid(own_server):
     budgets = [*BUDGETS, Budget("slots", 3, kind="slots")]
     slabs = {"agent": "0.50", "team": "0.10"}
     async with AsyncBudgetLimiter(
@@ -173,7 +173,7 @@ async def test_only_prepaid_budgets_are_granted_and_all_or_none(own_server):
             await until(lambda: sums(client, "team")["spent"] == to_units("0.04"))
 
 
-async def test_the_store_decides_while_it_replies(server):
+async def test_a_reachable_store_decides_reservations_although_the_lease_has_money_left(server):
     async with limiter_for(server) as limiter:
         await prepaid(limiter)
         with pytest.raises(BudgetExceeded) as denied:
@@ -182,7 +182,7 @@ async def test_the_store_decides_while_it_replies(server):
         assert (await limiter.reserve("agent", "4.50")).offline is None
 
 
-def test_options_are_checked(server):
+def test_invalid_options_of_policy_lease_are_refused(server):
     for options in (
         {"on_store_error": "lease"},
         {"on_store_error": "lease", "lease_slab": {"other": 1}},
@@ -198,7 +198,7 @@ def test_options_are_checked(server):
 # -- idempotency -------------------------------------------------------------------------------------------------------
 
 
-async def test_an_id_is_granted_once_during_the_outage_and_after_it(proxy, limiter, client):
+async def test_a_repeated_reservation_during_and_after_the_outage_is_a_replay_of_the_first(proxy, limiter, client):
     proxy.cut()
     names = ("open", "committed", "released")
     holds = {name: await limiter.reserve("agent", "0.50", id=name) for name in names}
@@ -226,7 +226,7 @@ async def test_an_id_is_granted_once_during_the_outage_and_after_it(proxy, limit
     await until(lambda: sums(client)["spent"] == ledger_sum(client) == to_units("0.30"))
 
 
-async def test_what_the_store_has_granted_or_settled_is_not_granted_again_from_the_lease(proxy, limiter, client):
+async def test_a_lease_grants_no_id_during_an_outage_that_the_store_granted_before_it(proxy, limiter, client):
     before = await limiter.reserve("agent", "0.20", id="open")
     await (await limiter.reserve("agent", "0.20", id="settled")).commit("0.10")
     await limiter.record("agent", "0.30", id="recorded")
@@ -242,7 +242,7 @@ async def test_what_the_store_has_granted_or_settled_is_not_granted_again_from_t
     assert sums(client)["spent"] == ledger_sum(client) == to_units("0.55")
 
 
-async def test_holds_settle_and_extend_by_id(proxy, limiter):
+async def test_an_offline_hold_can_be_settled_and_extended_by_its_id(proxy, limiter):
     proxy.cut()
     async with limiter.hold("agent", "0.10", id="op_1", ttl=1) as hold:
         hold.accrue("0.04")
@@ -276,7 +276,7 @@ async def test_two_objects_of_one_hold_grow_it_by_both_increases(proxy, limiter)
     assert second.amounts == {"agent": Decimal("0.30")}
 
 
-async def test_heartbeats_and_growth_continue_here_once_the_store_is_back(proxy, limiter, client):
+async def test_an_offline_hold_still_extends_and_grows_in_its_process_after_the_outage(proxy, limiter, client):
     proxy.cut()
     hold = await limiter.reserve("agent", "1.00", id="op_1", ttl=60)
     proxy.mend()
@@ -297,7 +297,7 @@ async def test_heartbeats_and_growth_continue_here_once_the_store_is_back(proxy,
 # -- spend without a reservation, and holds from before ----------------------------------------------------------------
 
 
-async def test_spend_without_a_reservation_comes_from_the_lease(own_server):
+async def test_spend_recorded_during_an_outage_comes_from_the_lease(own_server):
     async with limiter_for(own_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)
         own_server.kill()
@@ -323,7 +323,9 @@ async def test_spend_without_a_reservation_comes_from_the_lease(own_server):
         assert (entry.kind, entry.operation) == ("commit", "lease")
 
 
-async def test_a_hold_from_before_the_outage_settles_and_is_sent_later(proxy, limiter, client):
+async def test_the_settlement_of_an_earlier_hold_is_deferred_during_the_outage_and_sent_after_it(
+    proxy, limiter, client
+):
     """By its object, and by its id if this replica was granted it."""
     held = await limiter.reserve("agent", "0.20")
     for name in ("commits", "releases", "accrues"):
@@ -348,7 +350,9 @@ async def test_a_hold_from_before_the_outage_settles_and_is_sent_later(proxy, li
 
 
 @pytest.mark.parametrize("hold_id", ["op_1", None])
-async def test_a_reservation_that_the_store_granted_without_a_reply_counts_once(proxy, limiter, client, hold_id):
+async def test_a_reservation_that_the_store_granted_but_whose_reply_was_lost_counts_once(
+    proxy, limiter, client, hold_id
+):
     with away(proxy.url):
         proxy.hold_replies()
         hold = await limiter.reserve("agent", "0.15", id=hold_id)
@@ -364,7 +368,9 @@ async def test_a_reservation_that_the_store_granted_without_a_reply_counts_once(
     assert (await hold.commit("0.07")).replayed
 
 
-async def test_a_retry_under_the_same_id_releases_what_its_first_attempt_was_granted(proxy, limiter, client):
+async def test_a_retry_granted_from_the_lease_releases_the_stores_grant_to_the_lost_first_attempt(
+    proxy, limiter, client
+):
     """The lease had no room for the first attempt, whose reply was lost; it has for the second."""
     with away(proxy.url):
         filler = None
@@ -381,7 +387,7 @@ async def test_a_retry_under_the_same_id_releases_what_its_first_attempt_was_gra
     await until(lambda: sums(client)["held"] == to_units("4.00"))
 
 
-async def test_spend_whose_reply_was_lost_is_recorded_once_by_its_id(proxy, limiter, client):
+async def test_a_record_with_a_lost_reply_is_recorded_once_by_its_id(proxy, limiter, client):
     with away(proxy.url):
         proxy.hold_replies()
         assert (await limiter.record("agent", "0.15", id="spent")).deferred
@@ -393,7 +399,7 @@ async def test_spend_whose_reply_was_lost_is_recorded_once_by_its_id(proxy, limi
     assert (await limiter.get("spent")).state == "recorded"
 
 
-async def test_a_cancelled_caller_leaves_nothing_and_may_retry(proxy, limiter, client):
+async def test_a_reservation_of_a_cancelled_caller_leaves_no_hold_and_can_be_retried(proxy, limiter, client):
     proxy.fate = lambda: "request"
     with away(proxy.url):
         task = asyncio.create_task(limiter.reserve("agent", "0.50", id="mine"))
@@ -448,7 +454,9 @@ async def test_a_hold_that_expires_once_the_store_is_back_frees_its_chunk(proxy,
     assert sums(client)["spent"] == 0
 
 
-async def test_a_late_commit_is_recorded_though_another_process_uses_the_same_id(proxy, limiter, other, client):
+async def test_a_late_commit_of_an_offline_hold_is_recorded_although_another_process_reserved_the_same_id(
+    proxy, limiter, other, client
+):
     proxy.cut()
     hold = await limiter.reserve("agent", "0.50", id="op_1", ttl=1, on_expiry="release")
     await until(lambda: _expired(limiter))
@@ -460,7 +468,7 @@ async def test_a_late_commit_is_recorded_though_another_process_uses_the_same_id
     assert sums(client)["spent"] == ledger_sum(client) == to_units("0.60")
 
 
-async def test_heartbeats_without_the_store_prolong_a_hold(proxy, limiter):
+async def test_heartbeats_extend_an_offline_hold_during_the_outage(proxy, limiter):
     proxy.cut()
     async with limiter.hold("agent", "1.00", id="op_1", ttl=1) as hold:
         first = hold.expires_at
@@ -468,7 +476,7 @@ async def test_heartbeats_without_the_store_prolong_a_hold(proxy, limiter):
         assert (await limiter.get("op_1")).state == "open"
 
 
-async def test_an_expired_hold_is_revived_by_a_heartbeat_unless_it_gave_its_money_back(proxy, limiter):
+async def test_a_heartbeat_reopens_an_expired_offline_hold_unless_it_had_returned_its_money(proxy, limiter):
     proxy.cut()
     kept = await limiter.reserve("agent", "1.00", id="op_1", ttl=1, on_expiry="accrued")
     given_back = await limiter.reserve("agent", "1.00", ttl=1, on_expiry="release")
@@ -481,7 +489,7 @@ async def test_an_expired_hold_is_revived_by_a_heartbeat_unless_it_gave_its_mone
         await given_back.extend(60)
 
 
-async def test_the_window_that_admitted_the_chunk_pays(clocked_server):
+async def test_offline_holds_are_charged_to_the_window_that_admitted_the_chunk(clocked_server):
     """Midnight during the outage: nothing more is granted, and open holds settle into their own day."""
     clocked_server.set(datetime(2026, 11, 23, 23, 59, 57, tzinfo=UTC))
     async with limiter_for(clocked_server, {"agent": "0.50"}) as limiter:
@@ -566,7 +574,7 @@ async def test_a_store_restored_from_before_the_outage_counts_the_spend_once(sta
 # -- the end of a process ----------------------------------------------------------------------------------------------
 
 
-async def test_closing_charges_open_holds_in_full_and_gives_back_the_rest(own_server):
+async def test_closing_the_limiter_charges_open_offline_holds_in_full_and_releases_the_rest_of_the_chunk(own_server):
     async with limiter_for(own_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)
         own_server.kill()
@@ -578,7 +586,7 @@ async def test_closing_charges_open_holds_in_full_and_gives_back_the_rest(own_se
         assert sums(client) == {"spent": to_units("0.14"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_closing_while_the_store_is_away_leaves_the_chunk_to_be_charged_whole(own_server, caplog):
+async def test_closing_the_limiter_during_an_outage_leaves_the_chunk_to_be_charged_in_full(own_server, caplog):
     async with limiter_for(own_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)
         own_server.kill()
@@ -631,7 +639,7 @@ def test_a_forked_child_has_leases_of_its_own_and_settles_no_hold_of_its_parent(
 
 
 @pytest.mark.parametrize("outage", ["SIGSTOP", "SIGKILL"])
-def test_three_processes_never_pass_the_cap_and_a_killed_one_is_charged_whole(own_server, outage: str):
+def test_three_processes_never_exceed_the_cap_and_the_chunk_of_a_killed_one_is_charged_in_full(own_server, outage: str):
     """Each spends from its chunk while the store is away; one is killed then."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
@@ -673,7 +681,7 @@ def test_three_processes_never_pass_the_cap_and_a_killed_one_is_charged_whole(ow
         assert counted(client) <= to_units("5.00")
 
 
-def test_a_process_that_stalls_over_the_end_of_an_outage_keeps_the_cap(own_server):
+def test_a_process_that_stalls_until_after_the_end_of_an_outage_does_not_exceed_the_cap(own_server):
     """It stands still with a used chunk while another process spends all that the store then grants."""
     options = {"url": own_server.url, "limit": "5.00", "slab": "0.40", "seed": random.randrange(2**32)}
     print(f"seed {options['seed']}")
@@ -697,7 +705,7 @@ def test_a_process_that_stalls_over_the_end_of_an_outage_keeps_the_cap(own_serve
         assert counted(client) <= to_units("5.00")
 
 
-async def test_many_tasks_share_one_chunk_to_the_unit(own_server):
+async def test_many_tasks_spend_a_shared_chunk_exactly(own_server):
     async with limiter_for(own_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)
         own_server.kill()
@@ -717,7 +725,7 @@ async def test_many_tasks_share_one_chunk_to_the_unit(own_server):
             await until(lambda: sums(client)["spent"] == ledger_sum(client) == 71 * to_units("0.007"))
 
 
-async def test_a_random_history_with_outages_adds_up(own_server):
+async def test_spend_adds_up_in_a_random_history_with_outages(own_server):
     """Against plain arithmetic: all spend is recorded once, and the cap holds at every reading."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
@@ -768,7 +776,7 @@ async def test_a_random_history_with_outages_adds_up(own_server):
         assert sums(client)["held"] == sums(client)["unconfirmed"] == 0
 
 
-async def test_a_refused_reservation_is_not_prepaid_afterwards(proxy, limiter, client):
+async def test_a_chunk_is_not_enlarged_for_a_reservation_that_was_refused_during_an_outage(proxy, limiter, client):
     proxy.cut()
     with pytest.raises(StoreUnavailable):
         await limiter.reserve("agent", "4.50")

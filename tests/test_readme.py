@@ -117,13 +117,13 @@ def test_every_shell_block_does_what_the_readme_says(clone: Path, service: int):
     assert re.search(r'ktrdr_budget_remaining\{budget="agent",unit="usd"\} 4\.84', shown)
 
 
-def test_the_library_in_ten_lines_runs(tmp_path: Path):
+def test_the_library_example_in_the_readme_runs(tmp_path: Path):
     [block, _] = blocks("python")
     done = subprocess.run([sys.executable, "-W", "error", "-c", block], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "4.93\n"), done.stderr
 
 
-def test_the_guarded_client_commits_what_the_provider_billed(tmp_path: Path):
+def test_the_guarded_client_in_the_readme_commits_the_amount_that_the_provider_billed(tmp_path: Path):
     [_, block] = blocks("python")
     with LocalProvider() as provider:
         environment = {**os.environ, "ANTHROPIC_BASE_URL": provider.anthropic_url, "ANTHROPIC_API_KEY": "local"}
@@ -134,13 +134,13 @@ def test_the_guarded_client_commits_what_the_provider_billed(tmp_path: Path):
     assert done.stdout.endswith(f" ${Decimal(cost_nanos(billed)).scaleb(-9).normalize()}\n"), done.stdout
 
 
-def test_the_budgets_of_the_readme_are_budgets():
+def test_the_example_budgets_file_in_the_readme_is_valid():
     [block] = blocks("toml")
     budgets = [Budget(**entry) for entry in tomllib.loads(block)["budgets"]]
     assert [budget.name for budget in budgets] == ["team:quant", "cycles"]
 
 
-def test_every_link_of_the_documents_leads_somewhere():
+def test_every_link_in_the_documents_has_an_existing_target():
     for document in [ROOT / "README.md", ROOT / "tests" / "README.md", *(ROOT / "docs").glob("*.md")]:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.name}: {target}"

@@ -47,7 +47,7 @@ async def async_limiter() -> AsyncIterator[AsyncMemoryLimiter]:
         yield made
 
 
-def test_a_limiter_in_memory_is_a_limiter(limiter):
+def test_a_memory_limiter_is_an_instance_of_the_limiter_class(limiter):
     assert isinstance(limiter, BudgetLimiter)
     assert issubclass(AsyncMemoryLimiter, AsyncBudgetLimiter)
     assert limiter.store_url == "memory"
@@ -155,7 +155,7 @@ async def test_an_async_limiter_in_memory_settles_and_reports(async_limiter):
     assert [entry.kind for entry in (await async_limiter.ledger("agent")).items] == ["record", "commit"]
 
 
-def test_limiters_share_a_server_as_replicas_do():
+def test_memory_limiters_on_the_same_server_share_budgets_as_replicas_do():
     server = memory_server()
     with MemoryLimiter(BUDGETS, server=server) as one:
         with MemoryLimiter(BUDGETS, server=server) as another:
@@ -166,13 +166,13 @@ def test_limiters_share_a_server_as_replicas_do():
             assert one.status("agent").spent == Decimal("3.00")
 
 
-def test_limiters_of_their_own_share_nothing(limiter):
+def test_memory_limiters_on_separate_servers_share_nothing(limiter):
     limiter.record("agent", "1.00")
     with MemoryLimiter(BUDGETS) as another:
         assert another.status("agent").spent == 0
 
 
-def test_a_disconnected_server_is_an_outage(caplog):
+def test_disconnecting_the_memory_server_simulates_an_outage(caplog):
     server = memory_server()
     with MemoryLimiter(BUDGETS, server=server, timeout=0.2) as limiter:
         server.connected = False
@@ -228,7 +228,7 @@ async def _replayed(limiter: AsyncBudgetLimiter) -> bool:
 
 
 @pytest.mark.parametrize("missing", ["fakeredis", "lupa"])
-def test_a_missing_extra_is_named(monkeypatch, missing):
+def test_the_error_for_missing_fakeredis_names_the_extra_to_install(monkeypatch, missing):
     real = builtins.__import__
 
     def refuse(name: str, *args: Any, **options: Any) -> Any:
@@ -241,6 +241,6 @@ def test_a_missing_extra_is_named(monkeypatch, missing):
         MemoryLimiter(BUDGETS)
 
 
-def test_the_example_of_the_guide_is_the_one_that_runs():
+def test_the_example_in_the_testing_guide_is_the_one_that_these_tests_run():
     [example] = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert EXAMPLE.read_text(encoding="utf-8") == example

@@ -69,7 +69,7 @@ def test_recorded_spend_is_logged_with_total_and_remainder(server, caplog):
     )
 
 
-def test_the_log_shows_an_unlimited_budget_and_above_info_no_status_is_read(server, caplog, monkeypatch):
+def test_spend_of_an_unlimited_budget_is_logged_and_no_status_is_read_above_level_info(server, caplog, monkeypatch):
     monkeypatch.setenv("AGENT_DAILY_BUDGET", "unlimited")
     with BudgetTracker(url=server.url) as tracker:
         caplog.set_level(logging.INFO, "ktrdr_budget")
@@ -81,7 +81,7 @@ def test_the_log_shows_an_unlimited_budget_and_above_info_no_status_is_read(serv
         tracker.record_spend(0.3, "op_1")
 
 
-def test_can_spend_reports_remainder_and_need(server):
+def test_can_spend_reports_the_remaining_and_the_needed_amount(server):
     with BudgetTracker("0.25", url=server.url) as tracker:
         tracker.record_spend("0.15", "a")
         assert tracker.can_spend(0.15) == (False, "budget_exhausted ($0.10 remaining, need $0.15)")
@@ -148,7 +148,9 @@ def test_the_spend_survives_a_restart_of_process_and_server(tmp_path: Path):
     assert subprocess.check_output(read, text=True, env=environment).strip() == "0.25"
 
 
-def test_an_unreachable_store_is_neither_unused_nor_exhausted(tmp_path: Path):
+def test_a_tracker_of_an_unreachable_store_raises_and_reports_the_budget_as_neither_unused_nor_exhausted(
+    tmp_path: Path,
+):
     with BudgetTracker(1, url=f"unix://{tmp_path}/nobody") as tracker:
         with pytest.raises(StoreUnavailable):
             tracker.get_remaining()

@@ -64,7 +64,7 @@ async def test_the_result_of_a_cycle_is_final(store):
     assert await store.beat("op_1", "a", Progress()) == ""
 
 
-async def test_the_next_progress_report_returns_a_cancellation(store):
+async def test_the_next_progress_report_returns_a_requested_cancellation(store):
     assert await store.cancel("op_1") == ""
     await store.start("op_1", "a", TTL_MS, Progress())
     assert await store.cancel("op_1") == "cancelling"
@@ -81,7 +81,7 @@ async def test_a_cycle_without_reports_is_lost_by_the_clock_of_the_store(store):
     assert await store.beat("op_1", "a", Progress()) == "", "the worker's next report returns no status"
 
 
-async def test_the_result_of_the_worker_replaces_worker_lost(store):
+async def test_the_late_result_of_a_worker_replaces_the_outcome_worker_lost(store):
     await store.start("op_1", "a", 1, Progress())
     await until(lambda: _ended(store, "op_1"))
     assert not await store.end("op_1", "b", "cancelled", "cancelled", Progress()), "not its worker"

@@ -35,7 +35,7 @@ numbers = st.floats(allow_nan=True, allow_infinity=True)
 finite = st.floats(-1e6, 1e6)
 
 
-def test_the_thresholds_are_those_of_the_contract():
+def test_the_default_thresholds_are_the_documented_ones():
     assert Thresholds() == Thresholds(
         min_accuracy=0.10,
         max_loss=0.8,
@@ -48,7 +48,7 @@ def test_the_thresholds_are_those_of_the_contract():
 
 
 @pytest.mark.parametrize(("field", "variable"), VARIABLES.items())
-def test_a_threshold_comes_from_its_variable(field: str, variable: str):
+def test_an_environment_variable_sets_each_threshold(field: str, variable: str):
     assert Thresholds.from_environment({variable: " 0.25 "}) == replace(Thresholds(), **{field: 0.25})
     assert Thresholds.from_environment({variable: "  "}) == Thresholds()
 
@@ -96,7 +96,7 @@ def test_a_figure_equal_to_its_threshold_passes():
     assert backtest_gate(FINE, Thresholds(min_win_rate=0.4, max_drawdown=0.2, min_sharpe=0.9)).passed
 
 
-def test_different_figures_are_shown_differently():
+def test_a_figure_close_to_its_threshold_is_shown_with_enough_digits_to_differ():
     failed = training_gate(replace(GOOD, accuracy=0.0999999), Thresholds())
     assert failed.reason == "accuracy 0.0999999 < 0.1"
 
@@ -142,6 +142,6 @@ def test_the_backtest_gate_passes_exactly_within_its_thresholds(figures, limits)
 
 
 @given(training=st.builds(Training, accuracy=finite, initial_loss=finite, final_loss=finite), stricter=st.floats(0, 10))
-def test_a_stricter_threshold_never_passes_more(training: Training, stricter: float):
+def test_a_stricter_threshold_passes_no_training_that_the_default_fails(training: Training, stricter: float):
     strict = Thresholds(min_accuracy=0.1 + stricter, max_loss=0.8 - stricter, min_loss_decrease=-0.5 + stricter)
     assert not training_gate(training, strict).passed or training_gate(training, Thresholds()).passed

@@ -35,7 +35,7 @@ async def test_a_cycle_with_a_strategy_begins_with_training(stage):
     assert cycle.progress["tokens"] == {"design": 0, "assessment": 1067}
 
 
-async def test_research_without_named_strategies_rejects_one_before_reserving(stage):
+async def test_a_strategy_is_rejected_before_the_reservation_if_the_research_names_none(stage):
     with pytest.raises(UnusableOption, match="this agent's research has no strategies by name"):
         await stage.agent.trigger(strategy="mine")
     assert await stage.figures() == (0, 0, 0, 0)

@@ -82,7 +82,7 @@ async def test_tokens_of_a_failed_call_are_counted_as_charged(make_stage, reject
     assert (await stage.figures())[0] == (0 if rejected else Decimal("0.013"))
 
 
-async def test_a_call_that_bypasses_the_context_is_counted(make_stage):
+async def test_the_tokens_and_cost_of_a_call_that_bypasses_the_context_are_counted(make_stage):
     stage = await make_stage(make_llm=scripted())
     own = scripted(float("inf"))(stage.limiter)
 
@@ -129,7 +129,7 @@ class Truth:
 
 
 @pytest.mark.parametrize("kind", [Decimal, Fraction, Real])
-async def test_figures_of_any_type_are_recorded_as_numbers(stage, kind):
+async def test_figures_of_any_numeric_type_are_recorded_as_json_numbers(stage, kind):
     stage.script.training = Training(accuracy=kind(0.5), initial_loss=0.75, final_loss=0.5)
     stage.script.backtest_result = Backtest(win_rate=0.5, max_drawdown=0.1, sharpe_ratio=float("inf"), trades=20)
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
@@ -154,7 +154,7 @@ async def test_an_assessment_of_any_type_is_recorded_as_text(stage):
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
-async def test_no_phase_follows_one_that_swallows_its_cancellation(stage):
+async def test_no_phase_starts_after_a_phase_that_suppressed_its_cancellation(stage):
     async def train(*_) -> Training:
         stage.script.entered["training"] += 1
         with contextlib.suppress(asyncio.CancelledError):
@@ -171,7 +171,7 @@ async def test_no_phase_follows_one_that_swallows_its_cancellation(stage):
     assert await stage.figures() == (Decimal("0.02"), 0, 0, 0)
 
 
-async def test_a_phase_that_swallows_its_cancellation_can_send_no_prompt(stage):
+async def test_a_phase_that_suppressed_its_cancellation_cannot_send_another_prompt(stage):
     refused = []
 
     async def design(context) -> Design:

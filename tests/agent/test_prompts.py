@@ -54,7 +54,7 @@ def test_an_assessment_prompt_accepts_parameters_of_any_type():
 
 
 @pytest.mark.parametrize("line", ["Strategies: {", "Strategies: [1]", "Strategies are many"])
-def test_a_foreign_prompt_is_not_a_design_prompt(line: str):
+def test_a_prompt_of_another_format_is_not_a_design_prompt(line: str):
     assert prompts.strategies_of(f"Hello.\n{line}\n") is None
 
 

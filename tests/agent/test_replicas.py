@@ -141,7 +141,7 @@ def test_the_last_cycle_is_the_most_recently_ended_one(launch: Launch):
     assert [each["operation_id"] for each in listed] == [second, first], "newest first"
 
 
-def test_of_fifty_concurrent_triggers_as_many_start_as_the_budget_covers(launch: Launch):
+def test_fifty_concurrent_triggers_start_only_the_cycles_that_the_budget_covers(launch: Launch):
     settings = {"AGENT_DAILY_BUDGET": "0.50", "AGENT_MAX_CONCURRENT_CYCLES": 50}
     # A ttl that no stall exceeds: the late commit of a lost cycle would free budget.
     replicas = launch(2, AGENT_PHASE_SECONDS=3600, AGENT_CYCLE_TTL=60, **settings)

@@ -90,7 +90,7 @@ async def test_a_cycle_is_deterministic():
     assert await cycle(at_once(), Context("op_7")) == first
 
 
-async def test_cycles_differ_and_pass_the_default_gates():
+async def test_cycles_with_different_ids_get_different_designs_and_pass_the_default_gates():
     thresholds, found = Thresholds(), []
     for number in range(16):
         design, training, backtest, assessment = await cycle(at_once(), Context(f"op_{number:016x}"))
@@ -119,7 +119,7 @@ def with_other_end(prices: PriceSeries, unchanged: int) -> PriceSeries:
     return PriceSeries(prices.days, (*prices.closes[:unchanged], *others))
 
 
-async def test_traded_prices_affect_neither_the_model_nor_its_figures():
+async def test_prices_of_the_backtest_affect_neither_the_model_nor_its_training_figures():
     prices, context = bundled_prices(), Context()
     traded_from = 120 + round((len(prices) - 120) * 0.7)
     design = await at_once().design(context)

@@ -196,7 +196,7 @@ async def test_spent_budget_takes_precedence_over_a_full_slot(make_stage):
     assert (denial.reason, denial.spent, denial.held) == ("budget_exhausted", Decimal("0.10"), Decimal("0.15"))
 
 
-async def test_of_fifty_triggers_on_three_replicas_as_many_start_as_the_budget_covers(make_stage):
+async def test_fifty_triggers_on_three_replicas_start_only_the_cycles_that_the_budget_covers(make_stage):
     stages = [await make_stage(limit="0.45", slots_limit=50) for _ in range(3)]
     for stage in stages:
         stage.script.wait_in = "training"
@@ -207,7 +207,7 @@ async def test_of_fifty_triggers_on_three_replicas_as_many_start_as_the_budget_c
     assert len(page.active) == 3
 
 
-async def test_of_fifty_triggers_as_many_start_as_there_are_slots(make_stage):
+async def test_fifty_triggers_start_only_as_many_cycles_as_there_are_slots(make_stage):
     stages = [await make_stage(slots_limit=3) for _ in range(3)]
     for stage in stages:
         stage.script.wait_in = "training"

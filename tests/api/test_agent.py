@@ -136,7 +136,7 @@ async def test_without_money_a_trigger_is_refused_with_the_figures(start):
     assert (problem["remaining"], problem["requested"]) == ("0.01", "0.15")
 
 
-async def test_a_second_cycle_is_refused_with_the_first_ones_id(start, pace):
+async def test_the_refusal_of_a_second_cycle_has_the_id_of_the_running_one(start, pace):
     pace.setenv("AGENT_PHASE_SECONDS", "3600")
     client = (await start()).client
     operation_id = (await client.post(TRIGGER, json={})).json()["operation_id"]
@@ -175,14 +175,14 @@ async def test_an_invalid_body_of_any_media_type_is_reported_as_a_refused_trigge
     is_a_refusal(await client.post(TRIGGER, content=b"x" * 70_000, headers=headers), 413, "content_too_large")
 
 
-async def test_a_trigger_with_too_many_holds_is_refused(start):
+async def test_a_trigger_is_refused_while_the_tenant_has_too_many_holds(start):
     client = (await start(max_holds=1)).client
     await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.10"}})
     problem = is_a_refusal(await client.post(TRIGGER), 429, "too_many_holds")
     assert problem["retry_after"] > 0
 
 
-async def test_a_trigger_with_a_budget_mismatch_is_refused(start):
+async def test_a_trigger_is_refused_if_the_store_has_another_definition_of_the_budget(start):
     here = (await start()).client
     await ended(here, (await here.post(TRIGGER)).json()["operation_id"])
     there = (await start(agent_budget_timezone="Asia/Tokyo")).client
@@ -206,7 +206,7 @@ def client_of_store(server):
         yield store
 
 
-async def test_a_trigger_without_the_store_is_unavailable(start, start_server):
+async def test_a_trigger_during_a_store_outage_gets_status_503(start, start_server):
     own = start_server()
     client = (await start(redis_url=own.url, timeout=0.1)).client
     own.kill()
@@ -232,7 +232,7 @@ async def test_a_repeated_trigger_with_an_id_returns_the_same_cycle(start, pace)
     assert (response.status_code, response.json()["code"]) == (409, "hold-conflict")
 
 
-async def test_a_cycle_is_cancelled_and_seen_by_another_replica(start, pace):
+async def test_another_replica_can_cancel_a_cycle_and_read_its_result(start, pace):
     pace.setenv("AGENT_PHASE_SECONDS", "3600")
     here, there = (await start()).client, (await start()).client
     operation_id = (await here.post(TRIGGER)).json()["operation_id"]
@@ -263,7 +263,7 @@ async def test_cycles_are_listed_in_pages_newest_first(start):
     assert (await client.get(f"{V1}/agent/cycles?limit=0")).status_code == 422
 
 
-async def test_of_fifty_triggers_on_two_replicas_three_start(start, pace):
+async def test_fifty_triggers_on_two_replicas_start_three_cycles_for_three_slots(start, pace):
     pace.setenv("AGENT_PHASE_SECONDS", "3600")
     pace.setenv("AGENT_MAX_CONCURRENT_CYCLES", "3")
     clients = [(await start()).client, (await start()).client]

@@ -78,7 +78,7 @@ async def test_a_non_ascii_key_is_refused(keyed):
     problem(response, 401, "unauthorized")
 
 
-async def test_the_key_is_checked_before_the_request(keyed):
+async def test_the_key_is_checked_before_the_body_of_the_request(keyed):
     response = await keyed.client.put(f"{V1}/budgets/a%20b/limit", content=b"{", headers={"Content-Type": "text/x"})
     problem(response, 401, "unauthorized")
     response = await keyed.connect("use-1").put(f"{V1}/budgets/agent/limit", content=b"{")
@@ -86,7 +86,7 @@ async def test_the_key_is_checked_before_the_request(keyed):
 
 
 @pytest.mark.parametrize("key", ["use-1", "use-2"])
-async def test_a_use_key_may_call_all_but_admin_operations(keyed, key):
+async def test_a_use_key_permits_all_operations_except_admin_operations(keyed, key):
     client = keyed.connect(key)
     assert await statuses(client, USE) == {200, 201, 404}
     for method, path, body in ADMIN:
@@ -94,7 +94,7 @@ async def test_a_use_key_may_call_all_but_admin_operations(keyed, key):
     assert (await client.get(f"{V1}/budgets/agent")).json()["limit_source"] == "configured"
 
 
-async def test_an_admin_key_may_call_everything(keyed):
+async def test_an_admin_key_permits_all_operations(keyed):
     client = keyed.connect("admin-1")
     assert await statuses(client, (*USE, *ADMIN)) == {200, 201, 404}
 
@@ -104,19 +104,19 @@ async def test_the_bearer_scheme_is_case_insensitive(keyed):
     assert response.status_code == 200
 
 
-async def test_admin_operations_are_closed_without_an_admin_key(start):
+async def test_admin_operations_are_refused_if_no_admin_key_is_configured(start):
     client = (await start(api_key="use-1")).connect("use-1")
     assert await statuses(client, USE) == {200, 201, 404}
     assert await statuses(client, ADMIN) == {403}
 
 
-async def test_everything_needs_the_admin_key_if_it_is_the_only_key(start):
+async def test_all_operations_need_the_admin_key_if_no_use_key_is_configured(start):
     running = await start(admin_key="admin-1")
     assert await statuses(running.connect(), (*USE, *ADMIN)) == {401}
     assert await statuses(running.connect("admin-1"), (*USE, *ADMIN)) == {200, 201, 404}
 
 
-async def test_without_keys_only_this_machine_is_served(start):
+async def test_a_service_without_keys_refuses_clients_on_other_machines(start):
     running = await start()
     for address in ("127.0.0.1", "127.8.9.10", "::1", "::ffff:127.0.0.1"):
         assert await statuses(running.connect(address=address), (*USE, *ADMIN)) == {200, 201, 404}
@@ -126,7 +126,7 @@ async def test_without_keys_only_this_machine_is_served(start):
         assert (await running.connect(address=address).get("/livez")).status_code == 200
 
 
-async def test_auth_none_serves_other_machines(start):
+async def test_with_auth_none_a_service_without_keys_accepts_clients_on_other_machines(start):
     running = await start(auth="none")
     assert await statuses(running.connect(address="192.0.2.1"), (*USE, *ADMIN)) == {200, 201, 404}
 
@@ -153,7 +153,7 @@ async def unconfirmed(running: Running, key: str) -> str:
     return path
 
 
-async def test_a_hold_has_an_owner_but_not_the_key(keyed, server):
+async def test_the_owner_of_a_hold_is_a_hash_of_the_key_and_not_the_key_itself(keyed, server):
     for key in ("use-1", "use-2", "admin-1"):
         hold = await reserved(keyed.connect(key))
         owner = (await keyed.limiter.get(hold["id"])).owner
@@ -163,13 +163,13 @@ async def test_a_hold_has_an_owner_but_not_the_key(keyed, server):
     assert "use-1" not in stored
 
 
-async def test_the_owner_of_a_hold_without_keys_is_the_service(start):
+async def test_the_owner_of_a_hold_is_http_if_no_key_is_configured(start):
     running = await start()
     hold = await reserved(running.client)
     assert (await running.limiter.get(hold["id"])).owner == "http"
 
 
-async def test_the_key_that_reserved_an_unconfirmed_hold_settles_it(keyed):
+async def test_an_unconfirmed_hold_can_be_settled_with_the_key_that_reserved_it(keyed):
     path = await unconfirmed(keyed, "use-1")
     done = await keyed.connect("use-1").post(f"{path}/commit", json={"amounts": "0.07"})
     assert (done.status_code, done.json()["late"]) == (200, True)
@@ -178,7 +178,7 @@ async def test_the_key_that_reserved_an_unconfirmed_hold_settles_it(keyed):
     assert await figures(keyed.connect("use-1")) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_an_unconfirmed_hold_of_another_key_needs_the_admin_key(keyed):
+async def test_an_unconfirmed_hold_of_another_use_key_can_only_be_settled_with_the_admin_key(keyed):
     path, other = await unconfirmed(keyed, "use-1"), keyed.connect("use-2")
     for action, body in (
         ("commit", {"amounts": "0"}),
@@ -192,7 +192,7 @@ async def test_an_unconfirmed_hold_of_another_key_needs_the_admin_key(keyed):
     assert (done.status_code, done.json()["late"]) == (200, True)
 
 
-async def test_an_open_hold_is_settled_by_any_use_key(keyed):
+async def test_any_use_key_can_settle_an_open_hold(keyed):
     one, other = keyed.connect("use-1"), keyed.connect("use-2")
     hold = await reserved(one)
     assert (await other.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": "0.07"})).status_code == 200
@@ -246,7 +246,7 @@ async def test_a_hold_that_its_owner_released_stays_released(keyed):
     problem(late, 409, "hold-conflict")
 
 
-async def test_releasing_a_hold_of_the_library_counts_as_an_operator_release(start):
+async def test_a_release_over_http_of_a_hold_that_the_library_reserved_is_an_operator_release(start):
     running = await start()
     async with running.limiter.hold("agent", "0.15") as hold:
         assert (await running.client.post(f"{V1}/reservations/{hold.id}/release")).status_code == 200

@@ -13,7 +13,7 @@ from ..helpers.waiting import until
 from .support import V1, figures, problem, reserved
 
 
-async def test_the_agents_budget_has_json_numbers(client):
+async def test_amounts_of_the_agent_budget_are_json_numbers(client):
     await client.post(f"{V1}/spend", json={"amounts": {"agent": "0.15"}})
     response = await client.get(f"{V1}/agent/budget")
     assert response.status_code == 200
@@ -108,7 +108,7 @@ async def test_a_budget_name_may_contain_a_slash(client, name):
     assert (await client.delete(f"{path}/limit")).json()["limit_source"] == "configured"
 
 
-async def test_an_unencoded_slash_before_a_path_word_ends_the_name(client):
+async def test_a_budget_name_in_a_path_ends_before_an_unencoded_slash_and_the_word_holds(client):
     assert (await client.get(f"{V1}/budgets/team/a:b@c")).json()["name"] == "team/a:b@c"
     assert (await client.get(f"{V1}/budgets/team/a:b@c/holds")).json() == {"holds": [], "next_cursor": None}
     problem(await client.get(f"{V1}/budgets/team/holds"), 404, "unknown-budget")  # the holds of `team`
@@ -180,7 +180,7 @@ async def test_a_limit_changes_for_all_replicas(start):
     assert await figures(one) == ("0.00", "7.00", "0.00", "0.00")
 
 
-async def test_a_limit_may_have_an_end(client):
+async def test_a_limit_can_be_set_until_a_given_time(client):
     until = datetime.now(UTC).replace(microsecond=0) + timedelta(hours=1)
     changed = await client.put(
         f"{V1}/budgets/agent/limit", json={"limit": 1, "until": f"{until:%Y-%m-%dT%H:%M:%S}+00:00"}
@@ -216,14 +216,14 @@ async def test_an_invalid_limit_is_refused(client, body):
     assert (await client.get(f"{V1}/budgets/agent")).json()["limit_source"] == "configured"
 
 
-async def test_the_agents_day_follows_its_timezone(start):
+async def test_the_day_of_the_agent_budget_ends_at_midnight_of_its_timezone(start):
     client = (await start(agent_budget_timezone="Pacific/Kiritimati")).client
     document = (await client.get(f"{V1}/budgets/agent")).json()
     assert document["timezone"] == "Pacific/Kiritimati"
     assert document["resets_at"].endswith("T10:00:00Z")
 
 
-async def test_budgets_report_a_repair_of_the_store(start, clocked_server):
+async def test_budgets_show_until_when_the_store_recovers_from_a_data_loss(start, clocked_server):
     client = (await start(redis_url=clocked_server.url, timeout=0.3)).client
     assert (await client.get(f"{V1}/budgets/agent")).json()["recovering_until"] is None
     assert (await client.post(f"{V1}/spend", json={"amounts": {"agent": "0.15"}})).status_code == 201

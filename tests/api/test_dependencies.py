@@ -262,7 +262,7 @@ async def test_a_denied_call_inside_a_route_replies_429(app, client, limiter):
     assert figures(client) == (0, 0)
 
 
-async def test_an_unreachable_store_is_503(start_server):
+async def test_a_route_replies_503_while_the_store_is_unreachable(start_server):
     own = start_server()
     app = FastAPI()
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.1) as limiter:
@@ -290,7 +290,7 @@ async def test_a_failed_settlement_does_not_change_the_response(start_server, ca
     assert "could not be settled" in caplog.text
 
 
-async def test_an_unknown_budget_is_an_error_of_the_app(app):
+async def test_an_unknown_budget_is_an_unexpected_error_of_the_app(app):
     @app.post("/", dependencies=[Depends(hold_budget("nothing", estimate="0.15"))])
     async def research() -> None: ...
 

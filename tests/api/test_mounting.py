@@ -127,14 +127,14 @@ async def test_an_app_can_include_the_probes(server):
         assert 'ktrdr_budget_reservations_total{outcome="granted",reason=""} 1.0\n' in text
 
 
-async def test_the_probes_work_without_counters(limiter):
+async def test_the_metrics_route_works_without_the_counters_of_an_observer(limiter):
     app = foreign(limiter)
     app.include_router(probe_router(limiter))
     async with app.router.lifespan_context(app), connect(app) as client:
         assert "agent_budget_remaining_dollars 5.0\n" in (await client.get("/metrics")).text
 
 
-async def test_the_agents_budget_is_unknown_to_a_limiter_without_it(server):
+async def test_the_agent_budget_is_not_found_if_the_limiter_does_not_have_it(server):
     limiter = AsyncBudgetLimiter(server.url, [Budget("other", 1)])
     app = foreign(limiter)
     app.include_router(budget_router(limiter))

@@ -103,7 +103,7 @@ def test_no_secret_is_documented():
     assert "secret" not in text
 
 
-def test_every_schema_is_in_the_document_once(document):
+def test_every_schema_is_a_shared_component_of_the_document(document):
     def inline(node: Any) -> bool:
         if isinstance(node, list):
             return any(map(inline, node))
@@ -122,7 +122,7 @@ def test_every_example_is_valid(document):
     assert found >= 9
 
 
-def test_only_bodies_with_required_fields_are_required(document):
+def test_a_request_body_is_required_only_if_one_of_its_fields_is_required(document):
     required = {
         path.removeprefix(V1): operation["requestBody"].get("required", False)
         for (_, path), operation in operations(document).items()

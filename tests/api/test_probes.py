@@ -85,7 +85,7 @@ async def test_a_store_that_evicts_is_not_ready(start, start_server, policy):
     assert (await client.get("/readyz")).status_code == 200
 
 
-async def test_a_store_with_an_unreadable_policy_is_not_ready(start, server):
+async def test_a_store_whose_eviction_policy_cannot_be_read_is_not_ready(start, server):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "worker", "on", ">pw", "~*", "+@all", "-info")
         client = (await start(redis_url=f"{server.url}?username=worker&password=pw")).client
@@ -105,7 +105,7 @@ async def test_a_store_that_runs_no_scripts_is_not_ready(start, server):
         redis.execute_command("ACL", "DELUSER", "reader")
 
 
-def test_the_library_has_the_same_check(server):
+def test_the_limiter_of_the_library_has_the_same_readiness_check(server):
     with BudgetLimiter(server.url, [Budget("agent", "5.00")]) as limiter:
         assert limiter.check() == {"store": None, "policy": None, "scripts": None}
 
@@ -177,7 +177,7 @@ async def test_a_readiness_check_loads_scripts_again_after_a_flush(client, serve
     assert (await client.get("/readyz")).status_code == 200
 
 
-async def test_metrics_have_the_figures_of_the_service(client):
+async def test_the_metrics_show_the_calls_and_budgets_of_the_service(client):
     hold = await reserved(client)
     await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": "0.07"})
     await client.post(f"{V1}/reservations", json={"amounts": {"agent": "9"}})
@@ -210,7 +210,7 @@ async def test_metrics_are_available_as_openmetrics(client):
     assert response.text.endswith("# EOF\n")
 
 
-async def test_an_app_can_run_twice(start, server):
+async def test_an_app_can_be_started_again_after_it_was_stopped(start, server):
     """Each run has its own limiter; the counters continue."""
     running = await start()
     await reserved(running.client, id="op_1")

@@ -88,7 +88,7 @@ async def test_an_unknown_hold_is_not_found(client):
         problem(await client.post(f"{V1}/reservations/op_1/{path}", json=body), 404, "unknown-hold")
 
 
-async def test_a_budget_outside_of_the_hold_is_not_found(client):
+async def test_a_commit_to_a_budget_that_the_hold_does_not_cover_is_not_found(client):
     hold = await reserved(client)
     done = await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": {"cycles": 1}})
     problem(done, 404, "unknown-budget")
@@ -244,7 +244,7 @@ async def test_a_denial_above_the_limit_has_no_time_to_retry(client):
     assert "retry-after" not in denied.headers
 
 
-async def test_a_denial_because_of_holds_may_be_retried_at_the_first_deadline(client):
+async def test_a_denial_because_of_holds_advises_a_retry_at_their_first_deadline(client):
     await reserved(client, {"agent": "5"}, ttl=30)
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
     document = problem(denied, 429, "budget-exceeded")
@@ -252,7 +252,7 @@ async def test_a_denial_because_of_holds_may_be_retried_at_the_first_deadline(cl
     assert 25 <= document["retry_after"] <= 30
 
 
-async def test_a_denied_count_has_the_rate_limit_headers(client):
+async def test_the_denial_of_a_count_budget_has_rate_limit_headers(client):
     await client.post(f"{V1}/spend", json={"amounts": {"calls": 1, "cycles": 3}})
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"calls": 2}})
     seconds = problem(denied, 429, "budget-exceeded")["retry_after"]
@@ -264,7 +264,7 @@ async def test_a_denied_count_has_the_rate_limit_headers(client):
     assert denied.headers["ratelimit"] == f'"cycles";r=0;t={seconds}'
 
 
-async def test_the_rate_limit_of_slots_has_no_window(client):
+async def test_rate_limit_headers_of_slots_have_no_window(client):
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"jobs": 2}})
     problem(denied, 429, "budget-exceeded")
     assert denied.headers["ratelimit-policy"] == '"jobs";q=1;ktrdr-unit="slots"'
@@ -304,7 +304,7 @@ async def test_a_budget_with_another_registered_definition_is_a_conflict(start, 
     problem(await one.post(f"{V1}/reservations", json={"amounts": {"count": 1}}), 409, "budget-mismatch")
 
 
-async def test_a_stopped_store_is_503_until_it_is_back(start, start_server):
+async def test_requests_get_503_from_the_stop_of_the_store_until_its_return(start, start_server):
     own = start_server(None, "--appendonly", "yes")
     client = (await start(redis_url=own.url, timeout=0.2)).client
     hold = await reserved(client)
@@ -336,7 +336,7 @@ async def test_a_stopped_store_is_503_until_it_is_back(start, start_server):
     assert (await reserved(client, id="op_1"))["replayed"] is False
 
 
-async def test_a_hanging_store_is_503_within_the_deadline(start, start_server):
+async def test_requests_to_a_hanging_store_get_503_within_the_deadline(start, start_server):
     own = start_server()
     client = (await start(redis_url=own.url, timeout=0.2)).client
     await reserved(client)
@@ -391,7 +391,7 @@ async def test_the_response_to_an_unexpected_error_hides_its_text(running):
     problem(response, 500, "internal-error")
 
 
-async def test_errors_of_the_limiter_are_problems_in_other_routes(running):
+async def test_an_error_of_the_limiter_in_a_route_of_the_app_becomes_a_problem_response(running):
     async def other() -> None:
         await running.limiter.status("unknown")
 
@@ -399,7 +399,7 @@ async def test_errors_of_the_limiter_are_problems_in_other_routes(running):
     problem(await running.client.get("/other"), 404, "unknown-budget")
 
 
-def test_an_unknown_error_is_internal():
+def test_an_unexpected_error_is_an_internal_error_problem():
     assert problem_of(BudgetError("?"), {}).status_code == 500
 
 

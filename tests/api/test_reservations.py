@@ -149,7 +149,7 @@ async def test_a_release_refuses_a_body(client):
     assert (await client.post(f"{V1}/reservations/{hold['id']}/release", json={})).status_code == 200
 
 
-async def test_an_extend_has_totals(client):
+async def test_an_extension_sets_the_total_accrued_and_never_shortens_the_deadline(client):
     hold = await reserved(client, ttl=60)
     path = f"{V1}/reservations/{hold['id']}/extend"
     for _ in range(2):  # a retry is harmless
@@ -163,7 +163,7 @@ async def test_an_extend_has_totals(client):
         assert (heartbeat.status_code, heartbeat.json()["expires_at"]) == (200, extended.json()["expires_at"])
 
 
-async def test_a_growth_has_new_totals(client):
+async def test_growth_sets_the_new_total_reserved(client):
     hold = await reserved(client)
     path = f"{V1}/reservations/{hold['id']}/grow"
     for _ in range(2):

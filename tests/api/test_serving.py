@@ -111,7 +111,7 @@ def logged(service: ServiceProcess, event: str) -> list[str]:
     return [line for line in service.output if f": {event}: " in line]
 
 
-def test_a_budget_line_has_the_period_in_words():
+def test_the_startup_line_of_a_budget_has_its_period_in_words():
     assert budget_line(Budget("b", "1", period="week")) == "budget b: $1.00 a week (UTC)"
     assert budget_line(Budget("b", 0, unit="calls", period="hour")) == "budget b: 0 calls an hour: denies all"
 
@@ -128,7 +128,7 @@ def test_the_startup_report_has_no_secrets(server):
     assert "secret" not in "\n".join(service.output)
 
 
-def test_a_run_time_limit_that_overrides_the_configured_one_is_a_warning(server):
+def test_a_run_time_limit_that_overrides_the_configured_one_causes_a_warning(server):
     with serving(KTRDR_REDIS_URL=server.url) as service:
         changed = service.request("PUT", f"{V1}/budgets/agent/limit", json={"limit": "10.00", "until": "window"})
         assert changed.status_code == 200
@@ -143,14 +143,14 @@ def test_a_run_time_limit_that_overrides_the_configured_one_is_a_warning(server)
     assert not [line for line in service.output if line.startswith("warning")]
 
 
-def test_an_evicting_store_is_a_warning(start_server):
+def test_a_store_that_evicts_keys_causes_a_warning(start_server):
     own = start_server(None, "--maxmemory-policy", "allkeys-lru")
     with serving(KTRDR_REDIS_URL=own.url) as service:
         service.stop()
     assert any(line.startswith("warning: the store is not ready: maxmemory-policy") for line in service.output)
 
 
-def test_a_budget_mismatch_is_a_warning(server, tmp_path):
+def test_another_definition_of_a_budget_in_the_store_causes_a_warning(server, tmp_path):
     path = tmp_path / "budgets.toml"
     path.write_text('[[budgets]]\nname = "count"\nlimit = 5\nunit = "calls"\n')
     with serving(KTRDR_REDIS_URL=server.url, KTRDR_BUDGETS_FILE=path) as service:
@@ -346,7 +346,7 @@ def counted(service: ServiceProcess) -> float:
 
 
 @pytest.mark.slow
-def test_workers_share_a_port_a_budget_and_counters(tmp_path):
+def test_workers_share_their_port_and_budgets_and_counters(tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     with serving(workers=3, AGENT_BUDGET_DIR=tmp_path / "budget", TMPDIR=temporary) as service:
@@ -417,7 +417,7 @@ def _no_app(settings: Settings) -> FastAPI:
     return FastAPI(lifespan=lifespan)
 
 
-def test_policy_allow_with_several_workers_is_a_warning(server):
+def test_policy_allow_with_several_workers_causes_a_warning(server):
     with serving(workers=2, KTRDR_REDIS_URL=server.url, KTRDR_ON_STORE_ERROR="allow") as service:
         service.stop()
     assert any("KTRDR_ON_STORE_ERROR=allow" in line for line in service.output)

@@ -84,7 +84,7 @@ async def settled(client: Any, limiter: AsyncBudgetLimiter) -> tuple[int, list[s
 
 @pytest.mark.parametrize(("accrued", "spent"), [(None, "0.15"), ("0.02", "0.02")], ids=["without accruals", "accrued"])
 @pytest.mark.parametrize("ends", ["returned", "caught", "uncaught", "cut"])
-async def test_a_session_is_settled_once_for_every_kind_of_end(app, client, limiter, ends, accrued, spent):
+async def test_a_session_is_settled_once_however_it_ends(app, client, limiter, ends, accrued, spent):
     """A disconnected client is charged like any other."""
     echo(app, ends=ends, accrued=accrued)
     async with serving(app) as address:
@@ -221,7 +221,7 @@ async def test_a_denied_call_closes_an_open_session_with_the_reason(app, client,
         assert spent == to_units("0.02")
 
 
-async def test_a_session_without_the_store_replies_503(start_server):
+async def test_the_handshake_gets_503_while_the_store_is_unreachable(start_server):
     own = start_server()
     app = FastAPI()
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.1) as limiter:

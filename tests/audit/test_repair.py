@@ -121,7 +121,7 @@ def test_a_repair_of_correct_windows_changes_nothing(client, auditor, limiter):
     assert dump(client) == before
 
 
-def test_a_check_never_writes(server, client, limiter):
+def test_a_check_without_repair_never_writes(server, client, limiter):
     fill(limiter)
     client.hincrby(window(client), "spent", 5)
     client.zadd(DUE, {"ghost": 1})
@@ -222,7 +222,7 @@ def test_a_missing_window_does_not_block_other_budgets(server, client):
         assert limiter.store_state == "closed"
 
 
-def test_a_ledger_that_was_carried_forward_is_repaired_by_the_shares_of_the_replicas(
+def test_a_window_with_a_trimmed_ledger_is_repaired_from_the_subtotals_of_the_replicas(
     server, client, auditor, monkeypatch
 ):
     monkeypatch.setattr(
@@ -247,7 +247,7 @@ def raw_entries(server, client: redis.Redis) -> list:
         return raw.lrange(ledger(client), 0, 2)
 
 
-def test_overruns_have_no_second_source_and_stay_unchanged(client, auditor, limiter):
+def test_a_repair_leaves_the_overrun_counter_unchanged_because_no_other_key_counts_overruns(client, auditor, limiter):
     fill(limiter)
     client.hincrby(window(client), "overruns", 5)
     assert auditor.repair().changes == []

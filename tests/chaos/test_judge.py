@@ -164,14 +164,14 @@ def an_error_has_no_explanation_in_the_fault(case: Case) -> None:
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
-def test_each_violation_is_found(spoil: Callable[[Case], None], words: str):
+def test_the_judge_finds_each_kind_of_violation(spoil: Callable[[Case], None], words: str):
     case = Case()
     spoil(case)
     violations = case.judged().violations
     assert any(words in violation for violation in violations), violations
 
 
-def test_lost_spend_is_counted():
+def test_the_judge_counts_lost_spend_in_units():
     case = Case()
     an_acknowledged_commit_is_lost(case)
     assert case.judged().lost == 50
@@ -181,7 +181,7 @@ def test_lost_spend_is_counted():
 
 
 @pytest.mark.parametrize("made", [True, False])
-def test_a_call_without_a_reply_may_have_been_executed_or_not(made: bool):
+def test_the_judge_accepts_either_outcome_of_a_call_without_a_reply(made: bool):
     case = Case()
     commit = case.calls[3]
     commit.outcome, commit.ended_ns, commit.amounts = "killed", None, {}
@@ -215,7 +215,7 @@ def test_an_incomplete_last_line_of_a_history_is_ignored(tmp_path: Path):
     assert (second.acknowledged, second.unknown, second.outcome) == (False, True, "killed")
 
 
-def test_stalls_of_the_process_do_not_count_as_lateness(tmp_path: Path):
+def test_the_judge_excludes_stalls_of_the_process_from_the_lateness_of_a_call(tmp_path: Path):
     ms = 10**6
     begun = {"n": 1, "at": 0, "call": "record", "tenant": "default", "id": "x", "requested": {"agent": 1}}
     ended = {"n": 1, "at": 1400 * ms, "outcome": "StoreUnavailable", "ambiguous": True}

@@ -21,7 +21,7 @@ def figures(*violations: str, **words: int) -> Figures:
     return Figures(ROWS[0], seed=7, seconds=20, faults=3, verdict=verdict)
 
 
-def test_a_run_has_a_line_for_the_terminal():
+def test_the_result_of_a_run_is_one_line_on_the_terminal():
     line = figures(unknown=9, resolved=9).line
     assert line.startswith("clients-die: seed 7, 20 s: 1,234 operations, 3 faults, 500 grants, spend $1.500000,")
     assert "overspend 0, lost 0, 9 of 9 unknown resolved" in line and line.endswith(": kept")
@@ -54,7 +54,7 @@ def test_a_run_of_all_rows_replaces_all_earlier_rows(tmp_path: Path):
     assert f"All {len(ROWS)} rows are of one run, Tuesday at b2" in text
 
 
-def test_a_row_with_other_columns_is_removed(tmp_path: Path):
+def test_a_table_row_with_other_columns_than_the_current_ones_is_removed(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"{report.BEGIN}\n| a | `{ROWS[3].name}` 1 | kept |\n{report.END}\n")
     report.rewrite(page, [figures()], "Monday at a1", 60)
@@ -69,7 +69,7 @@ def test_a_page_without_markers_is_not_changed(tmp_path: Path):
     assert page.read_text() == "nothing here\n"
 
 
-def test_the_document_shows_every_row_as_kept():
+def test_the_reliability_document_shows_every_fault_scenario_as_kept():
     text = DOCUMENT.read_text()
     rows = [line for line in text.splitlines() if line.startswith("|") and line.endswith("| kept |")]
     assert [any(f"| `{row.name}` " in line for line in rows) for row in ROWS] == [True] * len(ROWS)

@@ -44,12 +44,14 @@ def lines_of(ktrdr: Run, service: FakeService, *options: str, **changes: Any) ->
 # --- The form -------------------------------------------------------------------------------------
 
 
-def test_the_status_has_its_fixed_form(ktrdr: Run) -> None:
+def test_agent_budget_prints_the_documented_form(ktrdr: Run) -> None:
     result = ktrdr("agent", "budget")
     assert (result.exit_code, result.stdout, result.stderr) == (0, FORM, "")
 
 
-def test_non_zero_held_and_unconfirmed_have_lines(ktrdr: Run, service: FakeService) -> None:
+def test_held_and_unconfirmed_amounts_have_lines_of_their_own_unless_they_are_zero(
+    ktrdr: Run, service: FakeService
+) -> None:
     lines = lines_of(ktrdr, service, held=0.15, unconfirmed=0.3, remaining=4.4, cycles_affordable=29)
     assert lines[4:] == [
         "Today's Spend: $0.15",
@@ -65,7 +67,7 @@ def test_a_repair_after_data_loss_is_shown(ktrdr: Run, service: FakeService) -> 
     assert last == "Recovering: the store lost writes; no cycle starts until 2026-11-23T12:00:03Z"
 
 
-def test_an_exhausted_budget_is_shown_with_exit_code_0(ktrdr: Run, service: FakeService) -> None:
+def test_agent_budget_has_exit_code_0_for_an_exhausted_budget(ktrdr: Run, service: FakeService) -> None:
     lines = lines_of(ktrdr, service, today_spend=5.0, remaining=0.0, cycles_affordable=0)
     assert lines[4:] == ["Today's Spend: $5.00", "Remaining: $0.00", "Cycles Affordable: ~0"]
 
@@ -129,7 +131,7 @@ def shown_on(terminal: OpenTerminal, *words: str, **size: int) -> str:
     return opened.text
 
 
-def test_a_terminal_shows_the_form_and_a_bar(terminal: OpenTerminal, service: FakeService) -> None:
+def test_agent_budget_adds_a_bar_on_a_terminal(terminal: OpenTerminal, service: FakeService) -> None:
     service.answer(CALL, {**STATUS, "today_spend": 2.5, "unconfirmed": 0.5, "held": 0.5, "remaining": 1.5})
     text = shown_on(terminal)
     assert text.startswith(FORM[:70])
@@ -143,14 +145,16 @@ def test_the_bar_turns_yellow_and_then_red(terminal: OpenTerminal, service: Fake
     assert shown_on(terminal).endswith(f"[\x1b[31m{'█' * 30}\x1b[0m] 120% used\n")
 
 
-def test_no_color_keeps_the_bar_and_drops_the_colour(terminal: OpenTerminal, environment: pytest.MonkeyPatch) -> None:
+def test_the_variable_no_color_removes_the_colour_of_the_bar_but_not_the_bar(
+    terminal: OpenTerminal, environment: pytest.MonkeyPatch
+) -> None:
     environment.setenv("NO_COLOR", "1")
     text = shown_on(terminal)
     assert text.endswith("[█·····························] 3% used\n")
     assert "\x1b" not in text
 
 
-def test_an_empty_no_color_has_no_effect(terminal: OpenTerminal, environment: pytest.MonkeyPatch) -> None:
+def test_an_empty_variable_no_color_has_no_effect(terminal: OpenTerminal, environment: pytest.MonkeyPatch) -> None:
     environment.setenv("NO_COLOR", "")
     assert "\x1b[32m" in shown_on(terminal)
 
@@ -187,7 +191,7 @@ PART = st.decimals(min_value=0, max_value=100, places=9)
 
 
 @given(st.decimals(min_value=Decimal("1e-9"), max_value=100, places=9), st.tuples(PART, PART, PART))
-def test_the_bar_is_full_only_if_nothing_remains_and_shows_every_part(
+def test_the_bar_is_full_only_if_nothing_remains_and_each_non_zero_part_has_a_cell(
     limit: Decimal, parts: tuple[Decimal, ...]
 ) -> None:
     cells = _cells(parts, limit)

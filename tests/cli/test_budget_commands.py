@@ -61,7 +61,9 @@ def test_list_marks_a_limit_set_at_run_time(ktrdr: Run, service: FakeService) ->
     assert lines[2] == "* set at run time"
 
 
-def test_list_shows_a_budget_with_unknown_figures_among_the_others(ktrdr: Run, service: FakeService) -> None:
+def test_list_shows_a_budget_whose_figures_cannot_be_read_as_unknown_beside_the_others(
+    ktrdr: Run, service: FakeService
+) -> None:
     unavailable = [{"budget": "team", "detail": "budget 'team' is registered otherwise"}]
     service.answer("GET /api/v1/budgets", {"budgets": [BUDGET], "unavailable": unavailable})
     result = ktrdr("budget", "list")
@@ -147,7 +149,7 @@ def test_show_reports_a_repair_of_the_store(ktrdr: Run, service: FakeService) ->
     assert last == "Recovering:    the store lost writes; nothing is admitted until 2026-11-23T12:00:03Z"
 
 
-def test_show_of_slots_without_a_limit(ktrdr: Run, service: FakeService) -> None:
+def test_show_prints_an_unlimited_slots_budget_without_an_end(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/cycles", CYCLES)
     text = ktrdr("budget", "show", "cycles").stdout
     assert "Window:        ever (ever, UTC, slots)\n" in text
@@ -203,7 +205,7 @@ def test_migrate_prints_the_old_and_the_new_definition(ktrdr: Run, service: Fake
         (("10", "--until", "2026-11-24T00:00:00+01:00"), {"limit": "10", "until": "2026-11-24T00:00:00+01:00"}),
     ],
 )
-def test_set_limit_sends_the_limit_and_its_end(
+def test_set_limit_sends_the_limit_and_the_time_until_which_it_applies(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], body: dict[str, Any]
 ) -> None:
     service.answer("PUT /api/v1/budgets/agent/limit", RUNTIME)
@@ -213,14 +215,14 @@ def test_set_limit_sends_the_limit_and_its_end(
     assert "Limit:         $10.00 (set at run time; configured: $5.00)\n" in result.stdout
 
 
-def test_the_end_of_a_limit_is_shown(ktrdr: Run, service: FakeService) -> None:
+def test_set_limit_prints_until_when_the_limit_applies(ktrdr: Run, service: FakeService) -> None:
     service.answer("PUT /api/v1/budgets/agent/limit", {**RUNTIME, "limit_until": "2026-11-24T00:00:00Z"})
     text = ktrdr("budget", "set-limit", "agent", "10", "--until", "window").stdout
     assert "Limit:         $10.00 (set at run time until 2026-11-24T00:00:00Z; configured: $5.00)\n" in text
 
 
 @pytest.mark.parametrize("until", ["tomorrow", "2026-11-24", "2026-11-24T00:00:00", ""])
-def test_an_end_without_a_timezone_is_a_usage_error(ktrdr: Run, service: FakeService, until: str) -> None:
+def test_a_limit_until_a_time_without_a_timezone_is_a_usage_error(ktrdr: Run, service: FakeService, until: str) -> None:
     result = ktrdr("budget", "set-limit", "agent", "10", "--until", until)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
@@ -301,7 +303,7 @@ def three_pages(service: FakeService) -> list[dict[str, Any]]:
     return entries
 
 
-def test_a_page_shows_the_cursor_of_the_next(ktrdr: Run, service: FakeService) -> None:
+def test_a_page_shows_the_cursor_of_the_next_page(ktrdr: Run, service: FakeService) -> None:
     service.answer(LEDGER, {"entries": [ENTRY], "next_cursor": "2-0"})
     assert ktrdr("budget", "ledger", "agent").stdout.splitlines()[-1] == "More: --cursor 2-0, or --all"
 
@@ -339,7 +341,7 @@ def test_the_json_of_a_list_that_restarts_says_so(ktrdr: Run, service: FakeServi
     assert json.loads(result.stdout) == {"entries": entries, "next_cursor": None, "trimmed": True}
 
 
-def test_a_single_page_is_the_json_of_the_service(ktrdr: Run, service: FakeService) -> None:
+def test_the_json_of_a_single_page_is_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
     service.answer(f"{HOLDS}?limit=1000", {"holds": [HOLD], "next_cursor": None})
     assert json.loads(ktrdr("budget", "holds", "agent", "--all", "--json").stdout) == {
         "holds": [HOLD],
@@ -368,6 +370,6 @@ def test_a_malformed_page_is_an_error(ktrdr: Run, service: FakeService, page: di
 
 
 @pytest.mark.parametrize("limit", ["0", "1001", "x"])
-def test_a_page_has_1_to_1000_items(ktrdr: Run, service: FakeService, limit: str) -> None:
+def test_a_page_limit_below_1_or_above_1000_is_a_usage_error(ktrdr: Run, service: FakeService, limit: str) -> None:
     assert ktrdr("budget", "holds", "agent", "--limit", limit).exit_code == 2
     assert service.requests == []

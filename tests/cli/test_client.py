@@ -77,14 +77,14 @@ def test_an_invalid_host_name_is_a_usage_error(ktrdr: Run) -> None:
     assert "host" in failed(ktrdr("--api-url", f"http://{'a' * 70}.example", "agent", "budget"), 2)
 
 
-def test_the_option_overrides_the_environment(
+def test_the_option_api_url_overrides_the_environment_variable(
     ktrdr: Run, service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("KTRDR_API_URL", "http://127.0.0.1:1")
     assert ktrdr("--api-url", service.url, "agent", "budget").exit_code == 0
 
 
-def test_a_path_before_the_api_is_kept(ktrdr: Run, service: FakeService) -> None:
+def test_a_path_in_the_url_precedes_the_path_of_the_api(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /team/quant/api/v1/agent/budget", STATUS)
     assert ktrdr("--api-url", f"{service.url}/team/quant/", "agent", "budget").exit_code == 0
 
@@ -102,7 +102,7 @@ def authorization(service: FakeService) -> str | None:
     return service.requests[-1].headers.get("Authorization")
 
 
-def test_without_a_key_none_is_sent(ktrdr: Run, service: FakeService) -> None:
+def test_no_authorization_header_is_sent_without_a_key(ktrdr: Run, service: FakeService) -> None:
     ktrdr("agent", "budget")
     assert authorization(service) is None
 
@@ -132,7 +132,7 @@ def test_the_admin_key_is_sent_only_where_it_is_needed(
 
 @pytest.mark.parametrize("name", ["KTRDR_API_KEY", "KTRDR_ADMIN_KEY"])
 @pytest.mark.parametrize("words", [("agent", "budget"), ("budget", "clear-limit", "agent")])
-def test_a_single_key_is_sent_with_all_requests(
+def test_the_only_configured_key_is_sent_with_all_requests(
     ktrdr: Run, service: FakeService, environment: pytest.MonkeyPatch, name: str, words: tuple[str, ...]
 ) -> None:
     environment.setenv(name, "the-key")
@@ -257,7 +257,7 @@ def test_a_redirect_is_not_followed(ktrdr: Run, service: FakeService, status: in
     ids=range(7),
 )
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_json_of_another_service_is_an_error(
+def test_a_json_reply_of_another_service_is_an_error(
     ktrdr: Run, service: FakeService, document: object, options: tuple[str, ...]
 ) -> None:
     service.answer(BUDGET_CALL, document)

@@ -156,7 +156,9 @@ def test_the_reply_of_a_denied_trigger_is_printed(
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 1), (404, 1), (409, 1), (422, 2), (500, 1), (503, 4)])
-def test_another_problem_document_is_one_line(ktrdr: Run, service: FakeService, status: int, code: int) -> None:
+def test_a_problem_of_trigger_that_is_no_denial_is_one_line(
+    ktrdr: Run, service: FakeService, status: int, code: int
+) -> None:
     service.answer(TRIGGER, *reversed(problem(status, "Title", "what is wrong")))
     result = ktrdr("agent", "trigger")
     assert (result.exit_code, result.stdout) == (code, "")
@@ -189,7 +191,7 @@ def test_an_invalid_id_is_a_usage_error(ktrdr: Run, service: FakeService, id: st
 # --- status ---------------------------------------------------------------------------------------
 
 
-def test_an_idle_agent_that_never_ran(ktrdr: Run, service: FakeService) -> None:
+def test_status_of_an_agent_that_has_never_run_prints_idle(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, agent_status())
     result = ktrdr("agent", "status")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -217,7 +219,9 @@ def test_missing_figures_are_shown_as_unknown(ktrdr: Run, service: FakeService) 
     assert ktrdr("agent", "status").stdout.splitlines()[3:5] == ["Budget: unknown", "Capacity: unknown"]
 
 
-def test_a_service_of_an_earlier_version_has_neither_budget_nor_capacity(ktrdr: Run, service: FakeService) -> None:
+def test_status_omits_budget_and_capacity_if_an_earlier_service_version_omits_them(
+    ktrdr: Run, service: FakeService
+) -> None:
     status = agent_status()
     del status["budget"], status["capacity"]
     service.answer(STATUS, status)
@@ -315,7 +319,7 @@ def test_cancel_shows_the_message_of_the_service(ktrdr: Run, service: FakeServic
 @pytest.mark.parametrize(
     ("status", "detail"), [(404, "there is no cycle op_1"), (409, "op_1 cannot be cancelled: it is completed")]
 )
-def test_a_cycle_that_cannot_be_cancelled_is_one_line_and_exit_code_1(
+def test_the_refusal_of_a_cancellation_is_one_line_with_exit_code_1(
     ktrdr: Run, service: FakeService, status: int, detail: str
 ) -> None:
     service.answer(CANCEL, {**problem(status, "No", detail)[1], "operation_id": "op_1"}, status)
@@ -324,7 +328,7 @@ def test_a_cycle_that_cannot_be_cancelled_is_one_line_and_exit_code_1(
         assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"ktrdr: {detail}\n")
 
 
-def test_the_id_is_one_segment_of_the_path(ktrdr: Run, service: FakeService) -> None:
+def test_cancel_percent_encodes_the_id_as_one_path_segment(ktrdr: Run, service: FakeService) -> None:
     reply = {"operation_id": "a/b@c", "status": "cancelled", "message": "done"}
     service.answer("DELETE /api/v1/agent/cancel/a%2Fb%40c", reply)
     assert ktrdr("agent", "cancel", "a/b@c").exit_code == 0

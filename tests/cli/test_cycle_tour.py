@@ -20,7 +20,9 @@ Process = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.mark.slow
-def test_a_cycle_from_trigger_to_end(server: Server, process: Process, environment: pytest.MonkeyPatch) -> None:
+def test_the_commands_show_a_cycle_from_its_trigger_to_its_end(
+    server: Server, process: Process, environment: pytest.MonkeyPatch
+) -> None:
     with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS="0.2") as replica:
         environment.setenv("KTRDR_API_URL", replica.url)
         assert process("agent", "status").stdout.splitlines()[2:] == [
@@ -63,7 +65,7 @@ def test_a_cycle_from_trigger_to_end(server: Server, process: Process, environme
 
 
 @pytest.mark.slow
-def test_a_cycle_cancelled_during_a_wait(
+def test_the_commands_show_a_cycle_that_is_cancelled_while_another_command_waits_for_it(
     server: Server, process: Process, terminal: Callable[..., Terminal], environment: pytest.MonkeyPatch
 ) -> None:
     with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS="3600") as replica:
@@ -102,7 +104,7 @@ def test_a_cycle_cancelled_during_a_wait(
 
 
 @pytest.mark.slow
-def test_a_denied_cycle_and_a_store_outage(
+def test_the_commands_show_a_denied_cycle_and_a_store_outage(
     start_server: Callable[..., Server], process: Process, environment: pytest.MonkeyPatch
 ) -> None:
     store = start_server()

@@ -55,7 +55,7 @@ def goes(service: FakeService, *steps: dict[str, Any] | tuple[int, dict[str, Any
 # --- Without a terminal ---------------------------------------------------------------------------
 
 
-def test_each_step_is_one_line(ktrdr: Run, service: FakeService) -> None:
+def test_following_a_cycle_prints_one_line_for_each_phase(ktrdr: Run, service: FakeService) -> None:
     goes(service, *STEPS, cycle(**COMPLETED))
     result = ktrdr(*WAIT)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -105,7 +105,9 @@ def test_a_failed_or_cancelled_cycle_has_exit_code_1(
     assert result.stderr == f"ktrdr: op_1 {end}\n"
 
 
-def test_json_is_the_reply_and_then_the_cycle_at_each_step(ktrdr: Run, service: FakeService) -> None:
+def test_json_output_of_following_is_the_reply_and_then_the_cycle_at_each_step(
+    ktrdr: Run, service: FakeService
+) -> None:
     goes(service, *STEPS, cycle(**COMPLETED))
     result = ktrdr(*WAIT, "--json")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -233,7 +235,9 @@ def waiting(environment: pytest.MonkeyPatch, service: FakeService) -> Iterator[s
         process.kill()
 
 
-def test_an_interrupt_without_a_terminal_is_reported(waiting: subprocess.Popen[str], service: FakeService) -> None:
+def test_an_interrupt_of_following_without_a_terminal_is_reported_in_one_line(
+    waiting: subprocess.Popen[str], service: FakeService
+) -> None:
     wait_until(lambda: len(service.requests) >= 3)
     waiting.send_signal(signal.SIGINT)
     out, err = waiting.communicate(timeout=60)

@@ -33,14 +33,16 @@ NANOS = st.integers(min_value=-(2 * MAX_UNITS), max_value=2 * MAX_UNITS)
         (None, "unlimited"),
     ],
 )
-def test_a_decimal_string_is_dollars_and_a_whole_number_is_a_count(value: str | int | None, shown: str) -> None:
+def test_a_decimal_string_is_shown_as_dollars_and_a_whole_number_as_a_count(
+    value: str | int | None, shown: str
+) -> None:
     assert amount_text(value) == shown
 
 
 @pytest.mark.parametrize(
     ("value", "shown"), [(Decimal("0.0016150000000000001"), "$0.001615"), (5, "$5.00"), (0, "$0.00")]
 )
-def test_the_noise_of_a_float_is_not_shown(value: Decimal | int, shown: str) -> None:
+def test_rounding_errors_of_a_float_amount_are_not_shown(value: Decimal | int, shown: str) -> None:
     assert amount_text(value, is_money=True) == shown
 
 
@@ -58,7 +60,7 @@ def test_amounts_are_shown_exactly(nanos: int) -> None:
 
 
 @given(st.lists(NANOS.map(abs), min_size=1, max_size=4))
-def test_shown_amounts_add_up(parts: list[int]) -> None:
+def test_the_sum_of_shown_amounts_is_the_shown_sum(parts: list[int]) -> None:
     shown = [Decimal(amount_text(str(from_units(part))).removeprefix("$")) for part in parts]
     assert amount_text(str(sum(shown))) == amount_text(str(from_units(sum(parts))))
 
@@ -101,12 +103,12 @@ def test_fractions_are_plain_decimals_in_json_and_stay_numbers() -> None:
     assert json.loads(text) == {**document, "a": [1e-9, 4.85]}
 
 
-def test_a_row_of_the_wrong_length_is_rejected() -> None:
+def test_a_table_rejects_a_row_with_the_wrong_number_of_cells() -> None:
     with pytest.raises(ValueError, match="zip"):
         Table("A", "B").write([["1"]])
 
 
-def test_fields_have_their_values_in_one_column() -> None:
+def test_values_of_labelled_fields_are_aligned_in_one_column() -> None:
     assert fields([("A", "1"), ("Longer", "")]) == "A:       1\nLonger:"
 
 

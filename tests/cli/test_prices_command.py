@@ -52,7 +52,7 @@ def test_the_cost_of_a_call_is_itemised_with_its_reservation(ktrdr: Run) -> None
     ]
 
 
-def test_a_tier_has_its_own_prices(ktrdr: Run) -> None:
+def test_a_service_tier_has_its_own_prices(ktrdr: Run) -> None:
     result = ktrdr("prices", "show", "gpt-5", "--tier", "priority", "--input", "1000", "--output", "100")
     assert result.stdout.startswith("Model:   openai/gpt-5, served as priority\n")
     assert rows(result.stdout)[-3] == ["total", "$0.0045"]
@@ -89,7 +89,9 @@ def test_the_offline_model_has_a_price(ktrdr: Run) -> None:
     assert rows(result.stdout)[-3] == ["total", "$0.0225"]
 
 
-def test_configured_prices_and_a_fixed_cost(ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_configured_price_and_a_configured_fixed_cost_are_shown(
+    ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     file = tmp_path / "prices.toml"
     file.write_text("[[prices]]\nprovider = 'openai'\nmodel = 'gpt-5'\ninput = 0.0000001\noutput = 2\nrequest = 0.01\n")
     environment.setenv("KTRDR_PRICES_FILE", str(file))

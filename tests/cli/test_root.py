@@ -77,7 +77,7 @@ def test_every_help_fits_a_terminal_of_40_columns(
     assert max(map(len, text.splitlines())) <= 40, text
 
 
-def test_the_commands_match_the_contract() -> None:
+def test_the_command_has_exactly_the_documented_subcommands() -> None:
     assert set(main.commands) == {"agent", "budget", "prices", "serve", "completion"}
     assert set(prices.commands) == {"show"}
     assert set(agent.commands) == {"budget", "trigger", "status", "cancel", "cycles"}
@@ -86,13 +86,13 @@ def test_the_commands_match_the_contract() -> None:
     assert sorted(cli.__all__) == ["API_URL", "agent", "budget", "main"]
 
 
-def test_both_names_of_the_command_are_installed() -> None:
+def test_the_command_is_installed_as_ktrdr_and_as_ktrdr_budget() -> None:
     for name in ("ktrdr", "ktrdr-budget"):
         result = subprocess.run([Path(sys.executable).parent / name, "--version"], capture_output=True, text=True)
         assert result.stdout == f"ktrdr {version('ktrdr-budget')}\n", result.stderr
 
 
-def test_main_can_be_called_and_returns_without_standalone_mode(
+def test_python_code_can_call_main_without_standalone_mode(
     environment: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main(["agent", "budget"], standalone_mode=False)
@@ -132,13 +132,15 @@ def host(url: str | None) -> click.Group:
     return theirs
 
 
-def test_the_groups_work_in_another_command_line(service: FakeService, environment: pytest.MonkeyPatch) -> None:
+def test_the_command_groups_work_inside_another_click_application(
+    service: FakeService, environment: pytest.MonkeyPatch
+) -> None:
     assert CliRunner().invoke(host(None), ["agent", "budget"]).stdout.startswith("Agent Budget Status\n")
     environment.delenv("KTRDR_API_URL")
     assert CliRunner().invoke(host(service.url), ["agent", "budget"]).stdout.startswith("Agent Budget Status\n")
 
 
-def test_another_command_line_reports_errors_in_the_same_way(
+def test_the_command_groups_report_errors_in_the_same_way_inside_another_click_application(
     service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     service.answer("POST /api/v1/reservations", DENIAL, 429)
@@ -154,7 +156,7 @@ def test_another_command_line_reports_errors_in_the_same_way(
 # --- Completion -----------------------------------------------------------------------------------
 
 
-def test_the_completion_for_bash_is_a_script_that_completes(process: Process, tmp_path: Path) -> None:
+def test_the_completion_script_for_bash_completes_commands(process: Process, tmp_path: Path) -> None:
     script = tmp_path / "completion.bash"
     script.write_text(process("completion", "bash").stdout)
     subprocess.run(["bash", "-n", script], check=True)
@@ -172,7 +174,9 @@ def test_the_completion_for_bash_is_a_script_that_completes(process: Process, tm
 @pytest.mark.parametrize(
     ("name", "variable"), [("ktrdr", "_KTRDR_COMPLETE"), ("ktrdr-budget", "_KTRDR_BUDGET_COMPLETE")]
 )
-def test_the_completion_is_for_the_name_of_the_program(shell: str, name: str, variable: str) -> None:
+def test_the_completion_script_is_for_the_name_under_which_the_command_was_called(
+    shell: str, name: str, variable: str
+) -> None:
     called = Path(sys.executable).parent / name
     script = subprocess.run([called, "completion", shell], capture_output=True, text=True, check=True).stdout
     assert f"{variable}={shell}_complete" in script
@@ -185,7 +189,9 @@ def test_an_unknown_shell_is_a_usage_error(ktrdr: Run) -> None:
 # --- Processes ------------------------------------------------------------------------------------
 
 
-def test_exit_codes_and_lines_reach_the_shell(process: Process, service: FakeService) -> None:
+def test_a_shell_gets_the_exit_code_of_each_kind_of_error_and_one_line_on_stderr(
+    process: Process, service: FakeService
+) -> None:
     service.answer("POST /api/v1/reservations", DENIAL, 429)
     for words, code in (
         (("agent", "budget"), 0),
@@ -200,7 +206,7 @@ def test_exit_codes_and_lines_reach_the_shell(process: Process, service: FakeSer
         assert "Traceback" not in ended.stderr
 
 
-def test_json_goes_through_a_pipe(process: Process) -> None:
+def test_json_output_can_be_piped(process: Process) -> None:
     assert json.loads(process("agent", "budget", "--json").stdout)["daily_limit"] == 5.0
 
 
@@ -224,7 +230,9 @@ def test_a_closed_stdout_gives_no_traceback(environment: pytest.MonkeyPatch) -> 
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
-def test_ctrl_c_ends_a_waiting_command_with_130(service: FakeService, terminal: Callable[..., Terminal]) -> None:
+def test_ctrl_c_ends_a_waiting_command_with_exit_code_130(
+    service: FakeService, terminal: Callable[..., Terminal]
+) -> None:
     def wait(request: Request) -> bytes:
         service.stop.wait(30)
         return b""
@@ -237,7 +245,7 @@ def test_ctrl_c_ends_a_waiting_command_with_130(service: FakeService, terminal: 
     assert opened.text.strip() == "^C"
 
 
-def test_a_latin_locale_escapes_other_characters(process: Process, service: FakeService) -> None:
+def test_characters_outside_a_latin_locale_are_escaped(process: Process, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/agent", {"title": "Nö █", "status": 404}, 404)
     ended = process("budget", "show", "agent", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (ended.returncode, ended.stderr) == (1, "ktrdr: N\\xf6 \\u2588\n")

@@ -69,7 +69,9 @@ def test_a_fraction_of_a_second_is_kept(ktrdr: Run, service: FakeService) -> Non
 
 
 @pytest.mark.parametrize(("command", "prefix"), [("reserve", "hold"), ("record", "spend")])
-def test_without_an_id_each_call_has_a_new_one(ktrdr: Run, service: FakeService, command: str, prefix: str) -> None:
+def test_each_call_without_an_id_sends_a_new_generated_id(
+    ktrdr: Run, service: FakeService, command: str, prefix: str
+) -> None:
     for _ in range(2):
         ktrdr("budget", command, "agent", "0.15")
     first, second = (request.body["id"] for request in service.requests)
@@ -86,7 +88,7 @@ def test_without_an_id_each_call_has_a_new_one(ktrdr: Run, service: FakeService,
         (("agent=0.07", "cycles=1"), {"amounts": {"agent": "0.07", "cycles": "1"}}),
     ],
 )
-def test_a_commit_has_no_amount_or_one_or_one_per_budget(
+def test_a_commit_accepts_no_amount_or_one_amount_or_an_amount_per_budget(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], body: dict[str, Any]
 ) -> None:
     assert sent(ktrdr, service, "commit", "op_1", *words) == body
@@ -108,12 +110,12 @@ def test_a_label_of_recorded_spend_is_sent(ktrdr: Run, service: FakeService) -> 
         (("record", "agent", "0.07"), "Recorded op_1: agent $0.07"),
     ],
 )
-def test_each_result_is_one_line(ktrdr: Run, words: tuple[str, ...], line: str) -> None:
+def test_each_command_prints_its_result_in_one_line(ktrdr: Run, words: tuple[str, ...], line: str) -> None:
     result = ktrdr("budget", *words)
     assert (result.exit_code, result.stdout, result.stderr) == (0, f"{line}\n", "")
 
 
-def test_several_budgets_and_counts_are_shown(ktrdr: Run, service: FakeService) -> None:
+def test_a_reservation_over_several_budgets_shows_each_amount_in_its_unit(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", {**HOLD, "amounts": {"agent": "0.15", "cycles": 1}}, 201)
     assert "op_1: agent $0.15, cycles 1; expires" in ktrdr("budget", "reserve", "agent=0.15", "cycles=1").stdout
 
@@ -224,7 +226,7 @@ def test_wrong_usage_is_an_error_and_sends_nothing(ktrdr: Run, service: FakeServ
         (("set-limit", "agent", "-5.00", "--until", "window"), "-5.00"),
     ],
 )
-def test_a_negative_amount_is_an_error_about_the_amount(
+def test_a_negative_amount_is_reported_as_an_invalid_amount_and_not_as_an_unknown_option(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], negative: str
 ) -> None:
     result = ktrdr("budget", *words)

@@ -99,7 +99,7 @@ def document(text: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_the_tour(tour: Callable[..., str], environment: pytest.MonkeyPatch) -> None:
+def test_the_commands_work_against_a_real_service(tour: Callable[..., str], environment: pytest.MonkeyPatch) -> None:
     # An unused budget.
     lines = tour("agent", "budget").splitlines()
     assert lines[3:] == ["Daily Limit: $5.00", "Today's Spend: $0.00", "Remaining: $5.00", "Cycles Affordable: ~33"]
@@ -190,7 +190,7 @@ def test_serve_rejects_an_invalid_setting_in_one_line(
 
 
 @pytest.mark.slow
-def test_an_outage_of_the_store(
+def test_the_commands_report_an_outage_of_the_store(
     start_server: Callable[..., Server], process: Process, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     store = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
@@ -213,7 +213,7 @@ def test_an_outage_of_the_store(
         assert "Today's Spend: $0.25\n" in process("agent", "budget").stdout
 
 
-def test_a_port_that_is_taken_is_one_line(service: FakeService, data_dir: Path, process: Process) -> None:
+def test_serve_reports_a_port_in_use_in_one_line(service: FakeService, data_dir: Path, process: Process) -> None:
     ended = process("serve", "--port", str(service.port))
     assert ended.returncode == 1
     assert ended.stderr == f"ktrdr: cannot listen on 127.0.0.1 port {service.port}: Address already in use\n"

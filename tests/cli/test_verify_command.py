@@ -50,7 +50,7 @@ def corrupt(store: Server, field: str, by: int) -> None:
         client.hincrby(window_key(store, "agent"), field, by)
 
 
-def test_a_store_that_adds_up_has_a_line_per_window_and_exit_code_0(ktrdr: Run, store: Server) -> None:
+def test_verify_prints_a_line_per_window_and_has_exit_code_0_if_all_windows_add_up(ktrdr: Run, store: Server) -> None:
     day = public(window_key(store, "agent").rpartition(":")[2])
     result = ktrdr("budget", "verify")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -60,7 +60,7 @@ def test_a_store_that_adds_up_has_a_line_per_window_and_exit_code_0(ktrdr: Run, 
     ]
 
 
-def test_an_unreadable_window_is_named_and_the_others_are_checked(ktrdr: Run, store: Server) -> None:
+def test_verify_names_an_unreadable_window_and_checks_the_others(ktrdr: Run, store: Server) -> None:
     with store.client() as client:
         key = window_key(store, "agent")
         client.delete(key)
@@ -79,7 +79,7 @@ def test_an_unreadable_window_is_named_and_the_others_are_checked(ktrdr: Run, st
 
 
 @pytest.mark.parametrize(("field", "by"), [("spent", 1), ("held", -1), ("unconfirmed", 1)])
-def test_a_window_that_does_not_add_up_is_named_with_exit_code_1(
+def test_verify_names_a_window_that_does_not_add_up_and_has_exit_code_1(
     ktrdr: Run, store: Server, field: str, by: int
 ) -> None:
     corrupt(store, field, by)
@@ -120,7 +120,9 @@ def test_json_marks_a_window_that_does_not_add_up(ktrdr: Run, store: Server) -> 
     assert "0.090000001" in {window["spent"] for window in document["windows"]}
 
 
-def test_an_inconclusive_window_is_no_failure(ktrdr: Run, store: Server, environment: pytest.MonkeyPatch) -> None:
+def test_verify_has_exit_code_0_for_an_inconclusive_window(
+    ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
+) -> None:
     report = audit.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
     environment.setattr(audit.Auditor, "check", lambda auditor: [report])
     result = ktrdr("budget", "verify")
@@ -128,7 +130,9 @@ def test_an_inconclusive_window_is_no_failure(ktrdr: Run, store: Server, environ
     assert result.stdout.splitlines()[1].startswith("inconclusive  agent")
 
 
-def test_each_tenant_has_its_own_windows(ktrdr: Run, store: Server, environment: pytest.MonkeyPatch) -> None:
+def test_verify_reads_only_the_windows_of_its_tenant(
+    ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
+) -> None:
     corrupt(store, "spent", 1)
     environment.setenv("KTRDR_TENANT", "other")
     result = ktrdr("budget", "verify")
@@ -150,14 +154,16 @@ def running(data_dir: Path) -> Iterator[embedded.EmbeddedServer]:
         yield server
 
 
-def test_a_running_embedded_server_is_read(ktrdr: Run, running: embedded.EmbeddedServer) -> None:
+def test_verify_reads_a_running_embedded_server(ktrdr: Run, running: embedded.EmbeddedServer) -> None:
     spend(running.url)
     result = ktrdr("budget", "verify")
     assert result.exit_code == 0, result.stderr
     assert result.stdout.count("\nok ") == 2
 
 
-def test_no_running_embedded_server_means_unreachable_and_none_is_created(ktrdr: Run, data_dir: Path) -> None:
+def test_verify_reports_an_embedded_server_that_does_not_run_as_unreachable_and_starts_none(
+    ktrdr: Run, data_dir: Path
+) -> None:
     result = ktrdr("budget", "verify")
     assert result.exit_code == 4
     assert result.stderr == (
@@ -181,7 +187,7 @@ def test_no_running_embedded_server_means_unreachable_and_none_is_created(ktrdr:
         ("redis://:hunter2@127.0.0.1/?socket_timeout=soon", 2),
     ],
 )
-def test_an_unreadable_store_is_one_line_without_secrets(
+def test_verify_reports_an_unreadable_store_in_one_line_without_secrets(
     ktrdr: Run, environment: pytest.MonkeyPatch, url: str, exit_code: int
 ) -> None:
     environment.setenv("KTRDR_REDIS_URL", url)
@@ -192,7 +198,7 @@ def test_an_unreadable_store_is_one_line_without_secrets(
     assert "hunter2" not in result.stderr
 
 
-def test_a_missing_password_is_one_line(
+def test_verify_reports_a_missing_password_in_one_line(
     ktrdr: Run, start_server: Callable[..., Server], environment: pytest.MonkeyPatch
 ) -> None:
     store = start_server(None)
@@ -213,7 +219,7 @@ def test_an_invalid_tenant_is_a_usage_error(ktrdr: Run, environment: pytest.Monk
 # --- Repair ---------------------------------------------------------------------------------------
 
 
-def test_repair_lists_its_changes_with_exit_code_0(ktrdr: Run, store: Server) -> None:
+def test_verify_with_repair_lists_its_changes_and_has_exit_code_0(ktrdr: Run, store: Server) -> None:
     corrupt(store, "spent", 10_000_000)
     corrupt(store, "events", 2)
     day = public(window_key(store, "agent").rpartition(":")[2])
@@ -246,7 +252,9 @@ def test_a_repair_in_json_has_counters_and_indexes_before_and_after(ktrdr: Run, 
     assert {window["held"] for window in document["windows"]} == {"0.15", 10}
 
 
-def test_an_incomplete_repair_has_exit_code_1(ktrdr: Run, store: Server, environment: pytest.MonkeyPatch) -> None:
+def test_verify_has_exit_code_1_if_the_repair_left_an_inconclusive_window(
+    ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
+) -> None:
     report = audit.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
     environment.setattr(audit.Auditor, "repair", lambda auditor: audit.Repair([report]))
     result = ktrdr("budget", "verify", "--repair")
@@ -290,7 +298,7 @@ def read_until(process: subprocess.Popen[str], part: str) -> list[str]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_watch_without_findings_has_exit_code_0(
+def test_verify_with_watch_has_exit_code_0_if_all_checks_passed(
     watching: Callable[..., subprocess.Popen[str]], number: signal.Signals
 ) -> None:
     process = watching()
@@ -301,7 +309,7 @@ def test_a_watch_without_findings_has_exit_code_0(
     assert (process.returncode, stderr) == (0, "")
 
 
-def test_a_watch_reports_each_change_once_and_fails_if_a_window_ever_failed(
+def test_verify_with_watch_reports_each_change_once_and_has_exit_code_1_after_any_failed_check(
     watching: Callable[..., subprocess.Popen[str]], store: Server
 ) -> None:
     process = watching()
@@ -320,7 +328,7 @@ def test_a_watch_reports_each_change_once_and_fails_if_a_window_ever_failed(
     assert (process.returncode, stderr) == (1, "ktrdr: 1 windows did not add up\n")
 
 
-def test_a_watch_in_json_writes_one_line_per_check(watching: Callable[..., subprocess.Popen[str]]) -> None:
+def test_verify_with_watch_and_json_writes_one_line_per_check(watching: Callable[..., subprocess.Popen[str]]) -> None:
     process = watching("--json")
     documents = [json.loads(read_until(process, "adds_up")[-1]) for _ in range(2)]
     assert [len(document["windows"]) for document in documents] == [2, 2]
@@ -330,7 +338,7 @@ def test_a_watch_in_json_writes_one_line_per_check(watching: Callable[..., subpr
     assert process.returncode == 0
 
 
-def test_a_watch_survives_an_outage_of_the_store(
+def test_verify_with_watch_continues_after_an_outage_of_the_store(
     start_server: Callable[..., Server],
     watching: Callable[..., subprocess.Popen[str]],
     environment: pytest.MonkeyPatch,

@@ -174,7 +174,7 @@ async def test_the_ledger_label_is_the_function_name_or_the_operation(limiter):
 # -- which limiter -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_function_uses_the_default_limiter_of_its_kind(client, limiter, sync_limiter):
+async def test_a_function_uses_the_default_limiter_for_sync_or_async_functions(client, limiter, sync_limiter):
     @budgeted("agent", estimate="0.15")
     async def research(): ...
 
@@ -201,7 +201,7 @@ async def test_a_function_can_provide_the_limiter_at_each_call(client, limiter):
     assert spent_and_held(client) == (to_units("0.15"), 0)
 
 
-def test_an_async_function_without_a_limiter_uses_one_of_its_loop_created_from_the_environment(
+def test_an_async_function_without_a_limiter_uses_one_created_from_the_environment_for_its_event_loop(
     client, server, monkeypatch
 ):
     monkeypatch.setenv("KTRDR_REDIS_URL", server.url)

@@ -38,7 +38,7 @@ def example(heading: str) -> dict[str, Any]:
     return names
 
 
-def test_the_example_of_a_cost(capsys: pytest.CaptureFixture[str]):
+def test_the_documented_example_of_a_cost_runs(capsys: pytest.CaptureFixture[str]):
     example("Compute a cost")
     assert capsys.readouterr().out.splitlines()[:3] == [
         "0.005265 genai-prices/0.2.3",
@@ -47,7 +47,7 @@ def test_the_example_of_a_cost(capsys: pytest.CaptureFixture[str]):
     ]
 
 
-def test_the_example_of_the_command(monkeypatch: pytest.MonkeyPatch):
+def test_the_documented_example_of_the_prices_command_runs(monkeypatch: pytest.MonkeyPatch):
     for name in ("KTRDR_PRICES_FILE", "KTRDR_FIXED_CALL_COST"):
         monkeypatch.delenv(name, raising=False)
     (session,) = blocks("Look up a price", "console")
@@ -56,7 +56,7 @@ def test_the_example_of_the_command(monkeypatch: pytest.MonkeyPatch):
     assert CliRunner().invoke(command, line.split()[2:]).stdout == shown
 
 
-def test_the_example_of_a_price_file(tmp_path: Path):
+def test_the_documented_example_of_a_price_file_runs(tmp_path: Path):
     (text,) = blocks("Set your own prices", "toml")
     file = tmp_path / "prices.toml"
     file.write_text(text, encoding="utf-8")
@@ -68,12 +68,12 @@ def test_the_example_of_a_price_file(tmp_path: Path):
     )
 
 
-async def test_the_example_of_a_metered_call(server, capsys: pytest.CaptureFixture[str]):
+async def test_the_documented_example_of_a_metered_call_runs(server, capsys: pytest.CaptureFixture[str]):
     await example("Any other client")["main"](server.url)
     assert capsys.readouterr().out == "0.00178\n"
 
 
-async def test_the_example_of_a_call_inside_a_hold(server, capsys: pytest.CaptureFixture[str]):
+async def test_the_documented_example_of_a_call_inside_a_hold_runs(server, capsys: pytest.CaptureFixture[str]):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road-runner", "1", "4")]))
         await example("Inside a hold")["research"](limiter, meter)
@@ -81,7 +81,7 @@ async def test_the_example_of_a_call_inside_a_hold(server, capsys: pytest.Captur
     assert capsys.readouterr().out == "0.00534\n"
 
 
-def test_the_example_of_functions(server, monkeypatch: pytest.MonkeyPatch):
+def test_the_documented_example_of_decorated_functions_runs(server, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
     monkeypatch.setattr(tracker, "_tracker", None)
     names = example("Functions")
@@ -91,7 +91,7 @@ def test_the_example_of_functions(server, monkeypatch: pytest.MonkeyPatch):
     get_budget_tracker().close()
 
 
-async def test_the_example_of_fastapi_routes(server):
+async def test_the_documented_example_of_fastapi_routes_runs(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         set_default_limiter(limiter)
         try:

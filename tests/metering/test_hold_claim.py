@@ -116,7 +116,9 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize(("reports", "raises", "accrued", "estimated"), OUTCOMES.values(), ids=OUTCOMES)
-async def test_a_call_in_a_hold_accrues_by_its_reports(client, limiter, meter, reports, raises, accrued, estimated):
+async def test_a_call_inside_a_hold_adds_its_reported_usage_to_the_accrued_amount(
+    client, limiter, meter, reports, raises, accrued, estimated
+):
     async with limiter.hold("agent", "0.15") as hold:
         hold.accrue("0.000000001")
         try:
@@ -178,7 +180,7 @@ async def test_budgets_that_the_hold_does_not_cover_are_reserved_separately(clie
     assert spent_and_held(client, "calls") == (1, 0)
 
 
-async def test_a_denied_separate_reservation_drops_the_claim(limiter):
+async def test_a_call_whose_separate_reservation_is_denied_returns_its_claim_to_the_hold(limiter):
     meter = Meter(limiter, ["agent", "tokens"], PRICES)
     await limiter.record("tokens", 99_000)
     async with limiter.hold("agent", "0.15") as hold:
@@ -188,7 +190,7 @@ async def test_a_denied_separate_reservation_drops_the_claim(limiter):
         hold.accrue(0)
 
 
-async def test_slots_of_the_hold_are_claimed_and_freed(limiter):
+async def test_a_call_claims_slots_from_its_hold_and_returns_them(limiter):
     meter = Meter(limiter, ["agent", "parallel"], PRICES)
     async with limiter.hold({"agent": "0.15", "parallel": 1}) as hold:
         async with meter.call(**CALL) as first:
@@ -254,7 +256,7 @@ def test_a_sync_hold_stays_open_after_its_block_until_its_last_call_ends(client,
     assert spent_and_held(client) == (COST, 0)
 
 
-async def test_the_last_of_several_calls_settles_the_hold_after_its_block(client, limiter, meter):
+async def test_the_hold_of_a_finished_block_is_settled_when_its_last_call_ends(client, limiter, meter):
     async with limiter.hold("agent", "0.15"):
         async with meter.call(**CALL) as done:
             done.finish(USED)
@@ -267,7 +269,7 @@ async def test_the_last_of_several_calls_settles_the_hold_after_its_block(client
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_the_last_call_settles_the_hold_of_a_failed_block(client, limiter, meter):
+async def test_the_hold_of_a_failed_block_is_settled_when_its_last_call_ends(client, limiter, meter):
     calls = []
     for on_error in ("release", "charge"):
         with pytest.raises(BlockError):
@@ -281,7 +283,7 @@ async def test_the_last_call_settles_the_hold_of_a_failed_block(client, limiter,
     assert spent_and_held(client) == (0, WORST)  # on_error="charge": kept until it expires
 
 
-async def test_a_call_after_the_end_of_the_block_reserves_separately(client, limiter, meter):
+async def test_a_call_that_starts_after_the_end_of_the_hold_block_reserves_separately(client, limiter, meter):
     async with limiter.hold("agent", "0.06"):
         call = await meter.call(**CALL).__aenter__()
         context = copy_context()
@@ -294,7 +296,7 @@ async def test_a_call_after_the_end_of_the_block_reserves_separately(client, lim
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_heartbeats_continue_until_the_last_call_ends(client, limiter, meter):
+async def test_heartbeats_of_a_hold_continue_after_its_block_until_its_last_call_ends(client, limiter, meter):
     async with limiter.hold("agent", "0.06", ttl=1) as hold:
         call = await meter.call(**CALL).__aenter__()
         before = hold.expires_at
@@ -318,7 +320,9 @@ async def test_a_hold_cannot_be_settled_while_a_call_is_in_progress(client, limi
     assert spent_and_held(client) == (to_units("0.02"), 0)
 
 
-async def test_a_call_whose_hold_is_settled_by_id_is_recorded(client, limiter, meter):
+async def test_the_spend_of_a_call_is_recorded_separately_if_its_hold_was_settled_by_id_meanwhile(
+    client, limiter, meter
+):
     async with limiter.hold("agent", "0.15") as hold:
         async with meter.call(**CALL) as call:
             await limiter.release(hold.id)
@@ -328,7 +332,7 @@ async def test_a_call_whose_hold_is_settled_by_id_is_recorded(client, limiter, m
     assert spent_and_held(client) == (COST, 0)
 
 
-async def test_a_denied_call_can_be_the_last_one_and_settle_the_hold(client, limiter):
+async def test_a_hold_is_settled_after_its_block_also_if_its_last_call_was_denied(client, limiter):
     meter = Meter(limiter, ["agent", "tokens"], PRICES)
     reserve, waits = limiter.reserve, asyncio.Event()
 
@@ -348,7 +352,7 @@ async def test_a_denied_call_can_be_the_last_one_and_settle_the_hold(client, lim
     assert spent_and_held(client) == (0, 0)
 
 
-async def test_an_expired_hold_needs_admission_before_a_call_claims_from_it(client, limiter, meter):
+async def test_a_call_claims_from_an_expired_hold_only_after_the_store_has_admitted_it_again(client, limiter, meter):
     hold = await limiter.reserve("agent", "0.15", ttl=1, on_expiry="release")
     await until(lambda: _is_unheld(limiter))
     await limiter.record("agent", "0.90")
@@ -386,7 +390,7 @@ async def test_concurrent_calls_in_one_hold_claim_their_worst_cases_together(cli
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_the_denial_of_a_large_call_does_not_affect_smaller_ones(client, limiter, meter):
+async def test_the_denial_of_a_large_call_does_not_affect_smaller_calls_in_the_same_hold(client, limiter, meter):
     await limiter.record("agent", "0.80")
     async with limiter.hold("agent", "0.01"):
 
@@ -462,7 +466,7 @@ def test_concurrent_threads_stay_within_their_hold_and_are_billed_exactly(client
     assert spent_and_held(client) == (sum(10_000_000 + output * 50_000 for output in billed), 0)
 
 
-def test_concurrent_accruals_of_threads_are_all_counted(client, sync_limiter):
+def test_all_concurrent_accruals_by_threads_are_counted(client, sync_limiter):
     with sync_limiter.hold("agent", "0.5") as hold:
         barrier = threading.Barrier(8)
 
@@ -504,7 +508,7 @@ async def test_calls_cancelled_during_a_growth_claim_nothing(client, proxy):
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_calls_that_wait_for_an_unanswered_growth_fail_without_another_timeout(client, proxy):
+async def test_calls_that_wait_for_growth_without_a_reply_fail_together_after_one_timeout(client, proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3) as limiter:
         meter = Meter(limiter, pricer=PRICES)
         async with limiter.hold("agent", "0.01") as hold:

@@ -85,7 +85,7 @@ async def test_a_call_has_a_span_with_its_usage_cost_and_budgets(recorded, meter
     }
 
 
-async def test_attribute_names_match_the_conventions():
+async def test_span_attributes_match_the_opentelemetry_conventions():
     assert instruments.OPERATION == gen_ai.GEN_AI_OPERATION_NAME
     assert instruments.PROVIDER == gen_ai.GEN_AI_PROVIDER_NAME
     assert instruments.REQUEST_MODEL == gen_ai.GEN_AI_REQUEST_MODEL
@@ -93,7 +93,7 @@ async def test_attribute_names_match_the_conventions():
     assert instruments.ERROR_TYPE == ERROR_TYPE
 
 
-def test_provider_names_match_the_conventions(recorded):
+def test_provider_names_match_the_opentelemetry_conventions(recorded):
     known = {provider.value for provider in gen_ai.GenAiProviderNameValues}
     for ours, theirs in (
         ("azure", "azure.ai.openai"),
@@ -105,7 +105,7 @@ def test_provider_names_match_the_conventions(recorded):
         assert recorded.spans[-1].attributes[gen_ai.GEN_AI_PROVIDER_NAME] == theirs in known
 
 
-async def test_metrics_of_a_call_match_the_conventions_and_count_cost_per_budget(reader, meter):
+async def test_metrics_of_a_call_match_the_opentelemetry_conventions_and_count_the_cost_per_budget(reader, meter):
     for _ in range(2):
         async with meter.call(**CALL) as call:
             call.finish(Usage(1000, 20))
@@ -131,7 +131,7 @@ async def test_metrics_of_a_call_match_the_conventions_and_count_cost_per_budget
     assert spend == {"agent": pytest.approx(0.022), "team": pytest.approx(0.022)}
 
 
-async def test_an_error_is_recorded_by_type_without_its_message(recorded, reader, meter):
+async def test_a_span_records_the_type_but_not_the_message_of_an_error(recorded, reader, meter):
     with pytest.raises(ProviderError):
         async with meter.call(**CALL) as call:
             call.rejected()
@@ -144,7 +144,7 @@ async def test_an_error_is_recorded_by_type_without_its_message(recorded, reader
     assert "ktrdr.budget.cost" not in metrics(reader)
 
 
-async def test_a_failed_stream_is_recorded_as_an_estimate(recorded, meter):
+async def test_the_span_of_a_failed_stream_shows_that_its_cost_is_an_estimate(recorded, meter):
     with pytest.raises(ConnectionResetError):
         async with meter.call(**CALL) as call:
             call.report(Usage(0, 20))
@@ -193,7 +193,9 @@ def _sync_words(meter):
         yield "rains"
 
 
-async def test_a_generator_closed_by_another_task_is_no_error_in_log_or_span(recorded, reader, meter, server, caplog):
+async def test_closing_a_generator_in_another_task_causes_no_error_in_log_or_span(
+    recorded, reader, meter, server, caplog
+):
     """openlit #1369, opentelemetry-python #2606."""
     words = _words(meter)
     await asyncio.create_task(anext(words))
@@ -209,7 +211,7 @@ async def test_a_generator_closed_by_another_task_is_no_error_in_log_or_span(rec
     assert not get_current_span().get_span_context().is_valid
 
 
-async def test_a_garbage_collected_generator_is_no_error(recorded, meter, caplog):
+async def test_garbage_collection_of_a_generator_causes_no_error_in_log_or_span(recorded, meter, caplog):
     words = _words(meter)
     await asyncio.create_task(anext(words))
     del words
@@ -219,7 +221,7 @@ async def test_a_garbage_collected_generator_is_no_error(recorded, meter, caplog
     assert recorded["chat road"].status.status_code is StatusCode.UNSET
 
 
-def test_a_generator_closed_by_another_thread_is_no_error(recorded, server, caplog):
+def test_closing_a_generator_in_another_thread_causes_no_error_in_log_or_span(recorded, server, caplog):
     with BudgetLimiter(server.url, BUDGETS) as limiter, ThreadPoolExecutor(1) as pool:
         words = _sync_words(Meter(limiter, pricer=PRICES))
         assert pool.submit(next, words).result() == "it "
@@ -229,7 +231,7 @@ def test_a_generator_closed_by_another_thread_is_no_error(recorded, server, capl
     assert recorded["chat road"].status.status_code is StatusCode.UNSET
 
 
-async def test_the_span_of_a_generator_closed_by_another_task_is_no_error(recorded, caplog):
+async def test_the_span_of_a_generator_closed_in_another_task_has_no_error_status(recorded, caplog):
     async def inside(block):
         with block:
             yield
@@ -242,7 +244,7 @@ async def test_the_span_of_a_generator_closed_by_another_task_is_no_error(record
     assert recorded["phase"].status.status_code is StatusCode.UNSET
 
 
-async def test_an_error_thrown_into_a_generator_is_an_error(recorded, meter):
+async def test_the_span_of_a_generator_has_error_status_if_an_error_was_thrown_into_it(recorded, meter):
     words = _words(meter)
     await anext(words)
     with pytest.raises(ProviderError):
@@ -267,7 +269,7 @@ async def test_the_charged_tokens_callback_receives_the_tokens_of_each_call(mete
     assert counted == [1020, 0, 1020]
 
 
-async def test_the_charged_tokens_of_a_fixed_cost_are_the_reported_tokens(server):
+async def test_the_charged_tokens_callback_receives_the_reported_tokens_of_a_call_with_a_fixed_cost(server):
     counted: list[int] = []
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         token = instruments.charged_tokens.set(counted.append)
@@ -317,7 +319,7 @@ with BudgetLimiter({server.url!r}, [Budget("agent", 1)]) as limiter:
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "0.000002\n"
 
 
-def test_metrics_start_once_the_process_sets_a_meter_provider(server):
+def test_metrics_are_recorded_from_the_time_when_the_process_sets_a_meter_provider(server):
     code = f"""
 from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider

@@ -113,7 +113,9 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize(("reports", "raises", "spent", "held", "estimated"), OUTCOMES.values(), ids=OUTCOMES)
-async def test_an_async_call_settles_by_its_reports(client, limiter, meter, reports, raises, spent, held, estimated):
+async def test_an_async_call_commits_the_cost_of_its_reported_usage(
+    client, limiter, meter, reports, raises, spent, held, estimated
+):
     try:
         async with meter.call(**CALL) as call:
             assert spent_and_held(client) == (0, WORST)
@@ -131,7 +133,9 @@ async def test_an_async_call_settles_by_its_reports(client, limiter, meter, repo
 
 
 @pytest.mark.parametrize(("reports", "raises", "spent", "held", "estimated"), OUTCOMES.values(), ids=OUTCOMES)
-def test_a_sync_call_settles_by_its_reports(client, sync_limiter, sync_meter, reports, raises, spent, held, estimated):
+def test_a_sync_call_commits_the_cost_of_its_reported_usage(
+    client, sync_limiter, sync_meter, reports, raises, spent, held, estimated
+):
     try:
         with sync_meter.call(**CALL) as call:
             assert spent_and_held(client) == (0, WORST)
@@ -158,7 +162,7 @@ async def _expired(limiter):
     return status if status.unconfirmed else None
 
 
-async def test_a_call_exposes_its_worst_case_cost_and_usage(meter):
+async def test_a_call_has_attributes_for_its_worst_case_and_cost_and_usage(meter):
     async with meter.call(**CALL) as call:
         assert (call.worst_case.amount, call.cost, call.usage) == (Decimal("0.075"), None, None)
         call.report(Usage(100))
@@ -168,7 +172,7 @@ async def test_a_call_exposes_its_worst_case_cost_and_usage(meter):
     assert [line.name for line in call.cost.lines] == ["input", "cached input", "output"]
 
 
-async def test_reports_are_accrued_at_once_and_never_reduced(meter):
+async def test_a_usage_report_is_accrued_at_once_and_a_lower_one_does_not_reduce_it(meter):
     async with meter.call(**CALL) as call:
         for usage, accrued in [(Usage(100), "0.001"), (Usage(100, 10), "0.0015"), (Usage(100, 9), "0.0015")]:
             call.report(usage)
@@ -232,7 +236,7 @@ async def test_a_call_rejects_invalid_arguments(meter, wrong):
         meter.call(**CALL | wrong)
 
 
-async def test_a_call_is_entered_once_and_accepts_reports_inside_its_block_only(meter):
+async def test_a_call_can_be_entered_once_and_accepts_reports_only_inside_its_block(meter):
     call = meter.call(**CALL)
     with pytest.raises(InvalidArgument, match="inside its block"):
         call.finish(USED)
@@ -245,7 +249,7 @@ async def test_a_call_is_entered_once_and_accepts_reports_inside_its_block_only(
             pass
 
 
-async def test_async_limiters_need_async_with_and_sync_limiters_need_with(meter, sync_meter):
+async def test_a_call_needs_async_with_for_an_async_limiter_and_with_for_a_sync_limiter(meter, sync_meter):
     with pytest.raises(TypeError, match="use `async with`"), meter.call(**CALL):
         pass
     with pytest.raises(TypeError, match="use `with`"):
@@ -280,7 +284,7 @@ async def test_slots_limit_how_many_calls_run_at_once(limiter):
         third.finish(USED)
 
 
-async def test_a_rejected_request_does_not_count(client, limiter):
+async def test_a_request_rejected_by_the_provider_counts_in_no_budget(client, limiter):
     meter = Meter(limiter, ["calls", "tokens"], PRICES)
     async with meter.call(**CALL) as call:
         call.rejected()
@@ -317,7 +321,7 @@ async def test_usage_without_a_price_is_charged_at_the_worst_case(client, meter,
     assert "pricing failed for acme/road" in caplog.text
 
 
-async def test_a_failed_call_is_charged_at_the_dearest_tier_unless_it_named_one(client, limiter):
+async def test_a_failed_call_is_charged_at_the_most_expensive_service_tier_unless_it_named_a_tier(client, limiter):
     meter = Meter(limiter)
     request = {"provider": "openai", "model": "gpt-4.1-mini", "input_tokens_max": 1000, "output_tokens_max": 100}
     at = datetime.now(UTC)
@@ -332,7 +336,7 @@ async def test_a_failed_call_is_charged_at_the_dearest_tier_unless_it_named_one(
     assert spent_and_held(client)[1] == 0
 
 
-async def test_a_final_usage_with_a_price_replaces_a_report_without_one(client, meter):
+async def test_a_final_usage_with_a_known_price_replaces_a_report_without_a_price(client, meter):
     async with meter.call(**CALL) as call:
         call.report(Usage(10, 10, other={"web_searches": 1}))
         call.finish(USED)

@@ -71,7 +71,7 @@ def test_no_usage_within_the_bounds_costs_more_than_the_worst_case(model, usage,
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(st.sampled_from(MODELS), usages(), times(), st.sampled_from(TIERS))
-def test_a_cost_equals_the_price_list_s_own_computation_rounded_up(model, usage, at, tier):
+def test_a_cost_equals_the_own_computation_of_the_price_list_rounded_up(model, usage, at, tier):
     used = replace(usage, service_tier=tier)
     try:
         cost = PRICES.price(*model, used, at)
@@ -137,6 +137,6 @@ def test_listed_prices_change_at_whole_minutes():
                     assert all(end.second == end.microsecond == 0 for end in ends), model.id
 
 
-def test_sums_are_exact():
+def test_sums_of_prices_are_exact():
     longest = 10**3 * 2**53 * 10**9
     assert len(str(longest)) * 2 < EXACT_CONTEXT.prec

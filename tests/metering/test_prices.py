@@ -24,12 +24,12 @@ def test_a_configured_price_needs_no_price_list(monkeypatch):
     assert (cost.amount, cost.source) == (Decimal("0.03"), "configured")
 
 
-def test_a_configured_price_wins_over_the_price_list():
+def test_a_configured_price_takes_precedence_over_the_price_list():
     prices = Prices([ModelPrice("openai", "gpt-4o-mini", "1", "2")])
     assert prices.price("openai", "gpt-4o-mini", Usage(1_000_000), NOW).amount == Decimal("1.00")
 
 
-def test_each_part_has_its_configured_price():
+def test_each_kind_of_token_is_charged_at_its_configured_price():
     price = ModelPrice("p", "m", "1", "8", cached_input="0.1", cache_write="1.25", request="0.01")
     cost = Prices([price]).price("p", "m", Usage(1000, 100, 500, 300), NOW)
     assert [(line.name, line.count, line.price, line.per) for line in cost.lines] == [
@@ -43,7 +43,7 @@ def test_each_part_has_its_configured_price():
     assert sum(line.amount for line in cost.lines) == cost.amount
 
 
-def test_cached_tokens_without_their_own_price_cost_as_much_as_input():
+def test_cached_tokens_cost_as_much_as_input_tokens_if_no_price_for_them_is_configured():
     price = Prices([ModelPrice("p", "m", "3", "8")])
     assert price.price("p", "m", Usage(1000, 0, 500, 300), NOW).nanos == 1000 * 3000
 
@@ -63,7 +63,7 @@ def test_a_float_price_is_exact_in_decimal():
     ("model", "expected"),
     [("gpt-9", 4000), ("gpt-9-mini", 3000), ("gpt-9-mini-2026", 2000), ("gpt-8", 1000), ("GPT-9", 4000)],
 )
-def test_an_exact_model_name_wins_over_prefixes_and_longer_prefixes_over_shorter_ones(model, expected):
+def test_an_exact_model_name_takes_precedence_over_prefixes_and_a_longer_prefix_over_a_shorter_one(model, expected):
     table = [
         ModelPrice("p", "gpt-*", 1, 1),
         ModelPrice("p", "gpt-9-mini-*", 2, 1),
@@ -129,7 +129,7 @@ def test_a_fixed_cost_must_be_a_positive_amount(cost):
         Prices(fixed_cost=cost)
 
 
-def test_the_error_of_a_missing_price_list_names_the_extra(monkeypatch):
+def test_the_error_for_a_missing_price_list_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "genai_prices", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'ktrdr-budget\[llm\]'"):
         Prices(fixed_cost=1).worst_case("openai", "gpt-5", 1, 1, NOW)
@@ -167,7 +167,7 @@ def test_the_worst_case_prices_input_as_a_one_hour_cache_write():
     assert Prices().worst_case("anthropic", "claude-sonnet-4-6", 1000, 100, NOW).nanos == 1000 * 6000 + 100 * 15_000
 
 
-def test_the_worst_case_assumes_the_dearest_tier_unless_the_call_names_one():
+def test_the_worst_case_assumes_the_most_expensive_service_tier_unless_the_call_names_a_tier():
     prices = Prices()
     default = prices.worst_case("openai", "gpt-5", 1000, 100, NOW)
     assert default.nanos == 1000 * 2500 + 100 * 20_000
@@ -189,7 +189,7 @@ def test_the_worst_case_includes_billed_units_other_than_tokens():
     assert worst.nanos == 6000 + to_units("0.05")
 
 
-def test_the_worst_case_of_a_configured_price_includes_the_request_and_the_dearest_input():
+def test_the_worst_case_of_a_configured_price_includes_the_request_price_and_the_most_expensive_input_price():
     price = ModelPrice("p", "m", "1", "8", cached_input="0.1", cache_write="1.25", request="0.01")
     assert Prices([price]).worst_case("p", "m", 1000, 10, NOW).nanos == 1_250_000 + 80_000 + 10_000_000
 
@@ -253,7 +253,7 @@ def test_prices_are_read_from_the_environment(tmp_path):
     assert prices.price("scripted", "ktrdr-scripted-1", Usage(1), NOW).nanos == 15_000
 
 
-def test_an_empty_environment_uses_the_price_list_only():
+def test_without_environment_variables_only_the_price_list_is_used():
     prices = Prices.from_environment({"KTRDR_PRICES_FILE": " ", "KTRDR_FIXED_CALL_COST": ""})
     with pytest.raises(UnknownPrice):
         prices.price("no-provider", "no-model", Usage(1), NOW)

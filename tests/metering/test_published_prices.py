@@ -130,7 +130,7 @@ def test_the_table_covers_a_dozen_models_of_four_providers_with_caches_and_tiers
     assert sum(bool(row.long_from) for row in TABLE) >= 3
 
 
-def test_the_installed_price_list_has_the_verified_version():
+def test_the_installed_price_list_has_the_version_that_these_prices_were_checked_with():
     assert importlib.metadata.version("genai-prices") == "0.2.3"
 
 

@@ -11,7 +11,7 @@ SCRIPT = "local now = redis.call('TIME') return now[1] .. '.' .. now[2]"
 NEAR = timedelta(milliseconds=10)
 
 
-def test_scripts_and_expiry_follow_the_clock(clocked_server):
+def test_scripts_and_key_expiry_follow_the_settable_clock(clocked_server):
     with clocked_server.client() as client:
         client.set("short", "1", px=60_000)
         client.set("long", "1", ex=7200)
@@ -31,7 +31,7 @@ def test_a_frozen_clock_moves_by_a_few_milliseconds_at_most(clocked_server):
         assert timedelta(0) <= clocked_server.now() - noon - timedelta(seconds=1.001) < NEAR
 
 
-def test_redis_follows_the_clock_too(start_clocked_server: Callable, redis_server_binary: str):
+def test_the_settable_clock_also_works_with_redis(start_clocked_server: Callable, redis_server_binary: str):
     server = start_clocked_server(redis_server_binary)
     midnight = datetime(2026, 3, 29, 0, 0, tzinfo=UTC)
     server.set(midnight, frozen=True)

@@ -86,7 +86,7 @@ def history(server) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_a_concurrent_history_keeps_the_promises(server, history):
+def test_random_concurrent_histories_keep_the_promises(server, history):
     by_id = calls_by_id(history)
     replies = Counter((entry["call"], entry["reply"]) for entry in history)
     assert min(replies["reserve", word] for word in ("done", "replayed", "BudgetExceeded", "HoldConflict")) > 5, replies

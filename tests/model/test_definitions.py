@@ -76,7 +76,7 @@ STEPS = st.lists(
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(steps=STEPS)
-def test_replicas_of_several_definitions_spend_as_the_model_predicts(server, client, steps):
+def test_replicas_with_different_budget_definitions_spend_as_the_reference_model_predicts(server, client, steps):
     client.flushall()
     budgets = [Budget("agent", LIMIT, period="ever", **DEFINITIONS[definition]) for definition in REPLICAS]
     limiters = [BudgetLimiter(server.url, [budget], timeout=10) for budget in budgets]

@@ -428,5 +428,5 @@ async def _run_block(block) -> None:
 @pytest.mark.timeout(3600)
 # A retrying client of redis-py draws its pause from the global generator, perhaps while a strategy draws.
 @pytest.mark.filterwarnings("ignore:Do not use the .random. module:hypothesis.errors.HypothesisDeprecationWarning")
-def test_random_histories_agree_with_the_model(clocked_server, runner):
+def test_random_histories_agree_with_the_reference_model(clocked_server, runner):
     run_state_machine_as_test(lambda: Histories(clocked_server, runner), settings=PROFILE)

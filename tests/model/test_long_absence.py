@@ -58,7 +58,9 @@ async def test_an_unconfirmed_hold_of_an_endless_window_can_be_settled_months_la
 
 
 @pytest.mark.parametrize("on_expiry", ["charge", "accrued", "release"])
-async def test_a_hold_that_outlives_one_of_its_windows_does_not_restore_it(clocked_server, limiter, on_expiry):
+async def test_settling_a_hold_whose_window_has_expired_does_not_create_the_window_again(
+    clocked_server, limiter, on_expiry
+):
     await limiter.reserve({"agent": "1.00", "monthly": "1.00", "lifetime": "1.00"}, id="op_1", on_expiry=on_expiry)
     clocked_server.advance(40 * DAY_S)  # the day has expired, the month has not
     expected = Decimal("1.00") if on_expiry == "charge" else 0
@@ -70,7 +72,7 @@ async def test_a_hold_that_outlives_one_of_its_windows_does_not_restore_it(clock
     assert store.sums("monthly:2026-11")["spent"] == 400_000_000
 
 
-async def test_no_growing_key_of_an_ended_window_is_left(clocked_server, limiter):
+async def test_no_key_that_grows_with_traffic_is_left_after_the_retention_of_an_ended_window(clocked_server, limiter):
     for number in range(50):
         hold = await limiter.reserve("agent", "0.01", id=f"op_{number}")
         if number % 2:
@@ -88,7 +90,7 @@ async def test_no_growing_key_of_an_ended_window_is_left(clocked_server, limiter
         assert client.zcard("ktrdr:{default}:due") == 0
 
 
-async def test_an_id_is_dropped_a_day_after_its_settlement_and_not_before(clocked_server, limiter):
+async def test_the_store_drops_an_id_a_day_after_its_settlement_and_not_before(clocked_server, limiter):
     await limiter.reserve("agent", "1.00", id="open", ttl=DAY_S)
     settled = await limiter.reserve("agent", "1.00", id="settled")
     await settled.commit("1.00")

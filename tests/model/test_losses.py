@@ -97,6 +97,6 @@ class Losses(Histories):
 @pytest.mark.timeout(3600)
 # A retrying client of redis-py draws its pause from the global generator, perhaps while a strategy draws.
 @pytest.mark.filterwarnings("ignore:Do not use the .random. module:hypothesis.errors.HypothesisDeprecationWarning")
-def test_random_histories_with_losses_agree_with_the_model(clocked_server, runner, monkeypatch):
+def test_random_histories_with_data_losses_agree_with_the_reference_model(clocked_server, runner, monkeypatch):
     monkeypatch.setattr(journal, "_FRESH_MS", -DAY_MS)  # the clock is frozen, so all holds are of this moment
     run_state_machine_as_test(lambda: Losses(clocked_server, runner), settings=PROFILE)

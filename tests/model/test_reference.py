@@ -38,7 +38,7 @@ def reason(model: Reference, cents: int) -> tuple:
     return found["reason"], found["remaining"] // CENT, found["retry_after_ms"]
 
 
-def test_denials_have_the_reasons_of_the_contract():
+def test_the_model_denies_with_the_documented_reasons():
     model = model_of()
     model.record({"agent": 300 * CENT}, "spent")
     reserve(model, 150, "held")
@@ -47,7 +47,7 @@ def test_denials_have_the_reasons_of_the_contract():
     assert reason(model, 250) == ("budget_exhausted", 50, 12 * 3_600_000)
 
 
-def test_an_expired_hold_is_charged_by_its_policy():
+def test_the_model_charges_an_expired_hold_by_its_expiry_policy():
     for policy, cents in {"charge": 100, "accrued": 30, "release": 0}.items():
         model = model_of()
         reserve(model, 100, "op_1", policy)
@@ -62,7 +62,7 @@ def test_an_expired_hold_is_charged_by_its_policy():
             model.commit("op_1", 71 * CENT)
 
 
-def test_the_window_that_admitted_pays():
+def test_the_model_charges_a_hold_to_the_window_that_admitted_it():
     model = model_of()
     reserve(model, 100, "op_1", ttl_ms=86_400_000)
     model.advance(13 * 3_600_000)
@@ -72,7 +72,7 @@ def test_the_window_that_admitted_pays():
     assert model.windows["agent", "2026-11-23"].spent == 600 * CENT
 
 
-def test_amounts_round_up_and_limits_down():
+def test_the_model_rounds_amounts_up_and_limits_down():
     assert units_of("0.0000000001", "usd") == 1
     assert units_of("0.0000000019", "usd", down=True) == 1
     assert units_of(0.1, "usd") == 10**8
@@ -89,7 +89,7 @@ def test_amounts_round_up_and_limits_down():
         ("Africa/Cairo", "2026-10-29", 25),  # its last hour is repeated
     ],
 )
-def test_a_day_has_the_hours_of_its_timezone(timezone, local_day, hours):
+def test_the_day_of_the_model_has_the_number_of_hours_in_its_timezone(timezone, local_day, hours):
     noon_ms = int(datetime.fromisoformat(f"{local_day}T12:00:00+00:00").timestamp() * 1000)
     begins, ends = window_bounds("day", timezone, noon_ms)
     assert window_name("day", timezone, noon_ms) == local_day

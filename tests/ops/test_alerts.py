@@ -52,7 +52,7 @@ def test_the_tests_of_the_alerts_detect_a_wrong_rule(tmp_path, right, wrong):
     assert "FAILED" in tested.stdout + tested.stderr
 
 
-def test_each_alert_is_tested_both_ways():
+def test_each_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not():
     expected: dict[str, set[bool]] = {}
     for case in read_yaml(ALERTS_TEST)["tests"]:
         for check in case["alert_rule_test"]:
@@ -71,7 +71,7 @@ def test_an_alert_has_a_severity_and_a_runbook(rule):
     assert anchor in {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
 
 
-def test_a_rule_takes_one_value_of_a_gauge_and_sums_counters():
+def test_alert_rules_take_the_minimum_or_maximum_of_gauges_and_the_sum_of_counters():
     for rule in RULES:
         for name in re.findall(r"ktrdr_budget_\w+", rule["expr"]):
             if name == "ktrdr_budget_store_up":  # per replica, to name the replica that cannot reach the store

@@ -31,29 +31,29 @@ def audit(tmp_path: Path, packages: list[dict[str, Any]] | None, complaint: str 
     return done.returncode, done.stdout, done.stderr
 
 
-def test_no_known_vulnerability_is_exit_code_0(tmp_path):
+def test_make_audit_has_exit_code_0_if_no_dependency_has_a_known_vulnerability(tmp_path):
     assert audit(tmp_path, [FINE]) == (0, "", "audit: 0 of 1 packages looked up have known vulnerabilities\n")
 
 
-def test_each_vulnerability_is_a_line_with_its_fix_and_exit_code_1(tmp_path):
+def test_make_audit_prints_each_vulnerability_with_its_fix_and_has_exit_code_1(tmp_path):
     code, stdout, stderr = audit(tmp_path, [FINE, VULNERABLE, SKIPPED])
     assert (code, stdout) == (1, "urllib3 1.0: PYSEC-2023-1, CVE-2023-1; fixed in 1.26.17, 2.0.6\n")
     assert "1 of 2 packages looked up have known vulnerabilities" in stderr
 
 
 @pytest.mark.parametrize("packages", [[FINE, SKIPPED], [SKIPPED]])
-def test_a_failed_look_up_is_unknown_not_safe(tmp_path, packages):
+def test_make_audit_reports_a_failed_look_up_as_unknown_and_not_as_safe(tmp_path, packages):
     code, _, stderr = audit(tmp_path, packages)
     assert code == 3
     assert f"1 of {len(packages)} packages could not be looked up (tzdata): advisory service unreachable" in stderr
 
 
-def test_the_project_itself_is_not_looked_up(tmp_path):
+def test_make_audit_does_not_look_up_the_project_itself(tmp_path):
     own = {"name": "ktrdr-budget", "skip_reason": "distribution marked as editable"}
     assert audit(tmp_path, [FINE, own])[0] == 0
 
 
-def test_a_network_error_is_distinguished_from_a_failed_auditor(tmp_path):
+def test_make_audit_distinguishes_a_network_error_from_a_failed_auditor(tmp_path):
     code, _, stderr = audit(tmp_path, None, "ERROR:pip_audit._cli:ConnectionError: Max retries exceeded")
     assert (code, "advisory service unreachable, result unknown" in stderr) == (3, True)
     code, _, stderr = audit(tmp_path, None, "ImportError: no module")

@@ -61,13 +61,13 @@ def environment_of(service: dict[str, Any]) -> dict[str, str]:
 # -- the file ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_file_is_valid_by_the_compose_specification():
+def test_the_compose_file_matches_the_schema_of_the_compose_specification():
     words = [sys.executable, "-m", "check_jsonschema", "--builtin-schema", "vendor.compose-spec", str(COMPOSE)]
     checked = subprocess.run(words, capture_output=True, text=True, timeout=60, check=False)
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_the_stack_is_complete():
+def test_the_compose_file_has_all_services_of_the_stack():
     assert set(SERVICES) == {"redis", *BACKENDS, "proxy", "prometheus", "grafana", "jaeger"}
     assert SERVICES["backend-1"] == SERVICES["backend-2"]
 
@@ -85,7 +85,7 @@ def test_ports_are_published_on_loopback_only():
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_is_pinned_restarted_and_confined(name):
+def test_each_service_has_a_pinned_image_and_restarts_and_has_no_extra_privileges(name):
     service = SERVICES[name]
     built = "build" in service
     assert built or re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+(-alpine)?", service["image"])
@@ -158,7 +158,7 @@ def test_volumes_are_declared_and_mounted_files_exist():
     assert used == declared == {"redis-data", "prometheus-data", "grafana-data"}
 
 
-def test_grafana_is_public_and_read_only():
+def test_grafana_shows_its_dashboard_without_a_login_and_is_read_only():
     environment = SERVICES["grafana"]["environment"]
     assert environment["GF_AUTH_ANONYMOUS_ENABLED"] == "true"
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
@@ -241,7 +241,7 @@ def test_each_variable_of_the_readme_reaches_both_replicas(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "".join(f"{name}=\n" for name in DEFAULTS)], ids=["empty", "emptied"])
-def test_variables_not_in_an_env_file_stay_unset(tmp_path, content):
+def test_variables_that_the_env_file_does_not_set_stay_unset_in_the_containers(tmp_path, content):
     env_file = tmp_path / "env"
     env_file.write_text(content)
     for services in (rendered(env_file), rendered()):
@@ -330,7 +330,7 @@ def copied() -> list[str]:
     return [source for sources in words for source in sources[:-1]]
 
 
-def test_the_image_is_pinned_unprivileged_and_has_a_health_check():
+def test_the_image_is_pinned_and_runs_without_root_and_has_a_health_check():
     bases = {rest.split()[0] for name, rest in instructions() if name == "FROM"}
     assert len(bases) == 1
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", bases.pop())
@@ -340,7 +340,7 @@ def test_the_image_is_pinned_unprivileged_and_has_a_health_check():
     assert "/readyz" in dict(instructions())["HEALTHCHECK"]
 
 
-def test_the_build_context_is_exactly_the_files_of_the_image():
+def test_the_build_context_contains_exactly_the_files_that_the_image_needs():
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"

@@ -200,7 +200,7 @@ def test_panels_fill_the_grid_row_by_row_and_do_not_overlap(dashboard):
     assert found == ROWS
 
 
-def test_gauges_are_taken_once_and_counters_are_summed(dashboard):
+def test_panels_take_one_replicas_value_of_a_gauge_and_sum_counters_over_replicas(dashboard):
     for expression in expressions(dashboard):
         for name in re.findall(r"(?:agent|ktrdr_budget)_\w+", expression):
             summed = r"sum( by \([\w, ]+\) )?\((increase|rate)\("
@@ -216,7 +216,7 @@ def expressions(dashboard: dict[str, Any]) -> list[str]:
     return [target["expr"] for shown in panels(dashboard) for target in shown["targets"]]
 
 
-def test_the_scale_of_the_budget_ends_at_its_limit(dashboard):
+def test_the_scale_of_the_daily_budget_panel_ends_at_the_limit(dashboard):
     budget = panel(dashboard, "Daily Budget")
     legends = {target["refId"]: target["legendFormat"] for target in budget["targets"]}
     (change,) = budget["transformations"]
@@ -227,7 +227,7 @@ def test_the_scale_of_the_budget_ends_at_its_limit(dashboard):
     ]
 
 
-def test_a_panel_of_one_value_uses_an_instant_query(dashboard):
+def test_a_panel_that_shows_one_value_uses_an_instant_query(dashboard):
     """The last value of a range stays for hours after the loss of the store or of all replicas."""
     for shown in panels(dashboard):
         for target in shown["targets"]:
@@ -238,14 +238,14 @@ def test_a_panel_of_one_value_uses_an_instant_query(dashboard):
             assert not {"last", "lastNotNull"} & set(shown["options"]["legend"].get("calcs", []))
 
 
-def test_a_panel_of_figures_shows_unknown_figures_as_unknown(dashboard):
+def test_a_panel_of_current_figures_shows_unknown_if_a_figure_is_absent(dashboard):
     for shown in panels(dashboard):
         gauges = any(re.search(r"\b(min|max)\b", target["expr"]) for target in shown["targets"])
         if gauges and shown["type"] in NOW:
             assert shown["fieldConfig"]["defaults"]["noValue"] == "unknown", shown["title"]
 
 
-def test_the_rows_of_a_budget_follow_the_variable(dashboard):
+def test_the_panels_of_a_budget_query_the_budget_selected_by_the_variable(dashboard):
     (variable,) = dashboard["templating"]["list"]
     assert (variable["name"], variable["type"]) == ("budget", "query")
     assert variable["query"]["query"] == "label_values(ktrdr_budget_spent, budget)"

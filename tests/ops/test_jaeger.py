@@ -30,27 +30,27 @@ def go(tmp_path: Path, script: str) -> Path:
     return tools
 
 
-def test_a_missing_go_is_reported_in_one_line(tmp_path: Path):
+def test_a_missing_go_compiler_is_reported_in_one_line(tmp_path: Path):
     done = run(tmp_path, tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == "jaeger: skipped: Go 1.24 or newer is not installed\n"
 
 
 @pytest.mark.parametrize("version", ["go1.23.9", "devel", ""])
-def test_an_older_go_is_reported_with_its_version(tmp_path: Path, version: str):
+def test_a_go_compiler_that_is_too_old_is_reported_with_its_version(tmp_path: Path, version: str):
     done = run(tmp_path, go(tmp_path, f"echo {version}"))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == f"jaeger: skipped: Go 1.24 or newer is needed, not {version or 'this one'}\n"
 
 
-def test_a_failed_build_is_reported_by_its_last_line_and_leaves_nothing(tmp_path: Path):
+def test_a_failed_build_of_jaeger_is_reported_by_its_last_line_and_leaves_no_files(tmp_path: Path):
     tools = go(tmp_path, 'test "$1" = env && echo go1.26.8 && exit; echo downloading >&2; echo no network >&2; exit 1')
     done = run(tmp_path, tools)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "jaeger: go mod failed: no network")
     assert list((tmp_path / "cache" / "ktrdr-budget").iterdir()) == []
 
 
-def test_it_listens_on_loopback_only():
+def test_jaeger_listens_on_loopback_only():
     code = "import json, sys; sys.path.insert(0, sys.argv[1]); import jaeger\n"
     code += "print(json.dumps(jaeger.config(*(f'{jaeger.HOST}:{port}' for port in range(1, 5)))))"
     done = subprocess.run([sys.executable, "-c", code, str(SCRIPT.parent)], capture_output=True, text=True, check=True)

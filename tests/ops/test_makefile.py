@@ -41,7 +41,7 @@ def program(checkout: Path, name: str, script: str) -> str:
 
 @pytest.mark.parametrize("target", ["run", "check", "test", "stack", "wheel", "bench", "audit"])
 @pytest.mark.parametrize("kind", ["3.10", "old", ""])
-def test_a_python_that_is_too_old_is_one_line_and_creates_nothing(checkout, target, kind):
+def test_make_reports_a_python_that_is_too_old_in_one_line_and_creates_nothing(checkout, target, kind):
     python = program(checkout, "old", "exit 1") if kind == "old" else kind
     before = sorted(os.listdir(checkout))
     for given in ({"PYTHON": python}, {}):
@@ -55,13 +55,13 @@ def test_a_python_that_is_too_old_is_one_line_and_creates_nothing(checkout, targ
         assert sorted(os.listdir(checkout)) == before
 
 
-def test_an_incomplete_environment_is_removed(checkout):
+def test_make_removes_an_incomplete_virtual_environment(checkout):
     broken = program(checkout, "broken", 'case "$1" in -c) exit 0;; esac; mkdir .venv; exit 1')
     assert make(checkout, ".venv/.made", f"PYTHON={broken}").returncode == 2
     assert not (checkout / ".venv").exists()
 
 
-def test_another_python_than_the_environments_is_an_error(checkout):
+def test_make_refuses_a_python_other_than_that_of_the_virtual_environment(checkout):
     (checkout / ".venv" / "bin").mkdir(parents=True)
     (checkout / ".venv" / "bin" / "python").symlink_to(sys.executable)
     (checkout / ".venv" / ".made").touch()
@@ -75,21 +75,21 @@ def test_another_python_than_the_environments_is_an_error(checkout):
     assert make(checkout, ".venv/.made").returncode == 0
 
 
-def test_an_environment_not_created_by_make_is_an_error(checkout):
+def test_make_refuses_a_virtual_environment_that_it_did_not_create(checkout):
     (checkout / ".venv").mkdir()
     done = make(checkout, ".venv/.made", f"PYTHON={sys.executable}")
     assert done.returncode == 2
     assert "'make clean' removes it" in done.stderr
 
 
-def test_help_lists_every_target():
+def test_make_help_lists_every_target():
     phony = re.search(r"^\.PHONY: (.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert phony
     listed = [line.split()[1] for line in make(ROOT, "help").stdout.splitlines()]
     assert sorted(listed) == sorted(set(phony[1].split()) - {"chosen"})
 
 
-def test_check_runs_lint_types_and_unit_tests(checkout):
+def test_make_check_runs_lint_and_types_and_unit_tests(checkout):
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / ".test").touch()
     planned = make(checkout, "--dry-run", "--assume-old=.venv/.test", "check", f"PYTHON={sys.executable}").stdout
@@ -97,7 +97,7 @@ def test_check_runs_lint_types_and_unit_tests(checkout):
     assert commands == ["ruff check .", "ruff format --check .", "mypy", "pytest -q -m unit -n 2"]
 
 
-def test_the_hooks_of_pre_commit_end_with_make_check():
+def test_the_last_pre_commit_hook_runs_make_check():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     hooks = [hook for repository in config["repos"] for hook in repository["hooks"]]
     assert {repository["repo"] for repository in config["repos"]} == {"local"}, "no downloads, one version of each tool"

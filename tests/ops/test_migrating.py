@@ -72,7 +72,7 @@ def test_the_total_of_the_files_or_of_the_old_backend_is_recorded_once(server, f
         assert (done.returncode, spent(service)) == (1, "0.300000001"), "another total is a conflict"
 
 
-def test_the_small_total_of_a_backend_without_files_is_imported_exactly(server, tmp_path: Path):
+def test_a_total_below_one_cent_from_a_backend_without_files_is_imported_exactly(server, tmp_path: Path):
     old = {"/api/v1/agent/budget": {"today_spend": 0.000001}}
     with serving(KTRDR_REDIS_URL=server.url) as service, answering(old.get) as url:
         done = run(FROM_BACKEND, tmp_path, service, OLD_BACKEND=url)

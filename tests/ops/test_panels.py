@@ -95,7 +95,7 @@ def test_every_query_of_a_panel_returns_data(stack, title):
         assert any(math.isfinite(value) for value in values), series
 
 
-def test_panels_show_the_activity(stack):
+def test_panels_show_the_preceding_calls(stack):
     (cycles,) = stack.panel("Cycle Outcomes")
     assert set(cycles) == {"outcome=completed", "outcome=failed", "outcome=cancelled"}
     # Prometheus extrapolates an increase to the ends of its range.
@@ -130,7 +130,7 @@ def test_amounts_on_the_dashboard_match_the_store(stack):
     assert max(held) > 0 == max(unconfirmed)
 
 
-def test_the_rules_evaluate_on_real_metrics_and_no_alert_fires(stack):
+def test_alert_rules_can_be_evaluated_on_real_metrics_and_no_alert_fires(stack):
     rules = [rule for group in stack.prometheus.ask("/rules")["groups"] for rule in group["rules"]]
     assert len(rules) == sum(len(group["rules"]) for group in read_yaml(ALERTS)["groups"])
     assert [rule for rule in rules if rule["health"] != "ok"] == []

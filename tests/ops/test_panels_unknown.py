@@ -98,13 +98,13 @@ def watched(start_server: Callable[..., Server], tmp_path: Path) -> Iterator[Wat
         yield stack
 
 
-def test_the_library_has_the_version_of_the_deployed_grafana():
+def test_the_panel_library_has_the_same_version_as_the_deployed_grafana():
     _, _, version = read_yaml(COMPOSE)["services"]["grafana"]["image"].partition(":")
     assert json.loads(PACKAGE.read_text())["dependencies"]["@grafana/data"] == version
 
 
 @pytest.mark.slow
-def test_a_panel_shows_the_figure_and_after_an_outage_unknown(watched):
+def test_a_panel_shows_its_figure_and_then_unknown_after_an_outage(watched):
     known = watched.all()
     assert known.pop("Window Ends")["window ends"].startswith("in ")
     assert known == {
@@ -140,7 +140,7 @@ def test_a_panel_shows_the_figure_and_after_an_outage_unknown(watched):
 
 
 @pytest.mark.slow
-def test_the_variable_shows_each_budget_in_its_unit(watched):
+def test_selecting_a_budget_shows_its_figures_in_its_unit(watched):
     (variable,) = DASHBOARD["templating"]["list"]
     metric, label = variable["query"]["query"].removeprefix("label_values(").removesuffix(")").split(", ")
     names = watched.prometheus.ask(f"/label/{label}/values", **{"match[]": metric})

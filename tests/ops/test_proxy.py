@@ -100,7 +100,7 @@ def listens(client: httpx.Client) -> bool:
         return False
 
 
-def test_requests_are_balanced_and_a_lost_replica_is_skipped(tmp_path):
+def test_the_proxy_balances_requests_over_replicas_and_skips_a_dead_one(tmp_path):
     with replicas() as (one, two), proxy(tmp_path, one, two) as client:
         assert {client.get("/").text for _ in range(8)} == {"one", "two"}
         one.end()
@@ -114,7 +114,7 @@ def test_the_reply_of_a_replica_that_is_not_ready_is_forwarded(tmp_path):
         assert (answer.status_code, answer.text in {"one", "two"}) == (503, True)
 
 
-def test_a_trigger_that_was_sent_is_not_sent_again(tmp_path):
+def test_the_proxy_does_not_send_a_trigger_again_that_it_has_already_sent(tmp_path):
     with replicas() as (one, two), proxy(tmp_path, one, two) as client:
         assert client.post("/crash").status_code == 502
         assert [*one.seen, *two.seen] == ["POST"]

@@ -122,7 +122,7 @@ OBSERVERS = ("traces", "grafana")
 
 
 @pytest.mark.slow
-def test_a_sound_stack_passes_every_check(running: Stack, receiver: OtlpReceiver) -> None:
+def test_a_correct_stack_passes_every_check_of_the_verify_script(running: Stack, receiver: OtlpReceiver) -> None:
     url = running.url("service")
     before = budget(url)
     tools = {"KTRDR_REPLICAS": replicas(running)}
@@ -146,7 +146,7 @@ def test_a_sound_stack_passes_every_check(running: Stack, receiver: OtlpReceiver
 
 
 @pytest.mark.slow
-def test_an_interrupted_check_restores_the_run_time_limit(running: Stack) -> None:
+def test_an_interrupted_verify_script_restores_the_run_time_limit(running: Stack) -> None:
     url = running.url("service")
     limit = httpx.put(f"{url}/api/v1/budgets/agent/limit", json={"limit": "3.00", "until": "window"}, timeout=60)
     set_before = limit.json()
@@ -179,7 +179,9 @@ def cancelled_cycle(url: str) -> str:
 
 
 @pytest.mark.slow
-def test_cycles_of_each_requested_outcome_must_have_their_traces(running: Stack, receiver: OtlpReceiver) -> None:
+def test_the_verify_script_requires_a_trace_for_each_requested_cycle_outcome(
+    running: Stack, receiver: OtlpReceiver
+) -> None:
     url = running.url("service")
     operation_id = cancelled_cycle(url)
     with answering(jaeger(receiver)) as jaeger_url:
@@ -197,7 +199,7 @@ def test_cycles_of_each_requested_outcome_must_have_their_traces(running: Stack,
 
 
 @pytest.mark.slow
-def test_a_replica_without_its_store_fails(tmp_path: Path) -> None:
+def test_the_verify_script_fails_if_a_replica_cannot_reach_its_store(tmp_path: Path) -> None:
     with serving(KTRDR_REDIS_URL=f"unix://{tmp_path / 'nothing'}", KTRDR_TIMEOUT="0.2") as replica:
         found = verify(replica.url, "ready", "budget", "cli", "metrics", "gauge", "cycle", "exhaustion", "ledger")
     assert found.code == 1
@@ -208,7 +210,7 @@ def test_a_replica_without_its_store_fails(tmp_path: Path) -> None:
     assert "Traceback" not in found.output
 
 
-def test_an_unreachable_service_fails(server: Server) -> None:
+def test_the_verify_script_fails_if_the_service_is_unreachable(server: Server) -> None:
     checks = ("ready", "budget", "cli", "metrics", "cycle", "agreement", "traces", "exhaustion")
     found = verify(f"http://127.0.0.1:{free_port()}", *checks, JAEGER_URL="http://[::1]:1")
     assert (set(found.results.values()), found.code) == ({"FAIL"}, 1)
@@ -217,7 +219,7 @@ def test_an_unreachable_service_fails(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_incomplete_traces_fail(running: Stack, receiver: OtlpReceiver) -> None:
+def test_the_verify_script_fails_for_incomplete_traces(running: Stack, receiver: OtlpReceiver) -> None:
     """The same spans, each time with one defect."""
 
     def without_root(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -253,7 +255,9 @@ def test_incomplete_traces_fail(running: Stack, receiver: OtlpReceiver) -> None:
 
 
 @pytest.mark.slow
-def test_an_exhausted_budget_is_no_fault_and_checks_for_admins_are_skipped_without_the_key(server: Server) -> None:
+def test_the_verify_script_accepts_an_exhausted_budget_and_skips_admin_checks_without_the_admin_key(
+    server: Server,
+) -> None:
     keys = {"KTRDR_API_KEY": "use-key", "KTRDR_ADMIN_KEY": "admin-key"}
     with serving(KTRDR_REDIS_URL=server.url, AGENT_DAILY_BUDGET="0.01", **keys) as replica:
         found = verify(replica.url, "ready", "budget", "cycle", "exhaustion", **keys)
@@ -267,13 +271,13 @@ def test_an_exhausted_budget_is_no_fault_and_checks_for_admins_are_skipped_witho
         assert "-key" not in found.output.replace("KTRDR_API_KEY", "")
 
 
-def test_an_unknown_check_is_rejected() -> None:
+def test_the_verify_script_rejects_the_name_of_an_unknown_check() -> None:
     found = verify("http://127.0.0.1:1", "ready", "everything")
     assert found.code == 2
     assert found.output.startswith("verify: no check everything; there are ready budget ")
 
 
-def test_an_interpreter_without_the_package_is_rejected() -> None:
+def test_the_verify_script_rejects_a_python_without_the_package() -> None:
     ended = subprocess.run(command(), env=environment(PYTHON="false"), capture_output=True, text=True)
     assert (ended.returncode, ended.stdout) == (2, "")
     assert ended.stderr == "verify: false has no ktrdr-budget; set PYTHON\n"

@@ -125,13 +125,13 @@ async def research(cycle_store: CycleStore) -> None:
     assert [cycle.operation_id for cycle in (await cycle_store.list(5, "cycle_1")).ended] == []
 
 
-async def test_the_product_needs_no_more_than_the_file_grants(guarded, operator):
+async def test_the_limiter_and_service_need_no_more_permissions_than_the_acl_file_grants(guarded, operator):
     await everything(guarded.url)
     # Redis 7.0 has no CLIENT SETINFO, so the file cannot grant it; redis-py works without it.
     assert {entry["object"] for entry in operator.acl_log()} <= {"client|setinfo"}
 
 
-async def test_the_user_of_the_file_can_repair_damaged_windows(guarded, operator):
+async def test_the_user_of_the_acl_file_can_repair_damaged_windows(guarded, operator):
     async with AsyncBudgetLimiter(guarded.url, BUDGETS, timeout=10) as limiter:
         await limiter.reserve("agent", "0.15", id="one")
     operator.hincrby(window_key(operator), "held", 7)
@@ -182,12 +182,12 @@ FORBIDDEN = [
 
 
 @pytest.mark.parametrize("command", FORBIDDEN)
-def test_commands_that_the_product_does_not_need_are_refused(guarded, operator, command):
+def test_commands_that_the_limiter_does_not_need_are_refused(guarded, operator, command):
     with guarded.client() as client, pytest.raises(redis.ResponseError, match="permissions|^DEBUG command not allowed"):
         client.execute_command(*command.split(" "))
 
 
-def test_no_other_key_is_accessible_even_from_a_script(guarded, operator):
+def test_the_user_of_the_acl_file_cannot_access_other_keys_even_from_a_script(guarded, operator):
     operator.set("another:key", "secret")
     with guarded.client() as client:
         for command in ("GET another:key", "SET another:key x", "DEL another:key", "MGET ktrdr:a another:key"):
@@ -199,7 +199,7 @@ def test_no_other_key_is_accessible_even_from_a_script(guarded, operator):
     assert operator.get("another:key") == "secret"
 
 
-def test_other_logins_are_refused(guarded, operator):
+def test_the_default_user_and_anonymous_logins_are_refused(guarded, operator):
     for login in ({"username": None, "password": None}, {"username": "default", "password": ""}, {"password": "wrong"}):
         with guarded.client(**login) as client, pytest.raises(redis.AuthenticationError):
             client.ping()
@@ -268,7 +268,7 @@ OF_A_CLUSTER = ["+cluster|slots", "+asking"]
 """The further permissions on a cluster, as in docs/security.md."""
 
 
-async def test_a_cluster_needs_two_more_permissions(tmp_path_factory):
+async def test_the_documented_cluster_permissions_suffice_on_a_cluster(tmp_path_factory):
     with Cluster(valkey_binary(), tmp_path_factory.mktemp("c"), masters=3) as cluster:
         for node in cluster.masters:
             rules = [f"+{permission}" for permission in PERMISSIONS]
@@ -280,7 +280,7 @@ async def test_a_cluster_needs_two_more_permissions(tmp_path_factory):
     assert f"On a **cluster** add `{' '.join(OF_A_CLUSTER)}`" in " ".join(document.split())
 
 
-def test_the_document_lists_exactly_the_commands_of_the_file():
+def test_the_security_document_lists_exactly_the_commands_of_the_acl_file():
     document = (DIRECTORY.parents[1] / "docs" / "security.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([a-z \\|]+)` \| .* \|$", document, re.MULTILINE)
     assert sorted(" ".join(rows).replace("\\|", "|").split()) == sorted(PERMISSIONS)

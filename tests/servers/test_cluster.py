@@ -76,7 +76,7 @@ async def test_all_keys_of_a_tenant_are_in_one_slot(cluster, tenant):
     assert all(key.startswith(f"ktrdr:{{{tenant}}}:") for key in used[0])
 
 
-async def test_every_other_call_works_on_a_cluster(cluster):
+async def test_every_call_of_the_limiter_works_on_a_cluster(cluster):
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         await limiter.record("agent", "0.02", id="op_1", operation="research")
         for number in range(3):
@@ -216,7 +216,7 @@ async def test_an_unreachable_cluster_is_unavailable(cluster):
 # -- slot migration ----------------------------------------------------------------------------------------------------
 
 
-def test_a_slot_that_migrates_key_by_key_under_load_never_splits_a_window(either):
+def test_a_slot_migration_under_load_neither_loses_nor_counts_twice(either):
     """Two migrations, to another node and back. No grant is lost or counted twice, and the cap is filled exactly."""
     options = {
         "url": either.url,
@@ -405,7 +405,7 @@ async def test_a_manual_failover_loses_nothing(cluster):
         assert limiter.losses == 0
 
 
-async def test_a_hanging_master_is_left_after_the_election_of_another(cluster):
+async def test_calls_leave_a_hanging_master_after_another_is_elected(cluster):
     """Its connections stay open without replies: no call may wait until its own deadline."""
     old = cluster.owner("default")
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=60.0) as limiter:
@@ -424,7 +424,7 @@ async def test_a_hanging_master_is_left_after_the_election_of_another(cluster):
 # -- wrong URLs --------------------------------------------------------------------------------------------------------
 
 
-async def test_the_error_names_the_right_scheme_for_a_single_server_and_for_a_cluster_node(cluster, start_server):
+async def test_the_error_names_the_right_url_scheme_for_a_single_server_and_for_a_cluster_node(cluster, start_server):
     [port] = free_ports(1)
     start_server(None, "--port", str(port))
     elsewhere = cluster.others(cluster.owner("default"))[0]
@@ -438,7 +438,7 @@ async def test_the_error_names_the_right_scheme_for_a_single_server_and_for_a_cl
         await limiter.close()
 
 
-async def test_one_reachable_node_of_the_url_is_enough(cluster):
+async def test_a_cluster_is_found_if_one_node_of_the_url_is_reachable(cluster):
     dead = free_ports(2)
     hosts = ",".join(f"127.0.0.1:{port}" for port in (*dead, cluster.masters[0].port))
     async with AsyncBudgetLimiter(f"redis+cluster://{hosts}", BUDGETS, timeout=20.0) as limiter:

@@ -79,7 +79,7 @@ FORMS = {"callable": lambda vault: vault, "provider": Provider, "async provider"
 
 @pytest.mark.parametrize("way", ["connections", "client"])
 @pytest.mark.parametrize("form", FORMS)
-async def test_the_provider_is_called_at_each_connection(own, form, way, monkeypatch, caplog):
+async def test_the_credential_provider_is_called_at_each_connection(own, form, way, monkeypatch, caplog):
     if way == "client":
         monkeypatch.setattr(resp, "Reader", None)
     vault = Vault(own)
@@ -98,7 +98,7 @@ async def test_the_provider_is_called_at_each_connection(own, form, way, monkeyp
     assert "backward compatibility" not in caplog.text
 
 
-def test_the_sync_limiter_and_the_audit_use_the_provider(own):
+def test_the_sync_limiter_and_the_audit_use_the_credential_provider(own):
     vault = Vault(own)
     with BudgetLimiter(own.url, BUDGETS, credential_provider=vault) as limiter:
         limiter.reserve("agent", "0.15").commit("0.10")
@@ -111,7 +111,7 @@ def test_the_sync_limiter_and_the_audit_use_the_provider(own):
         assert auditor.check()
 
 
-def test_the_tracker_uses_the_provider(own, monkeypatch):
+def test_the_tracker_uses_the_credential_provider(own, monkeypatch):
     vault = Vault(own)
     monkeypatch.setenv("KTRDR_REDIS_URL", own.url)
     with BudgetTracker(5, credential_provider=vault) as tracker:
@@ -144,7 +144,7 @@ async def test_a_password_without_a_user_is_for_the_default_user(own, given):
         assert (await limiter.reserve("agent", "0.15")).state == "open"
 
 
-async def test_a_failing_provider_means_an_unavailable_store_and_its_message_is_not_shown(own, caplog):
+async def test_a_failing_credential_provider_is_reported_as_an_unavailable_store_without_its_message(own, caplog):
     vault, down = Vault(own), [True]
 
     def provider() -> tuple[str, str]:
@@ -183,7 +183,7 @@ async def test_invalid_credentials_are_an_error_that_does_not_show_them(own, giv
         ("redis://store", "secret", "must be a CredentialProvider of redis-py, or a callable"),
     ],
 )
-def test_an_unusable_provider_is_refused_by_the_constructor(url, provider, words):
+def test_a_credential_provider_that_is_not_callable_is_refused_by_the_constructor(url, provider, words):
     for make in (
         lambda: AsyncBudgetLimiter(url, BUDGETS, credential_provider=provider),
         lambda: BudgetLimiter(url, BUDGETS, credential_provider=provider),

@@ -101,20 +101,20 @@ async def refusal(url: str) -> str:
 
 @pytest.mark.parametrize("way", ["connections", "client"])
 @pytest.mark.parametrize("form", ["rediss://127.0.0.1:{}", "rediss://127.0.0.1:{}?ssl_cert_reqs=none"])
-async def test_the_error_names_a_server_without_tls(plain, form, way, monkeypatch):
+async def test_the_error_says_that_the_server_does_not_speak_tls(plain, form, way, monkeypatch):
     if way == "client":
         monkeypatch.setattr(resp, "Reader", None)
     assert f"the server at 127.0.0.1:{plain} does not speak TLS" in await refusal(form.format(plain))
 
 
 @pytest.mark.parametrize("scheme", ["redis", "rediss"])
-async def test_the_error_names_an_http_server(web, scheme):
+async def test_the_error_says_that_the_server_speaks_http(web, scheme):
     words = await refusal(f"{scheme}://127.0.0.1:{web}")
     assert f"the server at 127.0.0.1:{web} is not a Redis server: it speaks HTTP" in words
 
 
 @pytest.mark.parametrize("way", ["connections", "client"])
-async def test_the_error_names_an_http_server_that_replaces_the_store(start_server, way, monkeypatch):
+async def test_the_error_says_that_an_http_server_has_replaced_the_store(start_server, way, monkeypatch):
     if way == "client":
         monkeypatch.setattr(resp, "Reader", None)
     port = free_port()
@@ -130,7 +130,7 @@ async def test_the_error_names_an_http_server_that_replaces_the_store(start_serv
 
 
 @pytest.mark.parametrize("form", ["redis+sentinel://127.0.0.1:{}/main", "redis+cluster://127.0.0.1:{}"])
-async def test_the_error_names_an_http_server_in_place_of_a_sentinel_or_cluster_node(web, form):
+async def test_the_error_says_that_a_sentinel_or_cluster_node_speaks_http(web, form):
     assert "it speaks HTTP" in await refusal(form.format(web))
 
 

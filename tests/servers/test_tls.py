@@ -136,7 +136,7 @@ async def _refusal(url: str) -> str:
     return str(refused.value)
 
 
-async def test_a_certificate_of_another_authority_is_refused(tls, identity, tmp_path):
+async def test_a_server_certificate_of_an_unknown_authority_is_refused(tls, identity, tmp_path):
     other = Authority(tmp_path, "other").make()
     message = await refusal(
         tls.url_with(**{**identity, "ssl_ca_certs": other.certificate}), "certificate verify failed"
@@ -144,12 +144,12 @@ async def test_a_certificate_of_another_authority_is_refused(tls, identity, tmp_
     assert str(tmp_path) not in message
 
 
-async def test_the_default_authorities_are_those_of_the_system(tls, identity):
+async def test_certificates_are_checked_against_the_authorities_of_the_system_by_default(tls, identity):
     identity.pop("ssl_ca_certs")
     await refusal(tls.url_with(**identity), "certificate verify failed")
 
 
-async def test_a_certificate_for_another_host_is_refused(authority, tls, identity):
+async def test_a_server_certificate_for_another_host_is_refused(authority, tls, identity):
     await works(tls.url_with("127.0.0.1", **identity))
     await refusal(tls.url_with("127.0.0.2", **identity), "mismatch")
 

@@ -91,7 +91,7 @@ async def test_spend_is_logged_with_an_unknown_total_if_the_status_cannot_be_rea
     assert record.message == "Budget spend recorded: $0.02 for r-1 (total: unknown, remaining: unknown)"
 
 
-async def test_a_total_is_unknown_while_another_replica_has_yet_to_replay(clocked_server, caplog):
+async def test_the_logged_total_is_unknown_while_another_replica_may_still_replay_spend(clocked_server, caplog):
     url, hurry = clocked_server.url, ExitStack()
 
     def hurry_status(observation: Observation) -> None:

@@ -69,7 +69,7 @@ def named(samples: dict[tuple[str, ...], float], name: str) -> dict[tuple[str, .
     return {key[1:]: value for key, value in samples.items() if key[0] == name}
 
 
-async def test_figures_match_the_store(server):
+async def test_the_gauges_match_the_figures_in_the_store(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.record({"agent": "0.15", "tokens": 10})
         await limiter.reserve({"agent": "1", "jobs": 1, "free": "2.50"})
@@ -109,14 +109,14 @@ async def test_the_end_of_a_window_is_exported_if_it_has_one(server):
     assert named(samples, "ktrdr_budget_resets_timestamp_seconds") == {("agent", "usd"): ends.timestamp()}
 
 
-async def test_figures_are_read_at_scrape_time(server):
+async def test_the_gauges_are_read_at_scrape_time(server):
     async with watched(server.url) as (_, metrics), AsyncBudgetLimiter(server.url, BUDGETS) as other:
         assert (await scrape(metrics))["agent_budget_remaining_dollars",] == 5
         await other.record("agent", "2")
         assert (await scrape(metrics))["agent_budget_remaining_dollars",] == 3
 
 
-async def test_an_expired_hold_is_unconfirmed(server):
+async def test_the_gauge_of_unconfirmed_amounts_includes_an_expired_hold(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.reserve("agent", "0.15", ttl=1)
 
@@ -127,7 +127,7 @@ async def test_an_expired_hold_is_unconfirmed(server):
         assert (await scrape(metrics))["ktrdr_budget_held", "agent", "usd"] == 0
 
 
-async def test_an_unknown_figure_is_absent_not_full(start_server):
+async def test_a_gauge_is_absent_and_not_full_while_its_figure_is_unknown(start_server):
     """#38087, #29937: gauges show the full budget, or +Inf, when spend is unknown."""
     own = start_server()
     async with watched(own.url, timeout=0.1) as (limiter, metrics):
@@ -149,7 +149,7 @@ async def test_an_unknown_figure_is_absent_not_full(start_server):
         await until(known)
 
 
-async def test_a_collected_figure_is_absent_while_the_store_does_not_reply(start_server):
+async def test_a_gauge_that_was_collected_before_is_absent_while_the_store_does_not_reply(start_server):
     """The result of an audit before an outage is not valid after it."""
     own, audit = start_server(), Audit()
     async with watched(own.url, timeout=0.5) as (limiter, metrics):
@@ -163,7 +163,7 @@ async def test_a_collected_figure_is_absent_while_the_store_does_not_reply(start
     audit.close()
 
 
-async def test_an_unlimited_budget_has_no_limit_and_no_remainder(server):
+async def test_an_unlimited_budget_has_gauges_for_neither_limit_nor_remainder(server):
     async with watched(server.url, [Budget("agent", None)]) as (_, metrics):
         samples = await scrape(metrics)
     assert ("agent_budget_remaining_dollars",) not in samples
@@ -244,7 +244,7 @@ async def test_outcomes_during_an_outage_are_counted(start_server):
         await until(lambda: not allowing.deferred)
 
 
-async def test_errors_of_the_store_are_counted(server):
+async def test_errors_of_the_store_are_counted_by_outcome(server):
     async with watched(server.url) as (limiter, metrics):
         with server.client() as client:
             client.set("ktrdr:{default}:meta", "no hash")  # makes the script fail
@@ -253,7 +253,7 @@ async def test_errors_of_the_store_are_counted(server):
         assert (await scrape(metrics))["ktrdr_budget_reservations_total", "unavailable", "refused"] == 1
 
 
-async def test_spend_is_counted_once(server):
+async def test_replayed_spend_is_counted_once(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.record({"agent": "0.02", "tokens": 7}, id="op_1")
         await limiter.record({"agent": "0.02", "tokens": 7}, id="op_1")
@@ -298,7 +298,7 @@ async def test_overruns_are_counted_per_budget(server):
         }
 
 
-async def test_losses_are_counted(server):
+async def test_data_losses_are_counted(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.record("agent", "1")
         with server.client() as client:
@@ -337,7 +337,7 @@ async def _recorded(limiter: AsyncBudgetLimiter) -> bool:
     return limiter.losses > 0
 
 
-async def test_calls_are_timed(server):
+async def test_the_duration_of_each_call_is_observed_in_a_histogram(server):
     async with watched(server.url) as (limiter, metrics):
         hold = await limiter.reserve("agent", "0.15")
         await hold.extend()
@@ -352,7 +352,7 @@ async def test_calls_are_timed(server):
     assert (BUCKETS_S[0], BUCKETS_S[-1]) == (0.0001, 1.0)
 
 
-async def test_openmetrics_is_sent_on_request(server):
+async def test_metrics_are_sent_in_openmetrics_format_on_request(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.record("agent", "0.15")
         text, media_type = await metrics.render("application/openmetrics-text; version=1.0.0")
@@ -390,7 +390,7 @@ async def test_the_application_can_pass_its_registry(server):
     assert registry.get_sample_value("ktrdr_budget_spend_total", {"budget": "agent", "unit": "usd"}) == 0.15
 
 
-def test_an_error_that_unknown_knows_is_counted():
+def test_an_unexpected_error_is_counted_with_the_reason_unexpected():
     metrics = LimiterMetrics()
     metrics.observe(Observation("reserve", None, RuntimeError("?"), 0.001, copy_context()))
     labels = {"outcome": "error", "reason": "unexpected"}

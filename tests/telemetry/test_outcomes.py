@@ -35,7 +35,7 @@ from ktrdr_budget.telemetry.outcomes import OUTCOMES, combined, outcome_of
         (RuntimeError("?"), ("error", "unexpected")),
     ],
 )
-def test_an_error_has_an_outcome_and_a_reason(error: Exception, outcome: tuple[str, str]):
+def test_each_error_is_mapped_to_an_outcome_and_a_reason(error: Exception, outcome: tuple[str, str]):
     assert outcome_of(None, error) == outcome
     assert outcome in OUTCOMES
 

@@ -30,7 +30,7 @@ UNSAMPLED = SpanContext(7, 8, is_remote=True, trace_flags=TraceFlags(0))
 # -- without a tracer provider -----------------------------------------------------------------------------------------
 
 
-def test_without_a_provider_all_calls_have_no_effect():
+def test_spans_have_no_effect_without_a_tracer_provider():
     with (
         operation_scope("op_1", "agent_research"),
         suppressed(),
@@ -46,12 +46,12 @@ def test_without_a_provider_all_calls_have_no_effect():
         assert current_link() is None
 
 
-def test_without_a_provider_exceptions_propagate():
+def test_exceptions_propagate_through_spans_without_a_tracer_provider():
     with pytest.raises(ValueError, match="mine"), operation_scope("op_1", "t"), suppressed(), span("a"):
         raise ValueError("mine")
 
 
-def test_only_the_api_of_opentelemetry_is_imported_and_only_by_the_first_span():
+def test_the_first_span_imports_the_opentelemetry_api_but_not_its_sdk():
     code = """
 import sys
 from ktrdr_budget.telemetry.tracing import *
@@ -90,7 +90,7 @@ def test_a_span_is_a_child_of_the_current_one(recorded: Recorded):
 
 
 @pytest.mark.parametrize("error", [ValueError("went wrong"), ValueError(), KeyboardInterrupt("went wrong")])
-def test_an_exception_that_leaves_is_recorded(recorded: Recorded, error: BaseException):
+def test_an_exception_that_leaves_a_span_is_recorded_in_it(recorded: Recorded, error: BaseException):
     with pytest.raises(type(error)), span("outer"), span("failing"):
         raise error
     for name in ("failing", "outer"):
@@ -115,7 +115,9 @@ DENIAL = Denial("agent", "budget_held", *map(Decimal, (5, 1, 4, 0, 0, 1, 0)), re
         (BudgetExceeded(DENIAL), {"outcome": "denied", "reason": "budget_held"}),
     ],
 )
-def test_a_cancellation_and_a_denial_are_outcomes(recorded: Recorded, ending: BaseException, attributes):
+def test_a_cancellation_or_denial_is_the_outcome_of_a_span_and_not_an_error(
+    recorded: Recorded, ending: BaseException, attributes
+):
     with pytest.raises(type(ending)), span("ended"):
         raise ending
     assert dict(recorded["ended"].attributes) == attributes
@@ -123,7 +125,7 @@ def test_a_cancellation_and_a_denial_are_outcomes(recorded: Recorded, ending: Ba
     assert not recorded["ended"].events
 
 
-def test_the_message_of_an_exception_can_be_left_out(recorded: Recorded):
+def test_a_span_can_record_an_exception_without_its_message(recorded: Recorded):
     with span("a") as current:
         try:
             raise ValueError("a secret") from KeyError("another secret")
@@ -135,7 +137,7 @@ def test_the_message_of_an_exception_can_be_left_out(recorded: Recorded):
     assert "secret" not in event.attributes["exception.stacktrace"]
 
 
-def test_exceptions_and_failures_are_recorded_independently(recorded: Recorded):
+def test_a_span_records_exceptions_and_explicit_failures_independently(recorded: Recorded):
     with span("a") as current:
         current.record_exception(ValueError("survived"))
     with span("b") as current:
@@ -146,7 +148,7 @@ def test_exceptions_and_failures_are_recorded_independently(recorded: Recorded):
     assert not recorded["b"].events
 
 
-def test_an_abandoned_generator_is_no_error(recorded: Recorded):
+def test_the_span_of_an_abandoned_generator_has_no_error_status(recorded: Recorded):
     def numbers():
         with span("counting"):
             yield 1
@@ -196,7 +198,7 @@ def test_a_root_span_starts_a_trace_with_links(recorded: Recorded):
     assert recorded["phase"].parent == recorded["cycle"].context
 
 
-def test_an_unrecorded_trace_has_no_id_and_no_link(recorded: Recorded):
+def test_an_unsampled_trace_has_no_id_and_no_link(recorded: Recorded):
     with trace.use_span(NonRecordingSpan(UNSAMPLED)):
         assert current_trace_id() == ""
         assert current_link() is None
@@ -209,7 +211,7 @@ def test_an_unrecorded_trace_has_no_id_and_no_link(recorded: Recorded):
 # -- operations --------------------------------------------------------------------------------------------------------
 
 
-async def test_every_span_within_an_operation_has_its_attributes(recorded: Recorded):
+async def test_every_span_within_an_operation_has_the_attributes_of_the_operation(recorded: Recorded):
     async def work():
         with span("in a task"):
             pass
@@ -233,7 +235,7 @@ async def test_every_span_within_an_operation_has_its_attributes(recorded: Recor
     assert not recorded["after"].attributes
 
 
-def test_no_span_is_written_while_suppressed(recorded: Recorded):
+def test_no_span_is_recorded_while_spans_are_suppressed(recorded: Recorded):
     with span("outer"):
         with suppressed(), span("unseen") as unseen:
             assert (unseen.trace_id, current_trace_id()) == ("", "")

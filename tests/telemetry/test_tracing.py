@@ -85,14 +85,14 @@ def test_requests_are_traced_but_probes_and_polls_are_not(server, receiver: Otlp
         assert [entry.trace_id for entry in limiter.ledger("agent").items] == [request.trace_id]
 
 
-def test_paths_that_only_look_like_probes_are_traced(server, receiver: OtlpReceiver):
+def test_requests_to_paths_that_resemble_those_of_probes_are_traced(server, receiver: OtlpReceiver):
     paths = ["api/v1/budgets/metrics", "api/v1/budgets/x/livez", "api/v1/agent/status2", "metrics2"]
     answers = ask(server.url, receiver, *(f"GET /{path}" for path in paths))
     assert len({answer["trace_id"] for answer in answers} - {""}) == len(paths)
     assert len(receiver.named("GET /{path:path}")) == len(paths)
 
 
-def test_each_cycle_is_a_separate_tree_without_orphans(server, receiver: OtlpReceiver):
+def test_the_spans_of_each_cycle_are_a_separate_tree_in_which_every_parent_exists(server, receiver: OtlpReceiver):
     spends = [f"&POST /spend/0.{number}" for number in range(10, 22)]
     answers = ask(server.url, receiver, "POST /cycle/op_1", "&POST /cycle/op_2", "&POST /cycle/op_3", *spends)
     assert not orphans(receiver.spans)
@@ -126,7 +126,7 @@ def _check_cycle(root: Span, spans: list[Span]) -> None:
     assert "ktrdr.budget.extend" in {span.name for span in children(cycle, phase)}
 
 
-def test_a_failure_is_recorded_without_its_secrets(server, receiver: OtlpReceiver):
+def test_a_failure_is_recorded_without_secrets_from_its_message(server, receiver: OtlpReceiver):
     assert ask(server.url, receiver, "GET /fails", "GET /quiet") == [500, {"trace_id": ""}]
     failing, request = receiver.named("failing")[0], receiver.named("GET /{path:path}")[0]
     for span in (failing, request):
@@ -145,7 +145,7 @@ def test_a_failure_is_recorded_without_its_secrets(server, receiver: OtlpReceive
 # -- the environment ---------------------------------------------------------------------------------------------------
 
 
-def test_the_standard_variables_are_respected(server, receiver: OtlpReceiver):
+def test_tracing_respects_the_standard_opentelemetry_variables(server, receiver: OtlpReceiver):
     environment = {
         "OTEL_SERVICE_NAME": "mine",
         "OTEL_RESOURCE_ATTRIBUTES": "service.instance.id=one,team=blue",
@@ -166,7 +166,7 @@ def test_unsampled_traces_have_no_ids(server, receiver: OtlpReceiver):
     assert not receiver.spans
 
 
-def test_an_error_of_the_configuration_is_one_line():
+def test_an_invalid_tracing_configuration_is_reported_in_one_line():
     output, complaints = code(
         """
         import logging, os, sys
@@ -205,7 +205,7 @@ def test_an_error_of_the_configuration_is_one_line():
     ]
 
 
-def test_an_existing_provider_is_kept_and_gets_operations():
+def test_an_existing_tracer_provider_is_kept_and_its_spans_get_operation_attributes():
     output, _ = code(
         """
         from opentelemetry import trace
@@ -229,7 +229,7 @@ def test_an_existing_provider_is_kept_and_gets_operations():
     assert output.strip() == str([("other", operation), ("own", operation)])
 
 
-def test_without_an_endpoint_nothing_is_installed(server):
+def test_without_an_endpoint_no_tracer_provider_is_installed_and_no_sdk_is_imported(server):
     output, complaints = code(
         """
         import asyncio, sys
@@ -309,7 +309,7 @@ def test_the_last_spans_are_exported_at_exit(receiver: OtlpReceiver):
     assert [span.name for span in receiver.spans] == ["last"]
 
 
-def test_a_fork_exports_its_own_spans(receiver: OtlpReceiver):
+def test_a_forked_child_exports_its_own_spans(receiver: OtlpReceiver):
     code(
         """
         import os

@@ -45,7 +45,9 @@ async def refused(call: Callable) -> StoreUnavailable:
 
 
 @OUTAGES
-async def test_one_call_takes_its_deadline_and_later_calls_fail_at_once(own_server, begin, end, caplog):
+async def test_the_first_call_of_an_outage_takes_its_whole_deadline_and_later_calls_fail_at_once(
+    own_server, begin, end, caplog
+):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15")
         begin(own_server)
@@ -83,7 +85,7 @@ async def test_concurrent_calls_do_not_wait_for_each_other(own_server, begin, en
         await until(lambda: limiter.store_state == "closed")
 
 
-async def test_one_probe_at_a_time_is_sent_and_calls_add_none(proxy):
+async def test_an_open_breaker_sends_one_probe_at_a_time_and_calls_send_none(proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         proxy.hold_replies()
@@ -100,7 +102,7 @@ async def test_one_probe_at_a_time_is_sent_and_calls_add_none(proxy):
         assert (await limiter.reserve("agent", "0.01")).cap_checked
 
 
-async def test_calls_without_a_pause_do_not_delay_the_end_of_an_outage(own_server):
+async def test_calls_in_a_tight_loop_do_not_delay_the_detection_of_the_end_of_an_outage(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -138,7 +140,7 @@ async def test_a_probe_changes_no_figure(own_server):
         assert limiter.losses == 0
 
 
-async def test_policy_allow_admits_at_once_and_settles_later(own_server):
+async def test_policy_allow_admits_calls_at_once_while_the_breaker_is_open_and_settles_them_later(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -178,7 +180,7 @@ async def test_a_blocked_event_loop_does_not_open_the_breaker(server):
         assert (await limiter.reserve("agent", "0.01")).cap_checked
 
 
-async def test_refusals_do_not_open_the_breaker(own_server):
+async def test_errors_that_the_store_replies_do_not_open_the_breaker(own_server):
     """Each call raises the error of the store."""
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
@@ -206,7 +208,7 @@ async def test_a_read_only_store_keeps_the_breaker_open(own_server):
         await until(lambda: limiter.store_state == "closed")
 
 
-async def test_readiness_is_never_cached(own_server):
+async def test_each_readiness_check_queries_the_store_again(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         assert (await limiter.check())["store"] is None
         own_server.kill()
@@ -243,7 +245,7 @@ def test_the_sync_limiter_has_the_same_breaker(own_server):
         assert hold.commit("0.07").state == "committed"
 
 
-async def test_closing_a_limiter_with_an_open_breaker_takes_no_deadline(own_server):
+async def test_a_limiter_with_an_open_breaker_closes_without_waiting_for_a_deadline(own_server):
     limiter = AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S)
     await limiter.record("agent", "0.01")
     own_server.pause()

@@ -38,7 +38,9 @@ async def record_as(limiter: AsyncBudgetLimiter, number: int) -> None:
     await limiter.record("agent", "0.01", id=f"id-{number:03d}")
 
 
-async def test_each_batch_is_sent_in_the_context_of_one_of_its_callers(server: Server, batches: list[tuple[str, str]]):
+async def test_each_batch_is_sent_in_the_context_variables_of_one_of_its_callers(
+    server: Server, batches: list[tuple[str, str]]
+):
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=10.0) as limiter:
         batches.clear()
         await asyncio.gather(*(record_as(limiter, number) for number in range(600)))
@@ -48,7 +50,7 @@ async def test_each_batch_is_sent_in_the_context_of_one_of_its_callers(server: S
         assert f" id-{name.removeprefix('caller-')} " in sent
 
 
-async def test_a_read_is_sent_in_the_context_of_its_caller(server: Server, monkeypatch: pytest.MonkeyPatch):
+async def test_a_read_is_sent_in_the_context_variables_of_its_caller(server: Server, monkeypatch: pytest.MonkeyPatch):
     reads = []
     run = Store.run
 
@@ -71,7 +73,7 @@ async def test_a_read_is_sent_in_the_context_of_its_caller(server: Server, monke
         assert f"id-{name.removeprefix('caller-')}" in command
 
 
-async def test_a_replay_after_an_outage_is_sent_in_the_context_of_no_caller(
+async def test_a_replay_after_an_outage_is_sent_in_the_context_variables_of_the_limiter(
     start_server: Any, batches: list[tuple[str, str]]
 ):
     port = free_port()

@@ -63,7 +63,7 @@ def taken(batch: list[PendingCall]) -> str:
     return "".join(call.operation for call in batch)
 
 
-def test_a_batch_takes_all_waiting_calls_in_the_order_of_their_kinds():
+def test_a_batch_with_room_takes_settlements_then_extensions_then_reservations_and_growth():
     assert taken(queues(R=2, E=2, D=2, G=1).take(16, 100)) == "DDEERRG"
 
 
@@ -81,11 +81,11 @@ def test_a_batch_takes_all_waiting_calls_in_the_order_of_their_kinds():
         ({"R": 100}, "R" * 16),
     ],
 )
-def test_each_kind_has_a_share_of_a_batch(waiting, batch):
+def test_each_kind_of_call_gets_a_minimum_share_of_a_full_batch(waiting, batch):
     assert taken(queues(**waiting).take(16, 1000)) == batch
 
 
-def test_each_kind_has_a_share_of_the_windows_of_a_batch():
+def test_each_kind_of_call_gets_a_minimum_share_of_the_windows_of_a_full_batch():
     made = Queues()
     for kind in "NER" * 10:
         made.put(call(kind, windows=100))
@@ -93,7 +93,7 @@ def test_each_kind_has_a_share_of_the_windows_of_a_batch():
         assert set(taken(made.take(100, 400))) == set("NER")
 
 
-def test_returned_calls_come_first_and_in_their_order():
+def test_calls_put_back_into_the_queues_leave_first_and_in_their_former_order():
     made = queues(N=1, R=1)
     batch = [call("N"), call("R"), call("N"), call("R")]
     made.put_back(batch)

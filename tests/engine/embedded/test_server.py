@@ -433,7 +433,7 @@ def appended_file(data_dir: Path) -> Path:
     return next((data_dir / "appendonlydir").glob("*.incr.aof"))
 
 
-def test_a_truncated_last_command_loses_only_itself(data_dir: Path) -> None:
+def test_a_server_whose_log_ends_in_a_truncated_command_loses_only_that_command(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
         connect(server.url).set("torn", "6")
@@ -455,7 +455,7 @@ def test_unreadable_data_is_reported_with_the_servers_message_and_no_process_rem
     eventually(lambda: is_free(data_dir, supervisor.USERS_LOCK))
 
 
-def test_a_large_log_is_rotated(data_dir: Path) -> None:
+def test_the_embedded_server_rotates_a_large_log_file(data_dir: Path) -> None:
     data_dir.mkdir()
     (data_dir / "valkey.log").write_bytes(b"old\n" * (1 << 19))
     with embedded.start(data_dir):
@@ -681,6 +681,8 @@ def test_the_import_loads_neither_a_client_nor_the_servers_package() -> None:
     assert found.stdout.strip() == "set()"
 
 
-def test_the_server_does_not_keep_the_secrets_of_its_starter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_process_does_not_inherit_secrets_from_the_environment_of_its_starter(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("SOME_API_KEY", "secret")
     assert "SOME_API_KEY" not in embedded.supervisor_environment()

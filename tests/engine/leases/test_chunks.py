@@ -44,7 +44,7 @@ actions = st.one_of(
 
 
 @given(st.lists(actions, max_size=60))
-def test_random_histories_agree_with_plain_arithmetic(history):
+def test_chunks_agree_with_a_model_of_plain_arithmetic_in_random_histories(history):
     now_ms = [0]
     chunks = chunks_at(now_ms)
     granting: list[ChunkModel] = []
@@ -117,7 +117,7 @@ def test_a_refused_amount_changes_nothing_and_the_error_has_the_figures():
     assert (chunks.spent, chunks.remaining) == (nanos(100), 0)
 
 
-def test_an_empty_lease_without_a_store_raises_the_error_of_the_refill():
+def test_an_empty_lease_raises_the_error_of_its_last_refill_if_the_store_was_unavailable():
     chunks = chunks_at([0], 100)
     chunks.last_refill_error = StoreUnavailable("store at x sent no reply")
     with pytest.raises(StoreUnavailable, match=r"the lease of 'agent' has \$0.0000001 left: store at x"):
@@ -136,7 +136,7 @@ def test_a_chunk_grants_nothing_after_the_end_of_its_window():
     assert chunks.remaining == 0
 
 
-def test_the_next_chunk_is_used_where_the_first_has_too_little():
+def test_a_lease_uses_its_next_chunk_if_the_first_has_too_little_left():
     chunks = chunks_at([0], 10, 100)
     chunks.spend(nanos(8))
     chunks.spend(nanos(3))
@@ -204,7 +204,7 @@ def test_a_float_is_read_through_its_repr_and_a_decimal_exactly():
         chunks.spend(False)
 
 
-def test_threads_share_a_chunk_to_the_unit():
+def test_threads_spend_a_shared_chunk_exactly():
     chunks = chunks_at([0], 10_000, ends_ms=float("inf"))
     granted: list[int] = []
 
@@ -230,7 +230,7 @@ def test_threads_share_a_chunk_to_the_unit():
     assert 10_000 - round(chunks.spent * 10**9) < 3 + 8 * 3
 
 
-def test_a_request_that_no_chunk_can_serve_keeps_the_current_one():
+def test_a_request_larger_than_every_chunk_leaves_the_chunks_unchanged():
     chunks = chunks_at([0], 100, 100)
     with pytest.raises(BudgetExceeded):
         chunks.reserve(nanos(101))

@@ -298,7 +298,7 @@ def act(replica: Replica, step: tuple[Any, ...]) -> None:
 
 @settings(max_examples=300, deadline=None, print_blob=True)
 @given(st.lists(steps, max_size=60))
-def test_random_histories_never_pass_the_cap_and_lose_no_spend(history):
+def test_policy_lease_never_exceeds_the_cap_and_loses_no_spend_in_random_histories(history):
     replica = Replica()
     for step in history:
         act(replica, step)
@@ -322,7 +322,7 @@ def settle(hold: HoldBase, units: int | None) -> Any:
     return hold.offline.settle(hold, amounts, "")  # type: ignore[union-attr]
 
 
-def test_nothing_is_granted_or_recorded_before_the_first_chunk():
+def test_policy_lease_grants_and_records_nothing_before_its_first_chunk_is_filled():
     replica = Replica.__new__(Replica)
     store, outbox = CountingStore(), Outbox()
     store.reach = "away"
@@ -335,7 +335,7 @@ def test_nothing_is_granted_or_recorded_before_the_first_chunk():
     store.loop.close()
 
 
-def test_a_granted_request_that_may_have_arrived_is_released_in_the_store(replica):
+def test_a_request_granted_from_the_lease_is_released_in_the_store_if_it_may_have_arrived_there(replica):
     hold = replica.draw({"agent": 10}, id="op_1", request="request_1", ambiguous=True)
     assert hold is not None
     [entry] = replica.outbox
@@ -343,7 +343,7 @@ def test_a_granted_request_that_may_have_arrived_is_released_in_the_store(replic
     assert (entry.kind, entry.request.request) == ("release", "request_1")
 
 
-def test_a_given_back_hold_commits_under_another_id(replica):
+def test_the_commit_of_an_expired_hold_that_returned_its_money_is_recorded_under_another_id(replica):
     replica.reach("away")
     hold = replica.draw({"agent": 10}, "r", ttl_s=1, id="op_1")
     assert hold is not None
@@ -357,7 +357,7 @@ def test_a_given_back_hold_commits_under_another_id(replica):
 
 
 @pytest.mark.parametrize(("first", "second"), [(5, 6), (5, None), (None, 5)])
-def test_a_settled_hold_refuses_another_settlement(replica, first, second):
+def test_a_settled_offline_hold_refuses_a_different_settlement(replica, first, second):
     hold = replica.draw({"agent": 10, "team": 20})
     assert hold is not None
     assert not settle(hold, first).replayed
@@ -369,7 +369,7 @@ def test_a_settled_hold_refuses_another_settlement(replica, first, second):
         hold.offline.extend(hold, lambda: hold.parts, SECOND)
 
 
-def test_growth_that_one_budget_lacks_changes_none(replica):
+def test_growth_that_does_not_fit_in_one_budget_changes_no_budget(replica):
     hold = replica.draw({"agent": 60, "team": 10})
     assert hold is not None
     with pytest.raises(StoreUnavailable):
@@ -378,7 +378,7 @@ def test_growth_that_one_budget_lacks_changes_none(replica):
     assert replica.policy.remaining == {"agent": from_units(40), "team": from_units(90)}
 
 
-def test_a_fork_leaves_holds_to_the_parent(replica):
+def test_a_forked_child_cannot_settle_offline_holds_of_its_parent(replica):
     hold = replica.draw({"agent": 10})
     assert hold is not None
     replica.store.state.renew()

@@ -40,24 +40,24 @@ def records(draw) -> HoldRecord:
 
 
 @given(records())
-def test_a_record_is_read_as_it_was_written(record):
+def test_parsing_a_rendered_hold_record_returns_the_same_record(record):
     assert parse_record(record.render()) == record
 
 
 @given(records(), st.from_regex(r"[0-9a-f]{12}", fullmatch=True))
-def test_the_replica_that_settled_is_no_part_of_a_record(record, replica):
+def test_a_parsed_hold_record_ignores_the_id_of_the_replica_that_settled_it(record, replica):
     assert parse_record(f"{record.render()} {replica}") == record
 
 
 @given(TEXTS)
-def test_any_text_is_one_word_of_a_record(text):
+def test_any_label_is_encoded_as_one_word_of_a_hold_record(text):
     encoded = word(text)
     assert encoded
     assert not {*encoded} & {*" |,!\n"}
     assert unword(encoded) == text
 
 
-def test_only_the_operation_of_a_tombstone_is_an_exclamation_mark():
+def test_only_a_record_whose_operation_is_an_exclamation_mark_is_a_tombstone():
     times = "1764000000000 1764000000000000 0"
     assert is_tombstone(f"r c {times} - ! -|u,agent:2026-11-30~k3f9a1,,0,,")
     assert not is_tombstone(f"r c {times} - - -|u,agent:2026-11-30~k3f9a1,,0,,")

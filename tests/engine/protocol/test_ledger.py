@@ -63,12 +63,12 @@ def test_a_summary_has_the_number_of_trimmed_entries_and_no_id():
 
 
 @pytest.mark.parametrize("text", ["", "1763899200123456", "1763899200123456 - commit op_1 - - -", "a 1 commit o - - -"])
-def test_an_invalid_text_is_not_an_entry(text):
+def test_a_malformed_text_is_rejected_as_a_ledger_entry(text):
     with pytest.raises(ValueError, match=r"unpack|invalid literal"):
         parse_entry(text)
 
 
-async def test_the_store_has_time_amount_and_labels_of_an_entry(client, limiter):
+async def test_a_ledger_entry_in_the_store_has_its_time_and_amount_and_labels(client, limiter):
     await record(limiter, 1)
     [entry] = ledger_entries(client, ledger_key(client))
     assert entry == Entry(entry.time_us, 10_000_000, "record", "op_1", "call%201", "-", "-")
@@ -82,7 +82,7 @@ async def test_pages_contain_each_entry_once_newest_first(limiter, limit):
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])
-async def test_numbers_do_not_change_when_older_entries_are_trimmed(client, limiter, limit):
+async def test_entry_numbers_do_not_change_when_older_entries_are_trimmed(client, limiter, limit):
     await record(limiter, *range(1, 12))
     page = await limiter.ledger("agent")
     assert [entry.entry_id for entry in page] == ["11", "10", "9", "8", "7", "6", ""]
@@ -92,7 +92,7 @@ async def test_numbers_do_not_change_when_older_entries_are_trimmed(client, limi
     assert await numbers_of_pages(limiter, limit) == ["11", "10", "9", "8", "7", "6", ""]
 
 
-async def test_a_summary_is_trimmed_into_the_next_one(client, limiter):
+async def test_a_later_trim_merges_an_earlier_summary_into_its_own(client, limiter):
     await record(limiter, *range(1, 31))
     summary, *others = ledger_entries(client, ledger_key(client))
     assert int(summary.hold_id) + len(others) == 30 and len(others) < LENGTH_MAX

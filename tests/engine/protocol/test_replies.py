@@ -85,7 +85,7 @@ RESTORE = Restore("a", "key", [AGENT], RECORD)
         (ReplayLimit("key", "agent", None, 0, 1, "usd,day,UTC,spend"), "p", Restored(False)),
     ],
 )
-def test_each_operation_reads_its_own_replies(op, line, reply):
+def test_each_operation_parses_each_of_its_replies(op, line, reply):
     assert op.parse(line) == reply
 
 
@@ -110,12 +110,12 @@ def test_each_operation_reads_its_own_replies(op, line, reply):
         ("!", UnexpectedReply("!")),
     ],
 )
-def test_refusals_read_alike_for_all_operations(line, reply):
+def test_all_operations_parse_a_refusal_to_the_same_reply(line, reply):
     for op in (RESERVE, COMMIT, RELEASE, SPEND, EXTEND, RESTORE):
         assert op.parse(line) == reply
 
 
-def test_the_fast_path_replies_to_a_commit_with_a_letter_and_the_client_has_the_rest():
+def test_a_fast_commit_knows_its_settled_amounts_although_the_reply_is_only_a_letter():
     commit = Commit("a", "key", [AGENT], [CommitAmount(CommitMode.EXACT, 7)])
     commit.enable_fast_path("0123456789ab", RESERVE.granted(8, 9), [5])
     assert commit.parse("k") == Settled((7,), overrun=True)

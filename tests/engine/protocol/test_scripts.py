@@ -159,7 +159,7 @@ def wire(client: redis.Redis) -> Wire:
 # -- the files ---------------------------------------------------------------------------------------------------------
 
 
-def test_every_lua_file_that_is_shipped_is_part_of_a_script_that_runs():
+def test_every_lua_file_in_the_package_is_part_of_a_script():
     shipped = {path.stem for path in LUA.glob("*.lua")}
     everything = "".join(scripts.script(name).source for name in scripts.PARTS)
     included = set(
@@ -173,7 +173,7 @@ def test_every_lua_file_that_is_shipped_is_part_of_a_script_that_runs():
         )
 
 
-def test_no_amount_is_ever_formatted_by_lua():
+def test_no_lua_file_formats_amounts_with_tostring():
     """`tostring` and `..` format a double of 15 digits as 1.23e+14."""
     for path in LUA.glob("*.lua"):
         code = "\n".join(line.split("--")[0] for line in path.read_text(encoding="utf-8").splitlines())
@@ -183,7 +183,7 @@ def test_no_amount_is_ever_formatted_by_lua():
 # -- replies -----------------------------------------------------------------------------------------------------------
 
 
-def test_reserve_replies(wire):
+def test_reserve_gets_each_of_its_documented_replies(wire):
     assert wire.reserve("op_1", agent=150, cycles=1) == "g"
     record = wire.record("op_1")
     assert record.startswith("o c ") and record.endswith(
@@ -217,7 +217,7 @@ def test_reserve_refuses_windows_that_are_not_current_and_other_definitions(clie
     assert (wire.sums("agent")["spent"], other.sums("agent")["spent"]) == (0, 20)
 
 
-def test_commit_replies(wire):
+def test_commit_gets_each_of_its_documented_replies(wire):
     wire.reserve("op_1", agent=150, cycles=2, jobs=1)
     parts = {"agent": ":x70", "cycles": ":r2", "jobs": ":x1"}
     assert wire.request("D op_1", **parts) == "k - 70,2,0"
@@ -235,7 +235,7 @@ def figures(**given: int) -> dict[str, int]:
     return {name: given.get(name, 0) for name in ("spent", "held", "unconfirmed", "events", "overruns")}
 
 
-def test_commit_flags_overruns_and_late_ones(wire):
+def test_the_reply_to_a_commit_has_flags_for_an_overrun_and_for_a_late_commit(wire):
     wire.reserve("op_1", agent=150)
     assert wire.request("D op_1", agent=":x151") == "k o 151"
     wire.reserve("op_2", ttl_ms=1000, agent=150)
@@ -245,7 +245,7 @@ def test_commit_flags_overruns_and_late_ones(wire):
     assert wire.sums("agent") == figures(spent=302, events=4 - 1, overruns=2)
 
 
-def test_commit_modes(wire):
+def test_a_commit_settles_the_amount_that_each_commit_mode_selects(wire):
     for hold_id, mode, expected in (
         ("op_1", "x70", 70),
         ("op_2", "r150", 150),
@@ -257,7 +257,7 @@ def test_commit_modes(wire):
         assert wire.request(f"D {hold_id}", agent=f":{mode}") == f"k - {expected}"
 
 
-def test_release_replies(wire):
+def test_release_gets_each_of_its_documented_replies(wire):
     wire.reserve("op_1", agent=150)
     assert wire.request("L op_1 0", agent=":x0") == "k - 0"
     assert wire.request("L op_1 0", agent=":x0") == "p - 0"
@@ -271,13 +271,13 @@ def test_release_replies(wire):
     assert wire.sums("agent") == figures(spent=70, events=1)
 
 
-def test_a_settlement_that_lacks_windows_of_its_hold_is_answered_with_the_record(wire):
+def test_an_operation_that_omits_a_window_of_its_hold_gets_the_record_of_the_hold(wire):
     wire.reserve("op_1", agent=150, cycles=1)
     for head in ("D op_1", "L op_1 0", "E op_1 60000 0", "X op_1"):
         assert wire.request(head, agent=":x70" if head[0] != "E" else ":0:0") == f"v {wire.record('op_1')}"
 
 
-def test_record_replies(client, wire):
+def test_record_gets_each_of_its_documented_replies(client, wire):
     assert wire.request("N op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
     words = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire, 'cycles')}"
     assert wire.request("N op_1 0 research -", agent=":20", cycles=":1") == words
@@ -297,7 +297,7 @@ def test_record_replies(client, wire):
     assert immortal_keys(client) == []
 
 
-def test_a_lost_commit_is_restored_with_its_request(client, wire):
+def test_a_replay_restores_a_lost_commit_so_that_its_reservation_and_commit_are_replays(client, wire):
     head = f"K op_1 c {TIMES} me research t1"
     parts = {"agent": "150,200,,70", "cycles": ",1,,2", "jobs": ",1,,0"}
     assert wire.request(head, **parts) == "k o 70,2,0"
@@ -314,7 +314,7 @@ def test_a_lost_commit_is_restored_with_its_request(client, wire):
 
 @pytest.mark.parametrize("known", ["unknown", "open", "expired"])
 @pytest.mark.parametrize("state", "rz")
-def test_a_lost_release_is_restored_with_its_request(client, wire, state, known):
+def test_a_replay_restores_a_lost_release_so_that_its_reservation_and_release_are_replays(client, wire, state, known):
     if known != "unknown":
         wire.reserve("op_1", ttl_ms=60_000 if known == "open" else 1, agent=150)
     if known == "expired":
@@ -334,7 +334,7 @@ def test_a_lost_release_is_restored_with_its_request(client, wire, state, known)
         assert wire.request("D op_1", agent=":x70") == f"c {wire.record('op_1')}"
 
 
-def test_a_restored_hold_of_other_contents_is_a_conflict(wire):
+def test_restoring_a_hold_that_the_store_has_with_other_contents_is_a_conflict(wire):
     wire.reserve("op_1", agent=150)
     before = wire.record("op_1")
     assert wire.request(f"K op_1 c {TIMES} - - -", cycles=",1,,1") == f"c {before}"
@@ -408,7 +408,7 @@ def test_the_fast_path_writes_nothing_into_a_window_whose_key_is_missing(begun):
     assert stored(begun) == before
 
 
-def test_a_missing_window_does_not_affect_other_windows_of_its_batch(begun):
+def test_a_missing_window_does_not_affect_operations_of_the_batch_on_other_windows(begun):
     missing = f"t agent:{day(begun)}"
     commit, lacking = begun.op("D op_2", cycles=":x1"), begun.op("D op_both", cycles=":x1", agent=":x70")
     assert begun.send(begun.op("D op_1", agent=":x70"), lacking, commit) == [missing, missing, "k - 1"]
@@ -443,7 +443,7 @@ def test_each_batch_of_replays_prolongs_the_recovery(client, wire):
         assert int(client.hget(wire.session.keys.meta, "recovering_until")) >= wire.head.now_us // 1000 + 1000
 
 
-def test_a_settlement_on_behalf_counts_in_the_subtotal_of_the_other_replica(client, wire):
+def test_a_settlement_replayed_on_behalf_of_another_replica_counts_in_the_subtotal_of_that_replica(client, wire):
     key = wire.session.current_window("agent").key
     maker = Wire(client)
     maker.record("unknown")
@@ -465,7 +465,7 @@ def test_a_settlement_on_behalf_counts_in_the_subtotal_of_the_other_replica(clie
     assert wire.request(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "k - 5"
 
 
-def test_extend_replies(wire):
+def test_extend_gets_each_of_its_documented_replies(wire):
     assert wire.request("E unknown 60000 0", agent=":0:0") == "u"
     wire.reserve("op_1", agent=150)
     before = wire.record("op_1").split(" ")
@@ -485,7 +485,7 @@ def test_extend_replies(wire):
     assert wire.request("E op_1 90000 0", agent=":0:0") == f"c {wire.record('op_1')}"
 
 
-def test_retire_replies_and_the_charge_by_each_policy(wire):
+def test_retire_gets_each_of_its_documented_replies_and_charges_by_the_expiry_policy(wire):
     for hold_id, policy, slots in (("op_c", "c", {"jobs": 1}), ("op_a", "a", {"jobs": 1}), ("op_r", "r", {})):
         assert wire.reserve(hold_id, 1000, policy, agent=150, **slots) == "g"
         used = {"agent": ":30:0", **dict.fromkeys(slots, ":0:0")}
@@ -503,7 +503,7 @@ def test_retire_replies_and_the_charge_by_each_policy(wire):
     assert wire.request("X unknown") == "x"
 
 
-def test_a_revival_needs_room_only_for_money_that_was_given_back(wire):
+def test_extending_an_expired_hold_needs_room_only_for_the_money_that_it_had_returned(wire):
     wire.reserve("op_1", 1000, "a", agent=150)
     wire.request("E op_1 1000 0", agent=":30:0")
     wire.wait_due("op_1")
@@ -516,7 +516,7 @@ def test_a_revival_needs_room_only_for_money_that_was_given_back(wire):
     assert sum(wire.ledger("agent")) == 5 * 10**9 - 100
 
 
-def test_a_duplicate_in_one_batch_sees_the_one_before_it(wire):
+def test_a_duplicate_request_within_one_batch_is_a_replay(wire):
     first, again, other = (wire.op("R op_1 60000 c - - -", agent=f":{n}") for n in (150, 150, 151))
     lines = wire.send(first, again, other, wire.op("D op_1", agent=":x70"), wire.op("E op_1 60000 0", agent=":0:0"))
     assert [line[0] for line in lines] == ["g", "p", "c", "k", "c"]
@@ -556,7 +556,7 @@ def test_after_a_data_loss_the_store_reports_it_and_grants_nothing_until_it_has_
     assert wire.send(again) == ["g"]
 
 
-def test_a_replayed_subtotal_raises_the_stored_one_to_it_and_never_above(client, wire):
+def test_replaying_a_subtotal_raises_the_stored_subtotal_to_the_same_value_once(client, wire):
     wire.request("N op_1 0 - -", agent=":10")
     assert wire.request("T -", agent=":10") == "k - 0"
     assert wire.request("T -", agent=":25") == "k - 15"
@@ -582,7 +582,7 @@ def test_an_open_hold_is_restored_once_and_settles_as_before(client, wire):
     assert (wire.sums("agent"), wire.sums("jobs")) == (figures(spent=70, events=1), figures())
 
 
-def test_restoring_a_known_open_hold_raises_its_totals_and_never_lowers_them(wire):
+def test_restoring_an_open_hold_that_the_store_has_raises_its_totals_and_never_lowers_them(wire):
     wire.reserve("op_1", agent=150, jobs=1)
     deadline_ms = wire.now_us() // 1000 + 120_000
     head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 - - -"
@@ -608,7 +608,7 @@ def test_a_hold_that_is_restored_after_its_deadline_is_due(wire):
 
 
 @pytest.mark.parametrize("schema", ["1", "2", "30"])
-def test_a_store_of_another_schema_is_refused(client, wire, schema):
+def test_a_script_refuses_a_store_with_an_older_or_newer_schema(client, wire, schema):
     """Whether older or newer; the ledgers of an older one are of another type, for example."""
     client.hset("ktrdr:{t}:meta", "epoch", schema + ".0123456789abcdef")
     with pytest.raises(redis.ResponseError, match="KTRDRSCHEMA"):
@@ -636,7 +636,9 @@ def limit_in_force(wire: Wire) -> str | None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_of_two_replicas_that_started_at_once_the_one_with_the_larger_id_decides(client, wire, first):
+def test_the_limit_of_the_replica_with_the_larger_id_applies_if_two_replicas_started_at_the_same_time(
+    client, wire, first
+):
     started = wire.now_us()
     replicas = [
         with_limit(client, "2.00", started, "00000000000a"),
@@ -647,7 +649,7 @@ def test_of_two_replicas_that_started_at_once_the_one_with_the_larger_id_decides
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
-def test_a_start_in_the_future_of_the_store_counts_as_now(client, wire):
+def test_a_start_time_ahead_of_the_clock_of_the_store_counts_as_the_current_time(client, wire):
     ahead = with_limit(client, "2.00", wire.now_us() + 7_200_000_000)
     ahead.reserve("op_1", agent=1)
     assert limit_in_force(wire) == str(2 * 10**9)
@@ -716,7 +718,7 @@ def test_the_fast_path_writes_the_same_as_the_full_script(client, usual):
     assert immortal_keys(client) == []
 
 
-def test_the_fast_path_decides_a_batch_in_order_and_to_the_unit(usual):
+def test_the_fast_path_decides_the_operations_of_a_batch_in_order_and_exactly(usual):
     limit = 5 * 10**9
     lines = usual.send(*(usual.op(f"R op_{n} 60000 c - - -", agent=f":{limit // 4}") for n in range(4)), fast=True)
     assert lines == ["g", "g", "g", "s"], "one unit is held"
@@ -763,7 +765,7 @@ def test_the_fast_path_declines_all_other_cases_and_changes_nothing(client, usua
 
 
 @pytest.mark.parametrize("change", ["epoch", "acknowledged", "repair", "window"])
-def test_the_fast_path_declines_after_a_change_of_the_store(client, usual, change):
+def test_the_fast_path_declines_a_reservation_if_the_store_shows_signs_of_a_data_loss(client, usual, change):
     meta, keys = "ktrdr:{t}:meta", usual.session.keys
     usual.reserve("op_1", agent=150)
     commit = usual.commit("op_1", counted={"agent": 150}, agent=70)
@@ -796,7 +798,7 @@ def test_the_fast_path_obeys_run_time_limits(client, usual):
 
 
 @pytest.mark.parametrize("max_holds", [2, 40_000])
-def test_the_fast_path_counts_holds_always_below_a_small_bound_and_else_only_if_they_are_many(client, max_holds):
+def test_the_fast_path_counts_holds_only_if_max_holds_is_small_or_the_store_is_marked_as_having_many(client, max_holds):
     wire = Wire(client, max_holds=max_holds)
     wire.reserve("op_1", agent=1)
     filler = {f"filler_{number}": 9_999_999_999_999 for number in range(max_holds - 1)}
@@ -825,7 +827,7 @@ def test_the_fast_path_counts_holds_always_below_a_small_bound_and_else_only_if_
 
 
 @pytest.mark.parametrize("units", [123_456_789_012_345, 999_999_999_999_999, 9_007_199_254_740_991, 10**15])
-def test_amounts_of_sixteen_digits_are_kept_to_the_unit(client, units):
+def test_amounts_of_sixteen_digits_stay_exact(client, units):
     wire = Wire(client, [Budget("all", None, unit="tokens", period="ever")])
     assert wire.reserve("op_1", all=units) == "g"
     assert wire.record("op_1").endswith(f",{units},,")
@@ -846,7 +848,7 @@ def test_windows_and_ledgers_expire_a_day_and_the_retention_after_their_end(clie
     assert [client.pexpiretime(key) for key in (window.key, window.ledger_key)] == [expected] * 2
 
 
-def test_upstash_an_id_expires_with_its_memory(client):
+def test_upstash_the_id_of_a_settled_hold_expires_after_its_retention_time(client):
     """Upstash's script compared a number with a string, so it never set the expiry."""
     wire = Wire(client, id_memory_ms=40)
     for hold_id, settle in (("op_1", "D op_1"), ("op_2", "L op_2 0")):
@@ -876,7 +878,7 @@ def test_an_endless_ledger_stays_bounded_and_adds_up(client, fast):
     assert (first.kind, int(first.hold_id) + len(others)) == ("carried", 3000), "number of trimmed entries"
 
 
-def test_a_ledger_of_huge_entries_is_trimmed_exactly(client):
+def test_the_summary_of_trimmed_ledger_entries_is_exact_above_2_to_the_53(client):
     """Lua's sums of 2^53 and more are not exact, so HINCRBY adds them up."""
     wire, huge = Wire(client, ledger_entries_max=100), 2**53 - 3
     for first in range(0, 400, 100):
@@ -889,7 +891,7 @@ def test_a_ledger_of_huge_entries_is_trimmed_exactly(client):
     assert client.hexists(wire.session.current_window("all").key, "carried") == 0
 
 
-def test_replicas_without_a_request_for_days_are_removed(client, wire):
+def test_replicas_that_sent_no_request_for_days_are_removed_from_the_store(client, wire):
     now_s = client.time()[0]
     for number in range(20):
         age_s = 200_000 if number % 2 else 1000
@@ -922,7 +924,7 @@ def strict(client: redis.Redis) -> Callable[[Wire], None]:
     return restrict
 
 
-def test_the_server_refuses_an_undeclared_key(server, client, strict):
+def test_the_server_refuses_a_script_that_touches_an_undeclared_key(server, client, strict):
     with server.client() as other:
         wire = Wire(other)
         wire.keys = ["a"]
@@ -1017,7 +1019,7 @@ def test_readiness_tries_each_command_that_a_script_runs():
     assert run <= tried
 
 
-def test_a_refused_write_leaves_no_key_of_readiness(client):
+def test_a_readiness_check_whose_write_is_refused_leaves_no_key(client):
     keys = Keys("t").trial
     client.execute_command("ACL", "SETUSER", "default", "-zrem")
     try:

@@ -63,7 +63,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("row", REQUESTS, ids=lambda row: row[1])
-def test_a_request_has_one_letter_in_the_document_the_code_and_the_script(row):
+def test_each_request_has_the_same_letter_in_wire_md_and_codes_py_and_its_script(row):
     letter, name, script, _, replies = row
     assert LETTERS[name] == letter
     assert HEADERS[script].ops[name] == letter
@@ -74,12 +74,12 @@ def test_a_request_has_one_letter_in_the_document_the_code_and_the_script(row):
         assert [reply for reply in names if reply in LETTERS] == written, "in the same order of precedence"
 
 
-def test_the_document_has_each_operation_of_the_scripts():
+def test_wire_md_lists_each_operation_of_the_scripts():
     in_scripts = {name for header in HEADERS.values() for name in header.ops}
     assert in_scripts == {name for _, name, *_ in REQUESTS}
 
 
-def test_the_document_has_each_reply_of_the_scripts_with_its_letter():
+def test_wire_md_lists_each_reply_of_the_scripts_with_its_letter():
     assert {name: letter for letter, name, *_ in REPLIES}.items() <= LETTERS.items()
     in_scripts: dict[str, str] = {}
     for script, header in HEADERS.items():
@@ -89,7 +89,7 @@ def test_the_document_has_each_reply_of_the_scripts_with_its_letter():
 
 
 @pytest.mark.parametrize("words", MODES)
-def test_a_mode_has_one_letter_in_the_document_the_code_and_the_script(words):
+def test_each_mode_has_the_same_letter_in_wire_md_and_codes_py_and_its_script(words):
     modes: type[StrEnum] = MODES[words]
     named = {name: letter for letter, name, _ in table(words)}
     assert named == {mode.name: mode.value for mode in modes}
@@ -97,14 +97,14 @@ def test_a_mode_has_one_letter_in_the_document_the_code_and_the_script(words):
     assert HEADERS[script].modes == named
 
 
-def test_the_document_has_the_states_policies_and_flags_of_a_record():
+def test_wire_md_lists_the_states_and_policies_and_flags_of_a_hold_record():
     rows = dict(table("## The record of a hold"))
     assert set(re.findall(r"\b([a-z]) [a-z]", rows["state"])) >= set(codes.STATES)
     assert dict(re.findall(r"\b([a-z]) ([a-z]+)", rows["policy"])) == codes.POLICIES
     assert {flag for flag, _ in re.findall(r"\b([a-z]) (dollars|a count|slots)", rows["flag"])} == set(codes.FLAGS)
 
 
-def test_every_script_is_in_the_document_or_is_a_part():
+def test_wire_md_names_every_script_that_is_not_an_included_part():
     for path in (ROOT / "lua").glob("*.lua"):
         is_part = path.read_text(encoding="utf-8").startswith(f"-- {path.name} (part): ")
         assert is_part or f"`{path.name}`" in DOCUMENT or path.name == "shrink.lua", path.name

@@ -89,7 +89,7 @@ NAME = AGENT.name
         (release("a", AGENT), "k - 0", (f"K a\nr {AT} - - -|u,{NAME},,0,,", ["agent:"])),
     ],
 )
-def test_a_settlement_without_its_reservation_is_replayed(op, line, again):
+def test_the_journal_replays_a_settlement_whose_reservation_it_does_not_have(op, line, again):
     journal = Journal()
     settle(journal, op, line)
     [replayed] = journal.settlements(KEYS, NOW_MS)
@@ -98,7 +98,7 @@ def test_a_settlement_without_its_reservation_is_replayed(op, line, again):
     assert totals(journal) == ({"agent": 7} if "7" in line else {})
 
 
-def test_a_replay_counts_for_the_replica_that_settled_first():
+def test_a_replayed_settlement_counts_for_the_replica_that_settled_first():
     journal = Journal("me")
     settle(journal, commit("other", (AGENT, 7)), "p - 7 you")
     settle(journal, commit("own", (AGENT, 5)), "k - 5")
@@ -132,7 +132,7 @@ def test_the_record_of_the_store_decides_for_which_replica_a_settlement_counts()
     assert totals(journal) == {"agent": 7}
 
 
-def test_open_holds_are_checked_in_turn_a_few_at_a_time():
+def test_the_journal_checks_its_open_holds_a_few_at_a_time_in_turn():
     journal = Journal()
     for number in range(5):
         grant(journal, f"op_{number}", NOW_MS)
@@ -146,7 +146,7 @@ def test_open_holds_are_checked_in_turn_a_few_at_a_time():
     assert states == {"op_2": "z", "op_3": "x", "op_4": "o", "new": "o"}
 
 
-def test_an_evicted_settlement_stays_in_the_subtotal(monkeypatch):
+def test_a_settlement_evicted_from_the_journal_still_counts_in_the_subtotal(monkeypatch):
     monkeypatch.setattr(journals, "SETTLEMENTS_MAX", 8)
     journal = Journal()
     for number in range(30):
@@ -157,7 +157,7 @@ def test_an_evicted_settlement_stays_in_the_subtotal(monkeypatch):
     assert totals(journal) == {"agent": 30, "ever": 60}
 
 
-def test_a_hold_is_kept_until_it_is_settled_or_too_old():
+def test_the_journal_keeps_a_hold_until_it_is_settled_or_too_old():
     journal = Journal()
     for hold_id in ("a", "b"):
         grant(journal, hold_id, NOW_MS, "me research t1")
@@ -200,7 +200,7 @@ RECORD = f"o a 9 8 7 me ops t1|u,{NAME},5,6,3,|s,{JOBS.name},,1,,"
     ],
 )
 @pytest.mark.parametrize("granted_here", [True, False])
-def test_a_settlement_is_replayed_with_the_reservation(make, line, settled, granted_here):
+def test_the_journal_replays_a_settlement_together_with_its_reservation(make, line, settled, granted_here):
     journal = Journal()
     if granted_here:
         journal.granted("a", [AGENT, JOBS], RECORD, NOW_MS * 1000)
@@ -221,7 +221,7 @@ def test_the_spend_of_a_reused_id_stays_in_the_subtotal():
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_a_lost_settlement_that_the_caller_retries_counts_once(monkeypatch, others):
+def test_a_lost_settlement_that_the_caller_retries_before_the_replay_counts_once(monkeypatch, others):
     """The store records the retry before the replay."""
     monkeypatch.setattr(journals, "SETTLEMENTS_MAX", 4)
     journal = Journal()
@@ -233,7 +233,7 @@ def test_a_lost_settlement_that_the_caller_retries_counts_once(monkeypatch, othe
 
 
 @pytest.mark.parametrize(("mode", "line"), [("1", "k - 0"), ("1", "p - 0"), ("i", "k l 0"), ("i", "p - 0")])
-def test_a_hold_that_an_operator_released_is_kept_as_unsettled(mode, line):
+def test_the_journal_keeps_a_hold_that_an_operator_released_as_unsettled(mode, line):
     journal = Journal()
     grant(journal, "a", NOW_MS)
     settle(journal, release("a", AGENT, mode=mode), line)

@@ -32,7 +32,7 @@ def release(hold_id: str, request: str) -> Entry:
     return Entry(op, "release", NOW_US)
 
 
-def test_deferred_settlements_and_requests_in_doubt_are_counted_apart():
+def test_the_outbox_counts_deferred_settlements_and_requests_in_doubt_separately():
     outbox = Outbox()
     outbox.add(Entry(commit("a"), "deferred", None))
     outbox.add(Entry(commit("b"), "settlement", NOW_US))
@@ -43,7 +43,7 @@ def test_deferred_settlements_and_requests_in_doubt_are_counted_apart():
     assert (len(outbox), outbox.outcomes["executed"]) == (0, 1), "outcomes count requests in doubt only"
 
 
-def test_an_equal_fact_is_queued_once():
+def test_the_outbox_queues_equal_settlements_once():
     outbox = Outbox()
     for _ in range(2):
         outbox.add(Entry(commit("a"), "settlement", NOW_US))
@@ -51,7 +51,7 @@ def test_an_equal_fact_is_queued_once():
     assert [entry.request.units for entry in outbox] == [(7,), (8,)]
 
 
-def test_a_fact_by_id_equals_one_with_the_same_contents():
+def test_two_settlements_by_id_are_equal_if_their_contents_are_equal():
     outbox = Outbox()
     for contents in ("'0.07'", "'0.07'", "'0.08'"):
         fact = PreparedFact("a", STATE.keys.hold("a"), contents, lambda _: commit("a"))
@@ -59,7 +59,7 @@ def test_a_fact_by_id_equals_one_with_the_same_contents():
     assert outbox.in_doubt == 2
 
 
-def test_a_deferred_settlement_keeps_the_first_time_of_a_possible_execution():
+def test_a_repeated_deferred_settlement_keeps_the_earliest_time_of_a_possible_execution():
     """After a day, the store has dropped the id of an attempt that was executed then."""
     outbox = Outbox()
     for maybe_executed_us in (None, NOW_US, NOW_US + 1):
@@ -68,7 +68,7 @@ def test_a_deferred_settlement_keeps_the_first_time_of_a_possible_execution():
     assert entry.maybe_executed_us == NOW_US
 
 
-def test_the_release_of_a_grant_replaces_the_look_up_of_the_same_request():
+def test_queuing_the_release_of_a_grant_replaces_the_queued_look_up_of_the_same_request():
     outbox = Outbox()
     outbox.add(Entry(reserve("a", "r1"), "look up", NOW_US))
     outbox.add(release("a", "r1"))
@@ -79,7 +79,7 @@ def test_the_release_of_a_grant_replaces_the_look_up_of_the_same_request():
 
 
 @pytest.mark.parametrize(("kind", "bound"), [("deferred", "DEFERRED_MAX"), ("settlement", "IN_DOUBT_MAX")])
-def test_a_full_outbox_evicts_the_oldest_of_its_kind(monkeypatch, kind, bound):
+def test_a_full_outbox_evicts_the_oldest_entry_of_the_same_kind(monkeypatch, kind, bound):
     monkeypatch.setattr(outboxes, bound, 2)
     outbox = Outbox()
     other = "settlement" if kind == "deferred" else "deferred"
@@ -90,7 +90,7 @@ def test_a_full_outbox_evicts_the_oldest_of_its_kind(monkeypatch, kind, bound):
     assert outbox.deferred_lost == (kind == "deferred")
 
 
-def test_a_reply_to_the_caller_ends_what_was_in_doubt_of_its_hold():
+def test_a_successful_retry_by_the_caller_removes_the_requests_in_doubt_of_its_hold():
     outbox = Outbox()
     outbox.add(Entry(reserve("a", "r1"), "look up", NOW_US))
     outbox.add(Entry(commit("a"), "settlement", NOW_US))

@@ -52,7 +52,7 @@ async def test_replies_arrive_in_order_over_one_connection(client, pool):
     assert pool.check_out() is None, "it is checked out"
 
 
-async def test_a_command_calls_back_once_and_frees_its_connection(client, pool):
+async def test_a_command_calls_its_callback_once_and_returns_its_connection_to_the_pool(client, pool):
     connection = await pool.connect(client)
     replies: asyncio.Queue[object] = asyncio.Queue()
     connection.send(("ECHO", "a"), soon(), replies.put_nowait)
@@ -79,7 +79,7 @@ async def test_a_request_without_a_reply_closes_its_connection(client, pool, ser
     assert pool.check_out() is None
 
 
-async def test_one_timer_serves_later_and_earlier_deadlines(client, pool):
+async def test_requests_with_earlier_and_later_deadlines_each_time_out_at_their_own_deadline(client, pool):
     connection = await pool.connect(client)
     for seconds in (0.05, 30, 0.05):  # the timer is set for the first, then too early, then too late
         await connection.execute(("ECHO", "a"), soon(seconds))

@@ -48,7 +48,7 @@ async def find_by_sentinels(*replies: Any) -> Any:
     return await with_replies(SentinelDiscovery(SENTINELS), *replies).find(None)
 
 
-async def test_the_view_with_the_newest_epoch_counts():
+async def test_the_master_named_in_the_view_with_the_newest_epoch_is_used():
     assert await find_by_sentinels(view(OLD, 1), view(NEW, 2), view(OLD, 1)) == NEW
     assert await find_by_sentinels(view(NEW, 2), view(OLD, 1, "s_down,o_down,master")) == NEW
 
@@ -58,7 +58,7 @@ async def test_a_promoted_replica_is_the_master_before_the_other_replicas_follow
     assert await find_by_sentinels(view(OLD, 1, "s_down,o_down,master"), promoting) == NEW
 
 
-async def test_a_master_that_is_objectively_down_does_not_count():
+async def test_a_master_that_sentinels_report_as_objectively_down_is_not_used():
     with pytest.raises(PrimaryNotFound, match="down") as missing:
         await find_by_sentinels(view(OLD, 1), view(OLD, 1, "s_down,o_down,master"), view(OLD, 1, "s_down,master"))
     assert missing.value.confirmed
@@ -82,7 +82,7 @@ def slots(owner: tuple[str, int], first: int = 0, last: int = 16383) -> list[Any
     return [[[first, last, [host.encode(), port, b"id"], [b"10.0.0.9", 6379, b"id"]]]]
 
 
-async def test_the_first_cluster_node_that_does_not_name_the_suspect_counts():
+async def test_the_first_cluster_node_that_names_another_primary_than_the_suspect_is_believed():
     discovery = ClusterDiscovery(NODES, slot=7)
     with_replies(discovery, by_source={("a", 1): slots(OLD), ("b", 2): slots(NEW)})
     assert await discovery.find(OLD) == NEW

@@ -24,7 +24,7 @@ from ktrdr_budget.errors import StoreError
         (redis.ResponseError("the login was WRONGPASS in an earlier message"), ""),
     ],
 )
-def test_a_refusal_is_a_store_error_with_its_fault(error, fault):
+def test_an_error_reply_of_the_store_is_a_store_error_with_its_cause(error, fault):
     translated = translate(error, "redis://store")
     assert isinstance(translated, StoreError)
     assert translated.fault == fault
@@ -44,7 +44,7 @@ def test_a_refusal_is_a_store_error_with_its_fault(error, fault):
         (redis.ClusterDownError("The cluster is down"), False, True),
     ],
 )
-def test_a_failure_that_may_pass_is_transient(error, sent, answered):
+def test_a_temporary_failure_of_the_store_is_classified_as_transient(error, sent, answered):
     translated = translate(error, "redis://store")
     assert isinstance(translated, Transient)
     assert (translated.sent, translated.answered) == (sent, answered)

@@ -30,7 +30,7 @@ async def fails() -> str:
     raise ConnectionError("refused")
 
 
-async def test_a_quick_first_attempt_starts_no_second():
+async def test_no_second_attempt_starts_if_the_first_gets_a_quick_reply():
     started = []
 
     async def record() -> str:
@@ -41,7 +41,7 @@ async def test_a_quick_first_attempt_starts_no_second():
     assert not started
 
 
-async def test_the_second_attempt_counts_if_the_first_stays_silent():
+async def test_the_reply_to_the_second_attempt_is_used_if_the_first_gets_none():
     assert await hedged(never, now_s(), second, ()) == "second"
 
 

@@ -24,7 +24,7 @@ ORDINARY = {
 
 @pytest.mark.parametrize("scene", ORDINARY.values(), ids=ORDINARY)
 @pytest.mark.parametrize("method", METHODS, ids=str)
-async def test_spend_equals_the_provider_s_bill(
+async def test_the_spend_of_a_call_equals_the_bill_of_the_provider(
     opened: Any, provider: LocalProvider, method: Method, scene: Scene
 ) -> None:
     provider.script(scene)
@@ -70,7 +70,9 @@ async def test_other_endpoints_with_usage_are_metered(opened: Any, provider: Loc
         assert g.sums["held"] == 0
 
 
-async def test_several_answers_are_reserved_and_billed_together(opened: Any, provider: LocalProvider) -> None:
+async def test_a_request_for_several_answers_has_one_reservation_and_one_bill(
+    opened: Any, provider: LocalProvider
+) -> None:
     method = METHOD["chat.create-stream"]
     async with opened("openai") as g:
         await run(method, g.client, n=3)

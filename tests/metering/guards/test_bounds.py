@@ -178,7 +178,7 @@ def test_routing_fields_are_refused_by_name(route: str, field: str) -> None:
     assert bound(route, {**body, field: None}).input_tokens_max > 0  # null is the same as absent
 
 
-def test_all_routing_fields_are_tested() -> None:
+def test_this_test_covers_every_routing_field() -> None:
     assert set(ROUTING) == set(ROUTING_FIELDS)
 
 
@@ -233,7 +233,7 @@ def test_the_output_bound_is_the_limit_in_the_request(route: str, body: dict[str
     assert bound(route, body).output_tokens_max == tokens
 
 
-def test_the_output_bound_without_a_limit_is_configured_or_the_model_s_maximum() -> None:
+def test_the_output_bound_of_a_request_without_a_limit_is_the_configured_one_or_the_maximum_of_the_model() -> None:
     assert bound("responses", {"input": "x"}).output_tokens_max == 32_768  # published for gpt-4.1-mini
     assert (
         bound("responses", {"input": "x", "model": "gpt-oss-120b"}).output_tokens_max == 131_072
@@ -286,7 +286,7 @@ def test_the_limit_parameter_depends_on_the_provider() -> None:
     assert (completion.output_tokens_max, completion.changes) == (500, {"max_tokens": 500})
 
 
-def test_a_tool_reference_counts_as_the_definition() -> None:
+def test_a_tool_reference_counts_as_the_tool_definition_that_it_names() -> None:
     tool = {"name": "t", "description": "x" * 5_000, "input_schema": {}, "defer_loading": True}
     references = [{"type": "tool_reference", "tool_name": "t"}] * 3
     for block in (
@@ -297,7 +297,7 @@ def test_a_tool_reference_counts_as_the_definition() -> None:
 
 
 @pytest.mark.parametrize("escaped", [False, True])
-def test_characters_expanded_by_the_tokenizer_count_as_their_expansion(escaped: bool) -> None:
+def test_characters_that_the_tokenizer_expands_count_with_their_expanded_size(escaped: bool) -> None:
     body = {"text": "\ufdfa" * 100}
     content = json.dumps(body, ensure_ascii=escaped).encode()
     assert text_size(content, body) >= len(unicodedata.normalize("NFKC", body["text"]).encode()) == 3_300
@@ -353,5 +353,5 @@ async def test_a_malformed_body_is_refused(opened: Any, provider: LocalProvider)
         assert provider.requests == [] and g.counted == 0
 
 
-def test_the_tables_use_the_models_of_the_helpers() -> None:
+def test_the_request_tables_of_this_test_use_the_models_of_the_test_helpers() -> None:
     assert {CLAUDE, GPT} == {bound("messages", user()).model, bound("responses", {"input": MESSAGES}).model}

@@ -59,7 +59,7 @@ async def _check_cap_continuously(g: Guarded) -> None:
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_concurrent_calls_stay_below_the_cap_and_count_at_least_the_bill(
+async def test_concurrent_calls_stay_below_the_cap_and_are_charged_at_least_the_bill(
     opened: Any, provider: LocalProvider, sdk: str
 ) -> None:
     methods = [method for method in METHODS if method.sdk == sdk and method.shape in ("plain", "stream")]
@@ -106,7 +106,7 @@ async def test_concurrent_successful_calls_are_billed_exactly(
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-async def test_calls_inside_a_hold_claim_from_it(opened: Any, provider: LocalProvider, method: Method) -> None:
+async def test_calls_inside_a_hold_claim_amounts_from_it(opened: Any, provider: LocalProvider, method: Method) -> None:
     async with opened(method.sdk) as g:
         async with g.hold("0.15") as hold:
             for _ in range(3):

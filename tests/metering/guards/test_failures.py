@@ -23,7 +23,9 @@ REJECTED = (400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503, 504, 529
 
 @pytest.mark.parametrize("status", REJECTED)
 @pytest.mark.parametrize("method", EITHER, ids=str)
-async def test_a_rejected_call_is_released(opened: Any, provider: LocalProvider, method: Method, status: int) -> None:
+async def test_the_reservation_of_a_rejected_call_is_released(
+    opened: Any, provider: LocalProvider, method: Method, status: int
+) -> None:
     provider.script(Scene(status=status))
     async with opened(method.sdk) as g:
         with pytest.raises(Exception, match="scripted") as caught:
@@ -77,7 +79,7 @@ RETRIED = {
 
 @pytest.mark.parametrize("first", RETRIED.values(), ids=RETRIED)
 @pytest.mark.parametrize("method", EITHER, ids=str)
-async def test_retries_of_the_sdk_reserve_once_and_commit_the_last_reported_usage(
+async def test_retries_by_the_sdk_share_one_reservation_and_commit_the_last_reported_usage(
     opened: Any, provider: LocalProvider, method: Method, first: tuple[Scene, ...]
 ) -> None:
     provider.script(*first)
@@ -106,7 +108,7 @@ def _raise_timeout_after_first_request(client: Any, provider: LocalProvider) -> 
     "then", [Scene(status=500), Scene(status=429), Scene(drop_after=0)], ids=["500", "429", "lost"]
 )
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_a_lost_attempt_keeps_the_reservation_if_no_retry_is_answered(
+async def test_the_reservation_stays_held_if_an_attempt_was_lost_and_no_retry_gets_a_response(
     opened: Any, provider: LocalProvider, method: Method, then: Scene
 ) -> None:
     provider.script(Scene(drop_after=0), then)
@@ -140,7 +142,9 @@ async def test_retries_need_no_more_budget_than_the_first_attempt(
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_retries_inside_a_hold_claim_once(guarded_client: Any, provider: LocalProvider, method: Method) -> None:
+async def test_retries_inside_a_hold_claim_their_amount_once(
+    guarded_client: Any, provider: LocalProvider, method: Method
+) -> None:
     provider.script(Scene(status=500), Scene(status=503))
     async with guarded_client(method.sdk, is_async=True) as g:
         async with g.limiter.hold("agent", "0.15"):
@@ -180,7 +184,7 @@ CANCELLED = [BASIC[0], BASIC_STREAMS[1]]
 
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in-a-hold"])
 @pytest.mark.parametrize("method", CANCELLED, ids=str)
-async def test_a_call_cancelled_at_any_step_counts_at_least_its_bill(
+async def test_a_call_cancelled_at_any_step_is_charged_at_least_its_bill(
     guarded_client: Any, provider: LocalProvider, method: Method, inside: bool
 ) -> None:
     async with guarded_client(method.sdk, is_async=True) as g:

@@ -158,7 +158,9 @@ async def test_websockets_are_refused(opened: Any, connect: Any) -> None:
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_free_endpoints_are_let_through(opened: Any, provider: LocalProvider, sdk: str) -> None:
+async def test_requests_to_free_endpoints_are_sent_without_a_reservation(
+    opened: Any, provider: LocalProvider, sdk: str
+) -> None:
     async with opened(sdk, limit="0") as g:
         if sdk == "anthropic":
             counted = g.client.messages.count_tokens(model=CLAUDE, messages=MESSAGES)
@@ -170,7 +172,7 @@ async def test_free_endpoints_are_let_through(opened: Any, provider: LocalProvid
         assert g.counted == 0
 
 
-async def test_a_request_sent_by_the_http_client_is_guarded(opened: Any, provider: LocalProvider) -> None:
+async def test_a_request_sent_with_the_http_client_of_the_sdk_is_guarded(opened: Any, provider: LocalProvider) -> None:
     async with opened("openai", limit="0.0001") as g:
         http = g.http_client
         request = http.build_request("POST", f"{provider.openai_url}/chat/completions", json={"model": GPT, "n": 1})
@@ -188,7 +190,9 @@ async def test_a_model_without_a_price_is_refused(opened: Any, provider: LocalPr
         assert g.counted == 0
 
 
-async def test_another_provider_behind_the_same_sdk_is_priced_by_its_name(opened: Any, provider: LocalProvider) -> None:
+async def test_the_option_provider_selects_the_prices_of_another_provider_behind_the_same_sdk(
+    opened: Any, provider: LocalProvider
+) -> None:
     prices = Prices([ModelPrice("house", "own-*", input="1", output="1")])
     async with opened("openai", provider="house", pricer=prices) as g:
         result = g.client.chat.completions.create(model="own-1", max_tokens=20, messages=MESSAGES)
@@ -323,7 +327,7 @@ OPEN_ENDED = {
 
 
 @pytest.mark.parametrize("call", OPEN_ENDED.values(), ids=OPEN_ENDED)
-async def test_an_unknown_model_without_an_output_limit_is_refused_or_has_the_fixed_cost(
+async def test_an_unknown_model_without_an_output_limit_is_refused_unless_a_fixed_cost_is_configured(
     opened: Any, provider: LocalProvider, call: Any
 ) -> None:
     async with opened("openai") as g:
@@ -350,7 +354,9 @@ async def test_the_fixed_cost_does_not_admit_an_unknown_model_to_a_token_budget(
 
 
 @pytest.mark.parametrize("model", ["openrouter/auto", "openrouter/free", "@preset/mine", "openai/gpt-4o-of-tomorrow"])
-async def test_a_model_router_has_no_price_and_is_refused(opened: Any, provider: LocalProvider, model: str) -> None:
+async def test_a_model_router_is_refused_because_it_has_no_price(
+    opened: Any, provider: LocalProvider, model: str
+) -> None:
     """litellm #42663, PR #30817, PR #39294; bifrost PR #5465."""
     async with opened("openai", provider="openrouter") as g:
         with pytest.raises(UnknownPrice):

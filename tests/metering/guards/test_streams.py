@@ -156,7 +156,7 @@ async def test_a_garbage_collected_stream_is_settled(
 
 
 @pytest.mark.parametrize("method", BASIC_STREAMS, ids=str)
-async def test_closing_a_stream_charges_output_that_has_arrived_unread(
+async def test_closing_a_stream_charges_output_that_arrived_but_was_not_read(
     opened: Any, provider: LocalProvider, method: Method
 ) -> None:
     provider.script(Scene(stall_after=40, output_tokens=60))
@@ -188,7 +188,7 @@ async def test_closing_a_stream_that_has_arrived_completely_charges_it_exactly(
 @pytest.mark.parametrize("left", ["closed", "dropped", "cancelled", "failed"])
 @pytest.mark.parametrize("method", BASIC_STREAMS, ids=str)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-async def test_output_beyond_the_drain_limits_is_charged_at_the_output_limit(
+async def test_a_closed_stream_whose_output_exceeds_the_drain_limits_is_charged_its_whole_output_limit(
     opened: Any, provider: LocalProvider, method: Method, left: str
 ) -> None:
     provider.script(Scene(output_tokens=8_000))
@@ -235,7 +235,7 @@ async def test_a_response_that_is_never_read_is_charged(
         assert g.sums["spent"] == g.counted >= g.bill > 0
 
 
-async def test_data_that_arrives_together_with_a_cancellation_is_charged(
+async def test_data_that_arrives_in_the_same_moment_as_a_cancellation_is_charged(
     guarded_client: Any, provider: LocalProvider
 ) -> None:
     method = METHOD["chat.create-stream"]
@@ -258,7 +258,9 @@ async def test_data_that_arrives_together_with_a_cancellation_is_charged(
         assert g.sums["spent"] == g.counted >= g.bill > 0
 
 
-async def test_a_stream_closed_at_its_finish_reason_is_charged_exactly(opened: Any, provider: LocalProvider) -> None:
+async def test_a_stream_closed_after_the_chunk_with_its_finish_reason_is_charged_exactly(
+    opened: Any, provider: LocalProvider
+) -> None:
     method = METHOD["chat.create-stream"]
     async with opened("openai") as g:
         stream = await resolve(method.call(g.client))
@@ -291,7 +293,7 @@ async def test_usage_is_accrued_as_it_arrives(opened: Any, provider: LocalProvid
             await resolve(stream.close())
 
 
-def test_models_with_hidden_output_are_recognised() -> None:
+def test_models_that_do_not_show_their_reasoning_are_recognised() -> None:
     assert not claude_hides(CLAUDE, None) and not claude_hides("claude-sonnet-5", {"type": "disabled"})
     assert claude_hides("claude-sonnet-5", None) and claude_hides(CLAUDE, {"type": "adaptive"})
     assert not gpt_hides(GPT) and not gpt_hides("ft:gpt-4o-mini:own")

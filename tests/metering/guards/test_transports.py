@@ -97,7 +97,9 @@ async def test_a_response_with_malformed_usage_is_charged_at_the_worst_case(serv
     assert spent > WORST_OUTPUT
 
 
-async def test_a_middleware_that_calls_a_second_model_is_charged_for_both(provider: LocalProvider, server: Any) -> None:
+async def test_a_middleware_that_calls_two_models_is_charged_for_both_calls(
+    provider: LocalProvider, server: Any
+) -> None:
     async def twice(request: Any, call_next: Any) -> Any:
         await call_next(request)
         return await call_next(request.copy(body={**request.json, "model": "claude-opus-4-5"}))
@@ -112,9 +114,7 @@ async def test_a_middleware_that_calls_a_second_model_is_charged_for_both(provid
         assert round((await limiter.status("agent")).spent * 10**9) == bill
 
 
-async def test_an_attempt_with_another_model_needs_a_reservation_of_its_own(
-    provider: LocalProvider, server: Any
-) -> None:
+async def test_a_retry_with_another_model_needs_a_reservation_of_its_own(provider: LocalProvider, server: Any) -> None:
     async def other_model_on_retry(request: Any, call_next: Any) -> Any:
         retried = request.retries_taken > 0
         return await call_next(request.copy(body={**request.json, "model": "claude-opus-4-5"}) if retried else request)
@@ -138,7 +138,7 @@ async def test_an_attempt_with_another_model_needs_a_reservation_of_its_own(
         assert round(status.spent * 10**9) == billed.input_tokens * 5_000 + billed.output_tokens * 25_000
 
 
-async def test_a_running_usage_in_each_chunk_is_charged_once(server: Any) -> None:
+async def test_running_totals_of_usage_in_each_chunk_are_charged_once(server: Any) -> None:
     """Some servers with OpenAI's format report the usage so far in every chunk."""
 
     def chunk(text: str, output_tokens: int, reason: str | None = None) -> bytes:
@@ -161,7 +161,7 @@ async def test_a_running_usage_in_each_chunk_is_charged_once(server: Any) -> Non
 
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("breaks", [False, True])
-async def test_a_stream_closed_at_its_finish_reason_is_read_on_for_the_usage(
+async def test_closing_a_stream_after_its_finish_reason_still_reads_the_usage_that_follows(
     server: Any, is_async: bool, breaks: bool
 ) -> None:
     frame = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": GPT}

@@ -43,7 +43,7 @@ def chunk(index: int, output_tokens: int, reason: str | None = None) -> dict[str
     return {**FRAME, "choices": [choice], "usage": usage}
 
 
-def test_reasoning_counted_only_in_the_total_is_output() -> None:
+def test_reasoning_tokens_counted_only_in_the_total_are_charged_as_output() -> None:
     """xAI reports it this method: docs.x.ai/docs/key-information/consumption-and-rate-limits."""
     usage = {"prompt_tokens": 10_120, "completion_tokens": 1_499, "total_tokens": 14_428}
     usage["completion_tokens_details"] = {"reasoning_tokens": 2_809}  # type: ignore[assignment]
@@ -51,7 +51,7 @@ def test_reasoning_counted_only_in_the_total_is_output() -> None:
     assert parsed is not None and (parsed.input_tokens, parsed.output_tokens) == (10_120, 1_499 + 2_809)
 
 
-def test_a_running_usage_is_final_when_the_last_of_several_answers_ends() -> None:
+def test_a_running_total_of_usage_is_final_when_the_last_of_several_answers_ends() -> None:
     events = [chunk(0, 1), chunk(1, 2), chunk(0, 3, "stop"), chunk(1, 4), chunk(1, 5, "stop")]
     for count, event in enumerate(events, 1):
         assert parse("chat/completions", *events[:count], choices=2).final == (event is events[-1])
@@ -61,7 +61,7 @@ def test_a_running_usage_is_final_when_the_last_of_several_answers_ends() -> Non
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_events_are_parsed_with_any_line_ending_and_any_split(line_end: str, size: int) -> None:
+def test_stream_events_are_parsed_with_any_line_ending_and_split_at_any_byte(line_end: str, size: int) -> None:
     text = "".join(f"data: {json.dumps(chunk(0, tokens))}\n\n" for tokens in (1, 2, 3)) + "data: [DONE]\n\n"
     data = text.replace("\n", line_end).encode()
     parser = parse("chat/completions")
@@ -76,7 +76,7 @@ def test_the_estimate_of_a_failed_stream_includes_tool_names() -> None:
     assert parse("responses").estimate().output_tokens == 5
 
 
-def test_a_bad_request_to_azure_may_have_been_billed() -> None:
+def test_a_bad_request_error_of_azure_does_not_prove_that_the_call_was_free() -> None:
     assert (status_outcome(400, "azure"), status_outcome(400, "openai")) == ("unknown", "rejected")
     assert (status_outcome(429, "azure"), status_outcome(200, "azure")) == ("rejected", "answered")
 

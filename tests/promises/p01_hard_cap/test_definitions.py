@@ -86,7 +86,7 @@ async def test_replicas_with_different_definitions_do_not_spend_side_by_side(ser
     assert counted(client) == to_units("5.00")
 
 
-async def test_a_conflict_fails_only_those_calls_of_a_batch_that_touch_its_budget(server):
+async def test_a_definition_conflict_fails_only_the_calls_of_a_batch_that_touch_its_budget(server):
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -98,7 +98,7 @@ async def test_a_conflict_fails_only_those_calls_of_a_batch_that_touch_its_budge
         assert sum(each.state == "open" for each in found if not isinstance(each, Exception)) == 20
 
 
-def test_the_former_name_of_the_error_is_an_alias():
+def test_budget_mismatch_is_an_alias_of_definition_conflict():
     assert BudgetMismatch is DefinitionConflict
 
 
@@ -161,7 +161,7 @@ async def test_a_hold_of_a_former_definition_does_not_grow(server, client):
     assert sums(client) == {"spent": to_units("0.70"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_a_lease_of_a_former_definition_spends_its_chunk_and_gets_no_other(server, client):
+async def test_a_lease_of_a_former_definition_can_spend_its_chunk_but_gets_no_further_one(server, client):
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
         async with first.lease("agent", "1.00", low_water=0) as lease:
             (await lease.acquire("0.60")).commit("0.60")
@@ -185,7 +185,7 @@ async def test_a_lease_of_a_former_definition_spends_its_chunk_and_gets_no_other
     ],
 )
 @pytest.mark.parametrize("policy", ["deny", "allow"])
-async def test_a_change_of_period_neither_lifts_the_cap_nor_hides_other_budgets(
+async def test_a_change_of_period_keeps_the_cap_and_the_figures_of_other_budgets(
     clocked_server, before, after, instant, windows, policy
 ):
     clocked_server.set(instant)
@@ -229,7 +229,7 @@ async def test_a_change_of_period_neither_lifts_the_cap_nor_hides_other_budgets(
 # -- migrate -----------------------------------------------------------------------------------------------------------
 
 
-async def test_the_next_call_obeys_a_migration_on_the_fast_path_too(server, monkeypatch):
+async def test_the_next_call_after_a_migration_is_refused_on_the_fast_path_too(server, monkeypatch):
     monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
@@ -244,7 +244,7 @@ async def test_the_next_call_obeys_a_migration_on_the_fast_path_too(server, monk
         assert (await last.status("agent")).spent == 0
 
 
-async def test_a_repair_in_a_window_of_a_former_definition_admits_nothing_there(server, client, monkeypatch):
+async def test_a_repaired_window_of_a_former_definition_admits_nothing(server, client, monkeypatch):
     """The repair restores the limit of the window, but not the field that enables the fast path."""
     monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
@@ -316,7 +316,7 @@ def test_a_migration_clears_a_run_time_limit_only_if_the_unit_changes(server):
         assert (tokens.status("agent").limit, tokens.status("agent").limit_source) == (100, "configured")
 
 
-async def test_a_registration_without_a_window_expires_too(server, client):
+async def test_the_registration_of_a_budget_without_a_window_expires(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.set_limit("other", 1)
         assert immortal_keys(client) == []
@@ -325,7 +325,7 @@ async def test_a_registration_without_a_window_expires_too(server, client):
         assert immortal_keys(client) == []
 
 
-async def test_a_definition_of_an_unknown_period_is_a_conflict(server, client):
+async def test_a_stored_definition_with_an_unknown_period_is_a_conflict(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.record("agent", 1)
         [key] = [key for key in client.scan_iter() if client.type(key) == "hash" and client.hexists(key, "d:agent")]
@@ -338,7 +338,7 @@ async def test_a_definition_of_an_unknown_period_is_a_conflict(server, client):
 # -- a fault of one budget hides no other ------------------------------------------------------------------------------
 
 
-async def test_an_unreadable_window_hides_no_other_budget(server, client):
+async def test_an_unreadable_window_of_one_budget_does_not_affect_the_figures_of_others(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.record({"agent": "0.10", "other": "0.20"})
         client.set(window_key(client), "not a hash")
@@ -356,7 +356,7 @@ async def test_an_unreadable_window_hides_no_other_budget(server, client):
         assert "WRONGTYPE" in reports["agent"].fault
 
 
-async def test_a_missing_window_hides_no_other_budget(server, client):
+async def test_a_missing_window_of_one_budget_does_not_affect_the_figures_of_others(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.record({"agent": "0.10", "other": "0.20"})
         client.delete(window_key(client))
@@ -365,7 +365,7 @@ async def test_a_missing_window_hides_no_other_budget(server, client):
         assert "was begun and is not here" in str(statuses.unavailable["agent"])
 
 
-async def test_only_the_gauges_of_the_budget_in_conflict_are_absent(server):
+async def test_a_definition_conflict_makes_only_the_gauges_of_its_budget_absent(server):
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,

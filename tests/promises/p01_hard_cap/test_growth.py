@@ -82,7 +82,7 @@ async def test_concurrent_growth_by_processes_adds_up(limiter, other):
     assert await reserved(limiter, "op_1") == Decimal("0.95")
 
 
-async def test_denied_growth_changes_nothing_and_other_growth_still_fits(limiter, client):
+async def test_denied_growth_changes_nothing_and_smaller_growth_is_still_granted(limiter, client):
     hold = await limiter.reserve("agent", "4.00", id="op_1")
     outcomes = await asyncio.gather(*(hold.grow("0.40") for _ in range(4)), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes].count(BudgetExceeded) == 2
@@ -145,7 +145,7 @@ async def test_retried_growth_is_applied_once_after_an_unknown_outcome(far, prox
     assert sums(client)["held"] == to_units("0.35")
 
 
-async def test_an_offline_hold_grows_by_the_sum_of_all_growth(tmp_path):
+async def test_an_offline_hold_grows_by_the_sum_of_concurrent_growth(tmp_path):
     url = f"unix://{tmp_path}/missing"
     async with AsyncBudgetLimiter(url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         hold = await limiter.reserve("agent", "0.15")
@@ -155,7 +155,7 @@ async def test_an_offline_hold_grows_by_the_sum_of_all_growth(tmp_path):
         assert hold.amounts == {"agent": Decimal("0.45")}
 
 
-async def test_growth_after_an_outage_is_no_retry_of_growth_during_it(proxy, client):
+async def test_growth_after_an_outage_is_not_taken_for_a_retry_of_growth_during_the_outage(proxy, client):
     """Under policy `allow` the first call succeeded for its caller."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5, on_store_error="allow") as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
@@ -173,7 +173,7 @@ async def test_growth_after_an_outage_is_no_retry_of_growth_during_it(proxy, cli
         assert hold.amounts["agent"] >= Decimal("0.35")
 
 
-async def test_a_reply_from_before_the_growth_does_not_undo_it(limiter, client):
+async def test_a_reply_sent_before_the_growth_and_received_after_it_does_not_undo_the_growth(limiter, client):
     """With two lanes, replies may arrive in another order than the store sent them."""
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     older = client.get("ktrdr:{default}:h:op_1")

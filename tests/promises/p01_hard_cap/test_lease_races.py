@@ -132,7 +132,7 @@ def test_the_chunk_of_a_killed_process_is_charged_in_full(server, client):
         assert ledger_sum(client) == to_units(left.spent + left.unconfirmed)
 
 
-async def test_a_random_history_of_three_replicas_adds_up(server, client):
+async def test_spend_through_leases_of_three_replicas_adds_up_in_a_random_history(server, client):
     """The store ends with the sum that plain arithmetic gives, and the cap holds at each step."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")

@@ -57,13 +57,13 @@ async def test_a_lease_holds_a_chunk_and_commits_its_spend(limiter, client):
     assert immortal_keys(client) == []
 
 
-async def test_an_unused_lease_leaves_no_entry(limiter, client):
+async def test_an_unused_lease_leaves_no_ledger_entry(limiter, client):
     async with limiter.lease("agent", "0.50"):
         pass
     assert sums(client) == only_spent(0, 0)
 
 
-async def test_a_lease_is_refilled_before_it_is_empty_and_each_chunk_is_one_entry(limiter, client):
+async def test_a_lease_is_refilled_before_it_is_empty_and_each_chunk_is_one_ledger_entry(limiter, client):
     async with limiter.lease("agent", "0.10") as lease:
         for _ in range(40):
             lease.spend("0.01")
@@ -74,7 +74,7 @@ async def test_a_lease_is_refilled_before_it_is_empty_and_each_chunk_is_one_entr
     assert sums(client) == only_spent(to_units("0.40"), 4)
 
 
-async def test_acquire_waits_for_the_next_chunk_and_reserve_raises(limiter, client):
+async def test_acquire_waits_for_the_next_chunk_of_a_lease_but_reserve_raises_at_once(limiter, client):
     async with limiter.lease("agent", "0.10") as lease:
         lease.spend("0.10")
         with pytest.raises(BudgetExceeded) as denied:
@@ -124,7 +124,7 @@ async def test_a_lease_of_an_exhausted_budget_opens_empty_and_is_filled_once_the
         assert lease.remaining == Decimal("0.48")
 
 
-async def test_an_idle_chunk_is_released_and_replaced_at_the_next_need(limiter, client):
+async def test_an_idle_chunk_is_released_and_the_next_grant_gets_a_new_one(limiter, client):
     async with limiter.lease("agent", "0.50", idle=0.1) as lease:
         lease.spend("0.02")
         await until(lambda: sums(client) == only_spent(to_units("0.02"), 1))
@@ -163,7 +163,7 @@ async def test_closing_the_limiter_commits_an_open_lease_and_charges_its_open_gr
         await lease.acquire("0.01")
 
 
-async def test_a_commit_above_its_grant_is_recorded_in_full_as_an_overrun(limiter, client):
+async def test_a_commit_above_its_lease_grant_is_recorded_in_full_as_an_overrun(limiter, client):
     async with limiter.lease("agent", "0.10") as lease:
         lease.reserve("0.05").commit("0.25")
         await until(lambda: sums(client)["spent"] == to_units("0.25"))  # at once: no chunk covers it
@@ -200,7 +200,7 @@ async def test_cancelled_waiters_take_nothing_and_a_cancelled_block_commits_its_
     assert sums(client)["held"] == to_units("4.00")
 
 
-async def test_invalid_leases_are_refused(server):
+async def test_invalid_lease_arguments_are_refused(server):
     budgets = [AGENT, Budget("slots", 3, kind="slots"), Budget("tokens", 1000, unit="tokens")]
     async with AsyncBudgetLimiter(server.url, budgets) as limiter:
         for wrong in (
@@ -219,7 +219,7 @@ async def test_invalid_leases_are_refused(server):
             assert (lease.spent, lease.remaining) == (7, 93)
 
 
-async def test_the_code_of_the_document_runs(server, client):
+async def test_the_examples_of_the_lease_document_run(server, client):
     text = (Path(__file__).parents[3] / "docs" / "leases.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {"url": server.url, "print": lambda *words: None}
@@ -233,7 +233,7 @@ async def test_the_code_of_the_document_runs(server, client):
 # -- windows and deadlines ---------------------------------------------------------------------------------------------
 
 
-async def test_a_chunk_belongs_to_the_window_that_admitted_it(clocked_server):
+async def test_the_spend_of_a_chunk_counts_in_the_window_that_admitted_the_chunk(clocked_server):
     clocked_server.set(datetime(2026, 11, 23, 23, 59, 58, tzinfo=UTC))
     with clocked_server.client() as client:
         async with AsyncBudgetLimiter(clocked_server.url, [AGENT]) as limiter:
@@ -295,7 +295,7 @@ async def test_a_chunk_that_was_released_by_id_grants_nothing_more(limiter, clie
 
 
 @pytest.mark.parametrize("policy", ["deny", "allow", "lease"])
-async def test_without_the_store_a_lease_spends_its_chunk_and_no_more(own_server, policy):
+async def test_during_an_outage_a_lease_grants_only_what_is_left_of_its_chunk(own_server, policy):
     """Under any policy: a chunk is always checked against the cap, and never drawn from the lease kept for outages."""
     options = {"on_store_error": policy, "lease_slab": "1.00" if policy == "lease" else None}
     async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S, **options) as limiter:

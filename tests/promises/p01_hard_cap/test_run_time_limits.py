@@ -33,7 +33,7 @@ async def test_a_restarted_replica_reads_its_new_limit_at_once_and_writes_nothin
             await lower.reserve("agent", "0.01")
 
 
-async def test_the_limit_of_the_replica_that_started_last_applies_to_all(server):
+async def test_the_configured_limit_of_the_replica_that_started_last_applies_to_all_replicas(server):
     async with limiter_of(server, "5.00") as first, limiter_of(server, "10.00") as last:
         await first.reserve("agent", "1.00")
         assert ((await first.status("agent")).limit, (await last.status("agent")).limit) == (5, 10)
@@ -51,7 +51,7 @@ async def test_a_run_time_limit_overrides_that_of_the_replica_that_started_last(
             assert ((await first.status("agent")).limit, (await last.status("agent")).limit) == (5, 10)
 
 
-async def test_a_service_that_was_restarted_with_another_limit_shows_it_in_all_responses(server):
+async def test_a_service_restarted_with_another_limit_shows_the_new_limit_in_all_responses(server):
     import httpx
 
     from ktrdr_budget.api import Settings, create_app
@@ -71,7 +71,7 @@ async def test_a_service_that_was_restarted_with_another_limit_shows_it_in_all_r
             await until(scraped)
 
 
-def test_a_tracker_applies_the_limit_in_force(server):
+def test_a_tracker_applies_the_limit_of_the_tracker_that_started_last(server):
     with BudgetTracker(1.0, url=server.url) as first:
         assert first.get_today_spend() == 0.0
         with BudgetTracker(0.5, url=server.url) as last:  # it starts after the first reply to the other tracker
@@ -85,7 +85,7 @@ def test_a_tracker_applies_the_limit_in_force(server):
 
 
 @pytest.mark.parametrize("wrong_by_s", [7200, -7200])
-async def test_the_limit_of_a_later_replica_replaces_that_of_one_with_a_wrong_clock(
+async def test_the_limit_of_a_later_replica_replaces_the_limit_of_a_replica_with_a_wrong_clock(
     server, client, monkeypatch, wrong_by_s
 ):
     """Its first request is a reservation, which is sent before it has read the store's clock."""

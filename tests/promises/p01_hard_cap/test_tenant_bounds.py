@@ -34,7 +34,7 @@ async def attempts(limiter: AsyncBudgetLimiter, count: int, **options) -> list:
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
-async def test_a_client_with_new_ids_gets_at_most_max_holds(server):
+async def test_a_client_that_reserves_under_ever_new_ids_gets_at_most_max_holds(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=50) as limiter:
         outcomes = await attempts(limiter, 2000)
         granted = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
@@ -53,7 +53,7 @@ async def test_a_client_with_new_ids_gets_at_most_max_holds(server):
         assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 
 
-async def test_a_full_tenant_replays_reservations_and_settlements_make_room(server):
+async def test_a_tenant_at_max_holds_still_replays_reservations_and_settlements_make_room(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=2) as limiter:
         first = await limiter.reserve("free", 1, id="one")
         await limiter.reserve("free", 1, id="two")
@@ -80,7 +80,7 @@ async def test_expired_holds_count_until_they_are_settled(server):
         await limiter.reserve("free", 1)
 
 
-async def test_a_large_bound_is_kept_within_one_batch(server):
+async def test_a_large_bound_of_holds_is_not_exceeded_within_one_batch(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=20_000) as limiter:
         with server.client() as client:
             pipeline = client.pipeline(transaction=False)
@@ -103,7 +103,7 @@ async def test_thirty_thousand_concurrent_attempts_get_at_most_max_holds(server)
         assert all(isinstance(outcome, TooManyHolds) for outcome in outcomes if isinstance(outcome, Exception))
 
 
-async def test_a_full_tenant_does_not_affect_another_tenant(server):
+async def test_a_tenant_at_max_holds_does_not_affect_another_tenant(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=1) as full:
         await full.reserve("free", 1)
         async with AsyncBudgetLimiter(server.url, MANY, tenant="other", timeout=20, max_holds=1) as other:
@@ -113,7 +113,7 @@ async def test_a_full_tenant_does_not_affect_another_tenant(server):
 # -- budgets -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_limiter_has_at_most_max_budgets():
+def test_a_limiter_with_more_than_max_budgets_is_refused():
     budgets = [Budget(f"user/{number}", 1) for number in range(1001)]
     BudgetLimiter("redis://127.0.0.1:1", budgets[:1000])
     with pytest.raises(InvalidArgument, match="1001 budgets are given; max_budgets is 1000"):
@@ -212,14 +212,14 @@ def test_fields_of_short_lived_processes_are_removed_from_an_endless_window(cloc
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "10", None])
-def test_a_bound_is_a_positive_whole_number(value):
+def test_bounds_that_are_not_positive_whole_numbers_are_refused(value):
     for option in ("max_holds", "max_budgets"):
         with pytest.raises(InvalidArgument, match=f"{option} must be a whole number from 1"):
             BudgetLimiter("redis://127.0.0.1:1", [], **{option: value})
 
 
 @pytest.mark.parametrize("value", [1, 0, -1, 3651, True, "35", 2.5, None])
-def test_a_retention_is_a_whole_number_of_days_and_at_least_two(value):
+def test_a_retention_that_is_not_a_whole_number_of_at_least_two_days_is_refused(value):
     with pytest.raises(InvalidArgument, match="retention_days must be a whole number from 2"):
         BudgetLimiter("redis://127.0.0.1:1", [], retention_days=value)
 
@@ -274,7 +274,7 @@ def test_the_service_refuses_one_hold_too_many_with_a_problem_document(service):
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 1000000000", "Transfer-Encoding: chunked"])
-def test_a_request_body_that_is_too_large_is_refused_before_its_end(service, framing):
+def test_a_request_body_that_is_too_large_is_refused_before_it_is_read_completely(service, framing):
     """The body has no end: the response arrives while the client is still sending."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
         head = f"POST /api/v1/reservations HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n{framing}\r\n\r\n"

@@ -60,7 +60,7 @@ async def test_8867_ten_thousand_commits_of_a_tenth_of_a_millionth_sum_exactly(c
         (1e-9, "0.000000001"),
     ],
 )
-async def test_8867_an_amount_is_kept_to_the_nano(limiter, amount, spent):
+async def test_8867_an_amount_is_exact_to_the_nanodollar(limiter, amount, spent):
     hold = await limiter.reserve("agent", "2.00")
     settlement = await hold.commit(amount)
     status = await limiter.status("agent")
@@ -74,7 +74,7 @@ async def test_27509_a_thousand_records_of_an_odd_amount_sum_exactly(limiter):
     assert (await limiter.status("agent")).spent == Decimal("1.615001")
 
 
-async def test_a_cap_is_filled_to_the_last_nano_and_not_beyond(server):
+async def test_a_cap_can_be_filled_to_the_last_nanodollar_and_not_above(server):
     async with AsyncBudgetLimiter(server.url, [Budget("odd", "0.0000000015")]) as limiter:
         assert (await limiter.status("odd")).limit == Decimal("0.000000001"), "limits round down, amounts up"
         with pytest.raises(BudgetExceeded) as denied:
@@ -85,7 +85,7 @@ async def test_a_cap_is_filled_to_the_last_nano_and_not_beyond(server):
         await hold.release()
 
 
-async def test_the_largest_amount_is_kept_to_the_nano(client, limiter):
+async def test_the_largest_amount_is_exact_to_the_nanodollar(client, limiter):
     hold = await limiter.reserve({"large": MOST, "open": MOST})
     assert sums(client, "large")["held"] == MAX_UNITS - 1
     with pytest.raises(BudgetExceeded) as denied:
@@ -149,7 +149,7 @@ async def test_an_uncapped_budget_admits_up_to_two_to_the_53_minus_one(limiter):
     assert (await limiter.reserve("open", "0.000000001")).cap_checked
 
 
-async def test_holds_together_may_report_more_than_two_to_the_53(client, limiter):
+async def test_the_reports_of_several_holds_may_add_up_to_more_than_two_to_the_53(client, limiter):
     holds = [await limiter.reserve("open", "1.00") for _ in range(3)]
     for hold in holds:
         hold.accrue(MOST - 1)

@@ -56,7 +56,7 @@ async def test_an_open_hold_is_settled_by_a_release_by_id(limiter, other):
     assert conflict.value.state == "released"
 
 
-async def test_a_replayed_release_by_id_is_as_final_as_it_was(limiter, other, client):
+async def test_a_release_by_id_has_the_same_finality_after_its_replay(limiter, other, client):
     await limiter.reserve("agent", "0.15", id="open")
     await unconfirmed(limiter, "late")
     for hold_id in ("open", "late"):

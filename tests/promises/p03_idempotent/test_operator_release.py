@@ -49,7 +49,7 @@ async def _is_unconfirmed(limiter: AsyncBudgetLimiter) -> bool:
     return (await limiter.status("agent")).unconfirmed > 0
 
 
-async def test_the_release_of_a_worker_after_that_of_an_operator_is_final(limiter, other):
+async def test_a_release_by_the_worker_after_an_operator_release_is_final(limiter, other):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await other.release("op_1", operator=True)
     await hold.release()

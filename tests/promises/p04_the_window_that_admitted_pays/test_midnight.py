@@ -73,7 +73,7 @@ async def test_a_commit_by_id_from_another_replica_keeps_the_window(clocked_serv
     assert client.exists(window_key(client, window=TUESDAY)) == 0
 
 
-async def test_growth_after_midnight_needs_room_in_the_window_that_admitted(clocked_server, client, limiter):
+async def test_growth_after_midnight_needs_room_in_the_window_that_admitted_the_hold(clocked_server, client, limiter):
     await limiter.record("agent", "4.50")
     hold = await limiter.reserve("agent", "0.15")
     clocked_server.set(AFTER, frozen=True)
@@ -84,7 +84,7 @@ async def test_growth_after_midnight_needs_room_in_the_window_that_admitted(cloc
     assert sums(client, window=MONDAY)["held"] == to_units("0.50")
 
 
-async def test_a_retry_after_midnight_of_a_call_before_it_is_a_replay(clocked_server, client, limiter):
+async def test_a_retry_after_midnight_of_a_call_from_before_midnight_is_a_replay(clocked_server, client, limiter):
     await limiter.reserve("agent", "0.15", id="op_1")
     await limiter.record("agent", "0.02", id="op_2")
     before = dump(client)
@@ -101,7 +101,7 @@ async def test_a_retry_after_midnight_of_a_call_before_it_is_a_replay(clocked_se
 
 
 @pytest.mark.parametrize("retried_by", ["the same replica", "another replica"])
-async def test_a_record_retried_after_midnight_is_replayed_into_its_own_day(
+async def test_a_record_retried_after_midnight_counts_in_the_day_of_its_first_attempt(
     clocked_server, client, limiter, retried_by
 ):
     async with limiter_for(clocked_server) as other:
@@ -204,7 +204,7 @@ async def test_spend_during_an_outage_is_recorded_in_the_window_of_its_time(star
 # -- the longest life of a hold; retention -----------------------------------------------------------------------------
 
 
-async def test_no_hold_lives_longer_than_a_day(clocked_server, client, limiter):
+async def test_extensions_keep_no_hold_open_for_longer_than_a_day(clocked_server, client, limiter):
     hold = await limiter.reserve("agent", "0.15", ttl=86_400, id="op_1")
     born = clocked_server.now()
     clocked_server.advance(86_400 - 60)
@@ -270,7 +270,7 @@ async def test_a_day_ends_at_midnight_of_its_timezone(clocked_server, client, ti
     ],
     ids=str,
 )
-async def test_a_day_of_other_than_24_hours_is_one_window(clocked_server, client, timezone, day, hours):
+async def test_a_day_of_23_or_25_hours_is_one_window(clocked_server, client, timezone, day, hours):
     clocked_server.set(datetime(day.year, day.month, day.day, 12, tzinfo=ZoneInfo(timezone)), frozen=True)
     async with limiter_for(clocked_server, Budget("agent", "5.00", timezone=timezone)) as limiter:
         status = await limiter.status("agent")
@@ -310,7 +310,7 @@ async def test_the_repeated_hour_of_a_dst_day_is_two_windows(clocked_server, cli
         ("ever", datetime(2026, 12, 31, 23, 59, 59, tzinfo=UTC), ("ever", "ever")),
     ],
 )
-async def test_each_period_has_its_own_boundary(clocked_server, client, period, before, windows):
+async def test_a_new_window_starts_at_the_boundary_of_each_period(clocked_server, client, period, before, windows):
     clocked_server.set(before, frozen=True)
     budgets = [Budget("agent", "1.00", period=period), Budget("team", "1.00", period="ever")]
     async with limiter_for(clocked_server, *budgets) as limiter:
@@ -356,7 +356,9 @@ def test_a_replica_with_a_wrong_clock_spends_on_the_right_day(clocked_server, cl
 
 @pytest.mark.parametrize("settle", ["release", "commit"])
 @pytest.mark.parametrize("days", [36, 37, 38, 45])
-async def test_a_hold_that_outlives_one_of_its_windows_does_not_restore_it(clocked_server, client, days, settle):
+async def test_settling_a_hold_whose_window_has_expired_does_not_create_the_window_again(
+    clocked_server, client, days, settle
+):
     """Not even when the settling replica lacks that budget, and so the exact expiry of its windows (P7)."""
     both = [Budget("hourly", "5.00", period="hour"), Budget("monthly", "5.00", period="month")]
     clocked_server.set(datetime(2026, 11, 2, 12, 30, tzinfo=UTC), frozen=True)

@@ -39,7 +39,7 @@ class WorkError(Exception):
 
 
 @pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
-async def test_each_way_out_of_an_async_block(client, limiter, way, expected):
+async def test_an_async_hold_block_settles_by_its_accruals_and_error_policy(client, limiter, way, expected):
     accrued, raises, on_error = way
     try:
         async with limiter.hold("agent", "0.15", id="op_1", on_error=on_error) as hold:
@@ -53,7 +53,7 @@ async def test_each_way_out_of_an_async_block(client, limiter, way, expected):
 
 
 @pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
-def test_each_way_out_of_a_sync_block(client, sync_limiter, way, expected):
+def test_a_sync_hold_block_settles_by_its_accruals_and_error_policy(client, sync_limiter, way, expected):
     accrued, raises, on_error = way
     try:
         with sync_limiter.hold("agent", "0.15", id="op_1", on_error=on_error) as hold:
@@ -106,7 +106,7 @@ def test_a_sync_block_does_not_settle_a_hold_that_was_settled_by_id(client, sync
     assert spent_and_held(client) == (to_units(spent), 0)
 
 
-async def test_a_commit_by_id_inside_of_the_accrued_amount_is_no_conflict(client, limiter):
+async def test_a_commit_by_id_of_the_accrued_amount_inside_the_block_causes_no_conflict_at_its_end(client, limiter):
     async with limiter.hold("agent", "0.15", id="op_1") as hold:
         hold.accrue("0.07")
         await limiter.commit("op_1", "0.07")
@@ -243,7 +243,7 @@ async def test_heartbeats_end_with_their_block(still_server, caplog):
     assert caplog.records == []
 
 
-async def test_a_heartbeat_that_is_decided_after_the_end_of_its_block_is_not_logged(limiter, caplog):
+async def test_a_heartbeat_that_the_store_refuses_after_the_end_of_its_block_is_not_logged(limiter, caplog):
     """The commit is in the same batch, and settlements come first."""
     hold = await limiter.reserve("agent", "0.15")
     heartbeat = Heartbeat(limiter.engine.dispatcher, hold)
@@ -279,7 +279,7 @@ async def test_many_concurrent_blocks_settle_exactly(client, limiter):
     assert spent_and_held(client) == (200 * to_units("0.001"), 0)
 
 
-async def test_keep_makes_a_block_of_an_existing_hold(client, limiter):
+async def test_keep_opens_a_block_around_an_existing_hold(client, limiter):
     hold = await limiter.reserve("agent", "0.15")
     async with limiter.keep(hold) as kept:
         assert kept is hold
@@ -287,7 +287,7 @@ async def test_keep_makes_a_block_of_an_existing_hold(client, limiter):
     assert spent_and_held(client) == (to_units("0.05"), 0)
 
 
-async def test_the_innermost_hold_is_the_current_one_of_its_task(limiter):
+async def test_the_current_hold_of_a_task_is_the_one_of_its_innermost_block(limiter):
     assert current_hold.get() is None
     async with limiter.hold("agent", "0.15") as outer:
         assert current_hold.get() is outer
@@ -298,7 +298,7 @@ async def test_the_innermost_hold_is_the_current_one_of_its_task(limiter):
     assert current_hold.get() is None
 
 
-def test_the_innermost_hold_is_the_current_one_of_its_thread(sync_limiter):
+def test_the_current_hold_of_a_thread_is_the_one_of_its_innermost_block(sync_limiter):
     with sync_limiter.hold("agent", "0.15") as hold:
         assert current_hold.get() is hold
         assert hold.belongs_to(sync_limiter)
@@ -306,7 +306,7 @@ def test_the_innermost_hold_is_the_current_one_of_its_thread(sync_limiter):
 
 
 @pytest.mark.parametrize("operation", ["", "a call"])
-async def test_notes_follow_the_label_of_the_hold_in_the_ledger(server, operation):
+async def test_the_ledger_label_of_a_hold_is_followed_by_its_notes(server, operation):
     async with AsyncBudgetLimiter(server.url, BUDGETS, trace_id=lambda: next(traces)) as limiter:
         traces = iter(["of the reservation", "of the commit"])
         async with limiter.hold("agent", "0.15", operation=operation) as hold:
@@ -318,7 +318,7 @@ async def test_notes_follow_the_label_of_the_hold_in_the_ledger(server, operatio
         assert (await limiter.get(hold.id)).operation == entry.operation
 
 
-async def test_notes_are_not_lost_with_the_hold(server, client):
+async def test_the_commit_of_a_lost_hold_is_recorded_with_its_notes(server, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         hold.note("estimated")

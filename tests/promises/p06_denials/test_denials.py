@@ -68,7 +68,7 @@ async def test_retry_after_of_growth_ignores_the_growing_hold(limiter):
     assert (error.reason, error.retry_after in about(900)) == ("budget_held", True)
 
 
-async def test_only_the_holds_with_the_next_deadlines_are_searched(limiter, monkeypatch):
+async def test_retry_after_reads_only_the_holds_with_the_next_deadlines(limiter, monkeypatch):
     monkeypatch.setattr(refusals, "HOLDS_SEARCHED", 3)
     for _ in range(3):
         await limiter.reserve("other", "0.10", ttl=60)
@@ -88,7 +88,7 @@ async def test_retry_after_of_an_exhausted_budget_is_the_time_to_the_end_of_the_
     assert math.isclose(timedelta(seconds=error.retry_after).total_seconds(), TO_MIDNIGHT_S, abs_tol=1)
 
 
-async def test_many_denials_share_one_read_and_open_no_connections(server):
+async def test_many_concurrent_denials_share_one_read_and_open_no_further_connections(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=30) as limiter:
         await limiter.reserve("agent", "1.00", ttl=600)
         with server.client() as client:

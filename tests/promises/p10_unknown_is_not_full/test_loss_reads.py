@@ -59,7 +59,7 @@ async def _ledger(limiter: AsyncBudgetLimiter) -> object:
 
 @pytest.mark.parametrize("loss", [lose_all, lose_the_last_write])
 @pytest.mark.parametrize("read", [_status, _statuses, _get, _holds, _ledger])
-async def test_the_first_read_after_a_loss_returns_the_former_figures(
+async def test_the_first_read_after_a_data_loss_returns_the_figures_from_before_it(
     limiter, client, read: Callable[[AsyncBudgetLimiter], Awaitable[object]], loss
 ):
     await limiter.record({"agent": "1.00", "calls": 3}, id="op_record")
@@ -81,7 +81,7 @@ async def test_a_replica_that_only_reads_notices_a_loss(server, client, limiter)
     assert status.recovering_until is not None
 
 
-async def test_a_complete_read_raises_while_other_replicas_may_have_replays_to_send(server, client):
+async def test_a_read_that_needs_complete_figures_raises_while_other_replicas_may_still_replay(server, client):
     """A new replica cannot notice the loss itself; the store reports its recovery."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as old:
         await old.record("agent", "4.00")
@@ -101,7 +101,7 @@ async def test_a_complete_read_raises_while_other_replicas_may_have_replays_to_s
             assert status.recovering_until is None
 
 
-async def test_gauges_are_right_or_absent_after_a_loss(server, client):
+async def test_gauges_are_correct_or_absent_after_a_data_loss(server, client):
     metrics = LimiterMetrics()
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         metrics.watch(limiter)

@@ -39,7 +39,9 @@ def test_a_sync_limiter_logs_the_warning_too(evicting, caplog):
         assert len(warnings(caplog)) == 1
 
 
-async def test_a_limiter_that_is_used_without_a_start_logs_the_warning_soon(evicting, caplog, monkeypatch):
+async def test_a_limiter_that_was_not_started_explicitly_logs_the_warning_after_its_first_call(
+    evicting, caplog, monkeypatch
+):
     monkeypatch.setattr(loss_repair, "PULSE_S", 0.05)
     limiter = AsyncBudgetLimiter(evicting.url, BUDGETS)
     await limiter.reserve("agent", "0.15")
@@ -51,7 +53,7 @@ async def test_a_limiter_that_is_used_without_a_start_logs_the_warning_soon(evic
     await limiter.close()
 
 
-async def test_no_warning_about_a_store_that_evicts_nothing_or_hides_its_policy(server, caplog):
+async def test_no_warning_is_logged_about_a_store_that_evicts_nothing_or_hides_its_policy(server, caplog):
     async with AsyncBudgetLimiter(server.url, BUDGETS):
         pass
     with server.client() as client:

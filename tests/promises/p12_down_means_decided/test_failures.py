@@ -92,7 +92,7 @@ async def test_34732_and_ai_gateway_680_parallel_requests_do_not_all_pass_one_ch
     assert (await limiter.status("agent")).remaining == Decimal("0.05")
 
 
-async def test_27639_other_traffic_does_not_keep_a_dead_holder_alive(limiter, other_replica):
+async def test_27639_calls_of_other_workers_do_not_extend_the_hold_of_a_dead_worker(limiter, other_replica):
     """PR #30522: each hold has its own deadline."""
     dead = await limiter.reserve("agent", "1.00", ttl=1)
     traffic = 0
@@ -125,7 +125,7 @@ async def test_27509_a_denial_reports_held_and_spent_amounts_separately(limiter)
 
 
 @pytest.mark.parametrize("lost", [1, 2, 3])
-async def test_30460_a_lost_reply_is_retried_without_a_second_hold(server, proxy, far_limiter, lost):
+async def test_30460_a_retry_after_a_lost_reply_gets_the_same_hold(server, proxy, far_limiter, lost):
     with server.client() as client:
         proxy.lose_replies = lost
         hold = await far_limiter.reserve("agent", "0.15", id="op_1")
@@ -174,7 +174,7 @@ async def test_pr_30039_a_retried_commit_gives_the_exact_total(server, proxy, fa
         assert sums(client) == {"spent": to_units("1.30"), "held": 0, "unconfirmed": 0, "events": 2}
 
 
-async def test_30460_record_extend_and_grow_survive_lost_replies(server, proxy, far_limiter):
+async def test_30460_record_and_extend_and_grow_are_executed_once_despite_lost_replies(server, proxy, far_limiter):
     proxy.lose_replies = 2
     await far_limiter.record("agent", "0.02")
     hold = await far_limiter.reserve("agent", "0.15")
@@ -198,7 +198,7 @@ async def test_a_lost_request_is_resent(server, proxy, far_limiter):
         assert sums(client)["held"] == to_units("0.15")
 
 
-async def test_33323_a_hook_that_raises_changes_nothing(server, caplog):
+async def test_33323_an_observer_that_raises_does_not_affect_calls(server, caplog):
     def observer(observation: object) -> None:
         raise RuntimeError("a broken hook")
 
@@ -220,7 +220,7 @@ async def test_35524_a_call_without_a_budget_or_an_amount_is_refused(server, lim
         assert dump(client) == {}
 
 
-async def test_38087_and_29937_unknown_is_not_full(server, proxy, far_limiter):
+async def test_38087_and_29937_reads_raise_during_an_outage_and_do_not_return_a_full_budget(server, proxy, far_limiter):
     await far_limiter.record("agent", "5.00")
     proxy.hold_replies()
     with pytest.raises(StoreUnavailable):

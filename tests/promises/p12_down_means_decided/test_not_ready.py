@@ -70,7 +70,7 @@ async def test_nothing_is_granted_while_lost_writes_are_repaired(replica, client
     await until(lambda: sums(client)["spent"] == to_units("0.08"))
 
 
-async def test_nothing_is_granted_while_calls_wait_for_a_repair_by_this_replica(replica, client):
+async def test_nothing_is_granted_to_calls_that_wait_while_this_replica_repairs_the_store(replica, client):
     hold = await replica.reserve("agent", "0.15")
     replica.engine.dispatcher.repair.active = True
     try:
@@ -220,7 +220,7 @@ async def test_nothing_is_admitted_while_the_event_loop_stalls_repeatedly(server
         assert limiter.store_state == "closed"
 
 
-async def test_a_commit_by_id_is_sent_after_a_stall(replica, client):
+async def test_a_commit_by_id_is_sent_after_a_stall_of_the_event_loop(replica, client):
     await replica.reserve("agent", "0.15", id="op_1")
     with in_haste(replica, 0.5):
         commit = asyncio.create_task(replica.commit("op_1", "0.07"))
@@ -229,7 +229,7 @@ async def test_a_commit_by_id_is_sent_after_a_stall(replica, client):
     assert not (await commit).deferred
 
 
-async def test_a_call_delayed_by_a_stall_has_one_more_deadline(start_server):
+async def test_a_call_delayed_by_a_stall_of_the_event_loop_gets_one_more_deadline(start_server):
     """The store hangs, so the policy decides after the second deadline."""
     own_server = start_server()
     async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3, on_store_error="allow") as limiter:
@@ -250,7 +250,7 @@ async def test_a_call_delayed_by_a_stall_has_one_more_deadline(start_server):
 # -- holds of an outage ------------------------------------------------------------------------------------------------
 
 
-async def test_a_hold_admitted_without_a_check_does_not_grow_after_the_outage(start_server):
+async def test_a_hold_admitted_without_a_check_cannot_grow_after_the_outage(start_server):
     own_server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3, on_store_error="allow") as limiter:
         own_server.kill()

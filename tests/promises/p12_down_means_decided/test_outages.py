@@ -129,7 +129,7 @@ async def ends_in_time(stopwatch: Stopwatch, call: Callable) -> str | None:
     return "no error"
 
 
-async def test_462_every_call_ends_within_its_deadline_and_works_again_afterwards(outage, stopwatch):
+async def test_462_every_call_ends_within_its_deadline_during_an_outage_and_succeeds_after_it(outage, stopwatch):
     """envoyproxy/ratelimit #462: no waits of ten seconds. Calls are sequential, so that each pays its own wait."""
     async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
@@ -211,7 +211,9 @@ def test_462_the_sync_limiter_ends_within_its_deadline_too(outage, stopwatch):
 
 
 @pytest.mark.parametrize("kind", ["refused", "no socket"])
-async def test_an_unreachable_store_at_the_start(tmp_path: Path, free_tcp_port: int, kind: str, caplog, stopwatch):
+async def test_a_limiter_can_start_while_the_store_is_unreachable(
+    tmp_path: Path, free_tcp_port: int, kind: str, caplog, stopwatch
+):
     url = f"redis://127.0.0.1:{free_tcp_port}" if kind == "refused" else f"unix://{tmp_path}/none"
     async with AsyncBudgetLimiter(url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         assert "starting without the store" in caplog.text
@@ -234,7 +236,7 @@ async def test_a_call_succeeds_if_the_store_starts_within_its_deadline(own_serve
         assert (await reading).budget == "agent"
 
 
-async def test_112_no_silent_local_fallback_admits_anything(outage):
+async def test_112_policy_deny_admits_nothing_during_an_outage(outage):
     """dataspoke #112: with a cap in memory, each replica would admit up to the cap."""
     replicas = [AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=0.1) for _ in range(3)]
     for replica in replicas:
@@ -286,7 +288,7 @@ async def _is_open_since(limiter, expires_at) -> bool:
 # -- policy allow ------------------------------------------------------------------------------------------------------
 
 
-async def test_allow_admits_unguarded_and_records_once_after_the_outage(own_server, caplog):
+async def test_policy_allow_admits_without_a_check_and_records_once_after_the_outage(own_server, caplog):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         before = await limiter.reserve("agent", "1.00", id="before")
         own_server.kill()
@@ -338,7 +340,7 @@ async def test_deferred_spend_that_the_store_refuses_does_not_delay_the_rest(own
             assert sums(client, "team")["spent"] == to_units("0.03")
 
 
-async def test_allow_does_not_count_a_grant_with_a_lost_reply_twice(server, tmp_path_factory):
+async def test_policy_allow_does_not_count_a_grant_with_a_lost_reply_twice(server, tmp_path_factory):
     path = Path(tmp_path_factory.mktemp("p")) / "s"
     async with (
         Proxy(server.socket_path, path) as proxy,
@@ -359,7 +361,7 @@ async def test_allow_does_not_count_a_grant_with_a_lost_reply_twice(server, tmp_
             assert sums(client) == {"spent": to_units("0.09"), "held": 0, "unconfirmed": 0, "events": 3}
 
 
-async def test_allow_admits_an_id_once_and_refuses_it_with_other_contents(own_server):
+async def test_policy_allow_admits_an_id_once_and_refuses_it_with_other_contents(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -383,7 +385,7 @@ async def test_allow_admits_an_id_once_and_refuses_it_with_other_contents(own_se
 
 
 @pytest.mark.parametrize("deferred", [True, False])
-async def test_allow_closes_the_id_of_a_reservation_that_arrives_after_its_release(proxy, deferred):
+async def test_policy_allow_closes_the_id_of_a_reservation_that_arrives_after_its_release(proxy, deferred):
     """The late reservation of a hold that was admitted unguarded and released is refused."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
@@ -406,7 +408,7 @@ async def test_allow_closes_the_id_of_a_reservation_that_arrives_after_its_relea
         assert (await limiter.status("agent")).held == 0
 
 
-async def test_a_reservation_whose_caller_was_cancelled_is_released_under_allow(proxy):
+async def test_policy_allow_releases_a_reservation_whose_caller_was_cancelled(proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         proxy.hold_replies()
@@ -421,7 +423,7 @@ async def test_a_reservation_whose_caller_was_cancelled_is_released_under_allow(
         assert (await limiter.status("agent")).held == 0
 
 
-async def test_a_commit_by_id_of_an_own_hold_is_deferred(own_server):
+async def test_policy_allow_defers_a_commit_by_id_of_a_hold_of_this_replica(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.reserve({"agent": "0.15", "team": "0.10"}, id="op_1")
         own_server.kill()
@@ -458,13 +460,13 @@ async def test_an_old_settlement_that_the_store_may_have_executed_is_dropped(ser
         assert f"outcome of {hold.id} (deferred) unknown: too old to resend safely, dropped" in caplog.text
 
 
-async def test_under_allow_a_reachable_store_denies_above_the_limit(server):
+async def test_policy_allow_lets_a_reachable_store_deny_above_the_limit(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, on_store_error="allow") as limiter:
         with pytest.raises(BudgetExceeded):
             await limiter.reserve("agent", "5.01")
 
 
-async def test_under_allow_unsent_spend_is_logged_when_the_limiter_closes(own_server, caplog):
+async def test_policy_allow_logs_spend_that_is_unsent_when_the_limiter_closes(own_server, caplog):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -563,7 +565,7 @@ async def test_33923_an_unexpected_store_error_never_admits(start_server: Callab
     broken.kill()
 
 
-async def test_33923_other_calls_of_a_batch_with_a_broken_window_are_checked(server):
+async def test_33923_a_broken_window_does_not_affect_other_calls_of_its_batch(server):
     """Another call in the batch is either refused or granted."""
     with server.client() as client:
         wrong_type(client)
@@ -589,7 +591,7 @@ async def test_a_limiter_without_permissions_does_not_start(start_server: Callab
     guarded.kill()
 
 
-async def test_a_read_only_server_is_unavailable_and_not_full(start_server: Callable):
+async def test_a_read_only_server_is_reported_as_unavailable_and_not_as_a_full_budget(start_server: Callable):
     replica = start_server(None, "--replicaof", "127.0.0.1", "1")
     async with AsyncBudgetLimiter(replica.url, BUDGETS, timeout=0.2) as limiter:
         with away(replica.url), pytest.raises(StoreUnavailable):
@@ -672,7 +674,7 @@ async def test_deferred_spend_that_was_never_sent_is_not_dropped_for_its_age(own
         assert entry.maybe_executed_us is None
 
 
-async def test_a_hold_whose_key_has_another_type_is_an_error_and_not_unknown(server, client):
+async def test_a_hold_key_of_another_type_is_reported_as_an_error_and_not_as_an_unknown_hold(server, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         client.lpush(limiter.keys.hold("op_1"), "x")
         for call in (limiter.get("op_1"), limiter.commit("op_1", "0.01"), limiter.extend("op_1")):

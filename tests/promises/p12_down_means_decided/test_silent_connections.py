@@ -69,7 +69,7 @@ async def wait_until_stale(limiter: AsyncBudgetLimiter) -> None:
     await until(lambda: all(loop.time() - each.last_used_s > IDLE_MAX_S for each in idle_connections(limiter)))
 
 
-async def test_a_burst_after_an_idle_time_uses_new_connections(proxy, way, no_probes, client):
+async def test_a_burst_of_calls_after_an_idle_time_uses_new_connections(proxy, way, no_probes, client):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await burst(limiter)
         await wait_until_stale(limiter)
@@ -93,7 +93,7 @@ async def test_the_probe_of_an_idle_replica_keeps_a_connection_usable(proxy, way
 
 
 @pytest.mark.parametrize("forgotten", [1, None], ids=["one", "all"])
-async def test_a_burst_on_silent_connections_is_resent_on_new_ones(proxy, way, no_probes, forgotten, client):
+async def test_a_burst_of_calls_without_replies_is_resent_on_new_connections(proxy, way, no_probes, forgotten, client):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await burst(limiter)
         proxy.blackhole(forgotten)
@@ -117,7 +117,9 @@ async def test_an_executed_request_without_a_reply_counts_once(proxy, way, no_pr
 
 
 @pytest.mark.parametrize("durability", ["disk"])
-async def test_durable_batches_are_resent(start_server: Callable, no_probes, durability):
+async def test_batches_that_wait_for_durability_are_resent_on_a_new_connection(
+    start_server: Callable, no_probes, durability
+):
     own = start_server(None, "--appendonly", "yes")
     async with Proxy(own.socket_path, ("127.0.0.1", 0)) as proxy:
         with away(proxy.url):
@@ -130,7 +132,7 @@ async def test_durable_batches_are_resent(start_server: Callable, no_probes, dur
     own.kill()
 
 
-async def test_reads_are_resent(proxy, way, no_probes):
+async def test_reads_without_a_reply_are_resent_on_a_new_connection(proxy, way, no_probes):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await asyncio.gather(*[limiter.status("agent") for _ in range(20)])
         proxy.blackhole()
@@ -140,7 +142,7 @@ async def test_reads_are_resent(proxy, way, no_probes):
         assert {status.spent for status in statuses} == {0}
 
 
-async def test_a_slow_link_gets_the_whole_timeout(proxy, way, no_probes, client):
+async def test_a_request_on_a_slow_link_gets_the_whole_timeout(proxy, way, no_probes, client):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         for _ in range(2):  # the store has the scripts
             await limiter.reserve("agent", "0.10")
@@ -154,7 +156,7 @@ async def test_a_slow_link_gets_the_whole_timeout(proxy, way, no_probes, client)
 @pytest.mark.parametrize(
     ("discovery", "form"), [(SentinelDiscovery, "redis+sentinel://{}/main"), (ClusterDiscovery, "redis+cluster://{}")]
 )
-async def test_failover_stores_resend_without_a_new_discovery(
+async def test_requests_without_a_reply_are_resent_to_the_same_primary_without_a_new_discovery(
     proxy, way, no_probes, discovery, form, monkeypatch, client
 ):
     place = proxy.url.removeprefix("redis://")
@@ -180,7 +182,7 @@ async def test_failover_stores_resend_without_a_new_discovery(
     assert sums(client)["spent"] == 3 * BURST * 50_000_000
 
 
-def test_the_sync_limiter_resends(server, way, no_probes, client):
+def test_the_sync_limiter_resends_requests_without_a_reply(server, way, no_probes, client):
     with ThreadedProxy(server.socket_path, ("127.0.0.1", 0)) as proxy, away(proxy.url):
         with BudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
             limiter.reserve("agent", "0.10").commit("0.05")

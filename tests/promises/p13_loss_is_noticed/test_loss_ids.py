@@ -48,7 +48,7 @@ async def silent(server) -> AsyncIterator[AsyncBudgetLimiter]:
 
 
 @by_each_call
-async def test_a_replica_settles_its_own_lost_hold(limiter, client, call):
+async def test_a_replica_can_settle_a_hold_that_the_store_has_lost(limiter, client, call):
     await limiter.reserve("agent", "0.15", id="op_1")
     client.flushall()
     await call(limiter, "op_1")
@@ -68,7 +68,9 @@ async def test_a_lost_hold_is_unavailable_until_its_replica_has_replayed_it(serv
     await call(limiter, "op_1")
 
 
-async def test_a_new_replica_gets_no_unknown_hold_during_a_recovery(server, silent, client):
+async def test_a_commit_by_a_new_replica_during_a_recovery_is_unavailable_and_not_an_unknown_hold(
+    server, silent, client
+):
     await silent.reserve("agent", "0.15", id="op_1")
     with ExitStack() as prolonged:
         prolonged.enter_context(recovery_prolonged(client))

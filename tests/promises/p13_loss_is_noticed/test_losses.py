@@ -160,7 +160,7 @@ async def test_an_old_snapshot_with_as_many_writes_is_detected_by_its_epoch(star
 # -- no false alarms ---------------------------------------------------------------------------------------------------
 
 
-async def test_concurrent_lanes_and_other_replicas_raise_no_alarm(server, limiter, other_replica):
+async def test_concurrent_connections_and_replicas_are_not_taken_for_a_data_loss(server, limiter, other_replica):
     async def busy(replica: AsyncBudgetLimiter) -> None:
         hold = await replica.reserve("agent", "0.001")
         await hold.extend()
@@ -171,7 +171,7 @@ async def test_concurrent_lanes_and_other_replicas_raise_no_alarm(server, limite
     assert (limiter.losses, other_replica.losses) == (0, 0)
 
 
-async def test_script_flush_and_denials_raise_no_alarm(server, limiter):
+async def test_script_flush_and_denials_are_not_taken_for_a_data_loss(server, limiter):
     for _ in range(3):
         await spends(limiter)
         with server.client() as client:
@@ -182,7 +182,7 @@ async def test_script_flush_and_denials_raise_no_alarm(server, limiter):
     assert limiter.losses == 0
 
 
-async def test_a_restart_with_its_file_intact_raises_no_alarm(start_server: Callable):
+async def test_a_restart_with_an_intact_file_is_not_taken_for_a_data_loss(start_server: Callable):
     server = start_server(None, "--appendonly", "yes", "--appendfsync", "no")
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=5.0) as limiter:
         for kept in range(1, 4):
@@ -196,7 +196,7 @@ async def test_a_restart_with_its_file_intact_raises_no_alarm(start_server: Call
     server.kill()
 
 
-async def test_a_first_write_into_an_empty_store_raises_no_alarm(server, limiter, other_replica):
+async def test_the_first_write_into_an_empty_store_is_not_taken_for_a_data_loss(server, limiter, other_replica):
     await asyncio.gather(*(spends(replica) for _ in range(50) for replica in (limiter, other_replica)))
     assert (limiter.losses, other_replica.losses) == (0, 0)
     with server.client() as client:
@@ -204,7 +204,7 @@ async def test_a_first_write_into_an_empty_store_raises_no_alarm(server, limiter
     assert len([field for field in meta if field == "epoch"]) == 1
 
 
-async def test_another_tenants_data_does_not_matter(server, limiter):
+async def test_the_deletion_of_the_data_of_another_tenant_is_not_taken_for_a_data_loss(server, limiter):
     await spends(limiter)
     async with AsyncBudgetLimiter(server.url, BUDGETS, tenant="other") as other:
         await spends(other)

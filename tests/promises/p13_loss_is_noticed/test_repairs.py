@@ -161,7 +161,7 @@ async def test_a_settlement_wins_over_an_open_hold_in_either_order_of_replays(li
         await hold.commit("0.08")
 
 
-async def test_an_expired_hold_is_charged_again(limiter, client):
+async def test_a_repair_charges_a_lost_expired_hold_again(limiter, client):
     await limiter.reserve("agent", "0.15", ttl=1)
     await until(lambda: _is_unconfirmed(limiter))
     client.flushall()
@@ -172,14 +172,14 @@ async def _is_unconfirmed(limiter) -> bool:
     return (await limiter.status("agent")).unconfirmed > 0
 
 
-async def test_subtotals_of_several_replicas_add_up(limiter, other, client):
+async def test_subtotals_replayed_by_several_replicas_add_up(limiter, other, client):
     await asyncio.gather(*[replica.record("agent", "0.01") for replica in (limiter, other) for _ in range(50)])
     client.flushall()
     await repaired(limiter, ("1.00", "0", "0"))
     assert (limiter.losses, other.losses) == (1, 1)
 
 
-async def test_deferred_spend_is_replayed_as_well(start_server: Callable):
+async def test_a_repair_also_replays_spend_that_was_deferred_during_an_outage(start_server: Callable):
     server = start_server(None, "--appendonly", "yes", "--appendfsync", "no")
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
@@ -193,7 +193,7 @@ async def test_deferred_spend_is_replayed_as_well(start_server: Callable):
     server.kill()
 
 
-def test_a_sync_limiter_repairs_as_well(server, client):
+def test_a_sync_limiter_repairs_a_data_loss_too(server, client):
     with BudgetLimiter(server.url, BUDGETS) as limiter:
         limiter.record("agent", "1.00")
         client.flushall()
@@ -228,7 +228,7 @@ def subtotals(limiter: AsyncBudgetLimiter, client) -> dict[str, Decimal]:
 
 @pytest.mark.parametrize("absent", ["the first to settle", "the second to settle"])
 @pytest.mark.parametrize("call", ["record", "commit"])
-async def test_a_settlement_in_two_journals_counts_once(server, client, tmp_path_factory, absent, call):
+async def test_a_settlement_in_the_journals_of_two_replicas_counts_once(server, client, tmp_path_factory, absent, call):
     """It counts in the subtotal of the first replica that settled, in either order of the replays."""
     async with (
         Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
@@ -318,7 +318,7 @@ async def test_a_commit_with_a_lost_reply_is_replayed_before_the_next_grant(serv
         assert (await limiter.status("agent")).recovering_until, "nothing was granted yet"
 
 
-async def test_an_acknowledgement_read_after_a_repair_is_replayed_as_well(limiter, client):
+async def test_a_commit_whose_acknowledgement_is_read_after_the_repair_is_replayed_as_well(limiter, client):
     """The store acknowledged it before the loss; the repair replayed the hold as open."""
     hold = await limiter.reserve("agent", "0.15")
     await limiter.record("agent", "0.01")
@@ -444,7 +444,7 @@ async def test_a_repair_restarts_after_another_data_loss(limiter, client, monkey
     assert limiter.repaired.settlements == 300
 
 
-async def test_a_repair_interrupted_by_an_outage_ends_after_it(start_server: Callable, monkeypatch):
+async def test_a_repair_interrupted_by_an_outage_is_completed_after_the_outage(start_server: Callable, monkeypatch):
     server = start_server(None, "--appendonly", "yes")
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2) as limiter:
         for _ in range(300):
@@ -470,7 +470,7 @@ async def test_a_repair_interrupted_by_an_outage_ends_after_it(start_server: Cal
     server.kill()
 
 
-async def test_operations_beyond_the_journal_are_counted_and_logged(server, client, monkeypatch, caplog):
+async def test_a_repair_counts_and_logs_operations_that_the_journal_has_dropped(server, client, monkeypatch, caplog):
     monkeypatch.setattr(memory, "SETTLEMENTS_MAX", 4)
     monkeypatch.setattr(memory, "HOLDS_MAX", 2)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
@@ -498,7 +498,7 @@ async def test_a_replay_that_the_store_refuses_does_not_stop_the_others(limiter,
     assert (await limiter.record("agent", "0.01")).state == "recorded"
 
 
-async def test_a_replica_with_an_empty_journal_does_not_delay_the_others(server, limiter, client):
+async def test_a_replica_with_an_empty_journal_ends_its_repair_at_once(server, limiter, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=5) as reader:
         with pytest.raises(BudgetError):
             await reader.reserve("agent", "6.00")

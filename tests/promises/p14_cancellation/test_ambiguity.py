@@ -85,7 +85,7 @@ FATES = pytest.mark.parametrize(("fate", "outcome"), [("reply", "executed"), ("r
 
 
 @FATES
-async def test_an_unknown_commit_is_completed(proxy, limiter, client, fate, outcome):
+async def test_a_commit_with_unknown_outcome_is_completed_in_the_background(proxy, limiter, client, fate, outcome):
     hold = await limiter.reserve("agent", "0.15")
     await lose(proxy, hold.commit("0.07"), fate)
     assert limiter.unresolved == 1
@@ -95,14 +95,14 @@ async def test_an_unknown_commit_is_completed(proxy, limiter, client, fate, outc
 
 
 @FATES
-async def test_an_unknown_record_is_made_once(proxy, limiter, client, fate, outcome):
+async def test_a_record_with_unknown_outcome_counts_once(proxy, limiter, client, fate, outcome):
     await lose(proxy, limiter.record("agent", "0.07"), fate)
     await resolved(proxy, limiter, **{outcome: 1})
     assert sums(client)["spent"] == ledger_sum(client) == to_units("0.07")
 
 
 @FATES
-async def test_an_unknown_release_is_completed(proxy, limiter, client, fate, outcome):
+async def test_a_release_with_unknown_outcome_is_completed_in_the_background(proxy, limiter, client, fate, outcome):
     hold = await limiter.reserve("agent", "0.15")
     await lose(proxy, hold.release(), fate)
     await resolved(proxy, limiter, **{outcome: 1})
@@ -110,7 +110,7 @@ async def test_an_unknown_release_is_completed(proxy, limiter, client, fate, out
 
 
 @FATES
-async def test_the_end_of_a_block_resends_an_unknown_commit(proxy, limiter, client, fate, outcome):
+async def test_the_end_of_a_block_resends_a_commit_with_unknown_outcome(proxy, limiter, client, fate, outcome):
     """A release there would lose the spend."""
     with pytest.raises(StoreUnavailable):
         async with limiter.hold("agent", "0.15") as hold:
@@ -134,7 +134,9 @@ async def test_the_end_of_a_block_resends_a_failed_commit(server, client):
         assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_a_later_settlement_with_another_amount_stays(proxy, limiter, other, client):
+async def test_a_commit_with_unknown_outcome_does_not_replace_a_later_settlement_by_another_replica(
+    proxy, limiter, other, client
+):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await lose(proxy, hold.commit("0.07"), "request")
     await other.commit("op_1", "0.09")
@@ -144,7 +146,7 @@ async def test_a_later_settlement_with_another_amount_stays(proxy, limiter, othe
         await hold.commit("0.07")
 
 
-async def test_a_retry_by_the_caller_resolves_the_request(proxy, limiter, client):
+async def test_a_retry_by_the_caller_resolves_a_commit_with_unknown_outcome(proxy, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
     proxy.hold_replies()
     with pytest.raises(StoreUnavailable):
@@ -158,7 +160,7 @@ async def test_a_retry_by_the_caller_resolves_the_request(proxy, limiter, client
 
 
 @pytest.mark.parametrize(("fate", "outcome"), [("reply", "released"), ("request", "absent")])
-async def test_an_unknown_grant_under_a_generated_id_is_released(proxy, limiter, client, fate, outcome):
+async def test_a_grant_with_unknown_outcome_is_released_if_its_id_was_generated(proxy, limiter, client, fate, outcome):
     await lose(proxy, limiter.reserve("agent", "0.15"), fate)
     await resolved(proxy, limiter, **{outcome: 1})
     assert sums(client)["held"] == 0
@@ -178,7 +180,9 @@ async def test_a_request_that_arrives_after_its_release_is_not_granted(server, c
 
 
 @pytest.mark.parametrize(("fate", "outcome"), [("reply", "granted"), ("request", "absent")])
-async def test_an_unknown_grant_under_the_id_of_the_caller_stays_open(proxy, limiter, client, fate, outcome, caplog):
+async def test_a_grant_with_unknown_outcome_stays_open_if_the_caller_chose_the_id(
+    proxy, limiter, client, fate, outcome, caplog
+):
     await lose(proxy, limiter.reserve("agent", "0.15", id="mine"), fate)
     await resolved(proxy, limiter, **{outcome: 1})
     assert sums(client)["held"] == (to_units("0.15") if fate == "reply" else 0)
@@ -189,7 +193,7 @@ async def test_an_unknown_grant_under_the_id_of_the_caller_stays_open(proxy, lim
     assert sums(client)["held"] == 0
 
 
-async def test_a_hold_reserved_again_by_another_replica_stays_open(proxy, limiter, other, client):
+async def test_a_hold_that_another_replica_reserved_again_is_not_released(proxy, limiter, other, client):
     await lose(proxy, limiter.reserve("agent", "0.15", id="mine"), "request")
     hold = await other.reserve("agent", "0.15", id="mine")
     assert not hold.replayed
@@ -287,7 +291,7 @@ async def deliver(limiter: AsyncBudgetLimiter, late: Operation) -> Reply:
     return reply
 
 
-async def test_a_released_id_without_a_request_stays_closed_to_all_replicas(limiter, other, client):
+async def test_a_released_id_that_was_never_granted_stays_closed_to_all_replicas(limiter, other, client):
     """Only a release of one cancelled request leaves the id free."""
     limiter.engine.context.release_later("op_1", [limiter.engine.state.current_window("agent")], "")
     limiter.engine.dispatcher.replayer.hasten()
@@ -297,7 +301,7 @@ async def test_a_released_id_without_a_request_stays_closed_to_all_replicas(limi
     assert sums(client)["held"] == 0
 
 
-async def test_an_unknown_commit_of_a_lost_hold_is_recorded(proxy, limiter, client):
+async def test_a_commit_with_unknown_outcome_is_recorded_although_its_hold_was_lost(proxy, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
     await lose(proxy, hold.commit("0.07"), "request")
     client.flushall()
@@ -306,7 +310,9 @@ async def test_an_unknown_commit_of_a_lost_hold_is_recorded(proxy, limiter, clie
     assert sums(client)["held"] == 0
 
 
-async def test_a_refused_attempt_after_one_with_a_lost_reply_is_ambiguous(proxy, limiter, client):
+async def test_a_call_is_ambiguous_if_its_first_reply_was_lost_and_its_second_attempt_was_refused(
+    proxy, limiter, client
+):
     """The store refuses the second attempt (out of memory), but has executed the first one."""
     others: list[asyncio.Task] = []
 
@@ -332,7 +338,7 @@ async def test_a_refused_attempt_after_one_with_a_lost_reply_is_ambiguous(proxy,
     assert (await limiter.record("agent", "0.01", id="op_1")).replayed
 
 
-async def test_an_unknown_grant_is_released_although_its_last_attempt_was_refused(proxy, limiter, client):
+async def test_a_grant_with_unknown_outcome_is_released_although_the_last_attempt_was_refused(proxy, limiter, client):
     """The reply to the first attempt was lost; the store refuses the second one (out of memory)."""
     for _ in range(2):
         await (await limiter.reserve("agent", "0.01")).release()  # the server has both scripts
@@ -355,7 +361,7 @@ async def test_an_unknown_grant_is_released_although_its_last_attempt_was_refuse
     assert sums(client)["held"] == 0
 
 
-async def test_totals_are_not_kept_as_unknown_requests(proxy, limiter, client):
+async def test_growth_and_extensions_with_unknown_outcome_are_not_resent_in_the_background(proxy, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
     await lose(proxy, hold.grow("0.10"))
     await lose_extension(proxy, hold)
@@ -372,7 +378,7 @@ async def lose_extension(proxy: Proxy, hold) -> None:
         await hold.extend()
 
 
-def test_the_outbox_is_bounded_and_drops_the_oldest_request(monkeypatch):
+def test_a_full_outbox_drops_the_oldest_request(monkeypatch):
     monkeypatch.setattr(outboxes, "IN_DOUBT_MAX", 3)
     outbox = Outbox()
     entries = [Entry(Release(f"op_{n}", "k", []), "settlement", 0) for n in range(5)]
@@ -398,14 +404,14 @@ async def test_a_request_beyond_the_maximum_age_is_dropped(proxy, limiter, clien
     assert sums(client)["held"] == to_units("0.15"), "the hold stays open until its deadline"
 
 
-async def test_unknown_outcomes_are_logged_at_the_end(proxy, client, caplog):
+async def test_outcomes_that_are_unknown_when_the_limiter_closes_are_logged(proxy, client, caplog):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2) as limiter:
         await lose(proxy, limiter.record("agent", "0.07"))
     assert "closed with 1 requests of unknown outcome" in caplog.text
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_histories_of_lost_requests_and_replies_add_up(proxy, client, seed):
+async def test_spend_adds_up_in_random_histories_with_lost_requests_and_replies(proxy, client, seed):
     """Acknowledged and unknown spend counts exactly once, and no grant is lost."""
     choice = random.Random(seed)
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.06) as limiter:

@@ -117,7 +117,7 @@ async def test_a_grant_with_a_lost_reply_is_released_if_its_caller_is_cancelled(
     await figures_become(client, held="0", spent="0")
 
 
-async def test_a_grant_after_the_deadline_is_released_if_its_id_was_generated(client, proxy):
+async def test_a_grant_that_arrives_after_the_deadline_of_the_call_is_released_if_its_id_was_generated(client, proxy):
     """#27639: no caller has the generated id."""
     async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=0.2) as limiter:
         proxy.hold_replies()
@@ -162,7 +162,7 @@ async def test_other_calls_of_the_batch_are_not_affected(client, proxy, limiter)
     await figures_become(client, held="0.01", spent="0.60")
 
 
-async def test_many_cancellations_leave_only_received_grants(server, client):
+async def test_after_many_cancellations_only_the_grants_that_callers_received_are_held(server, client):
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "50.00")]) as limiter:
         tasks = []
         for number in range(600):
@@ -244,7 +244,7 @@ async def test_a_cancelled_commit_by_id_completes_both_steps(client, proxy, limi
     await figures_become(client, held="0", spent="0.07")
 
 
-async def test_pr_37558_a_cancelled_record_is_recorded(client, proxy, limiter):
+async def test_pr_37558_spend_is_recorded_although_its_caller_is_cancelled(client, proxy, limiter):
     """#13245: spend is a fact, also without a caller for the reply."""
     proxy.hold_replies()
     blocking = await in_flight(client, limiter.reserve("agent", "0.10"), "0.10")
@@ -257,7 +257,7 @@ async def test_pr_37558_a_cancelled_record_is_recorded(client, proxy, limiter):
     assert (await limiter.record("agent", "0.02", id="op_1")).replayed
 
 
-async def test_a_block_does_not_release_after_a_cancelled_commit(client, proxy, limiter, caplog):
+async def test_a_block_does_not_release_its_hold_after_a_cancelled_commit(client, proxy, limiter, caplog):
     proxy.release_replies()
 
     async def work() -> None:
@@ -336,7 +336,7 @@ async def test_pr_37558_a_cancelled_block_commits_its_accrued_spend(client, limi
     assert ledger_sum(client) == to_units(spent)
 
 
-async def test_a_block_cancelled_during_its_settlement_settles(client, proxy, limiter):
+async def test_a_block_cancelled_during_its_settlement_still_settles_its_hold(client, proxy, limiter):
     async def work() -> None:
         async with limiter.hold("agent", "0.15") as hold:
             hold.accrue("0.05")
@@ -349,7 +349,7 @@ async def test_a_block_cancelled_during_its_settlement_settles(client, proxy, li
     await figures_become(client, held="0", spent="0.05")
 
 
-async def test_a_block_cancelled_during_its_reservation_releases(client, proxy, limiter):
+async def test_a_block_cancelled_during_its_reservation_releases_its_hold(client, proxy, limiter):
     async def work() -> None:
         async with limiter.hold("agent", "0.15"):
             pytest.fail("the block ran")

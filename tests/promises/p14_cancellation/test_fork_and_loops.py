@@ -113,7 +113,7 @@ def test_a_child_that_exits_normally_does_not_affect_its_parent(server, client):
     assert sums(client)["events"] == 3
 
 
-def test_the_child_of_a_child_is_another_replica(client, limiter):
+def test_a_child_forked_by_a_child_is_another_replica(client, limiter):
     def grandparent() -> list[str]:
         own = spend(limiter, 5)
         return [own, Child(lambda: spend(limiter, 5)).result(), spend(limiter, 5)]

@@ -101,7 +101,7 @@ async def judge(client, limiter: AsyncBudgetLimiter, call: str, outcomes: list[A
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_no_turn_of_the_event_loop_loses_a_settlement(server, client, call):
+async def test_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost(server, client, call):
     async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
         outcomes: list[Any] = []
         while sum(not isinstance(outcome, asyncio.CancelledError) for outcome in outcomes) < 3:
@@ -112,7 +112,9 @@ async def test_no_turn_of_the_event_loop_loses_a_settlement(server, client, call
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_no_turn_of_the_event_loop_loses_a_settlement_while_the_breaker_is_open(own_server, call):
+async def test_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost_while_the_breaker_is_open(
+    own_server, call
+):
     """The request is never sent, and its failure may arrive in the turn in which its caller is cancelled."""
     async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
         holds = [await reserved(limiter, number) for number in range(100)]
@@ -136,7 +138,7 @@ async def test_no_turn_of_the_event_loop_loses_a_settlement_while_the_breaker_is
 
 
 @pytest.mark.parametrize("named", [True, False])
-async def test_no_turn_of_the_event_loop_loses_a_grant(server, client, named):
+async def test_a_reservation_cancelled_in_any_turn_of_the_event_loop_leaves_no_hold(server, client, named):
     async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
         received: list[AsyncHold] = []
         turns = 0
@@ -151,7 +153,9 @@ async def test_no_turn_of_the_event_loop_loses_a_grant(server, client, named):
 
 
 @pytest.mark.parametrize("policy", ["deny", "allow"])
-async def test_an_unknown_grant_cancelled_in_the_turn_of_its_deadline_is_released(client, proxy, policy):
+async def test_a_grant_with_unknown_outcome_is_released_if_its_caller_is_cancelled_at_the_deadline(
+    client, proxy, policy
+):
     """The caller receives the cancellation instead of the ambiguous error, and will not retry."""
     tasks: list[asyncio.Task] = []
 
@@ -234,7 +238,9 @@ async def test_a_worker_can_commit_a_hold_released_for_a_cancelled_caller(client
     assert (await hold.commit("0.07")).replayed
 
 
-async def test_a_worker_that_extends_a_released_hold_holds_the_amount_again(client, proxy, limiter, other):
+async def test_an_extension_of_a_hold_released_for_a_cancelled_caller_holds_its_amount_again(
+    client, proxy, limiter, other
+):
     """Its heartbeat requests the room again, as for an expired hold."""
     hold = await released_for_its_caller(client, proxy, limiter, other, "400.00")
     await hold.extend()
@@ -246,7 +252,7 @@ async def test_a_worker_that_extends_a_released_hold_holds_the_amount_again(clie
 
 
 @pytest.mark.parametrize("amount", ["0.15", "0.20"])
-async def test_an_id_released_for_a_cancelled_caller_is_free_again(client, proxy, limiter, other, amount):
+async def test_an_id_released_for_a_cancelled_caller_can_be_reserved_again(client, proxy, limiter, other, amount):
     proxy.hold_replies()
     call = limiter.reserve("agent", "0.15", id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
@@ -262,7 +268,9 @@ async def test_an_id_released_for_a_cancelled_caller_is_free_again(client, proxy
     assert not (await hold.commit("0.07")).late
 
 
-async def test_a_denied_retry_does_not_end_a_released_hold_of_a_worker(client, proxy, limiter, other):
+async def test_a_denied_retry_does_not_end_a_workers_hold_that_was_released_for_a_cancelled_caller(
+    client, proxy, limiter, other
+):
     """Only a grant replaces the record of a released hold, so that the worker can still commit it."""
     hold = await released_for_its_caller(client, proxy, limiter, other, "400.00")
     await other.record("agent", "200.00")
@@ -327,7 +335,7 @@ def accrued(client, hold_id: str) -> int:
     return int(client.get(f"ktrdr:{{default}}:h:{hold_id}").partition("|")[2].split(",")[4] or 0)
 
 
-async def test_a_report_is_sent_although_a_scope_cancels_each_await(server, client):
+async def test_a_report_is_sent_although_a_cancel_scope_cancels_each_await(server, client):
     async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
         with anyio.CancelScope() as scope:
             options = {"id": "op_1", "on_error": "charge", "on_expiry": "accrued"}
@@ -397,7 +405,7 @@ async def test_a_report_after_the_deadline_counts_by_the_policy_of_its_hold(own_
 
 
 @pytest.mark.parametrize("waits", [False, True])
-async def test_a_limiter_closed_by_a_cancelled_scope_completes_its_calls(client, proxy, waits):
+async def test_a_limiter_closed_in_a_cancelled_scope_completes_its_calls(client, proxy, waits):
     with anyio.CancelScope() as scope:
         async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as limiter:
             await load_scripts(limiter)
@@ -424,7 +432,7 @@ def test_accrued_spend_of_an_interrupted_thread_is_committed_after_an_outage(own
             assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-async def test_a_lease_closed_by_a_cancelled_scope_commits_its_spend(server, client):
+async def test_a_lease_closed_in_a_cancelled_scope_commits_its_spend(server, client):
     async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
         with anyio.CancelScope() as scope:
             async with limiter.lease("agent", slab="1.00") as lease:

@@ -88,7 +88,7 @@ class _GateFailedError(Exception):
 
 
 class UnaskedCancellationError(Exception):
-    """A phase raised ``CancelledError`` although the cycle was not cancelled: an error of the phase."""
+    """A phase raised ``CancelledError`` although the cycle was not cancelled; this is an error of the phase."""
 
 
 class Cycle:
@@ -292,7 +292,7 @@ class Cycle:
         return sum(self.progress.tokens.values())
 
     async def _result_of(self, work: Awaitable[Result]) -> Result:
-        """Await a phase's result; raise if the cycle is being stopped: a phase may swallow its cancellation."""
+        """Await a phase's result; raise if the cycle is being stopped. A phase may suppress its cancellation."""
         try:
             result = await work
         except asyncio.CancelledError:
@@ -364,7 +364,7 @@ class Cycle:
             await hold.extend()
 
     async def _settle(self) -> None:
-        """Commit the accrued spend, or release the hold if there is none; both free the slot."""
+        """Commit the accrued spend, or release the hold if nothing was accrued; both return the slot."""
         if self.hold.accrued[AGENT]:
             await self.hold.commit()
         else:

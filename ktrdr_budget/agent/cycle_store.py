@@ -92,7 +92,7 @@ class CyclesPage:
 class CycleStore:
     """Reads and writes the records of cycles. Raises the errors of the store (``StoreUnavailable``).
 
-    Any call marks cycles as lost whose worker has been silent until its deadline.
+    Any call marks a cycle as lost if its deadline has passed without a report from its worker.
     """
 
     def __init__(self, limiter: AsyncBudgetLimiter) -> None:
@@ -116,17 +116,17 @@ class CycleStore:
         return bool(await self._execute("start", operation_id, owner, ttl_ms, progress.document()))
 
     async def beat(self, operation_id: str, owner: str, progress: Progress) -> str:
-        """Report progress; return the cycle's status, empty if the cycle no longer belongs to this owner."""
+        """Report progress; return the cycle's status, or an empty text if the cycle no longer belongs to this owner."""
         return _text(await self._execute("beat", operation_id, owner, progress.document()))
 
     async def end(
         self, operation_id: str, owner: str, outcome: Outcome, reason: str | None, progress: Progress
     ) -> bool:
-        """Write the final status, also of a cycle marked as lost; return whether it had been marked as lost."""
+        """Write the final status; return whether the cycle had been marked as lost before."""
         return int(await self._execute("end", operation_id, owner, outcome, reason or "-", progress.document())) == 2
 
     async def cancel(self, operation_id: str) -> str:
-        """Request the cancellation of a cycle on any replica; return its status, empty if the id is unknown."""
+        """Request the cancellation of a cycle on any replica; return its status, empty for an unknown id."""
         return _text(await self._execute("cancel", operation_id))
 
     async def get(self, operation_id: str) -> CycleView | None:

@@ -1,4 +1,4 @@
-"""Gates: deterministic checks between phases, out of reach of any language model."""
+"""Gates: deterministic checks between phases; no language model can influence them."""
 
 from __future__ import annotations
 

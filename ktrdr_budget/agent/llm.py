@@ -25,7 +25,7 @@ class Completion:
 
 
 class LLM(Protocol):
-    """A metered language model: each call reserves its worst case, or draws it from the enclosing hold."""
+    """A metered language model: each call reserves its maximum cost, or claims it from the enclosing hold."""
 
     provider: str
     model: str

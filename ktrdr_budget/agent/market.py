@@ -1,6 +1,6 @@
 """Prices for the bundled research: daily closes of a fictitious instrument.
 
-The series is generated, so it contains no vendor's data: a random walk that alternates between rising and falling, and
+The series is a generated random walk, so it contains no vendor's data. It alternates between rising and falling, and
 between calm and volatile, regimes. A regime lasts long enough for a small model to find a weak signal, as in real
 prices on a good day. The generator is reproducible on any machine::
 

@@ -97,7 +97,7 @@ class PhaseContext(Protocol):
         """Send a prompt to the language model. Its cost is reserved first, then accrued on the cycle's hold.
 
         Raises:
-            BudgetExceeded: the cycle needs more than it has reserved, and there is no more.
+            BudgetExceeded: the cycle needs more than it has reserved, and the budget has no room.
         """
         ...
 

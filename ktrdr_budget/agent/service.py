@@ -236,7 +236,7 @@ class AgentService:
         return Started(hold.id, plan.llm.model)
 
     async def _has_begun(self, hold: AsyncHold, plan: Plan) -> bool:
-        """Whether a cycle has begun on this very hold; the ids of cycles are kept for longer than those of holds.
+        """Whether a cycle has begun on this hold, and not on an earlier hold of the same id: cycles outlive holds.
 
         Raises:
             HoldConflict: it has, with other options.
@@ -266,7 +266,7 @@ class AgentService:
             logger.error("cycle %s failed with an internal error", cycle.operation_id, exc_info=error)
 
     def _count_lost(self, operation_id: str, elapsed_s: float) -> None:
-        """Count a cycle that was marked as lost by a call of this replica, since its worker cannot."""
+        """Count a cycle that a call of this replica has marked as lost; its worker, being dead, cannot count it."""
         if (cycle := self._runs(operation_id)) is not None:
             cycle.lost_here = True  # the cycle is alive and counts its own end
         else:
@@ -288,7 +288,7 @@ class AgentService:
         return denied
 
     def _denied_by_spend(self, status: Status) -> Denial | None:
-        """Return the denial that would remain if all open holds were released."""
+        """Return the denial by spent and unconfirmed amounts alone, without open holds; ``None`` if there is room."""
         if status.limit is None or status.spent + status.unconfirmed + self._estimate <= status.limit:
             return None
         remaining = status.remaining if status.remaining is not None else from_units(0, status.unit)

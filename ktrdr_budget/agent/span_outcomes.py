@@ -1,8 +1,8 @@
-"""Outcomes of phases on spans, without text of a provider, a prompt or a reply: spans leave the process.
+"""Outcomes of phases on spans. Spans leave the process, so they contain no text of a provider, a prompt or a reply.
 
-Cancellations and denials are outcomes, not errors. An error is recorded with its type and the places in the code; its
-message only if it is this package's own, or if the phase has made no call of a language model. The cycle's record has
-the message in any case.
+Cancellations and denials are outcomes, not errors. An error is recorded with its type and stack trace. Its message is
+recorded only if this package wrote it, or if the phase has not called a language model. The cycle's record has the
+message in any case.
 """
 
 from __future__ import annotations

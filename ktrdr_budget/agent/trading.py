@@ -28,7 +28,7 @@ class Account:
 
 
 def trade(positions: Sequence[float], returns: Sequence[float], cost: float = TRADING_COST) -> Account:
-    """Hold each position for the return that follows it; sell the last one at the end.
+    """Apply to each position the return of the following day; sell the last position at the end.
 
     A trade lasts as long as the position has the same sign, whatever its size.
 

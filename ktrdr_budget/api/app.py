@@ -82,7 +82,7 @@ def make_limiter(settings: Settings, agent: AgentSettings, observers: Sequence[O
 def create_app(
     settings: Settings | None = None, agent: AgentSettings | None = None, research: Research | None = None
 ) -> FastAPI:
-    """Create the service. It starts without its store, too: ``/readyz`` reports the fault until the store is back.
+    """Create the service. It also starts while its store is down: ``/readyz`` reports the fault.
 
     ``app.state`` has the ``settings``, the ``metrics`` and, while the app runs, the ``limiter`` and the ``agent``.
 

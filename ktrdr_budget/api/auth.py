@@ -4,7 +4,7 @@
 keys that are set   access
 ==================  =============================================================================================
 none                callers on this machine: everything; others: nothing (unless ``open_to_all``)
-use                 the use key: everything except admin operations, which are closed
+use                 the use key: everything except admin operations, which are refused
 admin               the admin key: everything
 both                the use key: everything except admin operations; the admin key: everything
 ==================  =============================================================================================
@@ -122,7 +122,7 @@ _ANONYMOUS = Caller("http", True)
 
 
 def _owner(key: str) -> str:
-    """A name for the holder of a key that does not reveal the key."""
+    """The owner's name in holds: a short hash of the key, which does not reveal it."""
     return f"http-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
 
 
@@ -133,7 +133,7 @@ def _is_local(client: Any) -> bool:
 
 @lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
-    """Whether an address is a loopback address. Text that is no address did not come over a network: true."""
+    """Whether an address is a loopback address; true for other text, since such a request came over no network."""
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

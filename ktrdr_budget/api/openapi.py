@@ -71,7 +71,7 @@ def created(model: type[BaseModel]) -> Responses:
 
 
 def openapi_of(app: FastAPI) -> dict[str, Any]:
-    """Generate an app's document with the media type of problems: FastAPI declares models as JSON only."""
+    """Generate an app's document; set the media type of problems, since FastAPI declares every model as JSON."""
     if not app.openapi_schema:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         for path in document["paths"].values():

@@ -137,7 +137,7 @@ def no_such_endpoint(scope: Scope) -> HTTPProblem:
 
 
 def invalid(place: str, message: str, *path: str) -> RequestValidationError:
-    """The error for an invalid value that no model can detect, in the form of a model's error."""
+    """The error for a value that only the limiter can reject, in the form of a model's validation error."""
     return RequestValidationError([{"loc": (place, *path), "msg": message, "type": "value_error"}])
 
 
@@ -196,8 +196,9 @@ def _retry_after(seconds: int | None) -> dict[str, str]:
 def _rate_limit(denial: Denial, budget: Budget) -> dict[str, str]:
     """The fields of draft-ietf-httpapi-ratelimit-headers-11, structured as RFC 9651 requires.
 
-    ``requests`` is the draft's default unit. Its other units do not fit, so the budget's unit is a parameter of our
-    own, which clients may ignore by the draft. ``t`` must not end after ``Retry-After``, so both are equal.
+    ``requests`` is the draft's default unit. None of its other units fits money or tokens, so the budget's unit is an
+    extension parameter, which the draft lets clients ignore. ``t`` must not end after ``Retry-After``, so both are
+    equal.
     """
     policy = f'"{budget.name}";q={_sf_integer(denial.limit)}'
     if budget.unit != "requests":

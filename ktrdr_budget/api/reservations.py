@@ -33,7 +33,7 @@ HOLD = "/reservations/{id:slashed}"
 
 
 def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
-    """Add the routes on holds, the busiest first: that is the order of matching."""
+    """Add the routes on holds, the most frequent first, because routes are matched in this order."""
 
     @router.post(
         "/reservations", status_code=201, responses=created(ReservationOut) | problems(404, 409, 413, 422, 429)
@@ -137,7 +137,7 @@ def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
         """Read a hold that the caller may settle.
 
         Raises:
-            HTTPProblem: it is unconfirmed, or released by an operator, and another key reserved it.
+            HTTPProblem: the hold is unconfirmed, or released by an operator, and another key reserved it.
         """
         hold = await service.limiter.get(hold_id)
         unresolved = hold.state == "unconfirmed" or hold.released_by_operator
@@ -149,7 +149,7 @@ def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
 
 
 def _granted(hold: AsyncHold, body: ReservationIn) -> ReservationOut:
-    """A new hold, from the reply to its reservation. The texts of frequent values are cached."""
+    """The response for a new hold. The texts of frequent values are cached."""
     zero = {window.budget: _units_json(0, window.unit) for window, _ in hold.parts}
     return ReservationOut(
         id=hold.id,

@@ -57,7 +57,7 @@ class BudgetRequest(Request):
         return self._body
 
     async def json(self) -> Any:
-        """Parse the body; return :class:`InvalidJSON` on a failure, so that a request without a key is 401 first."""
+        """Parse the body; return :class:`InvalidJSON` on a failure, so that the key is checked before the body."""
         body = await self.body()
         try:
             return _decode(body.decode())
@@ -123,7 +123,7 @@ class _Slashed(Convertor[str]):
 
 
 class _LastBudgetName(_Slashed):
-    """A budget's name at the end of a path. ``/`` before a word of these paths ends the name, unless it is ``%2F``."""
+    """A budget's name at the end of a path: ``/holds`` or ``/ledger`` ends the name, ``%2Fholds`` does not."""
 
     regex = "(?!.*/(?:holds|ledger|limit|migrate)$).+"
 
@@ -140,7 +140,7 @@ register_url_convertor("last_hold", _LastHoldId())
 
 
 def _keep_encoded_slashes(scope: Scope) -> Scope:
-    """The scope with ``%2F`` in its path as it was sent, where servers decode it to ``/``."""
+    """The ASGI scope with the ``%2F`` of the path as it was sent; servers decode it to ``/``."""
     raw_path = scope.get("raw_path") or b""
     if b"%2" not in raw_path:
         return scope
@@ -161,7 +161,7 @@ class BudgetRoute(APIRoute):
     """The methods of all routes with this path."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Match the path with its ``%2F``: ``team%2Fholds`` is a name, ``team/holds`` are the holds of ``team``."""
+        """Match the undecoded path: ``team%2Fholds`` is a budget, ``team/holds`` are the holds of ``team``."""
         return super().matches(_keep_encoded_slashes(scope))
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -189,7 +189,7 @@ def _config(settings: Settings, workers: int) -> uvicorn.Config:
 
 
 def worker_app(settings: Settings) -> FastAPI:
-    """Create the app of a process that does nothing else, and tune garbage collection for it.
+    """Create the app of a worker process, and tune garbage collection for it.
 
     With the defaults of Python, a busy service spends a fifth of its time on collections: the objects of concurrent
     requests outlive several, and each full collection visits all modules.

@@ -210,7 +210,7 @@ def load_settings() -> Settings:
 
 
 def _one_line(error: ValidationError) -> str:
-    """The first error, with its environment variable. Without the value: it may be a secret."""
+    """The first error with its environment variable, but without the value, which may be a secret."""
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     text = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:
@@ -221,7 +221,7 @@ def _one_line(error: ValidationError) -> str:
 
 
 def _slabs(text: str) -> AmountIn | Mapping[str, AmountIn] | None:
-    """An amount in dollars, or ``name=amount``, several separated by commas; ``None`` of an empty text."""
+    """Parse an amount in dollars, or ``name=amount`` pairs separated by commas; ``None`` for an empty text."""
     words = [word.strip() for word in text.split(",") if word.strip()]
     if len(words) == 1 and "=" not in words[0]:
         return from_units(to_units(words[0], positive=True))

@@ -103,7 +103,8 @@ class WindowSnapshot:
 class Ledger:
     """The sums of a ledger up to an entry; a later snapshot continues from there.
 
-    Entries never change, so a ledger that was trimmed since keeps these sums: its summary stands for entries read here.
+    Entries never change, so these sums stay valid if the ledger is trimmed: its summary replaces entries that were read
+    here.
     """
 
     number: int = 0
@@ -142,7 +143,10 @@ class Ledger:
             self.carried = True
 
     def continues_at(self, head: bytes, trimmed_count: int, newest: int) -> bool:
-        """Whether a ledger with this head and newest number continues the one read here; remember its head."""
+        """Whether a ledger with this first entry and newest number continues the one read before.
+
+        Remember its first entry.
+        """
         same_head = self.head == head if self.trimmed_count == trimmed_count else self.trimmed_count < trimmed_count
         if not (self.number == 0 or (same_head and trimmed_count <= self.number)) or self.number > newest:
             return False
@@ -181,7 +185,7 @@ class AuditReader:
         self._ledgers = {key: ledger for key, ledger in self._ledgers.items() if key in kept}
 
     def snapshot(self, budget: str, window: str) -> WindowSnapshot:
-        """One window now: the counters in one step, then page by page the entries and records that explain them.
+        """Read one window: the counters in one step, then the ledger entries and hold records page by page.
 
         Raises:
             StoreUnavailable: see :meth:`check_epoch`.
@@ -207,7 +211,7 @@ class AuditReader:
     ) -> tuple[int, dict[bytes, bytes], bytes, bytes, int, Sequence[bytes]]:
         """Read in one step: the time, the window, both ends and the length of the ledger, the ids of the open holds.
 
-        By a transaction, not a script: a script would block the store for four times as long with that many ids.
+        This is a transaction, because a script would block the store for four times as long with many ids.
         """
         pipeline = self._client.pipeline(transaction=True)
         pipeline.time()
@@ -252,7 +256,7 @@ class AuditReader:
         return None
 
     def _read_on(self, ledger: Ledger, key: str, newest: int) -> bool:
-        """Read the entries up to number ``newest``, page by page; false if the list is no longer as it was."""
+        """Read the entries up to number ``newest``, page by page; return false if the ledger was trimmed meanwhile."""
         first = ledger.trimmed_count or 1  # the number at index 0
         while ledger.number < newest:
             known = 1 if ledger.number else 0  # a page begins with the last entry read, which shows that nothing moved
@@ -325,7 +329,7 @@ class AuditReader:
                 yield from zip(words[::2], words[1::2], strict=True)
 
     def _unindexed(self, ids: list[str]) -> list[str]:
-        """The holds whose index has no entry for them, or one with a wrong deadline."""
+        """The holds that are missing from their index, or are in it with a wrong deadline."""
         found = self._client.mget([self._keys.hold(hold_id) for hold_id in ids])
         records = dict(zip(ids, found, strict=True))
         wrong: list[str] = []
@@ -338,7 +342,7 @@ class AuditReader:
         return wrong
 
     def _stray(self, state: bytes, ids: list[str]) -> list[str]:
-        """The ids in an index that have no record, or one in another state."""
+        """The ids in an index whose hold has no record, or is in another state."""
         found = self._client.mget([self._keys.hold(hold_id) for hold_id in ids])
         return [hold_id for hold_id, record in zip(ids, found, strict=True) if not record or record[:1] != state]
 

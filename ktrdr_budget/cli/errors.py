@@ -45,7 +45,7 @@ class InvalidInput(CommandError):
 
 
 class Denied(CommandError):
-    """A budget cannot cover the request; ``problem`` has the figures, ``fits`` and ``retry_after``."""
+    """A budget cannot cover the request; ``problem`` is the problem document, with the figures."""
 
     exit_code = 3
     prefix = "denied: "

@@ -75,7 +75,7 @@ def _find(where: Service, operation_id: str) -> dict[str, Any]:
 
 
 def _cycles(document: Mapping[str, Any]) -> dict[str, Any]:
-    """Index the cycles of either document by id."""
+    """Index the cycles of a status or a list of cycles by id."""
     found = document["cycles"] if "cycles" in document else [*document["active_cycles"], document["last_cycle"]]
     return {cycle["operation_id"]: cycle for cycle in found if cycle is not None}
 

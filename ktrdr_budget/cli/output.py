@@ -97,7 +97,7 @@ def amount_text(value: str | int | Decimal | None, *, is_money: bool | None = No
 
 
 def cents(value: str | int | Decimal | None) -> str:
-    """Format dollars with two digits, rounded like ``f"${value:.2f}"`` of a float; ``unlimited`` for ``None``."""
+    """Format dollars with two decimals, rounded as ``f"${value:.2f}"`` rounds a float; ``unlimited`` for ``None``."""
     if value is None:
         return "unlimited"
     amount_text(value, is_money=True)  # raises if the value is not an amount

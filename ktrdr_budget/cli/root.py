@@ -66,7 +66,7 @@ def _exit_code(run: Callable[[], Any]) -> int:
 
 
 def _drop_stdout() -> None:
-    """Redirect stdout, or the interpreter would retry the failed write at exit and report it again."""
+    """Redirect stdout, because the interpreter would retry the failed write at exit and report it again."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, sys.stdout.fileno())

@@ -27,19 +27,19 @@ _REFUSES_EVERYTHING = re.compile(r"\b(OOM|NOPERM|NOAUTH|WRONGPASS|MISCONF|KTRDRS
 
 
 class DataLossPending(StoreUnavailable):
-    """A read's reply does not count: the store has lost writes, and replicas have yet to replay them."""
+    """A reply to a read cannot be used: the store has lost writes that replicas have not replayed yet."""
 
 
 def refuses_everything(error: StoreError) -> bool:
-    """Whether an error concerns not one operation but the store: each batch would be refused now."""
+    """Whether an error concerns the whole store, and not one operation: it would refuse any batch now."""
     return _REFUSES_EVERYTHING.search(str(error)) is not None
 
 
 class Background:
-    """Belongs to one event loop; its tasks end with the limiter.
+    """The background tasks of one limiter, on one event loop; they end with the limiter.
 
     Args:
-        timeout_s: within which a batch is answered.
+        timeout_s: how long to wait for the reply to a batch.
     """
 
     def __init__(self, state: ReplicaState, store: Store, timeout_s: float) -> None:
@@ -49,7 +49,7 @@ class Background:
         self.reset()
 
     def reset(self) -> None:
-        """Without an event loop: at the start, and in the child after a fork."""
+        """Set the state without an event loop: at the start, and in the child after a fork."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self.tasks: set[asyncio.Task[None]] = set()
         self.closed = False
@@ -60,7 +60,7 @@ class Background:
         return self._loop
 
     def bind(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Work on this event loop from now on."""
+        """Use this event loop from now on."""
         self._loop = loop
 
     def time(self) -> float:
@@ -69,7 +69,7 @@ class Background:
         return self._loop.time()
 
     def spawn(self, work: Any, context: contextvars.Context | None = None) -> None:
-        """Start a task, in a context of its own: instrumentation of redis-py sees the caller's only if given."""
+        """Start a task in an empty context, so that its requests are not traced as a caller's; or in ``context``."""
         assert self._loop is not None
         task = self._loop.create_task(work, context=context or contextvars.Context())
         self.tasks.add(task)
@@ -81,17 +81,17 @@ class Background:
         self._loop.call_soon(callback)
 
     def later(self, delay_s: float, method: Callable[[], None]) -> asyncio.TimerHandle:
-        """Call a bound method later, unless its object is gone: a timer keeps no forgotten limiter alive."""
+        """Call a bound method later, unless its object was garbage collected: a timer must not keep a limiter alive."""
         assert self._loop is not None
         return self._loop.call_later(delay_s, _call, weakref.WeakMethod(method))
 
     async def send(
         self, ops: Sequence[Operation], within_s: float | None = None, *, repairs: bool = False
     ) -> tuple[BatchHead, list[Reply]]:
-        """Send one batch beside the lanes.
+        """Send one batch that belongs to no caller.
 
         Args:
-            repairs: it replays what the store has lost: nothing is granted before the replay is complete.
+            repairs: the batch replays lost data, and the store grants nothing until the replay is complete.
 
         Raises:
             the exceptions of :data:`NO_REPLY`.
@@ -111,7 +111,7 @@ class Background:
         return self.checked(read, header, await self.store.run(read, self.time() + self.timeout_s))
 
     def checked(self, read: Read, header: Header, reply: Any) -> tuple[ReadHead, Sequence[Any]]:
-        """The reply to a read, if it counts; the one place that compares its epoch with the known one.
+        """Return the reply to a read if the store has lost no data; the one place that compares epochs.
 
         Args:
             header: this replica's state when it sent the read.
@@ -129,14 +129,14 @@ class Background:
         return head, items
 
     def data_loss_pending(self, wait_s: float | None = None) -> DataLossPending:
-        """The error for a reply that does not count; ``wait_s``: seconds after which another may."""
+        """The error for a reply that cannot be used; ``wait_s``: seconds until a read may succeed."""
         again = "" if wait_s is None else f"; try again in {wait_s:.1f} s"
         return DataLossPending(
             f"store at {self.store.shown}: it lost writes and is being repaired{again}", reached=True
         )
 
     async def end(self) -> None:
-        """Cancel what is under way, and wait until it has ended."""
+        """Cancel the running tasks, and wait until they have ended."""
         self.closed = True
         tasks = [task for task in self.tasks if task is not asyncio.current_task()]
         for task in tasks:

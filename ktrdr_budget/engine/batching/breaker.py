@@ -1,8 +1,8 @@
-"""The circuit breaker: a store that is down costs one call its deadline, and not each call again (P12).
+"""The circuit breaker: during an outage only the first call waits for its deadline, later calls fail fast (P12).
 
-Closed, calls are sent. Once a call has missed its deadline without any reply from the store, it opens: one probe at a
-time is sent, at growing intervals and for each new call, and calls wait for it, but not long. The first reply closes
-it, so that a call made after the store has returned is served.
+While the breaker is closed, calls are sent. It opens when a call misses its deadline without any reply from the store.
+While it is open, one probe at a time is sent, at growing intervals and for each new call, and calls wait briefly for
+its reply. The first reply closes the breaker, so that the next call is served.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ reply at all."""
 
 
 class Breaker:
-    """Of one limiter. While it is closed, a call pays only for reading :attr:`open`.
+    """The circuit breaker of one limiter. While it is closed, a call pays only for reading :attr:`open`.
 
     Args:
-        on_close: called when the store has replied again, with whether it has lost writes meanwhile.
+        on_close: called when the store replies again; its argument says whether the store has lost writes.
     """
 
     def __init__(self, background: Background, on_close: Callable[[bool], None]) -> None:
@@ -45,7 +45,7 @@ class Breaker:
         self.reset()
 
     def reset(self) -> None:
-        """Closed, as at the start."""
+        """Close the breaker, as at the start."""
         self.open = False
         self.openings = 0
         """How often it has opened."""
@@ -67,7 +67,7 @@ class Breaker:
         return "open" if self.open else "closed"
 
     def deadline_missed(self, called_s: float, error: Exception) -> None:
-        """Open after the deadline of a call that was made at this time, unless the store has replied meanwhile."""
+        """Open because a call made at this time missed its deadline, unless the store has replied since."""
         last_reply_s = max(self.last_reply_s, self._background.state.last_reply_s)
         if self.open or self._background.closed or last_reply_s >= called_s:
             return
@@ -86,7 +86,7 @@ class Breaker:
         return time.monotonic() - self._since_s
 
     def refusal(self, *, ambiguous: bool) -> StoreUnavailable:
-        """The error of a call while this is open."""
+        """The error of a call while the breaker is open."""
         return StoreUnavailable(self._state_words, ambiguous=ambiguous, reached=self._answered)
 
     @property
@@ -94,7 +94,7 @@ class Breaker:
         return f"{self._cause} for {self.silent_s:.1f} s; failing fast until it replies"
 
     def consult(self, callback: Callable[[], None]) -> None:
-        """Call back soon, when it may be closed; send a probe, unless one is under way."""
+        """Call back once the breaker closes or the wait is over; send a probe, unless one is in flight."""
         began_s, background = self._probe_began_s, self._background
         if began_s is None:
             self._waiting.append(callback)

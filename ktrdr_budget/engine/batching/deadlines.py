@@ -1,7 +1,7 @@
 """The deadlines of calls that wait to be sent.
 
-A batch under way ends in time by itself. A call that waits behind it may have less time left if it was sent before: a
-reservation that was denied while holds were due, a commit by id that first read its hold.
+A batch in flight ends by its own deadline. A call that waits behind it may have an earlier deadline, if it was sent
+once before: a reservation that was denied while holds were due, or a commit by id that first read its hold.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ LATE_S = 0.02
 
 
 class Deadlines:
-    """One timer, for the earliest of them: a timer for each call would cost as much as sending it.
+    """One timer for the earliest deadline: a timer for each call would cost as much as sending it.
 
-    It ticks more often, and so measures for how long the event loop is blocked while calls are under way.
+    The timer also ticks between deadlines, to measure for how long the event loop is blocked while calls wait.
 
     Args:
-        expire: ends the calls whose deadline has come; returns the earliest of the others, infinite if none is left.
+        expire: ends the calls whose deadline has passed; returns the earliest other deadline, infinite without one.
     """
 
     def __init__(self, expire: Callable[[], float]) -> None:
@@ -37,7 +37,7 @@ class Deadlines:
         """For how long the event loop was blocked, in sum."""
 
     def watch(self, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
-        """Check at this time of the event loop."""
+        """Check the deadlines at this time of the event loop."""
         self._note_stall(loop)
         self.next_s = deadline
         self._wait(loop)
@@ -64,7 +64,7 @@ class Deadlines:
             self.stalled_s += late_s
 
     def stop(self) -> None:
-        """Check no more, until :meth:`watch`."""
+        """Stop the timer until the next :meth:`watch`."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer, self.next_s = None, math.inf

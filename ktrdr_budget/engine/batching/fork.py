@@ -1,4 +1,4 @@
-"""Limiters in the child of a fork."""
+"""Reset the state of limiters in a forked child."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def watch(forked: Forked) -> None:
 
 
 def keep(of_the_parent: Any) -> None:
-    """Keep an object of the parent for ever: a connection that is collected removes itself from the parent's epoll."""
+    """Keep an object of the parent for ever: a collected connection would remove itself from the parent's epoll."""
     _of_the_parent.append(of_the_parent)
 
 

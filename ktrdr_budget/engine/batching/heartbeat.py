@@ -55,7 +55,7 @@ class Heartbeat:
             self._schedule()
 
     def stop(self) -> None:
-        """Send no further heartbeat. One under way ends before what is sent next, or is harmless after it."""
+        """Send no further heartbeat. One that is in flight cannot reopen a hold that is settled next."""
         timer, self.timer = self.timer, None
         if isinstance(timer, asyncio.TimerHandle):
             timer.cancel()

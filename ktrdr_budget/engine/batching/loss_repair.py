@@ -1,7 +1,7 @@
-"""Detects that the store has lost data, and replays this replica's journal to it (P13).
+"""Detect that the store has lost data, and replay this replica's journal to it (P13).
 
-Each replica replays its journal by ids and totals, so that a replay changes nothing the second time: limits and
-settlements first, its own and those of others that it received replies for, then its subtotals, then open holds.
+Entries are replayed by ids and totals, so that a second replay changes nothing. The order is: limits, settlements (also
+those of other replicas that are in the journal), subtotals, open holds.
 """
 
 from __future__ import annotations
@@ -39,11 +39,12 @@ _Replies = list[tuple[Operation, Reply]]
 
 
 class LossRepair:
-    """Of one limiter.
+    """The detection and repair of data losses by one limiter.
 
     Args:
         check_policy: reads the store's eviction policy.
-        on_wait: called at intervals, with the last failure, while calls wait for a repair: their deadlines may come.
+        on_wait: called at intervals with the last failure while calls wait for a repair, to end those past their
+            deadline.
         on_end: called when calls may be sent again.
     """
 
@@ -67,7 +68,7 @@ class LossRepair:
         self.reset()
 
     def reset(self) -> None:
-        """Nothing is lost, as at the start."""
+        """Reset to the state without a data loss, as at the start."""
         self.active = False
         """The store has lost writes; no call is sent before the replay is complete."""
         self._again = False
@@ -89,7 +90,7 @@ class LossRepair:
         self._pulse_timer = self._background.later(PULSE_S, self._pulse)
 
     def stop(self) -> None:
-        """Probe no more."""
+        """Stop the probes."""
         for timer in (self._pulse_timer, self._replay_timer):
             if timer is not None:
                 timer.cancel()
@@ -110,7 +111,7 @@ class LossRepair:
             self._background.spawn(self.check_holds())
 
     def suspect(self) -> None:
-        """Probe the store, unless that is under way."""
+        """Send a probe to the store, unless one is in flight."""
         if self._background.loop is not None and not (self._probing or self.active or self._background.closed):
             self._probing = True
             self._background.spawn(self._probe())
@@ -127,7 +128,7 @@ class LossRepair:
             self._probing = False
 
     async def check_holds(self) -> None:
-        """Drop holds that others have settled: a replay would open them again, once the others have dropped them."""
+        """Drop holds that other replicas have settled, because a later replay could reopen them."""
         state = self._state
         ids = state.journal.holds_to_check(state.now_ms(), _CHECK_HOLDS)
         try:
@@ -144,13 +145,13 @@ class LossRepair:
     # -- replay --------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Hold calls back until the journal is replayed, unless that is under way."""
+        """Start a repair, unless one is running; calls wait until the journal is replayed."""
         if not self.active and not self._background.closed:
             self.active = True
             self._background.spawn(self._replay_until_done())
 
     def begin_again(self) -> None:
-        """As :meth:`begin`; a replay under way may lack what was lost."""
+        """Start a repair; restart one that is running, because it may not replay what was lost since."""
         self._again = True
         self.begin()
 
@@ -202,7 +203,7 @@ class LossRepair:
         return True
 
     def _replay_again(self, missing: list[str]) -> None:
-        """Replay again once windows are there that were missing: their slot is being migrated."""
+        """Replay again once missing windows exist: their slot is being migrated."""
         if not missing:
             self._replay_again_s = _REPLAY_AGAIN_FIRST_S
         elif self._replay_timer is None:
@@ -239,7 +240,7 @@ class LossRepair:
         return answered
 
     async def _replies(self, batch: Sequence[Operation]) -> list[Reply] | None:
-        """The replies to a batch; an operation that the store cannot execute holds up no other."""
+        """The replies to a batch; an operation that the store cannot execute does not stop the others."""
         try:
             head, replies = await self._background.send(batch, repairs=True)
         except StoreError as error:

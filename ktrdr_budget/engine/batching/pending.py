@@ -1,4 +1,4 @@
-"""A call of the limiter while it is under way, and the observation of it once it has ended."""
+"""A call of the limiter in progress, and its observation once it has ended."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ __all__ = ["Observation", "Observer", "PendingCall"]
 class Observation:
     """A finished call, or spend that was recorded after its call had ended.
 
-    A settlement is ``replayed`` here if it was observed before: not if it is a retry's, and the first reply was lost.
+    A settlement is ``replayed`` here only if it was observed before. A retry after a lost reply is the first
+    observation.
     """
 
     operation: str
@@ -39,8 +40,8 @@ class PendingCall:
     Args:
         started_s: by the monotonic clock.
         deadline_s: by the event loop's clock.
-        stalled_max_s: once the event loop was blocked for so long in sum, a missing reply says nothing of the store.
-        kept: the caller will not retry: a settlement that fails is sent again, as if the caller were gone.
+        stalled_max_s: if the event loop was blocked for longer in total, a missing reply does not indicate an outage.
+        kept: the caller will not retry, so the limiter resends a settlement that fails.
     """
 
     __slots__ = (

@@ -51,7 +51,7 @@ class Queues:
             self._queue_of(call).appendleft(call)
 
     def clear(self) -> list[PendingCall]:
-        """Take all of them out."""
+        """Remove and return all calls."""
         waiting = [*self]
         for queue in (self._settlements, self._urgent, self._admissions):
             queue.clear()
@@ -59,12 +59,12 @@ class Queues:
 
     @property
     def next_deadline_s(self) -> float:
-        """The earliest deadline among the calls that are next, by the event loop's clock; infinite if none waits."""
+        """The earliest deadline among the first calls of the queues; infinite if all queues are empty."""
         heads = [queue[0].deadline_s for queue in (self._settlements, self._urgent, self._admissions) if queue]
         return min(heads, default=math.inf)
 
     def take(self, ops_max: int, windows_max: int) -> list[PendingCall]:
-        """The next batch; urgent calls have the first choice, settlements the second.
+        """Take the next batch: heartbeats and reports get their share first, then settlements, then the rest.
 
         Args:
             windows_max: about how many windows it may touch.

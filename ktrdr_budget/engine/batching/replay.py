@@ -40,10 +40,10 @@ _BATCH_OPS = 128
 
 
 class Replayer:
-    """Of one limiter: sends the outbox until it is empty.
+    """Sends the outbox of one limiter until it is empty.
 
     Args:
-        on_settled: called with each commit or record in doubt that this replica has made, and with its reply.
+        on_settled: called with each commit or record in doubt that this replica has settled, and with its reply.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class Replayer:
         self.reset()
 
     def reset(self) -> None:
-        """Nothing is under way."""
+        """Reset to the state in which nothing is being sent."""
         self._timer: asyncio.TimerHandle | None = None
         self._draining = False
         self._ended = False
@@ -74,7 +74,7 @@ class Replayer:
     # -- what is added -------------------------------------------------------------------------------------------------
 
     def resolve_later(self, op: Operation) -> None:
-        """Resolve a request whose reply was lost, and whose caller received that error."""
+        """Queue a request whose reply was lost; its caller received ``StoreUnavailable``."""
         if isinstance(op, SettlingOperation):
             self._keep_fact(op)
         elif isinstance(op, Reserve):
@@ -82,10 +82,10 @@ class Replayer:
         # Else they are totals, which the caller's next request corrects.
 
     def take_over(self, request: Operation | Read | Command, *, maybe_executed: bool) -> None:
-        """Own a request that has failed and whose caller is gone.
+        """Queue a failed request whose caller is gone.
 
-        A fact is sent until the store has it. A grant is released if it was made to this very request, and prevented
-        if it was not made.
+        A settlement or report is sent until the store has it. A reservation is released if the store granted it to this
+        request; otherwise the store refuses this request from then on.
         """
         if isinstance(request, Read):
             if request.prepares is not None:
@@ -114,7 +114,7 @@ class Replayer:
     # -- when ----------------------------------------------------------------------------------------------------------
 
     def schedule(self) -> None:
-        """Drain the outbox soon."""
+        """Send the outbox soon."""
         # The end of a repair, and the first reply after an outage, drain it themselves.
         busy = self._draining or self._repair.active or self._breaker.open
         if self._timer is None and not (busy or self._ended):
@@ -122,7 +122,7 @@ class Replayer:
             self._timer = self._background.loop.call_later(self._pause_s, self._begin)
 
     def hasten(self) -> None:
-        """Drain the outbox now: the store replies again."""
+        """Send the outbox now, because the store replies again."""
         self.stop()
         self._pause_s = RETRY_FIRST_S
         self._context.policy.store_replies()
@@ -130,13 +130,13 @@ class Replayer:
             self._begin()
 
     def stop(self) -> None:
-        """Drain nothing more by itself, until the next :meth:`schedule`."""
+        """Stop sending the outbox until the next :meth:`schedule`."""
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
 
     def end(self) -> None:
-        """As :meth:`stop`, for good: only an explicit :meth:`drain` sends the rest."""
+        """Stop for good; only an explicit :meth:`drain` sends the rest."""
         self._ended = True
         self.stop()
 
@@ -159,7 +159,7 @@ class Replayer:
     # -- sending -------------------------------------------------------------------------------------------------------
 
     async def drain(self) -> None:
-        """Send all of it once, as far as the store replies."""
+        """Send the whole outbox once; stop when the store does not reply."""
         async with self._lock:
             try:
                 for batch in self._batches(lambda entry: entry.kind == "by id"):
@@ -172,9 +172,9 @@ class Replayer:
                 logger.debug("outbox not drained: %s", error)
 
     def _batches(self, wanted: Callable[[Entry], bool]) -> Iterator[list[Entry]]:
-        """The wanted entries, some at a time; those that have ended before their turn are left out.
+        """Yield the wanted entries in batches, without those that have ended meanwhile.
 
-        Drops requests that may have been executed so long ago that the store has dropped their ids.
+        Drops requests that are too old to be resent safely: the store may have dropped their ids.
         """
         batch: list[Entry] = []
         for entry in self._outbox:
@@ -192,7 +192,7 @@ class Replayer:
         yield [each for each in batch if each in self._outbox]
 
     async def _read_holds(self, entries: list[Entry]) -> None:
-        """Read the holds of facts by id, which are settlements and reports from then on."""
+        """Read the holds of settlements and reports by id, and turn them into operations."""
         for entry, record in await self._records(entries):
             assert isinstance(entry.request, PreparedFact)
             if record is None:
@@ -203,7 +203,7 @@ class Replayer:
                 entry.kind = _kind_of(entry.request)
 
     async def _records(self, entries: list[Entry]) -> list[tuple[Entry, HoldRecord | None]]:
-        """The records of the holds; without those that replicas may have yet to replay."""
+        """Read the records of the holds; leave out those that replicas may still replay."""
         if not entries:
             return []
         state = self._background.state

@@ -1,10 +1,10 @@
-"""What the calls of one limiter share.
+"""The state and helpers that all calls of one limiter share.
 
 A call is a generator: it yields what to send to the store (:class:`~..protocol.operations.Operation`,
 :class:`~..protocol.requests.Read` or :class:`~..protocol.requests.Command`), receives the typed reply, and returns the
-result. It validates before it yields, so that bad input is refused before anything is sent. A read is answered only
-from a store that has lost nothing, or that this replica has repaired; without a reply within the deadline,
-:class:`~ktrdr_budget.errors.StoreUnavailable` is thrown into the generator. Sync and async limiters share all of it.
+result. It validates before it yields, so that bad input is refused before anything is sent. The reply to a read is used
+only if the store has lost no data, or if this replica has repaired it. Without a reply within the deadline,
+:class:`~ktrdr_budget.errors.StoreUnavailable` is thrown into the generator. Sync and async limiters share all calls.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _NO_LABELS = Labels()
 
 
 class CallContext:
-    """The state that calls work on.
+    """The state that calls read and change.
 
     Args:
         new_hold: makes the sync or async hold.
@@ -70,7 +70,7 @@ class CallContext:
         """The labels of a hold, with the current trace.
 
         Raises:
-            InvalidArgument: one is too long, or no text.
+            InvalidArgument: a label is too long, or is not a text.
         """
         trace_id = self._trace_id()
         if not owner and not operation and not trace_id:  # by far the most
@@ -106,7 +106,10 @@ class CallContext:
         return [(name, to_units(value, state.budget(name).unit, positive=positive)) for name, value in budget.items()]
 
     def release_later(self, hold_id: str, windows: Iterable[Window], request: str) -> None:
-        """Release a grant that no caller has received once the store replies; if it was not made, prevent it."""
+        """Release a grant that no caller has received, once the store replies.
+
+        If the request arrives later, the store refuses it.
+        """
         op = release_unreceived(hold_id, self.state.keys.hold(hold_id), windows, request)
         if evicted := self.outbox.add(Entry(op, "release", self.state.now_ms() * 1000)):
             logger.error("outbox full: outcome of %s unknown, dropped", evicted.hold_id)
@@ -119,7 +122,7 @@ class CallContext:
         yield from self.retire_records(dict(zip(ids, (yield from self.read_records(ids)), strict=True)))
 
     def retire_records(self, records: Mapping[str, HoldRecord | None]) -> Flow[None]:
-        """As :meth:`retire`, of holds whose records were read."""
+        """Make holds whose records were read unconfirmed if they are past their deadline."""
         for hold_id, record in records.items():
             windows = self.windows_of(record) if record else []
             try:
@@ -136,10 +139,10 @@ class CallContext:
         """A hold's record, retired if it is due.
 
         Args:
-            fact: the settlement or report that this prepares.
+            fact: the settlement or report that the record is read for.
 
         Raises:
-            UnknownHold: there is none.
+            UnknownHold: no hold has this id.
         """
         retired = False
         state = self.state
@@ -155,12 +158,12 @@ class CallContext:
             retired = True
 
     def offline_hold(self, hold_id: str) -> HoldBase | None:
-        """A hold that was granted without the store."""
+        """The hold of this id if it was granted without the store; else ``None``."""
         return self.policy.holds.get(hold_id)
 
 
 class DenialCache:
-    """When a denied caller can return, per window; looked up once for all that are denied within a second."""
+    """When a denied caller can retry, per window; read once for all callers denied within a second."""
 
     _LIFETIME_MS = 1_000
     _ENTRIES_MAX = 1_000
@@ -170,14 +173,14 @@ class DenialCache:
         """By the keys of windows: the first deadline of any open hold then, when it was looked up, what was found."""
 
     def get(self, window: Window, first_deadline_ms: int, now_ms: int) -> int | None:
-        """The deadline found for this window, unless another hold has become the first meanwhile."""
+        """The cached deadline of this window, unless the hold with the first deadline has changed since."""
         entry = self._entries.get(window.key)
         if entry is None or entry[0] != first_deadline_ms or not 0 <= now_ms - entry[1] < self._LIFETIME_MS:
             return None
         return entry[2]
 
     def put(self, window: Window, first_deadline_ms: int, now_ms: int, found_ms: int) -> None:
-        """Keep the deadline found for this window."""
+        """Cache the deadline that was read for this window."""
         if len(self._entries) >= self._ENTRIES_MAX:
             self._entries.clear()
         self._entries[window.key] = first_deadline_ms, now_ms, found_ms

@@ -1,4 +1,4 @@
-"""Heartbeats, growth and reports of use."""
+"""Heartbeats, growth, and reports of accrued amounts."""
 
 from __future__ import annotations
 
@@ -47,10 +47,11 @@ def grow_to(context: CallContext, hold: HoldBase, totals: Amounts) -> Flow[None]
 def grow(context: CallContext, hold: HoldBase, amount: Amounts) -> Flow[None]:
     """Enlarge the reservation, in all budgets or in none.
 
-    The increase is added exactly once, though several callers and processes may grow the hold at the same time. The
-    store keeps the largest total, so a repeated request is harmless. To add to one, each attempt names the totals that
-    it expects, and the store refuses it if others have grown the hold since; then it is made again. Only after a lost
-    reply can an attempt not be distinguished from another process that grew the hold to the very same totals.
+    The increase is added exactly once, although several callers and processes may grow the hold at the same time. The
+    store keeps the largest total, so a repeated request is harmless. To add to a total, each attempt names the totals
+    that it expects. If others have grown the hold since, the store refuses the attempt, and it is repeated with the
+    current totals. One case is ambiguous: after a lost reply, growth by another process to the same totals looks like
+    this attempt.
     """
     check_amounts(amount)
     more = spread(amount, hold.flags)
@@ -92,7 +93,7 @@ def _grow(context: CallContext, hold: HoldBase, more: Totals) -> Flow[HoldRecord
 
 
 def report(context: CallContext, hold: HoldBase) -> Flow[HoldRecord]:
-    """Report what was used, of a hold that is left to its deadline."""
+    """Report the accrued amount of a hold that will not be settled, so that it expires with that amount."""
     return _send(context, _extension(context, hold, _accrued(hold), hold.ttl_ms, ExtendMode.REPORT))
 
 
@@ -123,10 +124,10 @@ def _extended(
     parts: Callable[[], Sequence[tuple[Window, int]]],
     ttl_ms: int | None = None,
 ) -> Flow[None]:
-    """Extend a hold where it is known: in the store, or in this process.
+    """Extend a hold in the store, or in this process if it was granted offline.
 
     Args:
-        parts: returns its windows with the totals to reach; other growth may come first.
+        parts: returns the hold's windows with the totals to reach, computed when the hold is extended.
         ttl_ms: of a heartbeat; ``None`` for growth.
     """
     if hold.offline is not None and hold.offline.extend(hold, parts, ttl_ms):
@@ -161,7 +162,7 @@ def _extended(
 
 
 def extend_by_id(context: CallContext, hold_id: str, ttl: float | None, accrued: Amounts | None) -> Flow[HoldView]:
-    """A heartbeat by id; ``accrued`` is the total so far. Without a ttl, no deadline comes sooner for it."""
+    """Send a heartbeat by id; ``accrued`` is the total so far. Without a ttl, the deadline never becomes earlier."""
     ttl_ms = check_ttl_ms(TTL_DEFAULT_S if ttl is None else ttl)
     check_name(hold_id, "id")
     check_amounts(accrued)
@@ -205,13 +206,13 @@ def grow_by_id(context: CallContext, hold_id: str, amounts: Mapping[str, AmountI
 
 
 def _send(context: CallContext, op: Extend) -> Flow[HoldRecord]:
-    """Send an extension; return the hold as it left it."""
+    """Send an extension; return the hold after it."""
     _, record = yield from _send_growth(context, op)
     return record
 
 
 def _send_growth(context: CallContext, op: Extend) -> Flow[tuple[bool, HoldRecord]]:
-    """As :func:`_send`; false, if it changed nothing because others have grown the hold."""
+    """Send growth; return false if it changed nothing because others have grown the hold."""
     state = context.state
     rounds = 0
     while True:

@@ -59,7 +59,7 @@ def clear_limit(context: CallContext, name: str) -> Flow[Status]:
 def _change_limit(
     context: CallContext, budget: Budget, units: int | None, until_ms: int, *, clear: bool = False
 ) -> Flow[int]:
-    """Return the store's time of the change in microseconds."""
+    """Set or clear a limit; return the store's time of the change in microseconds."""
     keys = context.state.keys
     reply = yield set_limit_command(keys, budget.name, units, until_ms, budget.definition, clear=clear)
     result = parse_set_limit(reply, budget.name)
@@ -112,7 +112,7 @@ def migrate(context: CallContext, name: str) -> Flow[Migration]:
 
 
 def _registered_budget(budget: Budget, registered: str) -> Budget:
-    """The budget as it is registered; as this replica defines it, if it is not."""
+    """The budget as it is registered in the store, or as this replica defines it if none is registered."""
     if not registered:
         return budget
     try:

@@ -1,4 +1,4 @@
-"""Figures of budgets, holds and ledgers."""
+"""Read the figures of budgets, holds and ledgers."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _PAGE_MAX = 1000
 
 
 def status(context: CallContext, names: Sequence[str], *, complete: bool = False) -> Flow[list[Status]]:
-    """Budgets now; holds that are due are retired first, so that they show as unconfirmed.
+    """Read budgets; make holds past their deadline unconfirmed first, so that the figures show them as such.
 
     Args:
-        complete: wait while replicas may have yet to replay what the store has lost.
+        complete: wait while replicas may still replay data that the store has lost.
 
     Raises:
-        DefinitionConflict: another definition of one is registered.
-        StoreError: one cannot be read.
+        DefinitionConflict: another definition of a budget is registered.
+        StoreError: a window cannot be read.
     """
     found = yield from _read_budgets(context, [context.state.budget(name) for name in names], complete)
     for each in found:
@@ -47,7 +47,7 @@ def status(context: CallContext, names: Sequence[str], *, complete: bool = False
 
 
 def statuses(context: CallContext, *, complete: bool = False) -> Flow[Statuses]:
-    """All budgets now; one whose figures are unknown does not hide the others."""
+    """Read all budgets; one whose figures are unknown does not hide the others."""
     budgets = context.state.budgets
     found = yield from _read_budgets(context, [*budgets.values()], complete)
     unavailable = {name: each for name, each in zip(budgets, found, strict=True) if not isinstance(each, Status)}
@@ -95,7 +95,7 @@ def _status_or_error(
 
 
 def hold_view(context: CallContext, hold_id: str) -> Flow[HoldView]:
-    """A hold by id."""
+    """Read a hold by id."""
     check_name(hold_id, "id")
     if context.policy.owns(hold_id):
         context.policy.expire()
@@ -111,7 +111,7 @@ def hold_view(context: CallContext, hold_id: str) -> Flow[HoldView]:
 
 
 def holds(context: CallContext, name: str, limit: int, cursor: str | None) -> Flow[Page[HoldView]]:
-    """Open and unconfirmed holds of a budget, the latest deadline first."""
+    """Read the open and unconfirmed holds of a budget, the latest deadline first."""
     state = context.state
     budget = state.budget(name)
     page_size(limit)
@@ -142,7 +142,7 @@ def _is_listed(record: HoldRecord, name: str) -> bool:
 def ledger(
     context: CallContext, name: str, window: str | None, limit: int, cursor: str | None
 ) -> Flow[Page[LedgerEntry]]:
-    """A window's ledger, newest first; the current window by default."""
+    """Read a window's ledger, newest first; the current window by default."""
     state = context.state
     budget = state.budget(name)
     page_size(limit)

@@ -1,4 +1,4 @@
-"""Whether the store can be relied on."""
+"""Check whether the store can hold budgets safely."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ logger = logging.getLogger("ktrdr_budget")
 
 
 def begin(context: CallContext, shown_store: str) -> Flow[None]:
-    """Prepare for an outage, and make sure of the store."""
+    """Prepare the outage policy; connect to the store, and log a warning if it may evict budgets."""
     context.policy.begin()
     yield from status(context, [])
     yield from warn_of_eviction(context, shown_store)
@@ -51,8 +51,8 @@ def _policy_fault() -> Flow[str | None]:
 def _trial_faults(context: CallContext) -> Flow[tuple[str | None, str | None]]:
     """The faults of the store and of its scripts.
 
-    Each command that a reservation needs is tried; then a script that reads, and the write script with nothing to do,
-    as durably as a reservation.
+    The check tries each command that a reservation needs, then a read script, then an empty write batch with the
+    durability of a reservation.
     """
     state = context.state
     try:
@@ -70,7 +70,7 @@ def _trial_faults(context: CallContext) -> Flow[tuple[str | None, str | None]]:
 
 
 def warn_of_eviction(context: CallContext, shown_store: str) -> Flow[None]:
-    """Log an eviction policy by which budgets may vanish; one that cannot be read now is not reported."""
+    """Log a warning if the store may evict budgets; log nothing if its policy cannot be read."""
     context.state.policy_checked = True
     try:
         fault = eviction_fault(parse_eviction_policy((yield info_memory())))

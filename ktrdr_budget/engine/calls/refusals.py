@@ -1,4 +1,4 @@
-"""Exceptions for replies that are no success."""
+"""Convert refusals by the store to exceptions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ HOLDS_SEARCHED = 128
 
 
 def refusal(context: CallContext, op: Operation, reply: Reply, now_us: int) -> Flow[Exception]:
-    """The exception for a reply that is no success, a denial included."""
+    """The exception for a reply that refuses a request, denials included."""
     if not isinstance(reply, Denied):
         return error_for(context, op, reply, now_us)
     window = next(window for window in op.windows if window.name == reply.window)
@@ -52,10 +52,10 @@ def refusal(context: CallContext, op: Operation, reply: Reply, now_us: int) -> F
 
 
 def _first_return_ms(context: CallContext, window: Window, op: Operation, first_ms: int, now_ms: int) -> Flow[int]:
-    """When waiting may help: the first deadline of an open hold of this window.
+    """When a retry may succeed: the first deadline of an open hold of this window.
 
     Args:
-        first_ms: the first deadline of any hold, perhaps of another budget, or of this one.
+        first_ms: the first deadline of any hold of the tenant, also of other budgets.
     """
     if not isinstance(op, Reserve):
         return (yield from _search_first_deadline(context, window, op.hold_id, now_ms))
@@ -70,9 +70,9 @@ def _first_return_ms(context: CallContext, window: Window, op: Operation, first_
 
 
 def _search_first_deadline(context: CallContext, window: Window, but: str, now_ms: int) -> Flow[int]:
-    """The first deadline of an open hold of a window, ``but`` one; 0 if none is among the first holds of all.
+    """The first deadline of an open hold of a window, other than ``but``; 0 if none is found among the earliest holds.
 
-    Of a window without end, for want of a better answer: the last deadline among those.
+    For a window without end, the last deadline among those holds is returned instead of 0.
     """
     state = context.state
     try:
@@ -91,7 +91,7 @@ def _search_first_deadline(context: CallContext, window: Window, but: str, now_m
 
 
 def error_for(context: CallContext, op: Operation, reply: Reply, now_us: int) -> Exception:
-    """The exception for any other reply that is no success."""
+    """The exception for a refusal that is not a denial."""
     state, hold_id = context.state, op.hold_id
     match reply:
         case Conflict():

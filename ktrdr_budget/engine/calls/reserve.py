@@ -59,11 +59,11 @@ def reserve_units(
     *,
     store_only: bool = False,
 ) -> Flow[Any]:
-    """As :func:`reserve`, of whole units.
+    """Hold whole units, all or none; return the hold.
 
     Args:
         request: names this request if the caller chose the id; else empty.
-        store_only: only the store can grant it.
+        store_only: never grant it offline.
     """
     state = context.state
     key = state.keys.hold(hold_id)
@@ -117,10 +117,10 @@ def reserve_units(
 def _offline_replay(
     context: CallContext, hold_id: str, wanted: Sequence[tuple[str, int]], policy: str, ttl_ms: int
 ) -> HoldBase | None:
-    """The hold of this id if it was granted without the store, as it is now; ``None`` if none was (P3).
+    """The current state of the hold with this id if it was granted offline; ``None`` if none was (P3).
 
     Raises:
-        HoldConflict: it was granted with other contents.
+        HoldConflict: the id was granted with other contents.
     """
     known = context.offline_hold(hold_id)
     if known is None:

@@ -1,4 +1,4 @@
-"""From replies to the models and the errors of the public API."""
+"""Convert replies to the models and errors of the public API."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ _AMOUNTS_SHOWN = 3
 
 
 def denial(window: Window, denied: Denied, now_us: int, unit: str) -> Denial:
-    """Why a window has no room.
+    """The denial of a request for which a window has no room.
 
     The reason is ``exceeds_limit`` if no window of this limit could hold the request, ``budget_held`` if it would fit
     once all open holds were returned, else ``budget_exhausted``.
@@ -93,7 +93,7 @@ def _retry_after_s(reason: str, end_ms: int | None, deadline_ms: int, now_us: in
 
 
 def definition_conflict(budget: Budget, registered: str, way_out: str = "") -> DefinitionConflict:
-    """The error of a replica whose definition of a budget differs from the registered one."""
+    """The error for a budget whose registered definition differs from this replica's."""
     there, here = identity_of(registered), budget.identity
     words = f"budget {budget.name!r} is registered with {there}; this replica defines {here}"
     way_out = way_out or f"to replace the registered definition: ktrdr budget migrate {budget.name}"
@@ -101,18 +101,19 @@ def definition_conflict(budget: Budget, registered: str, way_out: str = "") -> D
 
 
 def outdated_definition(hold_id: str, name: str, registered: str) -> DefinitionConflict:
-    """The error of the growth of a hold whose budget has been redefined since."""
+    """The error for growing a hold whose budget was redefined after the reservation."""
     there = identity_of(registered)
     words = f"budget {name!r} has been redefined since hold {hold_id!r} was granted ({there})"
     return DefinitionConflict(f"{words}; it can be settled and prolonged, but not grow", registered=there)
 
 
 def conflict_error(op: Operation, record: HoldRecord, budgets: Mapping[str, Budget]) -> HoldConflict:
-    """Why a request conflicts with the hold of its id: ``… was already committed at $0.07; it cannot be released``.
+    """The error for a request that conflicts with its hold: ``… was already committed at $0.07; it cannot be
+    released``.
 
     Args:
         record: the hold as the store has it.
-        budgets: those known here, for their units.
+        budgets: the configured budgets, for their units.
     """
     settled = record.state in (codes.COMMITTED, codes.RECORDED)
     parts = [segment for segment in record.segments if segment.flag != codes.SLOTS] or record.segments
@@ -181,11 +182,11 @@ def status_of(
 ) -> Status:
     """A window's figures; an untouched one reads as 0 spent.
 
-    Of the configured limits, that of the replica that started last is in force: if this one did, its own, though no
-    reservation has brought it to the store yet.
+    The limit in force is the configured one of the replica that started last. If this replica did, its limit is shown
+    even before a reservation has written it to the store.
 
     Args:
-        repaired_ms: when replicas have replayed what the store has lost; 0: they have.
+        repaired_ms: until when replicas may replay lost data; 0: no replay is pending.
         claim: when this replica started, and its id.
 
     Raises:
@@ -239,7 +240,7 @@ def eviction_fault(policy: str) -> str | None:
 
 
 def refusal_faults(refused: Sequence[tuple[str, str]]) -> tuple[str | None, str | None]:
-    """The fault of the store, and that of its scripts, from commands and the errors that they met.
+    """The faults of the store and of its scripts, derived from the commands that the store refused.
 
     Args:
         refused: an empty error means that the store's user lacks the permission.

@@ -34,7 +34,7 @@ _UNKNOWN = "unknown hold: settled more than 24 h ago, or never granted"
 
 
 def commit(context: CallContext, hold: HoldBase, amount: Amounts | None) -> Flow[Settlement]:
-    """Commit ``amount``, or what was accrued."""
+    """Commit ``amount``, or the accrued amount without one."""
     if len(hold.parts) == 1 and isinstance(amount, (str, Decimal)):  # by far the most
         window, _ = hold.parts[0]
         if window.flag != codes.SLOTS:
@@ -46,7 +46,7 @@ def commit(context: CallContext, hold: HoldBase, amount: Amounts | None) -> Flow
 
 
 def commit_units(context: CallContext, hold: HoldBase, units: int) -> Flow[Settlement]:
-    """Commit whole units of a hold of one budget; nothing releases it."""
+    """Commit whole units of a hold of one budget; 0 releases the hold."""
     return _settle(context, hold, [CommitAmount(CommitMode.EXACT, units)] if units else None)
 
 
@@ -56,7 +56,7 @@ def release(context: CallContext, hold: HoldBase) -> Flow[Settlement]:
 
 
 def leave(context: CallContext, hold: HoldBase, failed: bool, on_error: OnError) -> Flow[Any] | None:
-    """The settlement to run at the end of ``with limiter.hold(...)``; ``None`` for none."""
+    """The settlement to run at the end of ``with limiter.hold(...)``; ``None`` if none is needed."""
     if hold.settled or hold.settling:  # a settlement that was begun completes, though its caller was cancelled
         return None
     if hold.uncertain_commit is not None:
@@ -71,10 +71,10 @@ def leave(context: CallContext, hold: HoldBase, failed: bool, on_error: OnError)
 
 
 def _report(context: CallContext, hold: HoldBase) -> Flow[Any]:
-    """Report what was accrued, for a hold that is left to its deadline: it counts no less than that.
+    """Report the accrued amount of a hold that will expire; at expiry it is charged at least that.
 
     Raises:
-        StoreUnavailable: no reply, whatever the policy: a report is a fact, so the limiter sends it again.
+        StoreUnavailable: no reply, under any outage policy; the limiter resends the report.
     """
     if hold.offline is None:
         hold.update((yield from report(context, hold)))
@@ -116,7 +116,7 @@ def _settle(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount
 def _settling_operation(
     context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount] | None
 ) -> SettlingOperation | Settlement:
-    """The operation that settles a hold, or its settlement if it is settled at once."""
+    """The operation that settles a hold; for an offline hold, the settlement itself."""
     state, remark = context.state, hold.remark
     if hold.offline is not None:
         return hold.offline.settle(hold, amounts, remark)
@@ -154,7 +154,7 @@ def _send(
 
     Args:
         reserved: the windows of the hold, each with the whole units reserved.
-        hold: the hold in hand; ``None`` by id.
+        hold: the worker's hold object; ``None`` for a settlement by id.
     """
     op, hold_id = first, first.hold_id
     is_offline = hold is not None and hold.offline is not None
@@ -190,7 +190,7 @@ def _send(
 
 
 def _is_lost(context: CallContext, hold: HoldBase) -> bool:
-    """Whether the store has lost the hold: another timeline granted it, and would still have its settlement."""
+    """Whether the store has lost the hold: it was granted in another epoch, and a settled hold would still be known."""
     oldest_us = (context.state.now_ms() - AGE_MAX_MS) * 1000
     return hold.offline is None and hold.granted_in != context.state.epoch and hold.created_us > oldest_us
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
+import logging
 import os
 import shutil
 import signal
@@ -125,7 +127,8 @@ def _listen(host: str, port: int) -> socket.socket:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno else str(error)
-        raise ServeError(f"cannot listen on {host} port {port}: {reason}", exit_code=1) from None
+        hint = "; choose another one with --port" if error.errno == errno.EADDRINUSE else ""
+        raise ServeError(f"cannot listen on {host} port {port}: {reason}{hint}", exit_code=1) from None
     listener.set_inheritable(True)
     return listener
 
@@ -141,6 +144,9 @@ def _embedded(settings: Settings, stopper: _Stopper) -> EmbeddedServer:
 
 
 def _report_startup(settings: Settings, listener: socket.socket, workers: int, stopper: _Stopper) -> None:
+    # The report warns by itself; without a handler, Python would print the limiter's own log lines, too.
+    logging.getLogger("ktrdr_budget").addHandler(logging.NullHandler())
+
     async def report() -> None:
         limiter = make_limiter(settings, AgentSettings.from_environment())
         task = asyncio.current_task()

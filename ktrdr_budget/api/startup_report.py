@@ -51,7 +51,7 @@ def budget_line(budget: Budget) -> str:
     limit = format_amount(None if units is None else from_units(units, budget.unit), budget.unit)
     timezone = f" ({budget.timezone})" if budget.period in ("day", "week", "month") else ""
     per = "at a time" if budget.kind == "slots" else _PERIODS[budget.period] + timezone
-    line = f"budget {budget.name}: {limit} {per}"
+    line = f"budget {budget.name}: {limit.removesuffix(' slots')} {per}"
     return f"{line}: denies all" if budget.limit == 0 else line
 
 

@@ -122,7 +122,9 @@ class Service(NamedTuple):
         except UnicodeError:
             raise InvalidInput(f"invalid host name: {self.host!r}") from None
         except OSError as error:
-            raise Unreachable(f"cannot reach the service at {self.url}: {error.strerror or error}") from None
+            reason = error.strerror or error
+            hint = "start it with 'ktrdr serve', or set KTRDR_API_URL to its address"
+            raise Unreachable(f"cannot reach the service at {self.url}: {reason}; {hint}") from None
         try:
             connection.request(method, target, content, headers)
             response = connection.getresponse()

@@ -23,6 +23,7 @@ from ktrdr_budget.api.startup_report import budget_line
 from ktrdr_budget.engine import embedded
 from ktrdr_budget.environment import ZERO_BUDGET
 
+from ..conftest import free_port
 from ..helpers.waiting import wait_until
 from .processes import ServiceProcess, serving
 from .support import V1
@@ -45,7 +46,7 @@ def test_the_service_runs_on_an_embedded_server_without_configuration(tmp_path):
         assert service.output == [
             "store: embedded, data/budget",
             "budget agent: $5.00 a day (UTC)",
-            "budget agent:cycles: 1 slots at a time",
+            "budget agent:cycles: 1 at a time",
             f"listening on {service.url}",
         ]
     with serving(cwd=tmp_path) as again:  # spend survives a restart
@@ -67,10 +68,24 @@ def test_the_startup_report_lists_the_store_and_the_budgets(server, budgets_file
         "budget team/holds: $2.50 a day (UTC)",
         "budget cycles: 3 cycles a day (UTC)",
         "budget calls: 2 requests an hour",
-        "budget jobs: 1 slots at a time",
+        "budget jobs: 1 at a time",
         "budget free: unlimited in all",
-        "budget agent:cycles: 1 slots at a time",
+        "budget agent:cycles: 1 at a time",
         f"warning: {ZERO_BUDGET}",
+        f"listening on {service.url}",
+    ]
+
+
+def test_the_startup_report_without_the_store_has_one_line_about_that():
+    url = f"redis://127.0.0.1:{free_port()}"
+    with serving(KTRDR_REDIS_URL=url, KTRDR_TIMEOUT="0.5") as service:
+        service.wait_for_line("WARNING: ktrdr_budget: starting without the store: ")
+        service.stop()
+    assert [line for line in service.output if not line.startswith(("ERROR: ", "WARNING: "))] == [
+        f"store: {url}",
+        "budget agent: $5.00 a day (UTC)",
+        "budget agent:cycles: 1 at a time",
+        f"warning: cannot connect to {url} (connection refused); gave up after 0.5 s",
         f"listening on {service.url}",
     ]
 

@@ -291,7 +291,10 @@ def test_a_closed_port_means_unreachable(ktrdr: Run) -> None:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
         line = failed(ktrdr("--api-url", url, "budget", "reserve", "agent", "1"), 4)
-    assert line == f"ktrdr: cannot reach the service at {url}: Connection refused"
+    assert line == (
+        f"ktrdr: cannot reach the service at {url}: Connection refused;"
+        " start it with 'ktrdr serve', or set KTRDR_API_URL to its address"
+    )
 
 
 def test_an_unknown_host_means_unreachable(ktrdr: Run) -> None:

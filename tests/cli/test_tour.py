@@ -216,5 +216,6 @@ def test_the_commands_report_an_outage_of_the_store(
 def test_serve_reports_a_port_in_use_in_one_line(service: FakeService, data_dir: Path, process: Process) -> None:
     ended = process("serve", "--port", str(service.port))
     assert ended.returncode == 1
-    assert ended.stderr == f"ktrdr: cannot listen on 127.0.0.1 port {service.port}: Address already in use\n"
+    message = f"cannot listen on 127.0.0.1 port {service.port}: Address already in use; choose another one with --port"
+    assert ended.stderr == f"ktrdr: {message}\n"
     assert not data_dir.exists()

@@ -139,7 +139,7 @@ def agent_router(service: BudgetService, agent: Callable[[], AgentService], pref
     @router.delete(
         "/agent/cancel/{operation_id:slashed}",
         response_model=CancelledOut,
-        responses=problems(404, models={409: EndedProblem}),
+        responses=problems(404, 422, models={409: EndedProblem}),
     )
     async def cancel_cycle(operation_id: HoldId) -> dict[str, str]:
         """Cancel a cycle, on whichever replica it runs; the spend so far is committed."""

@@ -51,8 +51,8 @@ _INDEX = {
 """The paths that ``/`` lists."""
 DESCRIPTION = """One hard spend cap for every replica of a backend that runs LLM agents.
 
-Money is a decimal string in dollars, a count an integer, an instant RFC 3339 in UTC. Every error is
-`application/problem+json` with a stable `code`.
+Money is a decimal string in dollars (a number in `/agent/budget`), a count an integer, an instant RFC 3339 in UTC.
+Every error is `application/problem+json` with a stable `code`.
 """
 
 

@@ -71,6 +71,8 @@ def test_every_error_is_a_problem(document):
             media_types = set(response["content"])
             if int(status) >= 400:
                 assert media_types == {"application/problem+json"}, (path, status)
+                [content] = response["content"].values()
+                assert content["schema"]["$ref"].endswith("Problem"), (path, status)
             elif path != "/metrics":
                 assert media_types == {"application/json"}
         if path.startswith(V1):

@@ -64,8 +64,8 @@ VARIABLES = (
     "KTRDR_TIMEOUT",
 )
 """Variables with the prefix ``KTRDR_`` of the service, the command and the library."""
-_OF_TOOLS = ("KTRDR_REDIS_PASSWORD", "KTRDR_REPLICAS")
-"""Variables of ``docker/`` and ``scripts/``, which may be set in the same environment."""
+_OF_TOOLS = ("KTRDR_EXTRAS", "KTRDR_REDIS_PASSWORD", "KTRDR_REPLICAS")
+"""Variables of ``docker-compose.yml``, ``docker/`` and ``scripts/``, which may be set in the same environment."""
 _SERVICE_LINK = re.compile(r".*(_SERVICE_.*|_PORT|_PORT_.*)")
 """Variables that Kubernetes sets per service of a namespace: ``KTRDR_REDIS_PORT`` for ``ktrdr-redis``."""
 _EDITS_MAX = 2

@@ -57,7 +57,7 @@ def test_a_variable_name_within_two_edits_of_a_known_one_is_an_error_with_a_sugg
     [
         "KTRDR_REDIS_PORT", "KTRDR_REDIS_PORT_6379_TCP", "KTRDR_REDIS_SERVICE_HOST", "KTRDR_AUTH_PORT",
         "KTRDR_API_SERVICE_PORT_HTTP", "KTRDR_API_PORT_8000_TCP_ADDR", "KTRDR_PORT", *VARIABLES, "AGENT_DAILY_BUDGETS",
-        "KTRDR_REDIS_PASSWORD", "KTRDR_REPLICAS", "OTHER",
+        "KTRDR_EXTRAS", "KTRDR_REDIS_PASSWORD", "KTRDR_REPLICAS", "OTHER",
     ],
 )  # fmt: skip
 def test_known_names_and_service_links_of_kubernetes_are_accepted(name, caplog):

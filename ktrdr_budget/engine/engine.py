@@ -37,8 +37,8 @@ class Engine:
     """Everything behind a limiter. Its attributes are for tests and for the package, not for users.
 
     Args:
-        hold_class: of the sync or async limiter.
-        options: of :class:`~.replica.state.ReplicaState`.
+        hold_class: the hold class of the sync or async limiter.
+        options: options of :class:`~.replica.state.ReplicaState`.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Engine:
             callback(self)
 
     def set_timeout(self, timeout_s: float) -> None:
-        """Change the time within which calls end, from the next call on."""
+        """Change the deadline of calls, from the next call on."""
         self.dispatcher.timeout_s = self.dispatcher.background.timeout_s = self.lease_calls.timeout_s = timeout_s
 
     def _report_loss(self) -> None:

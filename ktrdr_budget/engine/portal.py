@@ -1,4 +1,4 @@
-"""Runs the calls of a sync limiter, on one event loop in a thread that all callers share."""
+"""Run the calls of a sync limiter on one event loop, in a thread that all callers share."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ _CLOSED = "this limiter is closed"
 
 
 def _closed_error() -> RuntimeError:
-    """The error of a call on a closed limiter, as that of the async limiter."""
+    """The error of a call on a closed limiter, the same as that of the async limiter."""
     return RuntimeError(_CLOSED)
 
 
 class _Portal:
-    """A daemon thread with an event loop, started at first use, and anew in a forked child."""
+    """A daemon thread with an event loop, started at first use and again in a forked child."""
 
     def __init__(self) -> None:
         self._pid = 0
@@ -61,7 +61,7 @@ class _Portal:
         """The running loop.
 
         Raises:
-            RuntimeError: it is closed.
+            RuntimeError: the loop is closed.
         """
         loop = self._loop
         if loop is None or self._pid != os.getpid():
@@ -82,7 +82,7 @@ class _Portal:
         self._loop, self._pid = loop, os.getpid()
 
     def wait(self, future: concurrent.futures.Future[Any], callback: Callable[..., object], *args: Any) -> Any:
-        """Call on the loop, and wait for the future that the callback will resolve.
+        """Run a callback on the loop, and wait for the future that it resolves.
 
         Raises:
             RuntimeError: the loop is closed, or is closed before the future is resolved.
@@ -103,7 +103,7 @@ class _Portal:
             waiting.discard(future)
 
     def call_soon(self, callback: Callable[..., object], *args: Any) -> None:
-        """Call on the loop, unless it is closed."""
+        """Run a callback on the loop, unless the loop is closed."""
         with suppress(RuntimeError):
             self.loop().call_soon_threadsafe(callback, *args)
 
@@ -144,7 +144,7 @@ def _run_task(work: Coroutine[Any, Any, Any], future: concurrent.futures.Future[
 
 
 async def _end() -> None:
-    """Cancel what is under way, and stop the loop."""
+    """Cancel the running tasks, and stop the loop."""
     tasks = asyncio.all_tasks() - {asyncio.current_task()}
     for task in tasks:
         task.cancel()
@@ -166,7 +166,7 @@ class SyncRunner:
         return self._run(flow, operation)
 
     def settle(self, flow: Flow[Result], operation: str) -> Result:
-        """Run a settlement whose caller cannot retry it: without a reply, it is sent again once the store replies."""
+        """Run a settlement whose caller cannot retry it; the limiter resends it after a lost reply."""
         return self._run(flow, operation, kept=True)
 
     def _run(self, flow: Flow[Result], operation: str, *, kept: bool = False) -> Result:

@@ -31,7 +31,7 @@ class AsyncRunner:
         return self._dispatcher.run(flow, operation)
 
     def settle(self, flow: Flow[Result], operation: str) -> Awaitable[Result]:
-        """Run a settlement whose caller cannot retry it: without a reply, it is sent again once the store replies."""
+        """Run a settlement whose caller cannot retry it; the limiter resends it after a lost reply."""
         return self._dispatcher.run(flow, operation, kept=True)
 
     async def open(self) -> None:

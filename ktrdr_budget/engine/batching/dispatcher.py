@@ -1,10 +1,9 @@
-"""Group commit: while one round trip is under way, further calls on the event loop wait, and are sent
-together as the next batch.
+"""Group commit: calls made during a round trip wait, and are sent together as the next batch.
 
-No timer is involved: an idle limiter sends at once. The dispatcher, not a caller, owns what is under way, so that a
-cancelled caller affects no other. It owns the outcome, too, until the caller has received it (:meth:`Dispatcher.run`):
-a request that was not sent leaves nothing, a grant that was not received is released, a settlement or a report that was
-begun completes (P14).
+No timer is involved: an idle limiter sends at once. The dispatcher, not a caller, owns calls in flight, so that a
+cancelled caller does not affect others. It also owns the outcome of a call until the caller has received it
+(:meth:`Dispatcher.run`). If the caller is cancelled, a request that was not sent is dropped, a grant is released, and a
+settlement or report is completed (P14).
 """
 
 from __future__ import annotations
@@ -65,7 +64,7 @@ class Dispatcher:
     """Drives calls over one store, on one event loop.
 
     Args:
-        timeout_s: within which each call ends.
+        timeout_s: the deadline of each call, in seconds.
     """
 
     def __init__(self, context: CallContext, store: Store, timeout_s: float, observer: Observer | None) -> None:
@@ -106,7 +105,7 @@ class Dispatcher:
         self._closed = False
 
     def after_fork(self) -> None:
-        """In the child: new connections, empty queues, a new replica; the parent keeps what was under way."""
+        """Reset a forked child: new connections, empty queues, a new replica; the parent keeps its calls in flight."""
         fork.keep((self._loop, self.background.tasks, self.store.forget()))
         self.context.outbox.clear()
         self.context.policy.clear()
@@ -118,7 +117,7 @@ class Dispatcher:
     # -- calls ---------------------------------------------------------------------------------------------------------
 
     def bind(self) -> asyncio.AbstractEventLoop:
-        """The event loop that this belongs to, from its first use on."""
+        """Return the event loop that the dispatcher belongs to; bind it at the first use."""
         loop = self._loop
         # A thread runs one loop at a time. (To ask asyncio is a system call, up to Python 3.11.)
         if loop is not None and threading.get_ident() == self._thread and loop.is_running() and not self._closed:
@@ -135,7 +134,7 @@ class Dispatcher:
         return running
 
     def begin(self, flow: Flow[Any], operation: str, future: Any = None, *, kept: bool = False) -> PendingCall:
-        """Start a call; its result comes by its future (of asyncio, or of a waiting thread)."""
+        """Start a call; its future receives the result. The future is asyncio's, or that of a waiting thread."""
         loop = self.bind()
         future = loop.create_future() if future is None else future
         # An event loop's clock may be as coarse as a millisecond, too coarse for an observation.
@@ -145,11 +144,11 @@ class Dispatcher:
         return call
 
     def submit(self, flow: Flow[Any], operation: str) -> Any:
-        """Start a call for a part of the limiter, which takes the result from the future by a callback."""
+        """Start a call for a part of the limiter itself, which receives the result in a callback of the future."""
         return self.begin(flow, operation).future
 
     async def run(self, flow: Flow[Any], operation: str, *, kept: bool = False) -> Any:
-        """Start a call, and await its result; a result that the caller does not receive stays the limiter's."""
+        """Start a call, and await its result; the limiter handles a result that the caller does not receive."""
         call = self.begin(flow, operation, kept=kept)
         try:
             return await call.future
@@ -158,7 +157,7 @@ class Dispatcher:
             raise
 
     def leave(self, call: PendingCall, error: BaseException) -> None:
-        """The caller stops waiting with this error: unless it is the call's own, the outcome is the limiter's.
+        """Handle a caller that stops waiting: unless the error is the call's own, the limiter takes over the outcome.
 
         A caller may be cancelled in the turn of the event loop in which the outcome arrives, and never receive it.
         """
@@ -276,7 +275,7 @@ class Dispatcher:
             self._loop.call_soon(self._next_batch)  # further calls of this turn of the event loop go along
 
     def _consulted(self, call: PendingCall) -> None:
-        """The breaker has news, or will not have any soon."""
+        """Refuse the call if the breaker is still open after the wait; else queue it."""
         if self.breaker.open:
             self._throw(call, self.breaker.refusal(ambiguous=call.was_resent))
         else:
@@ -288,7 +287,10 @@ class Dispatcher:
         self.background.spawn(work, caller.context.copy())
 
     def _next_batch(self) -> None:
-        """Let a lane send its next batch, at once if a connection is ready and else by a task; or end it."""
+        """Send the next batch of a lane: at once if a connection is ready, else in a task.
+
+        End the lane if none waits.
+        """
         if not self._lanes:
             return  # this process is a fork of the one that opened the lane
         batch: list[PendingCall] = []
@@ -308,26 +310,26 @@ class Dispatcher:
             self._idle.set_result(None)
 
     def _fail_lane(self, batch: list[PendingCall], failure: BaseException) -> None:
-        """End a lane that has failed, and the calls of its batch; leave the rest to another."""
+        """End a lane that has failed and the calls of its batch; other lanes send the waiting calls."""
         for call in batch:
             self._fail(call, failure)
         self._end_lane()
         self.open_lane()
 
     def open_lane(self) -> None:
-        """Send what waits, unless a lane does so."""
+        """Start a lane for the waiting calls, unless one is active."""
         if not self._lanes and not self._closed and self._queues:
             assert self._loop is not None
             self._lanes += 1
             self._loop.call_soon(self._next_batch)
 
     def _fail(self, call: PendingCall, failure: BaseException) -> None:
-        """End a call that a bug, or the end of the event loop, has stopped."""
+        """End a call that was stopped by a bug or by the end of the event loop."""
         if not call.future.done():
             call.future.set_exception(BudgetError(f"unexpected failure: {type(failure).__name__}: {failure}"))
 
     def _take_batch(self) -> list[PendingCall]:
-        """The next batch, bounded so that the store is never busy with it for more than a few milliseconds."""
+        """Take the next batch; its size is bounded, so that it occupies the store for a few milliseconds at most."""
         if self.repair.active:
             return []
         # Two lanes share the waiting calls, so that the store works on one half while the other is being sent.
@@ -364,7 +366,7 @@ class Dispatcher:
         self._next_batch()
 
     async def _exchange(self, batch: list[PendingCall], failed: Exception | None) -> None:
-        """One round trip of a batch that was not sent, or whose first attempt ``failed``."""
+        """Make one round trip with a batch that was not sent yet, or whose first attempt ``failed``."""
         try:
             await self._attempt(batch, failed)
         except BaseException as error:
@@ -423,7 +425,7 @@ class Dispatcher:
                 self._resume(call, (each, head))
 
     def _retire(self, due: tuple[str, ...]) -> None:
-        """Make due holds unconfirmed on the way; after a failure, the next reply tries again."""
+        """Make holds past their deadline unconfirmed in the background; if that fails, the next reply repeats it."""
         self._retiring = True
         self.submit(self.context.retire(due), "retire").add_done_callback(self._retired)
 
@@ -432,7 +434,7 @@ class Dispatcher:
         _ = future.cancelled() or future.exception()
 
     async def _retry(self, batch: list[PendingCall], error: Exception) -> None:
-        """Send calls that have time left again: the same id makes that harmless."""
+        """Resend calls that have time left; their ids make that harmless."""
         self._backoff_s = min(_BACKOFF_MAX_S, self._backoff_s * 2 or _BACKOFF_FIRST_S)
         if isinstance(error, Transient) or self._last_error is None:  # a timeout says less than an earlier error
             self._last_error = error
@@ -449,9 +451,9 @@ class Dispatcher:
     # -- deadlines -----------------------------------------------------------------------------------------------------
 
     def _expire(self, calls: list[PendingCall], error: Exception | None, *, in_turn: bool = False) -> list[PendingCall]:
-        """End the calls whose deadline has come; return the others.
+        """End the calls whose deadline has passed; return the others.
 
-        A call that was never sent, although nothing else prevented that, is given its time once more.
+        A call that was not sent only because the event loop stalled gets one more deadline.
 
         Args:
             in_turn: they would be sent now.
@@ -481,14 +483,14 @@ class Dispatcher:
         return self.deadlines.stalled_s + self.timeout_s / 2
 
     def _was_stalled(self, call: PendingCall) -> bool:
-        """Whether the event loop was blocked for half of a call's time, or more.
+        """Whether the event loop was blocked for at least half of a call's time.
 
-        Then a connection that was not made, or a reply that was not read, says nothing of the store.
+        In that case a missing connection or reply does not indicate that the store is down.
         """
         return self.deadlines.stalled_s >= call.stalled_max_s
 
     def _renew(self, call: PendingCall, unsent: bool = False) -> bool:
-        """Give a call its time once more, but once only."""
+        """Give a call one more deadline, but only once."""
         assert self._loop is not None
         if call.was_renewed or not (unsent or self._was_stalled(call)):
             return False
@@ -497,7 +499,7 @@ class Dispatcher:
         return True
 
     def _refuse_queued(self) -> None:
-        """End the calls that wait for a store that does not reply."""
+        """End the waiting calls, because the store does not reply."""
         for call in self._queues.clear():
             self._throw(call, self.breaker.refusal(ambiguous=call.was_resent))
 
@@ -517,7 +519,7 @@ class Dispatcher:
     # -- reads ---------------------------------------------------------------------------------------------------------
 
     async def _read(self, call: PendingCall, command: Read | Command) -> None:
-        """Send a read until it is answered, or its deadline has come."""
+        """Send a read until it gets a reply or its deadline has passed."""
         assert self._loop is not None
         pause_s: float = _BACKOFF_FIRST_S
         error: Exception | None = None
@@ -554,7 +556,7 @@ class Dispatcher:
             pause_s = min(_BACKOFF_MAX_S, pause_s * 2)
 
     async def _reply_to(self, command: Read | Command, deadline_s: float) -> Any:
-        """The reply; to a read only if the store has lost nothing, or this replica has repaired it."""
+        """Return the reply; a reply to a read only if the store has lost no data, or this replica has repaired it."""
         if not isinstance(command, Read):
             return await self._run(command, deadline_s)
         if self.repair.active:
@@ -572,7 +574,7 @@ class Dispatcher:
         return reply
 
     def _on_resend(self, batch: list[PendingCall]) -> None:
-        """Mark calls whose request is sent a second time: an attempt whose reply is lost may have been executed."""
+        """Mark calls whose request is sent a second time, because the first attempt may have been executed."""
         for call in batch:
             call.was_resent = True
             call.unacknowledged = not self.state.journal.has_settled(call.request.hold_id)
@@ -581,7 +583,7 @@ class Dispatcher:
     # -- a store that was unreachable, or lost data --------------------------------------------------------------------
 
     def _on_close(self, data_loss: bool) -> None:
-        """The breaker has closed."""
+        """After the breaker has closed, repair a data loss, if any, and send the outbox."""
         if data_loss:
             self.repair.begin()
         self.replayer.hasten()
@@ -591,7 +593,7 @@ class Dispatcher:
         checking.add_done_callback(lambda future: future.cancelled() or future.exception())
 
     def _repair_continues(self, error: Exception | None) -> None:
-        """Nothing is sent meanwhile; with an error, the store does not reply."""
+        """End calls past their deadline while a repair runs; ``error`` is its last failure, if any."""
         self._last_error = error
         self._expire_waiting()
 

@@ -203,7 +203,8 @@ def settle_by_id(
 ) -> Flow[Settlement]:
     """Commit or release a hold of any process, by its id.
 
-    A client that releases an unconfirmed hold by its id may not be its worker, which can still commit it.
+    If the hold is unconfirmed, its worker can still commit it after a release by id, because the releasing client may
+    be another one.
     """
     check_name(hold_id, "id")
     if not released:

@@ -27,7 +27,7 @@ class Chunk:
     """One hold, and the units of it that are neither granted nor spent.
 
     Args:
-        ends_ms: by the store's clock: from then on it grants nothing, because it belongs to another window.
+        ends_ms: the end of the chunk's window, by the store's clock; the chunk grants nothing after it.
     """
 
     __slots__ = (
@@ -59,7 +59,7 @@ class Chunk:
 
     @property
     def spent(self) -> int:
-        """Units that are spent for certain."""
+        """Units that were spent; open grants are not included."""
         return self.reserved - self.left - self.granted
 
 
@@ -100,16 +100,17 @@ class Grant:
     def commit(self, amount: AmountIn | None = None) -> None:
         """Record what the work cost (by default the whole reservation); the rest returns to the lease.
 
-        Spend is a fact: an amount above the grant is taken from the chunk, and overruns it if that has too little.
+        Spend is a fact: an amount above the grant is taken from the rest of the chunk, and overruns the chunk if that
+        is too little.
 
         Raises:
             InvalidAmount: not a non-negative amount.
-            HoldConflict: it was settled at another amount.
+            HoldConflict: the grant was settled with another amount.
         """
         self.settle(self._units if amount is None else self._chunks.to_units(amount))
 
     def release(self) -> None:
-        """Give everything back. Errors as for :meth:`commit`."""
+        """Return the whole amount to the lease. Errors as for :meth:`commit`."""
         self.settle(0)
 
     def settle(self, spent: int) -> None:
@@ -135,7 +136,7 @@ class Grant:
                 chunks.alert()  # the chunk waited for this to be settled; or more is spent than the store has
 
     def resize(self, units: int) -> bool:
-        """Change the reservation to so many whole units of the same chunk; return false if that lacks room."""
+        """Change the reservation to this many units of the same chunk; return false if the chunk has no room."""
         chunk, more = self.chunk, units - self._units
         with self._chunks.lock:
             if self._spent is not None or chunk.is_settled or chunk.left < more:
@@ -162,7 +163,7 @@ class Chunks:
         name: of the budget.
         unit: of its amounts.
         size: units of a whole chunk.
-        low: with fewer units left, the next chunk is requested.
+        low: if fewer units are left, the next chunk is requested.
         now_ms: the store's clock.
     """
 
@@ -195,7 +196,7 @@ class Chunks:
     # -- amounts -------------------------------------------------------------------------------------------------------
 
     def to_units(self, amount: AmountIn, *, positive: bool = False) -> int:
-        """Whole units of an amount; those of texts and decimals are cached.
+        """Convert an amount to whole units; conversions of texts and decimals are cached.
 
         Raises:
             InvalidAmount: not a non-negative amount.
@@ -222,7 +223,7 @@ class Chunks:
 
     @property
     def remaining(self) -> Amount:
-        """The amount that can be granted at once, without the store."""
+        """The amount that the lease can grant without the store."""
         with self.lock:
             return self.to_amount(self.room())
 
@@ -241,12 +242,12 @@ class Chunks:
     # -- decisions -----------------------------------------------------------------------------------------------------
 
     def spend(self, amount: AmountIn) -> None:
-        """Spend at once, without the store: all of it, or nothing.
+        """Spend the whole amount at once, without the store, or raise.
 
         Raises:
-            BudgetExceeded: no room here; nothing changed. ``reason`` ``lease_refilling``: the store was not asked yet,
-                or has not replied; any other: it has no room either.
-            StoreUnavailable: no room here, and the store does not reply.
+            BudgetExceeded: the chunks have no room; nothing changed. ``reason`` ``lease_refilling``: the store was not
+                asked yet, or has not replied; any other: it has no room either.
+            StoreUnavailable: the chunks have no room, and the store does not reply.
             InvalidAmount: not a non-negative amount.
         """
         kind = amount.__class__
@@ -264,7 +265,7 @@ class Chunks:
                 self.alert()
 
     def reserve(self, amount: AmountIn) -> Grant:
-        """Reserve above 0 at once, without the store; see :class:`Grant`. Errors as for :meth:`spend`."""
+        """Reserve an amount above 0 at once, without the store; see :class:`Grant`. Errors as for :meth:`spend`."""
         kind = amount.__class__
         units = self._units_of.get(amount) if kind is str or kind is Decimal else None
         if units is None:
@@ -276,7 +277,7 @@ class Chunks:
             return self._grant(chunk, units)
 
     def try_reserve(self, units: int) -> Grant | None:
-        """As :meth:`reserve`, in whole units; ``None`` without room."""
+        """Reserve whole units at once; return ``None`` if the chunks have no room."""
         with self.lock:
             try:
                 return self._grant(self._find(units), units)
@@ -284,7 +285,7 @@ class Chunks:
                 return None
 
     def _grant(self, chunk: Chunk, units: int) -> Grant:
-        """Grant units of a chunk that has them; the caller holds the lock."""
+        """Grant units of a chunk with enough room; the caller holds the lock."""
         chunk.left -= units
         chunk.granted += units
         chunk.open += 1
@@ -294,7 +295,7 @@ class Chunks:
         return Grant(self, chunk, units)
 
     def _find(self, units: int) -> Chunk:
-        """The chunk that has room, after a move to the next if that has; the caller holds the lock."""
+        """Return a chunk with room; make the next chunk current if only that has room. The caller holds the lock."""
         if self.closed_reason is not None:
             raise RuntimeError(self.closed_reason)
         self.leave_ended(self._now_ms())
@@ -309,10 +310,10 @@ class Chunks:
     # -- chunks --------------------------------------------------------------------------------------------------------
 
     def alert(self) -> None:
-        """Have the chunks attended to. Called with the lock, from any thread."""
+        """Request maintenance of the chunks. Called with the lock held, from any thread."""
 
     def chunks(self) -> list[Chunk]:
-        """Those that count: the current one, the next, and those that are not settled yet."""
+        """All unsettled chunks: the current one, the next one, and the retired ones."""
         current = [self.chunk] if self.chunk.hold is not None else []
         return [*current, *([self.next_chunk] if self.next_chunk is not None else []), *self.retired]
 
@@ -342,7 +343,7 @@ class Chunks:
         self.alarm = NEVER if self.chunk.hold is None else self.low
 
     def leave_ended(self, now_ms: float) -> None:
-        """Grant nothing from chunks of a window that has ended. The caller holds the lock."""
+        """Retire the chunks of a window that has ended. The caller holds the lock."""
         if self.next_chunk is not None and now_ms >= self.next_chunk.ends_ms:
             self.retired.append(self.next_chunk)
             self.next_chunk = None
@@ -350,7 +351,7 @@ class Chunks:
             self.retire()
 
     def leave(self, chunk: Chunk) -> None:
-        """Grant nothing from this chunk any more."""
+        """Retire this chunk, so that it grants nothing more."""
         with self.lock:
             if chunk is self.next_chunk:
                 self.retired.append(chunk)
@@ -366,7 +367,7 @@ class Chunks:
             self.retired.remove(chunk)
 
     def stop(self, reason: str) -> None:
-        """Grant nothing any more."""
+        """Stop granting."""
         with self.lock:
             self.closed_reason = self.closed_reason or reason
             self.retire()
@@ -404,7 +405,10 @@ class Chunks:
         )
 
     def _denial_of(self, denial: Denial, units: int, left: int) -> Denial:
-        """The store's denial of a chunk, as one of this amount. Spend of this process counts as spent already."""
+        """Convert the store's denial of a chunk to a denial of this amount.
+
+        Uncommitted spend of this process counts as spent.
+        """
         limit, spent, held, unconfirmed, fits = (
             to_units(value, self.unit)
             for value in (denial.limit, denial.spent, denial.held, denial.unconfirmed, denial.fits)

@@ -1,4 +1,4 @@
-"""Leases: keep chunks filled while they are used, send their heartbeats, and settle them after.
+"""Leases: request chunks while a process uses them, send their heartbeats, and settle them afterwards.
 
 A chunk is an ordinary hold, charged if its process dies. Everything here runs on the event loop of the limiter, except
 the decisions themselves (:mod:`.chunks`).
@@ -77,7 +77,7 @@ class ChunkCalls(Protocol):
         """Commit whole units, or release if nothing was spent."""
 
     def settle_later(self, hold: HoldBase, spent: int) -> None:
-        """Settle once the store replies again."""
+        """Settle a chunk once the store replies again."""
 
     def record_later(self, hold: HoldBase, spent: int, operation: str) -> None:
         """Record spend of a chunk that was released, in its window, once the store replies."""
@@ -99,9 +99,9 @@ class LeaseBase(Chunks):
     Args:
         budget: its name; any but one of kind ``slots``.
         slab: how much is prepaid at a time.
-        low_water: with less left, the next chunk is requested; half of a chunk by default.
+        low_water: if less is left, the next chunk is requested; half of a chunk by default.
         ttl: seconds after which the store charges a chunk whose process is silent.
-        idle: seconds without use after which chunks are given back; ``None``: never.
+        idle: seconds without use after which chunks are released; ``None``: never.
         operation: the label of the chunks in lists of holds and in the ledger.
         eager: request the first chunk, and the first of each window, before a caller needs it.
 
@@ -156,13 +156,13 @@ class LeaseBase(Chunks):
 
     @property
     def belongs_here(self) -> bool:
-        """False in a fork of the process that opened it."""
+        """Whether this process opened the lease; false in a forked child."""
         return self.closed_reason != _FORKED
 
     # -- opening and closing, on the event loop ------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Open, without waiting for the first chunk."""
+        """Open the lease, without waiting for the first chunk."""
         self._loop = self._calls.bind()
         self._calls.open_leases.add(self)
         self._used_at_s = self._loop.time()
@@ -170,10 +170,10 @@ class LeaseBase(Chunks):
         Context().run(self._tick)  # here and below: background work belongs to no caller's context
 
     async def opened(self) -> None:
-        """Open with a first chunk, if the store has room for one.
+        """Open the lease, and wait for its first chunk, if the store has room for one.
 
         Raises:
-            StoreError, InvalidArgument: the store refuses for another reason than want of room.
+            StoreError, InvalidArgument: the store refuses for another reason than a lack of room.
         """
         if self._loop is not None:
             raise RuntimeError("a lease is opened once")
@@ -191,13 +191,13 @@ class LeaseBase(Chunks):
             raise self.last_refill_error
 
     def shut(self) -> None:
-        """Grant nothing more. Spend is committed; of a chunk with open grants, once those are settled."""
+        """Stop granting. The spend of a chunk is committed at once, or when its open grants are settled."""
         self.stop(_CLOSED)
         self._serve()
         self._attend()
 
     async def closed(self, *, all_grants: bool = False) -> None:
-        """Shut, and wait until the chunks without open grants are settled, or cannot be for now.
+        """Stop granting, and wait until the chunks without open grants are settled or their settlement is deferred.
 
         Args:
             all_grants: charge the grants that are still open, in full.
@@ -230,7 +230,7 @@ class LeaseBase(Chunks):
         self._calls.open_leases.discard(self)
 
     def after_fork(self) -> None:
-        """In the child, which must not spend the parent's chunks."""
+        """Drop the chunks in a forked child, which must not spend the parent's."""
         super().__init__(self.name, self.unit, self.size, self.low, self._now_ms)
         self.closed_reason = _FORKED
         self._waiters.clear()
@@ -240,7 +240,7 @@ class LeaseBase(Chunks):
     # -- what is to be done --------------------------------------------------------------------------------------------
 
     def alert(self) -> None:
-        """Have the event loop attend to the chunks, once."""
+        """Schedule maintenance of the chunks on the event loop, once."""
         if not self._alerted and self._loop is not None and self.closed_reason != _FORKED:
             self._alerted = True
             with contextlib.suppress(RuntimeError):  # the event loop has ended: the store will charge the chunk
@@ -265,7 +265,7 @@ class LeaseBase(Chunks):
             self._refill(wanted)
 
     def _wanted(self) -> int | None:
-        """The room that the next chunk must bring at least; ``None`` if none is to be requested now."""
+        """The minimum units of a chunk to request now; ``None`` if no chunk is needed."""
         assert self._loop is not None
         if self.closed_reason is not None:
             return None
@@ -280,7 +280,7 @@ class LeaseBase(Chunks):
         return 0 if self.chunk.left < self.low else None
 
     def _tick(self) -> None:
-        """Send heartbeats, give back what is idle, and retry what failed; at intervals."""
+        """Periodically send heartbeats, release idle chunks, and retry what failed."""
         self._timer = None
         assert self._loop is not None
         now_s = self._loop.time()
@@ -315,7 +315,7 @@ class LeaseBase(Chunks):
             done(error)
 
     def _next_end(self) -> asyncio.Future[None]:
-        """A future that is done when a call of this lease has ended."""
+        """A future that completes when a call of this lease has ended."""
         assert self._loop is not None
         future: asyncio.Future[None] = self._loop.create_future()
         self._ends.append(future)
@@ -337,7 +337,7 @@ class LeaseBase(Chunks):
         self._submit(self._refill_call(need), self._refilled)
 
     def _refill_call(self, need: int) -> Generator[Any, Any, None]:
-        """Request a whole chunk; else what fits, down to ``need``: as a new hold, or added to the current chunk."""
+        """Request a whole chunk, or less if the budget has less, but at least ``need``: as a new hold, or as growth."""
         size = max(self.size, need)
         refused: BudgetExceeded | None = None
         for _ in range(_ROUNDS_MAX):
@@ -375,7 +375,7 @@ class LeaseBase(Chunks):
         self.add(chunk)
 
     def _grow_call(self, chunk: Chunk, more: int) -> Generator[Any, Any, None]:
-        """Add the last of a budget to the current chunk, so that no part of it is out of use."""
+        """Add the last units of a budget to the current chunk, so that they can be granted together with its rest."""
         hold = chunk.hold
         assert hold is not None
         record = yield from self._calls.grow(hold, chunk.reserved + more, self._ttl_ms)
@@ -402,7 +402,7 @@ class LeaseBase(Chunks):
     # -- waiting -------------------------------------------------------------------------------------------------------
 
     def wait(self, units: int, future: Any) -> None:
-        """Give the future a grant as soon as there is room, or the reason why there is none; in order of arrival."""
+        """Resolve the future with a grant once there is room, or with the refusal; waiters are served in order."""
         assert self._loop is not None
         timeout_s = self._calls.timeout_s
         self._waiters.append(_Waiter(units, self._loop.time() + timeout_s, future, self._attempt))
@@ -412,7 +412,7 @@ class LeaseBase(Chunks):
             self._attend()
 
     def _serve(self, failed_from: int = 0, *, failed: bool = False) -> None:
-        """Grant to waiters while there is room; a failed request refuses those that waited for as much before it."""
+        """Grant to waiters while there is room; after a failed request, refuse those that waited for it."""
         waiters, self._waiters = self._waiters, deque()
         while waiters:
             waiter = waiters.popleft()
@@ -473,10 +473,10 @@ class LeaseBase(Chunks):
         self._submit(self._calls.extend(chunk.hold, max(0, chunk.spent), self._ttl_ms), on_end)
 
     def heartbeat_acknowledged(self) -> None:
-        """The store has replied to the heartbeat of a chunk."""
+        """Handle the store's reply to the heartbeat of a chunk."""
 
     def _lose(self, chunk: Chunk, error: BaseException) -> None:
-        """Grant nothing from a chunk that was settled elsewhere, or that the store has lost."""
+        """Retire a chunk whose hold was settled by another client, or lost by the store."""
         hold_id = "" if chunk.hold is None else chunk.hold.id
         logger.warning("chunk %s of the lease of %s lost: %s", hold_id, self.name, error)
         self.leave(chunk)

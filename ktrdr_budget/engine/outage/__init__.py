@@ -1,1 +1,1 @@
-"""Policies for calls that meet no store."""
+"""Outage policies: how calls end while the store is unreachable."""

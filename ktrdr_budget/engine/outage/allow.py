@@ -18,7 +18,7 @@ logger = logging.getLogger("ktrdr_budget")
 
 
 class AllowPolicy(OutagePolicy):
-    """Grants without a check of the cap. Such holds settle by id once the store replies."""
+    """Grants without a check of the cap. The holds are settled in the store, by id, once it replies."""
 
     defers = True
     extends = True
@@ -39,7 +39,7 @@ class AllowPolicy(OutagePolicy):
     # -- behind a hold -------------------------------------------------------------------------------------------------
 
     def settle(self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str) -> SettlingOperation:
-        """The operation that settles the hold by its id."""
+        """Return the operation that settles the hold by its id."""
         if amounts is None:
             # The store may grant it later, from a request whose reply was lost.
             key = self._state.keys.hold(hold.id)
@@ -47,5 +47,5 @@ class AllowPolicy(OutagePolicy):
         return hold.restored_commit([amount.units for amount in amounts], remark, self._trace_id() if remark else "")
 
     def extend(self, hold: HoldBase, parts: Callable[[], Sequence[tuple[Window, int]]], ttl_ms: int | None) -> bool:
-        """The store may have the hold, from a request whose reply was lost: it is asked."""
+        """Return false, so that the store is asked: it may have the hold, from a request whose reply was lost."""
         return False

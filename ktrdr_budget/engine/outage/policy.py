@@ -1,4 +1,4 @@
-"""How a call ends that cannot reach the store: the interface of outage policies, and policy ``deny`` (P12)."""
+"""The interface of outage policies (how calls end that cannot reach the store), and policy ``deny`` (P12)."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class OfflineReservation(NamedTuple):
 
 
 class OutagePolicy:
-    """Policy ``deny``: nothing is granted or recorded without the store.
+    """The interface, and policy ``deny``: nothing is granted or recorded without the store.
 
     Args:
         new_hold: makes a hold for the caller.
@@ -68,14 +68,14 @@ class OutagePolicy:
     # -- the interface -------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Prepare for an outage. Called on the event loop, by each reservation."""
+        """Prepare for an outage. Each reservation calls this on the event loop."""
 
     def reserve(self, request: OfflineReservation) -> HoldBase | None:
-        """Grant a reservation without the store; ``None`` denies."""
+        """Grant a reservation without the store; ``None``: the policy does not grant it."""
         return None
 
     def record(self, op: RecordSpend, *, ambiguous: bool) -> Settlement | None:
-        """Record spend without the store; ``None`` if that must fail.
+        """Record spend without the store; ``None``: the policy does not record it.
 
         Args:
             ambiguous: the store may have recorded it.
@@ -83,11 +83,11 @@ class OutagePolicy:
         return None
 
     def owns(self, hold_id: str) -> bool:
-        """Whether this hold is settled here: a result of it says nothing of requests that the store may have."""
+        """Whether this policy settles the hold in this process; such a settlement resolves no request to the store."""
         return False
 
     def give_up(self, hold: HoldBase) -> None:
-        """Take back a grant that its caller did not receive."""
+        """Cancel a grant that its caller did not receive."""
         self.holds.pop(hold.id, None)
 
     def expire(self) -> None:
@@ -102,13 +102,13 @@ class OutagePolicy:
         return {}
 
     def clear(self) -> None:
-        """In the child after a fork: the holds are the parent's."""
+        """Drop all holds in a forked child, because they belong to the parent."""
         self.holds.clear()
 
     # -- for the policies ----------------------------------------------------------------------------------------------
 
     def defer(self, op: SettlingOperation, *, ambiguous: bool = False) -> Settlement:
-        """Send a settlement once the store replies; return what its caller continues with.
+        """Queue a settlement until the store replies; return the result for the caller.
 
         Args:
             ambiguous: the store may have executed it.
@@ -124,7 +124,7 @@ class OutagePolicy:
         return Settlement(op.hold_id, state, amounts, deferred=True)
 
     def _keep(self, hold: HoldBase, request: OfflineReservation) -> None:
-        """Keep a hold that was granted without the store, to be found by its id."""
+        """Register a hold that was granted without the store under its id."""
         hold.keep_offline(request.policy, self._state.now_ms() * 1000, *request.labels)
         self.holds[hold.id] = hold
         if len(self.holds) > _OFFLINE_HOLDS_MAX:
@@ -134,8 +134,8 @@ class OutagePolicy:
 def release_unreceived(hold_id: str, key: str, windows: Iterable[Window], request: str) -> Release:
     """Release a grant that no caller has received.
 
-    An id of the limiter's own is closed for good. Under the caller's own id, only the grant to this very request is
-    released, and not for good: a worker that has the hold by a replay may yet commit it, and the id is free again.
+    A generated id is closed for good. Under an id that the caller chose, only the grant to this request is released,
+    and the id can be reserved again; a worker that received the hold by a replay can still commit it.
     """
     mode = ReleaseMode.UNRECEIVED if request else ReleaseMode.FINAL
     return Release(hold_id, key, list(windows), mode, request=request)

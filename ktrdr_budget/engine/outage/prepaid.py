@@ -1,4 +1,4 @@
-"""Policy ``lease``: while the store is unreachable, only what was prepaid is granted, so that the cap holds (P12).
+"""Policy ``lease``: while the store is unreachable, only prepaid amounts are granted, so that the cap holds (P12).
 
 A lease is kept for each budget. Holds are drawn from its chunks and settled against them, in this process: their ids
 are known here only, and no hold is transferred to the store. A chunk is an ordinary hold of the store: it commits what
@@ -29,10 +29,10 @@ logger = logging.getLogger("ktrdr_budget")
 
 
 def check_slabs(state: ReplicaState, slabs: AmountIn | Mapping[str, AmountIn] | None) -> Mapping[str, AmountIn]:
-    """How much is prepaid for each budget; one amount applies to every budget in dollars.
+    """Check the prepaid amounts, and return them per budget; one amount applies to every budget in dollars.
 
     Raises:
-        InvalidArgument: there is none, or a budget is unknown.
+        InvalidArgument: no amount is given, or a budget is unknown.
     """
     if slabs is None:
         raise InvalidArgument("on_store_error='lease' needs lease_slab: how much is prepaid")
@@ -63,11 +63,11 @@ class KeptLease(LeaseBase):
         return super()._wanted()
 
     def heartbeat_acknowledged(self) -> None:
-        """Renew: a hold may be drawn without an outage that the circuit breaker noticed, or at the end of one."""
+        """Replace used chunks: holds may be drawn during an outage too short for the breaker, or at the end of one."""
         self.renew()
 
     def renew(self) -> None:
-        """Replace the chunks that were drawn from; each is committed once its grants are settled."""
+        """Replace the chunks that holds were drawn from; each is committed once its grants are settled."""
         with self.lock:
             for chunk in (self.chunk, self.next_chunk):
                 if chunk is not None and chunk.hold is not None and (chunk.spent or chunk.open):
@@ -83,7 +83,7 @@ class KeptLease(LeaseBase):
 
 
 class PrepaidHold:
-    """The grants, one per budget, that back one hold drawn from leases."""
+    """The lease grants, one per budget, behind one offline hold."""
 
     cap_checked = True
 
@@ -108,11 +108,11 @@ class PrepaidHold:
         return [(_window_of(grant), grant.units) for grant in self.grants]
 
     def settle(self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str) -> Settlement:
-        """Settle against the chunks, at once."""
+        """Settle the hold against the chunks, at once."""
         return self._policy.settle(hold, self, None if amounts is None else [units for _, units in amounts])
 
     def extend(self, hold: HoldBase, parts: Callable[[], Sequence[tuple[Window, int]]], ttl_ms: int | None) -> bool:
-        """Extend in this process; growth comes from the same chunks, in all budgets or in none."""
+        """Extend the hold in this process; growth is taken from the same chunks, in all budgets or in none."""
         # Another object of the same hold may have grown it; its expiry may have reduced the grants.
         hold.parts = [
             (window, max(units, grant.units)) for (window, units), grant in zip(hold.parts, self.grants, strict=True)
@@ -122,15 +122,15 @@ class PrepaidHold:
 
 
 class PrepaidPolicy(OutagePolicy):
-    """Grants what was prepaid."""
+    """Grants prepaid amounts."""
 
     defers = True
 
     def prepay(self, calls: ChunkCalls, slabs: AmountIn | Mapping[str, AmountIn] | None) -> None:
-        """Set what is prepaid.
+        """Set the prepaid amounts.
 
         Args:
-            slabs: how much for each budget; one amount applies to every budget in dollars.
+            slabs: the amount for each budget; one amount applies to every budget in dollars.
 
         Raises:
             InvalidArgument, UnknownBudget: a budget cannot be prepaid so.
@@ -172,7 +172,7 @@ class PrepaidPolicy(OutagePolicy):
     # -- granting ------------------------------------------------------------------------------------------------------
 
     def _draw(self, wanted: Sequence[tuple[str, int]]) -> list[Grant] | None:
-        """All of it, or nothing."""
+        """Draw from the leases of all budgets; draw nothing if one has no room."""
         grants: list[Grant] = []
         for name, units in wanted:
             lease = self._leases.get(name)
@@ -207,7 +207,7 @@ class PrepaidPolicy(OutagePolicy):
         return journal.has_settled(hold_id) or (record is not None and record.is_open)
 
     def _release_in_store(self, request: OfflineReservation) -> None:
-        """Release what the store may have granted to this request, or to an earlier one of the same id."""
+        """Release a grant that the store may have made to this request, or to an earlier one with the same id."""
         requests = {request.request} if request.ambiguous else set()
         requests |= {e.request.request for e in self._outbox.of(request.hold_id) if isinstance(e.request, Reserve)}
         key, windows = self._state.keys.hold(request.hold_id), [window for window, _ in request.parts]
@@ -266,7 +266,10 @@ class PrepaidPolicy(OutagePolicy):
     # -- holds ---------------------------------------------------------------------------------------------------------
 
     def expire(self) -> None:
-        """Expire holds past their deadline: one that charges keeps its grants, the others give money back."""
+        """Expire holds past their deadline.
+
+        Expired holds keep or return their money according to their expiry policy.
+        """
         now_ms = self._state.now_ms()
         if now_ms < self._next_expiry_ms:
             return
@@ -286,13 +289,13 @@ class PrepaidPolicy(OutagePolicy):
                     grant.release()
 
     def extend(self, hold: HoldBase, backing: PrepaidHold, totals: Sequence[int], ttl_ms: int | None) -> None:
-        """Prolong a hold, and raise its grants to these totals of whole units.
+        """Extend a hold, and raise its grants to these totals of whole units.
 
         Args:
-            ttl_ms: of a heartbeat; ``None`` for growth, which prolongs nothing.
+            ttl_ms: the ttl of a heartbeat; ``None`` for growth, which keeps the deadline.
 
         Raises:
-            StoreUnavailable: a chunk has no room for it.
+            StoreUnavailable: a chunk has no room for the growth.
             HoldConflict: the hold is settled.
         """
         self._check_process(hold, backing)
@@ -321,13 +324,13 @@ class PrepaidPolicy(OutagePolicy):
             )
 
     def settle(self, hold: HoldBase, backing: PrepaidHold, spent: list[int] | None) -> Settlement:
-        """Settle a hold against its chunks; spend of one that gave its money back at expiry is recorded.
+        """Settle a hold against its chunks; if it had returned its money at expiry, record its spend separately.
 
         Args:
             spent: whole units for each budget; ``None`` releases.
 
         Raises:
-            HoldConflict: it was settled otherwise before.
+            HoldConflict: the hold was settled differently before.
         """
         self._check_process(hold, backing)
         state: HoldState = "released" if spent is None else "committed"
@@ -355,7 +358,7 @@ class PrepaidPolicy(OutagePolicy):
 
 
 def _window_of(grant: Grant) -> Window:
-    """The window that pays."""
+    """The window that the spend is charged to."""
     assert grant.chunk.hold is not None
     return grant.chunk.hold.parts[0][0]
 

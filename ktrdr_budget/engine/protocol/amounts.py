@@ -1,7 +1,8 @@
-"""What an amount means for a hold of several budgets.
+"""The meaning of an amount for a hold of several budgets.
 
-A scalar applies to every ``usd`` budget of the hold; counts then commit their reservation. (A hold without dollars, but
-with a single count, takes it for that one.) A mapping says it per budget; what it leaves out is 0.
+A scalar applies to every ``usd`` budget of the hold; counts then commit their reservation. (In a hold without dollars
+and with a single count, the scalar applies to that count.) A mapping has an amount per budget; a budget that it omits
+gets 0.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ Amounts = AmountIn | Mapping[str, AmountIn]
 
 
 def check_amounts(amounts: Amounts | None, *, positive: bool = False) -> None:
-    """Refuse what cannot be an amount of any unit, before a hold's budgets are known.
+    """Refuse a value that is no amount in any unit, before the hold's budgets are known.
 
     Raises:
         InvalidAmount: not a non-negative number, or zero although ``positive``.
@@ -61,7 +62,7 @@ def spread(amounts: Amounts, flags: Mapping[str, str]) -> dict[str, int]:
 
 
 def commit_amounts(segments: Mapping[str, tuple[str, int, int]], amount: Amounts | None) -> list[CommitAmount]:
-    """What each budget of a hold commits.
+    """The amount that each budget of a hold commits.
 
     Args:
         segments: per budget its flag, reserved and accrued units, in the hold's order.

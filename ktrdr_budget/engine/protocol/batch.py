@@ -1,4 +1,4 @@
-"""A batch: what a replica sends in one request of a write script, and the reply to it."""
+"""A batch: the operations in one request of a write script, and the reply to it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ENDLESS_MS: Final = 9_999_999_999_999
 
 
 class Settings(NamedTuple):
-    """Bounds that a replica brings with each batch."""
+    """Bounds that a replica sends with each batch."""
 
     id_memory_ms: int
     retention_ms: int
@@ -27,10 +27,10 @@ class Settings(NamedTuple):
 
 
 class Header:
-    """A replica's state as it sends a batch.
+    """The state that a replica sends with a batch.
 
     Args:
-        epoch: the store's, as this replica knows it; ``None`` if it does not.
+        epoch: the store's epoch as this replica last saw it; ``None`` if it has not seen one.
         acknowledged: how many of its writes the store has acknowledged.
         started_us: when it started, by the store's clock; ``None`` before the store's first reply.
         age_us: how long ago it started.
@@ -89,7 +89,7 @@ def encode_batch(
 
     Args:
         use_fast_path: use the fast path if it knows all of them.
-        repairs: they replay what the store has lost.
+        repairs: the operations replay data that the store has lost.
     """
     if use_fast_path and all([op.uses_fast_path for op in ops]):  # noqa: C419  # a list is faster
         return _encode_fast(keys, header, ops)
@@ -132,7 +132,7 @@ class _Windows:
 
 
 def _encode_fast(keys: Keys, header: Header, ops: Sequence[Operation]) -> EncodedBatch:
-    """Render a batch for the fast path, which marks the windows that something is reserved in."""
+    """Render a batch for the fast path; windows in which it reserves are marked."""
     windows = _Windows()
     hold_keys: list[str] = []
     lines: list[str] = []
@@ -160,7 +160,7 @@ def _encode_fast(keys: Keys, header: Header, ops: Sequence[Operation]) -> Encode
 
 
 def parse_batch(reply: bytes | str, ops: Sequence[Operation]) -> tuple[BatchHead, list[Reply]]:
-    """Read the reply to a batch: its head, and one reply for each operation, in order; none after a data loss."""
+    """Parse the reply to a batch: its head, and a reply for each operation in order; no replies after a data loss."""
     text = reply.decode() if isinstance(reply, bytes) else reply
     first, *lines = text.split("\n")
     now_us, flag, acknowledged, epoch, *due = first.split(" ")

@@ -1,4 +1,4 @@
-"""The record of a hold: the one reader and the one writer of its text. Its grammar is in ``docs/wire.md``."""
+"""The record of a hold: the only parser and the only renderer of its text. Its grammar is in ``docs/wire.md``."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class HoldRecord(NamedTuple):
 
     @property
     def is_settled(self) -> bool:
-        """Whether nothing changes any more."""
+        """Whether the hold was settled for good."""
         return self.state in codes.SETTLED
 
     def is_due(self, now_ms: int) -> bool:
@@ -121,7 +121,7 @@ class HoldRecord(NamedTuple):
 
 
 def _charged(state: str, segment: Segment) -> str:
-    """The charge of a segment; written even if it is 0 for committed and recorded holds."""
+    """The charge of a segment as text; 0 is written only for committed and recorded holds."""
     return str(segment.charged) if segment.charged or state in (codes.COMMITTED, codes.RECORDED) else ""
 
 
@@ -152,7 +152,7 @@ def parse_record(text: str) -> HoldRecord:
 
 
 def is_tombstone(text: str) -> bool:
-    """Whether a record only refuses a reservation that may still arrive although its caller is gone."""
+    """Whether a record exists only to refuse a late reservation whose caller is gone."""
     head = text.partition("|")[0].split(" ")
     return head[0] == codes.RELEASED and head[6] == _TOMBSTONE_LABEL
 

@@ -1,11 +1,12 @@
-"""The one place that spells keys, and the names of windows in keys and hold records.
+"""The names of keys, and the names of windows in keys and hold records; defined nowhere else.
 
 All keys of a tenant carry its name as hash tag, so they share one slot of a cluster: a reservation over many budgets
 stays atomic, and tenants spread over shards.
 
-The store names a window by its period's name and a fingerprint of the budget's definition: ``2026-11-30~k3f9a1``. A
-window of another definition is another key, so neither can be taken for the other, whenever they begin and end; and a
-budget that is redefined back goes on in its old window. Outside of the store a window is ``2026-11-30``.
+The store names a window by its period's name and a fingerprint of the budget's definition: ``2026-11-30~k3f9a1``.
+Windows of different definitions have different keys, so they cannot be confused even if they begin and end at the same
+time. A budget whose definition is changed back continues in its old window. Outside of the store a window is
+``2026-11-30``.
 """
 
 from __future__ import annotations
@@ -77,13 +78,13 @@ class Keys:
         self.trial = tuple(f"{self.prefix}trial:{kind}" for kind in ("hash", "zset", "list", "string"))
 
     def hold(self, hold_id: str) -> str:
-        """The record of a hold, or of a recorded spend."""
+        """The key of the record of a hold, or of a recorded spend."""
         return self.hold_prefix + hold_id
 
     def window(self, budget: str, window: str) -> str:
-        """The sums of one budget in one period; ``window`` as the store names it."""
+        """The key of a window's sums; ``window`` is the store's name of it."""
         return f"{self.prefix}w:{budget}:{window}"
 
     def ledger(self, budget: str, window: str) -> str:
-        """The entries that these sums add up from."""
+        """The key of a window's ledger."""
         return f"{self.prefix}l:{budget}:{window}"

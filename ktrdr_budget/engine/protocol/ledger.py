@@ -47,7 +47,7 @@ def public_entry(entry: StoredEntry, number: int, unit: str) -> LedgerEntry:
     """An entry in the form that limiters return.
 
     Args:
-        number: its absolute number, which a summary has none of.
+        number: its absolute number; a summary has none.
         unit: of its budget.
     """
     return LedgerEntry(

@@ -116,20 +116,20 @@ class Operation:
 
     @property
     def is_urgent(self) -> bool:
-        """Whether it keeps a hold alive."""
+        """Whether the operation is a heartbeat or report, which gets the first places in a batch."""
         return False
 
     @property
     def is_fact(self) -> bool:
-        """Whether it reports what has happened, and is sent although its caller is gone."""
+        """Whether the operation reports a fact (a settlement, a report), which is sent although its caller is gone."""
         return True
 
     def render(self) -> Rendered:
-        """Its texts for the script of its letter."""
+        """Render the operation for its own script."""
         raise NotImplementedError
 
     def render_fast(self) -> Rendered:
-        """Its texts for the fast path."""
+        """Render the operation for the fast path."""
         raise NotImplementedError
 
     def parse(self, line: str) -> Reply:
@@ -140,7 +140,7 @@ class Operation:
         """Note that an attempt without a reply may have been executed."""
 
     def same_as(self, other: Operation) -> bool:
-        """Whether both ask for the same."""
+        """Whether both operations request the same change."""
         return self.render() == other.render()
 
 
@@ -217,7 +217,7 @@ class Reserve(Operation):
         return Replayed(line[2:]) if line[0] == codes.REPLAYED else parse_common(line)
 
     def granted(self, now_us: int, deadline_ms: int) -> GrantedHold:
-        """The hold as the store has it, after the reply ``GRANTED`` at this time."""
+        """The hold's record in the store after the reply ``GRANTED`` at this time."""
         if not self.uses_fast_path:
             for window in self.windows:
                 window.has_grants = True
@@ -232,12 +232,12 @@ class SettlingOperation(Operation):
 
     @property
     def units(self) -> tuple[int, ...]:
-        """The whole units that it asks to count as spent, for each window."""
+        """The whole units to count as spent, for each window."""
         raise NotImplementedError
 
     @property
     def is_release(self) -> bool:
-        """Whether it gives everything back."""
+        """Whether the settlement returns the whole amount."""
         return False
 
     def parse(self, line: str) -> Reply:
@@ -253,7 +253,7 @@ class SettlingOperation(Operation):
         raise NotImplementedError
 
     def record_text(self, settled: Settled, known: str, now_ms: int) -> str:
-        """The text of that record."""
+        """The text of the record after this settlement."""
         return self.record(settled, known, now_ms).render()
 
     def _record_before(self, known: str, reserved: Sequence[int], now_ms: int) -> HoldRecord:
@@ -267,7 +267,7 @@ class Commit(SettlingOperation):
     """A commit: record what the work cost.
 
     Args:
-        amounts: for each window how much, and how that is determined.
+        amounts: the amount of each window, and how it is determined.
         remark: added to the operation in the ledger.
         trace_id: replaces the hold's trace id.
         known: the hold's record, if it was read for this.
@@ -309,10 +309,10 @@ class Commit(SettlingOperation):
         return head, parts, ""
 
     def enable_fast_path(self, replica: str, granted: GrantedHold, reserved: Sequence[int]) -> None:
-        """Prepare the fast form, for a hold that is as it was granted.
+        """Prepare the fast form, for a hold that has not changed since its grant.
 
         Args:
-            replica: the one that commits.
+            replica: the id of the replica that commits.
             reserved: whole units for each window.
         """
         text, label_words = granted
@@ -367,7 +367,7 @@ class Commit(SettlingOperation):
 
 
 class Release(SettlingOperation):
-    """A release: give everything back.
+    """A release: return the whole amount.
 
     Args:
         request: with ``ReleaseMode.UNRECEIVED``: the request whose grant is released.
@@ -404,9 +404,9 @@ class Release(SettlingOperation):
         return f"L {self.hold_id} {self.mode}{self.request}", [(window, ":x0") for window in self.windows], ""
 
     def is_correctable(self, settled: Settled) -> bool:
-        """Whether the worker's later commit still corrects the release, as far as the reply shows.
+        """Whether the worker's later commit can still correct this release, as far as the reply shows.
 
-        By id, a hold that was open is released for good; how another release ended a hold before is not known.
+        A release by id of an open hold is final. A reply to a repeated release does not show whether the first one was.
         """
         if self.mode is ReleaseMode.BY_ID:
             return settled.late or settled.replayed
@@ -454,7 +454,7 @@ class RecordSpend(SettlingOperation):
         return tuple([units for _, units in self.parts])
 
     def as_late(self) -> RecordSpend:
-        """The same for the windows in which it was spent, whenever it arrives."""
+        """The same record of spend for its original windows, even if they have ended when it arrives."""
         labels = {"operation": self.operation, "trace_id": self.trace_id}
         return self if self.is_late else RecordSpend(self.hold_id, self.key, self.parts, is_late=True, **labels)
 
@@ -469,7 +469,7 @@ class RecordSpend(SettlingOperation):
 
 
 class Restore(SettlingOperation):
-    """A hold as its record says, open again or settled: for a store that does not know it, or knows less."""
+    """Replay a hold from its record, open or settled, to a store that lost it or has an older state of it."""
 
     __slots__ = ("text",)
     letter = codes.RESTORE
@@ -557,7 +557,7 @@ class Extend(Operation):
         self.was_resent = True
 
     def as_report(self) -> Extend:
-        """The same report of use, which prolongs nothing."""
+        """The same totals as a report that leaves the deadline unchanged."""
         return Extend(self.hold_id, self.key, self.windows, self.amounts, self.ttl_ms, ExtendMode.REPORT)
 
     def render(self) -> Rendered:
@@ -593,7 +593,7 @@ class Retire(Operation):
 
 
 class ReplayTotal(Operation):
-    """This replica's subtotal of a window: the store raises its own to it."""
+    """Replay this replica's subtotal of a window: the store raises its own value to it."""
 
     __slots__ = ("units",)
     letter = codes.REPLAY_TOTAL
@@ -610,11 +610,11 @@ class ReplayTotal(Operation):
 
 
 class ReplayLimit(Operation):
-    """A limit that was set or cleared at run time, with the time of the change.
+    """Replay a limit that was set or cleared at run time, with the time of the change.
 
     Args:
         limit: in whole units; ``None``: uncapped.
-        until_ms: 0: for good; 1: the limit was cleared.
+        until_ms: the end of the limit; 0: none; 1: the limit was cleared.
     """
 
     __slots__ = ("budget", "changed_us", "definition", "limit", "until_ms")

@@ -55,7 +55,7 @@ class Replayed(NamedTuple):
 
 
 class Settled(NamedTuple):
-    """A commit, a release, a record of spend or a total is done, or was done before."""
+    """A commit, a release, a record of spend or a subtotal was executed, now or by an earlier request."""
 
     units: tuple[int, ...]
     """What counts as spent, for each window in the order of the hold's record."""
@@ -69,7 +69,7 @@ class Settled(NamedTuple):
 
 
 class Extended(NamedTuple):
-    """The hold as the extension left it."""
+    """The hold after the extension."""
 
     text: str
 
@@ -80,7 +80,7 @@ class Extended(NamedTuple):
 
 
 class Outgrown(NamedTuple):
-    """More is reserved already than the growth expected; nothing changed."""
+    """The reservation is larger than the growth expected, because others have grown it; nothing changed."""
 
     text: str
 
@@ -95,7 +95,7 @@ class Retired(NamedTuple):
 
 
 class Restored(NamedTuple):
-    """An open hold, or a limit, was restored; or it was known already."""
+    """An open hold or a limit was restored, or the store had it already."""
 
     changed: bool
 
@@ -129,7 +129,7 @@ class Conflict(NamedTuple):
 
     @property
     def is_tombstone(self) -> bool:
-        """Whether the id is only kept from a request whose caller was gone."""
+        """Whether the id is only closed to the late request of a caller that is gone."""
         return is_tombstone(self.text)
 
 
@@ -138,7 +138,7 @@ class UnknownHoldReply(NamedTuple):
 
 
 class OtherWindows(NamedTuple):
-    """The request lacks windows of the hold."""
+    """The request omits a window of the hold; the reply has the hold's record."""
 
     text: str
 
@@ -161,7 +161,7 @@ class OtherDefinition(NamedTuple):
 
 
 class Recovering(NamedTuple):
-    """Replicas may have yet to replay what the store has lost; nothing changed."""
+    """Replicas may still replay data that the store has lost; nothing changed."""
 
     until_ms: int
 
@@ -198,7 +198,7 @@ class Unreadable(NamedTuple):
 
 
 class NotFast(NamedTuple):
-    """The fast path does not know this; nothing changed."""
+    """The fast path does not support this batch; nothing changed."""
 
 
 class UnexpectedReply(NamedTuple):
@@ -273,7 +273,7 @@ _COMMON: Final[dict[str, Callable[[str], Reply]]] = {
 
 
 def parse_common(line: str) -> Reply:
-    """The reply of this line, if it does not depend on the operation."""
+    """Parse a reply that has the same form for all operations; ``None`` for any other."""
     parse = _COMMON.get(line[:1])
     return UnexpectedReply(line) if parse is None else parse(line[2:])
 

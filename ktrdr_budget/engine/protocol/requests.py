@@ -57,7 +57,7 @@ class Command(NamedTuple):
 
 
 class PreparedFact(NamedTuple):
-    """A settlement or a report by id: the windows that it names are known once its hold's record has been read."""
+    """A settlement or report by id; it becomes an operation once the hold's record, and so its windows, are read."""
 
     hold_id: str
     key: str
@@ -104,7 +104,7 @@ class RuntimeLimit(NamedTuple):
     changed_us: int = 0
 
     def is_in_force(self, now_ms: int) -> bool:
-        """Whether it has not ended."""
+        """Whether the limit has not ended."""
         return self.until_ms == 0 or self.until_ms > now_ms
 
 
@@ -134,7 +134,7 @@ def _text(value: bytes | str | None) -> str:
 
 
 def parse_read(reply: Sequence[Any]) -> tuple[ReadHead, Sequence[Any]]:
-    """The head of a read's reply, and what follows it."""
+    """Parse a read's reply: its head, and the items after it."""
     now_us, epoch, acknowledged, recovering_until_ms = _text(reply[0]).split(" ")
     head = ReadHead(int(now_us), None if epoch == "-" else epoch, int(acknowledged), int(recovering_until_ms))
     return head, reply[1:]
@@ -149,7 +149,7 @@ def _read(
     *,
     while_recovering: WhileRecovering = "answers",
 ) -> Read:
-    """One command that reads the keys ``of``, which come first in it; its reply is a list of one item."""
+    """A read with one command, whose first arguments are the keys ``of``; its reply has one item."""
     return Read(READ, [keys.meta, *of], [replica, command, *args], while_recovering)
 
 
@@ -159,7 +159,7 @@ def records_read(keys: Keys, replica: str, hold_ids: Sequence[str]) -> Read:
 
 
 def record_read(keys: Keys, replica: str, hold_id: str) -> Read:
-    """Read one record, as :func:`records_read`; a key of another type is an error, not an unknown hold."""
+    """Read one record; a key of another type is an error, and not an unknown hold as for :func:`records_read`."""
     return _read(keys, replica, "GET", [keys.hold(hold_id)], while_recovering="answers if found")
 
 
@@ -187,7 +187,7 @@ def index_read(keys: Keys, replica: str, index: str, offset: int, count: int) ->
 
 
 def parse_ids(items: Sequence[Any]) -> list[str]:
-    """The ids of a list of ids."""
+    """Parse a list of ids."""
     [ids] = items
     return [_text(hold_id) for hold_id in ids]
 
@@ -198,7 +198,7 @@ def definition_read(keys: Keys, replica: str, budget: str) -> Read:
 
 
 def parse_text(items: Sequence[Any]) -> str:
-    """One text; empty if there is none."""
+    """Parse one text; empty if there is none."""
     [value] = items
     return _text(value)
 
@@ -207,7 +207,7 @@ def status_read(keys: Keys, replica: str, windows: Sequence[Window], *, complete
     """Read windows' figures; :func:`parse_status` reads the reply.
 
     Args:
-        complete: wait while replicas may have yet to replay what the store has lost.
+        complete: wait while replicas may still replay data that the store has lost.
     """
     budgets, names = [window.budget for window in windows], [window.name for window in windows]
     of = [keys.meta, keys.limits, keys.due, keys.budgets, *(window.key for window in windows)]
@@ -283,7 +283,7 @@ def migrate(
 
     Args:
         window: the key of the current window of the registered definition.
-        drop: drop the limit that was set at run time: it is an amount of another unit.
+        drop: remove the limit that was set at run time, because it is in another unit.
     """
     args: list[str | int] = [budget, registered, definition, start_ms, end_ms, int(drop)]
     return Command(MIGRATE, [keys.meta, keys.limits, keys.budgets, window], args)
@@ -295,7 +295,7 @@ def parse_migrate(reply: bytes | str) -> bool | None:
 
 
 def readiness(keys: Keys) -> Command:
-    """Try each command that the product needs; :func:`parse_refused` reads the reply."""
+    """Try each command that the limiter needs; :func:`parse_refused` reads the reply."""
     return Command(READINESS, keys.trial, ())
 
 
@@ -311,7 +311,7 @@ def trial_write(keys: Sequence[str], args: Sequence[str]) -> Command:
 
 
 def info_memory() -> Command:
-    """The store's memory, and with it the eviction policy; :func:`parse_eviction_policy` reads the reply."""
+    """Read the store's eviction policy from ``INFO memory``; :func:`parse_eviction_policy` reads the reply."""
     return Command(None, (), ("INFO", "memory"))
 
 

@@ -74,7 +74,7 @@ def script_for(letters: set[str], *, repairs: bool = False) -> str:
     """The smallest write script that knows these operations.
 
     Args:
-        repairs: they replay what the store has lost.
+        repairs: the operations replay data that the store has lost.
     """
     if repairs or letters & _REPAIRING:
         return REPAIR
@@ -93,12 +93,12 @@ def script(name: str) -> Script:
 
 
 def without_script_location(error: str) -> str:
-    """An error reply without the script and the line that it came from."""
+    """Remove the script and line number from an error reply."""
     return re.sub(r",? script: [^:]*on @user_script.*", "", error)
 
 
 def read_part(name: str) -> str:
-    """The text of a part, with the parts that it includes: those are no functions, which cost time at each call."""
+    """The text of a part with its included parts inlined: Lua functions would cost time at each call."""
     return _INCLUDE.sub(lambda found: _read(found[1]), _read(name))
 
 

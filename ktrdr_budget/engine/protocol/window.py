@@ -1,4 +1,4 @@
-"""One budget in one period, as requests name it."""
+"""A window, one budget in one period, as requests to the store name it."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class Window:
         definition: the budget's, or ``-`` if this replica was not given the budget, or defines it differently.
         expires_ms: when the window's keys expire; 0: never.
         limit: the configured limit in whole units; ``None``: uncapped, or not known here.
-        asserts_limit: whether a reservation brings this limit to the store.
-        stored: the window's name in the store, if not that of ``definition``.
+        asserts_limit: whether a reservation writes this limit to the store.
+        stored: the window's name in the store, if it differs from the one derived from ``definition``.
     """
 
     __slots__ = (

@@ -152,7 +152,7 @@ def store_url(environment: Mapping[str, str] = os.environ) -> str | None:
     """Read ``KTRDR_REDIS_URL``; ``None``, for the embedded server, if it is not set.
 
     Raises:
-        InvalidArgument: it is set but empty, where each replica would start its own embedded server.
+        InvalidArgument: it is set but empty. Otherwise each replica would start its own embedded server by mistake.
     """
     url = environment.get("KTRDR_REDIS_URL")
     if url is None:

@@ -13,7 +13,7 @@ __all__ = ["AsyncHold"]
 
 
 class AsyncHold(HoldBase):
-    """An open reservation. Settle it with :meth:`commit` or :meth:`release`; prolong it with :meth:`extend`."""
+    """An open reservation. Settle it with :meth:`commit` or :meth:`release`; move its deadline with :meth:`extend`."""
 
     __slots__ = ()
 
@@ -24,19 +24,19 @@ class AsyncHold(HoldBase):
     async def extend(self, ttl: float | None = None) -> None:
         """Send a heartbeat: a new deadline ``ttl`` seconds from now (as reserved, by default), and what was accrued.
 
-        Revives a hold that had expired, but none that an operator has released. No hold lives longer than 24 h after it
-        was granted.
+        Reopens an expired hold, but not one that an operator has released. No hold stays open for longer than 24 h
+        after its grant.
 
         Raises:
-            BudgetExceeded: it had expired, had given money back, and that money is gone.
-            HoldConflict: it is settled, or an operator has released it (``released_by_operator``).
+            BudgetExceeded: the hold had expired and returned money, and the budget has no room for it any more.
+            HoldConflict: the hold is settled, or an operator has released it (``released_by_operator``).
             UnknownHold: the store does not have it.
             StoreUnavailable: no reply within the deadline.
         """
         await self._runner.run(extensions.extend(self.engine.context, self, ttl), "extend")
 
     async def grow(self, amount: Amounts) -> None:
-        """Add to the reservation, in all budgets or in none; also to what others have added to it at the same time.
+        """Add to the reservation, in all budgets or in none. Concurrent additions by others are added as well.
 
         After an ambiguous ``StoreUnavailable``, growing by the same amount is a retry, and adds it once.
 
@@ -47,18 +47,18 @@ class AsyncHold(HoldBase):
         await self._runner.run(extensions.grow(self.engine.context, self, amount), "grow")
 
     async def commit(self, amount: Amounts | None = None) -> Settlement:
-        """Record the actual cost: never refused for lack of budget, for being late or above the reservation.
+        """Record the actual cost. A commit is never refused for lack of budget, lateness, or exceeding the reservation.
 
         Args:
-            amount: a scalar for every ``usd`` budget (counts then commit what was reserved), or a mapping (what it
-                leaves out is 0); by default what was accrued.
+            amount: a scalar for every ``usd`` budget (counts then commit their reservation), or a mapping (omitted
+                budgets commit 0); by default the accrued amount.
 
         Raises:
-            HoldConflict: it was settled otherwise before, or metered calls inside are under way.
+            HoldConflict: the hold was settled differently before, or metered calls inside it are in progress.
             StoreUnavailable: no reply within the deadline. A retry is safe.
         """
         return await self._runner.run(settle.commit(self.engine.context, self, amount), "commit")
 
     async def release(self) -> Settlement:
-        """Give everything back. Errors as for :meth:`commit`."""
+        """Return the whole amount. Errors as for :meth:`commit`."""
         return await self._runner.run(settle.release(self.engine.context, self), "release")

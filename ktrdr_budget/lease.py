@@ -17,8 +17,8 @@ class AsyncLease(LeaseBase):
     """A prepaid part of a budget that this process spends by itself: ``async with limiter.lease(...) as lease``.
 
     :meth:`spend` and :meth:`reserve` decide at once; :meth:`acquire` waits for another slab if needed. On leaving, the
-    spend is committed and the rest given back; a grant that is still open keeps its slab until it is settled. Entering
-    raises no error if the store has no room or does not reply: the first decision does.
+    spend is committed and the rest released; an open grant keeps its slab until it is settled. Entering raises no error
+    if the store has no room or does not reply; the first decision raises it.
     """
 
     def __init__(self, runner: AsyncRunner, *args: Any, **options: Any) -> None:
@@ -35,11 +35,11 @@ class AsyncLease(LeaseBase):
         await self._runner.close_lease(self)
 
     async def acquire(self, amount: AmountIn) -> Grant:
-        """As :meth:`reserve`, but wait for the store where there is no room here, at most for the limiter's deadline.
+        """Reserve as :meth:`reserve` does, but wait for the next slab if needed, at most for the limiter's deadline.
 
         Raises:
-            BudgetExceeded: the store has no room either.
-            StoreUnavailable: no room here, and no reply from the store.
+            BudgetExceeded: neither the lease nor the store has room.
+            StoreUnavailable: the lease has no room, and the store does not reply.
             InvalidAmount: not an amount above 0.
         """
         units = self.to_units(amount, positive=True)

@@ -57,29 +57,30 @@ class LimiterBase:
         url: ``redis://``, ``rediss://``, ``unix://``, ``redis+cluster://`` or ``redis+sentinel://`` (all forms:
             :mod:`ktrdr_budget.engine.transport.urls`); ``None`` starts or joins the embedded server of ``data_dir``.
         budgets: the budgets of this replica, each with its configured limit.
-        tenant: names the slot that all keys live in.
-        timeout: seconds within which each call ends.
-        on_store_error: how a call ends that cannot reach the store: ``deny`` (raise
+        tenant: part of every key; budgets of different tenants are separate.
+        timeout: the deadline of each call, in seconds.
+        on_store_error: the policy for calls that cannot reach the store: ``deny`` (raise
             :class:`~ktrdr_budget.errors.StoreUnavailable`); ``allow``: admit without a check of the cap, and record the
-            spend once the store replies; or ``lease``: draw holds from leases that are kept for that (``lease_slab``),
-            so that the cap holds without the store. Such holds are known in this process only, and the store records
-            the spend of each chunk as one entry; it charges the whole chunk if this process dies.
-        lease_slab: under that policy, how much is kept prepaid (and shows as held): an amount for each budget in
+            spend once the store replies; or ``lease``: draw holds from prepaid leases (``lease_slab``), so that the cap
+            holds without the store. Such holds are known in this process only. The store records the spend of each
+            chunk as one entry, and charges the whole chunk if this process dies.
+        lease_slab: the prepaid amount under policy ``lease``, which shows as held: one amount for each budget in
             dollars, or a mapping of budgets to amounts.
         data_dir: the embedded server's data (default: ``AGENT_BUDGET_DIR`` or ``data/budget``).
-        observer: called with an ``Observation`` of each finished call, and of spend whose call has failed, once the
-            store has it (operation ``resolve``); its exceptions are logged and ignored.
+        observer: called with an ``Observation`` of each finished call. If the spend of a failed call reaches the store
+            later, it gets another one (operation ``resolve``). Exceptions of the observer are logged and ignored.
         trace_id: returns the current trace id, for the ledger.
         max_holds: how many holds, open and unconfirmed, the tenant may have; one more raises
             :class:`~ktrdr_budget.errors.TooManyHolds`.
         max_budgets: how many budgets this limiter, and the tenant in the store, may have.
         retention_days: how long the store keeps an ended window and its ledger, at least 2; a day is added for holds
             that were opened at the window's end.
-        durability: where a reservation or spend must be before its call ends: ``memory`` of the server, a ``replica``
-            (``WAIT``), or its ``disk`` (``WAITAOF``, from Redis 7.2). Without that confirmation, the call raises
-            :class:`~ktrdr_budget.errors.StoreUnavailable`, ``ambiguous``.
+        durability: where a reservation or spend must be stored before its call succeeds: in ``memory`` of the server,
+            on a ``replica`` (``WAIT``), or on ``disk`` (``WAITAOF``, from Redis 7.2). Without that confirmation, the
+            call raises :class:`~ktrdr_budget.errors.StoreUnavailable`, ``ambiguous``.
         credential_provider: a ``CredentialProvider`` of redis-py, or a callable that returns ``(username, password)``
-            or a password: asked at each connection, instead of a login in the URL. Sentinels keep theirs in the URL.
+            or a password: called at each connection, instead of a login in the URL. The login of sentinels stays in the
+            URL.
 
     Raises:
         InvalidArgument: an option is not usable.
@@ -184,7 +185,7 @@ class LimiterBase:
 
     @property
     def resolved(self) -> Mapping[str, int]:
-        """How many such requests were resolved, by outcome (:data:`ktrdr_budget.engine.replica.outbox.OUTCOMES`)."""
+        """Former :attr:`unresolved` requests, by outcome (:data:`ktrdr_budget.engine.replica.outbox.OUTCOMES`)."""
         return self.engine.outbox.outcomes
 
     @property
@@ -194,12 +195,15 @@ class LimiterBase:
 
     @property
     def repaired(self) -> Repair:
-        """What this replica replayed after data losses, and what was beyond its journal (P13)."""
+        """Counts of what this replica replayed after data losses, and of what its journal had already dropped (P13)."""
         return self.engine.dispatcher.repair.total
 
     @property
     def prepaid(self) -> Mapping[str, Amount]:
-        """The amount that could be granted now without the store (policy ``lease``), per budget; else empty."""
+        """The amounts that policy ``lease`` could grant now without the store, per budget.
+
+        Empty under other policies.
+        """
         return self.engine.policy.remaining
 
 
@@ -207,7 +211,7 @@ class AsyncBudgetLimiter(LimiterBase):
     """One hard cap for every replica that uses the same store and tenant.
 
     Use it as ``async with AsyncBudgetLimiter(url, [Budget("agent", limit="5.00")]) as limiter``. It belongs to the
-    event loop of its first use; calls that are made there while a round trip is under way travel together in the next.
+    event loop of its first use. Calls made during a round trip are sent together in the next one.
     """
 
     _hold_class = AsyncHold
@@ -231,7 +235,7 @@ class AsyncBudgetLimiter(LimiterBase):
         await self.close()
 
     async def start(self) -> None:
-        """Connect. Succeeds even if the store is down: calls report the outage, and succeed again once it is over.
+        """Connect. Succeeds even if the store is down; calls then fail until it is back.
 
         Raises:
             StoreError: the embedded server does not start, or the store refuses this user.
@@ -264,7 +268,8 @@ class AsyncBudgetLimiter(LimiterBase):
         """Hold an estimate before the work; all budgets of a mapping or none.
 
         Args:
-            budget: a name with ``amount``, or a mapping of names to amounts; a denial names the first that lacks room.
+            budget: a name with ``amount``, or a mapping of names to amounts; a denial names the first budget without
+                room.
             id: idempotency key; the same id and contents return the same hold, marked ``replayed``. Default: generated.
             ttl: seconds, 1 to 86400, until the hold expires unless it is extended.
             on_expiry: the charge of an expired hold: ``charge`` all, ``accrued`` the reported use, ``release`` nothing.
@@ -299,10 +304,10 @@ class AsyncBudgetLimiter(LimiterBase):
     ) -> AsyncIterator[AsyncHold]:
         """Reserve, heartbeat at a third of ``ttl`` while the block runs, and settle at its end.
 
-        Settled inside, also by its id: the end does nothing. Normal exit: commits what was accrued, or the whole
-        reservation if nothing was. Exception or cancellation: commits what was accrued, or releases if nothing was;
-        ``on_error="charge"`` keeps the hold instead, and it expires. If metered calls inside are still under way, the
-        hold stays open, and the last of them settles it.
+        If the hold was settled inside the block, also by its id, the end does nothing. Normal exit: commits what was
+        accrued, or the whole reservation if nothing was. Exception or cancellation: commits what was accrued, or
+        releases if nothing was; ``on_error="charge"`` keeps the hold instead, and it expires. If metered calls inside
+        the block are still in progress, the hold stays open, and the last of them settles it.
 
         Raises:
             As for :meth:`reserve` and :meth:`commit`.
@@ -314,7 +319,7 @@ class AsyncBudgetLimiter(LimiterBase):
 
     @asynccontextmanager
     async def keep(self, hold: AsyncHold, *, on_error: OnError = "release") -> AsyncIterator[AsyncHold]:
-        """As :meth:`hold`, for a hold that was reserved before: heartbeat, and settle at the end."""
+        """Send heartbeats for a hold that was reserved before, and settle it at the end, as :meth:`hold` does."""
         check_on_error(on_error)
         stop_heartbeat = self._runner.start_heartbeat(hold)
         outer = current_hold.set(hold)
@@ -358,15 +363,15 @@ class AsyncBudgetLimiter(LimiterBase):
         idle: float | None = IDLE_DEFAULT_S,
         operation: str = "lease",
     ) -> AsyncLease:
-        """Prepay part of a budget, and decide about it without the store: ``async with`` the returned lease.
+        """Prepay a part of a budget, to reserve from it without the store; use the result with ``async with``.
 
         Slabs show as held, and are charged if this process dies. The sum of all replicas stays below the cap.
 
         Args:
-            slab: how much is prepaid at a time; the part of it that fits if the budget has less.
-            low_water: with less left, the next slab is requested; half of a slab by default.
+            slab: the amount that is prepaid at a time; less if the budget has less.
+            low_water: if less is left, the next slab is requested; half of a slab by default.
             ttl: seconds after which the store charges a slab of a process that is silent.
-            idle: seconds without use after which slabs are given back; ``None``: never.
+            idle: seconds without use after which slabs are released; ``None``: never.
             operation: the label of the slabs, in lists of holds and in the ledger.
 
         Raises:
@@ -395,7 +400,7 @@ class AsyncBudgetLimiter(LimiterBase):
     async def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
         """Send a heartbeat by id; ``accrued`` is the total so far. See :meth:`AsyncHold.extend`.
 
-        Without a ``ttl``, the deadline becomes at least 900 seconds from now, and no hold is cut short.
+        Without a ``ttl``, the deadline becomes at least 900 seconds from now, and never becomes earlier.
         """
         return await self._runner.run(extend.extend_by_id(self.engine.context, id, ttl, accrued), "extend")
 
@@ -414,7 +419,7 @@ class AsyncBudgetLimiter(LimiterBase):
         id: str | None = None,
         operation: str = "",
     ) -> Settlement:
-        """Record spend without a reservation: a fact, so never refused for lack of budget.
+        """Record spend without a reservation; it is never refused for lack of budget.
 
         Raises:
             HoldConflict: the id is in use with other contents.
@@ -425,29 +430,30 @@ class AsyncBudgetLimiter(LimiterBase):
     # -- reads ---------------------------------------------------------------------------------------------------------
 
     async def status(self, budget: str, *, complete: bool = False) -> Status:
-        """A budget's window now.
+        """Read a budget's current window.
 
         After a loss of data, ``recovering_until`` is set while other replicas may still replay their journals.
 
         Args:
-            complete: wait for them, and raise ``StoreUnavailable`` rather than return figures that may lack something.
+            complete: wait for these replays; raise ``StoreUnavailable`` rather than return incomplete figures.
 
         Raises:
-            UnknownBudget: this limiter was not given it.
-            DefinitionConflict: the store has another unit, period, timezone or kind of it.
-            StoreUnavailable: the figures are unknown, which does not mean that all is left.
+            UnknownBudget: this limiter does not have the budget.
+            DefinitionConflict: the store has another unit, period, timezone or kind of the budget.
+            StoreUnavailable: the figures are unknown; the budget may be exhausted.
         """
         return (await self._runner.run(read.status(self.engine.context, [budget], complete=complete), "status"))[0]
 
     async def statuses(self, *, complete: bool = False) -> Statuses:
-        """All budgets of this limiter, at one instant; ``complete`` as for :meth:`status`.
+        """Read all budgets of this limiter, at one instant; ``complete`` as for :meth:`status`.
 
-        One whose figures are unknown is not in the list: ``unavailable`` of the list has the error, by name.
+        A budget whose figures are unknown is not in the list; the list's attribute ``unavailable`` has its error, by
+        name.
         """
         return await self._runner.run(read.statuses(self.engine.context, complete=complete), "status")
 
     async def check(self) -> dict[str, str | None]:
-        """Whether the store can be relied on now: the fault of each check, or ``None``.
+        """Check whether the store can hold budgets safely; return the fault found by each check, or ``None``.
 
         ``store``: it replies, accepts the login, and can be written to. ``policy``: its ``maxmemory-policy`` is
         ``noeviction``. ``scripts``: they run; each command that the store refuses in them is named.
@@ -455,7 +461,7 @@ class AsyncBudgetLimiter(LimiterBase):
         return await self._runner.run(readiness.check(self.engine.context), "check")
 
     async def get(self, id: str) -> HoldView:
-        """A hold by id.
+        """Read a hold by id.
 
         Raises:
             UnknownHold: no such hold, or settled longer ago than ids are remembered.
@@ -463,19 +469,19 @@ class AsyncBudgetLimiter(LimiterBase):
         return await self._runner.run(read.hold_view(self.engine.context, id), "get")
 
     async def holds(self, budget: str, *, limit: int = 100, cursor: str | None = None) -> Page[HoldView]:
-        """Open, then unconfirmed holds of a budget, the latest deadline first; ``limit`` 1 to 1000."""
+        """Read the open, then the unconfirmed holds of a budget, the latest deadline first; ``limit`` 1 to 1000."""
         return await self._runner.run(read.holds(self.engine.context, budget, limit, cursor), "holds")
 
     async def ledger(
         self, budget: str, window: str | None = None, *, limit: int = 100, cursor: str | None = None
     ) -> Page[LedgerEntry]:
-        """The entries of a window (the current one by default), newest first; ``limit`` 1 to 1000."""
+        """Read the ledger entries of a window (by default the current one), newest first; ``limit`` 1 to 1000."""
         return await self._runner.run(read.ledger(self.engine.context, budget, window, limit, cursor), "ledger")
 
     async def execute(self, command: Command, operation: str) -> Any:
         """Run a script or command on keys of the tenant that are not the limiter's own; for the agent.
 
-        It is sent until its deadline, so that it may be executed twice.
+        It is resent after a lost reply until the deadline, so that it may be executed twice.
 
         Raises:
             StoreUnavailable: no reply within the deadline.
@@ -487,7 +493,7 @@ class AsyncBudgetLimiter(LimiterBase):
     async def set_limit(self, budget: str, limit: AmountIn | None, until: datetime | str | None = None) -> Status:
         """Change a limit for all replicas: for good, ``until`` an aware datetime, or ``"window"`` (its end).
 
-        A run-time limit wins over configuration. ``None`` is uncapped.
+        A run-time limit overrides the configured one. ``None`` is uncapped.
         """
         return await self._runner.run(limits.set_limit(self.engine.context, budget, limit, until), "set_limit")
 
@@ -503,7 +509,7 @@ class AsyncBudgetLimiter(LimiterBase):
         All replicas obey with their next call: those with the same definition reserve and record at once, the others
         raise :class:`~ktrdr_budget.errors.DefinitionConflict`. Open holds are settled in the windows that admitted
         them, and spend under the former definition stays there: after a migration back, the old window continues. A
-        limit that was set at run time stays, unless it is an amount of another unit.
+        run-time limit is kept, unless it is in another unit.
 
         Raises:
             UnknownBudget: this limiter was not given it.

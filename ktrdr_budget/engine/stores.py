@@ -42,7 +42,7 @@ def store_for(
 
 
 class EmbeddedStore(Store):
-    """The embedded server of a data directory, started or joined at the first connection."""
+    """A store on the embedded server of a data directory, started or joined at the first connection."""
 
     def __init__(self, data_dir: str | None) -> None:
         super().__init__(None)
@@ -83,7 +83,7 @@ class EmbeddedStore(Store):
         return super().forget()
 
     def failure(self, error: Exception) -> Exception:
-        """See :class:`Store`. Starts the server again if its supervisor, which would restart it, has died as well."""
+        """See :class:`Store`. Restarts the server if its supervisor has died as well."""
         translated = super().failure(error)
         if isinstance(translated, Transient):
             self._restart()

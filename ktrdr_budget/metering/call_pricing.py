@@ -61,8 +61,8 @@ class CallPricing:
         """Replace a missing input count by its upper bound.
 
         Use this if a call breaks off before the provider has reported the input, which it bills all the same. The input
-        is priced at the dearest rate, since it may have been written to a cache, and an unreported service tier as the
-        dearest tier.
+        is priced at the most expensive rate, since it may have been written to a cache, and an unreported service tier
+        as the most expensive one.
         """
         other = {name: count for name, count in usage.other.items() if not name.startswith("input_")}
         bounded = Usage(self._input_tokens_max, usage.output_tokens, service_tier=usage.service_tier, other=other)

@@ -149,7 +149,7 @@ class HoldClaim:
         return missing
 
     def use(self, used: Mapping[str, int], *, final: bool = False) -> dict[str, int]:
-        """Accrue what the call has used in total; keep the rest of its worst case claimed, unless this is final.
+        """Accrue the call's total usage; keep the rest of its worst case claimed, unless this usage is final.
 
         Returns:
             The units that could not be accrued, because the hold was settled in the meantime.

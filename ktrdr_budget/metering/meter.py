@@ -95,8 +95,8 @@ class Meter:
             input_tokens_max: an upper bound of the input tokens that the provider will count.
             output_tokens_max: the output limit sent with the request, reasoning included.
             operation: the operation, as OpenTelemetry names it: ``chat``, ``embeddings``, …
-            service_tier: the tier that the request names; ``None`` if the provider chooses, in which case its dearest
-                tier is reserved.
+            service_tier: the tier that the request names; ``None`` if the provider chooses, in which case its most
+                expensive tier is reserved.
             other_max: upper bounds of billed units other than tokens, such as ``{"web_searches": 5}``.
             current: whether the call's span is the current span while the call lasts. Pass ``False`` if the call may
                 end in another task than it began in, as a stream may.

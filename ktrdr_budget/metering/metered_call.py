@@ -86,7 +86,7 @@ class MeteredCall:
     - after :meth:`rejected`: releases;
     - after :meth:`unknown`, or on an error without any report: keeps the reservation, which expires and is charged
       (inside a hold: accrues the worst case, marked ``estimated``);
-    - otherwise commits the latest report, with no less than the input, marked ``estimated``; without any report, the
+    - otherwise commits the latest report, including at least the input, marked ``estimated``; without any report, the
       worst case.
 
     A settlement that fails is logged and not raised, because the caller has already paid for an answer. The limiter
@@ -204,7 +204,7 @@ class MeteredCall:
             self._outcome = "unknown"
 
     def _is_final(self) -> bool:
-        """Whether :meth:`finish` was called: of the other reports the latest counts."""
+        """Whether :meth:`finish` was called; until then the latest report is used."""
         self._check_inside()
         return self._outcome == "finished"
 

@@ -103,8 +103,8 @@ class Prices:
     """The default :class:`Pricer`.
 
     Args:
-        overrides: configured prices. An exact model name wins over a prefix, a longer prefix over a shorter one, and
-            of equal names the last one.
+        overrides: configured prices. An exact model name takes precedence over a prefix, a longer prefix over a shorter
+            one, and of equal names the last one.
         fixed_cost: dollars per call of a model without a price; by default such models are refused.
 
     Raises:
@@ -127,7 +127,9 @@ class Prices:
     def from_environment(
         cls, environment: Mapping[str, str] = os.environ, overrides: Iterable[ModelPrice] = ()
     ) -> Prices:
-        """Read ``KTRDR_PRICES_FILE`` (a TOML file) and ``KTRDR_FIXED_CALL_COST`` (dollars); ``overrides`` win.
+        """Read ``KTRDR_PRICES_FILE`` (a TOML file) and ``KTRDR_FIXED_CALL_COST`` (dollars).
+
+        ``overrides`` take precedence.
 
         Raises:
             InvalidArgument: a value is invalid, or the file cannot be read.

@@ -376,7 +376,7 @@ class Chunks:
     # -- refusals ------------------------------------------------------------------------------------------------------
 
     def refusal(self, units: int) -> Exception:
-        """The reason why so much is not granted: the store's last refusal, or that it was not asked yet."""
+        """The error for units that are not granted: the store's last refusal, or ``lease_refilling``."""
         left = self.room()
         error = self.last_refill_error
         if isinstance(error, StoreUnavailable):

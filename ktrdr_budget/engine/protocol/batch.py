@@ -118,7 +118,7 @@ class _Windows:
         self.words: list[str] = []
 
     def line(self, rendered: Rendered) -> str:
-        """An operation's line: its head, the numbers of its windows with what follows them, and its tail."""
+        """Render an operation's line: its head, then each window's number and text, then its tail."""
         text, parts, tail = rendered
         numbers = self.numbers
         for window, amounts in parts:

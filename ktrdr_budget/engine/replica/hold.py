@@ -1,4 +1,4 @@
-"""A hold in the hands of the worker that reserved it: what it reserved, what it accrued, and its state."""
+"""The worker's object for a hold: its reserved and accrued amounts, and its state."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ class OfflineBacking(Protocol):
     def settle(
         self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str
     ) -> SettlingOperation | Settlement:
-        """Settle the hold: at once, or by an operation to send. ``None`` releases."""
+        """Settle the hold at once, or return the operation that settles it. ``None`` releases the hold."""
 
     def extend(self, hold: HoldBase, parts: Callable[[], Sequence[tuple[Window, int]]], ttl_ms: int | None) -> bool:
-        """Extend the hold here; return false if the store must be asked.
+        """Extend the hold in this process; return false if the store must do it.
 
         Args:
-            parts: returns the totals to reach, from those that the hold has when it is called.
-            ttl_ms: of a heartbeat; ``None`` for growth.
+            parts: computes the totals to reach from the current ones.
+            ttl_ms: the ttl of a heartbeat; ``None`` for growth.
         """
 
 
@@ -161,17 +161,20 @@ class HoldBase:
 
     @property
     def amounts(self) -> Mapping[str, Amount]:
-        """Reserved, per budget."""
+        """The reserved amounts, per budget."""
         return {window.budget: from_units(units, window.unit) for window, units in self.parts}
 
     @property
     def accrued(self) -> Mapping[str, Amount]:
-        """Used so far, per budget, as this process has it; the next :meth:`extend` reports it to the store."""
+        """The accrued amounts, per budget, as known in this process.
+
+        The next :meth:`extend` reports them to the store.
+        """
         return {window.budget: from_units(self._accrued.get(window.budget, 0), window.unit) for window, _ in self.parts}
 
     @property
     def windows(self) -> Mapping[str, str]:
-        """The windows that admitted this hold, and pay for it."""
+        """The windows that admitted this hold, and that its cost is charged to."""
         return {window.budget: window.span.name for window, _ in self.parts}
 
     @property
@@ -181,7 +184,7 @@ class HoldBase:
 
     @property
     def ttl(self) -> float:
-        """Seconds that a heartbeat prolongs this hold by."""
+        """Seconds from a heartbeat to the new deadline."""
         return self.ttl_ms / 1000
 
     @property
@@ -191,12 +194,12 @@ class HoldBase:
 
     @property
     def reserved_units(self) -> dict[str, int]:
-        """Reserved, in whole units per budget."""
+        """The reserved whole units, per budget."""
         return {window.budget: units for window, units in self.parts}
 
     @property
     def accrued_units(self) -> list[int]:
-        """Used so far, in whole units, in the order of the parts."""
+        """The accrued whole units, in the order of the parts."""
         return [self._accrued.get(window.budget, 0) for window, _ in self.parts]
 
     @property
@@ -206,7 +209,7 @@ class HoldBase:
 
     @property
     def window_list(self) -> list[Window]:
-        """The windows of the parts."""
+        """The windows of the hold's parts."""
         return [window for window, _ in self.parts]
 
     def unit_of(self, name: str) -> str:
@@ -215,13 +218,13 @@ class HoldBase:
         return budget.unit if budget else next(window.unit for window, _ in self.parts if window.budget == name)
 
     def belongs_to(self, limiter: object) -> bool:
-        """Whether this limiter granted it."""
+        """Whether this limiter granted the hold."""
         return getattr(limiter, "engine", None) is self.engine
 
     # -- what was used -------------------------------------------------------------------------------------------------
 
     def accrue(self, amount: Amounts) -> None:
-        """Add to what was used. Local; carried by the next heartbeat, and committed by ``commit()``.
+        """Add to the accrued amount. This is local; the next heartbeat reports the total, and ``commit()`` commits it.
 
         A scalar applies to every ``usd`` budget of the hold.
 
@@ -235,44 +238,47 @@ class HoldBase:
             self._accrued |= added(self._accrued, more, self.unit_of)
 
     def adjust(self, changes: Mapping[str, int]) -> None:
-        """Add whole units to what was used, or take back what was too much (which a heartbeat may have reported)."""
+        """Add whole units to the accrued amount, or subtract an excess, which a heartbeat may have reported."""
         with self.lock:
             self.adjust_locked(changes)
 
     def adjust_locked(self, changes: Mapping[str, int]) -> None:
-        """As :meth:`adjust`, for a caller that holds the lock."""
+        """:meth:`adjust` for a caller that holds the lock."""
         for name, units in changes.items():
             self._accrued[name] = min(max(0, self._accrued.get(name, 0) + units), MAX_UNITS - 1)
 
     def accrue_to(self, totals: Amounts | None) -> None:
-        """Raise what was used to these totals; errors as for :meth:`accrue`."""
+        """Raise the accrued amounts to these totals; errors as for :meth:`accrue`."""
         units_by_name = {} if totals is None else spread(totals, self.flags)
         with self.lock:
             for name, units in units_by_name.items():
                 self._accrued[name] = max(self._accrued.get(name, 0), units)
 
     def note(self, remark: str, *, first: bool = False) -> None:
-        """Add a remark to the ledger entry of this hold's commit, once; too long a text is cut.
+        """Add a remark to the ledger entry of this hold's commit, unless it has it; a text that is too long is cut.
 
         Args:
-            first: it is not to be cut off.
+            first: put the remark first, so that it is not cut off.
         """
         self._notes = {remark: None, **self._notes} if first else {**self._notes, remark: None}
 
     @property
     def remark(self) -> str:
-        """All remarks, cut where they are too long for a label."""
+        """All remarks as one text, cut to the length of a label."""
         return " ".join(self._notes)[:_REMARK_CHARACTERS_MAX]
 
     # -- calls inside --------------------------------------------------------------------------------------------------
 
     @property
     def busy(self) -> bool:
-        """Whether calls are under way that draw from it: it must not be settled before they have ended."""
+        """Whether metered calls in progress draw from the hold, so that it must not be settled yet."""
         return self.growth is not None and self.growth.open > 0
 
     def leave_to_calls(self, failed: bool, on_error: OnError, stop: Callable[[], object]) -> bool:
-        """Leave it open for the calls under way, if any: the last one stops the heartbeats, and settles it."""
+        """Leave the hold open for the metered calls in progress, if any.
+
+        The last one stops the heartbeats and settles it.
+        """
         with self.lock:
             if not self.busy or self.settled or self.settling or self.uncertain_commit is not None:
                 return False
@@ -282,7 +288,7 @@ class HoldBase:
     # -- the store's record --------------------------------------------------------------------------------------------
 
     def update(self, record: HoldRecord) -> None:
-        """Take over the store's record."""
+        """Update the hold from the store's record."""
         self.state = codes.STATES[record.state]
         self.granted = None
         self.deadline_ms = record.deadline_ms
@@ -291,7 +297,7 @@ class HoldBase:
         self.parts = [(window, max(units, reserved[window.budget])) for window, units in self.parts]
 
     def keep_offline(self, policy: str, now_us: int, owner: str, operation: str, trace_id: str) -> HoldRecord:
-        """Keep the record of a hold that was granted without the store; return it."""
+        """Create the record of a hold that was granted without the store, and return it."""
         labels = owner, operation, trace_id
         segments = segments_of(self.parts)
         self.offline_record = HoldRecord(
@@ -300,7 +306,7 @@ class HoldBase:
         return self.offline_record
 
     def offline_view(self) -> HoldRecord:
-        """The record of a hold that was granted without the store, as it is now."""
+        """The current record of a hold that was granted without the store."""
         record = self.offline_record
         assert record is not None
         figures = zip(record.segments, self.parts, self.accrued_units, strict=True)
@@ -329,13 +335,13 @@ class HoldBase:
 
 
 def added(totals: Mapping[str, int], more: Mapping[str, int], unit_of: Callable[[str], str]) -> dict[str, int]:
-    """The totals that change, with ``more`` added.
+    """Return the new totals after adding ``more``, for the budgets that change.
 
     Args:
         unit_of: the unit of a budget, for the message.
 
     Raises:
-        InvalidAmount: one would reach 2**53 units.
+        InvalidAmount: a total would reach 2**53 units.
     """
     sums = {name: totals.get(name, 0) + units for name, units in more.items()}
     for name, units in sums.items():
@@ -351,6 +357,6 @@ def check_on_error(value: object) -> None:
 
 
 def restore_hold(outer: Token[HoldBase | None]) -> None:
-    """Make the hold current that was so before; a generator may be closed in another context than it was started in."""
+    """Restore the previous current hold; do nothing for a generator that is closed in another context."""
     with suppress(ValueError):
         current_hold.reset(outer)

@@ -1,10 +1,10 @@
-"""A replica's journal: what the store acknowledged to it, to be replayed to a store that has lost it (P13).
+"""A replica's journal: acknowledged operations, to be replayed if the store loses them (P13).
 
-Four kinds of entries, each by id, time or total, so that a replay changes nothing the second time: *limits* of run time
-that the replica set or read, its *subtotal* of each window's spend, the *holds* that it was granted, and a bounded
-number of recent *settlements*. A settlement in the journal restores its id as well; one that was evicted is still in
-the subtotal. Holds and settlements are kept as records of the hold, so that after a repair the same reservation is a
-replay.
+The journal has four kinds of entries. Each is identified by an id, a time or a total, so that a second replay changes
+nothing: *limits* of run time that the replica set or read, its *subtotal* of each window's spend, the *holds* that it
+was granted, and a bounded number of recent *settlements*. A settlement in the journal restores its id as well; one that
+was evicted is still in the subtotal. Holds and settlements are kept as records of the hold, so that after a repair the
+same reservation is a replay.
 
 Each settlement counts in the subtotal of one replica, the one whose request made it; the store's record names it.
 Another replica whose request was a replay journals the settlement as well, and replays it on behalf of the first, which
@@ -91,7 +91,7 @@ class _Settlement(NamedTuple):
 
 @dataclass
 class Repair:
-    """What was replayed after a data loss, and what could not be."""
+    """Counts of what was replayed after a data loss, and of what could not be replayed."""
 
     settlements: int = 0
     holds: int = 0
@@ -115,7 +115,10 @@ class Repair:
 
 
 class Journal:
-    """The journal of one replica. No I/O, and cheap to write: each call of the limiter does."""
+    """The journal of one replica.
+
+    It does no I/O, and is cheap to write, because each call of the limiter writes to it.
+    """
 
     def __init__(self, replica: str = "") -> None:
         self._replica = replica
@@ -160,7 +163,7 @@ class Journal:
             self._holds[hold_id] = _Hold(self._keys_of(windows), record, now_us)
 
     def seen(self, hold_id: str, record: str, now_us: int) -> None:
-        """Take over the record that the store had at this time; drop a hold that another replica has settled."""
+        """Update a hold from the store's record of this time; drop a hold that another replica has settled."""
         for holds in (self._holds, self._older_holds):
             known = holds.get(hold_id)
             if known is not None and known.seen_us <= now_us:  # else this replica has changed it since
@@ -170,12 +173,12 @@ class Journal:
                     holds[hold_id] = known._replace(record=record, seen_us=now_us)
 
     def open_hold(self, hold_id: str) -> HoldRecord | None:
-        """A hold that this replica was granted and has not settled."""
+        """The record of a hold that was granted to this replica and not settled; else ``None``."""
         known = self._holds.get(hold_id) or self._older_holds.get(hold_id)
         return None if known is None else parse_record(known.record)
 
     def holds_to_check(self, now_ms: int, most: int) -> list[str]:
-        """Ids of open holds that another replica may have settled; some at a time, all of them in turn."""
+        """Ids of open holds that another replica may have settled; each call returns the next few, in turn."""
         holds = chain(self._older_holds.items(), self._holds.items())
         some = list(islice(holds, self._checked, self._checked + most))
         self._checked = self._checked + most if len(some) == most else 0
@@ -204,7 +207,7 @@ class Journal:
         """Journal an acknowledged settlement.
 
         Args:
-            windows: those in which it counts, if they are not the operation's.
+            windows: the windows in which it counts, if they differ from the operation's.
         """
         hold_id = op.hold_id
         hold = self._pop_hold(hold_id)
@@ -230,11 +233,11 @@ class Journal:
         current[hold_id] = _Settlement(keys, record, settled.units, is_own, replica, now_ms)
 
     def counts_here(self, settled: Settled) -> bool:
-        """Whether a settlement counts in this replica's subtotals: of a replay, the first reply was lost."""
+        """Whether a settlement counts in this replica's subtotals. A replay does if the first attempt was its own."""
         return not settled.replayed or settled.replica == self._replica
 
     def replayed(self, hold_id: str, reply: Reply) -> None:
-        """Take over the replica that a replayed settlement counts for: the store's record decides."""
+        """Set the replica that a replayed settlement counts for, as the store's record names it."""
         if isinstance(reply, Settled) and reply.replayed and reply.replica:
             is_own = reply.replica == self._replica
             for generation in (self._older_settlements, self._settlements):
@@ -292,7 +295,7 @@ class Journal:
         self._limits[budget.name] = _Limit(RuntimeLimit(None, _CLEARED, changed_us), budget.definition)
 
     def limit_seen(self, budget: Budget, limit: RuntimeLimit | None, now_us: int) -> None:
-        """Take over the limit that the store had at this time, or that it had none."""
+        """Journal the limit that the store had at this time, or that it had none."""
         known = self._limits.get(budget.name)
         if known is not None and known.limit.changed_us > now_us:
             return  # that reply is older
@@ -304,7 +307,7 @@ class Journal:
     # -- replay --------------------------------------------------------------------------------------------------------
 
     def limits(self, keys: Keys, now_ms: int) -> list[Operation]:
-        """Operations to replay first: limits in force, and cleared limits."""
+        """The operations to replay first: limits in force, and cleared limits."""
         return [
             ReplayLimit(keys.hold("-"), name, *limit, definition)
             for name, (limit, definition) in self._limits.items()
@@ -312,7 +315,7 @@ class Journal:
         ]
 
     def settlements(self, keys: Keys, now_ms: int) -> list[Operation]:
-        """Operations to replay first, too: settlements by id. Drops holds that are too old to be replayed."""
+        """The operations to replay after the limits: settlements by id. Drops holds that are too old to be replayed."""
         oldest_us = (now_ms - HOLD_AGE_MAX_MS) * 1000
         for holds in (self._older_holds, self._holds):
             for hold_id in [hold_id for hold_id, hold in holds.items() if hold.seen_us < oldest_us]:
@@ -338,7 +341,7 @@ class Journal:
         return SettleOnBehalf(settlement.replica, op) if settlement.replica else op
 
     def totals(self, keys: Keys) -> list[ReplayTotal]:
-        """Operations to replay next: the subtotals, to which the store raises its own."""
+        """The operations to replay after the settlements: subtotals, to which the store raises its own."""
         totals = dict(self._evicted_units)
         for generation in (self._older_settlements, self._settlements):
             _add_own(totals, generation.values())
@@ -346,7 +349,7 @@ class Journal:
         return [ReplayTotal(key, self._windows[name], units) for name, units in totals.items() if units]
 
     def holds(self, keys: Keys) -> list[Restore]:
-        """Operations to replay last: the open holds."""
+        """The operations to replay last: open holds."""
         return [
             Restore(hold_id, keys.hold(hold_id), self._windows_of(hold.windows), hold.record)
             for hold_id, hold in (self._older_holds | self._holds).items()

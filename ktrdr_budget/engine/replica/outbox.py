@@ -1,10 +1,10 @@
 """The outbox of a replica: requests to send once the store replies again.
 
-*Deferred* settlements have a caller that continued without the store (policies ``allow`` and ``lease``). *In doubt* are
-requests whose reply was lost, and facts whose caller will not send them again. A settlement or a report is sent again,
-which its id makes harmless. A reservation whose id no caller has is released, or refused when it arrives late. A
-reservation under the caller's own id is only looked up: a retry receives the hold; if that caller is gone, the grant to
-this very request is released.
+A settlement is *deferred* if its caller continued without the store (policies ``allow`` and ``lease``). A request is
+*in doubt* if its reply was lost; so is a settlement or report whose caller will not retry it. A settlement or a report
+is sent again, which its id makes harmless. A reservation under a generated id is released, or refused if it arrives
+late. A reservation under an id that the caller chose is only looked up, because a retry receives the hold; if the
+caller is gone, the grant to this request is released.
 """
 
 from __future__ import annotations
@@ -51,11 +51,11 @@ class Entry:
 
     @property
     def hold_id(self) -> str:
-        """The id of its hold."""
+        """The id of the request's hold."""
         return self.request.hold_id
 
     def equivalent(self, other: Entry) -> bool:
-        """Whether both ask for the same."""
+        """Whether both entries request the same change."""
         one, another = self.request, other.request
         if isinstance(one, PreparedFact) or isinstance(another, PreparedFact):
             return (
@@ -85,7 +85,7 @@ class Outbox:
         return self.deferred + self.in_doubt
 
     def __iter__(self) -> Iterator[Entry]:
-        """Requests in doubt first; of both, the oldest id first, and of one id, in the order of the requests."""
+        """Iterate over requests in doubt, then deferred ones: oldest id first, per id in the order of arrival."""
         for queue in (self._in_doubt, self._deferred):
             for entries in list(queue.values()):
                 yield from list(entries)
@@ -111,7 +111,7 @@ class Outbox:
         return self._evict(queue) if self.in_doubt > IN_DOUBT_MAX else None
 
     def _replaces(self, other: Entry, entry: Entry, known: list[Entry]) -> bool:
-        """Whether a queued entry stands for the new one, or is replaced by it."""
+        """Whether the new entry need not be queued: a queued one is equivalent, or was replaced by it."""
         if entry.kind == "deferred":
             same = other.equivalent(entry)
             if same and other.maybe_executed_us is None:
@@ -149,7 +149,7 @@ class Outbox:
         return True
 
     def retried(self, hold_id: str, *, settled: bool) -> bool:
-        """End requests in doubt whose caller has received a reply: all of this id if it was settled.
+        """Remove requests in doubt after a reply to a retry: all with this id, or no facts unless ``settled``.
 
         Returns:
             Whether a settlement was in doubt.
@@ -166,7 +166,7 @@ class Outbox:
         return [*self._in_doubt.get(hold_id, ()), *self._deferred.get(hold_id, ())]
 
     def clear(self) -> None:
-        """Drop all of them: in the child after a fork, they are the parent's."""
+        """Drop all entries in a forked child, because they belong to the parent."""
         self._in_doubt.clear()
         self._deferred.clear()
         self.deferred = self.in_doubt = 0

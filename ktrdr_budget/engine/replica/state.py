@@ -1,4 +1,4 @@
-"""The state of one replica towards one tenant: its budgets, the store's clock, and what the store acknowledged."""
+"""The state of one replica for one tenant: its budgets, the store's clock, and acknowledged operations."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ SLOW_BATCHES_AFTER_MISS = 8
 
 
 class ReplicaState:
-    """One replica's state towards one tenant. No I/O: the caller brings replies to :meth:`absorb`.
+    """One replica's state for one tenant. It does no I/O; the caller passes replies to :meth:`absorb`.
 
     Args:
         retention_days: how long windows and ledgers stay after the longest hold of the window could have ended.
         id_memory_ms: how long ids are remembered after settlement.
-        ledger_entries_max: above this a ledger's oldest entries are carried forward into one.
+        ledger_entries_max: above this number, a ledger's oldest entries are replaced by one summary.
         max_holds: how many holds, open and unconfirmed, the tenant may have.
         max_budgets: how many budgets the tenant may have.
     """
@@ -133,7 +133,10 @@ class ReplicaState:
 
     @property
     def claim(self) -> tuple[int, str]:
-        """When this replica started, by the store's clock, and its id: of two, the limit of the larger is in force."""
+        """The start of this replica by the store's clock, and its id.
+
+        The limit of the replica with the largest claim applies.
+        """
         return self._started_us or 0, self.replica_id
 
     def age_us(self) -> int:
@@ -166,12 +169,12 @@ class ReplicaState:
     def set_clock(self, now_us: int, age_us: int) -> None:
         """Set the store's clock from a reply.
 
-        The start of this replica is taken to be neither earlier than it was, nor later than that reply, so that a
-        replica that is made after another one's first reply has started later. A start in the store's future is from
-        before its clock was set back.
+        The start of this replica is estimated between its real start and that reply, so that a replica made after
+        another one's first reply has a later start. A start ahead of the store's clock was set before that clock was
+        set back.
 
         Args:
-            age_us: of this replica, when it sent the request.
+            age_us: the age of this replica when it sent the request.
         """
         self._offset_ms = now_us / 1000 - time.monotonic() * 1000
         if self._started_us is None or self._started_us > now_us:
@@ -184,7 +187,7 @@ class ReplicaState:
     # -- data loss -----------------------------------------------------------------------------------------------------
 
     def absorb(self, head: BatchHead, sent: Header) -> None:
-        """Take over the head of a batch's reply; detect data loss (P13)."""
+        """Update the state from the head of a batch's reply; detect data loss (P13)."""
         self._set_clock(head.now_us, sent)
         self._last_reply_ms = time.monotonic() * 1000
         if head.data_loss:
@@ -211,7 +214,7 @@ class ReplicaState:
 
     @property
     def epoch(self) -> str | None:
-        """The store's epoch; ``None`` if this replica does not have it."""
+        """The store's epoch; ``None`` if this replica has not seen one."""
         return self._epoch
 
     @property
@@ -226,13 +229,14 @@ class ReplicaState:
 
     @property
     def silent_s(self) -> float:
-        """Seconds since then."""
+        """Seconds since the last reply."""
         return time.monotonic() - self.last_reply_s
 
     def confirms_timeline(self, head: ReadHead, sent: Header) -> bool:
-        """Whether a read's reply shows the store's timeline that this replica has seen; else a loss is suspected (P13).
+        """Whether a read's reply has the epoch that this replica has seen; if not, a data loss is suspected (P13).
 
-        Takes over the clock, and the epoch if none was seen before: a replica that only reads detects losses as well.
+        Also sets the clock, and the epoch if none was seen before, so that a replica that only reads detects losses
+        too.
         """
         self._set_clock(head.now_us, sent)
         if self._epoch is None and head.epoch is not None:
@@ -252,7 +256,7 @@ class ReplicaState:
             self.on_loss()
 
     def journal_settlement(self, op: SettlingOperation, settled: Settled, now_ms: int) -> None:
-        """Journal an acknowledged settlement; the replay of a record of spend in the windows of the first one."""
+        """Journal an acknowledged settlement; a replayed record of spend counts in the windows of its first attempt."""
         windows = op.windows
         if settled.windows:
             windows = [
@@ -276,7 +280,7 @@ class ReplicaState:
             raise unknown_budget(name, self.budgets) from None
 
     def current_window(self, name: str) -> Window:
-        """The budget's window now."""
+        """The budget's current window."""
         window = self._current.get(name)
         if window is not None:
             end_ms = window.span.end_ms
@@ -332,7 +336,7 @@ def _whole_number(value: object, option: str, most: int, *, least: int = 1) -> i
 
 
 def _guess_span(window_name: str) -> Span:
-    """The bounds of a window whose timezone is not known here: widened by a day, which is more than any timezone."""
+    """The bounds of a window with an unknown timezone: those in UTC, widened by a day, more than any offset."""
     for period in PERIODS:
         try:
             span = window_named(period, "UTC", window_name)

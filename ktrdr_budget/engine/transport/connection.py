@@ -29,7 +29,7 @@ class ReplyError(Exception):
 
 
 class ConnectionPool:
-    """The connections to one server: as many as there were batches in flight at once.
+    """The connections to one server; their number is the largest number of batches in flight so far.
 
     Args:
         on_close: called whenever a connection has been closed, unless it was discarded.

@@ -38,7 +38,7 @@ _SLOTS = ("CLUSTER", "SLOTS")
 
 
 class PrimaryNotFound(Exception):
-    """No primary server was found: ``confirmed`` by the sources, or for lack of replies."""
+    """No primary server was found. ``confirmed``: the sources replied that there is none; else they did not reply."""
 
     def __init__(self, message: str, confirmed: bool) -> None:
         super().__init__(message)
@@ -54,7 +54,7 @@ class DiscoveryRefused(Exception):
 
 
 class _Source:
-    """One sentinel or cluster node, and a connection to it, which stays open.
+    """One sentinel or cluster node, with a connection that stays open.
 
     Commands bypass redis-py's client, which an instrumentation may wrap: no caller made these requests.
     """

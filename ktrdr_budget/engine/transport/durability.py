@@ -1,4 +1,4 @@
-"""Confirmation that the store will not lose a batch's writes: they are on a replica, or on disk (P13)."""
+"""Wait for the confirmation that a batch's writes are on a replica, or on disk (P13)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ async def execute_durably(
 
     Args:
         asking: send ``ASKING`` first, to a node that is importing the slot.
-        meta: the tenant's key of that name.
+        meta: the tenant's ``meta`` key.
         within_s: the longest wait, in seconds.
 
     Raises:

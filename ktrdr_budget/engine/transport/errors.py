@@ -38,7 +38,7 @@ _LOGIN = ("NOAUTH", "WRONGPASS")
 
 
 class Transient(Exception):
-    """The store gave no reply, or one that may soon change: a retry may help.
+    """The store did not reply, or replied with a temporary error, so that a retry may succeed.
 
     Args:
         sent: the request may have been executed.
@@ -89,7 +89,7 @@ def means_failover(error: Exception) -> bool:
 
 
 def is_temporary(error: Exception) -> bool:
-    """Whether an error reply says that the server needs time, and remains the right one."""
+    """Whether an error reply is temporary and does not mean that another server is the primary."""
     return _TEMPORARY.search(_reply_text(error)) is not None
 
 
@@ -158,7 +158,7 @@ def without_secrets(error: Exception) -> str:
 
 
 def answered(error: BaseException) -> bool:
-    """Whether a failure is a reply of the store, and so the store is reachable."""
+    """Whether a failure is an error reply, which shows that the store is reachable."""
     return isinstance(error, StoreError) or (isinstance(error, Transient) and error.answered)
 
 
@@ -168,7 +168,7 @@ def unavailable(
     """The error that a caller gets when its deadline has passed.
 
     Args:
-        error: the last failure; ``None`` if the store replies, and the call waited for something else.
+        error: the last failure; ``None`` if the store replied and the call waited for another reason.
         timeout: the call's time, in seconds.
         waited: the reason of that wait.
     """

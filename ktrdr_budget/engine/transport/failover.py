@@ -1,9 +1,10 @@
 """Stores whose server changes: the master that Sentinel names, or the primary of a slot of a cluster.
 
 All keys of a tenant are in one slot, so a limiter uses one server at a time, over the same connections as a store on a
-single server. In addition, this module discovers that server; treats it as suspect after each failure, and discovers it
-again before the next attempt; and checks once a second, and at each notice of Sentinel, whether it is still the
-primary. As soon as it is not, its connections are closed: an old master behind a partition would continue to reply.
+single server. In addition, this module discovers that server. After each failure the server is suspect, and is
+discovered again before the next attempt. Once a second, and at each notification by Sentinel, the module checks whether
+the server is still the primary. If not, its connections are closed, because an old master behind a partition would
+continue to reply.
 """
 
 from __future__ import annotations

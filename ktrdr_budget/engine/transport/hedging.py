@@ -1,4 +1,4 @@
-"""Hedged requests: a second attempt beside one that is silent; the first result counts."""
+"""Hedged requests: if an attempt gets no reply for a while, start a second one; the first result is used."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ async def hedged(
     second: Callable[[], Awaitable[Result]],
     ignored: tuple[type[Exception], ...],
 ) -> Result:
-    """Await ``first()``; if it is still running at that time of the event loop, start ``second()`` beside it.
+    """Await ``first()``; if it is still running at the given time, start ``second()`` concurrently.
 
-    If the second attempt fails with one of ``ignored``, the first goes on alone.
+    If the second attempt fails with one of ``ignored``, the first continues alone.
     """
     loop = asyncio.get_running_loop()
     context = contextvars.copy_context()

@@ -26,7 +26,7 @@ class Node:
     Args:
         url: in redis-py's form, secrets included.
         address: ``None`` if the store is a single server.
-        connect_timeout: seconds to open a connection; ``None``: as long as the call.
+        connect_timeout: seconds to open a connection; ``None``: the deadline of the call.
         credentials: fetched at each connection.
     """
 
@@ -77,7 +77,7 @@ class Node:
         task.add_done_callback(self._hedges.discard)
 
     async def _resend(self, silent: Connection) -> None:
-        """Send the request of a silent connection on a new one, too; the first reply counts.
+        """Send the request of a silent connection also on a new one; the first reply is used.
 
         If the new connection replies first, the silent one is dead, and every connection that was idle meanwhile may
         be dead as well.

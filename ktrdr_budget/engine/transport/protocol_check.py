@@ -1,4 +1,4 @@
-"""Finds out why a server without a usable reply cannot be the store: TLS on one side only, or an HTTP server."""
+"""Find out why a server does not reply as a store: TLS on one side only, or an HTTP server."""
 
 from __future__ import annotations
 

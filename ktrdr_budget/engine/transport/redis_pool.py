@@ -41,7 +41,7 @@ class _Detachable:
         return [pack(words)]
 
     def detach(self) -> asyncio.StreamWriter:
-        """Give the stream to the caller; afterwards this object is like a connection that was never opened."""
+        """Return the stream to the caller; afterwards this object is in the state of an unopened connection."""
         writer, self._writer, self._reader = self._writer, None, None
         assert writer is not None
         return writer
@@ -52,7 +52,7 @@ class _Inconclusive(Exception):
 
 
 class _Checked(_Detachable):
-    """Checks the protocol of a server that is slow or fails: TLS on one side only would look like a timeout."""
+    """Checks the protocol of a server that is slow or fails, since TLS on one side only looks like a timeout."""
 
     _tls = False
     pool: _Pool | None = None

@@ -30,7 +30,7 @@ def _may_run_twice() -> None:
 
 
 class Store:
-    """A store on a single server. Opens by itself; closing is final.
+    """A store on a single server. It opens at the first request; closing is final.
 
     Args:
         url: ``None`` in a subclass that finds its server by other means.
@@ -76,7 +76,7 @@ class Store:
         return self.address
 
     def _use(self, node: Node) -> None:
-        """Send further requests to this server."""
+        """Use this server for further requests."""
         self.node, self._connections = node, node.connections
 
     async def close(self) -> None:
@@ -97,7 +97,7 @@ class Store:
 
     @property
     def ready(self) -> bool:
-        """Whether a batch can be sent at once, unless the connections turn out to have been idle for too long."""
+        """Whether an idle connection is available; :meth:`begin` may still find that it was idle for too long."""
         return bool(self._connections.idle)
 
     def begin(
@@ -257,7 +257,7 @@ class Store:
         return None
 
     def _on_failure(self, node: Node, error: Exception | None) -> None:
-        """A request to this server has failed, or was cancelled (``None``)."""
+        """Handle the failure of a request to this server, or its cancellation (``None``)."""
 
     def failure(self, error: Exception) -> Exception:
         """Translate a failure of the transport; see :func:`~.errors.translate`."""

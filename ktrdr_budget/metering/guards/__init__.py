@@ -71,7 +71,7 @@ def guard(
         max_input_tokens: the bound of input that is not part of the request: documents, files, and stored
             conversations. Without it such requests are refused.
         unseen_output_tokens: allowance, when a stream breaks off, for output that was produced but had not arrived.
-        allow_unmetered: let calls through that cannot be metered. They are not recorded unless they report usage.
+        allow_unmetered: send calls that cannot be metered. They are not recorded unless they report usage.
 
     Raises:
         InvalidArgument: the client cannot be guarded, or does not match the limiter.

@@ -30,7 +30,7 @@ _VERBS = ("request", "get", "post", "put", "patch", "delete", "options", "head",
 
 
 class MeteredTransport:
-    """Wraps an HTTP client, and looks like it to the SDK, also to ``isinstance``."""
+    """Wraps an HTTP client, and replaces it in the SDK; it also passes ``isinstance`` checks for that client."""
 
     _tap_class: type[NetworkTap]
     _stream_class: type[AsyncMeteredStream] | type[SyncMeteredStream]

@@ -34,7 +34,10 @@ current_sdk_call: ContextVar[SDKCall | None] = ContextVar("ktrdr_budget_sdk_call
 
 
 class CallAborted(BaseException):
-    """Carries an error through the SDK to the caller; no ``except Exception`` of the SDK can retry or wrap it."""
+    """Carries an error through the SDK to the caller.
+
+    It is a ``BaseException``, so that the SDK neither retries nor wraps it.
+    """
 
     def __init__(self, error: Exception) -> None:
         super().__init__(error)

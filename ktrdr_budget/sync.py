@@ -38,7 +38,7 @@ __all__ = ["BudgetLimiter", "Hold", "Lease"]
 
 
 class Hold(HoldBase):
-    """An open reservation. Settle it with :meth:`commit` or :meth:`release`; prolong it with :meth:`extend`."""
+    """An open reservation. Settle it with :meth:`commit` or :meth:`release`; move its deadline with :meth:`extend`."""
 
     __slots__ = ()
 
@@ -49,19 +49,19 @@ class Hold(HoldBase):
     def extend(self, ttl: float | None = None) -> None:
         """Send a heartbeat: a new deadline ``ttl`` seconds from now (as reserved, by default), and what was accrued.
 
-        Revives a hold that had expired, but none that an operator has released. No hold lives longer than 24 h after it
-        was granted.
+        Reopens an expired hold, but not one that an operator has released. No hold stays open for longer than 24 h
+        after its grant.
 
         Raises:
-            BudgetExceeded: it had expired, had given money back, and that money is gone.
-            HoldConflict: it is settled, or an operator has released it (``released_by_operator``).
+            BudgetExceeded: the hold had expired and returned money, and the budget has no room for it any more.
+            HoldConflict: the hold is settled, or an operator has released it (``released_by_operator``).
             UnknownHold: the store does not have it.
             StoreUnavailable: no reply within the deadline.
         """
         self._runner.run(extensions.extend(self.engine.context, self, ttl), "extend")
 
     def grow(self, amount: Amounts) -> None:
-        """Add to the reservation, in all budgets or in none; also to what others have added to it at the same time.
+        """Add to the reservation, in all budgets or in none. Concurrent additions by others are added as well.
 
         After an ambiguous ``StoreUnavailable``, growing by the same amount is a retry, and adds it once.
 
@@ -72,20 +72,20 @@ class Hold(HoldBase):
         self._runner.run(extensions.grow(self.engine.context, self, amount), "grow")
 
     def commit(self, amount: Amounts | None = None) -> Settlement:
-        """Record the actual cost: never refused for lack of budget, for being late or above the reservation.
+        """Record the actual cost. A commit is never refused for lack of budget, lateness, or exceeding the reservation.
 
         Args:
-            amount: a scalar for every ``usd`` budget (counts then commit what was reserved), or a mapping (what it
-                leaves out is 0); by default what was accrued.
+            amount: a scalar for every ``usd`` budget (counts then commit their reservation), or a mapping (omitted
+                budgets commit 0); by default the accrued amount.
 
         Raises:
-            HoldConflict: it was settled otherwise before, or metered calls inside are under way.
+            HoldConflict: the hold was settled differently before, or metered calls inside it are in progress.
             StoreUnavailable: no reply within the deadline. A retry is safe.
         """
         return self._runner.run(settle.commit(self.engine.context, self, amount), "commit")
 
     def release(self) -> Settlement:
-        """Give everything back. Errors as for :meth:`commit`."""
+        """Return the whole amount. Errors as for :meth:`commit`."""
         return self._runner.run(settle.release(self.engine.context, self), "release")
 
 
@@ -93,8 +93,8 @@ class Lease(LeaseBase):
     """A prepaid part of a budget that this process spends by itself: ``with limiter.lease(...) as lease``.
 
     :meth:`spend` and :meth:`reserve` decide at once; :meth:`acquire` waits for another slab if needed. On leaving, the
-    spend is committed and the rest given back; a grant that is still open keeps its slab until it is settled. Entering
-    raises no error if the store has no room or does not reply: the first decision does.
+    spend is committed and the rest released; an open grant keeps its slab until it is settled. Entering raises no error
+    if the store has no room or does not reply; the first decision raises it.
     """
 
     def __init__(self, runner: SyncRunner, *args: Any, **options: Any) -> None:
@@ -111,11 +111,11 @@ class Lease(LeaseBase):
         self._runner.close_lease(self)
 
     def acquire(self, amount: AmountIn) -> Grant:
-        """As :meth:`reserve`, but wait for the store where there is no room here, at most for the limiter's deadline.
+        """Reserve as :meth:`reserve` does, but wait for the next slab if needed, at most for the limiter's deadline.
 
         Raises:
-            BudgetExceeded: the store has no room either.
-            StoreUnavailable: no room here, and no reply from the store.
+            BudgetExceeded: neither the lease nor the store has room.
+            StoreUnavailable: the lease has no room, and the store does not reply.
             InvalidAmount: not an amount above 0.
         """
         units = self.to_units(amount, positive=True)
@@ -128,7 +128,7 @@ class BudgetLimiter(LimiterBase):
     """One hard cap for every replica that uses the same store and tenant.
 
     Use it as ``with BudgetLimiter(url, [Budget("agent", limit="5.00")]) as limiter``. Threads may
-    share it; calls that are made while a round trip is under way travel together in the next.
+    share it. Calls made during a round trip are sent together in the next one.
     """
 
     _hold_class = Hold
@@ -152,7 +152,7 @@ class BudgetLimiter(LimiterBase):
         self.close()
 
     def start(self) -> None:
-        """Connect. Succeeds even if the store is down: calls report the outage, and succeed again once it is over.
+        """Connect. Succeeds even if the store is down; calls then fail until it is back.
 
         Raises:
             StoreError: the embedded server does not start, or the store refuses this user.
@@ -185,7 +185,8 @@ class BudgetLimiter(LimiterBase):
         """Hold an estimate before the work; all budgets of a mapping or none.
 
         Args:
-            budget: a name with ``amount``, or a mapping of names to amounts; a denial names the first that lacks room.
+            budget: a name with ``amount``, or a mapping of names to amounts; a denial names the first budget without
+                room.
             id: idempotency key; the same id and contents return the same hold, marked ``replayed``. Default: generated.
             ttl: seconds, 1 to 86400, until the hold expires unless it is extended.
             on_expiry: the charge of an expired hold: ``charge`` all, ``accrued`` the reported use, ``release`` nothing.
@@ -220,10 +221,10 @@ class BudgetLimiter(LimiterBase):
     ) -> Iterator[Hold]:
         """Reserve, heartbeat at a third of ``ttl`` while the block runs, and settle at its end.
 
-        Settled inside, also by its id: the end does nothing. Normal exit: commits what was accrued, or the whole
-        reservation if nothing was. Exception or cancellation: commits what was accrued, or releases if nothing was;
-        ``on_error="charge"`` keeps the hold instead, and it expires. If metered calls inside are still under way, the
-        hold stays open, and the last of them settles it.
+        If the hold was settled inside the block, also by its id, the end does nothing. Normal exit: commits what was
+        accrued, or the whole reservation if nothing was. Exception or cancellation: commits what was accrued, or
+        releases if nothing was; ``on_error="charge"`` keeps the hold instead, and it expires. If metered calls inside
+        the block are still in progress, the hold stays open, and the last of them settles it.
 
         Raises:
             As for :meth:`reserve` and :meth:`commit`.
@@ -235,7 +236,7 @@ class BudgetLimiter(LimiterBase):
 
     @contextmanager
     def keep(self, hold: Hold, *, on_error: OnError = "release") -> Iterator[Hold]:
-        """As :meth:`hold`, for a hold that was reserved before: heartbeat, and settle at the end."""
+        """Send heartbeats for a hold that was reserved before, and settle it at the end, as :meth:`hold` does."""
         check_on_error(on_error)
         stop_heartbeat = self._runner.start_heartbeat(hold)
         outer = current_hold.set(hold)
@@ -279,15 +280,15 @@ class BudgetLimiter(LimiterBase):
         idle: float | None = IDLE_DEFAULT_S,
         operation: str = "lease",
     ) -> Lease:
-        """Prepay part of a budget, and decide about it without the store: ``with`` the returned lease.
+        """Prepay a part of a budget, to reserve from it without the store; use the result with ``with``.
 
         Slabs show as held, and are charged if this process dies. The sum of all replicas stays below the cap.
 
         Args:
-            slab: how much is prepaid at a time; the part of it that fits if the budget has less.
-            low_water: with less left, the next slab is requested; half of a slab by default.
+            slab: the amount that is prepaid at a time; less if the budget has less.
+            low_water: if less is left, the next slab is requested; half of a slab by default.
             ttl: seconds after which the store charges a slab of a process that is silent.
-            idle: seconds without use after which slabs are given back; ``None``: never.
+            idle: seconds without use after which slabs are released; ``None``: never.
             operation: the label of the slabs, in lists of holds and in the ledger.
 
         Raises:
@@ -316,7 +317,7 @@ class BudgetLimiter(LimiterBase):
     def extend(self, id: str, ttl: float | None = None, *, accrued: Amounts | None = None) -> HoldView:
         """Send a heartbeat by id; ``accrued`` is the total so far. See :meth:`Hold.extend`.
 
-        Without a ``ttl``, the deadline becomes at least 900 seconds from now, and no hold is cut short.
+        Without a ``ttl``, the deadline becomes at least 900 seconds from now, and never becomes earlier.
         """
         return self._runner.run(extend.extend_by_id(self.engine.context, id, ttl, accrued), "extend")
 
@@ -335,7 +336,7 @@ class BudgetLimiter(LimiterBase):
         id: str | None = None,
         operation: str = "",
     ) -> Settlement:
-        """Record spend without a reservation: a fact, so never refused for lack of budget.
+        """Record spend without a reservation; it is never refused for lack of budget.
 
         Raises:
             HoldConflict: the id is in use with other contents.
@@ -346,29 +347,30 @@ class BudgetLimiter(LimiterBase):
     # -- reads ---------------------------------------------------------------------------------------------------------
 
     def status(self, budget: str, *, complete: bool = False) -> Status:
-        """A budget's window now.
+        """Read a budget's current window.
 
         After a loss of data, ``recovering_until`` is set while other replicas may still replay their journals.
 
         Args:
-            complete: wait for them, and raise ``StoreUnavailable`` rather than return figures that may lack something.
+            complete: wait for these replays; raise ``StoreUnavailable`` rather than return incomplete figures.
 
         Raises:
-            UnknownBudget: this limiter was not given it.
-            DefinitionConflict: the store has another unit, period, timezone or kind of it.
-            StoreUnavailable: the figures are unknown, which does not mean that all is left.
+            UnknownBudget: this limiter does not have the budget.
+            DefinitionConflict: the store has another unit, period, timezone or kind of the budget.
+            StoreUnavailable: the figures are unknown; the budget may be exhausted.
         """
         return self._runner.run(read.status(self.engine.context, [budget], complete=complete), "status")[0]
 
     def statuses(self, *, complete: bool = False) -> Statuses:
-        """All budgets of this limiter, at one instant; ``complete`` as for :meth:`status`.
+        """Read all budgets of this limiter, at one instant; ``complete`` as for :meth:`status`.
 
-        One whose figures are unknown is not in the list: ``unavailable`` of the list has the error, by name.
+        A budget whose figures are unknown is not in the list; the list's attribute ``unavailable`` has its error, by
+        name.
         """
         return self._runner.run(read.statuses(self.engine.context, complete=complete), "status")
 
     def check(self) -> dict[str, str | None]:
-        """Whether the store can be relied on now: the fault of each check, or ``None``.
+        """Check whether the store can hold budgets safely; return the fault found by each check, or ``None``.
 
         ``store``: it replies, accepts the login, and can be written to. ``policy``: its ``maxmemory-policy`` is
         ``noeviction``. ``scripts``: they run; each command that the store refuses in them is named.
@@ -376,7 +378,7 @@ class BudgetLimiter(LimiterBase):
         return self._runner.run(readiness.check(self.engine.context), "check")
 
     def get(self, id: str) -> HoldView:
-        """A hold by id.
+        """Read a hold by id.
 
         Raises:
             UnknownHold: no such hold, or settled longer ago than ids are remembered.
@@ -384,19 +386,19 @@ class BudgetLimiter(LimiterBase):
         return self._runner.run(read.hold_view(self.engine.context, id), "get")
 
     def holds(self, budget: str, *, limit: int = 100, cursor: str | None = None) -> Page[HoldView]:
-        """Open, then unconfirmed holds of a budget, the latest deadline first; ``limit`` 1 to 1000."""
+        """Read the open, then the unconfirmed holds of a budget, the latest deadline first; ``limit`` 1 to 1000."""
         return self._runner.run(read.holds(self.engine.context, budget, limit, cursor), "holds")
 
     def ledger(
         self, budget: str, window: str | None = None, *, limit: int = 100, cursor: str | None = None
     ) -> Page[LedgerEntry]:
-        """The entries of a window (the current one by default), newest first; ``limit`` 1 to 1000."""
+        """Read the ledger entries of a window (by default the current one), newest first; ``limit`` 1 to 1000."""
         return self._runner.run(read.ledger(self.engine.context, budget, window, limit, cursor), "ledger")
 
     def execute(self, command: Command, operation: str) -> Any:
         """Run a script or command on keys of the tenant that are not the limiter's own; for the agent.
 
-        It is sent until its deadline, so that it may be executed twice.
+        It is resent after a lost reply until the deadline, so that it may be executed twice.
 
         Raises:
             StoreUnavailable: no reply within the deadline.
@@ -408,7 +410,7 @@ class BudgetLimiter(LimiterBase):
     def set_limit(self, budget: str, limit: AmountIn | None, until: datetime | str | None = None) -> Status:
         """Change a limit for all replicas: for good, ``until`` an aware datetime, or ``"window"`` (its end).
 
-        A run-time limit wins over configuration. ``None`` is uncapped.
+        A run-time limit overrides the configured one. ``None`` is uncapped.
         """
         return self._runner.run(limits.set_limit(self.engine.context, budget, limit, until), "set_limit")
 
@@ -424,7 +426,7 @@ class BudgetLimiter(LimiterBase):
         All replicas obey with their next call: those with the same definition reserve and record at once, the others
         raise :class:`~ktrdr_budget.errors.DefinitionConflict`. Open holds are settled in the windows that admitted
         them, and spend under the former definition stays there: after a migration back, the old window continues. A
-        limit that was set at run time stays, unless it is an amount of another unit.
+        run-time limit is kept, unless it is in another unit.
 
         Raises:
             UnknownBudget: this limiter was not given it.

@@ -24,8 +24,8 @@ WORDS = {
     "__aexit__": "__exit__",
     "asynccontextmanager": "contextmanager",
 }
-ONE_LOOP = "It belongs to the\n    event loop of its first use; calls that are made there while a round trip"
-ANY_THREAD = "Threads may\n    share it; calls that are made while a round trip"
+ONE_LOOP = "It belongs to the\n    event loop of its first use. Calls"
+ANY_THREAD = "Threads may\n    share it. Calls"
 HEADER = '''"""The synchronous limiter. Derived from the asynchronous one by ``scripts/generate_sync.py``: do not edit.
 
 A test checks that it is up to date.

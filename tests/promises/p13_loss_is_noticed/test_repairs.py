@@ -593,7 +593,7 @@ async def test_p1_a_repaired_window_has_its_limit(server, limiter, client):
 
 async def test_p1_a_window_without_a_known_limit_admits_nothing(server, limiter, client):
     hold = await limiter.reserve("agent", "1.00", id="op_1")
-    client.hdel(window_key(client, "agent"), "limit", "asserted_us")
+    client.hdel(window_key(client, "agent"), "limit", "asserted")
     async with AsyncBudgetLimiter(server.url, [Budget("other", "1.00")], timeout=10) as stranger:
         with pytest.raises(UnknownBudget, match="budget 'agent' has no limit, neither here nor in the store"):
             await stranger.grow("op_1", {"agent": "2.00"})

@@ -119,9 +119,9 @@ async def test_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost_
     async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
         holds = [await reserved(limiter, number) for number in range(100)]
         own_server.kill()
-        with pytest.raises(StoreUnavailable):
-            await limiter.status("agent")
-        assert limiter.store_state == "open"
+        while limiter.store_state == "closed":  # a call delayed by a stall of the event loop does not open it
+            with pytest.raises(StoreUnavailable):
+                await limiter.status("agent")
         outcomes: list[Any] = []
         while sum(not isinstance(outcome, asyncio.CancelledError) for outcome in outcomes) < 3:
             hold = holds[len(outcomes)]

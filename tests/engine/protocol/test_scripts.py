@@ -652,10 +652,12 @@ def test_the_limit_of_the_replica_with_the_larger_id_applies_if_two_replicas_sta
 def test_a_start_time_ahead_of_the_clock_of_the_store_counts_as_the_current_time(client, wire):
     ahead = with_limit(client, "2.00", wire.now_us() + 7_200_000_000)
     ahead.reserve("op_1", agent=1)
+    earlier = with_limit(client, "1.00", wire.now_us() - 3_600_000_000)
+    earlier.reserve("op_2", agent=1)
     assert limit_in_force(wire) == str(2 * 10**9)
     later = with_limit(client, "3.00", wire.now_us())
-    later.reserve("op_2", agent=1)
-    ahead.reserve("op_3", agent=1)  # with the start that the store has assigned to it
+    later.reserve("op_3", agent=1)
+    ahead.reserve("op_4", agent=1)  # with the start that the store has assigned to it
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
@@ -761,6 +763,17 @@ def test_the_fast_path_declines_all_other_cases_and_changes_nothing(client, usua
     other = Wire(client, [Budget("agent", "5.00", timezone="Etc/UTC")])
     for replica in (yesterday, newer, other):
         assert replica.send(replica.op("R op_4 60000 c - - -", agent=":1"), fast=True) == ["s"]
+    assert dump(client) == before
+
+
+def test_the_fast_path_declines_a_commit_into_a_window_that_counts_almost_2_to_the_62_units(client, usual):
+    """The full script refuses it before it writes; the fast path checks no sums of single commits."""
+    usual.reserve("op_1", agent=150)
+    commit = usual.commit("op_1", counted={"agent": 150}, agent=200)
+    client.hset(usual.session.current_window("agent").key, "spent", 2**62 - 160)
+    before = dump(client)
+    assert usual.send(commit, fast=True) == ["s"]
+    assert usual.request("D op_1", agent=":x200") == f"f agent:{day(usual)}"
     assert dump(client) == before
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +39,7 @@ class PendingCall:
     Args:
         started_s: by the monotonic clock.
         deadline_s: by the event loop's clock.
-        stalled_max_s: if the event loop was blocked for longer in total, a missing reply does not indicate an outage.
+        stalled_before_s: for how long in total the event loop had been blocked when the call was given its time.
         kept: the caller will not retry, so the limiter resends a settlement that fails.
     """
 
@@ -52,7 +51,7 @@ class PendingCall:
         "kept",
         "operation",
         "request",
-        "stalled_max_s",
+        "stalled_before_s",
         "started_s",
         "unacknowledged",
         "was_renewed",
@@ -66,7 +65,7 @@ class PendingCall:
         operation: str,
         started_s: float,
         deadline_s: float,
-        stalled_max_s: float = math.inf,
+        stalled_before_s: float = 0.0,
         *,
         kept: bool = False,
     ) -> None:
@@ -75,7 +74,7 @@ class PendingCall:
         self.operation = operation
         self.started_s = started_s
         self.deadline_s = deadline_s
-        self.stalled_max_s = stalled_max_s
+        self.stalled_before_s = stalled_before_s
         self.kept = kept
         self.was_renewed = False
         """Whether its deadline was renewed, because the event loop was blocked."""

@@ -89,7 +89,7 @@ def reserve_units(
         if isinstance(reply, Granted):
             deadline_ms = head.now_us // 1000 + ttl_ms
             granted = op.granted(head.now_us, deadline_ms)
-            state.journal.granted(hold_id, op.windows, granted.text, head.now_us)
+            state.journal.granted(hold_id, op.windows, granted, head.now_us)
             return context.new_hold(
                 hold_id, parts, ttl_ms, deadline_ms, granted=granted, request=request, created_us=head.now_us
             )

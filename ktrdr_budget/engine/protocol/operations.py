@@ -13,6 +13,7 @@ from ktrdr_budget.engine.protocol import codes
 from ktrdr_budget.engine.protocol.codes import CommitMode, ExtendMode, ReleaseMode
 from ktrdr_budget.engine.protocol.hold_record import (
     HoldRecord,
+    label_words_of,
     owner_word,
     parse_record,
     segments_of,
@@ -38,7 +39,6 @@ __all__ = [
     "CommitAmount",
     "Extend",
     "ExtendAmount",
-    "GrantedHold",
     "Labels",
     "Operation",
     "RecordSpend",
@@ -69,13 +69,6 @@ class Labels(NamedTuple):
     owner: str = ""
     operation: str = ""
     trace_id: str = ""
-
-
-class GrantedHold(NamedTuple):
-    """A hold as the store granted it: its record, and operation and trace as words of the wire."""
-
-    text: str
-    label_words: str
 
 
 class CommitAmount(NamedTuple):
@@ -216,13 +209,12 @@ class Reserve(Operation):
             return GRANTED
         return Replayed(line[2:]) if line[0] == codes.REPLAYED else parse_common(line)
 
-    def granted(self, now_us: int, deadline_ms: int) -> GrantedHold:
+    def granted(self, now_us: int, deadline_ms: int) -> str:
         """The hold's record in the store after the reply ``GRANTED`` at this time."""
         if not self.uses_fast_path:
             for window in self.windows:
                 window.has_grants = True
-        text = f"o {self.policy} {deadline_ms} {now_us} 0 {self._labels}{self._segments}"
-        return GrantedHold(text, self._labels.partition(" ")[2])
+        return f"o {self.policy} {deadline_ms} {now_us} 0 {self._labels}{self._segments}"
 
 
 class SettlingOperation(Operation):
@@ -308,14 +300,14 @@ class Commit(SettlingOperation):
         parts = [(w, f":{mode}{units}") for w, (mode, units) in zip(self.windows, self.amounts, strict=True)]
         return head, parts, ""
 
-    def enable_fast_path(self, replica: str, granted: GrantedHold, reserved: Sequence[int]) -> None:
+    def enable_fast_path(self, replica: str, record: str, reserved: Sequence[int]) -> None:
         """Prepare the fast form, for a hold that has not changed since its grant.
 
         Args:
             replica: the id of the replica that commits.
+            record: the text of the hold's record.
             reserved: whole units for each window.
         """
-        text, label_words = granted
         overrun = False
         if len(reserved) == 1:  # by far the most
             [window], [(_, units)] = self.windows, self.amounts
@@ -323,7 +315,7 @@ class Commit(SettlingOperation):
             counted = reserved[0]
             if counted > _FAST_UNITS_MAX or units > _FAST_UNITS_MAX:
                 return
-            settled_text = f"c{text[1:]}{0 if is_slots else units}"
+            settled_text = f"c{record[1:]}{0 if is_slots else units}"
             if is_slots:
                 parts = [(window, f":{counted}:")]
                 charged: tuple[int, ...] = (0,)
@@ -332,7 +324,7 @@ class Commit(SettlingOperation):
                 parts = [(window, f":{counted}:{units}o" if overrun else f":{counted}:{units}")]
                 charged = (units,)
         else:
-            head, *segments = text.split("|")
+            head, *segments = record.split("|")
             charges = [0 if w.flag == codes.SLOTS else a.units for w, a in zip(self.windows, self.amounts, strict=True)]
             charged = tuple(charges)
             settled_text = f"c{head[1:]}" + "".join([f"|{s}{n}" for s, n in zip(segments, charges, strict=True)])
@@ -346,7 +338,7 @@ class Commit(SettlingOperation):
                 overrun = overrun or over
         self.uses_fast_path = True
         self._settled_text = settled_text
-        rendered = f"C {self.hold_id} {label_words}", parts, f"\n{text}\n{settled_text} {replica}"
+        rendered = f"C {self.hold_id} {label_words_of(record)}", parts, f"\n{record}\n{settled_text} {replica}"
         self._fast: tuple[Rendered, Settled] = rendered, Settled(charged, False, overrun)
 
     def render_fast(self) -> Rendered:

@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from ktrdr_budget.engine.protocol import codes
 from ktrdr_budget.engine.protocol.amounts import Amounts, check_amounts, spread
 from ktrdr_budget.engine.protocol.hold_record import HoldRecord, Segment, segments_of
-from ktrdr_budget.engine.protocol.operations import CommitAmount, GrantedHold, Restore, SettlingOperation
+from ktrdr_budget.engine.protocol.operations import CommitAmount, Restore, SettlingOperation
 from ktrdr_budget.engine.protocol.window import Window
 from ktrdr_budget.errors import InvalidAmount, InvalidArgument, shown
 from ktrdr_budget.models import HoldState, Settlement
@@ -94,7 +94,7 @@ class HoldBase:
         ttl_ms: int,
         deadline_ms: int,
         *,
-        granted: GrantedHold | None = None,
+        granted: str | None = None,
         record: HoldRecord | None = None,
         offline: OfflineBacking | None = None,
         request: str = "",
@@ -110,7 +110,7 @@ class HoldBase:
         self.request = request
         """Names the reservation that was granted, if the id is the caller's own."""
         self.granted = granted
-        """The hold as the store granted it, until it is extended or grows."""
+        """Its record as the store granted it, until it is extended or grows."""
         self.offline = offline
         """Set if it was granted while the store was unreachable: the store does not have it."""
         self.offline_record: HoldRecord | None = None

@@ -19,7 +19,13 @@ from itertools import chain, islice
 from typing import NamedTuple
 
 from ktrdr_budget.engine.protocol.codes import RECORDED
-from ktrdr_budget.engine.protocol.hold_record import HoldRecord, parse_record
+from ktrdr_budget.engine.protocol.hold_record import (
+    HoldRecord,
+    created_us_of,
+    deadline_ms_of,
+    is_settled,
+    parse_record,
+)
 from ktrdr_budget.engine.protocol.keys import Keys
 from ktrdr_budget.engine.protocol.operations import (
     LONGEST_HOLD_MS,
@@ -159,7 +165,7 @@ class Journal:
     def extended(self, hold_id: str, record: str, windows: Sequence[Window], now_us: int) -> None:
         """Replace a hold's record by the store's."""
         self._pop_hold(hold_id)
-        if not parse_record(record).is_settled:
+        if not is_settled(record):
             self._holds[hold_id] = _Hold(self._keys_of(windows), record, now_us)
 
     def seen(self, hold_id: str, record: str, now_us: int) -> None:
@@ -167,7 +173,7 @@ class Journal:
         for holds in (self._holds, self._older_holds):
             known = holds.get(hold_id)
             if known is not None and known.seen_us <= now_us:  # else this replica has changed it since
-                if parse_record(record).is_settled:
+                if is_settled(record):
                     del holds[hold_id]
                 else:
                     holds[hold_id] = known._replace(record=record, seen_us=now_us)
@@ -183,15 +189,15 @@ class Journal:
         some = list(islice(holds, self._checked, self._checked + most))
         self._checked = self._checked + most if len(some) == most else 0
         youngest_us = (now_ms - _FRESH_MS) * 1000
-        return [hold_id for hold_id, hold in some if parse_record(hold.record).created_us < youngest_us]
+        return [hold_id for hold_id, hold in some if created_us_of(hold.record) < youngest_us]
 
     def _pop_hold(self, hold_id: str) -> _Hold | None:
         hold = self._holds.pop(hold_id, None)
         return hold or (self._older_holds.pop(hold_id, None) if self._older_holds else None)
 
     def _evict_holds(self, now_ms: int) -> None:
-        records = [parse_record(hold.record) for hold in self._older_holds.values()]
-        self.forgotten_holds += sum(record.deadline_ms > now_ms for record in records)
+        deadlines_ms = [deadline_ms_of(hold.record) for hold in self._older_holds.values()]
+        self.forgotten_holds += sum([deadline_ms > now_ms for deadline_ms in deadlines_ms])
         self._older_holds, self._holds = self._holds, {}
         self._drop_windows(now_ms)
 

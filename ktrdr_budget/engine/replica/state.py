@@ -87,9 +87,11 @@ class ReplicaState:
         """Become a new replica: at the start, and in the child after a fork."""
         self.replica_id = secrets.token_hex(6)
         self.journal = Journal(self.replica_id)
-        self._epoch: str | None = None
+        self.epoch: str | None = None
+        """The store's epoch; ``None`` if this replica has not seen one."""
         self._proposed_epoch = secrets.token_hex(16)
-        self._acknowledged = 0
+        self.acknowledged = 0
+        """How many writes of this replica the store has acknowledged."""
         self._last_reply_ms = 0.0
         self._started_monotonic_s = time.monotonic()
         self._started_us: int | None = None
@@ -111,16 +113,16 @@ class ReplicaState:
     @property
     def header(self) -> Header:
         """The header of the next batch."""
-        if self._acknowledged and self.silent_s * 1000 > _FORGOTTEN_AFTER_MS:
+        if self.acknowledged and self.silent_s * 1000 > _FORGOTTEN_AFTER_MS:
             # The store drops a replica that is silent for two days, and folds its subtotals into those of others: its
             # journal and its count of writes show no loss any more.
-            self._acknowledged, self._epoch, self._header = 0, None, None
+            self.acknowledged, self.epoch, self._header = 0, None, None
             self.journal.clear()
         if self._header is None:
             header = Header(
                 self.replica_id,
-                self._epoch,
-                self._acknowledged,
+                self.epoch,
+                self.acknowledged,
                 started_us=self._started_us,
                 age_us=self.age_us(),
                 proposed_epoch=self._proposed_epoch,
@@ -195,32 +197,22 @@ class ReplicaState:
                 self._lose(head.epoch, head.acknowledged)
             return
         timeline = head.epoch or sent.epoch
-        if self._epoch not in (None, timeline):
+        if self.epoch not in (None, timeline):
             # A reply from before the loss. (Without an epoch, nothing was ever written.)
             if timeline is not None and self.on_late_reply is not None:
                 self.on_late_reply()
             return
-        if head.epoch or head.acknowledged > self._acknowledged:
+        if head.epoch or head.acknowledged > self.acknowledged:
             if head.epoch:
                 self._set_epoch(head.epoch)
-            self._acknowledged = max(head.acknowledged, self._acknowledged)
+            self.acknowledged = max(head.acknowledged, self.acknowledged)
             self._header = None
 
     def _set_epoch(self, epoch: str | None) -> None:
-        self._epoch = epoch
+        self.epoch = epoch
         # No two timelines of a store may ever have the same epoch.
         self._proposed_epoch = secrets.token_hex(16)
         self._header = None
-
-    @property
-    def epoch(self) -> str | None:
-        """The store's epoch; ``None`` if this replica has not seen one."""
-        return self._epoch
-
-    @property
-    def acknowledged(self) -> int:
-        """How many writes of this replica the store has acknowledged."""
-        return self._acknowledged
 
     @property
     def last_reply_s(self) -> float:
@@ -239,18 +231,18 @@ class ReplicaState:
         too.
         """
         self._set_clock(head.now_us, sent)
-        if self._epoch is None and head.epoch is not None:
+        if self.epoch is None and head.epoch is not None:
             self._set_epoch(head.epoch)
-        if head.epoch == self._epoch and head.acknowledged >= sent.acknowledged:
+        if head.epoch == self.epoch and head.acknowledged >= sent.acknowledged:
             return True
         # Else the reply is only older than what a batch has brought meanwhile.
-        if sent.epoch == self._epoch and self.on_suspicion is not None:
+        if sent.epoch == self.epoch and self.on_suspicion is not None:
             self.on_suspicion()
         return False
 
     def _lose(self, epoch: str | None, acknowledged: int) -> None:
         self.losses += 1
-        self._acknowledged = acknowledged
+        self.acknowledged = acknowledged
         self._set_epoch(epoch)
         if self.on_loss is not None:
             self.on_loss()

@@ -6,7 +6,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from ktrdr_budget.engine.protocol import codes
-from ktrdr_budget.engine.protocol.hold_record import HoldRecord, Segment, is_tombstone, parse_record, unword, word
+from ktrdr_budget.engine.protocol.hold_record import (
+    HoldRecord,
+    Segment,
+    created_us_of,
+    deadline_ms_of,
+    is_settled,
+    is_tombstone,
+    label_words_of,
+    parse_record,
+    unword,
+    word,
+)
 
 NAMES = st.from_regex(r"[A-Za-z0-9._:/@-]{1,20}", fullmatch=True)
 UNITS = st.integers(0, 2**53 - 1)
@@ -47,6 +58,14 @@ def test_parsing_a_rendered_hold_record_returns_the_same_record(record):
 @given(records(), st.from_regex(r"[0-9a-f]{12}", fullmatch=True))
 def test_a_parsed_hold_record_ignores_the_id_of_the_replica_that_settled_it(record, replica):
     assert parse_record(f"{record.render()} {replica}") == record
+
+
+@given(records())
+def test_a_field_that_is_read_alone_equals_that_of_the_parsed_record(record):
+    text = record.render()
+    assert is_settled(text) == record.is_settled
+    assert (deadline_ms_of(text), created_us_of(text)) == (record.deadline_ms, record.created_us)
+    assert [unword(encoded) for encoded in label_words_of(text).split(" ")] == [record.operation, record.trace_id]
 
 
 @given(TEXTS)

@@ -17,7 +17,6 @@ from ktrdr_budget.engine.protocol.keys import Keys
 from ktrdr_budget.engine.protocol.operations import (
     Commit,
     CommitAmount,
-    GrantedHold,
     Labels,
     Operation,
     Rendered,
@@ -100,9 +99,7 @@ class Wire:
         key = self.session.keys.hold(hold_id)
         amounts = [CommitAmount(CommitMode.EXACT, units) for units in spent.values()]
         made = Commit(hold_id, key, windows, amounts)
-        record = self.record(hold_id)
-        granted = GrantedHold(record, record.partition("|")[0].split(" ", 6)[6])
-        made.enable_fast_path(self.session.replica_id, granted, [counted[name] for name in spent])
+        made.enable_fast_path(self.session.replica_id, self.record(hold_id), [counted[name] for name in spent])
         return Raw(hold_id, key, made.render(), made.render_fast())
 
     def send(self, *ops: Raw, fast: bool = False) -> list[str]:

@@ -16,6 +16,8 @@ AUDITOR := pip-audit==2.10.1
 USABLE = "$(PYTHON)" -c '$(CHECK)' 2>/dev/null || { \
 	echo "make: Python 3.11 or newer, with venv, is needed$(if $(PYTHON),: '$(PYTHON)' is not,; none was found)" >&2; exit 1; }
 IDENTITY := import sys; print(sys.base_prefix, sys.version)
+# Without caches of bytecode, each of the processes that the tests start would compile the package again.
+unexport PYTHONDONTWRITEBYTECODE
 # If PYTHON is given, .venv must have been created with it.
 CHOSEN := $(if $(filter file,$(origin PYTHON)),,chosen)
 

@@ -28,7 +28,7 @@ logger = logging.getLogger("ktrdr_budget")
 OUTCOMES = (
     ("granted", ""),
     ("replayed", ""),
-    ("unguarded", ""),
+    ("unchecked", ""),
     ("denied", "budget_exhausted"),
     ("denied", "budget_held"),
     ("denied", "exceeds_limit"),
@@ -62,7 +62,7 @@ def outcome_of(result: object, error: BaseException | None) -> tuple[str, str]:
     if error is None:
         if getattr(result, "replayed", False):
             return "replayed", ""
-        return ("granted" if getattr(result, "cap_checked", True) else "unguarded"), ""
+        return ("granted" if getattr(result, "cap_checked", True) else "unchecked"), ""
     if isinstance(error, BudgetExceeded):
         return "denied", error.reason
     return next(

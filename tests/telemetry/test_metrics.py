@@ -186,7 +186,7 @@ async def test_counters_start_at_zero(server):
         samples = await scrape(metrics)
     outcomes = named(samples, "ktrdr_budget_reservations_total")
     assert set(outcomes.values()) == {0}
-    assert {("granted", ""), ("replayed", ""), ("unguarded", "")} <= outcomes.keys()
+    assert {("granted", ""), ("replayed", ""), ("unchecked", "")} <= outcomes.keys()
     assert {("denied", reason) for reason in ("budget_exhausted", "budget_held", "exceeds_limit")} <= outcomes.keys()
     assert named(samples, "ktrdr_budget_spend_total") == {(budget.name, budget.unit): 0 for budget in BUDGETS}
     assert named(samples, "ktrdr_budget_resolved_total") == {(outcome,): 0 for outcome in RESOLVED}
@@ -238,7 +238,7 @@ async def test_outcomes_during_an_outage_are_counted(start_server):
         samples = await scrape(denied)
         assert samples["ktrdr_budget_reservations_total", "unavailable", "no_answer"] == 1
         samples = await scrape(allowed)
-        assert samples["ktrdr_budget_reservations_total", "unguarded", ""] == 1
+        assert samples["ktrdr_budget_reservations_total", "unchecked", ""] == 1
         assert samples["ktrdr_budget_spend_total", "agent", "usd"] == 0.07
         own.start()
         await until(lambda: not allowing.deferred)

@@ -20,11 +20,7 @@ __all__ = ["LeaseCalls"]
 
 
 class LeaseCalls:
-    """Provides :class:`~..leases.lease.ChunkCalls`.
-
-    Args:
-        driver: starts calls on the event loop of the limiter.
-    """
+    """Provides :class:`~..leases.lease.ChunkCalls`."""
 
     def __init__(self, context: CallContext, timeout_s: float) -> None:
         self._context = context
@@ -32,6 +28,7 @@ class LeaseCalls:
         self.open_leases: set[LeaseBase] = set()
         self.timeout_s = timeout_s
         self.driver: Any = None
+        """Starts calls on the event loop of the limiter; ``Engine`` sets it."""
 
     def bind(self) -> asyncio.AbstractEventLoop:
         return self.driver.bind()  # type: ignore[no-any-return]

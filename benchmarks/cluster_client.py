@@ -1,4 +1,4 @@
-"""A process of `benchmarks/cluster.py`: for each line, which is a number, make so many reservations for a tenant."""
+"""A process of `benchmarks/cluster.py`: reads a number per line, and makes that many reservations for a tenant."""
 
 from __future__ import annotations
 

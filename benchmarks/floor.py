@@ -64,7 +64,7 @@ class Floor:
             client.hset(key, mapping=_WINDOW)
 
     def run(self, lifecycles: int) -> None:
-        """One call after another."""
+        """Run bare lifecycles, one after another."""
         for number in itertools.islice(self._serial, lifecycles):
             hold_id = f"{_REPLICA}-{number}"
             keys = [f"{_PREFIX}meta", f"{_PREFIX}due", *self._window_keys, f"{_PREFIX}h:{hold_id}"]

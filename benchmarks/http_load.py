@@ -1,5 +1,5 @@
 """Load for an HTTP server, from a process of its own: connections that each send the next request once the last one is
-answered. It does little else, so that the server is what is measured.
+answered. It does little else, so that it does not limit the server's throughput.
 
 Run as `python -m benchmarks.http_load PORT PATH CONNECTIONS SECONDS [BODY]`; prints requests per second.
 """
@@ -20,7 +20,7 @@ def requests_per_second(port: int, path: str, connections: int, seconds: float, 
     """Count the POST requests with a 2xx response.
 
     Raises:
-        RuntimeError: an answer was another.
+        RuntimeError: a response had another status.
     """
     words = [sys.executable, "-m", "benchmarks.http_load", str(port), path, str(connections), str(seconds), body]
     done = subprocess.run(words, capture_output=True, text=True, timeout=seconds + 30, check=False)

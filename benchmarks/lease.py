@@ -37,7 +37,7 @@ _TITLES = {
 
 
 async def lease(settings: Settings) -> list[Measure]:
-    """Decisions of the leases of the async and the sync limiter."""
+    """Measure decisions of leases of the async and the sync limiter."""
     rounds, blocks = settings.rounds(9), settings.size(500, 100)
     with running(settings.store) as server:
         taken = await _decisions_us(server.url, rounds, blocks)

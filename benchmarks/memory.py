@@ -17,7 +17,7 @@ _CALLERS = 256
 
 
 async def memory(settings: Settings) -> list[Measure]:
-    """On Valkey, and on Redis where it is installed."""
+    """Measure memory on Valkey, and on Redis where it is installed."""
     measures = []
     kinds: tuple[Literal["valkey", "redis"], ...] = "valkey", "redis"
     for kind in kinds:

@@ -165,7 +165,7 @@ def rewrite(path: Path, measures: Iterable[Measure], about: dict[str, Any]) -> N
     """Write the run between the two markers of a document.
 
     Raises:
-        ValueError: it does not have them.
+        ValueError: the document does not have the markers.
     """
     text = path.read_text(encoding="utf-8")
     before, begun, rest = text.partition(_BEGIN)

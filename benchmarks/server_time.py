@@ -79,7 +79,7 @@ class Meter:
 
 
 async def server_time(settings: Settings) -> list[Measure]:
-    """With 1 and with 6 budgets in a reservation, in batches and single."""
+    """Measure lifecycles with 1 and with 6 budgets in a reservation, in batches and singly."""
     plans = {
         ("1 budget", True): (_ONE, settings.size(8_000, 3_000), 0.30),
         ("1 budget", False): (_ONE, settings.size(1_000, 300), 1.6),

@@ -58,7 +58,7 @@ def running(kind: str) -> Iterator[Server]:
     """A store that lives as long as the block.
 
     Raises:
-        RuntimeError: this machine has none of this kind, or it does not start.
+        RuntimeError: this kind of server is not installed, or does not start.
     """
     binary = binary_of(kind)
     if binary is None:

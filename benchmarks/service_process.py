@@ -1,4 +1,4 @@
-"""The service in a process of its own, as `ktrdr serve` runs it, with one route more: an empty one.
+"""The service in a process of its own, as `ktrdr serve` runs it, with an additional empty route.
 
 Run as `python -m benchmarks.service_process PORT STORE_URL`.
 """

@@ -1,4 +1,4 @@
-"""The benchmark suite runs, and says what it measured in a form that programs can read."""
+"""The benchmark suite runs, and reports its figures also as JSON."""
 
 from __future__ import annotations
 

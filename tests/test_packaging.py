@@ -55,7 +55,7 @@ def test_the_wheel_carries_every_script_and_nothing_of_the_tests(wheel: Path):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh copy of what the package is made of."""
+    """A fresh copy of the files that the package is built from."""
     target = tmp_path_factory.mktemp("checkout")
     for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "ktrdr_budget", "lua"):
         copy = (
@@ -68,7 +68,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def in_a_venv(directory: Path, cwd: Path, script: str) -> str:
-    """What a script of bash says in an environment that is empty but for what it installs."""
+    """Run a bash script in an empty virtual environment; return its output."""
     if not (directory / "v").exists():
         venv.create(directory / "v", with_pip=True)
     environment = {
@@ -86,7 +86,7 @@ def in_a_venv(directory: Path, cwd: Path, script: str) -> str:
 
 @pytest.mark.slow
 def test_the_readme_says_how_to_install(checkout: Path, tmp_path: Path):
-    """From the repository, and from a wheel: each line of it, in an environment of its own."""
+    """Run each install line of the README, from the repository and from a wheel, in its own environment."""
     [block] = re.findall(r"^### Install\n.*?^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     from_here, *from_a_wheel = block.splitlines()
     for number, script in enumerate((from_here, "\n".join(from_a_wheel))):

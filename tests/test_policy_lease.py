@@ -38,7 +38,7 @@ MIDNIGHT_MS = 1_795_478_400_000
 
 @pytest.fixture
 def own_server(start_server: Callable) -> Iterator:
-    """A server that a test may kill; its append-only file keeps what it acknowledged."""
+    """A server that a test may kill; its append-only file keeps acknowledged writes."""
     made = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     yield made
     if made.process is not None:
@@ -326,7 +326,7 @@ async def test_spend_recorded_during_an_outage_comes_from_the_lease(own_server):
 async def test_the_settlement_of_an_earlier_hold_is_deferred_during_the_outage_and_sent_after_it(
     proxy, limiter, client
 ):
-    """By its object, and by its id if this replica was granted it."""
+    """The hold is settled by its object, or by its id if it was granted to this replica."""
     held = await limiter.reserve("agent", "0.20")
     for name in ("commits", "releases", "accrues"):
         await limiter.reserve("agent", "0.20", id=name)
@@ -682,7 +682,7 @@ def test_three_processes_never_exceed_the_cap_and_the_chunk_of_a_killed_one_is_c
 
 
 def test_a_process_that_stalls_until_after_the_end_of_an_outage_does_not_exceed_the_cap(own_server):
-    """It stands still with a used chunk while another process spends all that the store then grants."""
+    """The stalled process has a used chunk, while another process spends all that the store then grants."""
     options = {"url": own_server.url, "limit": "5.00", "slab": "0.40", "seed": random.randrange(2**32)}
     print(f"seed {options['seed']}")
     with workers("prepaid.py", 1, options) as [replica], own_server.client() as client:
@@ -726,7 +726,7 @@ async def test_many_tasks_spend_a_shared_chunk_exactly(own_server):
 
 
 async def test_spend_adds_up_in_a_random_history_with_outages(own_server):
-    """Against plain arithmetic: all spend is recorded once, and the cap holds at every reading."""
+    """Compared with plain arithmetic, all spend is recorded once, and every reading is below the cap."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)

@@ -41,7 +41,7 @@ def free_port() -> int:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh copy of what is checked in or about to be, with this test's own environment for `.venv`."""
+    """A fresh copy of the tracked and new files, with the environment of this test run as `.venv`."""
     target = Path(tmp_path_factory.mktemp("clone")) / "ktrdr-budget"
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],

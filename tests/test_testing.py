@@ -190,7 +190,7 @@ async def test_the_readiness_check_finds_no_fault(async_limiter, caplog):
 
 
 async def test_every_script_of_a_limiter_runs_in_memory():
-    """The other two belong to the audit, which opens connections of its own."""
+    """Two scripts are excepted: the audit runs them over connections of its own."""
     server = memory_server()
     with fakeredis.FakeRedis(server=server) as client:
         async with AsyncMemoryLimiter(BUDGETS, server=server) as limiter:

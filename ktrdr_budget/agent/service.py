@@ -176,7 +176,9 @@ class AgentService:
         llm, design = self._dependencies.llm, None
         if options.strategy is not None:
             if options.brief is not None:
-                raise UnusableOption("brief", "it guides the design phase, which a strategy replaces; give one of them")
+                raise UnusableOption(
+                    "brief", "a strategy replaces the design phase, which a brief guides; give only one of them"
+                )
             research = self._dependencies.research
             if not isinstance(research, KnowsStrategies):
                 raise UnusableOption("strategy", "this agent's research has no strategies by name")

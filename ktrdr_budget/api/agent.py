@@ -81,7 +81,7 @@ def agent_router(service: BudgetService, agent: Callable[[], AgentService], pref
     ) -> TriggerOut:
         """Start a research cycle: reserve its estimate and a slot, all or none."""
         if request.url.query:
-            raise invalid("query", "this takes no query parameters; send the fields as a JSON body")
+            raise invalid("query", "a trigger takes no query parameters; send the fields as a JSON body")
         try:
             started = await agent().trigger(
                 body.operation_id,

@@ -67,10 +67,10 @@ class TriggerIn(RequestModel):
         WithJsonSchema({"anyOf": [{"type": "string", "pattern": f"^{_OPERATION_ID.pattern}$"}, {"type": "null"}]}),
     ] = None
     strategy: Annotated[str, Field(max_length=_WORD_CHARACTERS), AfterValidator(_text)] | None = Field(
-        None, description="An existing strategy: the cycle starts with its training. Not together with `brief`."
+        None, description="An existing strategy: the cycle starts with its training. Excludes `brief`."
     )
     brief: Annotated[str, Field(max_length=_BRIEF_CHARACTERS), AfterValidator(_text)] | None = Field(
-        None, description="Instructions for the design. Not together with `strategy`."
+        None, description="Instructions for the design. Excludes `strategy`."
     )
     model: Annotated[str, Field(max_length=_WORD_CHARACTERS), AfterValidator(_text)] | None = Field(
         None, description="The language model of the cycle: its name, or `opus`, `sonnet`, `haiku`."
@@ -128,7 +128,7 @@ class CycleOut(ResponseModel):
     gates: list[GateOut]
     outcome: Annotated[str | None, WithJsonSchema({"enum": ["completed", "failed", "cancelled", None]})]
     reason: str | None = Field(
-        description="The reason for not completing: `gate_failed`, `budget_exhausted`, `cancelled`, `shutdown`, "
+        description="Why the cycle did not complete: `gate_failed`, `budget_exhausted`, `cancelled`, `shutdown`, "
         "`worker_lost` or `error`."
     )
     error: str | None
@@ -159,7 +159,7 @@ class AgentStatusOut(ResponseModel):
     active_cycles: list[CycleOut]
     last_cycle: CycleOut | None = Field(description="The cycle that ended last.")
     budget: RemainingOut | None = Field(description="`null` if unknown: another definition is registered.")
-    capacity: CapacityOut | None = Field(description="`null` if unknown, likewise.")
+    capacity: CapacityOut | None = Field(description="`null` if unknown, as for `budget`.")
     as_of: Instant
 
 
@@ -194,7 +194,7 @@ class ActiveProblem(_NotTriggered):
     """The maximum of cycles is running, the id was used before, or another definition of a budget is registered."""
 
     reason: Literal["active_cycle_exists", "id_conflict", "budget_mismatch"]
-    operation_ids: list[str] = Field(description="The running cycles, if those are the reason.")
+    operation_ids: list[str] = Field(description="Ids of the running cycles, if they are the reason.")
 
 
 class AgentUnavailableProblem(_NotTriggered, UnavailableProblem):

@@ -102,7 +102,7 @@ class Keys:
         """
         caller = self.authenticate(connection)
         if not caller.admin:
-            raise HTTPProblem(403, "forbidden", "this needs the admin key")
+            raise HTTPProblem(403, "forbidden", "this operation needs the admin key")
         return caller
 
 

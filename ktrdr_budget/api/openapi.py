@@ -30,9 +30,9 @@ _HEADERS: Mapping[str, dict[str, Any]] = {
 }
 _PROBLEMS: Mapping[int, tuple[str, type[BaseModel], tuple[str, ...]]] = {
     401: ("No key, or an unknown one.", Problem, ("WWW-Authenticate",)),
-    403: ("The key does not suffice.", Problem, ()),
+    403: ("The key does not permit this operation.", Problem, ()),
     404: ("Unknown budget or hold.", Problem, ()),
-    409: ("The id is in use otherwise, or another definition of the budget is registered.", Problem, ()),
+    409: ("The id is in use with other contents, or another definition of the budget is registered.", Problem, ()),
     413: ("The body is too large.", Problem, ()),
     422: ("The request is invalid.", InvalidProblem, ()),
     429: (

@@ -44,7 +44,7 @@ SF_INTEGER_MAX = 999_999_999_999_999
 _MAPPED: tuple[tuple[type[BudgetError], int, str, str], ...] = (
     (UnknownHold, 404, "unknown-hold", "Unknown hold"),
     (UnknownBudget, 404, "unknown-budget", "Unknown budget"),
-    (HoldConflict, 409, "hold-conflict", "The id is in use otherwise"),
+    (HoldConflict, 409, "hold-conflict", "The id is in use with other contents"),
     # A conflict: the request is valid, but two replicas are configured differently.
     (DefinitionConflict, 409, "budget-mismatch", "Another definition of the budget is registered"),
     (InvalidAmount, 422, "invalid-amount", "Invalid amount"),

@@ -124,7 +124,7 @@ _AMOUNT_SCHEMA: dict[str, Any] = {
         {"type": "string", "pattern": f"^{_DECIMAL.pattern}$"},
         {"type": "number", "minimum": 0, "exclusiveMaximum": 2**53},
     ],
-    "description": "Dollars, rounded up to a billionth, or a whole count: a decimal string, or a number as it stands.",
+    "description": "Dollars, rounded up to a nano-dollar, or a whole count; a decimal string or an exact JSON number.",
     "examples": ["0.15"],
 }
 _AMOUNTS_SCHEMA: dict[str, Any] = {
@@ -381,7 +381,7 @@ class AgentBudgetOut(ResponseModel):
     recovering_until: Instant | None = Field(
         default=None,
         exclude_if=lambda instant: instant is None,
-        description="Present only after a data loss of the store: nothing is admitted until then.",
+        description="Present only after a data loss of the store: the time until which nothing is admitted.",
     )
 
 
@@ -431,7 +431,7 @@ class BudgetOut(ResponseModel):
     as_of: Instant
     recovering_until: Instant | None = Field(
         default=None,
-        description="Set after a data loss of the store: replicas replay lost writes; nothing is admitted until then.",
+        description="Set after a data loss of the store: until then, replicas replay writes, and nothing is admitted.",
     )
 
 

@@ -51,10 +51,10 @@ class AgentMetrics:
             registry=registry,
         )
         self._gates = Counter(
-            "agent_gate_results_total", "Gates by their result.", ("gate", "result"), registry=registry
+            "agent_gate_results_total", "Decisions of gates, by result.", ("gate", "result"), registry=registry
         )
         self._tokens = Counter(
-            "agent_tokens_total", "Tokens that language models read and wrote.", ("phase",), registry=registry
+            "agent_tokens_total", "Input and output tokens of language models.", ("phase",), registry=registry
         )
         self._spend = Counter(
             "agent_budget_spend_total",

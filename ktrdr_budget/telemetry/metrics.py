@@ -93,7 +93,7 @@ class LimiterMetrics:
         )
         self._forgotten = Counter(
             "ktrdr_budget_unrepaired_total",
-            "Data that this replica could not replay: ids of settlements, and holds, beyond its journal.",
+            "Data that this replica could not replay: ids of settlements and holds that its journal had dropped.",
             ("what",),
             registry=self.registry,
         )

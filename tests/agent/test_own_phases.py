@@ -103,7 +103,7 @@ async def test_the_tokens_and_cost_of_a_call_that_bypasses_the_context_are_count
 
 
 class Real:
-    """A number as in some libraries: no ``float``, and comparisons that return no ``bool``."""
+    """A number type as in NumPy: it is no ``float``, and its comparisons return no ``bool``."""
 
     def __init__(self, value: float) -> None:
         self.value = value

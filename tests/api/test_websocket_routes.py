@@ -58,7 +58,7 @@ async def visiting(app: FastAPI, path: str = "/live") -> AsyncIterator[ClientCon
 
 
 def echo(app: FastAPI, *, ends: str, accrued: str | None = None) -> None:
-    """Add a route that echoes every message, and ends in one of the usual manners."""
+    """Add a route that echoes every message, and ends in one of several ways."""
 
     @app.websocket("/live")
     async def live(socket: WebSocket, hold: Held) -> None:

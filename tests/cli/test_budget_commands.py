@@ -64,10 +64,10 @@ def test_list_marks_a_limit_set_at_run_time(ktrdr: Run, service: FakeService) ->
 def test_list_shows_a_budget_whose_figures_cannot_be_read_as_unknown_beside_the_others(
     ktrdr: Run, service: FakeService
 ) -> None:
-    unavailable = [{"budget": "team", "detail": "budget 'team' is registered otherwise"}]
+    unavailable = [{"budget": "team", "detail": "budget 'team' has another definition"}]
     service.answer("GET /api/v1/budgets", {"budgets": [BUDGET], "unavailable": unavailable})
     result = ktrdr("budget", "list")
-    assert (result.exit_code, result.stderr) == (1, "ktrdr: budget 'team' is registered otherwise\n")
+    assert (result.exit_code, result.stderr) == (1, "ktrdr: budget 'team' has another definition\n")
     _, agent, team = result.stdout.splitlines()
     assert agent.split()[0] == "agent"
     assert team.split() == ["team", *["unknown"] * 8]

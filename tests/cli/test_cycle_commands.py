@@ -37,10 +37,10 @@ RUNNING = {
     "operation_ids": ["op_7"],
 }
 TAKEN = {
-    **problem(409, "Conflict", "the id op_1 is in use otherwise")[1],
+    **problem(409, "Conflict", "the id op_1 is in use with other contents")[1],
     "triggered": False,
     "reason": "id_conflict",
-    "message": "the id op_1 is in use otherwise",
+    "message": "the id op_1 is in use with other contents",
 }
 CROWDED = {
     **problem(429, "The tenant has too many holds", "the tenant has 3 holds")[1],
@@ -50,7 +50,7 @@ CROWDED = {
     "retry_after": 9,
 }
 OTHERWISE = {
-    **problem(409, "The budget is defined otherwise", "the budget 'agent' has another timezone in the store")[1],
+    **problem(409, "The budget has another definition", "the budget 'agent' has another timezone in the store")[1],
     "triggered": False,
     "reason": "budget_mismatch",
     "message": "the budget 'agent' has another timezone in the store",
@@ -127,7 +127,7 @@ def test_an_unknown_option_of_trigger_is_a_usage_error(ktrdr: Run, service: Fake
             "denied: Daily budget exhausted: budget_exhausted ($0.01 remaining, need $0.15); a retry cannot succeed",
         ),
         (409, RUNNING, 3, "denied: A research cycle is already running: op_7"),
-        (409, TAKEN, 1, "ktrdr: the id op_1 is in use otherwise"),
+        (409, TAKEN, 1, "ktrdr: the id op_1 is in use with other contents"),
         (
             429,
             {**NOT_STARTED, "denial_reason": "exceeds_limit", "retry_after": 63_124},

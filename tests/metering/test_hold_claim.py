@@ -312,7 +312,7 @@ async def test_a_hold_cannot_be_settled_while_a_call_is_in_progress(client, limi
     async with limiter.hold("agent", "0.15") as hold:
         async with meter.call(**CALL) as call:
             for settle in (lambda: hold.commit("0.02"), hold.release):
-                with pytest.raises(HoldConflict, match="under way"):
+                with pytest.raises(HoldConflict, match="in progress"):
                     await settle()
             assert spent_and_held(client) == (0, to_units("0.15"))
             call.finish(USED)

@@ -1,4 +1,4 @@
-"""What a person reads on a panel, by Grafana's own library: the npm package @grafana/data (Apache License 2.0).
+"""Read panels as a person sees them, with Grafana's own library: the npm package @grafana/data (Apache License 2.0).
 
 It is bundled once, with the script that uses it, into the environment that runs the tests. No Grafana and no browser is
 needed.

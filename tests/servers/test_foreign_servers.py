@@ -156,7 +156,7 @@ async def test_a_slow_server_gets_the_whole_timeout():
     server = await asyncio.start_server(greet, "127.0.0.1", 0)
     port = server.sockets[0].getsockname()[1]
     limiter = AsyncBudgetLimiter(f"redis://127.0.0.1:{port}", BUDGETS, timeout=0.5)
-    with pytest.raises(StoreUnavailable, match="gave no answer within 0.5 s") as refused:
+    with pytest.raises(StoreUnavailable, match="sent no reply within 0.5 s") as refused:
         await limiter.reserve("agent", "0.15")
     assert not isinstance(refused.value, StoreError)
     await limiter.close()

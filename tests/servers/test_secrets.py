@@ -1,4 +1,4 @@
-"""No failure shows a secret: in no error, log, repr, response, span, metric or output."""
+"""No failure shows a secret in an error, log, repr, response, span, metric or output."""
 
 from __future__ import annotations
 

@@ -221,7 +221,7 @@ class LossRepair:
             logger.warning("journal replayed to the store at %s: %s", self._background.store.shown, done)
         if done.forgotten_settlements or done.forgotten_holds:
             logger.error(
-                "not repaired, no longer in the journal of replica %s: ids of %d settlements, %d holds",
+                "not repaired: the journal of replica %s had dropped the ids of %d settlements, and %d holds",
                 self._state.replica_id,
                 done.forgotten_settlements,
                 done.forgotten_holds,

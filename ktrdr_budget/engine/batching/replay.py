@@ -279,8 +279,7 @@ class Replayer:
                 outcome = "granted" if lost else "superseded"
             if outcome == "granted":
                 logger.warning(
-                    "hold %s open, and the reply that granted it may be lost: unless its id is used again, it is left "
-                    "to its deadline",
+                    "hold %s is open, but the reply that granted it was lost; unless its id is used again, it expires",
                     entry.hold_id,
                 )
             self._outbox.end(entry, outcome)

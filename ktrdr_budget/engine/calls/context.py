@@ -102,7 +102,7 @@ class CallContext:
         if not isinstance(budget, Mapping) or not budget:
             raise InvalidArgument("budget must be a name, or a mapping of names to amounts")
         if amount is not None:
-            raise InvalidArgument("amounts are in the mapping; give no other")
+            raise InvalidArgument("the mapping has the amounts; give no further amount")
         return [(name, to_units(value, state.budget(name).unit, positive=positive)) for name, value in budget.items()]
 
     def release_later(self, hold_id: str, windows: Iterable[Window], request: str) -> None:

@@ -150,8 +150,8 @@ def _extended(
         # The store does not have it: a heartbeat continues without, growth cannot.
         if parts() != hold.parts:
             raise StoreUnavailable(
-                f"hold {hold.id!r} was granted while the store was unreachable, and the store replies now: "
-                "reserve more instead",
+                f"hold {hold.id!r} was granted while the store was unreachable, so it cannot grow: "
+                "make another reservation",
                 reached=True,
             ) from None
         return

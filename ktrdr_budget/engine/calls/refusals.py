@@ -114,7 +114,7 @@ def error_for(context: CallContext, op: Operation, reply: Reply, now_us: int) ->
             bound = amount_bound(state.budgets[name].unit if name in state.budgets else unit, 2**62)
             return InvalidAmount(f"{name!r} would count {bound} or more in this window; nothing was written")
         case UnknownLimit(name):
-            return UnknownBudget(f"budget {name!r} has no limit, neither here nor in the store; nothing was granted")
+            return UnknownBudget(f"budget {name!r} has no limit in this replica or in the store; nothing was granted")
         case UnknownHoldReply():
             return UnknownHold(f"unknown hold {hold_id!r}")
         case Unreadable(error):

@@ -104,7 +104,7 @@ def outdated_definition(hold_id: str, name: str, registered: str) -> DefinitionC
     """The error for growing a hold whose budget was redefined after the reservation."""
     there = identity_of(registered)
     words = f"budget {name!r} has been redefined since hold {hold_id!r} was granted ({there})"
-    return DefinitionConflict(f"{words}; it can be settled and prolonged, but not grow", registered=there)
+    return DefinitionConflict(f"{words}; the hold can be settled and extended, but cannot grow", registered=there)
 
 
 def conflict_error(op: Operation, record: HoldRecord, budgets: Mapping[str, Budget]) -> HoldConflict:

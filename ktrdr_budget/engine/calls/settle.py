@@ -96,8 +96,8 @@ def _settle(context: CallContext, hold: HoldBase, amounts: Sequence[CommitAmount
     """Commit these amounts, or release (``None``)."""
     if hold.busy:
         raise HoldConflict(
-            f"calls inside of hold {hold.id!r} are under way, and may spend its reservation: settle it after they end, "
-            "or leave its block, and the last of them settles it"
+            f"metered calls inside hold {hold.id!r} are in progress: settle it after they have ended, or leave its "
+            "block, so that the last call settles it"
         )
     hold.settling = True
     try:

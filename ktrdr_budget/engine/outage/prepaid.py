@@ -35,11 +35,11 @@ def check_slabs(state: ReplicaState, slabs: AmountIn | Mapping[str, AmountIn] | 
         InvalidArgument: no amount is given, or a budget is unknown.
     """
     if slabs is None:
-        raise InvalidArgument("on_store_error='lease' needs lease_slab: how much is prepaid")
+        raise InvalidArgument("on_store_error='lease' needs lease_slab, the amount to prepay")
     if not isinstance(slabs, Mapping):
         slabs = {name: slabs for name, budget in state.budgets.items() if budget.unit == "usd"}
     if not slabs:
-        raise InvalidArgument("lease_slab names no budget that could be prepaid")
+        raise InvalidArgument("lease_slab contains no budget that can be prepaid")
     return dict(slabs)
 
 

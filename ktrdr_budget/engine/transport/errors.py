@@ -178,4 +178,4 @@ def unavailable(
     if isinstance(error, Transient):
         text = f"{error}; gave up after {timeout:g} s"
         return StoreUnavailable(text, ambiguous=ambiguous, reached=error.answered)
-    return StoreUnavailable(f"store at {shown} gave no answer within {timeout:g} s", ambiguous=ambiguous)
+    return StoreUnavailable(f"store at {shown} sent no reply within {timeout:g} s", ambiguous=ambiguous)

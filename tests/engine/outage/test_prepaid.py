@@ -82,7 +82,7 @@ class CountingStore:
         return max(units, total)
 
     def commit(self, hold_id: str, spent: int) -> None:
-        """Twice is harmless, and so is a commit of what was never granted."""
+        """Commit a hold; a repeated commit, or one of a hold that was never granted, changes nothing."""
         name, _ = self.held.pop(hold_id, ("", 0))
         self.settled.add(hold_id)
         if name:
@@ -172,7 +172,7 @@ class Replica:
         self.turn()
 
     def turn(self, wait_ms: int = 0) -> None:
-        """Let the event loop run, and the clock."""
+        """Run the event loop, and advance the clock."""
 
         async def spin() -> None:
             for _ in range(25):
@@ -208,7 +208,7 @@ class Replica:
         return hold
 
     def settle(self, hold: HoldBase, shares: int, above: int = 0) -> None:
-        """Commit so many percent of the grants, and units above the whole of them; nothing releases."""
+        """Commit a percentage of the grants, plus ``above`` units; release if both are 0."""
         open_grants = [not grant.settled for grant in hold.offline.grants]  # type: ignore[union-attr]
         granted = [grant.units for grant in hold.offline.grants]  # type: ignore[union-attr]
         units = [reserved * shares // 100 + above for _, reserved in hold.parts]

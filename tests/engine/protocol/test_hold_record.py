@@ -1,4 +1,4 @@
-"""The record of a hold: its one reader and its one writer agree."""
+"""The record of a hold: its renderer and its parser agree."""
 
 from __future__ import annotations
 

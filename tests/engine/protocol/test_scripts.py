@@ -606,7 +606,7 @@ def test_a_hold_that_is_restored_after_its_deadline_is_due(wire):
 
 @pytest.mark.parametrize("schema", ["1", "2", "30"])
 def test_a_script_refuses_a_store_with_an_older_or_newer_schema(client, wire, schema):
-    """Whether older or newer; the ledgers of an older one are of another type, for example."""
+    """For example, the ledgers of an older schema have another type."""
     client.hset("ktrdr:{t}:meta", "epoch", schema + ".0123456789abcdef")
     with pytest.raises(redis.ResponseError, match="KTRDRSCHEMA"):
         wire.reserve("op_1", agent=150)

@@ -1,4 +1,4 @@
-"""Hedged attempts: which result counts, and that no attempt outlives the call."""
+"""Hedged attempts: which result is used, and that no attempt continues after the call."""
 
 from __future__ import annotations
 

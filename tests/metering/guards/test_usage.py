@@ -44,7 +44,7 @@ def chunk(index: int, output_tokens: int, reason: str | None = None) -> dict[str
 
 
 def test_reasoning_tokens_counted_only_in_the_total_are_charged_as_output() -> None:
-    """xAI reports it this method: docs.x.ai/docs/key-information/consumption-and-rate-limits."""
+    """xAI reports it this way: docs.x.ai/docs/key-information/consumption-and-rate-limits."""
     usage = {"prompt_tokens": 10_120, "completion_tokens": 1_499, "total_tokens": 14_428}
     usage["completion_tokens_details"] = {"reasoning_tokens": 2_809}  # type: ignore[assignment]
     parsed = parse("chat/completions", {**FRAME, "choices": [], "usage": usage}).usage

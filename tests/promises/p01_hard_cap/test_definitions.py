@@ -103,7 +103,7 @@ def test_budget_mismatch_is_an_alias_of_definition_conflict():
 
 
 async def test_holds_are_settled_after_a_migration(server, client):
-    """By the hold object, by id, and by a replica without that budget."""
+    """Holds are settled by the hold object, by id, and by a replica without that budget."""
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -140,7 +140,7 @@ async def test_deferred_spend_is_recorded_after_a_migration(start_server):
 
 
 async def test_a_hold_of_a_former_definition_does_not_grow(server, client):
-    """Not by a replica of the former definition, nor of the new one, nor by one without that budget."""
+    """Growth is refused to replicas of the former and of the new definition, and to one without that budget."""
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,

@@ -156,7 +156,7 @@ async def test_an_offline_hold_grows_by_the_sum_of_concurrent_growth(tmp_path):
 
 
 async def test_growth_after_an_outage_is_not_taken_for_a_retry_of_growth_during_the_outage(proxy, client):
-    """Under policy `allow` the first call succeeded for its caller."""
+    """Under policy `allow` the caller received a success for growth during the outage, so it will not retry."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5, on_store_error="allow") as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         proxy.fate = lambda: "reply"

@@ -296,7 +296,7 @@ async def test_a_chunk_that_was_released_by_id_grants_nothing_more(limiter, clie
 
 @pytest.mark.parametrize("policy", ["deny", "allow", "lease"])
 async def test_during_an_outage_a_lease_grants_only_what_is_left_of_its_chunk(own_server, policy):
-    """Under any policy: a chunk is always checked against the cap, and never drawn from the lease kept for outages."""
+    """This holds under any policy: a lease never takes its chunk from the prepaid lease that is kept for outages."""
     options = {"on_store_error": policy, "lease_slab": "1.00" if policy == "lease" else None}
     async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S, **options) as limiter:
         async with limiter.lease("agent", "0.50") as lease:

@@ -88,7 +88,7 @@ def test_a_tracker_applies_the_limit_of_the_tracker_that_started_last(server):
 async def test_the_limit_of_a_later_replica_replaces_the_limit_of_a_replica_with_a_wrong_clock(
     server, client, monkeypatch, wrong_by_s
 ):
-    """Its first request is a reservation, which is sent before it has read the store's clock."""
+    """The later replica first sends a reservation, before it has read the store's clock."""
     with monkeypatch.context() as patched:
         patched.setattr(time, "time", lambda now=time.time: now() + wrong_by_s)
         patched.setattr(time, "time_ns", lambda now=time.time_ns: now() + wrong_by_s * 10**9)
@@ -108,7 +108,7 @@ async def test_the_limit_of_a_later_replica_replaces_the_limit_of_a_replica_with
 
 
 async def test_a_limit_until_the_year_2300_is_in_force(server):
-    """An instant of 14 digits is later than one of 13, on the fast path too."""
+    """In milliseconds, such an instant has 14 digits; it must be later than one of 13, on the fast path too."""
     async with limiter_of(server, "5.00") as limiter:
         await (await limiter.reserve("agent", "0.01")).commit("0.01")
         status = await limiter.set_limit("agent", "0", until=datetime(2300, 1, 1, tzinfo=UTC))

@@ -191,7 +191,7 @@ def test_the_cost_of_a_write_does_not_depend_on_the_number_of_former_replicas(se
 
 
 def test_fields_of_short_lived_processes_are_removed_from_an_endless_window(clocked_server):
-    """Their subtotals become one, two days after their last request."""
+    """Two days after the last request of such processes, their subtotals are added up in one field."""
     budgets = [Budget("lifetime", None, period="ever")]
     for day in range(4):
         for _ in range(20):

@@ -177,7 +177,7 @@ async def test_a_limit_until_the_end_of_the_window_expires_with_it(clocked_serve
 
 
 async def test_spend_during_an_outage_is_recorded_in_the_window_of_its_time(start_clocked_server: Callable):
-    """Under policy `allow`, even if the store returns on another day."""
+    """This holds under policy `allow` even if the store returns on another day."""
     server = start_clocked_server(None, "--appendonly", "yes")
     server.set(BEFORE)
     async with limiter_for(server, on_store_error="allow") as limiter:
@@ -359,7 +359,7 @@ def test_a_replica_with_a_wrong_clock_spends_on_the_right_day(clocked_server, cl
 async def test_settling_a_hold_whose_window_has_expired_does_not_create_the_window_again(
     clocked_server, client, days, settle
 ):
-    """Not even when the settling replica lacks that budget, and so the exact expiry of its windows (P7)."""
+    """This holds even if the settling replica lacks that budget, so that it does not know their expiry (P7)."""
     both = [Budget("hourly", "5.00", period="hour"), Budget("monthly", "5.00", period="month")]
     clocked_server.set(datetime(2026, 11, 2, 12, 30, tzinfo=UTC), frozen=True)
     async with limiter_for(clocked_server, *both) as maker:

@@ -149,7 +149,7 @@ def without_replicas(client: redis.Redis) -> Iterator[None]:
 
 @pytest.mark.parametrize("not_ready", [read_only, busy, without_replicas])
 async def test_nothing_is_granted_by_a_store_that_refuses_for_a_while(replica, client, not_ready):
-    """The first call waits until its deadline; none of those after it is granted either."""
+    """The first call waits until its deadline; the calls after it are not granted either."""
     with not_ready(client), in_haste(replica, REPLY_S):
         await denied(lambda: replica.reserve("agent", "0.01"), waits_s=REPLY_S - 0.1)
         await asyncio.gather(*[denied(lambda: replica.reserve("agent", "0.01")) for _ in range(20)])
@@ -172,7 +172,7 @@ async def test_spend_is_deferred_while_the_store_refuses(server, client):
 
 @pytest.mark.parametrize("count", [1, 50, 500])
 async def test_calls_queued_before_a_stall_of_the_event_loop_are_sent_after_it(replica, client, count):
-    """An earlier version admitted 50 of 50 calls unguarded after a stall of 1.1 s."""
+    """An earlier version admitted 50 of 50 calls without a check of the cap after a stall of 1.1 s."""
     with in_haste(replica, 0.5):
         tries = [asyncio.create_task(replica.reserve("agent", "0.01", id=f"op_{n}")) for n in range(count)]
         await asyncio.sleep(0)  # each is queued

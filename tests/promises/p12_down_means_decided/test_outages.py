@@ -386,7 +386,7 @@ async def test_policy_allow_admits_an_id_once_and_refuses_it_with_other_contents
 
 @pytest.mark.parametrize("deferred", [True, False])
 async def test_policy_allow_closes_the_id_of_a_reservation_that_arrives_after_its_release(proxy, deferred):
-    """The late reservation of a hold that was admitted unguarded and released is refused."""
+    """Policy `allow` admitted the hold, and it was released; then the store refuses the late reservation."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         flow = reserve(limiter.engine.context, "agent", "0.15", "op_1", 900, "charge", "", "")

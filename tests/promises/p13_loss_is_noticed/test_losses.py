@@ -226,7 +226,7 @@ async def test_a_read_detects_an_empty_store(server, limiter):
 
 
 async def test_a_replica_with_an_empty_journal_is_granted_nothing_during_a_recovery(server, limiter, other_replica):
-    """Its only call was denied. The replica with the spend has not replayed yet."""
+    """The only call of this replica was denied. Another replica, which has the spend, has not replayed yet."""
     await limiter.record("agent", "4.90")
     with pytest.raises(BudgetExceeded):
         await other_replica.reserve("agent", "1.00")

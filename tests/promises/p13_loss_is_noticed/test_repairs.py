@@ -229,7 +229,7 @@ def subtotals(limiter: AsyncBudgetLimiter, client) -> dict[str, Decimal]:
 @pytest.mark.parametrize("absent", ["the first to settle", "the second to settle"])
 @pytest.mark.parametrize("call", ["record", "commit"])
 async def test_a_settlement_in_the_journals_of_two_replicas_counts_once(server, client, tmp_path_factory, absent, call):
-    """It counts in the subtotal of the first replica that settled, in either order of the replays."""
+    """The settlement counts in the subtotal of the replica that settled first, in either order of the replays."""
     async with (
         Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
         AsyncBudgetLimiter(line.url, BUDGETS) as remote,
@@ -304,7 +304,7 @@ async def test_a_settlement_of_a_closed_replica_is_replayed_by_another(other, se
 
 
 async def test_a_commit_with_a_lost_reply_is_replayed_before_the_next_grant(server, client, tmp_path_factory):
-    """Its second attempt was a replay of the first one by the same replica."""
+    """The second attempt of the commit was a replay of the first, by the same replica."""
     async with (
         Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
         AsyncBudgetLimiter(line.url, BUDGETS, timeout=10) as limiter,
@@ -319,7 +319,7 @@ async def test_a_commit_with_a_lost_reply_is_replayed_before_the_next_grant(serv
 
 
 async def test_a_commit_whose_acknowledgement_is_read_after_the_repair_is_replayed_as_well(limiter, client):
-    """The store acknowledged it before the loss; the repair replayed the hold as open."""
+    """The store acknowledged the commit before the loss, but the repair replayed the hold as open."""
     hold = await limiter.reserve("agent", "0.15")
     await limiter.record("agent", "0.01")
     dispatcher, late = limiter.engine.dispatcher, []
@@ -357,7 +357,7 @@ async def test_a_late_acknowledgement_of_a_call_repeated_after_a_loss_counts_onc
 
 
 async def test_each_batch_of_a_repair_prolongs_the_recovery(limiter, client, monkeypatch):
-    """Also the batches of settlements."""
+    """This includes the batches that replay settlements."""
     await asyncio.gather(*(limiter.record("agent", "0.001") for _ in range(300)))
     send, prolonged_ms = limiter.engine.dispatcher.background.send, []
 
@@ -482,7 +482,7 @@ async def test_a_repair_counts_and_logs_operations_that_the_journal_has_dropped(
         done = limiter.repaired
         assert (done.settlements, done.holds, done.windows) == (3, 2, 1)
         assert (done.forgotten_settlements, done.forgotten_holds) == (2, 3)
-        assert "ids of 2 settlements, 3 holds" in caplog.text
+        assert "ids of 2 settlements, and 3 holds" in caplog.text
 
 
 async def test_a_replay_that_the_store_refuses_does_not_stop_the_others(limiter, client, caplog):
@@ -595,7 +595,7 @@ async def test_p1_a_window_without_a_known_limit_admits_nothing(server, limiter,
     hold = await limiter.reserve("agent", "1.00", id="op_1")
     client.hdel(window_key(client, "agent"), "limit", "asserted")
     async with AsyncBudgetLimiter(server.url, [Budget("other", "1.00")], timeout=10) as stranger:
-        with pytest.raises(UnknownBudget, match="budget 'agent' has no limit, neither here nor in the store"):
+        with pytest.raises(UnknownBudget, match="budget 'agent' has no limit in this replica or in the store"):
             await stranger.grow("op_1", {"agent": "2.00"})
         assert (await stranger.commit("op_1", "0.25")).amounts == {"agent": Decimal("0.25")}
     assert (await figures(limiter))[0] == Decimal("0.25")

@@ -111,7 +111,7 @@ async def test_a_release_with_unknown_outcome_is_completed_in_the_background(pro
 
 @FATES
 async def test_the_end_of_a_block_resends_a_commit_with_unknown_outcome(proxy, limiter, client, fate, outcome):
-    """A release there would lose the spend."""
+    """A release at the end of the block would lose the spend."""
     with pytest.raises(StoreUnavailable):
         async with limiter.hold("agent", "0.15") as hold:
             await lose(proxy, hold.commit("0.07"), fate)
@@ -186,7 +186,7 @@ async def test_a_grant_with_unknown_outcome_stays_open_if_the_caller_chose_the_i
     await lose(proxy, limiter.reserve("agent", "0.15", id="mine"), fate)
     await resolved(proxy, limiter, **{outcome: 1})
     assert sums(client)["held"] == (to_units("0.15") if fate == "reply" else 0)
-    assert ("hold mine open" in caplog.text) == (fate == "reply")
+    assert ("hold mine is open" in caplog.text) == (fate == "reply")
     hold = await limiter.reserve("agent", "0.15", id="mine")
     assert hold.replayed == (fate == "reply")
     await hold.commit("0.07")

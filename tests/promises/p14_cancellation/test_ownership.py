@@ -241,7 +241,7 @@ async def test_a_worker_can_commit_a_hold_released_for_a_cancelled_caller(client
 async def test_an_extension_of_a_hold_released_for_a_cancelled_caller_holds_its_amount_again(
     client, proxy, limiter, other
 ):
-    """Its heartbeat requests the room again, as for an expired hold."""
+    """The worker's heartbeat needs room for the amount again, as for an expired hold."""
     hold = await released_for_its_caller(client, proxy, limiter, other, "400.00")
     await hold.extend()
     assert (hold.state, sums(client)["held"]) == ("open", to_units("400.00"))

@@ -22,11 +22,14 @@ from ktrdr_budget.engine.protocol.keys import stored_window
 
 from ..conftest import ClockedServer, libfaketime, valkey_binary
 from ..helpers.processes import Worker, workers
-from ..helpers.waiting import wait_until
+from ..helpers.waiting import WITHIN_S, wait_until
 from .history import NO_REPLY, Books, books, read
 from .judge import Terms, Verdict, judge
 
 TIMEOUT_S = 1.0
+GRANTS_MIN = 20
+READ_EACH_S = 0.1
+"""Interval between two reads of the histories, which take time from the proxies of this process."""
 DURABLE = ("--appendonly", "yes", "--appendfsync", "always")
 CLOCKS = ("", "+26h", "-26h")
 _UNREACHABLE = (redis.RedisError, redis.exceptions.RedisClusterException, OSError)
@@ -103,7 +106,7 @@ class Bench:
         ]
         self.tenants = ["default"]
         self.callers = 4 if quick else 8
-        self.pause_ms = 40.0 if quick else 20.0 + 3.0 * seconds
+        self.pause_ms = 80.0 if quick else 20.0 + 3.0 * seconds
         self.cancels = 0.1
         self.leaves = True
         """Whether some callers abandon their holds."""
@@ -210,7 +213,7 @@ class Bench:
         def all_have() -> bool:
             return len({call.replica for call in read(self.histories) if call.acknowledged}) >= len(self.spenders)
 
-        wait_until(all_have)
+        wait_until(all_have, every_s=READ_EACH_S)
 
     def kill_spender(self) -> None:
         """Kill a random replica with SIGKILL."""
@@ -218,12 +221,22 @@ class Bench:
         spender.kill()
 
     def turns(self, least_s: float, most_s: float) -> Iterator[float]:
-        """Yield the seconds left, at random moments until the end of the run, at least once."""
+        """Yield the seconds left, at random moments until the end of the run, and until a fault was provoked.
+
+        Every replica spends before the first moment, so that each fault meets a load on a slow machine, too.
+        """
+        self.wait_spending()
         self.last(2 * most_s)
-        while (left := self._ends - time.monotonic()) > 0:
+        while (left := self._left_s(most_s)) > 0:
             time.sleep(min(left, self.random.uniform(least_s, most_s)))
-            if (left := self._ends - time.monotonic()) > 0:
+            if (left := self._left_s(most_s)) > 0:
                 yield left
+
+    def _left_s(self, until_fault_s: float) -> float:
+        """Seconds until the end of the run; without a fault so far, at least ``until_fault_s``."""
+        now = time.monotonic()
+        assert now < self._ends + WITHIN_S, "no fault could be provoked"
+        return max(self._ends - now, 0.0 if self.figures.faults else until_fault_s)
 
     def last(self, least_s: float) -> None:
         """Extend the run, so that at least this time is left: on a busy machine, it may be over already."""
@@ -249,7 +262,11 @@ class Bench:
     # -- the verdict ---------------------------------------------------------------------------------------------------
 
     def settle(self) -> Figures:
-        """Stop the replicas, which resolve unknown outcomes first, and judge the history."""
+        """Stop the replicas, which resolve unknown outcomes first, and judge the history.
+
+        On a slow machine, the replicas continue until there are enough grants for a verdict.
+        """
+        wait_until(lambda: sum(call.is_grant for call in read(self.histories)) >= GRANTS_MIN, every_s=READ_EACH_S)
         for spender in self.spenders:
             spender.send(stop=True)
         reports = [spender.receive() for spender in self.spenders]

@@ -22,7 +22,6 @@ def the_master_dies_behind_sentinels(bench: Bench) -> None:
     )
     bench.losses_expected = True
     bench.spend(group.url, lambda: redis.Redis(port=group.master.port, decode_responses=True, socket_timeout=20))
-    bench.wait_spending()
     for left in bench.turns(0.5, 1.0):
         master = group.master
         group.lose_writes()

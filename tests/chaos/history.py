@@ -48,6 +48,11 @@ class Call:
         return self.outcome in ACKNOWLEDGED
 
     @property
+    def is_grant(self) -> bool:
+        """Whether the caller received a new hold."""
+        return self.name == "reserve" and self.outcome in ("done", "prepaid")
+
+    @property
     def unknown(self) -> bool:
         """Whether the call may have been executed without a confirmation."""
         return self.outcome in ("killed", "cancelled", "unguarded") or (self.outcome in NO_REPLY and self.ambiguous)
@@ -218,6 +223,11 @@ class Stored:
     def is_chunk(self) -> bool:
         """Whether it is a chunk of a lease."""
         return self.operation == "lease"
+
+    @property
+    def is_tombstone(self) -> bool:
+        """Whether it was released without a reservation, which may still be in flight."""
+        return self.state == "released" and not any(segment.reserved for segment in self.segments)
 
 
 @dataclass

@@ -23,9 +23,8 @@ def replies_are_lost(bench: Bench) -> None:
     line.proxy.fate = lambda: chance.choice(("request", "reply", "reply", *(None,) * 12))
     bench.spend(line.url, server.client)
     for _ in bench.turns(0.2, 0.5):
-        pass
+        bench.fault(line.proxy.replies_lost + line.proxy.requests_lost - bench.figures.faults)
     line.proxy.fate = lambda: None
-    bench.fault(line.proxy.replies_lost + line.proxy.requests_lost)
 
 
 PARTITIONS_S = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0)

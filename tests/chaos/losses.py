@@ -20,7 +20,6 @@ def everything_is_flushed(bench: Bench) -> None:
     server = bench.server()
     bench.losses_expected = True
     bench.spend(server.url, server.client)
-    bench.wait_spending()
     for left in bench.turns(0.4, 1.2):
         with server.client() as client:  # the epoch of all replicas differs from an empty store's: no grant
             client.flushall()
@@ -51,7 +50,6 @@ def the_tail_is_cut_off(bench: Bench) -> None:
     server = bench.server(*DURABLE)
     bench.losses_expected = True
     bench.spend(server.url, server.client)
-    bench.wait_spending()
     for left in bench.turns(0.4, 1.2):
         bench.terms.excess_max = max(bench.terms.excess_max, bench.counted())
         server.kill()

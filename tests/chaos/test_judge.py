@@ -255,6 +255,14 @@ def test_a_chunk_that_commits_the_spend_of_its_drawn_holds_is_correct(charged: i
     assert (verdict.grants, verdict.overspend, verdict.lost, verdict.spend) == (5, 0, 0, 50 + charged)
 
 
+def test_a_chunk_whose_reservation_did_not_arrive_may_leave_a_tombstone():
+    case = DrawnCase(15)
+    case.books.holds["chunk-2"] = make_record("r", 0, 0)
+    assert case.judged().violations == []
+    case.terms.prepaid_units = 0
+    assert "'chunk-2' is stored, but was never requested" in case.judged().violations
+
+
 @pytest.mark.parametrize(("charged", "lost"), [(14, 1), (26, 0)])
 def test_a_chunk_that_commits_another_sum_is_a_violation(charged: int, lost: int):
     verdict = DrawnCase(charged).judged()

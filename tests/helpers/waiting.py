@@ -25,10 +25,10 @@ async def until(condition: Callable[[], Any], within_s: float = WITHIN_S) -> Any
         await asyncio.sleep(0.005)
 
 
-def wait_until(condition: Callable[[], Any], within_s: float = WITHIN_S) -> Any:
+def wait_until(condition: Callable[[], Any], within_s: float = WITHIN_S, every_s: float = 0.005) -> Any:
     """Poll a condition until it is truthy, without an event loop; return its value."""
     ends = time.monotonic() + within_s
     while not (value := condition()):
         assert time.monotonic() < ends, f"not within {within_s} s: {inspect.getsource(condition).strip()}"
-        time.sleep(0.005)
+        time.sleep(every_s)
     return value

@@ -119,8 +119,12 @@ class Replica:
             return result
         while times > 0 and result.outcome in ("StoreUnavailable", "cancelled"):
             times -= 1
+            ambiguous = result.ambiguous
             result = await self.call(call, hold_id, requested, make, **fields)
+            result.ambiguous |= ambiguous
         if hold_id is not None:
+            if call == "reserve" and result.outcome == "StoreUnavailable" and not result.ambiguous:
+                return result  # certainly not granted: its caller gives up
             if result.outcome in ("StoreUnavailable", "cancelled", "StoreError"):
                 self.unknown[call, hold_id] = lambda: self.call(call, hold_id, requested, make, **fields)
             else:
@@ -207,7 +211,8 @@ class Replica:
         """Retry the calls with an unknown outcome until it is known."""
         ends = time.monotonic() + SETTLING_S
         while self.unknown and time.monotonic() < ends:
-            await asyncio.gather(*(self.retry_unknown(key) for key in [*self.unknown][:RETRIES_AT_ONCE]))
+            if self.limiter.store_state == "closed":  # otherwise calls fail fast, and keep the machine busy
+                await asyncio.gather(*(self.retry_unknown(key) for key in [*self.unknown][:RETRIES_AT_ONCE]))
             await asyncio.sleep(0.05)
         while (self.limiter.deferred or getattr(self.limiter, "unresolved", 0)) and time.monotonic() < ends:
             await asyncio.sleep(0.05)

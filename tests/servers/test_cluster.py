@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from decimal import Decimal
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ktrdr_budget.money import to_units
 
 from ..conftest import redis_binary, valkey_binary
 from ..helpers.clusters import Cluster, slot_of
+from ..helpers.crowd import crowd
 from ..helpers.nodes import free_ports
 from ..helpers.patience import hurried
 from ..helpers.processes import in_child, workers
@@ -180,6 +182,25 @@ def held_in(cluster: Cluster) -> int:
     return window(cluster)["held"]
 
 
+@asynccontextmanager
+async def spenders(limiter: AsyncBudgetLimiter) -> AsyncIterator[None]:
+    """Four callers spend during the block, and 50 times after it; no commit is lost or counted twice."""
+
+    async def spend() -> None:
+        nonlocal spent
+        await (await limiter.reserve("agent", "0.002")).commit("0.001")
+        spent += 1
+        await asyncio.sleep(0.001)  # slower than the limit is spent
+
+    spent = 0
+    async with crowd(spend, callers=4):
+        yield
+        before = spent
+        await until(lambda: spent > before + 50)
+    assert (await limiter.status("agent")).spent == spent * Decimal("0.001")
+    assert limiter.losses == 0
+
+
 async def test_calls_to_a_hanging_cluster_end_in_time(cluster):
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "0.15")
@@ -311,25 +332,9 @@ async def test_an_atomic_slot_migration_of_valkey_causes_no_pause(cluster):
     source = cluster.owner("default")
     target = cluster.others(source)[0]
     slot = slot_of("default")
-    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
-        spending, spent = True, 0
-
-        async def spend() -> None:
-            nonlocal spent
-            while spending:
-                await (await limiter.reserve("agent", "0.002")).commit("0.001")
-                spent += 1
-                await asyncio.sleep(0.001)
-
-        spenders = [asyncio.create_task(spend()) for _ in range(4)]
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter, spenders(limiter):
         source.command("CLUSTER", "MIGRATESLOTS", "SLOTSRANGE", slot, slot, "NODE", target.id)
         await asyncio.to_thread(cluster.wait_owner, "default", source)
-        before = spent
-        await until(lambda: spent > before + 50)
-        spending = False
-        await asyncio.gather(*spenders)
-        assert (await limiter.status("agent")).spent == spent * Decimal("0.001")
-        assert limiter.losses == 0
 
 
 @pytest.mark.parametrize("way", ["connections", "client without hiredis", "instrumented client"])
@@ -350,9 +355,7 @@ async def test_moved_and_ask_are_followed_over_connections_and_over_the_client(c
             while move():
                 pass
             assert (await limiter.get("op_1")).state == "open"
-            blocked = asyncio.create_task(
-                limiter.status("agent")
-            )  # its keys exist on neither node, and may yet be created
+            blocked = asyncio.create_task(limiter.status("agent"))  # the keys of its window exist on neither node
             done, _ = await asyncio.wait([blocked], timeout=0.2)
             assert not done
         assert (await blocked).held == 1
@@ -384,25 +387,9 @@ async def test_a_killed_master_is_replaced_within_the_deadline_of_a_call(either)
 
 
 async def test_a_manual_failover_loses_nothing(cluster):
-    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=30.0) as limiter:
-        spending, spent = True, 0
-
-        async def spend() -> None:
-            nonlocal spent
-            while spending:
-                await (await limiter.reserve("agent", "0.002")).commit("0.001")
-                spent += 1
-                await asyncio.sleep(0.002)
-
-        spenders = [asyncio.create_task(spend()) for _ in range(4)]
+    async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=30.0) as limiter, spenders(limiter):
         old = cluster.owner("default")
         assert await asyncio.to_thread(cluster.fail_over, "default") is not old
-        before = spent
-        await until(lambda: spent > before + 50)
-        spending = False
-        await asyncio.gather(*spenders)
-        assert (await limiter.status("agent")).spent == spent * Decimal("0.001")
-        assert limiter.losses == 0
 
 
 async def test_calls_leave_a_hanging_master_after_another_is_elected(cluster):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from datetime import datetime
 
 import pytest
@@ -12,30 +10,13 @@ import pytest
 from ktrdr_budget import AsyncBudgetLimiter, Budget
 from ktrdr_budget.limiter import AsyncHold
 
+from ...helpers.crowd import crowd
 from ...helpers.keyspace import ledger_entries, ledger_key, sums
 from ...helpers.waiting import until
 
 BUDGET = Budget("agent", "500.00")
 CALLERS = 100
 TTL_S = 2
-
-
-@asynccontextmanager
-async def crowd(call: Callable) -> AsyncIterator[None]:
-    """Run the call in a loop by ``CALLERS`` tasks during the block."""
-
-    async def repeat() -> None:
-        while not over:
-            await call()
-
-    over = False
-    async with asyncio.TaskGroup() as group:
-        for _ in range(CALLERS):
-            group.create_task(repeat())
-        try:
-            yield
-        finally:
-            over = True
 
 
 def expiries(client) -> int:
@@ -62,7 +43,7 @@ async def test_callers_that_record_in_a_loop_starve_no_reservation_growth_or_hea
     clocked_server.set(clocked_server.now(), frozen=True)
     async with AsyncBudgetLimiter(clocked_server.url, [BUDGET], on_store_error=policy) as limiter:
         async with (
-            crowd(lambda: limiter.record("agent", "0.0001")),
+            crowd(lambda: limiter.record("agent", "0.0001"), CALLERS),
             limiter.hold("agent", "1.00", ttl=TTL_S) as hold,
             limiter.hold("agent", "1.00", ttl=TTL_S) as kept,
         ):
@@ -81,7 +62,7 @@ async def test_callers_that_reserve_and_release_in_a_loop_starve_no_record(serve
         await (await limiter.reserve("agent", "0.01")).release()
 
     async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
-        async with crowd(reserve_and_release):
+        async with crowd(reserve_and_release, CALLERS):
             for _ in range(50):
                 await limiter.record("agent", "0.01")
         assert sums(client)["held"] == 0
@@ -90,6 +71,6 @@ async def test_callers_that_reserve_and_release_in_a_loop_starve_no_record(serve
 async def test_callers_that_extend_in_a_loop_starve_neither_reservations_nor_commits(server, client):
     async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
         shared = await limiter.reserve("agent", "1.00")
-        async with crowd(shared.extend):
+        async with crowd(shared.extend, CALLERS):
             for _ in range(50):
                 await (await limiter.reserve("agent", "0.01")).commit("0.01")

@@ -74,6 +74,24 @@ async def lose(proxy: Proxy, call, fate: str = "reply") -> None:
     assert unavailable.value.ambiguous
 
 
+async def cancel_in_flight(proxy: Proxy, limiter: AsyncBudgetLimiter, fate: str) -> None:
+    """Cancel a reservation of the id ``mine`` that gets no reply: its outcome is unknown."""
+    set_timeout(limiter, 1.0)
+    proxy.lose_all(fate)
+    task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
+    await until(lambda: proxy.requests_lost or proxy.replies_lost)
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
+    await until(lambda: limiter.unresolved == 1)
+
+
+def stop_replays(limiter: AsyncBudgetLimiter) -> None:
+    """Stop the replica's own replays, so that only a retry by the caller resolves a request."""
+    limiter.engine.dispatcher.replayer.hasten = lambda: None
+    limiter.engine.dispatcher.replayer.stop()
+
+
 async def resolved(proxy: Proxy, limiter: AsyncBudgetLimiter, **outcomes: int) -> None:
     """End the outage, and compare the outcomes of the resolved requests."""
     proxy.lose_all(None)
@@ -151,7 +169,7 @@ async def test_a_retry_by_the_caller_resolves_a_commit_with_unknown_outcome(prox
     proxy.hold_replies()
     with pytest.raises(StoreUnavailable):
         await hold.commit("0.07")
-    limiter.engine.dispatcher.replayer.hasten = lambda: None
+    stop_replays(limiter)
     proxy.release_replies()
     await until(lambda: limiter.store_state == "closed")
     assert (await hold.commit("0.07")).replayed
@@ -204,15 +222,7 @@ async def test_a_hold_that_another_replica_reserved_again_is_not_released(proxy,
 
 async def test_a_cancelled_reservation_does_not_release_a_grant_to_another_replica(proxy, limiter, other, client):
     """Another replica is granted the same id before the store replies to the cancelled request."""
-    set_timeout(limiter, 1.0)
-    proxy.lose_all("request")
-    task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
-    while not proxy.requests_lost:
-        await asyncio.sleep(0)
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
-    await until(lambda: limiter.unresolved == 1)
+    await cancel_in_flight(proxy, limiter, "request")
     unknown_s = time.monotonic()
     await until(lambda: time.monotonic() > unknown_s + 0.05)
     hold = await other.reserve("agent", "0.15", id="mine")
@@ -222,17 +232,8 @@ async def test_a_cancelled_reservation_does_not_release_a_grant_to_another_repli
 
 
 async def test_a_retry_after_a_cancellation_keeps_the_hold(proxy, limiter, client):
-    set_timeout(limiter, 1.0)
-    proxy.lose_all("reply")
-    task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
-    while not proxy.replies_lost:
-        await asyncio.sleep(0)
-    task.cancel()
-    with suppress(asyncio.CancelledError):
-        await task
-    await until(lambda: limiter.unresolved == 1)
-    limiter.engine.dispatcher.replayer.hasten = lambda: None
-    limiter.engine.dispatcher.replayer.stop()
+    await cancel_in_flight(proxy, limiter, "reply")
+    stop_replays(limiter)
     proxy.lose_all(None)
     await until(lambda: limiter.store_state == "closed")
     hold = await limiter.reserve("agent", "0.15", id="mine")
@@ -246,14 +247,7 @@ async def test_a_late_request_of_a_cancelled_caller_is_not_granted_but_a_new_one
     flow = reserve(limiter.engine.context, "agent", "0.15", "mine", 900, "charge", "", "")
     late = next(flow)
     flow.close()
-    proxy.fate = lambda: "request"
-    with away(proxy.url):
-        task = asyncio.create_task(limiter.reserve("agent", "0.15", id="mine"))
-        await asyncio.sleep(0.05)
-        task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
-        await until(lambda: limiter.unresolved == 1)
+    await cancel_in_flight(proxy, limiter, "request")
     await resolved(proxy, limiter, absent=1)
     assert isinstance(await deliver(limiter, late), Conflict)
     assert sums(client)["held"] == 0

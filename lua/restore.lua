@@ -39,6 +39,11 @@ local function raise(id, key, hold, restored)
   for i = 1, #hold.segments do by_window[hold.segments[i].name] = hold.segments[i] end
   for i = 1, #restored.segments do
     local more, segment = restored.segments[i], by_window[restored.segments[i].name]
+    local w, increase = by_name[more.name], segment and counted_units(more) - counted_units(segment) or 0
+    if increase > 0 and total(w) + increase >= FULL then return 'f ' .. w.name end
+  end
+  for i = 1, #restored.segments do
+    local more, segment = restored.segments[i], by_window[restored.segments[i].name]
     if segment then
       local w, before = by_name[more.name], counted_units(segment)
       if tonumber(more.reserved) > tonumber(segment.reserved) then

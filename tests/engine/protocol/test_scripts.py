@@ -430,6 +430,39 @@ def test_a_commit_by_the_fast_path_counts_in_the_subtotal_of_its_replica(wire):
     assert Wire(wire.client).request("D op_1", agent=":x70") == f"p - 70 {wire.session.replica_id}"
 
 
+# -- a window that counts almost 2^62 units ----------------------------------------------------------------------------
+
+MORE = 10**9
+ADDING_MORE = {
+    "D op_1": f":x{150 + MORE}",
+    "M op_1 model trace": f":x{150 + MORE}",
+    "E op_1 60000 0": f":{150 + MORE}:150",
+    "N new 0 - -": f":{MORE}",
+    "N new 1 - -": f":{MORE}",
+    f"K new o {TIMES} - - -": f",{MORE},,",
+    f"K new x {TIMES} - - -": f",{MORE},,{MORE}",
+    f"K new c {TIMES} - - -": f",{MORE},,{MORE}",
+    f"K op_1 o {TIMES} - - -": f"150,{150 + MORE},,",
+    f"K op_1 c {TIMES} - - -": f",150,,{150 + MORE}",
+    "T -": f":{MORE}",
+    "S you N new 1 - -": f":{MORE}",
+    f"S you K op_1 c {TIMES} - - -": f",150,,{150 + MORE}",
+}
+"""Operations that add so many units to those that the window counts."""
+
+
+@pytest.mark.parametrize("head", ADDING_MORE)
+def test_no_operation_writes_into_a_window_that_would_count_2_to_the_62_units(client, wire, head):
+    wire.reserve("op_1", agent=150)
+    key = wire.session.current_window("agent").key
+    client.hset(key, mapping={"spent": 2**62 - MORE // 2, f"r:{wire.session.replica_id}": 0})
+    before = stored(wire)
+    assert wire.request(head, agent=ADDING_MORE[head]) == f"f agent:{day(wire)}"
+    assert stored(wire) == before
+    client.hset(key, "spent", 2**62 - MORE * 2)
+    assert wire.request(head, agent=ADDING_MORE[head])[0] in "kge", "a window may count fewer"
+
+
 # -- replays after a loss ----------------------------------------------------------------------------------------------
 
 

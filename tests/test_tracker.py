@@ -179,7 +179,7 @@ def test_threads_share_one_tracker_and_spend_exactly_the_limit(server):
         assert tracker.get_remaining() == 0.0
 
 
-def test_the_singleton_is_created_once_from_the_environment(server, monkeypatch):
+def test_get_budget_tracker_creates_one_tracker_from_the_environment(server, monkeypatch):
     monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
     monkeypatch.setattr(module, "_tracker", None)
     tracker = get_budget_tracker()
@@ -190,7 +190,7 @@ def test_the_singleton_is_created_once_from_the_environment(server, monkeypatch)
         tracker.close()
 
 
-def test_a_limit_changed_by_a_restart_takes_effect_at_once(server):
+def test_a_tracker_restarted_with_another_limit_applies_it_at_once(server):
     with BudgetTracker(1, url=server.url) as tracker:
         tracker.reserve("0.50").commit("0.50")
     with BudgetTracker(0.25, url=server.url) as tracker:

@@ -19,7 +19,7 @@ def fitted(rows, labels, *, rate: float = 0.5, epochs: int = 100) -> Model:
     return fit(rows, labels, learning_rate=rate, epochs=epochs, pause=go_on)
 
 
-def test_one_step_of_gradient_descent_by_hand():
+def test_one_step_of_gradient_descent_matches_values_computed_by_hand():
     # Scaled, the feature is -1 and 1; all probabilities are 1/2, so the gradient is mean(-0.5 * 1, 0.5 * -1) = -0.5.
     model = fitted([(1.0,), (3.0,)], [0, 1], rate=0.4, epochs=1)
     assert (model.means, model.deviations) == ((2.0,), (1.0,))
@@ -47,7 +47,7 @@ def test_the_same_data_gives_the_same_model():
     assert fitted(rows, labels) == fitted(rows, labels)
 
 
-def test_accuracy_and_loss_of_a_small_example():
+def test_accuracy_and_loss_match_values_computed_by_hand():
     assert accuracy([0.9, 0.6, 0.5, 0.2], [1, 0, 1, 0]) == 0.5
     assert log_loss([0.8, 0.4], [1, 0]) == pytest.approx(-(math.log(0.8) + math.log(0.6)) / 2)
     assert log_loss([0.5] * 3, [0, 1, 1]) == pytest.approx(math.log(2))

@@ -69,7 +69,7 @@ def test_a_prompt_of_another_format_is_not_a_design_prompt(line: str):
         f'{{"thoughts": "none"}} {ANSWER}',
     ],
 )
-def test_a_design_is_found_within_text(text: str):
+def test_a_design_is_parsed_although_other_text_surrounds_it(text: str):
     design = parse_design(text)
     assert (design.strategy_name, design.parameters) == ("momentum", MOMENTUM)
     assert isinstance(design.parameters["momentum_days"], int)
@@ -103,7 +103,7 @@ def test_the_error_for_an_unusable_design_names_the_defect(text: str, words: str
     assert "martingale" not in str(raised.value)  # replies are not quoted
 
 
-def test_an_assessment_is_found_within_text():
+def test_an_assessment_is_parsed_although_other_text_surrounds_it():
     found = parse_assessment(f"Well: {JUDGEMENT} That is all.")
     assert (found.verdict, found.summary) == ("mediocre", "It earns a little.")
     assert parse_assessment(JUDGEMENT.replace("mediocre", " Mediocre ")).verdict == "mediocre"

@@ -273,7 +273,7 @@ async def test_a_retry_of_a_failed_start_begins_if_its_hold_is_still_open(stage,
     assert (await stage.ended("op_1")).outcome == "completed"
 
 
-async def test_the_id_of_a_cycle_whose_hold_is_forgotten_is_a_conflict(stage, client):
+async def test_a_trigger_with_the_id_of_a_past_cycle_whose_hold_was_dropped_is_a_conflict(stage, client):
     await stage.ended((await stage.agent.trigger("op_1")).operation_id)
     before = await stage.figures()
     client.delete("ktrdr:{default}:h:op_1")  # as after 24 h: the record of the cycle lives for 35 days
@@ -284,7 +284,7 @@ async def test_the_id_of_a_cycle_whose_hold_is_forgotten_is_a_conflict(stage, cl
     assert stage.tally.outcomes == {"completed": 1}
 
 
-async def test_the_id_of_another_operation_is_a_conflict(stage):
+async def test_a_trigger_with_the_id_of_another_operation_is_a_conflict(stage):
     await stage.limiter.record("agent", "0.01", id="op_1")
     with pytest.raises(HoldConflict):
         await stage.agent.trigger("op_1")

@@ -38,7 +38,7 @@ def highest(name: str) -> dict[str, float]:
     return {key: high for key, (_, high) in STRATEGIES[name].ranges.items()}
 
 
-def test_features_of_a_small_example():
+def test_the_features_match_values_computed_by_hand():
     closes = (100.0, 110.0, 99.0, 108.9)
     assert momentum(closes, 3, 2) == pytest.approx(108.9 / 110 - 1)
     assert average_distance(closes, 3, 3) == pytest.approx(108.9 / ((110 + 99 + 108.9) / 3) - 1)

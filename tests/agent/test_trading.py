@@ -14,7 +14,7 @@ sides = st.sampled_from([-1.0, -0.5, 0.0, 0.3, 1.0])
 days = st.lists(st.tuples(sides, st.floats(-0.2, 0.2)), max_size=30)
 
 
-def test_one_trade_with_its_costs():
+def test_the_equity_after_one_trade_includes_its_costs():
     account = trade([0, 1, 1, 0], [0.5, 0.10, -0.05, 0.5], cost=0.01)
     bought = 0.99 * 1.10
     assert account.equity == pytest.approx((1, 1, bought, bought * 0.95, bought * 0.95 * 0.99))
@@ -63,7 +63,7 @@ def test_sharpe_ratio_of_identical_returns_is_0():
     assert sharpe_ratio([]) == sharpe_ratio([0.1]) == sharpe_ratio([0.001] * 50) == 0
 
 
-def test_figures_of_an_account():
+def test_the_figures_of_an_account_match_values_computed_by_hand():
     account = Account(equity=(1.0, 1.1, 0.99, 1.2), trades=(0.1, -0.1, 0.0, 0.2))
     found = figures(account)
     assert (found.win_rate, found.trades) == (0.5, 4)
@@ -86,7 +86,7 @@ def test_the_gains_of_trades_multiply_to_the_equity(days, cost: float):
 
 
 @given(days=days)
-def test_costs_never_help(days):
+def test_higher_costs_never_raise_the_equity(days):
     positions, markets = [side for side, _ in days], [market for _, market in days]
     dear, free = trade(positions, markets, cost=0.01).equity, trade(positions, markets, cost=0).equity
     assert all(less <= more + 1e-12 for less, more in zip(dear, free, strict=True))

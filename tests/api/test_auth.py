@@ -269,7 +269,7 @@ def test_keys_come_from_the_environment():
     assert authenticate(Keys.from_environment({"KTRDR_AUTH": "none"}), client=("192.0.2.1", 1)).admin
 
 
-def test_a_key_is_compared_with_all_keys(monkeypatch):
+def test_a_sent_key_is_compared_with_all_configured_keys(monkeypatch):
     import hmac
 
     compared = []

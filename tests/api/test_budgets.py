@@ -168,7 +168,7 @@ async def test_an_invalid_page_of_a_ledger_is_refused(client, query):
     problem(await client.get(f"{V1}/budgets/agent/ledger?{query}"), 422, "invalid-argument")
 
 
-async def test_a_limit_changes_for_all_replicas(start):
+async def test_a_limit_set_over_http_applies_to_all_replicas(start):
     one, other = (await start()).client, (await start()).client
     changed = await one.put(f"{V1}/budgets/agent/limit", json={"limit": "10.00"})
     assert changed.status_code == 200

@@ -186,7 +186,7 @@ async def test_responses_match_the_document(client, document):
             assert name in response.headers or not header.get("required"), (method, path, name)
 
 
-async def test_the_document_is_served(client):
+async def test_the_service_serves_its_openapi_document(client):
     response = await client.get("/openapi.json")
     assert response.json()["info"]["title"] == "ktrdr-budget"
     assert (await client.get("/docs")).status_code == 200

@@ -271,7 +271,7 @@ async def test_rate_limit_headers_of_slots_have_no_window(client):
     assert denied.headers["ratelimit"] == '"jobs";r=1'
 
 
-def test_a_large_count_is_cut_to_the_largest_integer_of_a_header():
+def test_a_large_count_in_a_rate_limit_header_is_cut_to_the_largest_allowed_integer():
     huge = 2**53 - 1
     denial = Denial("tokens", "budget_exhausted", huge, 0, 0, 0, huge, 1, huge, 60, "count")
     headers = denied_problem(denial, Budget("tokens", huge, unit="tokens")).headers

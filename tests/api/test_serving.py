@@ -231,7 +231,7 @@ def test_the_service_with_keys_or_auth_none_binds_to_any_address(server, environ
 
 
 @pytest.mark.parametrize("host", ["localhost", "::1"])
-def test_names_and_addresses_of_this_machine_are_accepted(server, host):
+def test_the_service_can_bind_to_names_and_addresses_of_this_machine(server, host):
     service = ServiceProcess(host, 0, 1, {"KTRDR_REDIS_URL": server.url}, None)
     try:
         service.wait_for_line()
@@ -259,7 +259,7 @@ def test_an_unusable_data_directory_is_reported_in_one_line(tmp_path):
     assert "file" in refused(code=1, AGENT_BUDGET_DIR=tmp_path / "file" / "budget")
 
 
-def test_serve_accepts_settings(server, monkeypatch):
+def test_serve_can_be_called_with_settings_instead_of_the_environment(server, monkeypatch):
     with pytest.raises(ServeError) as caught:
         serve(host="0.0.0.0", settings=Settings(redis_url=server.url))
     assert caught.value.exit_code == 2
@@ -293,7 +293,7 @@ def test_a_signal_during_the_start_stops_the_service_normally(start_server):
         own.resume()
 
 
-def test_requests_in_flight_are_finished(start_server):
+def test_requests_in_flight_are_finished_before_the_service_stops(start_server):
     own = start_server()
     with serving(KTRDR_REDIS_URL=own.url, KTRDR_TIMEOUT="60") as service:
         assert service.post(f"{V1}/reservations", {**RESERVATION, "id": "op_1"}).status_code == 201

@@ -98,13 +98,13 @@ def test_settings_can_be_pickled(environment, budgets_file):
     assert (again.budgets, again.use_keys) == (settings.budgets, ("one",))
 
 
-def test_an_empty_variable_is_unset(environment):
+def test_an_empty_environment_variable_counts_as_unset(environment):
     settings = of(environment, AGENT_DAILY_BUDGET="", KTRDR_API_KEY="", KTRDR_BUDGETS_FILE="")
     assert settings.budgets[0].limit == 5
     assert settings.use_keys == ()
 
 
-def test_the_daily_budget_has_two_names(environment):
+def test_two_environment_variables_can_set_the_daily_budget(environment):
     assert of(environment, KTRDR_AGENT_DAILY_BUDGET="3").budgets[0].limit == 3
     assert of(environment, AGENT_DAILY_BUDGET="4").budgets[0].limit == 4
 

@@ -53,7 +53,7 @@ def test_other_tenants_are_not_checked(server):
     assert verify(server.url, "someone-else") == []
 
 
-def test_an_unreachable_store_is_unavailable(tmp_path):
+def test_an_audit_of_an_unreachable_store_raises_store_unavailable(tmp_path):
     with pytest.raises(StoreUnavailable):
         verify(f"unix://{tmp_path}/missing")
 

@@ -231,7 +231,7 @@ def test_retry_advice_is_shown_if_a_gateway_lost_the_reply(ktrdr: Run, service: 
     assert line.endswith("; it may have taken effect: repeating it with --id op_1 is safe")
 
 
-def test_an_html_error_of_a_gateway_means_unreachable(ktrdr: Run, service: FakeService) -> None:
+def test_an_html_error_of_a_gateway_is_reported_as_unreachable(ktrdr: Run, service: FakeService) -> None:
     service.answer(BUDGET_CALL, "<html>Bad Gateway</html>", 502)
     failed(ktrdr("agent", "budget"), 4)
 
@@ -286,7 +286,7 @@ def test_an_incomplete_or_invalid_http_reply_is_an_error(
     assert service.url in line
 
 
-def test_a_closed_port_means_unreachable(ktrdr: Run) -> None:
+def test_a_closed_port_is_reported_as_unreachable(ktrdr: Run) -> None:
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}"
@@ -297,11 +297,11 @@ def test_a_closed_port_means_unreachable(ktrdr: Run) -> None:
     )
 
 
-def test_an_unknown_host_means_unreachable(ktrdr: Run) -> None:
+def test_an_unknown_host_is_reported_as_unreachable(ktrdr: Run) -> None:
     assert "cannot reach the service" in failed(ktrdr("--api-url", "http://no-such-host.invalid", "agent", "budget"), 4)
 
 
-def test_tls_to_a_service_without_it_means_unreachable(ktrdr: Run, service: FakeService) -> None:
+def test_a_service_without_tls_behind_an_https_url_is_reported_as_unreachable(ktrdr: Run, service: FakeService) -> None:
     failed(ktrdr("--api-url", service.url.replace("http:", "https:"), "agent", "budget"), 4)
 
 
@@ -324,7 +324,7 @@ def silent(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> FakeService
     return service
 
 
-def test_a_timeout_means_unreachable(ktrdr: Run, silent: FakeService) -> None:
+def test_a_timeout_is_reported_as_unreachable(ktrdr: Run, silent: FakeService) -> None:
     assert failed(ktrdr("agent", "budget"), 4).endswith("within 0.2 s")
 
 

@@ -203,7 +203,9 @@ def test_a_terminal_without_unicode_gets_plain_marks(
         assert f"  {mark}" in opened.text
 
 
-def test_an_outage_replaces_the_phases(terminal: OpenTerminal, service: FakeService) -> None:
+def test_a_message_replaces_the_phases_on_a_terminal_during_an_outage(
+    terminal: OpenTerminal, service: FakeService
+) -> None:
     goes(service, cycle(), problem(503, "Store unavailable", "the store is down"), cycle(**COMPLETED))
     opened = terminal(*WAIT)
     assert opened.wait() == 0

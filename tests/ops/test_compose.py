@@ -249,7 +249,7 @@ def test_variables_that_the_env_file_does_not_set_stay_unset_in_the_containers(t
             assert environment_of(services[name]) == DEFAULTS
 
 
-def test_the_settings_are_valid_and_equal_the_defaults_of_the_service(monkeypatch):
+def test_the_settings_in_the_compose_file_are_valid_and_equal_the_defaults_of_the_service(monkeypatch):
     for name in [*os.environ]:
         if re.match(r"(KTRDR|AGENT|TRAINING|BACKTEST)_", name):
             monkeypatch.delenv(name)

@@ -444,7 +444,7 @@ def test_a_server_whose_log_ends_in_a_truncated_command_loses_only_that_command(
         assert connect(server.url).get("torn") is None
 
 
-def test_unreadable_data_is_reported_with_the_servers_message_and_no_process_remains(data_dir: Path) -> None:
+def test_unreadable_data_is_reported_with_the_message_of_the_server_and_no_process_remains(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
     await_end(data_dir)

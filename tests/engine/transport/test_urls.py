@@ -96,7 +96,7 @@ def test_an_invalid_url_is_refused_without_showing_its_secrets(url, words):
 
 
 @pytest.mark.parametrize("url", [None, 1, b"redis://store", ""])
-def test_other_types_and_empty_strings_are_refused(url):
+def test_a_url_that_is_empty_or_not_a_text_is_refused(url):
     with pytest.raises(InvalidArgument):
         parse_url(url)
 

@@ -143,7 +143,9 @@ UNBOUNDED = [
 
 
 @pytest.mark.parametrize(("route", "body"), UNBOUNDED)
-def test_features_without_a_bound_are_refused_unless_allowed(route: str, body: dict[str, Any]) -> None:
+def test_features_without_a_bound_are_refused_unless_unmetered_calls_are_allowed(
+    route: str, body: dict[str, Any]
+) -> None:
     with pytest.raises(UnmeteredCall, match="cannot be bounded"):
         bound(route, body, max_input_tokens=90_000)
     assert bound(route, body, allow_unmetered=True).output_tokens_max > 0
@@ -278,7 +280,7 @@ def test_published_maximums_are_below_the_context_window() -> None:
         assert window is None or tokens < window
 
 
-def test_the_limit_parameter_depends_on_the_provider() -> None:
+def test_the_name_of_the_output_limit_parameter_depends_on_the_provider() -> None:
     options = GuardOptions(METER, "deepseek", max_output_tokens=500)
     chat = OpenAIDialect().bound("chat/completions", "deepseek-chat", user(), 100, options)
     assert chat.changes == {"max_tokens": 500}  # not all providers support max_completion_tokens

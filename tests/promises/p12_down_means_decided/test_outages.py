@@ -250,7 +250,7 @@ async def test_112_policy_deny_admits_nothing_during_an_outage(outage):
         await replica.close()
 
 
-async def test_closing_while_the_store_hangs_ends_in_time(outage):
+async def test_a_limiter_closes_in_time_while_the_store_hangs(outage):
     limiter = AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S)
     hold = await limiter.reserve("agent", "0.15")
     outage.begin()

@@ -200,7 +200,7 @@ def test_a_sync_limiter_repairs_a_data_loss_too(server, client):
         wait_until(lambda: limiter.status("agent").spent == Decimal("1.00"))
 
 
-async def test_two_data_losses_are_repaired(limiter, client):
+async def test_two_data_losses_in_a_row_are_repaired(limiter, client):
     await limiter.record("agent", "1.00")
     for losses in (1, 2):
         client.flushall()
@@ -577,7 +577,7 @@ async def test_a_replica_without_a_budget_replays_its_settlements_in_that_budget
 # -- limits of repaired windows ----------------------------------------------------------------------------------------
 
 
-async def test_p1_a_repaired_window_has_its_limit(server, limiter, client):
+async def test_p1_the_limit_of_a_repaired_window_still_applies(server, limiter, client):
     """The limit applies to growth by a replica without that budget."""
     hold = await limiter.reserve("agent", "1.00", id="op_1")
     client.flushall()

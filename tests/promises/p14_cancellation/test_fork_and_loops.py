@@ -157,7 +157,7 @@ def test_deferred_spend_is_sent_by_the_parent_only(tmp_path, caplog):
         assert limiter.deferred == 1
 
 
-def test_an_async_limiter_works_in_parent_and_child(server, client):
+def test_an_async_limiter_works_in_the_parent_and_the_child_of_a_fork(server, client):
     limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=20.0)
 
     async def spend_async() -> str:

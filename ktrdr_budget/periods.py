@@ -58,7 +58,7 @@ def timezone_of(name: str) -> tzinfo:
         InvalidArgument: the timezone is unknown on this machine.
     """
     if not isinstance(name, str):
-        raise InvalidArgument(f"unknown timezone: {shown(name)}")
+        raise InvalidArgument(f"unknown timezone: {shown(name)}; use an IANA name such as Europe/Berlin")
     return _timezone(name)
 
 
@@ -69,7 +69,7 @@ def _timezone(name: str) -> tzinfo:
     try:
         return ZoneInfo(name)
     except (KeyError, ValueError, OSError, TypeError):
-        raise InvalidArgument(f"unknown timezone: {shown(name)}") from None
+        raise InvalidArgument(f"unknown timezone: {shown(name)}; use an IANA name such as Europe/Berlin") from None
 
 
 def window_at(period: str, timezone: str, now_ms: int) -> Span:

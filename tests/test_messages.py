@@ -23,13 +23,14 @@ def refusal(kind, call, *args, **options) -> str:
 
 def test_a_conflict_with_a_committed_hold_names_the_committed_amount(sync_limiter):
     limiter = sync_limiter
-    limiter.reserve("agent", "0.15", id="op_1")
+    hold = limiter.reserve("agent", "0.15", id="op_1")
     limiter.commit("op_1", "0.07")
     committed = "hold 'op_1' was already committed at $0.07; it cannot be"
     assert refusal(HoldConflict, limiter.release, "op_1") == f"{committed} released"
     assert refusal(HoldConflict, limiter.release, "op_1", operator=True) == f"{committed} released"
     assert refusal(HoldConflict, limiter.commit, "op_1", "0.08") == f"{committed} committed at another amount"
     assert refusal(HoldConflict, limiter.extend, "op_1") == f"{committed} extended"
+    assert refusal(HoldConflict, hold.grow, "0.10") == "hold 'op_1' was already committed at $0.07; it cannot grow"
     again = "hold 'op_1' was already committed at $0.07; its id cannot be used again with other contents"
     assert refusal(HoldConflict, limiter.reserve, "agent", "0.20", id="op_1") == again
     assert refusal(HoldConflict, limiter.record, "agent", "0.20", id="op_1") == again

@@ -137,8 +137,10 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if (self.on_store_error == "lease") != (self.lease_slab is not None):
-            raise ValueError("KTRDR_ON_STORE_ERROR=lease and KTRDR_LEASE_SLAB, the prepaid amount, need each other")
+        if self.on_store_error == "lease" and self.lease_slab is None:
+            raise ValueError("KTRDR_ON_STORE_ERROR=lease needs KTRDR_LEASE_SLAB, the prepaid amount, such as 0.50")
+        if self.on_store_error != "lease" and self.lease_slab is not None:
+            raise ValueError("KTRDR_LEASE_SLAB needs KTRDR_ON_STORE_ERROR=lease")
         if self.auth == "none" and (self.use_keys or self.admin_keys):
             raise ValueError("KTRDR_AUTH is 'none', but keys are set: unset one or the other")
         if set(self.use_keys) & set(self.admin_keys):

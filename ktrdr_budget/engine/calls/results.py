@@ -143,7 +143,7 @@ def conflict_error(op: Operation, record: HoldRecord, budgets: Mapping[str, Budg
         case Release():
             refused = "it cannot be released"
         case Extend():
-            refused = "it cannot be extended"
+            refused = "it cannot grow" if op.asks_for_money else "it cannot be extended"
         case _:
             at_another = " at another amount" if record.state == codes.COMMITTED else ""
             refused = f"it cannot be committed{at_another}"

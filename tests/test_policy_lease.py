@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -37,39 +37,10 @@ MIDNIGHT_MS = 1_795_478_400_000
 
 
 @pytest.fixture
-def own_server(start_server: Callable) -> Iterator:
-    """A server that a test may kill; its append-only file keeps acknowledged writes."""
-    made = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
-    yield made
-    if made.process is not None:
-        made.resume()
-    made.kill()
-
-
-@pytest.fixture
-async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
-    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
-        yield made
-
-
-@pytest.fixture
 async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
     """A replica behind the proxy, with $4.00 of the budget `agent` prepaid."""
     async with limiter_for(proxy, {"agent": "4.00"}) as made:
         await prepaid(made)
-        yield made
-
-
-@pytest.fixture
-async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    """Another replica, with a connection of its own."""
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-def client(server) -> Iterator:
-    with server.client() as made:
         yield made
 
 

@@ -14,13 +14,8 @@ from ktrdr_budget.agent.cycle_store import CycleStore, Progress
 
 from ..helpers.waiting import until
 
+BUDGETS = [Budget("agent", 5)]
 TTL_MS = 60_000
-
-
-@pytest.fixture
-async def limiter(server):
-    async with AsyncBudgetLimiter(server.url, [Budget("agent", 5)]) as limiter:
-        yield limiter
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from ktrdr_budget.money import NANOS_PER_USD
 
 from ..helpers.waiting import until
 
+BUDGETS = [Budget("agent", "1.00")]
 KEY = "sk-very-secret"
 KINDS = ("anthropic", "openai")
 MODELS = {"anthropic": ANTHROPIC_MODEL, "openai": OPENAI_MODEL}
@@ -109,12 +110,6 @@ async def provider() -> AsyncIterator[tuple[Provider, str]]:
     yield provider, f"http://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
     listening.close()
     await listening.wait_closed()
-
-
-@pytest.fixture
-async def limiter(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(server.url, [Budget("agent", "1.00")]) as limiter:
-        yield limiter
 
 
 def environment(kind: str, address: str = "http://127.0.0.1:9") -> dict[str, str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
 from decimal import Decimal
 
 import pytest
@@ -22,13 +21,8 @@ from ktrdr_budget.metering.usage import Usage
 
 from ..helpers.waiting import until
 
+BUDGETS = [Budget("agent", "1.00")]
 DESIGN = prompts.design_prompt("op_1")
-
-
-@pytest.fixture
-async def limiter(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(server.url, [Budget("agent", "1.00")]) as limiter:
-        yield limiter
 
 
 def scripted_llm(limiter: AsyncBudgetLimiter, tokens_per_second: float = math.inf) -> ScriptedLLM:

@@ -29,12 +29,6 @@ DUE, UNCONFIRMED = "ktrdr:{default}:due", "ktrdr:{default}:unconfirmed"
 
 
 @pytest.fixture
-def client(server) -> Iterator[redis.Redis]:
-    with server.client() as made:
-        yield made
-
-
-@pytest.fixture
 def auditor(server) -> Iterator[Auditor]:
     with Auditor(server.url) as made:
         yield made

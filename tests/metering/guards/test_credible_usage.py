@@ -17,6 +17,7 @@ from ktrdr_budget.metering.prices import ModelPrice, Prices
 from ...helpers.guarded import CLAUDE, GPT, MESSAGES
 from ...helpers.keyspace import ledger_entries, sums
 
+BUDGETS = [Budget("agent", "5.00")]
 INPUT, OUTPUT, CACHED, WRITE = 1_000, 4_000, 100, 1_250
 """Nano-dollars per token."""
 PRICES = Prices(
@@ -146,12 +147,6 @@ class Caller:
             result = self.client.responses.create(model=GPT, max_output_tokens=MAX_TOKENS, input="?", **stream, **more)
         response = await result
         return [item async for item in response] if stream else [response]
-
-
-@pytest.fixture
-async def limiter(server: Any) -> Any:
-    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as limiter:
-        yield limiter
 
 
 def _spent(server: Any) -> int:

@@ -36,7 +36,6 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 
@@ -48,43 +47,27 @@ from ...helpers.processes import workers
 from ...helpers.proxy import Proxy
 from ...helpers.waiting import until, wait_until
 
-
-@pytest.fixture
-async def limiter(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00"), Budget("cycles", 10, unit="cycles")]) as made:
-        yield made
-
-
-@pytest.fixture
-async def other_replica(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00"), Budget("cycles", 10, unit="cycles")]) as made:
-        yield made
-
-
-@pytest.fixture
-async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
-    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
-        yield made
+BUDGETS = [Budget("agent", "5.00"), Budget("cycles", 10, unit="cycles")]
 
 
 @pytest.fixture
 async def far_limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
     """A limiter behind the proxy; the server has the scripts."""
-    async with AsyncBudgetLimiter(proxy.url, [Budget("agent", "5.00")], timeout=0.5) as made:
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5) as made:
         await (await made.reserve("agent", "0.01")).release()
         yield made
 
 
-async def test_6288_a_spend_on_one_replica_counts_in_the_next_call_on_another(limiter, other_replica):
+async def test_6288_a_spend_on_one_replica_counts_in_the_next_call_on_another(limiter, other):
     await limiter.record("agent", "4.90")
     with pytest.raises(BudgetExceeded) as denied:
-        await other_replica.reserve("agent", "0.15")
+        await other.reserve("agent", "0.15")
     assert denied.value.spent == Decimal("4.90")
-    assert (await other_replica.status("agent")).remaining == Decimal("0.10")
+    assert (await other.status("agent")).remaining == Decimal("0.10")
 
 
-async def test_34732_and_ai_gateway_680_parallel_requests_do_not_all_pass_one_check(limiter, other_replica):
-    tries = [replica.reserve("agent", "0.15") for _ in range(100) for replica in (limiter, other_replica)]
+async def test_34732_and_ai_gateway_680_parallel_requests_do_not_all_pass_one_check(limiter, other):
+    tries = [replica.reserve("agent", "0.15") for _ in range(100) for replica in (limiter, other)]
     outcomes = await asyncio.gather(*tries, return_exceptions=True)
     denied = [outcome for outcome in outcomes if isinstance(outcome, BudgetExceeded)]
     assert len(outcomes) - len(denied) == 33
@@ -92,18 +75,18 @@ async def test_34732_and_ai_gateway_680_parallel_requests_do_not_all_pass_one_ch
     assert (await limiter.status("agent")).remaining == Decimal("0.05")
 
 
-async def test_27639_calls_of_other_workers_do_not_extend_the_hold_of_a_dead_worker(limiter, other_replica):
+async def test_27639_calls_of_other_workers_do_not_extend_the_hold_of_a_dead_worker(limiter, other):
     """PR #30522: each hold has its own deadline."""
     dead = await limiter.reserve("agent", "1.00", ttl=1)
     traffic = 0
 
     async def seen_as_unconfirmed() -> bool:
         nonlocal traffic
-        hold = await other_replica.reserve("agent", "0.01", ttl=1)
+        hold = await other.reserve("agent", "0.01", ttl=1)
         await hold.extend(ttl=60)
         await hold.commit("0.001")
         traffic += 1
-        return (await other_replica.get(dead.id)).state == "unconfirmed"
+        return (await other.get(dead.id)).state == "unconfirmed"
 
     await until(seen_as_unconfirmed)
     status = await limiter.status("agent")
@@ -260,7 +243,7 @@ async def test_runcycles_expiry_needs_no_sweeper(server, limiter):
 # -- #38987 and #29576: keys expire, denials write nothing -------------------------------------------------------------
 
 
-async def test_38987_every_key_has_an_expiry_at_every_moment(server, limiter, other_replica):
+async def test_38987_every_key_has_an_expiry_at_every_moment(server, limiter, other):
     with server.client() as client:
 
         async def done(step: object) -> object:
@@ -276,7 +259,7 @@ async def test_38987_every_key_has_an_expiry_at_every_moment(server, limiter, ot
         await done(hold.commit({"agent": "0.07", "cycles": 1}))
         await done(limiter.record("cycles", 1))
         await done((await done(limiter.reserve(both))).release())
-        await done(other_replica.release((await done(limiter.reserve(both, id="op_2"))).id, operator=True))
+        await done(other.release((await done(limiter.reserve(both, id="op_2"))).id, operator=True))
         await done(limiter.commit("op_2", "0.01"))
         await done(limiter.set_limit("agent", "4.00", until="window"))
         await done(limiter.clear_limit("agent"))
@@ -305,13 +288,13 @@ def test_38987_no_key_is_immortal_after_kill_9_during_requests(server):
         assert counted(client) == ledger_sum(client) + sums(client)["held"]
 
 
-async def test_29576_and_39726_denials_write_nothing_and_extend_no_expiry(server, limiter, other_replica):
+async def test_29576_and_39726_denials_write_nothing_and_extend_no_expiry(server, limiter, other):
     """Values and expiry times stay the same, also after denials by another replica."""
     await limiter.record("agent", "1.00", id="op_1")
     await limiter.reserve({"agent": "3.90", "cycles": 9}, id="op_2")
     with server.client() as client:
         before = dump(client)
-        for replica in (limiter, other_replica):
+        for replica in (limiter, other):
             for wanted in ({"agent": "0.11"}, {"agent": "0.05", "cycles": 2}, {"cycles": 2, "agent": "0.05"}):
                 with pytest.raises(BudgetExceeded):
                     await replica.reserve(wanted, id="op_denied")

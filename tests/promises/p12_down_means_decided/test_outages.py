@@ -41,20 +41,6 @@ TIMEOUT_S = 0.2
 GRACE_S = 0.8
 
 
-@pytest.fixture
-def own_server(start_server: Callable):
-    """A server for one test, with an append-only file that survives a kill."""
-    made = start_server(None, "--appendonly", "yes")
-    yield made
-    made.kill()
-
-
-@pytest.fixture
-async def proxy(server, tmp_path_factory):
-    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
-        yield made
-
-
 class Outage:
     """An outage: the server is killed, and started at the end."""
 

@@ -34,12 +34,6 @@ by_each_call = pytest.mark.parametrize(
 
 
 @pytest.fixture
-async def limiter(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
 async def silent(server) -> AsyncIterator[AsyncBudgetLimiter]:
     """Another replica, which does not detect a loss without a request."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as made:

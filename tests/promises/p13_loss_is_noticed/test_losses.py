@@ -20,12 +20,6 @@ from ...helpers.waiting import until
 BUDGETS = [Budget("agent", "5.00")]
 
 
-@pytest.fixture
-async def other_replica(server):
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
 def alarms(caplog: pytest.LogCaptureFixture) -> int:
     errors = [record.message for record in caplog.records if record.levelno == logging.ERROR]
     return sum(message.startswith("data loss detected") for message in errors)
@@ -74,15 +68,15 @@ async def test_flushall_is_detected_and_logged_once(server, limiter, caplog, aft
     assert limiter.losses == 2
 
 
-async def test_every_replica_with_acknowledged_writes_detects_the_loss(server, limiter, other_replica):
+async def test_every_replica_with_acknowledged_writes_detects_the_loss(server, limiter, other):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as silent:
         await spends(limiter)
-        await other_replica.reserve("agent", "0.15")
+        await other.reserve("agent", "0.15")
         with server.client() as client:
             client.flushall()
-        for replica in (other_replica, silent, limiter, other_replica, silent, limiter):
+        for replica in (other, silent, limiter, other, silent, limiter):
             await spends(replica)
-        assert (limiter.losses, other_replica.losses, silent.losses) == (1, 1, 0)
+        assert (limiter.losses, other.losses, silent.losses) == (1, 1, 0)
 
 
 async def test_flushall_under_load_is_detected_once(server, limiter):
@@ -160,15 +154,15 @@ async def test_an_old_snapshot_with_as_many_writes_is_detected_by_its_epoch(star
 # -- no false alarms ---------------------------------------------------------------------------------------------------
 
 
-async def test_concurrent_connections_and_replicas_are_not_taken_for_a_data_loss(server, limiter, other_replica):
+async def test_concurrent_connections_and_replicas_are_not_taken_for_a_data_loss(server, limiter, other):
     async def busy(replica: AsyncBudgetLimiter) -> None:
         hold = await replica.reserve("agent", "0.001")
         await hold.extend()
         await hold.commit("0.0001")
 
     for _ in range(5):
-        await asyncio.gather(*(busy(replica) for _ in range(150) for replica in (limiter, other_replica)))
-    assert (limiter.losses, other_replica.losses) == (0, 0)
+        await asyncio.gather(*(busy(replica) for _ in range(150) for replica in (limiter, other)))
+    assert (limiter.losses, other.losses) == (0, 0)
 
 
 async def test_script_flush_and_denials_are_not_taken_for_a_data_loss(server, limiter):
@@ -196,9 +190,9 @@ async def test_a_restart_with_an_intact_file_is_not_taken_for_a_data_loss(start_
     server.kill()
 
 
-async def test_the_first_write_into_an_empty_store_is_not_taken_for_a_data_loss(server, limiter, other_replica):
-    await asyncio.gather(*(spends(replica) for _ in range(50) for replica in (limiter, other_replica)))
-    assert (limiter.losses, other_replica.losses) == (0, 0)
+async def test_the_first_write_into_an_empty_store_is_not_taken_for_a_data_loss(server, limiter, other):
+    await asyncio.gather(*(spends(replica) for _ in range(50) for replica in (limiter, other)))
+    assert (limiter.losses, other.losses) == (0, 0)
     with server.client() as client:
         meta = client.hgetall("ktrdr:{default}:meta")
     assert len([field for field in meta if field == "epoch"]) == 1
@@ -225,17 +219,17 @@ async def test_a_read_detects_an_empty_store(server, limiter):
     assert limiter.losses == 1
 
 
-async def test_a_replica_with_an_empty_journal_is_granted_nothing_during_a_recovery(server, limiter, other_replica):
+async def test_a_replica_with_an_empty_journal_is_granted_nothing_during_a_recovery(server, limiter, other):
     """The only call of this replica was denied. Another replica, which has the spend, has not replayed yet."""
     await limiter.record("agent", "4.90")
     with pytest.raises(BudgetExceeded):
-        await other_replica.reserve("agent", "1.00")
+        await other.reserve("agent", "1.00")
     with server.client() as client:
         client.flushall()
     with pytest.raises((StoreUnavailable, BudgetExceeded)):
-        await other_replica.reserve("agent", "1.00")
+        await other.reserve("agent", "1.00")
     await until(lambda: limiter.losses)
-    assert other_replica.losses == 1
+    assert other.losses == 1
 
 
 async def test_a_clock_set_back_after_a_loss_hides_no_later_loss(clocked_server):

@@ -34,24 +34,6 @@ from ...helpers.waiting import until, wait_until
 BUDGETS = [Budget("agent", "5.00"), Budget("calls", 100, unit="requests"), Budget("jobs", 3, kind="slots")]
 
 
-@pytest.fixture
-async def limiter(server):
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-async def other(server):
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as client:
-        yield client
-
-
 async def figures(limiter: AsyncBudgetLimiter, budget: str = "agent") -> tuple[Decimal, Decimal, Decimal]:
     status = await limiter.status(budget)
     return status.spent, status.held, status.unconfirmed

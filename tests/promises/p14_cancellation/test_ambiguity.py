@@ -11,7 +11,6 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from decimal import Decimal
-from pathlib import Path
 
 import pytest
 
@@ -33,12 +32,6 @@ BUDGETS = [Budget("agent", "5.00"), Budget("team", "50.00")]
 
 
 @pytest.fixture
-async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
-    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
-        yield made
-
-
-@pytest.fixture
 async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2) as made:
         await until(lambda: is_ready(made, "agent"))
@@ -51,19 +44,6 @@ async def is_ready(limiter: AsyncBudgetLimiter, budget: str) -> bool:
         await limiter.record(budget, 0, id="first")
         return limiter.unresolved == 0
     return False
-
-
-@pytest.fixture
-async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    """Another replica, whose replies arrive."""
-    async with AsyncBudgetLimiter(server.url, BUDGETS) as made:
-        yield made
-
-
-@pytest.fixture
-def client(server):
-    with server.client() as made:
-        yield made
 
 
 async def lose(proxy: Proxy, call, fate: str = "reply") -> None:

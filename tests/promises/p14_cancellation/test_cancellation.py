@@ -22,12 +22,6 @@ BUDGET = Budget("agent", "5.00")
 
 
 @pytest.fixture
-async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
-    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
-        yield made
-
-
-@pytest.fixture
 async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
     async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as made:
         with pytest.raises(BudgetExceeded):  # the server has the script, and no key

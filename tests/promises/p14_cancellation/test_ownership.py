@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
 from decimal import Decimal
-from pathlib import Path
 from typing import Any
 
 import anyio
@@ -24,22 +23,9 @@ from ...helpers.proxy import Proxy
 from ...helpers.repairs import replayed
 from ...helpers.waiting import until, wait_until
 
-BUDGET = Budget("agent", "500.00")
+BUDGETS = [Budget("agent", "500.00")]
 CENT = to_units("0.01")
 TURNS_MAX = 2000
-
-
-@pytest.fixture
-async def proxy(server, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Proxy]:
-    async with Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as made:
-        yield made
-
-
-@pytest.fixture
-def own_server(start_server):
-    made = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
-    yield made
-    made.kill()
 
 
 async def load_scripts(limiter: AsyncBudgetLimiter) -> None:
@@ -102,7 +88,7 @@ async def judge(client, limiter: AsyncBudgetLimiter, call: str, outcomes: list[A
 
 @pytest.mark.parametrize("call", CALLS)
 async def test_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost(server, client, call):
-    async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         outcomes: list[Any] = []
         while sum(not isinstance(outcome, asyncio.CancelledError) for outcome in outcomes) < 3:
             assert len(outcomes) < TURNS_MAX
@@ -116,7 +102,7 @@ async def test_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost_
     own_server, call
 ):
     """The request is never sent, and its failure may arrive in the turn in which its caller is cancelled."""
-    async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.3) as limiter:
         holds = [await reserved(limiter, number) for number in range(100)]
         own_server.kill()
         while limiter.store_state == "closed":  # a call delayed by a stall of the event loop does not open it
@@ -139,7 +125,7 @@ async def test_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost_
 
 @pytest.mark.parametrize("named", [True, False])
 async def test_a_reservation_cancelled_in_any_turn_of_the_event_loop_leaves_no_hold(server, client, named):
-    async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         received: list[AsyncHold] = []
         turns = 0
         while len(received) < 3:
@@ -163,7 +149,7 @@ async def test_a_grant_with_unknown_outcome_is_released_if_its_caller_is_cancell
         if observation.operation == "reserve" and tasks:
             tasks[0].cancel()
 
-    async with AsyncBudgetLimiter(proxy.url, [BUDGET], observer=cancel_now, on_store_error=policy) as limiter:
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, observer=cancel_now, on_store_error=policy) as limiter:
         await load_scripts(limiter)
         with hurried(limiter, 0.2):
             proxy.hold_replies()
@@ -180,14 +166,8 @@ async def test_a_grant_with_unknown_outcome_is_released_if_its_caller_is_cancell
 
 @pytest.fixture
 async def limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as made:
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as made:
         await load_scripts(made)
-        yield made
-
-
-@pytest.fixture
-async def other(server) -> AsyncIterator[AsyncBudgetLimiter]:
-    async with AsyncBudgetLimiter(server.url, [BUDGET]) as made:
         yield made
 
 
@@ -336,7 +316,7 @@ def accrued(client, hold_id: str) -> int:
 
 
 async def test_a_report_is_sent_although_a_cancel_scope_cancels_each_await(server, client):
-    async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         with anyio.CancelScope() as scope:
             options = {"id": "op_1", "on_error": "charge", "on_expiry": "accrued"}
             async with limiter.hold("agent", "10.00", **options) as hold:
@@ -347,7 +327,7 @@ async def test_a_report_is_sent_although_a_cancel_scope_cancels_each_await(serve
 
 
 async def test_a_report_is_sent_although_its_caller_is_cancelled_twice(client, proxy):
-    async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as limiter:
+    async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as limiter:
         await load_scripts(limiter)
         entered = asyncio.Event()
 
@@ -375,7 +355,7 @@ async def test_a_report_is_sent_although_its_caller_is_cancelled_twice(client, p
 async def test_a_report_after_the_deadline_counts_by_the_policy_of_its_hold(own_server):
     """The report is a fact, but does not reopen the hold."""
     policies = ("charge", "accrued", "release")
-    async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
+    async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.3) as limiter:
         deadlines: list[float] = []
 
         async def work(policy: str) -> None:
@@ -407,7 +387,7 @@ async def test_a_report_after_the_deadline_counts_by_the_policy_of_its_hold(own_
 @pytest.mark.parametrize("waits", [False, True])
 async def test_a_limiter_closed_in_a_cancelled_scope_completes_its_calls(client, proxy, waits):
     with anyio.CancelScope() as scope:
-        async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=20.0) as limiter:
+        async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as limiter:
             await load_scripts(limiter)
             async with limiter.hold("agent", "0.15") as hold:
                 hold.accrue("0.07")
@@ -421,7 +401,7 @@ async def test_a_limiter_closed_in_a_cancelled_scope_completes_its_calls(client,
 
 
 def test_accrued_spend_of_an_interrupted_thread_is_committed_after_an_outage(own_server):
-    with BudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
+    with BudgetLimiter(own_server.url, BUDGETS, timeout=0.3) as limiter:
         with pytest.raises(KeyboardInterrupt), limiter.hold("agent", "0.15") as hold:
             hold.accrue("0.07")
             own_server.kill()
@@ -433,7 +413,7 @@ def test_accrued_spend_of_an_interrupted_thread_is_committed_after_an_outage(own
 
 
 async def test_a_lease_closed_in_a_cancelled_scope_commits_its_spend(server, client):
-    async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
+    async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         with anyio.CancelScope() as scope:
             async with limiter.lease("agent", slab="1.00") as lease:
                 lease.spend("0.30")

@@ -335,6 +335,16 @@ def test_policy_lease_grants_and_records_nothing_before_its_first_chunk_is_fille
     store.loop.close()
 
 
+def test_a_refused_reservation_does_not_enlarge_the_chunk(replica):
+    """The store is reachable again when the lease asks for its next chunk."""
+    replica.reach("away")
+    assert replica.draw({"agent": SLAB + 50}) is None
+    replica.reach("there")
+    replica.turn(2 * SECOND)
+    assert replica.policy.remaining == {name: from_units(SLAB) for name in NAMES}
+    assert replica.store.held_of("agent") == SLAB
+
+
 def test_a_request_granted_from_the_lease_is_released_in_the_store_if_it_may_have_arrived_there(replica):
     hold = replica.draw({"agent": 10}, id="op_1", request="request_1", ambiguous=True)
     assert hold is not None

@@ -117,7 +117,7 @@ class Background:
             header: this replica's state when it sent the read.
 
         Raises:
-            DataLossPending: the store has lost writes, or may lack what other replicas have yet to replay.
+            DataLossPending: the store has lost writes, or other replicas may still replay theirs.
         """
         head, items = parse_read(reply)
         if not self.state.confirms_timeline(head, header):

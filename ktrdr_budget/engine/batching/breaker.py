@@ -160,7 +160,7 @@ class Breaker:
         return min(PROBE_MAX_S, self._background.timeout_s)
 
     async def _data_loss(self) -> bool | None:
-        """Send a write that changes nothing: a store that can only be read admits nothing either.
+        """Probe the store with an empty write, because a read-only store cannot admit anything.
 
         Returns:
             Whether the store has lost writes; ``None`` without a reply.

@@ -223,7 +223,7 @@ class Dispatcher:
             self.replayer.schedule()
 
     def _release_unreceived(self, result: Any) -> None:
-        """Release a grant that was not received; a replay belongs to the caller that was granted it first."""
+        """Release a grant that its caller did not receive; keep a replayed one, which belongs to an earlier caller."""
         if not isinstance(result, HoldBase) or result.replayed or self._closed:
             return
         if result.offline is not None and result.state == "open":
@@ -501,7 +501,7 @@ class Dispatcher:
             self._throw(call, self.breaker.refusal(ambiguous=call.was_resent))
 
     def _expire_waiting(self) -> None:
-        """End calls whose deadline comes while nothing is sent."""
+        """End calls whose deadline passes while nothing is sent."""
         self._queues.put_back(self._expire(self._queues.clear(), self._last_error))
         if self.breaker.open:
             self._refuse_queued()
@@ -636,7 +636,7 @@ class Dispatcher:
     # -- the end -------------------------------------------------------------------------------------------------------
 
     async def close(self) -> None:
-        """Let calls that were begun finish, within the deadline, and close the store."""
+        """Finish calls in flight, within the deadline, and close the store."""
         if self._loop is None:
             await self.store.close()
             return

@@ -13,7 +13,7 @@ class Forked(Protocol):
     """An object with state that a fork invalidates."""
 
     def after_fork(self) -> None:
-        """Called in the child."""
+        """Reset the state in the child of a fork."""
 
 
 _watched: weakref.WeakSet[Forked] = weakref.WeakSet()

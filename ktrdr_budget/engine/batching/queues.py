@@ -46,7 +46,7 @@ class Queues:
         self._queue_of(call).append(call)
 
     def put_back(self, batch: Iterable[PendingCall]) -> None:
-        """Queue calls that were taken, in their order, before the others of their kind."""
+        """Return calls to the front of their queues, in their former order."""
         for call in reversed([*batch]):
             self._queue_of(call).appendleft(call)
 

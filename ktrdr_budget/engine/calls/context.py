@@ -190,7 +190,7 @@ def checked_label(text: str) -> str:
     """Check a text that goes into the ledger.
 
     Raises:
-        InvalidArgument: it is too long, or no text.
+        InvalidArgument: the label is too long, or is not a text.
     """
     if not text:
         return ""

@@ -252,7 +252,7 @@ class Journal:
                     generation[hold_id] = known._replace(is_own=is_own, replica=replica)
 
     def _evict_settlements(self, now_ms: int) -> None:
-        """Drop the older generation; keep its units in the subtotals."""
+        """Drop the older generation of settlements; keep their units in the subtotals."""
         _add_own(self._evicted_units, self._older_settlements.values())
         self.forgotten_settlements += len(self._older_settlements)
         self._older_settlements, self._settlements = self._settlements, {}

@@ -56,7 +56,7 @@ class DiscoveryRefused(Exception):
 class _Source:
     """One sentinel or cluster node, with a connection that stays open.
 
-    Commands bypass redis-py's client, which an instrumentation may wrap: no caller made these requests.
+    Commands bypass redis-py's client, which an instrumentation may wrap, because they belong to no caller.
     """
 
     def __init__(self, url: str, credentials: Credentials | None = None) -> None:
@@ -221,7 +221,7 @@ class SentinelDiscovery(Discovery):
         return self.url.sentinel_at(address)
 
     async def find(self, suspect: Address | None) -> Address:
-        """See :class:`Discovery`. A master that is objectively down does not count."""
+        """See :class:`Discovery`. A master that is objectively down is ignored."""
         service = self.url.service
         commands = ("SENTINEL", "MASTER", service), ("SENTINEL", "GET-MASTER-ADDR-BY-NAME", service)
         outcomes = await self.query(self.url.hosts, *commands)
@@ -309,6 +309,6 @@ def primary_of_slot(slot: int, ranges: Any, source: Address) -> tuple[Address | 
 
 
 def node_address(member: Sequence[Any], source: Address) -> Address | None:
-    """Parse host and port of a node, without a name the source's host; ``None`` if the address is unknown."""
+    """Parse a node's host and port; a node without a name has the source's host. ``None``: unknown address."""
     host = (member[0] or b"").decode()
     return None if host == "?" else (host or source[0], int(member[1]))

@@ -1,0 +1,194 @@
+"""Reservations: the requests that a reservation sends, and its result for each reply of the store."""
+
+from __future__ import annotations
+
+import pytest
+
+from ktrdr_budget import Budget, HoldConflict, InvalidAmount, InvalidArgument, StoreUnavailable, UnknownBudget
+from ktrdr_budget.engine.calls.context import CallContext
+from ktrdr_budget.engine.calls.reserve import release_grant, reserve
+from ktrdr_budget.engine.outage.allow import AllowPolicy
+from ktrdr_budget.engine.outage.policy import OutagePolicy
+from ktrdr_budget.engine.protocol.codes import RELEASED, ReleaseMode
+from ktrdr_budget.engine.protocol.operations import Release, Reserve, Retire
+from ktrdr_budget.engine.protocol.replies import Conflict, Denied, Granted, Replayed, Settled, StaleWindow
+from ktrdr_budget.engine.protocol.requests import Read
+
+from ...helpers.calls import (
+    NO_REPLY,
+    NOT_READY,
+    NOT_SENT,
+    NOW_MS,
+    answer,
+    call_context,
+    drive,
+    found,
+    granted_hold,
+    hold_record,
+    offline_hold,
+    queued,
+    units_of,
+)
+
+BUDGETS = [Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens")]
+GRANTED = answer(Granted())
+UNITS = 250_000_000
+"""$0.25"""
+
+
+@pytest.fixture
+def context() -> CallContext:
+    return call_context(*BUDGETS)
+
+
+def reservation(context, budget="agent", amount="0.25", id=None, ttl=60, on_expiry="charge", operation="", owner=""):
+    return reserve(context, budget, amount, id, ttl, on_expiry, operation, owner)
+
+
+def kinds(requests) -> list[type]:
+    return [type(request) for request in requests]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        ({"budget": "agnt"}, UnknownBudget),
+        ({"amount": "-1"}, InvalidAmount),
+        ({"amount": "0"}, InvalidAmount),
+        ({"amount": None}, InvalidAmount),
+        ({"budget": {}, "amount": None}, InvalidArgument),
+        ({"budget": {"agent": "1"}}, InvalidArgument),
+        ({"id": "two words"}, InvalidArgument),
+        ({"ttl": 0}, InvalidArgument),
+        ({"on_expiry": "keep"}, InvalidArgument),
+        ({"owner": "o" * 257}, InvalidArgument),
+    ],
+)
+def test_a_reservation_with_an_invalid_argument_is_refused_before_anything_is_sent(context, wrong, error):
+    assert drive(reservation(context, **wrong), raises=error).requests == []
+
+
+def test_a_reservation_of_several_budgets_is_one_request_for_their_current_windows(context):
+    [request], hold = drive(reservation(context, {"agent": "0.25", "tokens": 40}, None), GRANTED)
+    windows = [(window.budget, window.span.name, units) for window, units in request.parts]
+    assert windows == [("agent", "2025-12-01", UNITS), ("tokens", "2025-12-01", 40)]
+    assert units_of(hold) == {"agent": UNITS, "tokens": 40}
+
+
+def test_a_granted_hold_has_a_deadline_by_the_clock_of_the_store_and_is_journalled(context):
+    _, hold = drive(reservation(context, ttl=30), answer(Granted(), now_us=(NOW_MS + 5000) * 1000))
+    assert hold.deadline_ms == NOW_MS + 35_000
+    journalled = context.state.journal.open_hold(hold.id)
+    assert journalled is not None
+    assert journalled.deadline_ms == hold.deadline_ms
+
+
+def test_only_a_reservation_under_an_id_of_the_caller_names_its_request(context):
+    """The id that the limiter generates belongs to one request; others may use the caller's id as well."""
+    [generated], _ = drive(reservation(context), GRANTED)
+    [first], _ = drive(reservation(context, id="op_1"), GRANTED)
+    [second], _ = drive(reservation(context, id="op_1"), GRANTED)
+    assert generated.request == ""
+    assert first.request != second.request != ""
+
+
+def test_a_denied_reservation_retires_holds_past_their_deadline_and_tries_again(context):
+    denied = Denied(context.state.current_window("agent").name, UNITS, 0, UNITS, 0, UNITS, NOW_MS - 1)
+    record = hold_record(context, agent=UNITS, due=True).render()
+    replies = answer(denied, "old"), found([record]), answer(Granted()), GRANTED
+    requests, hold = drive(reservation(context), *replies)
+    assert kinds(requests) == [Reserve, Read, Retire, Reserve]
+    assert requests[2].hold_id == "old"
+    assert hold.state == "open"
+
+
+def test_a_reservation_for_a_window_that_has_ended_is_repeated_for_the_next_one(context):
+    midnight_ms = context.state.current_window("agent").span.end_ms
+
+    def stale(request):
+        context.state.set_clock(midnight_ms * 1000, 0)
+        return answer(StaleWindow(), now_us=midnight_ms * 1000)
+
+    requests, hold = drive(reservation(context), stale, GRANTED)
+    assert [request.windows[0].span.name for request in requests] == ["2025-12-01", "2025-12-02"]
+    assert hold.windows == {"agent": "2025-12-02"}
+
+
+@pytest.mark.parametrize("of_this_request", [False, True])
+def test_a_repeated_reservation_returns_the_hold_of_the_first_one(context, of_this_request):
+    """Not as a replay if an attempt of the same request was granted: then the caller receives it for the first time."""
+
+    def replayed(request):
+        record = hold_record(context, agent=UNITS)
+        return answer(Replayed(record._replace(request=request.request if of_this_request else "first").render()))
+
+    _, hold = drive(reservation(context, id="op_1", ttl=30), replayed)
+    assert units_of(hold) == {"agent": UNITS}
+    assert hold.replayed is not of_this_request
+
+
+def test_a_replayed_hold_past_its_deadline_is_retired_first(context):
+    due = answer(Replayed(hold_record(context, agent=UNITS, due=True).render()))
+    unconfirmed = answer(Replayed(hold_record(context, "x", agent=UNITS, due=True).render()))
+    requests, hold = drive(reservation(context, id="op_1"), due, answer(Granted()), unconfirmed)
+    assert kinds(requests) == [Reserve, Retire, Reserve]
+    assert hold.state == "unconfirmed"
+
+
+def test_a_reservation_lifts_the_tombstone_of_an_earlier_request_with_its_id(context):
+    text = hold_record(context, RELEASED).render().replace("- - -", "- ! -")
+    requests, _ = drive(reservation(context, id="op_1"), answer(Conflict(text)), answer(Settled(())), GRANTED)
+    assert kinds(requests) == [Reserve, Release, Reserve]
+    assert requests[1].mode is ReleaseMode.LIFT
+
+
+def test_a_reservation_conflicts_with_another_hold_of_its_id(context):
+    conflict = answer(Conflict(hold_record(context, agent=1).render()))
+    assert drive(reservation(context, id="op_1"), conflict, raises=HoldConflict).result.state == "open"
+
+
+@pytest.mark.parametrize(
+    ("id", "error", "kept"),
+    [(None, NO_REPLY, ["release"]), (None, NOT_SENT, []), ("op_1", NO_REPLY, [])],
+    ids=["generated id", "never sent", "id of the caller, who may retry"],
+)
+def test_a_grant_that_no_caller_can_receive_is_released_later(context, id, error, kept):
+    drive(reservation(context, id=id), error, raises=StoreUnavailable)
+    assert [kind for kind, _ in queued(context)] == kept
+
+
+@pytest.mark.parametrize(
+    ("policy", "error", "granted"),
+    [(OutagePolicy, NOT_SENT, False), (AllowPolicy, NOT_SENT, True), (AllowPolicy, NOT_READY, False)],
+    ids=["deny", "allow", "allow, but the store replies"],
+)
+def test_the_outage_policy_may_grant_only_while_the_store_cannot_be_reached(policy, error, granted):
+    flow = reservation(call_context(*BUDGETS, policy=policy))
+    _, result = drive(flow, error, raises=None if granted else StoreUnavailable)
+    assert (getattr(result, "offline", None) is not None) is granted
+
+
+def test_a_hold_that_was_granted_offline_is_replayed_without_the_store():
+    context = call_context(*BUDGETS, policy=AllowPolicy)
+    offline_hold(context, "op_1", agent=UNITS).accrue("0.10")
+    requests, hold = drive(reservation(context, id="op_1"))
+    assert requests == []
+    assert hold.replayed
+    assert hold.accrued_units == [100_000_000]
+
+
+@pytest.mark.parametrize("other", [{"amount": "0.26"}, {"budget": "tokens", "amount": 1}, {"on_expiry": "release"}])
+def test_the_id_of_a_hold_that_was_granted_offline_cannot_be_used_with_other_contents(other):
+    context = call_context(*BUDGETS, policy=AllowPolicy)
+    offline_hold(context, "op_1", agent=UNITS)
+    assert drive(reservation(context, id="op_1", **other), raises=HoldConflict).requests == []
+
+
+def test_the_grant_to_a_cancelled_caller_is_released_now_or_once_the_store_replies(context):
+    hold = granted_hold(context, agent=UNITS)
+    drive(release_grant(context, hold), NO_REPLY)
+    [(kind, queued_release)] = queued(context)
+    [request], _ = drive(release_grant(context, hold), answer(Settled((0,))))
+    assert kind == "release"
+    assert queued_release.render() == request.render()
+    assert context.state.journal.open_hold(hold.id) is None

@@ -1,0 +1,231 @@
+"""Commits, releases and records of spend: what is sent, and the result for each reply of the store."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+
+from ktrdr_budget import Budget, HoldConflict, InvalidAmount, InvalidArgument, StoreUnavailable, UnknownHold
+from ktrdr_budget.engine.calls.context import CallContext
+from ktrdr_budget.engine.calls.settle import commit, commit_units, leave, record, release, settle_by_id
+from ktrdr_budget.engine.outage.allow import AllowPolicy
+from ktrdr_budget.engine.protocol.codes import COMMITTED, RELEASED, CommitMode, ReleaseMode
+from ktrdr_budget.engine.protocol.operations import Commit, CommitAmount, Extend, RecordSpend, Release, Restore
+from ktrdr_budget.engine.protocol.replies import Conflict, Extended, Settled, StaleWindow, UnknownHoldReply
+from ktrdr_budget.engine.protocol.requests import Read
+from ktrdr_budget.money import from_units
+
+from ...helpers.calls import (
+    NO_REPLY,
+    NOT_SENT,
+    answer,
+    call_context,
+    drive,
+    errors_of,
+    found,
+    granted_hold,
+    hold_record,
+    offline_hold,
+    queued,
+)
+
+BUDGETS = [Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens"), Budget("jobs", 2, kind="slots")]
+CENT = 10_000_000
+"""$0.01"""
+UNKNOWN = answer(UnknownHoldReply())
+RELEASED_NOW = answer(Settled((0,)))
+
+
+@pytest.fixture
+def context() -> CallContext:
+    return call_context(*BUDGETS)
+
+
+def committed(*units: int, **flags) -> tuple:
+    return answer(Settled(units, **flags))
+
+
+# -- a hold in hand ----------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_sends_the_amount_of_each_budget_and_journals_the_settlement(context):
+    hold = granted_hold(context, agent=25 * CENT, tokens=40)
+    [request], settlement = drive(commit(context, hold, {"agent": "0.07", "tokens": 30}), committed(7 * CENT, 30))
+    assert request.amounts == [CommitAmount(CommitMode.EXACT, 7 * CENT), CommitAmount(CommitMode.EXACT, 30)]
+    assert settlement.amounts == {"agent": from_units(7 * CENT), "tokens": 30}
+    assert (settlement.state, hold.state) == ("committed", "committed")
+    assert context.state.journal.has_settled(hold.id)
+
+
+def test_a_settlement_says_which_budgets_were_overrun_and_whether_it_was_late_or_a_replay(context):
+    hold = granted_hold(context, agent=CENT, tokens=40)
+    reply = committed(2 * CENT, 40, overrun=True, late=True, replayed=True)
+    _, settlement = drive(commit(context, hold, {"agent": "0.02", "tokens": 40}), reply)
+    assert (settlement.overruns, settlement.late, settlement.replayed) == (("agent",), True, True)
+
+
+def test_a_commit_takes_the_fast_path_until_the_hold_has_changed_or_has_a_remark(context):
+    """The fast path compares the record in the store with the one that was granted."""
+    unchanged, extended, noted = (granted_hold(context, hold_id, agent=CENT) for hold_id in "abc")
+    extended.update(hold_record(context, agent=CENT))
+    noted.note("gpt")
+    requests = [
+        drive(commit(context, hold, "0.01"), committed(CENT)).requests[0] for hold in (unchanged, extended, noted)
+    ]
+    assert [request.uses_fast_path for request in requests] == [True, False, False]
+
+
+def test_a_commit_of_nothing_in_whole_units_is_a_release(context):
+    [request], settlement = drive(commit_units(context, granted_hold(context, agent=CENT), 0), RELEASED_NOW)
+    assert isinstance(request, Release)
+    assert settlement.state == "released"
+
+
+def test_a_settlement_without_a_reply_is_an_error_and_the_block_repeats_it_with_the_same_amount(context):
+    hold = granted_hold(context, agent=25 * CENT)
+    drive(commit(context, hold, "0.07"), NO_REPLY, raises=StoreUnavailable)
+    assert (hold.state, hold.settling) == ("open", False)
+    [request], _ = drive(leave(context, hold, False, "release"), committed(7 * CENT))
+    assert request.amounts == [CommitAmount(CommitMode.EXACT, 7 * CENT)]
+
+
+def test_a_policy_that_defers_settlements_queues_one_without_a_reply_and_the_caller_continues():
+    context = call_context(*BUDGETS, policy=AllowPolicy)
+    hold = granted_hold(context, agent=25 * CENT)
+    [request], settlement = drive(commit(context, hold, "0.07"), NO_REPLY)
+    assert queued(context) == [("deferred", request)]
+    assert (settlement.deferred, hold.state) == (True, "committed")
+
+
+def test_the_commit_of_a_hold_that_the_store_has_lost_restores_the_hold(context):
+    hold = granted_hold(context, agent=25 * CENT)
+    hold.granted_in = "before the loss"
+    requests, settlement = drive(commit(context, hold, "0.07"), UNKNOWN, committed(7 * CENT))
+    assert [type(request) for request in requests] == [Commit, Restore]
+    assert settlement.state == "committed"
+
+
+def test_the_commit_of_a_hold_that_the_store_dropped_is_an_error_that_is_logged(context, caplog):
+    hold = granted_hold(context, agent=25 * CENT)
+    drive(commit(context, hold, "0.07"), UNKNOWN, raises=UnknownHold)
+    assert ["commit of hold a not recorded" in line for line in errors_of(caplog)] == [True]
+    caplog.clear()
+    drive(release(context, hold), UNKNOWN, raises=UnknownHold)
+    assert errors_of(caplog) == [], "a release loses no spend"
+
+
+def test_the_release_of_an_offline_hold_that_the_store_does_not_have_returns_nothing():
+    context = call_context(*BUDGETS, policy=AllowPolicy)
+    _, settlement = drive(release(context, offline_hold(context, agent=CENT)), UNKNOWN)
+    assert (settlement.state, settlement.amounts) == ("released", {"agent": 0})
+
+
+def test_a_hold_is_not_settled_while_calls_inside_of_it_may_spend(context):
+    hold = granted_hold(context, agent=CENT)
+    hold.growth = SimpleNamespace(open=1)
+    assert drive(commit(context, hold, "0.01"), raises=HoldConflict).requests == []
+
+
+# -- the end of a block ------------------------------------------------------------------------------------------------
+
+CHARGED_IN_FULL = [CommitAmount(CommitMode.RESERVED, 25 * CENT)]
+CHARGED_ACCRUED = [CommitAmount(CommitMode.ACCRUED, 7 * CENT)]
+
+
+@pytest.mark.parametrize(
+    ("accrued", "drawn", "failed", "on_error", "expected"),
+    [
+        (None, False, False, "release", CHARGED_IN_FULL),
+        (None, False, True, "release", Release),
+        (None, False, True, "charge", None),
+        (None, True, False, "release", Release),
+        (None, True, True, "charge", None),
+        ("0.07", False, False, "release", CHARGED_ACCRUED),
+        ("0.07", False, True, "release", CHARGED_ACCRUED),
+        ("0.07", True, False, "charge", CHARGED_ACCRUED),
+        ("0.07", False, True, "charge", Extend),
+    ],
+)
+def test_the_end_of_a_block_settles_its_hold(context, accrued, drawn, failed, on_error, expected):
+    """Nothing is sent (``None``), or a report (``Extend``), if the hold is left to its expiry and charged then."""
+    hold = granted_hold(context, agent=25 * CENT)
+    hold.drawn = {"agent": 0} if drawn else {}
+    if accrued is not None:
+        hold.accrue(accrued)
+    flow = leave(context, hold, failed, on_error)
+    if expected is None:
+        assert flow is None
+        return
+    record_after = hold_record(context, agent=25 * CENT).render()
+    reply = answer(Extended(record_after)) if expected is Extend else committed(0)
+    [request], _ = drive(flow, reply)
+    assert (request.amounts if isinstance(expected, list) else type(request)) == expected
+
+
+@pytest.mark.parametrize("settled", [COMMITTED, RELEASED])
+def test_the_end_of_a_block_accepts_a_settlement_by_another_client(context, settled):
+    hold = granted_hold(context, agent=CENT)
+    drive(leave(context, hold, False, "release"), answer(Conflict(hold_record(context, settled, agent=CENT).render())))
+    assert hold.settled
+    assert leave(context, hold, False, "release") is None
+
+
+# -- by id -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_commit_by_id_reads_the_hold_to_find_its_windows(context):
+    known = hold_record(context, agent=25 * CENT).render()
+    requests, settlement = drive(settle_by_id(context, "a", "0.07"), found(known), committed(7 * CENT))
+    assert [type(request) for request in requests] == [Read, Commit]
+    assert requests[1].windows == [context.state.current_window("agent")]
+    assert settlement.amounts == {"agent": from_units(7 * CENT)}
+
+
+@pytest.mark.parametrize(("by_operator", "mode"), [(False, ReleaseMode.BY_ID), (True, ReleaseMode.BY_OPERATOR)])
+def test_a_release_by_id_says_whether_an_operator_made_it(context, by_operator, mode):
+    known = found(hold_record(context, agent=CENT).render())
+    flow = settle_by_id(context, "a", None, released=True, by_operator=by_operator)
+    assert drive(flow, known, RELEASED_NOW).requests[1].mode is mode
+
+
+def test_the_read_of_a_settlement_by_id_carries_the_settlement_so_that_it_outlives_its_caller(context):
+    requests, _ = drive(settle_by_id(context, "a", "0.07"), NO_REPLY, raises=StoreUnavailable)
+    fact = requests[0].prepares
+    assert fact.complete(hold_record(context, agent=25 * CENT)).units == (7 * CENT,)
+
+
+def test_a_settlement_by_id_without_a_reply_is_deferred_if_the_hold_is_in_the_journal():
+    context = call_context(*BUDGETS, policy=AllowPolicy)
+    granted_hold(context, "a", agent=25 * CENT)
+    assert drive(settle_by_id(context, "a", "0.07"), NOT_SENT, NOT_SENT).result.deferred
+    drive(settle_by_id(context, "elsewhere", "0.07"), NOT_SENT, raises=StoreUnavailable)
+
+
+def test_the_settlement_by_id_of_an_unknown_hold_is_logged_if_spend_is_lost(context, caplog):
+    drive(settle_by_id(context, "a", None, released=True), found(None), raises=UnknownHold)
+    assert errors_of(caplog) == []
+    drive(settle_by_id(context, "a", "0.07"), found(None), raises=UnknownHold)
+    assert ["commit of hold a not recorded" in line for line in errors_of(caplog)] == [True]
+
+
+# -- spend without a reservation ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("budget", "amount", "error"), [("jobs", 1, InvalidArgument), ("agent", "-1", InvalidAmount)])
+def test_a_record_of_slots_or_of_a_negative_amount_is_refused_before_anything_is_sent(context, budget, amount, error):
+    assert drive(record(context, budget, amount, None, ""), raises=error).requests == []
+
+
+def test_a_record_of_spend_in_a_window_that_has_ended_is_repeated_for_the_current_one(context):
+    requests, settlement = drive(record(context, "agent", "0.07", "r", ""), answer(StaleWindow()), committed(7 * CENT))
+    assert [type(request) for request in requests] == [RecordSpend, RecordSpend]
+    assert (settlement.state, settlement.amounts) == ("recorded", {"agent": from_units(7 * CENT)})
+
+
+def test_a_record_without_a_reply_is_deferred_for_its_window_or_an_error_by_the_outage_policy(context):
+    drive(record(context, "agent", "0.07", "r", ""), NOT_SENT, raises=StoreUnavailable)
+    allowing = call_context(*BUDGETS, policy=AllowPolicy)
+    assert drive(record(allowing, "agent", "0.07", "r", ""), NOT_SENT).result.deferred
+    [(_, request)] = queued(allowing)
+    assert request.is_late, "its window may have ended when it arrives"

@@ -121,3 +121,16 @@ def queued(context: CallContext) -> list[tuple[str, Any]]:
 def errors_of(caplog: pytest.LogCaptureFixture) -> list[str]:
     """The messages that were logged as errors."""
     return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+def answer_status(
+    *, due: tuple[str, ...] = (), runtime: str = "", registered: str = "", now_us: int = NOW_US, **sums: int
+) -> tuple[ReadHead, tuple[Any, ...]]:
+    """The reply to a read of one budget's status.
+
+    Args:
+        runtime: the record of a limit of run time.
+        sums: ``spent``, ``held`` and others, in whole units.
+    """
+    figures = [str(sums.get(name, "")) for name in ("limit", "spent", "held", "unconfirmed", "events", "overruns")]
+    return found([*due], [runtime, registered, *figures, ""], now_us=now_us)

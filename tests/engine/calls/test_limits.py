@@ -1,0 +1,116 @@
+"""Limits of run time, and migrations: the order of their requests, and what the caller receives."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+
+import pytest
+
+from ktrdr_budget import Budget, DefinitionConflict, InvalidAmount, InvalidArgument, UnknownBudget
+from ktrdr_budget.engine.calls.context import CallContext
+from ktrdr_budget.engine.calls.limits import clear_limit, migrate, set_limit
+from ktrdr_budget.engine.protocol.requests import Command, Read
+from ktrdr_budget.periods import to_ms
+
+from ...helpers.calls import NOW_MS, NOW_US, answer_status, call_context, drive, found
+
+AGENT = Budget("agent", "5.00")
+HOURLY = Budget("agent", "5.00", period="hour")
+CHANGED = str(NOW_US)
+"""The store's reply to a changed limit: the time of the change."""
+
+
+@pytest.fixture
+def context() -> CallContext:
+    return call_context(AGENT)
+
+
+def test_a_limit_is_set_between_two_reads_and_the_second_is_returned(context):
+    """The first sets the store's clock: it decides whether ``until`` is past."""
+    after = answer_status(runtime=f"2000000000 0 {CHANGED}")
+    requests, now = drive(set_limit(context, "agent", "2.00", None), answer_status(), CHANGED, after)
+    assert [type(request) for request in requests] == [Read, Command, Read]
+    assert requests[1].args == ["agent", "2000000000", 0, AGENT.definition]
+    assert (now.limit, now.limit_source) == (2, "runtime")
+
+
+def test_a_limit_that_was_set_or_cleared_is_journalled_with_the_time_of_its_change(context):
+    drive(set_limit(context, "agent", "2.00", None), answer_status(), CHANGED, answer_status(now_us=NOW_US - 1))
+    [replayed] = context.state.journal.limits(context.state.keys, NOW_MS)
+    assert (replayed.limit, replayed.changed_us) == (2_000_000_000, NOW_US)
+    drive(clear_limit(context, "agent"), str(NOW_US + 5), answer_status())
+    [replayed] = context.state.journal.limits(context.state.keys, NOW_MS)
+    assert (replayed.limit, replayed.changed_us) == (None, NOW_US + 5)
+
+
+@pytest.mark.parametrize(
+    ("name", "limit", "until", "error"),
+    [
+        ("agnt", "1", None, UnknownBudget),
+        ("agent", "-1", None, InvalidAmount),
+        ("agent", "1", datetime(2026, 1, 1), InvalidArgument),
+        ("agent", "1", "tomorrow", InvalidArgument),
+    ],
+    ids=["unknown budget", "negative", "a time without a zone", "another text than 'window'"],
+)
+def test_a_limit_that_cannot_be_set_is_refused_before_anything_is_sent(context, name, limit, until, error):
+    assert drive(set_limit(context, name, limit, until), raises=error).requests == []
+
+
+def test_a_limit_until_a_time_in_the_past_by_the_clock_of_the_store_is_refused(context):
+    until = datetime.fromtimestamp(NOW_MS / 1000, UTC)
+    requests, _ = drive(set_limit(context, "agent", "1", until), answer_status(), raises=InvalidArgument)
+    assert [type(request) for request in requests] == [Read]
+
+
+def test_a_limit_until_the_end_of_a_window_that_ends_meanwhile_is_set_again_for_the_next_window():
+    context = call_context(HOURLY)
+    span = context.state.current_window("agent").span
+
+    def next_window(request):
+        context.state.set_clock(span.end_ms * 1000, 0)
+        return answer_status(now_us=span.end_ms * 1000)
+
+    later = answer_status(now_us=span.end_ms * 1000)
+    replies = answer_status(), CHANGED, next_window, later, later, CHANGED, later
+    requests, now = drive(set_limit(context, "agent", "1", "window"), *replies)
+    untils_ms = [request.args[2] for request in requests if isinstance(request, Command)]
+    assert untils_ms == [span.end_ms, to_ms(now.resets_at)]
+
+
+def test_a_limit_is_not_set_while_another_definition_of_the_budget_is_registered(context):
+    other = f"m {HOURLY.definition}"
+    error = drive(set_limit(context, "agent", "1", None), answer_status(), other, raises=DefinitionConflict).result
+    assert error.registered == HOURLY.identity
+    drive(clear_limit(context, "agent"), other, raises=DefinitionConflict)
+
+
+# -- migration ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_same", [True, False])
+def test_a_migration_replaces_the_registered_definition_if_it_differs(context, is_same):
+    registered = AGENT if is_same else HOURLY
+    replies = [found(registered.definition)] + [""] * (not is_same)
+    requests, migration = drive(migrate(context, "agent"), *replies)
+    assert [request.args[1:3] for request in requests[1:]] == [[HOURLY.definition, AGENT.definition]] * (not is_same)
+    assert (migration.before, migration.after) == (registered.identity, AGENT.identity)
+
+
+def test_a_migration_is_repeated_if_the_registered_definition_changes_meanwhile(context):
+    weekly = Budget("agent", "5.00", period="week")
+    replies = found(HOURLY.definition), "w", found(weekly.definition), "cleared"
+    requests, migration = drive(migrate(context, "agent"), *replies)
+    assert requests[3].args[1] == weekly.definition
+    assert (migration.before, migration.limit_cleared) == (HOURLY.identity, True)
+
+
+@pytest.mark.parametrize(("unit", "drops"), [("usd", 0), ("tokens", 1)])
+def test_a_migration_to_another_unit_drops_the_limit_of_run_time(context, unit, drops):
+    registered = Budget("agent", 5, unit=unit, period="hour").definition
+    requests, _ = drive(migrate(context, "agent"), found(registered), "")
+    assert requests[1].args[-1] == drops
+
+
+def test_a_definition_of_a_later_version_is_not_replaced(context):
+    drive(migrate(context, "agent"), found("usd,fortnight,UTC,spend"), raises=DefinitionConflict)

@@ -43,7 +43,7 @@ def test_a_conflict_with_a_released_hold_names_the_release(sync_limiter):
     assert refusal(HoldConflict, sync_limiter.extend, "op_1") == f"{released} extended"
 
 
-def test_a_conflict_of_two_requests_with_one_id_describes_the_first(sync_limiter):
+def test_the_message_of_a_conflict_between_two_requests_with_one_id_describes_the_first(sync_limiter):
     sync_limiter.reserve({"agent": "0.15", "tokens": 40, "jobs": 1}, id="op_1")
     assert refusal(HoldConflict, sync_limiter.reserve, "agent", "0.15", id="op_1") == (
         "hold 'op_1' was reserved at agent $0.15, tokens 40 tokens and is open; "
@@ -113,7 +113,7 @@ def test_a_hold_of_a_nano_dollar_shows_a_plain_decimal(sync_limiter):
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_budget_among_few_lists_all_of_them(sync_limiter):
+def test_the_error_for_an_unknown_budget_among_few_lists_all_names(sync_limiter):
     assert refusal(UnknownBudget, sync_limiter.reserve, "agnet", 1) == (
         "unknown budget 'agnet'; this limiter has: agent, tokens, jobs"
     )
@@ -121,7 +121,7 @@ def test_an_unknown_budget_among_few_lists_all_of_them(sync_limiter):
     assert refusal(UnknownBudget, hold.commit, {"agnet": 1}) == "unknown budget 'agnet'; this hold has: agent"
 
 
-def test_an_unknown_budget_among_many_lists_the_closest_only():
+def test_the_error_for_an_unknown_budget_among_many_lists_only_the_closest_names():
     names = [f"user:{number:05}" for number in range(20_000)] + ["team:quant", "x" * 128]
     message = str(unknown_budget("team:quantt", names))
     assert message == "unknown budget 'team:quantt'; this limiter has 20,002, the closest: team:quant"

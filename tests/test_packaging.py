@@ -45,7 +45,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return built
 
 
-def test_the_wheel_carries_every_script_and_nothing_of_the_tests(wheel: Path):
+def test_the_wheel_contains_every_lua_script_and_no_tests(wheel: Path):
     names = zipfile.ZipFile(wheel).namelist()
     scripts = {Path(name).name for name in names if name.endswith(".lua")}
     assert scripts == {path.name for path in (ROOT / "lua").glob("*.lua")}

@@ -52,7 +52,7 @@ async def test_every_trigger_denied_by_the_budget_is_logged(make_stage, caplog):
     assert (found[0].remaining, found[0].requested) == (0.01, 0.15)
 
 
-async def test_a_trigger_without_a_slot_is_not_logged_as_exhausted_budget(stage, caplog):
+async def test_a_trigger_denied_for_lack_of_a_slot_is_not_logged_as_an_exhausted_budget(stage, caplog):
     stage.script.wait_in = "training"
     await stage.agent.trigger()
     with pytest.raises(CycleActive):

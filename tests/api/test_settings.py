@@ -28,7 +28,7 @@ def fault(environment: pytest.MonkeyPatch, **variables: str) -> str:
     return message
 
 
-def test_the_default_is_the_agents_budget_on_an_embedded_server(environment):
+def test_without_settings_the_service_has_the_agent_budget_and_an_embedded_server(environment):
     settings = load_settings()
     assert settings.budgets == (Budget("agent", "5.00"),)
     assert settings.store_url is None
@@ -39,7 +39,7 @@ def test_the_default_is_the_agents_budget_on_an_embedded_server(environment):
     assert settings.use_keys == settings.admin_keys == ()
 
 
-def test_every_setting_is_read(environment, budgets_file):
+def test_every_setting_is_read_from_its_environment_variable(environment, budgets_file):
     settings = of(
         environment,
         AGENT_DAILY_BUDGET=" 7.50 ",

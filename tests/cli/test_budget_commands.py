@@ -45,7 +45,7 @@ LEDGER = "GET /api/v1/budgets/agent/ledger"
 # --- list and show --------------------------------------------------------------------------------
 
 
-def test_list_is_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+def test_list_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets", {"budgets": [BUDGET, CYCLES]})
     assert ktrdr("budget", "list").stdout == (
         "NAME    WINDOW      UNIT        LIMIT  SPENT   HELD  UNCONFIRMED  REMAINING  RESETS AT\n"
@@ -125,7 +125,7 @@ def test_a_table_wider_than_the_terminal_becomes_a_block_per_row(
         assert lines.count("") == 1  # between the blocks
 
 
-def test_show_has_all_figures(ktrdr: Run, service: FakeService) -> None:
+def test_show_prints_all_figures_of_a_budget(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/agent", BUDGET)
     assert ktrdr("budget", "show", "agent").stdout == (
         "Budget:        agent\n"
@@ -246,7 +246,7 @@ def test_clear_limit_restores_the_configured_limit(ktrdr: Run, service: FakeServ
 # --- Pages ----------------------------------------------------------------------------------------
 
 
-def test_holds_are_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+def test_holds_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
     expired = {**HOLD, "id": "op_22", "state": "unconfirmed", "charged": {"agent": "0.15"}, "operation": ""}
     many = {**HOLD, "amounts": {"cycles": 1, "agent": "0.15"}}
     service.answer(HOLDS, {"holds": [many, expired], "next_cursor": None})
@@ -257,7 +257,7 @@ def test_holds_are_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
     )
 
 
-def test_the_ledger_is_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+def test_ledger_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
     correction = {**ENTRY, "kind": "correction", "amount": "-0.08", "operation": "", "trace_id": "abc"}
     service.answer(LEDGER, {"entries": [correction, ENTRY], "next_cursor": None})
     assert ktrdr("budget", "ledger", "agent").stdout == (
@@ -308,13 +308,13 @@ def test_a_page_shows_the_cursor_of_the_next_page(ktrdr: Run, service: FakeServi
     assert ktrdr("budget", "ledger", "agent").stdout.splitlines()[-1] == "More: --cursor 2-0, or --all"
 
 
-def test_all_pages_are_one_table(ktrdr: Run, service: FakeService) -> None:
+def test_the_option_all_prints_all_pages_as_one_table(ktrdr: Run, service: FakeService) -> None:
     entries = three_pages(service)
     lines = ktrdr("budget", "ledger", "agent", "--all").stdout.splitlines()
     assert [line.split()[-1] for line in lines] == ["ENTRY", *(entry["entry_id"] for entry in entries)]
 
 
-def test_all_pages_are_one_json_document(ktrdr: Run, service: FakeService) -> None:
+def test_the_option_all_prints_all_pages_as_one_json_document(ktrdr: Run, service: FakeService) -> None:
     entries = three_pages(service)
     result = ktrdr("budget", "ledger", "agent", "--all", "--json")
     assert json.loads(result.stdout) == {"entries": entries, "next_cursor": None}

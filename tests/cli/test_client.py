@@ -329,7 +329,9 @@ def test_a_timeout_is_reported_as_unreachable(ktrdr: Run, silent: FakeService) -
 
 
 @pytest.mark.parametrize("words", [("reserve", "agent", "1"), ("record", "agent", "1")])
-def test_a_lost_reply_gives_advice_on_a_safe_retry(ktrdr: Run, silent: FakeService, words: tuple[str, ...]) -> None:
+def test_the_error_for_a_lost_reply_has_advice_on_a_safe_retry(
+    ktrdr: Run, silent: FakeService, words: tuple[str, ...]
+) -> None:
     line = failed(ktrdr("budget", *words), 4)
     sent = wait_until(lambda: silent.requests)[-1].body["id"]
     assert line.endswith(f"; it may have taken effect: repeating it with --id {sent} is safe")
@@ -339,7 +341,7 @@ def test_a_lost_reply_to_a_settlement_says_that_a_retry_is_safe(ktrdr: Run, sile
     assert failed(ktrdr("budget", "commit", "op_1"), 4).endswith("; it may have taken effect: repeating it is safe")
 
 
-def test_a_store_outage_gives_advice_on_a_safe_retry(ktrdr: Run, service: FakeService) -> None:
+def test_the_error_for_a_store_outage_has_advice_on_a_safe_retry(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", *reversed(problem(503, "Store unavailable", "the store is down")))
     line = failed(ktrdr("budget", "reserve", "agent", "1", "--id", "op_1"), 4)
     assert line == "ktrdr: the store is down; it may have taken effect: repeating it with --id op_1 is safe"
@@ -381,7 +383,7 @@ def test_names_are_percent_encoded_in_paths(ktrdr: Run, service: FakeService, na
         ({"remaining": "0.0000016"}, "agent: budget_exhausted ($0.0000016 remaining, need $0.15); retry in 1 h"),
     ],
 )
-def test_a_denial_is_one_line(changes: dict[str, object], line: str) -> None:
+def test_a_denial_is_reported_in_one_line(changes: dict[str, object], line: str) -> None:
     assert denial_line({**DENIAL, **changes}) == line
 
 

@@ -337,7 +337,7 @@ def test_cancel_percent_encodes_the_id_as_one_path_segment(ktrdr: Run, service: 
 # --- cycles ---------------------------------------------------------------------------------------
 
 
-def test_cycles_are_a_table(ktrdr: Run, service: FakeService) -> None:
+def test_cycles_prints_a_table(ktrdr: Run, service: FakeService) -> None:
     found = [
         cycle(operation_id="op_3", status="cancelling"),
         cycle(operation_id="op_2", **GATED),

@@ -18,7 +18,7 @@ def rows(text: str) -> list[list[str]]:
     return [line.split() for line in text.splitlines()]
 
 
-def test_a_price_is_itemised(ktrdr: Run) -> None:
+def test_prices_show_lists_each_price_of_a_model(ktrdr: Run) -> None:
     result = ktrdr("prices", "show", "gemini-2.5-pro")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout.splitlines()[:2] == ["Model:   google/gemini-2.5-pro", "Prices:  genai-prices/0.2.3"]
@@ -34,7 +34,7 @@ def test_a_price_is_itemised(ktrdr: Run) -> None:
     ]
 
 
-def test_the_cost_of_a_call_is_itemised_with_its_reservation(ktrdr: Run) -> None:
+def test_prices_show_lists_the_parts_of_the_cost_of_a_call_and_its_reservation(ktrdr: Run) -> None:
     counts = ("--input", "1000", "--output", "200", "--cached", "300", "--cache-write", "100")
     result = ktrdr("prices", "show", "claude-sonnet-4-5-20250929", *counts)
     assert result.stdout.splitlines() == [
@@ -144,14 +144,18 @@ def test_a_price_for_a_name_prefix_is_found_without_its_provider(
         ((), 2, "ktrdr: Missing argument 'MODEL'"),
     ],
 )
-def test_an_error_is_one_line(ktrdr: Run, words: tuple[str, ...], exit_code: int, line: str) -> None:
+def test_an_error_of_prices_show_is_reported_in_one_line(
+    ktrdr: Run, words: tuple[str, ...], exit_code: int, line: str
+) -> None:
     result = ktrdr("prices", "show", *words)
     assert (result.exit_code, result.stdout) == (exit_code, "")
     assert result.stderr.startswith(line)
     assert result.stderr.count("\n") == 1
 
 
-def test_an_invalid_price_file_is_one_line(ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_invalid_price_file_is_reported_in_one_line(
+    ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     environment.setenv("KTRDR_PRICES_FILE", str(tmp_path / "nowhere.toml"))
     result = ktrdr("prices", "show", "gpt-5")
     assert (result.exit_code, result.stdout) == (2, "")

@@ -33,7 +33,7 @@ Process = Callable[..., "subprocess.CompletedProcess[str]"]
     "words",
     [("budgets",), ("agent", "spend"), ("agent", "budget", "--jsno"), ("agent", "budget", "extra"), ("--port", "1")],
 )
-def test_wrong_usage_is_one_line_and_exit_code_2(ktrdr: Run, words: tuple[str, ...]) -> None:
+def test_wrong_usage_is_reported_in_one_line_with_exit_code_2(ktrdr: Run, words: tuple[str, ...]) -> None:
     result = ktrdr(*words)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -47,7 +47,7 @@ def test_a_group_without_a_command_shows_its_help(ktrdr: Run, words: tuple[str, 
     assert "Commands:" in ktrdr(*words).output
 
 
-def test_the_version_is_that_of_the_package(ktrdr: Run) -> None:
+def test_the_option_version_prints_the_version_of_the_package(ktrdr: Run) -> None:
     result = ktrdr("--version")
     assert (result.exit_code, result.stdout) == (0, f"ktrdr {version('ktrdr-budget')}\n")
 
@@ -102,7 +102,9 @@ def test_python_code_can_call_main_without_standalone_mode(
     assert caught.value.exit_code == 4
 
 
-def test_an_unexpected_error_is_one_line_and_no_traceback(ktrdr: Run, environment: pytest.MonkeyPatch) -> None:
+def test_an_unexpected_error_is_reported_in_one_line_without_a_traceback(
+    ktrdr: Run, environment: pytest.MonkeyPatch
+) -> None:
     def fail(*args: object, **options: object) -> None:
         raise RuntimeError("something\nnew")
 
@@ -210,7 +212,7 @@ def test_json_output_can_be_piped(process: Process) -> None:
     assert json.loads(process("agent", "budget", "--json").stdout)["daily_limit"] == 5.0
 
 
-def test_a_closed_pipe_gives_no_traceback(service: FakeService, environment: pytest.MonkeyPatch) -> None:
+def test_a_closed_pipe_causes_no_traceback(service: FakeService, environment: pytest.MonkeyPatch) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     ended = subprocess.run(command("agent", "budget"), stdout=writer, stderr=subprocess.PIPE, text=True)
@@ -218,13 +220,13 @@ def test_a_closed_pipe_gives_no_traceback(service: FakeService, environment: pyt
     assert (ended.returncode, ended.stderr) == (1, "")
 
 
-def test_a_full_disk_is_one_line(process: Process) -> None:
+def test_a_full_disk_is_reported_in_one_line(process: Process) -> None:
     with open("/dev/full", "w") as full:
         ended = process("agent", "budget", capture_output=False, stdout=full, stderr=subprocess.PIPE)
     assert (ended.returncode, ended.stderr) == (1, "ktrdr: No space left on device\n")
 
 
-def test_a_closed_stdout_gives_no_traceback(environment: pytest.MonkeyPatch) -> None:
+def test_a_closed_stdout_causes_no_traceback(environment: pytest.MonkeyPatch) -> None:
     words = " ".join(command("agent", "budget"))
     ended = subprocess.run(["sh", "-c", f"exec {words} >&-"], stderr=subprocess.PIPE, text=True)
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -49,7 +49,7 @@ class CallsOfId:
         return low, high
 
     def _settled(self, budget: str, began: int, ended: int) -> tuple[int, int]:
-        """The same for recorded spend, which had no reservation."""
+        """The least and the most that recorded spend can have counted, as :meth:`counted` for holds."""
         low = high = 0
         for settlement in self.settlements:
             spent = settlement["settled"].get(budget, 0)

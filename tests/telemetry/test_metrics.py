@@ -198,7 +198,7 @@ async def test_counters_start_at_zero(server):
     assert samples["ktrdr_budget_call_seconds_count", "reserve"] == 0
 
 
-async def test_reservations_are_counted_by_outcome(server):
+async def test_reservations_are_counted_by_outcome_and_reason(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.reserve("agent", "5", id="op_1")
         await limiter.reserve("agent", "5", id="op_1")

@@ -569,14 +569,14 @@ def script_at(path: Path, command: str) -> Path:
     return path
 
 
-def test_a_file_at_the_path_of_the_directory_is_an_error_of_one_line(data_dir: Path) -> None:
+def test_a_file_at_the_path_of_the_data_directory_is_reported_in_one_line(data_dir: Path) -> None:
     data_dir.touch()
     for path in (data_dir, data_dir / "below"):
         with pytest.raises(embedded.EmbeddedServerError, match=r": (Not a directory|File exists)"):
             embedded.start(path)
 
 
-def test_a_read_only_directory_is_an_error_of_one_line(data_dir: Path) -> None:
+def test_a_read_only_data_directory_is_reported_in_one_line(data_dir: Path) -> None:
     script = """
 import os, sys
 from ktrdr_budget.engine import embedded

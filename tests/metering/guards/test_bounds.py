@@ -306,7 +306,7 @@ def test_characters_that_the_tokenizer_expands_count_with_their_expanded_size(es
     assert text_size(b'{"text":"plain"}', {"text": "plain"}) == 16
 
 
-def test_the_priced_model_of_azure_is_the_deployment() -> None:
+def test_calls_to_azure_are_priced_by_the_name_of_the_deployment() -> None:
     model = OpenAIDialect().model
     assert model("/openai/deployments/own/chat/completions", {"model": GPT}) == "own"
     assert model("/openai/v1/chat/completions", {"model": GPT}) == GPT

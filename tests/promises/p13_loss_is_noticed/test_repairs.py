@@ -75,7 +75,7 @@ async def test_an_idle_replica_replays_spend_holds_and_ids_into_an_empty_store(l
     assert await figures(limiter) == (Decimal("1.35"), 0, 0)
 
 
-async def test_the_store_grants_nothing_during_a_repair_and_shows_it(server, limiter, client):
+async def test_the_store_grants_nothing_during_a_repair_and_its_status_shows_the_repair(server, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
     client.flushall()
     with recovery_prolonged(client):

@@ -23,7 +23,7 @@ def store(limiter) -> CycleStore:
     return CycleStore(limiter)
 
 
-async def test_a_cycle_begins_once(store):
+async def test_a_cycle_does_not_begin_again_under_a_used_id(store):
     assert await store.start("op_1", "a", TTL_MS, Progress(estimate="0.15"))
     assert await store.start("op_1", "a", TTL_MS, Progress()), "the same again, after a lost reply"
     assert not await store.start("op_1", "b", TTL_MS, Progress())
@@ -125,7 +125,7 @@ async def test_a_progress_report_copies_the_deadline_of_the_hold(limiter, store)
     )
 
 
-async def test_the_last_cycle_is_the_most_recently_ended_one(store):
+async def test_the_status_lists_the_most_recently_ended_cycle_as_the_last_one(store):
     for number in (1, 2):
         await store.start(f"op_{number}", "a", TTL_MS, Progress())
     assert (await store.list()).last is None

@@ -84,13 +84,13 @@ def test_a_failing_gate_shows_only_the_failed_figures():
     assert failed.reason == "maximum drawdown 0.55 > 0.4, Sharpe ratio -0.81 < -0.5"
 
 
-def test_a_loss_that_rose_too_far_fails():
+def test_the_training_gate_fails_if_the_loss_rose_too_much():
     failed = training_gate(Training(accuracy=0.5, initial_loss=0.4, final_loss=0.7), Thresholds())
     assert failed.reason == "loss decrease -0.75 < -0.5"
     assert training_gate(Training(accuracy=0.5, initial_loss=0.4, final_loss=0.6), Thresholds()).passed
 
 
-def test_a_figure_equal_to_its_threshold_passes():
+def test_a_gate_passes_a_figure_equal_to_its_threshold():
     edge = Thresholds(min_accuracy=0.53, max_loss=0.65, min_loss_decrease=GOOD.loss_decrease)
     assert training_gate(GOOD, edge).passed
     assert backtest_gate(FINE, Thresholds(min_win_rate=0.4, max_drawdown=0.2, min_sharpe=0.9)).passed
@@ -102,7 +102,7 @@ def test_a_figure_close_to_its_threshold_is_shown_with_enough_digits_to_differ()
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_non_finite_figure_fails(bad: float):
+def test_a_gate_fails_for_a_figure_that_is_not_finite(bad: float):
     for field, word, _, _ in TRAINING_CHECKS:
         failed = training_gate(replace(GOOD, **{field: bad}), Thresholds())
         assert not failed.passed

@@ -28,7 +28,7 @@ def test_one_step_of_gradient_descent_matches_values_computed_by_hand():
     assert model.chances([(3.0,)]) == pytest.approx([1 / (1 + math.exp(-0.2))])
 
 
-def test_a_separable_pattern_is_learned():
+def test_the_model_learns_a_separable_pattern():
     rows = [(float(x), 0.5) for x in range(-20, 21)]
     labels = [int(row[0] > 0) for row in rows]
     model = fitted(rows, labels)

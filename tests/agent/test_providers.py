@@ -312,13 +312,13 @@ async def test_the_error_for_an_unavailable_model_names_the_cause(limiter, chose
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_missing_package_is_named(limiter, monkeypatch, kind: str):
+async def test_the_error_for_a_missing_package_names_the_package(limiter, monkeypatch, kind: str):
     monkeypatch.setitem(sys.modules, kind, None)
     with pytest.raises(InvalidArgument, match=rf"^AGENT_LLM={kind} needs more packages: pip install .*\[{kind}\]"):
         make_llm(limiter, environment(kind))
 
 
-async def test_a_missing_price_list_is_named(limiter, monkeypatch):
+async def test_the_error_for_a_missing_price_list_names_the_package(limiter, monkeypatch):
     monkeypatch.setitem(sys.modules, "genai_prices", None)
     with pytest.raises(InvalidArgument, match=r"^AGENT_LLM=openai: the price list needs more packages: .*\[llm\]"):
         make_llm(limiter, environment("openai"))

@@ -42,7 +42,7 @@ async def test_the_index_lists_the_paths_of_the_service(start, tmp_path):
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
-async def test_probes_support_head(client, path):
+async def test_the_probes_support_head_requests(client, path):
     assert (await client.head(path)).status_code == 200
     problem(await client.post(path), 405, "method-not-allowed")
 

@@ -143,7 +143,7 @@ async def test_a_release_returns_the_whole_amount(client):
     assert await figures(client) == ("0.00", "0.00", "0.00", "5.00")
 
 
-async def test_a_release_refuses_a_body(client):
+async def test_a_release_with_a_body_is_refused(client):
     hold = await reserved(client)
     problem(await client.post(f"{V1}/reservations/{hold['id']}/release", json={"amounts": "1"}), 422, "invalid-request")
     assert (await client.post(f"{V1}/reservations/{hold['id']}/release", json={})).status_code == 200

@@ -76,7 +76,7 @@ def test_the_startup_report_lists_the_store_and_the_budgets(server, budgets_file
     ]
 
 
-def test_the_startup_report_without_the_store_has_one_line_about_that():
+def test_the_startup_report_has_one_line_about_a_store_that_cannot_be_reached():
     url = f"redis://127.0.0.1:{free_port()}"
     with serving(KTRDR_REDIS_URL=url, KTRDR_TIMEOUT="0.5") as service:
         service.wait_for_line("WARNING: ktrdr_budget: starting without the store: ")

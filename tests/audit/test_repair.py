@@ -298,7 +298,7 @@ def test_index_entries_without_an_open_hold_are_removed(server, client, auditor,
     assert auditor.repair().index_changes == []
 
 
-def test_a_hold_without_a_record_is_no_longer_held(server, client, auditor, limiter):
+def test_the_amount_of_a_hold_without_a_record_is_no_longer_held(server, client, auditor, limiter):
     """The worker's commit fails, and the worker records the spend instead."""
     fill(limiter)
     hold = limiter.reserve("agent", "0.40", id="gone")

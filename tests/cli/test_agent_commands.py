@@ -91,7 +91,7 @@ def test_a_budget_without_a_limit_is_unlimited(ktrdr: Run, service: FakeService)
         (1, 4, ["Today's Spend: $1.00", "Remaining: $4.00"]),
     ],
 )
-def test_amounts_have_two_decimals(
+def test_agent_budget_rounds_amounts_to_two_decimals(
     ktrdr: Run, service: FakeService, spend: float, remaining: float, shown: list[str]
 ) -> None:
     assert shown == [f"Today's Spend: ${spend:.2f}", f"Remaining: ${remaining:.2f}"]
@@ -107,7 +107,7 @@ def test_amounts_have_two_decimals(
         (1, 4, ["Today's Spend: $1.00", "Remaining: $4.00"]),
     ],
 )
-def test_exact_shows_all_digits(
+def test_the_option_exact_shows_all_digits(
     ktrdr: Run, service: FakeService, spend: float, remaining: float, shown: list[str]
 ) -> None:
     assert lines_of(ktrdr, service, "--exact", today_spend=spend, remaining=remaining)[4:6] == shown

@@ -167,7 +167,7 @@ def test_with_json_the_figures_of_a_denial_are_on_stdout(ktrdr: Run, service: Fa
 @pytest.mark.parametrize(
     "words", [("reserve", "agent", "1"), ("commit", "op_1"), ("release", "op_1"), ("record", "a", "1")]
 )
-def test_errors_have_their_exit_codes(
+def test_each_kind_of_error_has_its_exit_code(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], status: int, exit_code: int
 ) -> None:
     for call in list(service.answers):

@@ -47,7 +47,7 @@ def test_four_processes_stay_below_the_cap_and_bill_exactly(server: Any, tmp_pat
         assert immortal_keys(store) == []
 
 
-def test_the_trace_is_complete() -> None:
+def test_the_bundled_trace_is_complete() -> None:
     trace = read_trace()
     assert len(trace) == 8_819
     assert trace[0].at_s == 0 and trace[-1].at_s == pytest.approx(3435.948, abs=0.001)

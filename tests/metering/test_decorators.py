@@ -106,7 +106,7 @@ async def test_the_estimate_may_depend_on_the_arguments(client, limiter):
     assert spent_and_held(client) == (to_units("0.06"), 0)
 
 
-async def test_a_mapping_holds_several_budgets(client, limiter):
+async def test_a_mapping_of_estimates_holds_several_budgets(client, limiter):
     @budgeted({"agent": "0.15", "calls": 2}, limiter=limiter, cost=lambda result: result)
     async def research():
         return "0.05"
@@ -258,7 +258,7 @@ def test_current_hold_is_the_innermost_hold_and_raises_outside(sync_limiter):
         current_hold()
 
 
-def test_generators_are_rejected():
+def test_budgeted_rejects_generator_functions():
     def numbers():
         yield 1
 

@@ -226,7 +226,7 @@ async def _answers(limiter) -> bool:
     return True
 
 
-async def test_an_unreachable_cluster_is_unavailable(cluster):
+async def test_an_unreachable_cluster_raises_store_unavailable(cluster):
     [port] = free_ports(1)
     async with AsyncBudgetLimiter(f"redis+cluster://127.0.0.1:{port}", BUDGETS, timeout=0.3) as limiter:
         with pytest.raises(StoreUnavailable), Stopwatch() as took:

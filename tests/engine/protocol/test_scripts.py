@@ -772,7 +772,7 @@ def test_a_reservation_that_the_fast_path_declines_leaves_large_sums_exact(clien
     assert wire.sums("agent")["held"] == 3
 
 
-def test_the_fast_path_declines_all_other_cases_and_changes_nothing(client, usual):
+def test_the_fast_path_declines_all_unusual_cases_and_changes_nothing(client, usual):
     usual.reserve("op_1", agent=150)
     stale = usual.commit("op_1", counted={"agent": 150}, agent=70)
     usual.request("E op_1 60000 0", agent=":30:0")

@@ -255,7 +255,7 @@ SPREAD = {
 
 @pytest.mark.parametrize(("first", "last"), SPREAD.values(), ids=SPREAD)
 @pytest.mark.parametrize("api", ["chat", "messages"])
-async def test_the_maximum_of_each_field_within_a_stream_counts(
+async def test_the_maximum_of_each_usage_field_within_a_stream_is_charged(
     limiter: Any, server: Any, api: str, first: Any, last: Any
 ) -> None:
     """envoyproxy/ai-gateway PR #1631."""
@@ -265,7 +265,7 @@ async def test_the_maximum_of_each_field_within_a_stream_counts(
 
 
 @pytest.mark.parametrize("api", ["chat", "messages"])
-async def test_usage_after_the_end_of_the_output_counts(limiter: Any, server: Any, api: str) -> None:
+async def test_usage_reported_after_the_end_of_the_output_is_charged(limiter: Any, server: Any, api: str) -> None:
     events = _events(api, None, _counts(api, 20_000, 5), _counts(api, 0, 12))
     await Caller(api, limiter, server).call(events)
     assert _spent(server) == 20_000 * INPUT + 12 * OUTPUT
@@ -415,7 +415,7 @@ async def test_cache_writes_are_charged_at_their_price_under_each_provider_s_fie
 @pytest.mark.parametrize(
     ("prompt", "total"), [(100, None), (100, 903), (1_000, 1_803)], ids=["more than all", "more, in total", "in total"]
 )
-async def test_cached_input_outside_the_reported_input_is_added_to_it(
+async def test_cached_input_that_the_reported_input_excludes_is_charged_in_addition(
     limiter: Any, server: Any, prompt: int, total: int | None
 ) -> None:
     """Additive caches: Bedrock behind Portkey (gateway #1210), langsmith-sdk PR #2519."""

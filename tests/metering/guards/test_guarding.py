@@ -42,7 +42,7 @@ BUDGETS = [Budget("agent", "1.00")]
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_guard_returns_the_same_client(opened: Any, sdk: str, provider: LocalProvider) -> None:
+async def test_guard_returns_the_client_that_it_was_given(opened: Any, sdk: str, provider: LocalProvider) -> None:
     async with opened(sdk) as g:
         client = raw_client(sdk, g.is_async, provider)
         http_client_class = type(http_client_of(client))

@@ -224,7 +224,7 @@ def test_a_retention_that_is_not_a_whole_number_of_at_least_two_days_is_refused(
         BudgetLimiter("redis://127.0.0.1:1", [], retention_days=value)
 
 
-def test_the_environment_sets_the_bounds():
+def test_environment_variables_set_the_bounds_of_a_tenant():
     assert limiter_options({}) == {}
     given = {"KTRDR_MAX_HOLDS": "7", "KTRDR_MAX_BUDGETS": " 9 ", "KTRDR_TIMEOUT": "2.5", "KTRDR_DURABILITY": "disk"}
     given["KTRDR_RETENTION_DAYS"] = "90"

@@ -34,7 +34,7 @@ async def test_a_limiter_that_starts_logs_one_warning_about_a_store_that_evicts(
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
-def test_a_sync_limiter_logs_the_warning_too(evicting, caplog):
+def test_a_sync_limiter_logs_one_warning_about_a_store_that_evicts(evicting, caplog):
     with BudgetLimiter(evicting.url, BUDGETS):
         assert len(warnings(caplog)) == 1
 

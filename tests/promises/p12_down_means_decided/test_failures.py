@@ -66,7 +66,7 @@ async def test_6288_a_spend_on_one_replica_counts_in_the_next_call_on_another(li
     assert (await other.status("agent")).remaining == Decimal("0.10")
 
 
-async def test_34732_and_ai_gateway_680_parallel_requests_do_not_all_pass_one_check(limiter, other):
+async def test_34732_and_ai_gateway_680_parallel_requests_cannot_pass_the_check_together_above_the_cap(limiter, other):
     tries = [replica.reserve("agent", "0.15") for _ in range(100) for replica in (limiter, other)]
     outcomes = await asyncio.gather(*tries, return_exceptions=True)
     denied = [outcome for outcome in outcomes if isinstance(outcome, BudgetExceeded)]
@@ -304,7 +304,7 @@ async def test_29576_and_39726_denials_write_nothing_and_extend_no_expiry(server
     assert (await limiter.reserve("agent", "0.10", id="op_denied")).replayed is False, "a denial uses up no id"
 
 
-async def test_a_denial_in_an_untouched_store_leaves_it_empty(server, limiter):
+async def test_a_denial_in_an_empty_store_leaves_it_empty(server, limiter):
     with pytest.raises(BudgetExceeded) as denied:
         await limiter.reserve("agent", "5.01")
     assert (denied.value.reason, denied.value.retry_after, denied.value.fits) == ("exceeds_limit", None, 5)

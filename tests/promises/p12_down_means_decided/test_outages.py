@@ -167,7 +167,7 @@ async def test_replies_are_not_mixed_up_after_a_hang(own_server):
             assert (await limiter.status("team")).budget == "team"
 
 
-def test_462_the_sync_limiter_ends_within_its_deadline_too(outage, stopwatch):
+def test_462_calls_of_the_sync_limiter_end_within_their_deadline_during_an_outage(outage, stopwatch):
     with BudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = limiter.reserve("agent", "0.15")
         outage.begin()

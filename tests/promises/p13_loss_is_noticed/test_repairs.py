@@ -100,7 +100,7 @@ async def test_a_call_with_a_long_deadline_waits_for_the_end_of_the_repair(serve
 
 
 @pytest.mark.parametrize("remembered", [20_000, 2, 0])
-async def test_an_old_snapshot_is_repaired(start_server: Callable, monkeypatch, remembered):
+async def test_a_store_restored_from_an_old_snapshot_is_repaired(start_server: Callable, monkeypatch, remembered):
     monkeypatch.setattr(memory, "SETTLEMENTS_MAX", remembered)
     server = start_server()
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=5) as limiter:

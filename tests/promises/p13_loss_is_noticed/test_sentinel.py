@@ -144,7 +144,7 @@ async def test_a_reply_readonly_starts_a_new_discovery(steady):
         assert (await limiter.status("agent")).held == Decimal("1.50")
 
 
-async def test_a_hanging_master_is_left_after_the_failover(group):
+async def test_calls_leave_a_hanging_master_after_the_failover(group):
     old = group.master
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=60.0) as limiter:
         await limiter.reserve("agent", "1.00", id="op_1")
@@ -195,7 +195,7 @@ async def _check_server(limiter: AsyncBudgetLimiter) -> None:
     await store.check(store.node)
 
 
-async def test_one_replying_sentinel_is_enough_and_hanging_ones_cause_no_delay(group):
+async def test_one_replying_sentinel_suffices_and_hanging_sentinels_cause_no_delay(group):
     group.sentinels[0].pause()
     group.sentinels[1].pause()
     with Stopwatch() as took:

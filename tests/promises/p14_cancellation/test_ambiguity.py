@@ -222,7 +222,9 @@ async def test_a_retry_after_a_cancellation_keeps_the_hold(proxy, limiter, clien
     await hold.commit("0.07")
 
 
-async def test_a_late_request_of_a_cancelled_caller_is_not_granted_but_a_new_one_is(proxy, limiter, other, client):
+async def test_a_late_request_of_a_cancelled_caller_is_refused_but_a_new_request_for_its_id_is_granted(
+    proxy, limiter, other, client
+):
     """The store closes the id for the cancelled request only; the next reservation of the id is granted."""
     flow = reserve(limiter.engine.context, "agent", "0.15", "mine", 900, "charge", "", "")
     late = next(flow)

@@ -1,0 +1,110 @@
+"""The meaning of an amount for a hold of several budgets: scalars, mappings, and no amount."""
+
+from __future__ import annotations
+
+from decimal import Decimal
+
+import pytest
+
+from ktrdr_budget import InvalidAmount, InvalidArgument, UnknownBudget
+from ktrdr_budget.engine.protocol.amounts import check_amounts, commit_amounts, spread
+from ktrdr_budget.engine.protocol.codes import CommitMode
+from ktrdr_budget.engine.protocol.operations import CommitAmount
+
+FLAGS = {"agent": "u", "team": "u", "tokens": "n", "jobs": "s"}
+CENT = 10_000_000
+"""In whole units, nano-dollars."""
+
+
+# -- before the budgets are known --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("amounts", [None, 0, "0.15", {}, {"agent": "0.15", "tokens": 3}, 2**53 - 1])
+def test_an_amount_that_is_valid_in_some_unit_passes_the_check(amounts):
+    check_amounts(amounts)
+
+
+@pytest.mark.parametrize("amounts", ["x", -1, True, "nan", 2**53, {"agent": "0.15", "tokens": -1}])
+def test_an_amount_that_is_valid_in_no_unit_fails_the_check(amounts):
+    with pytest.raises(InvalidAmount):
+        check_amounts(amounts)
+
+
+def test_a_zero_fails_the_check_only_where_an_amount_must_be_positive():
+    check_amounts({"agent": 0})
+    for amounts in (0, {"agent": 1, "team": 0}):
+        with pytest.raises(InvalidAmount, match="must be more than 0"):
+            check_amounts(amounts, positive=True)
+
+
+# -- amounts per budget ------------------------------------------------------------------------------------------------
+
+
+def test_a_scalar_applies_to_each_dollar_budget_and_to_no_count():
+    assert spread("0.01", FLAGS) == {"agent": CENT, "team": CENT}
+
+
+@pytest.mark.parametrize(
+    ("flags", "units"), [({"tokens": "n"}, {"tokens": 3}), ({"tokens": "n", "jobs": "s"}, {"tokens": 3})]
+)
+def test_a_scalar_applies_to_the_only_count_of_a_hold_without_dollars(flags, units):
+    assert spread(3, flags) == units
+
+
+def test_a_scalar_for_several_counts_is_ambiguous():
+    with pytest.raises(InvalidArgument, match=r"ambiguous for tokens, calls: give a mapping"):
+        spread(3, {"tokens": "n", "calls": "n"})
+
+
+def test_a_mapping_is_converted_in_the_unit_of_each_budget_that_it_names():
+    assert spread({"tokens": 3, "agent": Decimal("0.01"), "jobs": 1}, FLAGS) == {"tokens": 3, "agent": CENT, "jobs": 1}
+    with pytest.raises(InvalidAmount, match="whole number"):
+        spread({"tokens": "0.5"}, FLAGS)
+
+
+def test_a_mapping_with_a_budget_that_the_hold_lacks_is_refused():
+    with pytest.raises(UnknownBudget, match="this hold has: agent, team, tokens, jobs"):
+        spread({"agent": 1, "agnet": 1}, FLAGS)
+
+
+# -- what a commit records ---------------------------------------------------------------------------------------------
+
+EXACT, RESERVED, ACCRUED = CommitMode.EXACT, CommitMode.RESERVED, CommitMode.ACCRUED
+
+
+def committed(amount: object, **segments: tuple[str, int, int]) -> dict[str, CommitAmount]:
+    return dict(zip(segments, commit_amounts(segments, amount), strict=True))
+
+
+def test_a_scalar_commit_is_exact_for_dollars_and_commits_the_reservation_of_counts():
+    assert committed("0.01", tokens=("n", 100, 40), agent=("u", 5 * CENT, 0)) == {
+        "tokens": CommitAmount(RESERVED, 100),
+        "agent": CommitAmount(EXACT, CENT),
+    }
+
+
+def test_a_mapping_commits_nothing_of_a_budget_that_it_omits():
+    assert committed({"agent": "0.01"}, tokens=("n", 100, 40), agent=("u", 5 * CENT, 0)) == {
+        "tokens": CommitAmount(EXACT, 0),
+        "agent": CommitAmount(EXACT, CENT),
+    }
+
+
+def test_a_commit_without_an_amount_commits_what_was_accrued():
+    assert committed(None, agent=("u", 5 * CENT, CENT), tokens=("n", 100, 40)) == {
+        "agent": CommitAmount(ACCRUED, CENT),
+        "tokens": CommitAmount(ACCRUED, 40),
+    }
+
+
+def test_a_count_that_was_never_accrued_commits_its_reservation_if_other_budgets_were_accrued():
+    segments = {"agent": ("u", 5 * CENT, CENT), "team": ("u", 5 * CENT, 0), "tokens": ("n", 100, 0)}
+    assert committed(None, **segments) == {
+        "agent": CommitAmount(ACCRUED, CENT),
+        "team": CommitAmount(ACCRUED, 0),
+        "tokens": CommitAmount(RESERVED, 100),
+    }
+
+
+def test_a_commit_without_an_amount_commits_nothing_if_nothing_was_accrued():
+    assert committed(None, tokens=("n", 100, 0)) == {"tokens": CommitAmount(ACCRUED, 0)}

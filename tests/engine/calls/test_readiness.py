@@ -1,0 +1,84 @@
+"""The checks of a store, and the warning at the start."""
+
+from __future__ import annotations
+
+import pytest
+
+from ktrdr_budget import Budget, StoreError
+from ktrdr_budget.engine.calls.context import CallContext
+from ktrdr_budget.engine.calls.readiness import begin, check, warn_of_eviction
+from ktrdr_budget.engine.protocol.requests import Command, Read
+
+from ...helpers.calls import NOT_SENT, call_context, drive, found
+
+NOEVICTION, LRU = "maxmemory_policy:noeviction", "used_memory:1\r\nmaxmemory_policy:allkeys-lru\r\n"
+WRITTEN = ""
+"""The reply to an empty batch, which is not read."""
+
+
+@pytest.fixture
+def context() -> CallContext:
+    return call_context(Budget("agent", "5.00"))
+
+
+def test_a_store_that_executes_all_commands_and_evicts_nothing_has_no_faults(context):
+    requests, faults = drive(check(context), [], found([]), WRITTEN, NOEVICTION)
+    assert [type(request) for request in requests] == [Command, Read, Command, Command]
+    assert faults == {"store": None, "policy": None, "scripts": None}
+
+
+def test_a_store_that_may_evict_keys_has_a_fault_of_its_policy(context):
+    faults = drive(check(context), [], found([]), WRITTEN, LRU).result
+    assert faults["policy"] == "maxmemory-policy is allkeys-lru; it must be noeviction, or budgets may vanish"
+
+
+@pytest.mark.parametrize(
+    ("refused", "store", "scripts"),
+    [
+        (["ZADD", ""], None, "the store's user may not run ZADD"),
+        (["SET", "OOM command not allowed"], "it is full, and refuses SET: OOM command not allowed", None),
+    ],
+)
+def test_a_refused_command_is_a_fault_of_the_scripts_or_of_the_whole_store(context, refused, store, scripts):
+    requests, faults = drive(check(context), refused, NOEVICTION)
+    assert len(requests) == 2, "no trial write, which would be refused as well"
+    assert (faults["store"], faults["scripts"]) == (store, scripts)
+
+
+@pytest.mark.parametrize(
+    ("fault", "store", "scripts"),
+    [
+        ("", None, "ERR scripts"),
+        ("login", "ERR scripts", "unknown: the store refuses its user"),
+        ("protocol", "ERR scripts", "unknown: it is not a store"),
+    ],
+)
+def test_an_error_of_the_store_is_a_fault_of_its_scripts_its_user_or_its_protocol(context, fault, store, scripts):
+    faults = drive(check(context), StoreError("ERR scripts", fault=fault), NOEVICTION).result
+    assert (faults["store"], faults["scripts"]) == (store, scripts)
+
+
+def test_a_policy_that_cannot_be_read_is_unknown_and_hides_no_other_check(context):
+    faults = drive(check(context), [], found([]), WRITTEN, StoreError("NOPERM")).result
+    assert faults == {"store": None, "policy": "unknown: NOPERM", "scripts": None}
+
+
+def test_a_store_without_a_reply_leaves_the_other_checks_unknown(context):
+    faults = drive(check(context), NOT_SENT).result
+    unknown = "unknown: no reply from the store"
+    assert faults == {"store": "connection refused", "policy": unknown, "scripts": unknown}
+
+
+def test_a_limiter_connects_at_its_start_and_warns_of_a_store_that_may_evict_keys(context, caplog):
+    requests, _ = drive(begin(context, "cache:6379"), found([]), LRU)
+    assert [type(request) for request in requests] == [Read, Command]
+    assert caplog.messages == [
+        "store at cache:6379: maxmemory-policy is allkeys-lru; it must be noeviction, or budgets may vanish"
+    ]
+    assert context.state.policy_checked
+
+
+@pytest.mark.parametrize("reply", [NOEVICTION, StoreError("NOPERM"), NOT_SENT])
+def test_no_warning_is_logged_for_a_policy_that_evicts_nothing_or_cannot_be_read(context, caplog, reply):
+    drive(warn_of_eviction(context, "cache:6379"), reply)
+    assert caplog.messages == []

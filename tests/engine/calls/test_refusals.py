@@ -1,0 +1,172 @@
+"""The exception for each reply that refuses a request, and when a denied caller may retry."""
+
+from __future__ import annotations
+
+import pytest
+
+from ktrdr_budget import (
+    Budget,
+    BudgetExceeded,
+    DefinitionConflict,
+    HoldConflict,
+    InvalidAmount,
+    StoreError,
+    TooManyBudgets,
+    TooManyHolds,
+    UnknownBudget,
+    UnknownHold,
+)
+from ktrdr_budget.engine.calls.context import CallContext
+from ktrdr_budget.engine.calls.refusals import error_for, refusal
+from ktrdr_budget.engine.protocol.codes import ExtendMode
+from ktrdr_budget.engine.protocol.operations import Extend, ExtendAmount, Labels, Operation, Reserve
+from ktrdr_budget.engine.protocol.replies import (
+    Conflict,
+    Denied,
+    OtherDefinition,
+    TooManyBudgetsReply,
+    TooManyHoldsReply,
+    UnexpectedReply,
+    UnknownHoldReply,
+    UnknownLimit,
+    Unreadable,
+    WindowFull,
+)
+
+from ...helpers.calls import NOT_SENT, NOW_MS, NOW_US, call_context, drive, found, hold_record
+
+AGENT, TOKENS = Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens")
+HOURLY = Budget("tokens", 1000, unit="tokens", period="hour")
+SECOND = 1000
+
+
+@pytest.fixture
+def context() -> CallContext:
+    return call_context(AGENT, TOKENS, Budget("total", 1000, unit="tokens", period="ever"))
+
+
+def reservation(context, name="tokens", units=40) -> Operation:
+    parts = [(context.state.current_window(name), units)]
+    return Reserve("a", context.state.keys.hold("a"), parts, ttl_ms=1000, policy="c", labels=Labels(), now_ms=NOW_MS)
+
+
+def growth(context) -> Operation:
+    windows, amounts = [context.state.current_window("tokens")], [ExtendAmount(reserved=40)]
+    return Extend("a", context.state.keys.hold("a"), windows, amounts, 1000, ExtendMode.GROW)
+
+
+# -- refusals besides denials ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reply", "error", "message"),
+    [
+        (TooManyBudgetsReply("tokens"), TooManyBudgets, "has the maximum of 1000 budgets; 'tokens' would be one more"),
+        (TooManyHoldsReply(7, 0), TooManyHolds, "'default' has 7 open and unconfirmed holds; the maximum is 1000000"),
+        (UnknownLimit("tokens"), UnknownBudget, "'tokens' has no limit"),
+        (UnknownHoldReply(), UnknownHold, "unknown hold 'a'"),
+        (Unreadable("WRONGTYPE"), StoreError, "hold 'a': WRONGTYPE"),
+        (UnexpectedReply("?"), StoreError, "unexpected reply to Reserve of 'a': UnexpectedReply"),
+        (OtherDefinition("tokens", HOURLY.definition), DefinitionConflict, "migrate tokens"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, tuple) else "",
+)
+def test_each_refusal_of_the_store_has_its_exception(context, reply, error, message):
+    raised = error_for(context, reservation(context), reply, NOW_US)
+    assert type(raised) is error
+    assert message in str(raised)
+
+
+def test_a_conflict_describes_the_hold_that_has_the_id(context):
+    raised = error_for(context, reservation(context), Conflict(hold_record(context, tokens=7).render()), NOW_US)
+    assert isinstance(raised, HoldConflict)
+    assert str(raised).startswith("hold 'a' was reserved at 7 tokens and is open")
+
+
+@pytest.mark.parametrize(
+    ("name", "bound"), [("agent", "$4,611,686,018.43"), ("tokens", "4,611,686,018,427,387,904 tokens")]
+)
+def test_a_full_window_names_the_bound_in_the_unit_of_its_budget(context, name, bound):
+    op = reservation(context, name)
+    raised = error_for(context, op, WindowFull(op.windows[0].name), NOW_US)
+    assert isinstance(raised, InvalidAmount)
+    assert f"{name!r} would count {bound}" in str(raised)
+
+
+@pytest.mark.parametrize(
+    ("deadline_ms", "seconds"), [(NOW_MS + 1001, 2), (NOW_MS + 1000, 1), (NOW_MS - 5000, 1), (0, None)]
+)
+def test_too_many_holds_can_be_retried_at_the_first_deadline(context, deadline_ms, seconds):
+    raised = error_for(context, reservation(context), TooManyHoldsReply(7, deadline_ms), NOW_US)
+    assert isinstance(raised, TooManyHolds)
+    assert raised.retry_after == seconds
+
+
+def test_growth_after_a_migration_says_that_the_hold_cannot_grow_and_is_no_conflict_with_this_replica(context):
+    raised = error_for(context, growth(context), OtherDefinition("tokens", TOKENS.definition), NOW_US)
+    assert "cannot grow" in str(raised)
+    raised = error_for(context, growth(context), OtherDefinition("tokens", HOURLY.definition), NOW_US)
+    assert "migrate" in str(raised), "here it is another definition"
+
+
+# -- denials -----------------------------------------------------------------------------------------------------------
+
+
+def denied(context, name="tokens", **figures) -> Denied:
+    """A denial because other holds have the room; the first deadline of any hold is in five seconds."""
+    amounts = {"spent": 0, "held": 990, "unconfirmed": 0, "requested": 40, "first_deadline_ms": NOW_MS + 5 * SECOND}
+    return Denied(context.state.current_window(name).name, 1000, **(amounts | figures))
+
+
+def record(context, seconds, **units) -> str:
+    return hold_record(context, **units)._replace(deadline_ms=NOW_MS + seconds * SECOND).render()
+
+
+def test_a_denied_caller_may_retry_at_the_first_deadline_of_a_hold_of_the_same_window(context):
+    """The first deadline that the store replies with may be of a hold of another budget."""
+    holds = found(["b", "c"]), found([record(context, 5, agent=1), record(context, 20, tokens=990)])
+    requests, error = drive(refusal(context, reservation(context), denied(context), NOW_US), *holds)
+    assert len(requests) == 2
+    assert isinstance(error, BudgetExceeded)
+    assert (error.reason, error.retry_after, error.fits) == ("budget_held", 20, 10)
+
+
+def test_the_deadline_is_searched_once_for_all_callers_denied_within_a_second(context):
+    holds = found(["b"]), found([record(context, 20, tokens=990)])
+    drive(refusal(context, reservation(context), denied(context), NOW_US), *holds)
+    requests, error = drive(refusal(context, reservation(context), denied(context), NOW_US + 900_000))
+    assert requests == []
+    assert error.retry_after == 20
+
+
+def test_a_caller_denied_during_the_search_receives_the_first_deadline_of_any_hold(context):
+    searching = refusal(context, reservation(context), denied(context), NOW_US)
+    next(searching)
+    assert drive(refusal(context, reservation(context), denied(context), NOW_US)).result.retry_after == 5
+    searching.close()
+
+
+def test_a_denied_growth_does_not_wait_for_its_own_hold(context):
+    holds = found(["a", "b"]), found([record(context, 20, tokens=40), record(context, 30, tokens=940)])
+    error = drive(refusal(context, growth(context), denied(context), NOW_US), *holds).result
+    assert error.retry_after == 30
+
+
+@pytest.mark.parametrize("reply", [NOT_SENT, found([])], ids=["no reply to the search", "no hold of this window"])
+def test_a_denied_caller_may_retry_at_the_end_of_the_window_if_no_hold_is_found(context, reply):
+    error = drive(refusal(context, reservation(context), denied(context), NOW_US), reply).result
+    assert error.retry_after == 12 * 3600
+
+
+def test_in_a_window_without_end_a_search_that_found_other_holds_only_names_the_last_deadline_it_saw(context):
+    names = [f"h{number}" for number in range(128)]
+    holds = found(names), found([record(context, 1 + number, agent=1) for number in range(128)])
+    error = drive(refusal(context, reservation(context, "total"), denied(context, "total"), NOW_US), *holds).result
+    assert error.retry_after == 128
+
+
+@pytest.mark.parametrize("figures", [{"spent": 990, "held": 0}, {"requested": 1001}, {"first_deadline_ms": 0}])
+def test_no_hold_is_searched_if_no_expiry_can_help(context, figures):
+    requests, error = drive(refusal(context, reservation(context), denied(context, **figures), NOW_US))
+    assert requests == []
+    assert isinstance(error, BudgetExceeded)

@@ -58,6 +58,20 @@ def test_a_commit_sends_the_amount_of_each_budget_and_journals_the_settlement(co
     assert context.state.journal.has_settled(hold.id)
 
 
+@pytest.mark.parametrize(
+    ("reserved", "amount", "amounts"),
+    [
+        ({"agent": 25 * CENT, "tokens": 40}, "0.07", [("x", 7 * CENT), ("r", 40)]),
+        ({"tokens": 40}, 30, [("x", 30)]),
+        ({"jobs": 1}, "0.07", [("r", 1)]),
+    ],
+    ids=["dollars of the amount, counts as reserved", "the only count", "slots as reserved"],
+)
+def test_a_scalar_amount_is_committed_to_the_budgets_whose_unit_it_can_have(context, reserved, amount, amounts):
+    [request], _ = drive(commit(context, granted_hold(context, **reserved), amount), committed(*reserved.values()))
+    assert request.amounts == amounts
+
+
 def test_a_settlement_says_which_budgets_were_overrun_and_whether_it_was_late_or_a_replay(context):
     hold = granted_hold(context, agent=CENT, tokens=40)
     reply = committed(2 * CENT, 40, overrun=True, late=True, replayed=True)
@@ -140,6 +154,7 @@ CHARGED_ACCRUED = [CommitAmount(CommitMode.ACCRUED, 7 * CENT)]
         (None, False, True, "release", Release),
         (None, False, True, "charge", None),
         (None, True, False, "release", Release),
+        (None, True, False, "charge", Release),
         (None, True, True, "charge", None),
         ("0.07", False, False, "release", CHARGED_ACCRUED),
         ("0.07", False, True, "release", CHARGED_ACCRUED),
@@ -169,6 +184,15 @@ def test_the_end_of_a_block_accepts_a_settlement_by_another_client(context, sett
     drive(leave(context, hold, False, "release"), answer(Conflict(hold_record(context, settled, agent=CENT).render())))
     assert hold.settled
     assert leave(context, hold, False, "release") is None
+
+
+def test_the_end_of_a_block_leaves_a_settlement_alone_that_is_under_way(context):
+    """It completes, though its caller was cancelled."""
+    hold = granted_hold(context, agent=CENT)
+    settling = commit(context, hold, "0.01")
+    next(settling)
+    assert leave(context, hold, True, "release") is None
+    settling.close()
 
 
 # -- by id -------------------------------------------------------------------------------------------------------------

@@ -56,7 +56,17 @@ def window_bounds(period: str, timezone: str, at_ms: int) -> tuple[int, int | No
     if period == "ever":
         return 0, None
     name = window_name(period, timezone, at_ms)
+    known = _bounds.get((period, timezone, name))
+    if known is None:
+        known = _bounds[period, timezone, name] = _find_bounds(period, timezone, name, at_ms)
+    return known
 
+
+_bounds: dict[tuple[str, str, str], tuple[int, int]] = {}
+"""Found bounds: a bisection takes some milliseconds, and each step of a history asks for those of all budgets."""
+
+
+def _find_bounds(period: str, timezone: str, name: str, at_ms: int) -> tuple[int, int]:
     def change(inside: int, outside: int) -> int:
         while abs(outside - inside) > 1:
             middle = (inside + outside) // 2

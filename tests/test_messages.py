@@ -146,7 +146,7 @@ def test_a_closed_limiter_raises_a_public_error(server):
 
 def test_a_call_during_a_close_by_another_thread_raises_a_public_error(start_server):
     own = start_server()
-    limiter = BudgetLimiter(own.url, BUDGETS, timeout=30)
+    limiter = BudgetLimiter(own.url, BUDGETS, timeout=1)
     limiter.status("agent")
     own.pause()
     errors: list[BaseException] = []

@@ -37,7 +37,7 @@ class Proxy:
     ``freeze()``: half-open connections. They stay open and new ones are accepted, but nothing passes in either
     direction until ``thaw()``, which also delivers the data of senders that have disconnected.
     ``blackhole(count)``: like a NAT that dropped its state, for the oldest connections or all: they stay open on both
-    sides, but everything sent on them vanishes. New connections work.
+    sides, but everything sent on them vanishes (``requests_ignored`` counts scripts). New connections work.
     ``cut()``: every connection is closed, and every new one as well, until ``mend()``.
     ``delay_s``, ``bytes_per_s``: the delay of each piece of data, and the bandwidth.
 
@@ -52,6 +52,7 @@ class Proxy:
         self.fate: Callable[[], str | None] = lambda: None
         self.replies_lost = 0
         self.requests_lost = 0
+        self.requests_ignored = 0
         self.scripts_run = 0
         self.delay_s = 0.0
         self.bytes_per_s = 0.0
@@ -181,6 +182,7 @@ class Proxy:
     ) -> None:
         while chunk := await reader.read(1 << 20):
             if connection.is_blackholed:
+                self.requests_ignored += b"\r\nEVAL" in chunk
                 continue
             connection.greeting = b"\r\nCLIENT\r\n" in chunk
             if b"\r\nEVAL" in chunk:

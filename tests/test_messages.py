@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -166,3 +169,20 @@ def test_a_call_during_a_close_by_another_thread_raises_a_public_error(start_ser
         thread.join()
     assert [type(error).__module__.split(".")[0] for error in errors] in (["builtins"], ["ktrdr_budget"], [])
     assert not any(type(error).__name__.startswith("_") for error in errors)
+
+
+# -- the log -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_package_has_each_message_and_metric_that_the_page_about_faults_lists():
+    root = Path(__file__).parents[1]
+    sources = (path.read_text(encoding="utf-8") for path in (root / "ktrdr_budget").rglob("*.py"))
+    nodes = (node for source in sources for node in ast.walk(ast.parse(source)))
+    texts = {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    page = (root / "docs" / "faults.md").read_text(encoding="utf-8")
+    [seen] = re.findall(r"^\| you see .*?\n\n", page, re.MULTILINE | re.DOTALL)
+    listed = [text for row in seen.splitlines() for text in re.findall(r"`([^`]+)`", row.split(" | ")[0])]
+    fragments = [part.strip(" :,") for text in listed for part in text.split("…")]
+    missing = [part for part in fragments if part and not any(part in text for text in texts)]
+    assert len(listed) > 10
+    assert not missing

@@ -24,7 +24,7 @@ class BudgetService:
         self.use: Dependency = Depends(self.caller)
         """The dependency of operations for every key: the :class:`Caller`."""
         self.admin: Dependency = Depends(self.admin_caller)
-        """The same for the admin key only."""
+        """The dependency of operations for the admin key only."""
         if keys:
             self.use = Security(BearerKey("useKey", "KTRDR_API_KEY", self.caller))
             self.admin = Security(BearerKey("adminKey", "KTRDR_ADMIN_KEY", self.admin_caller))

@@ -55,7 +55,7 @@ class WindowReport:
     conclusive: bool
     """False if the window changed during every attempt to read it."""
     unconfirmed_sum: int | None = None
-    """The ledger's sum of unconfirmed charges; ``None`` if a part of the ledger was carried forward."""
+    """The ledger's sum of unconfirmed charges; ``None`` if a part of the ledger was trimmed."""
     fault: str = ""
     """Why the window cannot be read, such as a key of another type. Its figures are unknown then."""
 

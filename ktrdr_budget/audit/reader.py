@@ -88,7 +88,7 @@ class WindowSnapshot:
     unconfirmed: int
     events: int
     replica_subtotals: int
-    """The sum of each replica's own subtotal of ``spent``: a second source for it."""
+    """The sum of all replicas' subtotals of ``spent``, as a second source for ``spent``."""
     corrections: int
     vanished: bool
     """Whether the window's key is missing although its ledger is there."""
@@ -108,7 +108,7 @@ class Ledger:
     """
 
     number: int = 0
-    """Of the last entry read."""
+    """The number of the last entry read."""
     last: bytes = b""
     """The text of the last entry read."""
     head: bytes = b""
@@ -119,7 +119,7 @@ class Ledger:
     events: int = 0
     """Entries that count as events."""
     carried: bool = False
-    """Whether one of the entries read stands for others; the sums then lack their events and unconfirmed charges."""
+    """Whether a summary was read; the sums then lack the events and unconfirmed charges of the entries in it."""
     charges: dict[str, int] = field(default_factory=dict)
     """Charges of expired holds that are still unconfirmed, by hold id."""
 

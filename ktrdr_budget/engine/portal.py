@@ -51,7 +51,7 @@ class _Portal:
     def __init__(self) -> None:
         self._pid = 0
         self._closed_pid = 0
-        """The process in which it was closed."""
+        """The id of the process in which the portal was closed."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self.thread: threading.Thread | None = None
         self._waiting: set[concurrent.futures.Future[Any]] = set()

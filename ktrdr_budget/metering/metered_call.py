@@ -54,7 +54,7 @@ class CallTerms:
     units: Mapping[str, str]
     """The unit of each budget; ``slots`` for a budget of that kind."""
     ttl: float
-    """Seconds."""
+    """The ttl of reservations, in seconds."""
     on_expiry: OnExpiry
 
     @property

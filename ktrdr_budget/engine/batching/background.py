@@ -21,7 +21,7 @@ from ktrdr_budget.errors import StoreError, StoreUnavailable
 __all__ = ["NO_REPLY", "Background", "DataLossPending", "refuses_everything"]
 
 NO_REPLY = (Transient, TimeoutError, StoreUnavailable, OSError, NoScript)
-"""What :meth:`Background.send` raises when the store does not reply, or refuses."""
+"""The exceptions that :meth:`Background.send` raises if the store does not reply, or refuses the batch."""
 
 _REFUSES_EVERYTHING = re.compile(r"\b(OOM|NOPERM|NOAUTH|WRONGPASS|MISCONF|KTRDRSCHEMA)\b|[Nn]o permissions")
 

@@ -26,10 +26,12 @@ StoreState = Literal["closed", "open"]
 
 PROBE_FIRST_S = 0.05
 PROBE_MAX_S = 1.0
-"""The longest time between two probes, and for which one waits; less if the limiter's timeout is."""
+"""The longest time between two probes, and the longest wait for one; the limiter's timeout if that is less."""
 PATIENCE_S = 0.05
-"""How long calls wait for a probe, from its beginning: a server that is down refuses at once, one that hangs does not
-reply at all."""
+"""How long calls wait for a probe, from its beginning.
+
+A server that is down refuses at once, and one that hangs does not reply, so a longer wait is useless.
+"""
 
 
 class Breaker:
@@ -48,13 +50,13 @@ class Breaker:
         """Close the breaker, as at the start."""
         self.open = False
         self.openings = 0
-        """How often it has opened."""
+        """How often the breaker has opened."""
         self.last_reply_s = 0.0
         """When the store last replied to a read, in seconds of the monotonic clock."""
         self._since_s = 0.0
         self._cause = ""
         self._answered = False
-        """Whether the store replies that it is not ready."""
+        """Whether the store replies, but is not ready."""
         self._pause_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self._probe_began_s: float | None = None

@@ -16,7 +16,7 @@ _APART_S = 0.01
 """The least time between two checks: many calls may wait, and a check visits all of them."""
 _TICK_S = 0.02
 LATE_S = 0.02
-"""A timer that is so late was late because the event loop was blocked."""
+"""If the timer is later than this, the event loop was blocked."""
 
 
 class Deadlines:
@@ -32,9 +32,9 @@ class Deadlines:
         self._expire = expire
         self._timer: asyncio.TimerHandle | None = None
         self.next_s = math.inf
-        """The time of the event loop of the next check; a call with an earlier deadline sets it anew."""
+        """The event loop's time of the next check; a call with an earlier deadline brings it forward."""
         self.stalled_s = 0.0
-        """For how long the event loop was blocked, in sum."""
+        """The total time for which the event loop was blocked."""
 
     def watch(self, loop: asyncio.AbstractEventLoop, deadline: float) -> None:
         """Check the deadlines at this time of the event loop."""

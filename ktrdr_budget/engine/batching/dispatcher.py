@@ -51,13 +51,13 @@ _BATCH_WINDOWS = 768
 _BACKOFF_FIRST_S = 0.01
 _BACKOFF_MAX_S = 0.2
 _MISSING_WINDOW_S = 0.05
-"""A call waits so long for a missing window before it is sent again."""
+"""How long a call waits for a missing window before it is sent again."""
 _UNDER_REPAIR = "it lost writes and is being repaired"
 _LOOP_BLOCKED = "the event loop was blocked"
 _TIME_LEFT_MIN_S = 0.002
-"""A call with less time than this has none."""
+"""A call with less time left than this is not sent again."""
 _REPLY_S = 0.1
-"""A delayed call is sent again only with so much time left for the reply."""
+"""A delayed call is sent again only if at least this time is left for the reply."""
 
 
 class Dispatcher:
@@ -94,11 +94,11 @@ class Dispatcher:
         """The thread of the first call."""
         self._queues = Queues()
         self.delayed: dict[PendingCall, asyncio.TimerHandle] = {}
-        """Calls that ask for money while the store is repaired, or that touch a missing window."""
+        """Reservations and growth that wait for a repair of the store, and calls on a missing window."""
         self.deadlines = Deadlines(self._expire_queued)
         self._lanes = 0
         self._idle: asyncio.Future[None] | None = None
-        """Done when no lane is left, once :meth:`close` has asked."""
+        """A future that completes when the last lane has ended; set by :meth:`close`."""
         self._backoff_s = 0.0
         self._last_error: Exception | None = None
         self._retiring = False

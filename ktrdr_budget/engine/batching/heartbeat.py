@@ -27,7 +27,7 @@ class Heartbeat:
         self._dispatcher = dispatcher
         self._hold = hold
         self.timer: asyncio.TimerHandle | asyncio.Future[None] | None = None
-        """Of the next heartbeat, or the one under way."""
+        """The timer of the next heartbeat, or the task of the one in flight."""
         if not hold.settled:
             self._schedule()
 

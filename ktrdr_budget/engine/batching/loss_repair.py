@@ -28,7 +28,7 @@ PULSE_S = 1.0
 The store grants nothing for RECOVERY_MS of prelude.lua after the first detection: three times as long.
 """
 _CHECK_PULSES, _CHECK_HOLDS = 2, 500
-"""With each second pulse, so many holds are checked for settlements by others."""
+"""Every two pulses, this many holds are checked for settlements by other replicas."""
 _REPLAY_AGAIN_FIRST_S, _REPLAY_AGAIN_MAX_S = 1.0, 5.0
 """Delays before operations on a missing window are replayed again."""
 _BATCH_OPS = 128
@@ -64,7 +64,7 @@ class LossRepair:
         self._on_wait = on_wait
         self._on_end = on_end
         self.total = Repair()
-        """What was replayed so far."""
+        """Counts of everything replayed so far."""
         self.reset()
 
     def reset(self) -> None:
@@ -72,13 +72,13 @@ class LossRepair:
         self.active = False
         """The store has lost writes; no call is sent before the replay is complete."""
         self._again = False
-        """A further loss came up that the replay under way may lack."""
+        """Another data loss was detected during the replay, which must be repeated."""
         self._replayed_losses = 0
-        """The losses after which the whole journal was replayed."""
+        """The number of losses after which the whole journal was replayed."""
         self._probing = False
         self._checking = False
         self.pulses = 0
-        """Pulses so far, except those without a reply to expect."""
+        """Pulses so far; those without an expected reply are not counted."""
         self._replay_again_s = _REPLAY_AGAIN_FIRST_S
         self._pulse_timer: asyncio.TimerHandle | None = None
         self._replay_timer: asyncio.TimerHandle | None = None

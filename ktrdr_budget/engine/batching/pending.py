@@ -27,7 +27,7 @@ class Observation:
     error: BaseException | None
     seconds: float
     context: contextvars.Context
-    """The caller's, as it was at the call."""
+    """The context variables of the caller at the time of the call."""
 
 
 Observer = Callable[[Observation], None]
@@ -77,11 +77,11 @@ class PendingCall:
         self.stalled_before_s = stalled_before_s
         self.kept = kept
         self.was_renewed = False
-        """Whether its deadline was renewed, because the event loop was blocked."""
+        """Whether the call's deadline was renewed, because the event loop was blocked."""
         self.context = contextvars.copy_context()
         self.request: Any = None
-        """The request whose reply it waits for."""
+        """The request whose reply the call waits for."""
         self.was_resent = False
         """Whether an attempt without a reply may have been executed."""
         self.unacknowledged = False
-        """Whether that attempt may have been the first of a settlement: then its replay is the first reply."""
+        """Whether a resent settlement may have been executed by its first attempt: a replay is then its first reply."""

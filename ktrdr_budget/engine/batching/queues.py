@@ -14,7 +14,7 @@ from ktrdr_budget.engine.batching.pending import PendingCall
 __all__ = ["Queues"]
 
 _SHARES = 4
-"""A queue with waiting calls gets at least one part of so many."""
+"""A queue with waiting calls gets at least a quarter of a batch."""
 
 
 class Queues:
@@ -25,7 +25,7 @@ class Queues:
     def __init__(self) -> None:
         self._settlements: deque[PendingCall] = deque()
         self._urgent: deque[PendingCall] = deque()
-        """Heartbeats and reports: they ask for no money, and keep a hold alive."""
+        """Heartbeats and reports, which need no room in a budget, and keep holds open."""
         self._admissions: deque[PendingCall] = deque()
         """Reservations and growth."""
 

@@ -68,7 +68,7 @@ class Replayer:
         self._draining = False
         self._ended = False
         self._lock = asyncio.Lock()
-        """Held by the one that drains: two would send the same, and take each other's replies for their own."""
+        """Held while the outbox is sent: two concurrent passes would send the same requests."""
         self._pause_s = RETRY_FIRST_S
 
     # -- what is added -------------------------------------------------------------------------------------------------

@@ -170,7 +170,7 @@ class DenialCache:
 
     def __init__(self) -> None:
         self._entries: dict[str, tuple[int, int, int]] = {}
-        """By the keys of windows: the first deadline of any open hold then, when it was looked up, what was found."""
+        """Per window key: the first deadline of any open hold at the time, the time of the look-up, and its result."""
 
     def get(self, window: Window, first_deadline_ms: int, now_ms: int) -> int | None:
         """The cached deadline of this window, unless the hold with the first deadline has changed since."""

@@ -39,7 +39,7 @@ _STORE_FAULTS = {
     "MISCONF": "it cannot write to its disk",
     "NOREPLICAS": "it has too few replicas",
 }
-"""By the first word of an error: faults of the whole store."""
+"""Faults of the whole store, by the first word of the error."""
 _AMOUNTS_SHOWN = 3
 
 # -- denials and conflicts ---------------------------------------------------------------------------------------------

@@ -50,7 +50,7 @@ class Chunk:
         self.granted = 0
         """Units of grants that are not settled."""
         self.open = 0
-        """How many such grants there are."""
+        """The number of unsettled grants."""
         self.ends_ms = ends_ms
         self.heartbeat_at_s = 0.0
         """When the next heartbeat is due, by the event loop's clock."""
@@ -181,13 +181,13 @@ class Chunks:
         self.alarm = NEVER
         """Below this many units the current chunk requests the next."""
         self.needed = 0
-        """The largest amount that was refused for want of room since the last chunk came."""
+        """The largest amount that was refused for lack of room since the last chunk arrived."""
         self.uses = 0
-        """How many grants were given."""
+        """The number of grants so far."""
         self.last_refill_error: Exception | None = None
-        """Why the last request for a chunk failed; ``None`` if it did not."""
+        """The error of the last request for a chunk; ``None`` if it succeeded."""
         self.closed_reason: str | None = None
-        """Why nothing is granted any more."""
+        """Why the lease grants nothing more; ``None`` while it is open."""
         self._spent_before = 0
         self._now_ms = now_ms
         self._units_of: dict[Any, int] = {}

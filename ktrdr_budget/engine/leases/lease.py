@@ -42,10 +42,10 @@ logger = logging.getLogger("ktrdr_budget")
 LEASE_TTL_DEFAULT_S: Final = 60
 IDLE_DEFAULT_S: Final = 5.0
 _ROLL_MS: Final = LONGEST_HOLD_MS * 5 // 6
-"""A chunk of a long window is replaced by another before its hold is as old as holds may get."""
+"""Age at which a chunk of a long window is replaced, before its hold reaches the maximum age of holds."""
 _ROUNDS_MAX = 8
 _PAUSE_S = 0.1
-"""The pause after a request that did not bring a whole chunk, unless a caller waits for one."""
+"""The pause after a request that was not granted a whole chunk, unless a caller waits for room."""
 _TICK_MIN_S = 0.05
 _FORKED = "this lease belongs to the process that opened it: open another in the child"
 _CLOSED = "this lease is closed"
@@ -90,7 +90,7 @@ class _Waiter(NamedTuple):
     until_s: float
     future: Any
     since_attempt: int
-    """The number of the last request for a chunk that was made before this caller came."""
+    """The number of the last request for a chunk before this caller began to wait."""
 
 
 class LeaseBase(Chunks):
@@ -144,7 +144,7 @@ class LeaseBase(Chunks):
         self._requested = 0
         self._pause_until_s = 0.0
         self._attempt = 0
-        """How many chunks were requested."""
+        """The number of chunks requested so far."""
         self._waiters: deque[_Waiter] = deque()
         self._ends: list[asyncio.Future[None]] = []
         self._used: tuple[int, int] = (0, 0)

@@ -31,11 +31,11 @@ class OfflineReservation(NamedTuple):
     """The current windows, each with the whole units requested."""
     ttl_ms: int
     policy: str
-    """Its expiry policy, a code of :data:`~..protocol.codes.POLICIES`."""
+    """The expiry policy, a code of :data:`~..protocol.codes.POLICIES`."""
     labels: Labels
     request: str
     ambiguous: bool
-    """The store may have granted it."""
+    """Whether the store may have granted the reservation."""
 
 
 class OutagePolicy:
@@ -49,7 +49,7 @@ class OutagePolicy:
     defers = False
     """Whether a settlement without a reply is deferred, and its caller continues."""
     extends = False
-    """Whether a hold of the store is extended here if the store is unreachable."""
+    """Whether a hold that the store granted is extended in this process while the store is unreachable."""
 
     def __init__(
         self,

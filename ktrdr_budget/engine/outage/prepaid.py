@@ -96,11 +96,11 @@ class PrepaidHold:
         self.on_expiry = request.policy
         self.labels = request.labels
         self.deadline_ms = now_ms + request.ttl_ms
-        """Of the hold, by the store's clock."""
+        """The hold's deadline, by the store's clock."""
         self.latest_ms = now_ms + LONGEST_HOLD_MS
         self.is_expired = False
         self.settled: tuple[HoldState, list[int]] | None = None
-        """Its state and what was spent, once it is settled."""
+        """The hold's state and the units spent, once it is settled."""
 
     @property
     def parts(self) -> list[tuple[Window, int]]:
@@ -143,7 +143,7 @@ class PrepaidPolicy(OutagePolicy):
         self._open: dict[str, HoldBase] = {}
         """Holds that are not settled."""
         self._next_expiry_ms = 0.0
-        """No open hold expires before."""
+        """The earliest time at which an open hold may expire."""
 
     def _new_leases(self) -> dict[str, KeptLease]:
         return {name: KeptLease(self._calls, name, slab, self.expire) for name, slab in self._slabs.items()}

@@ -66,7 +66,7 @@ class BatchHead(NamedTuple):
 
     now_us: int
     data_loss: bool
-    """The store has lost writes that it acknowledged to this replica, and did nothing else."""
+    """Whether the store has lost acknowledged writes of this replica; it then executed nothing of the batch."""
     acknowledged: int
     epoch: str | None
     """Set if it differs from the one of the request."""

@@ -39,16 +39,16 @@ class CommitMode(StrEnum):
 
     EXACT = "x"
     RESERVED = "r"
-    """What was reserved."""
+    """The reserved amount."""
     ACCRUED = "a"
-    """What was accrued, and no less than the amount given."""
+    """The accrued amount, but at least the amount given."""
 
 
 class ReleaseMode(StrEnum):
     """Release modes: the client that releases, and whether the worker can still commit the hold."""
 
     BY_WORKER = "0"
-    """For good."""
+    """The release is final."""
     BY_OPERATOR = "1"
     """The worker's later commit corrects it."""
     BY_ID = "i"
@@ -65,13 +65,13 @@ class ExtendMode(StrEnum):
     """The effect of an extension on the deadline."""
 
     HEARTBEAT = "0"
-    """Set it."""
+    """Set the deadline."""
     GROW = "1"
-    """Keep that of an open hold."""
+    """Keep the deadline of an open hold."""
     HEARTBEAT_NO_SOONER = "2"
-    """Set it unless that is sooner."""
+    """Set the deadline unless the new one is earlier."""
     REPORT = "3"
-    """Keep it, also if it has passed: the hold stays unconfirmed."""
+    """Keep the deadline, even if it has passed: the hold stays unconfirmed."""
 
 
 # -- replies -----------------------------------------------------------------------------------------------------------
@@ -128,7 +128,7 @@ STATE_CODES: Final[dict[str, str]] = {
     "recorded": RECORDED,
 }
 SETTLED: Final = frozenset((COMMITTED, RELEASED, RECORDED))
-"""States in which nothing changes any more."""
+"""States of holds that were settled for good."""
 
 POLICIES: Final[dict[str, OnExpiry]] = {"c": "charge", "a": "accrued", "r": "release"}
 POLICY_CODES: Final[dict[str, str]] = {policy: code for code, policy in POLICIES.items()}
@@ -137,4 +137,4 @@ DOLLARS: Final = "u"
 COUNT: Final = "n"
 SLOTS: Final = "s"
 FLAGS: Final[dict[str, str]] = {DOLLARS: "usd", COUNT: "count", SLOTS: "slots"}
-"""Units by the flag of a segment."""
+"""The unit for each flag of a segment."""

@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 _TOMBSTONE_LABEL = "!"
-"""The operation of a tombstone: no label is encoded so."""
+"""The operation of a tombstone; the encoding of a label never gives this text."""
 
 
 class Segment(NamedTuple):

@@ -57,10 +57,10 @@ LONGEST_HOLD_MS: Final = 86_400_000
 _LASTING_MS: Final = 315_360_000_000
 """Ten years: the life of an open hold's record in windows without end, until a request finds the hold due."""
 _FAST_UNITS_MAX: Final = 2**46
-"""The fast path commits no more than this: the sums of a whole batch stay exact."""
+"""The fast path commits at most this many units, so that the sums of a whole batch stay exact."""
 
 Rendered = tuple[str, Sequence[tuple[Window, str]], str]
-"""Head, windows with what follows their numbers, and tail."""
+"""The head, the windows with the texts that follow their numbers, and the tail."""
 
 
 class Labels(NamedTuple):
@@ -84,7 +84,7 @@ class ExtendAmount(NamedTuple):
     accrued: int = 0
     reserved: int = 0
     expected: int | None = None
-    """The total that the growth adds to: with more reserved already, nothing changes."""
+    """The total that the growth adds to; if more is reserved already, nothing changes."""
 
 
 class Operation:
@@ -95,14 +95,14 @@ class Operation:
     letter: ClassVar[str]
     is_retire: ClassVar[bool] = False
     asks_for_money: bool = False
-    """Whether it reserves or grows, and so is decided after operations that may give money back."""
+    """Whether it reserves or grows; such operations are decided after those that may return money."""
 
     def __init__(self, hold_id: str, key: str, windows: Sequence[Window]) -> None:
         self.hold_id = hold_id
         self.key = key
         self.windows = windows
         self.uses_fast_path = False
-        """Whether ``lua/fast_path.lua`` may execute it; false once that replied that it does not know it."""
+        """Whether ``lua/fast_path.lua`` may execute it; false once that script has declined it."""
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__} {self.hold_id} {', '.join(window.name for window in self.windows)}>"

@@ -58,14 +58,14 @@ class Settled(NamedTuple):
     """A commit, a release, a record of spend or a subtotal was executed, now or by an earlier request."""
 
     units: tuple[int, ...]
-    """What counts as spent, for each window in the order of the hold's record."""
+    """The units that count as spent, for each window in the order of the hold's record."""
     replayed: bool = False
     overrun: bool = False
     late: bool = False
     replica: str = ""
-    """Of a replay: the replica whose subtotals include it."""
+    """For a replay: the replica in whose subtotals the settlement counts."""
     windows: tuple[tuple[str, str], ...] = ()
-    """Of the replay of a record of spend: each budget and the window in which it was recorded first."""
+    """For the replay of a record of spend: each budget and the window in which the spend was first recorded."""
 
 
 class Extended(NamedTuple):
@@ -106,7 +106,7 @@ class Denied(NamedTuple):
     window: str
     """``budget:window``."""
     limit: int | None
-    """``None``: uncapped, and full to the bound of exact sums."""
+    """``None``: the budget is uncapped, but its sum has reached the bound of exact sums."""
     spent: int
     held: int
     unconfirmed: int
@@ -114,7 +114,7 @@ class Denied(NamedTuple):
     first_deadline_ms: int
     """The first deadline of any open hold of the tenant; 0 if there is none."""
     total: int = 0
-    """Of a growth: the amount that the hold would have counted."""
+    """For growth: the amount that the hold would have counted."""
 
 
 class Conflict(NamedTuple):

@@ -62,7 +62,7 @@ class PreparedFact(NamedTuple):
     hold_id: str
     key: str
     contents: str
-    """Equal for equal requests."""
+    """A text that is equal for equal requests."""
     complete: Callable[[HoldRecord], Operation]
 
 
@@ -73,7 +73,7 @@ class Read(NamedTuple):
     keys: Sequence[str]
     args: Sequence[str | int]
     while_recovering: WhileRecovering = "answers"
-    """Whether a reply counts while replicas replay what the store has lost: as it is, unless it is empty, or not."""
+    """Whether a reply is used while replicas may replay lost data: always, unless it is empty, or never."""
     prepares: PreparedFact | None = None
     """The fact that follows this read."""
 
@@ -86,7 +86,7 @@ class ReadHead(NamedTuple):
     """``None`` if nothing was ever written."""
     acknowledged: int
     recovering_until_ms: int
-    """0 if no replica has anything left to replay."""
+    """Until when replicas may replay lost data; 0 if no replay is pending."""
 
     @property
     def now_ms(self) -> int:
@@ -100,7 +100,7 @@ class RuntimeLimit(NamedTuple):
     units: int | None
     """``None``: uncapped."""
     until_ms: int
-    """0: for good."""
+    """The end of the limit in milliseconds; 0: it has no end."""
     changed_us: int = 0
 
     def is_in_force(self, now_ms: int) -> bool:
@@ -116,14 +116,14 @@ class WindowFigures(NamedTuple):
     """The registered definition of the budget; empty if there is none."""
     limit: int | None
     has_limit: bool
-    """Whether a reservation has brought a configured limit."""
+    """Whether a reservation has written a configured limit to the window."""
     spent: int
     held: int
     unconfirmed: int
     events: int
     overruns: int
     claim: tuple[int, str] | None
-    """The replica that brought the configured limit: when it started, and its id."""
+    """The start and the id of the replica that wrote the configured limit."""
 
 
 def _text(value: bytes | str | None) -> str:

@@ -50,7 +50,7 @@ class Window:
         stored: str | None = None,
     ) -> None:
         self.has_grants = False
-        """Whether this replica was granted a reservation in it: the window exists and has this replica's limit."""
+        """Whether this replica was granted a reservation in the window, which therefore exists and has its limit."""
         self.budget = budget
         self.span = span
         self.flag = flag
@@ -65,7 +65,7 @@ class Window:
         bounds = (str(span.start_ms), str(span.end_ms or 0), str(expires_ms))
         limit_word = "-" if limit is None else str(limit)
         self.words = (self.name, flag, definition, *bounds, limit_word, "!" if asserts_limit else "?")
-        """Its words in a batch."""
+        """The window's words in a batch."""
 
     def __repr__(self) -> str:
         return f"<Window {self.name}>"

@@ -103,43 +103,43 @@ class HoldBase:
         self.engine = engine
         self.id = hold_id
         self.parts = parts
-        """Its windows, each with the whole units reserved."""
+        """The hold's windows, each with the whole units reserved."""
         self.ttl_ms = ttl_ms
         self.deadline_ms = deadline_ms
-        """By the store's clock."""
+        """The hold's deadline, by the store's clock."""
         self.request = request
-        """Names the reservation that was granted, if the id is the caller's own."""
+        """The name of the granted reservation request, if the caller chose the id."""
         self.granted = granted
-        """Its record as the store granted it, until it is extended or grows."""
+        """The record as the store granted it, until the hold is extended or grows."""
         self.offline = offline
-        """Set if it was granted while the store was unreachable: the store does not have it."""
+        """Set if the hold was granted while the store was unreachable, so that the store does not have it."""
         self.offline_record: HoldRecord | None = None
-        """The record of such a hold as it was granted."""
+        """The record of an offline hold at its grant."""
         self._accrued: dict[str, int] = {}
         self._notes: Mapping[str, None] = _NOTHING
         self.settling = False
-        """Whether its settlement is under way: later accruals are not included."""
+        """Whether the settlement is in flight; accruals after this are not included in it."""
         self.uncertain_commit: Sequence[CommitAmount] | None = None
         """The amounts of a commit without a reply: leaving the block commits them again."""
         self.drawn: dict[str, int] = {}
         """The worst-case remaining cost of the calls in progress inside this hold, in whole units per budget."""
         self.growth: Any = None
-        """The queue of such calls when the hold must grow for them."""
+        """The queue of calls for which the hold must grow."""
         self.in_doubt_growth: tuple[Mapping[str, int], Mapping[str, int]] | None = None
-        """The increase and the totals before of a growth without a reply, which its caller may repeat."""
+        """The increase and the previous totals of growth without a reply, which its caller may repeat."""
         self.last_growth: Mapping[str, int] = _NOTHING
-        """The totals of the last growth that is done."""
+        """The totals after the last completed growth."""
         self.lock = threading.Lock()
         """Guards arithmetic only: threads may share a hold."""
         self.state: HoldState = "open"
         self.created_us = created_us if record is None else record.created_us
-        """When the store granted it, by its clock, in microseconds since the epoch; 0 if it did not."""
+        """When the store granted the hold, by the store's clock, in microseconds since 1970; 0 for an offline hold."""
         self.granted_in: str | None = engine.state.epoch
-        """The epoch in which the store granted it, or had it."""
+        """The store's epoch in which the hold was granted or last seen."""
         self.replayed = record is not None
-        """The same reservation had been granted before; this is that hold, as it is now."""
+        """Whether the same reservation had been granted before; this object shows that hold's current state."""
         self.released_by_operator = record is not None and record.state == codes.RELEASED_BY_OPERATOR
-        """An operator released it, or its caller was gone: a commit still corrects that."""
+        """Whether the hold was released by an operator or for a caller that was gone; a commit still corrects that."""
         if record is not None:
             self.state = codes.STATES[record.state]
             self._accrued = {s.budget: s.accrued for s in record.segments if s.accrued}

@@ -46,18 +46,20 @@ from ktrdr_budget.models import Budget
 __all__ = ["Journal", "Repair"]
 
 SETTLEMENTS_MAX = 20_000
-"""At most; at least half as many."""
+"""The maximum number of settlements kept; at least half of them are kept."""
 HOLDS_MAX = 10_000
-"""At most; at least half as many. Fewer than settlements: a hold that another replica has settled must not stay longer
-than that settlement."""
+"""The maximum number of holds kept; at least half of them are kept.
+
+It is below that of settlements, because a hold must not be kept for longer than its settlement by another replica.
+"""
 AGE_MAX_MS = LONGEST_HOLD_MS // 2
-"""A settlement is replayed only while the store cannot have dropped its id, which it does after a day."""
+"""The maximum age of a replayed settlement: the store drops its id after a day."""
 _ID_MEMORY_MS = 86_400_000
-"""After it, the store has dropped the id of a settlement, which may be used for another one."""
+"""The age after which the store has dropped the id of a settlement, so that another one may use it."""
 HOLD_AGE_MAX_MS = AGE_MAX_MS
-"""A hold may have been settled elsewhere since the store last had it: it is replayed no longer than that settlement."""
+"""The maximum age of a replayed hold: another replica may have settled it, and replays that for as long."""
 _FRESH_MS = 2000
-"""Before that age, holds are not checked for settlements by others: most are settled here by then."""
+"""Younger holds are not checked for settlements by others, because most are soon settled by this replica."""
 _WINDOWS_MAX = 4096
 _CLEARED = 1
 """``until_ms`` of a limit that was cleared."""
@@ -66,7 +68,7 @@ _CLEARED = 1
 class _Limit(NamedTuple):
     limit: RuntimeLimit
     definition: str
-    """The budget's: the limit is an amount of its unit."""
+    """The definition of the budget, in whose unit the limit is."""
 
 
 class _Hold(NamedTuple):
@@ -76,7 +78,7 @@ class _Hold(NamedTuple):
     """Their keys."""
     record: str
     seen_us: int
-    """When the store last had it."""
+    """When the store last had the hold."""
 
 
 class _Settlement(NamedTuple):
@@ -85,13 +87,13 @@ class _Settlement(NamedTuple):
     windows: str
     """Their keys."""
     record: str
-    """The hold's, as settled."""
+    """The hold's record after the settlement."""
     units: tuple[int, ...]
-    """What counts as spent in each window."""
+    """The units that count as spent in each window."""
     is_own: bool
-    """Whether it counts in this replica's subtotals."""
+    """Whether the settlement counts in this replica's subtotals."""
     replica: str
-    """Else: the replica that it counts for, if the store's reply named one."""
+    """If it is not its own: the replica that the settlement counts for, if the store's reply named one."""
     at_ms: int
 
 
@@ -133,22 +135,22 @@ class Journal:
     def clear(self) -> None:
         """Drop everything."""
         self._windows: dict[str, Window] = {}
-        """By their keys."""
+        """Windows by their keys."""
         self._evicted_units: dict[str, int] = {}
-        """Units in this replica's subtotal of each window that are of evicted settlements."""
+        """The units of evicted settlements in this replica's subtotal of each window."""
         # Two generations of both: dropping the older one at once costs nothing, one by one would cost a search each.
         self._holds: dict[str, _Hold] = {}
         self._older_holds: dict[str, _Hold] = {}
         self._settlements: dict[str, _Settlement] = {}
         self._older_settlements: dict[str, _Settlement] = {}
         self._limits: dict[str, _Limit] = {}
-        """Those that this replica has set, cleared or read, by budget."""
+        """The limits that this replica has set, cleared or read, by budget."""
         self._checked = 0
         """How many of the holds were checked for settlements by others in this round."""
         self.forgotten_settlements = 0
-        """Settlements that were evicted."""
+        """The number of evicted settlements."""
         self.forgotten_holds = 0
-        """Holds that were open when they were evicted."""
+        """The number of holds that were open when they were evicted."""
 
     def __bool__(self) -> bool:
         settled = self._settlements or self._older_settlements or self._evicted_units

@@ -26,9 +26,9 @@ FACTS = frozenset({"settlement", "report", "by id"})
 OUTCOMES = ("executed", "sent_again", "superseded", "released", "granted", "absent", "retried", "refused", "dropped")
 """Outcomes of a request in doubt.
 
-``executed``: the first attempt had arrived. ``sent_again``: it had not, or was a report. ``superseded``: the hold was
-settled otherwise meanwhile. ``released``: a grant that no caller had. ``granted``: open under its caller's own id, and
-left to it. ``absent``: never granted, or no such hold. ``retried``: its caller received a reply to another attempt.
+``executed``: the first attempt had been executed. ``sent_again``: it had not, or was a report. ``superseded``: the hold
+was settled otherwise meanwhile. ``released``: a grant that no caller had. ``granted``: open under its caller's own id,
+and left to it. ``absent``: never granted, or no such hold. ``retried``: its caller received a reply to another attempt.
 ``refused``: the store does not accept it. ``dropped``: the outbox was full, or the entry too old to resend safely.
 """
 
@@ -70,12 +70,12 @@ class Outbox:
 
     def __init__(self) -> None:
         self._in_doubt: dict[str, list[Entry]] = {}
-        """By the ids of their holds, as below."""
+        """Requests in doubt by the ids of their holds."""
         self._deferred: dict[str, list[Entry]] = {}
         self.deferred = 0
-        """How many deferred settlements wait."""
+        """The number of deferred settlements."""
         self.in_doubt = 0
-        """How many requests are in doubt."""
+        """The number of requests in doubt."""
         self.deferred_lost = 0
         """Deferred settlements that were dropped: the outbox was full, or they were too old to resend safely."""
         self.outcomes = dict.fromkeys(OUTCOMES, 0)

@@ -30,7 +30,7 @@ MAX_BUDGETS = 1_000
 _CACHED_WINDOWS = 1024
 _FORGOTTEN_AFTER_MS = LONGEST_HOLD_MS
 SLOW_BATCH_EVERY_S = 1.0
-"""The write script looks for due holds, and records that this replica lives; the fast path does not."""
+"""Interval of batches by the full script, which finds due holds and records that this replica is alive."""
 SLOW_BATCHES_AFTER_MISS = 8
 
 
@@ -78,7 +78,7 @@ class ReplicaState:
         self.on_suspicion: Callable[[], None] | None = None
         """Called when a read's reply suggests a data loss."""
         self.on_late_reply: Callable[[], None] | None = None
-        """Called with a reply from before a loss that was detected meanwhile: its effects are lost as well."""
+        """Called with a reply that was sent before a data loss and read after its detection; its effects are lost."""
         self.policy_checked = False
         """Whether the store's eviction policy was read, or is being read."""
         self.renew()

@@ -138,7 +138,7 @@ class Connection(asyncio.Protocol):
         self.words: tuple[str | int, ...] = ()
         """The current request, or the last one."""
         self.on_resend: Callable[[], None] | None = None
-        """To be called before that request is also sent on another connection."""
+        """Called before the request is also sent on another connection."""
         self.deadline = 0.0
         """The deadline of that request, in the event loop's time."""
         self.last_used_s = self._loop.time()
@@ -146,7 +146,7 @@ class Connection(asyncio.Protocol):
         self._wake_s = 0.0
         self._timer: asyncio.TimerHandle | None = None
         self.closed: asyncio.Future[None] = self._loop.create_future()
-        """Done when the connection is closed."""
+        """A future that completes when the connection is closed."""
         pool.opened.add(self)
         self._transport.set_protocol(self)
 

@@ -32,7 +32,7 @@ __all__ = [
 QUERY_TIMEOUT_S = 0.5
 """How long one source may take to connect and to reply."""
 _STRAGGLERS_S = 0.05
-"""How much longer the last sources may take, once most have replied."""
+"""How long to wait for the last sources once most have replied."""
 _QUERIED_MAX = 8
 _SLOTS = ("CLUSTER", "SLOTS")
 

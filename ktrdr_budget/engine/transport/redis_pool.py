@@ -22,7 +22,7 @@ from ktrdr_budget.engine.transport.resp import pack
 __all__ = ["pool_of"]
 
 _CHECK_AFTER_S = 0.2
-"""When the protocol of a server that has not replied to its first connection is checked."""
+"""Seconds without a reply on the first connection after which the server's protocol is checked."""
 _CHECKS = 2
 """Attempts of that check: the server, or this machine, may be busy."""
 

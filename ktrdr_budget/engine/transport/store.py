@@ -46,7 +46,7 @@ class Store:
         self.node: Node | None = None
         """The server that requests go to; ``None`` before the first, and while it is being looked up."""
         self._connections = ConnectionPool()
-        """The connections of that server, one attribute nearer: every batch needs them."""
+        """The connections of :attr:`node`, kept here because every batch needs them."""
         self._opening: asyncio.Lock | None = None
 
     def __repr__(self) -> str:

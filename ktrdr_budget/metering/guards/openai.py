@@ -26,7 +26,7 @@ from ktrdr_budget.metering.usage import Usage
 __all__ = ["OpenAIDialect"]
 
 IMAGE_TOKENS_MAX = 50_000
-"""The dearest scale is gpt-4o-mini's: 2,833 tokens, and 5,667 for each of at most 8 tiles."""
+"""The most expensive scale is gpt-4o-mini's: 2,833 tokens, and 5,667 for each of at most 8 tiles."""
 COMPLETIONS_TOKENS_DEFAULT = 16
 
 _METERED = re.compile(r"/(chat/completions|responses|completions|embeddings)/?$")

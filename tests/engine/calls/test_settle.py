@@ -186,6 +186,23 @@ def test_the_end_of_a_block_accepts_a_settlement_by_another_client(context, sett
     assert leave(context, hold, False, "release") is None
 
 
+def test_the_end_of_a_block_does_not_accept_a_conflict_over_an_open_hold(context):
+    hold = granted_hold(context, agent=CENT)
+    conflict = answer(Conflict(hold_record(context, agent=2 * CENT).render()))
+    drive(leave(context, hold, False, "release"), conflict, raises=HoldConflict)
+    assert hold.state == "open"
+
+
+def test_the_accrued_amount_of_an_offline_hold_is_committed_though_its_block_failed():
+    """The store does not have the hold, so nothing would expire there."""
+    context = call_context(*BUDGETS, policy=AllowPolicy)
+    hold = offline_hold(context, agent=25 * CENT)
+    hold.accrue("0.07")
+    drive(leave(context, hold, True, "charge"), NOT_SENT)
+    [(kind, request)] = queued(context)
+    assert (kind, request.units) == ("deferred", (7 * CENT,))
+
+
 def test_the_end_of_a_block_leaves_a_settlement_alone_that_is_under_way(context):
     """It completes, though its caller was cancelled."""
     hold = granted_hold(context, agent=CENT)

@@ -1,0 +1,125 @@
+"""The heartbeats of a block: when they are sent, and what ends them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+
+from ktrdr_budget import Budget, HoldConflict, StoreUnavailable, UnknownHold
+from ktrdr_budget.engine.batching.heartbeat import Heartbeat
+from ktrdr_budget.engine.replica.hold import HoldBase
+
+from ...helpers.calls import call_context, granted_hold
+
+caller: contextvars.ContextVar[str] = contextvars.ContextVar("caller")
+
+
+class Dispatcher:
+    """Records calls, and timers of an event loop that never runs."""
+
+    def __init__(self) -> None:
+        self.context = call_context(Budget("tokens", 1000, unit="tokens"))
+        self.loop = asyncio.new_event_loop()
+        self.sent: list[Future[Any]] = []
+        self.timers: list[tuple[float, contextvars.Context]] = []
+
+    def bind(self) -> Dispatcher:
+        return self
+
+    def call_later(self, delay_s, callback, context):
+        self.timers.append((delay_s, context))
+        return self.loop.call_later(delay_s, callback, context=context)
+
+    def submit(self, flow, operation):
+        assert operation == "heartbeat"
+        flow.close()
+        self.sent.append(Future())
+        return self.sent[-1]
+
+
+@pytest.fixture
+def dispatcher() -> Iterator[Dispatcher]:
+    made = Dispatcher()
+    yield made
+    made.loop.close()
+
+
+@pytest.fixture
+def hold(dispatcher) -> HoldBase:
+    return granted_hold(dispatcher.context, tokens=40)
+
+
+def begun(dispatcher, hold) -> Heartbeat:
+    return Heartbeat(dispatcher, hold)
+
+
+def test_a_heartbeat_is_sent_at_each_third_of_the_ttl_and_never_less_often_than_a_ttl_may_last(dispatcher, hold):
+    heartbeat = begun(dispatcher, hold)
+    heartbeat.send()
+    hold.ttl_ms = 10**12
+    dispatcher.sent[0].set_result(None)
+    assert [delay_s for delay_s, _ in dispatcher.timers] == [20, 86_400 / 3]
+
+
+def test_heartbeats_run_outside_of_the_context_of_the_block(dispatcher, hold):
+    """An instrumentation would put their spans into the block's trace."""
+    token = caller.set("block")
+    begun(dispatcher, hold)
+    caller.reset(token)
+    [(_, context)] = dispatcher.timers
+    assert caller not in context
+
+
+def test_the_next_heartbeat_waits_for_the_reply_to_the_last_one(dispatcher, hold):
+    heartbeat = begun(dispatcher, hold)
+    heartbeat.send()
+    assert len(dispatcher.timers) == 1
+    dispatcher.sent[0].set_result(None)
+    assert len(dispatcher.timers) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "event", "continues"),
+    [
+        (HoldConflict("settled"), "heartbeats of hold a stopped: settled", False),
+        (UnknownHold("dropped"), "heartbeats of hold a stopped: dropped", False),
+        (StoreUnavailable("no reply"), "heartbeat of hold a failed: no reply", True),
+    ],
+)
+def test_heartbeats_end_when_there_is_nothing_left_to_extend(dispatcher, hold, caplog, error, event, continues):
+    heartbeat = begun(dispatcher, hold)
+    heartbeat.send()
+    dispatcher.sent[0].set_exception(error)
+    assert caplog.messages == [event]
+    assert (heartbeat.timer is not None) is continues
+
+
+def test_a_settled_hold_has_no_heartbeats(dispatcher, hold):
+    heartbeat = begun(dispatcher, hold)
+    hold.state = "committed"
+    heartbeat.send()
+    begun(dispatcher, hold)
+    assert (dispatcher.sent, len(dispatcher.timers)) == ([], 1)
+
+
+def test_a_stop_cancels_the_next_heartbeat(dispatcher, hold):
+    heartbeat = begun(dispatcher, hold)
+    timer = heartbeat.timer
+    heartbeat.stop()
+    assert isinstance(timer, asyncio.TimerHandle)
+    assert timer.cancelled()
+
+
+def test_a_heartbeat_that_fails_after_the_stop_is_no_event(dispatcher, hold, caplog):
+    """The settlement may have come first."""
+    heartbeat = begun(dispatcher, hold)
+    heartbeat.send()
+    heartbeat.stop()
+    dispatcher.sent[0].set_exception(HoldConflict("settled"))
+    assert caplog.messages == []
+    assert heartbeat.timer is None

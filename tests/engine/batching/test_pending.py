@@ -1,0 +1,27 @@
+"""A call in progress, as the dispatcher keeps it."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from contextvars import ContextVar
+
+from ktrdr_budget.engine.batching.pending import PendingCall
+
+caller: ContextVar[str] = ContextVar("caller", default="nothing")
+
+
+def call(**options) -> PendingCall:
+    return PendingCall((None for _ in ()), Future(), "reserve", 1.0, 2.0, **options)
+
+
+def test_a_call_keeps_the_context_of_its_caller_for_traces_and_observers():
+    token = caller.set("first")
+    pending = call()
+    caller.reset(token)
+    assert (pending.context[caller], caller.get()) == ("first", "nothing")
+
+
+def test_a_new_call_has_sent_nothing_and_has_its_whole_time():
+    pending = call(kept=True)
+    assert (pending.request, pending.was_resent, pending.was_renewed, pending.unacknowledged) == (None, *3 * [False])
+    assert (pending.started_s, pending.deadline_s, pending.stalled_before_s, pending.kept) == (1.0, 2.0, 0.0, True)

@@ -83,8 +83,8 @@ def test_a_hold_past_its_deadline_is_retired_and_read_again(context):
     assert record == retired
 
 
-def test_a_hold_that_stays_due_is_read_twice_only(context):
-    """Its retirement failed, say: the caller receives it as it is."""
+def test_a_hold_that_remains_past_its_deadline_is_read_at_most_twice(context):
+    """For example, its retirement failed; the caller receives the hold as it is."""
     due = hold_record(context, agent=5, due=True)
     assert drive(context.read_hold("a"), found(due.render()), RETIRED, found(due.render())).result == due
 
@@ -121,7 +121,7 @@ def test_a_grant_that_no_caller_received_is_queued_for_release(context, request_
     ],
     ids=["within a second", "after a second", "clock set back", "the first hold has changed", "another window"],
 )
-def test_the_deadline_found_for_a_denied_caller_serves_others_for_a_second(
+def test_the_deadline_read_for_a_denied_caller_is_reused_for_other_callers_for_a_second(
     context, budget, first_deadline_ms, now_ms, cached
 ):
     cache = DenialCache()

@@ -75,7 +75,7 @@ def test_a_heartbeat_without_a_reply_succeeds_only_if_the_outage_policy_extends_
     assert units_of(hold) == {"tokens": 40}
 
 
-def test_a_hold_that_an_operator_has_released_cannot_be_extended_and_is_released_here_too(context):
+def test_a_hold_that_an_operator_has_released_cannot_be_extended_and_its_object_shows_it_as_released(context):
     hold = granted_hold(context, tokens=40)
     conflict = answer(Conflict(hold_record(context, RELEASED_BY_OPERATOR, tokens=40).render()))
     drive(extend(context, hold, None), conflict, raises=HoldConflict)
@@ -136,7 +136,7 @@ def test_another_growth_after_a_lost_reply_is_added_to_the_totals_that_the_store
     assert drive(flow, outgrown(context, tokens=50), extended(context, tokens=53)).requests[1].amounts[0].reserved == 53
 
 
-def test_a_growth_that_is_never_sent_is_not_taken_for_a_repetition_later(context):
+def test_later_growth_is_not_taken_for_a_retry_of_growth_that_was_never_sent(context):
     hold = granted_hold(context, tokens=40)
     drive(grow(context, hold, {"tokens": 10}), NOT_SENT, raises=StoreUnavailable)
     flow = grow(context, hold, {"tokens": 10})

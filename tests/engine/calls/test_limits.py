@@ -25,8 +25,8 @@ def context() -> CallContext:
     return call_context(AGENT)
 
 
-def test_a_limit_is_set_between_two_reads_and_the_second_is_returned(context):
-    """The first sets the store's clock: it decides whether ``until`` is past."""
+def test_set_limit_reads_the_status_before_and_after_the_change_and_returns_the_second_one(context):
+    """The first read sets the store's clock, by which ``until`` may be in the past."""
     after = answer_status(runtime=f"2000000000 0 {CHANGED}")
     requests, now = drive(set_limit(context, "agent", "2.00", None), answer_status(), CHANGED, after)
     assert [type(request) for request in requests] == [Read, Command, Read]

@@ -38,7 +38,7 @@ def context() -> CallContext:
 
 
 def test_a_status_retires_holds_past_their_deadline_and_is_read_again(context):
-    """So the figures show them as unconfirmed."""
+    """Therefore the figures show such holds as unconfirmed."""
     due = found([hold_record(context, tokens=40, due=True).render()])
     replies = answer_status(due=("a",), held=40), due, RETIRED, answer_status(unconfirmed=40)
     requests, [now] = drive(status(context, ["tokens"]), *replies)

@@ -86,7 +86,7 @@ def test_a_conflict_describes_the_hold_that_has_the_id(context):
 @pytest.mark.parametrize(
     ("name", "bound"), [("agent", "$4,611,686,018.43"), ("tokens", "4,611,686,018,427,387,904 tokens")]
 )
-def test_a_full_window_names_the_bound_in_the_unit_of_its_budget(context, name, bound):
+def test_the_error_for_a_full_window_names_the_bound_in_the_unit_of_its_budget(context, name, bound):
     op = reservation(context, name)
     raised = error_for(context, op, WindowFull(op.windows[0].name), NOW_US)
     assert isinstance(raised, InvalidAmount)
@@ -102,7 +102,7 @@ def test_too_many_holds_can_be_retried_at_the_first_deadline(context, deadline_m
     assert raised.retry_after == seconds
 
 
-def test_growth_after_a_migration_says_that_the_hold_cannot_grow_and_is_no_conflict_with_this_replica(context):
+def test_the_error_for_growth_after_a_migration_says_that_the_hold_cannot_grow(context):
     raised = error_for(context, growth(context), OtherDefinition("tokens", TOKENS.definition), NOW_US)
     assert "cannot grow" in str(raised)
     raised = error_for(context, growth(context), OtherDefinition("tokens", HOURLY.definition), NOW_US)
@@ -158,7 +158,7 @@ def test_a_denied_caller_may_retry_at_the_end_of_the_window_if_no_hold_is_found(
     assert error.retry_after == 12 * 3600
 
 
-def test_in_a_window_without_end_a_search_that_found_other_holds_only_names_the_last_deadline_it_saw(context):
+def test_retry_after_in_a_window_without_end_is_the_last_deadline_read_if_only_other_holds_were_found(context):
     names = [f"h{number}" for number in range(128)]
     holds = found(names), found([record(context, 1 + number, agent=1) for number in range(128)])
     error = drive(refusal(context, reservation(context, "total"), denied(context, "total"), NOW_US), *holds).result
@@ -166,7 +166,7 @@ def test_in_a_window_without_end_a_search_that_found_other_holds_only_names_the_
 
 
 @pytest.mark.parametrize("figures", [{"spent": 990, "held": 0}, {"requested": 1001}, {"first_deadline_ms": 0}])
-def test_no_hold_is_searched_if_no_expiry_can_help(context, figures):
+def test_no_holds_are_read_for_retry_after_if_no_expiry_can_make_room(context, figures):
     requests, error = drive(refusal(context, reservation(context), denied(context, **figures), NOW_US))
     assert requests == []
     assert isinstance(error, BudgetExceeded)

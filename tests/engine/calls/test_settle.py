@@ -90,7 +90,7 @@ def test_a_commit_takes_the_fast_path_until_the_hold_has_changed_or_has_a_remark
     assert [request.uses_fast_path for request in requests] == [True, False, False]
 
 
-def test_a_commit_of_nothing_in_whole_units_is_a_release(context):
+def test_a_commit_of_0_whole_units_releases_the_hold(context):
     [request], settlement = drive(commit_units(context, granted_hold(context, agent=CENT), 0), RELEASED_NOW)
     assert isinstance(request, Release)
     assert settlement.state == "released"
@@ -135,7 +135,7 @@ def test_the_release_of_an_offline_hold_that_the_store_does_not_have_returns_not
     assert (settlement.state, settlement.amounts) == ("released", {"agent": 0})
 
 
-def test_a_hold_is_not_settled_while_calls_inside_of_it_may_spend(context):
+def test_a_hold_cannot_be_settled_while_metered_calls_inside_it_are_in_progress(context):
     hold = granted_hold(context, agent=CENT)
     hold.growth = SimpleNamespace(open=1)
     assert drive(commit(context, hold, "0.01"), raises=HoldConflict).requests == []
@@ -203,8 +203,8 @@ def test_the_accrued_amount_of_an_offline_hold_is_committed_though_its_block_fai
     assert (kind, request.units) == ("deferred", (7 * CENT,))
 
 
-def test_the_end_of_a_block_leaves_a_settlement_alone_that_is_under_way(context):
-    """It completes, though its caller was cancelled."""
+def test_the_end_of_a_block_does_not_settle_a_hold_whose_settlement_is_in_flight(context):
+    """That settlement completes, although its caller was cancelled."""
     hold = granted_hold(context, agent=CENT)
     settling = commit(context, hold, "0.01")
     next(settling)

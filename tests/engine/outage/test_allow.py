@@ -21,7 +21,7 @@ def context() -> CallContext:
     return call_context(*BUDGETS, policy=AllowPolicy)
 
 
-def test_a_hold_is_granted_above_the_cap_and_says_so(context, caplog):
+def test_a_hold_is_granted_above_the_cap_and_marked_as_not_checked(context, caplog):
     hold = offline_hold(context, tokens=2000)
     assert hold.reserved_units == {"tokens": 2000}
     assert not hold.cap_checked

@@ -1,0 +1,191 @@
+"""The repair after a data loss: how it is detected, what is replayed, and what a failure changes."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ktrdr_budget import Budget, StoreError, StoreUnavailable
+from ktrdr_budget.engine.batching.loss_repair import LossRepair
+from ktrdr_budget.engine.protocol.codes import COMMITTED, CommitMode
+from ktrdr_budget.engine.protocol.operations import Commit, CommitAmount, ReplayLimit, ReplayTotal, Restore
+from ktrdr_budget.engine.protocol.replies import MissingWindow, Restored, Settled, Unreadable
+
+from ...helpers.background import LOST, ScriptedBackground
+from ...helpers.calls import NOW_MS, NOW_US, call_context, errors_of, found, granted_hold, hold_record
+
+TOKENS = Budget("tokens", 1000, unit="tokens")
+AGAIN = Restored(False)
+"""The store had it already."""
+
+
+class Replica:
+    """A replica with a limit of run time, a settlement and an open hold in its journal, and its repair."""
+
+    def __init__(self, *replies: Any, with_journal: bool = True) -> None:
+        self.context = call_context(TOKENS)
+        self.state = self.context.state
+        self.background = ScriptedBackground(self.state, *replies)
+        self.breaker = SimpleNamespace(open=False)
+        self.waits: list[Exception | None] = []
+        self.ends = 0
+        self.repair = LossRepair(
+            self.background,
+            self.breaker,  # type: ignore[arg-type]
+            check_policy=lambda: None,
+            on_wait=self.waits.append,
+            on_end=self.on_end,
+        )
+        self.state.on_loss = lambda: None
+        if with_journal:
+            self.state.journal.limit_changed(TOKENS, 2000, 0, NOW_US)
+            self.settle("settled", 7)
+            granted_hold(self.context, "open", tokens=40)
+
+    def on_end(self) -> None:
+        assert not self.repair.active, "calls may be sent again"
+        self.ends += 1
+
+    def settle(self, hold_id: str, units: int) -> None:
+        window = self.state.current_window("tokens")
+        op = Commit(hold_id, self.state.keys.hold(hold_id), [window], [CommitAmount(CommitMode.EXACT, units)])
+        self.state.journal.settled(op, Settled((units,)), self.state.now_ms())
+
+    async def repaired(self) -> Replica:
+        self.background.bind(asyncio.get_running_loop())
+        self.repair.begin()
+        assert self.repair.active, "calls wait"
+        await self.background.idle()
+        self.repair.stop()
+        return self
+
+    @property
+    def sent(self) -> list[list[tuple[type, str]]]:
+        return [[(type(op), op.hold_id) for op in batch] for batch in self.background.sent if isinstance(batch, list)]
+
+
+LIMITS_AND_SETTLEMENTS = [(ReplayLimit, "-"), (Restore, "settled")]
+TOTALS, HOLDS = [(ReplayTotal, "-")], [(Restore, "open")]
+WHOLE = [LIMITS_AND_SETTLEMENTS, TOTALS, HOLDS]
+REPLIES = [Restored(True), Settled((7,))], [Settled((0,))], [Restored(True)]
+
+
+# -- replay ------------------------------------------------------------------------------------------------------------
+
+
+async def test_limits_and_settlements_are_replayed_before_totals_and_those_before_open_holds(caplog):
+    replica = await Replica(*REPLIES).repaired()
+    assert replica.sent == WHOLE
+    assert replica.ends == 1
+    assert caplog.messages == [
+        "limits set or cleared at run time restored: tokens",
+        "journal replayed to the store at store:1: 1 settlements, 1 open holds, older spend of 0 windows",
+    ]
+
+
+async def test_a_repair_counts_only_what_the_store_had_lost():
+    replica = await Replica([AGAIN, Settled((7,), replayed=True)], [Settled((3,))], [AGAIN]).repaired()
+    total = replica.repair.total
+    assert (total.settlements, total.holds, total.windows) == (0, 0, 1)
+
+
+async def test_a_further_loss_during_a_replay_starts_it_again():
+    replica = await Replica(REPLIES[0], LOST, *REPLIES).repaired()
+    assert replica.sent == [LIMITS_AND_SETTLEMENTS, TOTALS, *WHOLE]
+    assert replica.repair.total.settlements == 1
+
+
+async def test_a_repair_that_may_lack_a_later_loss_is_repeated():
+    replica = Replica(*REPLIES, *REPLIES)
+    replica.background.bind(asyncio.get_running_loop())
+    replica.repair.begin()
+    while not replica.sent:
+        await asyncio.sleep(0)
+    replica.repair.begin_again()
+    await replica.background.idle()
+    assert replica.sent == [*WHOLE, *WHOLE]
+
+
+async def test_a_store_without_a_reply_receives_the_journal_again_and_waiting_calls_may_end():
+    error = StoreUnavailable("no reply")
+    replica = await Replica(error, *REPLIES).repaired()
+    assert replica.sent == [LIMITS_AND_SETTLEMENTS, *WHOLE]
+    assert replica.waits[0] is error
+
+
+async def test_an_operation_that_the_store_refuses_stops_no_other(caplog):
+    refused = StoreError("WRONGTYPE")
+    replica = await Replica(refused, [Restored(True)], refused, *REPLIES[1:]).repaired()
+    assert replica.sent[1:3] == [[each] for each in LIMITS_AND_SETTLEMENTS]
+    assert (replica.sent[3:], replica.repair.total.holds) == ([TOTALS, HOLDS], 1)
+    assert errors_of(caplog) == ["replay of settled failed: WRONGTYPE"]
+
+
+async def test_an_unreadable_key_is_logged_and_ends_no_repair(caplog):
+    await Replica([AGAIN, Unreadable("WRONGTYPE")], *REPLIES[1:]).repaired()
+    assert errors_of(caplog) == ["replay of settled failed: WRONGTYPE"]
+
+
+async def test_what_is_missing_because_its_slot_is_migrated_is_replayed_later(caplog):
+    replica = Replica([AGAIN, MissingWindow("tokens:now")], *REPLIES[1:], *REPLIES)
+    timers: list[Any] = []
+    replica.background.later = lambda delay_s, method: timers.append((delay_s, method)) or object()  # type: ignore
+    replica.background.bind(asyncio.get_running_loop())
+    replica.repair.begin()
+    await replica.background.idle()
+    [(delay_s, begin_again)] = timers
+    assert (delay_s, replica.repair.active) == (1.0, False)
+    assert "replay postponed, windows missing: tokens:now" in caplog.messages
+    begin_again()
+    await replica.background.idle()
+    assert replica.sent == [*WHOLE, *WHOLE]
+
+
+async def test_ids_that_the_journal_has_evicted_are_reported_once_per_loss(caplog):
+    replica = Replica(*REPLIES, *REPLIES)
+    replica.state.losses, replica.state.journal.forgotten_settlements = 1, 5
+    await replica.repaired()
+    await replica.repaired()
+    assert len(errors_of(caplog)) == 1
+    assert "5 settlements" in errors_of(caplog)[0]
+
+
+# -- detection ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reply", "begins"), [(LOST, True), ([], False), (StoreUnavailable("no reply"), False)])
+async def test_a_suspected_loss_is_repaired_only_if_a_probe_confirms_it(reply, begins):
+    replica = Replica(reply, [], [], [], with_journal=False)
+    replica.background.bind(asyncio.get_running_loop())
+    replica.repair.suspect()
+    replica.repair.suspect()
+    await replica.background.idle()
+    assert len(replica.sent) == 1, "one probe at a time, and an empty journal needs no batch"
+    assert replica.ends == begins
+
+
+async def test_nothing_is_sent_while_the_circuit_breaker_is_open():
+    replica = Replica(*REPLIES)
+    replica.breaker.open = True
+    replica.background.bind(asyncio.get_running_loop())
+    replica.repair.begin()
+    while not replica.waits:
+        await asyncio.sleep(0)
+    assert replica.sent == []
+    replica.breaker.open = False
+    await replica.background.idle()
+    assert replica.sent == WHOLE
+
+
+@pytest.mark.parametrize(("state", "stays"), [("o", True), (COMMITTED, False)])
+async def test_a_hold_that_another_replica_has_settled_leaves_the_journal(state, stays):
+    """A later replay could reopen it."""
+    replica = Replica()
+    record = hold_record(replica.context, state, tokens=40).render()
+    replica.background.replies.append(found([record], now_us=NOW_US + 1))
+    replica.state.set_clock((NOW_MS + 60_000) * 1000, 0)
+    await replica.repair.check_holds()
+    assert (replica.state.journal.open_hold("open") is not None) is stays

@@ -1,0 +1,350 @@
+"""A lease and its chunks: when one is requested, how it lives, and how its spend is committed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator, Iterator
+from concurrent.futures import Future
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from ktrdr_budget import (
+    Budget,
+    BudgetExceeded,
+    HoldConflict,
+    InvalidAmount,
+    InvalidArgument,
+    StoreError,
+    StoreUnavailable,
+    UnknownBudget,
+    UnknownHold,
+)
+from ktrdr_budget.engine.leases.lease import LeaseBase
+from ktrdr_budget.engine.replica.hold import HoldBase
+from ktrdr_budget.models import Denial
+
+from ...helpers.calls import NO_REPLY, NOT_SENT, NOW_MS, call_context
+
+BUDGETS = [Budget("tokens", 1000, unit="tokens"), Budget("jobs", 1, kind="slots")]
+SLAB = 100
+TTL_S = 60
+
+
+class Store:
+    """Provides the calls of leases on an event loop whose clock the test sets; it has so many tokens left.
+
+    Requests end at once: with the error of :attr:`errors`, if it has one of their name.
+    """
+
+    def __init__(self) -> None:
+        self.state = call_context(*BUDGETS).state
+        self.open_leases: set[LeaseBase] = set()
+        self.timeout_s = 1.0
+        self.left = 1000
+        self.errors: dict[str, Exception] = {}
+        self.requests: list[tuple[Any, ...]] = []
+        self.now_s = 0.0
+        self.loop = asyncio.new_event_loop()
+        self.loop.time = lambda: self.now_s  # type: ignore[method-assign]
+
+    def turn(self, seconds: int = 0) -> list[tuple[Any, ...]]:
+        """Advance the clock; return the requests that were sent."""
+        self.requests.clear()
+
+        async def spin() -> None:
+            for _ in range(5):
+                await asyncio.sleep(0)
+
+        for _ in range(max(1, seconds)):
+            self.now_s += min(seconds, 1)
+            self.loop.run_until_complete(spin())
+        return self.requests
+
+    def _request(self, name: str, *figures: Any) -> None:
+        self.requests.append((name, *figures))
+        if name in self.errors:
+            raise self.errors[name]
+
+    def _take(self, units: int) -> None:
+        if units > self.left:
+            reason = "budget_held"
+            raise BudgetExceeded(Denial("tokens", reason, 1000, 0, 1000 - self.left, 0, self.left, units, self.left, 1))
+        self.left -= units
+
+    # -- the calls -----------------------------------------------------------------------------------------------------
+
+    def bind(self) -> asyncio.AbstractEventLoop:
+        return self.loop
+
+    def submit(self, call: Generator[Any, Any, Any]) -> asyncio.Future[Any]:
+        future = self.loop.create_future()
+        try:
+            next(call)
+        except StopIteration as end:
+            future.set_result(end.value)
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+    def reserve(self, budget, units, ttl_s, operation):
+        self._request("reserve", units)
+        self._take(units)
+        parts = [(self.state.current_window(budget), units)]
+        engine = SimpleNamespace(state=self.state)
+        return HoldBase(engine, "chunk", parts, TTL_S * 1000, NOW_MS + TTL_S * 1000)
+        yield
+
+    def extend(self, hold, accrued, ttl_ms):
+        self._request("extend", accrued)
+        yield from ()
+
+    def grow(self, hold, total, ttl_ms):
+        self._request("grow", total)
+        self._take(total - hold.reserved_units["tokens"])
+        return SimpleNamespace(segments=[SimpleNamespace(reserved=total)])
+        yield
+
+    def settle(self, hold, spent):
+        self._request("settle", spent)
+        yield from ()
+
+    def settle_later(self, hold, spent):
+        self._request("settle later", spent)
+
+    def record_later(self, hold, spent, operation):
+        self._request("record later", spent)
+
+
+@pytest.fixture
+def store() -> Iterator[Store]:
+    made = Store()
+    yield made
+    made.loop.close()
+
+
+def opened(store: Store, **options: Any) -> LeaseBase:
+    """A lease with one chunk; it releases no idle chunk unless a test says so."""
+    lease = LeaseBase(store, "tokens", SLAB, **({"ttl": TTL_S, "idle": None} | options))  # type: ignore[arg-type]
+    store.loop.run_until_complete(lease.opened())
+    return lease
+
+
+# -- opening -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        ({"budget": "tokns"}, UnknownBudget),
+        ({"budget": "jobs"}, InvalidArgument),
+        ({"slab": 0}, InvalidAmount),
+        ({"low_water": 101}, InvalidArgument),
+        ({"idle": 0}, InvalidArgument),
+        ({"idle": True}, InvalidArgument),
+        ({"ttl": 0}, InvalidArgument),
+    ],
+)
+def test_a_lease_with_an_invalid_option_is_refused(store, options, error):
+    with pytest.raises(error):
+        LeaseBase(store, **({"budget": "tokens", "slab": SLAB} | options))
+
+
+def test_a_lease_reserves_one_chunk_and_spends_it_without_the_store(store):
+    lease = opened(store)
+    assert store.requests == [("reserve", SLAB)]
+    lease.spend(30)
+    lease.reserve(10).commit(5)
+    assert store.turn() == []
+    assert (lease.spent, lease.remaining) == (35, 65)
+
+
+@pytest.mark.parametrize("error", [StoreError("NOAUTH"), InvalidArgument("other definition")])
+def test_a_lease_that_the_store_refuses_does_not_open(store, error):
+    store.errors["reserve"] = error
+    with pytest.raises(type(error)):
+        opened(store)
+    store.turn(1)
+    assert not store.open_leases
+
+
+@pytest.mark.parametrize("error", [None, NOT_SENT], ids=["no room", "no reply"])
+def test_a_lease_opens_without_a_chunk_if_the_store_has_no_room_or_does_not_reply(store, error):
+    store.left = 0
+    store.errors = {"reserve": error} if error else {}
+    lease = opened(store)
+    with pytest.raises(StoreUnavailable if error else BudgetExceeded):
+        lease.spend(1)
+
+
+# -- the next chunk ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "spent"), [({}, 50), ({"low_water": 10}, 90), ({"low_water": 0}, 100)])
+def test_the_next_chunk_is_requested_when_less_than_low_water_is_left(store, options, spent):
+    lease = opened(store, **options)
+    lease.spend(spent)
+    assert store.turn() == []
+    if spent < SLAB:
+        lease.spend(1)
+        assert store.turn() == [("reserve", SLAB)]
+
+
+def test_a_refused_amount_above_a_chunk_is_requested_whole(store):
+    lease = opened(store)
+    with pytest.raises(BudgetExceeded):
+        lease.spend(250)
+    assert store.turn() == [("reserve", 250)]
+    lease.spend(250)
+
+
+def test_the_last_units_of_a_budget_are_added_to_the_current_chunk(store):
+    """So that they can be granted together with its rest."""
+    lease = opened(store, low_water=0)
+    store.left = 30
+    with pytest.raises(BudgetExceeded):
+        lease.spend(125)
+    assert store.turn() == [("reserve", 125), ("grow", 130)]
+    lease.spend(125)
+
+
+def test_a_chunk_of_an_almost_exhausted_budget_is_smaller(store):
+    store.left = 30
+    assert opened(store).remaining == 30
+    assert store.requests == [("reserve", SLAB), ("reserve", 30)]
+
+
+# -- waiting -----------------------------------------------------------------------------------------------------------
+
+
+def test_callers_that_wait_for_room_are_served_in_order(store):
+    lease = opened(store)
+    lease.spend(100)
+    first, second = Future[Any](), Future[Any]()
+    lease.wait(80, first)
+    lease.wait(10, second)
+    assert not second.done(), "it would fit, but came later"
+    store.turn()
+    assert (first.result(0).amount, second.result(0).amount) == (80, 10)
+
+
+def test_a_caller_waits_until_the_store_has_refused_a_chunk_that_was_requested_after_it_came(store):
+    lease = opened(store)
+    store.left = 0
+    future = Future[Any]()
+    lease.wait(SLAB + 1, future)
+    store.turn()
+    assert isinstance(future.exception(0), BudgetExceeded)
+
+
+def test_a_grant_for_a_caller_that_was_cancelled_returns_to_the_lease(store):
+    lease = opened(store)
+    lease.spend(100)
+    cancelled = Future[Any]()
+    lease.wait(80, cancelled)
+    cancelled.cancel()
+    store.turn()
+    assert (lease.held, lease.remaining) == (0, SLAB)
+
+
+# -- the life of a chunk -----------------------------------------------------------------------------------------------
+
+
+def test_a_heartbeat_reports_the_spend_at_each_third_of_the_ttl(store):
+    lease = opened(store)
+    lease.spend(7)
+    assert store.turn(TTL_S // 3 - 1) == []
+    assert store.turn(2) == [("extend", 7)]
+
+
+@pytest.mark.parametrize(("spent", "open_grant", "released"), [(0, False, True), (7, False, True), (0, True, False)])
+def test_an_idle_chunk_is_released_with_its_spend_unless_a_grant_is_open(store, spent, open_grant, released):
+    lease = opened(store, idle=5)
+    lease.spend(spent)
+    grant = lease.reserve(1) if open_grant else None
+    assert store.turn(7) == [("settle", spent)] * released
+    assert grant is None or not grant.settled
+
+
+@pytest.mark.parametrize("error", [HoldConflict("released", state="released"), UnknownHold("lost")])
+def test_a_chunk_that_another_client_has_settled_grants_nothing_more(store, caplog, error):
+    lease = opened(store)
+    lease.spend(7)
+    store.errors["extend"] = error
+    store.turn(TTL_S // 3 + 1)
+    assert lease.remaining == 0
+    assert ("settle", 7) in store.requests, "its spend is a fact"
+    assert "chunk chunk of the lease of tokens lost" in caplog.text
+
+
+def test_a_chunk_survives_heartbeats_without_a_reply(store, caplog):
+    lease = opened(store)
+    store.errors["extend"] = NO_REPLY
+    store.turn(TTL_S // 3 + 1)
+    assert lease.remaining == SLAB
+    assert "heartbeat of the lease of tokens failed" in caplog.text
+
+
+def test_an_overrun_is_committed_at_once(store):
+    """The store must have it, because other replicas can spend what seems to be left."""
+    lease = opened(store)
+    lease.reserve(100).commit(130)
+    assert ("settle", 130) in store.turn()
+
+
+# -- settlement --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("spent", "error", "further"),
+    [
+        (7, None, []),
+        (7, NO_REPLY, [("settle later", 7)]),
+        (7, HoldConflict("released", state="released"), [("record later", 7)]),
+        (0, HoldConflict("released", state="released"), []),
+        (7, HoldConflict("committed", state="committed"), []),
+        (0, UnknownHold("lost"), []),
+    ],
+    ids=["committed", "no reply", "released elsewhere", "released elsewhere, no spend", "committed elsewhere", "lost"],
+)
+def test_the_spend_of_a_chunk_reaches_the_store_whatever_became_of_the_chunk(store, spent, error, further):
+    lease = opened(store)
+    lease.spend(spent)
+    store.errors = {"settle": error} if error else {}
+    store.requests.clear()
+    store.loop.run_until_complete(lease.closed())
+    assert store.requests == [("settle", spent), *further]
+    assert lease.retired == []
+
+
+def test_a_closed_lease_grants_nothing_and_settles_a_chunk_after_its_grants(store):
+    lease = opened(store)
+    grant = lease.reserve(40)
+    lease.shut()
+    assert store.turn() == []
+    with pytest.raises(RuntimeError, match="closed"):
+        lease.spend(1)
+    grant.commit(30)
+    assert store.turn() == [("settle", 30)]
+    store.turn(1)
+    assert not store.open_leases
+
+
+def test_a_limiter_that_is_closed_charges_open_grants_in_full(store):
+    lease = opened(store)
+    grant = lease.reserve(40)
+    store.loop.run_until_complete(lease.closed(all_grants=True))
+    assert store.requests[-1] == ("settle", 40)
+    with pytest.raises(HoldConflict, match="charged in full"):
+        grant.commit(30)
+
+
+def test_a_forked_child_spends_no_chunk_of_its_parent(store):
+    lease = opened(store)
+    lease.after_fork()
+    assert not lease.belongs_here
+    with pytest.raises(RuntimeError, match="open another in the child"):
+        lease.spend(1)
+    store.loop.run_until_complete(lease.closed())
+    assert ("settle", 0) not in store.turn(), "the parent settles it"

@@ -305,6 +305,19 @@ def test_the_current_hold_of_a_thread_is_the_one_of_its_innermost_block(sync_lim
     assert current_hold.get() is None
 
 
+async def test_closing_a_generator_in_another_task_settles_the_hold_of_its_block(limiter, client):
+    async def work():
+        async with limiter.hold("agent", "0.15") as hold:
+            hold.accrue("0.05")
+            yield hold
+
+    generator = work()
+    hold = await anext(generator)
+    await asyncio.create_task(generator.aclose())
+    assert hold.state == "committed"
+    assert spent_and_held(client) == (to_units("0.05"), 0)
+
+
 @pytest.mark.parametrize("operation", ["", "a call"])
 async def test_the_ledger_label_of_a_hold_is_followed_by_its_notes(server, operation):
     async with AsyncBudgetLimiter(server.url, BUDGETS, trace_id=lambda: next(traces)) as limiter:

@@ -1,0 +1,219 @@
+"""Operations: their text on the wire, and what the batching reads from them. Replies are in ``test_replies.py``."""
+
+from __future__ import annotations
+
+import pytest
+
+from ktrdr_budget.engine.protocol.codes import CommitMode, ExtendMode, ReleaseMode
+from ktrdr_budget.engine.protocol.hold_record import parse_record
+from ktrdr_budget.engine.protocol.operations import (
+    Commit,
+    CommitAmount,
+    Extend,
+    ExtendAmount,
+    Labels,
+    Operation,
+    RecordSpend,
+    Release,
+    ReplayLimit,
+    ReplayTotal,
+    Reserve,
+    Restore,
+    Retire,
+    SettleOnBehalf,
+)
+from ktrdr_budget.engine.protocol.replies import Settled
+from ktrdr_budget.engine.protocol.window import Window
+
+from ...helpers.windows import make_window
+
+NOW_MS = 1_796_040_000_000
+EXPIRES_MS = NOW_MS + 86_400_000
+TEN_YEARS_MS = 315_360_000_000
+AGENT = make_window("agent", expires_ms=EXPIRES_MS)
+TOKENS = make_window("tokens", "n", expires_ms=EXPIRES_MS + 1)
+JOBS = make_window("jobs", "s")
+NO_LABELS = Labels()
+RECORD = f"o c 9 8 0 - - -{AGENT.segment}5,,"
+
+
+def reserve(*parts: tuple[Window, int], labels: Labels = NO_LABELS, request: str = "") -> Reserve:
+    terms = {"ttl_ms": 1000, "policy": "c", "now_ms": NOW_MS}
+    return Reserve("a", "key", parts or [(AGENT, 5)], **terms, labels=labels, request=request)
+
+
+def commit(*parts: tuple[Window, int], mode: CommitMode = CommitMode.EXACT, **texts: str) -> Commit:
+    amounts = [CommitAmount(mode, units) for _, units in parts]
+    return Commit("a", "key", [window for window, _ in parts], amounts, **texts)
+
+
+def extend(mode: ExtendMode = ExtendMode.HEARTBEAT, **totals: int) -> Extend:
+    return Extend("a", "key", [AGENT], [ExtendAmount(**totals)], 1000, mode)
+
+
+def text_of(op: Operation) -> str:
+    """The operation as one text, with the budget in place of the number of each window."""
+    head, parts, tail = op.render()
+    return " ".join([head, *(f"{window.budget}{amounts}" for window, amounts in parts)]) + tail
+
+
+# -- requests ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "text"),
+    [
+        (reserve(), f"R a 1000 c {EXPIRES_MS} agent:5\n- - -{AGENT.segment}5,,"),
+        (
+            reserve((AGENT, 5), (TOKENS, 3)),
+            f"R a 1000 c {EXPIRES_MS + 1} agent:5 tokens:3\n- - -{AGENT.segment}5,,{TOKENS.segment}3,,",
+        ),
+        (commit((AGENT, 7)), "D a agent:x7"),
+        (commit((AGENT, 7), mode=CommitMode.ACCRUED), "D a agent:a7"),
+        (commit((AGENT, 7), remark="a call", trace_id="t1"), "M a a%20call t1 agent:x7"),
+        (Release("a", "key", [AGENT]), "L a 0 agent:x0"),
+        (Release("a", "key", [AGENT], ReleaseMode.UNRECEIVED, request="r1"), "L a sr1 agent:x0"),
+        (RecordSpend("a", "key", [(AGENT, 7), (TOKENS, 3)], operation="a call"), "N a 0 a%20call - agent:7 tokens:3"),
+        (RecordSpend("a", "key", [(AGENT, 7)], is_late=True), "N a 1 - - agent:7"),
+        (extend(accrued=5), "E a 1000 0 agent:5:0"),
+        (extend(ExtendMode.GROW, reserved=9, expected=5), "E a 1000 1 agent:0:9:5"),
+        (Retire("a", "key", [AGENT, TOKENS]), "X a agent tokens"),
+        (Restore("a", "key", [AGENT], RECORD), f"K a agent:\n{RECORD}"),
+        (SettleOnBehalf("you", Restore("a", "key", [AGENT], RECORD)), f"S you K a agent:\n{RECORD}"),
+        (ReplayTotal("key", AGENT, 7), "T - agent:7"),
+        (ReplayLimit("key", "agent", 5, 0, 8, "usd,day,UTC,spend"), "Q - agent 5 0 8 usd,day,UTC,spend"),
+        (ReplayLimit("key", "agent", None, 9, 8, "usd,day,UTC,spend"), "Q - agent - 9 8 usd,day,UTC,spend"),
+    ],
+)
+def test_each_operation_renders_the_text_that_the_document_of_the_protocol_describes(op, text):
+    assert text_of(op) == text
+
+
+@pytest.mark.parametrize(
+    ("labels", "request_name", "words"),
+    [
+        (NO_LABELS, "", "- - -"),
+        (Labels("w 1", "a|b", "t1"), "", "w%201 a%7Cb t1"),
+        (NO_LABELS, "r1", "-!r1 - -"),
+        (Labels("w1"), "r1", "w1!r1 - -"),
+    ],
+)
+def test_a_reservation_writes_its_labels_and_its_request_as_words_of_the_record(labels, request_name, words):
+    tail = reserve(labels=labels, request=request_name).render()[2]
+    assert tail == f"\n{words}{AGENT.segment}5,,"
+
+
+def test_the_record_of_a_reservation_outlives_the_last_of_its_windows():
+    assert reserve((TOKENS, 3), (AGENT, 5)).render()[0].endswith(f" {TOKENS.expires_ms}")
+    for parts in ([(JOBS, 1)], [(AGENT, 5), (JOBS, 1)]):
+        assert reserve(*parts).render()[0].endswith(f" {NOW_MS + TEN_YEARS_MS}")
+
+
+# -- the fast path -----------------------------------------------------------------------------------------------------
+
+
+def test_a_reservation_takes_the_fast_path_once_all_its_windows_have_a_grant():
+    agent, team = make_window("agent"), make_window("team")
+    assert not reserve((agent, 5)).uses_fast_path
+    reserve((agent, 5)).granted(8, 9)
+    assert reserve((agent, 5)).uses_fast_path
+    assert not reserve((agent, 5), (team, 5)).uses_fast_path
+    reserve((agent, 5), (team, 5)).granted(8, 9)
+    assert reserve((agent, 5), (team, 5)).uses_fast_path
+
+
+def test_a_replica_knows_the_record_of_its_grant_without_reading_it():
+    record = parse_record(reserve((AGENT, 5), (JOBS, 1), labels=Labels("w1"), request="r1").granted(8_000, 9))
+    assert (record.state, record.deadline_ms, record.created_us, record.owner) == ("o", 9, 8_000, "w1")
+    assert [(s.budget, s.reserved, s.charged) for s in record.segments] == [("agent", 5, 0), ("jobs", 1, 0)]
+    assert record.request == "r1"
+
+
+@pytest.mark.parametrize(
+    ("parts", "reserved", "amounts", "overrun"),
+    [
+        ([(AGENT, 7)], [9], [":9:7"], False),
+        ([(AGENT, 7)], [5], [":5:7o"], True),
+        ([(JOBS, 5)], [1], [":1:"], False),
+        ([(AGENT, 7), (JOBS, 5)], [9, 1], [":9:7", ":1:"], False),
+        ([(TOKENS, 4), (AGENT, 7)], [3, 9], [":3:4o", ":9:7"], True),
+    ],
+)
+def test_a_fast_commit_brings_the_record_before_and_after_it_and_slots_are_not_spent(parts, reserved, amounts, overrun):
+    granted = reserve(*[(window, units) for (window, _), units in zip(parts, reserved, strict=True)]).granted(8, 9)
+    op = commit(*parts)
+    op.enable_fast_path("0123456789ab", granted, reserved)
+    assert op.uses_fast_path
+    head, rendered, tail = op.render_fast()
+    settled = op.parse("k")
+    after = op.record(settled, granted, 9).render()
+    assert (head, [text for _, text in rendered]) == ("C a - -", amounts)
+    assert tail == f"\n{granted}\n{after} 0123456789ab"
+    assert settled.overrun == overrun
+    assert op.record_text(settled, granted, 9) == after
+
+
+@pytest.mark.parametrize("parts", [[(AGENT, 2**46 + 1)], [(AGENT, 2**46 + 1), (TOKENS, 3)]])
+def test_an_amount_too_large_for_exact_sums_of_a_batch_does_not_take_the_fast_path(parts):
+    op = commit(*parts)
+    op.enable_fast_path("0123456789ab", reserve(*parts).granted(8, 9), [5] * len(parts))
+    assert not op.uses_fast_path
+
+
+# -- what the batching reads -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("op", "asks_for_money", "is_fact", "is_urgent"),
+    [
+        (reserve(), True, False, False),
+        (commit((AGENT, 7)), False, True, False),
+        (Release("a", "key", [AGENT]), False, True, False),
+        (extend(), False, False, True),
+        (extend(accrued=5), False, True, True),
+        (extend(ExtendMode.GROW, reserved=9), True, False, False),
+        (extend(ExtendMode.GROW, reserved=9, accrued=5), True, True, False),
+    ],
+)
+def test_an_extension_is_a_fact_if_it_reports_spend_and_asks_for_money_if_it_grows(
+    op, asks_for_money, is_fact, is_urgent
+):
+    assert (op.asks_for_money, op.is_fact, op.is_urgent) == (asks_for_money, is_fact, is_urgent)
+
+
+def test_two_operations_are_the_same_if_they_request_the_same_change():
+    assert commit((AGENT, 7)).same_as(commit((AGENT, 7)))
+    for other in (commit((AGENT, 8)), commit((AGENT, 7), mode=CommitMode.ACCRUED), commit((AGENT, 7), remark="call")):
+        assert not commit((AGENT, 7)).same_as(other)
+
+
+def test_the_report_of_an_extension_has_its_totals_and_leaves_the_deadline():
+    assert text_of(extend(accrued=5, reserved=9).as_report()) == "E a 1000 3 agent:5:9"
+
+
+def test_late_spend_goes_to_the_same_windows_under_the_same_labels():
+    late = RecordSpend("a", "key", [(AGENT, 7)], operation="call", trace_id="t1").as_late()
+    assert text_of(late) == "N a 1 call t1 agent:7"
+    assert late.as_late() is late
+
+
+@pytest.mark.parametrize(
+    ("mode", "settled", "correctable"),
+    [
+        (ReleaseMode.BY_WORKER, Settled((0,)), False),
+        (ReleaseMode.BY_OPERATOR, Settled((0,)), True),
+        (ReleaseMode.UNRECEIVED, Settled((0,)), True),
+        (ReleaseMode.FINAL, Settled((0,)), False),
+        (ReleaseMode.BY_ID, Settled((0,)), False),
+        (ReleaseMode.BY_ID, Settled((0,), late=True), True),
+        (ReleaseMode.BY_ID, Settled((0,), replayed=True), True),
+    ],
+)
+def test_a_commit_can_correct_a_release_by_an_operator_and_one_of_an_expired_hold(mode, settled, correctable):
+    op = Release("a", "key", [AGENT], mode)
+    assert op.is_correctable(settled) == correctable
+    assert op.record(settled, RECORD, 9).is_settled == (not correctable)
+
+
+def test_a_probe_touches_no_hold_and_no_window():
+    assert text_of(Retire.nothing("key")) == "X -"

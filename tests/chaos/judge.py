@@ -290,13 +290,11 @@ def _check_denials(
         for budget, units in call.requested.items():
             room = (terms.limits[budget] or FOREVER) - units
             names = [name for name in started if name.rpartition(":")[0] == budget]
-            most = [
-                started[name].before(call.ended_ns or 0)
-                - ended[name].before(call.began_ns, including=True)
-                + terms.prepaid_units
+            counted = [
+                started[name].before(call.ended_ns or 0) - ended[name].before(call.began_ns, including=True)
                 for name in names
             ]
-            if any(units > room for units in most):
+            if max(counted, default=0) + terms.prepaid_units > room:  # chunks may also fill a window without a hold
                 break
         else:
             verdict.blame(f"'{call.id}' was denied {call.requested} although there was room")

@@ -255,6 +255,15 @@ def test_a_chunk_that_commits_the_spend_of_its_drawn_holds_is_correct(charged: i
     assert (verdict.grants, verdict.overspend, verdict.lost, verdict.spend) == (5, 0, 0, 50 + charged)
 
 
+def test_chunks_may_fill_a_window_without_a_hold():
+    case = DrawnCase(15)
+    case.calls.append(make_call("reserve", "f", {"team": 61}, 2, outcome="BudgetExceeded", amounts={}))
+    case.terms.limits["team"] = 100
+    assert case.judged().violations == []
+    case.terms.limits["team"] = 101
+    assert case.judged().violations == ["'f' was denied {'team': 61} although there was room"]
+
+
 def test_a_chunk_whose_reservation_did_not_arrive_may_leave_a_tombstone():
     case = DrawnCase(15)
     case.books.holds["chunk-2"] = make_record("r", 0, 0)

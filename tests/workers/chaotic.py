@@ -24,6 +24,8 @@ from ktrdr_budget import AsyncBudgetLimiter, Budget, BudgetError, StoreUnavailab
 from ktrdr_budget.money import from_units, to_units
 
 SETTLING_S = 120.0
+SETTLING_TIMEOUT_S = 5.0
+"""Timeout of the calls after the faults: a slow machine is not an outage."""
 RETRIES_AT_ONCE = 50
 TIMER_S = 0.005
 STALL_MIN_S = 0.01
@@ -284,6 +286,7 @@ async def main(options: dict) -> None:
     callers = [asyncio.create_task(replica.work(number)) for number in range(options["callers"])]
     await lines.get()
     replica.stopping = True
+    limiter.engine.set_timeout(max(timeout, SETTLING_TIMEOUT_S))
     await asyncio.gather(*callers)
     await replica.resolve_unknown()
     send(replica.report())

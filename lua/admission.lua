@@ -19,7 +19,7 @@ local function load_limit(w)
     w.surplus = call('ZCOUNT', KEYS[6], text(now_ms), '+inf') + n_new_budgets > sub(ARGV[6], -25, -14) + 0
   end
   -- The first reservation or record in a budget registers its definition. A replica that defines it otherwise is refused
-  -- until a migration replaces the registered one. It still settles, since windows of another definition are others.
+  -- until a migration replaces the registered one. It still settles, since another definition has other windows.
   local definition = ARGV[at + 1]
   if definition ~= '-' or w.exists then
     w.registered = call('HGET', KEYS[5], 'd:' .. budget)
@@ -33,11 +33,11 @@ local function load_limit(w)
     if runtime and (until_ms == '0' or tonumber(until_ms) > now_ms) then w.runtime = runtime end
   end
   local limit = w.runtime or w.limit
-  w.cap = limit and (tonumber(limit) or CLOSED - 1) -- nil: neither the store nor this replica knows it
+  w.cap = limit and (tonumber(limit) or CLOSED - 1) -- nil: neither the store nor this replica has one
 end
 
--- Reservations and replays assert their configured limit; the replica that started last, by the store's clock, wins. The
--- claim of a start in the future dates from before the clock was set back: the next replica replaces it.
+-- Reservations and replays assert their replica's configured limit. The replica that started last, by the store's clock,
+-- wins. A claim with a start in the future was made before the clock was set back: the next replica replaces it.
 local function assert_limit(w)
   load_limit(w)
   w.asserted = true
@@ -50,7 +50,7 @@ local function assert_limit(w)
   end
 end
 
--- A replay also restores the window's limit and the budget's definition: a reservation had brought both.
+-- A replay also restores the window's limit and the budget's definition, which were lost with the window.
 local function restore_window(w)
   assert_limit(w)
   w.creating, w.changing, w.registering = true, true, ARGV[w.at + 1] ~= '-'

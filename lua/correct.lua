@@ -20,7 +20,7 @@ end
 redis.call('HINCRBY', KEYS[1], 'corrections', 1)
 if ARGV[3] ~= '0' then redis.call('RPUSH', KEYS[2], now_us .. ' ' .. ARGV[3] .. ' carried - ' .. ARGV[2] .. ' - -') end
 redis.call('RPUSH', KEYS[2], now_us .. ' 0 audit - ' .. ARGV[2] .. ' - -')
--- A window whose hash was missing is created by the next reservation, which must not take it for half moved (prelude.lua).
+-- If the window's hash is missing, the next reservation creates it; it must not take it for half moved (prelude.lua).
 if redis.call('HEXISTS', KEYS[1], 'def') == 0 then redis.call('HDEL', KEYS[3], 'w:' .. ARGV[4]) end
 -- A key that this script has created gets the expiry of the other one.
 local window_ms, ledger_ms = redis.call('PTTL', KEYS[1]), redis.call('PTTL', KEYS[2])

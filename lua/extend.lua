@@ -17,7 +17,7 @@
 --        OUTGROWN a record              more than expected is reserved already
 --        WINDOW_FULL f budget:window    that window would count 2^62 units or more
 --        OTHER_DEFINITION m budget definition    another definition is registered than that of the window
---        UNKNOWN_LIMIT q budget:window    neither the store nor this replica knows the limit
+--        UNKNOWN_LIMIT q budget:window    neither the store nor this replica has a limit
 --        DENIED d … total               as for RESERVE: growth, or the return of an expired hold, has no room; total is
 --                                       the amount that the hold would have counted
 --        EXTENDED e record              the hold as it is now

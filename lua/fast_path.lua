@@ -1,9 +1,9 @@
--- fast_path.lua: nearly all reservations and commits: reservations that fit, in windows that exist as the client knows
--- them, and commits of holds whose record is the one that the client knows. All else is answered `s`, changes nothing,
--- and is sent again to the full script. Each client sends a batch to that once a second in any case, for due holds.
+-- fast_path.lua: most reservations and commits: a reservation that fits into existing windows, and a commit of a hold
+-- whose record in the store equals the client's copy. Any other operation changes nothing and gets the reply `s`; the
+-- client then sends it to the full script. Each client uses the full script once a second in any case, for due holds.
 --
 -- For speed, this script compares texts of hold records instead of parsing them, stores texts that the client sends, and
--- has no functions, which would be made at each call. Commits come first in a batch; a later one is answered `s`.
+-- defines no functions, which would be created at each call. Commits come first in a batch; a later one gets `s`.
 --
 -- KEYS   1 meta (hash)   2 limits (hash)   3 due (zset)   4 unconfirmed (zset)
 --        then per window: its hash, its ledger (list)   then per operation: the hold record (string)

@@ -37,7 +37,7 @@ local epoch, acknowledged, new_second = meta[1] or '-', meta[2] or '0', last_see
 -- Another epoch, or fewer writes than this store has acknowledged: data was lost (P13). The batch does nothing for a
 -- replica that has not noticed yet, and reservations wait until all replicas had time to replay.
 if (ARGV[2] ~= '-' and ARGV[2] ~= epoch) or ARGV[3] + 0 > acknowledged + 0 then
-  -- A new epoch distinguishes this timeline from the lost one, should that come back: replicas that know one of them
+  -- A new epoch distinguishes this timeline from the lost one, should that come back: replicas with the epoch of one
   -- replay into the other, even if both count as many writes.
   if epoch == '-' or epoch == ARGV[2] then
     epoch = SCHEMA .. match(ARGV[6], '^%S+')
@@ -81,11 +81,11 @@ local function read_window(w)
     local budget, window = match(w.name, '^(.+):(.+)$')
     local expires_ms = ARGV[w.at + 4] + 0
     w.begun = call('HGET', KEYS[5], 'w:' .. budget)
-    -- A replica that was not given the budget knows the expiry of its windows to the day only.
+    -- A replica without a configuration of the budget computes the expiry of its windows only to the day.
     if w.begun == window then expires_ms = tonumber(call('ZSCORE', KEYS[6], budget)) or expires_ms end
     w.gone = expires_ms > 0 and expires_ms <= now_ms
     -- Begun, not expired, and missing: a node of a cluster that was promoted during the migration of its slot has a part
-    -- of the keys only, and may not know it (Redis before 8 and Valkey before 8 do not inform replicas). A second window
+    -- of the keys only, without noticing (Redis before 8 and Valkey before 8 do not inform replicas). A second window
     -- would admit again what the first has spent, so operations on it reply `t` and change nothing.
     w.missing = not w.gone and w.begun == window
   end

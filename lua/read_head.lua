@@ -6,7 +6,8 @@
 --          epoch                - if nothing was ever written
 --          acknowledged         the number of this replica's writes
 --          recovering_until_ms  0 if the store is complete
---          A replica that knows another epoch, or more writes, must not use the reply: data was lost (P13).
+--          A replica with another epoch, or more acknowledged writes, must not use the reply: data was lost
+--          (P13).
 
 local time = redis.call('TIME')
 local now_ms = time[1] * 1000 + math.floor(time[2] / 1000)

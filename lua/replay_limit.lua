@@ -2,7 +2,7 @@
 --
 -- op     REPLAY_LIMIT Q id budget limit until_ms changed_us definition    until_ms is 1 for a cleared limit
 -- reply  UNREADABLE y error    the key of the limits is of another type
---        REPLAYED p            a later change is known, or another definition is registered; nothing was changed
+--        REPLAYED p            the store has a later change, or another definition is registered; nothing was changed
 --        GRANTED g             the limit is in force again, or cleared
 
 local function replay_limit(op)

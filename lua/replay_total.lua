@@ -1,4 +1,4 @@
--- replay_total.lua: raise this replica's subtotal of a window to the one that the replica remembers.
+-- replay_total.lua: raise this replica's subtotal of a window to the one in the replica's journal.
 --
 -- op     REPLAY_TOTAL T id window:units    the subtotal is at least so much
 -- reply  UNREADABLE y error             a key of this request is of another type

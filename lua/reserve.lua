@@ -9,7 +9,7 @@
 --        OTHER_DEFINITION m budget definition    another definition of the budget is registered
 --        MISSING_WINDOW t budget:window     that window was begun, and its key is missing
 --        TOO_MANY_BUDGETS b budget:window   the tenant has as many budgets as it may
---        UNKNOWN_LIMIT q budget:window      neither the store nor this replica knows the limit
+--        UNKNOWN_LIMIT q budget:window      neither the store nor this replica has a limit
 --        RECOVERING l until_ms              the store recovers from a loss until then
 --        DENIED d budget:window limit spent held unconfirmed requested first_deadline_ms
 --        TOO_MANY_HOLDS h holds first_deadline_ms    the tenant has as many holds as it may

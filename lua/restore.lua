@@ -1,17 +1,17 @@
--- restore.lua: make a hold known again as a replica remembers it, after the store has lost it; or for the first time, if
--- it was granted and settled while the store was away. It needs no room: that was granted before.
+-- restore.lua: write a hold that the store has lost, from a replica's journal; or a hold that was granted and settled
+-- while the store was away. It needs no room: that was granted before.
 --
 -- op     RESTORE K id window: …\nrecord    the hold is as this record says
 -- reply  UNREADABLE y error            a key of this request is of another type
 --        MISSING_WINDOW t budget:window    that window was begun, and its key is missing
 --        CONFLICT c record             it was settled otherwise, or the id is another request's
 --        REPLAYED p flags units,units… replica    it was settled so before; of a commit, in that replica's subtotals
---        REPLAYED p                    the record is of an unsettled hold, and the store knows at least as much
+--        REPLAYED p                    the record is of an unsettled hold, and the store's hold counts at least as much
 --        WINDOW_FULL f budget:window    that window would count 2^62 units or more
 --        DONE k flags units,units…     it is settled now as the record says; flags as for COMMIT and RELEASE
 --        GRANTED g                     the hold was unknown, or less; it is open, due or unconfirmed now
 
--- Apply the settlement of a record to a hold that the store knows. A settlement wins over an open hold, and a commit over
+-- Apply the settlement of a record to a hold that the store has. A settlement wins over an open hold, and a commit over
 -- an operator's release, in either order of arrival.
 local function settle_known(id, key, restored)
   local hold, record = find_hold(id, key)
@@ -100,7 +100,7 @@ local function restore_commit(id, key, hold)
   return 'k ' .. overrun .. ' ' .. charges_of(hold)
 end
 
--- Without the record of a release, a replica that does not know of it would open the hold again. It needs no window.
+-- Without the record of a release, a replica that has not seen it would open the hold again. It needs no window.
 local function restore_release(key, hold)
   for i = 1, #hold.segments do hold.segments[i].charged = '' end
   if hold.state == 'z' then

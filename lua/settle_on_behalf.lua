@@ -1,8 +1,8 @@
 -- settle_on_behalf.lua: replay a settlement that belongs to the subtotals of another replica.
 --
--- Each settlement counts in the subtotals of one replica, regardless of the replica that replays it. The field `t:` of a window notes that a
--- replica has replayed its subtotal of it in this epoch (replay_total.lua): that includes what the replica settled, also
--- settlements whose ids it has forgotten.
+-- Each settlement counts in the subtotals of one replica, regardless of the replica that replays it. A field `t:` of the
+-- window records that a replica has replayed its subtotal in this epoch (replay_total.lua). The subtotal includes all
+-- that the replica settled, also settlements whose ids it no longer has.
 --
 -- op     SETTLE_ON_BEHALF S replica op     a RESTORE of a settled hold, or a RECORD
 -- reply  OUTGROWN a                        that replica has replayed its subtotal itself; nothing was changed

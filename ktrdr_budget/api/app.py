@@ -144,7 +144,7 @@ def create_app(
         *probe_routes(lambda: service.limiter, metrics).routes,
     ]
     instrument(app)
-    app.openapi = lambda: openapi_of(app)  # type: ignore[method-assign]
+    app.openapi = lambda: openapi_of(app)  # type: ignore[method-assign]  # the way that FastAPI documents
     return app
 
 

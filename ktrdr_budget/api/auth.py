@@ -21,7 +21,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from fastapi import Request
-from fastapi.security import HTTPBearer
+from fastapi.openapi.models import HTTPBearer
+from fastapi.security.base import SecurityBase
 from starlette.requests import HTTPConnection
 
 from ktrdr_budget.api.problems import HTTPProblem
@@ -106,14 +107,15 @@ class Keys:
         return caller
 
 
-class BearerKey(HTTPBearer):
+class BearerKey(SecurityBase):
     """A dependency that returns the caller, and documents in OpenAPI that a key is needed."""
 
     def __init__(self, scheme_name: str, setting: str, authenticate: Callable[[Request], Awaitable[Caller]]) -> None:
-        super().__init__(scheme_name=scheme_name, description=f"A key of {setting}.")
+        self.scheme_name = scheme_name
+        self.model = HTTPBearer(description=f"A key of {setting}.")
         self._authenticate = authenticate
 
-    async def __call__(self, request: Request) -> Caller:  # type: ignore[override]
+    async def __call__(self, request: Request) -> Caller:
         """Authenticate the caller."""
         return await self._authenticate(request)
 

@@ -28,6 +28,7 @@ from ktrdr_budget.errors import (
     UnknownHold,
 )
 from ktrdr_budget.models import Budget, Denial
+from ktrdr_budget.money import Amount
 from ktrdr_budget.periods import window_at
 
 __all__ = ["HTTPProblem", "denied", "invalid", "no_such_endpoint", "problem_of"]
@@ -212,5 +213,5 @@ def _rate_limit(denial: Denial, budget: Budget) -> dict[str, str]:
     return {"RateLimit-Policy": policy, "RateLimit": limit}
 
 
-def _sf_integer(count: object) -> int:
-    return min(int(count), SF_INTEGER_MAX)  # type: ignore[call-overload, no-any-return]
+def _sf_integer(count: Amount) -> int:
+    return min(int(count), SF_INTEGER_MAX)

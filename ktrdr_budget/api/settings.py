@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from decimal import Decimal
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from pydantic import AliasChoices, Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
@@ -26,7 +26,6 @@ __all__ = ["AGENT", "Settings", "SettingsError", "load_settings"]
 
 _BUDGET_FIELDS = ("name", "limit", "unit", "period", "timezone", "kind")
 _KEY = re.compile(r"[\x21-\x2b\x2d-\x7e]{1,4096}", re.ASCII)  # one word of a header, without a comma
-Parsed = TypeVar("Parsed")
 
 
 class SettingsError(ValueError):
@@ -267,20 +266,16 @@ def _read_budgets(path: Path) -> list[Budget]:
     names = {AGENT}
     for number, entry in enumerate(entries, 1):
         where = f"{path}: budget {number}" + (f" ({entry['name']})" if isinstance(entry.get("name"), str) else "")
-        budget = _at(where, lambda entry=entry: _budget(entry))  # type: ignore[misc]
+        try:
+            budget = _budget(entry)
+        except InvalidArgument as error:
+            raise SettingsError(f"KTRDR_BUDGETS_FILE: {where}: {error}") from None
         if budget.name in names:
             instead = "is set by AGENT_DAILY_BUDGET" if budget.name == AGENT else "is given twice"
             raise SettingsError(f"KTRDR_BUDGETS_FILE: {where}: {budget.name!r} {instead}")
         names.add(budget.name)
         budgets.append(budget)
     return budgets
-
-
-def _at(where: str, make: Callable[[], Parsed]) -> Parsed:
-    try:
-        return make()
-    except InvalidArgument as error:
-        raise SettingsError(f"KTRDR_BUDGETS_FILE: {where}: {error}") from None
 
 
 def _budget(entry: dict[str, Any]) -> Budget:

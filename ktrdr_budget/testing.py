@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from ktrdr_budget.engine.transport.node import Node
 from ktrdr_budget.engine.transport.store import Store
-from ktrdr_budget.limiter import AsyncBudgetLimiter
+from ktrdr_budget.limiter import AsyncBudgetLimiter, LimiterBase
 from ktrdr_budget.models import Budget
 from ktrdr_budget.sync import BudgetLimiter
 
@@ -80,15 +80,7 @@ class _MemoryStore(Store):
             self._use(_MemoryNode(self._server))
 
 
-class AsyncMemoryLimiter(AsyncBudgetLimiter):
-    """An :class:`~ktrdr_budget.AsyncBudgetLimiter` in memory: ``async with AsyncMemoryLimiter([...]) as limiter``.
-
-    Args:
-        server: of :func:`memory_server`; by default the limiter has one of its own, which starts empty.
-        timeout: seconds within which each call ends; long, because a busy machine is not an outage.
-        options: of :class:`~ktrdr_budget.AsyncBudgetLimiter`.
-    """
-
+class _MemoryLimiter(LimiterBase):
     def __init__(
         self,
         budgets: Iterable[Budget] = (),
@@ -97,31 +89,21 @@ class AsyncMemoryLimiter(AsyncBudgetLimiter):
         timeout: float = TIMEOUT_S,
         **options: Any,
     ) -> None:
-        self._new_store = _store_on(server)
+        """Create a limiter in memory.
+
+        Args:
+            server: of :func:`memory_server`; by default the limiter has one of its own, which starts empty.
+            timeout: seconds within which each call ends; long, because a busy machine is not an outage.
+            options: of a limiter on a server.
+        """
+        made = memory_server() if server is None else server
+        self._new_store = lambda *_: _MemoryStore(made)
         super().__init__(None, budgets, timeout=timeout, **options)
 
 
-class MemoryLimiter(BudgetLimiter):
-    """A :class:`~ktrdr_budget.BudgetLimiter` in memory: ``with MemoryLimiter([...]) as limiter``.
-
-    Args:
-        server: of :func:`memory_server`; by default the limiter has one of its own, which starts empty.
-        timeout: seconds within which each call ends; long, because a busy machine is not an outage.
-        options: of :class:`~ktrdr_budget.BudgetLimiter`.
-    """
-
-    def __init__(
-        self,
-        budgets: Iterable[Budget] = (),
-        *,
-        server: fakeredis.FakeServer | None = None,
-        timeout: float = TIMEOUT_S,
-        **options: Any,
-    ) -> None:
-        self._new_store = _store_on(server)
-        super().__init__(None, budgets, timeout=timeout, **options)
+class AsyncMemoryLimiter(_MemoryLimiter, AsyncBudgetLimiter):
+    """An :class:`~ktrdr_budget.AsyncBudgetLimiter` in memory: ``async with AsyncMemoryLimiter([...]) as limiter``."""
 
 
-def _store_on(server: fakeredis.FakeServer | None) -> Callable[..., Store]:
-    made = memory_server() if server is None else server
-    return lambda *_: _MemoryStore(made)
+class MemoryLimiter(_MemoryLimiter, BudgetLimiter):
+    """A :class:`~ktrdr_budget.BudgetLimiter` in memory: ``with MemoryLimiter([...]) as limiter``."""

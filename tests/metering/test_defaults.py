@@ -46,11 +46,11 @@ def test_each_event_loop_has_one_limiter_of_its_own_until_it_ends():
     async def main() -> AsyncBudgetLimiter:
         limiter = default_async_limiter()
         assert default_async_limiter() is limiter
-        assert list(loop_limiters) == [asyncio.get_running_loop()]
         return limiter
 
-    first, second = asyncio.run(main()), asyncio.run(main())
-    assert first is not second
+    with asyncio.Runner() as one, asyncio.Runner() as other:
+        assert one.run(main()) is not other.run(main())
+        assert len(loop_limiters) == 2
     assert not loop_limiters
 
 

@@ -57,14 +57,15 @@ async def test_spend_is_recorded_with_a_label(limiter):
 
 
 @pytest.mark.parametrize(
-    ("failed", "on_error", "spent"), [(False, "release", "0.15"), (True, "release", "0"), (True, "charge", "0.15")]
+    ("failed", "on_error", "spent", "held"),
+    [(False, "release", "0.15", 0), (True, "release", "0", 0), (True, "charge", "0", Decimal("0.15"))],
 )
-async def test_a_hold_is_settled_as_its_block_ended(limiter, failed, on_error, spent):
+async def test_a_hold_is_settled_as_its_block_ended(limiter, failed, on_error, spent, held):
     hold = await result_of(limiter.reserve("agent", "0.15"))
     stopped = []
     block_exit = (failed, on_error, lambda: stopped.append(True))
     await result_of(limiter_access.leave_hold(limiter, hold, block_exit))
-    assert await spent_and_held(limiter) == (Decimal(spent), 0)
+    assert await spent_and_held(limiter) == (Decimal(spent), held)
     assert stopped == [True]
 
 

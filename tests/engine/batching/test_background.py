@@ -129,7 +129,7 @@ def test_while_replicas_replay_lost_data_a_reply_is_used_only_if_it_is_complete(
         checked(made, reply, while_recovering)
 
 
-async def test_a_read_raises_what_a_call_would():
+async def test_a_read_without_a_usable_reply_raises_store_unavailable():
     made = background([f"{NOW_US} epoch 0 {NOW_MS + 1500}", None])
     made.bind(asyncio.get_running_loop())
     with pytest.raises(StoreUnavailable):

@@ -129,7 +129,7 @@ async def test_an_unreadable_key_is_logged_and_ends_no_repair(caplog):
     assert errors_of(caplog) == ["replay of settled failed: WRONGTYPE"]
 
 
-async def test_what_is_missing_because_its_slot_is_migrated_is_replayed_later(caplog):
+async def test_operations_on_a_window_whose_slot_is_migrated_are_replayed_later(caplog):
     replica = Replica([AGAIN, MissingWindow("tokens:now")], *REPLIES[1:], *REPLIES)
     timers: list[Any] = []
     replica.background.later = lambda delay_s, method: timers.append((delay_s, method)) or object()  # type: ignore

@@ -308,7 +308,7 @@ def test_an_overrun_is_committed_at_once(store):
     ],
     ids=["committed", "no reply", "released elsewhere", "released elsewhere, no spend", "committed elsewhere", "lost"],
 )
-def test_the_spend_of_a_chunk_reaches_the_store_whatever_became_of_the_chunk(store, spent, error, further):
+def test_each_reply_to_the_settlement_of_a_chunk_ends_it_without_a_loss_of_spend(store, spent, error, further):
     lease = opened(store)
     lease.spend(spent)
     store.errors = {"settle": error} if error else {}

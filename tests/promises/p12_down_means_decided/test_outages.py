@@ -30,6 +30,7 @@ from ktrdr_budget.engine.replica.journal import AGE_MAX_MS
 from ktrdr_budget.errors import StoreError
 from ktrdr_budget.money import to_units
 
+from ...helpers.breakers import open_breaker
 from ...helpers.keyspace import immortal_keys, ledger_sum, sums, window_key
 from ...helpers.patience import away
 from ...helpers.proxy import Proxy
@@ -652,8 +653,7 @@ async def test_deferred_spend_that_was_never_sent_is_not_dropped_for_its_age(own
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
-        while limiter.store_state == "closed":
-            await limiter.record("agent", "0.02")  # which may have been sent
+        await open_breaker(limiter, lambda: limiter.record("agent", "0.02"))  # which may have been sent
         await limiter.record("agent", "0.03", id="unsent")
         await limiter.engine.dispatcher.replayer.drain()  # the connection is refused
         [entry] = limiter.engine.outbox.of("unsent")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from ktrdr_budget.engine.batching.loss_repair import LossRepair
 from ktrdr_budget.engine.protocol.codes import COMMITTED, CommitMode
 from ktrdr_budget.engine.protocol.operations import Commit, CommitAmount, ReplayLimit, ReplayTotal, Restore
 from ktrdr_budget.engine.protocol.replies import MissingWindow, Restored, Settled, Unreadable
+from ktrdr_budget.engine.protocol.requests import Read
 
 from ...helpers.background import LOST, ScriptedBackground
 from ...helpers.calls import NOW_MS, NOW_US, call_context, errors_of, found, granted_hold, hold_record
@@ -32,11 +34,16 @@ class Replica:
         self.breaker = SimpleNamespace(open=False)
         self.waits: list[Exception | None] = []
         self.ends = 0
+        self.loses_again = False
+        """Whether a further loss is detected during the first batch."""
+        self.policy_checks: list[str] = []
+        self.timers: list[tuple[float, Callable[[], None]]] = []
+        self.background.later = self.later  # type: ignore[assignment, method-assign]
         self.repair = LossRepair(
             self.background,
             self.breaker,  # type: ignore[arg-type]
-            check_policy=lambda: None,
-            on_wait=self.waits.append,
+            check_policy=lambda: self.policy_checks.append("check"),
+            on_wait=self.on_wait,
             on_end=self.on_end,
         )
         self.state.on_loss = lambda: None
@@ -44,6 +51,16 @@ class Replica:
             self.state.journal.limit_changed(TOKENS, 2000, 0, NOW_US)
             self.settle("settled", 7)
             granted_hold(self.context, "open", tokens=40)
+
+    def later(self, delay_s: float, method: Callable[[], None]) -> object:
+        self.timers.append((delay_s, method))
+        return SimpleNamespace(cancel=lambda: None)
+
+    def on_wait(self, error: Exception | None) -> None:
+        self.waits.append(error)
+        if self.loses_again:
+            self.loses_again = False
+            self.repair.begin_again()
 
     def on_end(self) -> None:
         assert not self.repair.active, "calls may be sent again"
@@ -86,10 +103,11 @@ async def test_limits_and_settlements_are_replayed_before_totals_and_those_befor
     ]
 
 
-async def test_a_repair_counts_only_what_the_store_had_lost():
+async def test_a_repair_counts_only_what_the_store_had_lost(caplog):
     replica = await Replica([AGAIN, Settled((7,), replayed=True)], [Settled((3,))], [AGAIN]).repaired()
     total = replica.repair.total
     assert (total.settlements, total.holds, total.windows) == (0, 0, 1)
+    assert "restored" not in caplog.text
 
 
 async def test_a_further_loss_during_a_replay_starts_it_again():
@@ -100,13 +118,15 @@ async def test_a_further_loss_during_a_replay_starts_it_again():
 
 async def test_a_repair_that_may_lack_a_later_loss_is_repeated():
     replica = Replica(*REPLIES, *REPLIES)
+    replica.loses_again = True
+    assert (await replica.repaired()).sent == [*WHOLE, *WHOLE]
+
+
+async def test_one_repair_runs_at_a_time():
+    replica = Replica(*REPLIES)
     replica.background.bind(asyncio.get_running_loop())
     replica.repair.begin()
-    while not replica.sent:
-        await asyncio.sleep(0)
-    replica.repair.begin_again()
-    await replica.background.idle()
-    assert replica.sent == [*WHOLE, *WHOLE]
+    assert (await replica.repaired()).sent == WHOLE
 
 
 async def test_a_store_without_a_reply_receives_the_journal_again_and_waiting_calls_may_end():
@@ -131,12 +151,10 @@ async def test_an_unreadable_key_is_logged_and_ends_no_repair(caplog):
 
 async def test_operations_on_a_window_whose_slot_is_migrated_are_replayed_later(caplog):
     replica = Replica([AGAIN, MissingWindow("tokens:now")], *REPLIES[1:], *REPLIES)
-    timers: list[Any] = []
-    replica.background.later = lambda delay_s, method: timers.append((delay_s, method)) or object()  # type: ignore
     replica.background.bind(asyncio.get_running_loop())
     replica.repair.begin()
     await replica.background.idle()
-    [(delay_s, begin_again)] = timers
+    [(delay_s, begin_again)] = replica.timers
     assert (delay_s, replica.repair.active) == (1.0, False)
     assert "replay postponed, windows missing: tokens:now" in caplog.messages
     begin_again()
@@ -165,6 +183,30 @@ async def test_a_suspected_loss_is_repaired_only_if_a_probe_confirms_it(reply, b
     await replica.background.idle()
     assert len(replica.sent) == 1, "one probe at a time, and an empty journal needs no batch"
     assert replica.ends == begins
+
+
+@pytest.mark.parametrize(("with_journal", "is_open", "probes"), [(True, False, 1), (False, False, 0), (True, True, 0)])
+async def test_an_idle_replica_with_a_journal_probes_the_store_at_each_pulse(with_journal, is_open, probes):
+    replica = Replica([], with_journal=with_journal)
+    replica.breaker.open = is_open
+    replica.background.bind(asyncio.get_running_loop())
+    replica.repair.start()
+    [(_, pulse)] = replica.timers
+    pulse()
+    await replica.background.idle()
+    assert replica.sent == [[]] * probes
+    assert len(replica.timers) == 2, "the next pulse"
+
+
+async def test_each_second_pulse_checks_holds_for_settlements_by_others():
+    replica = Replica([], [], found([None]))
+    replica.state.set_clock((NOW_MS + 60_000) * 1000, 0)
+    replica.background.bind(asyncio.get_running_loop())
+    replica.repair.start()
+    for pulse in range(2):
+        replica.timers[pulse][1]()
+        await replica.background.idle()
+    assert [type(sent) for sent in replica.background.sent] == [list, list, Read]
 
 
 async def test_nothing_is_sent_while_the_circuit_breaker_is_open():

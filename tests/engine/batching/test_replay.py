@@ -33,7 +33,7 @@ from ktrdr_budget.engine.protocol.replies import (
     Unreadable,
     WindowFull,
 )
-from ktrdr_budget.engine.protocol.requests import PreparedFact, Read
+from ktrdr_budget.engine.protocol.requests import Command, PreparedFact, Read
 from ktrdr_budget.engine.replica.journal import AGE_MAX_MS
 from ktrdr_budget.engine.replica.outbox import Entry
 from ktrdr_budget.engine.transport.errors import Transient
@@ -130,6 +130,7 @@ def test_a_request_whose_reply_was_lost_is_resolved_later(request_, kinds):
         (reservation(), False, []),
         (Read("script", [], [], prepares=by_id()), False, ["by id"]),
         (Read("script", [], []), False, []),
+        (Command(None, [], []), True, []),
     ],
 )
 def test_a_failed_request_is_taken_over_from_a_caller_that_is_gone_if_it_is_a_fact_or_may_be_granted(
@@ -212,10 +213,22 @@ async def test_an_operation_that_was_not_executed_stays_queued(reply):
     assert (await Replica([reply]).add(commit(), "settlement").drain()).kinds == ["settlement"]
 
 
-async def test_a_hold_that_other_replicas_may_still_replay_is_not_taken_for_unknown():
-    recovering = found([None], recovering_until_ms=NOW_MS + 1)
-    replica = await Replica(recovering, recovering).add(by_id(), "by id").add(reservation("r1"), "look up").drain()
-    assert sorted(replica.kinds) == ["by id", "look up"]
+@pytest.mark.parametrize("is_found", [False, True])
+async def test_a_hold_that_other_replicas_may_still_replay_is_not_taken_for_unknown(is_found):
+    record = hold_record(CONTEXT, tokens=40).render() if is_found else None
+    recovering = found([record], recovering_until_ms=NOW_MS + 1)
+    replica = Replica(recovering, *[[Settled((7,))]] * is_found, recovering)
+    await replica.add(by_id(), "by id").add(reservation("r1", "b"), "look up").drain()
+    assert replica.kinds == ([] if is_found else ["by id", "look up"])
+
+
+async def test_a_large_outbox_is_sent_in_several_batches():
+    replica = Replica([Settled((7,))] * 128, [Settled((7,))])
+    for number in range(129):
+        replica.add(commit(f"hold-{number}"), "deferred")
+    await replica.drain()
+    assert [len(batch) for batch in replica.background.sent if isinstance(batch, list)] == [128, 1]
+    assert len(replica.outbox) == 0
 
 
 @pytest.mark.parametrize(("age_ms", "sent"), [(AGE_MAX_MS + 60_000, 0), (AGE_MAX_MS - 60_000, 1)])
@@ -233,6 +246,7 @@ async def test_a_request_that_may_have_been_executed_long_ago_is_dropped_with_an
         (commit(), "settlement", CONFLICT, False),
         (release(), "deferred", UnknownHoldReply(), False),
         (release(), "release", UnknownHoldReply(), False),
+        (release(), "settlement", UnknownHoldReply(), False),
     ],
 )
 async def test_an_error_is_logged_only_if_spend_is_lost(caplog, request_, kind, reply, logged):
@@ -248,7 +262,7 @@ async def test_a_settlement_by_id_of_an_unknown_hold_is_an_error_and_ends(caplog
 async def test_only_commits_and_records_that_were_in_doubt_and_count_here_are_observed():
     ours, others = Settled((7,)), Settled((7,), replayed=True, replica="other")
     replica = Replica([ours, others, Settled((0,)), ours]).add(commit("a"), "settlement").add(commit("b"), "settlement")
-    replica.add(commit("deferred"), "deferred").add(release("c"), "release")
+    replica.add(commit("deferred"), "deferred").add(release("c"), "settlement")
     await replica.drain()
     assert replica.settled == ["a"]
 

@@ -44,6 +44,8 @@ class Store:
         self.timeout_s = 1.0
         self.left = 1000
         self.errors: dict[str, Exception] = {}
+        self.is_silent = self.is_closed = False
+        """Whether requests receive no reply; whether the limiter is closed."""
         self.requests: list[tuple[Any, ...]] = []
         self.now_s = 0.0
         self.loop = asyncio.new_event_loop()
@@ -79,9 +81,12 @@ class Store:
         return self.loop
 
     def submit(self, call: Generator[Any, Any, Any]) -> asyncio.Future[Any]:
+        if self.is_closed:
+            raise RuntimeError("this limiter is closed")
         future = self.loop.create_future()
         try:
-            next(call)
+            if not self.is_silent:
+                next(call)
         except StopIteration as end:
             future.set_result(end.value)
         except Exception as error:
@@ -199,14 +204,35 @@ def test_a_refused_amount_above_a_chunk_is_requested_whole(store):
     lease.spend(250)
 
 
-def test_the_last_units_of_a_budget_are_added_to_the_current_chunk(store):
-    """So that they can be granted together with its rest."""
+@pytest.mark.parametrize(("needed", "grows"), [(130, True), (131, False)])
+def test_the_last_units_of_a_budget_are_added_to_the_current_chunk_if_both_suffice(store, needed, grows):
     lease = opened(store, low_water=0)
     store.left = 30
     with pytest.raises(BudgetExceeded):
-        lease.spend(125)
-    assert store.turn() == [("reserve", 125), ("grow", 130)]
-    lease.spend(125)
+        lease.spend(needed)
+    assert store.turn() == [("reserve", needed)] + [("grow", 130)] * grows
+    assert lease.remaining == (130 if grows else 100)
+
+
+def test_a_chunk_that_another_client_has_settled_cannot_grow_and_is_lost(store):
+    lease = opened(store, low_water=0)
+    lease.spend(7)
+    store.left, store.errors["grow"] = 30, HoldConflict("released", state="released")
+    with pytest.raises(BudgetExceeded):
+        lease.spend(120)
+    assert ("settle", 7) in store.turn()
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"), [(InvalidArgument("other definition"), True), (NOT_SENT, False), (None, False)]
+)
+def test_a_refusal_of_a_chunk_is_logged_unless_its_callers_receive_it(store, caplog, error, logged):
+    """A denial and an unavailable store are the errors of ``spend``."""
+    lease = opened(store)
+    store.left, store.errors = 0, {"reserve": error} if error else {}
+    lease.spend(51)
+    store.turn()
+    assert (caplog.messages == [f"no chunk for the lease of tokens: {error}"]) is logged
 
 
 def test_a_chunk_of_an_almost_exhausted_budget_is_smaller(store):
@@ -236,6 +262,27 @@ def test_a_caller_waits_until_the_store_has_refused_a_chunk_that_was_requested_a
     lease.wait(SLAB + 1, future)
     store.turn()
     assert isinstance(future.exception(0), BudgetExceeded)
+
+
+def test_a_refusal_is_no_reply_to_a_caller_that_came_after_its_request(store):
+    lease = opened(store)
+    store.left = 0
+    first, second = Future[Any](), Future[Any]()
+    lease.wait(SLAB + 1, first)
+    lease.wait(SLAB + 1, second)
+    assert store.turn() == [("reserve", SLAB + 1)], "another request, for the second"
+    assert isinstance(second.exception(0), BudgetExceeded)
+
+
+def test_a_caller_waits_no_longer_than_the_timeout_for_a_store_without_a_reply(store):
+    lease = opened(store)
+    store.is_silent = True
+    future = Future[Any]()
+    lease.wait(SLAB + 1, future)
+    store.turn()
+    assert not future.done()
+    store.turn(1)
+    assert "no reply in 1 s" in str(future.exception(0))
 
 
 def test_a_grant_for_a_caller_that_was_cancelled_returns_to_the_lease(store):
@@ -284,6 +331,13 @@ def test_a_chunk_survives_heartbeats_without_a_reply(store, caplog):
     store.turn(TTL_S // 3 + 1)
     assert lease.remaining == SLAB
     assert "heartbeat of the lease of tokens failed" in caplog.text
+
+
+def test_a_chunk_is_settled_after_the_end_of_its_window_though_nothing_else_happens(store):
+    lease = opened(store)
+    lease.spend(7)
+    store.state.set_clock(lease.chunk.hold.parts[0][0].span.end_ms * 1000, 0)  # type: ignore[union-attr]
+    assert ("settle", 7) in store.turn(2)
 
 
 def test_an_overrun_is_committed_at_once(store):
@@ -338,6 +392,14 @@ def test_a_limiter_that_is_closed_charges_open_grants_in_full(store):
     assert store.requests[-1] == ("settle", 40)
     with pytest.raises(HoldConflict, match="charged in full"):
         grant.commit(30)
+
+
+def test_a_lease_of_a_closed_limiter_ends_with_an_error_that_is_logged(store, caplog):
+    lease = opened(store)
+    lease.spend(7)
+    store.is_closed = True
+    store.loop.run_until_complete(lease.closed())
+    assert caplog.messages == ["lease of tokens: commit of a chunk failed: this limiter is closed"]
 
 
 def test_a_forked_child_spends_no_chunk_of_its_parent(store):

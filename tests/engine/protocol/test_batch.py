@@ -1,4 +1,4 @@
-"""A batch: what it sends once instead of with each operation, and the reply to it."""
+"""A batch: state and windows that are sent once for all its operations, and the reply to it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Operations: their text on the wire, and what the batching reads from them. Replies are in ``test_replies.py``."""
+"""Operations: their text on the wire, and their properties. Replies are in ``test_replies.py``."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ def test_a_replica_knows_the_record_of_its_grant_without_reading_it():
         ([(TOKENS, 4), (AGENT, 7)], [3, 9], [":3:4o", ":9:7"], True),
     ],
 )
-def test_a_fast_commit_brings_the_record_before_and_after_it_and_slots_are_not_spent(parts, reserved, amounts, overrun):
+def test_a_fast_commit_sends_the_record_before_and_after_it_and_spends_no_slots(parts, reserved, amounts, overrun):
     granted = reserve(*[(window, units) for (window, _), units in zip(parts, reserved, strict=True)]).granted(8, 9)
     op = commit(*parts)
     op.enable_fast_path("0123456789ab", granted, reserved)
@@ -160,7 +160,7 @@ def test_an_amount_too_large_for_exact_sums_of_a_batch_does_not_take_the_fast_pa
     assert not op.uses_fast_path
 
 
-# -- what the batching reads -------------------------------------------------------------------------------------------
+# -- properties that the batching reads --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

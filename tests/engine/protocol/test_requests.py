@@ -1,4 +1,4 @@
-"""Reads and commands besides batches: their arguments, and how their replies are understood."""
+"""Reads and commands besides batches: their arguments, and the parsed replies."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NOW_MS = 1_796_040_000_000
         (status_read(KEYS, "r1", [AGENT], complete=True), "waits"),
     ],
 )
-def test_a_read_of_what_a_loss_may_have_emptied_waits_for_the_replay(read, while_recovering):
+def test_a_list_that_must_be_complete_waits_for_replays_after_a_data_loss(read, while_recovering):
     assert read.while_recovering == while_recovering
     assert read.keys[0] == KEYS.meta, "for the head of the reply"
     assert read.args[0] == "r1"
@@ -120,7 +120,7 @@ def test_a_window_without_a_cap_is_not_a_window_without_a_known_limit():
 @pytest.mark.parametrize(
     ("until_ms", "in_force"), [(0, True), (NOW_MS - 1, False), (NOW_MS, False), (NOW_MS + 1, True)]
 )
-def test_a_run_time_limit_ends_at_its_last_instant_and_zero_means_no_end(until_ms, in_force):
+def test_a_run_time_limit_is_in_force_before_its_end_and_zero_means_no_end(until_ms, in_force):
     assert RuntimeLimit(5, until_ms).is_in_force(NOW_MS) == in_force
 
 
@@ -136,17 +136,17 @@ def test_a_limit_of_zero_and_no_cap_and_a_cleared_limit_are_different_words(unit
     ]
 
 
-def test_a_set_limit_replies_its_time_or_the_definition_that_is_registered_instead():
+def test_the_reply_to_set_limit_is_the_time_of_the_change_or_the_definition_that_is_registered_instead():
     assert parse_set_limit(b"8", "agent") == 8
     assert parse_set_limit(b"m usd,day,UTC,spend", "agent") == OtherDefinition("agent", "usd,day,UTC,spend")
 
 
 @pytest.mark.parametrize(("reply", "dropped"), [(b"cleared", True), (b"done", False), (b"w", None)])
-def test_a_migration_replies_whether_it_dropped_a_limit_or_came_too_late(reply, dropped):
+def test_the_reply_to_a_migration_shows_a_dropped_limit_or_a_definition_that_changed_meanwhile(reply, dropped):
     assert parse_migrate(reply) is dropped
 
 
-def test_refused_commands_come_with_their_errors():
+def test_a_readiness_reply_pairs_each_refused_command_with_its_error():
     assert parse_refused([b"zadd", b"", b"rpush", b"WRONGTYPE"]) == [("zadd", ""), ("rpush", "WRONGTYPE")]
     assert parse_refused([]) == []
 

@@ -23,7 +23,7 @@ STORED = stored_window("2026-11-30", "usd,day,UTC,spend")
         (Budget("jobs", 2, unit="jobs", kind="slots"), SLOTS),
     ],
 )
-def test_the_flag_of_a_budget_says_whether_it_is_dollars_or_a_count_or_slots(budget, flag):
+def test_the_flag_of_a_budget_is_that_of_dollars_or_a_count_or_slots(budget, flag):
     assert flag_of(budget) == flag
 
 

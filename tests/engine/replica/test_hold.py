@@ -135,7 +135,7 @@ def test_a_repeated_reservation_returns_the_hold_as_it_is_now(code, state, settl
     assert repeated.created_us == 8
 
 
-def test_a_hold_follows_the_record_of_the_store_but_an_older_reply_takes_no_growth_back():
+def test_a_record_of_the_store_updates_a_hold_but_an_older_one_does_not_shrink_it():
     followed = hold(granted="a record")
     followed.update(record("x", reserved=20 * CENT))
     assert (followed.state, followed.deadline_ms, followed.granted) == ("unconfirmed", NOW_MS + 90_000, None)
@@ -172,7 +172,7 @@ def test_the_commit_of_a_hold_granted_offline_restores_its_record_and_its_first_
     assert (op.key, op.windows) == (ENGINE.state.keys.hold("op_1"), [AGENT, JOBS])
 
 
-def test_the_commit_of_a_hold_that_the_store_has_lost_restores_what_this_process_knows():
+def test_the_commit_of_a_hold_that_the_store_has_lost_restores_the_amounts_known_in_this_process():
     lost = hold(created_us=8)
     lost.accrue("0.01")
     restored = parse_record(lost.restored_commit([7 * CENT]).text)

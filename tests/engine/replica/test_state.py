@@ -100,7 +100,7 @@ def test_a_replica_estimates_its_start_by_its_age_when_it_sent_its_first_request
     assert replica.claim == (NOON_US - 2_000_000, replica.replica_id), "later replies change nothing"
 
 
-def test_a_clock_of_the_store_that_is_set_back_takes_the_start_with_it():
+def test_a_store_clock_that_is_set_back_moves_the_start_of_a_replica_back():
     replica = Replica()
     replica.reply(1, "e1")
     replica.set_clock(NOON_US - 3_600_000_000, 0)
@@ -111,7 +111,7 @@ def test_a_clock_of_the_store_that_is_set_back_takes_the_start_with_it():
 # -- the fast path -----------------------------------------------------------------------------------------------------
 
 
-def test_one_batch_in_each_second_takes_no_fast_path_so_that_the_store_looks_for_due_holds(clock):
+def test_one_batch_each_second_skips_the_fast_path(clock):
     replica = Replica()
     assert [replica.use_fast_path() for _ in range(3)] == [False, True, True]
     clock.running_s += 0.99
@@ -177,7 +177,7 @@ def test_a_read_with_another_epoch_or_fewer_writes_is_suspected_of_a_data_loss(f
     assert replica.reported == reported
 
 
-def test_a_read_that_was_sent_before_a_new_epoch_is_only_old():
+def test_a_reply_to_a_read_sent_before_a_detected_loss_causes_no_suspicion():
     replica = Replica()
     replica.reply(5, "e1")
     before = replica.header
@@ -194,7 +194,7 @@ def test_a_replica_that_only_reads_takes_its_epoch_from_a_read():
 
 
 @pytest.mark.parametrize(("silent_s", "kept"), [(DAY_MS / 1000, True), (DAY_MS / 1000 + 1, False)])
-def test_a_replica_that_was_silent_for_more_than_a_day_forgets_what_the_store_may_have_dropped(clock, silent_s, kept):
+def test_a_replica_clears_its_epoch_and_its_journal_after_more_than_a_day_without_a_reply(clock, silent_s, kept):
     replica = Replica()
     replica.reply(5, "e1")
     op = RecordSpend("op_1", replica.keys.hold("op_1"), [(replica.current_window("agent"), 5)])

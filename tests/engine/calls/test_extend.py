@@ -8,7 +8,7 @@ from ktrdr_budget import Budget, HoldConflict, InvalidAmount, InvalidArgument, S
 from ktrdr_budget.engine.calls.context import CallContext
 from ktrdr_budget.engine.calls.extend import extend, extend_by_id, grow, grow_by_id, grow_to, report
 from ktrdr_budget.engine.outage.allow import AllowPolicy
-from ktrdr_budget.engine.protocol.codes import RELEASED_BY_OPERATOR, ExtendMode
+from ktrdr_budget.engine.protocol.codes import COMMITTED, RELEASED_BY_OPERATOR, ExtendMode
 from ktrdr_budget.engine.protocol.operations import Extend, ExtendAmount, Retire
 from ktrdr_budget.engine.protocol.replies import Conflict, Denied, Extended, Outgrown, Retired, UnknownHoldReply
 from ktrdr_budget.engine.protocol.requests import Read
@@ -82,12 +82,20 @@ def test_a_hold_that_an_operator_has_released_cannot_be_extended_and_its_object_
     assert (hold.state, hold.released_by_operator) == ("released", True)
 
 
+def test_a_hold_that_another_replica_has_committed_leaves_the_journal_at_the_next_heartbeat(context):
+    hold = granted_hold(context, tokens=40)
+    conflict = answer(Conflict(hold_record(context, COMMITTED, tokens=40).render()))
+    drive(extend(context, hold, None), conflict, raises=HoldConflict)
+    assert context.state.journal.open_hold("a") is None
+
+
 @pytest.mark.parametrize("is_growth", [False, True])
 def test_the_store_cannot_enlarge_an_offline_hold_but_its_heartbeats_succeed(is_growth):
     context = call_context(*BUDGETS, policy=AllowPolicy)
     hold = offline_hold(context, tokens=40)
     flow = grow_to(context, hold, {"tokens": 50}) if is_growth else extend(context, hold, None)
-    drive(flow, answer(UnknownHoldReply()), raises=StoreUnavailable if is_growth else None)
+    _, error = drive(flow, answer(UnknownHoldReply()), raises=StoreUnavailable if is_growth else None)
+    assert not is_growth or error.reached
     assert units_of(hold) == {"tokens": 40}
 
 
@@ -124,6 +132,7 @@ def test_growth_is_added_to_the_growth_of_other_processes(context):
 def test_growth_that_is_repeated_after_a_lost_reply_is_added_once(context):
     hold = granted_hold(context, tokens=40)
     [first], _ = drive(grow(context, hold, {"tokens": 10}), NO_REPLY, raises=StoreUnavailable)
+    drive(grow(context, hold, {"tokens": 10}), NOT_SENT, raises=StoreUnavailable)
     [second], _ = drive(grow(context, hold, {"tokens": 10}), outgrown(context, tokens=50))
     assert second.amounts == first.amounts == [ExtendAmount(reserved=50, expected=40)]
     assert units_of(hold) == {"tokens": 50}

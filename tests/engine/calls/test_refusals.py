@@ -109,6 +109,14 @@ def test_the_error_for_growth_after_a_migration_says_that_the_hold_cannot_grow(c
     assert "migrate" in str(raised), "here it is another definition"
 
 
+def test_a_denied_growth_in_a_budget_that_is_not_configured_here_has_the_figures_of_a_count(context):
+    window = context.state.window("elsewhere", "2025-12-01~aaaaaa")
+    op = Extend("a", "key", [window], [ExtendAmount(reserved=40)], 1000, ExtendMode.GROW)
+    reply = Denied(window.name, 1000, 990, 0, 0, 40, 0)
+    assert drive(refusal(context, op, reply, NOW_US)).result.fits == 10
+    assert "cannot grow" in str(error_for(context, op, OtherDefinition("elsewhere", HOURLY.definition), NOW_US))
+
+
 # -- denials -----------------------------------------------------------------------------------------------------------
 
 
@@ -156,6 +164,20 @@ def test_a_denied_growth_does_not_wait_for_its_own_hold(context):
 def test_a_denied_caller_may_retry_at_the_end_of_the_window_if_no_hold_is_found(context, reply):
     error = drive(refusal(context, reservation(context), denied(context), NOW_US), reply).result
     assert error.retry_after == 12 * 3600
+
+
+@pytest.mark.parametrize("state", ["c", "x", None, "o"], ids=["settled", "unconfirmed", "unknown", "past its deadline"])
+def test_only_open_holds_are_counted_for_retry_after(context, state):
+    gone = state and hold_record(context, state, tokens=990, due=state == "o").render()
+    holds = found(["b", "c"]), found([gone, record(context, 20, tokens=990)])
+    assert drive(refusal(context, reservation(context), denied(context), NOW_US), *holds).result.retry_after == 20
+
+
+@pytest.mark.parametrize(("name", "searched", "seconds"), [("total", 127, None), ("tokens", 128, 12 * 3600)])
+def test_retry_after_without_a_hold_of_the_window_is_the_end_of_the_window(context, name, searched, seconds):
+    holds = found(["h"] * searched), found([record(context, 1 + number, agent=1) for number in range(searched)])
+    error = drive(refusal(context, reservation(context, name), denied(context, name), NOW_US), *holds).result
+    assert error.retry_after == seconds
 
 
 def test_retry_after_in_a_window_without_end_is_the_last_deadline_read_if_only_other_holds_were_found(context):

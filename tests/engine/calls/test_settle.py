@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from ktrdr_budget import Budget, HoldConflict, InvalidAmount, InvalidArgument, StoreUnavailable, UnknownHold
+from ktrdr_budget import Budget, HoldConflict, InvalidAmount, InvalidArgument, StoreError, StoreUnavailable, UnknownHold
 from ktrdr_budget.engine.calls.context import CallContext
 from ktrdr_budget.engine.calls.settle import commit, commit_units, leave, record, release, settle_by_id
 from ktrdr_budget.engine.outage.allow import AllowPolicy
+from ktrdr_budget.engine.outage.policy import OutagePolicy
 from ktrdr_budget.engine.protocol.codes import COMMITTED, RELEASED, CommitMode, ReleaseMode
 from ktrdr_budget.engine.protocol.operations import Commit, CommitAmount, Extend, RecordSpend, Release, Restore
 from ktrdr_budget.engine.protocol.replies import Conflict, Extended, Settled, StaleWindow, UnknownHoldReply
@@ -135,6 +136,22 @@ def test_the_release_of_an_offline_hold_that_the_store_does_not_have_returns_not
     assert (settlement.state, settlement.amounts) == ("released", {"agent": 0})
 
 
+def test_the_release_of_a_hold_that_the_store_has_lost_restores_nothing(context):
+    hold = granted_hold(context, agent=CENT)
+    hold.granted_in = "before the loss"
+    drive(release(context, hold), UNKNOWN, raises=UnknownHold)
+
+
+@pytest.mark.parametrize("policy", [OutagePolicy, AllowPolicy])
+def test_a_settlement_that_conflicts_with_another_is_an_error_and_loses_no_spend(policy, caplog):
+    context = call_context(*BUDGETS, policy=policy)
+    hold = offline_hold(context, agent=CENT) if policy is AllowPolicy else granted_hold(context, agent=CENT)
+    conflict = answer(Conflict(hold_record(context, COMMITTED, agent=CENT).render()))
+    drive(release(context, hold), conflict, raises=HoldConflict)
+    drive(commit(context, hold, "0.02"), conflict, raises=HoldConflict)
+    assert errors_of(caplog) == []
+
+
 def test_a_hold_cannot_be_settled_while_metered_calls_inside_it_are_in_progress(context):
     hold = granted_hold(context, agent=CENT)
     hold.growth = SimpleNamespace(open=1)
@@ -243,6 +260,30 @@ def test_a_settlement_by_id_without_a_reply_is_deferred_if_the_hold_is_in_the_jo
     drive(settle_by_id(context, "elsewhere", "0.07"), NOT_SENT, raises=StoreUnavailable)
 
 
+def test_a_settlement_by_id_that_the_store_refuses_is_not_deferred():
+    context = call_context(*BUDGETS, policy=AllowPolicy)
+    granted_hold(context, "a", agent=25 * CENT)
+    drive(settle_by_id(context, "a", "0.07"), StoreError("WRONGTYPE"), raises=StoreError)
+    assert queued(context) == []
+
+
+def test_different_settlements_by_id_have_different_contents(context):
+    """The outbox queues equal ones once."""
+    flows = (
+        settle_by_id(context, "a", "0.07"),
+        settle_by_id(context, "a", "0.08"),
+        settle_by_id(context, "a", None),
+        settle_by_id(context, "a", None, released=True),
+        settle_by_id(context, "a", None, released=True, by_operator=True),
+    )
+    assert len({next(flow).prepares.contents for flow in flows}) == len(flows)
+
+
+def test_a_settlement_by_id_of_a_hold_that_was_dropped_after_its_read_is_an_error(context):
+    known = found(hold_record(context, agent=CENT).render())
+    drive(settle_by_id(context, "a", "0.01"), known, UNKNOWN, raises=UnknownHold)
+
+
 def test_the_settlement_by_id_of_an_unknown_hold_is_logged_if_spend_is_lost(context, caplog):
     drive(settle_by_id(context, "a", None, released=True), found(None), raises=UnknownHold)
     assert errors_of(caplog) == []
@@ -256,6 +297,12 @@ def test_the_settlement_by_id_of_an_unknown_hold_is_logged_if_spend_is_lost(cont
 @pytest.mark.parametrize(("budget", "amount", "error"), [("jobs", 1, InvalidArgument), ("agent", "-1", InvalidAmount)])
 def test_a_record_of_slots_or_of_a_negative_amount_is_refused_before_anything_is_sent(context, budget, amount, error):
     assert drive(record(context, budget, amount, None, ""), raises=error).requests == []
+
+
+def test_a_record_of_nothing_is_recorded_and_one_under_an_id_in_use_conflicts(context):
+    assert drive(record(context, "agent", 0, "r", ""), committed(0)).result.amounts == {"agent": 0}
+    conflict = answer(Conflict(hold_record(context, agent=CENT).render()))
+    drive(record(context, "agent", 0, "a", ""), conflict, raises=HoldConflict)
 
 
 def test_a_record_of_spend_in_a_window_that_has_ended_is_repeated_for_the_current_one(context):

@@ -226,8 +226,7 @@ def test_a_chunk_that_another_client_has_settled_cannot_grow_and_is_lost(store):
 @pytest.mark.parametrize(
     ("error", "logged"), [(InvalidArgument("other definition"), True), (NOT_SENT, False), (None, False)]
 )
-def test_a_refusal_of_a_chunk_is_logged_unless_its_callers_receive_it(store, caplog, error, logged):
-    """A denial and an unavailable store are the errors of ``spend``."""
+def test_an_error_of_a_request_for_a_chunk_is_logged_unless_it_is_an_outage_or_a_denial(store, caplog, error, logged):
     lease = opened(store)
     store.left, store.errors = 0, {"reserve": error} if error else {}
     lease.spend(51)

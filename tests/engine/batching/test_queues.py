@@ -21,11 +21,10 @@ from ktrdr_budget.engine.protocol.operations import (
     Release,
     Reserve,
 )
-from ktrdr_budget.engine.protocol.window import Window
-from ktrdr_budget.engine.replica.state import ReplicaState
-from ktrdr_budget.models import Budget
 
-WINDOW: Window = ReplicaState("default", [Budget("agent", "5.00")]).current_window("agent")
+from ...helpers.windows import make_window
+
+WINDOW = make_window()
 
 
 def operation(kind: str, windows: int) -> Operation:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from ktrdr_budget import Budget
 from ktrdr_budget.engine.protocol.codes import CommitMode, ExtendMode
 from ktrdr_budget.engine.protocol.operations import (
     Commit,
@@ -45,9 +44,10 @@ from ktrdr_budget.engine.protocol.replies import (
     Unreadable,
     WindowFull,
 )
-from ktrdr_budget.engine.replica.state import ReplicaState
 
-AGENT = ReplicaState("default", [Budget("agent", "5.00")]).current_window("agent")
+from ...helpers.windows import make_window
+
+AGENT = make_window()
 RECORD = f"o c 9 8 0 - - -|u,{AGENT.name},,5,,"
 RESERVE = Reserve("a", "key", [(AGENT, 5)], ttl_ms=1000, policy="c", labels=Labels(), now_ms=0)
 COMMIT = Commit("a", "key", [AGENT], [CommitAmount(CommitMode.EXACT, 7)])

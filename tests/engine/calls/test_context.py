@@ -10,8 +10,9 @@ from ktrdr_budget.engine.protocol.codes import ReleaseMode
 from ktrdr_budget.engine.protocol.operations import Labels, Retire
 from ktrdr_budget.engine.protocol.replies import Retired
 from ktrdr_budget.engine.protocol.requests import Read
+from ktrdr_budget.engine.replica import outbox as outboxes
 
-from ...helpers.calls import answer, call_context, drive, found, hold_record, queued
+from ...helpers.calls import answer, call_context, drive, errors_of, found, hold_record, queued
 
 BUDGETS = [Budget("agent", "5.00"), Budget("tokens", 1000, unit="tokens")]
 RETIRED = answer(Retired())
@@ -63,6 +64,7 @@ def test_an_amount_of_zero_is_accepted_only_where_a_call_allows_it(context):
 @pytest.mark.parametrize("trace_id", ["", "t1"])
 def test_labels_contain_the_current_trace(trace_id):
     assert call_context(*BUDGETS, trace_id=trace_id).labels("me", "chat") == Labels("me", "chat", trace_id)
+    assert call_context(*BUDGETS, trace_id=trace_id).labels("me", "") == Labels("me", "", trace_id)
     assert call_context(*BUDGETS, trace_id=trace_id).labels("", "") == Labels("", "", trace_id)
 
 
@@ -105,6 +107,13 @@ def test_a_grant_that_no_caller_received_is_queued_for_release(context, request_
     context.release_later("a", [context.state.current_window("agent")], request_name)
     [(kind, release)] = queued(context)
     assert (kind, release.mode, release.request) == ("release", mode, request_name)
+
+
+def test_a_grant_that_a_full_outbox_drops_is_an_error_that_is_logged(context, caplog, monkeypatch):
+    monkeypatch.setattr(outboxes, "IN_DOUBT_MAX", 1)
+    for hold_id in ("first", "second"):
+        context.release_later(hold_id, [context.state.current_window("agent")], "")
+    assert errors_of(caplog) == ["outbox full: outcome of first unknown, dropped"]
 
 
 # -- denied callers ----------------------------------------------------------------------------------------------------

@@ -53,6 +53,13 @@ def test_a_status_does_not_wait_for_a_hold_that_cannot_be_retired(context):
     assert now.held == 40
 
 
+def test_a_status_retires_holds_in_at_most_64_rounds(context):
+    """More may become due meanwhile."""
+    rounds = [(answer_status(due=(f"h{number}",)), found([None]), RETIRED) for number in range(63)]
+    replies = [reply for each in rounds for reply in each]
+    assert drive(status(context, ["tokens"]), *replies, answer_status(due=("h63",), held=40)).result[0].held == 40
+
+
 def test_a_status_is_read_again_if_its_window_has_ended(context):
     midnight_ms = context.state.current_window("tokens").span.end_ms
 
@@ -116,7 +123,7 @@ def test_a_list_of_holds_has_the_open_and_the_unconfirmed_ones_of_its_budget(con
     replies = (
         answer_status(),
         found(["a", "b", "c"]), found([open_hold.render(), other.render(), settled.render()]),
-        found(["d"]), found([unconfirmed.render()]),
+        found(["d", "gone"]), found([unconfirmed.render(), None]),
     )  # fmt: skip
     requests, page = drive(holds(context, "tokens", 10, None), *replies)
     assert [view.id for view in page] == ["a", "d"]
@@ -133,6 +140,15 @@ def test_a_list_of_holds_continues_at_the_cursor_of_the_previous_page(context):
     requests, page = drive(holds(context, "tokens", 2, page.next_cursor), *rest)
     assert requests[1].args[2] == 2, "the offset in the index"
     assert ([view.id for view in page], page.next_cursor) == (["c"], None)
+
+
+def test_a_list_of_holds_reads_an_index_in_parts_of_1000(context):
+    ids, other = [f"h{number}" for number in range(1000)], hold_record(context, agent=1).render()
+    last = hold_record(context, tokens=1).render()
+    replies = answer_status(), found(ids), found([other] * 1000), found(["last"]), found([last]), found([])
+    requests, page = drive(holds(context, "tokens", 10, None), *replies)
+    assert [request.args[2] for request in (requests[1], requests[3])] == [0, 1000]
+    assert [view.id for view in page] == ["last"]
 
 
 @pytest.mark.parametrize("options", [{"limit": 0}, {"limit": 1001}, {"cursor": "next"}, {"cursor": "2-0"}])

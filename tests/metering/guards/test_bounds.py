@@ -15,9 +15,8 @@ from examples.wire_formats import FORMATS
 from ktrdr_budget import Budget, BudgetLimiter
 from ktrdr_budget.metering.guards import UnmeteredCall
 from ktrdr_budget.metering.guards.anthropic import AnthropicDialect
-from ktrdr_budget.metering.guards.bounds import ROUTING_FIELDS, Bound, GuardOptions, known_output_maximum, text_size
+from ktrdr_budget.metering.guards.bounds import ROUTING_FIELDS, Bound, GuardOptions, text_size
 from ktrdr_budget.metering.guards.openai import OpenAIDialect
-from ktrdr_budget.metering.guards.output_limits import published_output_maximum
 from ktrdr_budget.metering.meter import Meter
 
 from ...helpers.guarded import BASIC, CLAUDE, GPT, MESSAGES, Method, WithArguments, resolve, run
@@ -244,40 +243,6 @@ def test_the_output_bound_of_a_request_without_a_limit_is_the_configured_one_or_
     assert configured.output_tokens_max == 500 and configured.changes == {"max_output_tokens": 500}
     with pytest.raises(UnmeteredCall, match="max_output_tokens"):
         bound("responses", {"input": "x", "model": "gpt-4.5-preview"})
-
-
-PUBLISHED = [
-    ("openai", "gpt-4.1", 32_768),
-    ("azure", "gpt-4.1-nano-2025-04-14", 32_768),
-    ("openai", "gpt-4o-2024-08-06", 16_384),
-    ("openai", "ft:gpt-4o-mini-2024-07-18:own::x", 16_384),
-    ("openai", "gpt-5-mini", 128_000),
-    ("openai", "gpt-5-pro", 272_000),
-    ("openai", "o4-mini", 100_000),
-    ("anthropic", "claude-haiku-4-5-20251001", 64_000),
-    ("anthropic", "claude-opus-4-1", 32_000),
-    ("anthropic", "claude-3-5-sonnet-latest", 8_192),
-    ("anthropic", "claude-sonnet-5", 128_000),
-]
-
-
-@pytest.mark.parametrize(("provider", "model", "tokens"), PUBLISHED)
-def test_the_output_bound_of_a_model_is_its_published_maximum(provider: str, model: str, tokens: int) -> None:
-    assert known_output_maximum(GuardOptions(METER, provider), model) == tokens
-
-
-@pytest.mark.parametrize(
-    "model", ["gpt-4.1-turbo", "gpt-5.5", "gpt-4o-audio-preview", "my-gpt-4o", "claude-sonnet-4-7"]
-)
-def test_a_model_with_a_similar_name_has_no_published_maximum(model: str) -> None:
-    assert {published_output_maximum(provider, model) for provider in ("openai", "anthropic")} == {None}
-    assert published_output_maximum("deepseek", "gpt-4o") is None
-
-
-def test_published_maximums_are_below_the_context_window() -> None:
-    for provider, model, tokens in PUBLISHED:
-        window = METER.pricer.price_list.context_window(provider, model)  # type: ignore[attr-defined]
-        assert window is None or tokens < window
 
 
 def test_the_name_of_the_output_limit_parameter_depends_on_the_provider() -> None:

@@ -59,17 +59,6 @@ def test_a_running_total_of_usage_is_final_when_the_last_of_several_answers_ends
     assert parsed is not None and parsed.output_tokens == 5
 
 
-@pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
-@pytest.mark.parametrize("size", [1, 7, 1000])
-def test_stream_events_are_parsed_with_any_line_ending_and_split_at_any_byte(line_end: str, size: int) -> None:
-    text = "".join(f"data: {json.dumps(chunk(0, tokens))}\n\n" for tokens in (1, 2, 3)) + "data: [DONE]\n\n"
-    data = text.replace("\n", line_end).encode()
-    parser = parse("chat/completions")
-    passed_on = b"".join(parser.feed(data[at : at + size]) for at in range(0, len(data), size)) + parser.end()
-    assert passed_on == data
-    assert parser.usage is not None and parser.usage.output_tokens == 3
-
-
 def test_the_estimate_of_a_failed_stream_includes_tool_names() -> None:
     item = {"type": "response.output_item.added", "item": {"type": "function_call", "name": "n" * 20}}
     assert parse("responses", item).estimate().output_tokens >= 20 + 5

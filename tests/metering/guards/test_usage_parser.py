@@ -1,0 +1,77 @@
+"""The usage of one response: reports are merged, and used only if a call can have used these counts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from ktrdr_budget.metering.guards.bounds import Bound
+from ktrdr_budget.metering.guards.usage_parser import UsageParser, count_of
+from ktrdr_budget.metering.usage import Usage
+
+
+class Parser(UsageParser):
+    """A format with two counts."""
+
+    def usage_of(self, counts: dict[str, Any]) -> Usage | None:
+        if not self.is_credible(counts.get("in", 0), counts.get("out")):
+            return None
+        return Usage(counts["in"], counts.get("out", 0))
+
+
+def parser(output_tokens_max: int = 100) -> Parser:
+    return Parser(Bound("m", 1000, output_tokens_max))
+
+
+def test_a_later_report_with_lower_or_missing_counts_changes_nothing() -> None:
+    made = parser()
+    for report in ({"in": 9, "out": 5}, {"out": 7}, {"in": 3, "out": 6}):
+        assert made.merge(report)
+    assert made.usage == Usage(9, 7)
+
+
+@pytest.mark.parametrize("report", [None, {}, [], "usage", 7])
+def test_a_report_that_is_not_an_object_with_fields_is_no_report(report: object) -> None:
+    made = parser()
+    assert not made.merge(report)
+    assert made.usage is None
+
+
+def test_counts_within_objects_are_merged_one_by_one() -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Nested(Parser):
+        def usage_of(self, counts: dict[str, Any]) -> None:
+            seen.append(counts)
+
+    made = Nested(Bound("m", 1000, 100))
+    made.merge({"details": {"cached": 5, "audio": 1}, "tier": "flex"})
+    made.merge({"details": {"cached": 2, "audio": 3}, "tier": "priority"})
+    made.merge({"details": None, "tier": None})
+    assert seen[-1] == {"details": {"cached": 5, "audio": 3}, "tier": "priority"}
+
+
+@pytest.mark.parametrize(
+    ("value", "count"), [(0, 0), (7, 7), (7.0, 7), (7.5, None), (-1, None), (True, None), ("7", None)]
+)
+def test_a_count_is_a_whole_number_that_is_not_negative(value: object, count: int | None) -> None:
+    assert count_of(value) == count
+
+
+@pytest.mark.parametrize(
+    ("input_tokens", "output_tokens", "output_tokens_max", "credible"),
+    [(9, 5, 100, True), (9, 0, 100, True), (0, 5, 100, False), (9, None, 100, False), (9, None, 0, True)],
+)
+def test_a_call_has_input_and_reports_its_output_unless_it_can_have_none(
+    input_tokens: int, output_tokens: int | None, output_tokens_max: int, credible: bool
+) -> None:
+    assert parser(output_tokens_max).is_credible(input_tokens, output_tokens) == credible
+
+
+def test_a_usage_becomes_credible_with_the_report_of_its_missing_count() -> None:
+    made = parser()
+    made.merge({"in": 9})
+    assert made.usage is None
+    made.merge({"out": 0})
+    assert made.usage == Usage(9, 0)

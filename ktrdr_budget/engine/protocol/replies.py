@@ -273,13 +273,13 @@ _COMMON: Final[dict[str, Callable[[str], Reply]]] = {
 
 
 def parse_common(line: str) -> Reply:
-    """Parse a reply that has the same form for all operations; ``None`` for any other."""
+    """Parse a reply that has the same form for all operations; any other becomes an :class:`UnexpectedReply`."""
     parse = _COMMON.get(line[:1])
     return UnexpectedReply(line) if parse is None else parse(line[2:])
 
 
 def parse_settled(line: str) -> Settled:
-    """The reply to a settlement: ``DONE`` or ``REPLAYED``, flags, units, and of a replay its replica and windows."""
+    """Parse the reply to a settlement: ``DONE`` or ``REPLAYED``, flags, units; for a replay its replica and windows."""
     words = line.split(" ")
     flags = words[1] if len(words) > 1 else ""
     units = tuple(map(int, words[2].split(","))) if len(words) > 2 and words[2] else ()

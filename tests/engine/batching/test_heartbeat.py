@@ -75,12 +75,13 @@ def test_heartbeats_run_outside_of_the_context_of_the_block(dispatcher, hold):
     assert caller not in context
 
 
-def test_the_next_heartbeat_waits_for_the_reply_to_the_last_one(dispatcher, hold):
+def test_the_next_heartbeat_waits_for_the_reply_to_the_last_one(dispatcher, hold, caplog):
     heartbeat = begun(dispatcher, hold)
     heartbeat.send()
     assert len(dispatcher.timers) == 1
     dispatcher.sent[0].set_result(None)
     assert len(dispatcher.timers) == 2
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(
@@ -115,11 +116,12 @@ def test_a_stop_cancels_the_next_heartbeat(dispatcher, hold):
     assert timer.cancelled()
 
 
-def test_a_heartbeat_that_fails_after_the_stop_is_no_event(dispatcher, hold, caplog):
+@pytest.mark.parametrize("error", [HoldConflict("settled"), StoreUnavailable("no reply")])
+def test_a_heartbeat_that_fails_after_the_stop_is_no_event(dispatcher, hold, caplog, error):
     """The settlement may have come first."""
     heartbeat = begun(dispatcher, hold)
     heartbeat.send()
     heartbeat.stop()
-    dispatcher.sent[0].set_exception(HoldConflict("settled"))
+    dispatcher.sent[0].set_exception(error)
     assert caplog.messages == []
     assert heartbeat.timer is None

@@ -38,7 +38,8 @@ def test_a_limit_that_was_set_or_cleared_is_journalled_with_the_time_of_its_chan
     drive(set_limit(context, "agent", "2.00", None), answer_status(), CHANGED, answer_status(now_us=NOW_US - 1))
     [replayed] = context.state.journal.limits(context.state.keys, NOW_MS)
     assert (replayed.limit, replayed.changed_us) == (2_000_000_000, NOW_US)
-    drive(clear_limit(context, "agent"), str(NOW_US + 5), answer_status())
+    requests, _ = drive(clear_limit(context, "agent"), str(NOW_US + 5), answer_status())
+    assert requests[0].args[1] == ""
     [replayed] = context.state.journal.limits(context.state.keys, NOW_MS)
     assert (replayed.limit, replayed.changed_us) == (None, NOW_US + 5)
 
@@ -78,6 +79,12 @@ def test_a_limit_until_the_end_of_a_window_that_ends_meanwhile_is_set_again_for_
     assert untils_ms == [span.end_ms, to_ms(now.resets_at)]
 
 
+def test_a_limit_until_the_end_of_a_window_without_end_is_set_for_good():
+    context = call_context(Budget("agent", "5.00", period="ever"))
+    requests, now = drive(set_limit(context, "agent", "1", "window"), answer_status(), CHANGED, answer_status())
+    assert (requests[1].args[2], now.resets_at) == (0, None)
+
+
 def test_a_limit_is_not_set_while_another_definition_of_the_budget_is_registered(context):
     other = f"m {HOURLY.definition}"
     error = drive(set_limit(context, "agent", "1", None), answer_status(), other, raises=DefinitionConflict).result
@@ -95,6 +102,13 @@ def test_a_migration_replaces_the_registered_definition_if_it_differs(context, i
     requests, migration = drive(migrate(context, "agent"), *replies)
     assert [request.args[1:3] for request in requests[1:]] == [[HOURLY.definition, AGENT.definition]] * (not is_same)
     assert (migration.before, migration.after) == (registered.identity, AGENT.identity)
+
+
+def test_the_first_registration_of_a_definition_is_logged_without_one_before(caplog):
+    endless = Budget("agent", "5.00", period="ever")
+    requests, migration = drive(migrate(call_context(endless), "agent"), found(None), "")
+    assert (migration.before, migration.limit_cleared, requests[1].args[4]) == (None, False, 0)
+    assert caplog.messages == [f"definition of budget agent registered: {endless.identity}; before: none"]
 
 
 def test_a_migration_is_repeated_if_the_registered_definition_changes_meanwhile(context):

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import pytest
 
-from ktrdr_budget import Budget, HoldConflict, InvalidAmount, InvalidArgument, StoreUnavailable, UnknownBudget
+from ktrdr_budget import (
+    Budget,
+    HoldConflict,
+    InvalidAmount,
+    InvalidArgument,
+    StoreError,
+    StoreUnavailable,
+    UnknownBudget,
+)
 from ktrdr_budget.engine.calls.context import CallContext
 from ktrdr_budget.engine.calls.reserve import release_grant, reserve
 from ktrdr_budget.engine.outage.allow import AllowPolicy
 from ktrdr_budget.engine.outage.policy import OutagePolicy
-from ktrdr_budget.engine.protocol.codes import RELEASED, ReleaseMode
+from ktrdr_budget.engine.protocol.codes import OPEN, RELEASED, RELEASED_BY_OPERATOR, ReleaseMode
 from ktrdr_budget.engine.protocol.operations import Release, Reserve, Retire
 from ktrdr_budget.engine.protocol.replies import Conflict, Denied, Granted, Replayed, Settled, StaleWindow
 from ktrdr_budget.engine.protocol.requests import Read
@@ -114,17 +122,21 @@ def test_a_reservation_for_a_window_that_has_ended_is_repeated_for_the_next_one(
     assert hold.windows == {"agent": "2025-12-02"}
 
 
-@pytest.mark.parametrize("of_this_request", [False, True])
-def test_a_repeated_reservation_returns_the_hold_of_the_first_one(context, of_this_request):
+@pytest.mark.parametrize(
+    ("of_this_request", "unreceived", "is_replay"), [(False, False, True), (True, False, False), (True, True, True)]
+)
+def test_a_repeated_reservation_returns_the_hold_of_the_first_one(context, of_this_request, unreceived, is_replay):
     """Not as a replay if an attempt of the same request was granted: then the caller receives it for the first time."""
 
     def replayed(request):
-        record = hold_record(context, agent=UNITS)
-        return answer(Replayed(record._replace(request=request.request if of_this_request else "first").render()))
+        name = request.request if of_this_request else "first"
+        record = hold_record(context, RELEASED_BY_OPERATOR if unreceived else OPEN, agent=UNITS)
+        return answer(Replayed(record._replace(request=name, unreceived=unreceived).render()))
 
     _, hold = drive(reservation(context, id="op_1", ttl=30), replayed)
     assert units_of(hold) == {"agent": UNITS}
-    assert hold.replayed is not of_this_request
+    assert hold.replayed is is_replay
+    assert context.state.journal.open_hold("op_1") is not None
 
 
 def test_a_replayed_hold_past_its_deadline_is_retired_first(context):
@@ -192,3 +204,20 @@ def test_the_grant_to_a_cancelled_caller_is_released_now_or_once_the_store_repli
     assert kind == "release"
     assert queued_release.render() == request.render()
     assert context.state.journal.open_hold(hold.id) is None
+
+
+def test_the_release_of_a_grant_that_the_store_refuses_is_not_repeated(context):
+    flow = release_grant(context, granted_hold(context, agent=UNITS))
+    drive(flow, StoreError("WRONGTYPE"), raises=StoreError)
+    assert queued(context) == []
+
+
+def test_each_reservation_prepares_the_outage_policy():
+    class Counting(OutagePolicy):
+        begun = 0
+
+        def begin(self) -> None:
+            type(self).begun += 1
+
+    drive(reservation(call_context(*BUDGETS, policy=Counting)), GRANTED)
+    assert Counting.begun == 1

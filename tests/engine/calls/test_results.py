@@ -112,6 +112,12 @@ def test_only_a_heartbeat_reports_that_an_operator_has_released_its_hold(op: Ope
     assert conflict_error(op, record, CONTEXT.state.budgets).released_by_operator is obeys
 
 
+def test_a_conflict_in_a_budget_that_is_not_configured_here_shows_its_amount_in_dollars_or_as_a_count():
+    record, op = hold_record(CONTEXT, agent=250_000_000), Release("a", "key", [])
+    assert "reserved at $0.25 and" in str(conflict_error(op, record, {}))
+    assert "reserved at 7 count and" in str(conflict_error(op, hold_record(CONTEXT, tokens=7), {}))
+
+
 def test_amounts_of_many_budgets_are_abbreviated():
     names = {f"b{number}": (number, "tokens") for number in range(1, 6)}
     assert amounts_text(dict([*names.items()][:1])) == "1 tokens"
@@ -179,6 +185,7 @@ def test_every_eviction_policy_but_noeviction_is_a_fault():
     [
         ([("GET", ""), ("SET", "")], None, "the store's user may not run GET, SET"),
         ([("GET", "ERR a"), ("SET", "ERR b")], None, "the store refuses GET: ERR a; the store refuses SET: ERR b"),
+        ([("GET", "OOM a"), ("SET", "READONLY b")], "it is full, and refuses GET: OOM a", None),
         ([("GET", "ERR a"), ("SET", "ERR a")], None, "the store refuses GET, SET: ERR a"),
         ([("SET", "-READONLY x"), ("GET", "")], "it is a read-only replica, and refuses SET: -READONLY x",
          "the store's user may not run GET"),

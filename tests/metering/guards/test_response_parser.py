@@ -62,6 +62,14 @@ def test_stream_events_are_parsed_with_any_line_ending_and_split_at_any_byte(lin
     assert (made.usage, made.final, made.ended, made.reports) == (Usage(9, 3), True, True, 2)
 
 
+def test_the_done_event_ends_a_stream_before_its_connection_closes() -> None:
+    made = parser()
+    made.feed(delta("[DONE]") + event(END))
+    assert not made.ended
+    made.feed(event(b"[DONE]"))
+    assert made.ended
+
+
 def test_output_text_that_resembles_a_report_is_no_report() -> None:
     made = parser()
     made.feed(delta('"usage": {"in": 1, "out": 1}'))

@@ -166,6 +166,7 @@ async def test_the_end_of_a_limiter_cancels_its_tasks_and_waits_for_them():
 
     made.spawn(work())
     await asyncio.sleep(0)
+    assert not made.closed
     await made.end()
     assert (ended, made.closed, made.tasks) == (["work"], True, set())
 

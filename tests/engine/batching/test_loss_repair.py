@@ -11,6 +11,7 @@ import pytest
 
 from ktrdr_budget import Budget, StoreError, StoreUnavailable
 from ktrdr_budget.engine.batching.loss_repair import LossRepair
+from ktrdr_budget.engine.protocol.batch import BatchHead
 from ktrdr_budget.engine.protocol.codes import COMMITTED, CommitMode
 from ktrdr_budget.engine.protocol.operations import Commit, CommitAmount, ReplayLimit, ReplayTotal, Restore
 from ktrdr_budget.engine.protocol.replies import MissingWindow, Restored, Settled, Unreadable
@@ -110,9 +111,10 @@ async def test_a_repair_counts_only_what_the_store_had_lost(caplog):
     assert "restored" not in caplog.text
 
 
-async def test_a_further_loss_during_a_replay_starts_it_again():
-    replica = await Replica(REPLIES[0], LOST, *REPLIES).repaired()
-    assert replica.sent == [LIMITS_AND_SETTLEMENTS, TOTALS, *WHOLE]
+@pytest.mark.parametrize("batches", [0, 1, 2])
+async def test_a_further_loss_during_a_replay_starts_it_again(batches):
+    replica = await Replica(*REPLIES[:batches], LOST, *REPLIES).repaired()
+    assert replica.sent == [*WHOLE[: batches + 1], *WHOLE]
     assert replica.repair.total.settlements == 1
 
 
@@ -150,7 +152,8 @@ async def test_an_unreadable_key_is_logged_and_ends_no_repair(caplog):
 
 
 async def test_operations_on_a_window_whose_slot_is_migrated_are_replayed_later(caplog):
-    replica = Replica([AGAIN, MissingWindow("tokens:now")], *REPLIES[1:], *REPLIES)
+    missing = [AGAIN, MissingWindow("tokens:now")], *REPLIES[1:]
+    replica = Replica(*missing, *missing)
     replica.background.bind(asyncio.get_running_loop())
     replica.repair.begin()
     await replica.background.idle()
@@ -160,6 +163,7 @@ async def test_operations_on_a_window_whose_slot_is_migrated_are_replayed_later(
     begin_again()
     await replica.background.idle()
     assert replica.sent == [*WHOLE, *WHOLE]
+    assert replica.timers[1][0] == 2.0, "still missing: later"
 
 
 async def test_ids_that_the_journal_has_evicted_are_reported_once_per_loss(caplog):
@@ -196,6 +200,31 @@ async def test_an_idle_replica_with_a_journal_probes_the_store_at_each_pulse(wit
     await replica.background.idle()
     assert replica.sent == [[]] * probes
     assert len(replica.timers) == 2, "the next pulse"
+
+
+async def test_a_replica_that_was_not_started_checks_the_eviction_policy_after_the_first_reply():
+    replica = Replica(with_journal=False)
+    replica.background.bind(asyncio.get_running_loop())
+    replica.repair.start()
+    replica.timers[0][1]()
+    assert replica.policy_checks == []
+    replica.state.absorb(BatchHead(NOW_US, False, 1, "epoch", ()), replica.state.header)
+    replica.timers[1][1]()
+    assert replica.policy_checks == ["check"]
+    replica.state.policy_checked = True
+    replica.timers[2][1]()
+    assert replica.policy_checks == ["check"]
+
+
+async def test_a_replica_under_repair_or_closed_sends_no_probe():
+    replica = Replica(*REPLIES)
+    replica.background.bind(asyncio.get_running_loop())
+    replica.repair.begin()
+    replica.repair.suspect()
+    await replica.background.idle()
+    replica.background.closed = True
+    replica.repair.suspect()
+    assert (replica.sent, replica.background.tasks) == (WHOLE, set())
 
 
 async def test_each_second_pulse_checks_holds_for_settlements_by_others():

@@ -7,6 +7,7 @@ import pytest
 from ktrdr_budget import Budget, StoreError
 from ktrdr_budget.engine.calls.context import CallContext
 from ktrdr_budget.engine.calls.readiness import begin, check, warn_of_eviction
+from ktrdr_budget.engine.outage.policy import OutagePolicy
 from ktrdr_budget.engine.protocol.requests import Command, Read
 
 from ...helpers.calls import NOT_SENT, call_context, drive, found
@@ -67,6 +68,21 @@ def test_a_store_without_a_reply_leaves_the_other_checks_unknown(context):
     faults = drive(check(context), NOT_SENT).result
     unknown = "unknown: no reply from the store"
     assert faults == {"store": "connection refused", "policy": unknown, "scripts": unknown}
+
+
+def test_a_limiter_prepares_its_outage_policy_before_it_connects():
+    class Preparing(OutagePolicy):
+        is_prepared = False
+
+        def begin(self) -> None:
+            self.is_prepared = True
+
+    context = call_context(policy=Preparing)
+    flow = begin(context, "cache:6379")
+    next(flow)
+    assert isinstance(context.policy, Preparing)
+    assert context.policy.is_prepared
+    flow.close()
 
 
 def test_a_limiter_connects_at_its_start_and_warns_of_a_store_that_may_evict_keys(context, caplog):

@@ -163,6 +163,14 @@ def test_a_lease_reserves_one_chunk_and_spends_it_without_the_store(store):
     lease.reserve(10).commit(5)
     assert store.turn() == []
     assert (lease.spent, lease.remaining) == (35, 65)
+    assert repr(lease) == "<LeaseBase tokens 65 tokens left>"
+
+
+def test_a_lease_is_opened_once(store):
+    lease = opened(store)
+    with pytest.raises(RuntimeError, match="opened once"):
+        store.loop.run_until_complete(lease.opened())
+    assert store.requests == [("reserve", SLAB)]
 
 
 @pytest.mark.parametrize("error", [StoreError("NOAUTH"), InvalidArgument("other definition")])
@@ -194,6 +202,15 @@ def test_the_next_chunk_is_requested_when_less_than_low_water_is_left(store, opt
     if spent < SLAB:
         lease.spend(1)
         assert store.turn() == [("reserve", SLAB)]
+
+
+def test_each_chunk_requests_the_next_one(store):
+    lease = opened(store)
+    for _ in range(3):
+        lease.spend(60)
+        lease.spend(40)
+        assert ("reserve", SLAB) in store.turn()
+    assert (lease.spent, lease.remaining) == (300, SLAB)
 
 
 def test_a_refused_amount_above_a_chunk_is_requested_whole(store):
@@ -276,12 +293,16 @@ def test_a_refusal_is_no_reply_to_a_caller_that_came_after_its_request(store):
 def test_a_caller_waits_no_longer_than_the_timeout_for_a_store_without_a_reply(store):
     lease = opened(store)
     store.is_silent = True
-    future = Future[Any]()
-    lease.wait(SLAB + 1, future)
+    first, second = Future[Any](), Future[Any]()
+    lease.wait(SLAB + 1, first)
+    store.now_s += 0.5
+    lease.wait(SLAB + 1, second)
     store.turn()
-    assert not future.done()
-    store.turn(1)
-    assert "no reply in 1 s" in str(future.exception(0))
+    assert not first.done()
+    store.now_s += 0.5
+    store.turn()
+    assert "no reply in 1 s" in str(first.exception(0))
+    assert not second.done()
 
 
 def test_a_grant_for_a_caller_that_was_cancelled_returns_to_the_lease(store):
@@ -290,6 +311,10 @@ def test_a_grant_for_a_caller_that_was_cancelled_returns_to_the_lease(store):
     cancelled = Future[Any]()
     lease.wait(80, cancelled)
     cancelled.cancel()
+    store.turn()
+    gone = Future[Any]()
+    gone.set_result("the future does not accept the grant")
+    lease.wait(80, gone)
     store.turn()
     assert (lease.held, lease.remaining) == (0, SLAB)
 
@@ -311,6 +336,13 @@ def test_an_idle_chunk_is_released_with_its_spend_unless_a_grant_is_open(store, 
     grant = lease.reserve(1) if open_grant else None
     assert store.turn(7) == [("settle", spent)] * released
     assert grant is None or not grant.settled
+
+
+def test_all_idle_chunks_are_released(store):
+    lease = opened(store, idle=5)
+    lease.spend(51)
+    assert store.turn() == [("reserve", SLAB)]
+    assert sorted(store.turn(8)) == [("settle", 0), ("settle", 51)]
 
 
 @pytest.mark.parametrize("error", [HoldConflict("released", state="released"), UnknownHold("lost")])
@@ -368,6 +400,17 @@ def test_each_reply_to_the_settlement_of_a_chunk_ends_it_without_a_loss_of_spend
     store.requests.clear()
     store.loop.run_until_complete(lease.closed())
     assert store.requests == [("settle", spent), *further]
+    assert lease.retired == []
+
+
+def test_a_commit_that_the_store_refuses_is_repeated(store, caplog):
+    lease = opened(store)
+    lease.spend(7)
+    store.errors["settle"] = StoreError("OOM")
+    store.loop.run_until_complete(lease.closed())
+    assert caplog.messages == ["lease of tokens: commit of a chunk postponed: OOM"]
+    store.errors.clear()
+    assert store.turn(1) == [("settle", 7)]
     assert lease.retired == []
 
 

@@ -58,6 +58,14 @@ def test_spend_is_recorded_later_for_the_window_in_which_it_was_spent(context):
     assert (settlement.deferred, kind, request.is_late, request.parts) == (True, "deferred", True, parts)
 
 
+@pytest.mark.parametrize(("remark", "trace_id"), [("gpt", "t1"), ("", "")])
+def test_a_commit_with_a_remark_has_the_trace_of_the_commit(remark, trace_id):
+    context = call_context(*BUDGETS, policy=AllowPolicy, trace_id="t1")
+    op = context.policy.settle(offline_hold(context, tokens=40), exact(7), remark)
+    assert isinstance(op, Restore)
+    assert parse_record(op.text).trace_id == trace_id
+
+
 def test_a_hold_is_extended_by_the_store(context):
     hold = offline_hold(context, tokens=40)
     assert not context.policy.extend(hold, lambda: hold.parts, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -39,7 +40,7 @@ from ktrdr_budget.engine.replica.outbox import Entry
 from ktrdr_budget.engine.transport.errors import Transient
 
 from ...helpers.background import LOST, ScriptedBackground
-from ...helpers.calls import NOW_MS, NOW_US, call_context, errors_of, found, granted_hold, hold_record
+from ...helpers.calls import NOT_SENT, NOW_MS, NOW_US, call_context, errors_of, found, granted_hold, hold_record
 
 CONTEXT = call_context(Budget("tokens", 1000, unit="tokens"))
 WINDOW = CONTEXT.state.current_window("tokens")
@@ -289,6 +290,7 @@ async def test_a_settlement_of_the_outbox_is_journalled():
 async def test_a_request_without_a_reply_stays_queued_with_the_time_of_its_first_attempt(error, maybe_executed):
     replica = await Replica(error).add(commit(), "deferred", None).drain()
     [entry] = replica.outbox
+    assert (entry.maybe_executed_us or 0) >= NOW_US * maybe_executed
     assert (entry.maybe_executed_us is not None) is maybe_executed
 
 
@@ -320,6 +322,21 @@ async def test_the_outbox_is_sent_at_once_when_the_store_replies_again():
     replica.background.bind(asyncio.get_running_loop())
     replica.replayer.hasten()
     await replica.background.idle()
+    assert len(replica.outbox) == 0
+
+
+async def test_a_store_that_stays_away_receives_the_outbox_at_growing_intervals():
+    replica = Replica(*[NOT_SENT] * 6, [Settled((7,))]).add(commit(), "deferred")
+    timers: list[tuple[float, Callable[[], None]]] = []
+    loop = SimpleNamespace(
+        create_task=asyncio.get_running_loop().create_task, call_later=lambda *timer: timers.append(timer) or object()
+    )
+    replica.background.bind(loop)  # type: ignore[arg-type]
+    replica.replayer.schedule()
+    for _ in range(7):
+        timers[-1][1]()
+        await replica.background.idle()
+    assert [delay_s for delay_s, _ in timers] == [0.05, 0.1, 0.2, 0.4, 0.5, 0.5, 0.5]
     assert len(replica.outbox) == 0
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from ktrdr_budget import (
     Budget,
+    BudgetExceeded,
     HoldConflict,
     InvalidAmount,
     InvalidArgument,
@@ -110,6 +111,19 @@ def test_a_denied_reservation_retires_holds_past_their_deadline_and_tries_again(
     assert hold.state == "open"
 
 
+def test_a_reservation_is_denied_if_no_hold_is_past_its_deadline(context):
+    denied = Denied(context.state.current_window("agent").name, UNITS, UNITS, 0, 0, UNITS, 0)
+    requests, error = drive(reservation(context), answer(denied), raises=BudgetExceeded)
+    assert (kinds(requests), error.reason) == ([Reserve], "budget_exhausted")
+
+
+def test_a_reservation_is_denied_after_64_rounds_though_more_holds_are_due(context):
+    denied = answer(Denied(context.state.current_window("agent").name, UNITS, UNITS, 0, 0, UNITS, 0), "old")
+    rounds = [denied, found([None]), answer(Granted())] * 63
+    requests, _ = drive(reservation(context), *rounds, denied, raises=BudgetExceeded)
+    assert kinds(requests).count(Reserve) == 64
+
+
 def test_a_reservation_for_a_window_that_has_ended_is_repeated_for_the_next_one(context):
     midnight_ms = context.state.current_window("agent").span.end_ms
 
@@ -187,6 +201,16 @@ def test_a_hold_that_was_granted_offline_is_replayed_without_the_store():
     assert requests == []
     assert hold.replayed
     assert hold.accrued_units == [100_000_000]
+
+
+def test_two_reservations_with_one_id_that_wait_for_the_store_at_once_receive_one_offline_hold():
+    context = call_context(*BUDGETS, policy=AllowPolicy)
+    first = reservation(context, id="op_1")
+    next(first)
+    granted = drive(reservation(context, id="op_1"), NOT_SENT).result
+    with pytest.raises(StopIteration) as end:
+        first.throw(NOT_SENT)
+    assert (granted.replayed, end.value.value.replayed) == (False, True)
 
 
 @pytest.mark.parametrize("other", [{"amount": "0.26"}, {"budget": "tokens", "amount": 1}, {"on_expiry": "release"}])

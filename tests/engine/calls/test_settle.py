@@ -91,6 +91,14 @@ def test_a_commit_takes_the_fast_path_until_the_hold_has_changed_or_has_a_remark
     assert [request.uses_fast_path for request in requests] == [True, False, False]
 
 
+def test_a_commit_with_a_remark_sends_it_with_the_current_trace():
+    context = call_context(*BUDGETS, trace_id="t1")
+    plain, noted = granted_hold(context, "a", agent=CENT), granted_hold(context, "b", agent=CENT)
+    noted.note("gpt")
+    requests = [drive(commit(context, hold, "0.01"), committed(CENT)).requests[0] for hold in (plain, noted)]
+    assert [(request.remark, request.trace_id) for request in requests] == [("", ""), ("gpt", "t1")]
+
+
 def test_a_commit_of_0_whole_units_releases_the_hold(context):
     [request], settlement = drive(commit_units(context, granted_hold(context, agent=CENT), 0), RELEASED_NOW)
     assert isinstance(request, Release)

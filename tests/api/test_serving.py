@@ -15,11 +15,9 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
-from ktrdr_budget import Budget
 from ktrdr_budget.api import Settings
 from ktrdr_budget.api import serving as module
 from ktrdr_budget.api.serving import ServeError, serve
-from ktrdr_budget.api.startup_report import budget_line
 from ktrdr_budget.engine import embedded
 from ktrdr_budget.environment import ZERO_BUDGET
 
@@ -124,11 +122,6 @@ def test_spend_and_exhaustion_are_logged_without_secrets(server):
 
 def logged(service: ServiceProcess, event: str) -> list[str]:
     return [line for line in service.output if f": {event}: " in line]
-
-
-def test_the_startup_line_of_a_budget_has_its_period_in_words():
-    assert budget_line(Budget("b", "1", period="week")) == "budget b: $1.00 a week (UTC)"
-    assert budget_line(Budget("b", 0, unit="calls", period="hour")) == "budget b: 0 calls an hour: denies all"
 
 
 def test_the_startup_report_has_no_secrets(server):

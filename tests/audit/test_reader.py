@@ -65,6 +65,12 @@ def test_a_ledger_continues_unless_entries_are_missing(head, trimmed_count, newe
     assert ledger.continues_at(head, trimmed_count, newest) == continues
 
 
+def test_a_ledger_trimmed_up_to_its_last_entry_continues_after_the_summary():
+    ledger = Ledger(number=2, last=b"second", head=b"first")
+    assert ledger.continues_at(b"summary", 2, 3)
+    assert (ledger.head, ledger.last, ledger.trimmed_count) == (b"summary", b"summary", 2)
+
+
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 

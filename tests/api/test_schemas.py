@@ -83,7 +83,8 @@ def test_a_commit_has_one_amount_or_one_for_each_budget():
     ],
 )
 def test_a_limit_ends_never_or_with_its_window_or_at_an_instant(until, end):
-    assert LimitIn(limit="10.00", until=until).until == end
+    given = LimitIn(limit="10.00", until=until).until
+    assert str(given) == str(end), "an instant is in UTC"
 
 
 @pytest.mark.parametrize("until", ["2026-11-24T00:00:00", "2026-11-24", "2026-13-01T00:00:00Z", "never", 0])

@@ -49,11 +49,11 @@ def test_a_quick_run_measures_and_writes_json(tmp_path: Path, group: str) -> Non
         text=True,
     )
     assert done.returncode == 0, done.stderr
-    told = json.loads(file.read_text())
-    assert told["quick"] is True
-    assert told["machine"]["cores"] >= 1
-    assert {"python", "redis", "valkey-server"} <= told["versions"].keys()
-    measures = {measure["name"]: measure for measure in told["measures"]}
+    written = json.loads(file.read_text())
+    assert written["quick"] is True
+    assert written["machine"]["cores"] >= 1
+    assert {"python", "redis", "valkey-server"} <= written["versions"].keys()
+    measures = {measure["name"]: measure for measure in written["measures"]}
     assert MEASURES[group] <= measures.keys()
     for measure in measures.values():
         assert 0 < measure["min"] <= measure["median"] <= measure["max"]
@@ -71,10 +71,10 @@ def test_peers_that_are_not_installed_are_named_before_anything_is_measured(
 
     monkeypatch.setattr(benchmarks.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(benchmarks, "GROUPS", dict.fromkeys(benchmarks.GROUPS))
-    told = "benchmarks: limits and throttled-py not installed: `make bench` installs them\n"
+    written = "benchmarks: limits and throttled-py not installed: `make bench` installs them\n"
     for words in (["--only", "concurrency"], ["--only", "lease"], []):
         assert benchmarks.main(words) == 2
-        assert capsys.readouterr() == ("", told)
+        assert capsys.readouterr() == ("", written)
 
 
 def _measures():

@@ -133,7 +133,7 @@ def test_a_span_can_record_an_exception_without_its_message(recorded: Recorded):
             current.record_exception(error, "ours")
     (event,) = recorded["a"].events
     assert (event.attributes["exception.type"], event.attributes["exception.message"]) == ("ValueError", "ours")
-    assert "test_the_message_of_an_exception" in event.attributes["exception.stacktrace"]
+    assert "test_a_span_can_record_an_exception_without_its_message" in event.attributes["exception.stacktrace"]
     assert "secret" not in event.attributes["exception.stacktrace"]
 
 

@@ -139,8 +139,8 @@ class Dispatcher:
         future = loop.create_future() if future is None else future
         # An event loop's clock may be as coarse as a millisecond, too coarse for an observation.
         deadline_s = loop.time() + self.timeout_s
-        stalled_s = self.deadlines.stalled_s
-        call = PendingCall(flow, future, operation, time.monotonic(), deadline_s, stalled_s, kept=kept)
+        stalled_max_s = self.deadlines.stalled_s + self.timeout_s / 2
+        call = PendingCall(flow, future, operation, time.monotonic(), deadline_s, stalled_max_s, kept=kept)
         self._resume(call, None)
         return call
 
@@ -484,7 +484,7 @@ class Dispatcher:
 
         In that case a missing connection or reply does not indicate that the store is down.
         """
-        return self.deadlines.stalled_s - call.stalled_before_s >= self.timeout_s / 2
+        return self.deadlines.stalled_s >= call.stalled_max_s
 
     def _renew(self, call: PendingCall, unsent: bool = False) -> bool:
         """Give a call one more deadline, but only once."""
@@ -492,7 +492,7 @@ class Dispatcher:
         if call.was_renewed or not (unsent or self._was_stalled(call)):
             return False
         call.was_renewed, call.deadline_s = True, self._loop.time() + self.timeout_s
-        call.stalled_before_s = self.deadlines.stalled_s
+        call.stalled_max_s = self.deadlines.stalled_s + self.timeout_s / 2
         return True
 
     def _refuse_queued(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -39,7 +40,7 @@ class PendingCall:
     Args:
         started_s: by the monotonic clock.
         deadline_s: by the event loop's clock.
-        stalled_before_s: for how long in total the event loop had been blocked when the call was given its time.
+        stalled_max_s: if the event loop was blocked for longer in total, a missing reply does not indicate an outage.
         kept: the caller will not retry, so the limiter resends a settlement that fails.
     """
 
@@ -51,7 +52,7 @@ class PendingCall:
         "kept",
         "operation",
         "request",
-        "stalled_before_s",
+        "stalled_max_s",
         "started_s",
         "unacknowledged",
         "was_renewed",
@@ -65,7 +66,7 @@ class PendingCall:
         operation: str,
         started_s: float,
         deadline_s: float,
-        stalled_before_s: float = 0.0,
+        stalled_max_s: float = math.inf,
         *,
         kept: bool = False,
     ) -> None:
@@ -74,7 +75,7 @@ class PendingCall:
         self.operation = operation
         self.started_s = started_s
         self.deadline_s = deadline_s
-        self.stalled_before_s = stalled_before_s
+        self.stalled_max_s = stalled_max_s
         self.kept = kept
         self.was_renewed = False
         """Whether the call's deadline was renewed, because the event loop was blocked."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
 from contextvars import ContextVar
 
@@ -24,4 +25,4 @@ def test_a_call_keeps_the_context_of_its_caller_for_traces_and_observers():
 def test_a_new_call_has_sent_nothing_and_has_its_whole_time():
     pending = call(kept=True)
     assert (pending.request, pending.was_resent, pending.was_renewed, pending.unacknowledged) == (None, *3 * [False])
-    assert (pending.started_s, pending.deadline_s, pending.stalled_before_s, pending.kept) == (1.0, 2.0, 0.0, True)
+    assert (pending.started_s, pending.deadline_s, pending.stalled_max_s, pending.kept) == (1.0, 2.0, math.inf, True)

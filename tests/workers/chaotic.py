@@ -291,6 +291,7 @@ async def main(options: dict) -> None:
     await replica.resolve_unknown()
     send(replica.report())
     await lines.get()
+    await replica.resolve_unknown()  # a chunk of a lease may have met a timeout meanwhile
     send(replica.report())
     await limiter.close()
     watching.cancel()

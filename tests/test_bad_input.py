@@ -25,7 +25,7 @@ class Unshowable:
         raise RuntimeError("repr fails")
 
 
-def test_a_float_type_of_another_library_is_converted_by_its_value():
+def test_a_float_subclass_is_converted_by_numeric_value_even_if_the_repr_differs():
     assert to_units(Float(0.1)) == 100_000_000
     assert Budget("agent", Float(0.1)).limit == Decimal("0.10")
     with pytest.raises(InvalidAmount):
@@ -34,7 +34,7 @@ def test_a_float_type_of_another_library_is_converted_by_its_value():
 
 @pytest.mark.parametrize("amount", [HUGE, -HUGE, [HUGE], Unshowable(), "9" * 5000, Decimal(HUGE)], ids=type)
 @pytest.mark.parametrize("unit", ["usd", "tokens"])
-def test_an_amount_that_cannot_be_formatted_is_rejected(amount, unit):
+def test_an_amount_that_cannot_be_formatted_is_rejected_with_a_short_message(amount, unit):
     with pytest.raises(InvalidAmount) as refused:
         to_units(amount, unit)
     assert len(str(refused.value)) < 200
@@ -62,7 +62,7 @@ def test_an_amount_that_cannot_be_formatted_is_rejected(amount, unit):
         lambda: AsyncBudgetLimiter(5),
     ],
 )
-def test_an_option_of_a_wrong_type_is_rejected(make):
+def test_an_invalid_constructor_argument_is_rejected(make):
     with pytest.raises(InvalidArgument):
         make()
 
@@ -101,6 +101,6 @@ def unreachable(tmp_path_factory):
         lambda limiter: limiter.holds("agent", limit=HUGE),
     ],
 )
-def test_an_invalid_call_is_rejected_before_a_request_is_sent(unreachable, call):
+def test_a_call_with_an_invalid_argument_is_rejected_before_a_request_is_sent(unreachable, call):
     with pytest.raises(InvalidArgument):
         call(unreachable)

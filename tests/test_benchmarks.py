@@ -39,7 +39,7 @@ MEASURES = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("group", MEASURES)
-def test_a_quick_run_measures_and_writes_json(tmp_path: Path, group: str) -> None:
+def test_a_quick_run_of_a_benchmark_group_writes_the_measures_as_json(tmp_path: Path, group: str) -> None:
     file = tmp_path / "figures.json"
     # Without a deadline of its own: how long it takes is a property of the machine.
     done = subprocess.run(
@@ -64,7 +64,7 @@ def test_a_quick_run_measures_and_writes_json(tmp_path: Path, group: str) -> Non
     assert done.stdout.count("missed") == sum(not measure["met"] for measure in measures.values())
 
 
-def test_peers_that_are_not_installed_are_named_before_anything_is_measured(
+def test_if_compared_libraries_are_not_installed_the_run_names_the_libraries_and_measures_nothing(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from benchmarks import __main__ as benchmarks
@@ -93,7 +93,7 @@ def _about():
     return circumstances(Settings(quick=True), 1.0)
 
 
-def test_a_missed_target_is_shown_with_its_figure() -> None:
+def test_the_table_shows_whether_each_measure_met_the_target() -> None:
     from benchmarks.report import table
 
     fast, slow = table(_measures()).splitlines()[1:]
@@ -101,7 +101,7 @@ def test_a_missed_target_is_shown_with_its_figure() -> None:
     assert "12.5 µs" in slow and "11.0 … 13.0" in slow and "≤ 12 µs" in slow and "missed" in slow
 
 
-def test_the_new_table_replaces_the_text_between_the_markers(tmp_path: Path) -> None:
+def test_the_new_table_replaces_the_text_between_the_markers_of_the_page(tmp_path: Path) -> None:
     from benchmarks.report import rewrite
 
     page = tmp_path / "page.md"
@@ -125,6 +125,6 @@ def test_a_page_without_markers_is_not_changed(tmp_path: Path) -> None:
     assert page.read_text() == "nothing here\n"
 
 
-def test_the_document_has_the_markers() -> None:
+def test_the_page_about_benchmarks_has_each_marker_once() -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     assert [text.count(marker) for marker in MARKERS] == [1, 1]

@@ -47,7 +47,7 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         ("KTRDR_AGENT_DAILY_BUDGETS", "KTRDR_AGENT_DAILY_BUDGET"),
     ],
 )
-def test_a_variable_name_within_two_edits_of_a_known_one_is_an_error_with_a_suggestion(mistyped, meant):
+def test_a_variable_name_within_two_edits_of_a_known_name_is_rejected_with_a_suggestion(mistyped, meant):
     with pytest.raises(InvalidArgument, match=f"^unknown environment variable {mistyped}: did you mean {meant}\\?$"):
         check_names({"KTRDR_TENANT": "quant", mistyped: "secret"})
 
@@ -60,12 +60,12 @@ def test_a_variable_name_within_two_edits_of_a_known_one_is_an_error_with_a_sugg
         "KTRDR_EXTRAS", "KTRDR_REDIS_PASSWORD", "KTRDR_REPLICAS", "OTHER",
     ],
 )  # fmt: skip
-def test_known_names_and_service_links_of_kubernetes_are_accepted(name, caplog):
+def test_known_variables_and_kubernetes_service_links_are_accepted_without_a_warning(name, caplog):
     check_names({name: "x"})
     assert not caplog.records
 
 
-def test_other_unknown_names_get_one_warning(caplog):
+def test_unknown_variables_without_a_similar_known_name_are_logged_in_one_warning(caplog):
     for _ in range(2):
         check_names({"KTRDR_COLOUR": "x", "KTRDR_SOMETHING_ELSE": "secret"})
     [record] = caplog.records
@@ -73,7 +73,7 @@ def test_other_unknown_names_get_one_warning(caplog):
     assert record.message == ("unknown environment variables ignored: KTRDR_COLOUR, KTRDR_SOMETHING_ELSE")
 
 
-def test_every_reader_of_the_environment_rejects_a_mistyped_name(monkeypatch):
+def test_every_reader_of_the_environment_rejects_a_mistyped_variable_name(monkeypatch):
     monkeypatch.setenv("KTRDR_DURABLITY", "disk")
     for read in (BudgetTracker, Prices.from_environment, Keys.from_environment, lambda: asyncio.run(default())):
         with pytest.raises(InvalidArgument, match="did you mean KTRDR_DURABILITY"):
@@ -83,7 +83,7 @@ def test_every_reader_of_the_environment_rejects_a_mistyped_name(monkeypatch):
 
 
 @pytest.mark.parametrize("empty", ["", "  "])
-def test_an_empty_store_url_is_an_error_and_does_not_start_an_embedded_server(monkeypatch, empty, tmp_path):
+def test_an_empty_store_url_is_rejected_and_starts_no_embedded_server(monkeypatch, empty, tmp_path):
     assert store_url() is None
     monkeypatch.setenv("KTRDR_REDIS_URL", empty)
     words = "KTRDR_REDIS_URL is set but empty"
@@ -108,7 +108,7 @@ async def default() -> None:
         (["budget", "verify"], {"KTRDR_REDIS_URL": ""}, "KTRDR_REDIS_URL is set but empty"),
     ],
 )
-def test_the_command_and_the_service_report_a_mistyped_variable_in_one_line_with_exit_code_2(command, variable, words):
+def test_the_command_line_reports_a_mistyped_or_empty_variable_in_one_line_with_exit_code_2(command, variable, words):
     ended = subprocess.run(
         [sys.executable, "-m", "ktrdr_budget.cli", *command],
         env={**os.environ, **variable}, capture_output=True, text=True, timeout=120, check=False,
@@ -118,7 +118,7 @@ def test_the_command_and_the_service_report_a_mistyped_variable_in_one_line_with
     assert ended.stderr.count("\n") == 1
 
 
-def test_the_table_in_the_readme_lists_all_names():
+def test_the_table_in_the_readme_lists_all_environment_variables():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     rows = [line for line in readme.splitlines() if re.match(r"\| `[A-Z_]+` \|", line)]
     named = {name for row in rows for name in re.findall(r"KTRDR_[A-Z_]+", " ".join(re.findall(r"`([^`]+)`", row)))}

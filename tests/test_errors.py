@@ -57,7 +57,7 @@ def test_the_docstring_of_the_module_shows_all_errors():
 @pytest.mark.parametrize(
     ("error", "builtin"), [(InvalidAmount, ValueError), (UnknownBudget, LookupError), (UnknownPrice, LookupError)]
 )
-def test_an_error_about_an_argument_is_also_the_error_that_python_raises_for_it(error, builtin):
+def test_an_error_about_an_argument_is_also_a_builtin_value_or_lookup_error(error, builtin):
     assert issubclass(error, BudgetError)
     assert issubclass(error, builtin)
 
@@ -69,18 +69,18 @@ def test_an_error_about_an_argument_is_also_the_error_that_python_raises_for_it(
     "field",
     ["budget", "reason", "limit", "spent", "held", "unconfirmed", "remaining", "requested", "fits", "retry_after"],
 )
-def test_a_denial_has_its_figures_as_fields_of_the_error(field):
+def test_budget_exceeded_has_each_figure_of_the_denial_as_a_field(field):
     assert getattr(BudgetExceeded(DENIAL), field) == getattr(DENIAL, field)
 
 
-def test_the_message_of_a_denial_ends_with_the_origin_of_an_amount_that_the_caller_did_not_set():
+def test_if_a_denial_has_an_explanation_the_message_ends_with_the_explanation():
     denied = BudgetExceeded(DENIAL)
     assert str(denied) == "team: budget_held ($0.01 remaining, need $0.16)"
     denied.explanation = "a call of model x costs at most $0.16"
     assert str(denied) == "team: budget_held ($0.01 remaining, need $0.16); a call of model x costs at most $0.16"
 
 
-def test_only_an_error_reply_shows_that_the_store_was_reached():
+def test_an_error_reply_counts_as_reaching_the_store_and_a_missing_reply_does_not():
     assert not StoreUnavailable("no reply").reached
     refused = StoreError("OOM", fault="login")
     assert (refused.reached, refused.ambiguous, refused.fault) == (True, False, "login")
@@ -97,7 +97,7 @@ def test_only_an_error_reply_shows_that_the_store_was_reached():
     ],
     ids=lambda error: type(error).__name__,
 )
-def test_an_error_from_a_process_of_a_pool_keeps_its_message_and_its_fields(error):
+def test_a_pickled_and_unpickled_error_has_the_same_message_and_fields(error):
     received = pickle.loads(pickle.dumps(error))
     assert type(received) is type(error)
     assert (str(received), vars(received)) == (str(error), vars(error))
@@ -111,7 +111,7 @@ def test_long_values_in_error_messages_are_shortened():
     assert shown(Decimal("0.10")) == "0.10", "as it was written in JSON"
 
 
-def test_the_error_for_an_unknown_budget_among_many_lists_only_the_closest_names():
+def test_if_many_budgets_exist_the_error_for_an_unknown_budget_lists_only_the_closest_names():
     names = [f"user:{number:05}" for number in range(20_000)] + ["team:quant", "x" * 128]
     message = str(unknown_budget("team:quantt", names))
     assert message == "unknown budget 'team:quantt'; this limiter has 20,002, the closest: team:quant"
@@ -128,5 +128,5 @@ def test_the_error_for_an_unknown_budget_among_many_lists_only_the_closest_names
         (["a1", "b2", "c3", "d4", "e5", "f6"], "this hold has 6, the closest: a1"),
     ],
 )
-def test_the_error_for_an_unknown_budget_lists_up_to_five_names(names, words):
+def test_the_error_for_an_unknown_budget_lists_all_names_if_there_are_at_most_five(names, words):
     assert str(unknown_budget("a", names, "this hold")) == f"unknown budget 'a'; {words}"

@@ -42,7 +42,7 @@ def fields(record: logging.LogRecord, *names: str) -> tuple[object, ...]:
         (None, "total: unknown, remaining: unknown", (0.07, None, None)),
     ],
 )
-def test_spend_is_logged_with_the_figures_of_its_window_if_they_are_known(caplog, found, words, figures):
+def test_the_log_record_of_spend_shows_the_total_and_the_remainder_if_known(caplog, found, words, figures):
     log_spend(Decimal("0.07"), "op_1", found)
     [record] = caplog.records
     assert (record.levelname, record.message) == ("INFO", f"Budget spend recorded: $0.07 for op_1 ({words})")
@@ -50,7 +50,7 @@ def test_spend_is_logged_with_the_figures_of_its_window_if_they_are_known(caplog
 
 
 @pytest.mark.usefixtures("info_log")
-def test_an_id_from_outside_cannot_add_a_line_to_the_log(caplog):
+def test_a_newline_in_an_id_adds_no_line_to_the_log(caplog):
     log_spend(Decimal("0.07"), "op_1\nBudget spend recorded: $9.00", None)
     [record] = caplog.records
     assert "\n" not in record.message
@@ -59,13 +59,13 @@ def test_an_id_from_outside_cannot_add_a_line_to_the_log(caplog):
     assert one_line("x" * 300) == "x" * 256
 
 
-def test_a_status_is_read_for_the_log_only_if_spend_is_logged(caplog):
+def test_spend_is_logged_if_the_level_is_info_but_not_if_the_level_is_warning(caplog):
     for level, logged in ((logging.INFO, True), (logging.WARNING, False)):
         caplog.set_level(level, "ktrdr_budget")
         assert logs_spend() == logged
 
 
-def test_a_denied_trigger_is_logged_under_one_reason_and_with_the_specific_one(caplog):
+def test_the_log_record_of_a_denied_trigger_has_the_general_and_the_specific_reason(caplog):
     log_exhausted("op_1", DENIAL, "budget_exhausted ($0.01 remaining, need $0.15)")
     [record] = caplog.records
     assert record.levelname == "WARNING"
@@ -74,7 +74,7 @@ def test_a_denied_trigger_is_logged_under_one_reason_and_with_the_specific_one(c
     assert fields(record, "remaining", "requested") == (0.01, 0.15)
 
 
-def test_the_denial_of_a_reservation_is_logged_with_its_budget_and_window(caplog):
+def test_a_denied_reservation_is_logged_with_budget_and_window(caplog):
     log_denial(DENIAL, "2026-11-30")
     [record] = caplog.records
     assert record.levelname == "WARNING"

@@ -56,7 +56,7 @@ def modules() -> list[tuple[str, Path]]:
     return found
 
 
-def test_modules_import_only_modules_of_the_layers_below_them():
+def test_no_module_imports_a_module_of_a_higher_layer():
     wrong = [
         f"{path.relative_to(PACKAGE)} imports {module}"
         for name, path in modules()
@@ -71,7 +71,7 @@ LAYERS = ("protocol", "replica", "leases", "outage", "calls", "batching")
 TRANSPORT = {"transport": {"protocol", "transport"}, "embedded": {"embedded"}}
 
 
-def test_inside_the_engine_imports_respect_the_layers():
+def test_each_engine_layer_imports_only_itself_and_lower_engine_layers():
     allowed = {layer: {*LAYERS[: number + 1]} for number, layer in enumerate(LAYERS)} | TRANSPORT
     allowed["batching"] |= {"transport"}
     wrong = []
@@ -85,14 +85,14 @@ def test_inside_the_engine_imports_respect_the_layers():
     assert not wrong
 
 
-def test_nothing_above_the_limiter_uses_its_private_names():
+def test_no_module_above_the_limiter_uses_private_names_of_the_limiter():
     above = [path for name, path in modules() if PARTS.index(name) > PARTS.index("sync")]
     private = re.compile(r"\blimiter\._[a-z]\w*")
     found = {f"{path.name}: {name}" for path in above for name in private.findall(path.read_text(encoding="utf-8"))}
     assert not found
 
 
-def test_only_the_protocol_package_contains_letters_of_requests():
+def test_only_the_protocol_package_builds_or_parses_the_text_of_requests():
     """Elsewhere requests and replies are typed objects."""
     letters = re.compile(r"""f?"[A-Z] \{|line\[0\]|\.split\(" "\)|\.partition\(" "\)""")
     outside = [path for path in (PACKAGE / "engine").rglob("*.py") if "protocol" not in path.parts]
@@ -169,7 +169,7 @@ def test_the_core_imports_only_redis_and_the_standard_library():
     assert not wrong
 
 
-def test_importing_the_package_loads_no_driver_and_no_framework():
+def test_importing_the_package_loads_no_store_client_and_no_framework():
     code = "import sys; from ktrdr_budget import *; import ktrdr_budget.testing;"
     code += "print(*sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
@@ -190,7 +190,7 @@ def test_importing_the_package_loads_no_driver_and_no_framework():
     }
 
 
-def test_the_package_exports_exactly_the_documented_names():
+def test_the_package_exports_all_names_of_the_contract_each_with_a_docstring():
     contract = {"AsyncBudgetLimiter", "BudgetLimiter", "Budget", "BudgetTracker", "get_budget_tracker"}
     contract |= {"BudgetError", "BudgetExceeded", "StoreUnavailable", "HoldConflict", "UnknownHold", "UnknownBudget"}
     contract |= {"InvalidAmount", "guard", "budgeted", "Pricer", "UnknownPrice"}

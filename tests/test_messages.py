@@ -23,7 +23,7 @@ def refusal(kind, call, *args, **options) -> str:
 # -- conflicts ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_conflict_with_a_committed_hold_names_the_committed_amount(sync_limiter):
+def test_the_message_of_a_conflict_with_a_committed_hold_shows_the_committed_amount(sync_limiter):
     limiter = sync_limiter
     hold = limiter.reserve("agent", "0.15", id="op_1")
     limiter.commit("op_1", "0.07")
@@ -38,14 +38,14 @@ def test_a_conflict_with_a_committed_hold_names_the_committed_amount(sync_limite
     assert refusal(HoldConflict, limiter.record, "agent", "0.20", id="op_1") == again
 
 
-def test_a_conflict_with_a_released_hold_names_the_release(sync_limiter):
+def test_the_message_of_a_conflict_with_a_released_hold_says_that_the_hold_was_released(sync_limiter):
     sync_limiter.reserve("agent", "0.15", id="op_1").release()
     released = "hold 'op_1' was already released; it cannot be"
     assert refusal(HoldConflict, sync_limiter.commit, "op_1", "0.07") == f"{released} committed"
     assert refusal(HoldConflict, sync_limiter.extend, "op_1") == f"{released} extended"
 
 
-def test_the_message_of_a_conflict_between_two_requests_with_one_id_describes_the_first(sync_limiter):
+def test_if_an_id_is_reused_with_other_contents_the_message_describes_the_first_request(sync_limiter):
     sync_limiter.reserve({"agent": "0.15", "tokens": 40, "jobs": 1}, id="op_1")
     assert refusal(HoldConflict, sync_limiter.reserve, "agent", "0.15", id="op_1") == (
         "hold 'op_1' was reserved at agent $0.15, tokens 40 tokens and is open; "
@@ -60,7 +60,7 @@ def test_the_message_of_a_conflict_between_two_requests_with_one_id_describes_th
     )
 
 
-def test_the_message_of_a_conflict_over_many_budgets_is_one_short_line(server):
+def test_the_message_of_a_conflict_with_a_hold_of_60_budgets_lists_only_three_amounts(server):
     budgets = [Budget(f"b{number}", 5) for number in range(60)]
     with BudgetLimiter(server.url, budgets) as limiter:
         limiter.reserve({budget.name: "0.15" for budget in budgets}, id="op_1")
@@ -70,7 +70,7 @@ def test_the_message_of_a_conflict_over_many_budgets_is_one_short_line(server):
         )
 
 
-def test_a_conflict_during_an_outage_has_the_same_message(start_server):
+def test_if_an_id_is_reused_during_an_outage_the_message_describes_the_first_request(start_server):
     own = start_server()
     with BudgetLimiter(own.url, BUDGETS, on_store_error="allow", timeout=0.2) as limiter:
         limiter.status("agent")
@@ -100,14 +100,14 @@ def test_every_call_rejects_an_invalid_amount_with_the_same_message(sync_limiter
     assert refusal(InvalidAmount, Budget, "agent", amount) == words
 
 
-def test_the_message_about_a_sum_that_is_too_large_is_in_the_unit_of_its_budget(sync_limiter):
+def test_if_an_accrued_sum_is_too_large_the_message_states_the_bound_in_the_unit_of_the_budget(sync_limiter):
     hold = sync_limiter.reserve({"agent": "1", "tokens": 1})
     hold.accrue({"agent": "9007199.25", "tokens": 2**53 - 1})
     assert "must be below $9,007,199.25" in refusal(InvalidAmount, hold.accrue, {"agent": "0.01"})
     assert "must be below 9,007,199,254,740,992 tokens" in refusal(InvalidAmount, hold.accrue, {"tokens": 1})
 
 
-def test_a_hold_of_a_nano_dollar_shows_a_plain_decimal(sync_limiter):
+def test_the_repr_of_a_hold_of_one_nano_dollar_has_no_exponent(sync_limiter):
     hold = sync_limiter.reserve({"agent": "0.000000001", "tokens": 1}, id="op_1")
     assert repr(hold) == "<Hold op_1 open agent=0.000000001, tokens=1>"
 
@@ -115,7 +115,7 @@ def test_a_hold_of_a_nano_dollar_shows_a_plain_decimal(sync_limiter):
 # -- names -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_error_for_an_unknown_budget_among_few_lists_all_names(sync_limiter):
+def test_if_few_budgets_exist_the_error_for_an_unknown_budget_lists_all_names(sync_limiter):
     assert refusal(UnknownBudget, sync_limiter.reserve, "agnet", 1) == (
         "unknown budget 'agnet'; this limiter has: agent, tokens, jobs"
     )
@@ -126,7 +126,7 @@ def test_the_error_for_an_unknown_budget_among_few_lists_all_names(sync_limiter)
 # -- closed limiters ---------------------------------------------------------------------------------------------------
 
 
-def test_a_closed_limiter_raises_a_public_error(server):
+def test_a_call_to_a_closed_limiter_raises_a_runtime_error(server):
     limiter = BudgetLimiter(server.url, BUDGETS)
     limiter.status("agent")
     limiter.close()
@@ -136,7 +136,7 @@ def test_a_closed_limiter_raises_a_public_error(server):
     assert type(refused.value) is RuntimeError
 
 
-def test_a_call_during_a_close_by_another_thread_raises_a_public_error(start_server):
+def test_if_another_thread_closes_the_limiter_a_call_in_progress_raises_only_public_errors(start_server):
     own = start_server()
     limiter = BudgetLimiter(own.url, BUDGETS, timeout=1)
     limiter.status("agent")
@@ -163,7 +163,7 @@ def test_a_call_during_a_close_by_another_thread_raises_a_public_error(start_ser
 # -- the log -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_package_has_each_message_and_metric_that_the_page_about_faults_lists():
+def test_every_message_and_metric_on_the_page_about_faults_exists_in_the_package():
     root = Path(__file__).parents[1]
     sources = (path.read_text(encoding="utf-8") for path in (root / "ktrdr_budget").rglob("*.py"))
     nodes = (node for source in sources for node in ast.walk(ast.parse(source)))

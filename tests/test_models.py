@@ -18,7 +18,7 @@ def test_a_budget_keeps_its_limit_exactly():
     assert Budget("agent", None).limit is None
 
 
-def test_a_limit_rounds_down():
+def test_a_limit_is_rounded_down_to_whole_nano_dollars():
     assert Budget("agent", "0.0000000019").limit == Decimal("0.000000001")
 
 
@@ -40,7 +40,7 @@ def test_a_limit_rounds_down():
         {"kind": "slots", "period": "month"},
     ],
 )
-def test_an_invalid_field_raises_a_value_error(options):
+def test_an_invalid_field_of_a_budget_raises_a_value_error(options):
     with pytest.raises(InvalidArgument) as caught:
         Budget(**{"name": "agent", "limit": 1, **options})
     assert isinstance(caught.value, ValueError)
@@ -48,7 +48,7 @@ def test_an_invalid_field_raises_a_value_error(options):
 
 
 @pytest.mark.parametrize("limit", [-1, "x", True, float("nan"), 2**53])
-def test_a_limit_that_is_not_an_amount_is_rejected(limit):
+def test_a_budget_with_an_invalid_limit_is_rejected(limit):
     with pytest.raises(InvalidAmount):
         Budget("agent", limit)
 
@@ -66,12 +66,12 @@ def test_names_of_the_documented_form_are_valid(name):
 
 
 @pytest.mark.parametrize("ttl", [0, 0.5, 86_401, -1, True, None, "60", float("nan"), float("inf")])
-def test_a_ttl_out_of_range_is_rejected(ttl):
+def test_an_invalid_ttl_is_rejected(ttl):
     with pytest.raises(InvalidArgument):
         check_ttl_ms(ttl)
 
 
-def test_a_ttl_is_in_seconds():
+def test_a_ttl_in_seconds_is_converted_to_milliseconds():
     assert check_ttl_ms(1) == 1000
     assert check_ttl_ms(2.5) == 2500
     assert check_ttl_ms(86_400) == 86_400_000

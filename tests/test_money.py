@@ -29,14 +29,14 @@ UNITS = st.integers(0, MAX_UNITS - 1)
         (" 1", None),
     ],
 )
-def test_dollars_are_converted_to_integer_nanos(amount, nanos):
+def test_dollars_are_converted_to_whole_nano_dollars(amount, nanos):
     if nanos is None:
         assert to_units(amount) == 1_000_000_000
     else:
         assert to_units(amount) == nanos
 
 
-def test_amounts_round_up_and_limits_down():
+def test_amounts_are_rounded_up_and_limits_are_rounded_down():
     assert to_units("0.0000000001") == 1
     assert to_units("0.0000000001", round_down=True) == 0
     # 0.0016150000000000001 is a typical float sum: it rounds up to one nano more.
@@ -82,26 +82,26 @@ def test_an_invalid_amount_is_rejected(amount):
         (0, "usd", "amount must be more than 0, not 0"),
     ],
 )
-def test_the_error_has_the_value_and_a_valid_example_in_its_unit(amount, unit, message):
+def test_the_message_for_an_invalid_amount_shows_the_amount_and_says_what_is_valid(amount, unit, message):
     with pytest.raises(InvalidAmount) as refused:
         to_units(amount, unit, positive=True)
     assert str(refused.value) == message
 
 
 @pytest.mark.parametrize("amount", ["9007199.254740992", 2**53, "1e999999", 1e300])
-def test_two_to_the_53_is_too_large(amount):
+def test_an_amount_of_2_to_the_53_nano_dollars_or_more_is_too_large(amount):
     with pytest.raises(InvalidAmount, match="too large"):
         to_units(amount)
     assert to_units("9007199.254740991") == MAX_UNITS - 1
 
 
-def test_a_bool_is_rejected_also_after_an_equal_number():
+def test_true_is_rejected_even_after_the_equal_number_1_was_converted():
     assert to_units(1) == 1_000_000_000
     with pytest.raises(InvalidAmount):
         to_units(True)
 
 
-def test_counts_are_integers():
+def test_an_amount_of_tokens_must_be_a_whole_number():
     assert to_units("12", "tokens") == 12
     assert to_units(2.0, "tokens") == 2
     for amount in ("1.5", 0.1):
@@ -111,7 +111,7 @@ def test_counts_are_integers():
         to_units(MAX_UNITS, "tokens")
 
 
-def test_an_amount_that_must_be_positive_rejects_zero():
+def test_zero_is_rejected_if_the_amount_must_be_positive():
     with pytest.raises(InvalidAmount, match="more than 0"):
         to_units("0.00", positive=True)
 
@@ -124,7 +124,7 @@ def test_converting_units_to_an_amount_and_back_returns_the_same_units(units):
 
 
 @given(st.decimals(0, 9_000_000, allow_nan=False, places=12))
-def test_rounding_up_never_decreases_and_rounding_down_never_increases(amount):
+def test_rounding_up_never_decreases_an_amount_and_rounding_down_never_increases_an_amount(amount):
     assert from_units(to_units(amount)) >= amount >= from_units(to_units(amount, round_down=True))
 
 
@@ -139,5 +139,5 @@ def test_rounding_up_never_decreases_and_rounding_down_never_increases(amount):
         (None, "usd", "unlimited"),
     ],
 )
-def test_formatted_amounts_have_only_significant_digits_and_at_least_two_decimals(amount, unit, text):
+def test_an_amount_is_formatted_with_all_significant_digits_and_the_unit(amount, unit, text):
     assert format_amount(amount, unit) == text

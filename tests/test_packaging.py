@@ -85,7 +85,7 @@ def in_a_venv(directory: Path, cwd: Path, script: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_readme_says_how_to_install(checkout: Path, tmp_path: Path):
+def test_the_install_commands_in_the_readme_work_in_an_empty_environment(checkout: Path, tmp_path: Path):
     """Run each install line of the README, from the repository and from a wheel, in its own environment."""
     [block] = re.findall(r"^### Install\n.*?^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
     from_here, *from_a_wheel = block.splitlines()
@@ -98,7 +98,7 @@ def test_the_readme_says_how_to_install(checkout: Path, tmp_path: Path):
         in_a_venv(place, place, f"python -c {shlex.quote(GUARD)}")
 
 
-def test_every_extra_of_the_readme_exists():
+def test_the_readme_lists_exactly_the_extras_meant_for_users():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     [sentence] = re.findall(r"^The extras: (.*?)\n\n", README, re.MULTILINE | re.DOTALL)
     assert set(re.findall(r"`(\w+)`", sentence)) == set(extras) - {"bench", "examples", "test"}

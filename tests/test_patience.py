@@ -29,7 +29,7 @@ def deadline_s(limiter: LimiterBase) -> float:
     return limiter.engine.dispatcher.timeout_s
 
 
-def test_the_default_timeout_outside_of_this_test_run_is_one_second():
+def test_outside_the_test_run_the_default_timeout_is_one_second():
     assert inspect.signature(LimiterBase.__init__).parameters["timeout"].default == 1.0
     code = (
         "from ktrdr_budget import BudgetLimiter as Limiter; made = Limiter('redis://127.0.0.1:1');"
@@ -39,7 +39,7 @@ def test_the_default_timeout_outside_of_this_test_run_is_one_second():
     assert shown == "1.0 1.0\n"
 
 
-def test_the_patience_of_the_test_run_applies_only_to_reachable_stores_that_it_started(start_server):
+def test_only_calls_to_reachable_servers_started_by_the_test_run_get_the_longer_timeout(start_server):
     own = start_server()
     limiter = BudgetLimiter(own.url, BUDGETS, timeout=0.2)
     assert deadline_s(limiter) == PATIENT_S
@@ -58,7 +58,7 @@ def test_the_patience_of_the_test_run_applies_only_to_reachable_stores_that_it_s
     assert deadline_s(elsewhere) == 3.0
 
 
-async def test_a_call_in_the_test_run_survives_a_stall_of_its_store_that_exceeds_the_timeout(start_server):
+async def test_in_the_test_run_a_call_succeeds_even_if_the_store_stalls_for_longer_than_the_timeout(start_server):
     own = start_server()
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.2) as limiter:
         assert own.process is not None
@@ -71,7 +71,7 @@ async def test_a_call_in_the_test_run_survives_a_stall_of_its_store_that_exceeds
     own.kill()
 
 
-def test_a_stopwatch_excludes_a_stall_of_this_process():
+def test_a_stopwatch_does_not_count_time_while_the_process_is_stopped():
     before = time.monotonic()
     with Stopwatch() as took:
         with subprocess.Popen([sys.executable, "-c", STALL, str(os.getpid())]) as stalling:

@@ -36,12 +36,12 @@ def at(text: str) -> int:
         ("month", "2026-11", "2026-11-01T00:00+01:00", "2026-12-01T00:00+01:00"),
     ],
 )
-def test_each_period_has_its_name_and_bounds(period, name, start, end):
+def test_a_window_of_each_period_has_the_expected_name_and_bounds(period, name, start, end):
     span = window_at(period, "Europe/Berlin", at("2026-11-23T12:34:56.789Z"))
     assert (span.name, span.start_ms, span.end_ms) == (name, at(start), at(end))
 
 
-def test_the_period_ever_has_no_end():
+def test_the_window_of_period_ever_has_no_end():
     span = window_at("ever", "UTC", 0)
     assert (span.name, span.end_ms, span.resets_at) == ("ever", None, None)
 
@@ -56,13 +56,13 @@ def test_the_period_ever_has_no_end():
         ("Australia/Lord_Howe", "2026-10-04T12:00+11:00", 23.5),
     ],
 )
-def test_days_on_which_clocks_change_are_shorter_or_longer(zone, noon, hours):
+def test_a_day_on_which_clocks_change_is_shorter_or_longer_than_24_hours(zone, noon, hours):
     span = window_at("day", zone, at(noon))
     assert span.end_ms is not None
     assert (span.end_ms - span.start_ms) / 3_600_000 == hours
 
 
-def test_the_repeated_hour_is_two_windows():
+def test_an_hour_repeated_by_a_clock_change_is_two_windows():
     first = window_at("hour", "Europe/Berlin", at("2026-10-25T02:30+02:00"))
     second = window_at("hour", "Europe/Berlin", at("2026-10-25T02:30+01:00"))
     assert (first.name, second.name) == ("2026-10-25T00Z", "2026-10-25T01Z")
@@ -75,7 +75,7 @@ def test_a_day_skipped_by_a_country_has_no_window():
 
 
 @given(st.sampled_from(["hour", "day", "week", "month"]), st.sampled_from(ZONES), INSTANTS)
-def test_windows_contain_their_instants_are_adjacent_and_can_be_found_by_name(period, zone, now_ms):
+def test_each_instant_is_in_exactly_one_window_and_a_window_is_found_by_name(period, zone, now_ms):
     span = window_at(period, zone, now_ms)
     assert span.contains(now_ms)
     assert span.end_ms is not None
@@ -102,6 +102,6 @@ def test_an_invalid_window_name_is_rejected(period, name):
         window_named(period, "UTC", name)
 
 
-def test_formatting_and_parsing_an_instant_returns_the_same_instant():
+def test_instants_are_converted_exactly_except_that_microseconds_are_rounded_up():
     assert from_ms(at("2026-11-23T12:34:56.789Z")) == datetime(2026, 11, 23, 12, 34, 56, 789_000, tzinfo=UTC)
     assert to_ms(datetime(2026, 11, 23, 0, 0, 0, 1, tzinfo=UTC)) == at("2026-11-23T00:00Z") + 1  # rounded up

@@ -61,7 +61,7 @@ async def replies(limiter: AsyncBudgetLimiter) -> None:
 # -- one outage --------------------------------------------------------------------------------------------------------
 
 
-async def test_holds_granted_during_an_outage_are_drawn_from_the_chunk_and_committed_as_one_ledger_entry(own_server):
+async def test_the_cost_of_holds_granted_during_an_outage_is_committed_as_one_ledger_entry(own_server):
     async with limiter_for(own_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)
         own_server.kill()
@@ -93,7 +93,7 @@ async def test_holds_granted_during_an_outage_are_drawn_from_the_chunk_and_commi
         assert sums(client) == {"spent": to_units("0.25"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_the_chunk_stays_held_until_its_open_holds_are_settled(proxy, limiter, client):
+async def test_a_chunk_stays_reserved_until_every_hold_granted_from_the_chunk_is_settled(proxy, limiter, client):
     proxy.cut()
     hold = await limiter.reserve("agent", "1.00")
     await (await limiter.reserve("agent", "0.50")).commit("0.30")
@@ -106,7 +106,7 @@ async def test_the_chunk_stays_held_until_its_open_holds_are_settled(proxy, limi
     await until(lambda: counted(client) <= to_units("5.00") and sums(client)["held"] < to_units("4.50"))
 
 
-async def test_an_id_granted_during_an_outage_is_known_only_in_the_process_that_granted_it(proxy, other):
+async def test_a_hold_granted_during_an_outage_can_be_read_only_by_the_granting_limiter(proxy, other):
     async with limiter_for(proxy, {"agent": "1.00"}) as limiter:
         await prepaid(limiter)
         proxy.cut()
@@ -121,7 +121,7 @@ async def test_an_id_granted_during_an_outage_is_known_only_in_the_process_that_
         assert (await limiter.get("op_1")).amounts == {"agent": Decimal("0.50")}, "another hold, in another process"
 
 
-async def test_a_reservation_during_an_outage_is_granted_only_if_all_its_budgets_are_prepaid(own_server):
+async def test_during_an_outage_a_reservation_is_granted_only_if_every_reserved_budget_is_prepaid(own_server):
     budgets = [*BUDGETS, Budget("slots", 3, kind="slots")]
     slabs = {"agent": "0.50", "team": "0.10"}
     async with AsyncBudgetLimiter(
@@ -144,7 +144,7 @@ async def test_a_reservation_during_an_outage_is_granted_only_if_all_its_budgets
             await until(lambda: sums(client, "team")["spent"] == to_units("0.04"))
 
 
-async def test_a_reachable_store_decides_reservations_although_the_lease_has_money_left(server):
+async def test_while_the_store_is_reachable_reservations_are_not_drawn_from_the_chunk(server):
     async with limiter_for(server) as limiter:
         await prepaid(limiter)
         with pytest.raises(BudgetExceeded) as denied:
@@ -169,7 +169,7 @@ def test_invalid_options_of_policy_lease_are_refused(server):
 # -- idempotency -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_repeated_reservation_during_and_after_the_outage_is_a_replay_of_the_first(proxy, limiter, client):
+async def test_a_reservation_repeated_during_or_after_an_outage_is_a_replay(proxy, limiter, client):
     proxy.cut()
     names = ("open", "committed", "released")
     holds = {name: await limiter.reserve("agent", "0.50", id=name) for name in names}
@@ -197,7 +197,7 @@ async def test_a_repeated_reservation_during_and_after_the_outage_is_a_replay_of
     await until(lambda: sums(client)["spent"] == ledger_sum(client) == to_units("0.30"))
 
 
-async def test_a_lease_grants_no_id_during_an_outage_that_the_store_granted_before_it(proxy, limiter, client):
+async def test_during_an_outage_the_lease_refuses_an_id_granted_by_the_store_before_the_outage(proxy, limiter, client):
     before = await limiter.reserve("agent", "0.20", id="open")
     await (await limiter.reserve("agent", "0.20", id="settled")).commit("0.10")
     await limiter.record("agent", "0.30", id="recorded")
@@ -213,7 +213,7 @@ async def test_a_lease_grants_no_id_during_an_outage_that_the_store_granted_befo
     assert sums(client)["spent"] == ledger_sum(client) == to_units("0.55")
 
 
-async def test_an_offline_hold_can_be_settled_and_extended_by_its_id(proxy, limiter):
+async def test_a_hold_granted_during_an_outage_can_be_settled_extended_and_grown_by_id(proxy, limiter):
     proxy.cut()
     async with limiter.hold("agent", "0.10", id="op_1", ttl=1) as hold:
         hold.accrue("0.04")
@@ -237,7 +237,7 @@ async def test_an_offline_hold_can_be_settled_and_extended_by_its_id(proxy, limi
     assert limiter.prepaid == {"agent": Decimal("3.89")}
 
 
-async def test_two_objects_of_one_hold_grow_it_by_both_increases(proxy, limiter):
+async def test_if_two_objects_of_one_hold_grow_the_hold_both_increases_count(proxy, limiter):
     proxy.cut()
     first = await limiter.reserve("agent", "0.15", id="op_1")
     second = await limiter.reserve("agent", "0.15", id="op_1")
@@ -247,7 +247,7 @@ async def test_two_objects_of_one_hold_grow_it_by_both_increases(proxy, limiter)
     assert second.amounts == {"agent": Decimal("0.30")}
 
 
-async def test_an_offline_hold_still_extends_and_grows_in_its_process_after_the_outage(proxy, limiter, client):
+async def test_a_hold_granted_during_an_outage_can_be_extended_and_grown_after_the_outage(proxy, limiter, client):
     proxy.cut()
     hold = await limiter.reserve("agent", "1.00", id="op_1", ttl=60)
     proxy.mend()
@@ -268,7 +268,7 @@ async def test_an_offline_hold_still_extends_and_grows_in_its_process_after_the_
 # -- spend without a reservation, and holds from before ----------------------------------------------------------------
 
 
-async def test_spend_recorded_during_an_outage_comes_from_the_lease(own_server):
+async def test_spend_recorded_during_an_outage_is_drawn_from_the_chunk(own_server):
     async with limiter_for(own_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)
         own_server.kill()
@@ -294,9 +294,7 @@ async def test_spend_recorded_during_an_outage_comes_from_the_lease(own_server):
         assert (entry.kind, entry.operation) == ("commit", "lease")
 
 
-async def test_the_settlement_of_an_earlier_hold_is_deferred_during_the_outage_and_sent_after_it(
-    proxy, limiter, client
-):
+async def test_a_hold_reserved_before_an_outage_can_be_settled_during_the_outage(proxy, limiter, client):
     """The hold is settled by its object, or by its id if it was granted to this replica."""
     held = await limiter.reserve("agent", "0.20")
     for name in ("commits", "releases", "accrues"):
@@ -321,9 +319,7 @@ async def test_the_settlement_of_an_earlier_hold_is_deferred_during_the_outage_a
 
 
 @pytest.mark.parametrize("hold_id", ["op_1", None])
-async def test_a_reservation_that_the_store_granted_but_whose_reply_was_lost_counts_once(
-    proxy, limiter, client, hold_id
-):
+async def test_if_the_reply_to_a_reservation_is_lost_the_cost_counts_once(proxy, limiter, client, hold_id):
     with away(proxy.url):
         proxy.hold_replies()
         hold = await limiter.reserve("agent", "0.15", id=hold_id)
@@ -339,10 +335,10 @@ async def test_a_reservation_that_the_store_granted_but_whose_reply_was_lost_cou
     assert (await hold.commit("0.07")).replayed
 
 
-async def test_a_retry_granted_from_the_lease_releases_the_stores_grant_to_the_lost_first_attempt(
+async def test_if_the_lease_grants_a_retry_the_hold_granted_by_the_store_to_the_first_attempt_is_released(
     proxy, limiter, client
 ):
-    """The lease had no room for the first attempt, whose reply was lost; it has for the second."""
+    """The lease has no room for the first attempt, and the reply of the store to the first attempt is lost."""
     with away(proxy.url):
         filler = None
         proxy.hold_replies()
@@ -358,7 +354,7 @@ async def test_a_retry_granted_from_the_lease_releases_the_stores_grant_to_the_l
     await until(lambda: sums(client)["held"] == to_units("4.00"))
 
 
-async def test_a_record_with_a_lost_reply_is_recorded_once_by_its_id(proxy, limiter, client):
+async def test_spend_recorded_twice_with_one_id_and_lost_replies_counts_once(proxy, limiter, client):
     with away(proxy.url):
         proxy.hold_replies()
         assert (await limiter.record("agent", "0.15", id="spent")).deferred
@@ -370,7 +366,7 @@ async def test_a_record_with_a_lost_reply_is_recorded_once_by_its_id(proxy, limi
     assert (await limiter.get("spent")).state == "recorded"
 
 
-async def test_a_reservation_of_a_cancelled_caller_leaves_no_hold_and_can_be_retried(proxy, limiter, client):
+async def test_a_reservation_cancelled_during_an_outage_leaves_no_hold_and_can_be_retried(proxy, limiter, client):
     proxy.fate = lambda: "request"
     with away(proxy.url):
         task = asyncio.create_task(limiter.reserve("agent", "0.50", id="mine"))
@@ -392,7 +388,9 @@ async def test_a_reservation_of_a_cancelled_caller_leaves_no_hold_and_can_be_ret
 
 
 @pytest.mark.parametrize(("policy", "counts"), [("charge", "1.00"), ("accrued", "0.20"), ("release", "0")])
-async def test_an_abandoned_hold_expires_by_its_policy_during_the_outage(proxy, limiter, client, policy, counts):
+async def test_during_an_outage_the_expiry_policy_decides_how_much_of_an_expired_hold_is_charged(
+    proxy, limiter, client, policy, counts
+):
     proxy.cut()
     hold = await limiter.reserve("agent", "1.00", id="op_1", ttl=1, on_expiry=policy)
     hold.accrue("0.20")
@@ -416,7 +414,9 @@ async def _expired(limiter: AsyncBudgetLimiter) -> bool:
     return (await limiter.get("op_1")).state == "unconfirmed"
 
 
-async def test_a_hold_that_expires_once_the_store_is_back_frees_its_chunk(proxy, limiter, client):
+async def test_if_a_hold_granted_during_an_outage_expires_afterwards_the_amount_is_available_again(
+    proxy, limiter, client
+):
     proxy.cut()
     await limiter.reserve("agent", "1.00", ttl=1, on_expiry="release")
     proxy.mend()
@@ -425,7 +425,7 @@ async def test_a_hold_that_expires_once_the_store_is_back_frees_its_chunk(proxy,
     assert sums(client)["spent"] == 0
 
 
-async def test_a_late_commit_of_an_offline_hold_is_recorded_although_another_process_reserved_the_same_id(
+async def test_a_late_commit_counts_even_if_another_process_reserved_the_same_id_during_the_outage(
     proxy, limiter, other, client
 ):
     proxy.cut()
@@ -439,7 +439,7 @@ async def test_a_late_commit_of_an_offline_hold_is_recorded_although_another_pro
     assert sums(client)["spent"] == ledger_sum(client) == to_units("0.60")
 
 
-async def test_heartbeats_extend_an_offline_hold_during_the_outage(proxy, limiter):
+async def test_heartbeats_extend_a_hold_granted_during_an_outage(proxy, limiter):
     proxy.cut()
     async with limiter.hold("agent", "1.00", id="op_1", ttl=1) as hold:
         first = hold.expires_at
@@ -447,7 +447,7 @@ async def test_heartbeats_extend_an_offline_hold_during_the_outage(proxy, limite
         assert (await limiter.get("op_1")).state == "open"
 
 
-async def test_a_heartbeat_reopens_an_expired_offline_hold_unless_it_had_returned_its_money(proxy, limiter):
+async def test_during_an_outage_a_heartbeat_reopens_an_expired_hold_unless_the_hold_was_released(proxy, limiter):
     proxy.cut()
     kept = await limiter.reserve("agent", "1.00", id="op_1", ttl=1, on_expiry="accrued")
     given_back = await limiter.reserve("agent", "1.00", ttl=1, on_expiry="release")
@@ -460,7 +460,7 @@ async def test_a_heartbeat_reopens_an_expired_offline_hold_unless_it_had_returne
         await given_back.extend(60)
 
 
-async def test_offline_holds_are_charged_to_the_window_that_admitted_the_chunk(clocked_server):
+async def test_a_hold_granted_during_an_outage_is_charged_to_the_window_in_which_the_chunk_was_reserved(clocked_server):
     """Midnight during the outage: nothing more is granted, and open holds settle into their own day."""
     clocked_server.set(datetime(2026, 11, 23, 23, 59, 57, tzinfo=UTC))
     async with limiter_for(clocked_server, {"agent": "0.50"}) as limiter:
@@ -487,7 +487,7 @@ async def test_offline_holds_are_charged_to_the_window_that_admitted_the_chunk(c
 # -- overruns ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_commit_above_the_chunk_is_an_overrun_and_nothing_more_is_granted(proxy, limiter, client):
+async def test_after_a_commit_above_the_chunk_the_lease_grants_nothing_more_during_the_outage(proxy, limiter, client):
     proxy.cut()
     hold = await limiter.reserve("agent", "1.00")
     assert (await hold.commit("4.50")).overruns == ("agent",)
@@ -502,7 +502,7 @@ async def test_a_commit_above_the_chunk_is_an_overrun_and_nothing_more_is_grante
 # -- losses ------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_flushed_store_receives_the_chunk_and_the_spend_again(proxy, limiter, client):
+async def test_after_a_flush_the_store_receives_the_chunk_and_the_spend_again(proxy, limiter, client):
     proxy.cut()
     hold = await limiter.reserve("agent", "2.00")
     await (await limiter.reserve("agent", "1.00")).commit("1.00")
@@ -519,7 +519,9 @@ async def test_a_flushed_store_receives_the_chunk_and_the_spend_again(proxy, lim
     assert counted(client) <= to_units("5.00")
 
 
-async def test_a_store_restored_from_before_the_outage_counts_the_spend_once(start_server, tmp_path_factory):
+async def test_if_the_store_restarts_from_a_backup_older_than_the_outage_the_spend_counts_once(
+    start_server, tmp_path_factory
+):
     own_server = start_server()
     async with Proxy(own_server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy:
         async with limiter_for(proxy, {"agent": "4.00"}) as limiter:
@@ -545,7 +547,7 @@ async def test_a_store_restored_from_before_the_outage_counts_the_spend_once(sta
 # -- the end of a process ----------------------------------------------------------------------------------------------
 
 
-async def test_closing_the_limiter_charges_open_offline_holds_in_full_and_releases_the_rest_of_the_chunk(own_server):
+async def test_closing_the_limiter_charges_open_holds_in_full_and_releases_the_rest_of_the_chunk(own_server):
     async with limiter_for(own_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)
         own_server.kill()
@@ -557,7 +559,7 @@ async def test_closing_the_limiter_charges_open_offline_holds_in_full_and_releas
         assert sums(client) == {"spent": to_units("0.14"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_closing_the_limiter_during_an_outage_leaves_the_chunk_to_be_charged_in_full(own_server, caplog):
+async def test_if_the_limiter_is_closed_during_an_outage_the_whole_chunk_stays_counted(own_server, caplog):
     async with limiter_for(own_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)
         own_server.kill()
@@ -568,7 +570,7 @@ async def test_closing_the_limiter_during_an_outage_leaves_the_chunk_to_be_charg
         assert counted(client) == to_units("0.50")
 
 
-def test_a_forked_child_has_leases_of_its_own_and_settles_no_hold_of_its_parent(own_server):
+def test_a_forked_child_uses_separate_leases_and_cannot_settle_a_hold_of_the_parent(own_server):
     with BudgetLimiter(
         own_server.url, BUDGETS, timeout=0.2, on_store_error="lease", lease_slab={"agent": "0.50"}
     ) as limiter:
@@ -610,8 +612,8 @@ def test_a_forked_child_has_leases_of_its_own_and_settles_no_hold_of_its_parent(
 
 
 @pytest.mark.parametrize("outage", ["SIGSTOP", "SIGKILL"])
-def test_three_processes_never_exceed_the_cap_and_the_chunk_of_a_killed_one_is_charged_in_full(own_server, outage: str):
-    """Each spends from its chunk while the store is away; one is killed then."""
+def test_three_processes_never_exceed_the_cap_even_if_a_process_is_killed_during_an_outage(own_server, outage: str):
+    """Each process spends from its own chunk while the store is unreachable; then one process is killed."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -652,8 +654,8 @@ def test_three_processes_never_exceed_the_cap_and_the_chunk_of_a_killed_one_is_c
         assert counted(client) <= to_units("5.00")
 
 
-def test_a_process_that_stalls_until_after_the_end_of_an_outage_does_not_exceed_the_cap(own_server):
-    """The stalled process has a used chunk, while another process spends all that the store then grants."""
+def test_if_a_process_stalls_until_an_outage_has_ended_the_cap_is_not_exceeded(own_server):
+    """The stalled process has spent its chunk; meanwhile another process spends all that the store grants."""
     options = {"url": own_server.url, "limit": "5.00", "slab": "0.40", "seed": random.randrange(2**32)}
     print(f"seed {options['seed']}")
     with workers("prepaid.py", 1, options) as [replica], own_server.client() as client:
@@ -676,7 +678,7 @@ def test_a_process_that_stalls_until_after_the_end_of_an_outage_does_not_exceed_
         assert counted(client) <= to_units("5.00")
 
 
-async def test_many_tasks_spend_a_shared_chunk_exactly(own_server):
+async def test_many_tasks_together_spend_no_more_than_the_shared_chunk(own_server):
     async with limiter_for(own_server, {"agent": "0.50"}) as limiter:
         await prepaid(limiter)
         own_server.kill()
@@ -696,8 +698,8 @@ async def test_many_tasks_spend_a_shared_chunk_exactly(own_server):
             await until(lambda: sums(client)["spent"] == ledger_sum(client) == 71 * to_units("0.007"))
 
 
-async def test_spend_adds_up_in_a_random_history_with_outages(own_server):
-    """Compared with plain arithmetic, all spend is recorded once, and every reading is below the cap."""
+async def test_in_a_random_history_with_outages_all_spend_is_recorded_once(own_server):
+    """The recorded spend equals the sum of all commits, and every reading is at most the cap."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
     chance = random.Random(seed)
@@ -747,7 +749,7 @@ async def test_spend_adds_up_in_a_random_history_with_outages(own_server):
         assert sums(client)["held"] == sums(client)["unconfirmed"] == 0
 
 
-async def test_a_chunk_is_not_enlarged_for_a_reservation_that_was_refused_during_an_outage(proxy, limiter, client):
+async def test_a_reservation_refused_during_an_outage_does_not_enlarge_the_chunk(proxy, limiter, client):
     proxy.cut()
     with pytest.raises(StoreUnavailable):
         await limiter.reserve("agent", "4.50")

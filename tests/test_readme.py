@@ -98,7 +98,7 @@ def environment(port: int) -> dict[str, str]:
 
 
 @pytest.mark.slow
-def test_every_shell_block_does_what_the_readme_says(clone: Path, service: int):
+def test_every_shell_block_in_the_readme_runs_and_prints_what_the_readme_shows(clone: Path, service: int):
     [run, test, *others] = blocks("sh")
     assert run == "make run\n"  # the fixture has done so
     assert test == "make test\n"  # this is it; that the target exists:

@@ -54,7 +54,7 @@ def test_a_memory_limiter_is_an_instance_of_the_limiter_class(limiter):
     assert repr(limiter).startswith("<MemoryLimiter tenant='default' store='memory'")
 
 
-def test_a_commit_replaces_the_reservation(limiter):
+def test_a_commit_replaces_the_reserved_amount_with_the_cost(limiter):
     hold = limiter.reserve("agent", "1.00", operation="chat")
     assert limiter.status("agent").held == Decimal("1.00")
     assert [view.id for view in limiter.holds("agent").items] == [hold.id]
@@ -66,14 +66,14 @@ def test_a_commit_replaces_the_reservation(limiter):
     assert (entry.kind, entry.hold_id, entry.amount, entry.operation) == ("commit", hold.id, Decimal("0.30"), "chat")
 
 
-def test_a_release_gives_the_reservation_back(limiter):
+def test_a_release_returns_the_reserved_amount_to_the_budget(limiter):
     limiter.reserve("agent", "1.00").release()
     status = limiter.status("agent")
     assert (status.spent, status.held) == (0, 0)
     assert limiter.ledger("agent").items == ()
 
 
-def test_a_denial_states_its_figures_and_changes_nothing(limiter):
+def test_a_denied_reservation_raises_an_error_with_figures_and_reserves_nothing(limiter):
     limiter.reserve("agent", "4.00")
     with pytest.raises(BudgetExceeded) as denied:
         limiter.reserve({"calls": 1, "agent": "1.50"})
@@ -81,7 +81,7 @@ def test_a_denial_states_its_figures_and_changes_nothing(limiter):
     assert limiter.status("calls").held == 0
 
 
-def test_concurrent_reservations_fill_the_cap_exactly():
+def test_concurrent_reservations_are_granted_until_the_cap_is_reached():
     async def race() -> list[bool]:
         async with AsyncMemoryLimiter(BUDGETS) as limiter:
             reserving = (limiter.reserve("agent", "0.15") for _ in range(50))
@@ -91,7 +91,7 @@ def test_concurrent_reservations_fill_the_cap_exactly():
     assert sorted(asyncio.run(race())) == [False] * 33 + [True] * 17
 
 
-def test_the_same_id_is_a_replay_and_other_contents_conflict(limiter):
+def test_a_repeated_id_is_a_replay_with_equal_contents_and_a_conflict_with_different_contents(limiter):
     hold = limiter.reserve("agent", "1.00", id="op_1")
     assert limiter.reserve("agent", "1.00", id="op_1").replayed
     with pytest.raises(HoldConflict):
@@ -104,7 +104,7 @@ def test_the_same_id_is_a_replay_and_other_contents_conflict(limiter):
         limiter.reserve("other", "1.00")
 
 
-def test_a_hold_block_commits_what_was_accrued_and_releases_on_an_error(limiter):
+def test_a_hold_block_commits_the_accrued_amount_and_after_an_error_releases_the_hold(limiter):
     with limiter.hold("agent", "1.00") as hold:
         hold.accrue("0.20")
         hold.extend()
@@ -116,21 +116,21 @@ def test_a_hold_block_commits_what_was_accrued_and_releases_on_an_error(limiter)
     assert (status.spent, status.held) == (Decimal("0.20"), 0)
 
 
-def test_slots_are_returned_at_the_end_of_a_block(limiter):
+def test_slots_are_released_at_the_end_of_the_hold_block(limiter):
     with limiter.hold("jobs", 1), limiter.hold("jobs", 1):
         with pytest.raises(BudgetExceeded):
             limiter.reserve("jobs", 1)
     assert limiter.status("jobs").held == 0
 
 
-def test_a_hold_expires_and_its_late_commit_counts(limiter):
+def test_an_expired_hold_becomes_unconfirmed_and_a_late_commit_counts(limiter):
     hold = limiter.reserve("agent", "1.00", ttl=1)
     wait_until(lambda: limiter.status("agent").unconfirmed == Decimal("1.00"))
     assert hold.commit("0.40").late
     assert limiter.status("agent").spent == Decimal("0.40")
 
 
-def test_a_lease_spends_its_chunk_and_returns_the_rest(limiter):
+def test_closing_a_lease_returns_the_unspent_part_of_the_chunk(limiter):
     with limiter.lease("agent", "1.00") as lease:
         lease.spend("0.25")
         lease.acquire("0.10").release()
@@ -139,14 +139,14 @@ def test_a_lease_spends_its_chunk_and_returns_the_rest(limiter):
     assert (status.spent, status.held) == (Decimal("0.25"), 0)
 
 
-def test_a_limit_is_set_and_cleared(limiter):
+def test_a_limit_can_be_set_and_cleared_at_run_time(limiter):
     assert limiter.set_limit("agent", "0.50").limit == Decimal("0.50")
     with pytest.raises(BudgetExceeded):
         limiter.reserve("agent", "0.60")
     assert limiter.clear_limit("agent").limit == Decimal("5.00")
 
 
-async def test_an_async_limiter_in_memory_settles_and_reports(async_limiter):
+async def test_an_async_memory_limiter_commits_holds_and_records_spend(async_limiter):
     async with async_limiter.hold("agent", "1.00") as hold:
         hold.accrue("0.07")
     await async_limiter.record({"agent": "0.03", "calls": 2}, id="r-1")
@@ -155,7 +155,7 @@ async def test_an_async_limiter_in_memory_settles_and_reports(async_limiter):
     assert [entry.kind for entry in (await async_limiter.ledger("agent")).items] == ["record", "commit"]
 
 
-def test_memory_limiters_on_the_same_server_share_budgets_as_replicas_do():
+def test_memory_limiters_on_the_same_server_share_budgets():
     server = memory_server()
     with MemoryLimiter(BUDGETS, server=server) as one:
         with MemoryLimiter(BUDGETS, server=server) as another:
@@ -166,7 +166,7 @@ def test_memory_limiters_on_the_same_server_share_budgets_as_replicas_do():
             assert one.status("agent").spent == Decimal("3.00")
 
 
-def test_memory_limiters_on_separate_servers_share_nothing(limiter):
+def test_memory_limiters_on_separate_servers_share_no_budgets(limiter):
     limiter.record("agent", "1.00")
     with MemoryLimiter(BUDGETS) as another:
         assert another.status("agent").spent == 0
@@ -183,7 +183,7 @@ def test_disconnecting_the_memory_server_simulates_an_outage(caplog):
     assert "circuit breaker opened: store at memory" in caplog.text
 
 
-async def test_the_readiness_check_finds_no_fault(async_limiter, caplog):
+async def test_the_readiness_check_of_a_memory_limiter_finds_no_fault(async_limiter, caplog):
     caplog.set_level(logging.WARNING, "ktrdr_budget")
     assert await async_limiter.check() == {"store": None, "policy": None, "scripts": None}
     assert not caplog.records
@@ -228,7 +228,7 @@ async def _replayed(limiter: AsyncBudgetLimiter) -> bool:
 
 
 @pytest.mark.parametrize("missing", ["fakeredis", "lupa"])
-def test_the_error_for_missing_fakeredis_names_the_extra_to_install(monkeypatch, missing):
+def test_if_fakeredis_or_lupa_is_missing_the_error_names_the_extra_to_install(monkeypatch, missing):
     real = builtins.__import__
 
     def refuse(name: str, *args: Any, **options: Any) -> Any:
@@ -241,6 +241,6 @@ def test_the_error_for_missing_fakeredis_names_the_extra_to_install(monkeypatch,
         MemoryLimiter(BUDGETS)
 
 
-def test_the_example_in_the_testing_guide_is_the_one_that_these_tests_run():
+def test_the_example_in_the_testing_guide_equals_the_tested_example_file():
     [example] = re.findall(r"^```python\n(.*?)^```", GUIDE.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
     assert EXAMPLE.read_text(encoding="utf-8") == example

@@ -23,7 +23,7 @@ def test_an_answer_costs_seven_cents(limiter):
     assert limiter.status("agent").spent == Decimal("0.07")
 
 
-def test_no_answer_without_budget(limiter):
+def test_a_question_is_denied_if_the_budget_is_too_small(limiter):
     limiter.record("agent", "0.10")
     with pytest.raises(BudgetExceeded):
         answer(limiter, "Why?")

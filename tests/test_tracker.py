@@ -29,7 +29,7 @@ def _no_environment(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def test_a_new_day_starts_with_the_full_budget(server):
+def test_a_new_tracker_has_the_full_daily_budget(server):
     with BudgetTracker(1.0, url=server.url) as tracker:
         assert tracker.daily_limit == 1.0
         assert tracker.get_today_spend() == 0.0
@@ -37,7 +37,7 @@ def test_a_new_day_starts_with_the_full_budget(server):
         assert tracker.can_spend() == (True, "ok")
 
 
-def test_recorded_spend_counts_and_its_label_is_no_idempotency_key(server):
+def test_spend_recorded_twice_with_the_same_label_counts_twice(server):
     with BudgetTracker(1.0, url=server.url) as tracker:
         tracker.record_spend(0.3, "op one, with spaces")
         tracker.record_spend(0.3, "op one, with spaces")
@@ -69,7 +69,9 @@ def test_recorded_spend_is_logged_with_total_and_remainder(server, caplog):
     )
 
 
-def test_spend_of_an_unlimited_budget_is_logged_and_no_status_is_read_above_level_info(server, caplog, monkeypatch):
+def test_recorded_spend_of_an_unlimited_budget_reads_the_status_only_if_the_spend_is_logged(
+    server, caplog, monkeypatch
+):
     monkeypatch.setenv("AGENT_DAILY_BUDGET", "unlimited")
     with BudgetTracker(url=server.url) as tracker:
         caplog.set_level(logging.INFO, "ktrdr_budget")
@@ -81,14 +83,14 @@ def test_spend_of_an_unlimited_budget_is_logged_and_no_status_is_read_above_leve
         tracker.record_spend(0.3, "op_1")
 
 
-def test_can_spend_reports_the_remaining_and_the_needed_amount(server):
+def test_if_can_spend_denies_the_reason_shows_the_remaining_and_the_needed_amount(server):
     with BudgetTracker("0.25", url=server.url) as tracker:
         tracker.record_spend("0.15", "a")
         assert tracker.can_spend(0.15) == (False, "budget_exhausted ($0.10 remaining, need $0.15)")
         assert tracker.can_spend(0.10) == (True, "ok")
 
 
-def test_a_hold_reduces_the_remainder_and_a_commit_settles_it(server):
+def test_a_hold_reduces_the_remainder_and_a_commit_counts_the_real_cost(server):
     with BudgetTracker(0.20, url=server.url) as tracker:
         hold = tracker.reserve(0.15, "cycle")
         assert tracker.get_remaining() == 0.05
@@ -121,7 +123,7 @@ def test_the_limit_is_read_from_the_environment(server, monkeypatch):
     ("label", "kept"),
     [("x" * 300, "x" * 256), (42, "42"), (None, ""), ("a b \u00e9/:|,\n", "a b \u00e9/:|,\n"), ("\ud800", "?")],
 )
-def test_an_invalid_label_loses_no_spend(server, label, kept):
+def test_spend_is_recorded_even_if_the_label_is_invalid(server, label, kept):
     with BudgetTracker(1.0, url=server.url) as tracker:
         tracker.record_spend(0.25, label)
         [entry] = tracker.limiter.ledger("agent")
@@ -137,7 +139,7 @@ def test_a_limit_of_zero_denies_all_and_logs_a_warning(server, caplog):
             tracker.reserve(0.01)
 
 
-def test_the_spend_survives_a_restart_of_process_and_server(tmp_path: Path):
+def test_spend_is_still_recorded_after_the_process_and_the_server_restart(tmp_path: Path):
     code = (
         "import sys; from ktrdr_budget import BudgetTracker as T; t = T(1, sys.argv[1]); {}; print(t.get_today_spend())"
     )
@@ -148,7 +150,7 @@ def test_the_spend_survives_a_restart_of_process_and_server(tmp_path: Path):
     assert subprocess.check_output(read, text=True, env=environment).strip() == "0.25"
 
 
-def test_a_tracker_of_an_unreachable_store_raises_and_reports_the_budget_as_neither_unused_nor_exhausted(
+def test_if_the_store_is_unreachable_get_remaining_raises_and_can_spend_denies_as_unavailable(
     tmp_path: Path,
 ):
     with BudgetTracker(1, url=f"unix://{tmp_path}/nobody") as tracker:
@@ -159,7 +161,7 @@ def test_a_tracker_of_an_unreachable_store_raises_and_reports_the_budget_as_neit
         assert reason.startswith("budget_unavailable")
 
 
-def test_threads_share_one_tracker_and_spend_exactly_the_limit(server):
+def test_threads_that_share_a_tracker_are_granted_exactly_the_limit(server):
     with BudgetTracker(1, url=server.url) as tracker:
         granted = []
 
@@ -179,7 +181,7 @@ def test_threads_share_one_tracker_and_spend_exactly_the_limit(server):
         assert tracker.get_remaining() == 0.0
 
 
-def test_get_budget_tracker_creates_one_tracker_from_the_environment(server, monkeypatch):
+def test_repeated_calls_of_get_budget_tracker_return_the_same_tracker(server, monkeypatch):
     monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
     monkeypatch.setattr(module, "_tracker", None)
     tracker = get_budget_tracker()
@@ -190,7 +192,7 @@ def test_get_budget_tracker_creates_one_tracker_from_the_environment(server, mon
         tracker.close()
 
 
-def test_a_tracker_restarted_with_another_limit_applies_it_at_once(server):
+def test_a_tracker_restarted_with_a_new_limit_applies_the_new_limit_at_once(server):
     with BudgetTracker(1, url=server.url) as tracker:
         tracker.reserve("0.50").commit("0.50")
     with BudgetTracker(0.25, url=server.url) as tracker:

@@ -41,7 +41,7 @@ def replica(master, start_server: Callable):
     made.kill()
 
 
-async def test_with_durability_replica_acknowledged_holds_and_spend_are_on_the_replica(master, replica):
+async def test_holds_and_spend_acknowledged_with_durability_replica_are_on_the_replica(master, replica):
     async with AsyncBudgetLimiter(master.url, BUDGETS, durability="replica") as limiter:
         hold = await limiter.reserve("agent", "0.15")
         await hold.commit("0.07")
@@ -50,7 +50,7 @@ async def test_with_durability_replica_acknowledged_holds_and_spend_are_on_the_r
             assert sums(client) == {"spent": to_units("0.07"), "held": to_units("0.20"), "unconfirmed": 0, "events": 1}
 
 
-async def test_with_durability_replica_nothing_is_granted_while_no_replica_confirms(master, replica):
+async def test_nothing_is_granted_with_durability_replica_while_the_replica_hangs(master, replica):
     async with AsyncBudgetLimiter(master.url, BUDGETS, durability="replica", timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15")
         replica.pause()
@@ -69,7 +69,7 @@ async def test_with_durability_replica_nothing_is_granted_while_no_replica_confi
             assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_a_replay_waits_for_the_confirmation_of_the_original(master, replica):
+async def test_a_replay_fails_until_the_replica_has_confirmed_the_original_reservation(master, replica):
     """A replay writes nothing, but the original may not be on the replica yet."""
     async with (
         AsyncBudgetLimiter(master.url, BUDGETS) as careless,
@@ -85,14 +85,14 @@ async def test_a_replay_waits_for_the_confirmation_of_the_original(master, repli
         assert (await limiter.reserve("agent", "0.15", id="op_1")).replayed
 
 
-async def test_with_durability_replica_nothing_is_admitted_if_there_is_no_replica(master):
+async def test_a_record_with_durability_replica_fails_if_the_master_has_no_replica(master):
     async with AsyncBudgetLimiter(master.url, BUDGETS, durability="replica", timeout=TIMEOUT_S) as limiter:
         with away(master.url), pytest.raises(StoreUnavailable, match="no replica"):
             await limiter.record("agent", "0.01")
         await until(lambda: limiter.store_state == "open")
 
 
-async def test_with_durability_disk_acknowledged_spend_is_on_disk(start_server: Callable):
+async def test_spend_acknowledged_with_durability_disk_is_kept_if_the_server_is_killed(start_server: Callable):
     """The server is killed right after the reply; the spend is in its file."""
     server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(server.url, BUDGETS, durability="disk") as limiter:
@@ -113,7 +113,7 @@ async def _spent(limiter: AsyncBudgetLimiter) -> bool:
         return False
 
 
-async def test_the_error_names_a_missing_append_only_file(server):
+async def test_a_reservation_with_durability_disk_is_refused_if_the_server_has_no_append_only_file(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, durability="disk") as limiter:
         with pytest.raises(StoreError, match="appendonly"):
             await limiter.reserve("agent", "0.15")
@@ -121,7 +121,9 @@ async def test_the_error_names_a_missing_append_only_file(server):
             assert sums(client)["held"] == 0
 
 
-async def test_the_error_names_a_missing_command_waitaof(start_server: Callable):
+async def test_a_reservation_with_durability_disk_is_refused_if_the_server_has_no_command_waitaof(
+    start_server: Callable,
+):
     binary = redis_binary()
     if binary is None:
         pytest.fail("redis-server is not installed")

@@ -58,7 +58,7 @@ async def far_limiter(proxy: Proxy) -> AsyncIterator[AsyncBudgetLimiter]:
         yield made
 
 
-async def test_6288_a_spend_on_one_replica_counts_in_the_next_call_on_another(limiter, other):
+async def test_6288_spend_recorded_by_one_replica_counts_in_the_next_call_of_another_replica(limiter, other):
     await limiter.record("agent", "4.90")
     with pytest.raises(BudgetExceeded) as denied:
         await other.reserve("agent", "0.15")
@@ -66,7 +66,7 @@ async def test_6288_a_spend_on_one_replica_counts_in_the_next_call_on_another(li
     assert (await other.status("agent")).remaining == Decimal("0.10")
 
 
-async def test_34732_and_ai_gateway_680_parallel_requests_cannot_pass_the_check_together_above_the_cap(limiter, other):
+async def test_34732_and_ai_gateway_680_parallel_requests_of_two_replicas_never_exceed_the_cap(limiter, other):
     tries = [replica.reserve("agent", "0.15") for _ in range(100) for replica in (limiter, other)]
     outcomes = await asyncio.gather(*tries, return_exceptions=True)
     denied = [outcome for outcome in outcomes if isinstance(outcome, BudgetExceeded)]
@@ -120,7 +120,7 @@ async def test_30460_a_retry_after_a_lost_reply_gets_the_same_hold(server, proxy
         assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_30460_a_retry_with_the_same_id_after_the_deadline_is_a_replay(server, proxy, far_limiter):
+async def test_30460_after_a_reservation_has_timed_out_a_retry_with_the_same_id_is_a_replay(server, proxy, far_limiter):
     proxy.hold_replies()
     with pytest.raises(StoreUnavailable) as unavailable:
         await far_limiter.reserve("agent", "0.15", id="op_1")
@@ -140,7 +140,7 @@ async def test_30460_a_retry_with_the_same_id_after_the_deadline_is_a_replay(ser
         assert sums(client) == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_pr_30039_a_retried_commit_gives_the_exact_total(server, proxy, far_limiter):
+async def test_pr_30039_if_a_commit_times_out_and_is_retried_the_spend_counts_once(server, proxy, far_limiter):
     await far_limiter.record("agent", "1.23")
     hold = await far_limiter.reserve("agent", "0.15")
     proxy.hold_replies()
@@ -157,7 +157,7 @@ async def test_pr_30039_a_retried_commit_gives_the_exact_total(server, proxy, fa
         assert sums(client) == {"spent": to_units("1.30"), "held": 0, "unconfirmed": 0, "events": 2}
 
 
-async def test_30460_record_and_extend_and_grow_are_executed_once_despite_lost_replies(server, proxy, far_limiter):
+async def test_30460_records_growth_and_extensions_are_executed_once_if_replies_are_lost(server, proxy, far_limiter):
     proxy.lose_replies = 2
     await far_limiter.record("agent", "0.02")
     hold = await far_limiter.reserve("agent", "0.15")
@@ -194,7 +194,7 @@ async def test_33323_an_observer_that_raises_does_not_affect_calls(server, caplo
     assert any(record.levelno == logging.ERROR and "observer failed" in record.message for record in caplog.records)
 
 
-async def test_35524_a_call_without_a_budget_or_an_amount_is_refused(server, limiter):
+async def test_35524_a_reservation_with_an_unknown_budget_or_without_an_amount_is_refused(server, limiter):
     with pytest.raises(UnknownBudget):
         await limiter.reserve("team:quant", "0.15")
     with pytest.raises(ValueError, match="no amount"):
@@ -203,7 +203,7 @@ async def test_35524_a_call_without_a_budget_or_an_amount_is_refused(server, lim
         assert dump(client) == {}
 
 
-async def test_38087_and_29937_reads_raise_during_an_outage_and_do_not_return_a_full_budget(server, proxy, far_limiter):
+async def test_38087_and_29937_reads_raise_an_error_during_an_outage(server, proxy, far_limiter):
     await far_limiter.record("agent", "5.00")
     proxy.hold_replies()
     with pytest.raises(StoreUnavailable):
@@ -215,7 +215,7 @@ async def test_38087_and_29937_reads_raise_during_an_outage_and_do_not_return_a_
     assert (await far_limiter.status("agent")).remaining == 0
 
 
-async def test_runcycles_a_commit_above_the_estimate_is_neither_clipped_nor_refused(limiter):
+async def test_runcycles_a_commit_above_the_estimate_is_recorded_in_full(limiter):
     hold = await limiter.reserve("agent", "0.15")
     settlement = await hold.commit("6.00")
     assert (settlement.overrun, settlement.amounts) == (True, {"agent": Decimal("6.00")})
@@ -226,7 +226,7 @@ async def test_runcycles_a_commit_above_the_estimate_is_neither_clipped_nor_refu
     assert denied.value.reason == "budget_exhausted"
 
 
-async def test_runcycles_expiry_needs_no_sweeper(server, limiter):
+async def test_runcycles_the_next_reservation_can_use_the_amounts_of_expired_holds(server, limiter):
     """A denial expires due holds, and the next call can use their amounts."""
     for policy in ("release", "accrued", "release"):
         await limiter.reserve("agent", "1.60", ttl=1, on_expiry=policy)
@@ -243,7 +243,7 @@ async def test_runcycles_expiry_needs_no_sweeper(server, limiter):
 # -- #38987 and #29576: keys expire, denials write nothing -------------------------------------------------------------
 
 
-async def test_38987_every_key_has_an_expiry_at_every_moment(server, limiter, other):
+async def test_38987_every_key_has_an_expiry_after_every_call(server, limiter, other):
     with server.client() as client:
 
         async def done(step: object) -> object:
@@ -276,7 +276,7 @@ async def _is_unconfirmed(limiter, hold_id: str) -> bool:
     return (await limiter.get(hold_id)).state == "unconfirmed"
 
 
-def test_38987_no_key_is_immortal_after_kill_9_during_requests(server):
+def test_38987_every_key_has_an_expiry_after_workers_are_killed_during_requests(server):
     options = {"url": server.url, "limit": "8000", "amounts": ["0.01"], "callers": 8, "ttl": 60, "settle": True}
     with workers("spender.py", 3, options) as spenders, server.client() as client:
         for spender in spenders:
@@ -288,7 +288,7 @@ def test_38987_no_key_is_immortal_after_kill_9_during_requests(server):
         assert counted(client) == ledger_sum(client) + sums(client)["held"]
 
 
-async def test_29576_and_39726_denials_write_nothing_and_extend_no_expiry(server, limiter, other):
+async def test_29576_and_39726_denials_change_no_value_and_no_expiry_time(server, limiter, other):
     """Values and expiry times stay the same, also after denials by another replica."""
     await limiter.record("agent", "1.00", id="op_1")
     await limiter.reserve({"agent": "3.90", "cycles": 9}, id="op_2")
@@ -304,7 +304,7 @@ async def test_29576_and_39726_denials_write_nothing_and_extend_no_expiry(server
     assert (await limiter.reserve("agent", "0.10", id="op_denied")).replayed is False, "a denial uses up no id"
 
 
-async def test_a_denial_in_an_empty_store_leaves_it_empty(server, limiter):
+async def test_a_denial_in_an_empty_store_leaves_the_store_empty(server, limiter):
     with pytest.raises(BudgetExceeded) as denied:
         await limiter.reserve("agent", "5.01")
     assert (denied.value.reason, denied.value.retry_after, denied.value.fits) == ("exceeds_limit", None, 5)

@@ -55,7 +55,7 @@ async def denied(call: Callable, *, waits_s: float = 0.0, match: str | None = No
 # -- a repair ----------------------------------------------------------------------------------------------------------
 
 
-async def test_nothing_is_granted_while_lost_writes_are_repaired(replica, client):
+async def test_after_a_loss_nothing_is_granted_until_the_store_is_repaired(replica, client):
     """An earlier version made 1,805 grants during a repair of a reachable store."""
     guarded = await replica.reserve("agent", "0.15")
     client.flushall()
@@ -70,7 +70,7 @@ async def test_nothing_is_granted_while_lost_writes_are_repaired(replica, client
     await until(lambda: sums(client)["spent"] == to_units("0.08"))
 
 
-async def test_nothing_is_granted_to_calls_that_wait_while_this_replica_repairs_the_store(replica, client):
+async def test_waiting_calls_are_denied_at_their_deadline_while_their_replica_repairs_the_store(replica, client):
     hold = await replica.reserve("agent", "0.15")
     replica.engine.dispatcher.repair.active = True
     try:
@@ -88,7 +88,7 @@ async def test_nothing_is_granted_to_calls_that_wait_while_this_replica_repairs_
 # -- a missing window --------------------------------------------------------------------------------------------------
 
 
-async def test_nothing_is_granted_in_a_window_that_is_missing(replica, client):
+async def test_nothing_is_granted_while_the_key_of_the_window_is_missing(replica, client):
     [key] = client.keys("ktrdr:{default}:w:agent:*")
     kept = client.dump(key)
     client.delete(key)
@@ -148,7 +148,7 @@ def without_replicas(client: redis.Redis) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("not_ready", [read_only, busy, without_replicas])
-async def test_nothing_is_granted_by_a_store_that_refuses_for_a_while(replica, client, not_ready):
+async def test_nothing_is_granted_while_the_store_refuses_writes(replica, client, not_ready):
     """The first call waits until its deadline; the calls after it are not granted either."""
     with not_ready(client), in_haste(replica, REPLY_S):
         await denied(lambda: replica.reserve("agent", "0.01"), waits_s=REPLY_S - 0.1)
@@ -157,7 +157,7 @@ async def test_nothing_is_granted_by_a_store_that_refuses_for_a_while(replica, c
     assert (await replica.reserve("agent", "0.01")).cap_checked
 
 
-async def test_spend_is_deferred_while_the_store_refuses(server, client):
+async def test_spend_is_deferred_while_the_store_refuses_writes(server, client):
     async with AsyncBudgetLimiter(server.url, [BUDGET], on_store_error="allow") as limiter:
         hold = await limiter.reserve("agent", "0.15")
         with read_only(client), in_haste(limiter, 0.2):
@@ -171,7 +171,7 @@ async def test_spend_is_deferred_while_the_store_refuses(server, client):
 
 
 @pytest.mark.parametrize("count", [1, 50, 500])
-async def test_calls_queued_before_a_stall_of_the_event_loop_are_sent_after_it(replica, client, count):
+async def test_calls_queued_before_a_stall_of_the_event_loop_are_sent_after_the_stall(replica, client, count):
     """An earlier version admitted 50 of 50 calls without a check of the cap after a stall of 1.1 s."""
     with in_haste(replica, 0.5):
         tries = [asyncio.create_task(replica.reserve("agent", "0.01", id=f"op_{n}")) for n in range(count)]
@@ -184,7 +184,7 @@ async def test_calls_queued_before_a_stall_of_the_event_loop_are_sent_after_it(r
 
 @pytest.mark.parametrize("connected", [True, False])
 @pytest.mark.parametrize("turns", [2, 4, 7])
-async def test_calls_sent_before_a_stall_of_the_event_loop_are_granted_after_it(replica, connected, turns):
+async def test_calls_sent_before_a_stall_of_the_event_loop_are_granted_after_the_stall(replica, connected, turns):
     """A missing connection or an unread reply is no sign of an outage after a stall."""
     if not connected:
         replica.engine.dispatcher.repair.stop()
@@ -250,7 +250,7 @@ async def test_a_call_delayed_by_a_stall_of_the_event_loop_gets_one_more_deadlin
 # -- holds of an outage ------------------------------------------------------------------------------------------------
 
 
-async def test_a_hold_admitted_without_a_check_cannot_grow_after_the_outage(start_server):
+async def test_a_hold_admitted_during_an_outage_cannot_grow_after_the_outage(start_server):
     own_server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3, on_store_error="allow") as limiter:
         own_server.kill()
@@ -268,7 +268,7 @@ async def test_a_hold_admitted_without_a_check_cannot_grow_after_the_outage(star
     own_server.kill()
 
 
-async def test_a_closed_limiter_admits_nothing(server):
+async def test_calls_that_wait_when_the_limiter_closes_are_not_admitted(server):
     limiter = AsyncBudgetLimiter(server.url, [BUDGET], on_store_error="allow")
     await limiter.record("agent", "0.01")
     limiter.engine.dispatcher.repair.active = True  # no lane sends waiting calls

@@ -116,7 +116,7 @@ async def ends_in_time(stopwatch: Stopwatch, call: Callable) -> str | None:
     return "no error"
 
 
-async def test_462_every_call_ends_within_its_deadline_during_an_outage_and_succeeds_after_it(outage, stopwatch):
+async def test_462_every_call_ends_within_its_deadline_during_an_outage(outage, stopwatch):
     """envoyproxy/ratelimit #462: no waits of ten seconds. Calls are sequential, so that each pays its own wait."""
     async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
@@ -138,7 +138,7 @@ async def _is_reachable(limiter) -> bool:
     return True
 
 
-async def test_concurrent_calls_end_within_their_deadline(outage, stopwatch):
+async def test_concurrent_calls_end_within_their_deadline_during_an_outage(outage, stopwatch):
     async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         outage.begin()
@@ -150,7 +150,7 @@ async def test_concurrent_calls_end_within_their_deadline(outage, stopwatch):
         await until(lambda: _is_reachable(limiter))
 
 
-async def test_replies_are_not_mixed_up_after_a_hang(own_server):
+async def test_after_the_server_has_hung_each_call_gets_its_own_reply(own_server):
     """A late reply must not count as the reply to the next call."""
     hang = Hang(own_server)
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1) as limiter:
@@ -211,7 +211,7 @@ async def test_a_limiter_can_start_while_the_store_is_unreachable(
         assert limiter.deferred == 0
 
 
-async def test_a_call_succeeds_if_the_store_starts_within_its_deadline(own_server):
+async def test_a_call_succeeds_if_the_store_starts_before_the_deadline_of_the_call(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=60.0) as limiter:
         own_server.kill()
         call = asyncio.create_task(limiter.reserve("agent", "0.15"))
@@ -237,7 +237,7 @@ async def test_112_policy_deny_admits_nothing_during_an_outage(outage):
         await replica.close()
 
 
-async def test_a_limiter_closes_in_time_while_the_store_hangs(outage):
+async def test_a_limiter_closes_in_time_during_an_outage(outage):
     limiter = AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S)
     hold = await limiter.reserve("agent", "0.15")
     outage.begin()
@@ -251,7 +251,7 @@ async def test_a_limiter_closes_in_time_while_the_store_hangs(outage):
     outage.end()
 
 
-async def test_a_heartbeat_revives_a_hold_that_expired_during_an_outage(outage):
+async def test_if_a_hold_expires_during_an_outage_the_next_heartbeat_reopens_the_hold(outage):
     async with AsyncBudgetLimiter(outage.server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         async with limiter.hold("agent", "0.15", id="op_1", ttl=1) as hold:
             hold.accrue("0.05")
@@ -275,7 +275,7 @@ async def _is_open_since(limiter, expires_at) -> bool:
 # -- policy allow ------------------------------------------------------------------------------------------------------
 
 
-async def test_policy_allow_admits_without_a_check_and_records_once_after_the_outage(own_server, caplog):
+async def test_the_spend_of_holds_admitted_by_policy_allow_is_recorded_once_after_the_outage(own_server, caplog):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         before = await limiter.reserve("agent", "1.00", id="before")
         own_server.kill()
@@ -310,7 +310,7 @@ def _deferred(hold_id: str, amount: str):
     return Settlement(hold_id, "committed", {"agent": Decimal(amount)}, deferred=True)
 
 
-async def test_deferred_spend_that_the_store_refuses_does_not_delay_the_rest(own_server):
+async def test_if_the_store_refuses_deferred_spend_of_one_budget_other_deferred_spend_is_recorded(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -327,7 +327,7 @@ async def test_deferred_spend_that_the_store_refuses_does_not_delay_the_rest(own
             assert sums(client, "team")["spent"] == to_units("0.03")
 
 
-async def test_policy_allow_does_not_count_a_grant_with_a_lost_reply_twice(server, tmp_path_factory):
+async def test_under_policy_allow_a_grant_with_a_lost_reply_counts_once(server, tmp_path_factory):
     path = Path(tmp_path_factory.mktemp("p")) / "s"
     async with (
         Proxy(server.socket_path, path) as proxy,
@@ -348,7 +348,7 @@ async def test_policy_allow_does_not_count_a_grant_with_a_lost_reply_twice(serve
             assert sums(client) == {"spent": to_units("0.09"), "held": 0, "unconfirmed": 0, "events": 3}
 
 
-async def test_policy_allow_admits_an_id_once_and_refuses_it_with_other_contents(own_server):
+async def test_under_policy_allow_a_second_reservation_of_an_id_is_a_replay_or_a_conflict(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -372,7 +372,7 @@ async def test_policy_allow_admits_an_id_once_and_refuses_it_with_other_contents
 
 
 @pytest.mark.parametrize("deferred", [True, False])
-async def test_policy_allow_closes_the_id_of_a_reservation_that_arrives_after_its_release(proxy, deferred):
+async def test_under_policy_allow_a_reservation_arriving_after_the_release_of_the_same_id_is_refused(proxy, deferred):
     """Policy `allow` admitted the hold, and it was released; then the store refuses the late reservation."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
@@ -395,7 +395,7 @@ async def test_policy_allow_closes_the_id_of_a_reservation_that_arrives_after_it
         assert (await limiter.status("agent")).held == 0
 
 
-async def test_policy_allow_releases_a_reservation_whose_caller_was_cancelled(proxy):
+async def test_under_policy_allow_a_reservation_is_released_if_its_caller_is_cancelled(proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         proxy.hold_replies()
@@ -410,7 +410,7 @@ async def test_policy_allow_releases_a_reservation_whose_caller_was_cancelled(pr
         assert (await limiter.status("agent")).held == 0
 
 
-async def test_policy_allow_defers_a_commit_by_id_of_a_hold_of_this_replica(own_server):
+async def test_policy_allow_defers_commits_by_id_only_for_holds_of_the_same_replica(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.reserve({"agent": "0.15", "team": "0.10"}, id="op_1")
         own_server.kill()
@@ -425,7 +425,9 @@ async def test_policy_allow_defers_a_commit_by_id_of_a_hold_of_this_replica(own_
             assert sums(client)["held"] == 0
 
 
-async def test_an_old_settlement_that_the_store_may_have_executed_is_dropped(server, tmp_path_factory, caplog):
+async def test_if_the_store_may_have_executed_an_old_settlement_the_settlement_is_not_resent(
+    server, tmp_path_factory, caplog
+):
     """Ids expire in the store after a day, and a resend would charge again. Unsent operations have no maximum age."""
     async with (
         Proxy(server.socket_path, Path(tmp_path_factory.mktemp("p")) / "s") as proxy,
@@ -447,13 +449,13 @@ async def test_an_old_settlement_that_the_store_may_have_executed_is_dropped(ser
         assert f"outcome of {hold.id} (deferred) unknown: too old to resend safely, dropped" in caplog.text
 
 
-async def test_policy_allow_lets_a_reachable_store_deny_above_the_limit(server):
+async def test_under_policy_allow_a_reachable_store_denies_amounts_above_the_limit(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, on_store_error="allow") as limiter:
         with pytest.raises(BudgetExceeded):
             await limiter.reserve("agent", "5.01")
 
 
-async def test_policy_allow_logs_spend_that_is_unsent_when_the_limiter_closes(own_server, caplog):
+async def test_if_deferred_spend_is_still_unsent_when_the_limiter_closes_an_error_is_logged(own_server, caplog):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -461,7 +463,7 @@ async def test_policy_allow_logs_spend_that_is_unsent_when_the_limiter_closes(ow
     assert any(record.levelname == "ERROR" and "never sent" in record.message for record in caplog.records)
 
 
-async def test_a_close_during_a_replay_sends_the_remaining_spend(server, tmp_path_factory, monkeypatch):
+async def test_closing_the_limiter_sends_the_remaining_deferred_spend(server, tmp_path_factory, monkeypatch):
     monkeypatch.setattr(replay, "_BATCH_OPS", 1)
     path = Path(tmp_path_factory.mktemp("p")) / "s"
     async with Proxy(server.socket_path, path) as proxy:
@@ -478,7 +480,7 @@ async def test_a_close_during_a_replay_sends_the_remaining_spend(server, tmp_pat
         assert sums(client)["spent"] == ledger_sum(client) == to_units("0.61")
 
 
-async def test_the_store_is_closed_even_if_the_last_replay_fails(own_server, monkeypatch):
+async def test_closing_the_limiter_closes_its_connections_even_if_the_last_replay_fails(own_server, monkeypatch):
     limiter = AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow")
     hold = await limiter.reserve("agent", "0.15")
     closed = []
@@ -499,7 +501,7 @@ async def test_the_store_is_closed_even_if_the_last_replay_fails(own_server, mon
     assert closed == [True]
 
 
-async def test_calls_that_wait_for_a_repair_end_when_the_limiter_closes(server):
+async def test_when_the_limiter_closes_calls_that_wait_for_a_repair_raise_an_error(server):
     """No lane sends the waiting calls during a repair."""
     limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2)
     await limiter.record("agent", "0.01")
@@ -534,7 +536,9 @@ def not_our_schema(client) -> None:
 
 @pytest.mark.parametrize("policy", ["deny", "allow"])
 @pytest.mark.parametrize("break_it", [wrong_type, out_of_memory, no_permission, not_our_schema])
-async def test_33923_an_unexpected_store_error_never_admits(start_server: Callable, break_it: Callable, policy: str):
+async def test_33923_nothing_is_admitted_if_the_store_replies_with_an_unexpected_error(
+    start_server: Callable, break_it: Callable, policy: str
+):
     """#33323, PostHog #60838, spring-cloud-gateway #248: policy `allow` does not admit either."""
     broken = start_server()
     with broken.client() as client:
@@ -552,7 +556,7 @@ async def test_33923_an_unexpected_store_error_never_admits(start_server: Callab
     broken.kill()
 
 
-async def test_33923_a_broken_window_does_not_affect_other_calls_of_its_batch(server):
+async def test_33923_a_window_key_of_a_wrong_type_does_not_affect_the_figures_of_another_budget(server):
     """Another call in the batch is either refused or granted."""
     with server.client() as client:
         wrong_type(client)
@@ -566,7 +570,7 @@ async def test_33923_a_broken_window_does_not_affect_other_calls_of_its_batch(se
             assert sums(client, "team") == {"spent": to_units("0.07"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_a_limiter_without_permissions_does_not_start(start_server: Callable):
+async def test_a_limiter_without_permissions_in_the_store_does_not_start(start_server: Callable):
     guarded = start_server()
     with guarded.client() as client:
         no_permission(client)
@@ -578,7 +582,7 @@ async def test_a_limiter_without_permissions_does_not_start(start_server: Callab
     guarded.kill()
 
 
-async def test_a_read_only_server_is_reported_as_unavailable_and_not_as_a_full_budget(start_server: Callable):
+async def test_a_reservation_on_a_read_only_server_raises_store_unavailable(start_server: Callable):
     replica = start_server(None, "--replicaof", "127.0.0.1", "1")
     async with AsyncBudgetLimiter(replica.url, BUDGETS, timeout=0.2) as limiter:
         with away(replica.url), pytest.raises(StoreUnavailable):
@@ -586,7 +590,7 @@ async def test_a_read_only_server_is_reported_as_unavailable_and_not_as_a_full_b
     replica.kill()
 
 
-async def test_an_unexpected_failure_ends_only_the_calls_of_its_batch(server, monkeypatch):
+async def test_an_unexpected_exception_while_a_batch_is_sent_fails_only_the_calls_of_the_batch(server, monkeypatch):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         apply, failures = limiter.engine.store.apply, []
 
@@ -605,7 +609,7 @@ async def test_an_unexpected_failure_ends_only_the_calls_of_its_batch(server, mo
         assert {type(error) for error in failed} == {BudgetError}
 
 
-async def test_an_unexpected_failure_of_a_read_ends_the_call(server, monkeypatch):
+async def test_an_unexpected_exception_during_a_read_is_raised_as_a_budget_error(server, monkeypatch):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         run = limiter.engine.store.run
 
@@ -621,7 +625,7 @@ async def test_an_unexpected_failure_of_a_read_ends_the_call(server, monkeypatch
 
 
 @pytest.mark.parametrize("user", ["", "agent"])
-async def test_a_wrong_password_is_an_error_and_appears_nowhere(start_server, free_tcp_port, user, caplog):
+async def test_an_error_about_a_wrong_password_does_not_show_the_password(start_server, free_tcp_port, user, caplog):
     secured = start_server(None, "--port", str(free_tcp_port))
     with secured.client() as client:
         client.acl_setuser("agent", enabled=True, passwords=["+right"], keys=["*"], categories=["+@all"])
@@ -648,7 +652,7 @@ def free_tcp_port() -> int:
         return int(listener.getsockname()[1])
 
 
-async def test_deferred_spend_that_was_never_sent_is_not_dropped_for_its_age(own_server):
+async def test_deferred_spend_that_was_never_sent_has_no_maximum_age(own_server):
     """Only an attempt that may have been executed limits how long a settlement can be resent."""
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
@@ -660,7 +664,7 @@ async def test_deferred_spend_that_was_never_sent_is_not_dropped_for_its_age(own
         assert entry.maybe_executed_us is None
 
 
-async def test_a_hold_key_of_another_type_is_reported_as_an_error_and_not_as_an_unknown_hold(server, client):
+async def test_calls_by_id_raise_a_store_error_if_the_key_of_the_hold_has_a_wrong_type(server, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         client.lpush(limiter.keys.hold("op_1"), "x")
         for call in (limiter.get("op_1"), limiter.commit("op_1", "0.01"), limiter.extend("op_1")):

@@ -79,7 +79,7 @@ async def test_a_burst_of_calls_after_an_idle_time_uses_new_connections(proxy, w
     assert sums(client)["spent"] == 2 * BURST * 50_000_000
 
 
-async def test_the_probe_of_an_idle_replica_keeps_a_connection_usable(proxy, way):
+async def test_probes_keep_a_connection_of_an_idle_replica_usable(proxy, way):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         called_s = asyncio.get_running_loop().time()
@@ -93,7 +93,9 @@ async def test_the_probe_of_an_idle_replica_keeps_a_connection_usable(proxy, way
 
 
 @pytest.mark.parametrize("forgotten", [1, None], ids=["one", "all"])
-async def test_a_burst_of_calls_without_replies_is_resent_on_new_connections(proxy, way, no_probes, forgotten, client):
+async def test_if_a_burst_of_calls_gets_no_replies_the_calls_are_resent_on_new_connections(
+    proxy, way, no_probes, forgotten, client
+):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await burst(limiter)
         proxy.blackhole(forgotten)
@@ -102,7 +104,7 @@ async def test_a_burst_of_calls_without_replies_is_resent_on_new_connections(pro
     assert sums(client) == {"spent": 2 * BURST * 50_000_000, "held": 0, "unconfirmed": 0, "events": 2 * BURST}
 
 
-async def test_an_executed_request_without_a_reply_counts_once(proxy, way, no_probes, client):
+async def test_if_the_reply_to_an_executed_request_is_lost_the_request_counts_once(proxy, way, no_probes, client):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         proxy.hold_replies()
@@ -117,7 +119,7 @@ async def test_an_executed_request_without_a_reply_counts_once(proxy, way, no_pr
 
 
 @pytest.mark.parametrize("durability", ["disk"])
-async def test_batches_that_wait_for_durability_are_resent_on_a_new_connection(
+async def test_a_record_with_durability_disk_is_resent_on_a_new_connection_if_no_reply_arrives(
     start_server: Callable, no_probes, durability
 ):
     own = start_server(None, "--appendonly", "yes")
@@ -132,7 +134,7 @@ async def test_batches_that_wait_for_durability_are_resent_on_a_new_connection(
     own.kill()
 
 
-async def test_reads_without_a_reply_are_resent_on_a_new_connection(proxy, way, no_probes):
+async def test_reads_are_resent_on_a_new_connection_if_no_reply_arrives(proxy, way, no_probes):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await asyncio.gather(*[limiter.status("agent") for _ in range(20)])
         proxy.blackhole()
@@ -142,7 +144,9 @@ async def test_reads_without_a_reply_are_resent_on_a_new_connection(proxy, way, 
         assert {status.spent for status in statuses} == {0}
 
 
-async def test_a_request_on_a_slow_link_gets_the_whole_timeout(proxy, way, no_probes, client):
+async def test_a_request_on_a_slow_connection_is_granted_if_the_reply_arrives_within_the_timeout(
+    proxy, way, no_probes, client
+):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         for _ in range(2):  # the store has the scripts
             await limiter.reserve("agent", "0.10")
@@ -156,7 +160,7 @@ async def test_a_request_on_a_slow_link_gets_the_whole_timeout(proxy, way, no_pr
 @pytest.mark.parametrize(
     ("discovery", "form"), [(SentinelDiscovery, "redis+sentinel://{}/main"), (ClusterDiscovery, "redis+cluster://{}")]
 )
-async def test_requests_without_a_reply_are_resent_to_the_same_primary_without_a_new_discovery(
+async def test_requests_that_get_no_reply_are_resent_to_the_same_primary(
     proxy, way, no_probes, discovery, form, monkeypatch, client
 ):
     place = proxy.url.removeprefix("redis://")
@@ -183,7 +187,7 @@ async def test_requests_without_a_reply_are_resent_to_the_same_primary_without_a
     assert sums(client)["spent"] == 3 * BURST * 50_000_000
 
 
-def test_the_sync_limiter_resends_requests_without_a_reply(server, way, no_probes, client):
+def test_the_sync_limiter_resends_requests_that_get_no_reply(server, way, no_probes, client):
     with ThreadedProxy(server.socket_path, ("127.0.0.1", 0)) as proxy, away(proxy.url):
         with BudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
             limiter.reserve("agent", "0.10").commit("0.05")

@@ -42,7 +42,7 @@ async def silent(server) -> AsyncIterator[AsyncBudgetLimiter]:
 
 
 @by_each_call
-async def test_a_replica_can_settle_a_hold_that_the_store_has_lost(limiter, client, call):
+async def test_after_a_loss_each_call_by_id_succeeds_on_the_replica_that_reserved_the_hold(limiter, client, call):
     await limiter.reserve("agent", "0.15", id="op_1")
     client.flushall()
     await call(limiter, "op_1")
@@ -52,7 +52,7 @@ async def test_a_replica_can_settle_a_hold_that_the_store_has_lost(limiter, clie
 
 
 @by_each_call
-async def test_a_lost_hold_is_unavailable_until_its_replica_has_replayed_it(server, limiter, silent, client, call):
+async def test_calls_by_id_are_refused_until_the_lost_hold_has_been_replayed(server, limiter, silent, client, call):
     await silent.reserve("agent", "0.15", id="op_1")
     await limiter.record("agent", "0.01")
     client.flushall()
@@ -62,9 +62,7 @@ async def test_a_lost_hold_is_unavailable_until_its_replica_has_replayed_it(serv
     await call(limiter, "op_1")
 
 
-async def test_a_commit_by_a_new_replica_during_a_recovery_is_unavailable_and_not_an_unknown_hold(
-    server, silent, client
-):
+async def test_a_commit_by_a_new_replica_is_refused_until_the_lost_hold_has_been_replayed(server, silent, client):
     await silent.reserve("agent", "0.15", id="op_1")
     with ExitStack() as prolonged:
         prolonged.enter_context(recovery_prolonged(client))
@@ -82,7 +80,9 @@ async def test_a_commit_by_a_new_replica_during_a_recovery_is_unavailable_and_no
                 await new.commit("op_2", "0.07")
 
 
-async def test_a_commit_that_read_its_hold_before_the_loss_waits_for_the_replay(limiter, silent, client):
+async def test_if_a_loss_occurs_between_reading_and_committing_a_hold_the_commit_waits_for_the_replay(
+    limiter, silent, client
+):
     """The commit is sent with the windows that it has read, and the store has no such hold."""
     await silent.reserve("agent", "0.15", id="op_1")
     flow = settle_by_id(limiter.engine.context, "op_1", "0.07")

@@ -51,7 +51,7 @@ async def test_p1_a_run_time_limit_applies_again_after_a_loss(replicas, client, 
     assert (str(status.limit), status.limit_source, str(status.spent)) == ("1.00", "runtime", "0.20")
 
 
-async def test_a_replica_that_has_only_read_a_limit_restores_it(replicas, client):
+async def test_a_replica_that_has_only_read_a_limit_restores_the_limit_after_a_loss(replicas, client):
     limiter, other = replicas
     ends = (await limiter.status("agent")).as_of + timedelta(hours=1)
     await limiter.set_limit("agent", "1.00", until=ends)
@@ -64,7 +64,7 @@ async def test_a_replica_that_has_only_read_a_limit_restores_it(replicas, client
     assert (agent.limit_until, tokens.limit, tokens.limit_source) == (ends, None, "runtime")
 
 
-async def test_an_idle_replica_that_has_only_set_a_limit_detects_the_loss(server, replicas, client):
+async def test_an_idle_replica_that_has_only_set_a_limit_restores_the_limit_after_a_loss(server, replicas, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as operator:
         await operator.set_limit("agent", "1.00")
         client.flushall()
@@ -74,7 +74,9 @@ async def test_an_idle_replica_that_has_only_set_a_limit_detects_the_loss(server
 
 
 @pytest.mark.parametrize("first", [0, 1])
-async def test_the_last_change_of_a_limit_applies_in_either_order_of_the_replays(replicas, client, first):
+async def test_after_a_loss_the_last_limit_that_was_set_applies_whichever_replica_replays_first(
+    replicas, client, first
+):
     limiter, other = replicas
     await limiter.set_limit("agent", "3.00")
     await other.set_limit("agent", "1.00")
@@ -84,7 +86,7 @@ async def test_the_last_change_of_a_limit_applies_in_either_order_of_the_replays
 
 
 @pytest.mark.parametrize("first", [0, 1])
-async def test_a_limit_cleared_by_another_replica_stays_cleared(replicas, client, first):
+async def test_a_limit_cleared_by_another_replica_stays_cleared_after_a_loss(replicas, client, first):
     limiter, other = replicas
     await limiter.set_limit("agent", "9.00")
     await other.clear_limit("agent")
@@ -95,7 +97,7 @@ async def test_a_limit_cleared_by_another_replica_stays_cleared(replicas, client
     assert await denied(other, "8.00") == "7.00"
 
 
-async def test_a_limit_read_as_cleared_is_not_restored(replicas, client):
+async def test_once_a_replica_has_read_that_a_limit_is_cleared_the_replica_does_not_restore_the_limit(replicas, client):
     limiter, other = replicas
     await limiter.set_limit("agent", "9.00")
     await other.clear_limit("agent")
@@ -105,7 +107,7 @@ async def test_a_limit_read_as_cleared_is_not_restored(replicas, client):
     assert await denied(limiter, "6.00") == "5.00"
 
 
-async def test_a_limit_of_another_definition_is_not_restored(server, replicas, client, caplog):
+async def test_a_limit_set_under_another_definition_of_the_budget_is_not_restored(server, replicas, client, caplog):
     limiter, other = replicas
     await limiter.set_limit("agent", "1.00")
     client.flushall()

@@ -90,7 +90,7 @@ async def test_flushall_under_load_is_detected_once(server, limiter):
     assert limiter.losses == 1
 
 
-async def test_an_old_snapshot_is_detected_by_the_number_of_writes(start_server: Callable, caplog):
+async def test_a_restored_snapshot_with_fewer_writes_is_detected_as_a_data_loss(start_server: Callable, caplog):
     """Its epoch is the same, as with a restored backup or a failover to a lagging replica."""
     server = start_server()
     async with (
@@ -114,7 +114,7 @@ async def test_an_old_snapshot_is_detected_by_the_number_of_writes(start_server:
     server.kill()
 
 
-async def test_a_lost_hold_still_commits_into_the_window_that_admitted_it(server, limiter):
+async def test_after_a_loss_the_commit_of_a_lost_hold_counts_once(server, limiter):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     with server.client() as client:
         client.flushall()
@@ -128,7 +128,7 @@ async def test_a_lost_hold_still_commits_into_the_window_that_admitted_it(server
     assert limiter.losses == 1
 
 
-async def test_an_old_snapshot_with_as_many_writes_is_detected_by_its_epoch(start_server: Callable):
+async def test_a_restored_snapshot_with_the_same_number_of_writes_is_detected_as_a_data_loss(start_server: Callable):
     """Each first write into an empty store sets a new epoch."""
     server = start_server()
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=5.0) as limiter:
@@ -154,7 +154,7 @@ async def test_an_old_snapshot_with_as_many_writes_is_detected_by_its_epoch(star
 # -- no false alarms ---------------------------------------------------------------------------------------------------
 
 
-async def test_concurrent_connections_and_replicas_are_not_taken_for_a_data_loss(server, limiter, other):
+async def test_concurrent_calls_of_two_replicas_are_not_taken_for_a_data_loss(server, limiter, other):
     async def busy(replica: AsyncBudgetLimiter) -> None:
         hold = await replica.reserve("agent", "0.001")
         await hold.extend()
@@ -176,7 +176,7 @@ async def test_script_flush_and_denials_are_not_taken_for_a_data_loss(server, li
     assert limiter.losses == 0
 
 
-async def test_a_restart_with_an_intact_file_is_not_taken_for_a_data_loss(start_server: Callable):
+async def test_a_restart_without_lost_writes_is_not_taken_for_a_data_loss(start_server: Callable):
     server = start_server(None, "--appendonly", "yes", "--appendfsync", "no")
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=5.0) as limiter:
         for kept in range(1, 4):
@@ -198,7 +198,7 @@ async def test_the_first_write_into_an_empty_store_is_not_taken_for_a_data_loss(
     assert len([field for field in meta if field == "epoch"]) == 1
 
 
-async def test_the_deletion_of_the_data_of_another_tenant_is_not_taken_for_a_data_loss(server, limiter):
+async def test_deleting_the_keys_of_another_tenant_is_not_taken_for_a_data_loss(server, limiter):
     await spends(limiter)
     async with AsyncBudgetLimiter(server.url, BUDGETS, tenant="other") as other:
         await spends(other)
@@ -209,7 +209,7 @@ async def test_the_deletion_of_the_data_of_another_tenant_is_not_taken_for_a_dat
         assert (other.losses, limiter.losses) == (1, 0)
 
 
-async def test_a_read_detects_an_empty_store(server, limiter):
+async def test_a_read_detects_that_the_store_has_lost_its_data(server, limiter):
     await limiter.reserve("agent", "0.10")
     with server.client() as client:
         client.flushall()
@@ -232,7 +232,9 @@ async def test_a_replica_with_an_empty_journal_is_granted_nothing_during_a_recov
     assert other.losses == 1
 
 
-async def test_a_clock_set_back_after_a_loss_hides_no_later_loss(clocked_server):
+async def test_a_second_loss_is_detected_although_the_clock_of_the_store_was_set_back_after_the_first_loss(
+    clocked_server,
+):
     clocked_server.reset_clock()
     async with AsyncBudgetLimiter(clocked_server.url, [Budget("agent", "5.00", period="ever")], timeout=10) as limiter:
         await spends(limiter)
@@ -250,7 +252,7 @@ async def test_a_clock_set_back_after_a_loss_hides_no_later_loss(clocked_server)
             await until(lambda: limiter.losses == 2)
 
 
-async def test_a_clock_set_back_after_a_repair_prolongs_the_recovery_by_seconds_only(clocked_server):
+async def test_if_the_clock_of_the_store_is_set_back_after_a_repair_grants_resume_within_seconds(clocked_server):
     clocked_server.reset_clock()
     async with AsyncBudgetLimiter(clocked_server.url, [Budget("agent", "5.00", period="ever")], timeout=15) as limiter:
         await spends(limiter)
@@ -263,7 +265,7 @@ async def test_a_clock_set_back_after_a_repair_prolongs_the_recovery_by_seconds_
         await limiter.reserve("agent", "0.01")
 
 
-async def test_a_replica_that_only_sends_probes_refreshes_its_entry_each_hour(server, limiter):
+async def test_a_replica_that_only_sends_probes_refreshes_its_entry_in_the_store_each_hour(server, limiter):
     """The store may drop the entry of a replica after two days, which would look like a data loss."""
     await spends(limiter)
     with server.client() as client:

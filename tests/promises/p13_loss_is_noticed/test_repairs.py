@@ -51,7 +51,7 @@ async def repaired(limiter: AsyncBudgetLimiter, expected: tuple[str, str, str]) 
     assert all(report.adds_up for report in reports), reports
 
 
-async def test_an_idle_replica_replays_spend_holds_and_ids_into_an_empty_store(limiter, client):
+async def test_an_idle_replica_restores_its_spend_and_its_holds_after_a_loss(limiter, client):
     await limiter.record("agent", "1.00", id="op_r")
     done = await limiter.reserve("agent", "0.50", id="op_c")
     await done.commit("0.25")
@@ -75,7 +75,7 @@ async def test_an_idle_replica_replays_spend_holds_and_ids_into_an_empty_store(l
     assert await figures(limiter) == (Decimal("1.35"), 0, 0)
 
 
-async def test_the_store_grants_nothing_during_a_repair_and_its_status_shows_the_repair(server, limiter, client):
+async def test_during_a_repair_nothing_is_granted_and_the_status_includes_recovering_until(server, limiter, client):
     hold = await limiter.reserve("agent", "0.15")
     client.flushall()
     with recovery_prolonged(client):
@@ -131,7 +131,7 @@ async def test_a_store_restored_from_an_old_snapshot_is_repaired(start_server: C
 
 
 @pytest.mark.parametrize("first", ["granter", "settler"])
-async def test_a_settlement_wins_over_an_open_hold_in_either_order_of_replays(limiter, other, client, first):
+async def test_a_settled_hold_stays_settled_after_a_loss_whichever_replica_replays_first(limiter, other, client, first):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await other.commit("op_1", "0.07")
     order = (limiter, other) if first == "granter" else (other, limiter)
@@ -143,7 +143,7 @@ async def test_a_settlement_wins_over_an_open_hold_in_either_order_of_replays(li
         await hold.commit("0.08")
 
 
-async def test_a_repair_charges_a_lost_expired_hold_again(limiter, client):
+async def test_a_repair_restores_the_charge_of_an_expired_hold(limiter, client):
     await limiter.reserve("agent", "0.15", ttl=1)
     await until(lambda: _is_unconfirmed(limiter))
     client.flushall()
@@ -154,14 +154,14 @@ async def _is_unconfirmed(limiter) -> bool:
     return (await limiter.status("agent")).unconfirmed > 0
 
 
-async def test_subtotals_replayed_by_several_replicas_add_up(limiter, other, client):
+async def test_after_a_loss_the_spend_replayed_by_two_replicas_adds_up(limiter, other, client):
     await asyncio.gather(*[replica.record("agent", "0.01") for replica in (limiter, other) for _ in range(50)])
     client.flushall()
     await repaired(limiter, ("1.00", "0", "0"))
     assert (limiter.losses, other.losses) == (1, 1)
 
 
-async def test_a_repair_also_replays_spend_that_was_deferred_during_an_outage(start_server: Callable):
+async def test_a_repair_restores_spend_that_was_deferred_during_an_earlier_outage(start_server: Callable):
     server = start_server(None, "--appendonly", "yes", "--appendfsync", "no")
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
@@ -175,7 +175,7 @@ async def test_a_repair_also_replays_spend_that_was_deferred_during_an_outage(st
     server.kill()
 
 
-def test_a_sync_limiter_repairs_a_data_loss_too(server, client):
+def test_a_sync_limiter_repairs_a_data_loss(server, client):
     with BudgetLimiter(server.url, BUDGETS) as limiter:
         limiter.record("agent", "1.00")
         client.flushall()
@@ -190,7 +190,7 @@ async def test_two_data_losses_in_a_row_are_repaired(limiter, client):
         assert limiter.losses == losses
 
 
-async def test_a_new_replica_may_be_granted_money_before_an_old_one_detects_the_loss(server, limiter, client):
+async def test_a_new_replica_can_reserve_before_an_older_replica_detects_the_loss(server, limiter, client):
     """A known limit: the new replica cannot detect the loss. The next request of the old one corrects the spend."""
     await limiter.record("agent", "4.00")
     client.flushall()
@@ -237,7 +237,7 @@ async def test_a_settlement_in_the_journals_of_two_replicas_counts_once(server, 
             await repaired(near, ("1.10", "0", "0"))
 
 
-async def test_a_settlement_repeated_after_a_loss_counts_for_the_replica_that_repeated_it(
+async def test_if_a_second_replica_repeats_a_lost_settlement_the_spend_counts_for_the_second_replica(
     server, client, tmp_path_factory
 ):
     async with (
@@ -260,7 +260,7 @@ async def test_a_settlement_repeated_after_a_loss_counts_for_the_replica_that_re
         assert subtotals(near, client) == {near.replica_id: Decimal("1.00")}
 
 
-async def test_an_id_in_the_journal_of_another_replica_is_not_charged_again(server, client, monkeypatch):
+async def test_a_settlement_dropped_from_one_journal_and_replayed_from_another_counts_once(server, client, monkeypatch):
     """The first replica replays a subtotal that includes ids beyond its journal."""
     monkeypatch.setattr(memory, "SETTLEMENTS_MAX", 4)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as busy, AsyncBudgetLimiter(server.url, BUDGETS) as other:
@@ -274,7 +274,7 @@ async def test_an_id_in_the_journal_of_another_replica_is_not_charged_again(serv
         await repaired(busy, ("1.08", "0", "0"))
 
 
-async def test_a_settlement_of_a_closed_replica_is_replayed_by_another(other, server, client):
+async def test_a_replica_replays_a_settlement_of_a_closed_replica_if_both_sent_the_settlement(other, server, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as dying:
         await dying.record("agent", "1.00", id="op_1")
     assert (await other.record("agent", "1.00", id="op_1")).replayed
@@ -285,7 +285,9 @@ async def test_a_settlement_of_a_closed_replica_is_replayed_by_another(other, se
         assert subtotals(other, client) == {dying.replica_id: Decimal("1.00")}
 
 
-async def test_a_commit_with_a_lost_reply_is_replayed_before_the_next_grant(server, client, tmp_path_factory):
+async def test_after_a_data_loss_a_commit_with_a_lost_reply_is_replayed_before_the_next_grant(
+    server, client, tmp_path_factory
+):
     """The second attempt of the commit was a replay of the first, by the same replica."""
     async with (
         Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as line,
@@ -300,7 +302,7 @@ async def test_a_commit_with_a_lost_reply_is_replayed_before_the_next_grant(serv
         assert (await limiter.status("agent")).recovering_until, "nothing was granted yet"
 
 
-async def test_a_commit_whose_acknowledgement_is_read_after_the_repair_is_replayed_as_well(limiter, client):
+async def test_if_the_reply_to_a_lost_commit_is_read_after_the_repair_the_commit_is_still_restored(limiter, client):
     """The store acknowledged the commit before the loss, but the repair replayed the hold as open."""
     hold = await limiter.reserve("agent", "0.15")
     await limiter.record("agent", "0.01")
@@ -319,7 +321,7 @@ async def test_a_commit_whose_acknowledgement_is_read_after_the_repair_is_replay
     assert limiter.losses == 1
 
 
-async def test_a_late_acknowledgement_of_a_call_repeated_after_a_loss_counts_once(limiter, client):
+async def test_if_a_call_is_repeated_after_a_loss_and_both_replies_arrive_the_spend_counts_once(limiter, client):
     """The first attempt reached a master that died; its reply arrives after the second attempt at the next master."""
     await limiter.record("agent", "0.01")
     dispatcher, late = limiter.engine.dispatcher, []
@@ -356,7 +358,9 @@ async def test_each_batch_of_a_repair_prolongs_the_recovery(limiter, client, mon
     assert len(prolonged_ms) >= 4 and min(prolonged_ms) >= 1000
 
 
-async def test_a_hold_settled_by_another_replica_leaves_the_journal(server, client, monkeypatch):
+async def test_a_replica_removes_a_hold_from_its_journal_after_another_replica_has_settled_the_hold(
+    server, client, monkeypatch
+):
     """Otherwise a loss would reopen it once the settlement has left the journal of the other replica."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as granter, AsyncBudgetLimiter(server.url, BUDGETS) as settler:
         for hold_id in ("spent", "released", "open"):
@@ -371,7 +375,9 @@ async def test_a_hold_settled_by_another_replica_leaves_the_journal(server, clie
 
 
 @pytest.mark.parametrize("operator", [False, True])
-async def test_a_release_wins_over_an_open_hold_in_the_journal_of_another_replica(limiter, other, client, operator):
+async def test_a_hold_released_by_one_replica_stays_released_after_another_replica_replays_the_hold(
+    limiter, other, client, operator
+):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await other.release("op_1", operator=operator)
     client.flushall()
@@ -387,7 +393,9 @@ async def test_a_release_wins_over_an_open_hold_in_the_journal_of_another_replic
             await hold.commit("0.07")
 
 
-async def test_a_commit_during_the_replay_of_its_hold_is_executed_once(limiter, client, monkeypatch):
+async def test_a_commit_is_executed_once_if_another_replica_restores_the_hold_at_the_same_time(
+    limiter, client, monkeypatch
+):
     """The commit finds no hold; before its reply is read, another replica has restored the hold."""
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     hold.granted_in = "2.lost"
@@ -407,7 +415,7 @@ async def test_a_commit_during_the_replay_of_its_hold_is_executed_once(limiter, 
     assert await figures(limiter) == (Decimal("0.07"), 0, 0)
 
 
-async def test_a_repair_restarts_after_another_data_loss(limiter, client, monkeypatch):
+async def test_a_repair_restarts_if_another_data_loss_occurs_during_the_repair(limiter, client, monkeypatch):
     for _ in range(300):
         await limiter.record("agent", "0.01")
     send, batches = limiter.engine.dispatcher.background.send, []
@@ -467,7 +475,9 @@ async def test_a_repair_counts_and_logs_operations_that_the_journal_has_dropped(
         assert "ids of 2 settlements, and 3 holds" in caplog.text
 
 
-async def test_a_replay_that_the_store_refuses_does_not_stop_the_others(limiter, client, caplog):
+async def test_if_the_store_refuses_one_replayed_operation_the_other_operations_are_still_replayed(
+    limiter, client, caplog
+):
     await asyncio.gather(*[limiter.record({"agent": "0.01", "calls": 1}, id=f"op_{n}") for n in range(5)])
     await asyncio.gather(*[limiter.record("agent", "0.01", id=f"agent_{n}") for n in range(5)])
     window = window_key(client, "calls")
@@ -491,7 +501,7 @@ async def test_a_replica_with_an_empty_journal_ends_its_repair_at_once(server, l
         assert (await reader.status("agent")).recovering_until is None
 
 
-async def test_a_garbage_collected_limiter_stops_its_requests(server):
+async def test_a_limiter_that_was_not_closed_can_be_garbage_collected(server):
     limiter = AsyncBudgetLimiter(server.url, BUDGETS)
     limiter.engine.state.policy_checked = True  # otherwise a read of it is in flight
     await limiter.record("agent", "0.01")
@@ -505,7 +515,7 @@ async def test_a_garbage_collected_limiter_stops_its_requests(server):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", [1, 2, 3])
-async def test_losses_under_load_keep_all_acknowledged_spend(server, client, seed):
+async def test_after_data_losses_under_load_all_acknowledged_spend_is_restored(server, client, seed):
     """Three replicas spend while the store is flushed twice; the final spend is the sum of all acknowledged commits."""
     choice = random.Random(seed)
     acknowledged = Decimal(0)
@@ -542,7 +552,7 @@ async def test_losses_under_load_keep_all_acknowledged_spend(server, client, see
             await replica.close()
 
 
-async def test_a_replica_without_a_budget_replays_its_settlements_in_that_budget(server, limiter, client):
+async def test_a_replica_replays_commits_of_a_budget_that_only_another_replica_has_configured(server, limiter, client):
     """The window receives its definition from the first replica that has the budget."""
     async with AsyncBudgetLimiter(server.url, [Budget("else", "1.00")]) as other:
         for number in range(2):
@@ -559,7 +569,7 @@ async def test_a_replica_without_a_budget_replays_its_settlements_in_that_budget
 # -- limits of repaired windows ----------------------------------------------------------------------------------------
 
 
-async def test_p1_the_limit_of_a_repaired_window_still_applies(server, limiter, client):
+async def test_p1_after_a_repair_a_replica_without_the_budget_still_applies_the_stored_limit(server, limiter, client):
     """The limit applies to growth by a replica without that budget."""
     hold = await limiter.reserve("agent", "1.00", id="op_1")
     client.flushall()
@@ -573,7 +583,7 @@ async def test_p1_the_limit_of_a_repaired_window_still_applies(server, limiter, 
     await repaired(limiter, ("1.00", "0", "0"))
 
 
-async def test_p1_a_window_without_a_known_limit_admits_nothing(server, limiter, client):
+async def test_p1_growth_is_refused_if_neither_the_replica_nor_the_store_has_the_limit(server, limiter, client):
     hold = await limiter.reserve("agent", "1.00", id="op_1")
     client.hdel(window_key(client, "agent"), "limit", "asserted")
     async with AsyncBudgetLimiter(server.url, [Budget("other", "1.00")], timeout=10) as stranger:

@@ -90,14 +90,14 @@ def test_the_sync_limiter_works_with_sentinel(steady):
         assert limiter.status("agent").spent == Decimal("0.07")
 
 
-def test_the_child_of_a_fork_discovers_the_master_itself(steady):
+def test_a_forked_child_can_reserve_through_sentinel(steady):
     with BudgetLimiter(steady.url, BUDGETS, timeout=20.0) as limiter:
         limiter.reserve("agent", "0.50")
         assert in_child(lambda: limiter.reserve("agent", "0.25")) == 0
         assert limiter.status("agent").held == Decimal("0.75")
 
 
-async def test_a_master_that_is_killed_is_replaced_within_the_deadline_of_a_call(either):
+async def test_if_the_master_is_killed_calls_succeed_on_the_new_master_within_their_deadline(either):
     old = either.master
     async with AsyncBudgetLimiter(either.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
@@ -111,7 +111,7 @@ async def test_a_master_that_is_killed_is_replaced_within_the_deadline_of_a_call
         assert limiter.losses == 0
 
 
-async def test_a_manual_failover_moves_limiters_before_the_old_master_is_demoted(group):
+async def test_after_a_manual_failover_a_limiter_uses_the_new_master_before_the_old_master_is_demoted(group):
     """The old master remains a master for seconds; writes that it accepted meanwhile would be lost."""
     old = group.master
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=30.0) as limiter:
@@ -129,7 +129,7 @@ async def test_a_manual_failover_moves_limiters_before_the_old_master_is_demoted
         assert (await limiter.status("agent")).spent == Decimal("0.75")
 
 
-async def test_a_reply_readonly_starts_a_new_discovery(steady):
+async def test_if_a_node_replies_readonly_the_limiter_discovers_the_master_again(steady):
     """The master is demoted without Sentinel: a call retries until there is a master, or until its deadline."""
     async with AsyncBudgetLimiter(steady.url, BUDGETS, timeout=20.0) as limiter:
         await limiter.reserve("agent", "1.00", id="op_1")
@@ -144,7 +144,7 @@ async def test_a_reply_readonly_starts_a_new_discovery(steady):
         assert (await limiter.status("agent")).held == Decimal("1.50")
 
 
-async def test_calls_leave_a_hanging_master_after_the_failover(group):
+async def test_if_the_master_hangs_calls_succeed_on_the_new_master_after_the_failover(group):
     old = group.master
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=60.0) as limiter:
         await limiter.reserve("agent", "1.00", id="op_1")
@@ -155,7 +155,7 @@ async def test_calls_leave_a_hanging_master_after_the_failover(group):
         assert current_port(limiter) == await _new_master(group, old)
 
 
-async def test_lost_writes_are_replayed_to_a_promoted_replica_that_lagged(group):
+async def test_writes_missing_on_the_promoted_replica_are_replayed_after_the_failover(group):
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=20.0) as limiter:
         await limiter.record("agent", "1.00")
         await until(lambda: group.replicated())
@@ -168,7 +168,7 @@ async def test_lost_writes_are_replayed_to_a_promoted_replica_that_lagged(group)
         assert limiter.losses == 1
 
 
-async def test_a_hold_that_a_failover_lost_can_be_settled_by_its_id(group):
+async def test_a_hold_missing_on_the_promoted_replica_can_be_committed_by_id(group):
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=60.0) as limiter:
         await limiter.record("agent", "1.00")
         await until(lambda: group.replicated())
@@ -195,7 +195,7 @@ async def _check_server(limiter: AsyncBudgetLimiter) -> None:
     await store.check(store.node)
 
 
-async def test_one_replying_sentinel_suffices_and_hanging_sentinels_cause_no_delay(group):
+async def test_a_limiter_starts_in_time_if_two_of_three_sentinels_hang(group):
     group.sentinels[0].pause()
     group.sentinels[1].pause()
     with Stopwatch() as took:
@@ -207,7 +207,7 @@ async def test_one_replying_sentinel_suffices_and_hanging_sentinels_cause_no_del
     assert took.seconds < 10
 
 
-async def test_calls_end_in_time_without_any_sentinel_or_master(group):
+async def test_calls_end_in_time_if_no_sentinel_or_no_master_replies(group):
     ports = free_ports(2)
     unreachable = f"redis+sentinel://127.0.0.1:{ports[0]},127.0.0.1:{ports[1]}/budgets"
     limiter = AsyncBudgetLimiter(unreachable, BUDGETS, timeout=0.3)
@@ -237,7 +237,7 @@ async def test_calls_end_in_time_without_any_sentinel_or_master(group):
         (("?sentinel_password=pass-word-2", ""), "Authentication required|NOAUTH", "login"),
     ],
 )
-async def test_a_wrong_service_name_or_password_fails_at_once_and_is_not_shown(steady, change, words, fault):
+async def test_an_error_about_a_wrong_service_name_or_password_shows_no_password(steady, change, words, fault):
     limiter = AsyncBudgetLimiter(steady.url.replace(*change), BUDGETS, timeout=30.0)
     with pytest.raises(StoreError, match=words) as refused:
         await limiter.reserve("agent", "0.01")

@@ -108,7 +108,7 @@ async def test_a_release_with_unknown_outcome_is_completed_in_the_background(pro
 
 
 @FATES
-async def test_the_end_of_a_block_resends_a_commit_with_unknown_outcome(proxy, limiter, client, fate, outcome):
+async def test_at_the_end_of_a_block_a_commit_with_unknown_outcome_is_resent(proxy, limiter, client, fate, outcome):
     """A release at the end of the block would lose the spend."""
     with pytest.raises(StoreUnavailable):
         async with limiter.hold("agent", "0.15") as hold:
@@ -120,7 +120,7 @@ async def test_the_end_of_a_block_resends_a_commit_with_unknown_outcome(proxy, l
     assert sums(client)["spent"] == ledger_sum(client) == to_units("0.07")
 
 
-async def test_the_end_of_a_block_resends_a_failed_commit(server, client):
+async def test_at_the_end_of_a_block_a_failed_commit_is_resent(server, client):
     """The failure was not ambiguous; the end of the block is another attempt."""
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2) as limiter:
         async with limiter.hold("agent", "0.15") as hold:
@@ -158,13 +158,15 @@ async def test_a_retry_by_the_caller_resolves_a_commit_with_unknown_outcome(prox
 
 
 @pytest.mark.parametrize(("fate", "outcome"), [("reply", "released"), ("request", "absent")])
-async def test_a_grant_with_unknown_outcome_is_released_if_its_id_was_generated(proxy, limiter, client, fate, outcome):
+async def test_a_reservation_with_unknown_outcome_is_released_if_the_limiter_generated_the_id(
+    proxy, limiter, client, fate, outcome
+):
     await lose(proxy, limiter.reserve("agent", "0.15"), fate)
     await resolved(proxy, limiter, **{outcome: 1})
     assert sums(client)["held"] == 0
 
 
-async def test_a_request_that_arrives_after_its_release_is_not_granted(server, client):
+async def test_a_reservation_is_not_granted_if_the_release_of_its_id_arrives_first(server, client):
     """The release arrives first, and closes the id."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         await limiter.record("agent", 0)
@@ -178,7 +180,7 @@ async def test_a_request_that_arrives_after_its_release_is_not_granted(server, c
 
 
 @pytest.mark.parametrize(("fate", "outcome"), [("reply", "granted"), ("request", "absent")])
-async def test_a_grant_with_unknown_outcome_stays_open_if_the_caller_chose_the_id(
+async def test_a_reservation_with_unknown_outcome_stays_open_if_the_caller_chose_the_id(
     proxy, limiter, client, fate, outcome, caplog
 ):
     await lose(proxy, limiter.reserve("agent", "0.15", id="mine"), fate)
@@ -191,7 +193,9 @@ async def test_a_grant_with_unknown_outcome_stays_open_if_the_caller_chose_the_i
     assert sums(client)["held"] == 0
 
 
-async def test_a_hold_that_another_replica_reserved_again_is_not_released(proxy, limiter, other, client):
+async def test_if_another_replica_reserves_the_same_id_the_first_replica_does_not_release_the_hold(
+    proxy, limiter, other, client
+):
     await lose(proxy, limiter.reserve("agent", "0.15", id="mine"), "request")
     hold = await other.reserve("agent", "0.15", id="mine")
     assert not hold.replayed
@@ -200,7 +204,9 @@ async def test_a_hold_that_another_replica_reserved_again_is_not_released(proxy,
     assert not (await hold.commit("0.07")).late
 
 
-async def test_a_cancelled_reservation_does_not_release_a_grant_to_another_replica(proxy, limiter, other, client):
+async def test_a_cancelled_reservation_does_not_release_a_hold_of_another_replica_with_the_same_id(
+    proxy, limiter, other, client
+):
     """Another replica is granted the same id before the store replies to the cancelled request."""
     await cancel_in_flight(proxy, limiter, "request")
     unknown_s = time.monotonic()
@@ -211,7 +217,7 @@ async def test_a_cancelled_reservation_does_not_release_a_grant_to_another_repli
     assert not (await hold.commit("0.07")).late
 
 
-async def test_a_retry_after_a_cancellation_keeps_the_hold(proxy, limiter, client):
+async def test_if_a_cancelled_reservation_is_retried_the_hold_stays_open(proxy, limiter, client):
     await cancel_in_flight(proxy, limiter, "reply")
     stop_replays(limiter)
     proxy.lose_all(None)
@@ -222,7 +228,7 @@ async def test_a_retry_after_a_cancellation_keeps_the_hold(proxy, limiter, clien
     await hold.commit("0.07")
 
 
-async def test_a_late_request_of_a_cancelled_caller_is_refused_but_a_new_request_for_its_id_is_granted(
+async def test_a_late_request_of_a_cancelled_caller_is_refused_but_a_new_request_with_the_same_id_is_granted(
     proxy, limiter, other, client
 ):
     """The store closes the id for the cancelled request only; the next reservation of the id is granted."""
@@ -245,7 +251,7 @@ async def test_a_late_request_of_a_cancelled_caller_is_refused_but_a_new_request
 
 
 @pytest.mark.parametrize("settles", ["commit", "record"])
-async def test_spend_under_an_id_closed_for_a_cancelled_request_is_recorded(proxy, limiter, other, client, settles):
+async def test_spend_is_recorded_although_a_cancelled_request_had_the_same_id(proxy, limiter, other, client, settles):
     """For example a hold granted and spent offline (policy `allow`): the id is closed for that request only."""
     window = limiter.engine.state.current_window("agent")
     release = release_unreceived("mine", limiter.keys.hold("mine"), [window], "a-request")
@@ -267,7 +273,7 @@ async def deliver(limiter: AsyncBudgetLimiter, late: Operation) -> Reply:
     return reply
 
 
-async def test_a_released_id_that_was_never_granted_stays_closed_to_all_replicas(limiter, other, client):
+async def test_if_an_id_is_released_before_any_grant_no_replica_can_reserve_the_id(limiter, other, client):
     """Only a release of one cancelled request leaves the id free."""
     limiter.engine.context.release_later("op_1", [limiter.engine.state.current_window("agent")], "")
     limiter.engine.dispatcher.replayer.hasten()
@@ -286,7 +292,7 @@ async def test_a_commit_with_unknown_outcome_is_recorded_although_its_hold_was_l
     assert sums(client)["held"] == 0
 
 
-async def test_a_call_is_ambiguous_if_its_first_reply_was_lost_and_its_second_attempt_was_refused(
+async def test_an_error_is_ambiguous_if_the_first_reply_was_lost_and_the_second_attempt_was_refused(
     proxy, limiter, client
 ):
     """The store refuses the second attempt (out of memory), but has executed the first one."""
@@ -314,7 +320,9 @@ async def test_a_call_is_ambiguous_if_its_first_reply_was_lost_and_its_second_at
     assert (await limiter.record("agent", "0.01", id="op_1")).replayed
 
 
-async def test_a_grant_with_unknown_outcome_is_released_although_the_last_attempt_was_refused(proxy, limiter, client):
+async def test_a_reservation_with_a_lost_reply_is_released_although_the_second_attempt_was_refused(
+    proxy, limiter, client
+):
     """The reply to the first attempt was lost; the store refuses the second one (out of memory)."""
     for _ in range(2):
         await (await limiter.reserve("agent", "0.01")).release()  # the server has both scripts
@@ -368,7 +376,7 @@ def test_a_full_outbox_drops_the_oldest_request(monkeypatch):
     assert (outbox.in_doubt, outbox.outcomes["retried"]) == (2, 1)
 
 
-async def test_a_request_beyond_the_maximum_age_is_dropped(proxy, limiter, client, monkeypatch, caplog):
+async def test_a_commit_older_than_the_maximum_age_is_not_resent(proxy, limiter, client, monkeypatch, caplog):
     """The id may have expired in the store, which would charge it again."""
     from ktrdr_budget.engine.batching import replay
 
@@ -380,7 +388,7 @@ async def test_a_request_beyond_the_maximum_age_is_dropped(proxy, limiter, clien
     assert sums(client)["held"] == to_units("0.15"), "the hold stays open until its deadline"
 
 
-async def test_outcomes_that_are_unknown_when_the_limiter_closes_are_logged(proxy, client, caplog):
+async def test_if_outcomes_are_unknown_when_the_limiter_closes_their_number_is_logged(proxy, client, caplog):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2) as limiter:
         await lose(proxy, limiter.record("agent", "0.07"))
     assert "closed with 1 requests of unknown outcome" in caplog.text

@@ -51,7 +51,7 @@ async def figures_become(client, **expected: str) -> None:
 # -- before the request is sent ----------------------------------------------------------------------------------------
 
 
-async def test_a_reservation_cancelled_before_it_is_sent_leaves_nothing(client, proxy, limiter):
+async def test_a_reservation_cancelled_in_the_queue_leaves_no_hold(client, proxy, limiter):
     proxy.hold_replies()
     first = await in_flight(client, limiter.reserve("agent", "0.10"), "0.10")
     queued = asyncio.create_task(limiter.reserve("agent", "0.15", id="queued"))
@@ -66,7 +66,7 @@ async def test_a_reservation_cancelled_before_it_is_sent_leaves_nothing(client, 
     assert not (await limiter.reserve("agent", "0.15", id="queued")).replayed
 
 
-async def test_a_task_cancelled_before_it_runs_leaves_nothing(client, limiter):
+async def test_a_task_cancelled_before_its_first_step_writes_nothing(client, limiter):
     before = dump(client)
     await cancelled(asyncio.create_task(limiter.reserve("agent", "0.15")))
     assert dump(client) == before == {}
@@ -75,7 +75,7 @@ async def test_a_task_cancelled_before_it_runs_leaves_nothing(client, limiter):
 # -- while the request is in flight ------------------------------------------------------------------------------------
 
 
-async def test_a_grant_whose_caller_was_cancelled_in_flight_is_released(client, proxy, limiter):
+async def test_a_grant_is_released_if_its_caller_is_cancelled_while_the_request_is_in_flight(client, proxy, limiter):
     proxy.hold_replies()
     await cancelled(await in_flight(client, limiter.reserve("agent", "0.15", id="op_1"), "0.15"))
     proxy.release_replies()
@@ -83,7 +83,7 @@ async def test_a_grant_whose_caller_was_cancelled_in_flight_is_released(client, 
     assert (await limiter.get("op_1")).state == "released"
 
 
-async def test_a_grant_whose_caller_is_cancelled_as_the_reply_arrives_is_released(server, client):
+async def test_a_grant_is_released_if_its_caller_is_cancelled_as_the_reply_arrives(server, client):
     """The reply has been read, and the caller has not run yet."""
     tasks: list[asyncio.Task] = []
 
@@ -111,7 +111,7 @@ async def test_a_grant_with_a_lost_reply_is_released_if_its_caller_is_cancelled(
     await figures_become(client, held="0", spent="0")
 
 
-async def test_a_grant_that_arrives_after_the_deadline_of_the_call_is_released_if_its_id_was_generated(client, proxy):
+async def test_a_grant_that_arrives_after_the_deadline_is_released_only_if_the_limiter_generated_the_id(client, proxy):
     """#27639: no caller has the generated id."""
     async with AsyncBudgetLimiter(proxy.url, [BUDGET], timeout=0.2) as limiter:
         proxy.hold_replies()
@@ -137,7 +137,7 @@ async def test_a_cancelled_replay_does_not_release_the_hold(client, proxy, limit
     assert not (await hold.commit("0.07")).late
 
 
-async def test_other_calls_of_the_batch_are_not_affected(client, proxy, limiter):
+async def test_a_cancelled_call_does_not_affect_other_calls_of_its_batch(client, proxy, limiter):
     proxy.hold_replies()
     first = await in_flight(client, limiter.reserve("agent", "0.01"), "0.01")
     batch = [asyncio.create_task(limiter.reserve("agent", "0.10")) for _ in range(12)]
@@ -156,7 +156,7 @@ async def test_other_calls_of_the_batch_are_not_affected(client, proxy, limiter)
     await figures_become(client, held="0.01", spent="0.60")
 
 
-async def test_after_many_cancellations_only_the_grants_that_callers_received_are_held(server, client):
+async def test_after_many_cancellations_only_holds_received_by_a_caller_stay_open(server, client):
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "50.00")]) as limiter:
         tasks = []
         for number in range(600):
@@ -189,7 +189,7 @@ async def test_a_failed_task_group_releases_the_reservations_of_its_tasks(client
     await figures_become(client, held="0")
 
 
-async def test_a_timeout_around_a_reservation_releases_it(client, proxy, limiter):
+async def test_a_reservation_is_released_if_asyncio_timeout_cancels_the_call(client, proxy, limiter):
     proxy.hold_replies()
     with pytest.raises(TimeoutError):
         async with asyncio.timeout(0.1):
@@ -202,7 +202,7 @@ async def test_a_timeout_around_a_reservation_releases_it(client, proxy, limiter
 # -- settlements -------------------------------------------------------------------------------------------------------
 
 
-async def test_a_cancelled_commit_in_flight_completes(client, proxy, limiter):
+async def test_a_commit_cancelled_in_flight_is_recorded(client, proxy, limiter):
     hold = await limiter.reserve("agent", "0.15")
     proxy.hold_replies()
     seen = proxy.scripts_run
@@ -214,7 +214,7 @@ async def test_a_cancelled_commit_in_flight_completes(client, proxy, limiter):
     assert (await hold.commit("0.07")).replayed
 
 
-async def test_a_cancelled_commit_in_the_queue_completes(client, proxy, limiter):
+async def test_a_commit_cancelled_in_the_queue_is_recorded(client, proxy, limiter):
     hold = await limiter.reserve("agent", "0.15")
     proxy.hold_replies()
     blocking = await in_flight(client, limiter.reserve("agent", "0.10"), "0.25")
@@ -226,7 +226,7 @@ async def test_a_cancelled_commit_in_the_queue_completes(client, proxy, limiter)
     await figures_become(client, held="0.10", spent="0.07")
 
 
-async def test_a_cancelled_commit_by_id_completes_both_steps(client, proxy, limiter):
+async def test_a_commit_by_id_is_recorded_if_its_caller_is_cancelled_while_the_hold_is_read(client, proxy, limiter):
     await limiter.reserve("agent", "0.15", id="op_1")
     client.config_resetstat()
     proxy.hold_replies()
@@ -274,7 +274,7 @@ async def test_a_block_does_not_release_its_hold_after_a_cancelled_commit(client
 
 
 @pytest.mark.parametrize("call", ["commit", "release", "record"])
-async def test_a_cancelled_settlement_completes_after_an_outage(start_server, call):
+async def test_a_settlement_cancelled_during_an_outage_is_completed_after_the_outage(start_server, call):
     """The settlement was never sent, so it is not ambiguous; but its cancelled caller cannot retry it."""
     own_server = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(own_server.url, [BUDGET], timeout=0.3) as limiter:
@@ -387,7 +387,7 @@ def interrupt_when(condition) -> threading.Thread:
     return thread
 
 
-def test_ctrl_c_during_a_reservation_releases_it(server, client, threaded_proxy):
+def test_ctrl_c_during_a_reservation_releases_the_hold(server, client, threaded_proxy):
     with BudgetLimiter(threaded_proxy.url, [BUDGET], timeout=20.0) as limiter, server.client() as other:
         threaded_proxy.hold_replies()
         interrupting = interrupt_when(lambda: sums(other)["held"])
@@ -400,7 +400,7 @@ def test_ctrl_c_during_a_reservation_releases_it(server, client, threaded_proxy)
         assert limiter.reserve("agent", "0.15").state == "open"
 
 
-def test_ctrl_c_during_a_commit_does_not_stop_it(server, client, threaded_proxy):
+def test_ctrl_c_during_a_commit_does_not_stop_the_commit(server, client, threaded_proxy):
     with BudgetLimiter(threaded_proxy.url, [BUDGET], timeout=20.0) as limiter, server.client() as other:
         hold = limiter.reserve("agent", "0.15")
         threaded_proxy.hold_replies()

@@ -78,7 +78,7 @@ def spend(limiter: BudgetLimiter, times: int = 50) -> str:
 # -- fork --------------------------------------------------------------------------------------------------------------
 
 
-def test_parent_and_child_have_separate_connections_and_replica_ids(client, limiter):
+def test_after_a_fork_parent_and_child_have_separate_connections_and_replica_ids(client, limiter):
     replica = spend(limiter)
     child = Child(lambda: spend(limiter))
     with Stopwatch() as took:
@@ -105,7 +105,7 @@ limiter.close()
 """
 
 
-def test_a_child_that_exits_normally_does_not_affect_its_parent(server, client):
+def test_after_a_forked_child_exits_the_parent_can_still_record_spend(server, client):
     """Both share one epoll instance: the collection of an inherited connection must not remove the parent's."""
     words = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORKING, server.url]
     ended = subprocess.run(words, capture_output=True, text=True, timeout=60)
@@ -113,7 +113,7 @@ def test_a_child_that_exits_normally_does_not_affect_its_parent(server, client):
     assert sums(client)["events"] == 3
 
 
-def test_a_child_forked_by_a_child_is_another_replica(client, limiter):
+def test_a_child_of_a_forked_child_has_its_own_replica_id(client, limiter):
     def grandparent() -> list[str]:
         own = spend(limiter, 5)
         return [own, Child(lambda: spend(limiter, 5)).result(), spend(limiter, 5)]
@@ -124,7 +124,7 @@ def test_a_child_forked_by_a_child_is_another_replica(client, limiter):
     assert sums(client)["events"] == 20
 
 
-def test_calls_in_flight_at_a_fork_stay_with_the_parent(server, client, tmp_path_factory):
+def test_calls_in_flight_at_a_fork_are_completed_by_the_parent_only(server, client, tmp_path_factory):
     path = Path(tmp_path_factory.mktemp("p")) / "s"
     with ThreadedProxy(server.socket_path, path) as proxy, BudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as limiter:
         spend(limiter, 1)
@@ -150,7 +150,7 @@ def test_a_hold_of_the_parent_can_be_settled_by_the_child(client, limiter):
     assert sums(client)["spent"] == to_units("0.07")
 
 
-def test_deferred_spend_is_sent_by_the_parent_only(tmp_path, caplog):
+def test_after_a_fork_only_the_parent_has_the_deferred_spend(tmp_path, caplog):
     with BudgetLimiter(f"unix://{tmp_path}/none", BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         assert limiter.record("agent", "0.02").deferred
         assert Child(lambda: limiter.deferred).result() == 0
@@ -185,7 +185,7 @@ def test_an_async_limiter_works_in_the_parent_and_the_child_of_a_fork(server, cl
 # -- event loops -------------------------------------------------------------------------------------------------------
 
 
-def test_an_async_limiter_belongs_to_the_event_loop_of_its_first_use(server):
+def test_an_async_limiter_refuses_calls_from_a_second_event_loop(server):
     limiter = AsyncBudgetLimiter(server.url, BUDGETS)
 
     async def first() -> None:
@@ -210,7 +210,7 @@ def test_an_async_limiter_belongs_to_the_event_loop_of_its_first_use(server):
     asyncio.run(first())
 
 
-def test_a_limiter_made_outside_of_an_event_loop_belongs_to_the_first_one_that_uses_it(server):
+def test_an_async_limiter_can_be_created_outside_of_an_event_loop(server):
     async_limiter = AsyncBudgetLimiter(server.url, BUDGETS)
 
     async def use() -> Decimal:
@@ -243,7 +243,7 @@ def test_a_closed_limiter_refuses_calls(server):
     assert threading.active_count() == before
 
 
-def test_a_call_while_another_thread_closes_the_limiter_is_refused(server):
+def test_a_call_is_refused_if_another_thread_closes_the_limiter_at_the_same_time(server):
     """The call is queued after the end of the event loop, which would never execute it."""
     limiter = BudgetLimiter(server.url, BUDGETS)
     limiter.record("agent", "0.01")

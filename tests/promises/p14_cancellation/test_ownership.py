@@ -99,7 +99,7 @@ async def test_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost(
 
 
 @pytest.mark.parametrize("call", CALLS)
-async def test_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost_while_the_breaker_is_open(
+async def test_while_the_breaker_is_open_a_settlement_cancelled_in_any_turn_of_the_event_loop_is_not_lost(
     own_server, call
 ):
     """The request is never sent, and its failure may arrive in the turn in which its caller is cancelled."""
@@ -138,7 +138,7 @@ async def test_a_reservation_cancelled_in_any_turn_of_the_event_loop_leaves_no_h
 
 
 @pytest.mark.parametrize("policy", ["deny", "allow"])
-async def test_a_grant_with_unknown_outcome_is_released_if_its_caller_is_cancelled_at_the_deadline(
+async def test_a_reservation_with_unknown_outcome_is_released_if_its_caller_is_cancelled_at_the_deadline(
     client, proxy, policy
 ):
     """The caller receives the cancellation instead of the ambiguous error, and will not retry."""
@@ -178,7 +178,9 @@ async def cancelled_in_flight(call: Coroutine[Any, Any, Any], sent: Callable[[],
         await task
 
 
-async def test_a_cancelled_caller_does_not_release_a_grant_to_another_replica(client, proxy, limiter, other):
+async def test_if_a_caller_is_cancelled_the_hold_of_another_replica_with_the_same_id_stays_open(
+    client, proxy, limiter, other
+):
     """The cancelled request arrives second; its reply is a replay of the grant to the other replica."""
     proxy.freeze()
     seen = proxy.scripts_run
@@ -208,7 +210,9 @@ async def released_for_its_caller(
     return hold
 
 
-async def test_a_worker_can_commit_a_hold_released_for_a_cancelled_caller(client, proxy, limiter, other):
+async def test_a_hold_released_because_a_caller_was_cancelled_can_still_be_committed_by_another_replica(
+    client, proxy, limiter, other
+):
     hold = await released_for_its_caller(client, proxy, limiter, other, "0.15")
     view = await other.get("op_1")
     assert (view.state, view.released_by_operator) == ("released", False)
@@ -217,7 +221,7 @@ async def test_a_worker_can_commit_a_hold_released_for_a_cancelled_caller(client
     assert (await hold.commit("0.07")).replayed
 
 
-async def test_an_extension_of_a_hold_released_for_a_cancelled_caller_holds_its_amount_again(
+async def test_extending_a_hold_that_was_released_because_a_caller_was_cancelled_reserves_the_amount_again(
     client, proxy, limiter, other
 ):
     """The worker's heartbeat needs room for the amount again, as for an expired hold."""
@@ -231,7 +235,9 @@ async def test_an_extension_of_a_hold_released_for_a_cancelled_caller_holds_its_
 
 
 @pytest.mark.parametrize("amount", ["0.15", "0.20"])
-async def test_an_id_released_for_a_cancelled_caller_can_be_reserved_again(client, proxy, limiter, other, amount):
+async def test_an_id_released_because_its_caller_was_cancelled_can_be_reserved_again_with_the_same_amount(
+    client, proxy, limiter, other, amount
+):
     proxy.hold_replies()
     call = limiter.reserve("agent", "0.15", id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
@@ -247,9 +253,7 @@ async def test_an_id_released_for_a_cancelled_caller_can_be_reserved_again(clien
     assert not (await hold.commit("0.07")).late
 
 
-async def test_a_denied_retry_does_not_end_a_workers_hold_that_was_released_for_a_cancelled_caller(
-    client, proxy, limiter, other
-):
+async def test_if_reserving_a_released_id_again_is_denied_its_worker_can_still_commit(client, proxy, limiter, other):
     """Only a grant replaces the record of a released hold, so that the worker can still commit it."""
     hold = await released_for_its_caller(client, proxy, limiter, other, "400.00")
     await other.record("agent", "200.00")
@@ -259,7 +263,9 @@ async def test_a_denied_retry_does_not_end_a_workers_hold_that_was_released_for_
     assert spent_and_held(client) == (to_units("200.07"), 0)
 
 
-async def test_a_repair_does_not_reopen_a_hold_released_for_a_cancelled_caller(client, proxy, limiter, other):
+async def test_a_repair_does_not_reopen_a_hold_that_was_released_because_a_caller_was_cancelled(
+    client, proxy, limiter, other
+):
     """The other replica replays the hold as open, after the first one has replayed the release."""
     other.engine.dispatcher.repair.stop()
     hold = await released_for_its_caller(client, proxy, limiter, other, "0.15")
@@ -272,7 +278,7 @@ async def test_a_repair_does_not_reopen_a_hold_released_for_a_cancelled_caller(c
     assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-async def test_a_late_copy_of_a_released_request_is_not_granted_again(client, proxy, limiter):
+async def test_a_late_copy_of_a_request_is_not_granted_if_the_hold_was_released(client, proxy, limiter):
     proxy.hold_replies()
     call = limiter.reserve("agent", "0.15", id="op_1")
     await cancelled_in_flight(call, lambda: sums(client)["held"] == to_units("0.15"))
@@ -288,7 +294,9 @@ async def test_a_late_copy_of_a_released_request_is_not_granted_again(client, pr
     assert sums(client)["held"] == 0
 
 
-async def test_a_resent_request_is_a_grant_and_another_request_is_a_replay(client, proxy, limiter, other):
+async def test_a_resent_request_is_no_replay_but_a_second_request_with_the_same_id_is_a_replay(
+    client, proxy, limiter, other
+):
     proxy.lose_replies = 1
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     assert not hold.replayed, "the first attempt of this request was granted"
@@ -296,7 +304,7 @@ async def test_a_resent_request_is_a_grant_and_another_request_is_a_replay(clien
     assert (await other.reserve("agent", "0.15", id="op_1")).replayed
 
 
-async def test_a_repair_restores_the_owner_and_the_request_of_a_hold(server, client, other):
+async def test_a_repair_restores_the_owner_and_the_request_id_of_a_hold(server, client, other):
     hold = await other.reserve("agent", "0.15", id="op_1", owner="worker")
     key = other.keys.hold("op_1")
     owner = f"worker!{hold.request}"
@@ -314,7 +322,7 @@ def accrued(client, hold_id: str) -> int:
     return int(client.get(f"ktrdr:{{default}}:h:{hold_id}").partition("|")[2].split(",")[4] or 0)
 
 
-async def test_a_report_is_sent_although_a_cancel_scope_cancels_each_await(server, client):
+async def test_accrued_spend_is_reported_although_a_cancel_scope_cancels_each_await(server, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         with anyio.CancelScope() as scope:
             options = {"id": "op_1", "on_error": "charge", "on_expiry": "accrued"}
@@ -325,7 +333,7 @@ async def test_a_report_is_sent_although_a_cancel_scope_cancels_each_await(serve
         await until(lambda: accrued(client, "op_1") == to_units("5.00"))
 
 
-async def test_a_report_is_sent_although_its_caller_is_cancelled_twice(client, proxy):
+async def test_accrued_spend_is_reported_although_the_caller_is_cancelled_twice(client, proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as limiter:
         await load_scripts(limiter)
         entered = asyncio.Event()
@@ -351,7 +359,7 @@ async def test_a_report_is_sent_although_its_caller_is_cancelled_twice(client, p
         await until(lambda: accrued(client, "op_1") == to_units("5.00"))
 
 
-async def test_a_report_after_the_deadline_counts_by_the_policy_of_its_hold(own_server):
+async def test_spend_reported_after_the_deadline_is_charged_according_to_the_expiry_policy_of_the_hold(own_server):
     """The report is a fact, but does not reopen the hold."""
     policies = ("charge", "accrued", "release")
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.3) as limiter:
@@ -399,7 +407,7 @@ async def test_a_limiter_closed_in_a_cancelled_scope_completes_its_calls(client,
     assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-def test_accrued_spend_of_an_interrupted_thread_is_committed_after_an_outage(own_server):
+def test_if_ctrl_c_ends_a_block_during_an_outage_accrued_spend_is_committed_after_the_outage(own_server):
     with BudgetLimiter(own_server.url, BUDGETS, timeout=0.3) as limiter:
         with pytest.raises(KeyboardInterrupt), limiter.hold("agent", "0.15") as hold:
             hold.accrue("0.07")

@@ -48,7 +48,7 @@ def background(reply: Any = None) -> Background:
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_batch_returns_typed_replies_and_the_replica_learns_the_epoch_of_the_store():
+async def test_a_batch_returns_parsed_replies_and_the_replica_saves_the_epoch_of_the_store():
     made = background(f"{NOW_US} - 3 epoch\nx")
     made.bind(asyncio.get_running_loop())
     head, replies = await made.send([Retire.nothing("key")])
@@ -56,7 +56,7 @@ async def test_a_batch_returns_typed_replies_and_the_replica_learns_the_epoch_of
     assert (made.state.epoch, made.state.acknowledged) == ("epoch", 3)
 
 
-async def test_a_batch_has_the_timeout_of_the_limiter_or_a_shorter_one():
+async def test_a_batch_has_the_timeout_of_the_limiter_unless_a_shorter_timeout_is_given():
     made = background(f"{NOW_US} - 3 epoch\nx")
     made.bind(asyncio.get_running_loop())
     before_s = made.time()
@@ -78,7 +78,7 @@ async def test_a_batch_has_the_timeout_of_the_limiter_or_a_shorter_one():
         ("ERR BOOM", False),
     ],
 )
-def test_an_error_of_the_whole_store_would_refuse_any_batch(message, everything):
+def test_memory_login_permission_and_schema_errors_count_as_refusing_every_batch(message, everything):
     assert refuses_everything(StoreError(message)) is everything
 
 
@@ -90,14 +90,14 @@ def checked(made: Background, reply: list[Any], while_recovering: Any = "answers
     return made.checked(Read("script", [], [], while_recovering), header, reply)[1]
 
 
-def test_a_reply_in_the_epoch_of_this_replica_is_used():
+def test_a_reply_is_used_if_the_store_still_has_the_same_epoch():
     made = background()
     assert checked(made, [f"{NOW_US} epoch 0 0", "figures"]) == ["figures"], "the first epoch that it sees"
     assert checked(made, [f"{NOW_US} epoch 0 0", "figures"]) == ["figures"]
 
 
 @pytest.mark.parametrize("head", ["other 0 0", "- 0 0"], ids=["another epoch", "an empty store"])
-def test_a_reply_in_another_epoch_is_not_used_and_the_store_is_probed_for_a_data_loss(head):
+def test_if_a_reply_has_a_different_epoch_the_read_fails_and_the_store_is_probed_for_a_data_loss(head):
     made = background()
     suspicions: list[str] = []
     checked(made, [f"{NOW_US} epoch 0 0"])
@@ -119,7 +119,7 @@ def test_a_reply_in_another_epoch_is_not_used_and_the_store_is_probed_for_a_data
         ("waits", ["record"], False),
     ],
 )
-def test_while_replicas_replay_lost_data_a_reply_is_used_only_if_it_is_complete(while_recovering, items, used):
+def test_while_replicas_replay_lost_data_only_complete_replies_are_used(while_recovering, items, used):
     made = background()
     reply = [f"{NOW_US} epoch 0 {NOW_MS + 1500}", *items]
     if used:
@@ -139,7 +139,7 @@ async def test_a_read_without_a_usable_reply_raises_store_unavailable():
 # -- tasks and timers --------------------------------------------------------------------------------------------------
 
 
-async def test_tasks_run_outside_of_the_context_of_a_caller_unless_one_is_given():
+async def test_tasks_run_without_the_context_of_the_caller_unless_a_context_is_given():
     made, contexts = background(), list[str]()
     made.bind(asyncio.get_running_loop())
 
@@ -154,7 +154,7 @@ async def test_tasks_run_outside_of_the_context_of_a_caller_unless_one_is_given(
     assert contexts == ["nothing", "caller"]
 
 
-async def test_the_end_of_a_limiter_cancels_its_tasks_and_waits_for_them():
+async def test_ending_a_limiter_cancels_its_tasks_and_waits_until_the_tasks_have_ended():
     made, ended = background(), list[str]()
     made.bind(asyncio.get_running_loop())
 
@@ -171,7 +171,7 @@ async def test_the_end_of_a_limiter_cancels_its_tasks_and_waits_for_them():
     assert (ended, made.closed, made.tasks) == (["work"], True, set())
 
 
-def test_a_timer_keeps_no_limiter_alive():
+def test_a_pending_timer_does_not_prevent_the_garbage_collection_of_its_limiter():
     class Limiter:
         calls = 0
 

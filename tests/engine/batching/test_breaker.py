@@ -72,7 +72,7 @@ async def test_the_first_call_of_an_outage_takes_its_whole_deadline_and_later_ca
 
 
 @OUTAGES
-async def test_concurrent_calls_do_not_wait_for_each_other(own_server, begin, end):
+async def test_in_an_outage_concurrent_calls_do_not_wait_for_each_other(own_server, begin, end):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         begin(own_server)
@@ -85,7 +85,7 @@ async def test_concurrent_calls_do_not_wait_for_each_other(own_server, begin, en
         await until(lambda: limiter.store_state == "closed")
 
 
-async def test_an_open_breaker_sends_one_probe_at_a_time_and_calls_send_none(proxy):
+async def test_while_the_breaker_is_open_one_probe_is_sent_at_a_time_and_calls_send_nothing(proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         proxy.hold_replies()
@@ -102,7 +102,7 @@ async def test_an_open_breaker_sends_one_probe_at_a_time_and_calls_send_none(pro
         assert (await limiter.reserve("agent", "0.01")).cap_checked
 
 
-async def test_calls_in_a_tight_loop_do_not_delay_the_detection_of_the_end_of_an_outage(own_server):
+async def test_the_breaker_closes_after_an_outage_even_if_calls_are_made_in_a_tight_loop(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -117,7 +117,7 @@ async def test_calls_in_a_tight_loop_do_not_delay_the_detection_of_the_end_of_an
         assert limiter.store_state == "closed"
 
 
-async def test_a_call_after_the_return_of_the_store_succeeds(own_server, monkeypatch):
+async def test_the_first_call_after_the_store_returns_succeeds(own_server, monkeypatch):
     monkeypatch.setattr(breaker, "PATIENCE_S", 10.0)  # the store may be slow to reply
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         for _ in range(3):
@@ -128,7 +128,7 @@ async def test_a_call_after_the_return_of_the_store_succeeds(own_server, monkeyp
             assert (await limiter.reserve("agent", "0.15")).cap_checked, "before the next planned probe"
 
 
-async def test_probes_change_no_figures_of_a_budget(own_server):
+async def test_probes_do_not_change_the_figures_of_a_budget(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "1.00")
         own_server.kill()
@@ -140,7 +140,7 @@ async def test_probes_change_no_figures_of_a_budget(own_server):
         assert limiter.losses == 0
 
 
-async def test_policy_allow_admits_calls_at_once_while_the_breaker_is_open_and_settles_them_later(own_server):
+async def test_while_the_breaker_is_open_policy_allow_admits_calls_at_once_and_defers_settlements(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -155,7 +155,7 @@ async def test_policy_allow_admits_calls_at_once_while_the_breaker_is_open_and_s
         await until(lambda: limiter.deferred == 0)
 
 
-async def test_a_late_reply_does_not_open_the_breaker(proxy):
+async def test_one_lost_request_does_not_open_the_breaker_if_other_replies_arrive(proxy):
     """Other replies arrive meanwhile, so this is no outage."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
@@ -180,7 +180,7 @@ async def test_a_blocked_event_loop_does_not_open_the_breaker(server):
         assert (await limiter.reserve("agent", "0.01")).cap_checked
 
 
-async def test_errors_that_the_store_replies_do_not_open_the_breaker(own_server):
+async def test_error_replies_of_the_store_do_not_open_the_breaker(own_server):
     """Each call raises the error of the store."""
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await limiter.record("agent", "0.01")
@@ -222,7 +222,7 @@ async def test_each_readiness_check_queries_the_store_again(own_server):
         assert (await limiter.check())["store"] is None
 
 
-async def test_a_limiter_that_starts_before_its_store_connects_when_the_store_starts(own_server):
+async def test_if_a_limiter_starts_before_the_store_the_limiter_connects_after_the_store_starts(own_server):
     own_server.kill()
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await open_breaker(limiter, lambda: limiter.status("agent"))
@@ -231,7 +231,7 @@ async def test_a_limiter_that_starts_before_its_store_connects_when_the_store_st
         assert (await limiter.reserve("agent", "0.01")).cap_checked
 
 
-def test_the_sync_limiter_has_the_same_breaker(own_server):
+def test_the_breaker_of_the_sync_limiter_opens_in_an_outage_and_closes_afterwards(own_server):
     with BudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         hold = limiter.reserve("agent", "0.15")
         own_server.kill()
@@ -247,7 +247,7 @@ def test_the_sync_limiter_has_the_same_breaker(own_server):
         assert hold.commit("0.07").state == "committed"
 
 
-async def test_a_limiter_with_an_open_breaker_closes_without_waiting_for_a_deadline(own_server):
+async def test_a_limiter_closes_without_waiting_for_a_deadline_while_its_breaker_is_open(own_server):
     limiter = AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S)
     await limiter.record("agent", "0.01")
     own_server.pause()

@@ -38,7 +38,7 @@ async def record_as(limiter: AsyncBudgetLimiter, number: int) -> None:
     await limiter.record("agent", "0.01", id=f"id-{number:03d}")
 
 
-async def test_each_batch_is_sent_in_the_context_variables_of_one_of_its_callers(
+async def test_each_batch_is_sent_with_the_context_variables_of_one_of_its_callers(
     server: Server, batches: list[tuple[str, str]]
 ):
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=10.0) as limiter:
@@ -50,7 +50,7 @@ async def test_each_batch_is_sent_in_the_context_variables_of_one_of_its_callers
         assert f" id-{name.removeprefix('caller-')} " in sent
 
 
-async def test_a_read_is_sent_in_the_context_variables_of_its_caller(server: Server, monkeypatch: pytest.MonkeyPatch):
+async def test_a_read_is_sent_with_the_context_variables_of_its_caller(server: Server, monkeypatch: pytest.MonkeyPatch):
     reads = []
     run = Store.run
 
@@ -73,7 +73,7 @@ async def test_a_read_is_sent_in_the_context_variables_of_its_caller(server: Ser
         assert f"id-{name.removeprefix('caller-')}" in command
 
 
-async def test_a_replay_after_an_outage_is_sent_in_the_context_variables_of_the_limiter(
+async def test_a_replay_after_an_outage_is_sent_with_the_context_variables_of_the_limiter(
     start_server: Any, batches: list[tuple[str, str]]
 ):
     port = free_port()

@@ -30,7 +30,7 @@ async def hanging(server):
         assert (await patient).state == "recorded"
 
 
-async def test_a_call_that_waits_behind_a_batch_with_a_later_deadline_ends_by_its_own_deadline(hanging):
+async def test_if_a_batch_with_a_later_deadline_is_in_flight_a_waiting_call_still_ends_by_its_own_deadline(hanging):
     """The second request of a call (after a denial, say) has less time left than a first request."""
     hanging.engine.dispatcher.timeout_s = 0.2
     began = time.monotonic()

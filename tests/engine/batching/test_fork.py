@@ -32,7 +32,7 @@ def fork(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return names | {"in_child": hooks["after_in_child"]}
 
 
-def test_each_watched_object_is_reset_once_in_a_child(fork):
+def test_each_watched_object_is_reset_once_in_a_forked_child(fork):
     limiters = Limiter(), Limiter()
     for limiter in (*limiters, limiters[0]):
         fork["watch"](limiter)
@@ -41,7 +41,7 @@ def test_each_watched_object_is_reset_once_in_a_child(fork):
 
 
 @pytest.mark.parametrize(("function", "stays"), [("watch", False), ("keep", True)])
-def test_a_watched_object_may_be_collected_and_a_kept_one_never_is(fork, function, stays):
+def test_a_watched_object_can_be_garbage_collected_but_a_kept_object_cannot(fork, function, stays):
     """A collected connection would remove itself from the parent's epoll."""
     limiter = Limiter()
     fork[function](limiter)

@@ -58,7 +58,7 @@ def begun(dispatcher, hold) -> Heartbeat:
     return Heartbeat(dispatcher, hold)
 
 
-def test_a_heartbeat_is_sent_at_each_third_of_the_ttl_and_never_less_often_than_a_ttl_may_last(dispatcher, hold):
+def test_heartbeats_are_sent_every_third_of_the_ttl_and_at_least_every_eight_hours(dispatcher, hold):
     heartbeat = begun(dispatcher, hold)
     heartbeat.send()
     hold.ttl_ms = 10**12
@@ -66,7 +66,7 @@ def test_a_heartbeat_is_sent_at_each_third_of_the_ttl_and_never_less_often_than_
     assert [delay_s for delay_s, _ in dispatcher.timers] == [20, 86_400 / 3]
 
 
-def test_heartbeats_run_outside_of_the_context_of_the_block(dispatcher, hold):
+def test_heartbeats_run_without_the_context_variables_of_the_block(dispatcher, hold):
     """An instrumentation would put their spans into the block's trace."""
     token = caller.set("block")
     begun(dispatcher, hold)
@@ -75,7 +75,7 @@ def test_heartbeats_run_outside_of_the_context_of_the_block(dispatcher, hold):
     assert caller not in context
 
 
-def test_the_next_heartbeat_waits_for_the_reply_to_the_last_one(dispatcher, hold, caplog):
+def test_the_next_heartbeat_is_scheduled_after_the_reply_to_the_previous_heartbeat(dispatcher, hold, caplog):
     heartbeat = begun(dispatcher, hold)
     heartbeat.send()
     assert len(dispatcher.timers) == 1
@@ -92,7 +92,9 @@ def test_the_next_heartbeat_waits_for_the_reply_to_the_last_one(dispatcher, hold
         (StoreUnavailable("no reply"), "heartbeat of hold a failed: no reply", True),
     ],
 )
-def test_heartbeats_end_when_there_is_nothing_left_to_extend(dispatcher, hold, caplog, error, event, continues):
+def test_heartbeats_stop_if_the_hold_is_settled_or_unknown_but_not_if_the_store_is_unavailable(
+    dispatcher, hold, caplog, error, event, continues
+):
     heartbeat = begun(dispatcher, hold)
     heartbeat.send()
     dispatcher.sent[0].set_exception(error)
@@ -108,7 +110,7 @@ def test_a_settled_hold_has_no_heartbeats(dispatcher, hold):
     assert (dispatcher.sent, len(dispatcher.timers)) == ([], 1)
 
 
-def test_a_stop_cancels_the_next_heartbeat(dispatcher, hold):
+def test_stopping_the_heartbeats_cancels_the_next_heartbeat(dispatcher, hold):
     heartbeat = begun(dispatcher, hold)
     timer = heartbeat.timer
     heartbeat.stop()
@@ -117,7 +119,7 @@ def test_a_stop_cancels_the_next_heartbeat(dispatcher, hold):
 
 
 @pytest.mark.parametrize("error", [HoldConflict("settled"), StoreUnavailable("no reply")])
-def test_a_heartbeat_that_fails_after_the_stop_is_no_event(dispatcher, hold, caplog, error):
+def test_if_a_heartbeat_fails_after_the_heartbeats_were_stopped_nothing_is_logged(dispatcher, hold, caplog, error):
     """The settlement may have come first."""
     heartbeat = begun(dispatcher, hold)
     heartbeat.send()

@@ -94,7 +94,7 @@ REPLIES = [Restored(True), Settled((7,))], [Settled((0,))], [Restored(True)]
 # -- replay ------------------------------------------------------------------------------------------------------------
 
 
-async def test_limits_and_settlements_are_replayed_before_totals_and_those_before_open_holds(caplog):
+async def test_a_repair_replays_limits_and_settlements_first_then_totals_then_open_holds(caplog):
     replica = await Replica(*REPLIES).repaired()
     assert replica.sent == WHOLE
     assert replica.ends == 1
@@ -104,7 +104,7 @@ async def test_limits_and_settlements_are_replayed_before_totals_and_those_befor
     ]
 
 
-async def test_a_repair_counts_only_what_the_store_had_lost(caplog):
+async def test_a_repair_does_not_count_records_that_the_store_still_had(caplog):
     replica = await Replica([AGAIN, Settled((7,), replayed=True)], [Settled((3,))], [AGAIN]).repaired()
     total = replica.repair.total
     assert (total.settlements, total.holds, total.windows) == (0, 0, 1)
@@ -112,13 +112,13 @@ async def test_a_repair_counts_only_what_the_store_had_lost(caplog):
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])
-async def test_a_further_loss_during_a_replay_starts_it_again(batches):
+async def test_if_a_reply_to_a_replay_reports_a_loss_the_replay_starts_again(batches):
     replica = await Replica(*REPLIES[:batches], LOST, *REPLIES).repaired()
     assert replica.sent == [*WHOLE[: batches + 1], *WHOLE]
     assert replica.repair.total.settlements == 1
 
 
-async def test_a_repair_that_may_lack_a_later_loss_is_repeated():
+async def test_if_a_new_loss_is_detected_during_a_repair_the_repair_is_repeated():
     replica = Replica(*REPLIES, *REPLIES)
     replica.loses_again = True
     assert (await replica.repaired()).sent == [*WHOLE, *WHOLE]
@@ -131,14 +131,14 @@ async def test_one_repair_runs_at_a_time():
     assert (await replica.repaired()).sent == WHOLE
 
 
-async def test_a_store_without_a_reply_receives_the_journal_again_and_waiting_calls_may_end():
+async def test_if_the_store_does_not_reply_the_error_is_reported_and_the_journal_is_sent_again():
     error = StoreUnavailable("no reply")
     replica = await Replica(error, *REPLIES).repaired()
     assert replica.sent == [LIMITS_AND_SETTLEMENTS, *WHOLE]
     assert replica.waits[0] is error
 
 
-async def test_an_operation_that_the_store_refuses_stops_no_other(caplog):
+async def test_if_the_store_refuses_an_operation_the_other_operations_are_still_replayed(caplog):
     refused = StoreError("WRONGTYPE")
     replica = await Replica(refused, [Restored(True)], refused, *REPLIES[1:]).repaired()
     assert replica.sent[1:3] == [[each] for each in LIMITS_AND_SETTLEMENTS]
@@ -146,12 +146,12 @@ async def test_an_operation_that_the_store_refuses_stops_no_other(caplog):
     assert errors_of(caplog) == ["replay of settled failed: WRONGTYPE"]
 
 
-async def test_an_unreadable_key_is_logged_and_ends_no_repair(caplog):
+async def test_an_unreadable_key_is_logged_and_the_repair_continues(caplog):
     await Replica([AGAIN, Unreadable("WRONGTYPE")], *REPLIES[1:]).repaired()
     assert errors_of(caplog) == ["replay of settled failed: WRONGTYPE"]
 
 
-async def test_operations_on_a_window_whose_slot_is_migrated_are_replayed_later(caplog):
+async def test_if_a_window_is_missing_during_a_slot_migration_the_replay_is_repeated_later(caplog):
     missing = [AGAIN, MissingWindow("tokens:now")], *REPLIES[1:]
     replica = Replica(*missing, *missing)
     replica.background.bind(asyncio.get_running_loop())
@@ -166,7 +166,7 @@ async def test_operations_on_a_window_whose_slot_is_migrated_are_replayed_later(
     assert replica.timers[1][0] == 2.0, "still missing: later"
 
 
-async def test_ids_that_the_journal_has_evicted_are_reported_once_per_loss(caplog):
+async def test_after_a_loss_one_error_says_how_many_settlements_the_journal_had_dropped(caplog):
     replica = Replica(*REPLIES, *REPLIES)
     replica.state.losses, replica.state.journal.forgotten_settlements = 1, 5
     await replica.repaired()
@@ -179,7 +179,7 @@ async def test_ids_that_the_journal_has_evicted_are_reported_once_per_loss(caplo
 
 
 @pytest.mark.parametrize(("reply", "begins"), [(LOST, True), ([], False), (StoreUnavailable("no reply"), False)])
-async def test_a_suspected_loss_is_repaired_only_if_a_probe_confirms_it(reply, begins):
+async def test_a_suspected_loss_is_repaired_only_if_a_probe_confirms_the_loss(reply, begins):
     replica = Replica(reply, [], [], [], with_journal=False)
     replica.background.bind(asyncio.get_running_loop())
     replica.repair.suspect()
@@ -190,7 +190,7 @@ async def test_a_suspected_loss_is_repaired_only_if_a_probe_confirms_it(reply, b
 
 
 @pytest.mark.parametrize(("with_journal", "is_open", "probes"), [(True, False, 1), (False, False, 0), (True, True, 0)])
-async def test_an_idle_replica_with_a_journal_probes_the_store_at_each_pulse(with_journal, is_open, probes):
+async def test_an_idle_replica_with_entries_in_its_journal_probes_the_store_periodically(with_journal, is_open, probes):
     replica = Replica([], with_journal=with_journal)
     replica.breaker.open = is_open
     replica.background.bind(asyncio.get_running_loop())
@@ -202,7 +202,7 @@ async def test_an_idle_replica_with_a_journal_probes_the_store_at_each_pulse(wit
     assert len(replica.timers) == 2, "the next pulse"
 
 
-async def test_a_replica_that_was_not_started_checks_the_eviction_policy_after_the_first_reply():
+async def test_a_limiter_used_without_start_checks_the_eviction_policy_after_the_first_reply():
     replica = Replica(with_journal=False)
     replica.background.bind(asyncio.get_running_loop())
     replica.repair.start()
@@ -216,7 +216,7 @@ async def test_a_replica_that_was_not_started_checks_the_eviction_policy_after_t
     assert replica.policy_checks == ["check"]
 
 
-async def test_a_replica_under_repair_or_closed_sends_no_probe():
+async def test_a_closed_replica_or_a_replica_under_repair_sends_no_probe():
     replica = Replica(*REPLIES)
     replica.background.bind(asyncio.get_running_loop())
     replica.repair.begin()
@@ -227,7 +227,7 @@ async def test_a_replica_under_repair_or_closed_sends_no_probe():
     assert (replica.sent, replica.background.tasks) == (WHOLE, set())
 
 
-async def test_each_second_pulse_checks_holds_for_settlements_by_others():
+async def test_after_every_second_probe_a_replica_checks_if_other_replicas_have_settled_its_holds():
     replica = Replica([], [], found([None]))
     replica.state.set_clock((NOW_MS + 60_000) * 1000, 0)
     replica.background.bind(asyncio.get_running_loop())
@@ -238,7 +238,7 @@ async def test_each_second_pulse_checks_holds_for_settlements_by_others():
     assert [type(sent) for sent in replica.background.sent] == [list, list, Read]
 
 
-async def test_nothing_is_sent_while_the_circuit_breaker_is_open():
+async def test_a_repair_sends_nothing_while_the_circuit_breaker_is_open():
     replica = Replica(*REPLIES)
     replica.breaker.open = True
     replica.background.bind(asyncio.get_running_loop())
@@ -252,7 +252,7 @@ async def test_nothing_is_sent_while_the_circuit_breaker_is_open():
 
 
 @pytest.mark.parametrize(("state", "stays"), [("o", True), (COMMITTED, False)])
-async def test_a_hold_that_another_replica_has_settled_leaves_the_journal(state, stays):
+async def test_a_hold_settled_by_another_replica_is_removed_from_the_journal(state, stays):
     """A later replay could reopen it."""
     replica = Replica()
     record = hold_record(replica.context, state, tokens=40).render()

@@ -62,7 +62,7 @@ def taken(batch: list[PendingCall]) -> str:
     return "".join(call.operation for call in batch)
 
 
-def test_a_batch_with_room_takes_settlements_then_extensions_then_reservations_and_growth():
+def test_a_batch_takes_settlements_first_then_extensions_then_reservations_and_growth():
     assert taken(queues(R=2, E=2, D=2, G=1).take(16, 100)) == "DDEERRG"
 
 
@@ -84,7 +84,7 @@ def test_each_kind_of_call_gets_a_minimum_share_of_a_full_batch(waiting, batch):
     assert taken(queues(**waiting).take(16, 1000)) == batch
 
 
-def test_each_kind_of_call_gets_a_minimum_share_of_the_windows_of_a_full_batch():
+def test_if_calls_touch_many_windows_each_kind_of_call_still_gets_a_share_of_each_batch():
     made = Queues()
     for kind in "NER" * 10:
         made.put(call(kind, windows=100))
@@ -92,7 +92,7 @@ def test_each_kind_of_call_gets_a_minimum_share_of_the_windows_of_a_full_batch()
         assert set(taken(made.take(100, 400))) == set("NER")
 
 
-def test_calls_put_back_into_the_queues_leave_first_and_in_their_former_order():
+def test_calls_put_back_into_the_queues_are_taken_first_in_their_original_order():
     made = queues(N=1, R=1)
     batch = [call("N"), call("R"), call("N"), call("R")]
     made.put_back(batch)
@@ -102,7 +102,7 @@ def test_calls_put_back_into_the_queues_leave_first_and_in_their_former_order():
     assert again.index(batch[2]) == 1 and again.index(batch[3]) == 4
 
 
-def test_a_call_cancelled_before_it_is_sent_is_dropped_unless_it_is_a_settlement():
+def test_of_the_calls_cancelled_before_sending_only_reservations_and_growth_are_dropped():
     made = Queues()
     kinds = "DNLEGR"
     for kind in kinds:

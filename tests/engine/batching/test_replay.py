@@ -114,7 +114,7 @@ class Replica:
     ("request_", "kinds"),
     [(commit(), ["settlement"]), (RECORD, ["settlement"]), (reservation(), ["look up"]), (heartbeat(7), [])],
 )
-def test_a_request_whose_reply_was_lost_is_resolved_later(request_, kinds):
+def test_if_the_reply_is_lost_settlements_and_reservations_are_queued_and_heartbeats_are_not(request_, kinds):
     """A heartbeat is not: the next one has larger totals."""
     replica = Replica()
     replica.replayer.resolve_later(request_)
@@ -134,7 +134,7 @@ def test_a_request_whose_reply_was_lost_is_resolved_later(request_, kinds):
         (Command(None, [], []), True, []),
     ],
 )
-def test_a_failed_request_is_taken_over_from_a_caller_that_is_gone_if_it_is_a_fact_or_may_be_granted(
+def test_if_the_caller_is_gone_failed_reports_of_spend_are_queued_and_possible_grants_are_released(
     request_, executed, kinds
 ):
     replica = Replica()
@@ -142,7 +142,7 @@ def test_a_failed_request_is_taken_over_from_a_caller_that_is_gone_if_it_is_a_fa
     assert replica.kinds == kinds
 
 
-def test_a_report_prolongs_no_hold_and_a_record_is_for_the_window_in_which_it_was_spent():
+def test_a_queued_heartbeat_only_reports_spend_and_a_queued_record_is_marked_as_late():
     replica = Replica()
     replica.replayer.take_over(heartbeat(7), maybe_executed=True)
     replica.replayer.take_over(RECORD, maybe_executed=True)
@@ -156,7 +156,7 @@ def test_a_report_prolongs_no_hold_and_a_record_is_for_the_window_in_which_it_wa
 # -- the order ---------------------------------------------------------------------------------------------------------
 
 
-async def test_holds_of_settlements_by_id_are_read_first_and_reservations_are_looked_up_last():
+async def test_a_replay_first_reads_holds_to_settle_by_id_and_last_looks_up_reservations():
     record = hold_record(CONTEXT, tokens=40).render()
     replica = Replica(found([record]), [Settled((7,)), Settled((0,))], found([None]))
     replica.add(reservation("r1", "c"), "look up").add(by_id("b"), "by id").add(release(), "release")
@@ -189,7 +189,7 @@ REPORTED = Extended(hold_record(CONTEXT, tokens=40).render())
         (release(), "release", CONFLICT, "superseded"),
     ],
 )
-async def test_each_reply_ends_a_request_in_doubt_with_an_outcome(request_, kind, reply, outcome):
+async def test_each_reply_to_a_queued_request_is_counted_as_the_right_outcome(request_, kind, reply, outcome):
     assert (await Replica([reply]).add(request_, kind).drain()).outcomes == {outcome: 1}
 
 
@@ -203,7 +203,7 @@ async def test_each_reply_ends_a_request_in_doubt_with_an_outcome(request_, kind
     ],
     ids=["never granted", "granted to this request", "granted to another", "settled"],
 )
-async def test_a_reservation_that_is_looked_up_is_left_to_its_caller(record, outcome):
+async def test_looking_up_a_reservation_counts_its_outcome_and_changes_nothing_in_the_store(record, outcome):
     replica = Replica(found([record and record.render()])).add(reservation("r1"), "look up")
     assert (await replica.drain()).outcomes == {outcome: 1}
     assert len(replica.background.sent) == 1, "nothing is changed"
@@ -215,7 +215,7 @@ async def test_an_operation_that_was_not_executed_stays_queued(reply):
 
 
 @pytest.mark.parametrize("is_found", [False, True])
-async def test_a_hold_that_other_replicas_may_still_replay_is_not_taken_for_unknown(is_found):
+async def test_while_other_replicas_replay_lost_data_requests_for_a_missing_hold_stay_queued(is_found):
     record = hold_record(CONTEXT, tokens=40).render() if is_found else None
     recovering = found([record], recovering_until_ms=NOW_MS + 1)
     replica = Replica(recovering, *[[Settled((7,))]] * is_found, recovering)
@@ -255,12 +255,12 @@ async def test_an_error_is_logged_only_if_spend_is_lost(caplog, request_, kind, 
     assert bool(errors_of(caplog)) is logged
 
 
-async def test_a_settlement_by_id_of_an_unknown_hold_is_an_error_and_ends(caplog):
+async def test_a_queued_settlement_by_id_is_dropped_with_an_error_if_the_hold_is_unknown(caplog):
     replica = await Replica(found([None])).add(by_id(), "by id").drain()
     assert (replica.outcomes, errors_of(caplog)) == ({"absent": 1}, ["spend of a not recorded: unknown hold"])
 
 
-async def test_only_commits_and_records_that_were_in_doubt_and_count_here_are_observed():
+async def test_observers_receive_replayed_commits_only_if_in_doubt_and_counted_by_this_replica():
     ours, others = Settled((7,)), Settled((7,), replayed=True, replica="other")
     replica = Replica([ours, others, Settled((0,)), ours]).add(commit("a"), "settlement").add(commit("b"), "settlement")
     replica.add(commit("deferred"), "deferred").add(release("c"), "settlement")
@@ -268,7 +268,7 @@ async def test_only_commits_and_records_that_were_in_doubt_and_count_here_are_ob
     assert replica.settled == ["a"]
 
 
-async def test_a_settlement_of_the_outbox_is_journalled():
+async def test_a_settlement_sent_from_the_outbox_is_added_to_the_journal():
     replica = Replica([Settled((7,))]).add(commit(), "deferred")
     granted_hold(replica.context, "a", tokens=40)
     await replica.drain()
@@ -294,20 +294,20 @@ async def test_a_request_without_a_reply_stays_queued_with_the_time_of_its_first
     assert (entry.maybe_executed_us is not None) is maybe_executed
 
 
-async def test_a_request_that_the_store_refuses_holds_up_no_other():
+async def test_if_the_store_refuses_a_request_the_other_requests_are_still_sent():
     refused = StoreError("WRONGTYPE")
     replica = Replica(refused, refused, [Settled((7,))]).add(commit("a"), "settlement").add(commit("b"), "settlement")
     await replica.drain()
     assert [entry.hold_id for entry in replica.outbox] == ["a"]
 
 
-async def test_nothing_more_is_sent_to_a_store_that_refuses_everything():
+async def test_if_the_store_refuses_everything_the_replay_stops_after_one_batch():
     replica = Replica(StoreError("OOM")).add(commit("a"), "settlement").add(commit("b"), "settlement")
     await replica.drain()
     assert len(replica.background.sent) == 1
 
 
-async def test_a_repair_of_lost_data_comes_first():
+async def test_if_the_store_has_lost_data_the_repair_runs_before_the_outbox_is_sent():
     replica = await Replica(LOST).add(commit(), "settlement").drain()
     assert replica.repair.active
     await replica.drain()
@@ -325,7 +325,7 @@ async def test_the_outbox_is_sent_at_once_when_the_store_replies_again():
     assert len(replica.outbox) == 0
 
 
-async def test_a_store_that_stays_away_receives_the_outbox_at_growing_intervals():
+async def test_while_the_store_is_unreachable_the_outbox_is_sent_again_at_growing_intervals():
     replica = Replica(*[NOT_SENT] * 6, [Settled((7,))]).add(commit(), "deferred")
     timers: list[tuple[float, Callable[[], None]]] = []
     loop = SimpleNamespace(
@@ -341,7 +341,7 @@ async def test_a_store_that_stays_away_receives_the_outbox_at_growing_intervals(
 
 
 @pytest.mark.parametrize("obstacle", ["nothing", "breaker", "repair", "end"])
-def test_the_outbox_is_scheduled_once_unless_the_store_is_away_or_under_repair(obstacle):
+def test_the_outbox_is_scheduled_once_but_not_during_an_outage_or_repair_or_after_the_end(obstacle):
     replica, loop = Replica(), asyncio.new_event_loop()
     timers: list[float] = []
     loop.call_later = lambda delay_s, callback: timers.append(delay_s) or object()  # type: ignore[assignment, method-assign]

@@ -104,7 +104,7 @@ def test_chunks_agree_with_a_model_of_plain_arithmetic_in_random_histories(histo
         )
 
 
-def test_a_refused_amount_changes_nothing_and_the_error_has_the_figures():
+def test_if_a_lease_refuses_an_amount_nothing_is_spent_and_the_error_has_the_figures():
     chunks = chunks_at([0], 100)
     chunks.spend(nanos(60))
     with pytest.raises(BudgetExceeded) as denied:
@@ -117,7 +117,7 @@ def test_a_refused_amount_changes_nothing_and_the_error_has_the_figures():
     assert (chunks.spent, chunks.remaining) == (nanos(100), 0)
 
 
-def test_an_empty_lease_raises_the_error_of_its_last_refill_if_the_store_was_unavailable():
+def test_if_the_last_refill_failed_a_lease_with_too_little_left_raises_store_unavailable():
     chunks = chunks_at([0], 100)
     chunks.last_refill_error = StoreUnavailable("store at x sent no reply")
     with pytest.raises(StoreUnavailable, match=r"the lease of 'agent' has \$0.0000001 left: store at x"):
@@ -136,7 +136,7 @@ def test_a_chunk_grants_nothing_after_the_end_of_its_window():
     assert chunks.remaining == 0
 
 
-def test_a_lease_uses_its_next_chunk_if_the_first_has_too_little_left():
+def test_a_lease_uses_its_next_chunk_if_the_first_chunk_has_too_little_left():
     chunks = chunks_at([0], 10, 100)
     chunks.spend(nanos(8))
     chunks.spend(nanos(3))
@@ -144,7 +144,7 @@ def test_a_lease_uses_its_next_chunk_if_the_first_has_too_little_left():
     assert chunks.remaining == nanos(97)
 
 
-def test_a_grant_is_settled_once():
+def test_a_settled_grant_refuses_a_different_settlement():
     chunks = chunks_at([0], 100)
     grant = chunks.reserve(nanos(10))
     assert (grant.amount, grant.settled) == (nanos(10), False)
@@ -157,7 +157,7 @@ def test_a_grant_is_settled_once():
     assert repr(grant) == "<Grant agent $0.00000001 committed $0.000000004>"
 
 
-def test_a_grant_is_a_context_manager():
+def test_a_grant_used_as_a_context_manager_is_settled_at_the_end_of_the_block():
     chunks = chunks_at([0], 100)
     with chunks.reserve(nanos(10)):
         pass
@@ -168,7 +168,7 @@ def test_a_grant_is_a_context_manager():
     assert (chunks.spent, chunks.held) == (nanos(13), 0)
 
 
-def test_a_commit_above_its_grant_is_recorded_and_takes_more_of_the_chunk():
+def test_a_commit_above_its_grant_takes_the_difference_from_the_chunk():
     chunks = chunks_at([0], 100)
     chunks.reserve(nanos(90)).commit(nanos(95))
     assert chunks.remaining == nanos(5)
@@ -190,7 +190,7 @@ def test_invalid_amounts_are_refused(amount):
     assert chunks.spent == 0
 
 
-def test_a_float_is_read_through_its_repr_and_a_decimal_exactly():
+def test_a_float_amount_is_converted_through_its_repr_and_a_decimal_amount_is_used_exactly():
     """The Decimal that equals the float 0.1 exactly is a little more than 0.1, and rounds up."""
     chunks = chunks_at([0], 10**9)
     exactly = Decimal.from_float(0.1)

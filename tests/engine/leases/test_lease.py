@@ -156,7 +156,7 @@ def test_a_lease_with_an_invalid_option_is_refused(store, options, error):
         LeaseBase(store, **({"budget": "tokens", "slab": SLAB} | options))
 
 
-def test_a_lease_reserves_one_chunk_and_spends_it_without_the_store(store):
+def test_a_lease_reserves_one_chunk_and_spends_from_the_chunk_without_requests_to_the_store(store):
     lease = opened(store)
     assert store.requests == [("reserve", SLAB)]
     lease.spend(30)
@@ -166,7 +166,7 @@ def test_a_lease_reserves_one_chunk_and_spends_it_without_the_store(store):
     assert repr(lease) == "<LeaseBase tokens 65 tokens left>"
 
 
-def test_a_lease_is_opened_once(store):
+def test_a_lease_cannot_be_opened_twice(store):
     lease = opened(store)
     with pytest.raises(RuntimeError, match="opened once"):
         store.loop.run_until_complete(lease.opened())
@@ -174,7 +174,7 @@ def test_a_lease_is_opened_once(store):
 
 
 @pytest.mark.parametrize("error", [StoreError("NOAUTH"), InvalidArgument("other definition")])
-def test_a_lease_that_the_store_refuses_does_not_open(store, error):
+def test_if_the_store_refuses_the_first_chunk_the_lease_does_not_open(store, error):
     store.errors["reserve"] = error
     with pytest.raises(type(error)):
         opened(store)
@@ -204,7 +204,7 @@ def test_the_next_chunk_is_requested_when_less_than_low_water_is_left(store, opt
         assert store.turn() == [("reserve", SLAB)]
 
 
-def test_each_chunk_requests_the_next_one(store):
+def test_a_lease_requests_a_new_chunk_each_time_its_current_chunk_runs_low(store):
     lease = opened(store)
     for _ in range(3):
         lease.spend(60)
@@ -213,7 +213,7 @@ def test_each_chunk_requests_the_next_one(store):
     assert (lease.spent, lease.remaining) == (300, SLAB)
 
 
-def test_a_refused_amount_above_a_chunk_is_requested_whole(store):
+def test_if_a_refused_amount_is_larger_than_a_chunk_the_next_chunk_has_the_whole_amount(store):
     lease = opened(store)
     with pytest.raises(BudgetExceeded):
         lease.spend(250)
@@ -222,7 +222,7 @@ def test_a_refused_amount_above_a_chunk_is_requested_whole(store):
 
 
 @pytest.mark.parametrize(("needed", "grows"), [(130, True), (131, False)])
-def test_the_last_units_of_a_budget_are_added_to_the_current_chunk_if_both_suffice(store, needed, grows):
+def test_the_current_chunk_grows_by_the_last_units_of_a_budget_if_the_sum_suffices(store, needed, grows):
     lease = opened(store, low_water=0)
     store.left = 30
     with pytest.raises(BudgetExceeded):
@@ -231,7 +231,7 @@ def test_the_last_units_of_a_budget_are_added_to_the_current_chunk_if_both_suffi
     assert lease.remaining == (130 if grows else 100)
 
 
-def test_a_chunk_that_another_client_has_settled_cannot_grow_and_is_lost(store):
+def test_if_another_client_has_settled_a_chunk_growing_the_chunk_fails_and_its_spend_is_settled(store):
     lease = opened(store, low_water=0)
     lease.spend(7)
     store.left, store.errors["grow"] = 30, HoldConflict("released", state="released")
@@ -243,7 +243,7 @@ def test_a_chunk_that_another_client_has_settled_cannot_grow_and_is_lost(store):
 @pytest.mark.parametrize(
     ("error", "logged"), [(InvalidArgument("other definition"), True), (NOT_SENT, False), (None, False)]
 )
-def test_an_error_of_a_request_for_a_chunk_is_logged_unless_it_is_an_outage_or_a_denial(store, caplog, error, logged):
+def test_if_a_request_for_a_chunk_fails_the_error_is_logged_except_outages_and_denials(store, caplog, error, logged):
     lease = opened(store)
     store.left, store.errors = 0, {"reserve": error} if error else {}
     lease.spend(51)
@@ -251,7 +251,7 @@ def test_an_error_of_a_request_for_a_chunk_is_logged_unless_it_is_an_outage_or_a
     assert (caplog.messages == [f"no chunk for the lease of tokens: {error}"]) is logged
 
 
-def test_a_chunk_of_an_almost_exhausted_budget_is_smaller(store):
+def test_if_a_budget_has_less_left_than_a_chunk_the_lease_reserves_the_rest(store):
     store.left = 30
     assert opened(store).remaining == 30
     assert store.requests == [("reserve", SLAB), ("reserve", 30)]
@@ -271,7 +271,7 @@ def test_callers_that_wait_for_room_are_served_in_order(store):
     assert (first.result(0).amount, second.result(0).amount) == (80, 10)
 
 
-def test_a_caller_waits_until_the_store_has_refused_a_chunk_that_was_requested_after_it_came(store):
+def test_a_waiting_caller_is_denied_after_the_store_refuses_a_chunk_requested_for_the_caller(store):
     lease = opened(store)
     store.left = 0
     future = Future[Any]()
@@ -280,7 +280,7 @@ def test_a_caller_waits_until_the_store_has_refused_a_chunk_that_was_requested_a
     assert isinstance(future.exception(0), BudgetExceeded)
 
 
-def test_a_refusal_is_no_reply_to_a_caller_that_came_after_its_request(store):
+def test_a_caller_that_came_after_a_request_was_sent_waits_for_the_reply_to_the_next_request(store):
     lease = opened(store)
     store.left = 0
     first, second = Future[Any](), Future[Any]()
@@ -290,7 +290,7 @@ def test_a_refusal_is_no_reply_to_a_caller_that_came_after_its_request(store):
     assert isinstance(second.exception(0), BudgetExceeded)
 
 
-def test_a_caller_waits_no_longer_than_the_timeout_for_a_store_without_a_reply(store):
+def test_if_the_store_does_not_reply_each_waiting_caller_fails_after_its_own_timeout(store):
     lease = opened(store)
     store.is_silent = True
     first, second = Future[Any](), Future[Any]()
@@ -305,7 +305,7 @@ def test_a_caller_waits_no_longer_than_the_timeout_for_a_store_without_a_reply(s
     assert not second.done()
 
 
-def test_a_grant_for_a_caller_that_was_cancelled_returns_to_the_lease(store):
+def test_if_a_waiting_caller_is_cancelled_its_grant_returns_to_the_lease(store):
     lease = opened(store)
     lease.spend(100)
     cancelled = Future[Any]()
@@ -322,7 +322,7 @@ def test_a_grant_for_a_caller_that_was_cancelled_returns_to_the_lease(store):
 # -- the life of a chunk -----------------------------------------------------------------------------------------------
 
 
-def test_a_heartbeat_reports_the_spend_at_each_third_of_the_ttl(store):
+def test_at_each_third_of_the_ttl_a_heartbeat_reports_the_spend_of_a_chunk(store):
     lease = opened(store)
     lease.spend(7)
     assert store.turn(TTL_S // 3 - 1) == []
@@ -330,7 +330,7 @@ def test_a_heartbeat_reports_the_spend_at_each_third_of_the_ttl(store):
 
 
 @pytest.mark.parametrize(("spent", "open_grant", "released"), [(0, False, True), (7, False, True), (0, True, False)])
-def test_an_idle_chunk_is_released_with_its_spend_unless_a_grant_is_open(store, spent, open_grant, released):
+def test_an_idle_chunk_is_settled_with_its_spend_unless_a_grant_is_open(store, spent, open_grant, released):
     lease = opened(store, idle=5)
     lease.spend(spent)
     grant = lease.reserve(1) if open_grant else None
@@ -338,7 +338,7 @@ def test_an_idle_chunk_is_released_with_its_spend_unless_a_grant_is_open(store, 
     assert grant is None or not grant.settled
 
 
-def test_all_idle_chunks_are_released(store):
+def test_all_idle_chunks_of_a_lease_are_settled(store):
     lease = opened(store, idle=5)
     lease.spend(51)
     assert store.turn() == [("reserve", SLAB)]
@@ -346,7 +346,7 @@ def test_all_idle_chunks_are_released(store):
 
 
 @pytest.mark.parametrize("error", [HoldConflict("released", state="released"), UnknownHold("lost")])
-def test_a_chunk_that_another_client_has_settled_grants_nothing_more(store, caplog, error):
+def test_if_another_client_has_settled_a_chunk_the_chunk_grants_nothing_more(store, caplog, error):
     lease = opened(store)
     lease.spend(7)
     store.errors["extend"] = error
@@ -356,7 +356,7 @@ def test_a_chunk_that_another_client_has_settled_grants_nothing_more(store, capl
     assert "chunk chunk of the lease of tokens lost" in caplog.text
 
 
-def test_a_chunk_survives_heartbeats_without_a_reply(store, caplog):
+def test_if_a_heartbeat_gets_no_reply_the_chunk_stays_usable(store, caplog):
     lease = opened(store)
     store.errors["extend"] = NO_REPLY
     store.turn(TTL_S // 3 + 1)
@@ -364,14 +364,14 @@ def test_a_chunk_survives_heartbeats_without_a_reply(store, caplog):
     assert "heartbeat of the lease of tokens failed" in caplog.text
 
 
-def test_a_chunk_is_settled_after_the_end_of_its_window_though_nothing_else_happens(store):
+def test_a_chunk_is_settled_after_the_end_of_its_window_even_if_the_lease_is_not_used(store):
     lease = opened(store)
     lease.spend(7)
     store.state.set_clock(lease.chunk.hold.parts[0][0].span.end_ms * 1000, 0)  # type: ignore[union-attr]
     assert ("settle", 7) in store.turn(2)
 
 
-def test_an_overrun_is_committed_at_once(store):
+def test_an_overrun_of_a_chunk_is_committed_at_once(store):
     """The store must have it, because other replicas can spend what seems to be left."""
     lease = opened(store)
     lease.reserve(100).commit(130)
@@ -393,7 +393,7 @@ def test_an_overrun_is_committed_at_once(store):
     ],
     ids=["committed", "no reply", "released elsewhere", "released elsewhere, no spend", "committed elsewhere", "lost"],
 )
-def test_each_reply_to_the_settlement_of_a_chunk_ends_it_without_a_loss_of_spend(store, spent, error, further):
+def test_no_spend_is_lost_whatever_the_store_replies_when_a_chunk_is_settled(store, spent, error, further):
     lease = opened(store)
     lease.spend(spent)
     store.errors = {"settle": error} if error else {}
@@ -403,7 +403,7 @@ def test_each_reply_to_the_settlement_of_a_chunk_ends_it_without_a_loss_of_spend
     assert lease.retired == []
 
 
-def test_a_commit_that_the_store_refuses_is_repeated(store, caplog):
+def test_if_the_store_refuses_to_commit_a_chunk_the_commit_is_repeated(store, caplog):
     lease = opened(store)
     lease.spend(7)
     store.errors["settle"] = StoreError("OOM")
@@ -414,7 +414,7 @@ def test_a_commit_that_the_store_refuses_is_repeated(store, caplog):
     assert lease.retired == []
 
 
-def test_a_closed_lease_grants_nothing_and_settles_a_chunk_after_its_grants(store):
+def test_a_closed_lease_grants_nothing_and_settles_its_chunk_after_the_last_open_grant(store):
     lease = opened(store)
     grant = lease.reserve(40)
     lease.shut()
@@ -427,7 +427,7 @@ def test_a_closed_lease_grants_nothing_and_settles_a_chunk_after_its_grants(stor
     assert not store.open_leases
 
 
-def test_a_limiter_that_is_closed_charges_open_grants_in_full(store):
+def test_closing_the_limiter_charges_open_grants_in_full(store):
     lease = opened(store)
     grant = lease.reserve(40)
     store.loop.run_until_complete(lease.closed(all_grants=True))
@@ -436,7 +436,7 @@ def test_a_limiter_that_is_closed_charges_open_grants_in_full(store):
         grant.commit(30)
 
 
-def test_a_lease_of_a_closed_limiter_ends_with_an_error_that_is_logged(store, caplog):
+def test_if_the_limiter_is_already_closed_closing_a_lease_logs_an_error(store, caplog):
     lease = opened(store)
     lease.spend(7)
     store.is_closed = True
@@ -444,7 +444,7 @@ def test_a_lease_of_a_closed_limiter_ends_with_an_error_that_is_logged(store, ca
     assert caplog.messages == ["lease of tokens: commit of a chunk failed: this limiter is closed"]
 
 
-def test_a_forked_child_spends_no_chunk_of_its_parent(store):
+def test_a_forked_child_can_neither_spend_nor_settle_a_chunk_of_its_parent(store):
     lease = opened(store)
     lease.after_fork()
     assert not lease.belongs_here

@@ -28,7 +28,7 @@ def commit(context: CallContext, hold_id: str = "a") -> Commit:
     return Commit(hold_id, "key", [window], [CommitAmount(CommitMode.EXACT, 7 * CENT)])
 
 
-def test_policy_deny_grants_and_records_nothing_and_owns_no_hold(context):
+def test_without_the_store_policy_deny_grants_nothing_and_records_nothing(context):
     parts = [(context.state.current_window("agent"), CENT)]
     request = OfflineReservation("a", parts, TTL_MS, "c", Labels(), "", False)
     assert context.policy.reserve(request) is None
@@ -55,7 +55,7 @@ def test_a_deferred_settlement_is_queued_and_its_caller_receives_the_result(cont
 
 
 @pytest.mark.parametrize("ambiguous", [False, True])
-def test_a_deferred_settlement_that_may_have_been_executed_has_the_time_of_its_attempt(context, ambiguous):
+def test_if_a_deferred_settlement_may_have_been_executed_the_time_of_its_attempt_is_kept(context, ambiguous):
     """A day later, the store has dropped its id, and a second execution would count twice."""
     context.policy.defer(commit(context), ambiguous=ambiguous)
     [entry] = context.outbox
@@ -63,7 +63,7 @@ def test_a_deferred_settlement_that_may_have_been_executed_has_the_time_of_its_a
     assert entry.maybe_executed_us is None or entry.maybe_executed_us >= NOW_US
 
 
-def test_an_error_is_logged_for_each_deferred_settlement_that_a_full_outbox_drops(context, monkeypatch, caplog):
+def test_if_a_full_outbox_drops_a_deferred_settlement_an_error_is_logged(context, monkeypatch, caplog):
     monkeypatch.setattr(outboxes, "DEFERRED_MAX", 1)
     context.policy.defer(commit(context, "first"))
     assert errors_of(caplog) == []
@@ -72,7 +72,7 @@ def test_an_error_is_logged_for_each_deferred_settlement_that_a_full_outbox_drop
 
 
 @pytest.mark.parametrize(("request_name", "mode"), [("", ReleaseMode.FINAL), ("r1", ReleaseMode.UNRECEIVED)])
-def test_an_id_of_the_caller_stays_usable_after_the_release_of_a_grant_without_a_receiver(context, request_name, mode):
+def test_releasing_an_undelivered_grant_leaves_an_id_chosen_by_the_caller_usable(context, request_name, mode):
     window = context.state.current_window("agent")
     release = release_unreceived("a", "key", iter([window]), request_name)
     assert (release.mode, release.request, list(release.windows)) == (mode, request_name, [window])

@@ -322,7 +322,7 @@ def settle(hold: HoldBase, units: int | None) -> Any:
     return hold.offline.settle(hold, amounts, "")  # type: ignore[union-attr]
 
 
-def test_policy_lease_grants_and_records_nothing_before_its_first_chunk_is_filled():
+def test_policy_lease_grants_and_records_nothing_before_the_store_grants_the_first_chunk():
     replica = Replica.__new__(Replica)
     store, outbox = CountingStore(), Outbox()
     store.reach = "away"
@@ -335,7 +335,7 @@ def test_policy_lease_grants_and_records_nothing_before_its_first_chunk_is_fille
     store.loop.close()
 
 
-def test_a_refused_reservation_does_not_enlarge_the_chunk(replica):
+def test_a_reservation_refused_in_an_outage_does_not_enlarge_the_next_chunk(replica):
     """The store is reachable again when the lease asks for its next chunk."""
     replica.reach("away")
     assert replica.draw({"agent": SLAB + 50}) is None
@@ -345,7 +345,7 @@ def test_a_refused_reservation_does_not_enlarge_the_chunk(replica):
     assert replica.store.held_of("agent") == SLAB
 
 
-def test_a_request_granted_from_the_lease_is_released_in_the_store_if_it_may_have_arrived_there(replica):
+def test_if_a_request_granted_from_a_lease_may_have_reached_the_store_a_release_is_queued(replica):
     hold = replica.draw({"agent": 10}, id="op_1", request="request_1", ambiguous=True)
     assert hold is not None
     [entry] = replica.outbox
@@ -353,7 +353,7 @@ def test_a_request_granted_from_the_lease_is_released_in_the_store_if_it_may_hav
     assert (entry.kind, entry.request.request) == ("release", "request_1")
 
 
-def test_the_commit_of_an_expired_hold_that_returned_its_money_is_recorded_under_another_id(replica):
+def test_if_a_hold_returned_its_money_at_expiry_a_late_commit_is_recorded_with_a_new_id(replica):
     replica.reach("away")
     hold = replica.draw({"agent": 10}, "r", ttl_s=1, id="op_1")
     assert hold is not None
@@ -379,7 +379,7 @@ def test_a_settled_offline_hold_refuses_a_different_settlement(replica, first, s
         hold.offline.extend(hold, lambda: hold.parts, SECOND)
 
 
-def test_growth_that_does_not_fit_in_one_budget_changes_no_budget(replica):
+def test_if_growth_does_not_fit_in_one_budget_no_budget_changes(replica):
     hold = replica.draw({"agent": 60, "team": 10})
     assert hold is not None
     with pytest.raises(StoreUnavailable):

@@ -34,7 +34,7 @@ def test_windows_add_up_after_ordinary_calls(server):
 
 
 @pytest.mark.parametrize("field", ["spent", "held", "unconfirmed"])
-def test_a_changed_counter_is_found(server, field):
+def test_an_audit_finds_a_wrong_counter(server, field):
     spend(server.url)
     report = next(report for report in verify(server.url) if report.budget == "agent")
     with server.client() as client:

@@ -37,14 +37,14 @@ def test_a_ledger_adds_up_its_entries():
     assert (ledger.number, ledger.total, ledger.events, ledger.last) == (3, 6, 2, entry(-2, "release"))
 
 
-def test_the_charge_of_an_expired_hold_is_unconfirmed_until_it_is_corrected():
+def test_the_charge_of_an_expired_hold_is_unconfirmed_until_a_correction_is_added():
     ledger = ledger_of(entry(5, "expiry", "a"), entry(3, "expiry", "b"))
     assert ledger.unconfirmed == 8
     ledger.add(entry(-1, "correction", "a"))
     assert (ledger.unconfirmed, ledger.total) == (3, 7)
 
 
-def test_the_summary_of_trimmed_entries_counts_as_many_entries_without_their_events():
+def test_a_summary_of_seven_trimmed_entries_counts_as_seven_entries_and_no_events():
     ledger = ledger_of(entry(50, "carried", "7"), entry(3))
     assert (ledger.number, ledger.total, ledger.events, ledger.carried) == (8, 53, 1, True)
 
@@ -60,12 +60,14 @@ def test_the_summary_of_trimmed_entries_counts_as_many_entries_without_their_eve
         (b"summary", 3, 4, False),  # trimmed beyond it
     ],
 )
-def test_a_ledger_continues_unless_entries_are_missing(head, trimmed_count, newest, continues):
+def test_reading_a_ledger_continues_at_the_last_entry_unless_entries_are_missing(
+    head, trimmed_count, newest, continues
+):
     ledger = Ledger(number=2, last=b"second", head=b"first")
     assert ledger.continues_at(head, trimmed_count, newest) == continues
 
 
-def test_a_ledger_trimmed_up_to_its_last_entry_continues_after_the_summary():
+def test_if_all_read_entries_were_trimmed_reading_continues_after_their_summary():
     ledger = Ledger(number=2, last=b"second", head=b"first")
     assert ledger.continues_at(b"summary", 2, 3)
     assert (ledger.head, ledger.last, ledger.trimmed_count) == (b"summary", b"summary", 2)
@@ -99,7 +101,7 @@ def audited() -> Iterator[Audited]:
         yield made
 
 
-def test_a_snapshot_has_the_counters_of_a_window_and_the_sums_that_they_must_equal(audited):
+def test_the_counters_in_a_snapshot_equal_the_sums_of_the_ledger_the_replicas_and_the_holds(audited):
     snapshot = audited.reader.snapshot(*audited.window)
     assert (snapshot.spent, snapshot.held, snapshot.events) == (to_units("0.10"), to_units("0.15"), 1)
     assert snapshot.ledger.total == snapshot.replica_subtotals == snapshot.spent
@@ -107,7 +109,7 @@ def test_a_snapshot_has_the_counters_of_a_window_and_the_sums_that_they_must_equ
     assert not snapshot.vanished
 
 
-def test_a_later_snapshot_reads_only_the_new_entries(audited):
+def test_a_later_snapshot_reads_only_the_new_ledger_entries(audited):
     first = audited.reader.snapshot(*audited.window).ledger
     audited.limiter.record("agent", "0.20")
     second = audited.reader.snapshot(*audited.window).ledger
@@ -117,13 +119,13 @@ def test_a_later_snapshot_reads_only_the_new_entries(audited):
     assert audited.reader.snapshot(*audited.window).ledger is not first
 
 
-def test_a_window_without_its_key_has_vanished(audited):
+def test_if_the_key_of_a_window_is_missing_its_snapshot_is_marked_as_vanished(audited):
     audited.client.delete(audited.keys.window(*audited.window))
     snapshot = audited.reader.snapshot(*audited.window)
     assert (snapshot.vanished, snapshot.spent, snapshot.ledger.total) == (True, 0, to_units("0.10"))
 
 
-def test_a_store_that_has_lost_its_data_is_not_audited(audited):
+def test_if_the_store_has_lost_its_data_the_audit_raises_store_unavailable(audited):
     window = audited.window
     audited.reader.check_epoch()
     audited.client.flushall()
@@ -133,7 +135,7 @@ def test_a_store_that_has_lost_its_data_is_not_audited(audited):
         audited.reader.snapshot(*window)
 
 
-def test_a_correction_changes_a_counter_once(audited):
+def test_the_same_correction_changes_a_counter_only_once(audited):
     window = audited.window
     audited.client.hincrby(audited.keys.window(*window), "held", 7)
     snapshot = audited.reader.snapshot(*window)
@@ -143,7 +145,7 @@ def test_a_correction_changes_a_counter_once(audited):
     assert audited.reader.snapshot(*window).held == to_units("0.15")
 
 
-def test_a_hold_without_its_index_entry_is_indexed_again(audited):
+def test_reindexing_adds_the_missing_index_entry_of_a_hold_and_removes_a_stray_entry(audited):
     (hold,) = audited.limiter.holds("agent").items
     audited.client.delete(audited.keys.due)
     audited.client.zadd(audited.keys.due, {"stray": 1})

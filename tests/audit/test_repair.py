@@ -124,7 +124,7 @@ def test_a_check_without_repair_never_writes(server, client, limiter):
     assert dump(client) == before
 
 
-def test_a_repair_is_logged_and_leaves_a_ledger_entry_of_amount_zero(client, auditor, limiter, caplog):
+def test_a_repair_is_logged_and_adds_a_ledger_entry_with_amount_zero(client, auditor, limiter, caplog):
     fill(limiter)
     client.hincrby(window(client), "spent", 5)
     with caplog.at_level(logging.WARNING, "ktrdr_budget"):
@@ -146,7 +146,7 @@ def test_only_the_given_budgets_are_repaired(client, auditor, limiter):
 # -- damaged ledgers and windows ---------------------------------------------------------------------------------------
 
 
-def test_a_ledger_that_lost_entries_returns_no_money(server, client, auditor, limiter):
+def test_if_a_ledger_has_lost_entries_the_counters_keep_their_values(server, client, auditor, limiter):
     """The counter and the sum of the replicas' subtotals agree, so the ledger is the damaged part."""
     fill(limiter)
     right = figures(limiter)
@@ -178,7 +178,7 @@ def test_a_missing_window_is_rebuilt_from_its_ledger(server, client, auditor, li
     assert all(report.adds_up for report in verify(server.url))
 
 
-def test_holds_of_a_missing_window_can_be_settled_after_its_repair(server, client, auditor):
+def test_after_the_repair_of_a_missing_window_its_holds_can_be_settled(server, client, auditor):
     with BudgetLimiter(server.url, BUDGETS) as limiter:
         holds = [limiter.reserve("agent", "0.10") for _ in range(3)]
         limiter.record("agent", "0.02")
@@ -216,7 +216,7 @@ def test_a_missing_window_does_not_block_other_budgets(server, client):
         assert limiter.store_state == "closed"
 
 
-def test_a_window_with_a_trimmed_ledger_is_repaired_from_the_subtotals_of_the_replicas(
+def test_if_the_ledger_was_trimmed_a_window_is_repaired_from_the_subtotals_of_the_replicas(
     server, client, auditor, monkeypatch
 ):
     monkeypatch.setattr(
@@ -241,7 +241,7 @@ def raw_entries(server, client: redis.Redis) -> list:
         return raw.lrange(ledger(client), 0, 2)
 
 
-def test_a_repair_leaves_the_overrun_counter_unchanged_because_no_other_key_counts_overruns(client, auditor, limiter):
+def test_a_repair_leaves_the_overrun_counter_unchanged(client, auditor, limiter):
     fill(limiter)
     client.hincrby(window(client), "overruns", 5)
     assert auditor.repair().changes == []
@@ -250,7 +250,9 @@ def test_a_repair_leaves_the_overrun_counter_unchanged_because_no_other_key_coun
 # -- holds and their indexes -------------------------------------------------------------------------------------------
 
 
-def test_a_hold_missing_from_the_index_is_added_and_its_money_stays_held(server, client, auditor, limiter):
+def test_if_the_index_lacks_an_open_hold_a_repair_adds_the_hold_and_its_money_stays_held(
+    server, client, auditor, limiter
+):
     fill(limiter)
     right = figures(limiter)
     before = client.zrange(DUE, 0, -1, withscores=True)
@@ -263,7 +265,7 @@ def test_a_hold_missing_from_the_index_is_added_and_its_money_stays_held(server,
     assert figures(limiter) == right
 
 
-def test_a_wrong_deadline_in_the_index_is_corrected_from_the_record(client, auditor, limiter):
+def test_a_wrong_deadline_in_the_index_is_corrected_from_the_record_of_the_hold(client, auditor, limiter):
     fill(limiter)
     before = client.zrange(DUE, 0, -1, withscores=True)
     client.zadd(DUE, {"open": 9e12})
@@ -271,7 +273,7 @@ def test_a_wrong_deadline_in_the_index_is_corrected_from_the_record(client, audi
     assert client.zrange(DUE, 0, -1, withscores=True) == before
 
 
-def test_an_unconfirmed_hold_missing_from_its_index_is_listed_again(client, auditor, limiter):
+def test_if_the_index_lacks_an_unconfirmed_hold_a_repair_adds_the_hold_again(client, auditor, limiter):
     fill(limiter)
     before = client.zscore(UNCONFIRMED, "late")
     client.zrem(UNCONFIRMED, "late")
@@ -281,7 +283,7 @@ def test_an_unconfirmed_hold_missing_from_its_index_is_listed_again(client, audi
     assert abs(client.zscore(UNCONFIRMED, "late") - before) < 1000
 
 
-def test_index_entries_without_an_open_hold_are_removed(server, client, auditor, limiter):
+def test_a_repair_removes_index_entries_without_a_matching_hold(server, client, auditor, limiter):
     fill(limiter)
     settled = limiter.reserve("agent", "0.01", id="settled")
     settled.commit()
@@ -298,7 +300,9 @@ def test_index_entries_without_an_open_hold_are_removed(server, client, auditor,
     assert auditor.repair().index_changes == []
 
 
-def test_the_amount_of_a_hold_without_a_record_is_no_longer_held(server, client, auditor, limiter):
+def test_if_the_record_of_a_hold_is_missing_a_repair_no_longer_counts_its_amount_as_held(
+    server, client, auditor, limiter
+):
     """The worker's commit fails, and the worker records the spend instead."""
     fill(limiter)
     hold = limiter.reserve("agent", "0.40", id="gone")
@@ -315,7 +319,7 @@ def test_the_amount_of_a_hold_without_a_record_is_no_longer_held(server, client,
     assert all(report.adds_up for report in verify(server.url))
 
 
-def test_indexes_of_many_holds_are_repaired_page_by_page(server, client, auditor):
+def test_a_repair_corrects_indexes_with_thousands_of_entries(server, client, auditor):
     with BudgetLimiter(server.url, BUDGETS, timeout=20) as limiter:
         for number in range(30):
             limiter.reserve("tokens", 1, id=f"hold/{number}")
@@ -360,7 +364,7 @@ def test_counters_damaged_while_four_processes_spend_are_restored_to_the_true_va
         assert sum(report["calls"] for report in reports) > 1000
 
 
-def test_concurrent_repairs_correct_each_damage_once(server, client, limiter):
+def test_concurrent_repairs_correct_each_damaged_counter_once(server, client, limiter):
     fill(limiter)
     right = figures(limiter)
     with ThreadPoolExecutor(8) as threads:

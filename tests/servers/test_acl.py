@@ -125,7 +125,7 @@ async def research(cycle_store: CycleStore) -> None:
     assert [cycle.operation_id for cycle in (await cycle_store.list(5, "cycle_1")).ended] == []
 
 
-async def test_the_limiter_and_service_need_no_more_permissions_than_the_acl_file_grants(guarded, operator):
+async def test_the_permissions_in_the_acl_file_suffice_for_the_limiter_and_the_service(guarded, operator):
     await everything(guarded.url)
     # Redis 7.0 has no CLIENT SETINFO, so the file cannot grant it; redis-py works without it.
     assert {entry["object"] for entry in operator.acl_log()} <= {"client|setinfo"}
@@ -146,7 +146,7 @@ async def test_the_user_of_the_acl_file_can_repair_damaged_windows(guarded, oper
 
 
 @pytest.mark.parametrize("permission", sorted(set(PERMISSIONS) - OF_CONNECTING - {"eval", "evalsha"}))
-async def test_readiness_names_each_permission_that_is_missing(guarded, operator, permission):
+async def test_readiness_names_each_missing_permission(guarded, operator, permission):
     operator.execute_command("ACL", "SETUSER", "ktrdr", f"-{permission}")
     limiter = AsyncBudgetLimiter(guarded.url, BUDGETS, timeout=10)
     checks = await limiter.check()
@@ -163,7 +163,9 @@ async def test_the_error_of_a_call_names_the_refused_command(guarded, operator):
 
 
 @pytest.mark.parametrize("permission", ["eval", "evalsha"])
-async def test_without_permission_for_scripts_the_start_fails_and_names_the_permission(guarded, operator, permission):
+async def test_without_permission_to_run_scripts_the_start_fails_and_the_error_names_the_permission(
+    guarded, operator, permission
+):
     operator.execute_command("ACL", "SETUSER", "ktrdr", f"-{permission}")
     with pytest.raises(StoreError, match=permission):
         await everything(guarded.url)
@@ -187,7 +189,7 @@ def test_commands_that_the_limiter_does_not_need_are_refused(guarded, operator, 
         client.execute_command(*command.split(" "))
 
 
-def test_the_user_of_the_acl_file_cannot_access_other_keys_even_from_a_script(guarded, operator):
+def test_the_user_of_the_acl_file_cannot_access_keys_of_other_programs_even_from_a_script(guarded, operator):
     operator.set("another:key", "secret")
     with guarded.client() as client:
         for command in ("GET another:key", "SET another:key x", "DEL another:key", "MGET ktrdr:a another:key"):
@@ -235,7 +237,7 @@ def test_without_a_password_the_server_does_not_start():
     assert "KTRDR_REDIS_PASSWORD: must be set to the password of the user ktrdr" in done.stderr
 
 
-def test_the_compose_overlay_starts_redis_with_the_users_and_passes_the_password_to_the_backends():
+def test_the_compose_overlay_starts_redis_with_the_acl_file_and_passes_the_password_to_the_backends():
     root = DIRECTORY.parents[1]
     files = ["--file", str(root / "docker-compose.yml"), "--file", str(DIRECTORY / "compose.yml")]
     environment = {"PATH": os.environ["PATH"], "KTRDR_REDIS_PASSWORD": "s3cret"}

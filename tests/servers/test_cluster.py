@@ -124,7 +124,7 @@ def test_the_sync_limiter_works_on_a_cluster(cluster):
         assert limiter.status("agent").spent == Decimal("0.05")
 
 
-def test_the_child_of_a_fork_discovers_the_primary_itself(cluster):
+def test_a_limiter_on_a_cluster_works_in_a_forked_child(cluster):
     with BudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         limiter.reserve("agent", "0.50")
         assert in_child(lambda: limiter.reserve("agent", "0.25")) == 0
@@ -201,7 +201,7 @@ async def spenders(limiter: AsyncBudgetLimiter) -> AsyncIterator[None]:
     assert limiter.losses == 0
 
 
-async def test_calls_to_a_hanging_cluster_end_in_time(cluster):
+async def test_calls_to_a_hanging_cluster_end_by_their_deadline(cluster):
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "0.15")
         for node in cluster.nodes:
@@ -237,7 +237,7 @@ async def test_an_unreachable_cluster_raises_store_unavailable(cluster):
 # -- slot migration ----------------------------------------------------------------------------------------------------
 
 
-def test_a_slot_migration_under_load_neither_loses_nor_counts_twice(either):
+def test_a_slot_migration_under_load_loses_no_spend_and_counts_no_spend_twice(either):
     """Two migrations, to another node and back. No grant is lost or counted twice, and the cap is filled exactly."""
     options = {
         "url": either.url,
@@ -327,7 +327,7 @@ async def test_tenants_in_other_slots_are_not_affected_by_a_migration(cluster):
         await stuck.reserve("agent", "0.01")
 
 
-async def test_an_atomic_slot_migration_of_valkey_causes_no_pause(cluster):
+async def test_during_an_atomic_slot_migration_of_valkey_calls_continue_and_no_spend_is_lost(cluster):
     """Valkey 9 copies a slot like a replica and then switches at once: no TRYAGAIN, and no loss."""
     source = cluster.owner("default")
     target = cluster.others(source)[0]
@@ -338,7 +338,7 @@ async def test_an_atomic_slot_migration_of_valkey_causes_no_pause(cluster):
 
 
 @pytest.mark.parametrize("way", ["connections", "client without hiredis", "instrumented client"])
-async def test_moved_and_ask_are_followed_over_connections_and_over_the_client(cluster, monkeypatch, way):
+async def test_redirects_are_followed_with_own_connections_and_with_the_redis_py_client(cluster, monkeypatch, way):
     if way == "client without hiredis":
         monkeypatch.setattr(resp, "Reader", None)
     if way == "instrumented client":
@@ -368,7 +368,7 @@ async def test_moved_and_ask_are_followed_over_connections_and_over_the_client(c
 # -- failover ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_killed_master_is_replaced_within_the_deadline_of_a_call(either):
+async def test_if_a_master_is_killed_waiting_calls_succeed_on_the_promoted_replica(either):
     old = either.owner("default")
     async with AsyncBudgetLimiter(either.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
@@ -386,13 +386,13 @@ async def test_a_killed_master_is_replaced_within_the_deadline_of_a_call(either)
             either.wait_whole()
 
 
-async def test_a_manual_failover_loses_nothing(cluster):
+async def test_a_manual_failover_loses_no_spend(cluster):
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=30.0) as limiter, spenders(limiter):
         old = cluster.owner("default")
         assert await asyncio.to_thread(cluster.fail_over, "default") is not old
 
 
-async def test_calls_leave_a_hanging_master_after_another_is_elected(cluster):
+async def test_if_a_master_hangs_waiting_calls_succeed_after_a_new_master_is_elected(cluster):
     """Its connections stay open without replies: no call may wait until its own deadline."""
     old = cluster.owner("default")
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=60.0) as limiter:
@@ -411,7 +411,7 @@ async def test_calls_leave_a_hanging_master_after_another_is_elected(cluster):
 # -- wrong URLs --------------------------------------------------------------------------------------------------------
 
 
-async def test_the_error_names_the_right_url_scheme_for_a_single_server_and_for_a_cluster_node(cluster, start_server):
+async def test_if_the_url_confuses_a_single_server_with_a_cluster_the_error_names_the_cause(cluster, start_server):
     [port] = free_ports(1)
     start_server(None, "--port", str(port))
     elsewhere = cluster.others(cluster.owner("default"))[0]
@@ -433,7 +433,7 @@ async def test_a_cluster_is_found_if_one_node_of_the_url_is_reachable(cluster):
 
 
 @pytest.mark.slow
-async def test_a_replica_promoted_during_a_migration_admits_nothing_beside_the_migrated_window(either):
+async def test_if_a_replica_is_promoted_during_a_slot_migration_the_cap_is_not_exceeded(either):
     """In Redis 7, replicas have no record of a migration: a promoted one treats its part of the slot as all of it."""
     source = either.owner("torn")
     target = either.others(source)[0]

@@ -79,7 +79,7 @@ FORMS = {"callable": lambda vault: vault, "provider": Provider, "async provider"
 
 @pytest.mark.parametrize("way", ["connections", "client"])
 @pytest.mark.parametrize("form", FORMS)
-async def test_the_credential_provider_is_called_at_each_connection(own, form, way, monkeypatch, caplog):
+async def test_the_credential_provider_is_called_for_each_new_connection(own, form, way, monkeypatch, caplog):
     if way == "client":
         monkeypatch.setattr(resp, "Reader", None)
     vault = Vault(own)
@@ -137,14 +137,14 @@ async def test_the_audit_metric_logs_in_with_the_credentials_of_its_limiter(own)
 
 
 @pytest.mark.parametrize("given", ["first-secret", ("first-secret",), ("default", "first-secret")])
-async def test_a_password_without_a_user_is_for_the_default_user(own, given):
+async def test_a_password_without_a_user_name_logs_in_the_default_user(own, given):
     with own.client() as client:
         client.config_set("requirepass", "first-secret")
     async with AsyncBudgetLimiter(own.url, BUDGETS, credential_provider=lambda: given) as limiter:
         assert (await limiter.reserve("agent", "0.15")).state == "open"
 
 
-async def test_a_failing_credential_provider_is_reported_as_an_unavailable_store_without_its_message(own, caplog):
+async def test_if_the_credential_provider_raises_the_store_is_unavailable_and_no_secret_is_shown(own, caplog):
     vault, down = Vault(own), [True]
 
     def provider() -> tuple[str, str]:
@@ -165,7 +165,7 @@ async def test_a_failing_credential_provider_is_reported_as_an_unavailable_store
 
 
 @pytest.mark.parametrize("given", [None, 1, ("a", "b", "c"), ("a", None), b"secret"])
-async def test_invalid_credentials_are_an_error_that_does_not_show_them(own, given):
+async def test_the_error_for_invalid_credentials_does_not_show_the_credentials(own, given):
     limiter = AsyncBudgetLimiter(own.url, BUDGETS, credential_provider=lambda: given)
     with pytest.raises(StoreError, match="must return a password, or a user name and a password") as refused:
         await limiter.reserve("agent", "0.15")
@@ -183,7 +183,7 @@ async def test_invalid_credentials_are_an_error_that_does_not_show_them(own, giv
         ("redis://store", "secret", "must be a CredentialProvider of redis-py, or a callable"),
     ],
 )
-def test_a_credential_provider_that_is_not_callable_is_refused_by_the_constructor(url, provider, words):
+def test_the_constructor_refuses_a_credential_provider_that_cannot_be_used(url, provider, words):
     for make in (
         lambda: AsyncBudgetLimiter(url, BUDGETS, credential_provider=provider),
         lambda: BudgetLimiter(url, BUDGETS, credential_provider=provider),

@@ -20,14 +20,14 @@ def server_pid(limiter: BudgetLimiter) -> int:
         return int(client.info("server")["process_id"])
 
 
-def test_a_limiter_without_a_url_starts_a_server_and_keeps_its_spend(tmp_path: Path):
+def test_a_limiter_without_a_url_starts_an_embedded_server_and_keeps_the_spend_after_a_restart(tmp_path: Path):
     with BudgetLimiter(None, [Budget("agent", "1")], data_dir=tmp_path / "d", timeout=20.0) as limiter:
         limiter.reserve("agent", "0.25").commit("0.20")
     with BudgetLimiter(None, [Budget("agent", "1")], data_dir=tmp_path / "d", timeout=20.0) as limiter:
         assert str(limiter.status("agent").spent) == "0.20"
 
 
-async def test_limiters_of_one_process_share_the_server(tmp_path: Path):
+async def test_limiters_of_one_process_share_one_embedded_server(tmp_path: Path):
     budgets = [Budget("agent", "1")]
     async with AsyncBudgetLimiter(None, budgets, data_dir=tmp_path / "d", timeout=20.0) as one:
         async with AsyncBudgetLimiter(None, budgets, data_dir=tmp_path / "d", timeout=20.0) as other:
@@ -36,7 +36,7 @@ async def test_limiters_of_one_process_share_the_server(tmp_path: Path):
         assert str((await one.status("agent")).remaining) == "0.40"
 
 
-def test_a_limiter_restarts_a_killed_server_and_supervisor(tmp_path: Path):
+def test_a_limiter_restarts_its_embedded_server_after_the_server_and_supervisor_were_killed(tmp_path: Path):
     with BudgetLimiter(None, [Budget("agent", "1")], data_dir=tmp_path / "d", timeout=20.0) as limiter:
         limiter.record("agent", "0.10")
         server = server_pid(limiter)

@@ -114,7 +114,9 @@ async def test_the_error_says_that_the_server_speaks_http(web, scheme):
 
 
 @pytest.mark.parametrize("way", ["connections", "client"])
-async def test_the_error_says_that_an_http_server_has_replaced_the_store(start_server, way, monkeypatch):
+async def test_if_an_http_server_replaces_the_store_the_error_says_that_the_server_speaks_http(
+    start_server, way, monkeypatch
+):
     if way == "client":
         monkeypatch.setattr(resp, "Reader", None)
     port = free_port()
@@ -130,11 +132,11 @@ async def test_the_error_says_that_an_http_server_has_replaced_the_store(start_s
 
 
 @pytest.mark.parametrize("form", ["redis+sentinel://127.0.0.1:{}/main", "redis+cluster://127.0.0.1:{}"])
-async def test_the_error_says_that_a_sentinel_or_cluster_node_speaks_http(web, form):
+async def test_the_error_for_a_sentinel_or_cluster_url_says_that_the_server_speaks_http(web, form):
     assert "it speaks HTTP" in await refusal(form.format(web))
 
 
-def test_the_sync_limiter_and_the_audit_raise_the_same_error(plain):
+def test_the_sync_limiter_and_the_audit_raise_an_error_if_the_server_does_not_speak_tls(plain):
     url = f"rediss://127.0.0.1:{plain}"
     with pytest.raises(StoreError, match="does not speak TLS"), BudgetLimiter(url, BUDGETS, timeout=20.0):
         pass
@@ -142,7 +144,7 @@ def test_the_sync_limiter_and_the_audit_raise_the_same_error(plain):
         verify(url, timeout=1.0)
 
 
-async def test_a_slow_server_gets_the_whole_timeout():
+async def test_if_a_server_accepts_connections_but_never_replies_a_call_raises_store_unavailable():
     connections = 0
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

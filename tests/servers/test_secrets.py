@@ -90,7 +90,7 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize("url", UNUSABLE)
-def test_an_unusable_url_is_refused_without_its_secrets(url, caplog):
+def test_the_error_for_an_unusable_url_contains_no_secret(url, caplog):
     for refuse in (parse_url, lambda url: BudgetLimiter(url, BUDGETS), lambda url: Auditor(url)):
         with pytest.raises(BudgetError) as refused:
             refuse(url)
@@ -212,7 +212,7 @@ def provider() -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_key_that_a_provider_quotes_in_an_error_is_hidden(server, provider):
+def test_if_a_provider_quotes_an_api_key_in_an_error_the_key_is_hidden(server, provider):
     with OtlpReceiver() as receiver:
         environment = {**KEYS, **receiver.environment, "KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 0}
         environment |= {"AGENT_LLM": "openai", "AGENT_MODEL": "gpt-4o-mini"}
@@ -239,7 +239,7 @@ def test_a_key_that_a_provider_quotes_in_an_error_is_hidden(server, provider):
 
 
 @pytest.mark.slow
-def test_output_of_the_command_contains_no_secret(guarded, tmp_path):
+def test_the_output_of_the_command_line_contains_no_secret(guarded, tmp_path):
     clean_environment = {name: value for name, value in os.environ.items() if not re.match("KTRDR_|AGENT_|OTEL_", name)}
     store = {"KTRDR_REDIS_URL": f"redis://agent:{PASSWORD}@127.0.0.1:{guarded.port}/0"}
     unusable = {"KTRDR_REDIS_URL": "redis://agent:geheim/x@host/0"}

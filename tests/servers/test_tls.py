@@ -97,7 +97,7 @@ def identity(authority: Authority, tls: TlsServer) -> dict[str, object]:
     return {**trust, "ssl_certfile": certificate, "ssl_keyfile": key} if mutual else trust
 
 
-async def test_batches_use_connections_of_our_own_over_tls(tls, identity):
+async def test_with_tls_all_connections_for_batches_are_encrypted(tls, identity):
     async with AsyncBudgetLimiter(tls.url_with(**identity), BUDGETS, timeout=10) as limiter:
         holds = await asyncio.gather(*[limiter.reserve("agent", "0.01") for _ in range(300)])
         await asyncio.gather(*[hold.commit("0.005") for hold in holds])
@@ -144,17 +144,17 @@ async def test_a_server_certificate_of_an_unknown_authority_is_refused(tls, iden
     assert str(tmp_path) not in message
 
 
-async def test_certificates_are_checked_against_the_authorities_of_the_system_by_default(tls, identity):
+async def test_by_default_server_certificates_are_checked_against_the_authorities_of_the_system(tls, identity):
     identity.pop("ssl_ca_certs")
     await refusal(tls.url_with(**identity), "certificate verify failed")
 
 
-async def test_a_server_certificate_for_another_host_is_refused(authority, tls, identity):
+async def test_a_server_certificate_for_a_different_host_is_refused(authority, tls, identity):
     await works(tls.url_with("127.0.0.1", **identity))
     await refusal(tls.url_with("127.0.0.2", **identity), "mismatch")
 
 
-async def test_a_plain_connection_to_a_tls_port_is_an_error_that_names_the_right_scheme(tls):
+async def test_if_a_url_without_tls_leads_to_a_tls_port_the_error_names_the_right_scheme(tls):
     limiter = AsyncBudgetLimiter(f"redis://localhost:{tls.port}/0", BUDGETS, timeout=20.0)
     with pytest.raises(StoreError, match="speaks TLS; its URL must start with rediss, not redis"):
         await limiter.reserve("agent", "0.01")
@@ -162,7 +162,7 @@ async def test_a_plain_connection_to_a_tls_port_is_an_error_that_names_the_right
     await limiter.close()
 
 
-async def test_a_server_that_requires_client_certificates_refuses_a_client_without_one(authority, tls):
+async def test_a_server_that_requires_client_certificates_refuses_a_client_without_a_certificate(authority, tls):
     url = tls.url_with(ssl_ca_certs=authority.certificate)
     if "yes" in tls.options:
         # With TLS 1.3 the client gets the alert after its handshake, and the connection may be closed before the alert.

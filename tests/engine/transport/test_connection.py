@@ -52,7 +52,7 @@ async def test_replies_arrive_in_order_over_one_connection(client, pool):
     assert pool.check_out() is None, "it is checked out"
 
 
-async def test_a_command_calls_its_callback_once_and_returns_its_connection_to_the_pool(client, pool):
+async def test_after_the_reply_the_callback_runs_once_and_the_connection_returns_to_the_pool(client, pool):
     connection = await pool.connect(client)
     replies: asyncio.Queue[object] = asyncio.Queue()
     connection.send(("ECHO", "a"), soon(), replies.put_nowait)
@@ -70,7 +70,7 @@ async def test_an_error_reply_is_raised_and_the_connection_stays_usable(client, 
     assert await connection.execute(("ECHO", "a"), soon()) == b"a"
 
 
-async def test_a_request_without_a_reply_closes_its_connection(client, pool, server):
+async def test_if_a_request_times_out_its_connection_is_closed(client, pool, server):
     connection = await pool.connect(client)
     with pytest.raises(TimeoutError):
         await connection.execute(("BLPOP", "nothing", 0), soon(0.05))
@@ -79,7 +79,7 @@ async def test_a_request_without_a_reply_closes_its_connection(client, pool, ser
     assert pool.check_out() is None
 
 
-async def test_requests_with_earlier_and_later_deadlines_each_time_out_at_their_own_deadline(client, pool):
+async def test_each_request_on_a_connection_times_out_at_its_own_deadline(client, pool):
     connection = await pool.connect(client)
     for seconds in (0.05, 30, 0.05):  # the timer is set for the first, then too early, then too late
         await connection.execute(("ECHO", "a"), soon(seconds))
@@ -98,7 +98,7 @@ async def test_a_cancelled_request_closes_its_connection(client, pool):
     assert pool.check_out() is None
 
 
-async def test_a_killed_connection_fails_its_request_and_is_never_reused(client, pool):
+async def test_if_a_connection_is_killed_its_request_fails_and_the_connection_is_not_reused(client, pool):
     busy, idle = await pool.connect(client), await pool.connect(client)
     await idle.execute(("ECHO", "a"), soon())
     idle.release()
@@ -113,7 +113,7 @@ async def test_a_killed_connection_fails_its_request_and_is_never_reused(client,
     assert pool.check_out() is None
 
 
-async def test_a_refused_login_is_an_error(server, pool):
+async def test_a_refused_login_raises_an_error(server, pool):
     url = f"{server.url}?password=wrong&username=nobody"
     wrong = redis.asyncio.Redis.from_pool(pool_of(url, protocol=2))
     with pytest.raises(redis.RedisError, match="invalid username-password"):
@@ -126,7 +126,9 @@ async def test_a_refused_login_is_an_error(server, pool):
     await limiter.close()
 
 
-async def test_requests_go_through_the_client_without_hiredis_or_under_instrumentation(client, pool, monkeypatch):
+async def test_requests_use_the_redis_py_client_if_hiredis_is_missing_or_redis_py_is_instrumented(
+    client, pool, monkeypatch
+):
     monkeypatch.setattr(resp, "Reader", None)
     assert await pool.connect(client) is None
     monkeypatch.undo()
@@ -140,7 +142,7 @@ async def test_requests_go_through_the_client_without_hiredis_or_under_instrumen
 
 
 @pytest.mark.parametrize("way", ["hiredis", "client"])
-async def test_a_limiter_works_the_same_over_connections_and_over_the_client(server, monkeypatch, way):
+async def test_a_limiter_works_with_its_own_connections_and_with_the_redis_py_client(server, monkeypatch, way):
     if way == "client":
         monkeypatch.setattr(resp, "Reader", None)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
@@ -154,7 +156,7 @@ async def test_a_limiter_works_the_same_over_connections_and_over_the_client(ser
         await limiter.reserve("agent", "0.01")
 
 
-def test_hiredis_is_imported_at_the_first_connection():
+def test_importing_the_limiter_does_not_import_hiredis_or_redis_py():
     code = (
         "import sys; from ktrdr_budget import AsyncBudgetLimiter; sys.exit(bool({'hiredis', 'redis'} & {*sys.modules}))"
     )

@@ -23,7 +23,7 @@ class AsyncProvider(Provider):
         return "worker", "async"
 
 
-def test_a_callable_is_called_again_for_each_connection():
+def test_a_callable_source_of_credentials_is_called_for_each_connection():
     passwords = iter(["first", "second"])
     credentials = Credentials(lambda: next(passwords))
     assert [credentials.get_credentials() for _ in range(2)] == [("first",), ("second",)]
@@ -37,7 +37,7 @@ async def test_an_async_client_gets_credentials_from_any_kind_of_source(source, 
     assert await Credentials(source).get_credentials_async() == ("worker", fetched)
 
 
-def test_the_error_of_a_source_is_replaced_by_one_without_its_message():
+def test_if_a_source_of_credentials_raises_an_error_the_message_of_the_error_is_not_shown():
     def source() -> str:
         raise RuntimeError("token secret-1 has expired")
 
@@ -57,6 +57,6 @@ def test_a_store_without_a_provider_has_no_credentials():
     assert credentials_for(None, parse_url("redis://worker:password@store")) is None
 
 
-def test_credentials_that_were_checked_before_are_used_as_they_are():
+def test_a_credentials_object_is_not_wrapped_again():
     credentials = Credentials(Provider())
     assert credentials_for(credentials, parse_url("redis://store")) is credentials

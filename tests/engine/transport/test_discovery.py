@@ -48,12 +48,12 @@ async def find_by_sentinels(*replies: Any) -> Any:
     return await with_replies(SentinelDiscovery(SENTINELS), *replies).find(None)
 
 
-async def test_the_master_named_in_the_view_with_the_newest_epoch_is_used():
+async def test_if_sentinels_disagree_the_master_with_the_newest_epoch_is_used():
     assert await find_by_sentinels(view(OLD, 1), view(NEW, 2), view(OLD, 1)) == NEW
     assert await find_by_sentinels(view(NEW, 2), view(OLD, 1, "s_down,o_down,master")) == NEW
 
 
-async def test_a_promoted_replica_is_the_master_before_the_other_replicas_follow_it():
+async def test_a_promoted_replica_is_used_as_the_master_while_the_failover_is_still_in_progress():
     promoting = view(OLD, 2, "s_down,o_down,master,failover_in_progress", named=NEW)
     assert await find_by_sentinels(view(OLD, 1, "s_down,o_down,master"), promoting) == NEW
 
@@ -67,7 +67,7 @@ async def test_a_master_that_sentinels_report_as_objectively_down_is_not_used():
     )
 
 
-async def test_refusals_and_missing_replies_are_different_errors():
+async def test_a_refusal_by_a_sentinel_and_a_missing_reply_raise_different_errors():
     with pytest.raises(DiscoveryRefused, match="No such master"):
         await find_by_sentinels(TimeoutError(), redis.ResponseError("No such master with that name"))
     with pytest.raises(PrimaryNotFound, match="no sentinel replies") as missing:
@@ -82,7 +82,7 @@ def slots(owner: tuple[str, int], first: int = 0, last: int = 16383) -> list[Any
     return [[[first, last, [host.encode(), port, b"id"], [b"10.0.0.9", 6379, b"id"]]]]
 
 
-async def test_the_first_cluster_node_that_names_another_primary_than_the_suspect_is_believed():
+async def test_if_any_cluster_node_names_a_new_primary_the_new_primary_is_used():
     discovery = ClusterDiscovery(NODES, slot=7)
     with_replies(discovery, by_source={("a", 1): slots(OLD), ("b", 2): slots(NEW)})
     assert await discovery.find(OLD) == NEW
@@ -91,13 +91,13 @@ async def test_the_first_cluster_node_that_names_another_primary_than_the_suspec
     assert await discovery.find(OLD) == OLD, "only a connection had failed"
 
 
-async def test_the_suspect_itself_is_queried_if_no_other_node_replies():
+async def test_if_no_other_cluster_node_replies_the_suspected_primary_is_queried():
     discovery = ClusterDiscovery(parse_url("redis+cluster://a:1"), slot=7)
     with_replies(discovery, by_source={("a", 1): slots(("", 1))})
     assert await discovery.find(("a", 1)) == ("a", 1), "a node without a host name has the host of the source"
 
 
-async def test_a_slot_without_a_primary_is_an_error():
+async def test_a_slot_without_a_primary_raises_an_error():
     with pytest.raises(PrimaryNotFound, match="no node of the cluster serves slot 7"):
         await with_replies(ClusterDiscovery(NODES, slot=7), slots(OLD, 8), slots(("?", 1))).find(None)
 

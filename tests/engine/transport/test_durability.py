@@ -44,13 +44,13 @@ async def send(client: Client, durability: Any = "replica", *, asking: bool = Fa
     ("durability", "confirmations", "wait"),
     [("replica", 1, ("WAIT", 1, 850)), ("disk", [1, 0], ("WAITAOF", 1, 0, 850))],
 )
-async def test_a_batch_is_sent_with_a_write_and_the_wait_for_its_confirmation(durability, confirmations, wait):
+async def test_a_durable_batch_is_followed_by_a_write_and_a_wait_command(durability, confirmations, wait):
     client = Client("reply", 0, confirmations)
     assert await send(client, durability) == "reply"
     assert client.sent == [BATCH, ("HSET", "meta", "confirmed", "1"), wait], "the wait leaves 0.15 s for the reply"
 
 
-async def test_each_write_to_an_importing_node_follows_asking():
+async def test_an_asking_command_precedes_each_write_to_a_node_that_imports_the_slot():
     client = Client("OK", "reply", "OK", 0, 1)
     assert await send(client, asking=True) == "reply"
     assert [words[0] for words in client.sent] == ["ASKING", "EVALSHA", "ASKING", "HSET", "WAIT"]
@@ -60,18 +60,18 @@ async def test_each_write_to_an_importing_node_follows_asking():
     ("durability", "confirmations", "message"),
     [("replica", 0, "no replica has confirmed it"), ("disk", [0, 1], "it is not on disk yet")],
 )
-async def test_a_batch_without_confirmation_is_ambiguous(durability, confirmations, message):
+async def test_if_the_writes_of_a_batch_are_not_confirmed_the_outcome_is_ambiguous(durability, confirmations, message):
     with pytest.raises(Transient, match=message) as raised:
         await send(Client("reply", 0, confirmations), durability)
     assert (raised.value.sent, raised.value.answered) == (True, True)
 
 
-async def test_an_error_reply_to_the_batch_is_raised_before_a_missing_confirmation():
+async def test_if_a_batch_fails_and_is_not_confirmed_the_error_reply_is_raised():
     with pytest.raises(ResponseError, match="NOSCRIPT"):
         await send(Client(ResponseError("NOSCRIPT"), 0, 0))
 
 
-async def test_a_node_is_checked_once_for_the_command_before_the_first_batch():
+async def test_before_the_first_batch_a_node_is_checked_once_for_support_of_the_wait_command():
     client = Client("reply", 0, [1, 0])
     node: Any = SimpleNamespace(client=client, durability_checked=False)
     for _ in range(2):
@@ -93,7 +93,7 @@ async def test_nothing_is_sent_to_a_store_that_cannot_confirm_writes(reply, mess
     assert not client.sent
 
 
-def test_the_error_of_an_unknown_durability_lists_the_known_ones():
+def test_the_error_for_an_unknown_durability_lists_the_valid_values():
     for known in ("memory", "replica", "disk"):
         check_durability(known)
     with pytest.raises(InvalidArgument, match="durability must be 'memory', 'replica' or 'disk', not 'everywhere'"):

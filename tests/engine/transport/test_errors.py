@@ -24,7 +24,7 @@ from ktrdr_budget.errors import StoreError
         (redis.ResponseError("the login was WRONGPASS in an earlier message"), ""),
     ],
 )
-def test_an_error_reply_of_the_store_is_a_store_error_with_its_cause(error, fault):
+def test_an_error_reply_becomes_a_store_error_with_the_matching_fault(error, fault):
     translated = translate(error, "redis://store")
     assert isinstance(translated, StoreError)
     assert translated.fault == fault
@@ -53,13 +53,13 @@ def test_a_temporary_failure_of_the_store_is_classified_as_transient(error, sent
     assert str(final).endswith("; gave up after 0.5 s")
 
 
-def test_a_missing_script_and_unrelated_errors_have_their_own_classes():
+def test_a_missing_script_becomes_no_script_and_an_unrelated_error_stays_unchanged():
     assert isinstance(translate(ReplyError("NOSCRIPT No matching script."), ""), NoScript)
     assert isinstance(translate(redis.NoScriptError("No matching script."), ""), NoScript)
     unrelated = KeyError("x")
     assert translate(unrelated, "") is unrelated
 
 
-def test_the_login_in_a_url_and_the_location_in_a_script_are_not_shown():
+def test_an_error_message_shows_neither_the_login_of_a_url_nor_a_location_in_a_script():
     error = ReplyError("broken redis://me:secret@store:6379 script: f00, on @user_script:12.\nsecond line")
     assert without_secrets(error) == "broken redis://***@store:6379"

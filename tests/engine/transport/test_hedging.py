@@ -30,7 +30,7 @@ async def fails() -> str:
     raise ConnectionError("refused")
 
 
-async def test_no_second_attempt_starts_if_the_first_gets_a_quick_reply():
+async def test_if_the_first_attempt_gets_a_quick_reply_no_second_attempt_starts():
     started = []
 
     async def record() -> str:
@@ -41,11 +41,11 @@ async def test_no_second_attempt_starts_if_the_first_gets_a_quick_reply():
     assert not started
 
 
-async def test_the_reply_to_the_second_attempt_is_used_if_the_first_gets_none():
+async def test_if_the_first_attempt_gets_no_reply_the_reply_to_the_second_attempt_is_used():
     assert await hedged(never, now_s(), second, ()) == "second"
 
 
-async def test_the_first_attempt_continues_after_an_ignored_failure_of_the_second():
+async def test_if_the_second_attempt_fails_with_an_ignored_error_the_first_attempt_continues():
     failed = asyncio.Event()
 
     async def waits() -> str:
@@ -61,12 +61,12 @@ async def test_the_first_attempt_continues_after_an_ignored_failure_of_the_secon
     assert await hedged(waits, now_s(), fails_and_reports, (ConnectionError,)) == "first"
 
 
-async def test_any_other_failure_of_the_second_attempt_is_raised():
+async def test_if_the_second_attempt_fails_with_an_error_that_is_not_ignored_the_error_is_raised():
     with pytest.raises(ConnectionError, match="refused"):
         await hedged(never, now_s(), fails, (ValueError,))
 
 
-async def test_the_second_attempt_is_cancelled_with_the_call():
+async def test_if_the_call_is_cancelled_the_second_attempt_is_cancelled_too():
     started, cancelled = asyncio.Event(), asyncio.Event()
 
     async def waits() -> str:

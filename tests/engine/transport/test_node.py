@@ -51,25 +51,25 @@ async def node():
     await made.close()
 
 
-def test_a_connection_neither_retries_nor_times_out_on_its_own():
+def test_a_redis_py_connection_has_no_retries_and_no_timeout_of_its_own():
     connection = redis_connection("redis://store")
     assert connection.retry.get_retries() == 0
     assert connection.socket_timeout is None
 
 
-def test_a_connection_fetches_its_login_from_the_credentials():
+def test_a_connection_gets_its_login_from_the_given_credentials():
     credentials = Credentials(lambda: "password")
     assert redis_connection("redis://store", credentials).credential_provider is credentials
 
 
 @pytest.mark.parametrize("url", ["redis://:secret@store:port", "http://:secret@store", "redis://:secret@store?db=x"])
-def test_the_error_of_an_invalid_url_does_not_show_its_password(url):
+def test_the_error_for_an_invalid_url_does_not_show_the_password(url):
     with pytest.raises(InvalidArgument, match="^invalid store URL: ") as raised:
         Node(url)
     assert "secret" not in str(raised.value)
 
 
-async def test_a_redirected_command_follows_asking_on_the_same_connection(node):
+async def test_after_an_ask_redirect_asking_and_the_command_are_sent_on_the_same_connection(node):
     assert await node.execute(("GET", "k"), asking=True, deadline=0, on_resend=None) == "reply"
     assert node.client.sent == [("single", ("ASKING",)), ("single", ("GET", "k"))]
 

@@ -55,13 +55,13 @@ def serve(monkeypatch):
 
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("reply", [b"HTTP/1.1 400 Bad Request", b"<html>"])
-def test_an_http_server_is_reported_as_such(serve, tls, reply):
+def test_the_protocol_check_reports_an_http_server(serve, tls, reply):
     serve(reply)
     assert str(check_protocol(ADDRESS, tls)) == "the server at store:6379 is not a Redis server: it speaks HTTP"
 
 
 @pytest.mark.parametrize("reply", [b"+PONG", b"-ERR wrong number of arguments", b"-NOAUTH Authentication required."])
-def test_a_store_without_tls_is_a_fault_for_a_tls_url_only(serve, reply):
+def test_a_server_without_tls_is_reported_only_if_the_url_requires_tls(serve, reply):
     serve(reply)
     assert check_protocol(ADDRESS, tls=False) is None
     assert str(check_protocol(ADDRESS, tls=True)).endswith(
@@ -70,7 +70,7 @@ def test_a_store_without_tls_is_a_fault_for_a_tls_url_only(serve, reply):
 
 
 @pytest.mark.parametrize("reply", [b"\x15\x03\x03\x00\x02", b"", ConnectionResetError()])
-def test_a_server_with_tls_is_a_fault_for_a_url_without_tls_only(serve, reply):
+def test_a_server_with_tls_is_reported_only_if_the_url_does_not_use_tls(serve, reply):
     serve(reply, speaks_tls=True)
     assert check_protocol(ADDRESS, tls=True) is None
     assert str(check_protocol(ADDRESS, tls=False)).endswith("speaks TLS; its URL must start with rediss, not redis")
@@ -78,12 +78,12 @@ def test_a_server_with_tls_is_a_fault_for_a_url_without_tls_only(serve, reply):
 
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("reply", [b"", ConnectionResetError(), TimeoutError()])
-def test_a_server_without_a_reply_and_without_tls_is_not_identified(serve, tls, reply):
+def test_if_a_server_without_tls_sends_no_reply_the_protocol_check_reports_nothing(serve, tls, reply):
     serve(reply)
     assert check_protocol(ADDRESS, tls) is None
 
 
-def test_an_unreachable_server_is_not_identified(monkeypatch):
+def test_if_a_server_is_unreachable_the_protocol_check_reports_nothing(monkeypatch):
     def refuse(address: object, timeout: float) -> None:
         raise ConnectionRefusedError
 

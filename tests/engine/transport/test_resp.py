@@ -30,11 +30,11 @@ def module_without_hiredis(monkeypatch: pytest.MonkeyPatch) -> Any:
     ],
 )
 @pytest.mark.parametrize("hiredis", [True, False])
-def test_a_word_is_packed_with_its_length_in_bytes(monkeypatch, hiredis, words, packed):
+def test_each_word_of_a_command_is_packed_with_its_length_in_bytes(monkeypatch, hiredis, words, packed):
     module = resp if hiredis else module_without_hiredis(monkeypatch)
     assert module.pack(words) == packed
 
 
-def test_there_is_no_reader_without_hiredis(monkeypatch):
+def test_without_hiredis_the_module_has_no_reader(monkeypatch):
     assert resp.Reader is not None
     assert module_without_hiredis(monkeypatch).Reader is None

@@ -29,7 +29,7 @@ SHOWN = {
 
 
 @pytest.mark.parametrize(("url", "shown"), SHOWN.items())
-def test_a_url_is_shown_without_passwords_and_options(url, shown):
+def test_a_url_is_shown_without_passwords_or_options(url, shown):
     if shown is None:
         with pytest.raises(InvalidArgument):
             parse_url(url)
@@ -96,7 +96,7 @@ def test_an_invalid_url_is_refused_without_showing_its_secrets(url, words):
 
 
 @pytest.mark.parametrize("url", [None, 1, b"redis://store", ""])
-def test_a_url_that_is_empty_or_not_a_text_is_refused(url):
+def test_an_empty_url_and_a_url_that_is_not_a_string_are_refused(url):
     with pytest.raises(InvalidArgument):
         parse_url(url)
 
@@ -108,7 +108,7 @@ def test_hosts_without_a_port_have_the_default_port_of_the_scheme():
     assert parse_url("unix:///run/s").hosts == ()
 
 
-def test_servers_and_sentinels_each_get_their_login_and_options():
+def test_servers_get_the_login_of_the_url_and_sentinels_get_the_sentinel_login():
     url = parse_url(
         "rediss+sentinel://me:p%40ss@a:1,b:2/budgets/3"
         "?ssl_ca_certs=/etc/ca.pem&client_name=me&sentinel_username=us%2Fer&sentinel_password=p%26w%3D"

@@ -84,7 +84,7 @@ def all_text(recorded: Recorded) -> str:
     return "".join(found.to_json() for found in recorded.spans)
 
 
-async def test_the_span_of_an_assessment_has_its_verdict_but_not_its_text(recorded, made):
+async def test_the_span_of_the_assessment_phase_shows_the_verdict_but_not_the_summary(recorded, made):
     stage, _ = made
 
     async def assess(*_) -> Assessment:
@@ -99,7 +99,7 @@ async def test_the_span_of_an_assessment_has_its_verdict_but_not_its_text(record
     assert {status_of(recorded, f"agent.phase.{name}") for name in phases} == {("UNSET", "completed")}
 
 
-async def test_spans_record_a_model_error_by_type_and_stack_trace_but_without_its_message(recorded, made):
+async def test_if_a_model_call_fails_the_spans_show_the_error_type_and_stack_trace_but_no_message(recorded, made):
     stage, model = made
     model.fails = True
     cycle = await run(stage)
@@ -114,7 +114,7 @@ async def test_spans_record_a_model_error_by_type_and_stack_trace_but_without_it
     assert recorded["agent.phase.design"].attributes["tokens"] == 107, "tokens of the failed call included"
 
 
-async def test_spans_leave_out_the_message_of_a_phase_error_because_it_may_quote_a_reply(recorded, made):
+async def test_after_a_model_reply_the_spans_show_an_error_message_only_if_the_error_is_of_this_package(recorded, made):
     stage, _ = made
 
     async def designed(text: str) -> Design:
@@ -138,7 +138,7 @@ async def test_spans_leave_out_the_message_of_a_phase_error_because_it_may_quote
     assert not any(secret in all_text(recorded) for secret in SECRETS)
 
 
-async def test_no_span_has_the_text_of_an_sdk_error(recorded, made):
+async def test_no_span_shows_the_text_of_an_error_caused_by_a_provider_sdk(recorded, made):
     stage, _ = made
     error = type("APIStatusError", (Exception,), {"__module__": "anthropic"})
 
@@ -154,7 +154,7 @@ async def test_no_span_has_the_text_of_an_sdk_error(recorded, made):
     assert not any(secret in all_text(recorded) for secret in SECRETS)
 
 
-async def test_the_error_of_a_phase_without_model_calls_is_recorded_in_full(recorded, stage):
+async def test_if_a_phase_fails_without_a_model_call_the_spans_show_the_full_error_message(recorded, stage):
     stage.script.fail_in = "training"
     await run(stage)
     for name in ("agent.research_cycle", "agent.phase.training"):
@@ -164,7 +164,7 @@ async def test_the_error_of_a_phase_without_model_calls_is_recorded_in_full(reco
     assert "training went wrong" in event.attributes["exception.stacktrace"]
 
 
-async def test_a_cancellation_is_the_outcome_and_not_an_error_of_the_call_phase_and_cycle_spans(recorded, made):
+async def test_the_spans_of_a_cancelled_cycle_have_the_outcome_cancelled_and_no_error(recorded, made):
     stage, model = made
     model.waits = True
     started = await stage.agent.trigger()
@@ -179,7 +179,7 @@ async def test_a_cancellation_is_the_outcome_and_not_an_error_of_the_call_phase_
     assert recorded["agent.phase.design"].attributes["tokens"] == 107
 
 
-async def test_a_denial_is_the_outcome_and_not_an_error_of_the_call_phase_and_cycle_spans(recorded, made):
+async def test_if_the_budget_denies_a_model_call_the_spans_show_the_reason_but_no_error(recorded, made):
     stage, model = made
     model.output_tokens_max = 10_000
     cycle = await run(stage)

@@ -23,7 +23,7 @@ def store(limiter) -> CycleStore:
     return CycleStore(limiter)
 
 
-async def test_a_cycle_does_not_begin_again_under_a_used_id(store):
+async def test_a_second_cycle_with_a_used_id_is_not_started(store):
     assert await store.start("op_1", "a", TTL_MS, Progress(estimate="0.15"))
     assert await store.start("op_1", "a", TTL_MS, Progress()), "the same again, after a lost reply"
     assert not await store.start("op_1", "b", TTL_MS, Progress())
@@ -31,7 +31,7 @@ async def test_a_cycle_does_not_begin_again_under_a_used_id(store):
     assert not await store.start("op_1", "a", TTL_MS, Progress()), "an id is used once"
 
 
-async def test_every_replica_reads_the_progress_of_a_cycle(server, store):
+async def test_the_progress_of_a_cycle_can_be_read_on_every_replica(server, store):
     await store.start("op_1", "a", TTL_MS, Progress())
     assert await store.beat("op_1", "a", Progress(phase="training", spend="0.02")) == "running"
     async with AsyncBudgetLimiter(server.url, []) as another:
@@ -41,14 +41,14 @@ async def test_every_replica_reads_the_progress_of_a_cycle(server, store):
     assert 0 <= cycle.elapsed_s < 5
 
 
-async def test_a_progress_report_of_another_owner_changes_nothing(store):
+async def test_a_progress_report_of_a_different_owner_does_not_change_the_cycle(store):
     await store.start("op_1", "a", TTL_MS, Progress())
     assert await store.beat("op_1", "b", Progress(phase="training")) == ""
     assert await store.beat("op_2", "a", Progress()) == ""
     assert (await store.get("op_1")).progress["phase"] == "designing"
 
 
-async def test_the_result_of_a_cycle_is_final(store):
+async def test_the_result_of_an_ended_cycle_cannot_be_changed(store):
     await store.start("op_1", "a", TTL_MS, Progress())
     await store.end("op_1", "a", "failed", "gate_failed", Progress(spend="0.03"))
     await store.end("op_1", "a", "completed", None, Progress(spend="0.04"))
@@ -59,7 +59,7 @@ async def test_the_result_of_a_cycle_is_final(store):
     assert await store.beat("op_1", "a", Progress()) == ""
 
 
-async def test_the_next_progress_report_returns_a_requested_cancellation(store):
+async def test_after_a_cancellation_request_the_next_progress_report_returns_cancelling(store):
     assert await store.cancel("op_1") == ""
     await store.start("op_1", "a", TTL_MS, Progress())
     assert await store.cancel("op_1") == "cancelling"
@@ -69,14 +69,14 @@ async def test_the_next_progress_report_returns_a_requested_cancellation(store):
     assert await store.cancel("op_1") == "cancelled"
 
 
-async def test_a_cycle_without_reports_is_lost_by_the_clock_of_the_store(store):
+async def test_a_cycle_without_progress_reports_is_marked_as_lost_after_the_ttl(store):
     await store.start("op_1", "a", 1, Progress())
     cycle = await until(lambda: _ended(store, "op_1"))
     assert (cycle.status, cycle.reason) == ("failed", "worker_lost")
     assert await store.beat("op_1", "a", Progress()) == "", "the worker's next report returns no status"
 
 
-async def test_the_late_result_of_a_worker_replaces_the_outcome_worker_lost(store):
+async def test_if_a_worker_reports_late_the_real_result_replaces_the_outcome_worker_lost(store):
     await store.start("op_1", "a", 1, Progress())
     await until(lambda: _ended(store, "op_1"))
     assert not await store.end("op_1", "b", "cancelled", "cancelled", Progress()), "not its worker"
@@ -87,7 +87,7 @@ async def test_the_late_result_of_a_worker_replaces_the_outcome_worker_lost(stor
     assert (await store.get("op_1")).status == "completed"
 
 
-async def test_on_lost_is_called_once_on_the_replica_that_marks_a_cycle_as_lost(server, store):
+async def test_for_each_lost_cycle_on_lost_is_called_exactly_once(server, store):
     async with AsyncBudgetLimiter(server.url, []) as another:
         others, found = CycleStore(another), []
         store.on_lost = lambda *lost: found.append(("here", *lost))
@@ -102,7 +102,7 @@ async def test_on_lost_is_called_once_on_the_replica_that_marks_a_cycle_as_lost(
     assert all(0 <= elapsed_s < 60 for *_, elapsed_s in found)
 
 
-async def test_a_cycle_is_lost_at_the_deadline_of_its_hold_and_not_before(limiter, store):
+async def test_a_cycle_is_marked_as_lost_only_after_the_deadline_of_its_hold(limiter, store):
     await (await limiter.reserve("agent", "0.20", id="op_0", ttl=60)).extend()
     hold = await limiter.reserve("agent", "0.15", id="op_1", ttl=1)
     for number in range(2):
@@ -115,7 +115,7 @@ async def test_a_cycle_is_lost_at_the_deadline_of_its_hold_and_not_before(limite
     assert (figures.held, figures.unconfirmed) == (Decimal("0.20"), Decimal("0.15"))
 
 
-async def test_a_progress_report_copies_the_deadline_of_the_hold(limiter, store):
+async def test_after_the_hold_is_committed_a_progress_report_still_finds_the_cycle_running(limiter, store):
     hold = await limiter.reserve("agent", "0.15", id="op_1", ttl=60)
     await store.start("op_1", "a", 1, Progress())
     assert await store.beat("op_1", "a", Progress()) == "running"
@@ -125,7 +125,7 @@ async def test_a_progress_report_copies_the_deadline_of_the_hold(limiter, store)
     )
 
 
-async def test_the_status_lists_the_most_recently_ended_cycle_as_the_last_one(store):
+async def test_the_last_cycle_is_the_most_recently_ended_cycle(store):
     for number in (1, 2):
         await store.start(f"op_{number}", "a", TTL_MS, Progress())
     assert (await store.list()).last is None
@@ -134,7 +134,7 @@ async def test_the_status_lists_the_most_recently_ended_cycle_as_the_last_one(st
         assert (await store.list()).last.operation_id == f"op_{number}"
 
 
-def test_values_that_json_lacks_are_written_as_text():
+def test_values_without_a_json_type_are_written_as_text():
     document = json.loads(Progress(results={"accuracy": Decimal("0.5")}, error="\ud800").document())
     assert (document["results"], document["error"]) == ({"accuracy": "0.5"}, "\ud800")
 
@@ -144,7 +144,7 @@ async def _ended(store: CycleStore, operation_id: str):
     return None if cycle.active else cycle
 
 
-async def test_active_cycles_are_listed_oldest_first_and_ended_cycles_newest_first_by_page(store):
+async def test_active_cycles_are_listed_oldest_first_and_ended_cycles_are_listed_in_pages(store):
     for number in range(5):
         await store.start(f"op_{number}", "a", TTL_MS, Progress())
         if number < 4:
@@ -167,7 +167,7 @@ def _is_past(client, instant) -> bool:
     return client.time() > instant
 
 
-async def test_the_number_and_age_of_ended_cycles_are_limited(store, client, monkeypatch):
+async def test_only_the_newest_ended_cycles_are_kept_and_only_for_a_limited_time(store, client, monkeypatch):
     monkeypatch.setattr(module, "KEPT_MAX", 3)
     for number in range(5):
         await store.start(f"op_{number}", "a", TTL_MS, Progress())

@@ -35,7 +35,7 @@ numbers = st.floats(allow_nan=True, allow_infinity=True)
 finite = st.floats(-1e6, 1e6)
 
 
-def test_the_default_thresholds_are_the_documented_ones():
+def test_the_default_thresholds_equal_the_documented_values():
     assert Thresholds() == Thresholds(
         min_accuracy=0.10,
         max_loss=0.8,
@@ -48,26 +48,26 @@ def test_the_default_thresholds_are_the_documented_ones():
 
 
 @pytest.mark.parametrize(("field", "variable"), VARIABLES.items())
-def test_an_environment_variable_sets_each_threshold(field: str, variable: str):
+def test_each_threshold_can_be_set_by_an_environment_variable(field: str, variable: str):
     assert Thresholds.from_environment({variable: " 0.25 "}) == replace(Thresholds(), **{field: 0.25})
     assert Thresholds.from_environment({variable: "  "}) == Thresholds()
 
 
 @pytest.mark.parametrize("text", ["high", "0,5", "nan", "inf", "-inf", "1e999", "50%"])
 @pytest.mark.parametrize("variable", VARIABLES.values())
-def test_a_variable_that_is_not_a_number_is_named_in_the_error(variable: str, text: str):
+def test_if_a_threshold_variable_is_not_a_number_the_error_names_the_variable(variable: str, text: str):
     with pytest.raises(InvalidArgument, match=f"^{variable}: must be a finite number, not '{text}'$") as raised:
         Thresholds.from_environment({variable: text})
     assert not isinstance(raised.value, InvalidAmount)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, True, "0.5", None])
-def test_a_threshold_that_is_not_a_number_is_rejected(value: object):
+def test_a_threshold_other_than_a_finite_number_is_rejected(value: object):
     with pytest.raises(InvalidArgument, match="^max_loss must be a finite number"):
         Thresholds(max_loss=value)  # type: ignore[arg-type]
 
 
-def test_a_passing_gate_shows_every_figure():
+def test_the_reason_of_a_passed_gate_shows_every_figure():
     passed = training_gate(GOOD, Thresholds())
     assert (passed.gate, passed.passed) == ("training", True)
     assert passed.reason == "accuracy 0.53 >= 0.1, final loss 0.65 <= 0.8, loss decrease 0.07143 >= -0.5"
@@ -76,7 +76,7 @@ def test_a_passing_gate_shows_every_figure():
     assert passed.reason == "win rate 0.4 >= 0.1, maximum drawdown 0.2 <= 0.4, Sharpe ratio 0.9 >= -0.5"
 
 
-def test_a_failing_gate_shows_only_the_failed_figures():
+def test_the_reason_of_a_failed_gate_shows_only_the_failed_figures():
     failed = training_gate(replace(GOOD, accuracy=0.05), Thresholds())
     assert (failed.gate, failed.passed, failed.reason) == ("training", False, "accuracy 0.05 < 0.1")
     failed = backtest_gate(replace(FINE, max_drawdown=0.55, sharpe_ratio=-0.81), Thresholds())
@@ -90,19 +90,19 @@ def test_the_training_gate_fails_if_the_loss_rose_too_much():
     assert training_gate(Training(accuracy=0.5, initial_loss=0.4, final_loss=0.6), Thresholds()).passed
 
 
-def test_a_gate_passes_a_figure_equal_to_its_threshold():
+def test_a_gate_passes_if_a_figure_equals_the_threshold():
     edge = Thresholds(min_accuracy=0.53, max_loss=0.65, min_loss_decrease=GOOD.loss_decrease)
     assert training_gate(GOOD, edge).passed
     assert backtest_gate(FINE, Thresholds(min_win_rate=0.4, max_drawdown=0.2, min_sharpe=0.9)).passed
 
 
-def test_a_figure_close_to_its_threshold_is_shown_with_enough_digits_to_differ():
+def test_a_figure_close_to_its_threshold_is_not_rounded_to_the_threshold():
     failed = training_gate(replace(GOOD, accuracy=0.0999999), Thresholds())
     assert failed.reason == "accuracy 0.0999999 < 0.1"
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_gate_fails_for_a_figure_that_is_not_finite(bad: float):
+def test_a_gate_fails_if_a_figure_is_not_finite(bad: float):
     for field, word, _, _ in TRAINING_CHECKS:
         failed = training_gate(replace(GOOD, **{field: bad}), Thresholds())
         assert not failed.passed
@@ -114,7 +114,9 @@ def test_a_gate_fails_for_a_figure_that_is_not_finite(bad: float):
 
 
 @given(accuracy=numbers, loss=numbers, min_accuracy=finite, max_loss=finite)
-def test_the_training_gate_passes_exactly_within_its_thresholds(accuracy, loss, min_accuracy, max_loss):
+def test_the_training_gate_passes_if_and_only_if_all_figures_meet_the_thresholds(
+    accuracy, loss, min_accuracy, max_loss
+):
     thresholds = Thresholds(min_accuracy=min_accuracy, max_loss=max_loss, min_loss_decrease=-1e300)
     training = Training(accuracy=accuracy, initial_loss=1.0, final_loss=loss)
     result = training_gate(training, thresholds)
@@ -127,7 +129,7 @@ def test_the_training_gate_passes_exactly_within_its_thresholds(accuracy, loss, 
 
 
 @given(figures=st.tuples(numbers, numbers, numbers), limits=st.tuples(finite, finite, finite))
-def test_the_backtest_gate_passes_exactly_within_its_thresholds(figures, limits):
+def test_the_backtest_gate_passes_if_and_only_if_all_figures_meet_the_thresholds(figures, limits):
     fields = {field: figure for (field, *_), figure in zip(BACKTEST_CHECKS, figures, strict=True)}
     thresholds = Thresholds(**{name: limit for (_, _, name, _), limit in zip(BACKTEST_CHECKS, limits, strict=True)})
     result = backtest_gate(Backtest(**fields, trades=1), thresholds)
@@ -142,6 +144,8 @@ def test_the_backtest_gate_passes_exactly_within_its_thresholds(figures, limits)
 
 
 @given(training=st.builds(Training, accuracy=finite, initial_loss=finite, final_loss=finite), stricter=st.floats(0, 10))
-def test_a_stricter_threshold_passes_no_training_that_the_default_fails(training: Training, stricter: float):
+def test_a_training_accepted_by_stricter_thresholds_is_accepted_by_the_default_thresholds(
+    training: Training, stricter: float
+):
     strict = Thresholds(min_accuracy=0.1 + stricter, max_loss=0.8 - stricter, min_loss_decrease=-0.5 + stricter)
     assert not training_gate(training, strict).passed or training_gate(training, Thresholds()).passed

@@ -16,7 +16,7 @@ def records(caplog: pytest.LogCaptureFixture, event: str) -> list[logging.LogRec
     return [record for record in caplog.records if record.message.startswith(f"{event}: ")]
 
 
-async def test_a_cycle_logs_its_start_and_end_without_the_brief(stage, caplog):
+async def test_the_log_of_a_cycle_shows_the_start_and_the_end_but_not_the_brief(stage, caplog):
     operation_id = (await stage.agent.trigger("op_1", brief="my secret brief")).operation_id
     await stage.ended(operation_id)
     [started], [ended] = records(caplog, "Cycle started"), records(caplog, "Cycle ended")
@@ -52,7 +52,7 @@ async def test_every_trigger_denied_by_the_budget_is_logged(make_stage, caplog):
     assert (found[0].remaining, found[0].requested) == (0.01, 0.15)
 
 
-async def test_a_trigger_denied_for_lack_of_a_slot_is_not_logged_as_an_exhausted_budget(stage, caplog):
+async def test_a_trigger_denied_because_all_slots_are_full_is_not_logged_as_budget_exhausted(stage, caplog):
     stage.script.wait_in = "training"
     await stage.agent.trigger()
     with pytest.raises(CycleActive):
@@ -60,7 +60,7 @@ async def test_a_trigger_denied_for_lack_of_a_slot_is_not_logged_as_an_exhausted
     assert not records(caplog, "Budget exhausted")
 
 
-async def test_a_lost_worker_is_logged_by_the_replica_that_marks_its_cycle(make_stage, caplog):
+async def test_the_replica_that_marks_a_cycle_as_lost_logs_the_end_of_the_cycle(make_stage, caplog):
     stage = await make_stage()
     stage.cycle_store.on_lost("op_elsewhere", 12.5)
     [ended] = records(caplog, "Cycle ended")

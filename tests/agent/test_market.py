@@ -22,19 +22,19 @@ def test_the_documented_command_reproduces_the_bundled_prices():
     assert bundled_prices() == generate_prices()
 
 
-def test_the_bundled_prices_match_their_readme():
+def test_the_bundled_prices_match_the_readme_file():
     prices = bundled_prices()
     assert (len(prices), prices.days[0], prices.days[-1]) == (2520, date(2015, 1, 1), date(2024, 8, 28))
     assert all(day.weekday() < 5 for day in prices.days)
     assert "2,520 daily closes, 2015-01-01 to 2024-08-28" in FILE.with_name("README.md").read_text(encoding="utf-8")
 
 
-def test_the_seed_determines_the_prices():
+def test_the_same_seed_generates_the_same_prices():
     assert generate_prices(1, 50) == generate_prices(1, 50) != generate_prices(2, 50)
     assert generate_prices(1, 80).closes[:50] == generate_prices(1, 50).closes
 
 
-def test_a_series_survives_a_round_trip_through_csv():
+def test_a_price_series_written_to_csv_is_read_back_unchanged():
     prices = generate_prices(3, 30)
     assert parse_csv(to_csv(prices)) == prices
 
@@ -54,11 +54,11 @@ def test_a_series_survives_a_round_trip_through_csv():
         ("date,close\n2020-01-02,1\n2020-01-02,1\n", "the days of a price series must ascend"),
     ],
 )
-def test_a_malformed_file_is_rejected(text: str, words: str):
+def test_a_malformed_csv_file_is_rejected(text: str, words: str):
     with pytest.raises(InvalidArgument, match=f"^{words}$"):
         parse_csv(text)
 
 
-def test_days_and_prices_must_have_equal_length():
+def test_a_price_series_with_more_days_than_prices_is_rejected():
     with pytest.raises(InvalidArgument, match="1 prices for 2 days"):
         PriceSeries((date(2020, 1, 1), date(2020, 1, 1) + timedelta(1)), (1.0,))

@@ -42,7 +42,7 @@ def test_an_untrained_model_predicts_one_half():
     assert fitted([(1.0,), (3.0,)], [0, 1], epochs=0).chances([(100.0,), (-100.0,)]) == [0.5, 0.5]
 
 
-def test_the_same_data_gives_the_same_model():
+def test_training_on_the_same_data_gives_the_same_model():
     rows, labels = [(math.sin(n), math.cos(3 * n)) for n in range(60)], [n % 3 // 2 for n in range(60)]
     assert fitted(rows, labels) == fitted(rows, labels)
 
@@ -53,11 +53,11 @@ def test_accuracy_and_loss_match_values_computed_by_hand():
     assert log_loss([0.5] * 3, [0, 1, 1]) == pytest.approx(math.log(2))
 
 
-def test_the_loss_of_a_certain_wrong_prediction_is_finite():
+def test_the_loss_of_a_wrong_prediction_made_with_certainty_is_finite():
     assert 20 < log_loss([1.0], [0]) < 30
 
 
-def test_pause_is_called_before_each_pass_and_can_stop_the_fit():
+def test_the_pause_callback_runs_before_each_training_pass_and_can_stop_the_training():
     passes = []
 
     def pause() -> None:

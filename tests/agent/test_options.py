@@ -26,7 +26,7 @@ BAD = {
 # -- strategy ----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_cycle_with_a_strategy_begins_with_training(stage):
+async def test_if_the_trigger_names_a_strategy_the_cycle_begins_with_training(stage):
     stage.script.known_design = lambda name: Design(name, {"days": 20})
     cycle = await stage.ended((await stage.agent.trigger(strategy="mine")).operation_id)
     assert (cycle.outcome, cycle.progress["strategy_name"]) == ("completed", "mine")
@@ -35,7 +35,7 @@ async def test_a_cycle_with_a_strategy_begins_with_training(stage):
     assert cycle.progress["tokens"] == {"design": 0, "assessment": 1067}
 
 
-async def test_a_strategy_is_rejected_before_the_reservation_if_the_research_names_none(stage):
+async def test_if_the_research_has_no_named_strategies_a_strategy_option_is_rejected_before_the_reservation(stage):
     with pytest.raises(UnusableOption, match="this agent's research has no strategies by name"):
         await stage.agent.trigger(strategy="mine")
     assert await stage.figures() == (0, 0, 0, 0)
@@ -51,12 +51,12 @@ def test_the_design_of_each_bundled_strategy_is_valid(name: str):
         assert isinstance(design.parameters[parameter], int) == isinstance(lowest, int)
 
 
-def test_the_error_for_an_unknown_strategy_lists_the_known_ones():
+def test_the_error_for_an_unknown_strategy_lists_the_known_strategies():
     with pytest.raises(InvalidArgument, match="there is no strategy 'v3'; choose one of momentum, "):
         ExampleResearch().known_design("v3")
 
 
-async def test_a_strategy_and_a_brief_exclude_each_other(stage):
+async def test_a_trigger_with_both_a_strategy_and_a_brief_is_refused(stage):
     stage.script.known_design = Design
     with pytest.raises(UnusableOption) as refused:
         await stage.agent.trigger(strategy="mine", brief="Follow trends.")
@@ -66,7 +66,7 @@ async def test_a_strategy_and_a_brief_exclude_each_other(stage):
 # -- brief -------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_brief_reaches_the_phases_and_the_record(stage):
+async def test_the_brief_is_available_in_the_phases_and_in_the_record_of_the_cycle(stage):
     seen: list[str | None] = []
 
     async def design(context) -> Design:
@@ -102,7 +102,7 @@ def scripted(limiter: AsyncBudgetLimiter) -> ScriptedLLM:
     return ScriptedLLM(Meter(limiter, ["agent"], Prices(SCRIPTED_PRICES)), tokens_per_second=10**9)
 
 
-async def test_a_selected_model_serves_one_cycle_at_its_own_price(make_stage):
+async def test_a_model_named_in_a_trigger_is_used_only_for_the_triggered_cycle(make_stage):
     stage = await make_stage(make_llm=scripted)
     spends = {}
     for name in (None, "haiku", None):
@@ -114,7 +114,7 @@ async def test_a_selected_model_serves_one_cycle_at_its_own_price(make_stage):
     assert spends["ktrdr-scripted-1"] == 5 * spends["ktrdr-scripted-1-haiku"]
 
 
-async def test_an_unavailable_model_starts_nothing(make_stage):
+async def test_a_trigger_with_an_unavailable_model_starts_no_cycle(make_stage):
     stage = await make_stage(make_llm=scripted)
     with pytest.raises(UnusableOption, match="model: the scripted model has no 'gpt-4'; choose one of opus, "):
         await stage.agent.trigger(model="gpt-4")
@@ -140,7 +140,7 @@ async def test_bypassed_gates_are_recorded_but_do_not_end_the_cycle(stage, bad: 
 # -- retries -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_retry_with_the_same_options_is_a_replay_and_with_others_a_conflict(make_stage):
+async def test_a_retry_with_the_same_options_is_a_replay_but_a_retry_with_different_options_is_a_conflict(make_stage):
     here, there = await make_stage(), await make_stage()
     here.script.wait_in = "training"
     await here.agent.trigger("op_1", brief="Follow trends.")

@@ -34,7 +34,7 @@ async def _has_used(stage, operation_id: str) -> bool:
     return Decimal((await stage.view(operation_id)).progress["spend"]) > 0
 
 
-async def test_tokens_of_a_cancelled_call_are_counted_as_charged(make_stage):
+async def test_the_tokens_counted_for_a_cancelled_call_match_the_charged_cost(make_stage):
     stage = await make_stage(make_llm=scripted())
     started = await stage.agent.trigger()
     await until(lambda: _has_used(stage, started.operation_id))
@@ -73,7 +73,7 @@ class Unsure:
 
 
 @pytest.mark.parametrize(("rejected", "tokens"), [(True, 0), (False, 500)])
-async def test_tokens_of_a_failed_call_are_counted_as_charged(make_stage, rejected, tokens):
+async def test_the_tokens_counted_for_a_failed_call_match_the_charged_cost(make_stage, rejected, tokens):
     stage = await make_stage(make_llm=lambda limiter: Unsure(limiter, rejected=rejected))
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert (cycle.outcome, cycle.reason) == ("failed", "error")
@@ -82,7 +82,7 @@ async def test_tokens_of_a_failed_call_are_counted_as_charged(make_stage, reject
     assert (await stage.figures())[0] == (0 if rejected else Decimal("0.013"))
 
 
-async def test_the_tokens_and_cost_of_a_call_that_bypasses_the_context_are_counted(make_stage):
+async def test_if_a_phase_calls_a_model_without_the_phase_context_the_tokens_are_counted(make_stage):
     stage = await make_stage(make_llm=scripted())
     own = scripted(float("inf"))(stage.limiter)
 
@@ -142,7 +142,7 @@ async def test_figures_of_any_numeric_type_are_recorded_as_json_numbers(stage, k
     assert stage.tally.outcomes == {"failed": 1}
 
 
-async def test_an_assessment_of_any_type_is_recorded_as_text(stage):
+async def test_an_assessment_summary_of_any_type_is_recorded_as_text(stage):
     async def assess(*_) -> Assessment:
         return Assessment("poor", ["not", "a", "text"])  # type: ignore[arg-type]
 
@@ -154,7 +154,7 @@ async def test_an_assessment_of_any_type_is_recorded_as_text(stage):
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
-async def test_no_phase_starts_after_a_phase_that_suppressed_its_cancellation(stage):
+async def test_if_a_phase_suppresses_a_cancellation_no_further_phase_starts(stage):
     async def train(*_) -> Training:
         stage.script.entered["training"] += 1
         with contextlib.suppress(asyncio.CancelledError):
@@ -171,7 +171,7 @@ async def test_no_phase_starts_after_a_phase_that_suppressed_its_cancellation(st
     assert await stage.figures() == (Decimal("0.02"), 0, 0, 0)
 
 
-async def test_a_phase_that_suppressed_its_cancellation_cannot_send_another_prompt(stage):
+async def test_if_a_phase_suppresses_a_cancellation_the_phase_cannot_send_further_prompts(stage):
     refused = []
 
     async def design(context) -> Design:
@@ -194,7 +194,7 @@ async def test_a_phase_that_suppressed_its_cancellation_cannot_send_another_prom
     assert await stage.figures() == (0, 0, 0, 0)
 
 
-async def test_a_phase_that_cancels_itself_fails_the_cycle(stage):
+async def test_if_a_phase_raises_cancelled_error_without_a_cancel_request_the_cycle_fails(stage):
     async def train(*_) -> Training:
         raise asyncio.CancelledError
 

@@ -14,7 +14,7 @@ def test_the_decrease_of_the_loss_is_a_fraction_of_the_initial_loss(initial, fin
     assert Training(0.5, initial, final).loss_decrease == pytest.approx(decrease)
 
 
-def test_research_knows_strategies_if_it_can_return_the_design_of_one():
+def test_an_object_with_a_known_design_method_satisfies_the_strategies_protocol():
     class Library:
         def known_design(self, strategy: str) -> Design:
             return Design(strategy)

@@ -22,7 +22,7 @@ TRAINING = Training(accuracy=0.54321, initial_loss=0.6931, final_loss=0.68)
 BACKTEST = Backtest(win_rate=0.4, max_drawdown=0.2, sharpe_ratio=0.91234, trades=12)
 
 
-def test_a_design_prompt_offers_every_strategy_and_names_the_cycle():
+def test_a_design_prompt_lists_every_strategy_and_contains_the_id_of_the_cycle():
     prompt = prompts.design_prompt("op_1")
     offered = prompts.strategies_of(prompt)
     assert offered is not None
@@ -49,12 +49,12 @@ def test_an_assessment_prompt_has_every_figure():
     assert prompts.strategies_of(prompt) is None
 
 
-def test_an_assessment_prompt_accepts_parameters_of_any_type():
+def test_an_assessment_prompt_accepts_design_parameters_of_any_type():
     assert "2 h" in prompts.assessment_prompt(Design("other", {"window": "2 h", "x": {1}}), TRAINING, BACKTEST)
 
 
 @pytest.mark.parametrize("line", ["Strategies: {", "Strategies: [1]", "Strategies are many"])
-def test_a_prompt_of_another_format_is_not_a_design_prompt(line: str):
+def test_a_prompt_without_a_valid_list_of_strategies_is_not_a_design_prompt(line: str):
     assert prompts.strategies_of(f"Hello.\n{line}\n") is None
 
 
@@ -69,7 +69,7 @@ def test_a_prompt_of_another_format_is_not_a_design_prompt(line: str):
         f'{{"thoughts": "none"}} {ANSWER}',
     ],
 )
-def test_a_design_is_parsed_although_other_text_surrounds_it(text: str):
+def test_a_design_is_parsed_from_a_reply_with_other_text_around_the_json(text: str):
     design = parse_design(text)
     assert (design.strategy_name, design.parameters) == ("momentum", MOMENTUM)
     assert isinstance(design.parameters["momentum_days"], int)
@@ -103,13 +103,13 @@ def test_the_error_for_an_unusable_design_names_the_defect(text: str, words: str
     assert "martingale" not in str(raised.value)  # replies are not quoted
 
 
-def test_an_assessment_is_parsed_although_other_text_surrounds_it():
+def test_an_assessment_is_parsed_from_a_reply_with_other_text_around_the_json():
     found = parse_assessment(f"Well: {JUDGEMENT} That is all.")
     assert (found.verdict, found.summary) == ("mediocre", "It earns a little.")
     assert parse_assessment(JUDGEMENT.replace("mediocre", " Mediocre ")).verdict == "mediocre"
 
 
-def test_a_long_summary_is_cut():
+def test_a_long_summary_of_an_assessment_is_shortened():
     assert len(parse_assessment(json.dumps({"verdict": "poor", "summary": "x" * 5000})).summary) == 1000
 
 
@@ -137,7 +137,7 @@ answers = st.dictionaries(
 
 
 @given(text=st.one_of(st.text(), answers.map(json.dumps)))
-def test_any_reply_is_either_parsed_or_unusable(text: str):
+def test_any_reply_is_either_parsed_or_rejected_as_unusable(text: str):
     for parse in (parse_design, parse_assessment):
         with suppress(UnusableAnswer):
             assert parse(text)
@@ -145,6 +145,6 @@ def test_any_reply_is_either_parsed_or_unusable(text: str):
 
 @pytest.mark.parametrize("end", [0, 1])
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_the_bounds_of_every_range_are_valid_values(name: str, end: int):
+def test_the_bounds_of_every_parameter_range_are_valid_values(name: str, end: int):
     parameters = {key: ends[end] for key, ends in STRATEGIES[name].ranges.items()}
     assert parse_design(json.dumps({"strategy": name, "parameters": parameters})).parameters == parameters

@@ -153,7 +153,7 @@ async def test_a_call_returns_the_reply_and_is_charged_the_billed_usage(limiter,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_cycle_on_a_real_sdk_draws_from_one_hold(limiter, provider, kind: str):
+async def test_all_model_calls_of_a_cycle_with_a_real_sdk_are_charged_to_a_single_hold(limiter, provider, kind: str):
     billing, address = provider
     async with llm_of(kind, limiter, address) as llm:
 
@@ -178,7 +178,7 @@ async def test_a_cycle_on_a_real_sdk_draws_from_one_hold(limiter, provider, kind
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_denied_call_is_not_sent(server, provider, kind: str):
+async def test_a_denied_call_is_not_sent_to_the_provider(server, provider, kind: str):
     billing, address = provider
     async with (
         AsyncBudgetLimiter(server.url, [Budget("agent", "0.0001")]) as limiter,
@@ -191,7 +191,9 @@ async def test_a_denied_call_is_not_sent(server, provider, kind: str):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_cancelled_call_disconnects_and_is_charged_at_least_its_input(limiter, provider, kind: str):
+async def test_a_cancelled_call_disconnects_from_the_provider_and_is_charged_at_least_the_input(
+    limiter, provider, kind: str
+):
     billing, address = provider
     billing.stall = True
     async with llm_of(kind, limiter, address) as llm:
@@ -206,7 +208,7 @@ async def test_a_cancelled_call_disconnects_and_is_charged_at_least_its_input(li
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_rejection_by_the_provider_costs_nothing_and_shows_no_key(limiter, provider, kind: str):
+async def test_a_call_rejected_by_the_provider_costs_nothing_and_the_error_shows_no_key(limiter, provider, kind: str):
     billing, address = provider
     billing.status = 401
     async with llm_of(kind, limiter, address) as llm:
@@ -220,7 +222,7 @@ async def test_a_rejection_by_the_provider_costs_nothing_and_shows_no_key(limite
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stall", [False, True])
-async def test_the_token_counts_of_a_cycle_match_its_charges(make_stage, provider, kind: str, stall: bool):
+async def test_the_token_counts_of_a_cycle_match_the_billed_usage(make_stage, provider, kind: str, stall: bool):
     billing, address = provider
     billing.stall = stall
     stage = await make_stage(make_llm=lambda limiter: make_llm(limiter, environment(kind, address)))
@@ -239,7 +241,7 @@ async def test_the_token_counts_of_a_cycle_match_its_charges(make_stage, provide
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_the_text_of_a_provider_error_is_on_no_span(make_stage, provider, kind: str, recorded):
+async def test_no_span_shows_the_text_of_a_provider_error(make_stage, provider, kind: str, recorded):
     billing, address = provider
     billing.status = 401
     stage = await make_stage(make_llm=lambda limiter: make_llm(limiter, environment(kind, address)))
@@ -266,7 +268,7 @@ async def test_the_scripted_model_is_the_default(limiter, chosen: dict[str, str]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-async def test_a_configured_model_is_called(limiter, kind: str, tmp_path):
+async def test_the_configured_model_is_used_instead_of_the_default_model(limiter, kind: str, tmp_path):
     prices = tmp_path / "prices.toml"
     prices.write_text(f'[[prices]]\nprovider = "{kind}"\nmodel = "house-1"\ninput = 1\noutput = 2\n')
     chosen = environment(kind) | {"AGENT_MODEL": "house-1", "KTRDR_PRICES_FILE": str(prices)}
@@ -285,7 +287,9 @@ async def test_a_configured_model_is_called(limiter, kind: str, tmp_path):
         ({"AGENT_LLM": "anthropic"}, ["claude-opus-5-5", "claude-sonnet-5-5", "claude-haiku-5-5"]),
     ],
 )
-async def test_short_names_select_a_model_of_the_provider(limiter, chosen: dict[str, str], models: list[str]):
+async def test_the_short_names_opus_sonnet_and_haiku_select_a_model_of_the_provider(
+    limiter, chosen: dict[str, str], models: list[str]
+):
     llm = make_llm(limiter, {**environment("anthropic"), "AGENT_LLM": "", **chosen})
     assert [llm.using(name).model for name in ("opus", "Sonnet", "haiku")] == models
     assert [llm.using(name).model for name in models] == models
@@ -318,7 +322,7 @@ async def test_the_error_for_a_missing_package_names_the_package(limiter, monkey
         make_llm(limiter, environment(kind))
 
 
-async def test_the_error_for_a_missing_price_list_names_the_package(limiter, monkeypatch):
+async def test_the_error_for_a_missing_price_list_names_the_package_to_install(limiter, monkeypatch):
     monkeypatch.setitem(sys.modules, "genai_prices", None)
     with pytest.raises(InvalidArgument, match=r"^AGENT_LLM=openai: the price list needs more packages: .*\[llm\]"):
         make_llm(limiter, environment("openai"))

@@ -85,7 +85,9 @@ def suspend_in(phase: str, here: ServiceProcess, there: ServiceProcess) -> str:
 
 
 @pytest.mark.parametrize("phase", PHASES)
-def test_the_cycle_of_a_killed_replica_is_charged_and_its_slot_becomes_free(launch: Launch, phase: str):
+def test_if_a_replica_is_killed_the_estimate_of_its_cycle_becomes_unconfirmed_and_the_slot_becomes_free(
+    launch: Launch, phase: str
+):
     here, there = launch(2, AGENT_PHASE_SECONDS=0.5, AGENT_CYCLE_TTL=2)
     operation_id = suspend_in(phase, here, there)
     spent = budget(there)["today_spend"]
@@ -102,7 +104,7 @@ def test_the_cycle_of_a_killed_replica_is_charged_and_its_slot_becomes_free(laun
     assert trigger(there) != operation_id
 
 
-def test_the_slot_of_a_killed_replica_becomes_free_when_its_cycle_is_lost(launch: Launch):
+def test_when_the_cycle_of_a_killed_replica_is_marked_as_lost_a_new_cycle_can_start(launch: Launch):
     here, there = launch(2, AGENT_PHASE_SECONDS=3600, AGENT_CYCLE_TTL=3, AGENT_DAILY_BUDGET="5.00")
     lost = trigger(here)
     wait_until(lambda: Decimal(cycle(there, lost)["spend"]) > 0)
@@ -115,7 +117,7 @@ def test_the_slot_of_a_killed_replica_becomes_free_when_its_cycle_is_lost(launch
     assert samples(there)["agent_cycles_total", "failed"] == 1
 
 
-def test_a_replica_that_was_suspended_too_long_records_its_spend_on_resume(launch: Launch):
+def test_a_replica_suspended_beyond_the_ttl_records_the_real_spend_when_resumed(launch: Launch):
     here, there = launch(2, AGENT_PHASE_SECONDS=3600)
     slept = trigger(here)
     wait_until(lambda: Decimal(cycle(there, slept)["spend"]) > 0)
@@ -131,7 +133,7 @@ def test_a_replica_that_was_suspended_too_long_records_its_spend_on_resume(launc
     assert sum(samples(replica)["agent_cycles_total", "failed"] for replica in (here, there)) == 1
 
 
-def test_the_last_cycle_is_the_most_recently_ended_one(launch: Launch):
+def test_the_last_cycle_in_the_status_is_the_most_recently_ended_cycle(launch: Launch):
     (replica,) = launch(1, AGENT_PHASE_SECONDS=3600, AGENT_MAX_CONCURRENT_CYCLES=2)
     first, second = trigger(replica), trigger(replica)
     for operation_id in (second, first):
@@ -141,7 +143,7 @@ def test_the_last_cycle_is_the_most_recently_ended_one(launch: Launch):
     assert [each["operation_id"] for each in listed] == [second, first], "newest first"
 
 
-def test_fifty_concurrent_triggers_start_only_the_cycles_that_the_budget_covers(launch: Launch):
+def test_fifty_concurrent_triggers_start_only_as_many_cycles_as_the_budget_covers(launch: Launch):
     settings = {"AGENT_DAILY_BUDGET": "0.50", "AGENT_MAX_CONCURRENT_CYCLES": 50}
     # A ttl that no stall exceeds: the late commit of a lost cycle would free budget.
     replicas = launch(2, AGENT_PHASE_SECONDS=3600, AGENT_CYCLE_TTL=60, **settings)
@@ -156,7 +158,7 @@ def test_fifty_concurrent_triggers_start_only_the_cycles_that_the_budget_covers(
     assert len(seen[0]["active_cycles"]) == 3
 
 
-def test_a_restart_keeps_the_spend_and_the_cycles(launch: Launch):
+def test_the_spend_and_the_last_cycle_are_unchanged_after_a_restart(launch: Launch):
     (replica,) = launch(1)
     ended = wait_ended(replica, trigger(replica))
     before = budget(replica)
@@ -167,7 +169,7 @@ def test_a_restart_keeps_the_spend_and_the_cycles(launch: Launch):
     assert status(again)["last_cycle"] == ended
 
 
-def test_a_cycle_can_be_cancelled_by_another_replica(launch: Launch):
+def test_a_cycle_started_on_one_replica_can_be_cancelled_on_a_second_replica(launch: Launch):
     here, there = launch(2, AGENT_PHASE_SECONDS=3600)
     operation_id = trigger(here)
     wait_until(lambda: Decimal(cycle(there, operation_id)["spend"]) > 0)
@@ -178,7 +180,7 @@ def test_a_cycle_can_be_cancelled_by_another_replica(launch: Launch):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_the_metrics_of_all_replicas_add_up_to_the_ledger(launch: Launch, workers: int):
+def test_the_spend_counters_of_all_replicas_add_up_to_the_total_of_the_ledger(launch: Launch, workers: int):
     replicas = launch(2, workers=workers, AGENT_DAILY_BUDGET="1.00")
     for replica in (*replicas, *replicas):
         wait_ended(replica, trigger(replica))
@@ -216,7 +218,7 @@ ENDINGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.mark.parametrize("outcome", ENDINGS)
-def test_a_cycle_is_one_tree_of_spans_linked_to_its_trigger(launch: Launch, outcome: str):
+def test_all_spans_of_a_cycle_form_a_tree_linked_to_the_span_of_the_trigger_request(launch: Launch, outcome: str):
     environment, phases = ENDINGS[outcome]
     with OtlpReceiver() as receiver:
         here, there = launch(2, **environment, **receiver.environment)
@@ -268,7 +270,7 @@ def _is_one_tree(root: Span, tree: list[Span]) -> None:
     assert not orphans, orphans
 
 
-def test_the_ledger_names_the_trace_of_the_cycle(launch: Launch):
+def test_the_ledger_entry_of_a_cycle_has_the_trace_id_of_the_cycle(launch: Launch):
     with OtlpReceiver() as receiver:
         (replica,) = launch(1, **receiver.environment)
         ended = wait_ended(replica, trigger(replica))

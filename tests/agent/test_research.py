@@ -73,7 +73,7 @@ def at_once(prices: PriceSeries | None = None) -> ExampleResearch:
     return ExampleResearch(prices, phase_seconds=0)
 
 
-async def test_a_cycle_yields_a_design_figures_and_an_assessment():
+async def test_a_cycle_returns_a_design_and_figures_and_an_assessment():
     context = Context()
     design, training, backtest, assessment = await cycle(at_once(), context)
     assert design.strategy_name in context.asked[0]
@@ -85,7 +85,7 @@ async def test_a_cycle_yields_a_design_figures_and_an_assessment():
     assert len(context.asked) == 2
 
 
-async def test_a_cycle_is_deterministic():
+async def test_two_cycles_with_the_same_id_have_equal_results():
     first = await cycle(at_once(), Context("op_7"))
     assert await cycle(at_once(), Context("op_7")) == first
 
@@ -119,7 +119,7 @@ def with_other_end(prices: PriceSeries, unchanged: int) -> PriceSeries:
     return PriceSeries(prices.days, (*prices.closes[:unchanged], *others))
 
 
-async def test_prices_of_the_backtest_affect_neither_the_model_nor_its_training_figures():
+async def test_changed_prices_in_the_backtest_period_change_neither_the_model_nor_the_training_figures():
     prices, context = bundled_prices(), Context()
     traded_from = 120 + round((len(prices) - 120) * 0.7)
     design = await at_once().design(context)
@@ -129,7 +129,7 @@ async def test_prices_of_the_backtest_affect_neither_the_model_nor_its_training_
     assert (await changed.backtest(context, design, other)) != (await at_once().backtest(context, design, known))
 
 
-async def test_validation_prices_affect_the_figures_but_not_the_model():
+async def test_changed_prices_in_the_validation_period_change_the_figures_but_not_the_model():
     prices, context = bundled_prices(), Context()
     measured_from = 120 + round((len(prices) - 120) * 0.5)
     design = await at_once().design(context)
@@ -142,7 +142,7 @@ async def test_validation_prices_affect_the_figures_but_not_the_model():
 # -- unusable replies --------------------------------------------------------------------------------------------------
 
 
-async def test_an_unusable_reply_is_retried_with_the_reason():
+async def test_after_an_unusable_reply_the_prompt_is_sent_again_with_the_reason():
     good = answer("Strategies: " + '{"momentum": {"description": "", "parameters": {"epochs": [40, 120]}}}')
     bad = Context(answers=["I cannot.", good])
     with pytest.raises(UnusableAnswer, match="momentum_days"):  # the second reply lacks parameters
@@ -151,7 +151,7 @@ async def test_an_unusable_reply_is_retried_with_the_reason():
     assert "could not be used: there is no JSON object with 'strategy' in it." in bad.asked[1]
 
 
-async def test_a_usable_second_reply_is_used():
+async def test_after_an_unusable_reply_a_usable_second_reply_is_accepted():
     context = Context()
     design = await at_once().design(context)
     again = Context(answers=["", answer(context.asked[0])])
@@ -168,7 +168,7 @@ async def test_two_unusable_replies_fail_the_phase():
 # -- pace, threads and cancellation ------------------------------------------------------------------------------------
 
 
-async def test_a_phase_lasts_at_least_phase_seconds():
+async def test_a_phase_lasts_at_least_the_configured_number_of_seconds():
     before = time.monotonic()
     with Stopwatch() as took:
         await ExampleResearch(phase_seconds=0.05).design(Context())
@@ -176,7 +176,7 @@ async def test_a_phase_lasts_at_least_phase_seconds():
     assert took.seconds < 2
 
 
-async def test_the_wait_of_a_short_phase_can_be_cancelled():
+async def test_a_phase_can_be_cancelled_while_waiting_for_the_minimum_duration():
     context = Context()
     task = asyncio.create_task(ExampleResearch(phase_seconds=3600).design(context))
     await until(lambda: context.asked)
@@ -186,7 +186,7 @@ async def test_the_wait_of_a_short_phase_can_be_cancelled():
 
 
 @pytest.mark.parametrize("phase", ["train", "backtest"])
-async def test_a_cancellation_does_not_wait_for_the_thread(phase: str):
+async def test_a_cancelled_phase_ends_without_waiting_for_the_computing_thread(phase: str):
     design, training, *_ = await cycle(at_once(), Context())
     context = Endless()
     arguments = (design,) if phase == "train" else (design, training)
@@ -202,7 +202,7 @@ async def test_a_cancellation_does_not_wait_for_the_thread(phase: str):
 
 
 @pytest.mark.parametrize("phase", ["train", "backtest"])
-async def test_a_cycle_cancelled_on_another_replica_stops_the_thread(phase: str):
+async def test_if_the_context_is_marked_as_cancelled_the_computing_thread_stops(phase: str):
     design, training, *_ = await cycle(at_once(), Context())
     context = Context()
     context.stop.set()
@@ -221,13 +221,13 @@ def test_invalid_phase_seconds_are_rejected(seconds: float):
         ExampleResearch(phase_seconds=seconds)
 
 
-def test_a_series_that_is_too_short_is_rejected():
+def test_a_price_series_with_too_few_days_is_rejected():
     prices = bundled_prices()
     with pytest.raises(InvalidArgument, match="must have 220 days or more, not 219"):
         ExampleResearch(PriceSeries(prices.days[:219], prices.closes[:219]))
 
 
-async def test_the_shortest_allowed_series_works():
+async def test_a_price_series_of_the_minimum_length_is_accepted():
     prices = bundled_prices()
     short = PriceSeries(prices.days[:220], prices.closes[:220])
     *_, backtest, _ = await cycle(at_once(short), Context())

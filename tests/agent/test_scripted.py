@@ -66,7 +66,7 @@ async def test_the_same_prompt_gives_the_same_reply_and_tokens(limiter):
     assert (await llm.complete(prompts.design_prompt("op_2"))).text != first.text
 
 
-def test_designs_of_cycles_cover_all_strategies_and_are_usable():
+def test_the_scripted_designs_of_sixty_cycles_cover_all_strategies_and_can_be_parsed():
     designs = [prompts.parse_design(scripted.answer(prompts.design_prompt(f"op_{number}"))) for number in range(60)]
     assert len({design.strategy_name for design in designs}) == 4
     assert len({tuple(design.parameters.items()) for design in designs}) == 60
@@ -83,7 +83,7 @@ def test_designs_of_cycles_cover_all_strategies_and_are_usable():
         (1.4, 0.5, 40, "poor"),
     ],
 )
-def test_the_verdict_follows_from_the_figures(ratio: float, fall: float, trades: int, verdict: str):
+def test_the_verdict_depends_on_the_figures_of_the_backtest(ratio: float, fall: float, trades: int, verdict: str):
     backtest = Backtest(win_rate=0.4, max_drawdown=fall, sharpe_ratio=ratio, trades=trades)
     prompt = prompts.assessment_prompt(Design("momentum"), Training(0.5, 0.7, 0.68), backtest)
     found = prompts.parse_assessment(scripted.answer(prompt))
@@ -98,7 +98,7 @@ def test_an_unsupported_prompt_gets_a_fixed_reply():
 # -- cost --------------------------------------------------------------------------------------------------------------
 
 
-async def test_a_call_is_charged_its_tokens_at_the_documented_price(limiter):
+async def test_a_call_is_charged_for_its_tokens_at_the_documented_price(limiter):
     completion = await scripted_llm(limiter).complete(DESIGN, system=prompts.SYSTEM)
     assert completion.usage.input_tokens == 500 + tokens_in(DESIGN) + tokens_in(prompts.SYSTEM)
     assert completion.usage.output_tokens > tokens_in(completion.text)
@@ -107,7 +107,7 @@ async def test_a_call_is_charged_its_tokens_at_the_documented_price(limiter):
     assert (entry.kind, entry.amount) == ("commit", dollars(completion.usage))
 
 
-async def test_a_default_cycle_stays_within_its_estimate(server):
+async def test_the_cost_of_a_default_cycle_stays_within_the_estimate(server):
     """The limit equals the estimate, so the hold cannot grow."""
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "0.15")]) as limiter:
         context = Context("op_1", scripted_llm(limiter))
@@ -123,7 +123,7 @@ async def test_a_default_cycle_stays_within_its_estimate(server):
         assert await spent(limiter) == cost
 
 
-async def test_a_call_above_the_budget_is_denied_before_it_begins(server):
+async def test_a_call_with_a_cost_above_the_budget_is_denied_without_any_charge(server):
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "0.05")]) as limiter:
         with pytest.raises(BudgetExceeded):
             await scripted_llm(limiter).complete(DESIGN)
@@ -141,7 +141,7 @@ async def test_a_reply_is_cut_off_at_max_tokens(limiter):
     assert (nothing.text, nothing.usage.output_tokens) == ("", 1)
 
 
-async def test_a_cancelled_call_is_charged_for_the_output_that_arrived(limiter):
+async def test_a_cancelled_call_is_charged_for_the_input_and_for_the_output_received_so_far(limiter):
     whole = (await scripted_llm(limiter).complete(DESIGN)).usage
     before = await spent(limiter)
     async with limiter.hold("agent", "0.15") as hold:
@@ -157,7 +157,7 @@ async def test_a_cancelled_call_is_charged_for_the_output_that_arrived(limiter):
     assert (cost - dollars(Usage(whole.input_tokens))) % dollars(Usage(0, 16)) == 0
 
 
-async def test_output_arrives_at_the_configured_rate(limiter):
+async def test_the_scripted_model_sends_output_at_the_configured_rate(limiter):
     llm = scripted_llm(limiter, tokens_per_second=5000)
     before = asyncio.get_running_loop().time()
     usage = (await llm.complete(DESIGN)).usage

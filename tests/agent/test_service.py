@@ -20,7 +20,7 @@ from .stage import PHASES
 NOTHING = (0, 0, 0, 0)
 
 
-async def test_a_cycle_runs_its_phases_and_commits_its_spend(stage):
+async def test_a_cycle_runs_all_phases_and_commits_the_real_cost(stage):
     started = await stage.agent.trigger()
     assert started.operation_id.startswith("op_")
     cycle = await stage.ended(started.operation_id)
@@ -45,7 +45,7 @@ async def test_a_cycle_updates_the_metrics(stage):
     assert stage.tally.token_counts == {"design": 1067, "assessment": 1067}
 
 
-async def test_a_running_cycle_holds_its_estimate_and_a_slot(stage):
+async def test_a_running_cycle_holds_the_estimate_and_a_slot(stage):
     stage.script.wait_in = "training"
     started = await stage.agent.trigger()
     await stage.reaches("training")
@@ -60,7 +60,7 @@ async def _in_phase(stage, operation_id, phase):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-async def test_a_cycle_cancelled_by_another_replica_commits_its_spend(make_stage, phase):
+async def test_if_a_second_replica_cancels_a_cycle_the_spend_so_far_is_committed(make_stage, phase):
     here, there = await make_stage(), await make_stage()
     here.script.wait_in = phase
     started = await here.agent.trigger()
@@ -91,7 +91,7 @@ async def test_an_unknown_cycle_cannot_be_cancelled(stage):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-async def test_a_phase_that_raises_fails_the_cycle_and_its_spend_is_committed(stage, phase):
+async def test_if_a_phase_raises_an_error_the_cycle_fails_and_the_spend_so_far_is_committed(stage, phase):
     stage.script.fail_in = phase
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert (cycle.outcome, cycle.reason) == ("failed", "error")
@@ -108,7 +108,7 @@ GATES = {
 
 
 @pytest.mark.parametrize("gate", GATES)
-async def test_a_failed_gate_ends_the_cycle_and_its_spend_is_committed(stage, gate):
+async def test_if_a_gate_fails_the_cycle_ends_and_the_spend_so_far_is_committed(stage, gate):
     setattr(stage.script, *GATES[gate])
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert (cycle.outcome, cycle.reason) == ("failed", "gate_failed")
@@ -120,7 +120,7 @@ async def test_a_failed_gate_ends_the_cycle_and_its_spend_is_committed(stage, ga
     assert stage.tally.gates[gate, False] == 1
 
 
-async def test_a_cycle_over_its_estimate_extends_its_reservation(stage):
+async def test_if_a_cycle_costs_more_than_the_estimate_the_reservation_grows(stage):
     stage.script.price = Decimal("0.20")
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert cycle.outcome == "completed"
@@ -128,7 +128,7 @@ async def test_a_cycle_over_its_estimate_extends_its_reservation(stage):
     assert (await stage.limiter.status("agent")).overruns == 0, "all spend was reserved first"
 
 
-async def test_a_cycle_without_budget_for_growth_stops_and_commits_its_spend(make_stage):
+async def test_if_the_reservation_cannot_grow_the_cycle_stops_and_the_spend_so_far_is_committed(make_stage):
     stage = await make_stage(limit="0.30")
     stage.script.price = Decimal("0.20")
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
@@ -139,7 +139,7 @@ async def test_a_cycle_without_budget_for_growth_stops_and_commits_its_spend(mak
 # -- denials -----------------------------------------------------------------------------------------------------------
 
 
-async def test_the_denial_of_a_second_cycle_names_the_running_one(make_stage):
+async def test_the_denial_of_a_second_cycle_names_the_running_cycle(make_stage):
     here, there = await make_stage(), await make_stage()
     here.script.wait_in = "training"
     started = await here.agent.trigger()
@@ -156,7 +156,7 @@ DENIALS = {
 
 
 @pytest.mark.parametrize("case", DENIALS)
-async def test_the_message_of_an_exhausted_budget_has_the_figures(make_stage, case):
+async def test_the_message_about_an_exhausted_budget_shows_the_remaining_and_the_required_amount(make_stage, case):
     limit, spent, reason, words = DENIALS[case]
     stage = await make_stage(limit=limit)
     await stage.limiter.record("agent", spent)
@@ -167,7 +167,7 @@ async def test_the_message_of_an_exhausted_budget_has_the_figures(make_stage, ca
     assert 0 < denied.value.retry_after <= 86_400
 
 
-async def test_a_denial_by_other_holds_advises_a_retry_at_their_deadline(make_stage):
+async def test_if_other_holds_fill_the_budget_the_denial_suggests_a_retry_at_the_first_deadline(make_stage):
     stage = await make_stage(limit="0.20", slots_limit=5)
     stage.script.wait_in = "training"
     await stage.agent.trigger()
@@ -177,7 +177,7 @@ async def test_a_denial_by_other_holds_advises_a_retry_at_their_deadline(make_st
     assert 0 < denied.value.retry_after <= 30
 
 
-async def test_a_full_slot_takes_precedence_over_held_budget(make_stage):
+async def test_if_both_the_slot_and_the_budget_are_held_the_trigger_is_denied_because_of_the_slot(make_stage):
     stage = await make_stage(limit="0.20")
     stage.script.wait_in = "training"
     await stage.agent.trigger()
@@ -185,7 +185,7 @@ async def test_a_full_slot_takes_precedence_over_held_budget(make_stage):
         await stage.agent.trigger()
 
 
-async def test_spent_budget_takes_precedence_over_a_full_slot(make_stage):
+async def test_if_the_slot_is_held_and_the_budget_is_spent_the_trigger_is_denied_because_of_the_budget(make_stage):
     stage = await make_stage(limit="0.20")
     stage.script.wait_in = "training"
     await stage.agent.trigger()
@@ -196,7 +196,7 @@ async def test_spent_budget_takes_precedence_over_a_full_slot(make_stage):
     assert (denial.reason, denial.spent, denial.held) == ("budget_exhausted", Decimal("0.10"), Decimal("0.15"))
 
 
-async def test_fifty_triggers_on_three_replicas_start_only_the_cycles_that_the_budget_covers(make_stage):
+async def test_fifty_triggers_on_three_replicas_start_only_as_many_cycles_as_the_budget_covers(make_stage):
     stages = [await make_stage(limit="0.45", slots_limit=50) for _ in range(3)]
     for stage in stages:
         stage.script.wait_in = "training"
@@ -218,7 +218,7 @@ async def test_fifty_triggers_start_only_as_many_cycles_as_there_are_slots(make_
 # -- retries and shutdown ----------------------------------------------------------------------------------------------
 
 
-async def test_a_repeated_trigger_starts_nothing(make_stage):
+async def test_a_trigger_repeated_with_the_same_id_starts_no_second_cycle(make_stage):
     here, there = await make_stage(slots_limit=5), await make_stage(slots_limit=5)
     here.script.wait_in = "training"
     assert not (await here.agent.trigger("op_1")).replayed
@@ -228,7 +228,7 @@ async def test_a_repeated_trigger_starts_nothing(make_stage):
     assert there.script.entered == {}
 
 
-async def test_concurrent_identical_triggers_start_one_cycle(make_stage):
+async def test_concurrent_triggers_with_the_same_id_start_only_one_cycle(make_stage):
     stage = await make_stage(slots_limit=5)
     stage.script.wait_in = "training"
     found = await asyncio.gather(*[stage.agent.trigger("op_1") for _ in range(5)])
@@ -252,7 +252,7 @@ def failing_start(stage, monkeypatch):
     monkeypatch.setattr(stage.cycle_store, "start", once)
 
 
-async def test_a_retry_of_a_failed_start_is_a_conflict_after_its_hold_was_released(stage, failing_start):
+async def test_if_a_start_failed_and_the_hold_was_released_a_retry_with_the_same_id_is_a_conflict(stage, failing_start):
     with pytest.raises(StoreUnavailable):
         await stage.agent.trigger("op_1")
     assert await stage.figures() == NOTHING
@@ -261,7 +261,9 @@ async def test_a_retry_of_a_failed_start_is_a_conflict_after_its_hold_was_releas
     assert await stage.cycle_store.get("op_1") is None
 
 
-async def test_a_retry_of_a_failed_start_begins_if_its_hold_is_still_open(stage, failing_start, monkeypatch):
+async def test_if_a_start_failed_and_the_hold_is_still_open_a_retry_with_the_same_id_starts_the_cycle(
+    stage, failing_start, monkeypatch
+):
     async def unreachable(_: AsyncHold) -> None:
         raise StoreUnavailable("no answer")
 
@@ -273,7 +275,7 @@ async def test_a_retry_of_a_failed_start_begins_if_its_hold_is_still_open(stage,
     assert (await stage.ended("op_1")).outcome == "completed"
 
 
-async def test_a_trigger_with_the_id_of_a_past_cycle_whose_hold_was_dropped_is_a_conflict(stage, client):
+async def test_a_trigger_with_the_id_of_a_past_cycle_is_a_conflict_even_if_the_old_hold_was_deleted(stage, client):
     await stage.ended((await stage.agent.trigger("op_1")).operation_id)
     before = await stage.figures()
     client.delete("ktrdr:{default}:h:op_1")  # as after 24 h: the record of the cycle lives for 35 days
@@ -284,13 +286,13 @@ async def test_a_trigger_with_the_id_of_a_past_cycle_whose_hold_was_dropped_is_a
     assert stage.tally.outcomes == {"completed": 1}
 
 
-async def test_a_trigger_with_the_id_of_another_operation_is_a_conflict(stage):
+async def test_a_trigger_with_the_id_of_a_recorded_spend_is_a_conflict(stage):
     await stage.limiter.record("agent", "0.01", id="op_1")
     with pytest.raises(HoldConflict):
         await stage.agent.trigger("op_1")
 
 
-async def test_a_cancelled_trigger_either_begins_its_cycle_or_holds_nothing(stage):
+async def test_a_cancelled_trigger_either_starts_the_cycle_or_leaves_no_hold(stage):
     stage.script.wait_in = "training"
     trigger = asyncio.create_task(stage.agent.trigger("op_1"))
     await asyncio.sleep(0)
@@ -305,7 +307,7 @@ async def test_a_cancelled_trigger_either_begins_its_cycle_or_holds_nothing(stag
     await until(decided)
 
 
-async def test_a_closing_replica_stops_its_cycles_and_commits_their_spend(make_stage):
+async def test_when_a_replica_closes_the_running_cycles_stop_and_the_spend_so_far_is_committed(make_stage):
     here, there = await make_stage(), await make_stage()
     here.script.wait_in = "backtesting"
     started = await here.agent.trigger()
@@ -317,7 +319,9 @@ async def test_a_closing_replica_stops_its_cycles_and_commits_their_spend(make_s
     assert await there.figures() == (Decimal("0.02"), 0, 0, 0)
 
 
-async def test_a_worker_marked_as_lost_stops_and_its_late_commit_counts(make_stage, monkeypatch):
+async def test_when_a_worker_marked_as_lost_resumes_the_cycle_stops_and_the_real_spend_is_committed(
+    make_stage, monkeypatch
+):
     here, there = await make_stage(ttl_s=1), await make_stage()
     here.script.wait_in = "training"
     awake = _asleep(here, monkeypatch)
@@ -348,7 +352,7 @@ def _asleep(stage, monkeypatch) -> asyncio.Event:
     return awake
 
 
-async def test_a_replica_that_marks_its_own_cycle_as_lost_counts_it_once(make_stage, monkeypatch):
+async def test_a_cycle_marked_as_lost_by_its_own_replica_is_counted_only_once(make_stage, monkeypatch):
     stage = await make_stage(ttl_s=1)
     stage.script.wait_in = "training"
     awake = _asleep(stage, monkeypatch)
@@ -360,7 +364,7 @@ async def test_a_replica_that_marks_its_own_cycle_as_lost_counts_it_once(make_st
     assert stage.tally.outcomes == {"failed": 1}
 
 
-async def test_a_cycle_that_settles_late_keeps_its_own_result(make_stage, monkeypatch):
+async def test_if_a_cycle_marked_as_lost_commits_late_the_real_result_is_recorded(make_stage, monkeypatch):
     stage = await make_stage(ttl_s=1)
     awake = _asleep(stage, monkeypatch)
     commit = AsyncHold.commit
@@ -380,7 +384,7 @@ async def test_a_cycle_that_settles_late_keeps_its_own_result(make_stage, monkey
     assert await stage.figures() == (Decimal("0.04"), 0, 0, 0)
 
 
-async def test_a_cycle_extends_its_hold_if_the_heartbeat_fails(make_stage, monkeypatch):
+async def test_if_the_heartbeat_fails_the_cycle_still_extends_the_hold(make_stage, monkeypatch):
     stage = await make_stage(ttl_s=10)
     stage.script.wait_in = "training"
     monkeypatch.setattr(Heartbeat, "send", lambda _: None)
@@ -391,7 +395,7 @@ async def test_a_cycle_extends_its_hold_if_the_heartbeat_fails(make_stage, monke
     assert (await stage.view(started.operation_id)).active
 
 
-async def test_a_failed_progress_report_does_not_end_the_reports(stage, monkeypatch, caplog):
+async def test_after_a_failed_progress_report_the_next_report_is_still_sent(stage, monkeypatch, caplog):
     stage.script.wait_in = "training"
     beats, beat = [], stage.cycle_store.beat
 

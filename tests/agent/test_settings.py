@@ -15,7 +15,7 @@ FIELDS = {
 }
 
 
-def test_unset_and_empty_variables_have_their_defaults():
+def test_for_unset_and_empty_variables_the_defaults_are_used():
     assert AgentSettings.from_environment({}) == AgentSettings()
     assert AgentSettings.from_environment(dict.fromkeys(FIELDS, " ")) == AgentSettings()
 
@@ -31,7 +31,7 @@ def test_unset_and_empty_variables_have_their_defaults():
         ("AGENT_PHASE_SECONDS", "0.25", 0.25),
     ],
 )
-def test_a_variable_sets_its_field(name, text, value):
+def test_each_environment_variable_sets_the_matching_field(name, text, value):
     assert getattr(AgentSettings.from_environment({name: text}), FIELDS[name]) == value
 
 
@@ -48,11 +48,11 @@ def test_a_variable_sets_its_field(name, text, value):
         ("AGENT_PHASE_SECONDS", "long", "a number from 0 to 3600"),
     ],
 )
-def test_the_error_of_an_invalid_variable_names_it_and_its_range(name, text, range_):
+def test_the_error_for_an_invalid_variable_shows_the_name_and_the_allowed_range(name, text, range_):
     with pytest.raises(InvalidArgument, match=f"^{name}: must be {range_}.*, not '{text}'$"):
         AgentSettings.from_environment({name: text})
 
 
-def test_the_thresholds_of_the_gates_are_read_as_well():
+def test_the_thresholds_of_the_gates_are_read_from_environment_variables():
     thresholds = AgentSettings.from_environment({"TRAINING_GATE_MIN_ACCURACY": "0.25"}).thresholds
     assert thresholds != AgentSettings().thresholds

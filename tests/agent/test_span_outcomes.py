@@ -44,37 +44,37 @@ def outcome_of(error: BaseException | None, *, asked: bool = False) -> tuple[str
     return set_outcome(span, error, asked=asked), span
 
 
-def test_a_phase_without_an_error_is_completed():
+def test_a_phase_without_an_error_has_the_outcome_completed():
     text, span = outcome_of(None)
     assert (text, span.attributes, span.failure) == ("", {"outcome": "completed"}, None)
 
 
-def test_a_cancellation_is_an_outcome_and_not_an_error():
+def test_a_cancellation_is_recorded_as_an_outcome_and_not_as_an_error():
     text, span = outcome_of(CancelledError())
     assert (text, span.attributes["outcome"], span.failure, span.recorded) == ("", "cancelled", None, [])
 
 
-def test_the_error_of_a_phase_without_model_calls_keeps_its_message():
+def test_if_a_phase_made_no_model_call_the_message_of_an_error_is_recorded():
     error = ValueError("no data for 2026")
     text, span = outcome_of(error)
     assert text == span.failure == "ValueError: no data for 2026"
     assert span.recorded == [(error, None)]
 
 
-def test_an_error_after_a_model_call_has_no_message_since_it_may_quote_a_reply():
+def test_after_a_model_call_the_message_of_an_error_from_outside_this_package_is_not_recorded():
     error = ValueError("the reply was: secret")
     text, span = outcome_of(error, asked=True)
     assert text == span.failure == "ValueError"
     assert span.recorded == [(error, "")]
 
 
-def test_an_error_of_this_package_keeps_its_message_after_a_model_call():
+def test_after_a_model_call_the_message_of_an_error_of_this_package_is_recorded():
     text, _ = outcome_of(InvalidArgument("unknown strategy"), asked=True)
     assert text == "InvalidArgument: unknown strategy"
 
 
 @pytest.mark.parametrize("link", ["__cause__", "__context__"])
-def test_an_error_caused_by_a_provider_has_no_message(link):
+def test_the_message_of_an_error_caused_by_a_provider_error_is_not_recorded(link):
     middle, error = RuntimeError("secret"), RuntimeError("secret")
     setattr(middle, link, ProviderError("secret"))
     setattr(error, link, middle)
@@ -82,7 +82,7 @@ def test_an_error_caused_by_a_provider_has_no_message(link):
     assert outcome_of(ProviderError("secret"))[0] == "ProviderError"
 
 
-def test_a_circle_of_causes_ends():
+def test_the_search_for_causes_ends_if_two_errors_cause_each_other():
     first, second = RuntimeError("one"), RuntimeError("two")
     first.__context__, second.__cause__ = second, first
     assert outcome_of(first)[0] == "RuntimeError: one"

@@ -47,7 +47,7 @@ def test_the_features_match_values_computed_by_hand():
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-def test_each_day_has_a_row_with_each_feature(name: str):
+def test_each_day_after_the_warm_up_has_a_row_with_every_feature(name: str):
     rows = features(CLOSES, highest(name), go_on)
     windows = [key for key in STRATEGIES[name].ranges if key.endswith("_days")]
     assert len(rows) == len(CLOSES) - WARM_UP_DAYS
@@ -57,7 +57,7 @@ def test_each_day_has_a_row_with_each_feature(name: str):
 
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("today", [WARM_UP_DAYS, 150, 180])
-def test_later_prices_affect_no_earlier_feature_or_position(name: str, today: int):
+def test_later_prices_do_not_change_earlier_features_or_positions(name: str, today: int):
     """Prices after a close affect neither the features nor the positions at it."""
     parameters = highest(name)
     known = features(CLOSES, parameters, go_on)[: today - WARM_UP_DAYS + 1]
@@ -70,19 +70,19 @@ def test_later_prices_affect_no_earlier_feature_or_position(name: str, today: in
         assert positions(STRATEGIES[name], parameters, changed, later)[: len(held)] == held
 
 
-def test_a_price_changes_the_features_of_its_own_day():
+def test_a_changed_price_changes_only_the_features_of_the_same_day():
     changed = (*CLOSES[:-1], CLOSES[-1] * 1.01)
     before, after = (features(closes, middle("momentum"), go_on) for closes in (CLOSES, changed))
     assert before[:-1] == after[:-1]
     assert before[-1] != after[-1]
 
 
-def test_a_long_only_strategy_buys_above_its_threshold_or_stays_out():
+def test_a_long_only_strategy_buys_only_if_the_probability_is_above_the_threshold():
     parameters = middle("trend_following") | {"threshold": 0.52}
     assert positions(STRATEGIES["trend_following"], parameters, CLOSES, [0.53, 0.52, 0.5, 0.1]) == [1, 0, 0, 0]
 
 
-def test_a_short_position_opens_below_the_opposite_threshold():
+def test_a_short_position_opens_only_if_the_probability_is_below_the_opposite_threshold():
     parameters = middle("momentum") | {"threshold": 0.52}
     assert positions(STRATEGIES["momentum"], parameters, CLOSES, [0.53, 0.5, 0.48, 0.47]) == [1, 0, 0, -0.5]
 
@@ -99,7 +99,7 @@ def test_volatility_targeting_shrinks_positions_as_volatility_rises():
     assert positions(strategy, parameters, wild, [0.4]) == [0.0]
 
 
-def test_pause_can_stop_the_computation_of_features():
+def test_the_pause_callback_can_stop_the_computation_of_features():
     class Enough(Exception):
         pass
 

@@ -21,45 +21,45 @@ def test_the_equity_after_one_trade_includes_its_costs():
     assert account.trades == pytest.approx((0.99 * 1.10 * 0.95 * 0.99 - 1,))
 
 
-def test_a_reversal_ends_one_trade_and_begins_another():
+def test_the_reversal_of_a_position_ends_the_first_trade_and_begins_a_second_trade():
     account = trade([1, -1], [0.10, 0.10], cost=0.01)
     assert account.trades == pytest.approx((0.99 * 1.10 * 0.99 - 1, 0.99 * 0.90 * 0.99 - 1))
     assert account.equity[-1] == pytest.approx(0.99 * 1.10 * 0.99 * 0.99 * 0.90 * 0.99)
 
 
-def test_a_resized_position_pays_for_the_difference_and_stays_one_trade():
+def test_resizing_a_position_costs_only_the_difference_and_does_not_begin_a_new_trade():
     account = trade([0.5, 1.0], [0.1, 0.1], cost=0.01)
     assert account.equity == pytest.approx((1, 0.995 * 1.05, 0.995 * 1.05 * 0.995 * 1.1 * 0.99))
     assert len(account.trades) == 1
 
 
-def test_trading_without_price_changes_loses_the_costs():
+def test_trading_at_constant_prices_loses_the_trading_costs():
     account = trade([1, 0, 1, 0], [0, 0, 0, 0], cost=0.01)
     assert account.trades == pytest.approx((0.99 * 0.99 - 1,) * 2)
     assert figures(account).win_rate == 0
 
 
-def test_a_ruined_account_stays_at_zero():
+def test_after_a_loss_of_all_equity_the_account_stays_at_zero():
     account = trade([-1, 1, 1], [2.0, 0.5, 0.5], cost=0)
     assert account.equity == (1, 0, 0, 0)
     assert figures(account).max_drawdown == 1
 
 
-def test_drawdown_is_the_deepest_fall_from_the_peak_before_it():
+def test_the_drawdown_is_the_largest_fall_from_an_earlier_peak():
     assert max_drawdown((1.0, 1.2, 0.9, 1.1, 2.0, 1.6, 1.9)) == pytest.approx(0.25)
     assert max_drawdown((1.0, 0.5, 2.0, 1.5)) == pytest.approx(0.5)
     assert max_drawdown((1.0, 1.1, 1.2)) == 0
     assert max_drawdown(()) == 0
 
 
-def test_sharpe_ratio_is_the_annualised_mean_over_deviation():
+def test_the_sharpe_ratio_is_the_annualised_mean_return_divided_by_the_deviation():
     # Mean 0.01; deviation of a sample sqrt((0.01² + 0 + 0.01²) / 2) = 0.01.
     assert sharpe_ratio([0.0, 0.01, 0.02]) == pytest.approx(math.sqrt(252))
     assert sharpe_ratio([0.0, -0.01, -0.02]) == pytest.approx(-math.sqrt(252))
     assert sharpe_ratio([0.01, -0.01]) == 0
 
 
-def test_sharpe_ratio_of_identical_returns_is_0():
+def test_the_sharpe_ratio_of_identical_returns_is_0():
     assert sharpe_ratio([]) == sharpe_ratio([0.1]) == sharpe_ratio([0.001] * 50) == 0
 
 
@@ -77,7 +77,7 @@ def test_without_a_trade_the_win_rate_is_0():
 
 
 @given(days=days, cost=st.floats(0, 0.01))
-def test_the_gains_of_trades_multiply_to_the_equity(days, cost: float):
+def test_the_product_of_all_trade_gains_equals_the_final_equity(days, cost: float):
     account = trade([side for side, _ in days], [market for _, market in days], cost=cost)
     assert math.prod(1 + gain for gain in account.trades) == pytest.approx(account.equity[-1])
     assert len(account.equity) == len(days) + 1

@@ -31,7 +31,7 @@ async def ended(client, operation_id: str) -> dict:
     return await until(look)
 
 
-async def test_a_trigger_starts_a_cycle_that_costs_between_a_cent_and_its_estimate(start):
+async def test_a_triggered_cycle_costs_at_least_1_cent_and_at_most_the_estimate(start):
     client = (await start()).client
     response = await client.post(TRIGGER)
     assert response.status_code == 202
@@ -52,7 +52,7 @@ async def test_a_trigger_starts_a_cycle_that_costs_between_a_cent_and_its_estima
     assert (cycle["model"], cycle["brief"], cycle["bypass_gates"]) == ("ktrdr-scripted-1", None, False)
 
 
-async def test_the_status_has_the_remaining_budget_and_the_number_of_free_cycles(start, pace):
+async def test_the_agent_status_shows_the_remaining_budget_and_the_number_of_free_slots(start, pace):
     pace.setenv("AGENT_PHASE_SECONDS", "3600")
     pace.setenv("AGENT_MAX_CONCURRENT_CYCLES", "2")
     here, there = (await start()).client, (await start()).client
@@ -66,7 +66,7 @@ async def test_the_status_has_the_remaining_budget_and_the_number_of_free_cycles
         await here.post(TRIGGER)
 
 
-async def test_the_status_without_limits_has_null_figures(start):
+async def test_if_no_limits_are_set_the_figures_in_the_agent_status_are_null(start):
     client = (await start(agent_daily_budget="unlimited")).client
     assert (await client.put(f"{V1}/budgets/agent:cycles/limit", json={"limit": None})).status_code == 200
     status = (await client.get(f"{V1}/agent/status")).json()
@@ -74,7 +74,7 @@ async def test_the_status_without_limits_has_null_figures(start):
     assert status["capacity"] == {"active": 0, "free": None, "limit": None}
 
 
-async def test_a_cycle_follows_the_options_of_its_trigger(start, pace):
+async def test_a_cycle_uses_the_options_in_the_trigger_request(start, pace):
     pace.setenv("TRAINING_GATE_MIN_ACCURACY", "0.99")
     client = (await start()).client
     options = {"strategy": "trend_following", "model": "haiku", "bypass_gates": True}
@@ -107,7 +107,7 @@ UNUSABLE = {
 
 
 @pytest.mark.parametrize("body", UNUSABLE)
-async def test_an_unusable_option_is_named_and_starts_nothing(start, body: str):
+async def test_if_an_option_is_unusable_the_refusal_names_the_option_and_no_cycle_starts(start, body: str):
     client = (await start()).client
     response = await client.post(TRIGGER, content=body, headers={"Content-Type": "application/json"})
     problem = is_a_refusal(response, 422, "invalid_request")
@@ -116,13 +116,13 @@ async def test_an_unusable_option_is_named_and_starts_nothing(start, body: str):
     assert (await client.get(f"{V1}/agent/budget")).json()["held"] == 0
 
 
-async def test_a_trigger_takes_no_query_parameters(start):
+async def test_a_trigger_with_query_parameters_is_refused(start):
     client = (await start()).client
     is_a_refusal(await client.post(f"{TRIGGER}?model=haiku"), 422, "invalid_request")
     assert (await client.get(f"{V1}/agent/status")).json()["status"] == "idle"
 
 
-async def test_without_money_a_trigger_is_refused_with_the_figures(start):
+async def test_if_the_budget_is_exhausted_a_refused_trigger_shows_the_remaining_and_requested_amounts(start):
     client = (await start(agent_daily_budget="0.01")).client
     response = await client.post(TRIGGER)
     assert response.status_code == 429
@@ -136,7 +136,7 @@ async def test_without_money_a_trigger_is_refused_with_the_figures(start):
     assert (problem["remaining"], problem["requested"]) == ("0.01", "0.15")
 
 
-async def test_the_refusal_of_a_second_cycle_has_the_id_of_the_running_one(start, pace):
+async def test_while_a_cycle_runs_a_second_trigger_is_refused_with_the_id_of_the_running_cycle(start, pace):
     pace.setenv("AGENT_PHASE_SECONDS", "3600")
     client = (await start()).client
     operation_id = (await client.post(TRIGGER, json={})).json()["operation_id"]
@@ -151,7 +151,7 @@ async def test_the_refusal_of_a_second_cycle_has_the_id_of_the_running_one(start
 
 
 @pytest.mark.parametrize("body", ["[]", "1", "{", '{"operation_id": "x"}', '{"operation_id": 1}', '{"estimate": 1}'])
-async def test_an_invalid_body_starts_no_cycle(start, body):
+async def test_a_trigger_with_an_invalid_body_starts_no_cycle(start, body):
     client = (await start()).client
     response = await client.post(TRIGGER, content=body, headers={"Content-Type": "application/json"})
     assert response.status_code == 422
@@ -168,7 +168,7 @@ def is_a_refusal(response, status: int, reason: str) -> dict:
 
 
 @pytest.mark.parametrize("media_type", ["application/json", "text/plain", "application/x-www-form-urlencoded", None])
-async def test_an_invalid_body_of_any_media_type_is_reported_as_a_refused_trigger(start, media_type):
+async def test_for_every_media_type_a_trigger_with_an_invalid_body_is_refused(start, media_type):
     client = (await start()).client
     headers = {} if media_type is None else {"Content-Type": media_type}
     is_a_refusal(await client.post(TRIGGER, content=b"nope", headers=headers), 422, "invalid_request")
@@ -182,7 +182,7 @@ async def test_a_trigger_is_refused_while_the_tenant_has_too_many_holds(start):
     assert problem["retry_after"] > 0
 
 
-async def test_a_trigger_is_refused_if_the_store_has_another_definition_of_the_budget(start):
+async def test_a_trigger_is_refused_if_the_store_has_a_different_definition_of_the_budget(start):
     here = (await start()).client
     await ended(here, (await here.post(TRIGGER)).json()["operation_id"])
     there = (await start(agent_budget_timezone="Asia/Tokyo")).client
@@ -219,7 +219,7 @@ async def test_a_trigger_during_a_store_outage_gets_status_503(start, start_serv
         assert (await client.get(f"{V1}/agent/{path}")).status_code == 503
 
 
-async def test_a_repeated_trigger_with_an_id_returns_the_same_cycle(start, pace):
+async def test_a_second_trigger_with_the_same_id_returns_the_first_cycle(start, pace):
     pace.setenv("AGENT_PHASE_SECONDS", "3600")
     here, there = (await start()).client, (await start()).client
     first = await here.post(TRIGGER, json={"operation_id": "op_mine"})
@@ -232,7 +232,7 @@ async def test_a_repeated_trigger_with_an_id_returns_the_same_cycle(start, pace)
     assert (response.status_code, response.json()["code"]) == (409, "hold-conflict")
 
 
-async def test_another_replica_can_cancel_a_cycle_and_read_its_result(start, pace):
+async def test_a_cycle_started_on_one_replica_can_be_cancelled_on_a_second_replica(start, pace):
     pace.setenv("AGENT_PHASE_SECONDS", "3600")
     here, there = (await start()).client, (await start()).client
     operation_id = (await here.post(TRIGGER)).json()["operation_id"]
@@ -249,7 +249,7 @@ async def test_another_replica_can_cancel_a_cycle_and_read_its_result(start, pac
     assert (cycle["outcome"], budget["today_spend"], budget["held"]) == ("cancelled", float(cycle["spend"]), 0)
 
 
-async def test_cycles_are_listed_in_pages_newest_first(start):
+async def test_cycles_are_listed_in_pages_with_the_newest_cycle_first(start):
     client = (await start()).client
     ids = []
     for _ in range(3):
@@ -263,7 +263,7 @@ async def test_cycles_are_listed_in_pages_newest_first(start):
     assert (await client.get(f"{V1}/agent/cycles?limit=0")).status_code == 422
 
 
-async def test_fifty_triggers_on_two_replicas_start_three_cycles_for_three_slots(start, pace):
+async def test_fifty_triggers_on_two_replicas_start_three_cycles_if_there_are_three_slots(start, pace):
     pace.setenv("AGENT_PHASE_SECONDS", "3600")
     pace.setenv("AGENT_MAX_CONCURRENT_CYCLES", "3")
     clients = [(await start()).client, (await start()).client]
@@ -271,7 +271,7 @@ async def test_fifty_triggers_on_two_replicas_start_three_cycles_for_three_slots
     assert sorted(answer.status_code for answer in answers) == [202] * 3 + [409] * 47
 
 
-async def test_triggering_needs_a_key(start):
+async def test_a_trigger_without_a_key_is_refused(start):
     running = await start(api_key="use-1", admin_key="admin-1")
     assert (await running.client.post(TRIGGER)).status_code == 401
     assert (await running.client.get(f"{V1}/agent/status")).status_code == 401

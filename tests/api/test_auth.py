@@ -53,7 +53,7 @@ async def statuses(client: httpx.AsyncClient, operations) -> set[int]:
     return {(await client.request(method, V1 + path, json=body)).status_code for method, path, body in operations}
 
 
-async def test_only_the_probes_reply_without_a_key(keyed):
+async def test_without_a_key_only_the_probes_and_the_openapi_document_can_be_read(keyed):
     client = keyed.connect()
     for method, path, body in (*USE, *ADMIN):
         response = await client.request(method, V1 + path, json=body)
@@ -78,7 +78,7 @@ async def test_a_non_ascii_key_is_refused(keyed):
     problem(response, 401, "unauthorized")
 
 
-async def test_the_key_is_checked_before_the_body_of_the_request(keyed):
+async def test_the_key_is_checked_before_the_request_body(keyed):
     response = await keyed.client.put(f"{V1}/budgets/a%20b/limit", content=b"{", headers={"Content-Type": "text/x"})
     problem(response, 401, "unauthorized")
     response = await keyed.connect("use-1").put(f"{V1}/budgets/agent/limit", content=b"{")
@@ -126,7 +126,7 @@ async def test_a_service_without_keys_refuses_clients_on_other_machines(start):
         assert (await running.connect(address=address).get("/livez")).status_code == 200
 
 
-async def test_with_auth_none_a_service_without_keys_accepts_clients_on_other_machines(start):
+async def test_if_auth_is_none_a_service_without_keys_accepts_clients_on_other_machines(start):
     running = await start(auth="none")
     assert await statuses(running.connect(address="192.0.2.1"), (*USE, *ADMIN)) == {200, 201, 404}
 
@@ -153,7 +153,7 @@ async def unconfirmed(running: Running, key: str) -> str:
     return path
 
 
-async def test_the_owner_of_a_hold_is_a_hash_of_the_key_and_not_the_key_itself(keyed, server):
+async def test_the_owner_of_a_hold_is_stored_as_a_hash_of_the_key(keyed, server):
     for key in ("use-1", "use-2", "admin-1"):
         hold = await reserved(keyed.connect(key))
         owner = (await keyed.limiter.get(hold["id"])).owner
@@ -163,13 +163,13 @@ async def test_the_owner_of_a_hold_is_a_hash_of_the_key_and_not_the_key_itself(k
     assert "use-1" not in stored
 
 
-async def test_the_owner_of_a_hold_is_http_if_no_key_is_configured(start):
+async def test_if_no_key_is_configured_the_owner_of_a_hold_is_named_http(start):
     running = await start()
     hold = await reserved(running.client)
     assert (await running.limiter.get(hold["id"])).owner == "http"
 
 
-async def test_an_unconfirmed_hold_can_be_settled_with_the_key_that_reserved_it(keyed):
+async def test_an_unconfirmed_hold_can_be_settled_with_the_use_key_that_reserved_the_hold(keyed):
     path = await unconfirmed(keyed, "use-1")
     done = await keyed.connect("use-1").post(f"{path}/commit", json={"amounts": "0.07"})
     assert (done.status_code, done.json()["late"]) == (200, True)
@@ -178,7 +178,7 @@ async def test_an_unconfirmed_hold_can_be_settled_with_the_key_that_reserved_it(
     assert await figures(keyed.connect("use-1")) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_an_unconfirmed_hold_of_another_use_key_can_only_be_settled_with_the_admin_key(keyed):
+async def test_only_the_admin_key_can_settle_an_unconfirmed_hold_made_with_a_different_use_key(keyed):
     path, other = await unconfirmed(keyed, "use-1"), keyed.connect("use-2")
     for action, body in (
         ("commit", {"amounts": "0"}),
@@ -200,7 +200,7 @@ async def test_any_use_key_can_settle_an_open_hold(keyed):
     assert (await other.post(f"{V1}/reservations/{hold['id']}/release")).status_code == 200
 
 
-async def test_the_worker_may_commit_a_hold_that_an_admin_released(keyed):
+async def test_after_an_admin_releases_an_unconfirmed_hold_the_worker_can_still_commit_the_real_cost(keyed):
     path = await unconfirmed(keyed, "use-1")
     released = await keyed.connect("admin-1").post(f"{path}/release")
     assert released.json()["state"] == "released"
@@ -210,7 +210,7 @@ async def test_the_worker_may_commit_a_hold_that_an_admin_released(keyed):
     assert await figures(keyed.connect("use-1")) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_another_use_key_cannot_settle_a_hold_that_an_admin_released(keyed):
+async def test_after_an_admin_releases_an_unconfirmed_hold_a_second_use_key_cannot_settle_the_hold(keyed):
     path, other = await unconfirmed(keyed, "use-1"), keyed.connect("use-2")
     await keyed.connect("admin-1").post(f"{path}/release")
     for action, body in (
@@ -226,7 +226,7 @@ async def test_another_use_key_cannot_settle_a_hold_that_an_admin_released(keyed
 
 
 @pytest.mark.parametrize("keys", [{}, {"api_key": "use-1", "admin_key": "admin-1"}])
-async def test_the_worker_may_commit_an_unconfirmed_hold_after_its_release(start, keys):
+async def test_after_the_worker_releases_an_unconfirmed_hold_the_worker_can_still_commit_the_real_cost(start, keys):
     running = await start(**keys)
     client = running.connect("use-1" if keys else "")
     path = await unconfirmed(running, "use-1" if keys else "")
@@ -238,7 +238,7 @@ async def test_the_worker_may_commit_an_unconfirmed_hold_after_its_release(start
     assert await figures(client) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_a_hold_that_its_owner_released_stays_released(keyed):
+async def test_after_the_owner_releases_an_open_hold_a_late_commit_is_a_conflict(keyed):
     admin = keyed.connect("admin-1")
     hold = await reserved(admin)
     await admin.post(f"{V1}/reservations/{hold['id']}/release")
@@ -246,7 +246,7 @@ async def test_a_hold_that_its_owner_released_stays_released(keyed):
     problem(late, 409, "hold-conflict")
 
 
-async def test_a_release_over_http_of_a_hold_that_the_library_reserved_is_an_operator_release(start):
+async def test_after_a_hold_of_the_library_is_released_over_http_the_library_can_still_commit_the_real_cost(start):
     running = await start()
     async with running.limiter.hold("agent", "0.15") as hold:
         assert (await running.client.post(f"{V1}/reservations/{hold.id}/release")).status_code == 200
@@ -261,7 +261,7 @@ def test_the_repr_of_keys_has_no_secret():
     assert "secret" not in repr(Keys(["secret"], ["secret-too"]))
 
 
-def test_keys_come_from_the_environment():
+def test_keys_are_read_from_environment_variables():
     assert not Keys.from_environment({})
     keys = Keys.from_environment({"KTRDR_API_KEY": "a, b,", "KTRDR_ADMIN_KEY": "c"})
     for key, admin in (("a", False), ("b", False), ("c", True)):

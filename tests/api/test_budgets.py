@@ -34,7 +34,7 @@ async def test_amounts_of_the_agent_budget_are_json_numbers(client):
     assert '"remaining":4.85,' in response.text  # not 4.8499999999999996
 
 
-async def test_a_nano_dollar_is_a_plain_decimal_in_every_response(client):
+async def test_a_nano_dollar_is_written_as_a_plain_decimal_in_every_response(client):
     """Money is never in scientific notation, which some readers do not parse."""
     answers = [
         await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.000000001"}, "id": "op_1"}),
@@ -52,7 +52,7 @@ async def test_a_nano_dollar_is_a_plain_decimal_in_every_response(client):
     assert '"today_spend":0.000000002,' in answers[-3].text
 
 
-async def test_an_unlimited_budget_has_null_figures(start):
+async def test_the_limit_and_the_remaining_amount_of_an_unlimited_budget_are_null(start):
     client = (await start(agent_daily_budget="unlimited")).client
     document = (await client.get(f"{V1}/agent/budget")).json()
     assert document["daily_limit"] is document["remaining"] is document["cycles_affordable"] is None
@@ -60,7 +60,7 @@ async def test_an_unlimited_budget_has_null_figures(start):
     assert document["limit"] is document["remaining"] is document["configured_limit"] is None
 
 
-async def test_a_limit_of_zero_denies_everything(start):
+async def test_a_limit_of_zero_denies_every_reservation(start):
     client = (await start(agent_daily_budget="0")).client
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.000000001"}})
     document = problem(denied, 429, "budget-exceeded")
@@ -108,14 +108,14 @@ async def test_a_budget_name_may_contain_a_slash(client, name):
     assert (await client.delete(f"{path}/limit")).json()["limit_source"] == "configured"
 
 
-async def test_a_budget_name_in_a_path_ends_before_an_unencoded_slash_and_the_word_holds(client):
+async def test_the_suffix_holds_in_a_path_is_part_of_a_budget_name_only_if_the_slash_is_encoded(client):
     assert (await client.get(f"{V1}/budgets/team/a:b@c")).json()["name"] == "team/a:b@c"
     assert (await client.get(f"{V1}/budgets/team/a:b@c/holds")).json() == {"holds": [], "next_cursor": None}
     problem(await client.get(f"{V1}/budgets/team/holds"), 404, "unknown-budget")  # the holds of `team`
     assert (await client.get(f"{V1}/budgets/team%2fholds/holds")).json() == {"holds": [], "next_cursor": None}
 
 
-async def test_holds_are_paged(client):
+async def test_holds_are_listed_in_pages(client):
     ids = [(await reserved(client, id=f"op_{number}", ttl=60 + number))["id"] for number in range(5)]
     found, cursor = [], None
     for _ in range(3):
@@ -128,7 +128,7 @@ async def test_holds_are_paged(client):
     assert page["holds"][0]["amounts"] == {"agent": "0.15"}
 
 
-async def test_a_ledger_is_paged_and_adds_up(client):
+async def test_the_ledger_is_listed_in_pages_with_the_newest_entry_first(client):
     for number in range(3):
         await client.post(
             f"{V1}/spend", json={"amounts": {"agent": "0.02"}, "id": f"op_{number}", "operation": "search"}
@@ -155,7 +155,7 @@ async def test_a_ledger_is_paged_and_adds_up(client):
     "query",
     ["limit=0", "limit=1001", "limit=ten", "limit=", "limit=1_0", "limit=-1", "cursor=x", "cursor=2-0", "cursor="],
 )
-async def test_an_invalid_page_is_refused(client, query):
+async def test_an_invalid_page_limit_or_cursor_is_refused(client, query):
     response = await client.get(f"{V1}/budgets/agent/holds?{query}")
     assert response.status_code == 422
     assert response.json()["code"] in ("invalid-request", "invalid-argument")
@@ -164,7 +164,7 @@ async def test_an_invalid_page_is_refused(client, query):
 @pytest.mark.parametrize(
     "query", ["cursor=0-0", "cursor=99999999999999999999", "cursor=1-0", "window=yesterday", "window=2026-13-01"]
 )
-async def test_an_invalid_page_of_a_ledger_is_refused(client, query):
+async def test_an_invalid_cursor_or_window_of_a_ledger_is_refused(client, query):
     problem(await client.get(f"{V1}/budgets/agent/ledger?{query}"), 422, "invalid-argument")
 
 
@@ -216,14 +216,14 @@ async def test_an_invalid_limit_is_refused(client, body):
     assert (await client.get(f"{V1}/budgets/agent")).json()["limit_source"] == "configured"
 
 
-async def test_the_day_of_the_agent_budget_ends_at_midnight_of_its_timezone(start):
+async def test_the_agent_budget_resets_at_midnight_in_the_configured_timezone(start):
     client = (await start(agent_budget_timezone="Pacific/Kiritimati")).client
     document = (await client.get(f"{V1}/budgets/agent")).json()
     assert document["timezone"] == "Pacific/Kiritimati"
     assert document["resets_at"].endswith("T10:00:00Z")
 
 
-async def test_budgets_show_until_when_the_store_recovers_from_a_data_loss(start, clocked_server):
+async def test_after_a_data_loss_a_budget_shows_when_the_recovery_of_the_store_ends(start, clocked_server):
     client = (await start(redis_url=clocked_server.url, timeout=0.3)).client
     assert (await client.get(f"{V1}/budgets/agent")).json()["recovering_until"] is None
     assert (await client.post(f"{V1}/spend", json={"amounts": {"agent": "0.15"}})).status_code == 201

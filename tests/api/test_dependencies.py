@@ -77,7 +77,7 @@ def figures(client, budget="agent") -> tuple[int, int]:
 # -- what a route costs ------------------------------------------------------------------------------------------------
 
 
-async def test_a_route_without_accruals_commits_its_estimate(app, client, limiter):
+async def test_a_route_that_accrues_nothing_commits_the_whole_estimate(app, client, limiter):
     @app.post("/research/{topic}", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
     async def research(topic: str) -> str:
         assert figures(client) == (0, to_units("0.15"))
@@ -89,7 +89,7 @@ async def test_a_route_without_accruals_commits_its_estimate(app, client, limite
     assert [entry.operation for entry in await limiter.ledger("agent")] == ["POST /research/{topic}"]
 
 
-async def test_a_route_commits_what_it_accrued(app, client):
+async def test_a_route_commits_the_accrued_amount(app, client):
     @app.post("/")
     async def research(hold: Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]) -> str:
         assert current_hold() is hold
@@ -100,7 +100,7 @@ async def test_a_route_commits_what_it_accrued(app, client):
     assert figures(client) == (to_units("0.02"), 0)
 
 
-async def test_a_sync_route_commits_what_it_accrued(app, client):
+async def test_a_sync_route_commits_the_accrued_amount(app, client):
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
     def research() -> None:
         current_hold().accrue("0.02")
@@ -109,7 +109,7 @@ async def test_a_sync_route_commits_what_it_accrued(app, client):
     assert figures(client) == (to_units("0.02"), 0)
 
 
-async def test_metered_calls_of_a_route_use_its_hold(app, client, limiter):
+async def test_metered_calls_in_a_route_are_charged_to_the_hold_of_the_route(app, client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 10, 50)]))
 
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
@@ -122,7 +122,7 @@ async def test_metered_calls_of_a_route_use_its_hold(app, client, limiter):
     assert figures(client) == (200_000, 0)
 
 
-async def test_a_stream_is_committed_after_it_was_sent(app, client):
+async def test_the_hold_of_a_streamed_response_is_committed_after_the_last_chunk(app, client):
     @app.post("/")
     async def research(hold: Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]) -> StreamingResponse:
         async def words() -> AsyncIterator[str]:
@@ -138,7 +138,7 @@ async def test_a_stream_is_committed_after_it_was_sent(app, client):
 
 
 @pytest.mark.parametrize(("accrued", "spent"), [("0", "0.15"), ("0.01", "0.02")])
-async def test_a_stream_is_settled_once_if_its_reader_disconnects(app, client, limiter, accrued, spent):
+async def test_if_the_client_of_a_stream_disconnects_the_hold_is_settled_once(app, client, limiter, accrued, spent):
     """fastapi #11143: a `yield` dependency and a streamed response."""
     closed = asyncio.Event()
 
@@ -169,7 +169,7 @@ async def test_a_stream_is_settled_once_if_its_reader_disconnects(app, client, l
 
 @pytest.mark.parametrize(("accrued", "spent"), [("0", "0"), ("0.02", "0.02")])
 @pytest.mark.parametrize("error", [HTTPException(404, "nothing"), ValueError("broken")])
-async def test_a_route_that_raises_commits_what_it_accrued(app, client, accrued, spent, error):
+async def test_a_route_that_raises_an_error_commits_the_accrued_amount(app, client, accrued, spent, error):
     @app.post("/")
     async def research(hold: Annotated[AsyncHold, Depends(hold_budget("agent", estimate="0.15"))]) -> None:
         hold.accrue(accrued)
@@ -183,7 +183,7 @@ async def test_a_route_that_raises_commits_what_it_accrued(app, client, accrued,
     assert figures(client) == (to_units(spent), 0)
 
 
-async def test_a_disconnected_client_is_charged_what_was_accrued(app, client):
+async def test_if_the_client_disconnects_the_accrued_amount_is_committed(app, client):
     begun = asyncio.Event()
 
     @app.post("/")
@@ -203,7 +203,7 @@ async def test_a_disconnected_client_is_charged_what_was_accrued(app, client):
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_denied_route_replies_429_with_a_problem(app, client, limiter):
+async def test_if_the_budget_denies_a_route_the_response_is_a_429_problem_document(app, client, limiter):
     ran = False
 
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
@@ -238,7 +238,7 @@ async def test_a_denied_route_replies_429_with_a_problem(app, client, limiter):
     assert figures(client) == (to_units("0.90"), 0)
 
 
-async def test_a_budget_of_requests_is_a_rate_limit(app):
+async def test_a_budget_in_requests_limits_the_request_rate_of_a_route(app):
     @app.get("/", dependencies=[Depends(hold_budget("calls", estimate=1))])
     async def look() -> None: ...
 
@@ -248,7 +248,7 @@ async def test_a_budget_of_requests_is_a_rate_limit(app):
     assert answer.headers["ratelimit-policy"] == '"calls";q=1;w=86400'
 
 
-async def test_a_denied_call_inside_a_route_replies_429(app, client, limiter):
+async def test_if_the_budget_denies_a_model_call_inside_a_route_the_response_is_429(app, client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 10, 50)]))
 
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.01"))])
@@ -290,7 +290,7 @@ async def test_a_failed_settlement_does_not_change_the_response(start_server, ca
     assert "could not be settled" in caplog.text
 
 
-async def test_an_unknown_budget_is_an_unexpected_error_of_the_app(app):
+async def test_a_request_to_a_route_with_an_unknown_budget_raises_an_error_in_the_app(app):
     @app.post("/", dependencies=[Depends(hold_budget("nothing", estimate="0.15"))])
     async def research() -> None: ...
 
@@ -298,7 +298,7 @@ async def test_an_unknown_budget_is_an_unexpected_error_of_the_app(app):
         await ask(app)
 
 
-async def test_an_app_may_have_its_own_handler(app, limiter):
+async def test_an_app_can_handle_budget_problems_with_its_own_exception_handler(app, limiter):
     @app.exception_handler(BudgetProblem)
     async def sorry(request: Request, error: BudgetProblem) -> JSONResponse:
         return JSONResponse({"sorry": error.problem.code}, error.status_code)
@@ -313,7 +313,7 @@ async def test_an_app_may_have_its_own_handler(app, limiter):
 # -- which limiter -----------------------------------------------------------------------------------------------------
 
 
-async def test_the_limiter_may_be_a_function_of_the_request(client, limiter):
+async def test_the_limiter_may_be_given_as_a_function_of_the_request(client, limiter):
     app = FastAPI()
     app.state.limiter = limiter
     depends = hold_budget({"agent": "0.15", "calls": 1}, limiter=lambda request: request.app.state.limiter)
@@ -370,12 +370,12 @@ UNUSABLE = [
 
 
 @pytest.mark.parametrize(("budget", "options"), UNUSABLE)
-def test_invalid_arguments_are_refused_when_the_dependency_is_made(budget, options):
+def test_invalid_arguments_are_refused_when_the_dependency_is_created(budget, options):
     with pytest.raises(InvalidArgument):
         hold_budget(budget, **options)
 
 
-def test_budgets_of_a_given_limiter_are_checked_when_the_dependency_is_made(limiter):
+def test_if_the_limiter_is_given_the_budgets_are_checked_when_the_dependency_is_created(limiter):
     for budget, options in (("nothing", {"estimate": 1}), ({"agent": 1, "nothing": 1}, {})):
         with pytest.raises(UnknownBudget):
             hold_budget(budget, limiter=limiter, **options)
@@ -385,12 +385,12 @@ def test_budgets_of_a_given_limiter_are_checked_when_the_dependency_is_made(limi
 
 
 @pytest.mark.parametrize("estimate", ["0.15", 1, 0.15, Decimal("0.15"), 10_000_000])
-def test_an_amount_of_any_unit_is_accepted_before_the_limiter_is_known(estimate):
+def test_while_the_limiter_is_unknown_an_estimate_in_any_unit_is_accepted(estimate):
     assert hold_budget("agent", estimate=estimate)
     assert hold_budget({"agent": estimate}, limiter=lambda connection: None)
 
 
-async def test_an_error_names_a_function_that_returns_no_limiter(server):
+async def test_if_the_limiter_function_returns_no_limiter_the_error_shows_the_returned_value(server):
     app = FastAPI()
 
     @app.post("/", dependencies=[Depends(hold_budget("agent", estimate="0.15", limiter=lambda request: "redis://"))])
@@ -419,7 +419,7 @@ def holding(estimate: str = "0.15"):
     return Depends(hold_budget("agent", estimate=estimate, limiter=of_app))
 
 
-async def test_calls_in_a_sync_route_use_the_hold_of_a_sync_limiter(sync_app, client):
+async def test_metered_calls_in_a_sync_route_are_charged_to_the_hold_of_the_route(sync_app, client):
     meter = Meter(sync_app.state.limiter, pricer=Prices([ModelPrice("acme", "road", "10", "50")]))
 
     by_name = Depends(hold_budget("agent", estimate="0.15", limiter=sync_app.state.limiter))
@@ -437,7 +437,7 @@ async def test_calls_in_a_sync_route_use_the_hold_of_a_sync_limiter(sync_app, cl
     assert figures(client) == (to_units("0.0051"), 0)
 
 
-async def test_a_guarded_sync_client_in_a_sync_route_is_charged_once(sync_app, client):
+async def test_a_call_of_a_guarded_sync_client_in_a_sync_route_is_charged_once(sync_app, client):
     with LocalProvider() as provider:
         guarded = guard(raw_client("anthropic", False, provider), sync_app.state.limiter)
 
@@ -453,7 +453,7 @@ async def test_a_guarded_sync_client_in_a_sync_route_is_charged_once(sync_app, c
 
 
 @pytest.mark.parametrize(("accrued", "spent"), [("0", "0"), ("0.03", "0.03")])
-async def test_a_sync_route_that_raises_commits_what_it_accrued(sync_app, client, accrued, spent):
+async def test_a_sync_route_that_raises_an_error_commits_the_accrued_amount(sync_app, client, accrued, spent):
     @sync_app.post("/")
     def research(hold: Annotated[Hold, holding()]) -> None:
         hold.accrue(accrued)
@@ -463,7 +463,7 @@ async def test_a_sync_route_that_raises_commits_what_it_accrued(sync_app, client
     assert figures(client) == (to_units(spent), 0)
 
 
-async def test_a_denied_sync_route_does_not_run(sync_app, client):
+async def test_a_sync_route_does_not_run_if_the_budget_denies_the_reservation(sync_app, client):
     @sync_app.post("/", dependencies=[holding("2.00")])
     def research() -> None:
         raise AssertionError
@@ -473,7 +473,9 @@ async def test_a_denied_sync_route_does_not_run(sync_app, client):
     assert figures(client) == (0, 0)
 
 
-async def test_a_client_that_disconnects_while_a_thread_reserves_costs_nothing(sync_app, client, monkeypatch):
+async def test_if_the_client_disconnects_during_the_reservation_of_a_sync_route_the_hold_is_released(
+    sync_app, client, monkeypatch
+):
     limiter, goes_on = sync_app.state.limiter, threading.Event()
     reserve, reserving = limiter.reserve, threading.Event()
 

@@ -62,11 +62,11 @@ def _fuzzed(
 
 
 @pytest.mark.parametrize("key", ["admin", "use"])
-def test_every_response_is_documented(service, tmp_path, key):
+def test_every_response_matches_the_openapi_document(service, tmp_path, key):
     fuzz(service, tmp_path, key=key)
 
 
-def test_every_response_without_the_store_is_documented(start_server, budgets, tmp_path):
+def test_while_the_store_is_down_every_response_matches_the_openapi_document(start_server, budgets, tmp_path):
     own = start_server()
     environment = {"KTRDR_REDIS_URL": own.url, "KTRDR_BUDGETS_FILE": budgets, "KTRDR_TIMEOUT": "0.02"}
     with serving(**environment, KTRDR_ADMIN_KEY="admin") as service:

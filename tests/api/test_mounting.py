@@ -31,7 +31,7 @@ def limiter(server) -> AsyncBudgetLimiter:
     return AsyncBudgetLimiter(server.url, [Budget("agent", "5.00"), Budget("team/a", 2, unit="calls")])
 
 
-async def test_the_router_works_in_any_app(limiter):
+async def test_the_budget_router_works_in_any_fastapi_app(limiter):
     app = foreign(limiter)
     app.include_router(budget_router(limiter))
     async with app.router.lifespan_context(app), connect(app) as client:
@@ -49,7 +49,7 @@ async def test_the_router_works_in_any_app(limiter):
         assert (await client.get("/nothing")).json() == {"detail": "Not Found"}  # the response of the app itself
 
 
-async def test_dependencies_of_the_app_run_first(limiter):
+async def test_the_dependencies_of_the_app_run_before_the_routes_of_the_router(limiter):
     received = []
 
     async def login(request: Request) -> None:
@@ -71,7 +71,7 @@ async def test_dependencies_of_the_app_run_first(limiter):
         assert (await client.get("/outer/inner/budgets")).status_code == 418
 
 
-async def test_keys_come_from_the_environment(limiter, environment):
+async def test_a_mounted_router_reads_its_keys_from_environment_variables(limiter, environment):
     environment.setenv("KTRDR_API_KEY", "use-1")
     environment.setenv("AGENT_CYCLE_ESTIMATE", "0.50")
     app = foreign(limiter)
@@ -82,14 +82,14 @@ async def test_keys_come_from_the_environment(limiter, environment):
         assert answer.json()["cycles_affordable"] == 10
 
 
-async def test_other_machines_need_keys_in_a_mounted_router(limiter):
+async def test_a_mounted_router_requires_a_key_from_callers_on_other_machines(limiter):
     app = foreign(limiter)
     app.include_router(budget_router(limiter))
     async with app.router.lifespan_context(app), connect(app, address="192.0.2.1") as client:
         problem(await client.get(f"{V1}/budgets"), 403, "keys-required")
 
 
-async def test_a_router_works_in_a_mounted_app(limiter):
+async def test_the_budget_router_works_in_an_app_mounted_under_a_path(limiter):
     inner, app = FastAPI(), foreign(limiter)
     inner.include_router(budget_router(limiter))
     app.mount("/sub", inner)
@@ -99,7 +99,7 @@ async def test_a_router_works_in_a_mounted_app(limiter):
         assert (await client.get(granted.headers["location"])).json()["id"] == "a/commit"
 
 
-async def test_a_router_works_behind_middleware(limiter):
+async def test_the_budget_router_works_behind_http_middleware(limiter):
     app = foreign(limiter)
     app.include_router(budget_router(limiter))
 
@@ -113,7 +113,7 @@ async def test_a_router_works_behind_middleware(limiter):
         problem(await client.post(f"{V1}/reservations", json={"amounts": {"agent": 9}}), 429, "budget-exceeded")
 
 
-async def test_an_app_can_include_the_probes(server):
+async def test_an_app_can_include_the_probe_router(server):
     metrics = LimiterMetrics()
     limiter = AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")], observer=metrics.observe)
     app = foreign(limiter)
@@ -127,14 +127,14 @@ async def test_an_app_can_include_the_probes(server):
         assert 'ktrdr_budget_reservations_total{outcome="granted",reason=""} 1.0\n' in text
 
 
-async def test_the_metrics_route_works_without_the_counters_of_an_observer(limiter):
+async def test_the_metrics_route_works_if_the_limiter_has_no_observer(limiter):
     app = foreign(limiter)
     app.include_router(probe_router(limiter))
     async with app.router.lifespan_context(app), connect(app) as client:
         assert "agent_budget_remaining_dollars 5.0\n" in (await client.get("/metrics")).text
 
 
-async def test_the_agent_budget_is_not_found_if_the_limiter_does_not_have_it(server):
+async def test_if_the_limiter_has_no_agent_budget_a_request_for_the_agent_budget_gets_404(server):
     limiter = AsyncBudgetLimiter(server.url, [Budget("other", 1)])
     app = foreign(limiter)
     app.include_router(budget_router(limiter))
@@ -142,7 +142,7 @@ async def test_the_agent_budget_is_not_found_if_the_limiter_does_not_have_it(ser
         problem(await client.get(f"{V1}/agent/budget"), 404, "unknown-budget")
 
 
-async def test_the_openapi_document_of_the_app_is_complete(limiter):
+async def test_every_reference_in_the_openapi_document_of_the_app_has_a_target(limiter):
     """Every reference has a target."""
     app = foreign(limiter)
     app.include_router(budget_router(limiter, keys=Keys(["use"], ["admin"])))

@@ -64,7 +64,7 @@ def test_every_operation_is_documented(document):
         assert operation["description"]
 
 
-def test_every_error_is_a_problem(document):
+def test_every_documented_error_response_is_a_problem_document(document):
     for (_, path), operation in operations(document).items():
         for status, response in operation["responses"].items():
             assert response["description"]
@@ -79,7 +79,7 @@ def test_every_error_is_a_problem(document):
             assert {"401", "403", "503"} <= operation["responses"].keys()
 
 
-def test_the_key_of_each_operation_is_documented(document):
+def test_the_required_key_of_each_operation_is_documented(document):
     for (method, path), operation in operations(document).items():
         if not path.startswith(V1):
             assert "security" not in operation
@@ -94,13 +94,13 @@ def test_the_key_of_each_operation_is_documented(document):
     }
 
 
-def test_no_key_is_documented_without_keys():
+def test_if_no_keys_are_configured_the_openapi_document_requires_no_key():
     document = document_of()
     assert "securitySchemes" not in document["components"]
     assert not any("security" in operation for operation in operations(document).values())
 
 
-def test_no_secret_is_documented():
+def test_the_openapi_document_contains_no_secret():
     text = str(document_of(api_key="secret-1", admin_key="secret-2", redis_url="redis://:secret-3@store"))
     assert "secret" not in text
 
@@ -114,7 +114,7 @@ def test_every_schema_is_a_shared_component_of_the_document(document):
     assert not inline(document["paths"])
 
 
-def test_every_example_is_valid(document):
+def test_every_example_in_the_openapi_document_is_valid(document):
     found = 0
     for name, schema in document["components"]["schemas"].items():
         check = validator(document, {"$ref": f"#/components/schemas/{name}"})
@@ -124,7 +124,7 @@ def test_every_example_is_valid(document):
     assert found >= 9
 
 
-def test_a_request_body_is_required_only_if_one_of_its_fields_is_required(document):
+def test_a_request_body_is_required_only_if_at_least_one_field_is_required(document):
     required = {
         path.removeprefix(V1): operation["requestBody"].get("required", False)
         for (_, path), operation in operations(document).items()
@@ -141,7 +141,7 @@ def test_a_request_body_is_required_only_if_one_of_its_fields_is_required(docume
     }
 
 
-async def test_responses_match_the_document(client, document):
+async def test_the_responses_of_every_operation_match_the_openapi_document(client, document):
     """Call every operation once; the fuzzer calls them with many values."""
     hold = await reserved(client, {"agent": "0.15", "cycles": 1}, operation="research")
     path = f"/reservations/{hold['id']}"

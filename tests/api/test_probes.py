@@ -15,7 +15,7 @@ from ..helpers.waiting import until
 from .support import V1, problem, reserved
 
 
-async def test_a_process_is_alive_without_its_store(start, tmp_path):
+async def test_the_liveness_probe_replies_alive_without_the_store(start, tmp_path):
     client = (await start(redis_url=f"unix://{tmp_path}/nothing", timeout=0.1)).client
     response = await client.get("/livez")
     assert (response.status_code, response.json()) == (200, {"status": "alive"})
@@ -47,13 +47,13 @@ async def test_the_probes_support_head_requests(client, path):
     problem(await client.post(path), 405, "method-not-allowed")
 
 
-async def test_a_service_with_a_reliable_store_is_ready(client):
+async def test_the_service_is_ready_if_the_store_passes_all_checks(client):
     response = await client.get("/readyz")
     assert response.status_code == 200
     assert response.json() == {"status": "ready", "checks": {"store": "ok", "policy": "ok", "scripts": "ok"}}
 
 
-async def test_a_service_starts_without_its_store_and_recovers_by_itself(start, start_server):
+async def test_a_service_started_without_the_store_becomes_ready_when_the_store_returns(start, start_server):
     own = start_server()
     own.kill()
     client = (await start(redis_url=own.url, timeout=0.1)).client
@@ -73,7 +73,7 @@ async def test_a_service_starts_without_its_store_and_recovers_by_itself(start, 
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
-async def test_a_store_that_evicts_is_not_ready(start, start_server, policy):
+async def test_if_the_store_evicts_keys_the_service_is_not_ready(start, start_server, policy):
     own = start_server(None, "--maxmemory-policy", policy)
     client = (await start(redis_url=own.url)).client
     document = problem(await client.get("/readyz"), 503, "not-ready")
@@ -85,7 +85,7 @@ async def test_a_store_that_evicts_is_not_ready(start, start_server, policy):
     assert (await client.get("/readyz")).status_code == 200
 
 
-async def test_a_store_whose_eviction_policy_cannot_be_read_is_not_ready(start, server):
+async def test_if_the_eviction_policy_cannot_be_read_the_service_is_not_ready(start, server):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "worker", "on", ">pw", "~*", "+@all", "-info")
         client = (await start(redis_url=f"{server.url}?username=worker&password=pw")).client
@@ -95,7 +95,7 @@ async def test_a_store_whose_eviction_policy_cannot_be_read_is_not_ready(start, 
         redis.execute_command("ACL", "DELUSER", "worker")
 
 
-async def test_a_store_that_runs_no_scripts_is_not_ready(start, server):
+async def test_if_the_store_refuses_scripts_the_service_is_not_ready(start, server):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "reader", "on", ">pw", "~*", "+@all", "-eval", "-evalsha")
         client = (await start(redis_url=f"{server.url}?username=reader&password=pw")).client
@@ -105,7 +105,7 @@ async def test_a_store_that_runs_no_scripts_is_not_ready(start, server):
         redis.execute_command("ACL", "DELUSER", "reader")
 
 
-def test_the_limiter_of_the_library_has_the_same_readiness_check(server):
+def test_the_check_of_a_sync_limiter_finds_no_fault_in_a_reliable_store(server):
     with BudgetLimiter(server.url, [Budget("agent", "5.00")]) as limiter:
         assert limiter.check() == {"store": None, "policy": None, "scripts": None}
 
@@ -127,7 +127,7 @@ BINARIES = [binary for binary in (valkey_binary(), redis_binary()) if binary]
 
 @pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.rpartition("/")[2])
 @pytest.mark.parametrize("kind", UNABLE)
-async def test_a_store_that_cannot_reserve_is_not_ready_and_the_reason_is_reported(start, start_server, kind, binary):
+async def test_if_the_store_cannot_reserve_the_readiness_check_reports_the_reason(start, start_server, kind, binary):
     """spring-cloud-gateway #3379: a managed store refuses a command in scripts."""
     options, check, words = UNABLE[kind]
     own = start_server(binary, *options)
@@ -141,7 +141,7 @@ async def test_a_store_that_cannot_reserve_is_not_ready_and_the_reason_is_report
 
 
 @pytest.mark.parametrize("command", ["time", "hincrby", "rpush"])
-async def test_a_command_refused_in_scripts_is_named(start, server, command):
+async def test_if_the_store_user_may_not_run_a_command_the_readiness_check_names_the_command(start, server, command):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "managed", "on", ">pw", "~*", "+@all", f"-{command}")
         client = (await start(redis_url=f"{server.url}?username=managed&password=pw")).client
@@ -165,19 +165,19 @@ async def test_a_wrong_password_is_reported_by_the_readiness_check(start, start_
     own.kill()
 
 
-async def test_a_readiness_check_leaves_no_keys(client, server):
+async def test_a_readiness_check_leaves_no_keys_in_the_store(client, server):
     await client.get("/readyz")
     with server.client() as redis:
         assert redis.dbsize() == 0
 
 
-async def test_a_readiness_check_loads_scripts_again_after_a_flush(client, server):
+async def test_after_a_script_flush_the_readiness_check_loads_the_scripts_again(client, server):
     with server.client() as redis:
         redis.script_flush()
     assert (await client.get("/readyz")).status_code == 200
 
 
-async def test_the_metrics_show_the_calls_and_budgets_of_the_service(client):
+async def test_the_metrics_count_reservations_and_show_the_remaining_amount_of_each_budget(client):
     hold = await reserved(client)
     await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": "0.07"})
     await client.post(f"{V1}/reservations", json={"amounts": {"agent": "9"}})
@@ -204,13 +204,13 @@ async def test_the_metrics_show_the_calls_and_budgets_of_the_service(client):
     assert (counted["granted", ""], counted["denied", "exceeds_limit"]) == (1, 1)
 
 
-async def test_metrics_are_available_as_openmetrics(client):
+async def test_the_metrics_are_available_in_the_openmetrics_format(client):
     response = await client.get("/metrics", headers={"Accept": "application/openmetrics-text; version=1.0.0"})
     assert response.headers["content-type"].startswith("application/openmetrics-text")
     assert response.text.endswith("# EOF\n")
 
 
-async def test_an_app_can_be_started_again_after_it_was_stopped(start, server):
+async def test_when_an_app_is_started_a_second_time_the_counters_continue(start, server):
     """Each run has its own limiter; the counters continue."""
     running = await start()
     await reserved(running.client, id="op_1")
@@ -221,7 +221,7 @@ async def test_an_app_can_be_started_again_after_it_was_stopped(start, server):
 
 
 @pytest.mark.parametrize(("durability", "words"), [("disk", "needs appendonly to be on"), ("replica", "no replica")])
-async def test_a_store_without_the_configured_durability_is_not_ready(start, server, durability, words):
+async def test_if_the_store_lacks_the_configured_durability_the_service_is_not_ready(start, server, durability, words):
     with away(server.url):
         client = (await start(redis_url=server.url, durability=durability, timeout=1.0)).client
         assert words in problem(await client.get("/readyz"), 503, "not-ready")["detail"]

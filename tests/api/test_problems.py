@@ -29,14 +29,14 @@ async def test_an_unknown_path_is_not_found(client, path):
     assert document["detail"] == f"no such endpoint: GET {path} (see /docs)"
 
 
-async def test_a_long_unknown_path_is_cut_and_its_control_characters_are_removed(client):
+async def test_a_404_response_shortens_a_long_path_and_replaces_control_characters(client):
     document = problem(await client.post("/%1b[2J" + "x" * 5_000), 404, "not-found")
     assert document["detail"].startswith("no such endpoint: POST /?[2Jxxx")
     assert document["detail"].endswith("x… (see /docs)")
 
 
 @pytest.mark.parametrize("path", ["budgets/", "budgets//holds", "reservations/"])
-async def test_an_empty_name_is_not_found(client, path):
+async def test_a_path_with_an_empty_name_is_not_found(client, path):
     document = problem(await client.get(f"{V1}/{path}"), 404, "not-found")
     assert document["detail"] == f"no such endpoint: GET {V1}/{path} (see /docs)"
 
@@ -59,13 +59,13 @@ async def test_an_empty_name_is_not_found(client, path):
         ("QUERY", "/budgets", "GET"),
     ],
 )
-async def test_a_wrong_method_is_refused_with_the_allowed_methods(client, method, path, allowed):
+async def test_the_refusal_of_a_wrong_method_lists_the_allowed_methods(client, method, path, allowed):
     response = await client.request(method, V1 + path)
     problem(response, 405, "method-not-allowed")
     assert response.headers["allow"] == allowed
 
 
-async def test_the_probes_refuse_other_methods(client):
+async def test_the_probes_refuse_post_requests(client):
     for path in ("/livez", "/readyz", "/metrics"):
         problem(await client.post(path), 405, "method-not-allowed")
 
@@ -88,7 +88,7 @@ async def test_an_unknown_hold_is_not_found(client):
         problem(await client.post(f"{V1}/reservations/op_1/{path}", json=body), 404, "unknown-hold")
 
 
-async def test_a_commit_to_a_budget_that_the_hold_does_not_cover_is_not_found(client):
+async def test_if_a_commit_names_a_budget_missing_from_the_hold_the_response_is_404(client):
     hold = await reserved(client)
     done = await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": {"cycles": 1}})
     problem(done, 404, "unknown-budget")
@@ -133,7 +133,7 @@ async def test_a_commit_to_a_budget_that_the_hold_does_not_cover_is_not_found(cl
         ({"amounts": {"agent": 1}, "owner": "me"}, ["body", "owner"]),
     ],
 )
-async def test_an_invalid_body_is_refused_with_the_place_of_the_error(client, body, where):
+async def test_the_refusal_of_an_invalid_body_shows_the_location_of_the_error(client, body, where):
     response = await client.post(f"{V1}/reservations", content=json.dumps(body), headers=JSON)
     document = problem(response, 422, "invalid-request")
     assert document["errors"][0]["loc"] == where
@@ -154,7 +154,7 @@ async def test_an_invalid_body_is_refused_with_the_place_of_the_error(client, bo
         ({"agent": int("9" * 4000)}, "invalid-amount"),
     ],
 )
-async def test_an_amount_that_does_not_fit_its_unit_is_refused(client, amounts, code):
+async def test_an_amount_outside_the_range_or_precision_of_the_budget_is_refused(client, amounts, code):
     response = await client.post(f"{V1}/reservations", json={"amounts": amounts})
     assert len(problem(response, 422, code)["detail"]) <= 300
 
@@ -184,7 +184,7 @@ async def test_an_invalid_json_body_is_refused(client, content, words):
 @pytest.mark.parametrize(
     "media_type", ["text/plain", "application/x-www-form-urlencoded", "application/jsonp", "", "json"]
 )
-async def test_a_body_with_another_media_type_is_refused(client, media_type):
+async def test_a_body_without_a_json_media_type_is_refused(client, media_type):
     response = await client.post(
         f"{V1}/reservations", content=b'{"amounts": {"agent": 1}}', headers={"Content-Type": media_type}
     )
@@ -199,7 +199,7 @@ async def test_a_body_may_have_any_json_media_type(client, media_type):
     assert response.status_code == 201
 
 
-async def test_a_large_body_is_refused(client):
+async def test_a_body_above_the_size_limit_is_refused(client):
     body = b'{"amounts": {"agent": 1}, "operation": "' + b"x" * BODY_BYTES_MAX + b'"}'
     problem(await client.post(f"{V1}/reservations", content=body, headers=JSON), 413, "content-too-large")
 
@@ -214,7 +214,7 @@ async def test_a_large_body_is_refused(client):
 
 
 @pytest.mark.parametrize("name", ["a%20b", "%ff", "x" * 129, "%E2%82%AC"])
-async def test_an_invalid_name_is_refused(client, name):
+async def test_an_invalid_name_in_a_path_is_refused(client, name):
     problem(await client.get(f"{V1}/budgets/{name}"), 422, "invalid-argument")
     problem(await client.get(f"{V1}/reservations/{name}"), 422, "invalid-argument")
 
@@ -222,7 +222,7 @@ async def test_an_invalid_name_is_refused(client, name):
 # -- denials -----------------------------------------------------------------------------------------------------------
 
 
-async def test_a_denial_has_its_reason_and_the_time_to_retry(client):
+async def test_a_denial_shows_the_reason_and_the_seconds_until_a_retry(client):
     await client.post(f"{V1}/spend", json={"amounts": {"agent": "4.90"}})
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
     document = problem(denied, 429, "budget-exceeded")
@@ -238,13 +238,13 @@ async def test_a_denial_has_its_reason_and_the_time_to_retry(client):
     assert "ratelimit" not in denied.headers  # money has no unit there
 
 
-async def test_a_denial_above_the_limit_has_no_time_to_retry(client):
+async def test_if_a_request_exceeds_the_whole_limit_the_denial_suggests_no_retry(client):
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "6"}})
     assert problem(denied, 429, "budget-exceeded")["retry_after"] is None
     assert "retry-after" not in denied.headers
 
 
-async def test_a_denial_because_of_holds_advises_a_retry_at_their_first_deadline(client):
+async def test_if_open_holds_fill_the_budget_the_denial_suggests_a_retry_at_the_first_deadline(client):
     await reserved(client, {"agent": "5"}, ttl=30)
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
     document = problem(denied, 429, "budget-exceeded")
@@ -252,7 +252,7 @@ async def test_a_denial_because_of_holds_advises_a_retry_at_their_first_deadline
     assert 25 <= document["retry_after"] <= 30
 
 
-async def test_the_denial_of_a_count_budget_has_rate_limit_headers(client):
+async def test_a_denial_by_a_budget_of_requests_or_cycles_has_rate_limit_headers(client):
     await client.post(f"{V1}/spend", json={"amounts": {"calls": 1, "cycles": 3}})
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"calls": 2}})
     seconds = problem(denied, 429, "budget-exceeded")["retry_after"]
@@ -264,14 +264,14 @@ async def test_the_denial_of_a_count_budget_has_rate_limit_headers(client):
     assert denied.headers["ratelimit"] == f'"cycles";r=0;t={seconds}'
 
 
-async def test_rate_limit_headers_of_slots_have_no_window(client):
+async def test_the_rate_limit_headers_of_a_slots_budget_show_no_window(client):
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"jobs": 2}})
     problem(denied, 429, "budget-exceeded")
     assert denied.headers["ratelimit-policy"] == '"jobs";q=1;ktrdr-unit="slots"'
     assert denied.headers["ratelimit"] == '"jobs";r=1'
 
 
-def test_a_large_count_in_a_rate_limit_header_is_cut_to_the_largest_allowed_integer():
+def test_a_large_count_is_reduced_to_the_largest_integer_allowed_in_a_rate_limit_header():
     huge = 2**53 - 1
     denial = Denial("tokens", "budget_exhausted", huge, 0, 0, 0, huge, 1, huge, 60, "count")
     headers = denied_problem(denial, Budget("tokens", huge, unit="tokens")).headers
@@ -281,7 +281,7 @@ def test_a_large_count_in_a_rate_limit_header_is_cut_to_the_largest_allowed_inte
 # -- the store ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_budget_with_another_registered_definition_is_a_conflict(start, tmp_path):
+async def test_if_a_budget_is_registered_with_a_different_definition_requests_get_409(start, tmp_path):
     paths = [tmp_path / "one.toml", tmp_path / "other.toml"]
     for path, unit in zip(paths, ("tokens", "calls"), strict=True):
         path.write_text(f'[[budgets]]\nname = "count"\nlimit = 5\nunit = "{unit}"\n')
@@ -304,7 +304,7 @@ async def test_a_budget_with_another_registered_definition_is_a_conflict(start, 
     problem(await one.post(f"{V1}/reservations", json={"amounts": {"count": 1}}), 409, "budget-mismatch")
 
 
-async def test_requests_get_503_from_the_stop_of_the_store_until_its_return(start, start_server):
+async def test_while_the_store_is_down_every_request_gets_503(start, start_server):
     own = start_server(None, "--appendonly", "yes")
     client = (await start(redis_url=own.url, timeout=0.2)).client
     hold = await reserved(client)
@@ -336,7 +336,7 @@ async def test_requests_get_503_from_the_stop_of_the_store_until_its_return(star
     assert (await reserved(client, id="op_1"))["replayed"] is False
 
 
-async def test_requests_to_a_hanging_store_get_503_within_the_deadline(start, start_server):
+async def test_if_the_store_hangs_a_reservation_gets_503_within_two_seconds(start, start_server):
     own = start_server()
     client = (await start(redis_url=own.url, timeout=0.2)).client
     await reserved(client)
@@ -350,7 +350,7 @@ async def test_requests_to_a_hanging_store_get_503_within_the_deadline(start, st
         own.resume()
 
 
-async def test_policy_allow_admits_without_the_store(start, start_server):
+async def test_with_policy_allow_holds_are_reserved_and_settled_without_the_store(start, start_server):
     own = start_server()
     client = (await start(redis_url=own.url, timeout=0.2, on_store_error="allow", agent_daily_budget="1")).client
     own.kill()
@@ -380,7 +380,7 @@ async def test_policy_allow_admits_without_the_store(start, start_server):
 # -- unexpected errors -------------------------------------------------------------------------------------------------
 
 
-async def test_the_response_to_an_unexpected_error_hides_its_text(running):
+async def test_the_response_to_an_unexpected_error_does_not_show_the_error_text(running):
     async def broken() -> None:
         raise RuntimeError("secret")
 
@@ -391,7 +391,7 @@ async def test_the_response_to_an_unexpected_error_hides_its_text(running):
     problem(response, 500, "internal-error")
 
 
-async def test_an_error_of_the_limiter_in_a_route_of_the_app_becomes_a_problem_response(running):
+async def test_if_the_limiter_raises_in_a_route_of_the_app_the_response_is_a_problem_document(running):
     async def other() -> None:
         await running.limiter.status("unknown")
 
@@ -399,11 +399,11 @@ async def test_an_error_of_the_limiter_in_a_route_of_the_app_becomes_a_problem_r
     problem(await running.client.get("/other"), 404, "unknown-budget")
 
 
-def test_an_unexpected_error_is_an_internal_error_problem():
+def test_an_unexpected_error_becomes_a_500_problem():
     assert problem_of(BudgetError("?"), {}).status_code == 500
 
 
-async def test_every_error_is_a_problem_document(client: httpx.AsyncClient):
+async def test_every_error_response_is_a_problem_document(client: httpx.AsyncClient):
     """Every combination of method and path."""
     for method in ("GET", "POST", "PUT", "DELETE", "PATCH", "HEAD"):
         for path in ("/", "/livez", "/openapi.json", f"{V1}/budgets/x", f"{V1}/reservations", f"{V1}/spend/x"):

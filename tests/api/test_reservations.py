@@ -19,7 +19,7 @@ from .support import V1, figures, problem, reserved
 JSON = {"Content-Type": "application/json"}
 
 
-async def test_a_reservation_is_created_and_can_be_read(client):
+async def test_a_created_reservation_can_be_read_at_the_returned_location(client):
     response = await client.post(
         f"{V1}/reservations",
         json={"amounts": {"agent": "0.15", "cycles": 1}, "id": "op_1", "ttl": 60, "operation": "research"},
@@ -45,7 +45,7 @@ async def test_a_reservation_is_created_and_can_be_read(client):
     assert again.json() == document
 
 
-async def test_the_response_to_a_grant_equals_the_hold_in_the_store(running):
+async def test_the_response_to_a_reservation_equals_the_hold_in_the_store(running):
     label = 'quoted "label"\n with é and \u2028'
     document = await reserved(
         running.client, {"agent": "0.000000001", "jobs": 1}, operation=label, on_expiry="accrued", ttl=1.5
@@ -56,7 +56,7 @@ async def test_the_response_to_a_grant_equals_the_hold_in_the_store(running):
     assert document["operation"] == label
 
 
-async def test_a_repeated_reservation_is_a_replay(client):
+async def test_a_reservation_repeated_with_the_same_id_is_reported_as_a_replay(client):
     first = await reserved(client, id="op_1", operation="research")
     await client.post(f"{V1}/reservations/op_1/extend", json={"accrued": "0.03"})
     again = await client.post(
@@ -71,13 +71,13 @@ async def test_a_repeated_reservation_is_a_replay(client):
     assert await figures(client) == ("0.00", "0.15", "0.00", "4.85")
 
 
-async def test_another_reservation_with_the_same_id_is_a_conflict(client):
+async def test_a_different_reservation_with_a_used_id_is_a_conflict(client):
     await reserved(client, id="op_1")
     other = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.16"}, "id": "op_1"})
     problem(other, 409, "hold-conflict")
 
 
-async def test_several_budgets_are_reserved_all_or_none(client):
+async def test_if_one_budget_denies_a_reservation_no_budget_is_reserved(client):
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15", "cycles": 4}})
     document = problem(denied, 429, "budget-exceeded")
     assert (document["budget"], document["unit"], document["requested"]) == ("cycles", "cycles", 4)
@@ -100,7 +100,7 @@ async def test_a_commit_records_the_actual_cost(client):
     assert (await client.get(f"{V1}/reservations/{hold['id']}")).json()["charged"] == {"agent": "0.07"}
 
 
-async def test_a_repeated_commit_is_a_replay_and_another_amount_a_conflict(client):
+async def test_a_repeated_commit_is_a_replay_but_a_commit_of_a_different_amount_is_a_conflict(client):
     hold = await reserved(client)
     path = f"{V1}/reservations/{hold['id']}/commit"
     await client.post(path, json={"amounts": "0.07"})
@@ -121,7 +121,7 @@ async def test_a_commit_without_amounts_commits_the_accrued_amount(client):
     assert done.json()["amounts"] == {"agent": "0.00"}
 
 
-async def test_a_commit_per_budget_commits_zero_for_omitted_budgets(client):
+async def test_if_a_commit_omits_a_budget_of_the_hold_zero_is_committed_to_the_omitted_budget(client):
     hold = await reserved(client, {"agent": "0.15", "cycles": 2})
     done = await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": {"cycles": 1}})
     assert done.json()["amounts"] == {"agent": "0.00", "cycles": 1}
@@ -134,7 +134,7 @@ async def test_a_commit_above_the_reservation_is_an_overrun(client):
     assert await figures(client) == ("7.00", "0.00", "0.00", "0.00")
 
 
-async def test_a_release_returns_the_whole_amount(client):
+async def test_a_release_returns_the_whole_amount_to_the_budget(client):
     hold = await reserved(client)
     done = await client.post(f"{V1}/reservations/{hold['id']}/release")
     assert done.status_code == 200
@@ -143,13 +143,13 @@ async def test_a_release_returns_the_whole_amount(client):
     assert await figures(client) == ("0.00", "0.00", "0.00", "5.00")
 
 
-async def test_a_release_with_a_body_is_refused(client):
+async def test_a_release_with_amounts_in_the_body_is_refused(client):
     hold = await reserved(client)
     problem(await client.post(f"{V1}/reservations/{hold['id']}/release", json={"amounts": "1"}), 422, "invalid-request")
     assert (await client.post(f"{V1}/reservations/{hold['id']}/release", json={})).status_code == 200
 
 
-async def test_an_extension_sets_the_total_accrued_and_never_shortens_the_deadline(client):
+async def test_an_extension_sets_the_accrued_total_and_never_shortens_the_deadline(client):
     hold = await reserved(client, ttl=60)
     path = f"{V1}/reservations/{hold['id']}/extend"
     for _ in range(2):  # a retry is harmless
@@ -163,7 +163,7 @@ async def test_an_extension_sets_the_total_accrued_and_never_shortens_the_deadli
         assert (heartbeat.status_code, heartbeat.json()["expires_at"]) == (200, extended.json()["expires_at"])
 
 
-async def test_growth_sets_the_new_total_reserved(client):
+async def test_growing_a_hold_sets_the_total_reserved_amount(client):
     hold = await reserved(client)
     path = f"{V1}/reservations/{hold['id']}/grow"
     for _ in range(2):
@@ -175,7 +175,7 @@ async def test_growth_sets_the_new_total_reserved(client):
     assert await figures(client) == ("0.00", "0.25", "0.00", "4.75")
 
 
-async def test_spend_without_a_reservation_is_recorded_once(client):
+async def test_spend_sent_twice_with_the_same_id_is_recorded_once(client):
     spend = {"amounts": {"agent": "0.02", "cycles": 1}, "id": "op_9", "operation": "search"}
     first = await client.post(f"{V1}/spend", json=spend)
     assert first.status_code == 201
@@ -205,7 +205,7 @@ async def test_spend_above_the_limit_is_recorded(client):
 @pytest.mark.parametrize(
     "number", ["0.1", "0.10000000000000000001", "1e-9", "0.30000000000000004", "1E0", "4.999999999"]
 )
-async def test_a_json_number_keeps_its_exact_value(client, number):
+async def test_an_amount_sent_as_a_json_number_is_read_as_an_exact_decimal(client, number):
     from ktrdr_budget.money import from_units, to_units
 
     response = await client.post(f"{V1}/reservations", content=f'{{"amounts": {{"agent": {number}}}}}', headers=JSON)
@@ -214,7 +214,7 @@ async def test_a_json_number_keeps_its_exact_value(client, number):
 
 
 @pytest.mark.parametrize("hold_id", ["a/b", "a/b/commit", "x/release", "commit", "a:b@c", "%", "team/../x"])
-async def test_an_id_may_contain_a_slash(client, hold_id):
+async def test_a_hold_id_may_contain_a_slash(client, hold_id):
     from urllib.parse import quote
 
     if hold_id == "%":
@@ -232,13 +232,13 @@ async def test_an_id_may_contain_a_slash(client, hold_id):
     assert done.json() == {**done.json(), "id": hold_id, "state": "committed", "amounts": {"agent": "0.01"}}
 
 
-async def test_an_id_may_contain_an_unencoded_slash(client):
+async def test_a_hold_id_in_a_path_may_contain_an_unencoded_slash(client):
     await reserved(client, id="team/op")
     assert (await client.get(f"{V1}/reservations/team/op")).json()["id"] == "team/op"
     assert (await client.post(f"{V1}/reservations/team/op/commit", json={"amounts": 0})).status_code == 200
 
 
-async def test_a_hold_is_released_if_the_client_disconnects_before_it_receives_the_id(running):
+async def test_if_the_client_disconnects_before_receiving_a_generated_id_the_hold_is_released(running):
     await running.limiter.status("agent")
     scope = {
         "type": "http", "method": "POST", "path": f"{V1}/reservations", "raw_path": f"{V1}/reservations".encode(),
@@ -269,7 +269,7 @@ async def test_a_hold_is_released_if_the_client_disconnects_before_it_receives_t
     assert f"{(await running.limiter.status('agent')).held}" == "0.30"
 
 
-async def test_an_expired_hold_is_corrected_by_its_late_commit(client):
+async def test_a_late_commit_replaces_the_unconfirmed_amount_of_an_expired_hold(client):
     hold = await reserved(client, ttl=1)
 
     async def unconfirmed() -> bool:
@@ -282,7 +282,7 @@ async def test_an_expired_hold_is_corrected_by_its_late_commit(client):
     assert await figures(client) == ("0.07", "0.00", "0.00", "4.93")
 
 
-async def test_sixty_four_concurrent_clients_fill_the_cap_exactly(client):
+async def test_sixty_four_concurrent_reservations_are_granted_exactly_up_to_the_limit(client):
     async def one(number: int) -> httpx.Response:
         return await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}, "id": f"op_{number}"})
 
@@ -291,7 +291,7 @@ async def test_sixty_four_concurrent_clients_fill_the_cap_exactly(client):
     assert await figures(client) == ("0.00", "4.95", "0.00", "0.05")
 
 
-async def test_a_lost_hold_is_unavailable_until_replicas_have_replayed_it(clocked_server, start):
+async def test_after_a_data_loss_requests_for_a_hold_get_503_until_a_worker_restores_the_hold(clocked_server, start):
     async with AsyncBudgetLimiter(clocked_server.url, [Budget("agent", "5.00")]) as worker:
         worker.engine.dispatcher.repair.stop()
         await worker.reserve("agent", "0.15", id="op_1")

@@ -43,14 +43,14 @@ def route_of(method: str, path: str, raw_path: bytes | None) -> tuple[str, str] 
         ("POST", "/reservations/a/b/commit", "/reservations/{name:slashed}/commit", "a/b"),
     ],
 )
-def test_an_encoded_slash_belongs_to_the_name(method: str, sent: str, route: str, name: str):
+def test_an_encoded_slash_in_a_path_is_read_as_part_of_the_name(method: str, sent: str, route: str, name: str):
     assert route_of(method, unquote(sent), sent.encode()) == (route, name)
 
 
-def test_a_slash_before_a_word_of_the_paths_ends_the_name():
+def test_a_get_request_to_the_commit_path_of_a_hold_matches_no_route():
     assert route_of("GET", "/reservations/a/commit", b"/reservations/a/commit") is None
 
 
 @pytest.mark.parametrize("raw_path", [None, b"", b"/v2/team%2Fholds"])
-def test_the_decoded_path_counts_if_a_server_or_a_middleware_has_changed_the_sent_one(raw_path: bytes | None):
+def test_if_the_raw_path_is_missing_or_different_the_route_is_chosen_by_the_decoded_path(raw_path: bytes | None):
     assert route_of("GET", "/budgets/team/holds", raw_path) == ("/budgets/{name:slashed}/holds", "team")

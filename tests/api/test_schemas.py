@@ -29,18 +29,18 @@ def error_of(model: type[BaseModel], document: Any) -> str:
     return error["msg"]
 
 
-def test_a_reservation_needs_amounts_only():
+def test_a_reservation_requires_only_the_amounts():
     made = ReservationIn.model_validate({"amounts": {"agent": "0.15"}})
     assert (made.id, made.ttl, made.on_expiry, made.operation) == (None, TTL_DEFAULT_S, "charge", "")
 
 
 @pytest.mark.parametrize("amount", ["0.15", "1e-9", 3, Decimal("0.1")])
-def test_an_amount_stays_exact_until_its_budget_is_known(amount):
+def test_a_valid_amount_is_kept_exactly_as_sent(amount):
     assert ReservationIn(amounts={"agent": amount}).amounts == {"agent": amount}
 
 
 @pytest.mark.parametrize("amount", ["", "-1", "+1", "0x1", "NaN", "1_000", ".5", 0.1, True, None])
-def test_another_form_of_an_amount_is_refused(amount):
+def test_a_malformed_amount_is_refused(amount):
     error_of(ReservationIn, {"amounts": {"agent": amount}})
 
 
@@ -58,16 +58,16 @@ def test_another_form_of_an_amount_is_refused(amount):
         ({"unknown": 1}, "Extra inputs are not permitted"),
     ],
 )
-def test_the_error_of_a_field_has_its_bounds(changes, message):
+def test_the_error_for_an_invalid_field_states_the_allowed_values(changes, message):
     assert message in error_of(ReservationIn, {"amounts": {"agent": "0.15"}, **changes})
 
 
-def test_a_body_that_is_not_json_is_refused_with_its_reason():
+def test_the_refusal_of_a_non_json_body_states_the_reason():
     assert error_of(ReservationIn, InvalidJSON("a comma is missing")) == "not JSON: a comma is missing"
     assert "application/json" in error_of(ReservationIn, b'{"amounts": {"agent": 1}}')
 
 
-def test_a_commit_has_one_amount_or_one_for_each_budget():
+def test_a_commit_may_have_no_amount_or_a_single_amount_or_an_amount_for_each_budget():
     assert CommitIn.model_validate({}).amounts is None
     assert CommitIn(amounts="0.07").amounts == "0.07"
     assert CommitIn(amounts={"agent": "0.07"}).amounts == {"agent": "0.07"}
@@ -82,18 +82,18 @@ def test_a_commit_has_one_amount_or_one_for_each_budget():
         ("2026-11-24t00:00:00z", datetime(2026, 11, 24, tzinfo=UTC)),
     ],
 )
-def test_a_limit_ends_never_or_with_its_window_or_at_an_instant(until, end):
+def test_a_limit_may_last_forever_or_until_the_window_ends_or_until_an_instant(until, end):
     given = LimitIn(limit="10.00", until=until).until
     assert str(given) == str(end), "an instant is in UTC"
 
 
 @pytest.mark.parametrize("until", ["2026-11-24T00:00:00", "2026-11-24", "2026-13-01T00:00:00Z", "never", 0])
-def test_another_end_of_a_limit_is_refused(until):
+def test_an_invalid_end_of_a_limit_is_refused(until):
     assert "must be 'window', or an instant with its offset" in error_of(LimitIn, {"limit": None, "until": until})
 
 
 @pytest.mark.parametrize("size", ["0", "1001", "-1", "1.0", ""])
-def test_a_page_has_1_to_1000_items(size):
+def test_the_number_of_items_in_a_page_must_be_from_1_to_1000(size):
     assert [PageQuery(limit=limit).limit for limit in ("1", "1000")] == [1, 1000]
     assert error_of(PageQuery, {"limit": size}) == "Value error, must be a whole number from 1 to 1000"
 
@@ -102,13 +102,13 @@ def test_amounts_are_written_without_an_exponent():
     assert [amount_json(amount) for amount in (Decimal("1E-9"), Decimal("0.10"), 3)] == ["0.000000001", "0.10", 3]
 
 
-def test_an_instant_has_milliseconds_unless_they_are_zero():
+def test_an_instant_is_written_with_milliseconds_only_if_the_milliseconds_are_not_zero():
     noon = datetime(2026, 11, 23, 12, tzinfo=UTC)
     assert instant_json(noon) == "2026-11-23T12:00:00Z"
     assert instant_json(noon.replace(microsecond=125_000)) == "2026-11-23T12:00:00.125Z"
 
 
-def test_the_agent_budget_has_plain_json_numbers_and_omits_a_recovery_that_is_not_in_progress():
+def test_without_a_recovery_the_agent_budget_has_plain_amounts_and_no_recovery_field():
     figures = {"window": "2026-11-23", "limit": None, "spent": Decimal("0.000000001"), "remaining": None, "events": 1}
     made = AgentBudgetOut.model_validate({**figures, "held": 0, "unconfirmed": 0, "resets_at": None})
     written = made.model_dump(mode="json")

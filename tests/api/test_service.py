@@ -25,7 +25,7 @@ def request(key: str = "") -> Request:
 
 
 @pytest.mark.parametrize(("keys", "documented"), [(Keys(), False), (KEYS, True)])
-def test_routes_need_a_key_in_the_openapi_document_if_the_service_has_keys(keys, documented):
+def test_the_openapi_document_requires_a_key_only_if_the_service_has_keys(keys, documented):
     service = BudgetService(LIMITER, keys, "0.15")
     assert [isinstance(each, Security) for each in (service.use, service.admin)] == [documented] * 2
 
@@ -39,14 +39,14 @@ async def test_an_admin_operation_needs_the_admin_key():
 
 
 @pytest.mark.parametrize("admin", [False, True])
-async def test_a_request_without_a_key_still_has_the_budgets_for_its_problem_response(admin):
+async def test_a_request_refused_without_a_key_has_the_budgets_in_the_request_scope(admin):
     service, received = BudgetService(LIMITER, KEYS, "0.15"), request()
     with pytest.raises(HTTPProblem):
         await (service.admin_caller if admin else service.caller)(received)
     assert received.scope[BUDGETS] == LIMITER.budgets
 
 
-def test_the_estimate_of_a_cycle_is_a_positive_amount():
+def test_the_estimate_of_a_cycle_must_be_positive():
     assert BudgetService(LIMITER, KEYS, "0.150").cycle_estimate == Decimal("0.15")
     with pytest.raises(InvalidAmount):
         BudgetService(LIMITER, KEYS, 0)

@@ -36,7 +36,7 @@ def figures(service: ServiceProcess) -> dict:
 # -- its start ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_service_runs_on_an_embedded_server_without_configuration(tmp_path):
+def test_without_configuration_the_service_uses_an_embedded_server(tmp_path):
     with serving(cwd=tmp_path) as service:
         assert service.post(f"{V1}/reservations", RESERVATION).status_code == 201
         assert figures(service)["held"] == 0.15
@@ -74,7 +74,7 @@ def test_the_startup_report_lists_the_store_and_the_budgets(server, budgets_file
     ]
 
 
-def test_the_startup_report_has_one_line_about_a_store_that_cannot_be_reached():
+def test_if_the_store_is_unreachable_the_startup_report_has_one_warning_line():
     url = f"redis://127.0.0.1:{free_port()}"
     with serving(KTRDR_REDIS_URL=url, KTRDR_TIMEOUT="0.5") as service:
         service.wait_for_line("WARNING: ktrdr_budget: starting without the store: ")
@@ -88,7 +88,7 @@ def test_the_startup_report_has_one_line_about_a_store_that_cannot_be_reached():
     ]
 
 
-def test_a_daily_budget_of_unlimited_runs_without_a_limit_and_without_a_warning(server):
+def test_if_the_daily_budget_is_unlimited_the_startup_report_has_no_warning(server):
     with serving(KTRDR_REDIS_URL=server.url, AGENT_DAILY_BUDGET="unlimited", AGENT_PHASE_SECONDS=0) as service:
         assert service.post(f"{V1}/agent/trigger").status_code == 202
         assert service.get(f"{V1}/agent/budget").json()["remaining"] is None
@@ -97,7 +97,7 @@ def test_a_daily_budget_of_unlimited_runs_without_a_limit_and_without_a_warning(
     assert not [line for line in service.output if line.startswith("warning")]
 
 
-def test_spend_and_exhaustion_are_logged_without_secrets(server):
+def test_recorded_spend_and_budget_denials_are_logged_without_secrets(server):
     keys = {"KTRDR_API_KEY": "secret-use-key", "KTRDR_ADMIN_KEY": "secret-admin-key"}
     use, admin = ({"Authorization": f"Bearer {key}"} for key in keys.values())
     with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS=0, **keys) as service:
@@ -136,7 +136,7 @@ def test_the_startup_report_has_no_secrets(server):
     assert "secret" not in "\n".join(service.output)
 
 
-def test_a_run_time_limit_that_overrides_the_configured_one_causes_a_warning(server):
+def test_a_run_time_limit_different_from_the_configured_limit_causes_a_warning(server):
     with serving(KTRDR_REDIS_URL=server.url) as service:
         changed = service.request("PUT", f"{V1}/budgets/agent/limit", json={"limit": "10.00", "until": "window"})
         assert changed.status_code == 200
@@ -158,7 +158,7 @@ def test_a_store_that_evicts_keys_causes_a_warning(start_server):
     assert any(line.startswith("warning: the store is not ready: maxmemory-policy") for line in service.output)
 
 
-def test_another_definition_of_a_budget_in_the_store_causes_a_warning(server, tmp_path):
+def test_if_the_store_has_a_different_definition_of_a_budget_the_service_prints_a_warning(server, tmp_path):
     path = tmp_path / "budgets.toml"
     path.write_text('[[budgets]]\nname = "count"\nlimit = 5\nunit = "calls"\n')
     with serving(KTRDR_REDIS_URL=server.url, KTRDR_BUDGETS_FILE=path) as service:
@@ -169,7 +169,7 @@ def test_another_definition_of_a_budget_in_the_store_causes_a_warning(server, tm
     assert any(line.startswith("warning: budget count: ") for line in service.output)
 
 
-def test_the_service_starts_without_its_store_and_recovers(start_server):
+def test_a_service_started_without_the_store_works_when_the_store_returns(start_server):
     own = start_server()
     own.kill()
     with serving(KTRDR_REDIS_URL=own.url, KTRDR_TIMEOUT="0.2") as service:
@@ -210,12 +210,12 @@ def test_an_invalid_setting_is_reported_in_one_line(variable, value):
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1"])
-def test_the_service_without_keys_binds_to_loopback_addresses_only(host):
+def test_a_service_without_keys_refuses_to_bind_to_a_non_loopback_address(host):
     assert "KTRDR_AUTH=none" in refused(host=host)
 
 
 @pytest.mark.parametrize("environment", [{"KTRDR_API_KEY": "k"}, {"KTRDR_ADMIN_KEY": "k"}, {"KTRDR_AUTH": "none"}])
-def test_the_service_with_keys_or_auth_none_binds_to_any_address(server, environment):
+def test_a_service_with_keys_or_with_auth_none_can_bind_to_any_address(server, environment):
     with serving(host="0.0.0.0", KTRDR_REDIS_URL=server.url, **environment) as service:
         assert service.get(f"{V1}/budgets").status_code == (200 if "KTRDR_AUTH" in environment else 401)
         service.stop()
@@ -224,7 +224,7 @@ def test_the_service_with_keys_or_auth_none_binds_to_any_address(server, environ
 
 
 @pytest.mark.parametrize("host", ["localhost", "::1"])
-def test_the_service_can_bind_to_names_and_addresses_of_this_machine(server, host):
+def test_the_service_can_bind_to_localhost_and_to_the_ipv6_loopback_address(server, host):
     service = ServiceProcess(host, 0, 1, {"KTRDR_REDIS_URL": server.url}, None)
     try:
         service.wait_for_line()
@@ -263,7 +263,7 @@ def test_serve_can_be_called_with_settings_instead_of_the_environment(server, mo
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_signal_stops_the_service_normally(server, number, workers):
+def test_a_signal_stops_the_service_with_exit_code_0(server, number, workers):
     with serving(workers=workers, KTRDR_REDIS_URL=server.url) as service:
         with httpx.Client(base_url=service.url, timeout=60) as kept_alive:  # an idle connection must not delay the end
             assert kept_alive.get("/livez").status_code == 200
@@ -272,7 +272,7 @@ def test_a_signal_stops_the_service_normally(server, number, workers):
     assert service.output[-1] == f"listening on {service.url}", service.output
 
 
-def test_a_signal_during_the_start_stops_the_service_normally(start_server):
+def test_a_signal_during_the_start_stops_the_service_with_exit_code_0(start_server):
     own = start_server()
     own.pause()  # the start takes as long as the deadline
     try:
@@ -303,7 +303,7 @@ def test_requests_in_flight_are_finished_before_the_service_stops(start_server):
         assert service.end() == 0
 
 
-def test_a_hold_is_released_if_the_client_disconnects_before_it_receives_the_id(start_server):
+def test_if_the_client_disconnects_before_receiving_the_hold_id_the_hold_is_released(start_server):
     own = start_server()
     with serving(KTRDR_REDIS_URL=own.url, KTRDR_TIMEOUT="60") as service:
         assert figures(service)["held"] == 0
@@ -324,7 +324,7 @@ def test_a_hold_is_released_if_the_client_disconnects_before_it_receives_the_id(
         assert figures(service)["held"] == 0
 
 
-def test_the_embedded_server_stops_with_its_last_user(tmp_path):
+def test_the_embedded_server_stops_after_the_last_worker_has_stopped(tmp_path):
     with serving(workers=2, AGENT_BUDGET_DIR=tmp_path) as service:
         wait_until(lambda: service.get("/readyz").status_code == 200)
         assert embedded.find(tmp_path)
@@ -354,7 +354,7 @@ def counted(service: ServiceProcess) -> float:
 
 
 @pytest.mark.slow
-def test_workers_share_their_port_and_budgets_and_counters(tmp_path):
+def test_all_workers_share_one_port_and_the_same_budgets_and_counters(tmp_path):
     temporary = tmp_path / "temporary"
     temporary.mkdir()
     with serving(workers=3, AGENT_BUDGET_DIR=tmp_path / "budget", TMPDIR=temporary) as service:
@@ -391,7 +391,7 @@ def test_a_worker_that_hangs_for_some_seconds_is_not_replaced(server):
 
 
 @pytest.mark.slow
-def test_a_dead_worker_is_replaced_without_loss(tmp_path):
+def test_a_killed_worker_is_replaced_and_no_recorded_spend_is_lost(tmp_path):
     with serving(workers=2, AGENT_BUDGET_DIR=tmp_path) as service:
         wait_until(lambda: len(workers_of(service)) == 2)
         for _ in range(10):
@@ -409,7 +409,7 @@ def test_a_dead_worker_is_replaced_without_loss(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_service_ends_if_workers_cannot_start(server, monkeypatch):
+def test_the_service_exits_with_an_error_if_the_workers_cannot_start(server, monkeypatch):
     monkeypatch.setattr(module, "worker_app", _no_app)
     with pytest.raises(ServeError) as caught:
         serve(port=0, workers=2, settings=Settings(redis_url=server.url))

@@ -28,7 +28,7 @@ def fault(environment: pytest.MonkeyPatch, **variables: str) -> str:
     return message
 
 
-def test_without_settings_the_service_has_the_agent_budget_and_an_embedded_server(environment):
+def test_by_default_the_service_has_only_the_agent_budget_and_uses_an_embedded_server(environment):
     settings = load_settings()
     assert settings.budgets == (Budget("agent", "5.00"),)
     assert settings.store_url is None
@@ -72,7 +72,7 @@ def test_every_setting_is_read_from_its_environment_variable(environment, budget
     assert settings.budgets[-1].limit is None
 
 
-def test_the_prepaid_amount_may_be_given_per_budget(environment, budgets_file):
+def test_the_prepaid_amount_of_a_lease_may_be_given_for_all_budgets_or_per_budget(environment, budgets_file):
     assert of(environment).lease_slabs is None
     scalar = of(environment, KTRDR_ON_STORE_ERROR="lease", KTRDR_LEASE_SLAB=" 0.5 ")
     assert scalar.lease_slabs == Decimal("0.50")
@@ -86,7 +86,7 @@ def test_the_prepaid_amount_may_be_given_per_budget(environment, budgets_file):
     assert "'other' is not a budget" in fault(environment, KTRDR_LEASE_SLAB="other=1")
 
 
-def test_a_setting_shows_no_secret(environment):
+def test_the_repr_and_the_text_of_the_settings_show_no_secret(environment):
     settings = of(
         environment, KTRDR_REDIS_URL="redis://:secret@store", KTRDR_API_KEY="secret-1", KTRDR_ADMIN_KEY="secret-2"
     )
@@ -106,7 +106,7 @@ def test_an_empty_environment_variable_counts_as_unset(environment):
     assert settings.use_keys == ()
 
 
-def test_two_environment_variables_can_set_the_daily_budget(environment):
+def test_the_daily_budget_can_be_set_by_either_of_two_environment_variables(environment):
     assert of(environment, KTRDR_AGENT_DAILY_BUDGET="3").budgets[0].limit == 3
     assert of(environment, AGENT_DAILY_BUDGET="4").budgets[0].limit == 4
 
@@ -142,7 +142,7 @@ def test_a_daily_budget_may_be_unlimited_or_zero(environment, text, limit):
         ("KTRDR_BUDGETS_FILE", "/", "directory"),
     ],
 )
-def test_an_invalid_setting_is_named(environment, name, value, words):
+def test_the_error_for_an_invalid_setting_starts_with_the_variable_name(environment, name, value, words):
     message = fault(environment, **{name: value})
     assert message.startswith(f"{name}: ")
     assert words in message
@@ -151,11 +151,11 @@ def test_an_invalid_setting_is_named(environment, name, value, words):
 @pytest.mark.parametrize(
     "url", ["http://me:secret@store", "me:secret@store", "redis://me:secret@[::1", "redis://me:secret\u2100@store"]
 )
-def test_an_error_about_the_url_shows_no_secret(environment, url):
+def test_the_error_for_an_invalid_store_url_shows_no_secret(environment, url):
     assert "secret" not in fault(environment, KTRDR_REDIS_URL=url)
 
 
-def test_keys_must_be_different_and_not_empty(environment):
+def test_keys_are_refused_if_a_use_key_equals_the_admin_key_or_if_auth_is_none(environment):
     assert "must differ" in fault(environment, KTRDR_API_KEY="one,two", KTRDR_ADMIN_KEY="two")
     assert "KTRDR_AUTH" in fault(environment, KTRDR_ADMIN_KEY="three", KTRDR_AUTH="none")
 
@@ -189,7 +189,7 @@ def test_keys_must_be_different_and_not_empty(environment):
         ('[[budgets]]\nname = "agent"\nlimit = 1', "'agent' is set by AGENT_DAILY_BUDGET"),
     ],
 )
-def test_an_error_in_the_budgets_file_is_reported_with_its_place(environment, tmp_path, text, words):
+def test_an_error_in_the_budgets_file_is_reported_with_the_file_path_and_the_cause(environment, tmp_path, text, words):
     path = tmp_path / "budgets.toml"
     path.write_text(text)
     message = fault(environment, KTRDR_BUDGETS_FILE=str(path))

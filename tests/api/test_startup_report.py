@@ -31,22 +31,22 @@ async def report(limiter: Any, settings: Settings = SETTINGS) -> list[str]:
         (Budget("b", None, period="ever"), "budget b: unlimited in all"),
     ],
 )
-def test_the_line_of_a_budget_has_its_limit_and_period_in_words(budget, line):
+def test_the_report_line_of_a_budget_shows_the_limit_and_the_period_in_words(budget, line):
     assert budget_line(budget) == line
 
 
-async def test_a_service_without_surprises_reports_its_store_and_budgets():
+async def test_if_nothing_is_unusual_the_report_lists_only_the_store_and_the_budgets():
     async with AsyncMemoryLimiter([AGENT]) as limiter:
         assert await report(limiter) == [STORE, "budget agent: $5.00 a day (UTC)"]
 
 
-async def test_a_daily_budget_of_zero_is_a_warning():
+async def test_a_daily_budget_of_zero_causes_a_warning():
     async with AsyncMemoryLimiter([Budget("agent", 0)]) as limiter:
         settings = Settings(redis_url="redis://store", agent_daily_budget=0)
         assert (await report(limiter, settings))[-1] == f"warning: {ZERO_BUDGET}"
 
 
-async def test_a_run_time_limit_that_replaces_another_configured_limit_is_a_warning():
+async def test_a_run_time_limit_different_from_the_configured_limit_causes_a_warning():
     async with AsyncMemoryLimiter([AGENT]) as limiter:
         await limiter.set_limit("agent", "5.00")
         assert len(await report(limiter)) == 2, "the same limit is no surprise"
@@ -57,7 +57,7 @@ async def test_a_run_time_limit_that_replaces_another_configured_limit_is_a_warn
         )
 
 
-async def test_a_budget_that_is_registered_with_another_definition_is_a_warning():
+async def test_a_budget_registered_with_a_different_definition_causes_a_warning():
     server = memory_server()
     async with AsyncMemoryLimiter([Budget("agent", "5.00", period="week")], server=server) as other:
         await other.record("agent", "0.10")
@@ -65,7 +65,7 @@ async def test_a_budget_that_is_registered_with_another_definition_is_a_warning(
             assert (await report(limiter))[-1].startswith("warning: budget agent: ")
 
 
-async def test_without_the_store_the_report_ends_with_one_warning():
+async def test_if_the_store_is_unreachable_the_report_ends_with_one_warning():
     server = memory_server()
     async with AsyncMemoryLimiter([AGENT], server=server, timeout=0.05) as limiter:
         server.connected = False

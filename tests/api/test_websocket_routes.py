@@ -84,7 +84,9 @@ async def settled(client: Any, limiter: AsyncBudgetLimiter) -> tuple[int, list[s
 
 @pytest.mark.parametrize(("accrued", "spent"), [(None, "0.15"), ("0.02", "0.02")], ids=["without accruals", "accrued"])
 @pytest.mark.parametrize("ends", ["returned", "caught", "uncaught", "cut"])
-async def test_a_session_is_settled_once_however_it_ends(app, client, limiter, ends, accrued, spent):
+async def test_the_hold_of_a_websocket_session_is_settled_once_after_any_end_of_the_session(
+    app, client, limiter, ends, accrued, spent
+):
     """A disconnected client is charged like any other."""
     echo(app, ends=ends, accrued=accrued)
     async with serving(app) as address:
@@ -102,7 +104,9 @@ async def test_a_session_is_settled_once_however_it_ends(app, client, limiter, e
 
 
 @pytest.mark.parametrize(("accrued", "entries"), [(None, 0), ("0.02", 1)])
-async def test_a_failed_session_commits_what_it_accrued(app, client, limiter, accrued, entries):
+async def test_a_websocket_session_that_raises_an_error_commits_the_accrued_amount(
+    app, client, limiter, accrued, entries
+):
     echo(app, ends="raises", accrued=accrued)
     async with visiting(app) as socket:
         await socket.send("it rains")
@@ -112,7 +116,7 @@ async def test_a_failed_session_commits_what_it_accrued(app, client, limiter, ac
         assert await settled(client, limiter) == (to_units(accrued or "0"), ["WEBSOCKET /live"] * entries)
 
 
-async def test_a_session_refused_by_its_route_costs_nothing(app, client, limiter):
+async def test_a_websocket_session_refused_by_the_route_costs_nothing(app, client, limiter):
     @app.websocket("/live")
     async def live(socket: WebSocket, hold: Held) -> None:
         hold.accrue(0)
@@ -125,7 +129,7 @@ async def test_a_session_refused_by_its_route_costs_nothing(app, client, limiter
     assert await settled(client, limiter) == (0, [])
 
 
-async def test_metered_calls_of_a_session_use_its_hold(app, client, limiter):
+async def test_metered_calls_in_a_session_are_charged_to_the_hold_of_the_session(app, client, limiter):
     meter = Meter(limiter, pricer=PRICES)
 
     @app.websocket("/live/{topic}", dependencies=[Depends(hold_budget("agent", estimate="0.15"))])
@@ -144,7 +148,7 @@ async def test_metered_calls_of_a_session_use_its_hold(app, client, limiter):
         assert label.startswith("WEBSOCKET /live/{topic} ")
 
 
-async def test_a_dependency_of_the_app_applies_to_requests_and_websockets(client, limiter):
+async def test_a_budget_dependency_of_the_app_applies_to_http_requests_and_websockets(client, limiter):
     app = FastAPI(dependencies=[Depends(hold_budget({"agent": "0.15", "calls": 1}, limiter=limiter))])
 
     @app.get("/")
@@ -166,7 +170,7 @@ async def test_a_dependency_of_the_app_applies_to_requests_and_websockets(client
         assert await settled(client, limiter) == (2 * ESTIMATE, ["WEBSOCKET /live", "GET /"])
 
 
-async def test_the_limiter_may_be_a_function_of_the_websocket_and_sync(server, client):
+async def test_a_function_of_the_websocket_may_return_a_sync_limiter(server, client):
     app = FastAPI()
     with BudgetLimiter(server.url, BUDGETS) as sync_limiter:
         app.state.limiter = sync_limiter
@@ -187,7 +191,7 @@ async def test_the_limiter_may_be_a_function_of_the_websocket_and_sync(server, c
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 
-async def test_a_denied_session_replies_429_instead_of_the_handshake(app, client, limiter):
+async def test_if_the_budget_denies_a_session_the_websocket_handshake_gets_429(app, client, limiter):
     echo(app, ends="returned")
     await limiter.record("agent", "0.90")
     with pytest.raises(InvalidStatus) as caught:
@@ -201,7 +205,7 @@ async def test_a_denied_session_replies_429_instead_of_the_handshake(app, client
     assert spent_and_held(client) == (to_units("0.90"), 0)
 
 
-async def test_a_denied_call_closes_an_open_session_with_the_reason(app, client, limiter):
+async def test_if_the_budget_denies_a_model_call_the_open_websocket_is_closed_with_the_reason(app, client, limiter):
     meter = Meter(limiter, pricer=PRICES)
 
     @app.websocket("/live")
@@ -221,7 +225,7 @@ async def test_a_denied_call_closes_an_open_session_with_the_reason(app, client,
         assert spent == to_units("0.02")
 
 
-async def test_the_handshake_gets_503_while_the_store_is_unreachable(start_server):
+async def test_the_websocket_handshake_gets_503_while_the_store_is_unreachable(start_server):
     own = start_server()
     app = FastAPI()
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.1) as limiter:
@@ -237,7 +241,7 @@ async def test_the_handshake_gets_503_while_the_store_is_unreachable(start_serve
     assert json.loads(caught.value.response.body)["code"] == "store-unavailable"
 
 
-async def test_a_server_without_handshake_responses_closes_the_websocket(app, limiter):
+async def test_if_the_server_cannot_send_handshake_responses_a_denied_websocket_is_closed_with_the_reason(app, limiter):
     echo(app, ends="returned")
     await limiter.record("agent", "0.90")
     sent = []
@@ -255,7 +259,7 @@ async def test_a_server_without_handshake_responses_closes_the_websocket(app, li
     assert closed["reason"] == "agent: budget_exhausted ($0.10 remaining, need $0.15)"
 
 
-async def test_an_app_may_have_its_own_handler_for_websockets(app, limiter):
+async def test_an_app_can_handle_budget_problems_of_websockets_with_its_own_exception_handler(app, limiter):
     @app.exception_handler(BudgetProblem)
     async def sorry(socket: WebSocket, error: BudgetProblem) -> JSONResponse:
         return JSONResponse({"sorry": error.problem.code}, 402)

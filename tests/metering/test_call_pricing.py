@@ -53,17 +53,17 @@ def pricing(pricer: Any, service_tier: str | None = None, **other_max: int) -> C
     )
 
 
-def test_the_worst_case_is_the_highest_cost_within_the_bounds(pricer):
+def test_the_worst_case_is_the_cost_of_the_maximum_input_and_output_tokens(pricer):
     assert pricing(pricer).worst_case == Cost(1100, "test")
     assert pricer.worst_cases == [("acme", "road", 1000, 100, NOW, {})], "a simple pricer needs no options"
 
 
-def test_the_pricer_gets_the_tier_and_other_units_that_the_request_names(pricer):
+def test_the_pricer_gets_the_service_tier_and_the_other_units_of_the_request(pricer):
     pricing(pricer, "flex", web_searches=5)
     assert pricer.worst_cases[0][-1] == {"service_tier": "flex", "other_max": {"web_searches": 5}}
 
 
-def test_a_usage_that_the_pricer_cannot_price_has_no_cost(pricer, caplog):
+def test_if_the_pricer_raises_an_error_a_usage_has_no_cost(pricer, caplog):
     call = pricing(pricer)
     assert call.cost(Usage(10, 5)) == Cost(15, "test")
     pricer.error = ValueError("no rate")
@@ -71,7 +71,7 @@ def test_a_usage_that_the_pricer_cannot_price_has_no_cost(pricer, caplog):
     assert caplog.messages == ["pricing failed for acme/road, charging the worst case: no rate"]
 
 
-def test_input_that_was_not_reported_counts_as_its_bound(pricer):
+def test_if_the_input_was_not_reported_the_maximum_input_is_charged(pricer):
     call = pricing(pricer)
     reported = Usage(0, 7, other={"input_audio_tokens": 3, "web_searches": 2})
     usage, cost = call.with_input_bound(reported)
@@ -83,12 +83,12 @@ def test_input_that_was_not_reported_counts_as_its_bound(pricer):
 @pytest.mark.parametrize(
     ("requested", "reported", "tier"), [("flex", "", "flex"), ("flex", "default", "default"), (None, "fast", "fast")]
 )
-def test_the_reported_tier_takes_precedence_over_the_requested_one(pricer, requested, reported, tier):
+def test_the_reported_service_tier_takes_precedence_over_the_requested_tier(pricer, requested, reported, tier):
     pricing(pricer, requested).with_input_bound(Usage(0, 7, service_tier=reported))
     assert pricer.worst_cases[-1][-1] == {"service_tier": tier}
 
 
-def test_the_worst_case_is_charged_if_the_estimate_has_no_price(pricer):
+def test_if_an_estimate_cannot_be_priced_the_worst_case_is_charged(pricer):
     call = pricing(pricer)
     pricer.error = ValueError("no rate")
     assert call.with_input_bound(Usage(0, 7)) == (Usage(1000, 7), call.worst_case)

@@ -60,7 +60,7 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize(("work", "options", "raises", "spent"), OUTCOMES.values(), ids=OUTCOMES)
-async def test_an_async_function_commits_its_cost(client, limiter, work, options, raises, spent):
+async def test_an_async_budgeted_function_commits_its_cost(client, limiter, work, options, raises, spent):
     @budgeted("agent", estimate="0.15", limiter=limiter, **options)
     async def research():
         assert spent_and_held(client) == (0, to_units("0.15"))
@@ -72,7 +72,7 @@ async def test_an_async_function_commits_its_cost(client, limiter, work, options
 
 
 @pytest.mark.parametrize(("work", "options", "raises", "spent"), OUTCOMES.values(), ids=OUTCOMES)
-def test_a_sync_function_commits_its_cost(client, sync_limiter, work, options, raises, spent):
+def test_a_sync_budgeted_function_commits_its_cost(client, sync_limiter, work, options, raises, spent):
     @budgeted("agent", estimate="0.15", limiter=sync_limiter, **options)
     def research():
         assert spent_and_held(client) == (0, to_units("0.15"))
@@ -83,7 +83,7 @@ def test_a_sync_function_commits_its_cost(client, sync_limiter, work, options, r
     assert spent_and_held(client) == (to_units(spent), 0)
 
 
-async def test_a_function_whose_estimate_does_not_fit_does_not_run(client, limiter):
+async def test_a_budgeted_function_does_not_run_if_the_estimate_does_not_fit_the_budget(client, limiter):
     ran = False
 
     @budgeted("agent", estimate="1.01", limiter=limiter)
@@ -97,7 +97,7 @@ async def test_a_function_whose_estimate_does_not_fit_does_not_run(client, limit
     assert spent_and_held(client) == (0, 0)
 
 
-async def test_the_estimate_may_depend_on_the_arguments(client, limiter):
+async def test_the_estimate_can_be_computed_from_the_arguments_of_the_function(client, limiter):
     @budgeted("agent", estimate=lambda pages, *, price: pages * Decimal(price), limiter=limiter)
     async def read(pages, *, price):
         return pages
@@ -106,7 +106,7 @@ async def test_the_estimate_may_depend_on_the_arguments(client, limiter):
     assert spent_and_held(client) == (to_units("0.06"), 0)
 
 
-async def test_a_mapping_of_estimates_holds_several_budgets(client, limiter):
+async def test_a_mapping_of_estimates_reserves_amounts_of_several_budgets(client, limiter):
     @budgeted({"agent": "0.15", "calls": 2}, limiter=limiter, cost=lambda result: result)
     async def research():
         return "0.05"
@@ -116,7 +116,7 @@ async def test_a_mapping_of_estimates_holds_several_budgets(client, limiter):
     assert spent_and_held(client, "calls") == (2, 0)
 
 
-async def test_metered_calls_inside_a_function_claim_from_its_hold(client, limiter):
+async def test_a_metered_call_inside_a_budgeted_function_claims_from_the_hold_of_the_function(client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 10, 50)]))
 
     @budgeted("agent", estimate="0.15", limiter=limiter)
@@ -129,7 +129,7 @@ async def test_metered_calls_inside_a_function_claim_from_its_hold(client, limit
 
 
 @pytest.mark.parametrize("wrong", [lambda _: "much", lambda _: -1, lambda _: 1 / 0])
-async def test_an_invalid_cost_commits_the_estimate(client, limiter, wrong):
+async def test_if_the_cost_of_a_function_is_invalid_the_estimate_is_committed(client, limiter, wrong):
     @budgeted("agent", estimate="0.15", limiter=limiter, cost=wrong)
     async def research():
         accrue("0.03")
@@ -139,7 +139,7 @@ async def test_an_invalid_cost_commits_the_estimate(client, limiter, wrong):
     assert spent_and_held(client) == (to_units("0.15"), 0)
 
 
-async def test_a_cancelled_function_commits_its_accrued_amount(client, limiter):
+async def test_a_cancelled_function_commits_the_accrued_amount(client, limiter):
     @budgeted("agent", estimate="0.15", limiter=limiter)
     async def research(started):
         accrue("0.03")
@@ -174,7 +174,7 @@ async def test_the_ledger_label_is_the_function_name_or_the_operation(limiter):
 # -- which limiter -----------------------------------------------------------------------------------------------------
 
 
-async def test_a_function_uses_the_default_limiter_for_sync_or_async_functions(client, limiter, sync_limiter):
+async def test_a_function_without_a_limiter_uses_the_sync_or_async_default_limiter(client, limiter, sync_limiter):
     @budgeted("agent", estimate="0.15")
     async def research(): ...
 
@@ -190,7 +190,7 @@ async def test_a_function_uses_the_default_limiter_for_sync_or_async_functions(c
         set_default_limiter("redis://")
 
 
-async def test_a_function_can_provide_the_limiter_at_each_call(client, limiter):
+async def test_the_limiter_argument_can_be_a_function_that_returns_the_limiter(client, limiter):
     app = {}
 
     @budgeted("agent", estimate="0.15", limiter=lambda: app["limiter"])
@@ -201,9 +201,7 @@ async def test_a_function_can_provide_the_limiter_at_each_call(client, limiter):
     assert spent_and_held(client) == (to_units("0.15"), 0)
 
 
-def test_an_async_function_without_a_limiter_uses_one_created_from_the_environment_for_its_event_loop(
-    client, server, monkeypatch
-):
+def test_an_async_function_without_a_limiter_uses_a_limiter_created_from_the_environment(client, server, monkeypatch):
     monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
     monkeypatch.setenv("AGENT_DAILY_BUDGET", "0.20")
 
@@ -224,7 +222,7 @@ def test_an_async_function_without_a_limiter_uses_one_created_from_the_environme
     gc.collect()  # an unclosed connection would warn, and warnings are errors
 
 
-def test_a_sync_function_without_a_limiter_uses_the_tracker_of_the_process(client, server, monkeypatch):
+def test_a_sync_function_without_a_limiter_uses_the_budget_tracker_of_the_process(client, server, monkeypatch):
     monkeypatch.setenv("KTRDR_REDIS_URL", server.url)
     monkeypatch.setattr(tracker, "_tracker", None)
 
@@ -236,7 +234,7 @@ def test_a_sync_function_without_a_limiter_uses_the_tracker_of_the_process(clien
     assert spent_and_held(client) == (to_units("0.15"), 0)
 
 
-async def test_a_limiter_of_the_wrong_kind_is_rejected(limiter, sync_limiter):
+async def test_a_limiter_must_be_sync_for_a_sync_function_and_async_for_an_async_function(limiter, sync_limiter):
     with pytest.raises(InvalidArgument, match="must be a BudgetLimiter"):
 
         @budgeted("agent", estimate="0.15", limiter=limiter)
@@ -249,7 +247,7 @@ async def test_a_limiter_of_the_wrong_kind_is_rejected(limiter, sync_limiter):
         await research()
 
 
-def test_current_hold_is_the_innermost_hold_and_raises_outside(sync_limiter):
+def test_current_hold_returns_the_innermost_hold_and_raises_an_error_outside_of_holds(sync_limiter):
     with sync_limiter.hold("agent", "0.01") as outer:
         with sync_limiter.hold("agent", "0.02") as inner:
             assert current_hold() is inner
@@ -296,17 +294,17 @@ def test_budgeted_rejects_generator_functions():
         (7, {"estimate": 1}),
     ],
 )
-def test_invalid_arguments_are_rejected_at_definition(budget, options):
+def test_invalid_arguments_are_rejected_when_the_decorator_is_created(budget, options):
     with pytest.raises(InvalidArgument):
         budgeted(budget, **options)
 
 
-def test_an_unknown_budget_is_rejected_at_definition(sync_limiter):
+def test_an_unknown_budget_is_rejected_when_the_decorator_is_created(sync_limiter):
     with pytest.raises(UnknownBudget):
         budgeted("nothing", estimate=lambda: 1, limiter=sync_limiter)
 
 
-async def test_a_call_that_outlives_its_function_adds_to_the_cost_of_the_function(client, limiter):
+async def test_a_function_is_also_charged_for_a_call_if_the_call_ends_after_the_function(client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", "10", "50")]))
 
     @budgeted("agent", estimate="0.15", limiter=limiter, cost=lambda _: "0.02")
@@ -328,7 +326,7 @@ class Scan:
         return pages
 
 
-async def test_partials_and_callable_objects_are_labelled_by_the_function_they_call(limiter, sync_limiter):
+async def test_the_ledger_label_of_a_partial_is_the_name_of_the_wrapped_function_or_class(limiter, sync_limiter):
     async def research(topic: str) -> str:
         return topic
 

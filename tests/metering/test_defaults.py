@@ -29,7 +29,7 @@ def no_default(monkeypatch) -> Iterator[None]:
     set_default_limiter(None)
 
 
-def test_the_defaults_of_sync_and_of_async_code_are_separate():
+def test_the_default_limiters_of_sync_and_async_code_are_separate():
     limiter, sync_limiter = AsyncBudgetLimiter("redis://store", BUDGETS), MemoryLimiter(BUDGETS)
     set_default_limiter(limiter)
     set_default_limiter(sync_limiter)
@@ -37,12 +37,12 @@ def test_the_defaults_of_sync_and_of_async_code_are_separate():
     assert default_limiter() is sync_limiter
 
 
-def test_the_default_limiter_must_be_a_limiter():
+def test_a_default_limiter_of_the_wrong_type_is_rejected():
     with pytest.raises(InvalidArgument, match="limiter must be an AsyncBudgetLimiter or a BudgetLimiter"):
         set_default_limiter("redis://store")  # type: ignore[arg-type]
 
 
-def test_each_event_loop_has_one_limiter_of_its_own_until_it_ends():
+def test_each_event_loop_has_a_separate_default_limiter_until_the_loop_ends():
     async def main() -> AsyncBudgetLimiter:
         limiter = default_async_limiter()
         assert default_async_limiter() is limiter
@@ -54,7 +54,7 @@ def test_each_event_loop_has_one_limiter_of_its_own_until_it_ends():
     assert not loop_limiters
 
 
-def test_a_limiter_of_an_event_loop_has_the_settings_of_the_environment(monkeypatch):
+def test_the_default_limiter_of_an_event_loop_has_the_settings_of_the_environment(monkeypatch):
     monkeypatch.setenv("AGENT_DAILY_BUDGET", "0.20")
     monkeypatch.setenv("KTRDR_TENANT", "acme")
 
@@ -67,7 +67,7 @@ def test_a_limiter_of_an_event_loop_has_the_settings_of_the_environment(monkeypa
     assert limiter.budgets["agent"].limit == Decimal("0.20")
 
 
-async def test_a_default_set_by_the_program_takes_precedence_over_the_environment():
+async def test_a_default_limiter_set_by_the_program_takes_precedence_over_the_environment():
     made = default_async_limiter()
     limiter = AsyncBudgetLimiter("redis://other", BUDGETS)
     set_default_limiter(limiter)

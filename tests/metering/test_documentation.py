@@ -38,7 +38,7 @@ def example(heading: str) -> dict[str, Any]:
     return names
 
 
-def test_the_documented_example_of_a_cost_runs(capsys: pytest.CaptureFixture[str]):
+def test_the_documented_example_of_computing_a_cost_runs(capsys: pytest.CaptureFixture[str]):
     example("Compute a cost")
     assert capsys.readouterr().out.splitlines()[:3] == [
         "0.005265 genai-prices/0.2.3",
@@ -56,7 +56,7 @@ def test_the_documented_example_of_the_prices_command_runs(monkeypatch: pytest.M
     assert CliRunner().invoke(command, line.split()[2:]).stdout == shown
 
 
-def test_the_documented_example_of_a_price_file_runs(tmp_path: Path):
+def test_the_documented_example_of_a_price_file_is_valid(tmp_path: Path):
     (text,) = blocks("Set your own prices", "toml")
     file = tmp_path / "prices.toml"
     file.write_text(text, encoding="utf-8")

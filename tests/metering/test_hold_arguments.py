@@ -48,17 +48,17 @@ def test_valid_arguments_are_accepted(budget, estimate, options):
         ("agent", 1, {"on_error": "ignore"}, "on_error"),
     ],
 )
-def test_the_error_of_an_invalid_argument_names_it(budget, estimate, options, message):
+def test_the_error_message_names_the_invalid_argument(budget, estimate, options, message):
     with pytest.raises(InvalidArgument, match=message):
         check(budget, estimate, **options)
 
 
-def test_a_function_is_an_estimate_only_where_it_is_computed_at_each_call():
+def test_a_function_as_the_estimate_is_rejected_unless_the_estimate_is_computed_at_each_call():
     with pytest.raises(InvalidAmount):
         check("agent", lambda: "0.15")
 
 
-def test_a_limiter_must_have_the_budget_and_count_its_unit():
+def test_a_budget_unknown_to_the_limiter_and_a_fraction_of_a_token_are_rejected():
     limiter = AsyncBudgetLimiter("redis://store", BUDGETS)
     with pytest.raises(UnknownBudget):
         check("nothing", lambda: 1, limiter, computed=True)
@@ -67,7 +67,7 @@ def test_a_limiter_must_have_the_budget_and_count_its_unit():
     check("tokens", "0.5")  # without a limiter, the unit is not known yet
 
 
-def test_a_function_must_accept_the_given_arguments():
+def test_a_function_with_the_wrong_number_of_parameters_is_rejected():
     check_callable(lambda result: result, "cost", ["result"])
     with pytest.raises(InvalidArgument, match=r"^cost must be a function of \(result\), not"):
         check_callable(lambda: 1, "cost", ["result"])
@@ -76,12 +76,12 @@ def test_a_function_must_accept_the_given_arguments():
 
 
 @pytest.mark.parametrize("function", ["0.15", None])
-def test_a_value_is_not_a_function(function):
+def test_a_value_that_is_not_a_function_is_rejected(function):
     with pytest.raises(InvalidArgument, match="^estimate must be a function, not"):
         check_callable(function, "estimate")
 
 
-def test_a_coroutine_function_is_refused():
+def test_a_coroutine_function_is_rejected_as_the_cost_function():
     async def cost(result): ...
 
     with pytest.raises(InvalidArgument, match="must be a function"):
@@ -89,11 +89,11 @@ def test_a_coroutine_function_is_refused():
 
 
 @pytest.mark.parametrize("source", [None, AsyncBudgetLimiter("redis://store", BUDGETS), lambda request: None])
-def test_a_limiter_comes_from_the_default_or_the_argument_or_a_function(source):
+def test_the_limiter_argument_can_be_none_or_a_limiter_or_a_function(source):
     check_limiter_source(source, ["request"])
 
 
 @pytest.mark.parametrize("source", ["redis://store", BudgetLimiter, lambda: None])
-def test_another_source_of_a_limiter_is_refused(source):
+def test_an_invalid_limiter_argument_is_rejected(source):
     with pytest.raises(InvalidArgument, match="^limiter must be"):
         check_limiter_source(source, ["request"])

@@ -44,7 +44,7 @@ def meter(limiter):
     return Meter(limiter, pricer=PRICES)
 
 
-async def test_a_call_that_fits_its_hold_sends_nothing_to_the_store(client, limiter, meter):
+async def test_a_call_sends_nothing_to_the_store_if_the_call_fits_the_hold(client, limiter, meter):
     async with limiter.hold("agent", "0.15", operation="cycle") as hold:
         before = dump(client)
         async with meter.call(**CALL) as call:
@@ -58,7 +58,7 @@ async def test_a_call_that_fits_its_hold_sends_nothing_to_the_store(client, limi
     assert [entry.operation for entry in await limiter.ledger("agent")] == ["cycle configured chat acme/road"]
 
 
-def test_a_sync_call_claims_from_its_hold(client, sync_limiter):
+def test_a_sync_call_inside_a_hold_claims_from_the_hold(client, sync_limiter):
     meter = Meter(sync_limiter, pricer=PRICES)
     with sync_limiter.hold("agent", "0.15"):
         for _ in range(2):
@@ -68,7 +68,7 @@ def test_a_sync_call_claims_from_its_hold(client, sync_limiter):
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_a_call_that_does_not_fit_grows_the_hold_by_the_difference(client, limiter, meter):
+async def test_if_a_call_does_not_fit_the_hold_the_hold_grows_by_the_missing_amount(client, limiter, meter):
     async with limiter.hold("agent", "0.05") as hold:
         async with meter.call(**CALL) as call:
             assert hold.amounts == {"agent": Decimal("0.06")}
@@ -80,7 +80,7 @@ async def test_a_call_that_does_not_fit_grows_the_hold_by_the_difference(client,
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_a_denied_growth_stops_only_its_own_call(client, limiter, meter):
+async def test_if_a_hold_cannot_grow_for_a_large_call_a_smaller_call_still_runs(client, limiter, meter):
     await limiter.record("agent", "0.92")
     async with limiter.hold("agent", "0.06") as hold:
         async with meter.call(**CALL) as call:
@@ -116,7 +116,7 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize(("reports", "raises", "accrued", "estimated"), OUTCOMES.values(), ids=OUTCOMES)
-async def test_a_call_inside_a_hold_adds_its_reported_usage_to_the_accrued_amount(
+async def test_a_call_inside_a_hold_adds_the_cost_of_the_call_to_the_accrued_amount(
     client, limiter, meter, reports, raises, accrued, estimated
 ):
     async with limiter.hold("agent", "0.15") as hold:
@@ -133,7 +133,7 @@ async def test_a_call_inside_a_hold_adds_its_reported_usage_to_the_accrued_amoun
     assert (await limiter.ledger("agent"))[0].operation.startswith("estimated ") == estimated
 
 
-async def test_a_long_ledger_label_keeps_the_estimate_mark_and_the_price_source(limiter):
+async def test_a_shortened_ledger_label_still_contains_estimated_and_the_price_source(limiter):
     models = [f"road-{'x' * 30}-{number}" for number in range(9)]
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", model, "1", "5") for model in models]))
     async with limiter.hold("agent", "0.15", operation="cycle"):
@@ -144,7 +144,7 @@ async def test_a_long_ledger_label_keeps_the_estimate_mark_and_the_price_source(
     assert entry.operation.startswith(f"cycle estimated configured chat acme/{models[0]} chat acme/{models[1]}")
 
 
-async def test_a_long_model_name_does_not_displace_the_price_source(limiter):
+async def test_the_ledger_label_of_a_long_model_name_still_contains_the_price_source(limiter):
     model = "road-" + "x" * 300
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", model, "1", "5")]))
     async with meter.call(**CALL | {"model": model}) as call:
@@ -153,7 +153,7 @@ async def test_a_long_model_name_does_not_displace_the_price_source(limiter):
     assert entry.operation.endswith("xxx configured estimated")
 
 
-async def test_a_hold_whose_calls_were_all_rejected_or_denied_costs_nothing(client, limiter, meter):
+async def test_a_hold_costs_nothing_if_all_calls_inside_the_hold_were_rejected_or_denied(client, limiter, meter):
     async with limiter.hold("agent", "0.15"), meter.call(**CALL) as call:
         call.rejected()
     assert spent_and_held(client) == (0, 0)
@@ -166,7 +166,7 @@ async def test_a_hold_whose_calls_were_all_rejected_or_denied_costs_nothing(clie
     assert spent_and_held(client) == (to_units("0.15"), 0)  # without calls the estimate is committed
 
 
-async def test_budgets_that_the_hold_does_not_cover_are_reserved_separately(client, limiter):
+async def test_if_a_hold_lacks_a_budget_of_the_meter_the_call_reserves_the_missing_budget_separately(client, limiter):
     meter = Meter(limiter, ["agent", "tokens", "calls", "parallel"], PRICES)
     async with limiter.hold({"agent": "0.15", "calls": 5}) as hold:
         async with meter.call(**CALL) as call:
@@ -180,7 +180,7 @@ async def test_budgets_that_the_hold_does_not_cover_are_reserved_separately(clie
     assert spent_and_held(client, "calls") == (1, 0)
 
 
-async def test_a_call_whose_separate_reservation_is_denied_returns_its_claim_to_the_hold(limiter):
+async def test_if_the_separate_reservation_of_a_call_is_denied_the_claimed_amount_returns_to_the_hold(limiter):
     meter = Meter(limiter, ["agent", "tokens"], PRICES)
     await limiter.record("tokens", 99_000)
     async with limiter.hold("agent", "0.15") as hold:
@@ -190,7 +190,7 @@ async def test_a_call_whose_separate_reservation_is_denied_returns_its_claim_to_
         hold.accrue(0)
 
 
-async def test_a_call_claims_slots_from_its_hold_and_returns_them(limiter):
+async def test_a_call_returns_the_claimed_slots_to_the_hold(limiter):
     meter = Meter(limiter, ["agent", "parallel"], PRICES)
     async with limiter.hold({"agent": "0.15", "parallel": 1}) as hold:
         async with meter.call(**CALL) as first:
@@ -206,7 +206,7 @@ async def test_a_call_claims_slots_from_its_hold_and_returns_them(limiter):
     assert (await limiter.status("parallel")).held == 0
 
 
-async def test_a_call_does_not_claim_from_a_hold_of_another_limiter(client, server, limiter, meter):
+async def test_a_call_does_not_claim_from_a_hold_of_a_different_limiter(client, server, limiter, meter):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as other, other.hold("agent", "0.15") as hold:
         async with meter.call(**CALL) as call:
             assert (hold.drawn, call.hold.amounts) == ({}, {"agent": Decimal("0.06")})
@@ -233,7 +233,7 @@ async def test_a_call_does_not_claim_from_a_settled_hold(client, limiter, meter)
     assert spent_and_held(client) == (to_units("0.02") + COST, 0)
 
 
-async def test_a_hold_stays_open_after_its_block_until_its_last_call_ends(client, limiter, meter):
+async def test_a_hold_stays_open_after_the_block_until_the_last_call_ends(client, limiter, meter):
     async with limiter.hold("agent", "0.06") as hold:
         call = await meter.call(**CALL).__aenter__()
         call.report(Usage(1000))
@@ -246,7 +246,7 @@ async def test_a_hold_stays_open_after_its_block_until_its_last_call_ends(client
     assert [entry.kind for entry in await limiter.ledger("agent")] == ["commit"]
 
 
-def test_a_sync_hold_stays_open_after_its_block_until_its_last_call_ends(client, sync_limiter):
+def test_a_sync_hold_stays_open_after_the_block_until_the_last_call_ends(client, sync_limiter):
     meter = Meter(sync_limiter, pricer=PRICES)
     with sync_limiter.hold("agent", "0.06"):
         call = meter.call(**CALL).__enter__()
@@ -256,7 +256,7 @@ def test_a_sync_hold_stays_open_after_its_block_until_its_last_call_ends(client,
     assert spent_and_held(client) == (COST, 0)
 
 
-async def test_the_hold_of_a_finished_block_is_settled_when_its_last_call_ends(client, limiter, meter):
+async def test_if_two_calls_are_open_after_the_block_the_hold_is_settled_when_both_have_ended(client, limiter, meter):
     async with limiter.hold("agent", "0.15"):
         async with meter.call(**CALL) as done:
             done.finish(USED)
@@ -269,7 +269,7 @@ async def test_the_hold_of_a_finished_block_is_settled_when_its_last_call_ends(c
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_the_hold_of_a_failed_block_is_settled_when_its_last_call_ends(client, limiter, meter):
+async def test_after_a_failed_block_on_error_is_applied_when_the_last_call_ends(client, limiter, meter):
     calls = []
     for on_error in ("release", "charge"):
         with pytest.raises(BlockError):
@@ -283,7 +283,7 @@ async def test_the_hold_of_a_failed_block_is_settled_when_its_last_call_ends(cli
     assert spent_and_held(client) == (0, WORST)  # on_error="charge": kept until it expires
 
 
-async def test_a_call_that_starts_after_the_end_of_the_hold_block_reserves_separately(client, limiter, meter):
+async def test_if_a_call_starts_after_the_block_of_the_hold_the_call_reserves_separately(client, limiter, meter):
     async with limiter.hold("agent", "0.06"):
         call = await meter.call(**CALL).__aenter__()
         context = copy_context()
@@ -296,7 +296,7 @@ async def test_a_call_that_starts_after_the_end_of_the_hold_block_reserves_separ
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_heartbeats_of_a_hold_continue_after_its_block_until_its_last_call_ends(client, limiter, meter):
+async def test_heartbeats_of_a_hold_continue_after_the_block_until_the_last_call_ends(client, limiter, meter):
     async with limiter.hold("agent", "0.06", ttl=1) as hold:
         call = await meter.call(**CALL).__aenter__()
         before = hold.expires_at
@@ -320,7 +320,7 @@ async def test_a_hold_cannot_be_settled_while_a_call_is_in_progress(client, limi
     assert spent_and_held(client) == (to_units("0.02"), 0)
 
 
-async def test_the_spend_of_a_call_is_recorded_separately_if_its_hold_was_settled_by_id_meanwhile(
+async def test_if_a_hold_is_settled_by_id_during_a_call_the_cost_of_the_call_is_recorded_separately(
     client, limiter, meter
 ):
     async with limiter.hold("agent", "0.15") as hold:
@@ -332,7 +332,7 @@ async def test_the_spend_of_a_call_is_recorded_separately_if_its_hold_was_settle
     assert spent_and_held(client) == (COST, 0)
 
 
-async def test_a_hold_is_settled_after_its_block_also_if_its_last_call_was_denied(client, limiter):
+async def test_a_hold_is_settled_if_the_last_call_is_denied_after_the_block_has_ended(client, limiter):
     meter = Meter(limiter, ["agent", "tokens"], PRICES)
     reserve, waits = limiter.reserve, asyncio.Event()
 
@@ -352,7 +352,7 @@ async def test_a_hold_is_settled_after_its_block_also_if_its_last_call_was_denie
     assert spent_and_held(client) == (0, 0)
 
 
-async def test_a_call_claims_from_an_expired_hold_only_after_the_store_has_admitted_it_again(client, limiter, meter):
+async def test_a_call_inside_an_expired_hold_is_denied_if_the_hold_no_longer_fits_the_budget(client, limiter, meter):
     hold = await limiter.reserve("agent", "0.15", ttl=1, on_expiry="release")
     await until(lambda: _is_unheld(limiter))
     await limiter.record("agent", "0.90")
@@ -379,7 +379,7 @@ def covered(hold) -> bool:
         return all(accrued[w.budget] + hold.drawn.get(w.budget, 0) <= units for w, units in hold.parts)
 
 
-async def test_concurrent_calls_in_one_hold_claim_their_worst_cases_together(client, limiter, meter):
+async def test_concurrent_calls_in_one_hold_claim_the_sum_of_their_worst_cases(client, limiter, meter):
     async with limiter.hold("agent", "0.10") as hold:
         async with meter.call(**CALL) as first, meter.call(**CALL) as second, meter.call(**CALL) as third:
             assert (hold.drawn, hold.amounts) == ({"agent": 3 * WORST}, {"agent": Decimal("0.18")})
@@ -410,7 +410,7 @@ async def test_the_denial_of_a_large_call_does_not_affect_smaller_calls_in_the_s
     assert spent_and_held(client) == (to_units("0.80") + 3 * COST, 0)
 
 
-async def test_concurrent_tasks_stay_within_their_hold_and_are_billed_exactly(client, limiter, meter):
+async def test_calls_of_concurrent_tasks_never_claim_more_than_the_hold_reserves(client, limiter, meter):
     chance = random.Random(4)
     billed = []
     async with limiter.hold("agent", "0.02") as hold:
@@ -442,7 +442,7 @@ async def test_concurrent_tasks_stay_within_their_hold_and_are_billed_exactly(cl
     assert spent_and_held(client) == (sum(10_000_000 + output * 50_000 for output in billed), 0)
 
 
-def test_concurrent_threads_stay_within_their_hold_and_are_billed_exactly(client, sync_limiter):
+def test_calls_of_concurrent_threads_never_claim_more_than_the_hold_reserves(client, sync_limiter):
     meter = Meter(sync_limiter, pricer=PRICES)
     billed = []
     with sync_limiter.hold("agent", "0.02") as hold:
@@ -466,7 +466,7 @@ def test_concurrent_threads_stay_within_their_hold_and_are_billed_exactly(client
     assert spent_and_held(client) == (sum(10_000_000 + output * 50_000 for output in billed), 0)
 
 
-def test_all_concurrent_accruals_by_threads_are_counted(client, sync_limiter):
+def test_amounts_accrued_by_concurrent_threads_are_all_counted(client, sync_limiter):
     with sync_limiter.hold("agent", "0.5") as hold:
         barrier = threading.Barrier(8)
 
@@ -487,7 +487,7 @@ def test_all_concurrent_accruals_by_threads_are_counted(client, sync_limiter):
 # -- cancellation and outages ------------------------------------------------------------------------------------------
 
 
-async def test_calls_cancelled_during_a_growth_claim_nothing(client, proxy):
+async def test_a_cancelled_call_claims_nothing_if_the_hold_was_still_growing(client, proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=20.0) as limiter, limiter.hold("agent", "0.01") as hold:
         meter = Meter(limiter, pricer=PRICES)
         async with meter.call(**CALL) as call:
@@ -508,7 +508,7 @@ async def test_calls_cancelled_during_a_growth_claim_nothing(client, proxy):
     assert spent_and_held(client) == (2 * COST, 0)
 
 
-async def test_calls_that_wait_for_growth_without_a_reply_fail_together_after_one_timeout(client, proxy):
+async def test_all_calls_waiting_for_a_hold_to_grow_fail_after_one_timeout_if_the_store_does_not_reply(client, proxy):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3) as limiter:
         meter = Meter(limiter, pricer=PRICES)
         async with limiter.hold("agent", "0.01") as hold:

@@ -61,7 +61,7 @@ def metrics(reader) -> dict:
     return {m.name: m for r in data.resource_metrics for scope in r.scope_metrics for m in scope.metrics}
 
 
-async def test_a_call_has_a_span_with_its_usage_cost_and_budgets(recorded, meter):
+async def test_the_span_of_a_call_has_attributes_for_usage_and_cost_and_budgets(recorded, meter):
     with operation_scope("op_1", "agent_research"), span("phase"):
         async with meter.call(**CALL) as call:
             assert get_current_span().name == "chat road"
@@ -105,7 +105,7 @@ def test_provider_names_match_the_opentelemetry_conventions(recorded):
         assert recorded.spans[-1].attributes[gen_ai.GEN_AI_PROVIDER_NAME] == theirs in known
 
 
-async def test_metrics_of_a_call_match_the_opentelemetry_conventions_and_count_the_cost_per_budget(reader, meter):
+async def test_the_metrics_of_a_call_match_the_opentelemetry_conventions(reader, meter):
     for _ in range(2):
         async with meter.call(**CALL) as call:
             call.finish(Usage(1000, 20))
@@ -144,7 +144,7 @@ async def test_a_span_records_the_type_but_not_the_message_of_an_error(recorded,
     assert "ktrdr.budget.cost" not in metrics(reader)
 
 
-async def test_the_span_of_a_failed_stream_shows_that_its_cost_is_an_estimate(recorded, meter):
+async def test_the_span_of_a_failed_stream_marks_the_cost_as_an_estimate(recorded, meter):
     with pytest.raises(ConnectionResetError):
         async with meter.call(**CALL) as call:
             call.report(Usage(0, 20))
@@ -193,7 +193,7 @@ def _sync_words(meter):
         yield "rains"
 
 
-async def test_closing_a_generator_in_another_task_causes_no_error_in_log_or_span(
+async def test_closing_a_generator_in_a_different_task_causes_no_error_in_the_log_or_the_span(
     recorded, reader, meter, server, caplog
 ):
     """openlit #1369, opentelemetry-python #2606."""
@@ -211,7 +211,7 @@ async def test_closing_a_generator_in_another_task_causes_no_error_in_log_or_spa
     assert not get_current_span().get_span_context().is_valid
 
 
-async def test_garbage_collection_of_a_generator_causes_no_error_in_log_or_span(recorded, meter, caplog):
+async def test_garbage_collection_of_a_generator_causes_no_error_in_the_log_or_the_span(recorded, meter, caplog):
     words = _words(meter)
     await asyncio.create_task(anext(words))
     del words
@@ -221,7 +221,7 @@ async def test_garbage_collection_of_a_generator_causes_no_error_in_log_or_span(
     assert recorded["chat road"].status.status_code is StatusCode.UNSET
 
 
-def test_closing_a_generator_in_another_thread_causes_no_error_in_log_or_span(recorded, server, caplog):
+def test_closing_a_generator_in_a_different_thread_causes_no_error_in_the_log_or_the_span(recorded, server, caplog):
     with BudgetLimiter(server.url, BUDGETS) as limiter, ThreadPoolExecutor(1) as pool:
         words = _sync_words(Meter(limiter, pricer=PRICES))
         assert pool.submit(next, words).result() == "it "
@@ -231,7 +231,7 @@ def test_closing_a_generator_in_another_thread_causes_no_error_in_log_or_span(re
     assert recorded["chat road"].status.status_code is StatusCode.UNSET
 
 
-async def test_the_span_of_a_generator_closed_in_another_task_has_no_error_status(recorded, caplog):
+async def test_a_span_has_no_error_status_if_the_generator_is_closed_in_a_different_task(recorded, caplog):
     async def inside(block):
         with block:
             yield
@@ -244,7 +244,7 @@ async def test_the_span_of_a_generator_closed_in_another_task_has_no_error_statu
     assert recorded["phase"].status.status_code is StatusCode.UNSET
 
 
-async def test_the_span_of_a_generator_has_error_status_if_an_error_was_thrown_into_it(recorded, meter):
+async def test_a_span_has_an_error_status_if_an_error_is_thrown_into_the_generator(recorded, meter):
     words = _words(meter)
     await anext(words)
     with pytest.raises(ProviderError):
@@ -279,7 +279,7 @@ async def test_the_charged_tokens_callback_receives_the_reported_tokens_of_a_cal
     assert counted == [1020]
 
 
-async def test_a_span_that_is_not_current_can_end_in_another_task(recorded, meter, caplog):
+async def test_a_call_with_current_false_can_end_in_a_different_task(recorded, meter, caplog):
     call = meter.call(**CALL, current=False)
     with span("request"):
         await call.__aenter__()
@@ -319,7 +319,7 @@ with BudgetLimiter({server.url!r}, [Budget("agent", 1)]) as limiter:
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "0.000002\n"
 
 
-def test_metrics_are_recorded_from_the_time_when_the_process_sets_a_meter_provider(server):
+def test_metrics_are_recorded_after_the_process_sets_a_meter_provider(server):
     code = f"""
 from opentelemetry import metrics
 from opentelemetry.sdk.metrics import MeterProvider

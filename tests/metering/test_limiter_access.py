@@ -35,7 +35,7 @@ async def spent_and_held(limiter: Any) -> tuple[Decimal, Decimal]:
     return status.spent, status.held
 
 
-async def test_a_call_is_awaitable_for_an_async_limiter_only(limiter):
+async def test_a_commit_is_awaitable_only_for_an_async_limiter(limiter):
     hold = await result_of(limiter.reserve("agent", "0.15"))
     settlement = limiter_access.commit(limiter, hold, {"agent": "0.10"})
     assert inspect.isawaitable(settlement) == isinstance(limiter, AsyncMemoryLimiter)
@@ -49,7 +49,7 @@ async def test_a_released_hold_costs_nothing(limiter):
     assert await spent_and_held(limiter) == (0, 0)
 
 
-async def test_spend_is_recorded_with_a_label(limiter):
+async def test_recorded_spend_has_a_label_in_the_ledger(limiter):
     await result_of(limiter_access.record(limiter, {"agent": "0.02"}, "chat"))
     assert await spent_and_held(limiter) == (Decimal("0.02"), 0)
     page = await result_of(limiter.ledger("agent"))
@@ -60,7 +60,7 @@ async def test_spend_is_recorded_with_a_label(limiter):
     ("failed", "on_error", "spent", "held"),
     [(False, "release", "0.15", 0), (True, "release", "0", 0), (True, "charge", "0", Decimal("0.15"))],
 )
-async def test_a_hold_is_settled_as_its_block_ended(limiter, failed, on_error, spent, held):
+async def test_when_a_block_ends_the_hold_is_committed_or_released_or_kept(limiter, failed, on_error, spent, held):
     hold = await result_of(limiter.reserve("agent", "0.15"))
     stopped = []
     block_exit = (failed, on_error, lambda: stopped.append(True))
@@ -69,6 +69,6 @@ async def test_a_hold_is_settled_as_its_block_ended(limiter, failed, on_error, s
     assert stopped == [True]
 
 
-async def test_the_time_of_the_store_is_an_aware_datetime(limiter):
+async def test_the_time_of_the_store_is_a_datetime_with_a_timezone(limiter):
     await result_of(limiter.reserve("agent", "0.15"))
     assert abs(limiter_access.store_time(limiter) - datetime.now(UTC)) < timedelta(minutes=1)

@@ -113,7 +113,7 @@ OUTCOMES = {
 
 
 @pytest.mark.parametrize(("reports", "raises", "spent", "held", "estimated"), OUTCOMES.values(), ids=OUTCOMES)
-async def test_an_async_call_commits_the_cost_of_its_reported_usage(
+async def test_an_async_call_commits_the_cost_of_the_reported_usage(
     client, limiter, meter, reports, raises, spent, held, estimated
 ):
     try:
@@ -133,7 +133,7 @@ async def test_an_async_call_commits_the_cost_of_its_reported_usage(
 
 
 @pytest.mark.parametrize(("reports", "raises", "spent", "held", "estimated"), OUTCOMES.values(), ids=OUTCOMES)
-def test_a_sync_call_commits_the_cost_of_its_reported_usage(
+def test_a_sync_call_commits_the_cost_of_the_reported_usage(
     client, sync_limiter, sync_meter, reports, raises, spent, held, estimated
 ):
     try:
@@ -148,7 +148,7 @@ def test_a_sync_call_commits_the_cost_of_its_reported_usage(
     assert all(("estimated" in entry.operation) == estimated for entry in sync_limiter.ledger("agent"))
 
 
-async def test_a_call_with_unknown_outcome_is_charged_when_its_reservation_expires(client, limiter):
+async def test_a_call_with_an_unknown_outcome_is_charged_when_the_reservation_expires(client, limiter):
     meter = Meter(limiter, pricer=PRICES, ttl=1)
     async with meter.call(**CALL) as call:
         call.unknown()
@@ -162,7 +162,7 @@ async def _expired(limiter):
     return status if status.unconfirmed else None
 
 
-async def test_a_call_has_attributes_for_its_worst_case_and_cost_and_usage(meter):
+async def test_a_call_has_the_attributes_worst_case_cost_and_usage(meter):
     async with meter.call(**CALL) as call:
         assert (call.worst_case.amount, call.cost, call.usage) == (Decimal("0.075"), None, None)
         call.report(Usage(100))
@@ -172,7 +172,7 @@ async def test_a_call_has_attributes_for_its_worst_case_and_cost_and_usage(meter
     assert [line.name for line in call.cost.lines] == ["input", "cached input", "output"]
 
 
-async def test_a_usage_report_is_accrued_at_once_and_a_lower_one_does_not_reduce_it(meter):
+async def test_a_lower_usage_report_does_not_reduce_the_accrued_amount(meter):
     async with meter.call(**CALL) as call:
         for usage, accrued in [(Usage(100), "0.001"), (Usage(100, 10), "0.0015"), (Usage(100, 9), "0.0015")]:
             call.report(usage)
@@ -183,7 +183,7 @@ async def test_a_usage_report_is_accrued_at_once_and_a_lower_one_does_not_reduce
 # -- denials and invalid arguments -------------------------------------------------------------------------------------
 
 
-async def test_a_call_that_does_not_fit_is_denied_before_its_block_runs(client, limiter, meter):
+async def test_the_block_of_a_call_does_not_run_if_the_call_does_not_fit_the_budget(client, limiter, meter):
     await limiter.record("agent", "0.93")
     before = dump(client)
     sent = False
@@ -194,7 +194,7 @@ async def test_a_call_that_does_not_fit_is_denied_before_its_block_runs(client, 
     assert dump(client) == before
 
 
-async def test_a_model_without_a_price_reserves_nothing(client, meter):
+async def test_a_call_to_a_model_without_a_price_reserves_nothing(client, meter):
     before = dump(client)
     with pytest.raises(UnknownPrice):
         async with meter.call(**CALL | {"model": "path"}):
@@ -236,7 +236,7 @@ async def test_a_call_rejects_invalid_arguments(meter, wrong):
         meter.call(**CALL | wrong)
 
 
-async def test_a_call_can_be_entered_once_and_accepts_reports_only_inside_its_block(meter):
+async def test_a_call_cannot_be_entered_twice_or_reported_outside_the_with_block(meter):
     call = meter.call(**CALL)
     with pytest.raises(InvalidArgument, match="inside its block"):
         call.finish(USED)
@@ -249,7 +249,7 @@ async def test_a_call_can_be_entered_once_and_accepts_reports_only_inside_its_bl
             pass
 
 
-async def test_a_call_needs_async_with_for_an_async_limiter_and_with_for_a_sync_limiter(meter, sync_meter):
+async def test_entering_a_call_with_the_wrong_kind_of_with_statement_raises_type_error(meter, sync_meter):
     with pytest.raises(TypeError, match="use `async with`"), meter.call(**CALL):
         pass
     with pytest.raises(TypeError, match="use `with`"):
@@ -272,7 +272,7 @@ async def test_each_budget_counts_its_own_unit(client, limiter):
     assert (await limiter.status("parallel")).held == 0
 
 
-async def test_slots_limit_how_many_calls_run_at_once(limiter):
+async def test_a_slots_budget_limits_the_number_of_concurrent_calls(limiter):
     meter = Meter(limiter, ["parallel"], PRICES)
     async with meter.call(**CALL) as first, meter.call(**CALL) as second:
         with pytest.raises(BudgetExceeded) as caught:
@@ -284,14 +284,14 @@ async def test_slots_limit_how_many_calls_run_at_once(limiter):
         third.finish(USED)
 
 
-async def test_a_request_rejected_by_the_provider_counts_in_no_budget(client, limiter):
+async def test_a_call_rejected_by_the_provider_is_not_counted_in_any_budget(client, limiter):
     meter = Meter(limiter, ["calls", "tokens"], PRICES)
     async with meter.call(**CALL) as call:
         call.rejected()
     assert spent_and_held(client, "calls") == spent_and_held(client, "tokens") == (0, 0)
 
 
-async def test_a_model_that_is_free_is_admitted_and_costs_nothing(client, limiter):
+async def test_a_call_to_a_free_model_costs_nothing(client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", 0, 0)]))
     async with meter.call(**CALL) as call:
         assert spent_and_held(client) == (0, 1)
@@ -303,7 +303,7 @@ async def test_a_model_that_is_free_is_admitted_and_costs_nothing(client, limite
 
 
 @pytest.mark.parametrize("with_report", [False, True])
-async def test_usage_without_input_is_credible_for_a_call_without_input(client, limiter, with_report):
+async def test_a_usage_without_input_tokens_is_accepted_if_the_call_has_no_input(client, limiter, with_report):
     """For example a model that is billed per image."""
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", "10", "50", request="0.01")]))
     async with meter.call(**{**CALL, "input_tokens_max": 0}) as call:
@@ -313,7 +313,7 @@ async def test_usage_without_input_is_credible_for_a_call_without_input(client, 
     assert (call.estimated, spent_and_held(client)) == (False, (10_100_000, 0))
 
 
-async def test_usage_without_a_price_is_charged_at_the_worst_case(client, meter, caplog):
+async def test_a_call_is_charged_the_worst_case_if_the_reported_usage_has_no_price(client, meter, caplog):
     async with meter.call(**CALL) as call:
         call.finish(Usage(10, 10, other={"web_searches": 1}))
     assert spent_and_held(client) == (WORST, 0)
@@ -321,7 +321,9 @@ async def test_usage_without_a_price_is_charged_at_the_worst_case(client, meter,
     assert "pricing failed for acme/road" in caplog.text
 
 
-async def test_a_failed_call_is_charged_at_the_most_expensive_service_tier_unless_it_named_a_tier(client, limiter):
+async def test_a_failed_call_is_charged_the_most_expensive_service_tier_unless_the_request_names_a_tier(
+    client, limiter
+):
     meter = Meter(limiter)
     request = {"provider": "openai", "model": "gpt-4.1-mini", "input_tokens_max": 1000, "output_tokens_max": 100}
     at = datetime.now(UTC)
@@ -336,14 +338,14 @@ async def test_a_failed_call_is_charged_at_the_most_expensive_service_tier_unles
     assert spent_and_held(client)[1] == 0
 
 
-async def test_a_final_usage_with_a_known_price_replaces_a_report_without_a_price(client, meter):
+async def test_a_call_is_charged_for_the_final_usage_if_an_earlier_report_had_no_price(client, meter):
     async with meter.call(**CALL) as call:
         call.report(Usage(10, 10, other={"web_searches": 1}))
         call.finish(USED)
     assert (call.estimated, spent_and_held(client)) == (False, (COST, 0))
 
 
-async def test_the_time_of_the_reservation_decides_the_price(limiter):
+async def test_a_call_is_priced_at_the_time_of_the_reservation(limiter):
     times = []
 
     class Clocked(Prices):
@@ -382,7 +384,7 @@ async def cancelled(task: asyncio.Task) -> None:
         await task
 
 
-async def test_a_call_cancelled_during_its_reservation_holds_nothing(client, proxy, proxied_limiter):
+async def test_no_amount_stays_held_if_a_call_is_cancelled_during_the_reservation(client, proxy, proxied_limiter):
     proxy.hold_replies()
     task = asyncio.create_task(Meter(proxied_limiter, pricer=PRICES).call(**CALL).__aenter__())
     await until(lambda: sums(client)["held"] == WORST)
@@ -391,7 +393,7 @@ async def test_a_call_cancelled_during_its_reservation_holds_nothing(client, pro
     await until(lambda: spent_and_held(client) == (0, 0))
 
 
-async def test_a_settlement_completes_although_its_caller_is_cancelled(client, proxy, proxied_limiter):
+async def test_a_settlement_completes_even_if_the_caller_is_cancelled(client, proxy, proxied_limiter):
     entered, leave = asyncio.Event(), asyncio.Event()
 
     async def work():
@@ -412,7 +414,7 @@ async def test_a_settlement_completes_although_its_caller_is_cancelled(client, p
         assert spent_and_held(client)[0] == COST
 
 
-async def test_a_cancelled_stream_commits_its_latest_report(client, limiter, meter):
+async def test_a_cancelled_stream_commits_the_cost_of_the_latest_usage_report(client, limiter, meter):
     reported = asyncio.Event()
 
     async def stream():
@@ -428,7 +430,7 @@ async def test_a_cancelled_stream_commits_its_latest_report(client, limiter, met
     assert (await limiter.ledger("agent"))[0].operation.endswith(" estimated")
 
 
-async def test_a_call_that_ends_during_an_outage_succeeds_and_is_settled_later(start_server, caplog):
+async def test_if_a_call_ends_during_an_outage_the_call_is_settled_after_the_outage(start_server, caplog):
     own = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.3) as limiter:
         with caplog.at_level(logging.ERROR):
@@ -442,7 +444,7 @@ async def test_a_call_that_ends_during_an_outage_succeeds_and_is_settled_later(s
             assert spent_and_held(client) == (COST, 0)
 
 
-async def test_calls_admitted_during_an_outage_are_recorded_after_it(start_server):
+async def test_calls_admitted_during_an_outage_are_recorded_after_the_outage(start_server):
     own = start_server()
     async with AsyncBudgetLimiter(own.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         meter = Meter(limiter, ["agent", "tokens"], PRICES)
@@ -463,7 +465,7 @@ async def test_calls_admitted_during_an_outage_are_recorded_after_it(start_serve
 # -- concurrency -------------------------------------------------------------------------------------------------------
 
 
-async def test_concurrent_calls_stay_below_the_cap_and_are_billed_exactly(client, meter):
+async def test_concurrent_calls_never_exceed_the_cap_and_commit_exact_costs(client, meter):
     admitted = []
 
     async def make_call(number: int) -> None:
@@ -483,7 +485,7 @@ async def test_concurrent_calls_stay_below_the_cap_and_are_billed_exactly(client
     assert spent_and_held(client) == (sum(u.input_tokens * 10_000 + u.output_tokens * 50_000 for u in admitted), 0)
 
 
-def test_threads_stay_below_the_cap_and_are_billed_exactly(client, sync_meter):
+def test_calls_in_concurrent_threads_never_exceed_the_cap_and_commit_exact_costs(client, sync_meter):
     admitted, barrier = [], threading.Barrier(20)
 
     def make_call(number: int) -> None:

@@ -53,7 +53,9 @@ def times() -> st.SearchStrategy[datetime]:
 )
 @example(("anthropic", "claude-haiku-5-5"), Usage(100_001, 5, 0, 100_001, 100_001), 0, 0, BEGINNING, None)
 @example(("openai", "gpt-5"), Usage(10, 10), 0, 0, datetime(2026, 11, 1, tzinfo=UTC), None)
-def test_no_usage_within_the_bounds_costs_more_than_the_worst_case(model, usage, more_in, more_out, at, requested_tier):
+def test_a_usage_within_the_bounds_never_costs_more_than_the_worst_case(
+    model, usage, more_in, more_out, at, requested_tier
+):
     bounds = usage.input_tokens + more_in, usage.output_tokens + more_out
     try:
         worst = PRICES.worst_case(*model, *bounds, at, service_tier=requested_tier)
@@ -71,7 +73,7 @@ def test_no_usage_within_the_bounds_costs_more_than_the_worst_case(model, usage,
 
 @settings(max_examples=300, suppress_health_check=[HealthCheck.filter_too_much, HealthCheck.too_slow])
 @given(st.sampled_from(MODELS), usages(), times(), st.sampled_from(TIERS))
-def test_a_cost_equals_the_own_computation_of_the_price_list_rounded_up(model, usage, at, tier):
+def test_a_cost_equals_the_cost_computed_by_genai_prices_rounded_up(model, usage, at, tier):
     used = replace(usage, service_tier=tier)
     try:
         cost = PRICES.price(*model, used, at)
@@ -103,7 +105,7 @@ def test_a_cost_equals_the_own_computation_of_the_price_list_rounded_up(model, u
     st.integers(0, 5000),
     st.integers(0, 5000),
 )
-def test_no_usage_costs_more_than_the_worst_case_of_a_configured_price(usage, given_prices, more_in, more_out):
+def test_a_usage_never_costs_more_than_the_worst_case_of_a_configured_price(usage, given_prices, more_in, more_out):
     price = ModelPrice("p", "m", *given_prices)
     prices = Prices([price])
     worst = prices.worst_case("p", "m", usage.input_tokens + more_in, usage.output_tokens + more_out, BEGINNING)
@@ -111,7 +113,7 @@ def test_no_usage_costs_more_than_the_worst_case_of_a_configured_price(usage, gi
 
 
 @pytest.mark.parametrize("input_tokens", [0, 1])
-def test_no_listed_model_is_free_for_tokens_without_a_price(input_tokens):
+def test_tokens_are_refused_if_the_listed_model_has_no_price_for_tokens_of_this_kind(input_tokens):
     now = datetime(2026, 11, 23, tzinfo=UTC)
     listed = [names for names in MODELS if PRICES.price_list.find(*names)]  # a few have other names only
     assert len(listed) > 2000
@@ -126,7 +128,7 @@ def test_no_listed_model_is_free_for_tokens_without_a_price(input_tokens):
                 PRICES.price(provider, model, usage, now)
 
 
-def test_listed_prices_change_at_whole_minutes():
+def test_listed_prices_change_only_at_whole_minutes():
     """Prices are cached per minute."""
     for provider in SNAPSHOT.providers:
         for model in provider.models:
@@ -137,6 +139,6 @@ def test_listed_prices_change_at_whole_minutes():
                     assert all(end.second == end.microsecond == 0 for end in ends), model.id
 
 
-def test_sums_of_prices_are_exact():
+def test_the_decimal_precision_is_enough_for_exact_sums_of_prices():
     longest = 10**3 * 2**53 * 10**9
     assert len(str(longest)) * 2 < EXACT_CONTEXT.prec

@@ -46,7 +46,7 @@ def input_prices(found) -> list[Decimal]:
     return [rate.price for rates in found for rate in rates]
 
 
-def test_a_model_is_found_by_its_provider_and_name(price_list):
+def test_a_model_is_found_by_provider_and_name(price_list):
     assert price_list.find("acme", "tiered") == ("acme", "tiered")
     assert price_list.find("acme", "unlisted") is None
     assert price_list.find("unlisted", "tiered") is None
@@ -54,7 +54,7 @@ def test_a_model_is_found_by_its_provider_and_name(price_list):
     assert price_list.context_window("acme", "unlisted") is None
 
 
-def test_the_time_of_the_call_decides_the_price(price_list):
+def test_a_call_costs_the_price_valid_at_the_time_of_the_call(price_list):
     before, after = RISE - timedelta(minutes=1), RISE
     assert input_prices([price_list.rates("acme", "rising", at) for at in (before, after, before)]) == [1, 2, 1]
 
@@ -65,19 +65,19 @@ def test_an_unlisted_model_has_no_prices(price_list):
     assert price_list.candidates("acme", "unlisted", NOW, "flex") == []
 
 
-def test_a_call_of_unknown_tier_may_be_billed_at_any_price(price_list):
+def test_without_a_named_service_tier_the_prices_of_all_tiers_are_candidates(price_list):
     assert input_prices(price_list.candidates("acme", "tiered", NOW, None)) == [1, Decimal("0.5"), 3]
 
 
-def test_a_call_of_a_named_tier_may_be_billed_at_the_standard_price_as_well(price_list):
+def test_with_a_named_service_tier_the_standard_price_is_also_a_candidate(price_list):
     assert input_prices(price_list.candidates("acme", "tiered", NOW, "flex")) == [1, Decimal("0.5")]
 
 
-def test_a_float_price_is_the_decimal_that_it_is_written_as(price_list):
+def test_a_float_price_is_converted_to_decimal_without_a_rounding_error(price_list):
     assert input_prices([price_list.rates("acme", "float", NOW)]) == [Decimal("0.1")]
 
 
-def test_prices_are_converted_again_only_after_an_update_of_the_list(price_list):
+def test_prices_are_cached_until_the_price_list_is_updated(price_list):
     first = price_list.rates("acme", "tiered", NOW)
     assert price_list.rates("acme", "tiered", NOW + timedelta(seconds=1)) is first
     assert price_list.candidates("acme", "tiered", NOW, None)[0] is first

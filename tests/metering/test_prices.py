@@ -18,7 +18,7 @@ NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 SCRIPTED = ModelPrice("scripted", "ktrdr-scripted-1", "15", "75")
 
 
-def test_a_configured_price_needs_no_price_list(monkeypatch):
+def test_a_configured_price_is_used_if_genai_prices_is_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "genai_prices", None)
     cost = Prices([SCRIPTED]).price("scripted", "ktrdr-scripted-1", Usage(1000, 200), NOW)
     assert (cost.amount, cost.source) == (Decimal("0.03"), "configured")
@@ -43,19 +43,19 @@ def test_each_kind_of_token_is_charged_at_its_configured_price():
     assert sum(line.amount for line in cost.lines) == cost.amount
 
 
-def test_cached_tokens_cost_as_much_as_input_tokens_if_no_price_for_them_is_configured():
+def test_cached_tokens_cost_as_much_as_input_tokens_if_no_cache_price_is_configured():
     price = Prices([ModelPrice("p", "m", "3", "8")])
     assert price.price("p", "m", Usage(1000, 0, 500, 300), NOW).nanos == 1000 * 3000
 
 
-def test_a_cost_is_rounded_up_once():
+def test_a_cost_is_rounded_up_after_all_parts_are_added():
     prices = Prices([ModelPrice("p", "m", "0.0004", "0.0003")])
     assert prices.price("p", "m", Usage(1, 0), NOW).nanos == 1
     assert prices.price("p", "m", Usage(1, 2), NOW).nanos == 1
     assert prices.price("p", "m", Usage(1, 3), NOW).nanos == 2
 
 
-def test_a_float_price_is_exact_in_decimal():
+def test_a_price_given_as_a_float_causes_no_rounding_error():
     assert Prices([ModelPrice("p", "m", 0.1, 0.2)]).price("p", "m", Usage(3, 0), NOW).nanos == 300
 
 
@@ -63,7 +63,7 @@ def test_a_float_price_is_exact_in_decimal():
     ("model", "expected"),
     [("gpt-9", 4000), ("gpt-9-mini", 3000), ("gpt-9-mini-2026", 2000), ("gpt-8", 1000), ("GPT-9", 4000)],
 )
-def test_an_exact_model_name_takes_precedence_over_prefixes_and_a_longer_prefix_over_a_shorter_one(model, expected):
+def test_a_model_gets_the_price_of_the_longest_matching_name_or_prefix(model, expected):
     table = [
         ModelPrice("p", "gpt-*", 1, 1),
         ModelPrice("p", "gpt-9-mini-*", 2, 1),
@@ -75,7 +75,7 @@ def test_an_exact_model_name_takes_precedence_over_prefixes_and_a_longer_prefix_
     assert prices.price("p", model, Usage(1), NOW).nanos == expected
 
 
-def test_a_price_applies_to_its_provider_only():
+def test_a_configured_price_does_not_apply_to_a_different_provider():
     with pytest.raises(UnknownPrice):
         Prices([SCRIPTED]).price("other", "ktrdr-scripted-1", Usage(1), NOW)
 
@@ -111,14 +111,14 @@ def test_a_fixed_cost_does_not_apply_to_a_model_with_a_price():
     assert Prices(fixed_cost="9").price("openai", "gpt-4o-mini", Usage(1000), NOW).nanos == 150_000
 
 
-def test_output_is_refused_for_a_model_with_an_input_price_only():
+def test_output_tokens_are_refused_if_a_model_has_only_an_input_price():
     prices = Prices()
     assert prices.price("openai", "text-embedding-3-small", Usage(1000), NOW).nanos == 20_000
     with pytest.raises(UnknownPrice):
         prices.worst_case("openai", "text-embedding-3-small", 1000, 1, NOW)
 
 
-def test_a_billed_unit_without_a_price_is_refused():
+def test_web_searches_without_a_configured_price_are_refused():
     with pytest.raises(UnknownPrice):
         Prices([SCRIPTED]).worst_case("scripted", "ktrdr-scripted-1", 1, 1, NOW, other_max={"web_searches": 1})
 
@@ -129,13 +129,13 @@ def test_a_fixed_cost_must_be_a_positive_amount(cost):
         Prices(fixed_cost=cost)
 
 
-def test_the_error_for_a_missing_price_list_names_the_extra_to_install(monkeypatch):
+def test_if_genai_prices_is_not_installed_the_error_names_the_extra_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "genai_prices", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'ktrdr-budget\[llm\]'"):
         Prices(fixed_cost=1).worst_case("openai", "gpt-5", 1, 1, NOW)
 
 
-def test_an_updated_price_list_is_used_and_named_as_the_source():
+def test_after_an_update_of_the_price_list_calls_cost_the_updated_prices():
     prices = Prices()
     assert prices.price("openai", "gpt-5", Usage(1000), NOW).nanos == 1_250_000
     model = types.ModelInfo(
@@ -163,7 +163,7 @@ def test_an_updated_price_list_is_used_and_named_as_the_source():
 # -- the worst case ----------------------------------------------------------------------------------------------------
 
 
-def test_the_worst_case_prices_input_as_a_one_hour_cache_write():
+def test_the_worst_case_counts_all_input_at_the_price_of_a_one_hour_cache_write():
     assert Prices().worst_case("anthropic", "claude-sonnet-4-6", 1000, 100, NOW).nanos == 1000 * 6000 + 100 * 15_000
 
 
@@ -178,23 +178,23 @@ def test_the_worst_case_assumes_the_most_expensive_service_tier_unless_the_call_
     assert prices.worst_case("openai", "gpt-5", 1000, 100, NOW, service_tier="flex") == standard
 
 
-def test_the_worst_case_assumes_the_context_tier_of_the_input_bound():
+def test_the_worst_case_uses_the_long_context_price_if_the_maximum_input_is_above_the_threshold():
     prices = Prices()
     assert prices.worst_case("google", "gemini-2.5-pro", 200_000, 1, NOW).nanos == 200_000 * 1250 + 10_000
     assert prices.worst_case("google", "gemini-2.5-pro", 200_001, 1, NOW).nanos == 200_001 * 2500 + 15_000
 
 
-def test_the_worst_case_includes_billed_units_other_than_tokens():
+def test_the_worst_case_includes_the_cost_of_web_searches():
     worst = Prices().worst_case("anthropic", "claude-sonnet-4-6", 1, 0, NOW, other_max={"web_searches": 5})
     assert worst.nanos == 6000 + to_units("0.05")
 
 
-def test_the_worst_case_of_a_configured_price_includes_the_request_price_and_the_most_expensive_input_price():
+def test_the_worst_case_counts_input_at_the_highest_configured_price_and_adds_the_request_price():
     price = ModelPrice("p", "m", "1", "8", cached_input="0.1", cache_write="1.25", request="0.01")
     assert Prices([price]).worst_case("p", "m", 1000, 10, NOW).nanos == 1_250_000 + 80_000 + 10_000_000
 
 
-def test_a_naive_datetime_is_rejected():
+def test_a_datetime_without_a_timezone_is_rejected():
     with pytest.raises(InvalidArgument, match="aware"):
         Prices().price("openai", "gpt-5", Usage(1), datetime(2026, 11, 23))
 
@@ -207,7 +207,7 @@ def write(path, text):
     return str(path)
 
 
-def test_prices_are_read_from_the_environment(tmp_path):
+def test_prices_are_read_from_the_file_named_in_the_environment(tmp_path):
     file = write(
         tmp_path / "prices.toml",
         """
@@ -234,7 +234,7 @@ def test_prices_are_read_from_the_environment(tmp_path):
     assert prices.price("scripted", "ktrdr-scripted-1", Usage(1), NOW).nanos == 15_000
 
 
-def test_without_environment_variables_only_the_price_list_is_used():
+def test_if_the_environment_variables_are_blank_only_the_price_list_is_used():
     prices = Prices.from_environment({"KTRDR_PRICES_FILE": " ", "KTRDR_FIXED_CALL_COST": ""})
     with pytest.raises(UnknownPrice):
         prices.price("no-provider", "no-model", Usage(1), NOW)
@@ -261,7 +261,7 @@ def test_an_invalid_price_file_is_rejected(tmp_path, text, message):
         Prices.from_environment({"KTRDR_PRICES_FILE": file})
 
 
-def test_the_error_of_a_missing_price_file_names_the_file(tmp_path):
+def test_if_the_price_file_is_missing_the_error_names_the_file(tmp_path):
     with pytest.raises(InvalidArgument, match=r"nowhere\.toml': No such file"):
         load_prices(tmp_path / "nowhere.toml")
 

@@ -123,32 +123,32 @@ def test_the_cost_of_a_call_matches_the_published_prices(prices, row, cached, wr
     assert cost.source == "genai-prices/0.2.3"
 
 
-def test_the_table_covers_a_dozen_models_of_four_providers_with_caches_and_tiers():
+def test_the_table_of_published_prices_has_at_least_12_models_of_4_providers():
     assert len({row.model for row in TABLE}) >= 12
     assert len({row.provider for row in TABLE}) >= 4
     assert {bool(row.write_1h) for row in TABLE} == {bool(row.tier) for row in TABLE} == {True, False}
     assert sum(bool(row.long_from) for row in TABLE) >= 3
 
 
-def test_the_installed_price_list_has_the_version_that_these_prices_were_checked_with():
+def test_the_installed_price_list_is_genai_prices_0_2_3():
     assert importlib.metadata.version("genai-prices") == "0.2.3"
 
 
-def test_a_context_tier_begins_above_its_threshold_and_applies_to_all_tokens(prices):
+def test_all_tokens_cost_the_long_context_price_if_the_input_is_above_the_threshold(prices):
     at_threshold = prices.price("google", "gemini-2.5-pro", Usage(200_000, 1000), READ)
     above = prices.price("google", "gemini-2.5-pro", Usage(200_001, 1000), READ)
     assert at_threshold.nanos == to_units("0.26")
     assert above.nanos == to_units("0.5150025")
 
 
-def test_an_anthropic_batch_costs_half(prices):
+def test_an_anthropic_batch_call_costs_half_the_standard_price(prices):
     usage = Usage(10_000, 1000, 2000, 3000)
     batch = Usage(10_000, 1000, 2000, 3000, service_tier="batch")
     whole = prices.price("anthropic", "claude-opus-4-5", usage, READ)
     assert prices.price("anthropic", "claude-opus-4-5", batch, READ).nanos * 2 == whole.nanos
 
 
-def test_an_unlisted_tier_costs_the_standard_price(prices):
+def test_a_call_in_an_unlisted_service_tier_costs_the_standard_price(prices):
     standard = prices.price("anthropic", "claude-opus-4-5", Usage(10, 10), READ)
     assert prices.price("anthropic", "claude-opus-4-5", Usage(10, 10, service_tier="standard"), READ) == standard
 
@@ -162,6 +162,6 @@ def test_web_searches_are_billed_in_addition_to_tokens(prices):
     ]
 
 
-def test_audio_input_has_its_own_price(prices):
+def test_audio_input_tokens_cost_the_audio_price(prices):
     cost = prices.price("google", "gemini-2.5-flash", Usage(1000, 0, other={"input_audio_tokens": 400}), READ)
     assert cost.nanos == 600 * 300 + 400 * 1000

@@ -8,11 +8,11 @@ from ktrdr_budget.errors import InvalidArgument
 from ktrdr_budget.metering.usage import Usage
 
 
-def test_a_usage_counts_nothing_by_default():
+def test_all_counts_of_a_usage_are_zero_by_default():
     assert Usage() == Usage(0, 0, 0, 0, 0, service_tier="", other={})
 
 
-def test_the_total_does_not_count_the_parts_again():
+def test_the_total_tokens_of_a_usage_count_cached_tokens_only_once():
     usage = Usage(1000, 200, cache_read_tokens=600, cache_write_tokens=400, other={"output_image_tokens": 100})
     assert usage.total_tokens == 1200
 
@@ -28,15 +28,15 @@ def test_the_total_does_not_count_the_parts_again():
         {"other": {"web_searches": -1}},
     ],
 )
-def test_usage_rejects_invalid_counts_and_parts_above_their_total(counts):
+def test_a_usage_with_an_invalid_count_or_a_part_above_the_total_is_rejected(counts):
     with pytest.raises(InvalidArgument):
         Usage(**counts)
 
 
-def test_parts_may_be_as_large_as_their_total():
+def test_the_cached_tokens_of_a_usage_can_equal_the_input_tokens():
     usage = Usage(10, cache_read_tokens=4, cache_write_tokens=6, cache_write_1h_tokens=6)
     assert usage.cache_read_tokens + usage.cache_write_tokens == usage.input_tokens
 
 
-def test_usages_with_other_counts_are_usable_as_keys():
+def test_a_usage_with_other_counts_can_be_a_dictionary_key():
     assert {Usage(1, other={"web_searches": 1}): "a"}[Usage(1, other={"web_searches": 1})] == "a"

@@ -89,7 +89,7 @@ async def test_every_counter_starts_at_zero(server):
         assert await scrape() == at_zero() | figures(5, 0, 0, 0)
 
 
-async def test_triggers_and_cycles_and_phases_and_gates_are_counted(server):
+async def test_cycles_and_phases_and_gates_and_tokens_are_counted(server):
     async with agent(server.url) as (_, counted, scrape):
         before = await scrape()
         counted.cycle_ended("completed", 61.5)
@@ -156,7 +156,7 @@ async def test_the_spend_counter_matches_the_ledger(server):
     assert {key: samples[key] for key in figures(5, 0, 0, 0)} == figures(5, 0.291, 0.15, 0)
 
 
-async def test_spend_of_another_process_changes_the_gauges_but_not_the_counters_of_this_process(server):
+async def test_spend_of_a_different_limiter_changes_the_gauges_but_not_the_spend_counter(server):
     async with agent(server.url) as (_, _, scrape), AsyncBudgetLimiter(server.url, BUDGETS) as other:
         await other.record("agent", "0.50")
         samples = await scrape()
@@ -164,7 +164,7 @@ async def test_spend_of_another_process_changes_the_gauges_but_not_the_counters_
     assert samples["agent_budget_spent_dollars",] == 0.5
 
 
-async def test_an_unlimited_agent_budget_has_gauges_for_neither_limit_nor_remainder(server):
+async def test_an_unlimited_agent_budget_has_no_limit_gauge_and_no_remaining_gauge(server):
     async with agent(server.url, [Budget("agent", None)]) as (limiter, _, scrape):
         await limiter.record("agent", "0.50")
         samples = await scrape()
@@ -177,13 +177,13 @@ async def test_gauges_are_absent_while_the_store_is_unreachable():
         assert await scrape() == at_zero() | {("agent_gate_results_total", "training", "pass"): 1}
 
 
-async def test_a_limiter_without_the_agent_budget_has_no_gauges_of_it(server):
+async def test_a_limiter_without_the_agent_budget_exports_no_agent_gauges(server):
     async with agent(server.url, [Budget("other", "5.00")]) as (limiter, _, scrape):
         await limiter.record("other", "0.50")
         assert await scrape() == at_zero()
 
 
-async def test_the_openmetrics_format_has_the_same_samples(server):
+async def test_the_openmetrics_format_and_the_text_format_have_the_same_samples(server):
     metrics = LimiterMetrics()
     counted = AgentMetrics(metrics.registry)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
@@ -220,7 +220,7 @@ asyncio.run(main(sys.argv[1], int(sys.argv[2])))
 """
 
 
-def test_several_processes_share_their_counters(server, tmp_path: Path):
+def test_a_scrape_includes_the_counters_of_earlier_processes(server, tmp_path: Path):
     """A scrape of each process includes the counters of the earlier ones."""
     seen = []
     for number in range(3):

@@ -16,7 +16,7 @@ def shown(audit: Audit) -> str:
     return generate_latest(registry).decode()
 
 
-async def test_the_audit_gauge_is_1_if_a_window_adds_up_and_0_if_not(server):
+async def test_the_audit_gauge_is_1_for_correct_sums_and_0_for_wrong_sums(server):
     audit = Audit()
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "1"), Budget("other", "1")]) as limiter:
         assert "ktrdr_budget_adds_up{" not in shown(audit)

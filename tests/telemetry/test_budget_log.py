@@ -64,7 +64,7 @@ async def test_spend_on_the_agent_budget_is_logged_once(logged, caplog):
     assert found[0].message.endswith("$0.07 for op_1 (total: $0.07, remaining: $4.93)")
 
 
-async def test_concurrent_spend_is_logged_with_few_status_reads(logged, caplog):
+async def test_logging_concurrent_spend_reads_the_status_only_a_few_times(logged, caplog):
     limiter, log = logged
     await asyncio.gather(*(limiter.record("agent", "0.01", id=f"r-{number}") for number in range(100)))
     await log.drain()
@@ -74,7 +74,7 @@ async def test_concurrent_spend_is_logged_with_few_status_reads(logged, caplog):
     assert limiter.calls.count("status") < 20
 
 
-async def test_spend_is_logged_with_an_unknown_total_if_the_status_cannot_be_read(start_server, caplog):
+async def test_the_logged_total_is_unknown_if_the_status_cannot_be_read(start_server, caplog):
     own, log = start_server(), BudgetLog()
 
     def kill_before_the_status_is_read(observation: Observation) -> None:
@@ -91,7 +91,9 @@ async def test_spend_is_logged_with_an_unknown_total_if_the_status_cannot_be_rea
     assert record.message == "Budget spend recorded: $0.02 for r-1 (total: unknown, remaining: unknown)"
 
 
-async def test_the_logged_total_is_unknown_while_another_replica_may_still_replay_spend(clocked_server, caplog):
+async def test_after_a_data_loss_the_logged_total_is_unknown_while_replicas_may_still_replay_spend(
+    clocked_server, caplog
+):
     url, hurry = clocked_server.url, ExitStack()
 
     def hurry_status(observation: Observation) -> None:
@@ -136,7 +138,7 @@ async def test_denials_are_logged_once_per_window_and_budget(logged, caplog):
     assert (found[0].remaining, found[0].requested) == (5.0, 6.0)
 
 
-async def test_a_new_window_logs_its_first_denial_again(logged, caplog, monkeypatch):
+async def test_the_first_denial_in_a_new_window_is_logged_again(logged, caplog, monkeypatch):
     limiter, _ = logged
     for days in range(2):
         now_ns = time.time_ns() + days * 86_400_000_000_000

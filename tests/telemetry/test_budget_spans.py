@@ -35,7 +35,9 @@ def attributes_of(found: ReadableSpan) -> dict[str, Any]:
     return {name.removeprefix("ktrdr.budget."): value for name, value in found.attributes.items()}
 
 
-async def test_the_span_of_a_call_is_a_child_of_the_callers_span(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_the_span_of_a_limiter_call_is_a_child_of_the_current_span(
+    recorded: Recorded, limiter: AsyncBudgetLimiter
+):
     with span("caller") as caller:
         began_ns = time.time_ns()
         hold = await limiter.reserve({"agent": "0.15", "cycles": 1}, id="h-1")
@@ -55,7 +57,9 @@ async def test_the_span_of_a_call_is_a_child_of_the_callers_span(recorded: Recor
     }
 
 
-async def test_spans_of_settlements_have_their_results(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_the_span_of_a_settlement_has_the_outcome_and_the_amounts(
+    recorded: Recorded, limiter: AsyncBudgetLimiter
+):
     with span("caller"):
         hold = await limiter.reserve({"agent": "0.15"}, id="h-1")
         await hold.commit("0.0000021")
@@ -83,7 +87,9 @@ async def test_spans_of_settlements_have_their_results(recorded: Recorded, limit
     ]
 
 
-async def test_the_span_of_a_denial_has_its_figures_and_no_error(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_the_span_of_a_denied_reservation_has_the_reason_and_no_error_status(
+    recorded: Recorded, limiter: AsyncBudgetLimiter
+):
     await limiter.record("agent", "0.90")
     with span("caller"):
         with pytest.raises(BudgetExceeded) as denied:
@@ -102,7 +108,9 @@ async def test_the_span_of_a_denial_has_its_figures_and_no_error(recorded: Recor
     assert found.status.status_code is StatusCode.UNSET
 
 
-async def test_a_conflict_is_an_error(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_the_span_of_a_conflicting_reservation_has_an_error_status(
+    recorded: Recorded, limiter: AsyncBudgetLimiter
+):
     await limiter.reserve("agent", "0.15", id="h-1")
     with span("caller"):
         with pytest.raises(HoldConflict):
@@ -113,7 +121,7 @@ async def test_a_conflict_is_an_error(recorded: Recorded, limiter: AsyncBudgetLi
     assert found.attributes["error"].startswith("HoldConflict: ")
 
 
-async def test_an_unreachable_store_is_an_error_without_its_password(recorded: Recorded):
+async def test_if_the_store_is_unreachable_the_error_in_the_span_does_not_contain_the_password(recorded: Recorded):
     url = f"redis://:geheim@127.0.0.1:{free_port()}"
     limiter = AsyncBudgetLimiter(url, BUDGETS, timeout=0.05, observer=trace_call)  # the first call times out
     with span("caller"):
@@ -127,7 +135,7 @@ async def test_an_unreachable_store_is_an_error_without_its_password(recorded: R
     assert "geheim" not in found.to_json()
 
 
-async def test_a_caller_without_a_trace_gets_no_span(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_a_call_without_a_current_trace_creates_no_span(recorded: Recorded, limiter: AsyncBudgetLimiter):
     await limiter.record("agent", "0.10")
     unsampled = NonRecordingSpan(SpanContext(7, 8, is_remote=False, trace_flags=TraceFlags(0)))
     with trace.use_span(unsampled):
@@ -137,7 +145,7 @@ async def test_a_caller_without_a_trace_gets_no_span(recorded: Recorded, limiter
     assert {entry.trace_id for entry in (await limiter.ledger("agent")).items} == {""}
 
 
-async def test_callers_of_one_batch_get_separate_spans(recorded: Recorded, limiter: AsyncBudgetLimiter):
+async def test_calls_sent_in_one_batch_get_separate_spans(recorded: Recorded, limiter: AsyncBudgetLimiter):
     async def call(number: int) -> str:
         with operation_scope(f"op_{number}", "test"), span(f"caller {number}") as caller:
             await limiter.record("agent", "0.01", id=f"r-{number}")
@@ -168,7 +176,7 @@ async def test_heartbeats_have_no_spans(recorded: Recorded, limiter: AsyncBudget
     assert (settled["outcome"], settled["amounts"]) == ("committed", ("0.01",))
 
 
-def test_calls_of_threads_get_separate_spans(recorded: Recorded, server):
+def test_each_call_of_a_sync_limiter_gets_a_span_under_the_current_span(recorded: Recorded, server):
     with BudgetLimiter(server.url, BUDGETS, observer=trace_call) as limiter:
         with span("caller"):
             limiter.reserve("agent", "0.10").commit("0.05")

@@ -120,7 +120,7 @@ async def test_a_record_resolved_in_the_background_is_counted_and_logged_once(pr
         assert await replica.logged == [("r-1", 0.02)]
 
 
-async def test_a_commit_that_its_caller_retries_before_the_background_does_is_counted_and_logged_once(proxy, caplog):
+async def test_if_the_caller_retries_a_commit_with_a_lost_reply_the_spend_is_counted_and_logged_once(proxy, caplog):
     async with replica_of(proxy.url, caplog) as replica:
         hold = await reserved(replica.limiter, "op_1")
         resolves_nothing(replica.limiter)
@@ -134,7 +134,7 @@ async def test_a_commit_that_its_caller_retries_before_the_background_does_is_co
         assert await replica.logged == [("op_1", 0.07)]
 
 
-async def test_a_commit_that_is_resent_after_a_lost_reply_is_counted_and_logged_once(proxy, caplog):
+async def test_a_commit_resent_after_a_lost_reply_is_counted_and_logged_once(proxy, caplog):
     async with replica_of(proxy.url, caplog, timeout=20) as replica:
         hold = await replica.limiter.reserve("agent", "0.15", id="op_1")
         fates = iter(["reply"])
@@ -149,7 +149,7 @@ async def test_a_commit_that_is_resent_after_a_lost_reply_is_counted_and_logged_
         assert await replica.logged == [("op_1", 0.07)]
 
 
-async def test_a_commit_already_made_by_another_replica_is_counted_only_by_that_replica(proxy, server, caplog):
+async def test_if_two_replicas_commit_the_same_hold_only_the_first_replica_counts_the_spend(proxy, server, caplog):
     async with replica_of(proxy.url, caplog) as replica, replica_of(server.url, caplog, timeout=20) as other:
         hold = await reserved(replica.limiter, "op_1")
         await loses(proxy, hold.commit({"agent": "0.07", "calls": 2}), "request")
@@ -159,7 +159,7 @@ async def test_a_commit_already_made_by_another_replica_is_counted_only_by_that_
         assert await other.logged == [("op_1", 0.07)]
 
 
-async def test_spend_of_a_block_that_ends_during_an_outage_is_counted_and_logged_after_it(proxy, caplog):
+async def test_if_a_block_ends_during_an_outage_the_spend_is_counted_and_logged_after_the_outage(proxy, caplog):
     async with replica_of(proxy.url, caplog) as replica:
         await reserved(replica.limiter, "op_0")
         with pytest.raises(StoreUnavailable):

@@ -101,7 +101,7 @@ async def test_the_gauges_match_the_figures_in_the_store(server):
     }
 
 
-async def test_the_end_of_a_window_is_exported_if_it_has_one(server):
+async def test_the_end_of_a_window_is_exported_unless_the_window_never_ends(server):
     budgets = [Budget("agent", "5.00", timezone="Europe/Berlin"), Budget("grant", "100", period="ever")]
     async with watched(server.url, budgets) as (limiter, metrics):
         samples = await scrape(metrics)
@@ -109,7 +109,7 @@ async def test_the_end_of_a_window_is_exported_if_it_has_one(server):
     assert named(samples, "ktrdr_budget_resets_timestamp_seconds") == {("agent", "usd"): ends.timestamp()}
 
 
-async def test_the_gauges_are_read_at_scrape_time(server):
+async def test_the_gauges_are_read_from_the_store_at_scrape_time(server):
     async with watched(server.url) as (_, metrics), AsyncBudgetLimiter(server.url, BUDGETS) as other:
         assert (await scrape(metrics))["agent_budget_remaining_dollars",] == 5
         await other.record("agent", "2")
@@ -127,7 +127,7 @@ async def test_the_gauge_of_unconfirmed_amounts_includes_an_expired_hold(server)
         assert (await scrape(metrics))["ktrdr_budget_held", "agent", "usd"] == 0
 
 
-async def test_a_gauge_is_absent_and_not_full_while_its_figure_is_unknown(start_server):
+async def test_budget_gauges_are_absent_during_an_outage_of_the_store(start_server):
     """#38087, #29937: gauges show the full budget, or +Inf, when spend is unknown."""
     own = start_server()
     async with watched(own.url, timeout=0.1) as (limiter, metrics):
@@ -149,7 +149,7 @@ async def test_a_gauge_is_absent_and_not_full_while_its_figure_is_unknown(start_
         await until(known)
 
 
-async def test_a_gauge_that_was_collected_before_is_absent_while_the_store_does_not_reply(start_server):
+async def test_the_audit_gauge_is_absent_during_an_outage_even_after_a_successful_audit(start_server):
     """The result of an audit before an outage is not valid after it."""
     own, audit = start_server(), Audit()
     async with watched(own.url, timeout=0.5) as (limiter, metrics):
@@ -163,7 +163,7 @@ async def test_a_gauge_that_was_collected_before_is_absent_while_the_store_does_
     audit.close()
 
 
-async def test_an_unlimited_budget_has_gauges_for_neither_limit_nor_remainder(server):
+async def test_an_unlimited_budget_has_no_limit_gauge_and_no_remaining_gauge(server):
     async with watched(server.url, [Budget("agent", None)]) as (_, metrics):
         samples = await scrape(metrics)
     assert ("agent_budget_remaining_dollars",) not in samples
@@ -171,7 +171,7 @@ async def test_an_unlimited_budget_has_gauges_for_neither_limit_nor_remainder(se
     assert named(samples, "ktrdr_budget_spent") == {("agent", "usd"): 0}
 
 
-async def test_a_budget_with_a_conflicting_definition_does_not_hide_the_others(server):
+async def test_if_one_budget_has_a_conflicting_definition_the_other_budgets_are_still_exported(server):
     async with AsyncBudgetLimiter(server.url, [Budget("tokens", 5, unit="calls", period="hour")]) as other:
         await other.reserve("tokens", 1)
     async with watched(server.url) as (_, metrics):
@@ -224,7 +224,7 @@ async def test_reservations_are_counted_by_outcome_and_reason(server):
     }
 
 
-async def test_outcomes_during_an_outage_are_counted(start_server):
+async def test_reservations_during_an_outage_are_counted_by_outcome(start_server):
     own = start_server()
     async with (
         watched(own.url, timeout=0.1) as (denying, denied),
@@ -244,7 +244,7 @@ async def test_outcomes_during_an_outage_are_counted(start_server):
         await until(lambda: not allowing.deferred)
 
 
-async def test_errors_of_the_store_are_counted_by_outcome(server):
+async def test_a_reservation_refused_by_a_store_error_is_counted_as_unavailable(server):
     async with watched(server.url) as (limiter, metrics):
         with server.client() as client:
             client.set("ktrdr:{default}:meta", "no hash")  # makes the script fail
@@ -253,7 +253,7 @@ async def test_errors_of_the_store_are_counted_by_outcome(server):
         assert (await scrape(metrics))["ktrdr_budget_reservations_total", "unavailable", "refused"] == 1
 
 
-async def test_replayed_spend_is_counted_once(server):
+async def test_spend_is_counted_once_if_a_commit_or_record_is_replayed(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.record({"agent": "0.02", "tokens": 7}, id="op_1")
         await limiter.record({"agent": "0.02", "tokens": 7}, id="op_1")
@@ -272,7 +272,7 @@ async def test_replayed_spend_is_counted_once(server):
     }
 
 
-async def test_spend_on_an_undefined_budget_is_counted(server):
+async def test_spend_on_a_budget_that_the_limiter_does_not_define_is_counted(server):
     async with AsyncBudgetLimiter(server.url, [Budget("other", 9, unit="calls"), Budget("money", 9)]) as other:
         for amounts in ({"other": 1}, {"money": "1"}):
             await other.reserve(amounts, id=f"op_{next(iter(amounts))}")
@@ -352,7 +352,7 @@ async def test_the_duration_of_each_call_is_observed_in_a_histogram(server):
     assert (BUCKETS_S[0], BUCKETS_S[-1]) == (0.0001, 1.0)
 
 
-async def test_metrics_are_sent_in_openmetrics_format_on_request(server):
+async def test_metrics_are_rendered_in_the_openmetrics_format_if_requested(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.record("agent", "0.15")
         text, media_type = await metrics.render("application/openmetrics-text; version=1.0.0")
@@ -374,14 +374,14 @@ async def test_additional_collectors_can_be_added(server):
         assert (await scrape(metrics))["ktrdr_budget_adds_up", "agent"] == 1
 
 
-async def test_two_limiters_of_a_process_have_separate_metrics(server):
+async def test_two_limiters_in_one_process_have_separate_metrics(server):
     async with watched(server.url) as (limiter, metrics), watched(server.url) as (_, others):
         await limiter.record("agent", "0.15")
         assert (await scrape(others))["ktrdr_budget_spend_total", "agent", "usd"] == 0
         assert (await scrape(metrics))["ktrdr_budget_spend_total", "agent", "usd"] == 0.15
 
 
-async def test_the_application_can_pass_its_registry(server):
+async def test_an_application_can_pass_a_registry_for_the_metrics(server):
     registry = CollectorRegistry()
     metrics = LimiterMetrics(registry)
     async with AsyncBudgetLimiter(server.url, BUDGETS, observer=metrics.observe) as limiter:
@@ -397,7 +397,7 @@ def test_an_unexpected_error_is_counted_with_the_reason_unexpected():
     assert metrics.registry.get_sample_value("ktrdr_budget_reservations_total", labels) == 1
 
 
-def test_several_processes_share_their_counters(server, tmp_path: Path):
+def test_a_scrape_includes_the_counters_of_earlier_processes(server, tmp_path: Path):
     """A scrape of a third process includes the counters of two earlier ones."""
     work = """
 import asyncio, sys

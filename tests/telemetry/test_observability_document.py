@@ -24,7 +24,7 @@ def documented() -> set[str]:
     return {f"ktrdr_budget{name}" if name.startswith("_") else name for name in names}
 
 
-async def test_every_metric_is_in_the_tables_and_no_other(server):
+async def test_the_tables_in_the_document_list_exactly_the_exported_metrics(server):
     metrics = LimiterMetrics()
     AgentMetrics(metrics.registry)
     metrics.add(Audit())
@@ -37,7 +37,7 @@ async def test_every_metric_is_in_the_tables_and_no_other(server):
     assert documented() == shown
 
 
-def test_the_example_of_an_application_runs(server):
+def test_the_documented_example_of_an_application_runs(server):
     examples = re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL)
     (example,) = [text for text in examples if "operation_processor" in text]
     code = f"""

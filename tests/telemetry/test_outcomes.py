@@ -40,11 +40,11 @@ def test_each_error_is_mapped_to_an_outcome_and_a_reason(error: Exception, outco
     assert outcome in OUTCOMES
 
 
-def test_an_unknown_hold_has_its_own_reason():
+def test_the_error_for_an_unknown_hold_has_the_reason_unknown_hold():
     assert outcome_of(None, UnknownHold("?")) == ("error", "unknown_hold")
 
 
-def test_an_exception_of_one_observer_does_not_affect_the_others(caplog: pytest.LogCaptureFixture):
+def test_if_one_observer_raises_an_error_the_other_observers_still_run(caplog: pytest.LogCaptureFixture):
     observed = []
 
     def broken(observation: Observation) -> None:

@@ -51,7 +51,7 @@ def test_exceptions_propagate_through_spans_without_a_tracer_provider():
         raise ValueError("mine")
 
 
-def test_the_first_span_imports_the_opentelemetry_api_but_not_its_sdk():
+def test_without_a_tracer_provider_spans_do_not_import_the_opentelemetry_sdk():
     code = """
 import sys
 from ktrdr_budget.telemetry.tracing import *
@@ -70,7 +70,7 @@ print([name for name in sys.modules if name.startswith(("opentelemetry.sdk", "op
 # -- with a tracer provider --------------------------------------------------------------------------------------------
 
 
-def test_a_span_is_a_child_of_the_current_one(recorded: Recorded):
+def test_a_new_span_is_a_child_of_the_current_span(recorded: Recorded):
     with span("outer", kind="client") as outer:
         with span("inner", {"phase": "designing", "strategy_name": None, "rates": [0.5, 1.0]}) as inner:
             inner.set_attributes({"tokens": 12, "accuracy": None})
@@ -90,7 +90,7 @@ def test_a_span_is_a_child_of_the_current_one(recorded: Recorded):
 
 
 @pytest.mark.parametrize("error", [ValueError("went wrong"), ValueError(), KeyboardInterrupt("went wrong")])
-def test_an_exception_that_leaves_a_span_is_recorded_in_it(recorded: Recorded, error: BaseException):
+def test_a_span_records_an_exception_raised_inside_the_span(recorded: Recorded, error: BaseException):
     with pytest.raises(type(error)), span("outer"), span("failing"):
         raise error
     for name in ("failing", "outer"):
@@ -115,7 +115,7 @@ DENIAL = Denial("agent", "budget_held", *map(Decimal, (5, 1, 4, 0, 0, 1, 0)), re
         (BudgetExceeded(DENIAL), {"outcome": "denied", "reason": "budget_held"}),
     ],
 )
-def test_a_cancellation_or_denial_is_the_outcome_of_a_span_and_not_an_error(
+def test_a_span_that_ends_with_a_cancellation_or_denial_has_no_error_status(
     recorded: Recorded, ending: BaseException, attributes
 ):
     with pytest.raises(type(ending)), span("ended"):
@@ -125,7 +125,7 @@ def test_a_cancellation_or_denial_is_the_outcome_of_a_span_and_not_an_error(
     assert not recorded["ended"].events
 
 
-def test_a_span_can_record_an_exception_without_its_message(recorded: Recorded):
+def test_a_span_can_replace_the_message_of_a_recorded_exception(recorded: Recorded):
     with span("a") as current:
         try:
             raise ValueError("a secret") from KeyError("another secret")
@@ -133,11 +133,11 @@ def test_a_span_can_record_an_exception_without_its_message(recorded: Recorded):
             current.record_exception(error, "ours")
     (event,) = recorded["a"].events
     assert (event.attributes["exception.type"], event.attributes["exception.message"]) == ("ValueError", "ours")
-    assert "test_a_span_can_record_an_exception_without_its_message" in event.attributes["exception.stacktrace"]
+    assert "test_a_span_can_replace_the_message_of_a_recorded_exception" in event.attributes["exception.stacktrace"]
     assert "secret" not in event.attributes["exception.stacktrace"]
 
 
-def test_a_span_records_exceptions_and_explicit_failures_independently(recorded: Recorded):
+def test_recording_an_exception_does_not_mark_the_span_as_failed(recorded: Recorded):
     with span("a") as current:
         current.record_exception(ValueError("survived"))
     with span("b") as current:
@@ -148,7 +148,7 @@ def test_a_span_records_exceptions_and_explicit_failures_independently(recorded:
     assert not recorded["b"].events
 
 
-def test_the_span_of_an_abandoned_generator_has_no_error_status(recorded: Recorded):
+def test_the_span_of_a_closed_generator_has_no_error_status(recorded: Recorded):
     def numbers():
         with span("counting"):
             yield 1
@@ -185,7 +185,7 @@ def test_secrets_are_masked_in_text(text: str, masked: str):
 # -- roots and links ---------------------------------------------------------------------------------------------------
 
 
-def test_a_root_span_starts_a_trace_with_links(recorded: Recorded):
+def test_a_root_span_starts_a_new_trace_with_links_to_other_spans(recorded: Recorded):
     with span("trigger") as trigger:
         link = current_link()
         with span("cycle", root=True, links=[link, trigger, None]) as cycle:

@@ -31,7 +31,7 @@ def triggered(service: ServiceProcess) -> str:
     return str(response.json()["operation_id"])
 
 
-def test_all_spans_of_a_trigger_and_a_cancellation_have_the_operation(server, receiver: OtlpReceiver):
+def test_all_spans_of_a_trigger_and_of_a_cancellation_have_the_operation_id(server, receiver: OtlpReceiver):
     environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 3600, **receiver.environment}
     with serving(**environment) as service:
         operation_id = triggered(service)
@@ -90,7 +90,7 @@ def phases(cycle: list[Span], root: Span) -> dict[str, Span]:
     return {span.name: span for span in children(cycle, root) if span.name.startswith("agent.phase.")}
 
 
-def test_every_worker_process_exports_its_spans_and_counts_its_calls(server, receiver: OtlpReceiver):
+def test_every_worker_process_exports_spans_and_metrics(server, receiver: OtlpReceiver):
     environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 0, **receiver.environment}
     with serving(workers=2, **environment) as service:
 
@@ -124,7 +124,7 @@ def test_every_worker_process_exports_its_spans_and_counts_its_calls(server, rec
     assert not [line for line in service.output if line.startswith(("WARNING", "ERROR"))]
 
 
-def test_the_spans_of_a_cycle_that_fails_at_a_gate_are_a_complete_tree(server, receiver: OtlpReceiver):
+def test_if_a_cycle_fails_at_a_gate_the_spans_of_the_cycle_form_a_complete_tree(server, receiver: OtlpReceiver):
     environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 0, **receiver.environment}
     with serving(TRAINING_GATE_MIN_ACCURACY="0.99", **environment) as service:
         root, cycle = cycle_of(receiver, triggered(service))
@@ -138,7 +138,7 @@ def test_the_spans_of_a_cycle_that_fails_at_a_gate_are_a_complete_tree(server, r
     assert "ktrdr.budget.commit" in {span.name for span in cycle}
 
 
-def test_the_spans_of_a_cancelled_cycle_are_a_complete_tree(server, receiver: OtlpReceiver):
+def test_the_spans_of_a_cancelled_cycle_form_a_complete_tree(server, receiver: OtlpReceiver):
     environment: dict[str, Any] = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": 3600, **receiver.environment}
     with serving(**environment) as service:
         operation_id = triggered(service)

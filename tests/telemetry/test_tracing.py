@@ -85,14 +85,14 @@ def test_requests_are_traced_but_probes_and_polls_are_not(server, receiver: Otlp
         assert [entry.trace_id for entry in limiter.ledger("agent").items] == [request.trace_id]
 
 
-def test_requests_to_paths_that_resemble_those_of_probes_are_traced(server, receiver: OtlpReceiver):
+def test_requests_to_paths_similar_to_probe_paths_are_traced(server, receiver: OtlpReceiver):
     paths = ["api/v1/budgets/metrics", "api/v1/budgets/x/livez", "api/v1/agent/status2", "metrics2"]
     answers = ask(server.url, receiver, *(f"GET /{path}" for path in paths))
     assert len({answer["trace_id"] for answer in answers} - {""}) == len(paths)
     assert len(receiver.named("GET /{path:path}")) == len(paths)
 
 
-def test_the_spans_of_each_cycle_are_a_separate_tree_in_which_every_parent_exists(server, receiver: OtlpReceiver):
+def test_the_spans_of_each_cycle_form_a_separate_and_complete_tree(server, receiver: OtlpReceiver):
     spends = [f"&POST /spend/0.{number}" for number in range(10, 22)]
     answers = ask(server.url, receiver, "POST /cycle/op_1", "&POST /cycle/op_2", "&POST /cycle/op_3", *spends)
     assert not orphans(receiver.spans)
@@ -126,7 +126,7 @@ def _check_cycle(root: Span, spans: list[Span]) -> None:
     assert "ktrdr.budget.extend" in {span.name for span in children(cycle, phase)}
 
 
-def test_a_failure_is_recorded_without_secrets_from_its_message(server, receiver: OtlpReceiver):
+def test_the_recorded_error_message_of_a_failed_request_contains_no_secrets(server, receiver: OtlpReceiver):
     assert ask(server.url, receiver, "GET /fails", "GET /quiet") == [500, {"trace_id": ""}]
     failing, request = receiver.named("failing")[0], receiver.named("GET /{path:path}")[0]
     for span in (failing, request):
@@ -205,7 +205,7 @@ def test_an_invalid_tracing_configuration_is_reported_in_one_line():
     ]
 
 
-def test_an_existing_tracer_provider_is_kept_and_its_spans_get_operation_attributes():
+def test_spans_of_an_existing_tracer_provider_get_operation_attributes():
     output, _ = code(
         """
         from opentelemetry import trace
@@ -229,7 +229,7 @@ def test_an_existing_tracer_provider_is_kept_and_its_spans_get_operation_attribu
     assert output.strip() == str([("other", operation), ("own", operation)])
 
 
-def test_without_an_endpoint_no_tracer_provider_is_installed_and_no_sdk_is_imported(server):
+def test_without_an_endpoint_no_tracer_provider_is_installed(server):
     output, complaints = code(
         """
         import asyncio, sys
@@ -330,7 +330,7 @@ def test_a_forked_child_exports_its_own_spans(receiver: OtlpReceiver):
     assert not orphans(receiver.spans)
 
 
-def test_an_exporter_logs_one_line_per_minute_without_secrets():
+def test_an_exporter_logs_at_most_one_line_per_minute_and_masks_secrets():
     quiet = _Quiet()
 
     def record() -> logging.LogRecord:

@@ -57,7 +57,9 @@ async def test_tool_calls_are_billed_as_output(opened: Any, provider: LocalProvi
         assert g.sums["spent"] == g.bill > 0
 
 
-async def test_other_endpoints_with_usage_are_metered(opened: Any, provider: LocalProvider) -> None:
+async def test_calls_to_the_embeddings_and_completions_endpoints_are_metered(
+    opened: Any, provider: LocalProvider
+) -> None:
     prices = Prices([ModelPrice("openai", GPT, input="0.4", output="1.6")])
     async with opened("openai", pricer=prices) as g:
         for result in (
@@ -70,9 +72,7 @@ async def test_other_endpoints_with_usage_are_metered(opened: Any, provider: Loc
         assert g.sums["held"] == 0
 
 
-async def test_a_request_for_several_answers_has_one_reservation_and_one_bill(
-    opened: Any, provider: LocalProvider
-) -> None:
+async def test_a_request_for_several_answers_is_charged_for_all_answers(opened: Any, provider: LocalProvider) -> None:
     method = METHOD["chat.create-stream"]
     async with opened("openai") as g:
         await run(method, g.client, n=3)
@@ -80,7 +80,9 @@ async def test_a_request_for_several_answers_has_one_reservation_and_one_bill(
         assert g.sums["spent"] == g.bill
 
 
-async def test_the_usage_chunk_is_hidden_unless_the_caller_requested_it(opened: Any, provider: LocalProvider) -> None:
+async def test_the_usage_chunk_is_hidden_unless_the_caller_requested_usage(
+    opened: Any, provider: LocalProvider
+) -> None:
     method = METHOD["chat.create-stream"]
     async with opened("openai") as g:
         items = await run(method, g.client)
@@ -92,7 +94,7 @@ async def test_the_usage_chunk_is_hidden_unless_the_caller_requested_it(opened: 
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_calls_through_another_http_client_are_guarded(opened: Any, method: Method) -> None:
+async def test_a_copied_client_with_a_different_http_client_is_guarded(opened: Any, method: Method) -> None:
     if method.sdk == "anthropic":
         import httpx2 as httpx
     else:
@@ -106,7 +108,7 @@ async def test_calls_through_another_http_client_are_guarded(opened: Any, method
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_a_call_that_does_not_fit_is_denied_before_anything_is_sent(
+async def test_if_a_call_does_not_fit_the_budget_no_request_is_sent(
     opened: Any, provider: LocalProvider, method: Method
 ) -> None:
     async with opened(method.sdk, limit="0.0001") as g:

@@ -52,7 +52,7 @@ texts = st.text(st.characters(codec="utf-8"), max_size=60)
 
 @settings(max_examples=60)
 @given(texts, texts)
-def test_the_input_bound_covers_a_tokenizer_with_one_token_per_byte(system: str, text: str) -> None:
+def test_the_input_bound_is_at_least_one_token_per_byte_of_text(system: str, text: str) -> None:
     bytes_read = len((system + text).encode())
     for route, body in (
         ("messages", {"system": system, **user({"type": "text", "text": text})}),
@@ -77,7 +77,7 @@ IMAGES = [
 
 
 @pytest.mark.parametrize(("route", "body", "tokens"), IMAGES)
-def test_an_image_counts_as_its_maximum_tokens_instead_of_its_bytes(
+def test_an_image_adds_a_fixed_number_of_tokens_to_the_input_bound(
     route: str, body: dict[str, Any], tokens: int
 ) -> None:
     assert tokens <= bound(route, body).input_tokens_max < tokens + 3_000
@@ -102,7 +102,9 @@ UNKNOWN_SIZE = [
 
 
 @pytest.mark.parametrize(("route", "body"), UNKNOWN_SIZE)
-def test_input_of_unknown_size_needs_max_input_tokens(route: str, body: dict[str, Any]) -> None:
+def test_a_request_with_input_of_unknown_size_is_refused_without_max_input_tokens(
+    route: str, body: dict[str, Any]
+) -> None:
     with pytest.raises(UnmeteredCall, match="max_input_tokens"):
         bound(route, body)
     assert 90_000 < bound(route, body, max_input_tokens=90_000).input_tokens_max < 93_000
@@ -142,7 +144,7 @@ UNBOUNDED = [
 
 
 @pytest.mark.parametrize(("route", "body"), UNBOUNDED)
-def test_features_without_a_bound_are_refused_unless_unmetered_calls_are_allowed(
+def test_a_feature_of_unbounded_cost_is_refused_unless_unmetered_calls_are_allowed(
     route: str, body: dict[str, Any]
 ) -> None:
     with pytest.raises(UnmeteredCall, match="cannot be bounded"):
@@ -170,7 +172,7 @@ ROUTING = {
 
 @pytest.mark.parametrize("field", ROUTING)
 @pytest.mark.parametrize("route", ROUTES)
-def test_routing_fields_are_refused_by_name(route: str, field: str) -> None:
+def test_a_request_with_a_routing_field_is_refused(route: str, field: str) -> None:
     """openwiki #85: fallback models and paid plugins of a gateway."""
     body = {**user(), "input": "x", "max_tokens": 10}
     with pytest.raises(UnmeteredCall, match=f"'{field}'"):
@@ -179,7 +181,7 @@ def test_routing_fields_are_refused_by_name(route: str, field: str) -> None:
     assert bound(route, {**body, field: None}).input_tokens_max > 0  # null is the same as absent
 
 
-def test_this_test_covers_every_routing_field() -> None:
+def test_the_test_of_routing_fields_covers_every_routing_field() -> None:
     assert set(ROUTING) == set(ROUTING_FIELDS)
 
 
@@ -210,7 +212,7 @@ READABLE = [
 
 
 @pytest.mark.parametrize(("route", "body"), READABLE)
-def test_ordinary_requests_are_bounded_without_options(route: str, body: dict[str, Any]) -> None:
+def test_ordinary_requests_are_accepted_without_guard_options(route: str, body: dict[str, Any]) -> None:
     assert bound(route, body).input_tokens_max < 3_500
 
 
@@ -230,11 +232,13 @@ OUTPUT = [
 
 
 @pytest.mark.parametrize(("route", "body", "tokens"), OUTPUT)
-def test_the_output_bound_is_the_limit_in_the_request(route: str, body: dict[str, Any], tokens: int) -> None:
+def test_the_output_bound_is_computed_from_the_output_limit_in_the_request(
+    route: str, body: dict[str, Any], tokens: int
+) -> None:
     assert bound(route, body).output_tokens_max == tokens
 
 
-def test_the_output_bound_of_a_request_without_a_limit_is_the_configured_one_or_the_maximum_of_the_model() -> None:
+def test_without_a_limit_in_the_request_the_output_bound_is_the_configured_limit_or_the_model_maximum() -> None:
     assert bound("responses", {"input": "x"}).output_tokens_max == 32_768  # published for gpt-4.1-mini
     assert (
         bound("responses", {"input": "x", "model": "gpt-oss-120b"}).output_tokens_max == 131_072
@@ -245,7 +249,7 @@ def test_the_output_bound_of_a_request_without_a_limit_is_the_configured_one_or_
         bound("responses", {"input": "x", "model": "gpt-4.5-preview"})
 
 
-def test_the_name_of_the_output_limit_parameter_depends_on_the_provider() -> None:
+def test_for_deepseek_the_configured_output_limit_is_sent_as_max_tokens() -> None:
     options = GuardOptions(METER, "deepseek", max_output_tokens=500)
     chat = OpenAIDialect().bound("chat/completions", "deepseek-chat", user(), 100, options)
     assert chat.changes == {"max_tokens": 500}  # not all providers support max_completion_tokens
@@ -253,7 +257,7 @@ def test_the_name_of_the_output_limit_parameter_depends_on_the_provider() -> Non
     assert (completion.output_tokens_max, completion.changes) == (500, {"max_tokens": 500})
 
 
-def test_a_tool_reference_counts_as_the_tool_definition_that_it_names() -> None:
+def test_each_reference_to_a_tool_counts_as_much_input_as_the_tool_definition() -> None:
     tool = {"name": "t", "description": "x" * 5_000, "input_schema": {}, "defer_loading": True}
     references = [{"type": "tool_reference", "tool_name": "t"}] * 3
     for block in (
@@ -264,14 +268,14 @@ def test_a_tool_reference_counts_as_the_tool_definition_that_it_names() -> None:
 
 
 @pytest.mark.parametrize("escaped", [False, True])
-def test_characters_that_the_tokenizer_expands_count_with_their_expanded_size(escaped: bool) -> None:
+def test_the_size_of_a_text_counts_characters_after_unicode_expansion(escaped: bool) -> None:
     body = {"text": "\ufdfa" * 100}
     content = json.dumps(body, ensure_ascii=escaped).encode()
     assert text_size(content, body) >= len(unicodedata.normalize("NFKC", body["text"]).encode()) == 3_300
     assert text_size(b'{"text":"plain"}', {"text": "plain"}) == 16
 
 
-def test_calls_to_azure_are_priced_by_the_name_of_the_deployment() -> None:
+def test_the_model_of_an_azure_request_is_the_name_of_the_deployment() -> None:
     model = OpenAIDialect().model
     assert model("/openai/deployments/own/chat/completions", {"model": GPT}) == "own"
     assert model("/openai/v1/chat/completions", {"model": GPT}) == GPT
@@ -295,7 +299,9 @@ TIERS = [
 
 
 @pytest.mark.parametrize(("route", "more", "tier"), TIERS)
-def test_the_requested_service_tier_is_part_of_the_bound(route: str, more: dict[str, Any], tier: str | None) -> None:
+def test_the_bound_of_a_request_contains_the_requested_service_tier(
+    route: str, more: dict[str, Any], tier: str | None
+) -> None:
     assert bound(route, {**user(), **more}).service_tier == tier
 
 
@@ -310,7 +316,7 @@ async def test_the_configured_output_limit_is_sent_with_the_request(
         assert g.sums["spent"] == g.bill
 
 
-async def test_a_malformed_body_is_refused(opened: Any, provider: LocalProvider) -> None:
+async def test_a_request_with_a_malformed_body_is_refused(opened: Any, provider: LocalProvider) -> None:
     async with opened("openai") as g:
         for content in (b"[]", b"{", b'{"messages": 5, "model": "gpt-4.1-mini"}'):
             http = g.http_client
@@ -320,5 +326,5 @@ async def test_a_malformed_body_is_refused(opened: Any, provider: LocalProvider)
         assert provider.requests == [] and g.counted == 0
 
 
-def test_the_request_tables_of_this_test_use_the_models_of_the_test_helpers() -> None:
+def test_the_bound_of_a_request_contains_the_model_named_in_the_request() -> None:
     assert {CLAUDE, GPT} == {bound("messages", user()).model, bound("responses", {"input": MESSAGES}).model}

@@ -59,7 +59,7 @@ async def _check_cap_continuously(g: Guarded) -> None:
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_concurrent_calls_stay_below_the_cap_and_are_charged_at_least_the_bill(
+async def test_concurrent_calls_never_exceed_the_cap_and_are_charged_at_least_the_bill(
     opened: Any, provider: LocalProvider, sdk: str
 ) -> None:
     methods = [method for method in METHODS if method.sdk == sdk and method.shape in ("plain", "stream")]
@@ -81,7 +81,7 @@ async def test_concurrent_calls_stay_below_the_cap_and_are_charged_at_least_the_
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_concurrent_successful_calls_are_billed_exactly(
+async def test_concurrent_successful_calls_are_charged_exactly_the_bill_of_the_provider(
     opened: Any, provider: LocalProvider, method: Method
 ) -> None:
     async with opened(method.sdk, limit=LIMIT) as g:
@@ -106,7 +106,7 @@ async def test_concurrent_successful_calls_are_billed_exactly(
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-async def test_calls_inside_a_hold_claim_amounts_from_it(opened: Any, provider: LocalProvider, method: Method) -> None:
+async def test_calls_inside_a_hold_claim_from_the_hold(opened: Any, provider: LocalProvider, method: Method) -> None:
     async with opened(method.sdk) as g:
         async with g.hold("0.15") as hold:
             for _ in range(3):
@@ -118,7 +118,9 @@ async def test_calls_inside_a_hold_claim_amounts_from_it(opened: Any, provider: 
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_a_hold_grows_for_a_call_that_does_not_fit(opened: Any, provider: LocalProvider, method: Method) -> None:
+async def test_a_hold_grows_if_a_call_inside_the_hold_does_not_fit(
+    opened: Any, provider: LocalProvider, method: Method
+) -> None:
     async with opened(method.sdk) as g:
         async with g.hold("0.000001"):
             await run(method, g.client)
@@ -127,7 +129,7 @@ async def test_a_hold_grows_for_a_call_that_does_not_fit(opened: Any, provider: 
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_a_hold_that_cannot_grow_stops_the_call(opened: Any, provider: LocalProvider, method: Method) -> None:
+async def test_a_call_is_not_sent_if_the_hold_cannot_grow(opened: Any, provider: LocalProvider, method: Method) -> None:
     async with opened(method.sdk, limit="0.00005") as g:
         with pytest.raises(BudgetExceeded):
             async with g.hold("0.00002"):
@@ -140,7 +142,7 @@ async def test_a_hold_that_cannot_grow_stops_the_call(opened: Any, provider: Loc
     "scenes", [[{"drop_after": 0}], [{"drop_after": 0}, {"status": 500}]], ids=["lost", "lost-500"]
 )
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_a_lost_call_inside_a_hold_accrues_its_worst_case(
+async def test_a_lost_call_inside_a_hold_is_charged_an_estimate(
     opened: Any, provider: LocalProvider, method: Method, scenes: list[Any]
 ) -> None:
     async with opened(method.sdk) as g:

@@ -188,7 +188,7 @@ NOT_CREDIBLE = {
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("usage_of", NOT_CREDIBLE.values(), ids=NOT_CREDIBLE)
 @pytest.mark.parametrize("api", APIS)
-async def test_usage_that_is_not_credible_charges_the_worst_case_as_an_estimate(
+async def test_if_the_reported_usage_is_not_credible_the_worst_case_is_charged_as_an_estimate(
     limiter: Any, server: Any, api: str, usage_of: Any, streamed: bool
 ) -> None:
     """ProbOS #1078, camel-ai #4217, spring-ai #1307."""
@@ -218,7 +218,7 @@ async def test_credible_usage_is_charged_exactly(
     assert _estimated(server) == [False]
 
 
-async def test_usage_with_cached_input_only_is_credible(limiter: Any, server: Any) -> None:
+async def test_a_usage_is_credible_if_all_input_was_cached(limiter: Any, server: Any) -> None:
     """Anthropic does not include cached input in ``input_tokens``."""
     usage = {"input_tokens": 0, "output_tokens": 3, "cache_read_input_tokens": 500, "cache_creation_input_tokens": 40}
     await Caller("messages", limiter, server).call(_document("messages", usage))
@@ -227,7 +227,7 @@ async def test_usage_with_cached_input_only_is_credible(limiter: Any, server: An
 
 
 @pytest.mark.parametrize("api", APIS)
-async def test_calls_without_usage_stay_below_the_cap(server: Any, api: str) -> None:
+async def test_calls_without_credible_usage_never_exceed_the_cap(server: Any, api: str) -> None:
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "0.05")]) as limiter:
         caller = Caller(api, limiter, server)
         denied = 0
@@ -255,7 +255,7 @@ SPREAD = {
 
 @pytest.mark.parametrize(("first", "last"), SPREAD.values(), ids=SPREAD)
 @pytest.mark.parametrize("api", ["chat", "messages"])
-async def test_the_maximum_of_each_usage_field_within_a_stream_is_charged(
+async def test_if_a_stream_reports_usage_twice_the_higher_count_of_each_field_is_charged(
     limiter: Any, server: Any, api: str, first: Any, last: Any
 ) -> None:
     """envoyproxy/ai-gateway PR #1631."""
@@ -265,13 +265,13 @@ async def test_the_maximum_of_each_usage_field_within_a_stream_is_charged(
 
 
 @pytest.mark.parametrize("api", ["chat", "messages"])
-async def test_usage_reported_after_the_end_of_the_output_is_charged(limiter: Any, server: Any, api: str) -> None:
+async def test_a_second_usage_report_at_the_end_of_a_stream_is_charged(limiter: Any, server: Any, api: str) -> None:
     events = _events(api, None, _counts(api, 20_000, 5), _counts(api, 0, 12))
     await Caller(api, limiter, server).call(events)
     assert _spent(server) == 20_000 * INPUT + 12 * OUTPUT
 
 
-async def test_usage_in_every_chunk_is_charged_as_a_running_total(limiter: Any, server: Any) -> None:
+async def test_if_every_chunk_reports_a_running_total_only_the_last_total_is_charged(limiter: Any, server: Any) -> None:
     """tensorzero #5481, pydantic-ai #5260: cumulative usage."""
     running = [
         _chunk([{"index": 0, "delta": {"content": "x"}, "finish_reason": None}], _counts("chat", 20, tokens))
@@ -292,7 +292,7 @@ STOP = _chunk([{"index": 0, "delta": {}, "finish_reason": "stop"}])
 @pytest.mark.parametrize(
     "output", [[WORD, STOP], [WORD], [LAST_WORD]], ids=["finished", "no finish_reason", "all in the last chunk"]
 )
-async def test_usage_before_the_first_output_is_not_final(
+async def test_a_stream_is_charged_the_worst_case_if_usage_was_reported_only_before_the_output(
     limiter: Any, server: Any, output: list[Any], choices: Any
 ) -> None:
     """The output that follows is not counted in it."""
@@ -303,7 +303,7 @@ async def test_usage_before_the_first_output_is_not_final(
     assert _estimated(server) == [True]
 
 
-async def test_a_stream_closed_after_an_early_usage_is_charged_for_its_output(limiter: Any, server: Any) -> None:
+async def test_a_closed_stream_is_charged_for_output_that_followed_the_usage_report(limiter: Any, server: Any) -> None:
     caller = Caller("chat", limiter, server)
     caller.answer = [_chunk([], _counts("chat", 20, 0)), WORD, WORD, WORD]  # and then the stream breaks off
     stream = await caller.client.chat.completions.create(model=GPT, max_tokens=5_000, messages=MESSAGES, stream=True)
@@ -321,7 +321,9 @@ USAGE = _chunk([], _counts("chat", 20, 3))
     [[WORD, STOP, USAGE], [WORD, USAGE, STOP], [WORD, USAGE]],
     ids=["last", "before the finish_reason", "no finish_reason"],
 )
-async def test_usage_after_the_last_output_is_final(limiter: Any, server: Any, events: list[Any]) -> None:
+async def test_usage_reported_after_the_last_output_is_charged_exactly(
+    limiter: Any, server: Any, events: list[Any]
+) -> None:
     await Caller("chat", limiter, server).call([*events, "[DONE]"])
     assert _spent(server) == 20 * INPUT + 3 * OUTPUT
     assert _estimated(server) == [False]
@@ -339,7 +341,7 @@ async def test_usage_above_the_bound_is_charged_and_counted_as_an_overrun(
     assert (await limiter.status("agent")).overruns == 1
 
 
-async def test_a_later_event_does_not_reduce_cached_tokens(limiter: Any, server: Any) -> None:
+async def test_a_later_usage_report_does_not_reduce_the_charged_cached_tokens(limiter: Any, server: Any) -> None:
     cached = {"cache_read_input_tokens": 500, "cache_creation": {"ephemeral_1h_input_tokens": 40}}
     first = {**_counts("messages", 100, 1), **cached, "cache_creation_input_tokens": 40}
     last = {**_counts("messages", 0, 12), "cache_read_input_tokens": 0, "cache_creation_input_tokens": None}
@@ -348,7 +350,9 @@ async def test_a_later_event_does_not_reduce_cached_tokens(limiter: Any, server:
 
 
 @pytest.mark.parametrize("api", ["chat", "messages"])
-async def test_a_placeholder_usage_is_not_final(limiter: Any, server: Any, api: str) -> None:
+async def test_the_worst_case_is_charged_if_only_the_first_event_reports_usage(
+    limiter: Any, server: Any, api: str
+) -> None:
     caller = Caller(api, limiter, server)
     await caller.call(_events(api, _counts(api, 20, 1), None))
     assert _spent(server) == caller.reserved[0]
@@ -386,7 +390,7 @@ WITH_CACHE = {
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["whole", "streamed"])
 @pytest.mark.parametrize("fields", WITH_CACHE.values(), ids=WITH_CACHE)
-async def test_cache_reads_are_charged_at_their_price_under_each_provider_s_field(
+async def test_cache_reads_are_recognised_in_the_usage_fields_of_each_provider(
     limiter: Any, server: Any, fields: dict[str, Any], streamed: bool
 ) -> None:
     """vera-bench PR #97, pi #8075."""
@@ -405,7 +409,7 @@ WITH_WRITES = {
 
 
 @pytest.mark.parametrize("fields", WITH_WRITES.values(), ids=WITH_WRITES)
-async def test_cache_writes_are_charged_at_their_price_under_each_provider_s_field(
+async def test_cache_writes_are_recognised_in_the_usage_fields_of_each_provider(
     limiter: Any, server: Any, fields: dict[str, Any]
 ) -> None:
     await Caller("chat", limiter, server).call(_document("chat", {**_counts("chat", 1_000, 3), **fields}))
@@ -415,7 +419,7 @@ async def test_cache_writes_are_charged_at_their_price_under_each_provider_s_fie
 @pytest.mark.parametrize(
     ("prompt", "total"), [(100, None), (100, 903), (1_000, 1_803)], ids=["more than all", "more, in total", "in total"]
 )
-async def test_cached_input_that_the_reported_input_excludes_is_charged_in_addition(
+async def test_cached_input_is_charged_in_addition_if_the_reported_input_excludes_cached_input(
     limiter: Any, server: Any, prompt: int, total: int | None
 ) -> None:
     """Additive caches: Bedrock behind Portkey (gateway #1210), langsmith-sdk PR #2519."""
@@ -424,7 +428,9 @@ async def test_cached_input_that_the_reported_input_excludes_is_charged_in_addit
     assert _spent(server) == prompt * INPUT + 800 * CACHED + 3 * OUTPUT
 
 
-async def test_cache_reads_of_the_responses_api_are_charged_at_their_price(limiter: Any, server: Any) -> None:
+async def test_cache_reads_of_the_responses_api_are_charged_at_the_cached_input_price(
+    limiter: Any, server: Any
+) -> None:
     usage = {**_counts("responses", 1_000, 3), "input_tokens_details": {"cached_tokens": 800}}
     await Caller("responses", limiter, server).call(_document("responses", usage))
     assert _spent(server) == 200 * INPUT + 800 * CACHED + 3 * OUTPUT
@@ -440,7 +446,7 @@ async def test_cache_reads_of_the_responses_api_are_charged_at_their_price(limit
         ({"include_usage": False, "include_obfuscation": False}, {"include_obfuscation": False}),
     ],
 )
-async def test_a_caller_can_omit_stream_options_and_is_charged_the_worst_case(
+async def test_a_stream_is_charged_the_worst_case_if_the_caller_disables_usage_reports(
     limiter: Any, server: Any, given: dict[str, Any], sent: Any
 ) -> None:
     """opencode #4698: a gateway that rejects them."""
@@ -453,7 +459,7 @@ async def test_a_caller_can_omit_stream_options_and_is_charged_the_worst_case(
     assert _estimated(server) == [True]
 
 
-async def test_usage_reported_without_request_is_charged(limiter: Any, server: Any) -> None:
+async def test_reported_usage_is_charged_even_if_the_caller_disables_usage_reports(limiter: Any, server: Any) -> None:
     caller = Caller("chat", limiter, server)
     events = _events("chat", None, _counts("chat", 20, 3))
     items = await caller.call(events, stream_options={"include_usage": False})

@@ -30,7 +30,7 @@ async def test_the_documented_example_guards_a_client(
         assert sums(store)["spent"] == bill_nanos(provider.ledger) > 0
 
 
-def test_the_figures_in_the_document_equal_the_constants_of_the_code() -> None:
+def test_the_figures_in_the_documentation_equal_the_constants_in_the_code() -> None:
     from ktrdr_budget.metering.guards import anthropic, bounds, metered_streams, network_tap, openai
 
     for figure in (bounds.HIDDEN_INPUT_TOKENS, anthropic.IMAGE_TOKENS_MAX, openai.IMAGE_TOKENS_MAX):

@@ -53,7 +53,7 @@ KEPT = {
 
 @pytest.mark.parametrize("scene", KEPT.values(), ids=KEPT)
 @pytest.mark.parametrize("method", EITHER, ids=str)
-async def test_a_call_with_unknown_outcome_keeps_its_reservation(
+async def test_the_reservation_of_a_call_with_an_unknown_outcome_stays_held(
     opened: Any, provider: LocalProvider, method: Method, scene: Scene
 ) -> None:
     provider.script(scene)
@@ -79,7 +79,7 @@ RETRIED = {
 
 @pytest.mark.parametrize("first", RETRIED.values(), ids=RETRIED)
 @pytest.mark.parametrize("method", EITHER, ids=str)
-async def test_retries_by_the_sdk_share_one_reservation_and_commit_the_last_reported_usage(
+async def test_all_retries_of_a_call_by_the_sdk_share_one_reservation(
     opened: Any, provider: LocalProvider, method: Method, first: tuple[Scene, ...]
 ) -> None:
     provider.script(*first)
@@ -108,7 +108,7 @@ def _raise_timeout_after_first_request(client: Any, provider: LocalProvider) -> 
     "then", [Scene(status=500), Scene(status=429), Scene(drop_after=0)], ids=["500", "429", "lost"]
 )
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_the_reservation_stays_held_if_an_attempt_was_lost_and_no_retry_gets_a_response(
+async def test_the_reservation_stays_held_if_an_attempt_was_lost_and_the_retry_fails(
     opened: Any, provider: LocalProvider, method: Method, then: Scene
 ) -> None:
     provider.script(Scene(drop_after=0), then)
@@ -142,7 +142,7 @@ async def test_retries_need_no_more_budget_than_the_first_attempt(
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_retries_inside_a_hold_claim_their_amount_once(
+async def test_a_retried_call_inside_a_hold_is_charged_only_once(
     guarded_client: Any, provider: LocalProvider, method: Method
 ) -> None:
     provider.script(Scene(status=500), Scene(status=503))
@@ -165,7 +165,7 @@ async def test_a_response_without_usage_commits_the_worst_case_as_an_estimate(
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_a_cancelled_call_keeps_its_reservation_because_the_provider_continues(
+async def test_a_call_cancelled_after_the_request_was_sent_is_charged_at_least_the_bill(
     guarded_client: Any, provider: LocalProvider, method: Method
 ) -> None:
     provider.script(Scene(delay_s=0.05))
@@ -184,7 +184,7 @@ CANCELLED = [BASIC[0], BASIC_STREAMS[1]]
 
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in-a-hold"])
 @pytest.mark.parametrize("method", CANCELLED, ids=str)
-async def test_a_call_cancelled_at_any_step_is_charged_at_least_its_bill(
+async def test_a_call_cancelled_at_any_step_is_charged_at_least_the_bill(
     guarded_client: Any, provider: LocalProvider, method: Method, inside: bool
 ) -> None:
     async with guarded_client(method.sdk, is_async=True) as g:
@@ -209,7 +209,7 @@ async def _call(g: Any, method: Method, inside: bool) -> None:
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_calls_are_not_sent_during_an_outage_of_the_store(
+async def test_calls_are_not_sent_to_the_provider_during_an_outage_of_the_store(
     is_async: bool, provider: LocalProvider, method: Method, start_server: Any
 ) -> None:
     own = start_server()

@@ -42,7 +42,7 @@ BUDGETS = [Budget("agent", "1.00")]
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_guard_returns_the_client_that_it_was_given(opened: Any, sdk: str, provider: LocalProvider) -> None:
+async def test_guard_returns_the_given_client(opened: Any, sdk: str, provider: LocalProvider) -> None:
     async with opened(sdk) as g:
         client = raw_client(sdk, g.is_async, provider)
         http_client_class = type(http_client_of(client))
@@ -55,7 +55,9 @@ async def test_guard_returns_the_client_that_it_was_given(opened: Any, sdk: str,
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-def test_a_limiter_of_the_wrong_kind_is_rejected(sdk: str, provider: LocalProvider, server: Any) -> None:
+def test_guard_rejects_a_sync_limiter_for_an_async_client_and_vice_versa(
+    sdk: str, provider: LocalProvider, server: Any
+) -> None:
     sync, not_sync = BudgetLimiter(server.url, BUDGETS), AsyncBudgetLimiter(server.url, BUDGETS)
     with pytest.raises(InvalidArgument, match="needs an AsyncBudgetLimiter, not BudgetLimiter"):
         guard(raw_client(sdk, True, provider), sync)
@@ -96,7 +98,7 @@ async def test_copies_of_a_guarded_client_are_guarded(opened: Any, provider: Loc
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_resources_obtained_before_guarding_are_guarded(
+async def test_resources_obtained_before_the_client_was_guarded_are_guarded(
     opened: Any, provider: LocalProvider, method: Method
 ) -> None:
     async with opened(method.sdk, limit="0.0001") as g:
@@ -129,7 +131,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("sdk", "name", "call"), REFUSED, ids=[f"{sdk}-{name}" for sdk, name, _ in REFUSED])
-async def test_unmetered_endpoints_that_may_spend_are_refused(
+async def test_calls_to_unmetered_endpoints_are_refused_unless_unmetered_calls_are_allowed(
     opened: Any, provider: LocalProvider, sdk: str, name: str, call: Any
 ) -> None:
     async with opened(sdk, client_options={"max_retries": 2}) as g:
@@ -172,7 +174,9 @@ async def test_requests_to_free_endpoints_are_sent_without_a_reservation(
         assert g.counted == 0
 
 
-async def test_a_request_sent_with_the_http_client_of_the_sdk_is_guarded(opened: Any, provider: LocalProvider) -> None:
+async def test_a_request_sent_directly_with_the_http_client_of_the_sdk_is_guarded(
+    opened: Any, provider: LocalProvider
+) -> None:
     async with opened("openai", limit="0.0001") as g:
         http = g.http_client
         request = http.build_request("POST", f"{provider.openai_url}/chat/completions", json={"model": GPT, "n": 1})
@@ -190,7 +194,7 @@ async def test_a_model_without_a_price_is_refused(opened: Any, provider: LocalPr
         assert g.counted == 0
 
 
-async def test_the_option_provider_selects_the_prices_of_another_provider_behind_the_same_sdk(
+async def test_calls_are_priced_for_the_provider_named_in_the_option_provider(
     opened: Any, provider: LocalProvider
 ) -> None:
     prices = Prices([ModelPrice("house", "own-*", input="1", output="1")])
@@ -234,7 +238,9 @@ async def test_keys_and_prompts_appear_in_no_log_span_error_or_ledger(
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_the_message_of_a_denial_explains_the_worst_case_and_how_to_lower_it(opened: Any, method: Method) -> None:
+async def test_the_message_of_a_denial_names_the_parameter_that_lowers_the_worst_case(
+    opened: Any, method: Method
+) -> None:
     parameter = method.limit_parameter
     cases = [({}, str(MAX_TOKENS), f"lower it with {parameter}")]
     if method.sdk == "openai":  # Anthropic's SDK requires a limit
@@ -303,7 +309,7 @@ async def test_the_span_of_a_stream_with_an_error_event_has_an_error(
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_the_methods_of_the_http_client_cannot_bypass_the_guard(
+async def test_request_methods_of_the_guarded_http_client_other_than_send_are_refused(
     opened: Any, provider: LocalProvider, sdk: str
 ) -> None:
     async with opened(sdk) as g:
@@ -341,7 +347,7 @@ async def test_an_unknown_model_without_an_output_limit_is_refused_unless_a_fixe
         await resolve(client.close())
 
 
-async def test_the_fixed_cost_does_not_admit_an_unknown_model_to_a_token_budget(
+async def test_with_a_token_budget_an_unknown_model_is_refused_even_if_a_fixed_cost_is_configured(
     server: Any, provider: LocalProvider
 ) -> None:
     budgets = [Budget("agent", "1.00"), Budget("tokens", 1000, unit="tokens")]
@@ -354,7 +360,7 @@ async def test_the_fixed_cost_does_not_admit_an_unknown_model_to_a_token_budget(
 
 
 @pytest.mark.parametrize("model", ["openrouter/auto", "openrouter/free", "@preset/mine", "openai/gpt-4o-of-tomorrow"])
-async def test_a_model_router_is_refused_because_it_has_no_price(
+async def test_a_call_to_a_model_router_without_a_price_is_refused(
     opened: Any, provider: LocalProvider, model: str
 ) -> None:
     """litellm #42663, PR #30817, PR #39294; bifrost PR #5465."""

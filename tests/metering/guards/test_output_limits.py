@@ -23,23 +23,27 @@ PUBLISHED = [
 
 
 @pytest.mark.parametrize(("provider", "model", "tokens"), PUBLISHED)
-def test_a_model_has_its_published_maximum(provider: str, model: str, tokens: int) -> None:
+def test_a_model_name_with_or_without_a_date_has_the_published_output_maximum(
+    provider: str, model: str, tokens: int
+) -> None:
     assert published_output_maximum(provider, model) == tokens
 
 
 @pytest.mark.parametrize(
     "model", ["gpt-4.1-turbo", "gpt-5.5", "gpt-4o-audio-preview", "my-gpt-4o", "claude-sonnet-4-7"]
 )
-def test_a_model_with_a_similar_name_has_no_published_maximum(model: str) -> None:
+def test_a_model_name_similar_to_a_published_name_has_no_output_maximum(model: str) -> None:
     assert {published_output_maximum(provider, model) for provider in ("openai", "anthropic")} == {None}
 
 
-def test_a_model_has_a_published_maximum_at_its_own_provider_only() -> None:
+def test_a_published_output_maximum_applies_only_to_the_provider_of_the_model() -> None:
     assert published_output_maximum("deepseek", "gpt-4o") is None
     assert published_output_maximum("openai", "claude-opus-4-1") is None
 
 
 @pytest.mark.parametrize(("provider", "model", "tokens"), PUBLISHED)
-def test_a_published_maximum_is_below_the_context_window(provider: str, model: str, tokens: int) -> None:
+def test_a_published_output_maximum_is_below_the_context_window_of_the_model(
+    provider: str, model: str, tokens: int
+) -> None:
     window = PriceList().context_window(provider, model)
     assert window is None or tokens < window

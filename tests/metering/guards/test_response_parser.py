@@ -44,7 +44,7 @@ def delta(text: str) -> bytes:
     return event({"choices": [{"delta": {"content": text}}]})
 
 
-def test_a_document_is_parsed_at_its_end() -> None:
+def test_a_document_is_parsed_after_the_last_byte_has_arrived() -> None:
     made, body = parser(events=False), json.dumps(END).encode()
     assert made.feed(body[:7]) + made.feed(body[7:]) == body
     assert made.usage is None
@@ -54,7 +54,7 @@ def test_a_document_is_parsed_at_its_end() -> None:
 
 @pytest.mark.parametrize("line_end", ["\n", "\r\n", "\r"])
 @pytest.mark.parametrize("size", [1, 7, 1000])
-def test_stream_events_are_parsed_with_any_line_ending_and_split_at_any_byte(line_end: str, size: int) -> None:
+def test_stream_events_with_any_line_ending_are_parsed_even_if_split_at_any_byte(line_end: str, size: int) -> None:
     data = (delta("a") + event({"usage": {"in": 9, "out": 1}}) + event(END) + event(b"[DONE]")).decode()
     data = data.replace("\n", line_end).encode()
     made = parser()
@@ -62,7 +62,7 @@ def test_stream_events_are_parsed_with_any_line_ending_and_split_at_any_byte(lin
     assert (made.usage, made.final, made.ended, made.reports) == (Usage(9, 3), True, True, 2)
 
 
-def test_the_done_event_ends_a_stream_before_its_connection_closes() -> None:
+def test_a_stream_ends_at_the_done_event_before_the_connection_closes() -> None:
     made = parser()
     made.feed(delta("[DONE]") + event(END))
     assert not made.ended
@@ -70,13 +70,13 @@ def test_the_done_event_ends_a_stream_before_its_connection_closes() -> None:
     assert made.ended
 
 
-def test_output_text_that_resembles_a_report_is_no_report() -> None:
+def test_output_text_that_looks_like_a_usage_report_is_not_parsed_as_usage() -> None:
     made = parser()
     made.feed(delta('"usage": {"in": 1, "out": 1}'))
     assert (made.usage, made.reports) == (None, 0)
 
 
-def test_the_usage_event_is_hidden_from_a_caller_that_did_not_request_it() -> None:
+def test_the_usage_event_is_hidden_if_the_caller_did_not_request_usage() -> None:
     made = parser(hide_usage=True)
     assert made.feed(delta("a") + event(END) + event(b"[DONE]")[:-1]) + made.end() == delta("a") + event(b"[DONE]")[:-1]
     assert made.usage == Usage(9, 3)
@@ -93,7 +93,7 @@ def test_the_usage_event_is_hidden_from_a_caller_that_did_not_request_it() -> No
         ({"error": None, "usage": {"in": 1, "out": 1}}, ""),
     ],
 )
-def test_an_error_within_a_stream_has_the_type_that_the_provider_names(error: dict[str, Any], error_type: str) -> None:
+def test_the_error_type_of_a_stream_is_the_type_sent_by_the_provider(error: dict[str, Any], error_type: str) -> None:
     made = parser()
     made.feed(event(error))
     made.end()
@@ -101,7 +101,7 @@ def test_an_error_within_a_stream_has_the_type_that_the_provider_names(error: di
     assert made.ended == (not error_type), "a stream with an error did not end as the provider intended"
 
 
-def test_usage_is_awaited_from_the_end_of_the_model_to_the_end_of_the_response() -> None:
+def test_after_the_finish_reason_the_parser_awaits_usage_until_the_usage_arrives() -> None:
     made, silent = parser(), parser(reports_usage=False)
     finished = event({"finish_reason": "stop"})
     assert not made.awaits_usage
@@ -112,14 +112,14 @@ def test_usage_is_awaited_from_the_end_of_the_model_to_the_end_of_the_response()
     assert not made.awaits_usage
 
 
-def test_a_report_that_cannot_be_parsed_is_passed_on_and_the_usage_estimated(caplog: pytest.LogCaptureFixture) -> None:
+def test_an_invalid_usage_report_is_passed_on_to_the_caller_and_not_counted(caplog: pytest.LogCaptureFixture) -> None:
     made, report = parser(), event({"usage": {"in": "much"}})
     assert made.feed(report) == report
     assert made.usage is None
     assert "usage report not understood" in caplog.text
 
 
-def test_the_estimate_of_a_broken_stream_is_its_bytes_of_output_and_an_allowance_for_each_answer() -> None:
+def test_the_estimate_of_a_broken_stream_counts_output_bytes_plus_an_allowance_per_answer() -> None:
     made = parser(choices=2)
     made.feed(delta("abc") + delta("€"))
     assert made.estimate().output_tokens == 3 + 3 + 2 * 5
@@ -130,12 +130,14 @@ def test_the_estimate_of_a_broken_stream_is_its_bytes_of_output_and_an_allowance
 @pytest.mark.parametrize(
     ("made", "all_parsed"), [(parser(), False), (parser(hidden_output=True), True), (parser(events=False), True)]
 )
-def test_the_estimate_is_the_output_limit_where_not_all_output_was_seen(made: ResponseParser, all_parsed: bool) -> None:
+def test_the_estimate_is_the_output_limit_if_part_of_the_output_was_not_visible(
+    made: ResponseParser, all_parsed: bool
+) -> None:
     made.feed(delta("abc"))
     assert made.estimate(all_parsed).output_tokens == 50
 
 
-def test_an_unreadable_response_is_passed_on_and_estimated_at_its_output_limit() -> None:
+def test_the_estimate_of_an_unreadable_response_is_the_output_limit() -> None:
     made = parser(hide_usage=True)
     made.unreadable = True
     assert made.feed(event(END)) == event(END)

@@ -84,7 +84,7 @@ async def test_a_stream_closed_early_commits_an_estimate(
 
 
 @pytest.mark.parametrize("method", BASIC_STREAMS, ids=str)
-async def test_the_estimate_grows_with_the_output_that_has_arrived(
+async def test_the_estimate_of_a_closed_stream_is_higher_if_more_output_has_arrived(
     opened: Any, provider: LocalProvider, method: Method
 ) -> None:
     estimates = []
@@ -103,7 +103,7 @@ async def test_the_estimate_grows_with_the_output_that_has_arrived(
 
 
 @pytest.mark.parametrize("method", BASIC_STREAMS, ids=str)
-async def test_a_broken_stream_of_a_model_with_hidden_reasoning_is_charged_its_output_limit(
+async def test_if_the_reasoning_is_hidden_a_stream_closed_early_is_charged_the_whole_output_limit(
     opened: Any, provider: LocalProvider, method: Method
 ) -> None:
     thinking = {"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 4096}
@@ -156,7 +156,7 @@ async def test_a_garbage_collected_stream_is_settled(
 
 
 @pytest.mark.parametrize("method", BASIC_STREAMS, ids=str)
-async def test_closing_a_stream_charges_output_that_arrived_but_was_not_read(
+async def test_a_closed_stream_is_charged_for_output_received_but_not_read(
     opened: Any, provider: LocalProvider, method: Method
 ) -> None:
     provider.script(Scene(stall_after=40, output_tokens=60))
@@ -172,7 +172,7 @@ async def test_closing_a_stream_charges_output_that_arrived_but_was_not_read(
 
 
 @pytest.mark.parametrize("method", BASIC_STREAMS, ids=str)
-async def test_closing_a_stream_that_has_arrived_completely_charges_it_exactly(
+async def test_a_closed_stream_is_charged_exactly_if_the_whole_response_has_arrived(
     opened: Any, provider: LocalProvider, method: Method
 ) -> None:
     provider.script(Scene(output_tokens=40))
@@ -188,7 +188,7 @@ async def test_closing_a_stream_that_has_arrived_completely_charges_it_exactly(
 @pytest.mark.parametrize("left", ["closed", "dropped", "cancelled", "failed"])
 @pytest.mark.parametrize("method", BASIC_STREAMS, ids=str)
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
-async def test_a_closed_stream_whose_output_exceeds_the_drain_limits_is_charged_its_whole_output_limit(
+async def test_a_closed_stream_commits_an_estimate_if_the_unread_output_exceeds_the_drain_limits(
     opened: Any, provider: LocalProvider, method: Method, left: str
 ) -> None:
     provider.script(Scene(output_tokens=8_000))
@@ -225,7 +225,7 @@ async def test_a_closed_stream_whose_output_exceeds_the_drain_limits_is_charged_
 
 @pytest.mark.parametrize("more", [{}, {"stream": True}], ids=["whole", "streamed"])
 @pytest.mark.parametrize("method", [method for method in METHODS if method.shape == "bytes"], ids=str)
-async def test_a_response_that_is_never_read_is_charged(
+async def test_an_unread_response_is_charged(
     opened: Any, provider: LocalProvider, method: Method, more: dict[str, Any]
 ) -> None:
     provider.script(Scene(output_tokens=40))
@@ -235,7 +235,7 @@ async def test_a_response_that_is_never_read_is_charged(
         assert g.sums["spent"] == g.counted >= g.bill > 0
 
 
-async def test_data_that_arrives_in_the_same_moment_as_a_cancellation_is_charged(
+async def test_output_that_arrives_at_the_moment_of_a_cancellation_is_charged(
     guarded_client: Any, provider: LocalProvider
 ) -> None:
     method = METHOD["chat.create-stream"]
@@ -258,7 +258,7 @@ async def test_data_that_arrives_in_the_same_moment_as_a_cancellation_is_charged
         assert g.sums["spent"] == g.counted >= g.bill > 0
 
 
-async def test_a_stream_closed_after_the_chunk_with_its_finish_reason_is_charged_exactly(
+async def test_a_stream_closed_after_the_chunk_with_the_finish_reason_is_charged_exactly(
     opened: Any, provider: LocalProvider
 ) -> None:
     method = METHOD["chat.create-stream"]
@@ -282,7 +282,9 @@ async def test_a_stream_without_usage_commits_an_estimate(opened: Any, provider:
         assert "estimated" in g.labels[0]
 
 
-async def test_usage_is_accrued_as_it_arrives(opened: Any, provider: LocalProvider) -> None:
+async def test_the_input_cost_of_a_stream_is_accrued_when_the_first_event_arrives(
+    opened: Any, provider: LocalProvider
+) -> None:
     method = METHOD["messages.create-stream"]
     provider.script(Scene(input_tokens=1000, token_delay_s=0.001))
     async with opened("anthropic") as g:
@@ -293,7 +295,7 @@ async def test_usage_is_accrued_as_it_arrives(opened: Any, provider: LocalProvid
             await resolve(stream.close())
 
 
-def test_models_that_do_not_show_their_reasoning_are_recognised() -> None:
+def test_models_with_hidden_reasoning_are_recognised() -> None:
     assert not claude_hides(CLAUDE, None) and not claude_hides("claude-sonnet-5", {"type": "disabled"})
     assert claude_hides("claude-sonnet-5", None) and claude_hides(CLAUDE, {"type": "adaptive"})
     assert not gpt_hides(GPT) and not gpt_hides("ft:gpt-4o-mini:own")

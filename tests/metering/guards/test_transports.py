@@ -56,7 +56,7 @@ async def _spent(server: Any, response: Any, **more: Any) -> tuple[int, httpx2.R
         return figures["spent"], requests[0]
 
 
-async def test_a_compressed_response_is_parsed(server: Any) -> None:
+async def test_a_compressed_response_is_charged_exactly(server: Any) -> None:
     wire_format = FORMATS["/v1/messages"]
     answer = wire_format.answer(CALL, input_tokens=9, output_tokens=4, text=None, cache=(0, 0, 0), silent=False)
     body = gzip.compress(json.dumps(wire_format.document(answer)).encode())
@@ -97,9 +97,7 @@ async def test_a_response_with_malformed_usage_is_charged_at_the_worst_case(serv
     assert spent > WORST_OUTPUT
 
 
-async def test_a_middleware_that_calls_two_models_is_charged_for_both_calls(
-    provider: LocalProvider, server: Any
-) -> None:
+async def test_if_a_middleware_calls_two_models_both_calls_are_charged(provider: LocalProvider, server: Any) -> None:
     async def twice(request: Any, call_next: Any) -> Any:
         await call_next(request)
         return await call_next(request.copy(body={**request.json, "model": "claude-opus-4-5"}))
@@ -114,7 +112,9 @@ async def test_a_middleware_that_calls_two_models_is_charged_for_both_calls(
         assert round((await limiter.status("agent")).spent * 10**9) == bill
 
 
-async def test_a_retry_with_another_model_needs_a_reservation_of_its_own(provider: LocalProvider, server: Any) -> None:
+async def test_a_retry_with_a_different_model_makes_a_separate_reservation(
+    provider: LocalProvider, server: Any
+) -> None:
     async def other_model_on_retry(request: Any, call_next: Any) -> Any:
         retried = request.retries_taken > 0
         return await call_next(request.copy(body={**request.json, "model": "claude-opus-4-5"}) if retried else request)
@@ -138,7 +138,7 @@ async def test_a_retry_with_another_model_needs_a_reservation_of_its_own(provide
         assert round(status.spent * 10**9) == billed.input_tokens * 5_000 + billed.output_tokens * 25_000
 
 
-async def test_running_totals_of_usage_in_each_chunk_are_charged_once(server: Any) -> None:
+async def test_if_each_chunk_reports_a_running_total_only_the_last_total_is_charged(server: Any) -> None:
     """Some servers with OpenAI's format report the usage so far in every chunk."""
 
     def chunk(text: str, output_tokens: int, reason: str | None = None) -> bytes:
@@ -161,7 +161,7 @@ async def test_running_totals_of_usage_in_each_chunk_are_charged_once(server: An
 
 @pytest.mark.parametrize("is_async", [False, True])
 @pytest.mark.parametrize("breaks", [False, True])
-async def test_closing_a_stream_after_its_finish_reason_still_reads_the_usage_that_follows(
+async def test_closing_a_stream_after_the_finish_reason_still_reads_the_usage_chunk(
     server: Any, is_async: bool, breaks: bool
 ) -> None:
     frame = {"id": "c", "object": "chat.completion.chunk", "created": 1, "model": GPT}
@@ -209,7 +209,7 @@ async def test_closing_a_stream_after_its_finish_reason_still_reads_the_usage_th
         assert sums(store)["spent"] > exact if breaks else sums(store)["spent"] == exact
 
 
-async def test_an_allowed_unmetered_call_is_charged_by_its_reported_usage(server: Any) -> None:
+async def test_an_allowed_unmetered_call_is_charged_for_the_reported_usage(server: Any) -> None:
     usage = {"input_tokens": 9, "output_tokens": 4, "server_tool_use": {"web_search_requests": 3}}
     http = httpx2.AsyncClient(
         transport=httpx2.MockTransport(lambda request: httpx2.Response(200, json={"usage": usage}))
@@ -223,7 +223,7 @@ async def test_an_allowed_unmetered_call_is_charged_by_its_reported_usage(server
         assert round((await limiter.status("agent")).spent * 10**9) == 9 * 1_000 + 4 * 5_000 + 3 * 10_000_000
 
 
-async def test_azure_has_its_own_prices(server: Any) -> None:
+async def test_calls_to_azure_cost_the_azure_prices(server: Any) -> None:
     usage = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
     paths = []
 
@@ -244,7 +244,7 @@ async def test_azure_has_its_own_prices(server: Any) -> None:
         assert entry.operation.startswith("chat azure/gpt-4o ")
 
 
-async def test_a_client_with_the_http_client_of_a_guarded_client_is_guarded(
+async def test_a_client_that_shares_the_http_client_of_a_guarded_client_is_guarded(
     provider: LocalProvider, server: Any
 ) -> None:
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:

@@ -43,7 +43,7 @@ def chunk(index: int, output_tokens: int, reason: str | None = None) -> dict[str
     return {**FRAME, "choices": [choice], "usage": usage}
 
 
-def test_reasoning_tokens_counted_only_in_the_total_are_charged_as_output() -> None:
+def test_if_only_the_total_includes_reasoning_tokens_these_tokens_are_charged_as_output() -> None:
     """xAI reports it this way: docs.x.ai/docs/key-information/consumption-and-rate-limits."""
     usage = {"prompt_tokens": 10_120, "completion_tokens": 1_499, "total_tokens": 14_428}
     usage["completion_tokens_details"] = {"reasoning_tokens": 2_809}  # type: ignore[assignment]
@@ -51,7 +51,7 @@ def test_reasoning_tokens_counted_only_in_the_total_are_charged_as_output() -> N
     assert parsed is not None and (parsed.input_tokens, parsed.output_tokens) == (10_120, 1_499 + 2_809)
 
 
-def test_a_running_total_of_usage_is_final_when_the_last_of_several_answers_ends() -> None:
+def test_a_running_total_is_final_only_after_all_answers_have_ended() -> None:
     events = [chunk(0, 1), chunk(1, 2), chunk(0, 3, "stop"), chunk(1, 4), chunk(1, 5, "stop")]
     for count, event in enumerate(events, 1):
         assert parse("chat/completions", *events[:count], choices=2).final == (event is events[-1])
@@ -65,12 +65,12 @@ def test_the_estimate_of_a_failed_stream_includes_tool_names() -> None:
     assert parse("responses").estimate().output_tokens == 5
 
 
-def test_a_bad_request_error_of_azure_does_not_prove_that_the_call_was_free() -> None:
+def test_the_outcome_of_a_call_is_unknown_if_azure_replies_with_status_400() -> None:
     assert (status_outcome(400, "azure"), status_outcome(400, "openai")) == ("unknown", "rejected")
     assert (status_outcome(429, "azure"), status_outcome(200, "azure")) == ("rejected", "answered")
 
 
-async def test_a_call_stopped_by_azure_s_content_filter_keeps_its_reservation(server: Any) -> None:
+async def test_the_reservation_stays_held_if_the_content_filter_of_azure_stops_a_call(server: Any) -> None:
     error = {"error": {"code": "content_filter", "message": "stopped"}}
     http = httpx2.AsyncClient(transport=httpx2.MockTransport(lambda request: httpx2.Response(400, json=error)))
     prices = Prices([ModelPrice("azure", "own", input="1", output="1")])
@@ -96,7 +96,7 @@ LINES = [
 CALL: dict[str, Any] = {"model": GPT, "max_tokens": 500, "messages": MESSAGES, "stream": True}
 
 
-async def test_closing_a_stream_waits_for_its_usage_for_a_limited_time(
+async def test_closing_an_async_stream_waits_only_a_limited_time_for_usage(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metered_response, "USAGE_TIMEOUT_S", 0.05)
@@ -127,7 +127,7 @@ async def test_closing_a_stream_waits_for_its_usage_for_a_limited_time(
             _check_estimates(server, calls=2)
 
 
-async def test_a_cancelled_caller_does_not_wait_for_the_drain_of_its_stream(
+async def test_a_cancelled_caller_does_not_wait_for_the_rest_of_the_stream(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metered_response, "USAGE_TIMEOUT_S", 3600)
@@ -162,7 +162,7 @@ async def test_a_cancelled_caller_does_not_wait_for_the_drain_of_its_stream(
             _check_estimates(server)
 
 
-def test_closing_a_sync_stream_waits_for_its_usage_for_a_limited_time(
+def test_closing_a_sync_stream_waits_only_a_limited_time_for_usage(
     server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metered_response, "USAGE_TIMEOUT_S", 0.05)

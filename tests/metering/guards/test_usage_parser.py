@@ -24,7 +24,7 @@ def parser(output_tokens_max: int = 100) -> Parser:
     return Parser(Bound("m", 1000, output_tokens_max))
 
 
-def test_a_later_report_with_lower_or_missing_counts_changes_nothing() -> None:
+def test_a_later_report_with_lower_or_missing_counts_does_not_reduce_the_usage() -> None:
     made = parser()
     for report in ({"in": 9, "out": 5}, {"out": 7}, {"in": 3, "out": 6}):
         assert made.merge(report)
@@ -32,13 +32,13 @@ def test_a_later_report_with_lower_or_missing_counts_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("report", [None, {}, [], "usage", 7])
-def test_a_report_that_is_not_an_object_with_fields_is_no_report(report: object) -> None:
+def test_a_report_is_ignored_unless_the_report_is_a_non_empty_object(report: object) -> None:
     made = parser()
     assert not made.merge(report)
     assert made.usage is None
 
 
-def test_counts_within_objects_are_merged_one_by_one() -> None:
+def test_nested_counts_of_several_reports_are_merged_field_by_field() -> None:
     seen: list[dict[str, Any]] = []
 
     class Nested(Parser):
@@ -55,7 +55,7 @@ def test_counts_within_objects_are_merged_one_by_one() -> None:
 @pytest.mark.parametrize(
     ("value", "count"), [(0, 0), (7, 7), (7.0, 7), (7.5, None), (-1, None), (True, None), ("7", None)]
 )
-def test_a_count_is_a_whole_number_that_is_not_negative(value: object, count: int | None) -> None:
+def test_only_a_non_negative_whole_number_is_accepted_as_a_count(value: object, count: int | None) -> None:
     assert count_of(value) == count
 
 
@@ -63,13 +63,13 @@ def test_a_count_is_a_whole_number_that_is_not_negative(value: object, count: in
     ("input_tokens", "output_tokens", "output_tokens_max", "credible"),
     [(9, 5, 100, True), (9, 0, 100, True), (0, 5, 100, False), (9, None, 100, False), (9, None, 0, True)],
 )
-def test_a_call_has_input_and_reports_its_output_unless_it_can_have_none(
+def test_a_usage_without_input_or_without_an_expected_output_count_is_not_credible(
     input_tokens: int, output_tokens: int | None, output_tokens_max: int, credible: bool
 ) -> None:
     assert parser(output_tokens_max).is_credible(input_tokens, output_tokens) == credible
 
 
-def test_a_usage_becomes_credible_with_the_report_of_its_missing_count() -> None:
+def test_a_usage_becomes_credible_when_the_missing_count_is_reported() -> None:
     made = parser()
     made.merge({"in": 9})
     assert made.usage is None

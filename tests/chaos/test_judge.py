@@ -215,7 +215,7 @@ def test_an_incomplete_last_line_of_a_history_is_ignored(tmp_path: Path):
     assert (second.acknowledged, second.unknown, second.outcome) == (False, True, "killed")
 
 
-def test_the_judge_excludes_stalls_of_the_process_from_the_lateness_of_a_call(tmp_path: Path):
+def test_the_lateness_of_a_call_does_not_include_stalls_of_the_process(tmp_path: Path):
     ms = 10**6
     begun = {"n": 1, "at": 0, "call": "record", "tenant": "default", "id": "x", "requested": {"agent": 1}}
     ended = {"n": 1, "at": 1400 * ms, "outcome": "StoreUnavailable", "ambiguous": True}
@@ -249,13 +249,13 @@ class DrawnCase(Case):
 
 
 @pytest.mark.parametrize("charged", [15, 25])
-def test_a_chunk_that_commits_the_spend_of_its_drawn_holds_is_correct(charged: int):
+def test_the_judge_accepts_a_chunk_charged_with_the_spend_of_its_grants(charged: int):
     verdict = DrawnCase(charged).judged()
     assert verdict.violations == []
     assert (verdict.grants, verdict.overspend, verdict.lost, verdict.spend) == (5, 0, 0, 50 + charged)
 
 
-def test_chunks_may_fill_a_window_without_a_hold():
+def test_the_judge_accepts_a_denial_if_prepaid_chunks_may_have_filled_the_window():
     case = DrawnCase(15)
     case.calls.append(make_call("reserve", "f", {"team": 61}, 2, outcome="BudgetExceeded", amounts={}))
     case.terms.limits["team"] = 100
@@ -264,7 +264,7 @@ def test_chunks_may_fill_a_window_without_a_hold():
     assert case.judged().violations == ["'f' was denied {'team': 61} although there was room"]
 
 
-def test_a_chunk_whose_reservation_did_not_arrive_may_leave_a_tombstone():
+def test_if_the_reservation_of_a_chunk_did_not_arrive_the_judge_accepts_an_empty_released_hold():
     case = DrawnCase(15)
     case.books.holds["chunk-2"] = make_record("r", 0, 0)
     assert case.judged().violations == []
@@ -273,13 +273,13 @@ def test_a_chunk_whose_reservation_did_not_arrive_may_leave_a_tombstone():
 
 
 @pytest.mark.parametrize(("charged", "lost"), [(14, 1), (26, 0)])
-def test_a_chunk_that_commits_another_sum_is_a_violation(charged: int, lost: int):
+def test_the_judge_rejects_a_chunk_charged_with_less_or_more_than_the_spend_of_its_grants(charged: int, lost: int):
     verdict = DrawnCase(charged).judged()
     assert any("chunks have charged" in violation for violation in verdict.violations), verdict.violations
     assert verdict.lost == lost
 
 
-def test_a_hold_drawn_above_the_cap_counts_as_overspend():
+def test_the_judge_counts_a_prepaid_grant_above_the_cap_as_overspend():
     case = DrawnCase(15)
     case.terms.limits = {"agent": 104}
     assert case.judged().overspend == 1

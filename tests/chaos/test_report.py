@@ -29,7 +29,7 @@ def test_the_result_of_a_run_is_one_line_on_the_terminal():
     assert "overspend $0.250000, lost $0.000001" in figures(overspend=250_000_000, lost=1_000).line
 
 
-def test_the_table_between_the_markers_is_replaced_and_keeps_other_rows(tmp_path: Path):
+def test_a_run_replaces_its_own_row_of_the_table_and_keeps_the_other_rows(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"before\n{report.BEGIN}\nworn out\n{report.END}\nafter\n")
     other = Figures(ROWS[3], seed=5, seconds=20)
@@ -54,7 +54,7 @@ def test_a_run_of_all_rows_replaces_all_earlier_rows(tmp_path: Path):
     assert f"All {len(ROWS)} rows are of one run, Tuesday at b2" in text
 
 
-def test_a_table_row_with_other_columns_than_the_current_ones_is_removed(tmp_path: Path):
+def test_a_table_row_with_outdated_columns_is_removed(tmp_path: Path):
     page = tmp_path / "page.md"
     page.write_text(f"{report.BEGIN}\n| a | `{ROWS[3].name}` 1 | kept |\n{report.END}\n")
     report.rewrite(page, [figures()], "Monday at a1", 60)
@@ -76,7 +76,7 @@ def test_the_reliability_document_shows_every_fault_scenario_as_kept():
     assert "**broken**" not in text
 
 
-def test_an_unknown_row_is_refused(capsys: pytest.CaptureFixture[str]):
+def test_an_unknown_row_name_is_refused(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit) as ended:
         command.main(["--only", "nothing"])
     assert ended.value.code == 2

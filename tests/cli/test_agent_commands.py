@@ -49,9 +49,7 @@ def test_agent_budget_prints_the_documented_form(ktrdr: Run) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (0, FORM, "")
 
 
-def test_held_and_unconfirmed_amounts_have_lines_of_their_own_unless_they_are_zero(
-    ktrdr: Run, service: FakeService
-) -> None:
+def test_agent_budget_shows_held_and_unconfirmed_amounts_on_separate_lines(ktrdr: Run, service: FakeService) -> None:
     lines = lines_of(ktrdr, service, held=0.15, unconfirmed=0.3, remaining=4.4, cycles_affordable=29)
     assert lines[4:] == [
         "Today's Spend: $0.15",
@@ -62,7 +60,9 @@ def test_held_and_unconfirmed_amounts_have_lines_of_their_own_unless_they_are_ze
     ]
 
 
-def test_a_repair_after_data_loss_is_shown(ktrdr: Run, service: FakeService) -> None:
+def test_after_a_data_loss_the_command_agent_budget_shows_until_when_no_cycle_starts(
+    ktrdr: Run, service: FakeService
+) -> None:
     last = lines_of(ktrdr, service, recovering_until="2026-11-23T12:00:03Z")[-1]
     assert last == "Recovering: the store lost writes; no cycle starts until 2026-11-23T12:00:03Z"
 
@@ -72,7 +72,7 @@ def test_agent_budget_has_exit_code_0_for_an_exhausted_budget(ktrdr: Run, servic
     assert lines[4:] == ["Today's Spend: $5.00", "Remaining: $0.00", "Cycles Affordable: ~0"]
 
 
-def test_a_budget_without_a_limit_is_unlimited(ktrdr: Run, service: FakeService) -> None:
+def test_agent_budget_shows_unlimited_for_a_budget_without_a_limit(ktrdr: Run, service: FakeService) -> None:
     lines = lines_of(ktrdr, service, daily_limit=None, remaining=None, cycles_affordable=None)
     assert lines[3:] == [
         "Daily Limit: unlimited",
@@ -113,7 +113,7 @@ def test_the_option_exact_shows_all_digits(
     assert lines_of(ktrdr, service, "--exact", today_spend=spend, remaining=remaining)[4:6] == shown
 
 
-def test_json_is_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
+def test_the_option_json_prints_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
     reply = {**STATUS, "today_spend": 0.1234567, "remaining": 4.8765433, "something_new": [1, None]}
     service.answer(CALL, reply)
     result = ktrdr("agent", "budget", "--json")
@@ -138,14 +138,16 @@ def test_agent_budget_adds_a_bar_on_a_terminal(terminal: OpenTerminal, service: 
     assert text.endswith("\n[\x1b[32m███████████████▓▓▓▒▒▒\x1b[0m·········] 70% used\n")
 
 
-def test_the_bar_turns_yellow_and_then_red(terminal: OpenTerminal, service: FakeService) -> None:
+def test_the_bar_is_yellow_at_90_percent_and_red_above_100_percent(
+    terminal: OpenTerminal, service: FakeService
+) -> None:
     service.answer(CALL, {**STATUS, "today_spend": 4.5, "remaining": 0.5})
     assert "[\x1b[33m" in shown_on(terminal)
     service.answer(CALL, {**STATUS, "today_spend": 6.0, "remaining": 0.0})
     assert shown_on(terminal).endswith(f"[\x1b[31m{'█' * 30}\x1b[0m] 120% used\n")
 
 
-def test_the_variable_no_color_removes_the_colour_of_the_bar_but_not_the_bar(
+def test_if_the_variable_no_color_is_set_the_bar_has_no_colour(
     terminal: OpenTerminal, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("NO_COLOR", "1")
@@ -159,24 +161,28 @@ def test_an_empty_variable_no_color_has_no_effect(terminal: OpenTerminal, enviro
     assert "\x1b[32m" in shown_on(terminal)
 
 
-def test_a_terminal_without_unicode_gets_a_plain_bar(terminal: OpenTerminal, environment: pytest.MonkeyPatch) -> None:
+def test_on_a_terminal_without_unicode_the_bar_has_ascii_characters(
+    terminal: OpenTerminal, environment: pytest.MonkeyPatch
+) -> None:
     environment.setenv("PYTHONIOENCODING", "ascii")
     assert shown_on(terminal).endswith("[\x1b[32m#\x1b[0m.............................] 3% used\n")
 
 
-def test_a_dumb_terminal_is_treated_like_a_pipe(terminal: OpenTerminal, environment: pytest.MonkeyPatch) -> None:
+def test_agent_budget_prints_no_bar_on_a_dumb_terminal(terminal: OpenTerminal, environment: pytest.MonkeyPatch) -> None:
     environment.setenv("TERM", "dumb")
     assert shown_on(terminal) == FORM
 
 
 @pytest.mark.parametrize("limit", [None, 0.0])
-def test_there_is_no_bar_without_a_limit(terminal: OpenTerminal, service: FakeService, limit: float | None) -> None:
+def test_there_is_no_bar_if_the_limit_is_zero_or_absent(
+    terminal: OpenTerminal, service: FakeService, limit: float | None
+) -> None:
     remaining, cycles = (None, None) if limit is None else (0.0, 0)
     service.answer(CALL, {**STATUS, "daily_limit": limit, "remaining": remaining, "cycles_affordable": cycles})
     assert "used" not in shown_on(terminal)
 
 
-def test_a_nano_dollar_is_a_plain_number_in_json(ktrdr: Run, service: FakeService) -> None:
+def test_json_output_shows_one_nano_dollar_as_a_plain_decimal_number(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/agent/budget", json.dumps(STATUS).replace(": 0.15,", ": 0.000000001,"))
     assert '"today_spend": 0.000000001,' in ktrdr("agent", "budget", "--json").stdout
 
@@ -191,7 +197,7 @@ PART = st.decimals(min_value=0, max_value=100, places=9)
 
 
 @given(st.decimals(min_value=Decimal("1e-9"), max_value=100, places=9), st.tuples(PART, PART, PART))
-def test_the_bar_is_full_only_if_nothing_remains_and_each_non_zero_part_has_a_cell(
+def test_the_bar_shows_each_non_zero_part_but_is_full_only_if_nothing_remains(
     limit: Decimal, parts: tuple[Decimal, ...]
 ) -> None:
     cells = _cells(parts, limit)
@@ -214,7 +220,7 @@ def spending(service: FakeService) -> None:
     service.answer(CALL, answer)
 
 
-def test_watch_redraws_in_place_until_ctrl_c(terminal: OpenTerminal, service: FakeService) -> None:
+def test_watch_redraws_the_figures_in_place_until_ctrl_c(terminal: OpenTerminal, service: FakeService) -> None:
     spending(service)
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1")
     text = opened.read_until(lambda text: "$0.18" in text)
@@ -251,7 +257,7 @@ def test_watch_shows_unknown_instead_of_old_figures_during_an_outage(
     assert opened.wait() == 0
 
 
-def test_watch_ends_with_a_permanent_error(terminal: OpenTerminal, service: FakeService) -> None:
+def test_watch_ends_after_a_permanent_error(terminal: OpenTerminal, service: FakeService) -> None:
     opened = terminal("agent", "budget", "--watch", "--interval", "0.1")
     opened.read_until(lambda text: "Remaining: $4.85" in text)
     service.answer(CALL, *reversed(problem(401, "Unauthorized", "a key is needed")))
@@ -259,7 +265,7 @@ def test_watch_ends_with_a_permanent_error(terminal: OpenTerminal, service: Fake
     assert "ktrdr: a key is needed" in opened.text
 
 
-def test_watch_of_an_unreachable_service_fails_at_once(ktrdr: Run) -> None:
+def test_watch_fails_at_once_if_the_service_is_unreachable(ktrdr: Run) -> None:
     result = ktrdr("--api-url", "http://127.0.0.1:1", "agent", "budget", "--watch")
     assert result.exit_code == 4
     assert result.stderr.count("\n") == 1
@@ -290,7 +296,7 @@ def test_watch_into_a_pipe_writes_one_json_line_per_refresh(service: FakeService
 
 
 @pytest.mark.usefixtures("environment")
-def test_watch_into_a_pipe_repeats_the_text_form(service: FakeService) -> None:
+def test_watch_into_a_pipe_prints_the_text_form_at_each_refresh(service: FakeService) -> None:
     process = watching()
     wait_until(lambda: len(service.requests) >= 4)
     out, err, code = end(process)
@@ -314,7 +320,7 @@ def test_watch_into_a_pipe_reports_an_outage_on_stderr(service: FakeService) -> 
 
 
 @pytest.mark.usefixtures("environment")
-def test_watch_ends_when_its_reader_closes_the_pipe(service: FakeService) -> None:
+def test_watch_ends_if_the_reader_closes_the_pipe(service: FakeService) -> None:
     reader, writer = os.pipe()
     process = subprocess.Popen(
         command("agent", "budget", "--watch", "--interval", "0.1"), stdout=writer, stderr=subprocess.PIPE, text=True

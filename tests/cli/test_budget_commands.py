@@ -45,7 +45,7 @@ LEDGER = "GET /api/v1/budgets/agent/ledger"
 # --- list and show --------------------------------------------------------------------------------
 
 
-def test_list_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_list_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets", {"budgets": [BUDGET, CYCLES]})
     assert ktrdr("budget", "list").stdout == (
         "NAME    WINDOW      UNIT        LIMIT  SPENT   HELD  UNCONFIRMED  REMAINING  RESETS AT\n"
@@ -54,14 +54,14 @@ def test_list_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
     )
 
 
-def test_list_marks_a_limit_set_at_run_time(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_list_marks_a_limit_set_at_run_time(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets", {"budgets": [RUNTIME]})
     lines = ktrdr("budget", "list").stdout.splitlines()
     assert " $10.00* " in lines[1]
     assert lines[2] == "* set at run time"
 
 
-def test_list_shows_a_budget_whose_figures_cannot_be_read_as_unknown_beside_the_others(
+def test_if_the_figures_of_a_budget_cannot_be_read_the_command_list_shows_the_budget_as_unknown(
     ktrdr: Run, service: FakeService
 ) -> None:
     unavailable = [{"budget": "team", "detail": "budget 'team' has another definition"}]
@@ -75,12 +75,12 @@ def test_list_shows_a_budget_whose_figures_cannot_be_read_as_unknown_beside_the_
     assert (result.exit_code, json.loads(result.stdout)["unavailable"]) == (1, unavailable)
 
 
-def test_an_empty_list_of_budgets_has_a_message(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_list_prints_a_message_if_there_are_no_budgets(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets", {"budgets": []})
     assert ktrdr("budget", "list").stdout == "No budgets.\n"
 
 
-def test_headings_are_bold_on_a_terminal_only(
+def test_table_headings_are_bold_only_on_a_terminal(
     ktrdr: Run, terminal: Callable[..., Terminal], service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     service.answer("GET /api/v1/budgets", {"budgets": [BUDGET]})
@@ -106,7 +106,7 @@ TEAM = {**BUDGET, "name": "team:quant", "spent": "0.066255", "limit_source": "ru
         (("ledger", "agent"), LEDGER, {"entries": [TRACED] * 2, "next_cursor": None}, ["AT", "AMOUNT", "ENTRY"]),
     ],
 )
-def test_a_table_wider_than_the_terminal_becomes_a_block_per_row(
+def test_a_table_wider_than_the_terminal_is_printed_as_one_block_per_row(
     terminal: Callable[..., Terminal],
     service: FakeService,
     words: tuple[str, ...],
@@ -125,7 +125,7 @@ def test_a_table_wider_than_the_terminal_becomes_a_block_per_row(
         assert lines.count("") == 1  # between the blocks
 
 
-def test_show_prints_all_figures_of_a_budget(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_show_prints_all_figures_of_a_budget(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/agent", BUDGET)
     assert ktrdr("budget", "show", "agent").stdout == (
         "Budget:        agent\n"
@@ -143,13 +143,15 @@ def test_show_prints_all_figures_of_a_budget(ktrdr: Run, service: FakeService) -
     )
 
 
-def test_show_reports_a_repair_of_the_store(ktrdr: Run, service: FakeService) -> None:
+def test_after_a_data_loss_the_command_show_prints_until_when_nothing_is_admitted(
+    ktrdr: Run, service: FakeService
+) -> None:
     service.answer("GET /api/v1/budgets/agent", {**BUDGET, "recovering_until": "2026-11-23T12:00:03Z"})
     last = ktrdr("budget", "show", "agent").stdout.splitlines()[-1]
     assert last == "Recovering:    the store lost writes; nothing is admitted until 2026-11-23T12:00:03Z"
 
 
-def test_show_prints_an_unlimited_slots_budget_without_an_end(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_show_prints_that_an_unlimited_slots_budget_never_resets(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/cycles", CYCLES)
     text = ktrdr("budget", "show", "cycles").stdout
     assert "Window:        ever (ever, UTC, slots)\n" in text
@@ -160,7 +162,7 @@ def test_show_prints_an_unlimited_slots_budget_without_an_end(ktrdr: Run, servic
 @pytest.mark.parametrize(
     ("words", "document"), [(("list",), {"budgets": [BUDGET, CYCLES]}), (("show", "agent"), BUDGET)]
 )
-def test_json_is_the_reply_of_the_service(
+def test_the_option_json_prints_the_reply_of_the_service(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], document: Any
 ) -> None:
     service.answer("GET /api/v1/budgets", document)
@@ -177,7 +179,7 @@ def test_an_unknown_budget_is_an_error(ktrdr: Run, service: FakeService) -> None
 # --- Definitions ----------------------------------------------------------------------------------
 
 
-def test_migrate_prints_the_old_and_the_new_definition(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_migrate_prints_the_old_and_the_new_definition(ktrdr: Run, service: FakeService) -> None:
     before, after = (f"unit usd, period {period}, timezone UTC, kind spend" for period in ("week", "day"))
     answer = {"budget": "agent", "before": before, "after": after, "limit_cleared": False}
     service.answer("POST /api/v1/budgets/agent/migrate", answer)
@@ -205,7 +207,7 @@ def test_migrate_prints_the_old_and_the_new_definition(ktrdr: Run, service: Fake
         (("10", "--until", "2026-11-24T00:00:00+01:00"), {"limit": "10", "until": "2026-11-24T00:00:00+01:00"}),
     ],
 )
-def test_set_limit_sends_the_limit_and_the_time_until_which_it_applies(
+def test_set_limit_sends_the_limit_and_the_end_of_the_limit(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], body: dict[str, Any]
 ) -> None:
     service.answer("PUT /api/v1/budgets/agent/limit", RUNTIME)
@@ -222,14 +224,18 @@ def test_set_limit_prints_until_when_the_limit_applies(ktrdr: Run, service: Fake
 
 
 @pytest.mark.parametrize("until", ["tomorrow", "2026-11-24", "2026-11-24T00:00:00", ""])
-def test_a_limit_until_a_time_without_a_timezone_is_a_usage_error(ktrdr: Run, service: FakeService, until: str) -> None:
+def test_set_limit_until_a_time_without_a_timezone_is_a_usage_error(
+    ktrdr: Run, service: FakeService, until: str
+) -> None:
     result = ktrdr("budget", "set-limit", "agent", "10", "--until", until)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert service.requests == []
 
 
-def test_a_limit_rejected_by_the_service_is_a_usage_error(ktrdr: Run, service: FakeService) -> None:
+def test_if_the_service_rejects_a_limit_the_command_set_limit_reports_a_usage_error(
+    ktrdr: Run, service: FakeService
+) -> None:
     service.answer("PUT /api/v1/budgets/agent/limit", *reversed(problem(422, "Invalid", "amount is not a number: 'x'")))
     result = ktrdr("budget", "set-limit", "agent", "x")
     assert (result.exit_code, result.stderr) == (2, "ktrdr: amount is not a number: 'x'\n")
@@ -246,7 +252,7 @@ def test_clear_limit_restores_the_configured_limit(ktrdr: Run, service: FakeServ
 # --- Pages ----------------------------------------------------------------------------------------
 
 
-def test_holds_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_holds_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
     expired = {**HOLD, "id": "op_22", "state": "unconfirmed", "charged": {"agent": "0.15"}, "operation": ""}
     many = {**HOLD, "amounts": {"cycles": 1, "agent": "0.15"}}
     service.answer(HOLDS, {"holds": [many, expired], "next_cursor": None})
@@ -257,7 +263,7 @@ def test_holds_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None
     )
 
 
-def test_ledger_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_ledger_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> None:
     correction = {**ENTRY, "kind": "correction", "amount": "-0.08", "operation": "", "trace_id": "abc"}
     service.answer(LEDGER, {"entries": [correction, ENTRY], "next_cursor": None})
     assert ktrdr("budget", "ledger", "agent").stdout == (
@@ -267,7 +273,9 @@ def test_ledger_prints_an_aligned_table(ktrdr: Run, service: FakeService) -> Non
     )
 
 
-def test_an_operation_cannot_send_escape_sequences_to_the_terminal(ktrdr: Run, service: FakeService) -> None:
+def test_escape_sequences_in_the_name_of_an_operation_do_not_reach_the_terminal(
+    ktrdr: Run, service: FakeService
+) -> None:
     service.answer(LEDGER, {"entries": [{**ENTRY, "operation": "a\x1b[2Jb\nc"}], "next_cursor": None})
     text = ktrdr("budget", "ledger", "agent").stdout
     assert "a?[2Jb c" in text
@@ -281,14 +289,14 @@ def test_an_operation_cannot_send_escape_sequences_to_the_terminal(ktrdr: Run, s
         ("ledger", LEDGER, "entries", "No entries in the ledger of agent.\n"),
     ],
 )
-def test_an_empty_page_has_a_message(
+def test_a_message_is_printed_if_there_are_no_holds_or_no_ledger_entries(
     ktrdr: Run, service: FakeService, command: str, call: str, field: str, none: str
 ) -> None:
     service.answer(call, {field: [], "next_cursor": None})
     assert ktrdr("budget", command, "agent").stdout == none
 
 
-def test_page_options_are_sent(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_ledger_sends_the_options_window_limit_and_cursor(ktrdr: Run, service: FakeService) -> None:
     service.answer(f"{LEDGER}?window=2026-11-23T10Z&limit=5&cursor=1-0", {"entries": [], "next_cursor": None})
     result = ktrdr("budget", "ledger", "agent", "--window", "2026-11-23T10Z", "--limit", "5", "--cursor", "1-0")
     assert result.exit_code == 0, result.stderr
@@ -329,19 +337,23 @@ def trimmed_meanwhile(service: FakeService) -> list[dict[str, Any]]:
     return entries
 
 
-def test_a_list_that_restarts_because_its_ledger_was_trimmed_says_so(ktrdr: Run, service: FakeService) -> None:
+def test_if_the_ledger_is_trimmed_between_pages_a_line_says_that_the_list_starts_again(
+    ktrdr: Run, service: FakeService
+) -> None:
     trimmed_meanwhile(service)
     lines = ktrdr("budget", "ledger", "agent", "--all").stdout.splitlines()
     assert lines[2] == "The ledger was trimmed meanwhile; the list starts again at the newest entry"
 
 
-def test_the_json_of_a_list_that_restarts_says_so(ktrdr: Run, service: FakeService) -> None:
+def test_if_the_ledger_is_trimmed_between_pages_the_json_document_is_marked_as_trimmed(
+    ktrdr: Run, service: FakeService
+) -> None:
     entries = trimmed_meanwhile(service)
     result = ktrdr("budget", "ledger", "agent", "--all", "--json")
     assert json.loads(result.stdout) == {"entries": entries, "next_cursor": None, "trimmed": True}
 
 
-def test_the_json_of_a_single_page_is_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
+def test_json_output_of_a_single_page_is_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
     service.answer(f"{HOLDS}?limit=1000", {"holds": [HOLD], "next_cursor": None})
     assert json.loads(ktrdr("budget", "holds", "agent", "--all", "--json").stdout) == {
         "holds": [HOLD],
@@ -350,7 +362,7 @@ def test_the_json_of_a_single_page_is_the_reply_of_the_service(ktrdr: Run, servi
 
 
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_a_repeated_page_is_an_error_not_an_endless_loop(
+def test_if_the_service_sends_the_same_page_twice_the_command_fails(
     ktrdr: Run, service: FakeService, options: tuple[str, ...]
 ) -> None:
     for cursor in ("", "&cursor=1-0"):

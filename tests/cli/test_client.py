@@ -38,7 +38,7 @@ def failed(result: Result, exit_code: int) -> str:
         ("HTTP://localhost", "http://localhost"),
     ],
 )
-def test_a_url_of_the_service_is_parsed(url: str, shown: str) -> None:
+def test_the_url_of_the_service_is_normalized(url: str, shown: str) -> None:
     assert Service.at(url).url == shown
 
 
@@ -84,12 +84,12 @@ def test_the_option_api_url_overrides_the_environment_variable(
     assert ktrdr("--api-url", service.url, "agent", "budget").exit_code == 0
 
 
-def test_a_path_in_the_url_precedes_the_path_of_the_api(ktrdr: Run, service: FakeService) -> None:
+def test_a_request_path_begins_with_the_path_of_the_configured_url(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /team/quant/api/v1/agent/budget", STATUS)
     assert ktrdr("--api-url", f"{service.url}/team/quant/", "agent", "budget").exit_code == 0
 
 
-def test_proxies_of_the_environment_are_not_used(ktrdr: Run, environment: pytest.MonkeyPatch) -> None:
+def test_proxy_variables_in_the_environment_are_ignored(ktrdr: Run, environment: pytest.MonkeyPatch) -> None:
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         environment.setenv(name, "http://127.0.0.1:1")
     assert ktrdr("agent", "budget").exit_code == 0
@@ -102,12 +102,12 @@ def authorization(service: FakeService) -> str | None:
     return service.requests[-1].headers.get("Authorization")
 
 
-def test_no_authorization_header_is_sent_without_a_key(ktrdr: Run, service: FakeService) -> None:
+def test_without_a_key_no_authorization_header_is_sent(ktrdr: Run, service: FakeService) -> None:
     ktrdr("agent", "budget")
     assert authorization(service) is None
 
 
-def test_the_admin_key_is_sent_only_where_it_is_needed(
+def test_the_admin_key_is_sent_only_with_settlements_limit_changes_and_migrations(
     ktrdr: Run, service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("KTRDR_API_KEY", "use-key")
@@ -147,7 +147,9 @@ def test_the_first_of_several_keys_is_sent(ktrdr: Run, service: FakeService, env
 
 
 @pytest.mark.parametrize("key", ["two words", "line\nbreak", "clé", "x" * 5000])
-def test_an_invalid_key_is_a_usage_error_and_not_shown(ktrdr: Run, environment: pytest.MonkeyPatch, key: str) -> None:
+def test_a_usage_error_about_an_invalid_key_does_not_show_the_key(
+    ktrdr: Run, environment: pytest.MonkeyPatch, key: str
+) -> None:
     environment.setenv("KTRDR_API_KEY", key)
     line = failed(ktrdr("agent", "budget"), 2)
     assert line.startswith("ktrdr: KTRDR_API_KEY")
@@ -163,7 +165,7 @@ KEY_HINTS = [
 
 
 @pytest.mark.parametrize(("status", "words", "hint"), KEY_HINTS)
-def test_the_error_for_a_rejected_key_names_the_variable(
+def test_if_the_service_rejects_a_key_the_error_advises_which_variable_to_set(
     ktrdr: Run, service: FakeService, status: int, words: tuple[str, ...], hint: str
 ) -> None:
     refused = problem(status, "Refused", "not with this key")[1]
@@ -179,7 +181,9 @@ def test_the_error_for_a_rejected_key_names_the_variable(
     ("status", "exit_code"),
     [(400, 1), (404, 1), (405, 1), (409, 1), (422, 2), (429, 1), (500, 1), (502, 4), (503, 4), (504, 4)],
 )
-def test_each_problem_has_its_exit_code(ktrdr: Run, service: FakeService, status: int, exit_code: int) -> None:
+def test_the_exit_code_depends_on_the_http_status_of_the_error_reply(
+    ktrdr: Run, service: FakeService, status: int, exit_code: int
+) -> None:
     service.answer(BUDGET_CALL, problem(status, "Title", "what is\nwrong")[1], status)
     assert failed(ktrdr("agent", "budget"), exit_code) == "ktrdr: what is wrong"
 
@@ -188,12 +192,16 @@ def test_each_problem_has_its_exit_code(ktrdr: Run, service: FakeService, status
     ("document", "line"),
     [({"title": "Conflict"}, "Conflict"), ({}, "the service replied 409"), ({"detail": ["a", 1]}, "['a', 1]")],
 )
-def test_a_malformed_problem_is_still_reported(ktrdr: Run, service: FakeService, document: object, line: str) -> None:
+def test_an_error_reply_without_a_valid_detail_is_reported_in_one_line(
+    ktrdr: Run, service: FakeService, document: object, line: str
+) -> None:
     service.answer(BUDGET_CALL, document, 409)
     assert failed(ktrdr("agent", "budget"), 1) == f"ktrdr: {line}"
 
 
-def test_a_detail_is_shortened_to_one_line_without_control_characters(ktrdr: Run, service: FakeService) -> None:
+def test_a_long_detail_of_an_error_is_shortened_to_one_line_without_control_characters(
+    ktrdr: Run, service: FakeService
+) -> None:
     service.answer(BUDGET_CALL, {"detail": "\x1b[2J" + "x" * 10_000}, 500)
     line = failed(ktrdr("agent", "budget"), 1)
     assert len(line) < 500
@@ -225,13 +233,13 @@ def test_retry_advice_is_shown_only_if_the_call_may_have_taken_effect(
     assert line == "ktrdr: the store is down" + (words if hint else "")
 
 
-def test_retry_advice_is_shown_if_a_gateway_lost_the_reply(ktrdr: Run, service: FakeService) -> None:
+def test_retry_advice_is_shown_after_an_error_of_a_gateway(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/spend", "<html>Bad Gateway</html>", 502)
     line = failed(ktrdr("budget", "record", "agent", "0.15", "--id", "op_1"), 4)
     assert line.endswith("; it may have taken effect: repeating it with --id op_1 is safe")
 
 
-def test_an_html_error_of_a_gateway_is_reported_as_unreachable(ktrdr: Run, service: FakeService) -> None:
+def test_a_gateway_error_in_html_has_the_exit_code_of_an_unreachable_service(ktrdr: Run, service: FakeService) -> None:
     service.answer(BUDGET_CALL, "<html>Bad Gateway</html>", 502)
     failed(ktrdr("agent", "budget"), 4)
 
@@ -257,7 +265,7 @@ def test_a_redirect_is_not_followed(ktrdr: Run, service: FakeService, status: in
     ids=range(7),
 )
 @pytest.mark.parametrize("options", [(), ("--json",)])
-def test_a_json_reply_of_another_service_is_an_error(
+def test_a_json_reply_of_a_different_kind_of_service_is_an_error(
     ktrdr: Run, service: FakeService, document: object, options: tuple[str, ...]
 ) -> None:
     service.answer(BUDGET_CALL, document)
@@ -301,7 +309,7 @@ def test_an_unknown_host_is_reported_as_unreachable(ktrdr: Run) -> None:
     assert "cannot reach the service" in failed(ktrdr("--api-url", "http://no-such-host.invalid", "agent", "budget"), 4)
 
 
-def test_a_service_without_tls_behind_an_https_url_is_reported_as_unreachable(ktrdr: Run, service: FakeService) -> None:
+def test_an_https_url_of_a_service_without_tls_is_reported_as_unreachable(ktrdr: Run, service: FakeService) -> None:
     failed(ktrdr("--api-url", service.url.replace("http:", "https:"), "agent", "budget"), 4)
 
 
@@ -324,12 +332,12 @@ def silent(service: FakeService, monkeypatch: pytest.MonkeyPatch) -> FakeService
     return service
 
 
-def test_a_timeout_is_reported_as_unreachable(ktrdr: Run, silent: FakeService) -> None:
+def test_a_service_that_does_not_reply_in_time_is_reported_as_unreachable(ktrdr: Run, silent: FakeService) -> None:
     assert failed(ktrdr("agent", "budget"), 4).endswith("within 0.2 s")
 
 
 @pytest.mark.parametrize("words", [("reserve", "agent", "1"), ("record", "agent", "1")])
-def test_the_error_for_a_lost_reply_has_advice_on_a_safe_retry(
+def test_if_no_reply_arrives_the_error_names_the_id_for_a_safe_retry(
     ktrdr: Run, silent: FakeService, words: tuple[str, ...]
 ) -> None:
     line = failed(ktrdr("budget", *words), 4)
@@ -337,11 +345,13 @@ def test_the_error_for_a_lost_reply_has_advice_on_a_safe_retry(
     assert line.endswith(f"; it may have taken effect: repeating it with --id {sent} is safe")
 
 
-def test_a_lost_reply_to_a_settlement_says_that_a_retry_is_safe(ktrdr: Run, silent: FakeService) -> None:
+def test_if_no_reply_to_a_settlement_arrives_the_error_says_that_a_retry_is_safe(
+    ktrdr: Run, silent: FakeService
+) -> None:
     assert failed(ktrdr("budget", "commit", "op_1"), 4).endswith("; it may have taken effect: repeating it is safe")
 
 
-def test_the_error_for_a_store_outage_has_advice_on_a_safe_retry(ktrdr: Run, service: FakeService) -> None:
+def test_in_a_store_outage_the_error_names_the_id_for_a_safe_retry(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", *reversed(problem(503, "Store unavailable", "the store is down")))
     line = failed(ktrdr("budget", "reserve", "agent", "1", "--id", "op_1"), 4)
     assert line == "ktrdr: the store is down; it may have taken effect: repeating it with --id op_1 is safe"
@@ -354,7 +364,9 @@ def test_the_error_for_a_store_outage_has_advice_on_a_safe_retry(ktrdr: Run, ser
     ("name", "path"),
     [("team:quant", "team%3Aquant"), ("a/b@c", "a%2Fb%40c"), ("..", ".."), ("A-Z_0.9", "A-Z_0.9")],
 )
-def test_names_are_percent_encoded_in_paths(ktrdr: Run, service: FakeService, name: str, path: str) -> None:
+def test_budget_names_are_percent_encoded_in_request_paths(
+    ktrdr: Run, service: FakeService, name: str, path: str
+) -> None:
     service.answer(f"GET /api/v1/budgets/{path}", BUDGET)
     result = ktrdr("budget", "show", name)
     assert result.exit_code == 0, result.stderr

@@ -73,7 +73,7 @@ DOWN = {
 # --- trigger --------------------------------------------------------------------------------------
 
 
-def test_trigger_prints_the_reply(ktrdr: Run, service: FakeService) -> None:
+def test_trigger_prints_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
     service.answer(TRIGGER, STARTED, 202)
     for words in ((), ("--json",)):
         result = ktrdr("agent", "trigger", *words)
@@ -82,7 +82,7 @@ def test_trigger_prints_the_reply(ktrdr: Run, service: FakeService) -> None:
         assert result.stdout.count("\n") == 1
 
 
-def test_each_trigger_has_its_own_id_unless_one_is_given(ktrdr: Run, service: FakeService) -> None:
+def test_each_trigger_without_a_given_id_sends_a_new_id(ktrdr: Run, service: FakeService) -> None:
     service.answer(TRIGGER, STARTED, 202)
     ktrdr("agent", "trigger")
     ktrdr("agent", "trigger")
@@ -94,7 +94,7 @@ def test_each_trigger_has_its_own_id_unless_one_is_given(ktrdr: Run, service: Fa
     assert all(list(request.body) == ["operation_id"] for request in service.requests)
 
 
-def test_the_options_of_a_trigger_are_sent_unchanged(ktrdr: Run, service: FakeService) -> None:
+def test_trigger_sends_its_options_unchanged(ktrdr: Run, service: FakeService) -> None:
     service.answer(TRIGGER, STARTED, 202)
     options = ("--brief", "Follow trends.", "--model", "haiku", "--bypass-gates")
     assert ktrdr("agent", "trigger", "--id", "op_1", *options).exit_code == 0
@@ -145,7 +145,7 @@ def test_an_unknown_option_of_trigger_is_a_usage_error(ktrdr: Run, service: Fake
         ),
     ],
 )
-def test_the_reply_of_a_denied_trigger_is_printed(
+def test_trigger_prints_the_reply_of_the_service_if_no_cycle_starts(
     ktrdr: Run, service: FakeService, status: int, document: dict[str, Any], code: int, line: str
 ) -> None:
     service.answer(TRIGGER, document, status)
@@ -156,7 +156,7 @@ def test_the_reply_of_a_denied_trigger_is_printed(
 
 
 @pytest.mark.parametrize(("status", "code"), [(401, 1), (404, 1), (409, 1), (422, 2), (500, 1), (503, 4)])
-def test_a_problem_of_trigger_that_is_no_denial_is_one_line(
+def test_trigger_reports_an_error_other_than_a_denial_in_one_line(
     ktrdr: Run, service: FakeService, status: int, code: int
 ) -> None:
     service.answer(TRIGGER, *reversed(problem(status, "Title", "what is wrong")))
@@ -166,7 +166,9 @@ def test_a_problem_of_trigger_that_is_no_denial_is_one_line(
     assert result.stderr.count("\n") == 1
 
 
-def test_a_trigger_with_a_lost_reply_gives_advice_on_a_safe_retry(ktrdr: Run, service: FakeService) -> None:
+def test_if_the_reply_to_trigger_is_lost_the_error_names_the_id_for_a_safe_retry(
+    ktrdr: Run, service: FakeService
+) -> None:
     service.answer(TRIGGER, b"HTTP/1.1 202 Accepted\r\nContent-Length: 99\r\n\r\n{")
     result = ktrdr("agent", "trigger")
     assert (result.exit_code, result.stdout) == (4, "")
@@ -191,7 +193,7 @@ def test_an_invalid_id_is_a_usage_error(ktrdr: Run, service: FakeService, id: st
 # --- status ---------------------------------------------------------------------------------------
 
 
-def test_status_of_an_agent_that_has_never_run_prints_idle(ktrdr: Run, service: FakeService) -> None:
+def test_status_prints_idle_if_no_cycle_has_ever_run(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, agent_status())
     result = ktrdr("agent", "status")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -205,7 +207,7 @@ def test_status_of_an_agent_that_has_never_run_prints_idle(ktrdr: Run, service: 
     )
 
 
-def test_without_limits_the_status_says_unlimited(ktrdr: Run, service: FakeService) -> None:
+def test_status_shows_unlimited_if_budget_and_capacity_have_no_limit(ktrdr: Run, service: FakeService) -> None:
     unlimited = {
         "budget": {"remaining": None, "daily_limit": None},
         "capacity": {"active": 1, "free": None, "limit": None},
@@ -214,21 +216,19 @@ def test_without_limits_the_status_says_unlimited(ktrdr: Run, service: FakeServi
     assert ktrdr("agent", "status").stdout.splitlines()[3:5] == ["Budget: unlimited", "Capacity: unlimited, 1 running"]
 
 
-def test_missing_figures_are_shown_as_unknown(ktrdr: Run, service: FakeService) -> None:
+def test_status_shows_unknown_if_budget_and_capacity_are_null(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, {**agent_status(), "budget": None, "capacity": None})
     assert ktrdr("agent", "status").stdout.splitlines()[3:5] == ["Budget: unknown", "Capacity: unknown"]
 
 
-def test_status_omits_budget_and_capacity_if_an_earlier_service_version_omits_them(
-    ktrdr: Run, service: FakeService
-) -> None:
+def test_status_omits_budget_and_capacity_if_an_older_service_sends_neither(ktrdr: Run, service: FakeService) -> None:
     status = agent_status()
     del status["budget"], status["capacity"]
     service.answer(STATUS, status)
     assert ktrdr("agent", "status").stdout.splitlines()[2:] == ["Status: idle", "Last Cycle: none"]
 
 
-def test_a_running_cycle_has_a_block(ktrdr: Run, service: FakeService) -> None:
+def test_status_shows_the_details_of_a_running_cycle(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, agent_status(cycle(**TRAINED), last=cycle(**COMPLETED, operation_id="op_0")))
     assert ktrdr("agent", "status").stdout == (
         "Agent Status\n"
@@ -250,7 +250,7 @@ def test_a_running_cycle_has_a_block(ktrdr: Run, service: FakeService) -> None:
     )
 
 
-def test_several_cycles_have_a_block_each(ktrdr: Run, service: FakeService) -> None:
+def test_status_shows_a_separate_block_for_each_running_cycle(ktrdr: Run, service: FakeService) -> None:
     service.answer(STATUS, agent_status(cycle(status="cancelling"), cycle(operation_id="op_2", **DESIGNED)))
     blocks = ktrdr("agent", "status").stdout.split("\n\n")
     assert len(blocks) == 4
@@ -281,20 +281,22 @@ def test_several_cycles_have_a_block_each(ktrdr: Run, service: FakeService) -> N
         ),
     ],
 )
-def test_the_last_cycle_is_shown_with_its_reason(
+def test_status_shows_how_the_last_cycle_ended(
     ktrdr: Run, service: FakeService, changes: dict[str, Any], shown: str
 ) -> None:
     service.answer(STATUS, agent_status(last=cycle(**changes)))
     assert ktrdr("agent", "status").stdout.splitlines()[-1] == f"Last Cycle: op_1 {shown}"
 
 
-def test_the_json_of_status_is_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
+def test_status_with_json_prints_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
     reply = {**agent_status(cycle()), "something_new": 1}
     service.answer(STATUS, reply)
     assert json.loads(ktrdr("agent", "status", "--json").stdout) == reply
 
 
-def test_status_is_watched_like_the_budget(terminal: Callable[..., Terminal], service: FakeService) -> None:
+def test_status_with_watch_shows_each_change_of_a_cycle(
+    terminal: Callable[..., Terminal], service: FakeService
+) -> None:
     service.answer(STATUS, agent_status(cycle()))
     opened = terminal("agent", "status", "--watch", "--interval", "0.1")
     opened.read_until(lambda text: "Phase:    designing" in text)
@@ -319,7 +321,7 @@ def test_cancel_shows_the_message_of_the_service(ktrdr: Run, service: FakeServic
 @pytest.mark.parametrize(
     ("status", "detail"), [(404, "there is no cycle op_1"), (409, "op_1 cannot be cancelled: it is completed")]
 )
-def test_the_refusal_of_a_cancellation_is_one_line_with_exit_code_1(
+def test_if_the_service_refuses_a_cancellation_one_line_is_printed_with_exit_code_1(
     ktrdr: Run, service: FakeService, status: int, detail: str
 ) -> None:
     service.answer(CANCEL, {**problem(status, "No", detail)[1], "operation_id": "op_1"}, status)
@@ -337,7 +339,7 @@ def test_cancel_percent_encodes_the_id_as_one_path_segment(ktrdr: Run, service: 
 # --- cycles ---------------------------------------------------------------------------------------
 
 
-def test_cycles_prints_a_table(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_cycles_prints_a_table(ktrdr: Run, service: FakeService) -> None:
     found = [
         cycle(operation_id="op_3", status="cancelling"),
         cycle(operation_id="op_2", **GATED),
@@ -356,12 +358,14 @@ def test_cycles_prints_a_table(ktrdr: Run, service: FakeService) -> None:
     ]
 
 
-def test_an_empty_list_of_cycles_has_a_message(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_cycles_prints_a_message_if_there_are_no_cycles(ktrdr: Run, service: FakeService) -> None:
     service.answer(CYCLES, {"cycles": [], "next_cursor": None})
     assert ktrdr("agent", "cycles").stdout == "No cycles.\n"
 
 
-def test_cycles_are_paged(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_cycles_prints_a_single_page_unless_all_pages_are_requested(
+    ktrdr: Run, service: FakeService
+) -> None:
     service.answer(f"{CYCLES}?limit=1", {"cycles": [cycle(operation_id="op_2")], "next_cursor": "c1"})
     service.answer(f"{CYCLES}?limit=1&cursor=c1", {"cycles": [cycle()], "next_cursor": None})
     assert ktrdr("agent", "cycles", "--limit", "1").stdout.endswith("More: --cursor c1, or --all\n")
@@ -370,7 +374,7 @@ def test_cycles_are_paged(ktrdr: Run, service: FakeService) -> None:
 
 
 @pytest.mark.parametrize("limit", ["0", "-1", "1001", "x"])
-def test_an_invalid_limit_is_a_usage_error(ktrdr: Run, limit: str) -> None:
+def test_an_invalid_page_limit_is_a_usage_error(ktrdr: Run, limit: str) -> None:
     assert ktrdr("agent", "cycles", "--limit", limit).exit_code == 2
 
 
@@ -399,7 +403,7 @@ def test_a_malformed_cycle_is_an_error(ktrdr: Run, service: FakeService, broken:
         assert result.stderr.count("\n") == 1
 
 
-def test_text_of_the_service_cannot_send_escape_sequences_to_the_terminal(ktrdr: Run, service: FakeService) -> None:
+def test_escape_sequences_in_replies_of_the_service_do_not_reach_the_terminal(ktrdr: Run, service: FakeService) -> None:
     evil = "\x1b]0;owned\x07\x1b[2J"
     named = cycle(**{**COMPLETED, "operation_id": evil, "strategy_name": evil, "replica": evil, "phase": evil})
     running = {**named, "outcome": None, "status": "running"}

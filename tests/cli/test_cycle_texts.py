@@ -34,12 +34,12 @@ def cycle(**changes: Any) -> dict[str, Any]:
     }
 
 
-def test_a_cycle_has_ended_with_its_outcome() -> None:
+def test_a_cycle_has_ended_if_the_cycle_has_an_outcome() -> None:
     assert not has_ended(cycle())
     assert has_ended(cycle(outcome="failed"))
 
 
-def test_a_row_has_one_cell_for_each_column() -> None:
+def test_the_row_of_a_cycle_has_one_cell_for_each_column() -> None:
     row = dict(zip(CYCLE_COLUMNS, cycle_row(cycle(gates=[PASSED, {**FAILED, "bypassed": True}])), strict=True))
     assert row["STATUS"] == "running (training)"
     assert (row[">TIME"], row[">SPEND"], row[">TOKENS"]) == ("4.2 s", "$0.03", "1200")
@@ -54,7 +54,9 @@ def test_a_row_has_one_cell_for_each_column() -> None:
         ("cancelled", "cancelled", "cancelled"),
     ],
 )
-def test_the_status_of_a_row_has_a_reason_that_says_more(status: str, reason: str | None, text: str) -> None:
+def test_a_row_shows_the_reason_of_a_cycle_unless_reason_and_status_are_equal(
+    status: str, reason: str | None, text: str
+) -> None:
     assert cycle_row(cycle(status=status, reason=reason))[2] == text
 
 
@@ -62,11 +64,11 @@ def test_the_status_of_a_row_has_a_reason_that_says_more(status: str, reason: st
     ("seconds", "text"),
     [("4.24", "4.2 s"), ("59.9", "59.9 s"), ("60", "1 min 00 s"), ("125.9", "2 min 05 s"), ("3720", "1 h 02 min")],
 )
-def test_a_time_has_two_units_at_most(seconds: str, text: str) -> None:
+def test_the_duration_in_a_row_has_at_most_two_units(seconds: str, text: str) -> None:
     assert cycle_row(cycle(elapsed_seconds=Decimal(seconds)))[3] == text
 
 
-def test_the_milestones_of_a_cycle_only_grow() -> None:
+def test_a_later_state_of_a_cycle_keeps_all_earlier_milestones() -> None:
     designing = list(milestones(cycle(phase="designing", strategy_name=None)))
     training = list(milestones(cycle()))
     figures = {"accuracy": Decimal("0.53"), "final_loss": Decimal("0.69")}
@@ -81,7 +83,7 @@ def test_the_milestones_of_a_cycle_only_grow() -> None:
     ]
 
 
-def test_the_picture_marks_each_phase() -> None:
+def test_the_picture_marks_each_phase_as_done_running_or_pending() -> None:
     running = picture(cycle()).splitlines()
     assert [line.split()[:2] for line in running[1:-1]] == [
         ["✓", "designing"],
@@ -93,7 +95,7 @@ def test_the_picture_marks_each_phase() -> None:
 
 
 @pytest.mark.parametrize(("outcome", "mark"), [("failed", "✗"), ("completed", "✓")])
-def test_the_picture_of_an_ended_cycle_marks_its_last_phase_by_the_outcome(outcome: str, mark: str) -> None:
+def test_the_picture_marks_the_last_phase_of_an_ended_cycle_as_failed_or_completed(outcome: str, mark: str) -> None:
     drawn = picture(cycle(status=outcome, outcome=outcome, gates=[FAILED])).splitlines()
     assert drawn[2] == f"  {mark} training     gate failed"
 
@@ -114,11 +116,11 @@ def test_the_picture_of_an_ended_cycle_marks_its_last_phase_by_the_outcome(outco
         ({"outcome": "completed", "gates": [{**FAILED, "bypassed": True}]}, "completed after 4.2 s, $0.03"),
     ],
 )
-def test_the_end_of_a_cycle_has_its_cause(changes: dict[str, Any], text: str) -> None:
+def test_the_text_of_an_ended_cycle_shows_the_cause_of_a_failure(changes: dict[str, Any], text: str) -> None:
     assert ending(cycle(**changes)) == text
 
 
-def test_the_status_shows_unknown_and_unlimited_figures_as_such() -> None:
+def test_the_status_text_shows_missing_figures_as_unknown_and_absent_limits_as_unlimited() -> None:
     status = {"status": "idle", "active_cycles": [], "last_cycle": None}
     unknown = status_text({**status, "budget": None, "capacity": None}).splitlines()
     assert unknown[2:] == ["Status: idle", "Budget: unknown", "Capacity: unknown", "Last Cycle: none"]

@@ -20,7 +20,7 @@ Process = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.mark.slow
-def test_the_commands_show_a_cycle_from_its_trigger_to_its_end(
+def test_the_commands_show_a_cycle_from_start_to_end(
     server: Server, process: Process, environment: pytest.MonkeyPatch
 ) -> None:
     with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS="0.2") as replica:
@@ -65,7 +65,7 @@ def test_the_commands_show_a_cycle_from_its_trigger_to_its_end(
 
 
 @pytest.mark.slow
-def test_the_commands_show_a_cycle_that_is_cancelled_while_another_command_waits_for_it(
+def test_if_a_cycle_is_cancelled_a_command_waiting_for_the_cycle_ends_with_exit_code_1(
     server: Server, process: Process, terminal: Callable[..., Terminal], environment: pytest.MonkeyPatch
 ) -> None:
     with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS="3600") as replica:
@@ -104,7 +104,7 @@ def test_the_commands_show_a_cycle_that_is_cancelled_while_another_command_waits
 
 
 @pytest.mark.slow
-def test_the_commands_show_a_denied_cycle_and_a_store_outage(
+def test_the_commands_report_a_denied_cycle_and_an_outage_of_the_store(
     start_server: Callable[..., Server], process: Process, environment: pytest.MonkeyPatch
 ) -> None:
     store = start_server()
@@ -132,7 +132,7 @@ def _denied(ended: subprocess.CompletedProcess[str]) -> subprocess.CompletedProc
 
 
 @pytest.mark.slow
-def test_another_replica_reports_a_killed_worker(
+def test_if_a_worker_is_killed_a_different_replica_reports_the_cycle_as_failed(
     server: Server, process: Process, environment: pytest.MonkeyPatch
 ) -> None:
     settings = {"KTRDR_REDIS_URL": server.url, "AGENT_PHASE_SECONDS": "3600", "AGENT_CYCLE_TTL": "2"}

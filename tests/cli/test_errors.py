@@ -18,7 +18,9 @@ from ktrdr_budget.cli.errors import CommandError, Denied, InvalidInput, Unreacha
         (Unreachable("no reply"), 4, "ktrdr: no reply\n"),
     ],
 )
-def test_each_kind_of_error_has_its_exit_code_and_one_line(error: CommandError, exit_code: int, line: str) -> None:
+def test_each_kind_of_error_is_shown_in_one_line_with_a_different_exit_code(
+    error: CommandError, exit_code: int, line: str
+) -> None:
     shown = io.StringIO()
     error.show(shown)
     assert (error.exit_code, shown.getvalue()) == (exit_code, line)
@@ -29,13 +31,13 @@ def test_an_error_is_shown_on_stderr_by_default(capsys: pytest.CaptureFixture[st
     assert tuple(capsys.readouterr()) == ("", "ktrdr: no such hold\n")
 
 
-def test_a_message_of_the_service_cannot_add_lines_or_escape_sequences() -> None:
+def test_line_breaks_and_escape_sequences_are_removed_from_an_error_message() -> None:
     shown = io.StringIO()
     CommandError("first\nsecond \x1b[31m").show(shown)
     assert shown.getvalue() == "ktrdr: first second ?[31m\n"
 
 
-def test_a_denial_keeps_the_figures_of_the_service() -> None:
+def test_a_denial_contains_the_problem_document_of_the_service() -> None:
     problem = {"code": "denied", "remaining": "0.05"}
     assert Denied("budget agent has no room", problem).problem == problem
     assert CommandError("no such hold").problem is None

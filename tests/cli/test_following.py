@@ -55,7 +55,7 @@ def goes(service: FakeService, *steps: dict[str, Any] | tuple[int, dict[str, Any
 # --- Without a terminal ---------------------------------------------------------------------------
 
 
-def test_following_a_cycle_prints_one_line_for_each_phase(ktrdr: Run, service: FakeService) -> None:
+def test_trigger_with_wait_prints_one_line_for_each_step_of_a_cycle(ktrdr: Run, service: FakeService) -> None:
     goes(service, *STEPS, cycle(**COMPLETED))
     result = ktrdr(*WAIT)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -76,7 +76,7 @@ def test_following_a_cycle_prints_one_line_for_each_phase(ktrdr: Run, service: F
     ]
 
 
-def test_a_cycle_that_ends_at_once_shows_all_its_steps(ktrdr: Run, service: FakeService) -> None:
+def test_if_a_cycle_ends_before_the_first_poll_all_steps_are_printed(ktrdr: Run, service: FakeService) -> None:
     goes(service, cycle(**COMPLETED))
     assert len(ktrdr(*WAIT).stdout.splitlines()) == 12
 
@@ -95,7 +95,7 @@ def test_a_cycle_that_ends_at_once_shows_all_its_steps(ktrdr: Run, service: Fake
         ),
     ],
 )
-def test_a_failed_or_cancelled_cycle_has_exit_code_1(
+def test_trigger_with_wait_has_exit_code_1_if_the_cycle_fails_or_is_cancelled(
     ktrdr: Run, service: FakeService, changes: dict[str, Any], end: str
 ) -> None:
     goes(service, cycle(), cycle(**changes))
@@ -105,7 +105,7 @@ def test_a_failed_or_cancelled_cycle_has_exit_code_1(
     assert result.stderr == f"ktrdr: op_1 {end}\n"
 
 
-def test_json_output_of_following_is_the_reply_and_then_the_cycle_at_each_step(
+def test_trigger_with_wait_and_json_prints_the_reply_and_then_the_cycle_at_each_step(
     ktrdr: Run, service: FakeService
 ) -> None:
     goes(service, *STEPS, cycle(**COMPLETED))
@@ -115,14 +115,16 @@ def test_json_output_of_following_is_the_reply_and_then_the_cycle_at_each_step(
     assert documents == [STARTED, cycle(), cycle(**DESIGNED), cycle(**TRAINED), cycle(**COMPLETED)]
 
 
-def test_a_cycle_followed_by_others_is_found_among_the_recent_ones(ktrdr: Run, service: FakeService) -> None:
+def test_if_the_status_shows_a_different_cycle_the_awaited_cycle_is_found_in_the_list_of_cycles(
+    ktrdr: Run, service: FakeService
+) -> None:
     goes(service, cycle())
     service.answer(STATUS, agent_status(last=cycle(operation_id="op_9", **COMPLETED)))
     service.answer(CYCLES, {"cycles": [cycle(operation_id="op_9"), cycle(**COMPLETED)], "next_cursor": "c1"})
     assert ktrdr(*WAIT).stdout.endswith("completed after 5.0 s, $0.0715\n")
 
 
-def test_a_cycle_without_a_record_is_an_error(ktrdr: Run, service: FakeService) -> None:
+def test_waiting_for_a_cycle_without_a_record_is_an_error(ktrdr: Run, service: FakeService) -> None:
     goes(service, cycle())
     service.answer(STATUS, agent_status())
     service.answer(CYCLES, {"cycles": [], "next_cursor": None})
@@ -140,7 +142,7 @@ def test_a_malformed_status_is_an_error(ktrdr: Run, service: FakeService) -> Non
 # --- Outages of the service -----------------------------------------------------------------------
 
 
-def test_a_short_outage_is_reported_once(ktrdr: Run, service: FakeService) -> None:
+def test_a_short_outage_is_reported_once_and_the_wait_continues(ktrdr: Run, service: FakeService) -> None:
     away = problem(503, "Store unavailable", "the store is down")
     goes(service, cycle(), away, away, away, cycle(**COMPLETED))
     result = ktrdr(*WAIT)
@@ -148,7 +150,9 @@ def test_a_short_outage_is_reported_once(ktrdr: Run, service: FakeService) -> No
     assert result.stdout.splitlines()[-1] == "completed after 5.0 s, $0.0715"
 
 
-def test_a_long_outage_ends_the_command(ktrdr: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_outage_ends_the_wait_with_exit_code_4(
+    ktrdr: Run, service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(following, "PATIENCE_S", 0.3)
     goes(service, cycle(), problem(503, "Store unavailable", "the store is down"))
     result = ktrdr(*WAIT)
@@ -156,7 +160,7 @@ def test_a_long_outage_ends_the_command(ktrdr: Run, service: FakeService, monkey
     assert result.stderr.splitlines()[-1] == "ktrdr: the store is down; op_1 may still be running"
 
 
-def test_a_permanent_error_ends_the_command(ktrdr: Run, service: FakeService) -> None:
+def test_a_permanent_error_ends_the_wait_with_exit_code_1(ktrdr: Run, service: FakeService) -> None:
     goes(service, cycle(), problem(401, "Unauthorized", "a key is needed"))
     assert ktrdr(*WAIT).exit_code == 1
 
@@ -164,7 +168,7 @@ def test_a_permanent_error_ends_the_command(ktrdr: Run, service: FakeService) ->
 # --- On a terminal --------------------------------------------------------------------------------
 
 
-def test_a_terminal_redraws_the_phases_in_place(terminal: OpenTerminal, service: FakeService) -> None:
+def test_the_phases_are_redrawn_in_place_on_a_terminal(terminal: OpenTerminal, service: FakeService) -> None:
     goes(service, *STEPS, cycle(**COMPLETED))
     opened = terminal(*WAIT)
     assert opened.wait() == 0
@@ -182,7 +186,7 @@ def test_a_terminal_redraws_the_phases_in_place(terminal: OpenTerminal, service:
     )
 
 
-def test_a_failed_phase_is_marked(terminal: OpenTerminal, service: FakeService) -> None:
+def test_a_failed_phase_is_marked_on_a_terminal(terminal: OpenTerminal, service: FakeService) -> None:
     goes(service, cycle(**GATED))
     opened = terminal(*WAIT)
     assert opened.wait() == 1
@@ -191,7 +195,7 @@ def test_a_failed_phase_is_marked(terminal: OpenTerminal, service: FakeService) 
     assert "ktrdr: op_1 failed after 2.0 s, $0.0312 (gate_failed: accuracy 0.05 < 0.1)\n" in opened.text
 
 
-def test_a_terminal_without_unicode_gets_plain_marks(
+def test_on_a_terminal_without_unicode_the_phases_have_ascii_marks(
     terminal: OpenTerminal, service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("PYTHONIOENCODING", "ascii")
@@ -217,7 +221,7 @@ def test_a_message_replaces_the_phases_on_a_terminal_during_an_outage(
 CONTINUES = "ktrdr: stopped waiting; the cycle continues (stop it with 'ktrdr agent cancel op_1')\n"
 
 
-def test_ctrl_c_stops_only_the_wait(terminal: OpenTerminal, service: FakeService) -> None:
+def test_ctrl_c_ends_the_wait_and_does_not_cancel_the_cycle(terminal: OpenTerminal, service: FakeService) -> None:
     goes(service, cycle(**DESIGNED))
     opened = terminal(*WAIT)
     opened.read_until(lambda text: "momentum_12_26" in text)
@@ -237,7 +241,7 @@ def waiting(environment: pytest.MonkeyPatch, service: FakeService) -> Iterator[s
         process.kill()
 
 
-def test_an_interrupt_of_following_without_a_terminal_is_reported_in_one_line(
+def test_without_a_terminal_an_interrupt_ends_the_wait_with_a_one_line_message(
     waiting: subprocess.Popen[str], service: FakeService
 ) -> None:
     wait_until(lambda: len(service.requests) >= 3)

@@ -60,12 +60,14 @@ def test_amounts_are_shown_exactly(nanos: int) -> None:
 
 
 @given(st.lists(NANOS.map(abs), min_size=1, max_size=4))
-def test_the_sum_of_shown_amounts_is_the_shown_sum(parts: list[int]) -> None:
+def test_shown_amounts_add_up_to_the_shown_sum(parts: list[int]) -> None:
     shown = [Decimal(amount_text(str(from_units(part))).removeprefix("$")) for part in parts]
     assert amount_text(str(sum(shown))) == amount_text(str(from_units(sum(parts))))
 
 
-def test_columns_are_aligned_and_grow_with_a_later_page(capsys: pytest.CaptureFixture[str]) -> None:
+def test_columns_are_aligned_and_become_wider_for_longer_cells_on_a_later_page(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     table = Table("NAME", ">AMOUNT", "NOTE")
     table.write([["a", "$1.00", ""], ["longer", "$10.00", "x"]])
     table.write([])
@@ -92,11 +94,11 @@ def test_columns_are_aligned_and_grow_with_a_later_page(capsys: pytest.CaptureFi
         (273_600, "3 d 4 h"),
     ],
 )
-def test_a_duration_is_its_two_largest_units(seconds: int, shown: str) -> None:
+def test_a_duration_is_shown_in_its_two_largest_units(seconds: int, shown: str) -> None:
     assert duration(seconds) == shown
 
 
-def test_fractions_are_plain_decimals_in_json_and_stay_numbers() -> None:
+def test_json_output_shows_fractions_as_plain_decimal_numbers() -> None:
     document = {"a": [Decimal("1E-9"), Decimal("4.85")], "b": "1E-9", "c": 3, "d": 'x "\0" y', "e": None}
     text = json_text(document)
     assert text.startswith('{"a": [0.000000001, 4.85], "b": "1E-9", "c": 3, ')
@@ -121,11 +123,11 @@ def test_values_of_labelled_fields_are_aligned_in_one_column() -> None:
         ("x" * 500, "x" * 399 + "…"),
     ],
 )
-def test_external_text_is_stripped_of_control_characters(text: str, line: str) -> None:
+def test_control_characters_in_external_text_are_replaced(text: str, line: str) -> None:
     assert one_line(text) == line
 
 
-def test_characters_outside_the_encoding_are_escaped() -> None:
+def test_characters_outside_the_output_encoding_are_escaped() -> None:
     raw = io.BytesIO()
     stream = io.TextIOWrapper(raw, encoding="ascii")
     write("naïve █", stream)

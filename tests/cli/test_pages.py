@@ -53,37 +53,37 @@ def listed(*, everything: bool = True, limit: int | None = None) -> list[int]:
     return [item for answer in found for item in answer.document["items"]]
 
 
-def test_one_page_is_read_unless_all_are_requested(serve: Serve) -> None:
+def test_one_page_is_read_unless_all_pages_are_requested(serve: Serve) -> None:
     service = serve(page(1, cursor="c"))
     assert listed(everything=False) == [1]
     assert service.queries == [{"limit": None, "cursor": None}]
 
 
-def test_all_pages_are_read_in_the_largest_size(serve: Serve) -> None:
+def test_all_pages_are_requested_with_the_largest_page_size(serve: Serve) -> None:
     service = serve(page(1, cursor="c"), page(2, cursor="d"), page(3))
     assert listed() == [1, 2, 3]
     assert [(query["limit"], query["cursor"]) for query in service.queries] == [(1000, None), (1000, "c"), (1000, "d")]
 
 
-def test_a_given_size_of_pages_is_kept(serve: Serve) -> None:
+def test_a_given_page_size_is_sent_when_all_pages_are_requested(serve: Serve) -> None:
     service = serve(page(1))
     listed(limit=5)
     assert service.queries[0]["limit"] == 5
 
 
-def test_a_page_that_the_service_repeats_ends_the_list(serve: Serve) -> None:
+def test_if_the_service_sends_the_same_page_twice_an_error_is_raised(serve: Serve) -> None:
     serve(page(1, cursor="c"), page(2, cursor="c"))
     with pytest.raises(CommandError, match="the service at http://service sent the same page twice"):
         listed()
 
 
-def test_a_trimmed_ledger_starts_again_with_the_same_pages(serve: Serve) -> None:
+def test_after_a_trim_of_the_ledger_a_repeated_cursor_is_not_an_error(serve: Serve) -> None:
     serve(page(1, cursor="c"), page(2, cursor="c", trimmed=True), page(3))
     assert listed() == [1, 2, 3]
 
 
 @pytest.mark.parametrize("document", [{"items": []}, page(cursor=7), {"items": {}, "next_cursor": None}])  # type: ignore[arg-type]
-def test_a_reply_that_is_no_page_is_an_error(serve: Serve, document: dict[str, Any]) -> None:
+def test_a_reply_without_a_valid_page_is_an_error(serve: Serve, document: dict[str, Any]) -> None:
     serve(document)
     with pytest.raises(CommandError):
         listed()
@@ -98,7 +98,7 @@ def shown(capsys: Capture, *, everything: bool, as_json: bool) -> str:
 @pytest.mark.parametrize(
     ("document", "last"), [(page(), "No items."), (page(1, cursor="c"), "More: --cursor c, or --all"), (page(1), "1")]
 )
-def test_a_list_ends_with_advice_if_it_is_empty_or_incomplete(
+def test_an_empty_or_incomplete_list_ends_with_a_message(
     serve: Serve, capsys: Capture, document: dict[str, Any], last: str
 ) -> None:
     serve(document)
@@ -106,12 +106,14 @@ def test_a_list_ends_with_advice_if_it_is_empty_or_incomplete(
 
 
 @pytest.mark.parametrize("documents", [[page(1)], [page(1, cursor="c"), page(2, 3, cursor="d"), page()]])
-def test_all_pages_are_one_json_document(serve: Serve, capsys: Capture, documents: list[dict[str, Any]]) -> None:
+def test_all_pages_are_printed_as_one_json_document(
+    serve: Serve, capsys: Capture, documents: list[dict[str, Any]]
+) -> None:
     serve(*documents)
     items = [item for document in documents for item in document["items"]]
     assert json.loads(shown(capsys, everything=True, as_json=True)) == page(*items)
 
 
-def test_one_trimmed_page_marks_the_whole_json_document(serve: Serve, capsys: Capture) -> None:
+def test_if_one_page_is_trimmed_the_whole_json_document_is_marked_as_trimmed(serve: Serve, capsys: Capture) -> None:
     serve(page(1, cursor="c", trimmed=False), page(2, cursor="d", trimmed=True), page(3, trimmed=False))
     assert json.loads(shown(capsys, everything=True, as_json=True)) == page(1, 2, 3, trimmed=True)

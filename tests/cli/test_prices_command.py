@@ -34,7 +34,7 @@ def test_prices_show_lists_each_price_of_a_model(ktrdr: Run) -> None:
     ]
 
 
-def test_prices_show_lists_the_parts_of_the_cost_of_a_call_and_its_reservation(ktrdr: Run) -> None:
+def test_prices_show_with_token_counts_prints_each_part_of_the_cost_and_the_reserved_amount(ktrdr: Run) -> None:
     counts = ("--input", "1000", "--output", "200", "--cached", "300", "--cache-write", "100")
     result = ktrdr("prices", "show", "claude-sonnet-4-5-20250929", *counts)
     assert result.stdout.splitlines() == [
@@ -52,7 +52,7 @@ def test_prices_show_lists_the_parts_of_the_cost_of_a_call_and_its_reservation(k
     ]
 
 
-def test_a_service_tier_has_its_own_prices(ktrdr: Run) -> None:
+def test_the_option_tier_selects_the_prices_of_a_service_tier(ktrdr: Run) -> None:
     result = ktrdr("prices", "show", "gpt-5", "--tier", "priority", "--input", "1000", "--output", "100")
     assert result.stdout.startswith("Model:   openai/gpt-5, served as priority\n")
     assert rows(result.stdout)[-3] == ["total", "$0.0045"]
@@ -61,7 +61,7 @@ def test_a_service_tier_has_its_own_prices(ktrdr: Run) -> None:
     assert flex.endswith(": $0.00225\n")  # a full flex tier falls back to the standard tier
 
 
-def test_json_has_the_same_figures_as_decimal_strings(ktrdr: Run) -> None:
+def test_prices_show_with_json_prints_prices_and_costs_as_decimal_strings(ktrdr: Run) -> None:
     document = json.loads(ktrdr("prices", "show", "gemini-2.5-pro", "--input", "200001", "--json").stdout)
     assert document["prices"][0] == {
         "part": "input",
@@ -83,13 +83,13 @@ def test_json_has_the_same_figures_as_decimal_strings(ktrdr: Run) -> None:
     assert "total" not in json.loads(ktrdr("prices", "show", "gemini-2.5-pro", "--json").stdout)
 
 
-def test_the_offline_model_has_a_price(ktrdr: Run) -> None:
+def test_prices_show_prints_the_price_of_the_offline_model(ktrdr: Run) -> None:
     result = ktrdr("prices", "show", "ktrdr-scripted-1", "--input", "1000", "--output", "100")
     assert result.stdout.splitlines()[:2] == ["Model:   scripted/ktrdr-scripted-1", "Prices:  configured"]
     assert rows(result.stdout)[-3] == ["total", "$0.0225"]
 
 
-def test_a_configured_price_and_a_configured_fixed_cost_are_shown(
+def test_prices_show_prints_a_configured_price_or_a_configured_fixed_cost(
     ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "prices.toml"
@@ -110,7 +110,7 @@ def test_a_configured_price_and_a_configured_fixed_cost_are_shown(
     assert rows(ktrdr("prices", "show", "nonsense", "--output", "5").stdout)[-3][-1] == "$0.02"
 
 
-def test_a_price_for_a_name_prefix_is_found_without_its_provider(
+def test_prices_show_finds_the_provider_of_a_model_from_a_configured_name_prefix(
     ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     file = tmp_path / "prices.toml"
@@ -153,7 +153,7 @@ def test_an_error_of_prices_show_is_reported_in_one_line(
     assert result.stderr.count("\n") == 1
 
 
-def test_an_invalid_price_file_is_reported_in_one_line(
+def test_a_missing_price_file_is_reported_in_one_line(
     ktrdr: Run, environment: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     environment.setenv("KTRDR_PRICES_FILE", str(tmp_path / "nowhere.toml"))
@@ -162,13 +162,15 @@ def test_an_invalid_price_file_is_reported_in_one_line(
     assert result.stderr.startswith("ktrdr: KTRDR_PRICES_FILE: cannot read prices from")
 
 
-def test_a_missing_price_list_names_the_package_to_install(ktrdr: Run, environment: pytest.MonkeyPatch) -> None:
+def test_if_the_price_list_is_not_installed_the_error_names_the_package_to_install(
+    ktrdr: Run, environment: pytest.MonkeyPatch
+) -> None:
     environment.setitem(sys.modules, "genai_prices", None)
     result = ktrdr("prices", "show", "gpt-5")
     assert (result.exit_code, result.stdout) == (1, "")
     assert "pip install 'ktrdr-budget[llm]'" in result.stderr
 
 
-def test_other_commands_do_not_load_the_price_list() -> None:
+def test_importing_the_commands_does_not_load_the_price_list() -> None:
     code = "import sys; import ktrdr_budget.cli; print({'genai_prices', 'ktrdr_budget.metering'} & sys.modules.keys())"
     assert subprocess.check_output([sys.executable, "-c", code], text=True) == "set()\n"

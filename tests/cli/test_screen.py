@@ -72,30 +72,32 @@ def test_without_an_interval_the_result_is_shown_once(capsys: Capture) -> None:
     assert json.loads(capsys.readouterr().out) == FIGURES[0]
 
 
-def test_a_watch_appends_each_result_where_there_is_no_terminal(capsys: Capture, no_waiting: list[float]) -> None:
+def test_without_a_terminal_a_watch_appends_each_result(capsys: Capture, no_waiting: list[float]) -> None:
     show(asked(FIGURES, FIGURES), as_json=False, interval_s=2.0)
     assert capsys.readouterr().out == "Remaining: $4.85\n\nRemaining: $4.85\n"
     assert no_waiting == [2.0, 2.0]
 
 
-def test_a_watch_in_json_is_one_line_for_each_result(capsys: Capture, no_waiting: list[float]) -> None:
+def test_a_watch_in_json_prints_one_line_for_each_result(capsys: Capture, no_waiting: list[float]) -> None:
     show(asked(FIGURES, FIGURES), as_json=True, interval_s=2.0)
     assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == [FIGURES[0]] * 2
 
 
-def test_a_service_that_has_never_replied_ends_the_watch(no_waiting: list[float]) -> None:
+def test_a_watch_fails_if_the_service_has_never_replied(no_waiting: list[float]) -> None:
     with pytest.raises(Unreachable):
         show(asked(OUTAGE), as_json=False, interval_s=2.0)
 
 
-def test_a_later_outage_is_reported_until_the_next_reply(capsys: Capture, no_waiting: list[float]) -> None:
+def test_an_outage_after_the_first_reply_is_reported_and_the_watch_continues(
+    capsys: Capture, no_waiting: list[float]
+) -> None:
     show(asked(FIGURES, OUTAGE, FIGURES), as_json=False, interval_s=2.0)
     output = capsys.readouterr()
     assert output.out.count("Remaining") == 2
     assert output.err == "ktrdr: no reply\n"
 
 
-def test_a_text_replaces_the_previous_one_on_a_terminal(display: TerminalStream) -> None:
+def test_a_new_text_replaces_the_previous_text_on_a_terminal(display: TerminalStream) -> None:
     with redirect_stdout(display):
         made = Screen()
         made.draw("one\ntwo", "note")
@@ -105,7 +107,9 @@ def test_a_text_replaces_the_previous_one_on_a_terminal(display: TerminalStream)
 
 
 @pytest.mark.parametrize("text", ["1\n2\n3\n4", "x" * 21])
-def test_the_screen_is_cleared_if_the_previous_text_scrolled_it(display: TerminalStream, text: str) -> None:
+def test_the_screen_is_cleared_if_the_previous_text_did_not_fit_on_the_screen(
+    display: TerminalStream, text: str
+) -> None:
     with redirect_stdout(display):
         made = Screen()
         made.draw(text)

@@ -64,7 +64,7 @@ def test_all_options_of_a_reservation_are_sent(ktrdr: Run, service: FakeService)
     }
 
 
-def test_a_fraction_of_a_second_is_kept(ktrdr: Run, service: FakeService) -> None:
+def test_a_ttl_with_a_fraction_of_a_second_is_sent_unchanged(ktrdr: Run, service: FakeService) -> None:
     assert sent(ktrdr, service, "reserve", "agent", "0.15", "--ttl", "1.5")["ttl"] == 1.5
 
 
@@ -88,13 +88,13 @@ def test_each_call_without_an_id_sends_a_new_generated_id(
         (("agent=0.07", "cycles=1"), {"amounts": {"agent": "0.07", "cycles": "1"}}),
     ],
 )
-def test_a_commit_accepts_no_amount_or_one_amount_or_an_amount_per_budget(
+def test_commit_accepts_no_amount_or_one_amount_or_an_amount_per_budget(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], body: dict[str, Any]
 ) -> None:
     assert sent(ktrdr, service, "commit", "op_1", *words) == body
 
 
-def test_a_label_of_recorded_spend_is_sent(ktrdr: Run, service: FakeService) -> None:
+def test_record_sends_the_name_of_the_operation(ktrdr: Run, service: FakeService) -> None:
     assert sent(ktrdr, service, "record", "agent", "0.02", "--operation", "import")["operation"] == "import"
 
 
@@ -120,12 +120,12 @@ def test_a_reservation_over_several_budgets_shows_each_amount_in_its_unit(ktrdr:
     assert "op_1: agent $0.15, cycles 1; expires" in ktrdr("budget", "reserve", "agent=0.15", "cycles=1").stdout
 
 
-def test_a_replayed_reservation_shows_its_state(ktrdr: Run, service: FakeService) -> None:
+def test_reserve_prints_the_state_of_a_replayed_reservation(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", {**HOLD, "state": "committed", "replayed": True}, 200)
     assert ktrdr("budget", "reserve", "agent", "0.15").stdout == "Replayed op_1: agent $0.15; committed\n"
 
 
-def test_a_settlement_shows_replay_overrun_and_lateness(ktrdr: Run, service: FakeService) -> None:
+def test_commit_prints_notes_on_a_replay_an_overrun_and_a_late_settlement(ktrdr: Run, service: FakeService) -> None:
     special = {**SETTLED, "replayed": True, "overrun": True, "late": True}
     service.answer("POST /api/v1/reservations/op_1/commit", special)
     notes = "replayed; above the reservation; after expiry or release"
@@ -140,14 +140,16 @@ def test_a_settlement_shows_replay_overrun_and_lateness(ktrdr: Run, service: Fak
         (("record", "agent", "0.07"), {**SETTLED, "state": "recorded"}),
     ],
 )
-def test_json_is_the_reply_of_the_service(ktrdr: Run, words: tuple[str, ...], document: dict[str, Any]) -> None:
+def test_the_option_json_prints_the_reply_of_the_service(
+    ktrdr: Run, words: tuple[str, ...], document: dict[str, Any]
+) -> None:
     assert json.loads(ktrdr("budget", *words, "--json").stdout) == document
 
 
 # --- Errors ---------------------------------------------------------------------------------------
 
 
-def test_a_denial_has_its_line_and_exit_code_3(ktrdr: Run, service: FakeService) -> None:
+def test_a_denial_is_reported_in_one_line_with_exit_code_3(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", DENIAL, 429)
     result = ktrdr("budget", "reserve", "agent", "0.15")
     assert result.exit_code == 3
@@ -155,7 +157,7 @@ def test_a_denial_has_its_line_and_exit_code_3(ktrdr: Run, service: FakeService)
     assert result.stderr == "denied: agent: budget_exhausted ($0.10 remaining, need $0.15); retry in 1 h\n"
 
 
-def test_with_json_the_figures_of_a_denial_are_on_stdout(ktrdr: Run, service: FakeService) -> None:
+def test_with_the_option_json_the_figures_of_a_denial_are_printed_on_stdout(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", DENIAL, 429)
     result = ktrdr("budget", "reserve", "agent", "0.15", "--json")
     assert result.exit_code == 3
@@ -167,7 +169,7 @@ def test_with_json_the_figures_of_a_denial_are_on_stdout(ktrdr: Run, service: Fa
 @pytest.mark.parametrize(
     "words", [("reserve", "agent", "1"), ("commit", "op_1"), ("release", "op_1"), ("record", "a", "1")]
 )
-def test_each_kind_of_error_has_its_exit_code(
+def test_the_exit_code_depends_on_the_http_status_of_the_error_reply(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], status: int, exit_code: int
 ) -> None:
     for call in list(service.answers):
@@ -204,7 +206,9 @@ def test_each_kind_of_error_has_its_exit_code(
         ("record", "agent"),
     ],
 )
-def test_wrong_usage_is_an_error_and_sends_nothing(ktrdr: Run, service: FakeService, words: tuple[str, ...]) -> None:
+def test_wrong_usage_is_an_error_and_no_request_is_sent(
+    ktrdr: Run, service: FakeService, words: tuple[str, ...]
+) -> None:
     result = ktrdr("budget", *words)
     assert result.exit_code == 2
     assert result.stdout == ""
@@ -226,7 +230,7 @@ def test_wrong_usage_is_an_error_and_sends_nothing(ktrdr: Run, service: FakeServ
         (("set-limit", "agent", "-5.00", "--until", "window"), "-5.00"),
     ],
 )
-def test_a_negative_amount_is_reported_as_an_invalid_amount_and_not_as_an_unknown_option(
+def test_a_negative_amount_is_reported_as_an_invalid_amount_not_as_an_unknown_option(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], negative: str
 ) -> None:
     result = ktrdr("budget", *words)
@@ -237,7 +241,7 @@ def test_a_negative_amount_is_reported_as_an_invalid_amount_and_not_as_an_unknow
     )
 
 
-def test_an_unknown_option_is_still_an_error(ktrdr: Run) -> None:
+def test_an_unknown_option_of_record_is_a_usage_error(ktrdr: Run) -> None:
     result = ktrdr("budget", "record", "agent", "0.15", "-x", "--operation", "-5")
     assert (result.exit_code, result.stderr) == (
         2,

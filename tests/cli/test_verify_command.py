@@ -50,7 +50,7 @@ def corrupt(store: Server, field: str, by: int) -> None:
         client.hincrby(window_key(store, "agent"), field, by)
 
 
-def test_verify_prints_a_line_per_window_and_has_exit_code_0_if_all_windows_add_up(ktrdr: Run, store: Server) -> None:
+def test_if_all_windows_add_up_verify_prints_one_line_per_window_and_has_exit_code_0(ktrdr: Run, store: Server) -> None:
     day = public(window_key(store, "agent").rpartition(":")[2])
     result = ktrdr("budget", "verify")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -60,7 +60,7 @@ def test_verify_prints_a_line_per_window_and_has_exit_code_0_if_all_windows_add_
     ]
 
 
-def test_verify_names_an_unreadable_window_and_checks_the_others(ktrdr: Run, store: Server) -> None:
+def test_verify_names_an_unreadable_window_and_checks_the_other_windows(ktrdr: Run, store: Server) -> None:
     with store.client() as client:
         key = window_key(store, "agent")
         client.delete(key)
@@ -79,7 +79,7 @@ def test_verify_names_an_unreadable_window_and_checks_the_others(ktrdr: Run, sto
 
 
 @pytest.mark.parametrize(("field", "by"), [("spent", 1), ("held", -1), ("unconfirmed", 1)])
-def test_verify_names_a_window_that_does_not_add_up_and_has_exit_code_1(
+def test_if_a_window_does_not_add_up_verify_names_the_window_and_has_exit_code_1(
     ktrdr: Run, store: Server, field: str, by: int
 ) -> None:
     corrupt(store, field, by)
@@ -91,7 +91,7 @@ def test_verify_names_a_window_that_does_not_add_up_and_has_exit_code_1(
     assert " agent " in lines["DOES NOT ADD UP"]
 
 
-def test_json_has_the_sums_of_each_window(ktrdr: Run, store: Server) -> None:
+def test_verify_with_json_prints_the_sums_of_each_window(ktrdr: Run, store: Server) -> None:
     result = ktrdr("budget", "verify", "--json")
     document = json.loads(result.stdout)
     assert (result.exit_code, document["adds_up"]) == (0, True)
@@ -110,7 +110,7 @@ def test_json_has_the_sums_of_each_window(ktrdr: Run, store: Server) -> None:
     }
 
 
-def test_json_marks_a_window_that_does_not_add_up(ktrdr: Run, store: Server) -> None:
+def test_verify_with_json_marks_each_window_that_does_not_add_up(ktrdr: Run, store: Server) -> None:
     corrupt(store, "spent", 1)
     result = ktrdr("budget", "verify", "--json")
     assert result.exit_code == 1
@@ -120,7 +120,7 @@ def test_json_marks_a_window_that_does_not_add_up(ktrdr: Run, store: Server) -> 
     assert "0.090000001" in {window["spent"] for window in document["windows"]}
 
 
-def test_verify_has_exit_code_0_for_an_inconclusive_window(
+def test_verify_has_exit_code_0_if_a_window_is_inconclusive(
     ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
 ) -> None:
     report = audit.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
@@ -130,7 +130,7 @@ def test_verify_has_exit_code_0_for_an_inconclusive_window(
     assert result.stdout.splitlines()[1].startswith("inconclusive  agent")
 
 
-def test_verify_reads_only_the_windows_of_its_tenant(
+def test_verify_reads_only_the_windows_of_the_configured_tenant(
     ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
 ) -> None:
     corrupt(store, "spent", 1)
@@ -161,9 +161,7 @@ def test_verify_reads_a_running_embedded_server(ktrdr: Run, running: embedded.Em
     assert result.stdout.count("\nok ") == 2
 
 
-def test_verify_reports_an_embedded_server_that_does_not_run_as_unreachable_and_starts_none(
-    ktrdr: Run, data_dir: Path
-) -> None:
+def test_verify_fails_and_starts_no_server_if_no_embedded_server_is_running(ktrdr: Run, data_dir: Path) -> None:
     result = ktrdr("budget", "verify")
     assert result.exit_code == 4
     assert result.stderr == (
@@ -187,7 +185,7 @@ def test_verify_reports_an_embedded_server_that_does_not_run_as_unreachable_and_
         ("redis://:hunter2@127.0.0.1/?socket_timeout=soon", 2),
     ],
 )
-def test_verify_reports_an_unreadable_store_in_one_line_without_secrets(
+def test_verify_prints_one_line_without_the_password_if_the_store_cannot_be_read(
     ktrdr: Run, environment: pytest.MonkeyPatch, url: str, exit_code: int
 ) -> None:
     environment.setenv("KTRDR_REDIS_URL", url)
@@ -219,7 +217,7 @@ def test_an_invalid_tenant_is_a_usage_error(ktrdr: Run, environment: pytest.Monk
 # --- Repair ---------------------------------------------------------------------------------------
 
 
-def test_verify_with_repair_lists_its_changes_and_has_exit_code_0(ktrdr: Run, store: Server) -> None:
+def test_verify_with_repair_lists_the_changes_and_has_exit_code_0(ktrdr: Run, store: Server) -> None:
     corrupt(store, "spent", 10_000_000)
     corrupt(store, "events", 2)
     day = public(window_key(store, "agent").rpartition(":")[2])
@@ -233,12 +231,12 @@ def test_verify_with_repair_lists_its_changes_and_has_exit_code_0(ktrdr: Run, st
     assert ktrdr("budget", "verify").exit_code == 0
 
 
-def test_a_repair_without_changes_has_a_message(ktrdr: Run, store: Server) -> None:
+def test_verify_with_repair_prints_a_message_if_nothing_has_changed(ktrdr: Run, store: Server) -> None:
     result = ktrdr("budget", "verify", "--repair")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "Nothing to repair in 2 windows.\n", "")
 
 
-def test_a_repair_in_json_has_counters_and_indexes_before_and_after(ktrdr: Run, store: Server) -> None:
+def test_verify_with_repair_and_json_prints_each_changed_counter_and_index_entry(ktrdr: Run, store: Server) -> None:
     corrupt(store, "held", -150_000_000)
     with store.client() as client:
         client.zadd("ktrdr:{default}:due", {"ghost": 9e12})
@@ -252,7 +250,7 @@ def test_a_repair_in_json_has_counters_and_indexes_before_and_after(ktrdr: Run, 
     assert {window["held"] for window in document["windows"]} == {"0.15", 10}
 
 
-def test_verify_has_exit_code_1_if_the_repair_left_an_inconclusive_window(
+def test_verify_with_repair_has_exit_code_1_if_a_window_remains_inconclusive(
     ktrdr: Run, store: Server, environment: pytest.MonkeyPatch
 ) -> None:
     report = audit.WindowReport("key", "agent", "2026-11-23", "usd", 10**9, 0, 0, 0, 0, conclusive=False)
@@ -309,7 +307,7 @@ def test_verify_with_watch_has_exit_code_0_if_all_checks_passed(
     assert (process.returncode, stderr) == (0, "")
 
 
-def test_verify_with_watch_reports_each_change_once_and_has_exit_code_1_after_any_failed_check(
+def test_verify_with_watch_reports_each_change_once_and_has_exit_code_1_if_a_check_failed(
     watching: Callable[..., subprocess.Popen[str]], store: Server
 ) -> None:
     process = watching()

@@ -67,7 +67,7 @@ def test_the_chat_ends_when_the_budget_denies_a_question(run: Any, provider: Loc
     assert provider.requests == []
 
 
-def test_the_agent_uses_its_tool_inside_one_hold(run: Any, provider: LocalProvider, server: Any) -> None:
+def test_the_agent_makes_all_its_calls_within_one_hold(run: Any, provider: LocalProvider, server: Any) -> None:
     done = run("agent_with_tools", "How did BTC do?")
     assert done.returncode == 0, done.stderr
     assert "uses closing_prices(example)" in done.stdout
@@ -87,7 +87,7 @@ def test_the_agent_stops_when_its_hold_is_denied(run: Any, provider: LocalProvid
     assert provider.requests == []
 
 
-def test_the_service_answers_until_its_budget_denies(
+def test_the_service_answers_until_the_budget_is_exhausted(
     environment: dict[str, str], provider: LocalProvider, server: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fastapi.testclient import TestClient

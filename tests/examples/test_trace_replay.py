@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.slow
-def test_four_processes_stay_below_the_cap_and_bill_exactly(server: Any, tmp_path: Path) -> None:
+def test_four_processes_stay_within_the_cap_and_bill_the_exact_cost(server: Any, tmp_path: Path) -> None:
     picture = tmp_path / "hour.png"
     words = ["--requests", "600", "--limit", "0.60", "--speedup", "120", "--store", server.url]
     words += ["--picture", str(picture)]

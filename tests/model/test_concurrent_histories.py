@@ -86,7 +86,7 @@ def history(server) -> list[dict]:
 
 
 @pytest.mark.slow
-def test_random_concurrent_histories_keep_the_promises(server, history):
+def test_in_random_concurrent_histories_no_grant_exceeds_the_cap_and_each_id_is_applied_once(server, history):
     by_id = calls_by_id(history)
     replies = Counter((entry["call"], entry["reply"]) for entry in history)
     assert min(replies["reserve", word] for word in ("done", "replayed", "BudgetExceeded", "HoldConflict")) > 5, replies

@@ -37,7 +37,7 @@ def check(server) -> RawStore:
     return store
 
 
-async def test_the_slot_of_a_dead_worker_is_free_at_the_next_call_months_later(clocked_server, limiter):
+async def test_a_slot_held_by_a_dead_worker_is_free_two_months_later(clocked_server, limiter):
     await limiter.reserve("gpu", 1, id="alone")
     await limiter.reserve({"agent": "1.00", "gpu": 1}, id="with_money")
     clocked_server.advance(60 * DAY_S)
@@ -58,7 +58,7 @@ async def test_an_unconfirmed_hold_of_an_endless_window_can_be_settled_months_la
 
 
 @pytest.mark.parametrize("on_expiry", ["charge", "accrued", "release"])
-async def test_settling_a_hold_whose_window_has_expired_does_not_create_the_window_again(
+async def test_if_the_window_of_a_hold_has_expired_a_settlement_does_not_create_the_window_again(
     clocked_server, limiter, on_expiry
 ):
     await limiter.reserve({"agent": "1.00", "monthly": "1.00", "lifetime": "1.00"}, id="op_1", on_expiry=on_expiry)
@@ -72,7 +72,7 @@ async def test_settling_a_hold_whose_window_has_expired_does_not_create_the_wind
     assert store.sums("monthly:2026-11")["spent"] == 400_000_000
 
 
-async def test_no_key_that_grows_with_traffic_is_left_after_the_retention_of_an_ended_window(clocked_server, limiter):
+async def test_an_ended_window_and_the_holds_of_the_window_are_deleted_after_the_retention(clocked_server, limiter):
     for number in range(50):
         hold = await limiter.reserve("agent", "0.01", id=f"op_{number}")
         if number % 2:
@@ -90,7 +90,7 @@ async def test_no_key_that_grows_with_traffic_is_left_after_the_retention_of_an_
         assert client.zcard("ktrdr:{default}:due") == 0
 
 
-async def test_the_store_drops_an_id_a_day_after_its_settlement_and_not_before(clocked_server, limiter):
+async def test_the_store_deletes_a_settled_hold_one_day_after_the_settlement_and_not_earlier(clocked_server, limiter):
     await limiter.reserve("agent", "1.00", id="open", ttl=DAY_S)
     settled = await limiter.reserve("agent", "1.00", id="settled")
     await settled.commit("1.00")

@@ -47,7 +47,7 @@ def test_the_model_denies_with_the_documented_reasons():
     assert reason(model, 250) == ("budget_exhausted", 50, 12 * 3_600_000)
 
 
-def test_the_model_charges_an_expired_hold_by_its_expiry_policy():
+def test_the_model_charges_an_expired_hold_according_to_the_expiry_policy():
     for policy, cents in {"charge": 100, "accrued": 30, "release": 0}.items():
         model = model_of()
         reserve(model, 100, "op_1", policy)
@@ -62,7 +62,7 @@ def test_the_model_charges_an_expired_hold_by_its_expiry_policy():
             model.commit("op_1", 71 * CENT)
 
 
-def test_the_model_charges_a_hold_to_the_window_that_admitted_it():
+def test_the_model_charges_a_hold_to_the_window_of_the_reservation():
     model = model_of()
     reserve(model, 100, "op_1", ttl_ms=86_400_000)
     model.advance(13 * 3_600_000)
@@ -89,7 +89,7 @@ def test_the_model_rounds_amounts_up_and_limits_down():
         ("Africa/Cairo", "2026-10-29", 25),  # its last hour is repeated
     ],
 )
-def test_the_day_of_the_model_has_the_number_of_hours_in_its_timezone(timezone, local_day, hours):
+def test_a_day_window_of_the_model_lasts_as_long_as_the_local_day(timezone, local_day, hours):
     noon_ms = int(datetime.fromisoformat(f"{local_day}T12:00:00+00:00").timestamp() * 1000)
     begins, ends = window_bounds("day", timezone, noon_ms)
     assert window_name("day", timezone, noon_ms) == local_day

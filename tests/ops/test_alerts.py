@@ -21,14 +21,14 @@ def promtool(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
 
 
-def test_the_configuration_and_the_rules_are_valid():
+def test_the_prometheus_configuration_and_the_alert_rules_are_valid():
     for words in (("check", "config", PROMETHEUS), ("check", "rules", ALERTS)):
         checked = promtool(*words)
         assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
 @pytest.mark.slow
-def test_alerts_fire_exactly_under_their_conditions():
+def test_each_alert_fires_if_and_only_if_its_condition_is_met():
     tested = promtool("test", "rules", ALERTS_TEST)
     assert tested.returncode == 0, tested.stdout + tested.stderr
 
@@ -42,7 +42,7 @@ def test_alerts_fire_exactly_under_their_conditions():
         (" > 0 < budget:reset:seconds", " > 0"),
     ],
 )
-def test_the_tests_of_the_alerts_detect_a_wrong_rule(tmp_path, right, wrong):
+def test_the_alert_tests_fail_if_a_rule_is_wrong(tmp_path, right, wrong):
     text = ALERTS.read_text(encoding="utf-8")
     assert text.count(right) == 1
     (tmp_path / ALERTS.name).write_text(text.replace(right, wrong))
@@ -52,7 +52,7 @@ def test_the_tests_of_the_alerts_detect_a_wrong_rule(tmp_path, right, wrong):
     assert "FAILED" in tested.stdout + tested.stderr
 
 
-def test_each_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not():
+def test_the_alert_tests_cover_each_alert_both_firing_and_not_firing():
     expected: dict[str, set[bool]] = {}
     for case in read_yaml(ALERTS_TEST)["tests"]:
         for check in case["alert_rule_test"]:
@@ -62,7 +62,7 @@ def test_each_alert_has_a_test_in_which_it_fires_and_one_in_which_it_does_not():
 
 
 @pytest.mark.parametrize("rule", ALERT_RULES, ids=lambda rule: rule["alert"])
-def test_an_alert_has_a_severity_and_a_runbook(rule):
+def test_each_alert_has_a_severity_and_a_runbook(rule):
     assert rule["labels"]["severity"] in {"info", "warning", "critical"}
     assert {"summary", "description", "runbook"} <= rule["annotations"].keys()
     page, _, anchor = rule["annotations"]["runbook"].partition("#")

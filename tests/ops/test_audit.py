@@ -42,7 +42,7 @@ def test_make_audit_prints_each_vulnerability_with_its_fix_and_has_exit_code_1(t
 
 
 @pytest.mark.parametrize("packages", [[FINE, SKIPPED], [SKIPPED]])
-def test_make_audit_reports_a_failed_look_up_as_unknown_and_not_as_safe(tmp_path, packages):
+def test_make_audit_has_exit_code_3_if_a_package_cannot_be_looked_up(tmp_path, packages):
     code, _, stderr = audit(tmp_path, packages)
     assert code == 3
     assert f"1 of {len(packages)} packages could not be looked up (tzdata): advisory service unreachable" in stderr
@@ -53,14 +53,14 @@ def test_make_audit_does_not_look_up_the_project_itself(tmp_path):
     assert audit(tmp_path, [FINE, own])[0] == 0
 
 
-def test_make_audit_distinguishes_a_network_error_from_a_failed_auditor(tmp_path):
+def test_make_audit_has_different_exit_codes_for_a_network_error_and_a_failed_auditor(tmp_path):
     code, _, stderr = audit(tmp_path, None, "ERROR:pip_audit._cli:ConnectionError: Max retries exceeded")
     assert (code, "advisory service unreachable, result unknown" in stderr) == (3, True)
     code, _, stderr = audit(tmp_path, None, "ImportError: no module")
     assert (code, stderr) == (2, "audit: auditor failed: ImportError: no module\n")
 
 
-def test_make_help_lists_audit_and_the_auditor_is_pinned():
+def test_make_help_lists_make_audit_and_the_makefile_pins_the_version_of_the_auditor():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert "pip-audit==" in makefile
     assert "make audit" in subprocess.check_output(["make", "--no-print-directory", "help"], cwd=ROOT, text=True)

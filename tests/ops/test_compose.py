@@ -85,7 +85,7 @@ def test_ports_are_published_on_loopback_only():
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_each_service_has_a_pinned_image_and_restarts_and_has_no_extra_privileges(name):
+def test_each_service_has_a_pinned_image_automatic_restarts_and_no_extra_privileges(name):
     service = SERVICES[name]
     built = "build" in service
     assert built or re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+(-alpine)?", service["image"])
@@ -99,7 +99,7 @@ def test_each_service_has_a_pinned_image_and_restarts_and_has_no_extra_privilege
     assert service.get("cap_add", []) == (["NET_BIND_SERVICE"] if name == "proxy" else [])
 
 
-def test_the_files_contain_no_secrets():
+def test_the_compose_file_contains_no_secrets():
     for service in SERVICES.values():
         for name, value in variables(service).items():
             assert value is None or not SECRET.search(name), name
@@ -118,14 +118,14 @@ def test_the_store_persists_writes_and_evicts_nothing():
 
 
 @pytest.mark.parametrize("name", [name for name, service in SERVICES.items() if "build" not in service])
-def test_every_service_has_a_health_check(name):
+def test_every_service_with_a_ready_made_image_has_a_health_check(name):
     """The image contains the backend's own check."""
     check = SERVICES[name]["healthcheck"]
     assert check["test"][0] == "CMD"
     assert check.keys() >= {"interval", "timeout", "retries"}
 
 
-def test_a_slow_first_start_is_not_a_failure():
+def test_grafana_has_60_seconds_to_start_and_the_health_check_of_jaeger_reads_the_status_page():
     assert SERVICES["grafana"]["healthcheck"]["start_period"] == "60s"
     assert SERVICES["jaeger"]["healthcheck"]["test"][-1] == "http://127.0.0.1:13133/status"
 
@@ -138,7 +138,7 @@ def test_the_proxy_can_write_to_its_directories():
     }  # fmt: skip
 
 
-def test_every_service_waits_for_its_dependencies():
+def test_the_replicas_wait_for_the_store_and_the_proxy_waits_for_the_replicas():
     for name in BACKENDS:
         assert SERVICES[name]["depends_on"] == {"redis": {"condition": "service_healthy"}}
     assert SERVICES["proxy"]["depends_on"] == {name: {"condition": "service_healthy"} for name in BACKENDS}
@@ -158,7 +158,7 @@ def test_volumes_are_declared_and_mounted_files_exist():
     assert used == declared == {"redis-data", "prometheus-data", "grafana-data"}
 
 
-def test_grafana_shows_its_dashboard_without_a_login_and_is_read_only():
+def test_grafana_shows_its_dashboard_read_only_without_a_login():
     environment = SERVICES["grafana"]["environment"]
     assert environment["GF_AUTH_ANONYMOUS_ENABLED"] == "true"
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
@@ -180,7 +180,7 @@ def test_prometheus_scrapes_each_replica_directly():
     assert jobs["ktrdr-backend"] == [{"targets": [f"{name}:8000" for name in BACKENDS]}]
 
 
-def test_prometheus_finds_its_configuration_and_its_rules():
+def test_prometheus_finds_its_configuration_and_its_alert_rules_in_the_mounted_files():
     files = mounted("prometheus")
     assert files["/etc/prometheus/prometheus.yml"] == PROMETHEUS
     assert read_yaml(PROMETHEUS)["rule_files"] == ["alerts.yml"]
@@ -188,7 +188,7 @@ def test_prometheus_finds_its_configuration_and_its_rules():
     assert "--config.file=/etc/prometheus/prometheus.yml" in SERVICES["prometheus"]["command"]
 
 
-def test_grafana_finds_its_datasources_and_its_dashboard():
+def test_grafana_finds_its_datasources_and_its_dashboard_in_the_mounted_files():
     files = mounted("grafana")
     assert files["/etc/grafana/provisioning"] / "datasources" == DATASOURCES.parent
     assert files["/etc/grafana/provisioning"] / "dashboards" == PROVIDERS.parent
@@ -207,7 +207,7 @@ def test_the_proxy_forwards_to_both_replicas():
     assert mounted("proxy")["/etc/caddy/Caddyfile"] == CADDYFILE
 
 
-def test_traces_go_to_jaeger():
+def test_the_replicas_send_traces_to_jaeger():
     url = urlsplit(environment_of(rendered()["backend-1"])["OTEL_EXPORTER_OTLP_ENDPOINT"])
     assert (url.scheme, url.hostname) == ("http", "jaeger")
     assert url.port in PUBLISHED["jaeger"]
@@ -225,7 +225,7 @@ DEFAULTS = {
 }
 
 
-def test_the_compose_tool_accepts_the_file():
+def test_the_compose_tool_accepts_the_compose_file():
     assert set(rendered()) == set(SERVICES)
 
 
@@ -241,7 +241,7 @@ def test_each_variable_of_the_readme_reaches_both_replicas(tmp_path):
 
 
 @pytest.mark.parametrize("content", ["", "".join(f"{name}=\n" for name in DEFAULTS)], ids=["empty", "emptied"])
-def test_variables_that_the_env_file_does_not_set_stay_unset_in_the_containers(tmp_path, content):
+def test_if_the_env_file_sets_no_value_the_replicas_get_only_the_default_variables(tmp_path, content):
     env_file = tmp_path / "env"
     env_file.write_text(content)
     for services in (rendered(env_file), rendered()):
@@ -249,7 +249,7 @@ def test_variables_that_the_env_file_does_not_set_stay_unset_in_the_containers(t
             assert environment_of(services[name]) == DEFAULTS
 
 
-def test_the_settings_in_the_compose_file_are_valid_and_equal_the_defaults_of_the_service(monkeypatch):
+def test_the_compose_file_changes_no_default_setting_except_the_store_url(monkeypatch):
     for name in [*os.environ]:
         if re.match(r"(KTRDR|AGENT|TRAINING|BACKTEST)_", name):
             monkeypatch.delenv(name)
@@ -301,14 +301,14 @@ def test_replicas_require_a_key_only_if_keys_are_set(tmp_path, monkeypatch, give
     assert (settings.auth == "none") is (auth == "none")
 
 
-def test_the_mounted_files_are_valid(monkeypatch):
+def test_the_mounted_budget_and_price_files_are_valid(monkeypatch):
     files = mounted("backend-1")["/etc/ktrdr"]
     monkeypatch.setenv("KTRDR_BUDGETS_FILE", str(files / "budgets.toml"))
     assert [budget.name for budget in load_settings().budgets] == ["agent", "team:quant"]
     assert [price.model for price in load_prices(files / "prices.toml")] == ["road-runner"]
 
 
-def test_the_backend_reads_each_of_its_variables():
+def test_the_backend_reads_each_variable_set_in_the_compose_file():
     source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "ktrdr_budget").rglob("*.py"))
     prefixed = {f"KTRDR_{name.upper()}" for name in Settings.model_fields}
     for name in variables(SERVICES["backend-1"]):
@@ -330,7 +330,7 @@ def copied() -> list[str]:
     return [source for sources in words for source in sources[:-1]]
 
 
-def test_the_image_is_pinned_and_runs_without_root_and_has_a_health_check():
+def test_the_image_has_a_pinned_base_a_user_without_root_rights_and_a_health_check():
     bases = {rest.split()[0] for name, rest in instructions() if name == "FROM"}
     assert len(bases) == 1
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", bases.pop())
@@ -340,14 +340,14 @@ def test_the_image_is_pinned_and_runs_without_root_and_has_a_health_check():
     assert "/readyz" in dict(instructions())["HEALTHCHECK"]
 
 
-def test_the_build_context_contains_exactly_the_files_that_the_image_needs():
+def test_the_build_context_contains_exactly_the_files_copied_into_the_image():
     lines = (ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
     rules = [line for line in lines if line and not line.startswith("#")]
     assert rules[0] == "*"
     assert {line[1:] for line in rules if line.startswith("!")} == set(copied())
 
 
-def test_the_package_builds_from_the_files_of_the_image(tmp_path):
+def test_the_wheel_can_be_built_from_the_files_copied_into_the_image(tmp_path):
     for name in copied():
         source = ROOT / name
         (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
@@ -369,7 +369,7 @@ def test_the_package_builds_from_the_files_of_the_image(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_health_check_detects_a_service_that_is_not_ready(server):
+def test_the_health_check_fails_if_the_service_is_not_ready(server):
     (program,) = re.findall(r'CMD \["python", "-c", "(.+)"\]', DOCKERFILE.read_text(encoding="utf-8"))
 
     def check(port: int) -> int:

@@ -73,7 +73,7 @@ def put(document: Any, path: str, value: Any) -> None:
 # -- Grafana's schema --------------------------------------------------------------------------------------------------
 
 
-def test_the_dashboard_is_valid_by_the_schema_of_grafana(dashboard):
+def test_the_dashboard_matches_the_schema_of_grafana(dashboard):
     assert faults(dashboard) == []
 
 
@@ -100,12 +100,12 @@ def test_the_dashboard_is_valid_by_the_schema_of_grafana(dashboard):
         ("annotations.list.0.titelFormat", "x", "dashboard.annotations.list[0].titelFormat: unknown"),
     ],
 )
-def test_an_invalid_field_is_detected(dashboard, path, value, expected):
+def test_the_schema_check_detects_an_invalid_field(dashboard, path, value, expected):
     put(dashboard, path, value)
     assert any(expected in fault for fault in faults(dashboard)), faults(dashboard)
 
 
-def test_overrides_of_series_are_valid_by_the_schema(dashboard):
+def test_the_values_of_series_overrides_match_the_schema(dashboard):
     """The schema allows any value in an override, so each value is checked at its target."""
     for shown in panels(dashboard):
         for override in shown["fieldConfig"]["overrides"]:
@@ -115,7 +115,7 @@ def test_overrides_of_series_are_valid_by_the_schema(dashboard):
             assert faults(changed) == [], (shown["title"], override)
 
 
-def test_an_override_names_a_series_of_its_panel(dashboard):
+def test_each_override_matches_a_series_of_its_panel(dashboard):
     for shown in panels(dashboard):
         series = set().union(*(names_of(target["legendFormat"]) for target in shown["targets"]))
         for override in shown["fieldConfig"]["overrides"]:
@@ -157,7 +157,7 @@ def test_the_dashboard_has_the_documented_panels(dashboard):
     assert not any("timeFrom" in shown or "timeShift" in shown for shown in panels(dashboard))
 
 
-def test_a_panel_has_a_description_and_a_valid_unit(dashboard):
+def test_each_panel_has_a_description_and_a_valid_unit(dashboard):
     known = {value for name, value in vars(units).items() if name[0].isupper() and isinstance(value, str)}
     for shown in panels(dashboard):
         assert shown["type"] not in DEPRECATED
@@ -200,7 +200,7 @@ def test_panels_fill_the_grid_row_by_row_and_do_not_overlap(dashboard):
     assert found == ROWS
 
 
-def test_panels_take_one_replicas_value_of_a_gauge_and_sum_counters_over_replicas(dashboard):
+def test_panels_sum_counters_over_replicas_but_take_the_minimum_or_maximum_of_gauges(dashboard):
     for expression in expressions(dashboard):
         for name in re.findall(r"(?:agent|ktrdr_budget)_\w+", expression):
             summed = r"sum( by \([\w, ]+\) )?\((increase|rate)\("
@@ -245,7 +245,7 @@ def test_a_panel_of_current_figures_shows_unknown_if_a_figure_is_absent(dashboar
             assert shown["fieldConfig"]["defaults"]["noValue"] == "unknown", shown["title"]
 
 
-def test_the_panels_of_a_budget_query_the_budget_selected_by_the_variable(dashboard):
+def test_the_budget_panels_show_only_the_budget_selected_in_the_dashboard(dashboard):
     (variable,) = dashboard["templating"]["list"]
     assert (variable["name"], variable["type"]) == ("budget", "query")
     assert variable["query"]["query"] == "label_values(ktrdr_budget_spent, budget)"
@@ -259,7 +259,7 @@ def test_the_panels_of_a_budget_query_the_budget_selected_by_the_variable(dashbo
     assert used == {"__range", "__rate_interval", "budget"}
 
 
-def test_an_annotation_of_an_alert_has_its_name_and_covers_every_alert(dashboard):
+def test_every_alert_is_annotated_on_the_dashboard_with_the_name_of_the_alert(dashboard):
     (annotation,) = dashboard["annotations"]["list"]
     assert annotation["titleFormat"] == "{{alertname}}"
     found = re.fullmatch(r'ALERTS{alertname=~"(.+)",alertstate="firing"}', annotation["expr"])
@@ -306,12 +306,12 @@ def test_every_query_uses_a_provisioned_datasource(dashboard):
     assert all(annotation["datasource"] == DATASOURCE for annotation in dashboard["annotations"]["list"])
 
 
-def test_the_scrape_interval_in_grafana_matches_prometheus():
+def test_grafana_and_prometheus_have_the_same_scrape_interval():
     (prometheus,) = (source for source in read_yaml(DATASOURCES)["datasources"] if source["type"] == "prometheus")
     assert prometheus["jsonData"]["timeInterval"] == read_yaml(PROMETHEUS)["global"]["scrape_interval"]
 
 
-def test_the_dashboard_is_provisioned_from_its_folder():
+def test_grafana_loads_the_dashboard_from_the_provisioned_folder():
     (provider,) = read_yaml(PROVIDERS)["providers"]
     assert provider["type"] == "file"
     assert provider["options"]["path"] == "/etc/grafana/dashboards"

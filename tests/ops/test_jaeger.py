@@ -43,7 +43,7 @@ def test_a_go_compiler_that_is_too_old_is_reported_with_its_version(tmp_path: Pa
     assert done.stdout == f"jaeger: skipped: Go 1.24 or newer is needed, not {version or 'this one'}\n"
 
 
-def test_a_failed_build_of_jaeger_is_reported_by_its_last_line_and_leaves_no_files(tmp_path: Path):
+def test_if_the_build_of_jaeger_fails_the_last_line_names_the_cause_and_no_files_remain(tmp_path: Path):
     tools = go(tmp_path, 'test "$1" = env && echo go1.26.8 && exit; echo downloading >&2; echo no network >&2; exit 1')
     done = run(tmp_path, tools)
     assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "jaeger: go mod failed: no network")

@@ -41,7 +41,7 @@ def program(checkout: Path, name: str, script: str) -> str:
 
 @pytest.mark.parametrize("target", ["run", "check", "test", "stack", "wheel", "bench", "audit"])
 @pytest.mark.parametrize("kind", ["3.10", "old", ""])
-def test_make_reports_a_python_that_is_too_old_in_one_line_and_creates_nothing(checkout, target, kind):
+def test_make_prints_one_message_and_creates_nothing_if_python_is_too_old_or_missing(checkout, target, kind):
     python = program(checkout, "old", "exit 1") if kind == "old" else kind
     before = sorted(os.listdir(checkout))
     for given in ({"PYTHON": python}, {}):
@@ -61,7 +61,7 @@ def test_make_removes_an_incomplete_virtual_environment(checkout):
     assert not (checkout / ".venv").exists()
 
 
-def test_make_refuses_a_python_other_than_that_of_the_virtual_environment(checkout):
+def test_make_refuses_to_use_a_virtual_environment_with_a_different_python(checkout):
     (checkout / ".venv" / "bin").mkdir(parents=True)
     (checkout / ".venv" / "bin" / "python").symlink_to(sys.executable)
     (checkout / ".venv" / ".made").touch()
@@ -75,7 +75,7 @@ def test_make_refuses_a_python_other_than_that_of_the_virtual_environment(checko
     assert make(checkout, ".venv/.made").returncode == 0
 
 
-def test_make_refuses_a_virtual_environment_that_it_did_not_create(checkout):
+def test_make_refuses_a_virtual_environment_not_created_by_make(checkout):
     (checkout / ".venv").mkdir()
     done = make(checkout, ".venv/.made", f"PYTHON={sys.executable}")
     assert done.returncode == 2
@@ -89,7 +89,7 @@ def test_make_help_lists_every_target():
     assert sorted(listed) == sorted(set(phony[1].split()) - {"chosen"})
 
 
-def test_make_check_runs_lint_and_types_and_unit_tests(checkout):
+def test_make_check_runs_the_linter_the_type_checker_and_the_unit_tests(checkout):
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / ".test").touch()
     planned = make(checkout, "--dry-run", "--assume-old=.venv/.test", "check", f"PYTHON={sys.executable}").stdout
@@ -106,7 +106,7 @@ def test_the_last_pre_commit_hook_runs_make_check():
 
 
 @pytest.mark.slow
-def test_make_run_installs_the_packages_for_the_commands_of_the_readme(tmp_path):
+def test_make_run_installs_all_packages_needed_by_the_commands_in_the_readme(tmp_path):
     """`ktrdr prices show` needs the price list."""
     for name in ("Makefile", "pyproject.toml", "README.md", "LICENSE", "ktrdr_budget", "lua"):
         (shutil.copytree if (ROOT / name).is_dir() else shutil.copy)(ROOT / name, tmp_path / name)

@@ -55,7 +55,7 @@ def files(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_total_of_the_files_or_of_the_old_backend_is_recorded_once(server, files: Path):
+def test_the_spend_of_the_old_tracker_is_imported_only_once(server, files: Path):
     old = {"/api/v1/agent/budget": {"today_spend": 0.1 + 0.2, "daily_limit": 5.0, "remaining": 4.7}}
     with serving(KTRDR_REDIS_URL=server.url) as service, answering(old.get) as url:
         for _ in range(2):
@@ -72,7 +72,7 @@ def test_the_total_of_the_files_or_of_the_old_backend_is_recorded_once(server, f
         assert (done.returncode, spent(service)) == (1, "0.300000001"), "another total is a conflict"
 
 
-def test_a_total_below_one_cent_from_a_backend_without_files_is_imported_exactly(server, tmp_path: Path):
+def test_spend_below_one_cent_is_imported_exactly_from_the_old_backend(server, tmp_path: Path):
     old = {"/api/v1/agent/budget": {"today_spend": 0.000001}}
     with serving(KTRDR_REDIS_URL=server.url) as service, answering(old.get) as url:
         done = run(FROM_BACKEND, tmp_path, service, OLD_BACKEND=url)
@@ -95,5 +95,5 @@ def test_a_backup_of_the_embedded_server_contains_the_spend(tmp_path: Path):
         assert spent(again) == "0.07"
 
 
-def test_the_imports_in_the_document_exist_in_the_package():
+def test_the_migration_document_shows_the_import_of_get_budget_tracker():
     assert "from ktrdr_budget import get_budget_tracker" in TEXT

@@ -95,7 +95,7 @@ def test_every_query_of_a_panel_returns_data(stack, title):
         assert any(math.isfinite(value) for value in values), series
 
 
-def test_panels_show_the_preceding_calls(stack):
+def test_the_panels_show_the_figures_of_the_cycles_that_have_run(stack):
     (cycles,) = stack.panel("Cycle Outcomes")
     assert set(cycles) == {"outcome=completed", "outcome=failed", "outcome=cancelled"}
     # Prometheus extrapolates an increase to the ends of its range.
@@ -117,7 +117,7 @@ def test_panels_show_the_preceding_calls(stack):
     assert max(denials["reason=exceeds_limit"]) > 0
 
 
-def test_amounts_on_the_dashboard_match_the_store(stack):
+def test_amounts_on_the_dashboard_match_the_amounts_in_the_store(stack):
     budget = stack.replicas[1].get("/api/v1/budgets/agent").json()
     (remaining,), (limit,) = (series.values() for series in stack.panel("Daily Budget"))
     assert remaining[-1] == pytest.approx(float(budget["remaining"]))

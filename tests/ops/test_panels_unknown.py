@@ -104,7 +104,7 @@ def test_the_panel_library_has_the_same_version_as_the_deployed_grafana():
 
 
 @pytest.mark.slow
-def test_a_panel_shows_its_figure_and_then_unknown_after_an_outage(watched):
+def test_panels_show_figures_before_an_outage_and_unknown_during_the_outage(watched):
     known = watched.all()
     assert known.pop("Window Ends")["window ends"].startswith("in ")
     assert known == {
@@ -140,7 +140,7 @@ def test_a_panel_shows_its_figure_and_then_unknown_after_an_outage(watched):
 
 
 @pytest.mark.slow
-def test_selecting_a_budget_shows_its_figures_in_its_unit(watched):
+def test_the_panels_show_the_selected_budget_in_the_unit_of_the_budget(watched):
     (variable,) = DASHBOARD["templating"]["list"]
     metric, label = variable["query"]["query"].removeprefix("label_values(").removesuffix(")").split(", ")
     names = watched.prometheus.ask(f"/label/{label}/values", **{"match[]": metric})

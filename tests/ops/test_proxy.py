@@ -100,7 +100,7 @@ def listens(client: httpx.Client) -> bool:
         return False
 
 
-def test_the_proxy_balances_requests_over_replicas_and_skips_a_dead_one(tmp_path):
+def test_the_proxy_balances_requests_over_replicas_and_skips_a_dead_replica(tmp_path):
     with replicas() as (one, two), proxy(tmp_path, one, two) as client:
         assert {client.get("/").text for _ in range(8)} == {"one", "two"}
         one.end()
@@ -108,13 +108,13 @@ def test_the_proxy_balances_requests_over_replicas_and_skips_a_dead_one(tmp_path
         assert {(answer.status_code, answer.text) for answer in answers} == {(200, "two")}
 
 
-def test_the_reply_of_a_replica_that_is_not_ready_is_forwarded(tmp_path):
+def test_the_proxy_forwards_the_reply_of_an_unready_replica(tmp_path):
     with replicas() as (one, two), proxy(tmp_path, one, two) as client:
         answer = client.get("/readyz")
         assert (answer.status_code, answer.text in {"one", "two"}) == (503, True)
 
 
-def test_the_proxy_does_not_send_a_trigger_again_that_it_has_already_sent(tmp_path):
+def test_if_a_replica_crashes_during_a_post_the_proxy_does_not_send_the_request_again(tmp_path):
     with replicas() as (one, two), proxy(tmp_path, one, two) as client:
         assert client.post("/crash").status_code == 502
         assert [*one.seen, *two.seen] == ["POST"]

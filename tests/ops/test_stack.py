@@ -39,7 +39,7 @@ def record(url: str, amount: str) -> None:
 
 
 @pytest.mark.slow
-def test_two_replicas_share_an_embedded_server_and_end_with_ctrl_c(tmp_path: Path) -> None:
+def test_two_replicas_share_an_embedded_server_until_ctrl_c_ends_the_stack(tmp_path: Path) -> None:
     data_dir = tmp_path / "budget"
     with stack("--no-prometheus", AGENT_BUDGET_DIR=data_dir, AGENT_DAILY_BUDGET="1.00") as running:
         urls = [running.url(part) for part in PARTS]
@@ -67,7 +67,7 @@ def test_two_replicas_share_an_embedded_server_and_end_with_ctrl_c(tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_prometheus_scrapes_each_replica_where_it_is_installed(server: Server) -> None:
+def test_an_installed_prometheus_scrapes_each_replica_of_the_stack(server: Server) -> None:
     with stack(KTRDR_REDIS_URL=server.url, OTEL_EXPORTER_OTLP_ENDPOINT="http://user:hunter2@127.0.0.1:9") as running:
         assert running.place("traces") == "to http://...@127.0.0.1:9"
         if shutil.which("prometheus") is None:
@@ -96,7 +96,9 @@ def test_a_dead_replica_ends_the_stack_with_exit_code_1(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_a_missing_store_is_reported_with_exit_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_the_embedded_server_cannot_start_the_stack_ends_with_exit_code_1(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "file").touch()
     running = Stack(*FREE_PORTS, AGENT_BUDGET_DIR=tmp_path / "file" / "budget")
     assert running.end() == 1
@@ -129,7 +131,7 @@ def test_a_signal_during_the_start_ends_the_stack(server: Server, number: signal
     assert running.lines[-1].startswith(("stack: stopping", "replica-"))
 
 
-def test_make_run_starts_the_stack() -> None:
+def test_make_stack_runs_the_stack_script_with_the_given_port() -> None:
     words = ["make", "--no-print-directory", "-n", "stack", "PORT=8100"]
     shown = subprocess.run(words, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
     words = shown.stdout.splitlines()[-1].split()

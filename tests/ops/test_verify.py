@@ -93,7 +93,7 @@ def shape(line: str) -> str:
 
 
 @pytest.mark.slow
-def test_the_readme_shows_the_output_of_the_script(running: Stack) -> None:
+def test_the_readme_shows_the_output_of_the_verify_script(running: Stack) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     [block] = re.findall(r"```text\n(\$ [^\n]*scripts/verify\.sh)\n(.*?)```", readme, re.DOTALL)
     called, shown = block[0], block[1].splitlines()
@@ -219,7 +219,7 @@ def test_the_verify_script_fails_if_the_service_is_unreachable(server: Server) -
 
 
 @pytest.mark.slow
-def test_the_verify_script_fails_for_incomplete_traces(running: Stack, receiver: OtlpReceiver) -> None:
+def test_the_verify_script_fails_if_a_trace_is_incomplete(running: Stack, receiver: OtlpReceiver) -> None:
     """The same spans, each time with one defect."""
 
     def without_root(spans: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -255,7 +255,7 @@ def test_the_verify_script_fails_for_incomplete_traces(running: Stack, receiver:
 
 
 @pytest.mark.slow
-def test_the_verify_script_accepts_an_exhausted_budget_and_skips_admin_checks_without_the_admin_key(
+def test_the_verify_script_accepts_an_exhausted_budget_but_checks_exhaustion_only_with_the_admin_key(
     server: Server,
 ) -> None:
     keys = {"KTRDR_API_KEY": "use-key", "KTRDR_ADMIN_KEY": "admin-key"}

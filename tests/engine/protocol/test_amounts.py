@@ -30,7 +30,7 @@ def test_an_amount_that_is_valid_in_no_unit_fails_the_check(amounts):
         check_amounts(amounts)
 
 
-def test_a_zero_fails_the_check_only_where_an_amount_must_be_positive():
+def test_an_amount_of_zero_fails_the_check_only_if_amounts_must_be_positive():
     check_amounts({"agent": 0})
     for amounts in (0, {"agent": 1, "team": 0}):
         with pytest.raises(InvalidAmount, match="must be more than 0"):
@@ -40,23 +40,23 @@ def test_a_zero_fails_the_check_only_where_an_amount_must_be_positive():
 # -- amounts per budget ------------------------------------------------------------------------------------------------
 
 
-def test_a_scalar_applies_to_each_dollar_budget_and_to_no_count():
+def test_a_scalar_amount_applies_to_dollar_budgets_but_not_to_budgets_of_counts():
     assert spread("0.01", FLAGS) == {"agent": CENT, "team": CENT}
 
 
 @pytest.mark.parametrize(
     ("flags", "units"), [({"tokens": "n"}, {"tokens": 3}), ({"tokens": "n", "jobs": "s"}, {"tokens": 3})]
 )
-def test_a_scalar_applies_to_the_only_count_of_a_hold_without_dollars(flags, units):
+def test_if_a_hold_has_one_count_and_no_dollars_a_scalar_amount_applies_to_the_count(flags, units):
     assert spread(3, flags) == units
 
 
-def test_a_scalar_for_several_counts_is_ambiguous():
+def test_a_scalar_amount_for_several_counts_is_refused_as_ambiguous():
     with pytest.raises(InvalidArgument, match=r"ambiguous for tokens, calls: give a mapping"):
         spread(3, {"tokens": "n", "calls": "n"})
 
 
-def test_a_mapping_is_converted_in_the_unit_of_each_budget_that_it_names():
+def test_each_amount_of_a_mapping_is_converted_to_the_unit_of_its_budget():
     assert spread({"tokens": 3, "agent": Decimal("0.01"), "jobs": 1}, FLAGS) == {"tokens": 3, "agent": CENT, "jobs": 1}
     with pytest.raises(InvalidAmount, match="whole number"):
         spread({"tokens": "0.5"}, FLAGS)
@@ -76,28 +76,28 @@ def committed(amount: object, **segments: tuple[str, int, int]) -> dict[str, Com
     return dict(zip(segments, commit_amounts(segments, amount), strict=True))
 
 
-def test_a_scalar_commit_is_exact_for_dollars_and_commits_the_reservation_of_counts():
+def test_a_scalar_commit_spends_the_given_dollars_and_the_reserved_counts():
     assert committed("0.01", tokens=("n", 100, 40), agent=("u", 5 * CENT, 0)) == {
         "tokens": CommitAmount(RESERVED, 100),
         "agent": CommitAmount(EXACT, CENT),
     }
 
 
-def test_a_mapping_commits_nothing_of_a_budget_that_it_omits():
+def test_a_commit_with_a_mapping_spends_nothing_in_budgets_missing_from_the_mapping():
     assert committed({"agent": "0.01"}, tokens=("n", 100, 40), agent=("u", 5 * CENT, 0)) == {
         "tokens": CommitAmount(EXACT, 0),
         "agent": CommitAmount(EXACT, CENT),
     }
 
 
-def test_a_commit_without_an_amount_commits_what_was_accrued():
+def test_a_commit_without_an_amount_commits_the_accrued_amounts():
     assert committed(None, agent=("u", 5 * CENT, CENT), tokens=("n", 100, 40)) == {
         "agent": CommitAmount(ACCRUED, CENT),
         "tokens": CommitAmount(ACCRUED, 40),
     }
 
 
-def test_a_count_that_was_never_accrued_commits_its_reservation_if_other_budgets_were_accrued():
+def test_if_only_other_budgets_have_accruals_a_count_is_committed_as_reserved():
     segments = {"agent": ("u", 5 * CENT, CENT), "team": ("u", 5 * CENT, 0), "tokens": ("n", 100, 0)}
     assert committed(None, **segments) == {
         "agent": CommitAmount(ACCRUED, CENT),

@@ -47,7 +47,7 @@ def committed(hold_id: str, *windows: Window) -> Commit:
 # -- requests ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_batch_describes_each_window_once_and_operations_refer_to_its_number():
+def test_a_batch_describes_each_window_once_and_operations_name_windows_by_number():
     ops = [commit("a", AGENT), commit("b", TEAM, AGENT), commit("c", TEAM)]
     _, keys, args = encode_batch(KEYS, header(), ops)
     assert args[-3:] == ["D a 1:x7", "D b 2:x7 1:x7", "D c 2:x7"]
@@ -60,12 +60,12 @@ def test_a_batch_describes_each_window_once_and_operations_refer_to_its_number()
     assert keys[:7] == [*KEYS.of_writes]
 
 
-def test_a_batch_begins_with_the_state_and_the_bounds_of_its_replica():
+def test_a_batch_begins_with_the_state_and_the_settings_of_the_sending_replica():
     args = encode_batch(KEYS, header(), []).args
     assert args == ["r1", "e1", "3", "7", "0", "e2 11 22 000000000033 000000000044 000000000055"]
 
 
-def test_a_replica_without_a_reply_sends_its_age_since_it_does_not_know_the_clock_of_the_store():
+def test_before_the_first_reply_of_the_store_a_replica_sends_its_age_instead_of_its_start_time():
     assert encode_batch(KEYS, header(epoch=None, started_us=None), []).args[:4] == ["r1", "-", "3", "-9"]
 
 
@@ -77,7 +77,7 @@ def test_a_replica_without_a_reply_sends_its_age_since_it_does_not_know_the_cloc
         ([commit("a", AGENT), reserve("b", AGENT)], "write"),
     ],
 )
-def test_a_batch_is_sent_to_the_smallest_script_that_knows_its_operations(ops, script):
+def test_a_batch_uses_the_smallest_script_that_executes_all_its_operations(ops, script):
     assert encode_batch(KEYS, header(), ops).script == script
     assert encode_batch(KEYS, header(), ops, repairs=True).script == "repair"
 
@@ -89,14 +89,14 @@ def encode_fast(*ops: Operation, **state: str | None) -> EncodedBatch:
     return encode_batch(KEYS, header(**state), ops, use_fast_path=True)
 
 
-def test_a_batch_takes_the_fast_path_if_it_may_and_all_its_operations_can():
+def test_a_batch_takes_the_fast_path_if_use_fast_path_is_set_and_every_operation_supports_it():
     fast = [granted("a", make_window()), committed("b", AGENT)]
     assert encode_fast(*fast).script == "fast_path"
     assert encode_batch(KEYS, header(), fast).script == "write"
     assert encode_fast(*fast, commit("c", AGENT)).script == "write"
 
 
-def test_a_fast_batch_marks_the_windows_in_which_it_reserves():
+def test_a_fast_batch_marks_the_windows_of_its_reservations():
     agent, team = make_window("agent"), make_window("team")
     _, keys, args = encode_fast(committed("a", team), granted("b", agent), committed("c", agent))
     count, *marks = args[8:11]
@@ -105,7 +105,7 @@ def test_a_fast_batch_marks_the_windows_in_which_it_reserves():
     assert keys[4:8] == [team.key, team.ledger_key, agent.key, agent.ledger_key]
 
 
-def test_a_fast_batch_is_valid_while_all_windows_in_which_it_reserves_contain_the_time():
+def test_a_fast_batch_is_valid_while_the_windows_of_all_its_reservations_are_current():
     hour = window_named("hour", "UTC", "2026-11-30T07Z")
     now = Window(KEYS, "calls", hour, "n")
     bounds = [f"{hour.start_ms:013d}000", f"{hour.end_ms:013d}000"]
@@ -116,7 +116,7 @@ def test_a_fast_batch_is_valid_while_all_windows_in_which_it_reserves_contain_th
     assert DAY.start_ms < hour.start_ms < hour.end_ms < DAY.end_ms
 
 
-def test_a_fast_batch_claims_the_limit_by_the_start_of_its_replica_in_a_fixed_width():
+def test_a_fast_batch_writes_the_start_time_of_its_replica_with_a_fixed_number_of_digits():
     assert encode_fast(committed("a", AGENT)).args[:4] == ["r:r1", "e1", "3", "0000000000000007 r1"]
     assert encode_fast(committed("a", AGENT), epoch=None).args[1] == "-"
 
@@ -124,7 +124,7 @@ def test_a_fast_batch_claims_the_limit_by_the_start_of_its_replica_in_a_fixed_wi
 # -- replies -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_reply_has_a_line_for_each_operation_in_order():
+def test_the_reply_to_a_batch_has_one_line_for_each_operation_in_the_same_order():
     ops = [commit("a", AGENT), reserve("b", TEAM), reserve("c", TEAM)]
     for reply in ("8000 - 4 -\nk - 7\ng\nw", b"8000 - 4 -\nk - 7\ng\nw"):
         head, replies = parse_batch(reply, ops)

@@ -56,12 +56,12 @@ def test_parsing_a_rendered_hold_record_returns_the_same_record(record):
 
 
 @given(records(), st.from_regex(r"[0-9a-f]{12}", fullmatch=True))
-def test_a_parsed_hold_record_ignores_the_id_of_the_replica_that_settled_it(record, replica):
+def test_parsing_a_hold_record_ignores_the_id_of_the_replica_that_settled_the_hold(record, replica):
     assert parse_record(f"{record.render()} {replica}") == record
 
 
 @given(records())
-def test_a_field_that_is_read_alone_equals_that_of_the_parsed_record(record):
+def test_a_field_read_from_the_text_of_a_record_equals_the_field_of_the_parsed_record(record):
     text = record.render()
     assert is_settled(text) == record.is_settled
     assert (deadline_ms_of(text), created_us_of(text)) == (record.deadline_ms, record.created_us)
@@ -76,7 +76,7 @@ def test_any_label_is_encoded_as_one_word_of_a_hold_record(text):
     assert unword(encoded) == text
 
 
-def test_only_a_record_whose_operation_is_an_exclamation_mark_is_a_tombstone():
+def test_a_record_is_a_tombstone_only_if_its_operation_is_an_unescaped_exclamation_mark():
     times = "1764000000000 1764000000000000 0"
     assert is_tombstone(f"r c {times} - ! -|u,agent:2026-11-30~k3f9a1,,0,,")
     assert not is_tombstone(f"r c {times} - - -|u,agent:2026-11-30~k3f9a1,,0,,")

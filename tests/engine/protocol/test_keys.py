@@ -22,12 +22,12 @@ def test_all_keys_of_a_tenant_are_in_one_slot_of_a_cluster():
     assert key_slot(all_keys("desk")[0].encode()) != key_slot(all_keys("lab")[0].encode())
 
 
-def test_no_two_keys_of_any_tenants_are_equal():
+def test_all_keys_of_several_tenants_are_different():
     keys = [*all_keys("desk"), *all_keys("lab"), *all_keys("desk:w")]
     assert len(set(keys)) == len(keys)
 
 
-def test_stored_keys_keep_their_names_in_new_versions():
+def test_the_names_of_stored_keys_do_not_change_between_versions():
     keys, stored = Keys("desk"), stored_window(DAY, DOLLARS)
     assert keys.meta == "ktrdr:{desk}:meta"
     assert keys.hold("op_1") == "ktrdr:{desk}:h:op_1"
@@ -35,7 +35,7 @@ def test_stored_keys_keep_their_names_in_new_versions():
     assert keys.ledger("agent", stored) == "ktrdr:{desk}:l:agent:2026-11-30~ays7qj"
 
 
-def test_a_budget_with_a_new_definition_has_another_window_and_its_old_one_if_it_is_changed_back():
+def test_windows_of_a_budget_have_the_same_name_only_under_the_same_definition():
     first, second, third = (stored_window(DAY, definition) for definition in (DOLLARS, TOKENS, DOLLARS))
     assert first != second
     assert first == third
@@ -48,12 +48,12 @@ def test_the_public_name_of_a_window_has_no_fingerprint(window):
 
 
 @pytest.mark.parametrize("budget", ["agent", "user:1", "team/a@b:c"])
-def test_a_name_is_split_at_its_last_colon_since_budgets_may_have_colons(budget):
+def test_a_window_name_is_split_at_its_last_colon_if_the_budget_has_colons(budget):
     stored = stored_window("2026-11-30T07Z", DOLLARS)
     assert split_name(f"{budget}:{stored}") == (budget, stored)
 
 
-def test_a_fingerprint_is_six_characters_that_a_budget_name_may_have():
+def test_a_fingerprint_is_six_lowercase_letters_or_digits():
     assert len(fingerprint(DOLLARS)) == 6
     assert fingerprint(DOLLARS).isalnum()
     assert fingerprint(DOLLARS).islower()

@@ -46,7 +46,7 @@ async def numbers_of_pages(limiter: AsyncBudgetLimiter, limit: int) -> list[str]
         cursor = page.next_cursor
 
 
-def test_an_entry_is_parsed_from_its_text():
+def test_the_text_of_a_ledger_entry_is_parsed_into_its_fields():
     entry = parse_entry(b"1763899200123456 -150 correction op_1 a%20call t1 -")
     assert entry == StoredEntry(1763899200123456, -150, "correction", "op_1", "a call", "t1", 0)
     public = public_entry(entry, 7, "usd")
@@ -54,7 +54,7 @@ def test_an_entry_is_parsed_from_its_text():
     assert public.at.isoformat() == "2025-11-23T12:00:00.123000+00:00"
 
 
-def test_a_summary_has_the_number_of_trimmed_entries_and_no_id():
+def test_a_ledger_summary_has_the_number_of_trimmed_entries_but_no_entry_id():
     summary = parse_entry("1763899200123456 90 carried 9 - - -")
     assert (summary.trimmed_count, summary.hold_id) == (9, "")
     assert public_entry(summary, 9, "usd").entry_id == ""
@@ -63,12 +63,12 @@ def test_a_summary_has_the_number_of_trimmed_entries_and_no_id():
 
 
 @pytest.mark.parametrize("text", ["", "1763899200123456", "1763899200123456 - commit op_1 - - -", "a 1 commit o - - -"])
-def test_a_malformed_text_is_rejected_as_a_ledger_entry(text):
+def test_parsing_a_malformed_ledger_entry_is_an_error(text):
     with pytest.raises(ValueError, match=r"unpack|invalid literal"):
         parse_entry(text)
 
 
-async def test_a_ledger_entry_in_the_store_has_its_time_and_amount_and_labels(client, limiter):
+async def test_the_ledger_entry_of_recorded_spend_has_a_time_an_amount_and_labels(client, limiter):
     await record(limiter, 1)
     [entry] = ledger_entries(client, ledger_key(client))
     assert entry == Entry(entry.time_us, 10_000_000, "record", "op_1", "call%201", "-", "-")
@@ -76,7 +76,7 @@ async def test_a_ledger_entry_in_the_store_has_its_time_and_amount_and_labels(cl
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])
-async def test_pages_contain_each_entry_once_newest_first(limiter, limit):
+async def test_ledger_pages_contain_each_entry_once_with_the_newest_first(limiter, limit):
     await record(limiter, *range(1, 8))
     assert await numbers_of_pages(limiter, limit) == ["7", "6", "5", "4", "3", "2", "1"]
 
@@ -92,14 +92,14 @@ async def test_entry_numbers_do_not_change_when_older_entries_are_trimmed(client
     assert await numbers_of_pages(limiter, limit) == ["11", "10", "9", "8", "7", "6", ""]
 
 
-async def test_a_later_trim_merges_an_earlier_summary_into_its_own(client, limiter):
+async def test_each_trim_of_a_ledger_merges_the_earlier_summary_into_the_new_summary(client, limiter):
     await record(limiter, *range(1, 31))
     summary, *others = ledger_entries(client, ledger_key(client))
     assert int(summary.hold_id) + len(others) == 30 and len(others) < LENGTH_MAX
     assert summary.units + sum(entry.units for entry in others) == sums(client)["spent"] == 300_000_000
 
 
-async def test_a_cursor_whose_entries_were_trimmed_restarts_at_the_newest(limiter):
+async def test_if_the_entries_at_a_cursor_were_trimmed_the_page_starts_at_the_newest_entry(limiter):
     await record(limiter, *range(1, 8))
     first = await limiter.ledger("agent", limit=3)
     assert first.next_cursor == "5"
@@ -112,19 +112,19 @@ async def test_a_cursor_whose_entries_were_trimmed_restarts_at_the_newest(limite
     assert [entry.entry_id for entry in rest] == ["6", ""]
 
 
-async def test_the_cursor_of_the_oldest_kept_entry_leads_to_the_summary(limiter):
+async def test_the_page_after_the_oldest_kept_entry_has_only_the_summary(limiter):
     await record(limiter, *range(1, 10))
     page = await limiter.ledger("agent", cursor="6")
     assert ([entry.entry_id for entry in page], page.trimmed, page.next_cursor) == ([""], False, None)
 
 
-async def test_a_cursor_beyond_the_newest_entry_restarts(limiter):
+async def test_if_a_cursor_is_beyond_the_newest_entry_the_page_starts_at_the_newest_entry(limiter):
     await record(limiter, 1, 2)
     page = await limiter.ledger("agent", cursor="5")
     assert ([entry.entry_id for entry in page], page.trimmed) == (["2", "1"], True)
 
 
-async def test_the_page_after_the_first_entry_is_empty(limiter):
+async def test_the_page_after_the_oldest_entry_is_empty(limiter):
     await record(limiter, 1, 2)
     page = await limiter.ledger("agent", cursor="1")
     assert (page.items, page.trimmed, page.next_cursor) == ((), False, None)
@@ -136,7 +136,7 @@ async def test_invalid_cursors_are_refused(limiter, cursor):
         await limiter.ledger("agent", cursor=cursor)
 
 
-async def test_a_deleted_ledger_starts_empty_and_expires_with_its_window(client, limiter):
+async def test_a_ledger_written_again_after_a_deletion_has_the_same_expiry_as_before(client, limiter):
     await record(limiter, 1)
     ttl_ms, key = client.pttl(ledger_key(client)), ledger_key(client)
     client.delete(key)
@@ -144,7 +144,7 @@ async def test_a_deleted_ledger_starts_empty_and_expires_with_its_window(client,
     assert abs(client.pttl(key) - ttl_ms) < 60_000
 
 
-async def test_an_audit_reads_only_the_new_entries_of_a_trimmed_ledger(server, client, limiter):
+async def test_a_repeated_audit_of_a_trimmed_ledger_reads_only_the_new_entries(server, client, limiter):
     with Auditor(server.url) as auditor:
         for first in range(1, 40, 3):
             await record(limiter, first, first + 1, first + 2)
@@ -158,7 +158,9 @@ async def test_an_audit_reads_only_the_new_entries_of_a_trimmed_ledger(server, c
 
 
 @pytest.mark.parametrize("damage", ["removed", "changed"])
-async def test_an_audit_notices_the_loss_or_change_of_an_entry_it_has_read(server, client, limiter, damage):
+async def test_a_repeated_audit_fails_if_a_ledger_entry_was_removed_or_changed_meanwhile(
+    server, client, limiter, damage
+):
     await record(limiter, 1, 2, 3)
     with Auditor(server.url) as auditor:
         assert all(report.adds_up for report in auditor.check())

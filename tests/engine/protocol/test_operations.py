@@ -85,7 +85,7 @@ def text_of(op: Operation) -> str:
         (ReplayLimit("key", "agent", None, 9, 8, "usd,day,UTC,spend"), "Q - agent - 9 8 usd,day,UTC,spend"),
     ],
 )
-def test_each_operation_renders_the_text_that_the_document_of_the_protocol_describes(op, text):
+def test_each_operation_is_rendered_as_the_wire_document_describes(op, text):
     assert text_of(op) == text
 
 
@@ -98,12 +98,12 @@ def test_each_operation_renders_the_text_that_the_document_of_the_protocol_descr
         (Labels("w1"), "r1", "w1!r1 - -"),
     ],
 )
-def test_a_reservation_writes_its_labels_and_its_request_as_words_of_the_record(labels, request_name, words):
+def test_the_record_of_a_reservation_contains_the_labels_and_the_request_as_words(labels, request_name, words):
     tail = reserve(labels=labels, request=request_name).render()[2]
     assert tail == f"\n{words}{AGENT.segment}5,,"
 
 
-def test_the_record_of_a_reservation_outlives_the_last_of_its_windows():
+def test_a_hold_record_expires_with_its_last_window_or_in_ten_years_if_a_window_has_no_end():
     assert reserve((TOKENS, 3), (AGENT, 5)).render()[0].endswith(f" {TOKENS.expires_ms}")
     for parts in ([(JOBS, 1)], [(AGENT, 5), (JOBS, 1)]):
         assert reserve(*parts).render()[0].endswith(f" {NOW_MS + TEN_YEARS_MS}")
@@ -112,7 +112,7 @@ def test_the_record_of_a_reservation_outlives_the_last_of_its_windows():
 # -- the fast path -----------------------------------------------------------------------------------------------------
 
 
-def test_a_reservation_takes_the_fast_path_once_all_its_windows_have_a_grant():
+def test_a_reservation_takes_the_fast_path_after_a_first_grant_in_each_of_its_windows():
     agent, team = make_window("agent"), make_window("team")
     assert not reserve((agent, 5)).uses_fast_path
     reserve((agent, 5)).granted(8, 9)
@@ -122,7 +122,7 @@ def test_a_reservation_takes_the_fast_path_once_all_its_windows_have_a_grant():
     assert reserve((agent, 5), (team, 5)).uses_fast_path
 
 
-def test_a_replica_knows_the_record_of_its_grant_without_reading_it():
+def test_a_replica_computes_the_record_of_a_granted_hold_without_reading_the_store():
     record = parse_record(reserve((AGENT, 5), (JOBS, 1), labels=Labels("w1"), request="r1").granted(8_000, 9))
     assert (record.state, record.deadline_ms, record.created_us, record.owner) == ("o", 9, 8_000, "w1")
     assert [(s.budget, s.reserved, s.charged) for s in record.segments] == [("agent", 5, 0), ("jobs", 1, 0)]
@@ -139,7 +139,7 @@ def test_a_replica_knows_the_record_of_its_grant_without_reading_it():
         ([(TOKENS, 4), (AGENT, 7)], [3, 9], [":3:4o", ":9:7"], True),
     ],
 )
-def test_a_fast_commit_sends_the_record_before_and_after_it_and_spends_no_slots(parts, reserved, amounts, overrun):
+def test_a_fast_commit_sends_the_record_before_and_the_record_after_the_commit(parts, reserved, amounts, overrun):
     granted = reserve(*[(window, units) for (window, _), units in zip(parts, reserved, strict=True)]).granted(8, 9)
     op = commit(*parts)
     op.enable_fast_path("0123456789ab", granted, reserved)
@@ -154,7 +154,7 @@ def test_a_fast_commit_sends_the_record_before_and_after_it_and_spends_no_slots(
 
 
 @pytest.mark.parametrize("parts", [[(AGENT, 2**46 + 1)], [(AGENT, 2**46 + 1), (TOKENS, 3)]])
-def test_an_amount_too_large_for_exact_sums_of_a_batch_does_not_take_the_fast_path(parts):
+def test_a_commit_of_more_than_2_to_the_46_units_does_not_take_the_fast_path(parts):
     op = commit(*parts)
     op.enable_fast_path("0123456789ab", reserve(*parts).granted(8, 9), [5] * len(parts))
     assert not op.uses_fast_path
@@ -175,23 +175,23 @@ def test_an_amount_too_large_for_exact_sums_of_a_batch_does_not_take_the_fast_pa
         (extend(ExtendMode.GROW, reserved=9, accrued=5), True, True, False),
     ],
 )
-def test_an_extension_is_a_fact_if_it_reports_spend_and_asks_for_money_if_it_grows(
+def test_an_extension_is_a_fact_if_spend_is_reported_and_asks_for_money_if_the_hold_grows(
     op, asks_for_money, is_fact, is_urgent
 ):
     assert (op.asks_for_money, op.is_fact, op.is_urgent) == (asks_for_money, is_fact, is_urgent)
 
 
-def test_two_operations_are_the_same_if_they_request_the_same_change():
+def test_two_commits_are_the_same_only_if_their_amounts_modes_and_remarks_are_equal():
     assert commit((AGENT, 7)).same_as(commit((AGENT, 7)))
     for other in (commit((AGENT, 8)), commit((AGENT, 7), mode=CommitMode.ACCRUED), commit((AGENT, 7), remark="call")):
         assert not commit((AGENT, 7)).same_as(other)
 
 
-def test_the_report_of_an_extension_has_its_totals_and_leaves_the_deadline():
+def test_an_extension_sent_as_a_report_has_the_same_totals_and_does_not_change_the_deadline():
     assert text_of(extend(accrued=5, reserved=9).as_report()) == "E a 1000 3 agent:5:9"
 
 
-def test_late_spend_goes_to_the_same_windows_under_the_same_labels():
+def test_a_late_record_of_spend_has_the_windows_and_labels_of_the_original_record():
     late = RecordSpend("a", "key", [(AGENT, 7)], operation="call", trace_id="t1").as_late()
     assert text_of(late) == "N a 1 call t1 agent:7"
     assert late.as_late() is late
@@ -209,11 +209,11 @@ def test_late_spend_goes_to_the_same_windows_under_the_same_labels():
         (ReleaseMode.BY_ID, Settled((0,), replayed=True), True),
     ],
 )
-def test_a_commit_can_correct_a_release_by_an_operator_and_one_of_an_expired_hold(mode, settled, correctable):
+def test_a_commit_can_correct_a_release_by_an_operator_or_of_an_expired_hold(mode, settled, correctable):
     op = Release("a", "key", [AGENT], mode)
     assert op.is_correctable(settled) == correctable
     assert op.record(settled, RECORD, 9).is_settled == (not correctable)
 
 
-def test_a_probe_touches_no_hold_and_no_window():
+def test_an_operation_that_only_probes_the_store_names_no_hold_and_no_window():
     assert text_of(Retire.nothing("key")) == "X -"

@@ -110,12 +110,12 @@ def test_each_operation_parses_each_of_its_replies(op, line, reply):
         ("!", UnexpectedReply("!")),
     ],
 )
-def test_all_operations_parse_a_refusal_to_the_same_reply(line, reply):
+def test_the_line_of_a_refusal_is_parsed_to_the_same_reply_for_every_operation(line, reply):
     for op in (RESERVE, COMMIT, RELEASE, SPEND, EXTEND, RESTORE):
         assert op.parse(line) == reply
 
 
-def test_a_fast_commit_knows_its_settled_amounts_although_the_reply_is_only_a_letter():
+def test_if_the_reply_to_a_fast_commit_is_only_a_letter_the_commit_settles_its_own_amounts():
     commit = Commit("a", "key", [AGENT], [CommitAmount(CommitMode.EXACT, 7)])
     commit.enable_fast_path("0123456789ab", RESERVE.granted(8, 9), [5])
     assert commit.parse("k") == Settled((7,), overrun=True)

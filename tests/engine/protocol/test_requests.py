@@ -50,13 +50,13 @@ NOW_MS = 1_796_040_000_000
         (status_read(KEYS, "r1", [AGENT], complete=True), "waits"),
     ],
 )
-def test_a_list_that_must_be_complete_waits_for_replays_after_a_data_loss(read, while_recovering):
+def test_only_reads_that_must_be_complete_wait_for_the_replays_after_a_data_loss(read, while_recovering):
     assert read.while_recovering == while_recovering
     assert read.keys[0] == KEYS.meta, "for the head of the reply"
     assert read.args[0] == "r1"
 
 
-def test_a_read_names_the_records_and_ranges_that_it_needs():
+def test_a_read_has_the_keys_of_its_records_or_the_range_of_its_list():
     assert records_read(KEYS, "r1", ["a", "b"]).keys == [KEYS.meta, KEYS.hold("a"), KEYS.hold("b")]
     assert due_read(KEYS, "r1", 10).args == ["r1", "ZRANGE", 0, 9]
     assert index_read(KEYS, "r1", KEYS.due, 20, 10).args == ["r1", "ZREVRANGE", 20, 29]
@@ -70,7 +70,7 @@ def test_a_reply_to_a_read_begins_with_the_state_of_the_store():
     assert parse_read(["8 - 0 0"])[0].epoch is None, "nothing was ever written"
 
 
-def test_an_expired_id_and_a_tombstone_are_unknown_holds():
+def test_a_record_that_has_expired_or_is_a_tombstone_is_read_as_an_unknown_hold():
     items = [[RECORD.encode(), None, TOMBSTONE.encode()]]
     assert parse_hold_texts(items) == [RECORD, None, None]
     first, *unknown = parse_hold_records(items)
@@ -79,11 +79,11 @@ def test_an_expired_id_and_a_tombstone_are_unknown_holds():
 
 
 @pytest.mark.parametrize(("stored", "text"), [(RECORD.encode(), RECORD), (None, None)])
-def test_a_reply_with_one_record_is_read_as_a_list_of_one(stored, text):
+def test_a_reply_with_a_single_hold_record_is_parsed_to_a_list(stored, text):
     assert parse_hold_texts([stored]) == [text]
 
 
-def test_a_page_of_a_ledger_has_the_number_of_its_first_entry_and_whether_entries_were_trimmed():
+def test_a_reply_with_a_ledger_page_has_the_first_entry_number_and_a_flag_for_trimmed_entries():
     assert parse_ledger_page([1, 7, [b"8 5 commit a - - -"]]) == (True, 7, ["8 5 commit a - - -"])
     assert parse_ledger_page([0, 1, []]) == (False, 1, [])
 
@@ -98,7 +98,7 @@ def figures(runtime: str = "", limit: str = "", claim: str = "") -> WindowFigure
     return found
 
 
-def test_a_status_has_due_holds_and_the_figures_or_the_error_of_each_window():
+def test_a_status_reply_has_the_due_holds_and_for_each_window_its_figures_or_an_error():
     stored = [b"5 0 9", b"usd,day,UTC,spend", b"50", b"1", b"2", b"3", b"4", b"5", b"7 r1"]
     due, windows = parse_status([[b"op_1"], stored, b"WRONGTYPE"])
     assert due == ["op_1"]
@@ -110,7 +110,7 @@ def test_a_window_that_does_not_exist_has_zero_figures_and_no_limit():
     assert figures() == WindowFigures(None, "", None, False, 0, 0, 0, 0, 0, None)
 
 
-def test_a_window_without_a_cap_is_not_a_window_without_a_known_limit():
+def test_a_window_without_a_cap_differs_from_a_window_whose_limit_is_unknown():
     assert (figures(limit="-").limit, figures(limit="-").has_limit) == (None, True)
     assert (figures(limit="0").limit, figures(limit="0").has_limit) == (0, True)
     assert (figures(limit="").limit, figures(limit="").has_limit) == (None, False)
@@ -120,7 +120,7 @@ def test_a_window_without_a_cap_is_not_a_window_without_a_known_limit():
 @pytest.mark.parametrize(
     ("until_ms", "in_force"), [(0, True), (NOW_MS - 1, False), (NOW_MS, False), (NOW_MS + 1, True)]
 )
-def test_a_run_time_limit_is_in_force_before_its_end_and_zero_means_no_end(until_ms, in_force):
+def test_a_run_time_limit_is_in_force_until_its_end_or_forever_if_its_end_is_zero(until_ms, in_force):
     assert RuntimeLimit(5, until_ms).is_in_force(NOW_MS) == in_force
 
 
@@ -130,19 +130,19 @@ def test_a_run_time_limit_is_in_force_before_its_end_and_zero_means_no_end(until
 @pytest.mark.parametrize(
     ("units", "clear", "word"), [(5, False, "5"), (0, False, "0"), (None, False, "-"), (None, True, ""), (5, True, "")]
 )
-def test_a_limit_of_zero_and_no_cap_and_a_cleared_limit_are_different_words(units, clear, word):
+def test_set_limit_sends_different_words_for_a_limit_of_zero_no_cap_and_a_cleared_limit(units, clear, word):
     assert set_limit(KEYS, "agent", units, 9, "usd,day,UTC,spend", clear=clear).args == [
         *("agent", word, 9, "usd,day,UTC,spend")
     ]
 
 
-def test_the_reply_to_set_limit_is_the_time_of_the_change_or_the_definition_that_is_registered_instead():
+def test_the_reply_to_set_limit_is_the_time_of_the_change_or_a_conflicting_definition():
     assert parse_set_limit(b"8", "agent") == 8
     assert parse_set_limit(b"m usd,day,UTC,spend", "agent") == OtherDefinition("agent", "usd,day,UTC,spend")
 
 
 @pytest.mark.parametrize(("reply", "dropped"), [(b"cleared", True), (b"done", False), (b"w", None)])
-def test_the_reply_to_a_migration_shows_a_dropped_limit_or_a_definition_that_changed_meanwhile(reply, dropped):
+def test_the_reply_to_a_migration_shows_if_a_limit_was_cleared_or_the_definition_changed_meanwhile(reply, dropped):
     assert parse_migrate(reply) is dropped
 
 

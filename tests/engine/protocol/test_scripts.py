@@ -180,7 +180,7 @@ def test_no_lua_file_formats_amounts_with_tostring():
 # -- replies -----------------------------------------------------------------------------------------------------------
 
 
-def test_reserve_gets_each_of_its_documented_replies(wire):
+def test_a_reservation_is_granted_replayed_denied_or_refused_as_a_conflict(wire):
     assert wire.reserve("op_1", agent=150, cycles=1) == "g"
     record = wire.record("op_1")
     assert record.startswith("o c ") and record.endswith(
@@ -202,7 +202,7 @@ def day(wire: Wire, budget: str = "agent") -> str:
     return wire.session.current_window(budget).stored
 
 
-def test_reserve_refuses_windows_that_are_not_current_and_other_definitions(client, wire):
+def test_a_reservation_with_a_past_window_or_a_different_definition_is_refused(client, wire):
     assert wire.yesterday().reserve("op_1", agent=150) == "w"
     assert dump(client) == {}
     assert wire.reserve("op_1", agent=150) == "g"
@@ -214,7 +214,7 @@ def test_reserve_refuses_windows_that_are_not_current_and_other_definitions(clie
     assert (wire.sums("agent")["spent"], other.sums("agent")["spent"]) == (0, 20)
 
 
-def test_commit_gets_each_of_its_documented_replies(wire):
+def test_a_commit_settles_its_hold_once_and_a_different_settlement_is_a_conflict(wire):
     wire.reserve("op_1", agent=150, cycles=2, jobs=1)
     parts = {"agent": ":x70", "cycles": ":r2", "jobs": ":x1"}
     assert wire.request("D op_1", **parts) == "k - 70,2,0"
@@ -242,7 +242,7 @@ def test_the_reply_to_a_commit_has_flags_for_an_overrun_and_for_a_late_commit(wi
     assert wire.sums("agent") == figures(spent=302, events=4 - 1, overruns=2)
 
 
-def test_a_commit_settles_the_amount_that_each_commit_mode_selects(wire):
+def test_the_mode_of_a_commit_selects_the_exact_the_reserved_or_the_accrued_amount(wire):
     for hold_id, mode, expected in (
         ("op_1", "x70", 70),
         ("op_2", "r150", 150),
@@ -254,7 +254,7 @@ def test_a_commit_settles_the_amount_that_each_commit_mode_selects(wire):
         assert wire.request(f"D {hold_id}", agent=f":{mode}") == f"k - {expected}"
 
 
-def test_release_gets_each_of_its_documented_replies(wire):
+def test_a_release_settles_its_hold_once_and_only_a_release_by_an_operator_can_be_corrected(wire):
     wire.reserve("op_1", agent=150)
     assert wire.request("L op_1 0", agent=":x0") == "k - 0"
     assert wire.request("L op_1 0", agent=":x0") == "p - 0"
@@ -268,13 +268,13 @@ def test_release_gets_each_of_its_documented_replies(wire):
     assert wire.sums("agent") == figures(spent=70, events=1)
 
 
-def test_an_operation_that_omits_a_window_of_its_hold_gets_the_record_of_the_hold(wire):
+def test_if_an_operation_omits_a_window_of_its_hold_the_reply_is_the_record_of_the_hold(wire):
     wire.reserve("op_1", agent=150, cycles=1)
     for head in ("D op_1", "L op_1 0", "E op_1 60000 0", "X op_1"):
         assert wire.request(head, agent=":x70" if head[0] != "E" else ":0:0") == f"v {wire.record('op_1')}"
 
 
-def test_record_gets_each_of_its_documented_replies(client, wire):
+def test_spend_is_recorded_once_for_each_id_and_late_spend_also_in_a_window_that_has_ended(client, wire):
     assert wire.request("N op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
     words = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire, 'cycles')}"
     assert wire.request("N op_1 0 research -", agent=":20", cycles=":1") == words
@@ -294,7 +294,7 @@ def test_record_gets_each_of_its_documented_replies(client, wire):
     assert immortal_keys(client) == []
 
 
-def test_a_replay_restores_a_lost_commit_so_that_its_reservation_and_commit_are_replays(client, wire):
+def test_after_a_lost_commit_is_restored_a_repeated_reservation_or_commit_is_a_replay(client, wire):
     head = f"K op_1 c {TIMES} me research t1"
     parts = {"agent": "150,200,,70", "cycles": ",1,,2", "jobs": ",1,,0"}
     assert wire.request(head, **parts) == "k o 70,2,0"
@@ -311,7 +311,7 @@ def test_a_replay_restores_a_lost_commit_so_that_its_reservation_and_commit_are_
 
 @pytest.mark.parametrize("known", ["unknown", "open", "expired"])
 @pytest.mark.parametrize("state", "rz")
-def test_a_replay_restores_a_lost_release_so_that_its_reservation_and_release_are_replays(client, wire, state, known):
+def test_after_a_lost_release_is_restored_a_repeated_reservation_or_release_is_a_replay(client, wire, state, known):
     if known != "unknown":
         wire.reserve("op_1", ttl_ms=60_000 if known == "open" else 1, agent=150)
     if known == "expired":
@@ -331,7 +331,7 @@ def test_a_replay_restores_a_lost_release_so_that_its_reservation_and_release_ar
         assert wire.request("D op_1", agent=":x70") == f"c {wire.record('op_1')}"
 
 
-def test_restoring_a_hold_that_the_store_has_with_other_contents_is_a_conflict(wire):
+def test_if_the_store_has_a_hold_with_other_contents_restoring_the_hold_is_a_conflict(wire):
     wire.reserve("op_1", agent=150)
     before = wire.record("op_1")
     assert wire.request(f"K op_1 c {TIMES} - - -", cycles=",1,,1") == f"c {before}"
@@ -395,7 +395,7 @@ def test_no_operation_writes_into_a_window_whose_key_is_missing(begun, head):
     assert stored(begun) == before
 
 
-def test_the_fast_path_writes_nothing_into_a_window_whose_key_is_missing(begun):
+def test_if_the_key_of_a_window_is_missing_the_fast_path_writes_nothing(begun):
     before = stored(begun)
     commits = [
         begun.commit("op_1", counted={"agent": 150}, agent=70),
@@ -405,7 +405,7 @@ def test_the_fast_path_writes_nothing_into_a_window_whose_key_is_missing(begun):
     assert stored(begun) == before
 
 
-def test_a_missing_window_does_not_affect_operations_of_the_batch_on_other_windows(begun):
+def test_if_a_window_is_missing_the_operations_of_a_batch_on_other_windows_still_succeed(begun):
     missing = f"t agent:{day(begun)}"
     commit, lacking = begun.op("D op_2", cycles=":x1"), begun.op("D op_both", cycles=":x1", agent=":x70")
     assert begun.send(begun.op("D op_1", agent=":x70"), lacking, commit) == [missing, missing, "k - 1"]
@@ -416,7 +416,7 @@ def test_a_missing_window_does_not_affect_operations_of_the_batch_on_other_windo
     assert begun.record("op_both").startswith("o ")
 
 
-def test_a_settled_hold_is_replayed_although_its_window_is_missing(client, wire):
+def test_requests_for_a_settled_hold_are_replays_even_if_its_window_is_missing(client, wire):
     wire.reserve("op_1", agent=150)
     wire.request("D op_1", agent=":x70")
     client.delete(wire.session.current_window("agent").key)
@@ -424,7 +424,7 @@ def test_a_settled_hold_is_replayed_although_its_window_is_missing(client, wire)
     assert wire.reserve("op_1", agent=150).startswith("p c ")
 
 
-def test_a_commit_by_the_fast_path_counts_in_the_subtotal_of_its_replica(wire):
+def test_a_commit_by_the_fast_path_is_recorded_with_the_id_of_its_replica(wire):
     wire.reserve("op_1", agent=150)
     assert wire.send(wire.commit("op_1", counted={"agent": 150}, agent=70), fast=True) == ["k"]
     assert Wire(wire.client).request("D op_1", agent=":x70") == f"p - 70 {wire.session.replica_id}"
@@ -452,7 +452,7 @@ ADDING_MORE = {
 
 
 @pytest.mark.parametrize("head", ADDING_MORE)
-def test_no_operation_writes_into_a_window_that_would_count_2_to_the_62_units(client, wire, head):
+def test_an_operation_is_refused_if_its_window_would_count_2_to_the_62_units(client, wire, head):
     wire.reserve("op_1", agent=150)
     key = wire.session.current_window("agent").key
     client.hset(key, mapping={"spent": 2**62 - MORE // 2, f"r:{wire.session.replica_id}": 0})
@@ -473,7 +473,7 @@ def test_each_batch_of_replays_prolongs_the_recovery(client, wire):
         assert int(client.hget(wire.session.keys.meta, "recovering_until")) >= wire.head.now_us // 1000 + 1000
 
 
-def test_a_settlement_replayed_on_behalf_of_another_replica_counts_in_the_subtotal_of_that_replica(client, wire):
+def test_a_settlement_replayed_by_replica_a_on_behalf_of_replica_b_counts_in_the_subtotal_of_b(client, wire):
     key = wire.session.current_window("agent").key
     maker = Wire(client)
     maker.record("unknown")
@@ -495,7 +495,7 @@ def test_a_settlement_replayed_on_behalf_of_another_replica_counts_in_the_subtot
     assert wire.request(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "k - 5"
 
 
-def test_extend_gets_each_of_its_documented_replies(wire):
+def test_an_extension_prolongs_or_enlarges_an_open_hold_and_is_refused_for_other_holds(wire):
     assert wire.request("E unknown 60000 0", agent=":0:0") == "u"
     wire.reserve("op_1", agent=150)
     before = wire.record("op_1").split(" ")
@@ -515,7 +515,7 @@ def test_extend_gets_each_of_its_documented_replies(wire):
     assert wire.request("E op_1 90000 0", agent=":0:0") == f"c {wire.record('op_1')}"
 
 
-def test_retire_gets_each_of_its_documented_replies_and_charges_by_the_expiry_policy(wire):
+def test_an_expired_hold_is_charged_once_by_its_expiry_policy_and_returns_its_slots(wire):
     for hold_id, policy, slots in (("op_c", "c", {"jobs": 1}), ("op_a", "a", {"jobs": 1}), ("op_r", "r", {})):
         assert wire.reserve(hold_id, 1000, policy, agent=150, **slots) == "g"
         used = {"agent": ":30:0", **dict.fromkeys(slots, ":0:0")}
@@ -533,7 +533,7 @@ def test_retire_gets_each_of_its_documented_replies_and_charges_by_the_expiry_po
     assert wire.request("X unknown") == "x"
 
 
-def test_extending_an_expired_hold_needs_room_only_for_the_money_that_it_had_returned(wire):
+def test_extending_an_expired_hold_needs_room_only_for_the_money_returned_at_its_expiry(wire):
     wire.reserve("op_1", 1000, "a", agent=150)
     wire.request("E op_1 1000 0", agent=":30:0")
     wire.wait_due("op_1")
@@ -554,7 +554,7 @@ def test_a_duplicate_request_within_one_batch_is_a_replay(wire):
     assert wire.client.zcard(wire.session.keys.due) == 0
 
 
-def test_the_head_of_a_reply_has_time_writes_epoch_and_due_holds(client, wire):
+def test_the_head_of_a_reply_has_the_time_the_acknowledged_writes_the_epoch_and_the_due_holds(client, wire):
     wire.reserve("op_1", 1000, agent=150)
     head = wire.head
     assert (head.acknowledged, head.data_loss, head.due) == (1, False, ())
@@ -567,7 +567,7 @@ def test_the_head_of_a_reply_has_time_writes_epoch_and_due_holds(client, wire):
     assert wire.head.due == ("op_1",)
 
 
-def test_after_a_data_loss_the_store_reports_it_and_grants_nothing_until_it_has_recovered(client, wire):
+def test_after_a_reported_data_loss_the_store_grants_nothing_until_the_recovery_ends(client, wire):
     wire.reserve("op_1", agent=150)
     client.flushall()
     again = wire.op("R op_2 60000 c - - -", agent=":150")
@@ -586,7 +586,7 @@ def test_after_a_data_loss_the_store_reports_it_and_grants_nothing_until_it_has_
     assert wire.send(again) == ["g"]
 
 
-def test_replaying_a_subtotal_raises_the_stored_subtotal_to_the_same_value_once(client, wire):
+def test_replaying_a_subtotal_raises_the_stored_subtotal_to_the_replayed_value(client, wire):
     wire.request("N op_1 0 - -", agent=":10")
     assert wire.request("T -", agent=":10") == "k - 0"
     assert wire.request("T -", agent=":25") == "k - 15"
@@ -598,7 +598,7 @@ def test_replaying_a_subtotal_raises_the_stored_subtotal_to_the_same_value_once(
     assert wire.send(wire.op("N op_2 1 - -", agent=":5"), wire.op("T -", agent=":40")) == ["k - 5", "k - 10"]
 
 
-def test_an_open_hold_is_restored_once_and_settles_as_before(client, wire):
+def test_an_open_hold_is_restored_once_and_can_then_be_committed(client, wire):
     deadline_ms = wire.now_us() // 1000 + 60_000
     head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 me research -"
     parts = {"agent": ",150,200,", "jobs": ",1,,"}
@@ -612,7 +612,7 @@ def test_an_open_hold_is_restored_once_and_settles_as_before(client, wire):
     assert (wire.sums("agent"), wire.sums("jobs")) == (figures(spent=70, events=1), figures())
 
 
-def test_restoring_an_open_hold_that_the_store_has_raises_its_totals_and_never_lowers_them(wire):
+def test_if_an_open_hold_still_exists_restoring_the_hold_can_only_raise_its_totals(wire):
     wire.reserve("op_1", agent=150, jobs=1)
     deadline_ms = wire.now_us() // 1000 + 120_000
     head = f"K op_1 o c {deadline_ms} {wire.now_us()} 0 - - -"
@@ -626,7 +626,7 @@ def test_restoring_an_open_hold_that_the_store_has_raises_its_totals_and_never_l
     assert wire.sums("agent") == figures(spent=70, events=1)
 
 
-def test_a_hold_that_is_restored_after_its_deadline_is_due(wire):
+def test_a_hold_restored_after_its_deadline_is_charged_as_unconfirmed(wire):
     deadline_ms = wire.now_us() // 1000 - 1
     assert wire.request(f"K open o c {deadline_ms} {wire.now_us()} 0 - - -", agent=",150,,") == "g"
     assert wire.sums("agent") == figures(held=150)
@@ -666,9 +666,7 @@ def limit_in_force(wire: Wire) -> str | None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_the_limit_of_the_replica_with_the_larger_id_applies_if_two_replicas_started_at_the_same_time(
-    client, wire, first
-):
+def test_if_two_replicas_started_at_the_same_time_the_limit_of_the_larger_replica_id_applies(client, wire, first):
     started = wire.now_us()
     replicas = [
         with_limit(client, "2.00", started, "00000000000a"),
@@ -679,7 +677,7 @@ def test_the_limit_of_the_replica_with_the_larger_id_applies_if_two_replicas_sta
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
-def test_a_start_time_ahead_of_the_clock_of_the_store_counts_as_the_current_time(client, wire):
+def test_if_a_replica_sends_a_start_time_in_the_future_the_store_assumes_the_current_time(client, wire):
     ahead = with_limit(client, "2.00", wire.now_us() + 7_200_000_000)
     ahead.reserve("op_1", agent=1)
     earlier = with_limit(client, "1.00", wire.now_us() - 3_600_000_000)
@@ -691,7 +689,7 @@ def test_a_start_time_ahead_of_the_clock_of_the_store_counts_as_the_current_time
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
-def test_a_limit_that_was_asserted_before_the_clock_was_set_back_is_replaced(client, wire):
+def test_a_limit_set_before_the_store_clock_was_set_back_is_replaced_by_the_next_replica(client, wire):
     wire.reserve("op_1", agent=1)
     key = wire.session.current_window("agent").key
     client.hset(key, mapping={"limit": 7, "asserted": f"{wire.now_us() + 7_200_000_000} ffffffffffff"})
@@ -699,7 +697,7 @@ def test_a_limit_that_was_asserted_before_the_clock_was_set_back_is_replaced(cli
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
-def test_a_replica_without_the_time_of_the_store_sends_its_age(client, wire):
+def test_if_a_replica_sends_its_age_the_store_and_the_replica_compute_the_same_start_time(client, wire):
     before_us = wire.now_us()
     unsynced = Wire(client)
     unsynced.session.renew()
@@ -721,7 +719,7 @@ def usual(wire: Wire) -> Wire:
     return wire
 
 
-def test_the_fast_path_writes_the_same_as_the_full_script(client, usual):
+def test_the_fast_path_and_the_full_script_write_the_same_records_and_sums(client, usual):
     amounts, spent = {"agent": 150, "cycles": 2, "jobs": 1}, {"agent": 151, "cycles": 1, "jobs": 0}
     parts = {name: f":{units}" for name, units in amounts.items()}
     records, sums, expiries = {}, {}, {}
@@ -750,7 +748,7 @@ def test_the_fast_path_writes_the_same_as_the_full_script(client, usual):
     assert immortal_keys(client) == []
 
 
-def test_the_fast_path_decides_the_operations_of_a_batch_in_order_and_exactly(usual):
+def test_the_fast_path_admits_the_operations_of_a_batch_in_order_up_to_the_exact_limit(usual):
     limit = 5 * 10**9
     lines = usual.send(*(usual.op(f"R op_{n} 60000 c - - -", agent=f":{limit // 4}") for n in range(4)), fast=True)
     assert lines == ["g", "g", "g", "s"], "one unit is held"
@@ -762,7 +760,7 @@ def test_the_fast_path_decides_the_operations_of_a_batch_in_order_and_exactly(us
     assert usual.head.acknowledged == usual.session.acknowledged == 3
 
 
-def test_a_reservation_that_the_fast_path_declines_leaves_large_sums_exact(client):
+def test_if_the_fast_path_declines_a_very_large_reservation_the_sums_of_its_batch_stay_exact(client):
     wire = Wire(client, [Budget("agent", None, unit="tokens"), Budget("few", 1, unit="tokens")])
     wire.reserve("first", agent=1, few=1)
     most = 2**53 - 2
@@ -772,7 +770,7 @@ def test_a_reservation_that_the_fast_path_declines_leaves_large_sums_exact(clien
     assert wire.sums("agent")["held"] == 3
 
 
-def test_the_fast_path_declines_all_unusual_cases_and_changes_nothing(client, usual):
+def test_if_the_fast_path_declines_an_unusual_request_nothing_in_the_store_changes(client, usual):
     usual.reserve("op_1", agent=150)
     stale = usual.commit("op_1", counted={"agent": 150}, agent=70)
     usual.request("E op_1 60000 0", agent=":30:0")
@@ -796,7 +794,7 @@ def test_the_fast_path_declines_all_unusual_cases_and_changes_nothing(client, us
     assert dump(client) == before
 
 
-def test_the_fast_path_declines_a_commit_into_a_window_that_counts_almost_2_to_the_62_units(client, usual):
+def test_if_a_window_counts_almost_2_to_the_62_units_the_fast_path_declines_a_commit(client, usual):
     """The full script refuses it before it writes; the fast path checks no sums of single commits."""
     usual.reserve("op_1", agent=150)
     commit = usual.commit("op_1", counted={"agent": 150}, agent=200)
@@ -808,7 +806,7 @@ def test_the_fast_path_declines_a_commit_into_a_window_that_counts_almost_2_to_t
 
 
 @pytest.mark.parametrize("change", ["epoch", "acknowledged", "repair", "window"])
-def test_the_fast_path_declines_a_reservation_if_the_store_shows_signs_of_a_data_loss(client, usual, change):
+def test_the_fast_path_declines_a_reservation_after_a_data_loss_or_during_the_recovery(client, usual, change):
     meta, keys = "ktrdr:{t}:meta", usual.session.keys
     usual.reserve("op_1", agent=150)
     commit = usual.commit("op_1", counted={"agent": 150}, agent=70)
@@ -829,7 +827,7 @@ def test_the_fast_path_declines_a_reservation_if_the_store_shows_signs_of_a_data
     assert keys.meta == meta
 
 
-def test_the_fast_path_obeys_run_time_limits(client, usual):
+def test_the_fast_path_applies_limits_set_at_run_time(client, usual):
     until_ms = usual.now_us() // 1000 + 60_000
     client.hset("ktrdr:{t}:meta", "limits", "1")
     for changed, line in ((f"{10**10} 0", "g"), ("100 0", "s"), (f"- {until_ms}", "g"), ("100 1", "s")):
@@ -841,7 +839,7 @@ def test_the_fast_path_obeys_run_time_limits(client, usual):
 
 
 @pytest.mark.parametrize("max_holds", [2, 40_000])
-def test_the_fast_path_counts_holds_only_if_max_holds_is_small_or_the_store_is_marked_as_having_many(client, max_holds):
+def test_the_fast_path_counts_holds_if_max_holds_is_small_and_otherwise_reads_a_flag_in_the_store(client, max_holds):
     wire = Wire(client, max_holds=max_holds)
     wire.reserve("op_1", agent=1)
     filler = {f"filler_{number}": 9_999_999_999_999 for number in range(max_holds - 1)}
@@ -870,7 +868,7 @@ def test_the_fast_path_counts_holds_only_if_max_holds_is_small_or_the_store_is_m
 
 
 @pytest.mark.parametrize("units", [123_456_789_012_345, 999_999_999_999_999, 9_007_199_254_740_991, 10**15])
-def test_amounts_of_sixteen_digits_stay_exact(client, units):
+def test_amounts_of_15_and_16_digits_stay_exact(client, units):
     wire = Wire(client, [Budget("all", None, unit="tokens", period="ever")])
     assert wire.reserve("op_1", all=units) == "g"
     assert wire.record("op_1").endswith(f",{units},,")
@@ -882,7 +880,7 @@ def test_amounts_of_sixteen_digits_stay_exact(client, units):
     assert wire.ledger("all") == [units - 1]
 
 
-def test_windows_and_ledgers_expire_a_day_and_the_retention_after_their_end(client):
+def test_windows_and_ledgers_expire_one_day_plus_the_retention_after_the_end_of_the_window(client):
     wire = Wire(client, retention_days=3)
     wire.reserve("op_1", agent=150)
     wire.request("D op_1", agent=":x70")
@@ -891,7 +889,7 @@ def test_windows_and_ledgers_expire_a_day_and_the_retention_after_their_end(clie
     assert [client.pexpiretime(key) for key in (window.key, window.ledger_key)] == [expected] * 2
 
 
-def test_upstash_the_id_of_a_settled_hold_expires_after_its_retention_time(client):
+def test_upstash_the_id_of_a_settled_hold_expires_after_id_memory_ms(client):
     """Upstash's script compared a number with a string, so it never set the expiry."""
     wire = Wire(client, id_memory_ms=40)
     for hold_id, settle in (("op_1", "D op_1"), ("op_2", "L op_2 0")):
@@ -904,7 +902,7 @@ def test_upstash_the_id_of_a_settled_hold_expires_after_its_retention_time(clien
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_an_endless_ledger_stays_bounded_and_adds_up(client, fast):
+def test_the_ledger_of_a_window_without_end_stays_bounded_and_adds_up_to_the_spend(client, fast):
     wire = Wire(client, ledger_entries_max=500)
     wire.reserve("first", all=1)
     for first in range(0, 3000, 100):
@@ -921,7 +919,7 @@ def test_an_endless_ledger_stays_bounded_and_adds_up(client, fast):
     assert (first.kind, int(first.hold_id) + len(others)) == ("carried", 3000), "number of trimmed entries"
 
 
-def test_the_summary_of_trimmed_ledger_entries_is_exact_above_2_to_the_53(client):
+def test_the_summary_of_trimmed_ledger_entries_is_exact_above_2_to_the_53_units(client):
     """Lua's sums of 2^53 and more are not exact, so HINCRBY adds them up."""
     wire, huge = Wire(client, ledger_entries_max=100), 2**53 - 3
     for first in range(0, 400, 100):
@@ -978,7 +976,7 @@ def test_the_server_refuses_a_script_that_touches_an_undeclared_key(server, clie
     client.acl_deluser("strict")
 
 
-def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, client, strict):
+def test_runcycles_every_operation_touches_only_declared_keys(server, client, strict):
     """Scripts that use undeclared keys fail on a cluster, or fail open."""
     setup, settle = Wire(client, ledger_entries_max=1), {"agent": ":x70", "cycles": ":x1"}
     for number in range(12):
@@ -1026,7 +1024,7 @@ def test_runcycles_every_operation_touches_only_keys_that_it_declares(server, cl
 # -- scripts that the server has not loaded ----------------------------------------------------------------------------
 
 
-async def test_pyratelimiter_script_flush_is_invisible_to_callers(server, client):
+async def test_pyratelimiter_calls_succeed_after_the_server_has_flushed_its_scripts(server, client):
     async with AsyncBudgetLimiter(server.url, [Budget("agent", "5.00")]) as limiter:
         for turn in range(3):
             for call in (
@@ -1043,7 +1041,7 @@ async def test_pyratelimiter_script_flush_is_invisible_to_callers(server, client
         assert limiter.losses == 0
 
 
-def test_pyratelimiter_a_restarted_server_is_invisible_to_callers(start_server: Callable):
+def test_pyratelimiter_a_commit_succeeds_after_the_server_was_restarted(start_server: Callable):
     server = start_server(None, "--appendonly", "yes")
     with BudgetLimiter(server.url, [Budget("agent", "5.00")], timeout=10.0) as limiter:
         hold = limiter.reserve("agent", "0.15")
@@ -1054,7 +1052,7 @@ def test_pyratelimiter_a_restarted_server_is_invisible_to_callers(start_server: 
     server.kill()
 
 
-def test_readiness_tries_each_command_that_a_script_runs():
+def test_the_readiness_check_tries_every_command_that_any_script_runs():
     sources = {path.stem: path.read_text(encoding="utf-8") for path in LUA.glob("*.lua")}
     tried = set(re.findall(r"\{ '([A-Z]+)'", sources.pop("readiness")))
     run = {command for source in sources.values() for command in re.findall(r"\b[p]?call\('([A-Z]+)'", source)}
@@ -1062,7 +1060,7 @@ def test_readiness_tries_each_command_that_a_script_runs():
     assert run <= tried
 
 
-def test_a_readiness_check_whose_write_is_refused_leaves_no_key(client):
+def test_a_readiness_check_leaves_no_key_if_the_store_refuses_a_command(client):
     keys = Keys("t").trial
     client.execute_command("ACL", "SETUSER", "default", "-zrem")
     try:

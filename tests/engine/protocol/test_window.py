@@ -23,7 +23,7 @@ STORED = stored_window("2026-11-30", "usd,day,UTC,spend")
         (Budget("jobs", 2, unit="jobs", kind="slots"), SLOTS),
     ],
 )
-def test_the_flag_of_a_budget_is_that_of_dollars_or_a_count_or_slots(budget, flag):
+def test_a_budget_has_the_flag_for_dollars_or_for_a_count_or_for_slots(budget, flag):
     assert flag_of(budget) == flag
 
 
@@ -50,15 +50,15 @@ def test_a_batch_describes_a_window_by_its_name_definition_bounds_and_limit():
         (None, False, ("-", "?")),
     ],
 )
-def test_an_unlimited_window_and_one_whose_limit_is_unknown_here_differ_on_the_wire(limit, asserts_limit, words):
+def test_a_window_without_a_limit_is_sent_differently_from_a_window_with_an_unknown_limit(limit, asserts_limit, words):
     assert make_window(limit=limit, asserts_limit=asserts_limit).words[-2:] == words
 
 
-def test_a_window_without_end_has_zero_as_its_end():
+def test_a_window_without_end_is_sent_with_zeros_as_its_bounds():
     assert make_window("jobs", SLOTS).words[3:6] == ("0", "0", "0")
 
 
-def test_a_window_of_an_unknown_definition_keeps_the_name_that_the_store_has_for_it():
+def test_a_window_with_an_unknown_definition_keeps_its_stored_name():
     window = Window(KEYS, "agent", DAY, DOLLARS, stored="2026-11-30~k3f9a1")
     assert window.name == "agent:2026-11-30~k3f9a1"
     assert window.words[2] == "-", "the store compares no definition"

@@ -63,7 +63,7 @@ MODES = {
 
 
 @pytest.mark.parametrize("row", REQUESTS, ids=lambda row: row[1])
-def test_each_request_has_the_same_letter_in_wire_md_and_codes_py_and_its_script(row):
+def test_each_request_has_the_same_letter_in_wire_md_in_codes_py_and_in_its_script(row):
     letter, name, script, _, replies = row
     assert LETTERS[name] == letter
     assert HEADERS[script].ops[name] == letter
@@ -95,7 +95,7 @@ def test_no_two_requests_and_no_two_replies_have_the_same_letter():
 
 
 @pytest.mark.parametrize("words", MODES)
-def test_each_mode_has_the_same_letter_in_wire_md_and_codes_py_and_its_script(words):
+def test_each_mode_has_the_same_letter_in_wire_md_in_codes_py_and_in_its_script(words):
     modes: type[StrEnum] = MODES[words]
     named = {name: letter for letter, name, _ in table(words)}
     assert named == {mode.name: mode.value for mode in modes}
@@ -103,14 +103,14 @@ def test_each_mode_has_the_same_letter_in_wire_md_and_codes_py_and_its_script(wo
     assert HEADERS[script].modes == named
 
 
-def test_wire_md_lists_the_states_and_policies_and_flags_of_a_hold_record():
+def test_wire_md_lists_the_states_policies_and_flags_of_a_hold_record():
     rows = dict(table("## The record of a hold"))
     assert set(re.findall(r"\b([a-z]) [a-z]", rows["state"])) >= set(codes.STATES)
     assert dict(re.findall(r"\b([a-z]) ([a-z]+)", rows["policy"])) == codes.POLICIES
     assert {flag for flag, _ in re.findall(r"\b([a-z]) (dollars|a count|slots)", rows["flag"])} == set(codes.FLAGS)
 
 
-def test_wire_md_names_every_script_that_is_not_an_included_part():
+def test_wire_md_names_every_lua_file_except_parts_that_scripts_include():
     for path in (ROOT / "lua").glob("*.lua"):
         is_part = path.read_text(encoding="utf-8").startswith(f"-- {path.name} (part): ")
         assert is_part or f"`{path.name}`" in DOCUMENT, path.name

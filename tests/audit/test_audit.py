@@ -23,7 +23,7 @@ def spend(url: str) -> None:
         limiter.record("agent", "0.02")
 
 
-def test_windows_add_up_after_ordinary_calls(server):
+def test_the_counters_of_all_windows_add_up_after_ordinary_calls(server):
     spend(server.url)
     reports = {report.budget: report for report in verify(server.url)}
     assert set(reports) == {"agent", "tokens", "slots"}

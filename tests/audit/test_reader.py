@@ -67,7 +67,7 @@ def test_reading_a_ledger_continues_at_the_last_entry_unless_entries_are_missing
     assert ledger.continues_at(head, trimmed_count, newest) == continues
 
 
-def test_if_all_read_entries_were_trimmed_reading_continues_after_their_summary():
+def test_reading_a_ledger_continues_after_the_summary_if_all_entries_read_before_were_trimmed():
     ledger = Ledger(number=2, last=b"second", head=b"first")
     assert ledger.continues_at(b"summary", 2, 3)
     assert (ledger.head, ledger.last, ledger.trimmed_count) == (b"summary", b"summary", 2)
@@ -101,7 +101,7 @@ def audited() -> Iterator[Audited]:
         yield made
 
 
-def test_the_counters_in_a_snapshot_equal_the_sums_of_the_ledger_the_replicas_and_the_holds(audited):
+def test_the_counters_in_a_snapshot_equal_the_sums_of_ledger_replicas_and_holds(audited):
     snapshot = audited.reader.snapshot(*audited.window)
     assert (snapshot.spent, snapshot.held, snapshot.events) == (to_units("0.10"), to_units("0.15"), 1)
     assert snapshot.ledger.total == snapshot.replica_subtotals == snapshot.spent
@@ -119,13 +119,13 @@ def test_a_later_snapshot_reads_only_the_new_ledger_entries(audited):
     assert audited.reader.snapshot(*audited.window).ledger is not first
 
 
-def test_if_the_key_of_a_window_is_missing_its_snapshot_is_marked_as_vanished(audited):
+def test_the_snapshot_of_a_window_is_marked_as_vanished_if_the_key_of_the_window_is_missing(audited):
     audited.client.delete(audited.keys.window(*audited.window))
     snapshot = audited.reader.snapshot(*audited.window)
     assert (snapshot.vanished, snapshot.spent, snapshot.ledger.total) == (True, 0, to_units("0.10"))
 
 
-def test_if_the_store_has_lost_its_data_the_audit_raises_store_unavailable(audited):
+def test_the_audit_raises_store_unavailable_if_the_store_has_lost_its_data(audited):
     window = audited.window
     audited.reader.check_epoch()
     audited.client.flushall()

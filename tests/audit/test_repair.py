@@ -146,7 +146,7 @@ def test_only_the_given_budgets_are_repaired(client, auditor, limiter):
 # -- damaged ledgers and windows ---------------------------------------------------------------------------------------
 
 
-def test_if_a_ledger_has_lost_entries_the_counters_keep_their_values(server, client, auditor, limiter):
+def test_the_counters_keep_their_values_if_a_ledger_has_lost_entries(server, client, auditor, limiter):
     """The counter and the sum of the replicas' subtotals agree, so the ledger is the damaged part."""
     fill(limiter)
     right = figures(limiter)
@@ -216,7 +216,7 @@ def test_a_missing_window_does_not_block_other_budgets(server, client):
         assert limiter.store_state == "closed"
 
 
-def test_if_the_ledger_was_trimmed_a_window_is_repaired_from_the_subtotals_of_the_replicas(
+def test_a_window_whose_ledger_was_trimmed_is_repaired_from_the_subtotals_of_the_replicas(
     server, client, auditor, monkeypatch
 ):
     monkeypatch.setattr(
@@ -300,7 +300,7 @@ def test_a_repair_removes_index_entries_without_a_matching_hold(server, client, 
     assert auditor.repair().index_changes == []
 
 
-def test_if_the_record_of_a_hold_is_missing_a_repair_no_longer_counts_its_amount_as_held(
+def test_a_repair_subtracts_the_amount_of_a_hold_without_a_record_from_the_held_amount(
     server, client, auditor, limiter
 ):
     """The worker's commit fails, and the worker records the spend instead."""

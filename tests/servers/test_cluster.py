@@ -338,7 +338,9 @@ async def test_during_an_atomic_slot_migration_of_valkey_calls_continue_and_no_s
 
 
 @pytest.mark.parametrize("way", ["connections", "client without hiredis", "instrumented client"])
-async def test_redirects_are_followed_with_own_connections_and_with_the_redis_py_client(cluster, monkeypatch, way):
+async def test_the_limiter_follows_redirects_with_its_own_connections_and_with_the_redis_py_client(
+    cluster, monkeypatch, way
+):
     if way == "client without hiredis":
         monkeypatch.setattr(resp, "Reader", None)
     if way == "instrumented client":
@@ -368,7 +370,7 @@ async def test_redirects_are_followed_with_own_connections_and_with_the_redis_py
 # -- failover ----------------------------------------------------------------------------------------------------------
 
 
-async def test_if_a_master_is_killed_waiting_calls_succeed_on_the_promoted_replica(either):
+async def test_calls_to_a_killed_master_succeed_after_a_replica_is_promoted(either):
     old = either.owner("default")
     async with AsyncBudgetLimiter(either.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
@@ -392,7 +394,7 @@ async def test_a_manual_failover_loses_no_spend(cluster):
         assert await asyncio.to_thread(cluster.fail_over, "default") is not old
 
 
-async def test_if_a_master_hangs_waiting_calls_succeed_after_a_new_master_is_elected(cluster):
+async def test_calls_to_a_hanging_master_succeed_after_a_new_master_is_elected(cluster):
     """Its connections stay open without replies: no call may wait until its own deadline."""
     old = cluster.owner("default")
     async with AsyncBudgetLimiter(cluster.url, BUDGETS, timeout=60.0) as limiter:

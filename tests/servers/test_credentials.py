@@ -144,7 +144,7 @@ async def test_a_password_without_a_user_name_logs_in_the_default_user(own, give
         assert (await limiter.reserve("agent", "0.15")).state == "open"
 
 
-async def test_if_the_credential_provider_raises_the_store_is_unavailable_and_no_secret_is_shown(own, caplog):
+async def test_a_failing_credential_provider_makes_the_store_unavailable_and_no_secret_is_shown(own, caplog):
     vault, down = Vault(own), [True]
 
     def provider() -> tuple[str, str]:

@@ -144,7 +144,7 @@ def test_the_sync_limiter_and_the_audit_raise_an_error_if_the_server_does_not_sp
         verify(url, timeout=1.0)
 
 
-async def test_if_a_server_accepts_connections_but_never_replies_a_call_raises_store_unavailable():
+async def test_a_call_raises_store_unavailable_if_the_server_accepts_connections_but_never_replies():
     connections = 0
 
     async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

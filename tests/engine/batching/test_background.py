@@ -78,7 +78,7 @@ async def test_a_batch_has_the_timeout_of_the_limiter_unless_a_shorter_timeout_i
         ("ERR BOOM", False),
     ],
 )
-def test_memory_login_permission_and_schema_errors_count_as_refusing_every_batch(message, everything):
+def test_an_error_about_memory_login_permissions_or_schema_concerns_the_whole_store(message, everything):
     assert refuses_everything(StoreError(message)) is everything
 
 
@@ -119,7 +119,7 @@ def test_if_a_reply_has_a_different_epoch_the_read_fails_and_the_store_is_probed
         ("waits", ["record"], False),
     ],
 )
-def test_while_replicas_replay_lost_data_only_complete_replies_are_used(while_recovering, items, used):
+def test_only_complete_replies_are_used_while_replicas_replay_lost_data(while_recovering, items, used):
     made = background()
     reply = [f"{NOW_US} epoch 0 {NOW_MS + 1500}", *items]
     if used:

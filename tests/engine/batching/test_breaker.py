@@ -222,7 +222,7 @@ async def test_each_readiness_check_queries_the_store_again(own_server):
         assert (await limiter.check())["store"] is None
 
 
-async def test_if_a_limiter_starts_before_the_store_the_limiter_connects_after_the_store_starts(own_server):
+async def test_a_limiter_started_during_an_outage_connects_when_the_store_starts(own_server):
     own_server.kill()
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=TIMEOUT_S) as limiter:
         await open_breaker(limiter, lambda: limiter.status("agent"))

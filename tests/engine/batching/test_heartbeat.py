@@ -66,7 +66,7 @@ def test_heartbeats_are_sent_every_third_of_the_ttl_and_at_least_every_eight_hou
     assert [delay_s for delay_s, _ in dispatcher.timers] == [20, 86_400 / 3]
 
 
-def test_heartbeats_run_without_the_context_variables_of_the_block(dispatcher, hold):
+def test_heartbeats_do_not_inherit_the_context_variables_of_the_caller(dispatcher, hold):
     """An instrumentation would put their spans into the block's trace."""
     token = caller.set("block")
     begun(dispatcher, hold)

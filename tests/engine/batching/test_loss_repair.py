@@ -112,7 +112,7 @@ async def test_a_repair_does_not_count_records_that_the_store_still_had(caplog):
 
 
 @pytest.mark.parametrize("batches", [0, 1, 2])
-async def test_if_a_reply_to_a_replay_reports_a_loss_the_replay_starts_again(batches):
+async def test_a_replay_starts_again_if_the_store_reports_a_further_loss(batches):
     replica = await Replica(*REPLIES[:batches], LOST, *REPLIES).repaired()
     assert replica.sent == [*WHOLE[: batches + 1], *WHOLE]
     assert replica.repair.total.settlements == 1
@@ -131,14 +131,14 @@ async def test_one_repair_runs_at_a_time():
     assert (await replica.repaired()).sent == WHOLE
 
 
-async def test_if_the_store_does_not_reply_the_error_is_reported_and_the_journal_is_sent_again():
+async def test_after_a_missing_reply_the_error_is_reported_and_the_journal_is_sent_again():
     error = StoreUnavailable("no reply")
     replica = await Replica(error, *REPLIES).repaired()
     assert replica.sent == [LIMITS_AND_SETTLEMENTS, *WHOLE]
     assert replica.waits[0] is error
 
 
-async def test_if_the_store_refuses_an_operation_the_other_operations_are_still_replayed(caplog):
+async def test_if_one_operation_is_refused_the_other_operations_are_still_replayed(caplog):
     refused = StoreError("WRONGTYPE")
     replica = await Replica(refused, [Restored(True)], refused, *REPLIES[1:]).repaired()
     assert replica.sent[1:3] == [[each] for each in LIMITS_AND_SETTLEMENTS]

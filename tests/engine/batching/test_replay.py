@@ -114,7 +114,7 @@ class Replica:
     ("request_", "kinds"),
     [(commit(), ["settlement"]), (RECORD, ["settlement"]), (reservation(), ["look up"]), (heartbeat(7), [])],
 )
-def test_if_the_reply_is_lost_settlements_and_reservations_are_queued_and_heartbeats_are_not(request_, kinds):
+def test_after_a_lost_reply_settlements_and_reservations_are_queued_but_heartbeats_are_not(request_, kinds):
     """A heartbeat is not: the next one has larger totals."""
     replica = Replica()
     replica.replayer.resolve_later(request_)
@@ -134,7 +134,7 @@ def test_if_the_reply_is_lost_settlements_and_reservations_are_queued_and_heartb
         (Command(None, [], []), True, []),
     ],
 )
-def test_if_the_caller_is_gone_failed_reports_of_spend_are_queued_and_possible_grants_are_released(
+def test_a_failed_report_of_spend_is_queued_and_a_possible_grant_is_released_if_the_caller_is_gone(
     request_, executed, kinds
 ):
     replica = Replica()
@@ -156,7 +156,7 @@ def test_a_queued_heartbeat_only_reports_spend_and_a_queued_record_is_marked_as_
 # -- the order ---------------------------------------------------------------------------------------------------------
 
 
-async def test_a_replay_first_reads_holds_to_settle_by_id_and_last_looks_up_reservations():
+async def test_a_replay_reads_holds_for_settlements_by_id_first_and_looks_up_reservations_last():
     record = hold_record(CONTEXT, tokens=40).render()
     replica = Replica(found([record]), [Settled((7,)), Settled((0,))], found([None]))
     replica.add(reservation("r1", "c"), "look up").add(by_id("b"), "by id").add(release(), "release")
@@ -215,7 +215,7 @@ async def test_an_operation_that_was_not_executed_stays_queued(reply):
 
 
 @pytest.mark.parametrize("is_found", [False, True])
-async def test_while_other_replicas_replay_lost_data_requests_for_a_missing_hold_stay_queued(is_found):
+async def test_requests_for_a_missing_hold_stay_queued_while_other_replicas_replay_lost_data(is_found):
     record = hold_record(CONTEXT, tokens=40).render() if is_found else None
     recovering = found([record], recovering_until_ms=NOW_MS + 1)
     replica = Replica(recovering, *[[Settled((7,))]] * is_found, recovering)
@@ -260,7 +260,7 @@ async def test_a_queued_settlement_by_id_is_dropped_with_an_error_if_the_hold_is
     assert (replica.outcomes, errors_of(caplog)) == ({"absent": 1}, ["spend of a not recorded: unknown hold"])
 
 
-async def test_observers_receive_replayed_commits_only_if_in_doubt_and_counted_by_this_replica():
+async def test_a_replay_reports_to_observers_only_commits_of_this_replica_with_unknown_outcome():
     ours, others = Settled((7,)), Settled((7,), replayed=True, replica="other")
     replica = Replica([ours, others, Settled((0,)), ours]).add(commit("a"), "settlement").add(commit("b"), "settlement")
     replica.add(commit("deferred"), "deferred").add(release("c"), "settlement")
@@ -294,20 +294,20 @@ async def test_a_request_without_a_reply_stays_queued_with_the_time_of_its_first
     assert (entry.maybe_executed_us is not None) is maybe_executed
 
 
-async def test_if_the_store_refuses_a_request_the_other_requests_are_still_sent():
+async def test_if_one_request_is_refused_the_other_requests_are_still_sent():
     refused = StoreError("WRONGTYPE")
     replica = Replica(refused, refused, [Settled((7,))]).add(commit("a"), "settlement").add(commit("b"), "settlement")
     await replica.drain()
     assert [entry.hold_id for entry in replica.outbox] == ["a"]
 
 
-async def test_if_the_store_refuses_everything_the_replay_stops_after_one_batch():
+async def test_a_replay_stops_after_one_batch_if_the_store_refuses_everything():
     replica = Replica(StoreError("OOM")).add(commit("a"), "settlement").add(commit("b"), "settlement")
     await replica.drain()
     assert len(replica.background.sent) == 1
 
 
-async def test_if_the_store_has_lost_data_the_repair_runs_before_the_outbox_is_sent():
+async def test_lost_data_is_repaired_before_the_outbox_is_sent():
     replica = await Replica(LOST).add(commit(), "settlement").drain()
     assert replica.repair.active
     await replica.drain()

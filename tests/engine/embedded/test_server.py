@@ -232,7 +232,7 @@ def test_the_server_stops_when_its_last_user_is_killed(data_dir: Path) -> None:
         eventually(lambda: is_gone(user.server_pid) and is_gone(supervisor_pid))
 
 
-def test_if_the_process_that_started_the_server_is_killed_the_server_keeps_running(data_dir: Path) -> None:
+def test_the_server_keeps_running_after_the_starting_process_is_killed(data_dir: Path) -> None:
     with User(data_dir) as starter, User(data_dir) as other:
         starter.kill()
         connect(other.url).set("spent", "5")
@@ -361,7 +361,7 @@ def test_if_the_supervisor_is_killed_the_next_user_starts_a_new_supervisor(data_
         eventually(lambda: is_gone(user.server_pid))
 
 
-def test_if_a_server_adopted_by_a_new_supervisor_is_killed_the_server_restarts_with_its_data(data_dir: Path) -> None:
+def test_a_new_supervisor_restarts_a_killed_server_with_its_data(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         kill(supervisor_of(user.server_pid))
@@ -380,7 +380,7 @@ def test_without_a_supervisor_the_server_stops_when_the_last_handle_is_closed(da
         eventually(lambda: is_gone(user.server_pid))
 
 
-def test_if_only_the_server_is_still_running_the_next_user_joins_the_running_server(data_dir: Path) -> None:
+def test_the_next_user_joins_a_running_server_whose_supervisor_and_users_were_killed(data_dir: Path) -> None:
     with User(data_dir) as user:
         connect(user.url).set("spent", "5")
         kill(supervisor_of(user.server_pid))
@@ -392,7 +392,7 @@ def test_if_only_the_server_is_still_running_the_next_user_joins_the_running_ser
     eventually(lambda: is_gone(user.server_pid))
 
 
-def test_if_the_server_and_its_supervisor_were_killed_ensure_restarts_the_server(data_dir: Path) -> None:
+def test_ensure_restarts_the_server_if_the_server_and_its_supervisor_were_killed(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
         server_pid = pid_at(server.url)
@@ -433,7 +433,7 @@ def appended_file(data_dir: Path) -> Path:
     return next((data_dir / "appendonlydir").glob("*.incr.aof"))
 
 
-def test_if_the_append_only_file_ends_in_a_truncated_command_only_the_truncated_command_is_lost(data_dir: Path) -> None:
+def test_only_the_last_command_is_lost_if_the_append_only_file_ends_in_a_truncated_command(data_dir: Path) -> None:
     with embedded.start(data_dir) as server:
         connect(server.url).set("spent", "5")
         connect(server.url).set("torn", "6")
@@ -547,7 +547,7 @@ def test_the_default_directory_is_data_budget_unless_the_environment_names_a_dir
     await_end(data_dir / "elsewhere")
 
 
-def test_find_returns_a_running_server_and_creates_nothing(data_dir: Path) -> None:
+def test_find_returns_the_url_of_a_running_server_and_creates_no_files(data_dir: Path) -> None:
     assert embedded.find(data_dir) is None
     assert not data_dir.exists()
     data_dir.mkdir()
@@ -645,7 +645,7 @@ def test_a_server_that_never_replies_is_reported_after_the_timeout_and_stopped(
         embedded.start(data_dir, timeout_s=0.3)
 
 
-def test_if_the_previous_server_is_still_stopping_start_fails_after_its_timeout(data_dir: Path) -> None:
+def test_start_fails_after_its_timeout_if_the_previous_server_is_still_stopping(data_dir: Path) -> None:
     data_dir.mkdir()
     leaving_fd = supervisor.wait_lock(data_dir, supervisor.USERS_LOCK)
     with pytest.raises(embedded.EmbeddedServerError, match="still shutting down"):

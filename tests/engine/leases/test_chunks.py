@@ -104,7 +104,7 @@ def test_chunks_agree_with_a_model_of_plain_arithmetic_in_random_histories(histo
         )
 
 
-def test_if_a_lease_refuses_an_amount_nothing_is_spent_and_the_error_has_the_figures():
+def test_a_refused_amount_is_not_spent_and_the_error_has_the_figures_of_the_lease():
     chunks = chunks_at([0], 100)
     chunks.spend(nanos(60))
     with pytest.raises(BudgetExceeded) as denied:
@@ -117,7 +117,7 @@ def test_if_a_lease_refuses_an_amount_nothing_is_spent_and_the_error_has_the_fig
     assert (chunks.spent, chunks.remaining) == (nanos(100), 0)
 
 
-def test_if_the_last_refill_failed_a_lease_with_too_little_left_raises_store_unavailable():
+def test_a_lease_with_too_little_left_raises_store_unavailable_if_its_last_refill_failed():
     chunks = chunks_at([0], 100)
     chunks.last_refill_error = StoreUnavailable("store at x sent no reply")
     with pytest.raises(StoreUnavailable, match=r"the lease of 'agent' has \$0.0000001 left: store at x"):

@@ -174,7 +174,7 @@ def test_a_lease_cannot_be_opened_twice(store):
 
 
 @pytest.mark.parametrize("error", [StoreError("NOAUTH"), InvalidArgument("other definition")])
-def test_if_the_store_refuses_the_first_chunk_the_lease_does_not_open(store, error):
+def test_a_lease_does_not_open_if_the_store_refuses_the_first_chunk(store, error):
     store.errors["reserve"] = error
     with pytest.raises(type(error)):
         opened(store)
@@ -222,7 +222,7 @@ def test_if_a_refused_amount_is_larger_than_a_chunk_the_next_chunk_has_the_whole
 
 
 @pytest.mark.parametrize(("needed", "grows"), [(130, True), (131, False)])
-def test_the_current_chunk_grows_by_the_last_units_of_a_budget_if_the_sum_suffices(store, needed, grows):
+def test_the_current_chunk_grows_by_the_last_units_of_a_budget_if_the_grown_chunk_suffices(store, needed, grows):
     lease = opened(store, low_water=0)
     store.left = 30
     with pytest.raises(BudgetExceeded):
@@ -231,7 +231,7 @@ def test_the_current_chunk_grows_by_the_last_units_of_a_budget_if_the_sum_suffic
     assert lease.remaining == (130 if grows else 100)
 
 
-def test_if_another_client_has_settled_a_chunk_growing_the_chunk_fails_and_its_spend_is_settled(store):
+def test_if_growing_a_chunk_fails_because_the_chunk_is_settled_its_spend_is_still_committed(store):
     lease = opened(store, low_water=0)
     lease.spend(7)
     store.left, store.errors["grow"] = 30, HoldConflict("released", state="released")
@@ -251,7 +251,7 @@ def test_if_a_request_for_a_chunk_fails_the_error_is_logged_except_outages_and_d
     assert (caplog.messages == [f"no chunk for the lease of tokens: {error}"]) is logged
 
 
-def test_if_a_budget_has_less_left_than_a_chunk_the_lease_reserves_the_rest(store):
+def test_a_lease_reserves_the_rest_of_a_budget_if_less_than_a_chunk_is_left(store):
     store.left = 30
     assert opened(store).remaining == 30
     assert store.requests == [("reserve", SLAB), ("reserve", 30)]
@@ -346,7 +346,7 @@ def test_all_idle_chunks_of_a_lease_are_settled(store):
 
 
 @pytest.mark.parametrize("error", [HoldConflict("released", state="released"), UnknownHold("lost")])
-def test_if_another_client_has_settled_a_chunk_the_chunk_grants_nothing_more(store, caplog, error):
+def test_a_chunk_grants_nothing_after_a_different_client_has_settled_the_chunk(store, caplog, error):
     lease = opened(store)
     lease.spend(7)
     store.errors["extend"] = error
@@ -356,7 +356,7 @@ def test_if_another_client_has_settled_a_chunk_the_chunk_grants_nothing_more(sto
     assert "chunk chunk of the lease of tokens lost" in caplog.text
 
 
-def test_if_a_heartbeat_gets_no_reply_the_chunk_stays_usable(store, caplog):
+def test_a_chunk_stays_usable_if_a_heartbeat_gets_no_reply(store, caplog):
     lease = opened(store)
     store.errors["extend"] = NO_REPLY
     store.turn(TTL_S // 3 + 1)
@@ -436,7 +436,7 @@ def test_closing_the_limiter_charges_open_grants_in_full(store):
         grant.commit(30)
 
 
-def test_if_the_limiter_is_already_closed_closing_a_lease_logs_an_error(store, caplog):
+def test_closing_a_lease_logs_an_error_if_the_limiter_is_already_closed(store, caplog):
     lease = opened(store)
     lease.spend(7)
     store.is_closed = True

@@ -379,7 +379,7 @@ def test_a_settled_offline_hold_refuses_a_different_settlement(replica, first, s
         hold.offline.extend(hold, lambda: hold.parts, SECOND)
 
 
-def test_if_growth_does_not_fit_in_one_budget_no_budget_changes(replica):
+def test_growth_is_refused_in_all_budgets_if_one_budget_has_too_little_left(replica):
     hold = replica.draw({"agent": 60, "team": 10})
     assert hold is not None
     with pytest.raises(StoreUnavailable):

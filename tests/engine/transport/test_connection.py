@@ -70,7 +70,7 @@ async def test_an_error_reply_is_raised_and_the_connection_stays_usable(client, 
     assert await connection.execute(("ECHO", "a"), soon()) == b"a"
 
 
-async def test_if_a_request_times_out_its_connection_is_closed(client, pool, server):
+async def test_a_connection_is_closed_if_its_request_times_out(client, pool, server):
     connection = await pool.connect(client)
     with pytest.raises(TimeoutError):
         await connection.execute(("BLPOP", "nothing", 0), soon(0.05))

@@ -53,7 +53,7 @@ def test_a_temporary_failure_of_the_store_is_classified_as_transient(error, sent
     assert str(final).endswith("; gave up after 0.5 s")
 
 
-def test_a_missing_script_becomes_no_script_and_an_unrelated_error_stays_unchanged():
+def test_a_missing_script_has_its_own_error_class_and_an_unrelated_error_stays_unchanged():
     assert isinstance(translate(ReplyError("NOSCRIPT No matching script."), ""), NoScript)
     assert isinstance(translate(redis.NoScriptError("No matching script."), ""), NoScript)
     unrelated = KeyError("x")

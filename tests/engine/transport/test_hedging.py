@@ -30,7 +30,7 @@ async def fails() -> str:
     raise ConnectionError("refused")
 
 
-async def test_if_the_first_attempt_gets_a_quick_reply_no_second_attempt_starts():
+async def test_no_second_attempt_starts_if_the_first_attempt_gets_a_quick_reply():
     started = []
 
     async def record() -> str:
@@ -41,7 +41,7 @@ async def test_if_the_first_attempt_gets_a_quick_reply_no_second_attempt_starts(
     assert not started
 
 
-async def test_if_the_first_attempt_gets_no_reply_the_reply_to_the_second_attempt_is_used():
+async def test_the_reply_to_the_second_attempt_is_used_if_the_first_attempt_gets_no_reply():
     assert await hedged(never, now_s(), second, ()) == "second"
 
 

@@ -69,7 +69,7 @@ def test_the_error_for_an_invalid_url_does_not_show_the_password(url):
     assert "secret" not in str(raised.value)
 
 
-async def test_after_an_ask_redirect_asking_and_the_command_are_sent_on_the_same_connection(node):
+async def test_the_asking_command_and_the_redirected_command_are_sent_on_the_same_connection(node):
     assert await node.execute(("GET", "k"), asking=True, deadline=0, on_resend=None) == "reply"
     assert node.client.sent == [("single", ("ASKING",)), ("single", ("GET", "k"))]
 

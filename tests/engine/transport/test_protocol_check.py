@@ -78,12 +78,12 @@ def test_a_server_with_tls_is_reported_only_if_the_url_does_not_use_tls(serve, r
 
 @pytest.mark.parametrize("tls", [False, True])
 @pytest.mark.parametrize("reply", [b"", ConnectionResetError(), TimeoutError()])
-def test_if_a_server_without_tls_sends_no_reply_the_protocol_check_reports_nothing(serve, tls, reply):
+def test_the_protocol_check_reports_nothing_if_a_server_without_tls_sends_no_reply(serve, tls, reply):
     serve(reply)
     assert check_protocol(ADDRESS, tls) is None
 
 
-def test_if_a_server_is_unreachable_the_protocol_check_reports_nothing(monkeypatch):
+def test_the_protocol_check_reports_nothing_if_the_server_is_unreachable(monkeypatch):
     def refuse(address: object, timeout: float) -> None:
         raise ConnectionRefusedError
 

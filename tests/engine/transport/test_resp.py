@@ -35,6 +35,6 @@ def test_each_word_of_a_command_is_packed_with_its_length_in_bytes(monkeypatch, 
     assert module.pack(words) == packed
 
 
-def test_without_hiredis_the_module_has_no_reader(monkeypatch):
+def test_without_hiredis_the_resp_module_has_no_reader(monkeypatch):
     assert resp.Reader is not None
     assert module_without_hiredis(monkeypatch).Reader is None

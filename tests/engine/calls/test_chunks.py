@@ -27,18 +27,18 @@ def calls(context) -> LeaseCalls:
     return LeaseCalls(context, timeout_s=1.0)
 
 
-def test_a_chunk_is_a_hold_that_is_charged_if_its_process_dies(calls):
+def test_a_chunk_is_reserved_as_a_hold_with_the_expiry_policy_charge(calls):
     [request], hold = drive(calls.reserve("tokens", 100, 60, "lease"), answer(Granted()))
     assert (request.policy, request.ttl_ms) == ("c", 60_000)
     assert " lease " in request.granted(0, NOW_MS), "the label in the ledger"
     assert hold.reserved_units == {"tokens": 100}
 
 
-def test_a_chunk_is_never_granted_offline_whatever_the_outage_policy(calls):
+def test_a_chunk_is_never_granted_offline_even_if_the_outage_policy_is_allow(calls):
     drive(calls.reserve("tokens", 100, 60, "lease"), NOT_SENT, raises=StoreUnavailable)
 
 
-def test_a_heartbeat_reports_the_spend_of_a_chunk_and_growth_names_its_total(calls, context):
+def test_the_heartbeat_of_a_chunk_sends_its_spend_and_the_growth_of_a_chunk_sends_its_new_total(calls, context):
     hold = granted_hold(context, tokens=100)
     extended = answer(Extended(hold_record(context, tokens=120).render()))
     [heartbeat], _ = drive(calls.extend(hold, 7, 5000), extended)
@@ -48,7 +48,7 @@ def test_a_heartbeat_reports_the_spend_of_a_chunk_and_growth_names_its_total(cal
 
 
 @pytest.mark.parametrize(("spent", "kind"), [(7, Commit), (0, Release)])
-def test_a_chunk_commits_its_spend_and_is_released_if_nothing_was_spent(calls, context, spent, kind):
+def test_a_chunk_is_committed_with_its_spend_or_released_if_nothing_was_spent(calls, context, spent, kind):
     hold = granted_hold(context, tokens=100)
     [request], _ = drive(calls.settle(hold, spent), answer(Settled((spent,))))
     calls.settle_later(hold, spent)
@@ -57,7 +57,7 @@ def test_a_chunk_commits_its_spend_and_is_released_if_nothing_was_spent(calls, c
     assert request.units == later.units == (spent,)
 
 
-def test_spend_of_a_chunk_that_was_released_elsewhere_is_recorded_later_in_the_window_of_the_chunk(calls, context):
+def test_if_a_chunk_was_released_elsewhere_its_spend_is_recorded_later_in_the_same_window(calls, context):
     hold = granted_hold(context, "chunk", tokens=100)
     calls.record_later(hold, 7, "lease")
     [(_, request)] = queued(context)

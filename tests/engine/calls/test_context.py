@@ -50,12 +50,12 @@ def test_amounts_become_whole_units_of_each_budget_in_the_order_of_the_caller(co
         ({"agent": 1, "agnt": 1}, None, UnknownBudget),
     ],
 )
-def test_amounts_that_name_no_budget_or_fit_no_unit_are_refused(context, budget, amount, error):
+def test_amounts_with_an_unknown_budget_or_with_a_missing_or_invalid_value_are_refused(context, budget, amount, error):
     with pytest.raises(error):
         context.wanted(budget, amount)
 
 
-def test_an_amount_of_zero_is_accepted_only_where_a_call_allows_it(context):
+def test_an_amount_of_zero_is_accepted_only_if_positive_is_false(context):
     assert context.wanted("agent", 0, positive=False) == [("agent", 0)]
     with pytest.raises(InvalidAmount):
         context.wanted("agent", 0)
@@ -69,7 +69,7 @@ def test_labels_contain_the_current_trace(trace_id):
 
 
 @pytest.mark.parametrize("label", ["l" * 257, b"bytes", 7, "\ud800"], ids=["too long", "bytes", "number", "surrogate"])
-def test_a_label_that_the_ledger_cannot_keep_is_refused(label):
+def test_a_label_that_is_too_long_or_not_valid_text_is_refused(label):
     with pytest.raises(InvalidArgument):
         checked_label(label)
     assert checked_label("l" * 256) == "l" * 256
@@ -85,17 +85,17 @@ def test_a_hold_past_its_deadline_is_retired_and_read_again(context):
     assert record == retired
 
 
-def test_a_hold_that_remains_past_its_deadline_is_read_at_most_twice(context):
+def test_if_a_hold_cannot_be_retired_the_second_read_of_the_hold_is_returned(context):
     """For example, its retirement failed; the caller receives the hold as it is."""
     due = hold_record(context, agent=5, due=True)
     assert drive(context.read_hold("a"), found(due.render()), RETIRED, found(due.render())).result == due
 
 
-def test_the_read_of_an_unknown_hold_is_an_error(context):
+def test_reading_an_unknown_hold_is_an_error(context):
     drive(context.read_hold("a"), found(None), raises=UnknownHold)
 
 
-def test_a_hold_that_cannot_be_retired_does_not_fail_the_retirement_of_others(context, caplog):
+def test_if_a_hold_cannot_be_retired_the_other_holds_are_still_retired(context, caplog):
     texts = [hold_record(context, agent=5, due=True).render(), None]
     requests, _ = drive(context.retire(["a", "b"]), found(texts), StoreError("WRONGTYPE"), RETIRED)
     assert [(request.hold_id, len(request.windows)) for request in requests[1:]] == [("a", 1), ("b", 0)]
@@ -109,7 +109,7 @@ def test_a_grant_that_no_caller_received_is_queued_for_release(context, request_
     assert (kind, release.mode, release.request) == ("release", mode, request_name)
 
 
-def test_a_grant_that_a_full_outbox_drops_is_an_error_that_is_logged(context, caplog, monkeypatch):
+def test_if_a_full_outbox_drops_the_release_of_a_grant_an_error_is_logged(context, caplog, monkeypatch):
     monkeypatch.setattr(outboxes, "IN_DOUBT_MAX", 1)
     for hold_id in ("first", "second"):
         context.release_later(hold_id, [context.state.current_window("agent")], "")
@@ -130,7 +130,7 @@ def test_a_grant_that_a_full_outbox_drops_is_an_error_that_is_logged(context, ca
     ],
     ids=["within a second", "after a second", "clock set back", "the first hold has changed", "another window"],
 )
-def test_the_deadline_read_for_a_denied_caller_is_reused_for_other_callers_for_a_second(
+def test_a_deadline_that_was_read_for_a_denied_caller_is_cached_for_one_second(
     context, budget, first_deadline_ms, now_ms, cached
 ):
     cache = DenialCache()

@@ -48,7 +48,7 @@ def outgrown(context, **units):
 # -- heartbeats --------------------------------------------------------------------------------------------------------
 
 
-def test_a_heartbeat_reports_the_accrued_totals_and_sets_the_deadline_of_the_store(context):
+def test_a_heartbeat_sends_the_accrued_totals_and_the_hold_takes_the_deadline_from_the_reply(context):
     hold = granted_hold(context, agent=500, tokens=40)
     hold.accrue({"tokens": 7})
     [request], _ = drive(extend(context, hold, 30), extended(context, NOW_MS + 30_500, agent=500, tokens=40))
@@ -57,7 +57,7 @@ def test_a_heartbeat_reports_the_accrued_totals_and_sets_the_deadline_of_the_sto
     assert (hold.deadline_ms, hold.ttl_ms) == (NOW_MS + 30_500, 30_000)
 
 
-def test_a_report_leaves_the_deadline_to_the_store(context):
+def test_a_report_sends_the_accrued_totals_without_changing_the_deadline(context):
     hold = granted_hold(context, tokens=40)
     hold.accrue({"tokens": 7})
     [request], _ = drive(report(context, hold), extended(context, tokens=40))
@@ -75,14 +75,14 @@ def test_a_heartbeat_without_a_reply_succeeds_only_if_the_outage_policy_extends_
     assert units_of(hold) == {"tokens": 40}
 
 
-def test_a_hold_that_an_operator_has_released_cannot_be_extended_and_its_object_shows_it_as_released(context):
+def test_the_heartbeat_of_a_hold_released_by_an_operator_fails_and_marks_the_hold_as_released(context):
     hold = granted_hold(context, tokens=40)
     conflict = answer(Conflict(hold_record(context, RELEASED_BY_OPERATOR, tokens=40).render()))
     drive(extend(context, hold, None), conflict, raises=HoldConflict)
     assert (hold.state, hold.released_by_operator) == ("released", True)
 
 
-def test_a_hold_that_another_replica_has_committed_leaves_the_journal_at_the_next_heartbeat(context):
+def test_if_another_replica_has_committed_a_hold_a_heartbeat_removes_the_hold_from_the_journal(context):
     hold = granted_hold(context, tokens=40)
     conflict = answer(Conflict(hold_record(context, COMMITTED, tokens=40).render()))
     drive(extend(context, hold, None), conflict, raises=HoldConflict)
@@ -90,7 +90,7 @@ def test_a_hold_that_another_replica_has_committed_leaves_the_journal_at_the_nex
 
 
 @pytest.mark.parametrize("is_growth", [False, True])
-def test_the_store_cannot_enlarge_an_offline_hold_but_its_heartbeats_succeed(is_growth):
+def test_an_offline_hold_cannot_grow_but_its_heartbeats_succeed(is_growth):
     context = call_context(*BUDGETS, policy=AllowPolicy)
     hold = offline_hold(context, tokens=40)
     flow = grow_to(context, hold, {"tokens": 50}) if is_growth else extend(context, hold, None)
@@ -99,14 +99,14 @@ def test_the_store_cannot_enlarge_an_offline_hold_but_its_heartbeats_succeed(is_
     assert units_of(hold) == {"tokens": 40}
 
 
-def test_the_heartbeat_of_a_hold_that_the_store_has_dropped_is_an_error(context):
+def test_a_heartbeat_fails_if_the_store_has_dropped_the_hold(context):
     drive(extend(context, granted_hold(context, tokens=40), None), answer(UnknownHoldReply()), raises=UnknownHold)
 
 
 # -- growth ------------------------------------------------------------------------------------------------------------
 
 
-def test_growth_to_a_total_names_the_totals_of_all_budgets_and_lowers_none(context):
+def test_growth_to_a_total_sends_the_totals_of_all_budgets_and_lowers_no_total(context):
     hold = granted_hold(context, agent=500, tokens=40)
     flow = grow_to(context, hold, {"tokens": 30, "agent": "0.000000600"})
     [request], _ = drive(flow, extended(context, agent=600, tokens=40))
@@ -114,14 +114,14 @@ def test_growth_to_a_total_names_the_totals_of_all_budgets_and_lowers_none(conte
     assert (request.mode, units_of(hold)) == (ExtendMode.GROW, {"agent": 600, "tokens": 40})
 
 
-def test_growth_by_an_amount_names_the_total_that_it_adds_to(context):
+def test_growth_by_an_amount_sends_the_new_total_and_the_total_before_the_growth(context):
     hold = granted_hold(context, agent=500, tokens=40)
     [request], _ = drive(grow(context, hold, {"tokens": 10}), extended(context, agent=500, tokens=50))
     assert request.amounts == [ExtendAmount(), ExtendAmount(reserved=50, expected=40)]
     assert units_of(hold) == {"agent": 500, "tokens": 50}
 
 
-def test_growth_is_added_to_the_growth_of_other_processes(context):
+def test_growth_in_this_process_is_added_to_growth_in_other_processes(context):
     hold = granted_hold(context, tokens=40)
     flow = grow(context, hold, {"tokens": 10})
     requests, _ = drive(flow, outgrown(context, tokens=45), extended(context, tokens=55))
@@ -129,7 +129,7 @@ def test_growth_is_added_to_the_growth_of_other_processes(context):
     assert units_of(hold) == {"tokens": 55}
 
 
-def test_growth_that_is_repeated_after_a_lost_reply_is_added_once(context):
+def test_if_growth_is_repeated_after_a_lost_reply_the_amount_is_added_once(context):
     hold = granted_hold(context, tokens=40)
     [first], _ = drive(grow(context, hold, {"tokens": 10}), NO_REPLY, raises=StoreUnavailable)
     drive(grow(context, hold, {"tokens": 10}), NOT_SENT, raises=StoreUnavailable)
@@ -138,14 +138,14 @@ def test_growth_that_is_repeated_after_a_lost_reply_is_added_once(context):
     assert units_of(hold) == {"tokens": 50}
 
 
-def test_another_growth_after_a_lost_reply_is_added_to_the_totals_that_the_store_replies(context):
+def test_different_growth_after_a_lost_reply_is_added_to_the_total_in_the_store(context):
     hold = granted_hold(context, tokens=40)
     drive(grow(context, hold, {"tokens": 10}), NO_REPLY, raises=StoreUnavailable)
     flow = grow(context, hold, {"tokens": 3})
     assert drive(flow, outgrown(context, tokens=50), extended(context, tokens=53)).requests[1].amounts[0].reserved == 53
 
 
-def test_later_growth_is_not_taken_for_a_retry_of_growth_that_was_never_sent(context):
+def test_if_growth_was_never_sent_the_same_growth_later_is_not_treated_as_a_retry(context):
     hold = granted_hold(context, tokens=40)
     drive(grow(context, hold, {"tokens": 10}), NOT_SENT, raises=StoreUnavailable)
     flow = grow(context, hold, {"tokens": 10})
@@ -159,7 +159,7 @@ def test_growth_above_the_largest_amount_is_refused_before_anything_is_sent(cont
         grow(context, hold, {"tokens": 2**53 - 40})
 
 
-def test_a_denied_growth_retires_holds_past_their_deadline_and_tries_again(context):
+def test_after_a_denied_growth_holds_past_their_deadline_are_retired_and_the_growth_is_repeated(context):
     hold = granted_hold(context, tokens=40)
     denied = Denied(context.state.current_window("tokens").name, 1000, 0, 990, 0, 20, NOW_MS - 1, 60)
     due = found([hold_record(context, tokens=950, due=True).render()])
@@ -172,14 +172,14 @@ def test_a_denied_growth_retires_holds_past_their_deadline_and_tries_again(conte
 
 
 @pytest.mark.parametrize(("ttl", "mode"), [(None, ExtendMode.HEARTBEAT_NO_SOONER), (5, ExtendMode.HEARTBEAT)])
-def test_a_heartbeat_by_id_makes_the_deadline_earlier_only_if_it_names_a_ttl(context, ttl, mode):
+def test_only_a_heartbeat_by_id_with_a_ttl_can_move_the_deadline_earlier(context, ttl, mode):
     record = found(hold_record(context, tokens=40).render())
     requests, view = drive(extend_by_id(context, "a", ttl, {"tokens": 7}), record, extended(context, tokens=40))
     assert (requests[1].mode, requests[1].amounts) == (mode, [ExtendAmount(accrued=7)])
     assert (view.id, view.amounts) == ("a", {"tokens": 40})
 
 
-def test_the_read_of_a_heartbeat_by_id_carries_the_accrued_amount_as_a_report_that_outlives_its_caller(context):
+def test_if_the_read_of_a_heartbeat_by_id_gets_no_reply_the_accrued_amount_can_be_reported_later(context):
     record = hold_record(context, tokens=40)
     [read], _ = drive(extend_by_id(context, "a", 5, {"tokens": 7}), NO_REPLY, raises=StoreUnavailable)
     kept = read.prepares.complete(record)
@@ -188,7 +188,7 @@ def test_the_read_of_a_heartbeat_by_id_carries_the_accrued_amount_as_a_report_th
     assert read.prepares is None
 
 
-def test_growth_by_id_names_new_totals(context):
+def test_growth_by_id_sends_the_new_total_of_each_grown_budget(context):
     record = found(hold_record(context, agent=500, tokens=40).render())
     requests, view = drive(grow_by_id(context, "a", {"tokens": 60}, 5), record, extended(context, agent=500, tokens=60))
     assert requests[1].amounts == [ExtendAmount(), ExtendAmount(reserved=60)]
@@ -201,7 +201,7 @@ def test_an_extension_by_id_with_an_invalid_argument_is_refused_before_anything_
     assert drive(grow_by_id(context, hold_id, {"tokens": 1}, ttl), raises=InvalidArgument).requests == []
 
 
-def test_an_offline_hold_is_extended_by_id_through_its_own_object():
+def test_extending_an_offline_hold_by_id_updates_the_hold_object_of_this_process():
     context = call_context(*BUDGETS, policy=AllowPolicy)
     hold = offline_hold(context, "a", tokens=40)
     _, view = drive(extend_by_id(context, "a", None, {"tokens": 7}), NOT_SENT)

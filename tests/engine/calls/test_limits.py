@@ -25,7 +25,7 @@ def context() -> CallContext:
     return call_context(AGENT)
 
 
-def test_set_limit_reads_the_status_before_and_after_the_change_and_returns_the_second_one(context):
+def test_set_limit_reads_the_status_before_and_after_the_change_and_returns_the_later_status(context):
     """The first read sets the store's clock, by which ``until`` may be in the past."""
     after = answer_status(runtime=f"2000000000 0 {CHANGED}")
     requests, now = drive(set_limit(context, "agent", "2.00", None), answer_status(), CHANGED, after)
@@ -34,7 +34,7 @@ def test_set_limit_reads_the_status_before_and_after_the_change_and_returns_the_
     assert (now.limit, now.limit_source) == (2, "runtime")
 
 
-def test_a_limit_that_was_set_or_cleared_is_journalled_with_the_time_of_its_change(context):
+def test_setting_or_clearing_a_limit_is_journalled_with_the_time_of_the_change(context):
     drive(set_limit(context, "agent", "2.00", None), answer_status(), CHANGED, answer_status(now_us=NOW_US - 1))
     [replayed] = context.state.journal.limits(context.state.keys, NOW_MS)
     assert (replayed.limit, replayed.changed_us) == (2_000_000_000, NOW_US)
@@ -54,17 +54,17 @@ def test_a_limit_that_was_set_or_cleared_is_journalled_with_the_time_of_its_chan
     ],
     ids=["unknown budget", "negative", "a time without a zone", "another text than 'window'"],
 )
-def test_a_limit_that_cannot_be_set_is_refused_before_anything_is_sent(context, name, limit, until, error):
+def test_a_limit_with_an_invalid_argument_is_refused_before_anything_is_sent(context, name, limit, until, error):
     assert drive(set_limit(context, name, limit, until), raises=error).requests == []
 
 
-def test_a_limit_until_a_time_in_the_past_by_the_clock_of_the_store_is_refused(context):
+def test_a_limit_is_refused_if_its_end_is_in_the_past_by_the_clock_of_the_store(context):
     until = datetime.fromtimestamp(NOW_MS / 1000, UTC)
     requests, _ = drive(set_limit(context, "agent", "1", until), answer_status(), raises=InvalidArgument)
     assert [type(request) for request in requests] == [Read]
 
 
-def test_a_limit_until_the_end_of_a_window_that_ends_meanwhile_is_set_again_for_the_next_window():
+def test_if_a_window_ends_while_its_limit_is_set_the_limit_is_set_again_for_the_next_window():
     context = call_context(HOURLY)
     span = context.state.current_window("agent").span
 
@@ -79,13 +79,13 @@ def test_a_limit_until_the_end_of_a_window_that_ends_meanwhile_is_set_again_for_
     assert untils_ms == [span.end_ms, to_ms(now.resets_at)]
 
 
-def test_a_limit_until_the_end_of_a_window_without_end_is_set_for_good():
+def test_if_a_window_has_no_end_a_limit_until_the_end_of_the_window_never_ends():
     context = call_context(Budget("agent", "5.00", period="ever"))
     requests, now = drive(set_limit(context, "agent", "1", "window"), answer_status(), CHANGED, answer_status())
     assert (requests[1].args[2], now.resets_at) == (0, None)
 
 
-def test_a_limit_is_not_set_while_another_definition_of_the_budget_is_registered(context):
+def test_a_limit_cannot_be_set_or_cleared_if_a_different_definition_is_registered(context):
     other = f"m {HOURLY.definition}"
     error = drive(set_limit(context, "agent", "1", None), answer_status(), other, raises=DefinitionConflict).result
     assert error.registered == HOURLY.identity
@@ -96,7 +96,7 @@ def test_a_limit_is_not_set_while_another_definition_of_the_budget_is_registered
 
 
 @pytest.mark.parametrize("is_same", [True, False])
-def test_a_migration_replaces_the_registered_definition_if_it_differs(context, is_same):
+def test_a_migration_replaces_the_registered_definition_only_if_the_definitions_differ(context, is_same):
     registered = AGENT if is_same else HOURLY
     replies = [found(registered.definition)] + [""] * (not is_same)
     requests, migration = drive(migrate(context, "agent"), *replies)
@@ -104,7 +104,7 @@ def test_a_migration_replaces_the_registered_definition_if_it_differs(context, i
     assert (migration.before, migration.after) == (registered.identity, AGENT.identity)
 
 
-def test_the_first_registration_of_a_definition_is_logged_without_one_before(caplog):
+def test_the_log_of_the_first_registered_definition_shows_none_as_the_previous_definition(caplog):
     endless = Budget("agent", "5.00", period="ever")
     requests, migration = drive(migrate(call_context(endless), "agent"), found(None), "")
     assert (migration.before, migration.limit_cleared, requests[1].args[4]) == (None, False, 0)
@@ -120,11 +120,11 @@ def test_a_migration_is_repeated_if_the_registered_definition_changes_meanwhile(
 
 
 @pytest.mark.parametrize(("unit", "drops"), [("usd", 0), ("tokens", 1)])
-def test_a_migration_to_another_unit_drops_the_limit_of_run_time(context, unit, drops):
+def test_a_migration_to_a_different_unit_clears_the_run_time_limit(context, unit, drops):
     registered = Budget("agent", 5, unit=unit, period="hour").definition
     requests, _ = drive(migrate(context, "agent"), found(registered), "")
     assert requests[1].args[-1] == drops
 
 
-def test_a_definition_of_a_later_version_is_not_replaced(context):
+def test_a_migration_does_not_replace_a_definition_registered_by_a_later_version(context):
     drive(migrate(context, "agent"), found("usd,fortnight,UTC,spend"), raises=DefinitionConflict)

@@ -37,7 +37,7 @@ def context() -> CallContext:
 # -- budgets -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_status_retires_holds_past_their_deadline_and_is_read_again(context):
+def test_if_a_status_shows_due_holds_the_holds_are_retired_and_the_status_is_read_again(context):
     """Therefore the figures show such holds as unconfirmed."""
     due = found([hold_record(context, tokens=40, due=True).render()])
     replies = answer_status(due=("a",), held=40), due, RETIRED, answer_status(unconfirmed=40)
@@ -46,14 +46,14 @@ def test_a_status_retires_holds_past_their_deadline_and_is_read_again(context):
     assert (now.held, now.unconfirmed) == (0, 40)
 
 
-def test_a_status_does_not_wait_for_a_hold_that_cannot_be_retired(context):
+def test_a_status_is_returned_even_if_a_due_hold_cannot_be_retired(context):
     due = found([hold_record(context, tokens=40, due=True).render()])
     replies = answer_status(due=("a",), held=40), due, RETIRED, answer_status(due=("a",), held=40)
     [now] = drive(status(context, ["tokens"]), *replies).result
     assert now.held == 40
 
 
-def test_a_status_retires_holds_in_at_most_64_rounds(context):
+def test_a_status_is_returned_after_64_reads_even_if_more_holds_are_due(context):
     """More may become due meanwhile."""
     rounds = [(answer_status(due=(f"h{number}",)), found([None]), RETIRED) for number in range(63)]
     replies = [reply for each in rounds for reply in each]
@@ -72,13 +72,13 @@ def test_a_status_is_read_again_if_its_window_has_ended(context):
     assert (now.window, now.spent) == ("2025-12-02", 1)
 
 
-def test_a_status_waits_for_the_replay_of_lost_data_only_if_it_is_to_be_complete(context):
+def test_only_a_complete_status_waits_for_the_replay_of_lost_data(context):
     [read], _ = drive(status(context, ["agent"]), answer_status())
     [complete], _ = drive(status(context, ["agent"], complete=True), answer_status())
     assert (read.while_recovering, complete.while_recovering) == ("answers", "waits")
 
 
-def test_the_limit_of_run_time_that_a_status_shows_is_journalled(context):
+def test_a_run_time_limit_shown_by_a_status_is_journalled(context):
     drive(status(context, ["tokens"]), answer_status(runtime=f"2000 0 {NOW_MS}000"))
     [replayed] = context.state.journal.limits(context.state.keys, NOW_MS)
     assert (replayed.budget, replayed.limit) == ("tokens", 2000)
@@ -92,7 +92,9 @@ def test_the_limit_of_run_time_that_a_status_shows_is_journalled(context):
     ],
     ids=["unreadable window", "other definition"],
 )
-def test_a_budget_with_unknown_figures_hides_no_other_budget(context, figures, error):
+def test_if_the_figures_of_a_budget_are_unknown_the_figures_of_other_budgets_are_still_returned(
+    context, figures, error
+):
     figures = [word.strip() for word in figures] if isinstance(figures, list) else figures
     _, fine = answer_status(spent=7)[1]
     found_all = drive(statuses(context), found([], figures, fine)).result
@@ -104,20 +106,20 @@ def test_a_budget_with_unknown_figures_hides_no_other_budget(context, figures, e
 # -- holds -------------------------------------------------------------------------------------------------------------
 
 
-def test_the_view_of_a_hold_is_the_record_of_the_store(context):
+def test_a_hold_is_shown_as_recorded_in_the_store(context):
     _, view = drive(hold_view(context, "a"), found(hold_record(context, tokens=40).render()))
     assert (view.id, view.state, view.amounts) == ("a", "open", {"tokens": 40})
 
 
 @pytest.mark.parametrize("reply", [NOT_SENT, found(None)], ids=["no reply", "unknown to the store"])
-def test_the_view_of_an_offline_hold_is_the_one_of_this_process(reply):
+def test_a_hold_granted_offline_is_shown_from_the_memory_of_this_process(reply):
     context = call_context(TOKENS, policy=AllowPolicy)
     offline_hold(context, "a", tokens=40)
     assert drive(hold_view(context, "a"), reply).result.amounts == {"tokens": 40}
     drive(hold_view(context, "b"), reply, raises=StoreUnavailable if reply is NOT_SENT else UnknownHold)
 
 
-def test_a_list_of_holds_has_the_open_and_the_unconfirmed_ones_of_its_budget(context):
+def test_a_list_of_holds_has_the_open_and_the_unconfirmed_holds_of_one_budget(context):
     open_hold, unconfirmed = hold_record(context, tokens=1), hold_record(context, UNCONFIRMED, tokens=2)
     other, settled = hold_record(context, agent=3), hold_record(context, COMMITTED, tokens=4)
     replies = (
@@ -142,7 +144,7 @@ def test_a_list_of_holds_continues_at_the_cursor_of_the_previous_page(context):
     assert ([view.id for view in page], page.next_cursor) == (["c"], None)
 
 
-def test_a_list_of_holds_reads_an_index_in_parts_of_1000(context):
+def test_a_list_of_holds_reads_the_index_in_parts_of_1000_ids(context):
     ids, other = [f"h{number}" for number in range(1000)], hold_record(context, agent=1).render()
     last = hold_record(context, tokens=1).render()
     replies = answer_status(), found(ids), found([other] * 1000), found(["last"]), found([last]), found([])
@@ -165,7 +167,7 @@ def page_of(*entries: str, first: int = 1, trimmed: int = 0):
     return found(trimmed, first, [f"{NOW_MS}000 {entry} - -" for entry in entries])
 
 
-def test_a_ledger_is_the_one_of_the_current_window_newest_entry_first(context):
+def test_by_default_a_ledger_page_shows_the_current_window_with_the_newest_entry_first(context):
     entries = page_of("5 commit a", "7 record b")
     requests, page = drive(ledger(context, "tokens", None, 10, None), answer_status(), entries)
     assert requests[1].keys[-1] == context.state.current_window("tokens").ledger_key
@@ -173,7 +175,7 @@ def test_a_ledger_is_the_one_of_the_current_window_newest_entry_first(context):
     assert page.next_cursor is None
 
 
-def test_a_ledger_of_a_named_window_is_read_without_a_status(context):
+def test_if_the_caller_names_a_window_its_ledger_is_read_without_reading_a_status_first(context):
     [request], _ = drive(ledger(context, "tokens", "2025-11-30", 10, None), page_of())
     assert ":2025-11-30~" in request.keys[-1]
     drive(ledger(context, "tokens", "2025-W48", 10, None), raises=InvalidArgument)
@@ -184,7 +186,7 @@ def test_a_ledger_of_a_named_window_is_read_without_a_status(context):
     [(4, "5 commit a", "4"), (1, "5 commit a", None), (4, "99 carried 3", None)],
     ids=["more entries", "the first entry", "a summary of trimmed entries"],
 )
-def test_a_ledger_continues_before_the_first_entry_of_its_page(context, first, kind, cursor):
+def test_a_ledger_page_has_a_cursor_at_its_oldest_entry_only_if_older_entries_exist(context, first, kind, cursor):
     _, page = drive(
         ledger(context, "tokens", "2025-12-01", 2, "6"), page_of(kind, "7 record b", first=first, trimmed=1)
     )

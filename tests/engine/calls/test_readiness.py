@@ -28,7 +28,7 @@ def test_a_store_that_executes_all_commands_and_evicts_nothing_has_no_faults(con
     assert faults == {"store": None, "policy": None, "scripts": None}
 
 
-def test_a_store_that_may_evict_keys_has_a_fault_of_its_policy(context):
+def test_if_the_store_may_evict_keys_the_eviction_policy_is_reported_as_a_fault(context):
     faults = drive(check(context), [], found([]), WRITTEN, LRU).result
     assert faults["policy"] == "maxmemory-policy is allkeys-lru; it must be noeviction, or budgets may vanish"
 
@@ -40,7 +40,7 @@ def test_a_store_that_may_evict_keys_has_a_fault_of_its_policy(context):
         (["SET", "OOM command not allowed"], "it is full, and refuses SET: OOM command not allowed", None),
     ],
 )
-def test_a_refused_command_is_a_fault_of_the_scripts_or_of_the_whole_store(context, refused, store, scripts):
+def test_a_refused_command_is_reported_as_a_fault_of_the_scripts_or_of_the_store(context, refused, store, scripts):
     requests, faults = drive(check(context), refused, NOEVICTION)
     assert len(requests) == 2, "no trial write, which would be refused as well"
     assert (faults["store"], faults["scripts"]) == (store, scripts)
@@ -54,17 +54,19 @@ def test_a_refused_command_is_a_fault_of_the_scripts_or_of_the_whole_store(conte
         ("protocol", "ERR scripts", "unknown: it is not a store"),
     ],
 )
-def test_an_error_of_the_store_is_a_fault_of_its_scripts_its_user_or_its_protocol(context, fault, store, scripts):
+def test_a_login_or_protocol_error_is_a_fault_of_the_store_and_other_errors_of_the_scripts(
+    context, fault, store, scripts
+):
     faults = drive(check(context), StoreError("ERR scripts", fault=fault), NOEVICTION).result
     assert (faults["store"], faults["scripts"]) == (store, scripts)
 
 
-def test_a_policy_that_cannot_be_read_is_unknown_and_hides_no_other_check(context):
+def test_if_the_eviction_policy_cannot_be_read_only_the_policy_check_is_unknown(context):
     faults = drive(check(context), [], found([]), WRITTEN, StoreError("NOPERM")).result
     assert faults == {"store": None, "policy": "unknown: NOPERM", "scripts": None}
 
 
-def test_a_store_without_a_reply_leaves_the_other_checks_unknown(context):
+def test_if_the_store_does_not_reply_the_checks_of_policy_and_scripts_are_unknown(context):
     faults = drive(check(context), NOT_SENT).result
     unknown = "unknown: no reply from the store"
     assert faults == {"store": "connection refused", "policy": unknown, "scripts": unknown}
@@ -85,7 +87,7 @@ def test_a_limiter_prepares_its_outage_policy_before_it_connects():
     flow.close()
 
 
-def test_a_limiter_connects_at_its_start_and_warns_of_a_store_that_may_evict_keys(context, caplog):
+def test_a_limiter_connects_at_its_start_and_logs_a_warning_if_the_store_may_evict_keys(context, caplog):
     requests, _ = drive(begin(context, "cache:6379"), found([]), LRU)
     assert [type(request) for request in requests] == [Read, Command]
     assert caplog.messages == [
@@ -95,6 +97,6 @@ def test_a_limiter_connects_at_its_start_and_warns_of_a_store_that_may_evict_key
 
 
 @pytest.mark.parametrize("reply", [NOEVICTION, StoreError("NOPERM"), NOT_SENT])
-def test_no_warning_is_logged_for_a_policy_that_evicts_nothing_or_cannot_be_read(context, caplog, reply):
+def test_no_warning_is_logged_if_the_eviction_policy_is_noeviction_or_cannot_be_read(context, caplog, reply):
     drive(warn_of_eviction(context, "cache:6379"), reply)
     assert caplog.messages == []

@@ -71,13 +71,13 @@ def growth(context) -> Operation:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, tuple) else "",
 )
-def test_each_refusal_of_the_store_has_its_exception(context, reply, error, message):
+def test_each_kind_of_refusal_by_the_store_has_an_exception_and_a_message(context, reply, error, message):
     raised = error_for(context, reservation(context), reply, NOW_US)
     assert type(raised) is error
     assert message in str(raised)
 
 
-def test_a_conflict_describes_the_hold_that_has_the_id(context):
+def test_the_error_for_a_conflict_describes_the_hold_that_already_has_the_id(context):
     raised = error_for(context, reservation(context), Conflict(hold_record(context, tokens=7).render()), NOW_US)
     assert isinstance(raised, HoldConflict)
     assert str(raised).startswith("hold 'a' was reserved at 7 tokens and is open")
@@ -96,7 +96,7 @@ def test_the_error_for_a_full_window_names_the_bound_in_the_unit_of_its_budget(c
 @pytest.mark.parametrize(
     ("deadline_ms", "seconds"), [(NOW_MS + 1001, 2), (NOW_MS + 1000, 1), (NOW_MS - 5000, 1), (0, None)]
 )
-def test_too_many_holds_can_be_retried_at_the_first_deadline(context, deadline_ms, seconds):
+def test_if_there_are_too_many_holds_the_caller_may_retry_at_the_first_deadline(context, deadline_ms, seconds):
     raised = error_for(context, reservation(context), TooManyHoldsReply(7, deadline_ms), NOW_US)
     assert isinstance(raised, TooManyHolds)
     assert raised.retry_after == seconds
@@ -109,7 +109,7 @@ def test_the_error_for_growth_after_a_migration_says_that_the_hold_cannot_grow(c
     assert "migrate" in str(raised), "here it is another definition"
 
 
-def test_a_denied_growth_in_a_budget_that_is_not_configured_here_has_the_figures_of_a_count(context):
+def test_if_growth_is_denied_in_a_budget_unknown_to_this_limiter_the_figures_are_counts(context):
     window = context.state.window("elsewhere", "2025-12-01~aaaaaa")
     op = Extend("a", "key", [window], [ExtendAmount(reserved=40)], 1000, ExtendMode.GROW)
     reply = Denied(window.name, 1000, 990, 0, 0, 40, 0)
@@ -130,7 +130,7 @@ def record(context, seconds, **units) -> str:
     return hold_record(context, **units)._replace(deadline_ms=NOW_MS + seconds * SECOND).render()
 
 
-def test_a_denied_caller_may_retry_at_the_first_deadline_of_a_hold_of_the_same_window(context):
+def test_a_denied_caller_may_retry_when_the_first_hold_in_the_same_window_expires(context):
     """The first deadline that the store replies with may be of a hold of another budget."""
     holds = found(["b", "c"]), found([record(context, 5, agent=1), record(context, 20, tokens=990)])
     requests, error = drive(refusal(context, reservation(context), denied(context), NOW_US), *holds)
@@ -139,7 +139,7 @@ def test_a_denied_caller_may_retry_at_the_first_deadline_of_a_hold_of_the_same_w
     assert (error.reason, error.retry_after, error.fits) == ("budget_held", 20, 10)
 
 
-def test_the_deadline_is_searched_once_for_all_callers_denied_within_a_second(context):
+def test_callers_denied_within_one_second_share_one_search_for_the_first_deadline(context):
     holds = found(["b"]), found([record(context, 20, tokens=990)])
     drive(refusal(context, reservation(context), denied(context), NOW_US), *holds)
     requests, error = drive(refusal(context, reservation(context), denied(context), NOW_US + 900_000))
@@ -147,14 +147,14 @@ def test_the_deadline_is_searched_once_for_all_callers_denied_within_a_second(co
     assert error.retry_after == 20
 
 
-def test_a_caller_denied_during_the_search_receives_the_first_deadline_of_any_hold(context):
+def test_a_caller_denied_during_a_search_for_the_deadline_receives_the_first_deadline_of_any_hold(context):
     searching = refusal(context, reservation(context), denied(context), NOW_US)
     next(searching)
     assert drive(refusal(context, reservation(context), denied(context), NOW_US)).result.retry_after == 5
     searching.close()
 
 
-def test_a_denied_growth_does_not_wait_for_its_own_hold(context):
+def test_retry_after_for_a_denied_growth_ignores_the_deadline_of_the_growing_hold(context):
     holds = found(["a", "b"]), found([record(context, 20, tokens=40), record(context, 30, tokens=940)])
     error = drive(refusal(context, growth(context), denied(context), NOW_US), *holds).result
     assert error.retry_after == 30
@@ -167,20 +167,22 @@ def test_a_denied_caller_may_retry_at_the_end_of_the_window_if_no_hold_is_found(
 
 
 @pytest.mark.parametrize("state", ["c", "x", None, "o"], ids=["settled", "unconfirmed", "unknown", "past its deadline"])
-def test_only_open_holds_are_counted_for_retry_after(context, state):
+def test_retry_after_considers_only_open_holds_before_their_deadline(context, state):
     gone = state and hold_record(context, state, tokens=990, due=state == "o").render()
     holds = found(["b", "c"]), found([gone, record(context, 20, tokens=990)])
     assert drive(refusal(context, reservation(context), denied(context), NOW_US), *holds).result.retry_after == 20
 
 
 @pytest.mark.parametrize(("name", "searched", "seconds"), [("total", 127, None), ("tokens", 128, 12 * 3600)])
-def test_retry_after_without_a_hold_of_the_window_is_the_end_of_the_window(context, name, searched, seconds):
+def test_if_only_holds_of_other_windows_are_found_retry_after_is_the_end_of_the_window(
+    context, name, searched, seconds
+):
     holds = found(["h"] * searched), found([record(context, 1 + number, agent=1) for number in range(searched)])
     error = drive(refusal(context, reservation(context, name), denied(context, name), NOW_US), *holds).result
     assert error.retry_after == seconds
 
 
-def test_retry_after_in_a_window_without_end_is_the_last_deadline_read_if_only_other_holds_were_found(context):
+def test_in_a_window_without_end_retry_after_is_the_last_of_128_deadlines_of_other_windows(context):
     names = [f"h{number}" for number in range(128)]
     holds = found(names), found([record(context, 1 + number, agent=1) for number in range(128)])
     error = drive(refusal(context, reservation(context, "total"), denied(context, "total"), NOW_US), *holds).result
@@ -188,7 +190,7 @@ def test_retry_after_in_a_window_without_end_is_the_last_deadline_read_if_only_o
 
 
 @pytest.mark.parametrize("figures", [{"spent": 990, "held": 0}, {"requested": 1001}, {"first_deadline_ms": 0}])
-def test_no_holds_are_read_for_retry_after_if_no_expiry_can_make_room(context, figures):
+def test_holds_are_read_for_retry_after_only_if_their_expiry_can_make_room(context, figures):
     requests, error = drive(refusal(context, reservation(context), denied(context, **figures), NOW_US))
     assert requests == []
     assert isinstance(error, BudgetExceeded)

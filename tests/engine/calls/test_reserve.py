@@ -77,14 +77,14 @@ def test_a_reservation_with_an_invalid_argument_is_refused_before_anything_is_se
     assert drive(reservation(context, **wrong), raises=error).requests == []
 
 
-def test_a_reservation_of_several_budgets_is_one_request_for_their_current_windows(context):
+def test_a_reservation_in_several_budgets_is_one_request_with_the_current_window_of_each_budget(context):
     [request], hold = drive(reservation(context, {"agent": "0.25", "tokens": 40}, None), GRANTED)
     windows = [(window.budget, window.span.name, units) for window, units in request.parts]
     assert windows == [("agent", "2025-12-01", UNITS), ("tokens", "2025-12-01", 40)]
     assert units_of(hold) == {"agent": UNITS, "tokens": 40}
 
 
-def test_a_granted_hold_has_a_deadline_by_the_clock_of_the_store_and_is_journalled(context):
+def test_a_granted_hold_is_journalled_with_a_deadline_by_the_clock_of_the_store(context):
     _, hold = drive(reservation(context, ttl=30), answer(Granted(), now_us=(NOW_MS + 5000) * 1000))
     assert hold.deadline_ms == NOW_MS + 35_000
     journalled = context.state.journal.open_hold(hold.id)
@@ -92,7 +92,7 @@ def test_a_granted_hold_has_a_deadline_by_the_clock_of_the_store_and_is_journall
     assert journalled.deadline_ms == hold.deadline_ms
 
 
-def test_only_a_reservation_under_an_id_of_the_caller_names_its_request(context):
+def test_a_reservation_sends_a_new_request_name_only_if_the_caller_chose_the_id(context):
     """The id that the limiter generates belongs to one request; others may use the caller's id as well."""
     [generated], _ = drive(reservation(context), GRANTED)
     [first], _ = drive(reservation(context, id="op_1"), GRANTED)
@@ -101,7 +101,7 @@ def test_only_a_reservation_under_an_id_of_the_caller_names_its_request(context)
     assert first.request != second.request != ""
 
 
-def test_a_denied_reservation_retires_holds_past_their_deadline_and_tries_again(context):
+def test_after_a_denial_holds_past_their_deadline_are_retired_and_the_reservation_is_repeated(context):
     denied = Denied(context.state.current_window("agent").name, UNITS, 0, UNITS, 0, UNITS, NOW_MS - 1)
     record = hold_record(context, agent=UNITS, due=True).render()
     replies = answer(denied, "old"), found([record]), answer(Granted()), GRANTED
@@ -117,14 +117,14 @@ def test_a_reservation_is_denied_if_no_hold_is_past_its_deadline(context):
     assert (kinds(requests), error.reason) == ([Reserve], "budget_exhausted")
 
 
-def test_a_reservation_is_denied_after_64_rounds_though_more_holds_are_due(context):
+def test_a_reservation_is_denied_after_64_attempts_even_if_more_holds_are_due(context):
     denied = answer(Denied(context.state.current_window("agent").name, UNITS, UNITS, 0, 0, UNITS, 0), "old")
     rounds = [denied, found([None]), answer(Granted())] * 63
     requests, _ = drive(reservation(context), *rounds, denied, raises=BudgetExceeded)
     assert kinds(requests).count(Reserve) == 64
 
 
-def test_a_reservation_for_a_window_that_has_ended_is_repeated_for_the_next_one(context):
+def test_if_the_window_of_a_reservation_has_ended_the_reservation_is_repeated_in_the_next_window(context):
     midnight_ms = context.state.current_window("agent").span.end_ms
 
     def stale(request):
@@ -139,7 +139,9 @@ def test_a_reservation_for_a_window_that_has_ended_is_repeated_for_the_next_one(
 @pytest.mark.parametrize(
     ("of_this_request", "unreceived", "is_replay"), [(False, False, True), (True, False, False), (True, True, True)]
 )
-def test_a_repeated_reservation_returns_the_hold_of_the_first_one(context, of_this_request, unreceived, is_replay):
+def test_a_repeated_reservation_returns_the_hold_of_the_first_reservation(
+    context, of_this_request, unreceived, is_replay
+):
     """Not as a replay if an attempt of the same request was granted: then the caller receives it for the first time."""
 
     def replayed(request):
@@ -153,7 +155,7 @@ def test_a_repeated_reservation_returns_the_hold_of_the_first_one(context, of_th
     assert context.state.journal.open_hold("op_1") is not None
 
 
-def test_a_replayed_hold_past_its_deadline_is_retired_first(context):
+def test_if_a_replayed_hold_is_past_its_deadline_the_hold_is_retired_and_returned_as_unconfirmed(context):
     due = answer(Replayed(hold_record(context, agent=UNITS, due=True).render()))
     unconfirmed = answer(Replayed(hold_record(context, "x", agent=UNITS, due=True).render()))
     requests, hold = drive(reservation(context, id="op_1"), due, answer(Granted()), unconfirmed)
@@ -161,14 +163,14 @@ def test_a_replayed_hold_past_its_deadline_is_retired_first(context):
     assert hold.state == "unconfirmed"
 
 
-def test_a_reservation_lifts_the_tombstone_of_an_earlier_request_with_its_id(context):
+def test_a_reservation_removes_the_tombstone_left_by_an_earlier_request_with_the_same_id(context):
     text = hold_record(context, RELEASED).render().replace("- - -", "- ! -")
     requests, _ = drive(reservation(context, id="op_1"), answer(Conflict(text)), answer(Settled(())), GRANTED)
     assert kinds(requests) == [Reserve, Release, Reserve]
     assert requests[1].mode is ReleaseMode.LIFT
 
 
-def test_a_reservation_conflicts_with_another_hold_of_its_id(context):
+def test_a_reservation_is_a_conflict_if_the_id_has_a_hold_with_other_contents(context):
     conflict = answer(Conflict(hold_record(context, agent=1).render()))
     assert drive(reservation(context, id="op_1"), conflict, raises=HoldConflict).result.state == "open"
 
@@ -178,7 +180,7 @@ def test_a_reservation_conflicts_with_another_hold_of_its_id(context):
     [(None, NO_REPLY, ["release"]), (None, NOT_SENT, []), ("op_1", NO_REPLY, [])],
     ids=["generated id", "never sent", "id of the caller, who may retry"],
 )
-def test_a_grant_that_no_caller_can_receive_is_released_later(context, id, error, kept):
+def test_after_a_lost_reply_only_a_grant_under_a_generated_id_is_released_later(context, id, error, kept):
     drive(reservation(context, id=id), error, raises=StoreUnavailable)
     assert [kind for kind, _ in queued(context)] == kept
 
@@ -194,7 +196,7 @@ def test_the_outage_policy_may_grant_only_while_the_store_cannot_be_reached(poli
     assert (getattr(result, "offline", None) is not None) is granted
 
 
-def test_a_hold_that_was_granted_offline_is_replayed_without_the_store():
+def test_repeating_a_reservation_that_was_granted_offline_returns_the_hold_without_a_request():
     context = call_context(*BUDGETS, policy=AllowPolicy)
     offline_hold(context, "op_1", agent=UNITS).accrue("0.10")
     requests, hold = drive(reservation(context, id="op_1"))
@@ -203,7 +205,7 @@ def test_a_hold_that_was_granted_offline_is_replayed_without_the_store():
     assert hold.accrued_units == [100_000_000]
 
 
-def test_two_reservations_with_one_id_that_wait_for_the_store_at_once_receive_one_offline_hold():
+def test_two_concurrent_reservations_with_the_same_id_receive_the_same_offline_hold():
     context = call_context(*BUDGETS, policy=AllowPolicy)
     first = reservation(context, id="op_1")
     next(first)
@@ -214,13 +216,13 @@ def test_two_reservations_with_one_id_that_wait_for_the_store_at_once_receive_on
 
 
 @pytest.mark.parametrize("other", [{"amount": "0.26"}, {"budget": "tokens", "amount": 1}, {"on_expiry": "release"}])
-def test_the_id_of_a_hold_that_was_granted_offline_cannot_be_used_with_other_contents(other):
+def test_a_reservation_with_the_id_of_an_offline_hold_but_other_contents_is_a_conflict(other):
     context = call_context(*BUDGETS, policy=AllowPolicy)
     offline_hold(context, "op_1", agent=UNITS)
     assert drive(reservation(context, id="op_1", **other), raises=HoldConflict).requests == []
 
 
-def test_the_grant_to_a_cancelled_caller_is_released_now_or_once_the_store_replies(context):
+def test_the_grant_of_a_cancelled_caller_is_released_at_once_or_after_the_store_replies_again(context):
     hold = granted_hold(context, agent=UNITS)
     drive(release_grant(context, hold), NO_REPLY)
     [(kind, queued_release)] = queued(context)
@@ -230,7 +232,7 @@ def test_the_grant_to_a_cancelled_caller_is_released_now_or_once_the_store_repli
     assert context.state.journal.open_hold(hold.id) is None
 
 
-def test_the_release_of_a_grant_that_the_store_refuses_is_not_repeated(context):
+def test_if_the_store_refuses_to_release_a_grant_the_release_is_not_repeated(context):
     flow = release_grant(context, granted_hold(context, agent=UNITS))
     drive(flow, StoreError("WRONGTYPE"), raises=StoreError)
     assert queued(context) == []

@@ -51,7 +51,7 @@ FIRST_MS = NOW_MS + 20_000
     ],
     ids=["held", "fits exactly without holds", "spent", "unconfirmed", "too large", "grown too large", "overrun"],
 )
-def test_the_reason_of_a_denial_says_what_could_make_the_request_fit(
+def test_a_denial_shows_whether_holds_spend_or_the_limit_itself_prevents_the_request(
     spent, held, unconfirmed, requested, total, reason, fits
 ):
     denied = denial(WINDOW, Denied("", 1000, spent, held, unconfirmed, requested, FIRST_MS, total), NOW_US, "tokens")
@@ -77,7 +77,7 @@ def test_a_denied_caller_may_retry_when_a_hold_expires_or_the_window_ends(window
     assert denial(window, Denied("", 1000, **(amounts | figures)), NOW_US, "tokens").retry_after == seconds
 
 
-def test_a_denial_by_an_uncapped_budget_shows_the_bound_of_exact_sums_as_its_limit():
+def test_if_an_uncapped_budget_denies_a_request_the_limit_shown_is_the_largest_exact_sum():
     denied = denial(WINDOW, Denied("", None, MAX_UNITS - 1, 0, 0, 5, 0), NOW_US, "tokens")
     assert (denied.limit, denied.reason, denied.fits) == (MAX_UNITS - 1, "budget_exhausted", 0)
 
@@ -95,7 +95,7 @@ def test_a_denial_by_an_uncapped_budget_shows_the_bound_of_exact_sums_as_its_lim
         ("x", "was reserved at $0.25 and is unconfirmed"),
     ],
 )
-def test_a_conflict_names_the_settlement_that_came_first(state, found):
+def test_the_error_for_a_refused_release_describes_the_state_of_the_hold(state, found):
     record = hold_record(CONTEXT, agent=250_000_000)
     charged = 70_000_000 if state in (COMMITTED, RECORDED) else 0
     op = Release("a", "key", [CONTEXT.state.current_window("agent")])
@@ -106,13 +106,13 @@ def test_a_conflict_names_the_settlement_that_came_first(state, found):
 @pytest.mark.parametrize(
     ("op", "obeys"), [(Extend("a", "k", [], [], 1, "0"), True), (RecordSpend("a", "k", []), False)]
 )
-def test_only_a_heartbeat_reports_that_an_operator_has_released_its_hold(op: Operation, obeys):
+def test_only_the_error_of_a_heartbeat_shows_that_an_operator_released_the_hold(op: Operation, obeys):
     """Its worker stops, and can still commit its cost."""
     record = hold_record(CONTEXT, RELEASED_BY_OPERATOR, agent=1)
     assert conflict_error(op, record, CONTEXT.state.budgets).released_by_operator is obeys
 
 
-def test_a_conflict_in_a_budget_that_is_not_configured_here_shows_its_amount_in_dollars_or_as_a_count():
+def test_the_error_for_a_conflict_shows_dollars_or_a_count_if_the_budget_is_not_configured():
     record, op = hold_record(CONTEXT, agent=250_000_000), Release("a", "key", [])
     assert "reserved at $0.25 and" in str(conflict_error(op, record, {}))
     assert "reserved at 7 count and" in str(conflict_error(op, hold_record(CONTEXT, tokens=7), {}))
@@ -124,7 +124,7 @@ def test_amounts_of_many_budgets_are_abbreviated():
     assert amounts_text(names) == "b1 1 tokens, b2 2 tokens, b3 3 tokens, … (5 budgets)"
 
 
-def test_the_settlement_of_a_hold_that_the_store_does_not_have_has_amounts_of_0():
+def test_if_a_settlement_has_no_amounts_zero_is_shown_for_each_budget():
     assert amounts_of([WINDOW], [7]) == {"tokens": 7}
     assert amounts_of([WINDOW], []) == {"tokens": 0}
 
@@ -150,18 +150,18 @@ def status(figures, claim=MINE, repaired_ms=0):
     ],
     ids=["older replica", "newer replica", "replica ahead of the clock", "no reservation yet", "newer, uncapped"],
 )
-def test_the_configured_limit_is_that_of_the_replica_that_started_last(changes, limit):
+def test_a_status_shows_the_configured_limit_of_the_replica_that_started_last(changes, limit):
     now = status(FIGURES._replace(**changes))
     assert (now.limit, now.limit_source, now.configured_limit) == (limit, "configured", 1000)
 
 
 @pytest.mark.parametrize(("until_ms", "limit"), [(0, 9), (NOW_MS + 1, 9), (NOW_MS, 1000)])
-def test_a_limit_of_run_time_applies_until_its_end(until_ms, limit):
+def test_a_run_time_limit_applies_until_its_end(until_ms, limit):
     now = status(FIGURES._replace(runtime=RuntimeLimit(9, until_ms)))
     assert (now.limit, now.limit_until) == (limit, from_ms(until_ms) if until_ms > NOW_MS else None)
 
 
-def test_a_status_says_until_when_lost_data_may_be_replayed():
+def test_a_status_shows_the_time_until_which_lost_data_may_be_replayed():
     assert status(FIGURES).recovering_until is None
     assert status(FIGURES, repaired_ms=NOW_MS + 3000).recovering_until == from_ms(NOW_MS + 3000)
 
@@ -175,7 +175,7 @@ def test_a_status_of_dollars_has_exact_amounts():
 # -- faults of the store, and pages ------------------------------------------------------------------------------------
 
 
-def test_every_eviction_policy_but_noeviction_is_a_fault():
+def test_every_eviction_policy_except_noeviction_is_a_fault():
     assert eviction_fault("noeviction") is None
     assert "maxmemory-policy is volatile-ttl" in str(eviction_fault("volatile-ttl"))
 
@@ -196,14 +196,14 @@ def test_refused_commands_are_faults_of_the_store_or_of_its_scripts(refused, sto
 
 
 @pytest.mark.parametrize("size", [0, 1001, True, "10"])
-def test_a_page_has_1_to_1000_items(size):
+def test_the_size_of_a_page_must_be_from_1_to_1000_items(size):
     assert (page_size(1), page_size(1000)) == (1, 1000)
     with pytest.raises(InvalidArgument):
         page_size(size)
 
 
 @pytest.mark.parametrize("cursor", ["", "7", "2-0", "0-", "0-9999999999", "0-٣", 7])
-def test_a_cursor_of_holds_is_an_index_and_an_offset(cursor):
+def test_a_cursor_of_a_list_of_holds_must_be_an_index_and_an_offset(cursor):
     assert (holds_cursor(None), holds_cursor("1-20")) == ((0, 0), (1, 20))
     with pytest.raises(InvalidArgument):
         holds_cursor(cursor)

@@ -68,19 +68,19 @@ def test_a_commit_sends_the_amount_of_each_budget_and_journals_the_settlement(co
     ],
     ids=["dollars of the amount, counts as reserved", "the only count", "slots as reserved"],
 )
-def test_a_scalar_amount_is_committed_to_the_budgets_whose_unit_it_can_have(context, reserved, amount, amounts):
+def test_a_scalar_amount_is_committed_to_dollar_budgets_or_to_the_only_count(context, reserved, amount, amounts):
     [request], _ = drive(commit(context, granted_hold(context, **reserved), amount), committed(*reserved.values()))
     assert request.amounts == amounts
 
 
-def test_a_settlement_says_which_budgets_were_overrun_and_whether_it_was_late_or_a_replay(context):
+def test_the_result_of_a_commit_shows_overrun_budgets_a_late_commit_and_a_replay(context):
     hold = granted_hold(context, agent=CENT, tokens=40)
     reply = committed(2 * CENT, 40, overrun=True, late=True, replayed=True)
     _, settlement = drive(commit(context, hold, {"agent": "0.02", "tokens": 40}), reply)
     assert (settlement.overruns, settlement.late, settlement.replayed) == (("agent",), True, True)
 
 
-def test_a_commit_takes_the_fast_path_until_the_hold_has_changed_or_has_a_remark(context):
+def test_a_commit_takes_the_fast_path_only_if_the_hold_is_unchanged_and_has_no_remark(context):
     """The fast path compares the record in the store with the one that was granted."""
     unchanged, extended, noted = (granted_hold(context, hold_id, agent=CENT) for hold_id in "abc")
     extended.update(hold_record(context, agent=CENT))
@@ -91,7 +91,7 @@ def test_a_commit_takes_the_fast_path_until_the_hold_has_changed_or_has_a_remark
     assert [request.uses_fast_path for request in requests] == [True, False, False]
 
 
-def test_a_commit_with_a_remark_sends_it_with_the_current_trace():
+def test_a_commit_with_a_remark_sends_the_remark_and_the_current_trace_id():
     context = call_context(*BUDGETS, trace_id="t1")
     plain, noted = granted_hold(context, "a", agent=CENT), granted_hold(context, "b", agent=CENT)
     noted.note("gpt")
@@ -99,13 +99,13 @@ def test_a_commit_with_a_remark_sends_it_with_the_current_trace():
     assert [(request.remark, request.trace_id) for request in requests] == [("", ""), ("gpt", "t1")]
 
 
-def test_a_commit_of_0_whole_units_releases_the_hold(context):
+def test_a_commit_of_zero_units_releases_the_hold(context):
     [request], settlement = drive(commit_units(context, granted_hold(context, agent=CENT), 0), RELEASED_NOW)
     assert isinstance(request, Release)
     assert settlement.state == "released"
 
 
-def test_a_settlement_without_a_reply_is_an_error_and_the_block_repeats_it_with_the_same_amount(context):
+def test_if_a_commit_has_no_reply_the_end_of_the_block_repeats_the_commit_with_the_same_amount(context):
     hold = granted_hold(context, agent=25 * CENT)
     drive(commit(context, hold, "0.07"), NO_REPLY, raises=StoreUnavailable)
     assert (hold.state, hold.settling) == ("open", False)
@@ -113,7 +113,7 @@ def test_a_settlement_without_a_reply_is_an_error_and_the_block_repeats_it_with_
     assert request.amounts == [CommitAmount(CommitMode.EXACT, 7 * CENT)]
 
 
-def test_a_policy_that_defers_settlements_queues_one_without_a_reply_and_the_caller_continues():
+def test_if_the_outage_policy_is_allow_a_commit_without_a_reply_is_queued_as_deferred():
     context = call_context(*BUDGETS, policy=AllowPolicy)
     hold = granted_hold(context, agent=25 * CENT)
     [request], settlement = drive(commit(context, hold, "0.07"), NO_REPLY)
@@ -121,7 +121,7 @@ def test_a_policy_that_defers_settlements_queues_one_without_a_reply_and_the_cal
     assert (settlement.deferred, hold.state) == (True, "committed")
 
 
-def test_the_commit_of_a_hold_that_the_store_has_lost_restores_the_hold(context):
+def test_if_the_store_has_lost_a_hold_the_commit_restores_the_hold(context):
     hold = granted_hold(context, agent=25 * CENT)
     hold.granted_in = "before the loss"
     requests, settlement = drive(commit(context, hold, "0.07"), UNKNOWN, committed(7 * CENT))
@@ -129,7 +129,7 @@ def test_the_commit_of_a_hold_that_the_store_has_lost_restores_the_hold(context)
     assert settlement.state == "committed"
 
 
-def test_the_commit_of_a_hold_that_the_store_dropped_is_an_error_that_is_logged(context, caplog):
+def test_if_the_store_has_dropped_a_hold_the_commit_fails_and_the_lost_spend_is_logged(context, caplog):
     hold = granted_hold(context, agent=25 * CENT)
     drive(commit(context, hold, "0.07"), UNKNOWN, raises=UnknownHold)
     assert ["commit of hold a not recorded" in line for line in errors_of(caplog)] == [True]
@@ -138,20 +138,20 @@ def test_the_commit_of_a_hold_that_the_store_dropped_is_an_error_that_is_logged(
     assert errors_of(caplog) == [], "a release loses no spend"
 
 
-def test_the_release_of_an_offline_hold_that_the_store_does_not_have_returns_nothing():
+def test_if_the_store_does_not_have_an_offline_hold_the_release_succeeds_with_amounts_of_zero():
     context = call_context(*BUDGETS, policy=AllowPolicy)
     _, settlement = drive(release(context, offline_hold(context, agent=CENT)), UNKNOWN)
     assert (settlement.state, settlement.amounts) == ("released", {"agent": 0})
 
 
-def test_the_release_of_a_hold_that_the_store_has_lost_restores_nothing(context):
+def test_if_the_store_has_lost_a_hold_the_release_fails_and_does_not_restore_the_hold(context):
     hold = granted_hold(context, agent=CENT)
     hold.granted_in = "before the loss"
     drive(release(context, hold), UNKNOWN, raises=UnknownHold)
 
 
 @pytest.mark.parametrize("policy", [OutagePolicy, AllowPolicy])
-def test_a_settlement_that_conflicts_with_another_is_an_error_and_loses_no_spend(policy, caplog):
+def test_a_settlement_that_conflicts_with_an_earlier_commit_fails_without_logging_lost_spend(policy, caplog):
     context = call_context(*BUDGETS, policy=policy)
     hold = offline_hold(context, agent=CENT) if policy is AllowPolicy else granted_hold(context, agent=CENT)
     conflict = answer(Conflict(hold_record(context, COMMITTED, agent=CENT).render()))
@@ -160,7 +160,7 @@ def test_a_settlement_that_conflicts_with_another_is_an_error_and_loses_no_spend
     assert errors_of(caplog) == []
 
 
-def test_a_hold_cannot_be_settled_while_metered_calls_inside_it_are_in_progress(context):
+def test_a_hold_cannot_be_settled_while_its_metered_calls_are_in_progress(context):
     hold = granted_hold(context, agent=CENT)
     hold.growth = SimpleNamespace(open=1)
     assert drive(commit(context, hold, "0.01"), raises=HoldConflict).requests == []
@@ -187,7 +187,9 @@ CHARGED_ACCRUED = [CommitAmount(CommitMode.ACCRUED, 7 * CENT)]
         ("0.07", False, True, "charge", Extend),
     ],
 )
-def test_the_end_of_a_block_settles_its_hold(context, accrued, drawn, failed, on_error, expected):
+def test_the_end_of_a_block_commits_releases_or_reports_the_hold_by_accruals_and_failure(
+    context, accrued, drawn, failed, on_error, expected
+):
     """Nothing is sent (``None``), or a report (``Extend``), if the hold is left to its expiry and charged then."""
     hold = granted_hold(context, agent=25 * CENT)
     hold.drawn = {"agent": 0} if drawn else {}
@@ -204,21 +206,21 @@ def test_the_end_of_a_block_settles_its_hold(context, accrued, drawn, failed, on
 
 
 @pytest.mark.parametrize("settled", [COMMITTED, RELEASED])
-def test_the_end_of_a_block_accepts_a_settlement_by_another_client(context, settled):
+def test_the_end_of_a_block_succeeds_if_another_client_has_settled_the_hold(context, settled):
     hold = granted_hold(context, agent=CENT)
     drive(leave(context, hold, False, "release"), answer(Conflict(hold_record(context, settled, agent=CENT).render())))
     assert hold.settled
     assert leave(context, hold, False, "release") is None
 
 
-def test_the_end_of_a_block_does_not_accept_a_conflict_over_an_open_hold(context):
+def test_the_end_of_a_block_fails_if_the_id_has_an_open_hold_with_other_contents(context):
     hold = granted_hold(context, agent=CENT)
     conflict = answer(Conflict(hold_record(context, agent=2 * CENT).render()))
     drive(leave(context, hold, False, "release"), conflict, raises=HoldConflict)
     assert hold.state == "open"
 
 
-def test_the_accrued_amount_of_an_offline_hold_is_committed_though_its_block_failed():
+def test_if_the_block_of_an_offline_hold_fails_the_accrued_amount_is_committed():
     """The store does not have the hold, so nothing would expire there."""
     context = call_context(*BUDGETS, policy=AllowPolicy)
     hold = offline_hold(context, agent=25 * CENT)
@@ -228,7 +230,7 @@ def test_the_accrued_amount_of_an_offline_hold_is_committed_though_its_block_fai
     assert (kind, request.units) == ("deferred", (7 * CENT,))
 
 
-def test_the_end_of_a_block_does_not_settle_a_hold_whose_settlement_is_in_flight(context):
+def test_the_end_of_a_block_sends_nothing_while_a_settlement_of_the_hold_is_in_flight(context):
     """That settlement completes, although its caller was cancelled."""
     hold = granted_hold(context, agent=CENT)
     settling = commit(context, hold, "0.01")
@@ -240,7 +242,7 @@ def test_the_end_of_a_block_does_not_settle_a_hold_whose_settlement_is_in_flight
 # -- by id -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_commit_by_id_reads_the_hold_to_find_its_windows(context):
+def test_a_commit_by_id_first_reads_the_hold_and_then_commits_in_the_windows_of_the_hold(context):
     known = hold_record(context, agent=25 * CENT).render()
     requests, settlement = drive(settle_by_id(context, "a", "0.07"), found(known), committed(7 * CENT))
     assert [type(request) for request in requests] == [Read, Commit]
@@ -249,13 +251,13 @@ def test_a_commit_by_id_reads_the_hold_to_find_its_windows(context):
 
 
 @pytest.mark.parametrize(("by_operator", "mode"), [(False, ReleaseMode.BY_ID), (True, ReleaseMode.BY_OPERATOR)])
-def test_a_release_by_id_says_whether_an_operator_made_it(context, by_operator, mode):
+def test_a_release_by_id_shows_if_an_operator_releases_the_hold(context, by_operator, mode):
     known = found(hold_record(context, agent=CENT).render())
     flow = settle_by_id(context, "a", None, released=True, by_operator=by_operator)
     assert drive(flow, known, RELEASED_NOW).requests[1].mode is mode
 
 
-def test_the_read_of_a_settlement_by_id_carries_the_settlement_so_that_it_outlives_its_caller(context):
+def test_if_the_read_of_a_settlement_by_id_gets_no_reply_the_settlement_can_be_completed_later(context):
     requests, _ = drive(settle_by_id(context, "a", "0.07"), NO_REPLY, raises=StoreUnavailable)
     fact = requests[0].prepares
     assert fact.complete(hold_record(context, agent=25 * CENT)).units == (7 * CENT,)
@@ -268,7 +270,7 @@ def test_a_settlement_by_id_without_a_reply_is_deferred_if_the_hold_is_in_the_jo
     drive(settle_by_id(context, "elsewhere", "0.07"), NOT_SENT, raises=StoreUnavailable)
 
 
-def test_a_settlement_by_id_that_the_store_refuses_is_not_deferred():
+def test_if_the_store_refuses_a_settlement_by_id_the_settlement_is_not_deferred():
     context = call_context(*BUDGETS, policy=AllowPolicy)
     granted_hold(context, "a", agent=25 * CENT)
     drive(settle_by_id(context, "a", "0.07"), StoreError("WRONGTYPE"), raises=StoreError)
@@ -287,12 +289,12 @@ def test_different_settlements_by_id_have_different_contents(context):
     assert len({next(flow).prepares.contents for flow in flows}) == len(flows)
 
 
-def test_a_settlement_by_id_of_a_hold_that_was_dropped_after_its_read_is_an_error(context):
+def test_a_settlement_by_id_fails_if_the_store_drops_the_hold_between_the_read_and_the_commit(context):
     known = found(hold_record(context, agent=CENT).render())
     drive(settle_by_id(context, "a", "0.01"), known, UNKNOWN, raises=UnknownHold)
 
 
-def test_the_settlement_by_id_of_an_unknown_hold_is_logged_if_spend_is_lost(context, caplog):
+def test_if_the_hold_is_unknown_a_commit_by_id_is_logged_but_a_release_by_id_is_not(context, caplog):
     drive(settle_by_id(context, "a", None, released=True), found(None), raises=UnknownHold)
     assert errors_of(caplog) == []
     drive(settle_by_id(context, "a", "0.07"), found(None), raises=UnknownHold)
@@ -307,19 +309,19 @@ def test_a_record_of_slots_or_of_a_negative_amount_is_refused_before_anything_is
     assert drive(record(context, budget, amount, None, ""), raises=error).requests == []
 
 
-def test_a_record_of_nothing_is_recorded_and_one_under_an_id_in_use_conflicts(context):
+def test_a_record_of_zero_spend_succeeds_but_conflicts_if_the_id_is_in_use(context):
     assert drive(record(context, "agent", 0, "r", ""), committed(0)).result.amounts == {"agent": 0}
     conflict = answer(Conflict(hold_record(context, agent=CENT).render()))
     drive(record(context, "agent", 0, "a", ""), conflict, raises=HoldConflict)
 
 
-def test_a_record_of_spend_in_a_window_that_has_ended_is_repeated_for_the_current_one(context):
+def test_if_the_window_of_recorded_spend_has_ended_the_record_is_repeated_in_the_current_window(context):
     requests, settlement = drive(record(context, "agent", "0.07", "r", ""), answer(StaleWindow()), committed(7 * CENT))
     assert [type(request) for request in requests] == [RecordSpend, RecordSpend]
     assert (settlement.state, settlement.amounts) == ("recorded", {"agent": from_units(7 * CENT)})
 
 
-def test_a_record_without_a_reply_is_deferred_for_its_window_or_an_error_by_the_outage_policy(context):
+def test_a_record_of_spend_without_a_reply_fails_or_is_deferred_as_the_outage_policy_decides(context):
     drive(record(context, "agent", "0.07", "r", ""), NOT_SENT, raises=StoreUnavailable)
     allowing = call_context(*BUDGETS, policy=AllowPolicy)
     assert drive(record(allowing, "agent", "0.07", "r", ""), NOT_SENT).result.deferred

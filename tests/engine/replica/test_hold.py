@@ -43,7 +43,7 @@ def test_a_hold_shows_its_figures_in_the_units_of_its_budgets():
     assert shown.ttl == 60
 
 
-def test_a_hold_belongs_to_the_limiter_with_its_engine_only():
+def test_belongs_to_accepts_only_a_limiter_with_the_engine_of_the_hold():
     assert hold().belongs_to(SimpleNamespace(engine=ENGINE))
     assert not hold().belongs_to(SimpleNamespace(engine=SimpleNamespace(state=ENGINE.state)))
     assert not hold().belongs_to(object())
@@ -52,7 +52,7 @@ def test_a_hold_belongs_to_the_limiter_with_its_engine_only():
 # -- accruals ----------------------------------------------------------------------------------------------------------
 
 
-def test_accruals_add_up_and_a_scalar_counts_in_dollar_budgets_only():
+def test_accruals_are_added_up_and_a_scalar_accrual_counts_only_in_dollar_budgets():
     used = hold((AGENT, 15 * CENT), (TOKENS, 100))
     used.accrue("0.01")
     used.accrue({"agent": "0.02", "tokens": 7})
@@ -77,13 +77,13 @@ def test_a_refused_accrual_adds_nothing_to_any_budget(amount, error):
     assert used.accrued_units == [0, 1]
 
 
-def test_an_invalid_accrual_is_refused_although_no_budget_of_the_hold_counts_it():
+def test_an_invalid_accrual_to_a_hold_of_slots_is_refused():
     hold((JOBS, 1)).accrue("0.01")
     with pytest.raises(InvalidAmount):
         hold((JOBS, 1)).accrue("-0.01")
 
 
-def test_totals_raise_the_accrued_amounts_and_never_lower_them():
+def test_accrue_to_a_lower_total_does_not_lower_the_accrued_amount():
     used = hold()
     used.accrue_to("0.05")
     used.accrue_to("0.03")
@@ -98,7 +98,7 @@ def test_an_adjustment_keeps_the_accrued_amount_between_zero_and_the_largest_amo
         assert used.accrued_units == [total]
 
 
-def test_a_sum_of_2_to_the_53_units_is_refused_with_the_bound_in_its_unit():
+def test_the_error_for_a_sum_of_2_to_the_53_units_shows_the_bound_in_the_unit_of_the_budget():
     units = {"agent": "usd", "tokens": "tokens"}
     assert added({"agent": 2**53 - 2}, {"agent": 1}, units.__getitem__) == {"agent": 2**53 - 1}
     with pytest.raises(InvalidAmount, match=r"'agent'; it must be below \$9,007,199\.25"):
@@ -107,7 +107,7 @@ def test_a_sum_of_2_to_the_53_units_is_refused_with_the_bound_in_its_unit():
         added({}, {"tokens": 2**53}, units.__getitem__)
 
 
-def test_a_remark_is_kept_once_and_the_first_one_is_never_cut_off():
+def test_a_repeated_remark_is_kept_once_and_a_remark_noted_as_first_is_never_cut_off():
     noted = hold()
     for remark in ("estimated", "x" * 300, "estimated"):
         noted.note(remark)
@@ -128,14 +128,14 @@ def test_a_remark_is_kept_once_and_the_first_one_is_never_cut_off():
         ("z", "released", False),
     ],
 )
-def test_a_repeated_reservation_returns_the_hold_as_it_is_now(code, state, settled):
+def test_a_repeated_reservation_returns_the_hold_in_its_current_state(code, state, settled):
     repeated = hold(record=record(code, accrued=CENT))
     assert (repeated.state, repeated.settled, repeated.replayed) == (state, settled, True)
     assert repeated.accrued_units == [CENT]
     assert repeated.created_us == 8
 
 
-def test_a_record_of_the_store_updates_a_hold_but_an_older_one_does_not_shrink_it():
+def test_a_record_of_the_store_updates_a_hold_but_an_older_record_does_not_shrink_the_hold():
     followed = hold(granted="a record")
     followed.update(record("x", reserved=20 * CENT))
     assert (followed.state, followed.deadline_ms, followed.granted) == ("unconfirmed", NOW_MS + 90_000, None)
@@ -146,7 +146,7 @@ def test_a_record_of_the_store_updates_a_hold_but_an_older_one_does_not_shrink_i
 # -- the record without a store ----------------------------------------------------------------------------------------
 
 
-def test_a_hold_granted_offline_has_a_record_that_shows_its_growth_and_accruals():
+def test_the_record_of_a_hold_granted_offline_shows_the_growth_and_the_accruals_of_the_hold():
     offline = hold((AGENT, 15 * CENT), request="r1")
     kept = offline.keep_offline("a", 8, "w1", "call", "t1")
     assert (kept.state, kept.policy, kept.created_us, kept.request) == ("o", "a", 8, "r1")
@@ -159,7 +159,7 @@ def test_a_hold_granted_offline_has_a_record_that_shows_its_growth_and_accruals(
     assert (view.owner, view.operation, view.trace_id) == ("w1", "call", "t1")
 
 
-def test_the_commit_of_a_hold_granted_offline_restores_its_record_and_its_first_amount():
+def test_the_commit_of_an_offline_hold_sends_the_record_and_the_first_amount_of_the_hold():
     offline = hold((AGENT, 15 * CENT), (JOBS, 1))
     offline.keep_offline("c", 8, "w1", "call", "t1")
     offline.parts = [(AGENT, 20 * CENT), (JOBS, 1)]
@@ -172,7 +172,7 @@ def test_the_commit_of_a_hold_granted_offline_restores_its_record_and_its_first_
     assert (op.key, op.windows) == (ENGINE.state.keys.hold("op_1"), [AGENT, JOBS])
 
 
-def test_the_commit_of_a_hold_that_the_store_has_lost_restores_the_amounts_known_in_this_process():
+def test_if_the_store_has_lost_a_hold_the_commit_sends_the_amounts_known_in_this_process():
     lost = hold(created_us=8)
     lost.accrue("0.01")
     restored = parse_record(lost.restored_commit([7 * CENT]).text)
@@ -188,7 +188,7 @@ def stop() -> None:
     """Stops the heartbeats of a block."""
 
 
-def test_a_block_leaves_its_hold_to_the_metered_calls_that_still_draw_from_it():
+def test_if_metered_calls_are_open_at_the_end_of_a_block_the_last_call_settles_the_hold():
     left = hold()
     assert not left.leave_to_calls(False, "release", stop), "no call was made"
     left.growth = SimpleNamespace(open=0, left=None)
@@ -199,14 +199,14 @@ def test_a_block_leaves_its_hold_to_the_metered_calls_that_still_draw_from_it():
 
 
 @pytest.mark.parametrize(("name", "value"), [("state", "committed"), ("settling", True), ("uncertain_commit", [])])
-def test_a_hold_whose_settlement_has_begun_is_not_left_to_calls(name, value):
+def test_after_the_settlement_of_a_hold_has_begun_the_hold_is_not_left_to_metered_calls(name, value):
     ending = hold()
     ending.growth = SimpleNamespace(open=1, left=None)
     setattr(ending, name, value)
     assert not ending.leave_to_calls(False, "release", stop)
 
 
-def test_the_end_of_a_block_restores_the_outer_hold_except_in_another_context():
+def test_the_end_of_a_block_makes_the_outer_hold_current_again_only_in_the_same_context():
     outer, inner = hold(), hold()
     outermost = current_hold.set(outer)
     token = current_hold.set(inner)
@@ -219,7 +219,7 @@ def test_the_end_of_a_block_restores_the_outer_hold_except_in_another_context():
 
 
 @pytest.mark.parametrize("value", ["keep", "", None, True])
-def test_an_unknown_policy_for_a_failed_block_is_refused(value):
+def test_a_value_of_on_error_other_than_release_or_charge_is_refused(value):
     check_on_error("release")
     check_on_error("charge")
     with pytest.raises(InvalidArgument, match="on_error must be 'release' or 'charge'"):

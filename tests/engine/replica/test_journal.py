@@ -89,7 +89,7 @@ NAME = AGENT.name
         (release("a", AGENT), "k - 0", (f"K a\nr {AT} - - -|u,{NAME},,0,,", ["agent:"])),
     ],
 )
-def test_the_journal_replays_a_settlement_whose_reservation_it_does_not_have(op, line, again):
+def test_the_journal_replays_a_settlement_even_if_the_reservation_is_not_in_the_journal(op, line, again):
     journal = Journal()
     settle(journal, op, line)
     [replayed] = journal.settlements(KEYS, NOW_MS)
@@ -110,7 +110,7 @@ def test_a_replayed_settlement_counts_for_the_replica_that_settled_first():
     assert totals(journal) == {"agent": 5}
 
 
-def test_a_settlement_with_a_lost_reply_counts_for_this_replica():
+def test_a_settlement_that_is_retried_after_a_lost_reply_counts_for_this_replica():
     journal = Journal("me")
     settle(journal, commit("own", (AGENT, 5), (EVER, 5)), "p - 5,5 me")
     settle(journal, spend("spent", (AGENT, 2)), "p - 2 me agent:today")
@@ -118,7 +118,7 @@ def test_a_settlement_with_a_lost_reply_counts_for_this_replica():
     assert totals(journal) == {"agent": 7, "ever": 5}
 
 
-def test_the_record_of_the_store_decides_for_which_replica_a_settlement_counts():
+def test_a_settlement_counts_for_the_replica_named_in_the_record_of_the_store():
     journal = Journal("me")
     op = commit("a", (AGENT, 7))
     settle(journal, op, "k - 7")
@@ -157,7 +157,7 @@ def test_a_settlement_evicted_from_the_journal_still_counts_in_the_subtotal(monk
     assert totals(journal) == {"agent": 30, "ever": 60}
 
 
-def test_the_journal_keeps_a_hold_until_it_is_settled_or_too_old():
+def test_the_journal_keeps_a_hold_until_the_hold_is_settled_or_too_old():
     journal = Journal()
     for hold_id in ("a", "b"):
         grant(journal, hold_id, NOW_MS, "me research t1")
@@ -174,7 +174,7 @@ def test_the_journal_keeps_a_hold_until_it_is_settled_or_too_old():
     assert HOLD_AGE_MAX_MS <= AGE_MAX_MS, "else it would be replayed for longer than its settlement by another replica"
 
 
-def test_the_age_of_a_hold_is_counted_from_its_last_record_in_the_store():
+def test_the_age_of_a_journalled_hold_starts_when_the_store_last_returned_its_record():
     journal = Journal()
     grant(journal, "b", NOW_MS)
     [hold] = journal.holds(KEYS)
@@ -211,7 +211,7 @@ def test_the_journal_replays_a_settlement_together_with_its_reservation(make, li
     assert again.text == f"{head}|u,{NAME},5,6,3,{spent}|s,{JOBS.name},,1,,{slots}"
 
 
-def test_the_spend_of_a_reused_id_stays_in_the_subtotal():
+def test_if_an_id_is_used_again_the_earlier_spend_of_the_id_stays_in_the_subtotal():
     """The store drops an id a day after its settlement."""
     journal = Journal()
     for units, now_ms in ((7, NOW_MS), (5, NOW_MS + 2 * AGE_MAX_MS)):
@@ -221,7 +221,7 @@ def test_the_spend_of_a_reused_id_stays_in_the_subtotal():
 
 
 @pytest.mark.parametrize("others", [0, 2])
-def test_a_lost_settlement_that_the_caller_retries_before_the_replay_counts_once(monkeypatch, others):
+def test_if_a_caller_retries_a_lost_settlement_before_its_replay_the_settlement_counts_once(monkeypatch, others):
     """The store records the retry before the replay."""
     monkeypatch.setattr(journals, "SETTLEMENTS_MAX", 4)
     journal = Journal()
@@ -233,7 +233,7 @@ def test_a_lost_settlement_that_the_caller_retries_before_the_replay_counts_once
 
 
 @pytest.mark.parametrize(("mode", "line"), [("1", "k - 0"), ("1", "p - 0"), ("i", "k l 0"), ("i", "p - 0")])
-def test_the_journal_keeps_a_hold_that_an_operator_released_as_unsettled(mode, line):
+def test_if_an_operator_released_a_hold_the_journal_keeps_the_hold_as_unsettled(mode, line):
     journal = Journal()
     grant(journal, "a", NOW_MS)
     settle(journal, release("a", AGENT, mode=mode), line)

@@ -51,7 +51,7 @@ def test_the_outbox_queues_equal_settlements_once():
     assert [entry.request.units for entry in outbox] == [(7,), (8,)]
 
 
-def test_two_settlements_by_id_are_equal_if_their_contents_are_equal():
+def test_the_outbox_queues_settlements_by_id_with_equal_contents_once():
     outbox = Outbox()
     for contents in ("'0.07'", "'0.07'", "'0.08'"):
         fact = PreparedFact("a", STATE.keys.hold("a"), contents, lambda _: commit("a"))
@@ -59,7 +59,7 @@ def test_two_settlements_by_id_are_equal_if_their_contents_are_equal():
     assert outbox.in_doubt == 2
 
 
-def test_a_repeated_deferred_settlement_keeps_the_earliest_time_of_a_possible_execution():
+def test_if_a_deferred_settlement_is_repeated_its_earliest_possible_execution_time_is_kept():
     """After a day, the store has dropped the id of an attempt that was executed then."""
     outbox = Outbox()
     for maybe_executed_us in (None, NOW_US, NOW_US + 1):
@@ -68,7 +68,7 @@ def test_a_repeated_deferred_settlement_keeps_the_earliest_time_of_a_possible_ex
     assert entry.maybe_executed_us == NOW_US
 
 
-def test_queuing_the_release_of_a_grant_replaces_the_queued_look_up_of_the_same_request():
+def test_a_queued_release_of_a_grant_replaces_the_look_up_of_the_same_request():
     outbox = Outbox()
     outbox.add(Entry(reserve("a", "r1"), "look up", NOW_US))
     outbox.add(release("a", "r1"))
@@ -90,7 +90,7 @@ def test_a_full_outbox_evicts_the_oldest_entry_of_the_same_kind(monkeypatch, kin
     assert outbox.deferred_lost == (kind == "deferred")
 
 
-def test_a_successful_retry_by_the_caller_removes_the_requests_in_doubt_of_its_hold():
+def test_a_successful_retry_by_the_caller_removes_requests_in_doubt_for_the_same_hold():
     outbox = Outbox()
     outbox.add(Entry(reserve("a", "r1"), "look up", NOW_US))
     outbox.add(Entry(commit("a"), "settlement", NOW_US))

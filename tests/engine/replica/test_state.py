@@ -61,7 +61,7 @@ def head(epoch: str | None, acknowledged: int = 0) -> ReadHead:
     return ReadHead(NOON_US, epoch, acknowledged, 0)
 
 
-def test_each_replica_has_its_own_ids_and_starts_without_an_epoch_again_after_a_fork():
+def test_after_a_fork_a_replica_has_new_ids_and_no_epoch():
     parent, other = Replica(), Replica()
     ids = [parent.new_id(), parent.new_id(), other.new_id()]
     parent.reply(1, "e1")
@@ -78,7 +78,7 @@ def test_a_budget_that_is_given_twice_is_refused():
 # -- the store's clock -------------------------------------------------------------------------------------------------
 
 
-def test_the_clock_of_the_store_counts_from_its_last_reply_and_not_by_this_machine(clock):
+def test_after_a_reply_a_replica_uses_the_clock_of_the_store_instead_of_its_own_clock(clock):
     replica = Replica()
     assert replica.now_ms() == NOON_MS - 5 * 3_600_000, "before the first reply"
     replica.reply(1, "e1")
@@ -86,7 +86,7 @@ def test_the_clock_of_the_store_counts_from_its_last_reply_and_not_by_this_machi
     assert replica.now_ms() == NOON_MS + 1500
 
 
-def test_a_replica_estimates_its_start_by_its_age_when_it_sent_its_first_request(clock):
+def test_a_replica_computes_its_start_time_from_its_age_at_its_first_request(clock):
     replica = Replica()
     assert replica.claim == (0, replica.replica_id)
     assert replica.header.age_us == 0
@@ -100,7 +100,7 @@ def test_a_replica_estimates_its_start_by_its_age_when_it_sent_its_first_request
     assert replica.claim == (NOON_US - 2_000_000, replica.replica_id), "later replies change nothing"
 
 
-def test_a_store_clock_that_is_set_back_moves_the_start_of_a_replica_back():
+def test_if_the_clock_of_the_store_is_set_back_the_start_time_of_a_replica_moves_back():
     replica = Replica()
     replica.reply(1, "e1")
     replica.set_clock(NOON_US - 3_600_000_000, 0)
@@ -120,7 +120,7 @@ def test_one_batch_each_second_skips_the_fast_path(clock):
     assert [replica.use_fast_path() for _ in range(2)] == [False, True]
 
 
-def test_a_miss_of_the_fast_path_skips_it_for_the_next_batches():
+def test_after_a_miss_of_the_fast_path_the_next_batches_skip_the_fast_path():
     replica = Replica()
     replica.use_fast_path()
     replica.fast_path_missed()
@@ -140,7 +140,7 @@ def test_a_header_has_the_last_epoch_and_the_largest_number_of_acknowledged_writ
     assert replica.header is replica.header
 
 
-def test_a_loss_that_two_lanes_detect_is_reported_once():
+def test_if_two_lanes_detect_the_same_data_loss_the_loss_is_reported_once():
     replica = Replica()
     replica.reply(5, "e1")
     sent = replica.header
@@ -150,7 +150,7 @@ def test_a_loss_that_two_lanes_detect_is_reported_once():
     assert (replica.losses, replica.epoch, replica.acknowledged) == (1, "e2", 3)
 
 
-def test_a_reply_from_before_a_loss_is_reported_and_changes_nothing():
+def test_a_reply_from_before_a_data_loss_is_reported_as_late_and_changes_no_state():
     replica = Replica()
     replica.reply(5, "e1")
     before = replica.header
@@ -170,14 +170,14 @@ def test_a_reply_from_before_a_loss_is_reported_and_changes_nothing():
         (head(None), False, ["suspicion"]),
     ],
 )
-def test_a_read_with_another_epoch_or_fewer_writes_is_suspected_of_a_data_loss(found, confirmed, reported):
+def test_a_read_that_shows_a_different_epoch_or_fewer_writes_is_reported_as_a_possible_loss(found, confirmed, reported):
     replica = Replica()
     replica.reply(5, "e1")
     assert replica.confirms_timeline(found, replica.header) == confirmed
     assert replica.reported == reported
 
 
-def test_a_reply_to_a_read_sent_before_a_detected_loss_causes_no_suspicion():
+def test_if_a_read_was_sent_before_a_detected_loss_the_reply_reports_no_second_loss():
     replica = Replica()
     replica.reply(5, "e1")
     before = replica.header
@@ -186,7 +186,7 @@ def test_a_reply_to_a_read_sent_before_a_detected_loss_causes_no_suspicion():
     assert replica.reported == ["loss"], "and no suspicion"
 
 
-def test_a_replica_that_only_reads_takes_its_epoch_from_a_read():
+def test_a_replica_that_has_written_nothing_takes_the_epoch_from_a_read():
     replica = Replica()
     assert replica.confirms_timeline(head(None), replica.header)
     assert replica.confirms_timeline(head("e1"), replica.header)
@@ -207,7 +207,7 @@ def test_a_replica_clears_its_epoch_and_its_journal_after_more_than_a_day_withou
 # -- windows -----------------------------------------------------------------------------------------------------------
 
 
-def test_the_current_window_is_one_object_until_it_ends_by_the_clock_of_the_store(clock):
+def test_a_replica_returns_the_same_window_object_until_the_window_ends(clock):
     replica = Replica()
     replica.set_clock(NOON_US, 0)
     today = replica.current_window("agent")
@@ -218,7 +218,7 @@ def test_the_current_window_is_one_object_until_it_ends_by_the_clock_of_the_stor
     assert replica.window("agent", today.stored) is today
 
 
-def test_a_window_expires_after_its_longest_hold_and_the_retention_and_one_without_end_never_does():
+def test_a_window_expires_one_day_plus_the_retention_after_its_end_or_never_without_an_end():
     replica = Replica(AGENT, EVER)
     replica.set_clock(NOON_US, 0)
     window = replica.current_window("agent")
@@ -226,7 +226,7 @@ def test_a_window_expires_after_its_longest_hold_and_the_retention_and_one_witho
     assert replica.current_window("ever").expires_ms == 0
 
 
-def test_a_window_of_a_budget_that_this_replica_lacks_is_a_day_wider_since_its_timezone_is_unknown():
+def test_a_window_with_an_unknown_timezone_starts_a_day_earlier_and_ends_a_day_later():
     span = window_named("day", "UTC", "2026-11-30")
     stored = stored_window("2026-11-30", "usd,day,Asia/Tokyo,spend")
     for name in ("agent", "team"):
@@ -237,7 +237,7 @@ def test_a_window_of_a_budget_that_this_replica_lacks_is_a_day_wider_since_its_t
     assert Replica().window("team", "a new period~k3f9a1").span.end_ms is None
 
 
-def test_an_unknown_budget_and_an_invalid_name_are_different_errors():
+def test_an_unknown_budget_and_an_invalid_budget_name_raise_different_errors():
     replica = Replica()
     for call in (replica.budget, replica.current_window):
         with pytest.raises(UnknownBudget, match="this limiter has: agent"):

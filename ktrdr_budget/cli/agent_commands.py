@@ -37,7 +37,8 @@ for _command in (trigger, status, cancel, cycles):
 def agent_budget(exact: bool, as_json: bool, watch: bool, interval: float) -> None:
     """Show the spend and the remainder of today's budget.
 
-    Amounts are rounded to cents; --exact and --json show all digits. The exit code is 0 also for an exhausted budget.
+    Amounts are rounded to cents; --exact and --json show all digits. If the budget is exhausted, the exit code is
+    still 0.
     """
     where = service()
     show(partial(_ask, where, exact), as_json, interval_s=interval if watch else None)
@@ -52,7 +53,7 @@ def _ask(where: Service, exact: bool) -> tuple[dict[str, Any], str]:
 
 
 def status_text(status: Mapping[str, Any], *, exact: bool = False) -> str:
-    """Format the status; a terminal also gets a bar.
+    """Format the status; on a terminal, add a bar.
 
     Raises:
         LookupError, TypeError, ValueError, ArithmeticError: the document is not the status of a daily budget.
@@ -89,7 +90,7 @@ def _bar(limit: Decimal, spent: Decimal, unconfirmed: Decimal, held: Decimal) ->
 
 
 def _cells(parts: tuple[Decimal, ...], limit: Decimal) -> list[int]:
-    """Return the cells per part: at least one for a non-zero part; never all cells while budget remains."""
+    """Return the cells per part: at least one for each non-zero part, and never all cells while budget remains."""
     total = sum(parts)
     cells_max = _BAR_CELLS if total >= limit else _BAR_CELLS - 1
     scale = max(limit, total)

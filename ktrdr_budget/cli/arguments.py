@@ -27,7 +27,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 class AmountCommand(click.Command):
-    """A command with amounts as arguments: a negative amount is an invalid amount, not an unknown option."""
+    """A command with amounts as arguments; a negative amount is reported as invalid, not as an unknown option."""
 
     def parse_args(self, context: click.Context, args: list[str]) -> list[str]:
         """Parse as Click does, with a specific error for a negative amount."""
@@ -44,10 +44,10 @@ class AmountCommand(click.Command):
 
 
 def validate_name(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
-    """Click callback: accept a budget name or an id; an option may be absent.
+    """Click callback: accept a budget name, an id, or ``None`` if the option is absent.
 
     Raises:
-        click.BadParameter: the value is neither.
+        click.BadParameter: the value is neither a valid name nor a valid id.
     """
     return None if value is None else _name(value)
 
@@ -74,7 +74,7 @@ def validate_end(context: click.Context, parameter: click.Parameter, value: str 
 
 
 def validate_seconds(least: float) -> Callable[[click.Context, click.Parameter, float | None], float | None]:
-    """Click callback: accept seconds from ``least`` to a day; rejects NaN, unlike Click's range."""
+    """Make a Click callback that accepts seconds from ``least`` to a day and, unlike Click's range, rejects NaN."""
 
     def check(context: click.Context, parameter: click.Parameter, value: float | None) -> float | None:
         if value is None or least <= value <= _SECONDS_MAX:
@@ -92,9 +92,9 @@ def json_option(command: Command) -> Command:
 def watch_options(command: Command) -> Command:
     """Add ``--json``, ``--watch`` and ``--interval``."""
     every = {"metavar": "SECONDS", "default": 2.0, "callback": validate_seconds(0.1), "show_default": True}
-    command = click.option("--interval", **every, help="Interval of --watch.")(command)  # type: ignore[arg-type]
-    command = click.option("--watch", is_flag=True, help="Refresh until Ctrl-C.")(command)
-    text = "Print the service's JSON; with --watch one line per refresh."
+    command = click.option("--interval", **every, help="Seconds between two refreshes of --watch.")(command)  # type: ignore[arg-type]
+    command = click.option("--watch", is_flag=True, help="Refresh the output until Ctrl-C.")(command)
+    text = "Print the service's JSON; with --watch, one line per refresh."
     return click.option("--json", "as_json", is_flag=True, help=text)(command)
 
 
@@ -102,7 +102,7 @@ def amounts_of(words: Sequence[str]) -> dict[str, str]:
     """Parse ``NAME AMOUNT``, or one or more ``NAME=AMOUNT``.
 
     Raises:
-        click.UsageError: another form, or a budget given twice.
+        click.UsageError: the words have another form, or name a budget twice.
     """
     if len(words) == 2 and not any("=" in word for word in words):
         return {_name(words[0]): words[1]}
@@ -128,7 +128,7 @@ def _name(text: str) -> str:
 
 
 def new_id(kind: str) -> str:
-    """Generate an id on the client, so that a request can be retried if its reply is lost."""
+    """Generate an id on the client, so that the request can be retried if the reply is lost."""
     from secrets import token_hex
 
     return f"{kind}_{token_hex(8)}"

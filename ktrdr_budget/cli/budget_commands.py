@@ -70,13 +70,15 @@ def show(name: str, as_json: bool) -> None:
     "--until",
     callback=validate_end,
     metavar="WHEN|window|never",
-    help="End of the limit: an instant such as 2026-11-24T00:00:00Z, or the end of the window.  [default: never]",
+    help="End of the limit: an instant such as 2026-11-24T00:00:00Z, the end of the current window, or never.  "
+    "[default: never]",
 )
 @json_option
 def set_limit(name: str, limit: str, until: str | None, as_json: bool) -> None:
-    """Set a limit for all replicas, overriding the configured one.
+    """Set a limit for all replicas.
 
-    LIMIT is in dollars or a count; 'unlimited' removes the cap, 0 denies all. Needs the admin key.
+    The limit overrides the configured limit. LIMIT is an amount in dollars or a count; 'unlimited' removes the cap, and
+    0 denies every reservation. The command needs the admin key.
     """
     where = service()
     body: dict[str, Any] = {"limit": None if limit.strip().lower() == "unlimited" else limit}
@@ -89,7 +91,7 @@ def set_limit(name: str, limit: str, until: str | None, as_json: bool) -> None:
 @click.argument("name", callback=validate_name)
 @json_option
 def clear_limit(name: str, as_json: bool) -> None:
-    """Restore the configured limit. Needs the admin key."""
+    """Restore the configured limit. The command needs the admin key."""
     where = service()
     _show_budget(where, where.send("DELETE", f"{_path(name)}/limit", admin=True), as_json)
 
@@ -100,9 +102,9 @@ def clear_limit(name: str, as_json: bool) -> None:
 def migrate(name: str, as_json: bool) -> None:
     """Register the service's definition of a budget.
 
-    Replaces the registered definition: unit, kind, period and timezone, which the
-    first use of a budget registers, and which all replicas must share. Open holds are
-    settled in the windows that admitted them. Needs the admin key.
+    A definition is the unit, kind, period and timezone of a budget. The first use of a budget registers the definition,
+    and all replicas must use the registered definition. This command replaces the registered definition. Open holds are
+    settled in the windows in which they were reserved. The command needs the admin key.
     """
     where = service()
     answer = where.send("POST", f"{_path(name)}/migrate", admin=True)
@@ -127,7 +129,7 @@ def holds(name: str, limit: int | None, cursor: str | None, everything: bool, as
 
 @budget.command()
 @click.argument("name", callback=validate_name)
-@click.option("--window", help="A window, such as 2026-11-23 for a day. Default: the current one.")
+@click.option("--window", help="Name of the window, such as 2026-11-23 for a day. Default: the current window.")
 @paged
 @json_option
 def ledger(
@@ -135,7 +137,7 @@ def ledger(
 ) -> None:
     """List the ledger entries of a window, newest first.
 
-    The entries add up to the spent and unconfirmed amounts.
+    The sum of the entries equals the spent and the unconfirmed amount together.
     """
     table = Table("AT", "KIND", ">AMOUNT", "HOLD", "OPERATION", "TRACE", "ENTRY")
     found = pages(f"{_path(name)}/ledger", "entries", everything, window=window, limit=limit, cursor=cursor)

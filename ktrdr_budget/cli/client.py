@@ -1,8 +1,8 @@
 """The HTTP client of the commands: one request, one reply, one line for an error.
 
-It uses the standard library, because importing ``httpx`` takes longer than all the rest of ``ktrdr agent budget``. It
-ignores the proxies of the environment, since the service usually runs nearby, and follows no redirects, which could
-leak the key.
+The client uses the standard library, because importing ``httpx`` takes longer than the rest of ``ktrdr agent budget``.
+The client ignores the proxies of the environment, because the service usually runs nearby, and follows no redirects,
+because a redirect could leak the key.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Service(NamedTuple):
             repeat: advice on a safe retry, shown only if the request may have taken effect.
 
         Raises:
-            Denied, Unreachable, InvalidInput, CommandError: each with its exit code.
+            Denied, Unreachable, InvalidInput, CommandError: the request failed; the class sets the exit code.
         """
         headers = {"Accept": "application/json, application/problem+json", "Connection": "close", **_key(admin)}
         if body is not None:
@@ -184,7 +184,7 @@ def segment(name: str) -> str:
 
 @contextmanager
 def expect_valid_response(service: Service) -> Iterator[None]:
-    """Convert errors while reading a reply of another shape to a ``CommandError``."""
+    """Raise ``CommandError`` if the block fails because a reply of the service has an unexpected shape."""
     try:
         yield
     except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError):
@@ -224,8 +224,8 @@ def _object(text: str) -> dict[str, Any] | None:
 def _key(admin: bool) -> dict[str, str]:
     """Return the header with the key of the environment, if one is set; the key itself is never shown.
 
-    If only one of the two keys is set, it serves for all requests. Of several keys, separated by commas as the service
-    accepts them, the first is used.
+    If only one of the two variables is set, its key is sent with all requests. If a variable has several keys separated
+    by commas, as the service accepts, the first key is sent.
     """
     names = ("KTRDR_ADMIN_KEY", "KTRDR_API_KEY") if admin else ("KTRDR_API_KEY", "KTRDR_ADMIN_KEY")
     for name in names:

@@ -19,11 +19,21 @@ __all__ = ["cancel", "cycles", "status", "trigger"]
 
 
 @click.command()
-@click.option("--id", "operation_id", callback=validate_name, help="Idempotency key. Default: generated.")
-@click.option("--strategy", metavar="NAME", help="Begin with the training of this strategy; not with --brief.")
-@click.option("--brief", metavar="TEXT", help="Instructions for the design; not with --strategy.")
-@click.option("-m", "--model", metavar="NAME", help="Language model of this cycle: its name, or opus, sonnet, haiku.")
-@click.option("-b", "--bypass-gates", "--bypass", is_flag=True, help="Record failed gates, but continue.")
+@click.option(
+    "--id", "operation_id", callback=validate_name, help="Id of the cycle and idempotency key. Default: generated."
+)
+@click.option("--strategy", metavar="NAME", help="Train this existing strategy and skip the design; excludes --brief.")
+@click.option("--brief", metavar="TEXT", help="Instructions for the design; excludes --strategy.")
+@click.option(
+    "-m", "--model", metavar="NAME", help="Language model of the cycle: a full model name, or opus, sonnet, haiku."
+)
+@click.option(
+    "-b",
+    "--bypass-gates",
+    "--bypass",
+    is_flag=True,
+    help="Continue the cycle after a failed gate; the result is recorded.",
+)
 @click.option("--wait", is_flag=True, help="Follow the cycle until it ends.")
 @click.option(
     "--interval",
@@ -31,9 +41,9 @@ __all__ = ["cancel", "cycles", "status", "trigger"]
     default=0.5,
     callback=validate_seconds(0.1),
     show_default=True,
-    help="Interval of --wait.",
+    help="Seconds between two requests of --wait.",
 )
-@click.option("--json", "as_json", is_flag=True, help="With --wait: print the cycle's JSON, one line per step.")
+@click.option("--json", "as_json", is_flag=True, help="With --wait, print the cycle as JSON, one line per step.")
 def trigger(
     operation_id: str | None,
     strategy: str | None,
@@ -46,14 +56,15 @@ def trigger(
 ) -> None:
     """Start a research cycle.
 
-    The service's JSON reply is on stdout, also for a denial, whose exit code is 3. With --wait the exit code is 0 if
-    the cycle completes, 1 if it fails or is cancelled; Ctrl-C stops waiting, and the cycle continues.
+    The command prints the JSON reply of the service. If a budget denies the cycle, the command also prints the reply,
+    and the exit code is 3. With --wait, the exit code is 0 if the cycle completes, and 1 if the cycle fails or is
+    cancelled. Ctrl-C stops the command; the cycle continues.
     """
     where = service()
     options = {"strategy": strategy, "brief": brief, "model": model, "bypass_gates": bypass_gates or None}
     body: dict[str, Any] = {"operation_id": operation_id or new_id("op")}
     body |= {name: value for name, value in options.items() if value is not None}
-    repeat = f"; it may have taken effect: repeating it with --id {body['operation_id']} is safe"
+    repeat = f"; the request may have taken effect: repeating the request with --id {body['operation_id']} is safe"
     try:
         answer = where.send("POST", "/agent/trigger", body, repeat=repeat)
     except CommandError as error:
@@ -72,9 +83,10 @@ def trigger(
 @click.command()
 @watch_options
 def status(as_json: bool, watch: bool, interval: float) -> None:
-    """Show the active research cycles, the last one, and what is left.
+    """Show the active cycles, the remaining budget and the free slots.
 
-    That is the remainder of today's budget, and the number of cycles that may run. All replicas show the same.
+    The output also has the cycle that ended last. The remaining budget is today's. Every replica reports the same
+    figures.
     """
     show(partial(_ask, service()), as_json, interval_s=interval if watch else None)
 
@@ -92,10 +104,10 @@ def _ask(where: Service) -> tuple[dict[str, Any], str]:
 def cancel(operation_id: str, as_json: bool) -> None:
     """Cancel a research cycle, on any replica.
 
-    Its spend so far is charged.
+    The spend of the cycle so far is charged.
     """
     where = service()
-    repeat = "; it may have taken effect: repeating it is safe"
+    repeat = "; the request may have taken effect: repeating the request is safe"
     answer = where.send("DELETE", f"/agent/cancel/{segment(operation_id)}", repeat=repeat)
     with expect_valid_response(where):
         title = {"cancelled": "Cancelled", "cancelling": "Cancelling"}[answer.document["status"]]

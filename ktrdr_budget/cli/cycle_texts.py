@@ -1,7 +1,7 @@
 """Text forms of research cycles.
 
-All functions read a document of the service; they raise ``LookupError``, ``TypeError``, ``ValueError`` or
-``ArithmeticError`` if it has another shape.
+All functions read a document of the service. If the document has an unexpected shape, they raise ``LookupError``,
+``TypeError``, ``ValueError`` or ``ArithmeticError``.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def cycle_row(cycle: Cycle) -> list[str]:
 
 
 def milestones(cycle: Cycle) -> Iterator[str]:
-    """Yield the events so far, one line each; a line never changes as the cycle continues."""
+    """Yield one line for each event so far; the line of an event never changes."""
     for phase in PHASES[: PHASES.index(cycle["phase"]) + 1]:
         yield phase
         if facts := _facts(cycle, phase):

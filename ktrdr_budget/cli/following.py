@@ -21,7 +21,7 @@ PATIENCE_S = 60.0
 
 
 def follow(where: Service, operation_id: str, interval_s: float, as_json: bool) -> None:
-    """Show the phases of a cycle until it ends: redrawn in place on a terminal, else one line per step.
+    """Show the phases of a cycle until the cycle ends: redrawn in place on a terminal, else one line per step.
 
     Raises:
         CommandError: the cycle failed or was cancelled, or the service no longer has its record.
@@ -108,7 +108,7 @@ class _View:
             write(ending(cycle))
 
     def unknown(self, error: Unreachable) -> None:
-        """Report once that the service is unreachable; a terminal shows it until the next reply."""
+        """Report once that the service is unreachable; on a terminal, show the report until the next reply."""
         first, self._unknown_since = not self._unknown_since, self._unknown_since or clock()
         if first or (self._screen.redraws and not self._as_json):
             draw_unknown(self._screen, error, self._unknown_since, self._as_json)

@@ -82,7 +82,7 @@ def amount_text(value: str | int | Decimal | None, *, is_money: bool | None = No
 
     Args:
         value: a decimal string for dollars, an integer for a count.
-        is_money: overrides this rule, for the numbers of ``/agent/budget``.
+        is_money: whether the value is dollars, if its type does not show that, as in ``/agent/budget``.
 
     Raises:
         ValueError, TypeError, ArithmeticError: the value is not an amount.
@@ -150,7 +150,7 @@ class Table:
         self._stacked = False
 
     def write(self, rows: Sequence[Sequence[object]]) -> None:
-        """Write rows; the first ones are preceded by the headings."""
+        """Write rows; the first call also writes the headings."""
         if not rows:
             return
         cells = [[one_line(cell) for cell in row] for row in rows]

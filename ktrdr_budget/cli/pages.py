@@ -19,13 +19,13 @@ PAGE_MAX = 1000
 
 def paged(command: Callable[..., None]) -> Callable[..., None]:
     """Add ``--limit``, ``--cursor`` and ``--all``."""
-    command = click.option("--all", "everything", is_flag=True, help="All pages.")(command)
-    command = click.option("--cursor", help="Start after an earlier page, by its cursor.")(command)
-    return click.option("--limit", type=click.IntRange(1, PAGE_MAX), help="Items per page.")(command)
+    command = click.option("--all", "everything", is_flag=True, help="List all pages.")(command)
+    command = click.option("--cursor", help="List the page after an earlier page, which printed this cursor.")(command)
+    return click.option("--limit", type=click.IntRange(1, PAGE_MAX), help="Number of items per page.")(command)
 
 
 def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[Answer]:
-    """Yield the requested page, or all pages from there on."""
+    """Yield the requested page or, with ``everything``, the requested page and all later pages."""
     where = service()
     if everything and query["limit"] is None:
         query["limit"] = PAGE_MAX
@@ -50,7 +50,7 @@ def pages(path: str, field: str, everything: bool, **query: object) -> Iterator[
 def show_pages(
     pages: Iterator[Answer], field: str, as_json: bool, table: Table, row: Callable[[Any], list[str]], none: str
 ) -> None:
-    """Write page by page, so that a long list starts at once and is never in memory as a whole."""
+    """Write the list page by page: the first items appear at once, and the whole list is never in memory."""
     if as_json:
         _write_pages_json(pages, field)
         return

@@ -33,13 +33,16 @@ def prices() -> None:
 
 @prices.command()
 @click.argument("model")
-@click.option("--provider", help="Such as anthropic, openai or google. Default: derived from the model's name.")
-@click.option("--input", "input_tokens", type=_TOKENS, help="Input tokens of a call, cached ones included.")
-@click.option("--output", "output_tokens", type=_TOKENS, help="Output tokens of a call.")
-@click.option("--cached", type=_TOKENS, help="Input tokens read from a cache.")
-@click.option("--cache-write", type=_TOKENS, help="Input tokens written to a cache.")
-@click.option("--tier", default="", help="The service tier, such as priority, flex or batch.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, amounts as decimal strings.")
+@click.option(
+    "--provider",
+    help="Provider of the model, such as anthropic, openai or google. Default: derived from the model's name.",
+)
+@click.option("--input", "input_tokens", type=_TOKENS, help="Number of input tokens of a call, cached tokens included.")
+@click.option("--output", "output_tokens", type=_TOKENS, help="Number of output tokens of a call.")
+@click.option("--cached", type=_TOKENS, help="Number of input tokens read from a cache.")
+@click.option("--cache-write", type=_TOKENS, help="Number of input tokens written to a cache.")
+@click.option("--tier", default="", help="Service tier of the provider, such as priority, flex or batch.")
+@click.option("--json", "as_json", is_flag=True, help="Print the prices as JSON, with amounts as decimal strings.")
 def show(
     model: str,
     provider: str | None,
@@ -52,8 +55,9 @@ def show(
 ) -> None:
     """Show the prices of MODEL, or the cost of a call.
 
-    Prices come from KTRDR_PRICES_FILE, else from the price list of genai-prices, else KTRDR_FIXED_CALL_COST. With token
-    counts, the command shows the cost of such a call, and its maximum cost, which is reserved before the call.
+    Prices come from KTRDR_PRICES_FILE, else from the price list of genai-prices, else from KTRDR_FIXED_CALL_COST. If
+    numbers of tokens are given, the command shows the cost of a call with these numbers, and the maximum cost, which is
+    reserved before the call.
     """
     counts = (input_tokens, output_tokens, cached, cache_write)
     with _errors():
@@ -86,7 +90,7 @@ class _Found:
         return names[1] if names else ""
 
     def costs(self, usage: Usage) -> tuple[Cost, Cost]:
-        """Return the cost of a call, and the worst case of a call of this size."""
+        """Return the cost of a call with this usage, and the maximum cost of a call of the same size."""
         names = (self.provider, self.model)
         tier = self.tier or None
         worst = self._prices.worst_case(*names, usage.input_tokens, usage.output_tokens, self._now, service_tier=tier)
@@ -173,7 +177,7 @@ def _dollars(value: Decimal) -> str:
 
 
 def _plain(value: Decimal) -> str:
-    """Format exactly, with at least two decimals: prices may be below a nano-dollar."""
+    """Format all digits, with at least two decimals: prices may be below a nano-dollar."""
     whole, _, decimals = f"{value:f}".partition(".")
     return f"{whole}.{decimals.rstrip('0').ljust(2, '0')}"
 

@@ -28,7 +28,7 @@ _HELP = tuple(filter(None, [getattr(click.exceptions, "NoArgsIsHelpError", None)
 
 
 class _Root(click.Group):
-    """The top group: any error is one line on stderr and its exit code."""
+    """The top group. It reports any error as one line on stderr and an exit code."""
 
     def main(
         self,
@@ -38,7 +38,7 @@ class _Root(click.Group):
         standalone_mode: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run the command line and exit; with ``standalone_mode=False`` return or raise, as Click's does."""
+        """Run the command line and exit; with ``standalone_mode=False`` return or raise, as Click's ``main`` does."""
         run = partial(super().main, args, prog_name, complete_var, standalone_mode=False, **extra)
         if not standalone_mode:
             return run()
@@ -127,9 +127,10 @@ def _fit_help(command: click.Command) -> None:
 def main(context: click.Context, api_url: str | None) -> None:
     """One hard spend cap for every replica of a backend that runs LLM agents.
 
-    KTRDR_API_KEY, and KTRDR_ADMIN_KEY for limits, contain the keys of the service. NO_COLOR turns colours off.
+    KTRDR_API_KEY contains the use key of the service, and KTRDR_ADMIN_KEY the admin key, for example to set a limit. If
+    NO_COLOR is set, the output has no colours.
 
-    Exit codes: 0 done, 1 error, 2 wrong usage, 3 denied by a budget, 4 service or store unreachable.
+    Exit codes: 0 success, 1 error, 2 wrong usage, 3 denied by a budget, 4 service or store unreachable.
     """
     from ktrdr_budget.environment import check_names
 
@@ -149,13 +150,14 @@ main.add_command(prices)
 @main.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
-    "--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="TCP port; 0 selects a free one."
+    "--port", type=click.IntRange(0, 65_535), default=8000, show_default=True, help="TCP port; 0 selects a free port."
 )
-@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of processes.")
+@click.option("--workers", type=click.IntRange(1), default=1, show_default=True, help="Number of worker processes.")
 def serve(host: str, port: int, workers: int) -> None:
     """Run the service.
 
-    The store is KTRDR_REDIS_URL, or an embedded server in AGENT_BUDGET_DIR.
+    The store is the server at KTRDR_REDIS_URL or, if the variable is not set, an embedded server with its data in
+    AGENT_BUDGET_DIR.
     """
     try:
         from ktrdr_budget.api.serving import ServeError
@@ -174,7 +176,7 @@ def serve(host: str, port: int, workers: int) -> None:
 def completion(context: click.Context, shell: str) -> None:
     """Print the completion script for a shell.
 
-    Add its line to ~/.bashrc, ~/.zshrc, or ~/.config/fish/config.fish:
+    Add the line for your shell to ~/.bashrc, ~/.zshrc, or ~/.config/fish/config.fish:
 
     \b
     bash  eval "$(ktrdr completion bash)"

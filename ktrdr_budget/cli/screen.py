@@ -23,7 +23,8 @@ Ask = Callable[[], tuple[dict[str, Any], str]]
 def show(ask: Ask, as_json: bool, *, interval_s: float | None = None) -> None:
     """Show the result of ``ask`` once, or at each interval until Ctrl-C.
 
-    An unreachable service is an error at first. Later, an error message replaces the figures until the next reply.
+    If the service is unreachable at the first request, the error is raised. If it becomes unreachable later, an error
+    message replaces the figures until the next reply.
     """
     if interval_s is not None:
         _watch(ask, as_json, interval_s)
@@ -91,7 +92,7 @@ class Screen:
         self._lines = [click.unstyle(line) for line in lines]
 
     def _back(self) -> str:
-        """Return the sequence that moves to the start of the previous text, or, if it scrolled, clears the screen."""
+        """Return the sequence that moves to the start of the previous text, or clears the screen if it scrolled."""
         columns, rows = os.get_terminal_size(sys.stdout.fileno())  # not COLUMNS, which is stale after a resize
         if len(self._lines) >= rows or any(len(line) > columns for line in self._lines):
             return "\x1b[2J\x1b[H"

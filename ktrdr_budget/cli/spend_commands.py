@@ -19,16 +19,21 @@ _AMOUNTS = "NAME AMOUNT | NAME=AMOUNT..."
 
 @click.command(cls=AmountCommand)
 @click.argument("amounts", nargs=-1, required=True, metavar=_AMOUNTS)
-@click.option("--id", "hold_id", callback=validate_name, help="Idempotency key. Default: generated.")
+@click.option("--id", "hold_id", callback=validate_name, help="Id of the hold and idempotency key. Default: generated.")
 @click.option(
-    "--ttl", type=float, callback=validate_seconds(1), metavar="SECONDS", help="Time until expiry.  [default: 900]"
+    "--ttl",
+    type=float,
+    callback=validate_seconds(1),
+    metavar="SECONDS",
+    help="Seconds until the hold expires.  [default: 900]",
 )
 @click.option(
     "--on-expiry",
     type=click.Choice(["charge", "accrued", "release"]),
-    help="Amount that counts after expiry: all, the accrued part, or nothing.  [default: charge]",
+    help="What counts as unconfirmed after the hold expires: the whole amount (charge), the accrued amount, or "
+    "nothing (release).  [default: charge]",
 )
-@click.option("--operation", help="A label for the ledger.")
+@click.option("--operation", help="Label of the hold in the ledger.")
 @json_option
 def reserve(
     amounts: tuple[str, ...],
@@ -40,7 +45,8 @@ def reserve(
 ) -> None:
     """Reserve an amount before the work.
 
-    Several budgets are granted all or none. A denial has exit code 3; with --json its figures are on stdout.
+    Either all named budgets grant their amounts, or none does. If a budget denies its amount, the exit code is 3, and
+    with --json the figures of the denial are on stdout.
     """
     where = service()
     body: dict[str, Any] = {"amounts": amounts_of(amounts), "id": hold_id or new_id("hold")}
@@ -63,8 +69,9 @@ def reserve(
 def commit(hold_id: str, amounts: tuple[str, ...], as_json: bool) -> None:
     """Record the actual cost of a hold.
 
-    Without AMOUNT, the accrued amount is committed. A single AMOUNT applies to each budget in dollars; counts then cost
-    their reserved amount. An unconfirmed hold of another owner needs the admin key.
+    Without AMOUNT, the accrued amount is committed. A single AMOUNT is committed for each budget in dollars; for each
+    budget that counts, the reserved amount is committed. To commit an unconfirmed hold of another owner, the admin
+    key is needed.
     """
     body: dict[str, Any] = {}
     if len(amounts) == 1 and "=" not in amounts[0]:
@@ -80,10 +87,11 @@ def commit(hold_id: str, amounts: tuple[str, ...], as_json: bool) -> None:
 @click.argument("hold_id", metavar="ID", callback=validate_name)
 @json_option
 def release(hold_id: str, as_json: bool) -> None:
-    """Release all of a hold.
+    """Release the whole amount of a hold.
 
-    With the admin key, or for an unconfirmed hold, it is an operator's release on behalf of a dead worker: a later
-    commit of that worker still counts. An unconfirmed hold of another owner needs the admin key.
+    With the admin key, or if the hold is unconfirmed, the command acts as an operator for a dead worker: if the worker
+    commits the hold later, the commit still counts. To release an unconfirmed hold of another owner, the admin key is
+    needed.
     """
     where = service()
     path = f"/reservations/{segment(hold_id)}/release"
@@ -92,11 +100,13 @@ def release(hold_id: str, as_json: bool) -> None:
 
 @click.command(cls=AmountCommand)
 @click.argument("amounts", nargs=-1, required=True, metavar=_AMOUNTS)
-@click.option("--id", "spend_id", callback=validate_name, help="Idempotency key. Default: generated.")
-@click.option("--operation", help="A label for the ledger.")
+@click.option(
+    "--id", "spend_id", callback=validate_name, help="Id of the spend and idempotency key. Default: generated."
+)
+@click.option("--operation", help="Label of the spend in the ledger.")
 @json_option
 def record(amounts: tuple[str, ...], spend_id: str | None, operation: str | None, as_json: bool) -> None:
-    """Record spend without a reservation; it is never denied."""
+    """Record spend without a reservation. No budget denies recorded spend."""
     where = service()
     body: dict[str, Any] = {"amounts": amounts_of(amounts), "id": spend_id or new_id("spend")}
     if operation is not None:
@@ -104,11 +114,11 @@ def record(amounts: tuple[str, ...], spend_id: str | None, operation: str | None
     _show(where, where.send("POST", "/spend", body, repeat=_repeat(body["id"])), as_json, _settled("Recorded"))
 
 
-_REPEAT = "; it may have taken effect: repeating it is safe"
+_REPEAT = "; the request may have taken effect: repeating the request is safe"
 
 
 def _repeat(id: str) -> str:
-    return f"; it may have taken effect: repeating it with --id {id} is safe"
+    return f"; the request may have taken effect: repeating the request with --id {id} is safe"
 
 
 def _mapping(words: tuple[str, ...]) -> dict[str, str]:
@@ -127,7 +137,7 @@ def _show(where: Service, answer: Answer, as_json: bool, describe: Callable[[Map
 
 
 def _reserved(hold: Mapping[str, Any]) -> str:
-    """Describe a hold: ``Reserved op_1: agent $0.15; expires 2026-11-23T12:15:00Z``; a replay has its state."""
+    """Describe a hold: ``Reserved op_1: agent $0.15; expires 2026-11-23T12:15:00Z``; for a replay, the state."""
     if not hold["replayed"]:
         return one_line(f"Reserved {hold['id']}: {_amounts(hold['amounts'])}; expires {hold['expires_at']}")
     return one_line(f"Replayed {hold['id']}: {_amounts(hold['amounts'])}; {hold['state']}")

@@ -23,29 +23,31 @@ __all__ = ["verify"]
 
 
 @click.command()
-@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --watch one line per check.")
-@click.option("--watch", is_flag=True, help="Repeat until Ctrl-C or SIGTERM.")
+@click.option("--json", "as_json", is_flag=True, help="Print the result as JSON; with --watch, one line per check.")
+@click.option("--watch", is_flag=True, help="Repeat the check until Ctrl-C or SIGTERM.")
 @click.option(
     "--interval",
     metavar="SECONDS",
     default=5.0,
     callback=validate_seconds(0.1),
     show_default=True,
-    help="Interval of --watch.",
+    help="Seconds between two checks of --watch.",
 )
-@click.option("--repair", is_flag=True, help="Correct counters and indexes; without it, nothing is written.")
+@click.option(
+    "--repair", is_flag=True, help="Correct wrong counters and indexes; without --repair, the command writes nothing."
+)
 def verify(as_json: bool, watch: bool, interval: float, repair: bool) -> None:
     """Check that every window in the live store adds up.
 
-    Spent and unconfirmed must equal the sum of the ledger, held the sum of the open holds. The command reads the store
-    directly: KTRDR_REDIS_URL, or the running embedded server of AGENT_BUDGET_DIR. A window under constant writes is
-    'inconclusive'.
+    A window adds up if the spent and unconfirmed amounts together equal the sum of the ledger, and the held amount
+    equals the sum of the open holds. The command reads the store directly: KTRDR_REDIS_URL, or the running embedded
+    server of AGENT_BUDGET_DIR. If writes change a window during every attempt, the window is 'inconclusive'.
 
-    --repair rebuilds wrong counters from the ledger and the records of the holds, during normal operation, and lists
-    the changes.
+    --repair rebuilds wrong counters from the ledger and the records of the holds, and lists the changes. Replicas may
+    continue to work meanwhile.
 
-    Exit codes: 0 everything adds up (with --repair: after it), 1 a window does not (with --watch: did not at some
-    time), 2 wrong usage, 4 store unreachable.
+    Exit codes: 0 all windows add up (with --repair: after the repair), 1 a window does not add up (with --watch: in
+    any of the checks), 2 wrong usage, 4 store unreachable.
     """
     if watch and repair:
         raise click.UsageError("--repair cannot be combined with --watch")
@@ -74,7 +76,7 @@ def _show(reports: Sequence[WindowReport], as_json: bool) -> None:
 
 
 def _watch(auditor: Auditor, as_json: bool, interval_s: float) -> None:
-    """Repeat until a signal; fail if a window ever did not add up, or if the last check failed."""
+    """Repeat the check until a signal; fail if in any check a window did not add up, or if the last check failed."""
     ever_failed: set[str] = set()
     before: dict[str, str] = {}
     unknown: Unreachable | None = None
@@ -216,7 +218,7 @@ def _embedded_url(data_dir: str) -> str:
 
 @contextmanager
 def _store_errors() -> Iterator[None]:
-    """Convert errors of the store to one line; passwords in URLs are masked."""
+    """Convert an error of the store to a command error of one line with masked passwords."""
     try:
         yield
     except InvalidArgument as error:

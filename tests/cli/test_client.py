@@ -229,14 +229,14 @@ def test_retry_advice_is_shown_only_if_the_call_may_have_taken_effect(
     document = {**problem(503, "Unavailable", "the store is down")[1], "ambiguous": ambiguous}
     service.answer("POST /api/v1/spend", {k: v for k, v in document.items() if v is not None}, 503)
     line = failed(ktrdr("budget", "record", "agent", "0.15", "--id", "op_1"), 4)
-    words = "; it may have taken effect: repeating it with --id op_1 is safe"
+    words = "; the request may have taken effect: repeating the request with --id op_1 is safe"
     assert line == "ktrdr: the store is down" + (words if hint else "")
 
 
 def test_retry_advice_is_shown_after_an_error_of_a_gateway(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/spend", "<html>Bad Gateway</html>", 502)
     line = failed(ktrdr("budget", "record", "agent", "0.15", "--id", "op_1"), 4)
-    assert line.endswith("; it may have taken effect: repeating it with --id op_1 is safe")
+    assert line.endswith("; the request may have taken effect: repeating the request with --id op_1 is safe")
 
 
 def test_a_gateway_error_in_html_has_the_exit_code_of_an_unreachable_service(ktrdr: Run, service: FakeService) -> None:
@@ -342,19 +342,24 @@ def test_if_no_reply_arrives_the_error_names_the_id_for_a_safe_retry(
 ) -> None:
     line = failed(ktrdr("budget", *words), 4)
     sent = wait_until(lambda: silent.requests)[-1].body["id"]
-    assert line.endswith(f"; it may have taken effect: repeating it with --id {sent} is safe")
+    assert line.endswith(f"; the request may have taken effect: repeating the request with --id {sent} is safe")
 
 
 def test_if_no_reply_to_a_settlement_arrives_the_error_says_that_a_retry_is_safe(
     ktrdr: Run, silent: FakeService
 ) -> None:
-    assert failed(ktrdr("budget", "commit", "op_1"), 4).endswith("; it may have taken effect: repeating it is safe")
+    assert failed(ktrdr("budget", "commit", "op_1"), 4).endswith(
+        "; the request may have taken effect: repeating the request is safe"
+    )
 
 
 def test_in_a_store_outage_the_error_names_the_id_for_a_safe_retry(ktrdr: Run, service: FakeService) -> None:
     service.answer("POST /api/v1/reservations", *reversed(problem(503, "Store unavailable", "the store is down")))
     line = failed(ktrdr("budget", "reserve", "agent", "1", "--id", "op_1"), 4)
-    assert line == "ktrdr: the store is down; it may have taken effect: repeating it with --id op_1 is safe"
+    assert (
+        line
+        == "ktrdr: the store is down; the request may have taken effect: repeating the request with --id op_1 is safe"
+    )
 
 
 # --- Names and denials ----------------------------------------------------------------------------

@@ -141,7 +141,8 @@ def test_an_unknown_option_of_trigger_is_a_usage_error(ktrdr: Run, service: Fake
             503,
             DOWN,
             4,
-            "ktrdr: the store does not answer; it may have taken effect: repeating it with --id op_1 is safe",
+            "ktrdr: the store does not answer; the request may have taken effect:"
+            " repeating the request with --id op_1 is safe",
         ),
     ],
 )
@@ -172,7 +173,7 @@ def test_if_the_reply_to_trigger_is_lost_the_error_names_the_id_for_a_safe_retry
     service.answer(TRIGGER, b"HTTP/1.1 202 Accepted\r\nContent-Length: 99\r\n\r\n{")
     result = ktrdr("agent", "trigger")
     assert (result.exit_code, result.stdout) == (4, "")
-    assert f"repeating it with --id {service.requests[0].body['operation_id']} is safe" in result.stderr
+    assert f"repeating the request with --id {service.requests[0].body['operation_id']} is safe" in result.stderr
 
 
 @pytest.mark.parametrize("document", [{}, {"triggered": True}, {"operation_ids": ["op_1"]}])

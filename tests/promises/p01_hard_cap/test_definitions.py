@@ -63,7 +63,7 @@ def check_message(error: DefinitionConflict, registered: str, configured: str) -
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
-async def test_replicas_with_different_definitions_do_not_spend_side_by_side(server, client, changed, configured):
+async def test_a_replica_with_a_different_definition_cannot_use_the_budget(server, client, changed, configured):
     day = "unit usd, period day, timezone UTC, kind spend"
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
@@ -86,7 +86,7 @@ async def test_replicas_with_different_definitions_do_not_spend_side_by_side(ser
     assert counted(client) == to_units("5.00")
 
 
-async def test_a_definition_conflict_fails_only_the_calls_of_a_batch_that_touch_its_budget(server):
+async def test_a_definition_conflict_fails_only_calls_that_use_the_budget_in_conflict(server):
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -98,11 +98,11 @@ async def test_a_definition_conflict_fails_only_the_calls_of_a_batch_that_touch_
         assert sum(each.state == "open" for each in found if not isinstance(each, Exception)) == 20
 
 
-def test_budget_mismatch_is_an_alias_of_definition_conflict():
+def test_the_exception_budget_mismatch_is_an_alias_of_definition_conflict():
     assert BudgetMismatch is DefinitionConflict
 
 
-async def test_holds_are_settled_after_a_migration(server, client):
+async def test_holds_reserved_before_a_migration_can_be_settled_after_the_migration(server, client):
     """Holds are settled by the hold object, by id, and by a replica without that budget."""
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
@@ -124,7 +124,7 @@ async def test_holds_are_settled_after_a_migration(server, client):
     assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 
 
-async def test_deferred_spend_is_recorded_after_a_migration(start_server):
+async def test_spend_deferred_before_a_migration_is_recorded_after_the_migration(start_server):
     own = start_server(None, "--appendonly", "yes", "--appendfsync", "always")
     async with limiter_of(own, Budget("agent", 5), on_store_error="allow") as first:
         set_timeout(first, 0.5)
@@ -139,7 +139,7 @@ async def test_deferred_spend_is_recorded_after_a_migration(start_server):
                 assert sums(client)["spent"] == to_units("1.50")
 
 
-async def test_a_hold_of_a_former_definition_does_not_grow(server, client):
+async def test_a_hold_reserved_before_a_migration_cannot_grow_after_the_migration(server, client):
     """Growth is refused to replicas of the former and of the new definition, and to one without that budget."""
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
@@ -161,7 +161,7 @@ async def test_a_hold_of_a_former_definition_does_not_grow(server, client):
     assert sums(client) == {"spent": to_units("0.70"), "held": 0, "unconfirmed": 0, "events": 1}
 
 
-async def test_a_lease_of_a_former_definition_can_spend_its_chunk_but_gets_no_further_one(server, client):
+async def test_after_a_migration_an_older_lease_can_spend_its_chunk_but_gets_no_further_chunk(server, client):
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
         async with first.lease("agent", "1.00", low_water=0) as lease:
             (await lease.acquire("0.60")).commit("0.60")
@@ -185,7 +185,7 @@ async def test_a_lease_of_a_former_definition_can_spend_its_chunk_but_gets_no_fu
     ],
 )
 @pytest.mark.parametrize("policy", ["deny", "allow"])
-async def test_a_change_of_period_keeps_the_cap_and_the_figures_of_other_budgets(
+async def test_after_a_migration_to_another_period_the_cap_is_still_enforced(
     clocked_server, before, after, instant, windows, policy
 ):
     clocked_server.set(instant)
@@ -229,7 +229,7 @@ async def test_a_change_of_period_keeps_the_cap_and_the_figures_of_other_budgets
 # -- migrate -----------------------------------------------------------------------------------------------------------
 
 
-async def test_the_next_call_after_a_migration_is_refused_on_the_fast_path_too(server, monkeypatch):
+async def test_after_a_migration_the_first_reservation_with_the_former_definition_is_refused(server, monkeypatch):
     monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
@@ -244,7 +244,7 @@ async def test_the_next_call_after_a_migration_is_refused_on_the_fast_path_too(s
         assert (await last.status("agent")).spent == 0
 
 
-async def test_a_repaired_window_of_a_former_definition_admits_nothing(server, client, monkeypatch):
+async def test_reservations_with_the_former_definition_are_still_refused_after_a_repair(server, client, monkeypatch):
     """The repair restores the limit of the window, but not the field that enables the fast path."""
     monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
@@ -260,7 +260,9 @@ async def test_a_repaired_window_of_a_former_definition_admits_nothing(server, c
             await first.reserve("agent", "0.10")
 
 
-async def test_after_a_loss_nothing_is_admitted_before_one_definition_is_registered(server, client, monkeypatch):
+async def test_reservations_are_admitted_under_only_one_of_two_conflicting_definitions_after_a_loss(
+    server, client, monkeypatch
+):
     """Both replicas repair their own windows; only the definition of the first is registered."""
     monkeypatch.setattr(session, "SLOW_BATCH_EVERY_S", 3600.0)
     async with limiter_of(server, Budget("agent", 5)) as first, limiter_of(server, WEEK) as last:
@@ -286,7 +288,7 @@ async def repaired(limiter: AsyncBudgetLimiter) -> bool:
     return limiter.losses == 1 and (await limiter.status("other")).recovering_until is None
 
 
-async def test_a_migration_to_the_same_definition_changes_nothing(server, client):
+async def test_a_migration_to_the_registered_definition_changes_nothing(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         unused = await limiter.migrate("agent")
         assert (unused.before, unused.after) == (None, "unit usd, period day, timezone UTC, kind spend")
@@ -316,7 +318,7 @@ def test_a_migration_clears_a_run_time_limit_only_if_the_unit_changes(server):
         assert (tokens.status("agent").limit, tokens.status("agent").limit_source) == (100, "configured")
 
 
-async def test_the_registration_of_a_budget_without_a_window_expires(server, client):
+async def test_every_key_has_an_expiry_if_a_registered_budget_has_no_window(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.set_limit("other", 1)
         assert immortal_keys(client) == []
@@ -325,7 +327,7 @@ async def test_the_registration_of_a_budget_without_a_window_expires(server, cli
         assert immortal_keys(client) == []
 
 
-async def test_a_stored_definition_with_an_unknown_period_is_a_conflict(server, client):
+async def test_calls_raise_a_definition_conflict_if_the_stored_period_is_unknown(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.record("agent", 1)
         [key] = [key for key in client.scan_iter() if client.type(key) == "hash" and client.hexists(key, "d:agent")]
@@ -338,7 +340,7 @@ async def test_a_stored_definition_with_an_unknown_period_is_a_conflict(server, 
 # -- a fault of one budget hides no other ------------------------------------------------------------------------------
 
 
-async def test_an_unreadable_window_of_one_budget_does_not_affect_the_figures_of_others(server, client):
+async def test_an_unreadable_window_of_one_budget_does_not_affect_other_budgets(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.record({"agent": "0.10", "other": "0.20"})
         client.set(window_key(client), "not a hash")
@@ -356,7 +358,7 @@ async def test_an_unreadable_window_of_one_budget_does_not_affect_the_figures_of
         assert "WRONGTYPE" in reports["agent"].fault
 
 
-async def test_a_missing_window_of_one_budget_does_not_affect_the_figures_of_others(server, client):
+async def test_a_missing_window_of_one_budget_does_not_affect_the_status_of_other_budgets(server, client):
     async with limiter_of(server, Budget("agent", 5)) as limiter:
         await limiter.record({"agent": "0.10", "other": "0.20"})
         client.delete(window_key(client))
@@ -365,7 +367,7 @@ async def test_a_missing_window_of_one_budget_does_not_affect_the_figures_of_oth
         assert "was begun and is not here" in str(statuses.unavailable["agent"])
 
 
-async def test_a_definition_conflict_makes_only_the_gauges_of_its_budget_absent(server):
+async def test_if_the_definition_of_a_budget_is_in_conflict_only_the_gauges_of_this_budget_are_absent(server):
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -380,7 +382,7 @@ async def test_a_definition_conflict_makes_only_the_gauges_of_its_budget_absent(
         assert "\nagent_budget_remaining_dollars " not in text
 
 
-async def test_holds_of_a_budget_in_conflict_are_listed(server):
+async def test_a_replica_with_a_conflicting_definition_can_list_the_holds_of_the_budget(server):
     async with (
         limiter_of(server, Budget("agent", 5)) as first,
         limiter_of(server, WEEK) as last,
@@ -389,7 +391,7 @@ async def test_holds_of_a_budget_in_conflict_are_listed(server):
         assert [hold.id for hold in await last.holds("agent")] == ["op_1"]
 
 
-def test_a_tracker_with_a_conflicting_definition_returns_no_figures(server):
+def test_a_tracker_with_a_conflicting_definition_raises_an_error_instead_of_returning_figures(server):
     with BudgetLimiter(server.url, [Budget("agent", 5, period="week")]) as limiter:
         limiter.record("agent", 1)
     with BudgetTracker(1, url=server.url) as tracker:

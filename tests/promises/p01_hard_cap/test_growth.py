@@ -45,7 +45,7 @@ async def reserved(limiter: AsyncBudgetLimiter, hold_id: str) -> Decimal:
     return Decimal((await limiter.get(hold_id)).amounts["agent"])
 
 
-async def test_concurrent_growth_of_one_hold_object_adds_up(limiter, client):
+async def test_concurrent_growth_through_one_hold_object_adds_up(limiter, client):
     hold = await limiter.reserve({"agent": "0.15", "calls": 1}, id="op_1")
     await asyncio.gather(*(hold.grow({"agent": "0.10", "calls": 2}) for _ in range(5)), hold.extend())
     assert hold.amounts == {"agent": Decimal("0.65"), "calls": 11}
@@ -64,7 +64,7 @@ def test_concurrent_growth_by_threads_adds_up(sync_limiter, client):
     assert sums(client)["held"] == to_units("0.90")
 
 
-async def test_growth_adds_to_the_growth_of_another_process(limiter, other):
+async def test_growth_by_one_replica_is_added_to_earlier_growth_by_another_replica(limiter, other):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await other.grow("op_1", {"agent": "0.50"})
     await hold.grow("0.10")
@@ -76,13 +76,13 @@ async def test_growth_adds_to_the_growth_of_another_process(limiter, other):
     assert theirs.amounts == {"agent": Decimal("0.80")}
 
 
-async def test_concurrent_growth_by_processes_adds_up(limiter, other):
+async def test_concurrent_growth_by_two_replicas_adds_up(limiter, other):
     holds = [await one.reserve("agent", "0.15", id="op_1") for one in (limiter, other)]
     await asyncio.gather(*(hold.grow("0.10") for hold in holds for _ in range(4)))
     assert await reserved(limiter, "op_1") == Decimal("0.95")
 
 
-async def test_denied_growth_changes_nothing_and_smaller_growth_is_still_granted(limiter, client):
+async def test_denied_growth_changes_nothing(limiter, client):
     hold = await limiter.reserve("agent", "4.00", id="op_1")
     outcomes = await asyncio.gather(*(hold.grow("0.40") for _ in range(4)), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes].count(BudgetExceeded) == 2
@@ -111,7 +111,7 @@ async def test_cancelled_growth_does_not_affect_other_growth(limiter):
     assert before >= Decimal("0.35")
 
 
-async def test_growth_is_applied_once_when_its_reply_is_lost(far, proxy, client):
+async def test_growth_is_applied_once_if_the_reply_is_lost(far, proxy, client):
     hold = await far.reserve("agent", "0.15", id="op_1")
     proxy.lose_replies = 1
     await asyncio.gather(hold.grow("0.10"), hold.grow("0.10"))
@@ -122,7 +122,7 @@ async def test_growth_is_applied_once_when_its_reply_is_lost(far, proxy, client)
 
 @pytest.mark.parametrize("fate", ["reply", "request"])
 @pytest.mark.parametrize("heartbeat", [False, True])
-async def test_retried_growth_is_applied_once_after_an_unknown_outcome(far, proxy, client, fate, heartbeat):
+async def test_if_growth_with_unknown_outcome_is_retried_the_hold_grows_once(far, proxy, client, fate, heartbeat):
     hold = await far.reserve("agent", "0.15", id="op_1")
     proxy.fate = lambda: fate
     with away(proxy.url), pytest.raises(StoreUnavailable) as unavailable:
@@ -145,7 +145,7 @@ async def test_retried_growth_is_applied_once_after_an_unknown_outcome(far, prox
     assert sums(client)["held"] == to_units("0.35")
 
 
-async def test_an_offline_hold_grows_by_the_sum_of_concurrent_growth(tmp_path):
+async def test_concurrent_growth_of_a_hold_admitted_during_an_outage_adds_up(tmp_path):
     url = f"unix://{tmp_path}/missing"
     async with AsyncBudgetLimiter(url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         hold = await limiter.reserve("agent", "0.15")
@@ -155,7 +155,7 @@ async def test_an_offline_hold_grows_by_the_sum_of_concurrent_growth(tmp_path):
         assert hold.amounts == {"agent": Decimal("0.45")}
 
 
-async def test_growth_after_an_outage_is_not_taken_for_a_retry_of_growth_during_the_outage(proxy, client):
+async def test_growth_during_an_outage_and_equal_growth_after_the_outage_are_both_applied(proxy, client):
     """Under policy `allow` the caller received a success for growth during the outage, so it will not retry."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.5, on_store_error="allow") as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
@@ -173,7 +173,7 @@ async def test_growth_after_an_outage_is_not_taken_for_a_retry_of_growth_during_
         assert hold.amounts["agent"] >= Decimal("0.35")
 
 
-async def test_a_reply_sent_before_the_growth_and_received_after_it_does_not_undo_the_growth(limiter, client):
+async def test_growth_is_kept_if_an_older_reply_to_a_heartbeat_arrives_after_the_growth(limiter, client):
     """With two lanes, replies may arrive in another order than the store sent them."""
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     older = client.get("ktrdr:{default}:h:op_1")

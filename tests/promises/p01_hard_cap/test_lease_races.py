@@ -29,7 +29,7 @@ def only_spent(nanos: int, events: int) -> dict[str, int]:
     return {"spent": nanos, "held": 0, "unconfirmed": 0, "events": events}
 
 
-def test_threads_share_a_lease_of_a_sync_limiter(server, client):
+def test_the_spend_of_eight_threads_that_share_a_lease_adds_up(server, client):
     with BudgetLimiter(server.url, [Budget("agent", "1.00")], timeout=10.0) as limiter:
         with limiter.lease("agent", "0.10") as lease:
 
@@ -52,7 +52,7 @@ def test_threads_share_a_lease_of_a_sync_limiter(server, client):
         assert sums(client)["held"] == 0
 
 
-def test_closing_the_sync_limiter_commits_an_open_lease(server, client):
+def test_closing_the_sync_limiter_commits_the_spend_of_an_open_lease(server, client):
     limiter = BudgetLimiter(server.url, [AGENT])
     lease = limiter.lease("agent", "0.50").__enter__()
     lease.spend("0.10")
@@ -62,7 +62,7 @@ def test_closing_the_sync_limiter_commits_an_open_lease(server, client):
         lease.spend("0.10")
 
 
-def test_a_forked_child_has_no_lease_of_its_parent(server, client):
+def test_a_forked_child_cannot_use_a_lease_of_its_parent(server, client):
     with BudgetLimiter(server.url, [AGENT]) as limiter:
         with limiter.lease("agent", "0.50") as lease:
             lease.spend("0.10")
@@ -94,7 +94,7 @@ def test_a_forked_child_has_no_lease_of_its_parent(server, client):
         wait_until(lambda: sums(client) == only_spent(to_units("0.18"), 2))
 
 
-def test_the_leases_of_four_processes_never_exceed_the_cap_and_spend_it_almost_whole(server, client):
+def test_the_leases_of_four_processes_together_never_exceed_the_cap(server, client):
     """Their chunks together are larger than the cap. #23714: no replica has a cap of its own."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")
@@ -119,7 +119,7 @@ def test_the_leases_of_four_processes_never_exceed_the_cap_and_spend_it_almost_w
     assert {report["last"] for report in reports} == {"budget_exhausted"}
 
 
-def test_the_chunk_of_a_killed_process_is_charged_in_full(server, client):
+def test_the_chunk_of_a_killed_process_becomes_unconfirmed_in_full(server, client):
     options = {"url": server.url, "limit": "5.00", "slab": "0.40", "amounts": ["0.01"], "callers": 1, "ttl": 1}
     with workers("leaser.py", 1, {**options, "seed": 0}) as [replica]:
         replica.send(go=True)
@@ -132,7 +132,7 @@ def test_the_chunk_of_a_killed_process_is_charged_in_full(server, client):
         assert ledger_sum(client) == to_units(left.spent + left.unconfirmed)
 
 
-async def test_spend_through_leases_of_three_replicas_adds_up_in_a_random_history(server, client):
+async def test_in_a_random_history_the_spend_of_leases_of_three_replicas_adds_up(server, client):
     """The store ends with the sum that plain arithmetic gives, and the cap holds at each step."""
     seed = random.randrange(2**32)
     print(f"seed {seed}")

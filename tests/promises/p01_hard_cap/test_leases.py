@@ -57,13 +57,13 @@ async def test_a_lease_holds_a_chunk_and_commits_its_spend(limiter, client):
     assert immortal_keys(client) == []
 
 
-async def test_an_unused_lease_leaves_no_ledger_entry(limiter, client):
+async def test_closing_an_unused_lease_writes_no_ledger_entry(limiter, client):
     async with limiter.lease("agent", "0.50"):
         pass
     assert sums(client) == only_spent(0, 0)
 
 
-async def test_a_lease_is_refilled_before_it_is_empty_and_each_chunk_is_one_ledger_entry(limiter, client):
+async def test_a_lease_reserves_its_next_chunk_before_the_current_chunk_is_used_up(limiter, client):
     async with limiter.lease("agent", "0.10") as lease:
         for _ in range(40):
             lease.spend("0.01")
@@ -90,7 +90,7 @@ async def test_acquire_waits_for_the_next_chunk_of_a_lease_but_reserve_raises_at
     assert sums(client)["held"] == 0
 
 
-async def test_the_last_cents_of_a_budget_can_be_spent(limiter, client):
+async def test_a_lease_can_spend_the_rest_of_a_budget_if_a_whole_chunk_no_longer_fits(limiter, client):
     """When a whole chunk no longer fits, the lease takes a smaller one that covers the amount."""
     async with limiter.lease("agent", "0.30") as lease:
         with pytest.raises(BudgetExceeded) as denied:
@@ -112,7 +112,7 @@ async def test_the_last_cents_of_a_budget_can_be_spent(limiter, client):
     assert sums(client)["held"] == 0
 
 
-async def test_a_lease_of_an_exhausted_budget_opens_empty_and_is_filled_once_there_is_room(limiter):
+async def test_a_lease_of_a_budget_without_room_opens_empty_and_gets_a_chunk_later(limiter):
     hold = await limiter.reserve("agent", "5.00")
     async with limiter.lease("agent", "0.50") as lease:
         assert lease.remaining == 0
@@ -124,7 +124,7 @@ async def test_a_lease_of_an_exhausted_budget_opens_empty_and_is_filled_once_the
         assert lease.remaining == Decimal("0.48")
 
 
-async def test_an_idle_chunk_is_released_and_the_next_grant_gets_a_new_one(limiter, client):
+async def test_after_an_idle_chunk_is_released_the_next_grant_gets_a_new_chunk(limiter, client):
     async with limiter.lease("agent", "0.50", idle=0.1) as lease:
         lease.spend("0.02")
         await until(lambda: sums(client) == only_spent(to_units("0.02"), 1))
@@ -137,7 +137,7 @@ async def test_an_idle_chunk_is_released_and_the_next_grant_gets_a_new_one(limit
     assert sums(client) == only_spent(to_units("0.03"), 2)
 
 
-async def test_a_grant_that_outlives_its_block_keeps_its_chunk_until_it_is_settled(limiter, client):
+async def test_a_chunk_stays_reserved_after_its_lease_closes_until_the_last_grant_is_settled(limiter, client):
     async with limiter.lease("agent", "0.50") as lease:
         lease.spend("0.10")
         grant = lease.reserve("0.20")
@@ -163,7 +163,7 @@ async def test_closing_the_limiter_commits_an_open_lease_and_charges_its_open_gr
         await lease.acquire("0.01")
 
 
-async def test_a_commit_above_its_lease_grant_is_recorded_in_full_as_an_overrun(limiter, client):
+async def test_a_commit_above_the_amount_of_its_grant_is_recorded_in_full_as_an_overrun(limiter, client):
     async with limiter.lease("agent", "0.10") as lease:
         lease.reserve("0.05").commit("0.25")
         await until(lambda: sums(client)["spent"] == to_units("0.25"))  # at once: no chunk covers it
@@ -172,7 +172,7 @@ async def test_a_commit_above_its_lease_grant_is_recorded_in_full_as_an_overrun(
     assert (await limiter.status("agent")).overruns == 1
 
 
-async def test_cancelled_waiters_take_nothing_and_a_cancelled_block_commits_its_spend(limiter, client):
+async def test_cancelled_calls_of_acquire_get_no_grant_and_a_cancelled_lease_block_commits_its_spend(limiter, client):
     """Cancellation is clean (P14)."""
     await limiter.reserve("agent", "4.00")
     async with limiter.lease("agent", "1.00") as lease:
@@ -219,7 +219,7 @@ async def test_invalid_lease_arguments_are_refused(server):
             assert (lease.spent, lease.remaining) == (7, 93)
 
 
-async def test_the_examples_of_the_lease_document_run(server, client):
+async def test_the_examples_in_the_lease_document_run_without_an_error(server, client):
     text = (Path(__file__).parents[3] / "docs" / "leases.md").read_text(encoding="utf-8")
     code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     names: dict[str, object] = {"url": server.url, "print": lambda *words: None}
@@ -264,7 +264,7 @@ async def test_a_chunk_is_replaced_before_its_hold_is_a_day_old(clocked_server):
             assert sums(client, "all", "ever")["unconfirmed"] == sums(client, "all", "ever")["held"] == 0
 
 
-async def test_heartbeats_extend_a_chunk_and_report_its_spend(limiter, client):
+async def test_heartbeats_extend_a_chunk_and_report_the_spend_from_the_chunk(limiter, client):
     async with limiter.lease("agent", "0.50", ttl=1) as lease:
         lease.spend("0.10")
         [chunk] = await limiter.holds("agent")
@@ -277,7 +277,7 @@ async def _was_extended(limiter, before) -> bool:
 
 
 @pytest.mark.parametrize("by_hand", [True, False])
-async def test_a_chunk_that_was_released_by_id_grants_nothing_more(limiter, client, by_hand):
+async def test_after_a_chunk_is_released_by_id_the_lease_grants_only_from_a_new_chunk(limiter, client, by_hand):
     async with limiter.lease("agent", "0.50", ttl=1) as lease:
         lease.spend("0.10")
         [chunk] = await limiter.holds("agent")
@@ -318,7 +318,7 @@ async def test_during_an_outage_a_lease_grants_only_what_is_left_of_its_chunk(ow
             assert sums(client)["held"] == (to_units("1.00") if policy == "lease" else 0)
 
 
-async def test_a_lease_is_refilled_once_the_store_returns(own_server):
+async def test_a_lease_opened_during_an_outage_gets_a_chunk_after_the_outage(own_server):
     own_server.kill()
     async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S) as limiter:
         async with limiter.lease("agent", "0.50") as lease:
@@ -337,7 +337,7 @@ async def _acquired(lease):
         return None
 
 
-async def test_a_chunk_whose_deadline_passes_during_an_outage_is_charged_until_its_commit(own_server):
+async def test_if_the_deadline_of_a_chunk_passes_during_an_outage_the_commit_still_records_the_exact_spend(own_server):
     """P5: heartbeats fail and the whole chunk is unconfirmed, so spend from it stays covered."""
     async with AsyncBudgetLimiter(own_server.url, [AGENT], timeout=TIMEOUT_S) as limiter:
         async with limiter.lease("agent", "0.50", ttl=1) as lease:
@@ -355,7 +355,7 @@ async def test_a_chunk_whose_deadline_passes_during_an_outage_is_charged_until_i
 
 
 @pytest.mark.slow
-async def test_after_a_loss_the_chunk_and_the_spend_of_a_lease_are_restored(server, client):
+async def test_after_a_data_loss_the_chunk_and_the_spend_of_a_lease_are_restored(server, client):
     """P13: the lease continues, and its final spend is exact."""
     async with AsyncBudgetLimiter(server.url, [AGENT], timeout=10.0) as limiter:
         async with limiter.lease("agent", "0.10") as lease:

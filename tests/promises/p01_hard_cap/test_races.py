@@ -39,7 +39,7 @@ def race_options(url: str, **more: object) -> dict[str, object]:
     return {"url": url, "limit": "1.00", "amounts": ["0.01"], "callers": 16, "ttl": 60, "settle": False, **more}
 
 
-def test_eight_processes_with_identical_amounts_fill_the_cap_to_the_unit(store):
+def test_eight_processes_with_identical_amounts_fill_the_cap_exactly(store):
     """#23714, #24682: no replica has a cap of its own. #28247, #28283, #40095: first use by eight processes at once."""
     options = race_options(store.url, limit="0.7", amounts=["0.0007"])
     with workers("spender.py", PROCESSES, options) as racers, store.client() as client:
@@ -53,7 +53,7 @@ def test_eight_processes_with_identical_amounts_fill_the_cap_to_the_unit(store):
         assert immortal_keys(client) == []
 
 
-def test_mixed_amounts_settlements_and_kills_never_exceed_the_cap(store):
+def test_processes_with_mixed_amounts_never_exceed_the_cap_when_some_processes_are_killed(store):
     """Holds of killed replicas count until their deadline; they are unconfirmed after it."""
     limit = to_units("6.00")
     amounts = ["0.01", "0.003", "0.0000007", "0.02", "0.0151"]
@@ -87,7 +87,7 @@ def kill_at(client, racer, spent: int) -> int:
     return peak
 
 
-async def test_holds_of_killed_processes_are_unconfirmed_at_their_deadline(store):
+async def test_holds_of_killed_processes_become_unconfirmed_at_their_deadline(store):
     """#27639, PR #30522: an operator can list, settle and release the holds of a killed process."""
     options = race_options(store.url, limit="0.08", ttl=1, callers=1)
     with workers("spender.py", 2, options) as racers:
@@ -116,7 +116,7 @@ async def _status_when_all_are_unconfirmed(limiter: AsyncBudgetLimiter) -> Statu
     return status if not status.held else None
 
 
-def test_the_first_use_by_eight_processes_at_once_keeps_the_cap(store):
+def test_if_eight_processes_use_a_new_budget_at_once_the_cap_is_not_exceeded(store):
     """#40095: eight first requests of an unknown subject; #28247, #28283: a cap needs no counter to be seeded."""
     options = race_options(store.url, limit="0.15", amounts=["0.15"], callers=1)
     with workers("spender.py", PROCESSES, options) as racers, store.client() as client:

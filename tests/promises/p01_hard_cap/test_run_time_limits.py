@@ -19,7 +19,7 @@ def limiter_of(server, limit: str) -> AsyncBudgetLimiter:
     return AsyncBudgetLimiter(server.url, [Budget("agent", limit)])
 
 
-async def test_a_restarted_replica_reads_its_new_limit_at_once_and_writes_nothing(server, client):
+async def test_after_a_restart_with_another_limit_the_status_shows_the_new_limit_without_a_write(server, client):
     async with limiter_of(server, "5.00") as before:
         await (await before.reserve("agent", "1.00")).commit("1.00")
     stored = dump(client)
@@ -41,7 +41,7 @@ async def test_the_configured_limit_of_the_replica_that_started_last_applies_to_
         assert ((await first.status("agent")).limit, (await last.status("agent")).limit) == (10, 10)
 
 
-async def test_a_run_time_limit_overrides_that_of_the_replica_that_started_last(server):
+async def test_a_run_time_limit_overrides_the_configured_limit_of_a_replica_started_later(server):
     async with limiter_of(server, "5.00") as first:
         await first.reserve("agent", "1.00")
         await first.set_limit("agent", "7.00")
@@ -71,7 +71,7 @@ async def test_a_service_restarted_with_another_limit_shows_the_new_limit_in_all
             await until(scraped)
 
 
-def test_a_tracker_applies_the_limit_of_the_tracker_that_started_last(server):
+def test_the_limit_of_the_tracker_that_started_last_applies_to_all_trackers(server):
     with BudgetTracker(1.0, url=server.url) as first:
         assert first.get_today_spend() == 0.0
         with BudgetTracker(0.5, url=server.url) as last:  # it starts after the first reply to the other tracker
@@ -107,7 +107,7 @@ async def test_the_limit_of_a_later_replica_replaces_the_limit_of_a_replica_with
         await later.close()
 
 
-async def test_a_limit_until_the_year_2300_is_in_force(server):
+async def test_a_limit_set_until_the_year_2300_is_applied(server):
     """In milliseconds, such an instant has 14 digits; it must be later than one of 13, on the fast path too."""
     async with limiter_of(server, "5.00") as limiter:
         await (await limiter.reserve("agent", "0.01")).commit("0.01")
@@ -118,7 +118,7 @@ async def test_a_limit_until_the_year_2300_is_in_force(server):
                 await limiter.reserve("agent", "0.01")
 
 
-async def test_expired_run_time_limits_are_removed_by_later_changes(clocked_server):
+async def test_the_next_set_limit_deletes_expired_run_time_limits(clocked_server):
     budgets = [Budget(f"agent/{number}", "5.00") for number in range(4)]
     async with AsyncBudgetLimiter(clocked_server.url, budgets, timeout=30) as limiter:
         for budget in budgets:

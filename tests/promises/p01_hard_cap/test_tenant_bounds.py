@@ -34,7 +34,7 @@ async def attempts(limiter: AsyncBudgetLimiter, count: int, **options) -> list:
     return await asyncio.gather(*calls, return_exceptions=True)
 
 
-async def test_a_client_that_reserves_under_ever_new_ids_gets_at_most_max_holds(server):
+async def test_a_client_that_reserves_with_2000_different_ids_gets_at_most_max_holds(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=50) as limiter:
         outcomes = await attempts(limiter, 2000)
         granted = [outcome for outcome in outcomes if not isinstance(outcome, Exception)]
@@ -53,7 +53,7 @@ async def test_a_client_that_reserves_under_ever_new_ids_gets_at_most_max_holds(
         assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 
 
-async def test_a_tenant_at_max_holds_still_replays_reservations_and_settlements_make_room(server):
+async def test_at_max_holds_a_reservation_can_be_replayed_and_a_settlement_makes_room(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=2) as limiter:
         first = await limiter.reserve("free", 1, id="one")
         await limiter.reserve("free", 1, id="two")
@@ -65,7 +65,7 @@ async def test_a_tenant_at_max_holds_still_replays_reservations_and_settlements_
         await limiter.record("agent", "0.01")  # spend is a fact
 
 
-async def test_expired_holds_count_until_they_are_settled(server):
+async def test_expired_holds_count_towards_max_holds_until_settled(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=3) as limiter:
         await attempts(limiter, 3, ttl=1, on_expiry="release")
 
@@ -80,7 +80,7 @@ async def test_expired_holds_count_until_they_are_settled(server):
         await limiter.reserve("free", 1)
 
 
-async def test_a_large_bound_of_holds_is_not_exceeded_within_one_batch(server):
+async def test_a_batch_of_reservations_does_not_exceed_max_holds(server):
     async with AsyncBudgetLimiter(server.url, MANY, timeout=20, max_holds=20_000) as limiter:
         with server.client() as client:
             pipeline = client.pipeline(transaction=False)
@@ -121,7 +121,7 @@ def test_a_limiter_with_more_than_max_budgets_is_refused():
     BudgetLimiter("redis://127.0.0.1:1", budgets, max_budgets=1001)
 
 
-def test_all_limiters_of_a_tenant_together_have_at_most_max_budgets(server):
+def test_all_limiters_of_a_tenant_together_can_use_at_most_max_budgets(server):
     for number in range(12):
         with BudgetLimiter(server.url, timeout=20, budgets=[Budget(f"user/{number}", "1")], max_budgets=10) as limiter:
             if number < 10:
@@ -137,7 +137,7 @@ def test_all_limiters_of_a_tenant_together_have_at_most_max_budgets(server):
         assert len(client.keys("ktrdr:{default}:w:*")) == 10
 
 
-def test_a_budget_makes_room_when_its_last_window_expires(server):
+def test_at_max_budgets_a_new_budget_is_admitted_after_another_budget_has_expired(server):
     with BudgetLimiter(
         server.url, timeout=20, budgets=[Budget("old", "1"), Budget("new", "1")], max_budgets=2
     ) as limiter:
@@ -161,7 +161,7 @@ def commands_of(client, run) -> dict[str, int]:
     return {name.removeprefix("cmdstat_"): figures["calls"] for name, figures in found.items()}
 
 
-def test_the_cost_of_a_first_use_does_not_depend_on_the_number_of_budgets(server):
+def test_the_first_use_of_a_budget_needs_at_most_eight_more_commands_if_20000_budgets_exist(server):
     with server.client() as client, BudgetLimiter(server.url, MANY, timeout=20, max_budgets=1_000_000) as limiter:
         limiter.record("agent", "0.01")
         few = commands_of(client, lambda: limiter.record("free", 1))
@@ -176,7 +176,7 @@ def test_the_cost_of_a_first_use_does_not_depend_on_the_number_of_budgets(server
         assert sum(many.values()) <= sum(few.values()) + 8
 
 
-def test_the_cost_of_a_write_does_not_depend_on_the_number_of_former_replicas(server):
+def test_a_write_reads_no_complete_hash_if_there_were_50000_replicas(server):
     with server.client() as client, BudgetLimiter(server.url, MANY, timeout=20) as limiter:
         now_s = client.time()[0]
         pipeline = client.pipeline(transaction=False)
@@ -190,7 +190,7 @@ def test_the_cost_of_a_write_does_not_depend_on_the_number_of_former_replicas(se
         assert client.zscore(limiter.keys.replicas, limiter.replica_id) >= now_s
 
 
-def test_fields_of_short_lived_processes_are_removed_from_an_endless_window(clocked_server):
+def test_subtotals_of_short_lived_processes_are_merged_in_a_window_without_an_end(clocked_server):
     """Two days after the last request of such processes, their subtotals are added up in one field."""
     budgets = [Budget("lifetime", None, period="ever")]
     for day in range(4):
@@ -212,19 +212,19 @@ def test_fields_of_short_lived_processes_are_removed_from_an_endless_window(cloc
 
 
 @pytest.mark.parametrize("value", [0, -1, True, 1.5, "10", None])
-def test_bounds_that_are_not_positive_whole_numbers_are_refused(value):
+def test_max_holds_and_max_budgets_must_be_positive_whole_numbers(value):
     for option in ("max_holds", "max_budgets"):
         with pytest.raises(InvalidArgument, match=f"{option} must be a whole number from 1"):
             BudgetLimiter("redis://127.0.0.1:1", [], **{option: value})
 
 
 @pytest.mark.parametrize("value", [1, 0, -1, 3651, True, "35", 2.5, None])
-def test_a_retention_that_is_not_a_whole_number_of_at_least_two_days_is_refused(value):
+def test_the_retention_must_be_a_whole_number_of_at_least_two_days(value):
     with pytest.raises(InvalidArgument, match="retention_days must be a whole number from 2"):
         BudgetLimiter("redis://127.0.0.1:1", [], retention_days=value)
 
 
-def test_environment_variables_set_the_bounds_of_a_tenant():
+def test_environment_variables_set_the_options_of_a_limiter():
     assert limiter_options({}) == {}
     given = {"KTRDR_MAX_HOLDS": "7", "KTRDR_MAX_BUDGETS": " 9 ", "KTRDR_TIMEOUT": "2.5", "KTRDR_DURABILITY": "disk"}
     given["KTRDR_RETENTION_DAYS"] = "90"
@@ -248,7 +248,7 @@ def service(start_server) -> Iterator[ServiceProcess]:
     store.kill()
 
 
-def test_the_service_refuses_one_hold_too_many_with_a_problem_document(service):
+def test_the_service_responds_429_to_a_reservation_above_max_holds(service):
     body = {"amounts": {"agent": "0.01"}, "ttl": 60}
     made = [service.post("/api/v1/reservations", body) for _ in range(2)]
     assert [response.status_code for response in made] == [201, 201]
@@ -274,7 +274,7 @@ def test_the_service_refuses_one_hold_too_many_with_a_problem_document(service):
 
 
 @pytest.mark.parametrize("framing", ["Content-Length: 1000000000", "Transfer-Encoding: chunked"])
-def test_a_request_body_that_is_too_large_is_refused_before_it_is_read_completely(service, framing):
+def test_the_service_responds_413_while_the_client_is_still_sending_a_body_that_is_too_large(service, framing):
     """The body has no end: the response arrives while the client is still sending."""
     with socket.create_connection(("127.0.0.1", service.port), timeout=10) as connection:
         head = f"POST /api/v1/reservations HTTP/1.1\r\nHost: h\r\nContent-Type: application/json\r\n{framing}\r\n\r\n"

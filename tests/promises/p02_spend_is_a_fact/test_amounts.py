@@ -32,7 +32,7 @@ async def limiter(server):
         yield made
 
 
-async def test_8867_ten_thousand_commits_of_a_tenth_of_a_millionth_sum_exactly(client, limiter):
+async def test_8867_ten_thousand_commits_of_0_0000001_dollars_add_up_exactly(client, limiter):
     async def spend() -> None:
         hold = await limiter.reserve("agent", "0.0000002")
         await hold.commit("0.0000001")
@@ -60,7 +60,7 @@ async def test_8867_ten_thousand_commits_of_a_tenth_of_a_millionth_sum_exactly(c
         (1e-9, "0.000000001"),
     ],
 )
-async def test_8867_an_amount_is_exact_to_the_nanodollar(limiter, amount, spent):
+async def test_8867_a_committed_amount_is_rounded_up_to_whole_nanodollars(limiter, amount, spent):
     hold = await limiter.reserve("agent", "2.00")
     settlement = await hold.commit(amount)
     status = await limiter.status("agent")
@@ -69,12 +69,12 @@ async def test_8867_an_amount_is_exact_to_the_nanodollar(limiter, amount, spent)
     assert f"{(await limiter.ledger('agent'))[0].amount:f}" == spent
 
 
-async def test_27509_a_thousand_records_of_an_odd_amount_sum_exactly(limiter):
+async def test_27509_a_thousand_records_of_the_same_fractional_amount_add_up_exactly(limiter):
     await asyncio.gather(*(limiter.record("agent", 0.0016150000000000001) for _ in range(1000)))
     assert (await limiter.status("agent")).spent == Decimal("1.615001")
 
 
-async def test_a_cap_can_be_filled_to_the_last_nanodollar_and_not_above(server):
+async def test_a_cap_of_one_nanodollar_admits_one_nanodollar_but_not_two(server):
     async with AsyncBudgetLimiter(server.url, [Budget("odd", "0.0000000015")]) as limiter:
         assert (await limiter.status("odd")).limit == Decimal("0.000000001"), "limits round down, amounts up"
         with pytest.raises(BudgetExceeded) as denied:
@@ -99,7 +99,7 @@ async def test_the_largest_amount_is_exact_to_the_nanodollar(client, limiter):
     assert (await limiter.ledger("large"))[1].amount == MOST - Decimal("0.000000001")
 
 
-async def test_an_amount_of_two_to_the_53_is_refused_before_anything_is_sent(client, limiter):
+async def test_an_amount_of_2_to_the_53_units_is_refused_and_nothing_is_written(client, limiter):
     too_much = MOST + Decimal("0.000000001")
     hold = await limiter.reserve("open", "1.00")
     before = dump(client)
@@ -117,7 +117,9 @@ async def test_an_amount_of_two_to_the_53_is_refused_before_anything_is_sent(cli
 
 
 @pytest.mark.parametrize("at_once", [False, True])
-async def test_a_window_whose_sum_reaches_two_to_the_53_admits_nothing_but_records_spend(client, limiter, at_once):
+async def test_a_window_with_a_sum_of_2_to_the_53_or_more_denies_reservations_and_still_records_spend(
+    client, limiter, at_once
+):
     """Larger sums are exact too: HINCRBY changes them, so they are never doubles."""
     records = [lambda: limiter.record("open", MOST) for _ in range(5)]
     if at_once:
@@ -137,7 +139,7 @@ async def test_a_window_whose_sum_reaches_two_to_the_53_admits_nothing_but_recor
     assert sums(client, "agent")["held"] == 0
 
 
-async def test_an_uncapped_budget_admits_up_to_two_to_the_53_minus_one(limiter):
+async def test_an_uncapped_budget_admits_at_most_2_to_the_53_minus_one_units(limiter):
     await limiter.record("open", MOST - Decimal("0.000000001"))
     with pytest.raises(BudgetExceeded) as denied:
         await limiter.reserve("open", "0.000000002")
@@ -149,7 +151,7 @@ async def test_an_uncapped_budget_admits_up_to_two_to_the_53_minus_one(limiter):
     assert (await limiter.reserve("open", "0.000000001")).cap_checked
 
 
-async def test_the_reports_of_several_holds_may_add_up_to_more_than_two_to_the_53(client, limiter):
+async def test_the_accrued_spend_of_several_holds_may_add_up_to_more_than_2_to_the_53(client, limiter):
     holds = [await limiter.reserve("open", "1.00") for _ in range(3)]
     for hold in holds:
         hold.accrue(MOST - 1)
@@ -164,7 +166,7 @@ async def test_the_reports_of_several_holds_may_add_up_to_more_than_two_to_the_5
     }
 
 
-async def test_counts_are_whole_numbers_for_the_caller_and_the_store(limiter):
+async def test_amounts_of_count_budgets_are_returned_as_integers_and_fractions_are_refused(limiter):
     hold = await limiter.reserve({"cycles": 2, "tokens": MAX_UNITS - 1})
     assert hold.amounts == {"cycles": 2, "tokens": MAX_UNITS - 1}
     settlement = await hold.commit({"cycles": 1, "tokens": MAX_UNITS - 3})
@@ -189,7 +191,7 @@ LARGEST = 2**53 - 1
 FULL = [Budget("tokens", None, unit="tokens"), Budget("agent", "50.00")]
 
 
-async def test_only_spend_that_would_raise_a_sum_to_2_to_the_62_is_refused(server):
+async def test_a_record_is_refused_if_the_sum_of_its_window_would_reach_2_to_the_62(server):
     async with AsyncBudgetLimiter(server.url, FULL) as limiter:
         calls = [limiter.record("tokens", LARGEST, id=f"large/{number}") for number in range(1024)]
         innocent = await limiter.reserve("agent", "10.00")
@@ -210,7 +212,7 @@ async def test_only_spend_that_would_raise_a_sum_to_2_to_the_62_is_refused(serve
     assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 
 
-async def test_reports_and_commits_that_would_raise_a_sum_to_2_to_the_62_are_refused(server):
+async def test_extensions_and_commits_are_refused_if_the_sum_of_their_window_would_reach_2_to_the_62(server):
     async with AsyncBudgetLimiter(server.url, FULL) as limiter:
         holds = [await limiter.reserve("tokens", 1, ttl=60) for _ in range(3)]
         for _ in range(511):
@@ -229,7 +231,7 @@ async def test_reports_and_commits_that_would_raise_a_sum_to_2_to_the_62_are_ref
     assert all(report.adds_up for report in await asyncio.to_thread(verify, server.url))
 
 
-async def test_reports_after_the_deadline_that_would_raise_a_sum_to_2_to_the_62_are_refused(clocked_server, caplog):
+async def test_spend_reported_after_the_deadline_is_refused_if_the_sum_would_reach_2_to_the_62(clocked_server, caplog):
     clocked_server.set(clocked_server.now().replace(hour=12))
     async with AsyncBudgetLimiter(clocked_server.url, FULL) as limiter:
         late = asyncio.Event()
@@ -255,7 +257,7 @@ async def test_reports_after_the_deadline_that_would_raise_a_sum_to_2_to_the_62_
     assert all(report.adds_up for report in await asyncio.to_thread(verify, clocked_server.url))
 
 
-async def test_a_key_of_another_type_fails_only_the_operations_that_touch_it(server, client):
+async def test_a_key_of_a_wrong_type_fails_only_the_operations_that_use_the_key(server, client):
     """Whether the key is read or written first, no other operation is written in part or lost."""
     async with AsyncBudgetLimiter(server.url, FULL) as limiter:
         await limiter.record({"tokens": 1, "agent": "0.01"})

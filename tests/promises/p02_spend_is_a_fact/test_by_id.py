@@ -26,7 +26,9 @@ async def unconfirmed(limiter: AsyncBudgetLimiter, hold_id: str):
     return hold
 
 
-async def test_a_worker_can_commit_an_unconfirmed_hold_after_its_release_by_id(limiter, other, client):
+async def test_a_worker_can_commit_an_unconfirmed_hold_after_another_replica_released_the_hold_by_id(
+    limiter, other, client
+):
     """P3: expiry and a release by an operator do not resolve a hold."""
     hold = await unconfirmed(limiter, "op_1")
     for replayed in (False, True):  # a retry does not make it final
@@ -39,7 +41,7 @@ async def test_a_worker_can_commit_an_unconfirmed_hold_after_its_release_by_id(l
         await hold.commit("0.08")
 
 
-async def test_an_unconfirmed_hold_is_settled_by_the_release_of_its_worker(limiter):
+async def test_after_a_worker_has_released_its_unconfirmed_hold_a_commit_is_refused(limiter):
     hold = await unconfirmed(limiter, "op_1")
     await hold.release()
     assert not (await limiter.get("op_1")).released_by_operator
@@ -47,7 +49,7 @@ async def test_an_unconfirmed_hold_is_settled_by_the_release_of_its_worker(limit
         await limiter.commit("op_1", "0.07")
 
 
-async def test_an_open_hold_is_settled_by_a_release_by_id(limiter, other):
+async def test_after_an_open_hold_was_released_by_id_a_commit_is_refused(limiter, other):
     await limiter.reserve("agent", "0.15", id="op_1")
     await other.release("op_1")
     assert (await other.release("op_1")).replayed
@@ -56,7 +58,9 @@ async def test_an_open_hold_is_settled_by_a_release_by_id(limiter, other):
     assert conflict.value.state == "released"
 
 
-async def test_a_release_by_id_has_the_same_finality_after_its_replay(limiter, other, client):
+async def test_after_a_data_loss_a_released_hold_can_be_committed_only_if_the_hold_was_unconfirmed(
+    limiter, other, client
+):
     await limiter.reserve("agent", "0.15", id="open")
     await unconfirmed(limiter, "late")
     for hold_id in ("open", "late"):
@@ -71,7 +75,7 @@ async def test_a_release_by_id_has_the_same_finality_after_its_replay(limiter, o
         await limiter.commit("open", "0.07")
 
 
-async def test_an_extension_without_a_ttl_never_shortens_a_hold(limiter):
+async def test_an_extension_without_a_ttl_never_makes_the_deadline_of_a_hold_earlier(limiter):
     hold = await limiter.reserve("agent", "0.15", id="op_1", ttl=7200)
     view = await limiter.extend("op_1", accrued="0.05")
     assert (view.expires_at, view.accrued) == (hold.expires_at, {"agent": Decimal("0.05")})

@@ -38,7 +38,7 @@ async def is_extended(limiter: AsyncBudgetLimiter, hold: AsyncHold, deadline: da
 
 
 @pytest.mark.parametrize("policy", ["deny", "allow"])
-async def test_callers_that_record_in_a_loop_starve_no_reservation_growth_or_heartbeat(clocked_server, policy):
+async def test_reservations_growth_and_heartbeats_succeed_while_other_callers_record_in_a_loop(clocked_server, policy):
     """The store's clock stands still while the test waits: a slow machine ends no hold."""
     clocked_server.set(clocked_server.now(), frozen=True)
     async with AsyncBudgetLimiter(clocked_server.url, [BUDGET], on_store_error=policy) as limiter:
@@ -57,7 +57,7 @@ async def test_callers_that_record_in_a_loop_starve_no_reservation_growth_or_hea
         assert expiries(client) == 0
 
 
-async def test_callers_that_reserve_and_release_in_a_loop_starve_no_record(server, client):
+async def test_records_succeed_while_other_callers_reserve_and_release_in_a_loop(server, client):
     async def reserve_and_release() -> None:
         await (await limiter.reserve("agent", "0.01")).release()
 
@@ -68,7 +68,7 @@ async def test_callers_that_reserve_and_release_in_a_loop_starve_no_record(serve
         assert sums(client)["held"] == 0
 
 
-async def test_callers_that_extend_in_a_loop_starve_neither_reservations_nor_commits(server, client):
+async def test_reservations_and_commits_succeed_while_other_callers_extend_a_hold_in_a_loop(server, client):
     async with AsyncBudgetLimiter(server.url, [BUDGET]) as limiter:
         shared = await limiter.reserve("agent", "1.00")
         async with crowd(shared.extend, CALLERS):

@@ -44,7 +44,7 @@ async def check_unknown(call, caplog: pytest.LogCaptureFixture) -> None:
 
 
 @pytest.mark.parametrize("loss", [False, True])
-async def test_a_hold_committed_by_id_is_not_charged_again_after_its_id_is_forgotten(
+async def test_a_committed_hold_is_not_charged_again_after_its_id_has_expired_in_the_store(
     clocked_server, limiter, other, client, caplog, loss
 ):
     hold = await limiter.reserve({"ever": "0.15", "jobs": 1}, id="op_1")
@@ -62,7 +62,7 @@ async def test_a_hold_committed_by_id_is_not_charged_again_after_its_id_is_forgo
     assert (status.spent, status.held, status.events) == (Decimal("0.10"), 0, 1)
 
 
-async def test_a_hold_whose_record_was_deleted_is_not_charged(limiter, client, caplog):
+async def test_a_commit_is_refused_if_the_record_of_its_hold_was_deleted(limiter, client, caplog):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     client.delete(limiter.keys.hold("op_1"))
     await check_unknown(hold.commit("0.07"), caplog)
@@ -70,7 +70,7 @@ async def test_a_hold_whose_record_was_deleted_is_not_charged(limiter, client, c
     assert sums(client)["spent"] == 0
 
 
-async def test_an_expired_hold_can_be_committed_as_long_as_its_window_exists(clocked_server, limiter, client):
+async def test_an_unconfirmed_hold_can_be_committed_after_30_days(clocked_server, limiter, client):
     window = (await limiter.status("agent")).window
     hold = await limiter.reserve({"agent": "0.15", "ever": "0.15"}, id="op_1", ttl=60)
     daily = await limiter.reserve("agent", "0.20", id="op_2", ttl=60)
@@ -83,7 +83,7 @@ async def test_an_expired_hold_can_be_committed_as_long_as_its_window_exists(clo
 
 @pytest.mark.parametrize("loss", [False, True])
 @pytest.mark.parametrize("budget", ["agent", "ever"])
-async def test_the_record_of_an_unsettled_hold_lives_as_long_as_its_window(
+async def test_the_store_keeps_the_record_of_an_unsettled_hold_as_long_as_the_window_of_the_hold(
     clocked_server, limiter, other, client, budget, loss
 ):
     async def kept(name: str, ttl: float = 60):
@@ -125,7 +125,7 @@ async def test_the_record_of_an_unsettled_hold_lives_as_long_as_its_window(
     assert (await by_hand.commit("0.07")).late
 
 
-async def test_a_hold_from_days_ago_is_restored(clocked_server, limiter, client):
+async def test_after_a_data_loss_a_hold_that_is_more_than_a_day_old_is_restored(clocked_server, limiter, client):
     """The journal keeps each hold that the store still has, whatever its age."""
     await limiter.reserve("ever", "0.15", id="op_1", ttl=60)
     for _ in range(3):
@@ -138,7 +138,9 @@ async def test_a_hold_from_days_ago_is_restored(clocked_server, limiter, client)
     assert (await limiter.commit("op_1", "0.07")).late
 
 
-async def test_the_commit_of_a_lost_hold_that_the_journal_has_dropped_is_recorded(limiter, client, monkeypatch):
+async def test_a_commit_is_recorded_although_the_store_and_the_journal_no_longer_have_its_hold(
+    limiter, client, monkeypatch
+):
     monkeypatch.setattr(journal, "HOLDS_MAX", 2)
     holds = [await limiter.reserve("agent", "0.15", id=f"op_{number}") for number in range(5)]
     client.flushall()

@@ -14,7 +14,7 @@ from ...helpers.waiting import until
 BUDGETS = [Budget("agent", "5.00")]
 
 
-async def test_a_heartbeat_does_not_revive_a_hold_that_an_operator_released(limiter, other, client, caplog):
+async def test_heartbeats_do_not_reopen_a_hold_that_an_operator_has_released(limiter, other, client, caplog):
     async with limiter.hold("agent", "0.15", id="op_1", ttl=1) as hold:
         await other.release("op_1", operator=True)
         await until(lambda: "heartbeats of hold op_1 stopped: hold 'op_1' was released by an operator" in caplog.text)
@@ -49,7 +49,7 @@ async def _is_unconfirmed(limiter: AsyncBudgetLimiter) -> bool:
     return (await limiter.status("agent")).unconfirmed > 0
 
 
-async def test_a_release_by_the_worker_after_an_operator_release_is_final(limiter, other):
+async def test_if_the_operator_and_the_worker_have_both_released_a_hold_a_commit_is_refused(limiter, other):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await other.release("op_1", operator=True)
     await hold.release()

@@ -62,7 +62,9 @@ CHANGES: dict[str, Change] = {
 
 @pytest.mark.parametrize("policy", ["charge", "accrued", "release"])
 @pytest.mark.parametrize("change", CHANGES)
-async def test_the_same_reservation_is_a_replay_after_a_repair(limiter, other, client, change, policy):
+async def test_after_a_repair_a_reservation_repeated_with_the_same_contents_is_a_replay(
+    limiter, other, client, change, policy
+):
     options = {"id": "op_1", "on_expiry": policy, "operation": "research", "owner": "me"}
     hold = await limiter.reserve(REQUESTED, **options)
     await CHANGES[change](other, hold)
@@ -86,7 +88,7 @@ async def test_the_same_reservation_is_a_replay_after_a_repair(limiter, other, c
     assert all(report.adds_up for report in verify(limiter.store_address))
 
 
-async def test_a_settled_hold_is_settled_with_the_same_amount_after_a_repair(limiter, other, client):
+async def test_after_a_repair_a_commit_repeated_with_the_same_amount_is_a_replay(limiter, other, client):
     hold = await limiter.reserve("agent", "0.15", id="op_1")
     await hold.grow("0.05")
     await hold.commit("0.07")
@@ -98,7 +100,7 @@ async def test_a_settled_hold_is_settled_with_the_same_amount_after_a_repair(lim
     assert (await limiter.status("agent")).spent == Decimal("0.07")
 
 
-async def test_other_replicas_can_replay_an_offline_hold_once_its_commit_is_recorded(proxy, other):
+async def test_after_an_outage_another_replica_can_replay_a_hold_admitted_by_policy_allow(proxy, other):
     """Under policy `allow`; under policy `lease`, holds exist in their process only."""
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.3, on_store_error="allow") as limiter:
         await limiter.status("agent")

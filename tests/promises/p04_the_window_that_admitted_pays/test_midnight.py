@@ -44,7 +44,9 @@ def client(clocked_server):
 # -- across midnight ---------------------------------------------------------------------------------------------------
 
 
-async def test_34733_and_36940_a_commit_that_crosses_midnight_keeps_its_window(clocked_server, client, limiter):
+async def test_34733_and_36940_a_commit_after_midnight_counts_in_the_day_of_its_reservation(
+    clocked_server, client, limiter
+):
     """Windows are never reset, so no reset can erase spend or race with it."""
     await limiter.record("agent", "1.00")
     hold = await limiter.reserve("agent", "0.15")
@@ -63,7 +65,7 @@ def midnight(day: int) -> datetime:
     return datetime(2026, 11, day, tzinfo=UTC)
 
 
-async def test_a_commit_by_id_from_another_replica_keeps_the_window(clocked_server, client, limiter):
+async def test_a_commit_by_id_on_another_replica_counts_in_the_day_of_the_reservation(clocked_server, client, limiter):
     await limiter.reserve("agent", "0.15", id="op_1")
     clocked_server.set(AFTER, frozen=True)
     async with limiter_for(clocked_server, Budget("other", "1.00")) as other:
@@ -73,7 +75,9 @@ async def test_a_commit_by_id_from_another_replica_keeps_the_window(clocked_serv
     assert client.exists(window_key(client, window=TUESDAY)) == 0
 
 
-async def test_growth_after_midnight_needs_room_in_the_window_that_admitted_the_hold(clocked_server, client, limiter):
+async def test_growth_after_midnight_is_denied_if_the_window_of_the_reservation_has_no_room(
+    clocked_server, client, limiter
+):
     await limiter.record("agent", "4.50")
     hold = await limiter.reserve("agent", "0.15")
     clocked_server.set(AFTER, frozen=True)
@@ -84,7 +88,7 @@ async def test_growth_after_midnight_needs_room_in_the_window_that_admitted_the_
     assert sums(client, window=MONDAY)["held"] == to_units("0.50")
 
 
-async def test_a_retry_after_midnight_of_a_call_from_before_midnight_is_a_replay(clocked_server, client, limiter):
+async def test_a_call_made_before_midnight_and_retried_after_midnight_is_a_replay(clocked_server, client, limiter):
     await limiter.reserve("agent", "0.15", id="op_1")
     await limiter.record("agent", "0.02", id="op_2")
     before = dump(client)
@@ -118,7 +122,9 @@ async def test_a_record_retried_after_midnight_counts_in_the_day_of_its_first_at
 
 
 @pytest.mark.parametrize("settle", ["commit", "release"])
-async def test_litellm_rs_a_late_settlement_counts_in_the_day_that_admitted_it(clocked_server, client, limiter, settle):
+async def test_litellm_rs_a_late_settlement_counts_in_the_day_of_the_reservation(
+    clocked_server, client, limiter, settle
+):
     hold = await limiter.reserve("agent", "0.15", ttl=60)
     clocked_server.set(AFTER + timedelta(hours=30), frozen=True)
     assert (await limiter.status("agent")).unconfirmed == 0
@@ -130,7 +136,7 @@ async def test_litellm_rs_a_late_settlement_counts_in_the_day_that_admitted_it(c
     assert sums(client, window="2026-11-25") == {"spent": 0, "held": 0, "unconfirmed": 0, "events": 0}
 
 
-async def test_29576_and_39726_denied_callers_that_retry_past_midnight_are_admitted_in_the_new_window(
+async def test_29576_and_39726_denied_callers_that_retry_until_midnight_are_admitted_in_the_new_window(
     clocked_server, client
 ):
     clocked_server.set(midnight(24) - timedelta(seconds=0.7))
@@ -156,7 +162,9 @@ async def test_29576_and_39726_denied_callers_that_retry_past_midnight_are_admit
 
 
 @pytest.mark.parametrize(("before_s", "retry_after"), [(1.2, 2), (0.001, 1), (59.5, 60), (3600, 3600)])
-async def test_retry_after_is_the_time_to_the_end_of_the_window_in_whole_seconds(clocked_server, before_s, retry_after):
+async def test_retry_after_is_the_time_to_the_end_of_the_window_rounded_up_to_seconds(
+    clocked_server, before_s, retry_after
+):
     clocked_server.set(midnight(24) - timedelta(seconds=before_s), frozen=True)
     async with limiter_for(clocked_server) as limiter:
         await limiter.record("agent", "5.00")
@@ -166,7 +174,7 @@ async def test_retry_after_is_the_time_to_the_end_of_the_window_in_whole_seconds
         assert denied.value.retry_after in (retry_after, max(1, retry_after - (before_s == retry_after)))
 
 
-async def test_a_limit_until_the_end_of_the_window_expires_with_it(clocked_server, limiter):
+async def test_a_limit_set_until_the_end_of_the_window_expires_at_midnight(clocked_server, limiter):
     changed = await limiter.set_limit("agent", "6.00", until="window")
     assert (changed.limit, changed.limit_until) == (6, midnight(24))
     await limiter.reserve("agent", "5.50")
@@ -176,7 +184,9 @@ async def test_a_limit_until_the_end_of_the_window_expires_with_it(clocked_serve
         await limiter.reserve("agent", "5.50")
 
 
-async def test_spend_during_an_outage_is_recorded_in_the_window_of_its_time(start_clocked_server: Callable):
+async def test_deferred_spend_counts_in_the_day_of_the_call_if_the_store_returns_on_the_next_day(
+    start_clocked_server: Callable,
+):
     """This holds under policy `allow` even if the store returns on another day."""
     server = start_clocked_server(None, "--appendonly", "yes")
     server.set(BEFORE)
@@ -204,7 +214,7 @@ async def test_spend_during_an_outage_is_recorded_in_the_window_of_its_time(star
 # -- the longest life of a hold; retention -----------------------------------------------------------------------------
 
 
-async def test_extensions_keep_no_hold_open_for_longer_than_a_day(clocked_server, client, limiter):
+async def test_a_hold_cannot_be_extended_beyond_a_day_after_its_reservation(clocked_server, client, limiter):
     hold = await limiter.reserve("agent", "0.15", ttl=86_400, id="op_1")
     born = clocked_server.now()
     clocked_server.advance(86_400 - 60)
@@ -220,7 +230,7 @@ async def test_extensions_keep_no_hold_open_for_longer_than_a_day(clocked_server
     assert sums(client, window=MONDAY)["spent"] == to_units("0.07")
 
 
-async def test_no_key_of_a_day_is_left_after_its_retention(clocked_server, client, limiter):
+async def test_all_keys_of_a_day_are_deleted_after_the_retention_period(clocked_server, client, limiter):
     await limiter.record("agent", "0.02")
     await limiter.reserve("agent", "0.15", ttl=60)
     await (await limiter.reserve("agent", "0.15")).commit("0.07")
@@ -242,7 +252,7 @@ async def test_no_key_of_a_day_is_left_after_its_retention(clocked_server, clien
     "timezone",
     ["UTC", "America/New_York", "Asia/Kathmandu", "America/St_Johns", "Pacific/Kiritimati", "Pacific/Pago_Pago"],
 )
-async def test_a_day_ends_at_midnight_of_its_timezone(clocked_server, client, timezone):
+async def test_a_day_ends_at_midnight_in_the_timezone_of_the_budget(clocked_server, client, timezone):
     zone = ZoneInfo(timezone)
     end = datetime(2026, 11, 24, tzinfo=zone)
     clocked_server.set(end - timedelta(seconds=1), frozen=True)
@@ -270,7 +280,7 @@ async def test_a_day_ends_at_midnight_of_its_timezone(clocked_server, client, ti
     ],
     ids=str,
 )
-async def test_a_day_of_23_or_25_hours_is_one_window(clocked_server, client, timezone, day, hours):
+async def test_a_day_with_a_dst_change_is_one_window(clocked_server, client, timezone, day, hours):
     clocked_server.set(datetime(day.year, day.month, day.day, 12, tzinfo=ZoneInfo(timezone)), frozen=True)
     async with limiter_for(clocked_server, Budget("agent", "5.00", timezone=timezone)) as limiter:
         status = await limiter.status("agent")
@@ -334,7 +344,9 @@ async def test_a_new_window_starts_at_the_boundary_of_each_period(clocked_server
 
 @pytest.mark.parametrize("started", [True, False])
 @pytest.mark.parametrize("wrong_by", ["+26h", "-26h"])
-def test_a_replica_with_a_wrong_clock_spends_on_the_right_day(clocked_server, client, wrong_by, started):
+def test_spend_of_a_replica_with_a_wrong_clock_counts_in_the_current_day_of_the_store(
+    clocked_server, client, wrong_by, started
+):
     """The store's clock decides, whether the clock of the replica is a day ahead or behind."""
     library = clocked_server.environment["LD_PRELOAD"].split(":")[0]
     environment = {"LD_PRELOAD": library, "FAKETIME": wrong_by, "DONT_FAKE_MONOTONIC": "1", "NO_FAKE_STAT": "1"}
@@ -356,7 +368,7 @@ def test_a_replica_with_a_wrong_clock_spends_on_the_right_day(clocked_server, cl
 
 @pytest.mark.parametrize("settle", ["release", "commit"])
 @pytest.mark.parametrize("days", [36, 37, 38, 45])
-async def test_settling_a_hold_whose_window_has_expired_does_not_create_the_window_again(
+async def test_if_the_window_of_a_hold_has_expired_a_settlement_does_not_create_the_window_again(
     clocked_server, client, days, settle
 ):
     """This holds even if the settling replica lacks that budget, so that it does not know their expiry (P7)."""

@@ -39,7 +39,7 @@ class WorkError(Exception):
 
 
 @pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
-async def test_an_async_hold_block_settles_by_its_accruals_and_error_policy(client, limiter, way, expected):
+async def test_accrued_spend_and_error_policy_decide_the_charge_of_an_async_hold_block(client, limiter, way, expected):
     accrued, raises, on_error = way
     try:
         async with limiter.hold("agent", "0.15", id="op_1", on_error=on_error) as hold:
@@ -53,7 +53,7 @@ async def test_an_async_hold_block_settles_by_its_accruals_and_error_policy(clie
 
 
 @pytest.mark.parametrize(("way", "expected"), WAYS_OUT.items(), ids=str)
-def test_a_sync_hold_block_settles_by_its_accruals_and_error_policy(client, sync_limiter, way, expected):
+def test_accrued_spend_and_error_policy_decide_the_charge_of_a_sync_hold_block(client, sync_limiter, way, expected):
     accrued, raises, on_error = way
     try:
         with sync_limiter.hold("agent", "0.15", id="op_1", on_error=on_error) as hold:
@@ -68,7 +68,7 @@ def test_a_sync_hold_block_settles_by_its_accruals_and_error_policy(client, sync
 
 @pytest.mark.parametrize("raises", [False, True])
 @pytest.mark.parametrize("on_error", ["release", "charge"])
-async def test_a_block_does_not_settle_a_hold_that_was_settled_inside(client, limiter, raises, on_error):
+async def test_a_block_does_not_settle_a_hold_that_its_body_has_settled(client, limiter, raises, on_error):
     for settle, spent in (("commit", "0.07"), ("release", "0.07")):
         try:
             async with limiter.hold("agent", "0.15", on_error=on_error) as hold:
@@ -86,7 +86,9 @@ SETTLED_BY_ID = pytest.mark.parametrize(("settle", "spent"), [("commit", "0.07")
 
 @SETTLED_BY_ID
 @pytest.mark.parametrize("raises", [False, True])
-async def test_a_block_does_not_settle_a_hold_that_was_settled_by_id(client, limiter, caplog, settle, spent, raises):
+async def test_an_async_block_does_not_settle_a_hold_that_was_settled_by_id(
+    client, limiter, caplog, settle, spent, raises
+):
     try:
         async with limiter.hold("agent", "0.15", id="op_1") as hold:
             await (limiter.commit("op_1", spent) if settle == "commit" else limiter.release("op_1"))
@@ -106,14 +108,14 @@ def test_a_sync_block_does_not_settle_a_hold_that_was_settled_by_id(client, sync
     assert spent_and_held(client) == (to_units(spent), 0)
 
 
-async def test_a_commit_by_id_of_the_accrued_amount_inside_the_block_causes_no_conflict_at_its_end(client, limiter):
+async def test_a_block_ends_without_an_error_if_its_accrued_amount_was_committed_by_id(client, limiter):
     async with limiter.hold("agent", "0.15", id="op_1") as hold:
         hold.accrue("0.07")
         await limiter.commit("op_1", "0.07")
     assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-async def test_a_block_around_a_hold_that_an_operator_released_commits_its_cost(client, limiter):
+async def test_if_an_operator_has_released_a_hold_a_block_with_the_same_id_commits_its_accrued_spend(client, limiter):
     """P3: an operator's release does not resolve a hold."""
     await limiter.reserve("agent", "0.15", id="op_1", ttl=1)
     await limiter.release("op_1", operator=True)
@@ -125,7 +127,7 @@ async def test_a_block_around_a_hold_that_an_operator_released_commits_its_cost(
     assert (await limiter.get("op_1")).state == "committed"
 
 
-async def test_a_normal_exit_commits_each_reserved_budget(limiter):
+async def test_a_block_without_an_error_commits_an_amount_for_each_of_its_budgets(limiter):
     async with limiter.hold({"agent": "0.15", "cycles": 1}):
         pass
     async with limiter.hold({"agent": "0.15", "cycles": 1}) as hold:
@@ -134,7 +136,7 @@ async def test_a_normal_exit_commits_each_reserved_budget(limiter):
     assert (await limiter.status("cycles")).spent == 2
 
 
-async def test_accrued_spend_of_a_kept_hold_is_charged_when_it_expires(client, limiter):
+async def test_if_an_error_leaves_a_hold_open_the_accrued_spend_is_charged_at_the_deadline(client, limiter):
     """docs.rs/eggrd: the charge is never below the reported spend, whatever the policy of the hold."""
     with pytest.raises(WorkError):
         async with limiter.hold("agent", "0.15", id="op_1", ttl=1, on_expiry="accrued", on_error="charge") as hold:
@@ -148,14 +150,14 @@ async def _state_is(limiter, hold_id: str, state: str) -> bool:
     return (await limiter.get(hold_id)).state == state
 
 
-async def test_a_denied_block_does_not_run(client, limiter):
+async def test_the_body_of_a_block_does_not_run_if_its_reservation_is_denied(client, limiter):
     with pytest.raises(BudgetExceeded):
         async with limiter.hold("agent", "5.01"):
             pytest.fail("the block ran")
     assert spent_and_held(client) == (0, 0)
 
 
-async def test_a_settlement_that_fails_is_raised_on_a_normal_exit_but_does_not_hide_an_error(limiter, caplog):
+async def test_a_failed_settlement_is_raised_unless_the_body_of_the_block_has_raised_an_error(limiter, caplog):
     with pytest.raises(HoldConflict):
         async with limiter.hold("agent", "0.15", id="op_1") as hold:
             hold.accrue("0.05")
@@ -227,7 +229,7 @@ def test_heartbeats_keep_a_sync_hold_open(still_server):
         assert spent_and_held(client) == (to_units("0.05"), 0)
 
 
-async def test_heartbeats_end_with_their_block(still_server, caplog):
+async def test_heartbeats_stop_when_their_block_ends(still_server, caplog):
     async with AsyncBudgetLimiter(still_server.url, BUDGETS) as limiter:
         async with limiter.hold("agent", "0.15", id="op_2", ttl=1):
             pass
@@ -243,7 +245,7 @@ async def test_heartbeats_end_with_their_block(still_server, caplog):
     assert caplog.records == []
 
 
-async def test_a_heartbeat_that_the_store_refuses_after_the_end_of_its_block_is_not_logged(limiter, caplog):
+async def test_if_the_store_refuses_a_heartbeat_after_the_end_of_its_block_nothing_is_logged(limiter, caplog):
     """The commit is in the same batch, and settlements come first."""
     hold = await limiter.reserve("agent", "0.15")
     heartbeat = Heartbeat(limiter.engine.dispatcher, hold)
@@ -266,7 +268,7 @@ async def test_heartbeats_stop_when_another_call_has_settled_the_hold(limiter, c
     assert caplog.text.count("heartbeat of") + caplog.text.count("heartbeats of") == 1
 
 
-async def test_many_concurrent_blocks_settle_exactly(client, limiter):
+async def test_the_spend_of_200_concurrent_blocks_adds_up(client, limiter):
     async def work(number: int) -> None:
         async with limiter.hold("agent", "0.01") as hold:
             await asyncio.sleep(0)
@@ -279,7 +281,7 @@ async def test_many_concurrent_blocks_settle_exactly(client, limiter):
     assert spent_and_held(client) == (200 * to_units("0.001"), 0)
 
 
-async def test_keep_opens_a_block_around_an_existing_hold(client, limiter):
+async def test_a_block_opened_by_keep_commits_the_accrued_spend_of_an_existing_hold(client, limiter):
     hold = await limiter.reserve("agent", "0.15")
     async with limiter.keep(hold) as kept:
         assert kept is hold
@@ -287,7 +289,7 @@ async def test_keep_opens_a_block_around_an_existing_hold(client, limiter):
     assert spent_and_held(client) == (to_units("0.05"), 0)
 
 
-async def test_the_current_hold_of_a_task_is_the_one_of_its_innermost_block(limiter):
+async def test_current_hold_in_a_task_is_the_hold_of_the_innermost_block(limiter):
     assert current_hold.get() is None
     async with limiter.hold("agent", "0.15") as outer:
         assert current_hold.get() is outer
@@ -298,14 +300,16 @@ async def test_the_current_hold_of_a_task_is_the_one_of_its_innermost_block(limi
     assert current_hold.get() is None
 
 
-def test_the_current_hold_of_a_thread_is_the_one_of_its_innermost_block(sync_limiter):
+def test_current_hold_in_a_thread_is_the_hold_of_the_open_block(sync_limiter):
     with sync_limiter.hold("agent", "0.15") as hold:
         assert current_hold.get() is hold
         assert hold.belongs_to(sync_limiter)
     assert current_hold.get() is None
 
 
-async def test_closing_a_generator_in_another_task_settles_the_hold_of_its_block(limiter, client):
+async def test_the_hold_of_a_block_inside_a_generator_is_committed_if_another_task_closes_the_generator(
+    limiter, client
+):
     async def work():
         async with limiter.hold("agent", "0.15") as hold:
             hold.accrue("0.05")
@@ -319,7 +323,7 @@ async def test_closing_a_generator_in_another_task_settles_the_hold_of_its_block
 
 
 @pytest.mark.parametrize("operation", ["", "a call"])
-async def test_the_ledger_label_of_a_hold_is_followed_by_its_notes(server, operation):
+async def test_a_ledger_entry_shows_the_operation_and_the_notes_of_its_hold(server, operation):
     async with AsyncBudgetLimiter(server.url, BUDGETS, trace_id=lambda: next(traces)) as limiter:
         traces = iter(["of the reservation", "of the commit"])
         async with limiter.hold("agent", "0.15", operation=operation) as hold:
@@ -331,7 +335,7 @@ async def test_the_ledger_label_of_a_hold_is_followed_by_its_notes(server, opera
         assert (await limiter.get(hold.id)).operation == entry.operation
 
 
-async def test_the_commit_of_a_lost_hold_is_recorded_with_its_notes(server, client):
+async def test_after_a_data_loss_the_commit_of_a_lost_hold_is_recorded_with_the_notes_of_the_hold(server, client):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         hold = await limiter.reserve("agent", "0.15", id="op_1")
         hold.note("estimated")

@@ -36,7 +36,9 @@ def about(seconds: int) -> set[int]:
     return {seconds - 1, seconds}
 
 
-async def test_retry_after_is_the_time_to_the_next_deadline_of_a_hold_of_that_budget(limiter, clocked_server):
+async def test_retry_after_is_the_time_to_the_next_deadline_among_the_holds_of_the_denied_budget(
+    limiter, clocked_server
+):
     await limiter.reserve("other", "0.10", ttl=60)
     await limiter.reserve({"agent": "0.40", "other": "0.10"}, ttl=1200)
     await limiter.reserve("agent", "0.60", ttl=900)
@@ -57,7 +59,7 @@ async def test_retry_after_ignores_holds_of_other_windows(limiter, clocked_serve
     assert (error.reason, error.retry_after in about(1800)) == ("budget_held", True)
 
 
-async def test_retry_after_of_growth_ignores_the_growing_hold(limiter):
+async def test_retry_after_of_denied_growth_ignores_the_hold_that_should_grow(limiter):
     hold = await limiter.reserve("agent", "0.60", ttl=60)
     error = await denied(hold.grow("0.41"))
     assert (error.reason, error.retry_after) == ("exceeds_limit", None)
@@ -68,7 +70,9 @@ async def test_retry_after_of_growth_ignores_the_growing_hold(limiter):
     assert (error.reason, error.retry_after in about(900)) == ("budget_held", True)
 
 
-async def test_retry_after_reads_only_the_holds_with_the_next_deadlines(limiter, monkeypatch):
+async def test_retry_after_ignores_holds_of_the_denied_budget_if_too_many_other_holds_have_earlier_deadlines(
+    limiter, monkeypatch
+):
     monkeypatch.setattr(refusals, "HOLDS_SEARCHED", 3)
     for _ in range(3):
         await limiter.reserve("other", "0.10", ttl=60)
@@ -80,7 +84,7 @@ async def test_retry_after_reads_only_the_holds_with_the_next_deadlines(limiter,
     assert (error.reason, error.retry_after in about(60)) == ("budget_held", True)
 
 
-async def test_retry_after_of_an_exhausted_budget_is_the_time_to_the_end_of_the_window(limiter):
+async def test_retry_after_is_the_time_to_the_end_of_the_window_if_the_budget_is_exhausted(limiter):
     await limiter.reserve("agent", "0.10", ttl=60)
     await limiter.record("agent", "0.80")
     error = await denied(limiter.reserve("agent", "0.50"))
@@ -88,7 +92,7 @@ async def test_retry_after_of_an_exhausted_budget_is_the_time_to_the_end_of_the_
     assert math.isclose(timedelta(seconds=error.retry_after).total_seconds(), TO_MIDNIGHT_S, abs_tol=1)
 
 
-async def test_many_concurrent_denials_share_one_read_and_open_no_further_connections(server):
+async def test_a_burst_of_300_denials_causes_at_most_five_reads_and_four_new_connections(server):
     async with AsyncBudgetLimiter(server.url, BUDGETS, timeout=30) as limiter:
         await limiter.reserve("agent", "1.00", ttl=600)
         with server.client() as client:

@@ -59,7 +59,7 @@ async def _ledger(limiter: AsyncBudgetLimiter) -> object:
 
 @pytest.mark.parametrize("loss", [lose_all, lose_the_last_write])
 @pytest.mark.parametrize("read", [_status, _statuses, _get, _holds, _ledger])
-async def test_the_first_read_after_a_data_loss_returns_the_figures_from_before_it(
+async def test_the_first_read_after_a_data_loss_returns_the_figures_from_before_the_loss(
     limiter, client, read: Callable[[AsyncBudgetLimiter], Awaitable[object]], loss
 ):
     await limiter.record({"agent": "1.00", "calls": 3}, id="op_record")
@@ -71,7 +71,7 @@ async def test_the_first_read_after_a_data_loss_returns_the_figures_from_before_
     assert limiter.losses == 1
 
 
-async def test_a_replica_that_only_reads_notices_a_loss(server, client, limiter):
+async def test_a_replica_that_only_reads_detects_a_data_loss(server, client, limiter):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as writer:
         await writer.record("agent", "4.00")
         assert (await limiter.status("agent")).spent == 4
@@ -81,7 +81,7 @@ async def test_a_replica_that_only_reads_notices_a_loss(server, client, limiter)
     assert status.recovering_until is not None
 
 
-async def test_a_read_that_needs_complete_figures_raises_while_other_replicas_may_still_replay(server, client):
+async def test_reads_of_complete_figures_raise_an_error_until_the_recovery_ends(server, client):
     """A new replica cannot notice the loss itself; the store reports its recovery."""
     async with AsyncBudgetLimiter(server.url, BUDGETS) as old:
         await old.record("agent", "4.00")
@@ -101,7 +101,7 @@ async def test_a_read_that_needs_complete_figures_raises_while_other_replicas_ma
             assert status.recovering_until is None
 
 
-async def test_gauges_are_correct_or_absent_after_a_data_loss(server, client):
+async def test_gauges_are_absent_after_a_data_loss_until_the_figures_are_restored(server, client):
     metrics = LimiterMetrics()
     async with AsyncBudgetLimiter(server.url, BUDGETS) as limiter:
         metrics.watch(limiter)
@@ -118,7 +118,7 @@ async def test_gauges_are_correct_or_absent_after_a_data_loss(server, client):
                 assert b"\nktrdr_budget_spent{" not in text
 
 
-def test_a_tracker_does_not_show_a_lost_budget_as_unspent(server):
+def test_a_tracker_returns_the_former_figures_after_a_data_loss(server):
     with BudgetTracker("5.00", url=server.url) as tracker:
         tracker.record_spend("4.90", "op_1")
         with server.client() as client:
@@ -127,9 +127,7 @@ def test_a_tracker_does_not_show_a_lost_budget_as_unspent(server):
         assert (tracker.get_today_spend(), tracker.get_remaining()) == (4.9, 0.1)
 
 
-async def test_a_read_that_notices_a_loss_ends_by_its_deadline_if_the_repair_fails(
-    server, limiter, client, monkeypatch
-):
+async def test_a_read_ends_at_its_deadline_if_the_repair_of_a_data_loss_fails(server, limiter, client, monkeypatch):
     await limiter.record("agent", "1.00")
 
     async def fail(*_: object, **__: object) -> None:
@@ -146,7 +144,7 @@ async def test_a_read_that_notices_a_loss_ends_by_its_deadline_if_the_repair_fai
     assert (await limiter.status("agent")).spent == Decimal("1.00")
 
 
-async def test_an_audit_of_an_emptied_store_raises_until_its_repair(server, limiter, client):
+async def test_after_a_data_loss_an_audit_raises_an_error_until_the_store_is_repaired(server, limiter, client):
     await limiter.record("agent", "1.00")
     with Auditor(server.url) as auditor:
         [report] = await asyncio.to_thread(auditor.check)

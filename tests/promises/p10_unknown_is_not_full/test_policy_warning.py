@@ -25,7 +25,7 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records if "maxmemory-policy" in record.message]
 
 
-async def test_a_limiter_that_starts_logs_one_warning_about_a_store_that_evicts(evicting, caplog):
+async def test_a_starting_limiter_logs_one_warning_if_the_store_may_evict_keys(evicting, caplog):
     async with AsyncBudgetLimiter(evicting.url, BUDGETS) as limiter:
         await limiter.reserve("agent", "0.15")
         assert warnings(caplog) == [
@@ -34,14 +34,12 @@ async def test_a_limiter_that_starts_logs_one_warning_about_a_store_that_evicts(
     assert {record.levelno for record in caplog.records} == {logging.WARNING}
 
 
-def test_a_sync_limiter_logs_one_warning_about_a_store_that_evicts(evicting, caplog):
+def test_a_starting_sync_limiter_logs_one_warning_if_the_store_may_evict_keys(evicting, caplog):
     with BudgetLimiter(evicting.url, BUDGETS):
         assert len(warnings(caplog)) == 1
 
 
-async def test_a_limiter_that_was_not_started_explicitly_logs_the_warning_after_its_first_call(
-    evicting, caplog, monkeypatch
-):
+async def test_if_a_limiter_starts_with_its_first_call_one_eviction_warning_is_logged(evicting, caplog, monkeypatch):
     monkeypatch.setattr(loss_repair, "PULSE_S", 0.05)
     limiter = AsyncBudgetLimiter(evicting.url, BUDGETS)
     await limiter.reserve("agent", "0.15")
@@ -53,7 +51,7 @@ async def test_a_limiter_that_was_not_started_explicitly_logs_the_warning_after_
     await limiter.close()
 
 
-async def test_no_warning_is_logged_about_a_store_that_evicts_nothing_or_hides_its_policy(server, caplog):
+async def test_no_warning_is_logged_if_the_store_evicts_no_keys_or_if_its_eviction_policy_is_unreadable(server, caplog):
     async with AsyncBudgetLimiter(server.url, BUDGETS):
         pass
     with server.client() as client:

@@ -150,7 +150,7 @@ async def test_concurrent_calls_end_within_their_deadline_during_an_outage(outag
         await until(lambda: _is_reachable(limiter))
 
 
-async def test_after_the_server_has_hung_each_call_gets_its_own_reply(own_server):
+async def test_each_call_gets_its_own_reply_after_the_server_has_hung(own_server):
     """A late reply must not count as the reply to the next call."""
     hang = Hang(own_server)
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1) as limiter:
@@ -310,7 +310,7 @@ def _deferred(hold_id: str, amount: str):
     return Settlement(hold_id, "committed", {"agent": Decimal(amount)}, deferred=True)
 
 
-async def test_if_the_store_refuses_deferred_spend_of_one_budget_other_deferred_spend_is_recorded(own_server):
+async def test_deferred_spend_is_recorded_although_the_store_refuses_deferred_spend_of_another_budget(own_server):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.2, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -425,7 +425,7 @@ async def test_policy_allow_defers_commits_by_id_only_for_holds_of_the_same_repl
             assert sums(client)["held"] == 0
 
 
-async def test_if_the_store_may_have_executed_an_old_settlement_the_settlement_is_not_resent(
+async def test_an_old_settlement_is_not_resent_if_the_store_may_have_executed_the_settlement(
     server, tmp_path_factory, caplog
 ):
     """Ids expire in the store after a day, and a resend would charge again. Unsent operations have no maximum age."""
@@ -455,7 +455,7 @@ async def test_under_policy_allow_a_reachable_store_denies_amounts_above_the_lim
             await limiter.reserve("agent", "5.01")
 
 
-async def test_if_deferred_spend_is_still_unsent_when_the_limiter_closes_an_error_is_logged(own_server, caplog):
+async def test_an_error_is_logged_if_deferred_spend_is_unsent_when_the_limiter_closes(own_server, caplog):
     async with AsyncBudgetLimiter(own_server.url, BUDGETS, timeout=0.1, on_store_error="allow") as limiter:
         await limiter.record("agent", "0.01")
         own_server.kill()
@@ -501,7 +501,7 @@ async def test_closing_the_limiter_closes_its_connections_even_if_the_last_repla
     assert closed == [True]
 
 
-async def test_when_the_limiter_closes_calls_that_wait_for_a_repair_raise_an_error(server):
+async def test_calls_that_wait_for_a_repair_raise_an_error_when_the_limiter_closes(server):
     """No lane sends the waiting calls during a repair."""
     limiter = AsyncBudgetLimiter(server.url, BUDGETS, timeout=0.2)
     await limiter.record("agent", "0.01")

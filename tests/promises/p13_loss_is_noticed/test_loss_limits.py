@@ -74,9 +74,7 @@ async def test_an_idle_replica_that_has_only_set_a_limit_restores_the_limit_afte
 
 
 @pytest.mark.parametrize("first", [0, 1])
-async def test_after_a_loss_the_last_limit_that_was_set_applies_whichever_replica_replays_first(
-    replicas, client, first
-):
+async def test_after_a_loss_the_most_recent_limit_applies_whichever_replica_replays_first(replicas, client, first):
     limiter, other = replicas
     await limiter.set_limit("agent", "3.00")
     await other.set_limit("agent", "1.00")
@@ -97,7 +95,7 @@ async def test_a_limit_cleared_by_another_replica_stays_cleared_after_a_loss(rep
     assert await denied(other, "8.00") == "7.00"
 
 
-async def test_once_a_replica_has_read_that_a_limit_is_cleared_the_replica_does_not_restore_the_limit(replicas, client):
+async def test_a_replica_does_not_restore_a_limit_after_reading_that_the_limit_is_cleared(replicas, client):
     limiter, other = replicas
     await limiter.set_limit("agent", "9.00")
     await other.clear_limit("agent")

@@ -252,7 +252,7 @@ async def test_a_second_loss_is_detected_although_the_clock_of_the_store_was_set
             await until(lambda: limiter.losses == 2)
 
 
-async def test_if_the_clock_of_the_store_is_set_back_after_a_repair_grants_resume_within_seconds(clocked_server):
+async def test_grants_resume_within_seconds_if_the_clock_of_the_store_is_set_back_after_a_repair(clocked_server):
     clocked_server.reset_clock()
     async with AsyncBudgetLimiter(clocked_server.url, [Budget("agent", "5.00", period="ever")], timeout=15) as limiter:
         await spends(limiter)

@@ -260,7 +260,9 @@ async def test_if_a_second_replica_repeats_a_lost_settlement_the_spend_counts_fo
         assert subtotals(near, client) == {near.replica_id: Decimal("1.00")}
 
 
-async def test_a_settlement_dropped_from_one_journal_and_replayed_from_another_counts_once(server, client, monkeypatch):
+async def test_a_settlement_dropped_from_one_journal_but_replayed_from_another_journal_counts_once(
+    server, client, monkeypatch
+):
     """The first replica replays a subtotal that includes ids beyond its journal."""
     monkeypatch.setattr(memory, "SETTLEMENTS_MAX", 4)
     async with AsyncBudgetLimiter(server.url, BUDGETS) as busy, AsyncBudgetLimiter(server.url, BUDGETS) as other:
@@ -274,7 +276,9 @@ async def test_a_settlement_dropped_from_one_journal_and_replayed_from_another_c
         await repaired(busy, ("1.08", "0", "0"))
 
 
-async def test_a_replica_replays_a_settlement_of_a_closed_replica_if_both_sent_the_settlement(other, server, client):
+async def test_a_replica_replays_a_settlement_of_a_closed_replica_if_both_replicas_sent_the_settlement(
+    other, server, client
+):
     async with AsyncBudgetLimiter(server.url, BUDGETS) as dying:
         await dying.record("agent", "1.00", id="op_1")
     assert (await other.record("agent", "1.00", id="op_1")).replayed

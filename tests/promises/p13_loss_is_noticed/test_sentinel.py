@@ -97,7 +97,7 @@ def test_a_forked_child_can_reserve_through_sentinel(steady):
         assert limiter.status("agent").held == Decimal("0.75")
 
 
-async def test_if_the_master_is_killed_calls_succeed_on_the_new_master_within_their_deadline(either):
+async def test_calls_succeed_on_the_new_master_within_their_deadline_if_the_old_master_is_killed(either):
     old = either.master
     async with AsyncBudgetLimiter(either.url, BUDGETS, timeout=20.0) as limiter:
         hold = await limiter.reserve("agent", "1.00", id="op_1")
@@ -144,7 +144,7 @@ async def test_if_a_node_replies_readonly_the_limiter_discovers_the_master_again
         assert (await limiter.status("agent")).held == Decimal("1.50")
 
 
-async def test_if_the_master_hangs_calls_succeed_on_the_new_master_after_the_failover(group):
+async def test_calls_succeed_on_the_new_master_after_the_failover_if_the_old_master_hangs(group):
     old = group.master
     async with AsyncBudgetLimiter(group.url, BUDGETS, timeout=60.0) as limiter:
         await limiter.reserve("agent", "1.00", id="op_1")

@@ -273,7 +273,7 @@ async def deliver(limiter: AsyncBudgetLimiter, late: Operation) -> Reply:
     return reply
 
 
-async def test_if_an_id_is_released_before_any_grant_no_replica_can_reserve_the_id(limiter, other, client):
+async def test_no_replica_can_reserve_an_id_that_was_released_before_any_grant(limiter, other, client):
     """Only a release of one cancelled request leaves the id free."""
     limiter.engine.context.release_later("op_1", [limiter.engine.state.current_window("agent")], "")
     limiter.engine.dispatcher.replayer.hasten()
@@ -388,7 +388,7 @@ async def test_a_commit_older_than_the_maximum_age_is_not_resent(proxy, limiter,
     assert sums(client)["held"] == to_units("0.15"), "the hold stays open until its deadline"
 
 
-async def test_if_outcomes_are_unknown_when_the_limiter_closes_their_number_is_logged(proxy, client, caplog):
+async def test_the_number_of_unknown_outcomes_is_logged_when_the_limiter_closes(proxy, client, caplog):
     async with AsyncBudgetLimiter(proxy.url, BUDGETS, timeout=0.2) as limiter:
         await lose(proxy, limiter.record("agent", "0.07"))
     assert "closed with 1 requests of unknown outcome" in caplog.text

@@ -253,7 +253,9 @@ async def test_an_id_released_because_its_caller_was_cancelled_can_be_reserved_a
     assert not (await hold.commit("0.07")).late
 
 
-async def test_if_reserving_a_released_id_again_is_denied_its_worker_can_still_commit(client, proxy, limiter, other):
+async def test_a_worker_can_commit_a_released_hold_although_a_new_reservation_of_the_same_id_was_denied(
+    client, proxy, limiter, other
+):
     """Only a grant replaces the record of a released hold, so that the worker can still commit it."""
     hold = await released_for_its_caller(client, proxy, limiter, other, "400.00")
     await other.record("agent", "200.00")
@@ -407,7 +409,7 @@ async def test_a_limiter_closed_in_a_cancelled_scope_completes_its_calls(client,
     assert spent_and_held(client) == (to_units("0.07"), 0)
 
 
-def test_if_ctrl_c_ends_a_block_during_an_outage_accrued_spend_is_committed_after_the_outage(own_server):
+def test_accrued_spend_is_committed_after_the_outage_if_ctrl_c_ends_the_block_during_the_outage(own_server):
     with BudgetLimiter(own_server.url, BUDGETS, timeout=0.3) as limiter:
         with pytest.raises(KeyboardInterrupt), limiter.hold("agent", "0.15") as hold:
             hold.accrue("0.07")

@@ -304,7 +304,7 @@ def test_an_unknown_budget_is_rejected_when_the_decorator_is_created(sync_limite
         budgeted("nothing", estimate=lambda: 1, limiter=sync_limiter)
 
 
-async def test_a_function_is_also_charged_for_a_call_if_the_call_ends_after_the_function(client, limiter):
+async def test_a_function_is_also_charged_for_a_metered_call_if_the_call_ends_after_the_function(client, limiter):
     meter = Meter(limiter, pricer=Prices([ModelPrice("acme", "road", "10", "50")]))
 
     @budgeted("agent", estimate="0.15", limiter=limiter, cost=lambda _: "0.02")

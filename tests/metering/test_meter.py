@@ -162,7 +162,7 @@ async def _expired(limiter):
     return status if status.unconfirmed else None
 
 
-async def test_a_call_has_the_attributes_worst_case_cost_and_usage(meter):
+async def test_a_call_has_the_attributes_worst_case_and_cost_and_usage(meter):
     async with meter.call(**CALL) as call:
         assert (call.worst_case.amount, call.cost, call.usage) == (Decimal("0.075"), None, None)
         call.report(Usage(100))
@@ -236,7 +236,7 @@ async def test_a_call_rejects_invalid_arguments(meter, wrong):
         meter.call(**CALL | wrong)
 
 
-async def test_a_call_cannot_be_entered_twice_or_reported_outside_the_with_block(meter):
+async def test_entering_a_call_twice_or_reporting_usage_outside_the_with_block_is_rejected(meter):
     call = meter.call(**CALL)
     with pytest.raises(InvalidArgument, match="inside its block"):
         call.finish(USED)

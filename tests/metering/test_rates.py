@@ -70,7 +70,7 @@ def test_the_highest_cost_is_none_if_output_or_web_searches_have_no_price():
     assert rates((INPUT, 10)).cost_max(100, 0, {"web_searches": 1}) is None
 
 
-def test_the_highest_cost_uses_the_price_below_a_threshold_if_the_price_above_is_lower():
+def test_the_highest_cost_uses_the_price_below_a_threshold_if_the_price_above_the_threshold_is_lower():
     discounted = Rates([Rate(INPUT, Decimal(5), ((100, Decimal(2)),))], "test")
     assert discounted.cost_max(150, 0, {}).nanos == 150 * 5000, "the call may have less input than its bound"
 

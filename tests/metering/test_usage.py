@@ -12,7 +12,7 @@ def test_all_counts_of_a_usage_are_zero_by_default():
     assert Usage() == Usage(0, 0, 0, 0, 0, service_tier="", other={})
 
 
-def test_the_total_tokens_of_a_usage_count_cached_tokens_only_once():
+def test_the_total_of_a_usage_includes_cached_tokens_only_once():
     usage = Usage(1000, 200, cache_read_tokens=600, cache_write_tokens=400, other={"output_image_tokens": 100})
     assert usage.total_tokens == 1200
 

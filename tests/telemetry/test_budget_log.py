@@ -138,7 +138,7 @@ async def test_denials_are_logged_once_per_window_and_budget(logged, caplog):
     assert (found[0].remaining, found[0].requested) == (5.0, 6.0)
 
 
-async def test_the_first_denial_in_a_new_window_is_logged_again(logged, caplog, monkeypatch):
+async def test_the_first_denial_in_each_window_is_logged(logged, caplog, monkeypatch):
     limiter, _ = logged
     for days in range(2):
         now_ns = time.time_ns() + days * 86_400_000_000_000

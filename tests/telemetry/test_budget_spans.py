@@ -176,7 +176,7 @@ async def test_heartbeats_have_no_spans(recorded: Recorded, limiter: AsyncBudget
     assert (settled["outcome"], settled["amounts"]) == ("committed", ("0.01",))
 
 
-def test_each_call_of_a_sync_limiter_gets_a_span_under_the_current_span(recorded: Recorded, server):
+def test_the_span_of_each_sync_limiter_call_is_a_child_of_the_current_span(recorded: Recorded, server):
     with BudgetLimiter(server.url, BUDGETS, observer=trace_call) as limiter:
         with span("caller"):
             limiter.reserve("agent", "0.10").commit("0.05")

@@ -95,7 +95,7 @@ async def reserved(limiter: AsyncBudgetLimiter, id: str):
 
 
 @pytest.mark.parametrize("fate", ["reply", "request"])
-async def test_a_commit_resolved_in_the_background_is_counted_and_logged_once(proxy, caplog, fate):
+async def test_a_commit_resent_in_the_background_is_counted_and_logged_once(proxy, caplog, fate):
     async with replica_of(proxy.url, caplog) as replica:
         hold = await reserved(replica.limiter, "op_1")
         await loses(proxy, hold.commit({"agent": "0.07", "calls": 2}), fate)
@@ -110,7 +110,7 @@ async def test_a_commit_resolved_in_the_background_is_counted_and_logged_once(pr
 
 
 @pytest.mark.parametrize("fate", ["reply", "request"])
-async def test_a_record_resolved_in_the_background_is_counted_and_logged_once(proxy, caplog, fate):
+async def test_recorded_spend_resent_in_the_background_is_counted_and_logged_once(proxy, caplog, fate):
     async with replica_of(proxy.url, caplog) as replica:
         await reserved(replica.limiter, "op_1")
         await loses(proxy, replica.limiter.record("agent", "0.02", id="r-1"), fate)
@@ -120,7 +120,7 @@ async def test_a_record_resolved_in_the_background_is_counted_and_logged_once(pr
         assert await replica.logged == [("r-1", 0.02)]
 
 
-async def test_if_the_caller_retries_a_commit_with_a_lost_reply_the_spend_is_counted_and_logged_once(proxy, caplog):
+async def test_if_the_caller_retries_a_commit_after_a_lost_reply_the_spend_is_counted_and_logged_once(proxy, caplog):
     async with replica_of(proxy.url, caplog) as replica:
         hold = await reserved(replica.limiter, "op_1")
         resolves_nothing(replica.limiter)

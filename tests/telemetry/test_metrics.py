@@ -244,7 +244,7 @@ async def test_reservations_during_an_outage_are_counted_by_outcome(start_server
         await until(lambda: not allowing.deferred)
 
 
-async def test_a_reservation_refused_by_a_store_error_is_counted_as_unavailable(server):
+async def test_a_reservation_that_fails_with_a_store_error_is_counted_as_unavailable(server):
     async with watched(server.url) as (limiter, metrics):
         with server.client() as client:
             client.set("ktrdr:{default}:meta", "no hash")  # makes the script fail
@@ -298,7 +298,7 @@ async def test_overruns_are_counted_per_budget(server):
         }
 
 
-async def test_data_losses_are_counted(server):
+async def test_data_losses_of_the_store_are_counted(server):
     async with watched(server.url) as (limiter, metrics):
         await limiter.record("agent", "1")
         with server.client() as client:
@@ -308,7 +308,7 @@ async def test_data_losses_are_counted(server):
         assert (await scrape(metrics))["ktrdr_budget_losses_total",] == 1
 
 
-async def test_repairs_and_resolved_requests_are_counted(server, tmp_path_factory):
+async def test_repaired_settlements_and_resent_requests_are_counted(server, tmp_path_factory):
     async with (
         Proxy(server.socket_path, tmp_path_factory.mktemp("p") / "s") as proxy,
         watched(proxy.url, timeout=0.2) as (limiter, metrics),

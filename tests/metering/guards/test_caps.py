@@ -59,7 +59,7 @@ async def _check_cap_continuously(g: Guarded) -> None:
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_concurrent_calls_never_exceed_the_cap_and_are_charged_at_least_the_bill(
+async def test_concurrent_calls_never_exceed_the_cap_and_are_charged_at_least_the_bill_of_the_provider(
     opened: Any, provider: LocalProvider, sdk: str
 ) -> None:
     methods = [method for method in METHODS if method.sdk == sdk and method.shape in ("plain", "stream")]

@@ -295,7 +295,7 @@ STOP = _chunk([{"index": 0, "delta": {}, "finish_reason": "stop"}])
 async def test_a_stream_is_charged_the_worst_case_if_usage_was_reported_only_before_the_output(
     limiter: Any, server: Any, output: list[Any], choices: Any
 ) -> None:
-    """The output that follows is not counted in it."""
+    """The reported usage does not count the output that follows."""
     caller = Caller("chat", limiter, server)
     first = {**_chunk([], _counts("chat", 20, 0)), "choices": choices}
     await caller.call([first, *output, "[DONE]"])
@@ -449,7 +449,7 @@ async def test_cache_reads_of_the_responses_api_are_charged_at_the_cached_input_
 async def test_a_stream_is_charged_the_worst_case_if_the_caller_disables_usage_reports(
     limiter: Any, server: Any, given: dict[str, Any], sent: Any
 ) -> None:
-    """opencode #4698: a gateway that rejects them."""
+    """opencode #4698: a gateway that rejects ``stream_options``."""
     caller = Caller("chat", limiter, server)
     items = await caller.call(_events("chat", None, None), stream_options=given)
     assert [choice.delta.content for item in items for choice in item.choices] == ["yes", None]

@@ -165,7 +165,7 @@ async def test_a_response_without_usage_commits_the_worst_case_as_an_estimate(
 
 
 @pytest.mark.parametrize("method", BASIC, ids=str)
-async def test_a_call_cancelled_after_the_request_was_sent_is_charged_at_least_the_bill(
+async def test_a_call_cancelled_after_the_request_was_sent_is_charged_at_least_the_bill_of_the_provider(
     guarded_client: Any, provider: LocalProvider, method: Method
 ) -> None:
     provider.script(Scene(delay_s=0.05))
@@ -184,7 +184,7 @@ CANCELLED = [BASIC[0], BASIC_STREAMS[1]]
 
 @pytest.mark.parametrize("inside", [False, True], ids=["alone", "in-a-hold"])
 @pytest.mark.parametrize("method", CANCELLED, ids=str)
-async def test_a_call_cancelled_at_any_step_is_charged_at_least_the_bill(
+async def test_a_call_cancelled_at_any_step_is_charged_at_least_the_bill_of_the_provider(
     guarded_client: Any, provider: LocalProvider, method: Method, inside: bool
 ) -> None:
     async with guarded_client(method.sdk, is_async=True) as g:

@@ -194,7 +194,7 @@ async def test_a_model_without_a_price_is_refused(opened: Any, provider: LocalPr
         assert g.counted == 0
 
 
-async def test_calls_are_priced_for_the_provider_named_in_the_option_provider(
+async def test_calls_cost_the_prices_of_the_provider_named_in_the_provider_option(
     opened: Any, provider: LocalProvider
 ) -> None:
     prices = Prices([ModelPrice("house", "own-*", input="1", output="1")])
@@ -210,7 +210,7 @@ PROMPT = "a confidential prompt"
 
 
 @pytest.mark.parametrize("method", [*BASIC, *STREAMS[:1]], ids=str)
-async def test_keys_and_prompts_appear_in_no_log_span_error_or_ledger(
+async def test_keys_and_prompts_never_appear_in_logs_or_spans_or_errors_or_the_ledger(
     opened: Any, provider: LocalProvider, method: Method, caplog: pytest.LogCaptureFixture, recorded: Recorded
 ) -> None:
     caplog.set_level(logging.DEBUG, "ktrdr_budget")
@@ -309,7 +309,7 @@ async def test_the_span_of_a_stream_with_an_error_event_has_an_error(
 
 
 @pytest.mark.parametrize("sdk", ["anthropic", "openai"])
-async def test_request_methods_of_the_guarded_http_client_other_than_send_are_refused(
+async def test_a_guarded_http_client_refuses_request_methods_other_than_send(
     opened: Any, provider: LocalProvider, sdk: str
 ) -> None:
     async with opened(sdk) as g:

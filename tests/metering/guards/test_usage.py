@@ -44,7 +44,7 @@ def chunk(index: int, output_tokens: int, reason: str | None = None) -> dict[str
 
 
 def test_if_only_the_total_includes_reasoning_tokens_these_tokens_are_charged_as_output() -> None:
-    """xAI reports it this way: docs.x.ai/docs/key-information/consumption-and-rate-limits."""
+    """xAI reports reasoning tokens this way: docs.x.ai/docs/key-information/consumption-and-rate-limits."""
     usage = {"prompt_tokens": 10_120, "completion_tokens": 1_499, "total_tokens": 14_428}
     usage["completion_tokens_details"] = {"reasoning_tokens": 2_809}  # type: ignore[assignment]
     parsed = parse("chat/completions", {**FRAME, "choices": [], "usage": usage}).usage
@@ -59,7 +59,7 @@ def test_a_running_total_is_final_only_after_all_answers_have_ended() -> None:
     assert parsed is not None and parsed.output_tokens == 5
 
 
-def test_the_estimate_of_a_failed_stream_includes_tool_names() -> None:
+def test_the_estimate_of_a_failed_stream_includes_the_names_of_called_tools() -> None:
     item = {"type": "response.output_item.added", "item": {"type": "function_call", "name": "n" * 20}}
     assert parse("responses", item).estimate().output_tokens >= 20 + 5
     assert parse("responses").estimate().output_tokens == 5

@@ -99,7 +99,7 @@ async def test_the_span_of_the_assessment_phase_shows_the_verdict_but_not_the_su
     assert {status_of(recorded, f"agent.phase.{name}") for name in phases} == {("UNSET", "completed")}
 
 
-async def test_if_a_model_call_fails_the_spans_show_the_error_type_and_stack_trace_but_no_message(recorded, made):
+async def test_after_a_failed_model_call_the_spans_show_the_error_type_and_stack_trace_but_no_message(recorded, made):
     stage, model = made
     model.fails = True
     cycle = await run(stage)
@@ -154,7 +154,7 @@ async def test_no_span_shows_the_text_of_an_error_caused_by_a_provider_sdk(recor
     assert not any(secret in all_text(recorded) for secret in SECRETS)
 
 
-async def test_if_a_phase_fails_without_a_model_call_the_spans_show_the_full_error_message(recorded, stage):
+async def test_the_spans_show_the_full_error_message_of_a_phase_without_model_calls(recorded, stage):
     stage.script.fail_in = "training"
     await run(stage)
     for name in ("agent.research_cycle", "agent.phase.training"):

@@ -59,7 +59,7 @@ async def test_the_result_of_an_ended_cycle_cannot_be_changed(store):
     assert await store.beat("op_1", "a", Progress()) == ""
 
 
-async def test_after_a_cancellation_request_the_next_progress_report_returns_cancelling(store):
+async def test_after_a_cancellation_request_the_next_progress_report_returns_the_status_cancelling(store):
     assert await store.cancel("op_1") == ""
     await store.start("op_1", "a", TTL_MS, Progress())
     assert await store.cancel("op_1") == "cancelling"
@@ -76,7 +76,7 @@ async def test_a_cycle_without_progress_reports_is_marked_as_lost_after_the_ttl(
     assert await store.beat("op_1", "a", Progress()) == "", "the worker's next report returns no status"
 
 
-async def test_if_a_worker_reports_late_the_real_result_replaces_the_outcome_worker_lost(store):
+async def test_a_cycle_marked_as_lost_gets_the_real_result_if_the_worker_reports_late(store):
     await store.start("op_1", "a", 1, Progress())
     await until(lambda: _ended(store, "op_1"))
     assert not await store.end("op_1", "b", "cancelled", "cancelled", Progress()), "not its worker"
@@ -87,7 +87,7 @@ async def test_if_a_worker_reports_late_the_real_result_replaces_the_outcome_wor
     assert (await store.get("op_1")).status == "completed"
 
 
-async def test_for_each_lost_cycle_on_lost_is_called_exactly_once(server, store):
+async def test_the_on_lost_callback_is_called_exactly_once_for_each_lost_cycle(server, store):
     async with AsyncBudgetLimiter(server.url, []) as another:
         others, found = CycleStore(another), []
         store.on_lost = lambda *lost: found.append(("here", *lost))

@@ -144,7 +144,7 @@ def test_the_backtest_gate_passes_if_and_only_if_all_figures_meet_the_thresholds
 
 
 @given(training=st.builds(Training, accuracy=finite, initial_loss=finite, final_loss=finite), stricter=st.floats(0, 10))
-def test_a_training_accepted_by_stricter_thresholds_is_accepted_by_the_default_thresholds(
+def test_a_training_result_accepted_by_stricter_thresholds_is_accepted_by_the_default_thresholds(
     training: Training, stricter: float
 ):
     strict = Thresholds(min_accuracy=0.1 + stricter, max_loss=0.8 - stricter, min_loss_decrease=-0.5 + stricter)

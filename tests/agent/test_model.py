@@ -74,7 +74,7 @@ def test_the_pause_callback_runs_before_each_training_pass_and_can_stop_the_trai
     data=st.lists(st.tuples(st.floats(-1e6, 1e6), st.floats(-1, 1), st.booleans()), min_size=2, max_size=20),
     elsewhere=st.floats(allow_nan=False, allow_infinity=False),
 )
-def test_predictions_are_probabilities_for_any_data(data, elsewhere: float):
+def test_predictions_are_between_0_and_1_for_any_data(data, elsewhere: float):
     model = fitted([(a, b) for a, b, _ in data], [int(rose) for *_, rose in data], epochs=20)
     for chance in model.chances([(elsewhere, elsewhere)]):
         assert 0 <= chance <= 1

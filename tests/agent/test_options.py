@@ -26,7 +26,7 @@ BAD = {
 # -- strategy ----------------------------------------------------------------------------------------------------------
 
 
-async def test_if_the_trigger_names_a_strategy_the_cycle_begins_with_training(stage):
+async def test_a_cycle_begins_with_training_if_the_trigger_names_a_strategy(stage):
     stage.script.known_design = lambda name: Design(name, {"days": 20})
     cycle = await stage.ended((await stage.agent.trigger(strategy="mine")).operation_id)
     assert (cycle.outcome, cycle.progress["strategy_name"]) == ("completed", "mine")

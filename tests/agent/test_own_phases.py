@@ -82,7 +82,7 @@ async def test_the_tokens_counted_for_a_failed_call_match_the_charged_cost(make_
     assert (await stage.figures())[0] == (0 if rejected else Decimal("0.013"))
 
 
-async def test_if_a_phase_calls_a_model_without_the_phase_context_the_tokens_are_counted(make_stage):
+async def test_the_tokens_of_a_model_call_made_without_the_phase_context_are_counted(make_stage):
     stage = await make_stage(make_llm=scripted())
     own = scripted(float("inf"))(stage.limiter)
 

@@ -14,7 +14,7 @@ def test_the_decrease_of_the_loss_is_a_fraction_of_the_initial_loss(initial, fin
     assert Training(0.5, initial, final).loss_decrease == pytest.approx(decrease)
 
 
-def test_an_object_with_a_known_design_method_satisfies_the_strategies_protocol():
+def test_an_object_with_the_method_known_design_satisfies_the_strategies_protocol():
     class Library:
         def known_design(self, strategy: str) -> Design:
             return Design(strategy)

@@ -34,7 +34,7 @@ def test_a_design_prompt_lists_every_strategy_and_contains_the_id_of_the_cycle()
     assert prompts.figures_of(prompt) is None
 
 
-def test_an_assessment_prompt_has_every_figure():
+def test_an_assessment_prompt_contains_every_figure_of_the_training_and_the_backtest():
     prompt = prompts.assessment_prompt(Design("momentum", MOMENTUM), TRAINING, BACKTEST)
     assert prompts.figures_of(prompt) == {
         "accuracy": 0.5432,

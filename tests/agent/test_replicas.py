@@ -104,7 +104,7 @@ def test_if_a_replica_is_killed_the_estimate_of_its_cycle_becomes_unconfirmed_an
     assert trigger(there) != operation_id
 
 
-def test_when_the_cycle_of_a_killed_replica_is_marked_as_lost_a_new_cycle_can_start(launch: Launch):
+def test_a_new_cycle_can_start_when_the_cycle_of_a_killed_replica_is_marked_as_lost(launch: Launch):
     here, there = launch(2, AGENT_PHASE_SECONDS=3600, AGENT_CYCLE_TTL=3, AGENT_DAILY_BUDGET="5.00")
     lost = trigger(here)
     wait_until(lambda: Decimal(cycle(there, lost)["spend"]) > 0)

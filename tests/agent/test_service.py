@@ -60,7 +60,7 @@ async def _in_phase(stage, operation_id, phase):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-async def test_if_a_second_replica_cancels_a_cycle_the_spend_so_far_is_committed(make_stage, phase):
+async def test_the_spend_so_far_is_committed_if_a_second_replica_cancels_the_cycle(make_stage, phase):
     here, there = await make_stage(), await make_stage()
     here.script.wait_in = phase
     started = await here.agent.trigger()
@@ -91,7 +91,7 @@ async def test_an_unknown_cycle_cannot_be_cancelled(stage):
 
 
 @pytest.mark.parametrize("phase", PHASES)
-async def test_if_a_phase_raises_an_error_the_cycle_fails_and_the_spend_so_far_is_committed(stage, phase):
+async def test_after_an_error_in_a_phase_the_cycle_fails_and_the_spend_so_far_is_committed(stage, phase):
     stage.script.fail_in = phase
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert (cycle.outcome, cycle.reason) == ("failed", "error")
@@ -108,7 +108,7 @@ GATES = {
 
 
 @pytest.mark.parametrize("gate", GATES)
-async def test_if_a_gate_fails_the_cycle_ends_and_the_spend_so_far_is_committed(stage, gate):
+async def test_after_a_failed_gate_the_cycle_ends_and_the_spend_so_far_is_committed(stage, gate):
     setattr(stage.script, *GATES[gate])
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert (cycle.outcome, cycle.reason) == ("failed", "gate_failed")
@@ -120,7 +120,7 @@ async def test_if_a_gate_fails_the_cycle_ends_and_the_spend_so_far_is_committed(
     assert stage.tally.gates[gate, False] == 1
 
 
-async def test_if_a_cycle_costs_more_than_the_estimate_the_reservation_grows(stage):
+async def test_the_reservation_grows_if_a_cycle_costs_more_than_the_estimate(stage):
     stage.script.price = Decimal("0.20")
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
     assert cycle.outcome == "completed"
@@ -128,7 +128,7 @@ async def test_if_a_cycle_costs_more_than_the_estimate_the_reservation_grows(sta
     assert (await stage.limiter.status("agent")).overruns == 0, "all spend was reserved first"
 
 
-async def test_if_the_reservation_cannot_grow_the_cycle_stops_and_the_spend_so_far_is_committed(make_stage):
+async def test_a_cycle_stops_and_commits_the_spend_so_far_if_the_reservation_cannot_grow(make_stage):
     stage = await make_stage(limit="0.30")
     stage.script.price = Decimal("0.20")
     cycle = await stage.ended((await stage.agent.trigger()).operation_id)
@@ -167,7 +167,7 @@ async def test_the_message_about_an_exhausted_budget_shows_the_remaining_and_the
     assert 0 < denied.value.retry_after <= 86_400
 
 
-async def test_if_other_holds_fill_the_budget_the_denial_suggests_a_retry_at_the_first_deadline(make_stage):
+async def test_the_denial_suggests_a_retry_at_the_first_deadline_if_other_holds_fill_the_budget(make_stage):
     stage = await make_stage(limit="0.20", slots_limit=5)
     stage.script.wait_in = "training"
     await stage.agent.trigger()
@@ -307,7 +307,7 @@ async def test_a_cancelled_trigger_either_starts_the_cycle_or_leaves_no_hold(sta
     await until(decided)
 
 
-async def test_when_a_replica_closes_the_running_cycles_stop_and_the_spend_so_far_is_committed(make_stage):
+async def test_at_the_shutdown_of_a_replica_running_cycles_stop_and_the_spend_so_far_is_committed(make_stage):
     here, there = await make_stage(), await make_stage()
     here.script.wait_in = "backtesting"
     started = await here.agent.trigger()
@@ -319,7 +319,7 @@ async def test_when_a_replica_closes_the_running_cycles_stop_and_the_spend_so_fa
     assert await there.figures() == (Decimal("0.02"), 0, 0, 0)
 
 
-async def test_when_a_worker_marked_as_lost_resumes_the_cycle_stops_and_the_real_spend_is_committed(
+async def test_if_a_worker_resumes_after_being_marked_as_lost_the_cycle_stops_and_the_spend_is_committed(
     make_stage, monkeypatch
 ):
     here, there = await make_stage(ttl_s=1), await make_stage()
@@ -364,7 +364,7 @@ async def test_a_cycle_marked_as_lost_by_its_own_replica_is_counted_only_once(ma
     assert stage.tally.outcomes == {"failed": 1}
 
 
-async def test_if_a_cycle_marked_as_lost_commits_late_the_real_result_is_recorded(make_stage, monkeypatch):
+async def test_the_real_result_is_recorded_if_a_cycle_marked_as_lost_commits_late(make_stage, monkeypatch):
     stage = await make_stage(ttl_s=1)
     awake = _asleep(stage, monkeypatch)
     commit = AsyncHold.commit
@@ -384,7 +384,7 @@ async def test_if_a_cycle_marked_as_lost_commits_late_the_real_result_is_recorde
     assert await stage.figures() == (Decimal("0.04"), 0, 0, 0)
 
 
-async def test_if_the_heartbeat_fails_the_cycle_still_extends_the_hold(make_stage, monkeypatch):
+async def test_a_cycle_extends_its_hold_even_if_the_heartbeat_fails(make_stage, monkeypatch):
     stage = await make_stage(ttl_s=10)
     stage.script.wait_in = "training"
     monkeypatch.setattr(Heartbeat, "send", lambda _: None)

@@ -54,7 +54,7 @@ def test_a_cancellation_is_recorded_as_an_outcome_and_not_as_an_error():
     assert (text, span.attributes["outcome"], span.failure, span.recorded) == ("", "cancelled", None, [])
 
 
-def test_if_a_phase_made_no_model_call_the_message_of_an_error_is_recorded():
+def test_the_message_of_an_error_is_recorded_if_the_phase_made_no_model_call():
     error = ValueError("no data for 2026")
     text, span = outcome_of(error)
     assert text == span.failure == "ValueError: no data for 2026"

@@ -58,7 +58,7 @@ def test_each_day_after_the_warm_up_has_a_row_with_every_feature(name: str):
 @pytest.mark.parametrize("name", STRATEGIES)
 @pytest.mark.parametrize("today", [WARM_UP_DAYS, 150, 180])
 def test_later_prices_do_not_change_earlier_features_or_positions(name: str, today: int):
-    """Prices after a close affect neither the features nor the positions at it."""
+    """Prices of later days change neither the features nor the positions of a day."""
     parameters = highest(name)
     known = features(CLOSES, parameters, go_on)[: today - WARM_UP_DAYS + 1]
     chances = [0.5 + 0.1 * math.sin(day) for day in range(len(known))]

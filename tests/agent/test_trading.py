@@ -27,7 +27,7 @@ def test_the_reversal_of_a_position_ends_the_first_trade_and_begins_a_second_tra
     assert account.equity[-1] == pytest.approx(0.99 * 1.10 * 0.99 * 0.99 * 0.90 * 0.99)
 
 
-def test_resizing_a_position_costs_only_the_difference_and_does_not_begin_a_new_trade():
+def test_resizing_a_position_incurs_costs_only_for_the_difference_and_begins_no_new_trade():
     account = trade([0.5, 1.0], [0.1, 0.1], cost=0.01)
     assert account.equity == pytest.approx((1, 0.995 * 1.05, 0.995 * 1.05 * 0.995 * 1.1 * 0.99))
     assert len(account.trades) == 1

@@ -122,7 +122,7 @@ async def test_a_trigger_with_query_parameters_is_refused(start):
     assert (await client.get(f"{V1}/agent/status")).json()["status"] == "idle"
 
 
-async def test_if_the_budget_is_exhausted_a_refused_trigger_shows_the_remaining_and_requested_amounts(start):
+async def test_if_the_budget_is_exhausted_the_refusal_of_a_trigger_shows_the_remaining_and_requested_amounts(start):
     client = (await start(agent_daily_budget="0.01")).client
     response = await client.post(TRIGGER)
     assert response.status_code == 429
@@ -136,7 +136,7 @@ async def test_if_the_budget_is_exhausted_a_refused_trigger_shows_the_remaining_
     assert (problem["remaining"], problem["requested"]) == ("0.01", "0.15")
 
 
-async def test_while_a_cycle_runs_a_second_trigger_is_refused_with_the_id_of_the_running_cycle(start, pace):
+async def test_a_second_trigger_is_refused_with_the_id_of_the_cycle_already_running(start, pace):
     pace.setenv("AGENT_PHASE_SECONDS", "3600")
     client = (await start()).client
     operation_id = (await client.post(TRIGGER, json={})).json()["operation_id"]

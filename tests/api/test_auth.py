@@ -246,7 +246,7 @@ async def test_after_the_owner_releases_an_open_hold_a_late_commit_is_a_conflict
     problem(late, 409, "hold-conflict")
 
 
-async def test_after_a_hold_of_the_library_is_released_over_http_the_library_can_still_commit_the_real_cost(start):
+async def test_the_library_can_still_commit_its_hold_after_the_hold_was_released_over_http(start):
     running = await start()
     async with running.limiter.hold("agent", "0.15") as hold:
         assert (await running.client.post(f"{V1}/reservations/{hold.id}/release")).status_code == 200

@@ -108,7 +108,7 @@ async def test_a_budget_name_may_contain_a_slash(client, name):
     assert (await client.delete(f"{path}/limit")).json()["limit_source"] == "configured"
 
 
-async def test_the_suffix_holds_in_a_path_is_part_of_a_budget_name_only_if_the_slash_is_encoded(client):
+async def test_the_path_segment_named_holds_is_part_of_a_budget_name_only_if_the_slash_is_encoded(client):
     assert (await client.get(f"{V1}/budgets/team/a:b@c")).json()["name"] == "team/a:b@c"
     assert (await client.get(f"{V1}/budgets/team/a:b@c/holds")).json() == {"holds": [], "next_cursor": None}
     problem(await client.get(f"{V1}/budgets/team/holds"), 404, "unknown-budget")  # the holds of `team`

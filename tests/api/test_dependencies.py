@@ -138,7 +138,7 @@ async def test_the_hold_of_a_streamed_response_is_committed_after_the_last_chunk
 
 
 @pytest.mark.parametrize(("accrued", "spent"), [("0", "0.15"), ("0.01", "0.02")])
-async def test_if_the_client_of_a_stream_disconnects_the_hold_is_settled_once(app, client, limiter, accrued, spent):
+async def test_the_hold_of_a_stream_is_settled_once_if_the_client_disconnects(app, client, limiter, accrued, spent):
     """fastapi #11143: a `yield` dependency and a streamed response."""
     closed = asyncio.Event()
 
@@ -183,7 +183,7 @@ async def test_a_route_that_raises_an_error_commits_the_accrued_amount(app, clie
     assert figures(client) == (to_units(spent), 0)
 
 
-async def test_if_the_client_disconnects_the_accrued_amount_is_committed(app, client):
+async def test_the_accrued_amount_is_committed_if_the_client_disconnects(app, client):
     begun = asyncio.Event()
 
     @app.post("/")
@@ -375,7 +375,7 @@ def test_invalid_arguments_are_refused_when_the_dependency_is_created(budget, op
         hold_budget(budget, **options)
 
 
-def test_if_the_limiter_is_given_the_budgets_are_checked_when_the_dependency_is_created(limiter):
+def test_the_budgets_are_checked_when_the_dependency_is_created_with_a_limiter(limiter):
     for budget, options in (("nothing", {"estimate": 1}), ({"agent": 1, "nothing": 1}, {})):
         with pytest.raises(UnknownBudget):
             hold_budget(budget, limiter=limiter, **options)

@@ -73,7 +73,7 @@ async def test_a_service_started_without_the_store_becomes_ready_when_the_store_
 
 
 @pytest.mark.parametrize("policy", ["allkeys-lru", "volatile-ttl"])
-async def test_if_the_store_evicts_keys_the_service_is_not_ready(start, start_server, policy):
+async def test_the_service_is_not_ready_if_the_store_evicts_keys(start, start_server, policy):
     own = start_server(None, "--maxmemory-policy", policy)
     client = (await start(redis_url=own.url)).client
     document = problem(await client.get("/readyz"), 503, "not-ready")
@@ -85,7 +85,7 @@ async def test_if_the_store_evicts_keys_the_service_is_not_ready(start, start_se
     assert (await client.get("/readyz")).status_code == 200
 
 
-async def test_if_the_eviction_policy_cannot_be_read_the_service_is_not_ready(start, server):
+async def test_the_service_is_not_ready_if_the_eviction_policy_cannot_be_read(start, server):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "worker", "on", ">pw", "~*", "+@all", "-info")
         client = (await start(redis_url=f"{server.url}?username=worker&password=pw")).client
@@ -95,7 +95,7 @@ async def test_if_the_eviction_policy_cannot_be_read_the_service_is_not_ready(st
         redis.execute_command("ACL", "DELUSER", "worker")
 
 
-async def test_if_the_store_refuses_scripts_the_service_is_not_ready(start, server):
+async def test_the_service_is_not_ready_if_the_store_refuses_scripts(start, server):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "reader", "on", ">pw", "~*", "+@all", "-eval", "-evalsha")
         client = (await start(redis_url=f"{server.url}?username=reader&password=pw")).client
@@ -127,7 +127,7 @@ BINARIES = [binary for binary in (valkey_binary(), redis_binary()) if binary]
 
 @pytest.mark.parametrize("binary", BINARIES, ids=lambda binary: binary.rpartition("/")[2])
 @pytest.mark.parametrize("kind", UNABLE)
-async def test_if_the_store_cannot_reserve_the_readiness_check_reports_the_reason(start, start_server, kind, binary):
+async def test_the_readiness_check_reports_the_reason_if_the_store_cannot_reserve(start, start_server, kind, binary):
     """spring-cloud-gateway #3379: a managed store refuses a command in scripts."""
     options, check, words = UNABLE[kind]
     own = start_server(binary, *options)
@@ -141,7 +141,7 @@ async def test_if_the_store_cannot_reserve_the_readiness_check_reports_the_reaso
 
 
 @pytest.mark.parametrize("command", ["time", "hincrby", "rpush"])
-async def test_if_the_store_user_may_not_run_a_command_the_readiness_check_names_the_command(start, server, command):
+async def test_the_readiness_check_names_a_command_forbidden_to_the_user_of_the_store(start, server, command):
     with server.client() as redis:
         redis.execute_command("ACL", "SETUSER", "managed", "on", ">pw", "~*", "+@all", f"-{command}")
         client = (await start(redis_url=f"{server.url}?username=managed&password=pw")).client
@@ -210,7 +210,7 @@ async def test_the_metrics_are_available_in_the_openmetrics_format(client):
     assert response.text.endswith("# EOF\n")
 
 
-async def test_when_an_app_is_started_a_second_time_the_counters_continue(start, server):
+async def test_the_counters_continue_when_an_app_is_started_a_second_time(start, server):
     """Each run has its own limiter; the counters continue."""
     running = await start()
     await reserved(running.client, id="op_1")
@@ -221,7 +221,7 @@ async def test_when_an_app_is_started_a_second_time_the_counters_continue(start,
 
 
 @pytest.mark.parametrize(("durability", "words"), [("disk", "needs appendonly to be on"), ("replica", "no replica")])
-async def test_if_the_store_lacks_the_configured_durability_the_service_is_not_ready(start, server, durability, words):
+async def test_the_service_is_not_ready_if_the_store_lacks_the_configured_durability(start, server, durability, words):
     with away(server.url):
         client = (await start(redis_url=server.url, durability=durability, timeout=1.0)).client
         assert words in problem(await client.get("/readyz"), 503, "not-ready")["detail"]

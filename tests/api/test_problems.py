@@ -88,7 +88,7 @@ async def test_an_unknown_hold_is_not_found(client):
         problem(await client.post(f"{V1}/reservations/op_1/{path}", json=body), 404, "unknown-hold")
 
 
-async def test_if_a_commit_names_a_budget_missing_from_the_hold_the_response_is_404(client):
+async def test_a_commit_for_a_budget_missing_from_the_hold_gets_404(client):
     hold = await reserved(client)
     done = await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": {"cycles": 1}})
     problem(done, 404, "unknown-budget")
@@ -238,13 +238,13 @@ async def test_a_denial_shows_the_reason_and_the_seconds_until_a_retry(client):
     assert "ratelimit" not in denied.headers  # money has no unit there
 
 
-async def test_if_a_request_exceeds_the_whole_limit_the_denial_suggests_no_retry(client):
+async def test_the_denial_of_a_request_above_the_whole_limit_suggests_no_retry(client):
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "6"}})
     assert problem(denied, 429, "budget-exceeded")["retry_after"] is None
     assert "retry-after" not in denied.headers
 
 
-async def test_if_open_holds_fill_the_budget_the_denial_suggests_a_retry_at_the_first_deadline(client):
+async def test_the_denial_suggests_a_retry_at_the_first_deadline_if_open_holds_fill_the_budget(client):
     await reserved(client, {"agent": "5"}, ttl=30)
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15"}})
     document = problem(denied, 429, "budget-exceeded")
@@ -281,7 +281,7 @@ def test_a_large_count_is_reduced_to_the_largest_integer_allowed_in_a_rate_limit
 # -- the store ---------------------------------------------------------------------------------------------------------
 
 
-async def test_if_a_budget_is_registered_with_a_different_definition_requests_get_409(start, tmp_path):
+async def test_requests_get_409_if_a_budget_is_registered_with_a_different_definition(start, tmp_path):
     paths = [tmp_path / "one.toml", tmp_path / "other.toml"]
     for path, unit in zip(paths, ("tokens", "calls"), strict=True):
         path.write_text(f'[[budgets]]\nname = "count"\nlimit = 5\nunit = "{unit}"\n')
@@ -336,7 +336,7 @@ async def test_while_the_store_is_down_every_request_gets_503(start, start_serve
     assert (await reserved(client, id="op_1"))["replayed"] is False
 
 
-async def test_if_the_store_hangs_a_reservation_gets_503_within_two_seconds(start, start_server):
+async def test_a_reservation_gets_503_within_two_seconds_if_the_store_hangs(start, start_server):
     own = start_server()
     client = (await start(redis_url=own.url, timeout=0.2)).client
     await reserved(client)
@@ -350,7 +350,7 @@ async def test_if_the_store_hangs_a_reservation_gets_503_within_two_seconds(star
         own.resume()
 
 
-async def test_with_policy_allow_holds_are_reserved_and_settled_without_the_store(start, start_server):
+async def test_holds_are_reserved_and_settled_without_the_store_under_the_outage_policy_allow(start, start_server):
     own = start_server()
     client = (await start(redis_url=own.url, timeout=0.2, on_store_error="allow", agent_daily_budget="1")).client
     own.kill()
@@ -391,7 +391,7 @@ async def test_the_response_to_an_unexpected_error_does_not_show_the_error_text(
     problem(response, 500, "internal-error")
 
 
-async def test_if_the_limiter_raises_in_a_route_of_the_app_the_response_is_a_problem_document(running):
+async def test_an_error_raised_by_the_limiter_in_a_route_of_the_app_becomes_a_problem_document(running):
     async def other() -> None:
         await running.limiter.status("unknown")
 

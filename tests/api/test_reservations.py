@@ -77,7 +77,7 @@ async def test_a_different_reservation_with_a_used_id_is_a_conflict(client):
     problem(other, 409, "hold-conflict")
 
 
-async def test_if_one_budget_denies_a_reservation_no_budget_is_reserved(client):
+async def test_no_budget_is_reserved_if_one_budget_denies_the_reservation(client):
     denied = await client.post(f"{V1}/reservations", json={"amounts": {"agent": "0.15", "cycles": 4}})
     document = problem(denied, 429, "budget-exceeded")
     assert (document["budget"], document["unit"], document["requested"]) == ("cycles", "cycles", 4)
@@ -121,7 +121,7 @@ async def test_a_commit_without_amounts_commits_the_accrued_amount(client):
     assert done.json()["amounts"] == {"agent": "0.00"}
 
 
-async def test_if_a_commit_omits_a_budget_of_the_hold_zero_is_committed_to_the_omitted_budget(client):
+async def test_zero_is_committed_to_each_budget_omitted_in_the_commit_request(client):
     hold = await reserved(client, {"agent": "0.15", "cycles": 2})
     done = await client.post(f"{V1}/reservations/{hold['id']}/commit", json={"amounts": {"cycles": 1}})
     assert done.json()["amounts"] == {"agent": "0.00", "cycles": 1}

@@ -52,5 +52,5 @@ def test_a_get_request_to_the_commit_path_of_a_hold_matches_no_route():
 
 
 @pytest.mark.parametrize("raw_path", [None, b"", b"/v2/team%2Fholds"])
-def test_if_the_raw_path_is_missing_or_different_the_route_is_chosen_by_the_decoded_path(raw_path: bytes | None):
+def test_the_route_is_chosen_by_the_decoded_path_if_the_raw_path_is_missing_or_inconsistent(raw_path: bytes | None):
     assert route_of("GET", "/budgets/team/holds", raw_path) == ("/budgets/{name:slashed}/holds", "team")

@@ -39,7 +39,7 @@ async def test_an_admin_operation_needs_the_admin_key():
 
 
 @pytest.mark.parametrize("admin", [False, True])
-async def test_a_request_refused_without_a_key_has_the_budgets_in_the_request_scope(admin):
+async def test_the_budgets_are_in_the_request_scope_even_if_a_request_without_a_key_is_refused(admin):
     service, received = BudgetService(LIMITER, KEYS, "0.15"), request()
     with pytest.raises(HTTPProblem):
         await (service.admin_caller if admin else service.caller)(received)

@@ -158,7 +158,7 @@ def test_a_store_that_evicts_keys_causes_a_warning(start_server):
     assert any(line.startswith("warning: the store is not ready: maxmemory-policy") for line in service.output)
 
 
-def test_if_the_store_has_a_different_definition_of_a_budget_the_service_prints_a_warning(server, tmp_path):
+def test_the_service_prints_a_warning_if_the_store_has_a_different_definition_of_a_budget(server, tmp_path):
     path = tmp_path / "budgets.toml"
     path.write_text('[[budgets]]\nname = "count"\nlimit = 5\nunit = "calls"\n')
     with serving(KTRDR_REDIS_URL=server.url, KTRDR_BUDGETS_FILE=path) as service:
@@ -375,7 +375,7 @@ def test_all_workers_share_one_port_and_the_same_budgets_and_counters(tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_that_hangs_for_some_seconds_is_not_replaced(server):
-    """On a busy machine the start of a worker takes as long; replacing it then would never end."""
+    """On a busy machine a worker needs some seconds to start; if it were replaced then, no worker would ever start."""
     with serving(workers=2, KTRDR_REDIS_URL=server.url) as service:
         wait_until(lambda: len(workers_of(service)) == 2)
         before = workers_of(service)
@@ -425,7 +425,7 @@ def _no_app(settings: Settings) -> FastAPI:
     return FastAPI(lifespan=lifespan)
 
 
-def test_policy_allow_with_several_workers_causes_a_warning(server):
+def test_the_outage_policy_allow_with_several_workers_causes_a_warning(server):
     with serving(workers=2, KTRDR_REDIS_URL=server.url, KTRDR_ON_STORE_ERROR="allow") as service:
         service.stop()
     assert any("KTRDR_ON_STORE_ERROR=allow" in line for line in service.output)

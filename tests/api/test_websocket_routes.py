@@ -84,7 +84,7 @@ async def settled(client: Any, limiter: AsyncBudgetLimiter) -> tuple[int, list[s
 
 @pytest.mark.parametrize(("accrued", "spent"), [(None, "0.15"), ("0.02", "0.02")], ids=["without accruals", "accrued"])
 @pytest.mark.parametrize("ends", ["returned", "caught", "uncaught", "cut"])
-async def test_the_hold_of_a_websocket_session_is_settled_once_after_any_end_of_the_session(
+async def test_the_hold_of_a_websocket_session_is_settled_once_however_the_session_ends(
     app, client, limiter, ends, accrued, spent
 ):
     """A disconnected client is charged like any other."""

@@ -60,9 +60,7 @@ def test_agent_budget_shows_held_and_unconfirmed_amounts_on_separate_lines(ktrdr
     ]
 
 
-def test_after_a_data_loss_the_command_agent_budget_shows_until_when_no_cycle_starts(
-    ktrdr: Run, service: FakeService
-) -> None:
+def test_after_a_data_loss_the_time_until_which_no_cycle_starts_is_shown(ktrdr: Run, service: FakeService) -> None:
     last = lines_of(ktrdr, service, recovering_until="2026-11-23T12:00:03Z")[-1]
     assert last == "Recovering: the store lost writes; no cycle starts until 2026-11-23T12:00:03Z"
 

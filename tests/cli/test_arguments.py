@@ -31,7 +31,7 @@ PARAMETER = click.Option(["--until"])
         (["agent=a=b"], {"agent": "a=b"}),  # the service rejects the amount
     ],
 )
-def test_amounts_are_given_as_a_name_and_an_amount_or_as_name_equals_amount_pairs(
+def test_an_amount_follows_the_name_of_its_budget_after_a_space_or_an_equals_sign(
     words: list[str], amounts: dict[str, str]
 ) -> None:
     assert amounts_of(words) == amounts

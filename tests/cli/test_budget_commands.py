@@ -61,7 +61,7 @@ def test_the_command_list_marks_a_limit_set_at_run_time(ktrdr: Run, service: Fak
     assert lines[2] == "* set at run time"
 
 
-def test_if_the_figures_of_a_budget_cannot_be_read_the_command_list_shows_the_budget_as_unknown(
+def test_the_command_list_shows_unknown_if_the_figures_of_a_budget_cannot_be_read(
     ktrdr: Run, service: FakeService
 ) -> None:
     unavailable = [{"budget": "team", "detail": "budget 'team' has another definition"}]
@@ -143,9 +143,7 @@ def test_the_command_show_prints_all_figures_of_a_budget(ktrdr: Run, service: Fa
     )
 
 
-def test_after_a_data_loss_the_command_show_prints_until_when_nothing_is_admitted(
-    ktrdr: Run, service: FakeService
-) -> None:
+def test_after_a_data_loss_the_time_until_which_nothing_is_admitted_is_shown(ktrdr: Run, service: FakeService) -> None:
     service.answer("GET /api/v1/budgets/agent", {**BUDGET, "recovering_until": "2026-11-23T12:00:03Z"})
     last = ktrdr("budget", "show", "agent").stdout.splitlines()[-1]
     assert last == "Recovering:    the store lost writes; nothing is admitted until 2026-11-23T12:00:03Z"
@@ -207,7 +205,7 @@ def test_the_command_migrate_prints_the_old_and_the_new_definition(ktrdr: Run, s
         (("10", "--until", "2026-11-24T00:00:00+01:00"), {"limit": "10", "until": "2026-11-24T00:00:00+01:00"}),
     ],
 )
-def test_set_limit_sends_the_limit_and_the_end_of_the_limit(
+def test_the_command_set_limit_sends_the_limit_and_the_end_of_the_limit(
     ktrdr: Run, service: FakeService, words: tuple[str, ...], body: dict[str, Any]
 ) -> None:
     service.answer("PUT /api/v1/budgets/agent/limit", RUNTIME)
@@ -217,23 +215,21 @@ def test_set_limit_sends_the_limit_and_the_end_of_the_limit(
     assert "Limit:         $10.00 (set at run time; configured: $5.00)\n" in result.stdout
 
 
-def test_set_limit_prints_until_when_the_limit_applies(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_set_limit_prints_until_when_the_limit_applies(ktrdr: Run, service: FakeService) -> None:
     service.answer("PUT /api/v1/budgets/agent/limit", {**RUNTIME, "limit_until": "2026-11-24T00:00:00Z"})
     text = ktrdr("budget", "set-limit", "agent", "10", "--until", "window").stdout
     assert "Limit:         $10.00 (set at run time until 2026-11-24T00:00:00Z; configured: $5.00)\n" in text
 
 
 @pytest.mark.parametrize("until", ["tomorrow", "2026-11-24", "2026-11-24T00:00:00", ""])
-def test_set_limit_until_a_time_without_a_timezone_is_a_usage_error(
-    ktrdr: Run, service: FakeService, until: str
-) -> None:
+def test_the_command_set_limit_rejects_a_time_without_a_timezone(ktrdr: Run, service: FakeService, until: str) -> None:
     result = ktrdr("budget", "set-limit", "agent", "10", "--until", until)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
     assert service.requests == []
 
 
-def test_if_the_service_rejects_a_limit_the_command_set_limit_reports_a_usage_error(
+def test_the_command_set_limit_reports_a_usage_error_if_the_service_rejects_the_limit(
     ktrdr: Run, service: FakeService
 ) -> None:
     service.answer("PUT /api/v1/budgets/agent/limit", *reversed(problem(422, "Invalid", "amount is not a number: 'x'")))
@@ -241,7 +237,7 @@ def test_if_the_service_rejects_a_limit_the_command_set_limit_reports_a_usage_er
     assert (result.exit_code, result.stderr) == (2, "ktrdr: amount is not a number: 'x'\n")
 
 
-def test_clear_limit_restores_the_configured_limit(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_clear_limit_restores_the_configured_limit(ktrdr: Run, service: FakeService) -> None:
     service.answer("DELETE /api/v1/budgets/agent/limit", BUDGET)
     result = ktrdr("budget", "clear-limit", "agent")
     assert result.exit_code == 0
@@ -296,7 +292,7 @@ def test_a_message_is_printed_if_there_are_no_holds_or_no_ledger_entries(
     assert ktrdr("budget", command, "agent").stdout == none
 
 
-def test_the_command_ledger_sends_the_options_window_limit_and_cursor(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_ledger_sends_the_options_window_and_limit_and_cursor(ktrdr: Run, service: FakeService) -> None:
     service.answer(f"{LEDGER}?window=2026-11-23T10Z&limit=5&cursor=1-0", {"entries": [], "next_cursor": None})
     result = ktrdr("budget", "ledger", "agent", "--window", "2026-11-23T10Z", "--limit", "5", "--cursor", "1-0")
     assert result.exit_code == 0, result.stderr
@@ -337,7 +333,7 @@ def trimmed_meanwhile(service: FakeService) -> list[dict[str, Any]]:
     return entries
 
 
-def test_if_the_ledger_is_trimmed_between_pages_a_line_says_that_the_list_starts_again(
+def test_a_line_says_that_the_list_starts_again_if_the_ledger_is_trimmed_between_pages(
     ktrdr: Run, service: FakeService
 ) -> None:
     trimmed_meanwhile(service)
@@ -345,7 +341,7 @@ def test_if_the_ledger_is_trimmed_between_pages_a_line_says_that_the_list_starts
     assert lines[2] == "The ledger was trimmed meanwhile; the list starts again at the newest entry"
 
 
-def test_if_the_ledger_is_trimmed_between_pages_the_json_document_is_marked_as_trimmed(
+def test_the_json_document_is_marked_as_trimmed_if_the_ledger_is_trimmed_between_pages(
     ktrdr: Run, service: FakeService
 ) -> None:
     entries = trimmed_meanwhile(service)

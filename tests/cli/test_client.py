@@ -102,12 +102,12 @@ def authorization(service: FakeService) -> str | None:
     return service.requests[-1].headers.get("Authorization")
 
 
-def test_without_a_key_no_authorization_header_is_sent(ktrdr: Run, service: FakeService) -> None:
+def test_no_authorization_header_is_sent_without_a_key(ktrdr: Run, service: FakeService) -> None:
     ktrdr("agent", "budget")
     assert authorization(service) is None
 
 
-def test_the_admin_key_is_sent_only_with_settlements_limit_changes_and_migrations(
+def test_the_admin_key_is_sent_only_with_settlements_and_limit_changes_and_migrations(
     ktrdr: Run, service: FakeService, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("KTRDR_API_KEY", "use-key")

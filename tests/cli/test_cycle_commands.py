@@ -73,7 +73,7 @@ DOWN = {
 # --- trigger --------------------------------------------------------------------------------------
 
 
-def test_trigger_prints_the_reply_of_the_service(ktrdr: Run, service: FakeService) -> None:
+def test_trigger_prints_the_reply_of_the_service_if_a_cycle_starts(ktrdr: Run, service: FakeService) -> None:
     service.answer(TRIGGER, STARTED, 202)
     for words in ((), ("--json",)):
         result = ktrdr("agent", "trigger", *words)
@@ -311,7 +311,9 @@ def test_status_with_watch_shows_each_change_of_a_cycle(
 
 
 @pytest.mark.parametrize(("status", "title"), [("cancelled", "Cancelled"), ("cancelling", "Cancelling")])
-def test_cancel_shows_the_message_of_the_service(ktrdr: Run, service: FakeService, status: str, title: str) -> None:
+def test_the_command_cancel_shows_the_message_of_the_service(
+    ktrdr: Run, service: FakeService, status: str, title: str
+) -> None:
     reply = {"operation_id": "op_1", "status": status, "message": "it stops\nsoon"}
     service.answer(CANCEL, reply)
     result = ktrdr("agent", "cancel", "op_1")
@@ -322,7 +324,7 @@ def test_cancel_shows_the_message_of_the_service(ktrdr: Run, service: FakeServic
 @pytest.mark.parametrize(
     ("status", "detail"), [(404, "there is no cycle op_1"), (409, "op_1 cannot be cancelled: it is completed")]
 )
-def test_if_the_service_refuses_a_cancellation_one_line_is_printed_with_exit_code_1(
+def test_a_refused_cancellation_is_reported_in_one_line_with_exit_code_1(
     ktrdr: Run, service: FakeService, status: int, detail: str
 ) -> None:
     service.answer(CANCEL, {**problem(status, "No", detail)[1], "operation_id": "op_1"}, status)
@@ -331,7 +333,7 @@ def test_if_the_service_refuses_a_cancellation_one_line_is_printed_with_exit_cod
         assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"ktrdr: {detail}\n")
 
 
-def test_cancel_percent_encodes_the_id_as_one_path_segment(ktrdr: Run, service: FakeService) -> None:
+def test_the_command_cancel_percent_encodes_the_id_as_one_path_segment(ktrdr: Run, service: FakeService) -> None:
     reply = {"operation_id": "a/b@c", "status": "cancelled", "message": "done"}
     service.answer("DELETE /api/v1/agent/cancel/a%2Fb%40c", reply)
     assert ktrdr("agent", "cancel", "a/b@c").exit_code == 0

@@ -83,7 +83,7 @@ def test_a_later_state_of_a_cycle_keeps_all_earlier_milestones() -> None:
     ]
 
 
-def test_the_picture_marks_each_phase_as_done_running_or_pending() -> None:
+def test_the_picture_marks_each_phase_as_done_or_running_or_pending() -> None:
     running = picture(cycle()).splitlines()
     assert [line.split()[:2] for line in running[1:-1]] == [
         ["✓", "designing"],

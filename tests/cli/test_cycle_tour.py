@@ -65,7 +65,7 @@ def test_the_commands_show_a_cycle_from_start_to_end(
 
 
 @pytest.mark.slow
-def test_if_a_cycle_is_cancelled_a_command_waiting_for_the_cycle_ends_with_exit_code_1(
+def test_a_command_that_waits_for_a_cycle_has_exit_code_1_if_the_cycle_is_cancelled(
     server: Server, process: Process, terminal: Callable[..., Terminal], environment: pytest.MonkeyPatch
 ) -> None:
     with serving(KTRDR_REDIS_URL=server.url, AGENT_PHASE_SECONDS="3600") as replica:

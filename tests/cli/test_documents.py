@@ -16,7 +16,7 @@ CALL = re.compile(r"`ktrdr ([^`]+)`")
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.stem)
-def test_every_command_line_in_the_documents_parses(document: Path) -> None:
+def test_every_command_line_in_the_documents_is_valid(document: Path) -> None:
     for call in CALL.findall(" ".join(document.read_text(encoding="utf-8").split())):
         command: click.Command = main
         words = ["2" if word == "N" else word for word in shlex.split(call)]  # a placeholder for a count

@@ -76,7 +76,7 @@ def test_trigger_with_wait_prints_one_line_for_each_step_of_a_cycle(ktrdr: Run, 
     ]
 
 
-def test_if_a_cycle_ends_before_the_first_poll_all_steps_are_printed(ktrdr: Run, service: FakeService) -> None:
+def test_all_steps_are_printed_if_a_cycle_ends_before_the_first_poll(ktrdr: Run, service: FakeService) -> None:
     goes(service, cycle(**COMPLETED))
     assert len(ktrdr(*WAIT).stdout.splitlines()) == 12
 

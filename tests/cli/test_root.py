@@ -257,7 +257,9 @@ def test_non_ascii_characters_are_escaped_if_the_output_is_ascii(process: Proces
 
 
 @pytest.mark.parametrize("options", [("--port", "x"), ("--port", "65536"), ("--workers", "0")])
-def test_serve_rejects_invalid_ports_and_invalid_numbers_of_workers(ktrdr: Run, options: tuple[str, ...]) -> None:
+def test_the_command_serve_rejects_invalid_ports_and_invalid_numbers_of_workers(
+    ktrdr: Run, options: tuple[str, ...]
+) -> None:
     assert ktrdr("serve", *options).exit_code == 2
 
 
@@ -268,7 +270,7 @@ def without_server_extra(tmp_path: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(tmp_path)}
 
 
-def test_if_the_server_packages_are_missing_the_command_serve_names_the_packages_to_install(
+def test_the_command_serve_names_the_packages_to_install_if_the_server_packages_are_missing(
     process: Process, without_server_extra: dict[str, str]
 ) -> None:
     ended = process("serve", env=without_server_extra)

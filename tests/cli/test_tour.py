@@ -178,7 +178,7 @@ def test_the_commands_work_against_a_real_service(tour: Callable[..., str], envi
 
 
 @pytest.mark.slow
-def test_serve_rejects_an_invalid_setting_in_one_line(
+def test_the_command_serve_rejects_an_invalid_setting_in_one_line(
     data_dir: Path, process: Process, environment: pytest.MonkeyPatch
 ) -> None:
     environment.setenv("AGENT_DAILY_BUDGET", "a lot")
@@ -213,7 +213,9 @@ def test_the_commands_report_an_outage_of_the_store(
         assert "Today's Spend: $0.25\n" in process("agent", "budget").stdout
 
 
-def test_serve_reports_a_port_in_use_in_one_line(service: FakeService, data_dir: Path, process: Process) -> None:
+def test_the_command_serve_reports_a_port_in_use_in_one_line(
+    service: FakeService, data_dir: Path, process: Process
+) -> None:
     ended = process("serve", "--port", str(service.port))
     assert ended.returncode == 1
     message = f"cannot listen on 127.0.0.1 port {service.port}: Address already in use; choose another one with --port"

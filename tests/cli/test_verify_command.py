@@ -50,7 +50,7 @@ def corrupt(store: Server, field: str, by: int) -> None:
         client.hincrby(window_key(store, "agent"), field, by)
 
 
-def test_if_all_windows_add_up_verify_prints_one_line_per_window_and_has_exit_code_0(ktrdr: Run, store: Server) -> None:
+def test_verify_has_exit_code_0_and_prints_one_line_per_window_if_all_windows_add_up(ktrdr: Run, store: Server) -> None:
     day = public(window_key(store, "agent").rpartition(":")[2])
     result = ktrdr("budget", "verify")
     assert (result.exit_code, result.stderr) == (0, "")
@@ -79,7 +79,7 @@ def test_verify_names_an_unreadable_window_and_checks_the_other_windows(ktrdr: R
 
 
 @pytest.mark.parametrize(("field", "by"), [("spent", 1), ("held", -1), ("unconfirmed", 1)])
-def test_if_a_window_does_not_add_up_verify_names_the_window_and_has_exit_code_1(
+def test_verify_has_exit_code_1_and_names_the_window_if_a_window_does_not_add_up(
     ktrdr: Run, store: Server, field: str, by: int
 ) -> None:
     corrupt(store, field, by)
@@ -196,7 +196,7 @@ def test_verify_prints_one_line_without_the_password_if_the_store_cannot_be_read
     assert "hunter2" not in result.stderr
 
 
-def test_verify_reports_a_missing_password_in_one_line(
+def test_verify_reports_a_missing_password_of_the_store_in_one_line(
     ktrdr: Run, start_server: Callable[..., Server], environment: pytest.MonkeyPatch
 ) -> None:
     store = start_server(None)

@@ -109,7 +109,7 @@ calls = st.one_of(
 
 
 @given(st.lists(calls, max_size=40))
-def test_the_model_adds_up_and_no_grant_exceeds_the_cap(history):
+def test_in_random_histories_of_the_model_the_windows_add_up_and_no_grant_exceeds_the_cap(history):
     model = model_of()
     for call, *words in history:
         try:

@@ -85,7 +85,7 @@ def test_ports_are_published_on_loopback_only():
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_each_service_has_a_pinned_image_automatic_restarts_and_no_extra_privileges(name):
+def test_each_service_has_a_pinned_image_and_automatic_restarts_and_no_extra_privileges(name):
     service = SERVICES[name]
     built = "build" in service
     assert built or re.fullmatch(r"[a-z/]+:v?\d+\.\d+\.\d+(-alpine)?", service["image"])
@@ -144,7 +144,7 @@ def test_the_replicas_wait_for_the_store_and_the_proxy_waits_for_the_replicas():
     assert SERVICES["proxy"]["depends_on"] == {name: {"condition": "service_healthy"} for name in BACKENDS}
 
 
-def test_volumes_are_declared_and_mounted_files_exist():
+def test_all_volumes_are_declared_and_all_mounted_files_exist():
     declared, used = set(read_yaml(COMPOSE)["volumes"]), set()
     for service in SERVICES.values():
         for volume in service.get("volumes", []):
@@ -158,7 +158,7 @@ def test_volumes_are_declared_and_mounted_files_exist():
     assert used == declared == {"redis-data", "prometheus-data", "grafana-data"}
 
 
-def test_grafana_shows_its_dashboard_read_only_without_a_login():
+def test_grafana_shows_a_read_only_dashboard_without_a_login():
     environment = SERVICES["grafana"]["environment"]
     assert environment["GF_AUTH_ANONYMOUS_ENABLED"] == "true"
     assert environment["GF_AUTH_ANONYMOUS_ORG_ROLE"] == "Viewer"
@@ -330,7 +330,7 @@ def copied() -> list[str]:
     return [source for sources in words for source in sources[:-1]]
 
 
-def test_the_image_has_a_pinned_base_a_user_without_root_rights_and_a_health_check():
+def test_the_image_has_a_pinned_base_and_a_user_without_root_rights_and_a_health_check():
     bases = {rest.split()[0] for name, rest in instructions() if name == "FROM"}
     assert len(bases) == 1
     assert re.fullmatch(r"python:3\.\d+\.\d+-slim-\w+", bases.pop())

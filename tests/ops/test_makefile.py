@@ -89,7 +89,7 @@ def test_make_help_lists_every_target():
     assert sorted(listed) == sorted(set(phony[1].split()) - {"chosen"})
 
 
-def test_make_check_runs_the_linter_the_type_checker_and_the_unit_tests(checkout):
+def test_make_check_runs_the_linter_and_the_type_checker_and_the_unit_tests(checkout):
     (checkout / ".venv").mkdir()
     (checkout / ".venv" / ".test").touch()
     planned = make(checkout, "--dry-run", "--assume-old=.venv/.test", "check", f"PYTHON={sys.executable}").stdout

@@ -96,7 +96,7 @@ def test_a_dead_replica_ends_the_stack_with_exit_code_1(server: Server) -> None:
 
 
 @pytest.mark.slow
-def test_if_the_embedded_server_cannot_start_the_stack_ends_with_exit_code_1(
+def test_the_stack_ends_with_exit_code_1_if_the_embedded_server_cannot_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()

@@ -34,7 +34,7 @@ def context() -> CallContext:
         ({"tokens": 40, "agent": 1}, None, [("tokens", 40), ("agent", 1_000_000_000)]),
     ],
 )
-def test_amounts_become_whole_units_of_each_budget_in_the_order_of_the_caller(context, budget, amount, wanted):
+def test_amounts_become_whole_units_of_each_budget_in_the_order_that_the_caller_gave(context, budget, amount, wanted):
     assert context.wanted(budget, amount) == wanted
 
 

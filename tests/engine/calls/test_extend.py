@@ -138,14 +138,14 @@ def test_if_growth_is_repeated_after_a_lost_reply_the_amount_is_added_once(conte
     assert units_of(hold) == {"tokens": 50}
 
 
-def test_different_growth_after_a_lost_reply_is_added_to_the_total_in_the_store(context):
+def test_growth_by_a_different_amount_after_a_lost_reply_is_added_to_the_total_in_the_store(context):
     hold = granted_hold(context, tokens=40)
     drive(grow(context, hold, {"tokens": 10}), NO_REPLY, raises=StoreUnavailable)
     flow = grow(context, hold, {"tokens": 3})
     assert drive(flow, outgrown(context, tokens=50), extended(context, tokens=53)).requests[1].amounts[0].reserved == 53
 
 
-def test_if_growth_was_never_sent_the_same_growth_later_is_not_treated_as_a_retry(context):
+def test_if_a_growth_request_was_never_sent_the_next_equal_request_is_not_treated_as_a_retry(context):
     hold = granted_hold(context, tokens=40)
     drive(grow(context, hold, {"tokens": 10}), NOT_SENT, raises=StoreUnavailable)
     flow = grow(context, hold, {"tokens": 10})

@@ -106,7 +106,7 @@ def test_if_the_figures_of_a_budget_are_unknown_the_figures_of_other_budgets_are
 # -- holds -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_hold_is_shown_as_recorded_in_the_store(context):
+def test_a_hold_is_shown_with_the_state_and_the_amounts_from_the_store(context):
     _, view = drive(hold_view(context, "a"), found(hold_record(context, tokens=40).render()))
     assert (view.id, view.state, view.amounts) == ("a", "open", {"tokens": 40})
 
@@ -175,7 +175,7 @@ def test_by_default_a_ledger_page_shows_the_current_window_with_the_newest_entry
     assert page.next_cursor is None
 
 
-def test_if_the_caller_names_a_window_its_ledger_is_read_without_reading_a_status_first(context):
+def test_if_the_caller_names_a_window_the_ledger_is_read_without_reading_a_status_first(context):
     [request], _ = drive(ledger(context, "tokens", "2025-11-30", 10, None), page_of())
     assert ":2025-11-30~" in request.keys[-1]
     drive(ledger(context, "tokens", "2025-W48", 10, None), raises=InvalidArgument)

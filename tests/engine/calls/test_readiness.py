@@ -54,7 +54,7 @@ def test_a_refused_command_is_reported_as_a_fault_of_the_scripts_or_of_the_store
         ("protocol", "ERR scripts", "unknown: it is not a store"),
     ],
 )
-def test_a_login_or_protocol_error_is_a_fault_of_the_store_and_other_errors_of_the_scripts(
+def test_a_login_or_protocol_error_is_a_fault_of_the_store_but_other_errors_are_faults_of_the_scripts(
     context, fault, store, scripts
 ):
     faults = drive(check(context), StoreError("ERR scripts", fault=fault), NOEVICTION).result

@@ -51,7 +51,7 @@ FIRST_MS = NOW_MS + 20_000
     ],
     ids=["held", "fits exactly without holds", "spent", "unconfirmed", "too large", "grown too large", "overrun"],
 )
-def test_a_denial_shows_whether_holds_spend_or_the_limit_itself_prevents_the_request(
+def test_a_denial_distinguishes_a_held_budget_an_exhausted_budget_and_a_request_above_the_limit(
     spent, held, unconfirmed, requested, total, reason, fits
 ):
     denied = denial(WINDOW, Denied("", 1000, spent, held, unconfirmed, requested, FIRST_MS, total), NOW_US, "tokens")
@@ -161,7 +161,7 @@ def test_a_run_time_limit_applies_until_its_end(until_ms, limit):
     assert (now.limit, now.limit_until) == (limit, from_ms(until_ms) if until_ms > NOW_MS else None)
 
 
-def test_a_status_shows_the_time_until_which_lost_data_may_be_replayed():
+def test_a_status_shows_how_long_lost_data_may_still_be_replayed():
     assert status(FIGURES).recovering_until is None
     assert status(FIGURES, repaired_ms=NOW_MS + 3000).recovering_until == from_ms(NOW_MS + 3000)
 

@@ -73,7 +73,7 @@ def test_a_scalar_amount_is_committed_to_dollar_budgets_or_to_the_only_count(con
     assert request.amounts == amounts
 
 
-def test_the_result_of_a_commit_shows_overrun_budgets_a_late_commit_and_a_replay(context):
+def test_the_result_of_a_commit_shows_if_the_commit_was_late_replayed_or_over_the_reservation(context):
     hold = granted_hold(context, agent=CENT, tokens=40)
     reply = committed(2 * CENT, 40, overrun=True, late=True, replayed=True)
     _, settlement = drive(commit(context, hold, {"agent": "0.02", "tokens": 40}), reply)
@@ -187,7 +187,7 @@ CHARGED_ACCRUED = [CommitAmount(CommitMode.ACCRUED, 7 * CENT)]
         ("0.07", False, True, "charge", Extend),
     ],
 )
-def test_the_end_of_a_block_commits_releases_or_reports_the_hold_by_accruals_and_failure(
+def test_the_end_of_a_block_settles_or_reports_the_hold_depending_on_accruals_and_failure(
     context, accrued, drawn, failed, on_error, expected
 ):
     """Nothing is sent (``None``), or a report (``Extend``), if the hold is left to its expiry and charged then."""

@@ -40,18 +40,18 @@ def test_an_amount_of_zero_fails_the_check_only_if_amounts_must_be_positive():
 # -- amounts per budget ------------------------------------------------------------------------------------------------
 
 
-def test_a_scalar_amount_applies_to_dollar_budgets_but_not_to_budgets_of_counts():
+def test_a_scalar_amount_applies_to_dollar_budgets_but_not_to_count_budgets():
     assert spread("0.01", FLAGS) == {"agent": CENT, "team": CENT}
 
 
 @pytest.mark.parametrize(
     ("flags", "units"), [({"tokens": "n"}, {"tokens": 3}), ({"tokens": "n", "jobs": "s"}, {"tokens": 3})]
 )
-def test_if_a_hold_has_one_count_and_no_dollars_a_scalar_amount_applies_to_the_count(flags, units):
+def test_if_a_hold_has_one_count_budget_and_no_dollar_budget_a_scalar_amount_applies_to_the_count(flags, units):
     assert spread(3, flags) == units
 
 
-def test_a_scalar_amount_for_several_counts_is_refused_as_ambiguous():
+def test_a_scalar_amount_for_several_count_budgets_is_refused_as_ambiguous():
     with pytest.raises(InvalidArgument, match=r"ambiguous for tokens, calls: give a mapping"):
         spread(3, {"tokens": "n", "calls": "n"})
 
@@ -97,7 +97,7 @@ def test_a_commit_without_an_amount_commits_the_accrued_amounts():
     }
 
 
-def test_if_only_other_budgets_have_accruals_a_count_is_committed_as_reserved():
+def test_if_only_other_budgets_have_accruals_a_count_budget_commits_its_reserved_amount():
     segments = {"agent": ("u", 5 * CENT, CENT), "team": ("u", 5 * CENT, 0), "tokens": ("n", 100, 0)}
     assert committed(None, **segments) == {
         "agent": CommitAmount(ACCRUED, CENT),

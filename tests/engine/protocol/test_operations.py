@@ -139,7 +139,7 @@ def test_a_replica_computes_the_record_of_a_granted_hold_without_reading_the_sto
         ([(TOKENS, 4), (AGENT, 7)], [3, 9], [":3:4o", ":9:7"], True),
     ],
 )
-def test_a_fast_commit_sends_the_record_before_and_the_record_after_the_commit(parts, reserved, amounts, overrun):
+def test_a_fast_commit_sends_the_old_and_the_new_record_of_the_hold(parts, reserved, amounts, overrun):
     granted = reserve(*[(window, units) for (window, _), units in zip(parts, reserved, strict=True)]).granted(8, 9)
     op = commit(*parts)
     op.enable_fast_path("0123456789ab", granted, reserved)
@@ -175,7 +175,7 @@ def test_a_commit_of_more_than_2_to_the_46_units_does_not_take_the_fast_path(par
         (extend(ExtendMode.GROW, reserved=9, accrued=5), True, True, False),
     ],
 )
-def test_an_extension_is_a_fact_if_spend_is_reported_and_asks_for_money_if_the_hold_grows(
+def test_an_extension_with_spend_is_a_fact_and_an_extension_with_growth_asks_for_money(
     op, asks_for_money, is_fact, is_urgent
 ):
     assert (op.asks_for_money, op.is_fact, op.is_urgent) == (asks_for_money, is_fact, is_urgent)
@@ -209,7 +209,7 @@ def test_a_late_record_of_spend_has_the_windows_and_labels_of_the_original_recor
         (ReleaseMode.BY_ID, Settled((0,), replayed=True), True),
     ],
 )
-def test_a_commit_can_correct_a_release_by_an_operator_or_of_an_expired_hold(mode, settled, correctable):
+def test_a_release_by_an_operator_or_after_the_deadline_can_be_corrected_by_a_commit(mode, settled, correctable):
     op = Release("a", "key", [AGENT], mode)
     assert op.is_correctable(settled) == correctable
     assert op.record(settled, RECORD, 9).is_settled == (not correctable)

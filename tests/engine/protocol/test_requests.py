@@ -56,7 +56,7 @@ def test_only_reads_that_must_be_complete_wait_for_the_replays_after_a_data_loss
     assert read.args[0] == "r1"
 
 
-def test_a_read_has_the_keys_of_its_records_or_the_range_of_its_list():
+def test_a_read_of_records_names_their_keys_and_a_read_of_a_list_names_its_range():
     assert records_read(KEYS, "r1", ["a", "b"]).keys == [KEYS.meta, KEYS.hold("a"), KEYS.hold("b")]
     assert due_read(KEYS, "r1", 10).args == ["r1", "ZRANGE", 0, 9]
     assert index_read(KEYS, "r1", KEYS.due, 20, 10).args == ["r1", "ZREVRANGE", 20, 29]
@@ -98,7 +98,7 @@ def figures(runtime: str = "", limit: str = "", claim: str = "") -> WindowFigure
     return found
 
 
-def test_a_status_reply_has_the_due_holds_and_for_each_window_its_figures_or_an_error():
+def test_a_status_reply_has_the_due_holds_and_the_figures_or_an_error_for_each_window():
     stored = [b"5 0 9", b"usd,day,UTC,spend", b"50", b"1", b"2", b"3", b"4", b"5", b"7 r1"]
     due, windows = parse_status([[b"op_1"], stored, b"WRONGTYPE"])
     assert due == ["op_1"]
@@ -130,7 +130,7 @@ def test_a_run_time_limit_is_in_force_until_its_end_or_forever_if_its_end_is_zer
 @pytest.mark.parametrize(
     ("units", "clear", "word"), [(5, False, "5"), (0, False, "0"), (None, False, "-"), (None, True, ""), (5, True, "")]
 )
-def test_set_limit_sends_different_words_for_a_limit_of_zero_no_cap_and_a_cleared_limit(units, clear, word):
+def test_set_limit_sends_a_zero_limit_an_uncapped_limit_and_a_cleared_limit_as_different_words(units, clear, word):
     assert set_limit(KEYS, "agent", units, 9, "usd,day,UTC,spend", clear=clear).args == [
         *("agent", word, 9, "usd,day,UTC,spend")
     ]
@@ -142,7 +142,7 @@ def test_the_reply_to_set_limit_is_the_time_of_the_change_or_a_conflicting_defin
 
 
 @pytest.mark.parametrize(("reply", "dropped"), [(b"cleared", True), (b"done", False), (b"w", None)])
-def test_the_reply_to_a_migration_shows_if_a_limit_was_cleared_or_the_definition_changed_meanwhile(reply, dropped):
+def test_the_reply_to_a_migration_shows_a_cleared_limit_or_a_concurrent_change_of_the_definition(reply, dropped):
     assert parse_migrate(reply) is dropped
 
 

@@ -180,7 +180,7 @@ def test_no_lua_file_formats_amounts_with_tostring():
 # -- replies -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_reservation_is_granted_replayed_denied_or_refused_as_a_conflict(wire):
+def test_the_reply_to_a_reservation_is_a_grant_a_replay_a_conflict_or_a_denial(wire):
     assert wire.reserve("op_1", agent=150, cycles=1) == "g"
     record = wire.record("op_1")
     assert record.startswith("o c ") and record.endswith(
@@ -254,7 +254,7 @@ def test_the_mode_of_a_commit_selects_the_exact_the_reserved_or_the_accrued_amou
         assert wire.request(f"D {hold_id}", agent=f":{mode}") == f"k - {expected}"
 
 
-def test_a_release_settles_its_hold_once_and_only_a_release_by_an_operator_can_be_corrected(wire):
+def test_a_hold_is_released_once_and_a_commit_can_correct_only_a_release_by_an_operator(wire):
     wire.reserve("op_1", agent=150)
     assert wire.request("L op_1 0", agent=":x0") == "k - 0"
     assert wire.request("L op_1 0", agent=":x0") == "p - 0"
@@ -274,7 +274,7 @@ def test_if_an_operation_omits_a_window_of_its_hold_the_reply_is_the_record_of_t
         assert wire.request(head, agent=":x70" if head[0] != "E" else ":0:0") == f"v {wire.record('op_1')}"
 
 
-def test_spend_is_recorded_once_for_each_id_and_late_spend_also_in_a_window_that_has_ended(client, wire):
+def test_spend_is_recorded_once_for_each_id_and_only_late_spend_is_accepted_in_an_ended_window(client, wire):
     assert wire.request("N op_1 0 research -", agent=":20", cycles=":1") == "k - 20,1"
     words = f"p - 20,1 {wire.session.replica_id} agent:{day(wire)},cycles:{day(wire, 'cycles')}"
     assert wire.request("N op_1 0 research -", agent=":20", cycles=":1") == words
@@ -405,7 +405,7 @@ def test_if_the_key_of_a_window_is_missing_the_fast_path_writes_nothing(begun):
     assert stored(begun) == before
 
 
-def test_if_a_window_is_missing_the_operations_of_a_batch_on_other_windows_still_succeed(begun):
+def test_in_a_batch_operations_on_existing_windows_succeed_even_if_another_window_is_missing(begun):
     missing = f"t agent:{day(begun)}"
     commit, lacking = begun.op("D op_2", cycles=":x1"), begun.op("D op_both", cycles=":x1", agent=":x70")
     assert begun.send(begun.op("D op_1", agent=":x70"), lacking, commit) == [missing, missing, "k - 1"]
@@ -473,7 +473,7 @@ def test_each_batch_of_replays_prolongs_the_recovery(client, wire):
         assert int(client.hget(wire.session.keys.meta, "recovering_until")) >= wire.head.now_us // 1000 + 1000
 
 
-def test_a_settlement_replayed_by_replica_a_on_behalf_of_replica_b_counts_in_the_subtotal_of_b(client, wire):
+def test_a_settlement_replayed_by_replica_1_on_behalf_of_replica_2_counts_in_the_subtotal_of_replica_2(client, wire):
     key = wire.session.current_window("agent").key
     maker = Wire(client)
     maker.record("unknown")
@@ -495,7 +495,7 @@ def test_a_settlement_replayed_by_replica_a_on_behalf_of_replica_b_counts_in_the
     assert wire.request(f"S {you} K other c {TIMES} - - -", agent=",5,,5") == "k - 5"
 
 
-def test_an_extension_prolongs_or_enlarges_an_open_hold_and_is_refused_for_other_holds(wire):
+def test_an_extension_prolongs_or_enlarges_an_open_hold_but_no_settled_or_unknown_hold(wire):
     assert wire.request("E unknown 60000 0", agent=":0:0") == "u"
     wire.reserve("op_1", agent=150)
     before = wire.record("op_1").split(" ")
@@ -554,7 +554,7 @@ def test_a_duplicate_request_within_one_batch_is_a_replay(wire):
     assert wire.client.zcard(wire.session.keys.due) == 0
 
 
-def test_the_head_of_a_reply_has_the_time_the_acknowledged_writes_the_epoch_and_the_due_holds(client, wire):
+def test_the_head_of_a_reply_has_the_time_epoch_due_holds_and_number_of_acknowledged_writes(client, wire):
     wire.reserve("op_1", 1000, agent=150)
     head = wire.head
     assert (head.acknowledged, head.data_loss, head.due) == (1, False, ())
@@ -666,7 +666,7 @@ def limit_in_force(wire: Wire) -> str | None:
 
 
 @pytest.mark.parametrize("first", [0, 1])
-def test_if_two_replicas_started_at_the_same_time_the_limit_of_the_larger_replica_id_applies(client, wire, first):
+def test_if_two_replicas_started_together_the_limit_of_the_replica_with_the_larger_id_applies(client, wire, first):
     started = wire.now_us()
     replicas = [
         with_limit(client, "2.00", started, "00000000000a"),
@@ -677,7 +677,7 @@ def test_if_two_replicas_started_at_the_same_time_the_limit_of_the_larger_replic
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
-def test_if_a_replica_sends_a_start_time_in_the_future_the_store_assumes_the_current_time(client, wire):
+def test_if_a_replica_sends_a_future_start_time_the_store_uses_the_current_time_instead(client, wire):
     ahead = with_limit(client, "2.00", wire.now_us() + 7_200_000_000)
     ahead.reserve("op_1", agent=1)
     earlier = with_limit(client, "1.00", wire.now_us() - 3_600_000_000)
@@ -689,7 +689,7 @@ def test_if_a_replica_sends_a_start_time_in_the_future_the_store_assumes_the_cur
     assert limit_in_force(wire) == str(3 * 10**9)
 
 
-def test_a_limit_set_before_the_store_clock_was_set_back_is_replaced_by_the_next_replica(client, wire):
+def test_after_the_clock_of_the_store_was_set_back_a_new_replica_can_still_replace_the_limit(client, wire):
     wire.reserve("op_1", agent=1)
     key = wire.session.current_window("agent").key
     client.hset(key, mapping={"limit": 7, "asserted": f"{wire.now_us() + 7_200_000_000} ffffffffffff"})

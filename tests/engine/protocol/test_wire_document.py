@@ -88,7 +88,7 @@ def test_wire_md_lists_each_reply_of_the_scripts_with_its_letter():
     assert in_scripts == {name: letter for letter, name, *_ in REPLIES}
 
 
-def test_no_two_requests_and_no_two_replies_have_the_same_letter():
+def test_no_letter_stands_for_two_requests_or_for_two_replies():
     for rows in (REQUESTS, REPLIES):
         letters = [letter for letter, *_ in rows]
         assert len(set(letters)) == len(letters)
@@ -110,7 +110,7 @@ def test_wire_md_lists_the_states_policies_and_flags_of_a_hold_record():
     assert {flag for flag, _ in re.findall(r"\b([a-z]) (dollars|a count|slots)", rows["flag"])} == set(codes.FLAGS)
 
 
-def test_wire_md_names_every_lua_file_except_parts_that_scripts_include():
+def test_wire_md_names_every_lua_file_that_is_a_complete_script():
     for path in (ROOT / "lua").glob("*.lua"):
         is_part = path.read_text(encoding="utf-8").startswith(f"-- {path.name} (part): ")
         assert is_part or f"`{path.name}`" in DOCUMENT, path.name

@@ -43,7 +43,7 @@ def test_the_outbox_counts_deferred_settlements_and_requests_in_doubt_separately
     assert (len(outbox), outbox.outcomes["executed"]) == (0, 1), "outcomes count requests in doubt only"
 
 
-def test_the_outbox_queues_equal_settlements_once():
+def test_the_outbox_queues_equal_settlements_only_once():
     outbox = Outbox()
     for _ in range(2):
         outbox.add(Entry(commit("a"), "settlement", NOW_US))
@@ -51,7 +51,7 @@ def test_the_outbox_queues_equal_settlements_once():
     assert [entry.request.units for entry in outbox] == [(7,), (8,)]
 
 
-def test_the_outbox_queues_settlements_by_id_with_equal_contents_once():
+def test_the_outbox_queues_settlements_by_id_with_equal_contents_only_once():
     outbox = Outbox()
     for contents in ("'0.07'", "'0.07'", "'0.08'"):
         fact = PreparedFact("a", STATE.keys.hold("a"), contents, lambda _: commit("a"))

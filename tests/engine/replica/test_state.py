@@ -218,7 +218,7 @@ def test_a_replica_returns_the_same_window_object_until_the_window_ends(clock):
     assert replica.window("agent", today.stored) is today
 
 
-def test_a_window_expires_one_day_plus_the_retention_after_its_end_or_never_without_an_end():
+def test_a_window_expires_one_day_plus_the_retention_after_its_end_and_an_endless_window_never_expires():
     replica = Replica(AGENT, EVER)
     replica.set_clock(NOON_US, 0)
     window = replica.current_window("agent")
@@ -247,7 +247,7 @@ def test_an_unknown_budget_and_an_invalid_budget_name_raise_different_errors():
             replica.budget(name)
 
 
-def test_replayed_spend_counts_in_the_window_of_its_first_attempt():
+def test_replayed_spend_counts_in_the_window_of_the_first_attempt():
     replica = Replica()
     replica.set_clock(NOON_US, 0)
     window = replica.current_window("agent")

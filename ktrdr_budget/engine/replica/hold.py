@@ -35,7 +35,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 _REMARK_CHARACTERS_MAX = 256
 
 current_hold: ContextVar[HoldBase | None] = ContextVar("ktrdr_budget_current_hold", default=None)
-"""The hold that the work of this task or thread draws from: the innermost ``limiter.hold(...)`` around it."""
+"""The hold from which this task or thread draws: the hold of the innermost ``limiter.hold(...)`` block."""
 
 
 class OfflineBacking(Protocol):
@@ -46,14 +46,14 @@ class OfflineBacking(Protocol):
     def settle(
         self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str
     ) -> SettlingOperation | Settlement:
-        """Settle the hold at once, or return the operation that settles it. ``None`` releases the hold."""
+        """Settle the hold at once, or return the operation to send. If ``amounts`` is ``None``, release the hold."""
 
     def extend(self, hold: HoldBase, parts: Callable[[], Sequence[tuple[Window, int]]], ttl_ms: int | None) -> bool:
-        """Extend the hold in this process; return false if the store must do it.
+        """Extend the hold in this process; return false if the store must extend the hold.
 
         Args:
-            parts: computes the totals to reach from the current ones.
-            ttl_ms: the ttl of a heartbeat; ``None`` for growth.
+            parts: returns the new totals, computed from the current totals.
+            ttl_ms: the ttl of a heartbeat; ``None`` if the hold grows.
         """
 
 
@@ -112,34 +112,34 @@ class HoldBase:
         self.granted = granted
         """The record as the store granted it, until the hold is extended or grows."""
         self.offline = offline
-        """Set if the hold was granted while the store was unreachable, so that the store does not have it."""
+        """The local backing of a hold that was granted while the store was unreachable; else ``None``."""
         self.offline_record: HoldRecord | None = None
         """The record of an offline hold at its grant."""
         self._accrued: dict[str, int] = {}
         self._notes: Mapping[str, None] = _NOTHING
         self.settling = False
-        """Whether the settlement is in flight; accruals after this are not included in it."""
+        """Whether the settlement was sent; it does not include later accruals."""
         self.uncertain_commit: Sequence[CommitAmount] | None = None
-        """The amounts of a commit without a reply: leaving the block commits them again."""
+        """The amounts of a commit without a reply; at the end of the block the same amounts are committed again."""
         self.drawn: dict[str, int] = {}
         """The worst-case remaining cost of the calls in progress inside this hold, in whole units per budget."""
         self.growth: Any = None
         """The queue of calls for which the hold must grow."""
         self.in_doubt_growth: tuple[Mapping[str, int], Mapping[str, int]] | None = None
-        """The increase and the previous totals of growth without a reply, which its caller may repeat."""
+        """If growth had no reply: the increase and the previous totals. The caller may repeat the growth."""
         self.last_growth: Mapping[str, int] = _NOTHING
         """The totals after the last completed growth."""
         self.lock = threading.Lock()
         """Guards arithmetic only: threads may share a hold."""
         self.state: HoldState = "open"
         self.created_us = created_us if record is None else record.created_us
-        """When the store granted the hold, by the store's clock, in microseconds since 1970; 0 for an offline hold."""
+        """When the store granted the hold, in microseconds since 1970 by the store's clock; 0 for an offline hold."""
         self.granted_in: str | None = engine.state.epoch
         """The store's epoch in which the hold was granted or last seen."""
         self.replayed = record is not None
-        """Whether the same reservation had been granted before; this object shows that hold's current state."""
+        """Whether the same reservation was granted before; this object then shows the current state of the hold."""
         self.released_by_operator = record is not None and record.state == codes.RELEASED_BY_OPERATOR
-        """Whether the hold was released by an operator or for a caller that was gone; a commit still corrects that."""
+        """Whether an operator released the hold, or the hold's caller was gone; a later commit still counts."""
         if record is not None:
             self.state = codes.STATES[record.state]
             self._accrued = {s.budget: s.accrued for s in record.segments if s.accrued}
@@ -156,7 +156,7 @@ class HoldBase:
 
     @property
     def cap_checked(self) -> bool:
-        """False if policy ``allow`` granted it while the store was unreachable: no cap was checked."""
+        """Whether the cap was checked; false if policy ``allow`` granted the hold while the store was unreachable."""
         return self.offline is None or self.offline.cap_checked
 
     @property
@@ -174,7 +174,7 @@ class HoldBase:
 
     @property
     def windows(self) -> Mapping[str, str]:
-        """The windows that admitted this hold, and that its cost is charged to."""
+        """The window of each budget in which the hold was reserved; the cost is charged to this window."""
         return {window.budget: window.span.name for window, _ in self.parts}
 
     @property
@@ -189,7 +189,7 @@ class HoldBase:
 
     @property
     def settled(self) -> bool:
-        """Whether this hold was committed or released, for good."""
+        """Whether the hold was committed or released and can no longer change."""
         return self.state not in ("open", "unconfirmed") and not self.released_by_operator
 
     @property
@@ -204,7 +204,7 @@ class HoldBase:
 
     @property
     def flags(self) -> dict[str, str]:
-        """The flag of each of its budgets."""
+        """The flag of each budget of the hold."""
         return {window.budget: window.flag for window, _ in self.parts}
 
     @property
@@ -213,7 +213,7 @@ class HoldBase:
         return [window for window, _ in self.parts]
 
     def unit_of(self, name: str) -> str:
-        """The unit of one of its budgets; ``count`` for a count that is not configured here."""
+        """The unit of a budget of the hold; ``count`` if the budget counts and this replica has no such budget."""
         budget = self.engine.state.budgets.get(name)
         return budget.unit if budget else next(window.unit for window, _ in self.parts if window.budget == name)
 
@@ -224,9 +224,10 @@ class HoldBase:
     # -- what was used -------------------------------------------------------------------------------------------------
 
     def accrue(self, amount: Amounts) -> None:
-        """Add to the accrued amount. This is local; the next heartbeat reports the total, and ``commit()`` commits it.
+        """Add to the accrued amount in this process.
 
-        A scalar applies to every ``usd`` budget of the hold.
+        The next heartbeat reports the total to the store, and ``commit()`` without amounts commits the total. A scalar
+        applies to every ``usd`` budget of the hold.
 
         Raises:
             InvalidAmount: not a non-negative amount, or the sum would reach 2**53 units.
@@ -238,7 +239,7 @@ class HoldBase:
             self._accrued |= added(self._accrued, more, self.unit_of)
 
     def adjust(self, changes: Mapping[str, int]) -> None:
-        """Add whole units to the accrued amount, or subtract an excess, which a heartbeat may have reported."""
+        """Add whole units to the accrued amount. Negative units remove an excess that may have been reported."""
         with self.lock:
             self.adjust_locked(changes)
 
@@ -248,17 +249,17 @@ class HoldBase:
             self._accrued[name] = min(max(0, self._accrued.get(name, 0) + units), MAX_UNITS - 1)
 
     def accrue_to(self, totals: Amounts | None) -> None:
-        """Raise the accrued amounts to these totals; errors as for :meth:`accrue`."""
+        """Raise the accrued amounts to these totals; the errors are those of :meth:`accrue`."""
         units_by_name = {} if totals is None else spread(totals, self.flags)
         with self.lock:
             for name, units in units_by_name.items():
                 self._accrued[name] = max(self._accrued.get(name, 0), units)
 
     def note(self, remark: str, *, first: bool = False) -> None:
-        """Add a remark to the ledger entry of this hold's commit, unless it has it; a text that is too long is cut.
+        """Add a remark to the ledger entry of the hold's commit, unless the same remark was added before.
 
         Args:
-            first: put the remark first, so that it is not cut off.
+            first: put the remark before the others, because a text that is too long is cut at its end.
         """
         self._notes = {remark: None, **self._notes} if first else {**self._notes, remark: None}
 
@@ -271,13 +272,13 @@ class HoldBase:
 
     @property
     def busy(self) -> bool:
-        """Whether metered calls in progress draw from the hold, so that it must not be settled yet."""
+        """Whether metered calls in progress draw from the hold; the hold must not be settled before they end."""
         return self.growth is not None and self.growth.open > 0
 
     def leave_to_calls(self, failed: bool, on_error: OnError, stop: Callable[[], object]) -> bool:
-        """Leave the hold open for the metered calls in progress, if any.
+        """Leave the hold open for the metered calls in progress; return whether there are any.
 
-        The last one stops the heartbeats and settles it.
+        The last of the calls stops the heartbeats and settles the hold.
         """
         with self.lock:
             if not self.busy or self.settled or self.settling or self.uncertain_commit is not None:
@@ -293,7 +294,7 @@ class HoldBase:
         self.granted = None
         self.deadline_ms = record.deadline_ms
         reserved = {s.budget: s.reserved for s in record.segments}
-        # Of two replies, the older may arrive last.
+        # The older of two replies may arrive last.
         self.parts = [(window, max(units, reserved[window.budget])) for window, units in self.parts]
 
     def keep_offline(self, policy: str, now_us: int, owner: str, operation: str, trace_id: str) -> HoldRecord:
@@ -314,7 +315,10 @@ class HoldBase:
         return record._replace(state=codes.STATE_CODES[self.state], deadline_ms=self.deadline_ms, segments=segments)
 
     def restored_commit(self, charged: Sequence[int], remark: str = "", trace_id: str = "") -> Restore:
-        """Commit a hold that the store does not have: it was granted offline, or the store has lost it."""
+        """Return the operation that commits a hold that the store does not have.
+
+        The hold was granted offline, or the store has lost it.
+        """
         record = self.offline_record
         if record is None:  # lost
             lost = segments_of(self.parts)
@@ -351,7 +355,7 @@ def added(totals: Mapping[str, int], more: Mapping[str, int], unit_of: Callable[
 
 
 def check_on_error(value: object) -> None:
-    """Raise :class:`~ktrdr_budget.errors.InvalidArgument` if it is no :data:`OnError`."""
+    """Raise :class:`~ktrdr_budget.errors.InvalidArgument` if the value is no :data:`OnError`."""
     if value not in ("release", "charge"):
         raise InvalidArgument(f"on_error must be 'release' or 'charge', not {shown(value)}")
 

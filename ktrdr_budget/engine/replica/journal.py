@@ -1,14 +1,14 @@
 """A replica's journal: acknowledged operations, to be replayed if the store loses them (P13).
 
-The journal has four kinds of entries. Each is identified by an id, a time or a total, so that a second replay changes
-nothing: *limits* of run time that the replica set or read, its *subtotal* of each window's spend, the *holds* that it
-was granted, and a bounded number of recent *settlements*. A settlement in the journal restores its id as well; one that
-was evicted is still in the subtotal. Holds and settlements are kept as records of the hold, so that after a repair the
-same reservation is a replay.
+The journal has four kinds of entries: *limits* of run time that the replica set or read, the replica's *subtotal* of
+the spend in each window, *holds* that were granted to the replica, and a bounded number of recent *settlements*. Each
+entry is identified by an id, a time or a total, so that a second replay changes nothing. The replay of a settlement
+also restores the id of the hold; the units of an evicted settlement are still in the subtotal. Holds and settlements
+are kept as records of the hold, so that after a repair the same reservation is a replay.
 
-Each settlement counts in the subtotal of one replica, the one whose request made it; the store's record names it.
-Another replica whose request was a replay journals the settlement as well, and replays it on behalf of the first, which
-may be gone.
+Each settlement counts in the subtotal of exactly one replica: the replica that settled the hold, which the store's
+record names. If the request of another replica was a replay, the other replica journals the settlement as well, and
+replays the settlement on behalf of the first replica, which may be gone.
 """
 
 from __future__ import annotations
@@ -46,20 +46,20 @@ from ktrdr_budget.models import Budget
 __all__ = ["Journal", "Repair"]
 
 SETTLEMENTS_MAX = 20_000
-"""The maximum number of settlements kept; at least half of them are kept."""
+"""The maximum number of settlements in the journal; of the newest settlements, at least half this number is kept."""
 HOLDS_MAX = 10_000
-"""The maximum number of holds kept; at least half of them are kept.
+"""The maximum number of holds in the journal; of the newest holds, at least half this number is kept.
 
-It is below that of settlements, because a hold must not be kept for longer than its settlement by another replica.
+The number is below that of settlements, because a hold must not be kept longer than its settlement by another replica.
 """
 AGE_MAX_MS = LONGEST_HOLD_MS // 2
-"""The maximum age of a replayed settlement: the store drops its id after a day."""
+"""The maximum age of a replayed settlement; the store drops the id of a settled hold after a day."""
 _ID_MEMORY_MS = 86_400_000
-"""The age after which the store has dropped the id of a settlement, so that another one may use it."""
+"""The age after which the store has dropped the id of a settled hold, so that a new hold may have the same id."""
 HOLD_AGE_MAX_MS = AGE_MAX_MS
-"""The maximum age of a replayed hold: another replica may have settled it, and replays that for as long."""
+"""The maximum age of a replayed hold; if another replica settled the hold, it replays the settlement as long."""
 _FRESH_MS = 2000
-"""Younger holds are not checked for settlements by others, because most are soon settled by this replica."""
+"""Holds below this age are not checked for settlements by others: this replica soon settles most of them."""
 _WINDOWS_MAX = 4096
 _CLEARED = 1
 """``until_ms`` of a limit that was cleared."""
@@ -75,7 +75,7 @@ class _Hold(NamedTuple):
     """An open hold."""
 
     windows: str
-    """Their keys."""
+    """The keys of the windows, separated by spaces."""
     record: str
     seen_us: int
     """When the store last had the hold."""
@@ -85,7 +85,7 @@ class _Settlement(NamedTuple):
     """An acknowledged settlement."""
 
     windows: str
-    """Their keys."""
+    """The keys of the windows, separated by spaces."""
     record: str
     """The hold's record after the settlement."""
     units: tuple[int, ...]
@@ -93,7 +93,7 @@ class _Settlement(NamedTuple):
     is_own: bool
     """Whether the settlement counts in this replica's subtotals."""
     replica: str
-    """If it is not its own: the replica that the settlement counts for, if the store's reply named one."""
+    """The other replica for which the settlement counts, if the store's reply named one; else empty."""
     at_ms: int
 
 
@@ -104,11 +104,11 @@ class Repair:
     settlements: int = 0
     holds: int = 0
     windows: int = 0
-    """Windows whose subtotal was raised for settlements that the journal no longer has one by one."""
+    """Windows whose subtotal was raised because of settlements that the journal had evicted."""
     forgotten_settlements: int = 0
-    """Settlements that the journal had evicted: their ids are lost, their spend is in the subtotals."""
+    """Settlements that the journal had evicted. The ids are lost; the spend is in the subtotals."""
     forgotten_holds: int = 0
-    """Open holds that the journal had evicted: their amounts are free again, unless the store still had the holds."""
+    """Open holds that the journal had evicted. If the store lost such a hold, its amount is free again."""
 
     def __bool__(self) -> bool:
         return bool(self.settlements or self.holds or self.windows)
@@ -125,7 +125,7 @@ class Repair:
 class Journal:
     """The journal of one replica.
 
-    It does no I/O, and is cheap to write, because each call of the limiter writes to it.
+    The journal does no I/O. A write is cheap, because each call of the limiter writes to the journal.
     """
 
     def __init__(self, replica: str = "") -> None:
@@ -138,7 +138,7 @@ class Journal:
         """Windows by their keys."""
         self._evicted_units: dict[str, int] = {}
         """The units of evicted settlements in this replica's subtotal of each window."""
-        # Two generations of both: dropping the older one at once costs nothing, one by one would cost a search each.
+        # Holds and settlements have two generations each: to drop the older generation at once costs nothing.
         self._holds: dict[str, _Hold] = {}
         self._older_holds: dict[str, _Hold] = {}
         self._settlements: dict[str, _Settlement] = {}
@@ -165,13 +165,13 @@ class Journal:
         self._holds[hold_id] = _Hold(self._keys_of(windows), record, now_us)
 
     def extended(self, hold_id: str, record: str, windows: Sequence[Window], now_us: int) -> None:
-        """Replace a hold's record by the store's."""
+        """Replace the journal's record of a hold by the store's record."""
         self._pop_hold(hold_id)
         if not is_settled(record):
             self._holds[hold_id] = _Hold(self._keys_of(windows), record, now_us)
 
     def seen(self, hold_id: str, record: str, now_us: int) -> None:
-        """Update a hold from the store's record of this time; drop a hold that another replica has settled."""
+        """Update a hold from the record that the store had at this time; if the hold is settled, drop it."""
         for holds in (self._holds, self._older_holds):
             known = holds.get(hold_id)
             if known is not None and known.seen_us <= now_us:  # else this replica has changed it since
@@ -181,12 +181,12 @@ class Journal:
                     holds[hold_id] = known._replace(record=record, seen_us=now_us)
 
     def open_hold(self, hold_id: str) -> HoldRecord | None:
-        """The record of a hold that was granted to this replica and not settled; else ``None``."""
+        """The record of the hold if it was granted to this replica and is open, else ``None``."""
         known = self._holds.get(hold_id) or self._older_holds.get(hold_id)
         return None if known is None else parse_record(known.record)
 
     def holds_to_check(self, now_ms: int, most: int) -> list[str]:
-        """Ids of open holds that another replica may have settled; each call returns the next few, in turn."""
+        """The ids of open holds that another replica may have settled. Each call returns the next ``most`` of them."""
         holds = chain(self._older_holds.items(), self._holds.items())
         some = list(islice(holds, self._checked, self._checked + most))
         self._checked = self._checked + most if len(some) == most else 0
@@ -215,13 +215,15 @@ class Journal:
         """Journal an acknowledged settlement.
 
         Args:
-            windows: the windows in which it counts, if they differ from the operation's.
+            windows: the windows in which the settlement counts, if the windows of the operation are others.
         """
         hold_id = op.hold_id
         hold = self._pop_hold(hold_id)
         keys = self._keys_of(op.windows if windows is None else windows)
         record = op.record_text(settled, hold.record if hold is not None else "", now_ms)
-        if isinstance(op, Release) and op.is_correctable(settled):  # settles nothing: the worker may yet commit it
+        if isinstance(op, Release) and op.is_correctable(
+            settled
+        ):  # the hold stays in the journal: the worker may commit it
             self._holds[hold_id] = _Hold(keys, record, now_ms * 1000)
             return
         if len(self._settlements) >= SETTLEMENTS_MAX // 2:
@@ -234,18 +236,21 @@ class Journal:
                 if now_ms - earlier.at_ms >= _ID_MEMORY_MS:  # else the store has lost one of the two
                     _add_own(self._evicted_units, [earlier])
         elif hold_id in older or hold_id in current:
-            return  # whose subtotal it is in is known
+            return  # the journal has the settlement and the replica for which it counts
         else:
             is_own = self.counts_here(settled)
         replica = "" if is_own else settled.replica
         current[hold_id] = _Settlement(keys, record, settled.units, is_own, replica, now_ms)
 
     def counts_here(self, settled: Settled) -> bool:
-        """Whether a settlement counts in this replica's subtotals. A replay does if the first attempt was its own."""
+        """Whether a settlement counts in this replica's subtotals.
+
+        A replay counts if this replica made the first attempt.
+        """
         return not settled.replayed or settled.replica == self._replica
 
     def replayed(self, hold_id: str, reply: Reply) -> None:
-        """Set the replica that a replayed settlement counts for, as the store's record names it."""
+        """Set the replica for which a replayed settlement counts: the replica in the store's record."""
         if isinstance(reply, Settled) and reply.replayed and reply.replica:
             is_own = reply.replica == self._replica
             for generation in (self._older_settlements, self._settlements):
@@ -275,7 +280,7 @@ class Journal:
         return [self._windows[key] for key in keys.split(" ")]
 
     def _drop_windows(self, now_ms: int) -> None:
-        """Drop windows that have ended and that no entry refers to."""
+        """Drop each window that has ended and has no entry."""
         for key in [*self._evicted_units]:
             end_ms = self._windows[key].span.end_ms
             if end_ms is not None and end_ms + LONGEST_HOLD_MS < now_ms:
@@ -303,10 +308,10 @@ class Journal:
         self._limits[budget.name] = _Limit(RuntimeLimit(None, _CLEARED, changed_us), budget.definition)
 
     def limit_seen(self, budget: Budget, limit: RuntimeLimit | None, now_us: int) -> None:
-        """Journal the limit that the store had at this time, or that it had none."""
+        """Journal the limit that the store had at this time; ``None`` if the store had no limit."""
         known = self._limits.get(budget.name)
         if known is not None and known.limit.changed_us > now_us:
-            return  # that reply is older
+            return  # the journal has a later change
         if limit is not None:
             self._limits[budget.name] = _Limit(limit, budget.definition)
         elif known is not None and known.limit.until_ms != _CLEARED:
@@ -323,7 +328,7 @@ class Journal:
         ]
 
     def settlements(self, keys: Keys, now_ms: int) -> list[Operation]:
-        """The operations to replay after the limits: settlements by id. Drops holds that are too old to be replayed."""
+        """The operations to replay after the limits: recent settlements. Holds too old for a replay are dropped."""
         oldest_us = (now_ms - HOLD_AGE_MAX_MS) * 1000
         for holds in (self._older_holds, self._holds):
             for hold_id in [hold_id for hold_id, hold in holds.items() if hold.seen_us < oldest_us]:
@@ -349,7 +354,7 @@ class Journal:
         return SettleOnBehalf(settlement.replica, op) if settlement.replica else op
 
     def totals(self, keys: Keys) -> list[ReplayTotal]:
-        """The operations to replay after the settlements: subtotals, to which the store raises its own."""
+        """The operations to replay after the settlements: subtotals. The store raises its own subtotals to these."""
         totals = dict(self._evicted_units)
         for generation in (self._older_settlements, self._settlements):
             _add_own(totals, generation.values())

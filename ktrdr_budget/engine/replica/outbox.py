@@ -1,10 +1,10 @@
 """The outbox of a replica: requests to send once the store replies again.
 
-A settlement is *deferred* if its caller continued without the store (policies ``allow`` and ``lease``). A request is
-*in doubt* if its reply was lost; so is a settlement or report whose caller will not retry it. A settlement or a report
-is sent again, which its id makes harmless. A reservation under a generated id is released, or refused if it arrives
-late. A reservation under an id that the caller chose is only looked up, because a retry receives the hold; if the
-caller is gone, the grant to this request is released.
+A settlement is *deferred* if the caller continued without the store (policies ``allow`` and ``lease``). A request is
+*in doubt* if its reply was lost. A settlement or report is also in doubt if the caller will not retry it. The outbox
+sends a settlement or report again; the id of the hold makes that harmless. If a reservation with a generated id is in
+doubt, the hold is released, or refused if the request arrives late. If the caller chose the id, the hold is only looked
+up, because a retry of the caller receives the hold; if the caller is gone, the grant to the request is released.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ DEFERRED_MAX = 100_000
 IN_DOUBT_MAX = 10_000
 
 Kind = Literal["deferred", "settlement", "report", "by id", "release", "look up"]
-"""``by id``: a settlement or report whose hold was not read yet. ``release``: of a grant that no caller received."""
+"""``by id``: a settlement or report whose hold was not read yet. ``release``: the release of an unreceived grant."""
 FACTS = frozenset({"settlement", "report", "by id"})
 OUTCOMES = ("executed", "sent_again", "superseded", "released", "granted", "absent", "retried", "refused", "dropped")
 """Outcomes of a request in doubt.
 
-``executed``: the first attempt had been executed. ``sent_again``: it had not, or was a report. ``superseded``: the hold
-was settled otherwise meanwhile. ``released``: a grant that no caller had. ``granted``: open under its caller's own id,
-and left to it. ``absent``: never granted, or no such hold. ``retried``: its caller received a reply to another attempt.
-``refused``: the store does not accept it. ``dropped``: the outbox was full, or the entry too old to resend safely.
+``executed``: the store had executed the first attempt. ``sent_again``: the request was sent again, because the store
+had not executed it, or because it was a report. ``superseded``: the hold was settled in another way meanwhile.
+``released``: no caller had the granted hold, which was released. ``granted``: the hold is open under an id that the
+caller chose, and is left to the caller. ``absent``: the store has no such hold. ``retried``: the caller received a
+reply to another attempt. ``refused``: the store did not accept the request. ``dropped``: the outbox was full, or the
+request was too old to be sent again safely.
 """
 
 
@@ -37,9 +39,9 @@ class Entry:
     """One request in the outbox.
 
     Args:
-        request: the operation to send; a prepared fact until its hold has been read.
-        maybe_executed_us: the time, by the store's clock, since when an attempt may have been executed; ``None`` if no
-            attempt was sent.
+        request: the operation to send, or a prepared fact until the hold has been read.
+        maybe_executed_us: when the first attempt may have been executed, by the store's clock, in microseconds;
+            ``None`` if no attempt was sent.
     """
 
     __slots__ = ("kind", "maybe_executed_us", "request")
@@ -66,7 +68,7 @@ class Entry:
 
 
 class Outbox:
-    """The outbox of one replica. No I/O."""
+    """The outbox of one replica. It does no I/O."""
 
     def __init__(self) -> None:
         self._in_doubt: dict[str, list[Entry]] = {}
@@ -77,15 +79,15 @@ class Outbox:
         self.in_doubt = 0
         """The number of requests in doubt."""
         self.deferred_lost = 0
-        """Deferred settlements that were dropped: the outbox was full, or they were too old to resend safely."""
+        """Dropped deferred settlements: the outbox was full, or they were too old to be sent again safely."""
         self.outcomes = dict.fromkeys(OUTCOMES, 0)
-        """Requests in doubt by outcome."""
+        """The number of ended requests in doubt, by outcome."""
 
     def __len__(self) -> int:
         return self.deferred + self.in_doubt
 
     def __iter__(self) -> Iterator[Entry]:
-        """Iterate over requests in doubt, then deferred ones: oldest id first, per id in the order of arrival."""
+        """Iterate over the requests in doubt, then over the deferred settlements; the oldest id comes first."""
         for queue in (self._in_doubt, self._deferred):
             for entries in list(queue.values()):
                 yield from list(entries)
@@ -97,7 +99,7 @@ class Outbox:
         return self._deferred if kind == "deferred" else self._in_doubt
 
     def add(self, entry: Entry) -> Entry | None:
-        """Add a request unless an equivalent one is queued; return the one evicted to make room, if any."""
+        """Add a request unless an equivalent request is queued; return the request evicted to make room, if any."""
         queue = self._queue(entry.kind)
         known = queue.setdefault(entry.hold_id, [])
         for other in known:
@@ -111,7 +113,7 @@ class Outbox:
         return self._evict(queue) if self.in_doubt > IN_DOUBT_MAX else None
 
     def _replaces(self, other: Entry, entry: Entry, known: list[Entry]) -> bool:
-        """Whether the new entry need not be queued: a queued one is equivalent, or was replaced by it."""
+        """Whether the new entry needs no place: a queued entry is equivalent, or was replaced by the new entry."""
         if entry.kind == "deferred":
             same = other.equivalent(entry)
             if same and other.maybe_executed_us is None:
@@ -149,7 +151,7 @@ class Outbox:
         return True
 
     def retried(self, hold_id: str, *, settled: bool) -> bool:
-        """Remove requests in doubt after a reply to a retry: all with this id, or no facts unless ``settled``.
+        """Remove the requests in doubt of this id after a reply to a retry; remove facts only if ``settled``.
 
         Returns:
             Whether a settlement was in doubt.
@@ -173,5 +175,5 @@ class Outbox:
 
 
 def _request_of(entry: Entry) -> str:
-    """The request that a reservation, or the release of its grant, names."""
+    """The name of the reservation request that the entry reserves or releases; empty for a fact."""
     return getattr(entry.request, "request", "")

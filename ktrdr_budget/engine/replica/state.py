@@ -24,13 +24,13 @@ __all__ = ["MAX_BUDGETS", "MAX_HOLDS", "RETENTION_DAYS", "RETENTION_DAYS_MIN", "
 MAX_HOLDS = 1_000_000
 RETENTION_DAYS = 35
 RETENTION_DAYS_MIN = 2
-"""With less than two days, a window would be dropped while its last holds can still be settled and audited."""
+"""If the retention were shorter, the store would drop a window while the last holds of the window can be settled."""
 _RETENTION_DAYS_MAX = 3650
 MAX_BUDGETS = 1_000
 _CACHED_WINDOWS = 1024
 _FORGOTTEN_AFTER_MS = LONGEST_HOLD_MS
 SLOW_BATCH_EVERY_S = 1.0
-"""Interval of batches by the full script, which finds due holds and records that this replica is alive."""
+"""Seconds between two batches by the full script, which finds due holds and records that this replica is alive."""
 SLOW_BATCHES_AFTER_MISS = 8
 
 
@@ -38,9 +38,9 @@ class ReplicaState:
     """One replica's state for one tenant. It does no I/O; the caller passes replies to :meth:`absorb`.
 
     Args:
-        retention_days: how long windows and ledgers stay after the longest hold of the window could have ended.
-        id_memory_ms: how long ids are remembered after settlement.
-        ledger_entries_max: above this number, a ledger's oldest entries are replaced by one summary.
+        retention_days: days for which the store keeps a window and its ledger after the last hold could have ended.
+        id_memory_ms: how long the store keeps the id of a hold after its settlement.
+        ledger_entries_max: if a ledger has more entries, one summary replaces the oldest of them.
         max_holds: how many holds, open and unconfirmed, the tenant may have.
         max_budgets: how many budgets the tenant may have.
     """
@@ -78,7 +78,7 @@ class ReplicaState:
         self.on_suspicion: Callable[[], None] | None = None
         """Called when a read's reply suggests a data loss."""
         self.on_late_reply: Callable[[], None] | None = None
-        """Called with a reply that was sent before a data loss and read after its detection; its effects are lost."""
+        """Called if a reply from before a data loss is read after the detection; the writes it reports are lost."""
         self.policy_checked = False
         """Whether the store's eviction policy was read, or is being read."""
         self.renew()
@@ -95,7 +95,10 @@ class ReplicaState:
         self._last_reply_ms = 0.0
         self._started_monotonic_s = time.monotonic()
         self._started_us: int | None = None
-        """By the store's clock; ``None`` before its first reply. This machine's clock may be wrong by hours."""
+        """The start of this replica by the store's clock; ``None`` before the store's first reply.
+
+        This machine's clock may be wrong by hours.
+        """
         self._offset_ms = time.time() * 1000 - time.monotonic() * 1000
         self._serial = itertools.count(1)
         self._slow_batches = 0
@@ -114,8 +117,8 @@ class ReplicaState:
     def header(self) -> Header:
         """The header of the next batch."""
         if self.acknowledged and self.silent_s * 1000 > _FORGOTTEN_AFTER_MS:
-            # The store drops a replica that is silent for two days, and folds its subtotals into those of others: its
-            # journal and its count of writes show no loss any more.
+            # The store drops a replica that is silent for two days, and adds the subtotals of the replica to those of
+            # others. After that, the replica's journal and count of writes no longer show a loss.
             self.acknowledged, self.epoch, self._header = 0, None, None
             self.journal.clear()
         if self._header is None:
@@ -129,15 +132,15 @@ class ReplicaState:
                 settings=self.settings,
             )
             if self._started_us is None:
-                return header  # the next one is older
+                return header  # not cached: the age of the replica grows
             self._header = header
         return self._header
 
     @property
     def claim(self) -> tuple[int, str]:
-        """The start of this replica by the store's clock, and its id.
+        """The start of this replica by the store's clock, and the replica's id.
 
-        The limit of the replica with the largest claim applies.
+        Of several replicas, the limit of the replica with the largest claim applies.
         """
         return self._started_us or 0, self.replica_id
 
@@ -171,9 +174,9 @@ class ReplicaState:
     def set_clock(self, now_us: int, age_us: int) -> None:
         """Set the store's clock from a reply.
 
-        The start of this replica is estimated between its real start and that reply, so that a replica made after
-        another one's first reply has a later start. A start ahead of the store's clock was set before that clock was
-        set back.
+        The start of this replica is estimated between the real start and the reply. So a replica that is made after the
+        first reply to another replica has the later start. If the start is ahead of the store's clock, the clock was
+        set back after the start was estimated.
 
         Args:
             age_us: the age of this replica when it sent the request.
@@ -193,7 +196,7 @@ class ReplicaState:
         self._set_clock(head.now_us, sent)
         self._last_reply_ms = time.monotonic() * 1000
         if head.data_loss:
-            if sent is self._header:  # else another lane has sent it before the loss was known
+            if sent is self._header:  # else another lane sent the batch before the loss was detected
                 self._lose(head.epoch, head.acknowledged)
             return
         timeline = head.epoch or sent.epoch
@@ -225,17 +228,17 @@ class ReplicaState:
         return time.monotonic() - self.last_reply_s
 
     def confirms_timeline(self, head: ReadHead, sent: Header) -> bool:
-        """Whether a read's reply has the epoch that this replica has seen; if not, a data loss is suspected (P13).
+        """Whether the reply to a read has the epoch that this replica has seen; if not, there may be a data loss (P13).
 
-        Also sets the clock, and the epoch if none was seen before, so that a replica that only reads detects losses
-        too.
+        The method also sets the clock and, if no epoch was seen before, the epoch. So a replica that only reads detects
+        losses, too.
         """
         self._set_clock(head.now_us, sent)
         if self.epoch is None and head.epoch is not None:
             self._set_epoch(head.epoch)
         if head.epoch == self.epoch and head.acknowledged >= sent.acknowledged:
             return True
-        # Else the reply is only older than what a batch has brought meanwhile.
+        # If the epoch has changed since the request, the reply is only older than the reply to a batch.
         if sent.epoch == self.epoch and self.on_suspicion is not None:
             self.on_suspicion()
         return False
@@ -248,7 +251,10 @@ class ReplicaState:
             self.on_loss()
 
     def journal_settlement(self, op: SettlingOperation, settled: Settled, now_ms: int) -> None:
-        """Journal an acknowledged settlement; a replayed record of spend counts in the windows of its first attempt."""
+        """Journal an acknowledged settlement.
+
+        If a record of spend is a replay, the amount counts in the windows of the first attempt.
+        """
         windows = op.windows
         if settled.windows:
             windows = [
@@ -284,7 +290,7 @@ class ReplicaState:
         return window
 
     def window(self, name: str, stored: str, flag: str = COUNT) -> Window:
-        """A window by its name in the store, also of a budget that this replica lacks or defines differently."""
+        """The window with this name in the store; the budget may be unknown to this replica, or defined differently."""
         budget, period_name = self.budgets.get(name), public_window(stored)
         if budget is not None and stored == stored_window(period_name, budget.definition):
             return self._window(budget, window_named(budget.period, budget.timezone, period_name))
@@ -328,7 +334,10 @@ def _whole_number(value: object, option: str, most: int, *, least: int = 1) -> i
 
 
 def _guess_span(window_name: str) -> Span:
-    """The bounds of a window with an unknown timezone: those in UTC, widened by a day, more than any offset."""
+    """The bounds of a window with an unknown timezone: the bounds in UTC, widened by a day on both sides.
+
+    A day is more than the offset of any timezone.
+    """
     for period in PERIODS:
         try:
             span = window_named(period, "UTC", window_name)

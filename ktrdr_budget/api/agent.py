@@ -36,10 +36,10 @@ __all__ = ["agent_router"]
 
 
 class TriggerRoute(BudgetRoute):
-    """The route of a trigger. Its problems also state that no cycle started, and the reason."""
+    """The route of a trigger. Each problem document also states that no cycle started, and the reason."""
 
     def problem(self, problem: HTTPProblem, error: Exception) -> HTTPProblem:
-        """Add the members of a refused trigger."""
+        """Add the members that describe a refused trigger."""
         if problem.status_code in (401, 403):
             return problem
         reason = problem.members.get("reason") or problem.code.replace("-", "_")
@@ -65,7 +65,7 @@ def agent_router(service: BudgetService, agent: Callable[[], AgentService], pref
     Args:
         service: the limiter and the keys.
         agent: returns the agent of the app's present run.
-        prefix: of all paths.
+        prefix: the prefix of all paths.
     """
     router = APIRouter(
         prefix=prefix,
@@ -79,7 +79,7 @@ def agent_router(service: BudgetService, agent: Callable[[], AgentService], pref
     async def trigger_cycle(
         request: Request, body: Annotated[TriggerIn, Body(default_factory=TriggerIn)]
     ) -> TriggerOut:
-        """Start a research cycle: reserve its estimate and a slot, all or none."""
+        """Start a research cycle: reserve the estimate and a slot together, or start nothing."""
         if request.url.query:
             raise invalid("query", "a trigger takes no query parameters; send the fields as a JSON body")
         try:
@@ -114,7 +114,7 @@ def agent_router(service: BudgetService, agent: Callable[[], AgentService], pref
 
     @router.get("/agent/status")
     async def get_agent_status() -> AgentStatusOut:
-        """Read the agent's state, and the remaining money and cycles; every replica replies the same."""
+        """Read the agent's state, the remaining budget and the free slots. Every replica gives the same reply."""
         found = await agent().status()
         page, budget, slots = found.cycles, found.budget, found.capacity
         active = [_cycle(cycle) for cycle in page.active]
@@ -129,7 +129,7 @@ def agent_router(service: BudgetService, agent: Callable[[], AgentService], pref
 
     @router.get("/agent/cycles", responses=problems(422))
     async def list_cycles(query: Annotated[PageQuery, Query()]) -> CyclesOut:
-        """List cycles: on the first page the running ones, then those that have ended, newest first."""
+        """List cycles, newest first. The first page starts with the running cycles; ended cycles follow."""
         page = await agent().cycles(query.limit + 1, query.cursor or "")
         ended = page.ended[: query.limit]
         shown = [*reversed(page.active), *ended] if query.cursor is None else ended
@@ -142,7 +142,7 @@ def agent_router(service: BudgetService, agent: Callable[[], AgentService], pref
         responses=problems(404, 422, models={409: EndedProblem}),
     )
     async def cancel_cycle(operation_id: HoldId) -> dict[str, str]:
-        """Cancel a cycle, on whichever replica it runs; the spend so far is committed."""
+        """Cancel a cycle on any replica. The spend of the cycle so far is committed."""
         try:
             status = await agent().cancel(operation_id)
         except UnknownCycle as error:
@@ -163,7 +163,7 @@ def agent_router(service: BudgetService, agent: Callable[[], AgentService], pref
 
 
 def _exhausted(error: MoneyDenied) -> HTTPProblem:
-    """A denial with the one reason that triggers have; the precise reason is ``denial_reason``."""
+    """The problem for a denied trigger: ``reason`` is always the same; ``denial_reason`` is the precise reason."""
     problem = denied(error.denial, None)
     headers = {} if error.retry_after is None else {"Retry-After": str(error.retry_after)}
     members = {**problem.members, "denial_reason": error.denial.reason, "retry_after": error.retry_after}
@@ -184,7 +184,7 @@ def _cycle(cycle: CycleView) -> CycleOut:
         estimate=f"{Decimal(progress['estimate']):f}",
         tokens=progress["tokens"],
         strategy_name=progress["strategy_name"],
-        model=progress.get("model"),  # a replica of an earlier version writes none
+        model=progress.get("model"),  # replicas of earlier versions write no model
         brief=request.get("brief"),
         bypass_gates=bool(request.get("bypass_gates")),
         gates=progress["gates"],

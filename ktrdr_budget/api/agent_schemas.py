@@ -58,7 +58,7 @@ def _text(value: str) -> str:
 
 
 class TriggerIn(RequestModel):
-    """The options of a research cycle. With an id, a retry is harmless."""
+    """The options of a research cycle. If the request has an id, a retry is harmless."""
 
     model_config = closed(operation_id="op_1", brief="Follow trends of some months.", model="haiku")
     operation_id: Annotated[
@@ -67,16 +67,16 @@ class TriggerIn(RequestModel):
         WithJsonSchema({"anyOf": [{"type": "string", "pattern": f"^{_OPERATION_ID.pattern}$"}, {"type": "null"}]}),
     ] = None
     strategy: Annotated[str, Field(max_length=_WORD_CHARACTERS), AfterValidator(_text)] | None = Field(
-        None, description="An existing strategy: the cycle starts with its training. Excludes `brief`."
+        None, description="An existing strategy to train; the cycle skips the design. Excludes `brief`."
     )
     brief: Annotated[str, Field(max_length=_BRIEF_CHARACTERS), AfterValidator(_text)] | None = Field(
         None, description="Instructions for the design. Excludes `strategy`."
     )
     model: Annotated[str, Field(max_length=_WORD_CHARACTERS), AfterValidator(_text)] | None = Field(
-        None, description="The language model of the cycle: its name, or `opus`, `sonnet`, `haiku`."
+        None, description="The language model of the cycle: a full model name, or `opus`, `sonnet`, `haiku`."
     )
     bypass_gates: Annotated[bool, Field(strict=True)] = Field(
-        False, description="Evaluate and record gates, but never stop at one."
+        False, description="Continue the cycle after a failed gate; the result of the gate is recorded."
     )
 
 
@@ -101,7 +101,7 @@ class GateOut(BaseModel):
     gate: Literal["training", "backtest"]
     passed: bool
     reason: str
-    bypassed: bool = Field(default=False, description="The gate could not stop the cycle.")
+    bypassed: bool = Field(default=False, description="Whether the cycle continues even if the gate fails.")
 
 
 class CycleOut(ResponseModel):
@@ -110,14 +110,14 @@ class CycleOut(ResponseModel):
     operation_id: str
     operation_type: Literal["agent_research"] = "agent_research"
     status: Literal["running", "cancelling", "completed", "failed", "cancelled"]
-    phase: Phase = Field(description="The current phase, or the last one.")
+    phase: Phase = Field(description="The current phase, or the last phase if the cycle has ended.")
     started_at: Instant
     ended_at: Instant | None
     elapsed_seconds: float
     spend: AmountOut = Field(
-        description="Dollars used so far; after the end, the committed amount. For a cycle whose worker was lost "
-        "(`worker_lost`), the last amount it reported; the reservation of the same id has the amount that the budget "
-        "is charged, unconfirmed."
+        description="Dollars used so far; after the cycle has ended, the committed amount. For a cycle whose worker "
+        "was lost (`worker_lost`), the last amount that the worker reported; the reservation of the same id has "
+        "the unconfirmed amount that is charged to the budget."
     )
     estimate: AmountOut = Field(description="Dollars reserved at the start.")
     tokens: dict[Literal["design", "assessment"], int]
@@ -132,20 +132,20 @@ class CycleOut(ResponseModel):
         "`worker_lost` or `error`."
     )
     error: str | None
-    results: dict[str, float | int | str | None] = Field(description="The figures of the phases so far.")
+    results: dict[str, float | int | str | None] = Field(description="The figures of the phases that have ended.")
     replica: str
     trace_id: str
 
 
 class RemainingOut(ResponseModel):
-    """The agent's daily budget; `null` is unlimited."""
+    """The agent's daily budget in dollars; `null` means unlimited."""
 
     remaining: AmountOut | None
     daily_limit: AmountOut | None = Field(validation_alias="limit")
 
 
 class CapacityOut(ResponseModel):
-    """Concurrent research cycles of all replicas; `null` is unlimited."""
+    """The number of concurrent research cycles on all replicas; `null` means unlimited."""
 
     active: int = Field(validation_alias="held")
     free: int | None = Field(validation_alias="remaining")
@@ -153,18 +153,22 @@ class CapacityOut(ResponseModel):
 
 
 class AgentStatusOut(ResponseModel):
-    """The agent's state on all replicas, and its remaining money and cycles."""
+    """The agent's state on all replicas, the remaining budget and the free slots."""
 
     status: Literal["idle"] | Phase = Field(description="The phase of the oldest active cycle, or `idle`.")
     active_cycles: list[CycleOut]
     last_cycle: CycleOut | None = Field(description="The cycle that ended last.")
-    budget: RemainingOut | None = Field(description="`null` if unknown: another definition is registered.")
-    capacity: CapacityOut | None = Field(description="`null` if unknown, as for `budget`.")
+    budget: RemainingOut | None = Field(
+        description="`null` if the figures are unknown because another definition is registered."
+    )
+    capacity: CapacityOut | None = Field(
+        description="`null` if the figures are unknown because another definition is registered."
+    )
     as_of: Instant
 
 
 class CyclesOut(ResponseModel):
-    """Running cycles, and those that have ended, newest first."""
+    """Running cycles and ended cycles, newest first."""
 
     cycles: list[CycleOut]
     next_cursor: str | None
@@ -191,10 +195,12 @@ class ExhaustedProblem(_NotTriggered, DeniedProblem):
 
 
 class ActiveProblem(_NotTriggered):
-    """The maximum of cycles is running, the id was used before, or another definition of a budget is registered."""
+    """Too many cycles are running, the id was used before, or another definition of a budget is registered."""
 
     reason: Literal["active_cycle_exists", "id_conflict", "budget_mismatch"]
-    operation_ids: list[str] = Field(description="Ids of the running cycles, if they are the reason.")
+    operation_ids: list[str] = Field(
+        description="Ids of the running cycles if too many cycles are running, else empty."
+    )
 
 
 class AgentUnavailableProblem(_NotTriggered, UnavailableProblem):

@@ -82,14 +82,14 @@ def make_limiter(settings: Settings, agent: AgentSettings, observers: Sequence[O
 def create_app(
     settings: Settings | None = None, agent: AgentSettings | None = None, research: Research | None = None
 ) -> FastAPI:
-    """Create the service. It also starts while its store is down: ``/readyz`` reports the fault.
+    """Create the service. If the store is unreachable, the app starts anyway, and ``/readyz`` reports the fault.
 
     ``app.state`` has the ``settings``, the ``metrics`` and, while the app runs, the ``limiter`` and the ``agent``.
 
     Args:
-        settings: Default: from the environment.
-        agent: Default: from the environment.
-        research: the phases of the agent's cycles. Default: the bundled ones.
+        settings: the settings of the service. Default: read from the environment.
+        agent: the settings of the agent. Default: read from the environment.
+        research: the phases of the agent's cycles. Default: the bundled phases.
 
     Raises:
         SettingsError, InvalidArgument: a setting is invalid.

@@ -1,4 +1,4 @@
-"""Authentication by bearer keys, for *use* and for *admin*.
+"""Authentication by bearer keys: *use* keys and *admin* keys.
 
 ==================  =============================================================================================
 keys that are set   access
@@ -35,7 +35,7 @@ class Caller(NamedTuple):
     """The authenticated sender of a request."""
 
     owner: str
-    """Marks the holds that this caller reserves."""
+    """The name of the caller in the holds that the caller reserves."""
     admin: bool
 
 
@@ -45,7 +45,7 @@ class Keys:
     Args:
         use: keys that may use budgets.
         admin: keys that may do everything.
-        open_to_all: without any key, serve callers on other machines too.
+        open_to_all: if there are no keys, serve callers on other machines, too.
     """
 
     def __init__(self, use: Iterable[str] = (), admin: Iterable[str] = (), *, open_to_all: bool = False) -> None:
@@ -74,7 +74,8 @@ class Keys:
         """Identify the caller of a request.
 
         Raises:
-            HTTPProblem: 401 without a key or with an unknown one; 403 from another machine, if there are no keys.
+            HTTPProblem: 401 if the key is missing or unknown; 403 if there are no keys and the caller is on another
+                machine.
         """
         if not self._callers:
             if self._open_to_all or _is_local(connection.scope.get("client")):
@@ -99,7 +100,7 @@ class Keys:
         """Identify the caller of an admin operation.
 
         Raises:
-            HTTPProblem: as :meth:`authenticate`; 403 without the admin key.
+            HTTPProblem: as for :meth:`authenticate`; 403 if the caller has no admin key.
         """
         caller = self.authenticate(connection)
         if not caller.admin:
@@ -129,13 +130,16 @@ def _owner(key: str) -> str:
 
 
 def _is_local(client: Any) -> bool:
-    """Whether a peer is on this machine; a peer without an address (a unix socket, a test client) is."""
+    """Whether a peer is on this machine. A peer without an address (a unix socket, a test client) counts as local."""
     return client is None or is_loopback(str(client[0]))
 
 
 @lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
-    """Whether an address is a loopback address; true for other text, since such a request came over no network."""
+    """Whether an address is a loopback address.
+
+    If the text is no address, the result is true, because the request did not arrive over a network.
+    """
     try:
         address = ipaddress.ip_address(host)
     except ValueError:

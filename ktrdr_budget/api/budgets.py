@@ -45,7 +45,7 @@ def add_budget_routes(router: APIRouter, service: BudgetService) -> None:
 
     @router.get("/budgets", dependencies=use)
     async def list_budgets() -> BudgetList:
-        """Read every budget, at one instant. Budgets with unknown figures are under `unavailable`, with the reason."""
+        """Read every budget at one instant. Budgets with unknown figures are under `unavailable`, with the reason."""
         statuses = await service.limiter.statuses()
         unavailable = statuses.unavailable.items()
         return BudgetList(
@@ -55,19 +55,19 @@ def add_budget_routes(router: APIRouter, service: BudgetService) -> None:
 
     @router.get(f"{BUDGET}/holds", dependencies=use, response_model=HoldsPage, responses=problems(404, 409, 422))
     async def list_holds(name: BudgetName, query: Annotated[PageQuery, Query()]) -> Page[HoldView]:
-        """List the open, then the unconfirmed holds of a budget, newest deadline first."""
+        """List the holds of a budget: first open, then unconfirmed holds, each newest deadline first."""
         return await service.limiter.holds(name, limit=query.limit, cursor=query.cursor)
 
     @router.get(f"{BUDGET}/ledger", dependencies=use, response_model=LedgerPage, responses=problems(404, 409, 422))
     async def list_ledger(name: BudgetName, query: Annotated[LedgerQuery, Query()]) -> Page[LedgerEntry]:
-        """List the entries of a window, newest first; they add up to spent + unconfirmed."""
+        """List the entries of a window, newest first. The sum of the entries is spent + unconfirmed."""
         return await service.limiter.ledger(name, query.window, limit=query.limit, cursor=query.cursor)
 
     @router.put(f"{BUDGET}/limit", dependencies=admin, response_model=BudgetOut, responses=problems(404, 409, 413, 422))
     async def set_limit(name: BudgetName, body: LimitIn) -> Status:
-        """Change a limit for all replicas: permanently, until an instant, or for the current window.
+        """Set a limit for all replicas: permanently, until an instant, or for the current window.
 
-        It overrides configuration.
+        The limit overrides the configured limit.
         """
         return await service.limiter.set_limit(name, body.limit, body.until)
 
@@ -78,7 +78,7 @@ def add_budget_routes(router: APIRouter, service: BudgetService) -> None:
         responses=problems(404, 409, 413, 422),
     )
     async def clear_limit(name: BudgetName) -> Status:
-        """Return to the configured limit."""
+        """Remove the run-time limit, so that the configured limit applies again."""
         return await service.limiter.clear_limit(name)
 
     @router.post(
@@ -90,7 +90,8 @@ def add_budget_routes(router: APIRouter, service: BudgetService) -> None:
     async def migrate(name: BudgetName) -> Migration:
         """Replace the registered unit, kind, period and timezone of a budget by those of this service.
 
-        All replicas obey with their next call. Open holds are settled in the windows that admitted them.
+        All replicas apply the new definition with their next call. Open holds are settled in the windows in which they
+        were reserved.
         """
         return await service.limiter.migrate(name)
 

@@ -78,20 +78,23 @@ def hold_budget(
 ) -> Callable[[HTTPConnection], AsyncIterator[Any]]:
     """Make a dependency that holds an estimate while a route runs, and passes it the hold. Also for WebSocket routes.
 
-    If a budget has no room, the route does not run; the response is 429, as a problem document. The same happens if a
-    call inside the route is denied. If the store is unreachable, the response is 503. A route that returns, whatever
-    its status, commits what was accrued (by metered or guarded calls, or ``hold.accrue``), otherwise the estimate. A
-    route that raises commits what was accrued, otherwise releases. Both happen after the response was sent, streams
-    included, unless the dependency is ``Depends(..., scope="function")``.
+    If a budget has no room, the route does not run, and the response is a problem document with status 429. If a call
+    inside the route is denied, the response is the same. If the store is unreachable, the response has status 503.
 
-    A client that disconnects a WebSocket ends the route normally. It releases nothing: a client must not be able to
-    avoid the charge.
+    Metered calls, guarded calls and ``hold.accrue`` accrue an amount. If the route returns with any status, the accrued
+    amount is committed; if nothing was accrued, the estimate is committed. If the route raises, the accrued amount is
+    committed; if nothing was accrued, the hold is released. The hold is settled after the whole response was sent,
+    streams included, unless the dependency is ``Depends(..., scope="function")``.
+
+    If a client disconnects a WebSocket, the hold is settled as if the route had returned, because a client must not be
+    able to avoid the charge.
 
     Args:
         budget: a name with ``estimate``, or a mapping of names to estimates.
-        limiter: an :class:`AsyncBudgetLimiter` of the app's event loop, for routes of ``async def``; a
-            :class:`BudgetLimiter` for those of ``def``, so that a guarded sync client inside draws from the hold, which
-            then is a :class:`~ktrdr_budget.sync.Hold`; or a function of the request (or WebSocket) that returns one.
+        limiter: an :class:`AsyncBudgetLimiter` of the app's event loop for routes of ``async def``, or a
+            :class:`BudgetLimiter` for routes of ``def``, or a function of the request (or WebSocket) that returns a
+            limiter. With a :class:`BudgetLimiter`, the hold is a :class:`~ktrdr_budget.sync.Hold`, and a guarded sync
+            client inside the route draws from the hold.
             Default: the argument of :func:`~ktrdr_budget.metering.decorators.set_default_limiter` for async code, or
             a limiter made from the environment.
         operation: a label for the ledger. Default: the route, such as ``POST /research/{topic}`` or
@@ -157,7 +160,7 @@ async def _reserved(
     on_error: OnError,
     options: Mapping[str, Any],
 ) -> tuple[Any, AbstractAsyncContextManager[Any]]:
-    """Reserve; return the hold and the context manager that settles it."""
+    """Reserve the estimate; return the hold and the context manager that settles the hold."""
     if isinstance(limiter, AsyncBudgetLimiter):
         hold = await limiter.reserve(budget, estimate, **options)
         return hold, limiter.keep(hold, on_error=on_error)
@@ -180,7 +183,10 @@ def _release_late(kept: AbstractContextManager[Hold], entering: asyncio.Future[H
 
 @asynccontextmanager
 async def _left_in_thread(kept: AbstractContextManager[Hold], hold: Hold) -> AsyncIterator[None]:
-    """Make a sync hold current in this task (a thread has set its own context only), and settle it in a thread."""
+    """Make a sync hold the current hold of this task, and settle the hold in a thread.
+
+    The thread that reserved the hold has set the current hold only in its own context.
+    """
     outer = current_hold.set(hold)
     leaving: tuple[Any, Any, Any] = (None, None, None)
     try:
@@ -195,7 +201,7 @@ async def _left_in_thread(kept: AbstractContextManager[Hold], hold: Hold) -> Asy
 
 
 def _route(connection: HTTPConnection) -> str:
-    """The method and the route's pattern. Unlike the path, it has no values of the request."""
+    """The method and the pattern of the route. Unlike the path, the pattern has no values of the request."""
     path = getattr(connection.scope.get("route"), "path", "")
     return f"{connection.scope.get('method', 'WEBSOCKET')} {path}".strip()
 
@@ -208,8 +214,8 @@ def _refused(connection: HTTPConnection, error: BudgetError, limiter: Limiter) -
 def _handle_problems(connection: HTTPConnection) -> None:
     """Make the app reply with problem documents, unless it has a handler.
 
-    Starlette keeps the handlers of an app in the request's scope. If that changes, its handler for ``HTTPException``
-    still replies with the same status and headers.
+    Starlette keeps the handlers of an app in the scope of the request. If a later version does not, Starlette's handler
+    for ``HTTPException`` still replies with the same status and headers.
     """
     handlers = connection.scope.get("starlette.exception_handlers")
     if handlers:

@@ -29,7 +29,7 @@ _HEADERS: Mapping[str, dict[str, Any]] = {
     },
 }
 _PROBLEMS: Mapping[int, tuple[str, type[BaseModel], tuple[str, ...]]] = {
-    401: ("No key, or an unknown one.", Problem, ("WWW-Authenticate",)),
+    401: ("The key is missing or unknown.", Problem, ("WWW-Authenticate",)),
     403: ("The key does not permit this operation.", Problem, ()),
     404: ("Unknown budget or hold.", Problem, ()),
     409: ("The id is in use with other contents, or another definition of the budget is registered.", Problem, ()),
@@ -48,8 +48,8 @@ def problems(*statuses: int, models: Mapping[int, type[BaseModel]] | None = None
     """Document error responses.
 
     Args:
-        statuses: their HTTP statuses.
-        models: models of further statuses, where a route replies with more members than others.
+        statuses: the HTTP statuses of the responses.
+        models: the models of further statuses, if the documents of the route have additional members.
     """
     responses: Responses = {}
     for status in sorted({*statuses, *(models or {})}):
@@ -66,12 +66,15 @@ def problems(*statuses: int, models: Mapping[int, type[BaseModel]] | None = None
 def created(model: type[BaseModel]) -> Responses:
     """Document the responses of an operation that creates a hold: 201, and 200 for a replay."""
     location = {"Location": _HEADERS["Location"]}
-    replay = {"model": model, "description": "A replay: the same request succeeded before; nothing changed."}
+    replay = {
+        "model": model,
+        "description": "A replay: the same request succeeded before, and this request changed nothing.",
+    }
     return {200: {**replay, "headers": location}, 201: {"headers": location}}
 
 
 def openapi_of(app: FastAPI) -> dict[str, Any]:
-    """Generate an app's document; set the media type of problems, since FastAPI declares every model as JSON."""
+    """Generate the document of an app. Set the media type of problems, because FastAPI declares each model as JSON."""
     if not app.openapi_schema:
         document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
         for path in document["paths"].values():

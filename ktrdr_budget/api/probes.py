@@ -17,19 +17,19 @@ _TEXT: dict[str, Any] = {"schema": {"type": "string"}}
 
 
 def probe_routes(limiter: Callable[[], AsyncBudgetLimiter], metrics: LimiterMetrics) -> APIRouter:
-    """``/livez``, ``/readyz`` and ``/metrics``, also for ``HEAD``, which load balancers use."""
+    """The routes ``/livez``, ``/readyz`` and ``/metrics``, also for ``HEAD``, which load balancers use."""
     router = APIRouter(route_class=BudgetRoute, tags=["probes"], generate_unique_id_function=operation_id)
 
     @router.head("/livez", include_in_schema=False)
     @router.get("/livez")
     async def livez() -> Liveness:
-        """Report that the process replies. Depends on nothing else."""
+        """Report that the process replies. The reply does not depend on the store."""
         return Liveness(status="alive")
 
     @router.head("/readyz", include_in_schema=False)
     @router.get("/readyz", responses={503: {"model": UnreadyProblem, "description": "Not ready."}})
     async def readyz() -> Readiness:
-        """Check that the store takes writes, evicts nothing and runs the commands of a reservation."""
+        """Check that the store accepts writes, evicts nothing and runs the commands of a reservation."""
         faults = await limiter().check()
         checks = {name: fault or "ok" for name, fault in faults.items()}
         if any(faults.values()):
@@ -44,7 +44,7 @@ def probe_routes(limiter: Callable[[], AsyncBudgetLimiter], metrics: LimiterMetr
         responses={200: {"content": {"text/plain": _TEXT, "application/openmetrics-text": _TEXT}}},
     )
     async def scrape(request: Request) -> Response:
-        """Metrics for Prometheus, in its text format or as OpenMetrics; figures are read from the store now."""
+        """Return metrics for Prometheus, as its text format or OpenMetrics. The figures are read from the store now."""
         text, media_type = await metrics.render(request.headers.get("accept", ""))
         return Response(text, headers={"content-type": media_type})
 

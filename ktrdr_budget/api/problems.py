@@ -60,7 +60,7 @@ class ProblemResponse(JSONResponse):
     media_type = "application/problem+json"
 
     def render(self, content: Any) -> bytes:
-        """Encode in ASCII: a problem may quote a name of the request that has a lone surrogate."""
+        """Encode in ASCII, because a problem may quote a name with a lone surrogate from the request."""
         return json.dumps(content, separators=(",", ":")).encode()
 
 
@@ -71,7 +71,7 @@ class HTTPProblem(HTTPException):
         status: the HTTP status.
         code: a stable name for programs, the last part of the ``type``.
         detail: one line for a person.
-        title: the same for every problem of this code. Default: the phrase of the status.
+        title: a short title, the same for every problem with this code. Default: the phrase of the status.
         headers: further header fields.
         members: further members of the document.
     """
@@ -105,7 +105,7 @@ class HTTPProblem(HTTPException):
 
 
 def problem_of(error: Exception, budgets: Mapping[str, Budget]) -> HTTPProblem:
-    """The problem that reports an error over HTTP. The text of an unexpected error stays in the server's log."""
+    """The problem that reports an error over HTTP. The text of an unexpected error is only in the server's log."""
     if isinstance(error, HTTPProblem):
         return error
     if isinstance(error, RequestValidationError):
@@ -127,7 +127,7 @@ def problem_of(error: Exception, budgets: Mapping[str, Budget]) -> HTTPProblem:
 
 
 def no_such_endpoint(scope: Scope) -> HTTPProblem:
-    """404 for a path without a route."""
+    """The problem with status 404 for a path without a route."""
     path = "".join(character if character.isprintable() else "?" for character in scope["path"])
     if len(path) > PATH_CHARACTERS_MAX:
         path = path[: PATH_CHARACTERS_MAX - 1] + "…"
@@ -138,7 +138,7 @@ def no_such_endpoint(scope: Scope) -> HTTPProblem:
 
 
 def invalid(place: str, message: str, *path: str) -> RequestValidationError:
-    """The error for a value that only the limiter can reject, in the form of a model's validation error."""
+    """The error for a value that only the limiter can check. Its form is that of a model's validation error."""
     return RequestValidationError([{"loc": (place, *path), "msg": message, "type": "value_error"}])
 
 
@@ -171,7 +171,7 @@ def _too_many(error: TooManyHolds | TooManyBudgets) -> HTTPProblem:
 
 
 def denied(denial: Denial, budget: Budget | None) -> HTTPProblem:
-    """A denial: the figures of the exhausted budget, and when to retry."""
+    """The problem for a denial: the figures of the exhausted budget, and when to retry."""
     figures = ("limit", "spent", "held", "unconfirmed", "remaining", "requested", "fits")
     headers = _retry_after(denial.retry_after)
     if budget is not None and budget.unit != "usd":

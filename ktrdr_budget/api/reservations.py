@@ -41,9 +41,10 @@ def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
     async def reserve(
         request: Request, response: Response, body: ReservationIn, caller: Annotated[Caller, service.use]
     ) -> ReservationOut:
-        """Hold an estimate before the work, in every budget or in none.
+        """Reserve an estimate before the work, in every named budget or in none.
 
-        With an `id`, a retry is harmless: the same reservation again returns the hold as it is now, with status 200.
+        If the request has an `id`, a retry is harmless: the same reservation again returns the present state of the
+        hold with status 200.
         """
         hold = await service.limiter.reserve(
             body.amounts,
@@ -66,9 +67,9 @@ def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
     async def commit(
         id: HoldId, body: Annotated[CommitIn, Body(default_factory=CommitIn)], caller: Annotated[Caller, service.use]
     ) -> Settlement:
-        """Record the actual cost. Never refused for lack of budget, for a late commit or for an overrun.
+        """Record the actual cost of a hold. A commit is never denied, even if it is late or above the reserved amount.
 
-        Only the key that reserved an unconfirmed hold, or the admin key, may settle it.
+        An unconfirmed hold can be settled only with the key that reserved the hold, or with the admin key.
         """
         if not caller.admin:
             await _hold_of(caller, id)
@@ -76,9 +77,10 @@ def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
 
     @router.post(f"{HOLD}/release", response_model=SettlementOut, responses=problems(404, 409, 413, 422))
     async def release(id: HoldId, request: Request, caller: Annotated[Caller, service.use]) -> Settlement:
-        """Release the whole amount.
+        """Release the whole amount of a hold.
 
-        The worker's later commit still counts if the hold was unconfirmed, or if an admin released another's hold.
+        If the hold was unconfirmed, or if an admin releases the hold of another key, a later commit of the worker still
+        counts.
         """
         await refuse_body(request)
         hold = await _hold_of(caller, id)
@@ -89,16 +91,16 @@ def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
     async def extend(
         id: HoldId, body: Annotated[ExtendIn, Body(default_factory=ExtendIn)], caller: Annotated[Caller, service.use]
     ) -> HoldView:
-        """Send a heartbeat: a new deadline, and the total used so far."""
+        """Send a heartbeat: set a new deadline, and report the total cost so far."""
         if not caller.admin:
             await _hold_of(caller, id)
         return await service.limiter.extend(id, body.ttl, accrued=body.accrued)
 
     @router.post(f"{HOLD}/grow", response_model=ReservationOut, responses=problems(404, 409, 413, 422, 429))
     async def grow(id: HoldId, body: GrowIn, caller: Annotated[Caller, service.use]) -> HoldView:
-        """Raise the reservation to new totals, in every budget or in none.
+        """Raise the reserved amounts to new totals, in every named budget or in none.
 
-        A total below the present one changes nothing.
+        A total below the present amount changes nothing.
         """
         if not caller.admin:
             await _hold_of(caller, id)
@@ -122,9 +124,9 @@ def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
         responses=created(SettlementOut) | problems(404, 409, 413, 422),
     )
     async def record_spend(request: Request, response: Response, body: SpendIn) -> Settlement:
-        """Record spend without a reservation. Never refused for lack of budget.
+        """Record spend without a reservation. Recorded spend is never denied.
 
-        With an `id`, a retry is harmless: the same spend again returns status 200.
+        If the request has an `id`, a retry is harmless: the same spend again returns status 200.
         """
         settlement = await service.limiter.record(body.amounts, id=body.id, operation=body.operation)
         reservations = request.scope["path"].removesuffix("/spend") + "/reservations"
@@ -143,13 +145,15 @@ def add_reservation_routes(router: APIRouter, service: BudgetService) -> None:
         unresolved = hold.state == "unconfirmed" or hold.released_by_operator
         if unresolved and hold.owner != caller.owner and not caller.admin:
             state = "released by an operator" if hold.released_by_operator else hold.state
-            detail = f"hold {hold_id!r} is {state}, and another key reserved it: it needs the admin key"
+            detail = (
+                f"hold {hold_id!r} is {state} and was reserved with another key; to settle the hold, use the admin key"
+            )
             raise HTTPProblem(403, "forbidden", detail)
         return hold
 
 
 def _granted(hold: AsyncHold, body: ReservationIn) -> ReservationOut:
-    """The response for a new hold. The texts of frequent values are cached."""
+    """The response for a new hold. Texts of frequent values are cached."""
     zero = {window.budget: _units_json(0, window.unit) for window, _ in hold.parts}
     return ReservationOut(
         id=hold.id,

@@ -1,6 +1,6 @@
 """The route class of the service: exact JSON in, problem documents out, names that contain ``/``.
 
-FastAPI offers exception handlers only to an app; a route class lets the routers reply alike in any app.
+FastAPI has exception handlers only for an app. With a route class, the routers give the same replies in any app.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["BODY_BYTES_MAX", "BUDGETS", "BudgetRequest", "BudgetRoute", "complet
 
 BODY_BYTES_MAX = 65_536
 BUDGETS = "ktrdr_budget.budgets"
-"""The key of a request's scope for the budgets of its limiter: a denial shows their units."""
+"""The key in the scope of a request for the limiter's budgets; a denial shows the units of the budgets."""
 
 
 # -- requests ----------------------------------------------------------------------------------------------------------
@@ -41,7 +41,7 @@ class BudgetRequest(Request):
         """Read the body.
 
         Raises:
-            HTTPProblem: 413.
+            HTTPProblem: 413 if the body is too large.
         """
         if not hasattr(self, "_body"):
             body, more = b"", True
@@ -57,18 +57,18 @@ class BudgetRequest(Request):
         return self._body
 
     async def json(self) -> Any:
-        """Parse the body; return :class:`InvalidJSON` on a failure, so that the key is checked before the body."""
+        """Parse the body. If that fails, return :class:`InvalidJSON`, so that the key is checked before the body."""
         body = await self.body()
         try:
             return _decode(body.decode())
         except json.JSONDecodeError as error:
             return InvalidJSON(f"{error.msg} (character {error.pos})")
         except UnicodeDecodeError:
-            return InvalidJSON("it is not in UTF-8")
+            return InvalidJSON("the body is not in UTF-8")
         except _StrictJSONError as error:
             return InvalidJSON(str(error))
         except RecursionError:
-            return InvalidJSON("it is nested too deep")
+            return InvalidJSON("the body is nested too deep")
         except (ValueError, ArithmeticError):
             return InvalidJSON("a number is too long")
 
@@ -80,7 +80,7 @@ class BudgetRequest(Request):
 
 
 class _StrictJSONError(ValueError):
-    """Python's parser accepts the document, JSON does not."""
+    """Python's parser accepts the document, but the document is not JSON."""
 
 
 def _refuse_constant(constant: str) -> NoReturn:
@@ -101,7 +101,7 @@ async def refuse_body(request: Request) -> None:
     """Refuse a body other than ``{}``.
 
     Raises:
-        RequestValidationError: there is one.
+        RequestValidationError: the request has another body.
     """
     if await request.body() and await request.json() != {}:
         raise invalid("body", "this operation takes no body")
@@ -111,7 +111,7 @@ async def refuse_body(request: Request) -> None:
 
 
 class _Slashed(Convertor[str]):
-    """A budget's name or a hold's id. It may contain ``/``, plain or as ``%2F``."""
+    """A budget's name or a hold's id, which may contain ``/``, plain or as ``%2F``."""
 
     regex = ".+"
 
@@ -123,7 +123,7 @@ class _Slashed(Convertor[str]):
 
 
 class _LastBudgetName(_Slashed):
-    """A budget's name at the end of a path: ``/holds`` or ``/ledger`` ends the name, ``%2Fholds`` does not."""
+    """A budget's name at the end of a path. ``/holds`` and ``/ledger`` are no part of the name, ``%2Fholds`` is."""
 
     regex = "(?!.*/(?:holds|ledger|limit|migrate)$).+"
 
@@ -140,7 +140,7 @@ register_url_convertor("last_hold", _LastHoldId())
 
 
 def _keep_encoded_slashes(scope: Scope) -> Scope:
-    """The ASGI scope with the ``%2F`` of the path as it was sent; servers decode it to ``/``."""
+    """The ASGI scope with each ``%2F`` in the path that the client sent; servers decode ``%2F`` to ``/``."""
     raw_path = scope.get("raw_path") or b""
     if b"%2" not in raw_path:
         return scope
@@ -161,11 +161,11 @@ class BudgetRoute(APIRoute):
     """The methods of all routes with this path."""
 
     def matches(self, scope: Scope) -> tuple[Match, Scope]:
-        """Match the undecoded path: ``team%2Fholds`` is a budget, ``team/holds`` are the holds of ``team``."""
+        """Match the undecoded path. ``team%2Fholds`` is a budget; ``team/holds`` is the list of holds of ``team``."""
         return super().matches(_keep_encoded_slashes(scope))
 
     async def handle(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Reply 405 with the methods of the path, otherwise as FastAPI does."""
+        """Reply 405 with the allowed methods if the method is wrong; else reply as FastAPI does."""
         if scope["method"] in self.methods:
             await super().handle(scope, receive, send)
             return
@@ -193,12 +193,15 @@ class BudgetRoute(APIRoute):
 
 
 def operation_id(route: APIRoute) -> str:
-    """The operation's id in OpenAPI: the name of its endpoint."""
+    """The id of the operation in OpenAPI: the name of the endpoint."""
     return route.name
 
 
 def complete(router: APIRouter) -> APIRouter:
-    """Complete the routes of a router: the methods for 405, and in OpenAPI the admin key beside the use key."""
+    """Complete the routes of a router.
+
+    Set the allowed methods of each path, and document that the admin key serves in place of the use key.
+    """
     routes = [route for route in router.routes if isinstance(route, BudgetRoute)]
     for route in routes:
         route.allowed_methods = set().union(*(other.methods for other in routes if other.path == route.path))

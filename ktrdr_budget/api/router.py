@@ -45,22 +45,23 @@ def budget_router(
     """The HTTP interface of a limiter, for ``app.include_router(...)``. Errors are ``application/problem+json``.
 
     Args:
-        limiter: the app starts and closes it.
+        limiter: the limiter, which the app starts and closes.
         keys: the keys of the interface. Default: ``KTRDR_API_KEY``, ``KTRDR_ADMIN_KEY`` and ``KTRDR_AUTH``. An app with
             its own authentication passes ``Keys(open_to_all=True)``.
         cycle_estimate: the expected cost of a research cycle, in dollars. Default: ``AGENT_CYCLE_ESTIMATE`` (0.15).
-        prefix: of all paths.
+        prefix: the prefix of all paths.
     """
     estimate = cycle_estimate_of_environment() if cycle_estimate is None else cycle_estimate
     return service_router(BudgetService(limiter, Keys.from_environment() if keys is None else keys, estimate), prefix)
 
 
 def probe_router(limiter: AsyncBudgetLimiter, metrics: LimiterMetrics | None = None) -> APIRouter:
-    """``/livez``, ``/readyz`` and ``/metrics`` of a limiter, for an app without its own.
+    """The routes ``/livez``, ``/readyz`` and ``/metrics`` of a limiter, for an app without such routes.
 
     Args:
-        limiter: the app starts and closes it.
-        metrics: their ``observe`` is the limiter's ``observer``. Default: the figures of the store, without counters.
+        limiter: the limiter, which the app starts and closes.
+        metrics: metrics whose ``observe`` is the limiter's ``observer``. Default: the figures of the store
+            without counters.
     """
     if metrics is None:
         metrics = LimiterMetrics()

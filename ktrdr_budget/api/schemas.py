@@ -141,11 +141,11 @@ _TTL_SCHEMA = {
     "minimum": 1,
     "maximum": TTL_MAX_S,
     "default": TTL_DEFAULT_S,
-    "description": "Seconds until the hold expires unless it is extended.",
+    "description": "Seconds until the hold expires, if no heartbeat extends the hold.",
 }
 _UNTIL_SCHEMA = {
     "anyOf": [{"const": "window"}, {"type": "string", "format": "date-time"}, {"type": "null"}],
-    "description": "`window`: until the current window ends; an instant; `null`: permanently.",
+    "description": "When the limit ends: `window` (with the current window), an instant, or `null` (never).",
     "default": None,
 }
 
@@ -174,7 +174,7 @@ NewHoldId = Annotated[
         {
             "type": "string",
             "pattern": f"^{NAME}$",
-            "description": "Idempotency key. Default: generated.",
+            "description": "The id of the hold or the spend, and idempotency key. Default: generated.",
             "examples": ["op_1"],
         }
     ),
@@ -183,11 +183,17 @@ Ttl = Annotated[float, PlainValidator(_seconds), WithJsonSchema(_TTL_SCHEMA)]
 Label = Annotated[
     str,
     PlainValidator(_label),
-    WithJsonSchema({"type": "string", "maxLength": LABEL_CHARACTERS_MAX, "description": "A label in the ledger."}),
+    WithJsonSchema(
+        {
+            "type": "string",
+            "maxLength": LABEL_CHARACTERS_MAX,
+            "description": "A label of the hold or the spend in the ledger.",
+        }
+    ),
 ]
 
 
-_PATH_NAME = Path(description="It may contain `/`, sent as `%2F`.", json_schema_extra={"pattern": f"^{NAME}$"})
+_PATH_NAME = Path(description="A name or id, with each `/` sent as `%2F`.", json_schema_extra={"pattern": f"^{NAME}$"})
 BudgetName = Annotated[str, _PATH_NAME]
 HoldId = Annotated[str, _PATH_NAME]
 
@@ -197,7 +203,7 @@ HoldId = Annotated[str, _PATH_NAME]
 
 @dataclass(frozen=True, slots=True)
 class InvalidJSON:
-    """A body that is not JSON, and the reason."""
+    """The reason why a body is not JSON."""
 
     reason: str
 
@@ -228,14 +234,16 @@ class RequestModel(BaseModel):
 
 
 class ReservationIn(RequestModel):
-    """The amounts to hold: all are granted, or none."""
+    """The amounts to reserve. Either all are granted, or none is."""
 
     model_config = closed(amounts={"agent": "0.15"}, id="op_1", ttl=900, on_expiry="charge", operation="research")
     amounts: Amounts
     id: NewHoldId | None = None
     ttl: Ttl = TTL_DEFAULT_S
     on_expiry: OnExpiry = Field(
-        "charge", description="The amount that an expired hold counts: all of it, the accrued amount, or nothing."
+        "charge",
+        description="What counts as unconfirmed after the hold expires: the whole amount (`charge`), the accrued "
+        "amount, or nothing (`release`).",
     )
     operation: Label = ""
 
@@ -252,8 +260,8 @@ class SpendIn(RequestModel):
 class CommitIn(RequestModel):
     """The actual cost. Default: the accrued amounts.
 
-    A scalar applies to every budget in dollars; counts then commit the reserved amount. An object has an amount per
-    budget; a budget that it omits commits 0.
+    A scalar is committed for each budget in dollars; for each budget that counts, the reserved amount is committed. An
+    object has an amount per budget; for a budget that is not in the object, 0 is committed.
     """
 
     model_config = closed(amounts="0.07")
@@ -261,22 +269,24 @@ class CommitIn(RequestModel):
 
 
 class ExtendIn(RequestModel):
-    """A heartbeat: a new deadline, and the total used so far."""
+    """A heartbeat: a new deadline, and the total cost so far."""
 
     model_config = closed(ttl=900, accrued="0.03")
-    ttl: Ttl | None = Field(None, description="Seconds from now. Default: 900; never before the present deadline.")
+    ttl: Ttl | None = Field(
+        None, description="Seconds from now to the new deadline. Default: 900. The deadline never becomes earlier."
+    )
     accrued: AmountOrAmounts | None = None
 
 
 class GrowIn(RequestModel):
-    """The new totals of the reservation. Totals make a retry harmless."""
+    """The new totals of the reserved amounts. Because they are totals, a retry is harmless."""
 
     model_config = closed(amounts={"agent": "0.25"})
     amounts: Amounts
 
 
 class LimitIn(RequestModel):
-    """A limit for all replicas; ``null`` is unlimited."""
+    """A limit for all replicas; ``null`` means unlimited."""
 
     model_config = closed(limit="10.00", until="window")
     limit: Annotated[Any, PlainValidator(lambda value: None if value is None else _amount(value))] = Field(
@@ -299,7 +309,9 @@ class PageQuery(BaseModel):
 class LedgerQuery(PageQuery):
     """The page of a ledger."""
 
-    window: Annotated[str | None, Field(description="The window, such as 2026-11-23. Default: the current one.")] = None
+    window: Annotated[
+        str | None, Field(description="The name of the window, such as 2026-11-23. Default: the current window.")
+    ] = None
 
 
 # -- responses ---------------------------------------------------------------------------------------------------------
@@ -381,12 +393,12 @@ class AgentBudgetOut(ResponseModel):
     recovering_until: Instant | None = Field(
         default=None,
         exclude_if=lambda instant: instant is None,
-        description="Present only after a data loss of the store: the time until which nothing is admitted.",
+        description="Present only after a data loss of the store: no reservation is granted before this instant.",
     )
 
 
 class BudgetOut(ResponseModel):
-    """A budget's current window; a limit of `null` is unlimited."""
+    """The current window of a budget; a limit of `null` means unlimited."""
 
     model_config = closed(
         name="agent",
@@ -431,12 +443,13 @@ class BudgetOut(ResponseModel):
     as_of: Instant
     recovering_until: Instant | None = Field(
         default=None,
-        description="Set after a data loss of the store: until then, replicas replay writes, and nothing is admitted.",
+        description="Set after a data loss of the store: until this instant, replicas replay writes, and no "
+        "reservation is granted.",
     )
 
 
 class MigrationOut(ResponseModel):
-    """The definition of a budget that was registered before, and the one that is registered now."""
+    """The definition of a budget before and after the migration."""
 
     model_config = closed(
         budget="agent",
@@ -445,9 +458,9 @@ class MigrationOut(ResponseModel):
         limit_cleared=False,
     )
     budget: str
-    before: str | None = Field(description="`null` if none was registered.")
+    before: str | None = Field(description="`null` if no definition was registered.")
     after: str
-    limit_cleared: bool = Field(description="Whether a run-time limit was removed because its unit was another one.")
+    limit_cleared: bool = Field(description="Whether a run-time limit was removed because the unit has changed.")
 
 
 class UnavailableBudget(ResponseModel):
@@ -492,20 +505,25 @@ class ReservationOut(ResponseModel):
     created_at: Instant
     expires_at: Instant
     operation: str
-    replayed: bool = Field(default=False, description="The same reservation was granted before; nothing changed.")
+    replayed: bool = Field(
+        default=False,
+        description="Whether the same reservation was granted before; if so, this request changed nothing.",
+    )
 
 
 class HoldsPage(ResponseModel):
-    """Open, then unconfirmed holds, newest deadline first."""
+    """First open, then unconfirmed holds, each newest deadline first."""
 
     holds: list[ReservationOut] = Field(validation_alias="items")
     next_cursor: str | None
 
 
 class LedgerEntryOut(ResponseModel):
-    """A signed line of a ledger. The lines of a window add up to spent + unconfirmed."""
+    """A signed entry of a ledger. The sum of the entries of a window is spent + unconfirmed."""
 
-    entry_id: str = Field(description="Its number in the ledger, from 1; empty for the summary of trimmed entries.")
+    entry_id: str = Field(
+        description="The number of the entry in the ledger, from 1; empty for the summary of trimmed entries."
+    )
     at: Instant
     kind: Literal["commit", "record", "expiry", "correction", "release", "revival", "carried", "repair", "audit"]
     hold_id: str
@@ -519,7 +537,9 @@ class LedgerPage(ResponseModel):
 
     entries: list[LedgerEntryOut] = Field(validation_alias="items")
     next_cursor: str | None
-    trimmed: bool = Field(description="Whether the entries at `cursor` were trimmed; this is the first page again.")
+    trimmed: bool = Field(
+        description="Whether the entries at `cursor` were trimmed; if so, this page is the first page again."
+    )
 
 
 class SettlementOut(ResponseModel):
@@ -543,7 +563,7 @@ class Liveness(ResponseModel):
 
 
 class Readiness(ResponseModel):
-    """The store is reliable."""
+    """The store is ready for reservations."""
 
     status: Literal["ready"]
     checks: dict[Literal["store", "policy", "scripts"], Literal["ok"]]
@@ -571,7 +591,7 @@ class ErrorOut(BaseModel):
 
 
 class InvalidProblem(Problem):
-    """An invalid request; `errors` has the places, unless only the limiter refused it."""
+    """An invalid request. `errors` has the invalid values, unless only the limiter rejected the request."""
 
     errors: list[ErrorOut] | None = None
 
@@ -589,14 +609,14 @@ class DeniedProblem(Problem):
     remaining: AmountOut
     requested: AmountOut
     fits: AmountOut = Field(description="The largest amount that would be granted.")
-    retry_after: int | None = Field(description="Seconds until a retry can succeed; `null` if waiting cannot help.")
+    retry_after: int | None = Field(description="Seconds until a retry can succeed; `null` if no retry can succeed.")
 
 
 class TooManyProblem(Problem):
     """The tenant has too many holds or budgets; nothing was written."""
 
     reason: Literal["too_many_holds", "too_many_budgets"]
-    retry_after: int | None = Field(description="Seconds until the first open hold expires; `null` if none is open.")
+    retry_after: int | None = Field(description="Seconds until the first open hold expires; `null` if no hold is open.")
 
 
 class RefusedProblem(RootModel[DeniedProblem | TooManyProblem]):
@@ -606,7 +626,9 @@ class RefusedProblem(RootModel[DeniedProblem | TooManyProblem]):
 class UnavailableProblem(Problem):
     """The store is unreachable."""
 
-    ambiguous: bool = Field(description="Whether the operation may have happened; a retry with its id is safe.")
+    ambiguous: bool = Field(
+        description="Whether the store may have executed the request; a retry with the same id is safe."
+    )
 
 
 class UnreadyProblem(Problem):

@@ -18,19 +18,19 @@ class BudgetService:
 
     def __init__(self, limiter: AsyncBudgetLimiter, keys: Keys, cycle_estimate: AmountIn) -> None:
         self.limiter = limiter
-        """Each run of the app has its own: a limiter belongs to one event loop."""
+        """The limiter of the app's present run; each run has a new limiter, because a limiter needs one event loop."""
         self.keys = keys
         self.cycle_estimate = from_units(to_units(cycle_estimate, positive=True))
         self.use: Dependency = Depends(self.caller)
-        """The dependency of operations for every key: the :class:`Caller`."""
+        """The dependency of operations that need any key; its value is the :class:`Caller`."""
         self.admin: Dependency = Depends(self.admin_caller)
-        """The dependency of operations for the admin key only."""
+        """The dependency of operations that need the admin key."""
         if keys:
             self.use = Security(BearerKey("useKey", "KTRDR_API_KEY", self.caller))
             self.admin = Security(BearerKey("adminKey", "KTRDR_ADMIN_KEY", self.admin_caller))
 
     async def caller(self, request: Request) -> Caller:
-        """Authenticate the caller. (A coroutine: FastAPI runs other dependencies in a thread.)"""
+        """Authenticate the caller. This is a coroutine, because FastAPI runs plain functions in a thread."""
         request.scope[BUDGETS] = self.limiter.budgets
         return self.keys.authenticate(request)
 

@@ -38,10 +38,10 @@ if TYPE_CHECKING:
 __all__ = ["ServeError", "serve", "worker_app"]
 
 KEEP_ALIVE_S = 75
-"""Longer than proxies keep idle connections, so that the service never closes one that a proxy is about to use."""
+"""Longer than proxies keep idle connections, so that the service closes no connection that a proxy may use."""
 GRACE_S = 10
 SILENT_MAX_S = 30
-"""The supervisor replaces a worker after this silence. Starting takes several seconds on a busy machine."""
+"""Seconds without a reply after which the supervisor replaces a worker. A start on a busy machine takes several."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 LOGGING: dict[str, Any] = {
     "version": 1,
@@ -65,10 +65,10 @@ def serve(host: str = "127.0.0.1", port: int = 8000, workers: int = 1, settings:
     """Serve until SIGINT or SIGTERM, then finish the requests in flight and return.
 
     Args:
-        host: the address to bind; without keys a loopback address, unless ``KTRDR_AUTH=none``.
-        port: 0 selects a free one.
-        workers: processes that share the port.
-        settings: Default: from the environment.
+        host: the address to listen on; if there are no keys, a loopback address, unless ``KTRDR_AUTH=none``.
+        port: the TCP port; 0 selects a free port.
+        workers: the number of processes that share the port.
+        settings: the settings of the service. Default: read from the environment.
 
     Raises:
         ServeError: a setting is invalid, the port is taken, or the embedded server does not start.
@@ -78,7 +78,7 @@ def serve(host: str = "127.0.0.1", port: int = 8000, workers: int = 1, settings:
         _check_host(host, settings)
         listener = stack.enter_context(_listen(host, port))
         if settings.store_url is None:
-            # Also held by this process: the embedded server must outlive a restarted worker.
+            # Also used by this process, so that the embedded server continues when a worker restarts.
             stack.callback(_embedded(settings, stopper).close)
         _report_startup(settings, listener, workers, stopper)
         if workers == 1:
@@ -121,7 +121,7 @@ def _addresses(host: str) -> list[str]:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Listen. Connections queue until a worker accepts them."""
+    """Listen on the port. Connections wait in a queue until a worker accepts them."""
     family = socket.AF_INET6 if all(":" in address for address in _addresses(host)) else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family, backlog=2048)
@@ -198,7 +198,7 @@ def worker_app(settings: Settings) -> FastAPI:
     """Create the app of a worker process, and tune garbage collection for it.
 
     With the defaults of Python, a busy service spends a fifth of its time on collections: the objects of concurrent
-    requests outlive several, and each full collection visits all modules.
+    requests still exist after several collections, and each full collection visits all modules.
     """
     app = create_app(settings)
     gc.collect()
@@ -216,7 +216,7 @@ class _Server(uvicorn.Server):
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Handle signals while serving, without raising them again afterwards."""
+        """Handle signals while serving. Unlike in the base class, a handled signal is not raised again afterwards."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -256,7 +256,7 @@ class _Stopper:
             self._end()
 
     def check(self) -> None:
-        """Raise if there was a signal. The handler itself must not raise: it may interrupt any statement."""
+        """Raise if there was a signal. The handler must not raise, because a handler may interrupt any statement."""
         if self.stopped:
             raise _StoppedError
 
@@ -290,7 +290,7 @@ def _stoppable() -> Iterator[_Stopper]:
 
 @contextlib.contextmanager
 def _metrics_directory() -> Iterator[None]:
-    """The directory in which the workers share counters; prometheus_client reads its variable on import."""
+    """Set the directory in which the workers share counters; prometheus_client reads the variable on import."""
     before = os.environ.get("PROMETHEUS_MULTIPROC_DIR")
     directory = os.environ["PROMETHEUS_MULTIPROC_DIR"] = tempfile.mkdtemp(prefix="ktrdr-metrics-")
     try:

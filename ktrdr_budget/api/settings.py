@@ -36,8 +36,8 @@ class Settings(BaseSettings):
     """The settings of the service; each is an environment variable of the same name.
 
     ``redis_url``, ``tenant``, ``api_key``, ``admin_key``, ``auth``, ``timeout``, ``on_store_error``,
-    ``lease_slab``, ``durability``, ``max_holds``, ``max_budgets``, ``retention_days`` and ``budgets_file`` carry the
-    prefix ``KTRDR_`` there. ``AGENT_DAILY_BUDGET`` may carry it.
+    ``lease_slab``, ``durability``, ``max_holds``, ``max_budgets``, ``retention_days`` and ``budgets_file`` have the
+    prefix ``KTRDR_`` in the environment. ``AGENT_DAILY_BUDGET`` is also accepted with this prefix.
     """
 
     model_config = SettingsConfigDict(
@@ -52,7 +52,7 @@ class Settings(BaseSettings):
     agent_daily_budget: Decimal | None = Field(
         default=DAILY_BUDGET_DEFAULT, validation_alias=AliasChoices("AGENT_DAILY_BUDGET", "KTRDR_AGENT_DAILY_BUDGET")
     )
-    """Dollars a day for the agent; ``None`` (``unlimited``) is uncapped, 0 denies all."""
+    """The agent's daily limit in dollars; ``None`` (``unlimited``) means no limit, and 0 denies every reservation."""
     agent_budget_dir: Path = Field(default=Path(DATA_DIR_DEFAULT), validation_alias="AGENT_BUDGET_DIR")
     """The data directory of the embedded server."""
     agent_cycle_estimate: Decimal = Field(default=CYCLE_ESTIMATE_DEFAULT, validation_alias="AGENT_CYCLE_ESTIMATE")
@@ -60,14 +60,14 @@ class Settings(BaseSettings):
     agent_budget_timezone: str = Field(default="UTC", validation_alias="AGENT_BUDGET_TIMEZONE")
     """The timezone of the agent's day."""
     redis_url: SecretStr | None = None
-    """The URL of the store; ``None`` is the embedded server."""
+    """The URL of the store; ``None`` selects the embedded server."""
     tenant: str = "default"
     api_key: SecretStr | None = None
     """Keys that may use budgets, separated by commas."""
     admin_key: SecretStr | None = None
     """Keys that may do everything, separated by commas."""
     auth: Literal["keys", "none"] = "keys"
-    """``none``: serve all callers without keys, on any address."""
+    """``none``: the service needs no keys and may listen on any address."""
     timeout: float = Field(default=1.0, gt=0, le=3600)
     """The deadline of each call to the store, in seconds."""
     on_store_error: Literal["deny", "allow", "lease"] = "deny"
@@ -77,14 +77,14 @@ class Settings(BaseSettings):
     durability: Literal["memory", "replica", "disk"] = "memory"
     """Where a write must be before it is acknowledged: in the server's memory, on a replica, or on the disk."""
     max_holds: int = Field(default=MAX_HOLDS, ge=1)
-    """The maximum of open and unconfirmed holds of the tenant."""
+    """The maximum number of open and unconfirmed holds of the tenant."""
     max_budgets: int = Field(default=MAX_BUDGETS, ge=1)
-    """The maximum of budgets of the tenant."""
+    """The maximum number of budgets of the tenant."""
     retention_days: int = Field(default=RETENTION_DAYS, ge=RETENTION_DAYS_MIN, le=3650)
-    """How long the store keeps ended windows and their ledgers, in days."""
+    """Days for which the store keeps ended windows and their ledgers."""
     budgets_file: Path | None = None
     """TOML with further budgets: tables ``[[budgets]]`` with the fields of ``Budget``; a limit may be ``"unlimited"``.
-    The agent's budget must not be among them: its limit has one source."""
+    The agent's budget must not be in the file, because ``agent_daily_budget`` is the only source of its limit."""
 
     # -- fields --------------------------------------------------------------------------------------------------------
 
@@ -125,7 +125,7 @@ class Settings(BaseSettings):
     @classmethod
     def _keys(cls, value: SecretStr | None) -> SecretStr | None:
         if value is not None and not all(_KEY.fullmatch(key) for key in _split(value) or ("",)):
-            raise ValueError("a key is one word of printable ASCII characters; several are separated by commas")
+            raise ValueError("a key must be one word of printable ASCII characters; separate several keys by commas")
         return value
 
     @field_validator("lease_slab", mode="after")
@@ -165,7 +165,7 @@ class Settings(BaseSettings):
 
     @property
     def store_url(self) -> str | None:
-        """The store's URL with its secrets; ``None`` is the embedded server."""
+        """The store's URL with its secrets; ``None`` if the store is the embedded server."""
         return None if self.redis_url is None else self.redis_url.get_secret_value()
 
     @property
@@ -189,7 +189,7 @@ def load_settings() -> Settings:
     """Read the settings from the environment, and the budgets.
 
     Raises:
-        SettingsError: one of them is invalid.
+        SettingsError: a setting or a budget is invalid.
     """
     try:
         environment.check_names()
@@ -230,7 +230,7 @@ def _slabs(text: str) -> AmountIn | Mapping[str, AmountIn] | None:
     for word in words:
         name, equals, amount = word.rpartition("=")
         if not equals:
-            raise InvalidArgument(f"it is an amount, or name=amount, several separated by commas; not {word!r}")
+            raise InvalidArgument(f"must be an amount, or name=amount pairs separated by commas, not {word!r}")
         to_units(amount.strip(), positive=True)
         slabs[check_name(name.strip(), "budget name")] = amount.strip()
     return slabs or None
@@ -261,7 +261,7 @@ def _read_budgets(path: Path) -> list[Budget]:
     entries = document.pop("budgets", [])
     if document or not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         unknown = f", not {', '.join(map(repr, document))}" if document else ""
-        raise SettingsError(f"KTRDR_BUDGETS_FILE: {path}: it holds tables named [[budgets]]{unknown}")
+        raise SettingsError(f"KTRDR_BUDGETS_FILE: {path}: the file must contain only tables named [[budgets]]{unknown}")
     budgets: list[Budget] = []
     names = {AGENT}
     for number, entry in enumerate(entries, 1):
@@ -284,7 +284,7 @@ def _budget(entry: dict[str, Any]) -> Budget:
             raise InvalidArgument(f"unknown field {field!r}; there are {', '.join(_BUDGET_FIELDS)}")
     for field in ("name", "limit"):
         if field not in entry:
-            raise InvalidArgument(f"{field} is missing" + (" ('unlimited' is one)" if field == "limit" else ""))
+            raise InvalidArgument(f"{field} is missing" + (" ('unlimited' is allowed)" if field == "limit" else ""))
     limit = entry["limit"]
     if isinstance(limit, str) and limit.strip().lower() == "unlimited":
         entry = {**entry, "limit": None}

@@ -1,4 +1,4 @@
-"""The report of the service at its start: the store, the budgets, and warnings about them."""
+"""The report at the start of the service: the store, the budgets, and warnings about both."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _PERIODS = {"hour": "an hour", "day": "a day", "week": "a week", "month": "a mon
 
 
 async def startup_report(settings: Settings, limiter: AsyncBudgetLimiter) -> AsyncIterator[str]:
-    """Yield the report line by line. Without the store, it ends with a warning."""
+    """Yield the report line by line. If the store is unreachable, the report ends with a warning."""
     yield f"store: {settings.store_shown}"
     for budget in limiter.budgets.values():
         yield budget_line(budget)

@@ -30,7 +30,7 @@ logger = logging.getLogger("ktrdr_budget")
 
 OPERATION_TYPE = "agent_research"
 BEAT_S = 0.25
-"""Seconds between two progress reports; each one also reads whether the cycle must stop."""
+"""Seconds between two progress reports of a cycle. The reply to a report also shows whether the cycle must stop."""
 _RETRY_MAX_S = 5.0
 _ERROR_CHARACTERS_MAX = 300
 _SPANS: dict[Phase, str] = {
@@ -61,7 +61,7 @@ class Plan:
     options: CycleOptions
     llm: LLM
     design: Design | None = None
-    """A finished design; the cycle then skips the phase ``designing``."""
+    """A finished design. If it is set, the cycle skips the phase ``designing``."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class CycleDependencies:
 
 
 class _GateFailedError(Exception):
-    """A gate failed; the cycle ends."""
+    """A gate failed, so the cycle ends."""
 
 
 class UnaskedCancellationError(Exception):
@@ -92,11 +92,11 @@ class UnaskedCancellationError(Exception):
 
 
 class Cycle:
-    """A cycle whose estimate and slot are reserved; its phases receive it as their context.
+    """A cycle whose estimate and slot are reserved. Each phase receives the cycle as its context.
 
     Args:
-        hold: the reservation; its id is the cycle's operation id.
-        link: the span of the trigger.
+        hold: the hold of the estimate and the slot. The hold's id is also the operation id of the cycle.
+        link: the span of the trigger. The cycle's span links to this span.
     """
 
     def __init__(self, dependencies: CycleDependencies, hold: AsyncHold, plan: Plan, link: Any = None) -> None:
@@ -112,7 +112,7 @@ class Cycle:
         self._failure = ""
         self._deadline_ms, self._extend_at_s = hold.deadline_ms, time.monotonic() + dependencies.ttl_s / 2
         self.lost_here = False
-        """Whether this replica itself marked the cycle as lost, so that no other replica counted its end."""
+        """Whether a call of this replica marked the cycle as lost. If so, no other replica counted the cycle's end."""
         self.progress = Progress(
             estimate=format(hold.amounts[AGENT], "f"),
             replica=dependencies.limiter.replica_id,
@@ -136,11 +136,11 @@ class Cycle:
 
     @property
     def cancelled(self) -> bool:
-        """Whether the cycle is being stopped."""
+        """Whether the cycle must stop."""
         return self._stop is not None
 
     async def ask(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
-        """Send a prompt to the language model. The cost is drawn from the cycle's hold, which grows when needed."""
+        """Send a prompt to the language model. The cycle's hold covers the cost, and grows if it is too small."""
         if self.cancelled:
             await asyncio.sleep(0)  # a phase that retries in a loop must not block the event loop
             self._raise_if_stopped()
@@ -152,7 +152,7 @@ class Cycle:
         return completion
 
     def _count_call(self, tokens: int) -> None:
-        """Count the tokens charged for a finished call, successful or not."""
+        """Count the tokens charged for a finished call, even if the call failed."""
         self._asked = True
         self._metered_calls += 1
         self._count(tokens)
@@ -165,7 +165,7 @@ class Cycle:
     # -- life cycle ----------------------------------------------------------------------------------------------------
 
     def stop(self, why: Stop) -> None:
-        """Stop the cycle soon; the accrued spend is committed."""
+        """Cancel the current phase. The cycle then commits the accrued spend and ends."""
         if self._stop is None:
             self._stop = why
             if self._working is not None:
@@ -181,7 +181,7 @@ class Cycle:
             self.progress.trace_id = root.trace_id
             watching = asyncio.create_task(self._watch())
             try:
-                # A forced end of this task leaves the hold, with its accrued spend, to its deadline.
+                # If this task is killed, the hold stays open with its accrued spend, and expires at its deadline.
                 async with self._dependencies.limiter.keep(self.hold, on_error="charge"):
                     outcome, reason = await self._work()
                     await self._persist(self._settle)
@@ -197,10 +197,10 @@ class Cycle:
                 lambda: cycle_store.end(self.operation_id, owner, outcome, reason, self._snapshot())
             )
             if reason == "worker_lost" and (self.lost_here or not lost):
-                measures.cycle_ended(outcome, elapsed_s)  # else counted by the replica that marked it
+                measures.cycle_ended(outcome, elapsed_s)  # else the other replica counted
 
     async def _work(self) -> tuple[Outcome, str | None]:
-        """Run the phases; return outcome and reason."""
+        """Run the phases. Return the outcome, and the reason if the cycle did not complete."""
         self._working = asyncio.create_task(self._phases())
         if self._stop is not None:
             self._working.cancel()
@@ -292,7 +292,7 @@ class Cycle:
         return sum(self.progress.tokens.values())
 
     async def _result_of(self, work: Awaitable[Result]) -> Result:
-        """Await a phase's result; raise if the cycle is being stopped. A phase may suppress its cancellation."""
+        """Await the result of a phase. Raise if the cycle must stop, because a phase may suppress its cancellation."""
         try:
             result = await work
         except asyncio.CancelledError:
@@ -331,12 +331,12 @@ class Cycle:
         return self.progress
 
     async def begin(self) -> bool:
-        """Write the record of a new cycle; return false if another replica has already begun it."""
+        """Write the record of this new cycle. Return false if the store already has a cycle with this id."""
         owner, dependencies = self._dependencies.limiter.replica_id, self._dependencies
         return await dependencies.cycle_store.start(self.operation_id, owner, dependencies.ttl_ms, self._snapshot())
 
     async def _watch(self) -> None:
-        """Report progress periodically; stop the cycle if it was cancelled or marked as lost."""
+        """Report progress periodically. Stop the cycle if a reply shows that it was cancelled or marked as lost."""
         with suppressed():
             while True:
                 try:
@@ -364,14 +364,14 @@ class Cycle:
             await hold.extend()
 
     async def _settle(self) -> None:
-        """Commit the accrued spend, or release the hold if nothing was accrued; both return the slot."""
+        """Commit the accrued spend. If nothing was accrued, release the hold. Both free the slot of the cycle."""
         if self.hold.accrued[AGENT]:
             await self.hold.commit()
         else:
             await self.hold.release()
 
     async def _persist(self, work: Callable[[], Awaitable[Result]]) -> Result | None:
-        """Retry a write until the store is available; return ``None`` if the store rejects it."""
+        """Retry a write until the store is available. Return ``None`` if the store rejects the write."""
         pause_s = 0.1
         while True:
             try:
@@ -389,9 +389,10 @@ class Cycle:
 
 
 def _plain(value: Any, *, infinite: bool = False) -> Any:
-    """Convert a result for JSON and spans: integers and texts unchanged, other numbers to floats.
+    """Convert a value of a result for JSON or a span. Integers and texts stay; other numbers become floats.
 
-    JSON has no infinity: a non-finite number becomes ``None`` unless ``infinite``.
+    Args:
+        infinite: keep infinity and NaN, for a span. Default: replace them by ``None``, because JSON has neither.
     """
     if value is None or isinstance(value, (int, str)):
         return value

@@ -1,4 +1,4 @@
-"""Records of research cycles in the store, shared by all replicas."""
+"""Records of research cycles. The records are in the store, so all replicas share them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NOT_A_CURSOR = "invalid cursor: use the one that the previous page returned"
 KEPT_MAX = 1000
 """Maximum number of ended cycles that are kept."""
 KEPT_MS = 35 * 86_400_000
-"""Milliseconds after the last change until the records expire."""
+"""Milliseconds until the records expire, counted from the last write to any record."""
 
 
 @dataclass
@@ -41,14 +41,14 @@ class Progress:
     request: dict[str, Any] = field(default_factory=dict)
     """The options of the trigger: the fields of :class:`~ktrdr_budget.agent.options.CycleOptions`."""
     gates: list[dict[str, Any]] = field(default_factory=list)
-    """Each with ``gate``, ``passed``, ``reason`` and ``bypassed``."""
+    """The results of the gates so far. Each result has ``gate``, ``passed``, ``reason`` and ``bypassed``."""
     results: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
     replica: str = ""
     trace_id: str = ""
 
     def document(self) -> str:
-        """Serialize for the store."""
+        """Serialize the progress for the store."""
         return json.dumps(vars(self), separators=(",", ":"), allow_nan=False, default=str)
 
 
@@ -62,7 +62,7 @@ class CycleView:
     ended_at: datetime | None
     elapsed_s: float
     reason: str | None
-    """Reason of a failure or cancellation: ``worker_lost``, ``gate_failed``, ``budget_exhausted``, ``error``, …"""
+    """Why the cycle failed or was cancelled: ``worker_lost``, ``gate_failed``, ``budget_exhausted``, ``error``, …"""
     progress: Mapping[str, Any]
     """The fields of :class:`Progress`."""
 
@@ -79,7 +79,7 @@ class CycleView:
 
 @dataclass(frozen=True)
 class CyclesPage:
-    """The active cycles, oldest first, and a page of ended ones, newest first."""
+    """All active cycles, and a page of the ended cycles."""
 
     as_of: datetime
     active: Sequence[CycleView]
@@ -90,15 +90,19 @@ class CyclesPage:
 
 
 class CycleStore:
-    """Reads and writes the records of cycles. Raises the errors of the store (``StoreUnavailable``).
+    """Reads and writes the records of cycles. Every method may raise ``StoreUnavailable``.
 
-    Any call marks a cycle as lost if its deadline has passed without a report from its worker.
+    While the hold of a cycle is open, the cycle has the deadline of the hold, which heartbeats extend. If the deadline
+    passes, the next call of any replica marks the cycle as lost: failed, with the reason ``worker_lost``.
     """
 
     def __init__(self, limiter: AsyncBudgetLimiter) -> None:
         self._limiter = limiter
         self.on_lost: Callable[[str, float], None] = _ignore
-        """Called with id and duration in seconds for each cycle that a call of this object marks as lost."""
+        """A function that is called for each cycle that this object marks as lost.
+
+        The arguments are the id and the duration of the cycle in seconds.
+        """
 
     async def _execute(self, action: str, *args: str | int) -> Any:
         keys = (*self._limiter.keys.cycles, self._limiter.keys.due)
@@ -109,24 +113,25 @@ class CycleStore:
         return reply
 
     async def start(self, operation_id: str, owner: str, ttl_ms: int, progress: Progress) -> bool:
-        """Write the record of a new cycle; return false if the id is in use.
+        """Write the record of a new cycle. Return false if another cycle has this id.
 
-        The cycle's deadline is that of the open hold with its id, else ``ttl_ms`` from now.
+        If an open hold has the same id, the cycle has the deadline of the hold. Otherwise, the deadline is ``ttl_ms``
+        from now.
         """
         return bool(await self._execute("start", operation_id, owner, ttl_ms, progress.document()))
 
     async def beat(self, operation_id: str, owner: str, progress: Progress) -> str:
-        """Report progress; return the cycle's status, or an empty text if the cycle no longer belongs to this owner."""
+        """Report progress. Return the cycle's status, or an empty text if the cycle has ended or has another owner."""
         return _text(await self._execute("beat", operation_id, owner, progress.document()))
 
     async def end(
         self, operation_id: str, owner: str, outcome: Outcome, reason: str | None, progress: Progress
     ) -> bool:
-        """Write the final status; return whether the cycle had been marked as lost before."""
+        """Write the final status. Return whether the cycle was marked as lost before this call."""
         return int(await self._execute("end", operation_id, owner, outcome, reason or "-", progress.document())) == 2
 
     async def cancel(self, operation_id: str) -> str:
-        """Request the cancellation of a cycle on any replica; return its status, empty for an unknown id."""
+        """Request the cancellation of a cycle of any replica. Return its status, or an empty text for an unknown id."""
         return _text(await self._execute("cancel", operation_id))
 
     async def get(self, operation_id: str) -> CycleView | None:
@@ -135,10 +140,14 @@ class CycleStore:
         return _view(operation_id, _text(record), int(now_ms)) if record else None
 
     async def list(self, count: int = 0, after: str = "") -> CyclesPage:
-        """Return the active cycles, and at most ``count`` ended ones that began before the ended cycle ``after``.
+        """Return all active cycles, and a page of the ended cycles.
+
+        Args:
+            count: the maximum number of ended cycles.
+            after: the id of an ended cycle. The page has only cycles that began earlier. Default: the newest cycles.
 
         Raises:
-            InvalidArgument: no ended cycle ``after`` is recorded.
+            InvalidArgument: no ended cycle has the id ``after``.
         """
         reply = await self._execute("list", count, after)
         if not reply:

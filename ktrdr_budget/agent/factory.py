@@ -25,9 +25,9 @@ def make_agent(
     """Create an agent on a limiter that has the budgets ``agent`` and ``agent:cycles``.
 
     Args:
-        estimate: expected cost of a cycle, in dollars.
+        estimate: the expected cost of a cycle, in dollars.
         measures: the metrics.
-        research: the phases; the bundled ones by default.
+        research: the phases. Default: the bundled phases.
 
     Raises:
         InvalidArgument: the configured language model is unavailable.

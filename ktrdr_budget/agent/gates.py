@@ -1,4 +1,4 @@
-"""Gates: deterministic checks between phases; no language model can influence them."""
+"""Gates: checks between the phases of a cycle. Each check compares figures, and calls no language model."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Thresholds:
     min_accuracy: float = 0.10
     max_loss: float = 0.8
     min_loss_decrease: float = -0.5
-    """As a fraction of the initial loss; a negative value allows a rise."""
+    """The minimum decrease of the loss, as a fraction of the initial loss. A negative value allows a rise."""
     min_win_rate: float = 0.10
     max_drawdown: float = 0.4
     min_sharpe: float = -0.5
@@ -49,10 +49,10 @@ class Thresholds:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Thresholds:
-        """Read ``TRAINING_GATE_*`` and ``BACKTEST_GATE_*``; unset variables have their defaults.
+        """Read ``TRAINING_GATE_*`` and ``BACKTEST_GATE_*``. If a variable is not set, its threshold is the default.
 
         Raises:
-            InvalidArgument: a variable is not a finite number; the message names it.
+            InvalidArgument: a variable is not a finite number. The message names the variable.
         """
         texts = {name: environment.get(variable, "").strip() for name, variable in _VARIABLES.items()}
         return cls(**{name: _number(text, _VARIABLES[name]) for name, text in texts.items() if text})
@@ -65,7 +65,7 @@ class GateResult:
     gate: Gate
     passed: bool
     reason: str
-    """The failed checks with their figures, or all checks if all passed."""
+    """The failed checks with their figures. If all checks passed, all checks with their figures."""
 
 
 def training_gate(training: Training, thresholds: Thresholds) -> GateResult:

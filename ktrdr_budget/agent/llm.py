@@ -25,7 +25,7 @@ class Completion:
 
 
 class LLM(Protocol):
-    """A metered language model: each call reserves its maximum cost, or claims it from the enclosing hold."""
+    """A metered language model. Each call reserves its maximum cost. Inside a hold, the hold covers that cost."""
 
     provider: str
     model: str
@@ -34,12 +34,15 @@ class LLM(Protocol):
         """Send a prompt and return the complete reply.
 
         Raises:
-            BudgetExceeded: the budget cannot cover the worst case; nothing was sent.
+            BudgetExceeded: the budget cannot cover the maximum cost of the call. No request was sent.
         """
         ...
 
     def using(self, model: str) -> LLM:
-        """Return the same provider with another model, by full or short name (``haiku``); connections are shared.
+        """Return an object for another model of the same provider. Both objects share their connections.
+
+        Args:
+            model: a full model name, or a short name such as ``haiku``.
 
         Raises:
             UnusableModel: the provider has no such model, or the model has no price.
@@ -47,5 +50,5 @@ class LLM(Protocol):
         ...
 
     async def close(self) -> None:
-        """Close the connections; the model must not be used afterwards."""
+        """Close the connections. The caller must not use the model afterwards."""
         ...

@@ -13,7 +13,7 @@ logger = logging.getLogger("ktrdr_budget")
 
 
 def log_cycle_started(operation_id: str, estimate: Amount, progress: Progress) -> None:
-    """``Cycle started: op_1 (estimate $0.15, model ktrdr-scripted-1)``."""
+    """Log a line such as ``Cycle started: op_1 (estimate $0.15, model ktrdr-scripted-1)``."""
     bypassed = bool(progress.request.get("bypass_gates"))
     logger.info(
         "Cycle started: %s (estimate %s, model %s%s%s)",
@@ -35,7 +35,7 @@ def log_cycle_started(operation_id: str, estimate: Amount, progress: Progress) -
 def log_cycle_ended(
     operation_id: str, outcome: str, reason: str | None, spend: Amount, elapsed_s: float, progress: Progress
 ) -> None:
-    """``Cycle ended: op_1 completed after 4.0 s, $0.066255``."""
+    """Log a line such as ``Cycle ended: op_1 completed after 4.0 s, $0.066255``."""
     tokens = sum(progress.tokens.values())
     logger.info(
         "Cycle ended: %s %s%s after %.1f s, %s, %d tokens",
@@ -58,7 +58,7 @@ def log_cycle_ended(
 
 
 def log_cycle_lost(operation_id: str, elapsed_s: float) -> None:
-    """Log the end of a cycle that another replica marked as lost at its deadline."""
+    """Log the end of a lost cycle: its deadline passed before its worker recorded an end."""
     logger.warning(
         "Cycle ended: %s failed (worker_lost) after %.1f s",
         operation_id,
@@ -73,7 +73,7 @@ def log_cycle_lost(operation_id: str, elapsed_s: float) -> None:
 
 
 def log_gate_failed(operation_id: str, gate: str, reason: str) -> None:
-    """``Gate failed: training gate of op_1: accuracy 0.05 < 0.1``."""
+    """Log a line such as ``Gate failed: training gate of op_1: accuracy 0.05 < 0.1``."""
     logger.warning(
         "Gate failed: %s gate of %s: %s",
         gate,

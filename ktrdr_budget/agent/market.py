@@ -1,8 +1,8 @@
 """Prices for the bundled research: daily closes of a fictitious instrument.
 
-The series is a generated random walk, so it contains no vendor's data. It alternates between rising and falling, and
-between calm and volatile, regimes. A regime lasts long enough for a small model to find a weak signal, as in real
-prices on a good day. The generator is reproducible on any machine::
+The series is a generated random walk, so no vendor has rights to the data. Two properties change at random: prices
+rise or fall, and are calm or volatile. Each such regime lasts long enough for a small model to find a weak signal. The
+generator gives the same prices on every machine::
 
     python -m ktrdr_budget.agent.market > prices.csv
 """
@@ -33,7 +33,7 @@ DRIFTS = (0.0020, -0.0015)
 VOLATILITIES = (0.007, 0.014)
 """Standard deviation of daily returns in a calm and in a volatile regime."""
 TURN_CHANCE = 1 / 60
-"""Probability per day that a regime ends."""
+"""Probability per day that a regime (rising or falling, calm or volatile) ends."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def bundled_prices() -> PriceSeries:
 
 
 def generate_prices(seed: int = SEED, days: int = DAYS) -> PriceSeries:
-    """Generate a series; the defaults give the bundled one."""
+    """Generate a price series. With the default arguments, the result is the bundled series."""
     chance = random.Random(seed)  # noqa: S311 - reproducible prices, not a secret
     drift, volatility, close = 0, 0, FIRST_CLOSE
     closes = []
@@ -91,7 +91,7 @@ def parse_csv(text: str) -> PriceSeries:
     """Parse the format of :func:`to_csv`.
 
     Raises:
-        InvalidArgument: the text has another format; the message names the line.
+        InvalidArgument: the text has another format. The message names the line.
     """
     rows = csv.reader(io.StringIO(text))
     if next(rows, None) != ["date", "close"]:

@@ -20,7 +20,7 @@ _CHANCE_MIN = 1e-12
 
 @dataclass(frozen=True)
 class Model:
-    """Fitted weights, with the scaling of the training data."""
+    """The fitted weights, and the means and deviations that scale each row of features."""
 
     means: tuple[float, ...]
     deviations: tuple[float, ...]
@@ -43,8 +43,8 @@ def fit(rows: Rows, labels: Labels, *, learning_rate: float, epochs: int, pause:
     Args:
         rows: features of each day.
         labels: 1 if the price rose on the day after, else 0.
-        epochs: passes over the data; 0 returns an untrained model.
-        pause: called before each pass; may raise to stop.
+        epochs: the number of passes over the data. With 0, the model is untrained.
+        pause: a function that is called before each pass. To stop the fit, the function raises.
     """
     means = tuple(fmean(column) for column in zip(*rows, strict=True))
     deviations = tuple(_deviation(column, mean) for column, mean in zip(zip(*rows, strict=True), means, strict=True))
@@ -68,7 +68,7 @@ def accuracy(chances: Sequence[float], labels: Labels) -> float:
 
 
 def log_loss(chances: Sequence[float], labels: Labels) -> float:
-    """Return the mean log loss; ln 2 (0.693) for a model that always predicts 0.5."""
+    """Return the mean log loss. If every chance is 0.5, the loss is ln 2 (0.693)."""
     likelihoods = (chance if label else 1 - chance for chance, label in zip(chances, labels, strict=True))
     return -fmean(math.log(max(_CHANCE_MIN, likelihood)) for likelihood in likelihoods)
 

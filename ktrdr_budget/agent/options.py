@@ -14,17 +14,17 @@ class CycleOptions:
     """The options of one cycle."""
 
     strategy: str | None = None
-    """Name of a finished strategy: the cycle begins with its training. Excludes a brief."""
+    """The name of a finished strategy. If it is set, the cycle skips the design, and ``brief`` must not be set."""
     brief: str | None = None
     """Instructions for the design, as free text."""
     model: str | None = None
-    """The language model of this cycle; ``None`` for the agent's."""
+    """The language model of this cycle. ``None`` selects the agent's model."""
     bypass_gates: bool = False
-    """Gates are evaluated and recorded, but do not end the cycle."""
+    """Whether the cycle continues after a failed gate. The results of the gates are recorded in any case."""
 
 
 class UnusableOption(InvalidArgument):
-    """An option is invalid; nothing was reserved."""
+    """An option is invalid. Nothing was reserved."""
 
     def __init__(self, field: str, message: str) -> None:
         super().__init__(f"{field}: {message}")

@@ -45,11 +45,11 @@ class Training:
     initial_loss: float
     final_loss: float
     model: Any = None
-    """Input of the backtest, opaque to the cycle."""
+    """The trained model. The cycle passes the model to the backtest, and does not read it."""
 
     @property
     def loss_decrease(self) -> float:
-        """The decrease of the loss as a fraction of the initial loss; negative if it rose."""
+        """The decrease of the loss, as a fraction of the initial loss. If the loss rose, the result is negative."""
         return (self.initial_loss - self.final_loss) / self.initial_loss if self.initial_loss else 0.0
 
 
@@ -76,7 +76,7 @@ class Assessment:
 
 
 class PhaseContext(Protocol):
-    """The context of a phase."""
+    """The part of a cycle that its phases may use."""
 
     @property
     def operation_id(self) -> str:
@@ -90,20 +90,24 @@ class PhaseContext(Protocol):
 
     @property
     def cancelled(self) -> bool:
-        """Whether the cycle is being stopped; for loops in threads, which ``CancelledError`` does not reach."""
+        """Whether the cycle must stop. Loops in threads check this, because ``CancelledError`` stops no thread."""
         ...
 
     async def ask(self, prompt: str, *, system: str = "", max_tokens: int = 1024) -> Completion:
-        """Send a prompt to the language model. Its cost is reserved first, then accrued on the cycle's hold.
+        """Send a prompt to the language model. The cycle's hold covers the maximum cost, and accrues the actual cost.
 
         Raises:
-            BudgetExceeded: the cycle needs more than it has reserved, and the budget has no room.
+            BudgetExceeded: the call needs more than the rest of the cycle's hold, and the budget has no room.
         """
         ...
 
 
 class Research(Protocol):
-    """The four phases. A phase that raises fails the cycle; a cancellation arrives as ``CancelledError``."""
+    """The four phases of a cycle.
+
+    If a phase raises an exception, the cycle fails. If the cycle is cancelled, ``CancelledError`` is raised in the
+    current phase.
+    """
 
     async def design(self, context: PhaseContext) -> Design:
         """Choose a strategy, with the language model."""
@@ -124,12 +128,12 @@ class Research(Protocol):
 
 @runtime_checkable
 class KnowsStrategies(Protocol):
-    """Research with finished strategies that a trigger can select by name."""
+    """Research that has finished strategies. A trigger can select a strategy by name."""
 
     def known_design(self, strategy: str) -> Design:
-        """Return the design of a strategy. A cycle that starts with one skips the phase ``designing``.
+        """Return the design of a strategy. The cycle then skips the phase ``designing``.
 
         Raises:
-            InvalidArgument: the strategy is unknown; the message lists the known ones.
+            InvalidArgument: the strategy is unknown. The message lists the known strategies.
         """
         ...

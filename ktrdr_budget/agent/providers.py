@@ -1,8 +1,8 @@
 """The language models of an agent, and their selection by the environment.
 
-Calls go through the providers' SDKs with a guard: each call reserves its worst case, or draws it from the enclosing
-hold. Replies are streamed, so that a cancelled call is charged, as far as the provider reports usage, for the part that
-arrived.
+Calls use the SDKs of the providers. A guard around the SDK reserves the maximum cost of each call; inside a hold, the
+hold covers that cost. Replies are streamed. If a call is cancelled, the part of the reply that arrived is charged, as
+far as the provider has reported its usage.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ __all__ = ["ANTHROPIC_MODEL", "OPENAI_MODEL", "AnthropicLLM", "OpenAILLM", "make
 ANTHROPIC_MODEL = "claude-haiku-5-5"
 OPENAI_MODEL = "gpt-6-luna"
 ANTHROPIC_MODELS = {"opus": "claude-opus-5-5", "sonnet": "claude-sonnet-5-5", "haiku": ANTHROPIC_MODEL}
-"""Short names of models."""
+"""Short names of Anthropic's models, with the full names."""
 REASONING_TOKENS_MAX = 3072
-"""Output tokens beside the reply: current models reason first, and count that as output."""
+"""Output tokens that are added to the limit of each reply, because models count their reasoning as output."""
 
 
 class AnthropicLLM:
@@ -44,8 +44,8 @@ class AnthropicLLM:
     Args:
         client: a guarded client.
         prices: prices of the models.
-        model: the model, or one of :data:`ANTHROPIC_MODELS`.
-        reasoning_tokens: output tokens for reasoning, beside those of the reply.
+        model: a full model name, or a short name in :data:`ANTHROPIC_MODELS`.
+        reasoning_tokens: output tokens for reasoning, in addition to the tokens of the reply.
 
     Raises:
         UnusableModel: the model has no price.
@@ -102,7 +102,7 @@ class OpenAILLM:
     Args:
         client: a guarded client.
         prices: prices of the models.
-        reasoning_tokens: output tokens for reasoning, beside those of the reply.
+        reasoning_tokens: output tokens for reasoning, in addition to the tokens of the reply.
 
     Raises:
         UnusableModel: the model has no price.
@@ -160,13 +160,14 @@ class OpenAILLM:
 
 
 def make_llm(limiter: AsyncBudgetLimiter, environment: Mapping[str, str] = os.environ) -> LLM:
-    """Create the language model of ``AGENT_LLM`` (``scripted``, ``anthropic`` or ``openai``) and ``AGENT_MODEL``.
+    """Create the language model that the environment selects. Its calls are charged to the budget ``agent``.
 
-    Calls are charged to the budget ``agent``. API keys come from ``ANTHROPIC_API_KEY`` and ``OPENAI_API_KEY``, other
-    endpoints from ``ANTHROPIC_BASE_URL`` and ``OPENAI_BASE_URL``.
+    ``AGENT_LLM`` is the provider (``scripted``, ``anthropic`` or ``openai``), and ``AGENT_MODEL`` the model. API keys
+    are in ``ANTHROPIC_API_KEY`` and ``OPENAI_API_KEY``. ``ANTHROPIC_BASE_URL`` and ``OPENAI_BASE_URL``, if set, replace
+    the providers' own endpoints.
 
     Raises:
-        InvalidArgument: the model is unavailable; the message names the cause.
+        InvalidArgument: the model is unavailable. The message names the cause.
     """
     kind = _text(environment, "AGENT_LLM").lower() or ScriptedLLM.provider
     model = _text(environment, "AGENT_MODEL")
@@ -206,7 +207,7 @@ def _client(kind: str, name: str, environment: Mapping[str, str]) -> Any:
 
 
 def _priced(kind: str, model: str, prices: Prices) -> str:
-    """Return the model if it has a price; without one, each cycle would fail at its first call."""
+    """Return the model, or raise if the model has no price, because each cycle would fail at its first call."""
     try:
         prices.worst_case(kind, model, 1, 1, datetime.now(UTC))
     except UnknownPrice as error:

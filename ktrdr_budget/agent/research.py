@@ -1,7 +1,7 @@
-"""The bundled research: a real cycle in seconds, without a key or additional packages.
+"""The bundled research: a real cycle that takes seconds, and needs neither a key nor additional packages.
 
-The price series has three parts: the model is fitted to the first, validated on the second and traded on the third, so
-every figure is out of sample.
+The price series has three parts. The model is fitted to the first part, validated on the second part and traded on the
+third part, so every figure is out of sample.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["ExampleResearch"]
 
 PHASE_SECONDS_DEFAULT = 1.0
 FITTED_PART, MEASURED_PART = 0.5, 0.2
-"""Fractions of the days with features; the remainder is traded."""
+"""The fractions of the days for the fit and for the validation. The remaining days are traded."""
 DAYS_MIN = WARM_UP_DAYS + 100
 
 Answer = TypeVar("Answer")
@@ -40,8 +40,8 @@ class ExampleResearch:
     """Implements :class:`~ktrdr_budget.agent.phases.Research` on one price series.
 
     Args:
-        prices: the price series; the bundled one by default.
-        phase_seconds: minimum duration of each phase, so that a cycle can be watched.
+        prices: the price series. Default: the bundled series.
+        phase_seconds: the minimum duration of each phase. It makes a cycle slow enough to watch.
 
     Raises:
         InvalidArgument: the series is too short, or ``phase_seconds`` is negative or not finite.
@@ -56,7 +56,7 @@ class ExampleResearch:
         self._phase_seconds = phase_seconds
 
     async def design(self, context: PhaseContext) -> Design:
-        """Let the language model choose among :data:`~ktrdr_budget.agent.strategies.STRATEGIES`.
+        """Let the language model choose a strategy of :data:`~ktrdr_budget.agent.strategies.STRATEGIES`.
 
         Raises:
             UnusableAnswer: two replies were unusable.
@@ -76,7 +76,7 @@ class ExampleResearch:
         return Design(found.name, found.middle)
 
     async def train(self, context: PhaseContext, design: Design) -> Training:
-        """Fit the model to the first part of the series and validate it on the second."""
+        """Fit the model to the first part of the series, and validate the model on the second part."""
         async with self._paced():
             return await _in_thread(context, lambda pause: self._train(design, pause))
 
@@ -123,12 +123,12 @@ class ExampleResearch:
         first = WARM_UP_DAYS + self._parts()[1]
         chances = model.chances(features(closes, design.parameters, pause, first))
         held = positions(STRATEGIES[design.strategy_name], design.parameters, closes, chances)
-        # A position taken at a close earns until the next close; that of the last day earns nothing.
+        # A position earns from its close to the next close. The last position has no next close, so it earns nothing.
         returns = [later / earlier - 1 for earlier, later in pairwise(closes[first:])]
         return trade(held[:-1], returns)
 
     def _parts(self) -> tuple[int, int]:
-        """Return the ends of the fitted and of the validated part, in days after the warm-up."""
+        """Return the end of the fitted part and the end of the validated part, in days after the warm-up."""
         days = len(self._prices) - WARM_UP_DAYS
         return round(days * FITTED_PART), round(days * (FITTED_PART + MEASURED_PART))
 
@@ -136,7 +136,7 @@ class ExampleResearch:
 
     @asynccontextmanager
     async def _paced(self) -> AsyncIterator[None]:
-        """Last at least ``phase_seconds``, unless the phase fails or is cancelled."""
+        """Extend a phase to at least ``phase_seconds``, if the phase neither fails nor is cancelled."""
         ends = time.monotonic() + self._phase_seconds
         yield
         await asyncio.sleep(max(0.0, ends - time.monotonic()))
@@ -147,7 +147,7 @@ class _Stopped(Exception):
 
 
 async def _in_thread(context: PhaseContext, work: Callable[[Pause], Result]) -> Result:
-    """Run the work in a thread. A cancellation returns at once; the thread stops at its next pause."""
+    """Run the work in a thread. If this call is cancelled, it ends at once, and the thread ends at its next pause."""
     abandoned = threading.Event()
 
     def pause() -> None:
@@ -164,7 +164,7 @@ async def _in_thread(context: PhaseContext, work: Callable[[Pause], Result]) -> 
 
 
 async def _ask(context: PhaseContext, prompt: str, parse: Callable[[str], Answer]) -> Answer:
-    """Send a prompt; retry once, with the reason, if the reply is unusable."""
+    """Send a prompt. If the reply is unusable, send the prompt once more, with the reason."""
     first = await context.ask(prompt, system=prompts.SYSTEM)
     try:
         return parse(first.text)

@@ -24,7 +24,7 @@ from ktrdr_budget.metering.usage import Usage
 __all__ = ["SCRIPTED_PRICE", "SCRIPTED_PRICES", "ScriptedLLM"]
 
 SCRIPTED_PRICE = ModelPrice("scripted", "ktrdr-scripted-1", input=15, output=75)
-"""Prices of its tokens; no real money is spent."""
+"""The prices of the scripted model's tokens. No real money is spent."""
 _SIZES = {
     "opus": SCRIPTED_PRICE,
     "sonnet": ModelPrice("scripted", "ktrdr-scripted-1-sonnet", input=9, output=45),
@@ -34,9 +34,9 @@ SCRIPTED_PRICES = tuple(_SIZES.values())
 """Prices of three model sizes with identical replies, so that model selection can be tried without a key."""
 TOKENS_PER_SECOND_DEFAULT = 500.0
 CONTEXT_TOKENS = 500
-"""Input tokens charged beside the prompt, as providers do for tool descriptions."""
+"""Input tokens that are charged in addition to the prompt, as providers charge tool descriptions."""
 REASONING_TOKENS = (120, 240)
-"""Output tokens before the reply, minimum and maximum."""
+"""The minimum and the maximum number of output tokens before the reply."""
 CHARACTERS_PER_TOKEN = 4
 CHUNK_TOKENS = 16
 
@@ -45,9 +45,9 @@ class ScriptedLLM:
     """Implements :class:`~ktrdr_budget.agent.llm.LLM` without a network.
 
     Args:
-        meter: reserves and accrues the cost of each call; its pricer must include :data:`SCRIPTED_PRICES`.
-        model: one of those.
-        tokens_per_second: output rate; ``math.inf`` for no delay.
+        meter: reserves and accrues the cost of each call. The meter's pricer must include :data:`SCRIPTED_PRICES`.
+        model: the name of a model in :data:`SCRIPTED_PRICES`.
+        tokens_per_second: the output rate. With ``math.inf``, there is no delay.
 
     Raises:
         InvalidArgument: ``tokens_per_second`` is not positive.
@@ -97,7 +97,7 @@ class ScriptedLLM:
         return ScriptedLLM(self._meter, model=price.model, tokens_per_second=self._tokens_per_second)
 
     async def close(self) -> None:
-        """Do nothing: there are no connections."""
+        """Do nothing, because the model has no connections."""
 
 
 def tokens_in(text: str) -> int:
@@ -109,7 +109,7 @@ def tokens_in(text: str) -> int:
 
 
 def answer(prompt: str) -> str:
-    """Return a design, an assessment, or a fixed sentence for any other prompt."""
+    """Return a design or an assessment, as the prompt requests. For any other prompt, return a fixed sentence."""
     if (strategies := prompts.strategies_of(prompt)) is not None:
         return json.dumps(_design(prompt, strategies))
     if (figures := prompts.figures_of(prompt)) is not None:

@@ -1,4 +1,4 @@
-"""The agent of a replica: triggers, lists and cancels cycles, and runs those triggered here."""
+"""The agent of a replica. It triggers, lists and cancels cycles, and runs the cycles that it triggered."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ _POLL_S = 0.05
 
 
 def slots(limit: int) -> Budget:
-    """Return the budget of concurrent cycles."""
+    """Return the budget that limits concurrent cycles."""
     return Budget(SLOTS, limit, kind="slots")
 
 
@@ -59,13 +59,13 @@ class MoneyDenied(BudgetError):
         self.summary = replace(denial, reason="budget_exhausted").summary
         super().__init__(f"Daily budget exhausted: {self.summary}")
         self.denial = denial
-        """The denial; its ``reason`` is more specific than the summary's."""
+        """The denial. Its ``reason`` is more specific than the reason in ``summary``."""
         self.retry_after = retry_after
-        """Seconds until a retry may succeed; until the next day if one cycle costs more than the daily limit."""
+        """Seconds until a retry may succeed. If a cycle costs more than the daily limit, seconds until the next day."""
 
 
 class CycleActive(BudgetError):
-    """The maximum number of concurrent cycles is running."""
+    """No slot is free: the maximum number of concurrent cycles are running."""
 
     def __init__(self, operation_ids: list[str]) -> None:
         running = ", ".join(operation_ids) or "a cycle"
@@ -94,16 +94,16 @@ class Started:
     model: str
     """The language model of the cycle."""
     replayed: bool = False
-    """Whether an earlier request with the same id and options had begun the cycle."""
+    """Whether an earlier request with the same id and options began the cycle."""
 
 
 @dataclass(frozen=True)
 class AgentStatus:
-    """Active cycles, the last ended one, and the remaining budget and capacity."""
+    """The active cycles, the cycle that ended last, the remaining budget and the free slots."""
 
     cycles: CyclesPage
     budget: Status | None
-    """``None`` if another process has defined the budget differently."""
+    """The budget's figures, or ``None`` if another definition of the budget is registered."""
     capacity: Status | None
 
 
@@ -111,8 +111,8 @@ class AgentService:
     """The agent of one replica.
 
     Args:
-        dependencies: the limiter must have the budgets ``agent`` and :data:`SLOTS`.
-        estimate: expected cost of a cycle, in dollars.
+        dependencies: the parts that all cycles share. The limiter must have the budgets ``agent`` and :data:`SLOTS`.
+        estimate: the expected cost of a cycle, in dollars.
     """
 
     def __init__(self, dependencies: CycleDependencies, estimate: Amount) -> None:
@@ -130,7 +130,7 @@ class AgentService:
         return tuple(self._running.values())
 
     async def close(self) -> None:
-        """Stop the cycles of this replica, each of which commits its spend, and close the language model."""
+        """Stop the cycles of this replica, then close the language model. Each stopped cycle commits its spend."""
         running = dict(self._running)
         for cycle in running.values():
             cycle.stop("shutdown")
@@ -152,19 +152,20 @@ class AgentService:
         model: str | None = None,
         bypass_gates: bool = False,
     ) -> Started:
-        """Reserve a cycle's estimate and a slot, all or none, and begin the cycle.
+        """Reserve the estimate and a slot of a cycle together, and begin the cycle. If one is denied, reserve neither.
 
         Args:
-            operation_id: idempotency key: a retry with the same id and options returns the same cycle.
+            operation_id: the id of the cycle, and an idempotency key. A retry with the same id and options returns the
+                same cycle.
             strategy, brief, model, bypass_gates: see :class:`~ktrdr_budget.agent.options.CycleOptions`.
 
         Raises:
             UnusableOption: an option is invalid.
             MoneyDenied: the daily budget does not cover the estimate.
-            CycleActive: no slot is free, and the budget would cover the estimate.
-            HoldConflict: the id belongs to another request, to a cycle that did not begin, or to an earlier cycle whose
-                hold has been forgotten.
-            StoreUnavailable: nothing was begun.
+            CycleActive: the daily budget covers the estimate, but no slot is free.
+            HoldConflict: the id was used before: for a request with other options, for a cycle that did not begin, or
+                for a cycle whose hold the store no longer keeps.
+            StoreUnavailable: the store is unreachable, and no cycle began.
         """
         plan = self._planned(CycleOptions(strategy, brief, model, bypass_gates))
         operation_id = operation_id or f"op_{secrets.token_hex(8)}"
@@ -211,7 +212,7 @@ class AgentService:
                 return Started(operation_id, plan.llm.model, replayed=True)
             if hold.state != "open":
                 raise HoldConflict(f"{operation_id!r} was used before, and its cycle did not begin: use another id")
-        # From here on the cycle is independent of its trigger's connection.
+        # From here on, the cycle continues even if the client of the trigger disconnects.
         beginning = self._beginning.get(operation_id)
         if beginning is None:
             beginning = self._beginning[operation_id] = asyncio.ensure_future(self._begin(hold, plan))
@@ -229,7 +230,7 @@ class AgentService:
         except BaseException:
             await self._release(hold)
             raise
-        if not begun:  # another replica has begun it under the same id
+        if not begun:  # another replica has begun the cycle
             return Started(hold.id, plan.llm.model, replayed=True)
         log_cycle_started(hold.id, hold.amounts[AGENT], cycle.progress)
         task = asyncio.create_task(cycle.run(), name=f"cycle {hold.id}")
@@ -238,10 +239,12 @@ class AgentService:
         return Started(hold.id, plan.llm.model)
 
     async def _has_begun(self, hold: AsyncHold, plan: Plan) -> bool:
-        """Whether a cycle has begun on this hold, and not on an earlier hold of the same id: cycles outlive holds.
+        """Whether a cycle has begun on this hold.
+
+        A cycle of an earlier hold with the same id does not count: the store keeps cycles longer than holds.
 
         Raises:
-            HoldConflict: it has, with other options.
+            HoldConflict: a cycle has begun on this hold, but with other options.
         """
         cycle = await self._cycle_store.get(hold.id)
         granted_ms = hold.created_us // 1000 if hold.created_us else hold.deadline_ms - round(hold.ttl * 1000)
@@ -253,7 +256,7 @@ class AgentService:
         return True
 
     def _runs(self, operation_id: str) -> Cycle | None:
-        """Return the cycle if it runs on this replica."""
+        """Return the cycle with this id, or ``None`` if the cycle does not run on this replica."""
         return next((cycle for cycle in self.running if cycle.operation_id == operation_id), None)
 
     async def _release(self, hold: AsyncHold) -> None:
@@ -268,7 +271,7 @@ class AgentService:
             logger.error("cycle %s failed with an internal error", cycle.operation_id, exc_info=error)
 
     def _count_lost(self, operation_id: str, elapsed_s: float) -> None:
-        """Count a cycle that a call of this replica has marked as lost; its worker, being dead, cannot count it."""
+        """Count a cycle that a call of this replica has marked as lost. A dead worker cannot count its own cycle."""
         if (cycle := self._runs(operation_id)) is not None:
             cycle.lost_here = True  # the cycle is alive and counts its own end
         else:
@@ -290,7 +293,7 @@ class AgentService:
         return denied
 
     def _denied_by_spend(self, status: Status) -> Denial | None:
-        """Return the denial by spent and unconfirmed amounts alone, without open holds; ``None`` if there is room."""
+        """Return a denial if spent and unconfirmed amounts leave no room, else ``None``. Open holds do not count."""
         if status.limit is None or status.spent + status.unconfirmed + self._estimate <= status.limit:
             return None
         remaining = status.remaining if status.remaining is not None else from_units(0, status.unit)
@@ -310,16 +313,16 @@ class AgentService:
     # -- reading and cancelling ----------------------------------------------------------------------------------------
 
     async def cycles(self, count: int = 0, after: str = "") -> CyclesPage:
-        """Return the active cycles and ``count`` ended ones, across all replicas.
+        """Return the active cycles of all replicas, and a page of at most ``count`` ended cycles.
 
-        Holds of lost workers are expired first, which frees their slots.
+        The call also expires overdue holds of lost workers, which frees their slots.
         """
         page = await self._cycle_store.list(count, after)
         await self._status(SLOTS)
         return page
 
     async def status(self) -> AgentStatus:
-        """Return the active cycles, the last ended one, and the remaining budget and slots."""
+        """Return the active cycles, the cycle that ended last, the remaining budget and the free slots."""
         page = await self._cycle_store.list(0)
         budget, capacity = await asyncio.gather(self._status(AGENT), self._status(SLOTS))
         return AgentStatus(page, budget, capacity)
@@ -327,14 +330,17 @@ class AgentService:
     async def _status(self, name: str) -> Status | None:
         try:
             return await self._limiter.status(name)
-        except DefinitionConflict:  # must not hide the cycles
+        except DefinitionConflict:  # a conflict of definitions must not hide the cycles
             return None
 
     async def cancel(self, operation_id: str) -> str:
-        """Cancel a cycle on any replica; return ``cancelled``, or ``cancelling`` if it takes longer than 2 s.
+        """Cancel a cycle of any replica.
+
+        Return ``cancelled``, or ``cancelling`` if the cycle has not ended within 2 s.
 
         Raises:
-            UnknownCycle, CycleEnded: there is no running cycle with this id.
+            UnknownCycle: no cycle with this id is recorded.
+            CycleEnded: the cycle has already ended.
         """
         mark_operation(operation_id, OPERATION_TYPE)
         with operation_scope(operation_id, OPERATION_TYPE):

@@ -17,7 +17,10 @@ _SLOTS_MAX = 10_000
 
 @dataclass(frozen=True)
 class AgentSettings:
-    """Each field is set by the environment variable ``AGENT_`` + its name; thresholds by those of the gates."""
+    """Settings of the agent. The environment variable of a field is ``AGENT_`` and the name of the field.
+
+    The thresholds have variables of their own, ``TRAINING_GATE_*`` and ``BACKTEST_GATE_*``.
+    """
 
     max_concurrent_cycles: int = 1
     cycle_ttl: float = 30.0
@@ -28,10 +31,10 @@ class AgentSettings:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> AgentSettings:
-        """Read the settings from the environment; unset variables have their defaults.
+        """Read the settings from the environment. If a variable is not set, its field has the default.
 
         Raises:
-            InvalidArgument: a variable is invalid; the message names it.
+            InvalidArgument: a variable is invalid. The message names the variable.
         """
         return cls(
             max_concurrent_cycles=int(

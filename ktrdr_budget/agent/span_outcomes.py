@@ -1,8 +1,8 @@
 """Outcomes of phases on spans. Spans leave the process, so they contain no text of a provider, a prompt or a reply.
 
-Cancellations and denials are outcomes, not errors. An error is recorded with its type and stack trace. Its message is
-recorded only if this package wrote it, or if the phase has not called a language model. The cycle's record has the
-message in any case.
+Cancellations and denials are outcomes, not errors. A span records the type and the stack trace of an error. The span
+has the message of the error only if this package wrote the message, or if the phase has called no language model. The
+cycle's record in the store has the message in any case.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ _PROVIDERS = ("anthropic", "openai")
 
 
 def set_outcome(current: Span, error: BaseException | None, *, asked: bool) -> str:
-    """Set the outcome of a phase on its span; return the error text for the cycle's span, empty if there is none.
+    """Set the outcome of a phase on its span. Return the error text for the cycle's span, or an empty text.
 
     Args:
+        error: the exception that ended the phase. ``None`` if the phase completed.
         asked: whether the phase has called a language model.
     """
     outcome = {"outcome": "completed"} if error is None else ending_of(error)
@@ -39,7 +40,7 @@ def _is_of(error: BaseException, *packages: str) -> bool:
 
 
 def _chain(error: BaseException) -> list[BaseException]:
-    """Return the error with its causes and contexts."""
+    """Return the error, followed by all its causes and contexts."""
     found: list[BaseException] = []
     waiting: list[BaseException | None] = [error]
     while waiting:

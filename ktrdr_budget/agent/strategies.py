@@ -12,7 +12,7 @@ __all__ = ["STRATEGIES", "WARM_UP_DAYS", "Strategy", "features", "positions"]
 
 TRADING_DAYS = 252
 WARM_UP_DAYS = 120
-"""Days before the first day with features, for any parameters."""
+"""The number of days before the first day with features. It is sufficient for any parameters."""
 
 Closes = Sequence[float]
 Number = int | float
@@ -20,12 +20,12 @@ Number = int | float
 
 @dataclass(frozen=True)
 class Strategy:
-    """A family of strategies; parameters select a member."""
+    """A family of strategies. Values of the parameters select one strategy of the family."""
 
     name: str
     description: str
     ranges: Mapping[str, tuple[Number, Number]]
-    """Minimum and maximum of each parameter; integers if both are integers."""
+    """The minimum and the maximum of each parameter. If both are integers, the parameter is an integer."""
     short_size: float = 0.0
     """Size of a short position, as a fraction of the equity."""
 
@@ -89,7 +89,7 @@ STRATEGIES: Mapping[str, Strategy] = {
 
 
 def momentum(closes: Closes, day: int, days: int) -> float:
-    """Return over the last ``days``."""
+    """The return over the last ``days``, as a fraction of the first price."""
     return closes[day] / closes[day - days] - 1
 
 
@@ -113,7 +113,7 @@ def features(
     """Return the features of each day from ``first`` on, for the given parameters.
 
     Args:
-        pause: called between days; may raise to stop.
+        pause: a function that is called between days. To stop, the function raises.
     """
     looks = [(feature, int(parameters[name])) for name, feature in _FEATURES.items() if name in parameters]
     rows = []
@@ -130,7 +130,7 @@ def features(
 def positions(
     strategy: Strategy, parameters: Mapping[str, Number], closes: Closes, chances: Sequence[float]
 ) -> list[float]:
-    """Return a position for each day, as a fraction of the equity: 1 is fully invested, negative is short.
+    """Return a position for each day, as a fraction of the equity. 1 is fully invested, and a negative one is short.
 
     Args:
         chances: probabilities of a rise on the next day, for the last ``len(chances)`` days of ``closes``.

@@ -19,7 +19,7 @@ TRADING_DAYS = 252
 
 @dataclass(frozen=True)
 class Account:
-    """The course of an account that starts at 1."""
+    """The equity and the trades of an account whose equity starts at 1."""
 
     equity: tuple[float, ...]
     """Equity at the start, then after each day."""
@@ -28,9 +28,9 @@ class Account:
 
 
 def trade(positions: Sequence[float], returns: Sequence[float], cost: float = TRADING_COST) -> Account:
-    """Apply to each position the return of the following day; sell the last position at the end.
+    """Trade the positions: each position earns the return of the following day. The last position is sold at the end.
 
-    A trade lasts as long as the position has the same sign, whatever its size.
+    A trade lasts while the position keeps its sign. The size of the position may change meanwhile.
 
     Args:
         positions: fractions of the equity; negative is short.
@@ -58,7 +58,7 @@ def trade(positions: Sequence[float], returns: Sequence[float], cost: float = TR
 
 
 def figures(account: Account) -> Backtest:
-    """Compute the figures for gate and assessment. Without a trade, the win rate is 0."""
+    """Compute the figures that the gate and the assessment use. If there was no trade, the win rate is 0."""
     wins = sum(gain > 0 for gain in account.trades)
     return Backtest(
         win_rate=wins / len(account.trades) if account.trades else 0.0,
@@ -80,7 +80,7 @@ def max_drawdown(equity: Sequence[float]) -> float:
 def sharpe_ratio(returns: Sequence[float]) -> float:
     """Annualised Sharpe ratio (252 days) of daily returns, with a risk-free rate of 0.
 
-    0 where it is undefined: for fewer than two days, or identical returns.
+    The result is 0 if the ratio is undefined: there are fewer than two days, or all returns are identical.
     """
     if len(returns) < 2:
         return 0.0

@@ -1,6 +1,8 @@
-"""Chunks: money that the store has admitted as a hold, and that one process spends by its own decisions.
+"""Chunks: amounts that the store has reserved for one process, which grants and spends them by itself.
 
-Whole units, a lock, and no I/O: a decision takes about a microsecond. :mod:`.lease` keeps chunks filled.
+In the store, a chunk is an ordinary hold. In the process, a decision computes with whole units under a lock, without
+I/O, and takes about a microsecond. To retire a chunk is to stop granting from it; :mod:`.lease` settles a retired chunk
+once its grants are settled, and requests new chunks.
 """
 
 from __future__ import annotations
@@ -24,10 +26,10 @@ _CACHED_AMOUNTS: Final = 4096
 
 
 class Chunk:
-    """One hold, and the units of it that are neither granted nor spent.
+    """One hold of the store, with counts of the units that are left, granted and spent.
 
     Args:
-        ends_ms: the end of the chunk's window, by the store's clock; the chunk grants nothing after it.
+        ends_ms: the time from which the chunk grants nothing, by the store's clock.
     """
 
     __slots__ = (
@@ -46,7 +48,7 @@ class Chunk:
         self.hold = hold
         self.reserved = reserved
         self.left = reserved
-        """Units that are not granted. Less than 0 after a commit above its grant, which is a fact."""
+        """Units that are neither granted nor spent. Less than 0 if a commit above its grant has overrun the chunk."""
         self.granted = 0
         """Units of grants that are not settled."""
         self.open = 0
@@ -64,9 +66,10 @@ class Chunk:
 
 
 class Grant:
-    """A reservation within a lease: settle it with :meth:`commit` or :meth:`release`, or use it as a context manager.
+    """A reservation within a lease. Settle it with :meth:`commit` or :meth:`release`, or use it as a context manager.
 
-    A block that ends normally commits the whole reservation unless it has settled; one that raises releases it.
+    If the ``with`` block has not settled the reservation, its end does: a block that ends normally commits the whole
+    reservation, and a block that raises an error releases the reservation.
     """
 
     __slots__ = ("_chunks", "_spent", "_units", "chunk")
@@ -94,27 +97,27 @@ class Grant:
 
     @property
     def settled(self) -> bool:
-        """Whether this was committed or released."""
+        """Whether the grant was committed or released."""
         return self._spent is not None
 
     def commit(self, amount: AmountIn | None = None) -> None:
-        """Record what the work cost (by default the whole reservation); the rest returns to the lease.
+        """Record what the work cost. The remainder of the reservation returns to the lease.
 
-        Spend is a fact: an amount above the grant is taken from the rest of the chunk, and overruns the chunk if that
-        is too little.
+        If no amount is given, the whole reservation is committed. An amount above the reservation is recorded as well:
+        the excess is taken from what the chunk has left, and overruns the chunk if too little is left.
 
         Raises:
-            InvalidAmount: not a non-negative amount.
+            InvalidAmount: the amount is negative or not an amount.
             HoldConflict: the grant was settled with another amount.
         """
         self.settle(self._units if amount is None else self._chunks.to_units(amount))
 
     def release(self) -> None:
-        """Return the whole amount to the lease. Errors as for :meth:`commit`."""
+        """Return the whole amount to the lease. Raises the same errors as :meth:`commit`."""
         self.settle(0)
 
     def settle(self, spent: int) -> None:
-        """Commit whole units; errors as for :meth:`commit`."""
+        """Commit whole units. Raises the same errors as :meth:`commit`."""
         chunks, chunk = self._chunks, self.chunk
         with chunks.lock:
             if self._spent is not None:
@@ -133,10 +136,13 @@ class Grant:
             chunk.left += self._units - spent
             retired = chunk is not chunks.chunk and chunk is not chunks.next_chunk
             if (retired and not chunk.open) or chunk.left < 0:
-                chunks.alert()  # the chunk waited for this to be settled; or more is spent than the store has
+                chunks.alert()  # the retired chunk can be settled now, or the chunk is overrun
 
     def resize(self, units: int) -> bool:
-        """Change the reservation to this many units of the same chunk; return false if the chunk has no room."""
+        """Change the reservation to this many units of the same chunk.
+
+        Return false, and change nothing, if the chunk has no room or the grant is settled.
+        """
         chunk, more = self.chunk, units - self._units
         with self._chunks.lock:
             if self._spent is not None or chunk.is_settled or chunk.left < more:
@@ -157,14 +163,16 @@ class Grant:
 
 
 class Chunks:
-    """The chunks of one lease: the current one, and at most one that is next. Safe to share between threads.
+    """The chunks of one lease: the current chunk, at most one next chunk, and the retired chunks.
+
+    The object is safe to share between threads.
 
     Args:
-        name: of the budget.
-        unit: of its amounts.
+        name: the name of the budget.
+        unit: the unit of the budget's amounts.
         size: units of a whole chunk.
-        low: if fewer units are left, the next chunk is requested.
-        now_ms: the store's clock.
+        low: if fewer units than this are left, the next chunk is requested.
+        now_ms: returns the time by the store's clock.
     """
 
     def __init__(self, name: str, unit: str, size: int, low: int, now_ms: Callable[[], int]) -> None:
@@ -173,13 +181,13 @@ class Chunks:
         self.size = size
         self.low = low
         self.lock = threading.Lock()
-        """Guards arithmetic only."""
+        """Held for arithmetic only, never during I/O."""
         self.chunk = self._nothing = Chunk(None, -1, 0)
         self.next_chunk: Chunk | None = None
         self.retired: list[Chunk] = []
-        """Chunks that grant nothing any more, until they are settled."""
+        """Chunks that grant nothing more and are not settled yet."""
         self.alarm = NEVER
-        """Below this many units the current chunk requests the next."""
+        """If the current chunk has fewer units left than this, the next chunk is requested."""
         self.needed = 0
         """The largest amount that was refused for lack of room since the last chunk arrived."""
         self.uses = 0
@@ -191,7 +199,7 @@ class Chunks:
         self._spent_before = 0
         self._now_ms = now_ms
         self._units_of: dict[Any, int] = {}
-        """Units of texts and decimals; more than 0."""
+        """Cached conversions of texts and decimals to whole units above 0."""
 
     # -- amounts -------------------------------------------------------------------------------------------------------
 
@@ -199,7 +207,7 @@ class Chunks:
         """Convert an amount to whole units; conversions of texts and decimals are cached.
 
         Raises:
-            InvalidAmount: not a non-negative amount.
+            InvalidAmount: the amount is negative or not an amount; with ``positive``, also if the amount is 0.
         """
         # Numbers of other types may equal a Decimal and mean something else: 0.1 is read through its repr.
         kind = amount.__class__
@@ -214,11 +222,11 @@ class Chunks:
         return units
 
     def to_amount(self, units: int) -> Amount:
-        """Whole units as an amount."""
+        """Convert whole units to an amount."""
         return from_units(units, self.unit)
 
     def show(self, units: int) -> str:
-        """Whole units as text."""
+        """Format whole units as text."""
         return format_amount(self.to_amount(units), self.unit)
 
     @property
@@ -242,13 +250,13 @@ class Chunks:
     # -- decisions -----------------------------------------------------------------------------------------------------
 
     def spend(self, amount: AmountIn) -> None:
-        """Spend the whole amount at once, without the store, or raise.
+        """Spend the whole amount at once, without the store. If an error is raised, nothing is spent.
 
         Raises:
-            BudgetExceeded: the chunks have no room; nothing changed. ``reason`` ``lease_refilling``: the store was not
-                asked yet, or has not replied; any other: it has no room either.
+            BudgetExceeded: the chunks have no room. If the ``reason`` is ``lease_refilling``, the store has not yet
+                decided on another chunk; with any other ``reason``, the store has no room either.
             StoreUnavailable: the chunks have no room, and the store does not reply.
-            InvalidAmount: not a non-negative amount.
+            InvalidAmount: the amount is negative or not an amount.
         """
         kind = amount.__class__
         units = self._units_of.get(amount) if kind is str or kind is Decimal else None
@@ -265,7 +273,7 @@ class Chunks:
                 self.alert()
 
     def reserve(self, amount: AmountIn) -> Grant:
-        """Reserve an amount above 0 at once, without the store; see :class:`Grant`. Errors as for :meth:`spend`."""
+        """Reserve an amount above 0 at once, without the store. Raises the same errors as :meth:`spend`."""
         kind = amount.__class__
         units = self._units_of.get(amount) if kind is str or kind is Decimal else None
         if units is None:
@@ -295,7 +303,10 @@ class Chunks:
         return Grant(self, chunk, units)
 
     def _find(self, units: int) -> Chunk:
-        """Return a chunk with room; make the next chunk current if only that has room. The caller holds the lock."""
+        """Return a chunk with room for these units. The caller holds the lock.
+
+        If only the next chunk has room, the next chunk becomes current.
+        """
         if self.closed_reason is not None:
             raise RuntimeError(self.closed_reason)
         self.leave_ended(self._now_ms())
@@ -336,14 +347,14 @@ class Chunks:
                 self.next_chunk, self.alarm = chunk, NEVER
 
     def retire(self) -> None:
-        """Replace the current chunk by the next; settle it once its grants are. The caller holds the lock."""
+        """Retire the current chunk, and make the next chunk current. The caller holds the lock."""
         if self.chunk.hold is not None:
             self.retired.append(self.chunk)
         self.chunk, self.next_chunk = self.next_chunk or self._nothing, None
         self.alarm = NEVER if self.chunk.hold is None else self.low
 
     def leave_ended(self, now_ms: float) -> None:
-        """Retire the chunks of a window that has ended. The caller holds the lock."""
+        """Retire the chunks whose time has ended. The caller holds the lock."""
         if self.next_chunk is not None and now_ms >= self.next_chunk.ends_ms:
             self.retired.append(self.next_chunk)
             self.next_chunk = None
@@ -367,7 +378,7 @@ class Chunks:
             self.retired.remove(chunk)
 
     def stop(self, reason: str) -> None:
-        """Stop granting."""
+        """Close the lease for this reason: retire the chunks, and grant nothing more."""
         with self.lock:
             self.closed_reason = self.closed_reason or reason
             self.retire()
@@ -376,7 +387,10 @@ class Chunks:
     # -- refusals ------------------------------------------------------------------------------------------------------
 
     def refusal(self, units: int) -> Exception:
-        """The error for units that are not granted: the store's last refusal, or ``lease_refilling``."""
+        """The error for units that the chunks have no room for.
+
+        If the last request for a chunk failed, this is the failure; otherwise its reason is ``lease_refilling``.
+        """
         left = self.room()
         error = self.last_refill_error
         if isinstance(error, StoreUnavailable):
@@ -405,9 +419,9 @@ class Chunks:
         )
 
     def _denial_of(self, denial: Denial, units: int, left: int) -> Denial:
-        """Convert the store's denial of a chunk to a denial of this amount.
+        """Convert the store's denial of a chunk to a denial of these units.
 
-        Uncommitted spend of this process counts as spent.
+        The store counts the chunks of this process as held. The result counts what they have spent as spent.
         """
         limit, spent, held, unconfirmed, fits = (
             to_units(value, self.unit)

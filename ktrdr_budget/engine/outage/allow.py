@@ -18,7 +18,10 @@ logger = logging.getLogger("ktrdr_budget")
 
 
 class AllowPolicy(OutagePolicy):
-    """Grants without a check of the cap. The holds are settled in the store, by id, once it replies."""
+    """The policy that grants every reservation without a check of the cap.
+
+    Once the store replies again, the holds are settled in the store by their ids.
+    """
 
     defers = True
     extends = True
@@ -41,11 +44,14 @@ class AllowPolicy(OutagePolicy):
     def settle(self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str) -> SettlingOperation:
         """Return the operation that settles the hold by its id."""
         if amounts is None:
-            # The store may grant it later, from a request whose reply was lost.
+            # The store may grant this hold later, from a request whose reply was lost.
             key = self._state.keys.hold(hold.id)
             return Release(hold.id, key, hold.window_list, ReleaseMode.FINAL)
         return hold.restored_commit([amount.units for amount in amounts], remark, self._trace_id() if remark else "")
 
     def extend(self, hold: HoldBase, parts: Callable[[], Sequence[tuple[Window, int]]], ttl_ms: int | None) -> bool:
-        """Return false, so that the store is asked: it may have the hold, from a request whose reply was lost."""
+        """Return false, so that the call extends the hold in the store.
+
+        The store may have the hold, from a request whose reply was lost.
+        """
         return False

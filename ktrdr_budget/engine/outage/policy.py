@@ -1,4 +1,7 @@
-"""The interface of outage policies (how calls end that cannot reach the store), and policy ``deny`` (P12)."""
+"""The interface of outage policies, and policy ``deny`` (P12).
+
+An outage policy decides how a call ends that cannot reach the store.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ _OFFLINE_HOLDS_MAX = 10_000
 
 
 class OfflineReservation(NamedTuple):
-    """A reservation that did not reach the store."""
+    """A reservation on which the store has not decided."""
 
     hold_id: str
     parts: Sequence[tuple[Window, int]]
@@ -39,15 +42,17 @@ class OfflineReservation(NamedTuple):
 
 
 class OutagePolicy:
-    """The interface, and policy ``deny``: nothing is granted or recorded without the store.
+    """The base class of outage policies.
+
+    The base class itself is policy ``deny``, which grants and records nothing without the store.
 
     Args:
-        new_hold: makes a hold for the caller.
-        trace_id: the current trace, for the ledger.
+        new_hold: creates the hold that the caller receives.
+        trace_id: returns the id of the current trace, for the ledger.
     """
 
     defers = False
-    """Whether a settlement without a reply is deferred, and its caller continues."""
+    """Whether a settlement without a reply is deferred: queued until the store replies, while its caller continues."""
     extends = False
     """Whether a hold that the store granted is extended in this process while the store is unreachable."""
 
@@ -63,27 +68,30 @@ class OutagePolicy:
         self._new_hold = new_hold
         self._trace_id = trace_id
         self.holds: OrderedDict[str, HoldBase] = OrderedDict()
-        """Holds that were granted without the store, by id: the store does not have them."""
+        """Holds that this policy granted without the store, by id."""
 
     # -- the interface -------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Prepare for an outage. Each reservation calls this on the event loop."""
+        """Prepare for an outage. Each reservation calls this method on the event loop."""
 
     def reserve(self, request: OfflineReservation) -> HoldBase | None:
-        """Grant a reservation without the store; ``None``: the policy does not grant it."""
+        """Grant a reservation without the store. Return ``None`` if the policy does not grant the reservation."""
         return None
 
     def record(self, op: RecordSpend, *, ambiguous: bool) -> Settlement | None:
-        """Record spend without the store; ``None``: the policy does not record it.
+        """Record spend without the store. Return ``None`` if the policy does not record the spend.
 
         Args:
-            ambiguous: the store may have recorded it.
+            ambiguous: whether the store may have recorded the spend.
         """
         return None
 
     def owns(self, hold_id: str) -> bool:
-        """Whether this policy settles the hold in this process; such a settlement resolves no request to the store."""
+        """Whether this policy settles the hold in this process.
+
+        Such a settlement does not show whether an earlier request with the same id reached the store.
+        """
         return False
 
     def give_up(self, hold: HoldBase) -> None:
@@ -94,7 +102,7 @@ class OutagePolicy:
         """Expire holds past their deadline."""
 
     def store_replies(self) -> None:
-        """Return to normal operation."""
+        """Return to normal operation, because the store replies again."""
 
     @property
     def remaining(self) -> Mapping[str, Amount]:
@@ -108,10 +116,10 @@ class OutagePolicy:
     # -- for the policies ----------------------------------------------------------------------------------------------
 
     def defer(self, op: SettlingOperation, *, ambiguous: bool = False) -> Settlement:
-        """Queue a settlement until the store replies; return the result for the caller.
+        """Queue a settlement until the store replies. Return the result that the caller receives at once.
 
         Args:
-            ambiguous: the store may have executed it.
+            ambiguous: whether the store may have executed the settlement.
         """
         recorded = isinstance(op, RecordSpend)
         state: HoldState = "recorded" if recorded else "released" if op.is_release else "committed"
@@ -124,7 +132,7 @@ class OutagePolicy:
         return Settlement(op.hold_id, state, amounts, deferred=True)
 
     def _keep(self, hold: HoldBase, request: OfflineReservation) -> None:
-        """Register a hold that was granted without the store under its id."""
+        """Add a hold to :attr:`holds`, because the hold was granted without the store."""
         hold.keep_offline(request.policy, self._state.now_ms() * 1000, *request.labels)
         self.holds[hold.id] = hold
         if len(self.holds) > _OFFLINE_HOLDS_MAX:
@@ -132,10 +140,11 @@ class OutagePolicy:
 
 
 def release_unreceived(hold_id: str, key: str, windows: Iterable[Window], request: str) -> Release:
-    """Release a grant that no caller has received.
+    """Return the operation that releases a grant which no caller has received.
 
-    A generated id is closed for good. Under an id that the caller chose, only the grant to this request is released,
-    and the id can be reserved again; a worker that received the hold by a replay can still commit it.
+    If the id was generated (``request`` is empty), the id cannot be reserved again. If the caller chose the id, only
+    the grant to ``request`` is released: the id can be reserved again, and a worker that received the hold by a replay
+    can still commit the hold.
     """
     mode = ReleaseMode.UNRECEIVED if request else ReleaseMode.FINAL
     return Release(hold_id, key, list(windows), mode, request=request)

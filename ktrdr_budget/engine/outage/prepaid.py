@@ -1,8 +1,11 @@
 """Policy ``lease``: while the store is unreachable, only prepaid amounts are granted, so that the cap holds (P12).
 
-A lease is kept for each budget. Holds are drawn from its chunks and settled against them, in this process: their ids
-are known here only, and no hold is transferred to the store. A chunk is an ordinary hold of the store: it commits what
-was spent from it as one ledger entry, and is charged whole if the process dies.
+The policy keeps one lease for each budget. A lease has chunks: amounts that the store has reserved for this process in
+advance. In an outage, this process grants and settles holds within its chunks. The ids of these holds are known in this
+process only, and none of these holds is transferred to the store.
+
+In the store, a chunk is an ordinary hold. The commit of a chunk writes everything that was spent from the chunk as one
+ledger entry. If the process dies, the store charges the whole chunk.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ logger = logging.getLogger("ktrdr_budget")
 
 
 def check_slabs(state: ReplicaState, slabs: AmountIn | Mapping[str, AmountIn] | None) -> Mapping[str, AmountIn]:
-    """Check the prepaid amounts, and return them per budget; one amount applies to every budget in dollars.
+    """Check the amounts to prepay (slabs), and return the amount for each budget.
+
+    A single amount applies to every budget in dollars.
 
     Raises:
         InvalidArgument: no amount is given, or a budget is unknown.
@@ -44,10 +49,10 @@ def check_slabs(state: ReplicaState, slabs: AmountIn | Mapping[str, AmountIn] | 
 
 
 class KeptLease(LeaseBase):
-    """The lease of one budget, kept full while the store replies.
+    """The lease of one budget. While the store replies, the lease is kept full.
 
     Args:
-        expire: expires holds; called at intervals.
+        expire: expires the holds past their deadline; called at intervals.
     """
 
     def __init__(self, calls: ChunkCalls, budget: str, slab: AmountIn, expire: Callable[[], None]) -> None:
@@ -59,15 +64,18 @@ class KeptLease(LeaseBase):
         super()._tick()
 
     def _wanted(self) -> int | None:
-        self.needed = 0  # no more than a chunk is prepaid, however much was refused
+        self.needed = 0  # a refused amount above one chunk does not enlarge the next chunk
         return super()._wanted()
 
     def heartbeat_acknowledged(self) -> None:
-        """Replace used chunks: holds may be drawn during an outage too short for the breaker, or at the end of one."""
+        """Replace used chunks.
+
+        Holds may have been drawn in an outage too short for the circuit breaker, or at the end of an outage.
+        """
         self.renew()
 
     def renew(self) -> None:
-        """Replace the chunks that holds were drawn from; each is committed once its grants are settled."""
+        """Replace each chunk that holds were drawn from. The old chunk is committed once its grants are settled."""
         with self.lock:
             for chunk in (self.chunk, self.next_chunk):
                 if chunk is not None and chunk.hold is not None and (chunk.spent or chunk.open):
@@ -83,7 +91,7 @@ class KeptLease(LeaseBase):
 
 
 class PrepaidHold:
-    """The lease grants, one per budget, behind one offline hold."""
+    """What backs one hold that was granted without the store: a lease grant for each budget of the hold."""
 
     cap_checked = True
 
@@ -108,12 +116,15 @@ class PrepaidHold:
         return [(_window_of(grant), grant.units) for grant in self.grants]
 
     def settle(self, hold: HoldBase, amounts: Sequence[CommitAmount] | None, remark: str) -> Settlement:
-        """Settle the hold against the chunks, at once."""
+        """Settle the hold in its chunks, without the store."""
         return self._policy.settle(hold, self, None if amounts is None else [units for _, units in amounts])
 
     def extend(self, hold: HoldBase, parts: Callable[[], Sequence[tuple[Window, int]]], ttl_ms: int | None) -> bool:
-        """Extend the hold in this process; growth is taken from the same chunks, in all budgets or in none."""
-        # Another object of the same hold may have grown it; its expiry may have reduced the grants.
+        """Extend the hold in this process.
+
+        Growth is taken from the chunks of the hold. If one chunk has no room, the hold does not grow in any budget.
+        """
+        # Another object of the same hold may have grown the hold, and expiry may have reduced the grants.
         hold.parts = [
             (window, max(units, grant.units)) for (window, units), grant in zip(hold.parts, self.grants, strict=True)
         ]
@@ -122,7 +133,7 @@ class PrepaidHold:
 
 
 class PrepaidPolicy(OutagePolicy):
-    """Grants prepaid amounts."""
+    """The policy that grants prepaid amounts only."""
 
     defers = True
 
@@ -133,7 +144,8 @@ class PrepaidPolicy(OutagePolicy):
             slabs: the amount for each budget; one amount applies to every budget in dollars.
 
         Raises:
-            InvalidArgument, UnknownBudget: a budget cannot be prepaid so.
+            InvalidArgument: no amount is given, or a budget or an amount cannot be prepaid.
+            UnknownBudget: an amount is given for a budget that does not exist.
         """
         self._calls = calls
         self._slabs = check_slabs(self._state, slabs)
@@ -141,7 +153,7 @@ class PrepaidPolicy(OutagePolicy):
         """The replica whose leases are kept; empty before the first call."""
         self._leases: dict[str, KeptLease] = self._new_leases()
         self._open: dict[str, HoldBase] = {}
-        """Holds that are not settled."""
+        """Holds that are neither settled nor expired, by id."""
         self._next_expiry_ms = 0.0
         """The earliest time at which an open hold may expire."""
 
@@ -172,7 +184,7 @@ class PrepaidPolicy(OutagePolicy):
     # -- granting ------------------------------------------------------------------------------------------------------
 
     def _draw(self, wanted: Sequence[tuple[str, int]]) -> list[Grant] | None:
-        """Draw from the leases of all budgets; draw nothing if one has no room."""
+        """Take a grant from the lease of each budget. If one lease has no room, take nothing and return ``None``."""
         grants: list[Grant] = []
         for name, units in wanted:
             lease = self._leases.get(name)
@@ -187,9 +199,9 @@ class PrepaidPolicy(OutagePolicy):
 
     def reserve(self, request: OfflineReservation) -> HoldBase | None:
         hold_id = request.hold_id
-        if request.request and self._is_in_store(hold_id):  # the reply to it is the store's
+        if request.request and self._is_in_store(hold_id):  # only the store can reply to this request
             return None
-        self.expire()  # which may give money back
+        self.expire()  # expired holds may return money to the leases
         grants = self._draw([(window.budget, units) for window, units in request.parts])
         if grants is None:
             return None
@@ -201,13 +213,16 @@ class PrepaidPolicy(OutagePolicy):
         return hold
 
     def _is_in_store(self, hold_id: str) -> bool:
-        """Whether the store has acknowledged an open hold or a settlement of this id to this replica."""
+        """Whether the store has confirmed to this replica that the id has an open hold or a settlement."""
         journal = self._state.journal
         record = journal.open_hold(hold_id)
         return journal.has_settled(hold_id) or (record is not None and record.is_open)
 
     def _release_in_store(self, request: OfflineReservation) -> None:
-        """Release a grant that the store may have made to this request, or to an earlier one with the same id."""
+        """Queue the release of grants that the store may have made.
+
+        These are grants to this request, or to earlier requests with the same id.
+        """
         requests = {request.request} if request.ambiguous else set()
         requests |= {e.request.request for e in self._outbox.of(request.hold_id) if isinstance(e.request, Reserve)}
         key, windows = self._state.keys.hold(request.hold_id), [window for window, _ in request.parts]
@@ -240,7 +255,7 @@ class PrepaidPolicy(OutagePolicy):
                 raise HoldConflict(f"{found}; its id cannot be used again with other contents", state=known.state)
             return _settlement(known, "recorded", units, replayed=True)
         if ambiguous or self._outbox.of(op.hold_id) or self._state.journal.has_settled(op.hold_id):
-            # The store may have recorded it: only its id can settle that.
+            # The store may have recorded this spend: only a request with the same id cannot charge it twice.
             return self.defer(op.as_late(), ambiguous=ambiguous)
         grants = self._draw([(window.budget, amount) for window, amount in op.parts])
         if grants is None:
@@ -289,10 +304,11 @@ class PrepaidPolicy(OutagePolicy):
                     grant.release()
 
     def extend(self, hold: HoldBase, backing: PrepaidHold, totals: Sequence[int], ttl_ms: int | None) -> None:
-        """Extend a hold, and raise its grants to these totals of whole units.
+        """Extend a hold, and raise its grants to the given totals.
 
         Args:
-            ttl_ms: the ttl of a heartbeat; ``None`` for growth, which keeps the deadline.
+            totals: whole units for each budget.
+            ttl_ms: the ttl if this call is a heartbeat; ``None`` if this call is growth, which keeps the deadline.
 
         Raises:
             StoreUnavailable: a chunk has no room for the growth.
@@ -324,10 +340,12 @@ class PrepaidPolicy(OutagePolicy):
             )
 
     def settle(self, hold: HoldBase, backing: PrepaidHold, spent: list[int] | None) -> Settlement:
-        """Settle a hold against its chunks; if it had returned its money at expiry, record its spend separately.
+        """Settle a hold in its chunks.
+
+        If the hold returned its money when it expired, the spend is recorded as an entry of its own.
 
         Args:
-            spent: whole units for each budget; ``None`` releases.
+            spent: whole units for each budget; ``None`` releases the hold.
 
         Raises:
             HoldConflict: the hold was settled differently before.
@@ -346,7 +364,7 @@ class PrepaidPolicy(OutagePolicy):
             elif amount:
                 given_back.append((window, amount))
         if given_back:
-            # Under an id of its own: the store may have that of the hold, from a request of another process.
+            # The entry has an id of its own: the store may have the hold's id from a request of another process.
             late_id, labels = self._state.new_id(), backing.labels
             key, operation, trace_id = self._state.keys.hold(late_id), labels.operation, labels.trace_id
             self.defer(RecordSpend(late_id, key, given_back, operation=operation, trace_id=trace_id, is_late=True))
@@ -358,7 +376,7 @@ class PrepaidPolicy(OutagePolicy):
 
 
 def _window_of(grant: Grant) -> Window:
-    """The window that the spend is charged to."""
+    """The window to which the spend of a grant is charged."""
     assert grant.chunk.hold is not None
     return grant.chunk.hold.parts[0][0]
 
